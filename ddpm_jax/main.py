@@ -1,0 +1,121 @@
+"""The command line: `python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=<folder>`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import ddpm_jax
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/; sampling and evaluation default to the run's own."
+)
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample or eval.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to draw (sample: 64; eval: the config's).")
+_SAMPLER = flags.DEFINE_string("sampler", None, "The sampler, instead of the config's.")
+_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Its steps, instead of the config's.")
+_SEED = flags.DEFINE_integer("seed", None, "The seed of sampling (sample: 0; eval: the config's).")
+_LABELS = flags.DEFINE_list("labels", None, "Classes to sample, repeated as needed, for a model that knows classes.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it arose.")
+
+
+def main(argv: list[str]) -> None:
+  """Runs the mode that the flags name."""
+  if len(argv) > 1:
+    raise ValueError(f"Got the words {argv[1:]} on the command line; wanted flags only, such as --workdir=<folder>.")
+  # Libraries narrate their inner workings through absl at the level of information.
+  logging.set_verbosity(logging.WARNING)
+  # The first line comes before JAX and the rest are imported.
+  print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
+  from ddpm_jax import build, runs
+
+  mode = build.choose(_MODE.value, ("train", "sample", "eval"), "--mode")
+  if not _WORKDIR.value:
+    raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
+  folder = Path(_WORKDIR.value).expanduser().absolute()
+  config = build.config_of_run(_CONFIG.value, folder)
+  if _SAMPLER.value is not None:
+    config.sampling.sampler = build.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
+  if _NUM_STEPS.value is not None:
+    config.sampling.num_steps = _NUM_STEPS.value
+  build.check_config(config)
+  _cache_compilations()
+  if mode == "train":
+    runs.run_train(config, folder)
+  elif mode == "eval":
+    if _NUM_SAMPLES.value is not None:
+      config.evaluation.num_samples = _NUM_SAMPLES.value
+    runs.run_eval(config, folder, seed=config.seed if _SEED.value is None else _SEED.value)
+  else:
+    count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
+    runs.run_sample(config, folder, num_samples=count, seed=_SEED.value or 0, labels=_labels())
+
+
+def _labels() -> list[int] | None:
+  try:
+    return None if _LABELS.value is None else [int(label) for label in _LABELS.value]
+  except ValueError as error:
+    raise ValueError(f"Got --labels={','.join(_LABELS.value or [])}; wanted integers, such as --labels=3,7.") from error
+
+
+def _cache_compilations() -> None:
+  """Keeps compiled programs between runs, unless the user has said where (JAX_COMPILATION_CACHE_DIR)."""
+  import jax
+
+  if not jax.config.values["jax_compilation_cache_dir"]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Flags from the command line; mistakes in them end the program with one message, as all bad input does."""
+  for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    if flag.lstrip("-").startswith("config="):
+      _check_file(flag.partition("=")[2])
+    elif flag in ("--config", "-config"):
+      _check_file(value)
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _stop(f"{error}")
+  except (AttributeError, KeyError) as error:
+    # ml_collections names the key that is not there and the nearest that is.
+    _stop(
+      f"Got a --config flag for a key that the config does not have: {str(error).encode().decode('unicode_escape').strip(chr(34))}"
+    )
+
+
+def _check_file(value: str) -> None:
+  path = Path(value.partition(":")[0])
+  if not path.is_file():
+    from difflib import get_close_matches
+
+    files = sorted(str(file) for file in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    near = get_close_matches(str(path), files, 1)
+    hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(files)}." if files else ""
+    _stop(f"Got --config={value}, a file that does not exist; wanted a Python file such as configs/digits_vp.py.{hint}")
+
+
+def _stop(message: str) -> NoReturn:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+def _main(argv: list[str]) -> None:
+  try:
+    main(argv)
+  except (ValueError, FloatingPointError) as error:
+    if _TRACEBACK.value:
+      raise
+    _stop(str(error))
+  except KeyboardInterrupt:
+    _stop("interrupted; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+  app.run(_main, flags_parser=_parse)

@@ -1,0 +1,5 @@
+"""Networks in Flax Linen. Nothing outside this package needs Flax to know what a network is: `apply` is a function."""
+
+from ddpm_jax.networks.unet import UNet
+
+__all__ = ["UNet"]
