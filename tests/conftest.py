@@ -1,0 +1,22 @@
+"""Shared set-up: eight simulated devices, JAX's compilation cache, and double precision on demand."""
+
+import os
+from pathlib import Path
+
+# Before JAX starts. Most tests use the first device only.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "tests"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def x64():
+  with jax.enable_x64(True):
+    yield

@@ -1,0 +1,158 @@
+"""Processes against float64, the formulas printed in the papers, and a chain enumerated on a line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import processes, schedules
+from tests.oracles import PROCESSES
+
+TABLES = {"linear": schedules.linear(1000), "cosine": schedules.cosine(1000)}
+
+
+def reference(name, t):
+  """alpha, sigma in float64, by NumPy and by another route than the code under test."""
+  if name == "vp":
+    b = np.asarray(t, np.longdouble) * 0.1 + 0.5 * np.asarray(t, np.longdouble) ** 2 * 19.9
+    return np.exp(-b / 2).astype(float), np.sqrt(-np.expm1(-b)).astype(float)
+  betas = TABLES[name.removeprefix("discrete_")].astype(np.longdouble)
+  keep = np.concatenate([[1.0], np.cumprod(1 - betas)])
+  lost = np.concatenate([[0.0], np.cumsum(betas * keep[:-1])])  # 1 - alpha_bar as a sum of positive terms
+  n = np.rint(np.asarray(t) * 1000).astype(int)
+  return np.sqrt(keep[n]).astype(float), np.sqrt(lost[n]).astype(float)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_float32_keeps_five_digits_everywhere(name):
+  process = PROCESSES[name]
+  t = np.arange(1, 1001) / 1000 if name != "vp" else np.concatenate([np.geomspace(1e-5, 1, 400), np.linspace(0.01, 1, 1000)])
+  t32 = t.astype(np.float32)
+  # The reference is taken at the time that float32 stands for, which is what the process is given.
+  alpha, sigma = reference(name, t32.astype(np.float64) if name == "vp" else t)
+  evaluate = jax.jit(lambda t: (process.alpha(t), process.sigma(t), process.sigma(t) ** 2, process.log_snr(t)))
+  got = evaluate(t32)
+  assert all(value.dtype == jnp.float32 for value in got)
+  np.testing.assert_allclose(got[0], alpha, rtol=1e-5)
+  np.testing.assert_allclose(got[1], sigma, rtol=1e-5)
+  np.testing.assert_allclose(got[2], sigma**2, rtol=1e-5)
+  # A log-SNR passes through 0, where only its absolute error, the relative one of the SNR, means anything.
+  np.testing.assert_allclose(got[3], 2 * np.log(alpha / sigma), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_t_0_is_clean_data(name):
+  process = PROCESSES[name]
+  assert process.alpha(0.0) == 1
+  assert process.sigma(0.0) == 0
+  assert process.log_snr(0.0) == jnp.inf
+  assert jnp.isfinite(process.drift(0.0))
+  assert jnp.isfinite(process.diffusion(0.0))
+
+
+def test_vp_has_song_et_al_s_sde():
+  process = processes.vp(0.1, 20.0)
+  t = jnp.linspace(1e-3, 1, 50)
+  beta = 0.1 + t * 19.9
+  np.testing.assert_allclose(process.drift(t), -0.5 * beta, rtol=1e-5)
+  np.testing.assert_allclose(process.diffusion_squared(t), beta, rtol=2e-5)
+  np.testing.assert_allclose(process.diffusion(t), jnp.sqrt(beta), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", PROCESSES)
+def test_diffusion_is_the_slope_of_log_snr(name):
+  process, t = PROCESSES[name], jnp.linspace(0.0213, 0.9817, 41)
+  slope = jax.vmap(jax.grad(process.log_snr))(t)
+  np.testing.assert_allclose(process.diffusion_squared(t), -(process.sigma(t) ** 2) * slope, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_discrete_sde_has_the_rate_of_each_beta():
+  betas = schedules.linear(100, 1e-3, 0.2)
+  process = processes.discrete(betas)
+  t = np.arange(1, 101) / 100
+  np.testing.assert_allclose(process.drift(t), 50 * np.log1p(-betas), rtol=1e-9)
+
+
+def test_discrete_approaches_vp():
+  vp, t = processes.vp(), np.linspace(0.1, 1, 10)
+  errors = [
+    np.max(np.abs(processes.discrete(schedules.linear(n, 0.1 / n, 20 / n)).alpha(t) - vp.alpha(t))) for n in (250, 500, 1000)
+  ]
+  assert errors[2] < 2e-3
+  assert 1.7 < errors[0] / errors[1] < 2.4
+  assert 1.7 < errors[1] / errors[2] < 2.4
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("s", "t"), [(1, 2), (2, 3), (1, 4), (5, 6)])
+def test_posterior_of_the_discrete_chain_by_enumeration(s, t):
+  """q(x_s | x_t, x_0) from products of one-step kernels on a fine line, without any closed form."""
+  betas, x_0, x_t = np.array([0.1, 0.2, 0.15, 0.3, 0.25, 0.4]), 0.8, -0.4
+  line = np.linspace(-8, 8, 4001)
+  width = line[1] - line[0]
+
+  def kernel(x, beta):  # density over the line of the next state, given x
+    return np.exp(-((line - np.sqrt(1 - beta) * x) ** 2) / (2 * beta)) / np.sqrt(2 * np.pi * beta)
+
+  forward = kernel(x_0, betas[0])
+  for beta in betas[1:s]:
+    forward = width * kernel(line[:, None], beta).T @ forward
+  backward = np.exp(-((x_t - np.sqrt(1 - betas[t - 1]) * line) ** 2) / (2 * betas[t - 1]))
+  for beta in betas[s : t - 1][::-1]:
+    backward = width * kernel(line[:, None], beta) @ backward
+  density = forward * backward / np.sum(forward * backward)
+  mean = np.sum(density * line)
+  variance = np.sum(density * (line - mean) ** 2)
+
+  got_mean, got_variance = processes.discrete(betas).posterior(jnp.array([[x_t]]), jnp.array([[x_0]]), t / 6, s / 6)
+  np.testing.assert_allclose(got_mean, [[mean]], rtol=1e-6)
+  np.testing.assert_allclose(got_variance, variance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_posterior_at_0_is_the_data(name):
+  x_t, x_0 = jnp.array([[2.0, -1.0]]), jnp.array([[0.5, 0.25]])
+  mean, variance = PROCESSES[name].posterior(x_t, x_0, 0.001, 0.0)
+  np.testing.assert_array_equal(mean, x_0)
+  assert variance == 0
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_marginal_and_prior_have_their_moments(name):
+  process, keys = PROCESSES[name], jax.random.split(jax.random.key(0), 20_000)
+  x_t = process.sample_marginal(keys, jnp.full((20_000, 2), 0.7), 0.35)
+  sigma = float(process.sigma(0.35))
+  np.testing.assert_allclose(x_t.mean(0), 0.7 * process.alpha(0.35), atol=5 * sigma / 20_000**0.5)
+  np.testing.assert_allclose(x_t.std(0), sigma, rtol=0.03)
+  np.testing.assert_allclose(process.prior(keys, (20_000, 2)).std(), process.sigma(1.0), rtol=0.03)
+
+
+def test_bfloat16_data_keeps_its_type_and_float32_times():
+  x = jnp.ones((3, 2), jnp.bfloat16)
+  process = processes.vp()
+  assert process.perturb(x, jnp.array(0.5, jnp.bfloat16), x).dtype == jnp.bfloat16
+  assert process.alpha(jnp.array(0.5, jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ("betas", "message"),
+  [
+    ([0.1, 1.0, 0.2], "beta 1 at step 2 of 3"),
+    ([0.0, 0.1], "beta 0 at step 1"),
+    ([0.1, -0.1], "inside \\(0, 1\\)"),
+    ([0.1, float("nan")], "beta nan"),
+    ([], "shape \\(0,\\)"),
+    ([[0.1]], "one-dimensional"),
+  ],
+)
+def test_wrong_betas_are_errors(betas, message):
+  with pytest.raises(ValueError, match=message):
+    processes.discrete(betas)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 20.0), (20.0, 0.1), (0.1, float("inf"))])
+def test_wrong_vp_is_an_error(betas):
+  with pytest.raises(ValueError, match="beta_min"):
+    processes.vp(*betas)
