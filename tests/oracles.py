@@ -27,14 +27,16 @@ class Mixture(NamedTuple):
     """E[x_0 | x_t], the exact denoiser."""
 
     def denoise(x, t):
+      precision = jnp.promote_types(x.dtype, jnp.float32)
+      weights, means, stds = (jnp.asarray(value, precision) for value in self)
       t = jnp.broadcast_to(t, x.shape[:1])
       alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
-      variance = alpha**2 * self.stds**2 + sigma**2  # [B, K]
-      difference = x[:, None, :] - alpha[..., None] * self.means  # [B, K, D]
+      variance = alpha**2 * stds**2 + sigma**2  # [B, K]
+      difference = x[:, None, :] - alpha[..., None] * means  # [B, K, D]
       distance = jnp.sum(difference**2, -1) / variance
-      log_posterior = jnp.log(self.weights) - 0.5 * distance - 0.5 * x.shape[1] * jnp.log(variance)
+      log_posterior = jnp.log(weights) - 0.5 * distance - 0.5 * x.shape[1] * jnp.log(variance)
       posterior = jax.nn.softmax(log_posterior, axis=-1)
-      x_0 = self.means + (alpha * self.stds**2 / variance)[..., None] * difference
+      x_0 = means + (alpha * stds**2 / variance)[..., None] * difference
       return jnp.sum(posterior[..., None] * x_0, axis=1).astype(x.dtype)
 
     return denoise

@@ -114,7 +114,8 @@ def _rk45(fun: Callable[[Array, Array], Array], x: Array, t: Array, end: Array, 
     return 10 * jnp.finfo(time.dtype).eps * jnp.abs(time)
 
   def unfinished(state: _Integration):
-    stalled = state.rejected & (state.h < least_step(state.t))
+    # Also where a right side that is not finite has made the step NaN.
+    stalled = state.rejected & ~(state.h >= least_step(state.t))
     return (direction * (end - state.t) > 0) & (state.nfe + 6 <= max_nfe) & ~stalled
 
   def attempt(state: _Integration) -> _Integration:
