@@ -21,7 +21,10 @@ class Records:
     if self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
       self._path.write_text("".join(line + "\n" for line in lines))
-    self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1 if step else None)
+    # The suffix tells apart files that are begun in one second.
+    self._board = SummaryWriter(
+      str(Path(folder) / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".{step}"
+    )
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes one line, and one point a curve."""

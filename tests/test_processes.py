@@ -26,7 +26,11 @@ def reference(name, t):
 @pytest.mark.parametrize("name", PROCESSES)
 def test_float32_keeps_five_digits_everywhere(name):
   process = PROCESSES[name]
-  t = np.arange(1, 1001) / 1000 if name != "vp" else np.concatenate([np.geomspace(1e-5, 1, 400), np.linspace(0.01, 1, 1000)])
+  t = (
+    np.arange(1, 1001) / 1000
+    if name != "vp"
+    else np.concatenate([np.geomspace(1e-5, 1, 400), np.linspace(0.01, 1, 1000)])
+  )
   t32 = t.astype(np.float32)
   # The reference is taken at the time that float32 stands for, which is what the process is given.
   alpha, sigma = reference(name, t32.astype(np.float64) if name == "vp" else t)
@@ -82,7 +86,8 @@ def test_discrete_sde_runs_at_the_rates_of_its_betas():
 def test_discrete_approaches_vp():
   vp, t = processes.vp(), np.linspace(0.1, 1, 10)
   errors = [
-    np.max(np.abs(processes.discrete(schedules.linear(n, 0.1 / n, 20 / n)).alpha(t) - vp.alpha(t))) for n in (250, 500, 1000)
+    np.max(np.abs(processes.discrete(schedules.linear(n, 0.1 / n, 20 / n)).alpha(t) - vp.alpha(t)))
+    for n in (250, 500, 1000)
   ]
   assert errors[2] < 2e-3
   assert 1.7 < errors[0] / errors[1] < 2.4

@@ -41,7 +41,9 @@ def test_order_of_convergence_on_a_gaussian(name, order):
   denoise = gaussian().denoise(process)
   exact = gaussian_flow(process, 0.3, 0.4, x, 0.9, 0.1)
   sampler = SAMPLERS[name](process)
-  errors = [jnp.max(jnp.abs(run(sampler, denoise, x, np.linspace(0.9, 0.1, n + 1)) - exact)) for n in (64, 128, 256, 512)]
+  errors = [
+    jnp.max(jnp.abs(run(sampler, denoise, x, np.linspace(0.9, 0.1, n + 1)) - exact)) for n in (64, 128, 256, 512)
+  ]
   orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
   np.testing.assert_allclose(orders[-1], order, atol=0.1)
 
@@ -282,7 +284,9 @@ def test_trajectory_holds_every_state():
 )
 def test_wrong_grids_are_errors(times, message):
   with pytest.raises(ValueError, match=message):
-    sampling.sample(jax.random.key(0), sampling.ddim(PROCESSES["vp"]), lambda x, t: x, jnp.ones((1, 1)), np.array(times))
+    sampling.sample(
+      jax.random.key(0), sampling.ddim(PROCESSES["vp"]), lambda x, t: x, jnp.ones((1, 1)), np.array(times)
+    )
 
 
 def test_wrong_options_are_errors():
@@ -291,7 +295,9 @@ def test_wrong_options_are_errors():
   with pytest.raises(ValueError, match="eta=1.5"):
     sampling.ddim(PROCESSES["vp"], 1.5)
   with pytest.raises(ValueError, match="typed key"):
-    sampling.sample(jax.random.PRNGKey(0), sampling.ddim(PROCESSES["vp"]), lambda x, t: x, jnp.ones((1, 1)), np.array([1.0, 0.0]))
+    sampling.sample(
+      jax.random.PRNGKey(0), sampling.ddim(PROCESSES["vp"]), lambda x, t: x, jnp.ones((1, 1)), np.array([1.0, 0.0])
+    )
 
 
 # Grids.

@@ -1,0 +1,27 @@
+"""A config small enough to train in seconds."""
+
+from ml_collections import ConfigDict
+
+from ddpm_jax import build
+
+
+def tiny_config() -> ConfigDict:
+  config = build.default_config()
+  config.data.update(
+    {"source": "digits", "image_size": 8, "channels": 1, "flip": False, "eval_split": "", "hold_out": 100}
+  )
+  config.prediction = "v"
+  config.loss.weighting = "snr_plus_one"
+  config.network.update(
+    {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,), "groups": 4, "dropout": 0.0}
+  )
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 5, "ema_decay": 0.9})
+  config.training.update({"batch_size": 16, "steps": 12, "log_every": 3, "checkpoint_every": 4, "sample_every": 6})
+  config.sampling.update({"sampler": "ddim", "num_steps": 4, "batch_size": 16, "preview_steps": 3})
+  config.evaluation.num_samples = 40
+  return config
+
+
+def get_config() -> ConfigDict:
+  """So that the command line can name this file."""
+  return tiny_config()

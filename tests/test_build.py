@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ddpm_jax import build, parallel
+from tests.recipes import tiny_config
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("process.name", "discret", "Did you mean 'discrete'"),
+    ("process.schedule", "cosin", "Did you mean 'cosine'"),
+    ("process.beta_max", 2000.0, "inside \\(0, 1\\)"),
+    ("prediction", "epsilon", "config.prediction"),
+    ("loss.weighting", "simpel", "Did you mean 'simple'"),
+    ("network.dtype", "float16", "Did you mean 'bfloat16'"),
+    ("network.multipliers", (1, 1, 1, 1, 2), "divisible by 16"),
+    ("sampling.sampler", "ddmi", "Did you mean 'ddim'"),
+    ("sampling.grid", "trail", "Did you mean 'trailing'"),
+    ("sampling.num_steps", 2000, "num_steps=2000"),
+    ("data.source", "digit", "Did you mean 'digits'"),
+    ("data.image_size", 16, "shape \\(8, 8, 1\\)"),
+    ("data.hold_out", 5000, "hold_out=5000"),
+    ("optimizer.ema_decay", 1.5, "decay of 1.5"),
+  ],
+)
+def test_wrong_values_are_errors_when_built(key, value, message):
+  config = tiny_config()
+  config.process.schedule = "linear"
+  section, _, name = key.rpartition(".")
+  (config[section] if section else config)[name] = value
+  with pytest.raises(ValueError, match=message):
+    build_all(config)
+
+
+def build_all(config):
+  build.build_optimizer(config)
+  build.build_loss(config)
+  build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))
+  build.build_data(config)
+
+
+def test_the_tiny_config_is_sound():
+  build.check_config(tiny_config())
+  build_all(tiny_config())
+
+
+def test_keys_are_checked():
+  config = tiny_config()
+  config.training.step = 3
+  with pytest.raises(ValueError, match=r"'training.step' as a config key.*Did you mean 'training.steps'"):
+    build.check_config(config)
+  config = tiny_config()
+  del config.training["steps"]
+  with pytest.raises(ValueError, match=r"without training.steps"):
+    build.check_config(config)
+  config = tiny_config()
+  config.training.log_every = 0
+  with pytest.raises(ValueError, match=r"training.log_every=0"):
+    build.check_config(config)
+
+
+def test_config_of_run_needs_one(tmp_path):
+  with pytest.raises(ValueError, match="holds no run"):
+    build.config_of_run(None, tmp_path)
+  with pytest.raises(ValueError, match="gives a dict"):
+    build.config_of_run({}, tmp_path)
+  assert build.config_of_run(ConfigDict({"a": 1}), tmp_path).a == 1
+
+
+@pytest.mark.parametrize("process", ["discrete", "vp"])
+@pytest.mark.parametrize("sampler", build.SAMPLERS)
+def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
+  """The same samples from one key each, in one batch or two; `ode` controls its error over a batch, so nearly."""
+  config = tiny_config()
+  config.process.name = process
+  config.sampling.update({"sampler": sampler, "num_steps": 5, "batch_size": 8, "tolerance": 1e-5})
+  config.network.num_classes = 3
+  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
+  params = jax.tree.map(lambda p: p + 0.02, params)
+  generate = build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))
+  keys, classes = jax.random.split(jax.random.key(1), 8), jnp.arange(8) % 3
+  whole, nfe = generate(params, keys, classes)
+  part, _ = generate(params, keys[:4], classes[:4])
+  assert whole.shape == (8, 8, 8, 1)
+  assert jnp.all(jnp.isfinite(whole))
+  np.testing.assert_allclose(whole[:4], part, atol=2e-2 if sampler == "ode" else 1e-4)
+  assert int(nfe) == {"heun": 9}.get(sampler, 5) or sampler == "ode"
+
+
+def test_labels():
+  config = tiny_config()
+  assert build.build_labels(config, None, 4) is None
+  with pytest.raises(ValueError, match="without classes"):
+    build.build_labels(config, [1], 4)
+  config.network.num_classes = 3
+  np.testing.assert_array_equal(build.build_labels(config, None, 4), [0, 1, 2, 0])
+  np.testing.assert_array_equal(build.build_labels(config, [2, 1], 5), [2, 1, 2, 1, 2])
+  for wrong in ([3], [-1], []):
+    with pytest.raises(ValueError, match="labels from 0 to 2"):
+      build.build_labels(config, wrong, 4)
+
+
+def test_data_with_more_classes_than_the_network_is_an_error():
+  config = tiny_config()
+  config.network.num_classes = 9
+  config.data.hold_out = 0
+  with pytest.raises(ValueError, match="labels 0 to 9 for network.num_classes=9"):
+    build.build_data(config)
+
+
+def test_folders_with_splits(tmp_path):
+  from PIL import Image
+
+  for split, count in (("train", 3), ("test", 2)):
+    (tmp_path / split / "a").mkdir(parents=True)
+    for index in range(count):
+      Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / "a" / f"{index}.png")
+  config = tiny_config()
+  config.data.update({"source": "folder", "path": str(tmp_path), "eval_split": "test", "hold_out": 0})
+  train, held_out = build.build_data(config)
+  assert (len(train), len(held_out)) == (3, 2)
+  config.data.update({"eval_split": "", "hold_out": 2})
+  train, held_out = build.build_data(config)
+  assert (len(train), len(held_out)) == (3, 2)
+  config.data.path = ""
+  with pytest.raises(ValueError, match="data.path"):
+    build.build_data(config)

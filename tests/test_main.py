@@ -1,0 +1,249 @@
+"""The command line as a user meets it: in processes of its own, from start to end, killed and resumed, and misused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import parallel, runs
+from tests.conftest import CACHE, ROOT
+from tests.recipes import tiny_config
+
+RECIPE = "--config=tests/recipes.py"
+
+
+def environment(devices=1):
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+
+
+def start(*arguments, devices=1):
+  command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+
+
+def call(*arguments, devices=1):
+  process = start(*arguments, devices=devices)
+  output = process.communicate(timeout=300)[0]
+  return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A finished run of the tiny recipe, and what it printed."""
+  folder = tmp_path_factory.mktemp("run")
+  code, output = call(RECIPE, f"--workdir={folder}")
+  assert code == 0, output
+  return folder, output
+
+
+def test_training_writes_and_says_everything(run):
+  folder, output = run
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [3, 6, 9, 12]
+  assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["images_per_second"] > 0 for line in lines)
+  assert sorted(path.name for path in (folder / "samples").glob("*.png")) == [
+    "final.png",
+    "step_0000006.png",
+    "step_0000012.png",
+  ]
+  assert Image.open(folder / "samples" / "step_0000006.png").size == (402, 402)  # 8 by 8 tiles of 48, and gaps
+  assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["12", "8"]
+  assert list((folder / "tensorboard").glob("events*"))
+  assert json.loads((folder / "config.json").read_text())["training"]["steps"] == 12
+  report = json.loads((folder / "eval.json").read_text())
+  assert set(report["scores"]) == {"generated", "floor"}
+  assert report["num_samples"] == 40
+  assert report["step"] == 12
+  assert report["sampling"]["nfe"] == 4
+  assert "compiling the train step" in output
+  assert "images/s" in output
+  for name in ("final.npz", "final.png", "eval.json", "checkpoints", "metrics.jsonl", "floor"):
+    assert name in output
+
+
+def test_sample(run):
+  folder, _ = run
+  code, output = call(
+    "--mode=sample", f"--workdir={folder}", "--num_samples=21", "--sampler=heun", "--num_steps=3", "--seed=5"
+  )
+  assert code == 0, output
+  with np.load(folder / "samples" / "heun_nfe5_seed5.npz") as file:
+    samples = file["samples"]
+  assert samples.shape == (21, 8, 8, 1)
+  assert samples.dtype == np.uint8
+  assert (folder / "samples" / "heun_nfe5_seed5.png").exists()
+  # Sample i is the same whatever the number and the devices.
+  code, output = call(
+    "--mode=sample", f"--workdir={folder}", "--num_samples=5", "--sampler=heun", "--num_steps=3", "--seed=5", devices=8
+  )
+  assert code == 0, output
+  with np.load(folder / "samples" / "heun_nfe5_seed5.npz") as file:
+    assert np.max(np.abs(file["samples"].astype(int) - samples[:5])) <= 1
+
+
+def test_eval_again_gives_the_same_scores(run):
+  folder, _ = run
+  before = json.loads((folder / "eval.json").read_text())
+  code, output = call("--mode=eval", f"--workdir={folder}")
+  assert code == 0, output
+  after = json.loads((folder / "eval.json").read_text())
+  assert after["scores"] == before["scores"]
+
+
+def test_a_finished_run_is_not_trained_again(run):
+  folder, _ = run
+  code, output = call(RECIPE, f"--workdir={folder}")
+  assert code == 0, output
+  assert "training is complete at step 12" in output
+  assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_conditional_model_and_labels(tmp_path):
+  code, output = call(RECIPE, f"--workdir={tmp_path}", "--config.network.num_classes=10", "--config.training.steps=3")
+  assert code == 0, output
+  code, output = call("--mode=sample", f"--workdir={tmp_path}", "--num_samples=5", "--labels=3,7")
+  assert code == 0, output
+  with np.load(next((tmp_path / "samples").glob("ddim*.npz"))) as file:
+    np.testing.assert_array_equal(file["labels"], [3, 7, 3, 7, 3])
+  code, output = call("--mode=sample", f"--workdir={tmp_path}", "--labels=10")
+  assert code == 2
+  assert "labels from 0 to 9" in output
+
+
+def leaves(folder):
+  config = tiny_config()
+  state = runs._restore(config, folder, parallel.data_mesh(jax.devices()[:1]))
+  return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
+  options = [
+    "--config.training.steps=400",
+    "--config.training.checkpoint_every=20",
+    "--config.training.sample_every=1000",
+  ]
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  process = start(RECIPE, f"--workdir={broken}", *options)
+  deadline = time.time() + 200
+  while not (broken / "checkpoints" / "60").exists() and time.time() < deadline and process.poll() is None:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert process.returncode == -signal.SIGKILL, process.stdout.read()
+  assert not (broken / "eval.json").exists()
+  code, output = call(RECIPE, f"--workdir={broken}", *options)
+  assert code == 0, output
+  assert "resuming from the checkpoint of step" in output
+  code, output = call(RECIPE, f"--workdir={whole}", *options)
+  assert code == 0, output
+  for a, b in zip(leaves(whole), leaves(broken), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+  def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}, len(lines)
+
+  (first, count), (second, again) = metrics(whole), metrics(broken)
+  assert set(first) == set(second)
+  assert count == again, "no line twice"
+
+
+def test_training_on_eight_devices(tmp_path):
+  code, output = call(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=3", devices=8)
+  assert code == 0, output
+  assert "on 8 cpu device(s)" in output
+
+
+def test_a_longer_run_goes_on(run, tmp_path):
+  folder = tmp_path / "longer"
+  shutil.copytree(run[0], folder)
+  code, output = call(RECIPE, f"--workdir={folder}", "--config.training.steps=15")
+  assert code == 0, output
+  assert "resuming from the checkpoint of step 12" in output
+  assert json.loads((folder / "eval.json").read_text())["step"] == 15
+
+
+def broken_folder(tmp_path):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for index in range(30):
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{index:02d}.png")
+  (folder / "17.png").write_bytes((folder / "17.png").read_bytes()[:60])
+  return folder
+
+
+WRONG = {
+  "key": ([RECIPE, "--config.training.step=3"], r'"steps" instead of "step"'),
+  "type": ([RECIPE, "--config.training.steps=many"], "training.steps=many"),
+  "mode": ([RECIPE, "--mode=trian"], "Did you mean 'train'"),
+  "flag": ([RECIPE, "--smapler=ddim"], "Did you mean: sampler"),
+  "word": ([RECIPE, "ddim"], "wanted flags only"),
+  "sampler": ([RECIPE, "--sampler=dddim"], "Did you mean 'ddim'"),
+  "file": (["--config=configs/digits_v.py"], "Did you mean configs/digits_vp.py"),
+  "no_config": ([], "holds no run"),
+  "size": ([RECIPE, "--config.network.multipliers=(1,1,1,1,1)"], "divisible by 16"),
+  "betas": ([RECIPE, "--config.process.beta_max=3000."], r"inside \(0, 1\)"),
+  "folder": ([RECIPE, "--config.data.source=folder", "--config.data.path=/none"], "does not exist"),
+  "no_checkpoint": ([RECIPE, "--mode=sample"], "holds no checkpoint"),
+  "no_checkpoint_eval": ([RECIPE, "--mode=eval"], "holds no checkpoint"),
+  "too_many": ([RECIPE, "--config.evaluation.num_samples=5000"], "evaluation.num_samples=5000"),
+  "labels": ([RECIPE, "--labels=a", "--mode=sample"], "wanted integers"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
+  arguments, message = WRONG[name]
+  workdir = tmp_path / "work"
+  code, output = call(*arguments, f"--workdir={workdir}")
+  assert_refused(code, output, message)
+  assert not workdir.exists(), "nothing is touched"
+
+
+def assert_refused(code, output, message):
+  import re
+
+  assert code in (1, 2), output
+  assert re.search(message, output), output
+  assert "Traceback" not in output, output
+  assert "compiling" not in output, output
+
+
+def test_bad_folders(tmp_path):
+  images = broken_folder(tmp_path)
+  folder = [RECIPE, "--config.data.source=folder", f"--config.data.path={images}", "--config.data.hold_out=0"]
+  code, output = call(*folder, f"--workdir={tmp_path / 'a'}")
+  assert_refused(code, output, r"Cannot decode the image .*17\.png")
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  code, output = call(*folder[:2], f"--config.data.path={empty}", f"--workdir={tmp_path / 'a'}")
+  assert_refused(code, output, "holds no image")
+  assert not (tmp_path / "a").exists()
+
+
+def test_bad_workdirs(run, tmp_path):
+  folder, _ = run
+  before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+  code, output = call(RECIPE, f"--workdir={folder}", "--config.network.channels=16", "--config.seed=3")
+  assert_refused(code, output, "holds a run of another config")
+  assert "network.channels: 8 in the folder, 16 now" in output
+  assert "seed: 0 in the folder, 3 now" in output
+  assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
+  code, output = call(RECIPE, f"--workdir={folder / 'eval.json'}")
+  assert_refused(code, output, "cannot be written to")
+  code, output = call(RECIPE, "--config.training.batch_size=12", f"--workdir={tmp_path / 'a'}", devices=8)
+  assert_refused(code, output, "batch size of 12 on 8 devices")
+  code, output = call(RECIPE)
+  assert_refused(code, output, "no --workdir")

@@ -1,0 +1,156 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.networks import UNet
+from ddpm_jax.networks.layers import AttentionBlock, sinusoidal_embedding
+
+SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,), "groups": 4, "dropout": 0.0}
+
+
+def build(size=(8, 8), channels=1, seed=0, **changes):
+  network = UNet(out_channels=channels, **(SMALL | changes))
+  classes = jnp.zeros((1,), jnp.int32) if network.num_classes else None
+  # Under jit: op by op, a network costs a compilation an operation.
+  init = jax.jit(network.init)
+  return network, init(jax.random.key(seed), jnp.zeros((1, *size, channels)), jnp.zeros((1,)), classes)["params"]
+
+
+def apply(network, params, *args, **kwargs):
+  return jax.jit(lambda params: network.apply({"params": params}, *args, **kwargs))(params)
+
+
+def awake(params):
+  """The zeros of a fresh network replaced by noise, so that every path acts on the output."""
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(9), len(leaves))
+  return tree.unflatten([p + 0.1 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
+
+
+def test_ddpm_network_has_the_published_size():
+  network = UNet()
+  params = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 35_746_307
+  assert len(jax.tree.leaves(params)) == 328
+
+
+@pytest.mark.parametrize(
+  ("size", "channels", "changes"),
+  [
+    ((8, 8), 1, {}),
+    ((7, 5), 2, {"multipliers": (1,)}),
+    ((12, 8), 3, {"multipliers": (1, 1, 2)}),
+    ((16, 16), 1, {"multipliers": (1, 1, 1, 2, 2), "attention_resolutions": (1, 2), "heads": 2}),
+    ((8, 8), 5, {"num_classes": 3, "blocks": 2, "middle_attention": False}),
+    ((8, 8), 3, {"dtype": jnp.bfloat16}),
+  ],
+)
+def test_shapes_and_types(size, channels, changes):
+  network, params = build(size, channels, **changes)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+  x, label = jax.random.normal(jax.random.key(1), (3, *size, channels)), jnp.array([0.0, 10.0, 999.0])
+  classes = jnp.array([0, 1, 2]) if network.num_classes else None
+  output = apply(network, params, x, label, classes)
+  assert output.shape == x.shape
+  assert output.dtype == jnp.float32
+  assert jnp.all(output == 0), "a fresh network gives zeros, by its last convolution"
+  assert jnp.any(apply(network, awake(params), x, label, classes) != 0)
+
+
+def test_output_depends_on_time_and_class_and_not_on_the_rest_of_the_batch():
+  network, params = build(num_classes=3)
+  params = awake(params)
+  x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 8, 8, 1)), (4, 8, 8, 1))
+  label, classes = jnp.array([5.0, 5.0, 6.0, 5.0]), jnp.array([0, 0, 0, 2])
+  output = apply(network, params, x, label, classes)
+  np.testing.assert_allclose(output[0], output[1], atol=1e-6)
+  assert jnp.max(jnp.abs(output[0] - output[2])) > 1e-3
+  assert jnp.max(jnp.abs(output[0] - output[3])) > 1e-3
+  np.testing.assert_allclose(apply(network, params, x[2:3], label[2:3], classes[2:3])[0], output[2], atol=1e-5)
+
+
+def test_every_parameter_has_a_gradient():
+  network, params = build(num_classes=3, blocks=2)
+  params = awake(params)
+  x, label = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.array([1.0, 2.0, 3.0])
+
+  def loss(params):
+    return jnp.sum(network.apply({"params": params}, x, label, jnp.arange(3)) ** 2)
+
+  slopes = jax.jit(jax.grad(loss))(params)
+  silent = [
+    jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(slopes) if not jnp.any(leaf)
+  ]
+  assert not silent
+
+
+def test_attention_is_softmax_of_products():
+  """The block against the formula, written out with NumPy, heads and all."""
+  block = AttentionBlock(heads=2, groups=1, dtype=jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
+  params = awake(block.init(jax.random.key(1), x)["params"])
+  flat = np.asarray(x, np.float64).reshape(6, 4)
+  norm = (flat - flat.mean()) / np.sqrt(flat.var() + 1e-6) * params["group_norm"]["scale"] + params["group_norm"][
+    "bias"
+  ]
+  q, k, v = (norm @ params[name]["kernel"] + params[name]["bias"] for name in ("to_q", "to_k", "to_v"))
+  heads = []
+  for part in (slice(0, 2), slice(2, 4)):
+    weights = np.exp(q[:, part] @ k[:, part].T / 2**0.5)
+    heads.append(weights / weights.sum(1, keepdims=True) @ v[:, part])
+  expected = flat + np.concatenate(heads, 1) @ params["to_out"]["kernel"] + params["to_out"]["bias"]
+  np.testing.assert_allclose(block.apply({"params": params}, x).reshape(6, 4), expected, atol=1e-5)
+
+
+def test_attention_stands_where_it_is_asked_for():
+  _, params = build((16, 16), multipliers=(1, 1, 1), attention_resolutions=(8,), middle_attention=False)
+  with_attention = {name for name in params if "attention" in name}
+  assert with_attention == {"down_1_0_attention", "up_1_0_attention", "up_1_1_attention"}
+
+
+def test_dropout_acts_in_training_only():
+  network, params = build(dropout=0.5)
+  params, x = awake(params), jnp.ones((2, 8, 8, 1))
+
+  def run(seed, train):
+    return apply(network, params, x, jnp.ones(2), train=train, rngs={"dropout": jax.random.key(seed)})
+
+  assert jnp.any(run(0, True) != run(1, True))
+  np.testing.assert_array_equal(run(0, False), run(1, False))
+
+
+def test_sinusoidal_embedding_is_ho_et_al_s():
+  got = sinusoidal_embedding(jnp.array([0.0, 3.0]), 8)
+  frequencies = 10_000.0 ** (-np.arange(4) / 3)
+  np.testing.assert_allclose(got[1], np.concatenate([np.sin(3 * frequencies), np.cos(3 * frequencies)]), rtol=1e-5)
+  np.testing.assert_allclose(got[0], [0, 0, 0, 0, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+  ("size", "changes", "message"),
+  [
+    ((6, 8), {"multipliers": (1, 1, 2)}, "divisible by 4.*at most 2 multipliers"),
+    ((7, 7), {}, "divisible by 2.*at most 1 multipliers"),
+    ((8, 8), {"groups": 3}, "groups=3"),
+    ((8, 8), {"heads": 5}, "heads=5"),
+    ((8, 8), {"channels": 5, "groups": 1}, "even number"),
+    ((8, 8), {"multipliers": ()}, "at least one level"),
+  ],
+)
+def test_impossible_networks_are_errors(size, changes, message):
+  with pytest.raises(ValueError, match=message):
+    UNet(out_channels=1, **(SMALL | changes)).check_input((*size, 1))
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(
+      UNet(out_channels=1, **(SMALL | changes)).init, jax.random.key(0), jnp.zeros((1, *size, 1)), jnp.zeros(1)
+    )
+
+
+def test_classes_go_with_a_conditional_network_only():
+  network, params = build()
+  with pytest.raises(ValueError, match="num_classes=0"):
+    apply(network, params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+  network, params = build(num_classes=2)
+  with pytest.raises(ValueError, match="Got no labels"):
+    apply(network, params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))

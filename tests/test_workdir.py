@@ -1,0 +1,73 @@
+import os
+
+import pytest
+
+from ddpm_jax import records, workdir
+
+CONFIG = {"seed": 0, "network": {"channels": 8, "multipliers": (1, 2)}, "training": {"steps": 5}, "sampling": {"k": 1}}
+
+
+def test_a_config_comes_back(tmp_path):
+  assert workdir.read_config(tmp_path) is None
+  workdir.write_config(tmp_path, CONFIG)
+  assert workdir.read_config(tmp_path)["network"] == {"channels": 8, "multipliers": [1, 2]}
+  workdir.check_same_run(tmp_path, CONFIG)
+  assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_what_changes_no_parameter_may_change(tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  workdir.check_same_run(tmp_path, CONFIG | {"training": {"steps": 9}, "sampling": {"k": 2}})
+
+
+def test_another_config_is_refused_with_its_differences(tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  other = {"seed": 1, "network": {"channels": 16, "multipliers": (1, 2)}, "training": {"steps": 5}, "new": 3}
+  with pytest.raises(ValueError, match="another config") as error:
+    workdir.check_same_run(tmp_path, other)
+  for line in (
+    "seed: 0 in the folder, 1 now",
+    "network.channels: 8 in the folder, 16 now",
+    "new: absent in the folder, 3 now",
+  ):
+    assert line in str(error.value)
+  assert "multipliers" not in str(error.value)
+
+
+def test_a_damaged_config_is_an_error(tmp_path):
+  workdir.config_path(tmp_path).write_text("{")
+  with pytest.raises(ValueError, match=r"Cannot read .*config\.json"):
+    workdir.read_config(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+  file = tmp_path / "file"
+  file.write_text("")
+  with pytest.raises(ValueError, match="cannot be written to"):
+    workdir.check_writable(file)
+  with pytest.raises(ValueError, match="cannot be written to"):
+    workdir.check_writable(file / "below")
+  workdir.check_writable(tmp_path / "a" / "b")
+  assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_records_go_on_where_the_checkpoint_stands(tmp_path):
+  import json
+
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  first = records.Records(tmp_path, 0)
+  for step in (10, 20, 30):
+    first.scalars(step, {"loss": 1.0 / step})
+  first.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 40, "lo')
+  second = records.Records(tmp_path, 20)
+  second.scalars(30, {"loss": 0.5})
+  second.close()
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [10, 20, 30]
+  assert lines[-1]["loss"] == 0.5
+  board = EventAccumulator(str(tmp_path / "tensorboard"))
+  board.Reload()
+  assert [(event.step, round(event.value, 3)) for event in board.Scalars("loss")] == [(10, 0.1), (20, 0.05), (30, 0.5)]
