@@ -28,12 +28,12 @@ def get_config():
   config.training.update(
     {
       "batch_size": 64,
-      "steps": 2000,
+      "steps": 2400,
       "log_every": 50,
-      "checkpoint_every": 500,
-      "sample_every": 500,
+      "checkpoint_every": 400,
+      "sample_every": 400,
     }
   )
-  config.sampling.update({"sampler": "ode", "clip": False, "tolerance": 1e-3, "batch_size": 500})
+  config.sampling.update({"sampler": "ode", "clip": False, "tolerance": 1e-4, "batch_size": 500})
   config.evaluation.num_samples = 500
   return config

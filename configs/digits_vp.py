@@ -29,12 +29,12 @@ def get_config():
   config.training.update(
     {
       "batch_size": 64,
-      "steps": 2000,
+      "steps": 2400,
       "log_every": 50,
-      "checkpoint_every": 500,
-      "sample_every": 500,
+      "checkpoint_every": 400,
+      "sample_every": 400,
     }
   )
-  config.sampling.update({"num_steps": 100, "variance": "small", "batch_size": 128})
+  config.sampling.update({"num_steps": 100, "batch_size": 128})
   config.evaluation.num_samples = 500
   return config

@@ -35,6 +35,6 @@ def get_config():
       "sample_every": 1000,
     }
   )
-  config.sampling.update({"num_steps": 100, "variance": "small", "batch_size": 125})
+  config.sampling.update({"num_steps": 100, "batch_size": 125})
   config.evaluation.num_samples = 500
   return config

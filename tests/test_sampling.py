@@ -1,5 +1,7 @@
 """Samplers on data with a closed form: order of convergence, moments, mixture weights, and the contract they all share."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +112,7 @@ def test_stochastic_moments_approach_the_truth_with_more_steps(name):
     times = sampling.grids.uniform(process, steps, t_min=1e-3)
     alpha, sigma = process.alpha(1.0), process.sigma(1.0)
     m, v = alpha * mean, alpha**2 * std**2 + sigma**2
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
       a, b, c = pieces(t, s)
       m, v = a * m + b, a**2 * v + c**2
     return abs(m - mean), abs(v - std**2)

@@ -1,0 +1,52 @@
+"""Research scripts and the notebook, run from start to end as their readers would."""
+
+import base64
+import io
+import os
+import runpy
+
+import jax
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+from tests.conftest import CACHE, ROOT
+
+
+def test_the_mixture_script_samples_the_mixture(capsys):
+  names = runpy.run_path(str(ROOT / "experiments" / "gaussian_mixture.py"))
+  results = names["main"](5000)
+  assert "spread" in capsys.readouterr().out
+  assert len(results) == 5
+  for samples in results.values():
+    nearest = np.argmin(np.linalg.norm(np.asarray(samples)[:, None] - names["MEANS"], axis=-1), axis=1)
+    np.testing.assert_allclose(np.bincount(nearest) / 5000, names["WEIGHTS"], atol=0.04)
+    for k in range(3):
+      np.testing.assert_allclose(samples[nearest == k].mean(0), names["MEANS"][k], atol=0.03)
+      np.testing.assert_allclose(samples[nearest == k].std(0), 0.1, atol=0.02)
+
+
+def test_the_script_uses_neither_flax_nor_a_config():
+  text = (ROOT / "experiments" / "gaussian_mixture.py").read_text()
+  assert "flax" not in text.lower().replace("no flax", "")
+  assert "ml_collections" not in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs_from_start_to_end(monkeypatch):
+  monkeypatch.setenv("DDPM_JAX_NOTEBOOK_STEPS", "60")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+  notebook = nbformat.read(ROOT / "experiments" / "colab_quickstart.ipynb", as_version=4)
+  NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+  outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+  pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+  assert len(pictures) == 6
+  for picture in pictures:
+    assert np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L")).std() > 5
+  text = "".join(output.get("text", "") for output in outputs)
+  assert "real images (floor)" in text
+  assert jax.default_backend() in text.lower()
