@@ -1,3 +1,29 @@
 """Diffusion models as pure functions, in JAX and Flax."""
 
+import importlib
+
 __version__ = "0.1.0"
+__all__ = [
+  "data",
+  "evaluate",
+  "guidance",
+  "images",
+  "losses",
+  "metrics",
+  "networks",
+  "optim",
+  "parallel",
+  "predictions",
+  "processes",
+  "randomness",
+  "sampling",
+  "schedules",
+  "train",
+]
+
+
+def __getattr__(name: str):
+  # On first use: research code that samples needs neither Flax nor grain, and the command line speaks before it imports.
+  if name in __all__:
+    return importlib.import_module(f"{__name__}.{name}")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public modules are {', '.join(__all__)}")

@@ -157,19 +157,16 @@ def check_config(config: ConfigDict) -> None:
     raise ValueError(
       f"Got a config without {', '.join(sorted(known - given))}; wanted every key. Start from build.default_config() and change what differs."
     )
-  counts = [
-    "data.image_size",
-    "data.channels",
-    "data.num_threads",
-    "process.num_steps",
-    "sampling.num_steps",
-    "sampling.preview_steps",
-    "evaluation.k",
-  ]
+  counts = ["data.image_size", "data.channels", "data.num_threads", "process.num_steps", "sampling.num_steps"]
+  counts += ["sampling.preview_steps", "sampling.batch_size", "evaluation.k", "evaluation.num_samples"]
   for name in [*counts, *(f"training.{key}" for key in config.training)]:
     section, key = name.split(".")
     if config[section][key] < 1:
       raise ValueError(f"Got config.{name}={config[section][key]}; wanted at least 1.")
+  if not 0 <= config.seed < 2**31:
+    raise ValueError(f"Got config.seed={config.seed}; wanted 0 to {2**31 - 1}.")
+  if config.sampling.tolerance <= 0:
+    raise ValueError(f"Got config.sampling.tolerance={config.sampling.tolerance}; wanted above 0, such as 1e-5.")
 
 
 def _keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
@@ -267,16 +264,13 @@ def build_data(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
     ),
   }
   train, held_out = choose(c.source, makers, "config.data.source")()
+  # Decoded and checked before anything else happens to them, so that no broken file or label shows later.
+  train, held_out = (source and data.in_memory(source) for source in (train, held_out))
+  for source in (train, held_out):
+    if source is not None:
+      _check_images(config, source)
   if held_out is None and c.hold_out:
     train, held_out = data.hold_out(train, c.hold_out)
-  train = data.in_memory(train)
-  image = train[0]["image"]
-  if image.shape != image_shape(config):
-    raise ValueError(
-      f"Got images of shape {image.shape} from data.source={c.source!r}; the config wants {image_shape(config)}. Set"
-      f" --config.data.image_size and --config.data.channels{' (only square images are supported)' if image.shape[0] != image.shape[1] else ''}."
-    )
-  _check_labels(config, train)
   return train, held_out
 
 
@@ -284,19 +278,32 @@ def _folders(c: ConfigDict) -> tuple[data.Source, data.Source | None]:
   if not c.path:
     raise ValueError("Got no folder of images; set --config.data.path=<folder>.")
   root = Path(c.path)
-  if c.train_split and c.eval_split and (root / c.train_split).is_dir() and (root / c.eval_split).is_dir():
-    train, held_out = (
-      data.FolderSource(root / split, c.image_size, c.channels) for split in (c.train_split, c.eval_split)
+  train, evaluation = ((split and (root / split).is_dir()) for split in (c.train_split, c.eval_split))
+  if not train and not evaluation:
+    return data.FolderSource(root, c.image_size, c.channels), None
+  if not train or (c.eval_split and not evaluation):
+    missing = c.eval_split if train else c.train_split
+    raise ValueError(
+      f"Got the folder {root} with data.train_split={c.train_split!r}, data.eval_split={c.eval_split!r}, of which only one"
+      f" is in it; wanted {root / missing} too, or neither. Correct the name, or clear --config.data.eval_split=''."
     )
-    return train, held_out
-  return data.FolderSource(root, c.image_size, c.channels), None
+  held_out = data.FolderSource(root / c.eval_split, c.image_size, c.channels) if evaluation else None
+  return data.FolderSource(root / c.train_split, c.image_size, c.channels), held_out
 
 
-def _check_labels(config: ConfigDict, source: data.Source) -> None:
+def _check_images(config: ConfigDict, source: data.Source) -> None:
+  shape = source[0]["image"].shape
+  if shape != image_shape(config):
+    square = "" if shape[0] == shape[1] else " Only square images are supported."
+    raise ValueError(
+      f"Got images of shape {shape} from data.source={config.data.source!r}; the config wants {image_shape(config)}. Set"
+      f" --config.data.image_size and --config.data.channels.{square}"
+    )
   classes, labels = config.network.num_classes, getattr(source, "labels", None)
   if classes and labels is not None and (np.min(labels) < 0 or np.max(labels) >= classes):
     raise ValueError(
-      f"Got data with labels {np.min(labels)} to {np.max(labels)} for network.num_classes={classes}; wanted labels from 0 to {classes - 1}."
+      f"Got data with labels {np.min(labels)} to {np.max(labels)} for network.num_classes={classes}; wanted labels from"
+      f" 0 to {classes - 1}."
     )
 
 

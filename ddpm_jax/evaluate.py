@@ -12,6 +12,9 @@ def pixel_scores(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Scores:
   """Frechet distance in pixel space, and precision and recall by k nearest neighbours, of uint8 images [N, H, W, C].
 
   Pixels are taken in [-1, 1]. Meant for small images, whose pixels are features enough.
+
+  Raises:
+    ValueError: if the images differ in shape, or there are no more than k of either.
   """
   a, b = (from_uint8(images).reshape(len(images), -1) for images in (generated, real))
   precision, recall = metrics.precision_recall(a, b, k)

@@ -30,7 +30,7 @@ def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
     expectation the one over uniform times (here 1).
 
   Raises:
-    ValueError: if t_min is outside [0, t_max), or is given for a discrete process.
+    ValueError: if t_min is outside (0, t_max), or is given for a discrete process.
   """
   if process.num_steps is not None:
     if t_min is not None:
@@ -43,8 +43,10 @@ def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
       return jax.random.randint(key, (), 1, n + 1) / n
   else:
     low = 1e-5 if t_min is None else t_min
-    if not 0 <= low < process.t_max:
-      raise ValueError(f"Got t_min={low}; wanted 0 <= t_min < t_max={process.t_max}.")
+    if not 0 < low < process.t_max:
+      raise ValueError(
+        f"Got t_min={low}; wanted 0 < t_min < t_max={process.t_max}: at 0 there is no noise to learn from."
+      )
 
     def draw(key):
       return jax.random.uniform(key, (), minval=low, maxval=process.t_max)

@@ -37,6 +37,11 @@ def main(argv: list[str]) -> None:
   if not _WORKDIR.value:
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
   folder = Path(_WORKDIR.value).expanduser().absolute()
+  for flag, modes in ((_LABELS, ("sample",)), (_NUM_SAMPLES, ("sample", "eval")), (_SEED, ("sample", "eval"))):
+    if flag.value is not None and mode not in modes:
+      raise ValueError(
+        f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
+      )
   config = build.config_of_run(_CONFIG.value, folder)
   if _SAMPLER.value is not None:
     config.sampling.sampler = build.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
@@ -82,7 +87,8 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    _stop(f"{error}")
+    hint = " Keys of a config can be set together with --config=<file> only." if "config." in str(error) else ""
+    _stop(f"{error}{hint}")
   except (AttributeError, KeyError) as error:
     # ml_collections names the key that is not there and the nearest that is.
     _stop(

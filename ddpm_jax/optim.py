@@ -45,7 +45,7 @@ def params_ema(decay: float, warmup: bool = True) -> optax.GradientTransformatio
 
 
 def ema_params(opt_state: PyTree) -> PyTree:
-  """The averaged parameters held by an optimizer state that has `params_ema` in its chain."""
+  """The averaged parameters in the state of a chain that holds one `params_ema`; None if it holds none."""
   return optax.tree.get(opt_state, "params_ema")
 
 

@@ -1,6 +1,7 @@
 """What a run writes down as it goes: metrics.jsonl and TensorBoard files."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ class Records:
     self._path = Path(folder) / "metrics.jsonl"
     if self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-      self._path.write_text("".join(line + "\n" for line in lines))
+      # Whole or not at all: a run can be killed here too.
+      temporary = self._path.with_suffix(".tmp")
+      temporary.write_text("".join(line + "\n" for line in lines))
+      os.replace(temporary, self._path)
     # The suffix tells apart files that are begun in one second.
     self._board = SummaryWriter(
       str(Path(folder) / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".{step}"

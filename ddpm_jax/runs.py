@@ -4,6 +4,7 @@ Each first builds and checks all that the config names, and writes nothing until
 """
 
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -39,16 +40,15 @@ def run_train(config: ConfigDict, folder: Path) -> None:
   build.build_generate(config, mesh)
   source, held_out = build.build_data(config)
   _check_evaluation(config, source, held_out)
+  init, template = _state(config, optimizer, mesh)
   workdir.check_writable(folder)
 
-  workdir.write_config(folder, config.to_dict())
-  say(
-    f"{len(source):,} training images of {'x'.join(map(str, build.image_shape(config)))}, {len(held_out or ()):,} held out"
-  )
-  init, template = _state(config, optimizer, mesh)
-  say(
-    f"{sum(leaf.size for leaf in jax.tree.leaves(template.params)):,} parameters on {mesh.size} {jax.default_backend()} device(s)"
-  )
+  shape, num_params = build.image_shape(config), sum(leaf.size for leaf in jax.tree.leaves(template.params))
+  say(f"{len(source):,} training images of {'x'.join(map(str, shape))}, {len(held_out or ()):,} held out")
+  say(f"{num_params:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+  resuming = checkpoint.Checkpoints.exist(workdir.checkpoint_folder(folder))
+  if not resuming:
+    workdir.write_config(folder, config.to_dict())
   checkpoints = checkpoint.Checkpoints(workdir.checkpoint_folder(folder), c.keep_checkpoints)
   batches = data.batches(
     source,
@@ -58,18 +58,20 @@ def run_train(config: ConfigDict, folder: Path) -> None:
     put=lambda batch: jax.device_put(batch, parallel.split(mesh)),
     num_threads=config.data.num_threads,
   )
-  if checkpoints.latest_step() is None:
+  if not resuming:
     state = init()
   else:
     state, position = checkpoints.restore(template)
     batches.restore(position)
+    # Only now: what may have changed in the config holds from here on.
+    workdir.write_config(folder, config.to_dict())
     say(f"resuming from the checkpoint of step {int(state.step):,}")
 
   if int(state.step) < c.steps:
     writer = records.Records(folder, int(state.step))
     step = functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer)
     shapes = {
-      "image": jax.ShapeDtypeStruct((c.batch_size, *build.image_shape(config)), jnp.float32),
+      "image": jax.ShapeDtypeStruct((c.batch_size, *shape), jnp.float32),
       "label": jax.ShapeDtypeStruct((c.batch_size,), jnp.int32),
     }
     compiled = compile_aloud("the train step", parallel.jit_step(step, mesh).lower(template, shapes))
@@ -138,8 +140,7 @@ def run_sample(config: ConfigDict, folder: Path, *, num_samples: int, seed: int,
   state = _restore(config, folder, mesh)
   samples, nfe = _draw(config, generate, optim.ema_params(state.opt_state), seed, num_samples, classes)
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
-  name = f"{config.sampling.sampler}_nfe{nfe}_seed{seed}"
-  _write_samples(_samples(folder) / name, samples, classes)
+  _write_samples(_free(_samples(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}"), samples, classes)
 
 
 def say(text: str) -> None:
@@ -207,8 +208,12 @@ def _preview(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[PyTree], 
 def _draw(
   config: ConfigDict, generate: Callable, params: PyTree, seed: int, count: int, classes: np.ndarray | None
 ) -> tuple[np.ndarray, int]:
-  """`count` samples (uint8), sample i from the seed and i alone, and the network evaluations each took (at most)."""
-  size, key = config.sampling.batch_size, jax.random.key(seed)
+  """`count` samples (uint8), and the network evaluations each took (at most).
+
+  Sample i follows from the seed and i alone, but for the sampler `ode`, which controls its error over a batch.
+  """
+  # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
+  size, key = config.sampling.batch_size, jax.random.fold_in(jax.random.key(seed), 2)
   parts, most = [], 0
   with tqdm(total=count, desc=f"sampling ({config.sampling.sampler})", unit=" images", disable=count <= size) as bar:
     for first in range(0, count, size):
@@ -219,6 +224,12 @@ def _draw(
       most = max(most, int(nfe))
       bar.update(min(size, count - first))
   return np.concatenate(parts)[:count], most
+
+
+def _free(path: Path) -> Path:
+  """The path, or with _2, _3, ... behind it the first whose samples do not exist yet."""
+  names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+  return next(name for name in names if not Path(f"{name}.npz").exists())
 
 
 def _write_samples(path: Path, samples: np.ndarray, classes: np.ndarray | None) -> None:

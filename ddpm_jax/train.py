@@ -1,7 +1,9 @@
 """Training: the state, the pure step, and the loop around it."""
 
+import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +52,7 @@ def train_step(
   """One optimization step, a pure function of the state and the batch.
 
   Sample i of the global batch gets its own key, from the run's key, the step and i, so that the result does not depend
-  on how the batch is split.
+  on how the batch is split. (Dropout is the exception under `pmap`: each device draws the masks of its share.)
 
   Args:
     state: the state before.
@@ -107,14 +109,18 @@ def fit(
     The state at `num_steps`.
 
   Raises:
-    FloatingPointError: at a log, if the mean loss is not finite.
+    FloatingPointError: at a log and before callbacks, if the loss or the gradient is not finite.
   """
   start = int(state.step)
   waiting: list[dict[str, Array]] = []
   images, since = 0, time.perf_counter()
   iterator: Iterator[PyTree] = iter(batches)
   bar_format = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} gone, {remaining} left{postfix}"
-  with tqdm(total=num_steps, initial=start, desc="train", bar_format=bar_format, dynamic_ncols=True) as bar:
+  # A terminal redraws the bar in place; a log file gets a line now and then.
+  interval = 0.2 if sys.stderr.isatty() else 10.0
+  with tqdm(
+    total=num_steps, initial=start, desc="train", bar_format=bar_format, dynamic_ncols=True, mininterval=interval
+  ) as bar:
     for number in range(start + 1, num_steps + 1):
       batch = next(iterator)
       state, metrics = step(state, batch)
@@ -129,12 +135,21 @@ def fit(
         means["images_per_second"] = images / (time.perf_counter() - since)
         log(number, means)
         bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s", refresh=False)
-        if not jnp.isfinite(means["loss"]):
-          raise FloatingPointError(
-            f"The loss is {means['loss']} at step {number}. Lower the learning rate or clip gradients, and start again from the last checkpoint."
-          )
+        _check_finite(number, means)
         waiting, images, since = [], 0, time.perf_counter()
-      for callback in callbacks:
-        if number % callback.every == 0 or number == num_steps:
-          callback.run(number, state)
+      due = [callback for callback in callbacks if number % callback.every == 0 or number == num_steps]
+      if due:
+        # Before anything is saved: a checkpoint must never hold parameters that are lost.
+        _check_finite(number, metrics)
+      for callback in due:
+        callback.run(number, state)
   return state
+
+
+def _check_finite(number: int, metrics: Mapping[str, Any]) -> None:
+  for name in ("loss", "grad_norm"):
+    if name in metrics and not math.isfinite(metrics[name]):
+      raise FloatingPointError(
+        f"The {name} is {float(metrics[name])} at step {number}. Lower the learning rate or the gradient clipping; the"
+        " same command goes on from the last checkpoint, which is older and sound."
+      )

@@ -6,12 +6,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# What may differ when a run goes on: nothing in it changes the parameters that a step leads to.
+# What may differ when a run goes on: nothing in it changes the parameters that a step leads to. Data may have moved; that
+# they are the same is for the data position to check.
 _MAY_CHANGE = (
   "training.steps",
   "training.log_every",
   "training.checkpoint_every",
   "training.sample_every",
+  "training.keep_checkpoints",
+  "data.num_threads",
+  "data.path",
   "sampling.",
   "evaluation.",
 )
@@ -54,6 +58,11 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
   """Raises a ValueError that lists the differences, unless the folder is free or holds a run of this config."""
   old = read_config(workdir)
   if old is None:
+    if checkpoint_folder(workdir).exists():
+      raise ValueError(
+        f"Got --workdir={workdir}, which has checkpoints but no config.json to say what they are; wanted both or neither."
+        " Restore the file, or use another --workdir."
+      )
     return
   before, now = _flatten(old), _flatten(json.loads(json.dumps(config)))
   names = [

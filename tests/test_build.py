@@ -25,6 +25,10 @@ from tests.recipes import tiny_config
     ("data.image_size", 16, "shape \\(8, 8, 1\\)"),
     ("data.hold_out", 5000, "hold_out=5000"),
     ("optimizer.ema_decay", 1.5, "decay of 1.5"),
+    ("network.heads", 0, "heads=0"),
+    ("network.groups", 0, "groups=0"),
+    ("network.groups", 16, "groups=16"),
+    ("network.dropout", 1.5, "dropout=1.5"),
   ],
 )
 def test_wrong_values_are_errors_when_built(key, value, message):
@@ -57,10 +61,18 @@ def test_keys_are_checked():
   del config.training["steps"]
   with pytest.raises(ValueError, match=r"without training.steps"):
     build.check_config(config)
-  config = tiny_config()
-  config.training.log_every = 0
-  with pytest.raises(ValueError, match=r"training.log_every=0"):
-    build.check_config(config)
+  for key, value in {
+    "training.log_every": 0,
+    "evaluation.num_samples": 0,
+    "sampling.batch_size": 0,
+    "sampling.tolerance": 0.0,
+    "seed": -1,
+  }.items():
+    config = tiny_config()
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = value
+    with pytest.raises(ValueError, match=f"{key}={value}"):
+      build.check_config(config)
 
 
 def test_config_of_run_needs_one(tmp_path):
@@ -107,7 +119,6 @@ def test_labels():
 def test_data_with_more_classes_than_the_network_is_an_error():
   config = tiny_config()
   config.network.num_classes = 9
-  config.data.hold_out = 0
   with pytest.raises(ValueError, match="labels 0 to 9 for network.num_classes=9"):
     build.build_data(config)
 
@@ -125,7 +136,27 @@ def test_folders_with_splits(tmp_path):
   assert (len(train), len(held_out)) == (3, 2)
   config.data.update({"eval_split": "", "hold_out": 2})
   train, held_out = build.build_data(config)
-  assert (len(train), len(held_out)) == (3, 2)
+  assert (len(train), len(held_out)) == (1, 2), "held out of the training split, not of everything"
+  config.data.update({"path": str(tmp_path / "train"), "eval_split": "test", "hold_out": 0})
+  assert build.build_data(config)[1] is None, "classes alone"
+  config.data.update({"path": str(tmp_path), "eval_split": "tset"})
+  with pytest.raises(ValueError, match=r"wanted .*tset too, or neither"):
+    build.build_data(config)
   config.data.path = ""
   with pytest.raises(ValueError, match="data.path"):
+    build.build_data(config)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_broken_file_in_either_split_is_named(tmp_path, split):
+  from PIL import Image
+
+  for name in ("train", "test"):
+    (tmp_path / name).mkdir()
+    for index in range(4):
+      Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / f"{index}.png")
+  (tmp_path / split / "2.png").write_bytes(b"broken")
+  config = tiny_config()
+  config.data.update({"source": "folder", "path": str(tmp_path), "eval_split": "test"})
+  with pytest.raises(ValueError, match=rf"{split}.2\.png"):
     build.build_data(config)

@@ -128,8 +128,9 @@ def test_a_sample_depends_on_its_key_alone():
 def test_wrong_input_is_an_error():
   with pytest.raises(ValueError, match="discrete process"):
     losses.uniform(PROCESSES["discrete_linear"], 1e-3)
-  with pytest.raises(ValueError, match="t_min=1"):
-    losses.uniform(PROCESSES["vp"], 1.0)
+  for t_min in (0.0, 1.0):
+    with pytest.raises(ValueError, match=f"t_min={t_min}"):
+      losses.uniform(PROCESSES["vp"], t_min)
   with pytest.raises(ValueError, match="output of shape"):
     losses.denoising_loss(
       jax.random.key(0),

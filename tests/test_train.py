@@ -84,6 +84,21 @@ def test_fit_stops_at_a_loss_that_is_not_finite():
     train.fit(state, step, data, num_steps=20, log=lambda *_: None, log_every=5)
 
 
+def test_parameters_that_are_lost_are_never_handed_to_a_callback():
+  """Not even between logs, nor where the loss is still finite and only the gradient is not."""
+  state, step = linear_problem(optim.adam(0.05))
+  saved = []
+
+  def breaking(state, batch):
+    after, metrics = step(state, batch)
+    return after, metrics | {"grad_norm": jnp.where(after.step >= 6, jnp.inf, metrics["grad_norm"])}
+
+  callback = train.Callback(3, lambda number, state: saved.append(number))
+  with pytest.raises(FloatingPointError, match="grad_norm is inf at step 6"):
+    train.fit(state, breaking, batches(), num_steps=20, log=lambda *_: None, log_every=20, callbacks=[callback])
+  assert saved == [3]
+
+
 @pytest.mark.parametrize("conditional", [True, False])
 def test_a_real_step_of_the_unet(conditional):
   config = tiny_config()

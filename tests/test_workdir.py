@@ -34,6 +34,12 @@ def test_another_config_is_refused_with_its_differences(tmp_path):
   assert "multipliers" not in str(error.value)
 
 
+def test_checkpoints_without_a_config_are_refused(tmp_path):
+  workdir.checkpoint_folder(tmp_path).mkdir()
+  with pytest.raises(ValueError, match=r"no config\.json"):
+    workdir.check_same_run(tmp_path, CONFIG)
+
+
 def test_a_damaged_config_is_an_error(tmp_path):
   workdir.config_path(tmp_path).write_text("{")
   with pytest.raises(ValueError, match=r"Cannot read .*config\.json"):

@@ -47,7 +47,12 @@ class UNet(nn.Module):
       raise ValueError(
         f"Got multipliers={tuple(self.multipliers)}, blocks={self.blocks}; wanted at least one level and one block, all positive."
       )
-    for multiplier in self.multipliers:
+    if self.groups < 1 or self.heads < 1 or not 0 <= self.dropout < 1:
+      raise ValueError(
+        f"Got groups={self.groups}, heads={self.heads}, dropout={self.dropout}; wanted 1 or more groups and heads, and"
+        " dropout in [0, 1)."
+      )
+    for multiplier in (1, *self.multipliers):
       features = self.channels * multiplier
       if features % self.groups or features % self.heads:
         raise ValueError(

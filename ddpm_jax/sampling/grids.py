@@ -1,6 +1,8 @@
 """Grids of times for `sample`: K + 1 strictly decreasing times, K steps, as float64 NumPy arrays that end at 0.
 
-A grid is data. Any array that decreases will do; these are the ones that papers use.
+A grid is data. Any array that decreases will do; these are the ones that papers use. All take the process and the number
+of steps K, and raise a ValueError if a grid of K steps cannot be made: too few or too many, `t_min` (the last time before
+0) outside its range, or a grid of discrete steps asked of a continuous process.
 """
 
 import jax
@@ -23,7 +25,10 @@ def log_snr(process: Process, num_steps: int, *, t_min: float | None = None) -> 
 
 
 def karras(process: Process, num_steps: int, *, rho: float = 7.0, t_min: float | None = None) -> np.ndarray:
-  """Times at which sigma/alpha is equally spaced in its power 1/rho, from t_max to `t_min`, then 0 (Karras et al. 2022, equation 5)."""
+  """Times at which sigma/alpha is equally spaced in its power 1/rho, from t_max to `t_min` (by default the process's), then 0.
+
+  Karras et al. 2022, equation 5; a larger `rho` puts more of the steps near t_min.
+  """
   t_min = process.t_min if t_min is None else t_min
   count = _count(process, num_steps, t_min, positive=True)
   # In logarithms: (sigma/alpha)^(1/rho) = exp(-log-SNR / (2 rho)).
