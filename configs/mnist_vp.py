@@ -2,13 +2,16 @@
 
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_vp.py --workdir=/tmp/mnist_vp
+
+Hardware: 2 CPU cores. Time: about 15 minutes.
+Score: to be measured.
 """
 
-from ddpm_jax import build
+from ddpm_jax.schema import default_config
 
 
 def get_config():
-  config = build.default_config()
+  config = default_config()
   config.data.update({"source": "mnist", "image_size": 28, "channels": 1, "flip": False, "hold_out": 500})
   config.data.eval_split = ""
   config.process.schedule = "cosine"
@@ -25,14 +28,14 @@ def get_config():
       "dropout": 0.0,
     }
   )
-  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "ema_decay": 0.999})
+  config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.995})
   config.training.update(
     {
       "batch_size": 64,
-      "steps": 4000,
+      "steps": 1500,
       "log_every": 100,
-      "checkpoint_every": 500,
-      "sample_every": 1000,
+      "checkpoint_every": 250,
+      "sample_every": 500,
     }
   )
   config.sampling.update({"num_steps": 100, "batch_size": 125})

@@ -1,7 +1,6 @@
 """From a config to objects: the one place where strings become functions, and where a config's mistakes are found."""
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from ddpm_jax import (
   randomness,
   sampling,
   schedules,
-  workdir,
 )
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Denoise, Prediction
 from ddpm_jax.processes import Process
+from ddpm_jax.schema import choose
 
 Array = jax.Array
 PyTree = Any
@@ -35,155 +34,6 @@ _PREDICTIONS = {"eps": predictions.EPS, "x0": predictions.X0, "v": predictions.V
 _WEIGHTINGS = {"simple": losses.simple, "snr_plus_one": losses.snr_plus_one}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SAMPLERS = ("ancestral", "ddim", "euler_maruyama", "heun", "ode")
-
-
-def default_config() -> ConfigDict:
-  """Every key that a config has, with the settings of DDPM on CIFAR-10 (Ho et al. 2020). Recipes change some."""
-  config = ConfigDict()
-  config.seed = 0
-  config.data = ConfigDict(
-    {
-      "source": "tfds",  # digits, mnist, arrays, folder or tfds
-      "name": "cifar10",  # of a TFDS data set
-      "path": "",  # of an .npz file, an image folder, or the TFDS folder
-      "image_size": 32,
-      "channels": 3,
-      "flip": True,
-      "train_split": "train",
-      "eval_split": "test",  # of TFDS, or a sub-folder of an image folder that also has one named as train_split
-      "hold_out": 0,  # images kept from training for evaluation, where there is no eval_split
-      "num_threads": 4,
-    }
-  )
-  config.process = ConfigDict(
-    {
-      "name": "discrete",  # discrete or vp
-      "schedule": "linear",  # of a discrete process: linear or cosine
-      "num_steps": 1000,  # of a discrete process
-      "beta_min": 0.1,  # of the continuous process; a linear schedule has betas from beta_min/N to beta_max/N
-      "beta_max": 20.0,
-    }
-  )
-  config.prediction = "eps"  # eps, x0 or v
-  config.loss = ConfigDict(
-    {
-      "weighting": "simple",  # simple or snr_plus_one
-      "t_min": 1e-5,  # the smallest time of a continuous process
-    }
-  )
-  config.network = ConfigDict(
-    {
-      "channels": 128,
-      "multipliers": (1, 2, 2, 2),
-      "blocks": 2,
-      "attention_resolutions": (16,),
-      "middle_attention": True,
-      "heads": 1,
-      "groups": 32,
-      "dropout": 0.1,
-      "num_classes": 0,  # above 0: conditional on the data's labels
-      "dtype": "float32",  # of the computation: float32 or bfloat16
-    }
-  )
-  config.optimizer = ConfigDict(
-    {
-      "learning_rate": 2e-4,
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-8,
-      "warmup_steps": 5000,
-      "clip_norm": 1.0,
-      "ema_decay": 0.9999,
-    }
-  )
-  config.training = ConfigDict(
-    {
-      "batch_size": 128,
-      "steps": 800_000,
-      "log_every": 100,
-      "checkpoint_every": 5000,
-      "sample_every": 5000,
-      "keep_checkpoints": 2,
-    }
-  )
-  config.sampling = ConfigDict(
-    {
-      "sampler": "ancestral",  # one of SAMPLERS
-      "num_steps": 1000,
-      "grid": "",  # empty: what suits the sampler and the process
-      "variance": "large",  # of the ancestral sampler: small or large
-      "eta": 0.0,  # of ddim
-      "clip": True,  # the estimates of x_0 to [-1, 1]
-      "tolerance": 1e-5,  # of ode
-      "batch_size": 128,
-      "preview_steps": 50,  # of DDIM, for the grids written during training
-    }
-  )
-  config.evaluation = ConfigDict(
-    {
-      "num_samples": 1000,
-      "k": 5,  # nearest neighbour of precision and recall
-    }
-  )
-  return config
-
-
-def config_of_run(given: ConfigDict | None, folder: Path) -> ConfigDict:
-  """The config given on the command line, or else that of the run in the folder.
-
-  Raises:
-    ValueError: if there is neither, or the given one is no ConfigDict.
-  """
-  if isinstance(given, ConfigDict):
-    return ConfigDict(given)
-  if given is not None:
-    raise ValueError(
-      f"Got a config file whose get_config() gives a {type(given).__name__}; wanted a ConfigDict. Start from build.default_config()."
-    )
-  saved = workdir.read_config(folder)
-  if saved is None:
-    raise ValueError(
-      f"Got no --config, and {folder} holds no run; wanted a recipe, such as --config=configs/digits_vp.py."
-    )
-  return ConfigDict(saved)
-
-
-def check_config(config: ConfigDict) -> None:
-  """Raises a ValueError if keys are missing or unknown, or a count is below 1. The parts check their own values."""
-  known, given = (_keys(c.to_dict()) for c in (default_config(), config))
-  for name in sorted(given - known):
-    choose(name, known, "a config key")
-  if known - given:
-    raise ValueError(
-      f"Got a config without {', '.join(sorted(known - given))}; wanted every key. Start from build.default_config() and change what differs."
-    )
-  counts = ["data.image_size", "data.channels", "data.num_threads", "process.num_steps", "sampling.num_steps"]
-  counts += ["sampling.preview_steps", "sampling.batch_size", "evaluation.k", "evaluation.num_samples"]
-  for name in [*counts, *(f"training.{key}" for key in config.training)]:
-    section, key = name.split(".")
-    if config[section][key] < 1:
-      raise ValueError(f"Got config.{name}={config[section][key]}; wanted at least 1.")
-  if not 0 <= config.seed < 2**31:
-    raise ValueError(f"Got config.seed={config.seed}; wanted 0 to {2**31 - 1}.")
-  if config.sampling.tolerance <= 0:
-    raise ValueError(f"Got config.sampling.tolerance={config.sampling.tolerance}; wanted above 0, such as 1e-5.")
-
-
-def _keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
-  return {
-    key
-    for name, value in tree.items()
-    for key in (_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name})
-  }
-
-
-def choose(name: str, options, what: str) -> Any:
-  """The option of that name; a ValueError that names the nearest one if there is none."""
-  if name in options:
-    return options[name] if isinstance(options, Mapping) else name
-  near = difflib.get_close_matches(str(name), list(options), 1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"Got {name!r} as {what}; wanted one of {', '.join(sorted(options))}.{hint}")
 
 
 def build_process(config: ConfigDict) -> Process:

@@ -31,9 +31,9 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import build, runs
+  from ddpm_jax import build, runs, schema
 
-  mode = build.choose(_MODE.value, ("train", "sample", "eval"), "--mode")
+  mode = schema.choose(_MODE.value, ("train", "sample", "eval"), "--mode")
   if not _WORKDIR.value:
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
   folder = Path(_WORKDIR.value).expanduser().absolute()
@@ -42,12 +42,12 @@ def main(argv: list[str]) -> None:
       raise ValueError(
         f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
       )
-  config = build.config_of_run(_CONFIG.value, folder)
+  config = schema.config_of_run(_CONFIG.value, folder)
   if _SAMPLER.value is not None:
-    config.sampling.sampler = build.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
+    config.sampling.sampler = schema.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
   if _NUM_STEPS.value is not None:
     config.sampling.num_steps = _NUM_STEPS.value
-  build.check_config(config)
+  schema.check_config(config)
   _cache_compilations()
   if mode == "train":
     runs.run_train(config, folder)

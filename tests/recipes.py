@@ -2,11 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax.schema import default_config
 
 
 def tiny_config() -> ConfigDict:
-  config = build.default_config()
+  config = default_config()
   config.data.update(
     {"source": "digits", "image_size": 8, "channels": 1, "flip": False, "eval_split": "", "hold_out": 100}
   )

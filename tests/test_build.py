@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, parallel
+from ddpm_jax import build, parallel, schema
 from tests.recipes import tiny_config
 
 
@@ -48,7 +48,7 @@ def build_all(config):
 
 
 def test_the_tiny_config_is_sound():
-  build.check_config(tiny_config())
+  schema.check_config(tiny_config())
   build_all(tiny_config())
 
 
@@ -56,11 +56,11 @@ def test_keys_are_checked():
   config = tiny_config()
   config.training.step = 3
   with pytest.raises(ValueError, match=r"'training.step' as a config key.*Did you mean 'training.steps'"):
-    build.check_config(config)
+    schema.check_config(config)
   config = tiny_config()
   del config.training["steps"]
   with pytest.raises(ValueError, match=r"without training.steps"):
-    build.check_config(config)
+    schema.check_config(config)
   for key, value in {
     "training.log_every": 0,
     "evaluation.num_samples": 0,
@@ -72,15 +72,15 @@ def test_keys_are_checked():
     section, _, name = key.rpartition(".")
     (config[section] if section else config)[name] = value
     with pytest.raises(ValueError, match=f"{key}={value}"):
-      build.check_config(config)
+      schema.check_config(config)
 
 
 def test_config_of_run_needs_one(tmp_path):
   with pytest.raises(ValueError, match="holds no run"):
-    build.config_of_run(None, tmp_path)
+    schema.config_of_run(None, tmp_path)
   with pytest.raises(ValueError, match="gives a dict"):
-    build.config_of_run({}, tmp_path)
-  assert build.config_of_run(ConfigDict({"a": 1}), tmp_path).a == 1
+    schema.config_of_run({}, tmp_path)
+  assert schema.config_of_run(ConfigDict({"a": 1}), tmp_path).a == 1
 
 
 @pytest.mark.parametrize("process", ["discrete", "vp"])

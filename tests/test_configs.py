@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax import build, parallel, train
+from ddpm_jax import build, parallel, schema, train
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
@@ -33,7 +33,7 @@ def test_recipe(path):
   assert re.search(r"Score:|precision", module.__doc__)
   assert "Hardware:" in module.__doc__
   config = module.get_config()
-  build.check_config(config)
+  schema.check_config(config)
   build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))
   optimizer = build.build_optimizer(config)
   state = jax.eval_shape(lambda: train.init_state(jax.random.key(0), build.build_params_init(config), optimizer))
