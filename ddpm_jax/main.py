@@ -90,10 +90,9 @@ def _parse(argv: list[str]) -> list[str]:
     hint = " Keys of a config can be set together with --config=<file> only." if "config." in str(error) else ""
     _stop(f"{error}{hint}")
   except (AttributeError, KeyError) as error:
-    # ml_collections names the key that is not there and the nearest that is.
-    _stop(
-      f"Got a --config flag for a key that the config does not have: {str(error).encode().decode('unicode_escape').strip(chr(34))}"
-    )
+    # ml_collections names the key that is not there and, on a second line, the nearest that is.
+    key, _, hint = str(error).encode().decode("unicode_escape").strip("\"'").partition("\n")
+    _stop(f"Got a --config flag for {key.strip(chr(39))!r}, a key that the config does not have. {hint}")
 
 
 def _check_file(value: str) -> None:
