@@ -3,8 +3,9 @@
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_vp.py --workdir=/tmp/mnist_vp
 
-Hardware: 2 CPU cores. Time: about 15 minutes.
-Score: to be measured.
+Hardware: 2 CPU cores. Time: about 20 minutes, 2 of them for the scores.
+Score: Frechet distance in pixel space 27 (floor 23), precision 0.90 (0.96), recall 0.88 (0.95), of 500 samples by 100
+ancestral steps.
 """
 
 from ddpm_jax.schema import default_config
