@@ -30,6 +30,18 @@ GRIDS = {
 }
 
 
+def vp_flow(denoise, shape):
+  """The right side of the probability-flow ODE of the VP SDE as Song et al. print it, for SciPy."""
+
+  def slope(t, flat):
+    state = flat.reshape(shape)
+    beta, alpha = 0.1 + 19.9 * t, np.exp(-0.5 * (0.1 * t + 9.95 * t**2))
+    score = (alpha * np.asarray(denoise(state, t)) - state) / (1 - alpha**2)
+    return (-0.5 * beta * state - 0.5 * beta * score).ravel()
+
+  return slope
+
+
 def run(sampler, denoise, x, times, key=None):
   key = jax.random.key(0) if key is None else key
   return jax.jit(lambda key, x, times: sampling.sample(key, sampler, denoise, x, times))(key, x, times)
@@ -57,13 +69,11 @@ def test_order_of_convergence_on_a_mixture(name, order):
   process, x = PROCESSES["vp"], np.array([[0.5, -1.0], [-0.8, 0.3], [0.1, 1.4]])
   denoise = jax.jit(MIXTURE.denoise(process))
 
-  def slope(t, flat):
-    state = flat.reshape(x.shape)
-    beta, alpha = 0.1 + 19.9 * t, np.exp(-0.5 * (0.1 * t + 9.95 * t**2))
-    score = (alpha * np.asarray(denoise(state, t)) - state) / (1 - alpha**2)
-    return (-0.5 * beta * state - 0.5 * beta * score).ravel()
-
-  exact = solve_ivp(slope, (0.8, 0.15), x.ravel(), rtol=1e-12, atol=1e-12, method="DOP853").y[:, -1].reshape(x.shape)
+  exact = (
+    solve_ivp(vp_flow(denoise, x.shape), (0.8, 0.15), x.ravel(), rtol=1e-12, atol=1e-12, method="DOP853")
+    .y[:, -1]
+    .reshape(x.shape)
+  )
   sampler = SAMPLERS[name](process)
   errors = [np.max(np.abs(run(sampler, denoise, x, np.linspace(0.8, 0.15, n + 1)) - exact)) for n in (100, 200, 400)]
   np.testing.assert_allclose(np.log2(errors[1] / errors[2]), order, atol=0.15)
@@ -152,13 +162,7 @@ def test_ode_counts_and_moves_as_scipy_does(ends):
   process, x = PROCESSES["vp"], np.array([[0.5, -1.0], [-0.8, 0.3]])
   denoise = jax.jit(MIXTURE.denoise(process))
 
-  def slope(t, flat):
-    state = flat.reshape(x.shape)
-    beta, alpha = 0.1 + 19.9 * t, np.exp(-0.5 * (0.1 * t + 9.95 * t**2))
-    score = (alpha * np.asarray(denoise(state, t)) - state) / (1 - alpha**2)
-    return (-0.5 * beta * state - 0.5 * beta * score).ravel()
-
-  truth = solve_ivp(slope, ends, x.ravel(), rtol=1e-5, atol=1e-5, method="RK45")
+  truth = solve_ivp(vp_flow(denoise, x.shape), ends, x.ravel(), rtol=1e-5, atol=1e-5, method="RK45")
   got, nfe = jax.jit(lambda x: sampling.ode(process, denoise, x, *ends))(x)
   assert nfe == truth.nfev
   np.testing.assert_allclose(got.ravel(), truth.y[:, -1], rtol=1e-7)
