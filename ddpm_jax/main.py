@@ -24,7 +24,11 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in t
 
 
 def main(argv: list[str]) -> None:
-  """Runs the mode that the flags name."""
+  """Runs the mode that the flags name.
+
+  Raises:
+    ValueError: if a flag, the config or the folder does not allow it; the program shows it as one message.
+  """
   if len(argv) > 1:
     raise ValueError(f"Got the words {argv[1:]} on the command line; wanted flags only, such as --workdir=<folder>.")
   # Libraries narrate their inner workings through absl at the level of information.

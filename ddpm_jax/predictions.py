@@ -59,6 +59,9 @@ def denoiser(
 
   Returns:
     `denoise(x_t, t)`, for `x_t` [B, ...] and `t` a scalar or [B]; the result has the shape and dtype of `x_t`.
+
+  Raises:
+    ValueError: when called, if the network's output does not have the shape of its input.
   """
   label = process.label if label is None else label
 
