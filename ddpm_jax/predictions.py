@@ -1,7 +1,7 @@
 """What a network's output means, and the bridge from a network to the function `denoise(x_t, t) -> x_0`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,31 @@ import jax.numpy as jnp
 from ddpm_jax.processes import Process, as_time, expand
 
 Array = jax.Array
-Denoise = Callable[[Array, Array], Array]
+
+
+class Denoised(NamedTuple):
+  """What `denoise` gives where the network also learned the variance of the reverse step.
+
+  Attributes:
+    x_0: the estimate of the data [B, ...].
+    fraction: where the log-variance lies between that of the posterior (0) and that of the forward step (1), [B, ...].
+  """
+
+  x_0: Array
+  fraction: Array
+
+
+Denoise = Callable[[Array, Array], Any]
+
+
+def x_0_of(denoised) -> Array:
+  """The estimate of the data, of a `denoise` with or without learned variance."""
+  return denoised.x_0 if isinstance(denoised, Denoised) else denoised
+
+
+def map_x_0(function: Callable[[Array], Array], denoised):
+  """`function` of the estimate of the data; a learned variance passes through."""
+  return denoised._replace(x_0=function(denoised.x_0)) if isinstance(denoised, Denoised) else function(denoised)
 
 
 class Prediction(NamedTuple):
@@ -18,10 +42,16 @@ class Prediction(NamedTuple):
   Attributes:
     target: `target(x_0, eps, alpha, sigma)`, what the network is trained to give.
     to_x0: `to_x0(output, x_t, alpha, sigma)`, the data that an output stands for; affine in the output.
+    input_scale: `input_scale(alpha, sigma)`, the factor on x_t before the network sees it; None for 1.
+    slopes: whether `target` and `to_x0` take two more arguments, the time derivatives of alpha and sigma.
+    learned_variance: whether the network's last axis holds twice the channels, the second half being the variance.
   """
 
-  target: Callable[[Array, Array, Array, Array], Array]
-  to_x0: Callable[[Array, Array, Array, Array], Array]
+  target: Callable[..., Array]
+  to_x0: Callable[..., Array]
+  input_scale: Callable[[Array, Array], Array] | None = None
+  slopes: bool = False
+  learned_variance: bool = False
 
 
 # The noise (Ho et al. 2020).
@@ -39,6 +69,103 @@ V = Prediction(
   target=lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,
   to_x0=lambda output, x_t, alpha, sigma: (alpha * x_t - sigma * output) / (alpha**2 + sigma**2),
 )
+# The score of q(x_t) (Song et al. 2021): its regression target is that of q(x_t | x_0), -eps / sigma.
+SCORE = Prediction(
+  target=lambda x_0, eps, alpha, sigma: -eps / sigma,
+  to_x0=lambda output, x_t, alpha, sigma: (x_t + sigma**2 * output) / alpha,
+)
+# The velocity dx/dt = alpha' x_0 + sigma' eps of the probability flow (Lipman et al. 2023; for rectified flow eps - x_0).
+VELOCITY = Prediction(
+  target=lambda x_0, eps, alpha, sigma, alpha_slope, sigma_slope: alpha_slope * x_0 + sigma_slope * eps,
+  to_x0=lambda output, x_t, alpha, sigma, alpha_slope, sigma_slope: (
+    (sigma_slope * x_t - sigma * output) / (alpha * sigma_slope - alpha_slope * sigma)
+  ),
+  slopes=True,
+)
+
+
+def edm(sigma_data: float = 0.5) -> Prediction:
+  """The preconditioned output F of Karras et al. 2022, table 1: unit variance in, out and on target; for any alpha.
+
+  Args:
+    sigma_data: the standard deviation of the data.
+
+  Raises:
+    ValueError: if sigma_data is not positive.
+  """
+  if not sigma_data > 0:
+    raise ValueError(f"Got sigma_data={sigma_data}; wanted the data's standard deviation, above 0, such as 0.5.")
+
+  def spread(alpha, sigma):  # of x_t
+    return jnp.sqrt(alpha**2 * sigma_data**2 + sigma**2)
+
+  return Prediction(
+    target=lambda x_0, eps, alpha, sigma: (
+      (sigma * x_0 - alpha * sigma_data**2 * eps) / (sigma_data * spread(alpha, sigma))
+    ),
+    to_x0=lambda output, x_t, alpha, sigma: (
+      alpha * sigma_data**2 / spread(alpha, sigma) ** 2 * x_t + sigma * sigma_data / spread(alpha, sigma) * output
+    ),
+    input_scale=lambda alpha, sigma: 1 / spread(alpha, sigma),
+  )
+
+
+def learned_range(prediction: Prediction) -> Prediction:
+  """The same prediction by a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
+
+  The network gives twice the channels: the output, then v, where (v + 1) / 2 is the `fraction` of `Denoised`.
+  """
+  return prediction._replace(learned_variance=True)
+
+
+def coefficients(process: Process, prediction: Prediction, t: Array, x: Array) -> tuple[Array, ...]:
+  """What `target` and `to_x0` take at times t [B] for x [B, ...]: alpha and sigma, and their slopes if they ask for them."""
+  slopes = process.slopes(t) if prediction.slopes else ()
+  values = (process.alpha(t), process.sigma(t), *slopes)
+  return tuple(expand(value, x) for value in values)
+
+
+def read_network(
+  apply: Callable[..., Array], process: Process, prediction: Prediction, x_t: Array, t: Array, label
+) -> tuple[Array, Array | None]:
+  """The network's output [B, ...] at times t [B] and, if it was learned, the second half of its channels.
+
+  Raises:
+    ValueError: if the output's shape does not fit the input's.
+  """
+  scale = prediction.input_scale
+  x_in = x_t
+  if scale is not None:
+    x_in = (scale(expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)) * x_t).astype(x_t.dtype)
+  output = apply(x_in, (process.label if label is None else label)(t))
+  channels = x_t.shape[-1] * (2 if prediction.learned_variance else 1)
+  if output.shape != (*x_t.shape[:-1], channels):
+    learned = ", twice the channels for a learned variance" if prediction.learned_variance else ""
+    raise ValueError(
+      f"The network gave an output of shape {output.shape} for an input of shape {x_t.shape};"
+      f" wanted {(*x_t.shape[:-1], channels)}{learned}."
+    )
+  if not prediction.learned_variance:
+    return output, None
+  first, second = jnp.split(output, 2, axis=-1)
+  return first, second
+
+
+def check_readable(process: Process, prediction: Prediction) -> None:
+  """Raises a ValueError if the prediction says nothing about the data at the process's t_max, where no data is left."""
+  with jax.ensure_compile_time_eval():
+    one, zero, t = jnp.ones((1,)), jnp.zeros((1,)), jnp.full((1,), process.t_max)
+    if jnp.all(jnp.isfinite(prediction.to_x0(one, zero, *coefficients(process, prediction, t, one)))):
+      return
+  raise ValueError(
+    f"Got a prediction from which x_0 cannot be told at t_max={process.t_max}, where alpha is 0 (zero terminal SNR), as"
+    " from EPS or SCORE; wanted V, X0, VELOCITY or edm there. Or end the process earlier:"
+    f" process._replace(t_max={_last_finite(process):g})."
+  )
+
+
+def _last_finite(process: Process) -> float:
+  return process.t_max * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps)
 
 
 def denoiser(
@@ -58,21 +185,19 @@ def denoiser(
     label: maps time [B] to the network's time input; by default the process's own.
 
   Returns:
-    `denoise(x_t, t)`, for `x_t` [B, ...] and `t` a scalar or [B]; the result has the shape and dtype of `x_t`.
+    `denoise(x_t, t)`, for `x_t` [B, ...] and `t` a scalar or [B]; the result has the shape and dtype of `x_t`. If the
+    prediction has a learned variance, a `Denoised`, whose fraction `sampling.ancestral` and the variational bound read.
 
   Raises:
-    ValueError: when called, if the network's output does not have the shape of its input.
+    ValueError: if x_0 cannot be told from the prediction at the process's t_max; when called, if the network's output does
+      not have the shape of its input.
   """
-  label = process.label if label is None else label
+  check_readable(process, prediction)
 
-  def denoise(x_t: Array, t) -> Array:
+  def denoise(x_t: Array, t):
     t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
-    output = apply(x_t, label(t))
-    if output.shape != x_t.shape:
-      raise ValueError(
-        f"The network gave an output of shape {output.shape} for an input of shape {x_t.shape}; wanted the same shape."
-      )
-    alpha, sigma = expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)
-    return prediction.to_x0(output, x_t, alpha, sigma).astype(x_t.dtype)
+    output, variance = read_network(apply, process, prediction, x_t, t, label)
+    x_0 = prediction.to_x0(output, x_t, *coefficients(process, prediction, t, x_t)).astype(x_t.dtype)
+    return x_0 if variance is None else Denoised(x_0, ((variance + 1) / 2).astype(x_t.dtype))
 
   return denoise

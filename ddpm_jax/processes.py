@@ -20,6 +20,7 @@ TimeFn = Callable[[Array], Array]
 
 # sigma may rise from 0 with infinite slope although sigma^2 is smooth: slopes are taken no closer to 0 than this.
 _TINY_TIME = 1e-12
+_SECTIONS = 64
 
 
 def as_time(t) -> Array:
@@ -59,11 +60,32 @@ class Process(NamedTuple):
     """log(alpha^2 / sigma^2); +inf at clean data."""
     return 2 * (jnp.log(self.alpha(t)) - jnp.log(self.sigma(t)))
 
+  def time_of(self, log_snr) -> Array:
+    """The time [] or [B] in [0, t_max] at which the log-SNR, which falls with time, has a value; the nearest end if none.
+
+    Found by search in `alpha` and `sigma`, to 1e-11 of t_max or float precision; differentiable in `log_snr`.
+    """
+    log_snr = as_time(log_snr)
+    # Each round places the time among _SECTIONS sections of the last: a few wide operations in place of a long loop.
+    inner = jnp.arange(1, _SECTIONS, dtype=log_snr.dtype) / _SECTIONS
+    low, width = jnp.zeros_like(log_snr), jnp.full_like(log_snr, self.t_max)
+    for _ in range(6 if log_snr.dtype == jnp.float32 else 9):
+      later = self.log_snr(low[..., None] + width[..., None] * inner) > log_snr[..., None]
+      low, width = low + width * jnp.sum(later, axis=-1) / _SECTIONS, width / _SECTIONS
+    t = jax.lax.stop_gradient(jnp.clip(low + width / 2, 0, self.t_max))
+    # The search itself has no derivative: this adds 0, and the inverse function's.
+    rate = jax.lax.stop_gradient(-self.diffusion_squared(t) / self.sigma(t) ** 2)
+    change = log_snr - jax.lax.stop_gradient(log_snr)
+    return t + jnp.where(jnp.isfinite(change) & jnp.isfinite(rate), change, 0) / jnp.where(jnp.isfinite(rate), rate, 1)
+
+  def slopes(self, t) -> tuple[Array, Array]:
+    """(alpha', sigma'), of which the probability flow is made: `dx/dt = alpha' x_0 + sigma' eps`."""
+    t = jnp.maximum(as_time(t), _TINY_TIME)
+    return tuple(jax.jvp(f, (t,), (jnp.ones_like(t),))[1] for f in (self.alpha, self.sigma))
+
   def drift(self, t) -> Array:
     """f(t) = alpha' / alpha, in `dx = f x dt + g dw` (Kingma et al. 2021, equation 9 with its appendix)."""
-    t = jnp.maximum(as_time(t), _TINY_TIME)
-    alpha, slope = jax.jvp(self.alpha, (t,), (jnp.ones_like(t),))
-    return slope / alpha
+    return self.slopes(t)[0] / self.alpha(t)
 
   def diffusion_squared(self, t) -> Array:
     """g(t)^2 = d(sigma^2)/dt - 2 f sigma^2, the same as -sigma^2 d(log-SNR)/dt."""
@@ -99,6 +121,11 @@ class Process(NamedTuple):
     mean = expand(ratio, x_t) * x_t + expand(self.alpha(s) * added, x_t) * x_0
     return mean.astype(x_t.dtype), sigma_s**2 * added
 
+  def step_variance(self, t, s) -> Array:
+    """The variance of q(x_t | x_s), the noise that the forward process adds from s to t > s: beta_n between neighbours."""
+    t, s = as_time(t), as_time(s)
+    return -(self.sigma(t) ** 2) * jnp.expm1(self.log_snr(t) - self.log_snr(s))
+
   def prior(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """A draw [B, ...] from N(0, sigma(t_max)^2), where sampling starts; `key` is one key or one a sample."""
     noise = randomness.normal(key, shape, dtype)
@@ -111,17 +138,123 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   Raises:
     ValueError: if the betas are not 0 < beta_min <= beta_max.
   """
-  if not 0 < beta_min <= beta_max < math.inf:
-    raise ValueError(
-      f"Got beta_min={beta_min}, beta_max={beta_max}; wanted finite 0 < beta_min <= beta_max, as in vp(0.1, 20)."
-    )
+  integral = _linear_rate(beta_min, beta_max)
+  return Process(
+    alpha=lambda t: jnp.exp(-0.5 * integral(t)),
+    sigma=lambda t: jnp.sqrt(-jnp.expm1(-integral(t))),
+    t_max=1.0,
+    t_min=1e-3,
+    label=_song_label,
+  )
 
-  def integral(t):
+
+def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
+  """The sub-VP SDE: the alpha of `vp`, and sigma = 1 - alpha^2, which is below it (Song et al. 2021, equation 29).
+
+  Raises:
+    ValueError: if the betas are not 0 < beta_min <= beta_max.
+  """
+  integral = _linear_rate(beta_min, beta_max)
+  return Process(
+    alpha=lambda t: jnp.exp(-0.5 * integral(t)),
+    sigma=lambda t: -jnp.expm1(-integral(t)),
+    t_max=1.0,
+    t_min=1e-3,
+    label=_song_label,
+  )
+
+
+def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
+  """The variance-exploding SDE, sigma geometric on (0, 1] (Song et al. 2021, appendix C), for data in [-1, 1].
+
+  Song et al. have data in [0, 1] and half these sigmas. At t = 0, and only there, sigma is 0: the last step of a grid
+  goes from sigma_min to clean data. The label is log(sigma / 2), the logarithm of their sigma.
+
+  Raises:
+    ValueError: if the sigmas are not 0 < sigma_min < sigma_max.
+  """
+  _check_sigmas(sigma_min, sigma_max)
+  growth = math.log(sigma_max / sigma_min)
+
+  def sigma(t):
     t = as_time(t)
-    return t * (beta_min + 0.5 * (beta_max - beta_min) * t)
+    return jnp.where(t > 0, sigma_min * jnp.exp(growth * t), 0.0)
 
-  # The factor 999 is the one of Song et al.'s published networks, which were trained on labels 0 to 999.
-  return _variance_preserving(integral, t_min=1e-3, label=lambda t: 999.0 * t, num_steps=None)
+  return Process(
+    alpha=lambda t: jnp.ones_like(as_time(t)),
+    sigma=sigma,
+    t_max=1.0,
+    t_min=1e-5,
+    label=lambda t: jnp.log(sigma(t) / 2),
+  )
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
+  """Karras et al. 2022, table 1: alpha = 1 and t is sigma itself, from 0 to sigma_max; the label is log(sigma) / 4.
+
+  Args:
+    sigma_min: the smallest sigma above 0 of grids, and the smallest to train at.
+    sigma_max: the sigma of the prior.
+
+  Raises:
+    ValueError: if the sigmas are not 0 < sigma_min < sigma_max.
+  """
+  _check_sigmas(sigma_min, sigma_max)
+  return Process(
+    alpha=lambda t: jnp.ones_like(as_time(t)),
+    sigma=as_time,
+    t_max=sigma_max,
+    t_min=sigma_min,
+    label=lambda t: jnp.log(as_time(t)) / 4,
+  )
+
+
+def rectified_flow() -> Process:
+  """The straight path x_t = (1 - t) x_0 + t eps (Liu et al. 2023; Lipman et al. 2023 in reverse time).
+
+  At t = 1 nothing is left of the data. The label is 1000 t (Esser et al. 2024).
+  """
+  return Process(
+    alpha=lambda t: 1 - as_time(t),
+    sigma=as_time,
+    t_max=1.0,
+    t_min=1e-3,
+    label=lambda t: 1000 * as_time(t),
+  )
+
+
+def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
+  """The continuous variance-preserving process of `schedules.cosine` (Nichol and Dhariwal 2021, equation 17).
+
+  alpha(t) = cos(angle(t)) / cos(angle(0)), the angle linear in t. It stops just short of a right angle, where alpha would
+  be 0 and an eps prediction would say nothing about the data.
+
+  Args:
+    offset: the paper's `s`.
+    log_snr_min: the log-SNR at t = 1; -20 is where a table of 1000 steps with betas up to 0.999 ends.
+
+  Raises:
+    ValueError: if the offset is negative or log_snr_min is not finite.
+  """
+  if not 0 <= offset < math.inf or not -80 <= log_snr_min < 0:
+    raise ValueError(
+      f"Got offset={offset}, log_snr_min={log_snr_min}; wanted offset at least 0 and log_snr_min in [-80, 0), as in cosine(0.008, -20)."
+    )
+  start = 0.5 * math.pi * offset / (1 + offset)
+  end_alpha = 1 / math.sqrt(1 + math.exp(-log_snr_min))
+  # Measured from the right angle: float32 keeps the digits of a small alpha.
+  rest = math.asin(end_alpha * math.cos(start))
+  turn = 0.5 * math.pi - start - rest
+
+  def alpha(t):
+    return jnp.sin(rest + turn * (1 - as_time(t))) / math.cos(start)
+
+  def sigma(t):
+    # sin(a)^2 - sin(b)^2 = sin(a - b) sin(a + b), without the cancellation of 1 - alpha^2.
+    angle = turn * as_time(t)
+    return jnp.sqrt(jnp.sin(angle) * jnp.sin(angle + 2 * start)) / math.cos(start)
+
+  return Process(alpha=alpha, sigma=sigma, t_max=1.0, t_min=1e-3, label=_song_label)
 
 
 def discrete(betas) -> Process:
@@ -129,26 +262,30 @@ def discrete(betas) -> Process:
 
   Step n = 1..N sits at t = n/N and t = 0 is clean data; the network's default label at step n is n - 1. In between,
   -log(alpha_bar) is the monotone cubic through all steps (Fritsch and Butland 1984), so the chain is one VP process of
-  continuous rate, read at N points, and every continuous-time rule applies to it.
+  continuous rate, read at N points, and every continuous-time rule applies to it. If the last beta is 1 (zero terminal
+  SNR, `schedules.zero_terminal_snr`), alpha goes to 0 along a straight line in the last step.
 
   Raises:
-    ValueError: if a beta is not inside (0, 1), or the table is empty or not one-dimensional.
+    ValueError: if a beta is not inside (0, 1), but for the last of several, which may be 1; or if the table is empty or not
+      one-dimensional.
   """
   betas = np.asarray(betas, np.float64)
   if betas.ndim != 1 or betas.size == 0:
     raise ValueError(f"Got betas of shape {betas.shape}; wanted a one-dimensional table with one beta a step.")
-  bad = np.flatnonzero(~((betas > 0) & (betas < 1)))
+  n = betas.size
+  # The steps that leave some data: all, or all but the last.
+  kept = n - int(n > 1 and betas[-1] == 1)
+  bad = np.flatnonzero(~((betas[:kept] > 0) & (betas[:kept] < 1)))
   if bad.size:
     raise ValueError(
-      f"Got beta {betas[bad[0]]:g} at step {bad[0] + 1} of {betas.size} ({bad.size} such in all); wanted every beta"
-      " inside (0, 1). Lower the end of the schedule, or use more steps."
+      f"Got beta {betas[bad[0]]:g} at step {bad[0] + 1} of {n} ({bad.size} such in all); wanted every beta inside (0, 1)."
+      " Lower the end of the schedule, or use more steps. Only the last of several may be 1."
     )
-  n = betas.size
   # -log(alpha_bar), summed in float64: from it 1 - alpha_bar = -expm1(.) keeps all its digits in float32, also near 0.
-  table = np.concatenate([[0.0], np.cumsum(-np.log1p(-betas))])
+  table = np.concatenate([[0.0], np.cumsum(-np.log1p(-betas[:kept]))])
   # Straight lines would do at the steps, but a rate that jumps misleads the error control of adaptive solvers: asked for
   # 1e-5 they err by 6e-4. The cubic's coefficients [4, N], highest power first, are local to each step.
-  cubic = PchipInterpolator(np.arange(n + 1), table).c
+  cubic = PchipInterpolator(np.arange(kept + 1), table).c
 
   def step(t):
     """n = N t, an exact integer at a step: n/N times N can miss it by a rounding, which a steep schedule would magnify."""
@@ -159,24 +296,49 @@ def discrete(betas) -> Process:
     return position + jax.lax.stop_gradient(jnp.where(close, nearest - position, 0.0))
 
   def integral(t):
-    position = step(t)
-    left = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, n - 1)
+    position = step(t) if kept == n else jnp.minimum(step(t), kept)
+    left = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, kept - 1)
     fraction = position - left
     value = jnp.zeros_like(fraction)
     for coefficients in cubic:
       value = value * fraction + jnp.asarray(coefficients, position.dtype)[left]
     return value
 
-  return _variance_preserving(integral, t_min=1 / n, label=lambda t: step(t) - 1, num_steps=n)
+  def alpha(t):
+    value = jnp.exp(-0.5 * integral(t))
+    return value if kept == n else value * jnp.minimum(n - step(t), 1)
+
+  def sigma(t):
+    variance = -jnp.expm1(-integral(t))
+    if kept < n:
+      left = jnp.minimum(n - step(t), 1)
+      variance += jnp.exp(-integral(t)) * (1 - left) * (1 + left)
+    return jnp.sqrt(variance)
+
+  return Process(alpha, sigma, t_max=1.0, t_min=1 / n, label=lambda t: step(t) - 1, num_steps=n)
 
 
-def _variance_preserving(integral: TimeFn, t_min: float, label: TimeFn, num_steps: int | None) -> Process:
-  """alpha^2 = exp(-B), sigma^2 = 1 - exp(-B) for the integral B(t) of beta over [0, t]."""
-  return Process(
-    alpha=lambda t: jnp.exp(-0.5 * integral(t)),
-    sigma=lambda t: jnp.sqrt(-jnp.expm1(-integral(t))),
-    t_max=1.0,
-    t_min=t_min,
-    label=label,
-    num_steps=num_steps,
-  )
+def _linear_rate(beta_min: float, beta_max: float) -> TimeFn:
+  """The integral over [0, t] of a beta that rises from beta_min at 0 to beta_max at 1."""
+  if not 0 < beta_min <= beta_max < math.inf:
+    raise ValueError(
+      f"Got beta_min={beta_min}, beta_max={beta_max}; wanted finite 0 < beta_min <= beta_max, as in vp(0.1, 20)."
+    )
+
+  def integral(t):
+    t = as_time(t)
+    return t * (beta_min + 0.5 * (beta_max - beta_min) * t)
+
+  return integral
+
+
+def _song_label(t) -> Array:
+  """Song et al.'s published networks were trained on labels 0 to 999."""
+  return 999.0 * as_time(t)
+
+
+def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
+  if not 0 < sigma_min < sigma_max < math.inf:
+    raise ValueError(
+      f"Got sigma_min={sigma_min}, sigma_max={sigma_max}; wanted finite 0 < sigma_min < sigma_max, as in edm(0.002, 80)."
+    )

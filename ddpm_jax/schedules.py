@@ -13,6 +13,16 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.
   return np.linspace(beta_start, beta_end, num_steps, dtype=np.float64)
 
 
+def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
+  """Betas [num_steps] whose square roots rise linearly (latent diffusion, Rombach et al. 2022; diffusers' name).
+
+  Raises:
+    ValueError: if there are no steps.
+  """
+  _check_steps(num_steps)
+  return np.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=np.float64) ** 2
+
+
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
   """Betas [num_steps] whose alpha_bar follows a squared cosine (Nichol and Dhariwal 2021, equation 17).
 
@@ -28,6 +38,52 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
   t = np.arange(num_steps + 1, dtype=np.float64) / num_steps
   alpha_bar = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+
+
+def sigmoid(
+  num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+) -> np.ndarray:
+  """Betas [num_steps] whose alpha_bar follows a sigmoid from 1 to 0 (Jabri et al. 2023, appendix B, `sigmoid_schedule`).
+
+  alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)), with S(x) = 1 / (1 + exp(-x / tau)).
+
+  Args:
+    num_steps: the number N of diffusion steps.
+    start: where on the sigmoid t = 0 sits.
+    end: where t = 1 sits.
+    tau: the temperature: a small one makes the middle steeper.
+    max_beta: the bound on every beta; it acts on the last steps, where alpha_bar goes to 0.
+
+  Raises:
+    ValueError: if there are no steps, or not start < end, tau > 0.
+  """
+  _check_steps(num_steps)
+  if not (start < end and tau > 0):
+    raise ValueError(
+      f"Got start={start}, end={end}, tau={tau}; wanted start < end and tau above 0, as in sigmoid(1000, -3, 3, 1)."
+    )
+  value = 1 / (1 + np.exp(-(start + np.linspace(0, 1, num_steps + 1) * (end - start)) / tau))
+  alpha_bar = (value[-1] - value) / (value[-1] - value[0])
+  return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+
+
+def zero_terminal_snr(betas) -> np.ndarray:
+  """The same betas [N] rescaled so that no data is left at step N: the last is 1 (Lin et al. 2024, algorithm 1).
+
+  sqrt(alpha_bar) is shifted to end at 0 and scaled to begin where it did. A model on such a table must predict V, X0 or
+  VELOCITY: at step N an eps prediction says nothing about the data.
+
+  Raises:
+    ValueError: if there are fewer than 2 betas, or one is not inside (0, 1).
+  """
+  betas = np.asarray(betas, np.float64)
+  if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):
+    raise ValueError(
+      f"Got betas of shape {betas.shape}; wanted at least 2 of them, one-dimensional, each inside (0, 1)."
+    )
+  root = np.sqrt(np.cumprod(1 - betas))
+  root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+  return 1 - np.concatenate([root[:1], root[1:] / root[:-1]]) ** 2
 
 
 def _check_steps(num_steps: int) -> None:

@@ -281,7 +281,7 @@ def test_trajectory_holds_every_state():
   [
     ([0.5], "at least 2 times"),
     ([[1.0, 0.0]], "one-dimensional"),
-    ([0.0, 1.0], "strictly decreasing"),
+    ([0.1, 1.0], "strictly decreasing"),
     ([1.0, 0.5, 0.5, 0.0], "strictly decreasing"),
     ([1.0, float("nan"), 0.0], "strictly decreasing"),
     ([1.2, 0.0], "wanted all of them in \\[0, 1\\]"),
@@ -291,7 +291,7 @@ def test_trajectory_holds_every_state():
 def test_wrong_grids_are_errors(times, message):
   with pytest.raises(ValueError, match=message):
     sampling.sample(
-      jax.random.key(0), sampling.ddim(PROCESSES["vp"]), lambda x, t: x, jnp.ones((1, 1)), np.array(times)
+      jax.random.key(0), sampling.ancestral(PROCESSES["vp"]), lambda x, t: x, jnp.ones((1, 1)), np.array(times)
     )
 
 

@@ -2,8 +2,34 @@
 
 from ddpm_jax.sampling import grids
 from ddpm_jax.sampling.adaptive import ode
-from ddpm_jax.sampling.core import Sampler, sample
-from ddpm_jax.sampling.deterministic import ddim, heun
-from ddpm_jax.sampling.stochastic import ancestral, euler_maruyama
+from ddpm_jax.sampling.core import Sampler, nfe, sample
+from ddpm_jax.sampling.dpm_solver import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_sde
+from ddpm_jax.sampling.euler import ddim, euler, euler_ancestral, heun
+from ddpm_jax.sampling.langevin import with_langevin
+from ddpm_jax.sampling.multistep import deis, unipc
+from ddpm_jax.sampling.stochastic import ancestral, euler_maruyama, multistep_consistency, reverse_diffusion
 
-__all__ = ["Sampler", "ancestral", "ddim", "euler_maruyama", "grids", "heun", "ode", "sample"]
+__all__ = [
+  "Sampler",
+  "ancestral",
+  "ddim",
+  "deis",
+  "dpm_solver",
+  "dpmpp_2m",
+  "dpmpp_2m_sde",
+  "dpmpp_2s",
+  "dpmpp_3m",
+  "dpmpp_sde",
+  "euler",
+  "euler_ancestral",
+  "euler_maruyama",
+  "grids",
+  "heun",
+  "multistep_consistency",
+  "nfe",
+  "ode",
+  "reverse_diffusion",
+  "sample",
+  "unipc",
+  "with_langevin",
+]

@@ -13,6 +13,7 @@ import numpy as np
 
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time
+from ddpm_jax.sampling.core import estimate
 
 Array = jax.Array
 
@@ -82,8 +83,9 @@ def ode(
       )
 
   def slope(time, state):
-    pull = 0.5 * process.diffusion_squared(time) / process.sigma(time) ** 2
-    return process.drift(time) * state + pull * (state - process.alpha(time) * denoise(state, time))
+    x_0, eps = estimate(process, denoise, state, time)
+    alpha_slope, sigma_slope = process.slopes(time)
+    return alpha_slope * x_0 + sigma_slope * eps
 
   return _rk45(slope, x, as_time(t), as_time(s), rtol, atol, max_nfe)
 

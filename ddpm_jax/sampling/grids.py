@@ -1,8 +1,9 @@
 """Grids of times for `sample`: K + 1 strictly decreasing times, K steps, as float64 NumPy arrays that end at 0.
 
 A grid is data. Any array that decreases will do; these are the ones that papers use. All take the process and the number
-of steps K, and raise a ValueError if a grid of K steps cannot be made: too few or too many, `t_min` (the last time before
-0) outside its range, or a grid of discrete steps asked of a continuous process.
+of steps K, and raise a ValueError if a grid of K steps cannot be made: too few or too many, `t_max` (the first time) or
+`t_min` (the last before 0) outside its range, or a grid of discrete steps asked of a continuous process. A grid that
+starts below the process's t_max is for data that was noised only so far; `grid[:-1]` leaves the step to 0 out.
 """
 
 import jax
@@ -11,29 +12,41 @@ import numpy as np
 from ddpm_jax.processes import Process
 
 
-def uniform(process: Process, num_steps: int, *, t_min: float = 0.0) -> np.ndarray:
+def uniform(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
   """Times equally spaced from t_max to `t_min`, then 0 if t_min is positive: `num_steps` steps in all."""
-  return _with_zero(np.linspace(process.t_max, t_min, _count(process, num_steps, t_min) + 1), t_min)
+  return _spaced(process, num_steps, t_min, t_max, lambda t: t, lambda value: value)
 
 
-def log_snr(process: Process, num_steps: int, *, t_min: float | None = None) -> np.ndarray:
+def quadratic(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
+  """Times whose square roots are equally spaced, closer together near the data (Song et al. 2021a, appendix D.2)."""
+  return _spaced(process, num_steps, t_min, t_max, np.sqrt, np.square)
+
+
+def log_snr(process: Process, num_steps: int, *, t_min: float | None = None, t_max: float | None = None) -> np.ndarray:
   """Times equally spaced in log-SNR from t_max to `t_min` (by default the process's), then 0 (Lu et al. 2022, section 3.3)."""
-  t_min = process.t_min if t_min is None else t_min
-  count = _count(process, num_steps, t_min, positive=True)
-  first, last = _log_snr(process, np.array([process.t_max, t_min]))
-  return _with_zero(_times_of_log_snr(process, np.linspace(first, last, count + 1), t_min), t_min)
+
+  def value_of(t):
+    return _log_snr(process, t)
+
+  return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, lambda v: _times_of_log_snr(process, v))
 
 
-def karras(process: Process, num_steps: int, *, rho: float = 7.0, t_min: float | None = None) -> np.ndarray:
+def karras(
+  process: Process, num_steps: int, *, rho: float = 7.0, t_min: float | None = None, t_max: float | None = None
+) -> np.ndarray:
   """Times at which sigma/alpha is equally spaced in its power 1/rho, from t_max to `t_min` (by default the process's), then 0.
 
   Karras et al. 2022, equation 5; a larger `rho` puts more of the steps near t_min.
   """
-  t_min = process.t_min if t_min is None else t_min
-  count = _count(process, num_steps, t_min, positive=True)
+
   # In logarithms: (sigma/alpha)^(1/rho) = exp(-log-SNR / (2 rho)).
-  first, last = np.exp(-_log_snr(process, np.array([process.t_max, t_min])) / (2 * rho))
-  return _with_zero(_times_of_log_snr(process, -2 * rho * np.log(np.linspace(first, last, count + 1)), t_min), t_min)
+  def value_of(t):
+    return np.exp(-_log_snr(process, t) / (2 * rho))
+
+  def time_of(value):
+    return _times_of_log_snr(process, -2 * rho * np.log(value))
+
+  return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, time_of)
 
 
 def trailing(process: Process, num_steps: int) -> np.ndarray:
@@ -54,22 +67,28 @@ def linspace(process: Process, num_steps: int) -> np.ndarray:
   return _steps(np.round(np.linspace(0, n - 1, num_steps))[::-1] + 1, n)
 
 
-def _count(process: Process, num_steps: int, t_min: float, positive: bool = False) -> int:
-  """The number of steps above `t_min`, after the checks that all continuous grids share."""
-  if not (t_min > 0 if positive else t_min >= 0) or t_min >= process.t_max:
-    raise ValueError(
-      f"Got t_min={t_min}; wanted it {'above 0' if positive else 'at least 0'} and below t_max={process.t_max}."
-    )
+def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None, value_of, time_of) -> np.ndarray:
+  """Times from t_max to t_min whose `value_of` is equally spaced, then 0 if t_min is positive."""
+  t_max = process.t_max if t_max is None else t_max
+  if not 0 <= t_min < t_max <= process.t_max:
+    raise ValueError(f"Got t_min={t_min}, t_max={t_max}; wanted 0 <= t_min < t_max <= {process.t_max}, the process's.")
   least = 2 if t_min > 0 else 1
   if num_steps < least:
     raise ValueError(
       f"Got num_steps={num_steps}; wanted at least {least} for a grid that ends at {t_min:g}{', 0' if t_min else ''}."
     )
-  return num_steps - 1 if t_min > 0 else num_steps
-
-
-def _with_zero(times: np.ndarray, t_min: float) -> np.ndarray:
+  first, last = value_of(np.array([t_max, t_min], np.float64))
+  times = time_of(np.linspace(first, last, num_steps + (1 if t_min == 0 else 0)))
+  times[0], times[-1] = t_max, t_min
   return np.append(times, 0.0) if t_min > 0 else times
+
+
+def _last(process: Process, t_min: float | None) -> float:
+  """The last time above 0 of a grid in the log-SNR, which is infinite at 0."""
+  t_min = process.t_min if t_min is None else t_min
+  if t_min <= 0:
+    raise ValueError(f"Got t_min={t_min}; wanted it above 0 and below t_max={process.t_max}.")
+  return t_min
 
 
 def _discrete(process: Process, num_steps: int, name: str) -> int:
@@ -89,16 +108,15 @@ def _steps(steps: np.ndarray, n: int) -> np.ndarray:
 
 def _log_snr(process: Process, times: np.ndarray) -> np.ndarray:
   with jax.enable_x64(True):
-    return np.asarray(process.log_snr(times))
+    values = np.asarray(process.log_snr(times))
+  if not np.all(np.isfinite(values)):
+    raise ValueError(
+      f"Got a grid in the log-SNR from t_max={times[0]:g}, where it is infinite (zero terminal SNR); start below, as with"
+      f" t_max={times[0] * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps):g}, or use uniform or trailing."
+    )
+  return values
 
 
-def _times_of_log_snr(process: Process, values: np.ndarray, t_min: float) -> np.ndarray:
-  """Times in [t_min, t_max] with the given log-SNRs, by bisection: the log-SNR falls with time."""
-  low, high = np.full(values.shape, t_min), np.full(values.shape, float(process.t_max))
-  for _ in range(60):
-    middle = 0.5 * (low + high)
-    earlier = _log_snr(process, middle) > values
-    low, high = np.where(earlier, middle, low), np.where(earlier, high, middle)
-  times = 0.5 * (low + high)
-  times[0], times[-1] = process.t_max, t_min
-  return times
+def _times_of_log_snr(process: Process, values: np.ndarray) -> np.ndarray:
+  with jax.enable_x64(True):
+    return np.array(process.time_of(values))

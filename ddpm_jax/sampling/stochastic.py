@@ -1,9 +1,10 @@
-"""Step rules that add noise: the ancestral rule of the discrete model, and Euler-Maruyama on the reverse SDE."""
+"""Step rules that follow the reverse SDE or draw from the posterior, and those of consistency functions."""
 
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.processes import Process, expand
+from ddpm_jax.predictions import Denoised, x_0_of
+from ddpm_jax.processes import Process, as_time, expand
 from ddpm_jax.sampling.core import Sampler, no_memory
 
 
@@ -12,23 +13,31 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
 
   Args:
     process: the forward process.
-    variance: "small", that of the posterior (right for data at a point), or "large", that of the forward step
-      (right for standard normal data).
+    variance: "small", that of the posterior (right for data at a point); "large", that of the forward step (right for
+      standard normal data); or "learned", between them in the logarithm (Nichol and Dhariwal 2021, equation 15).
 
   Raises:
-    ValueError: if `variance` is neither.
+    ValueError: if `variance` is none of these; in a step, if it is "learned" and `denoise` gives none.
   """
-  if variance not in ("small", "large"):
-    raise ValueError(f"Got variance={variance!r}; wanted 'small' or 'large'.")
+  if variance not in ("small", "large", "learned"):
+    raise ValueError(f"Got variance={variance!r}; wanted 'small', 'large' or 'learned'.")
 
   def step(key, denoise, x_t, memory, t, s):
-    mean, posterior_variance = process.posterior(x_t, denoise(x_t, t), t, s)
-    if variance == "large":
-      added = -(process.sigma(t) ** 2) * jnp.expm1(process.log_snr(t) - process.log_snr(s))
-      std = jnp.sqrt(jnp.where(s > 0, added, 0.0))
+    denoised = denoise(x_t, t)
+    if variance == "learned" and not isinstance(denoised, Denoised):
+      raise ValueError(
+        "Got variance='learned' and a denoise without variance; wanted the denoiser of a predictions.learned_range network."
+      )
+    mean, small = process.posterior(x_t, x_0_of(denoised), t, s)
+    large = jnp.where(s > 0, process.step_variance(t, s), 0)
+    if variance == "learned":
+      least = jnp.finfo(large.dtype).tiny
+      log_small, log_large = jnp.log(jnp.maximum(small, least)), jnp.log(jnp.maximum(large, least))
+      log_variance = log_small + denoised.fraction * (log_large - log_small)
+      std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0)
     else:
-      std = jnp.sqrt(posterior_variance)
-    return mean + expand(std, x_t) * randomness.normal(key, x_t.shape, x_t.dtype), memory
+      std = expand(jnp.sqrt(small if variance == "small" else large), x_t)
+    return mean + std * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process.t_max)
 
@@ -36,14 +45,68 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
 def euler_maruyama(process: Process) -> Sampler:
   """One Euler-Maruyama step of the reverse SDE (Song et al. 2021, equation 6), and to s = 0 the denoised mean.
 
-  Noise of variance g(t)^2 (t - s) stands for the integral of g^2, so steps must be small where g varies.
+  Noise of variance g(t)^2 (t - s) stands for the integral of g^2, so steps must be small where g varies. Where alpha_t is 0
+  the SDE's rates are infinite, and the step draws from the posterior instead, the exact one from there.
   """
 
   def step(key, denoise, x_t, memory, t, s):
-    x_0 = denoise(x_t, t)
+    x_0 = x_0_of(denoise(x_t, t))
     score = (process.alpha(t) * x_0 - x_t) / process.sigma(t) ** 2
+    z = randomness.normal(key, x_t.shape, x_t.dtype)
     reverse_drift = process.drift(t) * x_t - process.diffusion_squared(t) * score
-    noise = process.diffusion(t) * jnp.sqrt(t - s) * randomness.normal(key, x_t.shape, x_t.dtype)
-    return jnp.where(s > 0, x_t - reverse_drift * (t - s) + noise, x_0), memory
+    x_s = x_t - reverse_drift * (t - s) + process.diffusion(t) * jnp.sqrt(t - s) * z
+    return _at_ends(process, x_s, x_0, z, t, s), memory
+
+  return Sampler(no_memory, step, process.t_max)
+
+
+def reverse_diffusion(process: Process) -> Sampler:
+  """The reverse diffusion rule: the forward step from s to t, mirrored (Song et al. 2021, equation 46).
+
+  The forward step is x_t = a x_s + G z with the exact a and G, so the rule suits any grid; it is of first order in a. To
+  s = 0, and where alpha_t is 0, as `euler_maruyama`.
+  """
+
+  def step(key, denoise, x_t, memory, t, s):
+    x_0 = x_0_of(denoise(x_t, t))
+    score = (process.alpha(t) * x_0 - x_t) / process.sigma(t) ** 2
+    z = randomness.normal(key, x_t.shape, x_t.dtype)
+    variance = process.step_variance(t, s)
+    x_s = (2 - process.alpha(t) / process.alpha(s)) * x_t + variance * score + jnp.sqrt(variance) * z
+    return _at_ends(process, x_s, x_0, z, t, s), memory
+
+  return Sampler(no_memory, step, process.t_max)
+
+
+def _at_ends(process: Process, x_s, x_0, z, t, s):
+  """`x_s`, but to s = 0 the denoised mean, and from where no data is left the posterior, x_0 noised to s."""
+  x_s = jnp.where(process.alpha(t) > 0, x_s, process.alpha(s) * x_0 + process.sigma(s) * z)
+  return jnp.where(s > 0, x_s, x_0)
+
+
+def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
+  """Data by a consistency function, noised to s, and again (Song et al. 2023, algorithm 1).
+
+  `denoise(x_t, t)` is here the consistency function: not a mean, but the end of the probability flow through x_t.
+
+  Args:
+    process: the forward process.
+    t_end: the time whose state the function gives; 0 for clean data, t_min for a network that was trained to stop there.
+
+  Raises:
+    ValueError: if t_end is outside [0, t_max).
+  """
+  if not 0 <= t_end < process.t_max:
+    raise ValueError(
+      f"Got t_end={t_end}; wanted it in [0, {process.t_max}): 0, or the process's t_min={process.t_min:g}."
+    )
+
+  def step(key, denoise, x_t, memory, t, s):
+    x_end = x_0_of(denoise(x_t, t))
+    # From t_end up to s, as the forward process goes.
+    later = jnp.maximum(s, as_time(t_end))
+    variance = jnp.where(s > t_end, process.step_variance(later, as_time(t_end)), 0)
+    scale = process.alpha(later) / process.alpha(as_time(t_end))
+    return scale * x_end + jnp.sqrt(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process.t_max)

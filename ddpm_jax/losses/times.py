@@ -1,0 +1,195 @@
+"""Distributions of training times: `times(keys) -> (t, weight)`, all [B], from one key a sample.
+
+The weight is the importance weight that keeps the expectation of the loss the one over uniform times. It is 1 where the
+distribution is a choice of objective, as the log-normal of EDM is, and not a way to estimate another one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.processes import Process
+
+Array = jax.Array
+TimeDistribution = Callable[[Array], tuple[Array, Array]]
+
+
+def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
+  """Times uniform over the steps 1..N of a discrete process, or over [t_min, t_max] of a continuous one.
+
+  Args:
+    process: the forward process.
+    t_min: the smallest time of a continuous process; 1e-5 of t_max by default (Song et al. 2021, appendix C).
+
+  Raises:
+    ValueError: if t_min is outside (0, t_max), or is given for a discrete process.
+  """
+  place = _range(process, t_min)
+  return _unweighted(lambda keys: place(jax.vmap(jax.random.uniform)(keys)))
+
+
+def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistribution:
+  """Uniform times spread evenly over the batch from one random offset, for a loss of less variance (Kingma et al. 2021, appendix I).
+
+  Sample i of B gets u + i/B (mod 1), so here a sample's time depends on the batch, and on the first sample's key.
+
+  Args:
+    process: the forward process.
+    t_min: the smallest time of a continuous process; 1e-5 of t_max by default.
+
+  Raises:
+    ValueError: if t_min is outside (0, t_max), or is given for a discrete process.
+  """
+  place = _range(process, t_min)
+
+  def draw(keys):
+    offset = jax.random.uniform(keys[0])
+    return place((offset + jnp.arange(keys.shape[0]) / keys.shape[0]) % 1)
+
+  return _unweighted(draw)
+
+
+def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDistribution:
+  """log(sigma / alpha) normal (Karras et al. 2022, table 1), cut off at the process's t_min and t_max.
+
+  Args:
+    process: the forward process.
+    mean: of the logarithm, the paper's P_mean.
+    std: of the logarithm, the paper's P_std.
+
+  Raises:
+    ValueError: if std is not positive.
+  """
+  _check_std(std)
+  return _unweighted(lambda keys: _snap(process, process.time_of(-2 * (mean + std * _normals(keys)))))
+
+
+def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeDistribution:
+  """t = t_max / (1 + exp(-z)) for normal z (Esser et al. 2024, section 3.1).
+
+  Args:
+    process: the forward process.
+    mean: of z; below 0 favours little noise.
+    std: of z.
+
+  Raises:
+    ValueError: if std is not positive.
+  """
+  _check_std(std)
+  return _unweighted(lambda keys: _snap(process, process.t_max * jax.nn.sigmoid(mean + std * _normals(keys))))
+
+
+class LossMoments(NamedTuple):
+  """The last losses seen at each step of a discrete process.
+
+  Attributes:
+    history: the losses [N, K], the newest last.
+    seen: how many of them are real [N], at most K.
+  """
+
+  history: Array
+  seen: Array
+
+
+def loss_moments(process: Process, size: int = 10) -> LossMoments:
+  """The empty moments to start with, of `size` losses a step.
+
+  Raises:
+    ValueError: if the process is continuous, or size is below 1.
+  """
+  if process.num_steps is None:
+    raise ValueError(
+      "Got a continuous process for importance sampling, which keeps losses by step; wanted a discrete one."
+    )
+  if size < 1:
+    raise ValueError(f"Got size={size}; wanted at least 1 loss a step, such as 10.")
+  return LossMoments(jnp.zeros((process.num_steps, size)), jnp.zeros((process.num_steps,), jnp.int32))
+
+
+def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
+  """The moments after a batch, given its times and losses [B]: the `t` and `loss` that the losses return."""
+  steps = jnp.round(t * moments.history.shape[0]).astype(jnp.int32) - 1
+
+  def add(moments, item):
+    step, value = item
+    row = jnp.append(moments.history[step, 1:], value)
+    seen = jnp.minimum(moments.seen[step] + 1, moments.history.shape[1])
+    return LossMoments(moments.history.at[step].set(row), moments.seen.at[step].set(seen)), None
+
+  return jax.lax.scan(add, moments, (steps, loss))[0]
+
+
+def importance(process: Process, moments: LossMoments, uniform_share: float = 0.001) -> TimeDistribution:
+  """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
+
+  Uniform until every step has a full history. A pure function of `moments`, which the training loop carries on with
+  `update_moments`.
+
+  Args:
+    process: a discrete process.
+    moments: the losses seen so far.
+    uniform_share: the share of the probability spread over all steps.
+
+  Raises:
+    ValueError: if the moments are not those of as many steps as the process has, or the share is outside (0, 1].
+  """
+  n = process.num_steps
+  if moments.history.shape[0] != n:
+    raise ValueError(
+      f"Got moments of {moments.history.shape[0]} steps for a process of {n}; make them with loss_moments."
+    )
+  if not 0 < uniform_share <= 1:
+    raise ValueError(f"Got uniform_share={uniform_share}; wanted it in (0, 1], such as 0.001.")
+  ready = jnp.all(moments.seen == moments.history.shape[1])
+  size = jnp.sqrt(jnp.mean(jnp.square(moments.history), axis=1))
+  total = jnp.sum(size)
+  share = jnp.where(ready & (total > 0), size / jnp.where(total > 0, total, 1), 1 / n)
+  probability = (1 - uniform_share) * share + uniform_share / n
+
+  def times(keys):
+    step = jax.vmap(lambda key: jax.random.categorical(key, jnp.log(probability)))(keys)
+    return (step + 1) / n, 1 / (n * probability[step])
+
+  return times
+
+
+def _unweighted(draw: Callable[[Array], Array]) -> TimeDistribution:
+  def times(keys):
+    t = draw(keys)
+    return t, jnp.ones_like(t)
+
+  return times
+
+
+def _range(process: Process, t_min: float | None) -> Callable[[Array], Array]:
+  """Maps [0, 1) to the training times of the process."""
+  n = process.num_steps
+  if n is not None:
+    if t_min is not None:
+      raise ValueError(f"Got t_min={t_min} for a discrete process, whose smallest time is 1/{n}; leave it out.")
+    # As far as t_max, which may have been brought below 1.
+    last = round(process.t_max * n)
+    return lambda u: (jnp.floor(u * last) + 1) / n
+  low = 1e-5 * process.t_max if t_min is None else t_min
+  if not 0 < low < process.t_max:
+    raise ValueError(
+      f"Got t_min={low}; wanted 0 < t_min < t_max={process.t_max}: at 0 there is no noise to learn from."
+    )
+  return lambda u: low + (process.t_max - low) * u
+
+
+def _snap(process: Process, t: Array) -> Array:
+  """The nearest training time: in [t_min, t_max], and a step if the process is discrete."""
+  n = process.num_steps
+  return jnp.clip(t if n is None else jnp.ceil(t * n) / n, process.t_min, process.t_max)
+
+
+def _normals(keys: Array) -> Array:
+  return jax.vmap(jax.random.normal)(keys)
+
+
+def _check_std(std: float) -> None:
+  if not std > 0:
+    raise ValueError(f"Got std={std}; wanted it above 0.")

@@ -1,0 +1,210 @@
+"""DPM-Solver and DPM-Solver++: the probability flow solved in lambda = log(alpha / sigma), half the log-SNR.
+
+In lambda the flow is a linear equation, solved exactly, and an integral of the network's estimate, approximated to some
+order. Written for the estimate of x_0 (DPM-Solver++), with h = lambda_s - lambda_t:
+
+  x_s = sigma_s / sigma_t x_t - alpha_s (exp(-h) - 1) x_0
+
+Here `decay` is sigma_s / sigma_t, and `pull = alpha_s - alpha_t decay` is that second factor, which needs no exponential
+and stays right where lambda is infinite. There (the step to s = 0, a start at zero SNR) every rule falls back to order 1.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax import randomness
+from ddpm_jax.predictions import x_0_of
+from ddpm_jax.processes import Process
+from ddpm_jax.sampling.core import Sampler, estimate, no_memory
+from ddpm_jax.sampling.euler import check_eta, ddim, fresh_noise
+from ddpm_jax.sampling.exponential import Past, half_log_snr, infinite, integral_of_x_0
+
+
+def dpm_solver(process: Process, order: int = 3) -> Sampler:
+  """DPM-Solver-1, -2 and -3, singlestep, on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2); order 1 is DDIM.
+
+  A step calls the network `order` times.
+
+  Raises:
+    ValueError: if the order is not 1, 2 or 3.
+  """
+  if order not in (1, 2, 3):
+    raise ValueError(f"Got order={order}; wanted 1, 2 or 3.")
+  if order == 1:
+    return ddim(process)
+
+  def solve(denoise, x_t, t, s):
+    """Both orders: estimates of eps at a third and two thirds of h, or at its half, by rules of lower order."""
+    lambda_t = half_log_snr(process, t)
+    h = half_log_snr(process, s) - lambda_t
+    _, eps = estimate(process, denoise, x_t, t)
+
+    def linear(u):
+      """The step of order 1 from t to u, and `push`, the papers' -sigma_u (exp(lambda_u - lambda_t) - 1)."""
+      growth = process.alpha(u) / process.alpha(t)
+      push = process.sigma(u) - growth * process.sigma(t)
+      return growth * x_t + push * eps, push
+
+    def noise_at(x_u, u):
+      return estimate(process, denoise, x_u.astype(x_t.dtype), u)[1]
+
+    x_s, push = linear(s)
+    if order == 2:
+      u = process.time_of(2 * (lambda_t + h / 2))
+      return x_s + push * (noise_at(linear(u)[0], u) - eps)
+    r_1, r_2 = 1 / 3, 2 / 3
+    u_1 = process.time_of(2 * (lambda_t + r_1 * h))
+    u_2 = process.time_of(2 * (lambda_t + r_2 * h))
+    d_1 = noise_at(linear(u_1)[0], u_1) - eps
+    x_u, _ = linear(u_2)
+    x_u -= process.sigma(u_2) * r_2 / r_1 * (jnp.expm1(r_2 * h) / (r_2 * h) - 1) * d_1
+    d_2 = noise_at(x_u, u_2) - eps
+    return x_s - process.sigma(s) / r_2 * (jnp.expm1(h) / h - 1) * d_2
+
+  def step(key, denoise, x_t, memory, t, s):
+    def first_order(x_t):
+      x_0, eps = estimate(process, denoise, x_t, t)
+      return (process.alpha(s) * x_0 + process.sigma(s) * eps).astype(x_t.dtype)
+
+    def higher_order(x_t):
+      return solve(denoise, x_t, t, s).astype(x_t.dtype)
+
+    return jax.lax.cond(infinite(process, t, s), first_order, higher_order, x_t), memory
+
+  return Sampler(no_memory, step, process.t_max, reversible=True, calls=(order, 1))
+
+
+def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
+  """DPM-Solver++(2S): the estimate of x_0 half way in lambda (Lu et al. 2022b, algorithm 1); two network calls a step.
+
+  Args:
+    process: the forward process.
+    eta: with noise put back as in `euler_ancestral`, k-diffusion's "2S a"; 0 to 1.
+
+  Raises:
+    ValueError: if eta is outside [0, 1].
+  """
+  check_eta(eta)
+
+  def step(key, denoise, x_t, memory, t, s):
+    down, up = fresh_noise(process, t, s, eta) if eta > 0 else (process.sigma(s), 0.0)
+    x_0 = x_0_of(denoise(x_t, t))
+
+    def half_way(x_t):
+      end = jnp.log(process.alpha(s)) - jnp.log(down)
+      u = process.time_of(half_log_snr(process, t) + end)
+      decay, pull = linear(process, t, u)
+      return x_0_of(denoise((decay * x_t + pull * x_0).astype(x_t.dtype), u))
+
+    x_0 = jax.lax.cond(infinite(process, t, s), lambda x_t: x_0, half_way, x_t)
+    decay, pull = linear(process, t, s, down)
+    x_s = decay * x_t + pull * x_0
+    return x_s if eta == 0 else x_s + up * randomness.normal(key, x_t.shape, x_t.dtype), memory
+
+  return Sampler(no_memory, step, process.t_max, reversible=eta == 0, calls=(2, 1))
+
+
+def dpmpp_2m(process: Process) -> Sampler:
+  """DPM-Solver++(2M): x_0 extrapolated from this step's and the last's (Lu et al. 2022b, algorithm 2); one call a step."""
+
+  def step(key, denoise, x_t, past: Past, t, s):
+    x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)
+    decay, pull = linear(process, t, s)
+    h = half_log_snr(process, s) - lambda_t
+    r = (lambda_t - past.lambdas[0]) / h
+    d = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * past.values[0]
+    d = jnp.where(infinite(process, t, s), x_0, d)
+    return decay * x_t + pull * d, past.add(x_0, lambda_t)
+
+  return Sampler(lambda x: Past.empty(x, 1), step, process.t_max, reversible=True)
+
+
+def dpmpp_3m(process: Process) -> Sampler:
+  """DPM-Solver++(3M): x_0 as a parabola in lambda through this step's and the last two, integrated exactly; one call a step.
+
+  The multistep rule of Lu et al. 2022b to order 3. Their code, k-diffusion and diffusers halve the second difference, which
+  leaves it at order 2.
+  """
+
+  def step(key, denoise, x_t, past: Past, t, s):
+    x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)
+    decay, pull = linear(process, t, s)
+    h = half_log_snr(process, s) - lambda_t
+    curve = process.alpha(s) * integral_of_x_0(h, (lambda_t, *past.lambdas), (x_0, *past.values))
+    return decay * x_t + jnp.where(infinite(process, t, s), pull * x_0, curve), past.add(x_0, lambda_t)
+
+  return Sampler(lambda x: Past.empty(x, 2), step, process.t_max, reversible=True)
+
+
+def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
+  """DPM-Solver++ on the reverse SDE, singlestep of order 2 (k-diffusion's `sample_dpmpp_sde`); two network calls a step.
+
+  The noise of the whole step holds that of its first half, as the path of one Brownian motion does (SEEDS-2, Gonzalez et
+  al. 2023): k-diffusion ties them by their distance in sigma.
+
+  Args:
+    process: the forward process.
+    eta: the noise, as a share of the posterior's standard deviation, in (0, 1].
+
+  Raises:
+    ValueError: if eta is outside (0, 1].
+  """
+  if not 0 < eta <= 1:
+    raise ValueError(f"Got eta={eta}; wanted it in (0, 1]. Without noise the rule is sampling.dpmpp_2s(process).")
+
+  def step(key, denoise, x_t, memory, t, s):
+    first, second = (randomness.normal(randomness.fold_in(key, i), x_t.shape, x_t.dtype) for i in range(2))
+    down, up = fresh_noise(process, t, s, eta)
+    x_0 = x_0_of(denoise(x_t, t))
+
+    def half_way(x_t):
+      u = process.time_of(half_log_snr(process, t) + half_log_snr(process, s))
+      down_u, up_u = fresh_noise(process, t, u, eta)
+      decay, pull = linear(process, t, u, down_u)
+      x_u = (decay * x_t + pull * x_0 + up_u * first).astype(x_t.dtype)
+      carried = up_u * fresh_noise(process, u, s, eta)[0] / process.sigma(u)
+      noise = carried * first + jnp.sqrt(up**2 - carried**2) * second
+      return x_0_of(denoise(x_u, u)), noise.astype(x_t.dtype)
+
+    x_0, noise = jax.lax.cond(
+      infinite(process, t, s), lambda x_t: (x_0, (up * second).astype(x_t.dtype)), half_way, x_t
+    )
+    decay, pull = linear(process, t, s, down)
+    return decay * x_t + pull * x_0 + noise, memory
+
+  return Sampler(no_memory, step, process.t_max, calls=(2, 1))
+
+
+def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -> Sampler:
+  """DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022b, appendix; k-diffusion's `sample_dpmpp_2m_sde`); one call a step.
+
+  Args:
+    process: the forward process.
+    eta: the rate of the noise, 1 for that of the reverse SDE; with 0 and "midpoint" it is `dpmpp_2m`.
+    solver: how the slope of x_0 enters: "midpoint" or "heun".
+
+  Raises:
+    ValueError: if eta is negative or `solver` is neither.
+  """
+  if not eta >= 0 or solver not in ("midpoint", "heun"):
+    raise ValueError(f"Got eta={eta}, solver={solver!r}; wanted eta at least 0, and 'midpoint' or 'heun'.")
+
+  def step(key, denoise, x_t, past: Past, t, s):
+    x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)
+    h = half_log_snr(process, s) - lambda_t
+    r = (lambda_t - past.lambdas[0]) / h
+    rate = (1 + eta) * h
+    slope = -jnp.expm1(-rate) / 2 if solver == "midpoint" else 1 + jnp.expm1(-rate) / rate
+    slope = jnp.where(infinite(process, t, s), 0, slope / r)
+    d = -jnp.expm1(-rate) * x_0 + slope * (x_0 - past.values[0])
+    x_s = process.sigma(s) / process.sigma(t) * jnp.exp(-eta * h) * x_t + process.alpha(s) * d
+    std = process.sigma(s) * jnp.sqrt(-jnp.expm1(-2 * eta * h))
+    return x_s + std * randomness.normal(key, x_t.shape, x_t.dtype), past.add(x_0, lambda_t)
+
+  return Sampler(lambda x: Past.empty(x, 1), step, process.t_max)
+
+
+def linear(process: Process, t, s, sigma_s=None):
+  """`decay` and `pull` of the step of order 1, x_s = decay x_t + pull x_0; `sigma_s` may be less than the process's."""
+  decay = (process.sigma(s) if sigma_s is None else sigma_s) / process.sigma(t)
+  return decay, process.alpha(s) - process.alpha(t) * decay
