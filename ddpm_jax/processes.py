@@ -107,6 +107,12 @@ class Process(NamedTuple):
     """A draw of x_t [B, ...] given x_0; `key` is one key or one a sample."""
     return self.perturb(x_0, t, randomness.normal(key, x_0.shape, x_0.dtype))
 
+  def added(self, t, s) -> Array:
+    """1 - SNR(t) / SNR(s), the share of the noise at t that came after s; in float32 good to 1e-4 among 1000 steps."""
+    t, s = as_time(t), as_time(s)
+    ratio = self.alpha(t) / self.alpha(s) * (self.sigma(s) / self.sigma(t))
+    return (1 - ratio) * (1 + ratio)
+
   def posterior(self, x_t: Array, x_0: Array, t, s) -> tuple[Array, Array]:
     """Mean [B, ...] and variance ([] or [B]) of the Gaussian q(x_s | x_t, x_0) for s < t.
 
@@ -114,17 +120,14 @@ class Process(NamedTuple):
     starts from clean data it is x_0 with variance 0.
     """
     t, s = as_time(t), as_time(s)
-    sigma_s = self.sigma(s)
-    # The share of the noise at t that was added after s. In float32 it is good to 1e-4 for neighbours among 1000 steps.
-    added = -jnp.expm1(self.log_snr(t) - self.log_snr(s))
+    sigma_s, added = self.sigma(s), self.added(t, s)
     ratio = self.alpha(t) / self.alpha(s) * (sigma_s / self.sigma(t)) ** 2
     mean = expand(ratio, x_t) * x_t + expand(self.alpha(s) * added, x_t) * x_0
     return mean.astype(x_t.dtype), sigma_s**2 * added
 
   def step_variance(self, t, s) -> Array:
     """The variance of q(x_t | x_s), the noise that the forward process adds from s to t > s: beta_n between neighbours."""
-    t, s = as_time(t), as_time(s)
-    return -(self.sigma(t) ** 2) * jnp.expm1(self.log_snr(t) - self.log_snr(s))
+    return self.sigma(t) ** 2 * self.added(t, s)
 
   def prior(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """A draw [B, ...] from N(0, sigma(t_max)^2), where sampling starts; `key` is one key or one a sample."""

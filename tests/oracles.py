@@ -6,14 +6,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import processes, schedules
-from ddpm_jax.processes import expand
+from ddpm_jax import predictions, processes, schedules
 
 PROCESSES = {
   "vp": processes.vp(),
+  "sub_vp": processes.sub_vp(),
+  "ve": processes.ve(),
+  "edm": processes.edm(),
+  "rectified_flow": processes.rectified_flow(),
+  "cosine": processes.cosine(),
   "discrete_linear": processes.discrete(schedules.linear(1000)),
   "discrete_cosine": processes.discrete(schedules.cosine(1000)),
+  "zero_snr": processes.discrete(schedules.zero_terminal_snr(schedules.scaled_linear(1000))),
 }
+# Those at whose t_max nothing is left of the data.
+ZERO_SNR = ("rectified_flow", "zero_snr")
+PREDICTIONS = {
+  "EPS": predictions.EPS,
+  "X0": predictions.X0,
+  "V": predictions.V,
+  "SCORE": predictions.SCORE,
+  "VELOCITY": predictions.VELOCITY,
+  "edm": predictions.edm(0.5),
+}
+
+
+def below_zero_snr(process):
+  """The process up to just before the time at which nothing is left of the data, for predictions that need some."""
+  return process._replace(t_max=0.999) if float(process.alpha(process.t_max)) == 0 else process
 
 
 class Mixture(NamedTuple):
@@ -65,9 +85,12 @@ def gaussian_flow(process, mean, std, x, t, s):
 def network_of(process, prediction, denoise):
   """The network whose output, read as `prediction`, is the given denoiser; its label is time itself."""
 
-  def apply(x_t, t):
-    alpha, sigma = expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)
+  def apply(x_in, t):
+    coefficients = predictions.coefficients(process, prediction, t, x_in)
+    alpha, sigma = coefficients[:2]
+    x_t = x_in / prediction.input_scale(alpha, sigma) if prediction.input_scale else x_in
     x_0 = denoise(x_t, t)
-    return prediction.target(x_0, (x_t - alpha * x_0) / sigma, alpha, sigma)
+    output = prediction.target(x_0, (x_t - alpha * x_0) / sigma, *coefficients)
+    return jnp.concatenate([output, jnp.zeros_like(output)], -1) if prediction.learned_variance else output
 
   return apply

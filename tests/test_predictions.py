@@ -4,34 +4,84 @@ import numpy as np
 import pytest
 
 from ddpm_jax import guidance, predictions, processes
-from tests.oracles import MIXTURE, PROCESSES, network_of
-
-PREDICTIONS = {"EPS": predictions.EPS, "X0": predictions.X0, "V": predictions.V}
+from tests.oracles import MIXTURE, PREDICTIONS, PROCESSES, below_zero_snr, network_of
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", PREDICTIONS)
-@pytest.mark.parametrize("coefficients", [(0.8, 0.6), (1.0, 5.0), (0.3, 0.2)])
+@pytest.mark.parametrize("coefficients", [(0.8, 0.6, -1.2, 1.6), (1.0, 5.0, 0.0, 1.0), (0.3, 0.2, -1.0, 0.7)])
 def test_target_and_back_is_the_identity(name, coefficients):
-  """For any alpha and sigma, not only where their squares add up to 1."""
-  alpha, sigma = coefficients
+  """For any alpha and sigma (and their slopes), not only where their squares add up to 1; and back again."""
+  prediction, alpha, sigma = PREDICTIONS[name], *coefficients[:2]
+  given = coefficients if prediction.slopes else coefficients[:2]
   x_0, eps = jax.random.normal(jax.random.key(0), (2, 7, 3))
-  prediction = PREDICTIONS[name]
-  back = prediction.to_x0(prediction.target(x_0, eps, alpha, sigma), alpha * x_0 + sigma * eps, alpha, sigma)
+  x_t = alpha * x_0 + sigma * eps
+  output = prediction.target(x_0, eps, *given)
+  back = prediction.to_x0(output, x_t, *given)
   np.testing.assert_allclose(back, x_0, rtol=1e-12, atol=1e-12)
+  again = prediction.target(back, (x_t - alpha * back) / sigma, *given)
+  np.testing.assert_allclose(again, output, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", PREDICTIONS)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_denoiser_is_the_same_function_from_any_prediction(name, process):
+  process, prediction = below_zero_snr(PROCESSES[process]), PREDICTIONS[name]
+  exact = MIXTURE.denoise(process)
+  denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, label=lambda t: t)
+  x = process.prior(jax.random.key(1), (5, 2), jnp.float64)
+  for t in (0.4 * process.t_max, jnp.linspace(0.1, 0.9, 5) * process.t_max, process.t_max):
+    np.testing.assert_allclose(denoise(x, t), exact(x, t), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["X0", "V", "VELOCITY", "edm"])
+@pytest.mark.parametrize("process", ["rectified_flow", "zero_snr"])
+def test_denoiser_where_no_data_is_left(name, process):
   process, prediction = PROCESSES[process], PREDICTIONS[name]
   exact = MIXTURE.denoise(process)
   denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, label=lambda t: t)
-  x = jax.random.normal(jax.random.key(1), (5, 2))
-  np.testing.assert_allclose(denoise(x, 0.4), exact(x, 0.4), rtol=1e-9, atol=1e-10)
-  t = jnp.linspace(0.1, 0.9, 5)
-  np.testing.assert_allclose(denoise(x, t), exact(x, t), rtol=1e-9, atol=1e-10)
+  x = process.prior(jax.random.key(1), (5, 2), jnp.float64)
+  np.testing.assert_allclose(denoise(x, 1.0), exact(x, 1.0), rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_edm_is_preconditioned_as_printed():
+  """Karras et al. 2022, table 1: D = c_skip x + c_out F(c_in x; log(sigma) / 4)."""
+  sigma, data = np.array([0.01, 0.5, 7.0]), 0.6
+  x = np.array([[0.3], [-0.2], [5.0]])
+  seen = []
+
+  def network(scaled, label):
+    seen.append((scaled, label))
+    return jnp.cos(scaled)
+
+  got = predictions.denoiser(network, processes.edm(), predictions.edm(data))(jnp.asarray(x), sigma)
+  spread = np.sqrt(sigma**2 + data**2)[:, None]
+  np.testing.assert_allclose(seen[0][0], x / spread, rtol=1e-12)
+  np.testing.assert_allclose(seen[0][1], np.log(sigma) / 4, rtol=1e-12)
+  c_out = sigma[:, None] * data / spread
+  np.testing.assert_allclose(got, data**2 / spread**2 * x + c_out * np.cos(x / spread), rtol=1e-12)
+  with pytest.raises(ValueError, match="sigma_data=0"):
+    predictions.edm(0.0)
+
+
+@pytest.mark.parametrize("name", ["EPS", "X0", "V"])
+def test_learned_variance_is_the_second_half_of_the_channels(name):
+  process, prediction = processes.vp(), predictions.learned_range(PREDICTIONS[name])
+  output, fraction = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+
+  def apply(x, t):
+    return jnp.concatenate([output, 2 * fraction - 1], -1)
+
+  x = jax.random.normal(jax.random.key(1), (3, 4, 5))
+  got = guidance.clip(predictions.denoiser(apply, process, prediction), -0.5, 0.5)(x, 0.3)
+  plain = guidance.clip(predictions.denoiser(lambda x, t: output, process, PREDICTIONS[name]), -0.5, 0.5)(x, 0.3)
+  np.testing.assert_array_equal(got.x_0, plain)
+  np.testing.assert_allclose(got.fraction, fraction, atol=1e-6)
+  with pytest.raises(ValueError, match="wanted \\(3, 4, 10\\), twice the channels"):
+    predictions.denoiser(lambda x, t: x, process, prediction)(x, 0.3)
 
 
 def test_default_labels():

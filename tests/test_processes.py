@@ -6,34 +6,56 @@ import numpy as np
 import pytest
 
 from ddpm_jax import processes, schedules
-from tests.oracles import PROCESSES
+from tests.oracles import PROCESSES, ZERO_SNR
 
-TABLES = {"linear": schedules.linear(1000), "cosine": schedules.cosine(1000)}
+TABLES = {
+  "discrete_linear": schedules.linear(1000),
+  "discrete_cosine": schedules.cosine(1000),
+  "zero_snr": schedules.zero_terminal_snr(schedules.scaled_linear(1000)),
+}
+
+
+def interior(process, count):
+  return np.linspace(0.0213, 0.9817, count) * process.t_max
 
 
 def reference(name, t):
-  """alpha, sigma in float64, by NumPy and by another route than the code under test."""
-  if name == "vp":
-    b = np.asarray(t, np.longdouble) * 0.1 + 0.5 * np.asarray(t, np.longdouble) ** 2 * 19.9
-    return np.exp(-b / 2).astype(float), np.sqrt(-np.expm1(-b)).astype(float)
-  betas = TABLES[name.removeprefix("discrete_")].astype(np.longdouble)
-  keep = np.concatenate([[1.0], np.cumprod(1 - betas)])
-  lost = np.concatenate([[0.0], np.cumsum(betas * keep[:-1])])  # 1 - alpha_bar as a sum of positive terms
-  n = np.rint(np.asarray(t) * 1000).astype(int)
-  return np.sqrt(keep[n]).astype(float), np.sqrt(lost[n]).astype(float)
+  """alpha, sigma in extended precision, by NumPy and by another route than the code under test."""
+  t = np.asarray(t, np.longdouble)
+  if name in ("vp", "sub_vp"):
+    b = t * 0.1 + 0.5 * t**2 * 19.9
+    variance = -np.expm1(-b)
+    alpha, sigma = np.exp(-b / 2), variance if name == "sub_vp" else np.sqrt(variance)
+  elif name == "ve":
+    alpha, sigma = np.ones_like(t), np.longdouble(0.02) ** (1 - t) * np.longdouble(100) ** t
+  elif name == "edm":
+    alpha, sigma = np.ones_like(t), t
+  elif name == "rectified_flow":
+    alpha, sigma = 1 - t, t
+  elif name == "cosine":
+    right = 2 * np.arctan(np.longdouble(1))
+    start = right * np.longdouble(0.008) / np.longdouble(1.008)
+    turn = right - start - np.arcsin(np.cos(start) / np.sqrt(1 + np.exp(np.longdouble(20))))
+    alpha = np.cos(start + turn * t) / np.cos(start)
+    sigma = np.sqrt((1 - alpha) * (1 + alpha))
+  else:
+    betas = TABLES[name].astype(np.longdouble)
+    keep = np.concatenate([[1.0], np.cumprod(1 - betas)])
+    lost = np.concatenate([[0.0], np.cumsum(betas * keep[:-1])])  # 1 - alpha_bar as a sum of positive terms
+    n = np.rint(t * 1000).astype(int)
+    alpha, sigma = np.sqrt(keep[n]), np.sqrt(lost[n])
+  return alpha.astype(float), sigma.astype(float)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_float32_keeps_five_digits_everywhere(name):
   process = PROCESSES[name]
-  t = (
-    np.arange(1, 1001) / 1000
-    if name != "vp"
-    else np.concatenate([np.geomspace(1e-5, 1, 400), np.linspace(0.01, 1, 1000)])
-  )
+  t = np.arange(1, 1001) / 1000
+  if not process.num_steps:
+    t = np.concatenate([np.geomspace(1e-5, 1, 400), t]) * process.t_max
   t32 = t.astype(np.float32)
   # The reference is taken at the time that float32 stands for, which is what the process is given.
-  alpha, sigma = reference(name, t32.astype(np.float64) if name == "vp" else t)
+  alpha, sigma = reference(name, t if process.num_steps else t32)
   evaluate = jax.jit(lambda t: (process.alpha(t), process.sigma(t), process.sigma(t) ** 2, process.log_snr(t)))
   got = evaluate(t32)
   assert all(value.dtype == jnp.float32 for value in got)
@@ -42,7 +64,11 @@ def test_float32_keeps_five_digits_everywhere(name):
   np.testing.assert_allclose(got[2], sigma**2, rtol=1e-5)
   # A log-SNR passes through 0, where its relative error is unbounded in any precision: there the absolute one, which is
   # the relative error of the SNR itself, counts.
-  np.testing.assert_allclose(got[3], 2 * np.log(alpha / sigma), rtol=1e-5, atol=2e-6)
+  with np.errstate(divide="ignore"):
+    np.testing.assert_allclose(got[3], 2 * np.log(alpha / sigma), rtol=1e-5, atol=2e-6)
+  if name in ZERO_SNR:
+    assert got[0][-1] == 0
+    assert got[3][-1] == -jnp.inf
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -55,19 +81,55 @@ def test_t_0_is_clean_data(name):
   assert jnp.isfinite(process.diffusion(0.0))
 
 
-def test_vp_has_song_et_al_s_sde():
-  process = processes.vp(0.1, 20.0)
-  t = jnp.linspace(1e-3, 1, 50)
-  beta = 0.1 + t * 19.9
-  np.testing.assert_allclose(process.drift(t), -0.5 * beta, rtol=1e-5)
-  np.testing.assert_allclose(process.diffusion_squared(t), beta, rtol=2e-5)
-  np.testing.assert_allclose(process.diffusion(t), jnp.sqrt(beta), rtol=1e-5)
+PRINTED = {
+  # f and g^2 as Song et al. 2021 (appendix C; equation 29), Karras et al. 2022 (table 1) print them.
+  "vp": (lambda t: -0.5 * (0.1 + t * 19.9), lambda t: 0.1 + t * 19.9),
+  "sub_vp": (
+    lambda t: -0.5 * (0.1 + t * 19.9),
+    lambda t: (0.1 + t * 19.9) * (1 - np.exp(-2 * (0.1 * t + 9.95 * t**2))),
+  ),
+  "ve": (lambda t: 0 * t, lambda t: 2 * np.log(5000) * (0.02 * 5000**t) ** 2),
+  "edm": (lambda t: 0 * t, lambda t: 2 * t),
+  "rectified_flow": (lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t)),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_sde_is_the_one_printed(name):
+  process = PROCESSES[name]
+  t = interior(process, 50)
+  f, g_squared = (formula(t) for formula in PRINTED[name])
+  np.testing.assert_allclose(process.drift(t), f, rtol=1e-5)
+  np.testing.assert_allclose(process.diffusion_squared(t), g_squared, rtol=3e-5)
+  np.testing.assert_allclose(process.diffusion(t), np.sqrt(g_squared), rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_time_of_inverts_the_log_snr(name, dtype):
+  """To the precision of the log-SNR itself, of whose slope float32 leaves 1e-6 / |slope| in t."""
+  process = PROCESSES[name]
+  with jax.enable_x64(dtype == np.float64):
+    t = np.concatenate([np.geomspace(1e-3, 0.1, 9), interior(PROCESSES["vp"], 9)]).astype(dtype) * dtype(process.t_max)
+    found = jax.jit(lambda t: process.time_of(process.log_snr(t)))(t)
+    assert found.dtype == dtype
+    slope = jax.vmap(jax.grad(process.log_snr))(jnp.asarray(t))
+    precision = 3e-6 if dtype == np.float32 else 1e-13
+    np.testing.assert_array_less(
+      np.abs(found - t), 1e-11 * process.t_max + precision * (t + (1 + np.abs(process.log_snr(t))) / np.abs(slope))
+    )
+    assert process.time_of(jnp.asarray(np.inf, dtype)) < 1e-10 * process.t_max
+    np.testing.assert_allclose(process.time_of(jnp.asarray(-np.inf, dtype)), process.t_max, rtol=1e-6)
+    if dtype == np.float64:
+      derivative = jax.vmap(jax.grad(process.time_of))(process.log_snr(t))
+      np.testing.assert_allclose(derivative, 1 / slope, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", PROCESSES)
 def test_diffusion_is_the_slope_of_log_snr(name):
-  process, t = PROCESSES[name], jnp.linspace(0.0213, 0.9817, 41)
+  process = PROCESSES[name]
+  t = jnp.asarray(interior(process, 41))
   slope = jax.vmap(jax.grad(process.log_snr))(t)
   np.testing.assert_allclose(process.diffusion_squared(t), -(process.sigma(t) ** 2) * slope, rtol=1e-9)
 
@@ -93,6 +155,16 @@ def test_discrete_approaches_vp():
   assert errors[2] < 2e-3
   assert 1.7 < errors[0] / errors[1] < 2.4
   assert 1.7 < errors[1] / errors[2] < 2.4
+
+
+@pytest.mark.usefixtures("x64")
+def test_discrete_cosine_lies_on_the_continuous_one():
+  """Its table holds the curve itself, but for the bounds at the end; between the steps the cubic is close to it."""
+  continuous, t = processes.cosine(log_snr_min=-60.0), np.linspace(0.1, 0.9, 10)
+  np.testing.assert_allclose(PROCESSES["discrete_cosine"].alpha(t), continuous.alpha(t), rtol=1e-5)
+  np.testing.assert_allclose(
+    processes.discrete(schedules.cosine(20)).alpha([0.2, 0.5]), continuous.alpha([0.2, 0.5]), rtol=1e-12
+  )
 
 
 @pytest.mark.usefixtures("x64")
@@ -125,18 +197,19 @@ def test_posterior_of_the_discrete_chain_by_enumeration(s, t):
 def test_posterior_at_0_is_the_data(name):
   x_t, x_0 = jnp.array([[2.0, -1.0]]), jnp.array([[0.5, 0.25]])
   mean, variance = PROCESSES[name].posterior(x_t, x_0, 0.001, 0.0)
-  np.testing.assert_array_equal(mean, x_0)
+  np.testing.assert_allclose(mean, x_0, rtol=1e-6)
   assert variance == 0
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_marginal_and_prior_have_their_moments(name):
   process, keys = PROCESSES[name], jax.random.split(jax.random.key(0), 20_000)
-  x_t = process.sample_marginal(keys, jnp.full((20_000, 2), 0.7), 0.35)
-  sigma = float(process.sigma(0.35))
-  np.testing.assert_allclose(x_t.mean(0), 0.7 * process.alpha(0.35), atol=5 * sigma / 20_000**0.5)
+  t = 0.35 * process.t_max
+  x_t = process.sample_marginal(keys, jnp.full((20_000, 2), 0.7), t)
+  sigma = float(process.sigma(t))
+  np.testing.assert_allclose(x_t.mean(0), 0.7 * process.alpha(t), atol=5 * sigma / 20_000**0.5)
   np.testing.assert_allclose(x_t.std(0), sigma, rtol=0.03)
-  np.testing.assert_allclose(process.prior(keys, (20_000, 2)).std(), process.sigma(1.0), rtol=0.03)
+  np.testing.assert_allclose(process.prior(keys, (20_000, 2)).std(), process.sigma(process.t_max), rtol=0.03)
 
 
 def test_bfloat16_data_keeps_its_type_and_float32_times():
@@ -152,6 +225,7 @@ def test_bfloat16_data_keeps_its_type_and_float32_times():
     ([0.1, 1.0, 0.2], "beta 1 at step 2 of 3"),
     ([0.0, 0.1], "beta 0 at step 1"),
     ([0.1, -0.1], "inside \\(0, 1\\)"),
+    ([1.0], "beta 1 at step 1 of 1"),
     ([0.1, float("nan")], "beta nan"),
     ([], "shape \\(0,\\)"),
     ([[0.1]], "one-dimensional"),
@@ -163,9 +237,23 @@ def test_wrong_betas_are_errors(betas, message):
 
 
 @pytest.mark.parametrize("betas", [(0.0, 20.0), (20.0, 0.1), (0.1, float("inf"))])
-def test_wrong_vp_is_an_error(betas):
+@pytest.mark.parametrize("make", [processes.vp, processes.sub_vp])
+def test_wrong_betas_of_a_continuous_process_are_an_error(make, betas):
   with pytest.raises(ValueError, match="beta_min"):
-    processes.vp(*betas)
+    make(*betas)
+
+
+@pytest.mark.parametrize("sigmas", [(0.0, 80.0), (1.0, 0.1), (0.1, float("inf"))])
+@pytest.mark.parametrize("make", [processes.ve, processes.edm])
+def test_wrong_sigmas_are_an_error(make, sigmas):
+  with pytest.raises(ValueError, match="sigma_min"):
+    make(*sigmas)
+
+
+@pytest.mark.parametrize("kwargs", [{"offset": -0.1}, {"log_snr_min": float("-inf")}])
+def test_wrong_cosine_is_an_error(kwargs):
+  with pytest.raises(ValueError, match="log_snr_min in"):
+    processes.cosine(**kwargs)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -173,9 +261,10 @@ def test_posterior_in_float32(name):
   """Neighbours among 1000 steps, the worst case of its differences, against itself in float64."""
   process, n = PROCESSES[name], np.arange(2, 1001)
   x_t, x_0 = np.full((999, 1), 0.7), np.full((999, 1), -0.4)
+  t, s = (np.asarray(v * process.t_max / 1000, np.float32) for v in (n, n - 1))
 
   def posterior(dtype):
-    return process.posterior(*(jnp.asarray(v, dtype) for v in (x_t, x_0, n / 1000, (n - 1) / 1000)))
+    return process.posterior(*(jnp.asarray(v, dtype) for v in (x_t, x_0, t, s)))
 
   single = posterior(jnp.float32)
   with jax.enable_x64(True):

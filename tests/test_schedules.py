@@ -20,7 +20,40 @@ def test_cosine_gives_the_papers_alpha_bar():
   assert betas.max() == 0.999
 
 
-@pytest.mark.parametrize("schedule", [schedules.linear, schedules.cosine])
+def test_scaled_linear_is_linear_in_the_root():
+  betas = schedules.scaled_linear(1000)
+  np.testing.assert_allclose((betas[0], betas[-1]), (0.00085, 0.012))
+  steps = np.diff(np.sqrt(betas))
+  np.testing.assert_allclose(steps, steps[0])
+
+
+def test_sigmoid_gives_the_papers_alpha_bar():
+  betas = schedules.sigmoid(1000, -3, 3, 0.9)
+  t, logistic = np.arange(1001) / 1000, lambda x: 1 / (1 + np.exp(-x))
+  start, end = logistic(-3 / 0.9), logistic(3 / 0.9)
+  alpha_bar = (end - logistic((t * 6 - 3) / 0.9)) / (end - start)
+  np.testing.assert_allclose(np.cumprod(1 - betas)[:-5], alpha_bar[1:-5], rtol=1e-9)
+  assert betas.max() == 0.999
+  for kwargs in ({"start": 3.0}, {"tau": 0.0}):
+    with pytest.raises(ValueError, match="wanted start < end"):
+      schedules.sigmoid(10, **kwargs)
+
+
+@pytest.mark.parametrize("schedule", [schedules.linear, schedules.scaled_linear, schedules.cosine])
+def test_zero_terminal_snr_keeps_the_first_step_and_empties_the_last(schedule):
+  before = schedule(1000)
+  betas = schedules.zero_terminal_snr(before)
+  root, rescaled = np.sqrt(np.cumprod(1 - before)), np.sqrt(np.cumprod(1 - betas))
+  np.testing.assert_allclose(betas[0], before[0], rtol=1e-9)
+  assert betas[-1] == 1
+  # Shifted and scaled: an affine image of the old curve.
+  np.testing.assert_allclose(rescaled, (root - root[-1]) * rescaled[0] / (root[0] - root[-1]), atol=1e-12)
+  for wrong in ([0.1], betas, [[0.1, 0.2]]):
+    with pytest.raises(ValueError, match="at least 2"):
+      schedules.zero_terminal_snr(wrong)
+
+
+@pytest.mark.parametrize("schedule", [schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid])
 def test_no_steps_is_an_error(schedule):
   with pytest.raises(ValueError, match="0 steps"):
     schedule(0)

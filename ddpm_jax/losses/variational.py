@@ -77,7 +77,7 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
   t, s = step / n, (step - 1) / n
   later_t, later_s = jnp.maximum(step, 2) / n, jnp.maximum(step - 1, 1) / n
   # log(sigma_s^2 * share), the posterior's variance.
-  added = -jnp.expm1(process.log_snr(later_t) - process.log_snr(later_s))
+  added = process.added(later_t, later_s)
   small = 2 * jnp.log(process.sigma(later_s)) + jnp.log(added)
   large = jnp.log(process.step_variance(t, s))
   small, large = expand(small, x_0), expand(large, x_0)

@@ -20,8 +20,7 @@ def fresh_noise(process: Process, t, s, eta: float):
 
   Song et al. 2021a, equation 16; k-diffusion's `get_ancestral_step`. With eta = 1 `up` is the posterior's deviation.
   """
-  added = -jnp.expm1(process.log_snr(t) - process.log_snr(s))
-  sigma_s = process.sigma(s)
+  added, sigma_s = process.added(t, s), process.sigma(s)
   return sigma_s * jnp.sqrt(1 - eta**2 * added), eta * sigma_s * jnp.sqrt(added)
 
 
