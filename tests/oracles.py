@@ -82,6 +82,18 @@ def gaussian_flow(process, mean, std, x, t, s):
   return process.alpha(s) * mean + marginal_std(s) / marginal_std(t) * (x - process.alpha(t) * mean)
 
 
+def vp_flow(denoise, shape):
+  """The right side of the probability-flow ODE of the VP SDE as Song et al. print it, for SciPy."""
+
+  def slope(t, flat):
+    state = flat.reshape(shape)
+    beta, alpha = 0.1 + 19.9 * t, np.exp(-0.5 * (0.1 * t + 9.95 * t**2))
+    score = (alpha * np.asarray(denoise(state, t)) - state) / (1 - alpha**2)
+    return (-0.5 * beta * state - 0.5 * beta * score).ravel()
+
+  return slope
+
+
 def network_of(process, prediction, denoise):
   """The network whose output, read as `prediction`, is the given denoiser; its label is time itself."""
 

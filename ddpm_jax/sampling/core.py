@@ -24,7 +24,7 @@ class Sampler(NamedTuple):
       one a sample. The step to s = 0 returns the denoised mean, without noise.
     t_max: the largest time that the rule's process knows; `sample` checks the grid against it.
     reversible: whether the rule also steps up, from data to noise: it solves an ODE and adds no noise.
-    calls: how often a step calls the network between times of finite log-SNR, and at the ends, where alpha or sigma is 0.
+    calls: how often a step calls the network: between noisy times, to clean data, and from or to where no data is left.
     prepare: `prepare(num_steps) -> Sampler`, of a rule that depends on the number of steps; `sample` calls it.
   """
 
@@ -32,7 +32,7 @@ class Sampler(NamedTuple):
   step: Callable[[Array, Denoise, Array, Any, Array, Array], tuple[Array, Any]]
   t_max: float = math.inf
   reversible: bool = False
-  calls: tuple[int, int] = (1, 1)
+  calls: tuple[int, int, int] = (1, 1, 1)
   prepare: Callable[[int], "Sampler"] | None = None
 
 
@@ -49,10 +49,11 @@ def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, 
 
 
 def nfe(sampler: Sampler, process: Process, times) -> int:
-  """The number of network evaluations of `sample` on a known grid."""
-  between, at_ends = sampler.calls
-  ends = int(process.sigma(times[-1]) == 0) + int(process.alpha(times[0]) == 0 and len(times) > 2)
-  return between * (len(times) - 1 - ends) + at_ends * ends
+  """The number of network evaluations of `sample` on a grid whose values are known."""
+  between, to_data, at_zero_snr = sampler.calls
+  last = int(process.sigma(times[-1]) == 0)
+  empty = int(min(process.alpha(times[0]), process.alpha(times[-1])) == 0 and len(times) - 1 > last)
+  return between * (len(times) - 1 - last - empty) + to_data * last + at_zero_snr * empty
 
 
 def check_times(times, sampler: Sampler) -> None:

@@ -33,45 +33,42 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
   if order == 1:
     return ddim(process)
 
-  def solve(denoise, x_t, t, s):
-    """Both orders: estimates of eps at a third and two thirds of h, or at its half, by rules of lower order."""
+  def step(key, denoise, x_t, memory, t, s):
+    x_0, eps = estimate(process, denoise, x_t, t)
     lambda_t = half_log_snr(process, t)
     h = half_log_snr(process, s) - lambda_t
-    _, eps = estimate(process, denoise, x_t, t)
 
-    def linear(u):
-      """The step of order 1 from t to u, and `push`, the papers' -sigma_u (exp(lambda_u - lambda_t) - 1)."""
+    def first_order(u):
+      """From t to u; and `push`, the papers' -sigma_u (exp(lambda_u - lambda_t) - 1)."""
       growth = process.alpha(u) / process.alpha(t)
       push = process.sigma(u) - growth * process.sigma(t)
       return growth * x_t + push * eps, push
 
-    def noise_at(x_u, u):
-      return estimate(process, denoise, x_u.astype(x_t.dtype), u)[1]
+    def change_of_eps(x_u, u):
+      return estimate(process, denoise, x_u.astype(x_t.dtype), u)[1] - eps
 
-    x_s, push = linear(s)
-    if order == 2:
+    def second_order():
       u = process.time_of(2 * (lambda_t + h / 2))
-      return x_s + push * (noise_at(linear(u)[0], u) - eps)
-    r_1, r_2 = 1 / 3, 2 / 3
-    u_1 = process.time_of(2 * (lambda_t + r_1 * h))
-    u_2 = process.time_of(2 * (lambda_t + r_2 * h))
-    d_1 = noise_at(linear(u_1)[0], u_1) - eps
-    x_u, _ = linear(u_2)
-    x_u -= process.sigma(u_2) * r_2 / r_1 * (jnp.expm1(r_2 * h) / (r_2 * h) - 1) * d_1
-    d_2 = noise_at(x_u, u_2) - eps
-    return x_s - process.sigma(s) / r_2 * (jnp.expm1(h) / h - 1) * d_2
+      x_s, push = first_order(s)
+      return x_s + push * change_of_eps(first_order(u)[0], u)
 
-  def step(key, denoise, x_t, memory, t, s):
-    def first_order(x_t):
-      x_0, eps = estimate(process, denoise, x_t, t)
-      return (process.alpha(s) * x_0 + process.sigma(s) * eps).astype(x_t.dtype)
+    def third_order():
+      r_1, r_2 = 1 / 3, 2 / 3
+      u_1, u_2 = (process.time_of(2 * (lambda_t + r * h)) for r in (r_1, r_2))
+      d_1 = change_of_eps(first_order(u_1)[0], u_1)
+      x_u = first_order(u_2)[0] - process.sigma(u_2) * r_2 / r_1 * (jnp.expm1(r_2 * h) / (r_2 * h) - 1) * d_1
+      d_2 = change_of_eps(x_u, u_2)
+      return first_order(s)[0] - process.sigma(s) / r_2 * (jnp.expm1(h) / h - 1) * d_2
 
-    def higher_order(x_t):
-      return solve(denoise, x_t, t, s).astype(x_t.dtype)
+    higher_order = second_order if order == 2 else third_order
+    x_s = jax.lax.cond(
+      infinite(process, t, s),
+      lambda: (process.alpha(s) * x_0 + process.sigma(s) * eps).astype(x_t.dtype),
+      lambda: higher_order().astype(x_t.dtype),
+    )
+    return x_s, memory
 
-    return jax.lax.cond(infinite(process, t, s), first_order, higher_order, x_t), memory
-
-  return Sampler(no_memory, step, process.t_max, reversible=True, calls=(order, 1))
+  return Sampler(no_memory, step, process.t_max, reversible=True, calls=(order, 1, 1))
 
 
 def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
@@ -101,7 +98,7 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
     x_s = decay * x_t + pull * x_0
     return x_s if eta == 0 else x_s + up * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
-  return Sampler(no_memory, step, process.t_max, reversible=eta == 0, calls=(2, 1))
+  return Sampler(no_memory, step, process.t_max, reversible=eta == 0, calls=(2, 1, 1))
 
 
 def dpmpp_2m(process: Process) -> Sampler:
@@ -172,7 +169,7 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
     decay, pull = linear(process, t, s, down)
     return decay * x_t + pull * x_0 + noise, memory
 
-  return Sampler(no_memory, step, process.t_max, calls=(2, 1))
+  return Sampler(no_memory, step, process.t_max, calls=(2, 1, 1))
 
 
 def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -> Sampler:

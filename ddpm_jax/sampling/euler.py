@@ -66,7 +66,8 @@ def euler(
 
   Args:
     process: the forward process.
-    s_churn: noise added before the steps, spread over all of them; 0 for none.
+    s_churn: noise added before the steps, spread over all of them; 0 for none. It never takes x past t_max: a step from
+      there adds none.
     s_min: the smallest sigma/alpha at which noise is added.
     s_max: the largest.
     s_noise: the added noise's standard deviation, a little above 1 against lost detail.
@@ -74,7 +75,7 @@ def euler(
   Raises:
     ValueError: if s_churn or s_noise is negative, or not 0 <= s_min <= s_max.
   """
-  return _churned(process, _euler_step, (1, 1), s_churn, s_min, s_max, s_noise)
+  return _churned(process, _euler_step, (1, 1, 1), s_churn, s_min, s_max, s_noise)
 
 
 def heun(
@@ -84,7 +85,7 @@ def heun(
 
   The step to s = 0 takes one. Arguments and errors as for `euler`.
   """
-  return _churned(process, _heun_step, (2, 1), s_churn, s_min, s_max, s_noise)
+  return _churned(process, _heun_step, (2, 1, 2), s_churn, s_min, s_max, s_noise)
 
 
 def _euler_step(process, denoise, x_t, t, s):

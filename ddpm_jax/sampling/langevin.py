@@ -50,5 +50,5 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
     def prepare(count: int) -> Sampler:
       return with_langevin(inner(count), process, snr=snr, num_steps=num_steps)
 
-  calls = (sampler.calls[0] + num_steps, sampler.calls[1] + num_steps)
-  return Sampler(sampler.init, step, sampler.t_max, calls=calls, prepare=prepare)
+  between, to_data, at_zero_snr = (calls + num_steps for calls in sampler.calls)
+  return Sampler(sampler.init, step, sampler.t_max, calls=(between, to_data, at_zero_snr), prepare=prepare)

@@ -1,0 +1,314 @@
+"""Samplers against diffusers and k-diffusion, live: the same denoiser, start, times and noise; every state is compared.
+
+The denoiser is the exact one of MIXTURE, which the peers call through NumPy. A deviation is relative to the largest entry of
+the peer's state at that step. In float32 the peers run as they are. In float64 a scheduler of diffusers, whose tables (and
+some of whose states) are float32 whatever it is given, runs with `float32` meaning float64 inside its module: then the rules
+are compared and not the rounding of tables.
+"""
+
+import itertools
+import sys
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+
+from ddpm_jax import processes, sampling
+from tests.oracles import MIXTURE, gaussian, gaussian_flow
+from tests.peers import (
+  DISCRETE,
+  EDM,
+  Doubled,
+  as_torch,
+  draws_of_dpmpp_sde,
+  eps_network,
+  k_diffusion,
+  k_model,
+  noise,
+  run_diffusers,
+  run_k_diffusion,
+  start,
+  third_order_mended,
+  trajectory,
+  whole_steps_of_heun,
+)
+
+# Measured: at most 4e-5, from diffusers' float32 tables near step 1 (3e-6 elsewhere); in float64 2e-12, and 2e-10 where
+# DDPMScheduler keeps a standard deviation of 1e-10 and ours is 0.
+TOLERANCE = {"float32": 1e-3, "float64": 1e-8}
+VP = processes.vp()
+
+
+@pytest.fixture(params=TOLERANCE)
+def dtype(request):
+  with jax.enable_x64(request.param == "float64"):
+    yield request.param
+
+
+@pytest.fixture
+def build(monkeypatch, dtype):
+  """`build(scheduler class, **config)`: a scheduler in `dtype` that draws our noise; with the betas of DISCRETE, if any."""
+
+  def build(scheduler, **config):
+    module, draws = sys.modules[scheduler.__module__], (torch.tensor(noise(dtype, i)) for i in itertools.count())
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(draws), raising=False)
+    if dtype == "float64":
+      for name in ("torch", "np"):
+        monkeypatch.setattr(module, name, Doubled(getattr(module, name)))
+    if "FlowMatch" not in scheduler.__name__:
+      config |= {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon"}
+    return scheduler(**config)
+
+  return build
+
+
+def assert_same(ours, theirs, dtype):
+  assert ours.dtype == theirs.dtype == dtype
+  assert ours.shape == theirs.shape
+  deviations = np.max(np.abs(ours - theirs), axis=(1, 2)) / np.max(np.abs(theirs), axis=(1, 2))
+  assert np.all(deviations < TOLERANCE[dtype]), deviations
+
+
+# diffusers.
+
+
+@pytest.mark.parametrize(
+  ("sampler", "scheduler", "config", "options"),
+  [
+    (sampling.ancestral(DISCRETE), diffusers.DDPMScheduler, {"timestep_spacing": "trailing"}, {}),
+    (sampling.ancestral(DISCRETE, "large"), diffusers.DDPMScheduler, {"variance_type": "fixed_large"}, {}),
+    (sampling.ddim(DISCRETE), diffusers.DDIMScheduler, {"timestep_spacing": "trailing"}, {}),
+    (sampling.ddim(DISCRETE, 0.5), diffusers.DDIMScheduler, {}, {"eta": 0.5}),
+    (sampling.ddim(DISCRETE, 1.0), diffusers.DDIMScheduler, {"timestep_spacing": "trailing"}, {"eta": 1.0}),
+  ],
+  ids=["ancestral", "ancestral_large", "ddim", "ddim_half", "ddim_one"],
+)
+def test_ddpm_and_ddim(build, dtype, sampler, scheduler, config, options):
+  """On 10 steps, with which diffusers' previous label, n - 1000 // 10, is the next of the grid.
+
+  The large variance is compared on "leading": on "trailing" diffusers adds its noise to the data in the last step too, unless
+  the label there is 0.
+  """
+  config = {"timestep_spacing": "leading", "clip_sample": False} | config
+  peer = build(scheduler, **config)
+  peer.set_timesteps(10)
+  times = getattr(sampling.grids, config["timestep_spacing"])(DISCRETE, 10)
+  x = start(DISCRETE, times[0], dtype)
+  theirs = run_diffusers(peer, DISCRETE, eps_network(), x, times[:-1], **options)
+  assert_same(trajectory(sampler, DISCRETE, x, times), theirs, dtype)
+
+
+DPM, UNIPC, DEIS = (
+  diffusers.DPMSolverMultistepScheduler,
+  diffusers.UniPCMultistepScheduler,
+  diffusers.DEISMultistepScheduler,
+)
+MULTISTEP = {
+  "dpmpp_2m": (sampling.dpmpp_2m(DISCRETE), DPM, {"final_sigmas_type": "zero"}),
+  "dpmpp_2m_above_0": (sampling.dpmpp_2m(DISCRETE), DPM, {}),
+  "dpmpp_2m_sde": (
+    sampling.dpmpp_2m_sde(DISCRETE),
+    DPM,
+    {"algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "zero"},
+  ),
+  "dpmpp_2m_sde_heun": (
+    sampling.dpmpp_2m_sde(DISCRETE, solver="heun"),
+    DPM,
+    {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+  ),
+  "unipc_2_to_0": (sampling.unipc(DISCRETE, 2), UNIPC, {"final_sigmas_type": "zero", "lower_order_final": True}),
+  **{
+    f"unipc_{order}_{variant}": (
+      sampling.unipc(DISCRETE, order, variant),
+      UNIPC,
+      {"solver_order": order, "solver_type": variant},
+    )
+    for order in (1, 2, 3)
+    for variant in ("bh1", "bh2")
+  },
+  **{f"deis_{order}": (sampling.deis(DISCRETE, order), DEIS, {"solver_order": order}) for order in (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_multistep(build, dtype, name):
+  """Unless stated, from step 1000 to step 1 (their "sigma_min") and not to 0, and with the full order to the end.
+
+  `lower_order_final`, their default below 15 steps, is no part of the rules: with order 3 it acts on the last two steps. To 0
+  their order is 1, as ours is, so order 2 also goes there. With "bh1" their UniPC gives NaN at 0, ours does not.
+  """
+  sampler, scheduler, config = MULTISTEP[name]
+  config = {"final_sigmas_type": "sigma_min", "lower_order_final": False} | config
+  to_zero = config["final_sigmas_type"] == "zero"
+  if scheduler is DEIS:  # always to sigma_min
+    del config["final_sigmas_type"]
+  peer = build(scheduler, timestep_spacing="trailing", **config)
+  peer.set_timesteps(10)
+  times = sampling.grids.trailing(DISCRETE, 10)
+  times[-1] = 0 if to_zero else 1 / 1000
+  x = start(DISCRETE, times[0], dtype)
+  theirs = run_diffusers(peer, DISCRETE, eps_network(), x, times[:-1])
+  assert_same(trajectory(sampler, DISCRETE, x, times), theirs, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*algorithm_type `dpmsolver` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+  ("sampler", "order", "algorithm"),
+  [
+    (sampling.dpm_solver(DISCRETE, 2), 2, "dpmsolver"),
+    (sampling.dpm_solver(DISCRETE, 3), 3, "dpmsolver"),
+    (sampling.dpmpp_2s(DISCRETE), 2, "dpmsolver++"),
+  ],
+  ids=["dpm_solver_2", "dpm_solver_3", "dpmpp_2s"],
+)
+def test_singlestep(build, dtype, sampler, order, algorithm):
+  """diffusers takes the evaluations inside a step at times of its grid: it gets ours with the points between, even in log-SNR.
+
+  The grid ends above 0, where their last steps are of lower order. Lu et al.'s step of order 3 has the "heun" rule for its
+  second evaluation and the "midpoint" rule for its end; diffusers has one setting for both, which is switched in each step.
+  """
+  peer = build(
+    diffusers.DPMSolverSinglestepScheduler,
+    solver_order=order,
+    algorithm_type=algorithm,
+    final_sigmas_type="sigma_min",
+    lower_order_final=False,
+  )
+
+  def before(i):
+    peer.register_to_config(solver_type="heun" if order == 3 and i % 3 == 1 else "midpoint")
+
+  times = np.linspace(0.9, 0.05, 6)
+  log_snr = np.interp(np.arange(5 * order + 1) / order, np.arange(6), DISCRETE.log_snr(times))
+  inner = np.array(jax.jit(DISCRETE.time_of)(log_snr))
+  peer.set_timesteps(5 * order)
+  peer.timesteps = torch.tensor(np.asarray(DISCRETE.label(inner[:-1])))
+  peer.sigmas = torch.tensor(np.exp(-log_snr / 2).astype(dtype))
+  x = start(DISCRETE, times[0], dtype)
+  theirs = run_diffusers(peer, DISCRETE, eps_network(), x, inner[:-1], before=before)[::order]
+  assert_same(trajectory(sampler, DISCRETE, x, times), theirs, dtype)
+
+
+def test_euler_of_diffusers(build, dtype):
+  """Their state is x / alpha; the Euler step in sigma / alpha is the same as ours in alpha and sigma."""
+  peer = build(diffusers.EulerDiscreteScheduler, timestep_spacing="trailing")
+  peer.set_timesteps(10)
+  times = sampling.grids.trailing(DISCRETE, 10)
+  alpha = np.asarray(DISCRETE.alpha(times), dtype)[:, None, None]
+  x = start(DISCRETE, times[0], dtype)
+  theirs = run_diffusers(peer, DISCRETE, eps_network(), x / alpha[0], times[:-1])
+  assert_same(trajectory(sampling.euler(DISCRETE), DISCRETE, x, times), theirs * alpha, dtype)
+
+
+def test_heun_of_diffusers(build, dtype):
+  """Their Heun step averages slopes in sigma / alpha, ours in alpha and sigma.
+
+  On a process whose alpha varies these are two rules, both of order 2. So ours runs on the EDM process, of x / alpha, where
+  they are one; theirs calls the network of the discrete process all the same.
+  """
+  peer = build(diffusers.HeunDiscreteScheduler, timestep_spacing="trailing")
+  peer.set_timesteps(10)
+  times = sampling.grids.trailing(DISCRETE, 10)
+  process, sigmas = processes.edm(0.002, 200.0), np.asarray(DISCRETE.sigma(times) / DISCRETE.alpha(times))
+  x = start(process, sigmas[0], dtype)
+  theirs = run_diffusers(peer, DISCRETE, eps_network(), x, np.repeat(times[:-1], 2)[1:])
+  assert_same(trajectory(sampling.heun(process), process, x, sigmas), whole_steps_of_heun(theirs), dtype)
+
+
+@pytest.mark.parametrize("rule", ["euler", "heun"])
+def test_flow_matching(build, dtype, rule):
+  """On the straight path, from t = 1, where no data is left; the network gives the velocity eps - x_0."""
+  process, times = processes.rectified_flow(), np.append(np.linspace(1, 1 / 1000, 8), 0)
+  denoise = MIXTURE.denoise(process)
+  network, x = as_torch(lambda x, t: (x - denoise(x, t)) / t), start(process, 1.0, dtype)
+  if rule == "euler":
+    peer, calls = build(diffusers.FlowMatchEulerDiscreteScheduler), times[:-1]
+  else:
+    peer, calls = build(diffusers.FlowMatchHeunDiscreteScheduler), np.repeat(times[:-1], 2)[1:]
+  peer.set_timesteps(8)
+  theirs = run_diffusers(peer, process, network, x, calls)
+  theirs = whole_steps_of_heun(theirs) if rule == "heun" else theirs
+  assert_same(trajectory(getattr(sampling, rule)(process), process, x, times), theirs, dtype)
+
+
+# k-diffusion, whose state is x / alpha and whose time is sigma / alpha: x and t of our EDM process.
+
+
+OURS = {"s_churn": 2.0, "s_noise": 1.003, "s_min": 0.1, "s_max": 50.0}
+THEIRS = {"s_churn": 2.0, "s_noise": 1.003, "s_tmin": 0.1, "s_tmax": 50.0}
+K_DIFFUSION = {
+  "euler": (sampling.euler, "euler", {}),
+  "euler_churn": (lambda process: sampling.euler(process, **OURS), "euler", THEIRS),
+  "heun": (sampling.heun, "heun", {}),
+  "heun_churn": (lambda process: sampling.heun(process, **OURS), "heun", THEIRS),
+  "euler_ancestral": (sampling.euler_ancestral, "euler_ancestral", {}),
+  "euler_ancestral_half": (lambda process: sampling.euler_ancestral(process, 0.5), "euler_ancestral", {"eta": 0.5}),
+  "dpmpp_2s": (sampling.dpmpp_2s, "dpmpp_2s_ancestral", {"eta": 0.0}),
+  "dpmpp_2s_ancestral": (lambda process: sampling.dpmpp_2s(process, 1.0), "dpmpp_2s_ancestral", {}),
+  "dpmpp_2m": (sampling.dpmpp_2m, "dpmpp_2m", {}),
+  "dpmpp_sde": (sampling.dpmpp_sde, "dpmpp_sde", {}),
+  "dpmpp_sde_half": (lambda process: sampling.dpmpp_sde(process, 0.5), "dpmpp_sde", {"eta": 0.5}),
+  "dpmpp_2m_sde": (sampling.dpmpp_2m_sde, "dpmpp_2m_sde", {}),
+  "dpmpp_2m_sde_heun": (
+    lambda process: sampling.dpmpp_2m_sde(process, 0.5, "heun"),
+    "dpmpp_2m_sde",
+    {"eta": 0.5, "solver_type": "heun"},
+  ),
+}
+SOME_ON_VP = ["euler_churn", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde"]
+
+
+@pytest.mark.parametrize(
+  ("name", "process"),
+  [pytest.param(name, EDM, id=name) for name in K_DIFFUSION]
+  + [pytest.param(name, VP, id=f"{name}_on_vp") for name in SOME_ON_VP],
+)
+def test_k_diffusion(dtype, name, process):
+  """All but Heun's rule are the same in x / alpha as in x (see `test_heun_of_diffusers`), so they agree on VP too.
+
+  The window of the churn leaves out the first step: on EDM its noise would pass t_max, and there ours adds none.
+  """
+  sampler, rule, options = K_DIFFUSION[name]
+  times = sampling.grids.karras(process, 8, t_min=0.02, t_max=80.0 if process is EDM else 0.9)
+  alpha = np.asarray(process.alpha(times), dtype)[:, None, None]
+  x, sigmas = start(process, times[0], dtype), np.asarray(process.sigma(times), dtype) / alpha[:, 0, 0]
+  draws = [noise(dtype, i) for i in range(8)]
+  if rule == "dpmpp_sde":
+    draws = draws_of_dpmpp_sde(sigmas, options.get("eta", 1.0), dtype)
+  theirs = run_k_diffusion(getattr(k_diffusion, f"sample_{rule}"), x / alpha[0], sigmas, draws, **options)
+  assert_same(trajectory(sampler(process), process, x, times), theirs * alpha, dtype)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpm_solver_of_k_diffusion(dtype, order):
+  """Its steps in -log(sigma), with the points inside a step at their defaults; the grid ends above 0."""
+  times = sampling.grids.karras(EDM, 8, t_min=0.02)[:-1]
+  x = start(EDM, times[0], dtype)
+  step, states = getattr(k_diffusion.DPMSolver(k_model()), f"dpm_solver_{order}_step"), [torch.tensor(x)]
+  for t, s in itertools.pairwise(-torch.tensor(times.astype(dtype)).log()):
+    states.append(step(states[-1], t, s)[0])
+  ours = trajectory(sampling.dpm_solver(EDM, order), EDM, x, times)
+  assert_same(ours, np.stack([state.numpy() for state in states]), dtype)
+
+
+def test_dpmpp_3m_is_the_mended_rule(dtype):
+  times = sampling.grids.karras(EDM, 8, t_min=0.02).astype(dtype)
+  x = start(EDM, times[0], dtype)
+  theirs = run_k_diffusion(third_order_mended(), x, times, [], eta=0.0)
+  assert_same(trajectory(sampling.dpmpp_3m(EDM), EDM, x, times), theirs, dtype)
+
+
+@pytest.mark.usefixtures("x64")
+def test_dpmpp_3m_is_of_order_3_and_the_peer_of_order_2():
+  """Against the exact flow of Gaussian data; from a sigma so large that the first steps, of lower order, leave no trace."""
+  data, x = gaussian(), 80.0 * np.linspace(-2, 2, 9)[:, None]
+  exact = gaussian_flow(EDM, 0.3, 0.4, x, 80.0, 0.1)
+  model, errors = as_torch(data.denoise(EDM)), []
+  for n in (100, 200):
+    times = np.geomspace(80.0, 0.1, n + 1)
+    theirs = k_diffusion.sample_dpmpp_3m_sde(model, torch.tensor(x), torch.tensor(times), disable=True, eta=0.0)
+    ours = trajectory(sampling.dpmpp_3m(EDM), EDM, x, times, data)[-1]
+    errors.append([np.max(np.abs(end - exact)) for end in (theirs.numpy(), ours)])
+  np.testing.assert_allclose(np.log2(np.divide(*errors)), [2, 3], atol=0.25)

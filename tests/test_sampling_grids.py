@@ -1,0 +1,82 @@
+"""Grids of times: their ends and spacing, and those of diffusers."""
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import processes, sampling
+from tests.oracles import PROCESSES, ZERO_SNR
+
+GRIDS = {
+  "uniform": sampling.grids.uniform,
+  "quadratic": sampling.grids.quadratic,
+  "log_snr": sampling.grids.log_snr,
+  "karras": sampling.grids.karras,
+  "trailing": sampling.grids.trailing,
+  "leading": sampling.grids.leading,
+  "linspace": sampling.grids.linspace,
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_decrease_from_the_prior_to_0(name, process):
+  process_name, process = process, PROCESSES[process]
+  if process.num_steps is None and name in ("trailing", "leading", "linspace"):
+    with pytest.raises(ValueError, match="continuous process"):
+      GRIDS[name](process, 10)
+    return
+  if name in ("log_snr", "karras") and process_name in ZERO_SNR:
+    with pytest.raises(ValueError, match="zero terminal SNR.*t_max=0.999"):
+      GRIDS[name](process, 10)
+    assert GRIDS[name](process, 10, t_max=0.999)[0] == 0.999
+    return
+  for steps in (2, 7, 50, 1000):
+    times = GRIDS[name](process, steps)
+    assert times.shape == (steps + 1,)
+    assert times.dtype == np.float64
+    assert times[-1] == 0
+    assert np.all(np.diff(times) < 0)
+    assert times[0] == process.t_max or name == "leading"
+  with pytest.raises(ValueError, match="num_steps=0"):
+    GRIDS[name](process, 0)
+
+
+def test_discrete_grids_are_those_of_diffusers():
+  """Its formulas, of integer labels n - 1 (DDPMScheduler.set_timesteps)."""
+  process, n = PROCESSES["discrete_linear"], 1000
+  for steps in (3, 10, 30, 50):
+    labels = {
+      "trailing": np.round(np.arange(n, 0, -n / steps)) - 1,
+      "leading": (np.arange(0, steps) * (n // steps)).round()[::-1],
+      "linspace": np.linspace(0, n - 1, steps).round()[::-1],
+    }
+    for name, expected in labels.items():
+      np.testing.assert_allclose(GRIDS[name](process, steps)[:-1] * n - 1, expected, atol=1e-9)
+
+
+def test_log_snr_and_karras_grids_are_even_in_their_own_variable():
+  process = processes.vp()
+  with jax.enable_x64(True):
+    spacing = np.diff(process.log_snr(sampling.grids.log_snr(process, 20)[:-1]))
+    np.testing.assert_allclose(spacing, spacing[0], rtol=1e-6)
+    times = sampling.grids.karras(process, 20)[:-1]
+    spacing = np.diff((process.sigma(times) / process.alpha(times)) ** (1 / 7))
+    np.testing.assert_allclose(spacing, spacing[0], rtol=1e-6)
+  with pytest.raises(ValueError, match="t_min=0"):
+    sampling.grids.log_snr(process, 10, t_min=0.0)
+
+
+def test_quadratic_is_even_in_the_root():
+  times = sampling.grids.quadratic(processes.vp(), 10, t_min=0.01)
+  np.testing.assert_allclose(np.diff(np.sqrt(times[:-1])), -0.1)
+  assert times[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["uniform", "quadratic", "log_snr", "karras"])
+def test_part_of_a_grid(name):
+  times = GRIDS[name](processes.vp(), 5, t_min=0.1, t_max=0.6)
+  assert (times[0], times[-2], times[-1], len(times)) == (0.6, 0.1, 0.0, 6)
+  for t_min, t_max in ((0.5, 0.5), (0.1, 1.5), (-0.1, 1.0)):
+    with pytest.raises(ValueError, match="t_min"):
+      GRIDS[name](processes.vp(), 5, t_min=t_min, t_max=t_max)

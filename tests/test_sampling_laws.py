@@ -1,0 +1,357 @@
+"""Samplers on data with a closed form: orders of convergence, moments and mixture weights, and which rules are one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from ddpm_jax import predictions, processes, randomness, sampling, schedules
+from tests.oracles import (
+  MIXTURE,
+  PREDICTIONS,
+  PROCESSES,
+  ZERO_SNR,
+  below_zero_snr,
+  gaussian,
+  gaussian_flow,
+  network_of,
+  vp_flow,
+)
+from tests.samplers import ORDERS, SAMPLERS, SECOND_ORDER_STOCHASTIC, STOCHASTIC, padded, run, run_from_exact_start
+
+
+def measured_orders(sampler, denoise, flow, grid, steps):
+  """log2 of the ratios of the errors at the grid's end, for numbers of steps that double."""
+  size = max(steps) + 1
+  solve = jax.jit(lambda states, times, n: run_from_exact_start(sampler, denoise, states, times, n))
+  errors = []
+  for n in steps:
+    times = grid(n)
+    exact = flow(times[[0, 1, 2, -1]])
+    end = solve(exact[:3], padded(times, size), n)
+    errors.append(np.sqrt(np.mean((np.asarray(end) - np.asarray(exact[3])) ** 2)))
+  return np.log2(np.array(errors[:-1]) / np.array(errors[1:])), errors
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", ORDERS)
+def test_order_of_convergence_on_a_gaussian(name, process):
+  """Against the exact flow, in equal steps of the log-SNR from -4 to 2, on every process."""
+  process, (make, order) = PROCESSES[process], ORDERS[name]
+  high, low = np.asarray(process.time_of(jnp.array([-4.0, 2.0])))
+  x = jnp.linspace(-2, 2, 9)[:, None] * process.sigma(high)
+
+  def flow(times):
+    return jnp.stack([gaussian_flow(process, 0.3, 0.4, x, high, s) for s in times])
+
+  def grid(n):
+    return sampling.grids.log_snr(process, n + 1, t_min=low, t_max=high)[:-1]
+
+  orders, errors = measured_orders(make(process), gaussian().denoise(process), flow, grid, (128, 256))
+  assert orders[-1] == pytest.approx(order, abs=0.15), errors
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ORDERS)
+def test_order_of_convergence_on_a_mixture(name):
+  """In equal steps of t; the truth is SciPy's integration of the ODE in its plain form, to 1e-13."""
+  process, (make, order) = PROCESSES["vp"], ORDERS[name]
+  x = np.array([[0.5, -1.0], [-0.8, 0.3], [0.1, 1.4]])
+  denoise = MIXTURE.denoise(process)
+
+  def flow(times):
+    kwargs = {"rtol": 1e-13, "atol": 1e-13, "method": "DOP853", "t_eval": times}
+    solution = solve_ivp(vp_flow(jax.jit(denoise), x.shape), (times[0], times[-1]), x.ravel(), **kwargs)
+    return jnp.asarray(solution.y.T.reshape(-1, *x.shape))
+
+  orders, errors = measured_orders(
+    make(process), denoise, flow, lambda n: np.linspace(0.8, 0.15, n + 1), (100, 200, 400)
+  )
+  assert orders[-1] == pytest.approx(order, abs=0.25), errors
+  assert np.all(np.diff(errors) < 0)
+
+
+def grid_for(process, steps):
+  """A grid that suits every rule on a process: closer steps where its noise is small."""
+  if process.num_steps is None and process.t_max > 1:
+    return sampling.grids.karras(process, steps)
+  if float(process.alpha(process.t_max)) == 0:
+    return sampling.grids.uniform(process, steps)
+  return sampling.grids.uniform(process, steps, t_min=0.0 if process.num_steps else process.t_min)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "multistep_consistency"])
+def test_moments_and_weights_of_a_mixture(name, process):
+  process, count = PROCESSES[process], 10_000
+  first_order = name in STOCHASTIC and name not in SECOND_ORDER_STOCHASTIC
+  if name in ORDERS:
+    first_order = ORDERS[name][1] == 1
+  times = grid_for(process, 500 if first_order else 100)
+  x = process.prior(jax.random.key(1), (count, 2))
+  got = np.asarray(run(SAMPLERS[name](process), MIXTURE.denoise(process), x, times, jax.random.key(2)), np.float64)
+  truth = MIXTURE.draw(np.random.default_rng(0), 1_000_000)
+  # Five standard errors of the samples, and what the steps leave.
+  discretization = 0.015
+  np.testing.assert_allclose(got.mean(0), truth.mean(0), atol=5 * truth.std(0).max() / count**0.5 + discretization)
+  np.testing.assert_allclose(np.cov(got.T), np.cov(truth.T), atol=5 * 0.35 * (2 / count) ** 0.5 + discretization)
+  left = np.mean(np.linalg.norm(got - MIXTURE.means[0], axis=1) < np.linalg.norm(got - MIXTURE.means[1], axis=1))
+  np.testing.assert_allclose(left, 0.3, atol=5 * (0.21 / count) ** 0.5 + discretization)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["ancestral", "ancestral_large", "euler_maruyama", "reverse_diffusion"])
+def test_stochastic_moments_approach_the_truth_with_more_steps(name):
+  """On a Gaussian every step is linear, so the moments of the samples follow from a recursion that needs no samples."""
+  process, mean, std = PROCESSES["vp"], 0.3, 0.4
+  denoise = gaussian(mean, std).denoise(process)
+  sampler = STOCHASTIC[name](process)
+
+  @jax.jit
+  def pieces(t, s):
+    """a, b, c of the step x_s = a x_t + b + c z, from probes at 0 and 1 that share their noise z, and from another z."""
+    first, second = jax.random.split(jax.random.key(0))
+    results, noises = [], []
+    for key in (first, second):
+      keys = jnp.stack([key, key])
+      results.append(sampler.step(keys, denoise, jnp.array([[0.0], [1.0]]), (), t, s)[0][:, 0])
+      noises.append(randomness.normal(keys, (2, 1), jnp.float64)[0, 0])
+    c = (results[0][0] - results[1][0]) / (noises[0] - noises[1])
+    return results[0][1] - results[0][0], results[0][0] - c * noises[0], c
+
+  def moments(steps):
+    times = sampling.grids.uniform(process, steps, t_min=1e-3)
+    alpha, sigma = process.alpha(1.0), process.sigma(1.0)
+    m, v = alpha * mean, alpha**2 * std**2 + sigma**2
+    for t, s in itertools.pairwise(times):
+      a, b, c = pieces(t, s)
+      m, v = a * m + b, a**2 * v + c**2
+    return abs(m - mean), abs(v - std**2)
+
+  coarse, fine = moments(40), moments(160)
+  # The ancestral rule carries the mean exactly: only rounding is left.
+  assert fine[0] < 0.5 * coarse[0] + 1e-9
+  assert fine[1] < 0.5 * coarse[1]
+  assert fine[0] < 0.01
+  assert fine[1] < 0.02
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_errors_shrink_with_steps(name):
+  """The variance of samples of a Gaussian, by enough of them (600,000) that a standard error is 2e-4."""
+  process, count, std = PROCESSES["vp"], 600_000, 0.4
+  x = process.prior(jax.random.key(1), (count, 1))
+  denoise, errors = gaussian(0.0, std).denoise(process), []
+  statistical = 4 * std**2 * (2 / count) ** 0.5
+  for steps in (8, 32):
+    got = run(STOCHASTIC[name](process), denoise, x, sampling.grids.log_snr(process, steps), jax.random.key(2))
+    errors.append(abs(np.var(np.asarray(got, np.float64)) - std**2))
+  assert errors[1] < 0.5 * errors[0] + statistical
+
+
+def test_rules_of_second_order_in_law():
+  """From 20 steps to 40 the variance's error falls by four, not by two: the noise of a step's two stages fits together."""
+  process, count, std = PROCESSES["vp"], 600_000, 0.4
+  x, denoise = process.prior(jax.random.key(1), (count, 1)), gaussian(0.0, std).denoise(process)
+  ratios = {}
+  for name in ("ddim_one", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_2s_ancestral"):
+    errors = []
+    for steps in (20, 40):
+      times = sampling.grids.log_snr(process, steps)
+      got = run(STOCHASTIC[name](process), denoise, x, times, jax.random.key(2))
+      errors.append(abs(np.var(np.asarray(got, np.float64)) - std**2))
+    ratios[name] = errors[0] / errors[1]
+  assert 1.5 < ratios.pop("ddim_one") < 2.2
+  assert all(ratio > 2.8 for ratio in ratios.values()), ratios
+
+
+# Which rules are one.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("process", PROCESSES)
+def test_rules_that_are_one(process):
+  process = PROCESSES[process]
+  x, times = process.prior(jax.random.key(1), (5, 2), jnp.float64), grid_for(process, 20)
+  denoise = MIXTURE.denoise(process)
+  s = sampling
+  for group in (
+    (s.ancestral(process), s.ddim(process, 1.0), s.euler_ancestral(process)),
+    (s.ddim(process), s.euler(process), s.dpm_solver(process, 1), s.deis(process, 1)),
+    (s.dpmpp_2m(process), s.dpmpp_2m_sde(process, eta=0.0)),
+  ):
+    first, *others = (run(sampler, denoise, x, times) for sampler in group)
+    for other in others:
+      np.testing.assert_allclose(other, first, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", ["heun", "dpmpp_3m", "ancestral", "unipc_3"])
+def test_samples_do_not_depend_on_the_prediction(name, process):
+  process = below_zero_snr(PROCESSES[process])
+  exact, times = MIXTURE.denoise(process), grid_for(process, 6) * 0.999
+  x, sampler = process.prior(jax.random.key(1), (5, 2), jnp.float64), SAMPLERS[name](process)
+
+  @jax.jit
+  def samples():
+    results = []
+    for prediction in PREDICTIONS.values():
+      denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, label=lambda t: t)
+      results.append(sampling.sample(jax.random.key(0), sampler, denoise, x, times))
+    return jnp.stack(results)
+
+  got = samples()
+  np.testing.assert_allclose(got, jnp.broadcast_to(got[:1], got.shape), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpmpp_3m"])
+def test_discrete_samples_approach_those_of_the_continuous_process(name):
+  times, x = np.linspace(1, 0, 11), jax.random.normal(jax.random.key(0), (6, 2), jnp.float64)
+  truth = run(SAMPLERS[name](processes.vp()), MIXTURE.denoise(processes.vp()), x, times)
+  errors = []
+  for n in (500, 1000):
+    process = processes.discrete(schedules.linear(n, 0.1 / n, 20 / n))
+    errors.append(np.max(np.abs(run(SAMPLERS[name](process), MIXTURE.denoise(process), x, times) - truth)))
+  assert errors[1] < 0.02
+  assert 1.7 < errors[0] / errors[1] < 2.4
+
+
+@pytest.mark.usefixtures("x64")
+# A step of Euler and Maruyama is as long as t says: it alone depends on the speed of the path.
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "euler_maruyama"])
+def test_time_is_only_a_name_for_the_noise_level(name):
+  """VE and EDM are one path at different speeds: equal sigmas, equal samples. And EDM's path has no scale of its own."""
+  ve, edm = processes.ve(0.02, 80.0), processes.edm(0.002, 80.0)
+  sigmas = np.geomspace(80.0, 0.03, 8)
+  times = np.log(sigmas / 0.02) / np.log(80.0 / 0.02)
+  x = edm.prior(jax.random.key(1), (4, 2), jnp.float64)
+  make, denoise = SAMPLERS[name], MIXTURE.denoise(edm)
+  first = run(make(edm), denoise, x, sigmas)
+  np.testing.assert_allclose(run(make(ve), MIXTURE.denoise(ve), x, times), first, rtol=1e-6, atol=1e-8)
+  if "churn" not in name:  # whose range of sigmas is given
+    doubled = run(make(processes.edm(0.004, 160.0)), lambda x, t: 2 * denoise(x / 2, t / 2), 2 * x, 2 * sigmas)
+    np.testing.assert_allclose(doubled, 2 * first, rtol=1e-8)
+
+
+# Encoding, learned variance, corrector, consistency.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_rising_grid_encodes_and_a_falling_one_brings_back(name):
+  """DDIM inversion, by every deterministic rule: the way there follows the exact flow, and the error of the round trip falls."""
+  process, make = PROCESSES["vp"], ORDERS[name][0]
+  denoise, x = gaussian().denoise(process), jnp.linspace(-0.8, 1.2, 9)[:, None]
+  there, back = [], []
+  for steps in (20, 40):
+    times = sampling.grids.log_snr(process, steps + 1, t_min=0.05, t_max=0.9)[:-1]
+    noise = run(make(process), denoise, x, times[::-1])
+    there.append(np.max(np.abs(noise - gaussian_flow(process, 0.3, 0.4, x, 0.05, 0.9))))
+    back.append(np.max(np.abs(run(make(process), denoise, noise, times) - x)))
+  assert there[1] < 0.6 * there[0] < 0.2
+  assert back[1] < 0.6 * back[0]
+
+
+@pytest.mark.parametrize("process", ZERO_SNR)
+@pytest.mark.parametrize("name", ORDERS)
+def test_encoding_ends_where_no_data_is_left(name, process):
+  process = PROCESSES[process]
+  x = jnp.linspace(-0.5, 0.5, 8).reshape(4, 2)
+  noise = run(ORDERS[name][0](process), MIXTURE.denoise(process), x, np.linspace(0.05, 1.0, 11))
+  assert jnp.all(jnp.isfinite(noise))
+  assert jnp.max(jnp.abs(noise)) < 20
+
+
+@pytest.mark.usefixtures("x64")
+def test_learned_variance_lies_between_small_and_large():
+  process, x = PROCESSES["discrete_linear"], jnp.ones((3, 2))
+  times, key = jnp.array([0.5, 0.4]), jax.random.key(0)
+
+  def denoise(fraction):
+    return lambda x, t: predictions.Denoised(0.5 * x, jnp.full_like(x, fraction))
+
+  def step(variance, fraction):
+    return run(sampling.ancestral(process, variance), denoise(fraction), x, times, key)
+
+  np.testing.assert_allclose(step("learned", 0.0), step("small", 0.3), rtol=1e-9)
+  np.testing.assert_allclose(step("learned", 1.0), step("large", 0.3), rtol=1e-9)
+  mean = process.posterior(x, 0.5 * x, 0.5, 0.4)[0]
+  halves = (step("small", 0.0) - mean) * (step("large", 0.0) - mean)
+  np.testing.assert_allclose((step("learned", 0.5) - mean) ** 2, halves, rtol=1e-6)
+  with pytest.raises(ValueError, match="learned_range"):
+    run(sampling.ancestral(process, "learned"), lambda x, t: x, x, times)
+
+
+def test_the_true_learned_variance_makes_few_steps_exact():
+  """Of Gaussian data every reverse step is Gaussian: with its own variance five ancestral steps leave no error."""
+  process, count, std = PROCESSES["vp"], 600_000, 0.4
+  exact = gaussian(0.0, std).denoise(process)
+  times = sampling.grids.log_snr(process, 6)[:-1]
+
+  def denoise(x, t):
+    s = jnp.asarray(times, jnp.float32)[jnp.argmin(jnp.abs(jnp.asarray(times, jnp.float32) - t)) + 1]
+    small, large = process.posterior(x, x, t, s)[1], process.step_variance(t, s)
+    ratio = process.alpha(s) / process.alpha(t)
+    true = ratio**2 * (large - large**2 / (process.alpha(t) ** 2 * std**2 + process.sigma(t) ** 2))
+    fraction = jnp.log(true / small) / jnp.log(large / small)
+    return predictions.Denoised(exact(x, t), jnp.full_like(x, fraction))
+
+  x = process.prior(jax.random.key(1), (count, 1))
+  end = process.alpha(times[-1]) ** 2 * std**2 + process.sigma(times[-1]) ** 2
+  got = run(sampling.ancestral(process, "learned"), denoise, x, times)
+  np.testing.assert_allclose(np.var(np.asarray(got, np.float64)), end, atol=4 * end * (2 / count) ** 0.5)
+  small = run(sampling.ancestral(process), denoise, x, times)
+  assert abs(np.var(np.asarray(small, np.float64)) - end) > 20 * end * (2 / count) ** 0.5
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_corrector_leaves_the_marginal_alone_and_repairs_another(process):
+  process, count = PROCESSES[process], 100_000
+  t = 0.5 * process.t_max
+  still = sampling.Sampler(lambda x: (), lambda key, denoise, x, memory, t, s: (x, memory), process.t_max)
+  corrected = sampling.with_langevin(still, process, snr=0.1, num_steps=400)
+  denoise = gaussian(0.3, 0.4).denoise(process)
+  variance = process.alpha(t) ** 2 * 0.16 + process.sigma(t) ** 2
+  mean = 0.3 * process.alpha(t)
+  std = float(jnp.sqrt(variance))
+  z = jax.random.normal(jax.random.key(0), (count, 1))
+  for samples in (mean + std * z, mean + 2 * std * z + std):
+    got = np.asarray(run(corrected, denoise, samples, jnp.array([t, t / 2])), np.float64)
+    # A Langevin step of size e leaves a variance larger by about e / 2 of the score's slope.
+    np.testing.assert_allclose(got.std(), std, rtol=0.02)
+    np.testing.assert_allclose(got.mean(), mean, atol=0.03 * std)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_exact_consistency_function_gives_the_data_in_any_number_of_steps(process, steps):
+  process, count = PROCESSES[process], 40_000
+
+  def consistency(x, t):
+    return gaussian_flow(process, 0.3, 0.4, x, t, 0.0)
+
+  x = 0.3 * process.alpha(process.t_max) + jnp.sqrt(
+    process.alpha(process.t_max) ** 2 * 0.16 + process.sigma(process.t_max) ** 2
+  ) * jax.random.normal(jax.random.key(0), (count, 1))
+  got = run(sampling.multistep_consistency(process), consistency, x, sampling.grids.uniform(process, steps))
+  np.testing.assert_allclose(np.mean(got), 0.3, atol=5 * 0.4 / count**0.5)
+  np.testing.assert_allclose(np.std(got), 0.4, rtol=5 / (2 * count) ** 0.5)
+
+
+def test_consistency_functions_may_stop_before_clean_data():
+  process, count = PROCESSES["edm"], 200_000
+
+  def consistency(x, t):
+    return gaussian_flow(process, 0.0, 0.4, x, t, 0.3)
+
+  x = process.prior(jax.random.key(0), (count, 1))
+  got = run(sampling.multistep_consistency(process, t_end=0.3), consistency, x, np.array([80.0, 5.0, 0.3]))
+  np.testing.assert_allclose(np.std(got), 0.5, rtol=5 / (2 * count) ** 0.5)
+  with pytest.raises(ValueError, match="t_end=80"):
+    sampling.multistep_consistency(process, 80.0)
