@@ -1,6 +1,7 @@
 """From a config to objects: the one place where strings become functions, and where a config's mistakes are found."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,42 @@ from ddpm_jax.schema import choose
 Array = jax.Array
 PyTree = Any
 
-_PREDICTIONS = {"eps": predictions.EPS, "x0": predictions.X0, "v": predictions.V}
-_WEIGHTINGS = {"simple": losses.simple, "snr_plus_one": losses.snr_plus_one}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-SAMPLERS = ("ancestral", "ddim", "euler_maruyama", "heun", "ode")
+WEIGHTINGS = {
+  "simple": lambda c, process: losses.simple,
+  "snr": lambda c, process: losses.snr,
+  "snr_plus_one": lambda c, process: losses.snr_plus_one,
+  "truncated_snr": lambda c, process: losses.truncated_snr,
+  "min_snr": lambda c, process: losses.min_snr(),
+  "p2": lambda c, process: losses.p2(),
+  "likelihood": lambda c, process: losses.likelihood(process),
+  "edm": lambda c, process: losses.edm(c.sigma_data),
+  "sigmoid": lambda c, process: losses.sigmoid(),
+}
+_STEP_RULES = {
+  "ancestral": lambda c, process: sampling.ancestral(process, c.variance),
+  "ddim": lambda c, process: sampling.ddim(process, c.eta),
+  "deis": lambda c, process: sampling.deis(process, c.order),
+  "dpm_solver": lambda c, process: sampling.dpm_solver(process, c.order),
+  "dpmpp_2m": lambda c, process: sampling.dpmpp_2m(process),
+  "dpmpp_2m_sde": lambda c, process: sampling.dpmpp_2m_sde(process),
+  "dpmpp_2s": lambda c, process: sampling.dpmpp_2s(process),
+  "dpmpp_3m": lambda c, process: sampling.dpmpp_3m(process),
+  "dpmpp_sde": lambda c, process: sampling.dpmpp_sde(process),
+  "euler": lambda c, process: sampling.euler(process, **_churn(c)),
+  "euler_ancestral": lambda c, process: sampling.euler_ancestral(process),
+  "euler_maruyama": lambda c, process: sampling.euler_maruyama(process),
+  "heun": lambda c, process: sampling.heun(process, **_churn(c)),
+  "reverse_diffusion": lambda c, process: sampling.reverse_diffusion(process),
+  "unipc": lambda c, process: sampling.unipc(process, c.order),
+}
+SAMPLERS = (*_STEP_RULES, "ode")
+# Rules that take even steps in t, as the model was trained; the others solve in the log-SNR.
+_EVEN_IN_TIME = ("ancestral", "euler_ancestral", "euler_maruyama", "reverse_diffusion")
+
+
+def _churn(c: ConfigDict) -> dict[str, float]:
+  return {name: c[name] for name in ("s_churn", "s_min", "s_max", "s_noise")}
 
 
 def build_process(config: ConfigDict) -> Process:
@@ -42,18 +75,40 @@ def build_process(config: ConfigDict) -> Process:
   n = c.num_steps
   schedule = {
     "linear": lambda: schedules.linear(n, c.beta_min / n, c.beta_max / n),
+    "scaled_linear": lambda: schedules.scaled_linear(n, c.beta_min / n, c.beta_max / n),
     "cosine": lambda: schedules.cosine(n),
+    "sigmoid": lambda: schedules.sigmoid(n),
   }
+  sigmas = {name: c[name] for name in ("sigma_min", "sigma_max") if c[name]}
+
+  def discrete():
+    betas = choose(c.schedule, schedule, "config.process.schedule")()
+    return processes.discrete(schedules.zero_terminal_snr(betas) if c.zero_terminal_snr else betas)
+
   makers = {
     "vp": lambda: processes.vp(c.beta_min, c.beta_max),
-    "discrete": lambda: processes.discrete(choose(c.schedule, schedule, "config.process.schedule")()),
+    "sub_vp": lambda: processes.sub_vp(c.beta_min, c.beta_max),
+    "ve": lambda: processes.ve(**sigmas),
+    "edm": lambda: processes.edm(**sigmas),
+    "rectified_flow": processes.rectified_flow,
+    "cosine": processes.cosine,
+    "discrete": discrete,
   }
   return choose(c.name, makers, "config.process.name")()
 
 
 def build_prediction(config: ConfigDict) -> Prediction:
   """The meaning of the network's output."""
-  return choose(config.prediction, _PREDICTIONS, "config.prediction")
+  known = {
+    "eps": predictions.EPS,
+    "x0": predictions.X0,
+    "v": predictions.V,
+    "score": predictions.SCORE,
+    "velocity": predictions.VELOCITY,
+    "edm": predictions.edm(config.sigma_data),
+  }
+  prediction = choose(config.prediction, known, "config.prediction")
+  return predictions.learned_range(prediction) if config.learned_variance else prediction
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -65,7 +120,8 @@ def build_network(config: ConfigDict) -> UNet:
   """The network, checked against the images it is to take."""
   c = dict(config.network)
   dtype = choose(c.pop("dtype"), _DTYPES, "config.network.dtype")
-  network = UNet(out_channels=config.data.channels, dtype=dtype, **c)
+  out_channels = config.data.channels * (2 if config.learned_variance else 1)
+  network = UNet(out_channels=out_channels, dtype=dtype, **c)
   network.check_input(image_shape(config))
   return network
 
@@ -85,8 +141,22 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Array, dict[str, Array]]]:
   """`loss_fn(params, keys, batch)` for `train.train_step`."""
   network, process, prediction = build_network(config), build_process(config), build_prediction(config)
-  times = losses.uniform(process, None if process.num_steps else config.loss.t_min)
-  weighting = choose(config.loss.weighting, _WEIGHTINGS, "config.loss.weighting")
+  predictions.check_readable(process, prediction)
+  c, t_min = config.loss, None if process.num_steps else config.loss.t_min
+  distributions = {
+    "uniform": lambda: losses.uniform(process, t_min),
+    "low_discrepancy": lambda: losses.low_discrepancy(process, t_min),
+    "log_normal": lambda: losses.log_normal(process, c.times_mean, c.times_std),
+    "logit_normal": lambda: losses.logit_normal(process, c.times_mean, c.times_std),
+  }
+  times = choose(c.times, distributions, "config.loss.times")()
+  weighting = choose(c.weighting, WEIGHTINGS, "config.loss.weighting")(config, process)
+  if config.learned_variance and process.num_steps is None:
+    raise ValueError(
+      f"Got config.learned_variance with process.name={config.process.name!r}; wanted a discrete process, whose steps have a"
+      " variance to learn. Set --config.process.name=discrete, or leave learned_variance out."
+    )
+  loss = partial(losses.hybrid_loss, vlb_weight=c.vlb_weight) if config.learned_variance else losses.denoising_loss
 
   def loss_fn(params, keys, batch):
     classes = batch["label"] if network.num_classes else None
@@ -95,7 +165,7 @@ def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Ar
     def apply(x_t, label):
       return network.apply({"params": params}, x_t, label, classes, train=True, rngs=rngs)
 
-    return losses.denoising_loss(keys, apply, process, prediction, batch["image"], times=times, weighting=weighting)
+    return loss(keys, apply, process, prediction, batch["image"], times=times, weighting=weighting)
 
   return loss_fn
 
@@ -189,13 +259,6 @@ def build_denoise(config: ConfigDict, params: PyTree, classes: Array | None) -> 
 
 def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
   """The grid of times of the config's sampler."""
-  c = config.sampling
-  if c.grid:
-    name = c.grid
-  elif c.sampler == "heun" or (c.sampler == "ddim" and not process.num_steps):
-    name = "log_snr"
-  else:
-    name = "trailing" if process.num_steps else "uniform"
   grids = sampling.grids
   makers = {
     "trailing": grids.trailing,
@@ -204,14 +267,34 @@ def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
     "log_snr": grids.log_snr,
     "karras": grids.karras,
     "uniform": lambda p, n: grids.uniform(p, n, t_min=0.0 if p.num_steps else p.t_min),
+    "quadratic": lambda p, n: grids.quadratic(p, n, t_min=0.0 if p.num_steps else p.t_min),
   }
-  return choose(name, makers, "config.sampling.grid")(process, c.num_steps)
+  name = config.sampling.grid or _suitable_grid(config.sampling.sampler, process)
+  return choose(name, makers, "config.sampling.grid")(process, config.sampling.num_steps)
+
+
+def _suitable_grid(sampler: str, process: Process) -> str:
+  """Even steps in t for the rules of the first order that want them, else in the log-SNR where it is finite."""
+  if process.t_max > 1:  # t is sigma, of which even steps spend all on noise
+    return "karras"
+  even = (
+    sampler in _EVEN_IN_TIME
+    or (sampler == "ddim" and process.num_steps)
+    or float(process.alpha(jnp.asarray(process.t_max))) == 0
+  )
+  if not even:
+    return "log_snr"
+  return "trailing" if process.num_steps else "uniform"
 
 
 def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array, Array]]:
   """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data."""
   c, process, shape = config.sampling, build_process(config), image_shape(config)
   name = choose(c.sampler, SAMPLERS, "a sampler")
+  if c.variance == "learned" and not config.learned_variance:
+    raise ValueError(
+      "Got config.sampling.variance='learned' for a model without config.learned_variance; wanted 'small' or 'large'."
+    )
 
   def start(keys):
     return process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))
@@ -221,22 +304,18 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
     def integrate(keys, denoise):
       t_end = max(process.t_min, 1e-3)
       x, nfe = sampling.ode(process, denoise, start(keys), process.t_max, t_end, rtol=c.tolerance, atol=c.tolerance)
-      return denoise(x, t_end), nfe + 1
+      return predictions.x_0_of(denoise(x, t_end)), nfe + 1
 
     return integrate
 
-  makers = {
-    "ancestral": lambda: sampling.ancestral(process, c.variance),
-    "ddim": lambda: sampling.ddim(process, c.eta),
-    "euler_maruyama": lambda: sampling.euler_maruyama(process),
-    "heun": lambda: sampling.heun(process),
-  }
-  sampler, times = makers[name](), build_grid(config, process)
-  steps = len(times) - 1
+  sampler, times = _STEP_RULES[name](c, process), build_grid(config, process)
+  if c.corrector_steps:
+    sampler = sampling.with_langevin(sampler, process, snr=c.corrector_snr, num_steps=c.corrector_steps)
+  nfe = sampling.nfe(sampler, process, times)
 
   def run(keys, denoise):
     x = sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, start(keys), times)
-    return x, jnp.asarray(2 * steps - 1 if name == "heun" else steps)
+    return x, jnp.asarray(nfe)
 
   return run
 

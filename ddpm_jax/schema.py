@@ -30,18 +30,27 @@ def default_config() -> ConfigDict:
   )
   config.process = ConfigDict(
     {
-      "name": "discrete",  # discrete or vp
-      "schedule": "linear",  # of a discrete process: linear or cosine
+      "name": "discrete",  # discrete, vp, sub_vp, ve, edm, rectified_flow or cosine
+      "schedule": "linear",  # of a discrete process: linear, scaled_linear, cosine or sigmoid
       "num_steps": 1000,  # of a discrete process
-      "beta_min": 0.1,  # of the continuous process; a linear schedule has betas from beta_min/N to beta_max/N
+      "zero_terminal_snr": False,  # of a discrete process: its betas rescaled to leave no data at the last step
+      "beta_min": 0.1,  # of vp and sub_vp; a linear schedule has betas from beta_min/N to beta_max/N
       "beta_max": 20.0,
+      "sigma_min": 0.0,  # of ve and edm; 0: the paper's
+      "sigma_max": 0.0,
     }
   )
-  config.prediction = "eps"  # eps, x0 or v
+  config.prediction = "eps"  # eps, x0, v, score, velocity or edm
+  config.learned_variance = False  # of a discrete process: the network also gives the variance of the reverse step
+  config.sigma_data = 0.5  # the data's standard deviation, for the prediction and the weighting of EDM
   config.loss = ConfigDict(
     {
-      "weighting": "simple",  # simple or snr_plus_one
-      "t_min": 1e-5,  # the smallest time of a continuous process
+      "weighting": "simple",  # one of build.WEIGHTINGS
+      "times": "uniform",  # uniform, low_discrepancy, log_normal or logit_normal
+      "t_min": 1e-5,  # the smallest time of a continuous process, of uniform and low_discrepancy
+      "times_mean": -1.2,  # of log_normal and logit_normal
+      "times_std": 1.2,
+      "vlb_weight": 0.001,  # of the variational bound, if the variance is learned
     }
   )
   config.network = ConfigDict(
@@ -84,8 +93,15 @@ def default_config() -> ConfigDict:
       "sampler": "ancestral",  # one of build.SAMPLERS
       "num_steps": 1000,
       "grid": "",  # empty: what suits the sampler and the process
-      "variance": "large",  # of the ancestral sampler: small or large
+      "variance": "large",  # of ancestral: small, large or learned
       "eta": 0.0,  # of ddim
+      "order": 3,  # of dpm_solver, deis and unipc
+      "s_churn": 0.0,  # of euler and heun: EDM's churn
+      "s_min": 0.0,
+      "s_max": 1e6,
+      "s_noise": 1.0,
+      "corrector_steps": 0,  # Langevin steps before each step of any sampler but ode
+      "corrector_snr": 0.16,
       "clip": True,  # the estimates of x_0 to [-1, 1]
       "tolerance": 1e-5,  # of ode
       "batch_size": 128,

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,11 @@ from tests.recipes import tiny_config
     ("process.beta_max", 2000.0, "inside \\(0, 1\\)"),
     ("prediction", "epsilon", "config.prediction"),
     ("loss.weighting", "simpel", "Did you mean 'simple'"),
+    ("loss.times", "log_norm", "Did you mean 'log_normal'"),
+    ("process.zero_terminal_snr", True, "zero terminal SNR"),
+    ("process.name", "rectified_flow", "wanted V, X0, VELOCITY or edm"),
+    ("sampling.variance", "learned", "without config.learned_variance"),
+    ("sampling.corrector_steps", -1, "num_steps=-1"),
     ("network.dtype", "float16", "Did you mean 'bfloat16'"),
     ("network.multipliers", (1, 1, 1, 1, 2), "divisible by 16"),
     ("sampling.sampler", "ddmi", "Did you mean 'ddim'"),
@@ -33,7 +40,7 @@ from tests.recipes import tiny_config
 )
 def test_wrong_values_are_errors_when_built(key, value, message):
   config = tiny_config()
-  config.process.schedule = "linear"
+  config.process.schedule, config.prediction = "linear", "eps"
   section, _, name = key.rpartition(".")
   (config[section] if section else config)[name] = value
   with pytest.raises(ValueError, match=message):
@@ -83,12 +90,27 @@ def test_config_of_run_needs_one(tmp_path):
   assert schema.config_of_run(ConfigDict({"a": 1}), tmp_path).a == 1
 
 
-@pytest.mark.parametrize("process", ["discrete", "vp"])
-@pytest.mark.parametrize("sampler", build.SAMPLERS)
+# Every sampler, on one process after another, with what is usually predicted there.
+USUAL = {
+  "discrete": "v",
+  "vp": "eps",
+  "sub_vp": "score",
+  "ve": "score",
+  "edm": "edm",
+  "rectified_flow": "velocity",
+  "cosine": "v",
+}
+PAIRS = [*zip(build.SAMPLERS, itertools.cycle(USUAL), strict=False), ("ode", "discrete"), ("ancestral", "zero_snr")]
+
+
+@pytest.mark.parametrize(("sampler", "process"), PAIRS)
 def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
   """The same samples from one key each, in one batch or two; `ode` controls its error over a batch, so nearly."""
   config = tiny_config()
-  config.process.name = process
+  if process == "zero_snr":
+    config.process.zero_terminal_snr, config.prediction = True, "v"
+  else:
+    config.process.name, config.prediction = process, USUAL[process]
   config.sampling.update({"sampler": sampler, "num_steps": 5, "batch_size": 8, "tolerance": 1e-5})
   config.network.num_classes = 3
   params = jax.jit(build.build_params_init(config))(jax.random.key(0))
@@ -100,7 +122,45 @@ def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
   assert whole.shape == (8, 8, 8, 1)
   assert jnp.all(jnp.isfinite(whole))
   np.testing.assert_allclose(whole[:4], part, atol=2e-2 if sampler == "ode" else 1e-4)
-  assert int(nfe) == {"heun": 9}.get(sampler, 5) or sampler == "ode"
+  calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
+  assert int(nfe) == calls.get(sampler, 5) or sampler == "ode"
+
+
+TIMES = ("uniform", "low_discrepancy", "log_normal", "logit_normal")
+
+
+@pytest.mark.parametrize(("weighting", "times"), zip(build.WEIGHTINGS, itertools.cycle(TIMES), strict=False))
+def test_every_weighting_and_distribution_of_times_trains_from_a_config(weighting, times):
+  config = tiny_config()
+  config.process.name = "cosine"
+  config.loss.update({"weighting": weighting, "times": times})
+  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
+  loss, _ = jax.jit(build.build_loss(config))(
+    params, jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))}
+  )
+  assert jnp.isfinite(loss)
+  assert loss > 0
+
+
+def test_a_learned_variance_from_a_config():
+  """The network has twice the channels, the hybrid loss trains them, and the ancestral sampler uses them."""
+  config = tiny_config()
+  config.learned_variance = True
+  config.sampling.update({"sampler": "ancestral", "variance": "learned", "num_steps": 4, "corrector_steps": 1})
+  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
+  params = jax.tree.map(lambda p: p + 0.02, params)
+  keys, batch = jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))}
+  (_, details), slopes = jax.jit(jax.value_and_grad(build.build_loss(config), has_aux=True))(params, keys, batch)
+  assert jnp.all(details["vlb_bits"] > 0)
+  assert slopes["conv_out"]["kernel"].shape[-1] == 2
+  assert jnp.all(jnp.any(slopes["conv_out"]["kernel"] != 0, (0, 1, 2)))
+  config.sampling.batch_size = 4
+  images, nfe = build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))(params, keys, None)
+  assert images.shape == (4, 8, 8, 1)
+  assert int(nfe) == 8
+  config.process.name = "vp"
+  with pytest.raises(ValueError, match="wanted a discrete process"):
+    build.build_loss(config)
 
 
 def test_labels():
