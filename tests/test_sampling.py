@@ -10,6 +10,11 @@ from tests.oracles import MIXTURE, PROCESSES
 from tests.samplers import ORDERS, SAMPLERS, run
 
 
+def test_every_exported_rule_is_under_test():
+  rules = set(sampling.__all__) - {"Sampler", "grids", "nfe", "ode", "sample", "with_langevin"}
+  assert all(any(name.startswith(rule) for name in SAMPLERS) for rule in rules)
+
+
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_finite_on_the_shortest_grids_in_every_precision(name, process):
