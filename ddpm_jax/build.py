@@ -259,17 +259,19 @@ def build_denoise(config: ConfigDict, params: PyTree, classes: Array | None) -> 
 
 def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
   """The grid of times of the config's sampler."""
-  grids = sampling.grids
+  grids, sampler = sampling.grids, config.sampling.sampler
+  # A last short step to t_min serves the rules that add noise; from far above it, rules of high order overshoot.
+  t_min = process.t_min if sampler in _EVEN_IN_TIME and not process.num_steps else 0.0
   makers = {
     "trailing": grids.trailing,
     "leading": grids.leading,
     "linspace": grids.linspace,
     "log_snr": grids.log_snr,
     "karras": grids.karras,
-    "uniform": lambda p, n: grids.uniform(p, n, t_min=0.0 if p.num_steps else p.t_min),
-    "quadratic": lambda p, n: grids.quadratic(p, n, t_min=0.0 if p.num_steps else p.t_min),
+    "uniform": partial(grids.uniform, t_min=t_min),
+    "quadratic": partial(grids.quadratic, t_min=t_min),
   }
-  name = config.sampling.grid or _suitable_grid(config.sampling.sampler, process)
+  name = config.sampling.grid or _suitable_grid(sampler, process)
   return choose(name, makers, "config.sampling.grid")(process, config.sampling.num_steps)
 
 
