@@ -20,7 +20,16 @@ from tests.oracles import (
   network_of,
   vp_flow,
 )
-from tests.samplers import ORDERS, SAME, SAMPLERS, SECOND_ORDER_STOCHASTIC, STOCHASTIC, padded, run, run_from_exact_start
+from tests.samplers import (
+  ORDERS,
+  SAME,
+  SAMPLERS,
+  SECOND_ORDER_STOCHASTIC,
+  STOCHASTIC,
+  padded,
+  run,
+  run_from_exact_start,
+)
 
 
 def measured_orders(sampler, denoise, flow, grid, steps):
