@@ -1,5 +1,6 @@
 """Shared set-up: eight simulated devices, JAX's compilation cache, and double precision on demand."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -14,6 +15,17 @@ ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "tests"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+_count = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+  """Hundreds of compiled programs would take gigabytes in each worker."""
+  yield
+  if next(_count) % 40 == 0:
+    jax.clear_caches()
 
 
 @pytest.fixture
