@@ -29,6 +29,12 @@ def as_time(t) -> Array:
   return t.astype(jnp.promote_types(t.dtype, jnp.float32))
 
 
+def check_floats(x: Array) -> None:
+  """Raises a ValueError unless `x` holds floats: integers would be rounded at every step."""
+  if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    raise ValueError(f"Got data of dtype {jnp.result_type(x)}; wanted floats in [-1, 1], as images / 127.5 - 1.")
+
+
 def expand(coefficient, x: Array) -> Array:
   """A coefficient of shape [] or [B] with unit axes added behind, so that it multiplies `x` [B, ...]."""
   coefficient = jnp.asarray(coefficient)
@@ -84,7 +90,7 @@ class Process(NamedTuple):
     return tuple(jax.jvp(f, (t,), (jnp.ones_like(t),))[1] for f in (self.alpha, self.sigma))
 
   def drift(self, t) -> Array:
-    """f(t) = alpha' / alpha, in `dx = f x dt + g dw` (Kingma et al. 2021, equation 9 with its appendix)."""
+    """f(t) = alpha' / alpha, in `dx = f x dt + g dw` (Lu et al. 2022a, section 2)."""
     return self.slopes(t)[0] / self.alpha(t)
 
   def diffusion_squared(self, t) -> Array:
@@ -98,7 +104,8 @@ class Process(NamedTuple):
     return jnp.sqrt(jnp.maximum(self.diffusion_squared(t), 0))
 
   def perturb(self, x_0: Array, t, eps: Array) -> Array:
-    """x_t [B, ...] from data `x_0` and noise `eps`, both [B, ...]."""
+    """x_t [B, ...] from data `x_0` and noise `eps`, both [B, ...]; a ValueError if the data are no floats."""
+    check_floats(x_0)
     t = as_time(t)
     x_t = expand(self.alpha(t), x_0) * x_0 + expand(self.sigma(t), x_0) * eps
     return x_t.astype(x_0.dtype)
@@ -108,7 +115,7 @@ class Process(NamedTuple):
     return self.perturb(x_0, t, randomness.normal(key, x_0.shape, x_0.dtype))
 
   def added(self, t, s) -> Array:
-    """1 - SNR(t) / SNR(s), the share of the noise at t that came after s; in float32 good to 1e-4 among 1000 steps."""
+    """1 - SNR(t) / SNR(s) for 0 <= s < t, the share of the noise at t that came after s; in float32 good to 1e-4 among 1000 steps."""
     t, s = as_time(t), as_time(s)
     ratio = self.alpha(t) / self.alpha(s) * (self.sigma(s) / self.sigma(t))
     return (1 - ratio) * (1 + ratio)
@@ -177,7 +184,7 @@ def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
     ValueError: if the sigmas are not 0 < sigma_min < sigma_max.
   """
   _check_sigmas(sigma_min, sigma_max)
-  growth = math.log(sigma_max / sigma_min)
+  growth = jnp.log(sigma_max / sigma_min) if not _known(sigma_min, sigma_max) else math.log(sigma_max / sigma_min)
 
   def sigma(t):
     t = as_time(t)
@@ -188,7 +195,7 @@ def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
     sigma=sigma,
     t_max=1.0,
     t_min=1e-5,
-    label=lambda t: jnp.log(sigma(t) / 2),
+    label=lambda t: jnp.log(jnp.maximum(sigma(t), sigma_min) / 2),
   )
 
 
@@ -208,7 +215,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
     sigma=as_time,
     t_max=sigma_max,
     t_min=sigma_min,
-    label=lambda t: jnp.log(as_time(t)) / 4,
+    label=lambda t: jnp.log(jnp.maximum(as_time(t), 1e-6)) / 4,  # finite at t = 0
   )
 
 
@@ -237,11 +244,12 @@ def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
     log_snr_min: the log-SNR at t = 1; -20 is where a table of 1000 steps with betas up to 0.999 ends.
 
   Raises:
-    ValueError: if the offset is negative or log_snr_min is not finite.
+    ValueError: if the offset is negative or log_snr_min is outside [-30, 0).
   """
-  if not 0 <= offset < math.inf or not -80 <= log_snr_min < 0:
+  if not 0 <= offset < math.inf or not -30 <= log_snr_min < 0:
     raise ValueError(
-      f"Got offset={offset}, log_snr_min={log_snr_min}; wanted offset at least 0 and log_snr_min in [-80, 0), as in cosine(0.008, -20)."
+      f"Got offset={offset}, log_snr_min={log_snr_min}; wanted offset at least 0 and log_snr_min in [-30, 0), as in"
+      " cosine(0.008, -20): float32 cannot tell times of less log-SNR apart."
     )
   start = 0.5 * math.pi * offset / (1 + offset)
   end_alpha = 1 / math.sqrt(1 + math.exp(-log_snr_min))
@@ -323,7 +331,7 @@ def discrete(betas) -> Process:
 
 def _linear_rate(beta_min: float, beta_max: float) -> TimeFn:
   """The integral over [0, t] of a beta that rises from beta_min at 0 to beta_max at 1."""
-  if not 0 < beta_min <= beta_max < math.inf:
+  if _known(beta_min, beta_max) and not 0 < beta_min <= beta_max < math.inf:
     raise ValueError(
       f"Got beta_min={beta_min}, beta_max={beta_max}; wanted finite 0 < beta_min <= beta_max, as in vp(0.1, 20)."
     )
@@ -335,13 +343,33 @@ def _linear_rate(beta_min: float, beta_max: float) -> TimeFn:
   return integral
 
 
+def _known(*values) -> bool:
+  """Whether no value is traced, as a learned schedule's are: what is not known cannot be checked."""
+  return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def last_step(process: Process) -> int:
+  """The step n at the t_max of a discrete process, which may have been brought below 1.
+
+  Raises:
+    ValueError: if the process is continuous, or its t_max lies at none of its steps.
+  """
+  n = process.num_steps
+  if n is None:
+    raise ValueError("Got a continuous process; wanted a discrete one, such as processes.discrete(betas).")
+  last = round(process.t_max * n)
+  if not 1 <= last <= n or abs(process.t_max * n - last) > 1e-3:
+    raise ValueError(f"Got t_max={process.t_max} for a process of {n} steps; wanted a step, n/{n} for n = 1 to {n}.")
+  return last
+
+
 def _song_label(t) -> Array:
   """Song et al.'s published networks were trained on labels 0 to 999."""
   return 999.0 * as_time(t)
 
 
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
-  if not 0 < sigma_min < sigma_max < math.inf:
+  if _known(sigma_min, sigma_max) and not 0 < sigma_min < sigma_max < math.inf:
     raise ValueError(
       f"Got sigma_min={sigma_min}, sigma_max={sigma_max}; wanted finite 0 < sigma_min < sigma_max, as in edm(0.002, 80)."
     )

@@ -20,6 +20,10 @@ def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: 
     ValueError: if there are no steps.
   """
   _check_steps(num_steps)
+  if not (beta_start >= 0 and beta_end >= 0):
+    raise ValueError(
+      f"Got beta_start={beta_start}, beta_end={beta_end}; wanted both at least 0, as in scaled_linear(1000, 0.00085, 0.012)."
+    )
   return np.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=np.float64) ** 2
 
 
@@ -32,9 +36,11 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
     max_beta: the bound on every beta; it acts on the last steps, where alpha_bar goes to 0.
 
   Raises:
-    ValueError: if there are no steps.
+    ValueError: if there are no steps, or the offset is negative.
   """
   _check_steps(num_steps)
+  if not 0 <= offset < np.inf:
+    raise ValueError(f"Got offset={offset}; wanted it at least 0, such as 0.008.")
   t = np.arange(num_steps + 1, dtype=np.float64) / num_steps
   alpha_bar = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)

@@ -42,6 +42,7 @@ STOCHASTIC = {
   "dpmpp_2m_sde_heun": lambda process: sampling.dpmpp_2m_sde(process, solver="heun"),
   "langevin_ancestral": lambda process: sampling.with_langevin(sampling.ancestral(process), process),
   "langevin_heun": lambda process: sampling.with_langevin(sampling.heun(process), process, num_steps=2),
+  "langevin_unipc": lambda process: sampling.with_langevin(sampling.unipc(process), process),
   "langevin_heun_churn": lambda process: sampling.with_langevin(
     sampling.heun(process, s_churn=10.0), process, snr=0.05
   ),
@@ -55,6 +56,7 @@ SECOND_ORDER_STOCHASTIC = (
   "dpmpp_2m_sde",
   "dpmpp_2m_sde_heun",
   "langevin_heun",
+  "langevin_unipc",
   "langevin_heun_churn",
 )
 # Which `test_rules_that_are_one` shows to be another one on every process: the long laws leave them out.
@@ -81,6 +83,8 @@ def run_from_exact_start(sampler, denoise, states, times, steps):
   key, memory = jax.random.key(0), sampler.init(states[0])
   for k in range(len(states) - 1):
     _, memory = sampler.step(key, denoise, states[k], memory, times[k], times[k + 1])
+    if hasattr(memory, "predicted"):  # UniPC compares its prediction with where the next step starts
+      memory = memory._replace(predicted=states[k + 1])
 
   def body(k, carry):
     return sampler.step(key, denoise, *carry, times[k], times[k + 1])

@@ -14,6 +14,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+from ddpm_jax import sampling
 from tests.conftest import CACHE, ROOT
 
 
@@ -28,6 +29,17 @@ def test_the_mixture_script_samples_the_mixture(capsys):
     for k in range(3):
       np.testing.assert_allclose(samples[nearest == k].mean(0), names["MEANS"][k], atol=0.03)
       np.testing.assert_allclose(samples[nearest == k].std(0), 0.1, atol=0.02)
+
+
+def test_the_script_of_all_samplers_is_short_and_every_one_finds_the_ring():
+  path = ROOT / "experiments" / "samplers.py"
+  assert len(path.read_text().splitlines()) < 40
+  names = runpy.run_path(str(path))
+  assert set(names["RULES"]) <= set(sampling.__all__)
+  for name, samples in names["results"].items():
+    distance = np.linalg.norm(np.asarray(samples)[:, None] - names["MEANS"], axis=-1)
+    assert np.mean(distance.min(1) < 0.25) > 0.99, name
+    assert np.bincount(distance.argmin(1), minlength=8).min() > 1000 / 8 / 2, name
 
 
 def test_the_script_uses_neither_flax_nor_a_config():

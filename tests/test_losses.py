@@ -229,6 +229,16 @@ def test_importance_sampling_follows_the_last_losses():
   assert abs(mean - 0.625) < 5 * np.std(np.asarray(weight) * np.asarray(t)) / len(keys) ** 0.5
 
 
+def test_importance_sampling_stays_within_a_shortened_process():
+  process = processes.discrete(np.full(10, 0.1))._replace(t_max=0.6)
+  moments, keys = losses.loss_moments(process, 2), jax.random.split(jax.random.key(0), 2000)
+  for _ in range(3):
+    t, weight = losses.importance(process, moments)(keys)
+    assert set(np.rint(np.asarray(t) * 10)) == set(range(1, 7))
+    np.testing.assert_allclose(np.mean(weight), 1, atol=0.05)
+    moments = losses.update_moments(moments, jnp.arange(1, 7) / 10, jnp.arange(1.0, 7.0))
+
+
 def test_importance_sampling_lowers_the_variance_of_the_bound():
   """What it is for: the bound's terms differ by orders of magnitude between steps."""
   process = PROCESSES["discrete_linear"]
@@ -414,6 +424,9 @@ def test_wrong_input_is_an_error():
     (lambda: losses.importance(table, losses.loss_moments(processes.discrete([0.1, 0.2]))), "moments of 2 steps"),
     (lambda: losses.importance(table, losses.loss_moments(table), 0), "uniform_share=0"),
     (lambda: losses.vlb_bits(vp, x, x, x, t), "without steps"),
+    (lambda: losses.vlb_bits(table, x, x, x, t * 0), "wanted steps"),
+    (lambda: losses.vlb_bits(table, x, x, x, t * 1.0007), "wanted steps"),
+    (lambda: losses.uniform(table._replace(t_max=1.5)), "t_max=1.5"),
     (lambda: losses.vlb_bits(table, x, x, x, t, variance="medium"), "variance='medium'"),
     (lambda: losses.vlb_bits(table, x, x, x, t, variance="learned"), "learned_range"),
   ):

@@ -100,6 +100,21 @@ def test_default_labels():
   np.testing.assert_allclose(seen[-1], [499.5, 499.5])
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+def test_labels_are_finite_at_every_time(process):
+  process = PROCESSES[process]
+  assert jnp.all(jnp.isfinite(process.label(jnp.linspace(0, 1, 11) * process.t_max)))
+
+
+def test_a_learned_schedule_can_be_trained_under_jit():
+  def loss(beta_max):
+    process = processes.vp(0.1, beta_max)
+    return jnp.sum(predictions.denoiser(lambda x, t: x, process, predictions.EPS)(jnp.ones((2, 2)), 0.5))
+
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(20.0), jax.grad(loss)(20.0), rtol=1e-5)
+  assert jnp.isfinite(jax.grad(loss)(20.0))
+
+
 def test_wrong_output_shape_is_an_error():
   denoise = predictions.denoiser(lambda x, t: x[..., :1], processes.vp(), predictions.EPS)
   with pytest.raises(ValueError, match="shape \\(2, 1\\) for an input of shape \\(2, 3\\)"):

@@ -160,10 +160,10 @@ def test_discrete_approaches_vp():
 @pytest.mark.usefixtures("x64")
 def test_discrete_cosine_lies_on_the_continuous_one():
   """Its table holds the curve itself, but for the bounds at the end; between the steps the cubic is close to it."""
-  continuous, t = processes.cosine(log_snr_min=-60.0), np.linspace(0.1, 0.9, 10)
+  continuous, t = processes.cosine(log_snr_min=-30.0), np.linspace(0.1, 0.9, 10)
   np.testing.assert_allclose(PROCESSES["discrete_cosine"].alpha(t), continuous.alpha(t), rtol=1e-5)
   np.testing.assert_allclose(
-    processes.discrete(schedules.cosine(20)).alpha([0.2, 0.5]), continuous.alpha([0.2, 0.5]), rtol=1e-12
+    processes.discrete(schedules.cosine(20)).alpha([0.2, 0.5]), continuous.alpha([0.2, 0.5]), rtol=1e-6
   )
 
 
@@ -248,6 +248,12 @@ def test_wrong_betas_of_a_continuous_process_are_an_error(make, betas):
 def test_wrong_sigmas_are_an_error(make, sigmas):
   with pytest.raises(ValueError, match="sigma_min"):
     make(*sigmas)
+
+
+def test_whole_numbers_are_no_data():
+  process, x = processes.vp(), jnp.full((2, 2), 200, jnp.uint8)
+  with pytest.raises(ValueError, match="uint8; wanted floats in \\[-1, 1\\]"):
+    process.perturb(x, 0.5, jnp.ones((2, 2)))
 
 
 @pytest.mark.parametrize("kwargs", [{"offset": -0.1}, {"log_snr_min": float("-inf")}])

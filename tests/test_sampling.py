@@ -1,18 +1,20 @@
 """The contract that every sampler shares: finite ends, traces, transformations, keys, grids that fit and grids that do not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax import sampling
-from tests.oracles import MIXTURE, PROCESSES
+from tests.oracles import MIXTURE, PROCESSES, gaussian
 from tests.samplers import ORDERS, SAMPLERS, run
 
 
 def test_every_exported_rule_is_under_test():
   rules = set(sampling.__all__) - {"Sampler", "grids", "nfe", "ode", "sample", "with_langevin"}
-  assert all(any(name.startswith(rule) for name in SAMPLERS) for rule in rules)
+  assert rules <= set(SAMPLERS) | {re.sub(r"_\d$", "", name) for name in SAMPLERS}
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -67,6 +69,7 @@ TRACES = {
   "dpmpp_sde_half": 2,
   "langevin_ancestral": 2,
   "langevin_heun": 3,
+  "langevin_unipc": 2,
   "langevin_heun_churn": 3,
 }
 
@@ -118,6 +121,45 @@ def test_vmap_pmap_and_grad(name):
   np.testing.assert_allclose(jnp.vdot(slope, direction), small, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.parametrize("process", ["vp", "rectified_flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
+  """From t_max, where rates may be infinite, to 0, where a variance is; the times between may be learned."""
+  process = PROCESSES[process]
+  sampler, denoise = SAMPLERS[name](process), MIXTURE.denoise(process)
+
+  def total(x, between):
+    times = jnp.concatenate([jnp.ones(1), between, jnp.zeros(1)])
+    return jnp.sum(sampling.sample(jax.random.key(0), sampler, denoise, x, times))
+
+  with jax.disable_jit():
+    slopes = jax.grad(total, (0, 1))(jnp.array([[0.4, -0.3]]), jnp.array([0.6, 0.3]))
+  assert all(jnp.all(jnp.isfinite(slope)) for slope in slopes)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ancestral", "dpmpp_2m", "unipc_3"])
+def test_bfloat16_samples_have_the_moments_after_many_steps(name):
+  """The state is carried in float32: 1,000 small changes are not rounded away."""
+  process, count = PROCESSES["discrete_linear"], 20_000
+  x = process.prior(jax.random.key(1), (count, 1), jnp.bfloat16)
+  got = run(SAMPLERS[name](process), gaussian().denoise(process), x, sampling.grids.trailing(process, 1000))
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.mean(np.asarray(got, np.float64)), 0.3, atol=0.015)
+  np.testing.assert_allclose(np.std(np.asarray(got, np.float64)), 0.4, atol=0.015)
+
+
+def test_grids_are_made_and_evaluations_counted_inside_jit():
+  process = PROCESSES["vp"]
+
+  @jax.jit
+  def samples(x):
+    times = sampling.grids.karras(process, 5)
+    assert sampling.nfe(sampling.heun(process), process, times) == 9
+    return sampling.sample(jax.random.key(0), sampling.heun(process), MIXTURE.denoise(process), x, times)
+
+  assert jnp.all(jnp.isfinite(samples(jnp.ones((2, 2)))))
+
+
 def test_trajectory_holds_every_state():
   process = PROCESSES["vp"]
   sampler, denoise = sampling.ddim(process), MIXTURE.denoise(process)
@@ -136,6 +178,7 @@ def test_trajectory_holds_every_state():
     ([[1.0, 0.0]], "one-dimensional"),
     ([1.0, 0.5, 0.5, 0.0], "strictly decreasing"),
     ([1.0, 0.2, 0.5], "strictly decreasing"),
+    ([1.0, 0.5, 0.5 - 1e-9, 0.0], "also as float32"),
     ([1.0, float("nan"), 0.0], "strictly decreasing"),
     ([1.2, 0.0], "wanted all of them in \\[0, 1\\]"),
     ([1.0, -0.1], "wanted all of them in \\[0, 1\\]"),
@@ -182,6 +225,8 @@ def test_wrong_options_are_errors():
     (lambda: sampling.unipc(process, 4), "order=4"),
     (lambda: sampling.unipc(process, 2, "bh3"), "variant='bh3'"),
     (lambda: sampling.heun(process, s_churn=-1), "s_churn=-1"),
+    (lambda: sampling.heun(process, s_churn=float("inf")), "s_churn=inf"),
+    (lambda: sampling.with_langevin(sampling.ddim(process), process, num_steps=1.5), "num_steps=1.5"),
     (lambda: sampling.euler(process, s_min=2, s_max=1), "s_min=2"),
     (lambda: sampling.with_langevin(sampling.ddim(process), process, snr=0), "snr=0"),
     (lambda: sampling.with_langevin(sampling.ddim(process), process, num_steps=0), "num_steps=0"),
@@ -189,6 +234,18 @@ def test_wrong_options_are_errors():
     (
       lambda: sampling.sample(jax.random.PRNGKey(0), sampling.ddim(process), lambda x, t: x, x, np.array([1.0, 0.0])),
       "typed key",
+    ),
+    (
+      lambda: sampling.sample(
+        jax.random.key(0), sampling.ddim(process), lambda x, t: x, jnp.ones((1, 1), int), [1.0, 0.0]
+      ),
+      "int.*wanted floats",
+    ),
+    (
+      lambda: sampling.sample(
+        jax.random.key(0), sampling.ddim(process), lambda x, t: x[:, :1], jnp.ones((1, 2)), np.array([1.0, 0.0])
+      ),
+      "estimate of shape \\(1, 1\\) from denoise for x of shape \\(1, 2\\)",
     ),
   ):
     with pytest.raises(ValueError, match=message):

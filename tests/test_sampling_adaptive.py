@@ -37,6 +37,19 @@ def test_ode_reaches_the_exact_flow_and_comes_back(process):
   assert nfe > 10
 
 
+def test_ode_takes_times_and_states_of_different_precision():
+  process = PROCESSES["vp"]
+  with jax.enable_x64(True):
+    for x, t in ((jnp.ones((2, 2), jnp.float32), 1.0), (jnp.ones((2, 2), jnp.float64), jnp.float32(1.0))):
+      got, _ = sampling.ode(process, MIXTURE.denoise(process), x, t, 0.1)
+      assert got.dtype == x.dtype
+      assert jnp.all(jnp.isfinite(got))
+  with pytest.raises(ValueError, match="wanted floats"):
+    sampling.ode(process, MIXTURE.denoise(process), jnp.ones((2, 2), int), 1.0, 0.1)
+  with pytest.raises(ValueError, match="one time for the whole batch"):
+    sampling.ode(process, MIXTURE.denoise(process), jnp.ones((2, 2)), jnp.ones(2), 0.1)
+
+
 def test_ode_that_does_not_arrive_is_nan():
   process = PROCESSES["vp"]
   x, nfe = sampling.ode(process, MIXTURE.denoise(process), jnp.ones((1, 2)), 1.0, 0.01, max_nfe=20)

@@ -31,7 +31,7 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
       GRIDS[name](process, 10)
     assert GRIDS[name](process, 10, t_max=0.999)[0] == 0.999
     return
-  for steps in (2, 7, 50, 1000):
+  for steps in (2, 7, 50, 999):
     times = GRIDS[name](process, steps)
     assert times.shape == (steps + 1,)
     assert times.dtype == np.float64
@@ -40,6 +40,9 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
     assert times[0] == process.t_max or name == "leading"
   with pytest.raises(ValueError, match="num_steps=0"):
     GRIDS[name](process, 0)
+  if process.num_steps:
+    ends = process._replace(t_max=0.999)
+    assert GRIDS[name](ends, 10)[0] <= 0.999, "as the error at zero SNR advises"
 
 
 def test_discrete_grids_are_those_of_diffusers():
@@ -65,6 +68,16 @@ def test_log_snr_and_karras_grids_are_even_in_their_own_variable():
     np.testing.assert_allclose(spacing, spacing[0], rtol=1e-6)
   with pytest.raises(ValueError, match="t_min=0"):
     sampling.grids.log_snr(process, 10, t_min=0.0)
+
+
+def test_wrong_options_of_grids_are_errors():
+  for rho in (0, -1, float("nan")):
+    with pytest.raises(ValueError, match=f"rho={rho}"):
+      sampling.grids.karras(processes.vp(), 10, rho=rho)
+  with pytest.raises(ValueError, match="num_steps=1; wanted 2"):
+    sampling.grids.linspace(PROCESSES["discrete_linear"], 1)
+  with pytest.raises(ValueError, match="t_max=0.9985"):
+    sampling.grids.trailing(PROCESSES["discrete_linear"]._replace(t_max=0.9985), 10)
 
 
 def test_quadratic_is_even_in_the_root():

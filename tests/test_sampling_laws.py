@@ -337,6 +337,17 @@ def test_the_corrector_leaves_the_marginal_alone_and_repairs_another(process):
     np.testing.assert_allclose(got.mean(), mean, atol=0.03 * std)
 
 
+@pytest.mark.parametrize("name", [name for name in ORDERS if name not in SAME])
+def test_no_rule_forgets_what_a_wrapper_did(name):
+  """After many Langevin steps the ends know nothing of the starts, under every rule, whatever it remembers."""
+  process, count = PROCESSES["vp"], 2000
+  inner = ORDERS[name][0](process)
+  x, times = process.prior(jax.random.key(1), (count, 1)), sampling.grids.log_snr(process, 60)
+  alone = run(inner, gaussian().denoise(process), x, times)
+  corrected = run(sampling.with_langevin(inner, process, snr=0.3), gaussian().denoise(process), x, times)
+  assert abs(np.corrcoef(alone[:, 0], corrected[:, 0])[0, 1]) < 5 / count**0.5
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_exact_consistency_function_gives_the_data_in_any_number_of_steps(process, steps):

@@ -27,6 +27,13 @@ def test_scaled_linear_is_linear_in_the_root():
   np.testing.assert_allclose(steps, steps[0])
 
 
+def test_wrong_ends_are_errors():
+  with pytest.raises(ValueError, match="beta_start=-0.1"):
+    schedules.scaled_linear(3, -0.1, 0.2)
+  with pytest.raises(ValueError, match="offset=-1"):
+    schedules.cosine(3, offset=-1)
+
+
 def test_sigmoid_gives_the_papers_alpha_bar():
   betas = schedules.sigmoid(1000, -3, 3, 0.9)
   t, logistic = np.arange(1001) / 1000, lambda x: 1 / (1 + np.exp(-x))

@@ -10,7 +10,7 @@ from ddpm_jax import randomness
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
 from ddpm_jax.predictions import Prediction, check_readable, coefficients, read_network
-from ddpm_jax.processes import Process
+from ddpm_jax.processes import Process, check_floats
 
 Array = jax.Array
 
@@ -44,6 +44,7 @@ def draw(
   """One draw of a time and a noise for each sample; arguments as for `denoising_loss`."""
   randomness.check_key(key)
   check_readable(process, prediction)
+  check_floats(x_0)
   keys = randomness.sample_keys(key, jnp.arange(x_0.shape[0])) if key.ndim == 0 else key
   t, importance = times(randomness.fold_in(keys, 0))
   eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape, x_0.dtype)

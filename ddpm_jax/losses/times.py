@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.processes import Process
+from ddpm_jax.processes import Process, last_step
 
 Array = jax.Array
 TimeDistribution = Callable[[Array], tuple[Array, Array]]
@@ -136,21 +136,22 @@ def importance(process: Process, moments: LossMoments, uniform_share: float = 0.
     ValueError: if the moments are not those of as many steps as the process has, or the share is outside (0, 1].
   """
   n = process.num_steps
-  if moments.history.shape[0] != n:
+  if n is None or moments.history.shape[0] != n:
     raise ValueError(
       f"Got moments of {moments.history.shape[0]} steps for a process of {n}; make them with loss_moments."
     )
   if not 0 < uniform_share <= 1:
     raise ValueError(f"Got uniform_share={uniform_share}; wanted it in (0, 1], such as 0.001.")
-  ready = jnp.all(moments.seen == moments.history.shape[1])
-  size = jnp.sqrt(jnp.mean(jnp.square(moments.history), axis=1))
-  total = jnp.sum(size)
-  share = jnp.where(ready & (total > 0), size / jnp.where(total > 0, total, 1), 1 / n)
-  probability = (1 - uniform_share) * share + uniform_share / n
+  reached = jnp.arange(n) < last_step(process)
+  ready = jnp.all((moments.seen == moments.history.shape[1]) | ~reached)
+  size = jnp.where(reached, jnp.sqrt(jnp.mean(jnp.square(moments.history), axis=1)), 0)
+  total, last = jnp.sum(size), last_step(process)
+  share = jnp.where(ready & (total > 0), size / jnp.where(total > 0, total, 1), 1 / last)
+  probability = jnp.where(reached, (1 - uniform_share) * share + uniform_share / last, 0)
 
   def times(keys):
     step = jax.vmap(lambda key: jax.random.categorical(key, jnp.log(probability)))(keys)
-    return (step + 1) / n, 1 / (n * probability[step])
+    return (step + 1) / n, 1 / (last * probability[step])
 
   return times
 
@@ -169,8 +170,7 @@ def _range(process: Process, t_min: float | None) -> Callable[[Array], Array]:
   if n is not None:
     if t_min is not None:
       raise ValueError(f"Got t_min={t_min} for a discrete process, whose smallest time is 1/{n}; leave it out.")
-    # As far as t_max, which may have been brought below 1.
-    last = round(process.t_max * n)
+    last = last_step(process)
     return lambda u: (jnp.floor(u * last) + 1) / n
   low = 1e-5 * process.t_max if t_min is None else t_min
   if not 0 < low < process.t_max:
@@ -183,7 +183,9 @@ def _range(process: Process, t_min: float | None) -> Callable[[Array], Array]:
 def _snap(process: Process, t: Array) -> Array:
   """The nearest training time: in [t_min, t_max], and a step if the process is discrete."""
   n = process.num_steps
-  return jnp.clip(t if n is None else jnp.ceil(t * n) / n, process.t_min, process.t_max)
+  if n is not None:
+    return jnp.clip(jnp.ceil(t * n), 1, last_step(process)) / n
+  return jnp.clip(t, process.t_min, process.t_max)
 
 
 def _normals(keys: Array) -> Array:

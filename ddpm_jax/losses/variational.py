@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import log_ndtr
 
 from ddpm_jax.losses.denoising import draw, squared_error
@@ -72,6 +73,10 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
     raise ValueError(f"Got variance={variance!r}; wanted 'small', 'large' or 'learned'.")
   if variance == "learned" and not isinstance(denoised, Denoised):
     raise ValueError("Got variance='learned' and an estimate without variance; wanted a learned_range prediction.")
+  if not isinstance(t, jax.core.Tracer) and not np.all(
+    np.isclose(np.rint(np.multiply(t, n)), np.multiply(t, n), atol=1e-2) & (np.multiply(t, n) > 0.5)
+  ):
+    raise ValueError(f"Got t={np.asarray(t)}; wanted steps, n/{n} for n = 1 to {n}.")
   t = jnp.asarray(t)
   step = jnp.round(t * n)
   t, s = step / n, (step - 1) / n

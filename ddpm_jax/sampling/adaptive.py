@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.predictions import Denoise
-from ddpm_jax.processes import Process, as_time
+from ddpm_jax.processes import Process, as_time, check_floats
 from ddpm_jax.sampling.core import estimate
 
 Array = jax.Array
@@ -69,14 +69,20 @@ def ode(
 
   Returns:
     x [B, ...] at time s, and the number of network calls, an integer scalar. A solution that did not reach s within
-    `max_nfe` calls is NaN throughout: an inexact state is never passed off as the answer.
+    `max_nfe` calls is NaN throughout: an inexact state is never passed off as the answer. Derivatives go forwards only
+    (`jax.jvp`), as the number of steps is not known beforehand.
 
   Raises:
     ValueError: if the tolerances are not positive, or a known time is outside (0, t_max].
   """
-  if rtol <= 0 or atol <= 0:
+  check_floats(x)
+  if not (rtol > 0 and atol > 0):
     raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both above 0, such as 1e-5.")
   for value in (t, s):
+    if np.ndim(value):
+      raise ValueError(
+        f"Got times of shape {np.shape(value)} for the probability flow; wanted one time for the whole batch."
+      )
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= process.t_max * (1 + 1e-6):
       raise ValueError(
         f"Got time {value} for the probability flow; wanted it in (0, {process.t_max}]. End at process.t_min={process.t_min:g} and denoise from there."
@@ -91,8 +97,8 @@ def ode(
 
 
 def _rk45(fun: Callable[[Array, Array], Array], x: Array, t: Array, end: Array, rtol: float, atol: float, max_nfe: int):
-  dtype, precision = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
-  x = x.astype(precision)
+  dtype, precision = x.dtype, jnp.promote_types(jnp.promote_types(x.dtype, t.dtype), end.dtype)
+  x, t, end = x.astype(precision), t.astype(precision), end.astype(precision)
   direction = jnp.sign(end - t)
   c, a, e = (jnp.asarray(table, precision) for table in (_C, _A, _E))
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
-from ddpm_jax.predictions import Denoise, x_0_of
-from ddpm_jax.processes import Process, as_time
+from ddpm_jax.predictions import Denoise, map_x_0, x_0_of
+from ddpm_jax.processes import Process, as_time, check_floats
 
 Array = jax.Array
 
@@ -48,11 +48,18 @@ def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, 
   return x_0, (x_t - process.alpha(t) * x_0) / process.sigma(t)
 
 
+def root(variance) -> Array:
+  """The square root of a variance that may be 0, there with the slope 0 and not an infinite one."""
+  positive = variance > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+
+
 def nfe(sampler: Sampler, process: Process, times) -> int:
   """The number of network evaluations of `sample` on a grid whose values are known."""
   between, to_data, at_zero_snr = sampler.calls
-  last = int(process.sigma(times[-1]) == 0)
-  empty = int(min(process.alpha(times[0]), process.alpha(times[-1])) == 0 and len(times) - 1 > last)
+  with jax.ensure_compile_time_eval():
+    last = int(process.sigma(times[-1]) == 0)
+    empty = int(min(process.alpha(times[0]), process.alpha(times[-1])) == 0 and len(times) - 1 > last)
   return between * (len(times) - 1 - last - empty) + to_data * last + at_zero_snr * empty
 
 
@@ -64,10 +71,14 @@ def check_times(times, sampler: Sampler) -> None:
     )
   if isinstance(times, jax.core.Tracer):
     return
-  values = np.asarray(times, np.float64)
+  # In the precision that the loop has: times that are one there would be a step of no length.
+  values = np.asarray(times)
+  values = values.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(values.dtype, jnp.float32))).astype(np.float64)
   rising = bool(np.all(np.diff(values) > 0))
   if not rising and not np.all(np.diff(values) < 0):
-    raise ValueError(f"Got times {values}; wanted them strictly decreasing, from noise to data.")
+    raise ValueError(
+      f"Got times {values}; wanted them strictly decreasing, from noise to data, also as float32 if that is their precision."
+    )
   if rising and not sampler.reversible:
     raise ValueError(
       f"Got times {values} that rise, for a sampler that adds noise; wanted them strictly decreasing, from noise to data. Only"
@@ -89,13 +100,16 @@ def check_times(times, sampler: Sampler) -> None:
 def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, return_trajectory: bool = False):
   """Takes `x` along a grid of times, one compiled scan that traces the network once for each place a step calls it.
 
+  Call it inside `jax.jit`: called bare, it compiles anew each time. The state is carried in float32 at least, whatever the
+  dtype of `x`, in which the network is called: in bfloat16 the changes of a small step would be rounded away.
+
   Args:
     key: one key, or one a sample [B], which makes sample i a function of x[i] and key i alone.
     sampler: the step rule, such as `sampling.ddim(process)`.
     denoise: `denoise(x_t, t) -> x_0 estimate`.
     x: the start [B, ...] at `times[0]`, such as `process.prior(key, shape)`.
-    times: a strictly decreasing grid [K + 1]; data, so new values of the same length do not recompile. A deterministic
-      sampler also takes an increasing one that starts above 0, which encodes data (DDIM inversion).
+    times: a strictly decreasing grid [K + 1]; data, so inside `jax.jit` new values of the same length do not recompile. A
+      deterministic sampler also takes an increasing one that starts above 0, which encodes data (DDIM inversion).
     return_trajectory: whether to return all states.
 
   Returns:
@@ -103,21 +117,34 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
 
   Raises:
     ValueError: if the grid has fewer than two times, is not monotone, leaves the process's range or rises where the sampler
-      cannot; or the key is none.
+      cannot; the key is none; `x` is not of floats; or `denoise` does not keep its shape.
   """
   randomness.check_key(key)
+  check_floats(x)
   check_times(times, sampler)
-  times = as_time(times)
+  known, times = not isinstance(times, jax.core.Tracer), as_time(times)
+  if known:
+    times = jnp.minimum(times, sampler.t_max)  # they may pass it by the checks' margin
+  dtype, precision = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
   if sampler.prepare is not None:
     sampler = sampler.prepare(times.shape[0] - 1)
+
+  def network(x_t, t):
+    denoised = denoise(x_t.astype(dtype), t)
+    if jnp.shape(x_0_of(denoised)) != x_t.shape:
+      raise ValueError(
+        f"Got an estimate of shape {jnp.shape(x_0_of(denoised))} from denoise for x of shape {x_t.shape}; wanted the same shape."
+      )
+    return map_x_0(lambda x_0: jnp.asarray(x_0, precision), denoised)
 
   def body(carry, step):
     x_t, memory = carry
     index, t, s = step
-    x_s, memory = sampler.step(randomness.fold_in(key, index), denoise, x_t, memory, t, s)
-    x_s = x_s.astype(x_t.dtype)
-    return (x_s, memory), (x_s if return_trajectory else None)
+    x_s, memory = sampler.step(randomness.fold_in(key, index), network, x_t, memory, t, s)
+    x_s = x_s.astype(precision)
+    return (x_s, memory), (x_s.astype(dtype) if return_trajectory else None)
 
   steps = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
-  (x_end, _), states = jax.lax.scan(body, (x, sampler.init(x)), steps)
-  return jnp.concatenate([x[None], states]) if return_trajectory else x_end
+  start = x.astype(precision)
+  (x_end, _), states = jax.lax.scan(body, (start, sampler.init(start)), steps)
+  return jnp.concatenate([x[None], states]) if return_trajectory else x_end.astype(dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ddpm_jax import randomness
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
-from ddpm_jax.sampling.core import Sampler, estimate, no_memory
+from ddpm_jax.sampling.core import Sampler, estimate, no_memory, root
 from ddpm_jax.sampling.euler import check_eta, ddim, fresh_noise
 from ddpm_jax.sampling.exponential import Past, half_log_snr, infinite, integral_of_x_0
 
@@ -160,7 +160,7 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
       decay, pull = linear(process, t, u, down_u)
       x_u = (decay * x_t + pull * x_0 + up_u * first).astype(x_t.dtype)
       carried = up_u * fresh_noise(process, u, s, eta)[0] / process.sigma(u)
-      noise = carried * first + jnp.sqrt(up**2 - carried**2) * second
+      noise = carried * first + root(up**2 - carried**2) * second
       return x_0_of(denoise(x_u, u)), noise.astype(x_t.dtype)
 
     x_0, noise = jax.lax.cond(
@@ -195,7 +195,7 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
     slope = jnp.where(infinite(process, t, s), 0, slope / r)
     d = -jnp.expm1(-rate) * x_0 + slope * (x_0 - past.values[0])
     x_s = process.sigma(s) / process.sigma(t) * jnp.exp(-eta * h) * x_t + process.alpha(s) * d
-    std = process.sigma(s) * jnp.sqrt(-jnp.expm1(-2 * eta * h))
+    std = process.sigma(s) * root(-jnp.expm1(-2 * eta * h))
     return x_s + std * randomness.normal(key, x_t.shape, x_t.dtype), past.add(x_0, lambda_t)
 
   return Sampler(lambda x: Past.empty(x, 1), step, process.t_max)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ddpm_jax import randomness
 from ddpm_jax.processes import Process
-from ddpm_jax.sampling.core import Sampler, estimate, no_memory
+from ddpm_jax.sampling.core import Sampler, estimate, no_memory, root
 
 
 def fresh_noise(process: Process, t, s, eta: float):
@@ -21,7 +21,7 @@ def fresh_noise(process: Process, t, s, eta: float):
   Song et al. 2021a, equation 16; k-diffusion's `get_ancestral_step`. With eta = 1 `up` is the posterior's deviation.
   """
   added, sigma_s = process.added(t, s), process.sigma(s)
-  return sigma_s * jnp.sqrt(1 - eta**2 * added), eta * sigma_s * jnp.sqrt(added)
+  return sigma_s * root(1 - eta**2 * added), eta * sigma_s * root(added)
 
 
 def ddim(process: Process, eta: float = 0.0) -> Sampler:
@@ -108,7 +108,7 @@ def _heun_step(process, denoise, x_t, t, s):
 
 def _churned(process: Process, rule, calls, s_churn: float, s_min: float, s_max: float, s_noise: float) -> Sampler:
   """`rule` from t to s, after a step back up to a time of more noise (Karras et al. 2022, algorithm 2, lines 4 to 6)."""
-  if not (s_churn >= 0 and s_noise >= 0 and 0 <= s_min <= s_max):
+  if not (0 <= s_churn < math.inf and 0 <= s_noise < math.inf and 0 <= s_min <= s_max):
     raise ValueError(
       f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; wanted s_churn and s_noise at least 0 and"
       " 0 <= s_min <= s_max, as in heun(process, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)."
@@ -133,7 +133,7 @@ def _churned(process: Process, rule, calls, s_churn: float, s_min: float, s_max:
       churned = (ratio >= s_min) & (ratio <= s_max) & (process.alpha(t) > 0)
       higher = process.time_of(jnp.clip(process.log_snr(t), -80, 80) - 2 * math.log1p(gamma))
       t_hat = jnp.where(churned, jnp.maximum(higher, t), t)
-      std = s_noise * jnp.sqrt(jnp.where(churned, jnp.maximum(process.step_variance(t_hat, t), 0), 0))
+      std = s_noise * root(jnp.where(churned, process.step_variance(t_hat, t), 0))
       noise = randomness.normal(key, x_t.shape, x_t.dtype)
       scale = jnp.where(churned, process.alpha(t_hat) / process.alpha(t), 1)
       x_hat = (scale * x_t + std * noise).astype(x_t.dtype)

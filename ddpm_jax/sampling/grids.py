@@ -6,10 +6,12 @@ of steps K, and raise a ValueError if a grid of K steps cannot be made: too few 
 starts below the process's t_max is for data that was noised only so far; `grid[:-1]` leaves the step to 0 out.
 """
 
+import functools
+
 import jax
 import numpy as np
 
-from ddpm_jax.processes import Process
+from ddpm_jax.processes import Process, last_step
 
 
 def uniform(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
@@ -38,6 +40,8 @@ def karras(
 
   Karras et al. 2022, equation 5; a larger `rho` puts more of the steps near t_min.
   """
+  if not 0 < rho < np.inf:
+    raise ValueError(f"Got rho={rho}; wanted it above 0, such as 7.")
 
   # In logarithms: (sigma/alpha)^(1/rho) = exp(-log-SNR / (2 rho)).
   def value_of(t):
@@ -51,20 +55,20 @@ def karras(
 
 def trailing(process: Process, num_steps: int) -> np.ndarray:
   """Steps n = N, N - N/K, ... of a discrete process, then 0; the first is always N (Lin et al. 2023; diffusers' "trailing")."""
-  n = _discrete(process, num_steps, "trailing")
-  return _steps(np.round(np.arange(n, 0, -n / num_steps))[:num_steps], n)
+  last, n = _discrete(process, num_steps, "trailing")
+  return _steps(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n)
 
 
 def leading(process: Process, num_steps: int) -> np.ndarray:
   """Steps n = 1, 1 + N//K, ..., backwards, then 0; the last steps of the process may be left out (diffusers' "leading")."""
-  n = _discrete(process, num_steps, "leading")
-  return _steps((np.arange(num_steps) * (n // num_steps))[::-1] + 1, n)
+  last, n = _discrete(process, num_steps, "leading")
+  return _steps((np.arange(num_steps) * (last // num_steps))[::-1] + 1, n)
 
 
 def linspace(process: Process, num_steps: int) -> np.ndarray:
-  """K steps from N to 1, both included, as near to equal spacing as integers allow, then 0 (diffusers' "linspace")."""
-  n = _discrete(process, num_steps, "linspace")
-  return _steps(np.round(np.linspace(0, n - 1, num_steps))[::-1] + 1, n)
+  """K > 1 steps from N to 1, both included, as near to equal spacing as integers allow, then 0 (diffusers' "linspace")."""
+  last, n = _discrete(process, num_steps, "linspace", least=2)
+  return _steps(np.round(np.linspace(0, last - 1, num_steps))[::-1] + 1, n)
 
 
 def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None, value_of, time_of) -> np.ndarray:
@@ -91,15 +95,16 @@ def _last(process: Process, t_min: float | None) -> float:
   return t_min
 
 
-def _discrete(process: Process, num_steps: int, name: str) -> int:
-  n = process.num_steps
-  if n is None:
+def _discrete(process: Process, num_steps: int, name: str, least: int = 1) -> tuple[int, int]:
+  """The step at t_max, and N."""
+  if process.num_steps is None:
     raise ValueError(
       f"Got a continuous process for the grid {name!r}, which is made of the steps of a discrete one; use uniform, log_snr or karras."
     )
-  if not 1 <= num_steps <= n:
-    raise ValueError(f"Got num_steps={num_steps}; wanted 1 to {n}, the steps of the process.")
-  return n
+  last = last_step(process)
+  if not least <= num_steps <= last:
+    raise ValueError(f"Got num_steps={num_steps}; wanted {least} to {last}, the steps of the process.")
+  return last, process.num_steps
 
 
 def _steps(steps: np.ndarray, n: int) -> np.ndarray:
@@ -107,7 +112,7 @@ def _steps(steps: np.ndarray, n: int) -> np.ndarray:
 
 
 def _log_snr(process: Process, times: np.ndarray) -> np.ndarray:
-  with jax.enable_x64(True):
+  with jax.ensure_compile_time_eval(), jax.enable_x64(True):
     values = np.asarray(process.log_snr(times))
   if not np.all(np.isfinite(values)):
     raise ValueError(
@@ -117,6 +122,13 @@ def _log_snr(process: Process, times: np.ndarray) -> np.ndarray:
   return values
 
 
+@functools.lru_cache(maxsize=32)
+def _time_of(process: Process):
+  return jax.jit(process.time_of)
+
+
 def _times_of_log_snr(process: Process, values: np.ndarray) -> np.ndarray:
-  with jax.enable_x64(True):
-    return np.array(process.time_of(values))
+  # Padded, so that one compiled program serves grids of any length.
+  padded = np.pad(values, (0, -len(values) % 512), mode="edge")
+  with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+    return np.array(_time_of(process)(padded))[: len(values)]

@@ -1,5 +1,6 @@
 """The corrector of predictor-corrector sampling, a wrapper `Sampler -> Sampler`."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -27,7 +28,7 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
   Raises:
     ValueError: if snr is not positive or num_steps is below 1.
   """
-  if not snr > 0 or num_steps < 1:
+  if not 0 < snr < math.inf or num_steps < 1 or num_steps != int(num_steps):
     raise ValueError(f"Got snr={snr}, num_steps={num_steps}; wanted snr above 0 and at least 1 step.")
 
   def step(key, denoise, x_t, memory, t, s):

@@ -43,9 +43,18 @@ def deis(process: Process, order: int = 3) -> Sampler:
 
 
 class _Corrected(NamedTuple):
-  """What UniPC remembers: the corrected state of the last step, its time, the estimates so far and the number of steps."""
+  """What UniPC remembers of its last step.
+
+  Attributes:
+    x: the corrected state at the step's start.
+    predicted: the state at its end.
+    t: the time of its start.
+    past: the estimates so far.
+    steps: the number of steps so far.
+  """
 
   x: jax.Array
+  predicted: jax.Array
   t: jax.Array
   past: Past
   steps: jax.Array
@@ -79,7 +88,8 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
       nodes = (lambda_last, lambda_t, *lambdas), (last, x_0, *older)
       curved = decay * memory.x + process.alpha(t) * integral_of_x_0(h, *nodes)
       x = jnp.where(memory.steps > 1, curved, x)
-    return jnp.where((memory.steps > 0) & ~infinite(process, memory.t, t), x, x_t)
+    # Added to x_t, not put in its place: a wrapper, such as a Langevin corrector, may have moved it since.
+    return jnp.where((memory.steps > 0) & ~infinite(process, memory.t, t), x_t + (x - memory.predicted), x_t)
 
   def predict(x, x_0, lambda_t, memory: _Corrected, t, s):
     """UniP: through this estimate and the last ones."""
@@ -100,10 +110,11 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
   def step(key, denoise, x_t, memory: _Corrected, t, s):
     x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)
     x = correct(x_t, x_0, lambda_t, memory, t).astype(x_t.dtype)
-    x_s = predict(x, x_0, lambda_t, memory, t, s)
-    return x_s, _Corrected(x, jnp.asarray(t, memory.t.dtype), memory.past.add(x_0, lambda_t), memory.steps + 1)
+    x_s = predict(x, x_0, lambda_t, memory, t, s).astype(x_t.dtype)
+    t = jnp.asarray(t, memory.t.dtype)
+    return x_s, _Corrected(x, x_s, t, memory.past.add(x_0, lambda_t), memory.steps + 1)
 
   def init(x):
-    return _Corrected(x, as_time(process.t_max), Past.empty(x, order), jnp.array(0))
+    return _Corrected(x, x, as_time(process.t_max), Past.empty(x, order), jnp.array(0))
 
   return Sampler(init, step, process.t_max, reversible=True)

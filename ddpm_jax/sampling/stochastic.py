@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from ddpm_jax import randomness
 from ddpm_jax.predictions import Denoised, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
-from ddpm_jax.sampling.core import Sampler, no_memory
+from ddpm_jax.sampling.core import Sampler, no_memory, root
 
 
 def ancestral(process: Process, variance: str = "small") -> Sampler:
@@ -36,7 +36,7 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
       log_variance = log_small + denoised.fraction * (log_large - log_small)
       std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0)
     else:
-      std = expand(jnp.sqrt(small if variance == "small" else large), x_t)
+      std = expand(root(small if variance == "small" else large), x_t)
     return mean + std * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process.t_max)
@@ -51,10 +51,11 @@ def euler_maruyama(process: Process) -> Sampler:
 
   def step(key, denoise, x_t, memory, t, s):
     x_0 = x_0_of(denoise(x_t, t))
-    score = (process.alpha(t) * x_0 - x_t) / process.sigma(t) ** 2
     z = randomness.normal(key, x_t.shape, x_t.dtype)
-    reverse_drift = process.drift(t) * x_t - process.diffusion_squared(t) * score
-    x_s = x_t - reverse_drift * (t - s) + process.diffusion(t) * jnp.sqrt(t - s) * z
+    u = jnp.where(process.alpha(t) > 0, t, 0.5 * (t + s))  # where its result is not taken, the rule stays finite
+    score = (process.alpha(u) * x_0 - x_t) / process.sigma(u) ** 2
+    reverse_drift = process.drift(u) * x_t - process.diffusion_squared(u) * score
+    x_s = x_t - reverse_drift * (t - s) + process.diffusion(u) * jnp.sqrt(t - s) * z
     return _at_ends(process, x_s, x_0, z, t, s), memory
 
   return Sampler(no_memory, step, process.t_max)
@@ -72,7 +73,7 @@ def reverse_diffusion(process: Process) -> Sampler:
     score = (process.alpha(t) * x_0 - x_t) / process.sigma(t) ** 2
     z = randomness.normal(key, x_t.shape, x_t.dtype)
     variance = process.step_variance(t, s)
-    x_s = (2 - process.alpha(t) / process.alpha(s)) * x_t + variance * score + jnp.sqrt(variance) * z
+    x_s = (2 - process.alpha(t) / process.alpha(s)) * x_t + variance * score + root(variance) * z
     return _at_ends(process, x_s, x_0, z, t, s), memory
 
   return Sampler(no_memory, step, process.t_max)
@@ -107,6 +108,6 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
     later = jnp.maximum(s, as_time(t_end))
     variance = jnp.where(s > t_end, process.step_variance(later, as_time(t_end)), 0)
     scale = process.alpha(later) / process.alpha(as_time(t_end))
-    return scale * x_end + jnp.sqrt(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
+    return scale * x_end + root(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process.t_max)
