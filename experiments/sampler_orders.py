@@ -210,6 +210,8 @@ def _walk(sampler, process, model, data, states, known, times, steps):
   def body(k, carry):
     x, memory, paths = carry
     x = jnp.where(k < known, states[jnp.minimum(k, 2)], x)
+    if hasattr(memory, "predicted"):  # UniPC corrects its own prediction, for which an exact state may stand here
+      memory = memory._replace(predicted=x)
     x, memory = sampler.step(jax.random.fold_in(key, k), denoise, x, memory, times[k], times[k + 1])
     return x, memory, paths.at[k + 1].set(x[:WATCHED])
 

@@ -36,7 +36,7 @@ def test_the_script_of_all_samplers_is_short_and_every_one_finds_the_ring():
   assert len(path.read_text().splitlines()) < 40
   names = runpy.run_path(str(path))
   assert set(names["RULES"]) <= set(sampling.__all__)
-  for name, samples in names["results"].items():
+  for name, (samples, _) in names["results"].items():
     distance = np.linalg.norm(np.asarray(samples)[:, None] - names["MEANS"], axis=-1)
     assert np.mean(distance.min(1) < 0.25) > 0.99, name
     assert np.bincount(distance.argmin(1), minlength=8).min() > 1000 / 8 / 2, name
