@@ -345,8 +345,12 @@ def test_the_bound_of_the_exact_denoiser_nears_the_entropy(steps):
 
 
 @pytest.mark.usefixtures("x64")
-def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_error_alone():
-  process, prediction = processes.discrete(schedules.linear(20, 1e-3, 0.3)), predictions.learned_range(predictions.EPS)
+@pytest.mark.parametrize("name", ["EPS", "X0", "V"])
+def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_error_alone(name):
+  process, prediction = (
+    processes.discrete(schedules.linear(20, 1e-3, 0.3)),
+    predictions.learned_range(PREDICTIONS[name]),
+  )
   x_0 = jnp.round(127.5 * jax.random.uniform(jax.random.key(1), (64, 3))) / 127.5
   output = jax.random.normal(jax.random.key(2), (2, 64, 3))
   kwargs = {"process": process, "x_0": x_0, "times": losses.uniform(process), "key": jax.random.key(0)}
@@ -355,7 +359,7 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_error_
     return losses.hybrid_loss(apply=lambda x, t: jnp.concatenate([mean, variance], -1), prediction=prediction, **kwargs)
 
   def simple(mean):
-    return losses.denoising_loss(apply=lambda x, t: mean, prediction=predictions.EPS, **kwargs)[0]
+    return losses.denoising_loss(apply=lambda x, t: mean, prediction=PREDICTIONS[name], **kwargs)[0]
 
   by_mean, by_variance = jax.grad(lambda *args: hybrid(*args)[0], (0, 1))(*output)
   np.testing.assert_allclose(by_mean, jax.grad(simple)(output[0]), rtol=1e-9)

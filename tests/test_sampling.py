@@ -42,7 +42,10 @@ def test_nfe_is_the_number_of_calls(name):
       calls.append(1)
       return 0.5 * x
 
-    for times in (np.linspace(1, 0, 6), np.linspace(1, 0.2, 6), np.array([1.0, 0.0]), np.linspace(0.8, 0, 3)):
+    grids = [np.linspace(1, 0, 6), np.linspace(1, 0.2, 6), np.array([1.0, 0.0]), np.linspace(0.8, 0, 3)]
+    if name in ORDERS:
+      grids += [np.linspace(0.1, 0.9, 4), np.linspace(0.1, 1, 4)]
+    for times in grids:
       calls.clear()
       with jax.disable_jit():
         sampling.sample(jax.random.key(0), sampler, denoise, jnp.ones((2, 1)), times)
