@@ -67,6 +67,7 @@ SAMPLERS = (
   | STOCHASTIC
   | {"multistep_consistency": sampling.multistep_consistency}
 )
+DISTINCT = [name for name in SAMPLERS if name not in SAME]
 
 
 def run(sampler, denoise, x, times, key=None, **kwargs):

@@ -21,6 +21,7 @@ from tests.oracles import (
   vp_flow,
 )
 from tests.samplers import (
+  DISTINCT,
   ORDERS,
   SAME,
   SAMPLERS,
@@ -94,7 +95,7 @@ def grid_for(process, steps):
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in (*SAME, "multistep_consistency")])
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "multistep_consistency"])
 def test_moments_and_weights_of_a_mixture(name, process):
   process, count = PROCESSES[process], 10_000
   first_order = name in STOCHASTIC and name not in SECOND_ORDER_STOCHASTIC
@@ -233,7 +234,7 @@ def test_discrete_samples_approach_those_of_the_continuous_process(name):
 
 @pytest.mark.usefixtures("x64")
 # A step of Euler and Maruyama is as long as t says: it alone depends on the speed of the path.
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "euler_maruyama"])
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "euler_maruyama"])
 def test_time_is_only_a_name_for_the_noise_level(name):
   """VE and EDM are one path at different speeds: equal sigmas, equal samples. And EDM's path has no scale of its own."""
   ve, edm = processes.ve(0.02, 80.0), processes.edm(0.002, 80.0)
