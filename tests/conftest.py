@@ -24,7 +24,7 @@ _count = itertools.count(1)
 def _forget_programs():
   """Hundreds of compiled programs would take gigabytes in each worker."""
   yield
-  if next(_count) % 40 == 0:
+  if next(_count) % 150 == 0:
     jax.clear_caches()
 
 
