@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import sampling
+from tests.oracles import PROCESSES
 
 # Deterministic rules and the order of their error in the step, for smooth flows.
 ORDERS = {
@@ -68,6 +69,14 @@ SAMPLERS = (
   | {"multistep_consistency": sampling.multistep_consistency}
 )
 DISTINCT = [name for name in SAMPLERS if name not in SAME]
+# One process of each kind: tied alpha and sigma, a fixed alpha, a straight path, a table that ends at zero SNR.
+KINDS = ("vp", "edm", "rectified_flow", "zero_snr")
+FEW = ("ancestral", "heun", "dpmpp_3m", "unipc_3")
+
+
+def on_processes(names):
+  """Pairs (sampler, process): all rules on a process of each kind, a few on every one; a rule knows only alpha and sigma."""
+  return [(name, process) for process in PROCESSES for name in names if process in KINDS or name in FEW]
 
 
 def run(sampler, denoise, x, times, key=None, **kwargs):

@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_jax import sampling
 from tests.oracles import MIXTURE, PROCESSES, gaussian
-from tests.samplers import DISTINCT, ORDERS, SAMPLERS, run
+from tests.samplers import DISTINCT, ORDERS, SAMPLERS, STOCHASTIC, on_processes, run
 
 
 def test_every_exported_rule_is_under_test():
@@ -17,8 +17,7 @@ def test_every_exported_rule_is_under_test():
   assert rules <= set(SAMPLERS) | {re.sub(r"_\d$", "", name) for name in SAMPLERS}
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize(("name", "process"), on_processes(DISTINCT))
 def test_finite_on_the_shortest_grids_in_every_precision(name, process):
   """One and two steps, from t_max or below, to 0 or above it. Step by step without compiling, which costs far more."""
   process = PROCESSES[process]
@@ -122,8 +121,9 @@ def test_vmap_pmap_and_grad(name):
   assert jnp.all(jnp.isfinite(slope))
 
 
-@pytest.mark.parametrize("process", ["vp", "rectified_flow"])
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize(
+  ("name", "process"), [(name, "rectified_flow") for name in DISTINCT] + [(name, "vp") for name in STOCHASTIC]
+)
 def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
   """From t_max, where rates may be infinite, to 0, where a variance is; the times between may be learned."""
   process = PROCESSES[process]

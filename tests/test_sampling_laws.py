@@ -27,6 +27,7 @@ from tests.samplers import (
   SAMPLERS,
   SECOND_ORDER_STOCHASTIC,
   STOCHASTIC,
+  on_processes,
   padded,
   run,
   run_from_exact_start,
@@ -47,8 +48,7 @@ def measured_orders(sampler, denoise, flow, grid, steps):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", [name for name in ORDERS if name not in SAME])
+@pytest.mark.parametrize(("name", "process"), on_processes([name for name in ORDERS if name not in SAME]))
 def test_order_of_convergence_on_a_gaussian(name, process):
   """Against the exact flow, in equal steps of the log-SNR from -4 to 2, on every process."""
   process, (make, order) = PROCESSES[process], ORDERS[name]
@@ -94,8 +94,9 @@ def grid_for(process, steps):
   return sampling.grids.uniform(process, steps, t_min=0.0 if process.num_steps else process.t_min)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "multistep_consistency"])
+@pytest.mark.parametrize(
+  ("name", "process"), on_processes([name for name in DISTINCT if name != "multistep_consistency"])
+)
 def test_moments_and_weights_of_a_mixture(name, process):
   process, count = PROCESSES[process], 10_000
   first_order = name in STOCHASTIC and name not in SECOND_ORDER_STOCHASTIC
