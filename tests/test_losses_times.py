@@ -1,0 +1,119 @@
+"""Distributions of training times against the ones they are named after, and importance sampling against its definition."""
+
+from collections import deque
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from ddpm_jax import losses, processes
+from tests.oracles import PROCESSES, gaussian
+
+MEAN, STD = 0.3, 0.5
+
+
+def test_times_are_uniform():
+  keys = jax.random.split(jax.random.key(0), 50_000)
+  t, weight = losses.uniform(processes.discrete(np.full(10, 0.1)))(keys)
+  steps, counts = np.unique(np.rint(np.asarray(t) * 10), return_counts=True)
+  np.testing.assert_array_equal(steps, np.arange(1, 11))
+  assert np.all(np.abs(counts / 50_000 - 0.1) < 5 * (0.09 / 50_000) ** 0.5)
+  assert np.all(weight == 1)
+  t, _ = losses.uniform(processes.vp(), t_min=0.2)(keys)
+  assert stats.kstest(np.asarray(t, np.float64), stats.uniform(0.2, 0.8).cdf).pvalue > 1e-4
+
+
+def test_low_discrepancy_times_have_one_in_each_stratum():
+  for process, count in ((processes.vp(), 64), (PROCESSES["discrete_linear"], 50)):
+    firsts = []
+    for seed in range(300):
+      t, weight = losses.low_discrepancy(process)(jax.random.split(jax.random.key(seed), count))
+      np.testing.assert_array_equal(np.sort(np.ceil(np.asarray(t) * count - 1e-3)), np.arange(1, count + 1))
+      assert np.all(weight == 1)
+      firsts.append(float(t[0]))
+    assert stats.kstest(firsts, stats.uniform(0, 1).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("process", ["edm", "vp", "rectified_flow"])
+def test_log_normal_times(process):
+  process = PROCESSES[process]
+  t, _ = losses.log_normal(process, -1.2, 0.9)(jax.random.split(jax.random.key(0), 20_000))
+  log_sigma = -0.5 * np.asarray(process.log_snr(t), np.float64)
+  assert stats.kstest(log_sigma, stats.norm(-1.2, 0.9).cdf).pvalue > 1e-4
+
+
+def test_logit_normal_times():
+  t, _ = losses.logit_normal(PROCESSES["rectified_flow"], 0.2, 0.8)(jax.random.split(jax.random.key(0), 20_000))
+  t = np.asarray(t, np.float64)
+  assert stats.kstest(np.log(t / (1 - t)), stats.norm(0.2, 0.8).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("distribution", [losses.log_normal, losses.logit_normal])
+def test_times_of_a_discrete_process_are_steps(distribution):
+  t, _ = distribution(PROCESSES["discrete_linear"])(jax.random.split(jax.random.key(0), 5000))
+  steps = np.asarray(t, np.float64) * 1000
+  np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
+  assert 1 <= np.rint(steps).min() < np.rint(steps).max() <= 1000
+
+
+def test_importance_sampling_follows_the_last_losses():
+  """Uniform until all steps have a full history; then as the root mean square of the last ones; always unbiased."""
+  process, rng = processes.discrete(np.full(4, 0.1)), np.random.default_rng(0)
+  moments, plain = losses.loss_moments(process, 3), [deque(maxlen=3) for _ in range(4)]
+  keys = jax.random.split(jax.random.key(0), 40_000)
+  add = jax.jit(losses.update_moments)
+  for size in (4, 7, 9, 5):
+    if min(len(row) for row in plain) < 3:
+      assert np.all(losses.importance(process, moments)(keys)[1] == 1)
+    steps = np.concatenate([np.arange(4), rng.integers(0, 4, size)])[:size] if size > 4 else np.arange(4)
+    loss = rng.uniform(0, 1, size) * (1 + steps)
+    for step, value in zip(steps, loss, strict=True):
+      plain[step].append(value)
+    moments = add(moments, jnp.asarray((steps + 1) / 4), jnp.asarray(loss))
+  for _ in range(3):
+    for step in range(4):
+      plain[step].append(1.0 + step)
+    moments = add(moments, jnp.arange(1, 5) / 4, jnp.arange(1.0, 5.0))
+  np.testing.assert_allclose(moments.history, np.array(plain), rtol=1e-6)
+  t, weight = jax.jit(lambda moments: losses.importance(process, moments)(keys))(moments)
+  share = np.bincount(np.rint(np.asarray(t) * 4).astype(int) - 1) / len(keys)
+  np.testing.assert_allclose(share, np.arange(1, 5) / 10, atol=5 * 0.5 / len(keys) ** 0.5)
+  mean = np.mean(np.asarray(weight) * np.asarray(t))
+  assert abs(mean - 0.625) < 5 * np.std(np.asarray(weight) * np.asarray(t)) / len(keys) ** 0.5
+
+
+def test_importance_sampling_stays_within_a_shortened_process():
+  process = processes.discrete(np.full(10, 0.1))._replace(t_max=0.6)
+  moments, keys = losses.loss_moments(process, 2), jax.random.split(jax.random.key(0), 2000)
+  for _ in range(3):
+    t, weight = losses.importance(process, moments)(keys)
+    assert set(np.rint(np.asarray(t) * 10)) == set(range(1, 7))
+    np.testing.assert_allclose(np.mean(weight), 1, atol=0.05)
+    moments = losses.update_moments(moments, jnp.arange(1, 7) / 10, jnp.arange(1.0, 7.0))
+
+
+def test_importance_sampling_lowers_the_variance_of_the_bound():
+  """What it is for: the bound's terms differ by orders of magnitude between steps."""
+  process = PROCESSES["discrete_linear"]
+  exact = gaussian(MEAN, STD, 2).denoise(process)
+  x_0 = jnp.round(127.5 * (MEAN + STD * jax.random.normal(jax.random.key(1), (4000, 2))) + 127.5) / 127.5 - 1
+  keys = jax.random.split(jax.random.key(3), 4000)
+
+  def bits(t):
+    x_t = process.sample_marginal(jax.random.key(2), x_0, t)
+    return losses.vlb_bits(process, exact(x_t, t), x_0, x_t, t)
+
+  moments = losses.loss_moments(process, 5)
+  every = jnp.arange(1, 1001) / 1000
+  for _ in range(5):
+    moments = losses.update_moments(moments, every, jax.jit(bits)(jnp.tile(every, 4))[:1000])
+  spread = {}
+  for name, times in (("uniform", losses.uniform(process)), ("importance", losses.importance(process, moments))):
+    t, weight = times(keys)
+    spread[name] = np.asarray(weight * jax.jit(bits)(t))
+  means = {name: value.mean() for name, value in spread.items()}
+  assert spread["importance"].std() < 0.4 * spread["uniform"].std()
+  error = 5 * (spread["uniform"].std() + spread["importance"].std()) / 4000**0.5
+  assert abs(means["uniform"] - means["importance"]) < error
