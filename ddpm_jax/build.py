@@ -78,6 +78,7 @@ def build_process(config: ConfigDict) -> Process:
     "scaled_linear": lambda: schedules.scaled_linear(n, c.beta_min / n, c.beta_max / n),
     "cosine": lambda: schedules.cosine(n),
     "sigmoid": lambda: schedules.sigmoid(n),
+    "table": lambda: np.asarray(c.betas, np.float64),
   }
   sigmas = {name: c[name] for name in ("sigma_min", "sigma_max") if c[name]}
 
@@ -121,7 +122,18 @@ def build_network(config: ConfigDict) -> UNet:
   c = dict(config.network)
   dtype = choose(c.pop("dtype"), _DTYPES, "config.network.dtype")
   out_channels = config.data.channels * (2 if config.learned_variance else 1)
-  network = UNet(out_channels=out_channels, dtype=dtype, **c)
+  heights = [config.data.image_size / 2**level for level in range(len(c["multipliers"]))]
+  resolutions = c.pop("attention_resolutions")
+  for wanted in resolutions:
+    if wanted not in heights:
+      raise ValueError(
+        f"Got config.network.attention_resolutions={tuple(resolutions)} for images of {config.data.image_size}, whose levels"
+        f" have heights of {', '.join(f'{height:g}' for height in heights)}; wanted some of these, or none: ()."
+      )
+  for way in ("downsample", "upsample"):
+    c[way] = tuple(c[way].split(",")) if "," in c[way] else c[way]
+  levels = tuple(heights.index(wanted) for wanted in resolutions)
+  network = UNet(out_channels=out_channels, attention_levels=levels, dtype=dtype, **c)
   network.check_input(image_shape(config))
   return network
 

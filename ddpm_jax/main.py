@@ -13,12 +13,17 @@ import ddpm_jax
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
 )
-_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample or eval.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, eval or export.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to draw (sample: 64; eval: the config's).")
 _SAMPLER = flags.DEFINE_string("sampler", None, "The sampler, instead of the config's.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Its steps, instead of the config's.")
 _SEED = flags.DEFINE_integer("seed", None, "The seed of sampling (sample: 0; eval: the config's).")
+_PRETRAINED = flags.DEFINE_string(
+  "pretrained", None, "Sample from this folder of diffusers, or name on the Hugging Face hub, instead of the run's checkpoint."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The folder that export writes.")
+_EMA = flags.DEFINE_bool("ema", None, "Export the averaged weights (the default), or with --ema=false the raw ones.")
 _LABELS = flags.DEFINE_list("labels", None, "Classes to sample, repeated as needed, for a model that knows classes.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it arose.")
 
@@ -35,20 +40,39 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import build, runs, schema
+  from ddpm_jax import build, pretrained, runs, schema
 
-  mode = schema.choose(_MODE.value, ("train", "sample", "eval"), "--mode")
+  mode = schema.choose(_MODE.value, ("train", "sample", "eval", "export"), "--mode")
   if not _WORKDIR.value:
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
   folder = Path(_WORKDIR.value).expanduser().absolute()
-  for flag, modes in ((_LABELS, ("sample",)), (_NUM_SAMPLES, ("sample", "eval")), (_SEED, ("sample", "eval"))):
+  for flag, modes in (
+    (_LABELS, ("sample",)),
+    (_PRETRAINED, ("sample",)),
+    (_NUM_SAMPLES, ("sample", "eval")),
+    (_SEED, ("sample", "eval")),
+    (_OUTPUT, ("export",)),
+    (_EMA, ("export",)),
+  ):
     if flag.value is not None and mode not in modes:
       raise ValueError(
         f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
       )
-  config = schema.config_of_run(_CONFIG.value, folder)
+  if mode == "export" and not _OUTPUT.value:
+    raise ValueError("Got no --output; wanted the folder to export to, such as --output=/tmp/model.")
+  model = None
+  if _PRETRAINED.value is None:
+    config = schema.config_of_run(_CONFIG.value, folder)
+  else:
+    model = pretrained.load(_PRETRAINED.value)
+    config = pretrained.adopt(schema.config_of_run(_CONFIG.value or schema.default_config(), folder), model)
+    if _CONFIG.value is None:
+      config = pretrained.adopt_sampling(config, model)
   if _SAMPLER.value is not None:
-    config.sampling.sampler = schema.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
+    name = schema.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
+    if model is not None and name != config.sampling.sampler:
+      config.sampling.grid = ""  # the scheduler's grid is for its own sampler
+    config.sampling.sampler = name
   if _NUM_STEPS.value is not None:
     config.sampling.num_steps = _NUM_STEPS.value
   schema.check_config(config)
@@ -59,9 +83,12 @@ def main(argv: list[str]) -> None:
     if _NUM_SAMPLES.value is not None:
       config.evaluation.num_samples = _NUM_SAMPLES.value
     runs.run_eval(config, folder, seed=config.seed if _SEED.value is None else _SEED.value)
+  elif mode == "export":
+    output = Path(_OUTPUT.value).expanduser().absolute()
+    runs.run_export(config, folder, output, ema=_EMA.value is not False)
   else:
     count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
-    runs.run_sample(config, folder, num_samples=count, seed=_SEED.value or 0, labels=_labels())
+    runs.run_sample(config, folder, num_samples=count, seed=_SEED.value or 0, labels=_labels(), model=model)
 
 
 def _labels() -> list[int] | None:

@@ -1,4 +1,4 @@
-"""What the command line does with a config and a folder: train, sample, evaluate.
+"""What the command line does with a config and a folder: train, sample, evaluate, export.
 
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
@@ -20,7 +20,20 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import ddpm_jax
-from ddpm_jax import build, checkpoint, data, evaluate, images, optim, parallel, randomness, records, train, workdir
+from ddpm_jax import (
+  build,
+  checkpoint,
+  data,
+  evaluate,
+  images,
+  optim,
+  parallel,
+  pretrained,
+  randomness,
+  records,
+  train,
+  workdir,
+)
 
 PyTree = Any
 _GRID_IMAGES = 64
@@ -32,6 +45,8 @@ def run_train(config: ConfigDict, folder: Path) -> None:
   Raises:
     ValueError: if the config or the folder does not allow it.
   """
+  resuming = checkpoint.Checkpoints.exist(workdir.checkpoint_folder(folder))
+  config, model = pretrained.of_run(config, folder, resuming=resuming)
   workdir.check_same_run(folder, config.to_dict())
   mesh, c = parallel.data_mesh(), config.training
   parallel.check_batch(c.batch_size, mesh.size)
@@ -40,13 +55,14 @@ def run_train(config: ConfigDict, folder: Path) -> None:
   build.build_generate(config, mesh)
   source, held_out = build.build_data(config)
   _check_evaluation(config, source, held_out)
-  init, template = _state(config, optimizer, mesh)
+  init, template = _state(config, optimizer, mesh, None if model is None else model.params)
   workdir.check_writable(folder)
 
   shape, num_params = build.image_shape(config), sum(leaf.size for leaf in jax.tree.leaves(template.params))
   say(f"{len(source):,} training images of {'x'.join(map(str, shape))}, {len(held_out or ()):,} held out")
   say(f"{num_params:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
-  resuming = checkpoint.Checkpoints.exist(workdir.checkpoint_folder(folder))
+  if config.init_from:
+    say(f"network, process and prediction from {config.init_from}")
   if not resuming:
     workdir.write_config(folder, config.to_dict())
   checkpoints = checkpoint.Checkpoints(workdir.checkpoint_folder(folder), c.keep_checkpoints)
@@ -124,8 +140,16 @@ def run_eval(config: ConfigDict, folder: Path, *, seed: int) -> None:
   _evaluate(config, folder, mesh, _restore(config, folder, mesh), source, held_out, seed)
 
 
-def run_sample(config: ConfigDict, folder: Path, *, num_samples: int, seed: int, labels: list[int] | None) -> None:
-  """Samples from the EMA weights of a run, into samples/: an .npz (uint8, NHWC) and a picture.
+def run_sample(
+  config: ConfigDict,
+  folder: Path,
+  *,
+  num_samples: int,
+  seed: int,
+  labels: list[int] | None,
+  model: pretrained.Pretrained | None = None,
+) -> None:
+  """Samples from the EMA weights of a run, or from a pretrained model, into samples/: an .npz (uint8, NHWC) and a picture.
 
   Raises:
     ValueError: if there is no checkpoint, or the config, the number of samples or the labels do not allow it.
@@ -133,14 +157,37 @@ def run_sample(config: ConfigDict, folder: Path, *, num_samples: int, seed: int,
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; wanted at least 1.")
   mesh = parallel.data_mesh()
-  _check_trained(config, folder)
+  if model is None:
+    _check_trained(config, folder)
   classes = build.build_labels(config, labels, num_samples)
+  config = ConfigDict(config)
+  # No more than are wanted at a time: a sample does not depend on the batch.
+  config.sampling.batch_size = min(config.sampling.batch_size, -(-num_samples // mesh.size) * mesh.size)
   generate = build.build_generate(config, mesh)
   workdir.check_writable(folder)
-  state = _restore(config, folder, mesh)
-  samples, nfe = _draw(config, generate, optim.ema_params(state.opt_state), seed, num_samples, classes)
+  if model is None:
+    params = optim.ema_params(_restore(config, folder, mesh).opt_state)
+  else:
+    params = model.params
+    say(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+  samples, nfe = _draw(config, generate, params, seed, num_samples, classes)
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
   _write_samples(_free(_samples(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}"), samples, classes)
+
+
+def run_export(config: ConfigDict, folder: Path, output: Path, *, ema: bool) -> None:
+  """Writes the model of a run as a folder that diffusers opens.
+
+  Raises:
+    ValueError: if there is no checkpoint, diffusers cannot express the model, or the output folder is not empty.
+  """
+  _check_trained(config, folder)
+  pretrained.check_output(output)
+  state = _restore(config, folder, parallel.data_mesh())
+  params = optim.ema_params(state.opt_state) if ema else state.params
+  weights = "EMA" if ema else "raw"
+  pretrained.export(config, folder, output, params, step=int(state.step), weights=weights)
+  say(f"model        {output} ({weights} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}")
 
 
 def say(text: str) -> None:
@@ -162,12 +209,17 @@ def _samples(folder: Path) -> Path:
 
 
 def _state(
-  config: ConfigDict, optimizer: Any, mesh: jax.sharding.Mesh
+  config: ConfigDict, optimizer: Any, mesh: jax.sharding.Mesh, params: PyTree = None
 ) -> tuple[Callable[[], train.TrainState], train.TrainState]:
-  """A function that makes the first state, and the state's shapes and layout."""
-  start = functools.partial(train.init_state, jax.random.key(config.seed), build.build_params_init(config), optimizer)
-  whole = parallel.replicated(mesh)
-  return jax.jit(start, out_shardings=whole), checkpoint.abstract(jax.eval_shape(start), whole)
+  """A function that makes the first state, from new parameters or those given, and the state's shapes and layout."""
+  init, whole = build.build_params_init(config), parallel.replicated(mesh)
+
+  def start(params):
+    make = init if params is None else lambda key: params
+    return train.init_state(jax.random.key(config.seed), make, optimizer)
+
+  compiled = jax.jit(start, out_shardings=whole)
+  return functools.partial(compiled, params), checkpoint.abstract(jax.eval_shape(start, params), whole)
 
 
 def _restore(config: ConfigDict, folder: Path, mesh: jax.sharding.Mesh) -> train.TrainState:

@@ -14,6 +14,7 @@ def default_config() -> ConfigDict:
   """Every key that a config has, with the settings of DDPM on CIFAR-10 (Ho et al. 2020). Recipes change some."""
   config = ConfigDict()
   config.seed = 0
+  config.init_from = ""  # a folder of diffusers or a name on the hub, to start from: its network, process and prediction
   config.data = ConfigDict(
     {
       "source": "tfds",  # digits, mnist, arrays, folder or tfds
@@ -31,7 +32,8 @@ def default_config() -> ConfigDict:
   config.process = ConfigDict(
     {
       "name": "discrete",  # discrete, vp, sub_vp, ve, edm, rectified_flow or cosine
-      "schedule": "linear",  # of a discrete process: linear, scaled_linear, cosine or sigmoid
+      "schedule": "linear",  # of a discrete process: linear, scaled_linear, cosine, sigmoid or table
+      "betas": (),  # of the schedule table
       "num_steps": 1000,  # of a discrete process
       "zero_terminal_snr": False,  # of a discrete process: its betas rescaled to leave no data at the last step
       "beta_min": 0.1,  # of vp and sub_vp; a linear schedule has betas from beta_min/N to beta_max/N
@@ -58,13 +60,32 @@ def default_config() -> ConfigDict:
       "channels": 128,
       "multipliers": (1, 2, 2, 2),
       "blocks": 2,
-      "attention_resolutions": (16,),
+      "attention_resolutions": (16,),  # heights of the levels that have self-attention
       "middle_attention": True,
+      "middle_attention_norm": True,
       "heads": 1,
+      "head_channels": 0,  # above 0: of each head, instead of their number
       "groups": 32,
+      "epsilon": 1e-6,  # of normalizations
       "dropout": 0.1,
+      "time_embedding": "sin_cos",  # sin_cos (DDPM), cos_sin (ADM) or fourier (NCSN++)
+      "time_features": 0,  # 0: as many as channels
+      "embedding_features": 0,  # 0: four times channels
+      "frequency_shift": 1.0,
+      "scale_shift": False,
+      "downsample": "conv",  # conv, residual, or several with commas between them, one a level
+      "upsample": "conv",
+      "symmetric_padding": False,
+      "filter": (1, 1),  # of residual resampling, or (1, 3, 3, 1)
+      "song": False,  # the details of DDPM++ and NCSN++
+      "progressive_input": False,
       "num_classes": 0,  # above 0: conditional on the data's labels
+      "augmentation_features": 0,
+      "center_input": False,
+      "divide_by_sigma": False,
       "dtype": "float32",  # of the computation: float32 or bfloat16
+      "remat": "",  # full, or one of jax.checkpoint_policies: compute again in the backward pass, to save memory
+      "attention": "",  # xla or cudnn: the implementation of attention; empty: JAX chooses
     }
   )
   config.optimizer = ConfigDict(

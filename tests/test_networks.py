@@ -6,7 +6,7 @@ import pytest
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.layers import AttentionBlock, sinusoidal_embedding
 
-SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,), "groups": 4, "dropout": 0.0}
+SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,), "groups": 4, "dropout": 0.0}
 
 
 def build(size=(8, 8), channels=1, seed=0, **changes):
@@ -39,9 +39,9 @@ def test_ddpm_network_has_the_published_size():
   ("size", "channels", "changes"),
   [
     ((8, 8), 1, {}),
-    ((7, 5), 2, {"multipliers": (1,)}),
+    ((7, 5), 2, {"multipliers": (1,), "attention_levels": ()}),
     ((12, 8), 3, {"multipliers": (1, 1, 2)}),
-    ((16, 16), 1, {"multipliers": (1, 1, 1, 2, 2), "attention_resolutions": (1, 2), "heads": 2}),
+    ((16, 16), 1, {"multipliers": (1, 1, 1, 2, 2), "attention_levels": (3, 4), "heads": 2}),
     ((8, 8), 5, {"num_classes": 3, "blocks": 2, "middle_attention": False}),
     ((8, 8), 3, {"dtype": jnp.bfloat16}),
   ],
@@ -87,7 +87,7 @@ def test_every_parameter_has_a_gradient():
 
 def test_attention_is_softmax_of_products():
   """The block against the formula, written out with NumPy, heads and all."""
-  block = AttentionBlock(heads=2, groups=1, dtype=jnp.float32)
+  block = AttentionBlock(heads=2, style=UNet(groups=1)._style)
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
   params = awake(block.init(jax.random.key(1), x)["params"])
   flat = np.asarray(x, np.float64).reshape(6, 4)
@@ -104,7 +104,7 @@ def test_attention_is_softmax_of_products():
 
 
 def test_attention_stands_where_it_is_asked_for():
-  _, params = build((16, 16), multipliers=(1, 1, 1), attention_resolutions=(8,), middle_attention=False)
+  _, params = build((16, 16), multipliers=(1, 1, 1), attention_levels=(1,), middle_attention=False)
   with_attention = {name for name in params if "attention" in name}
   assert with_attention == {"down_1_0_attention", "up_1_0_attention", "up_1_1_attention"}
 

@@ -1,7 +1,11 @@
-"""Layers that the networks share: parameters in float32, computation in `dtype`, statistics and softmax in float32."""
+"""Layers that the networks share: parameters in float32, computation in `dtype`, statistics and softmax in float32.
+
+All take data of any number of spatial axes, [B, *space, C]: audio, images, volumes.
+"""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,10 +15,45 @@ Array = jax.Array
 
 # Ho et al.'s initialization: uniform, scaled by the mean of fan-in and fan-out.
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+ZEROS = nn.initializers.zeros
 
 
-def sinusoidal_embedding(label: Array, features: int, max_period: float = 10_000.0) -> Array:
-  """[sin, cos] features [B, features] of labels [B], frequencies from 1 to 1/max_period (Ho et al. 2020).
+class Style(NamedTuple):
+  """What all blocks of a network share.
+
+  Attributes:
+    groups: groups of every normalization.
+    epsilon: added to the variance in every normalization.
+    dropout: the dropout rate inside residual blocks, in training.
+    scale_shift: whether the embedding scales and shifts the second normalization, or is added before it.
+    song: whether sums are divided by sqrt(2), and a 1x1 convolution stands beside every block that resamples.
+    filter: weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
+    attention: the implementation for `jax.nn.dot_product_attention`; None lets JAX choose.
+    dtype: of the computation.
+  """
+
+  groups: int
+  epsilon: float
+  dropout: float
+  scale_shift: bool
+  song: bool
+  filter: Sequence[float]
+  attention: str | None
+  dtype: Any
+
+  def norm(self, name: str) -> nn.GroupNorm:
+    """Group normalization."""
+    return nn.GroupNorm(num_groups=self.groups, epsilon=self.epsilon, dtype=self.dtype, name=name)
+
+  def join(self, x: Array, branch: Array) -> Array:
+    """A residual sum."""
+    return (x + branch) * math.sqrt(0.5) if self.song else x + branch
+
+
+def sinusoidal_embedding(label: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0) -> Array:
+  """Sines and cosines [B, features] of labels [B], at frequencies 10000^(-i / (features / 2 - frequency_shift)).
+
+  The defaults are Ho et al.'s (2020); Nichol and Dhariwal (2021) put cosines first and shift by 0.
 
   Raises:
     ValueError: if `features` is odd or below 4.
@@ -22,81 +61,169 @@ def sinusoidal_embedding(label: Array, features: int, max_period: float = 10_000
   if features % 2 or features < 4:
     raise ValueError(f"Got {features} features for a sinusoidal embedding; wanted an even number, 4 or more.")
   half = features // 2
-  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half) / (half - 1))
+  frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half) / (half - frequency_shift))
   angles = label.astype(jnp.float32)[:, None] * frequencies
+  waves = [jnp.sin(angles), jnp.cos(angles)]
+  return jnp.concatenate(waves[::-1] if cos_first else waves, axis=-1)
+
+
+def fourier_embedding(label: Array, frequencies: Array) -> Array:
+  """Sines, then cosines [B, 2F] of labels [B] at random frequencies [F], which are not trained (Song et al. 2021)."""
+  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
-  """Group normalization with DDPM's epsilon."""
-  return nn.GroupNorm(num_groups=groups, epsilon=1e-6, dtype=dtype, name=name)
+def conv(x: Array, features: int, name: str, dtype: Any, *, size: int = 3, init=INIT, **options) -> Array:
+  """A convolution of the same size over every spatial axis."""
+  kernel = (size,) * (x.ndim - 2)
+  return nn.Conv(features, kernel, kernel_init=init, dtype=dtype, name=name, **options)(x)
+
+
+def halve(x: Array, weights: Sequence[float], *, padded: bool = False) -> Array:
+  """Every spatial axis filtered and halved, [B, *space, C] -> [B, *space / 2, C]; zeros surround the data.
+
+  Args:
+    x: the data.
+    weights: of the filter along an axis, an even number; scaled to sum to 1.
+    padded: whether x has the filter's margin (half its length less one) around it already.
+  """
+  margin = 0 if padded else len(weights) // 2 - 1
+  for axis in range(1, x.ndim - 1):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (margin, margin)
+    wide = jnp.pad(x, widths)
+    last = wide.shape[axis] - len(weights) + 1
+    parts = [
+      weight / sum(weights) * jax.lax.slice_in_dim(wide, k, k + last, stride=2, axis=axis)
+      for k, weight in enumerate(weights)
+    ]
+    x = sum(parts[1:], parts[0])
+  return x
+
+
+def double(x: Array, weights: Sequence[float] = (1, 1)) -> Array:
+  """Every spatial axis doubled and filtered, [B, *space, C] -> [B, 2 space, C]; by (1, 1) each value is repeated."""
+  for axis in range(1, x.ndim - 1):
+    if tuple(weights) == (1, 1):
+      # By broadcasting: the gradient of jax.image.resize is fifty times slower on a CPU.
+      even = odd = x
+    else:
+      a, b, c, d = (2 * weight / sum(weights) for weight in weights)
+      size, widths = x.shape[axis], [(0, 0)] * x.ndim
+      widths[axis] = (1, 1)
+      wide = jnp.pad(x, widths)
+      before, after = (jax.lax.slice_in_dim(wide, k, k + size, axis=axis) for k in (0, 2))
+      even, odd = b * x + d * before, c * x + a * after
+    shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+    x = jnp.stack([even, odd], axis + 1).reshape(shape)
+  return x
 
 
 class ResidualBlock(nn.Module):
-  """Norm, swish, convolution, twice, with the embedding added in between (Ho et al. 2020, appendix B)."""
+  """Norm, swish, convolution, twice, with the embedding in between (Ho et al. 2020, appendix B).
+
+  With `resample`, "down" or "up", it also halves or doubles every spatial axis, before the first convolution (BigGAN's
+  block; Song et al. 2021, appendix H; Dhariwal and Nichol 2021).
+  """
 
   features: int
-  dropout: float
-  groups: int
-  dtype: Any
+  style: Style
+  resample: str = ""
 
   @nn.compact
   def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
-    """x [B, H, W, C], embedding [B, E] -> [B, H, W, features]."""
-    h = nn.swish(group_norm(self.groups, self.dtype, "norm1")(x))
-    h = nn.Conv(self.features, (3, 3), kernel_init=INIT, dtype=self.dtype, name="conv1")(h)
-    shift = nn.Dense(self.features, kernel_init=INIT, dtype=self.dtype, name="time_emb_proj")(nn.swish(embedding))
-    h = h + shift[:, None, None, :]
-    h = nn.swish(group_norm(self.groups, self.dtype, "norm2")(h))
-    h = nn.Dropout(self.dropout, deterministic=not train)(h)
-    h = nn.Conv(self.features, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(h)
-    if x.shape[-1] != self.features:
-      x = nn.Conv(self.features, (1, 1), kernel_init=INIT, dtype=self.dtype, name="conv_shortcut")(x)
-    return x + h
+    """x [B, *space, C], embedding [B, E] -> [B, *space, features]."""
+    style, dtype = self.style, self.style.dtype
+    h = nn.swish(style.norm("norm1")(x))
+    if self.resample:
+      change = halve if self.resample == "down" else double
+      x, h = change(x, style.filter), change(h, style.filter)
+    h = conv(h, self.features, "conv1", dtype)
+    width = 2 * self.features if style.scale_shift else self.features
+    shift = nn.Dense(width, kernel_init=INIT, dtype=dtype, name="time_emb_proj")(nn.swish(embedding))
+    shift = jnp.expand_dims(shift, tuple(range(1, x.ndim - 1)))
+    if style.scale_shift:
+      scale, shift = jnp.split(shift, 2, axis=-1)
+      h = style.norm("norm2")(h) * (1 + scale) + shift
+    else:
+      h = style.norm("norm2")(h + shift)
+    h = nn.Dropout(style.dropout, deterministic=not train)(nn.swish(h))
+    # Zero at the start, as every residual branch: the first gradients are not drowned in random output.
+    h = conv(h, self.features, "conv2", dtype, init=ZEROS)
+    if x.shape[-1] != self.features or (self.resample and style.song):
+      x = conv(x, self.features, "conv_shortcut", dtype, size=1)
+    return style.join(x, h)
 
 
 class AttentionBlock(nn.Module):
-  """Self-attention over all pixels, with a residual connection (Ho et al. 2020, appendix B)."""
+  """Self-attention over all positions, with a residual connection (Ho et al. 2020, appendix B)."""
 
   heads: int
-  groups: int
-  dtype: Any
+  style: Style
+  norm: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """x [B, H, W, C] -> [B, H, W, C]."""
-    batch, height, width, features = x.shape
-    h = group_norm(self.groups, self.dtype, "group_norm")(x).reshape(batch, height * width, features)
+    """x [B, *space, C] -> [B, *space, C]."""
+    features, dtype = x.shape[-1], self.style.dtype
+    h = self.style.norm("group_norm")(x) if self.norm else x
+    h = h.reshape(x.shape[0], -1, features)
+    q, k, v = (heads_of(h, self.heads, name, dtype) for name in ("to_q", "to_k", "to_v"))
+    h = jax.nn.dot_product_attention(q, k, v, implementation=self.style.attention).reshape(x.shape)
+    return self.style.join(x, nn.Dense(features, kernel_init=ZEROS, dtype=dtype, name="to_out")(h))
 
-    def project(name):
-      y = nn.Dense(features, kernel_init=INIT, dtype=self.dtype, name=name)(h)
-      return y.reshape(batch, height * width, self.heads, features // self.heads)
 
-    h = jax.nn.dot_product_attention(project("to_q"), project("to_k"), project("to_v")).reshape(x.shape)
-    return x + nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="to_out")(h)
+def heads_of(x: Array, heads: int, name: str, dtype: Any) -> Array:
+  """A projection [B, N, C] -> [B, N, heads, C / heads]."""
+  y = nn.Dense(x.shape[-1], kernel_init=INIT, dtype=dtype, name=name)(x)
+  return y.reshape(*x.shape[:-1], heads, -1)
 
 
 class Downsample(nn.Module):
-  """Halves height and width by a strided convolution, padded on the right and bottom as Ho et al.'s."""
+  """Halves every spatial axis by a strided convolution.
 
+  Padded by one at the end of each axis, as Ho et al.'s, or at both, as Nichol and Dhariwal's.
+  """
+
+  symmetric: bool
   dtype: Any
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """[B, H, W, C] -> [B, H/2, W/2, C]."""
-    return nn.Conv(x.shape[-1], (3, 3), (2, 2), kernel_init=INIT, dtype=self.dtype, name="conv")(x)
+    """[B, *space, C] -> [B, *space / 2, C]."""
+    axes = x.ndim - 2
+    padding = [(int(self.symmetric), 1)] * axes
+    return conv(x, x.shape[-1], "conv", self.dtype, strides=(2,) * axes, padding=padding)
 
 
 class Upsample(nn.Module):
-  """Doubles height and width: nearest neighbour, then a convolution."""
+  """Doubles every spatial axis: nearest neighbour, then a convolution."""
 
   dtype: Any
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """[B, H, W, C] -> [B, 2H, 2W, C]."""
-    batch, height, width, features = x.shape
-    # By broadcasting: the gradient of jax.image.resize is fifty times slower on a CPU.
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, features))
-    x = x.reshape(batch, 2 * height, 2 * width, features)
-    return nn.Conv(features, (3, 3), kernel_init=INIT, dtype=self.dtype, name="conv")(x)
+    """[B, *space, C] -> [B, 2 space, C]."""
+    return conv(double(x), x.shape[-1], "conv", self.dtype)
+
+
+class AttentionPool(nn.Module):
+  """One vector of a whole picture: what the mean asks of all positions (Radford et al. 2021, section 2.3)."""
+
+  features: int
+  heads: int
+  style: Style
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[B, *space, C] -> [B, features]."""
+    batch, channels, dtype = x.shape[0], x.shape[-1], self.style.dtype
+    x = x.reshape(batch, -1, channels)
+    x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
+    spread = nn.initializers.normal(channels**-0.5)
+    x = x + self.param("positions", spread, (x.shape[1], channels)).astype(x.dtype)
+    # Only what the mean receives is used.
+    q = heads_of(x[:, :1], self.heads, "to_q", dtype)
+    k, v = (heads_of(x, self.heads, name, dtype) for name in ("to_k", "to_v"))
+    h = jax.nn.dot_product_attention(q, k, v, implementation=self.style.attention).reshape(batch, channels)
+    return nn.Dense(self.features, kernel_init=INIT, dtype=dtype, name="to_out")(h)

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho et al. 2020, appendix B), for images of any size that its levels can halve."""
+"""The U-Net of the diffusion papers, and its first half as a classifier, for data of one, two or three axes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,132 +11,371 @@ from ddpm_jax.networks import layers
 
 Array = jax.Array
 
+_EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
+_VECTORS = ("", "dense", "time", "identity")
 
-class UNet(nn.Module):
-  """Residual blocks on the way down and up, joined level by level, with self-attention at chosen resolutions.
+
+class Encoder(nn.Module):
+  """What the U-Net and the classifier share: the embedding, the way down and the middle.
+
+  The defaults are DDPM's (Ho et al. 2020). In the recipes, `configs/`, stand the settings of the other papers.
 
   Attributes:
-    out_channels: channels of the output.
-    channels: features at the first level.
+    out_channels: channels of the output; of a classifier, the number of classes it tells apart.
+    channels: features of the first convolution.
     multipliers: features of each level, as multiples of `channels`; one level an entry, each half the size of the last.
     blocks: residual blocks a level on the way down; one more on the way up.
-    attention_resolutions: heights (in pixels) of the levels that have self-attention after every block.
-    middle_attention: whether the block in the middle has self-attention.
+    attention_levels: levels, 0 being the finest, that have self-attention after every block.
+    middle_attention: whether the middle has self-attention.
+    middle_attention_norm: whether that is normalized first (diffusers leaves it out of some models).
     heads: attention heads.
+    head_channels: if above 0, the features of a head, of which there are then as many as fit.
     dropout: the dropout rate inside residual blocks, in training.
     groups: groups of every normalization.
+    epsilon: added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
+    time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier", of random frequencies (NCSN++).
+    time_features: features of that embedding; 0: as many as `channels`.
+    embedding_features: features of the embedding that all blocks receive; 0: four times `channels`.
+    frequency_shift: 1 (DDPM) or 0 (ADM): see `layers.sinusoidal_embedding`.
+    scale_shift: whether the embedding scales and shifts normalized features (improved DDPM, ADM) or is added to them.
+    downsample: "conv" or "residual" (ADM, DDPM++, NCSN++): how a level is halved; one word for all levels, or one for each
+      but the last.
+    upsample: the same on the way up, a word for the level that is doubled to.
+    symmetric_padding: whether strided convolutions pad both ends (ADM) or the far one (DDPM).
+    filter: the filter of residual resampling, (1, 1) or, in NCSN++, (1, 3, 3, 1).
+    song: the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022): sums divided by sqrt(2), 1x1 convolutions
+      beside resampling, attention on the way up after the last block of a level only, and labels added to the
+      features of time, before the dense layers.
+    progressive_input: whether the input, halved again and again, joins each level (NCSN++'s "residual").
     num_classes: the number of classes of a conditional network; 0 for an unconditional one.
-    dtype: the type of the computation; parameters, statistics and the output are float32.
+    vector_embedding: how a continuous vector conditions the network: "" none; "dense", by two layers of its own, whatever
+      its length; "time", one number, embedded as time is; "identity", added to the embedding, whose length it has.
+    augmentation_features: length of augmentation labels (Karras et al. 2022, appendix F.2); 0 for none.
+    center_input: whether the input is mapped from [0, 1] to [-1, 1] first.
+    divide_by_sigma: whether the output is divided by exp(label), the label being log(sigma), as by Song et al.
+    dimensions: spatial axes of the data: 1 (audio), 2 (images), 3 (volumes, video).
+    dtype: the type of the computation; parameters, statistics, softmax and the output are float32.
+    remat: "" keeps what the forward pass computed for the backward pass; "full" computes each block again; any other name
+      of `jax.checkpoint_policies` without arguments chooses what to keep.
+    attention: the implementation in `jax.nn.dot_product_attention`: "" lets JAX choose; "xla", or "cudnn" (16-bit types,
+      NVIDIA GPUs).
   """
 
   out_channels: int = 3
   channels: int = 128
-  multipliers: Sequence[int] = (1, 2, 2, 2)
+  multipliers: Sequence[float] = (1, 2, 2, 2)
   blocks: int = 2
-  attention_resolutions: Sequence[int] = (16,)
+  attention_levels: Sequence[int] = (1,)
   middle_attention: bool = True
+  middle_attention_norm: bool = True
   heads: int = 1
+  head_channels: int = 0
   dropout: float = 0.1
   groups: int = 32
+  epsilon: float = 1e-6
+  time_embedding: str = "sin_cos"
+  time_features: int = 0
+  embedding_features: int = 0
+  frequency_shift: float = 1.0
+  scale_shift: bool = False
+  downsample: str | Sequence[str] = "conv"
+  upsample: str | Sequence[str] = "conv"
+  symmetric_padding: bool = False
+  filter: Sequence[float] = (1, 1)
+  song: bool = False
+  progressive_input: bool = False
   num_classes: int = 0
+  vector_embedding: str = ""
+  augmentation_features: int = 0
+  center_input: bool = False
+  divide_by_sigma: bool = False
+  dimensions: int = 2
   dtype: Any = jnp.float32
+  remat: str = ""
+  attention: str = ""
 
   def check_input(self, shape: Sequence[int]) -> None:
-    """Raises a ValueError if the network cannot be built, or cannot take images of `shape` [..., H, W, C]."""
-    if not self.multipliers or min(self.multipliers) < 1 or self.blocks < 1:
+    """Raises a ValueError if the network cannot be built, or cannot take data of `shape` [..., *space, C]."""
+    _check_options(self)
+    _check_features(self)
+    if len(shape) < self.dimensions + 1:
       raise ValueError(
-        f"Got multipliers={tuple(self.multipliers)}, blocks={self.blocks}; wanted at least one level and one block, all positive."
+        f"Got data of shape {tuple(shape)} for a network of dimensions={self.dimensions}; wanted [B, *space, C] with"
+        f" {self.dimensions} spatial axes."
       )
-    if self.groups < 1 or self.heads < 1 or not 0 <= self.dropout < 1:
+    space = tuple(shape[-1 - self.dimensions : -1])
+    levels = len(self.multipliers)
+    if any(size % 2 ** (levels - 1) or size < 1 for size in space):
+      most = 1
+      while not any(size % 2**most or size < 1 for size in space):
+        most += 1
       raise ValueError(
-        f"Got groups={self.groups}, heads={self.heads}, dropout={self.dropout}; wanted 1 or more groups and heads, and"
-        " dropout in [0, 1)."
-      )
-    for multiplier in (1, *self.multipliers):
-      features = self.channels * multiplier
-      if features % self.groups or features % self.heads:
-        raise ValueError(
-          f"Got {features} features ({self.channels} channels times {multiplier}) with groups={self.groups}, heads={self.heads};"
-          " wanted features divisible by both. Change channels, groups or heads."
-        )
-    if self.channels % 2 or self.channels < 4:
-      raise ValueError(f"Got channels={self.channels}; wanted an even number, 4 or more, for the time embedding.")
-    factor = 2 ** (len(self.multipliers) - 1)
-    height, width = shape[-3], shape[-2]
-    if height % factor or width % factor:
-      levels = 1
-      while not height % 2**levels and not width % 2**levels:
-        levels += 1
-      raise ValueError(
-        f"Got images of {height}x{width} for a network of {len(self.multipliers)} levels, which halves them"
-        f" {len(self.multipliers) - 1} times; wanted height and width divisible by {factor}."
-        f" Use at most {levels} multipliers, or resize the images."
+        f"Got images of {'x'.join(map(str, space))} for a network of {levels} levels, which halves them {levels - 1} times;"
+        f" wanted every side divisible by {2 ** (levels - 1)}. Use at most {most} multipliers, or resize the images."
       )
 
-  @nn.compact
-  def __call__(self, x: Array, label: Array, classes: Array | None = None, train: bool = False) -> Array:
-    """The network's output at noisy images.
-
-    Args:
-      x: images [B, H, W, C], H and W divisible by 2^(levels - 1).
-      label: the time input [B], such as the step 0..N-1.
-      classes: integer class labels [B] in [0, num_classes), for a conditional network.
-      train: whether dropout is on; it then needs an rng named "dropout".
-
-    Returns:
-      [B, H, W, out_channels] in float32.
-
-    Raises:
-      ValueError: if the size cannot be halved often enough, or classes are given to a network that knows none, or
-        the reverse.
-    """
+  def _check_call(self, x: Array, classes: Array | None, vector: Array | None, image: Array | None) -> None:
+    if x.ndim != self.dimensions + 2:
+      raise ValueError(
+        f"Got data of shape {x.shape} for a network of dimensions={self.dimensions}; wanted [B, *space, C] with"
+        f" {self.dimensions} spatial axes."
+      )
     self.check_input(x.shape)
     if (classes is None) != (self.num_classes == 0):
       raise ValueError(
         f"Got {'no' if classes is None else 'class'} labels for a network with num_classes={self.num_classes};"
         " wanted labels if and only if num_classes is above 0."
       )
-    embedding = self._embed(label, classes)
-    x = x.astype(self.dtype)
-    h = nn.Conv(self.channels, (3, 3), kernel_init=layers.INIT, dtype=self.dtype, name="conv_in")(x)
-    skips = [h]
-    last = len(self.multipliers) - 1
-    for level, multiplier in enumerate(self.multipliers):
-      for block in range(self.blocks):
-        h = self._block(h, embedding, self.channels * multiplier, train, f"down_{level}_{block}")
-        skips.append(h)
-      if level < last:
-        h = layers.Downsample(self.dtype, name=f"down_{level}_downsample")(h)
-        skips.append(h)
-    h = self._residual(h, embedding, h.shape[-1], train, "middle_0")
-    if self.middle_attention:
-      h = layers.AttentionBlock(self.heads, self.groups, self.dtype, name="middle_attention")(h)
-    h = self._residual(h, embedding, h.shape[-1], train, "middle_1")
-    for level, multiplier in reversed(list(enumerate(self.multipliers))):
-      for block in range(self.blocks + 1):
-        h = jnp.concatenate([h, skips.pop()], axis=-1)
-        h = self._block(h, embedding, self.channels * multiplier, train, f"up_{level}_{block}")
-      if level > 0:
-        h = layers.Upsample(self.dtype, name=f"up_{level}_upsample")(h)
-    h = nn.swish(layers.group_norm(self.groups, self.dtype, "norm_out")(h))
-    # Zero at the start, as every residual branch: the first gradients are not drowned in random output.
-    h = nn.Conv(self.out_channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv_out")(h)
-    return h.astype(jnp.float32)
+    if (vector is None) != (not self.vector_embedding):
+      raise ValueError(
+        f"Got {'no' if vector is None else 'a'} vector for a network with vector_embedding={self.vector_embedding!r};"
+        " wanted a vector if and only if the network embeds one."
+      )
+    width = self.embedding_features or 4 * self.channels
+    if self.vector_embedding == "identity" and vector.shape[-1] != width:
+      raise ValueError(f"Got a vector of shape {vector.shape} to add to the embedding; wanted {(x.shape[0], width)}.")
+    if image is not None and image.shape[:-1] != x.shape[:-1]:
+      raise ValueError(
+        f"Got an image of shape {image.shape} to condition data of shape {x.shape}; wanted the same but for the channels."
+        " Resize it first."
+      )
 
-  def _embed(self, label: Array, classes: Array | None) -> Array:
-    width = 4 * self.channels
-    embedding = layers.sinusoidal_embedding(label, self.channels)
-    embedding = nn.Dense(width, kernel_init=layers.INIT, dtype=self.dtype, name="time_1")(embedding)
-    embedding = nn.Dense(width, kernel_init=layers.INIT, dtype=self.dtype, name="time_2")(nn.swish(embedding))
-    if classes is not None:
+  @property
+  def _style(self) -> layers.Style:
+    return layers.Style(
+      self.groups,
+      self.epsilon,
+      self.dropout,
+      self.scale_shift,
+      self.song,
+      tuple(self.filter),
+      self.attention or None,
+      self.dtype,
+    )
+
+  def _features(self, level: int) -> int:
+    return round(self.channels * self.multipliers[level])
+
+  def _heads(self, features: int) -> int:
+    return features // self.head_channels if self.head_channels else self.heads
+
+  def _dense(self, x: Array, features: int, name: str, bias: bool = True) -> Array:
+    return nn.Dense(features, use_bias=bias, kernel_init=layers.INIT, dtype=self.dtype, name=name)(x)
+
+  def _time(self, label: Array) -> Array:
+    features = self.time_features or self.channels
+    if self.time_embedding == "fourier":
+      frequencies = self.param("time_frequencies", nn.initializers.normal(16.0), (features // 2,))
+      return layers.fourier_embedding(label, frequencies)
+    cos_first = self.time_embedding == "cos_sin"
+    return layers.sinusoidal_embedding(
+      label, features, cos_first=cos_first, frequency_shift=self.frequency_shift
+    )
+
+  def _embed(self, label: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
+    """What every block receives [B, embedding_features]."""
+    width, embedding = self.embedding_features or 4 * self.channels, self._time(label)
+    features = embedding.shape[-1]
+
+    def two_layers(x, name):
+      return self._dense(nn.swish(self._dense(x, width, f"{name}_1")), width, f"{name}_2")
+
+    if self.num_classes and self.song:
+      # At unit variance, however many classes there are.
+      one_hot = jax.nn.one_hot(classes, self.num_classes) * self.num_classes**0.5
+      embedding += self._dense(one_hot, features, "classes")
+    if self.augmentation_features:
+      if augmentation is None:
+        augmentation = jnp.zeros((label.shape[0], self.augmentation_features))
+      embedding += self._dense(augmentation, features, "augmentation", bias=False)
+    embedding = two_layers(embedding, "time")
+    if self.num_classes and not self.song:
       embedding += nn.Embed(self.num_classes, width, dtype=self.dtype, name="classes")(classes)
+    if vector is not None:
+      if self.vector_embedding == "time":
+        vector = self._time(vector)
+      embedding += vector if self.vector_embedding == "identity" else two_layers(vector, "vector")
     return embedding
 
-  def _residual(self, x: Array, embedding: Array, features: int, train: bool, name: str) -> Array:
-    return layers.ResidualBlock(features, self.dropout, self.groups, self.dtype, name=name)(x, embedding, train)
+  def _residual(self, x: Array, embedding: Array, features: int, train: bool, name: str, resample: str = "") -> Array:
+    block: Any = layers.ResidualBlock
+    if self.remat:
+      policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
+      block = nn.remat(block, policy=policy, static_argnums=(3,))
+    return block(features, self._style, resample, name=name)(x, embedding, train)
 
-  def _block(self, x: Array, embedding: Array, features: int, train: bool, name: str) -> Array:
-    x = self._residual(x, embedding, features, train, name)
-    if x.shape[-3] in self.attention_resolutions:
-      x = layers.AttentionBlock(self.heads, self.groups, self.dtype, name=f"{name}_attention")(x)
-    return x
+  def _attend(self, x: Array, name: str, norm: bool = True) -> Array:
+    return layers.AttentionBlock(self._heads(x.shape[-1]), self._style, norm, name=name)(x)
+
+  def _way_down(self, x: Array, image: Array | None, embedding: Array, train: bool) -> tuple[Array, list[Array]]:
+    """The coarsest level, and what the way up takes from every level."""
+    x = x.astype(self.dtype)
+    if self.center_input:
+      x = 2 * x - 1
+    if image is not None:
+      x = jnp.concatenate([x, image.astype(self.dtype)], axis=-1)
+    h = layers.conv(x, self.channels, "conv_in", self.dtype)
+    skips, last = [h], len(self.multipliers) - 1
+    ways = per_level(self.downsample, last)
+    for level in range(last + 1):
+      for block in range(self.blocks):
+        h = self._residual(h, embedding, self._features(level), train, f"down_{level}_{block}")
+        if level in self.attention_levels:
+          h = self._attend(h, f"down_{level}_{block}_attention")
+        skips.append(h)
+      if level < last:
+        name = f"down_{level}_downsample"
+        if ways[level] == "conv":
+          h = layers.Downsample(self.symmetric_padding, self.dtype, name=name)(h)
+        else:
+          h = self._residual(h, embedding, h.shape[-1], train, name, "down")
+        if self.progressive_input:
+          margin = len(self.filter) // 2
+          x = layers.conv(x, h.shape[-1], f"down_{level}_input", self.dtype, padding=margin)
+          h = x = self._style.join(h, layers.halve(x, self.filter, padded=True))
+        skips.append(h)
+    return h, skips
+
+  def _middle(self, h: Array, embedding: Array, train: bool) -> Array:
+    h = self._residual(h, embedding, h.shape[-1], train, "middle_0")
+    if self.middle_attention:
+      h = self._attend(h, "middle_attention", self.middle_attention_norm)
+    return self._residual(h, embedding, h.shape[-1], train, "middle_1")
+
+
+class UNet(Encoder):
+  """Residual blocks on the way down and up, joined level by level, with self-attention at chosen levels (see `Encoder`)."""
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Array,
+    label: Array,
+    classes: Array | None = None,
+    *,
+    vector: Array | None = None,
+    image: Array | None = None,
+    augmentation: Array | None = None,
+    train: bool = False,
+  ) -> Array:
+    """The network's output at noisy data.
+
+    Args:
+      x: the data [B, *space, C], every side divisible by 2^(levels - 1).
+      label: the time input [B], such as the step 0..N-1.
+      classes: integer class labels [B] in [0, num_classes), for a conditional network.
+      vector: a continuous condition, [B, D] or, if `vector_embedding` is "time", [B].
+      image: a condition [B, *space, C'] that is joined to the input, as for super-resolution.
+      augmentation: augmentation labels [B, augmentation_features]; None for zeros, plain data.
+      train: whether dropout is on; it then needs an rng named "dropout".
+
+    Returns:
+      [B, *space, out_channels] in float32.
+
+    Raises:
+      ValueError: if the size cannot be halved often enough, or a condition is given to a network that knows none, or
+        the reverse.
+    """
+    self._check_call(x, classes, vector, image)
+    embedding = self._embed(label, classes, vector, augmentation)
+    h, skips = self._way_down(x, image, embedding, train)
+    h = self._middle(h, embedding, train)
+    ways = per_level(self.upsample, len(self.multipliers) - 1)
+    for level in reversed(range(len(self.multipliers))):
+      for block in range(self.blocks + 1):
+        h = jnp.concatenate([h, skips.pop()], axis=-1)
+        h = self._residual(h, embedding, self._features(level), train, f"up_{level}_{block}")
+        if level in self.attention_levels and (block == self.blocks or not self.song):
+          h = self._attend(h, f"up_{level}_{block}_attention")
+      if level > 0:
+        name = f"up_{level}_upsample"
+        if ways[level - 1] == "conv":
+          h = layers.Upsample(self.dtype, name=name)(h)
+        else:
+          h = self._residual(h, embedding, h.shape[-1], train, name, "up")
+    h = nn.swish(self._style.norm("norm_out")(h))
+    h = layers.conv(h, self.out_channels, "conv_out", self.dtype, init=layers.ZEROS).astype(jnp.float32)
+    if self.divide_by_sigma:
+      h /= jnp.exp(label.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
+    return h
+
+
+class Classifier(Encoder):
+  """The U-Net's way down and its middle, then attention pooling: tells the class of noisy data.
+
+  The noisy classifier of Dhariwal and Nichol 2021, section 4. It takes data of the size it was made for.
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, label: Array, *, train: bool = False) -> Array:
+    """The logits [B, out_channels], in float32, of data [B, *space, C] at time inputs [B]; `train` turns dropout on.
+
+    Raises:
+      ValueError: if the size cannot be halved often enough.
+    """
+    self._check_call(x, None, None, None)
+    embedding = self._embed(label, None, None, None)
+    h, _ = self._way_down(x, None, embedding, train)
+    h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, train)))
+    pool = layers.AttentionPool(self.out_channels, self._heads(h.shape[-1]), self._style, name="pool")
+    return pool(h).astype(jnp.float32)
+
+
+def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
+  """One way of resampling for each of `count` levels."""
+  return (ways,) * count if isinstance(ways, str) else tuple(ways)
+
+
+def _check_options(network: Encoder) -> None:
+  n = network
+  if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
+    raise ValueError(
+      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; wanted at least one level,"
+      " one block and one channel, all positive."
+    )
+  if n.groups < 1 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
+    raise ValueError(
+      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; wanted 1 or more groups and heads,"
+      " dropout in [0, 1) and epsilon above 0."
+    )
+  last = len(n.multipliers) - 1
+  if any(not 0 <= level <= last for level in n.attention_levels):
+    raise ValueError(
+      f"Got attention_levels={tuple(n.attention_levels)} for {last + 1} levels; wanted levels from 0 (the finest) to {last}."
+    )
+  for name, given, known in (
+    ("time_embedding", (n.time_embedding,), _EMBEDDINGS),
+    ("vector_embedding", (n.vector_embedding,), _VECTORS),
+    ("downsample", per_level(n.downsample, last), ("conv", "residual")),
+    ("upsample", per_level(n.upsample, last), ("conv", "residual")),
+    ("filter", (tuple(n.filter),), ((1, 1), (1, 3, 3, 1))),
+    ("dimensions", (n.dimensions,), (1, 2, 3)),
+    ("attention", (n.attention,), ("", "xla", "cudnn")),
+  ):
+    wrong = [value for value in given if value not in known]
+    if wrong or (name in ("downsample", "upsample") and len(given) != last):
+      count = f", {last} of them or a single one" if name in ("downsample", "upsample") else ""
+      raise ValueError(f"Got {name}={getattr(n, name)!r}; wanted one of {', '.join(map(repr, known))}{count}.")
+  if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
+    raise ValueError(f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; wanted bfloat16, which it needs.")
+  plain = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+  if n.remat not in ("", "full", *plain):
+    raise ValueError(f"Got remat={n.remat!r}; wanted '', 'full' or one of {', '.join(plain)}.")
+
+
+def _check_features(network: Encoder) -> None:
+  n = network
+  attended = {*n.attention_levels, *([len(n.multipliers) - 1] if n.middle_attention else [])}
+  for level, multiplier in enumerate((1, *n.multipliers), -1):
+    features = n.channels * multiplier
+    heads = f"head_channels={n.head_channels}" if n.head_channels else f"heads={n.heads}"
+    uneven = level in attended and round(features) % (n.head_channels or n.heads)
+    if features < 1 or abs(features - round(features)) > 1e-6 or round(features) % n.groups or uneven:
+      raise ValueError(
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; wanted a whole"
+        " number that groups divide and, where there is attention, heads too. Change channels, multipliers, groups or heads."
+      )
+  features = n.time_features or n.channels
+  if features % 2 or features < 4:
+    name = "time_features" if n.time_features else "channels"
+    raise ValueError(f"Got {name}={features}; wanted an even number, 4 or more, for the time embedding.")

@@ -56,7 +56,7 @@ def main():
   args = parser.parse_args()
 
   process, shape = processes.vp(), (args.batch, args.size, args.size, 3)
-  network = UNet(out_channels=3, channels=args.channels, multipliers=(1, 2, 2), attention_resolutions=(8,), dropout=0.0)
+  network = UNet(out_channels=3, channels=args.channels, multipliers=(1, 2, 2), attention_levels=(1,), dropout=0.0)
   x, key = process.prior(jax.random.key(0), shape), jax.random.key(1)
   params = jax.jit(network.init)(jax.random.key(2), x, jnp.zeros(args.batch))
 

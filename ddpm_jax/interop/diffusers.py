@@ -1,0 +1,317 @@
+"""Models of diffusers' pixel pipelines (DDPMPipeline, DDIMPipeline): folders read into our parts, and written from them.
+
+    model = interop.diffusers.load("google/ddpm-cifar10-32")
+    x = model.process.prior(jax.random.key(0), (16, *model.shape))
+    samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(), x, model.times(50))
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import guidance, predictions
+from ddpm_jax.interop import schedulers, tensors, unet2d
+from ddpm_jax.networks import UNet
+from ddpm_jax.predictions import Denoise, Prediction
+from ddpm_jax.processes import Process
+
+PyTree = Any
+_WEIGHTS = "diffusion_pytorch_model"
+# What save writes into "_diffusers_version": the version that it was compared with.
+_VERSION = "0.42.1"
+
+
+class Pretrained(NamedTuple):
+  """A model from a folder.
+
+  Attributes:
+    network: the U-Net.
+    params: its parameters, float32.
+    process: the discrete process of its scheduler.
+    prediction: what the network's output means.
+    clip: the range that estimates of x_0 are clipped to, such as (-1, 1); None for no clipping.
+    times: the scheduler's grid of times: `times(num_steps) -> [num_steps + 1]`.
+    shape: [H, W, C] of the images; None if the config does not say.
+    schedule: all that the scheduler's config says, its sampler and variance among it.
+  """
+
+  network: UNet
+  params: PyTree
+  process: Process
+  prediction: Prediction
+  clip: tuple[float, float] | None
+  times: Callable[[int], np.ndarray]
+  shape: tuple[int, int, int] | None
+  schedule: schedulers.Schedule
+
+  def denoise(self, classes: jax.Array | None = None) -> Denoise:
+    """`denoise(x_t, t)` for samplers, clipped as the scheduler does; classes [B] for a model that knows them."""
+
+    def apply(x_t, label):
+      return self.network.apply({"params": self.params}, x_t, label, classes)
+
+    denoise = predictions.denoiser(apply, self.process, self.prediction)
+    return denoise if self.clip is None else guidance.clip(denoise, *self.clip)
+
+
+def load(path: str | Path) -> Pretrained:
+  """Reads a model that diffusers wrote, or that `save` wrote.
+
+  Args:
+    path: a folder: of a pipeline (unet/ and scheduler/), or a flat one with both configs and the weights in it. Or a name
+      on the Hugging Face hub, such as "google/ddpm-cifar10-32", where the package huggingface_hub is installed.
+
+  Raises:
+    ValueError: if there is no such model, it has an option that is not supported, or its weights do not fit its config or
+      cannot be read; the message names what is wrong.
+  """
+  folder = find(path)
+  unet_folder, unet_config, scheduler_config = read_configs(folder)
+  network, schedule = unet2d.unet_of(unet_config), schedulers.read(scheduler_config)
+  channels = unet2d.complete(unet_config)["in_channels"]
+  learned = schedule.variance == "learned"
+  if network.out_channels != (2 if learned else 1) * channels and network.out_channels >= channels:
+    raise ValueError(
+      f"Got {folder}, with in_channels={channels}, out_channels={network.out_channels} and variance_type"
+      f" {'learned_range' if learned else 'fixed'}; wanted as many channels out as in, or twice as many with learned_range."
+    )
+  params = _load_params(unet_folder, network, channels)
+  process = schedule.process()
+  predictions.check_readable(process, schedule.meaning())
+  return Pretrained(
+    network,
+    params,
+    process,
+    schedule.meaning(),
+    None if schedule.clip is None else (-schedule.clip, schedule.clip),
+    schedule.times(process),
+    unet2d.image_shape(unet_config),
+    schedule,
+  )
+
+
+def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
+  """The network and the parameters of a `UNet2DModel` folder, config.json and weights, or of a pipeline's unet/.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  folder = find(path)
+  folder = folder / "unet" if (folder / "unet").is_dir() else folder
+  config = tensors.read_json(folder / "config.json")
+  network = unet2d.unet_of(config)
+  return network, _load_params(folder, network, unet2d.complete(config)["in_channels"])
+
+
+def read_configs(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+  """The folder of the network, its config, and the scheduler's config.
+
+  Raises:
+    ValueError: if one is missing, or the pipeline is of another kind.
+  """
+  index = folder / "model_index.json"
+  if index.is_file():
+    parts = {name: part for name, part in tensors.read_json(index).items() if isinstance(part, list)}
+    if not {"unet", "scheduler"} >= parts.keys():
+      raise ValueError(
+        f"Got {folder}, a {tensors.read_json(index).get('_class_name')} of {', '.join(sorted(parts))}; wanted a pixel pipeline, of"
+        " unet and scheduler alone, such as a DDPMPipeline or a DDIMPipeline."
+      )
+  nested = (folder / "unet").is_dir()
+  unet_folder = folder / "unet" if nested else folder
+  scheduler = (folder / "scheduler" if nested else folder) / "scheduler_config.json"
+  for file, what in ((unet_folder / "config.json", "network"), (scheduler, "scheduler")):
+    if not file.is_file():
+      raise ValueError(
+        f"Got {folder}, where {file.relative_to(folder)}, the config of the {what}, is missing; wanted a folder that diffusers'"
+        " save_pretrained wrote, nested (unet/, scheduler/) or flat."
+      )
+  return unet_folder, tensors.read_json(unet_folder / "config.json"), tensors.read_json(scheduler)
+
+
+def find(path: str | Path) -> Path:
+  """The folder of that path, or of that name on the hub, fetched if need be.
+
+  Raises:
+    ValueError: if there is neither.
+  """
+  folder = Path(path).expanduser()
+  if folder.is_dir():
+    return folder
+  name = str(path)
+  if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+    raise ValueError(f"Got {name}, which is no folder; wanted one, or a name on the hub such as google/ddpm-cifar10-32.")
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      f"Got {name}, which is no folder. If it is a name on the Hugging Face hub: pip install 'ddpm_jax[hub]'."
+    ) from error
+
+  def fetch(*patterns):
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+
+  try:
+    fetched = fetch("*.json", "*.safetensors")
+    # Pickles only where there is nothing better.
+    return fetched if any(fetched.rglob("*.safetensors")) else fetch("*.json", "*.bin")
+  except Exception as error:
+    first = str(error).strip().splitlines()[0]
+    raise ValueError(f"Got {name}, which is no folder, and cannot be fetched from the hub: {first}") from error
+
+
+def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
+  files = [folder / f"{_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
+  found = [file for file in files if file.is_file()]
+  if not found:
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".index.json", ".msgpack"))
+    hint = f" There are: {', '.join(others)}." if others else ""
+    raise ValueError(f"Got {folder}, which holds no weights; wanted {files[0].name} or {files[1].name} there.{hint}")
+  file = tensors.Tensors(found[0])
+  return tensors.load(
+    file,
+    _template(network, channels),
+    unet2d.name_of(len(network.multipliers)),
+    unet2d.modern_names(file.shapes),
+  )
+
+
+def _template(network: UNet, channels: int) -> PyTree:
+  import jax.numpy as jnp
+
+  side = 2 ** (len(network.multipliers) - 1)
+  width = network.embedding_features or 4 * network.channels
+  conditions: dict[str, Any] = {}
+  if network.num_classes:
+    conditions["classes"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+  if network.vector_embedding:
+    shape = (1,) if network.vector_embedding == "time" else (1, width)
+    conditions["vector"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return tensors.abstract_params(network, (side, side, channels), **conditions)
+
+
+def save(
+  path: str | Path,
+  network: UNet,
+  params: PyTree,
+  process: Process,
+  prediction: Prediction,
+  *,
+  shape: tuple[int, int, int],
+  clip: float | None = 1.0,
+  variance: str = "large",
+  spacing: str = "trailing",
+  config: Mapping[str, Any] | None = None,
+  scores: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a folder that `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` open, and `load` too.
+
+  Args:
+    path: the folder, new or empty.
+    network: the U-Net.
+    params: its parameters, as `network.init` gives them under "params".
+    process: a discrete process, or a continuous variance-preserving one, which becomes a table of 1000 steps.
+    prediction: EPS, X0 or V, with or without learned variance.
+    shape: [H, W, C] of the images.
+    clip: the largest magnitude of an estimate of x_0; None for no clipping.
+    variance: of ancestral sampling: "small", "large" or "learned".
+    spacing: the grid of times that diffusers should use: "trailing", "leading" or "linspace".
+    config: how the model was trained, for the model card.
+    scores: how good it is, for the model card.
+
+  Raises:
+    ValueError: if the folder is not empty, or diffusers cannot express the network, the process or the prediction.
+  """
+  folder = check_output(path)
+  unet_config = unet2d.config_of(network, shape)
+  scheduler_config = schedulers.config_of(process, prediction, clip=clip, variance=variance, spacing=spacing)
+  for part in ("unet", "scheduler"):
+    (folder / part).mkdir(parents=True)
+  version = {"_diffusers_version": _VERSION}
+  index = {
+    "_class_name": "DDPMPipeline",
+    **version,
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "unet": ["diffusers", "UNet2DModel"],
+  }
+  tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.name_of(len(network.multipliers)))
+  _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
+  _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
+  (folder / "README.md").write_text(_card(network, params, shape, scheduler_config, config, scores))
+  # Last: without it the folder is no pipeline, and nobody opens half a model.
+  _write(folder / "model_index.json", index)
+
+
+def check_output(path: str | Path) -> Path:
+  """The folder to write to; a ValueError if it is a file, or not empty."""
+  folder = Path(path).expanduser().absolute()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"Got {folder} to write a model to, which exists and is not empty; wanted a new folder.")
+  return folder
+
+
+def _write(path: Path, config: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _card(
+  network: UNet,
+  params: PyTree,
+  shape: tuple[int, int, int],
+  scheduler_config: Mapping[str, Any],
+  config: Mapping[str, Any] | None,
+  scores: Mapping[str, Any] | None,
+) -> str:
+  """A model card: what the model is, how to run it, how good it is, how it was trained."""
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  clipped = ", use_clipped_model_output=True" if scheduler_config["clip_sample"] else ""
+  lines = [
+    "---",
+    "library_name: diffusers",
+    "pipeline_tag: unconditional-image-generation",
+    "tags: [diffusion, ddpm, jax, ddpm_jax]",
+    "---",
+    "",
+    f"# A diffusion model of images of {shape[0]}x{shape[1]}, {shape[2]} channel{'s' if shape[2] > 1 else ''}",
+    "",
+    f"A U-Net of {count:,} parameters, trained with ddpm_jax. It gives {scheduler_config['prediction_type']} at"
+    f" {scheduler_config['num_train_timesteps']} steps.",
+    "",
+  ]
+  if network.num_classes:
+    lines += [
+      f"It knows {network.num_classes} classes, which diffusers' pipeline does not pass on: call `pipeline.unet(x, t, class_labels)`.",
+      "",
+    ]
+  else:
+    lines += [
+      "```python",
+      "from diffusers import DDIMPipeline, DDPMPipeline",
+      "",
+      'images = DDPMPipeline.from_pretrained("<this folder>")(batch_size=16).images',
+      f'images = DDIMPipeline.from_pretrained("<this folder>")(batch_size=16, num_inference_steps=50{clipped}).images',
+      "```",
+      "",
+    ]
+  if clipped:
+    lines += [
+      "`use_clipped_model_output=True` derives the noise anew from the clipped estimate of the image, as ddpm_jax does. Values below"
+      " -1 and above 1 are clipped.",
+      "",
+    ]
+  lines += [
+    "```python",
+    "from ddpm_jax import interop",
+    "",
+    'model = interop.diffusers.load("<this folder>")  # in JAX',
+    "```",
+    "",
+  ]
+  for title, content in (("Scores", scores), ("Training config", config)):
+    if content:
+      lines += [f"## {title}", "", "```json", json.dumps(content, indent=2), "```", ""]
+  return "\n".join(lines)

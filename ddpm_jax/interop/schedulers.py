@@ -1,0 +1,239 @@
+"""diffusers' scheduler configs: the process, the prediction, the clipping, the grid of times and the sampler they stand for."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import predictions, processes, sampling, schedules
+from ddpm_jax.predictions import Prediction
+from ddpm_jax.processes import Process
+
+Config = dict[str, Any]
+
+
+class _Kind(NamedTuple):
+  """A scheduler's counterpart among our samplers, and the class's defaults where they differ from DDPMScheduler's."""
+
+  sampler: str
+  spacing: str = "linspace"
+  clip: bool = False
+  betas: tuple[float, float] = (1e-4, 0.02)
+
+
+_KINDS = {
+  "DDPMScheduler": _Kind("ancestral", "leading", True),
+  "DDIMScheduler": _Kind("ddim", "leading", True),
+  "DPMSolverMultistepScheduler": _Kind("dpmpp_2m"),
+  "DPMSolverSinglestepScheduler": _Kind("dpmpp_2s"),
+  "UniPCMultistepScheduler": _Kind("unipc"),
+  "DEISMultistepScheduler": _Kind("deis"),
+  "EulerDiscreteScheduler": _Kind("euler"),
+  "EulerAncestralDiscreteScheduler": _Kind("euler_ancestral"),
+  "HeunDiscreteScheduler": _Kind("heun", betas=(0.00085, 0.012)),
+}
+_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+
+
+class Schedule(NamedTuple):
+  """What a scheduler config says, in our words.
+
+  Attributes:
+    betas: of the discrete process [N].
+    schedule: the name of their schedule, "linear", "scaled_linear" or "cosine"; "table" if there is none.
+    ends: the first and the last beta of the first two.
+    zero_terminal_snr: whether the betas were rescaled to leave no data at the last step.
+    prediction: "eps", "x0" or "v".
+    sampler: the name of our sampler.
+    variance: of ancestral sampling: "small", "large" or "learned".
+    spacing: the grid of times: "leading", "trailing" or "linspace".
+    clip: the largest magnitude of an estimate of x_0; None for no clipping.
+  """
+
+  betas: np.ndarray
+  schedule: str
+  ends: tuple[float, float]
+  zero_terminal_snr: bool
+  prediction: str
+  sampler: str
+  variance: str
+  spacing: str
+  clip: float | None
+
+  def process(self) -> Process:
+    """The discrete process."""
+    return processes.discrete(self.betas)
+
+  def meaning(self) -> Prediction:
+    """What the network's output means."""
+    known = {"eps": predictions.EPS, "x0": predictions.X0, "v": predictions.V}[self.prediction]
+    return predictions.learned_range(known) if self.variance == "learned" else known
+
+  def times(self, process: Process) -> Callable[[int], np.ndarray]:
+    """The scheduler's grid of times, a function of the number of steps."""
+    grid = {"leading": sampling.grids.leading, "trailing": sampling.grids.trailing, "linspace": sampling.grids.linspace}
+    return lambda num_steps: grid[self.spacing](process, num_steps)
+
+
+def read(config: Mapping[str, Any]) -> Schedule:
+  """The schedule that a scheduler config stands for; keys that are left out have the class's defaults.
+
+  Raises:
+    ValueError: if the class or an option has no counterpart here; it names it.
+  """
+  name = config.get("_class_name", "DDPMScheduler")
+  if name not in _KINDS:
+    raise ValueError(f"Got a scheduler of class {name}, which has no counterpart here; those that have: {', '.join(_KINDS)}.")
+  kind = _KINDS[name]
+  for key in ("thresholding", "use_flow_sigmas", "use_dynamic_shifting"):
+    if config.get(key):
+      raise _unsupported(name, key, config[key], False)
+  for key, expected in (("set_alpha_to_one", True), ("steps_offset", 0), ("final_sigmas_type", "zero")):
+    if config.get(key, expected) != expected:
+      raise _unsupported(name, key, config[key], expected)
+  prediction = config.get("prediction_type", "sample" if config.get("predict_epsilon") is False else "epsilon")
+  if prediction not in _PREDICTIONS:
+    raise _unsupported(name, "prediction_type", prediction, *_PREDICTIONS)
+  # The logarithm's clipping aside, which our tables do not need, the two forms of a variance are one.
+  variance = (config.get("variance_type") or "fixed_small").removesuffix("_log")
+  if variance not in _VARIANCES:
+    raise _unsupported(name, "variance_type", variance, *_VARIANCES)
+  spacing = config.get("timestep_spacing", kind.spacing)
+  if spacing not in ("leading", "trailing", "linspace"):
+    raise _unsupported(name, "timestep_spacing", spacing, "leading", "trailing", "linspace")
+  betas, schedule, ends = _betas(config, name, kind)
+  zero = bool(config.get("rescale_betas_zero_snr"))
+  return Schedule(
+    betas=schedules.zero_terminal_snr(betas) if zero else betas,
+    schedule=schedule,
+    ends=ends,
+    zero_terminal_snr=zero,
+    prediction=_PREDICTIONS[prediction],
+    sampler=kind.sampler,
+    variance=_VARIANCES[variance],
+    spacing=spacing,
+    clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", kind.clip) else None,
+  )
+
+
+def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarray, str, tuple[float, float]]:
+  # Old files say timesteps.
+  n = config.get("num_train_timesteps", config.get("timesteps", 1000))
+  ends = (config.get("beta_start", kind.betas[0]), config.get("beta_end", kind.betas[1]))
+  schedule = config.get("beta_schedule", "linear")
+  if config.get("trained_betas") is not None:
+    return np.asarray(config["trained_betas"], np.float64), "table", ends
+  if schedule == "sigmoid":
+    # diffusers' own: the betas themselves follow a sigmoid from -6 to 6, where ours follows alpha_bar.
+    return ends[0] + (ends[1] - ends[0]) / (1 + np.exp(-np.linspace(-6, 6, n))), "table", ends
+  if schedule not in _SCHEDULES:
+    raise _unsupported(name, "beta_schedule", schedule, *_SCHEDULES, "sigmoid")
+  return named_betas(_SCHEDULES[schedule], n, ends), _SCHEDULES[schedule], ends
+
+
+def named_betas(schedule: str, n: int, ends: tuple[float, float]) -> np.ndarray:
+  """The betas of a named schedule."""
+  if schedule == "cosine":
+    return schedules.cosine(n)
+  return (schedules.linear if schedule == "linear" else schedules.scaled_linear)(n, *ends)
+
+
+def config_of(
+  process: Process, prediction: Prediction, *, clip: float | None = 1.0, variance: str = "large", spacing: str = "trailing"
+) -> Config:
+  """The DDPMScheduler config of a process and what its network gives; the inverse of `read`.
+
+  A continuous variance-preserving process becomes the table of its alpha at the 1000 labels 0..999 that its network knows.
+
+  Args:
+    process: a discrete process, or a continuous one with alpha^2 + sigma^2 = 1 and a label that is linear in t.
+    prediction: EPS, X0 or V, with or without learned variance.
+    clip: the largest magnitude of an estimate of x_0; None for no clipping.
+    variance: of ancestral sampling, "small", "large" or "learned".
+    spacing: the grid of times that diffusers should use by default.
+
+  Raises:
+    ValueError: if diffusers' discrete schedulers cannot express the process or the prediction.
+  """
+  plain = prediction._replace(learned_variance=False)
+  kinds = {predictions.EPS: "epsilon", predictions.X0: "sample", predictions.V: "v_prediction"}
+  if plain not in kinds:
+    raise ValueError(
+      "Got a prediction that diffusers' discrete schedulers do not know; wanted EPS, X0 or V."
+    )
+  if variance == "learned" and not prediction.learned_variance:
+    raise ValueError("Got variance='learned' for a prediction without it; wanted 'small' or 'large'.")
+  betas = betas_of(process)
+  schedule, ends, zero = _name(betas)
+  return {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": len(betas),
+    "beta_schedule": schedule,
+    "beta_start": ends[0],
+    "beta_end": ends[1],
+    "trained_betas": betas.tolist() if schedule == "table" else None,
+    "rescale_betas_zero_snr": zero,
+    "prediction_type": kinds[plain],
+    "variance_type": {ours: name for name, ours in _VARIANCES.items()}[
+      "learned" if prediction.learned_variance else variance
+    ],
+    "clip_sample": clip is not None,
+    "clip_sample_range": 1.0 if clip is None else clip,
+    "thresholding": False,
+    "timestep_spacing": spacing,
+    "steps_offset": 0,
+  } | ({"beta_schedule": "linear"} if schedule == "table" else {})
+
+
+def betas_of(process: Process) -> np.ndarray:
+  """The betas [N], float64, of the discrete model that a variance-preserving process is, or is at the labels 0..999.
+
+  Raises:
+    ValueError: if the process is not variance-preserving, or its label is not linear in t from 0.
+  """
+  with jax.enable_x64(True):
+    if process.num_steps:
+      times = np.arange(1, process.num_steps + 1) / process.num_steps
+    else:
+      labels = np.asarray(process.label(jnp.linspace(0, process.t_max, 11)), np.float64)
+      if not np.allclose(labels, np.linspace(0, labels[-1], 11)) or not 100 <= labels[-1] <= 2000:
+        raise _not_discrete("its label does not count steps")
+      # At label 0 there is no noise at all, which no discrete model knows: the smallest time that makes sense stands for it.
+      times = np.maximum(np.arange(round(labels[-1]) + 1) / labels[-1] * process.t_max, process.t_min)
+    alpha, sigma = (np.asarray(value(jnp.asarray(times)), np.float64) for value in (process.alpha, process.sigma))
+  if not np.allclose(alpha**2 + sigma**2, 1, atol=1e-6):
+    raise _not_discrete("alpha^2 + sigma^2 is not 1")
+  alpha_bar = np.concatenate([[1.0], alpha**2])
+  return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
+def _not_discrete(why: str) -> ValueError:
+  return ValueError(
+    f"Got a process that diffusers' DDPM pipeline cannot sample ({why}); wanted a discrete one, or vp. Models of other"
+    " processes stay in this package's own checkpoints."
+  )
+
+
+def _name(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
+  """diffusers' name for a table of betas, its ends, and whether it was rescaled to zero terminal SNR; or "table"."""
+  n, ends = len(betas), (float(f"{betas[0]:.12g}"), float(f"{betas[-1]:.12g}"))
+  names = {ours: name for name, ours in _SCHEDULES.items()}
+  for schedule in ("linear", "scaled_linear", "cosine"):
+    if ends[0] > 0 and np.allclose(betas, named_betas(schedule, n, ends), rtol=1e-9, atol=1e-13):
+      return names[schedule], ends, False
+  if betas[-1] == 1:  # only the usual tables are looked for; any other is written out
+    for schedule, tried in (("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012)), ("cosine", (1e-4, 0.02))):
+      if n > 1 and np.allclose(betas, schedules.zero_terminal_snr(named_betas(schedule, n, tried)), rtol=1e-9, atol=1e-13):
+        return names[schedule], tried, True
+  return "table", (1e-4, 0.02), False
+
+
+def _unsupported(name: str, key: str, value: Any, *known: Any) -> ValueError:
+  return ValueError(
+    f"Got a {name} with {key}={value!r}, which has no counterpart here; wanted {' or '.join(map(repr, known))}. Change it in"
+    " scheduler_config.json if the model does without."
+  )

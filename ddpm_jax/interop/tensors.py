@@ -1,0 +1,209 @@
+"""Files of named tensors, read one by one into the parameters of a network, and written from them.
+
+Nothing in a file is ever run: safetensors holds no code, and pickles are read by a loader that only makes tensors.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+PyTree = Any
+Shapes = dict[str, tuple[int, ...]]
+# From the path of one of our parameters, such as "down_0_0/conv1/kernel", to a name in a file.
+NameOf = Callable[[str], str]
+
+_MOST_NAMED = 12
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# A file is mapped into memory; opened anew now and then, what was read of it does not stay there.
+_REOPEN_EVERY = 32 * 2**20
+
+
+class Tensors:
+  """The tensors of a file: their shapes at once, their values when asked for.
+
+  Raises:
+    ValueError: if the file is not there, is cut short or broken, is of no known kind, or holds more than tensors.
+  """
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path)
+    if not self.path.is_file():
+      raise ValueError(f"Got the weights {self.path}, a file that does not exist.")
+    self._pickled: dict[str, Any] | None = None
+    if self.path.suffix == ".safetensors":
+      with self._open() as file:
+        self.shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    elif self.path.suffix in _PICKLES:
+      self._pickled = _unpickle(self.path)
+      self.shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+    else:
+      raise ValueError(f"Got the weights {self.path}; wanted a file ending in .safetensors or {', '.join(_PICKLES)}.")
+
+  def _open(self):
+    import safetensors
+
+    try:
+      return safetensors.safe_open(self.path, framework="flax")
+    except (safetensors.SafetensorError, OSError) as error:
+      raise ValueError(
+        f"Cannot read {self.path} as safetensors ({error}): it is cut short, damaged, or another kind of file. Fetch it again."
+      ) from error
+
+  def items(self, names: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The named tensors in the file's order, float32, each read when its turn comes."""
+    if self._pickled is not None:
+      for name in names:
+        yield name, self._pickled.pop(name).float().numpy()
+      return
+    file, read = self._open(), 0
+    for name in (name for name in self.shapes if name in names):
+      if read > _REOPEN_EVERY:
+        file.__exit__(None, None, None)
+        file, read = self._open(), 0
+      value = np.asarray(file.get_tensor(name), np.float32)
+      read += value.nbytes
+      yield name, value
+    file.__exit__(None, None, None)
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f"Got {path}, which only PyTorch reads safely, and it is not installed: pip install 'ddpm_jax[torch]'. Or use a"
+      " .safetensors file."
+    ) from error
+  try:
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+  except RuntimeError:  # the old format, which cannot be mapped into memory, or a damaged file
+    try:
+      loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+      raise _unreadable(path, error) from error
+  except Exception as error:
+    raise _unreadable(path, error) from error
+  loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+  if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    raise ValueError(f"Got {path}, which holds a {type(loaded).__name__}; wanted a state dict: tensors by name.")
+  return dict(loaded)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+  first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+  return ValueError(
+    f"Cannot read {path} as a state dict of tensors alone ({first}): it is damaged, or a pickle that would run code, which is"
+    " refused. Use a .safetensors file, or save the state dict anew where you trust it."
+  )
+
+
+def load(tensors: Tensors, template: PyTree, name_of: NameOf, rename: Mapping[str, str] | None = None) -> PyTree:
+  """The parameters of a network from a file, in float32; the memory for one tensor more than them is needed.
+
+  Args:
+    tensors: the file.
+    template: the network's parameters, or their shapes (`jax.eval_shape`).
+    name_of: the file's name for the path of a parameter.
+    rename: the file's own names to those that `name_of` gives, where they differ.
+
+  Raises:
+    ValueError: if names are missing or extra, or shapes differ; it lists them.
+  """
+  wanted = {name_of(path): (path, leaf) for path, leaf in flatten(template).items()}
+  rename = rename or {}
+  given = {name: rename.get(name, name) for name in tensors.shapes}
+  _check(tensors.path, {name: theirs(path, leaf) for name, (path, leaf) in wanted.items()}, tensors.shapes, given)
+  params = {}
+  for name, value in tensors.items(given):
+    path, _ = wanted[given[name]]
+    params[path] = jnp.asarray(to_ours(path, value))
+  return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _check(path: Path, wanted: Shapes, shapes: Shapes, given: Mapping[str, str]) -> None:
+  found = {given[name]: shape for name, shape in shapes.items()}
+  lists = {
+    "missing": sorted(wanted.keys() - found.keys()),
+    "extra": sorted(found.keys() - wanted.keys()),
+    "of another shape": [
+      f"{name} {found[name]} instead of {wanted[name]}"
+      for name in sorted(wanted.keys() & found.keys())
+      if wanted[name] != found[name]
+    ],
+  }
+  if any(lists.values()):
+    lines = [f"  {len(names)} {what}: {_some(names)}" for what, names in lists.items() if names]
+    raise ValueError(
+      f"Cannot load {path}, whose {len(shapes)} tensors do not fit the network, which has {len(wanted)}:\n"
+      + "\n".join(lines)
+      + "\nThe file and the config beside it are of different models, or one is damaged."
+    )
+
+
+def _some(names: list[str]) -> str:
+  more = f", and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+  return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def save(path: str | Path, params: PyTree, name_of: NameOf) -> None:
+  """Writes parameters as safetensors, float32, with the names that `name_of` gives their paths."""
+  import safetensors.numpy
+
+  arrays = {
+    name_of(key): np.ascontiguousarray(to_theirs(key, np.asarray(leaf, np.float32)))
+    for key, leaf in flatten(params).items()
+  }
+  safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+
+
+def flatten(params: PyTree) -> dict[str, Any]:
+  """Leaves by path, such as "down_0_0/conv1/kernel"."""
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def theirs(path: str, leaf: Any) -> tuple[int, ...]:
+  """The shape that PyTorch gives a parameter of ours."""
+  shape = tuple(leaf.shape)
+  return (shape[-1], shape[-2], *shape[:-2]) if path.endswith("/kernel") else shape
+
+
+def to_ours(path: str, value: np.ndarray) -> np.ndarray:
+  """PyTorch's [out, in, *space] to our [*space, in, out]; other parameters are the same."""
+  return np.ascontiguousarray(np.moveaxis(value, (1, 0), (-2, -1))) if path.endswith("/kernel") else value
+
+
+def to_theirs(path: str, value: np.ndarray) -> np.ndarray:
+  """The inverse of `to_ours`."""
+  return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("/kernel") else value
+
+
+def leaf_name(path: str) -> str:
+  """PyTorch's name for the last part of a path: weight or bias."""
+  return "bias" if path.endswith("bias") else "weight"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """An object from a JSON file.
+
+  Raises:
+    ValueError: if it cannot be read as one.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"Cannot read {path} as JSON: {error}.") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"Got {path}, which holds a {type(value).__name__}; wanted an object with keys.")
+  return value
+
+
+def abstract_params(network: Any, shape: tuple[int, ...], **conditions: Any) -> PyTree:
+  """Shapes of the parameters of a Flax network for data of `shape` [*space, C]."""
+  x, label = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+  return jax.eval_shape(network.init, jax.random.key(0), x, label, **conditions)["params"]

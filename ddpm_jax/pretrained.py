@@ -1,0 +1,146 @@
+"""Configs of models that come from elsewhere, and runs that go elsewhere: between `interop`, which knows no config, and `runs`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ddpm_jax import build, interop, workdir
+from ddpm_jax.interop.diffusers import Pretrained
+
+PyTree = Any
+
+# What a pretrained model leaves to the config: how it is trained and computed, not what it computes.
+_FREE = ("dropout", "dtype", "remat", "attention")
+_MODEL = ("network", "process", "prediction", "learned_variance")
+
+
+def load(path: str | Path) -> Pretrained:
+  """The model of a diffusers folder or a name on the hub (see `interop.diffusers.load`)."""
+  return interop.diffusers.load(path)
+
+
+def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
+  """The config with the network, the process and the prediction of a pretrained model.
+
+  Raises:
+    ValueError: if the command line has no way to say what the model is.
+  """
+  network, schedule = model.network, model.schedule
+  if network.vector_embedding:
+    raise ValueError(
+      "Got a model with class_embed_type='timestep' or 'identity', which the command line cannot condition; use"
+      " interop.diffusers.load from Python."
+    )
+  if schedule.clip not in (None, 1.0):
+    raise ValueError(
+      f"Got a model with clip_sample_range={schedule.clip}; the command line clips to [-1, 1] or not at all. Use"
+      " interop.diffusers.load from Python."
+    )
+  if model.shape is None or model.shape[0] != model.shape[1]:
+    raise ValueError(
+      f"Got a model of images of shape {model.shape}; the command line wants square ones of a known size. Set sample_size in its"
+      " config.json, or use interop.diffusers.load from Python."
+    )
+  config = ConfigDict(config)
+  config.data.image_size, config.data.channels = model.shape[0], model.shape[2]
+  config.network.update(_network_keys(network, model.shape[0]) | {name: config.network[name] for name in _FREE})
+  n = len(schedule.betas)
+  config.process.update({
+    "name": "discrete",
+    "schedule": schedule.schedule,
+    "num_steps": n,
+    "beta_min": schedule.ends[0] * n,
+    "beta_max": schedule.ends[1] * n,
+    "betas": tuple(schedule.betas.tolist()) if schedule.schedule == "table" else (),
+    "zero_terminal_snr": schedule.zero_terminal_snr and schedule.schedule != "table",
+  })
+  config.prediction, config.learned_variance = schedule.prediction, schedule.variance == "learned"
+  config.sampling.clip = schedule.clip is not None
+  return config
+
+
+def _network_keys(network: Any, size: int) -> dict[str, Any]:
+  """The keys of config.network that say what a U-Net computes."""
+  # vector_embedding and dimensions have no key: the command line has square images, without vectors.
+  fields = set(network.__dataclass_fields__) - {"parent", "name", "out_channels", "vector_embedding", "dimensions"}
+  keys = {name: getattr(network, name) for name in fields - {"attention_levels", *_FREE}}
+  for way in ("downsample", "upsample"):
+    keys[way] = keys[way] if isinstance(keys[way], str) else ",".join(keys[way])
+  return keys | {"attention_resolutions": tuple(size // 2**level for level in network.attention_levels)}
+
+
+def adopt_sampling(config: ConfigDict, model: Pretrained) -> ConfigDict:
+  """The config with the sampler, the grid and the number of steps that a pretrained model's scheduler stands for."""
+  schedule, config = model.schedule, ConfigDict(config)
+  steps = len(schedule.betas) if schedule.sampler == "ancestral" else 50
+  config.sampling.update({
+    "sampler": schedule.sampler, "grid": schedule.spacing, "variance": schedule.variance, "num_steps": steps
+  })
+  return config
+
+
+def adopt_run(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
+  """The config with what the run in a folder took from the model that it started from."""
+  config, old = ConfigDict(config), ConfigDict(saved)
+  for name in _MODEL:
+    if isinstance(config[name], ConfigDict):
+      config[name].update({key: value for key, value in old[name].items() if name != "network" or key not in _FREE})
+    else:
+      config[name] = old[name]
+  config.sampling.clip = old.sampling.clip
+  return config
+
+
+def check_data(config: ConfigDict, model: Pretrained) -> None:
+  """Raises a ValueError unless the config's images have the shape that the model takes."""
+  if model.shape is not None and build.image_shape(config) != model.shape:
+    raise ValueError(
+      f"Got config.init_from={config.init_from!r}, a model of images of {model.shape}, and data of {build.image_shape(config)}; wanted"
+      " one shape. Set --config.data.image_size and --config.data.channels."
+    )
+
+
+check_output = interop.diffusers.check_output
+
+
+def export(config: ConfigDict, folder: Path, output: Path, params: PyTree, *, step: int, weights: str) -> None:
+  """Writes a run's model as a folder that diffusers opens, its config and scores on the model card.
+
+  Raises:
+    ValueError: if diffusers cannot express the model, or the folder is not empty.
+  """
+  path = folder / "eval.json"
+  evaluated = json.loads(path.read_text()) if path.is_file() else None
+  scores = None
+  if evaluated:
+    scores = {key: evaluated[key] for key in ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")}
+  interop.diffusers.save(
+    output,
+    build.build_network(config),
+    params,
+    build.build_process(config),
+    build.build_prediction(config),
+    shape=build.image_shape(config),
+    clip=1.0 if config.sampling.clip else None,
+    variance=config.sampling.variance,
+    config={"step": step, "weights": weights} | config.to_dict(),
+    scores=scores,
+  )
+
+
+def of_run(config: ConfigDict, folder: Path, *, resuming: bool) -> tuple[ConfigDict, Pretrained | None]:
+  """The config of a run that starts from `config.init_from`, and the model it starts from unless it goes on.
+
+  Raises:
+    ValueError: if the model cannot be read, or takes other images.
+  """
+  if not config.init_from:
+    return config, None
+  saved = workdir.read_config(folder)
+  if resuming and saved is not None and saved.get("init_from") == config.init_from:
+    return adopt_run(config, saved), None
+  model = load(config.init_from)
+  check_data(config, model)
+  return adopt(config, model), model

@@ -1,0 +1,234 @@
+"""Our U-Net against diffusers' `UNet2DModel`, live: outputs and gradients with respect to the input, with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ddpm_jax import interop
+from ddpm_jax.interop import unet2d
+from ddpm_jax.networks import UNet
+
+DOWN, ATTN = ({"Down": f"{kind}DownBlock2D", "Up": f"{kind}UpBlock2D"} for kind in ("", "Attn"))
+RESNET = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
+
+
+def levels(*kinds):
+  """The block types of levels, from the finest."""
+  return {
+    "down_block_types": tuple(kind["Down"] for kind in kinds),
+    "up_block_types": tuple(kind["Up"] for kind in kinds[::-1]),
+  }
+
+
+SMALL = {
+  "block_out_channels": (16, 32),
+  "layers_per_block": 1,
+  "norm_num_groups": 8,
+  **levels(DOWN, ATTN),
+}
+# Size and batch, and what differs from SMALL.
+CONFIGS = {
+  "defaults of the class": ((16, 16), 3, {}),
+  "ddpm": (
+    (32, 32),
+    2,
+    {
+      "block_out_channels": (16, 32, 32, 32),
+      "layers_per_block": 2,
+      **levels(DOWN, ATTN, DOWN, DOWN),
+      "downsample_padding": 0,
+      "flip_sin_to_cos": False,
+      "freq_shift": 1,
+      "norm_eps": 1e-6,
+      "attention_head_dim": None,
+    },
+  ),
+  "adm": (
+    (16, 16),
+    1,
+    {
+      "block_out_channels": (16, 32, 48),
+      **levels(RESNET, ATTN, ATTN),
+      "resnet_time_scale_shift": "scale_shift",
+      "downsample_type": "resnet",
+      "upsample_type": "resnet",
+      "attn_norm_num_groups": 8,
+      "num_class_embeds": 5,
+      "out_channels": 6,
+      "attention_head_dim": 16,
+    },
+  ),
+  "scale_shift, no norm in the middle": ((8, 8), 5, {"resnet_time_scale_shift": "scale_shift"}),
+  "three levels, mixed resampling": (
+    (8, 16),
+    3,
+    {
+      "block_out_channels": (16, 24, 40),
+      **levels(DOWN, ATTN, RESNET),
+      "downsample_type": "resnet",
+      "upsample_type": "resnet",
+    },
+  ),
+  "down by resnet, up by convolution": (
+    (12, 8),
+    3,
+    {
+      "block_out_channels": (8, 16, 16),
+      "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+      "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+      "downsample_type": "resnet",
+    },
+  ),
+  "no attention at all": ((14, 10), 1, {**levels(DOWN, DOWN), "add_attention": False}),
+  "attention everywhere": ((8, 8), 7, {**levels(ATTN, ATTN), "layers_per_block": 2}),
+  "one level": ((7, 5), 3, {"block_out_channels": (16,), **levels(ATTN)}),
+  "classes": ((8, 8), 3, {"num_class_embeds": 4}),
+  "classes embedded as time": ((8, 8), 3, {"class_embed_type": "timestep"}),
+  "classes as vectors": ((8, 8), 3, {"class_embed_type": "identity"}),
+  "centered input": ((8, 8), 2, {"center_input_sample": True}),
+  "fourier": ((8, 8), 3, {"time_embedding_type": "fourier"}),
+  "grey": ((10, 6), 1, {"in_channels": 1, "out_channels": 1, "dropout": 0.3}),
+  "more channels in than out": ((8, 8), 3, {"in_channels": 6}),
+  "width of the embedding": ((8, 8), 3, {"time_embedding_dim": 40, "freq_shift": 1}),
+  "cosines first, shifted": ((8, 8), 3, {"flip_sin_to_cos": True, "freq_shift": 1, "norm_eps": 1e-3}),
+  "groups": ((8, 8), 3, {"norm_num_groups": 4, "attention_head_dim": 4, "block_out_channels": (12, 20)}),
+  "large": ((64, 64), 1, {"block_out_channels": (8, 8, 16), **levels(DOWN, DOWN, ATTN)}),
+}
+
+
+def model_of(changes, seed=0):
+  """A peer whose every parameter matters: none is zero or one, as new norms and biases are."""
+  torch.manual_seed(seed)
+  model = UNet2DModel(**(SMALL | changes)).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.1 * torch.randn_like(parameter))
+  return model
+
+
+def classes_of(model, batch):
+  """Class labels as the peer takes them."""
+  kind, rng = model.config.class_embed_type, np.random.default_rng(5)
+  if kind == "timestep":
+    return rng.uniform(0, 100, batch).astype(np.float32)
+  if kind == "identity":
+    return rng.standard_normal((batch, 4 * model.config.block_out_channels[0])).astype(np.float32)
+  return None if model.config.num_class_embeds is None else rng.integers(0, model.config.num_class_embeds, batch)
+
+
+def theirs(model, x, t, classes, weight):
+  x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_()
+  labels = None if classes is None else torch.tensor(classes)
+  output = model(x, torch.tensor(t), class_labels=labels).sample
+  (output * torch.tensor(weight.transpose(0, 3, 1, 2))).sum().backward()
+  return (value.detach().numpy().transpose(0, 2, 3, 1) for value in (output, x.grad))
+
+
+def ours(network, params, x, t, classes, weight):
+  label = jnp.log(t) if network.time_embedding == "fourier" else t
+  conditions = {"vector" if network.vector_embedding else "classes": classes}
+
+  @jax.jit
+  def both(params, x):
+    def loss(x):
+      output = network.apply({"params": params}, x, label, **conditions)
+      return jnp.sum(output * weight), output
+
+    slope, output = jax.grad(loss, has_aux=True)(x)
+    return output, slope
+
+  return both(params, x)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_and_input_gradients_are_the_peer_s(name, tmp_path):
+  size, batch, changes = CONFIGS[name]
+  model = model_of(changes)
+  model.save_pretrained(tmp_path)
+  network, params = interop.diffusers.load_unet(tmp_path)
+  rng = np.random.default_rng(1)
+  x = rng.standard_normal((batch, *size, model.config.in_channels)).astype(np.float32)
+  weight = rng.standard_normal((batch, *size, model.config.out_channels)).astype(np.float32)
+  t = np.linspace(3, 977, batch).astype(np.float32)
+  classes = classes_of(model, batch)
+  for got, wanted in zip(
+    ours(network, params, x, t, classes, weight), theirs(model, x, t, classes, weight), strict=True
+  ):
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.std(wanted), rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_come_back(name):
+  """The config that we write for our network makes the same model of the peer."""
+  size, _, changes = CONFIGS[name]
+  model = model_of(changes)
+  network = unet2d.unet_of(model.config)
+  again = unet2d.config_of(network, (*size, model.config.in_channels))
+  assert unet2d.unet_of(again) == network
+  shapes = {key: value.shape for key, value in UNet2DModel(**again).state_dict().items()}
+  assert shapes == {key: value.shape for key, value in model.state_dict().items()}
+
+
+def test_the_default_network_is_google_ddpm_cifar10_32():
+  """In the same tensors, name for name and shape for shape."""
+  config = unet2d.config_of(UNet(), (32, 32, 3))
+  assert config["attention_head_dim"] is None
+  assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
+  with torch.device("meta"):
+    wanted = {key: tuple(value.shape) for key, value in UNet2DModel(**config).state_dict().items()}
+  template = interop.tensors.abstract_params(UNet(), (32, 32, 3))
+  name = unet2d.name_of(4)
+  got = {name(path): interop.tensors.theirs(path, leaf) for path, leaf in interop.tensors.flatten(template).items()}
+  assert got == wanted
+  assert len(got) == 328
+  assert sum(np.prod(shape) for shape in got.values()) == 35_746_307
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"act_fn": "relu"}, "act_fn='relu'"),
+    ({"mid_block_type": None}, "mid_block_type=None"),
+    ({"mid_block_scale_factor": 2**0.5}, "mid_block_scale_factor"),
+    ({"attn_norm_num_groups": 4}, "attn_norm_num_groups=4"),
+    ({"time_embedding_type": "learned", "num_train_timesteps": 10}, "time_embedding_type='learned'"),
+    ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift='spatial'"),
+    ({"down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D")}, "down_block_types='SkipDownBlock2D'"),
+    ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types"),
+    ({"up_block_types": ("UpBlock2D",)}, "1 up_block_types"),
+    ({"downsample_type": "fir"}, "downsample_type='fir'"),
+    ({"downsample_padding": 2}, "downsample_padding=2"),
+    ({"class_embed_type": "projection"}, "class_embed_type='projection'"),
+    ({"cross_attention_dim": 768}, "cross_attention_dim=768"),
+    ({"_class_name": "UNet2DConditionModel"}, "class UNet2DConditionModel"),
+    ({"attention_head_dim": 5}, "head_channels=5"),
+    ({"sample_size": 7}, "divisible by 2"),
+  ],
+)
+def test_unsupported_options_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    unet2d.unet_of(SMALL | changes)
+
+
+@pytest.mark.parametrize(
+  ("network", "message"),
+  [
+    (UNet(song=True), "song=True"),
+    (UNet(progressive_input=True), "progressive_input=True"),
+    (UNet(dimensions=1), "dimensions=1"),
+    (UNet(augmentation_features=9), "augmentation_features=9"),
+    (UNet(vector_embedding="dense"), "vector_embedding='dense'"),
+    (UNet(downsample="residual", filter=(1, 3, 3, 1)), r"filter=\(1, 3, 3, 1\)"),
+    (UNet(time_embedding="fourier"), "divide_by_sigma"),
+    (UNet(time_features=64), "time_features=64"),
+    (UNet(heads=4, attention_levels=(0, 1)), "heads=4"),
+    (UNet(attention_levels=(0, 1), downsample=("conv", "residual", "conv")), "in 2 ways"),
+  ],
+)
+def test_networks_that_the_peer_cannot_be_are_errors(network, message):
+  with pytest.raises(ValueError, match=message):
+    unet2d.config_of(network, (32, 32, 3))
