@@ -8,6 +8,7 @@ __all__ = [
   "evaluate",
   "guidance",
   "images",
+  "interop",
   "losses",
   "metrics",
   "networks",

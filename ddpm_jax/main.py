@@ -20,7 +20,9 @@ _SAMPLER = flags.DEFINE_string("sampler", None, "The sampler, instead of the con
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Its steps, instead of the config's.")
 _SEED = flags.DEFINE_integer("seed", None, "The seed of sampling (sample: 0; eval: the config's).")
 _PRETRAINED = flags.DEFINE_string(
-  "pretrained", None, "Sample from this folder of diffusers, or name on the Hugging Face hub, instead of the run's checkpoint."
+  "pretrained",
+  None,
+  "Sample from this folder of diffusers, or name on the Hugging Face hub, instead of the run's checkpoint.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The folder that export writes.")
 _EMA = flags.DEFINE_bool("ema", None, "Export the averaged weights (the default), or with --ema=false the raw ones.")
@@ -58,8 +60,6 @@ def main(argv: list[str]) -> None:
       raise ValueError(
         f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
       )
-  if mode == "export" and not _OUTPUT.value:
-    raise ValueError("Got no --output; wanted the folder to export to, such as --output=/tmp/model.")
   model = None
   if _PRETRAINED.value is None:
     config = schema.config_of_run(_CONFIG.value, folder)
@@ -84,8 +84,9 @@ def main(argv: list[str]) -> None:
       config.evaluation.num_samples = _NUM_SAMPLES.value
     runs.run_eval(config, folder, seed=config.seed if _SEED.value is None else _SEED.value)
   elif mode == "export":
-    output = Path(_OUTPUT.value).expanduser().absolute()
-    runs.run_export(config, folder, output, ema=_EMA.value is not False)
+    if not _OUTPUT.value:
+      raise ValueError("Got no --output; wanted the folder to export to, such as --output=/tmp/model.")
+    runs.run_export(config, folder, Path(_OUTPUT.value).expanduser().absolute(), ema=_EMA.value is not False)
   else:
     count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
     runs.run_sample(config, folder, num_samples=count, seed=_SEED.value or 0, labels=_labels(), model=model)

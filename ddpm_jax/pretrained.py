@@ -47,15 +47,17 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
   config.data.image_size, config.data.channels = model.shape[0], model.shape[2]
   config.network.update(_network_keys(network, model.shape[0]) | {name: config.network[name] for name in _FREE})
   n = len(schedule.betas)
-  config.process.update({
-    "name": "discrete",
-    "schedule": schedule.schedule,
-    "num_steps": n,
-    "beta_min": schedule.ends[0] * n,
-    "beta_max": schedule.ends[1] * n,
-    "betas": tuple(schedule.betas.tolist()) if schedule.schedule == "table" else (),
-    "zero_terminal_snr": schedule.zero_terminal_snr and schedule.schedule != "table",
-  })
+  config.process.update(
+    {
+      "name": "discrete",
+      "schedule": schedule.schedule,
+      "num_steps": n,
+      "beta_min": schedule.ends[0] * n,
+      "beta_max": schedule.ends[1] * n,
+      "betas": tuple(schedule.betas.tolist()) if schedule.schedule == "table" else (),
+      "zero_terminal_snr": schedule.zero_terminal_snr and schedule.schedule != "table",
+    }
+  )
   config.prediction, config.learned_variance = schedule.prediction, schedule.variance == "learned"
   config.sampling.clip = schedule.clip is not None
   return config
@@ -75,9 +77,9 @@ def adopt_sampling(config: ConfigDict, model: Pretrained) -> ConfigDict:
   """The config with the sampler, the grid and the number of steps that a pretrained model's scheduler stands for."""
   schedule, config = model.schedule, ConfigDict(config)
   steps = len(schedule.betas) if schedule.sampler == "ancestral" else 50
-  config.sampling.update({
-    "sampler": schedule.sampler, "grid": schedule.spacing, "variance": schedule.variance, "num_steps": steps
-  })
+  config.sampling.update(
+    {"sampler": schedule.sampler, "grid": schedule.spacing, "variance": schedule.variance, "num_steps": steps}
+  )
   return config
 
 
@@ -115,7 +117,9 @@ def export(config: ConfigDict, folder: Path, output: Path, params: PyTree, *, st
   evaluated = json.loads(path.read_text()) if path.is_file() else None
   scores = None
   if evaluated:
-    scores = {key: evaluated[key] for key in ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")}
+    scores = {
+      key: evaluated[key] for key in ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
+    }
   interop.diffusers.save(
     output,
     build.build_network(config),

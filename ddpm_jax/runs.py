@@ -169,7 +169,9 @@ def run_sample(
     params = optim.ema_params(_restore(config, folder, mesh).opt_state)
   else:
     params = model.params
-    say(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+    say(
+      f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on {mesh.size} {jax.default_backend()} device(s)"
+    )
   samples, nfe = _draw(config, generate, params, seed, num_samples, classes)
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
   _write_samples(_free(_samples(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}"), samples, classes)
@@ -187,7 +189,9 @@ def run_export(config: ConfigDict, folder: Path, output: Path, *, ema: bool) -> 
   params = optim.ema_params(state.opt_state) if ema else state.params
   weights = "EMA" if ema else "raw"
   pretrained.export(config, folder, output, params, step=int(state.step), weights=weights)
-  say(f"model        {output} ({weights} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}")
+  say(
+    f"model        {output} ({weights} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}"
+  )
 
 
 def say(text: str) -> None:

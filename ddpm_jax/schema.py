@@ -14,7 +14,9 @@ def default_config() -> ConfigDict:
   """Every key that a config has, with the settings of DDPM on CIFAR-10 (Ho et al. 2020). Recipes change some."""
   config = ConfigDict()
   config.seed = 0
-  config.init_from = ""  # a folder of diffusers or a name on the hub, to start from: its network, process and prediction
+  config.init_from = (
+    ""  # a folder of diffusers or a name on the hub, to start from: its network, process and prediction
+  )
   config.data = ConfigDict(
     {
       "source": "tfds",  # digits, mnist, arrays, folder or tfds

@@ -181,8 +181,10 @@ def test_the_default_network_is_google_ddpm_cifar10_32():
   with torch.device("meta"):
     wanted = {key: tuple(value.shape) for key, value in UNet2DModel(**config).state_dict().items()}
   template = interop.tensors.abstract_params(UNet(), (32, 32, 3))
-  name = unet2d.name_of(4)
-  got = {name(path): interop.tensors.theirs(path, leaf) for path, leaf in interop.tensors.flatten(template).items()}
+  name = unet2d.grammar(4).name_of
+  got = {
+    name(path): interop.tensors.theirs(path, leaf.shape) for path, leaf in interop.tensors.flatten(template).items()
+  }
   assert got == wanted
   assert len(got) == 328
   assert sum(np.prod(shape) for shape in got.values()) == 35_746_307

@@ -1,16 +1,18 @@
 """Models of diffusers' pixel pipelines (DDPMPipeline, DDIMPipeline): folders read into our parts, and written from them.
 
-    model = interop.diffusers.load("google/ddpm-cifar10-32")
-    x = model.process.prior(jax.random.key(0), (16, *model.shape))
-    samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(), x, model.times(50))
+model = interop.diffusers.load("google/ddpm-cifar10-32")
+x = model.process.prior(jax.random.key(0), (16, *model.shape))
+samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(), x, model.times(50))
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import guidance, predictions
@@ -144,7 +146,9 @@ def find(path: str | Path) -> Path:
     return folder
   name = str(path)
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
-    raise ValueError(f"Got {name}, which is no folder; wanted one, or a name on the hub such as google/ddpm-cifar10-32.")
+    raise ValueError(
+      f"Got {name}, which is no folder; wanted one, or a name on the hub such as google/ddpm-cifar10-32."
+    )
   try:
     import huggingface_hub
   except ImportError as error:
@@ -168,21 +172,21 @@ def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
   files = [folder / f"{_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
   found = [file for file in files if file.is_file()]
   if not found:
-    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".index.json", ".msgpack"))
+    others = sorted(
+      file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".index.json", ".msgpack")
+    )
     hint = f" There are: {', '.join(others)}." if others else ""
     raise ValueError(f"Got {folder}, which holds no weights; wanted {files[0].name} or {files[1].name} there.{hint}")
   file = tensors.Tensors(found[0])
   return tensors.load(
     file,
     _template(network, channels),
-    unet2d.name_of(len(network.multipliers)),
+    unet2d.grammar(len(network.multipliers)),
     unet2d.modern_names(file.shapes),
   )
 
 
 def _template(network: UNet, channels: int) -> PyTree:
-  import jax.numpy as jnp
-
   side = 2 ** (len(network.multipliers) - 1)
   width = network.embedding_features or 4 * network.channels
   conditions: dict[str, Any] = {}
@@ -238,8 +242,11 @@ def save(
     "scheduler": ["diffusers", "DDPMScheduler"],
     "unet": ["diffusers", "UNet2DModel"],
   }
-  tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.name_of(len(network.multipliers)))
+  weights = folder / "unet" / f"{_WEIGHTS}.safetensors"
   _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
+  tensors.save(weights, params, unet2d.grammar(len(network.multipliers)))
+  # safetensors lets its owner alone read what it writes.
+  shutil.copymode(folder / "unet" / "config.json", weights)
   _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
   (folder / "README.md").write_text(_card(network, params, shape, scheduler_config, config, scores))
   # Last: without it the folder is no pipeline, and nobody opens half a model.

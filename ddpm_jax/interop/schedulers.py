@@ -87,7 +87,9 @@ def read(config: Mapping[str, Any]) -> Schedule:
   """
   name = config.get("_class_name", "DDPMScheduler")
   if name not in _KINDS:
-    raise ValueError(f"Got a scheduler of class {name}, which has no counterpart here; those that have: {', '.join(_KINDS)}.")
+    raise ValueError(
+      f"Got a scheduler of class {name}, which has no counterpart here; those that have: {', '.join(_KINDS)}."
+    )
   kind = _KINDS[name]
   for key in ("thresholding", "use_flow_sigmas", "use_dynamic_shifting"):
     if config.get(key):
@@ -143,7 +145,12 @@ def named_betas(schedule: str, n: int, ends: tuple[float, float]) -> np.ndarray:
 
 
 def config_of(
-  process: Process, prediction: Prediction, *, clip: float | None = 1.0, variance: str = "large", spacing: str = "trailing"
+  process: Process,
+  prediction: Prediction,
+  *,
+  clip: float | None = 1.0,
+  variance: str = "large",
+  spacing: str = "trailing",
 ) -> Config:
   """The DDPMScheduler config of a process and what its network gives; the inverse of `read`.
 
@@ -162,9 +169,7 @@ def config_of(
   plain = prediction._replace(learned_variance=False)
   kinds = {predictions.EPS: "epsilon", predictions.X0: "sample", predictions.V: "v_prediction"}
   if plain not in kinds:
-    raise ValueError(
-      "Got a prediction that diffusers' discrete schedulers do not know; wanted EPS, X0 or V."
-    )
+    raise ValueError("Got a prediction that diffusers' discrete schedulers do not know; wanted EPS, X0 or V.")
   if variance == "learned" and not prediction.learned_variance:
     raise ValueError("Got variance='learned' for a prediction without it; wanted 'small' or 'large'.")
   betas = betas_of(process)
@@ -227,7 +232,9 @@ def _name(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
       return names[schedule], ends, False
   if betas[-1] == 1:  # only the usual tables are looked for; any other is written out
     for schedule, tried in (("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012)), ("cosine", (1e-4, 0.02))):
-      if n > 1 and np.allclose(betas, schedules.zero_terminal_snr(named_betas(schedule, n, tried)), rtol=1e-9, atol=1e-13):
+      if n > 1 and np.allclose(
+        betas, schedules.zero_terminal_snr(named_betas(schedule, n, tried)), rtol=1e-9, atol=1e-13
+      ):
         return names[schedule], tried, True
   return "table", (1e-4, 0.02), False
 

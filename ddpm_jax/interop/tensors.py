@@ -6,7 +6,7 @@ Nothing in a file is ever run: safetensors holds no code, and pickles are read b
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from flax import traverse_util
 
 PyTree = Any
 Shapes = dict[str, tuple[int, ...]]
-# From the path of one of our parameters, such as "down_0_0/conv1/kernel", to a name in a file.
-NameOf = Callable[[str], str]
-
 _MOST_NAMED = 12
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # A file is mapped into memory; opened anew now and then, what was read of it does not stay there.
@@ -38,18 +35,18 @@ class Tensors:
     self._pickled: dict[str, Any] | None = None
     if self.path.suffix == ".safetensors":
       with self._open() as file:
-        self.shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        self.shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     elif self.path.suffix in _PICKLES:
       self._pickled = _unpickle(self.path)
       self.shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
     else:
       raise ValueError(f"Got the weights {self.path}; wanted a file ending in .safetensors or {', '.join(_PICKLES)}.")
 
-  def _open(self):
+  def _open(self, framework: str = "numpy"):
     import safetensors
 
     try:
-      return safetensors.safe_open(self.path, framework="flax")
+      return safetensors.safe_open(self.path, framework=framework)
     except (safetensors.SafetensorError, OSError) as error:
       raise ValueError(
         f"Cannot read {self.path} as safetensors ({error}): it is cut short, damaged, or another kind of file. Fetch it again."
@@ -66,10 +63,17 @@ class Tensors:
       if read > _REOPEN_EVERY:
         file.__exit__(None, None, None)
         file, read = self._open(), 0
-      value = np.asarray(file.get_tensor(name), np.float32)
+      value = self._get(file, name)
       read += value.nbytes
       yield name, value
     file.__exit__(None, None, None)
+
+  def _get(self, file: Any, name: str) -> np.ndarray:
+    try:
+      return np.asarray(file.get_tensor(name), np.float32)
+    except TypeError:  # bfloat16, which NumPy does not know by itself
+      with self._open("flax") as other:
+        return np.asarray(other.get_tensor(name), np.float32)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
@@ -81,12 +85,8 @@ def _unpickle(path: Path) -> dict[str, Any]:
       " .safetensors file."
     ) from error
   try:
-    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-  except RuntimeError:  # the old format, which cannot be mapped into memory, or a damaged file
-    try:
-      loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-      raise _unreadable(path, error) from error
+    # Not mapped into memory: tensors are given up one by one as they are used, a mapping only as a whole.
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     raise _unreadable(path, error) from error
   loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
@@ -103,26 +103,60 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
   )
 
 
-def load(tensors: Tensors, template: PyTree, name_of: NameOf, rename: Mapping[str, str] | None = None) -> PyTree:
+def theirs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that PyTorch gives a parameter of ours."""
+  return (shape[-1], shape[-2], *shape[:-2]) if path.endswith("/kernel") else shape
+
+
+def to_ours(path: str, value: np.ndarray) -> np.ndarray:
+  """PyTorch's [out, in, *space] to our [*space, in, out]; other parameters are the same."""
+  return np.moveaxis(value, (1, 0), (-2, -1)) if path.endswith("/kernel") else value
+
+
+def to_theirs(path: str, value: np.ndarray) -> np.ndarray:
+  """The inverse of `to_ours`."""
+  return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("/kernel") else value
+
+
+class Grammar(NamedTuple):
+  """How a kind of file holds our parameters, which are named by paths such as "down_0_0/conv1/kernel".
+
+  Attributes:
+    name_of: `name_of(path)`, the name in the file; several paths may share one.
+    theirs: `theirs(path, shape)`, the shape in the file.
+    to_ours: `to_ours(path, value)`, the parameter from the file's tensor.
+  """
+
+  name_of: Callable[[str], str]
+  theirs: Callable[[str, tuple[int, ...]], tuple[int, ...]] = theirs
+  to_ours: Callable[[str, np.ndarray], np.ndarray] = to_ours
+
+
+def load(tensors: Tensors, template: PyTree, grammar: Grammar, rename: Mapping[str, str] | None = None) -> PyTree:
   """The parameters of a network from a file, in float32; the memory for one tensor more than them is needed.
 
   Args:
     tensors: the file.
     template: the network's parameters, or their shapes (`jax.eval_shape`).
-    name_of: the file's name for the path of a parameter.
-    rename: the file's own names to those that `name_of` gives, where they differ.
+    grammar: how the file holds them.
+    rename: the file's own names to those of the grammar, where they differ.
 
   Raises:
     ValueError: if names are missing or extra, or shapes differ; it lists them.
   """
-  wanted = {name_of(path): (path, leaf) for path, leaf in flatten(template).items()}
-  rename = rename or {}
-  given = {name: rename.get(name, name) for name in tensors.shapes}
-  _check(tensors.path, {name: theirs(path, leaf) for name, (path, leaf) in wanted.items()}, tensors.shapes, given)
+  wanted: dict[str, list[str]] = {}
+  shapes: Shapes = {}
+  for path, leaf in flatten(template).items():
+    name = grammar.name_of(path)
+    wanted.setdefault(name, []).append(path)
+    shapes[name] = grammar.theirs(path, tuple(leaf.shape))
+  given = {name: (rename or {}).get(name, name) for name in tensors.shapes}
+  _check(tensors.path, shapes, tensors.shapes, given)
   params = {}
   for name, value in tensors.items(given):
-    path, _ = wanted[given[name]]
-    params[path] = jnp.asarray(to_ours(path, value))
+    for path in wanted[given[name]]:
+      # A copy, so that nothing keeps the file's own memory.
+      params[path] = jnp.array(grammar.to_ours(path, value))
   return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -151,12 +185,12 @@ def _some(names: list[str]) -> str:
   return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def save(path: str | Path, params: PyTree, name_of: NameOf) -> None:
-  """Writes parameters as safetensors, float32, with the names that `name_of` gives their paths."""
+def save(path: str | Path, params: PyTree, grammar: Grammar) -> None:
+  """Writes parameters as safetensors, float32, each under the grammar's name for its path."""
   import safetensors.numpy
 
   arrays = {
-    name_of(key): np.ascontiguousarray(to_theirs(key, np.asarray(leaf, np.float32)))
+    grammar.name_of(key): np.ascontiguousarray(to_theirs(key, np.asarray(leaf, np.float32)))
     for key, leaf in flatten(params).items()
   }
   safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
@@ -165,22 +199,6 @@ def save(path: str | Path, params: PyTree, name_of: NameOf) -> None:
 def flatten(params: PyTree) -> dict[str, Any]:
   """Leaves by path, such as "down_0_0/conv1/kernel"."""
   return traverse_util.flatten_dict(params, sep="/")
-
-
-def theirs(path: str, leaf: Any) -> tuple[int, ...]:
-  """The shape that PyTorch gives a parameter of ours."""
-  shape = tuple(leaf.shape)
-  return (shape[-1], shape[-2], *shape[:-2]) if path.endswith("/kernel") else shape
-
-
-def to_ours(path: str, value: np.ndarray) -> np.ndarray:
-  """PyTorch's [out, in, *space] to our [*space, in, out]; other parameters are the same."""
-  return np.ascontiguousarray(np.moveaxis(value, (1, 0), (-2, -1))) if path.endswith("/kernel") else value
-
-
-def to_theirs(path: str, value: np.ndarray) -> np.ndarray:
-  """The inverse of `to_ours`."""
-  return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("/kernel") else value
 
 
 def leaf_name(path: str) -> str:

@@ -126,12 +126,18 @@ def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
       " diffusers' UNet2DModel has twice as many Fourier features as channels and divides by sigma, or neither."
     )
   if n.time_features not in (0, n.channels) and not fourier:
-    raise ValueError(f"Got a network with time_features={n.time_features}; diffusers' UNet2DModel has {n.channels}, its channels.")
+    raise ValueError(
+      f"Got a network with time_features={n.time_features}; diffusers' UNet2DModel has {n.channels}, its channels."
+    )
   if n.vector_embedding == "dense":
     raise ValueError("Got a network with vector_embedding='dense', which diffusers' UNet2DModel cannot compute.")
   if not n.middle_attention_norm and not n.scale_shift:
-    raise ValueError("Got middle_attention_norm=False without scale_shift, which diffusers' UNet2DModel cannot compute.")
-  types = {way: [_types(n, way, level, ways) for level in range(last + 1)] for way, ways in (("Down", downs), ("Up", ups))}
+    raise ValueError(
+      "Got middle_attention_norm=False without scale_shift, which diffusers' UNet2DModel cannot compute."
+    )
+  types = {
+    way: [_types(n, way, level, ways) for level in range(last + 1)] for way, ways in (("Down", downs), ("Up", ups))
+  }
   heads = n.head_channels
   if not heads and n.heads > 1:
     widths = {n._features(level) for level in (*n.attention_levels, *([last] if n.middle_attention else []))}
@@ -193,7 +199,7 @@ def image_shape(given: Mapping[str, Any]) -> tuple[int, int, int] | None:
   return None if space is None else (*space, c["in_channels"])
 
 
-def name_of(levels: int) -> tensors.NameOf:
+def grammar(levels: int) -> tensors.Grammar:
   """The names in a file for our parameters, of a network of that many levels."""
 
   def block(match: re.Match) -> str:
@@ -224,15 +230,13 @@ def name_of(levels: int) -> tensors.NameOf:
     inner = ["to_out.0" if part == "to_out" else part for part in parts[:-1]]
     return ".".join([start, *inner, tensors.leaf_name(path)])
 
-  return name
+  return tensors.Grammar(name)
 
 
 def modern_names(names) -> dict[str, str]:
   """Old names of attention's projections to today's, for those among `names` that have them."""
   pattern = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\.")
-  return {
-    name: new for name in names if (new := pattern.sub(lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name)) != name
-  }
+  return {name: new for name in names if (new := pattern.sub(lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name)) != name}
 
 
 def _space(sample_size: Any) -> tuple[int, int] | None:

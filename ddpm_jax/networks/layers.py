@@ -5,7 +5,7 @@ All take data of any number of spatial axes, [B, *space, C]: audio, images, volu
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ class Style(NamedTuple):
   scale_shift: bool
   song: bool
   filter: Sequence[float]
-  attention: str | None
+  attention: Literal["xla", "cudnn"] | None
   dtype: Any
 
   def norm(self, name: str) -> nn.GroupNorm:
@@ -50,7 +50,9 @@ class Style(NamedTuple):
     return (x + branch) * math.sqrt(0.5) if self.song else x + branch
 
 
-def sinusoidal_embedding(label: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0) -> Array:
+def sinusoidal_embedding(
+  label: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0
+) -> Array:
   """Sines and cosines [B, features] of labels [B], at frequencies 10000^(-i / (features / 2 - frequency_shift)).
 
   The defaults are Ho et al.'s (2020); Nichol and Dhariwal (2021) put cosines first and shift by 0.

@@ -1,7 +1,7 @@
 """The U-Net of the diffusion papers, and its first half as a classifier, for data of one, two or three axes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
         " wanted a vector if and only if the network embeds one."
       )
     width = self.embedding_features or 4 * self.channels
-    if self.vector_embedding == "identity" and vector.shape[-1] != width:
+    if vector is not None and self.vector_embedding == "identity" and vector.shape[-1] != width:
       raise ValueError(f"Got a vector of shape {vector.shape} to add to the embedding; wanted {(x.shape[0], width)}.")
     if image is not None and image.shape[:-1] != x.shape[:-1]:
       raise ValueError(
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
       self.scale_shift,
       self.song,
       tuple(self.filter),
-      self.attention or None,
+      cast(Any, self.attention or None),
       self.dtype,
     )
 
@@ -168,9 +168,7 @@ class Encoder(nn.Module):
       frequencies = self.param("time_frequencies", nn.initializers.normal(16.0), (features // 2,))
       return layers.fourier_embedding(label, frequencies)
     cos_first = self.time_embedding == "cos_sin"
-    return layers.sinusoidal_embedding(
-      label, features, cos_first=cos_first, frequency_shift=self.frequency_shift
-    )
+    return layers.sinusoidal_embedding(label, features, cos_first=cos_first, frequency_shift=self.frequency_shift)
 
   def _embed(self, label: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
     """What every block receives [B, embedding_features]."""
@@ -204,6 +202,13 @@ class Encoder(nn.Module):
       block = nn.remat(block, policy=policy, static_argnums=(3,))
     return block(features, self._style, resample, name=name)(x, embedding, train)
 
+  def _resample(self, h: Array, embedding: Array, train: bool, name: str, direction: str, way: str) -> Array:
+    if way == "residual":
+      return self._residual(h, embedding, h.shape[-1], train, name, direction)
+    if direction == "down":
+      return layers.Downsample(self.symmetric_padding, self.dtype, name=name)(h)
+    return layers.Upsample(self.dtype, name=name)(h)
+
   def _attend(self, x: Array, name: str, norm: bool = True) -> Array:
     return layers.AttentionBlock(self._heads(x.shape[-1]), self._style, norm, name=name)(x)
 
@@ -224,11 +229,7 @@ class Encoder(nn.Module):
           h = self._attend(h, f"down_{level}_{block}_attention")
         skips.append(h)
       if level < last:
-        name = f"down_{level}_downsample"
-        if ways[level] == "conv":
-          h = layers.Downsample(self.symmetric_padding, self.dtype, name=name)(h)
-        else:
-          h = self._residual(h, embedding, h.shape[-1], train, name, "down")
+        h = self._resample(h, embedding, train, f"down_{level}_downsample", "down", ways[level])
         if self.progressive_input:
           margin = len(self.filter) // 2
           x = layers.conv(x, h.shape[-1], f"down_{level}_input", self.dtype, padding=margin)
@@ -288,11 +289,7 @@ class UNet(Encoder):
         if level in self.attention_levels and (block == self.blocks or not self.song):
           h = self._attend(h, f"up_{level}_{block}_attention")
       if level > 0:
-        name = f"up_{level}_upsample"
-        if ways[level - 1] == "conv":
-          h = layers.Upsample(self.dtype, name=name)(h)
-        else:
-          h = self._residual(h, embedding, h.shape[-1], train, name, "up")
+        h = self._resample(h, embedding, train, f"up_{level}_upsample", "up", ways[level - 1])
     h = nn.swish(self._style.norm("norm_out")(h))
     h = layers.conv(h, self.out_channels, "conv_out", self.dtype, init=layers.ZEROS).astype(jnp.float32)
     if self.divide_by_sigma:

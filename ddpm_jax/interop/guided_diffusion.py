@@ -1,0 +1,292 @@
+"""Checkpoints of improved-diffusion and guided-diffusion (Nichol and Dhariwal 2021, Dhariwal and Nichol 2021).
+
+They are state dicts without a config: all that shapes tell is read from them, and what they do not tell is asked for.
+
+For example::
+
+  network, params = interop.guided_diffusion.load("64x64_diffusion.pt", head_channels=64, new_attention_order=True)
+  process = processes.discrete(schedules.cosine(1000))
+  prediction = predictions.learned_range(predictions.EPS)
+
+The models of 128 and more pixels were trained with `schedules.linear(1000)` and the first order of attention; what was trained
+with --rescale_timesteps takes 1000 n / N for the label n.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.interop import tensors
+from ddpm_jax.networks import Classifier, UNet
+
+PyTree = Any
+_EPSILON = 1e-5
+
+
+def load(
+  path: str | Path, *, heads: int | None = None, head_channels: int | None = None, new_attention_order: bool = False
+) -> tuple[UNet, PyTree]:
+  """The U-Net and the parameters of a checkpoint, unconditional or class-conditional.
+
+  Args:
+    path: the file, .pt or .safetensors; pickles are read without running code from them.
+    heads: attention heads (improved-diffusion: 4).
+    head_channels: features of a head instead (guided-diffusion: 64).
+    new_attention_order: how the file orders queries, keys and values: its model's use_new_attention_order.
+
+  Returns:
+    The network and its parameters, float32. A super-resolution model takes the upsampled image as `image`.
+
+  Raises:
+    ValueError: if the file cannot be read, is of no such model, or heads are not given as they must be.
+  """
+  file = tensors.Tensors(path)
+  network, template = network_of(file, heads=heads, head_channels=head_channels)
+  return network, tensors.load(file, template, _grammar(network, new_attention_order))
+
+
+def network_of(
+  file: tensors.Tensors, *, heads: int | None = None, head_channels: int | None = None
+) -> tuple[UNet, PyTree]:
+  """The U-Net of a checkpoint, from the shapes of its tensors, and the shapes of our parameters."""
+  levels, blocks = _levels_of_unet(file)
+  options, side = _options(file, levels, blocks, heads, head_channels), 2 ** (levels - 1)
+  ups = [_up(file, level, levels, blocks) for level in range(1, levels)]
+  network = UNet(
+    out_channels=_shape(file, "out.2.weight")[0],
+    num_classes=_shape(file, "label_emb.weight")[0] if "label_emb.weight" in file.shapes else 0,
+    upsample=ups[0] if len(set(ups)) == 1 else tuple(ups) or "conv",
+    **options,
+  )
+  conditions = {"classes": jax.ShapeDtypeStruct((1,), jnp.int32)} if network.num_classes else {}
+  shape = (side, side, _shape(file, "input_blocks.0.0.weight")[1])
+  network.check_input(shape)
+  return network, tensors.abstract_params(network, shape, **conditions)
+
+
+def load_classifier(
+  path: str | Path,
+  *,
+  blocks: int | None = None,
+  head_channels: int = 64,
+  new_attention_order: bool = False,
+) -> tuple[Classifier, PyTree]:
+  """The noisy classifier and the parameters of a checkpoint (attention pooling, as the published ones have).
+
+  Args:
+    path: the file, .pt or .safetensors.
+    blocks: residual blocks a level, where the file leaves it open (guided-diffusion's classifier_depth).
+    head_channels: features of a head.
+    new_attention_order: as in `load`.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  file = tensors.Tensors(path)
+  if "out.2.positional_embedding" not in file.shapes:
+    raise ValueError(
+      f"Got {file.path}, which has no out.2.positional_embedding; wanted a classifier with --classifier_pool attention."
+    )
+  levels, blocks = _levels_of_encoder(file, blocks)
+  cells = _shape(file, "out.2.positional_embedding")[1] - 1
+  side = round(cells**0.5) * 2 ** (levels - 1)
+  network = Classifier(
+    out_channels=_shape(file, "out.2.c_proj.weight")[0], **_options(file, levels, blocks, None, head_channels)
+  )
+  shape = (side, side, _shape(file, "input_blocks.0.0.weight")[1])
+  network.check_input(shape)
+  template = tensors.abstract_params(network, shape)
+  return network, tensors.load(file, template, _grammar(network, new_attention_order))
+
+
+def _shape(file: tensors.Tensors, name: str) -> tuple[int, ...]:
+  if name not in file.shapes:
+    raise ValueError(f"Got {file.path}, which has no {name}; wanted a model of improved-diffusion or guided-diffusion.")
+  return file.shapes[name]
+
+
+def _count(file: tensors.Tensors, part: str) -> int:
+  indices = [int(match[1]) for name in file.shapes if (match := re.match(rf"{part}\.(\d+)\.", name))]
+  if not indices:
+    raise ValueError(f"Got {file.path}, which has no {part}; wanted a model of improved-diffusion or guided-diffusion.")
+  return max(indices) + 1
+
+
+def _has(file: tensors.Tensors, prefix: str) -> bool:
+  return any(name.startswith(prefix) for name in file.shapes)
+
+
+def _levels_of_unet(file: tensors.Tensors) -> tuple[int, int]:
+  """The levels and the residual blocks of each: every level but one ends with a step up, by which levels are counted."""
+  total = _count(file, "output_blocks")
+  ups = sum(
+    _has(file, f"output_blocks.{k}.{j}.conv.") or _has(file, f"output_blocks.{k}.{j}.in_layers.")
+    for k in range(total)
+    for j in (1, 2)
+  )
+  if total % (ups + 1) or _count(file, "input_blocks") != total:
+    raise ValueError(
+      f"Got {file.path}, whose {total} output_blocks do not divide into {ups + 1} levels; wanted a model that resamples by"
+      " convolutions or residual blocks."
+    )
+  return ups + 1, total // (ups + 1) - 1
+
+
+def _levels_of_encoder(file: tensors.Tensors, blocks: int | None) -> tuple[int, int]:
+  """The same from the way down alone, on which a residual block that halves looks like any other."""
+  total = _count(file, "input_blocks")
+  wide = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
+  attends = [_has(file, f"input_blocks.{i}.1.qkv.") for i in range(total)]
+  convs = [_has(file, f"input_blocks.{i}.0.op.") for i in range(total)]
+
+  def fits(length):
+    """Whether levels of that many blocks, the halving one or the first convolution included, explain the file."""
+    first = {index for index in range(1, total) if index % length == 1 % length}
+    halving = set(range(length, total, length))
+    same = all(len({attends[i] for i in range(k + 1, min(k + length, total))}) == 1 for k in range(0, total, length))
+    op = all(convs[i] for i in halving) if any(convs) else True
+    return op and same and not any(attends[i] for i in halving) and all(i in first for i in range(total) if wide[i])
+
+  lengths = [n for n in range(2, total + 1) if total % n == 0 and fits(n)]
+  if blocks is not None:
+    lengths = [n for n in lengths if n == blocks + 1]
+  if len(lengths) != 1:
+    found = ", ".join(str(n - 1) for n in lengths) or "none"
+    raise ValueError(
+      f"Got {file.path}, a way down of {total} blocks, with blocks={blocks}; the numbers of residual blocks a level that explain it:"
+      f" {found}. Pass one as blocks= (guided-diffusion's classifier_depth)."
+    )
+  return total // lengths[0], lengths[0] - 1
+
+
+def _up(file: tensors.Tensors, level: int, levels: int, blocks: int) -> str:
+  """How the way up goes from `level` to the next finer one."""
+  last = (levels - 1 - level) * (blocks + 1) + blocks
+  return "residual" if any(_has(file, f"output_blocks.{last}.{j}.in_layers.") for j in (1, 2)) else "conv"
+
+
+def _options(
+  file: tensors.Tensors, levels: int, blocks: int, heads: int | None, head_channels: int | None
+) -> dict[str, Any]:
+  """What U-Net and classifier have in common."""
+  channels = _shape(file, "input_blocks.0.0.weight")[0]
+  firsts = [1 + level * (blocks + 1) for level in range(levels)]
+  widths = [_shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
+  attended = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
+  if (heads is None) == (head_channels is None):
+    raise ValueError(
+      f"Got heads={heads}, head_channels={head_channels} for {file.path}, whose shapes do not tell; wanted one of them:"
+      " head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
+    )
+  downs = [
+    "conv" if _has(file, f"input_blocks.{(level + 1) * (blocks + 1)}.0.op.") else "residual"
+    for level in range(levels - 1)
+  ]
+  multipliers = [width / channels for width in widths]
+  embedding, features = _shape(file, "time_embed.0.weight")
+  emb = _shape(file, "input_blocks.1.0.emb_layers.1.weight")[0]
+  return {
+    "channels": channels,
+    "multipliers": tuple(int(value) if value == int(value) else value for value in multipliers),
+    "blocks": blocks,
+    "attention_levels": attended,
+    "heads": heads or 1,
+    "head_channels": head_channels or 0,
+    "dropout": 0.0,
+    "epsilon": _EPSILON,
+    "time_embedding": "cos_sin",
+    "time_features": 0 if features == channels else features,
+    "embedding_features": 0 if embedding == 4 * channels else embedding,
+    "frequency_shift": 0.0,
+    "scale_shift": emb == 2 * widths[0],
+    "downsample": downs[0] if len(set(downs)) == 1 else tuple(downs) or "conv",
+    "symmetric_padding": True,
+  }
+
+
+def _grammar(network: UNet | Classifier, new_order: bool) -> tensors.Grammar:
+  levels, blocks = len(network.multipliers), network.blocks
+  residual = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+  }
+  attention = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out": "proj_out"}
+  pool = {"to_q": "qkv_proj", "to_k": "qkv_proj", "to_v": "qkv_proj", "to_out": "c_proj"}
+  fixed = {
+    "conv_in": "input_blocks.0.0",
+    "time_1": "time_embed.0",
+    "time_2": "time_embed.2",
+    "classes": "label_emb",
+    "middle_0": "middle_block.0",
+    "middle_attention": "middle_block.1",
+    "middle_1": "middle_block.2",
+    "norm_out": "out.0",
+    "conv_out": "out.2",
+    "pool": "out.2",
+  }
+
+  def place(head: str) -> str:
+    way, level, rest = re.fullmatch(r"(down|up)_(\d+)_(.+)", head).groups()  # type: ignore[union-attr]
+    first = int(level) * (blocks + 1) + 1 if way == "down" else (levels - 1 - int(level)) * (blocks + 1)
+    part = "input_blocks" if way == "down" else "output_blocks"
+    if rest == "downsample":
+      return f"{part}.{first + blocks}.0"
+    if rest == "upsample":
+      return f"{part}.{first + blocks}.{2 if int(level) in network.attention_levels else 1}"
+    index, _, attends = rest.partition("_")
+    return f"{part}.{first + int(index)}.{1 if attends else 0}"
+
+  def name_of(path: str) -> str:
+    head, *parts = path.split("/")
+    start, inner = fixed.get(head) or place(head), parts[:-1]
+    if head == "pool":
+      if path.endswith("positions"):
+        return "out.2.positional_embedding"
+      table = pool
+    elif head.endswith("_attention"):
+      table = attention
+    else:
+      table = residual | {"conv": "op" if head.endswith("downsample") else "conv"}
+    return ".".join([start, *(table[part] for part in inner), tensors.leaf_name(path)])
+
+  def fused(path: str) -> int | None:
+    """Which of queries, keys and values a parameter is, of the tensor that holds all three."""
+    match = re.search(r"/to_([qkv])/", path)
+    return None if match is None else "qkv".index(match[1])
+
+  def attends(path: str) -> bool:
+    return path.startswith("pool/to") or "_attention/to" in path
+
+  def theirs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = tensors.theirs(path, shape)
+    if path.endswith("positions"):
+      return shape[::-1]
+    if fused(path) is not None:
+      shape = (3 * shape[0], *shape[1:])
+    # Projections of attention are convolutions of size 1 there.
+    return (*shape, 1) if attends(path) and len(shape) == 2 else shape
+
+  def to_ours(path: str, value: np.ndarray) -> np.ndarray:
+    if path.endswith("positions"):
+      return value.T
+    if attends(path) and value.ndim == 3:
+      value = value[..., 0]
+    index = fused(path)
+    if index is not None:
+      width = value.shape[0] // 3
+      if new_order or path.startswith("pool/"):
+        value = value[index * width : (index + 1) * width]
+      else:
+        heads = network._heads(width)
+        value = value.reshape(heads, 3, width // heads, *value.shape[1:])[:, index].reshape(width, *value.shape[1:])
+    return tensors.to_ours(path, value)
+
+  return tensors.Grammar(name_of, theirs, to_ours)

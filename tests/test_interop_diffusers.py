@@ -1,0 +1,441 @@
+"""Folders of diffusers: read, sampled beside the peer's own pipelines, written, and refused when they are broken."""
+
+import itertools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from diffusers.pipelines.ddim import pipeline_ddim
+from diffusers.pipelines.ddpm import pipeline_ddpm
+from diffusers.schedulers import scheduling_ddpm
+
+from ddpm_jax import images, interop, predictions, processes, randomness, sampling, schedules
+from ddpm_jax.interop import schedulers
+from ddpm_jax.networks import UNet
+from tests.conftest import ROOT
+from tests.test_interop_unet import model_of
+
+SHAPE = (5, 8, 8, 3)
+
+
+def write(folder, scheduler=None, **changes):
+  scheduler = scheduler or diffusers.DDPMScheduler()
+  diffusers.DDPMPipeline(model_of({"sample_size": 8} | changes), scheduler).save_pretrained(folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A pipeline as save_pretrained writes it; never to be changed."""
+  return write(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+  return shutil.copytree(folder, tmp_path / "copy")
+
+
+def start():
+  return np.asarray(jax.random.normal(jax.random.key(1), SHAPE))
+
+
+def as_torch(x):
+  return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+
+
+def ours(model, sampler, num_steps):
+  run = jax.jit(lambda x: sampling.sample(jax.random.key(2), sampler, model.denoise(), x, model.times(num_steps)))
+  return images.to_uint8(run(start()))
+
+
+def theirs(pipeline, **options):
+  pipeline.set_progress_bar_config(disable=True)
+  pictures = pipeline(batch_size=len(start()), output_type="np", **options).images
+  return np.round(pictures * 255).astype(np.uint8)
+
+
+def assert_one_grey_level(a, b):
+  assert a.shape == b.shape
+  assert np.ptp(a) > 100, "a picture, not a plain one"
+  assert np.max(np.abs(a.astype(int) - b.astype(int))) <= 1
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_a_thousand_steps_of_ddpm_are_the_pipeline_s(variance, tmp_path, monkeypatch):
+  learned = {"out_channels": 6} if variance == "learned_range" else {}
+  write(tmp_path, diffusers.DDPMScheduler(variance_type=variance), **learned)
+  model = interop.diffusers.load(tmp_path)
+  assert (model.shape, model.clip) == ((8, 8, 3), (-1, 1))
+  draws = (
+    as_torch(randomness.normal(jax.random.fold_in(jax.random.key(2), i), SHAPE, np.float32)) for i in itertools.count()
+  )
+  monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(draws))
+  pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+  sampler = sampling.ancestral(model.process, model.schedule.variance)
+  assert_one_grey_level(ours(model, sampler, 1000), theirs(pipeline, num_inference_steps=1000))
+
+
+@pytest.mark.parametrize(("prediction", "spacing"), [("epsilon", "leading"), ("v_prediction", "trailing")])
+def test_fifty_steps_of_ddim_are_the_pipeline_s(prediction, spacing, tmp_path, monkeypatch):
+  scheduler = diffusers.DDIMScheduler(
+    timestep_spacing=spacing, prediction_type=prediction, beta_schedule="scaled_linear"
+  )
+  write(tmp_path, scheduler)
+  model = interop.diffusers.load(tmp_path)
+  monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+  # The noise follows from the clipped estimate, here always, in diffusers where it is asked for.
+  mine = ours(model, sampling.ddim(model.process), 50)
+  assert_one_grey_level(mine, theirs(pipeline, num_inference_steps=50, use_clipped_model_output=True))
+
+
+def test_ddim_without_clipping_is_the_pipeline_s_as_it_is(tmp_path, monkeypatch):
+  write(
+    tmp_path, diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing")
+  )
+  model = interop.diffusers.load(tmp_path)
+  assert model.clip is None
+  monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+  assert_one_grey_level(ours(model, sampling.ddim(model.process), 50), theirs(pipeline, num_inference_steps=50))
+
+
+def contents(file):
+  with safetensors.safe_open(file, "numpy") as opened:
+    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def weights(folder):
+  return folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def resave(model, path, **options):
+  clip = None if model.clip is None else model.clip[1]
+  interop.diffusers.save(
+    path,
+    model.network,
+    model.params,
+    model.process,
+    model.prediction,
+    shape=model.shape,
+    clip=clip,
+    variance=model.schedule.variance,
+    spacing=model.schedule.spacing,
+    **options,
+  )
+
+
+def test_round_trips_are_bit_exact(folder, tmp_path):
+  model = interop.diffusers.load(folder)
+  resave(model, tmp_path / "again", scores={"frechet_distance": 1.25}, config={"seed": 3})
+  assert weights(folder).read_bytes() == weights(tmp_path / "again").read_bytes()
+  for part in ("unet/config.json", "scheduler/scheduler_config.json"):
+    before, after = (json.loads((path / part).read_text()) for path in (folder, tmp_path / "again"))
+    assert {key: value for key, value in before.items() if after.get(key, value) != value and key[0] != "_"} == {}
+    assert before.keys() - after.keys() <= {"dynamic_thresholding_ratio", "sample_max_value"}
+  reloaded = interop.diffusers.load(tmp_path / "again")
+  assert reloaded.network == model.network
+  jax.tree.map(np.testing.assert_array_equal, reloaded.params, model.params)
+  np.testing.assert_array_equal(reloaded.schedule.betas, model.schedule.betas)
+  for pipeline in (diffusers.DDPMPipeline, diffusers.DDIMPipeline):
+    opened = pipeline.from_pretrained(tmp_path / "again").unet.state_dict()
+    for name, tensor in contents(weights(folder)).items():
+      np.testing.assert_array_equal(opened[name].numpy(), tensor)
+  card = (tmp_path / "again" / "README.md").read_text()
+  assert "1.25" in card
+  assert '"seed": 3' in card
+  assert card.startswith("---\nlibrary_name: diffusers")
+
+
+def flat(copy):
+  for path in [*copy.glob("unet/*"), *copy.glob("scheduler/*")]:
+    path.rename(copy / path.name)
+  (copy / "unet").rmdir()
+  (copy / "scheduler").rmdir()
+  return copy
+
+
+def legacy(copy):
+  """As files of 2022: flat, a pickle of tensors, attention's old names, old block types and keys."""
+  folder = flat(copy)
+  old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+  state = safetensors.torch.load_file(folder / "diffusion_pytorch_model.safetensors")
+
+  def renamed(name):
+    for new, before in old.items():
+      name = name.replace(f".{new}.", f".{before}.")
+    return name
+
+  torch.save({renamed(name): value for name, value in state.items()}, folder / "diffusion_pytorch_model.bin")
+  (folder / "diffusion_pytorch_model.safetensors").unlink()
+  config = json.loads((folder / "config.json").read_text())
+  for key in ("down_block_types", "up_block_types"):
+    config[key] = [f"UNetRes{kind}" for kind in config[key]]
+  (folder / "config.json").write_text(json.dumps(config | {"_class_name": "UNetUnconditionalModel"}))
+  (folder / "scheduler_config.json").write_text(
+    json.dumps({"_class_name": "DDPMScheduler", "timesteps": 1000, "predict_epsilon": True, "tensor_format": "pt"})
+  )
+  return folder
+
+
+def half(copy):
+  state = safetensors.torch.load_file(weights(copy))
+  safetensors.torch.save_file({name: value.bfloat16() for name, value in state.items()}, weights(copy))
+  return copy
+
+
+@pytest.mark.parametrize("change", [flat, legacy])
+def test_other_layouts_hold_the_same_model(change, folder, copy):
+  model, other = interop.diffusers.load(folder), interop.diffusers.load(change(copy))
+  assert other.network == model.network
+  jax.tree.map(np.testing.assert_array_equal, other.params, model.params)
+  np.testing.assert_array_equal(other.schedule.betas, model.schedule.betas)
+  assert other.schedule._replace(betas=None) == model.schedule._replace(betas=None)
+
+
+def test_half_precision_becomes_float32(folder, copy):
+  model, other = interop.diffusers.load(folder), interop.diffusers.load(half(copy))
+  for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(other.params), strict=True):
+    assert b.dtype == jnp.float32
+    np.testing.assert_array_equal(b, np.asarray(a).astype(jnp.bfloat16).astype(np.float32))
+
+
+def edit(file, change):
+  """The tensors of a file, changed in place."""
+  state = safetensors.torch.load_file(file)
+  change(state)
+  safetensors.torch.save_file(state, file)
+
+
+BROKEN = {
+  "missing": (lambda f: edit(weights(f), lambda s: s.pop("conv_in.bias")), r"1 missing: conv_in\.bias"),
+  "extra": (lambda f: edit(weights(f), lambda s: s.update(more=torch.zeros(2))), "1 extra: more"),
+  "shape": (
+    lambda f: edit(weights(f), lambda s: s.update({"conv_out.bias": torch.zeros(4)})),
+    r"1 of another shape: conv_out\.bias \(4,\) instead of \(3,\)",
+  ),
+  "truncated": (lambda f: os.truncate(weights(f), weights(f).stat().st_size - 100), "cut short, damaged"),
+  "empty": (lambda f: os.truncate(weights(f), 0), "cut short, damaged"),
+  "no safetensors": (lambda f: weights(f).write_bytes(b"<html>not found</html>" * 20), "another kind of file"),
+  "a pickle": (lambda f: weights(f).write_bytes(pickle.dumps({"a": 1})), "another kind of file"),
+  "no weights": (lambda f: weights(f).unlink(), "holds no weights"),
+  "no config": (
+    lambda f: (f / "unet" / "config.json").unlink(),
+    r"unet/config\.json, the config of the network, is missing",
+  ),
+  "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "config of the scheduler, is missing"),
+  "broken config": (lambda f: (f / "unet" / "config.json").write_text("{"), r"Cannot read .*config\.json as JSON"),
+  "another pipeline": (
+    lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "vae": ["a", "b"]}'),
+    "a StableDiffusionPipeline of vae",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_one_clear_error(name, copy):
+  damage, message = BROKEN[name]
+  damage(copy)
+  with pytest.raises(ValueError, match=message):
+    interop.diffusers.load(copy)
+
+
+class Bomb:
+  def __reduce__(self):
+    return (os.system, ("touch pwned",))
+
+
+@pytest.mark.parametrize("content", ["code", "noise", "list"])
+def test_pickles_that_hold_more_than_tensors_are_refused(content, copy, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  weights(copy).unlink()
+  file = copy / "unet" / "diffusion_pytorch_model.bin"
+  if content == "noise":
+    file.write_bytes(b"garbage" * 100)
+  else:
+    torch.save([1] if content == "list" else {"a": Bomb()}, file)
+  with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin.*(run code|wanted a state dict)"):
+    interop.diffusers.load(copy)
+  assert not (tmp_path / "pwned").exists()
+
+
+def test_what_is_no_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  with pytest.raises(ValueError, match="no folder"):
+    interop.diffusers.load(tmp_path / "none")
+  import huggingface_hub
+
+  def unreachable(*args, **kwargs):
+    raise OSError("no network")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+  with pytest.raises(ValueError, match=r"owner/name, which is no folder, .*hub: no network"):
+    interop.diffusers.load("owner/name")
+
+
+def test_a_name_on_the_hub_is_read_from_its_cache(copy, tmp_path, monkeypatch):
+  """The hub's own package, offline, on a cache as it leaves one."""
+  import huggingface_hub
+
+  repository = tmp_path / "hub" / "models--owner--name"
+  (repository / "refs").mkdir(parents=True)
+  (repository / "refs" / "main").write_text("a" * 40)
+  shutil.copytree(copy, repository / "snapshots" / ("a" * 40))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  assert interop.diffusers.load("owner/name").network == interop.diffusers.load(copy).network
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ({"_class_name": "PNDMScheduler"}, "class PNDMScheduler"),
+    ({"thresholding": True}, "thresholding=True"),
+    ({"beta_schedule": "laplace"}, "beta_schedule='laplace'"),
+    ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+    ({"variance_type": "learned"}, "variance_type='learned'"),
+    ({"steps_offset": 1}, "steps_offset=1"),
+    ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one=False"),
+    ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
+  ],
+)
+def test_schedulers_without_a_counterpart_are_named(config, message):
+  with pytest.raises(ValueError, match=message):
+    schedulers.read(config)
+
+
+CLASSES = {
+  "DDPMScheduler": {"beta_schedule": "sigmoid"},
+  "DDIMScheduler": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+  "DPMSolverMultistepScheduler": {"beta_schedule": "squaredcos_cap_v2"},
+  "DPMSolverSinglestepScheduler": {"beta_schedule": "scaled_linear"},
+  "UniPCMultistepScheduler": {"num_train_timesteps": 300},
+  "DEISMultistepScheduler": {"beta_end": 0.01},
+  "EulerDiscreteScheduler": {},
+  "EulerAncestralDiscreteScheduler": {"trained_betas": [0.1, 0.2, 0.3]},
+  "HeunDiscreteScheduler": {},
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_process_has_the_scheduler_s_betas(name):
+  scheduler = getattr(diffusers, name)(**CLASSES[name])
+  bare = {key: value for key, value in scheduler.config.items() if key in CLASSES[name] or key[0] == "_"}
+  for config in (scheduler.config, {"_class_name": name, **bare}):
+    schedule = schedulers.read(config)
+    np.testing.assert_allclose(schedule.betas, scheduler.betas.numpy(), rtol=1e-4, atol=3e-7)
+    n = len(schedule.betas)
+    alpha_bar = np.asarray(schedule.process().alpha(np.arange(1, n + 1) / n)) ** 2
+    np.testing.assert_allclose(alpha_bar, scheduler.alphas_cumprod.numpy(), rtol=1e-3, atol=2e-7)
+
+
+PROCESSES = {
+  "linear": lambda: processes.discrete(schedules.linear(1000)),
+  "scaled_linear": lambda: processes.discrete(schedules.scaled_linear(300)),
+  "squaredcos_cap_v2": lambda: processes.discrete(schedules.cosine(500)),
+  "rescaled": lambda: processes.discrete(schedules.zero_terminal_snr(schedules.linear(1000))),
+  "table": lambda: processes.discrete(schedules.sigmoid(100)),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("clip", [None, 1.0, 2.0])
+def test_schedules_come_back(name, clip):
+  process = PROCESSES[name]()
+  config = schedulers.config_of(process, predictions.V, clip=clip, variance="small")
+  again = schedulers.read(config)
+  with jax.enable_x64(True):
+    times = np.arange(1, process.num_steps + 1) / process.num_steps
+    np.testing.assert_allclose(again.process().alpha(times), process.alpha(times), rtol=1e-9, atol=1e-12)
+  assert again.meaning() == predictions.V
+  assert again.clip == clip
+  assert (config["trained_betas"] is None) == (name != "table")
+  if name in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+    assert config["beta_schedule"] == name
+  # The peer takes it too, and means the same.
+  config.pop("_class_name")
+  alpha_bar = diffusers.DDPMScheduler(**config).alphas_cumprod.numpy()
+  np.testing.assert_allclose(alpha_bar, np.asarray(process.alpha(times.astype(np.float32))) ** 2, rtol=2e-3, atol=1e-6)
+
+
+def test_a_continuous_model_becomes_a_table_at_its_labels():
+  """Between one label and the next, the discrete model has the log-SNR of the continuous one."""
+  process = processes.vp()
+  discrete = schedulers.read(schedulers.config_of(process, predictions.EPS)).process()
+  steps = np.arange(1, 1001)
+  labels = np.asarray(discrete.label(steps / 1000))
+  np.testing.assert_allclose(labels, steps - 1, atol=1e-3)
+  times = np.maximum(labels / 999, 1e-3)
+  np.testing.assert_allclose(discrete.log_snr(steps / 1000), process.log_snr(times), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("process", [processes.ve(), processes.edm(), processes.rectified_flow(), processes.sub_vp()])
+def test_processes_that_diffusers_lacks_are_errors(process, tmp_path):
+  network = UNet(channels=8, multipliers=(1,), attention_levels=(), groups=4)
+  with pytest.raises(ValueError, match="cannot sample"):
+    interop.diffusers.save(tmp_path / "a", network, {}, process, predictions.EPS, shape=(8, 8, 3))
+  assert not (tmp_path / "a").exists()
+
+
+def test_outputs_are_not_overwritten(folder, tmp_path):
+  model = interop.diffusers.load(folder)
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(ValueError, match="not empty"):
+    resave(model, tmp_path)
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+MEMORY = """
+import resource, sys
+import jax, jax.numpy as jnp
+from ddpm_jax import interop
+from ddpm_jax.interop import unet2d
+
+def status(key):
+  return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+# What is not the parameters: libraries, and JAX's start.
+import torch
+network, params = interop.diffusers.load_unet(sys.argv[1])
+jax.block_until_ready(params)
+del params
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+network, params = interop.diffusers.load_unet(sys.argv[2])
+jax.block_until_ready(params)
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print((status("VmHWM") - before) / size, size)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_memory_while_loading_stays_below_twice_the_parameters(suffix, folder, tmp_path):
+  network = UNet()
+  template = interop.tensors.abstract_params(network, (32, 32, 3))
+  params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), template)
+  process = processes.discrete(schedules.linear(1000))
+  interop.diffusers.save(tmp_path / "large", network, params, process, predictions.EPS, shape=(32, 32, 3))
+  if suffix == ".bin":
+    torch.save(
+      safetensors.torch.load_file(weights(tmp_path / "large")), tmp_path / "large/unet/diffusion_pytorch_model.bin"
+    )
+    weights(tmp_path / "large").unlink()
+  done = subprocess.run(
+    [sys.executable, "-c", MEMORY, folder, tmp_path / "large"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  ratio, size = map(float, done.stdout.split())
+  assert size > 1.4e8
+  assert 0.9 < ratio < 2

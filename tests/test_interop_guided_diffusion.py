@@ -1,0 +1,159 @@
+"""Checkpoints of guided-diffusion, against its own code, live: outputs of the ADM U-Net and of the noisy classifier."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from ddpm_jax import interop
+
+with warnings.catch_warnings():
+  # It decorates functions in a way that today's PyTorch deprecates.
+  warnings.simplefilter("ignore")
+  from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
+
+SMALL = {
+  "image_size": 16,
+  "in_channels": 3,
+  "model_channels": 32,
+  "out_channels": 3,
+  "num_res_blocks": 1,
+  "attention_resolutions": (2,),
+  "channel_mult": (1, 2),
+}
+ADM = {"use_scale_shift_norm": True, "resblock_updown": True, "num_head_channels": 16, "out_channels": 6}
+UNETS = {
+  "improved": ({"num_heads": 4, "num_res_blocks": 2}, {"heads": 4}),
+  "improved, learned variance": (
+    {"num_heads": 2, "out_channels": 6, "use_scale_shift_norm": True, "channel_mult": (1, 1, 2)},
+    {"heads": 2},
+  ),
+  "adm": (ADM | {"channel_mult": (1, 2, 3), "attention_resolutions": (2, 4)}, {"head_channels": 16}),
+  "adm, class-conditional, new order": (
+    ADM | {"num_classes": 7, "use_new_attention_order": True, "attention_resolutions": (1, 2)},
+    {"head_channels": 16, "new_attention_order": True},
+  ),
+  "adm 512: first level halved": (
+    ADM | {"model_channels": 64, "channel_mult": (0.5, 1, 1), "attention_resolutions": (4,)},
+    {"head_channels": 16},
+  ),
+  "no attention but the middle's": ({"attention_resolutions": (), "num_heads": 1}, {"heads": 1}),
+}
+CLASSIFIERS = {
+  "by residual blocks": ({"resblock_updown": True, "channel_mult": (1, 2, 2), "num_res_blocks": 2}, {"blocks": 2}),
+  "by convolutions": ({"channel_mult": (1, 2, 3), "attention_resolutions": (2, 4)}, {}),
+  "new order": ({"use_new_attention_order": True}, {"new_attention_order": True}),
+}
+
+
+def awake(model):
+  """Every parameter random: new models have zeros where they end."""
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.1 * torch.randn_like(parameter))
+  return model.eval()
+
+
+def compare(model, network, params, channels=3, classes=None, image=None, size=16):
+  x = np.random.default_rng(1).standard_normal((3, size, size, channels)).astype(np.float32)
+  t = np.array([0.0, 333.0, 998.5], np.float32)
+  given = {} if classes is None else {"y": torch.tensor(classes)}
+  conditions = {} if classes is None else {"classes": classes}
+  if image is not None:
+    given["low_res"], conditions["image"] = torch.tensor(image.transpose(0, 3, 1, 2)), image
+  with torch.no_grad():
+    wanted = model(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), **given).numpy()
+  got = jax.jit(lambda params: network.apply({"params": params}, x, t, **conditions))(params)
+  wanted = wanted.transpose(0, 2, 3, 1) if wanted.ndim == 4 else wanted
+  assert np.std(wanted) > 1e-3
+  np.testing.assert_allclose(got, wanted, atol=1e-4 * np.std(wanted), rtol=0)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_the_unet_is_the_peer_s(name, tmp_path):
+  changes, options = UNETS[name]
+  model = awake(UNetModel(**(SMALL | changes)))
+  torch.save(model.state_dict(), tmp_path / "model.pt")
+  network, params = interop.guided_diffusion.load(tmp_path / "model.pt", **options)
+  compare(model, network, params, classes=np.array([0, 6, 3]) if network.num_classes else None)
+
+
+def test_super_resolution_takes_the_image_beside_the_input(tmp_path):
+  model = awake(SuperResModel(**(SMALL | ADM)))
+  safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+  network, params = interop.guided_diffusion.load(tmp_path / "model.safetensors", head_channels=16)
+  compare(model, network, params, image=np.random.default_rng(2).standard_normal((3, 16, 16, 3)).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_classifier_is_the_peer_s(name, tmp_path):
+  changes, options = CLASSIFIERS[name]
+  options = {"head_channels": 16} | options
+  config = SMALL | {"use_scale_shift_norm": True, "num_head_channels": 16, "pool": "attention", "out_channels": 10}
+  model = awake(EncoderUNetModel(**(config | changes)))
+  torch.save(model.state_dict(), tmp_path / "model.pt")
+  network, params = interop.guided_diffusion.load_classifier(tmp_path / "model.pt", **options)
+  compare(model, network, params)
+
+
+def test_published_sizes():
+  """Dhariwal and Nichol 2021, table 12: 296M, 422M, 554M and 559M parameters (256 and 512 with classes)."""
+  adm = {
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_head_channels": 64,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+  }
+  table = {
+    64: (296, {"model_channels": 192, "num_res_blocks": 3, "channel_mult": (1, 2, 3, 4)}),
+    128: (422, {"model_channels": 256, "num_res_blocks": 2, "channel_mult": (1, 1, 2, 3, 4)}),
+    256: (554, {"model_channels": 256, "num_res_blocks": 2, "channel_mult": (1, 1, 2, 2, 4, 4)}),
+    512: (559, {"model_channels": 256, "num_res_blocks": 2, "channel_mult": (0.5, 1, 1, 2, 2, 4, 4)}),
+  }
+  for size, (millions, changes) in table.items():
+    with torch.device("meta"):
+      model = UNetModel(
+        image_size=size, attention_resolutions=[size // at for at in (32, 16, 8)], num_classes=1000, **adm, **changes
+      )
+    state = model.state_dict()
+    file = interop.tensors.Tensors.__new__(interop.tensors.Tensors)
+    file.path, file.shapes = f"{size}.pt", {name: tuple(value.shape) for name, value in state.items()}
+    network, template = interop.guided_diffusion.network_of(file, head_channels=64)
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(template))
+    assert count == sum(value.numel() for value in state.values())
+    assert round(count / 1e6) == millions, network
+
+
+def test_what_shapes_do_not_tell_is_asked_for(tmp_path):
+  torch.save(UNetModel(**SMALL).state_dict(), tmp_path / "model.pt")
+  with pytest.raises(ValueError, match="wanted one of them: head_channels=64"):
+    interop.guided_diffusion.load(tmp_path / "model.pt")
+  with pytest.raises(ValueError, match="wanted one of them"):
+    interop.guided_diffusion.load(tmp_path / "model.pt", heads=4, head_channels=64)
+  config = SMALL | {"pool": "attention", "num_head_channels": 16, "resblock_updown": True, "attention_resolutions": ()}
+  torch.save(EncoderUNetModel(**(config | {"channel_mult": (1, 1, 1)})).state_dict(), tmp_path / "classifier.pt")
+  with pytest.raises(ValueError, match="Pass one as blocks="):
+    interop.guided_diffusion.load_classifier(tmp_path / "classifier.pt", head_channels=16)
+
+
+def test_other_files_are_errors(tmp_path):
+  torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+  with pytest.raises(ValueError, match="wanted a model of improved-diffusion"):
+    interop.guided_diffusion.load(tmp_path / "other.pt", heads=1)
+  with pytest.raises(ValueError, match="classifier_pool attention"):
+    interop.guided_diffusion.load_classifier(tmp_path / "other.pt")
+  with pytest.raises(ValueError, match="does not exist"):
+    interop.guided_diffusion.load(tmp_path / "none.pt", heads=1)
+  (tmp_path / "a.onnx").write_text("")
+  with pytest.raises(ValueError, match=r"ending in \.safetensors"):
+    interop.guided_diffusion.load(tmp_path / "a.onnx", heads=1)
+  state = UNetModel(**SMALL).state_dict()
+  state.pop("out.2.bias")
+  torch.save(state, tmp_path / "model.pt")
+  with pytest.raises(ValueError, match=r"1 missing: out\.2\.bias"):
+    interop.guided_diffusion.load(tmp_path / "model.pt", heads=1)
