@@ -12,7 +12,8 @@ from ddpm_jax import build, parallel, schema, train
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-PARAMETERS = {"cifar10_vp": 35_746_307, "cifar10_sde": 35_746_307}
+# Millions, as the papers say them (Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021).
+PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.5", "imagenet64_adm": "295.9"}
 
 
 def load(path):
@@ -45,5 +46,41 @@ def test_recipe(path):
   after, metrics = jax.eval_shape(step, state, batch)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   assert metrics["loss"].shape == ()
+  count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   if path.stem in PARAMETERS:
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == PARAMETERS[path.stem]
+    assert f"{count / 1e6:.1f}" == PARAMETERS[path.stem]
+  elif path.stem == "cifar10_ddpmpp":
+    assert count == edm_parameters() == 55_733_891
+  elif path.stem == "cifar10_ncsnpp":
+    # With the 128 random frequencies, which are not trained.
+    assert count == edm_parameters(noise=256, residual=True) + 128
+
+
+def edm_parameters(noise=128, residual=False):
+  """Karras et al. 2022, appendix F, counted layer by layer from table 7: 2, 2, 2 times 128 channels, 4 blocks a level."""
+
+  def conv(inputs, outputs, size):
+    return inputs * outputs * size**2 + outputs
+
+  def block(inputs, outputs, attention=False, resampled=False):
+    total = 2 * inputs + conv(inputs, outputs, 3) + conv(512, outputs, 1) + 2 * outputs + conv(outputs, outputs, 3)
+    if inputs != outputs or resampled:
+      total += conv(inputs, outputs, 1)
+    return total + (2 * outputs + 4 * conv(outputs, outputs, 1) if attention else 0)
+
+  total = conv(noise, 512, 1) + conv(512, 512, 1) + 9 * noise + conv(3, 128, 3)
+  skips, width = [128], 128
+  for level in range(3):
+    if level:
+      total += block(256, 256, resampled=True)
+      total += conv(3 if level == 1 else 256, 256, 3) if residual else 0
+      skips.append(256)
+    for _ in range(4):
+      total += block(width, 256, attention=level == 1)
+      width = 256
+      skips.append(256)
+  total += block(256, 256, attention=True) + block(256, 256)
+  for level in (2, 1, 0):
+    total += block(256, 256, resampled=True) if level < 2 else 0
+    total += sum(block(256 + skips.pop(), 256, attention=level == 1 and index == 4) for index in range(5))
+  return total + 2 * 256 + conv(256, 3, 3)

@@ -40,6 +40,12 @@ UNETS = {
     ADM | {"model_channels": 64, "channel_mult": (0.5, 1, 1), "attention_resolutions": (4,)},
     {"head_channels": 16},
   ),
+  "audio": (ADM | {"dims": 1, "channel_mult": (1, 2, 2), "attention_resolutions": (4,)}, {"head_channels": 16}),
+  "audio, by convolutions": ({"dims": 1, "num_heads": 2}, {"heads": 2}),
+  "volumes, one level": (
+    {"dims": 3, "num_heads": 2, "channel_mult": (1,), "attention_resolutions": (1,)},
+    {"heads": 2},
+  ),
   "no attention but the middle's": ({"attention_resolutions": (), "num_heads": 1}, {"heads": 1}),
 }
 CLASSIFIERS = {
@@ -58,17 +64,18 @@ def awake(model):
   return model.eval()
 
 
-def compare(model, network, params, channels=3, classes=None, image=None, size=16):
-  x = np.random.default_rng(1).standard_normal((3, size, size, channels)).astype(np.float32)
+def compare(model, network, params, classes=None, image=None):
+  space = {1: (16,), 2: (16, 16), 3: (4, 6, 5)}[network.dimensions]
+  x = np.random.default_rng(1).standard_normal((3, *space, 3)).astype(np.float32)
   t = np.array([0.0, 333.0, 998.5], np.float32)
   given = {} if classes is None else {"y": torch.tensor(classes)}
   conditions = {} if classes is None else {"classes": classes}
   if image is not None:
     given["low_res"], conditions["image"] = torch.tensor(image.transpose(0, 3, 1, 2)), image
   with torch.no_grad():
-    wanted = model(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), **given).numpy()
+    wanted = model(torch.tensor(np.moveaxis(x, -1, 1)), torch.tensor(t), **given).numpy()
   got = jax.jit(lambda params: network.apply({"params": params}, x, t, **conditions))(params)
-  wanted = wanted.transpose(0, 2, 3, 1) if wanted.ndim == 4 else wanted
+  wanted = np.moveaxis(wanted, 1, -1) if wanted.ndim > 2 else wanted
   assert np.std(wanted) > 1e-3
   np.testing.assert_allclose(got, wanted, atol=1e-4 * np.std(wanted), rtol=0)
 

@@ -54,7 +54,7 @@ def network_of(
 ) -> tuple[UNet, PyTree]:
   """The U-Net of a checkpoint, from the shapes of its tensors, and the shapes of our parameters."""
   levels, blocks = _levels_of_unet(file)
-  options, side = _options(file, levels, blocks, heads, head_channels), 2 ** (levels - 1)
+  options = _options(file, levels, blocks, heads, head_channels)
   ups = [_up(file, level, levels, blocks) for level in range(1, levels)]
   network = UNet(
     out_channels=_shape(file, "out.2.weight")[0],
@@ -63,7 +63,7 @@ def network_of(
     **options,
   )
   conditions = {"classes": jax.ShapeDtypeStruct((1,), jnp.int32)} if network.num_classes else {}
-  shape = (side, side, _shape(file, "input_blocks.0.0.weight")[1])
+  shape = (*(2 ** (levels - 1),) * network.dimensions, _shape(file, "input_blocks.0.0.weight")[1])
   network.check_input(shape)
   return network, tensors.abstract_params(network, shape, **conditions)
 
@@ -173,7 +173,11 @@ def _options(
   file: tensors.Tensors, levels: int, blocks: int, heads: int | None, head_channels: int | None
 ) -> dict[str, Any]:
   """What U-Net and classifier have in common."""
-  channels = _shape(file, "input_blocks.0.0.weight")[0]
+  channels, _, *kernel = _shape(file, "input_blocks.0.0.weight")
+  if len(kernel) == 3 and levels > 1:
+    raise ValueError(
+      f"Got {file.path}, of volumes, whose first axis that code does not resample; ours resamples all three."
+    )
   firsts = [1 + level * (blocks + 1) for level in range(levels)]
   widths = [_shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
   attended = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
@@ -205,6 +209,7 @@ def _options(
     "scale_shift": emb == 2 * widths[0],
     "downsample": downs[0] if len(set(downs)) == 1 else tuple(downs) or "conv",
     "symmetric_padding": True,
+    "dimensions": len(kernel),
   }
 
 

@@ -1,0 +1,292 @@
+"""What the papers' networks add to DDPM's: resampling, filters, conditions, audio and volumes, 16 bits, rematerialization.
+
+The ADM U-Net as a whole stands against its own code in test_interop_guided_diffusion, UNet2DModel in test_interop_unet.
+"""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.downsampling import downsample_2d
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import upsample_2d
+
+from ddpm_jax.networks import Classifier, UNet, layers
+from tests.test_networks import SMALL, awake
+
+FIR = (1, 3, 3, 1)
+SONG = {"song": True, "downsample": "residual", "upsample": "residual"}
+NCSNPP = SONG | {"filter": FIR, "progressive_input": True, "time_embedding": "fourier"}
+ADM = {"scale_shift": True, "downsample": "residual", "upsample": "residual", "head_channels": 4}
+
+
+def to_torch(x):
+  return torch.tensor(np.moveaxis(np.asarray(x), -1, 1))
+
+
+def from_torch(x):
+  return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def noise(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), FIR])
+def test_filters_are_the_peer_s(weights):
+  x = noise(2, 8, 6, 3)
+  kwargs = {"kernel": weights, "factor": 2}
+  np.testing.assert_allclose(layers.halve(x, weights), from_torch(downsample_2d(to_torch(x), **kwargs)), atol=1e-6)
+  np.testing.assert_allclose(layers.double(x, weights), from_torch(upsample_2d(to_torch(x), **kwargs)), atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_resampling_of_audio_images_and_volumes_is_torch_s(axes):
+  x = noise(2, *(6, 4, 8)[:axes], 3)
+  pool = getattr(torch.nn.functional, f"avg_pool{axes}d")
+  np.testing.assert_allclose(layers.halve(x, (1, 1)), from_torch(pool(to_torch(x), 2)), atol=1e-6)
+  nearest = torch.nn.functional.interpolate(to_torch(x), scale_factor=2, mode="nearest")
+  np.testing.assert_array_equal(layers.double(x), from_torch(nearest))
+  conv = getattr(torch.nn, f"Conv{axes}d")(3, 3, 3, stride=2, padding=1)
+  kernel = np.moveaxis(conv.weight.detach().numpy(), (0, 1), (-1, -2))
+  params = {"conv": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(conv.bias.detach().numpy())}}
+  got = layers.Downsample(True, jnp.float32).apply({"params": params}, x)
+  np.testing.assert_allclose(got, from_torch(conv(to_torch(x))), atol=1e-5)
+
+
+@pytest.mark.parametrize("resample", ["down", "up"])
+def test_the_block_of_ncsnpp_is_the_peer_s(resample):
+  """With the filter, the 1x1 convolution beside it and the sum divided by sqrt(2), as in Song et al.'s networks."""
+  peer = ResnetBlock2D(
+    in_channels=8,
+    temb_channels=6,
+    groups=4,
+    eps=1e-6,
+    kernel="fir",
+    output_scale_factor=2**0.5,
+    use_in_shortcut=True,
+    **{resample: True},
+  )
+  x, embedding = noise(2, 8, 8, 8), noise(2, 6, seed=1)
+  block = layers.ResidualBlock(8, UNet(groups=4, song=True, filter=FIR)._style, resample)
+
+  def ours(name):
+    module = getattr(peer, name)
+    weight, bias = module.weight.detach().numpy(), module.bias.detach().numpy()
+    if weight.ndim == 1:
+      return {"scale": weight, "bias": bias}
+    return {"kernel": np.moveaxis(weight, (0, 1), (-1, -2)), "bias": bias}
+
+  names = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
+  got = block.apply({"params": {name: ours(name) for name in names}}, x, embedding, False)
+  wanted = from_torch(peer(to_torch(x), torch.tensor(np.asarray(embedding))))
+  np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), FIR])
+def test_the_progressive_input_is_convolved_beyond_the_edge_and_then_filtered(weights):
+  """What Karras et al.'s code fuses: the convolution also sees the margin that the filter needs."""
+  network = UNet(**SMALL, **(NCSNPP | {"filter": weights}))
+  x, kernel = noise(1, 8, 8, 3), noise(3, 3, 3, 8, seed=1)
+  margin, f = len(weights) // 2, torch.tensor(weights, dtype=torch.float32) / sum(weights)
+  wide = torch.nn.functional.conv2d(to_torch(x), torch.tensor(np.asarray(kernel).transpose(3, 2, 0, 1)), padding=margin)
+  wanted = torch.nn.functional.conv2d(wide, torch.outer(f, f).tile(8, 1, 1, 1), stride=2, groups=8)
+  joined = jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), [(margin, margin)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  np.testing.assert_allclose(layers.halve(joined, weights, padded=True), from_torch(wanted), atol=1e-5)
+  params = init(network, (8, 8), 3)
+  assert params["down_0_input"]["kernel"].shape == (3, 3, 3, 8)
+
+
+def init(network, space, channels, **conditions):
+  x = jnp.zeros((1, *space, channels))
+  return jax.jit(lambda key: network.init(key, x, jnp.zeros(1), **conditions))(jax.random.key(0))["params"]
+
+
+def run(network, params, x, label, **conditions):
+  return jax.jit(lambda params: network.apply({"params": params}, x, label, **conditions))(params)
+
+
+@pytest.mark.parametrize("name", ["ddpm++", "ncsn++"])
+def test_every_parameter_matters(name):
+  """It has a gradient; random frequencies, which are not trained, have none."""
+  options = NCSNPP if name == "ncsn++" else SONG | {"augmentation_features": 5, "num_classes": 3}
+  conditions = {} if name == "ncsn++" else {"classes": jnp.array([0, 2]), "augmentation": noise(2, 5)}
+  network = UNet(out_channels=2, **(SMALL | options))
+  x, label = noise(2, 8, 8, 2), jnp.array([0.3, 2.0])
+  key = jax.random.key(0)
+  params = awake(jax.jit(lambda key: network.init(key, x, label, **conditions))(key)["params"])
+  loss = jax.jit(jax.grad(lambda params: jnp.sum(network.apply({"params": params}, x, label, **conditions) ** 2)))
+  slopes = jax.tree_util.tree_leaves_with_path(loss(params))
+  silent = [jax.tree_util.keystr(path) for path, leaf in slopes if not jnp.any(leaf)]
+  assert silent == (["['time_frequencies']"] if name == "ncsn++" else [])
+
+
+@pytest.mark.parametrize(("space", "options"), [((16,), {}), ((4, 4, 8), ADM), ((8, 4, 4), NCSNPP)])
+def test_audio_and_volumes_keep_their_shape(space, options):
+  network = UNet(out_channels=2, **(SMALL | options), dimensions=len(space))
+  x, params = noise(3, *space, 2), awake(init(network, space, 2))
+  output = run(network, params, x, jnp.array([0.5, 1.0, 2.0]))
+  assert output.shape == x.shape
+  assert jnp.all(jnp.std(output, axis=tuple(range(1, x.ndim))) > 1e-3)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_an_axis_of_length_one_changes_nothing(axes):
+  """A network of one more axis whose kernels' middle is the smaller network's."""
+  options = SMALL | {"multipliers": (2,), "attention_levels": (0,)}
+  small = UNet(out_channels=2, **options, dimensions=axes - 1)
+  params = awake(init(small, (4, 5)[: axes - 1], 2))
+
+  def widen(path, leaf):
+    # Only the kernels of convolutions have more than two axes.
+    if leaf.ndim < 3:
+      return leaf
+    return jnp.pad(leaf[None], [((leaf.shape[0] - 1) // 2,) * 2] + [(0, 0)] * leaf.ndim)
+
+  large = jax.tree_util.tree_map_with_path(widen, params)
+  x, label = noise(2, *(4, 5)[: axes - 1], 2), jnp.array([3.0, 700.0])
+  wide = UNet(out_channels=2, **options, dimensions=axes)
+  got = run(wide, large, x[:, None], label)[:, 0]
+  np.testing.assert_allclose(got, run(small, params, x, label), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("options", "given"),
+  [
+    ({"vector_embedding": "dense"}, "vector"),
+    ({"augmentation_features": 7}, "augmentation"),
+    ({}, "image"),
+  ],
+)
+def test_conditions_act_each_on_its_own_sample(options, given):
+  network = UNet(out_channels=1, **(SMALL | options))
+  shape = (8, 8, 2) if given == "image" else (7,)
+  params = awake(init(network, (8, 8), 1, **{given: jnp.zeros((1, *shape))}))
+  x = jnp.broadcast_to(noise(1, 8, 8, 1), (3, 8, 8, 1))
+  condition = noise(3, *shape, seed=1).at[1].set(0)
+  output = run(network, params, x, jnp.ones(3), **{given: condition})
+  assert jnp.max(jnp.abs(output[0] - output[1])) > 1e-3
+  alone = run(network, params, x[:1], jnp.ones(1), **{given: condition[2:]})
+  np.testing.assert_allclose(alone[0], output[2], atol=1e-5)
+  if given == "augmentation":
+    np.testing.assert_allclose(run(network, params, x, jnp.ones(3))[0], output[1], atol=1e-5)
+
+
+def test_the_output_is_divided_by_sigma_where_asked():
+  options = SMALL | {"time_embedding": "fourier"}
+  plain, divided = (UNet(out_channels=1, **options, divide_by_sigma=value) for value in (False, True))
+  params, x, label = awake(init(plain, (8, 8), 1)), noise(2, 8, 8, 1), jnp.log(jnp.array([0.5, 20.0]))
+  wanted = run(plain, params, x, label) / jnp.array([0.5, 20.0])[:, None, None, None]
+  np.testing.assert_allclose(run(divided, params, x, label), wanted, rtol=1e-5)
+
+
+def test_the_classifier_gives_logits():
+  network = Classifier(out_channels=5, **(SMALL | ADM))
+  params = awake(init(network, (8, 8), 3))
+  logits = run(network, params, noise(4, 8, 8, 3), jnp.arange(4.0))
+  assert logits.shape == (4, 5)
+  assert logits.dtype == jnp.float32
+  assert jnp.std(logits) > 0
+
+
+def equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from equations(inner)
+
+
+@pytest.mark.parametrize("options", [{}, ADM, NCSNPP])
+def test_in_bfloat16_parameters_statistics_and_softmax_are_float32(options):
+  network = UNet(out_channels=1, **(SMALL | options), dtype=jnp.bfloat16)
+  params = awake(init(network, (8, 8), 1))
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  x, label = noise(2, 8, 8, 1), jnp.array([0.5, 2.0])
+
+  def apply(params, x):
+    return network.apply({"params": params}, x, label)
+
+  found = list(equations(jax.make_jaxpr(apply)(params, x).jaxpr))
+  for name in ("reduce_sum", "reduce_max", "exp", "rsqrt"):
+    assert {e.invars[0].aval.dtype for e in found if e.primitive.name == name} == {jnp.dtype("float32")}, name
+  kinds = {e.outvars[0].aval.dtype for e in found if e.primitive.name == "conv_general_dilated"}
+  assert kinds == {jnp.dtype("bfloat16")}
+  exact = network.clone(dtype=jnp.float32)
+  got, wanted = run(network, params, x, label), run(exact, params, x, label)
+  assert got.dtype == jnp.float32
+  assert jnp.sqrt(jnp.mean((got - wanted) ** 2)) < 0.05 * jnp.std(wanted)
+
+
+@pytest.mark.parametrize("policy", ["full", "dots_saveable"])
+def test_rematerialization_changes_memory_and_not_gradients(policy):
+  plain = UNet(out_channels=1, **(SMALL | {"attention_levels": (), "middle_attention": False, "dropout": 0.2}))
+  params, x, label = awake(init(plain, (8, 8), 1)), noise(8, 8, 8, 1), jnp.arange(8.0)
+
+  def loss_of(network):
+    def loss(params):
+      rngs = {"dropout": jax.random.key(0)}
+      return jnp.sum(network.apply({"params": params}, x, label, train=True, rngs=rngs) ** 2)
+
+    return loss
+
+  def kept(network):
+    """Bytes that the forward pass leaves for the backward pass."""
+    residuals = jax.eval_shape(lambda params: jax.vjp(loss_of(network), params)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+  changed = plain.clone(remat=policy)
+  before, after = (jax.jit(jax.grad(loss_of(network)))(params) for network in (plain, changed))
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 1e-6)
+  assert kept(changed) < 0.5 * kept(plain)
+
+
+def test_attention_by_name_is_attention():
+  network = UNet(out_channels=1, **SMALL)
+  params, x = awake(init(network, (8, 8), 1)), noise(2, 8, 8, 1)
+  named = run(network.clone(attention="xla"), params, x, jnp.ones(2))
+  np.testing.assert_allclose(named, run(network, params, x, jnp.ones(2)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"attention_levels": (2,)}, "levels from 0 .* to 1"),
+    ({"downsample": "avg"}, "downsample='avg'; wanted one of 'conv', 'residual'"),
+    ({"upsample": ("conv", "conv")}, "1 of them or a single one"),
+    ({"filter": (1, 2, 1)}, r"filter=\(1, 2, 1\)"),
+    ({"time_embedding": "learned"}, "time_embedding='learned'"),
+    ({"vector_embedding": "clip"}, "vector_embedding='clip'"),
+    ({"dimensions": 4}, "dimensions=4"),
+    ({"attention": "flash"}, "attention='flash'"),
+    ({"attention": "cudnn"}, "wanted bfloat16"),
+    ({"remat": "some"}, "remat='some'"),
+    ({"epsilon": 0.0}, "epsilon=0"),
+    ({"head_channels": 3}, "head_channels=3"),
+    ({"multipliers": (1, 1.3)}, "10.4 features"),
+    ({"time_features": 5}, "time_features=5"),
+    ({"dimensions": 1}, "divisible by 2"),
+    ({"dimensions": 3}, "3 spatial axes"),
+  ],
+)
+def test_impossible_options_are_errors(options, message):
+  with pytest.raises(ValueError, match=message):
+    UNet(out_channels=1, **(SMALL | options)).check_input((8, 7, 1) if options == {"dimensions": 1} else (8, 8, 1))
+
+
+def test_conditions_that_do_not_fit_are_errors():
+  x, label, key = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), jax.random.key(0)
+  for options, conditions, message in (
+    ({}, {"vector": jnp.zeros((2, 3))}, "Got a vector"),
+    ({"vector_embedding": "dense"}, {}, "Got no vector"),
+    ({"vector_embedding": "identity"}, {"vector": jnp.zeros((2, 3))}, r"wanted \(2, 32\)"),
+    ({}, {"image": jnp.zeros((2, 4, 4, 1))}, r"Got an image of shape \(2, 4, 4, 1\)"),
+    ({"dimensions": 1}, {}, "dimensions=1"),
+  ):
+    network = UNet(out_channels=1, **(SMALL | options))
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(lambda key, n=network, c=conditions: n.init(key, x, label, **c), key)
