@@ -278,6 +278,8 @@ def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
     "trailing": grids.trailing,
     "leading": grids.leading,
     "linspace": grids.linspace,
+    "leading_open": partial(grids.leading, open_end=True),
+    "linspace_open": partial(grids.linspace, open_end=True),
     "log_snr": grids.log_snr,
     "karras": grids.karras,
     "uniform": partial(grids.uniform, t_min=t_min),

@@ -43,6 +43,11 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
       f"Got a model of images of shape {model.shape}; the command line wants square ones of a known size. Set sample_size in its"
       " config.json, or use interop.diffusers.load from Python."
     )
+  if model.params["conv_in"]["kernel"].shape[-2] != model.shape[2]:
+    raise ValueError(
+      f"Got a model of {model.shape[2]} channels with in_channels={model.params['conv_in']['kernel'].shape[-2]}, conditioned on an"
+      " image, which the command line cannot give it; use interop.diffusers.load from Python."
+    )
   config = ConfigDict(config)
   config.data.image_size, config.data.channels = model.shape[0], model.shape[2]
   config.network.update(_network_keys(network, model.shape[0]) | {name: config.network[name] for name in _FREE})
@@ -76,9 +81,14 @@ def _network_keys(network: Any, size: int) -> dict[str, Any]:
 def adopt_sampling(config: ConfigDict, model: Pretrained) -> ConfigDict:
   """The config with the sampler, the grid and the number of steps that a pretrained model's scheduler stands for."""
   schedule, config = model.schedule, ConfigDict(config)
-  steps = len(schedule.betas) if schedule.sampler == "ancestral" else 50
   config.sampling.update(
-    {"sampler": schedule.sampler, "grid": schedule.spacing, "variance": schedule.variance, "num_steps": steps}
+    {
+      "sampler": schedule.sampler,
+      "order": schedule.order,
+      "grid": schedule.spacing,
+      "variance": schedule.variance,
+      "num_steps": len(schedule.betas) if schedule.sampler == "ancestral" else min(50, len(schedule.betas)),
+    }
   )
   return config
 

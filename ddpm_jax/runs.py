@@ -172,6 +172,7 @@ def run_sample(
     say(
       f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on {mesh.size} {jax.default_backend()} device(s)"
     )
+  say(f"sampling {num_samples:,} images with {config.sampling.sampler} ...")
   samples, nfe = _draw(config, generate, params, seed, num_samples, classes)
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
   _write_samples(_free(_samples(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}"), samples, classes)

@@ -112,6 +112,40 @@ def test_ddim_without_clipping_is_the_pipeline_s_as_it_is(tmp_path, monkeypatch)
   assert_one_grey_level(ours(model, sampling.ddim(model.process), 50), theirs(pipeline, num_inference_steps=50))
 
 
+def test_twenty_steps_of_a_solver_are_the_pipeline_s(tmp_path, monkeypatch):
+  write(tmp_path, diffusers.DPMSolverMultistepScheduler(prediction_type="v_prediction"))
+  model = interop.diffusers.load(tmp_path)
+  assert (model.schedule.sampler, model.clip) == ("dpmpp_2m", None)
+  monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+  mine = ours(model, sampling.dpmpp_2m(model.process), 20)
+  assert_one_grey_level(mine, theirs(pipeline, num_inference_steps=20))
+
+
+def test_a_model_conditioned_on_an_image(tmp_path):
+  """More channels in than out, as for super-resolution: the image is given to the denoiser."""
+  model = interop.diffusers.load(write(tmp_path / "a", in_channels=5))
+  assert model.shape == (8, 8, 3)
+  x, image = start(), np.ones((5, 8, 8, 2), np.float32)
+  a, b = (model.denoise(image=value * image)(x, 0.5) for value in (0.0, 1.0))
+  assert a.shape == x.shape
+  assert np.any(a != b)
+  resave(model, tmp_path / "again")
+  assert weights(tmp_path / "a").read_bytes() == weights(tmp_path / "again").read_bytes()
+  assert json.loads((tmp_path / "again" / "unet" / "config.json").read_text())["in_channels"] == 5
+
+
+def test_channels_that_do_not_go_together_are_errors(tmp_path):
+  for index, (changes, message) in enumerate(
+    [
+      ({"out_channels": 6}, "in_channels=3, out_channels=6 and a variance that is fixed"),
+      ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
+    ]
+  ):
+    with pytest.raises(ValueError, match=message):
+      interop.diffusers.load(write(tmp_path / str(index), **changes))
+
+
 def contents(file):
   with safetensors.safe_open(file, "numpy") as opened:
     return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -307,6 +341,9 @@ def test_a_name_on_the_hub_is_read_from_its_cache(copy, tmp_path, monkeypatch):
     ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
     ({"variance_type": "learned"}, "variance_type='learned'"),
     ({"steps_offset": 1}, "steps_offset=1"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, r"\('dpmsolver', 2\)"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}, "solver_type='heun'"),
+    ({"_class_name": "UniPCMultistepScheduler", "use_beta_sigmas": True}, "use_beta_sigmas=True"),
     ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one=False"),
     ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
   ],
@@ -333,12 +370,43 @@ CLASSES = {
 def test_the_process_has_the_scheduler_s_betas(name):
   scheduler = getattr(diffusers, name)(**CLASSES[name])
   bare = {key: value for key, value in scheduler.config.items() if key in CLASSES[name] or key[0] == "_"}
-  for config in (scheduler.config, {"_class_name": name, **bare}):
+  for config in (json.loads(scheduler.to_json_string()), {"_class_name": name, **bare}):
     schedule = schedulers.read(config)
     np.testing.assert_allclose(schedule.betas, scheduler.betas.numpy(), rtol=1e-4, atol=3e-7)
     n = len(schedule.betas)
     alpha_bar = np.asarray(schedule.process().alpha(np.arange(1, n + 1) / n)) ** 2
     np.testing.assert_allclose(alpha_bar, scheduler.alphas_cumprod.numpy(), rtol=1e-3, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "sampler", "spacing"),
+  [
+    ("DPMSolverMultistepScheduler", {}, "dpmpp_2m", "linspace_open"),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}, "dpmpp_2m", "leading_open"),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}, "dpmpp_3m", "karras"),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", "linspace_open"),
+    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "dpmpp_2m", "log_snr"),
+    ("DPMSolverSinglestepScheduler", {}, "dpmpp_2s", "linspace_open"),
+    ("UniPCMultistepScheduler", {}, "unipc", "linspace_open"),
+    ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}, "unipc", "trailing"),
+    ("DEISMultistepScheduler", {}, "deis", "linspace_open"),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", "karras"),
+    ("HeunDiscreteScheduler", {}, "heun", "linspace"),
+  ],
+)
+def test_the_sampler_and_its_grid_are_the_scheduler_s(name, options, sampler, spacing):
+  """The noise levels of the grid are those that the peer steps through."""
+  scheduler = getattr(diffusers, name)(**options)
+  schedule = schedulers.read(json.loads(scheduler.to_json_string()))
+  assert (schedule.sampler, schedule.spacing) == (sampler, spacing)
+  scheduler.set_timesteps(10)
+  process = schedule.process()
+  t = schedule.times(process)(10)[:-1]
+  got = np.asarray(process.sigma(t)) / np.asarray(process.alpha(t))
+  # Solvers list a step's evaluations one by one; ours may make several at one entry of the grid.
+  wanted = scheduler.sigmas.numpy()[:-1][:: 2 if sampler == "heun" else 1]
+  assert len(got) == len(wanted) == 10
+  np.testing.assert_allclose(got, wanted, rtol=1e-3)
 
 
 PROCESSES = {

@@ -175,6 +175,7 @@ def test_models_beyond_the_command_line_are_errors(tmp_path):
   for name, scheduler, changes, message in (
     ("a", diffusers.DDPMScheduler(clip_sample_range=2.0), {}, "clip_sample_range=2"),
     ("b", None, {"class_embed_type": "timestep"}, "class_embed_type"),
+    ("d", None, {"in_channels": 5}, "in_channels=5, conditioned on an image"),
     ("c", None, {"sample_size": (8, 16)}, r"of shape \(8, 16, 3\)"),
   ):
     model = interop.diffusers.load(write(tmp_path / name, scheduler, **changes))

@@ -37,7 +37,7 @@ class Pretrained(NamedTuple):
     prediction: what the network's output means.
     clip: the range that estimates of x_0 are clipped to, such as (-1, 1); None for no clipping.
     times: the scheduler's grid of times: `times(num_steps) -> [num_steps + 1]`.
-    shape: [H, W, C] of the images; None if the config does not say.
+    shape: [H, W, C] of the images that it generates; None if the config does not say.
     schedule: all that the scheduler's config says, its sampler and variance among it.
   """
 
@@ -50,11 +50,15 @@ class Pretrained(NamedTuple):
   shape: tuple[int, int, int] | None
   schedule: schedulers.Schedule
 
-  def denoise(self, classes: jax.Array | None = None) -> Denoise:
-    """`denoise(x_t, t)` for samplers, clipped as the scheduler does; classes [B] for a model that knows them."""
+  def denoise(self, **conditions: Any) -> Denoise:
+    """`denoise(x_t, t)` for samplers, clipped as the scheduler does.
+
+    Args:
+      conditions: what the network is conditioned on, if anything: `classes` [B], `vector` or `image`, as the U-Net takes them.
+    """
 
     def apply(x_t, label):
-      return self.network.apply({"params": self.params}, x_t, label, classes)
+      return self.network.apply({"params": self.params}, x_t, label, **conditions)
 
     denoise = predictions.denoiser(apply, self.process, self.prediction)
     return denoise if self.clip is None else guidance.clip(denoise, *self.clip)
@@ -74,14 +78,21 @@ def load(path: str | Path) -> Pretrained:
   folder = find(path)
   unet_folder, unet_config, scheduler_config = read_configs(folder)
   network, schedule = unet2d.unet_of(unet_config), schedulers.read(scheduler_config)
-  channels = unet2d.complete(unet_config)["in_channels"]
-  learned = schedule.variance == "learned"
-  if network.out_channels != (2 if learned else 1) * channels and network.out_channels >= channels:
+  complete = unet2d.complete(unet_config)
+  given, learned = complete["in_channels"], schedule.variance == "learned"
+  channels = network.out_channels // (2 if learned else 1)
+  # More channels in than out: an image that conditions the model is joined to them.
+  if channels > given or network.out_channels % (2 if learned else 1):
     raise ValueError(
-      f"Got {folder}, with in_channels={channels}, out_channels={network.out_channels} and variance_type"
-      f" {'learned_range' if learned else 'fixed'}; wanted as many channels out as in, or twice as many with learned_range."
+      f"Got {folder}, with in_channels={given}, out_channels={network.out_channels} and a variance that is"
+      f" {'learned' if learned else 'fixed'}; wanted as many channels out as in, or twice as many for a learned_range variance."
     )
-  params = _load_params(unet_folder, network, channels)
+  if network.time_embedding == "fourier":
+    raise ValueError(
+      f"Got {folder}, with time_embedding_type='fourier', which is not finite at step 0 of a {scheduler_config.get('_class_name')};"
+      " load_unet reads the network alone, whose label is the logarithm of the noise level."
+    )
+  params = _load_params(unet_folder, network, given)
   process = schedule.process()
   predictions.check_readable(process, schedule.meaning())
   return Pretrained(
@@ -91,7 +102,7 @@ def load(path: str | Path) -> Pretrained:
     schedule.meaning(),
     None if schedule.clip is None else (-schedule.clip, schedule.clip),
     schedule.times(process),
-    unet2d.image_shape(unet_config),
+    None if complete["sample_size"] is None else (*unet2d.space_of(complete), channels),
     schedule,
   )
 
@@ -220,7 +231,7 @@ def save(
     params: its parameters, as `network.init` gives them under "params".
     process: a discrete process, or a continuous variance-preserving one, which becomes a table of 1000 steps.
     prediction: EPS, X0 or V, with or without learned variance.
-    shape: [H, W, C] of the images.
+    shape: [H, W, C] of the images that it generates.
     clip: the largest magnitude of an estimate of x_0; None for no clipping.
     variance: of ancestral sampling: "small", "large" or "learned".
     spacing: the grid of times that diffusers should use: "trailing", "leading" or "linspace".
@@ -231,7 +242,7 @@ def save(
     ValueError: if the folder is not empty, or diffusers cannot express the network, the process or the prediction.
   """
   folder = check_output(path)
-  unet_config = unet2d.config_of(network, shape)
+  unet_config = unet2d.config_of(network, (*shape[:2], params["conv_in"]["kernel"].shape[-2]))
   scheduler_config = schedulers.config_of(process, prediction, clip=clip, variance=variance, spacing=spacing)
   for part in ("unet", "scheduler"):
     (folder / part).mkdir(parents=True)

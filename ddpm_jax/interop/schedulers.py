@@ -1,5 +1,7 @@
 """diffusers' scheduler configs: the process, the prediction, the clipping, the grid of times and the sampler they stand for."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,27 +17,54 @@ Config = dict[str, Any]
 
 
 class _Kind(NamedTuple):
-  """A scheduler's counterpart among our samplers, and the class's defaults where they differ from DDPMScheduler's."""
+  """A scheduler's counterpart among our samplers, and the class's defaults where they differ from DDPMScheduler's.
+
+  `order` is that of a solver by default, `samplers` which of ours it is by its algorithm and order, and `open_end` whether its
+  grids leave out the step nearest to the data.
+  """
 
   sampler: str
   spacing: str = "linspace"
   clip: bool = False
   betas: tuple[float, float] = (1e-4, 0.02)
+  order: int = 2
+  samplers: Mapping[Any, str] = {}
+  open_end: bool = False
 
 
 _KINDS = {
   "DDPMScheduler": _Kind("ancestral", "leading", True),
   "DDIMScheduler": _Kind("ddim", "leading", True),
-  "DPMSolverMultistepScheduler": _Kind("dpmpp_2m"),
-  "DPMSolverSinglestepScheduler": _Kind("dpmpp_2s"),
-  "UniPCMultistepScheduler": _Kind("unipc"),
-  "DEISMultistepScheduler": _Kind("deis"),
+  "DPMSolverMultistepScheduler": _Kind(
+    "dpmpp_2m",
+    samplers={("dpmsolver++", 1): "ddim", ("dpmsolver++", 3): "dpmpp_3m", ("sde-dpmsolver++", 2): "dpmpp_2m_sde"},
+    open_end=True,
+  ),
+  "DPMSolverSinglestepScheduler": _Kind("dpmpp_2s", samplers={("dpmsolver++", 1): "ddim"}, open_end=True),
+  "UniPCMultistepScheduler": _Kind("unipc", open_end=True),
+  "DEISMultistepScheduler": _Kind("deis", open_end=True),
   "EulerDiscreteScheduler": _Kind("euler"),
   "EulerAncestralDiscreteScheduler": _Kind("euler_ancestral"),
   "HeunDiscreteScheduler": _Kind("heun", betas=(0.00085, 0.012)),
 }
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
+# Options that change what a scheduler computes, with the values that ours computes too.
+_KNOWN = {
+  "thresholding": (False,),
+  "use_flow_sigmas": (False,),
+  "use_dynamic_shifting": (False,),
+  "use_beta_sigmas": (False,),
+  "euler_at_final": (False,),
+  "predict_x0": (True,),
+  "set_alpha_to_one": (True,),
+  "final_sigmas_type": ("zero",),
+  "lambda_min_clipped": (-math.inf,),
+  "timestep_type": ("discrete",),
+  "solver_type": ("midpoint", "bh2", "logrho"),
+}
+# Sigmas that stand for a grid of ours, instead of a spacing of steps.
+_SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log_snr", "use_lu_lambdas": "log_snr"}
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -49,8 +78,9 @@ class Schedule(NamedTuple):
     zero_terminal_snr: whether the betas were rescaled to leave no data at the last step.
     prediction: "eps", "x0" or "v".
     sampler: the name of our sampler.
+    order: of a solver that comes in several.
     variance: of ancestral sampling: "small", "large" or "learned".
-    spacing: the grid of times: "leading", "trailing" or "linspace".
+    spacing: the name of the grid of times.
     clip: the largest magnitude of an estimate of x_0; None for no clipping.
   """
 
@@ -60,6 +90,7 @@ class Schedule(NamedTuple):
   zero_terminal_snr: bool
   prediction: str
   sampler: str
+  order: int
   variance: str
   spacing: str
   clip: float | None
@@ -75,8 +106,10 @@ class Schedule(NamedTuple):
 
   def times(self, process: Process) -> Callable[[int], np.ndarray]:
     """The scheduler's grid of times, a function of the number of steps."""
-    grid = {"leading": sampling.grids.leading, "trailing": sampling.grids.trailing, "linspace": sampling.grids.linspace}
-    return lambda num_steps: grid[self.spacing](process, num_steps)
+    name, open_end = self.spacing.removesuffix("_open"), self.spacing.endswith("_open")
+    grid = getattr(sampling.grids, name)
+    grid = functools.partial(grid, open_end=True) if open_end else grid
+    return lambda num_steps: grid(process, num_steps)
 
 
 def read(config: Mapping[str, Any]) -> Schedule:
@@ -91,12 +124,10 @@ def read(config: Mapping[str, Any]) -> Schedule:
       f"Got a scheduler of class {name}, which has no counterpart here; those that have: {', '.join(_KINDS)}."
     )
   kind = _KINDS[name]
-  for key in ("thresholding", "use_flow_sigmas", "use_dynamic_shifting"):
-    if config.get(key):
-      raise _unsupported(name, key, config[key], False)
-  for key, expected in (("set_alpha_to_one", True), ("steps_offset", 0), ("final_sigmas_type", "zero")):
-    if config.get(key, expected) != expected:
-      raise _unsupported(name, key, config[key], expected)
+  for key, known in _KNOWN.items():
+    if config.get(key, known[0]) not in known:
+      raise _unsupported(name, key, config[key], *known)
+  sampler, order = _sampler(config, name, kind)
   prediction = config.get("prediction_type", "sample" if config.get("predict_epsilon") is False else "epsilon")
   if prediction not in _PREDICTIONS:
     raise _unsupported(name, "prediction_type", prediction, *_PREDICTIONS)
@@ -107,6 +138,11 @@ def read(config: Mapping[str, Any]) -> Schedule:
   spacing = config.get("timestep_spacing", kind.spacing)
   if spacing not in ("leading", "trailing", "linspace"):
     raise _unsupported(name, "timestep_spacing", spacing, "leading", "trailing", "linspace")
+  if spacing == "leading" and config.get("steps_offset", 0):
+    raise _unsupported(name, "steps_offset", config["steps_offset"], 0)
+  if kind.open_end and spacing != "trailing":
+    spacing += "_open"
+  spacing = next((grid for key, grid in _SIGMAS.items() if config.get(key)), spacing)
   betas, schedule, ends = _betas(config, name, kind)
   zero = bool(config.get("rescale_betas_zero_snr"))
   return Schedule(
@@ -115,11 +151,26 @@ def read(config: Mapping[str, Any]) -> Schedule:
     ends=ends,
     zero_terminal_snr=zero,
     prediction=_PREDICTIONS[prediction],
-    sampler=kind.sampler,
+    sampler=sampler,
+    order=order,
     variance=_VARIANCES[variance],
     spacing=spacing,
     clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", kind.clip) else None,
   )
+
+
+def _sampler(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[str, int]:
+  """The name of our sampler and its order."""
+  order = config.get("solver_order", kind.order)
+  if not kind.samplers:
+    return kind.sampler, order
+  algorithm = config.get("algorithm_type", "dpmsolver++")
+  if (algorithm, order) == ("dpmsolver++", kind.order):
+    return kind.sampler, order
+  if (algorithm, order) not in kind.samplers:
+    known = [("dpmsolver++", kind.order), *kind.samplers]
+    raise _unsupported(name, "algorithm_type, solver_order", (algorithm, order), *known)
+  return kind.samplers[algorithm, order], order
 
 
 def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarray, str, tuple[float, float]]:

@@ -100,13 +100,12 @@ def unet_of(given: Mapping[str, Any]) -> UNet:
     center_input=c["center_input_sample"],
     divide_by_sigma=fourier,
   )
-  space = _space(c["sample_size"]) or (2 ** (levels - 1),) * 2
-  network.check_input((*space, c["in_channels"]))
+  network.check_input((*space_of(c), c["in_channels"]))
   return network
 
 
 def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
-  """The config of the `UNet2DModel` that computes what our network does on data [H, W, C]; the inverse of `unet_of`.
+  """The config of the `UNet2DModel` that computes what our network does on an input [H, W, C]; the inverse of `unet_of`.
 
   Raises:
     ValueError: if `UNet2DModel` cannot; it names the option.
@@ -192,11 +191,12 @@ def complete(given: Mapping[str, Any]) -> Config:
   return DEFAULTS | {key: value for key, value in given.items() if key in DEFAULTS}
 
 
-def image_shape(given: Mapping[str, Any]) -> tuple[int, int, int] | None:
-  """[H, W, C] of the images that a model was made for; None if its config does not say."""
-  c = complete(given)
-  space = _space(c["sample_size"])
-  return None if space is None else (*space, c["in_channels"])
+def space_of(config: Config) -> tuple[int, int]:
+  """[H, W] of the images that a model was made for; the smallest that it takes if its config does not say."""
+  size = config["sample_size"]
+  if size is None:
+    size = 2 ** (len(config["block_out_channels"]) - 1)
+  return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def grammar(levels: int) -> tensors.Grammar:
@@ -237,12 +237,6 @@ def modern_names(names) -> dict[str, str]:
   """Old names of attention's projections to today's, for those among `names` that have them."""
   pattern = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\.")
   return {name: new for name in names if (new := pattern.sub(lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name)) != name}
-
-
-def _space(sample_size: Any) -> tuple[int, int] | None:
-  if sample_size is None:
-    return None
-  return (sample_size, sample_size) if isinstance(sample_size, int) else (sample_size[0], sample_size[1])
 
 
 def _kind(name: str) -> str:

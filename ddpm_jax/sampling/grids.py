@@ -59,14 +59,24 @@ def trailing(process: Process, num_steps: int) -> np.ndarray:
   return _steps(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n)
 
 
-def leading(process: Process, num_steps: int) -> np.ndarray:
-  """Steps n = 1, 1 + N//K, ..., backwards, then 0; the last steps of the process may be left out (diffusers' "leading")."""
+def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
+  """Steps n = 1, 1 + N//K, ..., backwards, then 0; the last steps of the process may be left out (diffusers' "leading").
+
+  With `open_end`, it is the grid of K + 1 steps without the one at n = 1, as diffusers' multistep solvers have it.
+  """
+  if open_end:
+    return np.delete(leading(process, num_steps + 1), -2)
   last, n = _discrete(process, num_steps, "leading")
   return _steps((np.arange(num_steps) * (last // num_steps))[::-1] + 1, n)
 
 
-def linspace(process: Process, num_steps: int) -> np.ndarray:
-  """K > 1 steps from N to 1, both included, as near to equal spacing as integers allow, then 0 (diffusers' "linspace")."""
+def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
+  """K > 1 steps from N to 1, both included, as near to equal spacing as integers allow, then 0 (diffusers' "linspace").
+
+  With `open_end`, it is the grid of K + 1 steps without the one at n = 1, as diffusers' multistep solvers have it.
+  """
+  if open_end:
+    return np.delete(linspace(process, num_steps + 1), -2)
   last, n = _discrete(process, num_steps, "linspace", least=2)
   return _steps(np.round(np.linspace(0, last - 1, num_steps))[::-1] + 1, n)
 
