@@ -4,7 +4,7 @@ python -m ddpm_jax.main --config=configs/cifar10_iddpm.py --workdir=/tmp/cifar10
 
 Data as in cifar10_vp.py. 52.5M parameters, time by scale and shift, attention of 4 heads at 16x16 and 8x8.
 Hardware: one GPU or a TPU slice; the paper trained 500,000 steps of 128 images.
-Score: FID 2.90 in the paper, with 50,000 samples against the training set by 4000 steps; not yet repeated with this code.
+Score: FID 3.19 in the paper, with 50,000 samples against the training set by 4000 steps; not yet repeated with this code.
 """
 
 from ddpm_jax.schema import default_config

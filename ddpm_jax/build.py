@@ -80,6 +80,11 @@ def build_process(config: ConfigDict) -> Process:
     "sigmoid": lambda: schedules.sigmoid(n),
     "table": lambda: np.asarray(c.betas, np.float64),
   }
+  if (c.schedule == "table" and len(c.betas) != n) or (c.betas and c.schedule != "table"):
+    raise ValueError(
+      f"Got config.process.schedule={c.schedule!r} with {len(c.betas)} betas and num_steps={n}; wanted as many betas as steps"
+      " with the schedule 'table', and none with another."
+    )
   sigmas = {name: c[name] for name in ("sigma_min", "sigma_max") if c[name]}
 
   def discrete():

@@ -67,12 +67,9 @@ def main(argv: list[str]) -> None:
     model = pretrained.load(_PRETRAINED.value)
     config = pretrained.adopt(schema.config_of_run(_CONFIG.value or schema.default_config(), folder), model)
     if _CONFIG.value is None:
-      config = pretrained.adopt_sampling(config, model)
+      config = pretrained.adopt_sampling(config, model, _SAMPLER.value)
   if _SAMPLER.value is not None:
-    name = schema.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
-    if model is not None and name != config.sampling.sampler:
-      config.sampling.grid = ""  # the scheduler's grid is for its own sampler
-    config.sampling.sampler = name
+    config.sampling.sampler = schema.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
   if _NUM_STEPS.value is not None:
     config.sampling.num_steps = _NUM_STEPS.value
   schema.check_config(config)

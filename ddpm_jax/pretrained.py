@@ -48,7 +48,7 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
       f"Got a model of {model.shape[2]} channels with in_channels={model.params['conv_in']['kernel'].shape[-2]}, conditioned on an"
       " image, which the command line cannot give it; use interop.diffusers.load from Python."
     )
-  config = ConfigDict(config)
+  config = ConfigDict(config.to_dict())
   config.data.image_size, config.data.channels = model.shape[0], model.shape[2]
   config.network.update(_network_keys(network, model.shape[0]) | {name: config.network[name] for name in _FREE})
   n = len(schedule.betas)
@@ -78,24 +78,26 @@ def _network_keys(network: Any, size: int) -> dict[str, Any]:
   return keys | {"attention_resolutions": tuple(size // 2**level for level in network.attention_levels)}
 
 
-def adopt_sampling(config: ConfigDict, model: Pretrained) -> ConfigDict:
-  """The config with the sampler, the grid and the number of steps that a pretrained model's scheduler stands for."""
-  schedule, config = model.schedule, ConfigDict(config)
-  config.sampling.update(
-    {
-      "sampler": schedule.sampler,
-      "order": schedule.order,
-      "grid": schedule.spacing,
-      "variance": schedule.variance,
-      "num_steps": len(schedule.betas) if schedule.sampler == "ancestral" else min(50, len(schedule.betas)),
-    }
-  )
+def adopt_sampling(config: ConfigDict, model: Pretrained, sampler: str | None) -> ConfigDict:
+  """The config with what a pretrained model's scheduler stands for: sampler, grid, steps; only steps if `sampler` is another."""
+  schedule, config = model.schedule, ConfigDict(config.to_dict())
+  own = sampler in (None, schedule.sampler)
+  config.sampling.sampler = sampler or schedule.sampler
+  config.sampling.variance = schedule.variance
+  config.sampling.grid = schedule.spacing if own else ""
+  if own and schedule.order is not None:
+    config.sampling.order = schedule.order
+  steps = len(schedule.betas)
+  config.sampling.num_steps = steps if config.sampling.sampler == "ancestral" else min(50, steps)
   return config
 
 
-def adopt_run(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
-  """The config with what the run in a folder took from the model that it started from."""
-  config, old = ConfigDict(config), ConfigDict(saved)
+def adopt_run(config: ConfigDict, folder: Path) -> ConfigDict:
+  """The config with what the run in a folder took from the model that it started from, if the config starts from it too."""
+  saved = workdir.read_config(folder)
+  if not config.get("init_from") or saved is None or saved.get("init_from") != config.init_from:
+    return config
+  config, old = ConfigDict(config.to_dict()), ConfigDict(saved)
   for name in _MODEL:
     if isinstance(config[name], ConfigDict):
       config[name].update({key: value for key, value in old[name].items() if name != "network" or key not in _FREE})
@@ -105,9 +107,21 @@ def adopt_run(config: ConfigDict, saved: dict[str, Any]) -> ConfigDict:
   return config
 
 
+def changes(before: ConfigDict, after: ConfigDict) -> list[str]:
+  """The keys whose values differ, for people to read."""
+  old, new = (workdir.flatten(config.to_dict()) for config in (before, after))
+  lines = [(key, str(old[key]), str(new[key])) for key in sorted(old) if list_of(old[key]) != list_of(new[key])]
+  return [f"{key}: {b[:60]} instead of {a[:60]}" for key, a, b in lines]
+
+
+def list_of(value: Any) -> Any:
+  """JSON has lists only."""
+  return list(value) if isinstance(value, tuple) else value
+
+
 def check_data(config: ConfigDict, model: Pretrained) -> None:
   """Raises a ValueError unless the config's images have the shape that the model takes."""
-  if model.shape is not None and build.image_shape(config) != model.shape:
+  if build.image_shape(config) != model.shape:
     raise ValueError(
       f"Got config.init_from={config.init_from!r}, a model of images of {model.shape}, and data of {build.image_shape(config)}; wanted"
       " one shape. Set --config.data.image_size and --config.data.channels."
@@ -154,7 +168,15 @@ def of_run(config: ConfigDict, folder: Path, *, resuming: bool) -> tuple[ConfigD
     return config, None
   saved = workdir.read_config(folder)
   if resuming and saved is not None and saved.get("init_from") == config.init_from:
-    return adopt_run(config, saved), None
+    return adopt_run(config, folder), None
   model = load(config.init_from)
+  if model.shape is None:  # the folder does not say: the data do
+    model = model._replace(shape=build.image_shape(config))
   check_data(config, model)
+  classes = config.network.num_classes
+  if classes and classes != model.network.num_classes:
+    raise ValueError(
+      f"Got config.network.num_classes={classes} with config.init_from={config.init_from!r}, a model of"
+      f" {model.network.num_classes} classes; wanted the same number, or leave it out."
+    )
   return adopt(config, model), model

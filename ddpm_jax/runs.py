@@ -46,6 +46,7 @@ def run_train(config: ConfigDict, folder: Path) -> None:
     ValueError: if the config or the folder does not allow it.
   """
   resuming = checkpoint.Checkpoints.exist(workdir.checkpoint_folder(folder))
+  asked = config
   config, model = pretrained.of_run(config, folder, resuming=resuming)
   workdir.check_same_run(folder, config.to_dict())
   mesh, c = parallel.data_mesh(), config.training
@@ -62,7 +63,8 @@ def run_train(config: ConfigDict, folder: Path) -> None:
   say(f"{len(source):,} training images of {'x'.join(map(str, shape))}, {len(held_out or ()):,} held out")
   say(f"{num_params:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
   if config.init_from:
-    say(f"network, process and prediction from {config.init_from}")
+    taken = pretrained.changes(asked, config)
+    say("\n  ".join([f"network, process and prediction from {config.init_from}{':' if taken else ''}", *taken]))
   if not resuming:
     workdir.write_config(folder, config.to_dict())
   checkpoints = checkpoint.Checkpoints(workdir.checkpoint_folder(folder), c.keep_checkpoints)
@@ -129,8 +131,7 @@ def run_eval(config: ConfigDict, folder: Path, *, seed: int) -> None:
   Raises:
     ValueError: if there is no checkpoint, or the config does not allow it.
   """
-  mesh = parallel.data_mesh()
-  _check_trained(config, folder)
+  mesh, config = parallel.data_mesh(), _trained(config, folder)
   build.build_generate(config, mesh)
   source, held_out = build.build_data(config)
   if held_out is None:
@@ -157,10 +158,8 @@ def run_sample(
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; wanted at least 1.")
   mesh = parallel.data_mesh()
-  if model is None:
-    _check_trained(config, folder)
+  config = _trained(config, folder) if model is None else ConfigDict(config.to_dict())
   classes = build.build_labels(config, labels, num_samples)
-  config = ConfigDict(config)
   # No more than are wanted at a time: a sample does not depend on the batch.
   config.sampling.batch_size = min(config.sampling.batch_size, -(-num_samples // mesh.size) * mesh.size)
   generate = build.build_generate(config, mesh)
@@ -184,7 +183,7 @@ def run_export(config: ConfigDict, folder: Path, output: Path, *, ema: bool) -> 
   Raises:
     ValueError: if there is no checkpoint, diffusers cannot express the model, or the output folder is not empty.
   """
-  _check_trained(config, folder)
+  config = _trained(config, folder)
   pretrained.check_output(output)
   state = _restore(config, folder, parallel.data_mesh())
   params = optim.ema_params(state.opt_state) if ema else state.params
@@ -236,12 +235,16 @@ def _restore(config: ConfigDict, folder: Path, mesh: jax.sharding.Mesh) -> train
   return state
 
 
-def _check_trained(config: ConfigDict, folder: Path) -> None:
+def _trained(config: ConfigDict, folder: Path) -> ConfigDict:
+  """The config of the finished or unfinished run in a folder; a ValueError if there is none, or it is another's."""
   if not checkpoint.Checkpoints.exist(workdir.checkpoint_folder(folder)):
     raise ValueError(
       f"Got --workdir={folder}, which holds no checkpoint; wanted the folder of a run. Train first: --mode=train."
     )
+  # A copy: what is changed of it is not the caller's.
+  config = pretrained.adopt_run(ConfigDict(config.to_dict()), folder)
   workdir.check_same_run(folder, config.to_dict())
+  return config
 
 
 def _check_evaluation(config: ConfigDict, source: data.Source, held_out: data.Source | None) -> None:

@@ -147,7 +147,7 @@ def config_of_run(given: ConfigDict | None, folder: Path) -> ConfigDict:
     ValueError: if there is neither, or the given one is no ConfigDict.
   """
   if isinstance(given, ConfigDict):
-    return ConfigDict(given)
+    return ConfigDict(given.to_dict())
   if given is not None:
     raise ValueError(
       f"Got a config file whose get_config() gives a {type(given).__name__}; wanted a ConfigDict. Start from schema.default_config()."

@@ -64,7 +64,7 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
         " Restore the file, or use another --workdir."
       )
     return
-  before, now = _flatten(old), _flatten(json.loads(json.dumps(config)))
+  before, now = flatten(old), flatten(json.loads(json.dumps(config)))
   names = [
     name for name in sorted({*before, *now}) if not name.startswith(_MAY_CHANGE) and before.get(name) != now.get(name)
   ]
@@ -90,11 +90,12 @@ def check_writable(workdir: Path) -> None:
     ) from error
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The values of nested keys by their dotted names."""
   flat: dict[str, Any] = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{name}.")
+      flat |= flatten(value, f"{prefix}{name}.")
     else:
       flat[prefix + name] = value
   return flat

@@ -29,6 +29,8 @@ from tests.recipes import tiny_config
     ("sampling.grid", "trail", "Did you mean 'trailing'"),
     ("sampling.num_steps", 2000, "num_steps=2000"),
     ("data.source", "digit", "Did you mean 'digits'"),
+    ("process.betas", (0.1, 0.2), "none with another"),
+    ("process.schedule", "table", "0 betas and num_steps=1000"),
     ("data.channels", 3, "shape \\(8, 8, 1\\)"),
     ("data.image_size", 16, "attention_resolutions=\\(4,\\) for images of 16"),
     ("data.hold_out", 5000, "hold_out=5000"),

@@ -135,6 +135,13 @@ def test_a_model_conditioned_on_an_image(tmp_path):
   assert json.loads((tmp_path / "again" / "unet" / "config.json").read_text())["in_channels"] == 5
 
 
+def test_the_image_is_centered_with_the_input(tmp_path):
+  model = interop.diffusers.load(write(tmp_path, in_channels=5, center_input_sample=True))
+  x, image, label = start(), np.ones((5, 8, 8, 2), np.float32), np.ones(5, np.float32)
+  joined = model.network.apply({"params": model.params}, np.concatenate([x, image], -1), label)
+  np.testing.assert_allclose(model.network.apply({"params": model.params}, x, label, image=image), joined, atol=1e-5)
+
+
 def test_channels_that_do_not_go_together_are_errors(tmp_path):
   for index, (changes, message) in enumerate(
     [
@@ -344,6 +351,14 @@ def test_a_name_on_the_hub_is_read_from_its_cache(copy, tmp_path, monkeypatch):
     ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, r"\('dpmsolver', 2\)"),
     ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}, "solver_type='heun'"),
     ({"_class_name": "UniPCMultistepScheduler", "use_beta_sigmas": True}, "use_beta_sigmas=True"),
+    ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, r"disable_corrector=\[0\]"),
+    ({"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.1}, "sigma_min=0.1"),
+    ({"_class_name": "DPMSolverSinglestepScheduler"}, "class DPMSolverSinglestepScheduler"),
+    ({"new_option": "on"}, "new_option='on'"),
+    ({"num_train_timesteps": None}, "num_train_timesteps=None; wanted int"),
+    ({"beta_start": "low"}, "beta_start='low'; wanted int or float"),
+    ({"clip_sample_range": None}, "clip_sample_range=None"),
+    ({"variance_type": 1}, "variance_type=1"),
     ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one=False"),
     ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
   ],
@@ -357,7 +372,6 @@ CLASSES = {
   "DDPMScheduler": {"beta_schedule": "sigmoid"},
   "DDIMScheduler": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
   "DPMSolverMultistepScheduler": {"beta_schedule": "squaredcos_cap_v2"},
-  "DPMSolverSinglestepScheduler": {"beta_schedule": "scaled_linear"},
   "UniPCMultistepScheduler": {"num_train_timesteps": 300},
   "DEISMultistepScheduler": {"beta_end": 0.01},
   "EulerDiscreteScheduler": {},
@@ -386,7 +400,6 @@ def test_the_process_has_the_scheduler_s_betas(name):
     ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}, "dpmpp_3m", "karras"),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", "linspace_open"),
     ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "dpmpp_2m", "log_snr"),
-    ("DPMSolverSinglestepScheduler", {}, "dpmpp_2s", "linspace_open"),
     ("UniPCMultistepScheduler", {}, "unipc", "linspace_open"),
     ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}, "unipc", "trailing"),
     ("DEISMultistepScheduler", {}, "deis", "linspace_open"),
@@ -450,11 +463,50 @@ def test_a_continuous_model_becomes_a_table_at_its_labels():
 
 
 @pytest.mark.parametrize("process", [processes.ve(), processes.edm(), processes.rectified_flow(), processes.sub_vp()])
-def test_processes_that_diffusers_lacks_are_errors(process, tmp_path):
-  network = UNet(channels=8, multipliers=(1,), attention_levels=(), groups=4)
+def test_processes_that_diffusers_lacks_are_errors(process):
   with pytest.raises(ValueError, match="cannot sample"):
-    interop.diffusers.save(tmp_path / "a", network, {}, process, predictions.EPS, shape=(8, 8, 3))
+    schedulers.config_of(process, predictions.EPS)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"spacing": "linspace_open"}, "spacing='linspace_open'"),
+    ({"variance": "big"}, "variance='big'; wanted 'small' or 'large'"),
+    ({"variance": "learned"}, "variance='learned'"),
+    ({"clip": -1.0}, "clip=-1"),
+    ({"prediction": predictions.SCORE}, "wanted EPS, X0 or V"),
+    ({"prediction": predictions.learned_range(predictions.EPS)}, "wanted 6, twice the channels"),
+    ({"shape": (8, 8, 1)}, "out_channels=3 for images of"),
+  ],
+)
+def test_what_diffusers_could_not_open_is_not_written(options, message, tmp_path):
+  network = UNet(channels=8, multipliers=(1,), attention_levels=(), groups=4)
+  params = {"conv_in": {"kernel": np.zeros((3, 3, 3, 8))}}
+  arguments = {"process": PROCESSES["linear"](), "prediction": predictions.EPS, "shape": (8, 8, 3)} | options
+  with pytest.raises(ValueError, match=message):
+    interop.diffusers.save(tmp_path / "a", network, params, **arguments)
   assert not (tmp_path / "a").exists()
+
+
+def test_cards_show_what_works(folder, tmp_path):
+  """Only what a pipeline of diffusers can sample is shown sampled by it."""
+  for name, changes, shown in (
+    ("plain", {}, {"DDPMPipeline", "DDIMPipeline"}),
+    ("learned", {"out_channels": 6}, {"DDPMPipeline"}),
+    ("classes", {"num_class_embeds": 3}, set()),
+    ("image", {"in_channels": 5}, set()),
+  ):
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range") if name == "learned" else None
+    resave(interop.diffusers.load(write(tmp_path / name, scheduler, **changes)), tmp_path / f"{name}2")
+    card = (tmp_path / f"{name}2" / "README.md").read_text()
+    assert {kind for kind in ("DDPMPipeline", "DDIMPipeline") if f"{kind}.from_pretrained" in card} == shown
+
+
+def test_sharded_weights_are_named(copy):
+  weights(copy).rename(copy / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors")
+  with pytest.raises(ValueError, match=r"There are .*00001-of-00002\.safetensors: save the model anew, as one file"):
+    interop.diffusers.load(copy)
 
 
 def test_outputs_are_not_overwritten(folder, tmp_path):

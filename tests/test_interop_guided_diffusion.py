@@ -89,6 +89,14 @@ def test_the_unet_is_the_peer_s(name, tmp_path):
   compare(model, network, params, classes=np.array([0, 6, 3]) if network.num_classes else None)
 
 
+def test_files_of_parameters_that_want_gradients_are_read(tmp_path):
+  """As that code's trainer writes its averaged weights."""
+  model = UNetModel(**SMALL)
+  torch.save(dict(model.named_parameters()), tmp_path / "ema.pt")
+  _, params = interop.guided_diffusion.load(tmp_path / "ema.pt", heads=1)
+  np.testing.assert_array_equal(params["conv_in"]["bias"], model.input_blocks[0][0].bias.detach().numpy())
+
+
 def test_super_resolution_takes_the_image_beside_the_input(tmp_path):
   model = awake(SuperResModel(**(SMALL | ADM)))
   safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")

@@ -223,7 +223,7 @@ def test_in_bfloat16_parameters_statistics_and_softmax_are_float32(options):
 
 @pytest.mark.parametrize("policy", ["full", "dots_saveable"])
 def test_rematerialization_changes_memory_and_not_gradients(policy):
-  plain = UNet(out_channels=1, **(SMALL | {"attention_levels": (), "middle_attention": False, "dropout": 0.2}))
+  plain = UNet(out_channels=1, **(SMALL | {"attention_levels": (0, 1), "dropout": 0.2}))
   params, x, label = awake(init(plain, (8, 8), 1)), noise(8, 8, 8, 1), jnp.arange(8.0)
 
   def loss_of(network):
@@ -242,7 +242,8 @@ def test_rematerialization_changes_memory_and_not_gradients(policy):
   before, after = (jax.jit(jax.grad(loss_of(network)))(params) for network in (plain, changed))
   for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 1e-6)
-  assert kept(changed) < 0.5 * kept(plain)
+  # Attention's weights, the largest of all, are among what is not kept.
+  assert kept(changed) < (0.3 if policy == "full" else 0.6) * kept(plain)
 
 
 def test_attention_by_name_is_attention():
@@ -284,6 +285,8 @@ def test_conditions_that_do_not_fit_are_errors():
     ({}, {"vector": jnp.zeros((2, 3))}, "Got a vector"),
     ({"vector_embedding": "dense"}, {}, "Got no vector"),
     ({"vector_embedding": "identity"}, {"vector": jnp.zeros((2, 3))}, r"wanted \(2, 32\)"),
+    ({}, {"augmentation": jnp.zeros((2, 3))}, "augmentation_features=0"),
+    ({"augmentation_features": 9}, {"augmentation": jnp.zeros((2, 3))}, r"wanted \(2, 9\)"),
     ({}, {"image": jnp.zeros((2, 4, 4, 1))}, r"Got an image of shape \(2, 4, 4, 1\)"),
     ({"dimensions": 1}, {}, "dimensions=1"),
   ):

@@ -93,7 +93,9 @@ def test_training_starts_from_a_folder_and_goes_on_without_it(exported, tmp_path
   flags += ["--config.prediction=eps", "--config.optimizer.learning_rate=1e-12"]
   code, output = call(*flags, "--config.training.steps=3")
   assert code == 0, output
-  assert f"network, process and prediction from {source}" in output
+  assert f"network, process and prediction from {source}:" in output
+  assert "network.channels: 8 instead of 16" in output
+  assert "prediction: v instead of eps" in output
   saved = json.loads((tmp_path / "run" / "config.json").read_text())
   assert (saved["network"]["channels"], saved["prediction"]) == (8, "v")
   code, output = call("--mode=export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'tuned'}")
@@ -103,6 +105,9 @@ def test_training_starts_from_a_folder_and_goes_on_without_it(exported, tmp_path
   # So small a learning rate leaves the parameters where they began.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
   shutil.rmtree(source)
+  # The recipe's own keys stand back for the run's in every mode.
+  code, output = call(*flags, "--mode=sample", "--num_samples=2", "--config.sampling.eta=0.5")
+  assert code == 0, output
   code, output = call(*flags, "--config.training.steps=5")
   assert code == 0, output
   assert "resuming from the checkpoint of step 3" in output
@@ -159,7 +164,7 @@ def test_a_config_says_all_that_a_folder_says(name, tmp_path):
   from ddpm_jax import build
 
   model = interop.diffusers.load(write(tmp_path, SCHEDULERS[name], **ADOPTED[name]))
-  config = pretrained.adopt_sampling(pretrained.adopt(schema.default_config(), model), model)
+  config = pretrained.adopt_sampling(pretrained.adopt(schema.default_config(), model), model, None)
   schema.check_config(config)
   assert build.build_network(config) == model.network.clone(dropout=0.1)
   assert build.build_prediction(config) == model.prediction
@@ -168,6 +173,32 @@ def test_a_config_says_all_that_a_folder_says(name, tmp_path):
   process = build.build_process(config)
   np.testing.assert_allclose(process.alpha(times), model.process.alpha(times), rtol=1e-6)
   np.testing.assert_array_equal(build.build_grid(config, process), model.times(config.sampling.num_steps))
+
+
+def test_another_sampler_has_its_own_defaults(tmp_path):
+  model = interop.diffusers.load(write(tmp_path, diffusers.UniPCMultistepScheduler()))
+  own = pretrained.adopt_sampling(schema.default_config(), model, "unipc").sampling
+  assert (own.order, own.grid, own.num_steps) == (2, "linspace_open", 50)
+  other = pretrained.adopt_sampling(schema.default_config(), model, "deis").sampling
+  assert (other.order, other.grid, other.num_steps) == (3, "", 50)
+
+
+def test_classes_that_the_model_lacks_are_an_error(exported, tmp_path):
+  code, output = call(
+    RECIPE, f"--config.init_from={exported}", "--config.network.num_classes=10", f"--workdir={tmp_path / 'a'}"
+  )
+  assert_refused(code, output, "num_classes=10 .*a model of 0 classes")
+
+
+def test_a_folder_without_a_size_takes_the_data_s(tmp_path):
+  write(tmp_path, in_channels=1, out_channels=1)
+  file = tmp_path / "unet" / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
+  config = tiny_config()
+  config.init_from = str(tmp_path)
+  adopted, model = pretrained.of_run(config, tmp_path / "none", resuming=False)
+  assert adopted.data.image_size == 8
+  assert model.network.channels == adopted.network.channels == 16
 
 
 def test_models_beyond_the_command_line_are_errors(tmp_path):

@@ -171,22 +171,21 @@ def find(path: str | Path) -> Path:
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
 
   try:
-    fetched = fetch("*.json", "*.safetensors")
+    fetched = fetch("*.json", f"*{_WEIGHTS}.safetensors")
     # Pickles only where there is nothing better.
-    return fetched if any(fetched.rglob("*.safetensors")) else fetch("*.json", "*.bin")
+    return fetched if any(fetched.rglob(f"{_WEIGHTS}.safetensors")) else fetch("*.json", f"*{_WEIGHTS}.bin")
   except Exception as error:
-    first = str(error).strip().splitlines()[0]
-    raise ValueError(f"Got {name}, which is no folder, and cannot be fetched from the hub: {first}") from error
+    raise ValueError(
+      f"Got {name}, which is no folder, and cannot be fetched from the hub: {tensors.first_line(error)}"
+    ) from error
 
 
 def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
   files = [folder / f"{_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
   found = [file for file in files if file.is_file()]
   if not found:
-    others = sorted(
-      file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".index.json", ".msgpack")
-    )
-    hint = f" There are: {', '.join(others)}." if others else ""
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
+    hint = f" There are {', '.join(others)}: save the model anew, as one file without a variant." if others else ""
     raise ValueError(f"Got {folder}, which holds no weights; wanted {files[0].name} or {files[1].name} there.{hint}")
   file = tensors.Tensors(found[0])
   return tensors.load(
@@ -225,6 +224,9 @@ def save(
 ) -> None:
   """Writes a folder that `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` open, and `load` too.
 
+  diffusers' pipelines pass no condition to a network, and its DDIMPipeline samples no model with learned variance: such
+  models open there, to be sampled by other code.
+
   Args:
     path: the folder, new or empty.
     network: the U-Net.
@@ -242,6 +244,12 @@ def save(
     ValueError: if the folder is not empty, or diffusers cannot express the network, the process or the prediction.
   """
   folder = check_output(path)
+  wanted = shape[2] * (2 if prediction.learned_variance else 1)
+  if network.out_channels != wanted:
+    raise ValueError(
+      f"Got a network of out_channels={network.out_channels} for images of {shape}; wanted {wanted}"
+      f"{', twice the channels, for a learned variance' if prediction.learned_variance else ''}."
+    )
   unet_config = unet2d.config_of(network, (*shape[:2], params["conv_in"]["kernel"].shape[-2]))
   scheduler_config = schedulers.config_of(process, prediction, clip=clip, variance=variance, spacing=spacing)
   for part in ("unet", "scheduler"):
@@ -300,25 +308,31 @@ def _card(
     f" {scheduler_config['num_train_timesteps']} steps.",
     "",
   ]
-  if network.num_classes:
+  learned = scheduler_config["variance_type"] == "learned_range"
+  conditioned = network.num_classes or network.vector_embedding or params["conv_in"]["kernel"].shape[-2] != shape[2]
+  if conditioned:
     lines += [
-      f"It knows {network.num_classes} classes, which diffusers' pipeline does not pass on: call `pipeline.unet(x, t, class_labels)`.",
+      "It is conditioned, which diffusers' pipelines do not pass on: call `pipeline.unet(x, t, class_labels)`.",
       "",
     ]
   else:
+    ddim = [
+      "from diffusers import DDIMPipeline",
+      "",
+      f'images = DDIMPipeline.from_pretrained("<this folder>")(batch_size=16, num_inference_steps=50{clipped}).images',
+    ]
     lines += [
       "```python",
-      "from diffusers import DDIMPipeline, DDPMPipeline",
+      "from diffusers import DDPMPipeline",
       "",
       'images = DDPMPipeline.from_pretrained("<this folder>")(batch_size=16).images',
-      f'images = DDIMPipeline.from_pretrained("<this folder>")(batch_size=16, num_inference_steps=50{clipped}).images',
+      *([] if learned else ["", *ddim]),
       "```",
       "",
     ]
-  if clipped:
+  if clipped and not conditioned and not learned:
     lines += [
-      "`use_clipped_model_output=True` derives the noise anew from the clipped estimate of the image, as ddpm_jax does. Values below"
-      " -1 and above 1 are clipped.",
+      "`use_clipped_model_output=True` derives the noise anew from the clipped estimate of the image, as ddpm_jax does.",
       "",
     ]
   lines += [

@@ -1,4 +1,9 @@
-"""diffusers' scheduler configs: the process, the prediction, the clipping, the grid of times and the sampler they stand for."""
+"""diffusers' scheduler configs: the process, the prediction, the clipping, the grid of times and the sampler they stand for.
+
+The sampler is the same rule on the same grid, but for details. The clipped estimate of x_0 gives the noise too (diffusers: only
+where asked). Euler and Heun on linspace round to whole steps, which diffusers does not. DEIS goes to 0, where diffusers
+stops one step before. Rules of the third order start and end as in `sampling`.
+"""
 
 import functools
 import math
@@ -10,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import predictions, processes, sampling, schedules
+from ddpm_jax.interop import tensors
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 
@@ -27,7 +33,7 @@ class _Kind(NamedTuple):
   spacing: str = "linspace"
   clip: bool = False
   betas: tuple[float, float] = (1e-4, 0.02)
-  order: int = 2
+  order: int | None = None
   samplers: Mapping[Any, str] = {}
   open_end: bool = False
 
@@ -37,20 +43,21 @@ _KINDS = {
   "DDIMScheduler": _Kind("ddim", "leading", True),
   "DPMSolverMultistepScheduler": _Kind(
     "dpmpp_2m",
+    order=2,
     samplers={("dpmsolver++", 1): "ddim", ("dpmsolver++", 3): "dpmpp_3m", ("sde-dpmsolver++", 2): "dpmpp_2m_sde"},
     open_end=True,
   ),
-  "DPMSolverSinglestepScheduler": _Kind("dpmpp_2s", samplers={("dpmsolver++", 1): "ddim"}, open_end=True),
-  "UniPCMultistepScheduler": _Kind("unipc", open_end=True),
-  "DEISMultistepScheduler": _Kind("deis", open_end=True),
+  "UniPCMultistepScheduler": _Kind("unipc", order=2, open_end=True),
+  "DEISMultistepScheduler": _Kind("deis", order=2, open_end=True),
   "EulerDiscreteScheduler": _Kind("euler"),
   "EulerAncestralDiscreteScheduler": _Kind("euler_ancestral"),
   "HeunDiscreteScheduler": _Kind("heun", betas=(0.00085, 0.012)),
 }
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
+_SPACINGS = ("leading", "trailing", "linspace")
 # Options that change what a scheduler computes, with the values that ours computes too.
-_KNOWN = {
+_KNOWN: dict[str, tuple] = {
   "thresholding": (False,),
   "use_flow_sigmas": (False,),
   "use_dynamic_shifting": (False,),
@@ -58,11 +65,46 @@ _KNOWN = {
   "euler_at_final": (False,),
   "predict_x0": (True,),
   "set_alpha_to_one": (True,),
+  "lower_order_final": (True,),
   "final_sigmas_type": ("zero",),
   "lambda_min_clipped": (-math.inf,),
   "timestep_type": ("discrete",),
+  "interpolation_type": ("linear",),
   "solver_type": ("midpoint", "bh2", "logrho"),
+  "disable_corrector": ([],),
+  "solver_p": (None,),
+  "sigma_min": (None,),
+  "sigma_max": (None,),
+  "shift_terminal": (None,),
 }
+# Options that are read below, and those that only matter together with one of the above.
+_READ: dict[str, tuple[type, ...]] = {
+  "num_train_timesteps": (int,),
+  "timesteps": (int,),
+  "beta_start": (int, float),
+  "beta_end": (int, float),
+  "beta_schedule": (str,),
+  "trained_betas": (list, tuple, type(None)),
+  "rescale_betas_zero_snr": (bool,),
+  "prediction_type": (str,),
+  "predict_epsilon": (bool, type(None)),
+  "variance_type": (str, type(None)),
+  "clip_sample": (bool,),
+  "clip_sample_range": (int, float),
+  "timestep_spacing": (str,),
+  "steps_offset": (int,),
+  "solver_order": (int,),
+  "algorithm_type": (str,),
+}
+_IDLE = (
+  "dynamic_thresholding_ratio",
+  "sample_max_value",
+  "flow_shift",
+  "time_shift_type",
+  "tensor_format",
+  "timestep_values",
+  "skip_prk_steps",
+)
 # Sigmas that stand for a grid of ours, instead of a spacing of steps.
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log_snr", "use_lu_lambdas": "log_snr"}
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -78,7 +120,7 @@ class Schedule(NamedTuple):
     zero_terminal_snr: whether the betas were rescaled to leave no data at the last step.
     prediction: "eps", "x0" or "v".
     sampler: the name of our sampler.
-    order: of a solver that comes in several.
+    order: of a solver that comes in several; None for others.
     variance: of ancestral sampling: "small", "large" or "learned".
     spacing: the name of the grid of times.
     clip: the largest magnitude of an estimate of x_0; None for no clipping.
@@ -90,7 +132,7 @@ class Schedule(NamedTuple):
   zero_terminal_snr: bool
   prediction: str
   sampler: str
-  order: int
+  order: int | None
   variance: str
   spacing: str
   clip: float | None
@@ -124,9 +166,13 @@ def read(config: Mapping[str, Any]) -> Schedule:
       f"Got a scheduler of class {name}, which has no counterpart here; those that have: {', '.join(_KINDS)}."
     )
   kind = _KINDS[name]
-  for key, known in _KNOWN.items():
-    if config.get(key, known[0]) not in known:
-      raise _unsupported(name, key, config[key], *known)
+  tensors.check_types(config, _READ, name)
+  for key, value in config.items():
+    if key in _KNOWN and value not in _KNOWN[key]:
+      raise _unsupported(name, key, value, *_KNOWN[key])
+    idle = key in (*_KNOWN, *_READ, *_IDLE, *_SIGMAS) or key.startswith("_") or value in (None, False)
+    if not idle:
+      raise _unsupported(name, key, value, None)
   sampler, order = _sampler(config, name, kind)
   prediction = config.get("prediction_type", "sample" if config.get("predict_epsilon") is False else "epsilon")
   if prediction not in _PREDICTIONS:
@@ -136,8 +182,8 @@ def read(config: Mapping[str, Any]) -> Schedule:
   if variance not in _VARIANCES:
     raise _unsupported(name, "variance_type", variance, *_VARIANCES)
   spacing = config.get("timestep_spacing", kind.spacing)
-  if spacing not in ("leading", "trailing", "linspace"):
-    raise _unsupported(name, "timestep_spacing", spacing, "leading", "trailing", "linspace")
+  if spacing not in _SPACINGS:
+    raise _unsupported(name, "timestep_spacing", spacing, *_SPACINGS)
   if spacing == "leading" and config.get("steps_offset", 0):
     raise _unsupported(name, "steps_offset", config["steps_offset"], 0)
   if kind.open_end and spacing != "trailing":
@@ -159,9 +205,9 @@ def read(config: Mapping[str, Any]) -> Schedule:
   )
 
 
-def _sampler(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[str, int]:
+def _sampler(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[str, int | None]:
   """The name of our sampler and its order."""
-  order = config.get("solver_order", kind.order)
+  order = None if kind.order is None else config.get("solver_order", kind.order)
   if not kind.samplers:
     return kind.sampler, order
   algorithm = config.get("algorithm_type", "dpmsolver++")
@@ -221,8 +267,13 @@ def config_of(
   kinds = {predictions.EPS: "epsilon", predictions.X0: "sample", predictions.V: "v_prediction"}
   if plain not in kinds:
     raise ValueError("Got a prediction that diffusers' discrete schedulers do not know; wanted EPS, X0 or V.")
-  if variance == "learned" and not prediction.learned_variance:
-    raise ValueError("Got variance='learned' for a prediction without it; wanted 'small' or 'large'.")
+  ours = ("learned",) if prediction.learned_variance else ("small", "large")
+  if variance not in _VARIANCES.values() or (variance == "learned" and not prediction.learned_variance):
+    raise ValueError(f"Got variance={variance!r}; wanted {' or '.join(map(repr, ours))} for this prediction.")
+  if spacing not in _SPACINGS:
+    raise ValueError(f"Got spacing={spacing!r}; wanted {', '.join(_SPACINGS)}, which diffusers knows.")
+  if clip is not None and not clip > 0:
+    raise ValueError(f"Got clip={clip}; wanted it above 0, such as 1, or None for no clipping.")
   betas = betas_of(process)
   schedule, ends, zero = _name(betas)
   return {

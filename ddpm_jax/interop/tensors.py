@@ -56,7 +56,7 @@ class Tensors:
     """The named tensors in the file's order, float32, each read when its turn comes."""
     if self._pickled is not None:
       for name in names:
-        yield name, self._pickled.pop(name).float().numpy()
+        yield name, self._pickled.pop(name).detach().float().numpy()
       return
     file, read = self._open(), 0
     for name in (name for name in self.shapes if name in names):
@@ -95,10 +95,14 @@ def _unpickle(path: Path) -> dict[str, Any]:
   return dict(loaded)
 
 
+def first_line(error: Exception) -> str:
+  """What an error says first."""
+  return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _unreadable(path: Path, error: Exception) -> ValueError:
-  first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
   return ValueError(
-    f"Cannot read {path} as a state dict of tensors alone ({first}): it is damaged, or a pickle that would run code, which is"
+    f"Cannot read {path} as a state dict of tensors alone ({first_line(error)}): it is damaged, or a pickle that would run code, which is"
     " refused. Use a .safetensors file, or save the state dict anew where you trust it."
   )
 
@@ -204,6 +208,15 @@ def flatten(params: PyTree) -> dict[str, Any]:
 def leaf_name(path: str) -> str:
   """PyTorch's name for the last part of a path: weight or bias."""
   return "bias" if path.endswith("bias") else "weight"
+
+
+def check_types(config: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], what: str) -> None:
+  """Raises a ValueError that names the first key whose value is not of one of its kinds; bool is no int here."""
+  for key, kind in kinds.items():
+    value = config.get(key)
+    if key in config and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind)):
+      names = " or ".join("null" if k is type(None) else k.__name__ for k in kind)
+      raise ValueError(f"Got a {what} with {key}={value!r}; wanted {names}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

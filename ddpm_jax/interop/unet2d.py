@@ -41,6 +41,29 @@ DEFAULTS: Config = {
   "num_class_embeds": None,
   "num_train_timesteps": None,
 }
+_NONE = type(None)
+_TYPES: dict[str, tuple[type, ...]] = {
+  "sample_size": (int, list, tuple, _NONE),
+  "in_channels": (int,),
+  "out_channels": (int,),
+  "center_input_sample": (bool,),
+  "time_embedding_type": (str,),
+  "time_embedding_dim": (int, _NONE),
+  "freq_shift": (int, float),
+  "flip_sin_to_cos": (bool,),
+  "down_block_types": (list, tuple),
+  "up_block_types": (list, tuple),
+  "block_out_channels": (list, tuple),
+  "layers_per_block": (int,),
+  "downsample_type": (str,),
+  "upsample_type": (str,),
+  "dropout": (int, float),
+  "attention_head_dim": (int, _NONE),
+  "norm_num_groups": (int,),
+  "norm_eps": (int, float),
+  "add_attention": (bool,),
+  "num_class_embeds": (int, _NONE),
+}
 # Names that old files have for the projections of attention.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -184,6 +207,22 @@ def complete(given: Mapping[str, Any]) -> Config:
   name = given.get("_class_name", "UNet2DModel")
   if name not in ("UNet2DModel", "UNetUnconditionalModel"):
     raise ValueError(f"Got a network of class {name}; wanted a UNet2DModel, the U-Net of diffusers' pixel models.")
+  tensors.check_types(given, _TYPES, "UNet2DModel")
+  for key, kind in (
+    ("down_block_types", str),
+    ("up_block_types", str),
+    ("block_out_channels", int),
+    ("sample_size", int),
+  ):
+    values = given.get(key)
+    if isinstance(values, list | tuple) and (not values or not all(isinstance(value, kind) for value in values)):
+      raise ValueError(f"Got a UNet2DModel with {key}={values!r}; wanted each a{'n int' if kind is int else ' str'}.")
+  for key in ("in_channels", "time_embedding_dim", "num_class_embeds"):
+    if given.get(key) is not None and given[key] < 1:
+      raise ValueError(f"Got a UNet2DModel with {key}={given[key]}; wanted at least 1.")
+  size = given.get("sample_size")
+  if isinstance(size, list | tuple) and len(size) != 2:
+    raise ValueError(f"Got a UNet2DModel with sample_size={size!r}; wanted one number, or height and width.")
   unknown = {key: value for key, value in given.items() if key not in DEFAULTS and not key.startswith("_")}
   for key, value in unknown.items():
     if value not in (None, False):

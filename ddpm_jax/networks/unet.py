@@ -15,7 +15,7 @@ _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
 _VECTORS = ("", "dense", "time", "identity")
 
 
-class Encoder(nn.Module):
+class Backbone(nn.Module):
   """What the U-Net and the classifier share: the embedding, the way down and the middle.
 
   The defaults are DDPM's (Ho et al. 2020). In the recipes, `configs/`, stand the settings of the other papers.
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
     vector_embedding: how a continuous vector conditions the network: "" none; "dense", by two layers of its own, whatever
       its length; "time", one number, embedded as time is; "identity", added to the embedding, whose length it has.
     augmentation_features: length of augmentation labels (Karras et al. 2022, appendix F.2); 0 for none.
-    center_input: whether the input is mapped from [0, 1] to [-1, 1] first.
+    center_input: whether the input, its condition included, is mapped from [0, 1] to [-1, 1] first.
     divide_by_sigma: whether the output is divided by exp(label), the label being log(sigma), as by Song et al.
     dimensions: spatial axes of the data: 1 (audio), 2 (images), 3 (volumes, video).
     dtype: the type of the computation; parameters, statistics, softmax and the output are float32.
@@ -114,7 +114,14 @@ class Encoder(nn.Module):
         f" wanted every side divisible by {2 ** (levels - 1)}. Use at most {most} multipliers, or resize the images."
       )
 
-  def _check_call(self, x: Array, classes: Array | None, vector: Array | None, image: Array | None) -> None:
+  def _check_call(
+    self,
+    x: Array,
+    classes: Array | None = None,
+    vector: Array | None = None,
+    image: Array | None = None,
+    augmentation: Array | None = None,
+  ) -> None:
     if x.ndim != self.dimensions + 2:
       raise ValueError(
         f"Got data of shape {x.shape} for a network of dimensions={self.dimensions}; wanted [B, *space, C] with"
@@ -134,6 +141,11 @@ class Encoder(nn.Module):
     width = self.embedding_features or 4 * self.channels
     if vector is not None and self.vector_embedding == "identity" and vector.shape[-1] != width:
       raise ValueError(f"Got a vector of shape {vector.shape} to add to the embedding; wanted {(x.shape[0], width)}.")
+    if augmentation is not None and augmentation.shape != (x.shape[0], self.augmentation_features):
+      raise ValueError(
+        f"Got augmentation labels of shape {augmentation.shape} for a network with augmentation_features="
+        f"{self.augmentation_features}; wanted {(x.shape[0], self.augmentation_features)}, or none."
+      )
     if image is not None and image.shape[:-1] != x.shape[:-1]:
       raise ValueError(
         f"Got an image of shape {image.shape} to condition data of shape {x.shape}; wanted the same but for the channels."
@@ -196,11 +208,15 @@ class Encoder(nn.Module):
     return embedding
 
   def _residual(self, x: Array, embedding: Array, features: int, train: bool, name: str, resample: str = "") -> Array:
-    block: Any = layers.ResidualBlock
-    if self.remat:
-      policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
-      block = nn.remat(block, policy=policy, static_argnums=(3,))
+    block = self._again(layers.ResidualBlock, static_argnums=(3,))
     return block(features, self._style, resample, name=name)(x, embedding, train)
+
+  def _again(self, block: Any, **options: Any) -> Any:
+    """The block, or what computes it again in the backward pass."""
+    if not self.remat:
+      return block
+    policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
+    return nn.remat(block, policy=policy, **options)
 
   def _resample(self, h: Array, embedding: Array, train: bool, name: str, direction: str, way: str) -> Array:
     if way == "residual":
@@ -210,15 +226,13 @@ class Encoder(nn.Module):
     return layers.Upsample(self.dtype, name=name)(h)
 
   def _attend(self, x: Array, name: str, norm: bool = True) -> Array:
-    return layers.AttentionBlock(self._heads(x.shape[-1]), self._style, norm, name=name)(x)
+    block = self._again(layers.AttentionBlock)
+    return block(self._heads(x.shape[-1]), self._style, norm, name=name)(x)
 
   def _way_down(self, x: Array, image: Array | None, embedding: Array, train: bool) -> tuple[Array, list[Array]]:
     """The coarsest level, and what the way up takes from every level."""
-    x = x.astype(self.dtype)
-    if self.center_input:
-      x = 2 * x - 1
-    if image is not None:
-      x = jnp.concatenate([x, image.astype(self.dtype)], axis=-1)
+    x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
+    x = (2 * x - 1 if self.center_input else x).astype(self.dtype)
     h = layers.conv(x, self.channels, "conv_in", self.dtype)
     skips, last = [h], len(self.multipliers) - 1
     ways = per_level(self.downsample, last)
@@ -233,6 +247,7 @@ class Encoder(nn.Module):
         if self.progressive_input:
           margin = len(self.filter) // 2
           x = layers.conv(x, h.shape[-1], f"down_{level}_input", self.dtype, padding=margin)
+          # What the next level down joins in turn is the sum.
           h = x = self._style.join(h, layers.halve(x, self.filter, padded=True))
         skips.append(h)
     return h, skips
@@ -244,8 +259,8 @@ class Encoder(nn.Module):
     return self._residual(h, embedding, h.shape[-1], train, "middle_1")
 
 
-class UNet(Encoder):
-  """Residual blocks on the way down and up, joined level by level, with self-attention at chosen levels (see `Encoder`)."""
+class UNet(Backbone):
+  """Residual blocks on the way down and up, joined level by level, with self-attention at chosen levels (see `Backbone`)."""
 
   @nn.compact
   def __call__(
@@ -266,7 +281,8 @@ class UNet(Encoder):
       label: the time input [B], such as the step 0..N-1.
       classes: integer class labels [B] in [0, num_classes), for a conditional network.
       vector: a continuous condition, [B, D] or, if `vector_embedding` is "time", [B].
-      image: a condition [B, *space, C'] that is joined to the input, as for super-resolution.
+      image: a condition [B, *space, C'] that is joined to the input, as for super-resolution; given at `init`, it must be given
+        ever after.
       augmentation: augmentation labels [B, augmentation_features]; None for zeros, plain data.
       train: whether dropout is on; it then needs an rng named "dropout".
 
@@ -274,10 +290,10 @@ class UNet(Encoder):
       [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: if the size cannot be halved often enough, or a condition is given to a network that knows none, or
-        the reverse.
+      ValueError: if the size cannot be halved often enough, a condition is of the wrong shape, or classes, a vector or
+        augmentation labels are given to a network that knows none, or classes or a vector are not given to one that does.
     """
-    self._check_call(x, classes, vector, image)
+    self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(label, classes, vector, augmentation)
     h, skips = self._way_down(x, image, embedding, train)
     h = self._middle(h, embedding, train)
@@ -297,7 +313,7 @@ class UNet(Encoder):
     return h
 
 
-class Classifier(Encoder):
+class Classifier(Backbone):
   """The U-Net's way down and its middle, then attention pooling: tells the class of noisy data.
 
   The noisy classifier of Dhariwal and Nichol 2021, section 4. It takes data of the size it was made for.
@@ -310,7 +326,7 @@ class Classifier(Encoder):
     Raises:
       ValueError: if the size cannot be halved often enough.
     """
-    self._check_call(x, None, None, None)
+    self._check_call(x)
     embedding = self._embed(label, None, None, None)
     h, _ = self._way_down(x, None, embedding, train)
     h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, train)))
@@ -323,7 +339,7 @@ def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
   return (ways,) * count if isinstance(ways, str) else tuple(ways)
 
 
-def _check_options(network: Encoder) -> None:
+def _check_options(network: Backbone) -> None:
   n = network
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
@@ -360,7 +376,7 @@ def _check_options(network: Encoder) -> None:
     raise ValueError(f"Got remat={n.remat!r}; wanted '', 'full' or one of {', '.join(plain)}.")
 
 
-def _check_features(network: Encoder) -> None:
+def _check_features(network: Backbone) -> None:
   n = network
   attended = {*n.attention_levels, *([len(n.multipliers) - 1] if n.middle_attention else [])}
   for level, multiplier in enumerate((1, *n.multipliers), -1):
