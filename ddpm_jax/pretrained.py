@@ -109,14 +109,8 @@ def adopt_run(config: ConfigDict, folder: Path) -> ConfigDict:
 
 def changes(before: ConfigDict, after: ConfigDict) -> list[str]:
   """The keys whose values differ, for people to read."""
-  old, new = (workdir.flatten(config.to_dict()) for config in (before, after))
-  lines = [(key, str(old[key]), str(new[key])) for key in sorted(old) if list_of(old[key]) != list_of(new[key])]
-  return [f"{key}: {b[:60]} instead of {a[:60]}" for key, a, b in lines]
-
-
-def list_of(value: Any) -> Any:
-  """JSON has lists only."""
-  return list(value) if isinstance(value, tuple) else value
+  old, new = (workdir.flatten(json.loads(json.dumps(config.to_dict()))) for config in (before, after))
+  return [f"{key}: {str(new[key])[:60]} instead of {str(old[key])[:60]}" for key in sorted(old) if old[key] != new[key]]
 
 
 def check_data(config: ConfigDict, model: Pretrained) -> None:
