@@ -52,13 +52,13 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
   config.data.image_size, config.data.channels = model.shape[0], model.shape[2]
   config.network.update(_network_keys(network, model.shape[0]) | {name: config.network[name] for name in _FREE})
   n = len(schedule.betas)
+  if schedule.schedule in ("linear", "scaled_linear"):
+    config.process.update({"beta_min": schedule.ends[0] * n, "beta_max": schedule.ends[1] * n})
   config.process.update(
     {
       "name": "discrete",
       "schedule": schedule.schedule,
       "num_steps": n,
-      "beta_min": schedule.ends[0] * n,
-      "beta_max": schedule.ends[1] * n,
       "betas": tuple(schedule.betas.tolist()) if schedule.schedule == "table" else (),
       "zero_terminal_snr": schedule.zero_terminal_snr and schedule.schedule != "table",
     }

@@ -37,6 +37,8 @@ from ddpm_jax import (
 
 PyTree = Any
 _GRID_IMAGES = 64
+# Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
+_CPU_BATCH = 16
 
 
 def run_train(config: ConfigDict, folder: Path) -> None:
@@ -161,7 +163,10 @@ def run_sample(
   config = _trained(config, folder) if model is None else ConfigDict(config.to_dict())
   classes = build.build_labels(config, labels, num_samples)
   # No more than are wanted at a time: a sample does not depend on the batch.
-  config.sampling.batch_size = min(config.sampling.batch_size, -(-num_samples // mesh.size) * mesh.size)
+  most = -(-num_samples // mesh.size) * mesh.size
+  if model is not None and jax.default_backend() == "cpu":
+    most = min(most, _CPU_BATCH * mesh.size)
+  config.sampling.batch_size = min(config.sampling.batch_size, most)
   generate = build.build_generate(config, mesh)
   workdir.check_writable(folder)
   if model is None:
@@ -280,6 +285,11 @@ def _draw(
       indices = jnp.arange(first, first + size)
       wanted = None if classes is None else np.resize(classes[first : first + size], size)
       x, nfe = generate(params, randomness.sample_keys(key, indices), wanted)
+      if not np.all(np.isfinite(x)):
+        raise FloatingPointError(
+          f"The samples are not finite, by {config.sampling.sampler} in {config.sampling.num_steps} steps. Take another sampler or more"
+          " steps, or clip (config.sampling.clip); or the model is broken."
+        )
       parts.append(images.to_uint8(x))
       most = max(most, int(nfe))
       bar.update(min(size, count - first))

@@ -86,6 +86,26 @@ def test_a_folder_is_sampled_as_its_scheduler_says_or_as_flags_say(tmp_path):
     assert file["samples"].shape == (3, 8, 8, 3)
 
 
+def test_samples_that_are_not_finite_are_an_error(tmp_path):
+  write(tmp_path / "model", diffusers.DDIMScheduler(clip_sample=False))
+  network, params = interop.diffusers.load_unet(tmp_path / "model")
+  params["conv_out"]["bias"] = np.full(3, np.nan, np.float32)
+  model = interop.diffusers.load(tmp_path / "model")
+  interop.diffusers.save(tmp_path / "nan", network, params, model.process, model.prediction, shape=(8, 8, 3), clip=None)
+  code, output = call(
+    "--mode=sample",
+    f"--pretrained={tmp_path / 'nan'}",
+    f"--workdir={tmp_path}",
+    "--num_steps=2",
+    "--num_samples=2",
+    "--sampler=ddim",
+  )
+  assert code == 2, output
+  assert "samples are not finite" in output
+  assert "Traceback" not in output
+  assert not (tmp_path / "samples").exists()
+
+
 def test_training_starts_from_a_folder_and_goes_on_without_it(exported, tmp_path):
   source = shutil.copytree(exported, tmp_path / "source")
   # The recipe's own network, process and prediction would be others.
