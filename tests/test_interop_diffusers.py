@@ -21,7 +21,6 @@ from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_ddpm
 
 from ddpm_jax import images, interop, predictions, processes, randomness, sampling, schedules
-from ddpm_jax.interop import schedulers
 from ddpm_jax.networks import UNet
 from tests.conftest import ROOT
 from tests.test_interop_unet import model_of
@@ -340,135 +339,6 @@ def test_a_name_on_the_hub_is_read_from_its_cache(copy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("config", "message"),
-  [
-    ({"_class_name": "PNDMScheduler"}, "class PNDMScheduler"),
-    ({"thresholding": True}, "thresholding=True"),
-    ({"beta_schedule": "laplace"}, "beta_schedule='laplace'"),
-    ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
-    ({"variance_type": "learned"}, "variance_type='learned'"),
-    ({"steps_offset": 1}, "steps_offset=1"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, r"\('dpmsolver', 2\)"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}, "solver_type='heun'"),
-    ({"_class_name": "UniPCMultistepScheduler", "use_beta_sigmas": True}, "use_beta_sigmas=True"),
-    ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, r"disable_corrector=\[0\]"),
-    ({"_class_name": "EulerDiscreteScheduler", "sigma_min": 0.1}, "sigma_min=0.1"),
-    ({"_class_name": "DPMSolverSinglestepScheduler"}, "class DPMSolverSinglestepScheduler"),
-    ({"new_option": "on"}, "new_option='on'"),
-    ({"num_train_timesteps": None}, "num_train_timesteps=None; wanted int"),
-    ({"beta_start": "low"}, "beta_start='low'; wanted int or float"),
-    ({"clip_sample_range": None}, "clip_sample_range=None"),
-    ({"variance_type": 1}, "variance_type=1"),
-    ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one=False"),
-    ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
-  ],
-)
-def test_schedulers_without_a_counterpart_are_named(config, message):
-  with pytest.raises(ValueError, match=message):
-    schedulers.read(config)
-
-
-CLASSES = {
-  "DDPMScheduler": {"beta_schedule": "sigmoid"},
-  "DDIMScheduler": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-  "DPMSolverMultistepScheduler": {"beta_schedule": "squaredcos_cap_v2"},
-  "UniPCMultistepScheduler": {"num_train_timesteps": 300},
-  "DEISMultistepScheduler": {"beta_end": 0.01},
-  "EulerDiscreteScheduler": {},
-  "EulerAncestralDiscreteScheduler": {"trained_betas": [0.1, 0.2, 0.3]},
-  "HeunDiscreteScheduler": {},
-}
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_the_process_has_the_scheduler_s_betas(name):
-  scheduler = getattr(diffusers, name)(**CLASSES[name])
-  bare = {key: value for key, value in scheduler.config.items() if key in CLASSES[name] or key[0] == "_"}
-  for config in (json.loads(scheduler.to_json_string()), {"_class_name": name, **bare}):
-    schedule = schedulers.read(config)
-    np.testing.assert_allclose(schedule.betas, scheduler.betas.numpy(), rtol=1e-4, atol=3e-7)
-    n = len(schedule.betas)
-    alpha_bar = np.asarray(schedule.process().alpha(np.arange(1, n + 1) / n)) ** 2
-    np.testing.assert_allclose(alpha_bar, scheduler.alphas_cumprod.numpy(), rtol=1e-3, atol=2e-7)
-
-
-@pytest.mark.parametrize(
-  ("name", "options", "sampler", "spacing"),
-  [
-    ("DPMSolverMultistepScheduler", {}, "dpmpp_2m", "linspace_open"),
-    ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}, "dpmpp_2m", "leading_open"),
-    ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}, "dpmpp_3m", "karras"),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", "linspace_open"),
-    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "dpmpp_2m", "log_snr"),
-    ("UniPCMultistepScheduler", {}, "unipc", "linspace_open"),
-    ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}, "unipc", "trailing"),
-    ("DEISMultistepScheduler", {}, "deis", "linspace_open"),
-    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", "karras"),
-    ("HeunDiscreteScheduler", {}, "heun", "linspace"),
-  ],
-)
-def test_the_sampler_and_its_grid_are_the_scheduler_s(name, options, sampler, spacing):
-  """The noise levels of the grid are those that the peer steps through."""
-  scheduler = getattr(diffusers, name)(**options)
-  schedule = schedulers.read(json.loads(scheduler.to_json_string()))
-  assert (schedule.sampler, schedule.spacing) == (sampler, spacing)
-  scheduler.set_timesteps(10)
-  process = schedule.process()
-  t = schedule.times(process)(10)[:-1]
-  got = np.asarray(process.sigma(t)) / np.asarray(process.alpha(t))
-  # Solvers list a step's evaluations one by one; ours may make several at one entry of the grid.
-  wanted = scheduler.sigmas.numpy()[:-1][:: 2 if sampler == "heun" else 1]
-  assert len(got) == len(wanted) == 10
-  np.testing.assert_allclose(got, wanted, rtol=1e-3)
-
-
-PROCESSES = {
-  "linear": lambda: processes.discrete(schedules.linear(1000)),
-  "scaled_linear": lambda: processes.discrete(schedules.scaled_linear(300)),
-  "squaredcos_cap_v2": lambda: processes.discrete(schedules.cosine(500)),
-  "rescaled": lambda: processes.discrete(schedules.zero_terminal_snr(schedules.linear(1000))),
-  "table": lambda: processes.discrete(schedules.sigmoid(100)),
-}
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("clip", [None, 1.0, 2.0])
-def test_schedules_come_back(name, clip):
-  process = PROCESSES[name]()
-  config = schedulers.config_of(process, predictions.V, clip=clip, variance="small")
-  again = schedulers.read(config)
-  with jax.enable_x64(True):
-    times = np.arange(1, process.num_steps + 1) / process.num_steps
-    np.testing.assert_allclose(again.process().alpha(times), process.alpha(times), rtol=1e-9, atol=1e-12)
-  assert again.meaning() == predictions.V
-  assert again.clip == clip
-  assert (config["trained_betas"] is None) == (name != "table")
-  if name in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-    assert config["beta_schedule"] == name
-  # The peer takes it too, and means the same.
-  config.pop("_class_name")
-  alpha_bar = diffusers.DDPMScheduler(**config).alphas_cumprod.numpy()
-  np.testing.assert_allclose(alpha_bar, np.asarray(process.alpha(times.astype(np.float32))) ** 2, rtol=2e-3, atol=1e-6)
-
-
-def test_a_continuous_model_becomes_a_table_at_its_labels():
-  """Between one label and the next, the discrete model has the log-SNR of the continuous one."""
-  process = processes.vp()
-  discrete = schedulers.read(schedulers.config_of(process, predictions.EPS)).process()
-  steps = np.arange(1, 1001)
-  labels = np.asarray(discrete.label(steps / 1000))
-  np.testing.assert_allclose(labels, steps - 1, atol=1e-3)
-  times = np.maximum(labels / 999, 1e-3)
-  np.testing.assert_allclose(discrete.log_snr(steps / 1000), process.log_snr(times), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("process", [processes.ve(), processes.edm(), processes.rectified_flow(), processes.sub_vp()])
-def test_processes_that_diffusers_lacks_are_errors(process):
-  with pytest.raises(ValueError, match="cannot sample"):
-    schedulers.config_of(process, predictions.EPS)
-
-
-@pytest.mark.parametrize(
   ("options", "message"),
   [
     ({"spacing": "linspace_open"}, "spacing='linspace_open'"),
@@ -483,7 +353,11 @@ def test_processes_that_diffusers_lacks_are_errors(process):
 def test_what_diffusers_could_not_open_is_not_written(options, message, tmp_path):
   network = UNet(channels=8, multipliers=(1,), attention_levels=(), groups=4)
   params = {"conv_in": {"kernel": np.zeros((3, 3, 3, 8))}}
-  arguments = {"process": PROCESSES["linear"](), "prediction": predictions.EPS, "shape": (8, 8, 3)} | options
+  arguments = {
+    "process": processes.discrete(schedules.linear(1000)),
+    "prediction": predictions.EPS,
+    "shape": (8, 8, 3),
+  } | options
   with pytest.raises(ValueError, match=message):
     interop.diffusers.save(tmp_path / "a", network, params, **arguments)
   assert not (tmp_path / "a").exists()
