@@ -13,7 +13,7 @@ import ddpm_jax
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
 )
-_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, eval or export.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, eval, export or prepare.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to draw (sample: 64; eval: the config's).")
 _SAMPLER = flags.DEFINE_string("sampler", None, "The sampler, instead of the config's.")
@@ -24,7 +24,7 @@ _PRETRAINED = flags.DEFINE_string(
   None,
   "Sample from this folder of diffusers, or name on the Hugging Face hub, instead of the run's checkpoint.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The folder that export writes.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder that export or prepare writes.")
 _EMA = flags.DEFINE_bool("ema", None, "Export the averaged weights (the default), or with --ema=false the raw ones.")
 _LABELS = flags.DEFINE_list("labels", None, "Classes to sample, repeated as needed, for a model that knows classes.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it arose.")
@@ -42,24 +42,28 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import build, pretrained, runs, schema
+  from ddpm_jax import build, prepare, pretrained, runs, schema
 
-  mode = schema.choose(_MODE.value, ("train", "sample", "eval", "export"), "--mode")
-  if not _WORKDIR.value:
+  mode = schema.choose(_MODE.value, ("train", "sample", "eval", "export", "prepare"), "--mode")
+  if not _WORKDIR.value and mode != "prepare":
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
-  folder = Path(_WORKDIR.value).expanduser().absolute()
+  folder = Path(_WORKDIR.value or ".").expanduser().absolute()
   for flag, modes in (
     (_LABELS, ("sample",)),
     (_PRETRAINED, ("sample",)),
     (_NUM_SAMPLES, ("sample", "eval")),
     (_SEED, ("sample", "eval")),
-    (_OUTPUT, ("export",)),
+    (_OUTPUT, ("export", "prepare")),
     (_EMA, ("export",)),
   ):
     if flag.value is not None and mode not in modes:
       raise ValueError(
         f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
       )
+  if mode == "prepare":
+    output = Path(_OUTPUT.value).expanduser().absolute() if _OUTPUT.value else None
+    prepare.run_prepare(schema.config_of_data(_CONFIG.value), output)
+    return
   model = None
   if _PRETRAINED.value is None:
     config = schema.config_of_run(_CONFIG.value, folder)

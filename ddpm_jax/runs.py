@@ -77,6 +77,7 @@ def run_train(config: ConfigDict, folder: Path) -> None:
     flip=config.data.flip,
     put=lambda batch: jax.device_put(batch, parallel.split(mesh)),
     num_threads=config.data.num_threads,
+    num_workers=config.data.num_workers,
   )
   if not resuming:
     state = init()
@@ -115,6 +116,7 @@ def run_train(config: ConfigDict, folder: Path) -> None:
         ),
       )
     finally:
+      batches.close()
       checkpoints.close()
       writer.close()
   else:

@@ -19,16 +19,21 @@ def default_config() -> ConfigDict:
   )
   config.data = ConfigDict(
     {
-      "source": "tfds",  # digits, mnist, arrays, folder or tfds
+      "source": "tfds",  # digits, mnist, arrays, folder, packed or tfds
       "name": "cifar10",  # of a TFDS data set
-      "path": "",  # of an .npz file, an image folder, or the TFDS folder
+      "module": "",  # a module, or a .py file, that defines a TFDS builder of your own; --mode=prepare imports it
+      "path": "",  # of an .npz file, a folder of images or of packed ones, or the TFDS folder
+      "crop": 0,  # above 0: the side of a centred square that is cut out before resizing
+      "resize": "bicubic",  # bicubic, box (down-sampled ImageNet) or adm
       "image_size": 32,
       "channels": 3,
       "flip": True,
       "train_split": "train",
       "eval_split": "test",  # of TFDS, or a sub-folder of an image folder that also has one named as train_split
       "hold_out": 0,  # images kept from training for evaluation, where there is no eval_split
+      "broken": "stop",  # at images that cannot be decoded; or skip: the next that can stands in
       "num_threads": 4,
+      "num_workers": 0,  # processes that decode ahead, instead of threads
     }
   )
   config.process = ConfigDict(
@@ -160,6 +165,21 @@ def config_of_run(given: ConfigDict | None, folder: Path) -> ConfigDict:
   return ConfigDict(saved)
 
 
+def config_of_data(given: ConfigDict | None) -> ConfigDict:
+  """The config whose data are to be prepared, checked.
+
+  Raises:
+    ValueError: if there is none, or it is no sound config.
+  """
+  if given is None:
+    raise ValueError(
+      "Got no --config to say which data to prepare; wanted a recipe, such as --config=configs/cifar10_vp.py."
+    )
+  config = config_of_run(given, Path())
+  check_config(config)
+  return config
+
+
 def check_config(config: ConfigDict) -> None:
   """Raises a ValueError if keys are missing or unknown, or a count is below 1. The parts check their own values."""
   known, given = (_keys(c.to_dict()) for c in (default_config(), config))
@@ -175,6 +195,9 @@ def check_config(config: ConfigDict) -> None:
     section, key = name.split(".")
     if config[section][key] < 1:
       raise ValueError(f"Got config.{name}={config[section][key]}; wanted at least 1.")
+  for name in ("crop", "num_workers"):
+    if config.data[name] < 0:
+      raise ValueError(f"Got config.data.{name}={config.data[name]}; wanted 0 for none, or more.")
   if not 0 <= config.seed < 2**31:
     raise ValueError(f"Got config.seed={config.seed}; wanted 0 to {2**31 - 1}.")
   if config.sampling.tolerance <= 0:

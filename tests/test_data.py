@@ -64,7 +64,7 @@ def test_folder_takes_classes_from_sub_folders(tmp_path):
   write_folder(tmp_path)
   source = data.FolderSource(tmp_path, 8, 3)
   assert source.classes == ["cat", "dog"]
-  assert source.labels == [0, 0, 0, 1, 1, 1]
+  assert list(source.labels) == [0, 0, 0, 1, 1, 1]
   assert source[0]["image"].shape == (8, 8, 3)
   assert data.FolderSource(tmp_path, 4, 1)[5]["image"].shape == (4, 4, 1)
   memory = data.in_memory(source)
@@ -132,7 +132,7 @@ def test_tfds_without_tensorflow(tmp_path):
 
 
 def test_tfds_that_is_not_prepared_says_how(tmp_path):
-  with pytest.raises(ValueError, match=r"'cifar10'.*ddpm_jax\[prepare\].*download_and_prepare.*source=folder"):
+  with pytest.raises(ValueError, match=r"'cifar10'.*ddpm_jax\[prepare\].*--mode=prepare.*source=folder"):
     data.TfdsSource("cifar10", "train", 32, 3, str(tmp_path))
 
 

@@ -1,11 +1,14 @@
 """Data: random-access sources, and the pipeline that turns one into batches."""
 
+from ddpm_jax.data.fitting import RESIZES, fit
+from ddpm_jax.data.folders import FolderSource
+from ddpm_jax.data.packed import PackedSource, pack, whole
 from ddpm_jax.data.pipeline import Batches, batches
 from ddpm_jax.data.sources import (
   ArraySource,
-  FolderSource,
+  BrokenImage,
+  SkipBroken,
   Source,
-  TfdsSource,
   arrays,
   digits,
   hold_out,
@@ -13,18 +16,27 @@ from ddpm_jax.data.sources import (
   mnist,
   read,
 )
+from ddpm_jax.data.tfds import TfdsSource, prepare_tfds
 
 __all__ = [
+  "RESIZES",
   "ArraySource",
   "Batches",
+  "BrokenImage",
   "FolderSource",
+  "PackedSource",
+  "SkipBroken",
   "Source",
   "TfdsSource",
   "arrays",
   "batches",
   "digits",
+  "fit",
   "hold_out",
   "in_memory",
   "mnist",
+  "pack",
+  "prepare_tfds",
   "read",
+  "whole",
 ]

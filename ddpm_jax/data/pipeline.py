@@ -1,53 +1,98 @@
 """One grain pipeline for every source: shuffled anew each epoch, repeated, batched, flipped, scaled to [-1, 1]."""
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
-from ddpm_jax.data.sources import Batch, Source, read
+from ddpm_jax.data.sources import Batch, BrokenImage, SkipBroken, Source, read
 from ddpm_jax.images import from_uint8
 
 
 class Batches:
-  """Endless batches, the next one on its way to the device while the current one is used; resumable by `state`."""
+  """Endless batches, the next one on its way to the device while the current one is used; resumable by `state`.
 
-  def __init__(self, iterator: grain.DatasetIterator, num_images: int, put: Callable[[Batch], Any]):
-    self._iterator, self._num_images, self._put = iterator, num_images, put
-    self._position = iterator.get_state()
-    self._ahead: tuple[Any, Any] | None = None
+  Attributes:
+    wait: seconds that `next` has taken so far, all of it together: what training has waited for its input, at most.
+  """
+
+  def __init__(
+    self,
+    start: Callable[[int], Iterator[Any]],
+    source: Source,
+    position: dict[str, int],
+    put: Callable[[Batch], Any],
+  ):
+    self._start, self._source, self._position, self._put = start, source, position, put
+    self._iterator: Any = None
+    self._ahead: Any = None
+    self.wait = 0.0
 
   def __iter__(self) -> "Batches":
     return self
 
   def __next__(self) -> Any:
-    batch, self._position = self._fetch() if self._ahead is None else self._ahead
+    since = time.perf_counter()
+    batch = self._fetch() if self._ahead is None else self._ahead
     self._ahead = self._fetch()
+    self._position = {**self._position, "batch": self._position["batch"] + 1}
+    self.wait += time.perf_counter() - since
     return batch
 
-  def _fetch(self) -> tuple[Any, Any]:
-    batch = self._put(next(self._iterator))
-    return batch, self._iterator.get_state()
+  def _fetch(self) -> Any:
+    if self._iterator is None:
+      self._iterator = self._start(self._position["batch"])
+    batch = next(self._iterator)
+    errors = batch.pop("broken")
+    if errors and isinstance(self._source, SkipBroken):
+      # Here and not where the image was read, which may be another process.
+      self._source.report([BrokenImage(*error) for error in errors])
+    return self._put(batch)
 
   @property
-  def state(self) -> dict[str, Any]:
-    """The position after the last batch that was handed out, for JSON."""
-    return {"iterator": self._position, "num_images": self._num_images}
+  def broken(self) -> int:
+    """How many images have been found broken so far, and replaced."""
+    return len(self._source.broken) if isinstance(self._source, SkipBroken) else 0
 
-  def restore(self, state: dict[str, Any]) -> None:
+  @property
+  def state(self) -> dict[str, int]:
+    """How many batches were handed out, and of what, for JSON. It holds for any number of threads, workers and processes."""
+    return dict(self._position)
+
+  def restore(self, state: dict[str, int]) -> None:
     """Goes to a position that `state` gave.
 
     Raises:
-      ValueError: if the data now has another number of images.
+      ValueError: if the data now has another number of images, or the batch size or the seed is another.
     """
-    if state["num_images"] != self._num_images:
+    if state.keys() != self._position.keys():
       raise ValueError(
-        f"Got data of {self._num_images} images to resume a run on {state['num_images']}; wanted the same data."
+        f"Got a data position with {', '.join(sorted(state))}; wanted {', '.join(sorted(self._position))}. It comes from another"
+        " release: go on with that one, or start a new run in another --workdir."
+      )
+    if state["num_images"] != self._position["num_images"]:
+      raise ValueError(
+        f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']}; wanted the same data."
         " Restore it, or start a new run in another --workdir."
       )
-    self._iterator.set_state(state["iterator"])
-    self._position, self._ahead = state["iterator"], None
+    for key, name in (("batch_size", "batch size"), ("seed", "seed")):
+      if state[key] != self._position[key]:
+        raise ValueError(
+          f"Got a {name} of {self._position[key]} to resume data at {state[key]}; wanted the same, for the same order."
+          " Set it back, or start a new run in another --workdir."
+        )
+    self.close()
+    self._position = dict(state)
+
+  def close(self) -> None:
+    """Stops threads and worker processes; the next batch starts them again at the same position."""
+    if self._iterator is not None:
+      self._iterator.close()
+    self._iterator = self._ahead = None
 
 
 def batches(
@@ -58,27 +103,49 @@ def batches(
   flip: bool = False,
   put: Callable[[Batch], Any] = lambda batch: batch,
   num_threads: int = 4,
+  num_workers: int = 0,
+  rows: np.ndarray | None = None,
 ) -> Batches:
   """Endless training batches of a source, the same for the same seed.
 
   Args:
     source: where the images come from; one with `__getitems__` is read a batch at a time.
-    batch_size: images a batch.
+    batch_size: images a batch, over all processes.
     seed: of order and flips.
     flip: whether each image is mirrored left to right with probability 1/2.
     put: sends a batch to the devices, such as `lambda b: jax.device_put(b, sharding)`.
-    num_threads: threads that prepare batches ahead.
+    num_threads: threads that prepare batches ahead, if there are no workers.
+    num_workers: processes that prepare batches ahead instead, for images that are dear to decode; 0 for none. They import the
+      program's main file anew, as Python's multiprocessing does, so a script needs `if __name__ == "__main__":`.
+    rows: which rows of each batch this process reads [b], increasing; all by default. Which images and flips a row gets
+      does not depend on it.
 
   Returns:
-    Batches `{"image": float32 [B, H, W, C] in [-1, 1], "label": int32 [B]}` as `put` returns them.
-  """
+    Batches `{"image": float32 [b, H, W, C] in [-1, 1], "label": int32 [b]}` as `put` returns them.
 
-  def augment(batch: Batch, rng: np.random.Generator) -> Batch:
-    images = from_uint8(batch["image"])
+  Raises:
+    ValueError: if the counts or the rows are out of range.
+  """
+  if batch_size < 1 or num_threads < 1 or num_workers < 0:
+    raise ValueError(
+      f"Got batch_size={batch_size}, num_threads={num_threads}, num_workers={num_workers}; wanted at least 1, 1 and 0."
+    )
+  taken = np.arange(batch_size) if rows is None else np.asarray(rows)
+  if taken.ndim != 1 or not len(taken) or taken[0] < 0 or taken[-1] >= batch_size or np.any(np.diff(taken) < 1):
+    raise ValueError(f"Got rows {taken} of a batch of {batch_size}; wanted some of 0 to {batch_size - 1}, increasing.")
+
+  def load(indices: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    errors: list[BrokenImage] = []
+    if isinstance(source, SkipBroken):
+      batch, errors = source.read(indices[taken])
+    else:
+      batch = read(source, indices[taken])
+    images = batch["image"]
     if flip:
-      mirrored = rng.random(len(images)) < 0.5
-      images[mirrored] = images[mirrored, :, ::-1]
-    return {"image": images, "label": batch["label"]}
+      # Drawn for the whole batch, so that a row's flip is the same whoever reads it.
+      mirrored = (rng.random(batch_size) < 0.5)[taken]
+      images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    return {"image": from_uint8(images), "label": batch["label"], "broken": [error.args for error in errors]}
 
   dataset = (
     grain.MapDataset.range(len(source))
@@ -87,8 +154,27 @@ def batches(
     .repeat()
     # Indices are batched, not images, so that a source in memory is read by one gather.
     .batch(batch_size)
-    .map(lambda indices: read(source, indices))
-    .random_map(augment)
+    .random_map(load)
   )
-  options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-  return Batches(iter(dataset.to_iter_dataset(options)), len(source), put)
+
+  def start(batch: int) -> Iterator[Any]:
+    # What a batch holds follows from its number alone, so any iterator may start at it.
+    ahead = dataset.slice(slice(batch, None))
+    if not num_workers:
+      return iter(ahead.to_iter_dataset(grain.ReadOptions(num_threads, 2 * num_threads)))
+    if not flags.FLAGS.is_parsed():
+      # grain's workers read absl's flags, which a notebook or a script never parses.
+      flags.FLAGS.mark_as_parsed()
+    workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+    parts = ahead.to_iter_dataset(grain.ReadOptions(1, 2))
+    return iter(parts.mp_prefetch(workers, worker_init_fn=_stay_off_devices))
+
+  position = {"batch": 0, "num_images": len(source), "batch_size": batch_size, "seed": seed}
+  return Batches(start, source, position, put)
+
+
+def _stay_off_devices(worker: int, count: int) -> None:
+  """A worker never takes an accelerator, which the main process holds: grain imports JAX, nothing here starts it."""
+  del worker, count
+  if "jax" in sys.modules:
+    sys.modules["jax"].config.update("jax_platforms", "cpu")

@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 Batch = dict[str, np.ndarray]
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # What `in_memory` is willing to hold.
 _MEMORY_LIMIT = 2**30
 
@@ -30,11 +29,108 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
   """A batch of the images at `indices` [B]: `image` [B, H, W, C] uint8, `label` [B] int32."""
   if hasattr(source, "__getitems__"):
     return source.__getitems__(np.asarray(indices))
-  items = [source[int(index)] for index in indices]
+  return _stack([source[int(index)] for index in indices])
+
+
+def _stack(items: Sequence[dict[str, Any]]) -> Batch:
   return {
     "image": np.stack([item["image"] for item in items]),
     "label": np.array([item["label"] for item in items], np.int32),
   }
+
+
+class BrokenImage(ValueError):
+  """An image that cannot be decoded; `name` says which."""
+
+  def __init__(self, name: str, reason: str):
+    # All of it as `args`, so that it comes back whole from a worker process.
+    super().__init__(name, reason)
+    self.name, self.reason = name, reason
+
+  def __str__(self) -> str:
+    return (
+      f"Cannot decode the image {self.name}: {self.reason}. Replace or remove it, or go on without what cannot be decoded:"
+      " --config.data.broken=skip."
+    )
+
+
+def broken_error(errors: Sequence[BrokenImage], total: int) -> ValueError:
+  """One error for many broken images: how many, and the names of the first ten."""
+  if len(errors) == 1:
+    return errors[0]
+  return ValueError(
+    f"Cannot decode {len(errors):,} of {total:,} images:\n{_list(errors)}\nReplace or remove them, or go on without:"
+    " --config.data.broken=skip."
+  )
+
+
+def report_broken(errors: Sequence[BrokenImage], total: int, what: str) -> None:
+  """Says how many images are broken, which, and what became of them."""
+  tqdm.write(f"{len(errors):,} of {total:,} images cannot be decoded and are {what}:\n{_list(errors, len(errors))}")
+
+
+def _list(errors: Sequence[BrokenImage], most: int = 10) -> str:
+  lines = [f"  {error.name}: {error.reason}" for error in errors[:most]]
+  return "\n".join([*lines, f"  and {len(errors) - most:,} more"] if len(errors) > most else lines)
+
+
+class SkipBroken:
+  """A source in which the next image that can be decoded stands for one that cannot; each of these is reported once.
+
+  Args:
+    source: any source.
+
+  Attributes:
+    broken: names of the images found broken so far, in the order they were found.
+
+  Raises:
+    ValueError: on reading, if not one image can be decoded.
+  """
+
+  def __init__(self, source: Source):
+    self.source, self.labels, self.settings = (
+      source,
+      *(getattr(source, name, None) for name in ("labels", "settings")),
+    )
+    self.broken: dict[str, str] = {}
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    item, errors = self.fetch(index)
+    self.report(errors)
+    return item
+
+  def __getitems__(self, indices: np.ndarray) -> Batch:
+    batch, errors = self.read(indices)
+    self.report(errors)
+    return batch
+
+  def fetch(self, index: int) -> tuple[dict[str, Any], list[BrokenImage]]:
+    """The first image at `index` or after it that can be decoded, and those that could not; nothing is reported."""
+    errors: list[BrokenImage] = []
+    for step in range(len(self)):
+      try:
+        return self.source[(index + step) % len(self)], errors
+      except BrokenImage as error:
+        errors.append(error)
+    raise broken_error(errors, len(self))
+
+  def read(self, indices: np.ndarray) -> tuple[Batch, list[BrokenImage]]:
+    """As `fetch`, a batch."""
+    try:
+      return read(self.source, indices), []
+    except BrokenImage:
+      pairs = [self.fetch(int(index)) for index in indices]
+      return _stack([item for item, _ in pairs]), [error for _, errors in pairs for error in errors]
+
+  def report(self, errors: Sequence[BrokenImage]) -> None:
+    """Reports those that were not reported before."""
+    for error in errors:
+      if error.name not in self.broken:
+        self.broken[error.name] = error.reason
+        tqdm.write(f"broken image {len(self.broken):,}, replaced by the next: {error.name}: {error.reason}")
 
 
 class ArraySource:
@@ -123,106 +219,6 @@ def arrays(path: str | Path) -> ArraySource:
   )
 
 
-class FolderSource:
-  """Images in a folder, the class by sub-folder in alphabetical order; resized to cover a square and cropped to its centre.
-
-  Args:
-    path: the folder, searched to any depth.
-    size: height and width in pixels.
-    channels: 1 for grey, 3 for RGB.
-
-  Raises:
-    ValueError: if the folder is missing or holds no image; on reading, if a file cannot be decoded (it is named).
-  """
-
-  def __init__(self, path: str | Path, size: int, channels: int = 3):
-    path = Path(path)
-    if channels not in (1, 3):
-      raise ValueError(f"Got channels={channels} for an image folder; wanted 1 (grey) or 3 (RGB).")
-    if not path.is_dir():
-      raise ValueError(
-        f"Got the data folder {str(path)!r}, which does not exist; wanted a folder of images. Set --config.data.path."
-      )
-    self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _EXTENSIONS)
-    if not self.files:
-      raise ValueError(
-        f"Got the data folder {str(path)!r}, which holds no image; wanted files ending in {', '.join(_EXTENSIONS)}, in it or in its sub-folders."
-      )
-    folders = [file.relative_to(path).parts[0] if file.parent != path else "" for file in self.files]
-    self.classes = sorted(set(folders))
-    self.labels = [self.classes.index(folder) for folder in folders]
-    self.size, self.channels = size, channels
-
-  def __len__(self) -> int:
-    return len(self.files)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    from PIL import Image
-
-    try:
-      with Image.open(self.files[index]) as image:
-        pixels = _fit(image, self.size, self.channels)
-    except Exception as error:
-      raise ValueError(f"Cannot decode the image {self.files[index]}: {error}. Replace or remove the file.") from error
-    return {"image": pixels, "label": self.labels[index]}
-
-
-class TfdsSource:
-  """A prepared TFDS data set in ArrayRecord form, read without TensorFlow.
-
-  Args:
-    name: its TFDS name, such as "cifar10".
-    split: a TFDS split, such as "train" or "train[:90%]".
-    size: height and width in pixels; images of another size are resized and cropped.
-    channels: 1 for grey, 3 for RGB.
-    data_dir: the TFDS folder; its default when empty.
-
-  Raises:
-    ValueError: if the data set is unknown, not prepared, or has no images.
-  """
-
-  def __init__(self, name: str, split: str, size: int, channels: int = 3, data_dir: str = ""):
-    import tensorflow_datasets as tfds
-
-    try:
-      self.records: Any = tfds.data_source(name, split=split, data_dir=data_dir or None, download=False)
-    except Exception as error:
-      where = data_dir or tfds.core.constants.DATA_DIR
-      raise ValueError(
-        f"Cannot read the TFDS data set {name!r}, split {split!r}, as ArrayRecord from {where}"
-        f" ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}). Prepare it once with: pip install 'ddpm_jax[prepare]' &&"
-        f" python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{where}',"
-        " file_format='array_record').download_and_prepare()\". Or name a folder of images:"
-        " --config.data.source=folder --config.data.path=<folder>."
-      ) from error
-    if not len(self.records) or "image" not in self.records[0]:
-      raise ValueError(
-        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records and no 'image' in them; wanted images."
-      )
-    self.size, self.channels = size, channels
-
-  def __len__(self) -> int:
-    return len(self.records)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    from PIL import Image
-
-    record = self.records[index]
-    pixels = np.asarray(record["image"])
-    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-    return {"image": _fit(image, self.size, self.channels), "label": int(record.get("label", 0))}
-
-
-def _fit(image: Any, size: int, channels: int) -> np.ndarray:
-  """A PIL image as uint8 [size, size, channels]: scaled (antialiased) so that it covers the square, cropped to its centre."""
-  from PIL import Image, ImageOps
-
-  image = image.convert("L" if channels == 1 else "RGB")
-  if image.size != (size, size):
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-  return np.asarray(image).reshape(size, size, channels)
-
-
 class _Subset:
   """Some of a source's images."""
 
@@ -253,27 +249,47 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
   return _Subset(source, np.sort(order[count:])), _Subset(source, np.sort(order[:count]))
 
 
-def in_memory(source: Source) -> Source:
-  """The source decoded into memory if it takes at most 1 GiB there, else itself. So a small set's broken file shows at once."""
+def in_memory(source: Source, broken: str = "stop") -> Source:
+  """The source decoded into memory if it takes at most 1 GiB there, else itself. So a small set's broken files show at once.
+
+  Args:
+    source: any source.
+    broken: what to do about images that cannot be decoded: "stop", or "skip" to put the next one that can in their place.
+
+  Raises:
+    ValueError: if some cannot be decoded and `broken` is "stop"; it gives their number and the first ten names.
+  """
   if hasattr(source, "__getitems__"):
     return source
-  first = source[0]["image"]
+  first = SkipBroken(source).fetch(0)[0]["image"]
   if len(source) * first.nbytes > _MEMORY_LIMIT:
     return source
   images = np.empty((len(source), *first.shape), np.uint8)
   labels = np.empty(len(source), np.int32)
 
-  def load(index):
-    item = source[index]
+  def load(index: int) -> BrokenImage | None:
+    try:
+      item = source[index]
+    except BrokenImage as error:
+      return error
     images[index], labels[index] = item["image"], item["label"]
+    return None
 
+  found = {}
   with ThreadPoolExecutor() as pool:
-    for _ in tqdm(
-      pool.map(load, range(len(source))),
-      total=len(source),
-      desc="decoding images",
-      unit=" images",
-      disable=len(source) < 5000,
+    results = pool.map(load, range(len(source)))
+    for index, error in enumerate(
+      tqdm(results, total=len(source), desc="decoding images", unit=" images", disable=len(source) < 5000)
     ):
-      pass
+      if error is not None:
+        found[index] = error
+  if found:
+    if broken == "stop":
+      raise broken_error(list(found.values()), len(source))
+    report_broken(list(found.values()), len(source), "replaced by the next that can")
+    # From the end, so that the one after is sound already; after the last comes the first that is.
+    sound = next(index for index in range(len(source)) if index not in found)
+    for index in sorted(found, reverse=True):
+      after = index + 1 if index + 1 < len(source) else sound
+      images[index], labels[index] = images[after], labels[after]
   return ArraySource(images, labels)

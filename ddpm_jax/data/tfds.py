@@ -1,0 +1,146 @@
+"""TFDS data sets in ArrayRecord form: prepared once, then read without TensorFlow."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.data.fitting import check_fit, fit
+from ddpm_jax.data.sources import BrokenImage
+
+
+class TfdsSource:
+  """A prepared TFDS data set in ArrayRecord form, read without TensorFlow.
+
+  Args:
+    name: its TFDS name, such as "cifar10".
+    split: a TFDS split, such as "train" or "train[:90%]".
+    size: height and width in pixels; images of another size are fitted as `fitting.fit` does.
+    channels: 1 for grey, 3 for RGB.
+    data_dir: the TFDS folder; its default when empty.
+    crop: side of a centred square that is cut out before resizing; 0 for none.
+    resize: bicubic, box or adm.
+
+  Raises:
+    ValueError: if the data set is unknown, not prepared, or has no images; on reading, if one cannot be decoded (BrokenImage).
+  """
+
+  def __init__(
+    self,
+    name: str,
+    split: str,
+    size: int,
+    channels: int = 3,
+    data_dir: str = "",
+    crop: int = 0,
+    resize: str = "bicubic",
+  ):
+    import tensorflow_datasets as tfds
+
+    check_fit(size, channels, crop, resize)
+    try:
+      self.records: Any = tfds.data_source(name, split=split, data_dir=data_dir or None, download=False)
+    except Exception as error:
+      where = data_dir or tfds.core.constants.DATA_DIR
+      raise ValueError(
+        f"Cannot read the TFDS data set {name!r}, split {split!r}, as ArrayRecord from {where} ({_first_line(error)})."
+        " Prepare it once: pip install 'ddpm_jax[prepare]', then --mode=prepare with this --config. Or name a folder of images:"
+        " --config.data.source=folder --config.data.path=<folder>."
+      ) from error
+    if not len(self.records) or "image" not in self.records.dataset_info.features:
+      raise ValueError(
+        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records and no 'image' in them; wanted images."
+      )
+    self._name, self._fit = f"{name}, {split}", (size, channels, crop, resize)
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    from PIL import Image
+
+    name = f"record {index} of {self._name}"
+    try:
+      record = self.records[index]
+      pixels = np.asarray(record["image"])
+      image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    except Exception as error:
+      raise BrokenImage(name, _first_line(error)) from error
+    try:
+      return {"image": fit(image, *self._fit), "label": int(record.get("label", 0))}
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
+
+
+def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, dict[str, int], bool]:
+  """Downloads a TFDS data set and converts it to ArrayRecord, unless that is done already.
+
+  Args:
+    name: its TFDS name, such as "cifar10" or "lsun/bedroom".
+    data_dir: the TFDS folder; its default when empty.
+    module: a module, or a Python file, that defines a builder of your own; TFDS knows it once it is imported.
+
+  Returns:
+    The folder, the number of records of each split, and whether it was there before.
+
+  Raises:
+    ValueError: if the data set is unknown, was prepared in another format, needs TensorFlow, which is not installed, or if TFDS fails.
+  """
+  import tensorflow_datasets as tfds
+
+  if module:
+    _import(module)
+  try:
+    builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    there = builder.is_prepared()
+    if not there:
+      builder.download_and_prepare(file_format="array_record")
+  except ImportError as error:
+    if "tensorflow" not in str(error) and (getattr(error, "name", None) or "").split(".")[0] != "tensorflow":
+      raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {_first_line(error)}.") from error
+    raise ValueError(
+      f"Preparing the TFDS data set {name!r} takes TensorFlow, which is not installed (training and sampling need none):"
+      " pip install 'ddpm_jax[prepare]', then the same command."
+    ) from error
+  except Exception as error:
+    own = (
+      ""
+      if module
+      else " A builder of your own is found by --config.data.module=<a module, or a .py file, that defines it>."
+    )
+    raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {str(error).strip()}{own}") from error
+  if str(builder.info.file_format.value) != "array_record":
+    raise ValueError(
+      f"Got the TFDS data set {name!r} in {builder.data_path}, prepared as {builder.info.file_format.value}; wanted"
+      " array_record. Remove it, or name another folder: --config.data.path=<folder>."
+    )
+  counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+  return str(builder.data_path), counts, there
+
+
+def _import(module: str) -> None:
+  """Imports a module by its name, or from a file."""
+  try:
+    if not module.endswith(".py"):
+      importlib.import_module(module)
+      return
+    path = Path(module).expanduser().absolute()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+      raise FileNotFoundError(f"{path} does not exist")
+    loaded = importlib.util.module_from_spec(spec)
+    # TFDS looks for the class's module there.
+    sys.modules[path.stem] = loaded
+    spec.loader.exec_module(loaded)
+  except Exception as error:
+    raise ValueError(
+      f"Cannot import data.module={module!r} ({type(error).__name__}: {error}); wanted a module on the Python path, or a .py file."
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip()
+  return text.splitlines()[0] if text else type(error).__name__
