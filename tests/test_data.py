@@ -1,20 +1,14 @@
-import json
-
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ddpm_jax import data
+from tests.pictures import spoil, write_folder
 
 
-def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
-  rng = np.random.default_rng(0)
-  for name in classes:
-    (root / name).mkdir(parents=True)
-    for index in range(count):
-      pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-      suffix = ("png", "jpg", "bmp")[index % 3]
-      Image.fromarray(pixels).save(root / name / f"{index}.{suffix}")
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_digits_are_scikit_learns():
@@ -88,52 +82,103 @@ def test_wrong_folders_are_errors(tmp_path):
   write_folder(tmp_path)
   with pytest.raises(ValueError, match="channels=2"):
     data.FolderSource(tmp_path, 8, 2)
-  broken = tmp_path / "dog" / "1.jpg"
-  broken.write_bytes(broken.read_bytes()[:100])
-  with pytest.raises(ValueError, match=r"Cannot decode the image .*dog.1\.jpg"):
+  with pytest.raises(ValueError, match="crop=-1"):
+    data.FolderSource(tmp_path, 8, crop=-1)
+  with pytest.raises(ValueError, match="nearest"):
+    data.FolderSource(tmp_path, 8, resize="nearest")
+  with pytest.raises(ValueError, match=r"cat.0\.png.*4x6.*crop=5"):
+    data.FolderSource(tmp_path, 8, crop=5)[0]
+
+
+# Fitting, against a few independent lines each.
+
+
+def picture(width, height):
+  return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_box_means_over_boxes_whatever_the_ratio():
+  pixels = np.asarray(picture(48, 32)).astype(float)
+  means = pixels.reshape(8, 4, 8, 6, 3).mean((1, 3))
+  np.testing.assert_allclose(data.fit(picture(48, 32), 8, 3, resize="box"), means, atol=1)  # rounded once an axis
+
+
+def adm_rows(pixels, size):
+  """Dhariwal and Nichol's down-sampling, on arrays: 2x2 means (rounded up at a half, as Pillow does) until under twice the size."""
+  while min(pixels.shape[:2]) >= 2 * size:
+    height, width = (side // 2 * 2 for side in pixels.shape[:2])
+    pixels = np.floor(pixels[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3)) + 0.5)
+  image = Image.fromarray(pixels.astype(np.uint8))
+  height, width = pixels.shape[:2]
+  smaller = min(height, width)
+  new = (round(width * size / smaller), round(height * size / smaller))
+  resized = np.asarray(image.resize(new, resample=Image.Resampling.BICUBIC))
+  top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+  return resized[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (44, 52), (9, 7), (16, 16)])
+def test_adm_halves_and_then_scales(shape):
+  got = data.fit(picture(*shape), 8, 3, resize="adm")
+  assert got.shape == (8, 8, 3)
+  np.testing.assert_allclose(got.astype(int), adm_rows(np.asarray(picture(*shape)).astype(float), 8), atol=2)
+
+
+def test_the_crop_comes_first_and_is_central():
+  pixels = np.asarray(picture(178, 218))
+  cut = Image.fromarray(pixels[39:179, 19:159])
+  expected = np.asarray(ImageOps.fit(cut, (64, 64), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(data.fit(picture(178, 218), 64, 3, crop=140), expected)
+  np.testing.assert_array_equal(data.fit(picture(10, 10), 4, 3, crop=4), np.asarray(picture(10, 10))[3:7, 3:7])
+
+
+# Broken files.
+
+
+def write_broken(root, names=("cat/1.jpg", "dog/2.bmp")):
+  write_folder(root)
+  for name in names:
+    spoil(root / name)
+  return data.FolderSource(root, 8)
+
+
+def test_broken_files_are_one_error_with_all_their_names(tmp_path):
+  source = write_broken(tmp_path)
+  with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat.1\.jpg.*dog.2\.bmp.*broken=skip"):
+    data.in_memory(source)
+  with pytest.raises(ValueError, match=r"cat.1\.jpg.*broken=skip"):
+    data.read(source, [0, 1])
+  with pytest.raises(ValueError, match="wanted|decode"):
+    data.SkipBroken(
+      write_broken(tmp_path / "all", ("cat/0.png", "cat/1.jpg", "cat/2.bmp", "dog/0.png", "dog/1.jpg", "dog/2.bmp"))
+    )[0]
+
+
+def test_many_broken_files_are_counted_and_ten_named(tmp_path):
+  write_folder(tmp_path, count=15)
+  for path in (tmp_path / "cat").iterdir():
+    spoil(path)
+  with pytest.raises(ValueError, match=r"15 of 30 images") as error:
     data.in_memory(data.FolderSource(tmp_path, 8))
+  assert str(error.value).count("/cat/") == 10
+  assert "and 5 more" in str(error.value)
 
 
-def test_tfds_without_tensorflow(tmp_path):
-  """A data set that the test prepares itself, read through ArrayRecord."""
-  import sys
-
-  import tensorflow_datasets as tfds
-
-  pixels = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3), dtype=np.uint8)
-
-  class Squares(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-      return self.dataset_info_from_configs(
-        features=tfds.features.FeaturesDict(
-          {"image": tfds.features.Image(shape=(6, 6, 3)), "label": tfds.features.ClassLabel(num_classes=7)}
-        )
-      )
-
-    def _split_generators(self, dl_manager):
-      return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-      for index in range(7):
-        yield index, {"image": Image.fromarray(pixels[index]), "label": index}
-
-  Squares.pkg_dir_path = tmp_path
-  builder = Squares(data_dir=tmp_path, file_format="array_record")
-  builder.download_and_prepare()
-  source = data.TfdsSource("squares", "train", 6, 3, str(tmp_path))
-  assert len(source) == 7
-  for index in range(7):
-    item = source[index]
-    np.testing.assert_array_equal(item["image"], pixels[item["label"]])
-  assert data.TfdsSource("squares", "train", 3, 1, str(tmp_path))[0]["image"].shape == (3, 3, 1)
-  assert "tensorflow" not in sys.modules
-
-
-def test_tfds_that_is_not_prepared_says_how(tmp_path):
-  with pytest.raises(ValueError, match=r"'cifar10'.*ddpm_jax\[prepare\].*--mode=prepare.*source=folder"):
-    data.TfdsSource("cifar10", "train", 32, 3, str(tmp_path))
+def test_the_next_image_stands_in_for_a_broken_one(tmp_path, capsys):
+  source = write_broken(tmp_path)
+  memory = data.in_memory(source, "skip")
+  printed = capsys.readouterr().out
+  assert "2 of 6" in printed
+  assert printed.count("cat/1.jpg") == printed.count("dog/2.bmp") == 1
+  streamed = data.SkipBroken(source)
+  for _ in range(2):
+    for index, stand_in in enumerate([0, 2, 2, 3, 4, 0]):
+      np.testing.assert_array_equal(streamed[index]["image"], source[stand_in]["image"])
+      np.testing.assert_array_equal(memory[index]["image"], source[stand_in]["image"])
+      assert streamed[index]["label"] == memory[index]["label"] == source.labels[stand_in]
+  printed = capsys.readouterr().out
+  assert printed.count("cat/1.jpg") == printed.count("dog/2.bmp") == 1, "reported once"
+  assert list(streamed.broken) == [source.file(1), source.file(5)]
 
 
 def test_hold_out_splits_without_overlap():
@@ -146,69 +191,3 @@ def test_hold_out_splits_without_overlap():
   np.testing.assert_array_equal(data.read(again, range(20))["image"], data.read(held_out, range(20))["image"])
   with pytest.raises(ValueError, match="hold_out=50"):
     data.hold_out(source, 50)
-
-
-# The pipeline.
-
-
-def numbered(count=30):
-  """Image i is the column [i, 0], so that a flip shows."""
-  images = np.zeros((count, 1, 2, 1), np.uint8)
-  images[:, 0, 0, 0] = np.arange(count)
-  return data.ArraySource(images, np.arange(count))
-
-
-def test_each_epoch_is_another_permutation():
-  batches = data.batches(numbered(), 10, seed=0)
-  epochs = [np.concatenate([next(batches)["label"] for _ in range(3)]) for _ in range(3)]
-  for epoch in epochs:
-    assert sorted(epoch) == list(range(30))
-  assert list(epochs[0]) != list(epochs[1]) != list(epochs[2])
-
-
-def test_batches_are_scaled_and_agree_with_their_labels():
-  batch = next(data.batches(numbered(), 10, seed=0))
-  assert batch["image"].dtype == np.float32
-  np.testing.assert_allclose(batch["image"][:, 0, 0, 0], batch["label"] / 127.5 - 1, atol=1e-6)
-
-
-def test_flips_half_of_the_images():
-  batches = data.batches(numbered(200), 100, seed=0, flip=True)
-  images = np.concatenate([next(batches)["image"] for _ in range(10)])
-  flipped = images[:, 0, 0, 0] < images[:, 0, 1, 0]
-  assert 0.4 < flipped.mean() < 0.6
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_seed_sets_the_order(seed):
-  first, second = (next(data.batches(numbered(), 10, seed=s)) for s in (0, seed))
-  assert np.array_equal(first["label"], second["label"]) == (seed == 0)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_resumes_exactly_through_json(steps):
-  batches = data.batches(numbered(), 7, seed=3, flip=True)
-  for _ in range(steps):
-    next(batches)
-  state = json.loads(json.dumps(batches.state))
-  expected = [next(batches) for _ in range(12)]
-  resumed = data.batches(numbered(), 7, seed=3, flip=True)
-  next(resumed)
-  resumed.restore(state)
-  for want in expected:
-    got = next(resumed)
-    np.testing.assert_array_equal(got["image"], want["image"])
-    np.testing.assert_array_equal(got["label"], want["label"])
-
-
-def test_other_data_is_refused_on_resuming():
-  state = data.batches(numbered(30), 7, seed=3).state
-  with pytest.raises(ValueError, match="29 images to resume a run on 30"):
-    data.batches(numbered(29), 7, seed=3).restore(state)
-
-
-def test_the_next_batch_is_already_on_its_way():
-  sent = []
-  batches = data.batches(numbered(), 5, seed=0, put=lambda batch: sent.append(1) or batch)
-  next(batches)
-  assert len(sent) == 2

@@ -1,5 +1,6 @@
 """Images in a folder, of which there may be millions: what lies where is kept in a file and checked against changes."""
 
+import contextlib
 import hashlib
 import os
 import time
@@ -181,4 +182,5 @@ def _save(cache: Path, found: dict[bytes, _Folder]) -> None:
       np.savez(file, **{key: np.frombuffer(text, np.uint8) for key, text in texts.items()}, **numbers)  # type: ignore[arg-type]
     os.replace(temporary, cache)
   except OSError:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()

@@ -1,9 +1,11 @@
 """TFDS data sets in ArrayRecord form: prepared once, then read without TensorFlow."""
 
+import difflib
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -105,13 +107,15 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
       f"Preparing the TFDS data set {name!r} takes TensorFlow, which is not installed (training and sampling need none):"
       " pip install 'ddpm_jax[prepare]', then the same command."
     ) from error
+  except tfds.core.registered.DatasetNotFoundError as error:
+    near = difflib.get_close_matches(name, tfds.list_builders(), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+      f"Got data.name={name!r}, which TFDS does not know.{hint} A builder of your own is found by"
+      " --config.data.module=<a module, or a .py file, that defines it>."
+    ) from error
   except Exception as error:
-    own = (
-      ""
-      if module
-      else " A builder of your own is found by --config.data.module=<a module, or a .py file, that defines it>."
-    )
-    raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {str(error).strip()}{own}") from error
+    raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {str(error).strip()}") from error
   if str(builder.info.file_format.value) != "array_record":
     raise ValueError(
       f"Got the TFDS data set {name!r} in {builder.data_path}, prepared as {builder.info.file_format.value}; wanted"
@@ -123,22 +127,31 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
 
 def _import(module: str) -> None:
   """Imports a module by its name, or from a file."""
+  import tensorflow_datasets as tfds
+
   try:
-    if not module.endswith(".py"):
-      importlib.import_module(module)
-      return
-    path = Path(module).expanduser().absolute()
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-      raise FileNotFoundError(f"{path} does not exist")
-    loaded = importlib.util.module_from_spec(spec)
-    # TFDS looks for the class's module there.
-    sys.modules[path.stem] = loaded
-    spec.loader.exec_module(loaded)
+    loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
   except Exception as error:
     raise ValueError(
       f"Cannot import data.module={module!r} ({type(error).__name__}: {error}); wanted a module on the Python path, or a .py file."
     ) from error
+  value: Any
+  for value in vars(loaded).values():
+    if isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder) and value.__module__ == loaded.__name__:
+      # TFDS takes a builder for a package of its own, and looks there for a description; one file is enough for us.
+      value.pkg_dir_path = value.pkg_dir_path or Path(str(loaded.__file__)).parent
+
+
+def _load_file(path: Path) -> ModuleType:
+  path = path.expanduser().absolute()
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  if spec is None or spec.loader is None or not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist")
+  loaded = importlib.util.module_from_spec(spec)
+  # Known by its name, as what is imported is: TFDS looks for the module of a class.
+  sys.modules[path.stem] = loaded
+  spec.loader.exec_module(loaded)
+  return loaded
 
 
 def _first_line(error: Exception) -> str:

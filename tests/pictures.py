@@ -1,0 +1,62 @@
+"""Small image data on disk, for the tests of data."""
+
+import os
+import textwrap
+
+import numpy as np
+from PIL import Image
+
+
+def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
+  """Random pictures in a folder a class."""
+  rng = np.random.default_rng(0)
+  for name in classes:
+    (root / name).mkdir(parents=True)
+    for index in range(count):
+      pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+      suffix = ("png", "jpg", "bmp")[index % 3]
+      Image.fromarray(pixels).save(root / name / f"{index}.{suffix}")
+
+
+def age(root):
+  """Folders as if nothing had changed for an hour: what changed just now is listed again in any case."""
+  for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+    old = path.stat().st_mtime_ns - 3600 * 10**9
+    os.utime(path, ns=(old, old))
+
+
+def spoil(path):
+  """Cuts a picture's file off."""
+  path.write_bytes(path.read_bytes()[:50])
+
+
+def pixels_of(index, size=6):
+  return np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def write_builder(path, name="Squares", count=7):
+  """A Python file with a TFDS builder, whose image i is `pixels_of(i)` and whose label is i."""
+  path.write_text(
+    textwrap.dedent(f"""\
+      import numpy as np
+      import tensorflow_datasets as tfds
+      from PIL import Image
+
+
+      class {name}(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+          image, label = tfds.features.Image(shape=(6, 6, 3)), tfds.features.ClassLabel(num_classes={count})
+          features = tfds.features.FeaturesDict({{"image": image, "label": label}})
+          return self.dataset_info_from_configs(features=features)
+
+        def _split_generators(self, dl_manager):
+          return {{"train": self._generate_examples({count}), "test": self._generate_examples(2)}}
+
+        def _generate_examples(self, count):
+          for index in range(count):
+            pixels = np.random.default_rng(index).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            yield index, {{"image": Image.fromarray(pixels), "label": index}}
+      """)
+  )

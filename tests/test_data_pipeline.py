@@ -1,0 +1,176 @@
+"""The pipeline: one order for any number of threads, worker processes and readers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import data
+from tests.pictures import spoil, write_folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def numbered(count=30):
+  """Image i is the column [i, 0], so that a flip shows."""
+  images = np.zeros((count, 1, 2, 1), np.uint8)
+  images[:, 0, 0, 0] = np.arange(count)
+  return data.ArraySource(images, np.arange(count))
+
+
+def test_each_epoch_is_another_permutation():
+  batches = data.batches(numbered(), 10, seed=0)
+  epochs = [np.concatenate([next(batches)["label"] for _ in range(3)]) for _ in range(3)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(30))
+  assert list(epochs[0]) != list(epochs[1]) != list(epochs[2])
+
+
+def test_batches_are_scaled_and_agree_with_their_labels():
+  batch = next(data.batches(numbered(), 10, seed=0))
+  assert batch["image"].dtype == np.float32
+  np.testing.assert_allclose(batch["image"][:, 0, 0, 0], batch["label"] / 127.5 - 1, atol=1e-6)
+
+
+def test_flips_half_of_the_images():
+  batches = data.batches(numbered(200), 100, seed=0, flip=True)
+  images = np.concatenate([next(batches)["image"] for _ in range(10)])
+  flipped = images[:, 0, 0, 0] < images[:, 0, 1, 0]
+  assert 0.4 < flipped.mean() < 0.6
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_seed_sets_the_order(seed):
+  first, second = (next(data.batches(numbered(), 10, seed=s)) for s in (0, seed))
+  assert np.array_equal(first["label"], second["label"]) == (seed == 0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_resumes_exactly_through_json(steps):
+  batches = data.batches(numbered(), 7, seed=3, flip=True)
+  for _ in range(steps):
+    next(batches)
+  state = json.loads(json.dumps(batches.state))
+  expected = [next(batches) for _ in range(12)]
+  resumed = data.batches(numbered(), 7, seed=3, flip=True)
+  next(resumed)
+  resumed.restore(state)
+  for want in expected:
+    got = next(resumed)
+    np.testing.assert_array_equal(got["image"], want["image"])
+    np.testing.assert_array_equal(got["label"], want["label"])
+
+
+def test_other_data_is_refused_on_resuming():
+  state = data.batches(numbered(30), 7, seed=3).state
+  with pytest.raises(ValueError, match="29 images to resume a run on 30"):
+    data.batches(numbered(29), 7, seed=3).restore(state)
+
+
+def test_another_batch_size_or_seed_is_refused_on_resuming():
+  state = data.batches(numbered(), 7, seed=3).state
+  assert state == {"batch": 0, "num_images": 30, "batch_size": 7, "seed": 3}
+  with pytest.raises(ValueError, match="batch size of 8 to resume data at 7"):
+    data.batches(numbered(), 8, seed=3).restore(state)
+  with pytest.raises(ValueError, match="seed of 4 to resume data at 3"):
+    data.batches(numbered(), 7, seed=4).restore(state)
+  with pytest.raises(ValueError, match="another release"):
+    data.batches(numbered(), 7, seed=3).restore({"iterator": {}, "num_images": 30})
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2], [3, 4, 5, 6]], [[0, 2, 4, 6], [1, 3], [5]]])
+def test_the_rows_of_all_processes_are_the_whole_batch(parts):
+  whole = data.batches(numbered(), 7, seed=3, flip=True)
+  readers = [data.batches(numbered(), 7, seed=3, flip=True, rows=np.array(rows)) for rows in parts]
+  for _ in range(9):
+    want = next(whole)
+    for rows, reader in zip(parts, readers, strict=True):
+      got = next(reader)
+      np.testing.assert_array_equal(got["image"], want["image"][rows])
+      np.testing.assert_array_equal(got["label"], want["label"][rows])
+  assert whole.state == readers[0].state == {"batch": 9, "num_images": 30, "batch_size": 7, "seed": 3}
+
+
+@pytest.mark.parametrize("rows", [[], [2, 1], [0, 7], [-1, 0], [1, 1]])
+def test_wrong_rows_are_errors(rows):
+  with pytest.raises(ValueError, match="rows .* of a batch of 7"):
+    data.batches(numbered(), 7, seed=0, rows=np.array(rows, int))
+
+
+@pytest.mark.parametrize("counts", [{"num_threads": 0}, {"num_workers": -1}])
+def test_wrong_counts_are_errors(counts):
+  with pytest.raises(ValueError, match="at least 1, 1 and 0"):
+    data.batches(numbered(), 7, seed=0, **counts)
+
+
+def test_waiting_is_measured():
+  batches = data.batches(numbered(), 5, seed=0, put=lambda batch: jax.block_until_ready(jax.device_put(batch)))
+  assert batches.wait == 0
+  next(batches)
+  first = batches.wait
+  assert 0 < first < 10
+  next(batches)
+  assert batches.wait > first
+
+
+def devices_of_this_process():
+  from jax._src import xla_bridge
+
+  return list(xla_bridge._backends)
+
+
+class Spy(data.ArraySource):
+  """Says in its labels whether the process that reads it has started a device."""
+
+  def __getitems__(self, indices):
+    batch = super().__getitems__(indices)
+    return {**batch, "label": np.full(len(indices), len(devices_of_this_process()), np.int32)}
+
+
+def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp_path, capfd):
+  write_folder(tmp_path, count=6)
+  spoil(tmp_path / "dog" / "3.png")
+  kwargs = {"seed": 3, "flip": True}
+  source = data.SkipBroken(data.FolderSource(tmp_path, 8))
+  threads = data.batches(source, 5, num_threads=3, **kwargs)
+  for _ in range(4):
+    next(threads)
+  state = json.loads(json.dumps(threads.state))
+  want = [next(threads) for _ in range(6)]
+  assert threads.broken == 1
+  capfd.readouterr()
+  again = data.SkipBroken(data.FolderSource(tmp_path, 8))
+  workers = data.batches(again, 5, num_workers=2, **kwargs)
+  workers.restore(state)
+  for batch in want:
+    got = next(workers)
+    np.testing.assert_array_equal(got["image"], batch["image"])
+    np.testing.assert_array_equal(got["label"], batch["label"])
+  assert workers.broken == 1
+  assert capfd.readouterr().out.count("dog/3.png") == 1, "reported once, by the main process"
+  assert workers.state["batch"] == 10
+  workers.close()
+  jax.devices()
+  assert devices_of_this_process()
+  spied = data.batches(Spy(numbered().images), 5, seed=0, num_workers=1)
+  np.testing.assert_array_equal(next(spied)["label"], 0)
+  spied.close()
+
+
+def test_a_broken_file_stops_the_batches_by_name(tmp_path):
+  write_folder(tmp_path)
+  spoil(tmp_path / "dog" / "0.png")
+  batches = data.batches(data.FolderSource(tmp_path, 8), 6, seed=0)
+  with pytest.raises(ValueError, match=r"dog.0\.png.*broken=skip"):
+    next(batches)
+
+
+def test_the_next_batch_is_already_on_its_way():
+  sent = []
+  batches = data.batches(numbered(), 5, seed=0, put=lambda batch: sent.append(1) or batch)
+  next(batches)
+  assert len(sent) == 2

@@ -1,0 +1,189 @@
+"""`--mode=prepare`: TFDS data sets of one's own and folders packed, and what is read back."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ddpm_jax import build, data, prepare
+from tests.conftest import ROOT
+from tests.pictures import pixels_of, spoil, write_builder, write_folder
+from tests.recipes import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def config_of(**keys):
+  config = tiny_config()
+  config.data.update(
+    {"image_size": 6, "channels": 3, "train_split": "train", "eval_split": "test", "hold_out": 0, **keys}
+  )
+  return config
+
+
+# TFDS.
+
+
+def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
+  write_builder(tmp_path / "own_squares.py", "OwnSquares")
+  config = config_of(source="tfds", name="own_squares", path=str(tmp_path / "tfds"))
+  with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.module"):
+    prepare.run_prepare(config, None)
+  config.data.module = str(tmp_path / "own_squares.py")
+  prepare.run_prepare(config, None)
+  printed = capsys.readouterr().out
+  assert "train 7, test 2" in printed
+  assert str(tmp_path / "tfds" / "own_squares") in printed
+  train, held_out = build.build_data(config)
+  assert (len(train), len(held_out)) == (7, 2)
+  for index in range(7):
+    np.testing.assert_array_equal(train[index]["image"], pixels_of(train[index]["label"]))
+  assert data.TfdsSource("own_squares", "train", 3, 1, config.data.path)[0]["image"].shape == (3, 3, 1)
+  prepare.run_prepare(config, None)
+  assert "prepared already" in capsys.readouterr().out
+  prepare.run_prepare(config, tmp_path / "packed")
+  packed, _ = build.build_sources(config_of(source="packed", path=str(tmp_path / "packed")))
+  for index in range(7):
+    np.testing.assert_array_equal(packed[index]["image"], pixels_of(packed[index]["label"]))
+  assert "tensorflow" not in sys.modules
+
+
+def test_reading_needs_neither_the_builder_nor_tensorflow(tmp_path):
+  write_builder(tmp_path / "far_squares.py", "FarSquares")
+  data.prepare_tfds("far_squares", str(tmp_path / "tfds"), str(tmp_path / "far_squares.py"))
+  code = (
+    "import sys; from ddpm_jax import data; "
+    f"source = data.TfdsSource('far_squares', 'train', 6, 3, {str(tmp_path / 'tfds')!r}); "
+    "print(len(source), source[0]['image'].sum() > 0, 'tensorflow' in sys.modules, 'far_squares' in sys.modules)"
+  )
+  result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert result.stdout.split() == ["7", "True", "False", "False"]
+
+
+def test_wrong_modules_are_errors(tmp_path):
+  with pytest.raises(ValueError, match="no_such_module"):
+    data.prepare_tfds("squares", str(tmp_path), "no_such_module")
+  with pytest.raises(ValueError, match="does not exist"):
+    data.prepare_tfds("squares", str(tmp_path), str(tmp_path / "none.py"))
+
+
+def test_an_unknown_name_gets_the_nearest(tmp_path):
+  with pytest.raises(ValueError, match=r"'cifar_10'.*Did you mean 'cifar10'"):
+    data.prepare_tfds("cifar_10", str(tmp_path))
+
+
+def test_tfds_that_is_not_prepared_says_how(tmp_path):
+  with pytest.raises(ValueError, match=r"'cifar10'.*ddpm_jax\[prepare\].*--mode=prepare.*source=folder"):
+    data.TfdsSource("cifar10", "train", 32, 3, str(tmp_path))
+
+
+def test_a_public_data_set_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  def extract(*arguments, **kwargs):
+    raise ImportError("No module named 'tensorflow'", name="tensorflow")
+
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", extract)
+  with pytest.raises(ValueError, match=r"'cifar10' takes TensorFlow.*ddpm_jax\[prepare\]"):
+    data.prepare_tfds("cifar10", str(tmp_path))
+
+
+# Packing.
+
+
+def test_a_pack_reads_as_its_folder(tmp_path, capsys):
+  write_folder(tmp_path / "images" / "train", count=5)
+  write_folder(tmp_path / "images" / "test", count=2)
+  config = config_of(source="folder", path=str(tmp_path / "images"))
+  prepare.run_prepare(config, tmp_path / "packed")
+  assert "10 of 6x6x3 packed, 0 left out" in capsys.readouterr().out
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "packed"]
+  for want, got in zip(
+    build.build_sources(config),
+    build.build_sources(config_of(source="packed", path=str(tmp_path / "packed"))),
+    strict=True,
+  ):
+    assert len(want) == len(got)
+    assert want.classes == got.classes
+    np.testing.assert_array_equal(want.labels, got.labels)
+    order = np.random.default_rng(0).permutation(len(want))
+    np.testing.assert_array_equal(data.read(got, order)["image"], data.read(want, order)["image"])
+    np.testing.assert_array_equal(data.read(got, order)["label"], data.read(want, order)["label"])
+    assert got[1]["label"] == want[1]["label"]
+
+
+def test_several_shards_read_as_one(tmp_path, monkeypatch):
+  from ddpm_jax.data import packed
+
+  monkeypatch.setattr(packed, "_SHARD_BYTES", 3 * 6 * 6 * 3)
+  write_folder(tmp_path / "images", count=5)
+  source = data.FolderSource(tmp_path / "images", 6)
+  data.pack(source, tmp_path / "packed", {})
+  assert len(list((tmp_path / "packed").glob("*.array_record"))) == 4
+  read = data.PackedSource(tmp_path / "packed")
+  order = np.random.default_rng(0).permutation(10)
+  np.testing.assert_array_equal(data.read(read, order)["image"], data.read(source, order)["image"])
+  (tmp_path / "packed" / "images-00002.array_record").unlink()
+  with pytest.raises(ValueError, match=r"not whole.*images-00002"):
+    data.PackedSource(tmp_path / "packed")
+
+
+def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
+  write_folder(tmp_path / "images")
+  for name in ("cat/1.jpg", "dog/0.png"):
+    spoil(tmp_path / "images" / name)
+  config = config_of(source="folder", path=str(tmp_path / "images"))
+  with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat/1\.jpg.*dog/0\.png"):
+    prepare.run_prepare(config, tmp_path / "packed")
+  assert [path.name for path in tmp_path.iterdir()] == ["images"]
+  capsys.readouterr()
+  config.data.broken = "skip"
+  prepare.run_prepare(config, tmp_path / "packed")
+  printed = capsys.readouterr().out
+  assert printed.count("cat/1.jpg") == printed.count("dog/0.png") == 1
+  assert list(data.PackedSource(tmp_path / "packed").labels) == [0, 0, 1, 1]
+
+
+def test_other_shapes_settings_and_versions_are_refused(tmp_path):
+  write_folder(tmp_path / "images")
+  prepare.run_prepare(config_of(source="folder", path=str(tmp_path / "images")), tmp_path / "packed")
+  keys = {"source": "packed", "path": str(tmp_path / "packed"), "eval_split": ""}
+  assert len(build.build_data(config_of(**keys))[0]) == 6
+  with pytest.raises(ValueError, match=r"\(6, 6, 3\).*wants \(8, 8, 3\)"):
+    build.build_data(config_of(**keys, image_size=8))
+  with pytest.raises(ValueError, match=r"bicubic.*wants.*'adm'"):
+    build.build_data(config_of(**keys, resize="adm"))
+  index = tmp_path / "packed" / "index.json"
+  index.write_text(json.dumps({**json.loads(index.read_text()), "version": 2}))
+  with pytest.raises(ValueError, match="version 2"):
+    data.PackedSource(tmp_path / "packed")
+  with pytest.raises(ValueError, match="holds no packed images"):
+    data.PackedSource(tmp_path / "images")
+
+
+def test_wrong_requests_to_prepare_are_errors(tmp_path):
+  with pytest.raises(ValueError, match="needs no preparation"):
+    prepare.run_prepare(config_of(source="digits"), None)
+  config = config_of(source="folder", path=str(tmp_path / "images"))
+  with pytest.raises(ValueError, match="no --output"):
+    prepare.run_prepare(config, None)
+  write_folder(tmp_path / "images")
+  with pytest.raises(ValueError, match="nothing is overwritten"):
+    prepare.run_prepare(config, tmp_path / "images")
+
+
+def test_the_command_line_needs_no_workdir(tmp_path):
+  write_folder(tmp_path / "images")
+  command = [sys.executable, "-m", "ddpm_jax.main", "--mode=prepare"]
+  recipe = ["--config=tests/recipes.py", "--config.data.source=folder", f"--config.data.path={tmp_path / 'images'}"]
+  result = subprocess.run([*command, *recipe, f"--output={tmp_path / 'new'}"], cwd=ROOT, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  assert "6 of 8x8x1 packed" in result.stdout
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert result.returncode == 2
+  assert "Got no --config" in result.stderr
