@@ -70,6 +70,9 @@ def test_wrong_modules_are_errors(tmp_path):
     data.prepare_tfds("squares", str(tmp_path), "no_such_module")
   with pytest.raises(ValueError, match="does not exist"):
     data.prepare_tfds("squares", str(tmp_path), str(tmp_path / "none.py"))
+  (tmp_path / "json.py").write_text("")
+  with pytest.raises(ValueError, match="another module is called 'json'"):
+    data.prepare_tfds("squares", str(tmp_path), str(tmp_path / "json.py"))
 
 
 def test_an_unknown_name_gets_the_nearest(tmp_path):
@@ -82,13 +85,14 @@ def test_tfds_that_is_not_prepared_says_how(tmp_path):
     data.TfdsSource("cifar10", "train", 32, 3, str(tmp_path))
 
 
-def test_a_public_data_set_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
+def test_a_public_data_set_without_tensorflow_names_the_extra_before_any_download(tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 
-  def extract(*arguments, **kwargs):
-    raise ImportError("No module named 'tensorflow'", name="tensorflow")
+  def never(*arguments, **kwargs):
+    raise AssertionError("a download")
 
-  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", extract)
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", never)
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"'cifar10' takes TensorFlow.*ddpm_jax\[prepare\]"):
     data.prepare_tfds("cifar10", str(tmp_path))
 

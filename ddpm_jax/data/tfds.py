@@ -98,17 +98,20 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
   try:
     builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     there = builder.is_prepared()
+    # TFDS would find that out after the download, which may take hours.
+    if not there and _is_public(builder) and importlib.util.find_spec("tensorflow") is None:
+      raise ModuleNotFoundError("tensorflow")
     if not there:
       builder.download_and_prepare(file_format="array_record")
   except ImportError as error:
-    if "tensorflow" not in str(error) and (getattr(error, "name", None) or "").split(".")[0] != "tensorflow":
+    if "tensorflow" not in f"{error} {error.name}":
       raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {_first_line(error)}.") from error
     raise ValueError(
       f"Preparing the TFDS data set {name!r} takes TensorFlow, which is not installed (training and sampling need none):"
       " pip install 'ddpm_jax[prepare]', then the same command."
     ) from error
   except tfds.core.registered.DatasetNotFoundError as error:
-    near = difflib.get_close_matches(name, tfds.list_builders(), 1)
+    near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
       f"Got data.name={name!r}, which TFDS does not know.{hint} A builder of your own is found by"
@@ -125,6 +128,10 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
   return str(builder.data_path), counts, there
 
 
+def _is_public(builder: Any) -> bool:
+  return type(builder).__module__.startswith("tensorflow_datasets.")
+
+
 def _import(module: str) -> None:
   """Imports a module by its name, or from a file."""
   import tensorflow_datasets as tfds
@@ -135,15 +142,20 @@ def _import(module: str) -> None:
     raise ValueError(
       f"Cannot import data.module={module!r} ({type(error).__name__}: {error}); wanted a module on the Python path, or a .py file."
     ) from error
-  value: Any
   for value in vars(loaded).values():
     if isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder) and value.__module__ == loaded.__name__:
       # TFDS takes a builder for a package of its own, and looks there for a description; one file is enough for us.
-      value.pkg_dir_path = value.pkg_dir_path or Path(str(loaded.__file__)).parent
+      builder: Any = value
+      builder.pkg_dir_path = builder.pkg_dir_path or Path(str(loaded.__file__)).parent
 
 
 def _load_file(path: Path) -> ModuleType:
   path = path.expanduser().absolute()
+  if path.stem in sys.modules:
+    loaded = sys.modules[path.stem]
+    if getattr(loaded, "__file__", None) == str(path):
+      return loaded
+    raise ImportError(f"another module is called {path.stem!r}; give the file another name")
   spec = importlib.util.spec_from_file_location(path.stem, path)
   if spec is None or spec.loader is None or not path.is_file():
     raise FileNotFoundError(f"{path} does not exist")
