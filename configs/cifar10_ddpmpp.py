@@ -2,8 +2,8 @@
 
 python -m ddpm_jax.main --config=configs/cifar10_ddpmpp.py --workdir=/tmp/cifar10_ddpmpp
 
-Data as in cifar10_vp.py. The network takes the paper's augmentation labels (9 of its 55.7M parameters' inputs); this
-recipe trains on plain and flipped images, for which they are zeros.
+Data as in cifar10_vp.py, prepared once by --mode=prepare. The network takes the paper's augmentation labels (9 of its 55.7M
+parameters' inputs); this recipe trains on plain and flipped images, for which they are zeros.
 Hardware: one GPU or a TPU slice; the paper trained on 200 million images, 390,625 steps of 512.
 Score: FID 1.97 in the paper with augmentation, by 18 steps of Heun (35 evaluations); not yet repeated with this code.
 """

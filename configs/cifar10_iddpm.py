@@ -2,7 +2,8 @@
 
 python -m ddpm_jax.main --config=configs/cifar10_iddpm.py --workdir=/tmp/cifar10_iddpm
 
-Data as in cifar10_vp.py. 52.5M parameters, time by scale and shift, attention of 4 heads at 16x16 and 8x8.
+Data as in cifar10_vp.py, prepared once by --mode=prepare. 52.5M parameters, time by scale and shift, attention of 4 heads at
+16x16 and 8x8.
 Hardware: one GPU or a TPU slice; the paper trained 500,000 steps of 128 images.
 Score: FID 3.19 in the paper, with 50,000 samples against the training set by 4000 steps; not yet repeated with this code.
 """

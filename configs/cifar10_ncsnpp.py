@@ -3,7 +3,7 @@
 python -m ddpm_jax.main --config=configs/cifar10_ncsnpp.py --workdir=/tmp/cifar10_ncsnpp
 
 As cifar10_ddpmpp.py, with Fourier features of the noise level, the filter (1, 3, 3, 1) where it resamples, and the input joined
-to every level on the way down (Song et al. 2021, appendix H).
+to every level on the way down (Song et al. 2021, appendix H). Data as in cifar10_vp.py, prepared once by --mode=prepare.
 Hardware: one GPU or a TPU slice; the paper trained on 200 million images, 390,625 steps of 512.
 Score: FID 1.98 in the paper with augmentation, by 18 steps of Heun (35 evaluations); not yet repeated with this code.
 """

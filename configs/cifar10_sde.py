@@ -1,7 +1,7 @@
 """Continuous VP SDE on CIFAR-10 with the settings of Song et al. 2021, sampled by the probability-flow ODE.
 
 The network is DDPM's, trained on the continuous-time loss: the paper's "DDPM cont. (VP)", table 2. Data as for
-configs/cifar10_vp.py.
+configs/cifar10_vp.py, prepared once by --mode=prepare.
 
 python -m ddpm_jax.main --config=configs/cifar10_sde.py --workdir=/tmp/cifar10_sde
 

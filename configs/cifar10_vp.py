@@ -3,8 +3,7 @@
 Prepare the data once (1.8 GB of TensorFlow, needed for nothing else), then train:
 
 pip install '.[prepare]'
-python -c "import tensorflow_datasets as tfds; \
-  tfds.builder('cifar10', file_format='array_record').download_and_prepare()"
+python -m ddpm_jax.main --mode=prepare --config=configs/cifar10_vp.py
 python -m ddpm_jax.main --config=configs/cifar10_vp.py --workdir=/tmp/cifar10_vp
 
 Or on a folder of images, with train/<class>/ and test/<class>/ or with classes alone:

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 # Millions, as the papers say them (Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021).
 PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.5", "imagenet64_adm": "295.9"}
+PARAMETERS |= {"celeba64_vp": "78.7", "lsun_bedroom_vp": "113.7"}
 
 
 def load(path):
@@ -25,6 +26,7 @@ def load(path):
 
 def test_the_recipes_are_there():
   assert {path.stem for path in RECIPES} >= {"digits_vp", "digits_sde", "mnist_vp", "cifar10_vp", "cifar10_sde"}
+  assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
