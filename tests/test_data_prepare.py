@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddpm_jax import build, data, prepare
 from tests.conftest import ROOT
@@ -93,8 +96,51 @@ def test_a_public_data_set_without_tensorflow_names_the_extra_before_any_downloa
 
   monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", never)
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"'cifar10' takes TensorFlow.*ddpm_jax\[prepare\]"):
+  with pytest.raises(ValueError, match=r"'cifar10' takes tensorflow.*ddpm_jax\[prepare\]"):
     data.prepare_tfds("cifar10", str(tmp_path))
+
+
+class Lmdb:
+  """The package lmdb, as far as reading goes: a folder with a file a record."""
+
+  def __init__(self, path):
+    self.path = Path(path)
+
+  def begin(self):
+    return self
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    return None
+
+  def cursor(self):
+    return ((path.name.encode(), path.read_bytes()) for path in sorted(self.path.iterdir()))
+
+
+def test_lsun_is_read_without_tensorflow_io(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  for split, count in (("train", 3), ("val", 1)):
+    (tmp_path / split / f"bedroom_{split}_lmdb").mkdir(parents=True)
+    for index in range(count):
+      Image.fromarray(pixels_of(index, 8)).save(
+        tmp_path / split / f"bedroom_{split}_lmdb" / str(index), "webp", lossless=True
+      )
+  fake = types.SimpleNamespace(open=lambda path, readonly, lock: Lmdb(path))
+  monkeypatch.setitem(sys.modules, "lmdb", fake)
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+  monkeypatch.setattr(
+    tfds.download.DownloadManager,
+    "download_and_extract",
+    lambda self, urls: {name: str(tmp_path / name) for name in urls},
+  )
+  _, counts, _ = data.prepare_tfds("lsun/bedroom", str(tmp_path / "tfds"))
+  assert counts == {"train": 3, "validation": 1}
+  source = data.TfdsSource("lsun/bedroom", "train", 8, 3, str(tmp_path / "tfds"))
+  wanted = {pixels_of(index, 8).tobytes() for index in range(3)}
+  assert {source[index]["image"].tobytes() for index in range(3)} == wanted
 
 
 # Packing.
