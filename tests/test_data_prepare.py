@@ -1,6 +1,7 @@
 """`--mode=prepare`: TFDS data sets of one's own and folders packed, and what is read back."""
 
 import json
+import pickle
 import subprocess
 import sys
 import types
@@ -59,9 +60,11 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
 def test_reading_needs_neither_the_builder_nor_tensorflow(tmp_path):
   write_builder(tmp_path / "far_squares.py", "FarSquares")
   data.prepare_tfds("far_squares", str(tmp_path / "tfds"), str(tmp_path / "far_squares.py"))
+  # Opened here, where the builder is known, and sent to a process that knows none, as worker processes are.
+  source = data.TfdsSource("far_squares", "train", 6, 3, str(tmp_path / "tfds"))
+  (tmp_path / "source").write_bytes(pickle.dumps(source))
   code = (
-    "import sys; from ddpm_jax import data; "
-    f"source = data.TfdsSource('far_squares', 'train', 6, 3, {str(tmp_path / 'tfds')!r}); "
+    f"import pickle, sys; source = pickle.load(open({str(tmp_path / 'source')!r}, 'rb')); "
     "print(len(source), source[0]['image'].sum() > 0, 'tensorflow' in sys.modules, 'far_squares' in sys.modules)"
   )
   result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -45,8 +45,10 @@ class TfdsSource:
     import tensorflow_datasets as tfds
 
     check_fit(size, channels, crop, resize)
+    self._where = {"name": name, "split": split, "data_dir": data_dir or None}
+    self._fit = (size, channels, crop, resize)
     try:
-      self.records: Any = tfds.data_source(name, split=split, data_dir=data_dir or None, download=False)
+      self.records: Any = tfds.data_source(**self._where, download=False)
     except Exception as error:
       where = data_dir or tfds.core.constants.DATA_DIR
       raise ValueError(
@@ -58,7 +60,16 @@ class TfdsSource:
       raise ValueError(
         f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records and no 'image' in them; wanted images."
       )
-    self._name, self._fit = f"{name}, {split}", (size, channels, crop, resize)
+
+  def __getstate__(self) -> dict[str, Any]:
+    # A worker process reads from the files: the module of a builder of one's own is not there.
+    return {**self.__dict__, "records": None}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    import tensorflow_datasets as tfds
+
+    self.__dict__.update(state)
+    self.records = tfds.data_source(**self._where, download=False)
 
   def __len__(self) -> int:
     return len(self.records)
@@ -66,7 +77,7 @@ class TfdsSource:
   def __getitem__(self, index: int) -> dict[str, Any]:
     from PIL import Image
 
-    name = f"record {index} of {self._name}"
+    name = f"record {index} of {self._where['name']}, {self._where['split']}"
     try:
       record = self.records[index]
       pixels = np.asarray(record["image"])

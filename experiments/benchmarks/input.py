@@ -1,0 +1,189 @@
+"""How fast images come: records per second of each source, and what a train step at CIFAR-10's sizes waits for its input.
+
+python experiments/benchmarks/input.py [--limit=0.02]
+
+The images are crops of the two photographs that scikit-learn ships, written on the spot in every form that data come in: arrays in
+memory, folders of PNG and JPEG, packed records (--mode=prepare --output), and TFDS as ArrayRecord (PNG). Each is read by
+`data.batches`, shuffled, flipped and scaled, by threads and by worker processes.
+
+The wait is `Batches.wait` over wall-clock time, with batches of 128 of 32x32x3: once against a step that leaves the cores alone, as an
+accelerator does (a sleep of 50 ms, about what DDPM's U-Net takes on a fast GPU), and once against a real train step of a small U-Net on
+the same cores. Ends with an error if a share is above the limit.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ddpm_jax import data, losses, optim, parallel, predictions, processes, train
+from ddpm_jax.networks import UNet
+
+BUILDER = """
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+class BenchmarkCrops(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png")})
+    return self.dataset_info_from_configs(features=features)
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for index, image in enumerate(np.load("%s")):
+      yield index, {"image": Image.fromarray(image)}
+"""
+
+
+def crops(count: int, size: int) -> np.ndarray:
+  rng, photographs = np.random.default_rng(0), load_sample_images().images
+  images = np.empty((count, size, size, 3), np.uint8)
+  for index in range(count):
+    photograph = photographs[index % 2]
+    top, left = (rng.integers(side - size + 1) for side in photograph.shape[:2])
+    images[index] = photograph[top : top + size, left : left + size]
+  return images
+
+
+def write_folder(root: Path, images: np.ndarray, suffix: str) -> Path:
+  for index, image in enumerate(images):
+    folder = root / f"class{index % 10}"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / f"{index:06d}.{suffix}")
+  return root
+
+
+def sources(root: Path, count: int, size: int) -> dict:
+  """The same images in every form."""
+  images = crops(count, size)
+  png = data.FolderSource(write_folder(root / f"png{size}", images, "png"), size)
+  data.pack(png, root / f"packed{size}", {})
+  np.save(root / f"{size}.npy", images)
+  module = root / f"benchmark_crops_{size}.py"
+  module.write_text(BUILDER.replace("BenchmarkCrops", f"BenchmarkCrops{size}") % (root / f"{size}.npy"))
+  data.prepare_tfds(f"benchmark_crops{size}", str(root / "tfds"), str(module))
+  return {
+    "in memory": data.ArraySource(images),
+    "packed records": data.PackedSource(root / f"packed{size}"),
+    "TFDS, PNG in ArrayRecord": data.TfdsSource(f"benchmark_crops{size}", "train", size, 3, str(root / "tfds")),
+    "folder, PNG": png,
+    "folder, JPEG": data.FolderSource(write_folder(root / f"jpeg{size}", images, "jpg"), size),
+  }
+
+
+def rate(source: data.Source, batch_size: int, seconds: float, **kwargs) -> float:
+  """Records per second, from the second batch on: the first starts threads or workers."""
+  batches = data.batches(source, batch_size, seed=0, flip=True, **kwargs)
+  for _ in range(3):
+    next(batches)
+  start, count = time.perf_counter(), 0
+  while time.perf_counter() - start < seconds:
+    next(batches)
+    count += batch_size
+  elapsed = time.perf_counter() - start
+  batches.close()
+  return count / elapsed
+
+
+def small_step():
+  """A compiled train step of a small U-Net, and its first state."""
+  process = processes.discrete(np.linspace(1e-4, 0.02, 1000))
+  network = UNet(out_channels=3, channels=16, multipliers=(1, 2), blocks=1, groups=8, dropout=0.0)
+  optimizer = optim.adam(learning_rate=1e-4)
+
+  def loss_fn(params, keys, batch):
+    def apply(x_t, label):
+      return network.apply({"params": params}, x_t, label)
+
+    return losses.denoising_loss(keys, apply, process, predictions.EPS, batch["image"])
+
+  def init(key):
+    return network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
+
+  state = train.init_state(jax.random.key(0), init, optimizer)
+  mesh = parallel.data_mesh(jax.devices()[:1])
+  step = functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer)
+  return parallel.jit_step(step, mesh), state, mesh
+
+
+def share_of_wait(batches: data.Batches, step, steps: int) -> tuple[float, float]:
+  """Time in `next` over all time, and seconds a step."""
+  for _ in range(3):
+    step(next(batches))
+  waited, start = batches.wait, time.perf_counter()
+  for _ in range(steps):
+    step(next(batches))
+  elapsed = time.perf_counter() - start
+  share = (batches.wait - waited) / elapsed
+  batches.close()
+  return share, elapsed / steps
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--limit", type=float, default=0.02, help="the largest share of waiting that passes")
+  parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of a rate")
+  parser.add_argument("--steps", type=int, default=100, help="of each measurement of a wait")
+  parser.add_argument("--small", type=int, default=20000, help="images of 32x32")
+  parser.add_argument("--large", type=int, default=400, help="images of 256x256")
+  parser.add_argument("--workers", type=int, default=2, help="worker processes")
+  args = parser.parse_args()
+
+  with tempfile.TemporaryDirectory() as folder:
+    print("writing images ...", flush=True)
+    small, large = sources(Path(folder), args.small, 32), sources(Path(folder), args.large, 256)
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores" if hasattr(os, "sched_getaffinity") else ""
+    print(f"\nrecords per second, float32 batches, {cores}\n")
+    print(
+      f"| source | 32x32, 4 threads | 32x32, {args.workers} workers | 256x256, 4 threads | 256x256, {args.workers} workers |"
+    )
+    print("| --- | --- | --- | --- | --- |")
+    for name in small:
+      cells = [
+        f"{rate(source, batch_size, args.seconds, **kwargs):,.0f}"
+        for source, batch_size in ((small[name], 128), (large[name], 32))
+        for kwargs in ({"num_threads": 4}, {"num_workers": args.workers})
+      ]
+      print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+    print("\ninput wait, batches of 128 of 32x32x3\n")
+    print("| source | step | wait |\n| --- | --- | --- |")
+    compiled, state, mesh = small_step()
+
+    def train_on(batch):
+      nonlocal state
+      state, metrics = compiled(state, batch)
+      jax.block_until_ready(metrics)
+
+    def put(batch):
+      return jax.device_put(batch, parallel.split(mesh))
+
+    shares = {}
+    for name in ("in memory", "packed records", "folder, PNG"):
+      for what, step, steps in (
+        ("a sleep of 50 ms", lambda batch: time.sleep(0.05), args.steps),
+        ("a small U-Net on the same cores", train_on, max(args.steps // 10, 1)),
+      ):
+        batches = data.batches(small[name], 128, seed=0, flip=True, put=put)
+        shares[name, what], seconds = share_of_wait(batches, step, steps)
+        print(f"| {name} | {what}, {1e3 * seconds:.0f} ms | {shares[name, what]:.2%} |", flush=True)
+  over = [" with ".join(which) for which, share in shares.items() if share > args.limit]
+  if over:
+    raise SystemExit(f"above {args.limit:.0%}: {', '.join(over)}")
+
+
+if __name__ == "__main__":
+  main()
