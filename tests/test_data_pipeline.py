@@ -1,12 +1,18 @@
 """The pipeline: one order for any number of threads, worker processes and readers."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from ddpm_jax import data
+from tests.conftest import ROOT
 from tests.pictures import spoil, write_folder
 
 
@@ -170,7 +176,50 @@ def test_a_broken_file_stops_the_batches_by_name(tmp_path):
 
 
 def test_the_next_batch_is_already_on_its_way():
-  sent = []
-  batches = data.batches(numbered(), 5, seed=0, put=lambda batch: sent.append(1) or batch)
+  sent, second = [], threading.Event()
+
+  def put(batch):
+    sent.append(batch)
+    if len(sent) == 2:
+      second.set()
+    return batch
+
+  batches = data.batches(numbered(), 5, seed=0, put=put)
   next(batches)
+  assert second.wait(10)
+  batches.close()
   assert len(sent) == 2
+
+
+@pytest.mark.parametrize("ending", ["", "raise ValueError", "os.kill(os.getpid(), 9)"])
+def test_workers_end_with_the_program_however_it_ends(tmp_path, ending):
+  (tmp_path / "script.py").write_text(f"""
+import os
+import numpy as np
+
+if __name__ == "__main__":
+  import multiprocessing
+  from ddpm_jax import data
+
+  batches = data.batches(data.ArraySource(np.zeros((9, 2, 2, 1), np.uint8)), 3, seed=0, num_workers=1)
+  next(batches)
+  print(multiprocessing.active_children()[0].pid, flush=True)
+  {ending}
+""")
+  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  result = subprocess.run(
+    [sys.executable, tmp_path / "script.py"],
+    env=os.environ | {"PYTHONPATH": path},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert (result.returncode == 0) == (not ending), result.stderr
+  worker = int(result.stdout)
+  for _ in range(100):
+    try:
+      os.kill(worker, 0)
+    except ProcessLookupError:
+      return
+    time.sleep(0.1)
+  raise AssertionError("the worker lives on")

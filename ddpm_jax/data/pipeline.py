@@ -1,8 +1,14 @@
 """One grain pipeline for every source: shuffled anew each epoch, repeated, batched, flipped, scaled to [-1, 1]."""
 
+import atexit
+import multiprocessing
+import os
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import grain
@@ -29,16 +35,22 @@ class Batches:
   ):
     self._start, self._source, self._position, self._put = start, source, position, put
     self._iterator: Any = None
-    self._ahead: Any = None
+    # Of its own, so that neither waiting for a batch nor sending it stands in the way of the next step.
+    self._thread = ThreadPoolExecutor(1, "batches")
+    self._ahead: Future | None = None
     self.wait = 0.0
+    # Before multiprocessing ends its children in an order of its own, which can take a minute.
+    atexit.register(_close, weakref.ref(self))
 
   def __iter__(self) -> "Batches":
     return self
 
   def __next__(self) -> Any:
     since = time.perf_counter()
-    batch = self._fetch() if self._ahead is None else self._ahead
-    self._ahead = self._fetch()
+    if self._ahead is None:
+      self._ahead = self._thread.submit(self._fetch)
+    batch = self._ahead.result()
+    self._ahead = self._thread.submit(self._fetch)
     self._position = {**self._position, "batch": self._position["batch"] + 1}
     self.wait += time.perf_counter() - since
     return batch
@@ -90,6 +102,8 @@ class Batches:
 
   def close(self) -> None:
     """Stops threads and worker processes; the next batch starts them again at the same position."""
+    if self._ahead is not None and not self._ahead.cancel():
+      wait([self._ahead])
     if self._iterator is not None:
       self._iterator.close()
     self._iterator = self._ahead = None
@@ -167,14 +181,28 @@ def batches(
       flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
     parts = ahead.to_iter_dataset(grain.ReadOptions(1, 2))
-    return iter(parts.mp_prefetch(workers, worker_init_fn=_stay_off_devices))
+    return iter(parts.mp_prefetch(workers, worker_init_fn=_prepare_worker))
 
   position = {"batch": 0, "num_images": len(source), "batch_size": batch_size, "seed": seed}
   return Batches(start, source, position, put)
 
 
-def _stay_off_devices(worker: int, count: int) -> None:
-  """A worker never takes an accelerator, which the main process holds: grain imports JAX, nothing here starts it."""
+def _prepare_worker(worker: int, count: int) -> None:
+  """Keeps a worker off the accelerator, which the main process holds, and ends it when that is gone, killed or not."""
   del worker, count
-  if "jax" in sys.modules:
+  if "jax" in sys.modules:  # grain imports it; nothing here starts it
     sys.modules["jax"].config.update("jax_platforms", "cpu")
+  parent = multiprocessing.parent_process()
+
+  def follow() -> None:
+    if parent is not None:
+      parent.join()
+      os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
+
+
+def _close(batches: weakref.ref[Batches]) -> None:
+  found = batches()
+  if found is not None:
+    found.close()
