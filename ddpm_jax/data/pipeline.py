@@ -23,7 +23,7 @@ class Batches:
   """Endless batches, the next one on its way to the device while the current one is used; resumable by `state`.
 
   Attributes:
-    wait: seconds that `next` has taken so far, all of it together: what training has waited for its input, at most.
+    wait: seconds that `next` has taken so far, all of it together: what training has waited for its input.
   """
 
   def __init__(

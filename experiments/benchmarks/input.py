@@ -108,7 +108,7 @@ def small_step():
     def apply(x_t, label):
       return network.apply({"params": params}, x_t, label)
 
-    return losses.denoising_loss(keys, apply, process, predictions.EPS, batch["image"])
+    return losses.denoising_loss(keys, apply, process, predictions.EPS, batch["image"], times=losses.uniform(process))
 
   def init(key):
     return network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
