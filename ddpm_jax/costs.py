@@ -1,0 +1,201 @@
+"""What a program costs: the FLOPs of its jaxpr, and the collectives of its compiled HLO."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core
+
+# What is done with a full array of B bytes over a group of g devices: the bytes that each must send at least, over B(g-1)/g.
+_FACTORS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+COLLECTIVES = (*_FACTORS, "collective-permute")
+
+
+def matmul_flops(jaxpr: Any) -> float:
+  """FLOPs of the matrix products and convolutions of a program: two for each product of numbers.
+
+  Counted before any optimization, over all devices; what rematerialization computes again is counted again. Products with
+  the zeros of padding and dilation do not count, as in XLA's own count. Loops of known length (`lax.scan`) count as
+  often as they run, `lax.while_loop` once, `lax.cond` by its dearest branch; custom kernels (Pallas, cuDNN) not at all.
+
+  Args:
+    jaxpr: `jax.jit(f).trace(...).jaxpr`, or of `jax.make_jaxpr`.
+  """
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  return float(sum(_flops(equation) for equation in jaxpr.eqns))
+
+
+class Collective(NamedTuple):
+  """All collectives of one kind in a step, of one device.
+
+  Attributes:
+    number: how many are run.
+    bytes: of the full arrays: what is reduced, and what is gathered, scattered or exchanged by a whole group.
+    sent: the bytes that a device must send for them at least, as a ring of g devices does: 2(g-1)/g of the full arrays for
+      an all-reduce, (g-1)/g for the others, all for a collective-permute.
+  """
+
+  number: int
+  bytes: float
+  sent: float
+
+
+def collectives(hlo_text: str) -> dict[str, Collective]:
+  """The collectives of a compiled program, by kind (`COLLECTIVES`), those that do not occur left out.
+
+  An asynchronous one counts once, a combined one with all its arrays. What is inside loops counts as often as the loop runs, if the
+  HLO says how often (XLA's `known_trip_count`, or a condition `i < constant` as of `lax.scan`), else once.
+
+  Args:
+    hlo_text: `compiled.as_text()`.
+  """
+  computations, entry = _computations(hlo_text)
+  header = hlo_text.partition("\n")[0]
+  everyone = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header))
+  total: dict[str, list[float]] = {}
+  seen = set()
+  for computation, line, times in _walk(computations, entry, 1):
+    found = re.search(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+    if found is None:
+      continue
+    shape, kind, start = found.groups()
+    # The pieces of one collective that a TPU runs beside other work are in several fusions.
+    if chain := re.search(r'chain_id="?\d+', line):
+      channel = re.search(r"channel_id=\d+", line)
+      piece = (kind, chain.group(), channel and channel.group(), _sizes(shape)[-1])
+      if piece in seen:
+        continue
+      seen.add(piece)
+    full, group = _full_bytes(shape, kind, start is not None), _group_size(line, everyone)
+    if kind == "reduce-scatter":
+      full *= group
+    # How a TPU program writes a reduce-scatter: a computation of this name, around an all-reduce.
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+      kind = "reduce-scatter"
+    sent = full if kind == "collective-permute" else _FACTORS[kind] * full * (group - 1) / group
+    entry_of = total.setdefault(kind, [0, 0.0, 0.0])
+    for i, value in enumerate((1, full, sent)):
+      entry_of[i] += times * value
+  return {kind: Collective(int(total[kind][0]), *total[kind][1:]) for kind in COLLECTIVES if kind in total}
+
+
+def loops(hlo_text: str) -> int:
+  """How many loops are in a compiled program; what XLA counts of a program (`cost_analysis`) counts their bodies once."""
+  return len(re.findall(r"^\s.* while\(", hlo_text, re.MULTILINE))
+
+
+def _flops(equation: Any) -> float:
+  name, params = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    return (
+      2.0
+      * math.prod(equation.outvars[0].aval.shape)
+      * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    )
+  if name == "conv_general_dilated":
+    return _convolution_flops(equation)
+  if name == "cond":
+    return max(matmul_flops(branch) for branch in params["branches"])
+  times = 1
+  if name == "scan":
+    times = params["length"]
+  elif name == "shard_map":
+    # Its body is what one device does.
+    times = params["mesh"].size
+  return times * sum(matmul_flops(inner) for inner in _inner(params.values()))
+
+
+def _inner(values: Iterable[Any]) -> Iterator[Any]:
+  for value in values:
+    if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
+      yield value
+
+
+def _convolution_flops(equation: Any) -> float:
+  params = equation.params
+  dims = params["dimension_numbers"]
+  lhs, rhs = (variable.aval.shape for variable in equation.invars)
+  out = equation.outvars[0].aval.shape
+  products = 2.0 * out[dims.out_spec[0]] * out[dims.out_spec[1]] * rhs[dims.rhs_spec[1]]
+  for i, (stride, (low, _), spread, dilation) in enumerate(
+    zip(params["window_strides"], params["padding"], params["lhs_dilation"], params["rhs_dilation"], strict=True)
+  ):
+    size, kernel = lhs[dims.lhs_spec[2 + i]], rhs[dims.rhs_spec[2 + i]]
+    starts = stride * np.arange(out[dims.out_spec[2 + i]])[:, None] - low
+    position = starts + dilation * np.arange(kernel)[None]
+    products *= np.count_nonzero((position >= 0) & (position <= (size - 1) * spread) & (position % spread == 0))
+  return products
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """The lines of each computation by its name, and the name of the first to run."""
+  computations: dict[str, list[str]] = {}
+  entry = current = ""
+  for line in text.splitlines():
+    if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+      current = head.group(2)
+      computations[current] = []
+      entry = current if head.group(1) else entry
+    elif current and " = " in line:
+      computations[current].append(line)
+  return computations, entry
+
+
+def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, str, int]]:
+  """Each instruction that is run, in what computation, and how often."""
+  for line in computations.get(name, ()):
+    yield name, line, times
+    if re.search(r" async-(update|done)\(", line):
+      continue
+    if body := re.search(r"\bbody=%?([\w.\-]+)", line):
+      yield from _walk(computations, body.group(1), times * _trip_count(computations, line))
+    called = re.findall(r"\b(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line)
+    if " call(" in line:
+      called += re.findall(r"\bto_apply=%?([\w.\-]+)", line)
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
+      called += re.findall(r"[\w.\-]+", branches.group(1))
+    for callee in called:
+      yield from _walk(computations, callee, times)
+
+
+def _trip_count(computations: dict[str, list[str]], line: str) -> int:
+  if known := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"', line):
+    return int(known.group(1))
+  condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
+  lines = "\n".join(computations.get(condition.group(1), ()) if condition else ())
+  limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", lines)
+  return int(limits[0]) if len(limits) == 1 and "direction=LT" in lines else 1
+
+
+def _sizes(shape: str) -> list[float]:
+  """Bytes of each array in an HLO shape, which may be a tuple."""
+  sizes = []
+  for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", shape):
+    bits = re.match(r"[a-z]+(\d+)", dtype)
+    count = math.prod(int(dim.lstrip("<=")) for dim in dims.split(",") if dim)
+    sizes.append(count * (int(bits.group(1)) / 8 if bits else 1))
+  return sizes
+
+
+def _full_bytes(shape: str, kind: str, start: bool) -> float:
+  if not start or kind == "all-reduce":
+    return sum(_sizes(shape))
+  # What starts an asynchronous one returns its operands, its results, and maybe scalars that it works with.
+  sizes = _sizes(re.sub(r"\b[us]32\[\]", "", shape))
+  return sum(sizes[len(sizes) // 2 :])
+
+
+def _group_size(line: str, everyone: int) -> int:
+  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    return len(listed.group(1).split(","))
+  if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+    return int(tiled.group(1))
+  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
+    # An axis, or a part of one: 'axis':(devices before)size.
+    named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+    return math.prod(int(part or sizes.get(axis, 1)) for axis, part in named)
+  return max(everyone, 1)
