@@ -1,0 +1,111 @@
+"""TPU slices that are not there, and simulated devices."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ddpm_jax import topology
+from tests.conftest import ROOT
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("4x4", "wanted <generation>:<shape>, such as v5e:4x4.*v6e: v6e:1x1"),
+    ("v5e", "wanted <generation>:<shape>"),
+    ("v5e-16", "wanted <generation>:<shape>"),
+    ("h100:2x4", "a generation that is not known here.*v5p: v5p:2x2x1"),
+    ("v5e:4", "wanted 2 axes.*v5e:4x4"),
+    ("v5p:4x4", "wanted 3 axes.*v5p:2x2x1"),
+    ("v5e:0x2", "at least 1"),
+    ("v5e:1000x1000", "at most 9,216 chips"),
+  ],
+)
+def test_a_wrong_topology_says_what_is_right(name, message):
+  with pytest.raises(ValueError, match=f"--topology={name}.*{message}"):
+    topology.topology_devices(name)
+
+
+def test_without_libtpu_the_error_names_the_extra(monkeypatch):
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"v5e:4x4 without libtpu.*pip install 'ddpm_jax\[plan\]'"):
+    topology.topology_devices("v5e:4x4")
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    ('ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "..."', "another process holds libtpu"),
+    ('INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible by the given', "no machines make up.*v5e:4x4"),
+    ("INVALID_ARGUMENT: Invalid TPU external name: TPU v5e", "a generation that this libtpu does not know.*upgrade"),
+    ("INTERNAL: something else", r"does not take \(INTERNAL: something else\)"),
+  ],
+)
+def test_what_libtpu_says_becomes_what_to_do(monkeypatch, error, message):
+  def fail(**_):
+    raise jax.errors.JaxRuntimeError(error)
+
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+  monkeypatch.setattr(topology.topologies, "get_topology_desc", fail)
+  for variable in topology._ENVIRONMENT:
+    monkeypatch.setenv(variable, "1")
+  with pytest.raises(ValueError, match=f"--topology=v5e:3x3.*{message}"):
+    topology.topology_devices("v5e:3x3")
+
+
+def test_devices_already_there_are_used():
+  assert topology.simulate_devices(8) == jax.devices()[:8]
+  assert topology.simulate_devices(2) == jax.devices()[:2]
+
+
+def test_too_late_or_too_few_is_an_error():
+  assert len(jax.devices()) == 8
+  with pytest.raises(ValueError, match="Got 99 devices to simulate after JAX has been used, with 8 here"):
+    topology.simulate_devices(99)
+  with pytest.raises(ValueError, match="--devices=0"):
+    topology.simulate_devices(0)
+
+
+def run(code):
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  return subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+  ).stdout
+
+
+def test_a_cpu_is_shown_as_many_devices():
+  assert run("from ddpm_jax import topology; print(len(topology.simulate_devices(5)))") == "5\n"
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  ("name", "kind", "count"),
+  [
+    ("v2:2x2", "TPU v2 core", 8),
+    ("v3:2x2", "TPU v3 core", 8),
+    ("v4:2x2x1", "TPU v4", 4),
+    ("v5e:2x4", "TPU v5e", 8),
+    ("v5p:2x2x2", "TPU v5p", 8),
+    ("V6e:2x2", "TPU v6e", 4),
+    ("tpu7x:2x2x1", "TPU7x core", 8),
+  ],
+)
+def test_slices_of_every_generation(name, kind, count):
+  code = f"""
+from ddpm_jax import hardware, topology
+devices = topology.topology_devices({name!r})
+print(len(devices), hardware.chip_of(devices[0].device_kind).name)"""
+  assert run(code) == f"{count} {kind}\n"
+
+
+@needs_libtpu
+def test_a_slice_that_no_machines_make_up():
+  with pytest.raises(ValueError, match=r"--topology=v5e:3x3, which no machines make up"):
+    topology.topology_devices("v5e:3x3")
