@@ -24,9 +24,7 @@ def test_a_matrix_product_takes_two_flops_a_product():
 
 def convolution(x, kernel, padding="VALID", **options):
   options = {"window_strides": (1, 1), **options}
-  return jax.lax.conv_general_dilated(
-    x, kernel, padding=padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
-  )
+  return jax.lax.conv_general_dilated(x, kernel, padding=padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
 
 
 def test_a_convolution_takes_two_flops_a_product():

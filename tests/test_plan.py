@@ -1,0 +1,244 @@
+"""Plans of small steps whose cost is known, on a made-up chip; and one real compilation for a TPU, where libtpu is installed."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddpm_jax import build, costs, hardware, optim, parallel, plan, train
+from tests.conftest import ROOT
+from tests.recipes import tiny_config
+
+P = PartitionSpec
+CHIP = hardware.Chip("Abacus", {"float32": 1e9, "bfloat16": 2e9}, memory=1e6, bandwidth=1e8, interconnect=1e7)
+WHOLE = P()
+ROWS, COLUMNS, BATCH = 128, 64, 32
+
+
+def planned(devices, chip=CHIP, spec=WHOLE, dtype="float32", batch=BATCH):
+  """A plan of one step of gradient descent on a matrix."""
+  mesh = Mesh(np.array(devices), ("d",))
+
+  def step(w, x):
+    return w - jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+
+  held, split = NamedSharding(mesh, spec), NamedSharding(mesh, P("d"))
+  jitted = jax.jit(step, in_shardings=(held, split), out_shardings=held, donate_argnums=0)
+  state = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=held)
+  traced = jitted.trace(state, jax.ShapeDtypeStruct((batch, ROWS), jnp.float32))
+  return plan.make_plan(
+    traced,
+    plan.compile_step(traced),
+    params=state,
+    state={"params": state},
+    batch_size=batch,
+    devices=devices,
+    dtype=dtype,
+    chip=chip,
+  )
+
+
+WEIGHTS = ROWS * COLUMNS * 4
+
+
+def test_the_state_is_counted_by_its_shards():
+  devices = jax.devices()[:8]
+  assert planned(devices).state_bytes == WEIGHTS
+  assert planned(devices, spec=P("d")).state_bytes == WEIGHTS / 8
+  keyed = {"key": jax.eval_shape(lambda: jax.random.key(0)), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+  assert sum(plan._shard_bytes(leaf) for leaf in jax.tree.leaves(keyed)) == 8 + 4
+
+
+def test_figures_of_a_step_on_eight_devices():
+  p = planned(jax.devices()[:8])
+  assert p.parameters == ROWS * COLUMNS
+  # Forward, and backward with respect to the weights.
+  assert p.flops_per_image == 2 * 2 * ROWS * COLUMNS
+  assert p.flops_per_device == p.flops_per_image * BATCH / 8
+  assert p.argument_bytes == WEIGHTS + BATCH / 8 * ROWS * 4
+  assert p.total_bytes == p.argument_bytes + p.output_bytes + p.temporary_bytes + p.code_bytes
+  assert p.collectives == {"all-reduce": (1, WEIGHTS, 2 * 7 / 8 * WEIGHTS)}
+
+
+def test_bounds_are_the_rooflines_of_the_chip():
+  p = planned(jax.devices()[:8])
+  assert p.compute_seconds == pytest.approx(p.flops_per_device / 1e9)
+  assert p.communication_seconds == pytest.approx(2 * 7 / 8 * WEIGHTS / 1e7)
+  # The donated weights are read and written.
+  assert p.memory_seconds == pytest.approx((p.argument_bytes + WEIGHTS + p.output_bytes + 2 * p.temporary_bytes) / 1e8)
+  assert p.step_seconds == max(p.compute_seconds, p.memory_seconds, p.communication_seconds)
+  assert p.images_per_second == pytest.approx(BATCH / p.step_seconds)
+  assert planned(jax.devices()[:8], dtype=jnp.bfloat16).compute_seconds == pytest.approx(p.compute_seconds / 2)
+
+
+def test_one_device_neither_waits_for_others_nor_shares():
+  p = planned(jax.devices()[:1])
+  assert p.collectives == {}
+  assert p.communication_seconds == 0
+  assert p.flops_per_device == BATCH * p.flops_per_image
+
+
+def test_a_chip_that_is_not_known_leaves_bounds_open():
+  p = planned(jax.devices()[:2], chip=None)
+  assert (p.chip, p.fits, p.step_seconds, p.images_per_second) == ("cpu", None, None, None)
+  assert p.total_bytes > 0
+  assert "no peaks of 'cpu'" in plan.table(p)
+  assert planned(jax.devices()[:1], dtype="float64").compute_seconds is None
+
+
+def test_whether_it_fits():
+  p = planned(jax.devices()[:1])
+  assert p.fits is True
+  assert "fits" in plan.table(p)
+  assert "Does not fit" not in plan.table(p)
+  small = planned(jax.devices()[:1], chip=CHIP._replace(memory=50e3))
+  assert small.fits is False
+  assert "Does not fit: split the state over more devices (fsdp)" in plan.table(small)
+  # Activations are what is large.
+  wide = planned(jax.devices()[:1], chip=CHIP._replace(memory=100e3), batch=512)
+  assert wide.fits is False
+  assert "Does not fit: compute in bfloat16; recompute" in plan.table(wide)
+  # Above JAX's share of a GPU.
+  tight = planned(jax.devices()[:1], chip=CHIP._replace(memory=p.total_bytes / 0.8))
+  assert tight.fits
+  assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in plan.table(tight)
+
+
+def test_a_compiler_that_refuses_is_an_answer():
+  class Traced:
+    def __init__(self, error):
+      self.error = error
+
+    def lower(self):
+      raise jax.errors.JaxRuntimeError(self.error)
+
+  refusal = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries"
+    " (66.05G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee https://openxla.org"
+  )
+  answer = plan.compile_step(Traced(refusal))
+  assert answer.needed == 66.05 * 2**30
+  assert answer.available == 15.75 * 2**30
+  assert answer.message.startswith("E1000")
+  assert answer.message.endswith("jit_step.")
+  other = plan.compile_step(Traced("RESOURCE_EXHAUSTED: Used 31.5G of 800.0M hbm."))
+  assert other[:2] == (31.5 * 2**30, 800 * 2**20)
+  assert plan.compile_step(Traced("RESOURCE_EXHAUSTED: no."))[:2] == (None, None)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    plan.compile_step(Traced("INTERNAL: broken"))
+
+  traced = jax.jit(lambda w, x: x @ w).trace(jnp.zeros((8, 4)), jnp.zeros((2, 8)))
+  p = plan.make_plan(
+    traced, answer, params=(), state=(), batch_size=2, devices=jax.devices()[:1], dtype="float32", chip=CHIP
+  )
+  assert p.fits is False
+  assert p.total_bytes == answer.needed
+  assert p.flops_per_image == 2 * 8 * 4
+  assert p.step_seconds == p.compute_seconds
+  assert "66.05G" in plan.table(p)
+  assert json.loads(json.dumps(plan.to_json(p)))["fits"] is False
+
+
+def test_the_table_reads_well():
+  text = plan.table(planned(jax.devices()[:8]))
+  for part in ("8 x Abacus", "8.19 k", "32.8 kFLOP", "32.8 kB", "all-reduce", "5.73 ms", "images a second"):
+    assert part in text, text
+  assert max(map(len, text.splitlines())) <= 160
+
+
+@pytest.mark.parametrize(
+  ("amount", "unit", "text"),
+  [
+    (35.7e6, "", "35.7 M"),
+    (999.6e6, "B", "1.00 GB"),
+    (123.4e9, "B", "123 GB"),
+    (12, "B", "12 B"),
+    (0, "B", "0 B"),
+    (0.0123, "s", "12.3 ms"),
+    (3e-6, "s", "3.00 µs"),
+    (0.0, "s", "0.00 µs"),
+    (75.0, "s", "75.0 s"),
+    (None, "s", "not known"),
+  ],
+)
+def test_numbers_have_three_digits_and_a_unit(amount, unit, text):
+  assert plan._number(amount, unit) == text
+
+
+def test_nothing_to_plan_is_an_error():
+  traced = jax.jit(lambda x: x).trace(jnp.zeros(2))
+  compiled = plan.compile_step(traced)
+  for batch, devices in ((0, jax.devices()), (8, [])):
+    with pytest.raises(ValueError, match="at least one of both"):
+      plan.make_plan(traced, compiled, params=(), state=(), batch_size=batch, devices=devices, dtype="float32")
+
+
+def test_the_train_step_of_a_recipe():
+  """The U-Net's own step: FLOPs are near XLA's count, which has the element-wise ones besides."""
+  config, optimizer, size = tiny_config(), optim.adam(1e-3, ema_decay=0.9), 8
+  mesh = parallel.data_mesh(jax.devices()[:2])
+  step = functools.partial(train.train_step, loss_fn=build.build_loss(config), optimizer=optimizer)
+  init, whole = build.build_params_init(config), parallel.replicated(mesh)
+  shapes = jax.eval_shape(lambda: train.init_state(jax.random.key(0), init, optimizer))
+  state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+  batch = {
+    "image": jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+  }
+  traced = parallel.jit_step(step, mesh).trace(state, batch)
+  flops = costs.matmul_flops(traced.jaxpr)
+  assert flops < traced.lower().cost_analysis()["flops"] < 1.1 * flops
+  p = plan.make_plan(
+    traced,
+    plan.compile_step(traced),
+    params=state.params,
+    state=state,
+    batch_size=size,
+    devices=jax.devices()[:2],
+    dtype="float32",
+  )
+  # Parameters, two moments, their average.
+  assert 4 * 4 * p.parameters <= p.state_bytes < 4 * 4 * p.parameters + 100
+  assert 0.9 * 4 * p.parameters < p.collectives["all-reduce"].bytes <= 4 * p.parameters + 100
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_plan_for_tpus_that_are_not_there():
+  code = """
+import json
+import jax, jax.numpy as jnp
+from ddpm_jax import parallel, plan, topology
+devices = topology.topology_devices("v5e:2x2")
+mesh = parallel.data_mesh(devices)
+def step(w, x):
+  return w - jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w), jnp.sum(x)
+for rows in (1024, 2**20):
+  state = jax.ShapeDtypeStruct((rows, 2048), jnp.float32, sharding=parallel.replicated(mesh))
+  traced = parallel.jit_step(step, mesh).trace(state, jax.ShapeDtypeStruct((8192, rows), jnp.float32))
+  p = plan.make_plan(
+    traced, plan.compile_step(traced), params=state, state=state, batch_size=8192, devices=devices, dtype="float32"
+  )
+  print(json.dumps(plan.to_json(p)))
+"""
+  run = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=True
+  )
+  small, large = map(json.loads, run.stdout.splitlines())
+  weights = 1024 * 2048 * 4
+  assert (small["chip"], small["num_devices"], small["fits"]) == ("TPU v5e", 4, True)
+  assert small["flops_per_image"] == 4 * 1024 * 2048
+  assert small["state_bytes"] == weights
+  assert small["argument_bytes"] >= weights + 8192 / 4 * 1024 * 4
+  assert small["collectives"]["all-reduce"]["bytes"] in (weights, weights + 4)
+  assert small["compute_seconds"] == pytest.approx(8192 / 4 * 4 * 1024 * 2048 / 197e12)
+  # 8.6 GB of weights, as much of gradients, and 8.6 GB of each chip's share of the batch.
+  assert large["fits"] is False, large
+  assert large["total_bytes"] > 15.75 * 2**30
