@@ -90,18 +90,26 @@ class Plan(NamedTuple):
   problem: str
 
 
-def compile_step(traced: jax.stages.Traced) -> jax.stages.Compiled | OutOfMemory:
+def compile_step(traced: jax.stages.Traced, devices: Sequence[Any]) -> jax.stages.Compiled | OutOfMemory:
   """Compiles, and takes "does not fit" for an answer: TPU compilers refuse a program that is too large.
 
   Args:
     traced: `jax.jit(step, in_shardings=...).trace(state, batch)`, its arguments abstract, on the devices planned for.
+    devices: these devices.
   """
+  option = "jax_persistent_cache_min_compile_time_secs"
+  least = jax.config.values[option]
+  if any(device.platform == "tpu" for device in devices):
+    # What is compiled for devices that are not there cannot be read back, so it must not be kept.
+    jax.config.update(option, math.inf)
   try:
     return traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return _out_of_memory(str(error))
+  finally:
+    jax.config.update(option, least)
 
 
 def make_plan(
@@ -189,7 +197,7 @@ def table(plan: Plan) -> str:
     ("  temporaries", _number(p.temporary_bytes, "B"), "the most at one time: activations, gradients, scratch"),
     ("  outputs, code", _number(_sum(p.output_bytes, p.code_bytes), "B"), "beside what reuses the arguments' memory"),
     ("  total", _number(p.total_bytes, "B"), _of_memory(p)),
-    ("  fits", {True: "yes", False: "no", None: "not known"}[p.fits], p.problem),
+    ("  fits", {True: "yes", False: "no", None: "not known"}[p.fits], "so says the compiler" if p.problem else ""),
     ("", "", ""),
     ("collectives a step", "", ""),
     *(
@@ -237,7 +245,8 @@ def _advice(plan: Plan) -> list[str]:
     rest.insert(0, "compute in bfloat16")
   large = plan.memory is not None and plan.state_bytes > plan.memory / 2
   first, *more = [state, *rest] if large else [*rest, state]
-  return [f"Does not fit: {first}; {'; '.join(more)}; or more devices, or ones with more memory."]
+  advice = f"Does not fit: {first}; {'; '.join(more)}; or more devices, or ones with more memory."
+  return [advice, f"The compiler: {plan.problem}"] if plan.problem else [advice]
 
 
 def _of_memory(plan: Plan) -> str:

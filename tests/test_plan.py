@@ -20,6 +20,7 @@ from tests.recipes import tiny_config
 P = PartitionSpec
 CHIP = hardware.Chip("Abacus", {"float32": 1e9, "bfloat16": 2e9}, memory=1e6, bandwidth=1e8, interconnect=1e7)
 WHOLE = P()
+DEVICE = jax.devices()[:1]
 ROWS, COLUMNS, BATCH = 128, 64, 32
 
 
@@ -36,7 +37,7 @@ def planned(devices, chip=CHIP, spec=WHOLE, dtype="float32", batch=BATCH):
   traced = jitted.trace(state, jax.ShapeDtypeStruct((batch, ROWS), jnp.float32))
   return plan.make_plan(
     traced,
-    plan.compile_step(traced),
+    plan.compile_step(traced, devices),
     params=state,
     state={"params": state},
     batch_size=batch,
@@ -124,16 +125,16 @@ def test_a_compiler_that_refuses_is_an_answer():
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries"
     " (66.05G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee https://openxla.org"
   )
-  answer = plan.compile_step(Traced(refusal))
+  answer = plan.compile_step(Traced(refusal), DEVICE)
   assert answer.needed == 66.05 * 2**30
   assert answer.available == 15.75 * 2**30
   assert answer.message.startswith("E1000")
   assert answer.message.endswith("jit_step.")
-  other = plan.compile_step(Traced("RESOURCE_EXHAUSTED: Used 31.5G of 800.0M hbm."))
+  other = plan.compile_step(Traced("RESOURCE_EXHAUSTED: Used 31.5G of 800.0M hbm."), DEVICE)
   assert other[:2] == (31.5 * 2**30, 800 * 2**20)
-  assert plan.compile_step(Traced("RESOURCE_EXHAUSTED: no."))[:2] == (None, None)
+  assert plan.compile_step(Traced("RESOURCE_EXHAUSTED: no."), DEVICE)[:2] == (None, None)
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-    plan.compile_step(Traced("INTERNAL: broken"))
+    plan.compile_step(Traced("INTERNAL: broken"), DEVICE)
 
   traced = jax.jit(lambda w, x: x @ w).trace(jnp.zeros((8, 4)), jnp.zeros((2, 8)))
   p = plan.make_plan(
@@ -175,7 +176,7 @@ def test_numbers_have_three_digits_and_a_unit(amount, unit, text):
 
 def test_nothing_to_plan_is_an_error():
   traced = jax.jit(lambda x: x).trace(jnp.zeros(2))
-  compiled = plan.compile_step(traced)
+  compiled = plan.compile_step(traced, DEVICE)
   for batch, devices in ((0, jax.devices()), (8, [])):
     with pytest.raises(ValueError, match="at least one of both"):
       plan.make_plan(traced, compiled, params=(), state=(), batch_size=batch, devices=devices, dtype="float32")
@@ -198,7 +199,7 @@ def test_the_train_step_of_a_recipe():
   assert flops < traced.lower().cost_analysis()["flops"] < 1.1 * flops
   p = plan.make_plan(
     traced,
-    plan.compile_step(traced),
+    plan.compile_step(traced, jax.devices()[:2]),
     params=state.params,
     state=state,
     batch_size=size,
@@ -211,27 +212,34 @@ def test_the_train_step_of_a_recipe():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_a_plan_for_tpus_that_are_not_there():
+def test_a_plan_for_tpus_that_are_not_there(tmp_path):
   code = """
 import json
 import jax, jax.numpy as jnp
 from ddpm_jax import parallel, plan, topology
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 devices = topology.topology_devices("v5e:2x2")
 mesh = parallel.data_mesh(devices)
 def step(w, x):
   return w - jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w), jnp.sum(x)
-for rows in (1024, 2**20):
+for rows in (1024, 1024, 2**20):
   state = jax.ShapeDtypeStruct((rows, 2048), jnp.float32, sharding=parallel.replicated(mesh))
   traced = parallel.jit_step(step, mesh).trace(state, jax.ShapeDtypeStruct((8192, rows), jnp.float32))
+  jax.clear_caches()
   p = plan.make_plan(
-    traced, plan.compile_step(traced), params=state, state=state, batch_size=8192, devices=devices, dtype="float32"
+    traced, plan.compile_step(traced, devices), params=state, state=state, batch_size=8192, devices=devices, dtype="float32"
   )
   print(json.dumps(plan.to_json(p)))
 """
+  code = code.replace("CACHE", repr(str(tmp_path)))
   run = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=True
   )
-  small, large = map(json.loads, run.stdout.splitlines())
+  small, again, large = map(json.loads, run.stdout.splitlines())
+  # Without trying to read from the compilation cache what was compiled for no device.
+  assert again == small
+  assert "cache" not in run.stderr
   weights = 1024 * 2048 * 4
   assert (small["chip"], small["num_devices"], small["fits"]) == ("TPU v5e", 4, True)
   assert small["flops_per_image"] == 4 * 1024 * 2048
