@@ -153,7 +153,8 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
     if body := re.search(r"\bbody=%?([\w.\-]+)", line):
       yield from _walk(computations, body.group(1), times * _trip_count(computations, line))
     called = re.findall(r"\b(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line)
-    if " call(" in line:
+    # `call-start`: on a SparseCore, beside the TPU's own work.
+    if re.search(r" call(-start)?\(", line):
       called += re.findall(r"\bto_apply=%?([\w.\-]+)", line)
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
       called += re.findall(r"[\w.\-]+", branches.group(1))

@@ -14,6 +14,8 @@ PyTree = Any
 _USABLE = 0.97
 # JAX's own share of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another.
 _GPU_SHARE = 0.75
+_SIZES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+_TIMES = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
 class OutOfMemory(NamedTuple):
@@ -51,7 +53,7 @@ class Plan(NamedTuple):
     fits: whether the total is within what programs can have of it.
     bytes_accessed: what the compiled program reads and writes, as XLA counts; loops once, and a TPU's on-chip memory too.
     loops: the number of loops in it.
-    collectives: by kind; see `costs.collectives`.
+    collectives: by kind; see `costs.collectives`. None where the program did not fit, or cannot be read.
     peak_flops: FLOP/s of a device for the dtype.
     compute_seconds: at the peak.
     memory_seconds: to read the arguments and write the outputs once, and write and read the temporaries once.
@@ -78,8 +80,8 @@ class Plan(NamedTuple):
   memory: float | None
   fits: bool | None
   bytes_accessed: float | None
-  loops: int
-  collectives: Mapping[str, costs.Collective]
+  loops: int | None
+  collectives: Mapping[str, costs.Collective] | None
   peak_flops: float | None
   compute_seconds: float | None
   memory_seconds: float | None
@@ -144,13 +146,13 @@ def make_plan(
   chip = hardware.chip_of(devices[0].device_kind) if chip is None else chip
   flops = costs.matmul_flops(traced.jaxpr)
   memory = _memory(compiled)
-  found = {} if isinstance(compiled, OutOfMemory) else costs.collectives(compiled.as_text() or "")
+  text = None if isinstance(compiled, OutOfMemory) else _text(compiled)
+  found = None if text is None else costs.collectives(text)
   peak, available = hardware.peak(chip, dtype), None if chip is None else chip.memory
   bandwidth, interconnect = (None, None) if chip is None else (chip.bandwidth, chip.interconnect)
   compute = _over(flops / count, peak)
   moved = _over(memory.pop("moved"), bandwidth)
-  # What is not compiled has collectives nobody knows of.
-  sent = None if isinstance(compiled, OutOfMemory) else sum(kind.sent for kind in found.values())
+  sent = None if found is None else sum(kind.sent for kind in found.values())
   communication = _over(sent, interconnect)
   bounds = [seconds for seconds in (compute, moved, communication) if seconds is not None]
   step = max(bounds) if bounds else None
@@ -166,6 +168,7 @@ def make_plan(
     **memory,
     memory=available,
     fits=_fits(compiled, devices[0].platform, memory["total_bytes"], available),
+    loops=None if text is None else costs.loops(text),
     collectives=found,
     peak_flops=peak,
     compute_seconds=compute,
@@ -180,7 +183,10 @@ def make_plan(
 
 def to_json(plan: Plan) -> dict[str, Any]:
   """The plan as plain numbers, strings and dictionaries, under the names of `Plan`."""
-  return plan._asdict() | {"collectives": {kind: item._asdict() for kind, item in plan.collectives.items()}}
+  found = plan.collectives
+  return plan._asdict() | {
+    "collectives": None if found is None else {kind: item._asdict() for kind, item in found.items()}
+  }
 
 
 def table(plan: Plan) -> str:
@@ -200,17 +206,27 @@ def table(plan: Plan) -> str:
     ("  fits", {True: "yes", False: "no", None: "not known"}[p.fits], "so says the compiler" if p.problem else ""),
     ("", "", ""),
     ("collectives a step", "", ""),
-    *(
-      (f"  {kind}", f"{c.number} of {_number(c.bytes, 'B')}", f"a device sends {_number(c.sent, 'B')} at least")
-      for kind, c in p.collectives.items()
-    ),
-    *([] if p.collectives else [("  none", "", "" if not p.problem else "not compiled")]),
+    *_collective_rows(p),
     ("", "", ""),
     *_bounds(p),
   ]  # fmt: skip
   widths = [max(len(row[i]) for row in rows) for i in range(2)]
   lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
   return "\n".join(lines + (["", *_advice(p)] if p.fits is False or _over_gpu_share(p) else []))
+
+
+def _collective_rows(p: Plan) -> list[tuple[str, str, str]]:
+  if p.collectives is None:
+    unread = (
+      "" if p.problem else "this jaxlib cannot read what this libtpu writes: pip install 'ddpm_jax[plan]' has its own"
+    )
+    return [("  all", "not known", unread)]
+  if not p.collectives:
+    return [("  all", "none", "")]
+  return [
+    (f"  {kind}", f"{c.number} of {_number(c.bytes, 'B')}", f"a device sends {_number(c.sent, 'B')} at least")
+    for kind, c in p.collectives.items()
+  ]
 
 
 def _bounds(p: Plan) -> list[tuple[str, str, str]]:
@@ -276,7 +292,7 @@ def _memory(compiled: jax.stages.Compiled | OutOfMemory) -> dict[str, Any]:
   names = ("argument_bytes", "output_bytes", "temporary_bytes", "code_bytes", "total_bytes", "bytes_accessed", "moved")
   values: dict[str, Any] = dict.fromkeys(names)
   if isinstance(compiled, OutOfMemory):
-    return values | {"total_bytes": compiled.needed, "loops": 0}
+    return values | {"total_bytes": compiled.needed}
   analysis, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   if analysis is not None:
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
@@ -290,7 +306,15 @@ def _memory(compiled: jax.stages.Compiled | OutOfMemory) -> dict[str, Any]:
       "total_bytes": arguments + new + temporaries + code,
       "moved": arguments + outputs + 2 * temporaries,
     }
-  return values | {"bytes_accessed": cost.get("bytes accessed"), "loops": costs.loops(compiled.as_text() or "")}
+  return values | {"bytes_accessed": cost.get("bytes accessed")}
+
+
+def _text(compiled: jax.stages.Compiled) -> str | None:
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError:
+    # A libtpu newer than this jaxlib may write programs that it cannot read.
+    return None
 
 
 def _shard_bytes(leaf: Any) -> int:
@@ -323,18 +347,10 @@ def _number(amount: float | None, unit: str = "") -> str:
   """Three digits and a unit with a prefix: 35.7 M, 1.57 GB, 12.3 ms."""
   if amount is None:
     return "not known"
-  scale, prefix = 1.0, ""
-  steps = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]
-  if unit == "s":
-    steps = [(1.0, ""), (1e-3, "m"), (1e-6, "µ")]
-  for size, name in steps:
-    scale, prefix = size, name
-    if amount >= 0.9995 * size:
-      break
-  else:
-    if unit != "s":
-      scale, prefix = 1.0, ""
+  scales = _TIMES if unit == "s" else _SIZES
+  scale, prefix = next((step for step in scales if amount >= 0.9995 * step[0]), scales[-1])
   value = amount / scale
-  digits = max(0, 2 - math.floor(math.log10(value) + 1e-9)) if value >= 0.01 else 2
-  text = f"{value:,.{0 if not prefix and unit != 's' and float(amount).is_integer() else min(digits, 2)}f}"
-  return f"{text} {prefix}{unit}".rstrip()
+  digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+  if scales is _SIZES and not prefix and float(value).is_integer():
+    digits = 0
+  return f"{value:,.{digits}f} {prefix}{unit}".rstrip()

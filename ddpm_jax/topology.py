@@ -128,7 +128,7 @@ def _explain(name: str, generation: str, axes: tuple[int, ...], error: str) -> s
   if "external name" in error or "chip config" in error:
     return (
       f"Got --topology={name}, a generation that this libtpu does not know; wanted another libtpu"
-      f" (pip install --upgrade libtpu) or another generation.{_known()}"
+      f" (pip install --upgrade jax libtpu) or another generation.{_known()}"
     )
   return (
     f"Got --topology={name}, which libtpu does not take ({error.splitlines()[0]}); wanted a slice such as {examples}."

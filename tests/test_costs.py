@@ -174,12 +174,19 @@ ASYNCHRONOUS = """HloModule step, replica_count=1, num_partitions=8
   %cpd = f32[8]{0} collective-permute-done(%cps)
 }
 
+%sparse_core (p: f32[32]) -> f32[32] {
+  %p = f32[32]{0} parameter(0)
+  ROOT %all-reduce.9 = f32[32]{0} all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+
 ENTRY %main (a: f32[8]) -> f32[8] {
   %f1 = bf16[128,128]{1,0} fusion(%a), kind=kCustom, calls=%fused.1
   %f2 = bf16[128,128]{1,0} fusion(%f1), kind=kCustom, calls=%fused.2
   %f3 = f32[16]{0} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.1
   %as = ((f32[64]{0}), f32[16]{0}, s32[]) async-start(%f3), calls=%wrapped
   %ad = f32[16]{0} async-done(%as), calls=%wrapped
+  %cs = ((f32[32]{0}, token[]), f32[32]{0}) call-start(%g, %ready), async_execution_thread="sparsecore", to_apply=%sparse_core
+  %cd = f32[32]{0} call-done(%cs)
   %w = (s32[]) while(%t), condition=%condition, body=%body
   %ars = (f32[10]{0}, f32[5]{0}) all-reduce-start(%b, %c), channel_id=2, replica_groups={}, to_apply=%add
   %ard = (f32[10]{0}, f32[5]{0}) all-reduce-done(%ars)
@@ -191,7 +198,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_asynchronous_collectives_count_once():
   assert costs.collectives(ASYNCHRONOUS) == {
-    "all-reduce": (1, 60, 2 * 7 / 8 * 60),
+    "all-reduce": (2, 60 + 128, 2 * 7 / 8 * (60 + 128)),
     "all-gather": (2, 128 * 128 * 2 + 64, 3 / 4 * 128 * 128 * 2 + 7 / 8 * 64),
     "reduce-scatter": (2, 2 * 256, 2 * 3 / 4 * 256),
     "collective-permute": (3, 3 * 32, 3 * 32),

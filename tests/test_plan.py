@@ -144,8 +144,26 @@ def test_a_compiler_that_refuses_is_an_answer():
   assert p.total_bytes == answer.needed
   assert p.flops_per_image == 2 * 8 * 4
   assert p.step_seconds == p.compute_seconds
+  assert p.collectives is None
   assert "66.05G" in plan.table(p)
   assert json.loads(json.dumps(plan.to_json(p)))["fits"] is False
+
+
+def test_a_program_that_cannot_be_read_leaves_its_collectives_open():
+  class Compiled:
+    def __init__(self, compiled):
+      self.memory_analysis, self.cost_analysis = compiled.memory_analysis, compiled.cost_analysis
+
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+  traced = jax.jit(lambda w, x: x @ w).trace(jnp.zeros((8, 4)), jnp.zeros((2, 8)))
+  compiled = Compiled(plan.compile_step(traced, DEVICE))
+  p = plan.make_plan(traced, compiled, params=(), state=(), batch_size=2, devices=DEVICE, dtype="float32", chip=CHIP)
+  assert (p.collectives, p.communication_seconds, p.loops) == (None, None, None)
+  assert p.step_seconds == p.memory_seconds
+  assert "this jaxlib cannot read what this libtpu writes" in plan.table(p)
+  assert plan.to_json(p)["collectives"] is None
 
 
 def test_the_table_reads_well():
