@@ -237,15 +237,11 @@ def _bounds(p: Plan) -> list[tuple[str, str, str]]:
     return [("a step takes at least", "not known", f"no peaks of {p.chip!r}, {p.dtype}; XLA counts {accessed}")]
   compute = f"{_number(p.flops_per_device, 'FLOP')} at {_number(p.peak_flops, 'FLOP/s')}"
   return [
-    ("a step takes at least", _number(p.step_seconds, "s"), "the largest of the next three; real steps take longer"),
+    ("a step takes at least", _number(p.step_seconds, "s"), "the largest of the three below; real steps take longer"),
     ("  computing", _number(p.compute_seconds, "s"), compute),
     ("  memory", _number(p.memory_seconds, "s"), "arguments, outputs and temporaries once each way"),
     ("  communication", _number(p.communication_seconds, "s"), "over all links at once"),
-    (
-      "images a second",
-      f"{p.images_per_second:,.0f}" if p.images_per_second else "not known",
-      "at most, on all devices",
-    ),
+    ("images a second", _number(p.images_per_second), "at most, on all devices"),
     ("memory, as compiled", _number(p.traffic_seconds, "s"), f"no bound: {accessed}"),
   ]
 
