@@ -48,7 +48,7 @@ def get_config():
       "upsample": "residual",
       "num_classes": 1000,
       "dtype": "bfloat16",
-      "remat": "full",
+      "remat": "blocks",
     }
   )
   config.optimizer.update({"learning_rate": 3e-4, "warmup_steps": 0})

@@ -29,7 +29,8 @@ def get_config():
       "dropout": 0.0,
     }
   )
-  config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.995})
+  config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100})
+  config.ema.decay = 0.995
   config.training.update(
     {
       "batch_size": 64,

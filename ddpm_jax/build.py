@@ -12,7 +12,9 @@ import optax
 from ml_collections import ConfigDict
 
 from ddpm_jax import (
+  costs,
   data,
+  ema,
   guidance,
   losses,
   optim,
@@ -22,6 +24,7 @@ from ddpm_jax import (
   randomness,
   sampling,
   schedules,
+  train,
 )
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Denoise, Prediction
@@ -60,6 +63,9 @@ _STEP_RULES = {
   "reverse_diffusion": lambda c, process: sampling.reverse_diffusion(process),
   "unipc": lambda c, process: sampling.unipc(process, c.order),
 }
+# Bounds of log-SNR between the noise levels whose losses are logged apart.
+_LEVELS = (-5.0, 0.0, 5.0)
+_LEVEL_NAMES = tuple(f"loss_by_log_snr/{name}" for name in ("below_-5", "-5_to_0", "0_to_5", "above_5"))
 SAMPLERS = (*_STEP_RULES, "ode")
 # Rules that take even steps in t, as the model was trained; the others solve in the log-SNR.
 _EVEN_IN_TIME = ("ancestral", "euler_ancestral", "euler_maruyama", "reverse_diffusion")
@@ -150,23 +156,58 @@ def build_params_init(config: ConfigDict) -> Callable[[Array], PyTree]:
   return lambda key: network.init(key, jnp.zeros((1, *image_shape(config))), jnp.zeros((1,)), classes)["params"]
 
 
+def build_schedule(config: ConfigDict) -> Callable[[Array | int], Array]:
+  """The learning rate at each step."""
+  c = config.optimizer
+  # A schedule that ends does so with the training, unless the config says otherwise.
+  end = (
+    0 if choose(c.schedule, optim.SCHEDULES, "config.optimizer.schedule") == "inverse_sqrt" else config.training.steps
+  )
+  return optim.schedule(
+    c.learning_rate,
+    name=c.schedule,
+    warmup_steps=c.warmup_steps,
+    decay_steps=c.decay_steps or end,
+    final_factor=c.final_factor,
+  )
+
+
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-  """The optimizer chain."""
-  return optim.adam(**config.optimizer)
+  """The optimizer chain, with the averages of the parameters."""
+  c, rate = config.optimizer, build_schedule(config)
+  choose(c.name, optim.OPTIMIZERS, "config.optimizer.name")
+  return optim.chain(
+    # A plain number, where it is one: some optimizers take no other.
+    c.learning_rate if c.schedule == "constant" and not c.warmup_steps else rate,
+    name=c.name,
+    arguments=optim.parse_arguments(c.arguments),
+    clip_norm=c.clip_norm or None,
+    averages=_build_averages(config),
+  )
+
+
+def _build_averages(config: ConfigDict) -> optax.GradientTransformation:
+  c = config.ema
+  if c.snapshot_every < 0 or (c.snapshot_every and c.kind != "power"):
+    raise ValueError(
+      f"Got config.ema.snapshot_every={c.snapshot_every} with kind={c.kind!r}; wanted 0, or more with the kind 'power', whose"
+      " snapshots can be added to averages of other widths."
+    )
+  if c.kind == "power" and not c.stds:
+    raise ValueError("Got no config.ema.stds for the kind 'power'; wanted at least one width, such as (0.05, 0.1).")
+  makers = {
+    "fixed": lambda: [ema.fixed(c.decay)],
+    "half_life": lambda: [ema.half_life(c.half_life, config.training.batch_size, c.ramp_up or None)],
+    "power": lambda: [ema.power(std) for std in c.stds],
+  }
+  return ema.params_ema(*choose(c.kind, makers, "config.ema.kind")())
 
 
 def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Array, dict[str, Array]]]:
-  """`loss_fn(params, keys, batch)` for `train.train_step`."""
+  """`loss_fn(params, keys, batch)` for `train.train_step`; a batch may bring the `times` drawn for it (`build_times`)."""
   network, process, prediction = build_network(config), build_process(config), build_prediction(config)
   predictions.check_readable(process, prediction)
-  c, t_min = config.loss, None if process.num_steps else config.loss.t_min
-  distributions = {
-    "uniform": lambda: losses.uniform(process, t_min),
-    "low_discrepancy": lambda: losses.low_discrepancy(process, t_min),
-    "log_normal": lambda: losses.log_normal(process, c.times_mean, c.times_std),
-    "logit_normal": lambda: losses.logit_normal(process, c.times_mean, c.times_std),
-  }
-  times = choose(c.times, distributions, "config.loss.times")()
+  c, times = config.loss, _times(config, process)
   weighting = choose(c.weighting, WEIGHTINGS, "config.loss.weighting")(config, process)
   if config.learned_variance and process.num_steps is None:
     raise ValueError(
@@ -177,14 +218,82 @@ def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Ar
 
   def loss_fn(params, keys, batch):
     classes = batch["label"] if network.num_classes else None
-    rngs = {"dropout": jax.random.fold_in(keys[0], 2)}
 
     def apply(x_t, label):
-      return network.apply({"params": params}, x_t, label, classes, train=True, rngs=rngs)
+      if not network.dropout:
+        return network.apply({"params": params}, x_t, label, classes, train=True)
 
-    return loss(keys, apply, process, prediction, batch["image"], times=times, weighting=weighting)
+      # A sample's masks follow from its own key, however the batch is split.
+      def one(x_t, label, classes, key):
+        x_t, label, classes = jax.tree.map(lambda leaf: leaf[None], (x_t, label, classes))
+        return network.apply({"params": params}, x_t, label, classes, train=True, rngs={"dropout": key})[0]
+
+      return jax.vmap(one)(x_t, label, classes, randomness.fold_in(keys, 2))
+
+    drawn = (lambda _: batch["times"]) if "times" in batch else times
+    return loss(keys, apply, process, prediction, batch["image"], times=drawn, weighting=weighting)
 
   return loss_fn
+
+
+def _times(config: ConfigDict, process: Process) -> losses.TimeDistribution:
+  c, t_min = config.loss, None if process.num_steps else config.loss.t_min
+  distributions = {
+    "uniform": lambda: losses.uniform(process, t_min),
+    "low_discrepancy": lambda: losses.low_discrepancy(process, t_min),
+    "log_normal": lambda: losses.log_normal(process, c.times_mean, c.times_std),
+    "logit_normal": lambda: losses.logit_normal(process, c.times_mean, c.times_std),
+  }
+  return choose(c.times, distributions, "config.loss.times")()
+
+
+def build_step(
+  config: ConfigDict, mesh: jax.sharding.Mesh
+) -> Callable[[train.TrainState, PyTree], tuple[train.TrainState, train.Metrics]]:
+  """The train step over a mesh, for `parallel.jit_step`."""
+  process = build_process(config)
+  times = _times(config, process)
+
+  def prepare(keys, batch):
+    # For the batch as a whole: some times are spread evenly over it.
+    return batch | {"times": times(randomness.fold_in(keys, 0))}
+
+  def summarize(details):
+    level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
+    member = level[:, None] == jnp.arange(len(_LEVELS) + 1)
+    totals, counts = jnp.sum(jnp.where(member, details["loss"][:, None], 0), axis=0), jnp.sum(member, axis=0)
+    return {name: train.Mean(totals[index], counts[index]) for index, name in enumerate(_LEVEL_NAMES)}
+
+  return partial(
+    train.train_step,
+    loss_fn=build_loss(config),
+    optimizer=build_optimizer(config),
+    prepare=prepare,
+    summarize=summarize,
+    accumulate=config.training.accumulate,
+    unroll=mesh.devices.flat[0].platform == "cpu",
+    distribute=parallel.over(mesh),
+  )
+
+
+def flops_per_image(config: ConfigDict) -> float:
+  """FLOPs of matrix products and convolutions of the loss and its gradient for one image, without any that rematerialization repeats."""
+  config = ConfigDict(config.to_dict())
+  config.network.remat = "none"
+  loss_fn, init = build_loss(config), build_params_init(config)
+
+  def gradient(key, batch):
+    return jax.value_and_grad(loss_fn, has_aux=True)(init(key), key[None], batch)
+
+  return costs.matmul_flops(jax.make_jaxpr(gradient)(jax.eval_shape(jax.random.key, 0), batch_shapes(config, 1)))
+
+
+def batch_shapes(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a training batch."""
+  return {
+    "image": jax.ShapeDtypeStruct((size, *image_shape(config)), jnp.float32),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+  }
 
 
 def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
@@ -367,18 +476,24 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
   return run
 
 
-def build_generate(
-  config: ConfigDict, mesh: jax.sharding.Mesh
-) -> Callable[[PyTree, Array, Array | None], tuple[Array, Array]]:
-  """`generate(params, keys [B], classes [B] or None) -> (images, NFE)`, compiled, the batch split over the mesh.
+def build_generate(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[..., tuple[Array, Array]]:
+  """`generate(params, seed, first, classes [B] or None) -> (images, NFE)`, compiled, the batch split over the mesh.
+
+  Image i of the batch is number `first + i` of that seed, whatever the batch size. Parameters may lie split over the mesh; the images
+  are whole on every device.
 
   Raises:
     ValueError: if the sampling batch cannot be split over the devices, or the config's sampler is wrong.
   """
-  parallel.check_batch(config.sampling.batch_size, mesh.size, "sampling batch size")
+  size = config.sampling.batch_size
+  parallel.check_batch(size, mesh.size, "sampling batch size")
   run, split, whole = build_sampler(config), parallel.split(mesh), parallel.replicated(mesh)
 
-  def generate(params, keys, classes):
+  def generate(params, seed, first, classes):
+    # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    keys = jax.lax.with_sharding_constraint(randomness.sample_keys(key, first + jnp.arange(size)), split)
+    params = jax.lax.with_sharding_constraint(params, whole)
     return run(keys, build_denoise(config, params, classes))
 
-  return jax.jit(generate, in_shardings=(whole, split, split), out_shardings=(split, whole))
+  return jax.jit(generate, in_shardings=(None, None, None, split), out_shardings=whole)

@@ -1,82 +1,348 @@
-"""Checkpoints: all that orbax is used for."""
+"""Checkpoints: all that orbax is used for. Each leaf has a digest, so that a damaged file is noticed and never used."""
 
+import errno
+import functools
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 PyTree = Any
-# Raised when a checkpoint changes in a way that older code cannot read.
-FORMAT_VERSION = 1
+# Raised when a checkpoint changes in a way that older code cannot read. 1 was never released.
+FORMAT_VERSION = 2
+_OLDEST_VERSION = 2
+_SHOWN = 10
+
+
+class Restored(NamedTuple):
+  """What a checkpoint gave.
+
+  Attributes:
+    step: its step.
+    items: the trees that were asked for, by name.
+    data: the position in the data.
+    damaged: newer checkpoints that could not be used, each with its path and why.
+  """
+
+  step: int
+  items: dict[str, PyTree]
+  data: dict[str, Any]
+  damaged: list[str]
 
 
 class Checkpoints:
-  """The checkpoints of one run in a folder: saved in the background, the newest ones kept.
+  """The checkpoints of one run in a folder, saved in the background.
 
   Args:
     folder: where they lie; made at the first save.
     keep: how many of the newest to keep.
+    keep_every: those of every so many steps are kept for good; 0 for none.
+    keep_best: how many of the best to keep, by `metric`.
+    metric: a name in the metrics given to `save`; the lowest is the best.
   """
 
-  def __init__(self, folder: str | Path, keep: int = 2):
+  def __init__(
+    self, folder: str | Path, *, keep: int = 2, keep_every: int = 0, keep_best: int = 0, metric: str = "loss"
+  ):
     self.folder = Path(folder).absolute()
-    options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.LatestN(keep), create=True)
+    self._metric, self._keep_best, self._saving = metric, keep_best, 0
+    policies: list[Any] = [preservation_policy.LatestN(keep)]
+    if keep_every:
+      policies.append(preservation_policy.EveryNSteps(keep_every))
+    if keep_best:
+      policies.append(_Chosen(self._best_steps))
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
+    )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
+    # Metrics are kept in our own descriptions: a damaged file of orbax's would keep its manager from starting.
+    self._scores: dict[int, float] = {}
+    for step in self.steps(self.folder):
+      try:
+        self._scores[step] = self._content(step)["metrics"].get(metric, math.inf)
+      except (_DamagedError, ValueError):
+        self._scores[step] = math.inf
 
   @staticmethod
-  def exist(folder: str | Path) -> bool:
-    """Whether a folder holds a finished checkpoint; touches nothing."""
-    return Path(folder).is_dir() and bool(ocp.utils.checkpoint_steps(folder))
+  def steps(folder: str | Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, rising; touches nothing."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if Path(folder).is_dir() else []
 
-  def latest_step(self) -> int | None:
-    """The step of the newest finished checkpoint, or None."""
-    return self._manager.latest_step()
-
-  def save(self, step: int, state: PyTree, data: dict[str, Any]) -> None:
-    """Saves the state and the data position (JSON) of a step; returns as soon as the state may be donated again."""
-    if self._manager.latest_step() == step:
-      return
-    meta = {"format_version": FORMAT_VERSION, "step": step, "data": data}
-    self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
-
-  def restore(self, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """The newest state, laid out as `abstract_state` (shapes, dtypes, shardings), and its data position.
+  def save(
+    self, step: int, items: Mapping[str, PyTree], data: dict[str, Any], metrics: Mapping[str, float] | None = None
+  ) -> None:
+    """Saves named trees and the data position (JSON) of a step; returns as soon as the trees may be donated again.
 
     Raises:
-      ValueError: if there is no checkpoint, it was written by a newer version, or it cannot be read into that state.
+      OSError: if this save or the one before cannot be written, as on a full disk. Earlier checkpoints stand.
     """
-    step = self.latest_step()
-    if step is None:
+    if step in self._manager.all_steps():
+      return
+    content = {
+      "format_version": FORMAT_VERSION,
+      "step": step,
+      "data": data,
+      "metrics": dict(metrics or {}),
+      "leaves": {name: _describe(tree) for name, tree in items.items()},
+    }
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    self._saving, self._scores[step] = step, (metrics or {}).get(self._metric, math.inf)
+    size = sum(leaf.nbytes for tree in items.values() for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+    self._check_room(step, size)
+    try:
+      self._manager.check_for_errors()
+      self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(content))))
+    except Exception as error:
+      raise self._unwritten(step, error) from error
+
+  def _check_room(self, step: int, size: int) -> None:
+    if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < size:
+      raise self._unwritten(step, OSError(errno.ENOSPC, f"it takes {size:,} bytes, and {free:,} are free"))
+
+  def _unwritten(self, step: int, error: Exception) -> OSError:
+    steps = self.steps(self.folder)
+    stands = f"that of step {steps[-1]} stands" if steps else "there is no earlier one"
+    return OSError(
+      getattr(error, "errno", None) or errno.EIO,
+      f"Cannot write the checkpoint of step {step}, or the one before, into {self.folder}: {_first_line(error)}. Make room, or"
+      f" make the folder writable; then the same command goes on from the last checkpoint ({stands}).",
+    )
+
+  def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:
+    """The named trees of the newest checkpoint whose every leaf is what was saved, and its data position.
+
+    Args:
+      templates: what to read, by name, as shapes, types and shardings; what is not named is not read.
+      step: the step to restore, and no other; the newest by default.
+
+    Raises:
+      ValueError: if there is no sound checkpoint, it was written by a newer version, or it holds other shapes.
+    """
+    steps = self.steps(self.folder)
+    if step is not None and step not in steps:
+      raise ValueError(f"Got step {step} of {self.folder}; wanted one of {', '.join(map(str, steps)) or 'none'}.")
+    damaged = []
+    for candidate in steps[::-1] if step is None else [step]:
+      path = self.folder / str(candidate)
+      try:
+        content = self._content(candidate)
+        _check_same_shapes(path, content, templates)
+        items = self._read(candidate, content, templates)
+      except _DamagedError as error:
+        damaged.append(f"{path}: {error}")
+        continue
+      return Restored(candidate, items, content["data"], damaged)
+    if damaged:
       raise ValueError(
-        f"Got {self.folder}, which holds no checkpoint; wanted one that training wrote. Train first: --mode=train."
+        "Got no checkpoint that can be used; each is damaged:\n  "
+        + "\n  ".join(damaged)
+        + "\nRestore one from a copy, or start a new run in another --workdir."
       )
+    raise ValueError(
+      f"Got {self.folder}, which holds no checkpoint; wanted one that training wrote. Train first: --mode=train."
+    )
+
+  def best_step(self) -> int | None:
+    """The step of the lowest metric among those that lie here, or None if none has it."""
+    best = self._best_steps(self.steps(self.folder), 1)
+    return best[0] if best else None
+
+  def _best_steps(self, steps: Sequence[int], count: int | None = None) -> list[int]:
+    known = [step for step in steps if self._scores.get(step, math.inf) < math.inf]
+    return sorted(known, key=lambda step: (self._scores[step], -step))[: self._keep_best if count is None else count]
+
+  def _content(self, step: int) -> dict[str, Any]:
     try:
       meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+      if "format_version" in meta:  # of before there were digests
+        version = int(meta["format_version"])
+      else:
+        if meta["sha256"] != _sealed(meta["content"])["sha256"]:
+          raise _DamagedError("its description is not what was saved")
+        version = int(meta["content"]["format_version"])
+    except _DamagedError:
+      raise
     except Exception as error:
+      raise _DamagedError(f"its description cannot be read ({_first_line(error)})") from error
+    if not _OLDEST_VERSION <= version <= FORMAT_VERSION:
+      way = "Upgrade ddpm_jax" if version > FORMAT_VERSION else "It is of a time before the first release: train anew"
       raise ValueError(
-        f"Cannot read {self.folder / str(step)}: {error}. Delete that folder to fall back to an older checkpoint."
-      ) from error
-    if meta["format_version"] > FORMAT_VERSION:
-      raise ValueError(
-        f"Got a checkpoint of format {meta['format_version']} in {self.folder / str(step)}; this version reads up to"
-        f" {FORMAT_VERSION}. Upgrade ddpm_jax."
+        f"Got a checkpoint of format {version} in {self.folder / str(step)}; this version reads {_OLDEST_VERSION} to"
+        f" {FORMAT_VERSION}. {way}."
       )
+    return meta["content"]
+
+  def _read(self, step: int, content: dict[str, Any], templates: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    if not templates:
+      return {}
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in templates.items()}
     try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
+      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:
-      raise ValueError(
-        f"Cannot restore {self.folder / str(step)}: {error}. Delete that folder to fall back to an older checkpoint."
-      ) from error
-    return restored["state"], meta["data"]
+      raise _DamagedError(f"it cannot be read ({_first_line(error)})") from error
+    items = {name: restored[name] for name in templates}
+    for name, tree in items.items():
+      wanted, found = content["leaves"][name], _describe(tree)
+      changed = [leaf for leaf in wanted if wanted[leaf]["digest"] != found[leaf]["digest"]]
+      if changed:
+        raise _DamagedError(
+          f"{len(changed)} of {len(wanted)} leaves are not what was saved, {name}{changed[0]} among them"
+        )
+    return items
+
+  def discard(self, damaged_after: int) -> list[Path]:
+    """Moves checkpoints newer than a step, which were found damaged, and half-written ones out of the way, into `damaged/`."""
+    moved = []
+    for path in sorted(self.folder.iterdir()):
+      step = re.match(r"(\d+)(\.orbax-checkpoint-tmp.*)?$", path.name)
+      if step and (step[2] or int(step[1]) > damaged_after):
+        target = self.folder.parent / "damaged" / path.name
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+          shutil.rmtree(target)
+        shutil.move(path, target)
+        moved.append(target)
+    return moved
+
+  def reload(self) -> None:
+    """Looks at the folder anew, after `discard`, in every process."""
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Waits for saves under way.
+
+    Raises:
+      OSError: if one could not be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise self._unwritten(self._saving, error) from error
 
   def close(self) -> None:
-    """Waits for saves under way."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits for saves under way, and is of no more use.
+
+    Raises:
+      OSError: if one could not be written.
+    """
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
 
-def abstract(state: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
-  """Shapes and dtypes of a state, laid out by `sharding`, as `Checkpoints.restore` wants them."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+class _Chosen:
+  """An orbax policy that preserves the steps that a function chooses."""
+
+  def __init__(self, choose: Callable[[Sequence[int]], Sequence[int]]):
+    self._choose = choose
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    chosen = self._choose([checkpoint.step for checkpoint in checkpoints])
+    return [checkpoint.step in chosen for checkpoint in checkpoints]
+
+
+class _DamagedError(Exception):
+  """A checkpoint that is not what was saved."""
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+  """A description with the digest of itself."""
+  text = json.dumps(content, sort_keys=True)
+  return {"content": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:
+  """Shape, type and digest of each leaf, by its path."""
+  paths, leaves = (
+    zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True) if jax.tree.leaves(tree) else ((), ())
+  )
+  sums = _digests(leaves)
+  return {
+    jax.tree_util.keystr(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
+    for path, leaf, digest in zip(paths, leaves, sums, strict=True)
+  }
+
+
+def _digests(leaves: Sequence[Any]) -> list[str]:
+  """64 bits of each leaf, computed where it lies: the same however it is split over devices."""
+  if not leaves:
+    return []
+  sharding = getattr(leaves[0], "sharding", None)
+  whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+  return [f"{first:08x}{second:08x}" for first, second in np.asarray(_summing(whole)(leaves))]
+
+
+@functools.cache
+def _summing(sharding: NamedSharding | None) -> Any:
+  return jax.jit(lambda leaves: jnp.stack([_checksum(leaf) for leaf in leaves]), out_shardings=sharding)
+
+
+def _checksum(leaf: jax.Array) -> jax.Array:
+  """Two sums of a leaf's 32-bit words, modulo 2^32, each word weighted by an odd number that depends on its place.
+
+  Sums of integers come out the same in any order. A change of one word always shows, since an odd number has an inverse.
+  """
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  if leaf.dtype == bool:
+    leaf = leaf.astype(jnp.uint8)
+  kinds = {1: jnp.uint8, 2: jnp.uint16}
+  words = jax.lax.bitcast_convert_type(leaf, kinds.get(leaf.dtype.itemsize, jnp.uint32)).astype(jnp.uint32)
+  place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+  for axis in range(words.ndim)[::-1]:
+    place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+    stride *= words.shape[axis]
+  weights = (2 * place + 1, 2 * _mix(place) + 1)
+  return jnp.stack(
+    [jnp.sum(w * weight, dtype=jnp.uint32) for w, weight in zip((words, _mix(words)), weights, strict=True)]
+  )
+
+
+def _mix(words: jax.Array) -> jax.Array:
+  """A one-to-one scrambling of 32-bit words (the finalizer of MurmurHash3)."""
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    words = (words ^ (words >> shift)) * np.uint32(factor)
+  return words ^ (words >> 16)
+
+
+def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[str, PyTree]) -> None:
+  """Raises a ValueError that lists names and shapes unless the templates are what was saved."""
+  lines = []
+  for name, tree in templates.items():
+    if name not in content["leaves"]:
+      raise ValueError(f"Got {path}, which holds {', '.join(content['leaves'])} and no {name!r}.")
+    saved = {leaf: f"{of['dtype']}{of['shape']}" for leaf, of in content["leaves"][name].items()}
+    wanted = {
+      jax.tree_util.keystr(leaf): f"{of.dtype}{list(of.shape)}"
+      for leaf, of in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    for leaf in sorted({*saved, *wanted}):
+      if saved.get(leaf) != wanted.get(leaf):
+        lines.append(
+          f"{name}{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {wanted.get(leaf, 'absent')} wanted"
+        )
+  if lines:
+    more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    raise ValueError(
+      f"Got {path}, the checkpoint of another architecture or optimizer:\n  "
+      + "\n  ".join(lines[:_SHOWN])
+      + more
+      + "\nUse the config that it was trained with, or another --workdir."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,7 +13,7 @@ import ddpm_jax
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
 )
-_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, eval, export or prepare.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, eval, export, prepare or plan.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to draw (sample: 64; eval: the config's).")
 _SAMPLER = flags.DEFINE_string("sampler", None, "The sampler, instead of the config's.")
@@ -25,7 +25,28 @@ _PRETRAINED = flags.DEFINE_string(
   "Sample from this folder of diffusers, or name on the Hugging Face hub, instead of the run's checkpoint.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The folder that export or prepare writes.")
-_EMA = flags.DEFINE_bool("ema", None, "Export the averaged weights (the default), or with --ema=false the raw ones.")
+_EMA = flags.DEFINE_bool("ema", None, "Take the averaged weights (the default), or with --ema=false the raw ones.")
+_EMA_LENGTH = flags.DEFINE_float(
+  "ema_length", None, "Take an average of this relative width, put together from the run's snapshots."
+)
+_STEP = flags.DEFINE_string("step", None, "Take the checkpoint of this step, or best, instead of the newest.")
+_RESUME = flags.DEFINE_string(
+  "resume", "auto", "In training: go on if there is a run (auto), demand it (must), or forbid it (never)."
+)
+_PROFILE = flags.DEFINE_integer("profile", 0, "In training: trace so many steps, into the run's folder.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of a run of several processes: host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  None,
+  "Whether to join the processes that the cluster's environment names (by default, if it names several).",
+)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 60, "How long a process may be silent before the others end.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Plan for this TPU slice, such as v5e:4x4, which need not be there.")
+_DEVICES = flags.DEFINE_integer(
+  "devices", None, "Plan for so many devices of this machine; a CPU is taken for as many."
+)
 _LABELS = flags.DEFINE_list("labels", None, "Classes to sample, repeated as needed, for a model that knows classes.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it arose.")
 
@@ -44,8 +65,8 @@ def main(argv: list[str]) -> None:
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
   from ddpm_jax import build, prepare, pretrained, runs, schema
 
-  mode = schema.choose(_MODE.value, ("train", "sample", "eval", "export", "prepare"), "--mode")
-  if not _WORKDIR.value and mode != "prepare":
+  mode = schema.choose(_MODE.value, ("train", "sample", "eval", "export", "prepare", "plan"), "--mode")
+  if not _WORKDIR.value and mode not in ("prepare", "plan"):
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
   folder = Path(_WORKDIR.value or ".").expanduser().absolute()
   for flag, modes in (
@@ -54,9 +75,15 @@ def main(argv: list[str]) -> None:
     (_NUM_SAMPLES, ("sample", "eval")),
     (_SEED, ("sample", "eval")),
     (_OUTPUT, ("export", "prepare")),
-    (_EMA, ("export",)),
+    (_EMA, ("sample", "eval", "export")),
+    (_EMA_LENGTH, ("sample", "eval", "export")),
+    (_STEP, ("sample", "eval", "export")),
+    (_RESUME, ("train",)),
+    (_PROFILE, ("train",)),
+    (_TOPOLOGY, ("plan",)),
+    (_DEVICES, ("plan",)),
   ):
-    if flag.value is not None and mode not in modes:
+    if flag.value != flag.default and mode not in modes:
       raise ValueError(
         f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
       )
@@ -64,6 +91,14 @@ def main(argv: list[str]) -> None:
     output = Path(_OUTPUT.value).expanduser().absolute() if _OUTPUT.value else None
     prepare.run_prepare(schema.config_of_data(_CONFIG.value), output)
     return
+  if mode == "plan":
+    config = schema.config_of_run(_CONFIG.value, folder)
+    schema.check_config(config)
+    _cache_compilations()
+    runs.run_plan(config, topology_name=_TOPOLOGY.value, num_devices=_DEVICES.value)
+    return
+  schema.choose(_RESUME.value, ("auto", "must", "never"), "--resume")
+  _connect()
   model = None
   if _PRETRAINED.value is None:
     config = schema.config_of_run(_CONFIG.value, folder)
@@ -78,19 +113,35 @@ def main(argv: list[str]) -> None:
     config.sampling.num_steps = _NUM_STEPS.value
   schema.check_config(config)
   _cache_compilations()
+  choice = runs.Choice(_EMA.value is not False, _EMA_LENGTH.value, _STEP.value or "")
   if mode == "train":
-    runs.run_train(config, folder)
+    runs.run_train(config, folder, resume=_RESUME.value, profile=_PROFILE.value)
   elif mode == "eval":
     if _NUM_SAMPLES.value is not None:
       config.evaluation.num_samples = _NUM_SAMPLES.value
-    runs.run_eval(config, folder, seed=config.seed if _SEED.value is None else _SEED.value)
+    runs.run_eval(config, folder, seed=config.seed if _SEED.value is None else _SEED.value, choice=choice)
   elif mode == "export":
     if not _OUTPUT.value:
       raise ValueError("Got no --output; wanted the folder to export to, such as --output=/tmp/model.")
-    runs.run_export(config, folder, Path(_OUTPUT.value).expanduser().absolute(), ema=_EMA.value is not False)
+    runs.run_export(config, folder, Path(_OUTPUT.value).expanduser().absolute(), choice)
   else:
     count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
-    runs.run_sample(config, folder, num_samples=count, seed=_SEED.value or 0, labels=_labels(), model=model)
+    seed = _SEED.value or 0
+    runs.run_sample(config, folder, num_samples=count, seed=seed, labels=_labels(), choice=choice, model=model)
+
+
+def _connect() -> None:
+  """Joins the other processes of the run, if there are any, before JAX is first used."""
+  from ddpm_jax import parallel
+
+  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  named = any(value is not None for value in given)
+  if named or (parallel.environment_processes() > 1 if _DISTRIBUTED.value is None else _DISTRIBUTED.value):
+    if named and _DISTRIBUTED.value is False:
+      raise ValueError(
+        "Got --distributed=false with --coordinator, --num_processes or --process_id; wanted one of them."
+      )
+    parallel.connect(*given, heartbeat_seconds=_HEARTBEAT.value)
 
 
 def _labels() -> list[int] | None:
@@ -147,7 +198,7 @@ def _stop(message: str) -> NoReturn:
 def _main(argv: list[str]) -> None:
   try:
     main(argv)
-  except (ValueError, FloatingPointError) as error:
+  except (ValueError, FloatingPointError, OSError) as error:
     if _TRACEBACK.value:
       raise
     _stop(str(error))

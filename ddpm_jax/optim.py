@@ -1,52 +1,241 @@
-"""The optimizer chain, and the parameter EMA as its last transform."""
+"""The optimizer chain: a learning-rate schedule, clipping, any optax optimizer by name, averages, and steps that fail skipped."""
 
+import ast
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ddpm_jax import ema
+
+Array = jax.Array
 PyTree = Any
+Rate = float | Callable[[Array], Array]
+
+SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
+# Functions of optax that take a rate and are optimizers of their own, not parts of one.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  name: function
+  for name, function in inspect.getmembers(optax, lambda member: isinstance(member, (FunctionType, partial)))
+  if "learning_rate" in inspect.signature(function).parameters and not name.startswith(("_", "scale_by_"))
+}
 
 
-class ParamsEmaState(NamedTuple):
-  """Steps taken, and the average."""
-
-  steps: jax.Array
-  params_ema: PyTree
-
-
-def params_ema(decay: float, warmup: bool = True) -> optax.GradientTransformation:
-  """Averages the parameters exponentially; updates pass through. Put it last, where updates are what is added to them.
+def schedule(
+  peak: float, *, name: str = "constant", warmup_steps: int = 0, decay_steps: int = 0, final_factor: float = 0.0
+) -> Callable[[Array | int], Array]:
+  """The learning rate at each step: a linear warm-up, then one of four courses.
 
   Args:
-    decay: the share of the old average that is kept a step, in [0, 1).
-    warmup: whether the decay at step s = 0, 1, ... is min(decay, (1 + s) / (10 + s)), so that the start is forgotten.
+    peak: the rate after the warm-up, above 0.
+    name: `constant`; `cosine` (Loshchilov and Hutter 2017, equation 5, without restarts) or `linear`, from the peak at the end of the
+      warm-up down to `final_factor` of it at `decay_steps`, constant afterwards; or `inverse_sqrt`, which falls as
+      1 / sqrt(step) from step max(decay_steps, warmup_steps, 1) on (Karras et al. 2023, equation 67: their t_ref).
+    warmup_steps: step 0, 1, ... has the share (step + 1) / warmup_steps of the rate, until it is all of it: the first step
+      already learns, as a rate of exactly 0 would waste it.
+    decay_steps: counted from the start of training, warm-up included.
+    final_factor: of cosine and linear, in [0, 1].
+
+  Returns:
+    `rate(step)`, a float32 scalar.
 
   Raises:
-    ValueError: if the decay is outside [0, 1).
+    ValueError: if the name is unknown or a value is out of its range.
   """
-  if not 0 <= decay < 1:
-    raise ValueError(f"Got an EMA decay of {decay}; wanted 0 <= decay < 1, such as 0.999.")
+  if name not in SCHEDULES:
+    raise ValueError(f"Got {name!r} as a schedule; wanted one of {', '.join(SCHEDULES)}.{_near(name, SCHEDULES)}")
+  if not (peak > 0 and warmup_steps >= 0 and decay_steps >= 0 and 0 <= final_factor <= 1):
+    raise ValueError(
+      f"Got learning_rate={peak}, warmup_steps={warmup_steps}, decay_steps={decay_steps}, final_factor={final_factor}; wanted"
+      " the rate above 0, the steps at least 0 and the factor from 0 to 1."
+    )
+  if name in ("cosine", "linear") and decay_steps <= warmup_steps:
+    raise ValueError(
+      f"Got decay_steps={decay_steps} for a {name} schedule with warmup_steps={warmup_steps}; wanted more: the step, counted"
+      " from the start of training, at which the rate is at its lowest."
+    )
+  # At least 1, so that optax has nothing to warn of where the result goes unused.
+  span, start = max(decay_steps - warmup_steps, 1), max(decay_steps, warmup_steps, 1)
+  falling = {
+    "constant": optax.constant_schedule(peak),
+    "cosine": optax.cosine_decay_schedule(peak, span, final_factor),
+    "linear": optax.linear_schedule(peak, final_factor * peak, span),
+  }
+
+  def rate(step):
+    step = jnp.asarray(step)
+    warm = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+    if name == "inverse_sqrt":
+      return warm * peak * jnp.sqrt(start / jnp.maximum(step + 1, start))
+    return warm * falling[name](jnp.maximum(step - warmup_steps, 0))
+
+  return rate
+
+
+def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.GradientTransformation:
+  """An optimizer of optax.
+
+  Args:
+    name: of a public function of optax that takes a learning rate: adam, adamw, lion, sgd, ... (`OPTIMIZERS`).
+    rate: the learning rate: a number above 0, or a function of the step.
+    arguments: the function's other arguments by name.
+
+  Raises:
+    ValueError: if the name or an argument is unknown, a value is out of its range, or the optimizer needs more than gradients and
+      parameters (a line search, say).
+  """
+  if name not in OPTIMIZERS:
+    raise ValueError(f"Got {name!r} as an optimizer; wanted one of {', '.join(OPTIMIZERS)}.{_near(name, OPTIMIZERS)}")
+  if not callable(rate) and not rate > 0:
+    raise ValueError(f"Got learning_rate={rate}; wanted above 0, such as 1e-3.")
+  known = [parameter for parameter in inspect.signature(OPTIMIZERS[name]).parameters if parameter != "learning_rate"]
+  for argument, value in arguments.items():
+    if argument not in known:
+      raise ValueError(
+        f"Got {argument!r} as an argument of {name}; wanted one of {', '.join(known) or 'none'}.{_near(argument, known)}"
+      )
+    number = isinstance(value, (int, float))
+    if argument in ("b1", "b2", "b3") and not (number and 0 <= value < 1):
+      raise ValueError(f"Got {argument}={value!r} for {name}; wanted 0 <= {argument} < 1.")
+    if argument == "eps" and not (number and value > 0):
+      raise ValueError(f"Got eps={value!r} for {name}; wanted above 0, such as 1e-8.")
+  try:
+    return _tried(name, rate, arguments)
+  # Whatever another package raises at a wrong value: here, not in the middle of a compilation.
+  except Exception as error:
+    if callable(rate) and _works(name, 1e-3, arguments):
+      raise ValueError(
+        f"Got a learning rate that changes for {name}, which takes a number; wanted the schedule constant without warm-up,"
+        " or another optimizer."
+      ) from error
+    raise ValueError(
+      f"Got {name} with {arguments or 'no arguments'}, which cannot make a step from gradients and parameters alone ({error});"
+      " wanted other arguments or another optimizer, such as adam."
+    ) from error
+
+
+def _tried(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.GradientTransformation:
+  """The optimizer, after a step on shapes alone."""
+  made = OPTIMIZERS[name](rate, **arguments)
+  params = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32), "bias": jax.ShapeDtypeStruct((3,), jnp.float32)}
+  jax.eval_shape(lambda params: made.update(params, made.init(params), params), params)
+  return made
+
+
+def _works(name: str, rate: Rate, arguments: dict[str, Any]) -> bool:
+  try:
+    _tried(name, rate, arguments)
+  except Exception:
+    return False
+  return True
+
+
+def _near(name: str, options) -> str:
+  near = difflib.get_close_matches(name, list(options), 1)
+  return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+  """Arguments by name from text such as `b2=0.95, weight_decay=0.01`; values are Python literals.
+
+  Raises:
+    ValueError: if the text is anything else.
+  """
+  try:
+    call = ast.parse(f"f({text})", mode="eval").body
+    # One call of one name: else the text closed the bracket itself.
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+      raise ValueError
+    arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    # None is the name that ** has.
+    if "None" in arguments or len(arguments) < len(call.keywords):
+      raise ValueError
+    return arguments
+  except (SyntaxError, ValueError) as error:
+    raise ValueError(
+      f"Got {text!r} as the optimizer's arguments; wanted names, each once, with Python values that are written out, such as"
+      " 'b2=0.95, weight_decay=0.01'."
+    ) from error
+
+
+class SkipState(NamedTuple):
+  """What `skip_nonfinite` remembers.
+
+  Attributes:
+    inner: the state of what it wraps.
+    skipped: steps skipped since the start, an int32 scalar.
+    in_a_row: of them those since the last good step, an int32 scalar.
+  """
+
+  inner: Any
+  skipped: Array
+  in_a_row: Array
+
+
+def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Skips the steps whose gradients or updates have a norm that is not finite: state and parameters stay as they were, bit by bit.
+
+  Put it outermost, around averages of the parameters too.
+
+  Args:
+    inner: the optimizer.
+  """
 
   def init(params):
-    return ParamsEmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+    return SkipState(inner.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   def update(updates, state, params=None):
-    if params is None:
-      raise ValueError("Got no parameters; call update(updates, state, params), since the EMA averages them.")
-    step = state.steps.astype(jnp.float32)
-    rate = jnp.minimum(decay, (1 + step) / (10 + step)) if warmup else decay
-    new = optax.apply_updates(params, updates)
-    average = jax.tree.map(lambda old, now: old + (1 - rate) * (now - old), state.params_ema, new)
-    return updates, ParamsEmaState(optax.safe_increment(state.steps), average)
+    new, inner_state = inner.update(updates, state.inner, params)
+    good = jnp.isfinite(optax.global_norm(updates)) & jnp.isfinite(optax.global_norm(new))
+    # Minus 0, which added to -0 leaves it -0.
+    new = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.asarray(-0.0, leaf.dtype)), new)
+    inner_state = jax.tree.map(lambda after, before: jnp.where(good, after, before), inner_state, state.inner)
+    return new, SkipState(
+      inner_state,
+      jnp.where(good, state.skipped, optax.safe_increment(state.skipped)),
+      jnp.where(good, 0, optax.safe_increment(state.in_a_row)),
+    )
 
   return optax.GradientTransformation(init, update)
 
 
-def ema_params(opt_state: PyTree) -> PyTree:
-  """The averaged parameters in the state of a chain that holds one `params_ema`; None if it holds none."""
-  return optax.tree.get(opt_state, "params_ema")
+def skipped(opt_state: PyTree) -> tuple[Array, Array] | None:
+  """The steps that `skip_nonfinite` skipped in all, and since the last good one, int32 scalars; None of a state without it."""
+  nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SkipState))
+  return next(((node.skipped, node.in_a_row) for node in nodes if isinstance(node, SkipState)), None)
+
+
+def chain(
+  rate: Rate,
+  *,
+  name: str = "adam",
+  arguments: dict[str, Any] | None = None,
+  clip_norm: float | None = 1.0,
+  averages: optax.GradientTransformation | None,
+) -> optax.GradientTransformation:
+  """Clipping by the global norm, an optimizer and averages of the parameters; steps that are not finite are skipped.
+
+  Args:
+    rate: the learning rate: a number, or a function of the step such as a `schedule`.
+    name: of the optimizer (see `optimizer`).
+    arguments: of the optimizer.
+    clip_norm: the largest global norm of a gradient; None for no clipping.
+    averages: such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
+
+  Raises:
+    ValueError: if a value is out of its range, or a name is unknown.
+  """
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(f"Got clip_norm={clip_norm}; wanted above 0, such as 1.0, or None for no clipping.")
+  clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+  steps = [*clip, optimizer(name, rate, arguments or {}), *([] if averages is None else [averages])]
+  return skip_nonfinite(optax.chain(*steps))
 
 
 def adam(
@@ -59,28 +248,10 @@ def adam(
   clip_norm: float | None = 1.0,
   ema_decay: float = 0.9999,
 ) -> optax.GradientTransformation:
-  """Clipping by the global norm, Adam with a linear warm-up of its rate, and the parameter EMA.
-
-  Args:
-    learning_rate: the rate after the warm-up.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: added to the root of the second moment.
-    warmup_steps: steps over which the rate rises from 0.
-    clip_norm: the largest global norm of a gradient; None for no clipping.
-    ema_decay: decay of the EMA, itself with a warm-up (see `params_ema`).
+  """The `chain` of Adam, with a warm-up and one average of fixed decay: what most small models want.
 
   Raises:
     ValueError: if a value is out of its range.
   """
-  if learning_rate <= 0 or warmup_steps < 0 or (clip_norm is not None and clip_norm <= 0):
-    raise ValueError(
-      f"Got learning_rate={learning_rate}, warmup_steps={warmup_steps}, clip_norm={clip_norm}; wanted the rate and"
-      " the norm above 0 and the steps at least 0."
-    )
-  if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
-    raise ValueError(f"Got b1={b1}, b2={b2}, eps={eps} for Adam; wanted 0 <= b1, b2 < 1 and eps > 0.")
-  # The first step already learns: a rate of exactly 0 would waste it.
-  rate = (lambda count: learning_rate * jnp.minimum(1.0, (count + 1) / warmup_steps)) if warmup_steps else learning_rate
-  clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-  return optax.chain(clip, optax.adam(rate, b1, b2, eps), params_ema(ema_decay))
+  rate, averages = schedule(learning_rate, warmup_steps=warmup_steps), ema.params_ema(ema.fixed(ema_decay))
+  return chain(rate, arguments={"b1": b1, "b2": b2, "eps": eps}, clip_norm=clip_norm, averages=averages)

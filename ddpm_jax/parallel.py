@@ -1,6 +1,11 @@
-"""Running one pure step on many devices: `jit` over a mesh (the default), or `pmap`."""
+"""Running one pure step on many devices and in several processes: `jit` over a mesh (the default), or `pmap`.
 
-from collections.abc import Callable
+A batch is split over both axes of the mesh, "data" and "fsdp"; the state is split over "fsdp" and whole along "data".
+"""
+
+import os
+import resource
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,14 +14,34 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
-DATA_AXIS = "data"
+DATA_AXIS, FSDP_AXIS = "data", "fsdp"
+_BOTH = (DATA_AXIS, FSDP_AXIS)
+# Gradients of a share of a batch: (params, keys [B], batch) -> (loss, details [B], gradients).
+GradientFn = Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree, PyTree]]
 
 
-def data_mesh(devices=None) -> Mesh:
-  """A mesh of all local devices (or of those given) along one axis, over which batches are split."""
-  devices = jax.local_devices() if devices is None else devices
+def make_mesh(data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
+  """A mesh of all devices of all processes (or of those given) with the axes "data" and "fsdp".
+
+  Args:
+    data: devices along "data"; 0: as many as there are, divided by `fsdp`.
+    fsdp: devices that share one copy of the state.
+    devices: the devices; all by default.
+
+  Raises:
+    ValueError: if data times fsdp is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if data < 0 or fsdp < 1 or (data or max(count // fsdp, 1)) * fsdp != count:
+    good = [f"{count // size} x {size}" for size in range(1, count + 1) if count % size == 0]
+    raise ValueError(
+      f"Got a mesh of data={data} by fsdp={fsdp} on {count} device(s); wanted data x fsdp to be {count}, such as"
+      f" {', '.join(good)}, or data=0 for what fsdp leaves."
+    )
   # Explicit axes, JAX's default for new meshes, make reshapes inside networks fail.
-  return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+  axis_types = (jax.sharding.AxisType.Auto,) * 2
+  return jax.make_mesh((count // fsdp, fsdp), _BOTH, axis_types=axis_types, devices=devices)
 
 
 def check_batch(batch_size: int, num_devices: int, what: str = "batch size") -> None:
@@ -30,8 +55,8 @@ def check_batch(batch_size: int, num_devices: int, what: str = "batch size") -> 
 
 
 def split(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch [B, ...]: its first axis over the devices."""
-  return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+  """The sharding of a batch [B, ...]: its first axis over all devices."""
+  return NamedSharding(mesh, PartitionSpec(_BOTH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -39,13 +64,100 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def jit_step(step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh) -> Any:
-  """Compiles `step(state, batch) -> (state, metrics)` over a mesh: batch split, state replicated and donated."""
+def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
+  """The sharding of each leaf of a state, by its shape alone: its largest axis that "fsdp" divides is split, if any.
+
+  Moments and averages have their parameters' shapes, and so lie where these lie.
+  """
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), state)
+
+
+def _spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+  axis = _split_axis(mesh, shape)
+  return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, FSDP_AXIS)
+
+
+def _split_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
+  size = mesh.shape[FSDP_AXIS]
+  # Of axes of one length the last: the features that a layer gives.
+  axes = [axis for axis, length in enumerate(shape) if length and length % size == 0]
+  return max(axes, key=lambda axis: (shape[axis], axis)) if axes and size > 1 else None
+
+
+def abstract(state: PyTree, shardings: PyTree) -> PyTree:
+  """Shapes and types of a state, laid out by `shardings` (one a leaf, or one for all)."""
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, state)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+  )
+
+
+def over(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
+  """Makes a function of a share's gradients one of the whole batch's, for `train.train_step` under `jit`.
+
+  Each device computes the gradients of its share of the batch, which are then averaged once, however many parts the
+  share has. Parameters that lie split over "fsdp" are gathered before, and the gradients left split after.
+  """
+
+  def distribute(gradient: GradientFn) -> GradientFn:
+    def of_batch(params, keys, batch):
+      specs = jax.tree.map(lambda leaf: _spec(mesh, leaf.shape), params)
+      axes = jax.tree.map(lambda leaf: -1 if (axis := _split_axis(mesh, leaf.shape)) is None else axis, params)
+
+      def of_share(params, keys, batch):
+        whole = jax.tree.map(
+          lambda leaf, axis: leaf if axis < 0 else jax.lax.all_gather(leaf, FSDP_AXIS, axis=axis, tiled=True),
+          params,
+          axes,
+        )
+        loss, details, gradients = gradient(whole, keys, batch)
+        gradients = jax.tree.map(
+          lambda leaf, axis: (
+            leaf if axis < 0 else jax.lax.psum_scatter(leaf, FSDP_AXIS, scatter_dimension=axis, tiled=True)
+          ),
+          gradients,
+          axes,
+        )
+        # In two reductions at most: what is split is already summed over "fsdp".
+        leaves, tree = jax.tree_util.tree_flatten(gradients)
+        is_split = [axis >= 0 for axis in jax.tree.leaves(axes)]
+        parts = [leaf for leaf, scattered in zip(leaves, is_split, strict=True) if scattered]
+        whole_leaves = [leaf for leaf, scattered in zip(leaves, is_split, strict=True) if not scattered]
+        if mesh.shape[DATA_AXIS] > 1:
+          parts = jax.lax.psum(parts, DATA_AXIS)
+        if mesh.size > 1:
+          loss, whole_leaves = jax.lax.psum((loss, whole_leaves), _BOTH)
+        sums, rest = iter(parts), iter(whole_leaves)
+        leaves = [next(sums) if scattered else next(rest) for scattered in is_split]
+        leaves = [leaf / mesh.size for leaf in leaves]
+        return loss / mesh.size, details, jax.tree_util.tree_unflatten(tree, leaves)
+
+      batched = PartitionSpec(_BOTH)
+      return jax.shard_map(
+        of_share,
+        mesh=mesh,
+        in_specs=(specs, batched, batched),
+        out_specs=(PartitionSpec(), batched, specs),
+        check_vma=False,
+      )(params, keys, batch)
+
+    return of_batch
+
+  return distribute
+
+
+def jit_step(step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh, state: PyTree) -> Any:
+  """Compiles `step(state, batch) -> (state, metrics)` over a mesh: batch split, state laid out as `state_shardings`, donated.
+
+  Args:
+    step: the step, such as `train.train_step` with `distribute=over(mesh)`.
+    mesh: the mesh.
+    state: a state, or its shapes.
+  """
+  shardings = state_shardings(mesh, state)
   return jax.jit(
-    step,
-    in_shardings=(replicated(mesh), split(mesh)),
-    out_shardings=replicated(mesh),
-    donate_argnums=0,
+    step, in_shardings=(shardings, split(mesh)), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
   )
 
 
@@ -78,3 +190,102 @@ def replicate(tree: PyTree, num_devices: int | None = None) -> PyTree:
 def unreplicate(tree: PyTree) -> PyTree:
   """The first device's copy."""
   return jax.tree.map(lambda x: x[0], tree)
+
+
+# Several processes.
+
+
+def environment_processes(environment: Mapping[str, str] = os.environ) -> int:
+  """How many processes the cluster's environment says take part: JAX's own variables, Slurm, MPI, or a TPU slice's hosts."""
+  for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    if environment.get(name, "").isdigit():
+      return int(environment[name])
+  return max(1, len(environment.get("TPU_WORKER_HOSTNAMES", "").split(",")))
+
+
+def connect(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  heartbeat_seconds: int = 60,
+) -> None:
+  """Joins this process to the others of the run, before JAX is first used; what is not given comes from the environment.
+
+  A process that no longer answers ends the others within `heartbeat_seconds`, with a message.
+
+  Args:
+    coordinator: host:port of process 0.
+    num_processes: how many there are.
+    process_id: which this is, from 0.
+    heartbeat_seconds: how long a process may be silent.
+
+  Raises:
+    ValueError: if only some of the three are given, one is out of range, or the processes do not find each other.
+  """
+  given = [value is not None for value in (coordinator, num_processes, process_id)]
+  if any(given) and not all(given):
+    raise ValueError(
+      f"Got --coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}; wanted all three, such as"
+      " --coordinator=host0:1234 --num_processes=2 --process_id=0, or none where the cluster's environment says them."
+    )
+  if all(given):
+    assert coordinator is not None
+    assert num_processes is not None
+    assert process_id is not None
+    if ":" not in coordinator or num_processes < 1 or not 0 <= process_id < num_processes:
+      raise ValueError(
+        f"Got --coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}; wanted host:port, at"
+        " least 1, and an id from 0 to one less."
+      )
+  if jax.config.values.get("jax_platforms") == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
+  except Exception as error:
+    raise ValueError(
+      f"The processes of this run did not find each other: {error}. Check that all were started, with one --coordinator and"
+      " --num_processes, and ids from 0 on; --distributed=false runs this one alone."
+    ) from error
+
+
+def is_main() -> bool:
+  """Whether this process is the one that writes and speaks."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+  """Returns once every process has come here."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(what)
+
+
+def memory_in_use() -> int:
+  """The most bytes that one of this process's devices has held so far; on a CPU, that the process has."""
+  held = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+  # Linux counts in units of 1024 bytes.
+  return max(held) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a batch, in rising order, that lie on this process's devices: those that it must read."""
+  indices = split(mesh).addressable_devices_indices_map((batch_size,))
+  return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
+
+
+def put_batch(mesh: Mesh, batch: PyTree, batch_size: int) -> PyTree:
+  """Sends this process's rows (`local_rows`) of a batch to its devices: arrays [batch_size, ...], split over all devices."""
+  sharding = split(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  rows = local_rows(mesh, batch_size)
+
+  def put(leaf):
+    def part(index):
+      return leaf[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+    return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
+
+  return jax.tree.map(put, batch)

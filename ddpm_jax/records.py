@@ -1,8 +1,11 @@
-"""What a run writes down as it goes: metrics.jsonl and TensorBoard files."""
+"""What a run writes down as it goes: metrics.jsonl, TensorBoard files and, if asked for, wandb."""
 
+import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +16,12 @@ class Records:
   Args:
     folder: the run's folder.
     step: the step that the run starts from.
+    wandb: the project to which wandb sends everything too; empty for none.
+    config: what wandb shows as the run's config.
   """
 
-  def __init__(self, folder: str | Path, step: int):
+  def __init__(self, folder: str | Path, step: int, *, wandb: str = "", config: Mapping[str, Any] | None = None):
+    check_wandb(wandb)
     from tensorboardX import SummaryWriter
 
     self._path = Path(folder) / "metrics.jsonl"
@@ -29,6 +35,15 @@ class Records:
     self._board = SummaryWriter(
       str(Path(folder) / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".{step}"
     )
+    self._wandb: Any = None
+    if wandb:
+      import wandb as service
+
+      # One run a folder: a resumed run goes on with its own curves.
+      name = Path(folder).absolute().name
+      self._wandb = service.init(
+        project=wandb, id=name, name=name, dir=str(folder), config=dict(config or {}), resume="allow"
+      )
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes one line, and one point a curve."""
@@ -36,14 +51,30 @@ class Records:
       file.write(json.dumps({"step": step, **values}) + "\n")
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(values, step=step)
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture [H, W, C] uint8 for TensorBoard."""
     self._board.add_image(name, picture, step, dataformats="HWC")
+    if self._wandb is not None:
+      import wandb as service
+
+      self._wandb.log({name: service.Image(picture)}, step=step)
 
   def close(self) -> None:
     """Writes out what is still in memory."""
     self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+  """Raises a ValueError if a project is named but wandb is not installed."""
+  if project and importlib.util.find_spec("wandb") is None:
+    raise ValueError(
+      f"Got config.training.wandb={project!r}, but wandb is not installed: pip install 'ddpm_jax[wandb]'. Or leave it out."
+    )
 
 
 def _step_of(line: str) -> float:

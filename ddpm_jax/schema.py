@@ -91,29 +91,52 @@ def default_config() -> ConfigDict:
       "center_input": False,
       "divide_by_sigma": False,
       "dtype": "float32",  # of the computation: float32 or bfloat16
-      "remat": "",  # full, or one of jax.checkpoint_policies: compute again in the backward pass, to save memory
+      "remat": "none",  # none, blocks, everything, or one of jax.checkpoint_policies: computed again in the backward pass
       "attention": "",  # xla or cudnn: the implementation of attention; empty: JAX chooses
     }
   )
   config.optimizer = ConfigDict(
     {
+      "name": "adam",  # adam, adamw, lion, sgd or another of optax's functions that take a learning rate
+      "arguments": "",  # of that function, such as "b2=0.95, weight_decay=0.01"
       "learning_rate": 2e-4,
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-8,
+      "schedule": "constant",  # constant, cosine, linear or inverse_sqrt, after a linear warm-up
       "warmup_steps": 5000,
-      "clip_norm": 1.0,
-      "ema_decay": 0.9999,
+      "decay_steps": 0,  # where cosine and linear end, 0: at training.steps; where inverse_sqrt starts, 0: after the warm-up
+      "final_factor": 0.0,  # of cosine and linear: the share of the rate that is left at the end
+      "clip_norm": 1.0,  # the largest global norm of a gradient; 0: any
+    }
+  )
+  config.ema = ConfigDict(
+    {
+      "kind": "fixed",  # fixed, half_life (EDM) or power (EDM2)
+      "decay": 0.9999,  # of fixed, which has a warm-up
+      "half_life": 500_000,  # of half_life, in images
+      "ramp_up": 0.05,  # of half_life: no longer than this share of the images seen; 0: no such limit
+      "stds": (0.05, 0.1),  # of power: the relative width of each average, the first for previews, samples and scores
+      "snapshot_every": 0,  # of power: steps between the averages stored for other widths; 0: none are
     }
   )
   config.training = ConfigDict(
     {
-      "batch_size": 128,
+      "batch_size": 128,  # over all devices
       "steps": 800_000,
+      "accumulate": 1,  # parts of each device's share of the batch, one after the other, to save memory
+      "max_skipped": 10,  # steps in a row whose gradients may be not finite
       "log_every": 100,
       "checkpoint_every": 5000,
       "sample_every": 5000,
-      "keep_checkpoints": 2,
+      "keep_checkpoints": 2,  # the newest
+      "keep_every": 0,  # checkpoints of every so many steps are kept too; 0: none
+      "keep_best": 0,  # and so many of the best, by the lowest
+      "best_metric": "loss",  # of those in metrics.jsonl
+      "wandb": "",  # a project, to send metrics and pictures there too
+    }
+  )
+  config.parallel = ConfigDict(
+    {
+      "data": 0,  # devices that each have a copy of the state; 0: as many as there are, divided by fsdp
+      "fsdp": 1,  # devices that share one copy
     }
   )
   config.sampling = ConfigDict(
@@ -162,7 +185,15 @@ def config_of_run(given: ConfigDict | None, folder: Path) -> ConfigDict:
     raise ValueError(
       f"Got no --config, and {folder} holds no run; wanted a recipe, such as --config=configs/digits_vp.py."
     )
-  return ConfigDict(saved)
+  # A run of an older version lacks keys that came later.
+  config = default_config()
+  config.update(ConfigDict(saved))
+  return config
+
+
+def check_same_run(folder: Path, config: ConfigDict) -> None:
+  """Raises a ValueError that lists the differences, unless the folder is free or holds a run of this config."""
+  workdir.check_same_run(folder, config.to_dict(), default_config().to_dict())
 
 
 def config_of_data(given: ConfigDict | None) -> ConfigDict:
@@ -191,13 +222,24 @@ def check_config(config: ConfigDict) -> None:
     )
   counts = ["data.image_size", "data.channels", "data.num_threads", "process.num_steps", "sampling.num_steps"]
   counts += ["sampling.preview_steps", "sampling.batch_size", "evaluation.k", "evaluation.num_samples"]
-  for name in [*counts, *(f"training.{key}" for key in config.training)]:
+  steps = (
+    "batch_size",
+    "steps",
+    "accumulate",
+    "max_skipped",
+    "log_every",
+    "checkpoint_every",
+    "sample_every",
+    "keep_checkpoints",
+  )
+  for name in [*counts, *(f"training.{key}" for key in steps)]:
     section, key = name.split(".")
     if config[section][key] < 1:
       raise ValueError(f"Got config.{name}={config[section][key]}; wanted at least 1.")
-  for name in ("crop", "num_workers"):
-    if config.data[name] < 0:
-      raise ValueError(f"Got config.data.{name}={config.data[name]}; wanted 0 for none, or more.")
+  for name in ("training.keep_every", "training.keep_best", "ema.snapshot_every", "data.num_workers", "data.crop"):
+    section, key = name.split(".")
+    if config[section][key] < 0:
+      raise ValueError(f"Got config.{name}={config[section][key]}; wanted 0, for none, or more.")
   if not 0 <= config.seed < 2**31:
     raise ValueError(f"Got config.seed={config.seed}; wanted 0 to {2**31 - 1}.")
   if config.sampling.tolerance <= 0:

@@ -1,19 +1,31 @@
 """The folder of one run: which run it belongs to, and where its files lie."""
 
+import contextlib
+import fcntl
 import json
 import os
+import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# What may differ when a run goes on: nothing in it changes the parameters that a step leads to. Data may have moved; that
-# they are the same is for the data position to check.
+# What may differ when a run goes on: nothing in it changes the parameters that a step leads to, but for the last digits of
+# floats. Data may have moved; that they are the same is for the data position to check.
 _MAY_CHANGE = (
+  "parallel.",
   "training.steps",
+  "training.accumulate",
+  "training.max_skipped",
   "training.log_every",
   "training.checkpoint_every",
   "training.sample_every",
-  "training.keep_checkpoints",
+  "training.keep_",
+  "training.best_metric",
+  "training.wandb",
+  "network.remat",
+  "network.attention",
+  "ema.snapshot_every",
   "data.num_threads",
   "data.num_workers",
   "data.broken",
@@ -21,6 +33,7 @@ _MAY_CHANGE = (
   "data.path",
   "sampling.",
   "evaluation.",
+  "ema.snapshot_every",
 )
 
 
@@ -32,6 +45,34 @@ def config_path(workdir: Path) -> Path:
 def checkpoint_folder(workdir: Path) -> Path:
   """Where a run keeps its checkpoints."""
   return workdir / "checkpoints"
+
+
+def snapshot_folder(workdir: Path) -> Path:
+  """Where a run keeps averages of its parameters, from which others can be put together."""
+  return workdir / "ema_snapshots"
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+  """Keeps other processes from training in the folder while this one does; the system lets go when the process ends.
+
+  Raises:
+    ValueError: if a live process trains there.
+  """
+  path = workdir / ".lock"
+  with path.open("a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      file.seek(0)
+      raise ValueError(
+        f"Got --workdir={workdir}, in which {file.read().strip() or 'another process'} trains; wanted a folder of this run's own. Wait"
+        " for it, stop it, or use another --workdir."
+      ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
@@ -57,8 +98,11 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
   os.replace(temporary, path)
 
 
-def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
-  """Raises a ValueError that lists the differences, unless the folder is free or holds a run of this config."""
+def check_same_run(workdir: Path, config: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
+  """Raises a ValueError that lists the differences, unless the folder is free or holds a run of this config.
+
+  Keys that the run's config lacks, since they are newer than it, have their `defaults`.
+  """
   old = read_config(workdir)
   if old is None:
     if checkpoint_folder(workdir).exists():
@@ -67,9 +111,16 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
         " Restore the file, or use another --workdir."
       )
     return
-  before, now = flatten(old), flatten(json.loads(json.dumps(config)))
+  before = flatten(json.loads(json.dumps(defaults or {}))) | flatten(old)
+  now = flatten(json.loads(json.dumps(config)))
+  fixed = set()
+  if now.get("optimizer.schedule") in ("cosine", "linear") and not now.get("optimizer.decay_steps"):
+    # The rate falls until the last step, so another last step means other rates on the way.
+    fixed.add("training.steps")
   names = [
-    name for name in sorted({*before, *now}) if not name.startswith(_MAY_CHANGE) and before.get(name) != now.get(name)
+    name
+    for name in sorted({*before, *now})
+    if (name in fixed or not name.startswith(_MAY_CHANGE)) and before.get(name) != now.get(name)
   ]
   if names:
     lines = "\n".join(

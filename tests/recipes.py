@@ -15,7 +15,8 @@ def tiny_config() -> ConfigDict:
   config.network.update(
     {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_resolutions": (4,), "groups": 4, "dropout": 0.0}
   )
-  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 5, "ema_decay": 0.9})
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 5})
+  config.ema.decay = 0.9
   config.training.update({"batch_size": 16, "steps": 12, "log_every": 3, "checkpoint_every": 4, "sample_every": 6})
   config.sampling.update({"sampler": "ddim", "num_steps": 4, "batch_size": 16, "preview_steps": 3})
   config.evaluation.num_samples = 40
@@ -25,3 +26,21 @@ def tiny_config() -> ConfigDict:
 def get_config() -> ConfigDict:
   """So that the command line can name this file."""
   return tiny_config()
+
+
+def saved_items(folder):
+  """Every leaf of a run's newest checkpoint, keys as numbers, whole on one device."""
+  import jax
+
+  from ddpm_jax import build, parallel
+  from ddpm_jax.runs import model
+  from ddpm_jax.schema import config_of_run
+
+  config, mesh = config_of_run(None, folder), parallel.make_mesh(devices=jax.devices()[:1])
+  _, template = model.make_state(config, build.build_optimizer(config), mesh)
+  checkpoints = model.open_checkpoints(config, folder)
+  try:
+    state = model.state_of(checkpoints.restore(model.items_of(template)).items)
+  finally:
+    checkpoints.close()
+  return jax.device_get(state._replace(key=jax.random.key_data(state.key)))

@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, parallel, schema
+from ddpm_jax import build, ema, parallel, schema
 from tests.recipes import tiny_config
 
 
@@ -34,7 +35,17 @@ from tests.recipes import tiny_config
     ("data.channels", 3, "shape \\(8, 8, 1\\)"),
     ("data.image_size", 16, "attention_resolutions=\\(4,\\) for images of 16"),
     ("data.hold_out", 5000, "hold_out=5000"),
-    ("optimizer.ema_decay", 1.5, "decay of 1.5"),
+    ("ema.decay", 1.5, "decay of 1.5"),
+    ("ema.kind", "powers", "'powers' as config.ema.kind.*Did you mean 'power'"),
+    ("ema.snapshot_every", -1, "snapshot_every=-1"),
+    ("ema.snapshot_every", 10, "snapshot_every=10 with kind='fixed'"),
+    ("optimizer.name", "adamm", "'adamm' as config.optimizer.name.*Did you mean 'adam'"),
+    ("optimizer.name", "lbfgs", "alone"),
+    ("optimizer.arguments", "b2", "wanted names"),
+    ("optimizer.arguments", "b3=0.9", "'b3' as an argument of adam"),
+    ("optimizer.schedule", "cosin", "'cosin' as config.optimizer.schedule.*Did you mean 'cosine'"),
+    ("optimizer.clip_norm", -1.0, "clip_norm=-1"),
+    ("optimizer.decay_steps", -1, "decay_steps=-1"),
     ("network.heads", 0, "heads=0"),
     ("network.groups", 0, "groups=0"),
     ("network.groups", 16, "groups=16"),
@@ -53,13 +64,47 @@ def test_wrong_values_are_errors_when_built(key, value, message):
 def build_all(config):
   build.build_optimizer(config)
   build.build_loss(config)
-  build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))
+  build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))
   build.build_data(config)
 
 
 def test_the_tiny_config_is_sound():
   schema.check_config(tiny_config())
   build_all(tiny_config())
+
+
+def test_the_schedule_ends_with_the_training():
+  config = tiny_config()
+  config.optimizer.update({"schedule": "cosine", "warmup_steps": 5, "final_factor": 0.1})
+  rate, peak = build.build_schedule(config), config.optimizer.learning_rate
+  np.testing.assert_allclose([rate(4), rate(12), rate(20)], [peak, peak / 10, peak / 10], rtol=1e-5)
+  config.optimizer.decay_steps = 20
+  np.testing.assert_allclose(build.build_schedule(config)(20), peak / 10, rtol=1e-5)
+  config.optimizer.update({"schedule": "inverse_sqrt", "decay_steps": 0})
+  np.testing.assert_allclose(build.build_schedule(config)(19), peak / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"optimizer.name": "adamw", "optimizer.arguments": "b2=0.95, weight_decay=0.01", "optimizer.clip_norm": 0.0},
+    {"optimizer.name": "sm3", "optimizer.warmup_steps": 0},
+    {"ema.kind": "half_life"},
+    {"ema.kind": "half_life", "ema.ramp_up": 0.0},
+    {"ema.kind": "power", "ema.stds": (0.05, 0.1, 0.2), "ema.snapshot_every": 10},
+  ],
+)
+def test_every_kind_of_optimizer_and_average_from_a_config(settings):
+  config = tiny_config()
+  config.update_from_flattened_dict(settings)
+  # As a run reads it back.
+  config = ConfigDict(json.loads(json.dumps(config.to_dict())))
+  schema.check_config(config)
+  optimizer, params = build.build_optimizer(config), {"w": jnp.ones(3)}
+  state = optimizer.init(params)
+  updates, state = optimizer.update({"w": jnp.array([1.0, 0.0, -1.0])}, state, params)
+  assert updates["w"][0] < 0
+  assert len(ema.split(state)[1]) == (3 if config.ema.kind == "power" else 1)
 
 
 def test_keys_are_checked():
@@ -118,13 +163,14 @@ def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
   config.network.num_classes = 3
   params = jax.jit(build.build_params_init(config))(jax.random.key(0))
   params = jax.tree.map(lambda p: p + 0.02, params)
-  generate = build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))
-  keys, classes = jax.random.split(jax.random.key(1), 8), jnp.arange(8) % 3
-  whole, nfe = generate(params, keys, classes)
-  part, _ = generate(params, keys[:4], classes[:4])
+  generate = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))
+  classes = np.arange(8) % 3
+  whole, nfe = generate(params, 1, 0, classes)
+  config.sampling.batch_size = 4
+  part, _ = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(params, 1, 4, classes[4:])
   assert whole.shape == (8, 8, 8, 1)
   assert jnp.all(jnp.isfinite(whole))
-  np.testing.assert_allclose(whole[:4], part, atol=2e-2 if sampler == "ode" else 1e-4)
+  np.testing.assert_allclose(whole[4:], part, atol=2e-2 if sampler == "ode" else 1e-4)
   calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
   assert int(nfe) == calls.get(sampler, 5) or sampler == "ode"
 
@@ -158,7 +204,7 @@ def test_a_learned_variance_from_a_config():
   assert slopes["conv_out"]["kernel"].shape[-1] == 2
   assert jnp.all(jnp.any(slopes["conv_out"]["kernel"] != 0, (0, 1, 2)))
   config.sampling.batch_size = 4
-  images, nfe = build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))(params, keys, None)
+  images, nfe = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(params, 0, 0, None)
   assert images.shape == (4, 8, 8, 1)
   assert int(nfe) == 8
   config.process.name = "vp"

@@ -37,7 +37,7 @@ def test_recipe(path):
   assert "Hardware:" in module.__doc__
   config = module.get_config()
   schema.check_config(config)
-  build.build_generate(config, parallel.data_mesh(jax.devices()[:1]))
+  build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))
   optimizer = build.build_optimizer(config)
   state = jax.eval_shape(lambda: train.init_state(jax.random.key(0), build.build_params_init(config), optimizer))
   batch = {

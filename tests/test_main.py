@@ -1,41 +1,18 @@
 """The command line as a user meets it: in processes of its own, from start to end, killed and resumed, and misused."""
 
 import json
-import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import parallel, runs
-from tests.conftest import CACHE, ROOT
-from tests.recipes import tiny_config
-
-RECIPE = "--config=tests/recipes.py"
-
-
-def environment(devices=1):
-  flags = f"--xla_force_host_platform_device_count={devices}"
-  return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
-
-
-def start(*arguments, devices=1):
-  command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
-  return subprocess.Popen(
-    command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  )
-
-
-def call(*arguments, devices=1):
-  process = start(*arguments, devices=devices)
-  output = process.communicate(timeout=300)[0]
-  return process.returncode, output
+from tests import commands
+from tests.commands import RECIPE, assert_refused, call, start
+from tests.recipes import saved_items
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +101,6 @@ def test_a_conditional_model_and_labels(tmp_path):
   assert "labels from 0 to 9" in output
 
 
-def leaves(folder):
-  config = tiny_config()
-  state = runs._restore(config, folder, parallel.data_mesh(jax.devices()[:1]))
-  return jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
-
-
 def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
   options = [
     "--config.training.steps=400",
@@ -138,11 +109,8 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
   ]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   process = start(RECIPE, f"--workdir={broken}", *options)
-  deadline = time.time() + 200
-  while not (broken / "checkpoints" / "60").exists() and time.time() < deadline and process.poll() is None:
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
+  commands.wait_for(broken / "checkpoints" / "60", process)
+  commands.kill(process)
   assert process.returncode == -signal.SIGKILL, process.stdout.read()
   assert not (broken / "eval.json").exists()
   code, output = call(RECIPE, f"--workdir={broken}", *options)
@@ -150,7 +118,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
   assert "resuming from the checkpoint of step" in output
   code, output = call(RECIPE, f"--workdir={whole}", *options)
   assert code == 0, output
-  for a, b in zip(leaves(whole), leaves(broken), strict=True):
+  for a, b in zip(*(jax.tree.leaves(saved_items(folder)) for folder in (whole, broken)), strict=True):
     np.testing.assert_array_equal(a, b)
 
   def metrics(folder):
@@ -162,6 +130,37 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
   assert count == again, "no line twice"
   # The first mean after resuming may be one over fewer steps; all others are the same numbers.
   assert sum(first[step] != second[step] for step in first) <= 1
+
+
+def test_sigterm_saves_at_once_and_ends_with_its_code(tmp_path):
+  options = ["--config.training.steps=100000", "--config.training.checkpoint_every=100000"]
+  process = start(RECIPE, f"--workdir={tmp_path}", *options, "--config.training.sample_every=100000")
+  commands.wait_for(tmp_path / "metrics.jsonl", process)
+  process.send_signal(signal.SIGTERM)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == 128 + signal.SIGTERM, output
+  step = int(re.search(r"saved at step ([\d,]+), the same command goes on", output)[1].replace(",", ""))
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
+  code, output = call(RECIPE, f"--workdir={tmp_path}", f"--config.training.steps={step + 2}", "--resume=must")
+  assert code == 0, output
+  assert f"resuming from the checkpoint of step {step:,}" in output
+
+
+def test_a_folder_in_use_is_refused_while_the_process_lives(tmp_path):
+  process = start(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=100000")
+  commands.wait_for(tmp_path / "checkpoints" / "4", process)
+  code, output = call(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=100000")
+  assert_refused(code, output, f"in which process {process.pid} on .* trains")
+  commands.kill(process)
+  code, output = call(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=4")
+  assert code == 0, output
+
+
+def test_plan(tmp_path):
+  code, output = call(RECIPE, "--mode=plan", "--devices=4", "--config.parallel.fsdp=4")
+  assert code == 0, output
+  for text in ("4 x cpu", "FLOPs an image", "reduce-scatter", "all-gather", "state", "temporaries"):
+    assert text in output
 
 
 def test_training_on_eight_devices(tmp_path):
@@ -205,6 +204,18 @@ WRONG = {
   "no_checkpoint_eval": ([RECIPE, "--mode=eval"], "holds no checkpoint"),
   "too_many": ([RECIPE, "--config.evaluation.num_samples=5000"], "evaluation.num_samples=5000"),
   "key_alone": (["--mode=sample", "--config.sampling.eta=0.5"], "together with --config"),
+  "mesh": ([RECIPE, "--config.parallel.fsdp=3"], r"data=0 by fsdp=3 on 1 device"),
+  "accumulate": ([RECIPE, "--config.training.accumulate=5"], "accumulate=5 with a batch of 16"),
+  "optimizer": ([RECIPE, "--config.optimizer.name=adm"], "Did you mean 'adam'"),
+  "argument": ([RECIPE, "--config.optimizer.arguments=beta=0.9"], "beta"),
+  "remat": ([RECIPE, "--config.network.remat=block"], "remat='block'"),
+  "schedule": ([RECIPE, "--config.optimizer.schedule=cosin"], "Did you mean 'cosine'"),
+  "must": ([RECIPE, "--resume=must"], "--resume=must.*holds no checkpoint"),
+  "resume": ([RECIPE, "--resume=yes"], "'yes' as --resume"),
+  "processes": ([RECIPE, "--num_processes=2"], "wanted all three"),
+  "topology": ([RECIPE, "--mode=plan", "--topology=v5e:3x5x7"], "v5e"),
+  "generation": ([RECIPE, "--mode=plan", "--topology=v9:2x2"], "Known generations"),
+  "small_topology": ([RECIPE, "--mode=plan", "--devices=32"], "batch size of 16 on 32 devices"),
   "seed": ([RECIPE, "--seed=3"], "--seed in mode train; it serves sample and eval"),
   "labels": ([RECIPE, "--labels=a", "--mode=sample"], "wanted integers"),
 }
@@ -217,15 +228,6 @@ def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
   code, output = call(*arguments, f"--workdir={workdir}")
   assert_refused(code, output, message)
   assert not workdir.exists(), "nothing is touched"
-
-
-def assert_refused(code, output, message):
-  import re
-
-  assert code in (1, 2), output
-  assert re.search(message, output), output
-  assert "Traceback" not in output, output
-  assert "compiling" not in output, output
 
 
 def test_bad_folders(tmp_path):

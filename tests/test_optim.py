@@ -1,41 +1,91 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import optim
+from ddpm_jax import ema, optim
+
+PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3) / 6, "bias": jnp.array([-0.0, 0.0, 1.0])}
+NAN, INF = jnp.nan, jnp.inf
 
 
 def run(optimizer, params, gradients):
-  state = optimizer.init(params)
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
   history = []
   for gradient in gradients:
-    updates, state = jax.jit(optimizer.update)(gradient, state, params)
+    updates, state = update(gradient, state, params)
     params = optax.apply_updates(params, updates)
     history.append(params)
   return history, state
 
 
-@pytest.mark.parametrize("warmup", [True, False])
-def test_ema_is_the_plain_loop(warmup):
-  rng = np.random.default_rng(0)
-  start = {"a": rng.normal(size=(3, 2)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
-  gradients = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), start) for _ in range(30)]
-  history, state = run(optax.chain(optax.sgd(0.1), optim.params_ema(0.7, warmup)), start, gradients)
-  average = jax.tree.map(np.float64, start)
-  for s, params in enumerate(history):
-    decay = min(0.7, (1 + s) / (10 + s)) if warmup else 0.7
-    average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.float64(new), average, params)
-  jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), optim.ema_params(state), average)
+def gradients(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), PARAMS) for _ in range(count)]
 
 
-def test_ema_changes_no_update():
-  start = jnp.arange(3.0)
-  gradients = [jnp.sin(jnp.arange(3.0) + i) for i in range(5)]
-  plain, _ = run(optax.adam(0.1), start, gradients)
-  with_ema, _ = run(optax.chain(optax.adam(0.1), optim.params_ema(0.9)), start, gradients)
-  np.testing.assert_array_equal(plain[-1], with_ema[-1])
+def assert_same_bits(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.dtype == b.dtype
+    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def full_chain(**options):
+  averages = ema.params_ema(ema.fixed(0.9), ema.power(0.1))
+  return optim.chain(optim.schedule(0.01, warmup_steps=4), averages=averages, **options)
+
+
+def plain_rate(step, name, peak, warmup, decay, factor):
+  if step < warmup:
+    return peak * (step + 1) / warmup
+  if name == "constant":
+    return peak
+  if name == "inverse_sqrt":
+    start = max(decay, warmup, 1)
+    return peak / math.sqrt(max(step + 1, start) / start)
+  done = min(1, (step - warmup) / (decay - warmup))
+  left = (1 + math.cos(math.pi * done)) / 2 if name == "cosine" else 1 - done
+  return peak * (factor + (1 - factor) * left)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_schedules_are_their_formulas(name, factor, warmup):
+  rate = optim.schedule(0.3, name=name, warmup_steps=warmup, decay_steps=20, final_factor=factor)
+  got = jax.jit(jax.vmap(rate))(jnp.arange(50))
+  want = [plain_rate(step, name, 0.3, warmup, 20, factor) for step in range(50)]
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(rate(30), got[30], rtol=1e-5, atol=1e-7)
+
+
+def test_inverse_sqrt_starts_after_the_warm_up_by_default():
+  rate = optim.schedule(1.0, name="inverse_sqrt", warmup_steps=100)
+  np.testing.assert_allclose([rate(99), rate(399), rate(9999)], [1, 0.5, 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"name": "cosin"}, "'cosin' as a schedule.*Did you mean 'cosine'"),
+    ({"peak": 0.0}, "learning_rate=0.0"),
+    ({"peak": math.nan}, "learning_rate=nan"),
+    ({"warmup_steps": -1}, "warmup_steps=-1"),
+    ({"final_factor": 1.5}, "final_factor=1.5"),
+    ({"name": "cosine"}, "decay_steps=0 for a cosine"),
+    ({"name": "linear", "warmup_steps": 9, "decay_steps": 9}, "decay_steps=9 for a linear"),
+  ],
+)
+def test_wrong_schedules_are_errors(options, message):
+  with pytest.raises(ValueError, match=message):
+    optim.schedule(**{"peak": 1.0, **options})
 
 
 def test_adam_is_optax_adam_with_warmup_and_clipping():
@@ -49,15 +99,132 @@ def test_adam_is_optax_adam_with_warmup_and_clipping():
   np.testing.assert_allclose(got[-1], params, rtol=1e-5)
 
 
-def test_wrong_values_are_errors():
-  with pytest.raises(ValueError, match=r"decay of 1\.0"):
-    optim.params_ema(1.0)
-  with pytest.raises(ValueError, match="learning_rate=0"):
-    optim.adam(0.0)
-  with pytest.raises(ValueError, match="clip_norm=-1"):
-    optim.adam(0.1, clip_norm=-1.0)
-  with pytest.raises(ValueError, match="b1=1"):
-    optim.adam(0.1, b1=1.0)
-  transform = optim.params_ema(0.9)
-  with pytest.raises(ValueError, match="Got no parameters"):
-    transform.update(jnp.zeros(2), transform.init(jnp.zeros(2)))
+NUMBERS_ONLY = ("optimistic_adam", "rprop", "sm3")
+
+
+@pytest.mark.parametrize("name", sorted({*optim.OPTIMIZERS} - {"lbfgs"}))
+def test_every_optimizer_of_optax_is_itself(name):
+  """The chain without clipping and averages makes the steps of the bare optimizer, and it has an average to keep."""
+  arguments = {"key": 0} if name == "noisy_sgd" else {}
+  rate = 0.01 if name in NUMBERS_ONLY else optim.schedule(0.01)
+  bare = optim.OPTIMIZERS[name](rate, **arguments)
+  averages = ema.params_ema(ema.fixed(0.9))
+  wrapped = optim.chain(rate, name=name, arguments=arguments, clip_norm=None, averages=averages)
+  got, state = run(wrapped, PARAMS, gradients(2))
+  want, _ = run(bare, PARAMS, gradients(2))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got[-1], want[-1])
+  assert ema.ema_params(state)["kernel"].shape == (2, 3)
+  assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(got[-1]), jax.tree.leaves(PARAMS), strict=True))
+
+
+def test_the_usual_optimizers_are_known():
+  assert {*optim.OPTIMIZERS} >= {"adam", "adamw", "lion", "sgd", "adafactor", "lamb", "radam", "nadamw", "rmsprop"}
+  assert not [name for name in optim.OPTIMIZERS if name.startswith("scale_by_")]
+
+
+def test_arguments_reach_the_optimizer():
+  got, _ = run(optim.optimizer("adamw", 0.1, {"b1": 0.5, "weight_decay": 0.2}), PARAMS, gradients(3))
+  want, _ = run(optax.adamw(0.1, b1=0.5, weight_decay=0.2), PARAMS, gradients(3))
+  assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+  ("name", "rate", "arguments", "message"),
+  [
+    ("adamm", 0.1, {}, "'adamm' as an optimizer.*Did you mean 'adam'"),
+    ("scale_by_adam", 0.1, {}, "'scale_by_adam' as an optimizer"),
+    ("adam", 0.0, {}, "learning_rate=0"),
+    ("adam", 0.1, {"beta1": 0.9}, "'beta1' as an argument of adam; wanted one of b1, b2, eps"),
+    ("adam", 0.1, {"learning_rate": 0.9}, "'learning_rate' as an argument"),
+    ("sign_sgd", 0.1, {"b1": 0.9}, "wanted one of none"),
+    ("adam", 0.1, {"b1": 1.0}, "b1=1.0 for adam"),
+    ("adam", 0.1, {"b2": "x"}, "b2='x' for adam"),
+    ("adam", 0.1, {"eps": 0}, "eps=0 for adam"),
+    ("adamw", 0.1, {"weight_decay": "x"}, "adamw with {'weight_decay': 'x'}"),
+    ("lbfgs", 0.1, {}, "lbfgs with no arguments.*from gradients and parameters alone"),
+    ("lbfgs", optim.schedule(0.1), {}, "from gradients and parameters alone"),
+    ("sm3", optim.schedule(0.1), {}, "rate that changes for sm3"),
+  ],
+)
+def test_wrong_optimizers_are_errors(name, rate, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    optim.optimizer(name, rate, arguments)
+
+
+def test_arguments_are_read_from_text():
+  assert optim.parse_arguments("") == {}
+  assert optim.parse_arguments(" b2=0.95, weight_decay=1e-2,") == {"b2": 0.95, "weight_decay": 0.01}
+  text = "nesterov=True, mu_dtype='bfloat16', a=(1, 2), b=None, c=-1"
+  assert optim.parse_arguments(text) == {"nesterov": True, "mu_dtype": "bfloat16", "a": (1, 2), "b": None, "c": -1}
+
+
+@pytest.mark.parametrize(
+  "text", ["b2", "0.9", "b2=", "b2=x", "b2=0.9 b1=0.9", "b2=0.9, b2=0.8", "**{'b2': 0.9}", "b2=1)(b1=1", "b2=f()", "\0"]
+)
+def test_text_that_holds_no_arguments_is_an_error(text):
+  with pytest.raises(ValueError, match="wanted names, each once"):
+    optim.parse_arguments(text)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, 1e30])
+def test_a_step_that_is_not_finite_changes_no_bit(bad):
+  """Of 1e30 the norm overflows. Weight decay alone would move the parameters."""
+  optimizer = full_chain(name="adamw")
+  good = gradients(3)
+  history, before = run(optimizer, PARAMS, good)
+  params = {**history[-1], "bias": jnp.array([-0.0, 0.0, 1.0])}
+  broken = {**good[0], "bias": jnp.array([0.0, bad, 0.0])}
+  updates, after = jax.jit(optimizer.update)(broken, before, params)
+  assert_same_bits(optax.apply_updates(params, updates), params)
+  assert_same_bits(after.inner, before.inner)
+  assert optim.skipped(after) == (1, 1)
+
+
+def test_training_goes_on_as_if_a_skipped_step_had_never_been():
+  good, optimizer = gradients(6), full_chain()
+  bad = jax.tree.map(lambda g: g * NAN, good[0])
+  want, plain = run(optimizer, PARAMS, good)
+  got, state = run(optimizer, PARAMS, [bad, *good[:3], bad, bad, *good[3:]])
+  assert_same_bits(got[-1], want[-1])
+  assert_same_bits(state.inner, plain.inner)
+  assert optim.skipped(plain) == (0, 0)
+  assert optim.skipped(state) == (3, 0)
+  assert optim.skipped(run(optimizer, PARAMS, [*good, bad, bad])[1]) == (2, 2)
+
+
+def test_updates_that_are_not_finite_are_skipped_too():
+  """A rate that is broken, and a state with a random key and integers, of parameters in 16 bits."""
+  optimizer = optim.skip_nonfinite(
+    optax.chain(
+      optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(lambda count: jnp.where(count < 2, 0.1, INF), 0.9)
+    )
+  )
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+  grads = [jax.tree.map(lambda p: p.astype(jnp.bfloat16), g) for g in gradients(3)]
+  history, before = run(optimizer, params, grads[:2])
+  assert optim.skipped(before) == (0, 0)
+  history, after = run(optimizer, params, grads)
+  assert optim.skipped(after) == (1, 1)
+  assert_same_bits(after.inner, before.inner)
+  assert_same_bits(history[2], history[1])
+
+
+def test_skipped_is_found_inside_wrappers():
+  assert optim.skipped(optax.adam(0.1).init(PARAMS)) is None
+  wrapped = optax.MultiSteps(optim.adam(0.1), 2).init(PARAMS)
+  assert optim.skipped(wrapped) == (0, 0)
+
+
+def test_a_chain_without_clipping_and_averages():
+  got, state = run(optim.chain(0.1, name="sgd", clip_norm=None, averages=None), PARAMS, gradients(2))
+  want, _ = run(optax.sgd(0.1), PARAMS, gradients(2))
+  assert_same_bits(got, want)
+  assert ema.ema_params(state) is None
+
+
+@pytest.mark.parametrize(
+  ("options", "message"), [({"clip_norm": -1.0}, "clip_norm=-1"), ({"b1": 1.0}, "b1=1"), ({"ema_decay": 1.0}, "decay")]
+)
+def test_wrong_values_are_errors(options, message):
+  with pytest.raises(ValueError, match=message):
+    optim.adam(0.1, **options)

@@ -1,4 +1,4 @@
-"""The same pure step on one device, under jit over eight, and under pmap over eight."""
+"""The same pure step on one device, under jit over meshes of eight, under pmap over eight, and a part at a time."""
 
 import functools
 
@@ -7,44 +7,57 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build, optim, parallel, train
+from ddpm_jax import build, costs, parallel, train
 from tests.recipes import tiny_config
 
 STEPS, BATCH = 20, 16
 
 
 @pytest.fixture(scope="module")
-def problem():
+def config():
   config = tiny_config()
-  optimizer = optim.adam(1e-3, ema_decay=0.9)
-  step = functools.partial(train.train_step, loss_fn=build.build_loss(config), optimizer=optimizer)
+  config.network.update({"dropout": 0.1, "attention_resolutions": (), "middle_attention": False})
+  return config
+
+
+@pytest.fixture(scope="module")
+def batches():
   rng = np.random.default_rng(0)
-  batches = [
+  return [
     {"image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(np.float32), "label": np.zeros(BATCH, np.int32)}
     for _ in range(STEPS)
   ]
 
-  def init():
-    return train.init_state(jax.random.key(0), build.build_params_init(config), optimizer)
 
-  return step, init, batches
+def initial(config):
+  return train.init_state(jax.random.key(0), build.build_params_init(config), build.build_optimizer(config))
 
 
-def under_jit(problem, devices):
-  step, init, batches = problem
-  mesh = parallel.data_mesh(devices)
-  state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
-  compiled = parallel.jit_step(step, mesh)
+def compiled_step(config, mesh, accumulate=1):
+  changed = config.copy_and_resolve_references()
+  changed.training.accumulate = accumulate
+  shapes = jax.eval_shape(lambda: initial(config))
+  template = parallel.abstract(shapes, parallel.state_shardings(mesh, shapes))
+  batch = {
+    "image": jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32),
+    "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+  }
+  return parallel.jit_step(build.build_step(changed, mesh), mesh, shapes).lower(template, batch).compile(), template
+
+
+def under_jit(config, batches, mesh, accumulate=1):
+  step, template = compiled_step(config, mesh, accumulate)
+  state = jax.jit(lambda: initial(config), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))()
   losses = []
   for batch in batches:
-    state, metrics = compiled(state, jax.device_put(batch, parallel.split(mesh)))
-    losses.append(metrics["loss"])
-  return state, losses
+    state, metrics = step(state, parallel.put_batch(mesh, batch, BATCH))
+    losses.append(float(metrics["loss"]))
+  return state, losses, step
 
 
 @pytest.fixture(scope="module")
-def alone(problem):
-  return under_jit(problem, jax.devices()[:1])
+def alone(config, batches):
+  return under_jit(config, batches, parallel.make_mesh(devices=jax.devices()[:1]))
 
 
 def assert_same_run(got, want):
@@ -53,38 +66,137 @@ def assert_same_run(got, want):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
-def test_jit_over_eight_devices_gives_the_run_of_one(problem, alone):
-  state, losses = under_jit(problem, jax.devices())
-  assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 8
-  assert_same_run((state, losses), alone)
+@pytest.fixture(scope="module")
+def by_data(config, batches):
+  return under_jit(config, batches, parallel.make_mesh())
 
 
-def test_pmap_over_eight_devices_gives_the_run_of_one(problem, alone):
-  step, init, batches = problem
-  mapped = parallel.pmap_step(functools.partial(step, axis_name=parallel.DATA_AXIS))
-  state, losses = parallel.replicate(init()), []
+@pytest.fixture(scope="module")
+def by_fsdp(config, batches):
+  return under_jit(config, batches, parallel.make_mesh(fsdp=8))
+
+
+def test_eight_by_data_give_the_run_of_one(by_data, alone):
+  assert len(jax.tree.leaves(by_data[0].params)[0].sharding.device_set) == 8
+  assert_same_run(by_data, alone)
+
+
+def test_eight_by_fsdp_give_the_run_of_one(by_fsdp, alone):
+  assert_same_run(by_fsdp, alone)
+
+
+def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, alone):
+  assert_same_run(under_jit(config, batches, parallel.make_mesh(2, 4), accumulate=2), alone)
+
+
+def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, alone):
+  step = functools.partial(
+    train.train_step,
+    loss_fn=build.build_loss(config),
+    optimizer=build.build_optimizer(config),
+    axis_name=parallel.DATA_AXIS,
+  )
+  mapped = parallel.pmap_step(step)
+  state, losses = parallel.replicate(initial(config)), []
   for batch in batches:
     state, metrics = mapped(state, batch)
-    losses.append(metrics["loss"])
+    losses.append(float(metrics["loss"]))
   for leaf in jax.tree.leaves(state.params):
     np.testing.assert_array_equal(leaf[0], leaf[-1])
   assert_same_run((parallel.unreplicate(state), losses), alone)
+  with pytest.raises(ValueError, match="12 on 8"):
+    mapped(parallel.replicate(initial(config)), {"image": jnp.zeros((12, 8, 8, 1)), "label": jnp.zeros(12, jnp.int32)})
 
 
-def test_the_state_is_donated(problem):
-  step, init, batches = problem
-  mesh = parallel.data_mesh()
-  state = jax.jit(init, out_shardings=parallel.replicated(mesh))()
-  parallel.jit_step(step, mesh)(state, jax.device_put(batches[0], parallel.split(mesh)))
+def test_by_data_gradients_are_reduced_once_and_nothing_is_gathered(by_data):
+  found = costs.collectives(by_data[2].as_text())
+  parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(by_data[0].params))
+  assert set(found) == {"all-reduce"}
+  # The gradients with the loss; and the numbers of samples by noise level.
+  assert found["all-reduce"].number <= 3
+  # Sums of two branches have biases on both, whose gradients are the same and so reduced together.
+  assert 0.98 * parameters <= found["all-reduce"].bytes <= parameters + 100
+
+
+def test_by_fsdp_each_gradient_is_scattered_once(by_fsdp):
+  found, state = costs.collectives(by_fsdp[2].as_text()), by_fsdp[0]
+  split = [leaf.nbytes for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
+  whole = [leaf.nbytes for leaf in jax.tree.leaves(state.params) if leaf.sharding.is_fully_replicated]
+  assert set(found) == {"all-reduce", "all-gather", "reduce-scatter"}
+  assert 0.98 * sum(split) <= found["reduce-scatter"].bytes <= sum(split)
+  assert found["all-gather"].bytes <= 1.1 * sum(split)
+  # Besides: what norms of gradients and updates are summed from, and the losses by noise level.
+  assert found["all-reduce"].bytes <= sum(whole) + 4 * 4 * len(split) + 100
+
+
+def test_fsdp_divides_the_state(by_fsdp, alone):
+  def held(state):
+    device = jax.devices()[0]
+    shards = (shard for leaf in jax.tree.leaves(state._replace(key=None)) for shard in leaf.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+  assert held(by_fsdp[0]) <= 1.1 / 8 * held(alone[0])
+
+
+def test_the_state_is_donated(config, batches):
+  mesh = parallel.make_mesh()
+  step, template = compiled_step(config, mesh)
+  state = jax.jit(lambda: initial(config), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))()
+  step(state, parallel.put_batch(mesh, batches[0], BATCH))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-def test_a_batch_that_devices_do_not_divide_is_an_error(problem):
+def test_parts_of_a_batch_give_its_gradient_exactly(config, batches, x64):
+  """In double precision, where order hardly matters: dropout, and times that are spread over the batch as a whole."""
+  changed = config.copy_and_resolve_references()
+  changed.network.update({"channels": 4, "groups": 2, "multipliers": (1,)})
+  changed.loss.times = "low_discrepancy"
+  state = jax.jit(lambda: initial(changed))()
+  state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, state)
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  after = {}
+  for accumulate, unroll in ((1, False), (2, True), (8, False)):
+    changed.training.accumulate = accumulate
+    step = jax.jit(functools.partial(build.build_step(changed, mesh), unroll=unroll))
+    after[accumulate] = step(state, batches[0])[0].params
+  for accumulate in (2, 8):
+    for a, b in zip(jax.tree.leaves(after[accumulate]), jax.tree.leaves(after[1]), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_each_row_lies_where_it_should(batches):
+  mesh = parallel.make_mesh(4, 2)
+  np.testing.assert_array_equal(parallel.local_rows(mesh, BATCH), np.arange(BATCH))
+  put = parallel.put_batch(mesh, batches[0], BATCH)
+  np.testing.assert_array_equal(put["image"], batches[0]["image"])
+  assert {shard.data.shape[0] for shard in put["image"].addressable_shards} == {2}
+
+
+def test_wrong_sizes_are_errors():
   with pytest.raises(ValueError, match="batch size of 12 on 8 devices.*8 or 16"):
     parallel.check_batch(12, 8)
   with pytest.raises(ValueError, match="batch size of 0"):
     parallel.check_batch(0, 8)
-  step, init, _ = problem
-  mapped = parallel.pmap_step(functools.partial(step, axis_name=parallel.DATA_AXIS))
-  with pytest.raises(ValueError, match="12 on 8"):
-    mapped(parallel.replicate(init()), {"image": jnp.zeros((12, 8, 8, 1)), "label": jnp.zeros(12, jnp.int32)})
+  with pytest.raises(ValueError, match=r"data=3 by fsdp=2 on 8 device.*8 x 1, 4 x 2, 2 x 4, 1 x 8"):
+    parallel.make_mesh(3, 2)
+  with pytest.raises(ValueError, match="fsdp=16 on 8"):
+    parallel.make_mesh(fsdp=16)
+  with pytest.raises(ValueError, match="accumulate=3 with a batch of 16 on 8.*2 each"):
+    train.check_accumulate(16, 8, 3)
+
+
+def test_the_cluster_s_environment_says_how_many_processes():
+  assert parallel.environment_processes({}) == 1
+  assert parallel.environment_processes({"JAX_NUM_PROCESSES": "4"}) == 4
+  assert parallel.environment_processes({"SLURM_STEP_NUM_TASKS": "2"}) == 2
+  assert parallel.environment_processes({"TPU_WORKER_HOSTNAMES": "a,b,c"}) == 3
+  assert parallel.environment_processes({"TPU_WORKER_HOSTNAMES": "localhost"}) == 1
+
+
+def test_wrong_processes_are_errors():
+  with pytest.raises(ValueError, match="wanted all three"):
+    parallel.connect("host:1", 2)
+  with pytest.raises(ValueError, match="wanted host:port"):
+    parallel.connect("host", 2, 0)
+  with pytest.raises(ValueError, match="an id from 0 to one less"):
+    parallel.connect("host:1", 2, 2)

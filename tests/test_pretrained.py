@@ -11,9 +11,9 @@ import torch
 from diffusers.pipelines.ddim import pipeline_ddim
 
 from ddpm_jax import interop, pretrained, processes, randomness, schema
+from tests.commands import RECIPE, assert_refused, call
 from tests.recipes import tiny_config
 from tests.test_interop_diffusers import assert_one_grey_level, write
-from tests.test_main import RECIPE, assert_refused, call
 
 DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16", "--seed=3")
 
@@ -62,7 +62,7 @@ def test_the_model_card_has_the_config_and_the_scores(run, exported):
   card = (exported / "README.md").read_text()
   report = json.loads((run / "eval.json").read_text())
   assert f'"frechet_distance": {report["scores"]["generated"]["frechet_distance"]}' in card
-  assert '"ema_decay": 0.9' in card
+  assert '"decay": 0.9' in card
   assert "DDIMPipeline.from_pretrained" in card
 
 

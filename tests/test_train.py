@@ -1,11 +1,13 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ddpm_jax import build, losses, optim, predictions, processes, train
+from ddpm_jax import build, ema, losses, optim, predictions, processes, train
 from tests.recipes import tiny_config
 
 
@@ -59,13 +61,15 @@ def test_fit_lowers_the_loss_and_reports():
     num_steps=205,
     log=lambda number, values: logs.append((number, values)),
     log_every=50,
-    callbacks=[train.Callback(100, lambda number, state: calls.append((number, int(state.step))))],
+    callbacks=[train.Callback(100, lambda number, state, metrics: calls.append((number, int(state.step), *metrics)))],
   )
   assert int(end.step) == 205
   assert [number for number, _ in logs] == [50, 100, 150, 200, 205]
-  assert calls == [(100, 100), (200, 200), (205, 205)]
+  assert [call[:2] for call in calls] == [(100, 100), (200, 200), (205, 205)]
+  assert all("loss" in call for call in calls)
   assert logs[-2][1]["loss"] < 0.95 * logs[0][1]["loss"]
   assert logs[0][1]["images_per_second"] > 0
+  assert logs[0][1]["seconds_per_step"] > 0
 
 
 def test_fit_goes_on_from_the_states_own_step():
@@ -77,26 +81,106 @@ def test_fit_goes_on_from_the_states_own_step():
   jax.tree.map(np.testing.assert_array_equal, whole._replace(key=0), rest._replace(key=0))
 
 
-def test_fit_stops_at_a_loss_that_is_not_finite():
+def plain_problem():
+  """An optimizer that skips nothing."""
+  return linear_problem(optax.adam(0.05))
+
+
+def spoilt(*steps):
+  """Batches, those of some steps not finite."""
+  for number, batch in enumerate(batches(), 1):
+    yield {"x": np.full_like(batch["x"], np.nan)} if number in steps else batch
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted():
   state, step = linear_problem(optim.adam(0.05))
-  data = ({"x": np.full((32, 3), np.nan, np.float32)} for _ in range(20))
+  logs = []
+  end = train.fit(
+    state,
+    step,
+    spoilt(3, 4, 7),
+    num_steps=10,
+    log=lambda number, values: logs.append(values),
+    log_every=5,
+    max_skipped=3,
+  )
+  assert int(end.step) == 10
+  assert [values["skipped"] for values in logs] == [2, 3]
+  assert all(np.isfinite(values["loss"]) for values in logs)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(end._replace(key=0)))
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run_with_sound_parameters():
+  state, step = linear_problem(optim.adam(0.05))
+  saved = []
+  callback = train.Callback(2, lambda number, state, metrics: saved.append(jax.device_get(state.params)))
+  with pytest.raises(FloatingPointError, match=r"4 steps in a row, up to step 9, .*last loss is nan.*5 in all"):
+    train.fit(
+      state, step, spoilt(2, *range(6, 50)), num_steps=50, log=lambda *_: None, callbacks=[callback], max_skipped=4
+    )
+  assert len(saved) == 4
+  assert all(np.isfinite(leaf) for params in saved for leaf in jax.tree.leaves(params))
+
+
+def test_nothing_but_skipped_steps_is_logged_without_a_loss():
+  state, step = linear_problem(optim.adam(0.05))
+  logs = []
+  train.fit(state, step, spoilt(1, 2), num_steps=2, log=lambda number, values: logs.append(values))
+  assert "loss" not in logs[0]
+  assert logs[0]["skipped"] == 2
+
+
+def test_fit_stops_at_a_loss_that_is_not_finite():
+  state, step = plain_problem()
   with pytest.raises(FloatingPointError, match="loss is nan at step 5"):
-    train.fit(state, step, data, num_steps=20, log=lambda *_: None, log_every=5)
+    train.fit(state, step, spoilt(5), num_steps=20, log=lambda *_: None, log_every=5)
 
 
 def test_parameters_that_are_lost_are_never_handed_to_a_callback():
   """Not even between logs, nor where the loss is still finite and only the gradient is not."""
-  state, step = linear_problem(optim.adam(0.05))
+  state, step = plain_problem()
   saved = []
 
   def breaking(state, batch):
     after, metrics = step(state, batch)
     return after, metrics | {"grad_norm": jnp.where(after.step >= 6, jnp.inf, metrics["grad_norm"])}
 
-  callback = train.Callback(3, lambda number, state: saved.append(number))
+  callback = train.Callback(3, lambda number, state, metrics: saved.append(number))
   with pytest.raises(FloatingPointError, match="grad_norm is inf at step 6"):
     train.fit(state, breaking, batches(), num_steps=20, log=lambda *_: None, log_every=20, callbacks=[callback])
   assert saved == [3]
+
+
+def test_fit_asks_whether_to_stop_and_says_when_a_step_begins():
+  state, step = linear_problem(optim.adam(0.05))
+  begun, waited = [], itertools.count(0.0, 1e-3)
+  watch = train.Watch(lambda: next(waited), lambda number: number == 4, begun.append)
+  logs = []
+  end = train.fit(
+    state, step, batches(), num_steps=20, log=lambda number, values: logs.append(values), log_every=2, watch=watch
+  )
+  assert int(end.step) == 4
+  assert begun == [1, 2, 3, 4]
+  assert all(values["input_wait"] > 0 for values in logs)
+
+
+def test_a_mean_counts_samples_not_steps():
+  state, _ = linear_problem(optim.adam(0.05))
+  totals = iter([(6.0, 2), (0.0, 0), (1.0, 5)])
+
+  def step(state, batch):
+    total, count = next(totals)
+    metrics = {
+      "loss": jnp.ones(()),
+      "grad_norm": jnp.ones(()),
+      "level": train.Mean(jnp.asarray(total), jnp.asarray(count)),
+    }
+    return state._replace(step=state.step + 1), metrics | {"none": train.Mean(jnp.zeros(()), jnp.zeros(()))}
+
+  logs = []
+  train.fit(state, step, batches(), num_steps=3, log=lambda number, values: logs.append(values))
+  assert logs[0]["level"] == 1.0
+  assert "none" not in logs[0]
 
 
 @pytest.mark.parametrize("conditional", [True, False])
@@ -111,5 +195,4 @@ def test_a_real_step_of_the_unet(conditional):
   after, metrics = step(state, batch)
   assert jnp.isfinite(metrics["loss"])
   assert ("classes" in after.params) == conditional
-  ema = optim.ema_params(after.opt_state)
-  assert jax.tree.structure(ema) == jax.tree.structure(after.params)
+  assert jax.tree.structure(ema.ema_params(after.opt_state)) == jax.tree.structure(after.params)

@@ -34,6 +34,17 @@ def test_another_config_is_refused_with_its_differences(tmp_path):
   assert "multipliers" not in str(error.value)
 
 
+def test_the_last_step_may_not_change_where_the_rate_falls_until_it(tmp_path):
+  config = {"optimizer": {"schedule": "cosine", "decay_steps": 0}, "training": {"steps": 10}}
+  workdir.write_config(tmp_path, config)
+  workdir.check_same_run(tmp_path, config)
+  with pytest.raises(ValueError, match="training.steps: 10 in the folder, 20 now"):
+    workdir.check_same_run(tmp_path, config | {"training": {"steps": 20}})
+  for optimizer in ({"schedule": "cosine", "decay_steps": 10}, {"schedule": "constant", "decay_steps": 0}):
+    workdir.write_config(tmp_path, config | {"optimizer": optimizer})
+    workdir.check_same_run(tmp_path, {"optimizer": optimizer, "training": {"steps": 20}})
+
+
 def test_checkpoints_without_a_config_are_refused(tmp_path):
   workdir.checkpoint_folder(tmp_path).mkdir()
   with pytest.raises(ValueError, match=r"no config\.json"):

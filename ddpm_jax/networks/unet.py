@@ -55,8 +55,9 @@ class Backbone(nn.Module):
     divide_by_sigma: whether the output is divided by exp(label), the label being log(sigma), as by Song et al.
     dimensions: spatial axes of the data: 1 (audio), 2 (images), 3 (volumes, video).
     dtype: the type of the computation; parameters, statistics, softmax and the output are float32.
-    remat: "" keeps what the forward pass computed for the backward pass; "full" computes each block again; any other name
-      of `jax.checkpoint_policies` without arguments chooses what to keep.
+    remat: what the backward pass computes again, to save memory: "none"; "blocks", the insides of every block, so that only
+      what goes from block to block is kept; "everything", of the way up only what enters a level; or the name of one of
+      `jax.checkpoint_policies` without arguments, which chooses what to keep inside blocks.
     attention: the implementation in `jax.nn.dot_product_attention`: "" lets JAX choose; "xla", or "cudnn" (16-bit types,
       NVIDIA GPUs).
   """
@@ -91,7 +92,7 @@ class Backbone(nn.Module):
   divide_by_sigma: bool = False
   dimensions: int = 2
   dtype: Any = jnp.float32
-  remat: str = ""
+  remat: str = "none"
   attention: str = ""
 
   def check_input(self, shape: Sequence[int]) -> None:
@@ -213,9 +214,9 @@ class Backbone(nn.Module):
 
   def _again(self, block: Any, **options: Any) -> Any:
     """The block, or what computes it again in the backward pass."""
-    if not self.remat:
+    if self.remat == "none":
       return block
-    policy = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
+    policy = None if self.remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, self.remat)
     return nn.remat(block, policy=policy, **options)
 
   def _resample(self, h: Array, embedding: Array, train: bool, name: str, direction: str, way: str) -> Array:
@@ -297,19 +298,30 @@ class UNet(Backbone):
     embedding = self._embed(label, classes, vector, augmentation)
     h, skips = self._way_down(x, image, embedding, train)
     h = self._middle(h, embedding, train)
-    ways = per_level(self.upsample, len(self.multipliers) - 1)
     for level in reversed(range(len(self.multipliers))):
-      for block in range(self.blocks + 1):
-        h = jnp.concatenate([h, skips.pop()], axis=-1)
-        h = self._residual(h, embedding, self._features(level), train, f"up_{level}_{block}")
-        if level in self.attention_levels and (block == self.blocks or not self.song):
-          h = self._attend(h, f"up_{level}_{block}_attention")
-      if level > 0:
-        h = self._resample(h, embedding, train, f"up_{level}_upsample", "up", ways[level - 1])
+      taken = [skips.pop() for _ in range(self.blocks + 1)]
+
+      def rise(network, h, taken, embedding, level=level):
+        return network._rise(h, taken, embedding, train, level)
+
+      again = nn.remat(rise, policy=None) if self.remat == "everything" else rise
+      h = again(self, h, taken, embedding)
     h = nn.swish(self._style.norm("norm_out")(h))
     h = layers.conv(h, self.out_channels, "conv_out", self.dtype, init=layers.ZEROS).astype(jnp.float32)
     if self.divide_by_sigma:
       h /= jnp.exp(label.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
+    return h
+
+  def _rise(self, h: Array, skips: list[Array], embedding: Array, train: bool, level: int) -> Array:
+    """A level of the way up, given what it takes from the way down."""
+    for block, skip in enumerate(skips):
+      h = jnp.concatenate([h, skip], axis=-1)
+      h = self._residual(h, embedding, self._features(level), train, f"up_{level}_{block}")
+      if level in self.attention_levels and (block == self.blocks or not self.song):
+        h = self._attend(h, f"up_{level}_{block}_attention")
+    if level > 0:
+      way = per_level(self.upsample, len(self.multipliers) - 1)[level - 1]
+      h = self._resample(h, embedding, train, f"up_{level}_upsample", "up", way)
     return h
 
 
@@ -372,8 +384,8 @@ def _check_options(network: Backbone) -> None:
   if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
     raise ValueError(f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; wanted bfloat16, which it needs.")
   plain = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
-  if n.remat not in ("", "full", *plain):
-    raise ValueError(f"Got remat={n.remat!r}; wanted '', 'full' or one of {', '.join(plain)}.")
+  if n.remat not in ("none", "blocks", "everything", *plain):
+    raise ValueError(f"Got remat={n.remat!r}; wanted 'none', 'blocks', 'everything' or one of {', '.join(plain)}.")
 
 
 def _check_features(network: Backbone) -> None:

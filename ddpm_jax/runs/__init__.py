@@ -1,0 +1,12 @@
+"""What the command line does with a config and a folder, a module a mode.
+
+Each first builds and checks all that the config names, and writes nothing until that has gone well.
+"""
+
+from ddpm_jax.runs.drawing import run_eval, run_sample
+from ddpm_jax.runs.export import run_export
+from ddpm_jax.runs.model import Choice
+from ddpm_jax.runs.plan import run_plan
+from ddpm_jax.runs.training import Stopped, run_train
+
+__all__ = ["Choice", "Stopped", "run_eval", "run_export", "run_plan", "run_sample", "run_train"]

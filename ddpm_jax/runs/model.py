@@ -1,0 +1,204 @@
+"""A run's model: its state, new or from a checkpoint, and what else the modes share."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from ddpm_jax import build, checkpoint, ema, parallel, pretrained, schema, train, workdir
+
+PyTree = Any
+
+
+class Choice(NamedTuple):
+  """Which of a run's weights to take.
+
+  Attributes:
+    averaged: the EMA (True), or the raw parameters.
+    length: the relative width of an EMA to be put together from stored snapshots; None for the one that was kept.
+    step: the step of the checkpoint, a number or "best"; empty for the newest.
+  """
+
+  averaged: bool = True
+  length: float | None = None
+  step: str = ""
+
+  def __str__(self) -> str:
+    if self.length is not None:
+      return f"EMA of relative width {self.length:g}"
+    return "EMA" if self.averaged else "raw"
+
+
+class Weights(NamedTuple):
+  """Parameters from a checkpoint: its step, and which they are, for people to read."""
+
+  params: PyTree
+  step: int
+  name: str
+
+
+def say(text: str) -> None:
+  """Prints a line, above a progress bar if there is one; the first of several processes speaks for all."""
+  if parallel.is_main():
+    tqdm.write(text)
+
+
+def warn(text: str) -> None:
+  """The same, where errors are looked for."""
+  if parallel.is_main():
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def compile_aloud(what: str, lowered: Any) -> Any:
+  """Compiles, and says so before and after."""
+  if parallel.is_main():
+    tqdm.write(f"compiling {what} ...", end=" ")
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  say(f"{time.perf_counter() - start:.1f} s")
+  return compiled
+
+
+def make_state(
+  config: ConfigDict, optimizer: Any, mesh: jax.sharding.Mesh, params: PyTree = None
+) -> tuple[Callable[[], train.TrainState], train.TrainState]:
+  """A function that makes the first state, from new parameters or those given, and the state's shapes and layout."""
+  init = build.build_params_init(config)
+
+  def start(params):
+    make = init if params is None else lambda key: params
+    return train.init_state(jax.random.key(config.seed), make, optimizer)
+
+  shapes = jax.eval_shape(start, params)
+  shardings = parallel.state_shardings(mesh, shapes)
+  compiled = jax.jit(start, out_shardings=shardings)
+  return functools.partial(compiled, params), parallel.abstract(shapes, shardings)
+
+
+def items_of(state: train.TrainState) -> dict[str, PyTree]:
+  """A state as a checkpoint keeps it: what only training needs apart, so that sampling does not read it."""
+  rest, averages = ema.split(state.opt_state)
+  return {
+    "params": state.params,
+    "ema": averages,
+    "training": {"step": state.step, "opt_state": rest, "key": state.key},
+  }
+
+
+def state_of(items: dict[str, PyTree]) -> train.TrainState:
+  """The state that `items_of` took apart."""
+  rest = items["training"]
+  return train.TrainState(rest["step"], items["params"], ema.join(rest["opt_state"], items["ema"]), rest["key"])
+
+
+def open_checkpoints(config: ConfigDict, folder: Path) -> checkpoint.Checkpoints:
+  """The run's checkpoints, kept as the config says."""
+  c = config.training
+  return checkpoint.Checkpoints(
+    workdir.checkpoint_folder(folder),
+    keep=c.keep_checkpoints,
+    keep_every=c.keep_every,
+    keep_best=c.keep_best,
+    metric=c.best_metric,
+  )
+
+
+def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
+  """The run's stored averages, all of them kept."""
+  return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
+
+
+def load_weights(config: ConfigDict, folder: Path, mesh: jax.sharding.Mesh, choice: Choice) -> Weights:
+  """The chosen parameters of a run, whole on every device, without what only training needs.
+
+  Raises:
+    ValueError: if there are none such, or the choice contradicts itself.
+  """
+  _, template = make_state(config, build.build_optimizer(config), mesh)
+  items = items_of(parallel.abstract(template, parallel.replicated(mesh)))
+  if choice.length is not None:
+    if not choice.averaged:
+      raise ValueError(f"Got --ema=false with --ema_length={choice.length}; wanted one of them.")
+    return _reconstructed(config, folder, items["ema"], choice, choice.length)
+  name = "ema" if choice.averaged else "params"
+  checkpoints = open_checkpoints(config, folder)
+  try:
+    restored = checkpoints.restore({name: items[name]}, _step(checkpoints, choice.step))
+  finally:
+    checkpoints.close()
+  for problem in restored.damaged:
+    warn(f"a damaged checkpoint was passed over: {problem}")
+  say(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
+  params = restored.items[name]
+  return Weights(params[0] if choice.averaged else params, restored.step, str(choice))
+
+
+def _step(checkpoints: checkpoint.Checkpoints, wanted: str) -> int | None:
+  if not wanted:
+    return None
+  if wanted == "best":
+    best = checkpoints.best_step()
+    if best is None:
+      raise ValueError("Got --step=best for checkpoints without metrics; wanted a number, or leave it out.")
+    return best
+  if not wanted.isdigit():
+    raise ValueError(f"Got --step={wanted}; wanted the step of a checkpoint, or best.")
+  return int(wanted)
+
+
+def _reconstructed(config: ConfigDict, folder: Path, template: PyTree, choice: Choice, length: float) -> Weights:
+  """An average of any length, as a weighted sum of stored snapshots (Karras et al. 2024, section 3.2)."""
+  stds = tuple(config.ema.stds)
+  if config.ema.kind != "power" or not checkpoint.Checkpoints.steps(workdir.snapshot_folder(folder)):
+    raise ValueError(
+      f"Got --ema_length={length} for a run without stored averages; wanted one trained with --config.ema.kind=power and"
+      " --config.ema.snapshot_every above 0."
+    )
+  snapshots = open_snapshots(folder)
+  try:
+    steps = checkpoint.Checkpoints.steps(snapshots.folder)
+    if choice.step and not choice.step.isdigit():
+      raise ValueError(f"Got --step={choice.step} with --ema_length; wanted a number, or leave it out.")
+    steps = [step for step in steps if not choice.step or step <= int(choice.step)]
+    if not steps:
+      raise ValueError(f"Got --step={choice.step} with --ema_length; wanted a step that comes after a snapshot.")
+    # Those of the average: a step that training skipped does not count.
+    counts = [snapshots.restore({}, step).data["steps"] for step in steps]
+    weights = ema.reconstruction_weights(
+      [count for count in counts for _ in stds], list(stds) * len(steps), counts[-1], length
+    ).reshape(len(steps), len(stds))
+    total = None
+    for step, row in zip(steps, weights, strict=True):
+      averages = snapshots.restore({"ema": template}, step).items["ema"]
+      part = _weighted(averages, jnp.asarray(row, jnp.float32))
+      total = part if total is None else jax.tree.map(jnp.add, total, part)
+  finally:
+    snapshots.close()
+  say(
+    f"an average of relative width {length:g} at step {steps[-1]:,} from {len(steps)} snapshots in {snapshots.folder}"
+  )
+  return Weights(total, steps[-1], str(choice))
+
+
+@jax.jit
+def _weighted(averages: tuple[PyTree, ...], weights: jax.Array) -> PyTree:
+  return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *averages)
+
+
+def trained(config: ConfigDict, folder: Path) -> ConfigDict:
+  """The config of the finished or unfinished run in a folder; a ValueError if there is none, or it is another's."""
+  if not checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder)):
+    raise ValueError(
+      f"Got --workdir={folder}, which holds no checkpoint; wanted the folder of a run. Train first: --mode=train."
+    )
+  # A copy: what is changed of it is not the caller's.
+  config = pretrained.adopt_run(ConfigDict(config.to_dict()), folder)
+  schema.check_same_run(folder, config)
+  return config

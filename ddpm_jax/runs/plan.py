@@ -1,0 +1,54 @@
+"""What a config needs on devices that need not be there."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm_jax import build, parallel, plan, topology, train
+from ddpm_jax.runs import model
+
+
+def run_plan(config: ConfigDict, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
+  """Compiles the train step for a TPU slice, or for devices of this machine, and prints what it needs.
+
+  Args:
+    config: the config; neither its data nor a run are touched.
+    topology_name: a TPU slice, such as "v5e:4x4"; None for this machine.
+    num_devices: how many of this machine's devices, or of its CPU taken for as many; None for all there are.
+
+  Raises:
+    ValueError: if there is no such slice, or the config cannot be trained on it.
+  """
+  if topology_name and num_devices:
+    raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; wanted one of them.")
+  here = topology.simulate_devices(num_devices) if num_devices else None
+  devices = topology.topology_devices(topology_name) if topology_name else here or jax.devices()
+  mesh, shapes, batch = _layout(config, devices)
+  step = parallel.jit_step(build.build_step(config, mesh), mesh, shapes)
+  size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+  model.say(
+    f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step may take minutes ..."
+  )
+  traced = step.trace(shapes, batch)
+  found = plan.make_plan(
+    traced,
+    plan.compile_step(traced, devices),
+    params=shapes.params,
+    state=shapes,
+    batch_size=config.training.batch_size,
+    devices=devices,
+    dtype=config.network.dtype,
+  )
+  model.say(f"\n{plan.table(found)}")
+  return found
+
+
+def _layout(config: ConfigDict, devices: list[Any]) -> tuple[jax.sharding.Mesh, train.TrainState, Any]:
+  """The mesh, and the shapes of a state and a batch laid out on it."""
+  c = config.training
+  mesh = parallel.make_mesh(config.parallel.data, config.parallel.fsdp, devices)
+  parallel.check_batch(c.batch_size, mesh.size)
+  train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
+  _, shapes = model.make_state(config, build.build_optimizer(config), mesh)
+  return mesh, shapes, build.batch_shapes(config, c.batch_size)

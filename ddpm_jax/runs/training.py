@@ -1,0 +1,315 @@
+"""Training from the command line: a run that goes on where it stopped, whatever stopped it."""
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ddpm_jax import (
+  build,
+  checkpoint,
+  data,
+  ema,
+  hardware,
+  images,
+  optim,
+  parallel,
+  pretrained,
+  records,
+  schema,
+  train,
+  workdir,
+)
+from ddpm_jax.runs import drawing, model
+from ddpm_jax.runs.model import say
+
+PyTree = Any
+# Steps that pass before a trace begins, so that it shows the pace that is kept up.
+_BEFORE_TRACE = 10
+
+
+class Stopped(SystemExit):
+  """A run was told to stop, and has saved all it had: ends the program as if the signal had, which schedulers know how to read."""
+
+  def __init__(self, number: int):
+    super().__init__(128 + number)
+
+
+def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
+  """Trains, or goes on where the folder's run stopped; then samples, scores, and says where everything lies.
+
+  Args:
+    config: the run's config.
+    folder: the run's folder.
+    resume: "auto" goes on if there is something to go on with, "must" demands it, "never" forbids it.
+    profile: steps to trace, soon after the start; 0 for none.
+
+  Raises:
+    ValueError: if the config or the folder does not allow it.
+    Stopped: once all is saved, if SIGTERM or SIGINT came.
+  """
+  resuming = _resuming(folder, resume)
+  asked = config
+  config, start_from = pretrained.of_run(config, folder, resuming=resuming)
+  schema.check_same_run(folder, config)
+  c, mesh = config.training, parallel.make_mesh(config.parallel.data, config.parallel.fsdp)
+  parallel.check_batch(c.batch_size, mesh.size)
+  train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
+  optimizer, step = build.build_optimizer(config), build.build_step(config, mesh)
+  preview = drawing.preview(config, mesh)
+  build.build_generate(config, mesh)
+  source, held_out = build.build_data(config)
+  drawing.check_evaluation(config, source, held_out)
+  init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
+  records.check_wandb(c.wandb)
+  workdir.check_writable(folder)
+  with contextlib.ExitStack() as stack:
+    if parallel.is_main():
+      stack.enter_context(workdir.locked(folder))
+    parallel.wait_for_all("locked")
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(template.params))
+    shape = "x".join(map(str, build.image_shape(config)))
+    say(f"{len(source):,} training images of {shape}, {len(held_out or ()):,} held out")
+    say(f"{num_params:,} parameters on {_describe(mesh)}")
+    if config.init_from:
+      taken = pretrained.changes(asked, config)
+      say("\n  ".join([f"network, process and prediction from {config.init_from}{':' if taken else ''}", *taken]))
+    run = _Run(config, folder, mesh, template, stack)
+    state = run.begin(init, source, resuming)
+    if int(state.step) < c.steps:
+      state = run.train(state, step, preview, profile)
+    else:
+      say(f"training is complete at step {int(state.step):,}")
+    run.checkpoints.close()
+    weights = model.Weights(ema.ema_params(state.opt_state), int(state.step), str(model.Choice()))
+    drawing.evaluate_weights(config, folder, mesh, weights, source, held_out, config.seed)
+    say(
+      f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
+      f"metrics      {folder / 'metrics.jsonl'}\nTensorBoard  {folder / 'tensorboard'}"
+    )
+    for problem in run.damaged:
+      model.warn(problem)
+    parallel.wait_for_all("done")
+
+
+def _resuming(folder: Path, resume: str) -> bool:
+  steps = checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder))
+  if resume == "must" and not steps:
+    raise ValueError(
+      f"Got --resume=must with --workdir={folder}, which holds no checkpoint to go on from; wanted the folder of a run, or"
+      " --resume=auto to start one."
+    )
+  if resume == "never" and (steps or workdir.read_config(folder) is not None):
+    raise ValueError(
+      f"Got --resume=never with --workdir={folder}, which holds a run; wanted an empty folder. Use another --workdir."
+    )
+  return bool(steps)
+
+
+def _describe(mesh: jax.sharding.Mesh) -> str:
+  processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  return f"{mesh.size} {mesh.devices.flat[0].platform} device(s){processes}{f' ({axes})' if mesh.size > 1 else ''}"
+
+
+class _Run:
+  """A run in its folder, from where it begins to the last step."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    template: train.TrainState,
+    stack: contextlib.ExitStack,
+  ):
+    self.config, self.folder, self.mesh, self.template, self._stack = config, folder, mesh, template, stack
+    self.checkpoints = model.open_checkpoints(config, folder)
+    self.damaged: list[str] = []
+
+  def begin(self, init: Any, source: data.Source, resuming: bool) -> train.TrainState:
+    """The state to start from, and `self.batches` at its place."""
+    c = self.config.training
+    self.batches = data.batches(
+      source,
+      c.batch_size,
+      seed=self.config.seed,
+      flip=self.config.data.flip,
+      put=lambda batch: parallel.put_batch(self.mesh, batch, c.batch_size),
+      num_threads=self.config.data.num_threads,
+      num_workers=self.config.data.num_workers,
+      rows=parallel.local_rows(self.mesh, c.batch_size),
+    )
+    self._stack.callback(self.batches.close)
+    if resuming:
+      restored = self.checkpoints.restore(model.items_of(self.template))
+      self.damaged = self._set_aside(restored)
+      self.batches.restore(restored.data)
+      state = model.state_of(restored.items)
+      say(f"resuming from the checkpoint of step {restored.step:,}")
+    else:
+      self._set_aside(None)
+      state = init()
+    # Only now: what may have changed in the config holds from here on.
+    if parallel.is_main():
+      workdir.write_config(self.folder, self.config.to_dict())
+    return state
+
+  def _set_aside(self, restored: checkpoint.Restored | None) -> list[str]:
+    """Moves away what lies after the step that is gone on from, and says so."""
+    parallel.wait_for_all("restored")
+    step = -1 if restored is None else restored.step
+    moved = self.checkpoints.discard(step) if parallel.is_main() else []
+    parallel.wait_for_all("set aside")
+    self.checkpoints.reload()
+    problems = [f"a damaged checkpoint was passed over: {text}" for text in (restored.damaged if restored else [])]
+    problems += [f"a half-written checkpoint was passed over: {path.name}" for path in moved if "tmp" in path.name]
+    if problems:
+      place = "the start" if restored is None else f"step {step:,}"
+      problems.append(f"this run went on from {place}; what was passed over lies in {self.folder / 'damaged'}")
+    for problem in problems:
+      model.warn(problem)
+    return problems
+
+  def _records(self, first: int) -> records.Records:
+    return records.Records(self.folder, first, wandb=self.config.training.wandb, config=self.config.to_dict())
+
+  def train(self, state: train.TrainState, step: Any, preview: Any, profile: int) -> train.TrainState:
+    """Takes all steps that are left."""
+    c, first = self.config.training, int(state.step)
+    jitted = parallel.jit_step(step, self.mesh, state)
+    batch = build.batch_shapes(self.config, c.batch_size)
+    compiled = model.compile_aloud("the train step", jitted.lower(self.template, batch))
+    writer = self._records(first) if parallel.is_main() else None
+    snapshots = model.open_snapshots(self.folder) if self.config.ema.snapshot_every else None
+    trace = _Trace(self.folder / "profile", first + _BEFORE_TRACE, profile)
+
+    def save(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+      self.checkpoints.save(number, model.items_of(state), self.batches.state, metrics)
+
+    def snapshot(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+      assert snapshots is not None
+      # A step that was skipped is no step of the average.
+      skipped = int((optim.skipped(state.opt_state) or (0,))[0])
+      snapshots.save(number, {"ema": model.items_of(state)["ema"]}, {"steps": number - skipped})
+
+    def draw(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+      picture = preview(ema.ema_params(state.opt_state))
+      if writer is not None:
+        images.save_grid(drawing.samples_folder(self.folder) / f"step_{number:07d}.png", picture)
+        writer.image(number, "samples", images.grid(picture))
+
+    # Drawn before it is saved: a run that is killed in between draws again.
+    callbacks = [train.Callback(c.sample_every, draw), train.Callback(c.checkpoint_every, save)]
+    if snapshots is not None:
+      callbacks.append(train.Callback(self.config.ema.snapshot_every, snapshot))
+    try:
+      with _Signals() as signals:
+        state = train.fit(
+          state,
+          compiled,
+          self.batches,
+          num_steps=c.steps,
+          log=_Log(self.config, self.mesh, self.batches, writer),
+          log_every=c.log_every,
+          callbacks=callbacks,
+          max_skipped=c.max_skipped,
+          watch=train.Watch(lambda: self.batches.wait, signals.asked, trace.before_step),
+          quiet=not parallel.is_main(),
+        )
+        stopped = int(state.step)
+        if stopped < c.steps:
+          save(stopped, state, {})
+          self.checkpoints.close()
+          name = signal.Signals(signals.number).name
+          say(f"told to stop ({name}); saved at step {stopped:,}, the same command goes on")
+          raise Stopped(signals.number)
+    finally:
+      trace.close()
+      for saver in (self.checkpoints, snapshots):
+        if saver is not None:
+          saver.wait()
+      if writer is not None:
+        writer.close()
+    return state
+
+
+class _Log:
+  """Adds to the loop's metrics what it cannot know, and writes them down."""
+
+  def __init__(
+    self, config: ConfigDict, mesh: jax.sharding.Mesh, batches: data.Batches, writer: records.Records | None
+  ):
+    self._rate, self._batches, self._writer = build.build_schedule(config), batches, writer
+    device = mesh.devices.flat[0]
+    self._chip, self._devices = hardware.chip_of(device.device_kind), mesh.size
+    self._flops = build.flops_per_image(config) if self._chip else 0.0
+    self._dtype = config.network.dtype
+
+  def __call__(self, number: int, metrics: dict[str, float]) -> None:
+    # Steps that were skipped do not count for the schedule.
+    metrics["learning_rate"] = float(self._rate(number - 1 - int(metrics.get("skipped", 0))))
+    metrics["memory_gb"] = parallel.memory_in_use() / 1e9
+    if self._batches.broken:
+      metrics["broken_files"] = self._batches.broken
+    if self._chip is not None:
+      speed = metrics["images_per_second"] * self._flops
+      metrics["flop_utilization"] = hardware.utilization(speed, self._chip, self._devices, self._dtype)
+    if self._writer is not None:
+      self._writer.scalars(number, metrics)
+
+
+class _Signals:
+  """Turns SIGTERM and SIGINT into a wish to stop, which all processes hear of at the same step. A second one ends at once."""
+
+  _WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+  def __init__(self) -> None:
+    self.number = 0
+
+  def __enter__(self) -> "_Signals":
+    # Several processes: JAX's own service watches SIGTERM, and agrees on the step.
+    watched = self._WATCHED if jax.process_count() == 1 else ()
+    self._before = {number: signal.signal(number, self._hear) for number in watched}
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _hear(self, number: int, frame: Any) -> None:
+    self.number = number
+    say(f"{signal.Signals(number).name}: saving after this step ...")
+    for watched, handler in self._before.items():
+      signal.signal(watched, handler)
+
+  def asked(self, step: int) -> bool:
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      if multihost_utils.reached_preemption_sync_point(step):
+        self.number = signal.SIGTERM
+    return bool(self.number)
+
+
+class _Trace:
+  """A trace of a few steps for TensorBoard's profiler and Perfetto."""
+
+  def __init__(self, folder: Path, first: int, count: int):
+    self._folder, self._first, self._count, self._open = folder, first, count, False
+
+  def before_step(self, number: int) -> None:
+    if self._count and number == self._first + 1:
+      jax.profiler.start_trace(str(self._folder))
+      self._open = True
+    if self._open and number == self._first + 1 + self._count:
+      self.close()
+
+  def close(self) -> None:
+    if self._open:
+      jax.profiler.stop_trace()
+      self._open = False
+      say(f"trace of {self._count} steps  {self._folder}")

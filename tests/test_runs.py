@@ -1,0 +1,237 @@
+"""Training runs in one process: how they begin, go on, are stopped, and what they leave."""
+
+import json
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import checkpoint, ema, parallel, records, runs, workdir
+from ddpm_jax.runs import model
+from tests.recipes import saved_items, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Of the eight, so that compiling is quick."""
+  make = parallel.make_mesh
+  monkeypatch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
+
+
+def config_of(**training):
+  config = tiny_config()
+  config.training.update({"steps": 8, "checkpoint_every": 2, "sample_every": 100, "log_every": 2} | training)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of power-function averages, with snapshots."""
+  folder = tmp_path_factory.mktemp("finished")
+  config = config_of(steps=12, keep_every=4, keep_best=1)
+  config.ema.update({"kind": "power", "stds": (0.05, 0.1), "snapshot_every": 3})
+  make = parallel.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
+    runs.run_train(config, folder)
+  return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  folder = tmp_path / "copy"
+  shutil.copytree(finished, folder)
+  return folder
+
+
+def sampled(folder, **choice):
+  """What the chosen weights draw."""
+  before = set((folder / "samples").glob("*.npz"))
+  config = tiny_config()
+  config.update(json.loads((folder / "config.json").read_text()))
+  runs.run_sample(config, folder, num_samples=4, seed=0, labels=None, choice=runs.Choice(**choice))
+  with np.load((set((folder / "samples").glob("*.npz")) - before).pop()) as file:
+    return file["samples"]
+
+
+def test_everything_is_logged(finished):
+  lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+  for name in (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "skipped",
+    "images_per_second",
+    "seconds_per_step",
+    "input_wait",
+    "memory_gb",
+  ):
+    assert all(name in line for line in lines), name
+  assert any(name.startswith("loss_by_log_snr/") for name in lines[0])
+  np.testing.assert_allclose(lines[0]["learning_rate"], 1e-3 * 2 / 5)
+  assert all(0 <= line["input_wait"] < 1 for line in lines)
+  # Levels are means of parts of the batch, so the loss lies between the least and the largest.
+  levels = [value for name, value in lines[0].items() if name.startswith("loss_by_log_snr/")]
+  assert min(levels) <= lines[0]["loss"] <= max(levels)
+
+
+def test_the_newest_the_fourth_and_the_best_are_kept(finished):
+  losses = {
+    line["step"]: line["loss"] for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
+  }
+  best = min(losses, key=losses.get)
+  assert set(checkpoint.Checkpoints.steps(finished / "checkpoints")) == {4, 8, 10, 12, best}
+  checkpoints = model.open_checkpoints(config_of(keep_best=1), finished)
+  assert checkpoints.best_step() == best
+  checkpoints.close()
+
+
+def test_averages_raw_weights_and_any_length_are_sampled(copy):
+  averaged, raw, long = sampled(copy), sampled(copy, averaged=False), sampled(copy, length=0.1)
+  assert not np.array_equal(averaged, raw)
+  assert not np.array_equal(averaged, long)
+  # The stored length itself, put together from snapshots, is that average.
+  again = sampled(copy, length=0.05)
+  assert np.max(np.abs(again.astype(int) - averaged)) <= 1
+  assert sampled(copy, step="8").shape == averaged.shape
+  assert sampled(copy, step="best").shape == averaged.shape
+  with pytest.raises(ValueError, match="--step=x7"):
+    sampled(copy, step="x7")
+  with pytest.raises(ValueError, match="--ema=false with --ema_length"):
+    sampled(copy, averaged=False, length=0.1)
+
+
+def test_sampling_does_not_read_what_only_training_needs(copy):
+  for step in (copy / "checkpoints").iterdir():
+    shutil.rmtree(step / "training")
+  sampled(copy)
+
+
+def test_a_length_without_snapshots_is_an_error(copy):
+  shutil.rmtree(copy / "ema_snapshots")
+  with pytest.raises(ValueError, match="run without stored averages"):
+    sampled(copy, length=0.07)
+
+
+def test_resume_must_and_never(copy, tmp_path):
+  with pytest.raises(ValueError, match="--resume=must.*holds no checkpoint"):
+    runs.run_train(config_of(), tmp_path / "none", resume="must")
+  assert not (tmp_path / "none").exists()
+  with pytest.raises(ValueError, match="--resume=never.*holds a run"):
+    runs.run_train(config_of(), copy, resume="never")
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+  with workdir.locked(tmp_path), pytest.raises(ValueError, match=r"in which process \d+ on .* trains"):
+    runs.run_train(config_of(), tmp_path)
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, capsys):
+  config = config_of(keep_checkpoints=3)
+  runs.run_train(config, tmp_path)
+  whole = saved_items(tmp_path)
+  (tmp_path / "checkpoints" / "8" / "meta" / "metadata").write_text('{"content": {}}')
+  (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+  capsys.readouterr()
+  runs.run_train(config, tmp_path)
+  output = capsys.readouterr()
+  assert "resuming from the checkpoint of step 6" in output.out
+  for text in (f"{tmp_path / 'checkpoints' / '8'}: its description", "9.orbax-checkpoint-tmp", "went on from step 6"):
+    assert output.err.count(text) == 2, "when it happens, and at the end"
+  assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["8", "9.orbax-checkpoint-tmp"]
+  for a, b in zip(jax.tree.leaves(saved_items(tmp_path)), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(tmp_path):
+  config = config_of(steps=2)
+  runs.run_train(config, tmp_path)
+  (tmp_path / "checkpoints" / "2" / "meta" / "metadata").write_text("{}")
+  with pytest.raises(ValueError, match="each is damaged"):
+    runs.run_train(config, tmp_path)
+  assert checkpoint.Checkpoints.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path):
+  config = config_of(steps=40, max_skipped=3)
+  config.optimizer.update({"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0, "name": "sgd"})
+  with pytest.raises(FloatingPointError, match="3 steps in a row"):
+    runs.run_train(config, tmp_path)
+  for leaf in jax.tree.leaves(saved_items(tmp_path)):
+    assert np.all(np.isfinite(leaf))
+
+
+def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(tmp_path, monkeypatch):
+  config = config_of()
+  runs.run_train(config_of(steps=4), tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(OSError, match=r"checkpoint of step 6.*Make room.*that of step 4 stands"):
+      runs.run_train(config, tmp_path)
+  runs.run_train(config, tmp_path)
+  whole = tmp_path / "whole"
+  runs.run_train(config, whole)
+  for a, b in zip(jax.tree.leaves(saved_items(tmp_path)), jax.tree.leaves(saved_items(whole)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_trace_of_a_few_steps(tmp_path):
+  runs.run_train(config_of(steps=14, checkpoint_every=14), tmp_path, profile=2)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_wandb_gets_what_the_others_get(tmp_path, monkeypatch):
+  """Against a stand-in of its interface: `init`, then `log` and `finish` of what that gives."""
+  calls = []
+  stand_in = types.SimpleNamespace(
+    init=lambda **options: (
+      calls.append(("init", options))
+      or types.SimpleNamespace(
+        log=lambda values, step: calls.append(("log", step, values)), finish=lambda: calls.append(("finish",))
+      )
+    ),
+    Image=lambda picture: ("image", picture.shape),
+    __spec__=object(),
+  )
+  monkeypatch.setitem(__import__("sys").modules, "wandb", stand_in)
+  writer = records.Records(tmp_path / "run", 0, wandb="digits", config={"seed": 0})
+  writer.scalars(3, {"loss": 0.5})
+  writer.image(3, "samples", np.zeros((4, 4, 1), np.uint8))
+  writer.close()
+  assert calls[0] == (
+    "init",
+    {
+      "project": "digits",
+      "id": "run",
+      "name": "run",
+      "dir": str(tmp_path / "run"),
+      "config": {"seed": 0},
+      "resume": "allow",
+    },
+  )
+  assert calls[1:] == [("log", 3, {"loss": 0.5}), ("log", 3, {"samples": ("image", (4, 4, 1))}), ("finish",)]
+
+
+def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+  monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+  config = config_of()
+  config.training.wandb = "digits"
+  with pytest.raises(ValueError, match=r"pip install 'ddpm_jax\[wandb\]'"):
+    runs.run_train(config, tmp_path / "a")
+  assert not (tmp_path / "a").exists()
+
+
+def test_items_are_the_state_taken_apart():
+  config = config_of()
+  _, template = model.make_state(config, __import__("ddpm_jax").build.build_optimizer(config), parallel.make_mesh())
+  items = model.items_of(template)
+  assert set(items) == {"params", "ema", "training"}
+  assert jax.tree.structure(model.state_of(items)) == jax.tree.structure(template)
+  rest = sum(leaf.size for leaf in jax.tree.leaves(items["training"]["opt_state"]))
+  params = sum(leaf.size for leaf in jax.tree.leaves(items["params"]))
+  assert 2 * params <= rest < 2 * params + 20, "two moments, and no average"
+  assert ema.ema_params(model.state_of(items).opt_state) is not None
