@@ -54,7 +54,10 @@ def topology_devices(name: str) -> list[Any]:
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   # On real machines JAX shows the two cores of a v4 as one device, which libtpu does here only when asked to.
-  options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+  options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
+  if math.prod(axes) == 1:
+    # libtpu takes a host for one of 2 by 2 chips, but those of v5e and v6e come with one, too.
+    options["chips_per_host_bounds"] = [1, 1, 1]
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name.lower(), **options).devices)
   except (jax.errors.JaxRuntimeError, RuntimeError) as error:

@@ -11,8 +11,6 @@ import pytest
 from ddpm_jax import topology
 from tests.conftest import ROOT
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
 
 @pytest.mark.parametrize(
   ("name", "message"),
@@ -84,13 +82,13 @@ def test_a_cpu_is_shown_as_many_devices():
   assert run("from ddpm_jax import topology; print(len(topology.simulate_devices(5)))") == "5\n"
 
 
-@needs_libtpu
 @pytest.mark.parametrize(
   ("name", "kind", "count"),
   [
     ("v2:2x2", "TPU v2 core", 8),
     ("v3:2x2", "TPU v3 core", 8),
     ("v4:2x2x1", "TPU v4", 4),
+    ("v5e:1x1", "TPU v5e", 1),
     ("v5e:2x4", "TPU v5e", 8),
     ("v5p:2x2x2", "TPU v5p", 8),
     ("V6e:2x2", "TPU v6e", 4),
@@ -105,7 +103,6 @@ print(len(devices), hardware.chip_of(devices[0].device_kind).name)"""
   assert run(code) == f"{count} {kind}\n"
 
 
-@needs_libtpu
 def test_a_slice_that_no_machines_make_up():
   with pytest.raises(ValueError, match=r"--topology=v5e:3x3, which no machines make up"):
     topology.topology_devices("v5e:3x3")
