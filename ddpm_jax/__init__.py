@@ -4,10 +4,12 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = [
+  "checkpoint",
   "data",
   "ema",
   "evaluate",
   "guidance",
+  "hardware",
   "images",
   "interop",
   "losses",
@@ -15,11 +17,13 @@ __all__ = [
   "networks",
   "optim",
   "parallel",
+  "plan",
   "predictions",
   "processes",
   "randomness",
   "sampling",
   "schedules",
+  "topology",
   "train",
 ]
 

@@ -1,6 +1,5 @@
 """Checkpoints: all that orbax is used for. Each leaf has a digest, so that a damaged file is noticed and never used."""
 
-import errno
 import functools
 import hashlib
 import json
@@ -97,26 +96,30 @@ class Checkpoints:
       "leaves": {name: _describe(tree) for name, tree in items.items()},
     }
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    self._check_saved()
     self._saving, self._scores[step] = step, (metrics or {}).get(self._metric, math.inf)
     size = sum(leaf.nbytes for tree in items.values() for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
-    self._check_room(step, size)
+    if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < size:
+      raise self._unwritten(f"it takes {size:,} bytes, and {free:,} are free")
     try:
-      self._manager.check_for_errors()
       self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(content))))
     except Exception as error:
-      raise self._unwritten(step, error) from error
+      raise self._unwritten(_first_line(error)) from error
 
-  def _check_room(self, step: int, size: int) -> None:
-    if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < size:
-      raise self._unwritten(step, OSError(errno.ENOSPC, f"it takes {size:,} bytes, and {free:,} are free"))
+  def _check_saved(self) -> None:
+    """Raises what happened to a save in the background."""
+    try:
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise self._unwritten(_first_line(error)) from error
 
-  def _unwritten(self, step: int, error: Exception) -> OSError:
+  def _unwritten(self, problem: str) -> OSError:
     steps = self.steps(self.folder)
     stands = f"that of step {steps[-1]} stands" if steps else "there is no earlier one"
+    full = "the disk is full: " if "No space left" in problem else ""
     return OSError(
-      getattr(error, "errno", None) or errno.EIO,
-      f"Cannot write the checkpoint of step {step}, or the one before, into {self.folder}: {_first_line(error)}. Make room, or"
-      f" make the folder writable; then the same command goes on from the last checkpoint ({stands}).",
+      f"Cannot write the checkpoint of step {self._saving} into {self.folder}: {full}{problem}. Make room, or make the folder"
+      f" writable; then the same command goes on from the last checkpoint ({stands})."
     )
 
   def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:
@@ -202,18 +205,25 @@ class Checkpoints:
     return items
 
   def discard(self, damaged_after: int) -> list[Path]:
-    """Moves checkpoints newer than a step, which were found damaged, and half-written ones out of the way, into `damaged/`."""
-    moved = []
+    """Clears the way after a step that is gone on from: gives the paths of what was passed over.
+
+    Checkpoints that were found damaged are moved to `damaged/`; half-written ones hold nothing of use and are deleted.
+    """
+    passed_over = []
     for path in sorted(self.folder.iterdir()):
       step = re.match(r"(\d+)(\.orbax-checkpoint-tmp.*)?$", path.name)
-      if step and (step[2] or int(step[1]) > damaged_after):
+      if step and step[2]:
+        shutil.rmtree(path)
+      elif step and int(step[1]) > damaged_after:
         target = self.folder.parent / "damaged" / path.name
         target.parent.mkdir(exist_ok=True)
         if target.exists():
           shutil.rmtree(target)
         shutil.move(path, target)
-        moved.append(target)
-    return moved
+      else:
+        continue
+      passed_over.append(path)
+    return passed_over
 
   def reload(self) -> None:
     """Looks at the folder anew, after `discard`, in every process."""
@@ -227,9 +237,9 @@ class Checkpoints:
     """
     try:
       self._manager.wait_until_finished()
-      self._manager.check_for_errors()
     except Exception as error:
-      raise self._unwritten(self._saving, error) from error
+      raise self._unwritten(_first_line(error)) from error
+    self._check_saved()
 
   def close(self) -> None:
     """Waits for saves under way, and is of no more use.

@@ -1,5 +1,6 @@
 """The command line: `python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=<folder>`."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -201,7 +202,8 @@ def _main(argv: list[str]) -> None:
   except (ValueError, FloatingPointError, OSError) as error:
     if _TRACEBACK.value:
       raise
-    _stop(str(error))
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    _stop(f"{error}{'. Make room; then the same command goes on from the last checkpoint.' if full else ''}")
   except KeyboardInterrupt:
     _stop("interrupted; the same command goes on from the last checkpoint")
 

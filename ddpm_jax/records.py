@@ -1,8 +1,10 @@
 """What a run writes down as it goes: metrics.jsonl, TensorBoard files and, if asked for, wandb."""
 
+import hashlib
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,6 @@ class Records:
 
   def __init__(self, folder: str | Path, step: int, *, wandb: str = "", config: Mapping[str, Any] | None = None):
     check_wandb(wandb)
-    from tensorboardX import SummaryWriter
-
     self._path = Path(folder) / "metrics.jsonl"
     if self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
@@ -31,32 +31,29 @@ class Records:
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text("".join(line + "\n" for line in lines))
       os.replace(temporary, self._path)
-    # The suffix tells apart files that are begun in one second.
-    self._board = SummaryWriter(
-      str(Path(folder) / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".{step}"
-    )
+    self._board = _Board(Path(folder) / "tensorboard", step)
     self._wandb: Any = None
     if wandb:
       import wandb as service
 
       # One run a folder: a resumed run goes on with its own curves.
-      name = Path(folder).absolute().name
+      path = Path(folder).absolute()
+      name = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
       self._wandb = service.init(
-        project=wandb, id=name, name=name, dir=str(folder), config=dict(config or {}), resume="allow"
+        project=wandb, id=name, name=path.name, dir=str(folder), config=dict(config or {}), resume="allow"
       )
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes one line, and one point a curve."""
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **values}) + "\n")
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    self._board.scalars(step, values)
     if self._wandb is not None:
       self._wandb.log(values, step=step)
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture [H, W, C] uint8 for TensorBoard."""
-    self._board.add_image(name, picture, step, dataformats="HWC")
+    self._board.image(step, name, picture)
     if self._wandb is not None:
       import wandb as service
 
@@ -67,6 +64,40 @@ class Records:
     self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+
+class _Board:
+  """A file of TensorBoard's events, written at once: a writer in the background, as tensorboardX has, hangs on a full disk."""
+
+  def __init__(self, folder: Path, step: int):
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # The suffix tells apart files that are begun in one second.
+    self._writer, self._event = EventsWriter(str(folder / "events"), f".{step}"), Event
+    if step:
+      # What comes after it in older files is dropped.
+      self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    from tensorboardX.summary import scalar
+
+    for name, value in values.items():
+      self._write(step, summary=scalar(name, value))
+    self._writer.flush()
+
+  def image(self, step: int, name: str, picture: np.ndarray) -> None:
+    from tensorboardX.summary import image
+
+    self._write(step, summary=image(name, picture, dataformats="HWC"))
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _write(self, step: int, **what: Any) -> None:
+    self._writer.write_event(self._event(step=step, wall_time=time.time(), **what))
 
 
 def check_wandb(project: str) -> None:

@@ -195,15 +195,15 @@ def test_where_all_are_damaged_all_are_named(tmp_path):
   assert str(tmp_path / "2") in str(error.value)
 
 
-def test_what_is_damaged_or_half_written_is_moved_not_deleted(tmp_path):
+def test_what_is_damaged_is_moved_and_what_is_half_written_deleted(tmp_path):
   folder = tmp_path / "checkpoints"
   save(folder, 1, 2, 3, keep=3)
   (folder / "4.orbax-checkpoint-tmp-7").mkdir()
   checkpoints = checkpoint.Checkpoints(folder)
-  moved = checkpoints.discard(2)
+  passed_over = checkpoints.discard(2)
   checkpoints.reload()
-  assert [path.name for path in moved] == ["3", "4.orbax-checkpoint-tmp-7"]
-  assert sorted(os.listdir(tmp_path / "damaged")) == ["3", "4.orbax-checkpoint-tmp-7"]
+  assert [path.name for path in passed_over] == ["3", "4.orbax-checkpoint-tmp-7"]
+  assert os.listdir(tmp_path / "damaged") == ["3"]
   checkpoints.save(3, make_items(3), {}, {})
   checkpoints.close()
   assert checkpoint.Checkpoints.steps(folder) == [2, 3]

@@ -162,14 +162,15 @@ class _Run:
     """Moves away what lies after the step that is gone on from, and says so."""
     parallel.wait_for_all("restored")
     step = -1 if restored is None else restored.step
-    moved = self.checkpoints.discard(step) if parallel.is_main() else []
+    passed_over = self.checkpoints.discard(step) if parallel.is_main() else []
     parallel.wait_for_all("set aside")
     self.checkpoints.reload()
     problems = [f"a damaged checkpoint was passed over: {text}" for text in (restored.damaged if restored else [])]
-    problems += [f"a half-written checkpoint was passed over: {path.name}" for path in moved if "tmp" in path.name]
+    problems += [f"a half-written checkpoint was deleted: {path}" for path in passed_over if "tmp" in path.name]
     if problems:
       place = "the start" if restored is None else f"step {step:,}"
-      problems.append(f"this run went on from {place}; what was passed over lies in {self.folder / 'damaged'}")
+      where = f"; what was damaged lies in {self.folder / 'damaged'}" if restored and restored.damaged else ""
+      problems.append(f"this run went on from {place}{where}")
     for problem in problems:
       model.warn(problem)
     return problems
