@@ -116,9 +116,9 @@ class Checkpoints:
   def _unwritten(self, problem: str) -> OSError:
     steps = self.steps(self.folder)
     stands = f"that of step {steps[-1]} stands" if steps else "there is no earlier one"
-    full = "the disk is full: " if "No space left" in problem else ""
+    problem = "the disk is full" if "No space left" in problem else problem[:300]
     return OSError(
-      f"Cannot write the checkpoint of step {self._saving} into {self.folder}: {full}{problem}. Make room, or make the folder"
+      f"Cannot write the checkpoint of step {self._saving} into {self.folder}: {problem}. Make room, or make the folder"
       f" writable; then the same command goes on from the last checkpoint ({stands})."
     )
 
@@ -143,7 +143,7 @@ class Checkpoints:
         _check_same_shapes(path, content, templates)
         items = self._read(candidate, content, templates)
       except _DamagedError as error:
-        damaged.append(f"{path}: {error}")
+        damaged.append(f"{path}: {str(error)[:300]}")
         continue
       return Restored(candidate, items, content["data"], damaged)
     if damaged:
@@ -355,4 +355,4 @@ def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[s
 
 
 def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+  return (str(error).strip() or type(error).__name__).splitlines()[0]

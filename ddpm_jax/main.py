@@ -1,6 +1,7 @@
 """The command line: `python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=<folder>`."""
 
 import errno
+import logging as standard_logging
 import os
 import sys
 from pathlib import Path
@@ -60,8 +61,10 @@ def main(argv: list[str]) -> None:
   """
   if len(argv) > 1:
     raise ValueError(f"Got the words {argv[1:]} on the command line; wanted flags only, such as --workdir=<folder>.")
-  # Libraries narrate their inner workings through absl at the level of information.
-  logging.set_verbosity(logging.WARNING)
+  # Libraries narrate their inner workings, and log in full what then ends in one message of ours.
+  logging.set_verbosity(logging.WARNING if _TRACEBACK.value else logging.FATAL)
+  if not _TRACEBACK.value:
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
   from ddpm_jax import build, prepare, pretrained, runs, schema
