@@ -30,7 +30,8 @@ def get_config():
       "dropout": 0.1,
     }
   )
-  config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 1000, "ema_decay": 0.999})
+  config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 1000})
+  config.ema.decay = 0.999
   config.training.update({"batch_size": 64, "steps": 100_000, "checkpoint_every": 1000, "sample_every": 1000})
   config.sampling.update({"sampler": "ddim", "num_steps": 100})
   config.evaluation.num_samples = 500

@@ -254,9 +254,9 @@ def build_step(
   process = build_process(config)
   times = _times(config, process)
 
-  def prepare(keys, batch):
+  def prepare(keys):
     # For the batch as a whole: some times are spread evenly over it.
-    return batch | {"times": times(randomness.fold_in(keys, 0))}
+    return {"times": times(randomness.fold_in(keys, 0))}
 
   def summarize(details):
     level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
@@ -282,10 +282,12 @@ def flops_per_image(config: ConfigDict) -> float:
   config.network.remat = "none"
   loss_fn, init = build_loss(config), build_params_init(config)
 
-  def gradient(key, batch):
-    return jax.value_and_grad(loss_fn, has_aux=True)(init(key), key[None], batch)
+  key = jax.eval_shape(jax.random.key, 0)
 
-  return costs.matmul_flops(jax.make_jaxpr(gradient)(jax.eval_shape(jax.random.key, 0), batch_shapes(config, 1)))
+  def gradient(params, key, batch):
+    return jax.value_and_grad(loss_fn, has_aux=True)(params, key[None], batch)
+
+  return costs.matmul_flops(jax.make_jaxpr(gradient)(jax.eval_shape(init, key), key, batch_shapes(config, 1)))
 
 
 def batch_shapes(config: ConfigDict, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -494,6 +496,8 @@ def build_generate(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[...,
     key = jax.random.fold_in(jax.random.key(seed), 2)
     keys = jax.lax.with_sharding_constraint(randomness.sample_keys(key, first + jnp.arange(size)), split)
     params = jax.lax.with_sharding_constraint(params, whole)
+    if classes is not None:
+      classes = jax.lax.with_sharding_constraint(classes, split)
     return run(keys, build_denoise(config, params, classes))
 
-  return jax.jit(generate, in_shardings=(None, None, None, split), out_shardings=whole)
+  return jax.jit(generate, out_shardings=whole)

@@ -1,19 +1,21 @@
 """Checkpoints: all that orbax is used for. Each leaf has a digest, so that a damaged file is noticed and never used."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -97,26 +99,33 @@ class Checkpoints:
     }
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     self._check_saved()
+    if self._keep_best and metrics and self._metric not in metrics:
+      raise ValueError(
+        f"Got {self._metric!r} as the metric by which the best checkpoints are kept; wanted one that is logged:"
+        f" {', '.join(sorted(metrics))}. Set --config.training.best_metric."
+      )
     self._saving, self._scores[step] = step, (metrics or {}).get(self._metric, math.inf)
     size = sum(leaf.nbytes for tree in items.values() for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
     if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < size:
-      raise self._unwritten(f"it takes {size:,} bytes, and {free:,} are free")
+      raise self._unwritten(RuntimeError(f"it takes {size:,} bytes, and {free:,} are free"))
     try:
-      self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(content))))
+      saved = self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(content))))
     except Exception as error:
-      raise self._unwritten(_first_line(error)) from error
+      raise self._unwritten(error) from error
+    if not saved:
+      raise self._unwritten(RuntimeError(f"there is a later one, of step {self._manager.latest_step()}"))
 
   def _check_saved(self) -> None:
     """Raises what happened to a save in the background."""
     try:
       self._manager.check_for_errors()
     except Exception as error:
-      raise self._unwritten(_first_line(error)) from error
+      raise self._unwritten(error) from error
 
-  def _unwritten(self, problem: str) -> OSError:
+  def _unwritten(self, error: Exception) -> OSError:
     steps = self.steps(self.folder)
     stands = f"that of step {steps[-1]} stands" if steps else "there is no earlier one"
-    problem = "the disk is full" if "No space left" in problem else problem[:300]
+    problem = "the disk is full" if "No space left" in str(error) else _first_line(error)
     return OSError(
       f"Cannot write the checkpoint of step {self._saving} into {self.folder}: {problem}. Make room, or make the folder"
       f" writable; then the same command goes on from the last checkpoint ({stands})."
@@ -130,7 +139,8 @@ class Checkpoints:
       step: the step to restore, and no other; the newest by default.
 
     Raises:
-      ValueError: if there is no sound checkpoint, it was written by a newer version, or it holds other shapes.
+      DamagedError: if there is none but damaged ones.
+      ValueError: if there is no checkpoint, it was written by a newer version, or it holds other shapes.
     """
     steps = self.steps(self.folder)
     if step is not None and step not in steps:
@@ -143,11 +153,11 @@ class Checkpoints:
         _check_same_shapes(path, content, templates)
         items = self._read(candidate, content, templates)
       except _DamagedError as error:
-        damaged.append(f"{path}: {str(error)[:300]}")
+        damaged.append(f"{path}: {error}")
         continue
       return Restored(candidate, items, content["data"], damaged)
     if damaged:
-      raise ValueError(
+      raise DamagedError(
         "Got no checkpoint that can be used; each is damaged:\n  "
         + "\n  ".join(damaged)
         + "\nRestore one from a copy, or start a new run in another --workdir."
@@ -166,18 +176,16 @@ class Checkpoints:
     return sorted(known, key=lambda step: (self._scores[step], -step))[: self._keep_best if count is None else count]
 
   def _content(self, step: int) -> dict[str, Any]:
-    try:
-      meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    with _reading("its description cannot be read"):
+      meta = ocp.JsonCheckpointHandler().restore(
+        epath.Path(self.folder / str(step) / "meta"), args=ocp.args.JsonRestore()
+      )
       if "format_version" in meta:  # of before there were digests
         version = int(meta["format_version"])
       else:
         if meta["sha256"] != _sealed(meta["content"])["sha256"]:
           raise _DamagedError("its description is not what was saved")
         version = int(meta["content"]["format_version"])
-    except _DamagedError:
-      raise
-    except Exception as error:
-      raise _DamagedError(f"its description cannot be read ({_first_line(error)})") from error
     if not _OLDEST_VERSION <= version <= FORMAT_VERSION:
       way = "Upgrade ddpm_jax" if version > FORMAT_VERSION else "It is of a time before the first release: train anew"
       raise ValueError(
@@ -187,14 +195,12 @@ class Checkpoints:
     return meta["content"]
 
   def _read(self, step: int, content: dict[str, Any], templates: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    if not templates:
-      return {}
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in templates.items()}
-    try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as error:
-      raise _DamagedError(f"it cannot be read ({_first_line(error)})") from error
-    items = {name: restored[name] for name in templates}
+    items = {}
+    with _reading("it cannot be read"):
+      for name, tree in templates.items():
+        # Not by the manager, whose barrier would leave the other processes waiting where one cannot read its part.
+        folder = epath.Path(self.folder / str(step) / name)
+        items[name] = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(tree))
     for name, tree in items.items():
       wanted, found = content["leaves"][name], _describe(tree)
       changed = [leaf for leaf in wanted if wanted[leaf]["digest"] != found[leaf]["digest"]]
@@ -204,22 +210,25 @@ class Checkpoints:
         )
     return items
 
-  def discard(self, damaged_after: int) -> list[Path]:
+  def discard(self, after: int, target: Path | None = None) -> list[Path]:
     """Clears the way after a step that is gone on from: gives the paths of what was passed over.
 
-    Checkpoints that were found damaged are moved to `damaged/`; half-written ones hold nothing of use and are deleted.
+    Half-written checkpoints hold nothing of use and are deleted; finished ones are moved into `target`, or deleted without one.
     """
-    passed_over = []
+    passed_over: list[Path] = []
+    if not self.folder.is_dir():
+      return passed_over
     for path in sorted(self.folder.iterdir()):
       step = re.match(r"(\d+)(\.orbax-checkpoint-tmp.*)?$", path.name)
       if step and step[2]:
         shutil.rmtree(path)
-      elif step and int(step[1]) > damaged_after:
-        target = self.folder.parent / "damaged" / path.name
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-          shutil.rmtree(target)
-        shutil.move(path, target)
+      elif step and int(step[1]) > after:
+        if target is None:
+          shutil.rmtree(path)
+        else:
+          target.mkdir(exist_ok=True)
+          shutil.rmtree(target / path.name, ignore_errors=True)
+          shutil.move(path, target / path.name)
       else:
         continue
       passed_over.append(path)
@@ -238,7 +247,7 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      raise self._unwritten(_first_line(error)) from error
+      raise self._unwritten(error) from error
     self._check_saved()
 
   def close(self) -> None:
@@ -264,8 +273,38 @@ class _Chosen:
     return [checkpoint.step in chosen for checkpoint in checkpoints]
 
 
+class DamagedError(ValueError):
+  """All that might have been restored is damaged."""
+
+
 class _DamagedError(Exception):
   """A checkpoint that is not what was saved."""
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+  """Turns what goes wrong with a file into a `_DamagedError`, in all processes if in one: they must go on together.
+
+  What says nothing of the file, such as too little memory, stays as it is.
+  """
+  problem, failure = "", cast(Exception | None, None)
+  try:
+    yield
+  except _DamagedError as error:
+    problem, failure = str(error), error
+  except (MemoryError, PermissionError):
+    raise
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error) or "Too many open files" in str(error):
+      raise
+    problem, failure = f"{what} ({_first_line(error)})", error
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    well = bool(np.all(multihost_utils.process_allgather(np.array(not problem))))
+    problem = problem or ("" if well else f"{what} (by another process)")
+  if problem:
+    raise _DamagedError(problem) from failure
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
@@ -355,4 +394,4 @@ def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[s
 
 
 def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -3,7 +3,9 @@
 import errno
 import logging as standard_logging
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -84,6 +86,9 @@ def main(argv: list[str]) -> None:
     (_STEP, ("sample", "eval", "export")),
     (_RESUME, ("train",)),
     (_PROFILE, ("train",)),
+    (_COORDINATOR, ("train", "sample", "eval", "export")),
+    (_NUM_PROCESSES, ("train", "sample", "eval", "export")),
+    (_PROCESS_ID, ("train", "sample", "eval", "export")),
     (_TOPOLOGY, ("plan",)),
     (_DEVICES, ("plan",)),
   ):
@@ -103,6 +108,10 @@ def main(argv: list[str]) -> None:
     return
   schema.choose(_RESUME.value, ("auto", "must", "never"), "--resume")
   _connect()
+  if _PRETRAINED.value is not None and not (_EMA.value is _EMA_LENGTH.value is _STEP.value is None):
+    raise ValueError(
+      "Got --ema, --ema_length or --step with --pretrained, which has one set of weights; leave them out."
+    )
   model = None
   if _PRETRAINED.value is None:
     config = schema.config_of_run(_CONFIG.value, folder)
@@ -194,9 +203,20 @@ def _check_file(value: str) -> None:
     _stop(f"Got --config={value}, a file that does not exist; wanted a Python file such as configs/digits_vp.py.{hint}")
 
 
-def _stop(message: str) -> NoReturn:
+def _stop(message: str, code: int = 2) -> NoReturn:
   print(f"error: {message}", file=sys.stderr)
-  sys.exit(2)
+  _leave(code)
+  sys.exit(code)
+
+
+def _leave(code: int) -> None:
+  """Where there are several processes, ends this one without waiting for those that wait for it."""
+  if "jax" in sys.modules:
+    from ddpm_jax import parallel
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parallel.leave(code)
 
 
 def _main(argv: list[str]) -> None:
@@ -204,11 +224,15 @@ def _main(argv: list[str]) -> None:
     main(argv)
   except (ValueError, FloatingPointError, OSError) as error:
     if _TRACEBACK.value:
-      raise
+      traceback.print_exc()
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     _stop(f"{error}{'. Make room; then the same command goes on from the last checkpoint.' if full else ''}")
   except KeyboardInterrupt:
-    _stop("interrupted; the same command goes on from the last checkpoint")
+    _stop("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT)
+  except Exception:
+    traceback.print_exc()
+    _leave(1)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

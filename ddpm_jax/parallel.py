@@ -241,7 +241,13 @@ def connect(
   if jax.config.values.get("jax_platforms") == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+      shutdown_timeout_seconds=heartbeat_seconds,
+    )
   except Exception as error:
     raise ValueError(
       f"The processes of this run did not find each other: {error}. Check that all were started, with one --coordinator and"
@@ -252,6 +258,21 @@ def connect(
 def is_main() -> bool:
   """Whether this process is the one that writes and speaks."""
   return jax.process_index() == 0
+
+
+def of_main(value: bool) -> bool:
+  """The value that the first process has, in every process."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def leave(code: int) -> None:
+  """Ends this process of several at once: the others, who may be waiting for it, notice within the heartbeat."""
+  if jax.distributed.is_initialized():
+    os._exit(code)
 
 
 def wait_for_all(what: str) -> None:

@@ -74,9 +74,10 @@ class _Board:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     folder.mkdir(parents=True, exist_ok=True)
+    older = any(folder.iterdir())
     # The suffix tells apart files that are begun in one second.
     self._writer, self._event = EventsWriter(str(folder / "events"), f".{step}"), Event
-    if step:
+    if older:
       # What comes after it in older files is dropped.
       self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 

@@ -57,7 +57,7 @@ def train_step(
   *,
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
-  prepare: Callable[[Array, PyTree], PyTree] = lambda keys, batch: batch,
+  prepare: Callable[[Array], dict[str, PyTree]] = lambda keys: {},
   summarize: Callable[[dict[str, Array]], Metrics] = lambda details: {},
   accumulate: int = 1,
   unroll: bool = False,
@@ -74,7 +74,8 @@ def train_step(
     batch: a pytree of arrays [B, ...], or this device's share of it under `pmap`.
     loss_fn: `loss_fn(params, keys, batch) -> (loss, details)`, keys [B], the loss a mean over samples, details arrays [B].
     optimizer: the optax chain.
-    prepare: `prepare(keys, batch) -> batch` adds what is drawn for the batch as a whole, before it is split.
+    prepare: `prepare(keys) -> leaves` draws what belongs to the batch as a whole, from the keys of all its samples [B]; a dict of
+      arrays [B, ...] that joins the batch, itself a dict.
     summarize: `summarize(details) -> metrics`, scalars or a `Mean`, such as the loss by noise level.
     accumulate: parts into which each device's share is split, one after the other, to save memory. The gradient is that of
       the whole.
@@ -87,13 +88,19 @@ def train_step(
     the optimizer skips steps (`optim.skip_nonfinite`); and those of `summarize`.
   """
   size = jax.tree.leaves(batch)[0].shape[0]
-  first = 0 if axis_name is None else size * jax.lax.axis_index(axis_name)
-  keys = randomness.sample_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(size))
+  shares = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+  keys = randomness.sample_keys(jax.random.fold_in(state.key, state.step), jnp.arange(shares * size))
+  drawn = prepare(keys)
+  if axis_name is not None:
+    first = size * jax.lax.axis_index(axis_name)
+    keys, drawn = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), (keys, drawn))
+  if drawn:
+    batch = batch | drawn
 
   def gradient(params, keys, batch):
     return _gradient(loss_fn, params, keys, batch, accumulate, unroll)
 
-  loss, details, grads = distribute(gradient)(state.params, keys, prepare(keys, batch))
+  loss, details, grads = distribute(gradient)(state.params, keys, batch)
   if axis_name is not None:
     loss, grads = jax.lax.pmean((loss, grads), axis_name)
     details = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis_name, tiled=True), details)

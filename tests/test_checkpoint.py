@@ -200,7 +200,7 @@ def test_what_is_damaged_is_moved_and_what_is_half_written_deleted(tmp_path):
   save(folder, 1, 2, 3, keep=3)
   (folder / "4.orbax-checkpoint-tmp-7").mkdir()
   checkpoints = checkpoint.Checkpoints(folder)
-  passed_over = checkpoints.discard(2)
+  passed_over = checkpoints.discard(2, tmp_path / "damaged")
   checkpoints.reload()
   assert [path.name for path in passed_over] == ["3", "4.orbax-checkpoint-tmp-7"]
   assert os.listdir(tmp_path / "damaged") == ["3"]

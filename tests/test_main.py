@@ -103,13 +103,13 @@ def test_a_conditional_model_and_labels(tmp_path):
 
 def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
   options = [
-    "--config.training.steps=400",
+    "--config.training.steps=120",
     "--config.training.checkpoint_every=20",
     "--config.training.sample_every=1000",
   ]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   process = start(RECIPE, f"--workdir={broken}", *options)
-  commands.wait_for(broken / "checkpoints" / "60", process)
+  commands.wait_for(broken / "checkpoints" / "40", process)
   commands.kill(process)
   assert process.returncode == -signal.SIGKILL, process.stdout.read()
   assert not (broken / "eval.json").exists()

@@ -19,6 +19,11 @@ OPTIONS = [
   f"--config.training.steps={STEPS}",
   "--config.training.checkpoint_every=5",
   "--config.training.sample_every=20",
+  "--config.network.num_classes=10",
+  "--config.network.attention_resolutions=()",
+  "--config.network.middle_attention=false",
+  "--config.ema.kind=power",
+  "--config.ema.snapshot_every=5",
 ]
 
 
@@ -82,6 +87,21 @@ def test_what_two_processes_saved_one_goes_on_with(together, tmp_path):
   )
   assert codes == [0], outputs
   assert f"resuming from the checkpoint of step {STEPS}" in outputs[0]
+
+
+def test_damage_that_one_process_sees_makes_both_fall_back(together, tmp_path):
+  folder = tmp_path / "damaged_part"
+  shutil.copytree(together[0], folder)
+  part = max(
+    (folder / "checkpoints" / str(STEPS) / "params" / "ocdbt.process_1" / "d").iterdir(),
+    key=lambda path: path.stat().st_size,
+  )
+  part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+  codes, outputs = finish(*start_two(RECIPE, *OPTIONS, "--config.parallel.fsdp=2", f"--workdir={folder}"))
+  assert codes == [0, 0], outputs
+  assert f"damaged checkpoint was passed over: {folder / 'checkpoints' / str(STEPS)}" in outputs[0]
+  assert f"resuming from the checkpoint of step {STEPS - 5}" in outputs[0]
+  assert_close(saved_items(folder), saved_items(together[0]))
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(alone, tmp_path):

@@ -38,6 +38,7 @@ def run_eval(config: ConfigDict, folder: Path, *, seed: int, choice: Choice) -> 
   check_evaluation(config, source, held_out)
   workdir.check_writable(folder)
   evaluate_weights(config, folder, mesh, load_weights(config, folder, mesh, choice), source, held_out, seed)
+  parallel.wait_for_all("done")
 
 
 def run_sample(
@@ -78,6 +79,7 @@ def run_sample(
   samples, nfe = _draw(config, generate, params, seed, num_samples, classes)
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
   _write_samples(_free(samples_folder(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}"), samples, classes)
+  parallel.wait_for_all("done")
 
 
 def samples_folder(folder: Path) -> Path:

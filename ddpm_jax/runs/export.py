@@ -17,7 +17,9 @@ def run_export(config: ConfigDict, folder: Path, output: Path, choice: model.Cho
   config = model.trained(config, folder)
   pretrained.check_output(output)
   weights = model.load_weights(config, folder, parallel.make_mesh(), choice)
-  pretrained.export(config, folder, output, weights.params, step=weights.step, weights=weights.name)
+  if parallel.is_main():
+    pretrained.export(config, folder, output, weights.params, step=weights.step, weights=weights.name)
   model.say(
     f"model        {output} ({weights.name} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}"
   )
+  parallel.wait_for_all("done")

@@ -169,22 +169,37 @@ def _reconstructed(config: ConfigDict, folder: Path, template: PyTree, choice: C
     steps = [step for step in steps if not choice.step or step <= int(choice.step)]
     if not steps:
       raise ValueError(f"Got --step={choice.step} with --ema_length; wanted a step that comes after a snapshot.")
-    # Those of the average: a step that training skipped does not count.
-    counts = [snapshots.restore({}, step).data["steps"] for step in steps]
+    sound, counts = _sound(snapshots, steps, template)
     weights = ema.reconstruction_weights(
-      [count for count in counts for _ in stds], list(stds) * len(steps), counts[-1], length
-    ).reshape(len(steps), len(stds))
+      [count for count in counts for _ in stds], list(stds) * len(sound), counts[-1], length
+    ).reshape(len(sound), len(stds))
     total = None
-    for step, row in zip(steps, weights, strict=True):
+    for step, row in zip(sound, weights, strict=True):
       averages = snapshots.restore({"ema": template}, step).items["ema"]
       part = _weighted(averages, jnp.asarray(row, jnp.float32))
       total = part if total is None else jax.tree.map(jnp.add, total, part)
   finally:
     snapshots.close()
   say(
-    f"an average of relative width {length:g} at step {steps[-1]:,} from {len(steps)} snapshots in {snapshots.folder}"
+    f"an average of relative width {length:g} at step {sound[-1]:,} from {len(sound)} snapshots in {snapshots.folder}"
   )
-  return Weights(total, steps[-1], str(choice))
+  return Weights(total, sound[-1], str(choice))
+
+
+def _sound(snapshots: checkpoint.Checkpoints, steps: list[int], template: PyTree) -> tuple[list[int], list[int]]:
+  """The snapshots that can be used, and how many steps each averages: one that training skipped does not count."""
+  sound, counts = [], []
+  for step in steps:
+    try:
+      counts.append(snapshots.restore({"ema": template}, step).data["steps"])
+      sound.append(step)
+    except checkpoint.DamagedError as error:
+      warn(f"a damaged snapshot was passed over, so the average is less exact: {error}")
+  if not sound:
+    raise ValueError(
+      f"Got no snapshot in {snapshots.folder} that can be used; wanted one. Take a stored average instead."
+    )
+  return sound, counts
 
 
 @jax.jit

@@ -51,6 +51,8 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     ValueError: if the config or the folder does not allow it.
     Stopped: once all is saved, if SIGTERM or SIGINT came.
   """
+  if profile < 0:
+    raise ValueError(f"Got --profile={profile}; wanted the number of steps to trace, or 0 for none.")
   resuming = _resuming(folder, resume)
   asked = config
   config, start_from = pretrained.of_run(config, folder, resuming=resuming)
@@ -70,6 +72,12 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     if parallel.is_main():
       stack.enter_context(workdir.locked(folder))
     parallel.wait_for_all("locked")
+    # What another process did until it let go of the folder, and what another host sees of it, may differ.
+    if parallel.of_main(bool(_steps(folder))) != resuming:
+      raise ValueError(
+        f"Got --workdir={folder}, in which another process wrote a checkpoint since this one began; wanted it at rest. The same"
+        " command goes on from there."
+      )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(template.params))
     shape = "x".join(map(str, build.image_shape(config)))
     say(f"{len(source):,} training images of {shape}, {len(held_out or ()):,} held out")
@@ -96,7 +104,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
 
 
 def _resuming(folder: Path, resume: str) -> bool:
-  steps = checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder))
+  steps = _steps(folder)
   if resume == "must" and not steps:
     raise ValueError(
       f"Got --resume=must with --workdir={folder}, which holds no checkpoint to go on from; wanted the folder of a run, or"
@@ -107,6 +115,10 @@ def _resuming(folder: Path, resume: str) -> bool:
       f"Got --resume=never with --workdir={folder}, which holds a run; wanted an empty folder. Use another --workdir."
     )
   return bool(steps)
+
+
+def _steps(folder: Path) -> list[int]:
+  return checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder))
 
 
 def _describe(mesh: jax.sharding.Mesh) -> str:
@@ -153,6 +165,7 @@ class _Run:
     else:
       self._set_aside(None)
       state = init()
+      say("starting a new run")
     # Only now: what may have changed in the config holds from here on.
     if parallel.is_main():
       workdir.write_config(self.folder, self.config.to_dict())
@@ -161,10 +174,18 @@ class _Run:
   def _set_aside(self, restored: checkpoint.Restored | None) -> list[str]:
     """Moves away what lies after the step that is gone on from, and says so."""
     parallel.wait_for_all("restored")
-    step = -1 if restored is None else restored.step
-    passed_over = self.checkpoints.discard(step) if parallel.is_main() else []
+    step = 0 if restored is None else restored.step
+    snapshots = model.open_snapshots(self.folder) if workdir.snapshot_folder(self.folder).exists() else None
+    passed_over = []
+    if parallel.is_main():
+      passed_over = self.checkpoints.discard(step, self.folder / "damaged")
+      if snapshots is not None:
+        # They will be taken again.
+        snapshots.discard(step)
     parallel.wait_for_all("set aside")
     self.checkpoints.reload()
+    if snapshots is not None:
+      snapshots.close()
     problems = [f"a damaged checkpoint was passed over: {text}" for text in (restored.damaged if restored else [])]
     problems += [f"a half-written checkpoint was deleted: {path}" for path in passed_over if "tmp" in path.name]
     if problems:
@@ -193,9 +214,11 @@ class _Run:
 
     def snapshot(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
       assert snapshots is not None
+      # One after the other: orbax's barriers between processes do not tell two folders apart.
+      self.checkpoints.wait()
       # A step that was skipped is no step of the average.
-      skipped = int((optim.skipped(state.opt_state) or (0,))[0])
-      snapshots.save(number, {"ema": model.items_of(state)["ema"]}, {"steps": number - skipped})
+      snapshots.save(number, {"ema": model.items_of(state)["ema"]}, {"steps": number - _skipped(state)})
+      snapshots.wait()
 
     def draw(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
       picture = preview(ema.ema_params(state.opt_state))
@@ -203,10 +226,10 @@ class _Run:
         images.save_grid(drawing.samples_folder(self.folder) / f"step_{number:07d}.png", picture)
         writer.image(number, "samples", images.grid(picture))
 
-    # Drawn before it is saved: a run that is killed in between draws again.
+    # The checkpoint last: a run that is killed in between does the others again.
     callbacks = [train.Callback(c.sample_every, draw), train.Callback(c.checkpoint_every, save)]
     if snapshots is not None:
-      callbacks.append(train.Callback(self.config.ema.snapshot_every, snapshot))
+      callbacks.insert(0, train.Callback(self.config.ema.snapshot_every, snapshot))
     try:
       with _Signals() as signals:
         state = train.fit(
@@ -214,45 +237,59 @@ class _Run:
           compiled,
           self.batches,
           num_steps=c.steps,
-          log=_Log(self.config, self.mesh, self.batches, writer),
+          log=_Log(self.config, self.mesh, self.batches, writer, _skipped(state)),
           log_every=c.log_every,
           callbacks=callbacks,
           max_skipped=c.max_skipped,
           watch=train.Watch(lambda: self.batches.wait, signals.asked, trace.before_step),
           quiet=not parallel.is_main(),
         )
-        stopped = int(state.step)
-        if stopped < c.steps:
+        if signals.number:
+          stopped = int(state.step)
           save(stopped, state, {})
-          self.checkpoints.close()
+          self.checkpoints.wait()
           name = signal.Signals(signals.number).name
           say(f"told to stop ({name}); saved at step {stopped:,}, the same command goes on")
           raise Stopped(signals.number)
     finally:
-      trace.close()
-      for saver in (self.checkpoints, snapshots):
-        if saver is not None:
-          saver.wait()
-      if writer is not None:
-        writer.close()
+      with contextlib.ExitStack() as last:
+        if writer is not None:
+          last.callback(writer.close)
+        last.callback(self.checkpoints.wait)
+        last.callback(trace.close)
     return state
+
+
+def _skipped(state: train.TrainState) -> int:
+  return int((optim.skipped(state.opt_state) or (0,))[0])
 
 
 class _Log:
   """Adds to the loop's metrics what it cannot know, and writes them down."""
 
   def __init__(
-    self, config: ConfigDict, mesh: jax.sharding.Mesh, batches: data.Batches, writer: records.Records | None
+    self,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    batches: data.Batches,
+    writer: records.Records | None,
+    skipped: int,
   ):
-    self._rate, self._batches, self._writer = build.build_schedule(config), batches, writer
+    self._rate, self._batches, self._writer, self._skipped = build.build_schedule(config), batches, writer, skipped
     device = mesh.devices.flat[0]
     self._chip, self._devices = hardware.chip_of(device.device_kind), mesh.size
     self._flops = build.flops_per_image(config) if self._chip else 0.0
     self._dtype = config.network.dtype
 
   def __call__(self, number: int, metrics: dict[str, float]) -> None:
-    # Steps that were skipped do not count for the schedule.
-    metrics["learning_rate"] = float(self._rate(number - 1 - int(metrics.get("skipped", 0))))
+    skipped = int(metrics.get("skipped", 0))
+    if skipped > self._skipped:
+      model.warn(
+        f"{skipped - self._skipped} steps before {number:,} skipped for gradients that are not finite, {skipped:,} in all"
+      )
+    self._skipped = skipped
+    # They do not count for the schedule.
+    metrics["learning_rate"] = float(self._rate(number - 1 - skipped))
     metrics["memory_gb"] = parallel.memory_in_use() / 1e9
     if self._batches.broken:
       metrics["broken_files"] = self._batches.broken
