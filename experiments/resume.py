@@ -9,6 +9,7 @@ losses. Exits with 1 if they do not.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,13 +23,13 @@ from pathlib import Path
 from ddpm_jax import checkpoint
 
 ROOT = Path(__file__).parent.parent
-STEPS = 4000
+STEPS = 6000
 OPTIONS = [
   "--config=configs/digits_vp.py",
   "--config.network.channels=8",
   "--config.network.groups=4",
   f"--config.training.steps={STEPS}",
-  "--config.training.checkpoint_every=40",
+  "--config.training.checkpoint_every=100",
   "--config.training.sample_every=1000",
   "--config.training.log_every=40",
   "--config.sampling.num_steps=4",
@@ -43,23 +44,29 @@ def start(folder):
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def saving(folder):
-  return any(folder.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+def half_written(folder):
+  """The checkpoints being written, or left so by an earlier kill, told apart by when they were begun."""
+  found = set()
+  for path in folder.glob("checkpoints/*.orbax-checkpoint-tmp*"):
+    with contextlib.suppress(FileNotFoundError):
+      found.add((path.name, path.stat().st_ino))
+  return found
 
 
-def kill(process, folder, rng, while_saving):
-  """Kills a run at some moment after it began to train; False if it ended before."""
+def kill(folder, rng, while_saving):
+  """Starts the run and kills it at some moment after it began to train: says when, or None if it ended before."""
+  left, process = half_written(folder), start(folder)
   latest = max(checkpoint.Checkpoints.steps(folder / "checkpoints"), default=0)
   deadline = time.time() + 300
   # It trains once there is a newer checkpoint, or one is being written.
   while process.poll() is None and time.time() < deadline:
-    if saving(folder) and while_saving:
+    if while_saving and half_written(folder) - left:
       break
     if not while_saving and max(checkpoint.Checkpoints.steps(folder / "checkpoints"), default=0) > latest:
-      time.sleep(rng.uniform(0, 1.5))
+      time.sleep(rng.uniform(0, 1))
       break
     time.sleep(0.0005 if while_saving else 0.02)
-  caught = saving(folder)
+  caught = half_written(folder) - left
   if process.poll() is not None:
     return None
   process.send_signal(signal.SIGKILL)
@@ -93,7 +100,7 @@ def main():
     raise SystemExit(f"training failed; see {args.folder / 'whole.log'}")
   moments = []
   while len(moments) < args.kills:
-    moment = kill(start(broken), broken, rng, while_saving=len(moments) % 2 == 1)
+    moment = kill(broken, rng, while_saving=len(moments) % 2 == 1)
     if moment is None:
       raise SystemExit(f"the run ended, or failed, after {len(moments)} kills; see {args.folder / 'broken.log'}")
     moments.append(moment)

@@ -172,7 +172,8 @@ def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
   )
   assert whole.shape == (8, 8, 8, 1)
   assert jnp.all(jnp.isfinite(whole))
-  np.testing.assert_allclose(whole[first : first + 4], part, atol=2e-2 if sampler == "ode" else 1e-4)
+  difference = np.abs(whole[first : first + 4] - part)
+  assert np.mean(difference) < 1e-3 if sampler == "ode" else np.max(difference) < 1e-4
   calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
   assert int(nfe) == calls.get(sampler, 5) or sampler == "ode"
 
