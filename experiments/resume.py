@@ -31,7 +31,7 @@ OPTIONS = [
   f"--config.training.steps={STEPS}",
   "--config.training.checkpoint_every=100",
   "--config.training.sample_every=1000",
-  "--config.training.log_every=40",
+  "--config.training.log_every=100",
   "--config.sampling.num_steps=4",
 ]
 
