@@ -67,13 +67,7 @@ class Checkpoints:
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
-    # Metrics are kept in our own descriptions: a damaged file of orbax's would keep its manager from starting.
     self._scores: dict[int, float] = {}
-    for step in self.steps(self.folder):
-      try:
-        self._scores[step] = self._content(step)["metrics"].get(metric, math.inf)
-      except (_DamagedError, ValueError):
-        self._scores[step] = math.inf
 
   @staticmethod
   def steps(folder: str | Path) -> list[int]:
@@ -172,7 +166,14 @@ class Checkpoints:
     return best[0] if best else None
 
   def _best_steps(self, steps: Sequence[int], count: int | None = None) -> list[int]:
-    known = [step for step in steps if self._scores.get(step, math.inf) < math.inf]
+    for step in steps:
+      if step not in self._scores:
+        # From our own descriptions: a damaged file of orbax's metrics would keep its manager from starting.
+        try:
+          self._scores[step] = self._content(step)["metrics"].get(self._metric, math.inf)
+        except (_DamagedError, ValueError):
+          self._scores[step] = math.inf
+    known = [step for step in steps if self._scores[step] < math.inf]
     return sorted(known, key=lambda step: (self._scores[step], -step))[: self._keep_best if count is None else count]
 
   def _content(self, step: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A batch is split over both axes of the mesh, "data" and "fsdp"; the state is spl
 
 import os
 import resource
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -270,9 +271,16 @@ def of_main(value: bool) -> bool:
 
 
 def leave(code: int) -> None:
-  """Ends this process of several at once: the others, who may be waiting for it, notice within the heartbeat."""
-  if jax.distributed.is_initialized():
-    os._exit(code)
+  """Ends this process, if it is one of several, at once: the others, who may be waiting for it, notice within the heartbeat."""
+  if not jax.distributed.is_initialized():
+    return
+  print(
+    f"process {jax.process_index()} of {jax.process_count()} ends, here or because another did, and with it the run. Start all of"
+    " them again: it goes on from its last checkpoint.",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(code)
 
 
 def wait_for_all(what: str) -> None:

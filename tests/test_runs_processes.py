@@ -1,6 +1,7 @@
 """A run of two real processes on one machine, against the run of one: the same command, on JAX's distributed runtime."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -79,14 +80,18 @@ def test_two_processes_give_the_parameters_of_one(alone, together):
   assert (folder / "samples" / "final.png").exists()
 
 
-def test_what_two_processes_saved_one_goes_on_with(together, tmp_path):
-  folder = tmp_path / "on"
-  shutil.copytree(together[0], folder)
-  codes, outputs = finish(
-    commands.start(RECIPE, *OPTIONS, "--config.training.steps=22", "--resume=must", f"--workdir={folder}")
-  )
-  assert codes == [0], outputs
-  assert f"resuming from the checkpoint of step {STEPS}" in outputs[0]
+def test_what_two_processes_saved_one_goes_on_with(alone, together, tmp_path):
+  """On one device of one process, as two devices of one process go on."""
+  ends = []
+  for name, source, devices in (("from_two", together[0], 1), ("from_one", alone, 2)):
+    folder = tmp_path / name
+    shutil.copytree(source, folder)
+    options = [*OPTIONS, "--config.training.steps=24", "--resume=must", f"--workdir={folder}"]
+    codes, outputs = finish(commands.start(RECIPE, *options, devices=devices))
+    assert codes == [0], outputs
+    assert f"resuming from the checkpoint of step {STEPS}" in outputs[0]
+    ends.append(saved_items(folder))
+  assert_close(*ends)
 
 
 def test_damage_that_one_process_sees_makes_both_fall_back(together, tmp_path):
@@ -112,8 +117,9 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(alone, tmp_path
   died = time.time()
   output = processes[0].communicate(timeout=120)[0]
   assert time.time() - died < 60
-  assert processes[0].returncode != 0
-  assert "process" in output.splitlines()[-1] or "error" in output, output
+  assert processes[0].returncode not in (0, None)
+  # Ours, or that of JAX's runtime, whichever notices first.
+  assert re.search(r"Start all of them again|[Hh]eartbeat|coordination|died", output), output
   finish(processes[1])
   codes, outputs = finish(*start_two(RECIPE, *OPTIONS, f"--config.training.steps={STEPS}", f"--workdir={tmp_path}"))
   if "training is complete" not in outputs[0]:
