@@ -16,7 +16,7 @@ STEPS, BATCH = 20, 16
 @pytest.fixture(scope="module")
 def config():
   config = tiny_config()
-  config.network.update({"dropout": 0.1, "attention_resolutions": (), "middle_attention": False})
+  config.network.update({"dropout": 0.1, "multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
   return config
 
 
