@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import random
@@ -11,7 +12,15 @@ import pytest
 
 from ddpm_jax import checkpoint, parallel
 
+# Orbax leaves its readers waiting when one of them fails; they are collected here, and not in some other test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_format_2"
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+  yield
+  gc.collect()
 
 
 def make_items(seed=0):
@@ -126,15 +135,13 @@ def test_another_architecture_is_an_error_that_lists_names_and_shapes(tmp_path):
   checkpoints.close()
 
 
-# Damage. Orbax leaves its readers waiting when one of them fails.
-left_waiting = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
+# Damage.
 
 
 def files_of(folder):
   return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-@left_waiting
 def test_no_flipped_bit_is_ever_used(tmp_path):
   """In each file in turn: either nothing that is restored changes, or the step before is used and the damage reported."""
   save(tmp_path, 1, 2)
@@ -154,7 +161,6 @@ def test_no_flipped_bit_is_ever_used(tmp_path):
   assert passed_over > 5
 
 
-@left_waiting
 @pytest.mark.parametrize("harm", ["truncated", "emptied", "removed"])
 def test_files_that_are_cut_short_are_noticed(tmp_path, harm):
   save(tmp_path, 1, 2)
@@ -168,7 +174,6 @@ def test_files_that_are_cut_short_are_noticed(tmp_path, harm):
   assert "cannot be read" in restored.damaged[0]
 
 
-@left_waiting
 def test_a_digest_tells_what_orbax_does_not(tmp_path):
   """Another value, written by orbax as if it were right."""
   save(tmp_path, 1, 2)
