@@ -1,0 +1,37 @@
+"""From a config to objects: the one place where strings become functions, and where a config's mistakes are found."""
+
+from ddpm_jax.build.data import build_data, build_sources
+from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape
+from ddpm_jax.build.sampling import SAMPLERS, build_denoise, build_generate, build_grid, build_labels, build_sampler
+from ddpm_jax.build.training import (
+  WEIGHTINGS,
+  batch_shapes,
+  build_loss,
+  build_optimizer,
+  build_schedule,
+  build_step,
+  flops_per_image,
+)
+
+__all__ = [
+  "SAMPLERS",
+  "WEIGHTINGS",
+  "batch_shapes",
+  "build_data",
+  "build_denoise",
+  "build_generate",
+  "build_grid",
+  "build_labels",
+  "build_loss",
+  "build_network",
+  "build_optimizer",
+  "build_params_init",
+  "build_prediction",
+  "build_process",
+  "build_sampler",
+  "build_schedule",
+  "build_sources",
+  "build_step",
+  "flops_per_image",
+  "image_shape",
+]

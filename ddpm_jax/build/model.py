@@ -1,0 +1,105 @@
+"""The process, the prediction and the network of a config."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import (
+  predictions,
+  processes,
+  schedules,
+)
+from ddpm_jax.networks import UNet
+from ddpm_jax.predictions import Prediction
+from ddpm_jax.processes import Process
+from ddpm_jax.schema import choose
+
+Array = jax.Array
+PyTree = Any
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_process(config: ConfigDict) -> Process:
+  """The forward process."""
+  c = config.process
+  n = c.num_steps
+  schedule = {
+    "linear": lambda: schedules.linear(n, c.beta_min / n, c.beta_max / n),
+    "scaled_linear": lambda: schedules.scaled_linear(n, c.beta_min / n, c.beta_max / n),
+    "cosine": lambda: schedules.cosine(n),
+    "sigmoid": lambda: schedules.sigmoid(n),
+    "table": lambda: np.asarray(c.betas, np.float64),
+  }
+  if (c.schedule == "table" and len(c.betas) != n) or (c.betas and c.schedule != "table"):
+    raise ValueError(
+      f"Got config.process.schedule={c.schedule!r} with {len(c.betas)} betas and num_steps={n}; wanted as many betas as steps"
+      " with the schedule 'table', and none with another."
+    )
+  sigmas = {name: c[name] for name in ("sigma_min", "sigma_max") if c[name]}
+
+  def discrete():
+    betas = choose(c.schedule, schedule, "config.process.schedule")()
+    return processes.discrete(schedules.zero_terminal_snr(betas) if c.zero_terminal_snr else betas)
+
+  makers = {
+    "vp": lambda: processes.vp(c.beta_min, c.beta_max),
+    "sub_vp": lambda: processes.sub_vp(c.beta_min, c.beta_max),
+    "ve": lambda: processes.ve(**sigmas),
+    "edm": lambda: processes.edm(**sigmas),
+    "rectified_flow": processes.rectified_flow,
+    "cosine": processes.cosine,
+    "discrete": discrete,
+  }
+  return choose(c.name, makers, "config.process.name")()
+
+
+def build_prediction(config: ConfigDict) -> Prediction:
+  """The meaning of the network's output."""
+  known = {
+    "eps": predictions.EPS,
+    "x0": predictions.X0,
+    "v": predictions.V,
+    "score": predictions.SCORE,
+    "velocity": predictions.VELOCITY,
+    "edm": predictions.edm(config.sigma_data),
+  }
+  prediction = choose(config.prediction, known, "config.prediction")
+  return predictions.learned_range(prediction) if config.learned_variance else prediction
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """[H, W, C] of the images."""
+  return config.data.image_size, config.data.image_size, config.data.channels
+
+
+def build_network(config: ConfigDict) -> UNet:
+  """The network, checked against the images it is to take."""
+  c = dict(config.network)
+  dtype = choose(c.pop("dtype"), _DTYPES, "config.network.dtype")
+  out_channels = config.data.channels * (2 if config.learned_variance else 1)
+  heights = [config.data.image_size / 2**level for level in range(len(c["multipliers"]))]
+  resolutions = c.pop("attention_resolutions")
+  for wanted in resolutions:
+    if wanted not in heights:
+      raise ValueError(
+        f"Got config.network.attention_resolutions={tuple(resolutions)} for images of {config.data.image_size}, whose levels"
+        f" have heights of {', '.join(f'{height:g}' for height in heights)}; wanted some of these, or none: ()."
+      )
+  for way in ("downsample", "upsample"):
+    c[way] = tuple(c[way].split(",")) if "," in c[way] else c[way]
+  levels = tuple(heights.index(wanted) for wanted in resolutions)
+  network = UNet(out_channels=out_channels, attention_levels=levels, dtype=dtype, **c)
+  network.check_input(image_shape(config))
+  return network
+
+
+def build_params_init(config: ConfigDict) -> Callable[[Array], PyTree]:
+  """`init(key) -> params`."""
+  network = build_network(config)
+  classes = jnp.zeros((1,), jnp.int32) if network.num_classes else None
+  return lambda key: network.init(key, jnp.zeros((1, *image_shape(config))), jnp.zeros((1,)), classes)["params"]

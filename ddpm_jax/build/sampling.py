@@ -1,0 +1,172 @@
+"""Samplers and denoisers of a config."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import (
+  guidance,
+  parallel,
+  predictions,
+  randomness,
+  sampling,
+)
+from ddpm_jax.build.model import build_network, build_prediction, build_process, image_shape
+from ddpm_jax.predictions import Denoise
+from ddpm_jax.processes import Process
+from ddpm_jax.schema import choose
+
+Array = jax.Array
+PyTree = Any
+
+_STEP_RULES = {
+  "ancestral": lambda c, process: sampling.ancestral(process, c.variance),
+  "ddim": lambda c, process: sampling.ddim(process, c.eta),
+  "deis": lambda c, process: sampling.deis(process, c.order),
+  "dpm_solver": lambda c, process: sampling.dpm_solver(process, c.order),
+  "dpmpp_2m": lambda c, process: sampling.dpmpp_2m(process),
+  "dpmpp_2m_sde": lambda c, process: sampling.dpmpp_2m_sde(process),
+  "dpmpp_2s": lambda c, process: sampling.dpmpp_2s(process),
+  "dpmpp_3m": lambda c, process: sampling.dpmpp_3m(process),
+  "dpmpp_sde": lambda c, process: sampling.dpmpp_sde(process),
+  "euler": lambda c, process: sampling.euler(process, **_churn(c)),
+  "euler_ancestral": lambda c, process: sampling.euler_ancestral(process),
+  "euler_maruyama": lambda c, process: sampling.euler_maruyama(process),
+  "heun": lambda c, process: sampling.heun(process, **_churn(c)),
+  "reverse_diffusion": lambda c, process: sampling.reverse_diffusion(process),
+  "unipc": lambda c, process: sampling.unipc(process, c.order),
+}
+SAMPLERS = (*_STEP_RULES, "ode")
+# Rules that take even steps in t, as the model was trained; the others solve in the log-SNR.
+_EVEN_IN_TIME = ("ancestral", "euler_ancestral", "euler_maruyama", "reverse_diffusion")
+
+
+def _churn(c: ConfigDict) -> dict[str, float]:
+  return {name: c[name] for name in ("s_churn", "s_min", "s_max", "s_noise")}
+
+
+def build_labels(config: ConfigDict, wanted: list[int] | None, count: int) -> np.ndarray | None:
+  """Class labels [count] for sampling: those wanted, over and over; all classes in turn by default; None if unconditional.
+
+  Raises:
+    ValueError: if labels are wanted of a model that knows none, or are out of range.
+  """
+  classes = config.network.num_classes
+  if not classes:
+    if wanted is not None:
+      raise ValueError(
+        f"Got --labels={','.join(map(str, wanted))} for a model that was trained without classes; leave it out."
+      )
+    return None
+  wanted = list(range(classes)) if wanted is None else wanted
+  if not wanted or min(wanted) < 0 or max(wanted) >= classes:
+    raise ValueError(f"Got --labels={','.join(map(str, wanted))}; wanted labels from 0 to {classes - 1}.")
+  return np.resize(np.array(wanted, np.int32), count)
+
+
+def build_denoise(config: ConfigDict, params: PyTree, classes: Array | None) -> Denoise:
+  """The denoiser of trained parameters, clipped if the config says so."""
+  network, process = build_network(config), build_process(config)
+
+  def apply(x_t, label):
+    return network.apply({"params": params}, x_t, label, classes)
+
+  denoise = predictions.denoiser(apply, process, build_prediction(config))
+  return guidance.clip(denoise) if config.sampling.clip else denoise
+
+
+def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
+  """The grid of times of the config's sampler."""
+  grids, sampler = sampling.grids, config.sampling.sampler
+  # A last short step to t_min serves the rules that add noise; from far above it, rules of high order overshoot.
+  t_min = process.t_min if sampler in _EVEN_IN_TIME and not process.num_steps else 0.0
+  makers = {
+    "trailing": grids.trailing,
+    "leading": grids.leading,
+    "linspace": grids.linspace,
+    "leading_open": partial(grids.leading, open_end=True),
+    "linspace_open": partial(grids.linspace, open_end=True),
+    "log_snr": grids.log_snr,
+    "karras": grids.karras,
+    "uniform": partial(grids.uniform, t_min=t_min),
+    "quadratic": partial(grids.quadratic, t_min=t_min),
+  }
+  name = config.sampling.grid or _suitable_grid(sampler, process)
+  return choose(name, makers, "config.sampling.grid")(process, config.sampling.num_steps)
+
+
+def _suitable_grid(sampler: str, process: Process) -> str:
+  """Even steps in t for the rules of the first order that want them, else in the log-SNR where it is finite."""
+  if process.t_max > 1:  # t is sigma, of which even steps spend all on noise
+    return "karras"
+  even = (
+    sampler in _EVEN_IN_TIME
+    or (sampler == "ddim" and process.num_steps)
+    or float(process.alpha(jnp.asarray(process.t_max))) == 0
+  )
+  if not even:
+    return "log_snr"
+  return "trailing" if process.num_steps else "uniform"
+
+
+def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array, Array]]:
+  """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data."""
+  c, process, shape = config.sampling, build_process(config), image_shape(config)
+  name = choose(c.sampler, SAMPLERS, "a sampler")
+  if c.variance == "learned" and not config.learned_variance:
+    raise ValueError(
+      "Got config.sampling.variance='learned' for a model without config.learned_variance; wanted 'small' or 'large'."
+    )
+
+  def start(keys):
+    return process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))
+
+  if name == "ode":
+
+    def integrate(keys, denoise):
+      t_end = max(process.t_min, 1e-3)
+      x, nfe = sampling.ode(process, denoise, start(keys), process.t_max, t_end, rtol=c.tolerance, atol=c.tolerance)
+      return predictions.x_0_of(denoise(x, t_end)), nfe + 1
+
+    return integrate
+
+  sampler, times = _STEP_RULES[name](c, process), build_grid(config, process)
+  if c.corrector_steps:
+    sampler = sampling.with_langevin(sampler, process, snr=c.corrector_snr, num_steps=c.corrector_steps)
+  nfe = sampling.nfe(sampler, process, times)
+
+  def run(keys, denoise):
+    x = sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, start(keys), times)
+    return x, jnp.asarray(nfe)
+
+  return run
+
+
+def build_generate(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[..., tuple[Array, Array]]:
+  """`generate(params, seed, first, classes [B] or None) -> (images, NFE)`, compiled, the batch split over the mesh.
+
+  Image i of the batch is number `first + i` of that seed, whatever the batch size. Parameters may lie split over the mesh; the images
+  are whole on every device.
+
+  Raises:
+    ValueError: if the sampling batch cannot be split over the devices, or the config's sampler is wrong.
+  """
+  size = config.sampling.batch_size
+  parallel.check_batch(size, mesh.size, "sampling batch size")
+  run, split, whole = build_sampler(config), parallel.split(mesh), parallel.replicated(mesh)
+
+  def generate(params, seed, first, classes):
+    # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    keys = jax.lax.with_sharding_constraint(randomness.sample_keys(key, first + jnp.arange(size)), split)
+    params = jax.lax.with_sharding_constraint(params, whole)
+    if classes is not None:
+      classes = jax.lax.with_sharding_constraint(classes, split)
+    return run(keys, build_denoise(config, params, classes))
+
+  return jax.jit(generate, out_shardings=whole)
