@@ -2,11 +2,15 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -140,16 +144,17 @@ class Checkpoints:
     if step is not None and step not in steps:
       raise ValueError(f"Got step {step} of {self.folder}; wanted one of {', '.join(map(str, steps)) or 'none'}.")
     damaged = []
-    for candidate in steps[::-1] if step is None else [step]:
-      path = self.folder / str(candidate)
-      try:
-        content = self._content(candidate)
-        _check_same_shapes(path, content, templates)
-        items = self._read(candidate, content, templates)
-      except _DamagedError as error:
-        damaged.append(f"{path}: {error}")
-        continue
-      return Restored(candidate, items, content["data"], damaged)
+    with _collecting():
+      for candidate in steps[::-1] if step is None else [step]:
+        path = self.folder / str(candidate)
+        try:
+          content = self._content(candidate)
+          _check_same_shapes(path, content, templates)
+          items = self._read(candidate, content, templates)
+        except _DamagedError as error:
+          damaged.append(f"{path}: {error}")
+          continue
+        return Restored(candidate, items, content["data"], damaged)
     if damaged:
       raise DamagedError(
         "Got no checkpoint that can be used; each is damaged:\n  "
@@ -280,6 +285,23 @@ class DamagedError(ValueError):
 
 class _DamagedError(Exception):
   """A checkpoint that is not what was saved."""
+
+
+@contextlib.contextmanager
+def _collecting() -> Iterator[None]:
+  """Collects the readers that orbax leaves waiting when one of them fails: each would print pages about itself, at any later time."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  log = logging.getLogger("asyncio")
+  disabled, log.disabled = log.disabled, True
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+      try:
+        yield
+      finally:
+        gc.collect()
+  finally:
+    sys.unraisablehook, log.disabled = hook, disabled
 
 
 @contextlib.contextmanager

@@ -1,4 +1,3 @@
-import gc
 import json
 import os
 import random
@@ -12,15 +11,7 @@ import pytest
 
 from ddpm_jax import checkpoint, parallel
 
-# Orbax leaves its readers waiting when one of them fails; they are collected here, and not in some other test.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_format_2"
-
-
-@pytest.fixture(autouse=True)
-def _collected():
-  yield
-  gc.collect()
 
 
 def make_items(seed=0):

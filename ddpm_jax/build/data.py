@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -13,7 +11,6 @@ from ddpm_jax import (
 )
 from ddpm_jax.build.model import image_shape
 from ddpm_jax.schema import choose
-
 
 
 def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
