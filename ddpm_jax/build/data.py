@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import (
-  data,
-)
+from ddpm_jax import data
 from ddpm_jax.build.model import image_shape
 from ddpm_jax.schema import choose
 

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import (
-  predictions,
-  processes,
-  schedules,
-)
+from ddpm_jax import predictions, processes, schedules
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import (
-  guidance,
-  parallel,
-  predictions,
-  randomness,
-  sampling,
-)
+from ddpm_jax import guidance, parallel, predictions, randomness, sampling
 from ddpm_jax.build.model import build_network, build_prediction, build_process, image_shape
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process

@@ -9,16 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax import (
-  costs,
-  ema,
-  losses,
-  optim,
-  parallel,
-  predictions,
-  randomness,
-  train,
-)
+from ddpm_jax import costs, ema, losses, optim, parallel, predictions, randomness, train
 from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape
 from ddpm_jax.processes import Process
 from ddpm_jax.schema import choose
