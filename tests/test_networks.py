@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.networks import UNet
-from ddpm_jax.networks.layers import AttentionBlock, sinusoidal_embedding
+from ddpm_jax.networks.layers import AttentionBlock, drop, sinusoidal_embedding
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,), "groups": 4, "dropout": 0.0}
 
@@ -111,6 +111,25 @@ def test_dropout_acts_in_training_only():
 
   assert jnp.any(run(0, True) != run(1, True))
   np.testing.assert_array_equal(run(0, False), run(1, False))
+
+
+def test_dropout_by_a_key_for_each_sample_knows_no_batch():
+  """Each sample and each block has masks of its own, of the asked rate, whatever else is in the batch."""
+  network, params = build(dropout=0.25)
+  params, x, keys = awake(params), jnp.ones((4, 8, 8, 1)), jax.random.split(jax.random.key(0), 4)
+
+  def run(rows):
+    keep = jnp.array(rows)
+    return apply(network, params, x[keep], jnp.ones(len(rows)), train=True, dropout_keys=keys[keep])
+
+  whole = run([0, 1, 2, 3])
+  np.testing.assert_allclose(run([2, 1]), whole[jnp.array([2, 1])], rtol=1e-4, atol=1e-5)
+  assert all(jnp.any(whole[0] != other) for other in whole[1:])
+  many = jax.random.split(jax.random.key(1), 500)
+  first, second = (drop(jnp.ones((500, 8, 8)), 0.25, many, name) for name in ("down_0_0", "down_0_1"))
+  assert jnp.any(first != second)
+  np.testing.assert_allclose(jnp.mean(first > 0), 0.75, atol=0.01)
+  np.testing.assert_allclose(jnp.mean(first), 1, atol=0.01)
 
 
 def test_sinusoidal_embedding_is_ho_et_al_s():

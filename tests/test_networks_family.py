@@ -80,7 +80,7 @@ def test_the_block_of_ncsnpp_is_the_peer_s(resample):
     return {"kernel": np.moveaxis(weight, (0, 1), (-1, -2)), "bias": bias}
 
   names = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
-  got = block.apply({"params": {name: ours(name) for name in names}}, x, embedding, False)
+  got = block.apply({"params": {name: ours(name) for name in names}}, x, embedding, None)
   wanted = from_torch(peer(to_torch(x), torch.tensor(np.asarray(embedding))))
   np.testing.assert_allclose(got, wanted, atol=1e-5)
 

@@ -97,15 +97,8 @@ def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Ar
     classes = batch["label"] if network.num_classes else None
 
     def apply(x_t, label):
-      if not network.dropout:
-        return network.apply({"params": params}, x_t, label, classes, train=True)
-
-      # A sample's masks follow from its own key, however the batch is split.
-      def one(x_t, label, classes, key):
-        x_t, label, classes = jax.tree.map(lambda leaf: leaf[None], (x_t, label, classes))
-        return network.apply({"params": params}, x_t, label, classes, train=True, rngs={"dropout": key})[0]
-
-      return jax.vmap(one)(x_t, label, classes, randomness.fold_in(keys, 2))
+      masks = randomness.fold_in(keys, 2)
+      return network.apply({"params": params}, x_t, label, classes, train=True, dropout_keys=masks)
 
     drawn = (lambda _: batch["times"]) if "times" in batch else times
     return loss(keys, apply, process, prediction, batch["image"], times=drawn, weighting=weighting)

@@ -4,6 +4,7 @@ All take data of any number of spatial axes, [B, *space, C]: audio, images, volu
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -121,6 +122,15 @@ def double(x: Array, weights: Sequence[float] = (1, 1)) -> Array:
   return x
 
 
+def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
+  """Dropout by a key for each sample, folded with the block's name, so that masks do not depend on how a batch is split."""
+  if keys is None or not rate:
+    return x
+  folded = jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(name.encode()))
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(folded)
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
 class ResidualBlock(nn.Module):
   """Norm, swish, convolution, twice, with the embedding in between (Ho et al. 2020, appendix B).
 
@@ -133,8 +143,8 @@ class ResidualBlock(nn.Module):
   resample: str = ""
 
   @nn.compact
-  def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
-    """x [B, *space, C], embedding [B, E] -> [B, *space, features]."""
+  def __call__(self, x: Array, embedding: Array, keys: Array | None) -> Array:
+    """x [B, *space, C], embedding [B, E], keys [B] of dropout or None for none -> [B, *space, features]."""
     style, dtype = self.style, self.style.dtype
     h = nn.swish(style.norm("norm1")(x))
     if self.resample:
@@ -149,7 +159,7 @@ class ResidualBlock(nn.Module):
       h = style.norm("norm2")(h) * (1 + scale) + shift
     else:
       h = style.norm("norm2")(h + shift)
-    h = nn.Dropout(style.dropout, deterministic=not train)(nn.swish(h))
+    h = drop(nn.swish(h), style.dropout, keys, self.name or "")
     # Zero at the start, as every residual branch: the first gradients are not drowned in random output.
     h = conv(h, self.features, "conv2", dtype, init=ZEROS)
     if x.shape[-1] != self.features or (self.resample and style.song):

@@ -208,20 +208,27 @@ class Backbone(nn.Module):
       embedding += vector if self.vector_embedding == "identity" else two_layers(vector, "vector")
     return embedding
 
-  def _residual(self, x: Array, embedding: Array, features: int, train: bool, name: str, resample: str = "") -> Array:
-    block = self._again(layers.ResidualBlock, static_argnums=(3,))
-    return block(features, self._style, resample, name=name)(x, embedding, train)
+  def _dropout_keys(self, x: Array, train: bool, keys: Array | None) -> Array | None:
+    if not train or not self.dropout:
+      return None
+    return jax.random.split(self.make_rng("dropout"), x.shape[0]) if keys is None else keys
 
-  def _again(self, block: Any, **options: Any) -> Any:
+  def _residual(
+    self, x: Array, embedding: Array, features: int, keys: Array | None, name: str, resample: str = ""
+  ) -> Array:
+    block = self._again(layers.ResidualBlock)
+    return block(features, self._style, resample, name=name)(x, embedding, keys)
+
+  def _again(self, block: Any) -> Any:
     """The block, or what computes it again in the backward pass."""
     if self.remat == "none":
       return block
     policy = None if self.remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, self.remat)
-    return nn.remat(block, policy=policy, **options)
+    return nn.remat(block, policy=policy)
 
-  def _resample(self, h: Array, embedding: Array, train: bool, name: str, direction: str, way: str) -> Array:
+  def _resample(self, h: Array, embedding: Array, keys: Array | None, name: str, direction: str, way: str) -> Array:
     if way == "residual":
-      return self._residual(h, embedding, h.shape[-1], train, name, direction)
+      return self._residual(h, embedding, h.shape[-1], keys, name, direction)
     if direction == "down":
       return layers.Downsample(self.symmetric_padding, self.dtype, name=name)(h)
     return layers.Upsample(self.dtype, name=name)(h)
@@ -230,7 +237,7 @@ class Backbone(nn.Module):
     block = self._again(layers.AttentionBlock)
     return block(self._heads(x.shape[-1]), self._style, norm, name=name)(x)
 
-  def _way_down(self, x: Array, image: Array | None, embedding: Array, train: bool) -> tuple[Array, list[Array]]:
+  def _way_down(self, x: Array, image: Array | None, embedding: Array, keys: Array | None) -> tuple[Array, list[Array]]:
     """The coarsest level, and what the way up takes from every level."""
     x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
     x = (2 * x - 1 if self.center_input else x).astype(self.dtype)
@@ -239,12 +246,12 @@ class Backbone(nn.Module):
     ways = per_level(self.downsample, last)
     for level in range(last + 1):
       for block in range(self.blocks):
-        h = self._residual(h, embedding, self._features(level), train, f"down_{level}_{block}")
+        h = self._residual(h, embedding, self._features(level), keys, f"down_{level}_{block}")
         if level in self.attention_levels:
           h = self._attend(h, f"down_{level}_{block}_attention")
         skips.append(h)
       if level < last:
-        h = self._resample(h, embedding, train, f"down_{level}_downsample", "down", ways[level])
+        h = self._resample(h, embedding, keys, f"down_{level}_downsample", "down", ways[level])
         if self.progressive_input:
           margin = len(self.filter) // 2
           x = layers.conv(x, h.shape[-1], f"down_{level}_input", self.dtype, padding=margin)
@@ -253,11 +260,11 @@ class Backbone(nn.Module):
         skips.append(h)
     return h, skips
 
-  def _middle(self, h: Array, embedding: Array, train: bool) -> Array:
-    h = self._residual(h, embedding, h.shape[-1], train, "middle_0")
+  def _middle(self, h: Array, embedding: Array, keys: Array | None) -> Array:
+    h = self._residual(h, embedding, h.shape[-1], keys, "middle_0")
     if self.middle_attention:
       h = self._attend(h, "middle_attention", self.middle_attention_norm)
-    return self._residual(h, embedding, h.shape[-1], train, "middle_1")
+    return self._residual(h, embedding, h.shape[-1], keys, "middle_1")
 
 
 class UNet(Backbone):
@@ -274,6 +281,7 @@ class UNet(Backbone):
     image: Array | None = None,
     augmentation: Array | None = None,
     train: bool = False,
+    dropout_keys: Array | None = None,
   ) -> Array:
     """The network's output at noisy data.
 
@@ -285,7 +293,8 @@ class UNet(Backbone):
       image: a condition [B, *space, C'] that is joined to the input, as for super-resolution; given at `init`, it must be given
         ever after.
       augmentation: augmentation labels [B, augmentation_features]; None for zeros, plain data.
-      train: whether dropout is on; it then needs an rng named "dropout".
+      train: whether dropout is on; it then needs `dropout_keys` or an rng named "dropout".
+      dropout_keys: a key for each sample [B], which then has its own masks, however a batch is split.
 
     Returns:
       [B, *space, out_channels] in float32.
@@ -296,13 +305,14 @@ class UNet(Backbone):
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(label, classes, vector, augmentation)
-    h, skips = self._way_down(x, image, embedding, train)
-    h = self._middle(h, embedding, train)
+    keys = self._dropout_keys(x, train, dropout_keys)
+    h, skips = self._way_down(x, image, embedding, keys)
+    h = self._middle(h, embedding, keys)
     for level in reversed(range(len(self.multipliers))):
       taken = [skips.pop() for _ in range(self.blocks + 1)]
 
       def rise(network, h, taken, embedding, level=level):
-        return network._rise(h, taken, embedding, train, level)
+        return network._rise(h, taken, embedding, keys, level)
 
       again = nn.remat(rise, policy=None) if self.remat == "everything" else rise
       h = again(self, h, taken, embedding)
@@ -312,16 +322,16 @@ class UNet(Backbone):
       h /= jnp.exp(label.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
     return h
 
-  def _rise(self, h: Array, skips: list[Array], embedding: Array, train: bool, level: int) -> Array:
+  def _rise(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
     """A level of the way up, given what it takes from the way down."""
     for block, skip in enumerate(skips):
       h = jnp.concatenate([h, skip], axis=-1)
-      h = self._residual(h, embedding, self._features(level), train, f"up_{level}_{block}")
+      h = self._residual(h, embedding, self._features(level), keys, f"up_{level}_{block}")
       if level in self.attention_levels and (block == self.blocks or not self.song):
         h = self._attend(h, f"up_{level}_{block}_attention")
     if level > 0:
       way = per_level(self.upsample, len(self.multipliers) - 1)[level - 1]
-      h = self._resample(h, embedding, train, f"up_{level}_upsample", "up", way)
+      h = self._resample(h, embedding, keys, f"up_{level}_upsample", "up", way)
     return h
 
 
@@ -332,16 +342,16 @@ class Classifier(Backbone):
   """
 
   @nn.compact
-  def __call__(self, x: Array, label: Array, *, train: bool = False) -> Array:
-    """The logits [B, out_channels], in float32, of data [B, *space, C] at time inputs [B]; `train` turns dropout on.
+  def __call__(self, x: Array, label: Array, *, train: bool = False, dropout_keys: Array | None = None) -> Array:
+    """The logits [B, out_channels], in float32, of data [B, *space, C] at time inputs [B]; dropout as in `UNet`.
 
     Raises:
       ValueError: if the size cannot be halved often enough.
     """
     self._check_call(x)
-    embedding = self._embed(label, None, None, None)
-    h, _ = self._way_down(x, None, embedding, train)
-    h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, train)))
+    embedding, keys = self._embed(label, None, None, None), self._dropout_keys(x, train, dropout_keys)
+    h, _ = self._way_down(x, None, embedding, keys)
+    h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, keys)))
     pool = layers.AttentionPool(self.out_channels, self._heads(h.shape[-1]), self._style, name="pool")
     return pool(h).astype(jnp.float32)
 
