@@ -211,7 +211,11 @@ class Backbone(nn.Module):
   def _dropout_keys(self, x: Array, train: bool, keys: Array | None) -> Array | None:
     if not train or not self.dropout:
       return None
-    return jax.random.split(self.make_rng("dropout"), x.shape[0]) if keys is None else keys
+    if keys is None:
+      return jax.random.split(self.make_rng("dropout"), x.shape[0])
+    if keys.shape != x.shape[:1]:
+      raise ValueError(f"Got dropout_keys of shape {keys.shape} for {x.shape[0]} samples; wanted a typed key for each.")
+    return keys
 
   def _residual(
     self, x: Array, embedding: Array, features: int, keys: Array | None, name: str, resample: str = ""
@@ -300,7 +304,7 @@ class UNet(Backbone):
       [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: if the size cannot be halved often enough, a condition is of the wrong shape, or classes, a vector or
+      ValueError: if the size cannot be halved often enough, a condition or `dropout_keys` are of the wrong shape, or classes, a vector or
         augmentation labels are given to a network that knows none, or classes or a vector are not given to one that does.
     """
     self._check_call(x, classes, vector, image, augmentation)
