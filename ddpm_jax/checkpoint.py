@@ -417,4 +417,6 @@ def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[s
 
 
 def _first_line(error: BaseException) -> str:
+  while error.__cause__ is not None:  # orbax says what it did, its cause what happened
+    error = error.__cause__
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
