@@ -51,6 +51,8 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
   config = ConfigDict(config.to_dict())
   config.data.image_size, config.data.channels = model.shape[0], model.shape[2]
   config.network.update(_network_keys(network, model.shape[0]) | {name: config.network[name] for name in _FREE})
+  if config.loss.label_dropout and network.num_classes:
+    config.network.num_classes -= 1  # the last stands for none
   n = len(schedule.betas)
   if schedule.schedule in ("linear", "scaled_linear"):
     config.process.update({"beta_min": schedule.ends[0] * n, "beta_max": schedule.ends[1] * n})
@@ -167,10 +169,10 @@ def of_run(config: ConfigDict, folder: Path, *, resuming: bool) -> tuple[ConfigD
   if model.shape is None:  # the folder does not say: the data do
     model = model._replace(shape=build.image_shape(config))
   check_data(config, model)
-  classes = config.network.num_classes
-  if classes and classes != model.network.num_classes:
+  classes, dropout = config.network.num_classes, config.loss.label_dropout
+  if classes and classes + (dropout > 0) != model.network.num_classes:
     raise ValueError(
-      f"Got config.network.num_classes={classes} with config.init_from={config.init_from!r}, a model of"
-      f" {model.network.num_classes} classes; wanted the same number, or leave it out."
+      f"Got config.network.num_classes={classes} and loss.label_dropout={dropout} with config.init_from={config.init_from!r}, a model of"
+      f" {model.network.num_classes} classes; wanted the same number, with label dropout one less (the last stands for none)."
     )
   return adopt(config, model), model

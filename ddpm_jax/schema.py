@@ -60,6 +60,7 @@ def default_config() -> ConfigDict:
       "times_mean": -1.2,  # of log_normal and logit_normal
       "times_std": 1.2,
       "vlb_weight": 0.001,  # of the variational bound, if the variance is learned
+      "label_dropout": 0.0,  # the share of labels hidden from a conditional network, which classifier-free guidance needs
     }
   )
   config.network = ConfigDict(

@@ -16,7 +16,7 @@ def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   c = config.data
   makers = {
     "digits": lambda: (data.digits(), None),
-    "mnist": lambda: (data.mnist(), None),
+    "mnist": lambda: (data.mnist(c.image_size), None),
     "arrays": lambda: (data.arrays(c.path), None),
     "folder": lambda: _folders(
       c,

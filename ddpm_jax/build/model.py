@@ -73,9 +73,26 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
   return config.data.image_size, config.data.image_size, config.data.channels
 
 
+def null_class(config: ConfigDict) -> int:
+  """The label that stands for none, one above the classes; a ValueError unless the model was trained with label dropout."""
+  if not config.loss.label_dropout:
+    raise ValueError(
+      "Got a model that was trained without label dropout, so it has no unconditional half to guide away from; wanted one"
+      " trained with --config.loss.label_dropout=0.1 or so, as configs/digits_cond.py is. Or leave the guidance scale at 1."
+    )
+  return config.network.num_classes
+
+
 def build_network(config: ConfigDict) -> UNet:
   """The network, checked against the images it is to take."""
   c = dict(config.network)
+  if not 0 <= config.loss.label_dropout < 1 or (config.loss.label_dropout and not c["num_classes"]):
+    raise ValueError(
+      f"Got config.loss.label_dropout={config.loss.label_dropout} with network.num_classes={c['num_classes']}; wanted 0 to below 1,"
+      " and above 0 only with classes."
+    )
+  # One more, for no class.
+  c["num_classes"] += config.loss.label_dropout > 0
   dtype = choose(c.pop("dtype"), _DTYPES, "config.network.dtype")
   out_channels = config.data.channels * (2 if config.learned_variance else 1)
   heights = [config.data.image_size / 2**level for level in range(len(c["multipliers"]))]
