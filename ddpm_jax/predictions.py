@@ -12,28 +12,58 @@ Array = jax.Array
 
 
 class Denoised(NamedTuple):
-  """What `denoise` gives where the network also learned the variance of the reverse step.
+  """What `denoise` gives where there is more to say than the estimate of the data.
 
   Attributes:
     x_0: the estimate of the data [B, ...].
-    fraction: where the log-variance lies between that of the posterior (0) and that of the forward step (1), [B, ...].
+    fraction: of a network that learned the variance of the reverse step: where the log-variance lies between that of the
+      posterior (0) and that of the forward step (1), [B, ...].
+    unguided: the estimate of the data that noise is to be derived from, where that is another (CFG++), [B, ...].
   """
 
   x_0: Array
-  fraction: Array
+  fraction: Array | None = None
+  unguided: Array | None = None
 
 
 Denoise = Callable[[Array, Array], Any]
 
 
 def x_0_of(denoised) -> Array:
-  """The estimate of the data, of a `denoise` with or without learned variance."""
-  return denoised.x_0 if isinstance(denoised, Denoised) else denoised
+  """The estimate of the data, of a `denoise` that says no more or one that does.
+
+  Raises:
+    ValueError: if noise is to be derived from another one, which is lost here.
+  """
+  if not isinstance(denoised, Denoised):
+    return denoised
+  if denoised.unguided is not None:
+    raise ValueError(
+      "Got a denoise guided by CFG++, whose data and noise come from two estimates, for a rule that knows one; wanted"
+      " sampling.ddim or sampling.euler. Or guide by guidance.classifier_free, which serves every rule."
+    )
+  return denoised.x_0
+
+
+def eps_of(denoised, x_t: Array, alpha, sigma) -> tuple[Array, Array]:
+  """The estimate of the data, and that of the noise, derived from the unguided one if there is one."""
+  if isinstance(denoised, Denoised) and denoised.unguided is not None:
+    return denoised.x_0, (x_t - alpha * denoised.unguided) / sigma
+  x_0 = x_0_of(denoised)
+  return x_0, (x_t - alpha * x_0) / sigma
+
+
+def learned_fraction(denoised) -> Array | None:
+  """The learned variance of the reverse step, or None."""
+  return denoised.fraction if isinstance(denoised, Denoised) else None
 
 
 def map_x_0(function: Callable[[Array], Array], denoised):
-  """`function` of the estimate of the data; a learned variance passes through."""
-  return denoised._replace(x_0=function(denoised.x_0)) if isinstance(denoised, Denoised) else function(denoised)
+  """`function` of the estimates of the data; a learned variance passes through."""
+  if not isinstance(denoised, Denoised):
+    return function(denoised)
+  unguided = None if denoised.unguided is None else function(denoised.unguided)
+  return denoised._replace(x_0=function(denoised.x_0), unguided=unguided)
 
 
 class Prediction(NamedTuple):

@@ -10,7 +10,14 @@ import optax
 from ml_collections import ConfigDict
 
 from ddpm_jax import costs, ema, losses, optim, parallel, predictions, randomness, train
-from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape, null_class
+from ddpm_jax.build.model import (
+  build_network,
+  build_params_init,
+  build_prediction,
+  build_process,
+  image_shape,
+  null_class,
+)
 from ddpm_jax.processes import Process
 from ddpm_jax.schema import choose
 
@@ -95,7 +102,7 @@ def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Ar
 
   def loss_fn(params, keys, batch):
     classes = batch["label"] if network.num_classes else None
-    if c.label_dropout:
+    if classes is not None and c.label_dropout:
       hidden = jax.vmap(jax.random.bernoulli, (0, None))(randomness.fold_in(keys, 3), c.label_dropout)
       classes = jnp.where(hidden, null_class(config), classes)
 

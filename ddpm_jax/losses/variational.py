@@ -14,7 +14,7 @@ from jax.scipy.special import log_ndtr
 from ddpm_jax.losses.denoising import draw, squared_error
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
-from ddpm_jax.predictions import Denoised, Prediction, coefficients, map_x_0, x_0_of
+from ddpm_jax.predictions import Denoised, Prediction, coefficients, learned_fraction, map_x_0, x_0_of
 from ddpm_jax.processes import Process, expand
 
 Array = jax.Array
@@ -71,7 +71,7 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
     )
   if variance not in ("small", "large", "learned"):
     raise ValueError(f"Got variance={variance!r}; wanted 'small', 'large' or 'learned'.")
-  if variance == "learned" and not isinstance(denoised, Denoised):
+  if variance == "learned" and learned_fraction(denoised) is None:
     raise ValueError("Got variance='learned' and an estimate without variance; wanted a learned_range prediction.")
   if not isinstance(t, jax.core.Tracer) and not np.all(
     np.isclose(np.rint(np.multiply(t, n)), np.multiply(t, n), atol=1e-2) & (np.multiply(t, n) > 0.5)

@@ -130,12 +130,14 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     sampler = sampler.prepare(times.shape[0] - 1)
 
   def network(x_t, t):
-    denoised = denoise(x_t.astype(dtype), t)
-    if jnp.shape(x_0_of(denoised)) != x_t.shape:
-      raise ValueError(
-        f"Got an estimate of shape {jnp.shape(x_0_of(denoised))} from denoise for x of shape {x_t.shape}; wanted the same shape."
-      )
-    return map_x_0(lambda x_0: jnp.asarray(x_0, precision), denoised)
+    def check(x_0):
+      if jnp.shape(x_0) != x_t.shape:
+        raise ValueError(
+          f"Got an estimate of shape {jnp.shape(x_0)} from denoise for x of shape {x_t.shape}; wanted the same shape."
+        )
+      return jnp.asarray(x_0, precision)
+
+    return map_x_0(check, denoise(x_t.astype(dtype), t))
 
   def body(carry, step):
     x_t, memory = carry

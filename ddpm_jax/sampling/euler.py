@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.predictions import eps_of
 from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler, estimate, no_memory, root
 
@@ -37,7 +38,7 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
   check_eta(eta)
 
   def step(key, denoise, x_t, memory, t, s):
-    x_0, eps = estimate(process, denoise, x_t, t)
+    x_0, eps = eps_of(denoise(x_t, t), x_t, process.alpha(t), process.sigma(t))
     if eta == 0:
       return process.alpha(s) * x_0 + process.sigma(s) * eps, memory
     down, up = fresh_noise(process, t, s, eta)
@@ -89,7 +90,7 @@ def heun(
 
 
 def _euler_step(process, denoise, x_t, t, s):
-  x_0, eps = estimate(process, denoise, x_t, t)
+  x_0, eps = eps_of(denoise(x_t, t), x_t, process.alpha(t), process.sigma(t))
   return process.alpha(s) * x_0 + process.sigma(s) * eps
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.predictions import Denoised, x_0_of
+from ddpm_jax.predictions import learned_fraction, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
 from ddpm_jax.sampling.core import Sampler, no_memory, root
 
@@ -24,7 +24,7 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
 
   def step(key, denoise, x_t, memory, t, s):
     denoised = denoise(x_t, t)
-    if variance == "learned" and not isinstance(denoised, Denoised):
+    if variance == "learned" and learned_fraction(denoised) is None:
       raise ValueError(
         "Got variance='learned' and a denoise without variance; wanted the denoiser of a predictions.learned_range network."
       )

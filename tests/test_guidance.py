@@ -1,0 +1,418 @@
+"""Guidance: what it means for data whose classes have closed-form densities, and that it serves every sampler."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from ddpm_jax import guidance, predictions, processes, sampling
+from ddpm_jax.predictions import Denoised
+from tests.oracles import MIXTURE, PROCESSES, Mixture
+from tests.samplers import DISTINCT, FEW, SAMPLERS, run
+
+NONE = len(MIXTURE.weights)
+
+
+def log_density(mixture, process, x, t):
+  """log q(x_t) of a mixture, at times t [B]."""
+  t = jnp.broadcast_to(t, x.shape[:1])
+  alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+  variance = alpha**2 * mixture.stds**2 + sigma**2
+  distance = jnp.sum((x[:, None, :] - alpha[..., None] * mixture.means) ** 2, -1) / variance
+  return jax.nn.logsumexp(jnp.log(mixture.weights) - 0.5 * distance - 0.5 * x.shape[1] * jnp.log(variance), axis=-1)
+
+
+def component(index, mixture=MIXTURE):
+  return Mixture(np.ones(1), mixture.means[index : index + 1], mixture.stds[index : index + 1])
+
+
+def conditional(process, mixture=MIXTURE):
+  """Component c for the condition c, the whole mixture for the label that stands for none."""
+  choices = [component(c, mixture).denoise(process) for c in range(len(mixture.weights))] + [mixture.denoise(process)]
+
+  def denoise(x_t, t, classes):
+    return sum(
+      jnp.where((classes == c)[:, None], choice(x_t, t), 0).astype(x_t.dtype) for c, choice in enumerate(choices)
+    )
+
+  return denoise
+
+
+def log_posterior(process, c, x, t):
+  """log p(c | x_t), exact."""
+  return math.log(MIXTURE.weights[c]) + log_density(component(c), process, x, t) - log_density(MIXTURE, process, x, t)
+
+
+def points(process, count=64):
+  rng = np.random.default_rng(0)
+  t = jnp.asarray(process.t_max * rng.uniform(0.05, 0.95, count))
+  return process.perturb(jnp.asarray(MIXTURE.draw(rng, count)), t, jnp.asarray(rng.standard_normal((count, 2)))), t
+
+
+def labels(c, count):
+  return jnp.full((count,), c)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_classifier_free_and_exact_classifier_guidance_are_one_function(name, scale, x64):
+  process = PROCESSES[name]
+  x, t = points(process)
+  for c in (0, 1):
+    free = guidance.classifier_free(conditional(process), labels(c, 64), labels(NONE, 64), scale)
+    by_classifier = guidance.classifier(
+      MIXTURE.denoise(process), functools.partial(log_posterior, process, c), process, scale
+    )
+    np.testing.assert_allclose(free(x, t), by_classifier(x, t), atol=2e-7 * max(1, float(jnp.max(jnp.abs(x)))))
+
+
+def test_scale_one_and_zero_are_the_branches_bit_for_bit_and_one_call():
+  process, calls = processes.vp(), []
+  model = conditional(process)
+
+  def counted(x_t, t, classes):
+    calls.append(len(x_t))
+    return model(x_t, t, classes)
+
+  x, t = (value.astype(jnp.float32) for value in points(process))
+  given, none = labels(1, 64), labels(NONE, 64)
+  for scale, wanted in ((1.0, given), (0.0, none)):
+    got = guidance.classifier_free(counted, given, none, scale)(x, t)
+    np.testing.assert_array_equal(got, model(x, t, wanted))
+  assert calls == [64, 64]
+  guidance.classifier_free(counted, given, none, 2.0)(x, t)
+  assert calls[2:] == [128], "both branches in one call"
+  # A scale that is only known when it runs gives the same at its ends.
+  for scale, wanted in ((1.0, given), (0.0, none)):
+    traced = jax.jit(lambda x, t, w: guidance.classifier_free(model, given, none, lambda t: w)(x, t))(x, 0.3, scale)
+    np.testing.assert_allclose(traced, model(x, jnp.float32(0.3), wanted), rtol=1e-6, atol=1e-7)
+
+
+def test_a_negative_label_is_what_is_guided_away_from():
+  process = processes.vp()
+  model = conditional(process)
+  x, t = points(process)
+  got = guidance.classifier_free(model, labels(0, 64), labels(1, 64), 2.5)(x, t)
+  c, u = model(x, t, labels(0, 64)), model(x, t, labels(1, 64))
+  np.testing.assert_allclose(got, u + 2.5 * (c - u), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 4.0])
+def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(scale, x64):
+  """Class N(m, s^2) in data N(0, S^2): the guided score is linear, and from sigma_max = inf the flow ends at std s^w S^(1-w)."""
+  process, (m, s, spread) = processes.edm(0.002, 80.0), (0.3, 0.25, 0.6)
+  centre = {
+    0: Mixture(np.ones(1), np.full((1, 1), m), np.array([s])),
+    1: Mixture(np.ones(1), np.zeros((1, 1)), np.array([spread])),
+  }
+
+  def model(x_t, t, classes):
+    return jnp.where((classes == 0)[:, None], centre[0].denoise(process)(x_t, t), centre[1].denoise(process)(x_t, t))
+
+  x = jnp.asarray(80.0 * np.random.default_rng(0).standard_normal((500, 1)))
+  denoise = guidance.classifier_free(model, labels(0, 500), labels(1, 500), scale)
+  times = sampling.grids.karras(process, 240)
+  got = np.asarray(run(sampling.heun(process), denoise, x, times))
+
+  def factor(sigma):
+    return (s**2 + sigma**2) ** (scale / 2) * (spread**2 + sigma**2) ** ((1 - scale) / 2)
+
+  # dx/dsigma = sigma (scale (x - m) / (s^2 + sigma^2) + (1 - scale) x / (S^2 + sigma^2)).
+  shift = integrate.quad(lambda v: scale * m * v / (s**2 + v**2) / factor(v), 0, 80, points=[0.1, 1, 10])[0]
+  wanted = factor(0) * (np.asarray(x) / factor(80) + shift)
+  np.testing.assert_allclose(got, wanted, atol=1e-3 * max(1, np.abs(wanted).max()))
+  limit = s**scale * spread ** (1 - scale)
+  np.testing.assert_allclose(got.std() / (np.asarray(x).std() / 80), limit, rtol=5e-3)
+
+
+def test_class_shares_move_with_the_scale_as_the_guided_flow_says():
+  """Two modes, and a condition that makes one likelier: the flow in one dimension is monotone, so SciPy finds its watershed."""
+  process = processes.edm(0.002, 20.0)
+  modes = np.array([[-0.6], [0.6]])
+  data = {w: Mixture(np.array([1 - w, w]), modes, np.array([0.15, 0.15])) for w in (0.5, 0.7)}
+
+  def model(x_t, t, classes):
+    return jnp.where((classes == 0)[:, None], data[0.7].denoise(process)(x_t, t), data[0.5].denoise(process)(x_t, t))
+
+  def slope(sigma, x, scale):
+    def mean(w):
+      ratio = np.log(w / (1 - w)) + ((x + 0.6) ** 2 - (x - 0.6) ** 2) / (2 * (0.15**2 + sigma**2))
+      p = 1 / (1 + np.exp(-ratio))
+      centre = 0.6 * (2 * p - 1)
+      return centre + 0.15**2 / (0.15**2 + sigma**2) * (x - centre)
+
+    return (x - (mean(0.5) + scale * (mean(0.7) - mean(0.5)))) / sigma
+
+  count, shares = 20_000, []
+  x = 20.0 * jax.random.normal(jax.random.key(0), (count, 1))
+  for scale in (0.0, 1.0, 3.0):
+    denoise = guidance.classifier_free(model, labels(0, count), labels(1, count), scale)
+    got = run(sampling.heun(process), denoise, x, sampling.grids.karras(process, 40))
+    starts = np.linspace(-30, 30, 601)
+    ends = integrate.solve_ivp(slope, (20, 0.002), starts, args=(scale,), rtol=1e-6, atol=1e-8).y[:, -1]
+    watershed = starts[np.argmax(ends > 0)] - 0.05
+    wanted = stats.norm.sf(watershed, scale=20)
+    share = float(jnp.mean(got > 0))
+    assert abs(share - wanted) < 4 * math.sqrt(0.25 / count) + 0.002, (scale, share, wanted)
+    shares.append(share)
+  assert 0.48 < shares[0] < 0.52
+  assert 0.68 < shares[1] < 0.72, "scale 1 is the conditional model"
+  assert shares[2] > shares[1] + 0.1
+
+
+def test_the_interval_guides_inside_only_and_calls_one_branch_outside():
+  process, calls = processes.edm(), []
+  model = conditional(process)
+
+  def counted(x_t, t, classes):
+    jax.debug.callback(lambda: calls.append(len(x_t)))
+    return model(x_t, t, classes)
+
+  given, none = labels(0, 8), labels(NONE, 8)
+  x = jnp.ones((8, 2))
+  denoise = jax.jit(guidance.classifier_free(counted, given, none, guidance.interval(process, 3.0, 0.2, 5.0)))
+  plain = guidance.classifier_free(model, given, none, 3.0)
+  for t, inside in ((0.1, False), (0.2, True), (1.0, True), (5.0, True), (6.0, False)):
+    wanted = plain(x, t) if inside else model(x, jnp.float32(t), given)
+    np.testing.assert_allclose(denoise(x, jnp.float32(t)), wanted, rtol=1e-6)
+    jax.effects_barrier()
+    assert calls == [16 if inside else 8]
+    calls.clear()
+  # Times of their own: one call of both branches.
+  t = jnp.array([0.1, 1.0, 6.0, 0.3, 0.1, 1.0, 6.0, 0.3])
+  wanted = jnp.where(((t > 0.2) & (t < 5))[:, None], plain(x, t), model(x, t, given))
+  np.testing.assert_allclose(denoise(x, t), wanted, rtol=1e-6)
+  vp = processes.vp()
+  schedule = guidance.interval(vp, 3.0, 0.2)
+  assert float(schedule(jnp.float32(vp.t_max))) == 3.0
+
+
+def test_rescaling_gives_back_the_conditional_spread():
+  process = processes.vp()
+  image = jax.random.normal(jax.random.key(0), (5, 4, 4, 3))
+
+  def model(x_t, t, classes):
+    return jnp.tanh(x_t) * (1 + 0.5 * classes[:, None, None, None])
+
+  given, none = labels(2, 5), labels(0, 5)
+
+  def deviation(rescale):
+    return jnp.std(guidance.classifier_free(model, given, none, 4.0, rescale=rescale)(image, 0.5), axis=(1, 2, 3))
+
+  conditional_one, guided = jnp.std(model(image, 0.5, given), axis=(1, 2, 3)), deviation(0.0)
+  assert np.all(guided > 1.2 * conditional_one)
+  np.testing.assert_allclose(deviation(1.0), conditional_one, rtol=1e-5)
+  np.testing.assert_allclose(deviation(0.7), 0.7 * conditional_one + 0.3 * guided, rtol=1e-5)
+  still = guidance.classifier_free(lambda x, t, c: jnp.zeros_like(x), given, none, 4.0, rescale=1.0)(image, 0.5)
+  np.testing.assert_array_equal(still, 0)
+  assert process is not None
+
+
+def test_autoguidance_goes_away_from_the_weaker_model():
+  process = processes.vp()
+  strong, weak = MIXTURE.denoise(process), component(0).denoise(process)
+  x, t = points(process)
+  got = guidance.autoguidance(strong, weak, 2.0)(x, t)
+  np.testing.assert_allclose(got, 2 * strong(x, t) - weak(x, t), rtol=1e-5, atol=1e-6)
+  assert guidance.autoguidance(strong, weak, 1.0) is strong
+
+
+def cfg_plus_plus(process, model, x, times, c, scale):
+  """Chung et al. 2024, algorithm 2, as it is printed, in any alpha and sigma."""
+  for t, s in itertools.pairwise(times):
+    alpha_t, alpha_s = process.alpha(t), process.alpha(s)
+    sigma_t, sigma_s = process.sigma(t), process.sigma(s)
+    noise = [(x - alpha_t * model(x, t, labels(k, len(x)))) / sigma_t for k in (c, NONE)]
+    guided = noise[1] + scale * (noise[0] - noise[1])
+    x = alpha_s * (x - sigma_t * guided) / alpha_t + sigma_s * noise[1]
+  return x
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
+def test_plus_plus_is_the_papers_algorithm(scale, x64):
+  process = processes.vp()
+  x = jax.random.normal(jax.random.key(0), (40, 2), jnp.float64)
+  times = sampling.grids.uniform(process, 12)
+  model = conditional(process)
+  denoise = guidance.plus_plus(model, labels(0, 40), labels(NONE, 40), scale)
+  wanted = cfg_plus_plus(process, model, x, times, 0, scale)
+  for sampler in (sampling.ddim(process), sampling.euler(process)):
+    np.testing.assert_allclose(run(sampler, denoise, x, times), wanted, rtol=1e-6, atol=1e-8)
+  # DDIM by plain guidance, with a scale that depends on the step.
+  step = times[3], times[4]
+  (alpha_t, alpha_s), (sigma_t, sigma_s) = (
+    np.asarray(process.alpha(np.asarray(step))),
+    np.asarray(process.sigma(np.asarray(step))),
+  )
+  same = guidance.classifier_free(
+    model, labels(0, 40), labels(NONE, 40), scale / (1 - sigma_s * alpha_t / (alpha_s * sigma_t))
+  )
+  np.testing.assert_allclose(
+    run(sampling.ddim(process), denoise, x, np.array(step)),
+    run(sampling.ddim(process), same, x, np.array(step)),
+    rtol=1e-6,
+  )
+
+
+@pytest.mark.parametrize("name", ["ddim_half", "ancestral", "heun", "dpmpp_2m", "unipc_3", "deis_3", "langevin_heun"])
+def test_plus_plus_is_refused_where_its_noise_would_be_lost(name):
+  process = processes.vp()
+  denoise = guidance.plus_plus(conditional(process), labels(0, 4), labels(NONE, 4), 0.5)
+  times = sampling.grids.uniform(process, 4)
+  if name == "ddim_half":
+    assert np.all(np.isfinite(run(SAMPLERS[name](process), denoise, jnp.ones((4, 2)), times)))
+    return
+  with pytest.raises(ValueError, match=r"CFG\+\+"):
+    run(SAMPLERS[name](process), denoise, jnp.ones((4, 2)), times)
+
+
+def wrapped(process, trace):
+  """Every wrapper at work, the network counted."""
+  model = conditional(process)
+
+  def counted(x_t, t, classes):
+    trace.append(len(x_t))
+    return model(x_t, t, classes)
+
+  given, none = labels(0, 4), labels(NONE, 4)
+
+  def unconditional(x_t, t):
+    return counted(x_t, t, none)
+
+  return {
+    "classifier_free": guidance.classifier_free(counted, given, none, 3.0, rescale=0.5),
+    "autoguidance": guidance.autoguidance(unconditional, component(0).denoise(process), 2.0),
+    "classifier": guidance.classifier(unconditional, functools.partial(log_posterior, process, 0), process, 2.0),
+    "clip": guidance.clip(unconditional),
+    "dynamic_threshold": guidance.dynamic_threshold(unconditional, 0.9),
+  }
+
+
+WRAPPERS = ("classifier_free", "classifier", "autoguidance", "clip", "dynamic_threshold")
+
+
+@pytest.mark.parametrize(
+  ("name", "wrapper"), [(name, wrapper) for name in DISTINCT for wrapper in WRAPPERS[: 2 if name not in FEW else None]]
+)
+def test_every_wrapper_serves_every_sampler_with_one_trace_a_call_site(name, wrapper):
+  process = processes.vp()
+  times, x = sampling.grids.uniform(process, 5, t_min=1e-3), jnp.ones((4, 2))
+  plain: list[int] = []
+
+  def bare(x_t, t):
+    plain.append(len(x_t))
+    return MIXTURE.denoise(process)(x_t, t)
+
+  sampler, trace = SAMPLERS[name](process), []
+  jax.eval_shape(lambda x: sampling.sample(jax.random.key(0), sampler, bare, x, times), x)
+  got = run(sampler, wrapped(process, trace)[wrapper], x, times)
+  assert np.all(np.isfinite(got))
+  assert len(trace) == len(plain)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_wrapper_serves_the_adaptive_ode(wrapper):
+  process = processes.vp()
+  denoise = wrapped(process, [])[wrapper]
+  x, _ = jax.jit(lambda x: sampling.ode(process, denoise, x, 1.0, 1e-3, rtol=1e-3, atol=1e-3))(jnp.ones((4, 2)))
+  assert np.all(np.isfinite(x))
+
+
+@pytest.mark.parametrize("name", ["zero_snr", "rectified_flow"])
+def test_a_classifier_says_nothing_where_no_data_is_left(name):
+  process = PROCESSES[name]
+  guided = guidance.classifier(MIXTURE.denoise(process), functools.partial(log_posterior, process, 0), process, 5.0)
+  x = jnp.ones((4, 2))
+  np.testing.assert_array_equal(guided(x, process.t_max), MIXTURE.denoise(process)(x, process.t_max))
+
+
+def test_a_learned_variance_is_the_conditional_ones():
+  process = processes.discrete(np.linspace(1e-4, 0.02, 100))
+  prediction = predictions.learned_range(predictions.EPS)
+
+  def apply(x_t, label, classes):
+    del label
+    return jnp.concatenate([0.1 * x_t, 0.2 * classes[:, None, None, None] + 0 * x_t], axis=-1)
+
+  def model(x_t, t, classes):
+    return predictions.denoiser(lambda x, label: apply(x, label, classes), process, prediction)(x_t, t)
+
+  x = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
+  denoise = guidance.classifier_free(model, labels(3, 4), labels(0, 4), 2.0, rescale=0.3)
+  got = denoise(x, 0.5)
+  assert isinstance(got, Denoised)
+  np.testing.assert_allclose(got.fraction, 0.8, rtol=1e-6)
+  denoise = guidance.dynamic_threshold(guidance.clip(denoise))
+  denoise = guidance.autoguidance(denoise, lambda x_t, t: 0.5 * x_t, 1.5)
+  denoise = guidance.classifier(denoise, lambda x_t, t: -jnp.sum(x_t**2, (1, 2, 3)), process, 0.1)
+  np.testing.assert_allclose(denoise(x, 0.5).fraction, 0.8, rtol=1e-6)
+  times = sampling.grids.trailing(process, 5)
+  assert np.all(np.isfinite(run(sampling.ancestral(process, "learned"), denoise, x, times)))
+
+
+@pytest.mark.parametrize("percentile", [0.8, 0.995, 1.0])
+def test_the_dynamic_threshold_is_a_percentile_of_each_sample(percentile):
+  x = (
+    np.random.default_rng(0).standard_normal((3, 8, 8, 2)).astype(np.float32)
+    * np.array([0.2, 1.5, 4])[:, None, None, None]
+  )
+  got = np.asarray(guidance.dynamic_threshold(lambda x, t: x, percentile)(jnp.asarray(x, jnp.float32), 0.5))
+  for sample, result in zip(x, got, strict=True):
+    bound = max(1.0, np.quantile(np.abs(sample), percentile))
+    np.testing.assert_allclose(result, np.clip(sample, -bound, bound) / bound, rtol=1e-5)
+  np.testing.assert_array_equal(got[0], x[0].astype(np.float32)), "what lies in range is left alone"
+  assert np.abs(got - np.clip(x, -1, 1)).max() > 0.1, "it is not static clipping"
+
+
+def test_guidance_of_a_split_batch_is_that_of_the_whole():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  process = processes.vp()
+  x, t = points(process)
+  denoise = guidance.classifier_free(conditional(process), labels(1, 64), labels(NONE, 64), 2.0)
+  split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+  lowered = jax.jit(denoise).lower(split, jnp.float32(0.4)).compile()
+  np.testing.assert_allclose(lowered(split, jnp.float32(0.4)), denoise(x, jnp.float32(0.4)), rtol=1e-5, atol=1e-6)
+  text = lowered.as_text()
+  for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+    assert collective not in text, "each device keeps its own samples"
+  assert t.shape == (64,)
+
+
+def bare(x_t, t, *rest):
+  return x_t
+
+
+WRONG = {
+  "negative_scale": (
+    lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), -1.0),
+    "guidance scale of -1.0",
+  ),
+  "nan": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), math.nan), "scale of nan"),
+  "rescale": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0, rescale=1.5), "rescale=1.5"),
+  "conditions": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 3), 2.0), "wanted them alike"),
+  "count": (
+    lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0)(jnp.ones((3, 2)), 0.5),
+    "for 3 samples",
+  ),
+  "plus_plus": (lambda: guidance.plus_plus(bare, labels(0, 2), labels(1, 2), 3.0), "scale=3.0 for CFG"),
+  "autoguidance": (lambda: guidance.autoguidance(bare, bare, math.inf), "scale of inf"),
+  "classifier": (lambda: guidance.classifier(bare, bare, processes.vp(), -2.0), "scale of -2.0"),
+  "log_prob": (
+    lambda: guidance.classifier(bare, bare, processes.vp(), 2.0)(jnp.ones((3, 2)), 0.5),
+    r"log_prob of shape \(3, 2\)",
+  ),
+  "interval": (lambda: guidance.interval(processes.vp(), 2.0, 5.0, 1.0), "between sigma/alpha=5.0 and 1.0"),
+  "percentile": (lambda: guidance.dynamic_threshold(bare, 99.5), r"percentile=99.5.*such as 0.995"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input(name):
+  call, message = WRONG[name]
+  with pytest.raises(ValueError, match=message):
+    call()
