@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -52,6 +52,15 @@ _DEVICES = flags.DEFINE_integer(
   "devices", None, "Plan for so many devices of this machine; a CPU is taken for as many."
 )
 _LABELS = flags.DEFINE_list("labels", None, "Classes to sample, repeated as needed, for a model that knows classes.")
+_NEGATIVE_LABELS = flags.DEFINE_list("negative_labels", None, "Classes to guide away from, instead of from none.")
+_GUIDANCE_SCALE = flags.DEFINE_float(
+  "guidance_scale", None, "How strongly labels, a classifier or a weaker model guide (config.guidance.scale)."
+)
+_CLASSIFIER = flags.DEFINE_string("classifier", None, "The folder of a classifier's run, which guides to --labels.")
+_WEAK = flags.DEFINE_string("weak", None, "The folder of a weaker model's run, to guide away from (autoguidance).")
+_UPSAMPLER = flags.DEFINE_list(
+  "upsampler", None, "Folders of super-resolution runs that enlarge the samples, one after the other."
+)
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it arose.")
 
 
@@ -77,6 +86,11 @@ def main(argv: list[str]) -> None:
   folder = Path(_WORKDIR.value or ".").expanduser().absolute()
   for flag, modes in (
     (_LABELS, ("sample",)),
+    (_NEGATIVE_LABELS, ("sample",)),
+    (_GUIDANCE_SCALE, ("sample", "eval")),
+    (_CLASSIFIER, ("sample",)),
+    (_WEAK, ("sample",)),
+    (_UPSAMPLER, ("sample",)),
     (_PRETRAINED, ("sample",)),
     (_NUM_SAMPLES, ("sample", "eval")),
     (_SEED, ("sample", "eval")),
@@ -124,6 +138,8 @@ def main(argv: list[str]) -> None:
     config.sampling.sampler = schema.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
   if _NUM_STEPS.value is not None:
     config.sampling.num_steps = _NUM_STEPS.value
+  if _GUIDANCE_SCALE.value is not None:
+    config.guidance.scale = _GUIDANCE_SCALE.value
   schema.check_config(config)
   _cache_compilations()
   choice = runs.Choice(_EMA.value is not False, _EMA_LENGTH.value, _STEP.value or "")
@@ -140,7 +156,16 @@ def main(argv: list[str]) -> None:
   else:
     count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
     seed = _SEED.value or 0
-    runs.run_sample(config, folder, num_samples=count, seed=seed, labels=_labels(), choice=choice, model=model)
+    runs.run_sample(
+      config,
+      folder,
+      num_samples=count,
+      seed=seed,
+      choice=choice,
+      steering=_steering(),
+      upsamplers=[_folder(path) for path in _UPSAMPLER.value or ()],
+      model=model,
+    )
 
 
 def _connect() -> None:
@@ -157,11 +182,28 @@ def _connect() -> None:
     parallel.connect(*given, heartbeat_seconds=_HEARTBEAT.value)
 
 
-def _labels() -> list[int] | None:
+def _steering() -> Any:
+  from ddpm_jax import runs
+
+  return runs.Steering(
+    _integers(_LABELS),
+    _integers(_NEGATIVE_LABELS),
+    _folder(_CLASSIFIER.value) if _CLASSIFIER.value else None,
+    _folder(_WEAK.value) if _WEAK.value else None,
+  )
+
+
+def _folder(path: str) -> Path:
+  return Path(path).expanduser().absolute()
+
+
+def _integers(flag: flags.FlagHolder) -> list[int] | None:
   try:
-    return None if _LABELS.value is None else [int(label) for label in _LABELS.value]
+    return None if flag.value is None else [int(label) for label in flag.value]
   except ValueError as error:
-    raise ValueError(f"Got --labels={','.join(_LABELS.value or [])}; wanted integers, such as --labels=3,7.") from error
+    raise ValueError(
+      f"Got --{flag.name}={','.join(flag.value)}; wanted integers, such as --{flag.name}=3,7."
+    ) from error
 
 
 def _cache_compilations() -> None:

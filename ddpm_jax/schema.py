@@ -96,6 +96,13 @@ def default_config() -> ConfigDict:
       "attention": "",  # xla or cudnn: the implementation of attention; empty: JAX chooses
     }
   )
+  config.superres = ConfigDict(
+    {
+      "factor": 0,  # above 1: the model enlarges images so many times (SR3)
+      "noise": 0.0,  # the largest standard deviation of the noise that the small image gets in training
+      "sample_noise": 0.0,  # and that which it gets in sampling
+    }
+  )
   config.optimizer = ConfigDict(
     {
       "name": "adam",  # adam, adamw, lion, sgd or another of optax's functions that take a learning rate
@@ -158,6 +165,16 @@ def default_config() -> ConfigDict:
       "tolerance": 1e-5,  # of ode
       "batch_size": 128,
       "preview_steps": 50,  # of DDIM, for the grids written during training
+    }
+  )
+  config.guidance = ConfigDict(
+    {
+      "scale": 1.0,  # of classifier-free guidance, 1 for none; or of a classifier, 0 for none; or of autoguidance
+      "sigma_low": 0.0,  # the smallest sigma/alpha at which it guides
+      "sigma_high": 0.0,  # and the largest; 0: any
+      "rescale": 0.0,  # the share of the conditional estimate's contrast that is given back
+      "plus_plus": False,  # CFG++, with a scale of 0 to 1 and the samplers ddim and euler
+      "threshold": 0.0,  # above 0: dynamic thresholding at this percentile, such as 0.995, in place of clipping
     }
   )
   config.evaluation = ConfigDict(

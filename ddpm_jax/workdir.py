@@ -13,7 +13,9 @@ from typing import Any
 # What may differ when a run goes on: nothing in it changes the parameters that a step leads to, but for the last digits of
 # floats. Data may have moved; that they are the same is for the data position to check.
 _MAY_CHANGE = (
+  "guidance.",
   "parallel.",
+  "superres.sample_noise",
   "training.steps",
   "training.accumulate",
   "training.max_skipped",

@@ -1,8 +1,18 @@
 """From a config to objects: the one place where strings become functions, and where a config's mistakes are found."""
 
+from ddpm_jax.build.condition import low_size, shrink
 from ddpm_jax.build.data import build_data, build_sources
+from ddpm_jax.build.guidance import Guides, build_conditional, build_denoise, check_guidance
 from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape
-from ddpm_jax.build.sampling import SAMPLERS, build_denoise, build_generate, build_grid, build_labels, build_sampler
+from ddpm_jax.build.sampling import (
+  SAMPLERS,
+  build_generate,
+  build_grid,
+  build_labels,
+  build_rule,
+  build_sampler,
+  compile_draw,
+)
 from ddpm_jax.build.training import (
   WEIGHTINGS,
   batch_shapes,
@@ -16,7 +26,9 @@ from ddpm_jax.build.training import (
 __all__ = [
   "SAMPLERS",
   "WEIGHTINGS",
+  "Guides",
   "batch_shapes",
+  "build_conditional",
   "build_data",
   "build_denoise",
   "build_generate",
@@ -28,10 +40,15 @@ __all__ = [
   "build_params_init",
   "build_prediction",
   "build_process",
+  "build_rule",
   "build_sampler",
   "build_schedule",
   "build_sources",
   "build_step",
+  "check_guidance",
+  "compile_draw",
   "flops_per_image",
   "image_shape",
+  "low_size",
+  "shrink",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import predictions, processes, schedules
+from ddpm_jax.build import condition
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
@@ -106,13 +107,16 @@ def build_network(config: ConfigDict) -> UNet:
   for way in ("downsample", "upsample"):
     c[way] = tuple(c[way].split(",")) if "," in c[way] else c[way]
   levels = tuple(heights.index(wanted) for wanted in resolutions)
-  network = UNet(out_channels=out_channels, attention_levels=levels, dtype=dtype, **c)
+  condition.check_superres(config)
+  vector = "time" if config.superres.noise else ""
+  network = UNet(out_channels=out_channels, attention_levels=levels, dtype=dtype, vector_embedding=vector, **c)
   network.check_input(image_shape(config))
   return network
 
 
 def build_params_init(config: ConfigDict) -> Callable[[Array], PyTree]:
   """`init(key) -> params`."""
-  network = build_network(config)
-  classes = jnp.zeros((1,), jnp.int32) if network.num_classes else None
-  return lambda key: network.init(key, jnp.zeros((1, *image_shape(config))), jnp.zeros((1,)), classes)["params"]
+  network, given = build_network(config), condition.example(config)
+  return lambda key: network.init(
+    key, jnp.zeros((1, *image_shape(config))), jnp.zeros((1,)), given.classes, image=given.image, vector=given.level
+  )["params"]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import guidance, parallel, predictions, randomness, sampling
-from ddpm_jax.build.model import build_network, build_prediction, build_process, image_shape
+from ddpm_jax import parallel, predictions, randomness, sampling
+from ddpm_jax.build.guidance import Guides, build_denoise, check_guidance
+from ddpm_jax.build.model import build_process, image_shape
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process
 from ddpm_jax.schema import choose
@@ -44,34 +45,34 @@ def _churn(c: ConfigDict) -> dict[str, float]:
   return {name: c[name] for name in ("s_churn", "s_min", "s_max", "s_noise")}
 
 
-def build_labels(config: ConfigDict, wanted: list[int] | None, count: int) -> np.ndarray | None:
+def build_labels(
+  config: ConfigDict, wanted: list[int] | None, count: int, classes: int | None = None
+) -> np.ndarray | None:
   """Class labels [count] for sampling: those wanted, over and over; all classes in turn by default; None if unconditional.
 
+  Args:
+    config: of the model.
+    wanted: the labels, or None.
+    count: how many are needed.
+    classes: how many classes there are, if it is a classifier that knows them and not the model.
+
   Raises:
-    ValueError: if labels are wanted of a model that knows none, or are out of range.
+    ValueError: if labels are wanted of a model that knows none, are out of range, or are more than are needed.
   """
-  classes = config.network.num_classes
+  classes = classes or config.network.num_classes
   if not classes:
     if wanted is not None:
       raise ValueError(
-        f"Got --labels={','.join(map(str, wanted))} for a model that was trained without classes; leave it out."
+        f"Got labels {','.join(map(str, wanted))} for a model that was trained without classes; leave them out, or guide it by"
+        " --classifier=<run folder>."
       )
     return None
   wanted = list(range(classes)) if wanted is None else wanted
   if not wanted or min(wanted) < 0 or max(wanted) >= classes:
-    raise ValueError(f"Got --labels={','.join(map(str, wanted))}; wanted labels from 0 to {classes - 1}.")
+    raise ValueError(f"Got labels {','.join(map(str, wanted))}; wanted labels from 0 to {classes - 1}.")
+  if len(wanted) > count and len(wanted) != classes:
+    raise ValueError(f"Got {len(wanted)} labels for {count} samples; wanted no more labels than samples.")
   return np.resize(np.array(wanted, np.int32), count)
-
-
-def build_denoise(config: ConfigDict, params: PyTree, classes: Array | None) -> Denoise:
-  """The denoiser of trained parameters, clipped if the config says so."""
-  network, process = build_network(config), build_process(config)
-
-  def apply(x_t, label):
-    return network.apply({"params": params}, x_t, label, classes)
-
-  denoise = predictions.denoiser(apply, process, build_prediction(config))
-  return guidance.clip(denoise) if config.sampling.clip else denoise
 
 
 def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
@@ -108,6 +109,19 @@ def _suitable_grid(sampler: str, process: Process) -> str:
   return "trailing" if process.num_steps else "uniform"
 
 
+def build_rule(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
+  """The step rule and its grid; a ValueError for the adaptive `ode`, which has neither."""
+  c, process = config.sampling, build_process(config)
+  if c.sampler == "ode":
+    raise ValueError(
+      "Got the sampler 'ode', whose steps cannot be edited one by one; wanted a step rule, such as --sampler=heun."
+    )
+  sampler = choose(c.sampler, _STEP_RULES, "a sampler")(c, process)
+  if c.corrector_steps:
+    sampler = sampling.with_langevin(sampler, process, snr=c.corrector_snr, num_steps=c.corrector_steps)
+  return sampler, build_grid(config, process)
+
+
 def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array, Array]]:
   """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data."""
   c, process, shape = config.sampling, build_process(config), image_shape(config)
@@ -129,9 +143,7 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
 
     return integrate
 
-  sampler, times = _STEP_RULES[name](c, process), build_grid(config, process)
-  if c.corrector_steps:
-    sampler = sampling.with_langevin(sampler, process, snr=c.corrector_snr, num_steps=c.corrector_steps)
+  sampler, times = build_rule(config)
   nfe = sampling.nfe(sampler, process, times)
 
   def run(keys, denoise):
@@ -141,26 +153,44 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
   return run
 
 
-def build_generate(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[..., tuple[Array, Array]]:
-  """`generate(params, seed, first, classes [B] or None) -> (images, NFE)`, compiled, the batch split over the mesh.
+def build_generate(
+  config: ConfigDict, mesh: jax.sharding.Mesh, guides: Guides | None = None
+) -> Callable[..., tuple[Array, Array]]:
+  """`generate(params, seed, first, inputs, guiding) -> (images, NFE)`, compiled, the batch split over the mesh.
 
   Image i of the batch is number `first + i` of that seed, whatever the batch size. Parameters may lie split over the mesh; the images
-  are whole on every device.
+  are whole on every device. `inputs` are arrays [B, ...] by name: `classes`, `negative` and `low`, of those that the model
+  takes. `guiding` are the parameters of the guides, by name.
 
   Raises:
-    ValueError: if the sampling batch cannot be split over the devices, or the config's sampler is wrong.
+    ValueError: if the sampling batch cannot be split over the devices, or the config's sampler or its guidance is wrong.
   """
+  run = build_sampler(config)
+  check_guidance(config, guides or Guides())
+
+  def draw(keys, denoise, inputs):
+    return run(keys, denoise)
+
+  return compile_draw(config, mesh, guides or Guides(), draw)
+
+
+def compile_draw(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  guides: Guides,
+  draw: Callable[[Array, Denoise, dict[str, Array]], PyTree],
+) -> Callable[..., PyTree]:
+  """`draw(keys, denoise, inputs)` as `build_generate` says."""
   size = config.sampling.batch_size
   parallel.check_batch(size, mesh.size, "sampling batch size")
-  run, split, whole = build_sampler(config), parallel.split(mesh), parallel.replicated(mesh)
+  split, whole = parallel.split(mesh), parallel.replicated(mesh)
 
-  def generate(params, seed, first, classes):
+  def generate(params, seed, first, inputs, guiding):
     # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
     key = jax.random.fold_in(jax.random.key(seed), 2)
-    keys = jax.lax.with_sharding_constraint(randomness.sample_keys(key, first + jnp.arange(size)), split)
-    params = jax.lax.with_sharding_constraint(params, whole)
-    if classes is not None:
-      classes = jax.lax.with_sharding_constraint(classes, split)
-    return run(keys, build_denoise(config, params, classes))
+    keys = randomness.sample_keys(key, first + jnp.arange(size))
+    keys, inputs = jax.lax.with_sharding_constraint((keys, inputs), split)
+    params, guiding = jax.lax.with_sharding_constraint((params, guiding), whole)
+    return draw(keys, build_denoise(config, params, keys, inputs, guides, guiding), inputs)
 
   return jax.jit(generate, out_shardings=whole)

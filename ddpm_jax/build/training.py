@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ddpm_jax import costs, ema, losses, optim, parallel, predictions, randomness, train
+from ddpm_jax.build import condition
 from ddpm_jax.build.model import (
   build_network,
   build_params_init,
@@ -106,9 +107,13 @@ def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Ar
       hidden = jax.vmap(jax.random.bernoulli, (0, None))(randomness.fold_in(keys, 3), c.label_dropout)
       classes = jnp.where(hidden, null_class(config), classes)
 
+    given = condition.training_image(config, keys, batch["image"]) if config.superres.factor else condition.Condition()
+
     def apply(x_t, label):
       masks = randomness.fold_in(keys, 2)
-      return network.apply({"params": params}, x_t, label, classes, train=True, dropout_keys=masks)
+      return network.apply(
+        {"params": params}, x_t, label, classes, image=given.image, vector=given.level, train=True, dropout_keys=masks
+      )
 
     drawn = (lambda _: batch["times"]) if "times" in batch else times
     return loss(keys, apply, process, prediction, batch["image"], times=drawn, weighting=weighting)

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.networks import convolution
+
 Array = jax.Array
 
 # Ho et al.'s initialization: uniform, scaled by the mean of fan-in and fan-out.
@@ -79,6 +81,7 @@ def fourier_embedding(label: Array, frequencies: Array) -> Array:
 def conv(x: Array, features: int, name: str, dtype: Any, *, size: int = 3, init=INIT, **options) -> Array:
   """A convolution of the same size over every spatial axis."""
   kernel = (size,) * (x.ndim - 2)
+  options["conv_general_dilated"] = convolution.convolve
   return nn.Conv(features, kernel, kernel_init=init, dtype=dtype, name=name, **options)(x)
 
 

@@ -3,10 +3,10 @@
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
-from ddpm_jax.runs.drawing import run_eval, run_sample
+from ddpm_jax.runs.drawing import Steering, run_eval, run_sample
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice
 from ddpm_jax.runs.plan import run_plan
 from ddpm_jax.runs.training import Stopped, run_train
 
-__all__ = ["Choice", "Stopped", "run_eval", "run_export", "run_plan", "run_sample", "run_train"]
+__all__ = ["Choice", "Steering", "Stopped", "run_eval", "run_export", "run_plan", "run_sample", "run_train"]

@@ -3,11 +3,11 @@
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,11 +15,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import ddpm_jax
-from ddpm_jax import build, data, evaluate, images, parallel, pretrained, workdir
+from ddpm_jax import build, data, evaluate, images, parallel, pretrained, schema, workdir
 from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained
 
 PyTree = Any
+Inputs = dict[str, np.ndarray]
 _GRID_IMAGES = 64
+# A grid with a column for each class has no more of either.
+_GRID_CLASSES = 20
+_GRID_ROWS = 10
 # Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
 _CPU_BATCH = 16
 
@@ -41,17 +45,73 @@ def run_eval(config: ConfigDict, folder: Path, *, seed: int, choice: Choice) -> 
   parallel.wait_for_all("done")
 
 
+class Steering(NamedTuple):
+  """What samples are to show, and what leads them there.
+
+  Attributes:
+    labels: the classes wanted, over and over; None for all in turn.
+    negative: classes to guide away from, over and over.
+    classifier: the folder of a classifier's run that guides.
+    weak: the folder of a weaker model's run to guide away from.
+  """
+
+  labels: list[int] | None = None
+  negative: list[int] | None = None
+  classifier: Path | None = None
+  weak: Path | None = None
+
+
+class Guided(NamedTuple):
+  """What `Steering` comes to: the guides' configs, their parameters by name, and the labels of each sample."""
+
+  guides: build.Guides
+  load: Callable[[], dict[str, PyTree]]
+  inputs: Inputs
+
+
+def steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, count: int) -> Guided:
+  """Checks a wish against the model, and says how to follow it; parameters are read when `load` is called.
+
+  Raises:
+    ValueError: if the model, or what is to guide it, does not allow it.
+  """
+  folders = {name: getattr(steering, name) for name in ("classifier", "weak") if getattr(steering, name) is not None}
+  configs = {name: trained(schema.config_of_run(None, folder), folder) for name, folder in folders.items()}
+  guides = build.Guides(**configs)
+  build.check_guidance(config, guides, negative=steering.negative is not None)
+  known = guides.classifier and guides.classifier.network.num_classes
+  inputs = {"classes": build.build_labels(config, steering.labels, count, known)}
+  if steering.negative is not None:
+    inputs["negative"] = build.build_labels(config, steering.negative, count)
+
+  def load() -> dict[str, PyTree]:
+    return {name: load_weights(configs[name], folder, mesh, Choice()).params for name, folder in folders.items()}
+
+  return Guided(guides, load, {name: value for name, value in inputs.items() if value is not None})
+
+
 def run_sample(
   config: ConfigDict,
   folder: Path,
   *,
   num_samples: int,
   seed: int,
-  labels: list[int] | None,
   choice: Choice,
+  steering: Steering = Steering(),  # noqa: B008, a constant
+  upsamplers: Sequence[Path] = (),
   model: pretrained.Pretrained | None = None,
 ) -> None:
   """Samples from a run's weights, or from a pretrained model, into samples/: an .npz (uint8, NHWC) and a picture.
+
+  Args:
+    config: of the model.
+    folder: its run's.
+    num_samples: how many.
+    seed: of the samples.
+    choice: of the run's weights.
+    steering: what they are to show.
+    upsamplers: folders of super-resolution runs, each of which enlarges what the one before has drawn.
+    model: a pretrained model, instead of the run's.
 
   Raises:
     ValueError: if there is no checkpoint, or the config, the number of samples or the labels do not allow it.
@@ -60,13 +120,15 @@ def run_sample(
     raise ValueError(f"Got --num_samples={num_samples}; wanted at least 1.")
   mesh = parallel.make_mesh()
   config = trained(config, folder) if model is None else ConfigDict(config.to_dict())
-  classes = build.build_labels(config, labels, num_samples)
-  # No more than are wanted at a time: a sample does not depend on the batch.
-  most = -(-num_samples // mesh.size) * mesh.size
-  if model is not None and jax.default_backend() == "cpu":
-    most = min(most, _CPU_BATCH * mesh.size)
-  config.sampling.batch_size = min(config.sampling.batch_size, most)
-  generate = build.build_generate(config, mesh)
+  if config.superres.factor:
+    raise ValueError(
+      f"Got {folder}, a model that enlarges images, to sample from; wanted one that needs none, with --upsampler={folder}. Or give"
+      " it images: --mode=edit --task=superres --input=<image, folder or .npz>."
+    )
+  guided = steer(config, mesh, steering, num_samples)
+  stages = cascade(config, mesh, upsamplers, num_samples)
+  fit_batch(config, mesh, num_samples, slow=model is not None)
+  generate = build.build_generate(config, mesh, guided.guides)
   workdir.check_writable(folder)
   if model is None:
     params = load_weights(config, folder, mesh, choice).params
@@ -76,10 +138,65 @@ def run_sample(
       f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on {mesh.size} {jax.default_backend()} device(s)"
     )
   say(f"sampling {num_samples:,} images with {config.sampling.sampler} ...")
-  samples, nfe = _draw(config, generate, params, seed, num_samples, classes)
+  samples, nfe = draw(config, generate, params, seed, num_samples, guided.inputs, guided.load())
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
-  _write_samples(_free(samples_folder(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}"), samples, classes)
+  path = free(samples_folder(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}{_suffix(config, steering)}")
+  arrays = {"labels": guided.inputs["classes"]} if "classes" in guided.inputs else {}
+  for number, stage in enumerate(stages):
+    arrays[f"stage_{number}"] = samples
+    say(f"enlarging to {stage.config.data.image_size} with {stage.config.sampling.sampler} ...")
+    weights = load_weights(stage.config, stage.folder, mesh, Choice())
+    inputs = {**guided.inputs, "low": images.from_uint8(samples)}
+    samples, nfe = draw(stage.config, stage.generate, weights.params, seed, num_samples, inputs)
+    say(f"{nfe:,} network evaluations each")
+  _write_samples(path, samples, arrays)
   parallel.wait_for_all("done")
+
+
+class Stage(NamedTuple):
+  """A model of a cascade that enlarges images."""
+
+  config: ConfigDict
+  folder: Path
+  generate: Callable
+
+
+def cascade(config: ConfigDict, mesh: jax.sharding.Mesh, folders: Sequence[Path], count: int) -> list[Stage]:
+  """The models that enlarge a model's images, one after the other.
+
+  Raises:
+    ValueError: if one of them is no super-resolution run, or takes other images than the one before gives.
+  """
+  stages, shape = [], build.image_shape(config)
+  for folder in folders:
+    own = trained(schema.config_of_run(None, folder), folder)
+    size = build.low_size(own)
+    if (size, size, own.data.channels) != shape:
+      raise ValueError(
+        f"Got --upsampler={folder}, which enlarges images of {size}x{size}x{own.data.channels}, for images of"
+        f" {'x'.join(map(str, shape))}; wanted them alike."
+      )
+    if own.network.num_classes and own.network.num_classes != config.network.num_classes:
+      raise ValueError(
+        f"Got --upsampler={folder}, a model of {own.network.num_classes} classes, for one of {config.network.num_classes}; wanted the same."
+      )
+    fit_batch(own, mesh, count)
+    stages.append(Stage(own, folder, build.build_generate(own, mesh)))
+    shape = build.image_shape(own)
+  return stages
+
+
+def fit_batch(config: ConfigDict, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> None:
+  """Lowers the config's sampling batch to what is wanted: a sample does not depend on it."""
+  most = -(-count // mesh.size) * mesh.size
+  if slow and jax.default_backend() == "cpu":
+    most = min(most, _CPU_BATCH * mesh.size)
+  config.sampling.batch_size = min(config.sampling.batch_size, most)
+
+
+def _suffix(config: ConfigDict, steering: Steering) -> str:
+  guided = config.guidance.scale != 1 or steering.classifier or steering.weak
+  return f"_scale{config.guidance.scale:g}" if guided else ""
 
 
 def samples_folder(folder: Path) -> Path:
@@ -97,54 +214,90 @@ def check_evaluation(config: ConfigDict, source: data.Source, held_out: data.Sou
     )
 
 
-def preview(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[PyTree], np.ndarray]:
+def preview(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[PyTree], np.ndarray]:
   """A function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
   quick = ConfigDict(config.to_dict())
   quick.sampling.update({"sampler": "ddim", "eta": 0.0, "num_steps": config.sampling.preview_steps, "grid": ""})
   quick.sampling.batch_size = -(-_GRID_IMAGES // mesh.size) * mesh.size
-  generate, classes = build.build_generate(quick, mesh), build.build_labels(config, None, _GRID_IMAGES)
-  return lambda params: _draw(quick, generate, params, config.seed, _GRID_IMAGES, classes)[0]
+  generate = build.build_generate(quick, mesh)
+
+  def run(params: PyTree) -> np.ndarray:
+    return draw(quick, generate, params, config.seed, _GRID_IMAGES, inputs_of(config, _GRID_IMAGES, source))[0]
+
+  return run
 
 
-def _draw(
-  config: ConfigDict, generate: Callable, params: PyTree, seed: int, count: int, classes: np.ndarray | None
+def inputs_of(config: ConfigDict, count: int, source: data.Source) -> Inputs:
+  """What the samples of an evaluation are asked to show: classes in turn, and for a super-resolution model real images made small."""
+  inputs: Inputs = {}
+  classes = build.build_labels(config, None, count)
+  if config.superres.factor:
+    real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
+    inputs["low"] = build.shrink(images.from_uint8(real["image"]), config.superres.factor)
+    classes = real["label"] if classes is not None else None
+  return inputs | ({} if classes is None else {"classes": classes})
+
+
+def draw(
+  config: ConfigDict,
+  generate: Callable,
+  params: PyTree,
+  seed: int,
+  count: int,
+  inputs: Inputs,
+  guiding: dict[str, PyTree] | None = None,
 ) -> tuple[np.ndarray, int]:
-  """`count` samples (uint8), and the network evaluations each took (at most).
+  """`count` samples (uint8), and the network evaluations each took (at most). `inputs` are arrays [count, ...].
 
-  Sample i follows from the seed and i alone, but for the sampler `ode`, which controls its error over a batch.
+  Sample i follows from the seed, its inputs and i alone, but for the sampler `ode`, which controls its error over a batch.
   """
   size = config.sampling.batch_size
   parts, most = [], 0
   quiet = count <= size or not parallel.is_main()
   with tqdm(total=count, desc=f"sampling ({config.sampling.sampler})", unit=" images", disable=quiet) as bar:
     for first in range(0, count, size):
-      wanted = None if classes is None else np.resize(classes[first : first + size], size)
-      x, nfe = generate(params, np.uint32(seed), np.int32(first), wanted)
-      if not np.all(np.isfinite(x)):
-        raise FloatingPointError(
-          f"The samples are not finite, by {config.sampling.sampler} in {config.sampling.num_steps} steps. Take another sampler or more"
-          " steps, or clip (config.sampling.clip); or the model is broken."
-        )
+      rows = np.minimum(np.arange(first, first + size), count - 1)
+      wanted = {name: value[rows] for name, value in inputs.items()}
+      x, nfe = generate(params, np.uint32(seed), np.int32(first), wanted, guiding or {})
+      check_finite(config, x)
       parts.append(images.to_uint8(x))
       most = max(most, int(nfe))
       bar.update(min(size, count - first))
   return np.concatenate(parts)[:count], most
 
 
-def _free(path: Path) -> Path:
+def check_finite(config: ConfigDict, x: Any) -> None:
+  """Raises a FloatingPointError if samples are not finite."""
+  if not np.all(np.isfinite(x)):
+    raise FloatingPointError(
+      f"The samples are not finite, by {config.sampling.sampler} in {config.sampling.num_steps} steps. Take another sampler or more"
+      " steps, less guidance, or clip (config.sampling.clip); or the model is broken."
+    )
+
+
+def free(path: Path) -> Path:
   """The path, or with _2, _3, ... behind it the first whose samples do not exist yet."""
   names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
   return next(name for name in names if not Path(f"{name}.npz").exists())
 
 
-def _write_samples(path: Path, samples: np.ndarray, classes: np.ndarray | None) -> None:
+def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
+  """`arrays` may hold the `labels`: then there is a column for each class."""
   if not parallel.is_main():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  arrays: dict[str, Any] = {"samples": samples} if classes is None else {"samples": samples, "labels": classes}
-  np.savez_compressed(f"{path}.npz", **arrays)
-  images.save_grid(f"{path}.png", samples[:_GRID_IMAGES])
+  np.savez_compressed(f"{path}.npz", samples=samples, **arrays)
+  columns, shown = None, _GRID_IMAGES
+  labels = arrays.get("labels")
+  if labels is not None and 1 < (kinds := _period(labels)) <= _GRID_CLASSES:
+    columns, shown = kinds, kinds * _GRID_ROWS
+  images.save_grid(f"{path}.png", samples[:shown], columns)
   say(f"samples      {path}.npz\npicture      {path}.png")
+
+
+def _period(labels: np.ndarray) -> int:
+  """After how many samples the labels begin again."""
+  return next((n for n in range(1, len(labels)) if np.array_equal(labels[n:], labels[:-n])), len(labels))
 
 
 def evaluate_weights(
@@ -160,11 +313,13 @@ def evaluate_weights(
   count = config.evaluation.num_samples
   generate, start = build.build_generate(config, mesh), time.perf_counter()
   say(f"sampling {count:,} images from the {weights.name} weights with {config.sampling.sampler} ...")
-  classes = build.build_labels(config, None, count)
-  samples, nfe = _draw(config, generate, weights.params, seed, count, classes)
+  inputs = inputs_of(config, count, source if held_out is None else held_out)
+  samples, nfe = draw(config, generate, weights.params, seed, count, inputs)
   seconds = time.perf_counter() - start
   say(f"{nfe:,} network evaluations each, {seconds:.1f} s with compilation")
-  _write_samples(samples_folder(folder) / "final", samples, classes)
+  _write_samples(
+    samples_folder(folder) / "final", samples, {"labels": inputs["classes"]} if "classes" in inputs else {}
+  )
   if held_out is None:
     say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
     return

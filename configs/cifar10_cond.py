@@ -1,0 +1,24 @@
+"""Class-conditional DDPM on CIFAR-10 with label dropout, for classifier-free guidance (Ho et al. 2020; Ho and Salimans 2022).
+
+python -m ddpm_jax.main --mode=prepare --config=configs/cifar10_cond.py
+python -m ddpm_jax.main --config=configs/cifar10_cond.py --workdir=/tmp/cifar10_cond
+python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar10_cond --num_samples=100 --guidance_scale=3
+
+The data are prepared, or taken from a folder of images, as for configs/cifar10_vp.py.
+
+Hardware: one GPU or a TPU slice. On a CPU a step takes a minute.
+Score: not yet run in full.
+"""
+
+from ddpm_jax.schema import default_config
+
+
+def get_config():
+  config = default_config()
+  config.process.schedule = "cosine"
+  config.prediction = "v"
+  config.loss.weighting = "snr_plus_one"
+  config.loss.label_dropout = 0.1
+  config.network.num_classes = 10
+  config.sampling.update({"sampler": "ddim", "num_steps": 100})
+  return config

@@ -1,0 +1,41 @@
+"""The base of a colour cascade: class-conditional DDPM on CIFAR-10 made small, 16x16, from a folder of its images (Ho et al. 2022).
+
+python -m ddpm_jax.main --config=configs/cifar16_cond.py --workdir=/tmp/cifar16_cond --config.data.path=<folder>
+
+The folder has train/<class>/ and test/<class>/; or take CIFAR-10 by TFDS, prepared as for configs/cifar10_vp.py:
+--config.data.source=tfds. `configs/cifar_superres.py` enlarges what it draws to 32x32.
+
+Hardware: 2 CPU cores for a first look, one GPU for pictures to keep (more --config.training.steps and --config.network.channels).
+Time: TODO
+Score: TODO
+"""
+
+from ddpm_jax.schema import default_config
+
+
+def get_config():
+  config = default_config()
+  config.data.update({"source": "folder", "image_size": 16, "resize": "box"})
+  config.process.schedule = "cosine"
+  config.prediction = "v"
+  config.loss.weighting = "snr_plus_one"
+  config.loss.label_dropout = 0.1
+  config.network.update(
+    {
+      "channels": 48,
+      "multipliers": (1, 2, 2),
+      "blocks": 1,
+      "attention_resolutions": (8,),
+      "groups": 8,
+      "dropout": 0.0,
+      "num_classes": 10,
+    }
+  )
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200})
+  config.ema.decay = 0.998
+  config.training.update(
+    {"batch_size": 64, "steps": 4000, "log_every": 100, "checkpoint_every": 500, "sample_every": 1000}
+  )
+  config.sampling.update({"sampler": "ddim", "num_steps": 50, "batch_size": 100})
+  config.evaluation.num_samples = 500
+  return config

@@ -1,0 +1,41 @@
+"""Super-resolution of colour images, 16x16 to 32x32, as a conditional model (SR3, Saharia et al. 2021), its condition noised (Ho et al. 2022).
+
+python -m ddpm_jax.main --config=configs/cifar_superres.py --workdir=/tmp/cifar_superres --config.data.path=<folder>
+python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar16_cond --upsampler=/tmp/cifar_superres --num_samples=60 --guidance_scale=3
+
+The folder, or CIFAR-10 by TFDS, as for configs/cifar16_cond.py.
+
+Hardware: 2 CPU cores for a first look, one GPU for pictures to keep.
+Time: TODO
+Score: TODO
+"""
+
+from ddpm_jax.schema import default_config
+
+
+def get_config():
+  config = default_config()
+  config.data.update({"source": "folder", "image_size": 32})
+  config.process.schedule = "cosine"
+  config.prediction = "v"
+  config.loss.weighting = "snr_plus_one"
+  config.superres.update({"factor": 2, "noise": 0.3, "sample_noise": 0.05})
+  config.network.update(
+    {
+      "channels": 32,
+      "multipliers": (1, 2, 2),
+      "blocks": 1,
+      "attention_resolutions": (),
+      "middle_attention": True,
+      "groups": 8,
+      "dropout": 0.0,
+    }
+  )
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100})
+  config.ema.decay = 0.99
+  config.training.update(
+    {"batch_size": 32, "steps": 1500, "log_every": 100, "checkpoint_every": 500, "sample_every": 500}
+  )
+  config.sampling.update({"sampler": "ddim", "num_steps": 30, "batch_size": 100})
+  config.evaluation.num_samples = 200
+  return config

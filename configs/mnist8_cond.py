@@ -1,0 +1,43 @@
+"""The base of a cascade: class-conditional DDPM on MNIST digits made small, 8x8 (Ho et al. 2022).
+
+pip install '.[mnist]'
+python -m ddpm_jax.main --config=configs/mnist8_cond.py --workdir=/tmp/mnist8_cond
+
+`configs/mnist_superres.py` enlarges what it draws to 32x32.
+
+Hardware: 2 CPU cores. Time: TODO
+Score: TODO
+"""
+
+from ddpm_jax.schema import default_config
+
+
+def get_config():
+  config = default_config()
+  # Boxes of 4x4 pixels averaged, of the digits of 28x28 with a margin of 2.
+  config.data.update({"source": "mnist", "image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
+  config.data.eval_split = ""
+  config.process.schedule = "cosine"
+  config.prediction = "v"
+  config.loss.weighting = "snr_plus_one"
+  config.loss.label_dropout = 0.1
+  config.network.update(
+    {
+      "channels": 32,
+      "multipliers": (1, 2),
+      "blocks": 1,
+      "attention_resolutions": (),
+      "middle_attention": True,
+      "groups": 8,
+      "dropout": 0.0,
+      "num_classes": 10,
+    }
+  )
+  config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})
+  config.ema.decay = 0.995
+  config.training.update(
+    {"batch_size": 64, "steps": 4000, "log_every": 50, "checkpoint_every": 500, "sample_every": 1000}
+  )
+  config.sampling.update({"sampler": "ddim", "num_steps": 50, "batch_size": 125})
+  config.evaluation.num_samples = 500
+  return config

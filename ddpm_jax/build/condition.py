@@ -1,0 +1,86 @@
+"""What a conditional network is given beside the noisy data: classes, and the low-resolution image of SR3."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ddpm_jax import randomness
+
+Array = jax.Array
+# Standard deviations in [0, 1] are embedded as times are, whose labels go up to about this.
+_LEVEL_SCALE = 1000.0
+
+
+class Condition(NamedTuple):
+  """A condition for each sample; None for what the network does not take.
+
+  Attributes:
+    classes: class labels [B].
+    image: the low-resolution image, enlarged and noised, [B, H, W, C].
+    level: how much it was noised, as the network is told, [B].
+  """
+
+  classes: Array | None = None
+  image: Array | None = None
+  level: Array | None = None
+
+
+def check_superres(config: ConfigDict) -> None:
+  """Raises a ValueError unless the keys of config.superres fit each other and the images."""
+  c, size = config.superres, config.data.image_size
+  if c.factor < 0 or c.factor == 1 or (c.factor and size % c.factor):
+    raise ValueError(
+      f"Got config.superres.factor={c.factor} for images of {size}; wanted a divisor of it above 1, such as 4, or 0 for a model"
+      " that enlarges nothing."
+    )
+  if not 0 <= c.sample_noise <= c.noise <= 1 or (c.noise and not c.factor):
+    raise ValueError(
+      f"Got config.superres with factor={c.factor}, noise={c.noise} and sample_noise={c.sample_noise}; wanted 0 <= sample_noise <="
+      " noise <= 1, and above 0 only with a factor."
+    )
+
+
+def low_size(config: ConfigDict) -> int:
+  """Height and width of the images that a super-resolution model enlarges; a ValueError if it is none."""
+  if not config.superres.factor:
+    raise ValueError(
+      "Got a model that enlarges nothing; wanted one for super-resolution, trained with --config.superres.factor above 1 as"
+      " configs/mnist_superres.py is."
+    )
+  return config.data.image_size // config.superres.factor
+
+
+def training_image(config: ConfigDict, keys: Array, image: Array) -> Condition:
+  """The condition of training images [B, H, W, C], each noised as much as chance has it (Ho et al. 2022, section 4.2)."""
+  std = config.superres.noise * jax.vmap(jax.random.uniform)(randomness.fold_in(keys, 4))
+  return enlarged(config, keys, shrink(image, config.superres.factor), std)
+
+
+def enlarged(config: ConfigDict, keys: Array, low: Array, std) -> Condition:
+  """The condition of low-resolution images [B, h, w, C] noised by `std`, a number or [B]."""
+  size = config.data.image_size
+  image = jax.image.resize(low, (low.shape[0], size, size, low.shape[-1]), "bicubic")
+  std = jnp.broadcast_to(jnp.asarray(std, image.dtype), image.shape[:1])
+  if not config.superres.noise:
+    return Condition(image=image)
+  noise = randomness.normal(randomness.fold_in(keys, 5), image.shape, image.dtype)
+  return Condition(image=image + std[:, None, None, None] * noise, level=_LEVEL_SCALE * std)
+
+
+def shrink(image: Any, factor: int) -> Any:
+  """Images [B, H, W, C], of JAX or NumPy, with boxes of factor x factor pixels averaged."""
+  batch, height, width, channels = image.shape
+  return image.reshape(batch, height // factor, factor, width // factor, factor, channels).mean((2, 4))
+
+
+def example(config: ConfigDict) -> Condition:
+  """A condition of one sample, for the shapes of a network's parameters."""
+  c = config.superres
+  shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
+  return Condition(
+    jnp.zeros((1,), jnp.int32) if config.network.num_classes else None,
+    jnp.zeros(shape) if c.factor else None,
+    jnp.zeros((1,)) if c.noise else None,
+  )

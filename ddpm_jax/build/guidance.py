@@ -1,0 +1,198 @@
+"""The denoiser of trained parameters, conditioned and guided as a config says."""
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import guidance, networks, predictions
+from ddpm_jax.build import condition
+from ddpm_jax.build.condition import Condition
+from ddpm_jax.build.model import build_network, build_prediction, build_process, image_shape, null_class
+from ddpm_jax.predictions import Denoise
+
+Array = jax.Array
+PyTree = Any
+
+# Rules that know CFG++'s two estimates.
+_PLUS_PLUS = ("ddim", "euler", "euler_ancestral")
+
+
+class Guides(NamedTuple):
+  """The configs of other models that guide, at most one of them."""
+
+  classifier: ConfigDict | None = None
+  weak: ConfigDict | None = None
+
+
+def build_conditional(config: ConfigDict, params: PyTree) -> guidance.Conditional:
+  """`conditional(x_t, t, condition) -> x_0 estimate` of trained parameters, for a `Condition`."""
+  network, process, prediction = build_network(config), build_process(config), build_prediction(config)
+  # Gradients through the denoiser are taken inside the sampler's loop.
+  on_cpu = jax.default_backend() == "cpu"
+
+  def conditional(x_t, t, given):
+    def apply(x, label):
+      with networks.gradients_in_loops() if on_cpu else contextlib.nullcontext():
+        return network.apply({"params": params}, x, label, given.classes, image=given.image, vector=given.level)
+
+    return predictions.denoiser(apply, process, prediction)(x_t, t)
+
+  return conditional
+
+
+def build_denoise(
+  config: ConfigDict,
+  params: PyTree,
+  keys: Array,
+  inputs: dict[str, Array],
+  guides: Guides = Guides(),  # noqa: B008, a constant
+  guiding: dict[str, PyTree] | None = None,
+) -> Denoise:
+  """The denoiser of trained parameters: conditioned, guided, and clipped if the config says so.
+
+  Args:
+    config: of the model.
+    params: its parameters.
+    keys: a key for each sample [B].
+    inputs: arrays [B, ...]: `classes`, `negative` (classes to guide away from), `low` (images to enlarge).
+    guides: the configs of what guides it.
+    guiding: their parameters, by name.
+  """
+  c, process, guiding = config.guidance, build_process(config), guiding or {}
+  conditional, given = build_conditional(config, params), _condition(config, keys, inputs)
+
+  def denoise(x_t, t):
+    return conditional(x_t, t, given)
+
+  scale = _scale(config)
+  if guides.classifier is not None:
+    log_probs, classes = build_classifier(guides.classifier, guiding["classifier"]), inputs["classes"]
+
+    def log_prob(x_t, t):
+      return jnp.take_along_axis(log_probs(x_t, t), classes[:, None], axis=1)[:, 0]
+
+    denoise = guidance.classifier(denoise, log_prob, process, scale)
+  elif guides.weak is not None:
+    weak, weak_given = build_conditional(guides.weak, guiding["weak"]), _condition(guides.weak, keys, inputs)
+    denoise = guidance.autoguidance(denoise, lambda x_t, t: weak(x_t, t, weak_given), scale)
+  elif config.network.num_classes and (c.scale != 1 or c.plus_plus):
+    none = inputs["negative"] if "negative" in inputs else jnp.full_like(inputs["classes"], null_class(config))
+    against = given._replace(classes=none)
+    if c.plus_plus:
+      denoise = guidance.plus_plus(conditional, given, against, c.scale)
+    else:
+      denoise = guidance.classifier_free(conditional, given, against, scale, rescale=c.rescale)
+  if c.threshold:
+    return guidance.dynamic_threshold(denoise, c.threshold)
+  return guidance.clip(denoise) if config.sampling.clip else denoise
+
+
+def _scale(config: ConfigDict) -> guidance.Scale:
+  c = config.guidance
+  if not c.sigma_low and not c.sigma_high:
+    return c.scale
+  return guidance.interval(build_process(config), c.scale, c.sigma_low, c.sigma_high or math.inf)
+
+
+def _condition(config: ConfigDict, keys: Array, inputs: dict[str, Array]) -> Condition:
+  enlarged = Condition()
+  if config.superres.factor:
+    enlarged = condition.enlarged(config, keys, inputs["low"], config.superres.sample_noise)
+  return enlarged._replace(classes=inputs["classes"] if config.network.num_classes else None)
+
+
+def check_guidance(config: ConfigDict, guides: Guides = Guides(), *, negative: bool = False) -> None:  # noqa: B008
+  """Raises a ValueError unless the config can guide as it says.
+
+  Args:
+    config: of the model.
+    guides: what else guides it.
+    negative: whether there are labels to guide away from.
+  """
+  c, classes = config.guidance, config.network.num_classes
+  others = guides.classifier is not None or guides.weak is not None
+  if guides.classifier is not None and guides.weak is not None:
+    raise ValueError("Got --classifier and --weak; wanted one guide.")
+  if negative and (others or not classes or (c.scale == 1 and not c.plus_plus)):
+    raise ValueError(
+      "Got --negative_labels without classifier-free guidance; wanted a model that knows classes and --guidance_scale=3 or so,"
+      " without another guide."
+    )
+  guided = c.scale != 1 or c.plus_plus
+  if guided and not others and not classes:
+    raise ValueError(
+      f"Got --guidance_scale={c.scale:g} for a model that was trained without classes; wanted one of configs/*_cond.py, or a guide:"
+      " --classifier=<run folder> or --weak=<run folder>."
+    )
+  if guided and not others and not negative:
+    null_class(config)
+  if (c.rescale or c.plus_plus) and others:
+    raise ValueError(
+      f"Got config.guidance.rescale={c.rescale}, plus_plus={c.plus_plus} with another guide; they belong to classifier-free guidance."
+    )
+  if c.plus_plus and (c.rescale or c.sigma_low or c.sigma_high):
+    raise ValueError(
+      "Got config.guidance.plus_plus with rescale or an interval, which CFG++ does not have; wanted it alone."
+    )
+  if c.plus_plus and (config.sampling.sampler not in _PLUS_PLUS or config.sampling.corrector_steps):
+    raise ValueError(
+      f"Got config.guidance.plus_plus with the sampler {config.sampling.sampler!r} and corrector_steps={config.sampling.corrector_steps}; CFG++"
+      f" takes data and noise from two estimates, which only {', '.join(_PLUS_PLUS)} know. Set --sampler=ddim."
+    )
+
+  def try_out(scale):
+    def none(x_t, t, *_):
+      return x_t
+
+    label = jnp.zeros((1,), jnp.int32)
+    guidance.classifier_free(none, label, label, scale, rescale=c.rescale)
+    if c.plus_plus:
+      guidance.plus_plus(none, label, label, scale)
+    if c.threshold:
+      guidance.dynamic_threshold(none, c.threshold)
+
+  with jax.ensure_compile_time_eval():
+    try_out(c.scale)
+    _scale(config)
+  if guides.classifier is not None:
+    _check_same_noise("--classifier", config, guides.classifier)
+    if classes and classes != guides.classifier.network.num_classes:
+      raise ValueError(
+        f"Got a classifier of {guides.classifier.network.num_classes} classes for a model of {classes}; wanted the same classes."
+      )
+  if guides.weak is not None:
+    _check_same_noise("--weak", config, guides.weak, label=False)
+    if classes != guides.weak.network.num_classes or config.superres.factor != guides.weak.superres.factor:
+      raise ValueError(
+        f"Got --weak, a model of {guides.weak.network.num_classes} classes, for one of {classes}; wanted one that takes the same condition."
+      )
+
+
+def _check_same_noise(flag: str, config: ConfigDict, other: ConfigDict, *, label: bool = True) -> None:
+  """Raises a ValueError unless a guide knows the noisy images that the model makes."""
+  if image_shape(config) != image_shape(other):
+    raise ValueError(
+      f"Got {flag}, a model of images of {image_shape(other)}, for one of {image_shape(config)}; wanted the same shape."
+    )
+  a, b = build_process(config), build_process(other)
+  same = math.isclose(a.t_max, b.t_max)
+  with jax.ensure_compile_time_eval():
+    times = jnp.linspace(0.0, a.t_max, 21)[1:]
+    for name in ("alpha", "sigma", "label") if label else ("alpha", "sigma"):
+      first, second = (np.asarray(getattr(process, name)(times)) for process in (a, b))
+      same = same and np.allclose(first, second, rtol=1e-3, atol=1e-4)
+  if not same:
+    raise ValueError(
+      f"Got {flag}, a model trained on another process: {_process_name(other)}, for one trained on {_process_name(config)}; wanted"
+      " the same noise at every time. Train one with the same config.process."
+    )
+
+
+def _process_name(config: ConfigDict) -> str:
+  c = config.process
+  return f"{c.name} ({c.schedule}, {c.num_steps} steps)" if c.name == "discrete" else c.name
