@@ -177,6 +177,19 @@ def default_config() -> ConfigDict:
       "threshold": 0.0,  # above 0: dynamic thresholding at this percentile, such as 0.995, in place of clipping
     }
   )
+  config.editing = ConfigDict(
+    {
+      "method": "",  # of inpaint: repaint, replace, posterior or dps; of colorize and superres: posterior or dps; empty: the first
+      "strength": 0.6,  # of img2img: 0 gives back the input, 1 a fresh sample
+      "resamples": 10,  # of repaint: how often each step is made
+      "jump": 1,  # of repaint: parts of each step, over which it jumps back
+      "noise": 0.02,  # of posterior: the standard deviation of what is measured
+      "covariance": "tweedie",  # of posterior, or isotropic (PiGDM), which is cheaper
+      "iterations": 3,  # of posterior: conjugate gradients a step
+      "scale": 1.0,  # of dps
+      "frames": 8,  # of interpolate
+    }
+  )
   config.evaluation = ConfigDict(
     {
       "num_samples": 1000,

@@ -14,6 +14,7 @@ from typing import Any
 # floats. Data may have moved; that they are the same is for the data position to check.
 _MAY_CHANGE = (
   "guidance.",
+  "editing.",
   "parallel.",
   "superres.sample_noise",
   "training.steps",

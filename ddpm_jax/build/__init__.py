@@ -2,6 +2,7 @@
 
 from ddpm_jax.build.condition import low_size, shrink
 from ddpm_jax.build.data import build_data, build_sources
+from ddpm_jax.build.editing import TASKS, build_edit, check_edit
 from ddpm_jax.build.guidance import Guides, build_conditional, build_denoise, check_guidance
 from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape
 from ddpm_jax.build.sampling import (
@@ -25,12 +26,14 @@ from ddpm_jax.build.training import (
 
 __all__ = [
   "SAMPLERS",
+  "TASKS",
   "WEIGHTINGS",
   "Guides",
   "batch_shapes",
   "build_conditional",
   "build_data",
   "build_denoise",
+  "build_edit",
   "build_generate",
   "build_grid",
   "build_labels",
@@ -45,6 +48,7 @@ __all__ = [
   "build_schedule",
   "build_sources",
   "build_step",
+  "check_edit",
   "check_guidance",
   "compile_draw",
   "flops_per_image",

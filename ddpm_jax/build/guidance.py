@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ddpm_jax import guidance, networks, predictions
 from ddpm_jax.build import condition
 from ddpm_jax.build.condition import Condition
-from ddpm_jax.build.model import build_network, build_prediction, build_process, image_shape, null_class
+from ddpm_jax.build.model import build_classifier, build_network, build_prediction, build_process, image_shape, null_class
 from ddpm_jax.predictions import Denoise
 
 Array = jax.Array
@@ -53,7 +53,7 @@ def build_denoise(
   guides: Guides = Guides(),  # noqa: B008, a constant
   guiding: dict[str, PyTree] | None = None,
 ) -> Denoise:
-  """The denoiser of trained parameters: conditioned, guided, and clipped if the config says so.
+  """The denoiser of trained parameters, conditioned and guided; `bound` keeps its estimates in range.
 
   Args:
     config: of the model.
@@ -87,8 +87,13 @@ def build_denoise(
       denoise = guidance.plus_plus(conditional, given, against, c.scale)
     else:
       denoise = guidance.classifier_free(conditional, given, against, scale, rescale=c.rescale)
-  if c.threshold:
-    return guidance.dynamic_threshold(denoise, c.threshold)
+  return denoise
+
+
+def bound(config: ConfigDict, denoise: Denoise) -> Denoise:
+  """Estimates clipped or thresholded, if the config says so: last of all, so that no gradient is lost in it."""
+  if config.guidance.threshold:
+    return guidance.dynamic_threshold(denoise, config.guidance.threshold)
   return guidance.clip(denoise) if config.sampling.clip else denoise
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import parallel, predictions, randomness, sampling
-from ddpm_jax.build.guidance import Guides, build_denoise, check_guidance
+from ddpm_jax.build.guidance import Guides, bound, build_denoise, check_guidance
 from ddpm_jax.build.model import build_process, image_shape
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process
@@ -169,7 +169,7 @@ def build_generate(
   check_guidance(config, guides or Guides())
 
   def draw(keys, denoise, inputs):
-    return run(keys, denoise)
+    return run(keys, bound(config, denoise))
 
   return compile_draw(config, mesh, guides or Guides(), draw)
 
@@ -180,7 +180,7 @@ def compile_draw(
   guides: Guides,
   draw: Callable[[Array, Denoise, dict[str, Array]], PyTree],
 ) -> Callable[..., PyTree]:
-  """`draw(keys, denoise, inputs)` as `build_generate` says."""
+  """`draw(keys, denoise, inputs)`, of a denoiser that is not `bound` yet, called and compiled as `build_generate` says."""
   size = config.sampling.batch_size
   parallel.check_batch(size, mesh.size, "sampling batch size")
   split, whole = parallel.split(mesh), parallel.replicated(mesh)
