@@ -1,0 +1,93 @@
+"""How far samples of each restoration method are from the true posterior, of Gaussian data, where it is known.
+
+python experiments/posterior_errors.py
+
+Images of 2 by 4 correlated pixels; the left half is known (inpainting), or the means of boxes of 2 by 2
+(super-resolution), with noise of standard deviation 0.02. Errors are those of the posterior's mean and covariance, as shares
+of what the prior's are off: 0 is exact, and 1 is as bad as no measurement at all.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import editing, processes, sampling
+
+SHAPE, NOISE_STD = (2, 4, 1), 0.02
+PROCESS = processes.vp()
+_ROWS, _COLUMNS = np.divmod(np.arange(8), 4)
+_DISTANCE = np.hypot(_ROWS[:, None] - _ROWS, _COLUMNS[:, None] - _COLUMNS)
+MEAN, COVARIANCE = np.linspace(-0.3, 0.3, 8), 0.25 * np.exp(-_DISTANCE / 2)
+KEEP = np.arange(4)[None, :, None] < 2  # the left half
+TRUTH = np.array([[0.5, 0.3, 0.1, -0.5], [0.2, 0.6, 0.4, 0.1]]).reshape(1, *SHAPE)
+
+
+def denoise(x, t):
+  """E[x_0 | x_t], the function that a network would learn."""
+  values, vectors = np.linalg.eigh(COVARIANCE)
+  alpha, sigma = PROCESS.alpha(t), PROCESS.sigma(t)
+  shrink = alpha * values / (alpha**2 * values + sigma**2)
+  difference = x.reshape(len(x), 8) - alpha * MEAN
+  return (MEAN + (difference @ vectors * shrink) @ vectors.T).astype(x.dtype).reshape(x.shape)
+
+
+def exact_posterior(operator):
+  """The mean and covariance of x_0 given y = A x_0 + noise, and y [1, ...]."""
+  matrix = np.asarray(operator(jnp.eye(8).reshape(8, *SHAPE)), np.float64).reshape(8, -1).T
+  y = matrix @ TRUTH.ravel()
+  gain = COVARIANCE @ matrix.T @ np.linalg.inv(matrix @ COVARIANCE @ matrix.T + NOISE_STD**2 * np.eye(len(y)))
+  mean = MEAN + gain @ (y - matrix @ MEAN)
+  return mean, COVARIANCE - gain @ matrix @ COVARIANCE, operator(jnp.asarray(TRUTH, jnp.float32))
+
+
+def methods(operator, y, inpainting, resamples=(2, 5, 10, 20), jumps=(5,), scales=(0.03, 0.1, 0.3, 1.0)):
+  """Name -> (sampler, denoise). The rules are of order 2, so that what is seen is the methods' error and not the steps'."""
+  rule, flow = sampling.dpmpp_sde(PROCESS), sampling.heun(PROCESS)
+  known = jnp.asarray(TRUTH, jnp.float32)
+  found = {"no measurement": (rule, denoise)}
+  if inpainting:
+    found["replacement"] = (editing.replace(rule, PROCESS, known, KEEP), denoise)
+    for count in resamples:
+      found[f"RePaint, {count} resamples"] = (editing.repaint(rule, PROCESS, known, KEEP, count), denoise)
+    for jump in jumps:
+      found[f"RePaint, 5 resamples, jump {jump}"] = (editing.repaint(rule, PROCESS, known, KEEP, 5, jump), denoise)
+  for scale in scales:
+    found[f"DPS, scale {scale:g}"] = (editing.dps(rule, PROCESS, operator, y, scale), denoise)
+  for name, covariance in (("PiGDM", "isotropic"), ("Tweedie", "tweedie")):
+    wrapped = editing.posterior(denoise, PROCESS, operator, y, NOISE_STD, covariance)
+    found[f"{name}, SDE"], found[f"{name}, ODE"] = (rule, wrapped), (flow, wrapped)
+  return found
+
+
+def errors(sampler, function, mean, covariance, count, times):
+  """Of the samples' mean and covariance, as shares of the prior's."""
+  x = PROCESS.prior(jax.random.key(0), (count, *SHAPE))
+  run = jax.jit(lambda x: sampling.sample(jax.random.key(1), sampler, function, x, times))
+  got = np.asarray(run(x), np.float64).reshape(count, 8)
+  norm = np.linalg.norm
+  return (
+    norm(got.mean(0) - mean) / norm(MEAN - mean),
+    norm(np.cov(got.T) - covariance) / norm(COVARIANCE - covariance),
+  )
+
+
+def main(count: int = 20_000, steps: int = 50, **kwargs) -> dict[tuple[str, str], tuple[float, float]]:
+  """Prints a table; returns the errors of mean and covariance by problem and method."""
+  times, results = sampling.grids.log_snr(PROCESS, steps), {}
+  print(
+    "| problem | method | network calls | error of the mean | of the covariance |\n| --- | --- | ---: | ---: | ---: |"
+  )
+  for problem, operator in (("inpainting", editing.mask_operator(KEEP)), ("super-resolution", editing.downsample(2))):
+    mean, covariance, y = exact_posterior(operator)
+    for name, (sampler, function) in methods(operator, y, problem == "inpainting", **kwargs).items():
+      results[problem, name] = errors(sampler, function, mean, covariance, count, times)
+      calls = sampling.nfe(sampler, PROCESS, times)
+      print(
+        f"| {problem} | {name} | {calls} | {results[problem, name][0]:.3f} | {results[problem, name][1]:.3f} |",
+        flush=True,
+      )
+  return results
+
+
+if __name__ == "__main__":
+  main()
