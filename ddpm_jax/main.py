@@ -17,7 +17,7 @@ import ddpm_jax
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
 )
-_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, eval, export, prepare or plan.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, edit, eval, export, prepare or plan.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to draw (sample: 64; eval: the config's).")
 _SAMPLER = flags.DEFINE_string("sampler", None, "The sampler, instead of the config's.")
@@ -61,6 +61,15 @@ _WEAK = flags.DEFINE_string("weak", None, "The folder of a weaker model's run, t
 _UPSAMPLER = flags.DEFINE_list(
   "upsampler", None, "Folders of super-resolution runs that enlarge the samples, one after the other."
 )
+_TASK = flags.DEFINE_string("task", None, "In editing: inpaint, img2img, colorize, superres, interpolate or invert.")
+_INPUT = flags.DEFINE_string("input", None, "What to edit: an image, a folder of images or an .npz file.")
+_MASK = flags.DEFINE_string(
+  "mask", None, "To inpaint: an image, white where it is to be painted; or lower, upper, left, right or centre."
+)
+_METHOD = flags.DEFINE_string(
+  "method", None, "How: inpaint by repaint, replace, posterior or dps; colorize and superres by posterior or dps."
+)
+_STRENGTH = flags.DEFINE_float("strength", None, "Of img2img, from 0 (the input) to 1 (a fresh sample).")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it arose.")
 
 
@@ -80,29 +89,34 @@ def main(argv: list[str]) -> None:
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
   from ddpm_jax import build, prepare, pretrained, runs, schema
 
-  mode = schema.choose(_MODE.value, ("train", "sample", "eval", "export", "prepare", "plan"), "--mode")
+  mode = schema.choose(_MODE.value, ("train", "sample", "edit", "eval", "export", "prepare", "plan"), "--mode")
   if not _WORKDIR.value and mode not in ("prepare", "plan"):
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
   folder = Path(_WORKDIR.value or ".").expanduser().absolute()
   for flag, modes in (
-    (_LABELS, ("sample",)),
-    (_NEGATIVE_LABELS, ("sample",)),
-    (_GUIDANCE_SCALE, ("sample", "eval")),
-    (_CLASSIFIER, ("sample",)),
-    (_WEAK, ("sample",)),
+    (_LABELS, ("sample", "edit")),
+    (_NEGATIVE_LABELS, ("sample", "edit")),
+    (_GUIDANCE_SCALE, ("sample", "edit", "eval")),
+    (_CLASSIFIER, ("sample", "edit")),
+    (_WEAK, ("sample", "edit")),
     (_UPSAMPLER, ("sample",)),
-    (_PRETRAINED, ("sample",)),
-    (_NUM_SAMPLES, ("sample", "eval")),
-    (_SEED, ("sample", "eval")),
+    (_TASK, ("edit",)),
+    (_INPUT, ("edit",)),
+    (_MASK, ("edit",)),
+    (_METHOD, ("edit",)),
+    (_STRENGTH, ("edit",)),
+    (_PRETRAINED, ("sample", "edit")),
+    (_NUM_SAMPLES, ("sample", "edit", "eval")),
+    (_SEED, ("sample", "edit", "eval")),
     (_OUTPUT, ("export", "prepare")),
-    (_EMA, ("sample", "eval", "export")),
-    (_EMA_LENGTH, ("sample", "eval", "export")),
-    (_STEP, ("sample", "eval", "export")),
+    (_EMA, ("sample", "edit", "eval", "export")),
+    (_EMA_LENGTH, ("sample", "edit", "eval", "export")),
+    (_STEP, ("sample", "edit", "eval", "export")),
     (_RESUME, ("train",)),
     (_PROFILE, ("train",)),
-    (_COORDINATOR, ("train", "sample", "eval", "export")),
-    (_NUM_PROCESSES, ("train", "sample", "eval", "export")),
-    (_PROCESS_ID, ("train", "sample", "eval", "export")),
+    (_COORDINATOR, ("train", "sample", "edit", "eval", "export")),
+    (_NUM_PROCESSES, ("train", "sample", "edit", "eval", "export")),
+    (_PROCESS_ID, ("train", "sample", "edit", "eval", "export")),
     (_TOPOLOGY, ("plan",)),
     (_DEVICES, ("plan",)),
   ):
@@ -140,6 +154,14 @@ def main(argv: list[str]) -> None:
     config.sampling.num_steps = _NUM_STEPS.value
   if _GUIDANCE_SCALE.value is not None:
     config.guidance.scale = _GUIDANCE_SCALE.value
+  if mode == "edit":
+    if _METHOD.value is not None:
+      config.editing.method = _METHOD.value
+    if _STRENGTH.value is not None:
+      config.editing.strength = _STRENGTH.value
+    if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
+      # What samples best adds noise, more often than not, and what adds noise encodes nothing.
+      config.sampling.update({"sampler": "ddim", "eta": 0.0})
   schema.check_config(config)
   _cache_compilations()
   choice = runs.Choice(_EMA.value is not False, _EMA_LENGTH.value, _STEP.value or "")
@@ -153,6 +175,8 @@ def main(argv: list[str]) -> None:
     if not _OUTPUT.value:
       raise ValueError("Got no --output; wanted the folder to export to, such as --output=/tmp/model.")
     runs.run_export(config, folder, Path(_OUTPUT.value).expanduser().absolute(), choice)
+  elif mode == "edit":
+    runs.run_edit(config, folder, _edit(), seed=_SEED.value or 0, choice=choice, steering=_steering(), model=model)
   else:
     count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
     seed = _SEED.value or 0
@@ -190,6 +214,17 @@ def _steering() -> Any:
     _integers(_NEGATIVE_LABELS),
     _folder(_CLASSIFIER.value) if _CLASSIFIER.value else None,
     _folder(_WEAK.value) if _WEAK.value else None,
+  )
+
+
+def _edit() -> Any:
+  from ddpm_jax import build, runs, schema
+
+  return runs.Edit(
+    schema.choose(_TASK.value, build.TASKS, "--task"),
+    _folder(_INPUT.value) if _INPUT.value else None,
+    _MASK.value or "",
+    1 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,
   )
 
 

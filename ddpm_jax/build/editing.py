@@ -35,9 +35,7 @@ def check_edit(config: ConfigDict, task: str) -> str:
       f"Got --method={c.method} for the task {task!r}; wanted {'one of ' + ', '.join(methods) if methods else 'none: there is one way'}."
     )
   if not 0 <= c.strength <= 1:
-    raise ValueError(
-      f"Got --strength={c.strength:g}; wanted it in [0, 1]: 0 gives back the input, 1 a fresh sample."
-    )
+    raise ValueError(f"Got --strength={c.strength:g}; wanted it in [0, 1]: 0 gives back the input, 1 a fresh sample.")
   if c.frames < 2:
     raise ValueError(f"Got config.editing.frames={c.frames}; wanted 2 or more, the ends included.")
   if task == "colorize" and config.data.channels != 3:
@@ -45,7 +43,9 @@ def check_edit(config: ConfigDict, task: str) -> str:
       f"Got the task 'colorize' for a model of images with {config.data.channels} channel(s); wanted a model of colour images."
     )
   if config.superres.factor and task != "superres":
-    raise ValueError(f"Got the task {task!r} for a model that enlarges images; wanted --task=superres, or another model.")
+    raise ValueError(
+      f"Got the task {task!r} for a model that enlarges images; wanted --task=superres, or another model."
+    )
   return c.method or (methods[0] if methods else "")
 
 

@@ -12,7 +12,14 @@ from ml_collections import ConfigDict
 from ddpm_jax import guidance, networks, predictions
 from ddpm_jax.build import condition
 from ddpm_jax.build.condition import Condition
-from ddpm_jax.build.model import build_classifier, build_network, build_prediction, build_process, image_shape, null_class
+from ddpm_jax.build.model import (
+  build_classifier,
+  build_network,
+  build_prediction,
+  build_process,
+  image_shape,
+  null_class,
+)
 from ddpm_jax.predictions import Denoise
 
 Array = jax.Array

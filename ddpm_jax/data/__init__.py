@@ -2,6 +2,7 @@
 
 from ddpm_jax.data.fitting import RESIZES, fit
 from ddpm_jax.data.folders import FolderSource
+from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.packed import PackedSource, pack, whole
 from ddpm_jax.data.pipeline import Batches, batches
 from ddpm_jax.data.sources import (
@@ -25,6 +26,7 @@ __all__ = [
   "Batches",
   "BrokenImage",
   "FolderSource",
+  "Inputs",
   "PackedSource",
   "SkipBroken",
   "Source",
@@ -40,5 +42,7 @@ __all__ = [
   "pack",
   "prepare_tfds",
   "read",
+  "read_inputs",
+  "read_mask",
   "whole",
 ]

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ddpm_jax.data.fitting import check_fit, fit
 from ddpm_jax.data.sources import BrokenImage
 
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_ENDINGS = tuple(os.fsencode(extension) for extension in _EXTENSIONS)
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_ENDINGS = tuple(os.fsencode(extension) for extension in EXTENSIONS)
 _VERSION = 1
 # A folder that changed this shortly before it was listed may change again within one tick of the file system's clock.
 _TICK_NS = 2 * 10**9
@@ -61,7 +61,7 @@ class FolderSource:
     found = {name: folder for name, folder in _walk(self._root).items() if folder.names}
     if not found:
       raise ValueError(
-        f"Got the data folder {str(path)!r}, which holds no image; wanted files ending in {', '.join(_EXTENSIONS)}, in it or in its sub-folders."
+        f"Got the data folder {str(path)!r}, which holds no image; wanted files ending in {', '.join(EXTENSIONS)}, in it or in its sub-folders."
       )
     # A million Path objects would take half a gigabyte: all names are one string, and where each ends an array.
     self._folders, self._names = list(found), b"".join(folder.names for folder in found.values())

@@ -4,9 +4,21 @@ Each first builds and checks all that the config names, and writes nothing until
 """
 
 from ddpm_jax.runs.drawing import Steering, run_eval, run_sample
+from ddpm_jax.runs.editing import Edit, run_edit
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice
 from ddpm_jax.runs.plan import run_plan
 from ddpm_jax.runs.training import Stopped, run_train
 
-__all__ = ["Choice", "Steering", "Stopped", "run_eval", "run_export", "run_plan", "run_sample", "run_train"]
+__all__ = [
+  "Choice",
+  "Edit",
+  "Steering",
+  "Stopped",
+  "run_edit",
+  "run_eval",
+  "run_export",
+  "run_plan",
+  "run_sample",
+  "run_train",
+]

@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -130,13 +130,7 @@ def run_sample(
   fit_batch(config, mesh, num_samples, slow=model is not None)
   generate = build.build_generate(config, mesh, guided.guides)
   workdir.check_writable(folder)
-  if model is None:
-    params = load_weights(config, folder, mesh, choice).params
-  else:
-    params = model.params
-    say(
-      f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on {mesh.size} {jax.default_backend()} device(s)"
-    )
+  params = load_params(config, folder, mesh, choice, model)
   say(f"sampling {num_samples:,} images with {config.sampling.sampler} ...")
   samples, nfe = draw(config, generate, params, seed, num_samples, guided.inputs, guided.load())
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
@@ -151,6 +145,17 @@ def run_sample(
     say(f"{nfe:,} network evaluations each")
   _write_samples(path, samples, arrays)
   parallel.wait_for_all("done")
+
+
+def load_params(
+  config: ConfigDict, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: pretrained.Pretrained | None
+) -> PyTree:
+  """The parameters of a run, or of a pretrained model in its place."""
+  if model is None:
+    return load_weights(config, folder, mesh, choice).params
+  size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+  say(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+  return model.params
 
 
 class Stage(NamedTuple):
@@ -251,19 +256,32 @@ def draw(
 
   Sample i follows from the seed, its inputs and i alone, but for the sampler `ode`, which controls its error over a batch.
   """
-  size = config.sampling.batch_size
   parts, most = [], 0
+  for x, nfe in in_batches(config, generate, params, seed, count, inputs, guiding or {}):
+    check_finite(config, x)
+    parts.append(images.to_uint8(x))
+    most = max(most, int(nfe))
+  return np.concatenate(parts)[:count], most
+
+
+def in_batches(
+  config: ConfigDict,
+  function: Callable,
+  params: PyTree,
+  seed: int,
+  count: int,
+  inputs: Inputs,
+  guiding: dict[str, PyTree],
+) -> Iterator[Any]:
+  """What `function(params, seed, first, inputs, guiding)` gives for each batch, with a progress bar; the last may be too long."""
+  size = config.sampling.batch_size
   quiet = count <= size or not parallel.is_main()
   with tqdm(total=count, desc=f"sampling ({config.sampling.sampler})", unit=" images", disable=quiet) as bar:
     for first in range(0, count, size):
       rows = np.minimum(np.arange(first, first + size), count - 1)
       wanted = {name: value[rows] for name, value in inputs.items()}
-      x, nfe = generate(params, np.uint32(seed), np.int32(first), wanted, guiding or {})
-      check_finite(config, x)
-      parts.append(images.to_uint8(x))
-      most = max(most, int(nfe))
+      yield jax.device_get(function(params, np.uint32(seed), np.int32(first), wanted, guiding))
       bar.update(min(size, count - first))
-  return np.concatenate(parts)[:count], most
 
 
 def check_finite(config: ConfigDict, x: Any) -> None:

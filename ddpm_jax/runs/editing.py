@@ -1,0 +1,198 @@
+"""Editing a user's images with a run's model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build, data, images, parallel, pretrained, workdir
+from ddpm_jax.runs import drawing
+from ddpm_jax.runs.model import Choice, say, trained
+
+# Rows of a picture; the arrays hold all.
+_ROWS = 24
+
+
+class Edit(NamedTuple):
+  """What to do to which images.
+
+  Attributes:
+    task: one of `build.TASKS`.
+    source: an image, a folder of images or an .npz file.
+    mask: to inpaint: an image that is white where it is to be painted.
+    count: how many results each image gets.
+  """
+
+  task: str
+  source: Path | None
+  mask: str = ""
+  count: int = 1
+
+
+def run_edit(
+  config: ConfigDict,
+  folder: Path,
+  edit: Edit,
+  *,
+  seed: int,
+  choice: Choice,
+  steering: drawing.Steering = drawing.Steering(),  # noqa: B008, a constant
+  model: pretrained.Pretrained | None = None,
+) -> None:
+  """Edits images with a run's model, or a pretrained one, into edits/: an .npz of inputs and results, and a picture of both.
+
+  Raises:
+    ValueError: if the model, the images, the mask, the labels or the settings do not allow it.
+  """
+  if edit.count < 1:
+    raise ValueError(f"Got --num_samples={edit.count}; wanted at least 1.")
+  if edit.source is None:
+    raise ValueError("Got no --input; wanted an image, a folder of images or an .npz file to edit.")
+  if bool(edit.mask) != (edit.task == "inpaint"):
+    raise ValueError(
+      f"Got {'--mask' if edit.mask else 'no --mask'} for the task {edit.task!r}; wanted one to inpaint, an image that is white where it is"
+      " to be painted, and none for other tasks."
+    )
+  mesh = parallel.make_mesh()
+  config = trained(config, folder) if model is None else ConfigDict(config.to_dict())
+  method = build.check_edit(config, edit.task)
+  given = _read(config, edit)
+  inputs = _inputs(config, edit, given)
+  rows = len(inputs["image"])
+  guided = _steer(config, mesh, steering, rows, edit.count)
+  inputs = {name: value.repeat(edit.count, 0) for name, value in inputs.items()}
+  drawing.fit_batch(config, mesh, rows * edit.count, slow=model is not None)
+  function = build.build_edit(config, mesh, edit.task, guided.guides, given.images.shape[1])
+  workdir.check_writable(folder)
+  params = drawing.load_params(config, folder, mesh, choice, model)
+  how = f" by {method}" if method and not config.superres.factor else ""
+  say(f"{edit.task} of {rows:,} image(s), {edit.count} time(s) each{how}, with {config.sampling.sampler} ...")
+  total = rows * edit.count
+  parts = list(drawing.in_batches(config, function, params, seed, total, {**inputs, **guided.inputs}, guided.load()))
+  found = {name: np.concatenate([part[name] for part in parts])[:total] for name in parts[0]}
+  drawing.check_finite(config, found["output"])
+  _write(config, folder / "edits", edit, f"{edit.task}{f'_{method}' if how else ''}_seed{seed}", given, inputs, found)
+  parallel.wait_for_all("done")
+
+
+def _read(config: ConfigDict, edit: Edit) -> data.Inputs:
+  size, _, channels = build.image_shape(config)
+  if edit.task == "superres":
+    size = build.low_size(config) if config.superres.factor else 0
+  assert edit.source is not None
+  given = data.read_inputs(edit.source, size, channels)
+  if given.resized:
+    say(f"{given.resized:,} of {len(given.images):,} images were not of {size}x{size}, and were resized and cropped")
+  side = given.images.shape[1]
+  if edit.task == "superres" and (config.data.image_size % side or side == config.data.image_size):
+    raise ValueError(
+      f"Got images of {side}x{side} to enlarge with a model of {config.data.image_size}x{config.data.image_size}; wanted a size that"
+      f" divides it, such as {config.data.image_size // 2}. Resize them first."
+    )
+  if edit.task == "interpolate" and len(given.images) < 2:
+    raise ValueError("Got one image to interpolate; wanted two or more, each of which leads to the next.")
+  return given
+
+
+def _inputs(config: ConfigDict, edit: Edit, given: data.Inputs) -> drawing.Inputs:
+  x = images.from_uint8(given.images)
+  if edit.task == "inpaint":
+    painted = data.read_mask(edit.mask, config.data.image_size)
+    return {"image": x, "keep": np.broadcast_to(~painted, (len(x), *painted.shape))}
+  if edit.task == "interpolate":
+    return {"image": x[:-1], "other": x[1:]}
+  if edit.task == "colorize":
+    return {"image": (x @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]}
+  if config.superres.factor:
+    return {"image": x, "low": x}
+  return {"image": x}
+
+
+def _steer(
+  config: ConfigDict, mesh: jax.sharding.Mesh, steering: drawing.Steering, rows: int, count: int
+) -> drawing.Guided:
+  """As in sampling; but an image is of no class unless labels say so."""
+  for name in ("labels", "negative"):
+    given: Sequence[int] | None = getattr(steering, name)
+    if given is not None and len(given) not in (1, rows):
+      raise ValueError(f"Got {len(given)} {name} for {rows} image(s); wanted one, or one for each.")
+    if given is not None:
+      each = list(given) * (rows if len(given) == 1 else 1)
+      steering = steering._replace(**{name: [label for label in each for _ in range(count)]})
+  if steering.labels is not None:
+    return drawing.steer(config, mesh, steering, rows * count)
+  if steering.classifier is not None:
+    raise ValueError("Got --classifier without --labels; wanted the class of each image, which it guides to.")
+  if not config.network.num_classes:
+    return drawing.steer(config, mesh, steering, rows * count)
+  if config.guidance.scale != 1 or steering.negative is not None:
+    raise ValueError("Got guidance without --labels; wanted the class of each image, such as --labels=3.")
+  if not config.loss.label_dropout:
+    raise ValueError(
+      "Got no --labels for a model that was trained with a class for every image; wanted one for each image, such as --labels=3."
+    )
+  guided = drawing.steer(config, mesh, steering, rows * count)
+  none = np.full(rows * count, config.network.num_classes, np.int32)
+  return guided._replace(inputs={**guided.inputs, "classes": none})
+
+
+def _write(
+  config: ConfigDict,
+  folder: Path,
+  edit: Edit,
+  name: str,
+  given: data.Inputs,
+  inputs: drawing.Inputs,
+  found: drawing.Inputs,
+) -> None:
+  if not parallel.is_main():
+    return
+  output = images.to_uint8(found["output"])
+  arrays = {
+    "input": given.images,
+    "names": np.array(given.names),
+    "output": output.reshape(-1, edit.count, *output.shape[1:]),
+  }
+  if "keep" in inputs:
+    arrays["mask"] = ~inputs["keep"][0]
+  if "latent" in found:
+    arrays["latent"] = found["latent"]
+  path = drawing.free(folder / name)
+  folder.mkdir(parents=True, exist_ok=True)
+  np.savez_compressed(f"{path}.npz", **arrays)  # type: ignore[arg-type]
+  pictures, columns = _picture(config, edit, given.images, inputs, found, output)
+  images.save_grid(f"{path}.png", pictures, columns)
+  say(f"arrays       {path}.npz\npicture      {path}.png")
+  if len(pictures) < len(output):
+    say(f"the picture shows the first {_ROWS} images")
+
+
+def _picture(
+  config: ConfigDict,
+  edit: Edit,
+  originals: np.ndarray,
+  inputs: drawing.Inputs,
+  found: drawing.Inputs,
+  output: np.ndarray,
+) -> tuple[np.ndarray, int]:
+  """A row for each image: the input, what is known of it or was found on the way, the results."""
+  size, channels = config.data.image_size, config.data.channels
+  first = originals.repeat(size // originals.shape[1], 1).repeat(size // originals.shape[1], 2)
+  if edit.task == "interpolate":
+    rows = [
+      np.concatenate([first[i : i + 1], frames, first[i + 1 : i + 2]]) for i, frames in enumerate(output[:: edit.count])
+    ]
+    return np.concatenate(rows[:_ROWS]), rows[0].shape[0]
+  shown = [first]
+  if edit.task == "inpaint":
+    shown.append(np.where(inputs["keep"][:: edit.count], first, 128).astype(np.uint8))
+  if edit.task == "colorize":
+    shown.append(images.to_uint8(inputs["image"][:: edit.count]).repeat(channels, -1))
+  if edit.task == "invert":
+    shown.append(images.to_uint8(found["latent"][:: edit.count] / 3))
+  columns = [*shown, *(output[i :: edit.count] for i in range(edit.count))]
+  rows = [picture for row in zip(*columns, strict=True) for picture in row]
+  return np.stack(rows[: _ROWS * len(columns)]), len(columns)
