@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import editing, randomness, sampling
@@ -89,7 +90,7 @@ Draw = Callable[[Array, Denoise, Images], Images]
 
 
 def _img2img(config: ConfigDict) -> Draw:
-  sampler, times, process = *build_rule(config), build_process(config)
+  (sampler, times), process = build_rule(config), build_process(config)
 
   def draw(keys, denoise, inputs):
     strength = config.editing.strength
@@ -100,7 +101,7 @@ def _img2img(config: ConfigDict) -> Draw:
 
 
 def _invert(config: ConfigDict) -> Draw:
-  sampler, times, process = *_reversible(config), build_process(config)
+  (sampler, times), process = _reversible(config), build_process(config)
 
   def draw(keys, denoise, inputs):
     denoise = bound(config, denoise)
@@ -111,7 +112,7 @@ def _invert(config: ConfigDict) -> Draw:
 
 
 def _interpolate(config: ConfigDict) -> Draw:
-  sampler, times, process = *_reversible(config), build_process(config)
+  (sampler, times), process = _reversible(config), build_process(config)
 
   def draw(keys, denoise, inputs):
     fractions = jnp.linspace(0, 1, config.editing.frames)
@@ -123,7 +124,7 @@ def _interpolate(config: ConfigDict) -> Draw:
   return draw
 
 
-def _reversible(config: ConfigDict):
+def _reversible(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
   sampler, times = build_rule(config)
   if not sampler.reversible:
     raise ValueError(

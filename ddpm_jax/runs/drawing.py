@@ -304,7 +304,8 @@ def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
   if not parallel.is_main():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  np.savez_compressed(f"{path}.npz", samples=samples, **arrays)
+  everything: dict[str, Any] = {"samples": samples, **arrays}
+  np.savez_compressed(f"{path}.npz", **everything)
   columns, shown = None, _GRID_IMAGES
   labels = arrays.get("labels")
   if labels is not None and 1 < (kinds := _period(labels)) <= _GRID_CLASSES:

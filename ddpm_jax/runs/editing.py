@@ -23,13 +23,13 @@ class Edit(NamedTuple):
     task: one of `build.TASKS`.
     source: an image, a folder of images or an .npz file.
     mask: to inpaint: an image that is white where it is to be painted.
-    count: how many results each image gets.
+    results: how many each image gets.
   """
 
   task: str
   source: Path | None
   mask: str = ""
-  count: int = 1
+  results: int = 1
 
 
 def run_edit(
@@ -47,8 +47,8 @@ def run_edit(
   Raises:
     ValueError: if the model, the images, the mask, the labels or the settings do not allow it.
   """
-  if edit.count < 1:
-    raise ValueError(f"Got --num_samples={edit.count}; wanted at least 1.")
+  if edit.results < 1:
+    raise ValueError(f"Got --num_samples={edit.results}; wanted at least 1.")
   if edit.source is None:
     raise ValueError("Got no --input; wanted an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
@@ -62,15 +62,15 @@ def run_edit(
   given = _read(config, edit)
   inputs = _inputs(config, edit, given)
   rows = len(inputs["image"])
-  guided = _steer(config, mesh, steering, rows, edit.count)
-  inputs = {name: value.repeat(edit.count, 0) for name, value in inputs.items()}
-  drawing.fit_batch(config, mesh, rows * edit.count, slow=model is not None)
+  guided = _steer(config, mesh, steering, rows, edit.results)
+  inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
+  drawing.fit_batch(config, mesh, rows * edit.results, slow=model is not None)
   function = build.build_edit(config, mesh, edit.task, guided.guides, given.images.shape[1])
   workdir.check_writable(folder)
   params = drawing.load_params(config, folder, mesh, choice, model)
   how = f" by {method}" if method and not config.superres.factor else ""
-  say(f"{edit.task} of {rows:,} image(s), {edit.count} time(s) each{how}, with {config.sampling.sampler} ...")
-  total = rows * edit.count
+  say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {config.sampling.sampler} ...")
+  total = rows * edit.results
   parts = list(drawing.in_batches(config, function, params, seed, total, {**inputs, **guided.inputs}, guided.load()))
   found = {name: np.concatenate([part[name] for part in parts])[:total] for name in parts[0]}
   drawing.check_finite(config, found["output"])
@@ -121,7 +121,8 @@ def _steer(
       raise ValueError(f"Got {len(given)} {name} for {rows} image(s); wanted one, or one for each.")
     if given is not None:
       each = list(given) * (rows if len(given) == 1 else 1)
-      steering = steering._replace(**{name: [label for label in each for _ in range(count)]})
+      values = [label for label in each for _ in range(count)]
+      steering = steering._replace(labels=values) if name == "labels" else steering._replace(negative=values)
   if steering.labels is not None:
     return drawing.steer(config, mesh, steering, rows * count)
   if steering.classifier is not None:
@@ -154,7 +155,7 @@ def _write(
   arrays = {
     "input": given.images,
     "names": np.array(given.names),
-    "output": output.reshape(-1, edit.count, *output.shape[1:]),
+    "output": output.reshape(-1, edit.results, *output.shape[1:]),
   }
   if "keep" in inputs:
     arrays["mask"] = ~inputs["keep"][0]
@@ -162,7 +163,8 @@ def _write(
     arrays["latent"] = found["latent"]
   path = drawing.free(folder / name)
   folder.mkdir(parents=True, exist_ok=True)
-  np.savez_compressed(f"{path}.npz", **arrays)  # type: ignore[arg-type]
+  everything: dict[str, Any] = {**arrays}
+  np.savez_compressed(f"{path}.npz", **everything)
   pictures, columns = _picture(config, edit, given.images, inputs, found, output)
   images.save_grid(f"{path}.png", pictures, columns)
   say(f"arrays       {path}.npz\npicture      {path}.png")
@@ -183,16 +185,17 @@ def _picture(
   first = originals.repeat(size // originals.shape[1], 1).repeat(size // originals.shape[1], 2)
   if edit.task == "interpolate":
     rows = [
-      np.concatenate([first[i : i + 1], frames, first[i + 1 : i + 2]]) for i, frames in enumerate(output[:: edit.count])
+      np.concatenate([first[i : i + 1], frames, first[i + 1 : i + 2]])
+      for i, frames in enumerate(output[:: edit.results])
     ]
     return np.concatenate(rows[:_ROWS]), rows[0].shape[0]
   shown = [first]
   if edit.task == "inpaint":
-    shown.append(np.where(inputs["keep"][:: edit.count], first, 128).astype(np.uint8))
+    shown.append(np.where(inputs["keep"][:: edit.results], first, 128).astype(np.uint8))
   if edit.task == "colorize":
-    shown.append(images.to_uint8(inputs["image"][:: edit.count]).repeat(channels, -1))
+    shown.append(images.to_uint8(inputs["image"][:: edit.results]).repeat(channels, -1))
   if edit.task == "invert":
-    shown.append(images.to_uint8(found["latent"][:: edit.count] / 3))
-  columns = [*shown, *(output[i :: edit.count] for i in range(edit.count))]
+    shown.append(images.to_uint8(found["latent"][:: edit.results] / 3))
+  columns = [*shown, *(output[i :: edit.results] for i in range(edit.results))]
   rows = [picture for row in zip(*columns, strict=True) for picture in row]
   return np.stack(rows[: _ROWS * len(columns)]), len(columns)
