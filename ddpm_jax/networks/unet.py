@@ -115,6 +115,10 @@ class Backbone(nn.Module):
         f" wanted every side divisible by {2 ** (levels - 1)}. Use at most {most} multipliers, or resize the images."
       )
 
+  def attended_levels(self) -> set[int]:
+    """The levels whose features are split into heads."""
+    return {*self.attention_levels, *([len(self.multipliers) - 1] if self.middle_attention else [])}
+
   def _check_call(
     self,
     x: Array,
@@ -359,6 +363,10 @@ class Classifier(Backbone):
     pool = layers.AttentionPool(self.out_channels, self._heads(h.shape[-1]), self._style, name="pool")
     return pool(h).astype(jnp.float32)
 
+  def attended_levels(self) -> set[int]:
+    """The levels whose features are split into heads: here the pooled one too."""
+    return super().attended_levels() | {len(self.multipliers) - 1}
+
 
 def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
   """One way of resampling for each of `count` levels."""
@@ -404,7 +412,7 @@ def _check_options(network: Backbone) -> None:
 
 def _check_features(network: Backbone) -> None:
   n = network
-  attended = {*n.attention_levels, *([len(n.multipliers) - 1] if n.middle_attention else [])}
+  attended = n.attended_levels()
   for level, multiplier in enumerate((1, *n.multipliers), -1):
     features = n.channels * multiplier
     heads = f"head_channels={n.head_channels}" if n.head_channels else f"heads={n.heads}"
