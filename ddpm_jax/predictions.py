@@ -125,6 +125,13 @@ def coefficients(process: Process, prediction: Prediction, t: Array, x: Array) -
   return tuple(expand(value, x) for value in values)
 
 
+def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
+  """x_t [B, ...] at times t [B] as the network sees it, in the dtype of `x_t`; `input_scale` as in `Prediction`."""
+  if input_scale is None:
+    return x_t
+  return (input_scale(expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)) * x_t).astype(x_t.dtype)
+
+
 def read_network(
   apply: Callable[..., Array], process: Process, prediction: Prediction, x_t: Array, t: Array, label
 ) -> tuple[Array, Array | None]:
@@ -133,10 +140,7 @@ def read_network(
   Raises:
     ValueError: if the output's shape does not fit the input's.
   """
-  scale = prediction.input_scale
-  x_in = x_t
-  if scale is not None:
-    x_in = (scale(expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)) * x_t).astype(x_t.dtype)
+  x_in = network_input(process, prediction.input_scale, x_t, t)
   output = apply(x_in, (process.label if label is None else label)(t))
   channels = x_t.shape[-1] * (2 if prediction.learned_variance else 1)
   if output.shape != (*x_t.shape[:-1], channels):
@@ -202,3 +206,41 @@ def denoiser(
     return x_0 if variance is None else Denoised(x_0, ((variance + 1) / 2).astype(x_t.dtype))
 
   return denoise
+
+
+def classifier(
+  apply: Callable[..., Array],
+  process: Process,
+  *,
+  label: Callable[[Array], Array] | None = None,
+  input_scale: Callable[[Array, Array], Array] | None = None,
+) -> Callable[[Array, Array], Array]:
+  """Turns a network that tells classes of noisy data apart into `log_probs(x_t, t) -> log p(class | x_t)` [B, K].
+
+  The slope of a column in x_t is what classifier guidance adds to the score (Dhariwal and Nichol 2021, section 4.1).
+
+  Args:
+    apply: `apply(x_t, label) -> logits`, inputs [B, ...], label [B], logits [B, K]. Any callable, as for `denoiser`.
+    process: the forward process.
+    label: maps time [B] to the network's time input; by default the process's own.
+    input_scale: `input_scale(alpha, sigma)`, the factor on x_t before the network sees it, that of the `Prediction` it was
+      trained beside; None for 1.
+
+  Returns:
+    `log_probs(x_t, t)`, for `x_t` [B, ...] and `t` a scalar or [B]; in float32 at least.
+
+  Raises:
+    ValueError: when called, if the logits are not [B, K].
+  """
+
+  def log_probs(x_t: Array, t):
+    t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
+    logits = apply(network_input(process, input_scale, x_t, t), (process.label if label is None else label)(t))
+    if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
+      raise ValueError(
+        f"The classifier gave an output of shape {logits.shape} for an input of shape {x_t.shape}; wanted logits [B, K], a row for each of"
+        f" {x_t.shape[0]} samples."
+      )
+    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+
+  return log_probs

@@ -43,27 +43,38 @@ class Mixture(NamedTuple):
   means: np.ndarray
   stds: np.ndarray
 
+  def _posterior(self, process, x, t):
+    """log p(component | x_t) [B, K] but for a constant, and E[x_0 | x_t, component] [B, K, D]."""
+    precision = jnp.promote_types(x.dtype, jnp.float32)
+    weights, means, stds = (jnp.asarray(value, precision) for value in self)
+    t = jnp.broadcast_to(t, x.shape[:1])
+    alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+    variance = alpha**2 * stds**2 + sigma**2  # [B, K]
+    difference = x[:, None, :] - alpha[..., None] * means  # [B, K, D]
+    distance = jnp.sum(difference**2, -1) / variance
+    log_posterior = jnp.log(weights) - 0.5 * distance - 0.5 * x.shape[1] * jnp.log(variance)
+    return log_posterior, means + (alpha * stds**2 / variance)[..., None] * difference
+
   def denoise(self, process):
     """E[x_0 | x_t], the exact denoiser."""
 
     def denoise(x, t):
-      precision = jnp.promote_types(x.dtype, jnp.float32)
-      weights, means, stds = (jnp.asarray(value, precision) for value in self)
-      t = jnp.broadcast_to(t, x.shape[:1])
-      alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
-      variance = alpha**2 * stds**2 + sigma**2  # [B, K]
-      difference = x[:, None, :] - alpha[..., None] * means  # [B, K, D]
-      distance = jnp.sum(difference**2, -1) / variance
-      log_posterior = jnp.log(weights) - 0.5 * distance - 0.5 * x.shape[1] * jnp.log(variance)
-      posterior = jax.nn.softmax(log_posterior, axis=-1)
-      x_0 = means + (alpha * stds**2 / variance)[..., None] * difference
-      return jnp.sum(posterior[..., None] * x_0, axis=1).astype(x.dtype)
+      log_posterior, x_0 = self._posterior(process, x, t)
+      return jnp.sum(jax.nn.softmax(log_posterior, axis=-1)[..., None] * x_0, axis=1).astype(x.dtype)
 
     return denoise
 
+  def classify(self, process):
+    """Logits of p(component | x_t) [B, K], the exact classifier."""
+    return lambda x, t: self._posterior(process, x, t)[0]
+
   def draw(self, rng, count):
+    return self.draw_labelled(rng, count)[0]
+
+  def draw_labelled(self, rng, count):
+    """Samples [count, D] and the component of each [count]."""
     which = rng.choice(len(self.weights), count, p=self.weights)
-    return self.means[which] + self.stds[which, None] * rng.standard_normal((count, self.means.shape[1]))
+    return self.means[which] + self.stds[which, None] * rng.standard_normal((count, self.means.shape[1])), which
 
 
 def gaussian(mean=0.3, std=0.4, dim=1):

@@ -1,5 +1,6 @@
 """Losses, the times they are drawn at, and their weightings."""
 
+from ddpm_jax.losses.classification import classification_loss
 from ddpm_jax.losses.denoising import denoising_loss
 from ddpm_jax.losses.times import (
   LossMoments,
@@ -31,6 +32,7 @@ __all__ = [
   "LossMoments",
   "TimeDistribution",
   "Weighting",
+  "classification_loss",
   "decoder_bits",
   "denoising_loss",
   "edm",

@@ -38,17 +38,22 @@ class Draw(NamedTuple):
   variance: Array | None
 
 
-def draw(
-  key: Array, apply, process: Process, prediction: Prediction, x_0: Array, times: TimeDistribution, label
-) -> Draw:
-  """One draw of a time and a noise for each sample; arguments as for `denoising_loss`."""
+def perturbed(key: Array, process: Process, x_0: Array, times: TimeDistribution) -> tuple[Array, Array, Array, Array]:
+  """Times [B], their importance weights [B], noise [B, ...] and noisy data [B, ...], from one key or one a sample."""
   randomness.check_key(key)
-  check_readable(process, prediction)
   check_floats(x_0)
   keys = randomness.sample_keys(key, jnp.arange(x_0.shape[0])) if key.ndim == 0 else key
   t, importance = times(randomness.fold_in(keys, 0))
   eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape, x_0.dtype)
-  x_t = process.perturb(x_0, t, eps)
+  return t, importance, eps, process.perturb(x_0, t, eps)
+
+
+def draw(
+  key: Array, apply, process: Process, prediction: Prediction, x_0: Array, times: TimeDistribution, label
+) -> Draw:
+  """One draw of a time and a noise for each sample; arguments as for `denoising_loss`."""
+  check_readable(process, prediction)
+  t, importance, eps, x_t = perturbed(key, process, x_0, times)
   output, variance = read_network(apply, process, prediction, x_t, t, label)
   target = prediction.target(x_0, eps, *coefficients(process, prediction, t, x_0))
   return Draw(t, importance, x_t, target, output, variance)

@@ -1,0 +1,145 @@
+"""The loss of a classifier against the entropy of the class, by integration, and the classifier that it is least for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, special, stats
+
+from ddpm_jax import losses, predictions, processes
+from tests.oracles import PROCESSES, Mixture
+
+CLASSES = Mixture(np.array([0.2, 0.5, 0.3]), np.array([[-0.8], [0.1], [0.6]]), np.array([0.2, 0.1, 0.3]))
+LOG_SNRS = (4.0, 1.0, -2.0)
+
+
+def conditional_entropy(log_snr):
+  """H(class | x_t) in nats: x_t / alpha is a mixture with the noise's variance exp(-log_snr) added."""
+  spread = np.sqrt(CLASSES.stds**2 + np.exp(-log_snr))
+
+  def density(x):
+    joint = np.log(CLASSES.weights) + stats.norm.logpdf(x, CLASSES.means[:, 0], spread)
+    return -np.sum(np.exp(joint) * (joint - special.logsumexp(joint)))
+
+  return integrate.quad(density, -20, 20, limit=500, points=[-0.8, 0.1, 0.6])[0]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_exact_posterior_has_the_conditional_entropy_as_its_loss_and_none_has_less(process):
+  """Within five standard errors: the value at each noise level, and the slopes as the logits are scaled or shifted."""
+  process, count = PROCESSES[process], 30_000
+  x_0, classes = map(jnp.asarray, CLASSES.draw_labelled(np.random.default_rng(0), count))
+  levels = jnp.asarray([process.time_of(jnp.asarray(level)) for level in LOG_SNRS])
+  exact = CLASSES.classify(process)
+
+  def details(change):
+    def apply(x, t):
+      return (1 + change[0]) * exact(x, t) + change[1] * jnp.array([1.0, 0.0, 0.0])
+
+    def times(keys):
+      return jnp.resize(levels, keys.shape), jnp.ones(keys.shape)
+
+    return losses.classification_loss(jax.random.key(2), apply, process, x_0, classes, times=times, label=lambda t: t)[
+      1
+    ]["loss"]
+
+  zero = jnp.zeros(2)
+  least, slopes = jax.jit(details)(zero), jax.jit(jax.jacfwd(details))(zero)
+  for index, log_snr in enumerate(LOG_SNRS):
+    part = slice(index, None, len(LOG_SNRS))
+    for sample in (least[part] - conditional_entropy(log_snr), slopes[part, 0], slopes[part, 1]):
+      assert abs(np.mean(sample)) < 5 * np.std(sample) / len(sample) ** 0.5
+  for other in ([0.5, 0.0], [-0.4, 0.0], [0.0, 1.0], [0.0, -1.0]):
+    more = jax.jit(details)(jnp.array(other)) - least
+    assert np.mean(more) > 5 * np.std(more) / count**0.5
+
+
+def test_the_loss_is_the_weighted_mean_of_its_details_and_counts_what_is_right():
+  process, classes = processes.vp(), jnp.array([0, 1, 2, 0])
+
+  def times(keys):
+    return jnp.linspace(0.1, 1, 4), jnp.linspace(0.5, 2, 4)
+
+  loss, details = losses.classification_loss(
+    jax.random.key(0),
+    lambda x, t: jnp.array([[2.0, 1.0, 0.0]] * 4),
+    process,
+    jnp.zeros((4, 5)),
+    classes,
+    times=times,
+  )
+  np.testing.assert_allclose(loss, np.mean(np.linspace(0.5, 2, 4) * details["loss"]), rtol=1e-6)
+  np.testing.assert_allclose(details["loss"] - details["loss"][0], [0, 1, 2, 0], rtol=1e-6)
+  np.testing.assert_array_equal(details["correct"], [1, 0, 0, 1])
+  np.testing.assert_allclose(details["t"], np.linspace(0.1, 1, 4))
+
+
+def test_a_sample_depends_on_its_key_alone():
+  process, exact = PROCESSES["discrete_cosine"], CLASSES.classify(PROCESSES["discrete_cosine"])
+  keys = jax.random.split(jax.random.key(0), 8)
+  x_0, classes = map(jnp.asarray, CLASSES.draw_labelled(np.random.default_rng(0), 8))
+
+  def details(part):
+    return losses.classification_loss(
+      keys[part],
+      exact,
+      process,
+      x_0[part].astype(jnp.float32),
+      classes[part],
+      times=losses.uniform(process),
+      label=lambda t: t,
+    )[1]
+
+  whole, half = details(slice(0, 8)), details(slice(4, 8))
+  for name in ("t", "loss", "correct"):
+    np.testing.assert_allclose(whole[name][4:], half[name], rtol=1e-6)
+
+
+def test_log_probabilities_at_one_time_or_many_and_their_slope():
+  process = PROCESSES["vp"]
+  log_probs = predictions.classifier(CLASSES.classify(process), process, label=lambda t: t)
+  x, t = jax.random.normal(jax.random.key(0), (5, 1)), 0.3
+  one = log_probs(x, t)
+  np.testing.assert_allclose(one, log_probs(x, jnp.full(5, t)), rtol=1e-6)
+  np.testing.assert_allclose(np.sum(np.exp(one), axis=1), 1, rtol=1e-5)
+  slope = jax.grad(lambda x: jnp.sum(log_probs(x, t)[:, 1]))(x)
+  assert slope.shape == x.shape
+  # Bayes: the slope of log p(x_t | class) less that of log p(x_t), the latter from the exact denoiser (Tweedie).
+  alpha, sigma = process.alpha(t), process.sigma(t)
+  score = (alpha * CLASSES.denoise(process)(x, t) - x) / sigma**2
+  of_class = -(x - alpha * CLASSES.means[1]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)
+  np.testing.assert_allclose(slope, of_class - score, rtol=1e-3, atol=1e-3)
+
+
+def test_the_input_is_scaled_as_the_denoiser_s_is():
+  process, prediction = PROCESSES["edm"], predictions.edm(0.5)
+  seen = []
+
+  def apply(x, label):
+    seen.append(x)
+    return jnp.zeros((2, 3))
+
+  x, t = jnp.ones((2, 4)), jnp.array([0.5, 2.0])
+  predictions.classifier(apply, process, input_scale=prediction.input_scale)(x, t)
+  predictions.denoiser(lambda x, label: seen.append(x) or x, process, prediction)(x, t)
+  np.testing.assert_array_equal(*seen)
+  assert not np.allclose(seen[0], x)
+
+
+def test_wrong_input_is_an_error():
+  process, x = PROCESSES["vp"], jnp.zeros((4, 2))
+  times = losses.uniform(process)
+
+  def loss(classes, apply=lambda x, t: jnp.zeros((4, 3)), x=x):
+    return losses.classification_loss(jax.random.key(0), apply, process, x, classes, times=times)
+
+  loss(jnp.zeros(4, jnp.int32))
+  for classes in (jnp.zeros(3, jnp.int32), jnp.zeros((4, 1), jnp.int32), jnp.zeros(4)):
+    with pytest.raises(ValueError, match="wanted one integer a sample"):
+      loss(classes)
+  for shape in ((4,), (1, 3), (4, 2, 3)):
+    with pytest.raises(ValueError, match="wanted logits"):
+      loss(jnp.zeros(4, jnp.int32), lambda x, t, shape=shape: jnp.zeros(shape))
+  with pytest.raises(ValueError, match="typed key"):
+    losses.classification_loss(jax.random.PRNGKey(0), lambda x, t: x, process, x, jnp.zeros(4, jnp.int32), times=times)
