@@ -191,3 +191,29 @@ def test_hold_out_splits_without_overlap():
   np.testing.assert_array_equal(data.read(again, range(20))["image"], data.read(held_out, range(20))["image"])
   with pytest.raises(ValueError, match="hold_out=50"):
     data.hold_out(source, 50)
+
+
+def test_label_counts_are_those_of_what_is_read(tmp_path):
+  labels = np.array([0, 2, 2, 0, 2, 5])
+  source = data.ArraySource(np.zeros((6, 4, 4, 1), np.uint8), labels)
+  np.testing.assert_array_equal(data.label_counts(source, 7), [2, 0, 3, 0, 0, 1, 0])
+  for part in data.hold_out(source, 2):
+    read = data.read(part, np.arange(len(part)))["label"]
+    np.testing.assert_array_equal(data.label_counts(data.SkipBroken(part), 6), np.bincount(read, minlength=6))
+  with pytest.raises(ValueError, match="labels 0 to 5 for 5 classes"):
+    data.label_counts(source, 5)
+  assert data.label_counts(source, 0) is None
+  write_folder(tmp_path)
+  assert sum(data.label_counts(data.FolderSource(tmp_path, 8), 2)) == len(data.FolderSource(tmp_path, 8))
+
+
+def test_label_counts_of_a_source_that_would_have_to_be_read_are_not_known():
+  class Unlabelled:
+    def __len__(self):
+      return 10
+
+    def __getitem__(self, index):
+      raise AssertionError("read")
+
+  for source in (Unlabelled(), data.SkipBroken(Unlabelled()), data.hold_out(Unlabelled(), 3)[0]):
+    assert data.label_counts(source, 4) is None

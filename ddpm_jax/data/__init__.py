@@ -13,6 +13,7 @@ from ddpm_jax.data.sources import (
   digits,
   hold_out,
   in_memory,
+  label_counts,
   mnist,
   read,
 )
@@ -34,6 +35,7 @@ __all__ = [
   "fit",
   "hold_out",
   "in_memory",
+  "label_counts",
   "mnist",
   "pack",
   "prepare_tfds",

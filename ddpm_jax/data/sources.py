@@ -74,6 +74,22 @@ def _list(errors: Sequence[BrokenImage], most: int = 10) -> str:
   return "\n".join([*lines, f"  and {len(errors) - most:,} more"] if len(errors) > most else lines)
 
 
+def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
+  """How many images of each class there are [num_classes]; None if there are no classes, or it would take reading all images.
+
+  Raises:
+    ValueError: if a label is outside [0, num_classes).
+  """
+  labels = getattr(source, "labels", None)
+  if labels is None or not num_classes:
+    return None
+  if np.min(labels) < 0 or np.max(labels) >= num_classes:
+    raise ValueError(
+      f"Got labels {np.min(labels)} to {np.max(labels)} for {num_classes} classes; wanted labels from 0 to {num_classes - 1}."
+    )
+  return np.bincount(labels, minlength=num_classes)
+
+
 class SkipBroken:
   """A source in which the next image that can be decoded stands for one that cannot; each of these is reported once.
 
@@ -234,6 +250,11 @@ class _Subset:
 
   def __init__(self, source: Source, indices: np.ndarray):
     self.source, self.indices = source, indices
+
+  @property
+  def labels(self) -> np.ndarray | None:
+    labels = getattr(self.source, "labels", None)
+    return None if labels is None else labels[self.indices]
 
   def __len__(self) -> int:
     return len(self.indices)
