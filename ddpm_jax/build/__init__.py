@@ -1,7 +1,16 @@
 """From a config to objects: the one place where strings become functions, and where a config's mistakes are found."""
 
 from ddpm_jax.build.data import build_data, build_sources
-from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape
+from ddpm_jax.build.model import (
+  build_classifier,
+  build_network,
+  build_params_init,
+  build_prediction,
+  build_process,
+  check_denoises,
+  classifies,
+  image_shape,
+)
 from ddpm_jax.build.sampling import SAMPLERS, build_denoise, build_generate, build_grid, build_labels, build_sampler
 from ddpm_jax.build.training import (
   WEIGHTINGS,
@@ -17,6 +26,7 @@ __all__ = [
   "SAMPLERS",
   "WEIGHTINGS",
   "batch_shapes",
+  "build_classifier",
   "build_data",
   "build_denoise",
   "build_generate",
@@ -32,6 +42,8 @@ __all__ = [
   "build_schedule",
   "build_sources",
   "build_step",
+  "check_denoises",
+  "classifies",
   "flops_per_image",
   "image_shape",
 ]

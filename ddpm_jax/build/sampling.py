@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import guidance, parallel, predictions, randomness, sampling
-from ddpm_jax.build.model import build_network, build_prediction, build_process, image_shape
+from ddpm_jax.build.model import build_network, build_prediction, build_process, check_denoises, image_shape
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process
 from ddpm_jax.schema import choose
@@ -44,8 +44,13 @@ def _churn(c: ConfigDict) -> dict[str, float]:
   return {name: c[name] for name in ("s_churn", "s_min", "s_max", "s_noise")}
 
 
-def build_labels(config: ConfigDict, wanted: list[int] | None, count: int) -> np.ndarray | None:
-  """Class labels [count] for sampling: those wanted, over and over; all classes in turn by default; None if unconditional.
+def build_labels(
+  config: ConfigDict, wanted: list[int] | None, count: int, counts: np.ndarray | None = None
+) -> np.ndarray | None:
+  """Class labels [count] for sampling: those wanted, over and over; None if unconditional.
+
+  By default all classes in turn or, given how many images of each there are (`counts` [num_classes]), in these proportions, by largest
+  remainder, each class spread evenly.
 
   Raises:
     ValueError: if labels are wanted of a model that knows none, or are out of range.
@@ -57,14 +62,28 @@ def build_labels(config: ConfigDict, wanted: list[int] | None, count: int) -> np
         f"Got --labels={','.join(map(str, wanted))} for a model that was trained without classes; leave it out."
       )
     return None
+  if wanted is None and counts is not None:
+    return _in_proportion(counts, count)
   wanted = list(range(classes)) if wanted is None else wanted
   if not wanted or min(wanted) < 0 or max(wanted) >= classes:
     raise ValueError(f"Got --labels={','.join(map(str, wanted))}; wanted labels from 0 to {classes - 1}.")
   return np.resize(np.array(wanted, np.int32), count)
 
 
+def _in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
+  quotas = count * counts / np.sum(counts)
+  shares = np.floor(quotas).astype(int)
+  # Stable sorts: of equals the lower class comes first.
+  most_left = np.argsort(shares - quotas, kind="stable")
+  shares[most_left[: count - np.sum(shares)]] += 1
+  labels = np.repeat(np.arange(len(counts), dtype=np.int32), shares)
+  places = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+  return labels[np.argsort(places, kind="stable")]
+
+
 def build_denoise(config: ConfigDict, params: PyTree, classes: Array | None) -> Denoise:
   """The denoiser of trained parameters, clipped if the config says so."""
+  check_denoises(config)
   network, process = build_network(config), build_process(config)
 
   def apply(x_t, label):
@@ -148,8 +167,9 @@ def build_generate(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[...,
   are whole on every device.
 
   Raises:
-    ValueError: if the sampling batch cannot be split over the devices, or the config's sampler is wrong.
+    ValueError: if the sampling batch cannot be split over the devices, the config's sampler is wrong, or it is a classifier's.
   """
+  check_denoises(config)
   size = config.sampling.batch_size
   parallel.check_batch(size, mesh.size, "sampling batch size")
   run, split, whole = build_sampler(config), parallel.split(mesh), parallel.replicated(mesh)

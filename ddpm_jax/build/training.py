@@ -10,7 +10,15 @@ import optax
 from ml_collections import ConfigDict
 
 from ddpm_jax import costs, ema, losses, optim, parallel, predictions, randomness, train
-from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape, null_class
+from ddpm_jax.build.model import (
+  build_network,
+  build_params_init,
+  build_prediction,
+  build_process,
+  classifies,
+  image_shape,
+  null_class,
+)
 from ddpm_jax.processes import Process
 from ddpm_jax.schema import choose
 
@@ -28,9 +36,9 @@ WEIGHTINGS = {
   "edm": lambda c, process: losses.edm(c.sigma_data),
   "sigmoid": lambda c, process: losses.sigmoid(),
 }
-# Bounds of log-SNR between the noise levels whose losses are logged apart.
+# Bounds of log-SNR between the noise levels whose losses, and a classifier's accuracies, are logged apart.
 _LEVELS = (-5.0, 0.0, 5.0)
-_LEVEL_NAMES = tuple(f"loss_by_log_snr/{name}" for name in ("below_-5", "-5_to_0", "0_to_5", "above_5"))
+_LEVEL_NAMES = ("below_-5", "-5_to_0", "0_to_5", "above_5")
 
 
 def build_schedule(config: ConfigDict) -> Callable[[Array | int], Array]:
@@ -83,8 +91,15 @@ def _build_averages(config: ConfigDict) -> optax.GradientTransformation:
 def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Array, dict[str, Array]]]:
   """`loss_fn(params, keys, batch)` for `train.train_step`; a batch may bring the `times` drawn for it (`build_times`)."""
   network, process, prediction = build_network(config), build_process(config), build_prediction(config)
-  predictions.check_readable(process, prediction)
   c, times = config.loss, _times(config, process)
+  if classifies(config):
+
+    def classification(keys, apply, batch, times):
+      options = {"times": times, "input_scale": prediction.input_scale}
+      return losses.classification_loss(keys, apply, process, batch["image"], batch["label"], **options)
+
+    return _loss_fn(network, lambda keys, batch: (), classification, times)
+  predictions.check_readable(process, prediction)
   weighting = choose(c.weighting, WEIGHTINGS, "config.loss.weighting")(config, process)
   if config.learned_variance and process.num_steps is None:
     raise ValueError(
@@ -93,18 +108,32 @@ def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Ar
     )
   loss = partial(losses.hybrid_loss, vlb_weight=c.vlb_weight) if config.learned_variance else losses.denoising_loss
 
-  def loss_fn(params, keys, batch):
-    classes = batch["label"] if network.num_classes else None
+  def denoising(keys, apply, batch, times):
+    return loss(keys, apply, process, prediction, batch["image"], times=times, weighting=weighting)
+
+  def classes_of(keys, batch):
+    if not network.num_classes:
+      return (None,)
+    classes = batch["label"]
     if c.label_dropout:
       hidden = jax.vmap(jax.random.bernoulli, (0, None))(randomness.fold_in(keys, 3), c.label_dropout)
       classes = jnp.where(hidden, null_class(config), classes)
+    return (classes,)
+
+  return _loss_fn(network, classes_of, denoising, times)
+
+
+def _loss_fn(network, conditions, loss, times):
+  """The loss with dropout on: `loss(keys, apply, batch, times)` of a network that also takes `conditions(keys, batch)`."""
+
+  def loss_fn(params, keys, batch):
+    given = conditions(keys, batch)
 
     def apply(x_t, label):
       masks = randomness.fold_in(keys, 2)
-      return network.apply({"params": params}, x_t, label, classes, train=True, dropout_keys=masks)
+      return network.apply({"params": params}, x_t, label, *given, train=True, dropout_keys=masks)
 
-    drawn = (lambda _: batch["times"]) if "times" in batch else times
-    return loss(keys, apply, process, prediction, batch["image"], times=drawn, weighting=weighting)
+    return loss(keys, apply, batch, (lambda _: batch["times"]) if "times" in batch else times)
 
   return loss_fn
 
@@ -134,8 +163,19 @@ def build_step(
   def summarize(details):
     level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
     member = level[:, None] == jnp.arange(len(_LEVELS) + 1)
-    totals, counts = jnp.sum(jnp.where(member, details["loss"][:, None], 0), axis=0), jnp.sum(member, axis=0)
-    return {name: train.Mean(totals[index], counts[index]) for index, name in enumerate(_LEVEL_NAMES)}
+    counts = jnp.sum(member, axis=0)
+
+    def by_level(name, values):
+      totals = jnp.sum(jnp.where(member, values[:, None], 0), axis=0)
+      return {
+        f"{name}_by_log_snr/{level}": train.Mean(totals[index], counts[index])
+        for index, level in enumerate(_LEVEL_NAMES)
+      }
+
+    metrics = by_level("loss", details["loss"])
+    if "correct" in details:
+      metrics |= {"accuracy": jnp.mean(details["correct"])} | by_level("accuracy", details["correct"])
+    return metrics
 
   return partial(
     train.train_step,

@@ -3,7 +3,8 @@
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
-from ddpm_jax.runs.drawing import run_eval, run_sample
+from ddpm_jax.runs.drawing import run_sample
+from ddpm_jax.runs.evaluation import run_eval
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice
 from ddpm_jax.runs.plan import run_plan

@@ -1,11 +1,8 @@
 """Samples of a model: drawn, looked at and scored."""
 
 import itertools
-import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import ddpm_jax
 from ddpm_jax import build, data, evaluate, images, parallel, pretrained, workdir
-from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained
+from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained, write_scores
 
 PyTree = Any
 _GRID_IMAGES = 64
 # Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
 _CPU_BATCH = 16
-
-
-def run_eval(config: ConfigDict, folder: Path, *, seed: int, choice: Choice) -> None:
-  """Scores samples of a run's weights, into eval.json.
-
-  Raises:
-    ValueError: if there is no checkpoint, or the config does not allow it.
-  """
-  mesh, config = parallel.make_mesh(), trained(config, folder)
-  build.build_generate(config, mesh)
-  source, held_out = build.build_data(config)
-  if held_out is None:
-    raise ValueError("Got no held-out images to score against; set --config.data.eval_split or --config.data.hold_out.")
-  check_evaluation(config, source, held_out)
-  workdir.check_writable(folder)
-  evaluate_weights(config, folder, mesh, load_weights(config, folder, mesh, choice), source, held_out, seed)
-  parallel.wait_for_all("done")
 
 
 def run_sample(
@@ -85,6 +64,11 @@ def run_sample(
 def samples_folder(folder: Path) -> Path:
   """Where a run keeps its samples."""
   return folder / "samples"
+
+
+def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Raises a ValueError if the config's model cannot be sampled over the mesh."""
+  build.build_generate(config, mesh)
 
 
 def check_evaluation(config: ConfigDict, source: data.Source, held_out: data.Source | None) -> None:
@@ -160,7 +144,8 @@ def evaluate_weights(
   count = config.evaluation.num_samples
   generate, start = build.build_generate(config, mesh), time.perf_counter()
   say(f"sampling {count:,} images from the {weights.name} weights with {config.sampling.sampler} ...")
-  classes = build.build_labels(config, None, count)
+  # As common as in the data, with whose images the samples are compared.
+  classes = build.build_labels(config, None, count, data.label_counts(source, config.network.num_classes))
   samples, nfe = _draw(config, generate, weights.params, seed, count, classes)
   seconds = time.perf_counter() - start
   say(f"{nfe:,} network evaluations each, {seconds:.1f} s with compilation")
@@ -192,15 +177,6 @@ def _score(
     "num_samples": len(samples),
     "neighbour": config.evaluation.k,
     "reference": "held-out images; the floor is as many training images",
-    "step": weights.step,
-    "weights": weights.name,
     "sampling": {**config.sampling.to_dict(), "nfe": nfe},
-    "seed": seed,
-    "backend": jax.default_backend(),
-    "versions": {"ddpm_jax": ddpm_jax.__version__}
-    | {name: metadata.version(name) for name in ("jax", "flax", "numpy")},
-    "date": datetime.now(UTC).isoformat(timespec="seconds"),
   }
-  path = folder / "eval.json"
-  path.write_text(json.dumps(report, indent=2) + "\n")
-  say(f"\n{evaluate.table(scores)}\n\nscores       {path}")
+  write_scores(folder, report, weights, seed, evaluate.table(scores))
