@@ -1,4 +1,4 @@
-"""Samples to scores, each beside the floor that a perfect model would reach."""
+"""Samples to scores, each beside the floor that a perfect model would reach; a classifier's, beside chance."""
 
 import numpy as np
 
@@ -47,3 +47,29 @@ def table(scores: dict[str, Scores]) -> str:
     row = scores[of]
     rows.append((name, f"{row['frechet_distance']:.3f}", f"{row['precision']:.3f}", f"{row['recall']:.3f}"))
   return "\n".join(f"{a:<22}{b:>18}{c:>12}{d:>10}" for a, b, c, d in rows)
+
+
+def classification_scores(log_probs: np.ndarray, classes: np.ndarray) -> Scores:
+  """Accuracy, and cross-entropy in nats, of log-probabilities [N, K] for the true classes [N]."""
+  right = np.argmax(log_probs, axis=1) == classes
+  return {
+    "accuracy": float(np.mean(right)),
+    "cross_entropy": float(-np.mean(log_probs[np.arange(len(classes)), classes])),
+  }
+
+
+def chance_scores(classes: np.ndarray, num_classes: int) -> Scores:
+  """The same scores of who sees no image but knows how common each of the classes [N] is."""
+  shares = np.bincount(classes, minlength=num_classes) / len(classes)
+  present = shares[shares > 0]
+  return {"accuracy": float(np.max(shares)), "cross_entropy": float(-np.sum(present * np.log(present)))}
+
+
+def classification_table(levels: list[Scores], chance: Scores) -> str:
+  """The scores by noise level, each with its `log_snr`, for people to read."""
+  rows = [("log-SNR", "accuracy", "cross-entropy")]
+  rows += [
+    (name, f"{row['accuracy']:.3f}", f"{row['cross_entropy']:.3f}")
+    for name, row in (*((f"{row['log_snr']:.3g}", row) for row in levels), ("chance", chance))
+  ]
+  return "\n".join(f"{a:<10}{b:>10}{c:>16}" for a, b, c in rows)

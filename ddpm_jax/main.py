@@ -221,7 +221,7 @@ def _edit() -> Any:
   from ddpm_jax import build, runs, schema
 
   return runs.Edit(
-    schema.choose(_TASK.value or "", build.TASKS, "--task"),
+    schema.choose(_TASK.value or "", tuple(build.TASKS), "--task"),
     _folder(_INPUT.value) if _INPUT.value else None,
     _MASK.value or "",
     1 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,

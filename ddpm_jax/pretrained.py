@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
 from ddpm_jax import build, interop, workdir
 from ddpm_jax.interop.diffusers import Pretrained
+from ddpm_jax.networks import UNet
 
 PyTree = Any
 
@@ -142,7 +143,7 @@ def export(config: ConfigDict, folder: Path, output: Path, params: PyTree, *, st
     }
   interop.diffusers.save(
     output,
-    build.build_network(config),
+    cast(UNet, build.build_network(config)),
     params,
     build.build_process(config),
     build.build_prediction(config),
@@ -158,10 +159,15 @@ def of_run(config: ConfigDict, folder: Path, *, resuming: bool) -> tuple[ConfigD
   """The config of a run that starts from `config.init_from`, and the model it starts from unless it goes on.
 
   Raises:
-    ValueError: if the model cannot be read, or takes other images.
+    ValueError: if the model cannot be read, takes other images, or is to start a classifier.
   """
   if not config.init_from:
     return config, None
+  if build.classifies(config):
+    raise ValueError(
+      f"Got config.init_from={config.init_from!r} with config.task='classify'; wanted no model to start from: diffusers' pipelines hold"
+      " no classifier."
+    )
   saved = workdir.read_config(folder)
   if resuming and saved is not None and saved.get("init_from") == config.init_from:
     return adopt_run(config, folder), None

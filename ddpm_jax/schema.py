@@ -13,6 +13,7 @@ from ddpm_jax import workdir
 def default_config() -> ConfigDict:
   """Every key that a config has, with the settings of DDPM on CIFAR-10 (Ho et al. 2020). Recipes change some."""
   config = ConfigDict()
+  config.task = "denoise"  # denoise, or classify: learn the class of noisy images, for classifier guidance
   config.seed = 0
   config.init_from = (
     ""  # a folder of diffusers or a name on the hub, to start from: its network, process and prediction

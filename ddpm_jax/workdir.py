@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,17 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
   """Writes a run's config, whole or not at all."""
-  path = config_path(workdir)
+  _write_json(config_path(workdir), config)
+
+
+def write_labels(workdir: Path, counts: Sequence[int]) -> None:
+  """Writes how many images of each class a run is trained on into labels.json, whole or not at all."""
+  _write_json(workdir / "labels.json", {"counts": list(counts)})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+  temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
   os.replace(temporary, path)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, ema, parallel, schema
+from ddpm_jax import build, ema, parallel, randomness, schema
 from tests.recipes import tiny_config
 
 
@@ -226,6 +226,77 @@ def test_labels():
   for wrong in ([3], [-1], []):
     with pytest.raises(ValueError, match="labels from 0 to 2"):
       build.build_labels(config, wrong, 4)
+
+
+def test_labels_in_the_data_s_proportions():
+  """By largest remainder, and of any part of them each class has nearly its share."""
+  config = tiny_config()
+  config.network.num_classes = 4
+  counts = np.array([700, 200, 0, 97])
+  labels = build.build_labels(config, None, 100, counts)
+  np.testing.assert_array_equal(np.bincount(labels, minlength=4), [70, 20, 0, 10])
+  for first in range(0, 100, 10):
+    part = np.bincount(labels[first : first + 10], minlength=4)
+    assert np.all(np.abs(part - [7, 2, 0, 1]) <= 1)
+  for count in (1, 2, 7, 33):
+    part = build.build_labels(config, None, count, counts)
+    assert part.shape == (count,)
+    assert part.dtype == np.int32
+    assert np.all(np.abs(np.bincount(part, minlength=4) - count * counts / 997) < 1)
+  np.testing.assert_array_equal(build.build_labels(config, None, 6, np.full(4, 5)), [0, 1, 2, 3, 0, 1])
+  np.testing.assert_array_equal(build.build_labels(config, None, 8, np.full(4, 5)), [0, 1, 2, 3, 0, 1, 2, 3])
+  np.testing.assert_array_equal(build.build_labels(config, [3], 2, counts), [3, 3])
+
+
+def classifier_config():
+  config = tiny_config()
+  config.task, config.network.num_classes = "classify", 10
+  return config
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("task", "clasify", "'clasify' as config.task.*Did you mean 'classify'"),
+    ("network.num_classes", 1, "num_classes=1; wanted 2 or more classes"),
+    ("loss.label_dropout", 0.1, "label_dropout=0.1 and learned_variance=False; wanted 0 and False"),
+    ("learned_variance", True, "learned_variance=True; wanted 0 and False"),
+    ("network.heads", 3, "heads=3"),
+  ],
+)
+def test_wrong_values_of_a_classifier_are_errors_when_built(key, value, message):
+  config = classifier_config()
+  config.network.update({"middle_attention": False, "attention_resolutions": ()})
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
+    build.build_loss(config)
+
+
+def test_a_classifier_draws_nothing_and_a_denoiser_classifies_nothing():
+  config, mesh = classifier_config(), parallel.make_mesh(devices=jax.devices()[:1])
+  for call in (lambda: build.build_generate(config, mesh), lambda: build.build_denoise(config, {}, None)):
+    with pytest.raises(ValueError, match="holds a classifier, which draws nothing; wanted a run that denoises"):
+      call()
+  with pytest.raises(ValueError, match="tells no classes apart; wanted a run with task='classify'"):
+    build.build_classifier(tiny_config(), {})
+
+
+@pytest.mark.parametrize("prediction", ["v", "edm"])
+def test_a_classifier_from_a_config(prediction):
+  """The loss that trains it, and the log-probabilities of what was trained, under the same scaling of the input."""
+  config = classifier_config()
+  config.process.name, config.prediction = "vp", prediction
+  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
+  params = jax.tree.map(lambda p: p + 0.02, params)
+  x_0, t = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.array([0.1, 0.2, 0.5, 0.9])
+  keys, batch = jax.random.split(jax.random.key(2), 4), {"image": x_0, "label": jnp.arange(4)}
+  batch["times"] = (t, jnp.ones(4))
+  loss, details = jax.jit(build.build_loss(config))(params, keys, batch)
+  eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape)
+  log_probs = build.build_classifier(config, params)(build.build_process(config).perturb(x_0, t, eps), t)
+  np.testing.assert_allclose(details["loss"], -log_probs[jnp.arange(4), jnp.arange(4)], rtol=1e-4)
+  np.testing.assert_allclose(loss, jnp.mean(details["loss"]), rtol=1e-6)
+  assert build.flops_per_image(config) > 0
 
 
 def test_data_with_more_classes_than_the_network_is_an_error():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from ddpm_jax import build, parallel, schema, train
+from ddpm_jax.runs import evaluation
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
@@ -26,6 +27,7 @@ def load(path):
 
 def test_the_recipes_are_there():
   assert {path.stem for path in RECIPES} >= {"digits_vp", "digits_sde", "mnist_vp", "cifar10_vp", "cifar10_sde"}
+  assert {path.stem for path in RECIPES} >= {"digits_classifier", "mnist_classifier"}
   assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
 
 
@@ -37,7 +39,7 @@ def test_recipe(path):
   assert "Hardware:" in module.__doc__
   config = module.get_config()
   schema.check_config(config)
-  build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))
+  evaluation.kind_of(config).check(config, parallel.make_mesh(devices=jax.devices()[:1]))
   optimizer = build.build_optimizer(config)
   state = jax.eval_shape(lambda: train.init_state(jax.random.key(0), build.build_params_init(config), optimizer))
   batch = {
@@ -56,6 +58,14 @@ def test_recipe(path):
   elif path.stem == "cifar10_ncsnpp":
     # With the 128 random frequencies, which are not trained.
     assert count == edm_parameters(noise=256, residual=True) + 128
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist"])
+def test_a_classifier_has_the_data_and_the_process_of_the_model_it_guides(data):
+  guided, classifier = (load(ROOT / "configs" / f"{data}_{name}.py").get_config() for name in ("vp", "classifier"))
+  assert classifier.task == "classify"
+  for section in ("data", "process"):
+    assert classifier[section].to_dict() == guided[section].to_dict()
 
 
 def edm_parameters(noise=128, residual=False):

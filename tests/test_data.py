@@ -202,6 +202,7 @@ def test_label_counts_are_those_of_what_is_read(tmp_path):
     np.testing.assert_array_equal(data.label_counts(data.SkipBroken(part), 6), np.bincount(read, minlength=6))
   with pytest.raises(ValueError, match="labels 0 to 5 for 5 classes"):
     data.label_counts(source, 5)
+  assert data.label_counts(source, 0) is None
   write_folder(tmp_path)
   assert sum(data.label_counts(data.FolderSource(tmp_path, 8), 2)) == len(data.FolderSource(tmp_path, 8))
 

@@ -181,6 +181,26 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(tmp_path
     np.testing.assert_array_equal(a, b)
 
 
+def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys):
+  """Of data without one of the classes, which is said."""
+  labels = np.repeat([0, 1, 3], [300, 100, 100])
+  np.random.default_rng(0).shuffle(labels)
+  np.savez(tmp_path / "data.npz", images=np.zeros((500, 8, 8, 1), np.uint8), labels=labels)
+  config = config_of(steps=2)
+  config.data.update({"source": "arrays", "path": str(tmp_path / "data.npz")})
+  config.network.num_classes = 4
+  runs.run_train(config, tmp_path / "run")
+  counts = json.loads((tmp_path / "run" / "labels.json").read_text())["counts"]
+  output = capsys.readouterr()
+  assert f"4 classes, 0 to {max(counts)} images each" in output.out
+  assert "1 of 4 classes have no image to learn from: 2" in output.err
+  assert sum(counts) == 400
+  with np.load(tmp_path / "run" / "samples" / "final.npz") as file:
+    drawn = np.bincount(file["labels"], minlength=4)
+  assert np.all(np.abs(drawn - np.array(counts) / 10) < 1)
+  assert drawn[2] == 0
+
+
 def test_a_trace_of_a_few_steps(tmp_path):
   runs.run_train(config_of(steps=14, checkpoint_every=14), tmp_path, profile=2)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

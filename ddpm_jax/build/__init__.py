@@ -4,7 +4,16 @@ from ddpm_jax.build.condition import low_size, shrink
 from ddpm_jax.build.data import build_data, build_sources
 from ddpm_jax.build.editing import TASKS, build_edit, check_edit
 from ddpm_jax.build.guidance import Guides, build_conditional, build_denoise, check_guidance
-from ddpm_jax.build.model import build_network, build_params_init, build_prediction, build_process, image_shape
+from ddpm_jax.build.model import (
+  build_classifier,
+  build_network,
+  build_params_init,
+  build_prediction,
+  build_process,
+  check_denoises,
+  classifies,
+  image_shape,
+)
 from ddpm_jax.build.sampling import (
   SAMPLERS,
   build_generate,
@@ -30,6 +39,7 @@ __all__ = [
   "WEIGHTINGS",
   "Guides",
   "batch_shapes",
+  "build_classifier",
   "build_conditional",
   "build_data",
   "build_denoise",
@@ -48,8 +58,10 @@ __all__ = [
   "build_schedule",
   "build_sources",
   "build_step",
+  "check_denoises",
   "check_edit",
   "check_guidance",
+  "classifies",
   "compile_draw",
   "flops_per_image",
   "image_shape",

@@ -26,6 +26,11 @@ class Condition(NamedTuple):
   image: Array | None = None
   level: Array | None = None
 
+  @property
+  def arguments(self) -> dict[str, Array | None]:
+    """As `networks.UNet` names them."""
+    return {"classes": self.classes, "image": self.image, "vector": self.level}
+
 
 def check_superres(config: ConfigDict) -> None:
   """Raises a ValueError unless the keys of config.superres fit each other and the images."""

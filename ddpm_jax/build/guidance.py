@@ -1,7 +1,7 @@
 """The denoiser of trained parameters, conditioned and guided as a config says."""
 
-import contextlib
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,17 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import guidance, networks, predictions
+from ddpm_jax import guidance, predictions
 from ddpm_jax.build import condition
 from ddpm_jax.build.condition import Condition
-from ddpm_jax.build.model import (
-  build_classifier,
-  build_network,
-  build_prediction,
-  build_process,
-  image_shape,
-  null_class,
-)
+from ddpm_jax.build.model import build_apply, build_classifier, build_prediction, build_process, image_shape, null_class
 from ddpm_jax.predictions import Denoise
 
 Array = jax.Array
@@ -38,16 +31,11 @@ class Guides(NamedTuple):
 
 def build_conditional(config: ConfigDict, params: PyTree) -> guidance.Conditional:
   """`conditional(x_t, t, condition) -> x_0 estimate` of trained parameters, for a `Condition`."""
-  network, process, prediction = build_network(config), build_process(config), build_prediction(config)
-  # Gradients through the denoiser are taken inside the sampler's loop.
-  on_cpu = jax.default_backend() == "cpu"
+  apply, process, prediction = build_apply(config, params), build_process(config), build_prediction(config)
 
   def conditional(x_t, t, given):
-    def apply(x, label):
-      with networks.gradients_in_loops() if on_cpu else contextlib.nullcontext():
-        return network.apply({"params": params}, x, label, given.classes, image=given.image, vector=given.level)
-
-    return predictions.denoiser(apply, process, prediction)(x_t, t)
+    network = partial(apply, **given.arguments)
+    return predictions.denoiser(network, process, prediction)(x_t, t)
 
   return conditional
 

@@ -1,5 +1,6 @@
 """The process, the prediction and the network of a config."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import predictions, processes, schedules
+from ddpm_jax import networks, predictions, processes, schedules
 from ddpm_jax.build import condition
-from ddpm_jax.networks import UNet
+from ddpm_jax.networks import Classifier, UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 from ddpm_jax.schema import choose
@@ -84,8 +85,24 @@ def null_class(config: ConfigDict) -> int:
   return config.network.num_classes
 
 
-def build_network(config: ConfigDict) -> UNet:
+def classifies(config: ConfigDict) -> bool:
+  """Whether the model tells classes apart, or denoises."""
+  return choose(config.task, ("denoise", "classify"), "config.task") == "classify"
+
+
+def check_denoises(config: ConfigDict) -> None:
+  """Raises a ValueError if the config is a classifier's."""
+  if classifies(config):
+    raise ValueError(
+      "Got config.task='classify': this holds a classifier, which draws nothing; wanted a run that denoises, as that of"
+      " configs/digits_vp.py."
+    )
+
+
+def build_network(config: ConfigDict) -> UNet | Classifier:
   """The network, checked against the images it is to take."""
+  if classifies(config):
+    _check_classifier(config)
   c = dict(config.network)
   if not 0 <= config.loss.label_dropout < 1 or (config.loss.label_dropout and not c["num_classes"]):
     raise ValueError(
@@ -95,7 +112,11 @@ def build_network(config: ConfigDict) -> UNet:
   # One more, for no class.
   c["num_classes"] += config.loss.label_dropout > 0
   dtype = choose(c.pop("dtype"), _DTYPES, "config.network.dtype")
+  kind: type[UNet] | type[Classifier] = UNet
   out_channels = config.data.channels * (2 if config.learned_variance else 1)
+  if classifies(config):
+    # The classes are what it gives, not what it is given.
+    kind, out_channels = Classifier, c.pop("num_classes")
   heights = [config.data.image_size / 2**level for level in range(len(c["multipliers"]))]
   resolutions = c.pop("attention_resolutions")
   for wanted in resolutions:
@@ -108,15 +129,55 @@ def build_network(config: ConfigDict) -> UNet:
     c[way] = tuple(c[way].split(",")) if "," in c[way] else c[way]
   levels = tuple(heights.index(wanted) for wanted in resolutions)
   condition.check_superres(config)
-  vector = "time" if config.superres.noise else ""
-  network = UNet(out_channels=out_channels, attention_levels=levels, dtype=dtype, vector_embedding=vector, **c)
+  if config.superres.noise:
+    c["vector_embedding"] = "time"
+  network = kind(out_channels=out_channels, attention_levels=levels, dtype=dtype, **c)
   network.check_input(image_shape(config))
   return network
 
 
+def _check_classifier(config: ConfigDict) -> None:
+  if config.network.num_classes < 2:
+    raise ValueError(
+      f"Got config.task='classify' with network.num_classes={config.network.num_classes}; wanted 2 or more classes to tell apart."
+      " Set --config.network.num_classes to the data's."
+    )
+  if config.loss.label_dropout or config.learned_variance:
+    raise ValueError(
+      f"Got config.task='classify' with loss.label_dropout={config.loss.label_dropout} and learned_variance={config.learned_variance};"
+      " wanted 0 and False: they are of models that denoise."
+    )
+
+
 def build_params_init(config: ConfigDict) -> Callable[[Array], PyTree]:
   """`init(key) -> params`."""
-  network, given = build_network(config), condition.example(config)
-  return lambda key: network.init(
-    key, jnp.zeros((1, *image_shape(config))), jnp.zeros((1,)), given.classes, image=given.image, vector=given.level
-  )["params"]
+  network = build_network(config)
+  # A classifier takes no condition.
+  given: dict[str, Any] = {} if classifies(config) else condition.example(config).arguments
+  return lambda key: network.init(key, jnp.zeros((1, *image_shape(config))), jnp.zeros((1,)), **given)["params"]
+
+
+def build_classifier(config: ConfigDict, params: PyTree) -> Callable[[Array, Array], Array]:
+  """`log_probs(x_t, t) -> log p(class | x_t)` [B, K] of a trained classifier.
+
+  Raises:
+    ValueError: if the config is of a model that denoises.
+  """
+  if not classifies(config):
+    raise ValueError(
+      "Got config.task='denoise', a model that tells no classes apart; wanted a run with task='classify', as that of"
+      " configs/digits_classifier.py."
+    )
+  apply = build_apply(config, params)
+  return predictions.classifier(apply, build_process(config), input_scale=build_prediction(config).input_scale)
+
+
+def build_apply(config: ConfigDict, params: PyTree) -> Callable[..., Array]:
+  """`apply(x, label, **condition)` of trained parameters, whose gradients in x are quick inside a sampler's loop on a CPU too."""
+  network, on_cpu = build_network(config), jax.default_backend() == "cpu"
+
+  def apply(x, label, **given):
+    with networks.gradients_in_loops() if on_cpu else contextlib.nullcontext():
+      return network.apply({"params": params}, x, label, **given)
+
+  return apply

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import parallel, predictions, randomness, sampling
 from ddpm_jax.build.guidance import Guides, bound, build_denoise, check_guidance
-from ddpm_jax.build.model import build_process, image_shape
+from ddpm_jax.build.model import build_process, check_denoises, image_shape
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process
 from ddpm_jax.schema import choose
@@ -46,15 +46,24 @@ def _churn(c: ConfigDict) -> dict[str, float]:
 
 
 def build_labels(
-  config: ConfigDict, wanted: list[int] | None, count: int, classes: int | None = None
+  config: ConfigDict,
+  wanted: list[int] | None,
+  count: int,
+  *,
+  classes: int | None = None,
+  counts: np.ndarray | None = None,
 ) -> np.ndarray | None:
-  """Class labels [count] for sampling: those wanted, over and over; all classes in turn by default; None if unconditional.
+  """Class labels [count] for sampling: those wanted, over and over; None if unconditional.
+
+  By default all classes in turn or, given how many images of each there are (`counts` [num_classes]), in these proportions, by largest
+  remainder, each class spread evenly.
 
   Args:
     config: of the model.
     wanted: the labels, or None.
     count: how many are needed.
     classes: how many classes there are, if it is a classifier that knows them and not the model.
+    counts: how many images of each class there are [num_classes].
 
   Raises:
     ValueError: if labels are wanted of a model that knows none, are out of range, or are more than are needed.
@@ -67,12 +76,25 @@ def build_labels(
         " --classifier=<run folder>."
       )
     return None
+  if wanted is None and counts is not None:
+    return _in_proportion(counts, count)
   wanted = list(range(classes)) if wanted is None else wanted
   if not wanted or min(wanted) < 0 or max(wanted) >= classes:
     raise ValueError(f"Got labels {','.join(map(str, wanted))}; wanted labels from 0 to {classes - 1}.")
   if len(wanted) > count and len(wanted) != classes:
     raise ValueError(f"Got {len(wanted)} labels for {count} samples; wanted no more labels than samples.")
   return np.resize(np.array(wanted, np.int32), count)
+
+
+def _in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
+  quotas = count * counts / np.sum(counts)
+  shares = np.floor(quotas).astype(int)
+  # Stable sorts: of equals the lower class comes first.
+  most_left = np.argsort(shares - quotas, kind="stable")
+  shares[most_left[: count - np.sum(shares)]] += 1
+  labels = np.repeat(np.arange(len(counts), dtype=np.int32), shares)
+  places = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+  return labels[np.argsort(places, kind="stable")]
 
 
 def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
@@ -165,6 +187,7 @@ def build_generate(
   Raises:
     ValueError: if the sampling batch cannot be split over the devices, or the config's sampler or its guidance is wrong.
   """
+  check_denoises(config)
   run = build_sampler(config)
   check_guidance(config, guides or Guides())
 
@@ -181,6 +204,7 @@ def compile_draw(
   draw: Callable[[Array, Denoise, dict[str, Array]], PyTree],
 ) -> Callable[..., PyTree]:
   """`draw(keys, denoise, inputs)`, of a denoiser that is not `bound` yet, called and compiled as `build_generate` says."""
+  check_denoises(config)
   size = config.sampling.batch_size
   parallel.check_batch(size, mesh.size, "sampling batch size")
   split, whole = parallel.split(mesh), parallel.replicated(mesh)

@@ -16,6 +16,7 @@ from ddpm_jax.build.model import (
   build_params_init,
   build_prediction,
   build_process,
+  classifies,
   image_shape,
   null_class,
 )
@@ -36,9 +37,9 @@ WEIGHTINGS = {
   "edm": lambda c, process: losses.edm(c.sigma_data),
   "sigmoid": lambda c, process: losses.sigmoid(),
 }
-# Bounds of log-SNR between the noise levels whose losses are logged apart.
+# Bounds of log-SNR between the noise levels whose losses, and a classifier's accuracies, are logged apart.
 _LEVELS = (-5.0, 0.0, 5.0)
-_LEVEL_NAMES = tuple(f"loss_by_log_snr/{name}" for name in ("below_-5", "-5_to_0", "0_to_5", "above_5"))
+_LEVEL_NAMES = ("below_-5", "-5_to_0", "0_to_5", "above_5")
 
 
 def build_schedule(config: ConfigDict) -> Callable[[Array | int], Array]:
@@ -91,8 +92,15 @@ def _build_averages(config: ConfigDict) -> optax.GradientTransformation:
 def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Array, dict[str, Array]]]:
   """`loss_fn(params, keys, batch)` for `train.train_step`; a batch may bring the `times` drawn for it (`build_times`)."""
   network, process, prediction = build_network(config), build_process(config), build_prediction(config)
-  predictions.check_readable(process, prediction)
   c, times = config.loss, _times(config, process)
+  if classifies(config):
+
+    def classification(keys, apply, batch, times):
+      options = {"times": times, "input_scale": prediction.input_scale}
+      return losses.classification_loss(keys, apply, process, batch["image"], batch["label"], **options)
+
+    return _loss_fn(network, lambda keys, batch: {}, classification, times)
+  predictions.check_readable(process, prediction)
   weighting = choose(c.weighting, WEIGHTINGS, "config.loss.weighting")(config, process)
   if config.learned_variance and process.num_steps is None:
     raise ValueError(
@@ -101,22 +109,33 @@ def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Ar
     )
   loss = partial(losses.hybrid_loss, vlb_weight=c.vlb_weight) if config.learned_variance else losses.denoising_loss
 
-  def loss_fn(params, keys, batch):
-    classes = batch["label"] if network.num_classes else None
-    if classes is not None and c.label_dropout:
+  def denoising(keys, apply, batch, times):
+    return loss(keys, apply, process, prediction, batch["image"], times=times, weighting=weighting)
+
+  def given(keys, batch):
+    found = condition.training_image(config, keys, batch["image"]) if config.superres.factor else condition.Condition()
+    if not network.num_classes:
+      return found.arguments
+    classes = batch["label"]
+    if c.label_dropout:
       hidden = jax.vmap(jax.random.bernoulli, (0, None))(randomness.fold_in(keys, 3), c.label_dropout)
       classes = jnp.where(hidden, null_class(config), classes)
+    return found._replace(classes=classes).arguments
 
-    given = condition.training_image(config, keys, batch["image"]) if config.superres.factor else condition.Condition()
+  return _loss_fn(network, given, denoising, times)
+
+
+def _loss_fn(network, conditions, loss, times):
+  """The loss with dropout on: `loss(keys, apply, batch, times)` of a network that also takes `conditions(keys, batch)`."""
+
+  def loss_fn(params, keys, batch):
+    given = conditions(keys, batch)
 
     def apply(x_t, label):
       masks = randomness.fold_in(keys, 2)
-      return network.apply(
-        {"params": params}, x_t, label, classes, image=given.image, vector=given.level, train=True, dropout_keys=masks
-      )
+      return network.apply({"params": params}, x_t, label, **given, train=True, dropout_keys=masks)
 
-    drawn = (lambda _: batch["times"]) if "times" in batch else times
-    return loss(keys, apply, process, prediction, batch["image"], times=drawn, weighting=weighting)
+    return loss(keys, apply, batch, (lambda _: batch["times"]) if "times" in batch else times)
 
   return loss_fn
 
@@ -146,8 +165,19 @@ def build_step(
   def summarize(details):
     level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
     member = level[:, None] == jnp.arange(len(_LEVELS) + 1)
-    totals, counts = jnp.sum(jnp.where(member, details["loss"][:, None], 0), axis=0), jnp.sum(member, axis=0)
-    return {name: train.Mean(totals[index], counts[index]) for index, name in enumerate(_LEVEL_NAMES)}
+    counts = jnp.sum(member, axis=0)
+
+    def by_level(name, values):
+      totals = jnp.sum(jnp.where(member, values[:, None], 0), axis=0)
+      return {
+        f"{name}_by_log_snr/{level}": train.Mean(totals[index], counts[index])
+        for index, level in enumerate(_LEVEL_NAMES)
+      }
+
+    metrics = by_level("loss", details["loss"])
+    if "correct" in details:
+      metrics |= {"accuracy": jnp.mean(details["correct"])} | by_level("accuracy", details["correct"])
+    return metrics
 
   return partial(
     train.train_step,

@@ -75,15 +75,15 @@ def _list(errors: Sequence[BrokenImage], most: int = 10) -> str:
 
 
 def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
-  """How many images of each class there are [num_classes]; None if that would take reading them all.
+  """How many images of each class there are [num_classes]; None if there are no classes, or it would take reading all images.
 
   Raises:
     ValueError: if a label is outside [0, num_classes).
   """
   labels = getattr(source, "labels", None)
-  if labels is None:
+  if labels is None or not num_classes:
     return None
-  if len(labels) and (np.min(labels) < 0 or np.max(labels) >= num_classes):
+  if np.min(labels) < 0 or np.max(labels) >= num_classes:
     raise ValueError(
       f"Got labels {np.min(labels)} to {np.max(labels)} for {num_classes} classes; wanted labels from 0 to {num_classes - 1}."
     )

@@ -3,8 +3,9 @@
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
-from ddpm_jax.runs.drawing import Steering, run_eval, run_sample
+from ddpm_jax.runs.drawing import Steering, run_sample
 from ddpm_jax.runs.editing import Edit, run_edit
+from ddpm_jax.runs.evaluation import run_eval
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice
 from ddpm_jax.runs.plan import run_plan

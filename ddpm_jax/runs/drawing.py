@@ -1,11 +1,8 @@
 """Samples of a model: drawn, looked at and scored."""
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import ddpm_jax
 from ddpm_jax import build, data, evaluate, images, parallel, pretrained, schema, workdir
-from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained
+from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained, write_scores
 
 PyTree = Any
 Inputs = dict[str, np.ndarray]
@@ -26,23 +22,6 @@ _GRID_CLASSES = 20
 _GRID_ROWS = 10
 # Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
 _CPU_BATCH = 16
-
-
-def run_eval(config: ConfigDict, folder: Path, *, seed: int, choice: Choice) -> None:
-  """Scores samples of a run's weights, into eval.json.
-
-  Raises:
-    ValueError: if there is no checkpoint, or the config does not allow it.
-  """
-  mesh, config = parallel.make_mesh(), trained(config, folder)
-  build.build_generate(config, mesh)
-  source, held_out = build.build_data(config)
-  if held_out is None:
-    raise ValueError("Got no held-out images to score against; set --config.data.eval_split or --config.data.hold_out.")
-  check_evaluation(config, source, held_out)
-  workdir.check_writable(folder)
-  evaluate_weights(config, folder, mesh, load_weights(config, folder, mesh, choice), source, held_out, seed)
-  parallel.wait_for_all("done")
 
 
 class Steering(NamedTuple):
@@ -80,7 +59,7 @@ def steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, count
   guides = build.Guides(**configs)
   build.check_guidance(config, guides, negative=steering.negative is not None)
   known = guides.classifier and guides.classifier.network.num_classes
-  inputs = {"classes": build.build_labels(config, steering.labels, count, known)}
+  inputs = {"classes": build.build_labels(config, steering.labels, count, classes=known)}
   if steering.negative is not None:
     inputs["negative"] = build.build_labels(config, steering.negative, count)
 
@@ -209,6 +188,11 @@ def samples_folder(folder: Path) -> Path:
   return folder / "samples"
 
 
+def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Raises a ValueError if the config's model cannot be sampled over the mesh."""
+  build.build_generate(config, mesh)
+
+
 def check_evaluation(config: ConfigDict, source: data.Source, held_out: data.Source | None) -> None:
   """Raises a ValueError unless there are images enough to score as many samples as the config wants."""
   count = config.evaluation.num_samples
@@ -232,10 +216,10 @@ def preview(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source) ->
   return run
 
 
-def inputs_of(config: ConfigDict, count: int, source: data.Source) -> Inputs:
-  """What the samples of an evaluation are asked to show: classes in turn, and for a super-resolution model real images made small."""
+def inputs_of(config: ConfigDict, count: int, source: data.Source, counts: np.ndarray | None = None) -> Inputs:
+  """What samples are asked to show where no one asks: classes in turn or as often as `counts` says; to enlarge, real images made small."""
   inputs: Inputs = {}
-  classes = build.build_labels(config, None, count)
+  classes = build.build_labels(config, None, count, counts=counts)
   if config.superres.factor:
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
     inputs["low"] = build.shrink(images.from_uint8(real["image"]), config.superres.factor)
@@ -332,7 +316,9 @@ def evaluate_weights(
   count = config.evaluation.num_samples
   generate, start = build.build_generate(config, mesh), time.perf_counter()
   say(f"sampling {count:,} images from the {weights.name} weights with {config.sampling.sampler} ...")
-  inputs = inputs_of(config, count, source if held_out is None else held_out)
+  # As common as in the data, with whose images the samples are compared.
+  counts = data.label_counts(source, config.network.num_classes)
+  inputs = inputs_of(config, count, source if held_out is None else held_out, counts)
   samples, nfe = draw(config, generate, weights.params, seed, count, inputs)
   seconds = time.perf_counter() - start
   say(f"{nfe:,} network evaluations each, {seconds:.1f} s with compilation")
@@ -366,15 +352,6 @@ def _score(
     "num_samples": len(samples),
     "neighbour": config.evaluation.k,
     "reference": "held-out images; the floor is as many training images",
-    "step": weights.step,
-    "weights": weights.name,
     "sampling": {**config.sampling.to_dict(), "nfe": nfe},
-    "seed": seed,
-    "backend": jax.default_backend(),
-    "versions": {"ddpm_jax": ddpm_jax.__version__}
-    | {name: metadata.version(name) for name in ("jax", "flax", "numpy")},
-    "date": datetime.now(UTC).isoformat(timespec="seconds"),
   }
-  path = folder / "eval.json"
-  path.write_text(json.dumps(report, indent=2) + "\n")
-  say(f"\n{evaluate.table(scores)}\n\nscores       {path}")
+  write_scores(folder, report, weights, seed, evaluate.table(scores))

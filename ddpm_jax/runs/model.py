@@ -1,9 +1,12 @@
 """A run's model: its state, new or from a checkpoint, and what else the modes share."""
 
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+import ddpm_jax
 from ddpm_jax import build, checkpoint, ema, parallel, pretrained, schema, train, workdir
 
 PyTree = Any
@@ -205,6 +209,22 @@ def _sound(snapshots: checkpoint.Checkpoints, steps: list[int], template: PyTree
 @jax.jit
 def _weighted(averages: tuple[PyTree, ...], weights: jax.Array) -> PyTree:
   return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *averages)
+
+
+def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: int, table: str) -> None:
+  """Writes scores and how they came about into eval.json, and prints the table of them."""
+  report = report | {
+    "step": weights.step,
+    "weights": weights.name,
+    "seed": seed,
+    "backend": jax.default_backend(),
+    "versions": {"ddpm_jax": ddpm_jax.__version__}
+    | {name: metadata.version(name) for name in ("jax", "flax", "numpy")},
+    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+  }
+  path = folder / "eval.json"
+  path.write_text(json.dumps(report, indent=2) + "\n")
+  say(f"\n{table}\n\nscores       {path}")
 
 
 def trained(config: ConfigDict, folder: Path) -> ConfigDict:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import (
@@ -23,7 +24,7 @@ from ddpm_jax import (
   train,
   workdir,
 )
-from ddpm_jax.runs import drawing, model
+from ddpm_jax.runs import drawing, evaluation, model
 from ddpm_jax.runs.model import say
 
 PyTree = Any
@@ -39,7 +40,7 @@ class Stopped(SystemExit):
 
 
 def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
-  """Trains, or goes on where the folder's run stopped; then samples, scores, and says where everything lies.
+  """Trains, or goes on where the folder's run stopped; then samples or classifies, scores, and says where everything lies.
 
   Args:
     config: the run's config.
@@ -61,10 +62,11 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   parallel.check_batch(c.batch_size, mesh.size)
   train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
   optimizer, step = build.build_optimizer(config), build.build_step(config, mesh)
-  build.build_generate(config, mesh)
+  kind = evaluation.kind_of(config)
+  kind.check(config, mesh)
   source, held_out = build.build_data(config)
-  preview = drawing.preview(config, mesh, held_out or source)
-  drawing.check_evaluation(config, source, held_out)
+  preview = kind.preview(config, mesh, held_out or source)
+  kind.check_evaluation(config, source, held_out)
   init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
@@ -81,6 +83,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     num_params = sum(leaf.size for leaf in jax.tree.leaves(template.params))
     shape = "x".join(map(str, build.image_shape(config)))
     say(f"{len(source):,} training images of {shape}, {len(held_out or ()):,} held out")
+    _describe_labels(folder, data.label_counts(source, config.network.num_classes))
     say(f"{num_params:,} parameters on {_describe(mesh)}")
     if config.init_from:
       taken = pretrained.changes(asked, config)
@@ -93,7 +96,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
       say(f"training is complete at step {int(state.step):,}")
     run.checkpoints.close()
     weights = model.Weights(ema.ema_params(state.opt_state), int(state.step), str(model.Choice()))
-    drawing.evaluate_weights(config, folder, mesh, weights, source, held_out, config.seed)
+    kind.evaluate_weights(config, folder, mesh, weights, source, held_out, config.seed)
     say(
       f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
       f"metrics      {folder / 'metrics.jsonl'}\nTensorBoard  {folder / 'tensorboard'}"
@@ -125,6 +128,18 @@ def _describe(mesh: jax.sharding.Mesh) -> str:
   processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   return f"{mesh.size} {mesh.devices.flat[0].platform} device(s){processes}{f' ({axes})' if mesh.size > 1 else ''}"
+
+
+def _describe_labels(folder: Path, counts: np.ndarray | None) -> None:
+  """Says how many images each class has, and writes it down; nothing if it is not known."""
+  if counts is None or not parallel.is_main():
+    return
+  say(f"{len(counts):,} classes, {np.min(counts):,} to {np.max(counts):,} images each")
+  absent = np.flatnonzero(counts == 0)
+  if len(absent):
+    names = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+    model.warn(f"{len(absent):,} of {len(counts):,} classes have no image to learn from: {names}")
+  workdir.write_labels(folder, counts.tolist())
 
 
 class _Run:
@@ -227,7 +242,9 @@ class _Run:
         writer.image(number, "samples", images.grid(picture))
 
     # The checkpoint last: a run that is killed in between does the others again.
-    callbacks = [train.Callback(c.sample_every, draw), train.Callback(c.checkpoint_every, save)]
+    callbacks = [train.Callback(c.checkpoint_every, save)]
+    if preview is not None:
+      callbacks.insert(0, train.Callback(c.sample_every, draw))
     if snapshots is not None:
       callbacks.insert(0, train.Callback(self.config.ema.snapshot_every, snapshot))
     try:

@@ -1,0 +1,48 @@
+"""Noise-aware classifier of 28x28 MNIST digits, for classifier guidance of configs/mnist_vp.py (Dhariwal and Nichol 2021, section 4).
+
+pip install '.[mnist]'
+python -m ddpm_jax.main --config=configs/mnist_classifier.py --workdir=/tmp/mnist_classifier
+
+Hardware: 2 CPU cores. Time: 13 minutes beside another training on the same cores.
+Score: accuracy on the 500 held-out digits 0.98 at log-SNR 4 to 0, 0.72 at -2, 0.33 at -4, 0.16 at -6 (chance 0.12);
+cross-entropy 0.05 at 4, 0.09 at 0, 0.84, 1.94, 2.26 nats (2.30).
+"""
+
+from ddpm_jax.schema import default_config
+
+
+def get_config():
+  config = default_config()
+  config.task = "classify"
+  # The data and the process of the model to be guided, so that the classifier knows its noise and has not seen more images.
+  config.data.update({"source": "mnist", "image_size": 28, "channels": 1, "flip": False, "hold_out": 500})
+  config.data.eval_split = ""
+  config.process.schedule = "cosine"
+  config.network.update(
+    {
+      "channels": 32,
+      "multipliers": (1, 2, 2),
+      "blocks": 1,
+      "attention_resolutions": (),
+      "middle_attention": False,
+      "groups": 8,
+      "heads": 4,
+      "dropout": 0.2,
+      "num_classes": 10,
+    }
+  )
+  config.optimizer.update(
+    {"name": "adamw", "arguments": "weight_decay=0.05", "learning_rate": 1e-3, "warmup_steps": 50}
+  )
+  config.ema.decay = 0.995
+  config.training.update(
+    {
+      "batch_size": 64,
+      "steps": 1500,
+      "log_every": 50,
+      "checkpoint_every": 250,
+    }
+  )
+  config.sampling.batch_size = 125
+  config.evaluation.num_samples = 500
+  return config

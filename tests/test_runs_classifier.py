@@ -1,0 +1,149 @@
+"""Runs of a classifier in one process: it learns, goes on, is scored by noise level, and draws nothing."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import build, ema, evaluate, parallel, plan, runs
+from ddpm_jax.runs import classifying
+from tests.oracles import PROCESSES
+from tests.recipes import saved_items, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Of the eight, so that compiling is quick."""
+  make = parallel.make_mesh
+  monkeypatch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
+
+
+def config_of(**training):
+  config = tiny_config()
+  config.task = "classify"
+  config.process.schedule = "cosine"
+  config.network.update(
+    {"multipliers": (1,), "attention_resolutions": (), "middle_attention": False, "num_classes": 10}
+  )
+  config.optimizer.learning_rate = 5e-3
+  config.training.update({"steps": 400, "checkpoint_every": 200, "log_every": 50, "sample_every": 50} | training)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of 200 steps that went on to 400."""
+  folder = tmp_path_factory.mktemp("finished")
+  make = parallel.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
+    runs.run_train(config_of(steps=200), folder)
+    runs.run_train(config_of(), folder, resume="must")
+  return folder
+
+
+def scores_of(folder):
+  return json.loads((folder / "eval.json").read_text())
+
+
+def test_it_learns_what_can_be_seen_and_goes_on(finished):
+  lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == list(range(50, 401, 50))
+  assert lines[-1]["loss"] < lines[0]["loss"]
+  assert lines[-1]["accuracy"] > lines[0]["accuracy"]
+  assert lines[-1]["accuracy_by_log_snr/above_5"] > 0.5
+  assert any(name.startswith("loss_by_log_snr/") for name in lines[-1])
+  report = scores_of(finished)
+  levels, chance = report["scores"]["by_log_snr"], report["scores"]["chance"]
+  assert [level["log_snr"] for level in levels[:-1]] == [-6, -4, -2, 0, 2, 4, 6]
+  assert levels[-1]["t"] == pytest.approx(1 / 1000)
+  assert levels[-1]["accuracy"] > 0.5 > 2 * chance["accuracy"]
+  assert levels[-1]["cross_entropy"] < levels[1]["cross_entropy"]
+  assert report["step"] == 400
+  assert report["weights"] == "EMA"
+  assert report["num_samples"] == 40
+  assert sum(json.loads((finished / "labels.json").read_text())["counts"]) == 1697
+  assert not (finished / "samples").exists()
+
+
+def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
+  runs.run_train(config_of(), tmp_path)
+  for a, b in zip(jax.tree.leaves(saved_items(finished)), jax.tree.leaves(saved_items(tmp_path)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilities(finished):
+  before, config = scores_of(finished)["scores"], config_of()
+  config.sampling.batch_size = 40
+  runs.run_eval(config, finished, seed=config.seed, choice=runs.Choice())
+  after = scores_of(finished)["scores"]
+  for a, b in zip(before["by_log_snr"], after["by_log_snr"], strict=True):
+    assert a == pytest.approx(b, rel=1e-3)
+  # Nearly clean data have nearly no noise.
+  params = ema.ema_params(saved_items(finished).opt_state)
+  _, held_out = build.build_data(config)
+  chosen = np.random.default_rng(0).permutation(100)[:40]
+  batch = [held_out[int(index)] for index in chosen]
+  x_0 = np.stack([item["image"] for item in batch]) / np.float32(127.5) - 1
+  log_probs = build.build_classifier(config, params)(x_0, 1 / 1000)
+  direct = evaluate.classification_scores(np.asarray(log_probs), np.array([item["label"] for item in batch]))
+  assert after["by_log_snr"][-1]["cross_entropy"] == pytest.approx(direct["cross_entropy"], rel=0.1)
+  runs.run_eval(config, finished, seed=1, choice=runs.Choice(averaged=False))
+  assert scores_of(finished)["weights"] == "raw"
+  assert scores_of(finished)["scores"]["by_log_snr"] != after["by_log_snr"]
+
+
+def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path, capsys):
+  config, choice = config_of(), runs.Choice()
+  with pytest.raises(ValueError, match="holds a classifier, which draws nothing; wanted a run that denoises"):
+    runs.run_sample(config, finished, num_samples=4, seed=0, labels=None, choice=choice)
+  with pytest.raises(ValueError, match="holds a classifier"):
+    runs.run_export(config, finished, tmp_path / "out", choice)
+  assert not (finished / "samples").exists()
+  assert not (tmp_path / "out").exists()
+  assert "compiling" not in capsys.readouterr().out
+  other = config_of()
+  other.task = "denoise"
+  with pytest.raises(ValueError, match="task: classify in the folder, denoise now"):
+    runs.run_sample(other, finished, num_samples=4, seed=0, labels=None, choice=choice)
+
+
+def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
+  for keys, message in (
+    ({"network.num_classes": 0}, "wanted 2 or more classes"),
+    ({"network.num_classes": 9}, "labels 0 to 9 for network.num_classes=9"),
+    ({"evaluation.num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
+    ({"init_from": "somewhere"}, "init_from='somewhere' with config.task='classify'"),
+  ):
+    config = config_of()
+    config.update_from_flattened_dict(keys)
+    with pytest.raises(ValueError, match=message):
+      runs.run_train(config, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_plan_of_one(capsys):
+  found = runs.run_plan(config_of(), topology_name=None, num_devices=1)
+  assert isinstance(found, plan.Plan)
+  assert "FLOPs an image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_noise_levels_lie_in_the_process(name):
+  process = PROCESSES[name]
+  times = classifying.noise_levels(process)
+  assert len(times) >= 8
+  assert np.all(np.diff(times) < 0)
+  assert times[-1] == np.float32(process.t_min)
+  np.testing.assert_allclose(process.log_snr(times[:-1]), [-6, -4, -2, 0, 2, 4, 6][-len(times) + 1 :], atol=1e-3)
+
+
+def test_chance_knows_how_common_classes_are():
+  classes = np.array([0, 0, 0, 2])
+  chance = evaluate.chance_scores(classes, 3)
+  shares = np.array([0.75, 1e-9, 0.25])
+  known = evaluate.classification_scores(np.log(np.tile(shares, (4, 1))), classes)
+  assert chance == pytest.approx(known)
+  assert evaluate.chance_scores(np.arange(5), 5) == pytest.approx({"accuracy": 0.2, "cross_entropy": np.log(5)})
+  assert "chance" in evaluate.classification_table([{"log_snr": -2.0, **known}], chance)
