@@ -78,11 +78,11 @@ def build_labels(
     return None
   if wanted is None and counts is not None:
     return _in_proportion(counts, count)
+  if wanted is not None and len(wanted) > count:
+    raise ValueError(f"Got {len(wanted)} labels for {count} samples; wanted no more labels than samples.")
   wanted = list(range(classes)) if wanted is None else wanted
   if not wanted or min(wanted) < 0 or max(wanted) >= classes:
     raise ValueError(f"Got labels {','.join(map(str, wanted))}; wanted labels from 0 to {classes - 1}.")
-  if len(wanted) > count and len(wanted) != classes:
-    raise ValueError(f"Got {len(wanted)} labels for {count} samples; wanted no more labels than samples.")
   return np.resize(np.array(wanted, np.int32), count)
 
 

@@ -1,0 +1,85 @@
+"""What classifier-free guidance costs: its time over that of one network evaluation of the doubled batch.
+
+python experiments/benchmarks/guidance.py [--limit=1.1]
+
+A class-conditional U-Net denoises a batch, guided, and a batch of twice the size, unguided; both are compiled and timed in turn, over and
+over, so that a change of the machine's pace meets both, and the median of the ratios of neighbours is printed; beside it that of
+guidance off (scale 1), over one evaluation of the batch itself, and that of rescaled guidance. Absolute times mean nothing.
+Ends with an error if a ratio is above the limit.
+"""
+
+import argparse
+import os
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import guidance, predictions, processes
+from ddpm_jax.networks import UNet
+
+
+def seconds(function):
+  start = time.perf_counter()
+  jax.block_until_ready(function())
+  return time.perf_counter() - start
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--limit", type=float, default=1.1, help="the largest ratio that passes")
+  parser.add_argument("--channels", type=int, default=64, help="of the U-Net")
+  parser.add_argument("--size", type=int, default=32, help="of the images")
+  parser.add_argument("--batch", type=int, default=8, help="images")
+  parser.add_argument("--rounds", type=int, default=15, help="of all")
+  args = parser.parse_args()
+
+  process = processes.vp()
+  network = UNet(out_channels=3, channels=args.channels, multipliers=(1, 2, 2), dropout=0.0, num_classes=11)
+  x = process.prior(jax.random.key(0), (2 * args.batch, args.size, args.size, 3))
+  classes, none = jnp.arange(2 * args.batch) % 10, jnp.full((2 * args.batch,), 10)
+  params = jax.jit(network.init)(jax.random.key(1), x[:1], jnp.zeros((1,)), classes[:1])
+
+  def conditional(params):
+    def denoise(x_t, t, classes):
+      apply = lambda x, label: network.apply(params, x, label, classes)  # noqa: E731
+      return predictions.denoiser(apply, process, predictions.V)(x_t, t)
+
+    return denoise
+
+  def guided(scale, **options):
+    def run(params, x, t, classes, none):
+      return guidance.classifier_free(conditional(params), classes, none, scale, **options)(x, t)
+
+    return jax.jit(run)
+
+  plain = jax.jit(lambda params, x, t, classes: conditional(params)(x, t, classes))
+  half, t = args.batch, jnp.float32(0.5)
+  own = (params, x[:half], t, classes[:half], none[:half])
+  off, on, rescaled = guided(1.0), guided(3.0), guided(3.0, rescale=0.7)
+  whole, single = (lambda: plain(params, x, t, classes)), (lambda: plain(params, x[:half], t, classes[:half]))
+  pairs = {
+    "guided / doubled batch": (lambda: on(*own), whole),
+    "rescaled / doubled batch": (lambda: rescaled(*own), whole),
+    "scale 1 / batch": (lambda: off(*own), single),
+  }
+  times = {name: [] for name in pairs}
+  for _ in range(args.rounds + 1):
+    for name, (first, second) in pairs.items():
+      times[name].append((seconds(first), seconds(second)))
+  print(
+    f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}, JAX {jax.__version__}"
+  )
+  worst = 0.0
+  for name, values in times.items():
+    ratio = float(np.median([a / b for a, b in values[1:]]))  # the first round compiles
+    worst = max(worst, ratio)
+    print(f"{name:<26}{ratio:.3f}")
+  if worst > args.limit:
+    raise SystemExit(f"a ratio of {worst:.3f} is above {args.limit}")
+
+
+if __name__ == "__main__":
+  main()
