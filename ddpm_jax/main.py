@@ -158,6 +158,8 @@ def main(argv: list[str]) -> None:
     if _METHOD.value is not None:
       config.editing.method = _METHOD.value
     if _STRENGTH.value is not None:
+      if _TASK.value != "img2img":
+        raise ValueError(f"Got --strength for the task {_TASK.value!r}; wanted it with --task=img2img only.")
       config.editing.strength = _STRENGTH.value
     if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
       # What samples best adds noise, more often than not, and what adds noise encodes nothing.

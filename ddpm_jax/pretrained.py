@@ -128,12 +128,23 @@ def check_data(config: ConfigDict, model: Pretrained) -> None:
 check_output = interop.diffusers.check_output
 
 
+def check_exportable(config: ConfigDict) -> None:
+  """Raises a ValueError unless a run of the config makes images from noise, as all pipelines of diffusers that are written do."""
+  build.check_denoises(config)
+  if config.superres.factor:
+    raise ValueError(
+      f"Got a model that enlarges images (config.superres.factor={config.superres.factor}), for which there is no pipeline to export to;"
+      " wanted one that needs no image. Use it by --upsampler=<run folder>."
+    )
+
+
 def export(config: ConfigDict, folder: Path, output: Path, params: PyTree, *, step: int, weights: str) -> None:
   """Writes a run's model as a folder that diffusers opens, its config and scores on the model card.
 
   Raises:
     ValueError: if diffusers cannot express the model, or the folder is not empty.
   """
+  check_exportable(config)
   path = folder / "eval.json"
   evaluated = json.loads(path.read_text()) if path.is_file() else None
   scores = None

@@ -165,10 +165,10 @@ def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
   params = jax.tree.map(lambda p: p + 0.02, params)
   generate = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))
   classes = np.arange(8) % 3
-  whole, nfe = generate(params, 1, 0, classes)
+  whole, nfe = generate(params, 1, 0, {"classes": classes}, {})
   config.sampling.batch_size, first = 4, 0 if sampler == "ode" else 4
   part, _ = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(
-    params, 1, first, classes[first : first + 4]
+    params, 1, first, {"classes": classes[first : first + 4]}, {}
   )
   assert whole.shape == (8, 8, 8, 1)
   assert jnp.all(jnp.isfinite(whole))
@@ -207,7 +207,7 @@ def test_a_learned_variance_from_a_config():
   assert slopes["conv_out"]["kernel"].shape[-1] == 2
   assert jnp.all(jnp.any(slopes["conv_out"]["kernel"] != 0, (0, 1, 2)))
   config.sampling.batch_size = 4
-  images, nfe = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(params, 0, 0, None)
+  images, nfe = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(params, 0, 0, {}, {})
   assert images.shape == (4, 8, 8, 1)
   assert int(nfe) == 8
   config.process.name = "vp"
@@ -233,19 +233,19 @@ def test_labels_in_the_data_s_proportions():
   config = tiny_config()
   config.network.num_classes = 4
   counts = np.array([700, 200, 0, 97])
-  labels = build.build_labels(config, None, 100, counts)
+  labels = build.build_labels(config, None, 100, counts=counts)
   np.testing.assert_array_equal(np.bincount(labels, minlength=4), [70, 20, 0, 10])
   for first in range(0, 100, 10):
     part = np.bincount(labels[first : first + 10], minlength=4)
     assert np.all(np.abs(part - [7, 2, 0, 1]) <= 1)
   for count in (1, 2, 7, 33):
-    part = build.build_labels(config, None, count, counts)
+    part = build.build_labels(config, None, count, counts=counts)
     assert part.shape == (count,)
     assert part.dtype == np.int32
     assert np.all(np.abs(np.bincount(part, minlength=4) - count * counts / 997) < 1)
-  np.testing.assert_array_equal(build.build_labels(config, None, 6, np.full(4, 5)), [0, 1, 2, 3, 0, 1])
-  np.testing.assert_array_equal(build.build_labels(config, None, 8, np.full(4, 5)), [0, 1, 2, 3, 0, 1, 2, 3])
-  np.testing.assert_array_equal(build.build_labels(config, [3], 2, counts), [3, 3])
+  np.testing.assert_array_equal(build.build_labels(config, None, 6, counts=np.full(4, 5)), [0, 1, 2, 3, 0, 1])
+  np.testing.assert_array_equal(build.build_labels(config, None, 8, counts=np.full(4, 5)), [0, 1, 2, 3, 0, 1, 2, 3])
+  np.testing.assert_array_equal(build.build_labels(config, [3], 2, counts=counts), [3, 3])
 
 
 def classifier_config():
@@ -274,7 +274,7 @@ def test_wrong_values_of_a_classifier_are_errors_when_built(key, value, message)
 
 def test_a_classifier_draws_nothing_and_a_denoiser_classifies_nothing():
   config, mesh = classifier_config(), parallel.make_mesh(devices=jax.devices()[:1])
-  for call in (lambda: build.build_generate(config, mesh), lambda: build.build_denoise(config, {}, None)):
+  for call in (lambda: build.build_generate(config, mesh), lambda: build.build_denoise(config, {}, None, {})):
     with pytest.raises(ValueError, match="holds a classifier, which draws nothing; wanted a run that denoises"):
       call()
   with pytest.raises(ValueError, match="tells no classes apart; wanted a run with task='classify'"):

@@ -97,7 +97,7 @@ def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilitie
 def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path, capsys):
   config, choice = config_of(), runs.Choice()
   with pytest.raises(ValueError, match="holds a classifier, which draws nothing; wanted a run that denoises"):
-    runs.run_sample(config, finished, num_samples=4, seed=0, labels=None, choice=choice)
+    runs.run_sample(config, finished, num_samples=4, seed=0, choice=choice)
   with pytest.raises(ValueError, match="holds a classifier"):
     runs.run_export(config, finished, tmp_path / "out", choice)
   assert not (finished / "samples").exists()
@@ -106,7 +106,7 @@ def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path
   other = config_of()
   other.task = "denoise"
   with pytest.raises(ValueError, match="task: classify in the folder, denoise now"):
-    runs.run_sample(other, finished, num_samples=4, seed=0, labels=None, choice=choice)
+    runs.run_sample(other, finished, num_samples=4, seed=0, choice=choice)
 
 
 def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):

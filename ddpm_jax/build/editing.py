@@ -51,7 +51,7 @@ def check_edit(config: ConfigDict, task: str) -> str:
 
 
 def build_edit(
-  config: ConfigDict, mesh: jax.sharding.Mesh, task: str, guides: Guides, low_size: int = 0
+  config: ConfigDict, mesh: jax.sharding.Mesh, task: str, guides: Guides, low_size: int = 0, *, negative: bool = False
 ) -> Callable[..., Images]:
   """`edit(params, seed, first, inputs, guiding) -> images by name`, called as `build_generate` says.
 
@@ -65,12 +65,13 @@ def build_edit(
     task: one of `TASKS`.
     guides: the configs of what guides.
     low_size: height and width of the images that are to be enlarged by a model that does not know how.
+    negative: whether there will be labels to guide away from.
 
   Raises:
     ValueError: if the task, its method or the sampler is wrong.
   """
   method = check_edit(config, task)
-  check_guidance(config, guides)
+  check_guidance(config, guides, negative=negative)
   if task == "superres" and config.superres.factor:
     run = build_sampler(config)
     return compile_draw(
@@ -128,8 +129,8 @@ def _reversible(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
   sampler, times = build_rule(config)
   if not sampler.reversible:
     raise ValueError(
-      f"Got the sampler {config.sampling.sampler!r}, which adds noise, to encode images with; wanted one that goes both ways, such as"
-      " --sampler=ddim or --sampler=heun."
+      f"Got the sampler {config.sampling.sampler!r}, which adds noise as it is set, to encode images with; wanted one that goes both ways,"
+      " such as --sampler=ddim or --sampler=heun, without eta, churn or corrector steps."
     )
   return sampler, times
 
@@ -155,17 +156,21 @@ def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw
     known = operator(inputs["image"]) if task == "inpaint" else inputs["image"]
     return editing.dps(sampler, process, operator, known, c.scale) if method == "dps" else sampler
 
+  def informed(denoise, inputs):
+    if method != "posterior":
+      return denoise
+    operator = operator_of(inputs)
+    known = operator(inputs["image"]) if task == "inpaint" else inputs["image"]
+    return editing.posterior(denoise, process, operator, known, c.noise, c.covariance, c.iterations)
+
   def draw(keys, denoise, inputs):
-    if method == "posterior":
-      operator = operator_of(inputs)
-      known = operator(inputs["image"]) if task == "inpaint" else inputs["image"]
-      denoise = editing.posterior(denoise, process, operator, known, c.noise, c.covariance, c.iterations)
     start = process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))
-    x = sampling.sample(randomness.fold_in(keys, 1), rule(inputs), bound(config, denoise), start, times)
+    told = bound(config, informed(denoise, inputs))
+    x = sampling.sample(randomness.fold_in(keys, 1), rule(inputs), told, start, times)
     return {"output": jnp.where(inputs["keep"], inputs["image"], x) if task == "inpaint" else x}
 
   # What is wrong with the method shows now and not when images are there.
   example = {"image": jnp.zeros((1, *shape)), "keep": jnp.zeros((1, *shape[:2], 1), bool)}
-  if task == "inpaint":
-    rule(example)
+  rule(example)
+  informed(lambda x_t, t: x_t, example)
   return draw

@@ -12,7 +12,16 @@ from ml_collections import ConfigDict
 from ddpm_jax import guidance, predictions
 from ddpm_jax.build import condition
 from ddpm_jax.build.condition import Condition
-from ddpm_jax.build.model import build_apply, build_classifier, build_prediction, build_process, image_shape, null_class
+from ddpm_jax.build.model import (
+  build_apply,
+  build_classifier,
+  build_prediction,
+  build_process,
+  check_classifies,
+  check_denoises,
+  image_shape,
+  null_class,
+)
 from ddpm_jax.predictions import Denoise
 
 Array = jax.Array
@@ -57,7 +66,11 @@ def build_denoise(
     inputs: arrays [B, ...]: `classes`, `negative` (classes to guide away from), `low` (images to enlarge).
     guides: the configs of what guides it.
     guiding: their parameters, by name.
+
+  Raises:
+    ValueError: if the config is a classifier's.
   """
+  check_denoises(config)
   c, process, guiding = config.guidance, build_process(config), guiding or {}
   conditional, given = build_conditional(config, params), _condition(config, keys, inputs)
 
@@ -118,6 +131,12 @@ def check_guidance(config: ConfigDict, guides: Guides = Guides(), *, negative: b
   others = guides.classifier is not None or guides.weak is not None
   if guides.classifier is not None and guides.weak is not None:
     raise ValueError("Got --classifier and --weak; wanted one guide.")
+  if guides.classifier is not None:
+    check_classifies(guides.classifier)
+  if guides.weak is not None:
+    check_denoises(guides.weak)
+    if c.scale == 1:
+      raise ValueError("Got --weak with a guidance scale of 1, which does not guide; wanted --guidance_scale=2 or so.")
   if negative and (others or not classes or (c.scale == 1 and not c.plus_plus)):
     raise ValueError(
       "Got --negative_labels without classifier-free guidance; wanted a model that knows classes and --guidance_scale=3 or so,"

@@ -147,6 +147,10 @@ def _check_classifier(config: ConfigDict) -> None:
       f"Got config.task='classify' with loss.label_dropout={config.loss.label_dropout} and learned_variance={config.learned_variance};"
       " wanted 0 and False: they are of models that denoise."
     )
+  if config.superres.factor:
+    raise ValueError(
+      f"Got config.task='classify' with superres.factor={config.superres.factor}; wanted 0: a classifier enlarges nothing."
+    )
 
 
 def build_params_init(config: ConfigDict) -> Callable[[Array], PyTree]:
@@ -163,13 +167,18 @@ def build_classifier(config: ConfigDict, params: PyTree) -> Callable[[Array, Arr
   Raises:
     ValueError: if the config is of a model that denoises.
   """
+  check_classifies(config)
+  apply = build_apply(config, params)
+  return predictions.classifier(apply, build_process(config), input_scale=build_prediction(config).input_scale)
+
+
+def check_classifies(config: ConfigDict) -> None:
+  """Raises a ValueError if the config is of a model that denoises."""
   if not classifies(config):
     raise ValueError(
       "Got config.task='denoise', a model that tells no classes apart; wanted a run with task='classify', as that of"
       " configs/digits_classifier.py."
     )
-  apply = build_apply(config, params)
-  return predictions.classifier(apply, build_process(config), input_scale=build_prediction(config).input_scale)
 
 
 def build_apply(config: ConfigDict, params: PyTree) -> Callable[..., Array]:

@@ -176,20 +176,20 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
 
 
 def build_generate(
-  config: ConfigDict, mesh: jax.sharding.Mesh, guides: Guides | None = None
+  config: ConfigDict, mesh: jax.sharding.Mesh, guides: Guides | None = None, *, negative: bool = False
 ) -> Callable[..., tuple[Array, Array]]:
   """`generate(params, seed, first, inputs, guiding) -> (images, NFE)`, compiled, the batch split over the mesh.
 
   Image i of the batch is number `first + i` of that seed, whatever the batch size. Parameters may lie split over the mesh; the images
   are whole on every device. `inputs` are arrays [B, ...] by name: `classes`, `negative` and `low`, of those that the model
-  takes. `guiding` are the parameters of the guides, by name.
+  takes, `negative` if so said. `guiding` are the parameters of the guides, by name.
 
   Raises:
     ValueError: if the sampling batch cannot be split over the devices, or the config's sampler or its guidance is wrong.
   """
   check_denoises(config)
   run = build_sampler(config)
-  check_guidance(config, guides or Guides())
+  check_guidance(config, guides or Guides(), negative=negative)
 
   def draw(keys, denoise, inputs):
     return run(keys, bound(config, denoise))

@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_jax.data.fitting import fit
 from ddpm_jax.data.folders import EXTENSIONS
-from ddpm_jax.data.sources import BrokenImage, arrays
+from ddpm_jax.data.sources import arrays
 
 
 class Inputs(NamedTuple):
@@ -30,11 +30,13 @@ def read_inputs(path: str | Path, size: int, channels: int) -> Inputs:
     ValueError: if there are none, one cannot be decoded, or the shape does not fit.
   """
   path = Path(path)
-  if path.suffix == ".npz":
+  if path.suffix == ".npz" and path.is_file():
     images = arrays(path).images
     if images.shape[1] != images.shape[2] or (size and images.shape[1] != size) or images.shape[3] != channels:
       wanted = f"[N, {size or 'H'}, {size or 'H'}, {channels}]"
       raise ValueError(f"Got {path} with images of shape {images.shape}; wanted {wanted}, uint8, for this model.")
+    if not len(images):
+      raise ValueError(f"Got {path}, which holds no image; wanted at least one.")
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
   files = _files(path)
   pairs = [_read(file, size, channels) for file in files]
@@ -68,7 +70,7 @@ def _read(file: Path, size: int, channels: int) -> tuple[np.ndarray, bool]:
       side = size or image.width
       return fit(image, side, channels), image.size != (side, side)
   except (OSError, SyntaxError) as error:
-    raise BrokenImage(str(file), str(error)) from error
+    raise ValueError(f"Cannot decode the image {file}: {error}. Replace or remove it.") from error
 
 
 def read_mask(path: str | Path, size: int) -> np.ndarray:
@@ -101,7 +103,7 @@ def read_mask(path: str | Path, size: int) -> np.ndarray:
     with Image.open(path) as opened:
       values = np.asarray(opened.convert("L"))
   except (OSError, SyntaxError) as error:
-    raise BrokenImage(str(path), str(error)) from error
+    raise ValueError(f"Cannot decode --mask={path}: {error}. Save it anew, as PNG.") from error
   if values.shape != (size, size):
     raise ValueError(
       f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {size}x{size}; wanted the same size."

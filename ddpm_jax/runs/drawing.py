@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm_jax import build, data, evaluate, images, parallel, pretrained, schema, workdir
+from ddpm_jax import build, checkpoint, data, evaluate, images, parallel, pretrained, schema, workdir
 from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained, write_scores
 
 PyTree = Any
@@ -55,7 +55,7 @@ def steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, count
     ValueError: if the model, or what is to guide it, does not allow it.
   """
   folders = {name: getattr(steering, name) for name in ("classifier", "weak") if getattr(steering, name) is not None}
-  configs = {name: trained(schema.config_of_run(None, folder), folder) for name, folder in folders.items()}
+  configs = {name: _other(name, folder) for name, folder in folders.items()}
   guides = build.Guides(**configs)
   build.check_guidance(config, guides, negative=steering.negative is not None)
   known = guides.classifier and guides.classifier.network.num_classes
@@ -67,6 +67,13 @@ def steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, count
     return {name: load_weights(configs[name], folder, mesh, Choice()).params for name, folder in folders.items()}
 
   return Guided(guides, load, {name: value for name, value in inputs.items() if value is not None})
+
+
+def _other(flag: str, folder: Path) -> ConfigDict:
+  """The config of another run, which a flag names."""
+  if not checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder)):
+    raise ValueError(f"Got --{flag}={folder}, which holds no checkpoint; wanted the folder of a run.")
+  return trained(schema.config_of_run(None, folder), folder)
 
 
 def run_sample(
@@ -107,7 +114,7 @@ def run_sample(
   guided = steer(config, mesh, steering, num_samples)
   stages = cascade(config, mesh, upsamplers, num_samples)
   fit_batch(config, mesh, num_samples, slow=model is not None)
-  generate = build.build_generate(config, mesh, guided.guides)
+  generate = build.build_generate(config, mesh, guided.guides, negative="negative" in guided.inputs)
   workdir.check_writable(folder)
   params = load_params(config, folder, mesh, choice, model)
   say(f"sampling {num_samples:,} images with {config.sampling.sampler} ...")
@@ -153,7 +160,7 @@ def cascade(config: ConfigDict, mesh: jax.sharding.Mesh, folders: Sequence[Path]
   """
   stages, shape = [], build.image_shape(config)
   for folder in folders:
-    own = trained(schema.config_of_run(None, folder), folder)
+    own = _other("upsampler", folder)
     size = build.low_size(own)
     if (size, size, own.data.channels) != shape:
       raise ValueError(

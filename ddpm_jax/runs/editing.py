@@ -65,7 +65,8 @@ def run_edit(
   guided = _steer(config, mesh, steering, rows, edit.results)
   inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
   drawing.fit_batch(config, mesh, rows * edit.results, slow=model is not None)
-  function = build.build_edit(config, mesh, edit.task, guided.guides, given.images.shape[1])
+  negative = "negative" in guided.inputs
+  function = build.build_edit(config, mesh, edit.task, guided.guides, given.images.shape[1], negative=negative)
   workdir.check_writable(folder)
   params = drawing.load_params(config, folder, mesh, choice, model)
   how = f" by {method}" if method and not config.superres.factor else ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, parallel, pretrained
+from ddpm_jax import parallel, pretrained
 from ddpm_jax.runs import model
 
 
@@ -15,7 +15,7 @@ def run_export(config: ConfigDict, folder: Path, output: Path, choice: model.Cho
     ValueError: if there is no checkpoint, diffusers cannot express the model, or the output folder is not empty.
   """
   config = model.trained(config, folder)
-  build.check_denoises(config)
+  pretrained.check_exportable(config)
   pretrained.check_output(output)
   weights = model.load_weights(config, folder, parallel.make_mesh(), choice)
   if parallel.is_main():
