@@ -140,28 +140,24 @@ def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw
   c, process, shape = config.editing, build_process(config), image_shape(config)
   sampler, times = build_rule(config)
 
-  def operator_of(inputs):
-    return {
-      "inpaint": lambda: editing.mask_operator(inputs["keep"]),
-      "colorize": lambda: editing.grey,
-      "superres": lambda: editing.downsample(shape[0] // low_size),
-    }[task]()
+  def problem(inputs) -> tuple[Callable[[Array], Array], Array]:
+    """What is measured of an image, and the measurement."""
+    if task == "inpaint":
+      operator = editing.mask_operator(inputs["keep"])
+      return operator, operator(inputs["image"])
+    return editing.grey if task == "colorize" else editing.downsample(shape[0] // low_size), inputs["image"]
 
   def rule(inputs):
     if method == "replace":
       return editing.replace(sampler, process, inputs["image"], inputs["keep"])
     if method == "repaint":
       return editing.repaint(sampler, process, inputs["image"], inputs["keep"], c.resamples, c.jump)
-    operator = operator_of(inputs)
-    known = operator(inputs["image"]) if task == "inpaint" else inputs["image"]
-    return editing.dps(sampler, process, operator, known, c.scale) if method == "dps" else sampler
+    return editing.dps(sampler, process, *problem(inputs), c.scale) if method == "dps" else sampler
 
   def informed(denoise, inputs):
     if method != "posterior":
       return denoise
-    operator = operator_of(inputs)
-    known = operator(inputs["image"]) if task == "inpaint" else inputs["image"]
-    return editing.posterior(denoise, process, operator, known, c.noise, c.covariance, c.iterations)
+    return editing.posterior(denoise, process, *problem(inputs), c.noise, c.covariance, c.iterations)
 
   def draw(keys, denoise, inputs):
     start = process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))

@@ -164,20 +164,14 @@ def check_guidance(config: ConfigDict, guides: Guides = Guides(), *, negative: b
       f" takes data and noise from two estimates, which only {', '.join(_PLUS_PLUS)} know. Set --sampler=ddim."
     )
 
-  def try_out(scale):
-    def none(x_t, t, *_):
-      return x_t
-
-    label = jnp.zeros((1,), jnp.int32)
-    guidance.classifier_free(none, label, label, scale, rescale=c.rescale)
-    if c.plus_plus:
-      guidance.plus_plus(none, label, label, scale)
-    if c.threshold:
-      guidance.dynamic_threshold(none, c.threshold)
-
-  with jax.ensure_compile_time_eval():
-    try_out(c.scale)
-    _scale(config)
+  # The functions check their own arguments.
+  label = np.zeros(1, np.int32)
+  guidance.classifier_free(_nothing, label, label, c.scale, rescale=c.rescale)
+  if c.plus_plus:
+    guidance.plus_plus(_nothing, label, label, c.scale)
+  if c.threshold:
+    guidance.dynamic_threshold(_nothing, c.threshold)
+  _scale(config)
   if guides.classifier is not None:
     _check_same_noise("--classifier", config, guides.classifier)
     if classes and classes != guides.classifier.network.num_classes:
@@ -190,6 +184,10 @@ def check_guidance(config: ConfigDict, guides: Guides = Guides(), *, negative: b
       raise ValueError(
         f"Got --weak, a model of {guides.weak.network.num_classes} classes, for one of {classes}; wanted one that takes the same condition."
       )
+
+
+def _nothing(x_t, t, given=None):
+  return x_t
 
 
 def _check_same_noise(flag: str, config: ConfigDict, other: ConfigDict, *, label: bool = True) -> None:
