@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from ddpm_jax import guidance, predictions, processes, sampling
+from ddpm_jax import costs, guidance, predictions, processes, sampling
+from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Denoised
 from tests.oracles import MIXTURE, PROCESSES, Mixture
 from tests.samplers import DISTINCT, FEW, SAMPLERS, run
@@ -91,6 +92,32 @@ def test_scale_one_and_zero_are_the_branches_bit_for_bit_and_one_call():
   for scale, wanted in ((1.0, given), (0.0, none)):
     traced = jax.jit(lambda x, t, w: guidance.classifier_free(model, given, none, lambda t: w)(x, t))(x, 0.3, scale)
     np.testing.assert_allclose(traced, model(x, jnp.float32(0.3), wanted), rtol=1e-6, atol=1e-7)
+
+
+def test_guidance_computes_no_more_than_the_doubled_batch():
+  process = processes.vp()
+  network = UNet(out_channels=1, channels=8, multipliers=(1, 2), blocks=1, groups=4, num_classes=11)
+  x, classes, none = jnp.zeros((4, 8, 8, 1)), labels(3, 4), labels(10, 4)
+  params = jax.eval_shape(network.init, jax.random.key(0), x, jnp.zeros((4,)), classes)
+
+  def flops(function, *args):
+    return costs.matmul_flops(jax.make_jaxpr(function)(params, *args))
+
+  def model(params):
+    def denoise(x_t, t, classes):
+      return predictions.denoiser(lambda x, t: network.apply(params, x, t, classes), process, predictions.V)(x_t, t)
+
+    return denoise
+
+  def guided(scale):
+    return flops(
+      lambda params, x: guidance.classifier_free(model(params), classes, none, scale, rescale=0.5)(x, 0.5), x
+    )
+
+  once = flops(lambda params, x: model(params)(x, 0.5, classes), x)
+  doubled = flops(lambda params, x: model(params)(x, 0.5, jnp.tile(classes, 2)), jnp.tile(x, (2, 1, 1, 1)))
+  assert guided(3.0) == doubled > 1.9 * once
+  assert guided(1.0) == once
 
 
 def test_a_negative_label_is_what_is_guided_away_from():
