@@ -301,8 +301,12 @@ def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
   labels = arrays.get("labels")
   if labels is not None and 1 < (kinds := _period(labels)) <= _GRID_CLASSES:
     columns, shown = kinds, kinds * _GRID_ROWS
-  images.save_grid(f"{path}.png", samples[:shown], columns)
-  say(f"samples      {path}.npz\npicture      {path}.png")
+  say(f"samples      {path}.npz")
+  for name, of in everything.items():
+    if of.ndim == 4:  # not the labels
+      picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
+      images.save_grid(picture, of[:shown], columns)
+      say(f"picture      {picture}")
 
 
 def _period(labels: np.ndarray) -> int:
