@@ -5,8 +5,9 @@ python -m ddpm_jax.main --config=configs/mnist8_cond.py --workdir=/tmp/mnist8_co
 
 `configs/mnist_superres.py` enlarges what it draws to 32x32.
 
-Hardware: 2 CPU cores. Time: TODO
-Score: TODO
+Hardware: 2 CPU cores. Time: 6 minutes, beside other work.
+Score: Frechet distance in pixel space 0.16 (floor 0.12), precision 0.95 (0.97), recall 0.90 (0.95), of 500 samples by 50 steps of
+DDIM.
 """
 
 from ddpm_jax.schema import default_config
