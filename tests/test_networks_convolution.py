@@ -22,12 +22,10 @@ def numbers_of(x, kernel):
 CASES = [
   ((8,), (3,), (1,), "SAME"),
   ((7,), (4,), (2,), "SAME"),
-  ((9,), (2,), (3,), "VALID"),
   ((8, 8), (3, 3), (1, 1), "SAME"),
   ((8, 8), (3, 3), (2, 2), ((0, 1), (0, 1))),
   ((7, 6), (3, 2), (2, 1), "SAME"),
   ((7, 8), (3, 3), (2, 2), ((2, 0), (1, 3))),
-  ((6, 5), (1, 1), (2, 2), "VALID"),
   ((5, 5), (5, 3), (1, 2), ((4, 4), (0, 0))),
   ((4, 5, 6), (3, 3, 3), (1, 2, 2), "SAME"),
   ((5, 4, 5), (3, 2, 3), (2, 1, 2), ((1, 0), (0, 1), (2, 1))),
@@ -36,9 +34,8 @@ CASES = [
 
 @pytest.mark.parametrize(("size", "window", "strides", "padding"), CASES)
 def test_gradients_are_jax_s_own(x64, size, window, strides, padding):
-  keys = jax.random.split(jax.random.key(0), 3)
-  x = jax.random.normal(keys[0], (2, *size, 3), jnp.float64)
-  kernel = jax.random.normal(keys[1], (*window, 3, 4), jnp.float64)
+  generator = np.random.default_rng(0)
+  x, kernel = generator.normal(size=(2, *size, 3)), generator.normal(size=(*window, 3, 4))
   numbers = numbers_of(x, kernel)
 
   def own(x, kernel):
@@ -48,13 +45,16 @@ def test_gradients_are_jax_s_own(x64, size, window, strides, padding):
     with networks.gradients_in_loops():
       return convolve(x, kernel, strides, padding, dimension_numbers=numbers)
 
-  expected, pull = jax.vjp(own, x, kernel)
-  output, pull_ours = jax.vjp(ours, x, kernel)
-  np.testing.assert_array_equal(output, expected)
-  slope = jax.random.normal(keys[2], expected.shape, jnp.float64)
-  for a, b in zip(pull_ours(slope), pull(slope), strict=True):
-    assert a.shape == b.shape
-    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+  def both(x, kernel):
+    results = []
+    for function in (ours, own):
+      output, pull = jax.vjp(function, x, kernel)
+      results.append((output, *pull(jnp.cos(jnp.arange(output.size, dtype=x.dtype)).reshape(output.shape))))
+    return results
+
+  for found, expected in zip(*jax.jit(both)(x, kernel), strict=True):
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_in_a_loop_and_where_the_kernel_alone_is_asked_for(x64):
