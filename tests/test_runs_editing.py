@@ -32,16 +32,19 @@ def config_of(**network):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """Runs: `grey`, of digits with hidden labels; `colour`, with a class for every image. Images to edit; and a mask."""
+  """Runs: `grey`, of digits with hidden labels; `judge`, a classifier of them; `colour`, with a class for every image. Images, a mask."""
   place, generator = tmp_path_factory.mktemp("editing"), np.random.default_rng(0)
   images, labels = generator.integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
   np.savez(place / "data.npz", images=images, labels=labels)
   grey, colour = config_of(num_classes=10), config_of(num_classes=2)
   grey.loss.label_dropout = 0.1
   colour.data.update({"source": "arrays", "path": str(place / "data.npz"), "channels": 3, "hold_out": 10})
+  judge = config_of(num_classes=10)
+  judge.task = "classify"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(parallel, "make_mesh", one)
     runs.run_train(grey, place / "grey")
+    runs.run_train(judge, place / "judge")
     runs.run_train(colour, place / "colour")
   for name, shape in (("two", (2, 8, 8, 1)), ("three", (3, 8, 8, 1)), ("small", (2, 4, 4, 1)), ("odd", (2, 3, 3, 1))):
     np.savez(place / f"{name}.npz", images=generator.integers(0, 256, shape, np.uint8))
@@ -151,6 +154,21 @@ def test_labels_and_guidance_do_in_edits_what_they_do_in_sampling(place):
   assert np.max(np.abs(none.astype(int) - zero)) <= 1
   other = edit(place, "img2img", editing__strength=0.75, guidance__scale=3.0, steering={"labels": [4]})["output"]
   assert np.any(none != other)
+
+
+def test_other_runs_guide_samples_and_edits(place, monkeypatch):
+  plain = drawn(place, [3, 5], 1)
+  judged = drawn(place, [3, 5], 1, scale=3.0, classifier=place / "judge")
+  assert np.any(judged != plain)
+  steering = {"labels": [3, 5], "classifier": place / "judge"}
+  keys = {"editing__strength": 1.0, "guidance__scale": 3.0, "seed": 1}
+  found = edit(place, "img2img", steering=steering, **keys)["output"]
+  np.testing.assert_array_equal(found[:, 0], judged)
+  # A model as weak as the model itself leads nowhere.
+  assert np.max(np.abs(drawn(place, [3, 5], 1, scale=3.0, weak=place / "grey").astype(int) - plain)) <= 1
+  monkeypatch.setattr(parallel, "make_mesh", make_mesh)
+  spread = edit(place, "img2img", steering=steering, **keys)["output"]
+  assert np.max(np.abs(spread.astype(int) - found)) <= 1, "by eight devices"
 
 
 @pytest.mark.parametrize("method", ["posterior", "dps"])
@@ -269,6 +287,7 @@ def test_wrong_folders_of_other_models(place, tmp_path):
     ({"classifier": tmp_path} | labels, f"--classifier={tmp_path}, which holds no checkpoint"),
     ({"weak": tmp_path} | labels, f"--weak={tmp_path}, which holds no checkpoint"),
     ({"weak": place / "grey"} | labels, "--weak with a guidance scale of 1"),
+    ({"weak": place / "judge"} | labels, "holds a classifier, which draws nothing"),
   ):
     with pytest.raises(ValueError, match=message):
       edit(place, "img2img", steering=steering)
