@@ -35,8 +35,6 @@ def read_inputs(path: str | Path, size: int, channels: int) -> Inputs:
     if images.shape[1] != images.shape[2] or (size and images.shape[1] != size) or images.shape[3] != channels:
       wanted = f"[N, {size or 'H'}, {size or 'H'}, {channels}]"
       raise ValueError(f"Got {path} with images of shape {images.shape}; wanted {wanted}, uint8, for this model.")
-    if not len(images):
-      raise ValueError(f"Got {path}, which holds no image; wanted at least one.")
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
   files = _files(path)
   pairs = [_read(file, size, channels) for file in files]

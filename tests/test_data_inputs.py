@@ -1,0 +1,148 @@
+"""Images and masks to be edited, from files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import data
+
+
+def picture(path, size, value=None, mode="RGB", seed=0):
+  """Writes an image of `size` (width, height), of one colour or random, and gives its pixels."""
+  shape = (*size[::-1], 3) if mode == "RGB" else size[::-1]
+  pixels = np.random.default_rng(seed).integers(0, 256, shape) if value is None else np.broadcast_to(value, shape)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(pixels.astype(np.uint8)).save(path)
+  return pixels.astype(np.uint8)
+
+
+def test_an_image_of_the_size_comes_as_it_is(tmp_path):
+  pixels = picture(tmp_path / "a.png", (8, 8))
+  found = data.read_inputs(tmp_path / "a.png", 8, 3)
+  np.testing.assert_array_equal(found.images, pixels[None])
+  assert (found.images.dtype, found.names, found.resized) == (np.uint8, ["a.png"], 0)
+  assert data.read_inputs(tmp_path / "a.png", 0, 3).images.shape == (1, 8, 8, 3), "its own size"
+  grey = data.read_inputs(str(tmp_path / "a.png"), 8, 1).images
+  assert grey.shape == (1, 8, 8, 1)
+  np.testing.assert_allclose(grey[0, ..., 0], pixels @ [0.299, 0.587, 0.114], atol=1)
+
+
+def test_a_folder_is_searched_in_order_and_its_images_resized(tmp_path):
+  picture(tmp_path / "b.png", (8, 8), 200, "L")
+  picture(tmp_path / "a" / "z.JPG", (16, 12), 100, "L")
+  pixels = np.zeros((4, 8), np.uint8)
+  pixels[:, 2:6] = 255
+  Image.fromarray(pixels).save(tmp_path / "c.png")
+  (tmp_path / "notes.txt").write_text("not an image")
+  found = data.read_inputs(tmp_path, 8, 1)
+  assert found.names == ["z.JPG", "b.png", "c.png"]
+  assert found.resized == 2
+  assert found.images.shape == (3, 8, 8, 1)
+  assert np.all(found.images[1] == 200)
+  assert np.all(np.abs(found.images[0].astype(int) - 100) <= 2)
+  assert np.all(found.images[2] >= 200), "covered and cropped: the black sides are cut off"
+
+
+def test_a_turned_photograph_is_turned_back(tmp_path):
+  pixels = np.zeros((8, 8, 3), np.uint8)
+  pixels[:4] = 255
+  exif = Image.Exif()
+  exif[0x0112] = 6  # to be turned by 90 degrees
+  Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+  found = data.read_inputs(tmp_path / "a.png", 8, 1).images[0, ..., 0]
+  np.testing.assert_array_equal(found, np.rot90(pixels[..., 0], -1))
+
+
+def test_arrays_have_the_size_already(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+  np.savez(tmp_path / "a.npz", samples=images)
+  for size in (0, 8):
+    found = data.read_inputs(tmp_path / "a.npz", size, 1)
+    np.testing.assert_array_equal(found.images, images[..., None])
+    assert found.names == ["a.npz[0]", "a.npz[1]", "a.npz[2]"]
+    assert found.resized == 0
+
+
+def wrong_inputs(tmp_path):
+  """What is wrong: path, size, channels, message."""
+  picture(tmp_path / "wide.png", (8, 4))
+  for side in (4, 8):
+    picture(tmp_path / "mixed" / f"{side}.png", (side, side))
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+  whole = tmp_path / "whole.png"
+  picture(whole, (32, 32))
+  (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:700])
+  np.savez(tmp_path / "wide.npz", images=np.zeros((2, 8, 4, 1), np.uint8))
+  np.savez(tmp_path / "square.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+  np.savez(tmp_path / "none.npz", images=np.zeros((0, 8, 8, 1), np.uint8))
+  np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 1)))
+  np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 8, 8, 1), np.uint8))
+  return [
+    ("gone.png", 8, 3, r"--input=.*gone\.png, which does not exist; wanted an image, a folder of images or an \.npz"),
+    ("gone.npz", 8, 3, r"--input=.*gone\.npz, which does not exist; wanted an image, a folder of images or an \.npz"),
+    ("empty", 8, 3, r"--input=.*empty, a folder that holds no image; wanted some, of \.png"),
+    ("broken.png", 8, 3, r"Cannot decode the image .*broken\.png: .*Replace or remove it\."),
+    ("cut.png", 8, 3, r"Cannot decode the image .*cut\.png"),
+    ("wide.png", 0, 3, "of 8x4; wanted a square image"),
+    ("mixed", 0, 3, r"images of shapes \[\(4, 4, 3\), \(8, 8, 3\)\].*wanted one shape"),
+    ("wide.npz", 0, 1, r"shape \(2, 8, 4, 1\); wanted \[N, H, H, 1\]"),
+    ("wide.npz", 8, 1, r"shape \(2, 8, 4, 1\); wanted \[N, 8, 8, 1\]"),
+    ("square.npz", 16, 1, r"shape \(2, 8, 8, 1\); wanted \[N, 16, 16, 1\]"),
+    ("square.npz", 8, 3, r"shape \(2, 8, 8, 1\); wanted \[N, 8, 8, 3\]"),
+    ("none.npz", 8, 1, "wanted at least one"),
+    ("float.npz", 8, 1, "uint8"),
+    ("other.npz", 8, 1, r"arrays \['pictures'\]; wanted 'images'"),
+  ]
+
+
+def test_wrong_inputs_are_errors(tmp_path):
+  for name, size, channels, message in wrong_inputs(tmp_path):
+    with pytest.raises(ValueError, match=message) as found:
+      data.read_inputs(tmp_path / name, size, channels)
+    assert "data.broken" not in str(found.value), "a key of training"
+
+
+def test_a_mask_is_painted_where_it_is_white(tmp_path):
+  wanted = np.random.default_rng(0).random((8, 8)) < 0.5
+  for white in (255, 1):
+    Image.fromarray(np.where(wanted, white, 0).astype(np.uint8)).save(tmp_path / "mask.png")
+    mask = data.read_mask(tmp_path / "mask.png", 8)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, wanted[..., None])
+  picture(tmp_path / "all.png", (8, 8), 255)
+  assert np.all(data.read_mask(str(tmp_path / "all.png"), 8))
+
+
+@pytest.mark.parametrize(
+  ("word", "rows"),
+  [
+    ("lower", ["....", "....", "####", "####"]),
+    ("upper", ["####", "####", "....", "...."]),
+    ("left", ["##..", "##..", "##..", "##.."]),
+    ("right", ["..##", "..##", "..##", "..##"]),
+    ("centre", ["....", ".##.", ".##.", "...."]),
+  ],
+)
+def test_words_in_place_of_a_mask(word, rows):
+  wanted = np.array([[letter == "#" for letter in row] for row in rows])
+  np.testing.assert_array_equal(data.read_mask(word, 4), wanted[..., None])
+  np.testing.assert_array_equal(data.read_mask(word, 8), wanted.repeat(2, 0).repeat(2, 1)[..., None])
+
+
+def test_wrong_masks_are_errors(tmp_path):
+  picture(tmp_path / "small.png", (4, 2), 255, "L")
+  picture(tmp_path / "black.png", (8, 8), 0, "L")
+  grey = np.zeros((8, 8), np.uint8)
+  grey[0], grey[1] = 255, 90
+  Image.fromarray(grey).save(tmp_path / "grey.png")
+  (tmp_path / "broken.png").write_bytes(b"broken")
+  for name, message in (
+    ("gone.png", r"--mask=.*gone\.png, which does not exist; wanted .* or one of lower, upper, left, right, centre"),
+    ("small.png", "of 4x2 for images of 8x8; wanted the same size"),
+    ("black.png", "which is all black; wanted white"),
+    ("grey.png", "with 3 levels of grey, such as 90; wanted two"),
+    ("broken.png", r"Cannot decode --mask=.*broken\.png"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      data.read_mask(tmp_path / name, 8)

@@ -1,0 +1,298 @@
+"""Editing with the runs of tiny models, in one process: every task and method, and what is refused before anything begins."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import build, parallel, runs, schema
+from tests.recipes import tiny_config
+
+make_mesh = parallel.make_mesh
+
+
+def one(data=0, fsdp=1, devices=None):
+  return make_mesh(data, fsdp, jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Of the eight, so that compiling is quick."""
+  monkeypatch.setattr(parallel, "make_mesh", one)
+
+
+def config_of(**network):
+  config = tiny_config()
+  config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False, **network})
+  config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 0})
+  config.training.update({"steps": 4, "checkpoint_every": 4, "sample_every": 100, "log_every": 4})
+  config.evaluation.update({"num_samples": 6, "k": 2})
+  return config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """Runs: `grey`, of digits with hidden labels; `judge`, a classifier of them; `colour`, with a class for every image. Images, a mask."""
+  place, generator = tmp_path_factory.mktemp("editing"), np.random.default_rng(0)
+  images, labels = generator.integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
+  np.savez(place / "data.npz", images=images, labels=labels)
+  grey, colour = config_of(num_classes=10), config_of(num_classes=2)
+  grey.loss.label_dropout = 0.1
+  colour.data.update({"source": "arrays", "path": str(place / "data.npz"), "channels": 3, "hold_out": 10})
+  judge = config_of(num_classes=10)
+  judge.task = "classify"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, "make_mesh", one)
+    runs.run_train(grey, place / "grey")
+    runs.run_train(judge, place / "judge")
+    runs.run_train(colour, place / "colour")
+  for name, shape in (("two", (2, 8, 8, 1)), ("three", (3, 8, 8, 1)), ("small", (2, 4, 4, 1)), ("odd", (2, 3, 3, 1))):
+    np.savez(place / f"{name}.npz", images=generator.integers(0, 256, shape, np.uint8))
+  np.savez(place / "colours.npz", images=np.stack([np.full((8, 8, 3), value, np.uint8) for value in (40, 210)]))
+  (place / "files").mkdir()
+  for name in ("b", "a"):
+    Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(place / "files" / f"{name}.png")
+  Image.fromarray(np.where(generator.random((8, 8)) < 0.4, 255, 0).astype(np.uint8)).save(place / "mask.png")
+  return place
+
+
+def edit(place, task, source="two.npz", *, run="grey", mask="", results=1, seed=0, steering=None, **keys):
+  """The arrays that an edit writes; `editing__strength=1.0` stands for editing.strength."""
+  config = schema.config_of_run(None, place / run)
+  config.editing.update({"resamples": 2, "iterations": 2, "frames": 3})
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in keys.items()})
+  folder = place / run / "edits"
+  before = set(folder.glob("*"))
+  wanted = runs.Edit(task, None if source is None else place / source, mask, results)
+  options = {"seed": seed, "choice": runs.Choice(), "steering": runs.Steering(**(steering or {}))}
+  runs.run_edit(config, place / run, wanted, **options)
+  arrays, picture = sorted(set(folder.glob("*")) - before, key=lambda path: path.suffix)
+  assert (arrays.suffix, picture.suffix) == (".npz", ".png")
+  assert arrays.name.startswith(task)
+  with Image.open(picture) as file:
+    assert min(file.size) > 90, "two rows of tiles, or two columns"
+  with np.load(arrays) as file:
+    found = {name: file[name] for name in file.files}
+  assert found["output"].dtype == np.uint8
+  return found
+
+
+def images_of(place, name):
+  with np.load(place / name) as file:
+    return file["images"]
+
+
+def drawn(place, labels, seed, **steering):
+  """What `--mode=sample` draws."""
+  config, scale = schema.config_of_run(None, place / "grey"), steering.pop("scale", 1.0)
+  config.guidance.scale = scale
+  wanted = runs.Steering(labels=labels, **steering)
+  folder = place / "grey" / "samples"
+  before = set(folder.glob("*.npz"))
+  runs.run_sample(config, place / "grey", num_samples=len(labels), seed=seed, choice=runs.Choice(), steering=wanted)
+  (path,) = set(folder.glob("*.npz")) - before
+  assert ("_scale3" in path.name) == (scale == 3)
+  with np.load(path) as file:
+    np.testing.assert_array_equal(file["labels"], labels)
+    return file["samples"]
+
+
+@pytest.mark.parametrize(
+  ("method", "source", "mask"),
+  [
+    ("", "files", "mask.png"),
+    ("replace", "two.npz", "lower"),
+    ("posterior", "two.npz", "left"),
+    ("dps", "two.npz", "upper"),
+  ],
+)
+def test_inpainting_leaves_what_is_known_as_it_is(place, method, source, mask):
+  path = str(place / mask) if mask.endswith("png") else mask
+  found = edit(place, "inpaint", source, mask=path, results=2, editing__method=method)
+  assert (place / "grey" / "edits" / f"inpaint_{method or 'repaint'}_seed0.npz").exists()
+  if mask.endswith("png"):
+    painted = np.asarray(Image.open(path))[..., None] > 0
+    originals = np.stack([np.asarray(Image.open(place / "files" / f"{name}.png"))[..., None] for name in "ab"])
+    assert list(found["names"]) == ["a.png", "b.png"]
+  else:
+    half = np.arange(8) >= 4 if mask == "lower" else np.arange(8) < 4
+    painted = np.broadcast_to((half if mask == "left" else half[:, None])[..., None], (8, 8, 1))
+    originals = images_of(place, source)
+    assert list(found["names"]) == ["two.npz[0]", "two.npz[1]"]
+  np.testing.assert_array_equal(found["mask"], painted)
+  np.testing.assert_array_equal(found["input"], originals)
+  assert found["output"].shape == (2, 2, 8, 8, 1)
+  known = np.broadcast_to(~painted, originals.shape)
+  for index in range(2):
+    result = found["output"][:, index]
+    np.testing.assert_array_equal(result[known], originals[known])
+    assert np.mean(result[~known] != originals[~known]) > 0.5
+  assert np.mean(found["output"][:, 0] != found["output"][:, 1]) > 0.1, "each result has its own noise"
+
+
+def test_strength_from_the_input_to_a_fresh_sample(place):
+  """Several results of each image are numbered row by row."""
+  labels = {"labels": [3, 5]}
+  found = edit(place, "img2img", results=2, editing__strength=0.0, steering=labels)
+  assert "mask" not in found
+  for index in range(2):
+    np.testing.assert_array_equal(found["output"][:, index], images_of(place, "two.npz"))
+  fresh = edit(place, "img2img", results=2, editing__strength=1.0, steering=labels, seed=7)["output"]
+  assert fresh.shape == (2, 2, 8, 8, 1)
+  np.testing.assert_array_equal(fresh.reshape(4, 8, 8, 1), drawn(place, [3, 3, 5, 5], 7))
+  batched = edit(place, "img2img", results=2, editing__strength=1.0, steering=labels, seed=7, sampling__batch_size=3)
+  assert np.max(np.abs(batched["output"].astype(int) - fresh)) <= 1, "in two batches"
+
+
+def test_labels_and_guidance_do_in_edits_what_they_do_in_sampling(place):
+  steering = {"labels": [3], "negative": [1, 8]}
+  found = edit(place, "img2img", editing__strength=1.0, guidance__scale=3.0, steering=steering)["output"][:, 0]
+  np.testing.assert_array_equal(found, drawn(place, [3, 3], 0, negative=[1, 8], scale=3.0))
+  none = edit(place, "img2img", editing__strength=0.75)["output"]
+  # A scale of 0 is the unconditional model, whatever the label.
+  zero = edit(place, "img2img", editing__strength=0.75, guidance__scale=0.0, steering={"labels": [4]})["output"]
+  assert np.max(np.abs(none.astype(int) - zero)) <= 1
+  other = edit(place, "img2img", editing__strength=0.75, guidance__scale=3.0, steering={"labels": [4]})["output"]
+  assert np.any(none != other)
+
+
+def test_other_runs_guide_samples_and_edits(place, monkeypatch):
+  plain = drawn(place, [3, 5], 1)
+  judged = drawn(place, [3, 5], 1, scale=3.0, classifier=place / "judge")
+  assert np.any(judged != plain)
+  steering = {"labels": [3, 5], "classifier": place / "judge"}
+  keys = {"editing__strength": 1.0, "guidance__scale": 3.0, "seed": 1}
+  found = edit(place, "img2img", steering=steering, **keys)["output"]
+  np.testing.assert_array_equal(found[:, 0], judged)
+  # A model as weak as the model itself leads nowhere.
+  assert np.max(np.abs(drawn(place, [3, 5], 1, scale=3.0, weak=place / "grey").astype(int) - plain)) <= 1
+  monkeypatch.setattr(parallel, "make_mesh", make_mesh)
+  spread = edit(place, "img2img", steering=steering, **keys)["output"]
+  assert np.max(np.abs(spread.astype(int) - found)) <= 1, "by eight devices"
+
+
+@pytest.mark.parametrize("method", ["posterior", "dps"])
+@pytest.mark.parametrize("task", ["superres", "colorize"])
+def test_restoring_what_was_measured(place, task, method):
+  """What is measured of each result is nearer to its own input than to the other's."""
+  if task == "superres":
+    found = edit(place, task, "small.npz", editing__method=method)
+    assert found["output"].shape == (2, 1, 8, 8, 1)
+    known, measured = found["input"], build.shrink(found["output"][:, 0].astype(float), 2)
+  else:
+    # Of a run with a class for every image, away from another class.
+    steering = {"labels": [0], "negative": [1]}
+    options = {"run": "colour", "editing__method": method, "guidance__scale": 2.0, "editing__scale": 3.0}
+    found = edit(place, task, "colours.npz", steering=steering, **options)
+    assert found["output"].shape == (2, 1, 8, 8, 3)
+    weights = np.array([0.299, 0.587, 0.114])
+    known, measured = found["input"] @ weights, found["output"][:, 0] @ weights
+  own, other = (np.mean(np.abs(a.astype(float) - measured)) for a in (known, known[::-1]))
+  assert own < other
+
+
+def test_images_encoded_and_between_images(place):
+  steering = {"labels": [2]}
+  found = edit(place, "invert", "three.npz", steering=steering)
+  assert found["latent"].shape == (3, 8, 8, 1)
+  assert found["latent"].dtype == np.float32
+  assert found["output"].shape == (3, 1, 8, 8, 1)
+  assert np.any(found["latent"][0] != found["latent"][1])
+  between = edit(place, "interpolate", "three.npz", steering=steering)["output"]
+  assert between.shape == (2, 1, 3, 8, 8, 1)
+  # The ends are what the encoded images are decoded to.
+  ends = found["output"][:, 0].astype(int)
+  assert np.max(np.abs(between[:, 0, 0] - ends[:2])) <= 1
+  assert np.max(np.abs(between[:, 0, 2] - ends[1:])) <= 1
+
+
+INPAINT = {"mask": "lower"}
+WRONG = [
+  ("img2img", {"results": 0}, "--num_samples=0; wanted at least 1"),
+  ("img2img", {"source": None}, "Got no --input"),
+  ("img2img", {"source": "gone.png"}, r"--input=.*gone\.png, which does not exist"),
+  ("img2img", {"source": "small.npz"}, r"shape \(2, 4, 4, 1\); wanted \[N, 8, 8, 1\]"),
+  ("img2img", {"mask": "lower"}, "Got --mask for the task 'img2img'"),
+  ("inpaint", {}, "Got no --mask for the task 'inpaint'; wanted one"),
+  ("inpaint", {"mask": "bottom"}, "--mask=bottom, which does not exist; wanted .* one of lower"),
+  ("interpolat", {}, "'interpolat' as --task.*Did you mean 'interpolate'"),
+  ("img2img", {"editing__method": "dps"}, "--method=dps for the task 'img2img'; wanted none: there is one way"),
+  (
+    "superres",
+    {"editing__method": "repaint"},
+    "--method=repaint for the task 'superres'; wanted one of posterior, dps",
+  ),
+  ("inpaint", INPAINT | {"editing__method": "repant"}, "--method=repant .*wanted one of repaint, replace"),
+  ("img2img", {"editing__strength": -0.1}, r"--strength=-0.1; wanted it in \[0, 1\]"),
+  ("img2img", {"editing__strength": 1.5}, "--strength=1.5"),
+  ("img2img", {"editing__strength": float("nan")}, "--strength=nan"),
+  ("img2img", {"sampling__sampler": "ode"}, "'ode', whose steps cannot be edited"),
+  ("img2img", {"sampling__sampler": "dddim"}, "Did you mean 'ddim'"),
+  ("interpolate", {"editing__frames": 1}, "frames=1; wanted 2 or more"),
+  ("interpolate", {"source": "files/a.png"}, "Got one image to interpolate; wanted two or more"),
+  ("colorize", {}, r"'colorize' for a model of images with 1 channel\(s\)"),
+  ("superres", {}, "images of 8x8 to enlarge with a model of 8x8; wanted a size that divides it, such as 4"),
+  ("superres", {"source": "odd.npz"}, "images of 3x3 to enlarge with a model of 8x8"),
+  ("superres", {"source": "small.npz", "sampling__sampler": "ode"}, "'ode'"),
+  ("superres", {"source": "small.npz", "editing__noise": 0.0}, "noise_std=0.0"),
+  ("superres", {"source": "small.npz", "editing__covariance": "tweed"}, "covariance='tweed'"),
+  ("superres", {"source": "small.npz", "editing__method": "dps", "editing__scale": -1.0}, "scale=-1.0"),
+  ("inpaint", INPAINT | {"editing__method": "posterior", "editing__iterations": 0}, "iterations=0"),
+  ("inpaint", INPAINT | {"editing__resamples": 0}, "resamples=0"),
+  ("inpaint", INPAINT | {"editing__jump": 0}, "jump=0"),
+  ("inpaint", INPAINT | {"sampling__sampler": "dpmpp_2m"}, "a rule that remembers its last steps"),
+  ("inpaint", INPAINT | {"sampling__sampler": "ode"}, "'ode'"),
+  ("invert", {"sampling__sampler": "ancestral"}, "'ancestral', which adds noise as it is set"),
+  ("invert", {"sampling__eta": 1.0}, "'ddim', which adds noise as it is set.*without eta"),
+  ("invert", {"sampling__sampler": "heun", "sampling__s_churn": 1.0}, "'heun', which adds noise as it is set"),
+  ("invert", {"sampling__corrector_steps": 1}, "without eta, churn or corrector steps"),
+  ("invert", {"sampling__sampler": "ode"}, "'ode'"),
+  ("interpolate", {"sampling__sampler": "ancestral"}, "which adds noise"),
+  ("img2img", {"steering": {"labels": [1, 2, 3]}}, r"Got 3 labels for 2 image\(s\); wanted one, or one for each"),
+  ("img2img", {"steering": {"labels": []}}, "Got 0 labels"),
+  ("img2img", {"steering": {"labels": [10]}}, "labels from 0 to 9"),
+  ("img2img", {"steering": {"labels": [1], "negative": [2] * 3}, "guidance__scale": 2.0}, "Got 3 negative"),
+  ("img2img", {"steering": {"labels": [1], "negative": [-1]}, "guidance__scale": 2.0}, "labels from 0 to 9"),
+  ("img2img", {"steering": {"labels": [1], "negative": [2]}}, "--negative_labels without classifier-free guidance"),
+  ("img2img", {"steering": {"negative": [2]}}, "Got guidance without --labels; wanted the class of each image"),
+  ("img2img", {"guidance__scale": 3.0}, "Got guidance without --labels"),
+  ("img2img", {"guidance__scale": -1.0, "steering": {"labels": [1]}}, "guidance scale of -1"),
+  ("img2img", {"run": "colour", "source": "colours.npz"}, "Got no --labels for a model that was trained with a class"),
+  (
+    "img2img",
+    {"run": "colour", "source": "colours.npz", "steering": {"labels": [1]}, "guidance__scale": 2.0},
+    "trained without label dropout",
+  ),
+]
+
+
+def state_of(place):
+  return sorted(path for run in ("grey", "colour") for path in (place / run).rglob("*"))
+
+
+@pytest.mark.parametrize(("task", "options", "message"), WRONG)
+def test_what_is_wrong_is_said_before_anything_begins(place, task, options, message, capsys):
+  before = state_of(place)
+  with pytest.raises(ValueError, match=message):
+    edit(place, task, **options)
+  assert state_of(place) == before
+  assert "checkpoint of step" not in capsys.readouterr().out
+
+
+def test_wrong_folders_of_other_models(place, tmp_path):
+  before, labels = state_of(place), {"labels": [1]}
+  for steering, message in (
+    ({"classifier": place / "grey"}, "Got --classifier without --labels; wanted the class of each image"),
+    ({"classifier": place / "grey"} | labels, "tells no classes apart; wanted a run with task='classify'"),
+    ({"classifier": tmp_path} | labels, f"--classifier={tmp_path}, which holds no checkpoint"),
+    ({"weak": tmp_path} | labels, f"--weak={tmp_path}, which holds no checkpoint"),
+    ({"weak": place / "grey"} | labels, "--weak with a guidance scale of 1"),
+    ({"weak": place / "judge"} | labels, "holds a classifier, which draws nothing"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      edit(place, "img2img", steering=steering)
+  config, wanted = schema.config_of_run(None, place / "grey"), runs.Edit("img2img", place / "two.npz")
+  with pytest.raises(ValueError, match="which holds no checkpoint; wanted the folder of a run"):
+    runs.run_edit(config, tmp_path, wanted, seed=0, choice=runs.Choice())
+  assert state_of(place) == before
+  assert not list(tmp_path.iterdir())
