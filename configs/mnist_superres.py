@@ -19,7 +19,7 @@ def get_config():
   config.process.schedule = "cosine"
   config.prediction = "v"
   config.loss.weighting = "snr_plus_one"
-  # What the base draws is not what real digits made small are: noise hides the difference.
+  # What the base draws is not what real digits made small are: noise hides some of the difference.
   config.superres.update({"factor": 4, "noise": 0.4, "sample_noise": 0.1})
   config.network.update(
     {

@@ -172,40 +172,51 @@ def classifier(
   if not callable(scale) and scale == 0:
     return denoise
 
-  def guided(x_t, t):
-    t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
-
+  def slope(x_t, t):
     def total(x):
-      values = log_prob(x, t)
+      values = log_prob(x, jnp.broadcast_to(t, x.shape[:1]))
       if jnp.shape(values) != x.shape[:1]:
         raise ValueError(
           f"Got log_prob of shape {jnp.shape(values)} for {x.shape[0]} samples; wanted one number each, [B]: that of the class wanted."
         )
       return jnp.sum(values)
 
-    alpha = process.alpha(t)
-    w = scale(t) if callable(scale) else scale
+    return jax.grad(total)(x_t)
+
+  def guided(x_t, t):
+    t = as_time(t)
+    alpha, w = process.alpha(t), scale(t) if callable(scale) else scale
     # Where no data is left there is nothing to tell a class from.
     size = jnp.where(alpha > 0, w * process.sigma(t) ** 2 / jnp.where(alpha > 0, alpha, 1), 0)
-    shift = expand(size, x_t) * jax.grad(total)(x_t)
+    sometimes = callable(scale) and jnp.ndim(size) == 0
+    gradient = jax.lax.cond(size > 0, slope, _no_slope, x_t, t) if sometimes else slope(x_t, t)
+    shift = expand(size, x_t) * gradient
     return map_x_0(lambda x_0: (x_0 + shift).astype(x_0.dtype), denoise(x_t, t))
 
   return guided
 
 
-def interval(process: Process, scale: float, low: float = 0.0, high: float = math.inf) -> Callable[[Array], Array]:
-  """A scale that holds for some noise levels only, and is 1 at the others (Kynkaanniemi et al. 2024).
+def _no_slope(x_t: Array, t: Array) -> Array:
+  return jnp.zeros_like(x_t)
+
+
+def interval(
+  process: Process, scale: float, low: float = 0.0, high: float = math.inf, *, outside: float = 1.0
+) -> Callable[[Array], Array]:
+  """A scale that holds for some noise levels only (Kynkaanniemi et al. 2024).
 
   Args:
     process: the forward process.
     scale: the scale inside.
     low: the smallest sigma/alpha at which it holds.
     high: the largest.
+    outside: the scale at other noise levels, that of no guidance: 1, or 0 for a classifier.
 
   Raises:
-    ValueError: if the scale is negative or not finite, or not 0 <= low < high.
+    ValueError: if a scale is negative or not finite, or not 0 <= low < high.
   """
   _check_scale(scale)
+  _check_scale(outside)
   if not 0 <= low < high:
     raise ValueError(
       f"Got guidance between sigma/alpha={low} and {high}; wanted 0 <= low < high, as in interval(process, 3, 0.3, 5)."
@@ -213,7 +224,7 @@ def interval(process: Process, scale: float, low: float = 0.0, high: float = mat
 
   def schedule(t):
     sigma, alpha = process.sigma(t), process.alpha(t)
-    return jnp.where((sigma >= low * alpha) & ((sigma <= high * alpha) | (high == math.inf)), scale, 1.0)
+    return jnp.where((sigma >= low * alpha) & ((sigma <= high * alpha) | (high == math.inf)), scale, outside)
 
   return schedule
 

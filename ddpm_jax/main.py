@@ -57,7 +57,11 @@ _GUIDANCE_SCALE = flags.DEFINE_float(
   "guidance_scale", None, "How strongly labels, a classifier or a weaker model guide (config.guidance.scale)."
 )
 _CLASSIFIER = flags.DEFINE_string("classifier", None, "The folder of a classifier's run, which guides to --labels.")
-_WEAK = flags.DEFINE_string("weak", None, "The folder of a weaker model's run, to guide away from (autoguidance).")
+_WEAK = flags.DEFINE_string(
+  "weak",
+  None,
+  "The folder of a weaker model's run to guide away from (autoguidance); <folder>@<step> for an early checkpoint.",
+)
 _UPSAMPLER = flags.DEFINE_list(
   "upsampler", None, "Folders of super-resolution runs that enlarge the samples, one after the other."
 )
@@ -124,6 +128,8 @@ def main(argv: list[str]) -> None:
       raise ValueError(
         f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
       )
+  if _SEED.value is not None and not 0 <= _SEED.value < 2**32:
+    raise ValueError(f"Got --seed={_SEED.value}; wanted 0 to {2**32 - 1}.")
   if mode == "prepare":
     output = Path(_OUTPUT.value).expanduser().absolute() if _OUTPUT.value else None
     prepare.run_prepare(schema.config_of_data(_CONFIG.value), output)
@@ -162,8 +168,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"Got --strength for the task {_TASK.value!r}; wanted it with --task=img2img only.")
       config.editing.strength = _STRENGTH.value
     if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
-      # What samples best adds noise, more often than not, and what adds noise encodes nothing.
-      config.sampling.update({"sampler": "ddim", "eta": 0.0})
+      config = runs.reversible(config)
   schema.check_config(config)
   _cache_compilations()
   choice = runs.Choice(_EMA.value is not False, _EMA_LENGTH.value, _STEP.value or "")
@@ -211,11 +216,13 @@ def _connect() -> None:
 def _steering() -> Any:
   from ddpm_jax import runs
 
+  weak, _, step = (_WEAK.value or "").partition("@")
   return runs.Steering(
     _integers(_LABELS),
     _integers(_NEGATIVE_LABELS),
     _folder(_CLASSIFIER.value) if _CLASSIFIER.value else None,
-    _folder(_WEAK.value) if _WEAK.value else None,
+    _folder(weak) if weak else None,
+    step,
   )
 
 
@@ -225,7 +232,7 @@ def _edit() -> Any:
   return runs.Edit(
     schema.choose(_TASK.value or "", tuple(build.TASKS), "--task"),
     _folder(_INPUT.value) if _INPUT.value else None,
-    _MASK.value or "",
+    str(Path(_MASK.value).expanduser()) if _MASK.value else "",
     1 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,
   )
 

@@ -100,7 +100,7 @@ def default_config() -> ConfigDict:
   config.superres = ConfigDict(
     {
       "factor": 0,  # above 1: the model enlarges images so many times (SR3)
-      "noise": 0.0,  # the largest standard deviation of the noise that the small image gets in training
+      "noise": 0.0,  # the largest standard deviation of the noise that the enlarged small image gets in training
       "sample_noise": 0.0,  # and that which it gets in sampling
     }
   )

@@ -1,6 +1,6 @@
 """From a config to objects: the one place where strings become functions, and where a config's mistakes are found."""
 
-from ddpm_jax.build.condition import low_size, shrink
+from ddpm_jax.build.condition import low_size
 from ddpm_jax.build.data import build_data, build_sources
 from ddpm_jax.build.editing import TASKS, build_edit, check_edit
 from ddpm_jax.build.guidance import Guides, build_conditional, build_denoise, check_guidance
@@ -66,5 +66,4 @@ __all__ = [
   "flops_per_image",
   "image_shape",
   "low_size",
-  "shrink",
 ]

@@ -1,12 +1,12 @@
 """What a conditional network is given beside the noisy data: classes, and the low-resolution image of SR3."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ddpm_jax import randomness
+from ddpm_jax import editing, randomness
 
 Array = jax.Array
 # Standard deviations in [0, 1] are embedded as times are, whose labels go up to about this.
@@ -58,9 +58,12 @@ def low_size(config: ConfigDict) -> int:
 
 
 def training_image(config: ConfigDict, keys: Array, image: Array) -> Condition:
-  """The condition of training images [B, H, W, C], each noised as much as chance has it (Ho et al. 2022, section 4.2)."""
+  """The condition of training images [B, H, W, C], each noised as much as chance has it (Ho et al. 2022, section 4.2).
+
+  The noise is added to the enlarged image, so it hides fine detail more than what the small image says.
+  """
   std = config.superres.noise * jax.vmap(jax.random.uniform)(randomness.fold_in(keys, 4))
-  return enlarged(config, keys, shrink(image, config.superres.factor), std)
+  return enlarged(config, keys, editing.downsample(config.superres.factor)(image), std)
 
 
 def enlarged(config: ConfigDict, keys: Array, low: Array, std) -> Condition:
@@ -72,12 +75,6 @@ def enlarged(config: ConfigDict, keys: Array, low: Array, std) -> Condition:
     return Condition(image=image)
   noise = randomness.normal(randomness.fold_in(keys, 5), image.shape, image.dtype)
   return Condition(image=image + std[:, None, None, None] * noise, level=_LEVEL_SCALE * std)
-
-
-def shrink(image: Any, factor: int) -> Any:
-  """Images [B, H, W, C], of JAX or NumPy, with boxes of factor x factor pixels averaged."""
-  batch, height, width, channels = image.shape
-  return image.reshape(batch, height // factor, factor, width // factor, factor, channels).mean((2, 4))
 
 
 def example(config: ConfigDict) -> Condition:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import editing, randomness, sampling
 from ddpm_jax.build.guidance import Guides, bound, check_guidance
-from ddpm_jax.build.model import build_process, image_shape
+from ddpm_jax.build.model import build_process, check_denoises, image_shape
 from ddpm_jax.build.sampling import build_rule, build_sampler, compile_draw
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.schema import choose
@@ -30,6 +30,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 
 def check_edit(config: ConfigDict, task: str) -> str:
   """The method of a task; a ValueError if the task, the method or its settings are wrong."""
+  check_denoises(config)
   c, methods = config.editing, choose(task, TASKS, "--task")
   if c.method and c.method not in methods:
     raise ValueError(
@@ -72,6 +73,11 @@ def build_edit(
   """
   method = check_edit(config, task)
   check_guidance(config, guides, negative=negative)
+  if config.guidance.plus_plus and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
+    raise ValueError(
+      f"Got config.guidance.plus_plus with the task {task!r}{f' by {method}' if method else ''}, which knows one estimate of the data;"
+      " wanted classifier-free guidance there."
+    )
   if task == "superres" and config.superres.factor:
     run = build_sampler(config)
     return compile_draw(
@@ -161,7 +167,7 @@ def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw
 
   def draw(keys, denoise, inputs):
     start = process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))
-    told = bound(config, informed(denoise, inputs))
+    told = _held(config, denoise) if method == "dps" else bound(config, informed(denoise, inputs))
     x = sampling.sample(randomness.fold_in(keys, 1), rule(inputs), told, start, times)
     return {"output": jnp.where(inputs["keep"], inputs["image"], x) if task == "inpaint" else x}
 
@@ -170,3 +176,14 @@ def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw
   rule(example)
   informed(lambda x_t, t: x_t, example)
   return draw
+
+
+def _held(config: ConfigDict, denoise: Denoise) -> Denoise:
+  """As `bound`, but with the derivative of the estimate that is not: a pixel out of range can still be pulled back."""
+
+  def held(x_t, t):
+    free = denoise(x_t, t)
+    inside = bound(config, lambda x_t, t: free)(x_t, t)
+    return jax.tree.map(lambda a, b: a + jax.lax.stop_gradient(b - a), free, inside)
+
+  return held

@@ -77,7 +77,7 @@ def build_denoise(
   def denoise(x_t, t):
     return conditional(x_t, t, given)
 
-  scale = _scale(config)
+  scale = _scale(config, guides)
   if guides.classifier is not None:
     log_probs, classes = build_classifier(guides.classifier, guiding["classifier"]), inputs["classes"]
 
@@ -105,11 +105,12 @@ def bound(config: ConfigDict, denoise: Denoise) -> Denoise:
   return guidance.clip(denoise) if config.sampling.clip else denoise
 
 
-def _scale(config: ConfigDict) -> guidance.Scale:
+def _scale(config: ConfigDict, guides: Guides) -> guidance.Scale:
   c = config.guidance
   if not c.sigma_low and not c.sigma_high:
     return c.scale
-  return guidance.interval(build_process(config), c.scale, c.sigma_low, c.sigma_high or math.inf)
+  off = 1.0 if guides.classifier is None else 0.0
+  return guidance.interval(build_process(config), c.scale, c.sigma_low, c.sigma_high or math.inf, outside=off)
 
 
 def _condition(config: ConfigDict, keys: Array, inputs: dict[str, Array]) -> Condition:
@@ -127,6 +128,7 @@ def check_guidance(config: ConfigDict, guides: Guides = Guides(), *, negative: b
     guides: what else guides it.
     negative: whether there are labels to guide away from.
   """
+  check_denoises(config)
   c, classes = config.guidance, config.network.num_classes
   others = guides.classifier is not None or guides.weak is not None
   if guides.classifier is not None and guides.weak is not None:
@@ -171,7 +173,7 @@ def check_guidance(config: ConfigDict, guides: Guides = Guides(), *, negative: b
     guidance.plus_plus(_nothing, label, label, c.scale)
   if c.threshold:
     guidance.dynamic_threshold(_nothing, c.threshold)
-  _scale(config)
+  _scale(config, guides)
   if guides.classifier is not None:
     _check_same_noise("--classifier", config, guides.classifier)
     if classes and classes != guides.classifier.network.num_classes:

@@ -80,7 +80,8 @@ def null_class(config: ConfigDict) -> int:
   if not config.loss.label_dropout:
     raise ValueError(
       "Got a model that was trained without label dropout, so it has no unconditional half to guide away from; wanted one"
-      " trained with --config.loss.label_dropout=0.1 or so, as configs/digits_cond.py is. Or leave the guidance scale at 1."
+      " trained with --config.loss.label_dropout=0.1 or so, as configs/digits_cond.py is (of a model from a folder of diffusers, say so by"
+      " --config with this key). Or leave the guidance scale at 1."
     )
   return config.network.num_classes
 

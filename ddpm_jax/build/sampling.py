@@ -212,6 +212,9 @@ def compile_draw(
   def generate(params, seed, first, inputs, guiding):
     # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
     key = jax.random.fold_in(jax.random.key(seed), 2)
+    if config.superres.factor:
+      # Other noise than the model's that drew what is enlarged.
+      key = jax.random.fold_in(key, config.data.image_size)
     keys = randomness.sample_keys(key, first + jnp.arange(size))
     keys, inputs = jax.lax.with_sharding_constraint((keys, inputs), split)
     params, guiding = jax.lax.with_sharding_constraint((params, guiding), whole)

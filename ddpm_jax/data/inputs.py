@@ -32,6 +32,8 @@ def read_inputs(path: str | Path, size: int, channels: int) -> Inputs:
   path = Path(path)
   if path.suffix == ".npz" and path.is_file():
     images = arrays(path).images
+    if images.shape[3] == 1:
+      images = images.repeat(channels, axis=3)  # as of a grey image file
     if images.shape[1] != images.shape[2] or (size and images.shape[1] != size) or images.shape[3] != channels:
       wanted = f"[N, {size or 'H'}, {size or 'H'}, {channels}]"
       raise ValueError(f"Got {path} with images of shape {images.shape}; wanted {wanted}, uint8, for this model.")

@@ -19,8 +19,8 @@ Array = jax.Array
 def dps(sampler: Sampler, process: Process, operator: Operator, measurement, scale: float = 1.0) -> Sampler:
   """Diffusion posterior sampling (Chung et al. 2023, algorithm 1): after each step x moves towards the measurement.
 
-  `x_s -= scale * grad_{x_t} ||y - A(x_0(x_t))||`, the norm of each sample's residual and not its square: the paper's
-  step size zeta' / ||y - A(x_0)||, which makes it one of a fixed length times how x_0 follows x_t. As in the paper the last
+  `x_s -= scale * grad_{x_t} ||y - A(x_0(x_t))||`, the norm of each sample's residual and not its square, as the
+  authors' code has it (half the zeta' of the paper's formula): a step of a fixed length times how x_0 follows x_t. As in the paper the last
   step moves too, so clean data may pass beyond the measurement by `scale`. The noise of y does not enter: `scale` stands
   for it, and the samples are not those of the posterior whatever it is. `posterior` is exact for Gaussian data.
 
@@ -32,7 +32,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
     process: its process.
     operator: the measurement x [B, ...] -> y [B, ...] of each sample; any that has a derivative.
     measurement: y, of the shape that the operator gives, or broadcast to it.
-    scale: the step size; the paper's are 0.3 to 1 for images of 256 by 256.
+    scale: the step size; the authors' code has 0.3 to 1 for images of 256 by 256.
 
   Raises:
     ValueError: if scale is negative or not finite; in a step, if the measurement's shape does not fit the operator's.

@@ -3,12 +3,13 @@
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
-from ddpm_jax.runs.drawing import Steering, run_sample
-from ddpm_jax.runs.editing import Edit, run_edit
+from ddpm_jax.runs.drawing import run_sample
+from ddpm_jax.runs.editing import Edit, reversible, run_edit
 from ddpm_jax.runs.evaluation import run_eval
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice
 from ddpm_jax.runs.plan import run_plan
+from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
   "Edit",
   "Steering",
   "Stopped",
+  "reversible",
   "run_edit",
   "run_eval",
   "run_export",

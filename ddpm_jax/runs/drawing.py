@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm_jax import build, checkpoint, data, evaluate, images, parallel, pretrained, schema, workdir
+from ddpm_jax import build, data, editing, evaluate, images, parallel, pretrained, workdir
 from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained, write_scores
+from ddpm_jax.runs.steering import Steering, config_of_other, steer
 
 PyTree = Any
 Inputs = dict[str, np.ndarray]
@@ -22,58 +24,6 @@ _GRID_CLASSES = 20
 _GRID_ROWS = 10
 # Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
 _CPU_BATCH = 16
-
-
-class Steering(NamedTuple):
-  """What samples are to show, and what leads them there.
-
-  Attributes:
-    labels: the classes wanted, over and over; None for all in turn.
-    negative: classes to guide away from, over and over.
-    classifier: the folder of a classifier's run that guides.
-    weak: the folder of a weaker model's run to guide away from.
-  """
-
-  labels: list[int] | None = None
-  negative: list[int] | None = None
-  classifier: Path | None = None
-  weak: Path | None = None
-
-
-class Guided(NamedTuple):
-  """What `Steering` comes to: the guides' configs, their parameters by name, and the labels of each sample."""
-
-  guides: build.Guides
-  load: Callable[[], dict[str, PyTree]]
-  inputs: Inputs
-
-
-def steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, count: int) -> Guided:
-  """Checks a wish against the model, and says how to follow it; parameters are read when `load` is called.
-
-  Raises:
-    ValueError: if the model, or what is to guide it, does not allow it.
-  """
-  folders = {name: getattr(steering, name) for name in ("classifier", "weak") if getattr(steering, name) is not None}
-  configs = {name: _other(name, folder) for name, folder in folders.items()}
-  guides = build.Guides(**configs)
-  build.check_guidance(config, guides, negative=steering.negative is not None)
-  known = guides.classifier and guides.classifier.network.num_classes
-  inputs = {"classes": build.build_labels(config, steering.labels, count, classes=known)}
-  if steering.negative is not None:
-    inputs["negative"] = build.build_labels(config, steering.negative, count)
-
-  def load() -> dict[str, PyTree]:
-    return {name: load_weights(configs[name], folder, mesh, Choice()).params for name, folder in folders.items()}
-
-  return Guided(guides, load, {name: value for name, value in inputs.items() if value is not None})
-
-
-def _other(flag: str, folder: Path) -> ConfigDict:
-  """The config of another run, which a flag names."""
-  if not checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder)):
-    raise ValueError(f"Got --{flag}={folder}, which holds no checkpoint; wanted the folder of a run.")
-  return trained(schema.config_of_run(None, folder), folder)
 
 
 def run_sample(
@@ -119,7 +69,9 @@ def run_sample(
   params = load_params(config, folder, mesh, choice, model)
   say(f"sampling {num_samples:,} images with {config.sampling.sampler} ...")
   samples, nfe = draw(config, generate, params, seed, num_samples, guided.inputs, guided.load())
-  say(f"{num_samples:,} samples, {nfe:,} network evaluations each")
+  beside = ", and as many of what guides" if guided.guides != build.Guides() else ""
+  beside = beside or (", of both branches" if config.guidance.scale not in (0, 1) or config.guidance.plus_plus else "")
+  say(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
   path = free(samples_folder(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}{_suffix(config, steering)}")
   arrays = {"labels": guided.inputs["classes"]} if "classes" in guided.inputs else {}
   for number, stage in enumerate(stages):
@@ -160,7 +112,7 @@ def cascade(config: ConfigDict, mesh: jax.sharding.Mesh, folders: Sequence[Path]
   """
   stages, shape = [], build.image_shape(config)
   for folder in folders:
-    own = _other("upsampler", folder)
+    own = config_of_other("upsampler", folder)
     size = build.low_size(own)
     if (size, size, own.data.channels) != shape:
       raise ValueError(
@@ -229,7 +181,9 @@ def inputs_of(config: ConfigDict, count: int, source: data.Source, counts: np.nd
   classes = build.build_labels(config, None, count, counts=counts)
   if config.superres.factor:
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-    inputs["low"] = build.shrink(images.from_uint8(real["image"]), config.superres.factor)
+    inputs["low"] = np.asarray(
+      editing.downsample(config.superres.factor)(jnp.asarray(images.from_uint8(real["image"])))
+    )
     classes = real["label"] if classes is not None else None
   return inputs | ({} if classes is None else {"classes": classes})
 
@@ -362,7 +316,9 @@ def _score(
     "features": "pixels in [-1, 1]",
     "num_samples": len(samples),
     "neighbour": config.evaluation.k,
-    "reference": "held-out images; the floor is as many training images",
+    "reference": "held-out images; the floor is as many training images"
+    + ("; the samples are those held-out images made small and enlarged" if config.superres.factor else ""),
     "sampling": {**config.sampling.to_dict(), "nfe": nfe},
+    "guidance": config.guidance.to_dict(),
   }
   write_scores(folder, report, weights, seed, evaluate.table(scores))

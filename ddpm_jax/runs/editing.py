@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, data, images, parallel, pretrained, workdir
+from ddpm_jax import build, data, editing, images, parallel, pretrained, workdir
 from ddpm_jax.runs import drawing
 from ddpm_jax.runs.model import Choice, say, trained
+from ddpm_jax.runs.steering import Guided, Steering, steer
 
 # Rows of a picture; the arrays hold all.
 _ROWS = 24
@@ -39,7 +41,7 @@ def run_edit(
   *,
   seed: int,
   choice: Choice,
-  steering: drawing.Steering = drawing.Steering(),  # noqa: B008, a constant
+  steering: Steering = Steering(),  # noqa: B008, a constant
   model: pretrained.Pretrained | None = None,
 ) -> None:
   """Edits images with a run's model, or a pretrained one, into edits/: an .npz of inputs and results, and a picture of both.
@@ -49,6 +51,10 @@ def run_edit(
   """
   if edit.results < 1:
     raise ValueError(f"Got --num_samples={edit.results}; wanted at least 1.")
+  if edit.results > 1 and edit.task in ("invert", "interpolate"):
+    raise ValueError(
+      f"Got --num_samples={edit.results} for the task {edit.task!r}, which has one result; leave it out."
+    )
   if edit.source is None:
     raise ValueError("Got no --input; wanted an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
@@ -79,6 +85,16 @@ def run_edit(
   parallel.wait_for_all("done")
 
 
+def reversible(config: ConfigDict) -> ConfigDict:
+  """The config, with DDIM if its own sampler adds noise, which encodes nothing, as what samples best often does."""
+  if config.sampling.sampler != "ode" and build.build_rule(config)[0].reversible:
+    return config
+  say(f"to encode images: ddim in place of {config.sampling.sampler}")
+  config = ConfigDict(config.to_dict())
+  config.sampling.update({"sampler": "ddim", "eta": 0.0, "corrector_steps": 0})
+  return config
+
+
 def _read(config: ConfigDict, edit: Edit) -> data.Inputs:
   size, _, channels = build.image_shape(config)
   if edit.task == "superres":
@@ -106,37 +122,35 @@ def _inputs(config: ConfigDict, edit: Edit, given: data.Inputs) -> drawing.Input
   if edit.task == "interpolate":
     return {"image": x[:-1], "other": x[1:]}
   if edit.task == "colorize":
-    return {"image": (x @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]}
+    return {"image": np.asarray(editing.grey(jnp.asarray(x)))}
   if config.superres.factor:
     return {"image": x, "low": x}
   return {"image": x}
 
 
-def _steer(
-  config: ConfigDict, mesh: jax.sharding.Mesh, steering: drawing.Steering, rows: int, count: int
-) -> drawing.Guided:
+def _steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, rows: int, count: int) -> Guided:
   """As in sampling; but an image is of no class unless labels say so."""
   for name in ("labels", "negative"):
     given: Sequence[int] | None = getattr(steering, name)
     if given is not None and len(given) not in (1, rows):
-      raise ValueError(f"Got {len(given)} {name} for {rows} image(s); wanted one, or one for each.")
+      raise ValueError(f"Got {len(given)} {name} for {rows} image(s) or pair(s); wanted one, or one for each.")
     if given is not None:
       each = list(given) * (rows if len(given) == 1 else 1)
       values = [label for label in each for _ in range(count)]
       steering = steering._replace(labels=values) if name == "labels" else steering._replace(negative=values)
   if steering.labels is not None:
-    return drawing.steer(config, mesh, steering, rows * count)
+    return steer(config, mesh, steering, rows * count)
   if steering.classifier is not None:
     raise ValueError("Got --classifier without --labels; wanted the class of each image, which it guides to.")
   if not config.network.num_classes:
-    return drawing.steer(config, mesh, steering, rows * count)
+    return steer(config, mesh, steering, rows * count)
   if config.guidance.scale != 1 or steering.negative is not None:
     raise ValueError("Got guidance without --labels; wanted the class of each image, such as --labels=3.")
   if not config.loss.label_dropout:
     raise ValueError(
       "Got no --labels for a model that was trained with a class for every image; wanted one for each image, such as --labels=3."
     )
-  guided = drawing.steer(config, mesh, steering, rows * count)
+  guided = steer(config, mesh, steering, rows * count)
   none = np.full(rows * count, config.network.num_classes, np.int32)
   return guided._replace(inputs={**guided.inputs, "classes": none})
 
@@ -169,7 +183,7 @@ def _write(
   pictures, columns = _picture(config, edit, given.images, inputs, found, output)
   images.save_grid(f"{path}.png", pictures, columns)
   say(f"arrays       {path}.npz\npicture      {path}.png")
-  if len(pictures) < len(output):
+  if len(output) // edit.results > _ROWS:
     say(f"the picture shows the first {_ROWS} images")
 
 
