@@ -1,5 +1,7 @@
 """Super-resolution: its condition, its runs, and cascades of them, in one process."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,8 @@ def config_of(**keys):
   config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
   config.data.update({"image_size": 16, "source": "arrays", "hold_out": 5})
   config.superres.update({"factor": 2, "noise": 0.5, "sample_noise": 0.1})
+  # Quick enough that two steps tell images apart.
+  config.optimizer.update({"learning_rate": 3e-2, "warmup_steps": 0})
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1, "batch_size": 4})
   config.evaluation.update({"num_samples": 3, "k": 2})
   config.sampling.update({"num_steps": 2, "preview_steps": 2, "batch_size": 4})
@@ -150,13 +154,21 @@ def test_a_cascade(trained, tmp_path):
   np.testing.assert_array_equal(found["stage_0"], alone["samples"])
   assert "labels" not in found
   # The same images enlarged by hand are the same.
-  np.savez(tmp_path / "low.npz", images=found["stage_0"])
   config = config_of(data__path=str(trained / "data.npz"))
-  edit = runs.Edit("superres", tmp_path / "low.npz")
-  runs.run_edit(config, trained / "large", edit, seed=3, choice=runs.Choice())
-  by_hand = arrays_of(trained / "large" / "edits")
+
+  def enlarge(images, name):
+    np.savez(tmp_path / name, images=images)
+    edit = runs.Edit("superres", tmp_path / name)
+    runs.run_edit(config, trained / "large", edit, seed=3, choice=runs.Choice())
+    arrays = arrays_of(trained / "large" / "edits")
+    shutil.rmtree(trained / "large" / "edits")
+    return arrays
+
+  by_hand = enlarge(found["stage_0"], "low.npz")
   np.testing.assert_array_equal(by_hand["input"], found["stage_0"])
   assert np.max(np.abs(by_hand["output"][:, 0].astype(int) - found["samples"])) <= 1
+  others = enlarge(found["stage_0"][::-1], "others.npz")
+  assert np.max(np.abs(others["output"][:, 0].astype(int) - found["samples"])) > 10, "others would not be the same"
 
 
 def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, capsys):
