@@ -75,6 +75,7 @@ def wrong_inputs(tmp_path):
   (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:700])
   np.savez(tmp_path / "wide.npz", images=np.zeros((2, 8, 4, 1), np.uint8))
   np.savez(tmp_path / "square.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+  np.savez(tmp_path / "colours.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
   np.savez(tmp_path / "none.npz", images=np.zeros((0, 8, 8, 1), np.uint8))
   np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 1)))
   np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 8, 8, 1), np.uint8))
@@ -89,7 +90,7 @@ def wrong_inputs(tmp_path):
     ("wide.npz", 0, 1, r"shape \(2, 8, 4, 1\); wanted \[N, H, H, 1\]"),
     ("wide.npz", 8, 1, r"shape \(2, 8, 4, 1\); wanted \[N, 8, 8, 1\]"),
     ("square.npz", 16, 1, r"shape \(2, 8, 8, 1\); wanted \[N, 16, 16, 1\]"),
-    ("square.npz", 8, 3, r"shape \(2, 8, 8, 1\); wanted \[N, 8, 8, 3\]"),
+    ("colours.npz", 8, 1, r"shape \(2, 8, 8, 3\); wanted \[N, 8, 8, 1\]"),
     ("none.npz", 8, 1, "wanted at least one"),
     ("float.npz", 8, 1, "uint8"),
     ("other.npz", 8, 1, r"arrays \['pictures'\]; wanted 'images'"),
@@ -146,3 +147,11 @@ def test_wrong_masks_are_errors(tmp_path):
   ):
     with pytest.raises(ValueError, match=message):
       data.read_mask(tmp_path / name, 8)
+
+
+def test_grey_arrays_are_colour_images_as_grey_files_are(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+  np.savez(tmp_path / "grey.npz", images=images)
+  np.testing.assert_array_equal(
+    data.read_inputs(tmp_path / "grey.npz", 8, 3).images, np.broadcast_to(images, (2, 8, 8, 3))
+  )

@@ -443,3 +443,25 @@ def test_bad_input(name):
   call, message = WRONG[name]
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_a_classifier_guides_inside_its_interval_only_and_is_not_called_outside():
+  process, calls = processes.edm(), []
+
+  def counted(x_t, t):
+    jax.debug.callback(lambda: calls.append(1))
+    return log_posterior(process, 0, x_t, t)
+
+  plain = MIXTURE.denoise(process)
+  schedule = guidance.interval(process, 2.0, 0.2, 5.0, outside=0.0)
+  denoise = jax.jit(guidance.classifier(plain, counted, process, schedule))
+  x = jnp.ones((8, 2))
+  always = guidance.classifier(plain, functools.partial(log_posterior, process, 0), process, 2.0)
+  for t, inside in ((0.1, False), (1.0, True), (6.0, False)):
+    np.testing.assert_allclose(denoise(x, jnp.float32(t)), (always if inside else plain)(x, jnp.float32(t)), rtol=1e-5)
+    jax.effects_barrier()
+    assert bool(calls) == inside
+    calls.clear()
+  t = jnp.array([0.1, 1.0, 6.0, 0.3, 0.1, 1.0, 6.0, 0.3])
+  wanted = jnp.where(((t > 0.2) & (t < 5))[:, None], always(x, t), plain(x, t))
+  np.testing.assert_allclose(denoise(x, t), wanted, rtol=1e-5)

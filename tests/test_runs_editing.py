@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import build, parallel, runs, schema
+from ddpm_jax import editing, parallel, runs, schema
 from tests.recipes import tiny_config
 
 make_mesh = parallel.make_mesh
@@ -175,7 +175,7 @@ def test_restoring_what_was_measured(place, task, method):
   if task == "superres":
     found = edit(place, task, "small.npz", editing__method=method)
     assert found["output"].shape == (2, 1, 8, 8, 1)
-    known, measured = found["input"], build.shrink(found["output"][:, 0].astype(float), 2)
+    known, measured = found["input"], np.asarray(editing.downsample(2)(found["output"][:, 0].astype(np.float32)))
   else:
     # Of a run with a class for every image, away from another class.
     steering = {"labels": [0], "negative": [1]}
@@ -245,7 +245,11 @@ WRONG = [
   ("invert", {"sampling__corrector_steps": 1}, "without eta, churn or corrector steps"),
   ("invert", {"sampling__sampler": "ode"}, "'ode'"),
   ("interpolate", {"sampling__sampler": "ancestral"}, "which adds noise"),
-  ("img2img", {"steering": {"labels": [1, 2, 3]}}, r"Got 3 labels for 2 image\(s\); wanted one, or one for each"),
+  (
+    "img2img",
+    {"steering": {"labels": [1, 2, 3]}},
+    r"Got 3 labels for 2 image\(s\) or pair\(s\); wanted one, or one for each",
+  ),
   ("img2img", {"steering": {"labels": []}}, "Got 0 labels"),
   ("img2img", {"steering": {"labels": [10]}}, "labels from 0 to 9"),
   ("img2img", {"steering": {"labels": [1], "negative": [2] * 3}, "guidance__scale": 2.0}, "Got 3 negative"),

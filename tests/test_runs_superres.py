@@ -80,7 +80,6 @@ def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
   for row in range(8):
     for column in range(8):
       low[:, row, column] = np.mean(image[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2], (1, 2))
-  np.testing.assert_allclose(build.shrink(np.asarray(image), 2), low, atol=1e-6)
   smooth = jax.image.resize(low, (200, 16, 16, 1), "bicubic")
   clean = condition.training_image(config_of(superres__noise=0.0, superres__sample_noise=0.0), keys, image)
   np.testing.assert_allclose(clean.image, smooth, atol=1e-5)
