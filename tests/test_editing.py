@@ -126,7 +126,11 @@ def test_wrapped_rules_are_finite_and_trace_the_network_once_a_call_site(wrapper
     np.testing.assert_array_equal(got[:, 0], KNOWN[:, 0])
 
 
-@pytest.mark.parametrize(("wrapper", "name"), WRAPPED)
+# One of each way to count.
+COUNTED = ("ddim", "heun", "dpm_solver_2", "dpm_solver_3", "dpmpp_2s", "dpmpp_2m", "unipc_3", "dpmpp_sde", "heun_churn")
+
+
+@pytest.mark.parametrize(("wrapper", "name"), [pair for pair in WRAPPED if pair[1] in (*COUNTED, "langevin_heun")])
 def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name):
   for process in (PROCESSES["vp"], PROCESSES["rectified_flow"]):
     sampler, calls = WRAPPERS[wrapper](SAMPLERS[name](process), process), []
