@@ -4,8 +4,9 @@ pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_cond.py --workdir=/tmp/mnist_cond
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/mnist_cond --num_samples=100 --guidance_scale=3
 
-Hardware: 2 CPU cores. Time: about 25 minutes.
-Score: see the README.
+Hardware: 2 CPU cores. Time: about 20 minutes (31 of CPU time; 44 beside other trainings).
+Score: Frechet distance in pixel space 24.7 (floor 22.9), precision 0.97 (0.96), recall 0.89 (0.95), of 500 samples by 50 steps of
+DDIM. How often they are what was asked for: docs/guidance.md.
 """
 
 from ddpm_jax.schema import default_config
