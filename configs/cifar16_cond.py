@@ -34,8 +34,8 @@ def get_config():
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200})
   config.ema.decay = 0.998
   config.training.update(
-    {"batch_size": 64, "steps": 1500, "log_every": 100, "checkpoint_every": 500, "sample_every": 1000}
+    {"batch_size": 64, "steps": 1000, "log_every": 100, "checkpoint_every": 250, "sample_every": 500}
   )
   config.sampling.update({"sampler": "ddim", "num_steps": 50, "batch_size": 100})
-  config.evaluation.num_samples = 500
+  config.evaluation.num_samples = 200
   return config

@@ -34,7 +34,7 @@ def get_config():
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100})
   config.ema.decay = 0.99
   config.training.update(
-    {"batch_size": 32, "steps": 600, "log_every": 100, "checkpoint_every": 300, "sample_every": 300}
+    {"batch_size": 32, "steps": 400, "log_every": 100, "checkpoint_every": 200, "sample_every": 400}
   )
   config.sampling.update({"sampler": "ddim", "num_steps": 30, "batch_size": 100})
   config.evaluation.num_samples = 200

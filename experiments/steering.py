@@ -111,7 +111,7 @@ def draw(rows, floor, path, scales):
   axis.set_xlabel("guidance scale")
   axis.set_ylim(0, 1.02)
   axis.set_title("500 samples (dotted: real digits)", fontsize=10)
-  axis.legend(loc="center right", fontsize=8)
+  axis.legend(loc=(0.16, 0.08), fontsize=8)
   figure.savefig(path, dpi=110)
 
 
