@@ -6,8 +6,9 @@ python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar16_cond --upsampler=/t
 The folder, or CIFAR-10 by TFDS, as for configs/cifar16_cond.py.
 
 Hardware: 2 CPU cores for a first look, one GPU for pictures to keep.
-Time: TODO
-Score: TODO
+Time: 8 minutes, beside other work. With the images of CIFAR-10 re-encoded as JPEG:
+Score: Frechet distance in pixel space 50 (floor 178), precision 1.0 (0.75), recall 1.0 (0.67), of 200 held-out images made small and
+enlarged again by 30 steps of DDIM: they are compared with themselves, so the floor is no bound.
 """
 
 from ddpm_jax.schema import default_config
