@@ -59,7 +59,7 @@ def labels(c, count):
   return jnp.full((count,), c)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [0.7, 3.0])
 @pytest.mark.parametrize("name", PROCESSES)
 def test_classifier_free_and_exact_classifier_guidance_are_one_function(name, scale, x64):
   process = PROCESSES[name]
@@ -324,7 +324,9 @@ WRAPPERS = ("classifier_free", "classifier", "autoguidance", "clip", "dynamic_th
 
 
 @pytest.mark.parametrize(
-  ("name", "wrapper"), [(name, wrapper) for name in DISTINCT for wrapper in WRAPPERS[: 2 if name not in FEW else None]]
+  ("name", "wrapper"),
+  # To a sampler one `denoise` is like another: all meet one wrapper, and a few of each kind meet all.
+  [(name, wrapper) for name in DISTINCT for wrapper in WRAPPERS[: None if name in (*FEW, "heun_churn") else 1]],
 )
 def test_every_wrapper_serves_every_sampler_with_one_trace_a_call_site(name, wrapper):
   process = processes.vp()
