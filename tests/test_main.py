@@ -216,7 +216,7 @@ WRONG = {
   "topology": ([RECIPE, "--mode=plan", "--topology=v5e:3x5x7"], "v5e"),
   "generation": ([RECIPE, "--mode=plan", "--topology=v9:2x2"], "Known generations"),
   "small_topology": ([RECIPE, "--mode=plan", "--devices=32"], "batch size of 16 on 32 devices"),
-  "seed": ([RECIPE, "--seed=3"], "--seed in mode train; it serves sample and eval"),
+  "seed": ([RECIPE, "--seed=3"], "--seed in mode train; it serves sample and edit and eval"),
   "labels": ([RECIPE, "--labels=a", "--mode=sample"], "wanted integers"),
 }
 
