@@ -1,52 +1,210 @@
 """Samples to scores, each beside the floor that a perfect model would reach; a classifier's, beside chance."""
 
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
 import numpy as np
 
 from ddpm_jax import metrics
-from ddpm_jax.images import from_uint8
 
 Scores = dict[str, float]
+Extract = Callable[[np.ndarray], dict[str, np.ndarray]]
+# What can be asked for; `spatial_frechet` in spaces with features of places, `class_score` in those with classes.
+SCORES = ("frechet", "spatial_frechet", "kernel", "class_score", "precision_recall", "density_coverage")
+# Those that compare pairs of features, and so need features and not only their moments.
+PAIRWISE = ("kernel", "precision_recall", "density_coverage")
+_KERNEL_SIZE = 1000
 
 
-def pixel_scores(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Scores:
-  """Frechet distance in pixel space, and precision and recall by k nearest neighbours, of uint8 images [N, H, W, C].
+class Settings(NamedTuple):
+  """How to score.
 
-  Pixels are taken in [-1, 1]. Meant for small images, whose pixels are features enough.
+  Attributes:
+    scores: of `SCORES`.
+    k: the neighbour that sets a ball's width.
+    most_kept: features of a set that are kept for the scores of pairs; of a larger set, so many at random.
+    kernel_subsets: random subsets of the kernel distance.
+    kernel_size: features in each; 0: the smaller of 1,000 and half of what is kept.
+    splits: of the class score.
+    allow_singular: whether to compute a Frechet distance from too few samples for a covariance of full rank.
+  """
+
+  scores: tuple[str, ...]
+  k: int = 5
+  most_kept: int = 10_000
+  kernel_subsets: int = 100
+  kernel_size: int = 0
+  splits: int = 10
+  allow_singular: bool = False
+
+
+class Summary(NamedTuple):
+  """What scores need to know of a set of images; its size does not grow with theirs.
+
+  Attributes:
+    count: images.
+    features: the Gaussian of their features.
+    spatial: that of their features of places, where the space has any.
+    classes: statistics of their classes, where the space has any.
+    kept: features for the scores of pairs [n, D]; None where only moments are known.
+  """
+
+  count: int
+  features: metrics.Gaussian
+  spatial: metrics.Gaussian | None = None
+  classes: metrics.ClassStatistics | None = None
+  kept: np.ndarray | None = None
+
+
+def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, settings: Settings) -> Summary:
+  """The summary of `total` images, that come in batches uint8 [B, H, W, C].
 
   Raises:
-    ValueError: if the images differ in shape, or there are no more than k of either.
+    ValueError: if there are fewer than two images, other than `total`, or they are not uint8.
   """
-  a, b = (from_uint8(images).reshape(len(images), -1) for images in (generated, real))
-  precision, recall = metrics.precision_recall(a, b, k)
-  return {"frechet_distance": metrics.frechet_distance(a, b), "precision": precision, "recall": recall}
+  if total < 2:
+    raise ValueError(f"Got {total} image(s) to take statistics of; wanted two or more: the set is empty, or nearly so.")
+  features, spatial, classes = metrics.MomentSum(), None, None
+  wanted, kept, first = _kept(total, settings.most_kept), [], 0
+  for images in batches:
+    taps = extract(images)
+    values = taps["features"]
+    features.add(values)
+    if "spatial" in taps:
+      spatial = spatial or metrics.MomentSum()
+      spatial.add(taps["spatial"])
+    if "log_probs" in taps:
+      part = metrics.class_statistics(taps["log_probs"], first, total, min(settings.splits, total))
+      classes = part if classes is None else metrics.merge_classes(classes, part)
+    if set(settings.scores) & set(PAIRWISE):
+      kept.append(values[wanted[first : first + len(images)]])
+    first += len(images)
+  if first != total:
+    raise ValueError(f"Got {first:,} images where {total:,} were announced; wanted as many.")
+  return Summary(
+    total,
+    metrics.gaussian(features.result()),
+    None if spatial is None else metrics.gaussian(spatial.result()),
+    classes,
+    np.concatenate(kept) if kept else None,
+  )
 
 
-def score(generated: np.ndarray, held_out: np.ndarray, training: np.ndarray, k: int = 5) -> dict[str, Scores]:
-  """Scores of generated images against held-out real ones, and the floor: the same scores of real training images.
+def _kept(total: int, most: int) -> np.ndarray:
+  mask = np.zeros(total, bool)
+  mask[np.random.default_rng(0).permutation(total)[:most]] = True
+  return mask
+
+
+def of_statistics(statistics: metrics.Statistics) -> Summary:
+  """The summary of a reference of which only statistics are known."""
+  return Summary(statistics.features.count or 0, statistics.features, statistics.spatial)
+
+
+def available(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str, ...]:
+  """The scores that a space and a reference allow."""
+  allowed = {"spatial_frechet": spatial, "class_score": classes} | dict.fromkeys(PAIRWISE, pairs)
+  return tuple(name for name in SCORES if allowed.get(name, True))
+
+
+def score(generated: Summary, reference: Summary, settings: Settings, names: dict[str, str] | None = None) -> Scores:
+  """Scores of a set of images against a reference in the same feature space.
 
   Args:
-    generated: uint8 [N, H, W, C].
-    held_out: uint8 [N, H, W, C], never trained on.
-    training: uint8 [N, H, W, C], real images of the training split.
-    k: the neighbour that sets a ball's width.
+    generated: of the images to judge.
+    reference: of the real images.
+    settings: which scores, and how.
+    names: what they are called in this space (`names_of`), by the names of `SCORES`.
 
   Raises:
-    ValueError: if the three do not have one shape: scores of sets of unequal size do not compare.
+    ValueError: if a score needs what a summary lacks, or there are too few samples for it.
   """
-  if not generated.shape == held_out.shape == training.shape:
-    raise ValueError(
-      f"Got images of shapes {generated.shape}, {held_out.shape} and {training.shape}; wanted one shape, so that the scores compare."
+  called = {name: name for name in SCORES} | (names or {})
+  scores: Scores = {}
+  if "frechet" in settings.scores:
+    scores[called["frechet"]] = metrics.frechet_distance(
+      generated.features, reference.features, allow_singular=settings.allow_singular
     )
-  return {"generated": pixel_scores(generated, held_out, k), "floor": pixel_scores(training, held_out, k)}
+  if "spatial_frechet" in settings.scores:
+    if generated.spatial is None or reference.spatial is None:
+      raise _lacking("spatial_frechet", "features of places (mu_s and sigma_s of a statistics file)")
+    scores[called["spatial_frechet"]] = metrics.frechet_distance(
+      generated.spatial, reference.spatial, allow_singular=settings.allow_singular
+    )
+  if "class_score" in settings.scores:
+    if generated.classes is None:
+      raise _lacking("class_score", "a space with classes")
+    name = called["class_score"]
+    scores[name], scores[f"{name}_std"] = metrics.inception_score(generated.classes)
+  return scores | _of_pairs(generated.kept, reference.kept, settings, called)
 
 
-def table(scores: dict[str, Scores]) -> str:
-  """The scores for people to read."""
-  rows = [("", "Frechet distance", "precision", "recall")]
-  for name, of in (("generated", "generated"), ("real images (floor)", "floor")):
-    row = scores[of]
-    rows.append((name, f"{row['frechet_distance']:.3f}", f"{row['precision']:.3f}", f"{row['recall']:.3f}"))
-  return "\n".join(f"{a:<22}{b:>18}{c:>12}{d:>10}" for a, b, c, d in rows)
+def _of_pairs(
+  generated: np.ndarray | None, reference: np.ndarray | None, settings: Settings, called: dict[str, str]
+) -> Scores:
+  wanted = [name for name in PAIRWISE if name in settings.scores]
+  if not wanted:
+    return {}
+  if generated is None or reference is None:
+    raise _lacking(wanted[0], "images, not only statistics, as reference")
+  scores: Scores = {}
+  if "kernel" in wanted:
+    size = settings.kernel_size or kernel_size(len(generated), len(reference))
+    distance = metrics.kernel_distance(generated, reference, subsets=settings.kernel_subsets, size=size)
+    scores[called["kernel"]], scores[f"{called['kernel']}_std"] = distance
+  if wanted != ["kernel"]:
+    # Of one size: balls are narrower among more points.
+    size = min(len(generated), len(reference))
+    found = metrics.neighbourhoods(generated[:size], reference[:size], settings.k)._asdict()
+    names = [name for pair in wanted if pair != "kernel" for name in pair.split("_")]
+    scores |= {name: found[name] for name in names}
+  return scores
+
+
+def kernel_size(generated: int, reference: int) -> int:
+  """How many features a subset of the kernel distance has by default: 1,000, or half of what there are."""
+  return min(_KERNEL_SIZE, min(generated, reference) // 2)
+
+
+def _lacking(name: str, what: str) -> ValueError:
+  return ValueError(f"Got the score {name!r}, which needs {what}; leave it out of config.evaluation.scores.")
+
+
+def names_of(space: metrics.FeatureSpace) -> dict[str, str]:
+  """What the scores are called in a space: FID and its kin only in the published Inception network's features."""
+  if space.name == "inception" and space.provenance.get("published"):
+    names = {"frechet": "fid", "spatial_frechet": "sfid", "kernel": "kid", "class_score": "inception_score"}
+    clean = space.provenance.get("resize") == "clean"
+    return {name: f"clean_{called}" for name, called in names.items()} if clean else names
+  return {
+    "frechet": "frechet_distance",
+    "spatial_frechet": "spatial_frechet_distance",
+    "kernel": "kernel_distance",
+    "class_score": "class_score",
+  }
+
+
+def table(rows: dict[str, Scores | None]) -> str:
+  """Scores for people to read: a row a set of images, a column a score; deviations stand behind a sign."""
+  columns = list(dict.fromkeys(name for row in rows.values() for name in row or {} if not name.endswith("_std")))
+  lines = [["", *(name.replace("_", " ") for name in columns)]]
+  for title, row in rows.items():
+    cells = [_cell(row or {}, name) for name in columns]
+    lines.append([title, *cells])
+  widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+  return "\n".join(
+    "  ".join(
+      cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    )
+    for line in lines
+  )
+
+
+def _cell(row: Scores, name: str) -> str:
+  if name not in row:
+    return "-"
+  deviation = f" ± {row[f'{name}_std']:.2g}" if f"{name}_std" in row else ""
+  return f"{row[name]:.4g}{deviation}" if deviation else f"{row[name]:.3f}"
 
 
 def classification_scores(log_probs: np.ndarray, classes: np.ndarray) -> Scores:

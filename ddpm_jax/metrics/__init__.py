@@ -1,6 +1,54 @@
-"""Scores of generated samples against real ones, from feature vectors of any space."""
+"""Scores of generated samples against real ones, from feature vectors of any space, and the spaces themselves."""
 
-from ddpm_jax.metrics.frechet import frechet_distance
-from ddpm_jax.metrics.neighbours import precision_recall
+from ddpm_jax.metrics.classes import ClassStatistics, class_statistics, inception_score, merge_classes
+from ddpm_jax.metrics.classifier import (
+  CLASSIFIER_FEATURES,
+  classifier_space,
+  digest,
+  load_classifier,
+  pixel_space,
+  save_classifier,
+  train_classifier,
+)
+from ddpm_jax.metrics.features import FeatureSpace, check_images, extractor
+from ddpm_jax.metrics.frechet import check_rank, frechet_distance
+from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
+from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
+from ddpm_jax.metrics.neighbours import Neighbourhoods, nearest, neighbourhoods, precision_recall
+from ddpm_jax.metrics.statistics import Statistics, check_output, load_statistics, save_statistics
 
-__all__ = ["frechet_distance", "precision_recall"]
+__all__ = [
+  "CLASSIFIER_FEATURES",
+  "ClassStatistics",
+  "FeatureSpace",
+  "Gaussian",
+  "KernelDistance",
+  "MomentSum",
+  "Moments",
+  "Neighbourhoods",
+  "Statistics",
+  "check_images",
+  "check_output",
+  "check_rank",
+  "class_statistics",
+  "classifier_space",
+  "digest",
+  "extractor",
+  "frechet_distance",
+  "gaussian",
+  "inception_score",
+  "kernel_distance",
+  "load_classifier",
+  "load_statistics",
+  "merge",
+  "merge_classes",
+  "mmd",
+  "moments",
+  "nearest",
+  "neighbourhoods",
+  "pixel_space",
+  "precision_recall",
+  "save_classifier",
+  "save_statistics",
+  "train_classifier",
+]

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ddpm_jax import parallel
+
 Array = jax.Array
 PyTree = Any
 
@@ -27,3 +29,47 @@ class FeatureSpace(NamedTuple):
   prepare: Callable[[np.ndarray], np.ndarray]
   apply: Callable[[PyTree, Array], dict[str, Array]]
   provenance: dict[str, Any]
+
+
+def extractor(
+  space: FeatureSpace, batch_size: int, devices: Any = None
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+  """`extract(images) -> taps`, compiled once: uint8 [N, H, W, C] to arrays [N, ...] by tap.
+
+  Args:
+    space: the feature space.
+    batch_size: images on each device at a time. Features do not depend on how many devices there are.
+    devices: those to use; all of this process by default.
+  """
+  mesh = parallel.make_mesh(devices=jax.local_devices() if devices is None else devices)
+  split, whole = parallel.split(mesh), parallel.replicated(mesh)
+  params = jax.device_put(space.params, whole)
+  apply = jax.jit(space.apply, in_shardings=(whole, split), out_shardings=split)
+  size = batch_size * mesh.size
+
+  def extract(images: np.ndarray) -> dict[str, np.ndarray]:
+    check_images(images)
+    parts = []
+    for first in range(0, len(images), size):
+      batch = images[first : first + size]
+      # The last is filled up, so that there is one program.
+      full = space.prepare(batch[np.minimum(np.arange(size), len(batch) - 1)])
+      taps = jax.device_get(apply(params, jax.device_put(full, split)))
+      parts.append({name: tap[: len(batch)] for name, tap in taps.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+  return extract
+
+
+def check_images(images: np.ndarray) -> None:
+  """Raises a ValueError unless images are uint8 [N, H, W, C], one or more; of floats it says how many are not finite."""
+  if np.issubdtype(images.dtype, np.floating):
+    bad = int(np.count_nonzero(~np.isfinite(images).reshape(len(images), -1).all(1)))
+    broken = f", {bad:,} of {len(images):,} with values that are not finite," if bad else ""
+    raise ValueError(
+      f"Got images of type {images.dtype}{broken} to score; wanted uint8, as images.to_uint8 makes of sound images in [-1, 1]."
+    )
+  if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+    raise ValueError(
+      f"Got images of shape {images.shape} and type {images.dtype} to score; wanted at least one, uint8 [N, H, W, C]."
+    )

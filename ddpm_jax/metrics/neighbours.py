@@ -1,12 +1,31 @@
-"""Improved precision and recall from nearest neighbours."""
+"""Scores and pictures of nearest neighbours: precision and recall, density and coverage, and what a sample was learned from."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
+from ddpm_jax.metrics.moments import check_features, check_pair
 
-def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
-  """The share of generated samples inside the real manifold, and of real ones inside the generated (Kynkaanniemi et al. 2019).
+# Entries of a block of distances: 128 MB.
+_BLOCK = 2**24
 
-  A set's manifold is the union of balls around its points, each as wide as the distance to the k-th nearest other point.
+
+class Neighbourhoods(NamedTuple):
+  """What balls around points say: see `neighbourhoods`."""
+
+  precision: float
+  recall: float
+  density: float
+  coverage: float
+
+
+def neighbourhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighbourhoods:
+  """Scores from balls around each point, as wide as the distance to the k-th nearest other point of its own set, in float64.
+
+  Precision is the share of generated points inside some real ball, recall the share of real points inside some generated one
+  (Kynkaanniemi et al. 2019, equation 1). Density is how many real balls hold a generated point, over k, on average; it may
+  pass 1. Coverage is the share of real balls that hold a generated point (Naeem et al. 2020, equations 3 and 5).
 
   Args:
     generated: features [N, D].
@@ -14,22 +33,76 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tup
     k: the neighbour.
 
   Raises:
-    ValueError: if the features are not two-dimensional and of one width, or a set has no more than k points.
+    ValueError: if the features are not finite or not of one width, or a set has no more than k points.
   """
-  if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
-    raise ValueError(f"Got features of shapes {generated.shape} and {real.shape}; wanted [N, D] and [M, D].")
+  check_pair(generated, real)
   if k < 1 or min(len(generated), len(real)) <= k:
     raise ValueError(
       f"Got k={k} for {len(generated)} generated and {len(real)} real samples; wanted 1 or more, and more samples than k in each."
     )
-  return _share_inside(generated, real, k), _share_inside(real, generated, k)
+  generated, real = generated.astype(np.float64), real.astype(np.float64)
+  own, other = _radii(generated, k), _radii(real, k)
+  inside, balls = 0, 0
+  covered, recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
+  for rows, distances in _blocks(generated, real):
+    held = distances <= other
+    inside += np.count_nonzero(held.any(1))
+    balls += np.count_nonzero(held)
+    covered |= held.any(0)
+    recalled |= (distances <= own[rows, None]).any(0)
+  shares = (inside / len(generated), recalled.mean(), balls / (k * len(generated)), covered.mean())
+  return Neighbourhoods(*map(float, shares))
 
 
-def _share_inside(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
+def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
+  """Improved precision and recall: the first two of `neighbourhoods`."""
+  return neighbourhoods(generated, real, k)[:2]
+
+
+def nearest(queries: np.ndarray, features: Iterable[np.ndarray], count: int = 5) -> tuple[np.ndarray, np.ndarray]:
+  """The nearest of many features to each query: their numbers [Q, count] and distances, nearest first.
+
+  Args:
+    queries: [Q, D].
+    features: batches [B, D], one after the other; only one at a time is held.
+    count: how many to find.
+
+  Raises:
+    ValueError: if there are fewer than `count` features.
+  """
+  check_features(queries)
+  found, distances, first = np.zeros((len(queries), 0), int), np.zeros((len(queries), 0)), 0
+  for batch in features:
+    check_pair(queries, batch)
+    numbers = np.tile(np.arange(first, first + len(batch)), (len(queries), 1))
+    found = np.concatenate([found, numbers], 1)
+    distances = np.concatenate([distances, _distances(queries.astype(np.float64), batch.astype(np.float64))], 1)
+    best = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    found, distances = np.take_along_axis(found, best, 1), np.take_along_axis(distances, best, 1)
+    first += len(batch)
+  if first < count:
+    raise ValueError(f"Got {first} features among which to find {count} neighbours; wanted as many or more.")
+  return found, distances
+
+
+def _radii(points: np.ndarray, k: int) -> np.ndarray:
+  radii = np.empty(len(points))
+  for rows, distances in _blocks(points, points):
+    # A point is no neighbour of its own.
+    distances[np.arange(len(distances)), np.arange(rows.start, rows.start + len(distances))] = np.inf
+    radii[rows] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+  return radii
+
+
+def _blocks(points: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+  """Distances from some points at a time to all others, so that the memory does not grow with both."""
+  size = max(1, _BLOCK // len(others))
+  for first in range(0, len(points), size):
+    rows = slice(first, first + size)
+    yield rows, _distances(points[rows], others)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   from sklearn.metrics import pairwise_distances
-  from sklearn.neighbors import NearestNeighbors
 
-  manifold, points = manifold.astype(np.float64), points.astype(np.float64)
-  # Asked without points of its own, scikit-learn leaves each point out of its neighbours.
-  radii = NearestNeighbors(n_neighbors=k).fit(manifold).kneighbors()[0][:, -1]
-  return float(np.mean(np.any(pairwise_distances(points, manifold) <= radii, axis=1)))
+  return pairwise_distances(a, b)

@@ -1,0 +1,162 @@
+"""The features of a small classifier that is trained on the real images themselves, for data that no published network knows.
+
+They are no Inception features, and a distance in them is no FID: it compares only with that of the same classifier.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from ddpm_jax.images import from_uint8
+from ddpm_jax.metrics.features import FeatureSpace
+from ddpm_jax.networks.recognition import Recognizer
+
+PyTree = Any
+# The dimensions of its features.
+CLASSIFIER_FEATURES = 64
+_BATCH = 64
+_PEAK_RATE = 2e-3
+# Images whose features set the scale.
+_SCALED = 2048
+
+
+def train_classifier(
+  images: np.ndarray, labels: np.ndarray, num_classes: int, *, steps: int = 600, seed: int = 0, quiet: bool = False
+) -> PyTree:
+  """Parameters of a classifier of real images, on one device: the same ones wherever the images and the seed are.
+
+  Args:
+    images: uint8 [N, H, W, C].
+    labels: [N] integers in [0, num_classes).
+    num_classes: how many classes there are.
+    steps: of Adam, over batches of 64.
+    seed: of the parameters and the order.
+    quiet: whether to show no progress.
+
+  Raises:
+    ValueError: if there are no images, labels do not match them, or there are fewer than two classes.
+  """
+  if images.ndim != 4 or images.dtype != np.uint8 or not len(images) or np.shape(labels) != (len(images),):
+    raise ValueError(
+      f"Got images of shape {images.shape} and type {images.dtype} with labels {np.shape(labels)}; wanted uint8 [N, H, W, C] and [N]."
+    )
+  if num_classes < 2 or np.min(labels) < 0 or np.max(labels) >= num_classes or steps < 1:
+    raise ValueError(
+      f"Got labels {np.min(labels)} to {np.max(labels)} of {num_classes} classes and {steps} steps; wanted two classes or more, labels"
+      " from 0 on, and a step or more."
+    )
+  network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
+  optimizer = optax.adam(optax.cosine_decay_schedule(_PEAK_RATE, steps))
+
+  @jax.jit
+  def start(key):
+    params = network.init(key, jnp.zeros((1, *images.shape[1:])))["params"]
+    return params, optimizer.init(params)
+
+  @jax.jit
+  def step(params, state, x, y):
+    def loss(params):
+      logits = network.apply({"params": params}, x)[1]
+      return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    updates, state = optimizer.update(gradient, state)
+    return optax.apply_updates(params, updates), state, value
+
+  apply = jax.jit(lambda params, x: network.apply({"params": params}, x)[0])
+  with jax.default_device(jax.local_devices()[0]):
+    params, state = start(jax.random.key(seed))
+    order = _endless(len(images), seed)
+    with tqdm(
+      range(steps), desc="training the classifier of real images", unit=" steps", disable=quiet, delay=2
+    ) as bar:
+      for _ in bar:
+        rows = np.array([next(order) for _ in range(_BATCH)])
+        params, state, _ = step(params, state, from_uint8(images[rows]), labels[rows].astype(np.int32))
+    # Of unit variance on average, so that the kernel distance's cubes are of the order of 1, as they are of Inception features.
+    chosen = np.random.default_rng(seed).permutation(len(images))[:_SCALED]
+    features = np.concatenate(
+      [
+        apply(params, from_uint8(images[np.resize(chosen[i : i + _BATCH], _BATCH)]))
+        for i in range(0, len(chosen), _BATCH)
+      ]
+    )[: len(chosen)]
+  mean, scale = features.mean(0), np.sqrt(np.mean(features.var(0)))
+  return {**jax.device_get(params), "standard": {"mean": mean, "scale": scale.astype(np.float32)[None]}}
+
+
+def _endless(count: int, seed: int) -> Iterator[int]:
+  rng = np.random.default_rng(seed)
+  while True:
+    yield from rng.permutation(count)
+
+
+def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any] | None = None) -> FeatureSpace:
+  """The features [B, 64] of `train_classifier`'s parameters, before their nonlinearity and standardized, and its log-probabilities [B, K]."""
+  network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
+
+  def apply(params, x):
+    standard = params["standard"]
+    weights = {name: leaves for name, leaves in params.items() if name != "standard"}
+    features, logits = network.apply({"params": weights}, x)
+    return {"features": (features - standard["mean"]) / standard["scale"], "log_probs": jax.nn.log_softmax(logits)}
+
+  return FeatureSpace("classifier", params, from_uint8, apply, provenance or {})
+
+
+def pixel_space() -> FeatureSpace:
+  """Pixels in [-1, 1] as features [B, H W C]: meant for small images, whose pixels are features enough."""
+
+  def prepare(images: np.ndarray) -> np.ndarray:
+    return from_uint8(images).reshape(len(images), -1)
+
+  return FeatureSpace("pixels", {}, prepare, lambda params, x: {"features": x}, {"range": "[-1, 1]"})
+
+
+def save_classifier(path: str | Path, params: PyTree, about: dict[str, str]) -> None:
+  """Writes parameters as safetensors with `about` as metadata, whole or not at all."""
+  import safetensors.numpy
+
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, about)
+  os.replace(temporary, path)
+
+
+def load_classifier(path: str | Path, about: dict[str, str]) -> PyTree | None:
+  """The parameters in a file if it is there, sound, and `about` is what it was written with; else None."""
+  import safetensors
+
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      if file.metadata() != about:
+        return None
+      params: dict[str, Any] = {}
+      for name in file.keys():  # noqa: SIM118
+        layer, leaf = name.split("/")
+        params.setdefault(layer, {})[leaf] = file.get_tensor(name)
+      return params
+  except (OSError, safetensors.SafetensorError, ValueError):
+    return None
+
+
+def _named(params: PyTree) -> dict[str, Any]:
+  return {f"{layer}/{leaf}": value for layer, leaves in params.items() for leaf, value in leaves.items()}
+
+
+def digest(*arrays: np.ndarray) -> str:
+  """SHA-256 of arrays' types, shapes and bytes."""
+  total = hashlib.sha256()
+  for array in arrays:
+    total.update(f"{array.dtype}{array.shape}".encode())
+    total.update(np.ascontiguousarray(array).data)
+  return total.hexdigest()

@@ -1,0 +1,93 @@
+"""Statistics of a reference set in a file: the `.npz` form that other tools read and write, and how ours came about."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.metrics.moments import Gaussian
+
+# The names of pytorch-fid and clean-fid, and for features of places those of guided-diffusion.
+_NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+class Statistics(NamedTuple):
+  """Gaussians of a reference set.
+
+  Attributes:
+    features: of its features.
+    spatial: of its features of places (sFID), if known.
+    about: how they came about, as JSON; empty for a file of another tool.
+  """
+
+  features: Gaussian
+  spatial: Gaussian | None
+  about: dict[str, Any]
+
+
+def save_statistics(path: str | Path, statistics: Statistics) -> None:
+  """Writes `mu` [D] and `sigma` [D, D] (float64), `mu_s` and `sigma_s` if known, and `about`; whole or not at all.
+
+  Raises:
+    ValueError: if the file exists, or does not end in .npz.
+  """
+  path = Path(path)
+  check_output(path)
+  arrays: dict[str, Any] = {"about": np.array(json.dumps(statistics.about | {"count": statistics.features.count}))}
+  for name, (mu, sigma) in _NAMES.items():
+    one = getattr(statistics, name)
+    if one is not None:
+      arrays |= {mu: one.mean, sigma: one.covariance}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp.npz")
+  np.savez(temporary, **arrays)
+  os.replace(temporary, path)
+
+
+def check_output(path: Path) -> None:
+  """Raises a ValueError unless statistics can be written there."""
+  if path.suffix != ".npz" or path.exists():
+    raise ValueError(
+      f"Got --output={path}{', which exists' if path.exists() else ''}; wanted a new file that ends in .npz, such as"
+      " --output=/tmp/statistics.npz."
+    )
+
+
+def load_statistics(path: str | Path) -> Statistics:
+  """Statistics from an .npz file with `mu` and `sigma`, of ours or of another tool.
+
+  Raises:
+    ValueError: if the file is missing, unreadable, holds no such arrays, or ones that are not finite, square or not empty.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise ValueError(
+      f"Got the reference statistics {str(path)!r}, a file that does not exist; wanted an .npz file with mu and sigma. Make one from any"
+      " data: --mode=stats --config=<recipe> --output=<file>.npz."
+    )
+  try:
+    with np.load(path) as file:
+      content = {name: file[name] for names in _NAMES.values() for name in names if name in file.files}
+      names, about = file.files, json.loads(str(file["about"])) if "about" in file.files else {}
+  except Exception as error:
+    raise ValueError(f"Cannot read {path} as an .npz file of statistics: {error}.") from error
+  if "mu" not in content or "sigma" not in content:
+    raise ValueError(f"Got {path} with the arrays {sorted(names)}; wanted mu [D] and sigma [D, D].")
+  count = about.pop("count", None)
+  gaussians = {
+    name: _gaussian(path, content[mu], content[sigma], count) if mu in content and sigma in content else None
+    for name, (mu, sigma) in _NAMES.items()
+  }
+  features = gaussians["features"]
+  assert features is not None
+  return Statistics(features, gaussians["spatial"], about)
+
+
+def _gaussian(path: Path, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Gaussian:
+  if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
+    raise ValueError(f"Got {path} with mu {mean.shape} and sigma {covariance.shape}; wanted [D] and [D, D].")
+  if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(covariance))):
+    raise ValueError(f"Got {path} with statistics that are not finite; wanted those of sound images. Make it again.")
+  return Gaussian(mean.astype(np.float64), covariance.astype(np.float64), count)
