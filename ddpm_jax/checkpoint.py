@@ -54,13 +54,21 @@ class Checkpoints:
     keep: how many of the newest to keep.
     keep_every: those of every so many steps are kept for good; 0 for none.
     keep_best: how many of the best to keep, by `metric`.
-    metric: a name in the metrics given to `save`; the lowest is the best.
+    metric: a name in the metrics given to `save`.
+    highest: whether the highest is the best, and not the lowest.
   """
 
   def __init__(
-    self, folder: str | Path, *, keep: int = 2, keep_every: int = 0, keep_best: int = 0, metric: str = "loss"
+    self,
+    folder: str | Path,
+    *,
+    keep: int = 2,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    metric: str = "loss",
+    highest: bool = False,
   ):
-    self.folder = Path(folder).absolute()
+    self.folder, self._sign = Path(folder).absolute(), -1 if highest else 1
     self._metric, self._keep_best, self._saving = metric, keep_best, 0
     policies: list[Any] = [preservation_policy.LatestN(keep)]
     if keep_every:
@@ -102,7 +110,7 @@ class Checkpoints:
         f"Got {self._metric!r} as the metric by which the best checkpoints are kept; wanted one that is logged:"
         f" {', '.join(sorted(metrics))}. Set --config.training.best_metric."
       )
-    self._saving, self._scores[step] = step, (metrics or {}).get(self._metric, math.inf)
+    self._saving, self._scores[step] = step, self._score(metrics or {})
     size = sum(leaf.nbytes for tree in items.values() for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
     if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < size:
       raise self._unwritten(RuntimeError(f"it takes {size:,} bytes, and {free:,} are free"))
@@ -166,16 +174,19 @@ class Checkpoints:
     )
 
   def best_step(self) -> int | None:
-    """The step of the lowest metric among those that lie here, or None if none has it."""
+    """The step of the best metric among those that lie here, or None if none has it."""
     best = self._best_steps(self.steps(self.folder), 1)
     return best[0] if best else None
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    return self._sign * metrics[self._metric] if self._metric in metrics else math.inf
 
   def _best_steps(self, steps: Sequence[int], count: int | None = None) -> list[int]:
     for step in steps:
       if step not in self._scores:
         # From our own descriptions: a damaged file of orbax's metrics would keep its manager from starting.
         try:
-          self._scores[step] = self._content(step)["metrics"].get(self._metric, math.inf)
+          self._scores[step] = self._score(self._content(step)["metrics"])
         except (_DamagedError, ValueError):
           self._scores[step] = math.inf
     known = [step for step in steps if self._scores[step] < math.inf]

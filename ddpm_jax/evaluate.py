@@ -184,6 +184,11 @@ def names_of(space: metrics.FeatureSpace) -> dict[str, str]:
   }
 
 
+def higher_is_better(name: str) -> bool:
+  """Whether a score, by the name it has in `Scores`, rises as samples get better."""
+  return name.endswith(("precision", "recall", "density", "coverage", "_score", "accuracy"))
+
+
 def table(rows: dict[str, Scores | None]) -> str:
   """Scores for people to read: a row a set of images, a column a score; deviations stand behind a sign."""
   columns = list(dict.fromkeys(name for row in rows.values() for name in row or {} if not name.endswith("_std")))

@@ -1,6 +1,7 @@
 """The command line: `python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=<folder>`."""
 
 import errno
+import itertools
 import logging as standard_logging
 import os
 import signal
@@ -17,18 +18,25 @@ import ddpm_jax
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
 )
-_MODE = flags.DEFINE_string("mode", "train", "What to do: train, sample, edit, eval, export, prepare or plan.")
+_MODE = flags.DEFINE_string(
+  "mode", "train", "What to do: train, sample, edit, eval, stats, export, convert, prepare or plan."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to draw (sample: 64; eval: the config's).")
-_SAMPLER = flags.DEFINE_string("sampler", None, "The sampler, instead of the config's.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Its steps, instead of the config's.")
+_SAMPLER = flags.DEFINE_list("sampler", None, "The sampler, instead of the config's; in eval several are compared.")
+_NUM_STEPS = flags.DEFINE_list(
+  "num_steps", None, "Its steps, instead of the config's; in eval several numbers of them."
+)
 _SEED = flags.DEFINE_integer("seed", None, "The seed of sampling (sample: 0; eval: the config's).")
 _PRETRAINED = flags.DEFINE_string(
   "pretrained",
   None,
   "Sample from this folder of diffusers, or name on the Hugging Face hub, instead of the run's checkpoint.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The folder that export or prepare writes.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder that export or prepare writes, the file of stats or convert.")
+_INCEPTION_WEIGHTS = flags.DEFINE_string(
+  "inception_weights", None, "The file of the FID Inception network's weights, in whose features samples are scored."
+)
 _EMA = flags.DEFINE_bool("ema", None, "Take the averaged weights (the default), or with --ema=false the raw ones.")
 _EMA_LENGTH = flags.DEFINE_float(
   "ema_length", None, "Take an average of this relative width, put together from the run's snapshots."
@@ -91,13 +99,14 @@ def main(argv: list[str]) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import build, prepare, pretrained, runs, schema
+  from ddpm_jax import prepare, pretrained, runs, schema
 
-  mode = schema.choose(_MODE.value, ("train", "sample", "edit", "eval", "export", "prepare", "plan"), "--mode")
-  if not _WORKDIR.value and mode not in ("prepare", "plan"):
+  modes = ("train", "sample", "edit", "eval", "stats", "export", "convert", "prepare", "plan")
+  mode = schema.choose(_MODE.value, modes, "--mode")
+  if not _WORKDIR.value and mode not in ("stats", "convert", "prepare", "plan"):
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
   folder = Path(_WORKDIR.value or ".").expanduser().absolute()
-  for flag, modes in (
+  for flag, served in (
     (_LABELS, ("sample", "edit")),
     (_NEGATIVE_LABELS, ("sample", "edit")),
     (_GUIDANCE_SCALE, ("sample", "edit", "eval")),
@@ -112,7 +121,8 @@ def main(argv: list[str]) -> None:
     (_PRETRAINED, ("sample", "edit")),
     (_NUM_SAMPLES, ("sample", "edit", "eval")),
     (_SEED, ("sample", "edit", "eval")),
-    (_OUTPUT, ("export", "prepare")),
+    (_OUTPUT, ("export", "prepare", "stats", "convert")),
+    (_INCEPTION_WEIGHTS, ("train", "eval", "stats", "convert")),
     (_EMA, ("sample", "edit", "eval", "export")),
     (_EMA_LENGTH, ("sample", "edit", "eval", "export")),
     (_STEP, ("sample", "edit", "eval", "export")),
@@ -124,12 +134,21 @@ def main(argv: list[str]) -> None:
     (_TOPOLOGY, ("plan",)),
     (_DEVICES, ("plan",)),
   ):
-    if flag.value != flag.default and mode not in modes:
+    if flag.value != flag.default and mode not in served:
       raise ValueError(
-        f"Got --{flag.name} in mode {mode}; it serves {' and '.join(modes)} only. In training, set keys of the config."
+        f"Got --{flag.name} in mode {mode}; it serves {' and '.join(served)} only. In training, set keys of the config."
       )
   if _SEED.value is not None and not 0 <= _SEED.value < 2**32:
     raise ValueError(f"Got --seed={_SEED.value}; wanted 0 to {2**32 - 1}.")
+  if mode == "convert":
+    runs.run_convert(_INCEPTION_WEIGHTS.value or "", _output("the weights", "/tmp/inception.safetensors"))
+    return
+  if mode == "stats":
+    config = schema.config_of_data(_CONFIG.value)
+    config.evaluation.inception_weights = _INCEPTION_WEIGHTS.value or config.evaluation.inception_weights
+    _cache_compilations()
+    runs.run_statistics(config, _output("the statistics", "/tmp/statistics.npz"))
+    return
   if mode == "prepare":
     output = Path(_OUTPUT.value).expanduser().absolute() if _OUTPUT.value else None
     prepare.run_prepare(schema.config_of_data(_CONFIG.value), output)
@@ -142,6 +161,7 @@ def main(argv: list[str]) -> None:
     return
   schema.choose(_RESUME.value, ("auto", "must", "never"), "--resume")
   _connect()
+  variants = _variants(mode)
   if _PRETRAINED.value is not None and not (_EMA.value is _EMA_LENGTH.value is _STEP.value is None):
     raise ValueError(
       "Got --ema, --ema_length or --step with --pretrained, which has one set of weights; leave them out."
@@ -153,11 +173,11 @@ def main(argv: list[str]) -> None:
     model = pretrained.load(_PRETRAINED.value)
     config = pretrained.adopt(schema.config_of_run(_CONFIG.value or schema.default_config(), folder), model)
     if _CONFIG.value is None:
-      config = pretrained.adopt_sampling(config, model, _SAMPLER.value)
-  if _SAMPLER.value is not None:
-    config.sampling.sampler = schema.choose(_SAMPLER.value, build.SAMPLERS, "--sampler")
-  if _NUM_STEPS.value is not None:
-    config.sampling.num_steps = _NUM_STEPS.value
+      config = pretrained.adopt_sampling(config, model, variants[-1][0])
+  config.sampling.sampler = variants[-1][0] or config.sampling.sampler
+  config.sampling.num_steps = config.sampling.num_steps if variants[-1][1] is None else variants[-1][1]
+  if _INCEPTION_WEIGHTS.value is not None:
+    config.evaluation.inception_weights = _INCEPTION_WEIGHTS.value
   if _GUIDANCE_SCALE.value is not None:
     config.guidance.scale = _GUIDANCE_SCALE.value
   if mode == "edit":
@@ -177,11 +197,18 @@ def main(argv: list[str]) -> None:
   elif mode == "eval":
     if _NUM_SAMPLES.value is not None:
       config.evaluation.num_samples = _NUM_SAMPLES.value
-    runs.run_eval(config, folder, seed=config.seed if _SEED.value is None else _SEED.value, choice=choice)
+    own = config.sampling
+    runs.run_eval(
+      config,
+      folder,
+      seed=config.seed if _SEED.value is None else _SEED.value,
+      choice=choice,
+      variants=[
+        runs.Variant(sampler or own.sampler, own.num_steps if steps is None else steps) for sampler, steps in variants
+      ],
+    )
   elif mode == "export":
-    if not _OUTPUT.value:
-      raise ValueError("Got no --output; wanted the folder to export to, such as --output=/tmp/model.")
-    runs.run_export(config, folder, Path(_OUTPUT.value).expanduser().absolute(), choice)
+    runs.run_export(config, folder, _output("the folder to export to", "/tmp/model"), choice)
   elif mode == "edit":
     runs.run_edit(config, folder, _edit(), seed=_SEED.value or 0, choice=choice, steering=_steering(), model=model)
   else:
@@ -211,6 +238,28 @@ def _connect() -> None:
         "Got --distributed=false with --coordinator, --num_processes or --process_id; wanted one of them."
       )
     parallel.connect(*given, heartbeat_seconds=_HEARTBEAT.value)
+
+
+def _output(what: str, example: str) -> Path:
+  if not _OUTPUT.value:
+    raise ValueError(f"Got no --output; wanted a place for {what}, such as --output={example}.")
+  return _folder(_OUTPUT.value)
+
+
+def _variants(mode: str) -> list[tuple[str | None, int | None]]:
+  """Every sampler with every number of steps that the flags name; None is the config's."""
+  from ddpm_jax import build, schema
+
+  samplers = [schema.choose(name, build.SAMPLERS, "--sampler") for name in _SAMPLER.value or ()]
+  steps: list[Any] = _integers(_NUM_STEPS) or []
+  for flag, values in ((_SAMPLER, samplers), (_NUM_STEPS, steps)):
+    if mode != "eval" and len(values) > 1:
+      raise ValueError(
+        f"Got --{flag.name}={','.join(map(str, values))} in mode {mode}; wanted one: eval alone compares several."
+      )
+  if any(number < 1 for number in steps):
+    raise ValueError(f"Got --num_steps={','.join(map(str, steps))}; wanted 1 or more.")
+  return list(itertools.product(samplers or [None], steps or [None]))
 
 
 def _steering() -> Any:

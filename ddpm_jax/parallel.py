@@ -261,13 +261,13 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def of_main(value: bool) -> bool:
-  """The value that the first process has, in every process."""
+def of_main(value: int) -> int:
+  """The number, or truth, that the first process has, in every process."""
   if jax.process_count() == 1:
     return value
   from jax.experimental import multihost_utils
 
-  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+  return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def leave(code: int) -> None:
@@ -296,6 +296,11 @@ def memory_in_use() -> int:
   held = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
   # Linux counts in units of 1024 bytes.
   return max(held) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def whole(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Arrays laid out whole on every device, however they lay before."""
+  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import workdir
 
+# How the SHA-256 of the published weights begins, which their file name says.
+INCEPTION_SHA256 = "6726825d"
+
 
 def default_config() -> ConfigDict:
   """Every key that a config has, with the settings of DDPM on CIFAR-10 (Ho et al. 2020). Recipes change some."""
@@ -194,7 +197,26 @@ def default_config() -> ConfigDict:
   config.evaluation = ConfigDict(
     {
       "num_samples": 1000,
-      "k": 5,  # nearest neighbour of precision and recall
+      "batch_size": 128,  # images on each device at a time
+      "features": "",  # inception, classifier or pixels; empty: inception if its weights are given, else what suits the images
+      "inception_weights": "",  # the file of the FID Inception network
+      "inception_sha256": INCEPTION_SHA256,  # how the hash of that file begins; empty: any file, whose scores are then not called FID
+      "resize": "tf1",  # to Inception's 299x299: tf1, as the reference, or clean, as clean-fid
+      "classifier_steps": 600,  # of training the classifier whose features suit small grey images
+      "reference": "",  # train, held_out or an .npz file of statistics; empty: train for inception, else held_out
+      "scores": (),  # some of evaluate.SCORES; empty: all that the features and the reference allow
+      "allow_singular": False,  # a Frechet distance of no more samples than the features have dimensions
+      "k": 5,  # nearest neighbour of precision, recall, density and coverage
+      "most_kept": 10_000,  # features for the scores that compare pairs
+      "kernel_subsets": 100,
+      "kernel_size": 0,  # of a subset; 0: 1,000, or half of what is kept
+      "splits": 10,  # of the Inception Score
+      "likelihood": (),  # some of bound, ode and continuous: bits per dimension of held-out images
+      "likelihood_images": 0,  # of how many; 0: all
+      "bound_draws": 0,  # steps of the bound for each image; 0: all
+      "probes": 1,  # of the ODE's trace; 0: exactly, for small images
+      "every": 0,  # training steps between scores on the way; 0: none
+      "every_samples": 0,  # samples for each; 0: num_samples
     }
   )
   return config
@@ -253,7 +275,9 @@ def check_config(config: ConfigDict) -> None:
       f"Got a config without {', '.join(sorted(known - given))}; wanted every key. Start from schema.default_config() and change what differs."
     )
   counts = ["data.image_size", "data.channels", "data.num_threads", "process.num_steps", "sampling.num_steps"]
-  counts += ["sampling.preview_steps", "sampling.batch_size", "evaluation.k", "evaluation.num_samples"]
+  counts += ["sampling.preview_steps", "sampling.batch_size"]
+  counts += [f"evaluation.{key}" for key in ("num_samples", "batch_size", "k", "most_kept", "kernel_subsets", "splits")]
+  counts += ["evaluation.classifier_steps"]
   steps = (
     "batch_size",
     "steps",
@@ -268,7 +292,9 @@ def check_config(config: ConfigDict) -> None:
     section, key = name.split(".")
     if config[section][key] < 1:
       raise ValueError(f"Got config.{name}={config[section][key]}; wanted at least 1.")
-  for name in ("training.keep_every", "training.keep_best", "ema.snapshot_every", "data.num_workers", "data.crop"):
+  from_zero = ["training.keep_every", "training.keep_best", "ema.snapshot_every", "data.num_workers", "data.crop"]
+  none = ("kernel_size", "likelihood_images", "bound_draws", "probes", "every", "every_samples")
+  for name in [*from_zero, *(f"evaluation.{key}" for key in none)]:
     section, key = name.split(".")
     if config[section][key] < 0:
       raise ValueError(f"Got config.{name}={config[section][key]}; wanted 0, for none, or more.")

@@ -95,17 +95,18 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
   """Writes a run's config, whole or not at all."""
-  _write_json(config_path(workdir), config)
+  write_json(config_path(workdir), config, sort_keys=True)
 
 
 def write_labels(workdir: Path, counts: Sequence[int]) -> None:
   """Writes how many images of each class a run is trained on into labels.json, whole or not at all."""
-  _write_json(workdir / "labels.json", {"counts": list(counts)})
+  write_json(workdir / "labels.json", {"counts": list(counts)})
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) -> None:
+  """Writes an object, whole or not at all."""
   temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+  temporary.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
   os.replace(temporary, path)
 
 

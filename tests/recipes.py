@@ -19,7 +19,7 @@ def tiny_config() -> ConfigDict:
   config.ema.decay = 0.9
   config.training.update({"batch_size": 16, "steps": 12, "log_every": 3, "checkpoint_every": 4, "sample_every": 6})
   config.sampling.update({"sampler": "ddim", "num_steps": 4, "batch_size": 16, "preview_steps": 3})
-  config.evaluation.num_samples = 40
+  config.evaluation.update({"num_samples": 40, "features": "pixels", "allow_singular": True, "kernel_subsets": 4})
   return config
 
 

@@ -3,6 +3,15 @@
 from ddpm_jax.build.condition import low_size
 from ddpm_jax.build.data import build_data, build_sources
 from ddpm_jax.build.editing import TASKS, build_edit, check_edit
+from ddpm_jax.build.evaluation import (
+  FEATURES,
+  Reference,
+  Space,
+  build_reference,
+  build_settings,
+  build_space,
+  describe_space,
+)
 from ddpm_jax.build.guidance import Guides, build_conditional, build_denoise, check_guidance
 from ddpm_jax.build.model import (
   build_classifier,
@@ -16,12 +25,14 @@ from ddpm_jax.build.model import (
 )
 from ddpm_jax.build.sampling import (
   SAMPLERS,
+  build_denoising,
   build_generate,
   build_grid,
   build_labels,
   build_rule,
   build_sampler,
   compile_draw,
+  of_previews,
 )
 from ddpm_jax.build.training import (
   WEIGHTINGS,
@@ -34,15 +45,19 @@ from ddpm_jax.build.training import (
 )
 
 __all__ = [
+  "FEATURES",
   "SAMPLERS",
   "TASKS",
   "WEIGHTINGS",
   "Guides",
+  "Reference",
+  "Space",
   "batch_shapes",
   "build_classifier",
   "build_conditional",
   "build_data",
   "build_denoise",
+  "build_denoising",
   "build_edit",
   "build_generate",
   "build_grid",
@@ -53,17 +68,22 @@ __all__ = [
   "build_params_init",
   "build_prediction",
   "build_process",
+  "build_reference",
   "build_rule",
   "build_sampler",
   "build_schedule",
+  "build_settings",
   "build_sources",
+  "build_space",
   "build_step",
   "check_denoises",
   "check_edit",
   "check_guidance",
   "classifies",
   "compile_draw",
+  "describe_space",
   "flops_per_image",
   "image_shape",
   "low_size",
+  "of_previews",
 ]

@@ -13,7 +13,7 @@ from ddpm_jax import parallel, predictions, randomness, sampling
 from ddpm_jax.build.guidance import Guides, bound, build_denoise, check_guidance
 from ddpm_jax.build.model import build_process, check_denoises, image_shape
 from ddpm_jax.predictions import Denoise
-from ddpm_jax.processes import Process
+from ddpm_jax.processes import Process, expand
 from ddpm_jax.schema import choose
 
 Array = jax.Array
@@ -195,6 +195,37 @@ def build_generate(
     return run(keys, bound(config, denoise))
 
   return compile_draw(config, mesh, guides or Guides(), draw)
+
+
+def of_previews(config: ConfigDict) -> ConfigDict:
+  """The config with the sampler of previews: a few steps of DDIM."""
+  quick = ConfigDict(config.to_dict())
+  quick.sampling.update({"sampler": "ddim", "eta": 0.0, "num_steps": config.sampling.preview_steps, "grid": ""})
+  return quick
+
+
+def build_denoising(
+  config: ConfigDict, mesh: jax.sharding.Mesh, frames: int
+) -> tuple[Callable[..., Array], np.ndarray]:
+  """`denoising(params, seed, first, inputs, guiding) -> x [K, B, H, W, C]`, samples on their way to data by the sampler of previews.
+
+  Returns:
+    The function, as `build_generate`'s but for its results, which are scaled to be shown: where there is much noise its standard
+    deviation is 1. And their times [K], K at most `frames`, from t_max to 0.
+  """
+  config = of_previews(config)
+  process, shape = build_process(config), image_shape(config)
+  sampler, times = build_rule(config)
+  kept = np.unique(np.linspace(0, len(times) - 1, frames).round().astype(int))
+  shown = np.asarray(times)[kept]
+
+  def draw(keys, denoise, inputs):
+    x = process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))
+    keys = randomness.fold_in(keys, 1)
+    states = sampling.sample(keys, sampler, bound(config, denoise), x, times, return_trajectory=True)
+    return states[kept] / expand(jnp.maximum(process.sigma(shown), 1), states)
+
+  return compile_draw(config, mesh, Guides(), draw), shown
 
 
 def compile_draw(

@@ -28,7 +28,8 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
       f"Got features of {first.mean.size} and {second.mean.size} dimensions; wanted [N, D] and [M, D] of one feature space."
     )
   if not allow_singular:
-    check_rank(first, second)
+    for one in (first, second):
+      check_rank(one.count, one.mean.size)
   # (C_a C_b)^(1/2) has the trace of the symmetric (L' C_b L)^(1/2), L L' = C_a, which eigh finds without complex numbers.
   factor = _factor(first.covariance)
   cross = np.sqrt(np.maximum(np.linalg.eigvalsh(factor.T @ second.covariance @ factor), 0)).sum()
@@ -36,16 +37,14 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
   return float(distance + np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross)
 
 
-def check_rank(*gaussians: Gaussian) -> None:
-  """Raises a ValueError if one of them was fitted to too few vectors for a covariance of full rank."""
-  for one in gaussians:
-    size = one.mean.size
-    if one.count is not None and one.count <= size:
-      raise ValueError(
-        f"Got {one.count:,} samples for a Frechet distance in {size:,} dimensions: their covariance has a rank of {one.count - 1:,} at"
-        f" most, and the distance is mostly bias. Wanted {size + 1:,} samples or more (50,000 are usual), features of fewer"
-        " dimensions, or allow_singular=True (--config.evaluation.allow_singular=true) to compute it all the same."
-      )
+def check_rank(count: int | None, dimensions: int) -> None:
+  """Raises a ValueError if `count` samples (None: not known) are too few for a covariance of full rank."""
+  if count is not None and count <= dimensions:
+    raise ValueError(
+      f"Got {count:,} samples for a Frechet distance in {dimensions:,} dimensions: their covariance has a rank of {max(count - 1, 0):,} at"
+      f" most, and the distance is mostly bias. Wanted {dimensions + 1:,} samples or more (50,000 are usual), features of fewer"
+      " dimensions, or allow_singular=True (--config.evaluation.allow_singular=true) to compute it all the same."
+    )
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:

@@ -3,12 +3,15 @@
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
+from ddpm_jax.runs.convert import run_convert
 from ddpm_jax.runs.drawing import run_sample
 from ddpm_jax.runs.editing import Edit, reversible, run_edit
 from ddpm_jax.runs.evaluation import run_eval
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice
 from ddpm_jax.runs.plan import run_plan
+from ddpm_jax.runs.scoring import Variant
+from ddpm_jax.runs.statistics import run_statistics
 from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
 
@@ -17,11 +20,14 @@ __all__ = [
   "Edit",
   "Steering",
   "Stopped",
+  "Variant",
   "reversible",
+  "run_convert",
   "run_edit",
   "run_eval",
   "run_export",
   "run_plan",
   "run_sample",
+  "run_statistics",
   "run_train",
 ]

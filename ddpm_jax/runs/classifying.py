@@ -1,5 +1,7 @@
 """A classifier's scores: what `drawing` does with a model that denoises, here for one that tells classes apart."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,50 +27,71 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
   parallel.check_batch(config.sampling.batch_size, mesh.size, "sampling batch size")
 
 
-def check_evaluation(config: ConfigDict, source: data.Source, held_out: data.Source | None) -> None:
-  """Raises a ValueError unless there are as many held-out images as the config wants to score."""
-  count = config.evaluation.num_samples
-  if held_out is not None and count > len(held_out):
-    raise ValueError(
-      f"Got evaluation.num_samples={count} with {len(held_out)} held-out images to classify; wanted no more than these."
-    )
-
-
 def preview(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source) -> None:
   """There are no pictures to draw on the way."""
 
 
-def evaluate_weights(
-  config: ConfigDict,
-  folder: Path,
-  mesh: jax.sharding.Mesh,
-  weights: Weights,
-  source: data.Source,
-  held_out: data.Source | None,
-  seed: int,
-) -> None:
-  """Accuracy and cross-entropy on held-out images by noise level, into eval.json; each image once a level."""
-  del source
-  if held_out is None:
-    say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
-    return
-  count, process = config.evaluation.num_samples, build.build_process(config)
-  chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
-  times = noise_levels(process)
-  say(f"classifying {count:,} held-out images at {len(times)} noise levels by the {weights.name} weights ...")
-  log_probs, classes = _classify(config, mesh, weights.params, held_out, chosen, times, seed)
-  levels = [
-    {"log_snr": round(float(process.log_snr(t)), 6), "t": float(t)} | evaluate.classification_scores(part, classes)
-    for t, part in zip(times, log_probs, strict=True)
-  ]
-  chance = evaluate.chance_scores(classes, config.network.num_classes)
-  report = {
-    "scores": {"by_log_snr": levels, "chance": chance},
-    "num_samples": count,
-    "reference": "held-out images, each once a noise level; chance knows how common each class is, and sees no image",
-  }
-  if parallel.is_main():
-    write_scores(folder, report, weights, seed, evaluate.classification_table(levels, chance))
+class Judge:
+  """Scores a classifier's weights.
+
+  Args:
+    config: the run's.
+    folder: its folder.
+    mesh: of all devices.
+    source: the training images.
+    held_out: other images; None if there are none.
+
+  Raises:
+    ValueError: if there are fewer held-out images than the config wants to score.
+  """
+
+  def __init__(
+    self, config: ConfigDict, folder: Path, mesh: jax.sharding.Mesh, source: data.Source, held_out: data.Source | None
+  ):
+    del source
+    count = config.evaluation.num_samples
+    if held_out is not None and count > len(held_out):
+      raise ValueError(
+        f"Got evaluation.num_samples={count} with {len(held_out)} held-out images to classify; wanted no more than these."
+      )
+    if config.evaluation.every:
+      raise ValueError(
+        f"Got config.evaluation.every={config.evaluation.every} for a classifier, whose accuracy is logged in any case; wanted 0."
+      )
+    self._config, self._folder, self._mesh, self._held_out = config, folder, mesh, held_out
+
+  def check_scores(self) -> None:
+    """Raises a ValueError if there is nothing to score against."""
+    if self._held_out is None:
+      raise ValueError(
+        "Got no held-out images to score against; set --config.data.eval_split or --config.data.hold_out."
+      )
+
+  def run(self, weights: Weights, seed: int, variants: Sequence[Any] = ()) -> None:
+    """Accuracy and cross-entropy on held-out images by noise level, into eval.json; each image once a level."""
+    del variants
+    config, held_out = self._config, self._held_out
+    if held_out is None:
+      say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
+      return
+    start, count, process = time.perf_counter(), config.evaluation.num_samples, build.build_process(config)
+    chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
+    times = noise_levels(process)
+    say(f"classifying {count:,} held-out images at {len(times)} noise levels by the {weights.name} weights ...")
+    log_probs, classes = _classify(config, self._mesh, weights.params, held_out, chosen, times, seed)
+    levels = [
+      {"log_snr": round(float(process.log_snr(t)), 6), "t": float(t)} | evaluate.classification_scores(part, classes)
+      for t, part in zip(times, log_probs, strict=True)
+    ]
+    chance = evaluate.chance_scores(classes, config.network.num_classes)
+    report = {
+      "scores": {"by_log_snr": levels, "chance": chance},
+      "num_samples": count,
+      "reference": "held-out images, each once a noise level; chance knows how common each class is, and sees no image",
+    }
+    if parallel.is_main():
+      path = write_scores(self._folder, report, weights, seed, time.perf_counter() - start)
+      say(f"\n{evaluate.classification_table(levels, chance)}\n\nscores       {path}")
 
 
 def noise_levels(process: Process) -> np.ndarray:

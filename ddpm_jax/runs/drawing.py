@@ -1,7 +1,6 @@
-"""Samples of a model: drawn, looked at and scored."""
+"""Samples of a model: drawn and looked at."""
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm_jax import build, data, editing, evaluate, images, parallel, pretrained, workdir
-from ddpm_jax.runs.model import Choice, Weights, load_weights, say, trained, write_scores
+from ddpm_jax import build, data, editing, images, parallel, pretrained, workdir
+from ddpm_jax.runs.model import Choice, load_weights, say, trained
 from ddpm_jax.runs.steering import Steering, config_of_other, steer
 
 PyTree = Any
@@ -152,20 +151,9 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
   build.build_generate(config, mesh)
 
 
-def check_evaluation(config: ConfigDict, source: data.Source, held_out: data.Source | None) -> None:
-  """Raises a ValueError unless there are images enough to score as many samples as the config wants."""
-  count = config.evaluation.num_samples
-  if held_out is not None and not config.evaluation.k < count <= min(len(source), len(held_out)):
-    raise ValueError(
-      f"Got evaluation.num_samples={count} with {len(source)} training and {len(held_out)} held-out images; wanted more"
-      f" than evaluation.k={config.evaluation.k} and no more than either, so that sets of one size are compared."
-    )
-
-
 def preview(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[PyTree], np.ndarray]:
   """A function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
-  quick = ConfigDict(config.to_dict())
-  quick.sampling.update({"sampler": "ddim", "eta": 0.0, "num_steps": config.sampling.preview_steps, "grid": ""})
+  quick = build.of_previews(config)
   quick.sampling.batch_size = -(-_GRID_IMAGES // mesh.size) * mesh.size
   generate = build.build_generate(quick, mesh)
 
@@ -217,12 +205,16 @@ def in_batches(
   count: int,
   inputs: Inputs,
   guiding: dict[str, PyTree],
+  *,
+  start: int = 0,
+  what: str = "sampling",
 ) -> Iterator[Any]:
-  """What `function(params, seed, first, inputs, guiding)` gives for each batch, with a progress bar; the last may be too long."""
+  """What `function(params, seed, first, inputs, guiding)` gives for each batch from `start` on, with a progress bar; the last may be too long."""
   size = config.sampling.batch_size
-  quiet = count <= size or not parallel.is_main()
-  with tqdm(total=count, desc=f"sampling ({config.sampling.sampler})", unit=" images", disable=quiet) as bar:
-    for first in range(0, count, size):
+  quiet = count - start <= size or not parallel.is_main()
+  name = f"{what} ({config.sampling.sampler})" if what == "sampling" else what
+  with tqdm(total=count, initial=start, desc=name, unit=" images", disable=quiet) as bar:
+    for first in range(start, count, size):
       rows = np.minimum(np.arange(first, first + size), count - 1)
       wanted = {name: value[rows] for name, value in inputs.items()}
       yield jax.device_get(function(params, np.uint32(seed), np.int32(first), wanted, guiding))
@@ -230,11 +222,12 @@ def in_batches(
 
 
 def check_finite(config: ConfigDict, x: Any) -> None:
-  """Raises a FloatingPointError if samples are not finite."""
-  if not np.all(np.isfinite(x)):
+  """Raises a FloatingPointError if samples are not finite; it says how many."""
+  bad = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
+  if bad:
     raise FloatingPointError(
-      f"The samples are not finite, by {config.sampling.sampler} in {config.sampling.num_steps} steps. Take another sampler or more"
-      " steps, less guidance, or clip (config.sampling.clip); or the model is broken."
+      f"{bad:,} of {len(x):,} samples are not finite (NaN or infinite), by {config.sampling.sampler} in {config.sampling.num_steps} steps;"
+      " such images are not scored. Take another sampler or more steps, less guidance, or clip (config.sampling.clip); or the model is broken."
     )
 
 
@@ -251,74 +244,21 @@ def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   everything: dict[str, Any] = {"samples": samples, **arrays}
   np.savez_compressed(f"{path}.npz", **everything)
-  columns, shown = None, _GRID_IMAGES
-  labels = arrays.get("labels")
-  if labels is not None and 1 < (kinds := _period(labels)) <= _GRID_CLASSES:
-    columns, shown = kinds, kinds * _GRID_ROWS
   say(f"samples      {path}.npz")
   for name, of in everything.items():
     if of.ndim == 4:  # not the labels
-      picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
-      images.save_grid(picture, of[:shown], columns)
-      say(f"picture      {picture}")
+      save_picture(Path(f"{path}{'' if name == 'samples' else f'_{name}'}"), of, arrays.get("labels"))
+
+
+def save_picture(path: Path, samples: np.ndarray, labels: np.ndarray | None) -> None:
+  """Draws some of the samples into a PNG, with a column for each class where labels come in turn."""
+  columns, shown = None, _GRID_IMAGES
+  if labels is not None and 1 < (kinds := _period(labels)) <= _GRID_CLASSES:
+    columns, shown = kinds, kinds * _GRID_ROWS
+  images.save_grid(f"{path}.png", samples[:shown], columns)
+  say(f"picture      {path}.png")
 
 
 def _period(labels: np.ndarray) -> int:
   """After how many samples the labels begin again."""
   return next((n for n in range(1, len(labels)) if np.array_equal(labels[n:], labels[:-n])), len(labels))
-
-
-def evaluate_weights(
-  config: ConfigDict,
-  folder: Path,
-  mesh: jax.sharding.Mesh,
-  weights: Weights,
-  source: data.Source,
-  held_out: data.Source | None,
-  seed: int,
-) -> None:
-  """Samples of some weights into samples/final, and their scores into eval.json where there are held-out images."""
-  count = config.evaluation.num_samples
-  generate, start = build.build_generate(config, mesh), time.perf_counter()
-  say(f"sampling {count:,} images from the {weights.name} weights with {config.sampling.sampler} ...")
-  # As common as in the data, with whose images the samples are compared.
-  counts = data.label_counts(source, config.network.num_classes)
-  inputs = inputs_of(config, count, source if held_out is None else held_out, counts)
-  samples, nfe = draw(config, generate, weights.params, seed, count, inputs)
-  seconds = time.perf_counter() - start
-  say(f"{nfe:,} network evaluations each, {seconds:.1f} s with compilation")
-  _write_samples(
-    samples_folder(folder) / "final", samples, {"labels": inputs["classes"]} if "classes" in inputs else {}
-  )
-  if held_out is None:
-    say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
-    return
-  if parallel.is_main():
-    _score(config, folder, weights, samples, nfe, source, held_out, seed)
-
-
-def _score(
-  config: ConfigDict,
-  folder: Path,
-  weights: Weights,
-  samples: np.ndarray,
-  nfe: int,
-  source: data.Source,
-  held_out: data.Source,
-  seed: int,
-) -> None:
-  def real(of: data.Source) -> np.ndarray:
-    return data.read(of, np.random.default_rng(0).permutation(len(of))[: len(samples)])["image"]
-
-  scores = evaluate.score(samples, real(held_out), real(source), config.evaluation.k)
-  report = {
-    "scores": scores,
-    "features": "pixels in [-1, 1]",
-    "num_samples": len(samples),
-    "neighbour": config.evaluation.k,
-    "reference": "held-out images; the floor is as many training images"
-    + ("; the samples are those held-out images made small and enlarged" if config.superres.factor else ""),
-    "sampling": {**config.sampling.to_dict(), "nfe": nfe},
-    "guidance": config.guidance.to_dict(),
-  }
-  write_scores(folder, report, weights, seed, evaluate.table(scores))

@@ -1,21 +1,31 @@
 """Scores of a run's weights, whatever it was trained for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from ddpm_jax import build, parallel, workdir
-from ddpm_jax.runs import classifying, drawing, model
+from ddpm_jax.runs import classifying, model, scoring
 
 
 def kind_of(config: ConfigDict) -> ModuleType:
-  """What looks at models of the config's task, and scores them: a module with `check`, `check_evaluation`, `preview`, `evaluate_weights`."""
-  return classifying if build.classifies(config) else drawing
+  """What looks at models of the config's task, and scores them: a module with `check`, `preview` and `Judge`."""
+  return classifying if build.classifies(config) else scoring
 
 
-def run_eval(config: ConfigDict, folder: Path, *, seed: int, choice: model.Choice) -> None:
-  """Scores samples of a run's weights, or a classifier's answers, into eval.json.
+def run_eval(
+  config: ConfigDict, folder: Path, *, seed: int, choice: model.Choice, variants: Sequence[scoring.Variant] = ()
+) -> None:
+  """Scores samples of a run's weights, or a classifier's answers, into eval.json, and reports them; what was interrupted goes on.
+
+  Args:
+    config: the run's.
+    folder: its folder.
+    seed: of the samples.
+    choice: of the weights.
+    variants: samplers and their numbers of steps, the headline last; the config's own by default.
 
   Raises:
     ValueError: if there is no checkpoint, or the config does not allow it.
@@ -23,11 +33,12 @@ def run_eval(config: ConfigDict, folder: Path, *, seed: int, choice: model.Choic
   mesh, config = parallel.make_mesh(), model.trained(config, folder)
   kind = kind_of(config)
   kind.check(config, mesh)
+  for variant in variants:
+    build.build_sampler(variant.of(config))
   source, held_out = build.build_data(config)
-  if held_out is None:
-    raise ValueError("Got no held-out images to score against; set --config.data.eval_split or --config.data.hold_out.")
-  kind.check_evaluation(config, source, held_out)
+  judge = kind.Judge(config, folder, mesh, source, held_out)
+  judge.check_scores()
   workdir.check_writable(folder)
   weights = model.load_weights(config, folder, mesh, choice)
-  kind.evaluate_weights(config, folder, mesh, weights, source, held_out, seed)
+  judge.run(weights, seed, variants)
   parallel.wait_for_all("done")

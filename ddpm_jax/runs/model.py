@@ -1,7 +1,8 @@
 """A run's model: its state, new or from a checkpoint, and what else the modes share."""
 
 import functools
-import json
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import ddpm_jax
-from ddpm_jax import build, checkpoint, ema, parallel, pretrained, schema, train, workdir
+from ddpm_jax import build, checkpoint, ema, evaluate, parallel, pretrained, schema, train, workdir
 
 PyTree = Any
 
@@ -111,6 +112,7 @@ def open_checkpoints(config: ConfigDict, folder: Path) -> checkpoint.Checkpoints
     keep_every=c.keep_every,
     keep_best=c.keep_best,
     metric=c.best_metric,
+    highest=evaluate.higher_is_better(c.best_metric.partition("_by_log_snr")[0]),
   )
 
 
@@ -211,20 +213,37 @@ def _weighted(averages: tuple[PyTree, ...], weights: jax.Array) -> PyTree:
   return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *averages)
 
 
-def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: int, table: str) -> None:
-  """Writes scores and how they came about into eval.json, and prints the table of them."""
+def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: int, seconds: float) -> Path:
+  """Writes scores and how they came about into eval.json, whole or not at all; only its `times` differ from run to run."""
   report = report | {
     "step": weights.step,
     "weights": weights.name,
     "seed": seed,
     "backend": jax.default_backend(),
-    "versions": {"ddpm_jax": ddpm_jax.__version__}
-    | {name: metadata.version(name) for name in ("jax", "flax", "numpy")},
-    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    "device": jax.devices()[0].device_kind,
+    "versions": {"python": platform.python_version(), "ddpm_jax": ddpm_jax.__version__}
+    | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn")},
+    "commit": _commit(),
+    "times": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1)},
   }
   path = folder / "eval.json"
-  path.write_text(json.dumps(report, indent=2) + "\n")
-  say(f"\n{table}\n\nscores       {path}")
+  workdir.write_json(path, report)
+  return path
+
+
+def _commit() -> str | None:
+  """The commit of the code, with a plus if files were changed since; None if it is installed without its history."""
+  place = Path(ddpm_jax.__file__).parent
+
+  def git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(place), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+  try:
+    if not (place.parent / ".git").exists():
+      return None
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None
 
 
 def trained(config: ConfigDict, folder: Path) -> ConfigDict:

@@ -66,7 +66,8 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   kind.check(config, mesh)
   source, held_out = build.build_data(config)
   preview = kind.preview(config, mesh, held_out or source)
-  kind.check_evaluation(config, source, held_out)
+  judge = kind.Judge(config, folder, mesh, source, held_out)
+  _check_best(config)
   init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
@@ -88,7 +89,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     if config.init_from:
       taken = pretrained.changes(asked, config)
       say("\n  ".join([f"network, process and prediction from {config.init_from}{':' if taken else ''}", *taken]))
-    run = _Run(config, folder, mesh, template, stack)
+    run = _Run(config, folder, mesh, template, judge, stack)
     state = run.begin(init, source, resuming)
     if int(state.step) < c.steps:
       state = run.train(state, step, preview, profile)
@@ -96,7 +97,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
       say(f"training is complete at step {int(state.step):,}")
     run.checkpoints.close()
     weights = model.Weights(ema.ema_params(state.opt_state), int(state.step), str(model.Choice()))
-    kind.evaluate_weights(config, folder, mesh, weights, source, held_out, config.seed)
+    judge.run(weights, config.seed)
     say(
       f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
       f"metrics      {folder / 'metrics.jsonl'}\nTensorBoard  {folder / 'tensorboard'}"
@@ -104,6 +105,16 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     for problem in run.damaged:
       model.warn(problem)
     parallel.wait_for_all("done")
+
+
+def _check_best(config: ConfigDict) -> None:
+  """Raises a ValueError if checkpoints are to be kept by a score that is not taken when they are saved."""
+  c, every = config.training, config.evaluation.every
+  if c.keep_best and c.best_metric.startswith("eval/") and (not every or c.checkpoint_every % every):
+    raise ValueError(
+      f"Got config.training.best_metric={c.best_metric!r} with evaluation.every={every} and training.checkpoint_every={c.checkpoint_every};"
+      " wanted scores at every checkpoint: set --config.evaluation.every to checkpoint_every, or to a divisor of it."
+    )
 
 
 def _resuming(folder: Path, resume: str) -> bool:
@@ -151,9 +162,11 @@ class _Run:
     folder: Path,
     mesh: jax.sharding.Mesh,
     template: train.TrainState,
+    judge: Any,
     stack: contextlib.ExitStack,
   ):
     self.config, self.folder, self.mesh, self.template, self._stack = config, folder, mesh, template, stack
+    self._judge = judge
     self.checkpoints = model.open_checkpoints(config, folder)
     self.damaged: list[str] = []
 
@@ -224,8 +237,21 @@ class _Run:
     snapshots = model.open_snapshots(self.folder) if self.config.ema.snapshot_every else None
     trace = _Trace(self.folder / "profile", first + _BEFORE_TRACE, profile)
 
+    scores: dict[int, dict[str, float]] = {}
+
     def save(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+      # A run that is told to stop has none at this step.
+      found = scores.get(number, {})
+      best = self.config.training.best_metric
+      metrics = {} if best.startswith("eval/") and not found else metrics | found
       self.checkpoints.save(number, model.items_of(state), self.batches.state, metrics)
+
+    def score(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+      scores.clear()
+      scores[number] = self._judge.on_the_way(ema.ema_params(state.opt_state))
+      say(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores[number].items()))
+      if writer is not None:
+        writer.scalars(number, scores[number])
 
     def snapshot(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
       assert snapshots is not None
@@ -245,6 +271,8 @@ class _Run:
     callbacks = [train.Callback(c.checkpoint_every, save)]
     if preview is not None:
       callbacks.insert(0, train.Callback(c.sample_every, draw))
+    if self.config.evaluation.every:
+      callbacks.insert(0, train.Callback(self.config.evaluation.every, score))
     if snapshots is not None:
       callbacks.insert(0, train.Callback(self.config.ema.snapshot_every, snapshot))
     try:

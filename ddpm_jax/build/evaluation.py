@@ -1,0 +1,243 @@
+"""How a config's samples are scored: in which features, against which reference, by which scores."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import data, evaluate, interop, metrics
+from ddpm_jax.build.model import image_shape
+from ddpm_jax.schema import INCEPTION_SHA256, choose
+
+FEATURES = ("classifier", "inception", "pixels")
+# Larger images, or such in colour, are more than the small classifier is meant for.
+_SMALL = 32
+# Images whose features the classifier learns from.
+_LEARNED_FROM = 20_000
+
+
+class Space(NamedTuple):
+  """A feature space that may have to be trained first.
+
+  Attributes:
+    name: one of `FEATURES`.
+    dimensions: of its features.
+    spatial: whether it has features of places.
+    classes: whether it has classes.
+    make: `make() -> metrics.FeatureSpace`.
+  """
+
+  name: str
+  dimensions: int
+  spatial: bool
+  classes: bool
+  make: Callable[[], metrics.FeatureSpace]
+
+
+class Reference(NamedTuple):
+  """What samples are compared with.
+
+  Attributes:
+    name: train, held_out or the path of a file of statistics.
+    images: the reference's, if it is of images.
+    statistics: its statistics, if it is of a file.
+    floor: other real images, whose scores are the floor; None if there are none.
+  """
+
+  name: str
+  images: data.Source | None
+  statistics: metrics.Statistics | None
+  floor: data.Source | None
+
+
+def features_of(config: ConfigDict, source: data.Source) -> str:
+  """Which features the config's images are scored in; a ValueError if those it names cannot be had."""
+  c = config.evaluation
+  if c.features:
+    name = choose(c.features, FEATURES, "config.evaluation.features")
+  elif c.inception_weights:
+    name = "inception"
+  else:
+    small = config.data.channels == 1 and config.data.image_size <= _SMALL
+    name = "classifier" if small and _num_classes(source) > 1 else "pixels"
+  if name == "classifier" and _num_classes(source) < 2:
+    raise ValueError(
+      "Got config.evaluation.features='classifier' for images without labels of two classes or more to learn from; wanted labels, or"
+      " other features: --config.evaluation.features=pixels, or inception with --inception_weights=<file>."
+    )
+  return name
+
+
+def _num_classes(source: data.Source) -> int:
+  labels = getattr(source, "labels", None)
+  return 0 if labels is None else len(np.unique(labels))
+
+
+def build_space(config: ConfigDict, source: data.Source, held_out: data.Source | None, cache: Path) -> Space:
+  """The feature space of a config; weights are read and checked at once, a classifier is trained when it is made.
+
+  Args:
+    config: the config.
+    source: the training images, from which the classifier learns.
+    held_out: other images, on which its accuracy is measured.
+    cache: the file that keeps the classifier; empty path for none.
+
+  Raises:
+    ValueError: if the features cannot be had, or the weights are missing or others.
+  """
+  c, name = config.evaluation, features_of(config, source)
+  resize = choose(c.resize, ("tf1", "clean"), "config.evaluation.resize")
+  if name == "inception":
+    weights = interop.inception.load(c.inception_weights, sha256_prefix=c.inception_sha256)
+    space = metrics.inception_space(
+      weights.params, resize=resize, sha256=weights.sha256, published=weights.sha256.startswith(INCEPTION_SHA256)
+    )
+    return Space(name, 2048, True, True, lambda: space)
+  if name == "classifier":
+    make = _Classifier(config, source, held_out, cache)
+    return Space(name, metrics.CLASSIFIER_FEATURES, False, True, make)
+  return Space(name, math.prod(image_shape(config)), False, False, metrics.pixel_space)
+
+
+class _Classifier:
+  """Trains the small classifier, or reads it where it was trained before on the same images in the same way."""
+
+  def __init__(self, config: ConfigDict, source: data.Source, held_out: data.Source | None, cache: Path):
+    self._config, self._source, self._held_out, self._cache = config, source, held_out, cache
+
+  def __call__(self) -> metrics.FeatureSpace:
+    chosen = np.sort(np.random.default_rng(0).permutation(len(self._source))[:_LEARNED_FROM])
+    learned = data.read(self._source, chosen)
+    classes, steps = int(np.max(self._source.labels)) + 1, self._config.evaluation.classifier_steps  # type: ignore[attr-defined]
+    about = {
+      "kind": "classifier of real images",
+      "images": metrics.digest(learned["image"], learned["label"]),
+      "classes": str(classes),
+      "steps": str(steps),
+    }
+    params = metrics.load_classifier(self._cache, about)
+    if params is None:
+      params = metrics.train_classifier(learned["image"], learned["label"], classes, steps=steps)
+      metrics.save_classifier(self._cache, params, about)
+    provenance: dict[str, Any] = {
+      "network": f"a classifier of {classes} classes, trained for {steps} steps on {len(chosen):,} of the training images",
+      "sha256": metrics.digest(*(params[layer][leaf] for layer in sorted(params) for leaf in sorted(params[layer]))),
+    }
+    space = metrics.classifier_space(params, classes, provenance)
+    if self._held_out is not None:
+      rows = np.random.default_rng(0).permutation(len(self._held_out))[:_LEARNED_FROM]
+      seen = data.read(self._held_out, rows)
+      log_probs = metrics.extractor(space, self._config.evaluation.batch_size)(seen["image"])["log_probs"]
+      accuracy = evaluate.classification_scores(log_probs, seen["label"])["accuracy"]
+      space.provenance["held_out_accuracy"] = round(accuracy, 4)
+    return space
+
+
+def build_reference(
+  config: ConfigDict, space: Space, source: data.Source, held_out: data.Source | None
+) -> Reference | None:
+  """What the config's samples are compared with; None if it is held-out images by default, and there are none.
+
+  Raises:
+    ValueError: if the reference is empty, missing, or of other features or images.
+  """
+  name = config.evaluation.reference or ("train" if space.name == "inception" else "held_out")
+  if name == "train":
+    return _checked(Reference(name, source, None, held_out))
+  if name == "held_out":
+    if held_out is None and config.evaluation.reference:
+      raise ValueError(
+        "Got config.evaluation.reference='held_out' and no held-out images; set --config.data.eval_split or"
+        " --config.data.hold_out, or take --config.evaluation.reference=train."
+      )
+    return None if held_out is None else _checked(Reference(name, held_out, None, source))
+  if not name.endswith(".npz"):
+    raise ValueError(
+      f"Got config.evaluation.reference={name!r}; wanted train, held_out, or an .npz file with mu and sigma (--mode=stats)."
+    )
+  statistics = metrics.load_statistics(Path(name).expanduser())
+  _check_statistics(config, space, name, statistics)
+  return Reference(name, None, statistics, source if held_out is None else held_out)
+
+
+def _checked(reference: Reference) -> Reference:
+  if reference.images is None or len(reference.images) < 2:
+    raise ValueError(
+      f"Got an empty reference: {len(reference.images or ())} images in the split {reference.name!r}; wanted two or more."
+    )
+  return reference
+
+
+def describe_space(config: ConfigDict, space: Space, provenance: dict[str, Any]) -> dict[str, Any]:
+  """What must be alike for statistics of a space to be compared."""
+  kept: dict[str, Any] = {key: provenance[key] for key in ("resize", "sha256") if key in provenance}
+  return {"features": space.name, "image_shape": list(image_shape(config)), **kept}
+
+
+def _check_statistics(config: ConfigDict, space: Space, path: str, statistics: metrics.Statistics) -> None:
+  size = statistics.features.mean.size
+  if size != space.dimensions:
+    raise ValueError(
+      f"Got the reference {path}, statistics of {size:,} dimensions, for features ({space.name}) of {space.dimensions:,}; wanted"
+      " statistics of the same features. Make them by --mode=stats, or name the features: --config.evaluation.features."
+    )
+  if not statistics.about:
+    return
+  own = describe_space(config, space, space.make().provenance)
+  for key, value in own.items():
+    if key in statistics.about and statistics.about[key] != value:
+      raise ValueError(
+        f"Got the reference {path}, of {key}={statistics.about[key]}, for a model scored with {key}={value}; wanted one feature space and"
+        " one image size. Make the statistics anew with this config: --mode=stats."
+      )
+
+
+def build_settings(config: ConfigDict, space: Space, reference: Reference, count: int) -> evaluate.Settings:
+  """How samples of a config are scored, checked for `count` of them.
+
+  Raises:
+    ValueError: if scores are unknown or cannot be had, or there are too few samples or reference images for them.
+  """
+  c = config.evaluation
+  pairs = reference.statistics is None
+  spatial = space.spatial and (pairs or reference.statistics.spatial is not None)  # type: ignore[union-attr]
+  possible = evaluate.available(spatial=spatial, classes=space.classes, pairs=pairs)
+  wanted = tuple(choose(name, evaluate.SCORES, "a score") for name in c.scores) or possible
+  for name in wanted:
+    if name not in possible:
+      raise ValueError(
+        f"Got the score {name!r} in config.evaluation.scores, which the features ({space.name}) or the reference ({reference.name}) do"
+        f" not allow; wanted some of {', '.join(possible)}."
+      )
+  known = None if reference.images is None else len(reference.images)
+  if reference.name == "held_out" and known is not None and count > known:
+    raise ValueError(
+      f"Got evaluation.num_samples={count} with {known} held-out images; wanted no more, so that the floor and the samples are of one"
+      " size. Or score against the training images: --config.evaluation.reference=train."
+    )
+  number = reference.statistics.features.count if reference.statistics else known
+  for size in (count, number):
+    if {"frechet", "spatial_frechet"} & set(wanted) and not c.allow_singular:
+      metrics.check_rank(size, space.dimensions)
+  if set(wanted) & set(evaluate.PAIRWISE) and min(count, known or count, c.most_kept) <= c.k:
+    raise ValueError(
+      f"Got evaluation.num_samples={count} (and {known} reference images, most_kept={c.most_kept}) with evaluation.k={c.k}; wanted more of"
+      " each than k."
+    )
+  if c.kernel_size > min(count, known or count, c.most_kept) or c.splits > count:
+    raise ValueError(
+      f"Got evaluation.kernel_size={c.kernel_size} and splits={c.splits} for {count} samples and {known} reference images; wanted no more"
+      " than there are."
+    )
+  return evaluate.Settings(
+    wanted,
+    k=c.k,
+    most_kept=c.most_kept,
+    kernel_subsets=c.kernel_subsets,
+    kernel_size=c.kernel_size,
+    splits=c.splits,
+    allow_singular=c.allow_singular,
+  )

@@ -1,0 +1,126 @@
+"""What report.html shows of a run, gathered from its folder and its model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build, data, evaluate, images, metrics
+from ddpm_jax import report as page
+from ddpm_jax.runs import drawing
+from ddpm_jax.runs.model import Weights
+
+# Samples whose way from noise to data is shown, and frames of it.
+SHOWN = 8
+_FRAMES = 40
+# Samples beside their nearest training images, and how many of these.
+_COMPARED, _NEAREST = 12, 4
+# Training images to look among, and held-out ones to say what distance is usual.
+_SEARCHED, _USUAL = 50_000, 500
+# Samples at most in the page.
+_IN_GRID = 400
+_READ = 512
+_CURVE = 400
+
+
+class Denoising(NamedTuple):
+  """A few samples on their way: uint8 [frames, K, H, W, C], and the times of the frames."""
+
+  states: np.ndarray
+  times: np.ndarray
+
+
+def denoising(
+  config: ConfigDict, mesh: jax.sharding.Mesh, weights: Weights, inputs: drawing.Inputs, seed: int
+) -> Denoising:
+  """The way of the first samples of a seed by the sampler of previews."""
+  config = build.of_previews(config)
+  config.sampling.batch_size = -(-SHOWN // mesh.size) * mesh.size
+  function, times = build.build_denoising(config, mesh, _FRAMES)
+  parts = [np.asarray(x) for x in drawing.in_batches(config, function, weights.params, seed, SHOWN, inputs, {})]
+  return Denoising(images.to_uint8(np.concatenate(parts, axis=1)[:, :SHOWN]), times)
+
+
+def neighbours(
+  extract: evaluate.Extract, samples: np.ndarray, source: data.Source, held_out: data.Source | None
+) -> page.Neighbours | None:
+  """Some samples beside the training images that are nearest to them in a feature space; None without held-out images to compare."""
+  if held_out is None or len(source) < _NEAREST:
+    return None
+  searched = np.sort(np.random.default_rng(0).permutation(len(source))[:_SEARCHED])
+  usual = np.random.default_rng(0).permutation(len(held_out))[:_USUAL]
+
+  def features() -> Iterator[np.ndarray]:
+    for first in range(0, len(searched), _READ):
+      yield extract(data.read(source, searched[first : first + _READ])["image"])["features"]
+
+  chosen = samples[:_COMPARED]
+  queries = extract(np.concatenate([chosen, data.read(held_out, usual)["image"]]))["features"]
+  numbers, distances = metrics.nearest(queries, features(), _NEAREST)
+  found = data.read(source, searched[numbers[: len(chosen)].ravel()])["image"]
+  return page.Neighbours(
+    chosen,
+    found.reshape(*numbers[: len(chosen)].shape, *found.shape[1:]),
+    distances[: len(chosen)],
+    float(np.median(distances[len(chosen) :, 0])),
+  )
+
+
+def content(
+  config: ConfigDict,
+  folder: Path,
+  report: dict[str, Any],
+  samples: np.ndarray,
+  labels: np.ndarray | None,
+  way: Denoising,
+  bound_terms: np.ndarray | None,
+  nearest: page.Neighbours | None,
+) -> page.Content:
+  """All that the page shows."""
+  process = build.build_process(config)
+  t = np.linspace(process.t_min, process.t_max, _CURVE)
+  schedule = {"t": t} | {
+    name: np.asarray(getattr(process, name)(jnp.asarray(t, jnp.float32))) for name in ("alpha", "sigma", "log_snr")
+  }
+  facts = [
+    ("run", str(folder)),
+    (
+      "data",
+      f"{config.data.source if config.data.source != 'tfds' else config.data.name}, {'x'.join(map(str, build.image_shape(config)))}",
+    ),
+    ("process", config.process.name),
+    ("prediction", config.prediction),
+    ("weights", f"{report['weights']}, step {report['step']:,}"),
+    ("sampler", f"{report['sampling']['sampler']}, {report['sampling']['nfe']:,} network evaluations"),
+    ("samples", f"{report['num_samples']:,}"),
+  ]
+  return page.Content(
+    title=folder.name,
+    facts=facts,
+    evaluation=report,
+    config=json.loads(json.dumps(config.to_dict())),
+    samples=samples[:_IN_GRID],
+    labels=None if labels is None else labels[:_IN_GRID],
+    denoising=way.states,
+    denoising_times=way.times,
+    metrics=_lines(folder / "metrics.jsonl"),
+    schedule=schedule,
+    neighbours=nearest,
+    bound_terms=bound_terms,
+  )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write(folder: Path, shown: page.Content) -> Path:
+  """Writes report.html into the run's folder."""
+  path = folder / "report.html"
+  page.write(path, shown)
+  return path

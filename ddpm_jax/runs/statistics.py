@@ -1,0 +1,51 @@
+"""Statistics of a reference set, for scores here and in other tools."""
+
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import build, evaluate, metrics, parallel
+from ddpm_jax.runs.model import say
+from ddpm_jax.runs.scoring import in_parts
+
+
+def run_statistics(config: ConfigDict, output: Path) -> None:
+  """Writes mean and covariance of the features of a config's images into an .npz file: of the split that it scores against.
+
+  Raises:
+    ValueError: if the file exists, or the features or the images cannot be had.
+  """
+  metrics.check_output(output)
+  config = ConfigDict(config.to_dict())
+  source, held_out = build.build_data(config)
+  space = build.build_space(config, source, held_out, output.with_suffix(".classifier.safetensors"))
+  reference = build.build_reference(config, space, source, held_out)
+  if reference is None:
+    # Without a model there is nothing to hold images back from.
+    config.evaluation.reference = "train"
+    reference = build.build_reference(config, space, source, held_out)
+  assert reference is not None
+  if reference.images is None:
+    raise ValueError(
+      f"Got config.evaluation.reference={reference.name!r} to make statistics of; wanted images: train or held_out."
+    )
+  count = len(reference.images)
+  if not config.evaluation.allow_singular:
+    metrics.check_rank(count, space.dimensions)
+  made = space.make()
+  say(f"{space.name} features of {count:,} images ({reference.name}) ...")
+  settings = evaluate.Settings(("frechet",))
+  summary = evaluate.summarize(
+    metrics.extractor(made, config.evaluation.batch_size), in_parts(reference.images, np.arange(count)), count, settings
+  )
+  about = build.describe_space(config, space, made.provenance) | {
+    "split": reference.name,
+    "data": {
+      key: config.data[key] for key in ("source", "name", "train_split", "eval_split", "hold_out", "crop", "resize")
+    },
+    "feature_space": made.provenance,
+  }
+  if parallel.is_main():
+    metrics.save_statistics(output, metrics.Statistics(summary.features, summary.spatial, about))
+  say(f"statistics   {output}\nscore against it by --config.evaluation.reference={output}")
