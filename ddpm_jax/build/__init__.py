@@ -12,7 +12,7 @@ from ddpm_jax.build.evaluation import (
   build_space,
   describe_space,
 )
-from ddpm_jax.build.guidance import Guides, build_conditional, build_denoise, check_guidance
+from ddpm_jax.build.guidance import Guides, bound, build_conditional, build_denoise, check_guidance
 from ddpm_jax.build.model import (
   build_classifier,
   build_network,
@@ -53,6 +53,7 @@ __all__ = [
   "Reference",
   "Space",
   "batch_shapes",
+  "bound",
   "build_classifier",
   "build_conditional",
   "build_data",

@@ -1,0 +1,230 @@
+"""Evaluations: interrupted and gone on with, on other devices, of several samplers, in every feature space, and misused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import data, metrics, parallel, runs
+from ddpm_jax.runs import drawing
+from tests import commands
+from tests.recipes import tiny_config
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  make = parallel.make_mesh
+  monkeypatch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
+
+
+def config_of(**evaluation):
+  config = tiny_config()
+  config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
+  config.training.update({"steps": 4, "checkpoint_every": 4, "sample_every": 100, "log_every": 2})
+  config.evaluation.update({"batch_size": 5} | evaluation)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of the eight devices, and its scores."""
+  folder = tmp_path_factory.mktemp("finished")
+  runs.run_train(config_of(), folder)
+  return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+  """Its checkpoints alone."""
+  folder = tmp_path / "copy"
+  shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("samples", "eval.json", "report.html"))
+  return folder
+
+
+def report_of(folder):
+  return json.loads((folder / "eval.json").read_text())
+
+
+def without_times(folder):
+  return {name: value for name, value in report_of(folder).items() if name != "times"}
+
+
+def score(config, folder, seed=0, **options):
+  runs.run_eval(config, folder, seed=seed, choice=runs.Choice(), **options)
+
+
+def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
+  """Eight devices in this process without a break, against one device in a process that is killed half-way."""
+  (tmp_path / "recipe.py").write_text(
+    "from tests.test_runs_evaluation import config_of\n\n\ndef get_config():\n  return config_of()\n"
+  )
+  arguments = [f"--config={tmp_path / 'recipe.py'}", "--mode=eval", f"--workdir={copy}", "--seed=0"]
+  process = commands.start(*arguments, PYTHONPATH=".")
+  commands.wait_for(copy / "samples" / "final.partial.json", process)
+  commands.kill(process)
+  done = json.loads((copy / "samples" / "final.partial.json").read_text())["done"]
+  assert 0 < done < 40
+  code, output = commands.call(*arguments, PYTHONPATH=".")
+  assert code == 0, output
+  left = int(output.split(" of them left")[0].rsplit(" ", 1)[1])
+  assert 0 < left <= 40 - done
+  assert without_times(copy) == without_times(finished)
+  with np.load(copy / "samples" / "final.npz") as a, np.load(finished / "samples" / "final.npz") as b:
+    np.testing.assert_array_equal(a["samples"], b["samples"])
+  assert sorted(path.name for path in (copy / "samples").iterdir()) == ["final.npz", "final.png"]
+  assert (copy / "report.html").stat().st_size > 10_000
+
+
+def test_samples_of_other_weights_or_settings_are_not_taken(one_device, copy, monkeypatch):
+  score(config_of(), copy)
+  drawn = []
+  in_batches = drawing.in_batches
+  monkeypatch.setattr(drawing, "in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampling.sampler)) or in_batches(*a, **k))
+  first = without_times(copy)
+  score(config_of(), copy)
+  assert drawn == ["ddim"], "of the denoising alone: the samples are there"
+  assert without_times(copy) == first
+  score(config_of(), copy, seed=1)
+  assert drawn[1:] == ["ddim", "ddim"]
+  assert report_of(copy)["scores"]["generated"] != first["scores"]["generated"]
+
+
+def test_several_samplers_and_steps_give_a_curve(one_device, copy):
+  variants = [runs.Variant("heun", 2), runs.Variant("ddim", 2), runs.Variant("ddim", 4)]
+  score(config_of(), copy, variants=variants)
+  report = report_of(copy)
+  assert [(row["sampler"], row["num_steps"], row["nfe"]) for row in report["curve"]] == [
+    ("heun", 2, 3),
+    ("ddim", 2, 2),
+    ("ddim", 4, 4),
+  ]
+  assert report["scores"]["generated"] == report["curve"][-1]["scores"]
+  assert report["sampling"]["sampler"] == "ddim"
+  names = {path.name for path in (copy / "samples").glob("*.npz")}
+  assert names == {"final.npz", "eval_heun_2_seed0.npz", "eval_ddim_2_seed0.npz"}
+  score(config_of(), copy)
+  assert report_of(copy)["scores"]["generated"] == report["scores"]["generated"]
+  assert "curve" not in report_of(copy)
+
+
+def test_where_numbers_come_from_is_said(finished):
+  report = report_of(finished)
+  for name in ("sampling", "guidance", "weights", "step", "seed", "dtype", "weights_sha256", "versions", "commit", "data"):
+    assert name in report, name
+  assert report["num_samples"] == 40
+  assert report["reference"] == "100 held-out images"
+  assert report["floor_num"] == 40
+  assert report["settings"]["kernel_size"] == 20
+  assert set(report["times"]) == {"date", "seconds"}
+
+
+def test_statistics_of_a_file_stand_for_their_images(one_device, copy, tmp_path):
+  config = config_of(scores=("frechet",), reference="held_out")
+  score(config, copy)
+  direct = report_of(copy)["scores"]
+  runs.run_statistics(config, tmp_path / "held_out.npz")
+  config.evaluation.reference = str(tmp_path / "held_out.npz")
+  score(config, copy)
+  report = report_of(copy)
+  assert report["scores"]["generated"]["frechet_distance"] == pytest.approx(direct["generated"]["frechet_distance"], rel=1e-12)
+  assert report["reference"].startswith("statistics of 100 images")
+  _, held_out = data.hold_out(data.digits(), 100)
+  pixels = data.read(held_out, np.arange(100))["image"].reshape(100, -1) / 127.5 - 1
+  with np.load(tmp_path / "held_out.npz") as file:
+    np.testing.assert_allclose(file["mu"], pixels.mean(0), atol=1e-6)
+    np.testing.assert_allclose(file["sigma"], np.cov(pixels.T), atol=1e-6)
+  with pytest.raises(ValueError, match="which exists"):
+    runs.run_statistics(config, tmp_path / "held_out.npz")
+  config.evaluation.update({"features": "classifier", "allow_singular": False, "num_samples": 90})
+  with pytest.raises(ValueError, match="statistics of 64 dimensions.*of another|features=pixels"):
+    score(config, copy)
+
+
+def test_features_of_a_classifier_of_the_data_are_called_by_their_name(one_device, copy, capsys):
+  config = config_of(features="", allow_singular=False, num_samples=90, classifier_steps=40)
+  score(config, copy)
+  report = report_of(copy)
+  assert report["features"] == "classifier"
+  assert report["feature_space"]["held_out_accuracy"] > 0.5
+  assert set(report["scores"]["generated"]) == {
+    "frechet_distance", "kernel_distance", "kernel_distance_std", "class_score", "class_score_std",
+    "precision", "recall", "density", "coverage",
+  }  # fmt: skip
+  assert "fid" not in json.dumps(report["scores"]).lower()
+  before = (copy / "classifier.safetensors").stat().st_mtime_ns
+  score(config, copy)
+  assert (copy / "classifier.safetensors").stat().st_mtime_ns == before
+  assert without_times(copy)["scores"] == report["scores"]
+  config.evaluation.classifier_steps = 41
+  score(config, copy)
+  assert (copy / "classifier.safetensors").stat().st_mtime_ns != before
+
+
+def test_a_run_is_scored_on_its_way_and_keeps_the_best(one_device, tmp_path):
+  config = config_of(every=2, every_samples=20)
+  config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
+  config.training.best_metric = "eval/coverage"
+  runs.run_train(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  found = {line["step"]: line["eval/coverage"] for line in lines if "eval/coverage" in line}
+  assert sorted(found) == [2, 4, 6]
+  best = max(found, key=lambda step: (found[step], step))
+  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {str(best), "6"}
+  config.evaluation.every = 3
+  with pytest.raises(ValueError, match="scores at every checkpoint"):
+    runs.run_train(config, tmp_path / "other")
+
+
+WRONG = {
+  "rank": ({"allow_singular": False}, "Got 40 samples for a Frechet distance in 64 dimensions"),
+  "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
+  "score": ({"scores": ("fid",)}, "as a score; wanted one of"),
+  "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; wanted some of"),
+  "neighbour": ({"k": 40}, "more of each than k"),
+  "reference": ({"reference": "test"}, "wanted train, held_out, or an .npz file"),
+  "no_reference": ({"reference": "none.npz"}, "does not exist"),
+  "weights": ({"features": "inception"}, "--inception_weights"),
+  "no_weights": ({"inception_weights": "none.pth"}, "none.pth"),
+  "splits": ({"splits": 41}, "splits=41"),
+  "likelihood": ({"likelihood": ("bond",)}, "Did you mean 'bound'"),
+  "resize": ({"resize": "tf"}, "Did you mean 'tf1'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_is_refused_before_anything_is_drawn(name, finished, monkeypatch):
+  settings, message = WRONG[name]
+  monkeypatch.setattr(drawing, "in_batches", None)
+  before = {path: path.stat().st_mtime_ns for path in sorted(finished.rglob("*"))}
+  with pytest.raises(ValueError, match=message):
+    score(config_of(**settings), finished)
+  assert {path: path.stat().st_mtime_ns for path in sorted(finished.rglob("*"))} == before
+
+
+def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
+  gaussian = metrics.gaussian(np.random.default_rng(0).standard_normal((100, 64)))
+  for key, value in (("features", "classifier"), ("image_shape", [16, 16, 1])):
+    path = tmp_path / f"{key}.npz"
+    metrics.save_statistics(path, metrics.Statistics(gaussian, None, {"features": "pixels", "image_shape": [8, 8, 1]} | {key: value}))
+    with pytest.raises(ValueError, match=f"of {key}="):
+      score(config_of(reference=str(path)), finished)
+  np.savez(tmp_path / "foreign.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+  with pytest.raises(ValueError, match="statistics of 2,048 dimensions, for features \\(pixels\\) of 64"):
+    score(config_of(reference=str(tmp_path / "foreign.npz")), finished)
+
+
+def test_images_that_are_not_finite_are_counted_and_refused(one_device, copy, monkeypatch):
+  in_batches = drawing.in_batches
+
+  def broken(*arguments, **options):
+    for x, nfe in in_batches(*arguments, **options):
+      x = np.array(x)
+      x[[1, 3]] = np.nan
+      yield x, nfe
+
+  monkeypatch.setattr(drawing, "in_batches", broken)
+  with pytest.raises(FloatingPointError, match="2 of 5 samples are not finite"):
+    score(config_of(), copy)
+  assert not (copy / "eval.json").exists()
