@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Score(NamedTuple):
   """A score's name for people, which way is better ("lower", "higher" or "" if unknown), and its meaning in half a sentence."""
@@ -45,14 +47,14 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any) -> str:
-  """A number for a table: whole ones with separators, others with three decimals, or three digits if very small or large."""
+  """A number for a table: integers with separators, others with three decimals, or three digits if very small or large."""
   if value is None or not is_number(value):
     return "–" if value is None else text(value)
+  if isinstance(value, int | np.integer):
+    return minus(f"{value:,}")
   value = float(value)
   if not math.isfinite(value):
     return "not finite"
-  if value == int(value) and abs(value) >= 1000:
-    return minus(f"{int(value):,}")
   if value == 0 or 1e-2 <= abs(value) < 1e4:
     return minus(f"{value:.3f}")
   return minus(f"{value:.3g}")
