@@ -73,7 +73,12 @@ class Browser:
   def press(self, key, code, text=""):
     for kind in ("keyDown", "keyUp"):
       self.call(
-        "Input.dispatchKeyEvent", type=kind, key=key, code=key if key != " " else "Space", windowsVirtualKeyCode=code, text=text
+        "Input.dispatchKeyEvent",
+        type=kind,
+        key=key,
+        code=key if key != " " else "Space",
+        windowsVirtualKeyCode=code,
+        text=text,
       )
 
   def photograph(self, whole=False):
@@ -101,6 +106,10 @@ class Browser:
     self._until(arrived, method, lambda m: answer.append(m) if m.get("id") == number else None)
     assert "error" not in answer[0], (method, answer[0]["error"])
     return answer[0]["result"]
+
+  def close(self):
+    self._session = None
+    self.call("Browser.close")
 
   def _until(self, done, what, take=lambda message: None, seconds=90):
     deadline = time.monotonic() + seconds

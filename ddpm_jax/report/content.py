@@ -71,15 +71,19 @@ def check(content: Content) -> None:
       )
   if content.schedule:
     shapes = {name: np.shape(content.schedule.get(name, ())) for name in ("t", "alpha", "sigma", "log_snr")}
-    if len(set(shapes.values())) > 1 or len(shapes["t"]) != 1:
-      raise ValueError(f"Got a schedule of shapes {shapes}; wanted t, alpha, sigma and log_snr, each of one shape [T].")
+    if len(set(shapes.values())) > 1 or len(shapes["t"]) != 1 or shapes["t"] == (0,):
+      raise ValueError(
+        f"Got a schedule of shapes {shapes}; wanted t, alpha, sigma and log_snr, each of one shape [T], T >= 1."
+      )
   if content.neighbours is not None:
     _check_neighbours(content.neighbours)
   if content.bound_terms is not None and np.ndim(content.bound_terms) != 1:
     raise ValueError(f"Got bound_terms of shape {np.shape(content.bound_terms)}; wanted [N], a term a step.")
   for line in content.metrics:
     if "step" not in line:
-      raise ValueError(f"Got a line of metrics without its step, {dict(line)}; wanted {{'step': 100, 'loss': 0.1, ...}}.")
+      raise ValueError(
+        f"Got a line of metrics without its step, {dict(line)}; wanted {{'step': 100, 'loss': 0.1, ...}}."
+      )
 
 
 def _check_neighbours(neighbours: Neighbours) -> None:

@@ -46,10 +46,16 @@ def figure(
     "linecolor": "var(--line)",
     "zerolinecolor": "var(--line)",
     "automargin": True,
-    "exponentformat": "power",
   }
-  # On a logarithmic axis labels at powers of ten alone, and 2 and 5 between them only if there is little else to read.
-  legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
+  legend = {
+    "orientation": "h",
+    "xref": "container",
+    "yref": "container",
+    "x": 0,
+    "y": 1,
+    "yanchor": "top",
+    "bgcolor": "rgba(0,0,0,0)",
+  }
   base = go.Layout(
     template=None,
     paper_bgcolor="rgba(0,0,0,0)",
@@ -57,6 +63,7 @@ def figure(
     font={"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
     hoverlabel={"bgcolor": "var(--panel)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)"}},
     hovermode="x unified",
+    modebar={"bgcolor": "rgba(0,0,0,0)", "color": "var(--muted)", "activecolor": "var(--ink)"},
     margin={"l": 8, "r": 12, "t": 12, "b": 8},
     showlegend=len([trace for trace in traces if trace.showlegend is not False]) > 1,
     legend=legend,
@@ -68,7 +75,9 @@ def figure(
   return Figure(title, json.loads(drawn.to_json()), alt or f"{title}: {y} against {x}.", height)
 
 
-def line(name: str, x: Any, y: Any, color: str, *, marked: bool | None = None, dash: str | None = None, **more: Any) -> go.Scatter:
+def line(
+  name: str, x: Any, y: Any, color: str, *, marked: bool | None = None, dash: str | None = None, **more: Any
+) -> go.Scatter:
   """A line through points, which are marked if they are few."""
   y = np.where(np.isfinite(np.asarray(y, np.float64)), y, np.nan).astype(np.float32)
   marked = len(y) <= 12 if marked is None else marked
@@ -93,7 +102,7 @@ def spread(values: Any) -> bool:
 
 def against_nfe(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -> list[Figure]:
   """A figure a score: a line a sampler against network evaluations, with the floor as a dashed line."""
-  points = [point for point in curve if words.is_number(point.get("nfe"))]
+  points = [point for point in curve if words.is_number(point.get("nfe")) and float(point["nfe"]) > 0]
   keys = {key: None for point in points for key, value in point.get("scores", {}).items() if words.is_number(value)}
   samplers = list(dict.fromkeys(str(point.get("sampler", "")) for point in points))
   drawn = []
@@ -101,7 +110,7 @@ def against_nfe(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) 
     traces, all_values = [], []
     for index, sampler in enumerate(samplers):
       own = sorted(
-        (float(p["nfe"]), float(p["scores"][key]), float(p["scores"].get(f"{key}_std") or 0))
+        (float(p["nfe"]), float(p["scores"][key]), _or_zero(p["scores"].get(f"{key}_std")))
         for p in points
         if str(p.get("sampler", "")) == sampler and words.is_number(p.get("scores", {}).get(key))
       )
@@ -115,8 +124,7 @@ def against_nfe(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) 
       traces.append(line("real against real", ends, [float(floor[key])] * 2, "var(--muted)", marked=False, dash="dash"))
       all_values.append(float(floor[key]))
     known = words.score(key)
-    name = html.escape(known.name, quote=False)
-    better = f"{name} ({known.better} is better)" if known.better else name
+    better = f"{known.better} is better" if known.better else ""
     drawn.append(
       figure(
         known.name,
@@ -152,7 +160,9 @@ def of_bound(terms: np.ndarray) -> Figure:
   terms = np.asarray(terms, np.float64)
   steps = np.arange(1, len(terms) + 1)
   trace = line("term", steps, np.where(terms > 0, terms, np.nan), series(0))
-  return figure("", [trace], "step n", "bits per dimension", log_x=True, log_y=True, alt="The bound's term of each step.")
+  return figure(
+    "", [trace], "step n", "bits per dimension", log_x=True, log_y=True, alt="The bound's term of each step."
+  )
 
 
 def of_likelihood(likelihood: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Figure | None:
@@ -163,14 +173,17 @@ def of_likelihood(likelihood: Mapping[str, Mapping[str, Any]], names: Mapping[st
   trace = go.Scatter(
     x=[float(row["bits"]) for _, row in rows],
     y=[html.escape(name, quote=False) for name, _ in rows],
-    error_x={"array": [2 * float(row.get("standard_error") or 0) for _, row in rows], "color": series(0), "width": 6},
+    error_x={"array": [2 * _or_zero(row.get("standard_error")) for _, row in rows], "color": series(0), "width": 6},
     mode="markers",
     marker={"size": 9, "color": series(0)},
     showlegend=False,
   )
   alt = "Bits per dimension of each estimate, with two standard errors to either side."
-  axis = {"autorange": "reversed", "range": None, "type": "category"}
-  return figure("", [trace], "bits per dimension", "", alt=alt, height=70 + 45 * len(rows), hovermode="closest", yaxis=axis)
+  # From the top, in the order of the table.
+  axis = {"type": "category", "range": [len(rows) - 0.5, -0.5]}
+  return figure(
+    "", [trace], "bits per dimension", "", alt=alt, height=70 + 40 * len(rows), hovermode="closest", yaxis=axis
+  )
 
 
 def _scale(log: bool, values: Sequence[Any]) -> dict[str, Any]:
@@ -178,6 +191,25 @@ def _scale(log: bool, values: Sequence[Any]) -> dict[str, Any]:
     return {}
   joined = np.concatenate([np.asarray(value, np.float64).ravel() for value in values]) if values else np.zeros(0)
   joined = joined[np.isfinite(joined) & (joined > 0)]
-  decades = math.log10(joined.max() / joined.min()) if joined.size else 0
-  # Labels at 1, 2 and 5 over short ranges, at powers of ten over long ones.
-  return {"type": "log", "dtick": "D2" if decades < 1.7 else 1 if decades < 7 else None}
+  if not joined.size:
+    return {"type": "log"}
+  first, last = math.log10(joined.min()), math.log10(joined.max())
+  # Over a short range 1, 2 and 5, which plotly would write without their power of ten; over a long one powers alone.
+  digits = (1, 2, 5) if last - first < 2.2 else (1,)
+  every = max(1, round((last - first) / 6))
+  ticks = [
+    digit * 10.0**power for power in range(math.floor(first) - 1, math.ceil(last) + 2, every) for digit in digits
+  ]
+  return {"type": "log", "tickvals": ticks, "ticktext": [_tick(value) for value in ticks]}
+
+
+def _or_zero(value: Any) -> float:
+  return float(value) if words.is_number(value) else 0.0
+
+
+def _tick(value: float) -> str:
+  power = math.floor(math.log10(value) + 1e-9)
+  digit = round(value / 10.0**power)
+  if -4 < power < 5:
+    return f"{digit * 10.0**power:.10g}"
+  return f"{digit}×" * (digit > 1) + f"10<sup>{words.minus(str(power))}</sup>"

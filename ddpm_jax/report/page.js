@@ -20,7 +20,13 @@
     for (const [id, figure] of Object.entries(JSON.parse(source))) {
       const { data, layout } = coloured(figure, style);
       if (coarse) layout.dragmode = false;
-      const options = { responsive: true, displaylogo: false, displayModeBar: coarse ? false : "hover" };
+      const options = {
+        responsive: true,
+        displayModeBar: !coarse,
+        displaylogo: false,
+        modeBarButtons: [["toImage", "resetScale2d"]],
+        toImageButtonOptions: { format: "svg", filename: id },
+      };
       Plotly.react(id, data, layout, options);
     }
   }

@@ -19,6 +19,7 @@ from ddpm_jax.report.figures import Figure
 # A sample whose nearest training image is nearer than this share of the typical distance looks copied.
 COPIED = 0.5
 _ESTIMATES = {"vlb": "Variational bound", "ode": "Probability-flow ODE"}
+_PARTS = {"nfe": "NFE"}
 # Keys of an evaluation that have sections of their own.
 _SHOWN = ("scores", "curve", "likelihood")
 
@@ -132,13 +133,7 @@ def _rows(scores: Mapping[str, Mapping[str, Any]]) -> list[Row]:
   return [
     Row(
       words.score(key),
-      [
-        (
-          words.number(scores[name].get(key)),
-          words.number(scores[name][f"{key}_std"]) if words.is_number(scores[name].get(f"{key}_std")) else "",
-        )
-        for name in _columns(scores)
-      ],
+      [words.with_error(scores[name].get(key), scores[name].get(f"{key}_std")) for name in _columns(scores)],
     )
     for key in keys
   ]
@@ -164,7 +159,7 @@ def _film(content: Content) -> pictures.Film | None:
   return pictures.film(content.denoising, np.asarray(content.denoising_times, np.float64))
 
 
-def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 4) -> dict[str, Any] | None:
+def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 3) -> dict[str, Any] | None:
   """The samples that are nearest to a training image, nearest first, and in words how many look copied."""
   if neighbours is None or not len(neighbours.samples):
     return None
@@ -217,10 +212,10 @@ def _likelihood(likelihood: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
   rows = []
   for key, row in known.items():
-    rest = [(words.plain(k), words.number(v)) for k, v in row.items() if k not in ("bits", "standard_error", "num_images")]
-    error = words.number(row["standard_error"]) if words.is_number(row.get("standard_error")) else ""
-    images = words.number(row.get("num_images"))
-    rows.append((_ESTIMATES.get(key, key), words.number(row.get("bits")), error, images, rest))
+    others = {name: value for name, value in row.items() if name not in ("bits", "standard_error", "num_images")}
+    rest = ", ".join(f"{_PARTS.get(name, words.plain(name))} {words.number(value)}" for name, value in others.items())
+    bits, error = words.with_error(row.get("bits"), row.get("standard_error"))
+    rows.append((_ESTIMATES.get(key, key), rest, bits, error, words.number(row.get("num_images"))))
   return {"rows": rows, "figure": figures.of_likelihood(known, _ESTIMATES)}
 
 

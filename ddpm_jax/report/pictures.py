@@ -74,7 +74,9 @@ def by_class(samples: np.ndarray, labels: np.ndarray | None, most_classes: int =
   classes = [] if labels is None else np.unique(labels).tolist()
   if not 1 < len(classes) <= most_classes:
     return [Group("", [data_uri(image) for image in samples[:most]], len(samples))]
-  each = max(2, min(most // len(classes), 24))
+  # Whole rows of a wide page, which has room for some 970 pixels beside the label.
+  row = max(1, 970 // (tile_of(samples).width + 3))
+  each = max(1, most // len(classes) // row) * row
   groups = []
   for name in classes:
     members = samples[np.asarray(labels) == name]
@@ -90,7 +92,9 @@ def film(denoising: np.ndarray, times: np.ndarray) -> Film:
   most = max(8, _FRAMES // max(1, few[0].size))
   chosen = np.unique(np.linspace(0, frames - 1, min(frames, most)).round().astype(int))
   columns = min(few.shape[1], 8)
-  pictures = [grid(few[index], columns) for index in chosen]
+  # Larger images are enlarged by the browser.
+  side = max(few.shape[2:4])
+  pictures = [grid(few[index], columns, tile=64 if side <= 16 else side) for index in chosen]
   height, width = pictures[0].shape[:2]
   # A whole factor, up to about the width of the page's text.
   return Film(

@@ -46,7 +46,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[Figure], list[Fig
       continue
     name = words.score(key.removeprefix("eval/")).name if key in scores else _UNITS.get(key, words.plain(key))
     title = f"{name}, while training" if key in scores else name[0].upper() + name[1:]
-    trace = figures.line(name, x, y, figures.series(0))
+    trace = figures.line(name, x, y, figures.series(0)).update(line_width=1.5)
     small.append(figures.figure(title, [trace], "step", "", alt=f"{name} against the step.", height=230))
   return main, small
 
@@ -60,7 +60,9 @@ def _smoothed(title: str, key: str, metrics: Sequence[Mapping[str, Any]]) -> Fig
     traces.append(figures.line("running mean", x, _running_mean(y, window), figures.series(0), marked=False))
   else:
     traces.append(figures.line(title, x, y, figures.series(0)))
-  return figures.figure(title, traces, "step", "loss", log_y=figures.spread(y) or _falls(y), alt="The loss against the step.")
+  return figures.figure(
+    title, traces, "step", "loss", log_y=figures.spread(y) or _falls(y), alt="The loss against the step."
+  )
 
 
 def _by_level(measure: str, keys: list[str], metrics: Sequence[Mapping[str, Any]]) -> Figure:

@@ -19,7 +19,9 @@ _SCORES = {
   "frechet_distance": Score("Fréchet distance", "lower", "between Gaussians fitted to the features of both sets"),
   "fid": Score("FID", "lower", "the Fréchet distance of Inception features"),
   "kid": Score("KID", "lower", "squared kernel distance of the features, without assuming Gaussians"),
-  "inception_score": Score("Inception score", "higher", "how sure a classifier is of each sample, and how varied its answers"),
+  "inception_score": Score(
+    "Inception score", "higher", "how sure a classifier is of each sample, and how varied its answers"
+  ),
   "precision": Score("Precision", "higher", "share of samples that lie among real images: fidelity"),
   "recall": Score("Recall", "higher", "share of real images that lie among samples: variety"),
   "density": Score("Density", "higher", "how deep among real images the samples lie; real ones have about 1"),
@@ -58,6 +60,14 @@ def number(value: Any) -> str:
   if value == 0 or 1e-2 <= abs(value) < 1e4:
     return minus(f"{value:.3f}")
   return minus(f"{value:.3g}")
+
+
+def with_error(value: Any, error: Any) -> tuple[str, str]:
+  """A number and its error ("" for none), to two digits of the error."""
+  if not (is_number(value) and is_number(error) and math.isfinite(value) and 0 < float(error) < math.inf):
+    return number(value), ""
+  digits = min(8, max(0, 1 - math.floor(math.log10(error))))
+  return minus(f"{float(value):.{digits}f}"), f"{float(error):.{digits}f}"
 
 
 def text(value: Any) -> str:
