@@ -11,7 +11,7 @@ from plotly import graph_objects as go
 
 from ddpm_jax.report import words
 
-_SERIES, _LEVELS = 6, 6
+_SERIES = 6
 
 
 class Figure(NamedTuple):
@@ -105,7 +105,7 @@ def against_nfe(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) 
   points = [point for point in curve if words.is_number(point.get("nfe")) and float(point["nfe"]) > 0]
   keys = {key: None for point in points for key, value in point.get("scores", {}).items() if words.is_number(value)}
   samplers = list(dict.fromkeys(str(point.get("sampler", "")) for point in points))
-  drawn = []
+  drawn: list[Figure] = []
   for key in words.in_order(list(keys)):
     traces, all_values = [], []
     for index, sampler in enumerate(samplers):
@@ -117,7 +117,9 @@ def against_nfe(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) 
       if own:
         x, y, error = (list(column) for column in zip(*own, strict=True))
         bars = {"array": error, "thickness": 1, "width": 3} if any(error) else None
-        traces.append(line(sampler, x, y, series(index), marked=True, error_y=bars))
+        # More samplers than colours: the others are dotted.
+        dash = "dot" if index >= _SERIES else None
+        traces.append(line(sampler, x, y, series(index), marked=True, dash=dash, error_y=bars))
         all_values += y
     if words.is_number(floor.get(key)):
       ends = [min(float(p["nfe"]) for p in points) / 1.15, max(float(p["nfe"]) for p in points) * 1.15]
@@ -212,4 +214,4 @@ def _tick(value: float) -> str:
   digit = round(value / 10.0**power)
   if -4 < power < 5:
     return f"{digit * 10.0**power:.10g}"
-  return f"{digit}×" * (digit > 1) + f"10<sup>{words.minus(str(power))}</sup>"
+  return f"{digit}\N{MULTIPLICATION SIGN}" * (digit > 1) + f"10<sup>{words.minus(str(power))}</sup>"

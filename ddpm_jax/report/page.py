@@ -170,7 +170,7 @@ def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 3) ->
   matches = []
   for index in order:
     thumbnails = pictures.thumbnails(neighbours.nearest[index, :each])
-    said = [f"{value:.2f}×" if known else words.number(value) for value in relative[index, :each]]
+    said = [f"{value:.2f}\N{MULTIPLICATION SIGN}" if known else words.number(value) for value in relative[index, :each]]
     copied = known and bool(relative[index, 0] < COPIED)
     sample = pictures.thumbnails(neighbours.samples[index : index + 1])[0]
     matches.append(Match(sample, list(zip(thumbnails, said, strict=True)), copied))

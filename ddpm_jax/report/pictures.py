@@ -38,7 +38,7 @@ class Film(NamedTuple):
   height: int
   shown_width: int
   times: list[str]
-  count: int
+  samples: int
   frames: int
   last: str
 
@@ -52,8 +52,13 @@ def tile_of(images: np.ndarray) -> Tile:
     return min(max(1, wanted // side), most / side)
 
   wide, narrow = factor(64, 128), factor(36, 88)
-  sizes = (width * wide, height * wide, width * narrow, height * narrow)
-  return Tile(*(max(1, round(size)) for size in sizes), pixelated=side <= 64)
+
+  def scaled(length: int, by: float) -> int:
+    return max(1, round(length * by))
+
+  return Tile(
+    scaled(width, wide), scaled(height, wide), scaled(width, narrow), scaled(height, narrow), pixelated=side <= 64
+  )
 
 
 def data_uri(image: np.ndarray) -> str:
@@ -89,7 +94,8 @@ def film(denoising: np.ndarray, times: np.ndarray) -> Film:
   frames = len(denoising)
   denoising = _reduced(denoising, 64)
   few = denoising[:, : min(denoising.shape[1], 8)]
-  most = max(8, _FRAMES // max(1, few[0].size))
+  # More would pass before anybody sees them, in a picture higher than browsers draw.
+  most = int(np.clip(_FRAMES // max(1, few[0].size), 8, 60))
   chosen = np.unique(np.linspace(0, frames - 1, min(frames, most)).round().astype(int))
   columns = min(few.shape[1], 8)
   # Larger images are enlarged by the browser.
@@ -103,7 +109,7 @@ def film(denoising: np.ndarray, times: np.ndarray) -> Film:
     height=height,
     shown_width=width * max(1, 560 // width),
     times=[f"{times[index]:.4g}" for index in chosen],
-    count=few.shape[1],
+    samples=few.shape[1],
     frames=len(chosen),
     last=data_uri(pictures[-1]),
   )

@@ -51,7 +51,7 @@ def is_number(value: Any) -> bool:
 def number(value: Any) -> str:
   """A number for a table: integers with separators, others with three decimals, or three digits if very small or large."""
   if value is None or not is_number(value):
-    return "–" if value is None else text(value)
+    return "\N{EN DASH}" if value is None else text(value)
   if isinstance(value, int | np.integer):
     return minus(f"{value:,}")
   value = float(value)
@@ -106,4 +106,4 @@ def plain(key: str) -> str:
 
 def minus(written: str) -> str:
   """With a true minus sign, as wide as a digit."""
-  return written.replace("-", "−") if written.startswith("-") else written
+  return written.replace("-", "\N{MINUS SIGN}") if written.startswith("-") else written
