@@ -2,12 +2,14 @@
 
 import base64
 import contextlib
+import fcntl
 import io
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -27,6 +29,15 @@ _FLAGS = (
   "--hide-scrollbars",
   "--remote-debugging-pipe",
 )
+
+# The browser reads its protocol from file 3 and answers in file 4.
+_LAUNCH = """
+import os, sys
+for end, place in zip(map(int, sys.argv[1:3]), (3, 4)):
+  os.dup2(end, place)
+  os.close(end)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -145,18 +156,17 @@ def browser():
   program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
   assert program, "Found no Chromium to open the report in: apt-get install chromium"
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-    # The protocol reads file 3 and writes file 4, which a shell sets up.
     their_end, to_browser = os.pipe()
     from_browser, their_answer = os.pipe()
-    command = f'exec "$@" 3<&{their_end} 4>&{their_answer}'
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (their_end, their_answer)]
     process = subprocess.Popen(
-      ["sh", "-c", command, "sh", program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
-      pass_fds=(their_end, their_answer),
+      [sys.executable, "-c", _LAUNCH, *map(str, ends), program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+      pass_fds=ends,
       stderr=subprocess.DEVNULL,
       stdout=subprocess.DEVNULL,
     )
-    os.close(their_end)
-    os.close(their_answer)
+    for end in (their_end, their_answer, *ends):
+      os.close(end)
     try:
       with os.fdopen(to_browser, "wb") as sender:
         page = Browser(process, sender, from_browser)

@@ -51,10 +51,11 @@ def render(content: Content) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  library, script = _inline(get_plotlyjs()), _inline(_file("page.js"))
   sections = _sections(content)
-  specs = {f"plot-{index}": drawn.spec for index, drawn in enumerate(_all_figures(sections))}
-  names = {id(drawn): f"plot-{index}" for index, drawn in enumerate(_all_figures(sections))}
+  drawn = _all_figures(sections)
+  specs = {f"plot-{index}": figure.spec for index, figure in enumerate(drawn)}
+  names = {id(figure): f"plot-{index}" for index, figure in enumerate(drawn)}
+  library, script = _inline(get_plotlyjs() if drawn else ""), _inline(_file("page.js"))
   return environment.get_template("page.html.j2").render(
     sections,
     title=content.title,
@@ -64,9 +65,8 @@ def render(content: Content) -> str:
     script=Markup(script),
     # Only these two scripts run, whatever names and paths in the page may hold.
     hashes=" ".join(f"'sha256-{_digest(code)}'" for code in (library, script)),
-    # As text: the filter that escapes it would sort its keys.
     figures=Markup(_inline_json(specs)),
-    plot_id=lambda drawn: names[id(drawn)],
+    plot_id=lambda figure: names[id(figure)],
     number=words.number,
   )
 
