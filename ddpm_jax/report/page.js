@@ -97,6 +97,7 @@
     update();
     show(Number(slider.value));
   });
+  addEventListener("beforeprint", () => show(last));
   sprite.addEventListener("load", () => {
     show(last);
     update();

@@ -176,7 +176,7 @@ def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 3) ->
     matches.append(Match(sample, list(zip(thumbnails, said, strict=True)), copied))
   return {
     "matches": matches,
-    "tile": pictures.tile_of(neighbours.samples),
+    "tile": pictures.tile_of(neighbours.samples, largest=108),  # two beside each other
     "copied": int(np.sum(relative[:, 0] < COPIED)) if known else 0,
     "total": len(distances),
     "known": known,

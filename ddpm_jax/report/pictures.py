@@ -9,7 +9,7 @@ import numpy as np
 from ddpm_jax.images import grid
 
 # Bytes before compression, and noise does not compress. Together they are below two megabytes as text.
-_SAMPLES, _FRAMES = 650_000, 400_000
+_SAMPLES, _FRAMES = 550_000, 500_000
 
 
 class Tile(NamedTuple):
@@ -43,15 +43,15 @@ class Film(NamedTuple):
   last: str
 
 
-def tile_of(images: np.ndarray) -> Tile:
-  """The size of images [..., H, W, C] on the page."""
+def tile_of(images: np.ndarray, largest: int = 128) -> Tile:
+  """The size of images [..., H, W, C] on the page: about 64 pixels, `largest` at most."""
   height, width = images.shape[-3:-1]
   side = max(height, width)
 
   def factor(wanted: int, most: int) -> float:
     return min(max(1, wanted // side), most / side)
 
-  wide, narrow = factor(64, 128), factor(36, 88)
+  wide, narrow = factor(64, largest), factor(36, 88)
 
   def scaled(length: int, by: float) -> int:
     return max(1, round(length * by))
@@ -77,11 +77,13 @@ def by_class(samples: np.ndarray, labels: np.ndarray | None, most_classes: int =
   samples = _reduced(samples, 256)
   most = int(np.clip(_SAMPLES // samples[0].size, 24, 240)) if len(samples) else 0
   classes = [] if labels is None else np.unique(labels).tolist()
+  # Whole rows of a wide page, which has room for some 970 pixels beside a label.
+  width = tile_of(samples).width + 3
   if not 1 < len(classes) <= most_classes:
-    return [Group("", [data_uri(image) for image in samples[:most]], len(samples))]
-  # Whole rows of a wide page, which has room for some 970 pixels beside the label.
-  row = max(1, 970 // (tile_of(samples).width + 3))
-  each = max(1, most // len(classes) // row) * row
+    row = 1010 // width
+    return [Group("", [data_uri(image) for image in samples[: most // row * row]], len(samples))]
+  row, each = 970 // width, max(1, most // len(classes))
+  each = each // row * row or each
   groups = []
   for name in classes:
     members = samples[np.asarray(labels) == name]

@@ -78,8 +78,6 @@ def text(value: Any) -> str:
     return str(value).lower()
   if isinstance(value, list | tuple):
     return ", ".join(map(text, value)) if len(value) else "(empty)"
-  if isinstance(value, int) and abs(value) >= 10_000:
-    return f"{value:,}"
   if isinstance(value, float):
     return f"{value:.6g}"
   return str(value) or "(empty)"
