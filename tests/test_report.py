@@ -144,6 +144,10 @@ def test_what_is_absent_is_left_out_and_named():
   for key in ("curve", "likelihood"):
     del content.evaluation[key]
   del content.evaluation["scores"]["floor"]
+  assert "dashed line" in Parsed(page.render(reports.content())).text
+  content.evaluation["curve"] = reports.evaluation()["curve"]
+  assert "dashed line" not in Parsed(page.render(content)).text
+  del content.evaluation["curve"]
   parsed = Parsed(page.render(content))
   assert parsed.sections() == ["scores", "samples", "config", "provenance"]
   assert "real against real 0" not in parsed.text
