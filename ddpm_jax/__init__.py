@@ -22,6 +22,7 @@ __all__ = [
   "predictions",
   "processes",
   "randomness",
+  "report",
   "sampling",
   "schedules",
   "topology",

@@ -178,21 +178,22 @@ def describe_space(config: ConfigDict, space: Space, provenance: dict[str, Any])
 
 
 def _check_statistics(config: ConfigDict, space: Space, path: str, statistics: metrics.Statistics) -> None:
-  size = statistics.features.mean.size
+  size, about = statistics.features.mean.size, statistics.about
   if size != space.dimensions:
     raise ValueError(
       f"Got the reference {path}, statistics of {size:,} dimensions, for features ({space.name}) of {space.dimensions:,}; wanted"
       " statistics of the same features. Make them by --mode=stats, or name the features: --config.evaluation.features."
     )
-  if not statistics.about:
-    return
-  own = describe_space(config, space, space.make().provenance)
-  for key, value in own.items():
-    if key in statistics.about and statistics.about[key] != value:
-      raise ValueError(
-        f"Got the reference {path}, of {key}={statistics.about[key]}, for a model scored with {key}={value}; wanted one feature space and"
-        " one image size. Make the statistics anew with this config: --mode=stats."
-      )
+  # What is known of the space first: its classifier may have to be trained.
+  for own in (lambda: describe_space(config, space, {}), lambda: describe_space(config, space, space.make().provenance)):
+    if not about:
+      return
+    for key, value in own().items():
+      if about.get(key, value) != value:
+        raise ValueError(
+          f"Got the reference {path}, of {key}={about[key]}, for a model scored with {key}={value}; wanted one feature space and one"
+          " image size. Make the statistics anew with this config: --mode=stats."
+        )
 
 
 def build_settings(config: ConfigDict, space: Space, reference: Reference, count: int) -> evaluate.Settings:
