@@ -32,7 +32,7 @@ def evaluation():
     "floor_num": 480,
     "reference": "held-out digits",
     "curve": curve,
-    "likelihood": {"vlb": bound, "ode": {"bits": 2.98, "standard_error": 0.018, "nfe": 122, "num_images": 500}},
+    "likelihood": {"bound": bound, "ode": {"bits": 2.98, "standard_error": 0.018, "nfe": 122, "num_images": 500}},
     "step": 3000,
     "weights": "EMA",
     "sampling": {"sampler": "ancestral", "num_steps": 100},

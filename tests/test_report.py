@@ -157,7 +157,7 @@ def test_numbers_that_are_not_finite_are_said_or_skipped():
   content = reports.content()
   content.evaluation["scores"]["generated"]["frechet_distance"] = float("nan")
   content.evaluation["curve"][0]["scores"]["frechet_distance"] = float("inf")
-  content.evaluation["likelihood"]["vlb"]["bits"] = float("inf")
+  content.evaluation["likelihood"]["bound"]["bits"] = float("inf")
   content.metrics[3]["loss"] = float("nan")
   content.metrics[5]["loss"] = None
   parsed = Parsed(page.render(content._replace(bound_terms=np.array([1.0, 0.0, -1.0, np.nan]))))

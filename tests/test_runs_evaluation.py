@@ -81,7 +81,9 @@ def test_samples_of_other_weights_or_settings_are_not_taken(one_device, copy, mo
   score(config_of(), copy)
   drawn = []
   in_batches = drawing.in_batches
-  monkeypatch.setattr(drawing, "in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampling.sampler)) or in_batches(*a, **k))
+  monkeypatch.setattr(
+    drawing, "in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampling.sampler)) or in_batches(*a, **k)
+  )
   first = without_times(copy)
   score(config_of(), copy)
   assert drawn == ["ddim"], "of the denoising alone: the samples are there"
@@ -111,7 +113,18 @@ def test_several_samplers_and_steps_give_a_curve(one_device, copy):
 
 def test_where_numbers_come_from_is_said(finished):
   report = report_of(finished)
-  for name in ("sampling", "guidance", "weights", "step", "seed", "dtype", "weights_sha256", "versions", "commit", "data"):
+  for name in (
+    "sampling",
+    "guidance",
+    "weights",
+    "step",
+    "seed",
+    "dtype",
+    "weights_sha256",
+    "versions",
+    "commit",
+    "data",
+  ):
     assert name in report, name
   assert report["num_samples"] == 40
   assert report["reference"] == "100 held-out images"
@@ -128,7 +141,9 @@ def test_statistics_of_a_file_stand_for_their_images(one_device, copy, tmp_path)
   config.evaluation.reference = str(tmp_path / "held_out.npz")
   score(config, copy)
   report = report_of(copy)
-  assert report["scores"]["generated"]["frechet_distance"] == pytest.approx(direct["generated"]["frechet_distance"], rel=1e-12)
+  assert report["scores"]["generated"]["frechet_distance"] == pytest.approx(
+    direct["generated"]["frechet_distance"], rel=1e-12
+  )
   assert report["reference"].startswith("statistics of 100 images")
   _, held_out = data.hold_out(data.digits(), 100)
   pixels = data.read(held_out, np.arange(100))["image"].reshape(100, -1) / 127.5 - 1
@@ -207,7 +222,9 @@ def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
   gaussian = metrics.gaussian(np.random.default_rng(0).standard_normal((100, 64)))
   for key, value in (("features", "classifier"), ("image_shape", [16, 16, 1])):
     path = tmp_path / f"{key}.npz"
-    metrics.save_statistics(path, metrics.Statistics(gaussian, None, {"features": "pixels", "image_shape": [8, 8, 1]} | {key: value}))
+    metrics.save_statistics(
+      path, metrics.Statistics(gaussian, None, {"features": "pixels", "image_shape": [8, 8, 1]} | {key: value})
+    )
     with pytest.raises(ValueError, match=f"of {key}="):
       score(config_of(reference=str(path)), finished)
   np.savez(tmp_path / "foreign.npz", mu=np.zeros(2048), sigma=np.eye(2048))

@@ -185,7 +185,10 @@ def _check_statistics(config: ConfigDict, space: Space, path: str, statistics: m
       " statistics of the same features. Make them by --mode=stats, or name the features: --config.evaluation.features."
     )
   # What is known of the space first: its classifier may have to be trained.
-  for own in (lambda: describe_space(config, space, {}), lambda: describe_space(config, space, space.make().provenance)):
+  for own in (
+    lambda: describe_space(config, space, {}),
+    lambda: describe_space(config, space, space.make().provenance),
+  ):
     if not about:
       return
     for key, value in own().items():

@@ -18,7 +18,11 @@ from ddpm_jax.report.figures import Figure
 
 # A sample whose nearest training image is nearer than this share of the typical distance looks copied.
 COPIED = 0.5
-_ESTIMATES = {"vlb": "Variational bound", "ode": "Probability-flow ODE"}
+_ESTIMATES = {
+  "bound": "Variational bound",
+  "ode": "Probability-flow ODE",
+  "continuous": "Bound in continuous time",
+}
 _PARTS = {"nfe": "NFE"}
 # Keys of an evaluation that have sections of their own.
 _SHOWN = ("scores", "curve", "likelihood")

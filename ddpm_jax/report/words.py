@@ -17,7 +17,13 @@ class Score(NamedTuple):
 
 _SCORES = {
   "frechet_distance": Score("Fréchet distance", "lower", "between Gaussians fitted to the features of both sets"),
+  "spatial_frechet_distance": Score("Spatial Fréchet distance", "lower", "the same of features that know their places"),
+  "kernel_distance": Score(
+    "Kernel distance", "lower", "squared kernel distance of the features, without assuming Gaussians"
+  ),
+  "class_score": Score("Class score", "higher", "how sure a classifier is of each sample, and how varied its answers"),
   "fid": Score("FID", "lower", "the Fréchet distance of Inception features"),
+  "sfid": Score("sFID", "lower", "the same of Inception features that know their places"),
   "kid": Score("KID", "lower", "squared kernel distance of the features, without assuming Gaussians"),
   "inception_score": Score(
     "Inception score", "higher", "how sure a classifier is of each sample, and how varied its answers"
@@ -33,6 +39,9 @@ _SCORES = {
 
 def score(key: str) -> Score:
   """What is known of a score; an unknown one keeps its key as its name."""
+  if key.startswith("clean_") and key[6:] in _SCORES:
+    known = _SCORES[key[6:]]
+    return known._replace(name=f"clean-{known.name}", meaning=f"{known.meaning}, resized as clean-fid does")
   return _SCORES.get(key, Score(key))
 
 

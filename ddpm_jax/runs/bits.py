@@ -38,7 +38,9 @@ def check(config: ConfigDict, held_out: data.Source | None) -> None:
       "Got config.evaluation.likelihood and no held-out images to take it of; set --config.data.eval_split or --config.data.hold_out."
     )
   if config.superres.factor:
-    raise ValueError("Got config.evaluation.likelihood for a model that enlarges images, which has none here; leave it out.")
+    raise ValueError(
+      "Got config.evaluation.likelihood for a model that enlarges images, which has none here; leave it out."
+    )
   if "bound" in c.likelihood and build.build_process(config).num_steps is None:
     raise ValueError(
       f"Got the likelihood 'bound' for the continuous process {config.process.name!r}; wanted ode or continuous, or a discrete process."
@@ -152,7 +154,11 @@ def _summary(config: ConfigDict, kind: str, values: np.ndarray) -> dict[str, Any
   mean, error = likelihood.summary(values[:, 0])
   found: dict[str, Any] = {"bits": mean, "standard_error": error, "num_images": len(values)}
   if kind == "ode":
-    found |= {"nfe": float(values[:, 1].mean()), "nfe_most": int(values[:, 1].max()), "tolerance": config.sampling.tolerance}
+    found |= {
+      "nfe": float(values[:, 1].mean()),
+      "most_nfe": int(values[:, 1].max()),
+      "tolerance": config.sampling.tolerance,
+    }
     found["trace"] = f"{c.probes} Rademacher probe(s)" if c.probes else "exact"
     found["dequantization"] = "uniform"
   else:

@@ -18,8 +18,8 @@ from ddpm_jax.runs.model import Weights
 # Samples whose way from noise to data is shown, and frames of it.
 SHOWN = 8
 _FRAMES = 40
-# Samples beside their nearest training images, and how many of these.
-_COMPARED, _NEAREST = 12, 4
+# Samples whose nearest training images are looked for, and how many of these; the page shows the closest.
+_COMPARED, _NEAREST = 200, 3
 # Training images to look among, and held-out ones to say what distance is usual.
 _SEARCHED, _USUAL = 50_000, 500
 # Samples at most in the page.
