@@ -40,5 +40,6 @@ def get_config():
     {"batch_size": 64, "steps": 4000, "log_every": 50, "checkpoint_every": 500, "sample_every": 1000}
   )
   config.sampling.update({"sampler": "ddim", "num_steps": 50, "batch_size": 125})
-  config.evaluation.num_samples = 500
+  # As the scores above were taken.
+  config.evaluation.update({"num_samples": 500, "features": "pixels"})
   return config

@@ -196,15 +196,15 @@ def default_config() -> ConfigDict:
   )
   config.evaluation = ConfigDict(
     {
-      "num_samples": 1000,
+      "num_samples": 50_000,
       "batch_size": 128,  # images on each device at a time
       "features": "",  # inception, classifier or pixels; empty: inception if its weights are given, else what suits the images
       "inception_weights": "",  # the file of the FID Inception network
       "inception_sha256": INCEPTION_SHA256,  # how the hash of that file begins; empty: any file, whose scores are then not called FID
       "resize": "tf1",  # to Inception's 299x299: tf1, as the reference, or clean, as clean-fid
       "classifier_steps": 600,  # of training the classifier whose features suit small grey images
-      "reference": "",  # train, held_out or an .npz file of statistics; empty: train for inception, else held_out
-      "scores": (),  # some of evaluate.SCORES; empty: all that the features and the reference allow
+      "reference": "",  # train, held_out or an .npz file of statistics; empty: train for inception or many samples, else held_out
+      "scores": (),  # some of evaluate.SCORES; empty: all that the features, the reference and the number of samples allow
       "allow_singular": False,  # a Frechet distance of no more samples than the features have dimensions
       "k": 5,  # nearest neighbour of precision, recall, density and coverage
       "most_kept": 10_000,  # features for the scores that compare pairs

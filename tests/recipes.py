@@ -19,7 +19,8 @@ def tiny_config() -> ConfigDict:
   config.ema.decay = 0.9
   config.training.update({"batch_size": 16, "steps": 12, "log_every": 3, "checkpoint_every": 4, "sample_every": 6})
   config.sampling.update({"sampler": "ddim", "num_steps": 4, "batch_size": 16, "preview_steps": 3})
-  config.evaluation.update({"num_samples": 40, "features": "pixels", "allow_singular": True, "kernel_subsets": 4})
+  config.evaluation.update({"num_samples": 40, "features": "pixels", "reference": "held_out", "allow_singular": True})
+  config.evaluation.update({"kernel_subsets": 4, "classifier_steps": 40})
   return config
 
 

@@ -139,12 +139,16 @@ class _Classifier:
 def build_reference(
   config: ConfigDict, space: Space, source: data.Source, held_out: data.Source | None
 ) -> Reference | None:
-  """What the config's samples are compared with; None if it is held-out images by default, and there are none.
+  """What the config's samples are compared with.
+
+  By default the training images in Inception's features, as is usual, or if there are more samples than held-out images; else the held-out ones,
+  or None if there are none.
 
   Raises:
     ValueError: if the reference is empty, missing, or of other features or images.
   """
-  name = config.evaluation.reference or ("train" if space.name == "inception" else "held_out")
+  many = held_out is not None and config.evaluation.num_samples > len(held_out)
+  name = config.evaluation.reference or ("train" if space.name == "inception" or many else "held_out")
   if name == "train":
     return _checked(Reference(name, source, None, held_out))
   if name == "held_out":
@@ -161,6 +165,10 @@ def build_reference(
   statistics = metrics.load_statistics(Path(name).expanduser())
   _check_statistics(config, space, name, statistics)
   return Reference(name, None, statistics, source if held_out is None else held_out)
+
+
+def _full_rank(c: ConfigDict, space: Space, *counts: int | None) -> bool:
+  return c.allow_singular or all(count is None or count > space.dimensions for count in counts)
 
 
 def _checked(reference: Reference) -> Reference:
@@ -202,6 +210,9 @@ def _check_statistics(config: ConfigDict, space: Space, path: str, statistics: m
 def build_settings(config: ConfigDict, space: Space, reference: Reference, count: int) -> evaluate.Settings:
   """How samples of a config are scored, checked for `count` of them.
 
+  Where the config names no scores, and there are too few samples for a covariance of full rank, there is no Frechet distance: but in Inception's
+  features, which are given to have one, this is an error.
+
   Raises:
     ValueError: if scores are unknown or cannot be had, or there are too few samples or reference images for them.
   """
@@ -209,7 +220,10 @@ def build_settings(config: ConfigDict, space: Space, reference: Reference, count
   pairs = reference.statistics is None
   spatial = space.spatial and (pairs or reference.statistics.spatial is not None)  # type: ignore[union-attr]
   possible = evaluate.available(spatial=spatial, classes=space.classes, pairs=pairs)
+  number = reference.statistics.features.count if reference.statistics else len(reference.images or ())
   wanted = tuple(choose(name, evaluate.SCORES, "a score") for name in c.scores) or possible
+  if not c.scores and space.name != "inception" and not _full_rank(c, space, count, number):
+    wanted = tuple(name for name in possible if name != "frechet")
   for name in wanted:
     if name not in possible:
       raise ValueError(
@@ -222,7 +236,6 @@ def build_settings(config: ConfigDict, space: Space, reference: Reference, count
       f"Got evaluation.num_samples={count} with {known} held-out images; wanted no more, so that the floor and the samples are of one"
       " size. Or score against the training images: --config.evaluation.reference=train."
     )
-  number = reference.statistics.features.count if reference.statistics else known
   for size in (count, number):
     if {"frechet", "spatial_frechet"} & set(wanted) and not c.allow_singular:
       metrics.check_rank(size, space.dimensions)

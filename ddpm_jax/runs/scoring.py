@@ -165,6 +165,11 @@ class Judge:
         rows_of = {**curve, "real images (floor)": report["scores"]["floor"]}
       say(f"\n{self.space.name} features, {report['num_samples']:,} samples against {report['reference']}")
       say(evaluate.table(rows_of))
+      if "frechet" not in self._settings.scores and not self.config.evaluation.scores:
+        say(
+          f"no Frechet distance: {self._space.dimensions:,} dimensions want more samples and reference images than that"
+          " (config.evaluation.num_samples, allow_singular), or other features"
+        )
     say(bits.table(likelihood) + f"\nscores       {path}")
     content = reporting.content(
       self.config,
