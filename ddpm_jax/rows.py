@@ -18,6 +18,9 @@ class Rows:
     shape: of the whole array [N, ...].
     dtype: its type.
 
+  Raises:
+    OSError: if there is no room for the whole array.
+
   Attributes:
     done: how many rows are there already.
     notes: what was written down beside them, as JSON.
@@ -34,6 +37,9 @@ class Rows:
       return
     self._notes_path.unlink(missing_ok=True)
     self._array = np.lib.format.open_memmap(self._array_path, mode="w+", dtype=dtype, shape=shape)
+    with self._array_path.open("r+b") as file:
+      # Now: a full disk would later end the process without a word.
+      os.posix_fallocate(file.fileno(), 0, self._array_path.stat().st_size)
 
   def _read_whole(self) -> bool:
     try:
