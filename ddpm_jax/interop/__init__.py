@@ -1,8 +1,8 @@
-"""Other people's weights and formats: `diffusers` folders, and `guided_diffusion` checkpoints; `tensors` reads their files."""
+"""Other people's weights and formats: `diffusers` folders, `guided_diffusion` checkpoints and `inception` weights; `tensors` reads their files."""
 
 import importlib
 
-__all__ = ["diffusers", "guided_diffusion", "tensors"]
+__all__ = ["diffusers", "guided_diffusion", "inception", "tensors"]
 
 
 def __getattr__(name: str):

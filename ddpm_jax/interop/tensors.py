@@ -129,11 +129,13 @@ class Grammar(NamedTuple):
     name_of: `name_of(path)`, the name in the file; several paths may share one.
     theirs: `theirs(path, shape)`, the shape in the file.
     to_ours: `to_ours(path, value)`, the parameter from the file's tensor.
+    ignored: `ignored(name)`, whether a tensor of the file is none of the network's.
   """
 
   name_of: Callable[[str], str]
   theirs: Callable[[str, tuple[int, ...]], tuple[int, ...]] = theirs
   to_ours: Callable[[str, np.ndarray], np.ndarray] = to_ours
+  ignored: Callable[[str], bool] = lambda name: False
 
 
 def load(tensors: Tensors, template: PyTree, grammar: Grammar, rename: Mapping[str, str] | None = None) -> PyTree:
@@ -154,8 +156,8 @@ def load(tensors: Tensors, template: PyTree, grammar: Grammar, rename: Mapping[s
     name = grammar.name_of(path)
     wanted.setdefault(name, []).append(path)
     shapes[name] = grammar.theirs(path, tuple(leaf.shape))
-  given = {name: (rename or {}).get(name, name) for name in tensors.shapes}
-  _check(tensors.path, shapes, tensors.shapes, given)
+  given = {name: (rename or {}).get(name, name) for name in tensors.shapes if not grammar.ignored(name)}
+  _check(tensors.path, shapes, {name: tensors.shapes[name] for name in given}, given)
   params = {}
   for name, value in tensors.items(given):
     for path in wanted[given[name]]:

@@ -12,6 +12,7 @@ from ddpm_jax.metrics.classifier import (
 )
 from ddpm_jax.metrics.features import FeatureSpace, check_images, extractor
 from ddpm_jax.metrics.frechet import check_rank, frechet_distance
+from ddpm_jax.metrics.inception import inception_space, resize_clean, resize_tf1
 from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
 from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
 from ddpm_jax.metrics.neighbours import Neighbourhoods, nearest, neighbourhoods, precision_recall
@@ -37,6 +38,7 @@ __all__ = [
   "frechet_distance",
   "gaussian",
   "inception_score",
+  "inception_space",
   "kernel_distance",
   "load_classifier",
   "load_statistics",
@@ -48,6 +50,8 @@ __all__ = [
   "neighbourhoods",
   "pixel_space",
   "precision_recall",
+  "resize_clean",
+  "resize_tf1",
   "save_classifier",
   "save_statistics",
   "train_classifier",

@@ -1,0 +1,89 @@
+"""The feature space of FID: the 2015 Inception network behind the resizing of the reference, or of clean-fid."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.metrics.features import FeatureSpace, check_images
+from ddpm_jax.networks.inception import SIZE, Inception
+
+Array = jax.Array
+PyTree = Any
+
+
+def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", published: bool = False) -> FeatureSpace:
+  """`features` [B, 2048], `log_probs` [B, 1008] (of the logits without bias, as the Inception Score wants) and `spatial` [B, 2023].
+
+  Args:
+    params: of `networks.inception.Inception`, from `interop.inception.load`.
+    resize: how images become 299x299: "tf1", as the reference implementation, or "clean", as clean-fid.
+    sha256: of the weights' file.
+    published: whether it is the published one, so that the distance is FID.
+
+  Raises:
+    ValueError: if `resize` is neither.
+  """
+  if resize not in ("tf1", "clean"):
+    raise ValueError(f"Got resize={resize!r}; wanted 'tf1', as the reference implementation of FID, or 'clean'.")
+  network = Inception(taps=("2048", "logits_unbiased", "spatial"))
+
+  def prepare(images: np.ndarray) -> np.ndarray:
+    colour = as_colour(images)
+    return colour if resize == "tf1" else resize_clean(colour)
+
+  def apply(params, x):
+    x = x.astype(jnp.float32)
+    taps = network.apply({"params": params}, ((resize_tf1(x) if resize == "tf1" else x) - 128) / 128)
+    log_probs = jax.nn.log_softmax(taps["logits_unbiased"])
+    return {"features": taps["2048"], "log_probs": log_probs, "spatial": taps["spatial"]}
+
+  provenance = {
+    "network": "Inception of 2015-12-05, of the file's weights",
+    "resize": resize,
+    "sha256": sha256,
+    "published": published,
+  }
+  return FeatureSpace("inception", params, prepare, apply, provenance)
+
+
+def as_colour(images: np.ndarray) -> np.ndarray:
+  """Images uint8 [B, H, W, 3] of such with three channels or one, which is repeated; a ValueError for others."""
+  check_images(images)
+  if images.shape[-1] not in (1, 3):
+    raise ValueError(f"Got images of {images.shape[-1]} channels for the Inception network; wanted 3, or 1.")
+  return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
+
+
+def resize_tf1(x: Array, size: int = SIZE) -> Array:
+  """Images [B, H, W, C] to [B, size, size, C], bilinear as TensorFlow 1 did it: pixel i of the result lies at i H / size.
+
+  No pixel's centre is its place then, and a larger image is sampled, not averaged: the numbers of papers follow from it.
+  """
+  rows, columns = (_bilinear(length, size) for length in x.shape[1:3])
+  x = jnp.einsum("ih,bhwc->biwc", rows, x, precision="highest")
+  return jnp.einsum("jw,biwc->bijc", columns, x, precision="highest")
+
+
+def _bilinear(length: int, size: int) -> np.ndarray:
+  """The weights [size, length]."""
+  places = (np.arange(size, dtype=np.float32) * np.float32(length / size)).astype(np.float64)
+  low = np.floor(places).astype(int)
+  high = np.minimum(low + 1, length - 1)
+  weights = np.zeros((size, length))
+  np.add.at(weights, (np.arange(size), low), 1 - (places - low))
+  np.add.at(weights, (np.arange(size), high), places - low)
+  return weights.astype(np.float32)
+
+
+def resize_clean(images: np.ndarray, size: int = SIZE) -> np.ndarray:
+  """Images uint8 [B, H, W, C] to float32 [B, size, size, C] in [0, 255], by Pillow's bicubic filter, each channel in floats (Parmar et al. 2022)."""
+  from PIL import Image
+
+  resized = np.empty((*images.shape[:1], size, size, images.shape[-1]), np.float32)
+  for index, image in enumerate(images):
+    for channel in range(image.shape[-1]):
+      picture = Image.fromarray(image[..., channel].astype(np.float32))
+      resized[index, ..., channel] = np.clip(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)), 0, 255)
+  return resized
