@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_jax import randomness
 from ddpm_jax.predictions import Denoise, map_x_0, x_0_of
-from ddpm_jax.processes import Process, as_time, check_floats
+from ddpm_jax.processes import Process, as_time, check_floats, expand
 
 Array = jax.Array
 
@@ -43,9 +43,9 @@ def no_memory(x: Array) -> tuple[()]:
 
 
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
-  """What the network says of x_t at scalar time t > 0: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`."""
+  """What the network says of x_t at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`."""
   x_0 = x_0_of(denoise(x_t, t))
-  return x_0, (x_t - process.alpha(t) * x_0) / process.sigma(t)
+  return x_0, (x_t - expand(process.alpha(t), x_t) * x_0) / expand(process.sigma(t), x_t)
 
 
 def root(variance) -> Array:
