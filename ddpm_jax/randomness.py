@@ -21,6 +21,13 @@ def check_key(key: jax.Array) -> None:
     raise ValueError(f"Got keys of shape {key.shape}; wanted one key, shape (), or one a sample, shape [B].")
 
 
+def check_keys(key: jax.Array, count: int) -> None:
+  """Raises a ValueError unless `key` is one typed key, or `count` of them."""
+  check_key(key)
+  if key.ndim and key.shape[0] != count:
+    raise ValueError(f"Got {key.shape[0]} keys for a batch of {count}; wanted one key a sample, or a single key.")
+
+
 def sample_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
   """Keys [B], one a sample: `key` folded with each of the samples' global `indices` [B]."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
@@ -53,9 +60,7 @@ def rademacher(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax
 
 
 def _draw(sampler: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-  check_key(key)
+  check_keys(key, shape[0])
   if key.ndim == 0:
     return sampler(key, shape, dtype)
-  if key.shape[0] != shape[0]:
-    raise ValueError(f"Got {key.shape[0]} keys for a batch of {shape[0]}; wanted one key a sample, or a single key.")
   return jax.vmap(lambda k: sampler(k, shape[1:], dtype))(key)

@@ -48,6 +48,22 @@ def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, 
   return x_0, (x_t - expand(process.alpha(t), x_t) * x_0) / expand(process.sigma(t), x_t)
 
 
+def checked(denoise: Denoise) -> Denoise:
+  """`denoise`, whose estimate has the shape of x_t or is a ValueError."""
+
+  def network(x_t: Array, t):
+    def check(x_0):
+      if jnp.shape(x_0) != x_t.shape:
+        raise ValueError(
+          f"Got an estimate of shape {jnp.shape(x_0)} from denoise for x of shape {x_t.shape}; wanted the same shape."
+        )
+      return x_0
+
+    return map_x_0(check, denoise(x_t, t))
+
+  return network
+
+
 def root(variance) -> Array:
   """The square root of a variance that may be 0, there with the slope 0 and not an infinite one."""
   positive = variance > 0
@@ -130,14 +146,7 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     sampler = sampler.prepare(times.shape[0] - 1)
 
   def network(x_t, t):
-    def check(x_0):
-      if jnp.shape(x_0) != x_t.shape:
-        raise ValueError(
-          f"Got an estimate of shape {jnp.shape(x_0)} from denoise for x of shape {x_t.shape}; wanted the same shape."
-        )
-      return jnp.asarray(x_0, precision)
-
-    return map_x_0(check, denoise(x_t.astype(dtype), t))
+    return map_x_0(lambda x_0: jnp.asarray(x_0, precision), checked(denoise)(x_t.astype(dtype), t))
 
   def body(carry, step):
     x_t, memory = carry
