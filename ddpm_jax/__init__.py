@@ -13,6 +13,7 @@ __all__ = [
   "hardware",
   "images",
   "interop",
+  "likelihood",
   "losses",
   "metrics",
   "networks",

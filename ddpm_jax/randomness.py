@@ -4,6 +4,8 @@ Every function that draws noise for a batch takes either. With an array of keys,
 key ``i`` alone, so it does not depend on the batch size or on how the batch is laid out over devices.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,13 @@ def check_key(key: jax.Array) -> None:
     )
   if key.ndim > 1:
     raise ValueError(f"Got keys of shape {key.shape}; wanted one key, shape (), or one a sample, shape [B].")
+
+
+def check_keys(key: jax.Array, count: int) -> None:
+  """Raises a ValueError unless `key` is one typed key, or `count` of them."""
+  check_key(key)
+  if key.ndim and key.shape[0] != count:
+    raise ValueError(f"Got {key.shape[0]} keys for a batch of {count}; wanted one key a sample, or a single key.")
 
 
 def sample_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
@@ -37,9 +46,21 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arr
   Raises:
     ValueError: if `key` is no typed key, or the number of keys is not B.
   """
-  check_key(key)
+  return _draw(jax.random.normal, key, shape, dtype)
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+  """Numbers in [0, 1) of `shape` [B, ...] from one key, or from B keys, one a sample; errors as of `normal`."""
+  return _draw(jax.random.uniform, key, shape, dtype)
+
+
+def rademacher(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+  """Signs, -1 or 1, of `shape` [B, ...] from one key, or from B keys, one a sample; errors as of `normal`."""
+  return _draw(jax.random.rademacher, key, shape, dtype)
+
+
+def _draw(sampler: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+  check_keys(key, shape[0])
   if key.ndim == 0:
-    return jax.random.normal(key, shape, dtype)
-  if key.shape[0] != shape[0]:
-    raise ValueError(f"Got {key.shape[0]} keys for a batch of {shape[0]}; wanted one key a sample, or a single key.")
-  return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
+    return sampler(key, shape, dtype)
+  return jax.vmap(lambda k: sampler(k, shape[1:], dtype))(key)

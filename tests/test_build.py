@@ -153,26 +153,27 @@ PAIRS = [*zip(build.SAMPLERS, itertools.cycle(USUAL), strict=False), ("ode", "di
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
 def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
-  """The same samples from one key each, in one batch or two; `ode` controls its error over a batch, so nearly."""
+  """The same samples from one key each, in one batch or two."""
   config = tiny_config()
   if process == "zero_snr":
     config.process.zero_terminal_snr, config.prediction = True, "v"
   else:
     config.process.name, config.prediction = process, USUAL[process]
-  config.sampling.update({"sampler": sampler, "num_steps": 5, "batch_size": 8, "tolerance": 1e-6})
+  config.sampling.update({"sampler": sampler, "num_steps": 5, "batch_size": 8, "tolerance": 1e-3})
   config.network.num_classes = 3
   params = jax.jit(build.build_params_init(config))(jax.random.key(0))
   params = jax.tree.map(lambda p: p + 0.02, params)
   generate = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))
   classes = np.arange(8) % 3
   whole, nfe = generate(params, 1, 0, {"classes": classes}, {})
-  config.sampling.batch_size, first = 4, 0 if sampler == "ode" else 4
+  config.sampling.batch_size = 4
   part, _ = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(
-    params, 1, first, {"classes": classes[first : first + 4]}, {}
+    params, 1, 4, {"classes": classes[4:]}, {}
   )
   assert whole.shape == (8, 8, 8, 1)
   assert jnp.all(jnp.isfinite(whole))
-  difference = np.abs(whole[first : first + 4] - part)
+  difference = np.abs(whole[4:] - part)
+  # Batches of other sizes round differently, and where that turns the choice of a step, the flow is as exact as was asked for.
   assert np.mean(difference) < 1e-3 if sampler == "ode" else np.max(difference) < 1e-4
   calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
   assert int(nfe) == calls.get(sampler, 5) or sampler == "ode"

@@ -24,6 +24,55 @@ def test_ode_counts_and_moves_as_scipy_does(ends):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("ends", [(1.0, 0.05), (0.05, 0.9)])
+def test_each_sample_moves_as_it_would_alone_and_as_scipy_moves_it(ends):
+  """Seven samples, of which some need more steps, in one batch and one by one."""
+  process = PROCESSES["vp"]
+  denoise = jax.jit(MIXTURE.denoise(process))
+  x = np.random.default_rng(0).standard_normal((7, 2)) * np.array([[0.01, 0.1, 0.3, 0.5, 1, 2, 5]]).T
+  solve = jax.jit(lambda x: sampling.ode(process, denoise, x, *ends, per_sample=True))
+  got, nfe = solve(x)
+  assert nfe.shape == (7,)
+  assert len(set(np.asarray(nfe))) > 1
+  for row in range(7):
+    alone, calls = solve(x[row : row + 1])
+    truth = solve_ivp(vp_flow(denoise, (1, 2)), ends, x[row], rtol=1e-5, atol=1e-5, method="RK45")
+    assert nfe[row] == calls[0] == truth.nfev
+    np.testing.assert_allclose(got[row], alone[0], rtol=1e-12)
+    np.testing.assert_allclose(got[row], truth.y[:, -1], rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rk45_solves_what_it_is_given():
+  """Each row has its own rate; times are its own."""
+  rates = jnp.array([[1.0], [30.0], [0.0]])
+  fun = lambda t, x: -rates * jnp.expand_dims(t, -1) * x  # noqa: E731
+  x, nfe = jax.jit(lambda x: sampling.rk45(fun, x, 0.0, 1.0, rtol=1e-8, atol=1e-8, per_sample=True))(jnp.ones((3, 1)))
+  np.testing.assert_allclose(x, np.exp(-rates / 2), atol=1e-7)
+  assert nfe[1] > nfe[0] > nfe[2]
+
+
+def test_a_sample_that_does_not_arrive_is_nan_alone():
+  process = PROCESSES["vp"]
+  exact = MIXTURE.denoise(process)
+
+  def denoise(x, t):
+    assert t.shape == (3,)
+    bad = (x[:, :1] > 5) & (t[:, None] < 0.5)
+    return jnp.where(bad, jnp.nan, exact(x, t))
+
+  x = jnp.array([[0.5, -1.0], [60.0, 0.0], [0.0, 0.1]])
+  got, nfe = sampling.ode(process, denoise, x, 1.0, 0.01, per_sample=True)
+  np.testing.assert_array_equal(jnp.isnan(got).any(1), [False, True, False])
+  alone, _ = sampling.ode(process, lambda x, t: exact(x, t), x[:1], 1.0, 0.01, per_sample=True)
+  np.testing.assert_allclose(got[:1], alone, rtol=1e-4)
+  limit = int(nfe[0])
+  got, short = sampling.ode(process, exact, x[::2], 1.0, 0.01, max_nfe=limit - 1, per_sample=True)
+  assert jnp.all(jnp.isnan(got[0]))
+  assert short[0] < limit
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
 def test_ode_reaches_the_exact_flow_and_comes_back(process):
   """From t_max, where no data may be left, to near the data, and the way back that encodes them."""

@@ -145,7 +145,7 @@ def build_rule(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
 
 
 def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array, Array]]:
-  """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data."""
+  """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data; of `ode`, the most of the batch."""
   c, process, shape = config.sampling, build_process(config), image_shape(config)
   name = choose(c.sampler, SAMPLERS, "a sampler")
   if c.variance == "learned" and not config.learned_variance:
@@ -160,8 +160,9 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
 
     def integrate(keys, denoise):
       t_end = max(process.t_min, 1e-3)
-      x, nfe = sampling.ode(process, denoise, start(keys), process.t_max, t_end, rtol=c.tolerance, atol=c.tolerance)
-      return predictions.x_0_of(denoise(x, t_end)), nfe + 1
+      tolerances = {"rtol": c.tolerance, "atol": c.tolerance}
+      x, nfe = sampling.ode(process, denoise, start(keys), process.t_max, t_end, per_sample=True, **tolerances)
+      return predictions.x_0_of(denoise(x, t_end)), jnp.max(nfe) + 1
 
     return integrate
 

@@ -13,7 +13,7 @@ from ddpm_jax.losses.times import (
   uniform,
   update_moments,
 )
-from ddpm_jax.losses.variational import decoder_bits, hybrid_loss, prior_bits, vlb_bits
+from ddpm_jax.losses.variational import decoder_bits, hybrid_loss, mean_bits, prior_bits, vlb_bits
 from ddpm_jax.losses.weightings import (
   Weighting,
   edm,
@@ -43,6 +43,7 @@ __all__ = [
   "logit_normal",
   "loss_moments",
   "low_discrepancy",
+  "mean_bits",
   "min_snr",
   "on_x0",
   "p2",

@@ -23,7 +23,7 @@ Array = jax.Array
 def prior_bits(process: Process, x_0: Array) -> Array:
   """KL(q(x_T | x_0) || prior) in bits per dimension [B], for data [B, ...]: the bound's term that no network can lower."""
   t = jnp.asarray(process.t_max)
-  return _bits(0.5 * (process.alpha(t) / process.sigma(t) * x_0) ** 2)
+  return mean_bits(0.5 * (process.alpha(t) / process.sigma(t) * x_0) ** 2)
 
 
 def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256) -> Array:
@@ -44,7 +44,7 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
   log_upper = log_ndtr(upper)
   inside = jnp.isfinite(lower)
   gap = jnp.where(inside, log_ndtr(jnp.where(inside, lower, 0.0)) - log_upper, -jnp.inf)
-  return _bits(-log_upper - jnp.log(-jnp.expm1(gap)))
+  return mean_bits(-log_upper - jnp.log(-jnp.expm1(gap)))
 
 
 def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, variance: str = "small") -> Array:
@@ -94,7 +94,7 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
   pull = expand(process.alpha(later_s) * added, x_0)
   ratio = small - model
   kl = 0.5 * (jnp.expm1(ratio) - ratio + (pull * (x_0 - x_0_hat)) ** 2 * jnp.exp(-model))
-  return jnp.where(step > 1, _bits(kl), decoder_bits(x_0, x_0_hat, model))
+  return jnp.where(step > 1, mean_bits(kl), decoder_bits(x_0, x_0_hat, model))
 
 
 def hybrid_loss(
@@ -148,6 +148,6 @@ def hybrid_loss(
   return jnp.mean(drawn.importance * loss), {"t": drawn.t, "loss": loss, "squared_error": error, "vlb_bits": bits}
 
 
-def _bits(nats: Array) -> Array:
-  """The mean over dimensions [B] in bits."""
+def mean_bits(nats: Array) -> Array:
+  """Nats [B, ...] in bits per dimension [B], the mean over all dimensions."""
   return jnp.mean(nats.reshape(nats.shape[0], -1), axis=1) / math.log(2)

@@ -187,7 +187,7 @@ def draw(
 ) -> tuple[np.ndarray, int]:
   """`count` samples (uint8), and the network evaluations each took (at most). `inputs` are arrays [count, ...].
 
-  Sample i follows from the seed, its inputs and i alone, but for the sampler `ode`, which controls its error over a batch.
+  Sample i follows from the seed, its inputs and i alone.
   """
   parts, most = [], 0
   for x, nfe in in_batches(config, generate, params, seed, count, inputs, guiding or {}):

@@ -1,7 +1,7 @@
 """Samplers: step rules, the loop that runs them, the adaptive ODE and grids of times."""
 
 from ddpm_jax.sampling import grids
-from ddpm_jax.sampling.adaptive import ode
+from ddpm_jax.sampling.adaptive import ode, rk45
 from ddpm_jax.sampling.core import Sampler, nfe, sample
 from ddpm_jax.sampling.dpm_solver import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_sde
 from ddpm_jax.sampling.euler import ddim, euler, euler_ancestral, heun
@@ -29,6 +29,7 @@ __all__ = [
   "nfe",
   "ode",
   "reverse_diffusion",
+  "rk45",
   "sample",
   "unipc",
   "with_langevin",

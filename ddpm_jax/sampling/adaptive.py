@@ -1,7 +1,8 @@
 """The probability-flow ODE with an adaptive step: Dormand and Prince's RK45 with SciPy's step control, jitted.
 
 The solver is our own because the number of network evaluations (NFE) is a result that papers report: this one counts
-every call, those of the first step size included, and counts as `scipy.integrate.solve_ivp(method="RK45")` does.
+every call, those of the first step size included, and counts as `scipy.integrate.solve_ivp(method="RK45")` does. And
+because each sample may have steps of its own, so that it does not depend on the batch that it is in.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.predictions import Denoise
-from ddpm_jax.processes import Process, as_time, check_floats
+from ddpm_jax.processes import Process, as_time, check_floats, expand
 from ddpm_jax.sampling.core import estimate
 
 Array = jax.Array
@@ -53,31 +54,33 @@ def ode(
   rtol: float = 1e-5,
   atol: float = 1e-5,
   max_nfe: int = 100_000,
+  per_sample: bool = False,
 ) -> tuple[Array, Array]:
   """Follows the probability flow of `x` from time t to s, either way (Song et al. 2021, equation 13).
 
   Args:
     process: the forward process.
-    denoise: `denoise(x_t, t) -> x_0 estimate`.
+    denoise: `denoise(x_t, t) -> x_0 estimate`; with `per_sample` it is called with t of shape [B].
     x: the state [B, ...] at time t.
     t: the time to start from, a scalar.
     s: the time to end at: below t to sample, above it to encode. Both above 0, where the flow's right side is 0/0:
       stop at `process.t_min` and call `denoise` for the last step to data.
-    rtol: relative tolerance of the root mean square error, over the whole batch.
+    rtol: relative tolerance of the root mean square error, over the whole batch or each sample.
     atol: absolute tolerance.
     max_nfe: the number of network calls at which to give up.
+    per_sample: whether each sample has its own error, step sizes and times, so that sample i follows from x[i] alone. The
+      network runs on the whole batch until the last sample has arrived.
 
   Returns:
-    x [B, ...] at time s, and the number of network calls, an integer scalar. A solution that did not reach s within
-    `max_nfe` calls is NaN throughout: an inexact state is never passed off as the answer. Derivatives go forwards only
-    (`jax.jvp`), as the number of steps is not known beforehand.
+    x [B, ...] at time s, and the number of network calls: an integer scalar, or [B] with `per_sample`, those that a sample
+    alone would have taken. A solution that did not reach s within `max_nfe` calls is NaN throughout (with `per_sample` of
+    that sample alone): an inexact state is never passed off as the answer. Derivatives go forwards only (`jax.jvp`), as the
+    number of steps is not known beforehand.
 
   Raises:
     ValueError: if the tolerances are not positive, or a known time is outside (0, t_max].
   """
   check_floats(x)
-  if not (rtol > 0 and atol > 0):
-    raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both above 0, such as 1e-5.")
   for value in (t, s):
     if np.ndim(value):
       raise ValueError(
@@ -89,16 +92,54 @@ def ode(
       )
 
   def slope(time, state):
-    x_0, eps = estimate(process, denoise, state, time)
-    alpha_slope, sigma_slope = process.slopes(time)
-    return alpha_slope * x_0 + sigma_slope * eps
+    return flow(process, denoise, state, time)
 
-  return _rk45(slope, x, as_time(t), as_time(s), rtol, atol, max_nfe)
+  return rk45(slope, x, t, s, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=per_sample)
 
 
-def _rk45(fun: Callable[[Array, Array], Array], x: Array, t: Array, end: Array, rtol: float, atol: float, max_nfe: int):
+def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
+  """The slope dx/dt = alpha' x_0 + sigma' eps [B, ...] of the probability flow at times t > 0, a scalar or [B]."""
+  x_0, eps = estimate(process, denoise, x_t, t)
+  alpha_slope, sigma_slope = (expand(slope, x_t) for slope in process.slopes(t))
+  return alpha_slope * x_0 + sigma_slope * eps
+
+
+def rk45(
+  fun: Callable[[Array, Array], Array],
+  x: Array,
+  t,
+  end,
+  *,
+  rtol: float = 1e-5,
+  atol: float = 1e-5,
+  max_nfe: int = 100_000,
+  per_sample: bool = False,
+) -> tuple[Array, Array]:
+  """Solves dx/dt = fun(t, x) from time t to `end`, either way, with SciPy's step control.
+
+  Args:
+    fun: `fun(t, x) -> slope` [B, ...], t a scalar or, with `per_sample`, [B]; then row i must follow from row i alone.
+    x: the state [B, ...] at time t.
+    t: the time to start from, a scalar.
+    end: the time to end at, a scalar.
+    rtol: relative tolerance of the root mean square error, over the whole state or each of its rows.
+    atol: absolute tolerance.
+    max_nfe: the number of calls of `fun` at which to give up.
+    per_sample: whether each row has its own error, step sizes and times.
+
+  Returns:
+    x [B, ...] at `end`, NaN where it was not reached, and the number of calls, an integer scalar or [B].
+
+  Raises:
+    ValueError: if the tolerances are not positive.
+  """
+  if not (rtol > 0 and atol > 0):
+    raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both above 0, such as 1e-5.")
+  t, end = as_time(t), as_time(end)
   dtype, precision = x.dtype, jnp.promote_types(jnp.promote_types(x.dtype, t.dtype), end.dtype)
-  x, t, end = x.astype(precision), t.astype(precision), end.astype(precision)
+  # What the solution is controlled by has the shape `lead`: one value for all, or one a row.
+  lead, axes = (x.shape[:1], tuple(range(1, x.ndim))) if per_sample else ((), None)
+  x, t, end = x.astype(precision), jnp.full(lead, t, precision), end.astype(precision)
   direction = jnp.sign(end - t)
   c, a, e = (jnp.asarray(table, precision) for table in (_C, _A, _E))
 
@@ -106,7 +147,10 @@ def _rk45(fun: Callable[[Array, Array], Array], x: Array, t: Array, end: Array, 
     return fun(time, state.astype(dtype)).astype(precision)
 
   def size(value, scale):
-    return jnp.sqrt(jnp.mean(jnp.square(value / scale)))
+    return jnp.sqrt(jnp.mean(jnp.square(value / scale), axis=axes))
+
+  def move(state, h, slope):
+    return state + expand(h * direction, x) * slope
 
   def first_step(slope):
     # Hairer, Norsett and Wanner 1993, section II.4, for an error estimate of order 4.
@@ -114,7 +158,7 @@ def _rk45(fun: Callable[[Array, Array], Array], x: Array, t: Array, end: Array, 
     d0, d1 = size(x, scale), size(slope, scale)
     h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
     h0 = jnp.minimum(h0, jnp.abs(end - t))
-    d2 = size(evaluate(t + h0 * direction, x + h0 * direction * slope) - slope, scale) / h0
+    d2 = size(evaluate(t + h0 * direction, move(x, h0, slope)) - slope, scale) / h0
     h1 = jnp.where((d1 <= 1e-15) & (d2 <= 1e-15), jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.maximum(d1, d2)) ** 0.2)
     return jnp.minimum(jnp.minimum(100 * h0, h1), jnp.abs(end - t))
 
@@ -135,13 +179,13 @@ def _rk45(fun: Callable[[Array, Array], Array], x: Array, t: Array, end: Array, 
     def stage(i, slopes):
       time = jnp.where(last & (i >= 5), end, state.t + c[i] * h * direction)
       shift = jnp.tensordot(jnp.append(a[i], 0.0), slopes, 1)
-      return slopes.at[i].set(evaluate(time, state.x + h * direction * shift))
+      return slopes.at[i].set(evaluate(time, move(state.x, h, shift)))
 
     # A loop over the stages, so that the network is traced once and not six times.
     slopes = jax.lax.fori_loop(1, 7, stage, slopes)
-    new = state.x + h * direction * jnp.tensordot(a[6], slopes[:6], 1)
+    new = move(state.x, h, jnp.tensordot(a[6], slopes[:6], 1))
     scale = atol + rtol * jnp.maximum(jnp.abs(state.x), jnp.abs(new))
-    error = size(h * jnp.tensordot(e, slopes, 1), scale)
+    error = size(expand(h, x) * jnp.tensordot(e, slopes, 1), scale)
     accept = error < 1
     grow = jnp.where(error == 0, _GROW, jnp.minimum(_GROW, _SAFETY * error**-0.2))
     grow = jnp.where(state.rejected, jnp.minimum(1.0, grow), grow)
@@ -149,14 +193,18 @@ def _rk45(fun: Callable[[Array, Array], Array], x: Array, t: Array, end: Array, 
     shrink = jnp.maximum(_SHRINK, jnp.nan_to_num(_SAFETY * error**-0.2, nan=_SHRINK))
     return _Integration(
       t=jnp.where(accept, jnp.where(last, end, state.t + h * direction), state.t),
-      x=jnp.where(accept, new, state.x),
-      slope=jnp.where(accept, slopes[6], state.slope),
+      x=jnp.where(expand(accept, x), new, state.x),
+      slope=jnp.where(expand(accept, x), slopes[6], state.slope),
       h=h * jnp.where(accept, grow, shrink),
       rejected=~accept,
       nfe=state.nfe + 6,
     )
 
+  def advance(state: _Integration) -> _Integration:
+    going, new = unfinished(state), attempt(state)
+    return jax.tree.map(lambda after, before: jnp.where(expand(going, after), after, before), new, state)
+
   slope = evaluate(t, x)
-  start = _Integration(t, x, slope, first_step(slope), jnp.array(False), jnp.array(2))
-  final = jax.lax.while_loop(unfinished, attempt, start)
-  return jnp.where(final.t == end, final.x, jnp.nan).astype(dtype), final.nfe
+  start = _Integration(t, x, slope, first_step(slope), jnp.zeros(lead, bool), jnp.full(lead, 2))
+  final = jax.lax.while_loop(lambda state: jnp.any(unfinished(state)), advance, start)
+  return jnp.where(expand(final.t == end, x), final.x, jnp.nan).astype(dtype), final.nfe

@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_jax import randomness
 from ddpm_jax.predictions import Denoise, map_x_0, x_0_of
-from ddpm_jax.processes import Process, as_time, check_floats
+from ddpm_jax.processes import Process, as_time, check_floats, expand
 
 Array = jax.Array
 
@@ -43,9 +43,25 @@ def no_memory(x: Array) -> tuple[()]:
 
 
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
-  """What the network says of x_t at scalar time t > 0: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`."""
+  """What the network says of x_t at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`."""
   x_0 = x_0_of(denoise(x_t, t))
-  return x_0, (x_t - process.alpha(t) * x_0) / process.sigma(t)
+  return x_0, (x_t - expand(process.alpha(t), x_t) * x_0) / expand(process.sigma(t), x_t)
+
+
+def checked(denoise: Denoise) -> Denoise:
+  """`denoise`, whose estimate has the shape of x_t or is a ValueError."""
+
+  def network(x_t: Array, t):
+    def check(x_0):
+      if jnp.shape(x_0) != x_t.shape:
+        raise ValueError(
+          f"Got an estimate of shape {jnp.shape(x_0)} from denoise for x of shape {x_t.shape}; wanted the same shape."
+        )
+      return x_0
+
+    return map_x_0(check, denoise(x_t, t))
+
+  return network
 
 
 def root(variance) -> Array:
@@ -130,14 +146,7 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     sampler = sampler.prepare(times.shape[0] - 1)
 
   def network(x_t, t):
-    def check(x_0):
-      if jnp.shape(x_0) != x_t.shape:
-        raise ValueError(
-          f"Got an estimate of shape {jnp.shape(x_0)} from denoise for x of shape {x_t.shape}; wanted the same shape."
-        )
-      return jnp.asarray(x_0, precision)
-
-    return map_x_0(check, denoise(x_t.astype(dtype), t))
+    return map_x_0(lambda x_0: jnp.asarray(x_0, precision), checked(denoise)(x_t.astype(dtype), t))
 
   def body(carry, step):
     x_t, memory = carry

@@ -1,0 +1,386 @@
+"""Likelihoods against closed forms of Gaussian data, SciPy's solver, and the entropy that no bound may pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, special, stats
+
+from ddpm_jax import likelihood, predictions, processes, schedules
+from ddpm_jax.networks import gradients_in_loops
+from ddpm_jax.networks.convolution import convolve
+from tests.oracles import MIXTURE, PROCESSES, gaussian
+
+MEAN, STD = 0.1, 0.3
+KEY = jax.random.key(0)
+
+
+def keys(count):
+  return jax.random.split(KEY, count)
+
+
+def on_levels(shape, seed=0):
+  return np.float32(np.random.default_rng(seed).integers(0, 256, shape) / 127.5 - 1)
+
+
+def density(mixture, alpha, sigma, x):
+  """Of x_t: a mixture of Gaussians again."""
+  stds = np.sqrt(alpha**2 * mixture.stds**2 + sigma**2)
+  distances = ((x[:, None] - alpha * mixture.means) ** 2).sum(-1) / stds**2
+  dim = x.shape[1]
+  return special.logsumexp(np.log(mixture.weights) - distances / 2 - dim * np.log(stds * np.sqrt(2 * np.pi)), axis=-1)
+
+
+def mixture_flow(mixture):
+  """The probability flow of the VP SDE and its divergence in NumPy, as SciPy takes them: (x, integral of the divergence)."""
+
+  def slope(t, state):
+    x, beta, alpha = state[:-1], 0.1 + 19.9 * t, np.exp(-0.5 * (0.1 * t + 9.95 * t**2))
+    variance = 1 - alpha**2
+    of_x = alpha**2 * mixture.stds**2 + variance
+    away = x - alpha * mixture.means
+    share = special.softmax(np.log(mixture.weights) - (away**2).sum(-1) / of_x / 2 - len(x) * np.log(of_x) / 2)
+    scores = -away / of_x[:, None]
+    score = share @ scores
+    laplacian = share @ ((scores**2).sum(-1) - len(x) / of_x) - score @ score
+    return np.append(-0.5 * beta * (x + score), -0.5 * beta * (len(x) + laplacian))
+
+  return slope
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_exact_trace_gives_the_density_at_t_min(process):
+  """That of the noisy data at t_min, which the flow of the exact denoiser ends at."""
+  process, data = PROCESSES[process], gaussian(MEAN, STD, 2)
+  x = data.draw(np.random.default_rng(0), 5).astype(np.float32)
+  t_min = 0.01 * process.t_max
+  found = jax.jit(
+    lambda x: likelihood.ode_bits(
+      KEY, process, data.denoise(process), x, exact=True, dequantize=False, t_min=t_min, rtol=1e-4, atol=1e-4
+    )
+  )(x)
+  expected = -density(data, float(process.alpha(t_min)), float(process.sigma(t_min)), x) / 2 / np.log(2)
+  np.testing.assert_allclose(found.bits, expected, atol=1e-3)
+  assert found.by_probe.shape == (5, 1)
+
+
+@pytest.mark.parametrize("process", ["vp", "sub_vp", "rectified_flow", "ve"])
+def test_the_flow_starts_near_enough_to_the_data_by_default(process):
+  """In single precision; but for VE, whose least noise is 0.02, the density is that of the data."""
+  process, data = PROCESSES[process], gaussian(MEAN, STD, 1)
+  x = data.draw(np.random.default_rng(0), 5).astype(np.float32)
+  found = likelihood.ode_bits(KEY, process, data.denoise(process), x, dequantize=False)
+  noise = 0.02 if process is PROCESSES["ve"] else 0
+  np.testing.assert_allclose(found.bits, -density(data, 1, noise, x) / np.log(2), atol=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_joint_solution_is_scipy_s():
+  """The same steps and the same log-density as by SciPy with the divergence written out; the flow's own density besides."""
+  process, x = PROCESSES["vp"], MIXTURE.draw(np.random.default_rng(1), 4)
+  found = jax.jit(
+    lambda x: likelihood.ode_bits(KEY, process, MIXTURE.denoise(process), x, exact=True, dequantize=False, t_min=1e-3)
+  )(x)
+  for row in range(4):
+    ends = (1e-3, 1.0)
+    truth = integrate.solve_ivp(mixture_flow(MIXTURE), ends, np.append(x[row], 0), rtol=1e-5, atol=1e-5, method="RK45")
+    end = truth.y[:, -1]
+    sigma = float(process.sigma(1.0))
+    expected = -(stats.norm(0, sigma).logpdf(end[:2]).sum() + end[2]) / 2 / np.log(2)
+    np.testing.assert_allclose(found.bits[row], expected, atol=1e-7)
+    assert found.nfe[row] == truth.nfev
+  alpha, sigma = float(process.alpha(1e-3)), float(process.sigma(1e-3))
+  np.testing.assert_allclose(found.bits, -density(MIXTURE, alpha, sigma, x) / 2 / np.log(2), atol=1e-3)
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_probes_have_no_bias(noise):
+  process, x = PROCESSES["vp"], np.float32([[0.1, 0.3], [0.45, -0.3]])
+  tolerances = {"rtol": 1e-4, "atol": 1e-4, "dequantize": False, "t_min": 1e-3}
+
+  @jax.jit
+  def run(x):
+    by_probes = likelihood.ode_bits(KEY, process, MIXTURE.denoise(process), x, probes=400, noise=noise, **tolerances)
+    return by_probes, likelihood.ode_bits(KEY, process, MIXTURE.denoise(process), x, exact=True, **tolerances)
+
+  found, exact = run(x)
+  mean, error = likelihood.summary(found.by_probe, axis=1)
+  np.testing.assert_array_equal(found.bits, mean)
+  assert np.all((error > 1e-4) & (error < 0.1))
+  assert np.all(np.abs(mean - exact.bits) < 4 * error)
+
+
+def test_signs_tell_the_trace_of_an_isotropic_flow_exactly():
+  process, data = PROCESSES["cosine"], gaussian(MEAN, STD, 3)
+  x = data.draw(np.random.default_rng(0), 3).astype(np.float32)
+  run = functools.partial(likelihood.ode_bits, KEY, process, data.denoise(process), x, probes=4, dequantize=False)
+  assert np.ptp(run().by_probe, axis=1).max() < 1e-4
+  assert np.ptp(run(noise="gaussian").by_probe, axis=1).min() > 1e-2
+
+
+def test_dequantized_bits_are_those_of_the_levels():
+  """Levels are so narrow that Jensen's inequality costs next to nothing: the mass of the density over the level's width."""
+  process, data = PROCESSES["vp"], gaussian(MEAN, STD, 1)
+  values = np.array([0, 90, 140, 255])
+  x_0 = np.float32(values / 127.5 - 1).repeat(64)[:, None]
+  bits = likelihood.ode_bits(KEY, process, data.denoise(process), x_0, t_min=1e-4).bits.reshape(4, 64)
+  mean, error = likelihood.summary(bits, axis=1)
+  mass = np.diff(stats.norm(MEAN, STD).cdf(np.array([values, values + 1]) / 128 - 1), axis=0)[0]
+  assert np.all(np.abs(mean + np.log2(mass)) < 4 * error + 2e-3)
+  assert np.all(error < 0.01)
+
+
+def test_derivatives_go_either_way():
+  """Networks that `gradients_in_loops` made know backward ones alone."""
+  process, kernel = PROCESSES["cosine"], 0.3 * jax.random.normal(KEY, (3, 3, 2, 2))
+
+  def denoise(x, t):
+    assert t.shape == x.shape[:1]
+    numbers = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+    return jnp.tanh(convolve(x, kernel, (1, 1), "SAME", dimension_numbers=numbers))
+
+  def run(x, **options):
+    return likelihood.ode_bits(keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3, **options)
+
+  x = on_levels((2, 4, 4, 2))
+  forward = run(x)
+  with gradients_in_loops():
+    backward = run(x, reverse=True)
+  # v^T J v is the same number from either end, but for rounding.
+  np.testing.assert_allclose(backward.by_probe, forward.by_probe, rtol=1e-4)
+
+
+def gaussian_error(alpha, sigma, x_0):
+  """E |x_0 - x_hat|^2 over the noise, of the exact denoiser of N(MEAN, STD^2) data, elementwise."""
+  gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+  return ((1 - gain * alpha) * (x_0 - MEAN)) ** 2 + (gain * sigma) ** 2
+
+
+def closed_bound(betas, x_0):
+  """The prior, the decoder and the terms [N, D] of "small" variance in bits, averaged over noise: NumPy, in float64."""
+  bar = np.cumprod(1 - betas)
+  before = np.append(1.0, bar[:-1])
+  variance = betas * (1 - before) / (1 - bar)
+  alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
+  pull = np.sqrt(before) * betas / (1 - bar)
+  error = gaussian_error(alpha[1:, None], sigma[1:, None], x_0)
+  terms = (pull**2 / variance / 2)[1:, None] * error / np.log(2)
+  nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+  x_1 = alpha[0] * x_0 + sigma[0] * nodes[:, None]
+  mean = MEAN + alpha[0] * STD**2 / (alpha[0] ** 2 * STD**2 + sigma[0] ** 2) * (x_1 - alpha[0] * MEAN)
+  model = stats.norm(mean, np.sqrt(variance[1]))
+  upper, lower = np.where(x_0 > 0.998, 1, model.cdf(x_0 + 1 / 255)), np.where(x_0 < -0.998, 0, model.cdf(x_0 - 1 / 255))
+  decoder = -(weights / weights.sum()) @ np.log2(upper - lower)
+  return bar[-1] / (1 - bar[-1]) * x_0**2 / 2 / np.log(2), decoder, terms
+
+
+def typical(count):
+  """Data on levels whose shares are those of N(MEAN, STD^2), and the entropy of the levels in bits."""
+  edges = np.concatenate([[-np.inf], (np.arange(1, 256) - 0.5) / 127.5 - 1, [np.inf]])
+  mass = np.diff(stats.norm(MEAN, STD).cdf(edges))
+  places = (np.arange(count) + 0.5) / count
+  return np.searchsorted(np.cumsum(mass), places) / 127.5 - 1, float(special.entr(mass).sum() / np.log(2))
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_discrete_bound_is_the_closed_form_and_nears_the_entropy_with_the_steps():
+  """Of some 10^5 dimensions in one image the noise averages out."""
+  x_0, entropy = typical(60_000)
+  gaps = []
+  for steps in (20, 100, 500):
+    betas = schedules.linear(steps, 0.1 / steps, 20 / steps)
+    process = processes.discrete(betas)
+    prior, decoder, terms = closed_bound(betas, x_0)
+    expected = np.append(decoder.mean(), terms.mean(1))
+    if steps == 100:
+      run = jax.jit(
+        lambda x, p=process: likelihood.variational_bound(KEY, p, gaussian(MEAN, STD, x.shape[1]).denoise(p), x)
+      )
+      found = run(np.tile(x_0, (2, 1)))
+      assert found.terms.shape == found.steps.shape == (2, steps)
+      np.testing.assert_array_equal(found.steps[1], np.arange(1, steps + 1))
+      np.testing.assert_allclose(found.prior, prior.mean(), rtol=1e-6)
+      np.testing.assert_allclose(found.terms.mean(0), expected, rtol=0.02)
+      np.testing.assert_array_equal(found.decoder, found.terms[:, 0])
+      np.testing.assert_allclose(found.bits, found.prior + found.terms.sum(1), rtol=1e-12)
+      np.testing.assert_allclose(found.bits.mean(), prior.mean() + expected.sum(), atol=1e-3 + 3e-3)
+      assert found.error is None
+    gaps.append(prior.mean() + expected.sum() - entropy)
+  print(gaps)
+  assert gaps[0] > gaps[1] > gaps[2] > 0
+
+
+def honest(bits, error, expected):
+  """The mean is the expected one within its error, and the errors that were said are those that were made."""
+  mean, spread = likelihood.summary(bits)
+  print(mean, spread, expected, np.mean(error**2) / np.var(bits))
+  assert abs(mean - expected) < 4 * spread
+  np.testing.assert_allclose(np.mean(error**2), np.var(bits), rtol=0.15)
+
+
+@pytest.mark.parametrize("draws", [4, 20, 60])
+def test_draws_estimate_the_sum_and_their_error(draws):
+  betas, count = schedules.linear(50, 2e-3, 0.2), 4000
+  process, x_0 = processes.discrete(betas), np.float32([-51, 101, 1, 25]) / 255
+  found = jax.jit(
+    lambda x: likelihood.variational_bound(
+      keys(count), process, gaussian(MEAN, STD, 4).denoise(process), x, draws=draws
+    )
+  )(np.tile(x_0, (count, 1)))
+  prior, decoder, terms = closed_bound(betas, x_0.astype(np.float64))
+  honest(found.bits, found.error, (prior + decoder + terms.sum(0)).mean())
+  assert abs(found.decoder.mean() - decoder.mean()) < 4 * likelihood.summary(found.decoder).error
+  assert found.steps.shape == (count, draws)
+  assert set(np.unique(found.steps)) == set(range(1, 51))
+  assert np.all(found.steps[:, :2] == 1) and np.all(found.steps[:, 2:] > 1)
+
+
+def closed_continuous(process, x_0, t_min):
+  """The continuous bound in bits by SciPy's quadrature over the log-SNR, elementwise, and the decoder by Gauss and Hermite."""
+
+  def integrand(log_snr, x):  # any process has the same error at the same log-SNR
+    return 0.5 * np.exp(log_snr) * gaussian_error(1, np.exp(-log_snr / 2), x)
+
+  alpha, sigma = float(process.alpha(t_min)), float(process.sigma(t_min))
+  t_max = process.t_max
+  low = max(2 * np.log(float(process.alpha(t_max)) / float(process.sigma(t_max)) + 1e-30), -40.0)
+  diffusion = [integrate.quad(integrand, low, 2 * np.log(alpha / sigma), args=(x,))[0] for x in x_0]
+  nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+  levels = np.arange(256) / 127.5 - 1
+  x_t = alpha * x_0 + sigma * nodes[:, None]
+  logits = -0.5 * ((x_t[..., None] - alpha * levels) / sigma) ** 2
+  own = -0.5 * ((x_t - alpha * x_0) / sigma) ** 2
+  decoder = (weights / weights.sum()) @ (special.logsumexp(logits, -1) - own)
+  prior = 0.5 * np.exp(low) * x_0**2
+  return (prior + diffusion + decoder).mean() / np.log(2)
+
+
+@pytest.mark.parametrize(
+  ("process", "t_min"), [("vp", None), ("edm", None), ("rectified_flow", None), ("zero_snr", 0.01), ("sub_vp", 0.05)]
+)
+def test_the_continuous_bound_is_the_closed_form(process, t_min):
+  process, count = PROCESSES[process], 2000
+  x_0 = np.float32([-51, 101, 1, 255]) / 255
+  found = jax.jit(
+    lambda x: likelihood.continuous_bound(
+      keys(count), process, gaussian(MEAN, STD, 4).denoise(process), x, draws=32, t_min=t_min
+    )
+  )(np.tile(x_0, (count, 1)))
+  start = t_min or max(float(process.time_of(13.3)), process.t_min if process.t_max > 1 else 0)
+  expected = closed_continuous(process, x_0.astype(np.float64), start)
+  honest(found.bits, found.error, expected)
+  assert likelihood.summary(found.bits).error < 5e-3
+  np.testing.assert_allclose(found.bits, found.prior + found.diffusion + found.decoder, rtol=1e-5)
+
+
+def test_the_continuous_bound_lies_between_the_entropy_and_the_discrete_one():
+  """Of data that the model knows; to the entropy it comes within a hundredth of a bit."""
+  x_0, entropy = typical(20_000)
+  process, data = PROCESSES["vp"], gaussian(MEAN, STD, 20_000)
+  found = jax.jit(lambda x: likelihood.continuous_bound(KEY, process, data.denoise(process), x))(np.float32(x_0)[None])
+  print(found, entropy)
+  assert entropy - 4 * found.error[0] < found.bits[0] < entropy + 4 * found.error[0] + 0.01
+  betas = schedules.linear(100, 0.1 / 100, 20 / 100)
+  prior, decoder, terms = closed_bound(betas, x_0)
+  assert found.bits[0] < (prior + decoder + terms.sum(0)).mean()
+
+
+def test_a_learned_variance_is_counted():
+  process, x_0 = processes.discrete(schedules.linear(10, 1e-2, 0.4)), on_levels((2, 3))
+  denoise = gaussian(MEAN, STD, 3).denoise(process)
+
+  def learned(fraction):
+    return lambda x, t: predictions.Denoised(denoise(x, t), jnp.full_like(x, fraction))
+
+  def run(denoise, variance):
+    return likelihood.variational_bound(KEY, process, denoise, x_0, variance=variance)
+
+  small, large = run(denoise, "small"), run(denoise, "large")
+  np.testing.assert_allclose(run(learned(0.0), "learned").terms, small.terms, rtol=1e-5)
+  # Ho et al. keep step 1's variance in "large"; a learned one may be larger there.
+  np.testing.assert_allclose(run(learned(1.0), "learned").terms[:, 1:], large.terms[:, 1:], rtol=1e-5)
+  assert np.all(small.terms[:, 1:] != large.terms[:, 1:])
+
+
+VP, STEPS = PROCESSES["vp"], processes.discrete(schedules.linear(10, 1e-2, 0.4))
+BOUNDS = {
+  "variational": lambda *args, **options: likelihood.variational_bound(args[0], STEPS, *args[1:], **options),
+  "draws": lambda *args, **options: likelihood.variational_bound(args[0], STEPS, *args[1:], draws=6, **options),
+  "continuous": lambda *args, **options: likelihood.continuous_bound(args[0], VP, *args[1:], draws=4, **options),
+  "ode": lambda *args, **options: likelihood.ode_bits(args[0], VP, *args[1:], rtol=1e-3, atol=1e-3, **options),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_an_image_s_value_follows_from_its_key_alone(name):
+  x_0 = on_levels((5, 2))
+  run = jax.jit(lambda key, x: BOUNDS[name](key, MIXTURE.denoise(STEPS if name in ("variational", "draws") else VP), x))
+  whole, part = run(keys(5), x_0), run(keys(5)[3:], x_0[3:])
+  for all_of_them, some in zip(whole, part, strict=True):
+    if all_of_them is not None:
+      np.testing.assert_allclose(all_of_them[3:], some, rtol=1e-4, atol=1e-5)
+  assert np.all(np.isfinite(run(KEY, x_0).bits)), "one key serves a batch"
+  assert len(set(np.asarray(run(keys(5), np.tile(x_0[:1], (5, 1))).bits))) == 5
+
+
+def test_data_of_continuous_values_that_are_not_levels_are_refused():
+  for name, run in BOUNDS.items():
+    for x_0, message in (
+      (np.float32([[0.1, 0.2]]), "256 levels"),
+      (np.float32([[1 / 255, 257 / 255]]), "256 levels"),
+      (np.array([[3, 4]]), "wanted floats"),
+      (np.float32([1 / 255]), "wanted a batch"),
+    ):
+      with pytest.raises(ValueError, match=message):
+        run(KEY, lambda x, t: x, x_0)
+    with pytest.raises(ValueError, match="3 keys for a batch of 2"):
+      run(keys(3), lambda x, t: x, on_levels((2, 2)))
+    with pytest.raises(ValueError, match="typed key"):
+      run(jax.random.PRNGKey(0), lambda x, t: x, on_levels((2, 2)))
+    with pytest.raises(ValueError, match="wanted the same shape"):
+      run(KEY, lambda x, t: x[:, :1], on_levels((2, 2)))
+    assert name
+
+
+WRONG = [
+  (likelihood.ode_bits, VP, {"probes": 0}, "probes=0"),
+  (likelihood.ode_bits, VP, {"probes": 1.5}, "probes=1.5"),
+  (likelihood.ode_bits, VP, {"noise": "uniform"}, "'rademacher' or 'gaussian'"),
+  (likelihood.ode_bits, VP, {"t_min": 0.0}, "t_min=0"),
+  (likelihood.ode_bits, VP, {"t_min": 1.0}, "t_min=1"),
+  (likelihood.ode_bits, VP, {"rtol": 0.0}, "above 0"),
+  (likelihood.continuous_bound, VP, {"draws": 3}, "even number"),
+  (likelihood.continuous_bound, VP, {"draws": 0}, "even number"),
+  (likelihood.continuous_bound, VP, {"t_min": 2.0}, "t_min=2"),
+  (likelihood.variational_bound, VP, {}, "continuous process"),
+  (likelihood.variational_bound, STEPS, {"draws": 5}, "from 4 to 20"),
+  (likelihood.variational_bound, STEPS, {"draws": 22}, "from 4 to 20"),
+  (likelihood.variational_bound, STEPS, {"draws": 2}, "from 4 to 20"),
+  (likelihood.variational_bound, STEPS, {"variance": "medium"}, "medium"),
+  (likelihood.variational_bound, STEPS, {"variance": "learned"}, "learned_range"),
+]
+
+
+@pytest.mark.parametrize(("function", "process", "options", "message"), WRONG)
+def test_wrong_options_are_errors(function, process, options, message):
+  with pytest.raises(ValueError, match=message):
+    function(KEY, process, lambda x, t: x, on_levels((2, 2)), **options)
+
+
+def test_what_would_cost_too_much_or_tells_no_spread_is_refused():
+  with pytest.raises(ValueError, match="1025 dimensions"):
+    likelihood.ode_bits(KEY, VP, lambda x, t: x, on_levels((1, 1025)), exact=True)
+  for values in (1.0, np.ones(1)):
+    with pytest.raises(ValueError, match="2 or more"):
+      likelihood.summary(values)
+  mean, error = likelihood.summary(np.array([1.0, 2.0, 3.0, 6.0]))
+  assert mean == 3
+  np.testing.assert_allclose(error, stats.sem([1, 2, 3, 6]), rtol=1e-6)
+
+
+def test_a_flow_that_does_not_arrive_is_nan():
+  found = likelihood.ode_bits(KEY, VP, MIXTURE.denoise(VP), np.ones((1, 2), np.float32), max_nfe=20)
+  assert np.isnan(found.bits[0])
+  assert found.nfe[0] <= 20
