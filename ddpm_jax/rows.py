@@ -30,7 +30,8 @@ class Rows:
     self.path, self._identity, self._shape = path, json.dumps(identity, sort_keys=True), shape
     self._array_path, self._notes_path = (Path(f"{path}.partial.{suffix}") for suffix in ("npy", "json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    self.done, self.notes, self._array = 0, {}, None
+    self.done, self._array = 0, None
+    self.notes: dict[str, Any] = {}
     if self._read_whole():
       return
     if self._read_part(dtype):

@@ -215,6 +215,7 @@ def default_config() -> ConfigDict:
       "likelihood_images": 0,  # of how many; 0: all
       "bound_draws": 0,  # steps of the bound for each image; 0: all
       "probes": 1,  # of the ODE's trace; 0: exactly, for small images
+      "likelihood_tolerance": 1e-5,  # of the ODE
       "every": 0,  # training steps between scores on the way; 0: none
       "every_samples": 0,  # samples for each; 0: num_samples
     }
@@ -300,8 +301,12 @@ def check_config(config: ConfigDict) -> None:
       raise ValueError(f"Got config.{name}={config[section][key]}; wanted 0, for none, or more.")
   if not 0 <= config.seed < 2**31:
     raise ValueError(f"Got config.seed={config.seed}; wanted 0 to {2**31 - 1}.")
-  if config.sampling.tolerance <= 0:
-    raise ValueError(f"Got config.sampling.tolerance={config.sampling.tolerance}; wanted above 0, such as 1e-5.")
+  for name, tolerance in (
+    ("sampling.tolerance", config.sampling.tolerance),
+    ("evaluation.likelihood_tolerance", config.evaluation.likelihood_tolerance),
+  ):
+    if tolerance <= 0:
+      raise ValueError(f"Got config.{name}={tolerance}; wanted above 0, such as 1e-5.")
 
 
 def _keys(tree: dict[str, Any], prefix: str = "") -> set[str]:

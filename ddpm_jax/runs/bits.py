@@ -37,6 +37,10 @@ def check(config: ConfigDict, held_out: data.Source | None) -> None:
     raise ValueError(
       "Got config.evaluation.likelihood and no held-out images to take it of; set --config.data.eval_split or --config.data.hold_out."
     )
+  if _count(config, held_out) < 2:
+    raise ValueError(
+      f"Got config.evaluation.likelihood of {_count(config, held_out)} held-out image(s); wanted two or more, for an error bar."
+    )
   if config.superres.factor:
     raise ValueError(
       "Got config.evaluation.likelihood for a model that enlarges images, which has none here; leave it out."
@@ -51,6 +55,10 @@ def check(config: ConfigDict, held_out: data.Source | None) -> None:
       f"Got config.evaluation.probes=0, an exact trace, for images of {dimensions:,} dimensions; wanted {_MOST_EXACT} at most, or 1 probe"
       " or more."
     )
+
+
+def _count(config: ConfigDict, held_out: data.Source) -> int:
+  return min(config.evaluation.likelihood_images or len(held_out), len(held_out))
 
 
 def evaluate(
@@ -72,7 +80,7 @@ def evaluate(
   # Of the model itself, not of what steers it.
   config = ConfigDict(config.to_dict())
   config.guidance.update({"scale": 1.0, "plus_plus": False, "threshold": 0.0})
-  count = min(c.likelihood_images or len(held_out), len(held_out))
+  count = _count(config, held_out)
   chosen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:count])
   inputs: dict[str, np.ndarray] = {"x_0": images.from_uint8(chosen["image"])}
   if config.network.num_classes:
@@ -84,7 +92,7 @@ def evaluate(
       "weights": sha256,
       "kind": kind,
       "seed": seed,
-      "settings": [c.bound_draws, c.probes, config.sampling.tolerance, config.sampling.variance, config.sampling.clip],
+      "settings": [c.bound_draws, c.probes, c.likelihood_tolerance, config.sampling.variance, config.sampling.clip],
       "model": json.loads(json.dumps({name: config[name].to_dict() for name in ("process", "network")})),
       "images": metrics.digest(inputs["x_0"]),
       "version": ddpm_jax.__version__,
@@ -130,10 +138,11 @@ def _function(config: ConfigDict, mesh: jax.sharding.Mesh, kind: str) -> tuple[C
     found = likelihood.variational_bound(
       keys, process, limited, inputs["x_0"], variance=config.sampling.variance, draws=c.bound_draws or None
     )
-    return jnp.concatenate([jnp.stack([found.bits, found.prior, found.decoder], 1), found.terms], 1)
+    sums = jnp.stack([found.bits, found.prior, found.decoder], 1)
+    return sums if c.bound_draws else jnp.concatenate([sums, found.terms], 1)
 
   def ode(keys, denoise, inputs):
-    tolerance = config.sampling.tolerance
+    tolerance = c.likelihood_tolerance
     found = likelihood.ode_bits(
       keys, process, denoise, inputs["x_0"], probes=max(c.probes, 1), exact=not c.probes, rtol=tolerance, atol=tolerance
     )
@@ -143,7 +152,8 @@ def _function(config: ConfigDict, mesh: jax.sharding.Mesh, kind: str) -> tuple[C
     found = likelihood.continuous_bound(keys, process, denoise, inputs["x_0"])
     return jnp.stack([found.bits, found.prior, found.decoder], 1)
 
-  functions = {"bound": (bound, 3 + (process.num_steps or 0)), "ode": (ode, 2), "continuous": (continuous, 3)}
+  steps = 0 if c.bound_draws else process.num_steps or 0
+  functions = {"bound": (bound, 3 + steps), "ode": (ode, 2), "continuous": (continuous, 3)}
   draw, width = functions[kind]
   return build.compile_draw(config, mesh, build.Guides(), draw), width
 
@@ -151,8 +161,17 @@ def _function(config: ConfigDict, mesh: jax.sharding.Mesh, kind: str) -> tuple[C
 def _summary(config: ConfigDict, kind: str, values: np.ndarray) -> dict[str, Any]:
   """Means over images, and the standard error of that of the bits; a bound also has `terms` [N]."""
   c, values = config.evaluation, values.astype(np.float64)
-  mean, error = likelihood.summary(values[:, 0])
-  found: dict[str, Any] = {"bits": mean, "standard_error": error, "num_images": len(values)}
+  lost = int(np.count_nonzero(~np.isfinite(values[:, 0])))
+  if lost:
+    raise FloatingPointError(
+      f"The likelihood {kind!r} of {lost:,} of {len(values):,} images is not finite: the model is broken there, or the solver did not arrive"
+      " (config.evaluation.likelihood_tolerance)."
+    )
+  found: dict[str, Any] = {
+    "bits": float(values[:, 0].mean()),
+    "standard_error": float(values[:, 0].std(ddof=1) / np.sqrt(len(values))),
+    "num_images": len(values),
+  }
   if kind == "ode":
     found |= {
       "nfe": float(values[:, 1].mean()),
@@ -164,7 +183,9 @@ def _summary(config: ConfigDict, kind: str, values: np.ndarray) -> dict[str, Any
   else:
     found |= {"prior": float(values[:, 1].mean()), "decoder": float(values[:, 2].mean())}
   if kind == "bound":
-    found |= {"variance": config.sampling.variance, "draws": c.bound_draws or "all", "terms": values[:, 3:].mean(0)}
+    found |= {"variance": config.sampling.variance, "draws": c.bound_draws or "all"}
+    if not c.bound_draws:
+      found["terms"] = values[:, 3:].mean(0)
   return found
 
 
