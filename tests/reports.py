@@ -69,7 +69,7 @@ def neighbours(copied=1):
   distances[:copied, 0] = 0.1
   nearest = images[100:124].reshape(8, 3, 8, 8, 1).copy()
   nearest[:copied, 0] = images[:copied]
-  return report.Neighbours(images[:8], nearest, distances, 2.0)
+  return report.Neighbours(images[:8], nearest, distances, np.full(50, 2.0))
 
 
 def denoising(frames=9, count=6):

@@ -172,7 +172,7 @@ def test_a_page_is_light(tmp_path):
   def noise(*shape):
     return rng.integers(0, 256, (*shape, 32, 32, 3), dtype=np.uint8)
 
-  neighbours = report.Neighbours(noise(16), noise(16, 5), rng.uniform(1, 2, (16, 5)), 1.0)
+  neighbours = report.Neighbours(noise(16), noise(16, 5), rng.uniform(1, 2, (16, 5)), np.ones(9))
   content = reports.content(samples=noise(500), labels=None, neighbours=neighbours, metrics=reports.metrics(20_000))
   report.write(tmp_path / "r.html", content._replace(denoising=noise(100, 16), denoising_times=np.linspace(1, 0, 100)))
   assert (tmp_path / "r.html").stat().st_size - len(get_plotlyjs()) < 2e6
@@ -263,12 +263,20 @@ def test_large_images_are_averaged():
 
 
 def test_samples_far_nearer_than_typical_are_named():
-  for copied, sentence in ((2, "2 of 8 samples may be copies"), (0, "None of 8 samples looks copied")):
+  for copied, sentence in (
+    (4, "Samples may be copies: 4 of 8 samples (50.0%)"),
+    (0, "No sign of copies: 0 of 8 samples (0.0%)"),
+  ):
     parsed = Parsed(page.render(reports.bare()._replace(neighbours=reports.neighbours(copied))))
     assert sentence in parsed.text
     assert parsed.text.count("Looks copied: far nearer than typical") == copied
     assert ("0.05\N{MULTIPLICATION SIGN}" in parsed.text) == (copied > 0)
-  unknown = reports.neighbours(2)._replace(typical=float("nan"))
+  # As near as real images are.
+  usual = np.repeat([0.1, 2.0], [49, 51])
+  parsed = Parsed(page.render(reports.bare()._replace(neighbours=reports.neighbours(4)._replace(usual=usual))))
+  assert "No sign of copies: 4 of 8 samples (50.0%) are nearer" in parsed.text
+  assert "49.0% of which are as near" in parsed.text
+  unknown = reports.neighbours(2)._replace(usual=np.zeros(0))
   parsed = Parsed(page.render(reports.bare()._replace(neighbours=unknown)))
   assert "none can be told to be a copy" in parsed.text
 

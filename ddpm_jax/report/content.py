@@ -13,13 +13,13 @@ class Neighbours(NamedTuple):
     samples: uint8 [K, H, W, C].
     nearest: uint8 [K, M, H, W, C], nearest first.
     distances: [K, M] in the feature space.
-    typical: the median distance of a held-out real image to its nearest training image: what is not memorized looks like.
+    usual: the distances [R] of held-out real images to their nearest training images: what is not memorized looks like. Empty if not known.
   """
 
   samples: np.ndarray
   nearest: np.ndarray
   distances: np.ndarray
-  typical: float
+  usual: np.ndarray
 
 
 class Content(NamedTuple):

@@ -16,8 +16,8 @@ from ddpm_jax.report import figures, pictures, training, words
 from ddpm_jax.report.content import Content, Neighbours
 from ddpm_jax.report.figures import Figure
 
-# A sample whose nearest training image is nearer than this share of the typical distance looks copied.
-COPIED = 0.5
+# A training image is near if it is nearer than this share of the median distance of held-out images. Some of these have one too.
+NEAR = 0.5
 _ESTIMATES = {
   "bound": "Variational bound",
   "ode": "Probability-flow ODE",
@@ -36,11 +36,11 @@ class Row(NamedTuple):
 
 
 class Match(NamedTuple):
-  """A sample beside its nearest training images, each with its distance in words, and whether it looks copied."""
+  """A sample beside its nearest training images, each with its distance in words, and whether that is near."""
 
   sample: str
   nearest: list[tuple[str, str]]
-  copied: bool
+  near: bool
 
 
 def render(content: Content) -> str:
@@ -164,10 +164,11 @@ def _film(content: Content) -> pictures.Film | None:
 
 
 def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 3) -> dict[str, Any] | None:
-  """The samples that are nearest to a training image, nearest first, and in words how many look copied."""
+  """The samples that are nearest to a training image, nearest first, and in words how many are nearer than real ones."""
   if neighbours is None or not len(neighbours.samples):
     return None
-  distances, typical = np.asarray(neighbours.distances, np.float64), float(neighbours.typical)
+  distances, usual = (np.asarray(values, np.float64) for values in (neighbours.distances, neighbours.usual))
+  typical = float(np.median(usual)) if len(usual) else 0.0
   known = math.isfinite(typical) and typical > 0
   relative = distances / typical if known else distances
   order = np.argsort(relative[:, 0], kind="stable")[:most]
@@ -175,18 +176,25 @@ def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 3) ->
   for index in order:
     thumbnails = pictures.thumbnails(neighbours.nearest[index, :each])
     said = [f"{value:.2f}\N{MULTIPLICATION SIGN}" if known else words.number(value) for value in relative[index, :each]]
-    copied = known and bool(relative[index, 0] < COPIED)
+    near = known and bool(relative[index, 0] < NEAR)
     sample = pictures.thumbnails(neighbours.samples[index : index + 1])[0]
-    matches.append(Match(sample, list(zip(thumbnails, said, strict=True)), copied))
+    matches.append(Match(sample, list(zip(thumbnails, said, strict=True)), near))
+  near = int(np.sum(relative[:, 0] < NEAR)) if known else 0
+  share = float(np.mean(usual < NEAR * typical)) if known else 0.0
+  expected = share * len(distances)
   return {
     "matches": matches,
     "tile": pictures.tile_of(neighbours.samples, largest=108),  # two beside each other
-    "copied": int(np.sum(relative[:, 0] < COPIED)) if known else 0,
+    "near": near,
+    # By more than two standard deviations of chance.
+    "alarm": known and near > expected + 2 * math.sqrt(max(expected, 1)),
+    "share": f"{share:.1%}",
+    "own_share": f"{near / len(distances):.1%}",
     "total": len(distances),
     "known": known,
     "typical": words.number(typical),
     "median": f"{np.median(relative[:, 0]):.2f}",
-    "threshold": f"{COPIED:g}",
+    "threshold": f"{NEAR:g}",
   }
 
 

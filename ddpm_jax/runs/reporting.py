@@ -22,8 +22,6 @@ _FRAMES = 40
 _COMPARED, _NEAREST = 200, 3
 # Training images to look among, and held-out ones to say what distance is usual.
 _SEARCHED, _USUAL = 50_000, 500
-# Samples at most in the page.
-_IN_GRID = 400
 _READ = 512
 _CURVE = 400
 
@@ -67,7 +65,7 @@ def neighbours(
     chosen,
     found.reshape(*numbers[: len(chosen)].shape, *found.shape[1:]),
     distances[: len(chosen)],
-    float(np.median(distances[len(chosen) :, 0])),
+    distances[len(chosen) :, 0],
   )
 
 
@@ -104,8 +102,8 @@ def content(
     facts=facts,
     evaluation=report,
     config=json.loads(json.dumps(config.to_dict())),
-    samples=samples[:_IN_GRID],
-    labels=None if labels is None else labels[:_IN_GRID],
+    samples=samples,
+    labels=labels,
     denoising=way.states,
     denoising_times=way.times,
     metrics=_lines(folder / "metrics.jsonl"),

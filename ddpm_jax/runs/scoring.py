@@ -220,9 +220,7 @@ class Judge:
       "sampling": {**last.config.sampling.to_dict(), "batch_size": c.batch_size, "nfe": last.nfe},
       "guidance": config.guidance.to_dict(),
       "labels": "as common as in the data" if last.labels is not None else None,
-      "data": {
-        key: config.data[key] for key in ("source", "name", "train_split", "eval_split", "hold_out", "image_size")
-      },
+      "data": describe_data(config),
       "dtype": config.network.dtype,
       "weights_sha256": sha256,
     }
@@ -279,6 +277,14 @@ class Judge:
 
   def _neighbours(self, samples: np.ndarray) -> Any:
     return reporting.neighbours(self.extract, samples, self.source, self.held_out)
+
+
+def describe_data(config: ConfigDict) -> dict[str, Any]:
+  """Which images a config names."""
+  c = config.data
+  keys = ["source", *(["name"] if c.source == "tfds" else []), *(["path"] if c.path else [])]
+  keys += ["train_split", "eval_split", "hold_out", "image_size", "crop", "resize"]
+  return {key: c[key] for key in keys}
 
 
 def in_parts(source: data.Source, chosen: np.ndarray) -> Iterator[np.ndarray]:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build, evaluate, metrics, parallel
 from ddpm_jax.runs.model import say
-from ddpm_jax.runs.scoring import in_parts
+from ddpm_jax.runs.scoring import describe_data, in_parts
 
 
 def run_statistics(config: ConfigDict, output: Path) -> None:
@@ -41,9 +41,7 @@ def run_statistics(config: ConfigDict, output: Path) -> None:
   )
   about = build.describe_space(config, space, made.provenance) | {
     "split": reference.name,
-    "data": {
-      key: config.data[key] for key in ("source", "name", "train_split", "eval_split", "hold_out", "crop", "resize")
-    },
+    "data": describe_data(config),
     "feature_space": made.provenance,
   }
   if parallel.is_main():
