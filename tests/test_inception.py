@@ -1,0 +1,162 @@
+"""The FID Inception network, its resizing and its weights, against torch-fidelity and clean-fid."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from ddpm_jax import evaluate, metrics
+from ddpm_jax.interop import inception
+from ddpm_jax.networks.inception import TAPS, Inception
+from tests import fidelity
+
+SHAPES = {"small": (2, 32, 32, 3), "wide": (2, 20, 47, 3), "large": (1, 310, 333, 3)}
+
+
+def images_of(shape, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def as_torch(images):
+  return torch.tensor(images.transpose(0, 3, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+  """Their network, and the file of its random weights."""
+  path = tmp_path_factory.mktemp("weights") / "random.pth"
+  return fidelity.random_inception(path), path
+
+
+@pytest.fixture(scope="module")
+def weights(peer):
+  return inception.load(peer[1], sha256_prefix="")
+
+
+def test_all_taps_are_those_of_torch_fidelity(peer, weights):
+  network, _ = peer
+  inner = {}
+  handle = network.Mixed_6d.branch1x1.conv.register_forward_hook(lambda module, given, found: inner.update(raw=found))
+  images = images_of(SHAPES["small"])
+  with torch.no_grad():
+    wanted = dict(zip(network.features_list, map(np.asarray, network(as_torch(images))), strict=True))
+  handle.remove()
+  # guided-diffusion's evaluator: the first channels of 'mixed_6/conv:0' at all places, channels last.
+  wanted["spatial"] = inner["raw"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1).numpy()
+  assert set(wanted) == set(TAPS)
+
+  def apply(params, x):
+    return Inception(taps=TAPS).apply({"params": params}, (metrics.resize_tf1(x) - 128) / 128)
+
+  found = jax.jit(apply)(weights.params, images.astype(np.float32))
+  for tap in TAPS:
+    assert found[tap].shape == wanted[tap].shape
+    assert np.max(np.abs(found[tap] - wanted[tap])) < 1e-4 * wanted[tap].std(), tap
+
+
+def test_a_space_of_grey_and_colour_images(peer, weights):
+  """Grey ones are colour ones of three equal channels."""
+  space = metrics.inception_space(weights.params, sha256=weights.sha256, published=weights.published)
+  extract = metrics.extractor(space, 2, jax.devices()[:1])
+  grey = images_of((2, 32, 32, 1))
+  taps = extract(grey)
+  assert {name: tap.shape for name, tap in taps.items()} == {
+    "features": (2, 2048),
+    "log_probs": (2, 1008),
+    "spatial": (2, 2023),
+  }
+  with torch.no_grad():
+    found = dict(zip(peer[0].features_list, peer[0](as_torch(np.repeat(grey, 3, -1))), strict=True))
+  wanted = torch.log_softmax(found["logits_unbiased"], 1).numpy()
+  assert np.max(np.abs(taps["log_probs"] - wanted)) < 1e-4 * wanted.std()
+  assert np.max(np.abs(taps["features"] - found["2048"].numpy())) < 1e-4 * found["2048"].numpy().std()
+  assert evaluate.names_of(space)["frechet"] == "frechet_distance", "random weights make no FID"
+  published = metrics.inception_space(weights.params, resize="clean", published=True)
+  assert evaluate.names_of(published)["frechet"] == "clean_fid"
+  assert evaluate.names_of(published._replace(provenance={"published": True, "resize": "tf1"}))["frechet"] == "fid"
+
+
+def test_taps_that_are_not_asked_for_are_not_computed():
+  x = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+
+  def size(taps):
+    params = jax.eval_shape(Inception(taps=taps).init, jax.random.key(0), x)["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+  sizes = [size((tap,)) for tap in ("64", "192", "768", "2048", "logits")]
+  assert sizes == sorted(sizes)
+  assert sizes[0] < 1e-2 * sizes[-1]
+  with pytest.raises(ValueError, match="wanted some of 64, 192"):
+    size(("1024",))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_resizing_is_that_of_the_peers(name):
+  images = images_of(SHAPES[name])
+  resize = fidelity.load("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
+  wanted = resize(as_torch(images).float(), (299, 299), align_corners=False).numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(metrics.resize_tf1(images.astype(np.float32)), wanted, atol=0.02)
+  clean = fidelity.load("cleanfid.resize").build_resizer("clean")
+  np.testing.assert_allclose(metrics.resize_clean(images), np.stack([clean(image) for image in images]), atol=1e-3)
+
+
+def test_images_of_other_kinds_are_refused(weights):
+  space = metrics.inception_space(weights.params)
+  with pytest.raises(ValueError, match="2 channels"):
+    space.prepare(images_of((1, 8, 8, 2)))
+  with pytest.raises(ValueError, match="wanted uint8"):
+    space.prepare(np.zeros((1, 8, 8, 3), np.float32))
+  with pytest.raises(ValueError, match="resize='bilinear'"):
+    metrics.inception_space(weights.params, resize="bilinear")
+
+
+def test_converted_weights_are_the_same_and_say_where_they_come_from(peer, weights, tmp_path):
+  _, path = peer
+  output = tmp_path / "new" / "inception.safetensors"
+  inception.convert(path, output, sha256_prefix="")
+  again = inception.load(output, sha256_prefix="")
+  assert again.sha256 == weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+  assert not again.published
+  for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(weights.params), strict=True):
+    np.testing.assert_array_equal(a, b)
+  with pytest.raises(ValueError, match="which exists"):
+    inception.convert(path, output, sha256_prefix="")
+  with pytest.raises(ValueError, match="ends in .safetensors"):
+    inception.convert(path, tmp_path / "inception.npz", sha256_prefix="")
+  with pytest.raises(
+    ValueError, match=f"{weights.sha256}; wanted the published weights, whose hash begins with 6726825d"
+  ):
+    inception.load(output)
+  damaged = bytearray(output.read_bytes())
+  damaged[-40] ^= 1
+  output.write_bytes(damaged)
+  with pytest.raises(ValueError, match="it is damaged"):
+    inception.load(output, sha256_prefix="")
+  output.write_bytes(bytes(damaged[:1000]))
+  with pytest.raises(ValueError, match="cut short"):
+    inception.load(output, sha256_prefix="")
+
+
+def test_other_files_are_refused_with_their_hash(peer, tmp_path):
+  _, path = peer
+  for wanted in ("", tmp_path / "none.pth"):
+    with pytest.raises(
+      ValueError, match=r"wanted the published file: pt_inception-2015-12-05-6726825d.pth.*--inception_weights"
+    ):
+      inception.load(wanted)
+  with pytest.raises(ValueError, match=hashlib.sha256(path.read_bytes()).hexdigest()):
+    inception.load(path)
+  page = tmp_path / "page.pth"
+  page.write_text("<html>Not found</html>")
+  with pytest.raises(ValueError, match=r"22 bytes.*whose hash begins with 6726825d"):
+    inception.load(page)
+  with pytest.raises(ValueError, match="Cannot read"):
+    inception.load(page, sha256_prefix="")
+  state = torch.load(path, weights_only=True)
+  del state["Mixed_6c.branch7x7_2.bn.running_var"]
+  torch.save(state, tmp_path / "less.pth")
+  with pytest.raises(ValueError, match="1 missing: Mixed_6c.branch7x7_2.bn.running_var"):
+    inception.load(tmp_path / "less.pth", sha256_prefix="")
