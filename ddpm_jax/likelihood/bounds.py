@@ -119,7 +119,10 @@ def continuous_bound(
   which Song et al. 2021b (equation 8, with g^2 as the weight) train. It depends on the process by its two ends alone. The decoder is
   theirs too: each value's probability is as q(x_tmin | value), among the 256.
 
-  The levels are drawn evenly in l, two in each of draws/2 equal parts, so that the sum's error can be told.
+  The noise levels are drawn evenly in l, two in each of draws/2 equal parts, so that the sum's error can be told.
+
+  A model that cannot tell the 256 values apart where the noise is less than their distance pays up to half a nat for each unit of l
+  there: a later t_min may then give a lower bound, as it leaves that to the decoder.
 
   Args:
     key: one key, or one a sample [B]: then image i's value follows from x_0[i] and key i alone.

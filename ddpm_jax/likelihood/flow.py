@@ -137,7 +137,7 @@ def _check(probes: int, noise: str, exact: bool, dimensions: int) -> None:
 
 def _probes(key: Array, count: int, noise: str, shape: tuple[int, ...], dtype) -> Array:
   """Vectors [count, B, ...], number p of an image the same however many there are."""
-  return jnp.stack([_NOISES[noise](randomness.fold_in(key, p), shape, dtype) for p in range(count)])
+  return jax.vmap(lambda p: _NOISES[noise](randomness.fold_in(key, p), shape, dtype))(jnp.arange(count))
 
 
 def _with_divergence(
@@ -154,14 +154,14 @@ def _with_divergence(
       value, slope = jax.jvp(velocity, (x,), (v,))
     return value, jnp.sum(v * slope, axis=axes)
 
-  if vectors is not None:
-    value, products = jax.vmap(product, out_axes=(None, 0))(vectors)
-    return value, products.T
-  dimensions = math.prod(x.shape[1:])
+  count = math.prod(x.shape[1:])
 
-  def diagonal(i):
-    unit = jax.nn.one_hot(i, dimensions, dtype=x.dtype).reshape(x.shape[1:])
-    return product(jnp.broadcast_to(unit, x.shape))[1]
+  def unit(i):
+    return jnp.broadcast_to(jax.nn.one_hot(i, count, dtype=x.dtype).reshape(x.shape[1:]), x.shape)
 
-  entries = jax.lax.map(diagonal, jnp.arange(dimensions), batch_size=min(dimensions, _AT_ONCE))
-  return velocity(x), jnp.sum(entries, axis=0)[:, None]
+  if vectors is None and count > _AT_ONCE:
+    entries = jax.lax.map(lambda i: product(unit(i))[1], jnp.arange(count), batch_size=_AT_ONCE)
+    return velocity(x), jnp.sum(entries, axis=0)[:, None]
+  basis = jax.vmap(unit)(jnp.arange(count)) if vectors is None else vectors
+  value, products = jax.vmap(product, out_axes=(None, 0))(basis)
+  return value, jnp.sum(products, axis=0)[:, None] if vectors is None else products.T
