@@ -215,6 +215,7 @@ def default_config() -> ConfigDict:
       "likelihood_images": 0,  # of how many; 0: all
       "bound_draws": 0,  # steps of the bound for each image; 0: all
       "probes": 1,  # of the ODE's trace; 0: exactly, for small images
+      "probe_noise": "rademacher",  # or gaussian
       "likelihood_tolerance": 1e-5,  # of the ODE
       "every": 0,  # training steps between scores on the way; 0: none
       "every_samples": 0,  # samples for each; 0: num_samples

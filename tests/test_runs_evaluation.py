@@ -245,3 +245,35 @@ def test_images_that_are_not_finite_are_counted_and_refused(one_device, copy, mo
   with pytest.raises(FloatingPointError, match="2 of 5 samples are not finite"):
     score(config_of(), copy)
   assert not (copy / "eval.json").exists()
+
+
+def test_likelihoods_are_kept_and_have_error_bars(one_device, copy, monkeypatch):
+  config = config_of(likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2)
+  computed = []
+  in_batches = drawing.in_batches
+
+  def interrupted(*arguments, **options):
+    computed.append(options.get("what"))
+    for index, values in enumerate(in_batches(*arguments, **options)):
+      if options.get("what") == "likelihood (ode)" and index == 1 and len(computed) < 4:
+        raise KeyboardInterrupt
+      yield values
+
+  monkeypatch.setattr(drawing, "in_batches", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    score(config, copy)
+  assert computed == [None, "likelihood (bound)", "likelihood (ode)"]
+  score(config, copy)
+  assert computed[3:] == ["likelihood (ode)", "likelihood (continuous)", None]
+  found = report_of(copy)["likelihood"]
+  assert list(found) == ["bound", "ode", "continuous"]
+  for kind in found.values():
+    assert kind["num_images"] == 6
+    assert kind["standard_error"] > 0
+  assert found["bound"]["bits"] > found["bound"]["decoder"] > 0
+  assert found["ode"]["nfe"] > 10
+  with np.load(copy / "likelihood" / "bound.npz") as file:
+    rows = file["rows"].astype(float)
+  np.testing.assert_allclose(rows[:, 0], rows[:, 1] + rows[:, 3:].sum(1), rtol=1e-5)
+  assert rows.shape == (6, 3 + config.process.num_steps)
+  assert "Terms of the bound" in (copy / "report.html").read_text() or "bound" in (copy / "report.html").read_text()

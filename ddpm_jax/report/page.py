@@ -179,17 +179,17 @@ def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 3) ->
     near = known and bool(relative[index, 0] < NEAR)
     sample = pictures.thumbnails(neighbours.samples[index : index + 1])[0]
     matches.append(Match(sample, list(zip(thumbnails, said, strict=True)), near))
-  near = int(np.sum(relative[:, 0] < NEAR)) if known else 0
+  count = int(np.sum(relative[:, 0] < NEAR)) if known else 0
   share = float(np.mean(usual < NEAR * typical)) if known else 0.0
   expected = share * len(distances)
   return {
     "matches": matches,
     "tile": pictures.tile_of(neighbours.samples, largest=108),  # two beside each other
-    "near": near,
+    "near": count,
     # By more than two standard deviations of chance.
-    "alarm": known and near > expected + 2 * math.sqrt(max(expected, 1)),
+    "alarm": known and count > expected + 2 * math.sqrt(max(expected, 1)),
     "share": f"{share:.1%}",
-    "own_share": f"{near / len(distances):.1%}",
+    "own_share": f"{count / len(distances):.1%}",
     "total": len(distances),
     "known": known,
     "typical": words.number(typical),

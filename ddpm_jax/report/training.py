@@ -48,7 +48,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[Figure], list[Fig
     title = f"{name}, while training" if key in scores else name[0].upper() + name[1:]
     trace = figures.line(name, x, y, figures.series(0)).update(line_width=1.5)
     # Of what does not change, its place above zero; by itself it would be drawn as zero.
-    flat = {"yaxis_range": [0, 2 * y[0]]} if len(y) and y[0] > 0 and np.ptp(y) == 0 else {}
+    flat: dict[str, Any] = {"yaxis_range": [0, 2 * y[0]]} if len(y) and y[0] > 0 and np.ptp(y) == 0 else {}
     small.append(figures.figure(title, [trace], "step", "", alt=f"{name} against the step.", height=230, **flat))
   return main, small
 

@@ -31,6 +31,7 @@ def check(config: ConfigDict, held_out: data.Source | None) -> None:
   c = config.evaluation
   for name in c.likelihood:
     choose(name, KINDS, "a likelihood (config.evaluation.likelihood)")
+  choose(c.probe_noise, ("rademacher", "gaussian"), "config.evaluation.probe_noise")
   if not c.likelihood:
     return
   if held_out is None:
@@ -92,7 +93,14 @@ def evaluate(
       "weights": sha256,
       "kind": kind,
       "seed": seed,
-      "settings": [c.bound_draws, c.probes, c.likelihood_tolerance, config.sampling.variance, config.sampling.clip],
+      "settings": [
+        c.bound_draws,
+        c.probes,
+        c.probe_noise,
+        c.likelihood_tolerance,
+        config.sampling.variance,
+        config.sampling.clip,
+      ],
       "model": json.loads(json.dumps({name: config[name].to_dict() for name in ("process", "network")})),
       "images": metrics.digest(inputs["x_0"]),
       "version": ddpm_jax.__version__,
@@ -142,10 +150,11 @@ def _function(config: ConfigDict, mesh: jax.sharding.Mesh, kind: str) -> tuple[C
     return sums if c.bound_draws else jnp.concatenate([sums, found.terms], 1)
 
   def ode(keys, denoise, inputs):
+    # Networks of a config know backward derivatives alone on a CPU (`build.model.build_apply`).
+    options = {"exact": not c.probes, "probes": max(c.probes, 1), "noise": c.probe_noise}
+    options["reverse"] = jax.default_backend() == "cpu"
     tolerance = c.likelihood_tolerance
-    found = likelihood.ode_bits(
-      keys, process, denoise, inputs["x_0"], probes=max(c.probes, 1), exact=not c.probes, rtol=tolerance, atol=tolerance
-    )
+    found = likelihood.ode_bits(keys, process, denoise, inputs["x_0"], rtol=tolerance, atol=tolerance, **options)
     return jnp.stack([found.bits, found.nfe.astype(jnp.float32)], 1)
 
   def continuous(keys, denoise, inputs):
@@ -178,7 +187,7 @@ def _summary(config: ConfigDict, kind: str, values: np.ndarray) -> dict[str, Any
       "most_nfe": int(values[:, 1].max()),
       "tolerance": config.sampling.tolerance,
     }
-    found["trace"] = f"{c.probes} Rademacher probe(s)" if c.probes else "exact"
+    found["trace"] = f"{c.probes} {c.probe_noise} probe(s)" if c.probes else "exact"
     found["dequantization"] = "uniform"
   else:
     found |= {"prior": float(values[:, 1].mean()), "decoder": float(values[:, 2].mean())}
