@@ -11,7 +11,7 @@ from scipy import integrate, special, stats
 from ddpm_jax import likelihood, predictions, processes, schedules
 from ddpm_jax.networks import gradients_in_loops
 from ddpm_jax.networks.convolution import convolve
-from tests.oracles import MIXTURE, PROCESSES, gaussian
+from tests.oracles import MIXTURE, PROCESSES, Mixture, gaussian
 
 MEAN, STD = 0.1, 0.3
 KEY = jax.random.key(0)
@@ -112,9 +112,10 @@ def test_probes_have_no_bias():
 def test_signs_tell_the_trace_of_an_isotropic_flow_exactly():
   process, data = PROCESSES["cosine"], gaussian(MEAN, STD, 3)
   x = data.draw(np.random.default_rng(0), 3).astype(np.float32)
-  run = functools.partial(likelihood.ode_bits, KEY, process, data.denoise(process), x, probes=4, dequantize=False)
-  assert np.ptp(run().by_probe, axis=1).max() < 1e-4
-  assert np.ptp(run(noise="gaussian").by_probe, axis=1).min() > 1e-2
+  run = functools.partial(likelihood.ode_bits, KEY, process, data.denoise(process), probes=4, dequantize=False)
+  signs, normals = jax.jit(lambda x: (run(x).by_probe, run(x, noise="gaussian").by_probe))(x)
+  assert np.ptp(signs, axis=1).max() < 1e-4
+  assert np.ptp(normals, axis=1).min() > 1e-2
 
 
 def test_dequantized_bits_are_those_of_the_levels():
@@ -122,8 +123,8 @@ def test_dequantized_bits_are_those_of_the_levels():
   process, data = PROCESSES["vp"], gaussian(MEAN, STD, 1)
   values = np.array([0, 90, 140, 255])
   x_0 = np.float32(values / 127.5 - 1).repeat(64)[:, None]
-  bits = likelihood.ode_bits(KEY, process, data.denoise(process), x_0, t_min=1e-4).bits.reshape(4, 64)
-  mean, error = likelihood.summary(bits, axis=1)
+  run = jax.jit(lambda x: likelihood.ode_bits(KEY, process, data.denoise(process), x, t_min=1e-4).bits)
+  mean, error = likelihood.summary(run(x_0).reshape(4, 64), axis=1)
   mass = np.diff(stats.norm(MEAN, STD).cdf(np.array([values, values + 1]) / 128 - 1), axis=0)[0]
   assert np.all(np.abs(mean + np.log2(mass)) < 4 * error + 2e-3)
   assert np.all(error < 0.01)
@@ -138,13 +139,14 @@ def test_derivatives_go_either_way():
     numbers = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
     return jnp.tanh(convolve(x, kernel, (1, 1), "SAME", dimension_numbers=numbers))
 
-  def run(x, **options):
-    return likelihood.ode_bits(keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3, **options)
+  @jax.jit
+  def both(x):
+    run = functools.partial(likelihood.ode_bits, keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3)
+    with gradients_in_loops():
+      backward = run(reverse=True)
+    return run(), backward
 
-  x = on_levels((2, 4, 4, 2))
-  forward = run(x)
-  with gradients_in_loops():
-    backward = run(x, reverse=True)
+  forward, backward = both(on_levels((2, 4, 4, 2)))
   # v^T J v is the same number from either end, but for rounding.
   np.testing.assert_allclose(backward.by_probe, forward.by_probe, rtol=1e-4)
 
@@ -181,45 +183,57 @@ def typical(count):
   return np.searchsorted(np.cumsum(mass), places) / 127.5 - 1, float(special.entr(mass).sum() / np.log(2))
 
 
-@pytest.mark.usefixtures("x64")
-def test_the_discrete_bound_is_the_closed_form_and_nears_the_entropy_with_the_steps():
-  """Of some 10^5 dimensions in one image the noise averages out."""
-  x_0, entropy = typical(60_000)
-  gaps = []
-  for steps in (20, 100, 500):
-    betas = schedules.linear(steps, 0.1 / steps, 20 / steps)
-    process = processes.discrete(betas)
-    prior, decoder, terms = closed_bound(betas, x_0)
-    expected = np.append(decoder.mean(), terms.mean(1))
-    if steps == 100:
-      run = jax.jit(
-        lambda x, p=process: likelihood.variational_bound(KEY, p, gaussian(MEAN, STD, x.shape[1]).denoise(p), x)
-      )
-      found = run(np.tile(x_0, (2, 1)))
-      assert found.terms.shape == found.steps.shape == (2, steps)
-      np.testing.assert_array_equal(found.steps[1], np.arange(1, steps + 1))
-      np.testing.assert_allclose(found.prior, prior.mean(), rtol=1e-6)
-      np.testing.assert_allclose(found.terms.mean(0), expected, rtol=0.02)
-      np.testing.assert_array_equal(found.decoder, found.terms[:, 0])
-      np.testing.assert_allclose(found.bits, found.prior + found.terms.sum(1), rtol=1e-12)
-      np.testing.assert_allclose(found.bits.mean(), prior.mean() + expected.sum(), atol=1e-3 + 3e-3)
-      assert found.error is None
-    gaps.append(prior.mean() + expected.sum() - entropy)
-  print(gaps)
-  assert gaps[0] > gaps[1] > gaps[2] > 0
+def test_the_discrete_bound_is_the_closed_form():
+  """Step by step and in sum, of the exact denoiser; each within its error."""
+  betas, count = schedules.linear(40, 0.1 / 40, 20 / 40), 400
+  process, x_0 = processes.discrete(betas), np.float32([-51, 101, 1, 25]) / 255
+  found = jax.jit(
+    lambda x: likelihood.variational_bound(keys(count), process, gaussian(MEAN, STD, 40).denoise(process), x)
+  )(np.tile(x_0, (count, 10)))
+  prior, decoder, terms = closed_bound(betas, x_0.astype(np.float64))
+  expected = np.append(decoder.mean(), terms.mean(1))
+  mean, error = likelihood.summary(found.terms)
+  assert np.all(np.abs(mean - expected) < 4.5 * error)
+  mean, error = likelihood.summary(found.bits)
+  assert abs(mean - prior.mean() - expected.sum()) < 4 * error < 0.2
+  np.testing.assert_allclose(found.prior, prior.mean(), rtol=1e-5)
+  np.testing.assert_array_equal(found.decoder, found.terms[:, 0])
+  np.testing.assert_array_equal(found.steps, np.tile(np.arange(1, 41), (count, 1)))
+  np.testing.assert_allclose(found.bits, found.prior + found.terms.sum(1), rtol=1e-5)
+  assert found.error is None
+
+
+def test_the_discrete_bound_of_a_known_error_is_exact():
+  """An estimate that is wrong by 0.01 whatever the noise: all that is left to chance drops out."""
+  betas = schedules.linear(100, 0.1 / 100, 20 / 100)
+  process, x_0 = processes.discrete(betas), on_levels((3, 2))
+  found = jax.jit(lambda x: likelihood.variational_bound(KEY, process, lambda x_t, t: x - 0.01, x))(x_0)
+  bar = np.cumprod(1 - betas)
+  gain = 0.5 * (bar[:-1] / (1 - bar[:-1]) - bar[1:] / (1 - bar[1:])) * 0.01**2 / np.log(2)  # half the change of the SNR
+  decoder = stats.norm(-0.01, np.sqrt(betas[1] * betas[0] / (1 - bar[1])))
+  prior = bar[-1] / (1 - bar[-1]) / 2 * (x_0**2).mean(1) / np.log(2)
+  expected = prior + gain.sum() - np.log2(decoder.cdf(1 / 255) - decoder.cdf(-1 / 255))
+  np.testing.assert_allclose(found.terms[:, 1:], np.tile(gain, (3, 1)), rtol=1e-3)
+  np.testing.assert_allclose(found.bits, expected, atol=1e-3)
+
+
+def test_the_discrete_bound_nears_the_entropy_with_the_steps():
+  x_0, entropy = typical(500)
+  bounds = [closed_bound(schedules.linear(n, 0.1 / n, 20 / n), x_0) for n in (20, 100, 500)]
+  gaps = [(prior + decoder + terms.sum(0)).mean() - entropy for prior, decoder, terms in bounds]
+  assert gaps[0] > 1.5 * gaps[1] > 2 * gaps[2] > 0
 
 
 def honest(bits, error, expected):
   """The mean is the expected one within its error, and the errors that were said are those that were made."""
   mean, spread = likelihood.summary(bits)
-  print(mean, spread, expected, np.mean(error**2) / np.var(bits))
   assert abs(mean - expected) < 4 * spread
-  np.testing.assert_allclose(np.mean(error**2), np.var(bits), rtol=0.15)
+  np.testing.assert_allclose(np.mean(error**2), np.var(bits), rtol=0.25)
 
 
-@pytest.mark.parametrize("draws", [4, 20, 60])
+@pytest.mark.parametrize("draws", [4, 30])
 def test_draws_estimate_the_sum_and_their_error(draws):
-  betas, count = schedules.linear(50, 2e-3, 0.2), 4000
+  betas, count = schedules.linear(30, 2e-3, 0.3), 4000
   process, x_0 = processes.discrete(betas), np.float32([-51, 101, 1, 25]) / 255
   found = jax.jit(
     lambda x: likelihood.variational_bound(
@@ -230,7 +244,7 @@ def test_draws_estimate_the_sum_and_their_error(draws):
   honest(found.bits, found.error, (prior + decoder + terms.sum(0)).mean())
   assert abs(found.decoder.mean() - decoder.mean()) < 4 * likelihood.summary(found.decoder).error
   assert found.steps.shape == (count, draws)
-  assert set(np.unique(found.steps)) == set(range(1, 51))
+  assert set(np.unique(found.steps)) == set(range(1, 31))
   np.testing.assert_array_equal(found.steps == 1, np.arange(draws) < np.full((count, 1), 2))
 
 
@@ -258,7 +272,7 @@ def closed_diffusion(process, x_0, t_min):
 
 @pytest.mark.parametrize("process", ["edm", "rectified_flow"])
 def test_the_continuous_bound_is_the_closed_form(process):
-  process, count = PROCESSES[process], 1000
+  process, count = PROCESSES[process], 500
   x_0 = np.float32([-51, 101, 1, 25]) / 255
   found = jax.jit(
     lambda x: likelihood.continuous_bound(keys(count), process, gaussian(MEAN, STD, 16).denoise(process), x, draws=32)
@@ -271,7 +285,7 @@ def test_the_continuous_bound_is_the_closed_form(process):
   np.testing.assert_allclose(found.bits, found.prior + found.diffusion + found.decoder, rtol=1e-5)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", ["discrete_linear", "ve", "edm", "rectified_flow"])
 def test_the_continuous_integral_of_a_known_error_is_exact(process):
   """An estimate that is wrong by d whatever the noise: half d^2 times the difference of the two SNRs, no noise but the levels'."""
   process, x_0 = PROCESSES[process], np.full((8, 2), 0.2, np.float32)
@@ -292,7 +306,7 @@ def test_bounds_of_a_model_that_knows_the_levels_come_near_their_entropy():
   edges = np.concatenate([[-np.inf], (np.arange(1, 256) - 0.5) / 127.5 - 1, [np.inf]])
   mass = np.diff(stats.norm(MEAN, STD).cdf(edges))
   levels = Mixture(mass, np.arange(256)[:, None] / np.float32(127.5) - 1, np.zeros(256))
-  process, steps = PROCESSES["vp"], processes.discrete(schedules.linear(100, 0.1 / 100, 20 / 100))
+  process, steps = PROCESSES["vp"], processes.discrete(schedules.linear(50, 0.1 / 50, 20 / 50))
 
   def denoise(process):
     exact = levels.denoise(process)
@@ -306,7 +320,6 @@ def test_bounds_of_a_model_that_knows_the_levels_come_near_their_entropy():
     )
 
   continuous, discrete = run(np.float32(x_0)[None])
-  print(continuous, discrete.bits, entropy)
   assert continuous.error[0] < 0.1
   assert abs(continuous.bits[0] - entropy) < 4 * continuous.error[0] + 0.01
   assert discrete.bits[0] > entropy + 0.05
@@ -314,19 +327,22 @@ def test_bounds_of_a_model_that_knows_the_levels_come_near_their_entropy():
 
 def test_a_learned_variance_is_counted():
   process, x_0 = processes.discrete(schedules.linear(10, 1e-2, 0.4)), on_levels((2, 3))
-  denoise = gaussian(MEAN, STD, 3).denoise(process)
+
+  def denoise(x, t):
+    return 0.9 * x
 
   def learned(fraction):
     return lambda x, t: predictions.Denoised(denoise(x, t), jnp.full_like(x, fraction))
 
-  def run(denoise, variance):
-    return likelihood.variational_bound(KEY, process, denoise, x_0, variance=variance)
+  @jax.jit
+  def run(x):
+    given = ((denoise, "large"), (learned(1.0), "learned"))
+    return [likelihood.variational_bound(KEY, process, d, x, variance=name).terms for d, name in given]
 
-  small, large = run(denoise, "small"), run(denoise, "large")
-  np.testing.assert_allclose(run(learned(0.0), "learned").terms, small.terms, rtol=1e-5)
-  # Ho et al. keep step 1's variance in "large"; a learned one may be larger there.
-  np.testing.assert_allclose(run(learned(1.0), "learned").terms[:, 1:], large.terms[:, 1:], rtol=1e-5)
-  assert np.all(small.terms[:, 1:] != large.terms[:, 1:])
+  large, highest = run(x_0)
+  np.testing.assert_allclose(highest[:, 1:], large[:, 1:], rtol=1e-5)
+  # Ho et al. keep the variance of step 2 at step 1 in "large"; a learned one may be larger there.
+  assert np.all(highest[:, 0] != large[:, 0])
 
 
 VP, STEPS = PROCESSES["vp"], processes.discrete(schedules.linear(10, 1e-2, 0.4))
@@ -346,7 +362,6 @@ def test_an_image_s_value_follows_from_its_key_alone(name):
   for all_of_them, some in zip(whole, part, strict=True):
     if all_of_them is not None:
       np.testing.assert_allclose(all_of_them[3:], some, rtol=1e-4, atol=1e-5)
-  assert np.all(np.isfinite(run(KEY, x_0).bits)), "one key serves a batch"
   assert len(set(np.asarray(run(keys(5), np.tile(x_0[:1], (5, 1))).bits))) == 5
 
 
@@ -406,6 +421,7 @@ def test_what_would_cost_too_much_or_tells_no_spread_is_refused():
 
 
 def test_a_flow_that_does_not_arrive_is_nan():
-  found = likelihood.ode_bits(KEY, VP, MIXTURE.denoise(VP), np.ones((1, 2), np.float32), max_nfe=20)
+  run = jax.jit(lambda x: likelihood.ode_bits(KEY, VP, MIXTURE.denoise(VP), x, max_nfe=20))
+  found = run(np.ones((1, 2), np.float32))
   assert np.isnan(found.bits[0])
   assert found.nfe[0] <= 20

@@ -22,6 +22,7 @@ def one_device(monkeypatch):
 def config_of(**evaluation):
   config = tiny_config()
   config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
+  config.process.num_steps = 20
   config.training.update({"steps": 4, "checkpoint_every": 4, "sample_every": 100, "log_every": 2})
   config.evaluation.update({"batch_size": 5} | evaluation)
   return config
@@ -193,7 +194,7 @@ def test_a_run_is_scored_on_its_way_and_keeps_the_best(one_device, tmp_path):
 
 
 WRONG = {
-  "rank": ({"allow_singular": False}, "Got 40 samples for a Frechet distance in 64 dimensions"),
+  "rank": ({"allow_singular": False, "scores": ("frechet",)}, "Got 40 samples for a Frechet distance in 64 dimensions"),
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
   "score": ({"scores": ("fid",)}, "as a score; wanted one of"),
   "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; wanted some of"),
@@ -201,7 +202,8 @@ WRONG = {
   "reference": ({"reference": "test"}, "wanted train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),
-  "no_weights": ({"inception_weights": "none.pth"}, "none.pth"),
+  "no_weights": ({"inception_weights": "none.pth", "features": ""}, "none.pth"),
+  "useless_weights": ({"inception_weights": "none.pth"}, "which need none"),
   "splits": ({"splits": 41}, "splits=41"),
   "likelihood": ({"likelihood": ("bond",)}, "Did you mean 'bound'"),
   "resize": ({"resize": "tf"}, "Did you mean 'tf1'"),

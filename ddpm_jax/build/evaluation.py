@@ -63,6 +63,11 @@ def features_of(config: ConfigDict, source: data.Source) -> str:
   else:
     small = config.data.channels == 1 and config.data.image_size <= _SMALL
     name = "classifier" if small and _num_classes(source) > 1 else "pixels"
+  if c.inception_weights and name != "inception":
+    raise ValueError(
+      f"Got --inception_weights={c.inception_weights} with config.evaluation.features={name!r}, which need none; wanted inception, or leave"
+      " one of them out."
+    )
   if name == "classifier" and _num_classes(source) < 2:
     raise ValueError(
       "Got config.evaluation.features='classifier' for images without labels of two classes or more to learn from; wanted labels, or"
