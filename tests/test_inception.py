@@ -39,13 +39,13 @@ def weights(peer):
 def test_all_taps_are_those_of_torch_fidelity(peer, weights):
   network, _ = peer
   inner = {}
-  handle = network.Mixed_6d.branch1x1.conv.register_forward_hook(lambda module, given, found: inner.update(raw=found))
+  handle = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, found: inner.update(branch=found))
   images = images_of(SHAPES["small"])
   with torch.no_grad():
     wanted = dict(zip(network.features_list, map(np.asarray, network(as_torch(images))), strict=True))
   handle.remove()
-  # guided-diffusion's evaluator: the first channels of 'mixed_6/conv:0' at all places, channels last.
-  wanted["spatial"] = inner["raw"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1).numpy()
+  # guided-diffusion's evaluator: the first channels of 'mixed_6/conv:0', which is the ReLU's output, at all places, channels last.
+  wanted["spatial"] = inner["branch"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1).numpy()
   assert set(wanted) == set(TAPS)
 
   def apply(params, x):

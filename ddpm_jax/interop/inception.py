@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from ddpm_jax.interop import tensors
-from ddpm_jax.networks.inception import SHARED, SIZE, SPATIAL, TAPS, Inception
+from ddpm_jax.networks.inception import SHARED, SIZE, TAPS, Inception
 
 PyTree = Any
 
@@ -152,7 +152,7 @@ def _raw_shapes() -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
   for path, shape in _folded_shapes().items():
     layer, leaf = path.rsplit("/", 1) if "/" in path else ("", path)
-    if layer in ("fc", "", "spatial"):
+    if layer in ("fc", ""):
       continue
     if leaf == "kernel":
       widths = SHARED[layer.split("/")[0]] if layer.endswith("/shared") else {layer.rsplit("/", 1)[-1]: shape[-1]}
@@ -192,9 +192,7 @@ def _fold(raw: dict[str, np.ndarray]) -> PyTree:
   params: dict[str, Any] = {}
   for path, shape in _folded_shapes().items():
     layer, _, leaf = path.rpartition("/")
-    if layer == "spatial":
-      value = raw["Mixed_6d/branch1x1/kernel"][..., :SPATIAL]
-    elif layer == "fc" or not layer:
+    if layer == "fc" or not layer:
       value = raw["fc/kernel" if layer else "fc/bias"]
     else:
       block = layer.split("/")[0]
