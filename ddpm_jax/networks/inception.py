@@ -33,7 +33,7 @@ SHARED |= {
   "Mixed_7b": {"branch1x1": 320, "branch3x3_1": 384, "branch3x3dbl_1": 448, "branch_pool": 192},
   "Mixed_7c": {"branch1x1": 320, "branch3x3_1": 384, "branch3x3dbl_1": 448},
 }
-TAPS = ("64", "192", "768", "spatial", "2048", "logits_unbiased", "logits")
+TAPS = ("64", "192", "spatial", "768", "2048", "logits_unbiased", "logits")
 
 
 class Inception(nn.Module):
@@ -51,12 +51,12 @@ class Inception(nn.Module):
     """Taps [B, ...] of images [B, 299, 299, 3], scaled as (x - 128) / 128.
 
     Raises:
-      ValueError: if a tap is unknown, or the images are of another shape.
+      ValueError: if a tap is unknown, there are none, or the images are of another shape.
     """
     unknown = set(self.taps) - set(TAPS)
-    if unknown or x.shape[1:] != (SIZE, SIZE, 3):
+    if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):
       raise ValueError(
-        f"Got the taps {', '.join(self.taps)} of images {x.shape}; wanted some of {', '.join(TAPS)}, of [B, {SIZE}, {SIZE}, 3]."
+        f"Got the taps {', '.join(self.taps) or '(none)'} of images {x.shape}; wanted some of {', '.join(TAPS)}, of [B, {SIZE}, {SIZE}, 3]."
       )
     found: dict[str, Array] = {}
     last = max(TAPS.index(tap) for tap in self.taps)
@@ -187,7 +187,8 @@ def _mean(x: Array) -> Array:
   for axis in (1, 2):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (1, 1)
-    x = sum(_windows(jnp.pad(x, widths), axis, 1))
+    first, second, third = _windows(jnp.pad(x, widths), axis, 1)
+    x = first + second + third
   return x * scale
 
 
