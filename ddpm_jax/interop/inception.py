@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from ddpm_jax.interop import tensors
-from ddpm_jax.networks.inception import SHARED, SIZE, SPATIAL, TAPS, Inception
+from ddpm_jax.networks.inception import SHARED, SIZE, TAPS, Inception
 
 PyTree = Any
 
@@ -47,6 +47,12 @@ def load(path: str | Path, *, sha256_prefix: str = PUBLISHED) -> InceptionWeight
   Raises:
     ValueError: if the file is missing, another one, damaged, or needs PyTorch, which is not installed.
   """
+  raw, sha256 = _read_checked(path, sha256_prefix)
+  return InceptionWeights(_fold(raw), sha256, sha256.startswith(PUBLISHED))
+
+
+def _read_checked(path: str | Path, sha256_prefix: str) -> tuple[dict[str, np.ndarray], str]:
+  """What a file holds, and the hash of the PyTorch file it is or comes from."""
   path = _existing(path)
   own = path.suffix == ".safetensors"
   sha256 = _source(path) if own else _sha256(path)
@@ -61,7 +67,7 @@ def load(path: str | Path, *, sha256_prefix: str = PUBLISHED) -> InceptionWeight
     raise ValueError(
       f"Got {path}, whose tensors are not those that were written; it is damaged. Make it again: --mode=convert."
     )
-  return InceptionWeights(_fold(raw), sha256, sha256.startswith(PUBLISHED))
+  return raw, sha256
 
 
 def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLISHED) -> None:
@@ -72,21 +78,20 @@ def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLIS
   """
   import safetensors.numpy
 
-  output = Path(output)
+  output = Path(output).expanduser()
   if output.suffix != ".safetensors" or output.exists():
     raise ValueError(
       f"Got --output={output}{', which exists' if output.exists() else ''}; wanted a new file that ends in .safetensors."
     )
-  load(path, sha256_prefix=sha256_prefix)
-  path = Path(path)
-  raw = _read(path)
+  raw, sha256 = _read_checked(path, sha256_prefix)
   arrays = {_name(key): np.ascontiguousarray(tensors.to_theirs(key, value)) for key, value in raw.items()}
-  own = path.suffix == ".safetensors"
   output.parent.mkdir(parents=True, exist_ok=True)
-  temporary = output.with_suffix(".tmp")
-  metadata = {"format": "pt", _SOURCE: _source(path) if own else _sha256(path), _DIGEST: _digest(raw)}
-  safetensors.numpy.save_file(arrays, temporary, metadata)
-  os.replace(temporary, output)
+  temporary = output.with_suffix(f".{os.getpid()}.tmp")
+  try:
+    safetensors.numpy.save_file(arrays, temporary, {"format": "pt", _SOURCE: sha256, _DIGEST: _digest(raw)})
+    os.replace(temporary, output)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _existing(path: str | Path) -> Path:
@@ -152,7 +157,7 @@ def _raw_shapes() -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
   for path, shape in _folded_shapes().items():
     layer, leaf = path.rsplit("/", 1) if "/" in path else ("", path)
-    if layer in ("fc", "", "spatial"):
+    if layer in ("fc", ""):
       continue
     if leaf == "kernel":
       widths = SHARED[layer.split("/")[0]] if layer.endswith("/shared") else {layer.rsplit("/", 1)[-1]: shape[-1]}
@@ -192,9 +197,7 @@ def _fold(raw: dict[str, np.ndarray]) -> PyTree:
   params: dict[str, Any] = {}
   for path, shape in _folded_shapes().items():
     layer, _, leaf = path.rpartition("/")
-    if layer == "spatial":
-      value = raw["Mixed_6d/branch1x1/kernel"][..., :SPATIAL]
-    elif layer == "fc" or not layer:
+    if layer == "fc" or not layer:
       value = raw["fc/kernel" if layer else "fc/bias"]
     else:
       block = layer.split("/")[0]

@@ -1,6 +1,6 @@
 """The feature space of FID: the 2015 Inception network behind the resizing of the reference, or of clean-fid."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", pu
 
   def apply(params, x):
     x = x.astype(jnp.float32)
-    taps = network.apply({"params": params}, ((resize_tf1(x) if resize == "tf1" else x) - 128) / 128)
+    scaled = ((resize_tf1(x) if resize == "tf1" else x) - 128) / 128
+    taps = cast("dict[str, Array]", network.apply({"params": params}, scaled))
     log_probs = jax.nn.log_softmax(taps["logits_unbiased"])
     return {"features": taps["2048"], "log_probs": log_probs, "spatial": taps["spatial"]}
 
@@ -61,20 +62,17 @@ def resize_tf1(x: Array, size: int = SIZE) -> Array:
 
   No pixel's centre is its place then, and a larger image is sampled, not averaged: the numbers of papers follow from it.
   """
-  rows, columns = (_bilinear(length, size) for length in x.shape[1:3])
-  x = jnp.einsum("ih,bhwc->biwc", rows, x, precision="highest")
-  return jnp.einsum("jw,biwc->bijc", columns, x, precision="highest")
-
-
-def _bilinear(length: int, size: int) -> np.ndarray:
-  """The weights [size, length]."""
-  places = (np.arange(size, dtype=np.float32) * np.float32(length / size)).astype(np.float64)
-  low = np.floor(places).astype(int)
-  high = np.minimum(low + 1, length - 1)
-  weights = np.zeros((size, length))
-  np.add.at(weights, (np.arange(size), low), 1 - (places - low))
-  np.add.at(weights, (np.arange(size), high), places - low)
-  return weights.astype(np.float32)
+  # Columns first, in the order and with the roundings of the reference. Gathered, as products with matrices of weights take up to fifty
+  # times as long on a CPU.
+  for axis in (2, 1):
+    length = x.shape[axis]
+    places = np.arange(size, dtype=np.float32) * np.float32(length / size)
+    low = places.astype(int)
+    high = np.minimum(low + 1, length - 1)
+    share = (places - low.astype(np.float32)).reshape(-1, *(1,) * (3 - axis))
+    before, after = (jnp.take(x, index, axis) for index in (low, high))
+    x = before + (after - before) * share
+  return x
 
 
 def resize_clean(images: np.ndarray, size: int = SIZE) -> np.ndarray:

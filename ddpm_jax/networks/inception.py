@@ -15,7 +15,9 @@ Array = jax.Array
 
 SIZE = 299
 CLASSES = 1008
-# Channels of `Mixed_6d`'s first convolution whose values at all places are the spatial features (Nash et al. 2021).
+# Channels of `Mixed_6d` whose values at all places are the spatial features (Nash et al. 2021). They are the first of its first
+# branch, after the ReLU: in the original graph `mixed_6/conv` names the last node of that layer, and `mixed_6/conv/Conv2D` the
+# convolution.
 SPATIAL = 7
 # Convolutions of 1x1 of a block that see one input are one matrix product. By their published names, with their channels.
 SHARED = {
@@ -31,7 +33,7 @@ SHARED |= {
   "Mixed_7b": {"branch1x1": 320, "branch3x3_1": 384, "branch3x3dbl_1": 448, "branch_pool": 192},
   "Mixed_7c": {"branch1x1": 320, "branch3x3_1": 384, "branch3x3dbl_1": 448},
 }
-TAPS = ("64", "192", "768", "spatial", "2048", "logits_unbiased", "logits")
+TAPS = ("64", "192", "spatial", "768", "2048", "logits_unbiased", "logits")
 
 
 class Inception(nn.Module):
@@ -49,12 +51,12 @@ class Inception(nn.Module):
     """Taps [B, ...] of images [B, 299, 299, 3], scaled as (x - 128) / 128.
 
     Raises:
-      ValueError: if a tap is unknown, or the images are of another shape.
+      ValueError: if a tap is unknown, there are none, or the images are of another shape.
     """
     unknown = set(self.taps) - set(TAPS)
-    if unknown or x.shape[1:] != (SIZE, SIZE, 3):
+    if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):
       raise ValueError(
-        f"Got the taps {', '.join(self.taps)} of images {x.shape}; wanted some of {', '.join(TAPS)}, of [B, {SIZE}, {SIZE}, 3]."
+        f"Got the taps {', '.join(self.taps) or '(none)'} of images {x.shape}; wanted some of {', '.join(TAPS)}, of [B, {SIZE}, {SIZE}, 3]."
       )
     found: dict[str, Array] = {}
     last = max(TAPS.index(tap) for tap in self.taps)
@@ -83,10 +85,9 @@ class Inception(nn.Module):
       x = _BlockA(name=f"Mixed_5{block}")(x)
     x = _BlockB(name="Mixed_6a")(x)
     for block in "bcde":
-      if block == "d" and "spatial" in self.taps:
-        values = nn.Dense(SPATIAL, use_bias=False, precision="highest", name="spatial")(x)
-        found["spatial"] = values.reshape(len(x), -1)
       x = _BlockC(name=f"Mixed_6{block}")(x)
+      if block == "d":
+        found["spatial"] = x[..., :SPATIAL].reshape(len(x), -1)
     return x
 
   def _seventh(self, x: Array, found: dict[str, Array]) -> Array:
@@ -137,7 +138,7 @@ class _BlockE(nn.Module):
   def __call__(self, x: Array) -> Array:
     one, three, twice, *pooled = _shared(x, self.name)
     if not pooled:
-      pooled = [nn.relu(_dense(_max(x, stride=1, padding="SAME"), 192, "branch_pool"))]
+      pooled = [nn.relu(_dense(_max(x, stride=1, padded=True), 192, "branch_pool"))]
     twice = _conv(twice, 384, (3, 3), "branch3x3dbl_2")
     wide = [_conv(three, 384, size, f"branch3x3_2{side}") for side, size in (("a", (1, 3)), ("b", (3, 1)))]
     wide += [_conv(twice, 384, size, f"branch3x3dbl_3{side}") for side, size in (("a", (1, 3)), ("b", (3, 1)))]
@@ -156,20 +157,42 @@ def _shared(x: Array, block: str | None) -> list[Array]:
 def _conv(
   x: Array, features: int, size: tuple[int, int], name: str, *, stride: int = 1, padding: str = "SAME"
 ) -> Array:
-  padding = "VALID" if stride > 1 else padding
-  return nn.relu(nn.Conv(features, size, stride, padding, precision="highest", name=name)(x))
+  if stride == 1 and padding == "SAME":
+    return nn.relu(nn.Conv(features, size, precision="highest", name=name)(x))
+  # What is not padded at all, XLA's CPU back end hands to a library that takes up to four times as long. One row and column of
+  # zeros at the end change none of the outputs that are kept.
+  outputs = nn.Conv(features, size, stride, [(0, 1), (0, 1)], precision="highest", name=name)(x)
+  height, width = ((length - extent) // stride + 1 for length, extent in zip(x.shape[1:3], size, strict=True))
+  return nn.relu(outputs[:, :height, :width])
 
 
 def _dense(x: Array, features: int, name: str) -> Array:
   return nn.Dense(features, precision="highest", name=name)(x)
 
 
-def _max(x: Array, *, stride: int = 2, padding: str = "VALID") -> Array:
-  return nn.max_pool(x, (3, 3), (stride, stride), padding)
+def _max(x: Array, *, stride: int = 2, padded: bool = False) -> Array:
+  """The maximum of 3x3 places."""
+  if padded:
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+  for axis in (1, 2):
+    first, second, third = _windows(x, axis, stride)
+    x = jnp.maximum(jnp.maximum(first, second), third)
+  return x
 
 
 def _mean(x: Array) -> Array:
   """The mean of 3x3 places, of fewer at the borders."""
-  total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
   rows, columns = (np.convolve(np.ones(size), np.ones(3), "same") for size in x.shape[1:3])
-  return total / jnp.asarray(rows[:, None, None] * columns[:, None], x.dtype)
+  scale = np.asarray(1 / (rows[:, None, None] * columns[:, None]), np.float32)
+  for axis in (1, 2):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (1, 1)
+    first, second, third = _windows(jnp.pad(x, widths), axis, 1)
+    x = first + second + third
+  return x * scale
+
+
+def _windows(x: Array, axis: int, stride: int) -> list[Array]:
+  """What each of the three places of a window along an axis sees: on a CPU much quicker to reduce than `lax.reduce_window`."""
+  last = (x.shape[axis] - 3) // stride * stride + 1
+  return [jax.lax.slice_in_dim(x, place, place + last, stride, axis) for place in range(3)]
