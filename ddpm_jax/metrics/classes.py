@@ -18,7 +18,7 @@ class ClassStatistics(NamedTuple):
     negentropy: sums of their negative entropies in nats [S].
   """
 
-  count: np.ndarray
+  count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
   probs: np.ndarray
   negentropy: np.ndarray
 
@@ -71,7 +71,9 @@ def merge_classes(a: ClassStatistics, b: ClassStatistics) -> ClassStatistics:
     ValueError: if they have other splits or classes.
   """
   if a.probs.shape != b.probs.shape:
-    raise ValueError(f"Got statistics [S, K] of {a.probs.shape} and {b.probs.shape}; wanted the same splits and classes.")
+    raise ValueError(
+      f"Got statistics [S, K] of {a.probs.shape} and {b.probs.shape}; wanted the same splits and classes."
+    )
   return ClassStatistics(*(x + y for x, y in zip(a, b, strict=True)))
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ddpm_jax.images import from_uint8
 from ddpm_jax.metrics.features import FeatureSpace
 from ddpm_jax.networks.recognition import Recognizer
 
+Array = jax.Array
 PyTree = Any
 # The dimensions of its features.
 CLASSIFIER_FEATURES = 64
@@ -93,8 +94,8 @@ def train_classifier(
       ]
     )[: len(chosen)]
   # Of images that are all the same, 1.
-  mean, scale = features.mean(0), np.sqrt(np.mean(features.var(0))) or np.float32(1)
-  return {**jax.device_get(params), "standard": {"mean": mean, "scale": scale.astype(np.float32)[None]}}
+  mean, scale = features.mean(0), float(np.sqrt(np.mean(features.var(0)))) or 1
+  return {**jax.device_get(params), "standard": {"mean": mean, "scale": np.array([scale], np.float32)}}
 
 
 def _endless(count: int, seed: int) -> Iterator[int]:
@@ -121,7 +122,7 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
   def apply(params, x):
     standard = params["standard"]
     weights = {name: leaves for name, leaves in params.items() if name != "standard"}
-    features, logits = network.apply({"params": weights}, x)
+    features, logits = cast(tuple[Array, Array], network.apply({"params": weights}, x))
     return {"features": (features - standard["mean"]) / standard["scale"], "log_probs": jax.nn.log_softmax(logits)}
 
   return FeatureSpace("classifier", params, prepare, apply, provenance or {})

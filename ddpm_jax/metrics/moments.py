@@ -15,7 +15,7 @@ class Moments(NamedTuple):
     scatter: [D, D], the sum of the outer products of the deviations from the mean.
   """
 
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count
   mean: np.ndarray
   scatter: np.ndarray
 
@@ -31,7 +31,7 @@ class Gaussian(NamedTuple):
 
   mean: np.ndarray
   covariance: np.ndarray
-  count: int | None = None
+  count: int | None = None  # type: ignore[assignment]  # hides tuple.count
 
 
 class MomentSum:

@@ -52,8 +52,8 @@ def neighbourhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neigh
   covered, recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
   for rows, squares in _blocks(generated, real):
     held = squares <= other
-    inside += np.count_nonzero(held.any(1))
-    balls += np.count_nonzero(held)
+    inside += int(held.any(1).sum())
+    balls += int(np.count_nonzero(held))
     covered |= held.any(0)
     recalled |= (squares <= own[rows, None]).any(0)
   shares = (inside / len(generated), recalled.mean(), balls / (k * len(generated)), covered.mean())
