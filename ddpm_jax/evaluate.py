@@ -49,7 +49,7 @@ class Summary(NamedTuple):
     kept: features for the scores of pairs [n, D]; None where only moments are known.
   """
 
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count
   features: metrics.Gaussian
   spatial: metrics.Gaussian | None = None
   classes: metrics.ClassStatistics | None = None
@@ -60,13 +60,15 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
   """The summary of `total` images, that come in batches uint8 [B, H, W, C].
 
   Raises:
-    ValueError: if there are fewer than two images, other than `total`, or they are not uint8.
+    ValueError: if there are fewer than two images, other than `total`, or they are not uint8, or some features are not finite.
   """
   if total < 2:
     raise ValueError(f"Got {total} image(s) to take statistics of; wanted two or more: the set is empty, or nearly so.")
   features, spatial, classes = metrics.MomentSum(), None, None
   wanted, kept, first = _kept(total, settings.most_kept), [], 0
   for images in batches:
+    if first + len(images) > total:
+      raise ValueError(f"Got {first + len(images):,} images or more where {total:,} were announced; wanted as many.")
     taps = extract(images)
     values = taps["features"]
     features.add(values)
@@ -113,12 +115,15 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
   Args:
     generated: of the images to judge.
     reference: of the real images.
-    settings: which scores, and how.
+    settings: which scores, and how; its `scores` may be empty.
     names: what they are called in this space (`names_of`), by the names of `SCORES`.
 
   Raises:
-    ValueError: if a score needs what a summary lacks, or there are too few samples for it.
+    ValueError: if a score is not known or needs what a summary lacks, or there are too few samples for it.
   """
+  unknown = sorted(set(settings.scores) - set(SCORES))
+  if unknown:
+    raise ValueError(f"Got the scores {unknown}; wanted some of {', '.join(SCORES)}.")
   called = {name: name for name in SCORES} | (names or {})
   scores: Scores = {}
   if "frechet" in settings.scores:
@@ -155,15 +160,20 @@ def _of_pairs(
   if wanted != ["kernel"]:
     # Of one size: balls are narrower among more points.
     size = min(len(generated), len(reference))
-    found = metrics.neighbourhoods(generated[:size], reference[:size], settings.k)._asdict()
+    found = metrics.neighbourhoods(_some(generated, size), _some(reference, size), settings.k)._asdict()
     names = [name for pair in wanted if pair != "kernel" for name in pair.split("_")]
     scores |= {name: found[name] for name in names}
   return scores
 
 
+def _some(features: np.ndarray, size: int) -> np.ndarray:
+  """So many of the features, at random: the first may all be of one class."""
+  return features[_kept(len(features), size)]
+
+
 def kernel_size(generated: int, reference: int) -> int:
-  """How many features a subset of the kernel distance has by default: 1,000, or half of what there are."""
-  return min(_KERNEL_SIZE, min(generated, reference) // 2)
+  """How many features a subset of the kernel distance has by default: 1,000, or half of what there are, but two at least."""
+  return min(_KERNEL_SIZE, max(2, min(generated, reference) // 2))
 
 
 def _lacking(name: str, what: str) -> ValueError:

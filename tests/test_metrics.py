@@ -1,9 +1,18 @@
+"""Scores of features against torch-fidelity, SciPy and scikit-learn, and the laws they obey."""
+
+import sys
+import warnings
+
+import ml_dtypes
 import numpy as np
 import pytest
 import scipy.linalg
-from sklearn.neighbors import KDTree
+import scipy.stats
+import torch
+from sklearn.metrics.pairwise import polynomial_kernel
 
-from ddpm_jax import evaluate, metrics
+from ddpm_jax import metrics
+from tests import fidelity
 
 
 def features(seed, count=80, width=6, shift=0.0):
@@ -11,58 +20,238 @@ def features(seed, count=80, width=6, shift=0.0):
   return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + shift
 
 
-def test_frechet_distance_is_scipys_root():
-  a, b = features(0), features(1, 100, shift=0.5)
-  root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-  expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-9)
+def spectrum(seed, values):
+  """A covariance of these eigenvalues, along axes that follow from the seed."""
+  axes = scipy.stats.ortho_group.rvs(len(values), random_state=seed)
+  return (axes * values) @ axes.T
 
 
-def test_frechet_distance_of_a_set_to_itself_is_zero_also_if_singular():
-  a = features(0, 5, 20)
-  assert abs(metrics.frechet_distance(a, a)) < 1e-6 * np.trace(np.cov(a.T))
-  assert metrics.frechet_distance(a[:, :1], a[:, :1] + 2) == pytest.approx(4)
+def theirs(a, b):
+  fid = fidelity.load("torch_fidelity.metric_fid")
+  statistics = [fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+  return fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
 
 
-def test_precision_and_recall_by_a_tree():
-  generated, real = features(2, 60, 3), features(3, 70, 3)
+@pytest.mark.parametrize(("width", "count", "shift"), [(1, 9, 0.0), (6, 80, 0.5), (40, 200, 1e3)])
+def test_frechet_distance_is_torch_fidelitys_and_scipys(width, count, shift):
+  a, b = features(0, count, width), features(1, count + 20, width, shift)
+  root = scipy.linalg.sqrtm(np.atleast_2d(np.cov(a.T)) @ np.atleast_2d(np.cov(b.T))).real
+  spread = np.trace(np.atleast_2d(np.cov(a.T)) + np.atleast_2d(np.cov(b.T)) - 2 * root)
+  distance = metrics.frechet_distance(a, b)
+  np.testing.assert_allclose(distance, np.sum((a.mean(0) - b.mean(0)) ** 2) + spread, rtol=1e-9)
+  if width > 1:  # of one dimension theirs is an error
+    np.testing.assert_allclose(distance, theirs(a, b), rtol=1e-9)
+  np.testing.assert_allclose(metrics.frechet_distance(metrics.moments(a), metrics.gaussian(b)), distance, rtol=1e-12)
+  np.testing.assert_allclose(metrics.frechet_distance(b, a), distance, rtol=1e-9)
 
-  def inside(points, manifold):
-    tree = KDTree(manifold)
-    radii = tree.query(manifold, 6)[0][:, -1]  # itself, and five neighbours
-    return np.mean([np.any(np.linalg.norm(manifold - point, axis=1) <= radii) for point in points])
 
-  got = metrics.precision_recall(generated, real, 5)
-  np.testing.assert_allclose(got, (inside(generated, real), inside(real, generated)))
+@pytest.mark.parametrize("smallest", [1e-2, 1e-7, 1e-11, 0])
+def test_frechet_distance_of_covariances_on_common_axes_is_that_of_their_roots(smallest):
+  a, b = np.array([3.0, 2, 1, 0.5, smallest, smallest, 0.1, 0.2]), np.array([1.0, 3, 2, 0.5, smallest, 4, 0.3, smallest])
+  mean = np.arange(8.0)
+  one, other = metrics.Gaussian(mean, spectrum(0, a)), metrics.Gaussian(mean + 1, spectrum(0, b))
+  expected = 8 + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+  np.testing.assert_allclose(metrics.frechet_distance(one, other), expected, rtol=1e-9)
+  assert metrics.frechet_distance(one, one) < 1e-12
 
 
-def test_precision_and_recall_move_the_right_way():
-  real = features(0, 300, 4)
-  same, narrow, far = real[:150], 0.1 * real[:150], real[:150] + 100
-  precision, recall = metrics.precision_recall(same, real[150:])
-  assert precision > 0.85
-  assert recall > 0.8
-  precision, recall = metrics.precision_recall(narrow, real[150:])
-  assert precision > 0.95
-  assert recall < 0.2
-  assert metrics.precision_recall(far, real[150:]) == (0, 0)
+def test_fewer_samples_than_dimensions_leave_the_same_distance_in_the_space_they_span():
+  basis = scipy.stats.ortho_group.rvs(30, random_state=0)[:6]
+  a, b = features(0, 12), features(1, 9, shift=0.5)
+  wide = [x @ basis for x in (a, b)]
+  distance = metrics.frechet_distance(*wide, allow_singular=True)
+  np.testing.assert_allclose(distance, metrics.frechet_distance(a, b), rtol=1e-10)
+  few = features(2, 5, 20)
+  assert metrics.frechet_distance(few, few, allow_singular=True) < 1e-12 * np.trace(np.cov(few.T))
+  constant = np.ones((7, 3))
+  np.testing.assert_allclose(metrics.frechet_distance(constant, constant + 2), 12)
+
+
+def test_frechet_distance_does_not_see_common_rotations_and_translations():
+  a, b = features(0), features(1, shift=0.5)
+  rotation, shift = scipy.stats.ortho_group.rvs(6, random_state=1), np.arange(6.0)
+  moved = metrics.frechet_distance(a @ rotation + shift, b @ rotation + shift)
+  np.testing.assert_allclose(moved, metrics.frechet_distance(a, b), rtol=1e-10)
+  np.testing.assert_allclose(metrics.frechet_distance(a, a + shift), np.sum(shift**2), rtol=1e-10)
+
+
+def test_more_samples_lower_the_bias():
+  rng = np.random.default_rng(0)
+  distances = [
+    np.mean([metrics.frechet_distance(*rng.normal(size=(2, count, 8))) for _ in range(10)]) for count in (20, 80, 320)
+  ]
+  # It falls about as 1 / N.
+  np.testing.assert_allclose(np.array(distances[:-1]) / distances[1:], 4, rtol=0.35)
+
+
+def test_features_far_from_zero_keep_their_digits():
+  a = features(0).astype(np.float32)
+  far = (a.astype(np.float64) + 1e4).astype(np.float32)
+  # Of what float32 holds of them, nothing more is lost: exact sums of whole numbers say so.
+  whole = np.round((far.astype(np.float64) - 1e4) * 2**10)
+  centred = (whole - whole.mean(0)) / 2**10
+  got = metrics.gaussian(far)
+  np.testing.assert_allclose(got.covariance, centred.T @ centred / 79, rtol=1e-9, atol=1e-11)
+  np.testing.assert_allclose(got.covariance, np.cov(far.astype(np.float64).T), rtol=1e-9, atol=1e-11)
+  np.testing.assert_allclose(metrics.frechet_distance(far, far + np.float32(2)), 24, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[80], [1] * 80, [0, 3, 50, 0, 27], [79, 1]])
+def test_moments_of_any_batches_are_those_of_one(sizes):
+  values, total = features(0, shift=100).astype(np.float32), metrics.MomentSum()
+  for part in np.split(values, np.cumsum(sizes)[:-1]):
+    total.add(part)
+  got = total.result()
+  assert got.count == 80
+  np.testing.assert_allclose(got.mean, values.astype(np.float64).mean(0), rtol=1e-14)
+  np.testing.assert_allclose(got.scatter, np.cov(values.astype(np.float64).T) * 79, rtol=1e-10)
+  np.testing.assert_array_equal(got.scatter, got.scatter.T)
+  total.add(values)
+  assert total.result().count == 160
+  assert got.count == 80
+
+
+def test_moments_of_several_processes_merge_in_any_order_also_with_one_that_saw_nothing():
+  values = features(0, shift=100)
+  parts = [metrics.moments(part) for part in np.split(values, [5, 6, 40])]
+  parts += [metrics.moments(values[:0]), metrics.MomentSum().result()]
+  whole, rng = metrics.moments(values), np.random.default_rng(0)
+  for _ in range(6):
+    total, *rest = [parts[i] for i in rng.permutation(len(parts))]
+    for part in rest:
+      total = metrics.merge(total, part)
+    assert total.count == 80
+    np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-13)
+    np.testing.assert_allclose(total.scatter, whole.scatter, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int32", "bfloat16"])
+def test_features_of_any_real_type_do(dtype):
+  values = (10 * features(0)).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+  expected = np.cov(values.astype(np.float64).T)
+  np.testing.assert_allclose(metrics.gaussian(values).covariance, expected, rtol=1e-10)
 
 
 def test_wrong_features_are_errors():
-  with pytest.raises(ValueError, match="wanted \\[N, D\\]"):
-    metrics.frechet_distance(np.zeros((5, 2)), np.zeros((5, 3)))
-  with pytest.raises(ValueError, match="wanted \\[N, D\\]"):
-    metrics.precision_recall(np.zeros(5), np.zeros((5, 3)))
-  with pytest.raises(ValueError, match="k=5 for 5 generated"):
-    metrics.precision_recall(np.zeros((5, 2)), np.zeros((9, 2)))
+  good, broken = features(0), features(1)
+  broken[[3, 7], 2] = np.nan
+  broken[9] = np.inf
+  for call in (metrics.moments, metrics.gaussian, lambda x: metrics.frechet_distance(good, x)):
+    with pytest.raises(ValueError, match="Got 3 of 80 feature vectors that are not finite"):
+      call(broken)
+  with pytest.raises(ValueError, match="Got 3 of 80"):
+    metrics.kernel_distance(good, broken, size=10)
+  with pytest.raises(ValueError, match="Got features of 6 and 5 dimensions"):
+    metrics.frechet_distance(good, good[:, 1:])
+  with pytest.raises(ValueError, match="Got moments of 6 and 5 dimensions"):
+    metrics.merge(metrics.moments(good), metrics.moments(good[:, 1:]))
+  total = metrics.MomentSum()
+  total.add(good)
+  with pytest.raises(ValueError, match="Got features of 5 dimensions after some of 6"):
+    total.add(good[:, 1:])
+  for wrong in (good[0], good[:, :0], good[None], 3.0):
+    with pytest.raises(ValueError, match=r"wanted \[N, D\]"):
+      metrics.moments(wrong)
+  with pytest.raises(ValueError, match="wanted real numbers"):
+    metrics.moments(good * 1j)
+  with pytest.raises(ValueError, match="Got 1 feature vector"):
+    metrics.frechet_distance(good, good[:1])
+  with pytest.raises(ValueError, match="Got 0 feature vector"):
+    metrics.gaussian(good[:0])
+  with pytest.raises(ValueError, match="not finite"):
+    metrics.frechet_distance(metrics.Gaussian(np.zeros(2), np.full((2, 2), np.nan)), good[:, :2])
 
 
-def test_score_has_the_floor_beside_it():
+def test_too_few_samples_for_the_rank_are_an_error_that_says_how_many_do():
+  with pytest.raises(ValueError, match=r"Got 6 samples .* 6 dimensions: .* a rank of 5 .*Wanted 7 samples or more"):
+    metrics.frechet_distance(features(0, 6), features(1))
+  metrics.frechet_distance(features(0, 7), features(1))
+  metrics.frechet_distance(features(0, 6), features(1), allow_singular=True)
+  # How many there were is not known of another tool's statistics.
+  metrics.frechet_distance(metrics.gaussian(features(0, 6))._replace(count=None), features(1))
+
+
+def test_kernel_distance_is_torch_fidelitys_and_scikit_learns():
+  a, b = features(0, 60), features(1, 70, shift=0.5)
+  got = metrics.kernel_distance(a, b, subsets=7, size=20)
+  kid = fidelity.load("torch_fidelity.metric_kid").kid_features_to_metric(
+    torch.from_numpy(a), torch.from_numpy(b), kid_subsets=7, kid_subset_size=20, verbose=False
+  )
+  np.testing.assert_allclose(
+    got, [kid["kernel_inception_distance_mean"], kid["kernel_inception_distance_std"]], rtol=1e-9
+  )
+
+  def mean(x, y):
+    kernel = polynomial_kernel(x, y, degree=3, coef0=1)
+    return kernel[~np.eye(*kernel.shape, dtype=bool)].mean() if x is y else kernel.mean()
+
+  np.testing.assert_allclose(metrics.mmd(a, b), mean(a, a) + mean(b, b) - 2 * mean(a, b), rtol=1e-9)
+  np.testing.assert_allclose(metrics.mmd(b, a), metrics.mmd(a, b), rtol=1e-12)
+
+
+def test_kernel_distance_has_no_bias():
   rng = np.random.default_rng(0)
-  generated, held_out, training = rng.integers(0, 256, (3, 40, 4, 4, 1), dtype=np.uint8)
-  scores = evaluate.score(generated, held_out, training)
-  assert scores["generated"] == evaluate.pixel_scores(generated, held_out)
-  assert scores["floor"] == evaluate.pixel_scores(training, held_out)
-  assert "floor" in evaluate.table(scores)
-  with pytest.raises(ValueError, match="one shape"):
-    evaluate.score(generated[:20], held_out, training)
+  values = [metrics.mmd(*rng.normal(size=(2, 10, 3))) for _ in range(400)]
+  assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(400)
+  assert min(values) < 0
+
+
+def test_wrong_subsets_are_errors():
+  a = features(0)
+  for subsets, size in ((0, 10), (5, 1), (5, 81)):
+    with pytest.raises(ValueError, match=f"Got {subsets} subsets of {size} for 80 and 80"):
+      metrics.kernel_distance(a, a, subsets=subsets, size=size)
+  with pytest.raises(ValueError, match="Got 80 and 1 features"):
+    metrics.mmd(a, a[:1])
+  with pytest.raises(ValueError, match=r"wanted \[N, D\] and \[M, D\]"):
+    metrics.mmd(a, a[:, 1:])
+
+
+def class_score(log_probs, splits, sizes):
+  total, first = None, 0
+  for part in np.split(log_probs, np.cumsum(sizes)):
+    one = metrics.class_statistics(part, first, len(log_probs), splits)
+    total, first = one if total is None else metrics.merge_classes(one, total), first + len(part)
+  return metrics.inception_score(total)
+
+
+@pytest.mark.parametrize(("count", "splits", "sizes"), [(100, 10, []), (97, 10, [1, 60]), (53, 1, [20]), (5, 5, [2])])
+def test_inception_score_is_torch_fidelitys(count, splits, sizes):
+  logits = 3 * np.random.default_rng(0).normal(size=(count, 7))
+  isc = fidelity.load("torch_fidelity.metric_isc").isc_features_to_metric(torch.from_numpy(logits), splits)
+  expected = [isc["inception_score_mean"], isc["inception_score_std"]]
+  log_probs = scipy.special.log_softmax(logits, axis=1)
+  np.testing.assert_allclose(class_score(log_probs, splits, sizes), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_inception_score_is_the_number_of_classes_that_are_told_apart_in_whatever_order_they_come():
+  classes = np.repeat(np.arange(5), 200)
+  log_probs = np.where(np.arange(8) == classes[:, None], 0.0, -900.0)
+  mean, _ = class_score(log_probs, 10, [])
+  assert 4.8 < mean <= 5
+  np.testing.assert_allclose(class_score(log_probs, 1, []), (5, 0), rtol=1e-12)
+  np.testing.assert_allclose(class_score(np.full((20, 8), -2.0), 4, []), (1, 0), atol=1e-12)
+
+
+def test_wrong_log_probabilities_are_errors():
+  log_probs = np.full((10, 3), -np.log(3))
+  with pytest.raises(ValueError, match=r"wanted \[B, K\]"):
+    metrics.class_statistics(log_probs[0], 0, 10)
+  with pytest.raises(ValueError, match="Got samples 5 to 15 of 10 in 2 splits"):
+    metrics.class_statistics(log_probs, 5, 10, 2)
+  with pytest.raises(ValueError, match="in 11 splits"):
+    metrics.class_statistics(log_probs, 0, 10, 11)
+  with pytest.raises(ValueError, match="wanted samples in each"):
+    metrics.inception_score(metrics.class_statistics(log_probs, 0, 200))
+  with pytest.raises(ValueError, match="wanted the same splits and classes"):
+    metrics.merge_classes(*(metrics.class_statistics(log_probs, 0, 10, splits) for splits in (1, 2)))
+  log_probs[3, 1] = np.nan
+  with pytest.raises(ValueError, match="Got 1 of 10 rows"):
+    metrics.class_statistics(log_probs, 0, 10)
+
+
+def test_importing_what_the_peers_need_leaves_nothing_behind():
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    fidelity.load("torch_fidelity.metric_fid")
+  assert not any(name.startswith("torchvision") for name in sys.modules)

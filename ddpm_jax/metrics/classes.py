@@ -1,8 +1,12 @@
 """The Inception Score, and the same of any other classifier, from its log-probabilities a batch at a time."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
+
+# torch-fidelity's, by default.
+_SEED = 2020
 
 
 class ClassStatistics(NamedTuple):
@@ -14,7 +18,7 @@ class ClassStatistics(NamedTuple):
     negentropy: sums of their negative entropies in nats [S].
   """
 
-  count: np.ndarray
+  count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
   probs: np.ndarray
   negentropy: np.ndarray
 
@@ -26,29 +30,50 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
     log_probs: log-probabilities [B, K] of the samples number `first`, `first + 1`, ...
     first: the number of the first.
     total: how many samples there will be in all.
-    splits: into how many runs of neighbours they are split.
+    splits: into how many parts they are split, at random: samples often come class by class. The parts are those of
+      torch-fidelity's default seed.
 
   Raises:
     ValueError: if log_probs are not finite [B, K], go past the total, or there are more splits than samples.
   """
-  if np.ndim(log_probs) != 2 or not np.all(np.isfinite(log_probs)):
-    raise ValueError(f"Got log-probabilities of shape {np.shape(log_probs)}, or some not finite; wanted finite [B, K].")
-  if not 1 <= splits <= total or first < 0 or first + len(log_probs) > total:
+  log_p = np.asarray(log_probs, np.float64)
+  if log_p.ndim != 2 or not log_p.shape[1]:
+    raise ValueError(f"Got log-probabilities of shape {log_p.shape}; wanted [B, K].")
+  bad = int(np.count_nonzero(~np.isfinite(log_p).all(1)))
+  if bad:
+    raise ValueError(f"Got {bad:,} of {len(log_p):,} rows of log-probabilities that are not finite; wanted none.")
+  if not 1 <= splits <= total or first < 0 or first + len(log_p) > total:
     raise ValueError(
-      f"Got samples {first} to {first + len(log_probs)} of {total} in {splits} splits; wanted no more samples than there are, and"
+      f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; wanted no more samples than there are, and"
       " a sample for each split."
     )
-  log_p = np.asarray(log_probs, np.float64)
+  # Exact sums of 1, which those in float32 are not.
+  log_p = log_p - log_p.max(1, keepdims=True)
   log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
   probs = np.exp(log_p)
-  edges = np.array([i * total // splits for i in range(1, splits + 1)])
-  split = np.searchsorted(edges, first + np.arange(len(log_p)), side="right")
-  member = split[None, :] == np.arange(splits)[:, None]
+  member = _parts(total, splits)[None, first : first + len(log_p)] == np.arange(splits)[:, None]
   return ClassStatistics(member.sum(1), member.astype(np.float64) @ probs, member @ (probs * log_p).sum(1))
 
 
+@functools.lru_cache(maxsize=4)
+def _parts(total: int, splits: int) -> np.ndarray:
+  """The part [total] that each sample belongs to."""
+  parts = np.empty(total, np.int32)
+  edges = np.array([i * total // splits for i in range(1, splits)])
+  parts[np.random.RandomState(_SEED).permutation(total)] = np.searchsorted(edges, np.arange(total), side="right")
+  return parts
+
+
 def merge_classes(a: ClassStatistics, b: ClassStatistics) -> ClassStatistics:
-  """Statistics of both together."""
+  """Statistics of both together.
+
+  Raises:
+    ValueError: if they have other splits or classes.
+  """
+  if a.probs.shape != b.probs.shape:
+    raise ValueError(
+      f"Got statistics [S, K] of {a.probs.shape} and {b.probs.shape}; wanted the same splits and classes."
+    )
   return ClassStatistics(*(x + y for x, y in zip(a, b, strict=True)))
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ddpm_jax.images import from_uint8
 from ddpm_jax.metrics.features import FeatureSpace
 from ddpm_jax.networks.recognition import Recognizer
 
+Array = jax.Array
 PyTree = Any
 # The dimensions of its features.
 CLASSIFIER_FEATURES = 64
@@ -42,15 +43,18 @@ def train_classifier(
     quiet: whether to show no progress.
 
   Raises:
-    ValueError: if there are no images, labels do not match them, or there are fewer than two classes.
+    ValueError: if there are no images, labels do not match them or are no integers, or there are fewer than two classes.
   """
-  if images.ndim != 4 or images.dtype != np.uint8 or not len(images) or np.shape(labels) != (len(images),):
+  labels = np.asarray(labels)
+  if images.ndim != 4 or images.dtype != np.uint8 or not images.size or labels.shape != (len(images),):
     raise ValueError(
-      f"Got images of shape {images.shape} and type {images.dtype} with labels {np.shape(labels)}; wanted uint8 [N, H, W, C] and [N]."
+      f"Got images of shape {images.shape} and type {images.dtype} with labels {labels.shape}; wanted uint8 [N, H, W, C] and [N]."
     )
-  if num_classes < 2 or np.min(labels) < 0 or np.max(labels) >= num_classes or steps < 1:
+  if labels.dtype.kind not in "iu":
+    raise ValueError(f"Got labels of type {labels.dtype}; wanted integers.")
+  if num_classes < 2 or labels.min() < 0 or labels.max() >= num_classes or steps < 1:
     raise ValueError(
-      f"Got labels {np.min(labels)} to {np.max(labels)} of {num_classes} classes and {steps} steps; wanted two classes or more, labels"
+      f"Got labels {labels.min()} to {labels.max()} of {num_classes} classes and {steps} steps; wanted two classes or more, labels"
       " from 0 on, and a step or more."
     )
   network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
@@ -89,8 +93,9 @@ def train_classifier(
         for i in range(0, len(chosen), _BATCH)
       ]
     )[: len(chosen)]
-  mean, scale = features.mean(0), np.sqrt(np.mean(features.var(0)))
-  return {**jax.device_get(params), "standard": {"mean": mean, "scale": scale.astype(np.float32)[None]}}
+  # Of images that are all the same, 1.
+  mean, scale = features.mean(0), float(np.sqrt(np.mean(features.var(0)))) or 1
+  return {**jax.device_get(params), "standard": {"mean": mean, "scale": np.array([scale], np.float32)}}
 
 
 def _endless(count: int, seed: int) -> Iterator[int]:
@@ -100,16 +105,27 @@ def _endless(count: int, seed: int) -> Iterator[int]:
 
 
 def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any] | None = None) -> FeatureSpace:
-  """The features [B, 64] of `train_classifier`'s parameters, before their nonlinearity and standardized, and its log-probabilities [B, K]."""
+  """The features [B, 64] of `train_classifier`'s parameters, before their nonlinearity and standardized, and its log-probabilities [B, K].
+
+  `prepare` raises a ValueError of images that have other channels than those that the classifier learned from.
+  """
+  channels = np.shape(params["conv_0"]["kernel"])[2]
   network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
+
+  def prepare(images: np.ndarray) -> np.ndarray:
+    if images.shape[-1] != channels:
+      raise ValueError(
+        f"Got images of {images.shape[-1]} channels for a classifier of images of {channels}; wanted images as it learned from."
+      )
+    return from_uint8(images)
 
   def apply(params, x):
     standard = params["standard"]
     weights = {name: leaves for name, leaves in params.items() if name != "standard"}
-    features, logits = network.apply({"params": weights}, x)
+    features, logits = cast(tuple[Array, Array], network.apply({"params": weights}, x))
     return {"features": (features - standard["mean"]) / standard["scale"], "log_probs": jax.nn.log_softmax(logits)}
 
-  return FeatureSpace("classifier", params, from_uint8, apply, provenance or {})
+  return FeatureSpace("classifier", params, prepare, apply, provenance or {})
 
 
 def pixel_space() -> FeatureSpace:
@@ -128,8 +144,13 @@ def save_classifier(path: str | Path, params: PyTree, about: dict[str, str]) -> 
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix(".tmp")
-  safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in _named(params).items()}, temporary, about)
-  os.replace(temporary, path)
+  try:
+    # safetensors writes an array's memory as it lies.
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()}
+    safetensors.numpy.save_file(arrays, temporary, about)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def load_classifier(path: str | Path, about: dict[str, str]) -> PyTree | None:

@@ -40,7 +40,12 @@ def extractor(
     space: the feature space.
     batch_size: images on each device at a time. Features do not depend on how many devices there are.
     devices: those to use; all of this process by default.
+
+  Raises:
+    ValueError: if batch_size is less than 1, the images are not uint8 [N, H, W, C], or the space gives no `features`.
   """
+  if batch_size < 1:
+    raise ValueError(f"Got a batch of {batch_size} images on each device; wanted one or more.")
   mesh = parallel.make_mesh(devices=jax.local_devices() if devices is None else devices)
   split, whole = parallel.split(mesh), parallel.replicated(mesh)
   params = jax.device_put(space.params, whole)
@@ -55,6 +60,10 @@ def extractor(
       # The last is filled up, so that there is one program.
       full = space.prepare(batch[np.minimum(np.arange(size), len(batch) - 1)])
       taps = jax.device_get(apply(params, jax.device_put(full, split)))
+      if "features" not in taps:
+        raise ValueError(
+          f"Got the taps {sorted(taps)} from the feature space {space.name!r}; wanted 'features' [B, D] among them."
+        )
       parts.append({name: tap[: len(batch)] for name, tap in taps.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -64,8 +73,9 @@ def extractor(
 def check_images(images: np.ndarray) -> None:
   """Raises a ValueError unless images are uint8 [N, H, W, C], one or more; of floats it says how many are not finite."""
   if np.issubdtype(images.dtype, np.floating):
-    bad = int(np.count_nonzero(~np.isfinite(images).reshape(len(images), -1).all(1)))
-    broken = f", {bad:,} of {len(images):,} with values that are not finite," if bad else ""
+    axes = tuple(range(1, images.ndim))
+    bad = int(np.count_nonzero(~np.isfinite(images).all(axes)))
+    broken = f", {bad:,} of {len(images) if images.ndim else 1:,} with values that are not finite," if bad else ""
     raise ValueError(
       f"Got images of type {images.dtype}{broken} to score; wanted uint8, as images.to_uint8 makes of sound images in [-1, 1]."
     )

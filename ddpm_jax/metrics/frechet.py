@@ -11,7 +11,8 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
   """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) in float64 (Heusel et al. 2017; Dowson and Landau 1982).
 
   In the features of the 2015 Inception network it is called FID. It is biased upwards by about 1/N, so that only sets of one
-  size compare. Covariances may be singular: nothing is added to their diagonals.
+  size compare. Covariances may be singular: nothing is added to their diagonals. Never negative, and 0 of a set to itself up
+  to rounding.
 
   Args:
     a: features [N, D], or the `Moments` or the `Gaussian` of some.
@@ -19,10 +20,10 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
     allow_singular: also computes the distance from sets of no more than D vectors, whose covariances cannot have full rank.
 
   Raises:
-    ValueError: if the two are not of one width, some features are not finite, there are fewer than two of either, or no more
+    ValueError: if the two are not of one width, some numbers are not finite, there are fewer than two of either, or no more
       than D and that is not allowed.
   """
-  first, second = (x if isinstance(x, Gaussian) else gaussian(x) for x in (a, b))
+  first, second = (_fitted(x) for x in (a, b))
   if first.mean.shape != second.mean.shape:
     raise ValueError(
       f"Got features of {first.mean.size} and {second.mean.size} dimensions; wanted [N, D] and [M, D] of one feature space."
@@ -30,11 +31,16 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
   if not allow_singular:
     for one in (first, second):
       check_rank(one.count, one.mean.size)
-  # (C_a C_b)^(1/2) has the trace of the symmetric (L' C_b L)^(1/2), L L' = C_a, which eigh finds without complex numbers.
-  factor = _factor(first.covariance)
-  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(factor.T @ second.covariance @ factor), 0)).sum()
-  distance = np.sum((first.mean - second.mean) ** 2)
-  return float(distance + np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross)
+  shift = np.sum((first.mean - second.mean) ** 2)
+  spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * _cross(first.covariance, second.covariance)
+  return float(max(shift + spread, 0))
+
+
+def _fitted(x: Features) -> Gaussian:
+  one = x if isinstance(x, Gaussian) else gaussian(x)
+  if not (np.all(np.isfinite(one.mean)) and np.all(np.isfinite(one.covariance))):
+    raise ValueError("Got a mean or a covariance that is not finite; wanted those of finite features of moderate size.")
+  return one
 
 
 def check_rank(count: int | None, dimensions: int) -> None:
@@ -47,9 +53,28 @@ def check_rank(count: int | None, dimensions: int) -> None:
     )
 
 
-def _factor(covariance: np.ndarray) -> np.ndarray:
+def _cross(a: np.ndarray, b: np.ndarray) -> float:
+  """The trace of (A B)^(1/2), without complex numbers."""
+  (first, sound_first), (second, sound_second) = _factor(a), _factor(b)
+  if sound_first and sound_second:
+    # That of the symmetric (L' B L)^(1/2), L L' = A.
+    return float(np.sqrt(np.maximum(np.linalg.eigvalsh(first.T @ b @ first), 0)).sum())
+  # Small eigenvalues would drown in rounding errors, whose square roots are no longer small. The same trace is the sum of the
+  # singular values of L' M, M M' = B: slower, but no root is taken.
+  return float(np.linalg.svd(first.T @ second, compute_uv=False).sum())
+
+
+def _factor(covariance: np.ndarray) -> tuple[np.ndarray, bool]:
+  """L [D, R] with L L' = C, and whether C is so far from singular that its products keep their smallest eigenvalues."""
+  size, precision = len(covariance), float(np.finfo(np.float64).eps)
   try:
-    return np.linalg.cholesky(covariance)  # 8 times as quick as a symmetric root
-  except np.linalg.LinAlgError:  # singular
-    values, vectors = np.linalg.eigh(covariance)
-    return vectors * np.sqrt(np.maximum(values, 0))
+    # In an eighth of the time of the symmetric root.
+    lower = np.linalg.cholesky(covariance)
+    pivots = np.diag(lower) ** 2
+    if pivots.min() > size * precision * pivots.max():
+      return lower, bool(pivots.min() > np.sqrt(precision) * pivots.max())
+  except np.linalg.LinAlgError:
+    pass
+  values, vectors = np.linalg.eigh(covariance)
+  kept = values > size * precision * max(values[-1], 0)
+  return vectors[:, kept] * np.sqrt(values[kept]), False

@@ -34,22 +34,31 @@ def kernel_distance(
   Raises:
     ValueError: if the features are not finite or not of one width, or there are fewer than `size` of either.
   """
-  check_pair(a, b)
+  a, b = check_pair(a, b)
   if subsets < 1 or not 2 <= size <= min(len(a), len(b)):
     raise ValueError(
       f"Got {subsets} subsets of {size} for {len(a)} and {len(b)} features; wanted 1 or more, of 2 up to the smaller number."
     )
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   rng = np.random.RandomState(seed)
   values = [
-    mmd(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)]) for _ in range(subsets)
+    _mmd(a[rng.choice(len(a), size, replace=False)], b[rng.choice(len(b), size, replace=False)]) for _ in range(subsets)
   ]
   return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 
 def mmd(a: np.ndarray, b: np.ndarray) -> float:
-  """The unbiased estimate of the squared discrepancy (Gretton et al. 2012, equation 4) of features [N, D] and [M, D]."""
+  """The unbiased estimate of the squared discrepancy (Gretton et al. 2012, equation 3) of features [N, D] and [M, D].
 
+  Raises:
+    ValueError: if the features are not finite or not of one width, or there are fewer than two of either.
+  """
+  a, b = check_pair(a, b)
+  if min(len(a), len(b)) < 2:
+    raise ValueError(f"Got {len(a)} and {len(b)} features to compare; wanted two or more of each.")
+  return _mmd(a, b)
+
+
+def _mmd(a: np.ndarray, b: np.ndarray) -> float:
   def within(x: np.ndarray) -> float:
     products = _kernel(x, x)
     return (products.sum() - np.trace(products)) / (len(x) * (len(x) - 1))

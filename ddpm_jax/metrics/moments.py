@@ -15,7 +15,7 @@ class Moments(NamedTuple):
     scatter: [D, D], the sum of the outer products of the deviations from the mean.
   """
 
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count
   mean: np.ndarray
   scatter: np.ndarray
 
@@ -31,7 +31,7 @@ class Gaussian(NamedTuple):
 
   mean: np.ndarray
   covariance: np.ndarray
-  count: int | None = None
+  count: int | None = None  # type: ignore[assignment]  # hides tuple.count
 
 
 class MomentSum:
@@ -41,22 +41,22 @@ class MomentSum:
     self._count, self._shift, self._sum, self._scatter = 0, np.zeros(0), np.zeros(0), np.zeros((0, 0))
 
   def add(self, features: np.ndarray) -> None:
-    """Takes features [B, D] of any float type.
+    """Takes features [B, D] of any real type.
 
     Raises:
       ValueError: if they are not two-dimensional or not of one width, or some are not finite; it says how many.
     """
-    check_features(features)
+    features = check_features(features)
     size = features.shape[1]
     if not self._count:
       # Close to the mean, so that no digits are lost in large sums.
-      self._shift = features.mean(0, dtype=np.float64) if len(features) else np.zeros(size)
+      self._shift = features.mean(0) if len(features) else np.zeros(size)
       self._sum, self._scatter = np.zeros(size), np.zeros((size, size), order="F")
     if size != len(self._shift):
       raise ValueError(f"Got features of {size} dimensions after some of {len(self._shift)}; wanted one feature space.")
     if not len(features):
       return
-    centred = features.astype(np.float64) - self._shift
+    centred = features - self._shift
     self._count += len(centred)
     self._sum += centred.sum(0)
     # Half of the products: the upper triangle alone.
@@ -74,7 +74,7 @@ class MomentSum:
 
 
 def moments(features: np.ndarray) -> Moments:
-  """Moments of features [N, D], of any float type.
+  """Moments of features [N, D], of any real type.
 
   Raises:
     ValueError: if they are not two-dimensional, or some are not finite; it says how many.
@@ -90,11 +90,12 @@ def merge(a: Moments, b: Moments) -> Moments:
   Raises:
     ValueError: if they are of features of other widths.
   """
+  if not (a.count and b.count):
+    # A process may have seen no image, and does not know of how many dimensions they are.
+    return a if a.count or not b.mean.size else b
   if a.mean.shape != b.mean.shape:
     raise ValueError(f"Got moments of {a.mean.size} and {b.mean.size} dimensions; wanted one feature space.")
   count = a.count + b.count
-  if not count:
-    return a
   shift = b.mean - a.mean
   mean = a.mean + shift * (b.count / count)
   scatter = a.scatter + b.scatter
@@ -114,23 +115,32 @@ def gaussian(features: "np.ndarray | Moments") -> Gaussian:
   return Gaussian(m.mean, m.scatter / (m.count - 1), m.count)
 
 
-def check_features(features: np.ndarray) -> None:
-  """Raises a ValueError unless features are finite floats [N, D]."""
-  if getattr(features, "ndim", 0) != 2:
-    raise ValueError(f"Got features of shape {np.shape(features)}; wanted [N, D].")
+def check_features(features: np.ndarray) -> np.ndarray:
+  """Features as float64; raises a ValueError unless they are finite real numbers [N, D], D at least 1."""
+  features = np.asarray(features)
+  if features.ndim != 2 or not features.shape[1]:
+    raise ValueError(f"Got features of shape {features.shape}; wanted [N, D] with one dimension or more.")
+  features = _doubled(features)
   bad = len(features) - int(np.count_nonzero(np.isfinite(features).all(1)))
   if bad:
     raise ValueError(
       f"Got {bad:,} of {len(features):,} feature vectors that are not finite (NaN or infinite); wanted none. The images they come"
       " from are broken: mend or leave out these, no score can be trusted with them."
     )
+  return features
 
 
-def check_pair(a: np.ndarray, b: np.ndarray) -> None:
-  """Raises a ValueError unless two sets of features are finite and of one space, [N, D] and [M, D]."""
-  if np.ndim(a) != 2 or np.ndim(b) != 2 or a.shape[1] != b.shape[1]:
+def _doubled(features: np.ndarray) -> np.ndarray:
+  """As float64, which holds any smaller real type (bfloat16 too, which NumPy knows nothing of)."""
+  if not np.can_cast(features.dtype, np.float64, "same_kind"):
+    raise ValueError(f"Got features of type {features.dtype}; wanted real numbers.")
+  return features.astype(np.float64, copy=False)
+
+
+def check_pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Both as float64; raises a ValueError unless they are finite and of one space, [N, D] and [M, D]."""
+  if np.ndim(a) != 2 or np.ndim(b) != 2 or np.shape(a)[1] != np.shape(b)[1]:
     raise ValueError(
       f"Got features of shapes {np.shape(a)} and {np.shape(b)}; wanted [N, D] and [M, D] of one feature space."
     )
-  check_features(a)
-  check_features(b)
+  return check_features(a), check_features(b)

@@ -9,6 +9,9 @@ from ddpm_jax.metrics.moments import check_features, check_pair
 
 # Entries of a block of distances: 128 MB.
 _BLOCK = 2**24
+# Balls are closed, and copies of images lie on their surface to the last digit: rounding must not push them out. In shares of
+# the squared radius, and of the squared norm of the centre, in which distances that are nearly 0 round.
+_SLACK_RADIUS, _SLACK_NORM = 1e-9, 1e-12
 
 
 class Neighbourhoods(NamedTuple):
@@ -25,7 +28,8 @@ def neighbourhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neigh
 
   Precision is the share of generated points inside some real ball, recall the share of real points inside some generated one
   (Kynkaanniemi et al. 2019, equation 1). Density is how many real balls hold a generated point, over k, on average; it may
-  pass 1. Coverage is the share of real balls that hold a generated point (Naeem et al. 2020, equations 3 and 5).
+  pass 1. Coverage is the share of real balls that hold a generated point (Naeem et al. 2020, section 3). Balls are
+  closed, as in the former paper: they hold what lies on their surface, such as copies of a neighbour.
 
   Args:
     generated: features [N, D].
@@ -35,21 +39,23 @@ def neighbourhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neigh
   Raises:
     ValueError: if the features are not finite or not of one width, or a set has no more than k points.
   """
-  check_pair(generated, real)
+  generated, real = check_pair(generated, real)
   if k < 1 or min(len(generated), len(real)) <= k:
     raise ValueError(
       f"Got k={k} for {len(generated)} generated and {len(real)} real samples; wanted 1 or more, and more samples than k in each."
     )
-  generated, real = generated.astype(np.float64), real.astype(np.float64)
+  # Distances stay as they are, and large norms would cost them digits.
+  centre = real.mean(0)
+  generated, real = generated - centre, real - centre
   own, other = _radii(generated, k), _radii(real, k)
   inside, balls = 0, 0
   covered, recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
-  for rows, distances in _blocks(generated, real):
-    held = distances <= other
-    inside += np.count_nonzero(held.any(1))
-    balls += np.count_nonzero(held)
+  for rows, squares in _blocks(generated, real):
+    held = squares <= other
+    inside += int(held.any(1).sum())
+    balls += int(np.count_nonzero(held))
     covered |= held.any(0)
-    recalled |= (distances <= own[rows, None]).any(0)
+    recalled |= (squares <= own[rows, None]).any(0)
   shares = (inside / len(generated), recalled.mean(), balls / (k * len(generated)), covered.mean())
   return Neighbourhoods(*map(float, shares))
 
@@ -70,13 +76,21 @@ def nearest(queries: np.ndarray, features: Iterable[np.ndarray], count: int = 5)
   Raises:
     ValueError: if there are fewer than `count` features.
   """
-  check_features(queries)
+  queries = check_features(queries)
+  if count < 1 or not len(queries):
+    raise ValueError(f"Got {count} neighbours of {len(queries)} queries to find; wanted one or more of each.")
   found, distances, first = np.zeros((len(queries), 0), int), np.zeros((len(queries), 0)), 0
+  centre = queries.mean(0)
   for batch in features:
-    check_pair(queries, batch)
-    numbers = np.tile(np.arange(first, first + len(batch)), (len(queries), 1))
-    found = np.concatenate([found, numbers], 1)
-    distances = np.concatenate([distances, _distances(queries.astype(np.float64), batch.astype(np.float64))], 1)
+    _, batch = check_pair(queries, batch)
+    if not len(batch):
+      continue
+    rough = _squares(queries - centre, batch - centre)
+    close = np.argsort(rough, axis=1, kind="stable")[:, :count]
+    # Once more by their differences, so that a copy is at a distance of 0 and not of a rounding error.
+    exact = [np.linalg.norm(batch[rows] - query, axis=1) for query, rows in zip(queries, close, strict=True)]
+    found = np.concatenate([found, first + close], 1)
+    distances = np.concatenate([distances, exact], 1)
     best = np.argsort(distances, axis=1, kind="stable")[:, :count]
     found, distances = np.take_along_axis(found, best, 1), np.take_along_axis(distances, best, 1)
     first += len(batch)
@@ -86,23 +100,24 @@ def nearest(queries: np.ndarray, features: Iterable[np.ndarray], count: int = 5)
 
 
 def _radii(points: np.ndarray, k: int) -> np.ndarray:
+  """The squared distance [N] of each point to its k-th nearest other one, and a little more."""
   radii = np.empty(len(points))
-  for rows, distances in _blocks(points, points):
+  for rows, squares in _blocks(points, points):
     # A point is no neighbour of its own.
-    distances[np.arange(len(distances)), np.arange(rows.start, rows.start + len(distances))] = np.inf
-    radii[rows] = np.partition(distances, k - 1, axis=1)[:, k - 1]
-  return radii
+    squares[np.arange(len(squares)), np.arange(rows.start, rows.start + len(squares))] = np.inf
+    radii[rows] = np.partition(squares, k - 1, axis=1)[:, k - 1]
+  return radii * (1 + _SLACK_RADIUS) + _SLACK_NORM * np.sum(points**2, 1)
 
 
 def _blocks(points: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-  """Distances from some points at a time to all others, so that the memory does not grow with both."""
+  """Squared distances from some points at a time to all others, so that the memory does not grow with both."""
   size = max(1, _BLOCK // len(others))
   for first in range(0, len(points), size):
     rows = slice(first, first + size)
-    yield rows, _distances(points[rows], others)
+    yield rows, _squares(points[rows], others)
 
 
-def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  from sklearn.metrics import pairwise_distances
+def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  from sklearn.metrics.pairwise import euclidean_distances
 
-  return pairwise_distances(a, b)
+  return euclidean_distances(a, b, squared=True)

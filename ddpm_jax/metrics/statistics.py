@@ -42,12 +42,16 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
       arrays |= {mu: one.mean, sigma: one.covariance}
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix(".tmp.npz")
-  np.savez(temporary, **arrays)
-  os.replace(temporary, path)
+  try:
+    np.savez(temporary, **arrays)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: str | Path) -> None:
   """Raises a ValueError unless statistics can be written there."""
+  path = Path(path)
   if path.suffix != ".npz" or path.exists():
     raise ValueError(
       f"Got --output={path}{', which exists' if path.exists() else ''}; wanted a new file that ends in .npz, such as"
@@ -59,7 +63,7 @@ def load_statistics(path: str | Path) -> Statistics:
   """Statistics from an .npz file with `mu` and `sigma`, of ours or of another tool.
 
   Raises:
-    ValueError: if the file is missing, unreadable, holds no such arrays, or ones that are not finite, square or not empty.
+    ValueError: if the file is missing, unreadable, or holds no such arrays: real, finite, not empty, sigma square and symmetric.
   """
   path = Path(path)
   if not path.is_file():
@@ -71,8 +75,13 @@ def load_statistics(path: str | Path) -> Statistics:
     with np.load(path) as file:
       content = {name: file[name] for names in _NAMES.values() for name in names if name in file.files}
       names, about = file.files, json.loads(str(file["about"])) if "about" in file.files else {}
+      if not isinstance(about, dict):
+        raise TypeError(f"its `about` is {type(about).__name__}, where a JSON object is wanted")
+  # A damaged archive raises whatever the code that unpacks it stumbles over.
   except Exception as error:
-    raise ValueError(f"Cannot read {path} as an .npz file of statistics: {error}.") from error
+    raise ValueError(
+      f"Cannot read {path} as an .npz file of statistics: {error}. Make it again, or fetch it again."
+    ) from error
   if "mu" not in content or "sigma" not in content:
     raise ValueError(f"Got {path} with the arrays {sorted(names)}; wanted mu [D] and sigma [D, D].")
   count = about.pop("count", None)
@@ -88,6 +97,11 @@ def load_statistics(path: str | Path) -> Statistics:
 def _gaussian(path: Path, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Gaussian:
   if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
     raise ValueError(f"Got {path} with mu {mean.shape} and sigma {covariance.shape}; wanted [D] and [D, D].")
+  if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
+    raise ValueError(f"Got {path} with mu of type {mean.dtype} and sigma of {covariance.dtype}; wanted real numbers.")
   if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(covariance))):
     raise ValueError(f"Got {path} with statistics that are not finite; wanted those of sound images. Make it again.")
+  # In float32 the two halves of a covariance may have been rounded apart.
+  if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-4 * np.abs(covariance).max()):
+    raise ValueError(f"Got {path} with a sigma that is not symmetric; wanted a covariance. Make it again.")
   return Gaussian(mean.astype(np.float64), covariance.astype(np.float64), count)
