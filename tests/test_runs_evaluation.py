@@ -12,7 +12,6 @@ from ddpm_jax.runs import drawing, reporting
 from tests import commands
 from tests.recipes import tiny_config
 
-
 _make_mesh = parallel.make_mesh
 
 
@@ -298,4 +297,4 @@ def test_likelihoods_are_kept_and_have_error_bars(one_device, copy, monkeypatch)
     rows = file["rows"].astype(float)
   np.testing.assert_allclose(rows[:, 0], rows[:, 1] + rows[:, 3:].sum(1), rtol=1e-5)
   assert rows.shape == (6, 3 + config.process.num_steps)
-  assert "id=\"bound\"" in (copy / "report.html").read_text()
+  assert 'id="bound"' in (copy / "report.html").read_text()
