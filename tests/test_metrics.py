@@ -47,7 +47,10 @@ def test_frechet_distance_is_torch_fidelitys_and_scipys(width, count, shift):
 
 @pytest.mark.parametrize("smallest", [1e-2, 1e-7, 1e-11, 0])
 def test_frechet_distance_of_covariances_on_common_axes_is_that_of_their_roots(smallest):
-  a, b = np.array([3.0, 2, 1, 0.5, smallest, smallest, 0.1, 0.2]), np.array([1.0, 3, 2, 0.5, smallest, 4, 0.3, smallest])
+  a, b = (
+    np.array([3.0, 2, 1, 0.5, smallest, smallest, 0.1, 0.2]),
+    np.array([1.0, 3, 2, 0.5, smallest, 4, 0.3, smallest]),
+  )
   mean = np.arange(8.0)
   one, other = metrics.Gaussian(mean, spectrum(0, a)), metrics.Gaussian(mean + 1, spectrum(0, b))
   expected = 8 + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
