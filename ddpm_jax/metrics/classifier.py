@@ -93,8 +93,9 @@ def train_classifier(
         for i in range(0, len(chosen), _BATCH)
       ]
     )[: len(chosen)]
-  # Of images that are all the same, 1.
-  mean, scale = features.mean(0), float(np.sqrt(np.mean(features.var(0)))) or 1
+  mean, scale = features.mean(0), float(np.sqrt(np.mean(features.var(0))))
+  # Images that are all the same differ in rounding errors only, which are not to be enlarged.
+  scale = scale if scale > 1e-5 * np.abs(features).max() else 1
   return {**jax.device_get(params), "standard": {"mean": mean, "scale": np.array([scale], np.float32)}}
 
 

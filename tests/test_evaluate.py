@@ -1,0 +1,167 @@
+"""Summaries of images a batch at a time, and the scores made of two."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from ddpm_jax import evaluate, metrics
+
+ALL = evaluate.Settings(evaluate.SCORES, k=3, kernel_subsets=5, splits=4)
+PAIRS = evaluate.Settings(evaluate.PAIRWISE, kernel_subsets=5)
+
+
+def images(seed, count, size=2):
+  return np.random.default_rng(seed).integers(0, 256, (count, size, size, 1), dtype=np.uint8)
+
+
+def extract(batch):
+  """A space of all taps, whose features are the pixels."""
+  pixels = metrics.extractor(metrics.pixel_space(), 64)(batch)["features"]
+  return {"features": pixels, "spatial": pixels[:, :3] ** 2, "log_probs": 3 * pixels - np.log(7)}
+
+
+def parts(batch, sizes=()):
+  return np.split(batch, np.cumsum(sizes))
+
+
+def close(a, b):
+  assert a.keys() == b.keys()
+  np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[], [1, 30, 7], [16] * 5])
+def test_batches_of_any_size_give_the_scores_of_one(sizes):
+  a, b = images(0, 90), images(1, 90) // 2
+  got = evaluate.score(
+    evaluate.summarize(extract, parts(a, sizes), 90, ALL), evaluate.summarize(extract, parts(b), 90, ALL), ALL
+  )
+  first, second = extract(a), extract(b)
+  kernel = metrics.kernel_distance(first["features"], second["features"], subsets=5, size=45)
+  found = metrics.neighbourhoods(first["features"], second["features"], 3)
+  score, std = metrics.inception_score(metrics.class_statistics(first["log_probs"], 0, 90, 4))
+  expected = {
+    "frechet": metrics.frechet_distance(first["features"], second["features"]),
+    "spatial_frechet": metrics.frechet_distance(first["spatial"], second["spatial"]),
+    "class_score": score,
+    "class_score_std": std,
+    "kernel": kernel.mean,
+    "kernel_std": kernel.std,
+  }
+  close(got, expected | found._asdict())
+
+
+def test_only_what_was_asked_for_is_computed_under_the_names_of_the_space():
+  a, b = (evaluate.summarize(extract, [images(seed, 50)], 50, ALL) for seed in (0, 1))
+  names = {"frechet": "fid", "kernel": "kid"}
+  for scores, wanted in (
+    (("frechet",), {"fid"}),
+    (("kernel",), {"kid", "kid_std"}),
+    (("density_coverage",), {"density", "coverage"}),
+    (("precision_recall", "class_score"), {"precision", "recall", "class_score", "class_score_std"}),
+    ((), set()),
+  ):
+    assert set(evaluate.score(a, b, ALL._replace(scores=scores), names)) == wanted
+
+
+def test_names_are_those_of_papers_only_in_the_published_network():
+  space = metrics.pixel_space()
+  assert evaluate.names_of(space)["frechet"] == "frechet_distance"
+  inception = space._replace(name="inception", provenance={"published": True, "resize": "tf1"})
+  assert evaluate.names_of(inception)["frechet"] == "fid"
+  assert (
+    evaluate.names_of(inception._replace(provenance={"published": True, "resize": "clean"}))["kernel"] == "clean_kid"
+  )
+  assert evaluate.names_of(inception._replace(provenance={"published": False}))["frechet"] == "frechet_distance"
+
+
+def test_sets_of_two_sizes_are_compared_by_random_ones_of_the_smaller_not_by_the_first():
+  # Dark images come first in the larger set, as in a folder of classes.
+  dark, bright = images(0, 200) // 8, 224 + images(1, 200) // 8
+  larger = evaluate.summarize(extract, parts(np.concatenate([dark, bright]), [150]), 400, PAIRS)
+  some = np.concatenate([images(2, 25) // 8, 224 + images(3, 25) // 8])
+  smaller = evaluate.summarize(extract, [some], 50, PAIRS)
+  for scores in (evaluate.score(smaller, larger, PAIRS), evaluate.score(larger, smaller, PAIRS)):
+    assert min(scores[name] for name in ("precision", "recall", "density", "coverage")) > 0.7
+    assert abs(scores["kernel"]) < 3 * scores["kernel_std"]
+
+
+def test_no_more_features_are_kept_than_settings_say():
+  everything = images(0, 300)
+  summary = evaluate.summarize(extract, parts(everything, [100, 100]), 300, PAIRS._replace(most_kept=40))
+  assert summary.kept.shape == (40, 4)
+  assert len(np.unique(summary.kept, axis=0)) == 40
+  assert set(map(bytes, summary.kept)) <= set(map(bytes, extract(everything)["features"]))
+  assert evaluate.summarize(extract, [everything], 300, PAIRS._replace(scores=("frechet",))).kept is None
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+  def light(batch):
+    features = np.tile(batch.reshape(len(batch), -1), (1, 16)).astype(np.float32)
+    return {"features": features, "spatial": features, "log_probs": features}
+
+  def peak(count):
+    settings = ALL._replace(most_kept=100)
+    tracemalloc.start()
+    evaluate.summarize(light, (images(first, 100) for first in range(0, count, 100)), count, settings)
+    size = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return size
+
+  peak(2_000)
+  few, many = peak(2_000), peak(40_000)
+  # The features of one image take 256 bytes; what says which are kept, and in which split it is, a few.
+  assert many - few < 38_000 * 32
+
+
+def test_wrong_sets_are_errors():
+  for count in (0, 1):
+    with pytest.raises(ValueError, match=f"Got {count} image"):
+      evaluate.summarize(extract, [images(0, 5)], count, ALL)
+  for scores in (ALL, PAIRS, PAIRS._replace(scores=("frechet",))):
+    with pytest.raises(ValueError, match="Got 12 images or more where 10 were announced"):
+      evaluate.summarize(extract, parts(images(0, 20), [6, 6, 4]), 10, scores)
+    with pytest.raises(ValueError, match="Got 20 images where 30 were announced"):
+      evaluate.summarize(extract, [images(0, 20)], 30, scores)
+  with pytest.raises(ValueError, match="2 of 20 with values that are not finite"):
+    broken = np.zeros((20, 2, 2, 1), np.float32)
+    broken[3:5] = np.nan
+    evaluate.summarize(extract, [broken], 20, ALL)
+  with pytest.raises(ValueError, match="Got 20 of 20 feature vectors that are not finite"):
+    evaluate.summarize(lambda x: {"features": np.full((len(x), 3), np.nan)}, [images(0, 20)], 20, ALL)
+
+
+def test_scores_that_a_summary_does_not_allow_are_errors():
+  full = evaluate.summarize(extract, [images(0, 20)], 20, ALL)
+  statistics = metrics.Statistics(full.features, None, {})
+  known = evaluate.of_statistics(statistics)
+  assert known.count == 20
+  assert evaluate.score(full, known, ALL._replace(scores=("frechet",)))["frechet"] < 1e-9
+  for name, message in (
+    ("spatial_frechet", "features of places"),
+    ("kernel", "images, not only statistics"),
+    ("density_coverage", "images, not only statistics"),
+  ):
+    with pytest.raises(ValueError, match=f"{name}', which needs {message}"):
+      evaluate.score(full, known, ALL._replace(scores=(name,)))
+  with pytest.raises(ValueError, match="which needs a space with classes"):
+    evaluate.score(full._replace(classes=None), full, ALL._replace(scores=("class_score",)))
+  with pytest.raises(ValueError, match=r"Got the scores \['fid'\]; wanted some of frechet"):
+    evaluate.score(full, full, ALL._replace(scores=("fid", "kernel")))
+  assert evaluate.available(spatial=False, classes=True, pairs=False) == ("frechet", "class_score")
+  assert evaluate.available(spatial=True, classes=True, pairs=True) == evaluate.SCORES
+
+
+def test_subsets_of_the_kernel_distance_are_halves_up_to_a_thousand():
+  assert [evaluate.kernel_size(*pair) for pair in ((50_000, 3_000), (90, 100), (2, 9))] == [1000, 45, 2]
+
+
+def test_a_table_has_a_row_a_set_and_a_column_a_score():
+  text = evaluate.table(
+    {"samples": {"fid": 3.14159, "kid": 0.0123, "kid_std": 0.001}, "floor": {"fid": 1.0}, "none": None}
+  )
+  head, samples, floor, none = text.splitlines()
+  assert head.split() == ["fid", "kid"]
+  assert samples.split() == ["samples", "3.142", "0.0123", "±", "0.001"]
+  assert floor.split() == ["floor", "1.000", "-"]
+  assert none.split() == ["none", "-", "-"]
