@@ -44,5 +44,6 @@ def get_config():
     }
   )
   config.sampling.update({"num_steps": 100, "batch_size": 128})
-  config.evaluation.num_samples = 500
+  # As the scores above were taken.
+  config.evaluation.update({"num_samples": 500, "features": "pixels"})
   return config

@@ -123,9 +123,9 @@ def test_wrong_sets_are_errors():
       evaluate.summarize(extract, parts(images(0, 20), [6, 6, 4]), 10, scores)
     with pytest.raises(ValueError, match="Got 20 images where 30 were announced"):
       evaluate.summarize(extract, [images(0, 20)], 30, scores)
+  broken = np.zeros((20, 2, 2, 1), np.float32)
+  broken[3:5] = np.nan
   with pytest.raises(ValueError, match="2 of 20 with values that are not finite"):
-    broken = np.zeros((20, 2, 2, 1), np.float32)
-    broken[3:5] = np.nan
     evaluate.summarize(extract, [broken], 20, ALL)
   with pytest.raises(ValueError, match="Got 20 of 20 feature vectors that are not finite"):
     evaluate.summarize(lambda x: {"features": np.full((len(x), 3), np.nan)}, [images(0, 20)], 20, ALL)

@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from ddpm_jax import sampling
+from ddpm_jax import data, sampling
 from tests.conftest import CACHE, ROOT
 
 
@@ -65,3 +65,21 @@ def test_the_notebook_runs_from_start_to_end(monkeypatch):
   text = "".join(output.get("text", "") for output in outputs)
   assert "real images (floor)" in text
   assert jax.default_backend() in text.lower()
+
+
+def test_every_score_moves_the_right_way_when_images_are_spoilt():
+  names = runpy.run_path(str(ROOT / "experiments" / "score_sanity.py"))
+  for rows in names["run"](data.digits(), 40, held_out=400).values():
+    real, noise, blurred, few, copies = rows.values()
+    for spoilt in (noise, blurred, few, copies):
+      assert spoilt["frechet_distance"] > 1.5 * real["frechet_distance"]
+      assert spoilt["kernel_distance"] > real["kernel_distance"] + real["kernel_distance_std"]
+      assert spoilt["coverage"] < real["coverage"] - 0.1
+    assert noise["precision"] < real["precision"] - 0.2
+    assert noise["density"] < 0.5 * real["density"]
+    assert few["precision"] > 0.8
+    assert few["recall"] < real["recall"] - 0.2
+    assert copies["precision"] > 0.8
+    assert copies["recall"] < real["recall"] - 0.2
+    if "class_score" in real:
+      assert few["class_score"] < real["class_score"]
