@@ -2,9 +2,9 @@
 
 python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=/tmp/digits_vp
 
-Hardware: 2 CPU cores. Time: 2 min 45 s, compilation and scoring included.
-Score: Frechet distance in pixel space 0.73 (floor 0.45), precision 0.97 (0.98), recall 0.90 (0.97), of 500 samples by 100
-ancestral steps; other seeds move precision and recall by about 0.015.
+Hardware: 2 CPU cores. Time: 3 min, compilation and scoring included.
+Score: Frechet distance in the features of a small classifier 1.30 (floor 0.53), precision 0.94 (0.96), recall 0.97 (0.94), of 500
+samples by 100 ancestral steps; in pixel space 0.73 (0.45), 0.97 (0.98), 0.90 (0.97). Other seeds move precision and recall by about 0.015.
 """
 
 from ddpm_jax.schema import default_config
