@@ -148,7 +148,7 @@ def export(config: ConfigDict, folder: Path, output: Path, params: PyTree, *, st
   path = folder / "eval.json"
   evaluated = json.loads(path.read_text()) if path.is_file() else None
   scores = None
-  if evaluated:
+  if evaluated and "scores" in evaluated:
     scores = {
       key: evaluated[key] for key in ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
     }

@@ -9,9 +9,6 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import workdir
 
-# How the SHA-256 of the published weights begins, which their file name says.
-INCEPTION_SHA256 = "6726825d"
-
 
 def default_config() -> ConfigDict:
   """Every key that a config has, with the settings of DDPM on CIFAR-10 (Ho et al. 2020). Recipes change some."""
@@ -200,7 +197,7 @@ def default_config() -> ConfigDict:
       "batch_size": 128,  # images on each device at a time
       "features": "",  # inception, classifier or pixels; empty: inception if its weights are given, else what suits the images
       "inception_weights": "",  # the file of the FID Inception network
-      "inception_sha256": INCEPTION_SHA256,  # how the hash of that file begins; empty: any file, whose scores are then not called FID
+      "inception_sha256": "6726825d",  # how the hash of that file begins; empty: any file, whose scores are then not called FID
       "resize": "tf1",  # to Inception's 299x299: tf1, as the reference, or clean, as clean-fid
       "classifier_steps": 600,  # of training the classifier whose features suit small grey images
       "reference": "",  # train, held_out or an .npz file of statistics; empty: train for inception or many samples, else held_out

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import data, evaluate, interop, metrics
+from ddpm_jax import data, evaluate, interop, metrics, parallel
 from ddpm_jax.build.model import image_shape
-from ddpm_jax.schema import INCEPTION_SHA256, choose
+from ddpm_jax.schema import choose
 
 FEATURES = ("classifier", "inception", "pixels")
 # Larger images, or such in colour, are more than the small classifier is meant for.
@@ -97,9 +97,7 @@ def build_space(config: ConfigDict, source: data.Source, held_out: data.Source |
   resize = choose(c.resize, ("tf1", "clean"), "config.evaluation.resize")
   if name == "inception":
     weights = interop.inception.load(c.inception_weights, sha256_prefix=c.inception_sha256)
-    space = metrics.inception_space(
-      weights.params, resize=resize, sha256=weights.sha256, published=weights.sha256.startswith(INCEPTION_SHA256)
-    )
+    space = metrics.inception_space(weights.params, resize=resize, sha256=weights.sha256, published=weights.published)
     return Space(name, 2048, True, True, lambda: space)
   if name == "classifier":
     make = _Classifier(config, source, held_out, cache)
@@ -125,8 +123,10 @@ class _Classifier:
     }
     params = metrics.load_classifier(self._cache, about)
     if params is None:
-      params = metrics.train_classifier(learned["image"], learned["label"], classes, steps=steps)
-      metrics.save_classifier(self._cache, params, about)
+      quiet = not parallel.is_main()
+      params = metrics.train_classifier(learned["image"], learned["label"], classes, steps=steps, quiet=quiet)
+      if parallel.is_main():
+        metrics.save_classifier(self._cache, params, about)
     provenance: dict[str, Any] = {
       "network": f"a classifier of {classes} classes, trained for {steps} steps on {len(chosen):,} of the training images",
       "sha256": metrics.digest(*(params[layer][leaf] for layer in sorted(params) for leaf in sorted(params[layer]))),
