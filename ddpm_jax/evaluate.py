@@ -194,6 +194,12 @@ def names_of(space: metrics.FeatureSpace) -> dict[str, str]:
   }
 
 
+def logged_names(settings: Settings, names: dict[str, str]) -> list[str]:
+  """The names of the scores that `score` gives, but for deviations."""
+  pairs = ("precision_recall", "density_coverage")
+  return [name for score in settings.scores for name in (score.split("_") if score in pairs else [names[score]])]
+
+
 def higher_is_better(name: str) -> bool:
   """Whether a score, by the name it has in `Scores`, rises as samples get better."""
   return name.endswith(("precision", "recall", "density", "coverage", "_score", "accuracy"))

@@ -207,6 +207,9 @@ def test_a_run_is_scored_on_its_way_and_keeps_the_best(scores_alone, tmp_path):
   assert sorted(found) == [2, 4, 6]
   best = max(found, key=lambda step: (found[step], step))
   assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {str(best), "6"}
+  config.training.best_metric = "eval/fid"
+  with pytest.raises(ValueError, match="wanted one of eval/frechet_distance, eval/kernel_distance"):
+    runs.run_train(config, tmp_path / "other")
   config.evaluation.every = 3
   with pytest.raises(ValueError, match="scores at every checkpoint"):
     runs.run_train(config, tmp_path / "other")

@@ -92,6 +92,15 @@ class Judge:
         " images: --config.evaluation.reference=train."
       )
 
+  def check_best(self, metric: str) -> None:
+    """Raises a ValueError unless the metric is one of those that are taken while training goes on."""
+    space = (
+      self.space if self._space.name == "inception" else metrics.pixel_space()
+    )  # whose names the classifier's scores have
+    known = [f"eval/{name}" for name in evaluate.logged_names(self._quick_settings, evaluate.names_of(space))]
+    if metric not in known:
+      raise ValueError(f"Got config.training.best_metric={metric!r}; wanted one of {', '.join(known)}.")
+
   @property
   def _quick_count(self) -> int:
     return self.config.evaluation.every_samples or self.config.evaluation.num_samples

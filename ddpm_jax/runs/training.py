@@ -67,7 +67,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   source, held_out = build.build_data(config)
   preview = kind.preview(config, mesh, held_out or source)
   judge = kind.Judge(config, folder, mesh, source, held_out)
-  _check_best(config)
+  _check_best(config, judge)
   init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
@@ -107,14 +107,17 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     parallel.wait_for_all("done")
 
 
-def _check_best(config: ConfigDict) -> None:
+def _check_best(config: ConfigDict, judge: Any) -> None:
   """Raises a ValueError if checkpoints are to be kept by a score that is not taken when they are saved."""
   c, every = config.training, config.evaluation.every
-  if c.keep_best and c.best_metric.startswith("eval/") and (not every or c.checkpoint_every % every):
+  if not c.keep_best or not c.best_metric.startswith("eval/"):
+    return
+  if not every or c.checkpoint_every % every:
     raise ValueError(
       f"Got config.training.best_metric={c.best_metric!r} with evaluation.every={every} and training.checkpoint_every={c.checkpoint_every};"
       " wanted scores at every checkpoint: set --config.evaluation.every to checkpoint_every, or to a divisor of it."
     )
+  judge.check_best(c.best_metric)
 
 
 def _resuming(folder: Path, resume: str) -> bool:
