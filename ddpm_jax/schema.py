@@ -214,6 +214,7 @@ def default_config() -> ConfigDict:
       "probes": 1,  # of the ODE's trace; 0: exactly, for small images
       "probe_noise": "rademacher",  # or gaussian
       "likelihood_tolerance": 1e-5,  # of the ODE
+      "report": True,  # write report.html
       "every": 0,  # training steps between scores on the way; 0: none
       "every_samples": 0,  # samples for each; 0: num_samples
     }

@@ -20,7 +20,7 @@ def tiny_config() -> ConfigDict:
   config.training.update({"batch_size": 16, "steps": 12, "log_every": 3, "checkpoint_every": 4, "sample_every": 6})
   config.sampling.update({"sampler": "ddim", "num_steps": 4, "batch_size": 16, "preview_steps": 3})
   config.evaluation.update({"num_samples": 40, "features": "pixels", "reference": "held_out", "allow_singular": True})
-  config.evaluation.update({"kernel_subsets": 4, "classifier_steps": 40})
+  config.evaluation.update({"kernel_subsets": 4, "classifier_steps": 40, "report": False})
   return config
 
 

@@ -19,7 +19,7 @@ from tests.recipes import saved_items
 def run(tmp_path_factory):
   """A finished run of the tiny recipe, and what it printed."""
   folder = tmp_path_factory.mktemp("run")
-  code, output = call(RECIPE, f"--workdir={folder}")
+  code, output = call(RECIPE, f"--workdir={folder}", "--config.evaluation.report=true")
   assert code == 0, output
   return folder, output
 
@@ -45,7 +45,7 @@ def test_training_writes_and_says_everything(run):
   assert report["sampling"]["nfe"] == 4
   assert "compiling the train step" in output
   assert "images/s" in output
-  for name in ("final.npz", "final.png", "eval.json", "checkpoints", "metrics.jsonl", "floor"):
+  for name in ("final.npz", "final.png", "eval.json", "checkpoints", "metrics.jsonl", "floor", "report.html"):
     assert name in output
 
 

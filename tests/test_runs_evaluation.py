@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import data, metrics, parallel, runs
-from ddpm_jax.runs import drawing, reporting
+from ddpm_jax.runs import drawing
 from tests import commands
 from tests.recipes import tiny_config
 
@@ -23,14 +23,6 @@ def _of_one_device(data=0, fsdp=1, devices=None):
 def one_device(monkeypatch):
   """Of the eight, so that compiling is quick."""
   monkeypatch.setattr(parallel, "make_mesh", _of_one_device)
-
-
-@pytest.fixture
-def scores_alone(one_device, monkeypatch):
-  """Without the report, whose animation is one more program to compile."""
-  monkeypatch.setattr(reporting, "denoising", lambda *_: None)
-  monkeypatch.setattr(reporting, "content", lambda *_: None)
-  monkeypatch.setattr(reporting, "write", lambda *_: None)
 
 
 def config_of(**evaluation):
@@ -48,7 +40,7 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("finished")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(parallel, "make_mesh", _of_one_device)
-    runs.run_train(config_of(), folder)
+    runs.run_train(config_of(report=True), folder)
   return folder
 
 
@@ -75,7 +67,7 @@ def score(config, folder, seed=0, **options):
 def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
   """One device without a break, against one device in a process that is killed half-way, and the eight of this process."""
   (tmp_path / "recipe.py").write_text(
-    "from tests.test_runs_evaluation import config_of\n\n\ndef get_config():\n  return config_of()\n"
+    "from tests.test_runs_evaluation import config_of\n\n\ndef get_config():\n  return config_of(report=True)\n"
   )
   arguments = [f"--config={tmp_path / 'recipe.py'}", "--mode=eval", f"--workdir={copy}", "--seed=0"]
   process = commands.start(*arguments, PYTHONPATH=".")
@@ -106,14 +98,14 @@ def test_samples_of_other_weights_or_settings_are_not_taken(one_device, copy, mo
   )
   first = without_times(copy)
   score(config_of(), copy)
-  assert drawn == ["ddim"], "of the denoising alone: the samples are there"
+  assert drawn == [], "the samples are there"
   assert without_times(copy) == first
   score(config_of(), copy, seed=1)
-  assert drawn[1:] == ["ddim", "ddim"]
+  assert drawn == ["ddim"]
   assert report_of(copy)["scores"]["generated"] != first["scores"]["generated"]
 
 
-def test_several_samplers_and_steps_give_a_curve(scores_alone, copy):
+def test_several_samplers_and_steps_give_a_curve(one_device, copy):
   variants = [runs.Variant("heun", 2), runs.Variant("ddim", 2), runs.Variant("ddim", 4)]
   score(config_of(), copy, variants=variants)
   report = report_of(copy)
@@ -153,7 +145,7 @@ def test_where_numbers_come_from_is_said(finished):
   assert set(report["times"]) == {"date", "seconds"}
 
 
-def test_statistics_of_a_file_stand_for_their_images(scores_alone, copy, tmp_path):
+def test_statistics_of_a_file_stand_for_their_images(one_device, copy, tmp_path):
   config = config_of(scores=("frechet",), reference="held_out")
   score(config, copy)
   direct = report_of(copy)["scores"]
@@ -177,7 +169,7 @@ def test_statistics_of_a_file_stand_for_their_images(scores_alone, copy, tmp_pat
     score(config, copy)
 
 
-def test_features_of_a_classifier_of_the_data_are_called_by_their_name(scores_alone, copy, capsys):
+def test_features_of_a_classifier_of_the_data_are_called_by_their_name(one_device, copy, capsys):
   config = config_of(features="", allow_singular=False, num_samples=90, classifier_steps=40)
   score(config, copy)
   report = report_of(copy)
@@ -197,7 +189,7 @@ def test_features_of_a_classifier_of_the_data_are_called_by_their_name(scores_al
   assert (copy / "classifier.safetensors").stat().st_mtime_ns != before
 
 
-def test_a_run_is_scored_on_its_way_and_keeps_the_best(scores_alone, tmp_path):
+def test_a_run_is_scored_on_its_way_and_keeps_the_best(one_device, tmp_path):
   config = config_of(every=2, every_samples=20)
   config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
   config.training.best_metric = "eval/coverage"
@@ -256,7 +248,7 @@ def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
     score(config_of(reference=str(tmp_path / "foreign.npz")), finished)
 
 
-def test_images_that_are_not_finite_are_counted_and_refused(scores_alone, copy, monkeypatch):
+def test_images_that_are_not_finite_are_counted_and_refused(one_device, copy, monkeypatch):
   in_batches = drawing.in_batches
 
   def broken(*arguments, **options):
@@ -272,7 +264,9 @@ def test_images_that_are_not_finite_are_counted_and_refused(scores_alone, copy, 
 
 
 def test_likelihoods_are_kept_and_have_error_bars(one_device, copy, monkeypatch):
-  config = config_of(likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2)
+  config = config_of(
+    likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2, report=True
+  )
   computed = []
   in_batches = drawing.in_batches
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ddpm_jax import build, data, evaluate, parallel, randomness
 from ddpm_jax.images import from_uint8
 from ddpm_jax.processes import Process
-from ddpm_jax.runs.model import Weights, say, write_scores
+from ddpm_jax.runs.model import Weights, say, scores_path, write_scores
 
 PyTree = Any
 # The noise levels that are scored, where the process has them.
@@ -90,8 +90,8 @@ class Judge:
       "reference": "held-out images, each once a noise level; chance knows how common each class is, and sees no image",
     }
     if parallel.is_main():
-      path = write_scores(self._folder, report, weights, seed, time.perf_counter() - start)
-      say(f"\n{evaluate.classification_table(levels, chance)}\n\nscores       {path}")
+      write_scores(self._folder, report, weights, seed, time.perf_counter() - start)
+      say(f"\n{evaluate.classification_table(levels, chance)}\n\nscores       {scores_path(self._folder)}")
 
 
 def noise_levels(process: Process) -> np.ndarray:

@@ -213,8 +213,17 @@ def _weighted(averages: tuple[PyTree, ...], weights: jax.Array) -> PyTree:
   return jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *averages)
 
 
-def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: int, seconds: float) -> Path:
-  """Writes scores and how they came about into eval.json, whole or not at all; only its `times` differ from run to run."""
+def scores_path(folder: Path) -> Path:
+  """Where a run keeps its scores."""
+  return folder / "eval.json"
+
+
+def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: int, seconds: float) -> dict[str, Any]:
+  """Writes scores and how they came about into eval.json, whole or not at all; only its `times` differ from run to run.
+
+  Returns:
+    All that was written.
+  """
   report = report | {
     "step": weights.step,
     "weights": weights.name,
@@ -226,9 +235,8 @@ def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: i
     "commit": _commit(),
     "times": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1)},
   }
-  path = folder / "eval.json"
-  workdir.write_json(path, report)
-  return path
+  workdir.write_json(scores_path(folder), report)
+  return report
 
 
 def _commit() -> str | None:

@@ -157,7 +157,7 @@ class Judge:
       for variant in variants
     ]
     likelihood = bits.evaluate(self.config, self.folder, self.mesh, weights, sha256, self.held_out, seed)
-    denoising = reporting.denoising(self.config, self.mesh, weights, self._inputs(reporting.SHOWN), seed)
+    denoising = self._denoising(weights, seed) if self.config.evaluation.report else None
     if not parallel.is_main():
       return
     last = drawn[-1]
@@ -166,7 +166,7 @@ class Judge:
     report = self._report(drawn, likelihood, weights, sha256, seed)
     if self._reference is None:
       say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
-    path = model.write_scores(self.folder, report, weights, seed, time.perf_counter() - start)
+    report = model.write_scores(self.folder, report, weights, seed, time.perf_counter() - start)
     if self._reference is not None:
       rows_of = {"generated": report["scores"]["generated"], "real images (floor)": report["scores"]["floor"]}
       if len(drawn) > 1:
@@ -179,18 +179,16 @@ class Judge:
           f"no Frechet distance: {self._space.dimensions:,} dimensions want more samples and reference images than that"
           " (config.evaluation.num_samples, allow_singular), or other features"
         )
-    say(bits.table(likelihood) + f"\nscores       {path}")
-    content = reporting.content(
-      self.config,
-      self.folder,
-      json.loads(path.read_text()),
-      last.samples,
-      last.labels,
-      denoising,
-      bits.terms(likelihood),
-      self._neighbours(last.samples),
-    )
-    say(f"report       {reporting.write(self.folder, content)}")
+    say(bits.table(likelihood) + f"\nscores       {model.scores_path(self.folder)}")
+    if denoising is not None:
+      nearest = reporting.neighbours(self.extract, last.samples, self.source, self.held_out)
+      shown = reporting.content(
+        self.config, self.folder, report, last.samples, last.labels, denoising, bits.terms(likelihood), nearest
+      )
+      say(f"report       {reporting.write(self.folder, shown)}")
+
+  def _denoising(self, weights: Weights, seed: int) -> reporting.Denoising:
+    return reporting.denoising(self.config, self.mesh, weights, self._inputs(reporting.SHOWN), seed)
 
   def _draw(self, variant: Variant, weights: Weights, sha256: str, seed: int, name: str) -> Drawn:
     count, batch = self.config.evaluation.num_samples, self.config.evaluation.batch_size
@@ -283,9 +281,6 @@ class Judge:
       return evaluate.score(summary, self._real, self._settings, evaluate.names_of(self.space)), len(chosen), ""
     except ValueError as error:  # too few for the rank, or for neighbours
       return None, len(chosen), str(error)
-
-  def _neighbours(self, samples: np.ndarray) -> Any:
-    return reporting.neighbours(self.extract, samples, self.source, self.held_out)
 
 
 def describe_data(config: ConfigDict) -> dict[str, Any]:
