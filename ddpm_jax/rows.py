@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,16 @@ class Rows:
     os.replace(temporary, self._notes_path)
 
   def finish(self, name: str, **beside: np.ndarray) -> np.ndarray:
-    """The whole array, which now lies in `<path>.npz` by this name, with the arrays given beside it."""
+    """The whole array, read as it is used, which now lies in `<path>.npz` by this name, with the arrays given beside it."""
     whole = Path(f"{self.path}.npz")
-    if self._array is not None:
-      temporary = Path(f"{self.path}.tmp.npz")
-      np.savez(temporary, **{name: self._array}, **beside, identity=self._identity, notes=json.dumps(self.notes))  # type: ignore[arg-type]
-      os.replace(temporary, whole)
-      self._array = None
-      for path in (self._array_path, self._notes_path):
-        path.unlink(missing_ok=True)
-    with np.load(whole) as file:
-      return file[name]
+    if self._array is None:
+      with tempfile.TemporaryDirectory(dir=self.path.parent) as folder, zipfile.ZipFile(whole) as file:
+        # Mapped, it can be read when its name is gone.
+        return np.load(file.extract(f"{name}.npy", folder), mmap_mode="r")
+    temporary = Path(f"{self.path}.tmp.npz")
+    np.savez(temporary, **{name: self._array}, **beside, identity=self._identity, notes=json.dumps(self.notes))  # type: ignore[arg-type]
+    os.replace(temporary, whole)
+    array, self._array = np.load(self._array_path, mmap_mode="r"), None
+    for path in (self._array_path, self._notes_path):
+      path.unlink(missing_ok=True)
+    return array
