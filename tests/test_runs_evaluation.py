@@ -218,7 +218,7 @@ WRONG = {
   "weights": ({"features": "inception"}, "--inception_weights"),
   "no_weights": ({"inception_weights": "none.pth", "features": ""}, "none.pth"),
   "useless_weights": ({"inception_weights": "none.pth"}, "which need none"),
-  "splits": ({"splits": 41}, "splits=41"),
+  "splits": ({"splits": 41, "features": "classifier"}, "splits=41"),
   "likelihood": ({"likelihood": ("bond",)}, "Did you mean 'bound'"),
   "resize": ({"resize": "tf"}, "Did you mean 'tf1'"),
 }

@@ -249,7 +249,7 @@ def build_settings(config: ConfigDict, space: Space, reference: Reference, count
       f"Got evaluation.num_samples={count} (and {known} reference images, most_kept={c.most_kept}) with evaluation.k={c.k}; wanted more of"
       " each than k."
     )
-  if c.kernel_size > min(count, known or count, c.most_kept) or c.splits > count:
+  if c.kernel_size > min(count, known or count, c.most_kept) or ("class_score" in wanted and c.splits > count):
     raise ValueError(
       f"Got evaluation.kernel_size={c.kernel_size} and splits={c.splits} for {count} samples and {known} reference images; wanted no more"
       " than there are."
