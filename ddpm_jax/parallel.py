@@ -148,6 +148,16 @@ def over(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   return distribute
 
 
+def shares(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
+  """`function(whole, batch)` of arrays [B, ...], each device doing its share of the batch as a program of its own.
+
+  What it gives, arrays [B, ...] too, is the same to the last bit on any number of devices of a kind whose shares are as large: a
+  program that the compiler splits over devices rounds otherwise than one that was never split.
+  """
+  whole, batched = PartitionSpec(), PartitionSpec(_BOTH)
+  return jax.shard_map(function, mesh=mesh, in_specs=(whole, batched), out_specs=batched, check_vma=False)
+
+
 def jit_step(step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh, state: PyTree) -> Any:
   """Compiles `step(state, batch) -> (state, metrics)` over a mesh: batch split, state laid out as `state_shardings`, donated.
 

@@ -145,7 +145,7 @@ def build_rule(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
 
 
 def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array, Array]]:
-  """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data; of `ode`, the most of the batch."""
+  """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data; NFE [B]."""
   c, process, shape = config.sampling, build_process(config), image_shape(config)
   name = choose(c.sampler, SAMPLERS, "a sampler")
   if c.variance == "learned" and not config.learned_variance:
@@ -162,7 +162,7 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
       t_end = max(process.t_min, 1e-3)
       tolerances = {"rtol": c.tolerance, "atol": c.tolerance}
       x, nfe = sampling.ode(process, denoise, start(keys), process.t_max, t_end, per_sample=True, **tolerances)
-      return predictions.x_0_of(denoise(x, t_end)), jnp.max(nfe) + 1
+      return predictions.x_0_of(denoise(x, t_end)), nfe + 1
 
     return integrate
 
@@ -171,7 +171,7 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
 
   def run(keys, denoise):
     x = sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, start(keys), times)
-    return x, jnp.asarray(nfe)
+    return x, jnp.full(keys.shape, nfe)
 
   return run
 
@@ -181,8 +181,8 @@ def build_generate(
 ) -> Callable[..., tuple[Array, Array]]:
   """`generate(params, seed, first, inputs, guiding) -> (images, NFE)`, compiled, the batch split over the mesh.
 
-  Image i of the batch is number `first + i` of that seed, whatever the batch size. Parameters may lie split over the mesh; the images
-  are whole on every device. `inputs` are arrays [B, ...] by name: `classes`, `negative` and `low`, of those that the model
+  Image i of the batch is number `first + i` of that seed, whatever the batch size; NFE [B]. Parameters may lie split over the mesh; the
+  images are whole on every device. `inputs` are arrays [B, ...] by name: `classes`, `negative` and `low`, of those that the model
   takes, `negative` if so said. `guiding` are the parameters of the guides, by name.
 
   Raises:
@@ -208,7 +208,7 @@ def of_previews(config: ConfigDict) -> ConfigDict:
 def build_denoising(
   config: ConfigDict, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[..., Array], np.ndarray]:
-  """`denoising(params, seed, first, inputs, guiding) -> x [K, B, H, W, C]`, samples on their way to data by the sampler of previews.
+  """`denoising(params, seed, first, inputs, guiding) -> x [B, K, H, W, C]`, samples on their way to data by the sampler of previews.
 
   Returns:
     The function, as `build_generate`'s but for its results, which are scaled to be shown: where there is much noise its standard
@@ -224,7 +224,8 @@ def build_denoising(
     x = process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))
     keys = randomness.fold_in(keys, 1)
     states = sampling.sample(keys, sampler, bound(config, denoise), x, times, return_trajectory=True)
-    return states[kept] / expand(jnp.maximum(process.sigma(shown), 1), states)
+    shown_states = states[kept] / expand(jnp.maximum(process.sigma(shown), 1), states)
+    return jnp.moveaxis(shown_states, 0, 1)
 
   return compile_draw(config, mesh, Guides(), draw), shown
 
@@ -235,11 +236,14 @@ def compile_draw(
   guides: Guides,
   draw: Callable[[Array, Denoise, dict[str, Array]], PyTree],
 ) -> Callable[..., PyTree]:
-  """`draw(keys, denoise, inputs)`, of a denoiser that is not `bound` yet, called and compiled as `build_generate` says."""
+  """`draw(keys, denoise, inputs)`, of a denoiser that is not `bound` yet, called and compiled as `build_generate` says; it gives arrays [B, ...]."""
   check_denoises(config)
   size = config.sampling.batch_size
   parallel.check_batch(size, mesh.size, "sampling batch size")
-  split, whole = parallel.split(mesh), parallel.replicated(mesh)
+
+  def of_share(whole, batch):
+    (params, guiding), (keys, inputs) = whole, batch
+    return draw(keys, build_denoise(config, params, keys, inputs, guides, guiding), inputs)
 
   def generate(params, seed, first, inputs, guiding):
     # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
@@ -248,8 +252,6 @@ def compile_draw(
       # Other noise than the model's that drew what is enlarged.
       key = jax.random.fold_in(key, config.data.image_size)
     keys = randomness.sample_keys(key, first + jnp.arange(size))
-    keys, inputs = jax.lax.with_sharding_constraint((keys, inputs), split)
-    params, guiding = jax.lax.with_sharding_constraint((params, guiding), whole)
-    return draw(keys, build_denoise(config, params, keys, inputs, guides, guiding), inputs)
+    return parallel.shares(mesh, of_share)((params, guiding), (keys, inputs))
 
-  return jax.jit(generate, out_shardings=whole)
+  return jax.jit(generate, out_shardings=parallel.replicated(mesh))

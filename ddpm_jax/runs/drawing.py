@@ -193,8 +193,8 @@ def draw(
   for x, nfe in in_batches(config, generate, params, seed, count, inputs, guiding or {}):
     check_finite(config, x)
     parts.append(images.to_uint8(x))
-    most = max(most, int(nfe))
-  return np.concatenate(parts)[:count], most
+    most = max(most, int(nfe.max()))
+  return np.concatenate(parts), most
 
 
 def in_batches(
@@ -209,7 +209,7 @@ def in_batches(
   start: int = 0,
   what: str = "sampling",
 ) -> Iterator[Any]:
-  """What `function(params, seed, first, inputs, guiding)` gives for each batch from `start` on, with a progress bar; the last may be too long."""
+  """What `function(params, seed, first, inputs, guiding)` gives for each batch from `start` on, arrays [B, ...], with a progress bar."""
   size = config.sampling.batch_size
   quiet = count - start <= size or not parallel.is_main()
   name = f"{what} ({config.sampling.sampler})" if what == "sampling" else what
@@ -217,8 +217,11 @@ def in_batches(
     for first in range(start, count, size):
       rows = np.minimum(np.arange(first, first + size), count - 1)
       wanted = {name: value[rows] for name, value in inputs.items()}
-      yield jax.device_get(function(params, np.uint32(seed), np.int32(first), wanted, guiding))
-      bar.update(min(size, count - first))
+      found = jax.device_get(function(params, np.uint32(seed), np.int32(first), wanted, guiding))
+      # The last batch is filled up, so that there is one program.
+      kept = min(size, count - first)
+      yield jax.tree.map(lambda leaf: leaf[:kept], found)  # noqa: B023, used at once
+      bar.update(kept)
 
 
 def check_finite(config: ConfigDict, x: Any) -> None:

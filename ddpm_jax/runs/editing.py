@@ -79,7 +79,7 @@ def run_edit(
   say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {config.sampling.sampler} ...")
   total = rows * edit.results
   parts = list(drawing.in_batches(config, function, params, seed, total, {**inputs, **guided.inputs}, guided.load()))
-  found = {name: np.concatenate([part[name] for part in parts])[:total] for name in parts[0]}
+  found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   drawing.check_finite(config, found["output"])
   _write(config, folder / "edits", edit, f"{edit.task}{f'_{method}' if how else ''}_seed{seed}", given, inputs, found)
   parallel.wait_for_all("done")

@@ -41,7 +41,7 @@ def denoising(
   config.sampling.batch_size = -(-SHOWN // mesh.size) * mesh.size
   function, times = build.build_denoising(config, mesh, _FRAMES)
   parts = [np.asarray(x) for x in drawing.in_batches(config, function, weights.params, seed, SHOWN, inputs, {})]
-  return Denoising(images.to_uint8(np.concatenate(parts, axis=1)[:, :SHOWN]), times)
+  return Denoising(images.to_uint8(np.moveaxis(np.concatenate(parts), 1, 0)), times)
 
 
 def neighbours(

@@ -206,7 +206,7 @@ class Judge:
       say(f"sampling {count:,} images from the {weights.name} weights with {config.sampling.sampler}{rest} ...")
       for x, calls in drawing.in_batches(config, generate, weights.params, seed, count, inputs, {}, start=done):
         drawing.check_finite(config, x)
-        nfe = max(nfe, int(calls))
+        nfe = max(nfe, int(calls.max()))
         if array is not None:
           array.write(images.to_uint8(x), {"nfe": nfe})
       say(f"{nfe:,} network evaluations each")
