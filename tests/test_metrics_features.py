@@ -41,7 +41,7 @@ def test_an_extractor_compiles_once(params):
   extract = metrics.extractor(space._replace(apply=apply), 4, jax.devices()[:2])
   for count in (3, 8, 20):
     extract(IMAGES[:count])
-  assert traced == [(8, 8, 8, 1)]
+  assert traced == [(4, 8, 8, 1)], "the share of one device"
 
 
 def test_pixels_are_features():
