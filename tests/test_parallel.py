@@ -1,6 +1,7 @@
 """The same pure step on one device, under jit over meshes of eight, under pmap over eight, and a part at a time."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +201,30 @@ def test_wrong_processes_are_errors():
     parallel.connect("host", 2, 0)
   with pytest.raises(ValueError, match="an id from 0 to one less"):
     parallel.connect("host:1", 2, 2)
+
+
+def test_a_cpu_s_convolutions_take_none_of_ynnpack_and_are_the_same_to_rounding():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, seen = (jax.random.normal(key, (4, 16, 16, 32)) for key in keys[:2])
+  kernel = jax.random.normal(keys[2], (3, 3, 32, 32)) / 17
+
+  def gradient(x, kernel):
+    def loss(x, kernel):
+      return jnp.vdot(
+        jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), seen
+      )
+
+    return jax.value_and_grad(loss, (0, 1))(x, kernel)
+
+  options = parallel.compiler_options()
+  ours, plain = jax.jit(gradient, compiler_options=options), jax.jit(gradient)
+  for a, b in zip(jax.tree.leaves(ours(x, kernel)), jax.tree.leaves(plain(x, kernel)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+  programs = [function.lower(x, kernel).compile().as_text() for function in (ours, plain)]
+  assert options
+  assert ["__ynn_fusion" in program for program in programs] == [False, True]
+
+
+def test_other_platforms_are_compiled_for_as_they_are():
+  devices = np.array([types.SimpleNamespace(platform="tpu")])
+  assert parallel.compiler_options(types.SimpleNamespace(devices=devices)) == {}

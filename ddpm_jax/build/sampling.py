@@ -254,4 +254,4 @@ def compile_draw(
     keys = randomness.sample_keys(key, first + jnp.arange(size))
     return parallel.shares(mesh, of_share)((params, guiding), (keys, inputs))
 
-  return jax.jit(generate, out_shardings=parallel.replicated(mesh))
+  return jax.jit(generate, out_shardings=parallel.replicated(mesh), compiler_options=parallel.compiler_options(mesh))

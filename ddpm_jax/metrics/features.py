@@ -49,7 +49,12 @@ def extractor(
   mesh = parallel.make_mesh(devices=jax.local_devices() if devices is None else devices)
   split, whole = parallel.split(mesh), parallel.replicated(mesh)
   params = jax.device_put(space.params, whole)
-  apply = jax.jit(parallel.shares(mesh, space.apply), in_shardings=(whole, split), out_shardings=split)
+  apply = jax.jit(
+    parallel.shares(mesh, space.apply),
+    in_shardings=(whole, split),
+    out_shardings=split,
+    compiler_options=parallel.compiler_options(mesh),
+  )
   size = batch_size * mesh.size
 
   def extract(images: np.ndarray) -> dict[str, np.ndarray]:

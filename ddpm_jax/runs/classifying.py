@@ -124,7 +124,7 @@ def _classify(
     x_t = process.perturb(x_0, t, randomness.normal(keys, x_0.shape))
     return build.build_classifier(config, params)(x_t, t)
 
-  compiled = jax.jit(classify, out_shardings=whole)
+  compiled = jax.jit(classify, out_shardings=whole, compiler_options=parallel.compiler_options(mesh))
   parts, classes = [], []
   with tqdm(total=len(chosen), desc="classifying", unit=" images", disable=not parallel.is_main(), delay=2) as bar:
     for first in range(0, len(chosen), size):
