@@ -18,7 +18,8 @@ def matmul_flops(jaxpr: Any) -> float:
 
   Counted before any optimization, over all devices; what rematerialization computes again is counted again. Products with
   the zeros of padding and dilation do not count, as in XLA's own count. Loops of known length (`lax.scan`) count as
-  often as they run, `lax.while_loop` once, `lax.cond` by its dearest branch; custom kernels (Pallas, cuDNN) not at all.
+  often as they run, `lax.while_loop` once, `lax.cond` by its dearest branch, `lax.platform_dependent` by its default; custom
+  kernels (Pallas, cuDNN) not at all.
 
   Args:
     jaxpr: `jax.jit(f).trace(...).jaxpr`, or of `jax.make_jaxpr`.
@@ -98,6 +99,9 @@ def _flops(equation: Any) -> float:
   if name == "conv_general_dilated":
     return _convolution_flops(equation)
   if name == "cond":
+    if params.get("branches_platforms") is not None:
+      # One way for each platform to compute the same thing: the plain one comes last.
+      return matmul_flops(params["branches"][-1])
     return max(matmul_flops(branch) for branch in params["branches"])
   times = 1
   if name == "scan":

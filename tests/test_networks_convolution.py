@@ -1,14 +1,15 @@
-"""`gradients_in_loops` against JAX's own gradients: of single convolutions, and of whole networks."""
+"""Convolutions, normalization and sums against JAX's and Flax's own, values and gradients; and `gradients_in_loops`."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from ddpm_jax import networks
-from ddpm_jax.networks import Classifier, UNet
-from ddpm_jax.networks.convolution import convolve
+from ddpm_jax import costs, networks
+from ddpm_jax.networks import Classifier, UNet, layers, sums
+from ddpm_jax.networks.convolution import convolve, convolve_doubled
 
 LETTERS = "DHW"
 
@@ -43,7 +44,7 @@ def test_gradients_are_jax_s_own(x64, size, window, strides, padding):
 
   def ours(x, kernel):
     with networks.gradients_in_loops():
-      return convolve(x, kernel, strides, padding, dimension_numbers=numbers)
+      return convolve(x, kernel, strides, padding)
 
   def both(x, kernel):
     results = []
@@ -67,7 +68,7 @@ def test_in_a_loop_and_where_the_kernel_alone_is_asked_for(x64):
         h = lax.conv_general_dilated(h, kernel, (1, 1), "SAME", dimension_numbers=numbers)
       else:
         with networks.gradients_in_loops():
-          h = convolve(h, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+          h = convolve(h, kernel, (1, 1), "SAME")
       return jnp.tanh(h), None
 
     return jnp.sum(lax.scan(once, x, length=3)[0] ** 2)
@@ -77,20 +78,18 @@ def test_in_a_loop_and_where_the_kernel_alone_is_asked_for(x64):
     np.testing.assert_allclose(gradient(x, kernel, True), gradient(x, kernel, False), rtol=1e-10, atol=1e-10)
 
 
-def test_outside_nothing_changes_and_what_it_does_not_know_is_left_to_jax():
+def test_outside_nothing_changes():
   x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 2))
-  numbers = numbers_of(x, kernel)
 
-  def run(x, **options):
-    return convolve(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, **options)
+  def run(x):
+    return convolve(x, kernel, (1, 1), "SAME")
 
-  def inside(x, **options):
+  def inside(x):
     with networks.gradients_in_loops():
-      return run(x, **options)
+      return run(x)
 
   assert "custom_vjp" not in str(jax.make_jaxpr(run)(x))
   assert "custom_vjp" in str(jax.make_jaxpr(inside)(x))
-  assert "custom_vjp" not in str(jax.make_jaxpr(lambda x: inside(x, rhs_dilation=(2, 2)))(x))
   assert "custom_vjp" not in str(jax.make_jaxpr(run)(x)), "the context has ended"
   value, slope = jax.jvp(run, (x,), (x,))
   np.testing.assert_allclose(slope, value)  # linear
@@ -128,3 +127,104 @@ def test_of_whole_networks(kind, size):
   assert jnp.any(expected[0] != 0)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-5)
+
+
+@pytest.mark.parametrize("space", [(4,), (3, 5), (2, 3, 2)])
+def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, kernel = jax.random.normal(keys[0], (2, *space, 3)), jax.random.normal(keys[1], (3,) * len(space) + (3, 4))
+
+  def plainly(x, kernel):
+    return convolve(layers.double(x), kernel, (1,) * len(space), "SAME")
+
+  def ours(x, kernel):
+    return convolve_doubled(x, kernel, layers.double)
+
+  expected, pull = jax.vjp(plainly, x, kernel)
+  found, ours_pull = jax.vjp(ours, x, kernel)
+  weights = jax.random.normal(keys[2], expected.shape)
+  for a, b in zip((found, *ours_pull(weights)), (expected, *pull(weights)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+  moved = [jax.jvp(function, (x, kernel), (x, jnp.sin(kernel)))[1] for function in (ours, plainly)]
+  np.testing.assert_allclose(*moved, rtol=1e-12, atol=1e-12)
+
+
+def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
+  """And their products are those that are counted on every platform."""
+
+  def run(x, kernel):
+    return convolve_doubled(x, kernel, layers.double)
+
+  traced = jax.jit(run).trace(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))
+  count = {
+    platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
+    for platform in ("cpu", "tpu")
+  }
+  assert count == {"cpu": 4, "tpu": 1}
+  # 8 rows of a result, whose first and last meet two rows of data.
+  assert costs.matmul_flops(traced.jaxpr) == 2 * 2 * 2 * (3 * 8 - 2) ** 2
+
+
+@pytest.mark.parametrize(
+  ("size", "strides", "padding"), [(3, 1, "SAME"), (1, 1, "SAME"), (3, 2, ((0, 1), (0, 1))), (3, 1, 2)]
+)
+def test_the_layer_is_flax_s(size, strides, padding):
+  x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+  ours = layers.Conv(5, jnp.float32, size=size, strides=strides, padding=padding)
+  flax_s = nn.Conv(5, (size, size), strides, padding, kernel_init=layers.INIT)
+  params = ours.init(jax.random.key(1), x)
+  jax.tree.map(np.testing.assert_array_equal, params, flax_s.init(jax.random.key(1), x))
+  params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+  assert_same_with_gradients(ours, flax_s, params, x)
+
+
+def test_a_dense_layer_is_flax_s():
+  x = jax.random.normal(jax.random.key(0), (2, 6, 3))
+  ours, flax_s = layers.Dense(5, jnp.float32), nn.Dense(5, kernel_init=layers.INIT)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, ours.init(jax.random.key(1), x))
+  assert_same_with_gradients(ours, flax_s, params, x)
+
+
+@pytest.mark.parametrize("space", [(64,), (6, 7), (3, 4, 2)])
+def test_group_normalization_is_flax_s_and_may_be_scaled_and_shifted(space):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = 3 + 2 * jax.random.normal(keys[0], (2, *space, 12))
+  ours, flax_s = layers.GroupNorm(4, 1e-5, jnp.float32), nn.GroupNorm(4, epsilon=1e-5)
+  params = {"params": {"scale": jnp.linspace(0.5, 2, 12), "bias": jnp.linspace(-1, 1, 12)}}
+  jax.tree.map(np.testing.assert_array_equal, ours.init(keys[1], x), flax_s.init(keys[1], x))
+  assert_same_with_gradients(ours, flax_s, params, x)
+  scale, shift = jax.random.normal(keys[2], (2, 12)), jax.random.normal(keys[3], (2, 12))
+  wanted = flax_s.apply(params, x) * (1 + jnp.expand_dims(scale, range(1, x.ndim - 1))) + jnp.expand_dims(
+    shift, range(1, x.ndim - 1)
+  )
+  np.testing.assert_allclose(ours.apply(params, x, scale, shift), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_16_bit_data_are_taken_in_32():
+  x = jax.random.normal(jax.random.key(0), (2, 32, 32, 8)).astype(jnp.bfloat16)
+  found = [
+    kind.apply(kind.init(jax.random.key(1), x), x)
+    for kind in (layers.GroupNorm(2, 1e-5, jnp.bfloat16), nn.GroupNorm(num_groups=2, epsilon=1e-5, dtype=jnp.bfloat16))
+  ]
+  assert found[0].dtype == jnp.bfloat16
+  np.testing.assert_allclose(*(leaf.astype(jnp.float32) for leaf in found), rtol=2**-7, atol=1e-3)
+
+
+def assert_same_with_gradients(ours, other, params, x):
+  """Values, and gradients in parameters and data, to float32's rounding; forward mode too."""
+  results = []
+  for layer in (ours, other):
+    value, pull = jax.vjp(layer.apply, params, x)
+    weights = jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape)
+    results.append((value, *pull(weights), jax.jvp(layer.apply, (params, x), (params, jnp.sin(x)))[1]))
+  for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_sums_are_products_with_ones_on_a_cpu_alone(platform):
+  traced = jax.jit(jax.grad(lambda x, v: jnp.sum(sums.total(x) * v + sums.total(x * sums.spread(v, 16))), 1)).trace(
+    jnp.ones((2, 16, 4)), jnp.ones((2, 4))
+  )
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert ("stablehlo.dot_general" in text) == (platform == "cpu")

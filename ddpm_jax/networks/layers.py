@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.networks import convolution
+from ddpm_jax.networks.sums import spread, total
 
 Array = jax.Array
 
@@ -44,9 +45,9 @@ class Style(NamedTuple):
   attention: Literal["xla", "cudnn"] | None
   dtype: Any
 
-  def norm(self, name: str) -> nn.GroupNorm:
+  def norm(self, name: str) -> "GroupNorm":
     """Group normalization."""
-    return nn.GroupNorm(num_groups=self.groups, epsilon=self.epsilon, dtype=self.dtype, name=name)
+    return GroupNorm(self.groups, self.epsilon, self.dtype, name=name)
 
   def join(self, x: Array, branch: Array) -> Array:
     """A residual sum."""
@@ -78,11 +79,92 @@ def fourier_embedding(label: Array, frequencies: Array) -> Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def conv(x: Array, features: int, name: str, dtype: Any, *, size: int = 3, init=INIT, **options) -> Array:
-  """A convolution of the same size over every spatial axis."""
-  kernel = (size,) * (x.ndim - 2)
-  options["conv_general_dilated"] = convolution.convolve
-  return nn.Conv(features, kernel, kernel_init=init, dtype=dtype, name=name, **options)(x)
+class GroupNorm(nn.Module):
+  """Group normalization (Wu and He 2018), whose result may be scaled and shifted by more than its own parameters.
+
+  As one scale and one shift a channel, from sums over the positions alone: data are read twice, and C is never split.
+  """
+
+  groups: int
+  epsilon: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
+    """x [B, *space, C] -> the same in `dtype`, times 1 + scale [B, C] plus shift [B, C] where they are given."""
+    features = x.shape[-1]
+    a, b = (self.param(name, init, (features,)) for name, init in (("scale", nn.initializers.ones), ("bias", ZEROS)))
+    flat = x.reshape(x.shape[0], -1, features).astype(jnp.promote_types(x.dtype, jnp.float32))
+    size = flat.shape[1]
+
+    def mean(sums: Array) -> Array:
+      of_group = jnp.mean(sums.reshape(-1, self.groups, features // self.groups), axis=-1) / size
+      return jnp.repeat(of_group, features // self.groups, axis=-1)
+
+    middle = mean(total(flat))
+    variance = jnp.maximum(mean(total(flat * flat)) - middle**2, 0)
+    a = a * jax.lax.rsqrt(variance + self.epsilon)
+    b = b - middle * a
+    if scale is not None:
+      a, b = a * (1 + scale), b * (1 + scale)
+    if shift is not None:
+      b = b + shift
+    return (flat * spread(a, size) + spread(b, size)).astype(self.dtype).reshape(x.shape)
+
+
+class Conv(nn.Module):
+  """A convolution over every spatial axis, of the data or of the data `doubled` (nearest neighbour)."""
+
+  features: int
+  dtype: Any
+  size: int = 3
+  strides: int = 1
+  padding: Any = "SAME"
+  kernel_init: Any = INIT
+  doubled: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[B, *space, C] -> [B, *space, features], of other sides by strides, padding and doubling."""
+    axes = x.ndim - 2
+    kernel = self.param("kernel", self.kernel_init, (self.size,) * axes + (x.shape[-1], self.features))
+    bias = self.param("bias", ZEROS, (self.features,))
+    x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
+    if self.doubled:
+      return add_bias(convolution.convolve_doubled(x, kernel, double), bias)
+    return add_bias(convolution.convolve(x, kernel, (self.strides,) * axes, self.padding), bias)
+
+
+def conv(x: Array, features: int, name: str, dtype: Any, **options: Any) -> Array:
+  """A convolution (`Conv`)."""
+  return Conv(features, dtype, name=name, **options)(x)
+
+
+class Dense(nn.Module):
+  """A linear map of the last axis."""
+
+  features: int
+  dtype: Any
+  kernel_init: Any = INIT
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """[B, ..., C] -> [B, ..., features]."""
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    bias = self.param("bias", ZEROS, (self.features,))
+    x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
+    return add_bias(x @ kernel, bias)
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+  """x [..., C] plus bias [C], whose gradient is a sum over all else."""
+  positions = x.size // x.shape[-1]
+  return x + spread(bias[None], positions).reshape(x.shape)
+
+
+def add_vector(x: Array, vector: Array) -> Array:
+  """x [B, *space, C] plus a vector [B, C] at every position."""
+  return x + spread(vector, x.size // vector.size).reshape(x.shape)
 
 
 def halve(x: Array, weights: Sequence[float], *, padded: bool = False) -> Array:
@@ -156,15 +238,12 @@ class ResidualBlock(nn.Module):
     h = conv(h, self.features, "conv1", dtype)
     width = 2 * self.features if style.scale_shift else self.features
     shift = nn.Dense(width, kernel_init=INIT, dtype=dtype, name="time_emb_proj")(nn.swish(embedding))
-    shift = jnp.expand_dims(shift, tuple(range(1, x.ndim - 1)))
-    if style.scale_shift:
-      scale, shift = jnp.split(shift, 2, axis=-1)
-      h = style.norm("norm2")(h) * (1 + scale) + shift
-    else:
-      h = style.norm("norm2")(h + shift)
+    if not style.scale_shift:
+      h = add_vector(h, shift)
+    h = style.norm("norm2")(h, *(jnp.split(shift, 2, axis=-1) if style.scale_shift else ()))
     h = drop(nn.swish(h), style.dropout, keys, self.name or "")
     # Zero at the start, as every residual branch: the first gradients are not drowned in random output.
-    h = conv(h, self.features, "conv2", dtype, init=ZEROS)
+    h = conv(h, self.features, "conv2", dtype, kernel_init=ZEROS)
     if x.shape[-1] != self.features or (self.resample and style.song):
       x = conv(x, self.features, "conv_shortcut", dtype, size=1)
     return style.join(x, h)
@@ -185,12 +264,12 @@ class AttentionBlock(nn.Module):
     h = h.reshape(x.shape[0], -1, features)
     q, k, v = (heads_of(h, self.heads, name, dtype) for name in ("to_q", "to_k", "to_v"))
     h = jax.nn.dot_product_attention(q, k, v, implementation=self.style.attention).reshape(x.shape)
-    return self.style.join(x, nn.Dense(features, kernel_init=ZEROS, dtype=dtype, name="to_out")(h))
+    return self.style.join(x, Dense(features, dtype, ZEROS, name="to_out")(h))
 
 
 def heads_of(x: Array, heads: int, name: str, dtype: Any) -> Array:
   """A projection [B, N, C] -> [B, N, heads, C / heads]."""
-  y = nn.Dense(x.shape[-1], kernel_init=INIT, dtype=dtype, name=name)(x)
+  y = Dense(x.shape[-1], dtype, name=name)(x)
   return y.reshape(*x.shape[:-1], heads, -1)
 
 
@@ -206,9 +285,8 @@ class Downsample(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, *space, C] -> [B, *space / 2, C]."""
-    axes = x.ndim - 2
-    padding = [(int(self.symmetric), 1)] * axes
-    return conv(x, x.shape[-1], "conv", self.dtype, strides=(2,) * axes, padding=padding)
+    padding = ((int(self.symmetric), 1),) * (x.ndim - 2)
+    return conv(x, x.shape[-1], "conv", self.dtype, strides=2, padding=padding)
 
 
 class Upsample(nn.Module):
@@ -219,7 +297,7 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, *space, C] -> [B, 2 space, C]."""
-    return conv(double(x), x.shape[-1], "conv", self.dtype)
+    return conv(x, x.shape[-1], "conv", self.dtype, doubled=True)
 
 
 class AttentionPool(nn.Module):

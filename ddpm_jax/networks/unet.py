@@ -325,7 +325,7 @@ class UNet(Backbone):
       again = nn.remat(rise, policy=None) if self.remat == "everything" else rise
       h = again(self, h, taken, embedding)
     h = nn.swish(self._style.norm("norm_out")(h))
-    h = layers.conv(h, self.out_channels, "conv_out", self.dtype, init=layers.ZEROS).astype(jnp.float32)
+    h = layers.conv(h, self.out_channels, "conv_out", self.dtype, kernel_init=layers.ZEROS).astype(jnp.float32)
     if self.divide_by_sigma:
       h /= jnp.exp(label.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
     return h

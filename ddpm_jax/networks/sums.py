@@ -1,0 +1,36 @@
+"""Sums over all positions and their adjoint, by the programs that each platform computes fastest, both exact to float32 rounding.
+
+XLA's CPU back end fuses a sum with what it sums, and then computes it, one number after another, many times more slowly than a product
+with ones; and the gradient of a value that is repeated at all positions is such a sum. Elsewhere both are what they look like.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+@jax.jit
+def total(x: Array) -> Array:
+  """[B, N, C] -> the sums over N, [B, C]."""
+
+  def product(x: Array) -> Array:
+    return jnp.einsum("bn,bnc->bc", jnp.ones(x.shape[:2], x.dtype), x, precision="highest")
+
+  return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=1))
+
+
+@partial(jax.jit, static_argnums=1)
+def spread(x: Array, size: int) -> Array:
+  """[B, C] -> the same at N = `size` positions, [B, N, C]: the adjoint of `total`."""
+
+  def product(x: Array) -> Array:
+    return jnp.einsum("bn,bc->bnc", jnp.ones((x.shape[0], size), x.dtype), x, precision="highest")
+
+  def broadcast(x: Array) -> Array:
+    return jnp.broadcast_to(x[:, None], (x.shape[0], size, x.shape[1]))
+
+  return lax.platform_dependent(x, cpu=product, default=broadcast)
