@@ -1,6 +1,6 @@
 """Statistics and their Frechet distance: ours, streamed and with a symmetric root, against SciPy's usual route.
 
-python experiments/benchmarks/statistics.py [--count=10000] [--dimensions=2048] [--rounds=3] [--json=<file>]
+python experiments/benchmarks/distances.py [--count=10000] [--dimensions=2048] [--rounds=3] [--json=<file>]
 
 Two sets of feature vectors in float32. Ours takes the first in batches, as an evaluation does, and compares it with the Gaussian
 of the second; the usual route takes np.cov of it and scipy.linalg.sqrtm of the product of the covariances. The two are run in

@@ -1,22 +1,31 @@
-"""What a recipe's train step keeps in memory, by type and rematerialization.
+"""What a recipe's train step keeps in memory: by type and rematerialization, by batch and by fsdp.
 
 python experiments/benchmarks/memory.py [configs/cifar10_vp.py ...]
+python experiments/benchmarks/memory.py --devices=8 --batches=16,128,1024 [configs/cifar10_vp.py ...]
+python experiments/benchmarks/memory.py --devices=8 --batches=16 --compile [configs/digits_vp.py ...]
 python experiments/benchmarks/memory.py --topology=v5e:1x1 --images=16 [--types=float32] [configs/cifar10_vp.py ...]
 
 The first prints what the forward pass keeps for the backward pass, in megabytes (1e6 bytes) an image, beside the state of the whole model: the
-part of a step's memory that grows with the batch. Nothing is compiled. The second compiles the whole step for one chip (minutes
-each, for large networks) and prints its temporaries, gradients and scratch included, in megabytes for so many images.
+part of a step's memory that grows with the batch. Nothing is compiled.
+
+The second adds them up for one of so many devices (simulated, where there are not as many): its part of the state by fsdp, and what its images of
+the batch keep. With --compile the step is compiled for each, and what the compiler says it takes (arguments and temporaries) stands beside it: on a GPU the
+truth; on a CPU, whose compiler undoes rematerialization, a check of the state. The last compiles the whole step for one chip (minutes
+each, for large networks) and prints its temporaries, gradients and scratch included, in megabytes for so many images. --json=<file> keeps the figures.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
 import jax
+import timing
 
-from ddpm_jax import build, runs, train
+from ddpm_jax import build, parallel, plan, runs, topology, train
+from ddpm_jax.runs import model
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 POLICIES = ("none", "blocks", "everything")
@@ -52,6 +61,50 @@ def compiled(config, topology, images):
   return plan.temporary_bytes if plan.temporary_bytes is not None else float("nan")
 
 
+def on_devices(config, devices, fsdp, batch, compile_too):
+  """Bytes of one device: state, what its images keep, and what the compiler says of the whole step."""
+  config.training.batch_size = batch
+  mesh = parallel.make_mesh(fsdp=fsdp, devices=devices)
+  _, state = model.make_state(config, build.build_optimizer(config), mesh)
+  shares = [
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(state._replace(key=None))
+  ]
+  figures = {"state": sum(shares), "kept": kept(config) * batch / len(devices)}
+  if compile_too:
+    step = parallel.jit_step(build.build_step(config, mesh), mesh, state)
+    found = plan.compile_step(step.trace(state, build.batch_shapes(config, batch)), devices)
+    analysis = None if isinstance(found, plan.OutOfMemory) else found.memory_analysis()
+    figures["compiled"] = (
+      math.nan if analysis is None else analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    )
+  return figures
+
+
+def by_batch(args, types):
+  """A table for each recipe: gigabytes of one device."""
+  devices, batches = topology.simulate_devices(args.devices), [int(size) for size in args.batches.split(",")]
+  rows = []
+  for path in args.configs:
+    for dtype in types:
+      for policy in POLICIES:
+        for fsdp in sorted({1, args.devices}):
+          for batch in batches:
+            config = load(path)
+            config.network.dtype, config.network.remat = dtype, policy
+            found = on_devices(config, devices, fsdp, batch, args.compile)
+            rows.append({"recipe": path.name, "dtype": dtype, "remat": policy, "fsdp": fsdp, "batch": batch} | found)
+  cells = {}
+  for row in rows:
+    compiled_too = f" ({row['compiled'] / 1e9:.2f})" if "compiled" in row else ""
+    key = (row["recipe"], row["dtype"], row["remat"], row["fsdp"], f"{row['state'] / 1e9:.3g}")
+    cells.setdefault(key, []).append(f"{(row['state'] + row['kept']) / 1e9:.3g}{compiled_too}")
+  title = f"GB on each of {args.devices} device(s): state and what the forward pass keeps{' (arguments and temporaries as compiled)' if args.compile else ''}"
+  columns = ["recipe", "type", "remat", "fsdp", "state", *(f"batch {size}" for size in batches)]
+  timing.report(title, columns, [[*key, *values] for key, values in cells.items()], timing.machine())
+  timing.write(args.json, {"machine": timing.machine(), "devices": args.devices, "rows": rows})
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument(
@@ -60,8 +113,16 @@ def main():
   parser.add_argument("--topology", help="compile for one chip of this kind, such as v5e:1x1")
   parser.add_argument("--images", type=int, default=16, help="the batch to compile for")
   parser.add_argument("--types", default="float32,bfloat16", help="what the network computes in")
+  parser.add_argument("--devices", type=int, default=0, help="add up for one of so many devices")
+  parser.add_argument("--batches", default="16,128,1024", help="images a step, over all of them")
+  parser.add_argument("--compile", action="store_true", help="and compile for them")
+  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
   types = args.types.split(",")
+  if args.devices:
+    by_batch(args, types)
+    return
+  figures = {}
   names = [f"{policy}, {dtype}" for dtype in types for policy in POLICIES]
   print(f"| recipe | state, MB | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}", flush=True)
   for path in args.configs:
@@ -74,8 +135,10 @@ def main():
         config.network.dtype, config.network.remat = dtype, policy
         found = compiled(config, args.topology, args.images) if args.topology else kept(config)
         cells.append(f"{found / 1e6:.4g}")
+    figures[path.name] = dict(zip(names, map(float, cells), strict=True))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state._replace(key=None)))
     print(f"| `{path.name}` | {size / 1e6:,.0f} | {' | '.join(cells)} |", flush=True)
+  timing.write(args.json, {"machine": timing.machine(), "megabytes": figures})
 
 
 if __name__ == "__main__":

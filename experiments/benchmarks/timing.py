@@ -26,35 +26,43 @@ def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def in_turn(
-  functions: Mapping[str, Callable[[], Any]], rounds: int, *, least: float = 0.0, quiet: bool = False
+  functions: Mapping[str, Callable[[], Any]],
+  rounds: int,
+  *,
+  least: float = 0.0,
+  settle: bool = True,
+  quiet: bool = False,
 ) -> Times:
   """Seconds a call of each, `rounds` of them, by name.
 
-  A round runs all of them there and back again, so that a pace that drifts meets all alike. One round before warms up.
+  A round runs all of them there and back again, so that a pace that drifts meets all alike. One call before the rounds warms up.
 
   Args:
     functions: what to time, by name.
     rounds: how many times.
     least: seconds that a measurement takes at least, by repetition: for what is over in milliseconds.
+    settle: whether a call that is not timed comes before each measurement, since caches and memory are as the one before left them: the
+      first step after another program's has to have its pages zeroed again, and takes a third longer.
     quiet: whether nothing is printed.
   """
   times: Times = {name: [] for name in functions}
-  repeats = {}
+  repeats = dict.fromkeys(functions, 1)
   for name, function in functions.items():
     function()
-    repeats[name] = max(1, round(least / max(seconds(function), 1e-6)))
+    if least:
+      repeats[name] = max(1, round(least / max(seconds(function), 1e-6)))
   order = [*functions, *reversed(functions)]
   for index in range(rounds):
     found: Times = {name: [] for name in functions}
     for name in order:
+      if settle:
+        functions[name]()
       found[name].append(seconds(functions[name], repeats[name]))
     for name, values in found.items():
       times[name].append(float(np.mean(values)))
     if not quiet:
-      print(
-        f"round {index + 1} of {rounds}: {', '.join(f'{name} {values[-1]:.3g} s' for name, values in times.items())}",
-        flush=True,
-      )
+      now = ", ".join(f"{name} {values[-1]:.3g} s" for name, values in times.items())
+      print(f"round {index + 1} of {rounds}: {now}", flush=True)
   return times
 
 

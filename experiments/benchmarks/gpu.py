@@ -1,0 +1,56 @@
+"""Every benchmark that asks for a GPU, one after the other: no network is needed, and each writes its figures into a folder.
+
+pip install '.[cuda,peers]'
+python experiments/benchmarks/gpu.py --output=<folder>
+
+PyTorch must see the GPU too: its CPU build, which the extra takes from the package index, does not. Each benchmark runs in a process of its own; one
+that fails is reported at the end, and the others run all the same. --quick tries all of them in small, on any machine.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RUNS = {
+  "unet_ddpm": ("unet.py", "--model=ddpm", "--batches=16,64,128,256,512,1024,2048"),
+  "unet_adm64": ("unet.py", "--model=adm64", "--batches=8,16,32,64,128,256"),
+  "sampling_ddpm": ("sampling.py", "--model=ddpm", "--batches=1,16,256", "--rounds=5"),
+  "overhead": ("sampling_overhead.py", "--batch=256", "--channels=128", "--size=32"),
+  "startup": ("startup.py", "--rounds=3"),
+  "input": ("input.py",),
+  "memory": ("memory.py", "--devices=1"),
+}
+QUICK = {
+  "unet_ddpm": ("unet.py", "--model=tiny", "--batches=2,4", "--rounds=1"),
+  "sampling_ddpm": ("sampling.py", "--model=tiny", "--batches=1,2"),
+  "overhead": ("sampling_overhead.py", "--channels=32", "--batch=2", "--size=8", "--rounds=1", "--limit=10"),
+  "input": ("input.py", "--small=400", "--large=16", "--seconds=0.2", "--steps=10", "--limit=1"),
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--output", type=Path, required=True, help="a folder for the figures and the tables")
+  parser.add_argument("--quick", action="store_true", help="in small, to try them")
+  args = parser.parse_args()
+  args.output.mkdir(parents=True, exist_ok=True)
+  failed = []
+  for name, (script, *options) in (QUICK if args.quick else RUNS).items():
+    print(f"\n# {name}: {script} {' '.join(options)}", flush=True)
+    command = [sys.executable, str(HERE / script), *options, f"--json={args.output / name}.json"]
+    with (args.output / f"{name}.txt").open("w") as table:
+      process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      for line in process.stdout:
+        print(line, end="", flush=True)
+        table.write(line)
+    if process.wait():
+      failed.append(name)
+  print(f"\nfigures and tables in {args.output}")
+  if failed:
+    raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+  main()

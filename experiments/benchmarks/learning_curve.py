@@ -1,0 +1,299 @@
+"""Learning curves: our trainer against a plain training loop with diffusers in PyTorch, on the same images.
+
+pip install '.[peers]' matplotlib
+python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=2000] [--parts=8] [--json=<file>]
+python experiments/benchmarks/learning_curve.py --output=<folder> --config=configs/cifar10_vp.py --data=<folder of images> --steps=20000 --compile
+
+Both start from the same weights, on digits by default, and train with the recipe's own batch, Adam, warm-up, clipping and average of the parameters; ours by
+`build.build_step` and `train.fit`, as the command line does, theirs as diffusers' example of unconditional training does. They take turns, a part
+of the steps at a time, so that a change of the machine's pace meets both; the clock of each runs while it trains, compiling included, and stands
+while models are scored. Both are sampled by our DDIM from the same noise and scored against held-out images. Writes a picture (curves and samples),
+and prints scores at equal images and at equal time.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+# Before JAX starts: what PyTorch needs must be left.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+import torch
+from diffusers.optimization import get_constant_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from scaling import load
+from torch.utils.data import DataLoader, TensorDataset
+
+from ddpm_jax import build, data, ema, images, interop, metrics, parallel, predictions, sampling, train
+from ddpm_jax.runs import model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+COLORS = {"ddpm_jax": "#2b6cb0", "diffusers": "#c05621"}
+
+
+class Ours:
+  """The trainer of the command line, a part of the steps at a time."""
+
+  def __init__(self, config, source):
+    start = time.perf_counter()
+    self.config, self.losses = config, []
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    size = config.training.batch_size
+    init, shapes = model.make_state(config, build.build_optimizer(config), mesh)
+    self.state = init()
+    step = parallel.jit_step(build.build_step(config, mesh), mesh, shapes)
+    self.step = step.lower(shapes, build.batch_shapes(config, size)).compile()
+    self.batches = data.batches(
+      source, size, seed=config.seed, flip=config.data.flip, put=lambda batch: parallel.put_batch(mesh, batch, size)
+    )
+    self.seconds = time.perf_counter() - start
+
+  def train(self, steps):
+    """Takes so many steps."""
+    start = time.perf_counter()
+
+    def log(number, values):
+      self.losses.append((number, self.seconds + time.perf_counter() - start, values["loss"]))
+
+    until = int(self.state.step) + steps
+    self.state = train.fit(self.state, self.step, self.batches, num_steps=until, log=log, log_every=50, quiet=True)
+    jax.block_until_ready(self.state)
+    self.seconds += time.perf_counter() - start
+
+  def params(self):
+    """The averaged parameters, as our network takes them."""
+    return ema.ema_params(self.state.opt_state)
+
+
+class Theirs:
+  """The loop of diffusers' example of unconditional training, without its command line."""
+
+  def __init__(self, config, source, folder, device, compiled):
+    start = time.perf_counter()
+    c, self.config, self.losses, self.device, self.steps = config.optimizer, config, [], device, 0
+    self.model = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").to(device).train()
+    self.scheduler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    self.run = torch.compile(self.model) if compiled else self.model
+    self.optimizer = torch.optim.Adam(self.model.parameters(), c.learning_rate, fused=device == "cuda")
+    self.rate = get_constant_schedule_with_warmup(self.optimizer, c.warmup_steps)
+    self.ema = EMAModel(self.model.parameters(), decay=config.ema.decay)
+    pixels = data.read(source, np.arange(len(source)))["image"]
+    dataset = TensorDataset(torch.tensor(np.moveaxis(images.from_uint8(pixels), -1, 1)))
+    self.loader = DataLoader(dataset, config.training.batch_size, shuffle=True, drop_last=True)
+    self.batches = self.endless()
+    torch.manual_seed(config.seed)
+    self.seconds = time.perf_counter() - start
+
+  def endless(self):
+    """Batches in random order, flipped as the recipe says."""
+    while True:
+      for (batch,) in self.loader:
+        flip = torch.rand(len(batch), 1, 1, 1) < 0.5 * self.config.data.flip
+        yield torch.where(flip, batch.flip(-1), batch).to(self.device)
+
+  def train(self, steps):
+    """Takes so many steps."""
+    start, recent = time.perf_counter(), []
+    for _ in range(steps):
+      clean = next(self.batches)
+      noise = torch.randn_like(clean)
+      t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), device=self.device)
+      noisy = self.scheduler.add_noise(clean, noise, t)
+      with torch.autocast(self.device, torch.bfloat16, enabled=self.config.network.dtype == "bfloat16"):
+        output = self.run(noisy, t).sample
+      is_v = self.scheduler.config.prediction_type == "v_prediction"
+      target = self.scheduler.get_velocity(clean, noise, t) if is_v else noise
+      loss = torch.nn.functional.mse_loss(output.float(), target)
+      self.optimizer.zero_grad()
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+      self.optimizer.step()
+      self.rate.step()
+      self.ema.step(self.model.parameters())
+      recent.append(loss.detach())
+      self.steps += 1
+      if self.steps % 50 == 0:
+        mean = float(torch.stack(recent).mean())
+        self.losses.append((self.steps, self.seconds + time.perf_counter() - start, mean))
+        recent = []
+    if self.device == "cuda":
+      torch.cuda.synchronize()
+    self.seconds += time.perf_counter() - start
+
+  def params(self):
+    """The averaged parameters, as our network takes them."""
+    averaged = diffusers.UNet2DModel.from_config(self.model.config)
+    self.ema.copy_to(averaged.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+      averaged.save_pretrained(f"{folder}/unet")
+      self.scheduler.save_pretrained(f"{folder}/scheduler")
+      return interop.diffusers.load_unet(f"{folder}/unet")[1]
+
+
+def make_judge(config, source, held_out, count):
+  """Scores of averaged weights, and their samples, by DDIM from the same noise each time."""
+  process, network = build.build_process(config), build.build_network(config).clone(dropout=0.0)
+  prediction, size = build.build_prediction(config), config.sampling.batch_size
+  times, sampler = sampling.grids.trailing(process, 50), sampling.ddim(process)
+
+  def draw(params, key):
+    denoise = predictions.denoiser(lambda x, label: network.apply({"params": params}, x, label), process, prediction)
+    x = process.prior(key, (size, *build.image_shape(config)))
+    return sampling.sample(key, sampler, denoise, x, times)
+
+  drawn = jax.jit(draw, compiler_options=parallel.compiler_options())
+  seen, real = (data.read(of, np.arange(len(of))) for of in (source, held_out))
+  classes = int(seen["label"].max()) + 1
+  space = metrics.classifier_space(metrics.train_classifier(seen["image"], seen["label"], classes, quiet=True), classes)
+  extract = metrics.extractor(space, 64)
+  reference = extract(real["image"][:count])["features"]
+
+  def score(params):
+    parts = [drawn(params, jax.random.key(seed)) for seed in range(-(-count // size))]
+    samples = images.to_uint8(np.concatenate(parts)[:count])
+    return found(samples), samples
+
+  def found(samples):
+    features = extract(samples)["features"]
+    precision, recall = metrics.precision_recall(features, reference)
+    distance = metrics.frechet_distance(features, reference, allow_singular=True)
+    return {"distance": float(distance), "precision": precision, "recall": recall}
+
+  floor = found(seen["image"][np.random.default_rng(0).permutation(len(seen["image"]))[:count]])
+  return score, floor
+
+
+def at_time(curve, name, seconds):
+  """A score between the times at which it was taken; that of the last before, or the first."""
+  return float(np.interp(seconds, [point["seconds"] for point in curve], [point[name] for point in curve]))
+
+
+def draw_picture(path, runs, curves, floor, samples, title):
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(2, 4, figsize=(19, 9), width_ratios=(1, 1, 1, 0.9), layout="constrained")
+  for name, run in runs.items():
+    loss = np.array(run.losses)
+    for row, column, label in ((0, 0, "images"), (1, 1, "seconds of training, compiling included")):
+      axes[row, 0].plot(
+        loss[:, column] * (run.config.training.batch_size if row == 0 else 1),
+        loss[:, 2],
+        color=COLORS[name],
+        label=name,
+        lw=1,
+      )
+      axes[row, 0].set(xlabel=label, ylabel="loss", yscale="log")
+    for column, score in ((1, "distance"), (2, "precision")):
+      for row, by in ((0, "images"), (1, "seconds")):
+        axis = axes[row, column]
+        axis.plot(
+          [p[by] for p in curves[name]],
+          [p[score] for p in curves[name]],
+          "o-",
+          color=COLORS[name],
+          label=score if score == "precision" else name,
+        )
+        if score == "precision":
+          axis.plot(
+            [p[by] for p in curves[name]],
+            [p["recall"] for p in curves[name]],
+            "s--",
+            color=COLORS[name],
+            label="recall",
+          )
+        axis.set(xlabel=by, ylabel="Frechet distance" if score == "distance" else "precision (solid), recall (dashed)")
+  for row in (0, 1):
+    axes[row, 1].axhline(floor["distance"], color="gray", ls=":", label="real training images")
+    axes[row, 1].set_yscale("log")
+    axes[row, 0].legend()
+    axes[row, 1].legend()
+  for row, name in enumerate(runs):
+    picture = images.grid(samples[name][:36], 6)
+    axes[row, 3].imshow(picture.squeeze(), cmap="gray" if picture.ndim == 2 or picture.shape[-1] == 1 else None)
+    axes[row, 3].set_title(f"{name}: the same noise")
+    axes[row, 3].axis("off")
+  figure.suptitle(title)
+  figure.savefig(path, dpi=90)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="the recipe: EPS or V, Adam")
+  parser.add_argument("--data", default="", help="a folder of images in classes, instead of the recipe's data")
+  parser.add_argument("--steps", type=int, default=2000, help="of each")
+  parser.add_argument("--parts", type=int, default=8, help="turns, and scores")
+  parser.add_argument("--samples", type=int, default=500, help="that are scored")
+  parser.add_argument("--compile", action="store_true", help="PyTorch compiled")
+  parser.add_argument("--output", type=Path, required=True, help="a folder for the picture")
+  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  args = parser.parse_args()
+  args.output.mkdir(parents=True, exist_ok=True)
+  config = load(args.config)
+  # diffusers' loop has no other.
+  config.optimizer.schedule = "constant"
+  if args.data:
+    config.data.update({"source": "folder", "path": args.data, "train_split": "train", "eval_split": "test"})
+  device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+  if device == "cuda":
+    config.network.dtype = "bfloat16"
+  source, held_out = build.build_data(config)
+  ours = Ours(config, source)
+  network, process = build.build_network(config), build.build_process(config)
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"shape": build.image_shape(config)}
+    # In float32, as both keep them: the first weights of both.
+    interop.diffusers.save(
+      f"{folder}/model", network, ours.state.params, process, build.build_prediction(config), **options
+    )
+    theirs = Theirs(config, source, f"{folder}/model", device, args.compile)
+  judge, floor = make_judge(config, source, held_out, min(args.samples, len(held_out)))
+  runs = {"ddpm_jax": ours, "diffusers": theirs}
+  curves, samples = {name: [] for name in runs}, {}
+  for part in range(args.parts):
+    for name, run in runs.items() if part % 2 else reversed(runs.items()):
+      run.train(args.steps // args.parts)
+      found, samples[name] = judge(jax.tree.map(jnp.asarray, run.params()))
+      seen = (part + 1) * (args.steps // args.parts) * config.training.batch_size
+      curves[name].append({"images": seen, "seconds": run.seconds} | found)
+      print(
+        f"{name}: {seen:,} images, {run.seconds:.0f} s, loss {run.losses[-1][2]:.4f}, "
+        + ", ".join(f"{key} {value:.3f}" for key, value in found.items()),
+        flush=True,
+      )
+  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
+  title = f"{args.config.stem}, {args.steps:,} steps of {config.training.batch_size}; {here['device']}, {here['cores']} cores, {here['date']}"
+  draw_picture(args.output / "learning_curve.png", runs, curves, floor, samples, title)
+  for name, drawn in samples.items():
+    images.save_grid(args.output / f"{name}.png", drawn[:100])
+  last = {name: points[-1] for name, points in curves.items()}
+  same = min(points[-1]["seconds"] for points in curves.values())
+  rows = {
+    "equal images": last,
+    f"equal time, {same:.0f} s": {
+      name: {key: at_time(points, key, same) for key in points[0]} for name, points in curves.items()
+    },
+  }
+  cells = [
+    [when, name, f"{found['images']:,.0f}", f"{found['seconds']:.0f}", *(f"{found[key]:.3f}" for key in floor)]
+    for when, by_name in rows.items()
+    for name, found in by_name.items()
+  ]
+  cells.append(["", "real images (floor)", "", "", *(f"{value:.3f}" for value in floor.values())])
+  timing.report(title, ["at", "trainer", "images", "seconds", *floor], cells, here)
+  losses = {name: [list(map(float, point)) for point in run.losses] for name, run in runs.items()}
+  timing.write(args.json, {"machine": here, "curves": curves, "losses": losses, "floor": floor, "compared": rows})
+  print(f"\n{args.output / 'learning_curve.png'}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,128 @@
+"""From the command to the first step of training, and what compiling the train step takes, without and with the compilation cache.
+
+python experiments/benchmarks/startup.py [configs/digits_vp.py configs/cifar10_vp.py] [--rounds=1] [--json=<file>]
+
+Of a recipe whose data a package ships, the command line is started in processes of its own, twice a round: with an empty cache, and with
+what the first left there. The clock stops when the first step's metrics are on disk. Of every recipe the train step is traced, lowered and compiled, again
+in processes of its own. Seconds, which mean something only beside other seconds of the same machine.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import timing
+
+ROOT = Path(__file__).parents[2]
+BATCH_ON_CPU = 16
+
+
+def environment(cache):
+  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": path, "XLA_FLAGS": ""}
+
+
+def first_step(config, folder, cache):
+  """Seconds from the command until the first step's metrics are written."""
+  command = [sys.executable, "-m", "ddpm_jax.main", f"--config={config}", f"--workdir={folder}"]
+  start = time.perf_counter()
+  with subprocess.Popen(
+    [*command, "--config.training.log_every=1"],
+    env=environment(cache),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+      if process.poll() is not None:
+        raise SystemExit(f"the run of {config} ended before its first step:\n{process.stderr.read()}")
+      time.sleep(0.02)
+    elapsed = time.perf_counter() - start
+    process.kill()
+  return elapsed
+
+
+def compile_here(config):
+  """Prints seconds of tracing, lowering and compiling as JSON; for a process of its own."""
+  import importlib.util
+
+  import jax
+
+  from ddpm_jax import build, parallel
+  from ddpm_jax.runs import model
+
+  spec = importlib.util.spec_from_file_location("recipe", config)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  recipe = module.get_config()
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if jax.default_backend() == "cpu":
+    recipe.training.batch_size = BATCH_ON_CPU
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  times = [time.perf_counter()]
+  _, state = model.make_state(recipe, build.build_optimizer(recipe), mesh)
+  step = parallel.jit_step(build.build_step(recipe, mesh), mesh, state)
+  traced = step.trace(state, build.batch_shapes(recipe, recipe.training.batch_size))
+  times.append(time.perf_counter())
+  lowered = traced.lower()
+  times.append(time.perf_counter())
+  lowered.compile()
+  times.append(time.perf_counter())
+  print(json.dumps(dict(zip(("trace", "lower", "compile"), np.diff(times).tolist(), strict=True))))
+
+
+def compiled(config, cache):
+  command = [sys.executable, __file__, "--compile-only", str(config)]
+  result = subprocess.run(command, env=environment(cache), capture_output=True, text=True, check=False)
+  if result.returncode:
+    raise SystemExit(result.stderr)
+  return json.loads(result.stdout.splitlines()[-1])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  defaults = [ROOT / "configs" / name for name in ("digits_vp.py", "cifar10_vp.py")]
+  parser.add_argument("configs", nargs="*", type=Path, default=defaults, help="recipes")
+  parser.add_argument("--rounds", type=int, default=1, help="of all")
+  parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  args = parser.parse_args()
+  if args.compile_only:
+    compile_here(args.configs[0])
+    return
+
+  figures = {}
+  for config in args.configs:
+    found = {"cold": [], "cached": []}
+    for index in range(args.rounds):
+      with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for state in found:
+          print(f"{config.stem}, {state}, round {index + 1} of {args.rounds} ...", flush=True)
+          times = compiled(config, root / "compiled")
+          if config.stem.startswith("digits"):
+            times["command to first step"] = first_step(config, root / f"run_{state}", root / "run")
+          found[state].append(times)
+    figures[config.stem] = {
+      state: {name: float(np.median([one[name] for one in runs])) for name in runs[0]} for state, runs in found.items()
+    }
+  names = ("trace", "lower", "compile", "command to first step")
+  cells = [
+    [recipe, state, *(f"{times[name]:.1f}" if name in times else "" for name in names)]
+    for recipe, states in figures.items()
+    for state, times in states.items()
+  ]
+  here = timing.machine()
+  timing.report("seconds; of the whole train step", ["recipe", "cache", *names], cells, here)
+  timing.write(args.json, {"machine": here, "seconds": figures})
+
+
+if __name__ == "__main__":
+  main()
