@@ -23,14 +23,24 @@ def total(x: Array) -> Array:
   return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=1))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 @partial(jax.jit, static_argnums=1)
 def spread(x: Array, size: int) -> Array:
   """[B, C] -> the same at N = `size` positions, [B, N, C]: the adjoint of `total`."""
+  return jnp.broadcast_to(x[:, None], (x.shape[0], size, x.shape[1]))
+
+
+@spread.defjvp
+def _spread_jvp(size, primals, tangents):
+  (x,), (slope,) = primals, tangents
+  return spread(x, size), _spread_slope(slope, size)
+
+
+@partial(jax.jit, static_argnums=1)
+def _spread_slope(x: Array, size: int) -> Array:
+  """As `spread`, by what has `total`'s product for its transpose."""
 
   def product(x: Array) -> Array:
     return jnp.einsum("bn,bc->bnc", jnp.ones((x.shape[0], size), x.dtype), x, precision="highest")
 
-  def broadcast(x: Array) -> Array:
-    return jnp.broadcast_to(x[:, None], (x.shape[0], size, x.shape[1]))
-
-  return lax.platform_dependent(x, cpu=product, default=broadcast)
+  return lax.platform_dependent(x, cpu=product, default=lambda x: spread(x, size))

@@ -20,7 +20,7 @@ RUNS = {
   "overhead": ("sampling_overhead.py", "--batch=256", "--channels=128", "--size=32"),
   "startup": ("startup.py", "--rounds=3"),
   "input": ("input.py",),
-  "memory": ("memory.py", "--devices=1"),
+  "memory": ("memory.py", "--devices=1", "--batches=128,512", "--compile", "configs/cifar10_vp.py"),
 }
 QUICK = {
   "unet_ddpm": ("unet.py", "--model=tiny", "--batches=2,4", "--rounds=1"),
