@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+CONFIGS = HERE.parents[1] / "configs"
 RUNS = {
   "unet_ddpm": ("unet.py", "--model=ddpm", "--batches=16,64,128,256,512,1024,2048"),
   "unet_adm64": ("unet.py", "--model=adm64", "--batches=8,16,32,64,128,256"),
@@ -20,13 +21,14 @@ RUNS = {
   "overhead": ("sampling_overhead.py", "--batch=256", "--channels=128", "--size=32"),
   "startup": ("startup.py", "--rounds=3"),
   "input": ("input.py",),
-  "memory": ("memory.py", "--devices=1", "--batches=128,512", "--compile", "configs/cifar10_vp.py"),
+  "memory": ("memory.py", "--devices=1", "--batches=128,512", "--compile", str(CONFIGS / "cifar10_vp.py")),
 }
 QUICK = {
   "unet_ddpm": ("unet.py", "--model=tiny", "--batches=2,4", "--rounds=1"),
   "sampling_ddpm": ("sampling.py", "--model=tiny", "--batches=1,2"),
   "overhead": ("sampling_overhead.py", "--channels=32", "--batch=2", "--size=8", "--rounds=1", "--limit=10"),
   "input": ("input.py", "--small=400", "--large=16", "--seconds=0.2", "--steps=10", "--limit=1"),
+  "memory": ("memory.py", "--devices=1", "--batches=8", "--types=float32", "--compile", str(CONFIGS / "digits_vp.py")),
 }
 
 
