@@ -178,6 +178,26 @@ class SkipState(NamedTuple):
   in_a_row: Array
 
 
+def global_norm(tree: PyTree) -> Array:
+  """The Euclidean norm of all leaves together.
+
+  By products of each leaf with itself: XLA's CPU back end would compute a leaf anew inside the sum of its squares, and compile that.
+  """
+  leaves = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(jnp.tensordot(leaf, leaf, leaf.ndim, precision="highest") for leaf in leaves))
+
+
+def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
+  """Scales updates down to a `global_norm` of at most `highest` (Pascanu et al. 2013): optax's, with a norm that compiles sooner."""
+
+  def update(updates, state, params=None):
+    norm = global_norm(updates)
+    factor = jnp.where(norm < highest, 1.0, highest / norm)
+    return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), updates), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
   """Skips the steps whose gradients or updates have a norm that is not finite: state and parameters stay as they were, bit by bit.
 
@@ -192,7 +212,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
   def update(updates, state, params=None):
     new, inner_state = inner.update(updates, state.inner, params)
-    good = jnp.isfinite(optax.global_norm(updates)) & jnp.isfinite(optax.global_norm(new))
+    good = jnp.isfinite(global_norm(updates)) & jnp.isfinite(global_norm(new))
     # Minus 0, which added to -0 leaves it -0.
     new = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.asarray(-0.0, leaf.dtype)), new)
     inner_state = jax.tree.map(lambda after, before: jnp.where(good, after, before), inner_state, state.inner)
@@ -233,7 +253,7 @@ def chain(
   """
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f"Got clip_norm={clip_norm}; wanted above 0, such as 1.0, or None for no clipping.")
-  clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+  clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
   steps = [*clip, optimizer(name, rate, arguments or {}), *([] if averages is None else [averages])]
   return skip_nonfinite(optax.chain(*steps))
 

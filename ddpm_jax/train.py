@@ -106,7 +106,7 @@ def train_step(
     details = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis_name, tiled=True), details)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)} | summarize(details)
+  metrics = {"loss": loss, "grad_norm": optim.global_norm(grads)} | summarize(details)
   skipped = optim.skipped(opt_state)
   if skipped is not None:
     metrics["skipped"], metrics["skipped_in_a_row"] = skipped

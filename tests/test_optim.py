@@ -228,3 +228,15 @@ def test_a_chain_without_clipping_and_averages():
 def test_wrong_values_are_errors(options, message):
   with pytest.raises(ValueError, match=message):
     optim.adam(0.1, **options)
+
+
+def test_norm_and_clipping_are_optax_s():
+  for gradient in (*gradients(3), jax.tree.map(jnp.zeros_like, PARAMS), jax.tree.map(lambda leaf: 1e-3 * leaf, PARAMS)):
+    np.testing.assert_allclose(optim.global_norm(gradient), optax.global_norm(gradient), rtol=1e-6)
+    ours, theirs = (
+      clip.update(gradient, optax.EmptyState())[0]
+      for clip in (optim.clip_by_global_norm(0.5), optax.clip_by_global_norm(0.5))
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6)
+  assert optim.global_norm({"a": jnp.full(3, 256.0, jnp.bfloat16)}) == pytest.approx(256 * 3**0.5)
