@@ -179,7 +179,7 @@ class SkipState(NamedTuple):
 
 
 def global_norm(tree: PyTree) -> Array:
-  """The Euclidean norm of all leaves together.
+  """The Euclidean norm of all leaves together, a scalar in float32 at least.
 
   By products of each leaf with itself: XLA's CPU back end would compute a leaf anew inside the sum of its squares, and compile that.
   """
@@ -188,7 +188,16 @@ def global_norm(tree: PyTree) -> Array:
 
 
 def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
-  """Scales updates down to a `global_norm` of at most `highest` (Pascanu et al. 2013): optax's, with a norm that compiles sooner."""
+  """Scales updates down to a `global_norm` of at most `highest` (Pascanu et al. 2013): optax's, with a norm that compiles sooner.
+
+  Args:
+    highest: above 0.
+
+  Raises:
+    ValueError: if it is not.
+  """
+  if not highest > 0:
+    raise ValueError(f"Got clip_norm={highest}; wanted above 0, such as 1.0, or None for no clipping.")
 
   def update(updates, state, params=None):
     norm = global_norm(updates)
@@ -251,8 +260,6 @@ def chain(
   Raises:
     ValueError: if a value is out of its range, or a name is unknown.
   """
-  if clip_norm is not None and not clip_norm > 0:
-    raise ValueError(f"Got clip_norm={clip_norm}; wanted above 0, such as 1.0, or None for no clipping.")
   clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
   steps = [*clip, optimizer(name, rate, arguments or {}), *([] if averages is None else [averages])]
   return skip_nonfinite(optax.chain(*steps))

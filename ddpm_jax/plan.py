@@ -164,7 +164,7 @@ def make_plan(
     parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
     flops_per_image=flops / batch_size,
     flops_per_device=flops / count,
-    state_bytes=sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state)),
+    state_bytes=state_bytes(state),
     **memory,
     memory=available,
     fits=_fits(compiled, devices[0].platform, memory["total_bytes"], available),
@@ -179,6 +179,17 @@ def make_plan(
     traffic_seconds=_over(memory["bytes_accessed"], bandwidth),
     problem=compiled.message if isinstance(compiled, OutOfMemory) else "",
   )
+
+
+def state_bytes(state: PyTree) -> float:
+  """Bytes of a state, arrays or their shapes, on one device: by the leaves' shardings; a leaf without one lies there whole."""
+
+  def of(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  return sum(of(leaf) for leaf in jax.tree.leaves(state))
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -311,12 +322,6 @@ def _text(compiled: jax.stages.Compiled) -> str | None:
   except jax.errors.JaxRuntimeError:
     # A libtpu newer than this jaxlib may write programs that it cannot read.
     return None
-
-
-def _shard_bytes(leaf: Any) -> int:
-  sharding = getattr(leaf, "sharding", None)
-  shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-  return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _out_of_memory(error: str) -> OutOfMemory:

@@ -54,7 +54,7 @@ def test_the_state_is_counted_by_its_shards():
   assert planned(devices).state_bytes == WEIGHTS
   assert planned(devices, spec=P("d")).state_bytes == WEIGHTS / 8
   keyed = {"key": jax.eval_shape(lambda: jax.random.key(0)), "step": jax.ShapeDtypeStruct((), jnp.int32)}
-  assert sum(plan._shard_bytes(leaf) for leaf in jax.tree.leaves(keyed)) == 8 + 4
+  assert plan.state_bytes(keyed) == 8 + 4
 
 
 def test_figures_of_a_step_on_eight_devices():
