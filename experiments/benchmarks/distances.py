@@ -8,18 +8,11 @@ turn, so that a change of the machine's pace meets both, and the median of the r
 theirs: below 1 ours is faster.
 """
 
-import argparse
-import json
-import os
-import platform
-import time
-from pathlib import Path
-
 import numpy as np
 import scipy
+import timing
 from scipy.linalg import sqrtm
 
-import ddpm_jax
 from ddpm_jax import metrics
 
 
@@ -48,47 +41,37 @@ def usual(features, reference):
   return float(np.sum((mean - reference.mean) ** 2) + spread)
 
 
-def timed(function):
-  start = time.perf_counter()
-  value = function()
-  return time.perf_counter() - start, value
-
-
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--count", type=int, default=10_000, help="feature vectors in each set")
-  parser.add_argument("--dimensions", type=int, default=2048, help="of each")
-  parser.add_argument("--batch", type=int, default=500, help="vectors at a time")
-  parser.add_argument("--rounds", type=int, default=3, help="of both, in turn")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser = timing.parser(__doc__, rounds=3)
+  parser.add_argument("--count", type=timing.count, default=10_000, help="feature vectors in each set")
+  parser.add_argument("--dimensions", type=timing.count, default=2048, help="of each")
+  parser.add_argument("--batch", type=timing.count, default=500, help="vectors at a time")
   args = parser.parse_args()
-  if min(args.count - 1, args.dimensions, args.batch, args.rounds) < 1:
-    parser.error("wanted two vectors or more, and one or more of the rest")
+  if args.count < 2:
+    parser.error("wanted two vectors or more")
 
   features = make(0, args.count, args.dimensions)
   reference = metrics.gaussian(make(1, args.count, args.dimensions))
-  times = {"ours": [], "usual": []}
-  for index in range(args.rounds):
-    mine, value = timed(lambda: ours(features, reference, args.batch))
-    theirs, wanted = timed(lambda: usual(features, reference))
-    times["ours"].append(mine)
-    times["usual"].append(theirs)
-    print(f"round {index + 1} of {args.rounds}: {mine:.2f} s against {theirs:.2f} s", flush=True)
+  found = {}
 
-  ratio = float(np.median(np.divide(times["ours"], times["usual"])))
-  difference = abs(value - wanted) / abs(wanted)
-  cores = f", {len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else ""
-  print(
-    f"\n{platform.machine()}{cores}; {args.count:,} vectors of {args.dimensions:,} dimensions, in batches of {args.batch:,}\n"
-    f"ddpm_jax {ddpm_jax.__version__}, NumPy {np.__version__}, SciPy {scipy.__version__}\n"
-  )
-  print("| | seconds (median) | distance |\n| --- | --- | --- |")
-  print(f"| ours | {np.median(times['ours']):.2f} | {value:.8g} |")
-  print(f"| np.cov, scipy.linalg.sqrtm | {np.median(times['usual']):.2f} | {wanted:.8g} |")
-  print(f"\nours over theirs {ratio:.3f}; the distances differ by {difference:.1e}")
-  if args.json:
-    figures = {"ratio": ratio, "relative_difference": difference, "count": args.count, "dimensions": args.dimensions}
-    args.json.write_text(json.dumps(figures | {f"{name}_seconds": values for name, values in times.items()}) + "\n")
+  def keep(name, distance):
+    found[name] = distance
+
+  runs = {
+    "ours": lambda: keep("ours", ours(features, reference, args.batch)),
+    "usual": lambda: keep("usual", usual(features, reference)),
+  }
+  times = timing.in_turn(runs, args.rounds, settle=False)
+  ratio = timing.ratio(times, "ours", "usual")
+  difference = abs(found["ours"] - found["usual"]) / abs(found["usual"])
+  here = timing.machine(NumPy=np.__version__, SciPy=scipy.__version__)
+  names = {"ours": "ours", "usual": "np.cov, scipy.linalg.sqrtm"}
+  cells = [[title, f"{np.median(times[name]):.2f}", f"{found[name]:.8g}"] for name, title in names.items()]
+  title = f"{args.count:,} vectors of {args.dimensions:,} dimensions, in batches of {args.batch:,}"
+  timing.report(title, ["", "seconds (median)", "distance"], cells, here)
+  print(f"\nours over theirs {timing.with_quartiles(ratio, 3)}; the distances differ by {difference:.1e}")
+  figures = {"ratio": ratio, "relative_difference": difference, "count": args.count, "dimensions": args.dimensions}
+  timing.write(args.json, {"machine": here, "seconds": times} | figures)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,18 @@ machine's pace meets both, and the median of the ratios of neighbours is printed
 times mean nothing. float32 on any device.
 """
 
-import argparse
+import functools
 import importlib
-import json
-import os
-import platform
 import sys
 import tempfile
-import time
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
+import timing
 import torch
 
-import ddpm_jax
-from ddpm_jax import interop, metrics
+from ddpm_jax import interop, metrics, parallel
 from ddpm_jax.networks.inception import Inception
 
 PARTS = ("", ".transforms", ".transforms.functional", ".datasets", ".models", ".io", ".ops")
@@ -64,18 +59,10 @@ def random_peer(path):
   return network
 
 
-def seconds(function):
-  start = time.perf_counter()
-  function()
-  return time.perf_counter() - start
-
-
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--batch", type=int, default=16, help="images")
-  parser.add_argument("--size", type=int, default=32, help="of the images, before they are resized")
-  parser.add_argument("--rounds", type=int, default=5, help="of both, in turn")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser = timing.parser(__doc__, rounds=5)
+  parser.add_argument("--batch", type=timing.count, default=16, help="images")
+  parser.add_argument("--size", type=timing.count, default=32, help="of the images, before they are resized")
   args = parser.parse_args()
 
   with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +73,7 @@ def main():
   images = np.random.default_rng(0).integers(0, 256, (args.batch, args.size, args.size, 3), dtype=np.uint8)
   given = torch.tensor(images.transpose(0, 3, 1, 2)).to(device)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=parallel.compiler_options())
   def apply(params, x):
     scaled = (metrics.resize_tf1(x.astype("float32")) - 128) / 128
     return Inception(taps=("2048",)).apply({"params": params}, scaled)["2048"]
@@ -103,22 +90,13 @@ def main():
   print(f"features differ by {error:.1e} of their deviation at most", flush=True)
   if error > 1e-3:
     raise SystemExit("the two networks are not the same")
-  ratios = []
-  for index in range(args.rounds):
-    before, mine, after = seconds(theirs), seconds(ours), seconds(theirs)
-    ratios.append((before + after) / (2 * mine))
-    print(f"round {index + 1} of {args.rounds}", flush=True)
-  low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-  cores = f", {len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else ""
-  print(
-    f"\n{jax.devices()[0].device_kind} ({platform.machine()}{cores}), batch {args.batch} of {args.size}x{args.size}; ddpm_jax"
-    f" {ddpm_jax.__version__}, JAX {jax.__version__}; PyTorch {torch.__version__}, eager\n\n| | ours over torch-fidelity's | quartiles |\n"
-    f"| --- | --- | --- |\n| features per second | {median:.2f} | {low:.2f} to {high:.2f} |"
-  )
-  if args.json:
-    args.json.write_text(
-      json.dumps({"ratio": median, "quartiles": [low, high], "batch": args.batch, "size": args.size})
-    )
+  times = timing.in_turn({"ours": ours, "torch-fidelity": theirs}, args.rounds)
+  # Of rates, not of times.
+  rates = timing.ratio(times, "torch-fidelity", "ours")
+  here = timing.machine(PyTorch=torch.__version__)
+  columns, cells = ["", "ours over torch-fidelity's, eager"], [["features per second", timing.with_quartiles(rates)]]
+  timing.report(f"batch {args.batch} of {args.size}x{args.size}", columns, cells, here)
+  timing.write(args.json, {"machine": here, "ratio": rates, "batch": args.batch, "size": args.size})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What classifier-free guidance costs: its time over that of one network evaluation of the doubled batch.
 
-python experiments/benchmarks/guidance.py [--limit=1.1]
+python experiments/benchmarks/guidance.py [--limit=1.1] [--json=<file>]
 
 A class-conditional U-Net denoises a batch, guided, and a batch of twice the size, unguided; both are compiled and timed in turn, over and
 over, so that a change of the machine's pace meets both, and the median of the ratios of neighbours is printed; beside it that of
@@ -8,32 +8,20 @@ guidance off (scale 1), over one evaluation of the batch itself, and that of res
 Ends with an error if a ratio is above the limit.
 """
 
-import argparse
-import os
-import platform
-import time
-
 import jax
 import jax.numpy as jnp
-import numpy as np
+import timing
 
-from ddpm_jax import guidance, predictions, processes
+from ddpm_jax import guidance, parallel, predictions, processes
 from ddpm_jax.networks import UNet
 
 
-def seconds(function):
-  start = time.perf_counter()
-  jax.block_until_ready(function())
-  return time.perf_counter() - start
-
-
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = timing.parser(__doc__, rounds=15)
   parser.add_argument("--limit", type=float, default=1.1, help="the largest ratio that passes")
-  parser.add_argument("--channels", type=int, default=64, help="of the U-Net")
-  parser.add_argument("--size", type=int, default=32, help="of the images")
-  parser.add_argument("--batch", type=int, default=8, help="images")
-  parser.add_argument("--rounds", type=int, default=15, help="of all")
+  parser.add_argument("--channels", type=timing.count, default=64, help="of the U-Net")
+  parser.add_argument("--size", type=timing.count, default=32, help="of the images")
+  parser.add_argument("--batch", type=timing.count, default=8, help="images")
   args = parser.parse_args()
 
   process = processes.vp()
@@ -41,6 +29,8 @@ def main():
   x = process.prior(jax.random.key(0), (2 * args.batch, args.size, args.size, 3))
   classes, none = jnp.arange(2 * args.batch) % 10, jnp.full((2 * args.batch,), 10)
   params = jax.jit(network.init)(jax.random.key(1), x[:1], jnp.zeros((1,)), classes[:1])
+
+  compiler = parallel.compiler_options()
 
   def conditional(params):
     def denoise(x_t, t, classes):
@@ -53,9 +43,9 @@ def main():
     def run(params, x, t, classes, none):
       return guidance.classifier_free(conditional(params), classes, none, scale, **options)(x, t)
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=compiler)
 
-  plain = jax.jit(lambda params, x, t, classes: conditional(params)(x, t, classes))
+  plain = jax.jit(lambda params, x, t, classes: conditional(params)(x, t, classes), compiler_options=compiler)
   half, t = args.batch, jnp.float32(0.5)
   own = (params, x[:half], t, classes[:half], none[:half])
   off, on, rescaled = guided(1.0), guided(3.0), guided(3.0, rescale=0.7)
@@ -65,18 +55,17 @@ def main():
     "rescaled / doubled batch": (lambda: rescaled(*own), whole),
     "scale 1 / batch": (lambda: off(*own), single),
   }
-  times = {name: [] for name in pairs}
-  for _ in range(args.rounds + 1):
-    for name, (first, second) in pairs.items():
-      times[name].append((seconds(first), seconds(second)))
-  print(
-    f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}, JAX {jax.__version__}"
-  )
-  worst = 0.0
-  for name, values in times.items():
-    ratio = float(np.median([a / b for a, b in values[1:]]))  # the first round compiles
-    worst = max(worst, ratio)
-    print(f"{name:<26}{ratio:.3f}")
+  ratios = {}
+  for name, (first, second) in pairs.items():
+    runs = {
+      which: lambda run=run: jax.block_until_ready(run()) for which, run in (("guided", first), ("plain", second))
+    }
+    ratios[name] = timing.ratio(timing.in_turn(runs, args.rounds, settle=False, quiet=True), "guided", "plain")
+  here = timing.machine()
+  cells = [[name, timing.with_quartiles(found, 3)] for name, found in ratios.items()]
+  timing.report(f"batch {args.batch} of {args.size}x{args.size}", ["", "ratio"], cells, here)
+  timing.write(args.json, {"machine": here, "ratios": ratios})
+  worst = max(median for _, median, _ in ratios.values())
   if worst > args.limit:
     raise SystemExit(f"a ratio of {worst:.3f} is above {args.limit}")
 

@@ -28,14 +28,34 @@ import timing
 import torch
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from scaling import load
+from recipe import CONFIGS, load
 from torch.utils.data import DataLoader, TensorDataset
 
 from ddpm_jax import build, data, ema, images, interop, metrics, parallel, predictions, sampling, train
 from ddpm_jax.runs import model
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+LOG_EVERY = 50
 COLORS = {"ddpm_jax": "#2b6cb0", "diffusers": "#c05621"}
+
+
+def unlike(config):
+  """What diffusers' loop would do otherwise than the recipe says; empty if nothing."""
+  plain = {"eps": "simple", "v": "snr_plus_one"}
+  for key, given, wanted in (
+    ("process.name", config.process.name, ("discrete",)),
+    ("prediction", config.prediction, tuple(plain)),
+    ("loss.weighting", config.loss.weighting, (plain.get(config.prediction),)),
+    ("loss.times", config.loss.times, ("uniform",)),
+    ("learned_variance", config.learned_variance, (False,)),
+    ("network.num_classes", config.network.num_classes, (0,)),
+    ("superres.factor", config.superres.factor, (0,)),
+    ("optimizer.name", config.optimizer.name, ("adam",)),
+    ("optimizer.schedule", config.optimizer.schedule, ("constant",)),
+    ("ema.kind", config.ema.kind, ("fixed",)),
+  ):
+    if given not in wanted:
+      return f"{key}={given!r}; wanted {' or '.join(map(repr, wanted))}, which diffusers' loop has too"
+  return ""
 
 
 class Ours:
@@ -63,7 +83,9 @@ class Ours:
       self.losses.append((number, self.seconds + time.perf_counter() - start, values["loss"]))
 
     until = int(self.state.step) + steps
-    self.state = train.fit(self.state, self.step, self.batches, num_steps=until, log=log, log_every=50, quiet=True)
+    self.state = train.fit(
+      self.state, self.step, self.batches, num_steps=until, log=log, log_every=LOG_EVERY, quiet=True
+    )
     jax.block_until_ready(self.state)
     self.seconds += time.perf_counter() - start
 
@@ -119,7 +141,7 @@ class Theirs:
       self.ema.step(self.model.parameters())
       recent.append(loss.detach())
       self.steps += 1
-      if self.steps % 50 == 0:
+      if self.steps % LOG_EVERY == 0:
         mean = float(torch.stack(recent).mean())
         self.losses.append((self.steps, self.seconds + time.perf_counter() - start, mean))
         recent = []
@@ -230,17 +252,19 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="the recipe: EPS or V, Adam")
   parser.add_argument("--data", default="", help="a folder of images in classes, instead of the recipe's data")
-  parser.add_argument("--steps", type=int, default=2000, help="of each")
-  parser.add_argument("--parts", type=int, default=8, help="turns, and scores")
-  parser.add_argument("--samples", type=int, default=500, help="that are scored")
+  parser.add_argument("--steps", type=timing.count, default=2000, help="of each")
+  parser.add_argument("--parts", type=timing.count, default=8, help="turns, and scores")
+  parser.add_argument("--samples", type=timing.count, default=500, help="that are scored")
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled")
   parser.add_argument("--output", type=Path, required=True, help="a folder for the picture")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
-  args.output.mkdir(parents=True, exist_ok=True)
+  if args.steps % args.parts or args.steps // args.parts < LOG_EVERY:
+    parser.error(f"got {args.steps} steps in {args.parts} parts; wanted parts of one size, {LOG_EVERY} steps or more")
   config = load(args.config)
-  # diffusers' loop has no other.
-  config.optimizer.schedule = "constant"
+  if problem := unlike(config):
+    parser.error(f"got the recipe {args.config.name} with {problem}")
+  args.output.mkdir(parents=True, exist_ok=True)
   if args.data:
     config.data.update({"source": "folder", "path": args.data, "train_split": "train", "eval_split": "test"})
   device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"

@@ -16,26 +16,17 @@ each, for large networks) and prints its temporaries, gradients and scratch incl
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import sys
 from pathlib import Path
 
 import jax
 import timing
+from recipe import CONFIGS, load, trace_step
 
-from ddpm_jax import build, parallel, plan, runs, topology, train
-from ddpm_jax.runs import model
+from ddpm_jax import build, plan, runs, topology, train
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
 POLICIES = ("none", "blocks", "everything")
-
-
-def load(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
 
 
 def kept(config, images=2):
@@ -64,16 +55,10 @@ def compiled(config, topology, images):
 def on_devices(config, devices, fsdp, batch, compile_too):
   """Bytes of one device: state, what its images keep, and what the compiler says of the whole step."""
   config.training.batch_size = batch
-  mesh = parallel.make_mesh(fsdp=fsdp, devices=devices)
-  _, state = model.make_state(config, build.build_optimizer(config), mesh)
-  shares = [
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(state._replace(key=None))
-  ]
-  figures = {"state": sum(shares), "kept": kept(config) * batch / len(devices)}
+  state, traced = trace_step(config, devices, fsdp)
+  figures = {"state": plan.state_bytes(state), "kept": kept(config) * batch / len(devices)}
   if compile_too:
-    step = parallel.jit_step(build.build_step(config, mesh), mesh, state)
-    found = plan.compile_step(step.trace(state, build.batch_shapes(config, batch)), devices)
+    found = plan.compile_step(traced, devices)
     analysis = None if isinstance(found, plan.OutOfMemory) else found.memory_analysis()
     figures["compiled"] = (
       math.nan if analysis is None else analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
@@ -83,7 +68,7 @@ def on_devices(config, devices, fsdp, batch, compile_too):
 
 def by_batch(args, types):
   """A table for each recipe: gigabytes of one device."""
-  devices, batches = topology.simulate_devices(args.devices), [int(size) for size in args.batches.split(",")]
+  devices, batches = topology.simulate_devices(args.devices), args.batches
   rows = []
   for path in args.configs:
     for dtype in types:
@@ -111,10 +96,10 @@ def main():
     "configs", nargs="*", type=Path, default=sorted(CONFIGS.glob("*.py")), help="recipes; all by default"
   )
   parser.add_argument("--topology", help="compile for one chip of this kind, such as v5e:1x1")
-  parser.add_argument("--images", type=int, default=16, help="the batch to compile for")
+  parser.add_argument("--images", type=timing.count, default=16, help="the batch to compile for")
   parser.add_argument("--types", default="float32,bfloat16", help="what the network computes in")
   parser.add_argument("--devices", type=int, default=0, help="add up for one of so many devices")
-  parser.add_argument("--batches", default="16,128,1024", help="images a step, over all of them")
+  parser.add_argument("--batches", type=timing.counts, default="16,128,1024", help="images a step, over all of them")
   parser.add_argument("--compile", action="store_true", help="and compile for them")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
@@ -136,7 +121,7 @@ def main():
         found = compiled(config, args.topology, args.images) if args.topology else kept(config)
         cells.append(f"{found / 1e6:.4g}")
     figures[path.name] = dict(zip(names, map(float, cells), strict=True))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state._replace(key=None)))
+    size = plan.state_bytes(state)
     print(f"| `{path.name}` | {size / 1e6:,.0f} | {' | '.join(cells)} |", flush=True)
   timing.write(args.json, {"machine": timing.machine(), "megabytes": figures})
 

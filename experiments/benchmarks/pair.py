@@ -7,35 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import recipe
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_jax import interop, predictions, processes, schedules
+from ddpm_jax import build, interop, predictions, processes, schedules
 from ddpm_jax.networks import UNet
 
-MODELS = {
-  # Ho et al. 2020, on CIFAR-10: 35.7M parameters.
-  "ddpm": ((32, 32, 3), {}),
-  # Dhariwal and Nichol 2021, table 11, on ImageNet 64x64, of one class: 295M parameters.
-  "adm64": (
-    (64, 64, 3),
-    {
-      "channels": 192,
-      "multipliers": (1, 2, 3, 4),
-      "blocks": 3,
-      "attention_levels": (1, 2, 3),
-      "head_channels": 64,
-      "epsilon": 1e-5,
-      "time_embedding": "cos_sin",
-      "frequency_shift": 0.0,
-      "scale_shift": True,
-      "downsample": "residual",
-      "upsample": "residual",
-    },
-  ),
-  # To try the benchmarks.
-  "tiny": ((16, 16, 3), {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,)}),
-}
+# Ho et al.'s on CIFAR-10 (35.7M parameters); Dhariwal and Nichol's on ImageNet 64x64 (295M; here of one class, without a learned variance); a
+# small one.
+MODELS = {"ddpm": "cifar10_vp.py", "adm64": "imagenet64_adm.py", "digits": "digits_vp.py"}
 
 
 class Pair(NamedTuple):
@@ -49,8 +30,11 @@ class Pair(NamedTuple):
 
 def make(name: str) -> Pair:
   """A pair of `MODELS`."""
-  shape, options = MODELS[name]
-  network, process = UNet(**options, dropout=0.0), processes.discrete(schedules.linear())
+  config = recipe.load(recipe.CONFIGS / MODELS[name])
+  shape, process = build.image_shape(config), processes.discrete(schedules.linear())
+  network = build.build_network(config).clone(
+    out_channels=shape[-1], num_classes=0, dropout=0.0, dtype=jnp.float32, remat="none"
+  )
   start = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1))["params"]
   # Small random numbers in the place of zeros, so that a comparison of outputs means something.
   leaves, tree = jax.tree.flatten(start)

@@ -10,9 +10,7 @@ jitted calls of the network on the same batch. On a CPU all compute in float32, 
 compute in bfloat16, PyTorch with channels last, eagerly and compiled. `sampling_overhead.py` measures the overhead alone, of every sampler.
 """
 
-import argparse
 import os
-from pathlib import Path
 
 # Before JAX starts: what PyTorch needs must be left.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
@@ -73,12 +71,10 @@ def make_theirs(model, scheduler, pipeline, steps, batch, gpu):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = timing.parser(__doc__, rounds=1)
   parser.add_argument("--model", choices=pair.MODELS, default="ddpm", help="the network")
-  parser.add_argument("--batches", default="1,16", help="images a batch, several by commas")
-  parser.add_argument("--rounds", type=int, default=1, help="of all, in turn")
+  parser.add_argument("--batches", type=timing.counts, default="1,16", help="images a batch, several by commas")
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled too, on a CPU")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
@@ -91,7 +87,7 @@ def main():
   if gpu or args.compile:
     models["compiled"] = torch.compile(model)
   rows = []
-  for batch in map(int, args.batches.split(",")):
+  for batch in args.batches:
     for name, (steps, rule, scheduler, pipeline) in TASKS.items():
       print(f"batch {batch}, {name} ...", flush=True)
       ours, bare = make_ours(made, jnp.bfloat16 if gpu else jnp.float32, rule, steps, batch)

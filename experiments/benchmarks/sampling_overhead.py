@@ -7,13 +7,8 @@ change of the machine's pace meets both, and the median of the ratios of neighbo
 number of evaluations. Absolute times mean nothing. Ends with an error if a ratio is above the limit.
 """
 
-import argparse
-import time
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import timing
 
 from ddpm_jax import parallel, predictions, processes, sampling
@@ -38,22 +33,13 @@ RULES = {
 }
 
 
-def seconds(function, repeats: int = 1) -> float:
-  start = time.perf_counter()
-  for _ in range(repeats):
-    jax.block_until_ready(function())
-  return (time.perf_counter() - start) / repeats
-
-
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = timing.parser(__doc__, rounds=9)
   parser.add_argument("--limit", type=float, default=1.02, help="the largest ratio that passes")
-  parser.add_argument("--channels", type=int, default=64, help="of the U-Net")
-  parser.add_argument("--size", type=int, default=16, help="of the images")
-  parser.add_argument("--batch", type=int, default=8, help="images")
-  parser.add_argument("--steps", type=int, default=6, help="of each sampler")
-  parser.add_argument("--rounds", type=int, default=9, help="of all samplers")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser.add_argument("--channels", type=timing.count, default=64, help="of the U-Net")
+  parser.add_argument("--size", type=timing.count, default=16, help="of the images")
+  parser.add_argument("--batch", type=timing.count, default=8, help="images")
+  parser.add_argument("--steps", type=timing.count, default=6, help="of each sampler")
   args = parser.parse_args()
 
   process, shape = processes.vp(), (args.batch, args.size, args.size, 3)
@@ -81,23 +67,25 @@ def main():
   print("compiling", len(runs), "samplers ...", flush=True)
   for function in (one, *runs.values()):
     jax.block_until_ready(function())
-  ratios = {name: [] for name in runs}
-  for index in range(args.rounds):
-    print(f"round {index + 1} of {args.rounds}", flush=True)
-    for name, function in runs.items():
-      before, loop, after = seconds(one, calls[name]), seconds(function), seconds(one, calls[name])
-      ratios[name].append(2 * loop / calls[name] / (before + after))
+  ratios = {}
+  for name, function in runs.items():
+    print(name, "...", flush=True)
+
+    def bare(name=name):
+      for _ in range(calls[name]):
+        jax.block_until_ready(one())
+
+    pair = {"sample": lambda function=function: jax.block_until_ready(function()), "bare": bare}
+    ratios[name] = timing.ratio(timing.in_turn(pair, args.rounds, settle=False, quiet=True), "sample", "bare")
 
   count, here = sum(leaf.size for leaf in jax.tree.leaves(params)), timing.machine()
-  medians = {name: float(np.median(values)) for name, values in ratios.items()}
-  quartiles = {name: tuple(map(float, np.quantile(values, [0.25, 0.5, 0.75]))) for name, values in ratios.items()}
-  cells = [[name, calls[name], timing.with_quartiles(found, 3)] for name, found in quartiles.items()]
+  cells = [[name, calls[name], timing.with_quartiles(found, 3)] for name, found in ratios.items()]
   columns = ["sampler", "evaluations", "time per step / (evaluations x time of one)"]
   timing.report(f"U-Net of {count:,} parameters, x {shape}", columns, cells, here)
   timing.write(
-    args.json, {"machine": here, "parameters": count, "shape": shape, "ratios": quartiles, "evaluations": calls}
+    args.json, {"machine": here, "parameters": count, "shape": shape, "ratios": ratios, "evaluations": calls}
   )
-  over = [name for name, median in medians.items() if median > args.limit]
+  over = [name for name, (_, median, _) in ratios.items() if median > args.limit]
   if over:
     raise SystemExit(f"above {args.limit}: {', '.join(over)}")
 

@@ -11,7 +11,6 @@ computing. Nothing is compiled for this part; `--mode=plan --topology=v5e:16x16`
 """
 
 import argparse
-import importlib.util
 import math
 import os
 from pathlib import Path
@@ -20,29 +19,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import timing
+from recipe import CONFIGS, load, trace_step
 
-from ddpm_jax import build, hardware, parallel, plan, topology
-from ddpm_jax.runs import model
+from ddpm_jax import build, hardware, plan, topology
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 CHIPS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 SLICES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
-def load(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
-
-
 def compiled(config, devices, fsdp):
   """The plan of a step over some devices, and the FLOPs that XLA counts in what one of them runs."""
-  mesh = parallel.make_mesh(fsdp=fsdp, devices=devices)
-  _, state = model.make_state(config, build.build_optimizer(config), mesh)
-  size = config.training.batch_size
-  traced = parallel.jit_step(build.build_step(config, mesh), mesh, state).trace(state, build.batch_shapes(config, size))
+  state, traced = trace_step(config, devices, fsdp)
   program = plan.compile_step(traced, devices)
+  size = config.training.batch_size
   options = {
     "params": state.params,
     "state": state,
@@ -107,12 +96,13 @@ def roofline(config, generation, batch):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="what is compiled")
-  parser.add_argument("--devices", type=int, default=8, help="the most that are simulated, a power of 2")
+  parser.add_argument("--devices", type=timing.count, default=8, help="the most that are simulated, a power of 2")
   parser.add_argument("--recipes", default="cifar10_vp.py,imagenet64_adm.py", help="of the rooflines, in configs/")
-  parser.add_argument("--batches", default="128,1024,8192", help="images a step of the rooflines")
+  parser.add_argument("--batches", type=timing.counts, default="128,1024,8192", help="images a step of the rooflines")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
 
+  recipes = {name: load(CONFIGS / name) for name in args.recipes.split(",")}
   rows, here = simulate(load(args.config), args.devices), timing.machine()
   cells = [
     [
@@ -139,11 +129,8 @@ def main():
   timing.report(title, columns, cells, here)
 
   bounds = {}
-  for name in args.recipes.split(","):
-    config = load(CONFIGS / name)
-    bounds[name] = [
-      row for generation in CHIPS for size in args.batches.split(",") for row in roofline(config, generation, int(size))
-    ]
+  for name, config in recipes.items():
+    bounds[name] = [row for generation in CHIPS for size in args.batches for row in roofline(config, generation, size)]
     cells = [
       [
         row["generation"],
@@ -157,10 +144,10 @@ def main():
         ),
       ]
       for row in bounds[name]
-      if row["batch"] == int(args.batches.split(",")[0])
+      if row["batch"] == args.batches[0]
     ]
     columns = ["chips of", "chips", "communication, ms", "hides from batch per chip"]
-    columns += [f"batch {size}: computing, ms / images/s / chip-seconds a million" for size in args.batches.split(",")]
+    columns += [f"batch {size}: computing, ms / images/s / chip-seconds a million" for size in args.batches]
     timing.report(f"{name}, {config.network.dtype}: bounds, no measurement", columns, cells, {})
   timing.write(args.json, {"machine": here, "simulated": rows, "rooflines": bounds})
   off = [row for row in rows if not 0.95 <= row["share"] <= 1.1]

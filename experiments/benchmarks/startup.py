@@ -4,7 +4,7 @@ python experiments/benchmarks/startup.py [configs/digits_vp.py configs/cifar10_v
 
 Of a recipe whose data a package ships, the command line is started in processes of its own, twice a round: with an empty cache, and with
 what the first left there. The clock stops when the first step's metrics are on disk. Of every recipe the train step is traced, lowered and compiled, again
-in processes of its own. Seconds, which mean something only beside other seconds of the same machine.
+in processes of its own; on a CPU at 16 images. Seconds, which mean something only beside other seconds of the same machine.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import timing
+from recipe import load, trace_step
 
 ROOT = Path(__file__).parents[2]
 BATCH_ON_CPU = 16
@@ -51,25 +52,15 @@ def first_step(config, folder, cache):
 
 def compile_here(config):
   """Prints seconds of tracing, lowering and compiling as JSON; for a process of its own."""
-  import importlib.util
-
   import jax
 
-  from ddpm_jax import build, parallel
-  from ddpm_jax.runs import model
-
-  spec = importlib.util.spec_from_file_location("recipe", config)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  recipe = module.get_config()
+  recipe = load(config)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   if jax.default_backend() == "cpu":
-    recipe.training.batch_size = BATCH_ON_CPU
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    recipe.training.batch_size = min(recipe.training.batch_size, BATCH_ON_CPU)
+  devices = jax.devices()[:1]
   times = [time.perf_counter()]
-  _, state = model.make_state(recipe, build.build_optimizer(recipe), mesh)
-  step = parallel.jit_step(build.build_step(recipe, mesh), mesh, state)
-  traced = step.trace(state, build.batch_shapes(recipe, recipe.training.batch_size))
+  _, traced = trace_step(recipe, devices)
   times.append(time.perf_counter())
   lowered = traced.lower()
   times.append(time.perf_counter())
@@ -87,16 +78,16 @@ def compiled(config, cache):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = timing.parser(__doc__, rounds=1)
   defaults = [ROOT / "configs" / name for name in ("digits_vp.py", "cifar10_vp.py")]
   parser.add_argument("configs", nargs="*", type=Path, default=defaults, help="recipes")
-  parser.add_argument("--rounds", type=int, default=1, help="of all")
   parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
   if args.compile_only:
     compile_here(args.configs[0])
     return
+  for config in args.configs:
+    load(config)  # a file that is not there is said at once
 
   figures = {}
   for config in args.configs:

@@ -1,5 +1,6 @@
 """How the benchmarks time, and what they say about the machine: shared by the scripts in this folder."""
 
+import argparse
 import json
 import os
 import platform
@@ -116,6 +117,29 @@ def _processor() -> str:
     else []
   )
   return names[0] if names and names[0] != "unknown" else platform.machine()
+
+
+def count(text: str) -> int:
+  """A number of one or more, as a flag's `type`."""
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"got {text!r}; wanted a whole number, 1 or more")
+  return int(text)
+
+
+def counts(text: str) -> list[int]:
+  """Several of them by commas, in rising order, as a flag's `type`."""
+  found = [count(part) for part in text.split(",")]
+  if found != sorted(set(found)):
+    raise argparse.ArgumentTypeError(f"got {text!r}; wanted each once and in rising order, such as 16,64,256")
+  return found
+
+
+def parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+  """A parser of the flags that every benchmark of two contenders has."""
+  made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+  made.add_argument("--rounds", type=count, default=rounds, help="of all, in turn")
+  made.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  return made
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,9 +13,7 @@ On a CPU all compute in float32, PyTorch eagerly and, with --compile, compiled t
 bfloat16, PyTorch with channels last, eagerly and compiled. --plain leaves out what `parallel.compiler_options` asks of XLA.
 """
 
-import argparse
 import os
-from pathlib import Path
 
 # Before JAX starts: what PyTorch needs must be left.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
@@ -153,20 +151,20 @@ def measure(made, size, args, peak, gpu):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = timing.parser(__doc__, rounds=5)
   parser.add_argument("--model", choices=pair.MODELS, default="ddpm", help="the network")
-  parser.add_argument("--batches", default="16", help="images a batch, several by commas, in rising order")
-  parser.add_argument("--rounds", type=int, default=5, help="of all, in turn")
+  parser.add_argument(
+    "--batches", type=timing.counts, default="16", help="images a batch, several by commas, in rising order"
+  )
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled too, on a CPU")
   parser.add_argument("--plain", action="store_true", help="without parallel.compiler_options")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
   made = pair.make(args.model)
   peak = timing.matmul_peak(jnp.bfloat16 if gpu else jnp.float32)
   rows = []
-  for size in map(int, args.batches.split(",")):
+  for size in args.batches:
     try:
       rows += measure(made, size, args, peak, gpu)
     except (jax.errors.JaxRuntimeError, torch.OutOfMemoryError) as error:
