@@ -167,6 +167,9 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, Any]:
 
   Args:
     mesh: what is compiled for; the default backend's devices if None.
+
+  Returns:
+    Names and values of XLA's options; empty where there is nothing to say, or this jaxlib does not know the option.
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   return dict(_cpu_options()) if platform == "cpu" else {}

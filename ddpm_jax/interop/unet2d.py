@@ -6,7 +6,7 @@ from typing import Any
 
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks import UNet
-from ddpm_jax.networks.unet import per_level
+from ddpm_jax.networks.options import per_level
 
 Config = dict[str, Any]
 

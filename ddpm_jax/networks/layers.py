@@ -83,6 +83,11 @@ class GroupNorm(nn.Module):
   """Group normalization (Wu and He 2018), whose result may be scaled and shifted by more than its own parameters.
 
   As one scale and one shift a channel, from sums over the positions alone: data are read twice, and C is never split.
+
+  Attributes:
+    groups: how many; they divide the channels.
+    epsilon: added to the variance.
+    dtype: of the result; statistics are in float32 at least.
   """
 
   groups: int
@@ -113,7 +118,17 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-  """A convolution over every spatial axis, of the data or of the data `doubled` (nearest neighbour)."""
+  """A convolution over every spatial axis, of the data or of the data doubled, with Flax's names of the parameters.
+
+  Attributes:
+    features: channels of the result.
+    dtype: of the computation.
+    size: of the kernel along every axis.
+    strides: along every axis.
+    padding: as `convolution.convolve` takes it.
+    kernel_init: of the kernel; the bias begins at 0.
+    doubled: whether every axis is doubled first, by nearest neighbour; then `size` is 3, and strides and padding are as by default.
+  """
 
   features: int
   dtype: Any

@@ -7,12 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.networks import layers
+from ddpm_jax.networks import layers, options
+from ddpm_jax.networks.options import per_level
 
 Array = jax.Array
-
-_EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
-_VECTORS = ("", "dense", "time", "identity")
 
 
 class Backbone(nn.Module):
@@ -97,8 +95,7 @@ class Backbone(nn.Module):
 
   def check_input(self, shape: Sequence[int]) -> None:
     """Raises a ValueError if the network cannot be built, or cannot take data of `shape` [..., *space, C]."""
-    _check_options(self)
-    _check_features(self)
+    options.check(self)
     if len(shape) < self.dimensions + 1:
       raise ValueError(
         f"Got data of shape {tuple(shape)} for a network of dimensions={self.dimensions}; wanted [B, *space, C] with"
@@ -366,63 +363,3 @@ class Classifier(Backbone):
   def attended_levels(self) -> set[int]:
     """The levels whose features are split into heads: here the pooled one too."""
     return super().attended_levels() | {len(self.multipliers) - 1}
-
-
-def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
-  """One way of resampling for each of `count` levels."""
-  return (ways,) * count if isinstance(ways, str) else tuple(ways)
-
-
-def _check_options(network: Backbone) -> None:
-  n = network
-  if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
-    raise ValueError(
-      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; wanted at least one level,"
-      " one block and one channel, all positive."
-    )
-  if n.groups < 1 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
-    raise ValueError(
-      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; wanted 1 or more groups and heads,"
-      " dropout in [0, 1) and epsilon above 0."
-    )
-  last = len(n.multipliers) - 1
-  if any(not 0 <= level <= last for level in n.attention_levels):
-    raise ValueError(
-      f"Got attention_levels={tuple(n.attention_levels)} for {last + 1} levels; wanted levels from 0 (the finest) to {last}."
-    )
-  for name, given, known in (
-    ("time_embedding", (n.time_embedding,), _EMBEDDINGS),
-    ("vector_embedding", (n.vector_embedding,), _VECTORS),
-    ("downsample", per_level(n.downsample, last), ("conv", "residual")),
-    ("upsample", per_level(n.upsample, last), ("conv", "residual")),
-    ("filter", (tuple(n.filter),), ((1, 1), (1, 3, 3, 1))),
-    ("dimensions", (n.dimensions,), (1, 2, 3)),
-    ("attention", (n.attention,), ("", "xla", "cudnn")),
-  ):
-    wrong = [value for value in given if value not in known]
-    if wrong or (name in ("downsample", "upsample") and len(given) != last):
-      count = f", {last} of them or a single one" if name in ("downsample", "upsample") else ""
-      raise ValueError(f"Got {name}={getattr(n, name)!r}; wanted one of {', '.join(map(repr, known))}{count}.")
-  if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
-    raise ValueError(f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; wanted bfloat16, which it needs.")
-  plain = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
-  if n.remat not in ("none", "blocks", "everything", *plain):
-    raise ValueError(f"Got remat={n.remat!r}; wanted 'none', 'blocks', 'everything' or one of {', '.join(plain)}.")
-
-
-def _check_features(network: Backbone) -> None:
-  n = network
-  attended = n.attended_levels()
-  for level, multiplier in enumerate((1, *n.multipliers), -1):
-    features = n.channels * multiplier
-    heads = f"head_channels={n.head_channels}" if n.head_channels else f"heads={n.heads}"
-    uneven = level in attended and round(features) % (n.head_channels or n.heads)
-    if features < 1 or abs(features - round(features)) > 1e-6 or round(features) % n.groups or uneven:
-      raise ValueError(
-        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; wanted a whole"
-        " number that groups divide and, where there is attention, heads too. Change channels, multipliers, groups or heads."
-      )
-  features = n.time_features or n.channels
-  if features % 2 or features < 4:
-    name = "time_features" if n.time_features else "channels"
-    raise ValueError(f"Got {name}={features}; wanted an even number, 4 or more, for the time embedding.")
