@@ -300,13 +300,15 @@ def _integers(flag: flags.FlagHolder) -> list[int] | None:
 
 
 def _cache_compilations() -> None:
-  """Keeps compiled programs between runs, unless the user has said where (JAX_COMPILATION_CACHE_DIR)."""
+  """Keeps compiled programs between runs, unless the user has said where (JAX_COMPILATION_CACHE_DIR) or which."""
   import jax
 
   if not jax.config.values["jax_compilation_cache_dir"]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    # The small ones too: before the first step there are dozens of them, 20 ms each.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _parse(argv: list[str]) -> list[str]:

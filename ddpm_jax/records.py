@@ -1,5 +1,6 @@
 """What a run writes down as it goes: metrics.jsonl, TensorBoard files and, if asked for, wandb."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -31,7 +32,7 @@ class Records:
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text("".join(line + "\n" for line in lines))
       os.replace(temporary, self._path)
-    self._board = _Board(Path(folder) / "tensorboard", step)
+    self._folder, self._first = Path(folder) / "tensorboard", step
     self._wandb: Any = None
     if wandb:
       import wandb as service
@@ -42,6 +43,11 @@ class Records:
       self._wandb = service.init(
         project=wandb, id=name, name=path.name, dir=str(folder), config=dict(config or {}), resume="allow"
       )
+
+  @functools.cached_property
+  def _board(self) -> "_Board":
+    """Begun with what is first written: tensorboardX imports PyTorch where it finds it, which takes a second or more."""
+    return _Board(self._folder, self._first)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes one line, and one point a curve."""

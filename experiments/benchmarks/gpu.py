@@ -26,8 +26,18 @@ RUNS = {
 QUICK = {
   "unet_ddpm": ("unet.py", "--model=digits", "--batches=2,4", "--rounds=1"),
   "sampling_ddpm": ("sampling.py", "--model=digits", "--batches=1,2"),
-  "overhead": ("sampling_overhead.py", "--channels=32", "--batch=2", "--size=8", "--rounds=1", "--limit=10"),
-  "input": ("input.py", "--small=400", "--large=16", "--seconds=0.2", "--steps=10", "--limit=1"),
+  "overhead": (
+    "sampling_overhead.py",
+    "--samplers",
+    "ddim",
+    "heun",
+    "--channels=32",
+    "--batch=2",
+    "--size=8",
+    "--rounds=1",
+    "--limit=10",
+  ),
+  "input": ("input.py", "--small=400", "--large=16", "--workers=0", "--seconds=0.2", "--steps=10", "--limit=1"),
   "memory": ("memory.py", "--devices=1", "--batches=8", "--types=float32", "--compile", str(CONFIGS / "digits_vp.py")),
 }
 

@@ -116,6 +116,7 @@ def small_step():
 
   state = train.init_state(jax.random.key(0), init, optimizer)
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  state = jax.device_put(state, parallel.state_shardings(mesh, state))
   step = functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer)
   return parallel.jit_step(step, mesh, state), state, mesh
 
@@ -140,7 +141,7 @@ def main():
   parser.add_argument("--steps", type=int, default=100, help="of each measurement of a wait")
   parser.add_argument("--small", type=int, default=20000, help="images of 32x32")
   parser.add_argument("--large", type=int, default=400, help="images of 256x256")
-  parser.add_argument("--workers", type=int, default=2, help="worker processes")
+  parser.add_argument("--workers", type=int, default=2, help="worker processes; 0 leaves them out")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
 
@@ -149,16 +150,17 @@ def main():
     small, large = sources(Path(folder), args.small, 32), sources(Path(folder), args.large, 256)
     cores = f"{len(os.sched_getaffinity(0))} CPU cores" if hasattr(os, "sched_getaffinity") else ""
     print(f"\nrecords per second, float32 batches, {cores}\n")
-    print(
-      f"| source | 32x32, 4 threads | 32x32, {args.workers} workers | 256x256, 4 threads | 256x256, {args.workers} workers |"
+    ways = {"4 threads": {"num_threads": 4}} | (
+      {f"{args.workers} workers": {"num_workers": args.workers}} if args.workers else {}
     )
-    print("| --- | --- | --- | --- | --- |")
+    columns = [f"{size}, {way}" for size in ("32x32", "256x256") for way in ways]
+    print(timing.table(["source", *columns], []))
     rates = {}
     for name in small:
       rates[name] = [
         rate(source, batch_size, args.seconds, **kwargs)
         for source, batch_size in ((small[name], 128), (large[name], 32))
-        for kwargs in ({"num_threads": 4}, {"num_workers": args.workers})
+        for kwargs in ways.values()
       ]
       print(f"| {name} | {' | '.join(f'{found:,.0f}' for found in rates[name])} |", flush=True)
 
@@ -183,7 +185,6 @@ def main():
         batches = data.batches(small[name], 128, seed=0, flip=True, put=put)
         shares[name, what], seconds = share_of_wait(batches, step, steps)
         print(f"| {name} | {what}, {1e3 * seconds:.0f} ms | {shares[name, what]:.2%} |", flush=True)
-  columns = ("32x32, threads", "32x32, workers", "256x256, threads", "256x256, workers")
   figures = {
     "records_per_second": {name: dict(zip(columns, found, strict=True)) for name, found in rates.items()},
     "wait": {" with ".join(which): share for which, share in shares.items()},

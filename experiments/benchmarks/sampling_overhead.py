@@ -1,6 +1,6 @@
 """What `sample` adds to the network's own cost: time per step over time per network evaluation, for every family of rules.
 
-python experiments/benchmarks/sampling_overhead.py [--limit=1.02] [--json=<file>]
+python experiments/benchmarks/sampling_overhead.py [--samplers ddim heun] [--limit=1.02] [--json=<file>]
 
 A U-Net denoises a batch; its jitted evaluation and each sampler's compiled loop are timed in turn, over and over, so that a
 change of the machine's pace meets both, and the median of the ratios of neighbours is printed, each divided by the sampler's
@@ -35,6 +35,7 @@ RULES = {
 
 def main():
   parser = timing.parser(__doc__, rounds=9)
+  parser.add_argument("--samplers", nargs="+", choices=RULES, metavar="NAME", default=list(RULES), help="some of them")
   parser.add_argument("--limit", type=float, default=1.02, help="the largest ratio that passes")
   parser.add_argument("--channels", type=timing.count, default=64, help="of the U-Net")
   parser.add_argument("--size", type=timing.count, default=16, help="of the images")
@@ -54,8 +55,8 @@ def main():
   evaluate = jax.jit(lambda params, x, t: denoise_with(params)(x, t), compiler_options=options)
   times = sampling.grids.log_snr(process, args.steps)
   runs, calls = {}, {}
-  for name, make in RULES.items():
-    sampler = make(process)
+  for name in args.samplers:
+    sampler = RULES[name](process)
     run = jax.jit(
       lambda params, x, s=sampler: sampling.sample(key, s, denoise_with(params), x, times), compiler_options=options
     )

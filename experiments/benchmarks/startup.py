@@ -55,7 +55,7 @@ def compile_here(config):
   import jax
 
   recipe = load(config)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if jax.default_backend() == "cpu":
     recipe.training.batch_size = min(recipe.training.batch_size, BATCH_ON_CPU)
   devices = jax.devices()[:1]
