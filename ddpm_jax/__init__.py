@@ -11,6 +11,7 @@ __all__ = [
   "evaluate",
   "guidance",
   "hardware",
+  "heap",
   "images",
   "interop",
   "likelihood",

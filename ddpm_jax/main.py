@@ -99,6 +99,9 @@ def main(argv: list[str]) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
+  from ddpm_jax import heap
+
+  heap.keep()
   from ddpm_jax import prepare, pretrained, runs, schema
 
   modes = ("train", "sample", "edit", "eval", "stats", "export", "convert", "prepare", "plan")

@@ -159,7 +159,7 @@ def shares(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable
   return jax.shard_map(function, mesh=mesh, in_specs=(whole, batched), out_specs=batched, check_vma=False)
 
 
-def compiler_options(mesh: Mesh | None = None) -> dict[str, Any]:
+def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any]:
   """What to tell the compiler besides its defaults, for `jax.jit(f, compiler_options=...)`: nothing on GPUs and TPUs.
 
   XLA's CPU back end hands convolutions to YNNPACK, whose gradients in a kernel run at a third of the speed of XLA's own and inside loops
@@ -167,12 +167,13 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, Any]:
 
   Args:
     mesh: what is compiled for; the default backend's devices if None.
+    once: whether the program is run once, so that on a CPU it is over soonest if its code is not optimized.
 
   Returns:
     Names and values of XLA's options; empty where there is nothing to say, or this jaxlib does not know the option.
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  return dict(_cpu_options()) if platform == "cpu" else {}
+  return dict(_cpu_options()) | ({"xla_backend_optimization_level": 0} if once else {}) if platform == "cpu" else {}
 
 
 @cache

@@ -83,7 +83,7 @@ def make_state(
 
   shapes = jax.eval_shape(start, params)
   shardings = parallel.state_shardings(mesh, shapes)
-  compiled = jax.jit(start, out_shardings=shardings)
+  compiled = jax.jit(start, out_shardings=shardings, compiler_options=parallel.compiler_options(mesh, once=True))
   return functools.partial(compiled, params), parallel.abstract(shapes, shardings)
 
 

@@ -1,7 +1,7 @@
 """Learning curves: our trainer against a plain training loop with diffusers in PyTorch, on the same images.
 
 pip install '.[peers]' matplotlib
-python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=2000] [--parts=8] [--json=<file>]
+python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000] [--parts=8] [--json=<file>]
 python experiments/benchmarks/learning_curve.py --output=<folder> --config=configs/cifar10_vp.py --data=<folder of images> --steps=20000 --compile
 
 Both start from the same weights, on digits by default, and train with the recipe's own batch, Adam, warm-up, clipping and average of the parameters; ours by
@@ -31,7 +31,7 @@ from diffusers.training_utils import EMAModel
 from recipe import CONFIGS, load
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddpm_jax import build, data, ema, images, interop, metrics, parallel, predictions, sampling, train
+from ddpm_jax import build, data, ema, heap, images, interop, metrics, parallel, predictions, sampling, train
 from ddpm_jax.runs import model
 
 LOG_EVERY = 50
@@ -252,16 +252,19 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="the recipe: EPS or V, Adam")
   parser.add_argument("--data", default="", help="a folder of images in classes, instead of the recipe's data")
-  parser.add_argument("--steps", type=timing.count, default=2000, help="of each")
+  parser.add_argument("--steps", type=timing.count, default=None, help="of each; the recipe's own by default")
   parser.add_argument("--parts", type=timing.count, default=8, help="turns, and scores")
   parser.add_argument("--samples", type=timing.count, default=500, help="that are scored")
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled")
   parser.add_argument("--output", type=Path, required=True, help="a folder for the picture")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
+  # As the command line does; it is PyTorch's too.
+  heap.keep()
+  config = load(args.config)
+  args.steps = args.steps or config.training.steps
   if args.steps % args.parts or args.steps // args.parts < LOG_EVERY:
     parser.error(f"got {args.steps} steps in {args.parts} parts; wanted parts of one size, {LOG_EVERY} steps or more")
-  config = load(args.config)
   if problem := unlike(config):
     parser.error(f"got the recipe {args.config.name} with {problem}")
   args.output.mkdir(parents=True, exist_ok=True)

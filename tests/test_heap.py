@@ -1,0 +1,50 @@
+"""A process that keeps its memory has no page faults where it allocates again; and who may not keep it does not."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+GLIBC = platform.libc_ver()[0] == "glibc"
+PROGRAM = """
+import resource, sys
+from ddpm_jax import heap
+assert "jax" not in sys.modules
+kept = heap.keep()
+import numpy as np
+def faults():
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(2**23)
+before = faults()
+for _ in range(10):
+  np.ones(2**23)
+print(kept, faults() - before)
+"""
+
+
+def run(**environment):
+  inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "GLIBC_TUNABLES")}
+  environment = inherited | {"PYTHONPATH": str(ROOT)} | environment
+  result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+  kept, faults = result.stdout.split()
+  return kept == "True", int(faults)
+
+
+def test_what_is_freed_is_kept_and_not_filled_with_zeros_again():
+  kept, faults = run(JAX_PLATFORMS="cpu")
+  assert kept == GLIBC
+  if kept:
+    assert faults < 100  # of 160,000 pages
+
+
+@pytest.mark.parametrize(
+  "environment", [{"JAX_PLATFORMS": "cuda"}, {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}]
+)
+def test_not_for_an_accelerator_nor_against_the_user(environment):
+  kept, faults = run(**environment)
+  assert not kept
+  assert faults > 1000
