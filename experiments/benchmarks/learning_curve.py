@@ -202,6 +202,7 @@ def draw_picture(path, runs, curves, floor, samples, title):
 
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
+  from matplotlib.ticker import EngFormatter
 
   figure, axes = plt.subplots(2, 4, figsize=(19, 9), width_ratios=(1, 1, 1, 0.9), layout="constrained")
   for name, run in runs.items():
@@ -239,6 +240,8 @@ def draw_picture(path, runs, curves, floor, samples, title):
     axes[row, 1].set_yscale("log")
     axes[row, 0].legend()
     axes[row, 1].legend()
+  for axis in axes[0, :3]:
+    axis.xaxis.set_major_formatter(EngFormatter())
   for row, name in enumerate(runs):
     picture = images.grid(samples[name][:36], 6)
     axes[row, 3].imshow(picture.squeeze(), cmap="gray" if picture.ndim == 2 or picture.shape[-1] == 1 else None)

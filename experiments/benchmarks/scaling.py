@@ -66,14 +66,16 @@ def simulate(config, most):
   return rows
 
 
-def roofline(config, generation, batch):
-  """The plan's bounds for each size of slice, parameters whole on each chip and gradients reduced once, in float32."""
-  chip = hardware.chip_of(CHIPS[generation])
-  flops = build.flops_per_image(config)
-  gradients = 4 * sum(
-    leaf.size for leaf in jax.tree.leaves(jax.eval_shape(build.build_params_init(config), jax.random.key(0)))
-  )
-  peak, rows = hardware.peak(chip, config.network.dtype), []
+def work_of(config):
+  """A recipe's FLOPs an image, the bytes of its gradients in float32, and what its network computes in."""
+  params = jax.eval_shape(build.build_params_init(config), jax.random.key(0))
+  return build.flops_per_image(config), 4 * sum(leaf.size for leaf in jax.tree.leaves(params)), config.network.dtype
+
+
+def roofline(work, generation, batch):
+  """The plan's bounds for each size of slice, parameters whole on each chip and gradients reduced once."""
+  chip, (flops, gradients, dtype) = hardware.chip_of(CHIPS[generation]), work
+  peak, rows = hardware.peak(chip, dtype), []
   for count in SLICES:
     communication = 2 * (count - 1) / count * gradients / chip.interconnect
     computing = batch / count * flops / peak
@@ -130,7 +132,8 @@ def main():
 
   bounds = {}
   for name, config in recipes.items():
-    bounds[name] = [row for generation in CHIPS for size in args.batches for row in roofline(config, generation, size)]
+    work = work_of(config)
+    bounds[name] = [row for generation in CHIPS for size in args.batches for row in roofline(work, generation, size)]
     cells = [
       [
         row["generation"],
