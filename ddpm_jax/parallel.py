@@ -173,7 +173,9 @@ def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[st
     Names and values of XLA's options; empty where there is nothing to say, or this jaxlib does not know the option.
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  return dict(_cpu_options()) | ({"xla_backend_optimization_level": 0} if once else {}) if platform == "cpu" else {}
+  if platform != "cpu":
+    return {}
+  return dict(_cpu_options()) | ({"xla_backend_optimization_level": 0} if once else {})
 
 
 @cache

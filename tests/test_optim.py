@@ -240,3 +240,7 @@ def test_norm_and_clipping_are_optax_s():
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-6)
   assert optim.global_norm({"a": jnp.full(3, 256.0, jnp.bfloat16)}) == pytest.approx(256 * 3**0.5)
+  # Two of one shape, of another type, of another shape, a scalar; and none.
+  leaves = [jnp.ones(4), jnp.full(4, 2.0), jnp.ones(4, jnp.bfloat16), jnp.ones((2, 2)), jnp.array(3.0)]
+  assert optim.global_norm(leaves) == pytest.approx(37**0.5)
+  assert optim.global_norm([]) == 0

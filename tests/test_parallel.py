@@ -227,4 +227,14 @@ def test_a_cpu_s_convolutions_take_none_of_ynnpack_and_are_the_same_to_rounding(
 
 def test_other_platforms_are_compiled_for_as_they_are():
   devices = np.array([types.SimpleNamespace(platform="tpu")])
-  assert parallel.compiler_options(types.SimpleNamespace(devices=devices)) == {}
+  for once in (False, True):
+    assert parallel.compiler_options(types.SimpleNamespace(devices=devices), once=once) == {}
+
+
+def test_a_program_that_runs_once_says_the_same():
+  def normal(key):
+    return jax.random.normal(key, (64, 64))
+
+  options = parallel.compiler_options(once=True)
+  assert set(options) > set(parallel.compiler_options())
+  np.testing.assert_array_equal(jax.jit(normal, compiler_options=options)(jax.random.key(0)), normal(jax.random.key(0)))
