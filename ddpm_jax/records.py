@@ -32,6 +32,7 @@ class Records:
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text("".join(line + "\n" for line in lines))
       os.replace(temporary, self._path)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
     self._folder, self._first = Path(folder) / "tensorboard", step
     self._wandb: Any = None
     if wandb:
