@@ -25,11 +25,10 @@ RUNS = {
 }
 QUICK = {
   "unet_ddpm": ("unet.py", "--model=digits", "--batches=2,4", "--rounds=1"),
-  "sampling_ddpm": ("sampling.py", "--model=digits", "--batches=1,2"),
+  "sampling_ddpm": ("sampling.py", "--model=digits", "--batches=2"),
   "overhead": (
     "sampling_overhead.py",
     "--samplers",
-    "ddim",
     "heun",
     "--channels=32",
     "--batch=2",
