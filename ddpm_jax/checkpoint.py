@@ -1,7 +1,6 @@
 """Checkpoints: all that orbax is used for. Each leaf has a digest, so that a damaged file is noticed and never used."""
 
 import contextlib
-import functools
 import gc
 import hashlib
 import json
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from ddpm_jax import digests
 
 PyTree = Any
 # Raised when a checkpoint changes in a way that older code cannot read. 1 was never released.
@@ -352,53 +351,11 @@ def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:
   paths, leaves = (
     zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True) if jax.tree.leaves(tree) else ((), ())
   )
-  sums = _digests(leaves)
+  sums = digests.of(leaves)
   return {
     jax.tree_util.keystr(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
     for path, leaf, digest in zip(paths, leaves, sums, strict=True)
   }
-
-
-def _digests(leaves: Sequence[Any]) -> list[str]:
-  """64 bits of each leaf, computed where it lies: the same however it is split over devices."""
-  if not leaves:
-    return []
-  sharding = getattr(leaves[0], "sharding", None)
-  whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-  return [f"{first:08x}{second:08x}" for first, second in np.asarray(_summing(whole)(leaves))]
-
-
-@functools.cache
-def _summing(sharding: NamedSharding | None) -> Any:
-  return jax.jit(lambda leaves: jnp.stack([_checksum(leaf) for leaf in leaves]), out_shardings=sharding)
-
-
-def _checksum(leaf: jax.Array) -> jax.Array:
-  """Two sums of a leaf's 32-bit words, modulo 2^32, each word weighted by an odd number that depends on its place.
-
-  Sums of integers come out the same in any order. A change of one word always shows, since an odd number has an inverse.
-  """
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  if leaf.dtype == bool:
-    leaf = leaf.astype(jnp.uint8)
-  kinds = {1: jnp.uint8, 2: jnp.uint16}
-  words = jax.lax.bitcast_convert_type(leaf, kinds.get(leaf.dtype.itemsize, jnp.uint32)).astype(jnp.uint32)
-  place, stride = jnp.zeros(words.shape, jnp.uint32), 1
-  for axis in range(words.ndim)[::-1]:
-    place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
-    stride *= words.shape[axis]
-  weights = (2 * place + 1, 2 * _mix(place) + 1)
-  return jnp.stack(
-    [jnp.sum(w * weight, dtype=jnp.uint32) for w, weight in zip((words, _mix(words)), weights, strict=True)]
-  )
-
-
-def _mix(words: jax.Array) -> jax.Array:
-  """A one-to-one scrambling of 32-bit words (the finalizer of MurmurHash3)."""
-  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-    words = (words ^ (words >> shift)) * np.uint32(factor)
-  return words ^ (words >> 16)
 
 
 def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[str, PyTree]) -> None:

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import ddpm_jax
+from ddpm_jax import heap
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
@@ -99,9 +100,6 @@ def main(argv: list[str]) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import heap
-
-  heap.keep()
   from ddpm_jax import prepare, pretrained, runs, schema
 
   modes = ("train", "sample", "edit", "eval", "stats", "export", "convert", "prepare", "plan")
@@ -360,6 +358,7 @@ def _leave(code: int) -> None:
 
 
 def _main(argv: list[str]) -> None:
+  heap.keep()
   try:
     main(argv)
   except (ValueError, FloatingPointError, OSError) as error:
