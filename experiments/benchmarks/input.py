@@ -138,12 +138,16 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--limit", type=float, default=0.01, help="the largest share of waiting that passes")
   parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of a rate")
-  parser.add_argument("--steps", type=int, default=100, help="of each measurement of a wait")
-  parser.add_argument("--small", type=int, default=20000, help="images of 32x32")
-  parser.add_argument("--large", type=int, default=400, help="images of 256x256")
+  parser.add_argument("--steps", type=timing.count, default=100, help="of each measurement of a wait")
+  parser.add_argument("--small", type=timing.count, default=20000, help="images of 32x32")
+  parser.add_argument("--large", type=timing.count, default=400, help="images of 256x256")
   parser.add_argument("--workers", type=int, default=2, help="worker processes; 0 leaves them out")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
+  if args.workers < 0 or not args.seconds > 0:
+    parser.error(
+      f"got --workers={args.workers} --seconds={args.seconds}; wanted 0 or more workers, and more than 0 seconds"
+    )
 
   with tempfile.TemporaryDirectory() as folder:
     print("writing images ...", flush=True)
