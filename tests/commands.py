@@ -8,13 +8,14 @@ import sys
 import time
 
 from tests.conftest import CACHE, ROOT
+from tests.flags import COMPILE_SOON
 
 RECIPE = "--config=tests/recipes.py"
 
 
 def start(*arguments, devices=1, **environment):
   """A process of `python -m ddpm_jax.main`, its output and errors in one pipe."""
-  flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+  flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_SOON}"
   surroundings = os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)} | environment
   command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
   return subprocess.Popen(

@@ -4,12 +4,13 @@ import itertools
 import os
 from pathlib import Path
 
-# Before JAX starts. Most tests use the first device only. They compile hundreds of small programs and run each briefly: code
-# that LLVM does not optimize is ready sooner. Those that start processes of their own compile as users do. Eight devices on a
-# busy machine may have to wait for each other longer than XLA would have it.
+from tests.flags import COMPILE_SOON
+
+# Before JAX starts. Most tests use the first device only. They compile hundreds of small programs and run each briefly. Eight devices
+# on a busy machine may have to wait for each other longer than XLA would have it.
 os.environ.setdefault(
   "XLA_FLAGS",
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  f"--xla_force_host_platform_device_count=8 {COMPILE_SOON}"
   " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -68,6 +68,12 @@ class Mixture(NamedTuple):
     """Logits of p(component | x_t) [B, K], the exact classifier."""
     return lambda x, t: self._posterior(process, x, t)[0]
 
+  def moments(self):
+    """The mean [D] and the covariance [D, D]."""
+    mean = self.weights @ self.means
+    within = self.weights @ self.stds**2 * np.eye(self.means.shape[1])
+    return mean, within + (self.means - mean).T @ (self.weights[:, None] * (self.means - mean))
+
   def draw(self, rng, count):
     return self.draw_labelled(rng, count)[0]
 

@@ -76,9 +76,8 @@ def test_a_thousand_steps_of_ddpm_are_the_pipeline_s(variance, tmp_path, monkeyp
   write(tmp_path, diffusers.DDPMScheduler(variance_type=variance), **learned)
   model = interop.diffusers.load(tmp_path)
   assert (model.shape, model.clip) == ((8, 8, 3), (-1, 1))
-  draws = (
-    as_torch(randomness.normal(jax.random.fold_in(jax.random.key(2), i), SHAPE, np.float32)) for i in itertools.count()
-  )
+  draw = jax.jit(lambda i: randomness.normal(jax.random.fold_in(jax.random.key(2), i), SHAPE, np.float32))
+  draws = (as_torch(draw(i)) for i in itertools.count())
   monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
   monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(draws))
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)

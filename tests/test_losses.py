@@ -55,24 +55,27 @@ def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_po
   x_0 = MEAN + STD * jax.random.normal(jax.random.key(1), (count, 3))
   exact = gaussian(MEAN, STD, 3).denoise(process)
 
-  def details(weighting, change):
+  def details(which, change):
     def denoise(x, t):
       return (1 + change[0]) * exact(x, t) + change[1]
+
+    def weighting(log_snr):
+      return jnp.stack([each(log_snr) for each in weightings.values()])[which]
 
     apply = network_of(process, prediction, denoise)
     kwargs = {"times": losses.uniform(process), "label": lambda t: t, "weighting": weighting}
     return losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
 
-  @jax.jit
-  def value_and_slopes():
-    zero = jnp.zeros(2)
-    values = {name: details(weighting, zero) for name, weighting in weightings.items()}
-    return values, jax.jacfwd(lambda change: details(losses.simple, change)["loss"])(zero)
+  def of_all(change):
+    # The noise, most of the work, is drawn once.
+    values = jax.vmap(details, (0, None))(jnp.arange(len(weightings)), change)
+    values = {name: jax.tree.map(lambda leaf, i=i: leaf[i], values) for i, name in enumerate(weightings)}
+    return values["simple"]["loss"], values
 
-  values, slopes = value_and_slopes()
+  slopes, values = jax.jit(jax.jacfwd(of_all, has_aux=True))(jnp.zeros(2))
   for name, weighting in weightings.items():
     log_snr = np.maximum(np.asarray(process.log_snr(values[name]["t"])), -40)
-    least = np.asarray(weighting(jnp.asarray(log_snr))) * STD**2 / (STD**2 + np.exp(-log_snr))
+    least = np.asarray(jax.jit(weighting)(log_snr)) * STD**2 / (STD**2 + np.exp(-log_snr))
     # A weighting is a factor of each sample's loss, so also of its slopes.
     weight = np.asarray(values[name]["loss"] / values["simple"]["loss"])
     for sample in (values[name]["loss"] - least, weight * slopes[:, 0], weight * slopes[:, 1]):

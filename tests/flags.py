@@ -1,0 +1,5 @@
+"""XLA's flags of the tests: code that is not optimized, of its older and simpler emitters, is ready soonest."""
+
+COMPILE_SOON = (
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
