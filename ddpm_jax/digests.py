@@ -23,7 +23,7 @@ def of(leaves: Sequence[Any]) -> list[str]:
     return []
   sharding = getattr(leaves[0], "sharding", None)
   whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-  # One program a shape, not one of all leaves: that takes ten times as long to trace and to compile.
+  # One program a shape, of which a network has few: one of all leaves takes many times as long to trace and to compile.
   sums = jax.device_get([_summing(whole)(leaf) for leaf in leaves])
   return [f"{first:08x}{second:08x}" for first, second in sums]
 

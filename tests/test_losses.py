@@ -67,7 +67,7 @@ def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_po
     return losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
 
   def of_all(change):
-    # The noise, most of the work, is drawn once.
+    # Traced and compiled once, not once a weighting.
     values = jax.vmap(details, (0, None))(jnp.arange(len(weightings)), change)
     values = {name: jax.tree.map(lambda leaf, i=i: leaf[i], values) for i, name in enumerate(weightings)}
     return values["simple"]["loss"], values
