@@ -13,7 +13,8 @@ from diffusers.pipelines.ddim import pipeline_ddim
 from ddpm_jax import interop, pretrained, processes, randomness, schema
 from tests.commands import RECIPE, assert_refused, call
 from tests.recipes import tiny_config
-from tests.test_interop_diffusers import assert_one_grey_level, write
+from tests.test_interop_diffusers import write
+from tests.test_interop_pipelines import assert_one_grey_level
 
 DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16", "--seed=3")
 

@@ -24,7 +24,7 @@ from ddpm_jax import (
   train,
   workdir,
 )
-from ddpm_jax.runs import drawing, evaluation, model
+from ddpm_jax.runs import drawing, evaluation, model, watching
 from ddpm_jax.runs.model import say
 
 PyTree = Any
@@ -238,7 +238,7 @@ class _Run:
     compiled = model.compile_aloud("the train step", jitted.lower(self.template, batch))
     writer = self._records(first) if parallel.is_main() else None
     snapshots = model.open_snapshots(self.folder) if self.config.ema.snapshot_every else None
-    trace = _Trace(self.folder / "profile", first + _BEFORE_TRACE, profile)
+    trace = watching.Trace(self.folder / "profile", first + _BEFORE_TRACE, profile)
 
     scores: dict[int, dict[str, float]] = {}
 
@@ -279,7 +279,7 @@ class _Run:
     if snapshots is not None:
       callbacks.insert(0, train.Callback(self.config.ema.snapshot_every, snapshot))
     try:
-      with _Signals() as signals:
+      with watching.Signals() as signals:
         state = train.fit(
           state,
           compiled,
@@ -346,56 +346,3 @@ class _Log:
       metrics["flop_utilization"] = hardware.utilization(speed, self._chip, self._devices, self._dtype)
     if self._writer is not None:
       self._writer.scalars(number, metrics)
-
-
-class _Signals:
-  """Turns SIGTERM and SIGINT into a wish to stop, which all processes hear of at the same step. A second one ends at once."""
-
-  _WATCHED = (signal.SIGTERM, signal.SIGINT)
-
-  def __init__(self) -> None:
-    self.number = 0
-
-  def __enter__(self) -> "_Signals":
-    # Several processes: JAX's own service watches SIGTERM, and agrees on the step.
-    watched = self._WATCHED if jax.process_count() == 1 else ()
-    self._before = {number: signal.signal(number, self._hear) for number in watched}
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _hear(self, number: int, frame: Any) -> None:
-    self.number = number
-    say(f"{signal.Signals(number).name}: saving after this step ...")
-    for watched, handler in self._before.items():
-      signal.signal(watched, handler)
-
-  def asked(self, step: int) -> bool:
-    if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      if multihost_utils.reached_preemption_sync_point(step):
-        self.number = signal.SIGTERM
-    return bool(self.number)
-
-
-class _Trace:
-  """A trace of a few steps for TensorBoard's profiler and Perfetto."""
-
-  def __init__(self, folder: Path, first: int, count: int):
-    self._folder, self._first, self._count, self._open = folder, first, count, False
-
-  def before_step(self, number: int) -> None:
-    if self._count and number == self._first + 1:
-      jax.profiler.start_trace(str(self._folder))
-      self._open = True
-    if self._open and number == self._first + 1 + self._count:
-      self.close()
-
-  def close(self) -> None:
-    if self._open:
-      jax.profiler.stop_trace()
-      self._open = False
-      say(f"trace of {self._count} steps  {self._folder}")

@@ -1,0 +1,65 @@
+"""What happens to a training run from outside: it is told to stop, or asked for a trace of its steps."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ddpm_jax.runs.model import say
+
+
+class Signals:
+  """Turns SIGTERM and SIGINT into a wish to stop, which all processes hear of at the same step. A second one ends at once."""
+
+  _WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+  def __init__(self) -> None:
+    self.number = 0
+
+  def __enter__(self) -> "Signals":
+    # Several processes: JAX's own service watches SIGTERM, and agrees on the step.
+    watched = self._WATCHED if jax.process_count() == 1 else ()
+    self._before = {number: signal.signal(number, self._hear) for number in watched}
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _hear(self, number: int, frame: Any) -> None:
+    self.number = number
+    say(f"{signal.Signals(number).name}: saving after this step ...")
+    for watched, handler in self._before.items():
+      signal.signal(watched, handler)
+
+  def asked(self, step: int) -> bool:
+    """Whether to stop after step `step`: the same answer on every process."""
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      if multihost_utils.reached_preemption_sync_point(step):
+        self.number = signal.SIGTERM
+    return bool(self.number)
+
+
+class Trace:
+  """A trace of `count` steps after step `first` for TensorBoard's profiler and Perfetto, into `folder`."""
+
+  def __init__(self, folder: Path, first: int, count: int):
+    self._folder, self._first, self._count, self._open = folder, first, count, False
+
+  def before_step(self, number: int) -> None:
+    """Begins or ends the trace, if step `number` is the one."""
+    if self._count and number == self._first + 1:
+      jax.profiler.start_trace(str(self._folder))
+      self._open = True
+    if self._open and number == self._first + 1 + self._count:
+      self.close()
+
+  def close(self) -> None:
+    """Ends the trace, if it is open, and says where it lies."""
+    if self._open:
+      jax.profiler.stop_trace()
+      self._open = False
+      say(f"trace of {self._count} steps  {self._folder}")
