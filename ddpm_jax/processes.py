@@ -4,6 +4,7 @@ Time runs from 0 (clean data) to `t_max` (noise). A process is fixed by two func
 `dx = f(t) x dt + g(t) dw`, log-SNR, posterior and prior are derived from them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -299,21 +300,11 @@ def discrete(betas) -> Process:
   cubic = PchipInterpolator(np.arange(kept + 1), table).c
 
   def step(t):
-    """n = N t, an exact integer at a step: n/N times N can miss it by a rounding, which a steep schedule would magnify."""
-    t = as_time(t)
-    position = t * n
-    nearest = jnp.round(position)
-    close = jnp.abs(position - nearest) <= 4 * jnp.finfo(t.dtype).eps * nearest
-    return position + jax.lax.stop_gradient(jnp.where(close, nearest - position, 0.0))
+    return _step(as_time(t), n)
 
   def integral(t):
     position = step(t) if kept == n else jnp.minimum(step(t), kept)
-    left = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, kept - 1)
-    fraction = position - left
-    value = jnp.zeros_like(fraction)
-    for coefficients in cubic:
-      value = value * fraction + jnp.asarray(coefficients, position.dtype)[left]
-    return value
+    return _piecewise(cubic.astype(position.dtype), position)
 
   def alpha(t):
     value = jnp.exp(-0.5 * integral(t))
@@ -327,6 +318,26 @@ def discrete(betas) -> Process:
     return jnp.sqrt(variance)
 
   return Process(alpha, sigma, t_max=1.0, t_min=1 / n, label=lambda t: step(t) - 1, num_steps=n)
+
+
+# Both are asked for many times in a step of training or sampling: jitted, they are traced once, and are quick outside of programs too.
+@functools.partial(jax.jit, static_argnums=1)
+def _step(t: Array, n: int) -> Array:
+  """n t, an exact integer at a step of n: k/n times n can miss it by a rounding, which a steep schedule would magnify."""
+  position = t * n
+  nearest = jnp.round(position)
+  close = jnp.abs(position - nearest) <= 4 * jnp.finfo(t.dtype).eps * nearest
+  return position + jax.lax.stop_gradient(jnp.where(close, nearest - position, 0.0))
+
+
+@jax.jit
+def _piecewise(coefficients: Array, position: Array) -> Array:
+  """Polynomials at positions [...] in [0, N]; coefficients [D, N], highest power first, are of the distance from the integer below."""
+  left = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, coefficients.shape[1] - 1)
+  fraction, value = position - left, jnp.zeros_like(position)
+  for coefficient in coefficients[:, left]:
+    value = value * fraction + coefficient
+  return value
 
 
 def _linear_rate(beta_min: float, beta_max: float) -> TimeFn:

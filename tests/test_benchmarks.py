@@ -15,6 +15,7 @@ from tests.conftest import CACHE, ROOT
 from tests.flags import COMPILE_SOON
 
 FOLDER = ROOT / "experiments" / "benchmarks"
+TINY = f"--config={FOLDER / 'tiny.py'}"
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_communication_hides_from_the_batch_that_the_roofline_says(script):
 
 
 def test_devices_share_the_work(tmp_path):
-  text = run("scaling.py", "--devices=2", "--recipes=digits_vp.py", f"--json={tmp_path / 'figures.json'}")
+  text = run("scaling.py", "--devices=2", TINY, "--recipes=digits_vp.py", f"--json={tmp_path / 'figures.json'}")
   rows = json.loads((tmp_path / "figures.json").read_text())["simulated"]
   assert [(row["devices"], row["fsdp"]) for row in rows] == [(1, 1), (2, 1), (2, 2)]
   assert "2 | 2" in text
@@ -94,7 +95,8 @@ def test_what_the_gpu_benchmark_runs_runs_in_small(tmp_path):
 
 
 def test_the_learning_curves_start_from_the_same_weights_and_fall(tmp_path):
-  options = ("--steps=100", "--parts=2", "--samples=100", f"--output={tmp_path}", f"--json={tmp_path / 'figures.json'}")
+  options = [TINY, "--steps=100", "--parts=2", "--samples=100"]
+  options += [f"--output={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
   # It trains longer than it compiles.
   run("learning_curve.py", *options, flags="")
   figures = json.loads((tmp_path / "figures.json").read_text())

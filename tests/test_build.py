@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build, ema, parallel, randomness, schema
 from tests.conftest import ROOT
-from tests.recipes import tiny_config
+from tests.recipes import LEVELS, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ from tests.recipes import tiny_config
 def test_wrong_values_are_errors_when_built(key, value, message):
   config = tiny_config()
   config.process.schedule, config.prediction = "linear", "eps"
+  config.network.update(LEVELS)
   section, _, name = key.rpartition(".")
   (config[section] if section else config)[name] = value
   with pytest.raises(ValueError, match=message):
@@ -283,7 +284,6 @@ def classifier_config():
 )
 def test_wrong_values_of_a_classifier_are_errors_when_built(key, value, message):
   config = classifier_config()
-  config.network.update({"middle_attention": False, "attention_resolutions": ()})
   config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=message):
     build.build_loss(config)

@@ -14,7 +14,7 @@ from tests.recipes import tiny_config
 def config_of(**keys):
   """Of a model of three classes; `scale=3.0` stands for guidance.scale, `network__num_classes` for network.num_classes."""
   config = tiny_config()
-  config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False, "num_classes": 3})
+  config.network.num_classes = 3
   config.loss.label_dropout = 0.1
   config.sampling.update({"num_steps": 3, "batch_size": 4})
   keys = {name.replace("__", ".") if "__" in name else f"guidance.{name}": value for name, value in keys.items()}

@@ -13,6 +13,10 @@ from diffusers.schedulers import scheduling_ddpm
 
 from ddpm_jax import images, interop, randomness, sampling
 from tests.test_interop_diffusers import SHAPE, start, write
+from tests.test_interop_unet import DOWN, levels
+
+# A network that is quick to call a thousand times.
+PLAIN = {"block_out_channels": (16,), "add_attention": False, **levels(DOWN)}
 
 
 def as_torch(x):
@@ -39,7 +43,7 @@ def assert_one_grey_level(a, b):
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 def test_a_thousand_steps_of_ddpm_are_the_pipeline_s(variance, tmp_path, monkeypatch):
   learned = {"out_channels": 6} if variance == "learned_range" else {}
-  write(tmp_path, diffusers.DDPMScheduler(variance_type=variance), **learned)
+  write(tmp_path, diffusers.DDPMScheduler(variance_type=variance), **PLAIN, **learned)
   model = interop.diffusers.load(tmp_path)
   assert (model.shape, model.clip) == ((8, 8, 3), (-1, 1))
   draw = jax.jit(lambda i: randomness.normal(jax.random.fold_in(jax.random.key(2), i), SHAPE, np.float32))

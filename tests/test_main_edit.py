@@ -14,9 +14,7 @@ from tests.recipes import tiny_config
 def run(tmp_path_factory):
   """A run of two steps of a model that knows classes, whose own sampler adds noise; and two images beside it."""
   folder, config = tmp_path_factory.mktemp("run"), tiny_config()
-  config.network.update(
-    {"multipliers": (1,), "attention_resolutions": (), "middle_attention": False, "num_classes": 10}
-  )
+  config.network.num_classes = 10
   config.loss.label_dropout = 0.1
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 100, "log_every": 1})
   config.evaluation.update({"num_samples": 6, "k": 2})

@@ -241,7 +241,8 @@ def test_rematerialization_changes_memory_and_not_gradients(policy, share):
   changed = plain.clone(remat=policy)
   before, after = (jax.jit(jax.grad(loss_of(network)))(params) for network in (plain, changed))
   for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 1e-6)
+    # Softmax knows no bias of keys: its gradient is rounding alone, up to 1e-6 beside a loss of 130.
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 2e-6)
   # Attention's weights, the largest of all, are among what is not kept.
   assert kept(changed) < share * kept(plain)
   assert jax.tree.structure(init(changed, (8, 8), 1)) == jax.tree.structure(params)

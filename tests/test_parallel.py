@@ -17,7 +17,7 @@ STEPS, BATCH = 20, 16
 @pytest.fixture(scope="module")
 def config():
   config = tiny_config()
-  config.network.update({"dropout": 0.1, "multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
+  config.network.dropout = 0.1
   return config
 
 
@@ -150,7 +150,7 @@ def test_the_state_is_donated(config, batches):
 def test_parts_of_a_batch_give_its_gradient_exactly(config, batches, x64):
   """In double precision, where order hardly matters: dropout, and times that are spread over the batch as a whole."""
   changed = config.copy_and_resolve_references()
-  changed.network.update({"channels": 4, "groups": 2, "multipliers": (1,)})
+  changed.network.update({"channels": 4, "groups": 2})
   changed.loss.times = "low_discrepancy"
   state = jax.jit(lambda: initial(changed))()
   state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, state)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ddpm_jax import build, costs, hardware, parallel, plan
 from ddpm_jax.runs import model
 from tests.conftest import ROOT
-from tests.recipes import tiny_config
+from tests.recipes import LEVELS, tiny_config
 
 P = PartitionSpec
 CHIP = hardware.Chip("Abacus", {"float32": 1e9, "bfloat16": 2e9}, memory=1e6, bandwidth=1e8, interconnect=1e7)
@@ -202,6 +202,7 @@ def test_nothing_to_plan_is_an_error():
 def test_the_train_step_of_a_recipe():
   """The U-Net's own step: FLOPs are near XLA's count, which has the element-wise ones besides."""
   config, size = tiny_config(), 8
+  config.network.update(LEVELS)
   mesh = parallel.make_mesh(devices=jax.devices()[:2])
   _, state = model.make_state(config, build.build_optimizer(config), mesh)
   step = parallel.jit_step(build.build_step(config, mesh), mesh, state)

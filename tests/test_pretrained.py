@@ -12,7 +12,7 @@ from diffusers.pipelines.ddim import pipeline_ddim
 
 from ddpm_jax import interop, pretrained, processes, randomness, schema
 from tests.commands import RECIPE, assert_refused, call
-from tests.recipes import tiny_config
+from tests.recipes import LEVELS, tiny_config
 from tests.test_interop_diffusers import write
 from tests.test_interop_pipelines import assert_one_grey_level
 
@@ -22,7 +22,8 @@ DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16",
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
-  code, output = call(RECIPE, f"--workdir={folder}", "--config.network.attention_resolutions=(4,)")
+  levels = [f"--config.network.{key}={value}" for key, value in LEVELS.items()]
+  code, output = call(RECIPE, f"--workdir={folder}", *levels)
   assert code == 0, output
   return folder
 

@@ -22,7 +22,6 @@ def one_device(monkeypatch):
 
 def config_of(**training):
   config = tiny_config()
-  config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
   config.training.update({"steps": 8, "checkpoint_every": 2, "sample_every": 100, "log_every": 2} | training)
   return config
 

@@ -23,9 +23,7 @@ def config_of(**training):
   config = tiny_config()
   config.task = "classify"
   config.process.schedule = "cosine"
-  config.network.update(
-    {"multipliers": (1,), "attention_resolutions": (), "middle_attention": False, "num_classes": 10}
-  )
+  config.network.num_classes = 10
   config.optimizer.learning_rate = 5e-3
   config.training.update({"steps": 400, "checkpoint_every": 200, "log_every": 50, "sample_every": 50} | training)
   return config

@@ -23,7 +23,7 @@ def one_device(monkeypatch):
 
 def config_of(**network):
   config = tiny_config()
-  config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False, **network})
+  config.network.update(network)
   config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 0})
   config.training.update({"steps": 4, "checkpoint_every": 4, "sample_every": 100, "log_every": 4})
   config.evaluation.update({"num_samples": 6, "k": 2})

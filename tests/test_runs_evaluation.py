@@ -27,7 +27,6 @@ def one_device(monkeypatch):
 
 def config_of(**evaluation):
   config = tiny_config()
-  config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
   config.process.num_steps = 20
   config.training.update({"steps": 4, "checkpoint_every": 4, "sample_every": 100, "log_every": 2})
   config.evaluation.update({"batch_size": 5} | evaluation)

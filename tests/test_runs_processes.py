@@ -22,9 +22,6 @@ OPTIONS = [
   "--config.training.checkpoint_every=5",
   "--config.training.sample_every=20",
   "--config.network.num_classes=10",
-  "--config.network.multipliers=(1,)",
-  "--config.network.attention_resolutions=()",
-  "--config.network.middle_attention=false",
   "--config.ema.kind=power",
   "--config.ema.snapshot_every=5",
 ]

@@ -27,7 +27,6 @@ def one_device(monkeypatch):
 def config_of(**keys):
   """A model that enlarges 8x8 to 16x16; `superres__noise=0.0` stands for superres.noise."""
   config = tiny_config()
-  config.network.update({"multipliers": (1,), "attention_resolutions": (), "middle_attention": False})
   config.data.update({"image_size": 16, "source": "arrays", "hold_out": 5})
   config.superres.update({"factor": 2, "noise": 0.5, "sample_noise": 0.1})
   # Quick enough that two steps tell images apart.

@@ -102,7 +102,7 @@ def test_moments_and_weights_of_a_mixture(name, process):
   first_order = name in STOCHASTIC and name not in SECOND_ORDER_STOCHASTIC
   if name in ORDERS:
     first_order = ORDERS[name][1] == 1
-  times = grid_for(process, 500 if first_order else 100)
+  times = grid_for(process, 250 if first_order else 100)
   x = process.prior(jax.random.key(1), (count, 2))
   got = np.asarray(run(SAMPLERS[name](process), MIXTURE.denoise(process), x, times, jax.random.key(2)), np.float64)
   mean, covariance = MIXTURE.moments()

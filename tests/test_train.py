@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from ddpm_jax import build, ema, losses, optim, predictions, processes, train
-from tests.recipes import tiny_config
+from tests.recipes import LEVELS, tiny_config
 
 
 def linear_problem(optimizer):
@@ -186,6 +186,7 @@ def test_a_mean_counts_samples_not_steps():
 @pytest.mark.parametrize("conditional", [True, False])
 def test_a_real_step_of_the_unet(conditional):
   config = tiny_config()
+  config.network.update(LEVELS)
   config.network.num_classes = 10 if conditional else 0
   config.network.dropout = 0.1
   optimizer = build.build_optimizer(config)

@@ -6,6 +6,7 @@ All take data of any number of spatial axes, [B, *space, C]: audio, images, volu
 import math
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -99,22 +100,32 @@ class GroupNorm(nn.Module):
     """x [B, *space, C] -> the same in `dtype`, times 1 + scale [B, C] plus shift [B, C] where they are given."""
     features = x.shape[-1]
     a, b = (self.param(name, init, (features,)) for name, init in (("scale", nn.initializers.ones), ("bias", ZEROS)))
-    flat = x.reshape(x.shape[0], -1, features).astype(jnp.promote_types(x.dtype, jnp.float32))
-    size = flat.shape[1]
+    return _normalize(x, a, b, scale, shift, self.groups, self.epsilon, self.dtype)
 
-    def mean(sums: Array) -> Array:
-      of_group = jnp.mean(sums.reshape(-1, self.groups, features // self.groups), axis=-1) / size
-      return jnp.repeat(of_group, features // self.groups, axis=-1)
 
-    middle = mean(total(flat))
-    variance = jnp.maximum(mean(total(flat * flat)) - middle**2, 0)
-    a = a * jax.lax.rsqrt(variance + self.epsilon)
-    b = b - middle * a
-    if scale is not None:
-      a, b = a * (1 + scale), b * (1 + scale)
-    if shift is not None:
-      b = b + shift
-    return (flat * spread(a, size) + spread(b, size)).astype(self.dtype).reshape(x.shape)
+# Functions of arrays that a network calls many times are jitted: those of one shape are traced once.
+@partial(jax.jit, static_argnums=(5, 6, 7))
+def _normalize(
+  x: Array, a: Array, b: Array, scale: Array | None, shift: Array | None, groups: int, epsilon: float, dtype: Any
+) -> Array:
+  """`GroupNorm` with the parameters a and b [C]."""
+  features = x.shape[-1]
+  flat = x.reshape(x.shape[0], -1, features).astype(jnp.promote_types(x.dtype, jnp.float32))
+  size = flat.shape[1]
+
+  def mean(sums: Array) -> Array:
+    of_group = jnp.mean(sums.reshape(-1, groups, features // groups), axis=-1) / size
+    return jnp.repeat(of_group, features // groups, axis=-1)
+
+  middle = mean(total(flat))
+  variance = jnp.maximum(mean(total(flat * flat)) - middle**2, 0)
+  a = a * jax.lax.rsqrt(variance + epsilon)
+  b = b - middle * a
+  if scale is not None:
+    a, b = a * (1 + scale), b * (1 + scale)
+  if shift is not None:
+    b = b + shift
+  return (flat * spread(a, size) + spread(b, size)).astype(dtype).reshape(x.shape)
 
 
 class Conv(nn.Module):
@@ -171,12 +182,14 @@ class Dense(nn.Module):
     return add_bias(x @ kernel, bias)
 
 
+@jax.jit
 def add_bias(x: Array, bias: Array) -> Array:
   """x [..., C] plus bias [C], whose gradient is a sum over all else."""
   positions = x.size // x.shape[-1]
   return x + spread(bias[None], positions).reshape(x.shape)
 
 
+@jax.jit
 def add_vector(x: Array, vector: Array) -> Array:
   """x [B, *space, C] plus a vector [B, C] at every position."""
   return x + spread(vector, x.size // vector.size).reshape(x.shape)
@@ -226,7 +239,12 @@ def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
   """Dropout by a key for each sample, folded with the block's name, so that masks do not depend on how a batch is split."""
   if keys is None or not rate:
     return x
-  folded = jax.vmap(jax.random.fold_in, (0, None))(keys, zlib.crc32(name.encode()))
+  return _drop(x, keys, jnp.uint32(zlib.crc32(name.encode())), rate)
+
+
+@partial(jax.jit, static_argnums=3)
+def _drop(x: Array, keys: Array, number: Array, rate: float) -> Array:
+  folded = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(folded)
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 

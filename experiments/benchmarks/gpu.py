@@ -24,8 +24,8 @@ RUNS = {
   "memory": ("memory.py", "--devices=1", "--batches=128,512", "--compile", str(CONFIGS / "cifar10_vp.py")),
 }
 QUICK = {
-  "unet_ddpm": ("unet.py", "--model=digits", "--batches=2,4", "--rounds=1"),
-  "sampling_ddpm": ("sampling.py", "--model=digits", "--batches=2"),
+  "unet_ddpm": ("unet.py", "--model=tiny", "--batches=2,4", "--rounds=1"),
+  "sampling_ddpm": ("sampling.py", "--model=tiny", "--batches=2"),
   "overhead": (
     "sampling_overhead.py",
     "--samplers",
@@ -36,8 +36,17 @@ QUICK = {
     "--rounds=1",
     "--limit=10",
   ),
-  "input": ("input.py", "--small=400", "--large=16", "--workers=0", "--seconds=0.2", "--steps=10", "--limit=1"),
-  "memory": ("memory.py", "--devices=1", "--batches=8", "--types=float32", "--compile", str(CONFIGS / "digits_vp.py")),
+  "input": (
+    "input.py",
+    "--batch=8",
+    "--small=400",
+    "--large=16",
+    "--workers=0",
+    "--seconds=0.2",
+    "--steps=10",
+    "--limit=1",
+  ),
+  "memory": ("memory.py", "--devices=1", "--batches=8", "--types=float32", "--compile", str(HERE / "tiny.py")),
 }
 
 

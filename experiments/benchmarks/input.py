@@ -1,6 +1,6 @@
 """How fast images come: records per second of each source, and what a train step at CIFAR-10's sizes waits for its input.
 
-python experiments/benchmarks/input.py [--limit=0.01] [--json=<file>]
+python experiments/benchmarks/input.py [--limit=0.01] [--batch=128] [--json=<file>]
 
 The images are crops of the two photographs that scikit-learn ships, written on the spot in every form that data come in: arrays in
 memory, folders of PNG and JPEG, packed records (--mode=prepare --output), and TFDS as ArrayRecord (PNG). Each is read by
@@ -139,6 +139,7 @@ def main():
   parser.add_argument("--limit", type=float, default=0.01, help="the largest share of waiting that passes")
   parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of a rate")
   parser.add_argument("--steps", type=timing.count, default=100, help="of each measurement of a wait")
+  parser.add_argument("--batch", type=timing.count, default=128, help="images of 32x32 a step")
   parser.add_argument("--small", type=timing.count, default=20000, help="images of 32x32")
   parser.add_argument("--large", type=timing.count, default=400, help="images of 256x256")
   parser.add_argument("--workers", type=int, default=2, help="worker processes; 0 leaves them out")
@@ -163,12 +164,12 @@ def main():
     for name in small:
       rates[name] = [
         rate(source, batch_size, args.seconds, **kwargs)
-        for source, batch_size in ((small[name], 128), (large[name], 32))
+        for source, batch_size in ((small[name], args.batch), (large[name], 32))
         for kwargs in ways.values()
       ]
       print(f"| {name} | {' | '.join(f'{found:,.0f}' for found in rates[name])} |", flush=True)
 
-    print("\ninput wait, batches of 128 of 32x32x3\n")
+    print(f"\ninput wait, batches of {args.batch} of 32x32x3\n")
     print("| source | step | wait |\n| --- | --- | --- |")
     compiled, state, mesh = small_step()
 
@@ -186,7 +187,7 @@ def main():
         ("a sleep of 50 ms", lambda batch: time.sleep(0.05), args.steps),
         ("a small U-Net on the same cores", train_on, max(args.steps // 10, 1)),
       ):
-        batches = data.batches(small[name], 128, seed=0, flip=True, put=put)
+        batches = data.batches(small[name], args.batch, seed=0, flip=True, put=put)
         shares[name, what], seconds = share_of_wait(batches, step, steps)
         print(f"| {name} | {what}, {1e3 * seconds:.0f} ms | {shares[name, what]:.2%} |", flush=True)
   figures = {

@@ -14,9 +14,14 @@ from diffusers import UNet2DModel
 from ddpm_jax import build, interop, predictions, processes, schedules
 from ddpm_jax.networks import UNet
 
-# Ho et al.'s on CIFAR-10 (35.7M parameters); Dhariwal and Nichol's on ImageNet 64x64 (295M; here of one class, without a learned variance); a
-# small one.
-MODELS = {"ddpm": "cifar10_vp.py", "adm64": "imagenet64_adm.py", "digits": "digits_vp.py"}
+# Ho et al.'s on CIFAR-10 (35.7M parameters); Dhariwal and Nichol's on ImageNet 64x64 (295M; here of one class, without a learned variance); two
+# small ones.
+MODELS = {
+  "ddpm": recipe.CONFIGS / "cifar10_vp.py",
+  "adm64": recipe.CONFIGS / "imagenet64_adm.py",
+  "digits": recipe.CONFIGS / "digits_vp.py",
+  "tiny": Path(__file__).with_name("tiny.py"),
+}
 
 
 class Pair(NamedTuple):
@@ -30,7 +35,7 @@ class Pair(NamedTuple):
 
 def make(name: str) -> Pair:
   """A pair of `MODELS`."""
-  config = recipe.load(recipe.CONFIGS / MODELS[name])
+  config = recipe.load(MODELS[name])
   shape, process = build.image_shape(config), processes.discrete(schedules.linear())
   network = build.build_network(config).clone(
     out_channels=shape[-1], num_classes=0, dropout=0.0, dtype=jnp.float32, remat="none"
