@@ -69,12 +69,12 @@ def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(fini
     "from tests.test_runs_evaluation import config_of\n\n\ndef get_config():\n  return config_of(report=True)\n"
   )
   arguments = [f"--config={tmp_path / 'recipe.py'}", "--mode=eval", f"--workdir={copy}", "--seed=0"]
-  process = commands.start(*arguments, PYTHONPATH=".")
+  process = commands.start(*arguments)
   commands.wait_for(copy / "samples" / "final.partial.json", process)
   commands.kill(process)
   done = json.loads((copy / "samples" / "final.partial.json").read_text())["done"]
   assert 0 < done < 40
-  code, output = commands.call(*arguments, PYTHONPATH=".")
+  code, output = commands.call(*arguments)
   assert code == 0, output
   left = int(output.split(" of them left")[0].rsplit(" ", 1)[1])
   assert 0 < left <= 40 - done
