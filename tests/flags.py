@@ -3,3 +3,5 @@
 COMPILE_SOON = (
   "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
+# For `jax.jit` of a program that runs for longer than it compiles: as XLA would by itself.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import sampling
+from tests.flags import OPTIMIZED
 from tests.oracles import PROCESSES
 
 # Deterministic rules and the order of their error in the step, for smooth flows.
@@ -79,10 +80,19 @@ def on_processes(names):
   return [(name, process) for process in PROCESSES for name in names if process in KINDS or name in FEW]
 
 
-def run(sampler, denoise, x, times, key=None, **kwargs):
+def run(sampler, denoise, x, times, key=None, *, compiler_options=None, **kwargs):
   """`sample`, jitted."""
   key = jax.random.key(0) if key is None else key
-  return jax.jit(lambda key, x, times: sampling.sample(key, sampler, denoise, x, times, **kwargs))(key, x, times)
+
+  def draw(key, x, times):
+    return sampling.sample(key, sampler, denoise, x, times, **kwargs)
+
+  return jax.jit(draw, compiler_options=compiler_options)(key, x, times)
+
+
+def run_many(*arguments):
+  """`run` for so many samples or steps that optimizing the program pays."""
+  return run(*arguments, compiler_options=OPTIMIZED)
 
 
 def run_from_exact_start(sampler, denoise, states, times, steps):

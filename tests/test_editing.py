@@ -7,7 +7,7 @@ import pytest
 
 from ddpm_jax import editing, sampling
 from tests.oracles import MIXTURE, PROCESSES, gaussian
-from tests.samplers import DISTINCT, KINDS, SAMPLERS, run
+from tests.samplers import DISTINCT, KINDS, SAMPLERS, run, run_many
 from tests.test_sampling import TRACES
 
 # Points in the plane, of which the first coordinate is known.
@@ -170,7 +170,7 @@ def test_going_back_up_keeps_the_marginal(process, jump):
   nothing = np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)
   sampler = editing.repaint(sampling.dpmpp_sde(process), process, *nothing, 4, jump)
   grid = sampling.grids.uniform if process is PROCESSES["rectified_flow"] else sampling.grids.karras
-  got = run(sampler, gaussian().denoise(process), process.prior(jax.random.key(1), (count, 1)), grid(process, 40))
+  got = run_many(sampler, gaussian().denoise(process), process.prior(jax.random.key(1), (count, 1)), grid(process, 40))
   np.testing.assert_allclose(np.mean(got), 0.3, atol=0.015)
   np.testing.assert_allclose(np.std(got), 0.4, atol=0.015)
 

@@ -31,6 +31,7 @@ from tests.samplers import (
   padded,
   run,
   run_from_exact_start,
+  run_many,
 )
 
 
@@ -159,7 +160,7 @@ def test_stochastic_errors_shrink_with_steps(name):
   denoise, errors = gaussian(0.0, std).denoise(process), []
   statistical = 4 * std**2 * (2 / count) ** 0.5
   for steps in (8, 32):
-    got = run(STOCHASTIC[name](process), denoise, x, sampling.grids.log_snr(process, steps), jax.random.key(2))
+    got = run_many(STOCHASTIC[name](process), denoise, x, sampling.grids.log_snr(process, steps), jax.random.key(2))
     errors.append(abs(np.var(np.asarray(got, np.float64)) - std**2))
   assert errors[1] < 0.5 * errors[0] + statistical
 
@@ -173,7 +174,7 @@ def test_rules_of_second_order_in_law():
     errors = []
     for steps in (20, 40):
       times = sampling.grids.log_snr(process, steps)
-      got = run(STOCHASTIC[name](process), denoise, x, times, jax.random.key(2))
+      got = run_many(STOCHASTIC[name](process), denoise, x, times, jax.random.key(2))
       errors.append(abs(np.var(np.asarray(got, np.float64)) - std**2))
     ratios[name] = errors[0] / errors[1]
   assert 1.5 < ratios.pop("ddim_one") < 2.2
@@ -333,7 +334,7 @@ def test_the_corrector_leaves_the_marginal_alone_and_repairs_another(process):
   std = float(jnp.sqrt(variance))
   z = jax.random.normal(jax.random.key(0), (count, 1))
   for samples in (mean + std * z, mean + 2 * std * z + std):
-    got = np.asarray(run(corrected, denoise, samples, jnp.array([t, t / 2])), np.float64)
+    got = np.asarray(run_many(corrected, denoise, samples, jnp.array([t, t / 2])), np.float64)
     # A Langevin step of size e leaves a variance larger by about e / 2 of the score's slope.
     np.testing.assert_allclose(got.std(), std, rtol=0.02)
     np.testing.assert_allclose(got.mean(), mean, atol=0.03 * std)
