@@ -1,7 +1,6 @@
 """Guidance: what it means for data whose classes have closed-form densities, and that it serves every sampler."""
 
 import functools
-import itertools
 import math
 
 import jax
@@ -14,7 +13,7 @@ from ddpm_jax import costs, guidance, predictions, processes, sampling
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Denoised
 from tests.oracles import MIXTURE, PROCESSES, Mixture
-from tests.samplers import DISTINCT, FEW, SAMPLERS, run
+from tests.samplers import run
 
 NONE = len(MIXTURE.weights)
 
@@ -247,109 +246,6 @@ def test_autoguidance_goes_away_from_the_weaker_model():
   got = guidance.autoguidance(strong, weak, 2.0)(x, t)
   np.testing.assert_allclose(got, 2 * strong(x, t) - weak(x, t), rtol=1e-5, atol=1e-6)
   assert guidance.autoguidance(strong, weak, 1.0) is strong
-
-
-def cfg_plus_plus(process, model, x, times, c, scale):
-  """Chung et al. 2024, algorithm 2, as it is printed, in any alpha and sigma."""
-  for t, s in itertools.pairwise(times):
-    alpha_t, alpha_s = process.alpha(t), process.alpha(s)
-    sigma_t, sigma_s = process.sigma(t), process.sigma(s)
-    noise = [(x - alpha_t * model(x, t, labels(k, len(x)))) / sigma_t for k in (c, NONE)]
-    guided = noise[1] + scale * (noise[0] - noise[1])
-    x = alpha_s * (x - sigma_t * guided) / alpha_t + sigma_s * noise[1]
-  return x
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
-def test_plus_plus_is_the_papers_algorithm(scale, x64):
-  process = processes.vp()
-  x = jax.random.normal(jax.random.key(0), (40, 2), jnp.float64)
-  times = sampling.grids.uniform(process, 12)
-  model = conditional(process)
-  denoise = guidance.plus_plus(model, labels(0, 40), labels(NONE, 40), scale)
-  wanted = cfg_plus_plus(process, model, x, times, 0, scale)
-  for sampler in (sampling.ddim(process), sampling.euler(process)):
-    np.testing.assert_allclose(run(sampler, denoise, x, times), wanted, rtol=1e-6, atol=1e-8)
-  # DDIM by plain guidance, with a scale that depends on the step.
-  step = times[3], times[4]
-  (alpha_t, alpha_s), (sigma_t, sigma_s) = (
-    np.asarray(process.alpha(np.asarray(step))),
-    np.asarray(process.sigma(np.asarray(step))),
-  )
-  same = guidance.classifier_free(
-    model, labels(0, 40), labels(NONE, 40), scale / (1 - sigma_s * alpha_t / (alpha_s * sigma_t))
-  )
-  np.testing.assert_allclose(
-    run(sampling.ddim(process), denoise, x, np.array(step)),
-    run(sampling.ddim(process), same, x, np.array(step)),
-    rtol=1e-6,
-  )
-
-
-@pytest.mark.parametrize("name", ["ddim_half", "ancestral", "heun", "dpmpp_2m", "unipc_3", "deis_3", "langevin_heun"])
-def test_plus_plus_is_refused_where_its_noise_would_be_lost(name):
-  process = processes.vp()
-  denoise = guidance.plus_plus(conditional(process), labels(0, 4), labels(NONE, 4), 0.5)
-  times = sampling.grids.uniform(process, 4)
-  if name == "ddim_half":
-    assert np.all(np.isfinite(run(SAMPLERS[name](process), denoise, jnp.ones((4, 2)), times)))
-    return
-  with pytest.raises(ValueError, match=r"CFG\+\+"):
-    run(SAMPLERS[name](process), denoise, jnp.ones((4, 2)), times)
-
-
-def wrapped(process, trace):
-  """Every wrapper at work, the network counted."""
-  model = conditional(process)
-
-  def counted(x_t, t, classes):
-    trace.append(len(x_t))
-    return model(x_t, t, classes)
-
-  given, none = labels(0, 4), labels(NONE, 4)
-
-  def unconditional(x_t, t):
-    return counted(x_t, t, none)
-
-  return {
-    "classifier_free": guidance.classifier_free(counted, given, none, 3.0, rescale=0.5),
-    "autoguidance": guidance.autoguidance(unconditional, component(0).denoise(process), 2.0),
-    "classifier": guidance.classifier(unconditional, functools.partial(log_posterior, process, 0), process, 2.0),
-    "clip": guidance.clip(unconditional),
-    "dynamic_threshold": guidance.dynamic_threshold(unconditional, 0.9),
-  }
-
-
-WRAPPERS = ("classifier_free", "classifier", "autoguidance", "clip", "dynamic_threshold")
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", DISTINCT)
-def test_every_wrapper_serves_every_sampler_with_one_trace_a_call_site(name, wrapper):
-  process = processes.vp()
-  times, x = sampling.grids.uniform(process, 5, t_min=1e-3), jnp.ones((4, 2))
-  sampler, plain, trace = SAMPLERS[name](process), [], []
-
-  def bare(x_t, t):
-    plain.append(len(x_t))
-    return MIXTURE.denoise(process)(x_t, t)
-
-  def shape(denoise):
-    return jax.eval_shape(lambda x: sampling.sample(jax.random.key(0), sampler, denoise, x, times), x)
-
-  assert shape(wrapped(process, trace)[wrapper]) == shape(bare)
-  assert len(trace) == len(plain)
-  # To a sampler one `denoise` is like another: all samplers run with one wrapper, and a few with all of them.
-  if wrapper == WRAPPERS[0] or name in (*FEW, "heun_churn"):
-    assert np.all(np.isfinite(run(sampler, wrapped(process, [])[wrapper], x, times)))
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_every_wrapper_serves_the_adaptive_ode(wrapper):
-  process = processes.vp()
-  denoise = wrapped(process, [])[wrapper]
-  x, _ = jax.jit(lambda x: sampling.ode(process, denoise, x, 1.0, 1e-3, rtol=1e-3, atol=1e-3))(jnp.ones((4, 2)))
-  assert np.all(np.isfinite(x))
 
 
 @pytest.mark.parametrize("name", ["zero_snr", "rectified_flow"])

@@ -1,0 +1,140 @@
+"""Likelihoods by the probability flow, against densities in closed form and SciPy's solver."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, special, stats
+
+from ddpm_jax import likelihood
+from ddpm_jax.networks import gradients_in_loops
+from ddpm_jax.networks.convolution import convolve
+from tests.oracles import MIXTURE, PROCESSES, gaussian
+from tests.test_likelihood import KEY, MEAN, STD, keys, on_levels
+
+
+def density(mixture, alpha, sigma, x):
+  """Of x_t: a mixture of Gaussians again."""
+  stds = np.sqrt(alpha**2 * mixture.stds**2 + sigma**2)
+  distances = ((x[:, None] - alpha * mixture.means) ** 2).sum(-1) / stds**2
+  dim = x.shape[1]
+  return special.logsumexp(np.log(mixture.weights) - distances / 2 - dim * np.log(stds * np.sqrt(2 * np.pi)), axis=-1)
+
+
+def mixture_flow(mixture):
+  """The probability flow of the VP SDE and its divergence in NumPy, as SciPy takes them: (x, integral of the divergence)."""
+
+  def slope(t, state):
+    x, beta, alpha = state[:-1], 0.1 + 19.9 * t, np.exp(-0.5 * (0.1 * t + 9.95 * t**2))
+    variance = 1 - alpha**2
+    of_x = alpha**2 * mixture.stds**2 + variance
+    away = x - alpha * mixture.means
+    share = special.softmax(np.log(mixture.weights) - (away**2).sum(-1) / of_x / 2 - len(x) * np.log(of_x) / 2)
+    scores = -away / of_x[:, None]
+    score = share @ scores
+    laplacian = share @ ((scores**2).sum(-1) - len(x) / of_x) - score @ score
+    return np.append(-0.5 * beta * (x + score), -0.5 * beta * (len(x) + laplacian))
+
+  return slope
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_exact_trace_gives_the_density_at_t_min(process):
+  """That of the noisy data at t_min, which the flow of the exact denoiser ends at; with mean 0, as the prior has."""
+  process, data = PROCESSES[process], gaussian(0.0, STD, 2)
+  x, t_min = np.float32([[0.0, 0.5], [-0.2, 0.1], [0.9, 0.3]]), 0.01 * process.t_max
+  run = functools.partial(likelihood.ode_bits, exact=True, dequantize=False, t_min=t_min)
+  found = jax.jit(lambda x: run(KEY, process, data.denoise(process), x))(x)
+  expected = -density(data, float(process.alpha(t_min)), float(process.sigma(t_min)), x) / 2 / np.log(2)
+  np.testing.assert_allclose(found.bits, expected, atol=1e-3)
+  assert found.by_probe.shape == (3, 1)
+
+
+@pytest.mark.parametrize("process", ["sub_vp", "rectified_flow"])
+def test_the_flow_starts_near_enough_to_the_data_by_default(process):
+  """In single precision, which resolves little of the noise there; of more dimensions than are taken at once."""
+  process, data = PROCESSES[process], gaussian(0.0, STD, 70)
+  x = data.draw(np.random.default_rng(0), 3).astype(np.float32)
+  found = jax.jit(lambda x: likelihood.ode_bits(KEY, process, data.denoise(process), x, exact=True, dequantize=False))(
+    x
+  )
+  np.testing.assert_allclose(found.bits, -density(data, 1, 0, x) / 70 / np.log(2), atol=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_joint_solution_is_scipy_s():
+  """The same steps and the same log-density as by SciPy with the divergence written out; the flow's own density besides."""
+  process, x = PROCESSES["vp"], MIXTURE.draw(np.random.default_rng(1), 4)
+  found = jax.jit(
+    lambda x: likelihood.ode_bits(KEY, process, MIXTURE.denoise(process), x, exact=True, dequantize=False, t_min=1e-3)
+  )(x)
+  for row in range(4):
+    ends = (1e-3, 1.0)
+    truth = integrate.solve_ivp(mixture_flow(MIXTURE), ends, np.append(x[row], 0), rtol=1e-5, atol=1e-5, method="RK45")
+    end = truth.y[:, -1]
+    sigma = float(process.sigma(1.0))
+    expected = -(stats.norm(0, sigma).logpdf(end[:2]).sum() + end[2]) / 2 / np.log(2)
+    np.testing.assert_allclose(found.bits[row], expected, atol=1e-7)
+    assert found.nfe[row] == truth.nfev
+  alpha, sigma = float(process.alpha(1e-3)), float(process.sigma(1e-3))
+  np.testing.assert_allclose(found.bits, -density(MIXTURE, alpha, sigma, x) / 2 / np.log(2), atol=3e-3)
+
+
+def test_probes_have_no_bias():
+  process, x = PROCESSES["vp"], np.float32([[0.1, 0.3], [0.45, -0.3]])
+  run = functools.partial(likelihood.ode_bits, dequantize=False, t_min=1e-3, rtol=1e-4, atol=1e-4)
+
+  @jax.jit
+  def both(x):
+    options = ({"noise": "rademacher", "probes": 500}, {"noise": "gaussian", "probes": 500}, {"exact": True})
+    return [run(KEY, process, MIXTURE.denoise(process), x, **kwargs) for kwargs in options]
+
+  *found, exact = both(x)
+  for bits in found:
+    mean, error = likelihood.summary(bits.by_probe, axis=1)
+    np.testing.assert_allclose(bits.bits, mean, rtol=1e-6)
+    assert np.all((error > 1e-3) & (error < 0.2))
+    assert np.all(np.abs(mean - exact.bits) < 4 * error)
+
+
+def test_signs_tell_the_trace_of_an_isotropic_flow_exactly():
+  process, data = PROCESSES["cosine"], gaussian(MEAN, STD, 3)
+  x = data.draw(np.random.default_rng(0), 3).astype(np.float32)
+  run = functools.partial(likelihood.ode_bits, KEY, process, data.denoise(process), probes=4, dequantize=False)
+  signs, normals = jax.jit(lambda x: (run(x).by_probe, run(x, noise="gaussian").by_probe))(x)
+  assert np.ptp(signs, axis=1).max() < 1e-4
+  assert np.ptp(normals, axis=1).min() > 1e-2
+
+
+def test_dequantized_bits_are_those_of_the_levels():
+  """Levels are so narrow that Jensen's inequality costs next to nothing: the mass of the density over the level's width."""
+  process, data = PROCESSES["vp"], gaussian(MEAN, STD, 1)
+  values = np.array([0, 90, 140, 255])
+  x_0 = np.float32(values / 127.5 - 1).repeat(64)[:, None]
+  run = jax.jit(lambda x: likelihood.ode_bits(KEY, process, data.denoise(process), x, t_min=1e-4).bits)
+  mean, error = likelihood.summary(run(x_0).reshape(4, 64), axis=1)
+  mass = np.diff(stats.norm(MEAN, STD).cdf(np.array([values, values + 1]) / 128 - 1), axis=0)[0]
+  assert np.all(np.abs(mean + np.log2(mass)) < 4 * error + 2e-3)
+  assert np.all(error < 0.01)
+
+
+def test_derivatives_go_either_way():
+  """Networks that `gradients_in_loops` made know backward ones alone."""
+  process, kernel = PROCESSES["cosine"], 0.3 * jax.random.normal(KEY, (3, 3, 2, 2))
+
+  def denoise(x, t):
+    assert t.shape == x.shape[:1]
+    return jnp.tanh(convolve(x, kernel, (1, 1), "SAME"))
+
+  @jax.jit
+  def both(x):
+    run = functools.partial(likelihood.ode_bits, keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3)
+    with gradients_in_loops():
+      backward = run(reverse=True)
+    return run(), backward
+
+  forward, backward = both(on_levels((2, 4, 4, 2)))
+  # v^T J v is the same number from either end, but for rounding.
+  np.testing.assert_allclose(backward.by_probe, forward.by_probe, rtol=1e-4)
