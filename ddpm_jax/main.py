@@ -359,6 +359,7 @@ def _leave(code: int) -> None:
 
 def _main(argv: list[str]) -> None:
   heap.keep()
+  heap.collect_rarely()
   try:
     main(argv)
   except (ValueError, FloatingPointError, OSError) as error:

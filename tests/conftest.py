@@ -1,9 +1,11 @@
 """Shared set-up: eight simulated devices, JAX's compilation cache, and double precision on demand."""
 
+import gc
 import itertools
 import os
 from pathlib import Path
 
+from ddpm_jax import heap
 from tests.flags import COMPILE_SOON
 
 # Before JAX starts. Most tests use the first device only. They compile hundreds of small programs and run each briefly. Eight devices
@@ -22,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "tests"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# As the command line does: most of the time programs are traced.
+heap.collect_rarely()
 
 
 _count = itertools.count(1)
@@ -33,6 +37,7 @@ def _forget_programs():
   yield
   if next(_count) % 150 == 0:
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

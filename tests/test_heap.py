@@ -1,4 +1,4 @@
-"""A process that keeps its memory has no page faults where it allocates again; and who may not keep it does not."""
+"""A process that keeps its memory has no page faults where it allocates again; who may not keep it does not; and garbage is sought rarely."""
 
 import os
 import platform
@@ -48,3 +48,22 @@ def test_not_for_an_accelerator_nor_against_the_user(environment):
   kept, faults = run(**environment)
   assert not kept
   assert faults > 1000
+
+
+def test_searches_for_garbage_become_rare():
+  """Counted by Python itself, as many objects are made that stay."""
+  program = """
+import gc
+from ddpm_jax import heap
+searches = []
+gc.callbacks.append(lambda phase, info: searches.append(phase))
+before = [[] for _ in range(50_000)]
+default = len(searches)
+heap.collect_rarely()
+after = [[] for _ in range(50_000)]
+print(default, len(searches) - default)
+"""
+  result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+  default, rare = map(int, result.stdout.split())
+  assert default > 20
+  assert rare < 5

@@ -264,6 +264,7 @@ def main():
   args = parser.parse_args()
   # As the command line does; it is PyTorch's too.
   heap.keep()
+  heap.collect_rarely()
   config = load(args.config)
   args.steps = args.steps or config.training.steps
   if args.steps % args.parts or args.steps // args.parts < LOG_EVERY:

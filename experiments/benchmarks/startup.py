@@ -20,6 +20,8 @@ import numpy as np
 import timing
 from recipe import load, trace_step
 
+from ddpm_jax import heap
+
 ROOT = Path(__file__).parents[2]
 BATCH_ON_CPU = 16
 
@@ -52,6 +54,7 @@ def first_step(config, folder, cache):
 
 def compile_here(config):
   """Prints seconds of tracing, lowering and compiling as JSON; for a process of its own."""
+  heap.collect_rarely()  # as the command line does
   import jax
 
   recipe = load(config)
