@@ -36,7 +36,7 @@ def keep() -> bool:
 def collect_rarely() -> None:
   """Has Python look for garbage in cycles once in 100,000 new objects, not in 700 (3.12 and before) or 2,000.
 
-  Tracing makes millions of objects that stay, and each search goes through those not seen before: an eighth to a quarter of the time that a
+  Tracing makes millions of objects that stay, and each search goes through those not seen before: a tenth to a quarter of the time that a
   program is traced and lowered in. Arrays are not in cycles; they are freed as soon as before.
   """
   gc.set_threshold(100_000)

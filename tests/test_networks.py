@@ -23,9 +23,8 @@ def apply(network, params, *args, **kwargs):
 
 def awake(params):
   """The zeros of a fresh network replaced by noise, so that every path acts on the output."""
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(9), len(leaves))
-  return tree.unflatten([p + 0.1 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
+  rng = np.random.default_rng(9)
+  return jax.tree.map(lambda p: jnp.asarray(p + 0.1 * rng.standard_normal(p.shape, np.float32)), params)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +43,12 @@ def test_shapes_and_types(size, channels, changes):
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
   x, label = jax.random.normal(jax.random.key(1), (3, *size, channels)), jnp.array([0.0, 10.0, 999.0])
   classes = jnp.array([0, 1, 2]) if network.num_classes else None
-  output = apply(network, params, x, label, classes)
+  compiled = jax.jit(lambda params: network.apply({"params": params}, x, label, classes))
+  output = compiled(params)
   assert output.shape == x.shape
   assert output.dtype == jnp.float32
   assert jnp.all(output == 0), "a fresh network gives zeros, by its last convolution"
-  assert jnp.any(apply(network, awake(params), x, label, classes) != 0)
+  assert jnp.any(compiled(awake(params)) != 0)
 
 
 def test_output_depends_on_time_and_class_and_not_on_the_rest_of_the_batch():

@@ -43,7 +43,7 @@ QUICK = {
     "--large=16",
     "--workers=0",
     "--seconds=0.2",
-    "--steps=10",
+    "--steps=2",
     "--limit=1",
   ),
   "memory": ("memory.py", "--devices=1", "--batches=8", "--types=float32", "--compile", str(HERE / "tiny.py")),

@@ -114,7 +114,7 @@ def small_step():
   def init(key):
     return network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
 
-  state = train.init_state(jax.random.key(0), init, optimizer)
+  state = jax.jit(lambda: train.init_state(jax.random.key(0), init, optimizer))()
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   state = jax.device_put(state, parallel.state_shardings(mesh, state))
   step = functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer)
