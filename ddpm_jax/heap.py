@@ -37,6 +37,6 @@ def collect_rarely() -> None:
   """Has Python look for garbage in cycles once in 100,000 new objects, not in 700 (3.12 and before) or 2,000.
 
   Tracing makes millions of objects that stay, and each search goes through those not seen before: a tenth to a quarter of the time that a
-  program is traced and lowered in. Arrays are not in cycles; they are freed as soon as before.
+  program is traced and lowered in. Arrays that no cycle holds are freed as soon as before; training and checkpoints leave none in cycles.
   """
   gc.set_threshold(100_000)
