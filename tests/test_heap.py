@@ -15,13 +15,20 @@ import resource, sys
 from ddpm_jax import heap
 assert "jax" not in sys.modules
 kept = heap.keep()
-import numpy as np
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
 def faults():
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-np.ones(2**23)
+# As a train step does: a state given away from run to run, and temporaries of 67 MB, more than a heap of a thread can hold.
+x = jnp.ones(2**24)
+barrier = jax.lax.optimization_barrier
+step = jax.jit(lambda x: barrier(barrier(x + 1)[::-1])[::-1] * x, donate_argnums=0).lower(x).compile()
+assert step.memory_analysis().temp_size_in_bytes >= 2**26
+for _ in range(2):
+  x = jax.block_until_ready(step(x))
 before = faults()
 for _ in range(10):
-  np.ones(2**23)
+  x = jax.block_until_ready(step(x))
 print(kept, faults() - before)
 """
 
@@ -38,7 +45,7 @@ def test_what_is_freed_is_kept_and_not_filled_with_zeros_again():
   kept, faults = run(JAX_PLATFORMS="cpu")
   assert kept == GLIBC
   if kept:
-    assert faults < 100  # of 160,000 pages
+    assert faults < 40_000  # of 160,000 pages: now and then a thread of JAX's allocates
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,7 @@ def test_what_is_freed_is_kept_and_not_filled_with_zeros_again():
 def test_not_for_an_accelerator_nor_against_the_user(environment):
   kept, faults = run(**environment)
   assert not kept
-  assert faults > 1000
+  assert faults > 120_000
 
 
 def test_searches_for_garbage_become_rare():
