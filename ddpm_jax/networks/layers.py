@@ -179,7 +179,9 @@ class Dense(nn.Module):
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", ZEROS, (self.features,))
     x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
-    return add_bias(x @ kernel, bias)
+    # As one matrix: the kernel's gradient is then one product, and no transposed copy of x is made for it.
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    return add_bias(y.reshape(*x.shape[:-1], self.features), bias)
 
 
 @jax.jit

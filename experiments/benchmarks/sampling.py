@@ -23,7 +23,7 @@ import pair
 import timing
 import torch
 
-from ddpm_jax import guidance, parallel, predictions, processes, sampling, schedules
+from ddpm_jax import guidance, heap, parallel, predictions, processes, sampling, schedules
 
 TASKS = {
   "DDIM, 50 steps": (50, sampling.ddim, diffusers.DDIMScheduler, diffusers.DDIMPipeline),
@@ -76,6 +76,8 @@ def main():
   parser.add_argument("--batches", type=timing.counts, default="1,16", help="images a batch, several by commas")
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled too, on a CPU")
   args = parser.parse_args()
+  # As the command line does; on a CPU it is PyTorch's too.
+  heap.keep()
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
   made = pair.make(args.model)

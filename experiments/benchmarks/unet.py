@@ -27,7 +27,7 @@ import pair
 import timing
 import torch
 
-from ddpm_jax import costs, parallel
+from ddpm_jax import costs, heap, parallel
 
 PASSES = ("forward", "train step")
 
@@ -159,6 +159,8 @@ def main():
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled too, on a CPU")
   parser.add_argument("--plain", action="store_true", help="without parallel.compiler_options")
   args = parser.parse_args()
+  # As the command line does; on a CPU it is PyTorch's too.
+  heap.keep()
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
   made = pair.make(args.model)
