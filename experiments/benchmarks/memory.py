@@ -98,7 +98,7 @@ def main():
   parser.add_argument("--topology", help="compile for one chip of this kind, such as v5e:1x1")
   parser.add_argument("--images", type=timing.count, default=16, help="the batch to compile for")
   parser.add_argument("--types", default="float32,bfloat16", help="what the network computes in")
-  parser.add_argument("--devices", type=int, default=0, help="add up for one of so many devices")
+  parser.add_argument("--devices", type=timing.count, default=None, help="add up for one of so many devices")
   parser.add_argument("--batches", type=timing.counts, default="16,128,1024", help="images a step, over all of them")
   parser.add_argument("--compile", action="store_true", help="and compile for them")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
