@@ -219,26 +219,43 @@ def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Skips the steps whose gradients or updates have a norm that is not finite: state and parameters stay as they were, bit by bit.
+def skip_nonfinite(
+  *steps: optax.GradientTransformation, averages: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
+  """`optax.chain(*steps, averages)` without the steps whose gradients or updates have a norm that is not finite: state and parameters
+  stay as they were, bit by bit.
 
-  Put it outermost, around averages of the parameters too.
+  Put it outermost.
 
   Args:
-    inner: the optimizer.
+    *steps: the optimizer, in one part or more.
+    averages: of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
   """
+  optimizer = optax.chain(*steps)
+  whole = optimizer if averages is None else optax.chain(*steps, averages)
 
   def init(params):
-    return SkipState(inner.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return SkipState(whole.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   def update(updates, state, params=None):
-    new, inner_state = inner.update(updates, state.inner, params)
+    once = jax.jit(optimizer.update)  # traced once, and called twice
+    inputs = (updates, state.inner[: len(steps)], params)
+    new, _ = once(*inputs)
+    new, inputs = jax.lax.platform_dependent(
+      (new, inputs), cpu=jax.lax.optimization_barrier, default=lambda operands: operands
+    )
     good = jnp.isfinite(global_norm(updates)) & jnp.isfinite(global_norm(new))
     # Minus 0, which added to -0 leaves it -0.
     new = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.asarray(-0.0, leaf.dtype)), new)
-    inner_state = jax.tree.map(lambda after, before: jnp.where(good, after, before), inner_state, state.inner)
+    # The state is computed anew rather than kept until it is known whether the step is good: a kernel of XLA's CPU back end has one result,
+    # and so each array would be written and read once more. On other platforms both calls are compiled as one.
+    _, after = once(*inputs)
+    # Of the updates that are left, so that the averages read the new parameters, as they are written, and not the old ones afterwards.
+    if averages is not None:
+      new, averaged = averages.update(new, state.inner[-1], params)
+      after = (*after, averaged)
     return new, SkipState(
-      inner_state,
+      jax.tree.map(lambda after, before: jnp.where(good, after, before), after, state.inner),
       jnp.where(good, state.skipped, optax.safe_increment(state.skipped)),
       jnp.where(good, 0, optax.safe_increment(state.in_a_row)),
     )
@@ -273,8 +290,7 @@ def chain(
     ValueError: if a value is out of its range, or a name is unknown.
   """
   clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
-  steps = [*clip, optimizer(name, rate, arguments or {}), *([] if averages is None else [averages])]
-  return skip_nonfinite(optax.chain(*steps))
+  return skip_nonfinite(*clip, optimizer(name, rate, arguments or {}), averages=averages)
 
 
 def adam(

@@ -209,6 +209,14 @@ def test_updates_that_are_not_finite_are_skipped_too():
   assert_same_bits(history[2], history[1])
 
 
+def test_the_state_is_that_of_optax_s_chain():
+  """Which old checkpoints hold."""
+  averages = ema.params_ema(ema.fixed(0.9))
+  for steps, last in (([optax.adam(0.1)], [averages]), ([optax.clip(1.0), optax.sgd(0.1, 0.9)], [])):
+    state = optim.skip_nonfinite(*steps, averages=last[0] if last else None).init(PARAMS)
+    assert_same_bits(state.inner, optax.chain(*steps, *last).init(PARAMS))
+
+
 def test_skipped_is_found_inside_wrappers():
   assert optim.skipped(optax.adam(0.1).init(PARAMS)) is None
   wrapped = optax.MultiSteps(optim.adam(0.1), 2).init(PARAMS)
