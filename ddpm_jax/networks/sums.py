@@ -1,7 +1,7 @@
 """Sums over all positions and their adjoint, by the programs that each platform computes fastest, both exact to float32 rounding.
 
-XLA's CPU back end fuses a sum with what it sums, and then computes it, one number after another, many times more slowly than a product
-with ones; and the gradient of a value that is repeated at all positions is such a sum. Elsewhere both are what they look like.
+XLA's CPU back end fuses a sum with what it sums, and then computes it, one number after another, many times more slowly than a sum of what is
+in memory, which a barrier makes it; and the gradient of a value that is repeated at all positions is such a sum. Elsewhere both are what they look like.
 """
 
 from functools import partial
@@ -13,14 +13,21 @@ from jax import lax
 Array = jax.Array
 
 
+@jax.custom_jvp
 @jax.jit
 def total(x: Array) -> Array:
   """[B, N, C] -> the sums over N, [B, C]."""
+  return lax.platform_dependent(x, cpu=lambda x: jnp.sum(lax.optimization_barrier(x), axis=1), default=_sum)
 
-  def product(x: Array) -> Array:
-    return jnp.einsum("bn,bnc->bc", jnp.ones(x.shape[:2], x.dtype), x, precision="highest")
 
-  return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=1))
+@total.defjvp
+def _total_jvp(primals, tangents):
+  # Without the barrier, since the transpose would keep its repeated values instead of reading them where they are used.
+  return total(*primals), _sum(*tangents)
+
+
+def _sum(x: Array) -> Array:
+  return jnp.sum(x, axis=1)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -38,9 +45,7 @@ def _spread_jvp(size, primals, tangents):
 
 @partial(jax.jit, static_argnums=1)
 def _spread_slope(x: Array, size: int) -> Array:
-  """As `spread`, by what has `total`'s product for its transpose."""
-
-  def product(x: Array) -> Array:
-    return jnp.einsum("bn,bc->bnc", jnp.ones((x.shape[0], size), x.dtype), x, precision="highest")
-
-  return lax.platform_dependent(x, cpu=product, default=lambda x: spread(x, size))
+  """As `spread`; its transpose is `total`."""
+  return lax.platform_dependent(
+    x, cpu=lambda x: lax.optimization_barrier(spread(x, size)), default=lambda x: spread(x, size)
+  )
