@@ -230,26 +230,29 @@ def skip_nonfinite(
   Args:
     *steps: the optimizer, in one part or more.
     averages: of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
+
+  Raises:
+    ValueError: if there is no optimizer.
   """
+  if not steps:
+    raise ValueError("Got no optimizer; wanted one or more, such as skip_nonfinite(optax.adam(1e-3)).")
   optimizer = optax.chain(*steps)
+  once = jax.jit(optimizer.update)  # traced once, and called twice
   whole = optimizer if averages is None else optax.chain(*steps, averages)
 
   def init(params):
     return SkipState(whole.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   def update(updates, state, params=None):
-    once = jax.jit(optimizer.update)  # traced once, and called twice
     inputs = (updates, state.inner[: len(steps)], params)
     new, _ = once(*inputs)
-    new, inputs = jax.lax.platform_dependent(
-      (new, inputs), cpu=jax.lax.optimization_barrier, default=lambda operands: operands
-    )
     good = jnp.isfinite(global_norm(updates)) & jnp.isfinite(global_norm(new))
     # Minus 0, which added to -0 leaves it -0.
     new = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.asarray(-0.0, leaf.dtype)), new)
     # The state is computed anew rather than kept until it is known whether the step is good: a kernel of XLA's CPU back end has one result,
     # and so each array would be written and read once more. On other platforms both calls are compiled as one.
-    _, after = once(*inputs)
+    apart = jax.lax.platform_dependent(inputs, cpu=jax.lax.optimization_barrier, default=lambda inputs: inputs)
+    _, after = once(*apart)
     # Of the updates that are left, so that the averages read the new parameters, as they are written, and not the old ones afterwards.
     if averages is not None:
       new, averaged = averages.update(new, state.inner[-1], params)

@@ -209,6 +209,11 @@ def test_updates_that_are_not_finite_are_skipped_too():
   assert_same_bits(history[2], history[1])
 
 
+def test_no_optimizer_is_an_error():
+  with pytest.raises(ValueError, match="no optimizer; wanted one or more"):
+    optim.skip_nonfinite(averages=ema.params_ema(ema.fixed(0.9)))
+
+
 def test_the_state_is_that_of_optax_s_chain():
   """Which old checkpoints hold."""
   averages = ema.params_ema(ema.fixed(0.9))
