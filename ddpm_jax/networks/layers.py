@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.networks import convolution
+from ddpm_jax.networks.attention import attend
 from ddpm_jax.networks.sums import spread, total
 
 Array = jax.Array
@@ -33,7 +34,7 @@ class Style(NamedTuple):
     scale_shift: whether the embedding scales and shifts the second normalization, or is added before it.
     song: whether sums are divided by sqrt(2), and a 1x1 convolution stands beside every block that resamples.
     filter: weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
-    attention: the implementation for `jax.nn.dot_product_attention`; None lets JAX choose.
+    attention: the implementation for `attention.attend`.
     dtype: of the computation.
   """
 
@@ -298,7 +299,7 @@ class AttentionBlock(nn.Module):
     h = self.style.norm("group_norm")(x) if self.norm else x
     h = h.reshape(x.shape[0], -1, features)
     q, k, v = (heads_of(h, self.heads, name, dtype) for name in ("to_q", "to_k", "to_v"))
-    h = jax.nn.dot_product_attention(q, k, v, implementation=self.style.attention).reshape(x.shape)
+    h = attend(q, k, v, self.style.attention).reshape(x.shape)
     return self.style.join(x, Dense(features, dtype, ZEROS, name="to_out")(h))
 
 
@@ -353,5 +354,5 @@ class AttentionPool(nn.Module):
     # Only what the mean receives is used.
     q = heads_of(x[:, :1], self.heads, "to_q", dtype)
     k, v = (heads_of(x, self.heads, name, dtype) for name in ("to_k", "to_v"))
-    h = jax.nn.dot_product_attention(q, k, v, implementation=self.style.attention).reshape(batch, channels)
+    h = attend(q, k, v, self.style.attention).reshape(batch, channels)
     return nn.Dense(self.features, kernel_init=INIT, dtype=dtype, name="to_out")(h)

@@ -1,0 +1,49 @@
+"""Attention by the program that each platform computes fastest, both exact to float32 rounding."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def attend(q: Array, k: Array, v: Array, implementation: Any = None) -> Array:
+  """softmax(q k / sqrt(C)) v (Vaswani et al. 2017, equation 1), the softmax in float32 at least.
+
+  On a CPU nothing of the size of the weights is transposed, forward or backward, and the weights are normalized after their product with v, which
+  has fewer columns.
+
+  Args:
+    q: queries [B, N, heads, C].
+    k: keys [B, M, heads, C].
+    v: values [B, M, heads, C].
+    implementation: of `jax.nn.dot_product_attention`; None takes the one above on a CPU, and elsewhere lets JAX choose.
+
+  Returns:
+    [B, N, heads, C], of the type of v.
+  """
+  plainly = partial(jax.nn.dot_product_attention, implementation=implementation)
+  if implementation is not None:
+    return plainly(q, k, v)
+  return lax.platform_dependent(q, k, v, cpu=_by_heads, default=plainly)
+
+
+def _by_heads(q: Array, k: Array, v: Array) -> Array:
+  exact = jnp.promote_types(v.dtype, jnp.float32)
+  queries, keys, values = (jnp.swapaxes(x.astype(exact), 1, 2) for x in (q, k, v))
+  scores = jnp.matmul(queries * q.shape[-1] ** -0.5, jnp.swapaxes(keys, 2, 3))
+  # Any number of a row may be subtracted: the result is the same, and so is its gradient.
+  weights = jnp.exp(scores - lax.stop_gradient(_highest(scores)))
+  # A column of ones: the sums of the weights come with their product.
+  sums = jnp.matmul(weights, jnp.concatenate([values, jnp.ones_like(values[..., :1])], -1))
+  return jnp.swapaxes(sums[..., :-1] / sums[..., -1:], 1, 2).astype(v.dtype)
+
+
+def _highest(x: Array) -> Array:
+  """The maximum of each row, by halves at first: XLA's CPU back end compares the numbers of a row one after another."""
+  while x.shape[-1] > 64 and x.shape[-1] % 2 == 0:
+    x = jnp.maximum(*jnp.split(x, 2, axis=-1))
+  return jnp.max(x, axis=-1, keepdims=True)
