@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from ddpm_jax import hardware
+from ddpm_jax import build, ema, hardware, interop, losses, randomness
+from ddpm_jax.losses.denoising import perturbed
 from tests.conftest import CACHE, ROOT
 from tests.flags import COMPILE_SOON
 
@@ -95,15 +98,54 @@ def test_what_the_gpu_benchmark_runs_runs_in_small(tmp_path):
 
 
 def test_the_learning_curves_start_from_the_same_weights_and_fall(tmp_path):
-  options = [TINY, "--steps=100", "--parts=2", "--samples=100"]
+  options = [TINY, "--steps=100", "--parts=2", "--samples=100", "--seeds=2"]
   options += [f"--output={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
   # It trains longer than it compiles.
   run("learning_curve.py", *options, flags="")
-  figures = json.loads((tmp_path / "figures.json").read_text())
-  losses = {name: np.array(points)[:, 2] for name, points in figures["losses"].items()}
-  # Means of 50 steps of the same loss, of other noise.
-  np.testing.assert_allclose(losses["ddpm_jax"], losses["diffusers"], rtol=0.1)
-  for name, loss in losses.items():
-    assert loss[-1] < loss[0], name
-    assert figures["curves"][name][-1]["distance"] < figures["curves"][name][0]["distance"]
+  runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
+  curves = [{name: np.array(points)[:, 2] for name, points in one["losses"].items()} for one in runs]
+  # Another seed is another run.
+  assert len(curves) == 2
+  assert not np.allclose(curves[0]["ddpm_jax"], curves[1]["ddpm_jax"], rtol=1e-3)
+  for one, by_name in zip(runs, curves, strict=True):
+    # Means of 50 steps of the same loss, of other noise.
+    np.testing.assert_allclose(by_name["ddpm_jax"], by_name["diffusers"], rtol=0.1)
+    for name, loss in by_name.items():
+      assert loss[-1] < loss[0], name
+      assert one["curves"][name][-1]["distance"] < one["curves"][name][0]["distance"]
   assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+
+
+def test_fed_the_same_both_trainers_take_the_same_steps(script, tmp_path):
+  """The same images, times and noise: the same losses, and in the end the same averages, to rounding."""
+  curve = script("learning_curve")
+  config = curve.load(FOLDER / "tiny.py")
+  source, _ = build.build_data(config)
+  ours, process = curve.Ours(config, source), build.build_process(config)
+  network, prediction = build.build_network(config), build.build_prediction(config)
+  interop.diffusers.save(tmp_path, network, ours.state.params, process, prediction, shape=build.image_shape(config))
+  theirs = curve.Theirs(config, source, tmp_path, "cpu", False)
+  # Its first step has a rate of 0, ours the first share of the warm-up. Without gradients nothing is changed.
+  theirs.optimizer.step()
+  theirs.rate.step()
+  state, key, start = ours.state, jnp.copy(ours.state.key), jax.tree.map(np.array, ours.state.params)
+  draw = jax.jit(perturbed, static_argnums=(1, 3))
+  times = losses.uniform(process)
+  for step in range(20):
+    batch = next(ours.batches)
+    image = np.asarray(batch["image"])
+    keys = randomness.sample_keys(jax.random.fold_in(key, step), jnp.arange(len(image)))
+    t, _, noise, _ = draw(keys, process, image, times)
+    state, found = ours.step(state, batch)
+    label = torch.tensor(np.rint(np.asarray(t) * 1000).astype(int) - 1)
+    loss = theirs.step(*(torch.tensor(np.moveaxis(np.asarray(value), -1, 1)) for value in (image, noise)), label)
+    np.testing.assert_allclose(found["loss"], float(loss), rtol=2e-5)
+  averages = theirs.params()
+  jax.tree.map(
+    lambda found, wanted: np.testing.assert_allclose(found, wanted, atol=1e-5),
+    ema.ema_params(state.opt_state),
+    averages,
+  )
+  # More than rounding of where they began.
+  moved = jax.tree.map(lambda found, wanted: np.abs(found - wanted).max(), averages, start)
+  assert max(jax.tree.leaves(moved)) > 5e-3

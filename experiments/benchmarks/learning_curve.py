@@ -1,14 +1,14 @@
 """Learning curves: our trainer against a plain training loop with diffusers in PyTorch, on the same images.
 
 pip install '.[peers]' matplotlib
-python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000] [--parts=8] [--json=<file>]
+python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000] [--parts=8] [--seeds=1] [--json=<file>]
 python experiments/benchmarks/learning_curve.py --output=<folder> --config=configs/cifar10_vp.py --data=<folder of images> --steps=20000 --compile
 
 Both start from the same weights, on digits by default, and train with the recipe's own batch, Adam, warm-up, clipping and average of the parameters; ours by
 `build.build_step` and `train.fit`, as the command line does, theirs as diffusers' example of unconditional training does. They take turns, a part
 of the steps at a time, so that a change of the machine's pace meets both; the clock of each runs while it trains, compiling included, and stands
 while models are scored. Both are sampled by our DDIM from the same noise and scored against held-out images. Writes a picture (curves and samples),
-and prints scores at equal images and at equal time.
+and prints scores at equal images and at equal time. Scores of one run jump: several --seeds repeat all of it with other weights, order and noise.
 """
 
 import argparse
@@ -120,28 +120,32 @@ class Theirs:
         flip = torch.rand(len(batch), 1, 1, 1) < 0.5 * self.config.data.flip
         yield torch.where(flip, batch.flip(-1), batch).to(self.device)
 
+  def step(self, clean, noise, t):
+    """One step of the optimizer and of the average: the loss before it."""
+    noisy = self.scheduler.add_noise(clean, noise, t)
+    with torch.autocast(self.device, torch.bfloat16, enabled=self.config.network.dtype == "bfloat16"):
+      output = self.run(noisy, t).sample
+    is_v = self.scheduler.config.prediction_type == "v_prediction"
+    target = self.scheduler.get_velocity(clean, noise, t) if is_v else noise
+    loss = torch.nn.functional.mse_loss(output.float(), target)
+    self.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+    self.optimizer.step()
+    self.rate.step()
+    self.ema.step(self.model.parameters())
+    return loss.detach()
+
   def train(self, steps):
     """Takes so many steps."""
     start, recent = time.perf_counter(), []
-    for _ in range(steps):
+    for left in reversed(range(steps)):
       clean = next(self.batches)
-      noise = torch.randn_like(clean)
       t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), device=self.device)
-      noisy = self.scheduler.add_noise(clean, noise, t)
-      with torch.autocast(self.device, torch.bfloat16, enabled=self.config.network.dtype == "bfloat16"):
-        output = self.run(noisy, t).sample
-      is_v = self.scheduler.config.prediction_type == "v_prediction"
-      target = self.scheduler.get_velocity(clean, noise, t) if is_v else noise
-      loss = torch.nn.functional.mse_loss(output.float(), target)
-      self.optimizer.zero_grad()
-      loss.backward()
-      torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
-      self.optimizer.step()
-      self.rate.step()
-      self.ema.step(self.model.parameters())
-      recent.append(loss.detach())
+      recent.append(self.step(clean, torch.randn_like(clean), t))
       self.steps += 1
-      if self.steps % LOG_EVERY == 0:
+      # When ours does.
+      if self.steps % LOG_EVERY == 0 or not left:
         mean = float(torch.stack(recent).mean())
         self.losses.append((self.steps, self.seconds + time.perf_counter() - start, mean))
         recent = []
@@ -192,12 +196,56 @@ def make_judge(config, source, held_out, count):
   return score, floor
 
 
-def at_time(curve, name, seconds):
-  """A score between the times at which it was taken; that of the last before, or the first."""
-  return float(np.interp(seconds, [point["seconds"] for point in curve], [point[name] for point in curve]))
+def take_turns(config, source, judge, device, steps, parts, compiled):
+  """Trains both from the same weights: their losses, their scores after each part, and their last samples, by name."""
+  ours = Ours(config, source)
+  network, process = build.build_network(config), build.build_process(config)
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"shape": build.image_shape(config)}
+    # In float32, as both keep them: the first weights of both.
+    interop.diffusers.save(
+      f"{folder}/model", network, ours.state.params, process, build.build_prediction(config), **options
+    )
+    theirs = Theirs(config, source, f"{folder}/model", device, compiled)
+  runs = {"ddpm_jax": ours, "diffusers": theirs}
+  curves, samples = {name: [] for name in runs}, {}
+  for part in range(parts):
+    for name, run in runs.items() if part % 2 else reversed(runs.items()):
+      run.train(steps // parts)
+      found, samples[name] = judge(jax.tree.map(jnp.asarray, run.params()))
+      seen = (part + 1) * (steps // parts) * config.training.batch_size
+      curves[name].append({"images": seen, "seconds": run.seconds} | found)
+      print(
+        f"{name}: {seen:,} images, {run.seconds:.0f} s, loss {run.losses[-1][2]:.4f}, "
+        + ", ".join(f"{key} {value:.3f}" for key, value in found.items()),
+        flush=True,
+      )
+  losses = {name: [list(map(float, point)) for point in run.losses] for name, run in runs.items()}
+  return {"seed": config.seed, "curves": curves, "losses": losses}, samples
 
 
-def draw_picture(path, runs, curves, floor, samples, title):
+def compare(curves):
+  """The last scores of both, and those at the time at which the first of the two was done: between the times at which they were taken."""
+  last = {name: points[-1] for name, points in curves.items()}
+  same = min(points[-1]["seconds"] for points in curves.values())
+  then = {
+    name: {
+      key: float(np.interp(same, [point["seconds"] for point in points], [point[key] for point in points]))
+      for key in points[0]
+    }
+    for name, points in curves.items()
+  }
+  return {"equal images": last, "equal time": then}
+
+
+def spread(values, digits):
+  """As a cell: the mean, and the lowest and the highest if there are several."""
+  mean = f"{np.mean(values):,.{digits}f}"
+  return mean if len(values) == 1 else f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def draw_picture(path, results, batch, floor, samples, title):
+  """Curves of all seeds, and the samples of the first."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -205,44 +253,24 @@ def draw_picture(path, runs, curves, floor, samples, title):
   from matplotlib.ticker import EngFormatter
 
   figure, axes = plt.subplots(2, 4, figsize=(19, 9), width_ratios=(1, 1, 1, 0.9), layout="constrained")
-  for name, run in runs.items():
-    loss = np.array(run.losses)
-    for row, column, label in ((0, 0, "images"), (1, 1, "seconds of training, compiling included")):
-      axes[row, 0].plot(
-        loss[:, column] * (run.config.training.batch_size if row == 0 else 1),
-        loss[:, 2],
-        color=COLORS[name],
-        label=name,
-        lw=1,
-      )
-      axes[row, 0].set(xlabel=label, ylabel="loss", yscale="log")
-    for column, score in ((1, "distance"), (2, "precision")):
+  for number, result in enumerate(results):
+    for name, points in result["curves"].items():
+      # One entry in the legends for all seeds: matplotlib leaves out labels that start so.
+      look = {"color": COLORS[name], "alpha": 1 if len(results) == 1 else 0.6, "label": "_" * (number > 0) + name}
+      loss = np.array(result["losses"][name])
       for row, by in ((0, "images"), (1, "seconds")):
-        axis = axes[row, column]
-        axis.plot(
-          [p[by] for p in curves[name]],
-          [p[score] for p in curves[name]],
-          "o-",
-          color=COLORS[name],
-          label=score if score == "precision" else name,
-        )
-        if score == "precision":
-          axis.plot(
-            [p[by] for p in curves[name]],
-            [p["recall"] for p in curves[name]],
-            "s--",
-            color=COLORS[name],
-            label="recall",
-          )
-        axis.set(xlabel=by, ylabel="Frechet distance" if score == "distance" else "precision (solid), recall (dashed)")
-  for row in (0, 1):
+        axes[row, 0].plot(loss[:, row] * (batch if row == 0 else 1), loss[:, 2], lw=1, **look)
+        for column, score, style in ((1, "distance", "o-"), (2, "precision", "o-"), (2, "recall", "s--")):
+          axes[row, column].plot([p[by] for p in points], [p[score] for p in points], style, **look)
+  for row, by in ((0, "images"), (1, "seconds of training, compiling included")):
+    for column, what in enumerate(("loss", "Frechet distance", "precision (solid), recall (dashed)")):
+      axes[row, column].set(xlabel=by, ylabel=what, yscale="linear" if column == 2 else "log")
     axes[row, 1].axhline(floor["distance"], color="gray", ls=":", label="real training images")
-    axes[row, 1].set_yscale("log")
     axes[row, 0].legend()
     axes[row, 1].legend()
   for axis in axes[0, :3]:
     axis.xaxis.set_major_formatter(EngFormatter())
-  for row, name in enumerate(runs):
+  for row, name in enumerate(samples):
     picture = images.grid(samples[name][:36], 6)
     axes[row, 3].imshow(picture.squeeze(), cmap="gray" if picture.ndim == 2 or picture.shape[-1] == 1 else None)
     axes[row, 3].set_title(f"{name}: the same noise")
@@ -258,6 +286,7 @@ def main():
   parser.add_argument("--steps", type=timing.count, default=None, help="of each; the recipe's own by default")
   parser.add_argument("--parts", type=timing.count, default=8, help="turns, and scores")
   parser.add_argument("--samples", type=timing.count, default=500, help="that are scored")
+  parser.add_argument("--seeds", type=timing.count, default=1, help="runs of both, from the recipe's seed on")
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled")
   parser.add_argument("--output", type=Path, required=True, help="a folder for the picture")
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
@@ -278,51 +307,32 @@ def main():
   if device == "cuda":
     config.network.dtype = "bfloat16"
   source, held_out = build.build_data(config)
-  ours = Ours(config, source)
-  network, process = build.build_network(config), build.build_process(config)
-  with tempfile.TemporaryDirectory() as folder:
-    options = {"shape": build.image_shape(config)}
-    # In float32, as both keep them: the first weights of both.
-    interop.diffusers.save(
-      f"{folder}/model", network, ours.state.params, process, build.build_prediction(config), **options
-    )
-    theirs = Theirs(config, source, f"{folder}/model", device, args.compile)
   judge, floor = make_judge(config, source, held_out, min(args.samples, len(held_out)))
-  runs = {"ddpm_jax": ours, "diffusers": theirs}
-  curves, samples = {name: [] for name in runs}, {}
-  for part in range(args.parts):
-    for name, run in runs.items() if part % 2 else reversed(runs.items()):
-      run.train(args.steps // args.parts)
-      found, samples[name] = judge(jax.tree.map(jnp.asarray, run.params()))
-      seen = (part + 1) * (args.steps // args.parts) * config.training.batch_size
-      curves[name].append({"images": seen, "seconds": run.seconds} | found)
-      print(
-        f"{name}: {seen:,} images, {run.seconds:.0f} s, loss {run.losses[-1][2]:.4f}, "
-        + ", ".join(f"{key} {value:.3f}" for key, value in found.items()),
-        flush=True,
-      )
+  results, shown = [], {}
+  for seed in range(config.seed, config.seed + args.seeds):
+    config.seed = seed
+    print(f"seed {seed} ...", flush=True)
+    result, samples = take_turns(config, source, judge, device, args.steps, args.parts, args.compile)
+    results.append(result)
+    shown = shown or {name: samples[name] for name in COLORS}
   here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
-  title = f"{args.config.stem}, {args.steps:,} steps of {config.training.batch_size}; {here['device']}, {here['cores']} cores, {here['date']}"
-  draw_picture(args.output / "learning_curve.png", runs, curves, floor, samples, title)
-  for name, drawn in samples.items():
+  batch = config.training.batch_size
+  title = (
+    f"{args.config.stem}, {args.steps:,} steps of {batch}; {here['device']}, {here['cores']} cores, {here['date']}"
+  )
+  draw_picture(args.output / "learning_curve.png", results, batch, floor, shown, title)
+  for name, drawn in shown.items():
     images.save_grid(args.output / f"{name}.png", drawn[:100])
-  last = {name: points[-1] for name, points in curves.items()}
-  same = min(points[-1]["seconds"] for points in curves.values())
-  rows = {
-    "equal images": last,
-    f"equal time, {same:.0f} s": {
-      name: {key: at_time(points, key, same) for key in points[0]} for name, points in curves.items()
-    },
-  }
-  cells = [
-    [when, name, f"{found['images']:,.0f}", f"{found['seconds']:.0f}", *(f"{found[key]:.3f}" for key in floor)]
-    for when, by_name in rows.items()
-    for name, found in by_name.items()
-  ]
+  compared = [compare(result["curves"]) for result in results]
+  cells = []
+  for when in compared[0]:
+    for name in COLORS:
+      found = {key: [one[when][name][key] for one in compared] for key in ("images", "seconds", *floor)}
+      digits = [0, 0, *(3 for _ in floor)]
+      cells.append([when, name, *map(spread, found.values(), digits)])
   cells.append(["", "real images (floor)", "", "", *(f"{value:.3f}" for value in floor.values())])
   timing.report(title, ["at", "trainer", "images", "seconds", *floor], cells, here)
-  losses = {name: [list(map(float, point)) for point in run.losses] for name, run in runs.items()}
-  timing.write(args.json, {"machine": here, "curves": curves, "losses": losses, "floor": floor, "compared": rows})
+  timing.write(args.json, {"machine": here, "runs": results, "floor": floor, "compared": compared})
   print(f"\n{args.output / 'learning_curve.png'}")
 
 
