@@ -1,7 +1,7 @@
 """Attention by the program that each platform computes fastest, both exact to float32 rounding."""
 
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 Array = jax.Array
 
 
-def attend(q: Array, k: Array, v: Array, implementation: Any = None) -> Array:
+def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None) -> Array:
   """softmax(q k / sqrt(C)) v (Vaswani et al. 2017, equation 1), the softmax in float32 at least.
 
   On a CPU nothing of the size of the weights is transposed, forward or backward, and the weights are normalized after their product with v, which
@@ -24,11 +24,21 @@ def attend(q: Array, k: Array, v: Array, implementation: Any = None) -> Array:
 
   Returns:
     [B, N, heads, C], of the type of v.
+
+  Raises:
+    ValueError: if the shapes do not fit each other, or JAX does not know the implementation.
   """
+  if not (q.ndim == k.ndim == 4 and k.shape == v.shape and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])):
+    raise ValueError(
+      f"Got queries of shape {q.shape}, keys of {k.shape} and values of {v.shape}; wanted [B, N, heads, C] and twice [B, M, heads, C]."
+    )
   plainly = partial(jax.nn.dot_product_attention, implementation=implementation)
   if implementation is not None:
     return plainly(q, k, v)
-  return lax.platform_dependent(q, k, v, cpu=_by_heads, default=plainly)
+  # Computed again in the backward pass by name, which XLA's elimination of common expressions undoes: what JAX keeps for it, and what a plan
+  # of memory counts, are the inputs and what the other way keeps, not the weights of both.
+  by_heads = jax.checkpoint(_by_heads, prevent_cse=False)
+  return lax.platform_dependent(q, k, v, cpu=by_heads, default=plainly)
 
 
 def _by_heads(q: Array, k: Array, v: Array) -> Array:
