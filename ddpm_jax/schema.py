@@ -94,7 +94,7 @@ def default_config() -> ConfigDict:
       "divide_by_sigma": False,
       "dtype": "float32",  # of the computation: float32 or bfloat16
       "remat": "none",  # none, blocks, everything, or one of jax.checkpoint_policies: computed again in the backward pass
-      "attention": "",  # xla or cudnn: the implementation of attention; empty: JAX chooses
+      "attention": "",  # xla or cudnn: the implementation of attention; empty: the one for the platform
     }
   )
   config.superres = ConfigDict(

@@ -56,7 +56,7 @@ class Backbone(nn.Module):
     remat: what the backward pass computes again, to save memory: "none"; "blocks", the insides of every block, so that only
       what goes from block to block is kept; "everything", of the way up only what enters a level; or the name of one of
       `jax.checkpoint_policies` without arguments, which chooses what to keep inside blocks.
-    attention: the implementation in `jax.nn.dot_product_attention`: "" lets JAX choose; "xla", or "cudnn" (16-bit types,
+    attention: "" takes the one for the platform (`attention.attend`); of `jax.nn.dot_product_attention` "xla", or "cudnn" (16-bit types,
       NVIDIA GPUs).
   """
 
