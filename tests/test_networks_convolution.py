@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from ddpm_jax import costs, networks
-from ddpm_jax.networks import Classifier, UNet, layers, sums
+from ddpm_jax.networks import Classifier, UNet, convolution, layers, sums
 from ddpm_jax.networks.convolution import convolve, convolve_doubled
 
 LETTERS = "DHW"
@@ -163,6 +163,107 @@ def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
   assert count == {"cpu": 4, "tpu": 1}
   # 8 rows of a result, whose first and last meet two rows of data.
   assert costs.matmul_flops(traced.jaxpr) == 2 * 2 * 2 * (3 * 8 - 2) ** 2
+
+
+def plain(x, kernel):
+  return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers_of(x, kernel))
+
+
+def random_images(*shape, out, dtype=jnp.float32):
+  """Data, a kernel of 3x3 for `out` channels, and weights of the results."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = shape, (3, 3, shape[-1], out), (*shape[:-1], out)
+  return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("space", [(2, 2), (4, 6), (8, 2)])
+def test_by_tiles_is_the_plain_one(x64, space):
+  x, kernel, weights = random_images(2, *space, 3, out=5, dtype=jnp.float64)
+  moved = []
+  for function in (convolution._convolve_by_platform, plain):
+    value, pull = jax.vjp(function, x, kernel)
+    slope = jax.jvp(function, (x, kernel), (jnp.cos(x), jnp.sin(kernel)))[1]
+    second = jax.grad(lambda x, f=function: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(f(x, kernel))))(x) ** 2))(x)
+    moved.append((value, *pull(weights), slope, second, jax.vmap(function, (0, None))(x[:, None], kernel)))
+  for found, expected in zip(*moved, strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+def test_by_tiles_rounds_little_more_than_the_plain_one():
+  """Both against float64: the root mean square of the error, of the values and of both gradients."""
+  arrays = random_images(2, 16, 16, 192, out=192)
+
+  def errors(function):
+    value, pull = jax.vjp(function, *arrays[:2])
+    return [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip((value, *pull(arrays[2])), exact, strict=True)]
+
+  with jax.enable_x64(True):
+    value, pull = jax.vjp(plain, *(jnp.asarray(array, jnp.float64) for array in arrays[:2]))
+    exact = [np.asarray(leaf) for leaf in (value, *pull(jnp.asarray(arrays[2], jnp.float64)))]
+  sizes = [np.sqrt(np.mean(leaf**2)) for leaf in exact]
+  ours, theirs = errors(convolution._convolve_by_platform), errors(plain)
+  for a, b, size in zip(ours, theirs, sizes, strict=True):
+    assert a < max(3 * b, 1e-6 * size)
+    assert a < 2e-6 * size
+
+
+def test_by_tiles_is_for_cpus_in_one_call_and_counted_as_the_plain_one():
+  x, kernel, weights = random_images(2, 8, 8, 4, out=4)
+
+  def gradients(x, kernel):
+    return jax.vjp(convolution._convolve_by_platform, x, kernel)[1](weights)
+
+  traced = jax.jit(gradients).trace(x, kernel)
+  texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
+  for platform, text in texts.items():
+    assert ("stablehlo.convolution" in text) == (platform != "cpu")
+    assert ("stablehlo.dot_general" in text) == (platform == "cpu")
+    assert ('inlineable = "false"' in text) == (platform == "cpu")
+  assert costs.matmul_flops(traced.jaxpr) == costs.matmul_flops(
+    jax.make_jaxpr(lambda x, kernel: jax.vjp(plain, x, kernel)[1](weights))(x, kernel)
+  )
+  # In memory between the forward pass and the backward one: what came in, and which platform it is, but no sums.
+  kept = jax.tree.leaves(jax.vjp(convolution._convolve_by_platform, x, kernel)[1])
+  assert sum(leaf.size for leaf in kept) == x.size + kernel.size + 1
+
+
+WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strides": (1, 1), "dtype": jnp.float32}
+
+
+@pytest.mark.parametrize(
+  ("padding", "change", "wanted"),
+  [
+    ("SAME", {}, True),
+    (1, {}, True),
+    (((1, 1), (1, 1)), {}, True),
+    ([(1, 1), (1, 1)], {}, True),
+    ("SAME", {"space": (8, 32), "out": 256}, True),
+    ("VALID", {}, False),
+    (((0, 1), (0, 1)), {}, False),
+    ("SAME", {"strides": (2, 2)}, False),
+    ("SAME", {"window": (1, 1)}, False),
+    ("SAME", {"space": (16, 15)}, False),
+    ("SAME", {"space": (8, 8)}, False),
+    ("SAME", {"space": (8, 8, 8), "window": (3, 3, 3), "strides": (1, 1, 1)}, False),
+    ("SAME", {"channels": 96}, False),
+    ("SAME", {"out": 3}, False),
+    ("SAME", {"dtype": jnp.bfloat16}, False),
+  ],
+)
+def test_which_go_by_tiles(monkeypatch, padding, change, wanted):
+  """Those with as good a result and enough to gain, where one device computes."""
+  case = WIDE | change
+  x = jax.ShapeDtypeStruct((4, *case["space"], case["channels"]), case["dtype"])
+  kernel = jax.ShapeDtypeStruct((*case["window"], case["channels"], case["out"]), case["dtype"])
+
+  def by_tiles():
+    traced = jax.jit(lambda x, kernel: convolve(x, kernel, case["strides"], padding)).trace(x, kernel)
+    return "_convolve_by_tiles" in str(traced.jaxpr)
+
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert by_tiles() == wanted
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
+  assert not by_tiles()
 
 
 @pytest.mark.parametrize(
