@@ -149,6 +149,11 @@ def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
   np.testing.assert_allclose(*moved, rtol=1e-12, atol=1e-12)
 
 
+def test_doubled_data_want_a_kernel_of_three_rows():
+  with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* wanted 3 rows along each of 2"):
+    convolve_doubled(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)), layers.double)
+
+
 def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
   """And their products are those that are counted on every platform."""
 
@@ -163,6 +168,30 @@ def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
   assert count == {"cpu": 4, "tpu": 1}
   # 8 rows of a result, whose first and last meet two rows of data.
   assert costs.matmul_flops(traced.jaxpr) == 2 * 2 * 2 * (3 * 8 - 2) ** 2
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"kernel": (3, 3, 96, 192)}, r"Got data of shape \(4, 16, 16, 192\) .* kernel of shape \(3, 3, 96, 192\)"),
+    ({"kernel": (3, 192, 192)}, "wanted .* one to three spatial axes"),
+    ({"x": (4, 192), "kernel": (192, 192)}, "wanted .* one to three spatial axes"),
+    ({"dtype": jnp.float16}, "type float16; wanted .* of one type"),
+    ({"strides": (1,)}, r"Got strides \(1,\); wanted 2"),
+    ({"strides": (0, 1)}, "wanted 2, .* of 1 or more"),
+    ({"padding": "same?"}, 'Got padding \'same\\?\'; wanted "SAME", "VALID", a number, or 2 pairs'),
+    ({"padding": (1, 1)}, r"Got padding \(1, 1\)"),
+    ({"padding": ((1, 1),)}, r"Got padding \(\(1, 1\),\)"),
+    ({"padding": None}, "Got padding None"),
+  ],
+)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_does_not_fit_is_an_error(monkeypatch, change, message, devices):
+  monkeypatch.setattr(jax, "device_count", lambda: devices)
+  case = {"x": (4, 16, 16, 192), "kernel": (3, 3, 192, 192), "dtype": jnp.float32, "strides": (1, 1), "padding": "SAME"}
+  case |= change
+  with pytest.raises(ValueError, match=message):
+    convolve(jnp.ones(case["x"]), jnp.ones(case["kernel"], case["dtype"]), case["strides"], case["padding"])
 
 
 def plain(x, kernel):

@@ -37,23 +37,47 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> A
   """The convolution of x [B, *space, C] with a kernel [*window, C, C'].
 
   Args:
-    x: the data.
-    kernel: the weights.
-    strides: one for each spatial axis.
+    x: the data, of one to three spatial axes.
+    kernel: the weights, of the type of x.
+    strides: one for each spatial axis, 1 or more.
     padding: "SAME", "VALID", one number for both ends of every axis, or a pair for each axis.
+
+  Returns:
+    [B, *space, C'], of the type of x, its sides by strides and padding.
+
+  Raises:
+    ValueError: if shapes, types, strides or padding do not fit.
   """
-  space = "DHW"[3 - (x.ndim - 2) :]
+  axes = x.ndim - 2
+  if not (1 <= axes <= 3 and kernel.ndim == x.ndim and kernel.shape[-2] == x.shape[-1] and kernel.dtype == x.dtype):
+    raise ValueError(
+      f"Got data of shape {x.shape} and type {x.dtype}, and a kernel of shape {kernel.shape} and type {kernel.dtype}; "
+      "wanted [B, *space, C] with one to three spatial axes, and [*window, C, C'], of one type."
+    )
+  if len(strides) != axes or min(strides) < 1:
+    raise ValueError(f"Got strides {strides}; wanted {axes}, one for each spatial axis, of 1 or more.")
+  pads = _pads(x, kernel, strides, padding)
+  space = "DHW"[3 - axes :]
   numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, (f"N{space}C", f"{space}IO", f"N{space}C"))
-  if isinstance(padding, int):
-    padding = ((padding, padding),) * len(space)
-  elif isinstance(padding, str):
-    padding = lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding)
-  padding = tuple(map(tuple, padding))
   if not _IN_LOOPS.get():
-    if _gains_by_tiles(x, kernel, strides, padding):
+    if _gains_by_tiles(x, kernel, strides, pads):
       return _convolve_by_platform(x, kernel)
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
-  return _convolve(x, kernel, tuple(strides), padding, numbers)
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers)
+  return _convolve(x, kernel, tuple(strides), pads, numbers)
+
+
+def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tuple[tuple[int, int], ...]:
+  """How many zeros come before and after the data along each axis."""
+  axes = x.ndim - 2
+  if isinstance(padding, int):
+    return ((padding, padding),) * axes
+  if padding in ("SAME", "VALID"):
+    return tuple(lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding))
+  if np.shape(padding) != (axes, 2):
+    raise ValueError(
+      f'Got padding {padding!r}; wanted "SAME", "VALID", a number, or {axes} pairs, one for each spatial axis.'
+    )
+  return tuple((low, high) for low, high in padding)
 
 
 def convolve_doubled(x: Array, kernel: Array, double: Callable[[Array], Array]) -> Array:
@@ -61,8 +85,15 @@ def convolve_doubled(x: Array, kernel: Array, double: Callable[[Array], Array]) 
 
   Two of a kernel's three rows meet the same row of the data. On a CPU they are added first, and x is convolved with a kernel of two rows
   for each parity of the result's rows: 4/9 of the products in two dimensions. `double` is the plain way, which other platforms go.
+
+  Raises:
+    ValueError: if shapes or types do not fit, or the kernel has another number of rows than 3.
   """
   axes = x.ndim - 2
+  if kernel.shape[:-2] != (3,) * axes:
+    raise ValueError(
+      f"Got a kernel of shape {kernel.shape} for doubled data {x.shape}; wanted 3 rows along each of {axes} spatial axes."
+    )
 
   def by_parity(x: Array, kernel: Array) -> Array:
     parts = []
@@ -84,13 +115,16 @@ def convolve_doubled(x: Array, kernel: Array, double: Callable[[Array], Array]) 
   return lax.platform_dependent(x, kernel, cpu=by_parity, default=plainly)
 
 
-def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> bool:
-  """Whether `_convolve_by_tiles` is as good and takes less time: fewer products, but four times the data to write and to read."""
+def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: tuple[tuple[int, int], ...]) -> bool:
+  """Whether `_convolve_by_tiles` is as good and takes less time: fewer products, but four times the data to write and to read.
+
+  From how many channels and positions on was measured (docs/benchmarks.md).
+  """
   batch, *space, channels = x.shape
   return (
     kernel.shape[:-2] == (3, 3)
     and tuple(strides) == (1, 1)
-    and padding == ((1, 1), (1, 1))
+    and pads == ((1, 1), (1, 1))
     and x.dtype == kernel.dtype == jnp.float32
     and all(size % 2 == 0 for size in space)
     and min(channels, kernel.shape[-1]) >= 192
