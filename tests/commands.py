@@ -1,11 +1,10 @@
-"""The command line in processes of its own."""
+"""The command line as tests run it."""
 
+import functools
 import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 from tests import forked
@@ -16,42 +15,47 @@ RECIPE = "--config=tests/recipes.py"
 
 
 def surroundings(devices):
-  """The environment of a command on so many simulated devices."""
+  """Return the environment of a command on so many simulated devices."""
   flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_SOON}"
   return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
 
 
-def start(*arguments, devices=1):
-  """A process of `python -m ddpm_jax.main`, its output and errors in one pipe."""
+def program(*arguments):
+  """Run `python -m ddpm_jax.main` and return its code and its output. It imports everything: a test that needs less takes `call`."""
   command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
-  return subprocess.Popen(
-    command, cwd=ROOT, env=surroundings(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  )
+  options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": forked.PATIENCE}
+  result = subprocess.run(command, cwd=ROOT, env=surroundings(1), check=False, **options)
+  return result.returncode, result.stdout
+
+
+def start(*arguments, devices=1, **environment):
+  """Start a command in a process of its own."""
+  return forked.Command([*map(str, arguments)], surroundings(devices) | environment)
+
+
+@functools.cache
+def _server(devices):
+  return forked.Server(surroundings(devices))
 
 
 def call(*arguments, devices=1):
-  """The code and the output of a command that ends by itself. Forked, to save the imports: `start` is the whole of it."""
-  with tempfile.NamedTemporaryFile() as output:
-    code = forked.run([*map(str, arguments)], surroundings(devices), output.name, seconds=300)
-    text = output.read().decode()
-  assert code is not None, f"not over in time: {text}"
-  return code, text
+  """Run a command that ends by itself, in the process that serves all of them. Return its code and its output."""
+  if "--mode=plan" in arguments:
+    # It simulates devices, which a process that has used JAX cannot.
+    return start(*arguments, devices=devices).finish()
+  return _server(devices).call([*map(str, arguments)])
 
 
-def wait_for(path, *processes, seconds=200):
-  """Returns once a path exists, or a process has ended."""
-  deadline = time.time() + seconds
-  while not path.exists() and time.time() < deadline and all(process.poll() is None for process in processes):
+def wait_for(path, *commands):
+  """Return once a path exists, or a command has ended."""
+  deadline = time.monotonic() + forked.PATIENCE
+  while not path.exists() and all(command.running() for command in commands):
+    assert time.monotonic() < deadline, f"{path} did not appear."
     time.sleep(0.02)
 
 
-def kill(process):
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-
-
 def assert_refused(code, output, message):
-  """One message, before anything was compiled."""
+  """Assert that a command ended with one message, before anything was compiled."""
   assert code in (1, 2), output
   assert re.search(message, output), output
   assert "Traceback" not in output, output

@@ -16,6 +16,8 @@ os.environ.setdefault(
   " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Before PyTorch and scikit-learn start: there are as many workers as cores, and threads that wait for each other spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest
@@ -26,6 +28,11 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # As the command line does: most of the time programs are traced.
 heap.collect_rarely()
+
+
+def pytest_collection_finish():
+  """Spare the searches for garbage, with which each restore of a checkpoint ends, what is imported: millions of objects."""
+  gc.freeze()
 
 
 _count = itertools.count(1)

@@ -1,9 +1,13 @@
 """Every sampler under test: how it is made, the order it claims, and how the tests walk over them."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
+import pytest
 
-from ddpm_jax import sampling
+from ddpm_jax import randomness, sampling
 from tests.flags import OPTIMIZED
 from tests.oracles import PROCESSES
 
@@ -75,44 +79,102 @@ KINDS = ("vp", "edm", "rectified_flow", "zero_snr")
 FEW = ("ancestral", "heun", "dpmpp_3m", "unipc_3")
 
 
+def rotate(names, processes):
+  """Pair each name with one of the processes, in rotation."""
+  return {(name, processes[i % len(processes)]) for i, name in enumerate(names)}
+
+
+def mark_slow(pairs, default):
+  """Turn pairs (sampler, process) into parameters of a test, of which all outside `default` are slow."""
+  return [pytest.param(*pair, id="-".join(pair), marks=() if pair in default else pytest.mark.slow) for pair in pairs]
+
+
 def on_processes(names):
-  """Pairs (sampler, process): all rules on a process of each kind, a few on every one; a rule knows only alpha and sigma."""
-  return [(name, process) for process in PROCESSES for name in names if process in KINDS or name in FEW]
+  """Pair samplers with processes, as parameters of a test: by default few pairs, and with `-m slow` the rest of the product.
+
+  The product has all rules on a process of each kind and a few rules on every process: a rule knows only alpha and sigma.
+  By default each rule has one of the kinds, in rotation, and each other process has one of the few rules.
+  """
+  few, others = [name for name in names if name in FEW], [process for process in PROCESSES if process not in KINDS]
+  default = rotate(names, KINDS) | {(name, process) for process, name in rotate(others, few)}
+  pairs = [(name, process) for process in PROCESSES for name in names if process in KINDS or name in FEW]
+  return mark_slow(pairs, default)
 
 
-def run(sampler, denoise, x, times, key=None, *, compiler_options=None, **kwargs):
-  """`sample`, jitted."""
-  key = jax.random.key(0) if key is None else key
+def jitted(sampler, denoise, *, compiler_options=None, **kwargs):
+  """Return `sample` of one rule as a jitted function of (key, x, times), for calls that share the compiled program."""
 
   def draw(key, x, times):
     return sampling.sample(key, sampler, denoise, x, times, **kwargs)
 
-  return jax.jit(draw, compiler_options=compiler_options)(key, x, times)
+  return jax.jit(draw, compiler_options=compiler_options)
+
+
+def run(sampler, denoise, x, times, key=None, **kwargs):
+  """Run `sample`, jitted."""
+  return jitted(sampler, denoise, **kwargs)(jax.random.key(0) if key is None else key, x, times)
 
 
 def run_many(*arguments):
-  """`run` for so many samples or steps that optimizing the program pays."""
+  """Run `sample` on so many samples or steps that optimizing the program pays."""
   return run(*arguments, compiler_options=OPTIMIZED)
 
 
-def run_from_exact_start(sampler, denoise, states, times, steps):
-  """The state after `steps` steps of a deterministic rule whose first steps are replaced by exact `states`.
+def run_uncompiled(sampler, denoise, x, times, key=None, **kwargs):
+  """Run `sample` one operation at a time: up to some twenty steps that costs less than compiling a program."""
+  with jax.disable_jit():
+    return sampling.sample(jax.random.key(0) if key is None else key, sampler, denoise, x, times, **kwargs)
 
-  That is how the order of a multistep rule is defined: its first steps, of lower order, would hide it.
+
+def run_from_exact_start(sampler, denoise, states, times, steps):
+  """Take `steps` steps of a deterministic rule whose first steps are replaced by exact `states`, and return the last state.
+
+  That is how the order of a multistep rule is defined: its first steps, of lower order, would hide it. Only the start is
+  exact if `states` has one entry.
   """
-  key, memory = jax.random.key(0), sampler.init(states[0])
-  for k in range(len(states) - 1):
-    _, memory = sampler.step(key, denoise, states[k], memory, times[k], times[k + 1])
-    if hasattr(memory, "predicted"):  # UniPC compares its prediction with where the next step starts
-      memory = memory._replace(predicted=states[k + 1])
+  key = jax.random.key(0)
 
   def body(k, carry):
-    return sampler.step(key, denoise, *carry, times[k], times[k + 1])
+    x, memory = sampler.step(randomness.fold_in(key, k), denoise, *carry, times[k], times[k + 1])
+    x = jnp.where(k + 1 < len(states), states[jnp.minimum(k + 1, len(states) - 1)], x)
+    if hasattr(memory, "predicted"):  # UniPC compares its prediction with where the next step starts
+      memory = memory._replace(predicted=x)
+    return x, memory
 
   # A loop of traced length: one program serves all numbers of steps.
-  return jax.lax.fori_loop(len(states) - 1, steps, body, (states[-1], memory))[0]
+  return jax.lax.fori_loop(0, steps, body, (states[0], sampler.init(states[0])))[0]
+
+
+def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3)):
+  """Return the mean and the variance after `steps` steps from a Gaussian, of a sampler of Gaussian data in one dimension.
+
+  There a step is affine in the state and in each noise, so probes give both moments without any samples: one from the mean
+  without noise, one from a standard deviation away, and one with 1 in the place of each noise. A key is here the path of the
+  integers that were folded into it, each below a digit less 1: draws by one key are one noise, as they are in fact.
+  """
+  rows = jnp.arange(2 + (len(times) - 1) * math.prod(digits))
+
+  def fold_in(key, data):
+    return (*key, data)
+
+  def normal(key, shape, dtype):
+    index, *rest = key
+    assert len(rest) <= len(digits)
+    for digit, data in itertools.zip_longest(digits, rest, fillvalue=-1):
+      index = index * digit + data + 1
+    return (rows == 2 + index).astype(dtype).reshape(shape)
+
+  def body(k, carry):
+    return sampler.step((k,), denoise, *carry, times[k], times[k + 1])
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(randomness, "fold_in", fold_in)
+    patch.setattr(randomness, "normal", normal)
+    x = jnp.where(rows == 1, mean + jnp.sqrt(variance), mean)[:, None]
+    ends = jax.lax.fori_loop(0, steps, body, (x, sampler.init(x)))[0][:, 0]
+  return ends[0], jnp.sum((ends[1:] - ends[0]) ** 2)
 
 
 def padded(times, size):
-  """A grid at the front of an array of a fixed size."""
+  """Put a grid at the front of an array of a fixed size."""
   return jnp.pad(jnp.asarray(times), (0, size - len(times)))

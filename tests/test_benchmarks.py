@@ -1,9 +1,8 @@
 """The benchmarks: how they time and reckon, and all that compares with a peer from start to end, in small."""
 
+import functools
 import importlib
 import json
-import os
-import subprocess
 import sys
 
 import jax
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_jax import build, ema, hardware, interop, losses, randomness
+from ddpm_jax import build, ema, hardware, heap, interop, losses, metrics, parallel, randomness
 from ddpm_jax.losses.denoising import perturbed
-from tests.conftest import CACHE, ROOT
-from tests.flags import COMPILE_SOON
+from ddpm_jax.networks import UNet
+from tests.conftest import ROOT
+from tests.flags import OPTIMIZED
 
 FOLDER = ROOT / "experiments" / "benchmarks"
 TINY = f"--config={FOLDER / 'tiny.py'}"
@@ -25,15 +25,21 @@ TINY = f"--config={FOLDER / 'tiny.py'}"
 def script(monkeypatch):
   """A benchmark as a module, beside those that it imports."""
   monkeypatch.syspath_prepend(str(FOLDER))
+  # It would change how this process allocates and runs what comes after.
+  monkeypatch.setattr(heap, "keep", lambda: False)
   return importlib.import_module
 
 
-def run(name, *options, flags=COMPILE_SOON):
-  environment = os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "PYTHONPATH": str(ROOT)}
-  command = [sys.executable, str(FOLDER / name), *map(str, options)]
-  result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-  assert result.returncode == 0, result.stdout + result.stderr
-  return result.stdout
+@pytest.fixture
+def run(script, monkeypatch, capsys):
+  """What a benchmark prints that is called with these options, in this process."""
+
+  def run(name, *options):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+    script(name.removesuffix(".py")).main()
+    return capsys.readouterr().out
+
+  return run
 
 
 def test_contenders_run_there_and_back_each_after_a_call_that_is_not_timed(script):
@@ -73,7 +79,7 @@ def test_communication_hides_from_the_batch_that_the_roofline_says(script):
   np.testing.assert_allclose(costs[1], costs[0])
 
 
-def test_devices_share_the_work(tmp_path):
+def test_devices_share_the_work(run, tmp_path):
   text = run("scaling.py", "--devices=2", TINY, "--recipes=digits_vp.py", f"--json={tmp_path / 'figures.json'}")
   rows = json.loads((tmp_path / "figures.json").read_text())["simulated"]
   assert [(row["devices"], row["fsdp"]) for row in rows] == [(1, 1), (2, 1), (2, 2)]
@@ -82,33 +88,110 @@ def test_devices_share_the_work(tmp_path):
   assert rows[1]["collectives"]["all-reduce"]["bytes"] == pytest.approx(rows[0]["parameter_bytes"], rel=0.02)
 
 
-def test_what_the_gpu_benchmark_runs_runs_in_small(tmp_path):
-  """The peers too: their outputs are compared with ours before anything is timed."""
-  run("gpu.py", "--quick", f"--output={tmp_path}")
-  figures = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-  assert set(figures) == {"unet_ddpm", "sampling_ddpm", "overhead", "input", "memory"}
-  assert [(row["pass"], row["batch"]) for row in figures["unet_ddpm"]["rows"]] == [
+@pytest.fixture
+def quick(script, run, tmp_path, monkeypatch):
+  """The figures of a benchmark as `gpu.py --quick` runs it."""
+  monkeypatch.setattr(script("timing"), "matmul_peak", functools.partial(script("timing").matmul_peak, size=256))
+
+  def quick(name):
+    benchmark, *options = script("gpu").QUICK[name]
+    run(benchmark, *options, f"--json={tmp_path / 'figures.json'}")
+    return json.loads((tmp_path / "figures.json").read_text())
+
+  return quick
+
+
+def test_networks_are_timed_beside_the_peer_s_after_their_outputs_are_compared(quick):
+  figures = quick("unet_ddpm")
+  assert [(row["pass"], row["batch"]) for row in figures["rows"]] == [
     (name, batch) for batch in (2, 4) for name in ("forward", "train step")
   ]
-  for row in figures["unet_ddpm"]["rows"]:
-    assert all(0 < share < 2 for share in row["utilization"].values())
-  assert len(figures["sampling_ddpm"]["rows"]) == 2
-  assert figures["memory"]["rows"][0]["compiled"] > figures["memory"]["rows"][0]["state"]
-  assert figures["unet_ddpm"]["machine"]["JAX"] == jax.__version__
+  for row in figures["rows"]:
+    assert all(share > 0 for share in row["utilization"].values())
+  assert figures["machine"]["JAX"] == jax.__version__
 
 
-def test_the_learning_curves_start_from_the_same_weights_and_fall(tmp_path):
-  options = [TINY, "--steps=100", "--parts=2", "--samples=100", "--seeds=2"]
-  options += [f"--output={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
+def test_sampling_is_timed_beside_the_peer_s(quick):
+  rows = quick("sampling_ddpm")["rows"]
+  assert [row["task"] for row in rows] == ["DDIM, 50 steps", "DPM-Solver++(2M), 20 steps"]
+  assert all(row["ratio"]["eager"][1] > 0 for row in rows)
+
+
+@pytest.fixture
+def smaller(script, monkeypatch):
+  """Has a benchmark of no particular network take the smallest."""
+
+  def smaller(name):
+    least = {"multipliers": (1,), "blocks": 1, "attention_levels": ()}
+    monkeypatch.setattr(script(name), "UNet", lambda **options: UNet(**options | least))
+
+  return smaller
+
+
+def test_the_overhead_of_sampling_is_timed(quick, smaller):
+  smaller("sampling_overhead")
+  figures = quick("overhead")
+  assert figures["evaluations"] == {"heun": 11}
+  assert figures["ratios"]["heun"][1] > 0
+
+
+def test_the_rates_and_the_wait_for_input_are_timed(quick, smaller):
+  smaller("input")
+  figures = quick("input")
+  assert all(rate > 0 for of_source in figures["records_per_second"].values() for rate in of_source.values())
+  assert all(0 <= share <= 1 for share in figures["wait"].values())
+
+
+def test_memory_is_compiled(quick, script, monkeypatch):
+  monkeypatch.setattr(script("memory"), "POLICIES", ("none",))
+  (row,) = quick("memory")["rows"]
+  assert row["compiled"] > row["state"]
+
+
+def test_one_command_runs_every_benchmark_and_says_which_failed(script, run, tmp_path, monkeypatch):
+  gpu = script("gpu")
+  assert set(gpu.QUICK) <= set(gpu.RUNS)
+  (tmp_path / "good.py").write_text(
+    "import sys; print('a table'); open(sys.argv[-1].partition('=')[2], 'w').write('1')"
+  )
+  (tmp_path / "bad.py").write_text("raise SystemExit('a fault')")
+  monkeypatch.setattr(gpu, "HERE", tmp_path)
+  monkeypatch.setattr(gpu, "QUICK", {"first": ("bad.py",), "second": ("good.py", "--flag=2")})
+  with pytest.raises(SystemExit, match="failed: first"):
+    run("gpu.py", "--quick", f"--output={tmp_path / 'out'}")
+  assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
+    "first.txt": "a fault\n", "second.txt": "a table\n", "second.json": "1",
+  }  # fmt: skip
+
+
+SMALL_BATCHES = f"""
+import runpy
+
+def get_config():
+  config = runpy.run_path({str(FOLDER / "tiny.py")!r})["get_config"]()
+  config.training.batch_size, config.sampling.batch_size = 64, 100
+  return config
+"""
+
+
+def test_the_learning_curves_start_from_the_same_weights_and_fall(script, run, tmp_path, monkeypatch):
+  monkeypatch.setattr(script("learning_curve"), "LOG_EVERY", 20)
   # It trains longer than it compiles.
-  run("learning_curve.py", *options, flags="")
+  own = parallel.compiler_options
+  monkeypatch.setattr(parallel, "compiler_options", lambda *args, **kwargs: own(*args, **kwargs) | OPTIMIZED)
+  # Pixels in the place of the features of a classifier, which would have to be trained.
+  monkeypatch.setattr(metrics, "train_classifier", lambda *args, **kwargs: None)
+  monkeypatch.setattr(metrics, "classifier_space", lambda params, classes: metrics.pixel_space())
+  (tmp_path / "tiny.py").write_text(SMALL_BATCHES)
+  options = [f"--config={tmp_path / 'tiny.py'}", "--steps=40", "--parts=2", "--samples=100", "--seeds=2"]
+  run("learning_curve.py", *options, f"--output={tmp_path}", f"--json={tmp_path / 'figures.json'}")
   runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
   curves = [{name: np.array(points)[:, 2] for name, points in one["losses"].items()} for one in runs]
   # Another seed is another run.
   assert len(curves) == 2
   assert not np.allclose(curves[0]["ddpm_jax"], curves[1]["ddpm_jax"], rtol=1e-3)
   for one, by_name in zip(runs, curves, strict=True):
-    # Means of 50 steps of the same loss, of other noise.
+    # Means of 20 steps of the same loss, of other noise.
     np.testing.assert_allclose(by_name["ddpm_jax"], by_name["diffusers"], rtol=0.1)
     for name, loss in by_name.items():
       assert loss[-1] < loss[0], name

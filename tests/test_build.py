@@ -10,7 +10,13 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build, ema, parallel, randomness, schema
 from tests.conftest import ROOT
+from tests.parameters import random_params, use_dense
 from tests.recipes import LEVELS, tiny_config
+
+
+@pytest.fixture
+def dense(monkeypatch):
+  use_dense(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +160,13 @@ USUAL = {
 PAIRS = [*zip(build.SAMPLERS, itertools.cycle(USUAL), strict=False), ("ode", "discrete"), ("ancestral", "zero_snr")]
 
 
+# One step rule, and the solver that chooses its own steps, are compiled for two batch sizes; the others for one.
+IN_TWO_SIZES = ("ddim", "ode")
+
+
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
-def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
-  """The same samples from one key each, in one batch or two."""
+def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process, dense):
+  """Draw the same samples from the same keys at other places of another batch."""
   config = tiny_config()
   if process == "zero_snr":
     config.process.zero_terminal_snr, config.prediction = True, "v"
@@ -164,47 +174,49 @@ def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process):
     config.process.name, config.prediction = process, USUAL[process]
   config.sampling.update({"sampler": sampler, "num_steps": 5, "batch_size": 8, "tolerance": 1e-3})
   config.network.num_classes = 3
-  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
-  params = jax.tree.map(lambda p: p + 0.02, params)
-  generate = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))
-  classes = np.arange(8) % 3
-  whole, nfe = generate(params, 1, 0, {"classes": classes}, {})
-  config.sampling.batch_size = 4
-  part, _ = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(
-    params, 1, 4, {"classes": classes[4:]}, {}
-  )
+  params, mesh = random_params(config), parallel.make_mesh(devices=jax.devices()[:1])
+  generate = build.build_generate(config, mesh)
+  classes = np.arange(16) % 3
+  whole, nfe = generate(params, 1, 0, {"classes": classes[:8]}, {})
+  size = 4 if sampler in IN_TWO_SIZES else 8
+  if size != 8:
+    config.sampling.batch_size = size
+    generate = build.build_generate(config, mesh)
+  part, _ = generate(params, 1, 4, {"classes": classes[4 : 4 + size]}, {})
   assert whole.shape == (8, 8, 8, 1)
   assert jnp.all(jnp.isfinite(whole))
-  difference = np.abs(whole[4:] - part)
+  assert np.max(np.abs(whole[4:] - whole[:4])) > 0.01
+  difference = np.abs(whole[4:] - part[:4])
   # Batches of other sizes round differently, and where that turns the choice of a step, the flow is as exact as was asked for.
   assert np.mean(difference) < 1e-3 if sampler == "ode" else np.max(difference) < 1e-4
   calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
   assert np.all(nfe == calls.get(sampler, 5)) or sampler == "ode"
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_samples_are_the_same_to_the_last_bit_on_any_number_of_devices(fsdp):
+def test_samples_are_the_same_to_the_last_bit_on_any_number_of_devices():
   config = runpy.run_path(str(ROOT / "configs" / "digits_vp.py"))["get_config"]()
   config.sampling.num_steps = 4
-  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
-  params = jax.tree.map(lambda p: p + 0.02, params)
-  found = []
-  for mesh in (parallel.make_mesh(devices=jax.devices()[:1]), parallel.make_mesh(fsdp=fsdp)):
-    config.sampling.batch_size = 32 * mesh.size
+  params, each = random_params(config), 4
+
+  def samples(mesh):
+    config.sampling.batch_size = each * mesh.size
     laid_out = jax.device_put(params, parallel.state_shardings(mesh, params))
-    found.append(np.asarray(build.build_generate(config, mesh)(laid_out, 0, 0, {}, {})[0][:32]))
-  np.testing.assert_array_equal(*found)
+    return np.asarray(build.build_generate(config, mesh)(laid_out, 0, 0, {}, {})[0][:each])
+
+  one = samples(parallel.make_mesh(devices=jax.devices()[:1]))
+  for fsdp in (1, 4):
+    np.testing.assert_array_equal(samples(parallel.make_mesh(fsdp=fsdp)), one)
 
 
 TIMES = ("uniform", "low_discrepancy", "log_normal", "logit_normal")
 
 
 @pytest.mark.parametrize(("weighting", "times"), zip(build.WEIGHTINGS, itertools.cycle(TIMES), strict=False))
-def test_every_weighting_and_distribution_of_times_trains_from_a_config(weighting, times):
+def test_every_weighting_and_distribution_of_times_trains_from_a_config(weighting, times, dense):
   config = tiny_config()
   config.process.name = "cosine"
   config.loss.update({"weighting": weighting, "times": times})
-  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
+  params = random_params(config)
   loss, _ = jax.jit(build.build_loss(config))(
     params, jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))}
   )
@@ -213,24 +225,29 @@ def test_every_weighting_and_distribution_of_times_trains_from_a_config(weightin
 
 
 def test_a_learned_variance_from_a_config():
-  """The network has twice the channels, the hybrid loss trains them, and the ancestral sampler uses them."""
+  """The network has twice the channels, and the hybrid loss trains them."""
   config = tiny_config()
   config.learned_variance = True
-  config.sampling.update({"sampler": "ancestral", "variance": "learned", "num_steps": 4, "corrector_steps": 1})
-  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
-  params = jax.tree.map(lambda p: p + 0.02, params)
+  params = random_params(config)
   keys, batch = jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))}
   (_, details), slopes = jax.jit(jax.value_and_grad(build.build_loss(config), has_aux=True))(params, keys, batch)
   assert jnp.all(details["vlb_bits"] > 0)
   assert slopes["conv_out"]["kernel"].shape[-1] == 2
   assert jnp.all(jnp.any(slopes["conv_out"]["kernel"] != 0, (0, 1, 2)))
+  config.process.name = "vp"
+  with pytest.raises(ValueError, match="wanted a discrete process"):
+    build.build_loss(config)
+
+
+def test_the_ancestral_sampler_uses_a_learned_variance(dense):
+  config = tiny_config()
+  config.learned_variance = True
+  config.sampling.update({"sampler": "ancestral", "variance": "learned", "num_steps": 4, "corrector_steps": 1})
+  params = random_params(config)
   config.sampling.batch_size = 4
   images, nfe = build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]))(params, 0, 0, {}, {})
   assert images.shape == (4, 8, 8, 1)
   assert np.all(nfe == 8)
-  config.process.name = "vp"
-  with pytest.raises(ValueError, match="wanted a discrete process"):
-    build.build_loss(config)
 
 
 def test_labels():
@@ -303,14 +320,17 @@ def test_a_classifier_from_a_config(prediction):
   """The loss that trains it, and the log-probabilities of what was trained, under the same scaling of the input."""
   config = classifier_config()
   config.process.name, config.prediction = "vp", prediction
-  params = jax.jit(build.build_params_init(config))(jax.random.key(0))
-  params = jax.tree.map(lambda p: p + 0.02, params)
+  params = random_params(config)
   x_0, t = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.array([0.1, 0.2, 0.5, 0.9])
   keys, batch = jax.random.split(jax.random.key(2), 4), {"image": x_0, "label": jnp.arange(4)}
   batch["times"] = (t, jnp.ones(4))
-  loss, details = jax.jit(build.build_loss(config))(params, keys, batch)
-  eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape)
-  log_probs = build.build_classifier(config, params)(build.build_process(config).perturb(x_0, t, eps), t)
+
+  def both(params):
+    eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape)
+    x_t = build.build_process(config).perturb(x_0, t, eps)
+    return build.build_loss(config)(params, keys, batch), build.build_classifier(config, params)(x_t, t)
+
+  (loss, details), log_probs = jax.jit(both)(params)
   np.testing.assert_allclose(details["loss"], -log_probs[jnp.arange(4), jnp.arange(4)], rtol=1e-4)
   np.testing.assert_allclose(loss, jnp.mean(details["loss"]), rtol=1e-6)
   assert build.flops_per_image(config) > 0

@@ -8,6 +8,7 @@ import pytest
 from ddpm_jax import build, guidance, parallel, randomness, sampling
 from ddpm_jax.build.condition import Condition
 from ddpm_jax.build.guidance import bound
+from tests.parameters import random_params, use_dense
 from tests.recipes import tiny_config
 
 
@@ -31,12 +32,6 @@ def classifier_of(**keys):
   config = config_of(loss__label_dropout=0.0, **keys)
   config.task = "classify"
   return config
-
-
-def random_params(config, seed=0):
-  """Every parameter random, so that the output depends on all that is given."""
-  shapes, generator = jax.eval_shape(build.build_params_init(config), jax.random.key(0)), np.random.default_rng(seed)
-  return jax.tree.map(lambda leaf: generator.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
 
 
 def test_hidden_labels_are_a_share_whatever_the_batch():
@@ -176,7 +171,12 @@ def test_what_fits_passes(config, others, negative):
   build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]), others, negative=negative)
 
 
-def test_denoisers_are_guided_as_the_formulas_say():
+@pytest.fixture
+def dense(monkeypatch):
+  use_dense(monkeypatch)
+
+
+def test_denoisers_are_guided_as_the_formulas_say(dense):
   """All of them in one program: the estimate of x_0 by `build_denoise`, and by what the model alone and its guides give."""
   config, keys = config_of(), jax.random.split(jax.random.key(0), 4)
   params, weak_params, probs_params = (random_params(c, i) for i, c in enumerate((config, config, classifier_of())))
@@ -230,7 +230,7 @@ def test_denoisers_are_guided_as_the_formulas_say():
   assert np.max(np.abs(others["inside"] - others["guided"])) > 0.01 * np.std(c)
 
 
-def test_samples_are_those_of_the_guided_model_and_a_scale_of_one_changes_nothing():
+def test_samples_are_those_of_the_guided_model_and_a_scale_of_one_changes_nothing(dense):
   mesh, config = parallel.make_mesh(devices=jax.devices()[:1]), config_of(scale=3.0)
   params, classes = random_params(config), jnp.array([0, 1, 2, 0])
   found, nfe = build.build_generate(config, mesh)(params, 5, 4, {"classes": classes}, {})

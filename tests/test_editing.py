@@ -5,18 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import editing, sampling
+from ddpm_jax import editing, processes, randomness, sampling
 from tests.oracles import MIXTURE, PROCESSES, gaussian
-from tests.samplers import DISTINCT, KINDS, SAMPLERS, run, run_many
+from tests.samplers import DISTINCT, KINDS, SAMPLERS, run
 from tests.test_sampling import TRACES
 
 # Points in the plane, of which the first coordinate is known.
 KEEP = np.array([True, False])
 KNOWN = np.array([[0.3, 7.0], [-0.2, np.nan], [0.9, 0.0]], np.float32)
 WRAPPERS = {
-  "replace": lambda sampler, process: editing.replace(sampler, process, KNOWN, KEEP),
-  "repaint": lambda sampler, process: editing.repaint(sampler, process, KNOWN, KEEP, 3, 2),
-  "dps": lambda sampler, process: editing.dps(sampler, process, lambda x: x[:, :1], KNOWN[:, :1], 0.1),
+  "replace": lambda sampler, process, known=KNOWN: editing.replace(sampler, process, known, KEEP),
+  "repaint": lambda sampler, process, known=KNOWN: editing.repaint(sampler, process, known, KEEP, 3, 2),
+  "dps": lambda sampler, process, known=KNOWN: editing.dps(sampler, process, lambda x: x[:, :1], known[:, :1], 0.1),
 }
 # One of each way to count calls and to draw noise.
 KINDS_OF_RULES = (
@@ -34,10 +34,30 @@ WRAPPED = [
 RUN = [(wrapper, name) for wrapper, name in WRAPPED if wrapper == "replace" or name in KINDS_OF_RULES]
 
 
+def in_turn(pairs):
+  """Turn pairs (wrapper, other) into parameters: each other has one of its wrappers, in turn; the rest is slow."""
+  taking = {name: [wrapper for wrapper, other in pairs if other == name] for _, name in pairs}
+  turns = {name: wrappers[i % len(wrappers)] for i, (name, wrappers) in enumerate(taking.items())}
+  return [
+    pytest.param(wrapper, name, marks=[] if turns[name] == wrapper else pytest.mark.slow) for wrapper, name in pairs
+  ]
+
+
+@pytest.fixture
+def constant_noise(monkeypatch):
+  """Let constants stand for noise, which costs most where nothing is compiled and decides neither calls nor dtypes."""
+  monkeypatch.setattr(randomness, "fold_in", lambda key, data: key)
+  monkeypatch.setattr(
+    randomness,
+    "normal",
+    lambda key, shape, dtype=jnp.float32: jnp.asarray(np.linspace(-1.5, 1.7, np.prod(shape)).reshape(shape), dtype),
+  )
+
+
 # The contract of the wrappers.
 
 
-@pytest.mark.parametrize(("wrapper", "name"), WRAPPED)
+@pytest.mark.parametrize(("wrapper", "name"), in_turn(WRAPPED))
 def test_wrapped_rules_trace_the_network_once_a_call_site_and_are_finite(wrapper, name):
   process, traces = PROCESSES["vp"], []
   exact = MIXTURE.denoise(process)
@@ -60,16 +80,22 @@ def test_wrapped_rules_trace_the_network_once_a_call_site_and_are_finite(wrapper
   assert len(traces) == TRACES.get(name, 1) + moved
 
 
-@pytest.mark.parametrize(("wrapper", "name"), [pair for pair in WRAPPED if pair[1] in KINDS_OF_RULES])
-def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name):
-  for process in (PROCESSES["vp"], PROCESSES["rectified_flow"]):
+@pytest.mark.parametrize(("wrapper", "name"), in_turn([pair for pair in WRAPPED if pair[1] in KINDS_OF_RULES]))
+def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noise, monkeypatch):
+  """Count where nothing is compiled, with one time for all those that a rule looks for, which changes no count."""
+  monkeypatch.setattr(processes.Process, "time_of", lambda process, log_snr: jnp.full_like(log_snr, 0.3))
+  # From t_max with and without data left, to 0 and above it.
+  for process, grids in (
+    (PROCESSES["vp"], [np.linspace(1, 0, 4)]),
+    (PROCESSES["rectified_flow"], [np.linspace(1, 0, 3), np.linspace(1, 0.2, 3), np.linspace(0.8, 0, 3)]),
+  ):
     sampler, calls = WRAPPERS[wrapper](SAMPLERS[name](process), process), []
 
     def denoise(x, t, calls=calls):
       calls.append(1)
       return 0.5 * x
 
-    for times in (np.linspace(1, 0, 4), np.linspace(1, 0.2, 3), np.linspace(0.8, 0, 3)):
+    for times in grids:
       calls.clear()
       with jax.disable_jit():
         sampling.sample(jax.random.key(0), sampler, denoise, jnp.ones((3, 2)), times)
@@ -78,9 +104,9 @@ def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name):
 
 @pytest.mark.parametrize(
   ("wrapper", "process"),
-  [(wrapper, name) for wrapper in WRAPPERS for name in (PROCESSES if wrapper == "repaint" else KINDS)],
+  in_turn([(wrapper, name) for wrapper in WRAPPERS for name in (PROCESSES if wrapper == "repaint" else KINDS)]),
 )
-def test_wrapped_rules_on_every_process_and_in_every_precision(wrapper, process):
+def test_wrapped_rules_on_every_process_and_in_every_precision(wrapper, process, constant_noise):
   process = PROCESSES[process]
   sampler = WRAPPERS[wrapper](sampling.heun(process), process)
   for dtype, shares in ((jnp.bfloat16, [1.0, 0.4, 0.0]), (jnp.float64, [1.0, 0.0])):
@@ -98,22 +124,16 @@ def test_wrapped_rules_on_every_process_and_in_every_precision(wrapper, process)
 def test_a_wrapped_sample_depends_on_its_key_and_start_alone_and_has_derivatives(wrapper):
   process = PROCESSES["vp"]
   keys, times = jax.random.split(jax.random.key(0), 3), np.linspace(1, 0, 5)
-  x = process.prior(keys, (3, 2))
-  whole = run(WRAPPERS[wrapper](sampling.heun(process), process), MIXTURE.denoise(process), x, times, keys)
-  order = np.array([2, 0, 1])
-  known = jnp.asarray(KNOWN[order])
-  sampler = {
-    "replace": lambda: editing.replace(sampling.heun(process), process, known, KEEP),
-    "repaint": lambda: editing.repaint(sampling.heun(process), process, known, KEEP, 3, 2),
-    "dps": lambda: editing.dps(sampling.heun(process), process, lambda x: x[:, :1], known[:, :1], 0.1),
-  }[wrapper]()
-  np.testing.assert_allclose(
-    whole[order], run(sampler, MIXTURE.denoise(process), x[order], times, keys[order]), rtol=1e-5
-  )
-  slope = jax.jit(jax.grad(lambda x: jnp.sum(sampling.sample(keys, sampler, MIXTURE.denoise(process), x, times) ** 2)))(
-    x
-  )
-  assert jnp.all(jnp.isfinite(slope))
+  x, order = process.prior(keys, (3, 2)), np.array([2, 0, 1])
+
+  @jax.jit
+  def draw(keys, x, known):
+    sampler = WRAPPERS[wrapper](sampling.heun(process), process, known)
+    return sampling.sample(keys, sampler, MIXTURE.denoise(process), x, times)
+
+  moved = draw(keys[order], x[order], KNOWN[order])
+  np.testing.assert_allclose(draw(keys, x, KNOWN)[order], moved, rtol=1e-5)
+  assert jnp.all(jnp.isfinite(jax.jit(jax.grad(lambda x: jnp.sum(draw(keys, x, KNOWN) ** 2)))(x)))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -162,15 +182,21 @@ def test_replaced_pixels_are_draws_of_the_forward_process_and_the_others_are_lef
   np.testing.assert_allclose(seen[0][:, 0].std(), sigma, rtol=5 / (2 * count) ** 0.5)
 
 
-@pytest.mark.parametrize("process", ["vp", "edm", "rectified_flow"])
-@pytest.mark.parametrize("jump", [1, 3])
+@pytest.mark.parametrize(
+  ("process", "jump"),
+  [
+    pytest.param(process, jump, marks=[] if (jump == 3) == (process == "edm") else pytest.mark.slow)
+    for process in ("vp", "edm", "rectified_flow")
+    for jump in (1, 3)
+  ],
+)
 def test_going_back_up_keeps_the_marginal(process, jump):
   """With nothing known, RePaint's ups and downs sample the data, however many."""
-  process, count = PROCESSES[process], 40_000
+  process, count, steps = PROCESSES[process], 10_000, 40 if jump == 1 else 20
   nothing = np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)
   sampler = editing.repaint(sampling.dpmpp_sde(process), process, *nothing, 4, jump)
   grid = sampling.grids.uniform if process is PROCESSES["rectified_flow"] else sampling.grids.karras
-  got = run_many(sampler, gaussian().denoise(process), process.prior(jax.random.key(1), (count, 1)), grid(process, 40))
+  got = run(sampler, gaussian().denoise(process), process.prior(jax.random.key(1), (count, 1)), grid(process, steps))
   np.testing.assert_allclose(np.mean(got), 0.3, atol=0.015)
   np.testing.assert_allclose(np.std(got), 0.4, atol=0.015)
 

@@ -58,17 +58,20 @@ def labels(c, count):
   return jnp.full((count,), c)
 
 
-@pytest.mark.parametrize("scale", [0.7, 3.0])
+@pytest.mark.parametrize("cases", [[(0, 0.7), (1, 3.0)], pytest.param([(0, 3.0), (1, 0.7)], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_classifier_free_and_exact_classifier_guidance_are_one_function(name, scale, x64):
+def test_classifier_free_and_exact_classifier_guidance_are_one_function(name, cases, x64):
+  """Of classes and scales."""
   process = PROCESSES[name]
   x, t = points(process)
-  for c in (0, 1):
+
+  def both(x, t, c, scale):
     free = guidance.classifier_free(conditional(process), labels(c, 64), labels(NONE, 64), scale)
-    by_classifier = guidance.classifier(
-      MIXTURE.denoise(process), functools.partial(log_posterior, process, c), process, scale
-    )
-    np.testing.assert_allclose(free(x, t), by_classifier(x, t), atol=2e-7 * max(1, float(jnp.max(jnp.abs(x)))))
+    posterior = functools.partial(log_posterior, process, c)
+    return free(x, t), guidance.classifier(MIXTURE.denoise(process), posterior, process, scale)(x, t)
+
+  for free, by_classifier in jax.jit(lambda x, t: [both(x, t, *case) for case in cases])(x, t):
+    np.testing.assert_allclose(free, by_classifier, atol=2e-7 * max(1, float(jnp.max(jnp.abs(x)))))
 
 
 def test_scale_one_and_zero_are_the_branches_bit_for_bit_and_one_call():
@@ -81,16 +84,18 @@ def test_scale_one_and_zero_are_the_branches_bit_for_bit_and_one_call():
 
   x, t = (value.astype(jnp.float32) for value in points(process))
   given, none = labels(1, 64), labels(NONE, 64)
+  branch = jax.jit(model)
   for scale, wanted in ((1.0, given), (0.0, none)):
-    got = guidance.classifier_free(counted, given, none, scale)(x, t)
-    np.testing.assert_array_equal(got, model(x, t, wanted))
+    got = jax.jit(guidance.classifier_free(counted, given, none, scale))(x, t)
+    np.testing.assert_array_equal(got, branch(x, t, wanted))
   assert calls == [64, 64]
-  guidance.classifier_free(counted, given, none, 2.0)(x, t)
+  jax.eval_shape(guidance.classifier_free(counted, given, none, 2.0), x, t)
   assert calls[2:] == [128], "both branches in one call"
   # A scale that is only known when it runs gives the same at its ends.
+  traced = jax.jit(lambda x, t, w: guidance.classifier_free(model, given, none, lambda t: w)(x, t))
   for scale, wanted in ((1.0, given), (0.0, none)):
-    traced = jax.jit(lambda x, t, w: guidance.classifier_free(model, given, none, lambda t: w)(x, t))(x, 0.3, scale)
-    np.testing.assert_allclose(traced, model(x, jnp.float32(0.3), wanted), rtol=1e-6, atol=1e-7)
+    got = traced(x, jnp.float32(0.3), scale)
+    np.testing.assert_allclose(got, branch(x, jnp.full(64, 0.3, jnp.float32), wanted), rtol=1e-6, atol=1e-7)
 
 
 def test_guidance_computes_no_more_than_the_doubled_batch():
@@ -121,15 +126,14 @@ def test_guidance_computes_no_more_than_the_doubled_batch():
 
 def test_a_negative_label_is_what_is_guided_away_from():
   process = processes.vp()
-  model = conditional(process)
+  model = jax.jit(conditional(process))
   x, t = points(process)
-  got = guidance.classifier_free(model, labels(0, 64), labels(1, 64), 2.5)(x, t)
+  got = jax.jit(guidance.classifier_free(model, labels(0, 64), labels(1, 64), 2.5))(x, t)
   c, u = model(x, t, labels(0, 64)), model(x, t, labels(1, 64))
   np.testing.assert_allclose(got, u + 2.5 * (c - u), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 4.0])
-def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(scale, x64):
+def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(x64):
   """Class N(m, s^2) in data N(0, S^2): the guided score is linear, and from sigma_max = inf the flow ends at std s^w S^(1-w)."""
   process, (m, s, spread) = processes.edm(0.002, 80.0), (0.3, 0.25, 0.6)
   centre = {
@@ -140,20 +144,27 @@ def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(scale, x64):
   def model(x_t, t, classes):
     return jnp.where((classes == 0)[:, None], centre[0].denoise(process)(x_t, t), centre[1].denoise(process)(x_t, t))
 
-  x = jnp.asarray(80.0 * np.random.default_rng(0).standard_normal((500, 1)))
-  denoise = guidance.classifier_free(model, labels(0, 500), labels(1, 500), scale)
-  times = sampling.grids.karras(process, 240)
-  got = np.asarray(run(sampling.heun(process), denoise, x, times))
+  @jax.jit
+  @functools.partial(jax.vmap, in_axes=(0, None))
+  def flow(scale, x):
+    denoise = guidance.classifier_free(model, labels(0, 500), labels(1, 500), lambda t: scale)
+    return run(sampling.heun(process), denoise, x, sampling.grids.karras(process, 240))
 
-  def factor(sigma):
-    return (s**2 + sigma**2) ** (scale / 2) * (spread**2 + sigma**2) ** ((1 - scale) / 2)
+  scales, x = np.array([0.0, 0.5, 1.0, 2.0, 4.0]), 80.0 * np.random.default_rng(0).standard_normal((500, 1))
+  for scale, got in zip(scales, np.asarray(flow(scales, x)), strict=True):
 
-  # dx/dsigma = sigma (scale (x - m) / (s^2 + sigma^2) + (1 - scale) x / (S^2 + sigma^2)).
-  shift = integrate.quad(lambda v: scale * m * v / (s**2 + v**2) / factor(v), 0, 80, points=[0.1, 1, 10])[0]
-  wanted = factor(0) * (np.asarray(x) / factor(80) + shift)
-  np.testing.assert_allclose(got, wanted, atol=1e-3 * max(1, np.abs(wanted).max()))
-  limit = s**scale * spread ** (1 - scale)
-  np.testing.assert_allclose(got.std() / (np.asarray(x).std() / 80), limit, rtol=5e-3)
+    def factor(sigma, scale=scale):
+      return (s**2 + sigma**2) ** (scale / 2) * (spread**2 + sigma**2) ** ((1 - scale) / 2)
+
+    # dx/dsigma = sigma (scale (x - m) / (s^2 + sigma^2) + (1 - scale) x / (S^2 + sigma^2)).
+    def slope(v, scale=scale, factor=factor):
+      return scale * m * v / (s**2 + v**2) / factor(v)
+
+    shift = integrate.quad(slope, 0, 80, points=[0.1, 1, 10])[0]
+    wanted = factor(0) * (x / factor(80) + shift)
+    np.testing.assert_allclose(got, wanted, atol=1e-3 * max(1, np.abs(wanted).max()))
+    limit = s**scale * spread ** (1 - scale)
+    np.testing.assert_allclose(got.std() / (x.std() / 80), limit, rtol=5e-3)
 
 
 def test_class_shares_move_with_the_scale_as_the_guided_flow_says():
@@ -202,7 +213,7 @@ def test_the_interval_guides_inside_only_and_calls_one_branch_outside():
   given, none = labels(0, 8), labels(NONE, 8)
   x = jnp.ones((8, 2))
   denoise = jax.jit(guidance.classifier_free(counted, given, none, guidance.interval(process, 3.0, 0.2, 5.0)))
-  plain = guidance.classifier_free(model, given, none, 3.0)
+  plain, model = jax.jit(guidance.classifier_free(model, given, none, 3.0)), jax.jit(model)
   for t, inside in ((0.1, False), (0.2, True), (1.0, True), (5.0, True), (6.0, False)):
     wanted = plain(x, t) if inside else model(x, jnp.float32(t), given)
     np.testing.assert_allclose(denoise(x, jnp.float32(t)), wanted, rtol=1e-6)
@@ -241,7 +252,7 @@ def test_rescaling_gives_back_the_conditional_spread():
 
 def test_autoguidance_goes_away_from_the_weaker_model():
   process = processes.vp()
-  strong, weak = MIXTURE.denoise(process), component(0).denoise(process)
+  strong, weak = jax.jit(MIXTURE.denoise(process)), jax.jit(component(0).denoise(process))
   x, t = points(process)
   got = guidance.autoguidance(strong, weak, 2.0)(x, t)
   np.testing.assert_allclose(got, 2 * strong(x, t) - weak(x, t), rtol=1e-5, atol=1e-6)
@@ -252,8 +263,8 @@ def test_autoguidance_goes_away_from_the_weaker_model():
 def test_a_classifier_says_nothing_where_no_data_is_left(name):
   process = PROCESSES[name]
   guided = guidance.classifier(MIXTURE.denoise(process), functools.partial(log_posterior, process, 0), process, 5.0)
-  x = jnp.ones((4, 2))
-  np.testing.assert_array_equal(guided(x, process.t_max), MIXTURE.denoise(process)(x, process.t_max))
+  both = jax.jit(lambda x: (guided(x, process.t_max), MIXTURE.denoise(process)(x, process.t_max)))
+  np.testing.assert_array_equal(*both(jnp.ones((4, 2))))
 
 
 def test_a_learned_variance_is_the_conditional_ones():
@@ -350,11 +361,11 @@ def test_a_classifier_guides_inside_its_interval_only_and_is_not_called_outside(
     jax.debug.callback(lambda: calls.append(1))
     return log_posterior(process, 0, x_t, t)
 
-  plain = MIXTURE.denoise(process)
+  plain = jax.jit(MIXTURE.denoise(process))
   schedule = guidance.interval(process, 2.0, 0.2, 5.0, outside=0.0)
   denoise = jax.jit(guidance.classifier(plain, counted, process, schedule))
   x = jnp.ones((8, 2))
-  always = guidance.classifier(plain, functools.partial(log_posterior, process, 0), process, 2.0)
+  always = jax.jit(guidance.classifier(plain, functools.partial(log_posterior, process, 0), process, 2.0))
   for t, inside in ((0.1, False), (1.0, True), (6.0, False)):
     np.testing.assert_allclose(denoise(x, jnp.float32(t)), (always if inside else plain)(x, jnp.float32(t)), rtol=1e-5)
     jax.effects_barrier()

@@ -48,7 +48,8 @@ print(kept, sorted(counts)[10])
 
 def run(program=PROGRAM, **environment):
   inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "GLIBC_TUNABLES")}
-  environment = inherited | {"PYTHONPATH": str(ROOT)} | environment
+  # NumPy asks for huge pages, 512 to a fault, which the kernel has or has not.
+  environment = inherited | {"PYTHONPATH": str(ROOT), "NUMPY_MADVISE_HUGEPAGE": "0"} | environment
   result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
   kept, faults = result.stdout.split()
   return kept == "True", int(faults)

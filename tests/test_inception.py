@@ -61,13 +61,13 @@ def test_all_taps_are_those_of_torch_fidelity(peer, weights):
 def test_a_space_of_grey_and_colour_images(peer, weights):
   """Grey ones are colour ones of three equal channels."""
   space = metrics.inception_space(weights.params, sha256=weights.sha256, published=weights.published)
-  extract = metrics.extractor(space, 2, jax.devices()[:1])
-  grey = images_of((2, 32, 32, 1))
+  extract = metrics.extractor(space, 1, jax.devices()[:1])
+  grey = images_of((1, 32, 32, 1))
   taps = extract(grey)
   assert {name: tap.shape for name, tap in taps.items()} == {
-    "features": (2, 2048),
-    "log_probs": (2, 1008),
-    "spatial": (2, 2023),
+    "features": (1, 2048),
+    "log_probs": (1, 1008),
+    "spatial": (1, 2023),
   }
   with torch.no_grad():
     found = dict(zip(peer[0].features_list, peer[0](as_torch(np.repeat(grey, 3, -1))), strict=True))

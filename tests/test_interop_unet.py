@@ -29,7 +29,7 @@ SMALL = {
   "norm_num_groups": 8,
   **levels(DOWN, ATTN),
 }
-# Size and batch, and what differs from SMALL.
+# Size and batch, and what differs from SMALL. Options that have nothing to do with each other share a network: each is compiled.
 CONFIGS = {
   "defaults of the class": ((16, 16), 3, {}),
   "ddpm": (
@@ -83,18 +83,32 @@ CONFIGS = {
     },
   ),
   "no attention at all": ((14, 10), 1, {**levels(DOWN, DOWN), "add_attention": False}),
-  "attention everywhere": ((8, 8), 7, {**levels(ATTN, ATTN), "layers_per_block": 2}),
+  "attention everywhere": ((8, 8), 7, {**levels(ATTN, ATTN), "layers_per_block": 2, "num_class_embeds": 4}),
   "one level": ((7, 5), 3, {"block_out_channels": (16,), **levels(ATTN)}),
-  "classes": ((8, 8), 3, {"num_class_embeds": 4}),
-  "classes embedded as time": ((8, 8), 3, {"class_embed_type": "timestep"}),
-  "classes as vectors": ((8, 8), 3, {"class_embed_type": "identity"}),
-  "centered input": ((8, 8), 2, {"center_input_sample": True}),
-  "fourier": ((8, 8), 3, {"time_embedding_type": "fourier"}),
-  "grey": ((10, 6), 1, {"in_channels": 1, "out_channels": 1, "dropout": 0.3}),
-  "more channels in than out": ((8, 8), 3, {"in_channels": 6}),
-  "width of the embedding": ((8, 8), 3, {"time_embedding_dim": 40, "freq_shift": 1}),
-  "cosines first, shifted": ((8, 8), 3, {"flip_sin_to_cos": True, "freq_shift": 1, "norm_eps": 1e-3}),
-  "groups": ((8, 8), 3, {"norm_num_groups": 4, "attention_head_dim": 4, "block_out_channels": (12, 20)}),
+  "classes embedded as time, centered input": (
+    (8, 8),
+    3,
+    {"class_embed_type": "timestep", "center_input_sample": True},
+  ),
+  "classes as vectors, more channels in than out": ((8, 8), 3, {"class_embed_type": "identity", "in_channels": 6}),
+  "fourier, grey": (
+    (10, 6),
+    3,
+    {"time_embedding_type": "fourier", "in_channels": 1, "out_channels": 1, "dropout": 0.3},
+  ),
+  "groups, width and order of the embedding": (
+    (8, 8),
+    3,
+    {
+      "norm_num_groups": 4,
+      "attention_head_dim": 4,
+      "block_out_channels": (12, 20),
+      "time_embedding_dim": 40,
+      "flip_sin_to_cos": True,
+      "freq_shift": 1,
+      "norm_eps": 1e-3,
+    },
+  ),
   "large": ((64, 64), 1, {"block_out_channels": (8, 8, 16), **levels(DOWN, DOWN, ATTN)}),
 }
 

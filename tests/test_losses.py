@@ -35,50 +35,62 @@ def test_weightings_are_those_of_the_papers(name):
 @pytest.mark.parametrize("process", PROCESSES)
 def test_likelihood_weighs_the_score_by_half_g_squared(process):
   process = PROCESSES[process]
-  t = np.linspace(0.05, 0.95, 7) * process.t_max
-  expected = 0.5 * process.diffusion_squared(t) / process.sigma(t) ** 2
-  np.testing.assert_allclose(losses.likelihood(process)(process.log_snr(t)), expected, rtol=1e-5)
+
+  @jax.jit
+  def run(t):
+    expected = 0.5 * process.diffusion_squared(t) / process.sigma(t) ** 2
+    return losses.likelihood(process)(process.log_snr(t)), expected
+
+  np.testing.assert_allclose(*run(np.linspace(0.05, 0.95, 7) * process.t_max), rtol=1e-5)
+
+
+# Each process with a prediction, in turn, so that each prediction has one or two; the other pairs are slow.
+PAIRS = [
+  pytest.param(process, prediction, marks=[] if i % len(PREDICTIONS) == j else pytest.mark.slow)
+  for i, process in enumerate(PROCESSES)
+  for j, prediction in enumerate(PREDICTIONS)
+]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(("process", "prediction"), PAIRS)
 def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_point(process, prediction):
   """Under every weighting, within five standard errors: the value, and the slopes as the estimate is scaled or shifted."""
   process = PROCESSES[process]
   if prediction in ("EPS", "SCORE"):
     process = below_zero_snr(process)
-  prediction, count = PREDICTIONS[prediction], 20_000
+  # Errors fall with the number of values, and what is costly, the weighting by the likelihood, is computed for each sample.
+  prediction, count, dim = PREDICTIONS[prediction], 2000, 30
   weightings = {name: weighting for name, (weighting, _) in WEIGHTINGS.items()} | {
     "likelihood": losses.likelihood(process)
   }
-  x_0 = MEAN + STD * jax.random.normal(jax.random.key(1), (count, 3))
-  exact = gaussian(MEAN, STD, 3).denoise(process)
+  exact = gaussian(MEAN, STD, dim).denoise(process)
 
-  def details(which, change):
-    def denoise(x, t):
-      return (1 + change[0]) * exact(x, t) + change[1]
+  def weigh(log_snr):
+    # All weightings at once: the loss of each sample [W, B].
+    return jnp.stack([weighting(log_snr) for weighting in weightings.values()])
 
-    def weighting(log_snr):
-      return jnp.stack([each(log_snr) for each in weightings.values()])[which]
+  @jax.jit
+  def run(x_0):
+    def loss(change):
+      def denoise(x, t):
+        return (1 + change[0]) * exact(x, t) + change[1]
 
-    apply = network_of(process, prediction, denoise)
-    kwargs = {"times": losses.uniform(process), "label": lambda t: t, "weighting": weighting}
-    return losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
+      apply = network_of(process, prediction, denoise)
+      kwargs = {"times": losses.uniform(process), "label": lambda t: t, "weighting": weigh}
+      details = losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
+      return details["loss"][0], details
 
-  def of_all(change):
-    # Traced and compiled once, not once a weighting.
-    values = jax.vmap(details, (0, None))(jnp.arange(len(weightings)), change)
-    values = {name: jax.tree.map(lambda leaf, i=i: leaf[i], values) for i, name in enumerate(weightings)}
-    return values["simple"]["loss"], values
+    slopes, details = jax.jacfwd(loss, has_aux=True)(jnp.zeros(2))
+    log_snr = jnp.maximum(process.log_snr(details["t"]), -40)
+    return slopes, details["loss"], weigh(log_snr) * STD**2 / (STD**2 + jnp.exp(-log_snr))
 
-  slopes, values = jax.jit(jax.jacfwd(of_all, has_aux=True))(jnp.zeros(2))
-  for name, weighting in weightings.items():
-    log_snr = np.maximum(np.asarray(process.log_snr(values[name]["t"])), -40)
-    least = np.asarray(jax.jit(weighting)(log_snr)) * STD**2 / (STD**2 + np.exp(-log_snr))
+  x_0 = MEAN + STD * np.random.default_rng(0).standard_normal((count, dim))
+  slopes, values, least = map(np.asarray, run(x_0))
+  for index, name in enumerate(weightings):
     # A weighting is a factor of each sample's loss, so also of its slopes.
-    weight = np.asarray(values[name]["loss"] / values["simple"]["loss"])
-    for sample in (values[name]["loss"] - least, weight * slopes[:, 0], weight * slopes[:, 1]):
+    weight = values[index] / values[0]
+    for sample in (values[index] - least[index], weight * slopes[:, 0], weight * slopes[:, 1]):
       assert abs(np.mean(sample)) < 5 * np.std(sample) / count**0.5 + 1e-12, name
 
 
@@ -88,9 +100,11 @@ def test_the_loss_is_the_weighted_mean_of_its_details():
   def times(keys):
     return jnp.linspace(0.1, 1, 16), jnp.linspace(0.5, 2, 16)
 
-  loss, details = losses.denoising_loss(
-    jax.random.key(0), lambda x, t: 0 * x, process, predictions.EPS, x_0, times=times
-  )
+  @jax.jit
+  def run(x_0):
+    return losses.denoising_loss(jax.random.key(0), lambda x, t: 0 * x, process, predictions.EPS, x_0, times=times)
+
+  loss, details = run(x_0)
   np.testing.assert_allclose(loss, np.mean(np.linspace(0.5, 2, 16) * details["loss"]), rtol=1e-6)
 
 
@@ -99,17 +113,18 @@ def test_the_loss_is_the_weighted_mean_of_its_details():
 def test_finite_where_no_data_is_left(process, prediction):
   """At t_max itself, in float32, under every weighting."""
   process, prediction = PROCESSES[process], PREDICTIONS[prediction]
-  for weighting, _ in WEIGHTINGS.values():
-    loss, _ = losses.denoising_loss(
-      jax.random.key(0),
-      lambda x, t: 0.1 * x,
-      process,
-      prediction,
-      jnp.ones((4, 2)),
-      times=lambda keys: (jnp.ones(4), jnp.ones(4)),
-      weighting=weighting,
-    )
-    assert jnp.isfinite(loss)
+
+  @jax.jit
+  def run(x_0):
+    kwargs = {
+      "times": lambda keys: (jnp.ones(4), jnp.ones(4)),
+      "weighting": lambda log_snr: jnp.stack([weighting(log_snr) for weighting, _ in WEIGHTINGS.values()]),
+    }
+    return losses.denoising_loss(jax.random.key(0), lambda x, t: 0.1 * x, process, prediction, x_0, **kwargs)[1]["loss"]
+
+  loss = run(jnp.ones((4, 2)))
+  assert loss.shape == (len(WEIGHTINGS), 4)
+  assert jnp.all(jnp.isfinite(loss))
 
 
 @pytest.mark.parametrize("prediction", ["EPS", "SCORE"])
@@ -132,31 +147,33 @@ def test_simple_loss_of_eps_is_plain_squared_error():
   process, key = PROCESSES["discrete_linear"], jax.random.key(0)
   x_0 = jax.random.normal(jax.random.key(1), (6, 5))
   output = jax.random.normal(jax.random.key(2), (6, 5))
-  _, details = losses.denoising_loss(
-    key, lambda x, t: output, process, predictions.EPS, x_0, times=losses.uniform(process)
-  )
-  keys = randomness.sample_keys(key, jnp.arange(6))
-  eps = randomness.normal(randomness.fold_in(keys, 1), (6, 5))
-  np.testing.assert_allclose(details["loss"], jnp.mean((output - eps) ** 2, 1), rtol=1e-5)
+
+  @jax.jit
+  def run(x_0, output):
+    kwargs = {"times": losses.uniform(process)}
+    _, details = losses.denoising_loss(key, lambda x, t: output, process, predictions.EPS, x_0, **kwargs)
+    keys = randomness.sample_keys(key, jnp.arange(6))
+    eps = randomness.normal(randomness.fold_in(keys, 1), (6, 5))
+    return details["loss"], jnp.mean((output - eps) ** 2, 1)
+
+  np.testing.assert_allclose(*run(x_0, output), rtol=1e-5)
 
 
 def test_snr_plus_one_is_plain_squared_error_of_v():
   process, key = PROCESSES["discrete_cosine"], jax.random.key(0)
   x_0, output = jax.random.normal(jax.random.key(1), (2, 64, 5))
-  _, details = losses.denoising_loss(
-    key,
-    lambda x, t: output,
-    process,
-    predictions.V,
-    x_0,
-    times=losses.uniform(process),
-    weighting=losses.snr_plus_one,
-  )
-  keys = randomness.sample_keys(key, jnp.arange(64))
-  eps = randomness.normal(randomness.fold_in(keys, 1), (64, 5))
-  t = details["t"][:, None]
-  v = process.alpha(t) * eps - process.sigma(t) * x_0
-  np.testing.assert_allclose(details["loss"], jnp.mean((output - v) ** 2, 1), rtol=1e-4)
+
+  @jax.jit
+  def run(x_0, output):
+    kwargs = {"times": losses.uniform(process), "weighting": losses.snr_plus_one}
+    _, details = losses.denoising_loss(key, lambda x, t: output, process, predictions.V, x_0, **kwargs)
+    keys = randomness.sample_keys(key, jnp.arange(64))
+    eps = randomness.normal(randomness.fold_in(keys, 1), (64, 5))
+    t = details["t"][:, None]
+    v = process.alpha(t) * eps - process.sigma(t) * x_0
+    return details["loss"], jnp.mean((output - v) ** 2, 1)
+
+  np.testing.assert_allclose(*run(x_0, output), rtol=1e-4)
 
 
 def test_a_sample_depends_on_its_key_alone():
@@ -164,12 +181,12 @@ def test_a_sample_depends_on_its_key_alone():
   keys = jax.random.split(jax.random.key(0), 8)
   x_0 = jax.random.normal(jax.random.key(1), (8, 3))
 
-  def details(part):
-    return losses.denoising_loss(
-      keys[part], lambda x, t: 0.1 * x, process, predictions.EPS, x_0[part], times=losses.uniform(process)
-    )[1]["loss"]
+  @jax.jit
+  def loss(keys, x_0):
+    kwargs = {"times": losses.uniform(process)}
+    return losses.denoising_loss(keys, lambda x, t: 0.1 * x, process, predictions.EPS, x_0, **kwargs)[1]["loss"]
 
-  np.testing.assert_array_equal(details(slice(0, 8))[4:], details(slice(4, 8)))
+  np.testing.assert_array_equal(loss(keys, x_0)[4:], loss(keys[4:], x_0[4:]))
 
 
 def test_wrong_input_is_an_error():

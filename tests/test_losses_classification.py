@@ -1,5 +1,7 @@
 """The loss of a classifier against the entropy of the class, by integration, and the classifier that it is least for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ CLASSES = Mixture(np.array([0.2, 0.5, 0.3]), np.array([[-0.8], [0.1], [0.6]]), n
 LOG_SNRS = (4.0, 1.0, -2.0)
 
 
+@functools.cache
 def conditional_entropy(log_snr):
   """H(class | x_t) in nats: x_t / alpha is a mixture with the noise's variance exp(-log_snr) added."""
   spread = np.sqrt(CLASSES.stds**2 + np.exp(-log_snr))
@@ -29,30 +32,33 @@ def conditional_entropy(log_snr):
 def test_the_exact_posterior_has_the_conditional_entropy_as_its_loss_and_none_has_less(process):
   """Within five standard errors: the value at each noise level, and the slopes as the logits are scaled or shifted."""
   process, count = PROCESSES[process], 30_000
-  x_0, classes = map(jnp.asarray, CLASSES.draw_labelled(np.random.default_rng(0), count))
-  levels = jnp.asarray([process.time_of(jnp.asarray(level)) for level in LOG_SNRS])
+  x_0, classes = CLASSES.draw_labelled(np.random.default_rng(0), count)
   exact = CLASSES.classify(process)
 
-  def details(change):
-    def apply(x, t):
-      return (1 + change[0]) * exact(x, t) + change[1] * jnp.array([1.0, 0.0, 0.0])
+  @jax.jit
+  def run(x_0, classes, changes):
+    levels = process.time_of(jnp.asarray(LOG_SNRS))
 
-    def times(keys):
-      return jnp.resize(levels, keys.shape), jnp.ones(keys.shape)
+    def details(change):
+      def apply(x, t):
+        return (1 + change[0]) * exact(x, t) + change[1] * jnp.array([1.0, 0.0, 0.0])
 
-    return losses.classification_loss(jax.random.key(2), apply, process, x_0, classes, times=times, label=lambda t: t)[
-      1
-    ]["loss"]
+      def times(keys):
+        return jnp.resize(levels, keys.shape), jnp.ones(keys.shape)
 
-  zero = jnp.zeros(2)
-  least, slopes = jax.jit(details)(zero), jax.jit(jax.jacfwd(details))(zero)
+      kwargs = {"times": times, "label": lambda t: t}
+      return losses.classification_loss(jax.random.key(2), apply, process, x_0, classes, **kwargs)[1]["loss"]
+
+    return jax.lax.map(jax.jacfwd(lambda change: (details(change),) * 2, has_aux=True), changes)
+
+  changes = np.array([[0.0, 0.0], [0.5, 0.0], [-0.4, 0.0], [0.0, 1.0], [0.0, -1.0]])
+  (slopes, *_), (least, *others) = map(np.asarray, run(x_0, classes, changes))
   for index, log_snr in enumerate(LOG_SNRS):
     part = slice(index, None, len(LOG_SNRS))
     for sample in (least[part] - conditional_entropy(log_snr), slopes[part, 0], slopes[part, 1]):
       assert abs(np.mean(sample)) < 5 * np.std(sample) / len(sample) ** 0.5
-  for other in ([0.5, 0.0], [-0.4, 0.0], [0.0, 1.0], [0.0, -1.0]):
-    more = jax.jit(details)(jnp.array(other)) - least
-    assert np.mean(more) > 5 * np.std(more) / count**0.5
+  for other in others:
+    assert np.mean(other - least) > 5 * np.std(other - least) / count**0.5
 
 
 def test_the_loss_is_the_weighted_mean_of_its_details_and_counts_what_is_right():
@@ -80,18 +86,12 @@ def test_a_sample_depends_on_its_key_alone():
   keys = jax.random.split(jax.random.key(0), 8)
   x_0, classes = map(jnp.asarray, CLASSES.draw_labelled(np.random.default_rng(0), 8))
 
-  def details(part):
-    return losses.classification_loss(
-      keys[part],
-      exact,
-      process,
-      x_0[part].astype(jnp.float32),
-      classes[part],
-      times=losses.uniform(process),
-      label=lambda t: t,
-    )[1]
+  @jax.jit
+  def details(keys, x_0, classes):
+    kwargs = {"times": losses.uniform(process), "label": lambda t: t}
+    return losses.classification_loss(keys, exact, process, x_0.astype(jnp.float32), classes, **kwargs)[1]
 
-  whole, half = details(slice(0, 8)), details(slice(4, 8))
+  whole, half = details(keys, x_0, classes), details(keys[4:], x_0[4:], classes[4:])
   for name in ("t", "loss", "correct"):
     np.testing.assert_allclose(whole[name][4:], half[name], rtol=1e-6)
 
@@ -99,17 +99,22 @@ def test_a_sample_depends_on_its_key_alone():
 def test_log_probabilities_at_one_time_or_many_and_their_slope():
   process = PROCESSES["vp"]
   log_probs = predictions.classifier(CLASSES.classify(process), process, label=lambda t: t)
-  x, t = jax.random.normal(jax.random.key(0), (5, 1)), 0.3
-  one = log_probs(x, t)
-  np.testing.assert_allclose(one, log_probs(x, jnp.full(5, t)), rtol=1e-6)
+
+  @jax.jit
+  def run(x):
+    t = 0.3
+    slope = jax.grad(lambda x: jnp.sum(log_probs(x, t)[:, 1]))(x)
+    # Bayes: the slope of log p(x_t | class) less that of log p(x_t), the latter from the exact denoiser (Tweedie).
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    score = (alpha * CLASSES.denoise(process)(x, t) - x) / sigma**2
+    of_class = -(x - alpha * CLASSES.means[1]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)
+    return log_probs(x, t), log_probs(x, jnp.full(5, t)), slope, of_class - score
+
+  one, many, slope, expected = run(np.random.default_rng(0).standard_normal((5, 1), np.float32))
+  np.testing.assert_allclose(one, many, rtol=1e-6)
   np.testing.assert_allclose(np.sum(np.exp(one), axis=1), 1, rtol=1e-5)
-  slope = jax.grad(lambda x: jnp.sum(log_probs(x, t)[:, 1]))(x)
-  assert slope.shape == x.shape
-  # Bayes: the slope of log p(x_t | class) less that of log p(x_t), the latter from the exact denoiser (Tweedie).
-  alpha, sigma = process.alpha(t), process.sigma(t)
-  score = (alpha * CLASSES.denoise(process)(x, t) - x) / sigma**2
-  of_class = -(x - alpha * CLASSES.means[1]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)
-  np.testing.assert_allclose(slope, of_class - score, rtol=1e-3, atol=1e-3)
+  assert slope.shape == (5, 1)
+  np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_input_is_scaled_as_the_denoiser_s_is():

@@ -25,21 +25,21 @@ def test_times_are_uniform():
   assert stats.kstest(np.asarray(t, np.float64), stats.uniform(0.2, 0.8).cdf).pvalue > 1e-4
 
 
-def test_low_discrepancy_times_have_one_in_each_stratum():
-  for process, count in ((processes.vp(), 64), (PROCESSES["discrete_linear"], 50)):
-    firsts = []
-    for seed in range(300):
-      t, weight = losses.low_discrepancy(process)(jax.random.split(jax.random.key(seed), count))
-      np.testing.assert_array_equal(np.sort(np.ceil(np.asarray(t) * count - 1e-3)), np.arange(1, count + 1))
-      assert np.all(weight == 1)
-      firsts.append(float(t[0]))
-    assert stats.kstest(firsts, stats.uniform(0, 1).cdf).pvalue > 1e-4
+@pytest.mark.parametrize(("process", "count"), [("vp", 64), ("discrete_linear", 50)])
+def test_low_discrepancy_times_have_one_in_each_stratum(process, count):
+  times = losses.low_discrepancy(PROCESSES[process])
+  draw = jax.jit(jax.vmap(lambda key: times(jax.random.split(key, count))))
+  t, weight = map(np.asarray, draw(jax.vmap(jax.random.key)(np.arange(300))))
+  strata = np.sort(np.ceil(t * count - 1e-3), axis=1)
+  np.testing.assert_array_equal(strata, np.tile(np.arange(1, count + 1), (300, 1)))
+  assert np.all(weight == 1)
+  assert stats.kstest(t[:, 0], stats.uniform(0, 1).cdf).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("process", ["edm", "vp", "rectified_flow"])
 def test_log_normal_times(process):
   process = PROCESSES[process]
-  t, _ = losses.log_normal(process, -1.2, 0.9)(jax.random.split(jax.random.key(0), 20_000))
+  t, _ = jax.jit(losses.log_normal(process, -1.2, 0.9))(jax.random.split(jax.random.key(0), 20_000))
   log_sigma = -0.5 * np.asarray(process.log_snr(t), np.float64)
   assert stats.kstest(log_sigma, stats.norm(-1.2, 0.9).cdf).pvalue > 1e-4
 
@@ -52,7 +52,7 @@ def test_logit_normal_times():
 
 @pytest.mark.parametrize("distribution", [losses.log_normal, losses.logit_normal])
 def test_times_of_a_discrete_process_are_steps(distribution):
-  t, _ = distribution(PROCESSES["discrete_linear"])(jax.random.split(jax.random.key(0), 5000))
+  t, _ = jax.jit(distribution(PROCESSES["discrete_linear"]))(jax.random.split(jax.random.key(0), 5000))
   steps = np.asarray(t, np.float64) * 1000
   np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
   assert 1 <= np.rint(steps).min() < np.rint(steps).max() <= 1000
@@ -101,18 +101,20 @@ def test_importance_sampling_lowers_the_variance_of_the_bound():
   x_0 = jnp.round(127.5 * (MEAN + STD * jax.random.normal(jax.random.key(1), (4000, 2))) + 127.5) / 127.5 - 1
   keys = jax.random.split(jax.random.key(3), 4000)
 
+  @jax.jit
   def bits(t):
     x_t = process.sample_marginal(jax.random.key(2), x_0, t)
     return losses.vlb_bits(process, exact(x_t, t), x_0, x_t, t)
 
   moments = losses.loss_moments(process, 5)
   every = jnp.arange(1, 1001) / 1000
+  add = jax.jit(losses.update_moments)
   for _ in range(5):
-    moments = losses.update_moments(moments, every, jax.jit(bits)(jnp.tile(every, 4))[:1000])
+    moments = add(moments, every, bits(jnp.tile(every, 4))[:1000])
   spread = {}
   for name, times in (("uniform", losses.uniform(process)), ("importance", losses.importance(process, moments))):
     t, weight = times(keys)
-    spread[name] = np.asarray(weight * jax.jit(bits)(t))
+    spread[name] = np.asarray(weight * bits(t))
   means = {name: value.mean() for name, value in spread.items()}
   assert spread["importance"].std() < 0.4 * spread["uniform"].std()
   error = 5 * (spread["uniform"].std() + spread["importance"].std()) / 4000**0.5

@@ -104,12 +104,16 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_error_
   def simple(mean):
     return losses.denoising_loss(apply=lambda x, t: mean, prediction=PREDICTIONS[name], **kwargs)[0]
 
-  by_mean, by_variance = jax.grad(lambda *args: hybrid(*args)[0], (0, 1))(*output)
-  np.testing.assert_allclose(by_mean, jax.grad(simple)(output[0]), rtol=1e-9)
-  by_bound = jax.grad(lambda variance: jnp.mean(hybrid(output[0], variance)[1]["vlb_bits"]))(output[1])
+  @jax.jit
+  def run(mean, variance):
+    (loss, details), slopes = jax.value_and_grad(hybrid, (0, 1), has_aux=True)(mean, variance)
+    by_bound = jax.grad(lambda variance: jnp.mean(hybrid(mean, variance)[1]["vlb_bits"]))(variance)
+    return loss, details, slopes, jax.grad(simple)(mean), by_bound
+
+  loss, details, (by_mean, by_variance), by_error, by_bound = run(*output)
+  np.testing.assert_allclose(by_mean, by_error, rtol=1e-9)
   np.testing.assert_allclose(by_variance, 20 / 1000 * by_bound, rtol=1e-9)
   assert jnp.all(jnp.abs(by_variance) > 0)
-  loss, details = hybrid(*output)
   np.testing.assert_allclose(loss, jnp.mean(details["squared_error"] + 0.02 * details["vlb_bits"]), rtol=1e-9)
 
 
@@ -117,21 +121,26 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_error_
 def test_the_bound_is_stationary_at_the_true_variance():
   """For Gaussian data p's best variance is that of the reverse step, between the two bounds."""
   process, std = processes.discrete(schedules.linear(50, 1e-3, 0.2)), 0.5
-  x_0 = std * jax.random.normal(jax.random.key(0), (100_000, 1))
-  for n in (2, 10, 40):
+
+  @jax.jit
+  def run(x_0, n):
     t, s = n / 50, (n - 1) / 50
-    x_t = process.sample_marginal(jax.random.key(n), x_0, t)
+    x_t = process.sample_marginal(jax.random.fold_in(jax.random.key(0), n), x_0, t)
     small, large = process.posterior(x_t, x_0, t, s)[1], process.step_variance(t, s)
     left = process.alpha(t) ** 2 * std**2 + process.sigma(t) ** 2
     true = large - large**2 / left  # of x_s given x_t, up to the scale of the step
     true = true * (process.alpha(s) / process.alpha(t)) ** 2
     fraction = jnp.log(true / small) / jnp.log(large / small)
-    assert 0 < fraction < 1
     x_hat = gaussian(0.0, std).denoise(process)(x_t, t)
 
-    def bits(fraction, t=t, x_t=x_t, x_hat=x_hat):
+    def bits(fraction):
       denoised = predictions.Denoised(x_hat, jnp.full_like(x_hat, fraction))
       return losses.vlb_bits(process, denoised, x_0, x_t, jnp.full(x_0.shape[:1], t), variance="learned")
 
-    slope = np.asarray(jax.jvp(bits, (fraction,), (1.0,))[1])
+    return fraction, jax.jvp(bits, (fraction,), (jnp.ones_like(fraction),))[1]
+
+  x_0 = std * np.random.default_rng(0).standard_normal((100_000, 1))
+  for n in (2, 10, 40):
+    fraction, slope = map(np.asarray, run(x_0, n))
+    assert 0 < fraction < 1
     assert abs(slope.mean()) < 5 * slope.std() / len(slope) ** 0.5

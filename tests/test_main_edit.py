@@ -1,28 +1,21 @@
-"""Guidance and editing from the command line, in processes of their own."""
+"""Guidance and editing from the command line."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import parallel, runs
-from tests.commands import assert_refused, call
-from tests.recipes import tiny_config
+from tests.commands import RECIPE, assert_refused, call
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of two steps of a model that knows classes, whose own sampler adds noise; and two images beside it."""
-  folder, config = tmp_path_factory.mktemp("run"), tiny_config()
-  config.network.num_classes = 10
-  config.loss.label_dropout = 0.1
-  config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 100, "log_every": 1})
-  config.evaluation.update({"num_samples": 6, "k": 2})
-  config.sampling.sampler = "ancestral"
-  make = parallel.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
-    runs.run_train(config, folder)
+  """A run of three steps of a model that knows classes, whose own sampler adds noise; and two images beside it."""
+  folder = tmp_path_factory.mktemp("run")
+  # The train step is the one that `test_main` compiles too.
+  model = ["--config.network.num_classes=10", "--config.loss.label_dropout=0.1", "--config.training.steps=3"]
+  rest = ["--config.evaluation.num_samples=6", "--config.evaluation.k=2", "--config.sampling.sampler=ancestral"]
+  code, output = call(RECIPE, f"--workdir={folder}", *model, *rest)
+  assert code == 0, output
   (folder / "images").mkdir()
   for index in range(2):
     pixels = np.random.default_rng(index).integers(0, 256, (8 + 4 * index, 8), np.uint8)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,26 +7,25 @@ import pytest
 
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.layers import AttentionBlock, drop, sinusoidal_embedding
+from tests.parameters import random_like
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,), "groups": 4, "dropout": 0.0}
 
 
 def build(size=(8, 8), channels=1, seed=0, **changes):
+  """Return a network and random parameters, so that every path acts on the output."""
   network = UNet(out_channels=channels, **(SMALL | changes))
+  return network, random_like(jax.eval_shape(functools.partial(init, network, size, channels), seed), seed)
+
+
+def init(network, size, channels, seed=0):
+  """Return the parameters of a fresh network."""
   classes = jnp.zeros((1,), jnp.int32) if network.num_classes else None
-  # Under jit: op by op, a network costs a compilation an operation.
-  init = jax.jit(network.init)
-  return network, init(jax.random.key(seed), jnp.zeros((1, *size, channels)), jnp.zeros((1,)), classes)["params"]
+  return network.init(jax.random.key(seed), jnp.zeros((1, *size, channels)), jnp.zeros((1,)), classes)["params"]
 
 
 def apply(network, params, *args, **kwargs):
   return jax.jit(lambda params: network.apply({"params": params}, *args, **kwargs))(params)
-
-
-def awake(params):
-  """The zeros of a fresh network replaced by noise, so that every path acts on the output."""
-  rng = np.random.default_rng(9)
-  return jax.tree.map(lambda p: jnp.asarray(p + 0.1 * rng.standard_normal(p.shape, np.float32)), params)
 
 
 @pytest.mark.parametrize(
@@ -47,13 +48,20 @@ def test_shapes_and_types(size, channels, changes):
   output = compiled(params)
   assert output.shape == x.shape
   assert output.dtype == jnp.float32
-  assert jnp.all(output == 0), "a fresh network gives zeros, by its last convolution"
-  assert jnp.any(compiled(awake(params)) != 0)
+  assert jnp.all(jnp.std(output, (1, 2, 3)) > 0)
+
+
+def test_a_fresh_network_gives_zeros():
+  """By its last convolution."""
+  network, random = build()
+  # Under jit: op by op, a network costs a compilation an operation.
+  params = jax.jit(functools.partial(init, network, (8, 8), 1))()
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, random)
+  assert jnp.all(apply(network, params, jnp.ones((2, 8, 8, 1)), jnp.ones(2)) == 0)
 
 
 def test_output_depends_on_time_and_class_and_not_on_the_rest_of_the_batch():
   network, params = build(num_classes=3)
-  params = awake(params)
   x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 8, 8, 1)), (4, 8, 8, 1))
   label, classes = jnp.array([5.0, 5.0, 6.0, 5.0]), jnp.array([0, 0, 0, 2])
   output = apply(network, params, x, label, classes)
@@ -65,7 +73,6 @@ def test_output_depends_on_time_and_class_and_not_on_the_rest_of_the_batch():
 
 def test_every_parameter_has_a_gradient():
   network, params = build(num_classes=3, blocks=2)
-  params = awake(params)
   x, label = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.array([1.0, 2.0, 3.0])
 
   def loss(params):
@@ -82,7 +89,7 @@ def test_attention_is_softmax_of_products():
   """The block against the formula, written out with NumPy, heads and all."""
   block = AttentionBlock(heads=2, style=UNet(groups=1)._style)
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
-  params = awake(block.init(jax.random.key(1), x)["params"])
+  params = random_like(jax.eval_shape(block.init, jax.random.key(1), x)["params"])
   flat = np.asarray(x, np.float64).reshape(6, 4)
   norm = (flat - flat.mean()) / np.sqrt(flat.var() + 1e-6) * params["group_norm"]["scale"] + params["group_norm"][
     "bias"
@@ -104,7 +111,7 @@ def test_attention_stands_where_it_is_asked_for():
 
 def test_dropout_acts_in_training_only():
   network, params = build(dropout=0.5)
-  params, x = awake(params), jnp.ones((2, 8, 8, 1))
+  x = jnp.ones((2, 8, 8, 1))
 
   def run(seed, train):
     return apply(network, params, x, jnp.ones(2), train=train, rngs={"dropout": jax.random.key(seed)})
@@ -116,7 +123,7 @@ def test_dropout_acts_in_training_only():
 def test_dropout_by_a_key_for_each_sample_knows_no_batch():
   """Each sample and each block has masks of its own, of the asked rate, whatever else is in the batch."""
   network, params = build(dropout=0.25)
-  params, x, keys = awake(params), jnp.ones((4, 8, 8, 1)), jax.random.split(jax.random.key(0), 4)
+  x, keys = jnp.ones((4, 8, 8, 1)), jax.random.split(jax.random.key(0), 4)
 
   def run(rows):
     keep = jnp.array(rows)

@@ -14,7 +14,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import upsample_2d
 
 from ddpm_jax.networks import Classifier, UNet, layers
-from tests.test_networks import SMALL, awake
+from tests.parameters import random_like
+from tests.test_networks import SMALL
 
 FIR = (1, 3, 3, 1)
 SONG = {"song": True, "downsample": "residual", "upsample": "residual"}
@@ -102,8 +103,10 @@ def test_the_progressive_input_is_convolved_beyond_the_edge_and_then_filtered(we
 
 
 def init(network, space, channels, **conditions):
+  """Return random parameters of a network."""
   x = jnp.zeros((1, *space, channels))
-  return jax.jit(lambda key: network.init(key, x, jnp.zeros(1), **conditions))(jax.random.key(0))["params"]
+  shapes = jax.eval_shape(lambda key: network.init(key, x, jnp.zeros(1), **conditions), jax.random.key(0))
+  return random_like(shapes["params"])
 
 
 def run(network, params, x, label, **conditions):
@@ -117,8 +120,8 @@ def test_every_parameter_matters(name):
   conditions = {} if name == "ncsn++" else {"classes": jnp.array([0, 2]), "augmentation": noise(2, 5)}
   network = UNet(out_channels=2, **(SMALL | options))
   x, label = noise(2, 8, 8, 2), jnp.array([0.3, 2.0])
-  key = jax.random.key(0)
-  params = awake(jax.jit(lambda key: network.init(key, x, label, **conditions))(key)["params"])
+  shapes = jax.eval_shape(lambda key: network.init(key, x, label, **conditions), jax.random.key(0))
+  params = random_like(shapes["params"])
   loss = jax.jit(jax.grad(lambda params: jnp.sum(network.apply({"params": params}, x, label, **conditions) ** 2)))
   slopes = jax.tree_util.tree_leaves_with_path(loss(params))
   silent = [jax.tree_util.keystr(path) for path, leaf in slopes if not jnp.any(leaf)]
@@ -128,7 +131,7 @@ def test_every_parameter_matters(name):
 @pytest.mark.parametrize(("space", "options"), [((16,), {}), ((4, 4, 8), ADM), ((8, 4, 4), NCSNPP)])
 def test_audio_and_volumes_keep_their_shape(space, options):
   network = UNet(out_channels=2, **(SMALL | options), dimensions=len(space))
-  x, params = noise(3, *space, 2), awake(init(network, space, 2))
+  x, params = noise(3, *space, 2), init(network, space, 2)
   output = run(network, params, x, jnp.array([0.5, 1.0, 2.0]))
   assert output.shape == x.shape
   assert jnp.all(jnp.std(output, axis=tuple(range(1, x.ndim))) > 1e-3)
@@ -139,7 +142,7 @@ def test_an_axis_of_length_one_changes_nothing(axes):
   """A network of one more axis whose kernels' middle is the smaller network's."""
   options = SMALL | {"multipliers": (2,), "attention_levels": (0,)}
   small = UNet(out_channels=2, **options, dimensions=axes - 1)
-  params = awake(init(small, (4, 5)[: axes - 1], 2))
+  params = init(small, (4, 5)[: axes - 1], 2)
 
   def widen(path, leaf):
     # Only the kernels of convolutions have more than two axes.
@@ -165,7 +168,7 @@ def test_an_axis_of_length_one_changes_nothing(axes):
 def test_conditions_act_each_on_its_own_sample(options, given):
   network = UNet(out_channels=1, **(SMALL | options))
   shape = (8, 8, 2) if given == "image" else (7,)
-  params = awake(init(network, (8, 8), 1, **{given: jnp.zeros((1, *shape))}))
+  params = init(network, (8, 8), 1, **{given: jnp.zeros((1, *shape))})
   x = jnp.broadcast_to(noise(1, 8, 8, 1), (3, 8, 8, 1))
   condition = noise(3, *shape, seed=1).at[1].set(0)
   output = run(network, params, x, jnp.ones(3), **{given: condition})
@@ -179,14 +182,14 @@ def test_conditions_act_each_on_its_own_sample(options, given):
 def test_the_output_is_divided_by_sigma_where_asked():
   options = SMALL | {"time_embedding": "fourier"}
   plain, divided = (UNet(out_channels=1, **options, divide_by_sigma=value) for value in (False, True))
-  params, x, label = awake(init(plain, (8, 8), 1)), noise(2, 8, 8, 1), jnp.log(jnp.array([0.5, 20.0]))
+  params, x, label = init(plain, (8, 8), 1), noise(2, 8, 8, 1), jnp.log(jnp.array([0.5, 20.0]))
   wanted = run(plain, params, x, label) / jnp.array([0.5, 20.0])[:, None, None, None]
   np.testing.assert_allclose(run(divided, params, x, label), wanted, rtol=1e-5)
 
 
 def test_the_classifier_gives_logits():
   network = Classifier(out_channels=5, **(SMALL | ADM))
-  params = awake(init(network, (8, 8), 3))
+  params = init(network, (8, 8), 3)
   logits = run(network, params, noise(4, 8, 8, 3), jnp.arange(4.0))
   assert logits.shape == (4, 5)
   assert logits.dtype == jnp.float32
@@ -203,7 +206,7 @@ def equations(jaxpr):
 @pytest.mark.parametrize("options", [{}, ADM, NCSNPP])
 def test_in_bfloat16_parameters_statistics_and_softmax_are_float32(options):
   network = UNet(out_channels=1, **(SMALL | options), dtype=jnp.bfloat16)
-  params = awake(init(network, (8, 8), 1))
+  params = init(network, (8, 8), 1)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   x, label = noise(2, 8, 8, 1), jnp.array([0.5, 2.0])
 
@@ -224,7 +227,7 @@ def test_in_bfloat16_parameters_statistics_and_softmax_are_float32(options):
 @pytest.mark.parametrize(("policy", "share"), [("blocks", 0.3), ("everything", 0.2), ("dots_saveable", 0.6)])
 def test_rematerialization_changes_memory_and_not_gradients(policy, share):
   plain = UNet(out_channels=1, **(SMALL | {"attention_levels": (0, 1), "dropout": 0.2}))
-  params, x, label = awake(init(plain, (8, 8), 1)), noise(8, 8, 8, 1), jnp.arange(8.0)
+  params, x, label = init(plain, (8, 8), 1), noise(8, 8, 8, 1), jnp.arange(8.0)
 
   def loss_of(network):
     def loss(params):
@@ -250,7 +253,7 @@ def test_rematerialization_changes_memory_and_not_gradients(policy, share):
 
 def test_attention_by_name_is_attention():
   network = UNet(out_channels=1, **SMALL)
-  params, x = awake(init(network, (8, 8), 1)), noise(2, 8, 8, 1)
+  params, x = init(network, (8, 8), 1), noise(2, 8, 8, 1)
   named = run(network.clone(attention="xla"), params, x, jnp.ones(2))
   np.testing.assert_allclose(named, run(network, params, x, jnp.ones(2)), atol=1e-6)
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build, costs, parallel, train
+from ddpm_jax import build, costs, losses, optim, parallel, predictions, processes, train
+from ddpm_jax.networks.layers import drop
 from tests.recipes import tiny_config
 
-STEPS, BATCH = 20, 16
+STEPS, BATCH = 5, 16
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +148,30 @@ def test_the_state_is_donated(config, batches):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-def test_parts_of_a_batch_give_its_gradient_exactly(config, batches, x64):
+def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
   """In double precision, where order hardly matters: dropout, and times that are spread over the batch as a whole."""
-  changed = config.copy_and_resolve_references()
-  changed.network.update({"channels": 4, "groups": 2})
-  changed.loss.times = "low_discrepancy"
-  state = jax.jit(lambda: initial(changed))()
-  state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, state)
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
-  after = {}
+  process, optimizer = processes.vp(), optim.adam(1e-2)
+  generator = np.random.default_rng(0)
+  params = {"first": generator.normal(0, 0.2, (64, 8)), "last": generator.normal(0, 0.2, (8, 64))}
+
+  def loss_fn(params, keys, batch):
+    def network(x, t):
+      hidden = jnp.tanh(x.reshape(len(x), -1) @ params["first"] + t[:, None])
+      return (drop(hidden, 0.5, keys, "hidden") @ params["last"]).reshape(x.shape)
+
+    def times(keys):
+      return batch["times"][:, 0], batch["times"][:, 1]
+
+    return losses.denoising_loss(keys, network, process, predictions.EPS, batch["image"], times=times)
+
+  def prepare(keys):
+    return {"times": jnp.stack(losses.low_discrepancy(process)(keys), 1)}
+
+  state, after = train.init_state(jax.random.key(0), lambda key: params, optimizer), {}
+  batch = {"image": batches[0]["image"].astype(np.float64)}
   for accumulate, unroll in ((1, False), (2, True), (8, False)):
-    changed.training.accumulate = accumulate
-    step = jax.jit(functools.partial(build.build_step(changed, mesh), unroll=unroll))
-    after[accumulate] = step(state, batches[0])[0].params
+    options = {"optimizer": optimizer, "prepare": prepare, "accumulate": accumulate, "unroll": unroll}
+    after[accumulate] = jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, **options))(state, batch)[0].params
   for accumulate in (2, 8):
     for a, b in zip(jax.tree.leaves(after[accumulate]), jax.tree.leaves(after[1]), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)

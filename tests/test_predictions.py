@@ -24,8 +24,15 @@ def test_target_and_back_is_the_identity(name, coefficients):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", PREDICTIONS)
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+  ("process", "name"),
+  [
+    # Each process with a prediction, in turn, and the other pairs as slow.
+    pytest.param(process, name, marks=[] if i % len(PREDICTIONS) == j else pytest.mark.slow)
+    for i, process in enumerate(PROCESSES)
+    for j, name in enumerate(PREDICTIONS)
+  ],
+)
 def test_denoiser_is_the_same_function_from_any_prediction(name, process):
   process, prediction = below_zero_snr(PROCESSES[process]), PREDICTIONS[name]
   exact = MIXTURE.denoise(process)

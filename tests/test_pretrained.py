@@ -12,6 +12,7 @@ from diffusers.pipelines.ddim import pipeline_ddim
 
 from ddpm_jax import interop, pretrained, processes, randomness, schema
 from tests.commands import RECIPE, assert_refused, call
+from tests.parameters import write_run
 from tests.recipes import LEVELS, tiny_config
 from tests.test_interop_diffusers import write
 from tests.test_interop_pipelines import assert_one_grey_level
@@ -21,9 +22,12 @@ DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16",
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("run")
-  levels = [f"--config.network.{key}={value}" for key, value in LEVELS.items()]
-  code, output = call(RECIPE, f"--workdir={folder}", *levels)
+  """A run with scores that nothing trained, whose averages are not its raw weights."""
+  folder, config = tmp_path_factory.mktemp("run"), tiny_config()
+  config.network.update(LEVELS)
+  config.evaluation.update({"num_samples": 6, "k": 2})
+  write_run(config, folder, averages_seed=1)
+  code, output = call("--mode=eval", f"--workdir={folder}")
   assert code == 0, output
   return folder
 
@@ -108,8 +112,12 @@ def test_samples_that_are_not_finite_are_an_error(tmp_path):
   assert not (tmp_path / "samples").exists()
 
 
-def test_training_starts_from_a_folder_and_goes_on_without_it(exported, tmp_path):
-  source = shutil.copytree(exported, tmp_path / "source")
+def test_training_starts_from_a_folder_and_goes_on_without_it(tmp_path):
+  source = tmp_path / "source"
+  # One level, whose train step other tests compile too.
+  write_run(tiny_config(), tmp_path / "before")
+  code, output = call("--mode=export", f"--workdir={tmp_path / 'before'}", f"--output={source}")
+  assert code == 0, output
   # The recipe's own network, process and prediction would be others.
   flags = [RECIPE, f"--workdir={tmp_path / 'run'}", f"--config.init_from={source}", "--config.network.channels=16"]
   flags += ["--config.prediction=eps", "--config.optimizer.learning_rate=1e-12"]

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import report
-from tests import reports
-from tests.browser import browser
+from tests import browser, reports
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 LIT = {"light": (250, 256), "dark": (0, 40)}
@@ -13,8 +12,8 @@ LIT = {"light": (250, 256), "dark": (0, 40)}
 
 @pytest.fixture(scope="module")
 def chromium():
-  with browser() as page:
-    yield page
+  with browser.launch() as program:
+    yield program
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +32,9 @@ def film(tmp_path_factory):
   return path
 
 
-def assert_drawn(page, count):
+def assert_drawn(view, count):
   """Every plot has drawn lines or points within its own bounds, and the browser had nothing to complain of."""
-  plots = page.run("""[...document.querySelectorAll(".plot > div")].map((plot) => {
+  plots = view.run("""[...document.querySelectorAll(".plot > div")].map((plot) => {
     const outer = plot.getBoundingClientRect();
     const svg = plot.querySelector("svg.main-svg")?.getBoundingClientRect();
     const marks = [...plot.querySelectorAll(".scatterlayer path.js-line, .scatterlayer .point")];
@@ -49,82 +48,86 @@ def assert_drawn(page, count):
     assert width <= outer_width
     assert height <= outer_height
     assert marks > 0
-  assert page.errors == []
+  assert view.errors == []
 
 
 @pytest.mark.parametrize(
   ("size", "scheme"),
-  [(PHONE, "light"), (PHONE, "dark"), (DESKTOP, "light"), (DESKTOP, "dark")],
+  [
+    (PHONE, "light"),
+    (DESKTOP, "dark"),
+    pytest.param(PHONE, "dark", marks=pytest.mark.slow),
+    pytest.param(DESKTOP, "light", marks=pytest.mark.slow),
+  ],
 )
 def test_it_looks_right_on_phones_and_desktops_by_day_and_night(chromium, path, size, scheme):
-  chromium.open(path, *size, scheme=scheme)
-  # Seven scores against steps, loss twice, four other curves, two schedules, bound, likelihood.
-  assert_drawn(chromium, 17)
-  assert chromium.run("document.scrollingElement.scrollWidth <= innerWidth && innerWidth") == size[0]
-  assert all(address.startswith(("file:", "data:")) for address in chromium.requests)
-  picture = chromium.photograph()
-  assert picture.shape == (size[1], size[0], 3)
-  low, high = LIT[scheme]
-  corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]]
-  assert np.all((low <= corners) & (corners < high))
-  # Something is written on it, in a colour that stands out.
-  assert np.ptp(picture.astype(int)) > 150
-  assert chromium.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+  with browser.show(chromium, path, size, scheme=scheme) as view:
+    # Seven scores against steps, loss twice, four other curves, two schedules, bound, likelihood.
+    assert_drawn(view, 17)
+    assert view.run("document.scrollingElement.scrollWidth <= innerWidth && innerWidth") == size[0]
+    assert all(address.startswith(("file:", "data:")) for address in view.requests)
+    picture = view.photograph()
+    assert picture.shape == (size[1], size[0], 3)
+    low, high = LIT[scheme]
+    corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]]
+    assert np.all((low <= corners) & (corners < high))
+    # Something is written on it, in a colour that stands out.
+    assert np.ptp(picture.astype(int)) > 150
+    assert view.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
 
 
-def grid_color(page):
-  return page.run("getComputedStyle(document.querySelector('.plot .gridlayer path')).stroke")
+GRID_COLOR = "getComputedStyle(document.querySelector('.plot .gridlayer path')).stroke"
 
 
 def test_plots_follow_the_page_when_night_falls(chromium, path):
-  chromium.open(path, *DESKTOP)
-  day = grid_color(chromium)
-  chromium.prefer("dark")
-  chromium.wait(f"getComputedStyle(document.querySelector('.plot .gridlayer path')).stroke !== {day!r}")
-  night = grid_color(chromium)
-  assert max(map(int, night[4:-1].split(","))) < 100 < min(map(int, day[4:-1].split(",")))
-  # Paper is white at night too.
-  chromium.prefer("dark", media="print")
-  chromium.wait(f"getComputedStyle(document.querySelector('.plot .gridlayer path')).stroke === {day!r}")
-  assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-  chromium.prefer("light")
+  with browser.show(chromium, path, DESKTOP) as view:
+    day = view.run(GRID_COLOR)
+    view.page.emulate_media(color_scheme="dark")
+    view.wait(f"{GRID_COLOR} !== {day!r}")
+    night = view.run(GRID_COLOR)
+    assert max(map(int, night[4:-1].split(","))) < 100 < min(map(int, day[4:-1].split(",")))
+    # Paper is white at night too.
+    view.page.emulate_media(color_scheme="dark", media="print")
+    view.wait(f"{GRID_COLOR} === {day!r}")
+    assert view.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 FRAME = "Number(document.getElementById('player').dataset.frame)"
 CANVAS = "document.querySelector('#player canvas').toDataURL()"
+BUTTON = "document.querySelector('#player button')"
 
 
 def test_the_animation_plays_and_stops(chromium, film):
-  chromium.open(film, *DESKTOP)
-  chromium.wait(f"{FRAME} < 8")
-  assert chromium.run("document.querySelector('#player button').textContent") == "Pause"
-  frame, early = chromium.run(f"[{FRAME}, {CANVAS}]")
-  chromium.wait(f"{FRAME} !== {frame}")
-  assert chromium.run(CANVAS) != early
-  chromium.run("document.querySelector('#player button').click()")
-  still = chromium.run(f"[{FRAME}, {CANVAS}]")
-  # Longer than a frame stays.
-  chromium.run("new Promise((done) => setTimeout(done, 900))")
-  assert chromium.run(f"[{FRAME}, {CANVAS}]") == still
-  assert chromium.errors == []
+  with browser.show(chromium, film, DESKTOP) as view:
+    view.wait(f"{FRAME} < 8")
+    assert view.run(f"{BUTTON}.textContent") == "Pause"
+    frame, early = view.run(f"[{FRAME}, {CANVAS}]")
+    view.wait(f"{FRAME} !== {frame}")
+    assert view.run(CANVAS) != early
+    view.run(f"{BUTTON}.click()")
+    still = view.run(f"[{FRAME}, {CANVAS}]")
+    # Longer than a frame stays.
+    view.run("new Promise((done) => setTimeout(done, 900))")
+    assert view.run(f"[{FRAME}, {CANVAS}]") == still
+    assert view.errors == []
 
 
 def test_reduced_motion_is_respected_and_keys_move_the_animation(chromium, film):
-  chromium.open(film, *PHONE, motion="reduce")
-  chromium.run("new Promise((done) => setTimeout(done, 600))")
-  assert chromium.run(FRAME) == 8
-  assert chromium.run("document.querySelector('#player button').textContent") == "Play"
-  chromium.run("document.querySelector('#player button').focus()")
-  chromium.press("Tab", 9)
-  assert chromium.run("document.activeElement.type") == "range"
-  chromium.press("ArrowLeft", 37)
-  chromium.wait(f"{FRAME} === 7")
-  assert chromium.run("document.querySelector('#player output').textContent") == "t = 0.125"
-  assert chromium.run("document.activeElement.getAttribute('aria-valuetext')") == "t = 0.125"
-  # Who asks for motion gets it.
-  chromium.run("document.querySelector('#player button').focus()")
-  chromium.press(" ", 32, " ")
-  chromium.wait(f"{FRAME} < 7")
+  with browser.show(chromium, film, PHONE, motion="reduce") as view:
+    view.run("new Promise((done) => setTimeout(done, 600))")
+    assert view.run(FRAME) == 8
+    assert view.run(f"{BUTTON}.textContent") == "Play"
+    view.run(f"{BUTTON}.focus()")
+    view.page.keyboard.press("Tab")
+    assert view.run("document.activeElement.type") == "range"
+    view.page.keyboard.press("ArrowLeft")
+    view.wait(f"{FRAME} === 7")
+    assert view.run("document.querySelector('#player output').textContent") == "t = 0.125"
+    assert view.run("document.activeElement.getAttribute('aria-valuetext')") == "t = 0.125"
+    # Who asks for motion gets it.
+    view.run(f"{BUTTON}.focus()")
+    view.page.keyboard.press("Space")
+    view.wait(f"{FRAME} < 7")
 
 
 def test_scripts_in_names_do_not_run(chromium, tmp_path):
@@ -133,34 +136,34 @@ def test_scripts_in_names_do_not_run(chromium, tmp_path):
   content.evaluation["curve"][0]["sampler"] = content.evaluation[bad] = bad
   content.metrics[0][bad] = 1.0
   report.write(tmp_path / "report.html", content)
-  chromium.open(tmp_path / "report.html", 360, 640)
-  assert_drawn(chromium, 18)
-  assert chromium.run("typeof hacked") == "undefined"
-  assert chromium.run("document.title") == bad
-  assert bad in chromium.run("document.querySelector('.plot .legend').textContent")
-  assert chromium.run("document.scrollingElement.scrollWidth <= innerWidth")
+  with browser.show(chromium, tmp_path / "report.html", (360, 640)) as view:
+    assert_drawn(view, 18)
+    assert view.run("typeof hacked") == "undefined"
+    assert view.run("document.title") == bad
+    assert bad in view.run("document.querySelector('.plot .legend').textContent")
+    assert view.run("document.scrollingElement.scrollWidth <= innerWidth")
 
 
 def test_the_policy_of_the_page_forbids_other_scripts_and_the_network(chromium, film):
-  chromium.open(film, *DESKTOP)
-  chromium.run("""(() => {
-    const script = document.createElement("script");
-    script.textContent = "hacked = 1";
-    document.body.append(script);
-    return fetch("data:,").then(() => { hacked = 1; }, () => null);
-  })()""")
-  assert chromium.run("typeof hacked") == "undefined"
-  assert any("Content Security Policy" in error for error in chromium.errors)
+  with browser.show(chromium, film, DESKTOP) as view:
+    view.run("""(() => {
+      const script = document.createElement("script");
+      script.textContent = "hacked = 1";
+      document.body.append(script);
+      return fetch("data:,").then(() => { hacked = 1; }, () => null);
+    })()""")
+    assert view.run("typeof hacked") == "undefined"
+    assert any("Content Security Policy" in error for error in view.errors)
 
 
 def test_the_barest_report_opens_too(chromium, tmp_path):
   report.write(tmp_path / "report.html", reports.bare())
-  chromium.open(tmp_path / "report.html", *PHONE)
-  assert_drawn(chromium, 0)
-  assert "Not in this report" in chromium.run("document.body.innerText")
+  with browser.show(chromium, tmp_path / "report.html", PHONE) as view:
+    assert_drawn(view, 0)
+    assert "Not in this report" in view.run("document.body.innerText")
 
 
-def test_a_missing_browser_is_asked_for(monkeypatch):
+def test_without_a_browser_its_tests_are_skipped_with_the_reason(monkeypatch):
   monkeypatch.setenv("PATH", "/nowhere")
-  with pytest.raises(AssertionError, match="apt-get install chromium"), browser():
-    pass
+  with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
+    browser.find()

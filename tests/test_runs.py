@@ -8,34 +8,44 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import checkpoint, ema, parallel, records, runs, workdir
-from ddpm_jax.runs import model
+from ddpm_jax import build, checkpoint, ema, parallel, records, runs, workdir
+from ddpm_jax.runs import model, scoring
+from tests.parameters import quick_runs, use_dense, write_run
 from tests.recipes import saved_items, tiny_config
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  """Of the eight, so that compiling is quick."""
-  make = parallel.make_mesh
-  monkeypatch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
+def quick():
+  with quick_runs():
+    yield
+
+
+@pytest.fixture
+def dense(monkeypatch):
+  use_dense(monkeypatch)
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+  """Let runs end with their last step, where neither samples nor scores are looked at."""
+  monkeypatch.setattr(scoring.Judge, "run", lambda *_: None)
 
 
 def config_of(**training):
+  """Of power-function averages, with snapshots."""
   config = tiny_config()
-  config.training.update({"steps": 8, "checkpoint_every": 2, "sample_every": 100, "log_every": 2} | training)
+  config.training.update({"steps": 10, "checkpoint_every": 2, "sample_every": 100, "log_every": 2} | training)
+  config.training.update({"keep_checkpoints": 3, "keep_every": 4, "keep_best": 1})
+  config.ema.update({"kind": "power", "stds": (0.05, 0.1), "snapshot_every": 4})
   return config
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run of power-function averages, with snapshots."""
+  """The run of `config_of()`; never to be changed."""
   folder = tmp_path_factory.mktemp("finished")
-  config = config_of(steps=12, keep_every=4, keep_best=1)
-  config.ema.update({"kind": "power", "stds": (0.05, 0.1), "snapshot_every": 3})
-  make = parallel.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
-    runs.run_train(config, folder)
+  with quick_runs():
+    runs.run_train(config_of(), folder)
   return folder
 
 
@@ -58,7 +68,7 @@ def sampled(folder, **choice):
 
 def test_everything_is_logged(finished):
   lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-  assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+  assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
   for name in (
     "loss",
     "grad_norm",
@@ -83,8 +93,8 @@ def test_the_newest_the_fourth_and_the_best_are_kept(finished):
     line["step"]: line["loss"] for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
   }
   best = min(losses, key=losses.get)
-  assert set(checkpoint.Checkpoints.steps(finished / "checkpoints")) == {4, 8, 10, 12, best}
-  checkpoints = model.open_checkpoints(config_of(keep_best=1), finished)
+  assert set(checkpoint.Checkpoints.steps(finished / "checkpoints")) == {4, 6, 8, 10, best}
+  checkpoints = model.open_checkpoints(config_of(), finished)
   assert checkpoints.best_step() == best
   checkpoints.close()
 
@@ -130,34 +140,42 @@ def test_a_folder_in_use_is_refused(tmp_path):
   assert not (tmp_path / "config.json").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, capsys):
-  config = config_of(keep_checkpoints=3)
-  runs.run_train(config, tmp_path)
-  whole = saved_items(tmp_path)
-  (tmp_path / "checkpoints" / "8" / "meta" / "metadata").write_text('{"content": {}}')
-  (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
-  capsys.readouterr()
-  runs.run_train(config, tmp_path)
-  output = capsys.readouterr()
-  assert "resuming from the checkpoint of step 6" in output.out
-  half = f"half-written checkpoint was deleted: {tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp'}"
-  for text in (f"{tmp_path / 'checkpoints' / '8'}: its description", half, "went on from step 6"):
-    assert output.err.count(text) == 2, "when it happens, and at the end"
-  assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["8"]
-  for a, b in zip(jax.tree.leaves(saved_items(tmp_path)), jax.tree.leaves(whole), strict=True):
+def steps_of(folder):
+  return set(checkpoint.Checkpoints.steps(folder / "checkpoints"))
+
+
+def remove_checkpoints(folder, *steps):
+  for step in steps:
+    shutil.rmtree(folder / "checkpoints" / str(step))
+
+
+def assert_same_ends(folder, other):
+  for a, b in zip(jax.tree.leaves(saved_items(folder)), jax.tree.leaves(saved_items(other)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
-def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(tmp_path):
-  config = config_of(steps=2)
-  runs.run_train(config, tmp_path)
-  (tmp_path / "checkpoints" / "2" / "meta" / "metadata").write_text("{}")
+def test_a_damaged_checkpoint_is_passed_over_aloud(finished, copy, unscored, capsys):
+  (copy / "checkpoints" / "10" / "meta" / "metadata").write_text('{"content": {}}')
+  (copy / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
+  runs.run_train(config_of(), copy)
+  output = capsys.readouterr()
+  assert "resuming from the checkpoint of step 8" in output.out
+  half = f"half-written checkpoint was deleted: {copy / 'checkpoints' / '11.orbax-checkpoint-tmp'}"
+  for text in (f"{copy / 'checkpoints' / '10'}: its description", half, "went on from step 8"):
+    assert output.err.count(text) == 2, "when it happens, and at the end"
+  assert [path.name for path in (copy / "damaged").iterdir()] == ["10"]
+  assert_same_ends(copy, finished)
+
+
+def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(copy):
+  remove_checkpoints(copy, *steps_of(copy) - {10})
+  (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
   with pytest.raises(ValueError, match="each is damaged"):
-    runs.run_train(config, tmp_path)
-  assert checkpoint.Checkpoints.steps(tmp_path / "checkpoints") == [2]
+    runs.run_train(config_of(), copy)
+  assert steps_of(copy) == {10}
 
 
-def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path):
+def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path, dense):
   config = config_of(steps=40, max_skipped=3)
   config.optimizer.update({"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0, "name": "sgd"})
   with pytest.raises(FloatingPointError, match="3 steps in a row"):
@@ -166,28 +184,25 @@ def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path)
     assert np.all(np.isfinite(leaf))
 
 
-def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(tmp_path, monkeypatch):
-  config = config_of()
-  runs.run_train(config_of(steps=4), tmp_path)
+def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished, copy, unscored, monkeypatch):
+  remove_checkpoints(copy, *steps_of(copy) - {4})
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(OSError, match=r"checkpoint of step 6.*Make room.*that of step 4 stands"):
-      runs.run_train(config, tmp_path)
-  runs.run_train(config, tmp_path)
-  whole = tmp_path / "whole"
-  runs.run_train(config, whole)
-  for a, b in zip(jax.tree.leaves(saved_items(tmp_path)), jax.tree.leaves(saved_items(whole)), strict=True):
-    np.testing.assert_array_equal(a, b)
+      runs.run_train(config_of(steps=6), copy)
+  runs.run_train(config_of(), copy)
+  assert_same_ends(copy, finished)
 
 
-def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys):
+def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, dense, capsys):
   """Of data without one of the classes, which is said."""
   labels = np.repeat([0, 1, 3], [300, 100, 100])
   np.random.default_rng(0).shuffle(labels)
   np.savez(tmp_path / "data.npz", images=np.zeros((500, 8, 8, 1), np.uint8), labels=labels)
-  config = config_of(steps=2)
+  config = config_of()
   config.data.update({"source": "arrays", "path": str(tmp_path / "data.npz")})
   config.network.num_classes = 4
+  write_run(config, tmp_path / "run")
   runs.run_train(config, tmp_path / "run")
   counts = json.loads((tmp_path / "run" / "labels.json").read_text())["counts"]
   output = capsys.readouterr()
@@ -200,8 +215,10 @@ def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys
   assert drawn[2] == 0
 
 
-def test_a_trace_of_a_few_steps(tmp_path):
-  runs.run_train(config_of(steps=14, checkpoint_every=14), tmp_path, profile=2)
+def test_a_trace_of_a_few_steps(tmp_path, unscored):
+  config = config_of(steps=14, checkpoint_every=14)
+  config.ema.snapshot_every = 0
+  runs.run_train(config, tmp_path, profile=2)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -249,7 +266,7 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
 
 def test_items_are_the_state_taken_apart():
   config = config_of()
-  _, template = model.make_state(config, __import__("ddpm_jax").build.build_optimizer(config), parallel.make_mesh())
+  _, template = model.make_state(config, build.build_optimizer(config), parallel.make_mesh())
   items = model.items_of(template)
   assert set(items) == {"params", "ema", "training"}
   assert jax.tree.structure(model.state_of(items)) == jax.tree.structure(template)

@@ -1,22 +1,23 @@
 """Runs of a classifier in one process: it learns, goes on, is scored by noise level, and draws nothing."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import build, ema, evaluate, parallel, plan, runs
+from ddpm_jax import build, checkpoint, ema, evaluate, plan, runs
 from ddpm_jax.runs import classifying
 from tests.oracles import PROCESSES
+from tests.parameters import quick_runs
 from tests.recipes import saved_items, tiny_config
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  """Of the eight, so that compiling is quick."""
-  make = parallel.make_mesh
-  monkeypatch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
+def quick():
+  with quick_runs():
+    yield
 
 
 def config_of(**training):
@@ -25,19 +26,16 @@ def config_of(**training):
   config.process.schedule = "cosine"
   config.network.num_classes = 10
   config.optimizer.learning_rate = 5e-3
-  config.training.update({"steps": 400, "checkpoint_every": 200, "log_every": 50, "sample_every": 50} | training)
+  config.training.update({"steps": 400, "checkpoint_every": 350, "log_every": 50, "sample_every": 50} | training)
   return config
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run of 200 steps that went on to 400."""
+  """A run of 400 steps without a break."""
   folder = tmp_path_factory.mktemp("finished")
-  make = parallel.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
-    runs.run_train(config_of(steps=200), folder)
-    runs.run_train(config_of(), folder, resume="must")
+  with quick_runs():
+    runs.run_train(config_of(), folder)
   return folder
 
 
@@ -45,7 +43,7 @@ def scores_of(folder):
   return json.loads((folder / "eval.json").read_text())
 
 
-def test_it_learns_what_can_be_seen_and_goes_on(finished):
+def test_it_learns_what_can_be_seen(finished):
   lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(50, 401, 50))
   assert lines[-1]["loss"] < lines[0]["loss"]
@@ -66,9 +64,16 @@ def test_it_learns_what_can_be_seen_and_goes_on(finished):
 
 
 def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
-  runs.run_train(config_of(), tmp_path)
-  for a, b in zip(jax.tree.leaves(saved_items(finished)), jax.tree.leaves(saved_items(tmp_path)), strict=True):
+  copy = shutil.copytree(finished, tmp_path / "copy")
+  shutil.rmtree(copy / "checkpoints" / "400")
+  (copy / "eval.json").unlink()
+  runs.run_train(config_of(), copy, resume="must")
+  assert checkpoint.Checkpoints.steps(copy / "checkpoints") == [350, 400]
+  for a, b in zip(jax.tree.leaves(saved_items(finished)), jax.tree.leaves(saved_items(copy)), strict=True):
     np.testing.assert_array_equal(a, b)
+  lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == list(range(50, 401, 50))
+  assert scores_of(copy)["scores"] == scores_of(finished)["scores"]
 
 
 def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilities(finished):

@@ -1,38 +1,39 @@
 """Editing with the runs of tiny models, in one process: every task and method, and what is refused before anything begins."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import editing, parallel, runs, schema
+from ddpm_jax import editing, runs, schema
+from tests.parameters import quick_runs, use_dense, write_run
 from tests.recipes import tiny_config
-
-make_mesh = parallel.make_mesh
-
-
-def one(data=0, fsdp=1, devices=None):
-  return make_mesh(data, fsdp, jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  """Of the eight, so that compiling is quick."""
-  monkeypatch.setattr(parallel, "make_mesh", one)
+def quick():
+  with quick_runs():
+    yield
+
+
+@pytest.fixture
+def dense(monkeypatch):
+  """For the tests of the runs `grey` and `judge`, where the network is not the subject."""
+  use_dense(monkeypatch)
 
 
 def config_of(**network):
   config = tiny_config()
   config.network.update(network)
-  config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 0})
-  config.training.update({"steps": 4, "checkpoint_every": 4, "sample_every": 100, "log_every": 4})
-  config.evaluation.update({"num_samples": 6, "k": 2})
   return config
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """Runs: `grey`, of digits with hidden labels; `judge`, a classifier of them; `colour`, with a class for every image. Images, a mask."""
+  """Make runs that nothing trained, images and a mask.
+
+  The runs: `grey`, of digits with hidden labels, whose network is dense; `unet`, the same of the U-Net; `judge`, a classifier of them;
+  `colour`, with a class for every image.
+  """
   place, generator = tmp_path_factory.mktemp("editing"), np.random.default_rng(0)
   images, labels = generator.integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
   np.savez(place / "data.npz", images=images, labels=labels)
@@ -41,11 +42,11 @@ def place(tmp_path_factory):
   colour.data.update({"source": "arrays", "path": str(place / "data.npz"), "channels": 3, "hold_out": 10})
   judge = config_of(num_classes=10)
   judge.task = "classify"
+  for number, (name, config) in enumerate({"unet": grey, "judge": judge, "colour": colour}.items()):
+    write_run(config, place / name, number)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", one)
-    runs.run_train(grey, place / "grey")
-    runs.run_train(judge, place / "judge")
-    runs.run_train(colour, place / "colour")
+    use_dense(patch)
+    write_run(grey, place / "grey")
   for name, shape in (("two", (2, 8, 8, 1)), ("three", (3, 8, 8, 1)), ("small", (2, 4, 4, 1)), ("odd", (2, 3, 3, 1))):
     np.savez(place / f"{name}.npz", images=generator.integers(0, 256, shape, np.uint8))
   np.savez(place / "colours.npz", images=np.stack([np.full((8, 8, 3), value, np.uint8) for value in (40, 210)]))
@@ -106,7 +107,7 @@ def drawn(place, labels, seed, **steering):
     ("dps", "two.npz", "upper"),
   ],
 )
-def test_inpainting_leaves_what_is_known_as_it_is(place, method, source, mask):
+def test_inpainting_leaves_what_is_known_as_it_is(place, method, source, mask, dense):
   path = str(place / mask) if mask.endswith("png") else mask
   found = edit(place, "inpaint", source, mask=path, results=2, editing__method=method)
   assert (place / "grey" / "edits" / f"inpaint_{method or 'repaint'}_seed0.npz").exists()
@@ -130,7 +131,7 @@ def test_inpainting_leaves_what_is_known_as_it_is(place, method, source, mask):
   assert np.mean(found["output"][:, 0] != found["output"][:, 1]) > 0.1, "each result has its own noise"
 
 
-def test_strength_from_the_input_to_a_fresh_sample(place):
+def test_strength_from_the_input_to_a_fresh_sample(place, dense):
   """Several results of each image are numbered row by row."""
   labels = {"labels": [3, 5]}
   found = edit(place, "img2img", results=2, editing__strength=0.0, steering=labels)
@@ -144,7 +145,7 @@ def test_strength_from_the_input_to_a_fresh_sample(place):
   assert np.max(np.abs(batched["output"].astype(int) - fresh)) <= 1, "in two batches"
 
 
-def test_labels_and_guidance_do_in_edits_what_they_do_in_sampling(place):
+def test_labels_and_guidance_do_in_edits_what_they_do_in_sampling(place, dense):
   steering = {"labels": [3], "negative": [1, 8]}
   found = edit(place, "img2img", editing__strength=1.0, guidance__scale=3.0, steering=steering)["output"][:, 0]
   np.testing.assert_array_equal(found, drawn(place, [3, 3], 0, negative=[1, 8], scale=3.0))
@@ -156,7 +157,7 @@ def test_labels_and_guidance_do_in_edits_what_they_do_in_sampling(place):
   assert np.any(none != other)
 
 
-def test_other_runs_guide_samples_and_edits(place):
+def test_other_runs_guide_samples_and_edits(place, dense):
   plain = drawn(place, [3, 5], 1)
   judged = drawn(place, [3, 5], 1, scale=3.0, classifier=place / "judge")
   assert np.any(judged != plain)
@@ -173,7 +174,7 @@ def test_other_runs_guide_samples_and_edits(place):
 def test_restoring_what_was_measured(place, task, method):
   """What is measured of each result is nearer to its own input than to the other's."""
   if task == "superres":
-    found = edit(place, task, "small.npz", editing__method=method)
+    found = edit(place, task, "small.npz", run="unet", editing__method=method)
     assert found["output"].shape == (2, 1, 8, 8, 1)
     known, measured = found["input"], np.asarray(editing.downsample(2)(found["output"][:, 0].astype(np.float32)))
   else:
@@ -188,7 +189,7 @@ def test_restoring_what_was_measured(place, task, method):
   assert own < other
 
 
-def test_images_encoded_and_between_images(place):
+def test_images_encoded_and_between_images(place, dense):
   steering = {"labels": [2]}
   found = edit(place, "invert", "three.npz", steering=steering)
   assert found["latent"].shape == (3, 8, 8, 1)

@@ -1,28 +1,24 @@
 """Evaluations: interrupted and gone on with, on other devices, of several samplers, in every feature space, and misused."""
 
 import json
+import os
 import shutil
+import signal
 
-import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import data, metrics, parallel, runs
+from ddpm_jax import data, metrics, runs
 from ddpm_jax.runs import drawing
 from tests import commands
+from tests.parameters import quick_runs, use_dense, write_run
 from tests.recipes import tiny_config
-
-_make_mesh = parallel.make_mesh
-
-
-def _of_one_device(data=0, fsdp=1, devices=None):
-  return _make_mesh(data, fsdp, jax.devices()[:1])
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-  """Of the eight, so that compiling is quick."""
-  monkeypatch.setattr(parallel, "make_mesh", _of_one_device)
+def one_device():
+  with quick_runs():
+    yield
 
 
 def config_of(**evaluation):
@@ -35,10 +31,10 @@ def config_of(**evaluation):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run of one device, and its scores."""
+  """A run that nothing trained, and its scores on one device."""
   folder = tmp_path_factory.mktemp("finished")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", _of_one_device)
+  with quick_runs():
+    write_run(config_of(), folder)
     runs.run_train(config_of(report=True), folder)
   return folder
 
@@ -49,6 +45,19 @@ def copy(finished, tmp_path):
   folder = tmp_path / "copy"
   shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("samples", "eval.json", "report.html"))
   return folder
+
+
+def die_after(batches):
+  """Kill this process once it has drawn so many batches."""
+  in_batches = drawing.in_batches
+
+  def dying(*arguments, **options):
+    for index, values in enumerate(in_batches(*arguments, **options)):
+      if index == batches:
+        os.kill(os.getpid(), signal.SIGKILL)
+      yield values
+
+  drawing.in_batches = dying
 
 
 def report_of(folder):
@@ -64,20 +73,17 @@ def score(config, folder, seed=0, **options):
 
 
 def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
-  """One device without a break, against one device in a process that is killed half-way, and the eight of this process."""
-  (tmp_path / "recipe.py").write_text(
-    "from tests.test_runs_evaluation import config_of\n\n\ndef get_config():\n  return config_of(report=True)\n"
-  )
-  arguments = [f"--config={tmp_path / 'recipe.py'}", "--mode=eval", f"--workdir={copy}", "--seed=0"]
-  process = commands.start(*arguments)
-  commands.wait_for(copy / "samples" / "final.partial.json", process)
-  commands.kill(process)
-  done = json.loads((copy / "samples" / "final.partial.json").read_text())["done"]
-  assert 0 < done < 40
-  code, output = commands.call(*arguments)
+  """One device without a break, against one device in a process that is killed on its way, and the eight of this process."""
+  recipe, dying = "from tests.test_runs_evaluation import config_of, die_after\n\n\n", "  die_after(3)\n"
+  for name, first in (("dying", dying), ("living", "")):
+    (tmp_path / f"{name}.py").write_text(f"{recipe}def get_config():\n{first}  return config_of(report=True)\n")
+  arguments = ["--mode=eval", f"--workdir={copy}", "--seed=0"]
+  code, output = commands.start(f"--config={tmp_path / 'dying.py'}", *arguments).finish()
+  assert code == -signal.SIGKILL, output
+  assert json.loads((copy / "samples" / "final.partial.json").read_text())["done"] == 15
+  code, output = commands.call(f"--config={tmp_path / 'living.py'}", *arguments)
   assert code == 0, output
-  left = int(output.split(" of them left")[0].rsplit(" ", 1)[1])
-  assert 0 < left <= 40 - done
+  assert "25 of them left" in output
   assert without_times(copy) == without_times(finished)
   with np.load(copy / "samples" / "final.npz") as a, np.load(finished / "samples" / "final.npz") as b:
     np.testing.assert_array_equal(a["samples"], b["samples"])
@@ -168,8 +174,17 @@ def test_statistics_of_a_file_stand_for_their_images(one_device, copy, tmp_path)
     score(config, copy)
 
 
-def test_features_of_a_classifier_of_the_data_are_called_by_their_name(one_device, copy, capsys):
-  config = config_of(features="", allow_singular=False, num_samples=90, classifier_steps=40)
+def test_features_of_a_classifier_of_the_data_are_called_by_their_name(one_device, copy, monkeypatch):
+  """It is trained anew where it is to be another; that gives the same parameters here."""
+  train, trained = metrics.train_classifier, {}
+
+  def train_once(*arguments, steps, **options):
+    trained[steps] = next(iter(trained.values()), None) or train(*arguments, steps=steps, **options)
+    return trained[steps]
+
+  monkeypatch.setattr(metrics, "train_classifier", train_once)
+  monkeypatch.setattr(metrics.classifier, "_SCALED", 128)
+  config = config_of(features="", allow_singular=False, num_samples=90, classifier_steps=12, batch_size=50)
   score(config, copy)
   report = report_of(copy)
   assert report["features"] == "classifier"
@@ -183,12 +198,14 @@ def test_features_of_a_classifier_of_the_data_are_called_by_their_name(one_devic
   score(config, copy)
   assert (copy / "classifier.safetensors").stat().st_mtime_ns == before
   assert without_times(copy)["scores"] == report["scores"]
-  config.evaluation.classifier_steps = 41
+  config.evaluation.classifier_steps = 13
   score(config, copy)
+  assert list(trained) == [12, 13]
   assert (copy / "classifier.safetensors").stat().st_mtime_ns != before
 
 
-def test_a_run_is_scored_on_its_way_and_keeps_the_best(one_device, tmp_path):
+def test_a_run_is_scored_on_its_way_and_keeps_the_best(one_device, tmp_path, monkeypatch):
+  use_dense(monkeypatch)
   config = config_of(every=2, every_samples=20)
   config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
   config.training.best_metric = "eval/coverage"
@@ -264,7 +281,7 @@ def test_images_that_are_not_finite_are_counted_and_refused(one_device, copy, mo
 
 def test_likelihoods_are_kept_and_have_error_bars(one_device, copy, monkeypatch):
   config = config_of(
-    likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2, report=True
+    likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2, report=True, batch_size=3
   )
   computed = []
   in_batches = drawing.in_batches

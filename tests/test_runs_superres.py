@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build, parallel, runs
+from ddpm_jax import build, runs
 from ddpm_jax.build import condition
+from tests.parameters import quick_runs, random_params, use_dense, write_run
 from tests.recipes import tiny_config
-
-make_mesh = parallel.make_mesh
-
-
-def one(data=0, fsdp=1, devices=None):
-  return make_mesh(data, fsdp, jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  """Of the eight, so that compiling is quick."""
-  monkeypatch.setattr(parallel, "make_mesh", one)
+def quick():
+  with quick_runs():
+    yield
+
+
+@pytest.fixture
+def dense(monkeypatch):
+  use_dense(monkeypatch)
 
 
 def config_of(**keys):
@@ -46,13 +46,13 @@ def base_of():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """The folders of a base of 8x8 and of a run that enlarges to 16x16, both of two steps."""
+  """The folders of a base of 8x8, which nothing trained, and of a run of two steps that enlarges to 16x16."""
   folder = tmp_path_factory.mktemp("superres")
   images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), np.uint8)
   np.savez(folder / "data.npz", images=images)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", one)
-    runs.run_train(base_of(), folder / "base")
+  with quick_runs(), pytest.MonkeyPatch.context() as patch:
+    use_dense(patch)
+    write_run(base_of(), folder / "base")
     runs.run_train(config_of(data__path=str(folder / "data.npz")), folder / "large")
   return folder
 
@@ -99,8 +99,7 @@ def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
 
 def test_the_condition_enters_the_network_and_the_loss():
   config = config_of(network__num_classes=3, loss__label_dropout=0.1)
-  shapes, generator = jax.eval_shape(build.build_params_init(config), jax.random.key(0)), np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: generator.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+  params = random_params(config)
   assert params["conv_in"]["kernel"].shape[-2] == 2, "the data and the image"
   x = jax.random.normal(jax.random.key(1), (2, 16, 16, 1))
   given = condition.Condition(jnp.array([0, 1]), 0.5 * x[::-1], jnp.array([10.0, 200.0]))
@@ -140,7 +139,7 @@ def test_wrong_settings_are_errors_when_built(keys, message):
     build.build_loss(config_of(**keys))
 
 
-def test_a_cascade(trained, tmp_path):
+def test_a_cascade(trained, tmp_path, dense):
   """What the base drew is enlarged, and recorded as it was."""
   runs.run_sample(base_of(), trained / "base", num_samples=5, seed=3, choice=runs.Choice())
   alone = arrays_of_and_clear(trained / "base" / "samples")
@@ -169,7 +168,7 @@ def test_a_cascade(trained, tmp_path):
   assert np.max(np.abs(others["output"][:, 0].astype(int) - found["samples"])) > 10, "others would not be the same"
 
 
-def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, capsys):
+def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, dense, capsys):
   base, large = trained / "base", trained / "large"
   config, choice = config_of(data__path=str(trained / "data.npz")), runs.Choice()
   for upsamplers, message in (

@@ -31,7 +31,8 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
       GRIDS[name](process, 10)
     assert GRIDS[name](process, 10, t_max=0.999)[0] == 0.999
     return
-  for steps in (2, 7, 50, 999):
+  # Those that solve for times compile a program for each 512 of them.
+  for steps in (2, 7, 50, 500 if name in ("log_snr", "karras") else 999):
     times = GRIDS[name](process, steps)
     assert times.shape == (steps + 1,)
     assert times.dtype == np.float64

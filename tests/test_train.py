@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from ddpm_jax import build, ema, losses, optim, predictions, processes, train
-from tests.recipes import LEVELS, tiny_config
+from tests.parameters import random_params
+from tests.recipes import tiny_config
 
 
 def linear_problem(optimizer):
@@ -186,11 +187,11 @@ def test_a_mean_counts_samples_not_steps():
 @pytest.mark.parametrize("conditional", [True, False])
 def test_a_real_step_of_the_unet(conditional):
   config = tiny_config()
-  config.network.update(LEVELS)
-  config.network.num_classes = 10 if conditional else 0
+  if conditional:
+    config.network.update({"num_classes": 10, "middle_attention": True})
   config.network.dropout = 0.1
   optimizer = build.build_optimizer(config)
-  state = jax.jit(lambda: train.init_state(jax.random.key(0), build.build_params_init(config), optimizer))()
+  state = train.init_state(jax.random.key(0), lambda _: random_params(config), optimizer)
   step = jax.jit(functools.partial(train.train_step, loss_fn=build.build_loss(config), optimizer=optimizer))
   batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.array([0, 1, 2, 9])}
   after, metrics = step(state, batch)

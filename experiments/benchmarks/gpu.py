@@ -34,7 +34,7 @@ QUICK = {
     "--batch=2",
     "--size=8",
     "--rounds=1",
-    "--limit=10",
+    "--limit=1000",
   ),
   "input": (
     "input.py",
