@@ -104,12 +104,12 @@ def test_a_conditional_model_and_labels(tmp_path):
 
 def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
   options = [
-    "--config.training.steps=60",
-    "--config.training.checkpoint_every=10",
+    "--config.training.steps=24",
+    "--config.training.checkpoint_every=8",
     "--config.training.sample_every=1000",
   ]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  process = start(RECIPE, f"--workdir={broken}", *options, **dying(broken / "checkpoints" / "20", step=27))
+  process = start(RECIPE, f"--workdir={broken}", *options, **dying(broken / "checkpoints" / "8", step=15))
   code, output = process.finish()
   assert code == -signal.SIGKILL, output
   assert not (broken / "eval.json").exists()

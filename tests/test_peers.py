@@ -42,10 +42,14 @@ VP = processes.vp()
 time_of = jax.jit(DISCRETE.time_of)
 
 
-@pytest.fixture(params=TOLERANCE)
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def dtype(request):
+  """The precision in which both run: for the two tests of many rules the narrow one is slow."""
   with jax.enable_x64(request.param == "float64"):
     yield request.param
+
+
+in_both = pytest.mark.parametrize("dtype", TOLERANCE, indirect=True)
 
 
 @pytest.fixture
@@ -86,6 +90,7 @@ def assert_same(ours, theirs, dtype):
   ],
   ids=["ancestral", "ancestral_large", "ddim", "ddim_half", "ddim_one"],
 )
+@in_both
 def test_ddpm_and_ddim(build, dtype, sampler, scheduler, config, options):
   """On 10 steps, with which diffusers' previous label, n - 1000 // 10, is the next of the grid.
 
@@ -164,6 +169,7 @@ def test_multistep(build, dtype, name):
   ],
   ids=["dpm_solver_2", "dpm_solver_3", "dpmpp_2s"],
 )
+@in_both
 def test_singlestep(build, dtype, sampler, order, algorithm):
   """diffusers takes the evaluations inside a step at times of its grid: it gets ours with the points between, even in log-SNR.
 
@@ -192,6 +198,7 @@ def test_singlestep(build, dtype, sampler, order, algorithm):
   assert_same(trajectory(sampler, DISCRETE, x, times), theirs, dtype)
 
 
+@in_both
 def test_euler_of_diffusers(build, dtype):
   """Their state is x / alpha; the Euler step in sigma / alpha is the same as ours in alpha and sigma."""
   peer = build(diffusers.EulerDiscreteScheduler, timestep_spacing="trailing")
@@ -203,6 +210,7 @@ def test_euler_of_diffusers(build, dtype):
   assert_same(trajectory(sampling.euler(DISCRETE), DISCRETE, x, times), theirs * alpha, dtype)
 
 
+@in_both
 def test_heun_of_diffusers(build, dtype):
   """Their Heun step averages slopes in sigma / alpha, ours in alpha and sigma.
 
@@ -219,6 +227,7 @@ def test_heun_of_diffusers(build, dtype):
 
 
 @pytest.mark.parametrize("rule", ["euler", "heun"])
+@in_both
 def test_flow_matching(build, dtype, rule):
   """On the straight path, from t = 1, where no data is left; the network gives the velocity eps - x_0."""
   process, times = processes.rectified_flow(), np.append(np.linspace(1, 1 / 1000, 8), 0)
@@ -283,6 +292,7 @@ def test_k_diffusion(dtype, name, process):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
+@in_both
 def test_dpm_solver_of_k_diffusion(dtype, order):
   """Its steps in -log(sigma), with the points inside a step at their defaults; the grid ends above 0."""
   times = sampling.grids.karras(EDM, 8, t_min=0.02)[:-1]
@@ -294,6 +304,7 @@ def test_dpm_solver_of_k_diffusion(dtype, order):
   assert_same(ours, np.stack([state.numpy() for state in states]), dtype)
 
 
+@in_both
 def test_dpmpp_3m_is_the_mended_rule(dtype):
   times = sampling.grids.karras(EDM, 8, t_min=0.02).astype(dtype)
   x = start(EDM, times[0], dtype)

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from ddpm_jax import checkpoint
 from tests import commands
 from tests.commands import RECIPE
+from tests.parameters import use_dense
 from tests.recipes import saved_items
 
 STEPS = 10
@@ -78,53 +80,57 @@ def test_two_processes_give_the_parameters_of_one(alone, together):
   assert (folder / "samples" / "final.png").exists()
 
 
-def test_what_two_processes_saved_one_goes_on_with(alone, together, tmp_path):
-  """On one device of one process, as two devices of one process go on."""
-  ends = []
-  for name, source, devices in (("from_two", together[0], 1), ("from_one", alone, 2)):
-    folder = tmp_path / name
-    shutil.copytree(source, folder)
-    options = [*OPTIONS, f"--config.training.steps={STEPS + 2}", "--resume=must", f"--workdir={folder}"]
-    code, output = commands.call(RECIPE, *options, devices=devices)
-    assert code == 0, output
-    assert f"resuming from the checkpoint of step {STEPS}" in output
-    ends.append(saved_items(folder))
-  assert_close(*ends)
+# From here on the network is of no interest.
+DENSE, ENDLESS = "--config=tests/dense.py", "--config.training.steps=100000"
 
 
-def test_damage_that_one_process_sees_makes_both_fall_back(together, tmp_path):
-  folder = tmp_path / "damaged_part"
-  shutil.copytree(together[0], folder)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+  """The folder of a run of two processes, one of which got SIGTERM; their codes and outputs."""
+  folder = tmp_path_factory.mktemp("stopped")
+  processes = start_two(DENSE, *OPTIONS, ENDLESS, f"--workdir={folder}")
+  commands.wait_for(folder / "checkpoints" / "5", *processes)
+  processes[1].send_signal(signal.SIGTERM)
+  return folder, *finish(*processes)
+
+
+def test_sigterm_to_one_process_saves_and_stops_all(stopped):
+  folder, codes, outputs = stopped
+  assert codes == (143, 143), outputs
+  newest = max(checkpoint.Checkpoints.steps(folder / "checkpoints"))
+  assert f"saved at step {newest:,}" in outputs[0]
+
+
+def test_one_goes_on_with_what_two_saved_and_damage_that_one_sees_makes_both_fall_back(stopped, tmp_path, monkeypatch):
+  """The run goes on to the same end on one device of one process, and on both from the checkpoint before a damaged one."""
+  whole, damaged = (shutil.copytree(stopped[0], tmp_path / name) for name in ("whole", "damaged"))
+  *_, before, newest = checkpoint.Checkpoints.steps(whole / "checkpoints")
   # All of them: which of several holds what is read is orbax's affair.
-  for part in (folder / "checkpoints" / str(STEPS) / "params" / "ocdbt.process_1" / "d").iterdir():
+  for part in (damaged / "checkpoints" / str(newest) / "params" / "ocdbt.process_1" / "d").iterdir():
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-  codes, outputs = finish(*start_two(RECIPE, *OPTIONS, f"--workdir={folder}"))
+  options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must"]
+  code, output = commands.start(*options, f"--workdir={whole}").finish()
+  assert code == 0, output
+  assert f"resuming from the checkpoint of step {newest:,}" in output
+  codes, outputs = finish(*start_two(*options, f"--workdir={damaged}"))
   assert codes == (0, 0), outputs
   assert not any("Exception ignored" in output for output in outputs)
-  assert f"damaged checkpoint was passed over: {folder / 'checkpoints' / str(STEPS)}" in outputs[0], outputs
-  assert f"resuming from the checkpoint of step {STEPS - 5}" in outputs[0]
-  assert_close(saved_items(folder), saved_items(together[0]))
+  assert f"damaged checkpoint was passed over: {damaged / 'checkpoints' / str(newest)}" in outputs[0], outputs
+  assert f"resuming from the checkpoint of step {before:,}" in outputs[0]
+  use_dense(monkeypatch)
+  assert_close(saved_items(damaged), saved_items(whole))
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(alone, tmp_path):
-  options = [*OPTIONS, "--config.training.steps=100000", "--config.training.sample_every=100000"]
-  processes = start_two(RECIPE, *options, f"--workdir={tmp_path}", heartbeat=10)
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
+  processes = start_two(DENSE, *OPTIONS, ENDLESS, f"--workdir={tmp_path}", heartbeat=10)
   commands.wait_for(tmp_path / "checkpoints" / "5", *processes)
   processes[1].send_signal(signal.SIGKILL)
   (code, _), (output, _) = finish(*processes)
   assert code != 0
   # Ours, or that of JAX's runtime, whichever notices first.
   assert re.search(r"Start all of them again|[Hh]eartbeat|coordination|died", output), output
-  code, output = commands.call(RECIPE, *OPTIONS, f"--workdir={tmp_path}", devices=2)
-  assert code == 0, output
-  assert "resuming from the checkpoint" in output or "training is complete" in output
-
-
-def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
-  options = [*OPTIONS, "--config.training.steps=100000", "--config.training.checkpoint_every=100000"]
-  processes = start_two(RECIPE, *options, "--config.training.sample_every=100000", f"--workdir={tmp_path}")
-  commands.wait_for(tmp_path / "metrics.jsonl", *processes)
-  processes[1].send_signal(signal.SIGTERM)
-  codes, outputs = finish(*processes)
-  assert codes == (143, 143), outputs
-  assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+  newest = max(checkpoint.Checkpoints.steps(tmp_path / "checkpoints"))
+  options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must", f"--workdir={tmp_path}"]
+  codes, outputs = finish(*start_two(*options))
+  assert codes == (0, 0), outputs
+  assert f"resuming from the checkpoint of step {newest:,}" in outputs[0]

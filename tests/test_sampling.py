@@ -105,7 +105,7 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
     traces.append(1)
     return exact(x, t)
 
-  sampler, exact, times = SAMPLERS[name](process), MIXTURE.denoise(process), np.linspace(1, 0, 11)
+  sampler, exact, times = SAMPLERS[name](process), gaussian(dim=2).denoise(process), np.linspace(1, 0, 11)
   compiled, keys = jitted(sampler, denoise), jax.random.split(jax.random.key(0), 6)
   x = process.prior(keys, (6, 2))
   whole = compiled(keys, x, times)
@@ -146,7 +146,7 @@ def test_pmap(name):
 def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
   """Compiled, from t_max, where rates may be infinite, to 0, where a variance is; the times between may be learned."""
   process = PROCESSES[process]
-  sampler, denoise = SAMPLERS[name](process), MIXTURE.denoise(process)
+  sampler, denoise = SAMPLERS[name](process), gaussian(dim=2).denoise(process)
 
   def total(x, between):
     times = jnp.concatenate([jnp.ones(1), between, jnp.zeros(1)])
