@@ -9,14 +9,14 @@ import time
 
 from tests import forked
 from tests.conftest import CACHE, ROOT
-from tests.flags import COMPILE_SOON
+from tests.flags import COMPILE_SOON, PATIENT
 
 RECIPE = "--config=tests/recipes.py"
 
 
 def surroundings(devices):
   """Return the environment of a command on so many simulated devices."""
-  flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_SOON}"
+  flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_SOON} {PATIENT}"
   return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
 
 

@@ -6,15 +6,10 @@ import os
 from pathlib import Path
 
 from ddpm_jax import heap
-from tests.flags import COMPILE_SOON
+from tests.flags import COMPILE_SOON, PATIENT
 
-# Before JAX starts. Most tests use the first device only. They compile hundreds of small programs and run each briefly. Eight devices
-# on a busy machine may have to wait for each other longer than XLA would have it.
-os.environ.setdefault(
-  "XLA_FLAGS",
-  f"--xla_force_host_platform_device_count=8 {COMPILE_SOON}"
-  " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=600",
-)
+# Before JAX starts. Most tests use the first device only. They compile hundreds of small programs and run each briefly.
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILE_SOON} {PATIENT}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Before PyTorch and scikit-learn start: there are as many workers as cores, and threads that wait for each other spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +26,11 @@ heap.collect_rarely()
 
 
 def pytest_collection_finish():
-  """Spare the searches for garbage, with which each restore of a checkpoint ends, what is imported: millions of objects."""
+  _keep_objects()
+
+
+def _keep_objects():
+  """Spare searches for garbage the objects that exist now, which are millions: each restore of a checkpoint ends in one."""
   gc.freeze()
 
 
@@ -40,11 +39,13 @@ _count = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _forget_programs():
-  """Hundreds of compiled programs would take gigabytes in each worker."""
+  """Drop compiled programs now and then: hundreds of them would take gigabytes in each worker."""
   yield
   if next(_count) % 150 == 0:
+    gc.unfreeze()
     jax.clear_caches()
     gc.collect()
+  _keep_objects()
 
 
 @pytest.fixture

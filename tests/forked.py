@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -90,6 +91,8 @@ def _serve(pipe, environment):
       sys.stderr.flush()
       if count % 50 == 0:
         jax.clear_caches()
+      # As in conftest: what exists now need not be searched for garbage again.
+      gc.freeze()
       pipe.send(code)
 
 
@@ -97,6 +100,7 @@ def _settle(environment):
   """Become a process that was started in this environment."""
   import jax
 
+  gc.freeze()
   os.environ.clear()
   os.environ.update(environment)
   os.chdir(Path(__file__).parents[1])

@@ -1,7 +1,6 @@
 """Random parameters, runs that hold them without any training, and programs that tests share: what compiles little."""
 
 import contextlib
-import gc
 import json
 
 import jax
@@ -86,19 +85,9 @@ def use_dense(patch):
 
 
 @contextlib.contextmanager
-def frozen_heap():
-  """Spare the collections that end each restore of a checkpoint all objects of before: there are millions."""
-  gc.freeze()
-  try:
-    yield
-  finally:
-    gc.unfreeze()
-
-
-@contextlib.contextmanager
 def quick_runs():
   """Let runs take one device, and let runs of equal configs share their compiled programs."""
-  with frozen_heap(), pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch:
     _share_programs(patch)
     yield
 

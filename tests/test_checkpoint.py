@@ -10,15 +10,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax import checkpoint, parallel
-from tests.parameters import frozen_heap
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_format_2"
-
-
-@pytest.fixture(autouse=True)
-def quick():
-  with frozen_heap():
-    yield
 
 
 def make_items(seed=0):
