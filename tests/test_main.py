@@ -52,20 +52,20 @@ def test_training_writes_and_says_everything(run):
 def test_sample(run):
   folder, _ = run
   code, output = call(
-    "--mode=sample", f"--workdir={folder}", "--num_samples=21", "--sampler=heun", "--num_steps=3", "--seed=5"
+    "--mode=sample", f"--workdir={folder}", "--num_samples=21", "--sampler=euler", "--num_steps=3", "--seed=5"
   )
   assert code == 0, output
-  with np.load(folder / "samples" / "heun_nfe5_seed5.npz") as file:
+  with np.load(folder / "samples" / "euler_nfe3_seed5.npz") as file:
     samples = file["samples"]
   assert samples.shape == (21, 8, 8, 1)
   assert samples.dtype == np.uint8
-  assert (folder / "samples" / "heun_nfe5_seed5.png").exists()
+  assert (folder / "samples" / "euler_nfe3_seed5.png").exists()
   # Sample i is the same whatever the number and the devices.
   code, output = call(
-    "--mode=sample", f"--workdir={folder}", "--num_samples=5", "--sampler=heun", "--num_steps=3", "--seed=5", devices=8
+    "--mode=sample", f"--workdir={folder}", "--num_samples=5", "--sampler=euler", "--num_steps=3", "--seed=5", devices=8
   )
   assert code == 0, output
-  with np.load(folder / "samples" / "heun_nfe5_seed5_2.npz") as file:
+  with np.load(folder / "samples" / "euler_nfe3_seed5_2.npz") as file:
     assert np.max(np.abs(file["samples"].astype(int) - samples[:5])) <= 1
 
 

@@ -42,7 +42,7 @@ QUICK = {
     "--small=400",
     "--large=16",
     "--workers=0",
-    "--seconds=0.2",
+    "--seconds=0.05",
     "--steps=2",
     "--limit=1",
   ),
