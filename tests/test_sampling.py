@@ -29,21 +29,32 @@ def test_every_exported_rule_is_under_test():
   assert rules <= set(SAMPLERS) | {re.sub(r"_\d$", "", name) for name in SAMPLERS}
 
 
-@pytest.mark.parametrize(("name", "process"), on_processes(DISTINCT))
-def test_finite_on_the_shortest_grids_in_every_precision(name, process):
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+def in_precisions(cases):
+  """Give each case every precision; what was not slow stays so in float32, and in one of the others in turn."""
+  for i, case in enumerate(cases):
+    for j, precision in enumerate(PRECISIONS):
+      slow = case.marks or (j and j != 1 + i % 2)
+      marks = pytest.mark.slow if slow else ()
+      yield pytest.param(*case.values, precision, id=f"{case.id}-{precision}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "process", "precision"), in_precisions(on_processes(DISTINCT)))
+def test_finite_on_the_shortest_grids(name, process, precision):
   """One and two steps, from t_max or below, to 0 or above it. Step by step without compiling, which costs far more."""
-  process = PROCESSES[process]
+  process, dtype = PROCESSES[process], PRECISIONS[precision]
   sampler, denoise = SAMPLERS[name](process), MIXTURE.denoise(process)
-  for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
-    with jax.enable_x64(dtype == jnp.float64), jax.disable_jit():
-      x = jnp.asarray([[0.3, -0.9], [1.5, 0.1]], dtype) * process.sigma(process.t_max).astype(dtype)
-      grids = [[1.0, 0.0], [1.0, 0.5, 0.0]]
-      if dtype == jnp.float32:  # no end is special here, so one precision is enough
-        grids.append([0.7, 0.3])
-      for share in grids:
-        got = sampling.sample(jax.random.key(0), sampler, denoise, x, np.array(share) * process.t_max)
-        assert got.dtype == dtype
-        assert jnp.all(jnp.isfinite(got)), (dtype, share)
+  with jax.enable_x64(dtype == jnp.float64), jax.disable_jit():
+    x = jnp.asarray([[0.3, -0.9], [1.5, 0.1]], dtype) * process.sigma(process.t_max).astype(dtype)
+    grids = [[1.0, 0.0], [1.0, 0.5, 0.0]]
+    if dtype == jnp.float32:  # no end is special here, so one precision is enough
+      grids.append([0.7, 0.3])
+    for share in grids:
+      got = sampling.sample(jax.random.key(0), sampler, denoise, x, np.array(share) * process.t_max)
+      assert got.dtype == dtype
+      assert jnp.all(jnp.isfinite(got)), share
 
 
 # With and without data left at t_max.
