@@ -178,3 +178,12 @@ def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3))
 def padded(times, size):
   """Put a grid at the front of an array of a fixed size."""
   return jnp.pad(jnp.asarray(times), (0, size - len(times)))
+
+
+def grid_for(process, steps):
+  """Return a grid that suits every rule on a process: closer steps where its noise is small."""
+  if process.num_steps is None and process.t_max > 1:
+    return sampling.grids.karras(process, steps)
+  if float(process.alpha(process.t_max)) == 0:
+    return sampling.grids.uniform(process, steps)
+  return sampling.grids.uniform(process, steps, t_min=0.0 if process.num_steps else process.t_min)

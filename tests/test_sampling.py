@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import sampling
-from tests.oracles import MIXTURE, PROCESSES, gaussian
+from tests.oracles import MIXTURE, PROCESSES, gaussian, squash
 from tests.samplers import (
   DISTINCT,
   FEW,
@@ -45,13 +45,10 @@ def in_precisions(cases):
 def test_finite_on_the_shortest_grids(name, process, precision):
   """One and two steps, from t_max or below, to 0 or above it. Step by step without compiling, which costs far more."""
   process, dtype = PROCESSES[process], PRECISIONS[precision]
-  sampler, denoise = SAMPLERS[name](process), MIXTURE.denoise(process)
+  sampler, denoise = SAMPLERS[name](process), squash(process)
   with jax.enable_x64(dtype == jnp.float64), jax.disable_jit():
     x = jnp.asarray([[0.3, -0.9], [1.5, 0.1]], dtype) * process.sigma(process.t_max).astype(dtype)
-    grids = [[1.0, 0.0], [1.0, 0.5, 0.0]]
-    if dtype == jnp.float32:  # no end is special here, so one precision is enough
-      grids.append([0.7, 0.3])
-    for share in grids:
+    for share in ([1.0, 0.0], [1.0, 0.5, 0.0], [0.7, 0.3]):
       got = sampling.sample(jax.random.key(0), sampler, denoise, x, np.array(share) * process.t_max)
       assert got.dtype == dtype
       assert jnp.all(jnp.isfinite(got)), share
@@ -86,8 +83,8 @@ def test_nfe_is_the_number_of_calls(name, process):
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if "churn" not in name and "langevin" not in name])
 def test_the_step_to_0_is_the_denoised_mean(name):
   process, x = PROCESSES["vp"], jnp.array([[0.3, -0.2]])
-  got = run_uncompiled(SAMPLERS[name](process), MIXTURE.denoise(process), x, np.array([0.4, 0.0]))
-  np.testing.assert_allclose(got, MIXTURE.denoise(process)(x, 0.4), rtol=1e-5)
+  got = run_uncompiled(SAMPLERS[name](process), squash(process), x, np.array([0.4, 0.0]))
+  np.testing.assert_allclose(got, squash(process)(x, 0.4), rtol=1e-5)
 
 
 # How often a step names the network, where it is more than once; a corrector's steps are a loop.
@@ -116,7 +113,7 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
     traces.append(1)
     return exact(x, t)
 
-  sampler, exact, times = SAMPLERS[name](process), gaussian(dim=2).denoise(process), np.linspace(1, 0, 11)
+  sampler, exact, times = SAMPLERS[name](process), squash(process), np.linspace(1, 0, 11)
   compiled, keys = jitted(sampler, denoise), jax.random.split(jax.random.key(0), 6)
   x = process.prior(keys, (6, 2))
   whole = compiled(keys, x, times)
@@ -137,7 +134,7 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
 )
 def test_pmap(name):
   process = PROCESSES["vp"]
-  sampler, denoise, times = SAMPLERS[name](process), MIXTURE.denoise(process), np.linspace(0.9, 0.0, 6)
+  sampler, denoise, times = SAMPLERS[name](process), squash(process), np.linspace(0.9, 0.0, 6)
   x, keys = jax.random.normal(jax.random.key(1), (4, 3, 2)), jax.random.split(jax.random.key(0), 4)
   one = jitted(sampler, denoise)
   each = np.stack([one(key, part, times) for key, part in zip(keys, x, strict=True)])
@@ -157,7 +154,7 @@ def test_pmap(name):
 def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
   """Compiled, from t_max, where rates may be infinite, to 0, where a variance is; the times between may be learned."""
   process = PROCESSES[process]
-  sampler, denoise = SAMPLERS[name](process), gaussian(dim=2).denoise(process)
+  sampler, denoise = SAMPLERS[name](process), squash(process)
 
   def total(x, between):
     times = jnp.concatenate([jnp.ones(1), between, jnp.zeros(1)])

@@ -1,4 +1,4 @@
-"""Samplers on data with a closed form: orders of convergence, moments and mixture weights, and which rules are one."""
+"""Samplers on data with a closed form: orders of convergence, moments and mixture weights, encoding, variance and corrector."""
 
 import functools
 import itertools
@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from ddpm_jax import predictions, processes, randomness, sampling, schedules
+from ddpm_jax import predictions, randomness, sampling
 from tests.oracles import (
   MIXTURE,
-  PREDICTIONS,
   PROCESSES,
   ZERO_SNR,
-  below_zero_snr,
   gaussian,
   gaussian_flow,
-  network_of,
   vp_flow,
 )
 from tests.samplers import (
@@ -29,6 +26,7 @@ from tests.samplers import (
   SECOND_ORDER_STOCHASTIC,
   STOCHASTIC,
   exact_moments,
+  grid_for,
   mark_slow,
   on_processes,
   padded,
@@ -93,15 +91,6 @@ def test_order_of_convergence_on_a_mixture(name):
   )
   assert orders[-1] == pytest.approx(order, abs=0.25), errors
   assert np.all(np.diff(errors) < 0)
-
-
-def grid_for(process, steps):
-  """A grid that suits every rule on a process: closer steps where its noise is small."""
-  if process.num_steps is None and process.t_max > 1:
-    return sampling.grids.karras(process, steps)
-  if float(process.alpha(process.t_max)) == 0:
-    return sampling.grids.uniform(process, steps)
-  return sampling.grids.uniform(process, steps, t_min=0.0 if process.num_steps else process.t_min)
 
 
 @pytest.mark.parametrize(
@@ -195,77 +184,6 @@ def test_rules_of_second_order_in_law():
   ratios = {name: variance_error(name, 20) / variance_error(name, 40) for name in names}
   assert 1.5 < ratios.pop("ddim_one") < 2.2
   assert all(ratio > 2.8 for ratio in ratios.values()), ratios
-
-
-# Which rules are one.
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("process", PROCESSES)
-def test_rules_that_are_one(process):
-  process = PROCESSES[process]
-  x, times = process.prior(jax.random.key(1), (5, 2), jnp.float64), grid_for(process, 4)
-  denoise = MIXTURE.denoise(process)
-  s = sampling
-  for group in (
-    (s.ancestral(process), s.ddim(process, 1.0), s.euler_ancestral(process)),
-    (s.ddim(process), s.euler(process), s.dpm_solver(process, 1), s.deis(process, 1)),
-    (s.dpmpp_2m(process), s.dpmpp_2m_sde(process, eta=0.0)),
-  ):
-    first, *others = (run_uncompiled(sampler, denoise, x, times) for sampler in group)
-    for other in others:
-      np.testing.assert_allclose(other, first, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-  ("process", "name"),
-  mark_slow(itertools.product(PROCESSES, ("dpmpp_3m", "ancestral")), rotate(PROCESSES, ("dpmpp_3m", "ancestral"))),
-)
-def test_samples_do_not_depend_on_the_prediction(process, name):
-  process = below_zero_snr(PROCESSES[process])
-  exact, times = MIXTURE.denoise(process), grid_for(process, 3) * 0.999
-  x, sampler = process.prior(jax.random.key(1), (5, 2), jnp.float64), SAMPLERS[name](process)
-
-  def samples(prediction):
-    denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, label=lambda t: t)
-    return run_uncompiled(sampler, denoise, x, times)
-
-  first, *others = map(samples, PREDICTIONS.values())
-  for other in others:
-    np.testing.assert_allclose(other, first, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["ddim", "heun", "dpmpp_3m"])
-def test_discrete_samples_approach_those_of_the_continuous_process(name):
-  times, x = np.linspace(1, 0, 11), jax.random.normal(jax.random.key(0), (6, 2), jnp.float64)
-  truth = run(SAMPLERS[name](processes.vp()), MIXTURE.denoise(processes.vp()), x, times)
-  errors = []
-  for n in (500, 1000):
-    process = processes.discrete(schedules.linear(n, 0.1 / n, 20 / n))
-    got = run(SAMPLERS[name](process), MIXTURE.denoise(process), x, times)
-    errors.append(np.max(np.abs(got - truth)))
-  assert errors[1] < 0.02
-  assert 1.7 < errors[0] / errors[1] < 2.4
-
-
-@pytest.mark.usefixtures("x64")
-# A step of Euler and Maruyama is as long as t says: it alone depends on the speed of the path.
-@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "euler_maruyama"])
-def test_time_is_only_a_name_for_the_noise_level(name):
-  """VE and EDM are one path at different speeds: equal sigmas, equal samples. And EDM's path has no scale of its own."""
-  ve, edm = processes.ve(0.02, 80.0), processes.edm(0.002, 80.0)
-  sigmas = np.geomspace(80.0, 0.03, 5)
-  times = np.log(sigmas / 0.02) / np.log(80.0 / 0.02)
-  x = edm.prior(jax.random.key(1), (4, 2), jnp.float64)
-  make, denoise = SAMPLERS[name], MIXTURE.denoise(edm)
-  first = run_uncompiled(make(edm), denoise, x, sigmas)
-  np.testing.assert_allclose(run_uncompiled(make(ve), MIXTURE.denoise(ve), x, times), first, rtol=1e-6, atol=1e-8)
-  if "churn" not in name:  # whose range of sigmas is given
-    double = make(processes.edm(0.004, 160.0))
-    doubled = run_uncompiled(double, lambda x, t: 2 * denoise(x / 2, t / 2), 2 * x, 2 * sigmas)
-    np.testing.assert_allclose(doubled, 2 * first, rtol=1e-8)
 
 
 # Encoding, learned variance, corrector, consistency.
