@@ -3,6 +3,8 @@
 import functools
 import importlib
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -14,7 +16,7 @@ import torch
 from ddpm_jax import build, ema, hardware, heap, interop, losses, metrics, parallel, randomness
 from ddpm_jax.losses.denoising import perturbed
 from ddpm_jax.networks import UNet
-from tests.conftest import ROOT
+from tests.conftest import CACHE, ROOT
 from tests.flags import OPTIMIZED
 
 FOLDER = ROOT / "experiments" / "benchmarks"
@@ -164,6 +166,22 @@ def test_one_command_runs_every_benchmark_and_says_which_failed(script, run, tmp
   }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_what_the_gpu_benchmark_runs_runs_in_small(tmp_path):
+  """The same scripts, each in a process of its own, as a reader starts them."""
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+  command = [sys.executable, str(FOLDER / "gpu.py"), "--quick", f"--output={tmp_path}"]
+  result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert {path.stem for path in tmp_path.glob("*.json")} == {
+    "unet_ddpm",
+    "sampling_ddpm",
+    "overhead",
+    "input",
+    "memory",
+  }
+
+
 SMALL_BATCHES = f"""
 import runpy
 
@@ -174,7 +192,8 @@ def get_config():
 """
 
 
-def test_the_learning_curves_start_from_the_same_weights_and_fall(script, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script, run, tmp_path, monkeypatch):
   monkeypatch.setattr(script("learning_curve"), "LOG_EVERY", 20)
   # It trains longer than it compiles.
   own = parallel.compiler_options
@@ -182,28 +201,20 @@ def test_the_learning_curves_start_from_the_same_weights_and_fall(script, run, t
   # Pixels in the place of the features of a classifier, which would have to be trained.
   monkeypatch.setattr(metrics, "train_classifier", lambda *args, **kwargs: None)
   monkeypatch.setattr(metrics, "classifier_space", lambda params, classes: metrics.pixel_space())
-  # The second seed asks for the same again, which is not computed twice.
-  curve, seeds = script("learning_curve"), []
-  take_turns, found = curve.take_turns, []
-
-  def turns(config, *rest):
-    seeds.append(config.seed)
-    found.append(found[0] if found else take_turns(config, *rest))
-    result, samples = found[-1]
-    return result | {"seed": config.seed}, samples
-
-  monkeypatch.setattr(curve, "take_turns", turns)
   (tmp_path / "tiny.py").write_text(SMALL_BATCHES)
-  options = [f"--config={tmp_path / 'tiny.py'}", "--steps=40", "--parts=2", "--samples=100", "--seeds=2"]
+  options = [f"--config={tmp_path / 'tiny.py'}", "--steps=40", "--parts=2", "--samples=100", f"--seeds={seeds}"]
   run("learning_curve.py", *options, f"--output={tmp_path}", f"--json={tmp_path / 'figures.json'}")
   runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
-  assert [one["seed"] for one in runs] == seeds == [seeds[0], seeds[0] + 1]
-  losses_of = {name: np.array(points)[:, 2] for name, points in runs[0]["losses"].items()}
-  # Means of 20 steps of the same loss, of other noise.
-  np.testing.assert_allclose(losses_of["ddpm_jax"], losses_of["diffusers"], rtol=0.1)
-  for name, loss in losses_of.items():
-    assert loss[-1] < loss[0], name
-    assert runs[0]["curves"][name][-1]["distance"] < runs[0]["curves"][name][0]["distance"]
+  curves = [{name: np.array(points)[:, 2] for name, points in one["losses"].items()} for one in runs]
+  assert len(curves) == seeds
+  # Another seed is another run.
+  assert all(not np.allclose(curves[0]["ddpm_jax"], other["ddpm_jax"], rtol=1e-3) for other in curves[1:])
+  for one, by_name in zip(runs, curves, strict=True):
+    # Means of 20 steps of the same loss, of other noise.
+    np.testing.assert_allclose(by_name["ddpm_jax"], by_name["diffusers"], rtol=0.1)
+    for name, loss in by_name.items():
+      assert loss[-1] < loss[0], name
+      assert one["curves"][name][-1]["distance"] < one["curves"][name][0]["distance"]
   assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
 
 

@@ -40,7 +40,10 @@ def assert_one_grey_level(a, b):
   assert np.max(np.abs(a.astype(int) - b.astype(int))) <= 1
 
 
-@pytest.mark.parametrize(("variance", "steps"), [("fixed_small", 1000), ("learned_range", 200)])
+@pytest.mark.parametrize(
+  ("variance", "steps"),
+  [("fixed_small", 1000), ("learned_range", 200), pytest.param("learned_range", 1000, marks=pytest.mark.slow)],
+)
 def test_all_steps_of_ddpm_are_the_pipeline_s(variance, steps, tmp_path, monkeypatch):
   learned = {"out_channels": 6} if variance == "learned_range" else {}
   write(tmp_path, diffusers.DDPMScheduler(steps, variance_type=variance), **PLAIN, **learned)

@@ -133,7 +133,7 @@ def classes_of(model, batch):
   return None if model.config.num_class_embeds is None else rng.integers(0, model.config.num_class_embeds, batch)
 
 
-# Those with each kind of block, whose gradients are compared too.
+# Those with each kind of block, whose gradients are always compared too; the others' are slow.
 WITH_GRADIENTS = (
   "defaults of the class",
   "ddpm",
@@ -173,8 +173,16 @@ def ours(network, params, x, t, classes, weight):
   return run(params, x)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_outputs_and_input_gradients_are_the_peer_s(name, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "gradients"),
+  [pytest.param(name, name in WITH_GRADIENTS, id=name) for name in CONFIGS]
+  + [
+    pytest.param(name, True, id=f"{name}, gradients", marks=pytest.mark.slow)
+    for name in CONFIGS
+    if name not in WITH_GRADIENTS
+  ],
+)
+def test_outputs_and_input_gradients_are_the_peer_s(name, gradients, tmp_path):
   size, batch, changes = CONFIGS[name]
   model = model_of(changes)
   model.save_pretrained(tmp_path)
@@ -182,7 +190,7 @@ def test_outputs_and_input_gradients_are_the_peer_s(name, tmp_path):
   rng = np.random.default_rng(1)
   x = rng.standard_normal((batch, *size, model.config.in_channels)).astype(np.float32)
   weight = rng.standard_normal((batch, *size, model.config.out_channels)).astype(np.float32)
-  weight = weight if name in WITH_GRADIENTS else None
+  weight = weight if gradients else None
   t = np.linspace(3, 977, batch).astype(np.float32)
   classes = classes_of(model, batch)
   for got, wanted in zip(

@@ -33,11 +33,10 @@ BOUNDS = {
 def test_an_image_s_value_follows_from_its_key_alone(name):
   x_0 = on_levels((5, 2))
   run = jax.jit(lambda key, x: BOUNDS[name](key, MIXTURE.denoise(STEPS if name in ("variational", "draws") else VP), x))
-  moved = np.array([3, 4, 0, 0, 0])  # other places, other neighbours
-  whole, part = run(keys(5), x_0), run(keys(5)[moved], x_0[moved])
+  whole, part = run(keys(5), x_0), run(keys(5)[3:], x_0[3:])
   for all_of_them, some in zip(whole, part, strict=True):
     if all_of_them is not None:
-      np.testing.assert_allclose(all_of_them[moved], some, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(all_of_them[3:], some, rtol=1e-4, atol=1e-5)
   assert len(set(np.asarray(run(keys(5), np.tile(x_0[:1], (5, 1))).bits))) == 5
 
 
