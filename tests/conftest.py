@@ -52,3 +52,20 @@ def _forget_programs():
 def x64():
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture
+def quick():
+  """Runs on one device, of which those of equal configs share their compiled programs."""
+  from tests.parameters import quick_runs
+
+  with quick_runs():
+    yield
+
+
+@pytest.fixture
+def dense(monkeypatch):
+  """A network that compiles at once, for what is not about the network."""
+  from tests.parameters import use_dense
+
+  use_dense(monkeypatch)

@@ -10,13 +10,8 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import build, ema, parallel, randomness, schema
 from tests.conftest import ROOT
-from tests.parameters import random_params, use_dense
+from tests.parameters import random_params
 from tests.recipes import LEVELS, tiny_config
-
-
-@pytest.fixture
-def dense(monkeypatch):
-  use_dense(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from ddpm_jax import build, guidance, parallel, randomness, sampling
 from ddpm_jax.build.condition import Condition
 from ddpm_jax.build.guidance import bound
-from tests.parameters import random_params, use_dense
+from tests.parameters import random_params
 from tests.recipes import tiny_config
 
 
@@ -169,11 +169,6 @@ def test_negative_labels_belong_to_classifier_free_guidance(config, others):
 def test_what_fits_passes(config, others, negative):
   build.check_guidance(config, others, negative=negative)
   build.build_generate(config, parallel.make_mesh(devices=jax.devices()[:1]), others, negative=negative)
-
-
-@pytest.fixture
-def dense(monkeypatch):
-  use_dense(monkeypatch)
 
 
 def test_denoisers_are_guided_as_the_formulas_say(dense):

@@ -69,17 +69,20 @@ def assert_same_run(got, want):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
-@pytest.fixture
-def dense(monkeypatch):
-  """A network that compiles at once, for what is not about the network."""
-  use_dense(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def dense_alone(config, batches):
   with pytest.MonkeyPatch.context() as patch:
     use_dense(patch)
     return under_jit(config, batches, parallel.make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.fixture(params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
+def lone(request, monkeypatch):
+  """A run on one device of the simplest network or of the U-Net, which the test has too."""
+  if request.param == "unet":
+    return request.getfixturevalue("alone")
+  use_dense(monkeypatch)
+  return request.getfixturevalue("dense_alone")
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +104,11 @@ def test_eight_by_fsdp_give_the_run_of_one(by_fsdp, alone):
   assert_same_run(by_fsdp, alone)
 
 
-def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, dense_alone, dense):
-  assert_same_run(under_jit(config, batches, parallel.make_mesh(2, 4), accumulate=2), dense_alone)
+def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, lone):
+  assert_same_run(under_jit(config, batches, parallel.make_mesh(2, 4), accumulate=2), lone)
 
 
-def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, dense_alone, dense):
+def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
   step = functools.partial(
     train.train_step,
     loss_fn=build.build_loss(config),
@@ -119,7 +122,7 @@ def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, dense_alo
     losses.append(float(metrics["loss"]))
   for leaf in jax.tree.leaves(state.params):
     np.testing.assert_array_equal(leaf[0], leaf[-1])
-  assert_same_run((parallel.unreplicate(state), losses), dense_alone)
+  assert_same_run((parallel.unreplicate(state), losses), lone)
   with pytest.raises(ValueError, match="12 on 8"):
     mapped(parallel.replicate(initial(config)), {"image": jnp.zeros((12, 8, 8, 1)), "label": jnp.zeros(12, jnp.int32)})
 

@@ -10,19 +10,10 @@ import pytest
 
 from ddpm_jax import build, checkpoint, ema, parallel, records, runs, workdir
 from ddpm_jax.runs import model, scoring
-from tests.parameters import quick_runs, use_dense, write_run
+from tests.parameters import quick_runs, write_run
 from tests.recipes import saved_items, tiny_config
 
-
-@pytest.fixture(autouse=True)
-def quick():
-  with quick_runs():
-    yield
-
-
-@pytest.fixture
-def dense(monkeypatch):
-  use_dense(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -13,11 +13,7 @@ from tests.oracles import PROCESSES
 from tests.parameters import quick_runs
 from tests.recipes import saved_items, tiny_config
 
-
-@pytest.fixture(autouse=True)
-def quick():
-  with quick_runs():
-    yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def config_of(**training):

@@ -5,20 +5,10 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import editing, runs, schema
-from tests.parameters import quick_runs, use_dense, write_run
+from tests.parameters import use_dense, write_run
 from tests.recipes import tiny_config
 
-
-@pytest.fixture(autouse=True)
-def quick():
-  with quick_runs():
-    yield
-
-
-@pytest.fixture
-def dense(monkeypatch):
-  """For the tests of the runs `grey` and `judge`, where the network is not the subject."""
-  use_dense(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def config_of(**network):

@@ -12,16 +12,7 @@ from ddpm_jax.build import condition
 from tests.parameters import quick_runs, random_params, use_dense, write_run
 from tests.recipes import tiny_config
 
-
-@pytest.fixture(autouse=True)
-def quick():
-  with quick_runs():
-    yield
-
-
-@pytest.fixture
-def dense(monkeypatch):
-  use_dense(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def config_of(**keys):
@@ -44,14 +35,27 @@ def base_of():
   return config
 
 
+@pytest.fixture(scope="module", params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
+def kind(request):
+  return request.param
+
+
+@pytest.fixture
+def network(kind, monkeypatch):
+  """Let the network be that of the runs `trained`."""
+  if kind == "dense":
+    use_dense(monkeypatch)
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(kind, tmp_path_factory):
   """The folders of a base of 8x8, which nothing trained, and of a run of two steps that enlarges to 16x16."""
   folder = tmp_path_factory.mktemp("superres")
   images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), np.uint8)
   np.savez(folder / "data.npz", images=images)
   with quick_runs(), pytest.MonkeyPatch.context() as patch:
-    use_dense(patch)
+    if kind == "dense":
+      use_dense(patch)
     write_run(base_of(), folder / "base")
     runs.run_train(config_of(data__path=str(folder / "data.npz")), folder / "large")
   return folder
@@ -139,7 +143,7 @@ def test_wrong_settings_are_errors_when_built(keys, message):
     build.build_loss(config_of(**keys))
 
 
-def test_a_cascade(trained, tmp_path, dense):
+def test_a_cascade(trained, tmp_path, network):
   """What the base drew is enlarged, and recorded as it was."""
   runs.run_sample(base_of(), trained / "base", num_samples=5, seed=3, choice=runs.Choice())
   alone = arrays_of_and_clear(trained / "base" / "samples")
@@ -168,7 +172,7 @@ def test_a_cascade(trained, tmp_path, dense):
   assert np.max(np.abs(others["output"][:, 0].astype(int) - found["samples"])) > 10, "others would not be the same"
 
 
-def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, dense, capsys):
+def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, network, capsys):
   base, large = trained / "base", trained / "large"
   config, choice = config_of(data__path=str(trained / "data.npz")), runs.Choice()
   for upsamplers, message in (
