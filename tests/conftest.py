@@ -55,11 +55,11 @@ def x64():
 
 
 @pytest.fixture
-def quick():
-  """Runs on one device, of which those of equal configs share their compiled programs."""
-  from tests.parameters import quick_runs
+def on_one_device():
+  """Runs on one of the eight devices, so that their programs compile quickly."""
+  from tests.parameters import one_device
 
-  with quick_runs():
+  with one_device():
     yield
 
 

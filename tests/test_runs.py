@@ -10,10 +10,10 @@ import pytest
 
 from ddpm_jax import build, checkpoint, ema, parallel, records, runs, workdir
 from ddpm_jax.runs import model, scoring
-from tests.parameters import quick_runs, write_run
+from tests.parameters import one_device, write_run
 from tests.recipes import saved_items, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def config_of(**training):
 def finished(tmp_path_factory):
   """The run of `config_of()`; never to be changed."""
   folder = tmp_path_factory.mktemp("finished")
-  with quick_runs():
+  with one_device():
     runs.run_train(config_of(), folder)
   return folder
 

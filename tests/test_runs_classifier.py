@@ -10,10 +10,10 @@ import pytest
 from ddpm_jax import build, checkpoint, ema, evaluate, plan, runs
 from ddpm_jax.runs import classifying
 from tests.oracles import PROCESSES
-from tests.parameters import quick_runs
+from tests.parameters import one_device
 from tests.recipes import saved_items, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 def config_of(**training):
@@ -30,7 +30,7 @@ def config_of(**training):
 def finished(tmp_path_factory):
   """A run of 400 steps without a break."""
   folder = tmp_path_factory.mktemp("finished")
-  with quick_runs():
+  with one_device():
     runs.run_train(config_of(), folder)
   return folder
 

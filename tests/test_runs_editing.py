@@ -8,7 +8,7 @@ from ddpm_jax import editing, runs, schema
 from tests.parameters import use_dense, write_run
 from tests.recipes import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 def config_of(**network):

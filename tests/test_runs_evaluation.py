@@ -11,7 +11,7 @@ import pytest
 from ddpm_jax import data, metrics, runs
 from ddpm_jax.runs import drawing
 from tests import commands
-from tests.parameters import quick_runs, write_run
+from tests.parameters import one_device, write_run
 from tests.recipes import tiny_config
 
 
@@ -27,7 +27,7 @@ def config_of(**evaluation):
 def finished(tmp_path_factory):
   """A run that nothing trained, and its scores on one device."""
   folder = tmp_path_factory.mktemp("finished")
-  with quick_runs():
+  with one_device():
     write_run(config_of(), folder)
     runs.run_train(config_of(report=True), folder)
   return folder
@@ -88,7 +88,7 @@ def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(fini
   assert without_times(copy) == without_times(finished)
 
 
-def test_samples_of_other_weights_or_settings_are_not_taken(quick, copy, monkeypatch):
+def test_samples_of_other_weights_or_settings_are_not_taken(on_one_device, copy, monkeypatch):
   score(config_of(), copy)
   drawn = []
   in_batches = drawing.in_batches
@@ -104,7 +104,7 @@ def test_samples_of_other_weights_or_settings_are_not_taken(quick, copy, monkeyp
   assert report_of(copy)["scores"]["generated"] != first["scores"]["generated"]
 
 
-def test_several_samplers_and_steps_give_a_curve(quick, copy):
+def test_several_samplers_and_steps_give_a_curve(on_one_device, copy):
   variants = [runs.Variant("heun", 2), runs.Variant("ddim", 2), runs.Variant("ddim", 4)]
   score(config_of(), copy, variants=variants)
   report = report_of(copy)
@@ -144,7 +144,7 @@ def test_where_numbers_come_from_is_said(finished):
   assert set(report["times"]) == {"date", "seconds"}
 
 
-def test_statistics_of_a_file_stand_for_their_images(quick, copy, tmp_path):
+def test_statistics_of_a_file_stand_for_their_images(on_one_device, copy, tmp_path):
   config = config_of(scores=("frechet",), reference="held_out")
   score(config, copy)
   direct = report_of(copy)["scores"]
@@ -168,7 +168,7 @@ def test_statistics_of_a_file_stand_for_their_images(quick, copy, tmp_path):
     score(config, copy)
 
 
-def test_features_of_a_classifier_of_the_data_are_called_by_their_name(quick, copy):
+def test_features_of_a_classifier_of_the_data_are_called_by_their_name(on_one_device, copy):
   config = config_of(features="", allow_singular=False, num_samples=90, classifier_steps=12, batch_size=50)
   score(config, copy)
   report = report_of(copy)
@@ -188,7 +188,7 @@ def test_features_of_a_classifier_of_the_data_are_called_by_their_name(quick, co
   assert (copy / "classifier.safetensors").stat().st_mtime_ns != before
 
 
-def test_a_run_is_scored_on_its_way_and_keeps_the_best(quick, dense, tmp_path):
+def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, dense, tmp_path):
   config = config_of(every=2, every_samples=20)
   config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
   config.training.best_metric = "eval/coverage"
@@ -247,7 +247,7 @@ def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
     score(config_of(reference=str(tmp_path / "foreign.npz")), finished)
 
 
-def test_images_that_are_not_finite_are_counted_and_refused(quick, copy, monkeypatch):
+def test_images_that_are_not_finite_are_counted_and_refused(on_one_device, copy, monkeypatch):
   in_batches = drawing.in_batches
 
   def broken(*arguments, **options):
@@ -262,7 +262,7 @@ def test_images_that_are_not_finite_are_counted_and_refused(quick, copy, monkeyp
   assert not (copy / "eval.json").exists()
 
 
-def test_likelihoods_are_kept_and_have_error_bars(quick, copy, monkeypatch):
+def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypatch):
   config = config_of(
     likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2, report=True, batch_size=3
   )

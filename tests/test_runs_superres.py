@@ -9,10 +9,10 @@ import pytest
 
 from ddpm_jax import build, runs
 from ddpm_jax.build import condition
-from tests.parameters import quick_runs, random_params, use_dense, write_run
+from tests.parameters import one_device, random_params, use_dense, write_run
 from tests.recipes import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 def config_of(**keys):
@@ -53,7 +53,7 @@ def trained(kind, tmp_path_factory):
   folder = tmp_path_factory.mktemp("superres")
   images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), np.uint8)
   np.savez(folder / "data.npz", images=images)
-  with quick_runs(), pytest.MonkeyPatch.context() as patch:
+  with one_device(), pytest.MonkeyPatch.context() as patch:
     if kind == "dense":
       use_dense(patch)
     write_run(base_of(), folder / "base")
