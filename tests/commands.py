@@ -12,6 +12,8 @@ from tests.conftest import CACHE, ROOT
 from tests.flags import COMPILE_SOON, PATIENT
 
 RECIPE = "--config=tests/recipes.py"
+# The same of a network that compiles at once.
+DENSE = "--config=tests/dense.py"
 
 
 def surroundings(devices):
@@ -34,7 +36,8 @@ def start(*arguments, devices=1, **environment):
 
 
 @functools.cache
-def _server(devices):
+def _server(devices, dense):
+  # One that has run DENSE keeps its network.
   return forked.Server(surroundings(devices))
 
 
@@ -43,7 +46,7 @@ def call(*arguments, devices=1):
   if "--mode=plan" in arguments:
     # It simulates devices, which a process that has used JAX cannot.
     return start(*arguments, devices=devices).finish()
-  return _server(devices).call([*map(str, arguments)])
+  return _server(devices, DENSE in arguments).call([*map(str, arguments)])
 
 
 def wait_for(path, *commands):

@@ -41,7 +41,7 @@ _count = itertools.count(1)
 def _forget_programs():
   """Drop compiled programs now and then: hundreds of them would take gigabytes in each worker."""
   yield
-  if next(_count) % 300 == 0:
+  if next(_count) % 600 == 0:
     gc.unfreeze()
     jax.clear_caches()
     gc.collect()

@@ -8,6 +8,6 @@ from tests.parameters import Dense
 
 
 def get_config() -> ConfigDict:
-  """So that the command line can name this file; in a process of its own, which it leaves with the other network."""
+  """So that the command line can name this file; the process that reads it has this network from then on."""
   build.model.UNet = Dense
   return recipes.get_config()

@@ -120,6 +120,13 @@ def test_sampling_is_timed_beside_the_peer_s(quick):
 
 
 @pytest.fixture
+def optimized(monkeypatch):
+  """Programs that XLA optimizes, for what trains longer than it compiles."""
+  own = parallel.compiler_options
+  monkeypatch.setattr(parallel, "compiler_options", lambda *args, **kwargs: own(*args, **kwargs) | OPTIMIZED)
+
+
+@pytest.fixture
 def smaller(script, monkeypatch):
   """Has a benchmark of no particular network take the smallest."""
 
@@ -137,7 +144,7 @@ def test_the_overhead_of_sampling_is_timed(quick, smaller):
   assert figures["ratios"]["heun"][1] > 0
 
 
-def test_the_rates_and_the_wait_for_input_are_timed(quick, smaller):
+def test_the_rates_and_the_wait_for_input_are_timed(quick, smaller, optimized):
   smaller("input")
   figures = quick("input")
   assert all(rate > 0 for of_source in figures["records_per_second"].values() for rate in of_source.values())
@@ -193,11 +200,8 @@ def get_config():
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script, run, tmp_path, monkeypatch):
+def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script, run, optimized, tmp_path, monkeypatch):
   monkeypatch.setattr(script("learning_curve"), "LOG_EVERY", 20)
-  # It trains longer than it compiles.
-  own = parallel.compiler_options
-  monkeypatch.setattr(parallel, "compiler_options", lambda *args, **kwargs: own(*args, **kwargs) | OPTIMIZED)
   # Pixels in the place of the features of a classifier, which would have to be trained.
   monkeypatch.setattr(metrics, "train_classifier", lambda *args, **kwargs: None)
   monkeypatch.setattr(metrics, "classifier_space", lambda params, classes: metrics.pixel_space())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests import commands
-from tests.commands import RECIPE, assert_refused, call, start
+from tests.commands import DENSE, RECIPE, assert_refused, call, start
 from tests.recipes import dying, saved_items
 
 
@@ -102,21 +102,21 @@ def test_a_conditional_model_and_labels(tmp_path):
   assert "labels from 0 to 9" in output
 
 
-def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
+def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, dense):
   options = [
     "--config.training.steps=24",
     "--config.training.checkpoint_every=8",
     "--config.training.sample_every=1000",
   ]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  process = start(RECIPE, f"--workdir={broken}", *options, **dying(broken / "checkpoints" / "8", step=15))
+  process = start(DENSE, f"--workdir={broken}", *options, **dying(broken / "checkpoints" / "8", step=15))
   code, output = process.finish()
   assert code == -signal.SIGKILL, output
   assert not (broken / "eval.json").exists()
-  code, output = call(RECIPE, f"--workdir={broken}", *options)
+  code, output = call(DENSE, f"--workdir={broken}", *options)
   assert code == 0, output
   assert "resuming from the checkpoint of step" in output
-  code, output = call(RECIPE, f"--workdir={whole}", *options)
+  code, output = call(DENSE, f"--workdir={whole}", *options)
   assert code == 0, output
   for a, b in zip(*(jax.tree.leaves(saved_items(folder)) for folder in (whole, broken)), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -134,26 +134,26 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path):
 
 def test_sigterm_saves_at_once_and_ends_with_its_code(tmp_path):
   options = ["--config.training.steps=100000", "--config.training.checkpoint_every=100000"]
-  process = start(RECIPE, f"--workdir={tmp_path}", *options, "--config.training.sample_every=100000")
+  process = start(DENSE, f"--workdir={tmp_path}", *options, "--config.training.sample_every=100000")
   commands.wait_for(tmp_path / "metrics.jsonl", process)
   process.send_signal(signal.SIGTERM)
   code, output = process.finish()
   assert code == 128 + signal.SIGTERM, output
   step = int(re.search(r"saved at step ([\d,]+), the same command goes on", output)[1].replace(",", ""))
   assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
-  code, output = call(RECIPE, f"--workdir={tmp_path}", f"--config.training.steps={step + 2}", "--resume=must")
+  code, output = call(DENSE, f"--workdir={tmp_path}", f"--config.training.steps={step + 2}", "--resume=must")
   assert code == 0, output
   assert f"resuming from the checkpoint of step {step:,}" in output
 
 
 def test_a_folder_in_use_is_refused_while_the_process_lives(tmp_path):
-  process = start(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=100000")
+  process = start(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
   commands.wait_for(tmp_path / "checkpoints" / "4", process)
-  code, output = call(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=100000")
+  code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
   assert_refused(code, output, f"in which process {process.pid} on .* trains")
   process.send_signal(signal.SIGKILL)
   process.finish()
-  code, output = call(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=4")
+  code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=4")
   assert code == 0, output
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from ddpm_jax import checkpoint
 from tests import commands
-from tests.commands import RECIPE
+from tests.commands import DENSE, RECIPE
 from tests.parameters import use_dense
 from tests.recipes import saved_items
 
@@ -81,7 +81,7 @@ def test_two_processes_give_the_parameters_of_one(alone, together):
 
 
 # From here on the network is of no interest.
-DENSE, ENDLESS = "--config=tests/dense.py", "--config.training.steps=100000"
+ENDLESS = "--config.training.steps=100000"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_one_goes_on_with_what_two_saved_and_damage_that_one_sees_makes_both_fal
   for part in (damaged / "checkpoints" / str(newest) / "params" / "ocdbt.process_1" / "d").iterdir():
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
   options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must"]
-  code, output = commands.start(*options, f"--workdir={whole}").finish()
+  code, output = commands.call(*options, f"--workdir={whole}")
   assert code == 0, output
   assert f"resuming from the checkpoint of step {newest:,}" in output
   codes, outputs = finish(*start_two(*options, f"--workdir={damaged}"))
