@@ -69,3 +69,13 @@ def dense(monkeypatch):
   from tests.parameters import use_dense
 
   use_dense(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def dense_module():
+  """The same for all tests of a file, and for its runs that they share."""
+  from tests.parameters import use_dense
+
+  with pytest.MonkeyPatch.context() as patch:
+    use_dense(patch)
+    yield

@@ -13,7 +13,7 @@ from ddpm_jax.runs import model, scoring
 from tests.parameters import one_device, write_run
 from tests.recipes import saved_items, tiny_config
 
-pytestmark = pytest.mark.usefixtures("on_one_device")
+pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(copy):
   assert steps_of(copy) == {10}
 
 
-def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path, dense):
+def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path):
   config = config_of(steps=40, max_skipped=3)
   config.optimizer.update({"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0, "name": "sgd"})
   with pytest.raises(FloatingPointError, match="3 steps in a row"):
@@ -185,7 +185,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished
   assert_same_ends(copy, finished)
 
 
-def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, dense, capsys):
+def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys):
   """Of data without one of the classes, which is said."""
   labels = np.repeat([0, 1, 3], [300, 100, 100])
   np.random.default_rng(0).shuffle(labels)

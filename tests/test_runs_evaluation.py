@@ -14,6 +14,8 @@ from tests import commands
 from tests.parameters import one_device, write_run
 from tests.recipes import tiny_config
 
+pytestmark = pytest.mark.usefixtures("dense_module")
+
 
 def config_of(**evaluation):
   config = tiny_config()
@@ -68,14 +70,15 @@ def score(config, folder, seed=0, **options):
 
 def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
   """One device without a break, against one device in a process that is killed on its way, and the eight of this process."""
-  recipe, dying = "from tests.test_runs_evaluation import config_of, die_after\n\n\n", "  die_after(3)\n"
-  for name, first in (("dying", dying), ("living", "")):
-    (tmp_path / f"{name}.py").write_text(f"{recipe}def get_config():\n{first}  return config_of(report=True)\n")
+  recipe = "from tests import dense\nfrom tests.test_runs_evaluation import config_of, die_after\n\n\n"
+  recipe += "def get_config():\n  dense.get_config()\n"
+  for name, first in (("dying", "  die_after(3)\n"), ("living", "")):
+    (tmp_path / f"{name}.py").write_text(f"{recipe}{first}  return config_of(report=True)\n")
   arguments = ["--mode=eval", f"--workdir={copy}", "--seed=0"]
   code, output = commands.start(f"--config={tmp_path / 'dying.py'}", *arguments).finish()
   assert code == -signal.SIGKILL, output
   assert json.loads((copy / "samples" / "final.partial.json").read_text())["done"] == 15
-  code, output = commands.call(f"--config={tmp_path / 'living.py'}", *arguments)
+  code, output = commands.start(f"--config={tmp_path / 'living.py'}", *arguments).finish()
   assert code == 0, output
   assert "25 of them left" in output
   assert without_times(copy) == without_times(finished)
@@ -188,7 +191,7 @@ def test_features_of_a_classifier_of_the_data_are_called_by_their_name(on_one_de
   assert (copy / "classifier.safetensors").stat().st_mtime_ns != before
 
 
-def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, dense, tmp_path):
+def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
   config = config_of(every=2, every_samples=20)
   config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
   config.training.best_metric = "eval/coverage"

@@ -45,39 +45,30 @@ def finish(*processes):
   return zip(*[process.finish() for process in processes], strict=True)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("alone")
-  code, output = commands.call(RECIPE, *OPTIONS, f"--workdir={folder}", devices=2)
-  assert code == 0, output
-  return folder
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-  """Two processes with a device each; the state split over both."""
-  folder = tmp_path_factory.mktemp("together")
-  codes, outputs = finish(*start_two(RECIPE, *OPTIONS, f"--workdir={folder}"))
-  assert codes == (0, 0), outputs
-  return folder, outputs
-
-
 def assert_close(a, b):
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5)
 
 
-def test_two_processes_give_the_parameters_of_one(alone, together):
-  folder, outputs = together
-  assert_close(saved_items(folder), saved_items(alone))
+@pytest.mark.parametrize("config", [DENSE, pytest.param(RECIPE, marks=pytest.mark.slow)])
+def test_two_processes_give_the_parameters_of_one(config, tmp_path, monkeypatch):
+  """Two processes with a device each, against one process with two; the state split over both."""
+  together, alone = tmp_path / "together", tmp_path / "alone"
+  code, output = commands.call(config, *OPTIONS, f"--workdir={alone}", devices=2)
+  assert code == 0, output
+  codes, outputs = finish(*start_two(config, *OPTIONS, f"--workdir={together}"))
+  assert codes == (0, 0), outputs
   assert "2 cpu device(s) of 2 processes" in outputs[0]
   assert "steps" not in outputs[1], "the second one writes and says nothing"
   losses = [
-    [json.loads(line)["loss"] for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (folder, alone)
+    [json.loads(line)["loss"] for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (together, alone)
   ]
   np.testing.assert_allclose(*losses, rtol=1e-4)
-  assert json.loads((folder / "eval.json").read_text())["step"] == STEPS
-  assert (folder / "samples" / "final.png").exists()
+  assert json.loads((together / "eval.json").read_text())["step"] == STEPS
+  assert (together / "samples" / "final.png").exists()
+  if config == DENSE:
+    use_dense(monkeypatch)
+  assert_close(saved_items(together), saved_items(alone))
 
 
 # From here on the network is of no interest.

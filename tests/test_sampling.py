@@ -33,11 +33,10 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.f
 
 
 def in_precisions(cases):
-  """Give each case every precision; what was not slow stays so in float32, and in one of the others in turn."""
+  """Give each case every precision; what was not slow stays so in one of them, in turn."""
   for i, case in enumerate(cases):
     for j, precision in enumerate(PRECISIONS):
-      slow = case.marks or (j and j != 1 + i % 2)
-      marks = pytest.mark.slow if slow else ()
+      marks = pytest.mark.slow if case.marks or j != i % len(PRECISIONS) else ()
       yield pytest.param(*case.values, precision, id=f"{case.id}-{precision}", marks=marks)
 
 
