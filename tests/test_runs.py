@@ -105,6 +105,13 @@ def test_averages_raw_weights_and_any_length_are_sampled(copy):
     sampled(copy, averaged=False, length=0.1)
 
 
+def test_samples_are_named_by_their_evaluations_not_by_their_steps(copy):
+  config = config_of()
+  config.sampling.update({"sampler": "heun", "num_steps": 3})
+  runs.run_sample(config, copy, num_samples=4, seed=5, choice=runs.Choice())
+  assert {path.name for path in (copy / "samples").glob("heun*")} == {"heun_nfe5_seed5.npz", "heun_nfe5_seed5.png"}
+
+
 def test_sampling_does_not_read_what_only_training_needs(copy):
   for step in (copy / "checkpoints").iterdir():
     shutil.rmtree(step / "training")
