@@ -29,6 +29,21 @@ _OLDEST_VERSION = 2
 _SHOWN = 10
 
 
+def check_folder(folder: str | Path) -> None:
+  """Raise a ValueError if checkpoints in a folder of this path could be written but not read again.
+
+  Orbax takes wildcards in a path for patterns, and its storage takes a backslash for a slash.
+  """
+  text = str(folder)
+  wrong = sorted({character for character in text if character in "*?[\\" or "\ud800" <= character <= "\udfff"})
+  if wrong:
+    shown = " ".join(character.encode(errors="backslashreplace").decode() for character in wrong)
+    raise ValueError(
+      f"Got {text!r} as a folder of checkpoints, whose path has {shown}; expected a path of valid UTF-8 without"
+      r" * ? [ \. Rename the folder, or use another --workdir."
+    )
+
+
 class Restored(NamedTuple):
   """What a checkpoint gave.
 
@@ -53,7 +68,7 @@ class Checkpoints:
     keep: how many of the newest to keep.
     keep_every: those of every so many steps are kept for good; 0 for none.
     keep_best: how many of the best to keep, by `metric`.
-    metric: a name in the metrics given to `save`.
+    metric: a name in the metrics given to `save`. A checkpoint without it is none of the best.
     highest: whether the highest is the best, and not the lowest.
   """
 
@@ -68,6 +83,7 @@ class Checkpoints:
     highest: bool = False,
   ):
     self.folder, self._sign = Path(folder).absolute(), -1 if highest else 1
+    check_folder(self.folder)
     self._metric, self._keep_best, self._saving = metric, keep_best, 0
     policies: list[Any] = [preservation_policy.LatestN(keep)]
     if keep_every:
@@ -104,11 +120,6 @@ class Checkpoints:
     }
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     self._check_saved()
-    if self._keep_best and metrics and self._metric not in metrics:
-      raise ValueError(
-        f"Got {self._metric!r} as the metric by which the best checkpoints are kept; wanted one that is logged:"
-        f" {', '.join(sorted(metrics))}. Set --config.training.best_metric."
-      )
     self._saving, self._scores[step] = step, self._score(metrics or {})
     size = sum(leaf.nbytes for tree in items.values() for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
     if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < size:

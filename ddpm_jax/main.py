@@ -4,8 +4,11 @@ import errno
 import itertools
 import logging as standard_logging
 import os
+import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import ddpm_jax
-from ddpm_jax import heap
+from ddpm_jax import heap, interrupts, workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
@@ -56,6 +59,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "Whether to join the processes that the cluster's environment names (by default, if it names several).",
 )
 _HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 60, "How long a process may be silent before the others end.")
+_WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long to wait for all processes at the start.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Plan for this TPU slice, such as v5e:4x4, which need not be there.")
 _DEVICES = flags.DEFINE_integer(
   "devices", None, "Plan for so many devices of this machine; a CPU is taken for as many."
@@ -83,6 +87,7 @@ _METHOD = flags.DEFINE_string(
   "method", None, "How: inpaint by repaint, replace, posterior or dps; colorize and superres by posterior or dps."
 )
 _STRENGTH = flags.DEFINE_float("strength", None, "Of img2img, from 0 (the input) to 1 (a fresh sample).")
+_ENDING = threading.Lock()
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it arose.")
 
 
@@ -98,15 +103,19 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING if _TRACEBACK.value else logging.FATAL)
   if not _TRACEBACK.value:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    # XLA reads this when it is loaded. It takes a compilation of some minutes for a bug.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Python's own tracker of shared memory, a process, cleans up after one that was killed.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import prepare, pretrained, runs, schema
+  from ddpm_jax import parallel, prepare, pretrained, runs, schema
 
   modes = ("train", "sample", "edit", "eval", "stats", "export", "convert", "prepare", "plan")
   mode = schema.choose(_MODE.value, modes, "--mode")
   if not _WORKDIR.value and mode not in ("stats", "convert", "prepare", "plan"):
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
-  folder = Path(_WORKDIR.value or ".").expanduser().absolute()
+  folder = _path(_WORKDIR) or Path.cwd()
   for flag, served in (
     (_LABELS, ("sample", "edit")),
     (_NEGATIVE_LABELS, ("sample", "edit")),
@@ -147,12 +156,11 @@ def main(argv: list[str]) -> None:
   if mode == "stats":
     config = schema.config_of_data(_CONFIG.value)
     config.evaluation.inception_weights = _INCEPTION_WEIGHTS.value or config.evaluation.inception_weights
-    _cache_compilations()
+    _start_devices()
     runs.run_statistics(config, _output("the statistics", "/tmp/statistics.npz"))
     return
   if mode == "prepare":
-    output = Path(_OUTPUT.value).expanduser().absolute() if _OUTPUT.value else None
-    prepare.run_prepare(schema.config_of_data(_CONFIG.value), output)
+    prepare.run_prepare(schema.config_of_data(_CONFIG.value), _path(_OUTPUT))
     return
   if mode == "plan":
     config = schema.config_of_run(_CONFIG.value, folder)
@@ -162,6 +170,9 @@ def main(argv: list[str]) -> None:
     return
   schema.choose(_RESUME.value, ("auto", "must", "never"), "--resume")
   _connect()
+  _start_devices()
+  if mode != "train":
+    parallel.end_on_sigterm()
   variants = _variants(mode)
   if _PRETRAINED.value is not None and not (_EMA.value is _EMA_LENGTH.value is _STEP.value is None):
     raise ValueError(
@@ -191,7 +202,6 @@ def main(argv: list[str]) -> None:
     if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
       config = runs.reversible(config)
   schema.check_config(config)
-  _cache_compilations()
   choice = runs.Choice(_EMA.value is not False, _EMA_LENGTH.value, _STEP.value or "")
   if mode == "train":
     runs.run_train(config, folder, resume=_RESUME.value, profile=_PROFILE.value)
@@ -222,7 +232,7 @@ def main(argv: list[str]) -> None:
       seed=seed,
       choice=choice,
       steering=_steering(),
-      upsamplers=[_folder(path) for path in _UPSAMPLER.value or ()],
+      upsamplers=[workdir.local_path(path, "upsampler") for path in _UPSAMPLER.value or ()],
       model=model,
     )
 
@@ -238,13 +248,14 @@ def _connect() -> None:
       raise ValueError(
         "Got --distributed=false with --coordinator, --num_processes or --process_id; wanted one of them."
       )
-    parallel.connect(*given, heartbeat_seconds=_HEARTBEAT.value)
+    parallel.connect(*given, heartbeat_seconds=_HEARTBEAT.value, wait_seconds=_WAIT.value)
 
 
 def _output(what: str, example: str) -> Path:
-  if not _OUTPUT.value:
+  path = _path(_OUTPUT)
+  if path is None:
     raise ValueError(f"Got no --output; wanted a place for {what}, such as --output={example}.")
-  return _folder(_OUTPUT.value)
+  return path
 
 
 def _variants(mode: str) -> list[tuple[str | None, int | None]]:
@@ -266,12 +277,14 @@ def _variants(mode: str) -> list[tuple[str | None, int | None]]:
 def _steering() -> Any:
   from ddpm_jax import runs
 
-  weak, _, step = (_WEAK.value or "").partition("@")
+  weak, step = _WEAK.value or "", ""
+  if "@" in weak and not workdir.local_path(weak, "weak").is_dir():
+    weak, _, step = weak.rpartition("@")
   return runs.Steering(
     _integers(_LABELS),
     _integers(_NEGATIVE_LABELS),
-    _folder(_CLASSIFIER.value) if _CLASSIFIER.value else None,
-    _folder(weak) if weak else None,
+    _path(_CLASSIFIER),
+    workdir.local_path(weak, "weak") if weak else None,
     step,
   )
 
@@ -281,14 +294,15 @@ def _edit() -> Any:
 
   return runs.Edit(
     schema.choose(_TASK.value or "", tuple(build.TASKS), "--task"),
-    _folder(_INPUT.value) if _INPUT.value else None,
-    str(Path(_MASK.value).expanduser()) if _MASK.value else "",
+    _path(_INPUT),
+    # Which may be the name of a half.
+    str(_path(_MASK)) if re.match("~|.*://", _MASK.value or "") else _MASK.value or "",
     1 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,
   )
 
 
-def _folder(path: str) -> Path:
-  return Path(path).expanduser().absolute()
+def _path(flag: flags.FlagHolder) -> Path | None:
+  return workdir.local_path(flag.value, flag.name) if flag.value else None
 
 
 def _integers(flag: flags.FlagHolder) -> list[int] | None:
@@ -300,12 +314,18 @@ def _integers(flag: flags.FlagHolder) -> list[int] | None:
     ) from error
 
 
+def _start_devices() -> None:
+  from ddpm_jax import parallel
+
+  parallel.start_devices(quiet=not _TRACEBACK.value)
+  _cache_compilations()
+
+
 def _cache_compilations() -> None:
-  """Keeps compiled programs between runs, unless the user has said where (JAX_COMPILATION_CACHE_DIR) or which."""
+  """Keep compiled programs between runs, unless the user has said where (JAX_COMPILATION_CACHE_DIR) or which."""
   import jax
 
-  if not jax.config.values["jax_compilation_cache_dir"]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "xla"
+  if not jax.config.values["jax_compilation_cache_dir"] and (cache := workdir.cache_folder("xla")):
     jax.config.update("jax_compilation_cache_dir", str(cache))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     # The small ones too: before the first step there are dozens of them, 20 ms each.
@@ -357,19 +377,47 @@ def _leave(code: int) -> None:
     parallel.leave(code)
 
 
+def _interrupted() -> NoReturn:
+  """End at once on Ctrl-C: what would run at a normal end may wait for a compiler that cannot be stopped, or fail in it."""
+  if not _ENDING.acquire(blocking=False):
+    # Another thread is at it.
+    time.sleep(60)
+  consequence = ""
+  if _MODE.value == "train" and _WORKDIR.value:
+    steps = workdir.checkpoint_steps(Path(_WORKDIR.value).expanduser())
+    consequence = (
+      f"; the same command goes on from the checkpoint of step {steps[-1]:,}"
+      if steps
+      else " before the first checkpoint; the same command starts anew"
+    )
+  print(f"\nerror: interrupted{consequence}", file=sys.stderr, flush=True)
+  _leave(128 + signal.SIGINT)
+  sys.stdout.flush()
+  os._exit(128 + signal.SIGINT)
+
+
 def _main(argv: list[str]) -> None:
   heap.keep()
   heap.collect_rarely()
   try:
-    main(argv)
+    with interrupts.ended_at_once(_interrupted):
+      main(argv)
   except (ValueError, FloatingPointError, OSError) as error:
     if _TRACEBACK.value:
       traceback.print_exc()
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     _stop(f"{error}{'. Make room; then the same command goes on from the last checkpoint.' if full else ''}")
   except KeyboardInterrupt:
-    _stop("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT)
-  except Exception:
+    _interrupted()
+  except Exception as error:
+    from ddpm_jax import data
+
+    if isinstance(error, data.WorkerDied):
+      print(f"error: {error}", file=sys.stderr, flush=True)
+      _leave(2)
+      sys.stdout.flush()
+      # What runs at a normal end might wait for a lock that the dead process held.
+      os._exit(2)
     traceback.print_exc()
     _leave(1)
     sys.exit(1)

@@ -184,8 +184,8 @@ def of_run(config: ConfigDict, folder: Path, *, resuming: bool) -> tuple[ConfigD
       f"Got config.init_from={config.init_from!r} with superres.factor={config.superres.factor}; wanted no model to start from: diffusers'"
       " pixel pipelines take no image to enlarge."
     )
-  saved = workdir.read_config(folder)
-  if resuming and saved is not None and saved.get("init_from") == config.init_from:
+  saved = workdir.read_config(folder) if resuming else None
+  if saved is not None and saved.get("init_from") == config.init_from:
     return adopt_run(config, folder), None
   model = load(config.init_from)
   if model.shape is None:  # the folder does not say: the data do

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from ddpm_jax import parallel
+
 # As Google names the generations: how many axes a slice has, and slices that one can rent. libtpu knows each by this name.
 _GENERATIONS = {
   "v2": (2, ("v2:2x2", "v2:4x4")),
@@ -79,6 +81,7 @@ def simulate_devices(count: int) -> list[Any]:
     jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:
     late = True
+  parallel.start_devices()
   devices = jax.devices()
   if len(devices) >= count:
     return devices[:count]

@@ -177,14 +177,15 @@ def fit(
   callbacks: Sequence[Callback] = (),
   max_skipped: int = 10,
   watch: Watch = Watch(),  # noqa: B008, a constant
+  rescue: Callable[[int, TrainState], None] = lambda number, state: None,
   quiet: bool = False,
 ) -> TrainState:
-  """Runs `step` from the state's own step to `num_steps`, with a progress bar.
+  """Run `step` from the state's own step to `num_steps`, with a progress bar.
 
   Args:
     state: where to start; donated to `step`, so not to be used afterwards.
     step: the compiled step.
-    batches: endless batches, pytrees of arrays [B, ...].
+    batches: batches, pytrees of arrays [B, ...]. Where they end, training stops.
     num_steps: the step to stop at.
     log: takes (step, metrics) every `log_every` steps: the mean of each metric over the steps since the last time that were
       not skipped, how many were `skipped` in all, and of wall-clock time since then, callbacks included: `images_per_second`,
@@ -193,10 +194,11 @@ def fit(
     callbacks: what else to do on the way, in order.
     max_skipped: how many steps in a row may be skipped for gradients that are not finite.
     watch: what the loop asks about from outside.
+    rescue: called with the last step and its state if the next batch cannot be had, before the error is raised.
     quiet: whether there is no progress bar.
 
   Returns:
-    The state at `num_steps`, or where it was stopped.
+    The state at `num_steps`, or where it was stopped or the batches ended.
 
   Raises:
     FloatingPointError: if too many steps in a row were skipped, or a loss that skips none is not finite.
@@ -208,9 +210,18 @@ def fit(
   before: Metrics | None = None
   with _progress(num_steps, start, quiet) as bar:
     while number < num_steps and not watch.stop(number):
+      try:
+        batch = next(iterator, None)
+      except Exception:
+        if before is not None:
+          _check_finite(number, before, max_skipped)
+        if number > start:
+          rescue(number, state)
+        raise
+      if batch is None:
+        break
       number += 1
       watch.before_step(number)
-      batch = next(iterator)
       state, metrics = step(state, batch)
       jax.tree.map(lambda leaf: leaf.copy_to_host_async(), metrics)
       # At most one step ahead of the device: enough to hide the host, without a queue that holds memory.
@@ -297,17 +308,19 @@ def _progress(num_steps: int, start: int, quiet: bool) -> Any:
 
 
 def _check_finite(number: int, metrics: Metrics, max_skipped: int) -> None:
-  hint = (
-    "Lower the learning rate or the gradient clipping; the same command goes on from the last checkpoint, which is older"
-    " and sound."
-  )
   if "skipped_in_a_row" in metrics:
-    if int(metrics["skipped_in_a_row"]) >= max_skipped:
+    row = int(metrics["skipped_in_a_row"])
+    if row >= max_skipped:
       raise FloatingPointError(
-        f"The gradients of {int(metrics['skipped_in_a_row'])} steps in a row, up to step {number}, were not finite (the last loss"
-        f" is {float(metrics['loss'])}); these steps were skipped, {int(metrics['skipped'])} in all. {hint}"
+        f"The gradients of {row} steps in a row, {number - row + 1:,} to {number:,}, were not finite (the last loss is"
+        f" {float(metrics['loss'])}). These steps were skipped, {int(metrics['skipped']):,} in all, and changed no"
+        " parameter. Train anew with a lower --config.optimizer.learning_rate or clip_norm, or go on with a higher"
+        " --config.training.max_skipped."
       )
     return
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
-      raise FloatingPointError(f"The {name} is {float(metrics[name])} at step {number}. {hint}")
+      raise FloatingPointError(
+        f"The {name} is {float(metrics[name])} at step {number:,}. Train anew with a lower learning rate or gradient"
+        " clipping, or skip such steps (optim.skip_nonfinite)."
+      )

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,35 @@ _MAY_CHANGE = (
 )
 
 
+def local_path(text: str, flag: str) -> Path:
+  """Return the absolute path that a flag names, with `~` for the user's home.
+
+  Raises:
+    ValueError: if it is a URI, such as a bucket's, or the user has no home.
+  """
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+    raise ValueError(
+      f"Got --{flag}={text}, a URI; expected a path on this machine. Mount the bucket (gcsfuse, s3fs) and name the mounted"
+      " folder, or copy the files."
+    )
+  try:
+    return Path(text).expanduser().absolute()
+  except RuntimeError as error:
+    raise ValueError(
+      f"Got --{flag}={text}, and this user has no home folder; expected a path without ~, or HOME in the environment."
+    ) from error
+
+
+def cache_folder(name: str) -> Path | None:
+  """Make and return a folder for what can be made again; None if this user has no place for one."""
+  try:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / name
+    folder.mkdir(parents=True, exist_ok=True)
+  except (OSError, RuntimeError):
+    return None
+  return folder if os.access(folder, os.W_OK) else None
+
+
 def config_path(workdir: Path) -> Path:
   """Where a run keeps its config."""
   return workdir / "config.json"
@@ -48,6 +78,12 @@ def config_path(workdir: Path) -> Path:
 def checkpoint_folder(workdir: Path) -> Path:
   """Where a run keeps its checkpoints."""
   return workdir / "checkpoints"
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+  """The steps of a run's finished checkpoints, rising; empty if it has saved none."""
+  folder = checkpoint_folder(workdir)
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def snapshot_folder(workdir: Path) -> Path:
@@ -111,18 +147,19 @@ def write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) 
 
 
 def check_same_run(workdir: Path, config: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
-  """Raises a ValueError that lists the differences, unless the folder is free or holds a run of this config.
+  """Raise a ValueError that lists the differences if the folder holds checkpoints of a run of another config.
 
-  Keys that the run's config lacks, since they are newer than it, have their `defaults`.
+  A run that has saved no checkpoint starts anew, so its config does not matter. Keys that the run's config lacks, since
+  they are newer than it, have their `defaults`.
   """
+  if not checkpoint_steps(workdir):
+    return
   old = read_config(workdir)
   if old is None:
-    if checkpoint_folder(workdir).exists():
-      raise ValueError(
-        f"Got --workdir={workdir}, which has checkpoints but no config.json to say what they are; wanted both or neither."
-        " Restore the file, or use another --workdir."
-      )
-    return
+    raise ValueError(
+      f"Got --workdir={workdir}, which has checkpoints but no config.json that says what they are; expected both."
+      " Restore the file, or use another --workdir."
+    )
   before = flatten(json.loads(json.dumps(defaults or {}))) | flatten(old)
   now = flatten(json.loads(json.dumps(config)))
   fixed = set()

@@ -41,7 +41,7 @@ class Command:
     if hung:
       self._process.kill()
       self._process.join()
-    text = Path(self._output.name).read_text()
+    text = Path(self._output.name).read_text(errors="backslashreplace")
     assert not hung, f"The command hung: {text}"
     return self._process.exitcode, text
 
@@ -59,9 +59,9 @@ class Server:
     """Return the exit code and the output of a command."""
     with tempfile.NamedTemporaryFile() as output:
       self._pipe.send((arguments, output.name))
-      assert self._pipe.poll(PATIENCE), f"The command hung: {Path(output.name).read_text()}"
+      assert self._pipe.poll(PATIENCE), f"The command hung: {Path(output.name).read_text(errors='backslashreplace')}"
       code = self._pipe.recv()
-      return code, Path(output.name).read_text()
+      return code, Path(output.name).read_text(errors="backslashreplace")
 
 
 def _alone(arguments, environment, output):
@@ -106,7 +106,7 @@ def _settle(environment):
   os.chdir(Path(__file__).parents[1])
   for name, value in environment.items():
     # JAX has read these when it was imported.
-    if name.startswith("JAX_"):
+    if name.startswith("JAX_") and name.lower() in jax.config.values:
       jax.config.update(name.lower(), value)
 
 

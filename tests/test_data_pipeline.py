@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -221,3 +222,27 @@ if __name__ == "__main__":
   while worker.exists():
     assert time.monotonic() < deadline, "the worker lives on"
     time.sleep(0.1)
+
+
+def test_iteration_ends_instead_of_waiting_once_it_is_given_up():
+  blocked = threading.Event()
+  batches = data.batches(numbered(), 5, seed=0, put=lambda batch: blocked.wait(forked.PATIENCE))
+  threading.Timer(0.1, batches.give_up).start()
+  assert list(batches) == []
+  batches.close()
+  blocked.set()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_worker_that_has_ended_is_an_error(stuck, monkeypatch):
+  """Where the other end of its queue notices, or waits for ever for a lock or for the rest of a message."""
+  batches = data.batches(numbered(), 5, seed=0, num_workers=1)
+  next(batches)
+  (worker,) = batches._workers
+  if stuck:
+    batches._ahead.result()
+    monkeypatch.setattr(batches, "_fetch", threading.Event().wait)
+  os.kill(worker, signal.SIGKILL)
+  with pytest.raises(data.WorkerDied, match=r"has ended; .*num_workers"):
+    list(batches)
+  batches.close()

@@ -1,15 +1,18 @@
 """The command line as a user meets it: from start to end, killed and resumed, and misused."""
 
 import json
+import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax import workdir
 from tests import commands
 from tests.commands import DENSE, RECIPE, assert_refused, call, start
 from tests.recipes import dying, saved_items
@@ -139,7 +142,7 @@ def test_sigterm_saves_at_once_and_ends_with_its_code(tmp_path):
   process.send_signal(signal.SIGTERM)
   code, output = process.finish()
   assert code == 128 + signal.SIGTERM, output
-  step = int(re.search(r"saved at step ([\d,]+), the same command goes on", output)[1].replace(",", ""))
+  step = int(re.search(r"saved at step ([\d,]+), from which the same command goes on", output)[1].replace(",", ""))
   assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
   code, output = call(DENSE, f"--workdir={tmp_path}", f"--config.training.steps={step + 2}", "--resume=must")
   assert code == 0, output
@@ -213,12 +216,24 @@ WRONG = {
   "schedule": ([RECIPE, "--config.optimizer.schedule=cosin"], "Did you mean 'cosine'"),
   "must": ([RECIPE, "--resume=must"], "--resume=must.*holds no checkpoint"),
   "resume": ([RECIPE, "--resume=yes"], "'yes' as --resume"),
-  "processes": ([RECIPE, "--num_processes=2"], "wanted all three"),
+  "processes": ([RECIPE, "--num_processes=2"], "expected all three"),
   "topology": ([RECIPE, "--mode=plan", "--topology=v5e:3x5x7"], "v5e"),
   "generation": ([RECIPE, "--mode=plan", "--topology=v9:2x2"], "Known generations"),
   "small_topology": ([RECIPE, "--mode=plan", "--devices=32"], "batch size of 16 on 32 devices"),
   "seed": ([RECIPE, "--seed=3"], "--seed in mode train; it serves sample and edit and eval"),
   "labels": ([RECIPE, "--labels=a", "--mode=sample"], "wanted integers"),
+  "best_metric": ([DENSE, "--config.training.best_metric=los"], "Did you mean 'loss'"),
+  "best_score": (
+    [RECIPE, "--config.training.keep_best=1", "--config.training.best_metric=eval/fid"],
+    "evaluation.every",
+  ),
+  "output_uri": ([RECIPE, "--mode=export", "--output=gs://bucket/model"], "--output=gs://bucket/model, a URI"),
+  "input_uri": ([RECIPE, "--mode=edit", "--task=img2img", "--input=s3://a/b.png"], "--input=s3://a/b.png, a URI"),
+  "mask_uri": ([RECIPE, "--mode=edit", "--task=inpaint", "--mask=gs://a/b.png"], "--mask=gs://a/b.png, a URI"),
+  "classifier_uri": ([RECIPE, "--mode=sample", "--classifier=gs://a/b"], "--classifier=gs://a/b, a URI"),
+  "weak_uri": ([RECIPE, "--mode=sample", "--weak=gs://a/b@3"], "--weak=gs://a/b.*a URI"),
+  "upsampler_uri": ([RECIPE, "--mode=sample", "--upsampler=gs://a/b"], "--upsampler=gs://a/b, a URI"),
+  "home": ([RECIPE, "--mode=export", "--output=~nobody-of-this-name/x"], "no home folder"),
 }
 
 
@@ -229,6 +244,77 @@ def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
   code, output = call(*arguments, f"--workdir={workdir}")
   assert_refused(code, output, message)
   assert not workdir.exists(), "nothing is touched"
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "hdfs://host:9/run"])
+@pytest.mark.parametrize("mode", ["train", "sample", "eval", "plan"])
+def test_a_uri_is_no_workdir(uri, mode):
+  code, output = call(RECIPE, f"--mode={mode}", f"--workdir={uri}")
+  assert_refused(code, output, f"Got --workdir={uri}, a URI; .*Mount the bucket")
+  assert not Path(uri.partition("/")[0]).exists()
+
+
+@pytest.mark.parametrize("name", ["exp[1,2]", "what?", "a*", "a\\b", b"\xff", "exp[1]/run"])
+def test_a_path_that_checkpoints_cannot_be_read_from_is_refused_before_training(name, tmp_path):
+  workdir = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
+  code, output = call(DENSE, f"--workdir={os.fsdecode(workdir)}")
+  assert_refused(code, output, "as a folder of checkpoints, .*Rename the folder")
+  assert not os.listdir(tmp_path)
+
+
+def test_any_other_path_works(tmp_path):
+  """Characters that some file systems, shells, URLs and formats take for something else."""
+  folder = tmp_path / "a b" / "ü%20#:'\"{}|!~$HOME;&\n-x]" / "5.orbax-checkpoint-tmp" / "7"
+  options = [DENSE, f"--workdir={folder}", "--config.training.checkpoint_every=2"]
+  for arguments in (["--config.training.steps=3"], ["--config.training.steps=5"], ["--mode=sample", "--num_samples=1"]):
+    code, output = call(*options, *arguments)
+    assert code == 0, output
+  assert "checkpoint of step 5" in output
+  assert "damaged" not in output
+
+
+@pytest.mark.parametrize("left", ["nothing", "half a checkpoint", "no config", "half a config", "another config"])
+def test_a_run_that_saved_nothing_starts_anew(left, tmp_path):
+  """As after a kill at any moment before the first checkpoint."""
+  folder = tmp_path / "checkpoints"
+  folder.mkdir()
+  if left == "half a checkpoint":
+    (folder / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+  if left == "half a config":
+    (tmp_path / "config.json").write_text('{"se')
+  if left == "another config":
+    workdir.write_config(tmp_path, {"seed": 3})
+  code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=4")
+  assert code == 0, output
+  assert "starting a new run" in output
+  assert workdir.checkpoint_steps(tmp_path) == [4]
+
+
+def test_a_platform_that_is_not_here_is_refused(tmp_path):
+  code, output = start(DENSE, f"--workdir={tmp_path / 'run'}", JAX_PLATFORMS="cuda").finish()
+  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, with which JAX finds no device.*Unset JAX_PLATFORMS")
+
+
+def test_a_worker_that_is_killed_ends_the_run_which_goes_on_exactly(tmp_path, dense):
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  every = [f"--config.training.{name}_every=1000000" for name in ("checkpoint", "sample")]
+  endless = ["--config.training.steps=1000000", "--config.data.num_workers=2"]
+  process = start(DENSE, f"--workdir={broken}", *every, *endless)
+  commands.wait_for(broken / "metrics.jsonl", process)
+  children = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
+  workers = [pid for pid in " ".join(children).split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+  os.kill(int(workers[-1]), signal.SIGKILL)
+  code, output = process.finish()
+  assert code == 2, output
+  assert re.search(r"error: A worker that decodes images .* has ended; .*num_workers", output), output
+  assert "Traceback" not in output
+  step = int(re.search(r"saved at step ([\d,]+), from which the same command goes on", output)[1].replace(",", ""))
+  assert workdir.checkpoint_steps(broken) == [step]
+  for folder in (broken, whole):
+    code, output = call(DENSE, f"--workdir={folder}", *every, f"--config.training.steps={step + 5}")
+    assert code == 0, output
+  for a, b in zip(*(jax.tree.leaves(saved_items(folder)) for folder in (whole, broken)), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_bad_folders(tmp_path):

@@ -1,6 +1,7 @@
 """The same pure step on one device, under jit over meshes of eight, under pmap over eight, and a part at a time."""
 
 import functools
+import os
 import types
 
 import jax
@@ -217,16 +218,16 @@ def test_wrong_sizes_are_errors():
 
 def test_the_cluster_s_environment_says_how_many_processes():
   assert parallel.environment_processes({}) == 1
-  assert parallel.environment_processes({"JAX_NUM_PROCESSES": "4"}) == 4
+  assert parallel.environment_processes({"OMPI_COMM_WORLD_SIZE": "4"}) == 4
   assert parallel.environment_processes({"SLURM_STEP_NUM_TASKS": "2"}) == 2
   assert parallel.environment_processes({"TPU_WORKER_HOSTNAMES": "a,b,c"}) == 3
   assert parallel.environment_processes({"TPU_WORKER_HOSTNAMES": "localhost"}) == 1
 
 
 def test_wrong_processes_are_errors():
-  with pytest.raises(ValueError, match="wanted all three"):
+  with pytest.raises(ValueError, match="expected all three"):
     parallel.connect("host:1", 2)
-  with pytest.raises(ValueError, match="wanted host:port"):
+  with pytest.raises(ValueError, match="expected host:port"):
     parallel.connect("host", 2, 0)
   with pytest.raises(ValueError, match="an id from 0 to one less"):
     parallel.connect("host:1", 2, 2)
@@ -267,3 +268,18 @@ def test_a_program_that_runs_once_says_the_same():
   options = parallel.compiler_options(once=True)
   assert set(options) > set(parallel.compiler_options())
   np.testing.assert_array_equal(jax.jit(normal, compiler_options=options)(jax.random.key(0)), normal(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("has_tpu", [False, True])
+def test_what_libtpu_prints_is_kept_back_where_there_is_no_tpu(has_tpu, monkeypatch, capfd):
+  def devices():
+    for stream in (1, 2):
+      os.write(stream, b"E0000 no TPU\n")
+
+  monkeypatch.setattr(jax, "devices", devices)
+  monkeypatch.setattr(parallel, "_has_tpu", lambda: has_tpu)
+  parallel.start_devices()
+  os.write(2, b"after\n")
+  out, err = capfd.readouterr()
+  assert (out + err).count("no TPU") == (2 if has_tpu else 0)
+  assert err.endswith("after\n")

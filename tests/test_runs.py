@@ -1,7 +1,9 @@
 """Training runs in one process: how they begin, go on, are stopped, and what they leave."""
 
 import json
+import re
 import shutil
+import threading
 import types
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 from ddpm_jax import build, checkpoint, ema, parallel, records, runs, workdir
 from ddpm_jax.runs import model, scoring
+from tests.forked import PATIENCE
 from tests.parameters import one_device, write_run
 from tests.recipes import saved_items, tiny_config
 
@@ -272,3 +275,13 @@ def test_items_are_the_state_taken_apart():
   params = sum(leaf.size for leaf in jax.tree.leaves(items["params"]))
   assert 2 * params <= rest < 2 * params + 20, "two moments, and no average"
   assert ema.ema_params(model.state_of(items).opt_state) is not None
+
+
+def test_what_takes_long_says_that_it_lives(monkeypatch, capsys):
+  said = threading.Event()
+  monkeypatch.setattr(model, "_NEWS", 0.01)
+  say = model.say
+  monkeypatch.setattr(model, "say", lambda text: (say(text), said.set()))
+  with model.patience("compiling the train step"):
+    assert said.wait(PATIENCE)
+  assert re.search(r"compiling the train step: 0 s so far; a large network takes minutes", capsys.readouterr().out)

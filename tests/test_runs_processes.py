@@ -125,3 +125,46 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
   codes, outputs = finish(*start_two(*options))
   assert codes == (0, 0), outputs
   assert f"resuming from the checkpoint of step {newest:,}" in outputs[0]
+
+
+TERMINATED = """
+import os, signal
+import jax
+from ddpm_jax import records
+from ddpm_jax.runs import scoring
+from tests import dense
+
+def get_config():
+  own, scalars = scoring.Judge.run, records.Records.scalars
+  def run(*arguments):
+    if jax.process_index() == 0:
+      os.kill(os.getpid(), signal.SIGTERM)
+    own(*arguments)
+  def write(self, number, values):
+    if number == {last}:
+      os.kill(os.getpid(), signal.SIGTERM)
+    scalars(self, number, values)
+  {patch}
+  return dense.get_config()
+"""
+
+
+def terminated(folder, patch, **kwargs):
+  """Start two processes, of which the first sends itself SIGTERM at a certain place."""
+  config = folder / "config.py"
+  config.write_text(TERMINATED.format(patch=patch, last=STEPS))
+  return start_two(f"--config={config}", *OPTIONS, f"--workdir={folder / 'run'}", **kwargs)
+
+
+def test_sigterm_at_the_last_step_stops_all_before_they_score(tmp_path):
+  codes, outputs = finish(*terminated(tmp_path, "records.Records.scalars = write"))
+  assert codes == (143, 143), outputs
+  assert f"saved at step {STEPS}" in outputs[0]
+  assert not (tmp_path / "run" / "eval.json").exists()
+
+
+def test_sigterm_while_scoring_ends_the_process_and_then_the_others(tmp_path):
+  codes, outputs = finish(*terminated(tmp_path, "scoring.Judge.run = run", heartbeat=10))
+  assert codes[0] == -signal.SIGTERM, outputs
+  assert codes[1] != 0, outputs
+  assert checkpoint.Checkpoints.steps(tmp_path / "run" / "checkpoints")[-1] == STEPS

@@ -115,7 +115,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_sound_parameters():
   state, step = linear_problem(optim.adam(0.05))
   saved = []
   callback = train.Callback(2, lambda number, state, metrics: saved.append(jax.device_get(state.params)))
-  with pytest.raises(FloatingPointError, match=r"4 steps in a row, up to step 9, .*last loss is nan.*5 in all"):
+  with pytest.raises(FloatingPointError, match=r"4 steps in a row, 6 to 9, .*last loss is nan.*5 in all.*max_skipped"):
     train.fit(
       state, step, spoilt(2, *range(6, 50)), num_steps=50, log=lambda *_: None, callbacks=[callback], max_skipped=4
     )
@@ -198,3 +198,28 @@ def test_a_real_step_of_the_unet(conditional):
   assert jnp.isfinite(metrics["loss"])
   assert ("classes" in after.params) == conditional
   assert jax.tree.structure(ema.ema_params(after.opt_state)) == jax.tree.structure(after.params)
+
+
+def test_a_batch_that_cannot_be_had_is_an_error_after_the_state_is_rescued():
+  def batches():
+    yield from itertools.islice(spoilt(), 3)
+    raise OSError("the disk is gone")
+
+  state, step = linear_problem(optim.adam(0.05))
+  rescued = []
+  with pytest.raises(OSError, match="the disk is gone"):
+    train.fit(
+      state,
+      step,
+      batches(),
+      num_steps=9,
+      log=lambda *_: None,
+      rescue=lambda number, state: rescued.append((number, int(state.step))),
+    )
+  assert rescued == [(3, 3)]
+
+
+def test_training_stops_where_the_batches_end():
+  state, step = linear_problem(optim.adam(0.05))
+  state = train.fit(state, step, itertools.islice(spoilt(), 3), num_steps=9, log=lambda *_: None)
+  assert int(state.step) == 3

@@ -7,12 +7,19 @@ from ddpm_jax import records, workdir
 CONFIG = {"seed": 0, "network": {"channels": 8, "multipliers": (1, 2)}, "training": {"steps": 5}, "sampling": {"k": 1}}
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+  """The folder of a run that has saved a checkpoint."""
+  (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
+  return tmp_path
+
+
 def test_a_config_comes_back(tmp_path):
   assert workdir.read_config(tmp_path) is None
   workdir.write_config(tmp_path, CONFIG)
   assert workdir.read_config(tmp_path)["network"] == {"channels": 8, "multipliers": [1, 2]}
   workdir.check_same_run(tmp_path, CONFIG)
-  assert os.listdir(tmp_path) == ["config.json"]
+  assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.json"]
 
 
 def test_what_changes_no_parameter_may_change(tmp_path):
@@ -46,7 +53,6 @@ def test_the_last_step_may_not_change_where_the_rate_falls_until_it(tmp_path):
 
 
 def test_checkpoints_without_a_config_are_refused(tmp_path):
-  workdir.checkpoint_folder(tmp_path).mkdir()
   with pytest.raises(ValueError, match=r"no config\.json"):
     workdir.check_same_run(tmp_path, CONFIG)
 
@@ -88,3 +94,20 @@ def test_records_go_on_where_the_checkpoint_stands(tmp_path):
   board = EventAccumulator(str(tmp_path / "tensorboard"))
   board.Reload()
   assert [(event.step, round(event.value, 3)) for event in board.Scalars("loss")] == [(10, 0.1), (20, 0.05), (30, 0.5)]
+
+
+def test_a_user_without_a_home_has_no_caches_and_no_tilde(tmp_path, monkeypatch):
+  def no_home(*_):
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.setattr(workdir.Path, "home", no_home)
+  assert workdir.cache_folder("xla") is None
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "config.json" / "below a file"))
+  (tmp_path / "config.json").write_text("")
+  assert workdir.cache_folder("xla") is None
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert workdir.cache_folder("xla") == tmp_path / "ddpm_jax" / "xla"
+  monkeypatch.setattr(workdir.Path, "expanduser", no_home)
+  with pytest.raises(ValueError, match="Got --input=~/x, and this user has no home folder"):
+    workdir.local_path("~/x", "input")

@@ -4,7 +4,7 @@ from ddpm_jax.data.fitting import RESIZES, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.packed import PackedSource, pack, whole
-from ddpm_jax.data.pipeline import Batches, batches
+from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
 from ddpm_jax.data.sources import (
   ArraySource,
   BrokenImage,
@@ -31,6 +31,7 @@ __all__ = [
   "SkipBroken",
   "Source",
   "TfdsSource",
+  "WorkerDied",
   "arrays",
   "batches",
   "digits",

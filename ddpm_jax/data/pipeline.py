@@ -3,12 +3,13 @@
 import atexit
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import grain
@@ -17,6 +18,14 @@ from absl import flags
 
 from ddpm_jax.data.sources import Batch, BrokenImage, SkipBroken, Source, read
 from ddpm_jax.images import from_uint8
+
+
+# Seconds between two looks at whether a batch that is awaited can still come.
+_LOOK = 0.5
+
+
+class WorkerDied(RuntimeError):
+  """A process that decodes images has ended. What it held is lost, locks included, so the program should end without clean-up."""
 
 
 class Batches:
@@ -35,9 +44,9 @@ class Batches:
   ):
     self._start, self._source, self._position, self._put = start, source, position, put
     self._iterator: Any = None
-    # Of its own, so that neither waiting for a batch nor sending it stands in the way of the next step.
-    self._thread = ThreadPoolExecutor(1, "batches")
     self._ahead: Future | None = None
+    self._workers: set[int] = set()
+    self._given_up = False
     self.wait = 0.0
     # Before multiprocessing ends its children in an order of its own, which can take a minute.
     atexit.register(_close, weakref.ref(self))
@@ -48,17 +57,59 @@ class Batches:
   def __next__(self) -> Any:
     since = time.perf_counter()
     if self._ahead is None:
-      self._ahead = self._thread.submit(self._fetch)
-    batch = self._ahead.result()
-    self._ahead = self._thread.submit(self._fetch)
+      self._ahead = self._submit()
+    batch = self._await(self._ahead)
+    self._ahead = self._submit()
     self._position = {**self._position, "batch": self._position["batch"] + 1}
     self.wait += time.perf_counter() - since
     return batch
 
+  def _submit(self) -> Future:
+    """Fetch the next batch in a thread of its own: neither waiting for it nor sending it delays the next step."""
+    future: Future = Future()
+
+    def run() -> None:
+      try:
+        future.set_result(self._fetch())
+      except BaseException as error:
+        future.set_exception(error)
+
+    # Unlike an executor's, a daemon that hangs does not keep the program from ending.
+    threading.Thread(target=run, name="batches", daemon=True).start()
+    return future
+
+  def _await(self, future: Future) -> Any:
+    while True:
+      if wait([future], _LOOK).done:
+        return future.result()
+      if self._given_up:
+        raise StopIteration
+      self._check_workers()
+
+  def _check_workers(self) -> None:
+    alive = {child.pid for child in multiprocessing.active_children()}
+    if dead := self._workers - alive:
+      raise self._died(f"process {min(dead)}")
+
+  def _died(self, which: str) -> WorkerDied:
+    # The others end by themselves when this process does. A dead one may hold a lock that closing would wait for.
+    self._given_up = True
+    return WorkerDied(
+      f"A worker that decodes images ({which}) has ended; it was killed, as when memory runs out, or it crashed. Lower"
+      " --config.data.num_workers, or set it to 0 to decode in threads."
+    )
+
   def _fetch(self) -> Any:
     if self._iterator is None:
       self._iterator = self._start(self._position["batch"])
-    batch = next(self._iterator)
+    try:
+      batch = next(self._iterator)
+    except RuntimeError as error:
+      if "Worker process was terminated" in str(error):
+        raise self._died(str(error).partition(". ")[0]) from error
+      raise
+    if (process := batch.pop("process")) != os.getpid():
+      self._workers.add(process)
     errors = batch.pop("broken")
     if errors and isinstance(self._source, SkipBroken):
       # Here and not where the image was read, which may be another process.
@@ -100,13 +151,19 @@ class Batches:
     self.close()
     self._position = dict(state)
 
+  def give_up(self) -> None:
+    """Let iteration end instead of waiting for a batch any longer, as when the program is told to stop."""
+    self._given_up = True
+
   def close(self) -> None:
-    """Stops threads and worker processes; the next batch starts them again at the same position."""
-    if self._ahead is not None and not self._ahead.cancel():
-      wait([self._ahead])
-    if self._iterator is not None:
-      self._iterator.close()
+    """Stop threads and worker processes; the next batch starts them again at the same position."""
+    if not self._given_up:
+      if self._ahead is not None:
+        wait([self._ahead])
+      if self._iterator is not None:
+        self._iterator.close()
     self._iterator = self._ahead = None
+    self._workers.clear()
 
 
 def batches(
@@ -159,7 +216,12 @@ def batches(
       # Drawn for the whole batch, so that a row's flip is the same whoever reads it.
       mirrored = (rng.random(batch_size) < 0.5)[taken]
       images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    return {"image": from_uint8(images), "label": batch["label"], "broken": [error.args for error in errors]}
+    return {
+      "image": from_uint8(images),
+      "label": batch["label"],
+      "broken": [error.args for error in errors],
+      "process": os.getpid(),
+    }
 
   dataset = (
     grain.MapDataset.range(len(source))
@@ -188,8 +250,10 @@ def batches(
 
 
 def _prepare_worker(worker: int, count: int) -> None:
-  """Keeps a worker off the accelerator, which the main process holds, and ends it when that is gone, killed or not."""
+  """Keep a worker off the accelerator, which the main process holds, and end it when that is gone, killed or not."""
   del worker, count
+  # Ctrl-C reaches all processes of a terminal; the main one answers for all.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   if "jax" in sys.modules:  # grain imports it; nothing here starts it
     sys.modules["jax"].config.update("jax_platforms", "cpu")
   parent = multiprocessing.parent_process()

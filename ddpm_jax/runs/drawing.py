@@ -1,5 +1,6 @@
 """Samples of a model: drawn and looked at."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpm_jax import build, data, editing, images, parallel, pretrained, workdir
-from ddpm_jax.runs.model import Choice, load_weights, say, trained
+from ddpm_jax.runs.model import Choice, load_weights, patience, say, trained
 from ddpm_jax.runs.steering import Steering, config_of_other, steer
 
 PyTree = Any
@@ -217,7 +218,8 @@ def in_batches(
     for first in range(start, count, size):
       rows = np.minimum(np.arange(first, first + size), count - 1)
       wanted = {name: value[rows] for name, value in inputs.items()}
-      found = jax.device_get(function(params, np.uint32(seed), np.int32(first), wanted, guiding))
+      with patience(f"{what}, compiled and run for the first time") if first == start else contextlib.nullcontext():
+        found = jax.device_get(function(params, np.uint32(seed), np.int32(first), wanted, guiding))
       # The last batch is filled up, so that there is one program.
       kept = min(size, count - first)
       yield jax.tree.map(lambda leaf: leaf[:kept], found)  # noqa: B023, used at once

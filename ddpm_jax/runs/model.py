@@ -1,11 +1,13 @@
 """A run's model: its state, new or from a checkpoint, and what else the modes share."""
 
+import contextlib
 import functools
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +22,8 @@ import ddpm_jax
 from ddpm_jax import build, checkpoint, ema, evaluate, parallel, pretrained, schema, train, workdir
 
 PyTree = Any
+# Seconds between two signs of life.
+_NEWS = 20.0
 
 
 class Choice(NamedTuple):
@@ -61,13 +65,29 @@ def warn(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def compile_aloud(what: str, lowered: Any) -> Any:
-  """Compiles, and says so before and after."""
-  if parallel.is_main():
-    tqdm.write(f"compiling {what} ...", end=" ")
+@contextlib.contextmanager
+def patience(what: str) -> Iterator[None]:
+  """Say now and then that what is done here lives, such as a compilation, which shows no progress by itself."""
+  done, start = threading.Event(), time.perf_counter()
+
+  def speak() -> None:
+    while not done.wait(_NEWS):
+      say(f"{what}: {time.perf_counter() - start:,.0f} s so far; a large network takes minutes, once ...")
+
+  threading.Thread(target=speak, daemon=True).start()
+  try:
+    yield
+  finally:
+    done.set()
+
+
+def compile_aloud(what: str, lower: Callable[[], Any]) -> Any:
+  """Compile what `lower` gives, and say before, meanwhile and after how long both take."""
+  say(f"compiling {what} (once; later runs take it from the cache) ...")
   start = time.perf_counter()
-  compiled = lowered.compile()
-  say(f"{time.perf_counter() - start:.1f} s")
+  with patience(f"compiling {what}"):
+    compiled = lower().compile()
+  say(f"compiled {what} in {time.perf_counter() - start:.1f} s")
   return compiled
 
 
@@ -256,7 +276,7 @@ def _commit() -> str | None:
 
 def trained(config: ConfigDict, folder: Path) -> ConfigDict:
   """The config of the finished or unfinished run in a folder; a ValueError if there is none, or it is another's."""
-  if not checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder)):
+  if not workdir.checkpoint_steps(folder):
     raise ValueError(
       f"Got --workdir={folder}, which holds no checkpoint; wanted the folder of a run. Train first: --mode=train."
     )

@@ -22,18 +22,23 @@ def run_plan(config: ConfigDict, *, topology_name: str | None, num_devices: int 
   """
   if topology_name and num_devices:
     raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; wanted one of them.")
-  here = topology.simulate_devices(num_devices) if num_devices else None
-  devices = topology.topology_devices(topology_name) if topology_name else here or jax.devices()
+  if topology_name:
+    devices = topology.topology_devices(topology_name)
+  elif num_devices:
+    devices = topology.simulate_devices(num_devices)
+  else:
+    parallel.start_devices()
+    devices = jax.devices()
   mesh, shapes, batch = _layout(config, devices)
   step = parallel.jit_step(build.build_step(config, mesh), mesh, shapes)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-  model.say(
-    f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step may take minutes ..."
-  )
-  traced = step.trace(shapes, batch)
+  model.say(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
+  with model.patience("compiling the train step"):
+    traced = step.trace(shapes, batch)
+    compiled = plan.compile_step(traced, devices)
   found = plan.make_plan(
     traced,
-    plan.compile_step(traced, devices),
+    compiled,
     params=shapes.params,
     state=shapes,
     batch_size=config.training.batch_size,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, checkpoint, schema, workdir
+from ddpm_jax import build, schema, workdir
 from ddpm_jax.runs.model import Choice, load_weights, trained
 
 PyTree = Any
@@ -64,6 +64,6 @@ def steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, count
 
 def config_of_other(flag: str, folder: Path) -> ConfigDict:
   """The config of another run, which a flag names; a ValueError if the folder holds none."""
-  if not checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder)):
+  if not workdir.checkpoint_steps(folder):
     raise ValueError(f"Got --{flag}={folder}, which holds no checkpoint; wanted the folder of a run.")
   return trained(schema.config_of_run(None, folder), folder)

@@ -54,6 +54,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   """
   if profile < 0:
     raise ValueError(f"Got --profile={profile}; wanted the number of steps to trace, or 0 for none.")
+  checkpoint.check_folder(workdir.checkpoint_folder(folder.absolute()))
   resuming = _resuming(folder, resume)
   asked = config
   config, start_from = pretrained.of_run(config, folder, resuming=resuming)
@@ -67,8 +68,8 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   source, held_out = build.build_data(config)
   preview = kind.preview(config, mesh, held_out or source)
   judge = kind.Judge(config, folder, mesh, source, held_out)
-  _check_best(config, judge)
   init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
+  _check_best(config, judge, step, template)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
   with contextlib.ExitStack() as stack:
@@ -76,7 +77,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
       stack.enter_context(workdir.locked(folder))
     parallel.wait_for_all("locked")
     # What another process did until it let go of the folder, and what another host sees of it, may differ.
-    if parallel.of_main(bool(_steps(folder))) != resuming:
+    if parallel.of_main(bool(workdir.checkpoint_steps(folder))) != resuming:
       raise ValueError(
         f"Got --workdir={folder}, in which another process wrote a checkpoint since this one began; wanted it at rest. The same"
         " command goes on from there."
@@ -96,6 +97,8 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     else:
       say(f"training is complete at step {int(state.step):,}")
     run.checkpoints.close()
+    # What follows can be done again: nothing is left to save.
+    parallel.end_on_sigterm()
     weights = model.Weights(ema.ema_params(state.opt_state), int(state.step), str(model.Choice()))
     judge.run(weights, config.seed)
     say(
@@ -107,35 +110,39 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     parallel.wait_for_all("done")
 
 
-def _check_best(config: ConfigDict, judge: Any) -> None:
-  """Raises a ValueError if checkpoints are to be kept by a score that is not taken when they are saved."""
+def _check_best(config: ConfigDict, judge: Any, step: Any, template: train.TrainState) -> None:
+  """Raise a ValueError if no checkpoint will have the metric by which the best are kept."""
   c, every = config.training, config.evaluation.every
-  if not c.keep_best or not c.best_metric.startswith("eval/"):
+  if not c.best_metric.startswith("eval/"):
+    if c.best_metric != "loss":  # which every step has
+      _, metrics = jax.eval_shape(step, template, build.batch_shapes(config, c.batch_size))
+      known = [name for name in metrics if not name.startswith("skipped")]
+      schema.choose(c.best_metric, known, "config.training.best_metric")
+    return
+  if not c.keep_best:
     return
   if not every or c.checkpoint_every % every:
     raise ValueError(
-      f"Got config.training.best_metric={c.best_metric!r} with evaluation.every={every} and training.checkpoint_every={c.checkpoint_every};"
-      " wanted scores at every checkpoint: set --config.evaluation.every to checkpoint_every, or to a divisor of it."
+      f"Got config.training.best_metric={c.best_metric!r} with evaluation.every={every} and"
+      f" training.checkpoint_every={c.checkpoint_every}; expected scores at every checkpoint. Set"
+      " --config.evaluation.every to checkpoint_every, or to a divisor of it."
     )
   judge.check_best(c.best_metric)
 
 
 def _resuming(folder: Path, resume: str) -> bool:
-  steps = _steps(folder)
+  steps = workdir.checkpoint_steps(folder)
   if resume == "must" and not steps:
     raise ValueError(
       f"Got --resume=must with --workdir={folder}, which holds no checkpoint to go on from; wanted the folder of a run, or"
       " --resume=auto to start one."
     )
-  if resume == "never" and (steps or workdir.read_config(folder) is not None):
+  if resume == "never" and steps:
     raise ValueError(
-      f"Got --resume=never with --workdir={folder}, which holds a run; wanted an empty folder. Use another --workdir."
+      f"Got --resume=never with --workdir={folder}, which holds a run; wanted one without checkpoints. Use another"
+      " --workdir."
     )
   return bool(steps)
-
-
-def _steps(folder: Path) -> list[int]:
-  return checkpoint.Checkpoints.steps(workdir.checkpoint_folder(folder))
 
 
 def _describe(mesh: jax.sharding.Mesh) -> str:
@@ -195,7 +202,8 @@ class _Run:
       say(f"resuming from the checkpoint of step {restored.step:,}")
     else:
       self._set_aside(None)
-      state = init()
+      with model.patience("making the first parameters"):
+        state = jax.block_until_ready(init())
       say("starting a new run")
     # Only now: what may have changed in the config holds from here on.
     if parallel.is_main():
@@ -235,7 +243,7 @@ class _Run:
     c, first = self.config.training, int(state.step)
     jitted = parallel.jit_step(step, self.mesh, state)
     batch = build.batch_shapes(self.config, c.batch_size)
-    compiled = model.compile_aloud("the train step", jitted.lower(self.template, batch))
+    compiled = model.compile_aloud("the train step", lambda: jitted.lower(self.template, batch))
     writer = self._records(first) if parallel.is_main() else None
     snapshots = model.open_snapshots(self.folder) if self.config.ema.snapshot_every else None
     trace = watching.Trace(self.folder / "profile", first + _BEFORE_TRACE, profile)
@@ -278,8 +286,16 @@ class _Run:
       callbacks.insert(0, train.Callback(self.config.evaluation.every, score))
     if snapshots is not None:
       callbacks.insert(0, train.Callback(self.config.ema.snapshot_every, snapshot))
+
+    def rescue(number: int, state: train.TrainState) -> None:
+      # Several processes can save together only, and the others wait for this one's part of the next step.
+      if jax.process_count() == 1:
+        save(number, state, {})
+        self.checkpoints.wait()
+        say(f"no further batch; saved at step {number:,}, from which the same command goes on")
+
     try:
-      with watching.Signals() as signals:
+      with watching.Signals(self.batches.give_up) as signals:
         state = train.fit(
           state,
           compiled,
@@ -290,14 +306,15 @@ class _Run:
           callbacks=callbacks,
           max_skipped=c.max_skipped,
           watch=train.Watch(lambda: self.batches.wait, signals.asked, trace.before_step),
+          rescue=rescue,
           quiet=not parallel.is_main(),
         )
-        if signals.number:
+        if signals.asked_after(c.steps):
           stopped = int(state.step)
           save(stopped, state, {})
           self.checkpoints.wait()
           name = signal.Signals(signals.number).name
-          say(f"told to stop ({name}); saved at step {stopped:,}, the same command goes on")
+          say(f"told to stop ({name}); saved at step {stopped:,}, from which the same command goes on")
           raise Stopped(signals.number)
     finally:
       with contextlib.ExitStack() as last:

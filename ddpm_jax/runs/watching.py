@@ -1,37 +1,53 @@
 """What happens to a training run from outside: it is told to stop, or asked for a trace of its steps."""
 
+import contextlib
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ddpm_jax import interrupts
 from ddpm_jax.runs.model import say
+
+# JAX's service tells the other processes of a SIGTERM within this time, and they agree on a step within as many questions.
+_TOLD_SECONDS, _QUESTIONS = 0.05, 5
 
 
 class Signals:
-  """Turns SIGTERM and SIGINT into a wish to stop, which all processes hear of at the same step. A second one ends at once."""
+  """Turn SIGTERM and SIGINT into a wish to stop, which all processes hear of at the same step. A second one ends at once.
+
+  Args:
+    heard: called when one process of one is told to stop, such as to give up waiting for data.
+  """
 
   _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
-  def __init__(self) -> None:
-    self.number = 0
+  def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
+    self.number, self._heard = 0, heard
 
   def __enter__(self) -> "Signals":
     # Several processes: JAX's own service watches SIGTERM, and agrees on the step.
     watched = self._WATCHED if jax.process_count() == 1 else ()
+    self._stack = contextlib.ExitStack()
+    if watched:
+      self._stack.enter_context(interrupts.answered())
     self._before = {number: signal.signal(number, self._hear) for number in watched}
     return self
 
   def __exit__(self, *_: Any) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    self._stack.close()
 
   def _hear(self, number: int, frame: Any) -> None:
     self.number = number
-    say(f"{signal.Signals(number).name}: saving after this step ...")
     for watched, handler in self._before.items():
       signal.signal(watched, handler)
+    say(f"{signal.Signals(number).name}: saving after this step ...")
+    self._heard()
 
   def asked(self, step: int) -> bool:
     """Whether to stop after step `step`: the same answer on every process."""
@@ -40,6 +56,15 @@ class Signals:
 
       if multihost_utils.reached_preemption_sync_point(step):
         self.number = signal.SIGTERM
+    return bool(self.number)
+
+  def asked_after(self, step: int) -> bool:
+    """Whether a stop was asked for so late that no step was left to agree on: the same answer on every process."""
+    if jax.process_count() > 1 and not self.number:
+      for question in range(1, _QUESTIONS + 1):
+        if self.asked(step + question):
+          break
+        time.sleep(_TOLD_SECONDS)
     return bool(self.number)
 
 

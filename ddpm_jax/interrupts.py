@@ -1,0 +1,52 @@
+"""Ctrl-C that ends the program at once, wherever the program is.
+
+Python acts on a signal between two of its own instructions. XLA compiles for minutes within one of them.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+# Seconds in which the main thread may act on an interrupt by itself.
+_GRACE = 1.0
+_patient = threading.Event()
+
+
+@contextlib.contextmanager
+def ended_at_once(end: Callable[[], object]) -> Iterator[None]:
+  """Call `end` from another thread if the main thread does not act on Ctrl-C within a second.
+
+  `end` must end the process. Enter this in the main thread.
+  """
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+
+  def watch() -> None:
+    while heard := os.read(reader, 1):
+      patient = _patient.is_set()
+      _patient.clear()
+      if heard[0] == signal.SIGINT and not patient:
+        time.sleep(_GRACE)
+        end()
+    os.close(reader)
+
+  before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  threading.Thread(target=watch, name="interrupts", daemon=True).start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    os.close(writer)
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+  """Leave the next signal to a handler that may take its time, such as one that saves after this step."""
+  _patient.set()
+  try:
+    yield
+  finally:
+    _patient.clear()

@@ -1,0 +1,101 @@
+"""Ctrl-C while native code runs, which Python cannot stop."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests import commands, forked
+from tests.conftest import ROOT
+
+# A function of native code that nothing interrupts for minutes.
+STUCK = """
+import hashlib, os, signal, sys, threading, time
+from ddpm_jax import interrupts
+
+def end():
+  print("ended by", threading.current_thread().name, flush=True)
+  os._exit(130)
+
+def interrupt():
+  os.kill(os.getpid(), signal.SIGINT)
+
+def stuck():
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+def run(program):
+  result = subprocess.run(
+    [sys.executable, "-c", STUCK + program], cwd=ROOT, capture_output=True, text=True, timeout=forked.PATIENCE
+  )
+  return result.returncode, result.stdout + result.stderr
+
+
+def test_native_code_does_not_keep_the_program_from_ending():
+  code, output = run("""
+with interrupts.ended_at_once(end):
+  threading.Timer(0.1, interrupt).start()
+  stuck()
+""")
+  assert (code, output) == (130, "ended by interrupts\n")
+
+
+def test_the_main_thread_acts_first_where_it_can():
+  code, output = run("""
+with interrupts.ended_at_once(end):
+  try:
+    threading.Timer(0.1, interrupt).start()
+    time.sleep(3600)
+  except KeyboardInterrupt:
+    end()
+""")
+  assert (code, output) == (130, "ended by MainThread\n")
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_a_handler_may_take_its_time_for_the_first_signal_only(first):
+  code, output = run(f"""
+heard = threading.Event()
+with interrupts.ended_at_once(end):
+  with interrupts.answered():
+    signal.signal(signal.{first}, lambda *_: heard.set())
+    os.kill(os.getpid(), signal.{first})
+    # Longer than a signal that nobody answers is given.
+    time.sleep(1.5)
+    print("heard", heard.is_set(), flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.1, interrupt).start()
+    stuck()
+""")
+  assert (code, output) == (130, "heard True\nended by interrupts\n")
+
+
+INTERRUPTED = """
+import os, signal, threading
+from ddpm_jax.runs import model
+from tests import recipes
+
+def compile_aloud(what, lower):
+  lowered = lower()
+  threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+  lowered.compile()
+  raise AssertionError("It compiled in less than 0.3 s.")
+
+def get_config():
+  model.compile_aloud = compile_aloud
+  return recipes.get_config()
+"""
+
+
+def test_ctrl_c_while_the_step_compiles_ends_with_what_is_true(tmp_path):
+  config, workdir = tmp_path / "config.py", tmp_path / "run"
+  config.write_text(INTERRUPTED)
+  process = commands.start(f"--config={config}", f"--workdir={workdir}", JAX_COMPILATION_CACHE_DIR=str(tmp_path))
+  code, output = process.finish()
+  assert code == 128 + signal.SIGINT, output
+  assert output.endswith("error: interrupted before the first checkpoint; the same command starts anew\n"), output
+  code, output = commands.call(commands.DENSE, f"--workdir={workdir}", "--config.training.steps=4")
+  assert code == 0, output
+  assert "starting a new run" in output
