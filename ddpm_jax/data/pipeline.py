@@ -19,7 +19,6 @@ from absl import flags
 from ddpm_jax.data.sources import Batch, BrokenImage, SkipBroken, Source, read
 from ddpm_jax.images import from_uint8
 
-
 # Seconds between two looks at whether a batch that is awaited can still come.
 _LOOK = 0.5
 
