@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 import ddpm_jax
 from ddpm_jax import heap
+from ddpm_jax.cache import cache_folder
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
@@ -304,9 +305,8 @@ def _cache_compilations() -> None:
   """Keeps compiled programs between runs, unless the user has said where (JAX_COMPILATION_CACHE_DIR) or which."""
   import jax
 
-  if not jax.config.values["jax_compilation_cache_dir"]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+  if not jax.config.values["jax_compilation_cache_dir"] and (folder := cache_folder()):
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     # The small ones too: before the first step there are dozens of them, 20 ms each.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
