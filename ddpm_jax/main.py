@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 import ddpm_jax
 from ddpm_jax import heap
-from ddpm_jax.cache import cache_folder
+from ddpm_jax.places import cache_folder, user_path
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
   mode = schema.choose(_MODE.value, modes, "--mode")
   if not _WORKDIR.value and mode not in ("stats", "convert", "prepare", "plan"):
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
-  folder = Path(_WORKDIR.value or ".").expanduser().absolute()
+  folder = _folder(_WORKDIR.value or ".")
   for flag, served in (
     (_LABELS, ("sample", "edit")),
     (_NEGATIVE_LABELS, ("sample", "edit")),
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     runs.run_statistics(config, _output("the statistics", "/tmp/statistics.npz"))
     return
   if mode == "prepare":
-    output = Path(_OUTPUT.value).expanduser().absolute() if _OUTPUT.value else None
+    output = _folder(_OUTPUT.value) if _OUTPUT.value else None
     prepare.run_prepare(schema.config_of_data(_CONFIG.value), output)
     return
   if mode == "plan":
@@ -283,13 +283,13 @@ def _edit() -> Any:
   return runs.Edit(
     schema.choose(_TASK.value or "", tuple(build.TASKS), "--task"),
     _folder(_INPUT.value) if _INPUT.value else None,
-    str(Path(_MASK.value).expanduser()) if _MASK.value else "",
+    str(user_path(_MASK.value)) if _MASK.value else "",
     1 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,
   )
 
 
 def _folder(path: str) -> Path:
-  return Path(path).expanduser().absolute()
+  return user_path(path).absolute()
 
 
 def _integers(flag: flags.FlagHolder) -> list[int] | None:

@@ -15,6 +15,7 @@ import numpy as np
 from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit
 from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_labels
+from ddpm_jax.places import user_path
 
 
 class TfdsSource:
@@ -182,7 +183,7 @@ def _import(module: str) -> None:
 
 
 def _load_file(path: Path) -> ModuleType:
-  path = path.expanduser().absolute()
+  path = user_path(path).absolute()
   if path.stem in sys.modules:
     loaded = sys.modules[path.stem]
     if getattr(loaded, "__file__", None) == str(path):
