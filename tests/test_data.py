@@ -97,6 +97,8 @@ def test_two_arrays_for_one_thing_are_an_error(tmp_path, names):
 def test_wrong_array_files_are_errors(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
     data.arrays(tmp_path / "none.npz")
+  with pytest.raises(ValueError, match="is a folder; wanted an .npz file.*source=folder"):
+    data.arrays(tmp_path)
   (tmp_path / "bad.npz").write_bytes(b"no archive")
   with pytest.raises(ValueError, match=r"Cannot read .*bad\.npz"):
     data.arrays(tmp_path / "bad.npz")

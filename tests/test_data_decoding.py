@@ -1,14 +1,13 @@
 """Image files of every kind: depths, orientations, sizes."""
 
 import struct
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddpm_jax import data
-from tests.pictures import pixels_of
+from tests.pictures import bomb, pixels_of, write_png
 
 LEVELS = np.arange(256).reshape(16, 16)
 
@@ -22,23 +21,10 @@ def read_everywhere(path, size, channels=1):
   return trained
 
 
-def write_png(path, pixels, kind):
-  """A PNG of 16 bits a channel, of any color type: Pillow writes gray ones alone."""
-
-  def chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-  height, width = pixels.shape[:2]
-  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-  header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-  parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
-  path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-
-
-def write_tiff(path, pixels, bits, dtype):
-  """A gray TIFF whose header names fewer bits than Pillow writes."""
-  tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, 1), (273, 8 + 2 + 12 * 8 + 4), (278, 16)]
-  content = pixels.astype(dtype).tobytes() if bits == 16 else pack_12_bits(pixels)
+def write_tiff(path, pixels, bits, white=1):
+  """A gray TIFF of fewer bits, or with another white, than Pillow writes."""
+  content = pixels.astype(np.uint16).tobytes() if bits == 16 else pack_12_bits(pixels)
+  tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, white), (273, 8 + 2 + 12 * 8 + 4), (278, 16)]
   tags.append((279, len(content)))
   entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
   path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + content)
@@ -52,7 +38,7 @@ def pack_12_bits(pixels):
 WRITERS = {
   "png": lambda path: Image.fromarray((LEVELS * 257).astype(np.uint16)).save(path),
   "tif": lambda path: Image.fromarray((LEVELS * 257).astype(np.uint16)).save(path),
-  "12.tif": lambda path: write_tiff(path, LEVELS * 16 + 3, 12, None),
+  "12.tif": lambda path: write_tiff(path, LEVELS * 16 + 3, 12),
   "jp2": lambda path: Image.fromarray((LEVELS * 257).astype(np.uint16)).save(path),
   "pgm": lambda path: path.write_bytes(b"P5\n16 16\n65535\n" + (LEVELS * 257).astype(">u2").tobytes()),
   "10.pgm": lambda path: path.write_bytes(b"P5\n16 16\n1023\n" + np.rint(LEVELS * 1023 / 255).astype(">u2").tobytes()),
@@ -76,7 +62,7 @@ def test_16_bits_are_scaled_by_their_range(tmp_path, kind):
   ("name", "pixels", "message"),
   [
     ("a.tif", np.float32(LEVELS / 255), "floats"),
-    ("a.tif", np.int32(LEVELS), "32-bit integers"),
+    ("a.tif", np.int32(LEVELS), "signed or 32-bit integers"),
     ("a.pfm", np.float32(LEVELS / 255), "floats"),
   ],
 )
@@ -93,6 +79,12 @@ def test_pixels_without_a_range_are_refused_by_name(tmp_path, name, pixels, mess
     data.read_mask(path, 16)
   with pytest.raises(ValueError, match="whose range is unknown"):
     data.fit(Image.fromarray(pixels), 16, 1)
+
+
+def test_a_tiff_of_16_bits_whose_white_is_0_is_refused(tmp_path):
+  write_tiff(tmp_path / "a.tif", LEVELS * 257, 16, white=0)
+  with pytest.raises(ValueError, match=r"a\.tif: its white is 0"):
+    data.read_inputs(tmp_path / "a.tif", 16, 1)
 
 
 def oriented(path, pixels, orientation):
@@ -137,15 +129,6 @@ def test_a_mask_and_16_bits_are_turned_too(tmp_path):
 def test_damaged_exif_breaks_no_image(tmp_path):
   Image.fromarray(pixels_of(0, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no such header")
   np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), pixels_of(0, 8))
-
-
-def bomb(path, side):
-  """A PNG of a few hundred bytes that claims to be a huge image."""
-  write_png(path, np.zeros((1, 1), np.uint16), 0)
-  content = bytearray(path.read_bytes())
-  content[16:24] = struct.pack(">II", side, side)
-  content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
-  path.write_bytes(bytes(content))
 
 
 def test_an_image_beyond_pillows_limit_is_one_broken_file(tmp_path, capsys):

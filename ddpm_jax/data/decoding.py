@@ -10,7 +10,7 @@ from ddpm_jax.data.sources import BrokenImage
 
 # Pillow only identifies the first five; it runs another program on EPS; and .pcd files are point clouds today, not Photo CDs.
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PCD"}
-_TIFF_BITS = 258
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 @functools.cache
@@ -56,12 +56,15 @@ def eight_bits(image: Any) -> Any:
 def _bits(image: Any) -> int:
   """Return how many bits a pixel's value has."""
   if image.mode.startswith("I;16"):
-    # A TIFF may have 12 of them.
-    return int(image.tag_v2.get(_TIFF_BITS, (16,))[0]) if image.format == "TIFF" else 16
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+      # Pillow inverts such images of 8 bits alone.
+      raise ValueError("its white is 0; expected black to be 0 in a TIFF of 16 bits. Convert it first")
+    return int(tags.get(_TIFF_BITS, (16,))[0])  # A TIFF may have 12 of them.
   if image.mode == "I" and image.format == "PPM":
     return 16  # Pillow scales all larger maxima to 65,535.
   if image.mode in ("I", "F"):
-    kind = "32-bit integers" if image.mode == "I" else "floats"
+    kind = "signed or 32-bit integers" if image.mode == "I" else "floats"
     raise ValueError(
       f"its pixels are {kind}, whose range is unknown; expected 8 or 16 bits a channel. Convert it first"
     )

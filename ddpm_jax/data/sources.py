@@ -260,18 +260,21 @@ def arrays(path: str | Path) -> ArraySource:
   """
   path = Path(path)
   if not path.is_file():
+    what = "is a folder" if path.exists() else "does not exist"
     raise ValueError(
-      f"Got the data file {str(path)!r}, which does not exist; wanted an .npz file. Set --config.data.path."
+      f"Got the data file {str(path)!r}, which {what}; wanted an .npz file. Set --config.data.path, or for a folder --config.data.source=folder."
     )
   try:
     with np.load(path) as file:
-      content = {name: file[name] for name in file.files}
+      known = list(file.files)
+      # Nothing else is read: it may be large.
+      content = {name: file[name] for name in known if name in _IMAGES + _LABELS}
   except Exception as error:
     raise ValueError(f"Cannot read {path} as an .npz file: {error}.") from error
   images, labels = (_one_of(path, content, names) for names in (_IMAGES, _LABELS))
   if images is None:
     raise ValueError(
-      f"Got {path} with the arrays {sorted(content)}; wanted 'images', uint8 [N, H, W, C], and optionally 'labels' [N]."
+      f"Got {path} with the arrays {sorted(known)}; wanted 'images', uint8 [N, H, W, C], and optionally 'labels' [N]."
     )
   try:
     return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
