@@ -144,6 +144,11 @@ def test_one_split_is_taken_alone(tmp_path, others):
   assert (len(train), held_out) == (2, None)
 
 
+def test_the_whole_folder_may_be_the_split(tmp_path):
+  write(tmp_path, a=2)
+  assert len(build.build_data(config_of(tmp_path, train_split=".", eval_split=""))[0]) == 2
+
+
 def test_nested_splits(tmp_path):
   write(tmp_path, images__train=2, images__val=1, masks__train=2)
   train, held_out = build.build_data(config_of(tmp_path, train_split="images/train", eval_split="images/val"))

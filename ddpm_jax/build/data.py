@@ -92,7 +92,7 @@ def _folders(c: ConfigDict, make: Make) -> tuple[data.Source, data.Source | None
 
 def _holds_classes(root: Path, classes: Sequence[str], splits: Sequence[str], found: Sequence[str]) -> bool:
   """Return whether the sub-folders of `root` that hold images are classes: a class may be called train or test."""
-  tops = {Path(split).parts[0] for split in found}
+  tops = {part for split in found for part in Path(split).parts[:1]}
   beside = [name for name in classes if name not in tops]
   like_splits = [name for name in beside if name.lower() in _SPLITS]
   if not found:
@@ -111,7 +111,7 @@ def _holds_classes(root: Path, classes: Sequence[str], splits: Sequence[str], fo
 
 
 def _report_beside(root: Path, splits: Sequence[str], most: int = 5) -> None:
-  own = {Path(split).parts[0] for split in splits}
+  own = {part for split in splits for part in Path(split).parts[:1]}
   others = sorted(name for name in os.listdir(root) if name not in own and not name.startswith("."))
   if others:
     more = f" and {len(others) - most:,} more" if len(others) > most else ""

@@ -134,5 +134,7 @@ def read_mask(path: str | Path, size: int) -> np.ndarray:
       " painted, black (0) where the image stays. Save it as PNG, without smoothing."
     )
   if not values.any():
-    raise ValueError(f"Got --mask={path}, which is all black; wanted white where the image is to be painted.")
+    raise ValueError(
+      f"Got --mask={path}, which is all black; wanted white (255, or 65535 of 16 bits) where the image is to be painted."
+    )
   return (values > 0)[..., None]

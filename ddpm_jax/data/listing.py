@@ -24,6 +24,7 @@ _SYSTEM = {
   b"__MACOSX",
   b"@eaDir",
   b"$RECYCLE.BIN",
+  b"#recycle",
   b"System Volume Information",
   b"lost+found",
   b"Thumbs.db",
