@@ -126,6 +126,20 @@ def test_a_mask_and_16_bits_are_turned_too(tmp_path):
   np.testing.assert_array_equal(read_everywhere(tmp_path / "deep.tif", 8)[..., 0], np.rot90(pixels))
 
 
+def test_other_malformed_tags_hide_no_orientation(tmp_path):
+  # A negative width, which Pillow reads and cannot write.
+  entries = struct.pack("<HHIi", 0x0100, 9, 1, -5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+  exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+  Image.fromarray(pixels_of(0, 8)).save(tmp_path / "a.png", exif=exif)
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), np.rot90(pixels_of(0, 8), -1))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_there_is_not_turns_nothing(tmp_path, orientation):
+  oriented(tmp_path / "a.png", pixels_of(0, 8), orientation)
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), pixels_of(0, 8))
+
+
 def test_damaged_exif_breaks_no_image(tmp_path):
   Image.fromarray(pixels_of(0, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no such header")
   np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), pixels_of(0, 8))

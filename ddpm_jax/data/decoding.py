@@ -79,10 +79,21 @@ def _to_eight_bits(image: Any, bits: int) -> Any:
 
 
 def _upright(image: Any) -> Any:
-  from PIL import ImageOps
+  from PIL import ExifTags, Image
 
+  turns = Image.Transpose
   try:
-    return ImageOps.exif_transpose(image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
   except Exception:
-    # Damaged EXIF says nothing about the orientation, and every viewer shows the image as it is.
-    return image
+    return image  # Damaged EXIF says nothing about the orientation: every viewer shows the image as it is.
+  # ImageOps.exif_transpose would also write the EXIF anew, which fails where any other tag is malformed.
+  turn = {
+    2: turns.FLIP_LEFT_RIGHT,
+    3: turns.ROTATE_180,
+    4: turns.FLIP_TOP_BOTTOM,
+    5: turns.TRANSPOSE,
+    6: turns.ROTATE_270,
+    7: turns.TRANSVERSE,
+    8: turns.ROTATE_90,
+  }.get(orientation)
+  return image if turn is None else image.transpose(turn)
