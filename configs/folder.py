@@ -3,7 +3,8 @@
 python -m ddpm_jax.main --config=configs/folder.py --workdir=/tmp/folder --config.data.path=<folder>
 
 The folder is searched to any depth; images of any size are resized and cropped. With train/ and test/ in it the latter are held
-out, otherwise 500 images are (--config.data.hold_out=<count>, 0 for none and no scores). Another size: --config.data.image_size.
+out, otherwise a tenth of the images is, at most 500 (--config.data.hold_out=<count>, 0 for none and no scores). Another size:
+--config.data.image_size.
 A large folder decodes once into records: --mode=prepare --config=configs/folder.py --config.data.path=<folder> --output=<new folder>,
 then --config.data.source=packed --config.data.path=<new folder>.
 
@@ -16,7 +17,7 @@ from ddpm_jax.schema import default_config
 
 def get_config():
   config = default_config()
-  config.data.update({"source": "folder", "image_size": 64, "channels": 3, "hold_out": 500, "broken": "skip"})
+  config.data.update({"source": "folder", "image_size": 64, "channels": 3, "hold_out": -1, "broken": "skip"})
   config.process.schedule = "cosine"
   config.prediction = "v"
   config.loss.weighting = "snr_plus_one"

@@ -4,7 +4,6 @@ import errno
 import itertools
 import logging as standard_logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from ml_collections import config_flags
 
 import ddpm_jax
 from ddpm_jax import heap, interrupts, workdir
+from ddpm_jax.places import cache_folder, user_path
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
@@ -232,7 +232,7 @@ def main(argv: list[str]) -> None:
       seed=seed,
       choice=choice,
       steering=_steering(),
-      upsamplers=[workdir.local_path(path, "upsampler") for path in _UPSAMPLER.value or ()],
+      upsamplers=[user_path(path, "--upsampler=").absolute() for path in _UPSAMPLER.value or ()],
       model=model,
     )
 
@@ -278,13 +278,13 @@ def _steering() -> Any:
   from ddpm_jax import runs
 
   weak, step = _WEAK.value or "", ""
-  if "@" in weak and not workdir.local_path(weak, "weak").is_dir():
+  if "@" in weak and not user_path(weak, "--weak=").is_dir():
     weak, _, step = weak.rpartition("@")
   return runs.Steering(
     _integers(_LABELS),
     _integers(_NEGATIVE_LABELS),
     _path(_CLASSIFIER),
-    workdir.local_path(weak, "weak") if weak else None,
+    user_path(weak, "--weak=").absolute() if weak else None,
     step,
   )
 
@@ -295,14 +295,14 @@ def _edit() -> Any:
   return runs.Edit(
     schema.choose(_TASK.value or "", tuple(build.TASKS), "--task"),
     _path(_INPUT),
-    # Which may be the name of a half.
-    str(_path(_MASK)) if re.match("~|.*://", _MASK.value or "") else _MASK.value or "",
+    # Not absolute: it may be the name of a half.
+    str(user_path(_MASK.value, "--mask=")) if _MASK.value else "",
     1 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,
   )
 
 
 def _path(flag: flags.FlagHolder) -> Path | None:
-  return workdir.local_path(flag.value, flag.name) if flag.value else None
+  return user_path(flag.value, f"--{flag.name}=").absolute() if flag.value else None
 
 
 def _integers(flag: flags.FlagHolder) -> list[int] | None:
@@ -325,7 +325,7 @@ def _cache_compilations() -> None:
   """Keep compiled programs between runs, unless the user has said where (JAX_COMPILATION_CACHE_DIR) or which."""
   import jax
 
-  if not jax.config.values["jax_compilation_cache_dir"] and (cache := workdir.cache_folder("xla")):
+  if not jax.config.values["jax_compilation_cache_dir"] and (cache := cache_folder("xla")):
     jax.config.update("jax_compilation_cache_dir", str(cache))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     # The small ones too: before the first step there are dozens of them, 20 ms each.
@@ -383,7 +383,7 @@ def _interrupted() -> NoReturn:
     # Another thread is at it.
     time.sleep(60)
   consequence = ""
-  if _MODE.value == "train" and _WORKDIR.value:
+  if flags.FLAGS.is_parsed() and _MODE.value == "train" and _WORKDIR.value:
     steps = workdir.checkpoint_steps(Path(_WORKDIR.value).expanduser())
     consequence = (
       f"; the same command goes on from the checkpoint of step {steps[-1]:,}"
@@ -400,15 +400,12 @@ def _main(argv: list[str]) -> None:
   heap.keep()
   heap.collect_rarely()
   try:
-    with interrupts.ended_at_once(_interrupted):
-      main(argv)
+    main(argv)
   except (ValueError, FloatingPointError, OSError) as error:
     if _TRACEBACK.value:
       traceback.print_exc()
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     _stop(f"{error}{'. Make room; then the same command goes on from the last checkpoint.' if full else ''}")
-  except KeyboardInterrupt:
-    _interrupted()
   except Exception as error:
     from ddpm_jax import data
 
@@ -424,4 +421,8 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(_main, flags_parser=_parse)
+  with interrupts.ended_at_once(_interrupted):
+    try:
+      app.run(_main, flags_parser=_parse)
+    except KeyboardInterrupt:
+      _interrupted()

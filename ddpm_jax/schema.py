@@ -31,7 +31,7 @@ def default_config() -> ConfigDict:
       "flip": True,
       "train_split": "train",
       "eval_split": "test",  # of TFDS, or a sub-folder of an image folder that also has one named as train_split
-      "hold_out": 0,  # images kept from training for evaluation, where there is no eval_split
+      "hold_out": 0,  # images kept from training for evaluation, where there is no eval_split; -1: a tenth, at most 500
       "broken": "stop",  # at images that cannot be decoded; or skip: the next that can stands in
       "num_threads": 4,
       "num_workers": 0,  # processes that decode ahead, instead of threads

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,35 +38,6 @@ _MAY_CHANGE = (
   "evaluation.",
   "ema.snapshot_every",
 )
-
-
-def local_path(text: str, flag: str) -> Path:
-  """Return the absolute path that a flag names, with `~` for the user's home.
-
-  Raises:
-    ValueError: if it is a URI, such as a bucket's, or the user has no home.
-  """
-  if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-    raise ValueError(
-      f"Got --{flag}={text}, a URI; expected a path on this machine. Mount the bucket (gcsfuse, s3fs) and name the mounted"
-      " folder, or copy the files."
-    )
-  try:
-    return Path(text).expanduser().absolute()
-  except RuntimeError as error:
-    raise ValueError(
-      f"Got --{flag}={text}, and this user has no home folder; expected a path without ~, or HOME in the environment."
-    ) from error
-
-
-def cache_folder(name: str) -> Path | None:
-  """Make and return a folder for what can be made again; None if this user has no place for one."""
-  try:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_jax" / name
-    folder.mkdir(parents=True, exist_ok=True)
-  except (OSError, RuntimeError):
-    return None
-  return folder if os.access(folder, os.W_OK) else None
 
 
 def config_path(workdir: Path) -> Path:

@@ -1,7 +1,9 @@
 """Small image data on disk, for the tests of data."""
 
 import os
+import struct
 import textwrap
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -60,3 +62,25 @@ def write_builder(path, name="Squares", count=7):
             yield index, {{"image": Image.fromarray(pixels), "label": index}}
       """)
   )
+
+
+def write_png(path, pixels, kind):
+  """A PNG of 16 bits a channel, of any color type: Pillow writes gray ones alone."""
+
+  def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+  height, width = pixels.shape[:2]
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+  header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+  parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+  path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def bomb(path, side):
+  """A PNG of a few hundred bytes that claims to be a huge image."""
+  write_png(path, np.zeros((1, 1), np.uint16), 0)
+  content = bytearray(path.read_bytes())
+  content[16:24] = struct.pack(">II", side, side)
+  content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+  path.write_bytes(bytes(content))

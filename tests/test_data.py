@@ -37,9 +37,68 @@ def test_arrays_from_a_file(tmp_path):
   np.testing.assert_array_equal(batch["label"], [4, 0])
 
 
+@pytest.mark.parametrize("images", ["images", "samples", "arr_0"])
+@pytest.mark.parametrize("labels", ["labels", "label", "classes", "targets", "y", "arr_1"])
+def test_arrays_of_other_programs(tmp_path, images, labels):
+  pixels = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1)
+  np.savez(tmp_path / "a.npz", **{images: pixels, labels: np.array([2, 0, 1], np.int64)})
+  source = data.arrays(tmp_path / "a.npz")
+  np.testing.assert_array_equal(source.images, pixels)
+  assert list(source.labels) == [2, 0, 1]
+
+
+def test_guided_diffusions_samples_are_read(tmp_path):
+  np.savez(tmp_path / "samples_2x4x4x3.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([3, 1]))
+  assert list(data.arrays(tmp_path / "samples_2x4x4x3.npz").labels) == [3, 1]
+
+
+def test_arrays_without_labels_have_no_class(tmp_path):
+  np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4, 1), np.uint8))
+  source = data.arrays(tmp_path / "a.npz")
+  assert list(source.labels) == [data.NO_CLASS] * 2
+  assert data.known_labels(source) is None
+  with pytest.raises(ValueError, match="labels -1 to -1 for 3 classes"):
+    data.label_counts(source, 3)
+
+
+@pytest.mark.parametrize(
+  ("labels", "message"),
+  [
+    (np.array([0, 2**31]), "labels from 0 to 2147483648; expected 0 to 2147483647"),
+    (np.array([0, 2**63], np.uint64), "labels from 0 to 9223372036854775808; expected"),
+    (np.array([-2, 0]), "labels from -2 to 0; expected 0 to 2147483647, or -1"),
+    (np.array([0.0, 1.0]), "type float64 for 2 images; wanted one integer"),
+    (np.array([True, False]), "type bool for 2 images; wanted one integer"),
+    (np.eye(2, dtype=int), r"shape \(2, 2\)"),
+    (np.array([[0], [1]]), r"shape \(2, 1\)"),
+    (np.array(["cat", "dog"]), "type <U3"),
+  ],
+)
+def test_labels_that_number_no_class_are_errors(tmp_path, labels, message):
+  np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 1), np.uint8), labels)
+  with pytest.raises(ValueError, match=rf"(?s)a\.npz: .*{message}"):
+    data.arrays(tmp_path / "a.npz")
+
+
+def test_the_largest_label_is_kept(tmp_path):
+  labels = np.array([2**31 - 1, -1], np.int64)
+  assert list(data.ArraySource(np.zeros((2, 4, 4, 1), np.uint8), labels).labels) == [2**31 - 1, -1]
+
+
+@pytest.mark.parametrize("names", [("labels", "y"), ("images", "samples")])
+def test_two_arrays_for_one_thing_are_an_error(tmp_path, names):
+  content = {"images": np.zeros((2, 4, 4, 1), np.uint8), "samples": np.ones((2, 4, 4, 1), np.uint8)}
+  content = {name: content.get(name, np.zeros(2, int)) for name in {"images", *names}}
+  np.savez(tmp_path / "a.npz", **content)
+  with pytest.raises(ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected one of them"):
+    data.arrays(tmp_path / "a.npz")
+
+
 def test_wrong_array_files_are_errors(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
     data.arrays(tmp_path / "none.npz")
+  with pytest.raises(ValueError, match="is a folder; wanted an .npz file.*source=folder"):
+    data.arrays(tmp_path)
   (tmp_path / "bad.npz").write_bytes(b"no archive")
   with pytest.raises(ValueError, match=r"Cannot read .*bad\.npz"):
     data.arrays(tmp_path / "bad.npz")
@@ -189,8 +248,20 @@ def test_hold_out_splits_without_overlap():
   assert sorted(seen) == list(range(50))
   again = data.hold_out(source, 20)[1]
   np.testing.assert_array_equal(data.read(again, range(20))["image"], data.read(held_out, range(20))["image"])
-  with pytest.raises(ValueError, match="hold_out=50"):
-    data.hold_out(source, 50)
+  for count in (50, 0, -2):
+    with pytest.raises(ValueError, match=f"hold_out={count} for 50 images; expected 1 to 49.*or -1 for a tenth"):
+      data.hold_out(source, count)
+
+
+@pytest.mark.parametrize(("number", "held"), [(2, 1), (9, 1), (19, 1), (20, 2), (450, 45), (5000, 500), (9000, 500)])
+def test_a_tenth_is_held_out_of_any_number(number, held):
+  train, held_out = data.hold_out(data.ArraySource(np.zeros((number, 1, 1, 1), np.uint8)), data.A_TENTH)
+  assert (len(train), len(held_out)) == (number - held, held)
+
+
+def test_one_image_cannot_be_held_out():
+  with pytest.raises(ValueError, match="Got one image.*expected two or more.*hold_out=0"):
+    data.hold_out(data.ArraySource(np.zeros((1, 1, 1, 1), np.uint8)), data.A_TENTH)
 
 
 def test_label_counts_are_those_of_what_is_read(tmp_path):

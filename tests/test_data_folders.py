@@ -1,10 +1,16 @@
 """Folders of images: what is kept of their listing, and what is seen of their changes."""
 
+import os
+import time
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddpm_jax import data
-from ddpm_jax.data import folders
+from ddpm_jax.data import listing
 from tests.pictures import age, write_folder
 
 
@@ -20,13 +26,19 @@ def listed(monkeypatch):
   """Names of the folders that were listed, as they are."""
   seen = []
 
-  def spy(path, modified):
+  def spy(path, status):
     seen.append(path.decode().rsplit("/", 1)[1])
-    return original(path, modified)
+    return original(path, status)
 
-  original = folders._list
-  monkeypatch.setattr(folders, "_list", spy)
+  original = listing._list
+  monkeypatch.setattr(listing, "_list", spy)
   return seen
+
+
+@pytest.fixture
+def settled(monkeypatch):
+  """Take folders for settled at once: `age` cannot set the time of their last status change."""
+  monkeypatch.setattr(listing, "_TICK_NS", -(10**18))
 
 
 def names(root):
@@ -34,7 +46,7 @@ def names(root):
   return [source.file(index).removeprefix(f"{root}/") for index in range(len(source))]
 
 
-def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed):
+def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed, settled):
   write_folder(tmp_path / "images")
   age(tmp_path)
   first = data.FolderSource(tmp_path / "images", 8)
@@ -47,7 +59,7 @@ def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed):
   np.testing.assert_array_equal(first[4]["image"], second[4]["image"])
 
 
-def test_changes_are_seen_and_only_changed_folders_listed(tmp_path, listed):
+def test_changes_are_seen_and_only_changed_folders_listed(tmp_path, listed, settled):
   root = tmp_path / "images"
   write_folder(root)
   age(root)
@@ -76,7 +88,7 @@ def test_what_changed_just_now_is_listed_again(tmp_path, listed):
   assert listed == ["images", "cat", "dog"] * 2
 
 
-def test_links_are_followed_once(tmp_path):
+def test_links_are_followed_once(tmp_path, settled):
   root = tmp_path / "images"
   write_folder(root)
   write_folder(tmp_path / "elsewhere", classes=("emu",), count=2)
@@ -88,7 +100,7 @@ def test_links_are_followed_once(tmp_path):
     age(root)
 
 
-def test_odd_names_survive_the_cache(tmp_path):
+def test_odd_names_survive_the_cache(tmp_path, settled):
   root = tmp_path / "images"
   write_folder(root, classes=("a b", "ü\nx"), count=1)
   (root / "a b" / "0.png").rename(root / "a b" / "ö 'n\n.PNG")
@@ -99,23 +111,152 @@ def test_odd_names_survive_the_cache(tmp_path):
   assert data.FolderSource(root, 8)[0]["image"].shape == (8, 8, 3)
 
 
-def test_images_beside_folders_are_a_class_of_their_own(tmp_path):
+def write(path, value=0, size=(4, 4)):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(np.full((*size, 3), value, np.uint8)).save(path)
+
+
+def test_an_image_beside_the_folders_has_no_class_and_shifts_none(tmp_path):
   write_folder(tmp_path, count=1)
-  (tmp_path / "cat" / "0.png").rename(tmp_path / "0.png")
+  write(tmp_path / "stray.png")
   source = data.FolderSource(tmp_path, 8)
-  assert source.classes == ["", "dog"]
+  assert source.classes == ["cat", "dog"]
+  assert {Path(source.file(i)).name: source.labels[i] for i in range(1)} == {"stray.png": data.NO_CLASS}
+  assert list(source.labels) == [data.NO_CLASS, 0, 1]
+  assert source[0]["label"] == data.NO_CLASS
+
+
+HIDDEN = [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_folders_are_no_classes(tmp_path, name, capsys):
+  write_folder(tmp_path / "images", count=1)
+  write(tmp_path / "images" / name / "a.png")
+  write(tmp_path / "images" / "cat" / name / "b.png")
+  source = data.FolderSource(tmp_path / "images", 8)
+  assert source.classes == ["cat", "dog"]
   assert list(source.labels) == [0, 1]
+  assert "2 hidden or of the system" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["broken", "unwritable"])
-def test_a_cache_that_fails_costs_time_only(tmp_path, cache, damage):
+def test_other_files_are_passed_over_with_a_word(tmp_path, capsys, settled):
+  root = tmp_path / "images"
+  write_folder(root, count=1)
+  for name in ("cat/._0.png", ".DS_Store", "cat/Thumbs.db", "cat/0.txt", "dog/0.TXT", "dog/a.heic", "dog/LICENSE"):
+    (root / name).write_bytes(b"no image")
+  os.mkfifo(root / "dog" / "pipe.png")
+  for _ in range(2):  # also when the listing comes from the cache
+    assert len(data.in_memory(data.FolderSource(root, 8))) == 2
+    said = "3 hidden or of the system, 2 .txt, 1 .heic, 1 no regular file, 1 without an ending"
+    assert f"passed over in {root}, as no images: {said}\n" in capsys.readouterr().out
+  for name in ("cat/0.png", "dog/0.png"):
+    (root / name).unlink()
+  with pytest.raises(ValueError, match=r"holds no image \(3 hidden.*1 \.heic.*expected image files"):
+    data.FolderSource(root, 8)
+
+
+def test_a_folder_of_images_alone_says_nothing(tmp_path, capsys):
+  write_folder(tmp_path)
+  data.FolderSource(tmp_path, 8)
+  assert "passed over" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("ending", "kind"),
+  [
+    ("jfif", "JPEG"),
+    ("JPE", "JPEG"),
+    ("jp2", "JPEG2000"),
+    ("tga", "TGA"),
+    ("pnm", "PPM"),
+    ("avif", "AVIF"),
+    ("ico", "ICO"),
+  ],
+)
+def test_whatever_pillow_reads_is_an_image(tmp_path, ending, kind):
+  Image.init()
+  if kind not in Image.SAVE:
+    pytest.skip(f"Pillow was built without {kind}")
+  write(tmp_path / "images" / "a.png")
+  Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "images" / f"b.{ending}", kind)
+  source = data.FolderSource(tmp_path / "images", 32)
+  assert [Path(source.file(index)).name for index in range(2)] == ["a.png", f"b.{ending}"]
+  assert np.max(np.abs(source[1]["image"].astype(int) - 200)) <= 2
+  assert data.read_inputs(tmp_path / "images", 32, 3).names == ["a.png", f"b.{ending}"]
+
+
+@pytest.mark.parametrize("name", ["scene.pcd", "page.eps", "film.mpg", "features.h5", "flat.pdf"])
+def test_what_pillow_only_recognizes_is_no_image(tmp_path, name):
+  write(tmp_path / "images" / "a.png")
+  (tmp_path / "images" / name).write_bytes(b"no image")
+  assert len(data.FolderSource(tmp_path / "images", 8)) == 1
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+  with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+    file.writestr("a.png", b"")
+  with pytest.raises(
+    ValueError, match=r"images\.zip', which is a file; expected a folder of images\. Unpack an archive first"
+  ):
+    data.FolderSource(tmp_path / "images.zip", 8)
+  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*unpack"):
+    data.read_inputs(tmp_path / "images.zip", 8, 3)
+
+
+@pytest.mark.parametrize("how", ["moved", "emptied"])
+@pytest.mark.parametrize("name", ["", "dog"])
+def test_a_replaced_folder_of_the_same_age_is_listed_again(tmp_path, how, name, settled):
   root = tmp_path / "images"
   write_folder(root)
-  age(root)
-  if damage == "broken":
-    names(root)
-    (file,) = (cache / "ddpm_jax" / "folders").iterdir()
-    file.write_bytes(b"no archive")
-  else:
-    (cache / "ddpm_jax").write_text("a file where a folder should be")
+  age(tmp_path)
   assert len(names(root)) == 6
+  time.sleep(0.02)  # a tick of the file system's clock
+  folder = root / name
+  before = folder.stat()
+  if how == "moved":
+    folder.rename(tmp_path / "old")
+  else:
+    for path in [*folder.glob("*/*"), *folder.iterdir()]:
+      path.rmdir() if path.is_dir() else path.unlink()
+  write(folder / "new.png")
+  os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+  assert folder.stat().st_mtime_ns == before.st_mtime_ns
+  assert names(root) == (["cat/0.png", "cat/1.jpg", "cat/2.bmp", "dog/new.png"] if name else ["new.png"])
+
+
+def test_other_formats_of_pillow_are_listed_again(tmp_path, settled, monkeypatch):
+  write(tmp_path / "images" / "a.png")
+  write(tmp_path / "images" / "b.tga")
+  monkeypatch.setattr(listing, "extensions", lambda: (".png",))
+  assert names(tmp_path / "images") == ["a.png"]
+  monkeypatch.undo()
+  assert names(tmp_path / "images") == ["a.png", "b.tga"]
+
+
+@pytest.mark.parametrize("damage", ["broken", "cut", "inconsistent", "unwritable", "homeless"])
+def test_a_cache_that_fails_costs_time_only(tmp_path, cache, damage, settled, monkeypatch):
+  root = tmp_path / "images"
+  write_folder(root)
+  names(root)
+  (file,) = (cache / "ddpm_jax" / "folders").iterdir()
+  if damage == "broken":
+    file.write_bytes(b"no archive")
+  elif damage == "cut":
+    file.write_bytes(file.read_bytes()[:-40])
+  elif damage == "inconsistent":
+    with np.load(file) as content:
+      np.savez(file, **dict(content) | {"num_inner": np.array([7, 7, 7])})
+  elif damage == "unwritable":
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+  else:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_user)
+    monkeypatch.chdir(tmp_path)
+  assert len(names(root)) == 6
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["images"], "no folder called ~"
+
+
+def no_user(uid):
+  raise KeyError(uid)

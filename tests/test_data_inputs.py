@@ -27,14 +27,17 @@ def test_an_image_of_the_size_comes_as_it_is(tmp_path):
   np.testing.assert_allclose(grey[0, ..., 0], pixels @ [0.299, 0.587, 0.114], atol=1)
 
 
-def test_a_folder_is_searched_in_order_and_its_images_resized(tmp_path):
+def test_a_folder_is_searched_in_order_and_its_images_resized(tmp_path, capsys):
   picture(tmp_path / "b.png", (8, 8), 200, "L")
   picture(tmp_path / "a" / "z.JPG", (16, 12), 100, "L")
   pixels = np.zeros((4, 8), np.uint8)
   pixels[:, 2:6] = 255
   Image.fromarray(pixels).save(tmp_path / "c.png")
-  (tmp_path / "notes.txt").write_text("not an image")
+  picture(tmp_path / ".thumbnails" / "a.png", (8, 8))
+  for name in ("notes.txt", "._b.png"):
+    (tmp_path / name).write_text("not an image")
   found = data.read_inputs(tmp_path, 8, 1)
+  assert f"passed over in {tmp_path}, as no images: 2 hidden or of the system, 1 .txt\n" in capsys.readouterr().out
   assert found.names == ["z.JPG", "b.png", "c.png"]
   assert found.resized == 2
   assert found.images.shape == (3, 8, 8, 1)
@@ -82,8 +85,13 @@ def wrong_inputs(tmp_path):
   return [
     ("gone.png", 8, 3, r"--input=.*gone\.png, which does not exist; wanted an image, a folder of images or an \.npz"),
     ("gone.npz", 8, 3, r"--input=.*gone\.npz, which does not exist; wanted an image, a folder of images or an \.npz"),
-    ("empty", 8, 3, r"--input=.*empty, a folder that holds no image; wanted some, of \.png"),
-    ("broken.png", 8, 3, r"Cannot decode the image .*broken\.png: .*Replace or remove it\."),
+    (
+      "empty",
+      8,
+      3,
+      r"--input=.*empty, a folder that holds no image \(no file at all\); expected image files, such as \.png",
+    ),
+    ("broken.png", 8, 3, r"Cannot decode the image .*broken\.png: .*Replace it, or save it anew as PNG"),
     ("cut.png", 8, 3, r"Cannot decode the image .*cut\.png"),
     ("wide.png", 0, 3, "of 8x4; wanted a square image"),
     ("mixed", 0, 3, r"images of shapes \[\(4, 4, 3\), \(8, 8, 3\)\].*wanted one shape"),

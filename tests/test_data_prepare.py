@@ -57,6 +57,47 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   assert "tensorflow" not in sys.modules
 
 
+class Records(list):
+  """A TFDS data set as far as reading goes."""
+
+  dataset_info = types.SimpleNamespace(features={"image": None})
+
+
+@pytest.mark.parametrize(
+  ("record", "level", "label"),
+  [
+    ({"image": np.full((6, 6, 1), 200 * 257, np.uint16), "label": 3}, 200, 3),
+    ({"image": np.full((6, 6, 1), 200, np.uint8)}, 200, data.NO_CLASS),
+    ({"image": np.full((6, 6, 3), 200, np.uint8), "label": np.float32(0.5)}, 200, data.NO_CLASS),
+    ({"image": np.full((6, 6, 3), 200, np.uint8), "label": np.array([1, 0])}, 200, data.NO_CLASS),
+  ],
+)
+def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, record, level, label):
+  monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
+  item = data.TfdsSource("squares", "train", 6, 1)[0]
+  assert np.all(item["image"] == level)
+  assert item["label"] == label
+  if label == data.NO_CLASS:
+    config = config_of(source="tfds", channels=1, eval_split="")
+    assert len(build.build_data(config)[0]) == 1
+    config.network.num_classes = 4
+    with pytest.raises(ValueError, match=r"1 image\(s\) without a class for .*a label for each"):
+      build.build_data(config)
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    ({"image": np.zeros((6, 6, 1), np.float32)}, "record 0 of squares, train: its pixels are floats"),
+    ({"image": np.zeros((6, 6, 1), np.uint8), "label": 2**40}, "labels from 1099511627776"),
+  ],
+)
+def test_records_without_a_range_are_refused(monkeypatch, record, message):
+  monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
+  with pytest.raises(ValueError, match=message):
+    data.TfdsSource("squares", "train", 6, 1)[0]
+
+
 def test_reading_needs_neither_the_builder_nor_tensorflow(tmp_path):
   write_builder(tmp_path / "far_squares.py", "FarSquares")
   data.prepare_tfds("far_squares", str(tmp_path / "tfds"), str(tmp_path / "far_squares.py"))

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.commands import RECIPE, assert_refused, call
+from tests.pictures import bomb
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,24 @@ def test_wrong_flags_end_in_one_message(run, tmp_path, flags, message):
   code, output = call(f"--workdir={run}", *flags)
   assert_refused(code, output, message)
   assert len(output.strip().splitlines()) == 2, output
+
+
+def bad_files(folder):
+  """Files that no image or mask can be made of, with what is said of them."""
+  levels = np.arange(64, dtype=np.uint16).reshape(8, 8)
+  Image.fromarray(levels.astype(np.float32)).save(folder / "floats.tif")
+  Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(folder / "clear.png")
+  bomb(folder / "bomb.png", 40_000)
+  return {"floats.tif": "its pixels are floats", "bomb.png": "exceeds limit", "clear.png": "with transparent pixels"}
+
+
+@pytest.mark.parametrize("flag", ["--input", "--mask"])
+def test_files_that_are_no_images_end_in_one_message(run, tmp_path, flag):
+  for name, message in bad_files(tmp_path).items():
+    if (flag, name) == ("--input", "clear.png"):
+      continue  # a transparent image is an image
+    files = {"--input": run / "images", "--mask": "lower", flag: tmp_path / name}
+    given = [f"{key}={value}" for key, value in files.items()]
+    code, output = call(f"--workdir={run}", "--mode=edit", "--task=inpaint", "--labels=3", *given)
+    assert_refused(code, output, f"{name}.*{message}")
+    assert "data.broken" not in output, "a key of training"

@@ -94,20 +94,3 @@ def test_records_go_on_where_the_checkpoint_stands(tmp_path):
   board = EventAccumulator(str(tmp_path / "tensorboard"))
   board.Reload()
   assert [(event.step, round(event.value, 3)) for event in board.Scalars("loss")] == [(10, 0.1), (20, 0.05), (30, 0.5)]
-
-
-def test_a_user_without_a_home_has_no_caches_and_no_tilde(tmp_path, monkeypatch):
-  def no_home(*_):
-    raise RuntimeError("Could not determine home directory.")
-
-  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-  monkeypatch.setattr(workdir.Path, "home", no_home)
-  assert workdir.cache_folder("xla") is None
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "config.json" / "below a file"))
-  (tmp_path / "config.json").write_text("")
-  assert workdir.cache_folder("xla") is None
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert workdir.cache_folder("xla") == tmp_path / "ddpm_jax" / "xla"
-  monkeypatch.setattr(workdir.Path, "expanduser", no_home)
-  with pytest.raises(ValueError, match="Got --input=~/x, and this user has no home folder"):
-    workdir.local_path("~/x", "input")

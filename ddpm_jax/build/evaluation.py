@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import data, evaluate, interop, metrics, parallel
 from ddpm_jax.build.model import image_shape
+from ddpm_jax.places import user_path
 from ddpm_jax.schema import choose
 
 FEATURES = ("classifier", "inception", "pixels")
@@ -77,7 +78,7 @@ def features_of(config: ConfigDict, source: data.Source) -> str:
 
 
 def _num_classes(source: data.Source) -> int:
-  labels = getattr(source, "labels", None)
+  labels = data.known_labels(source)
   return 0 if labels is None else len(np.unique(labels))
 
 
@@ -136,8 +137,9 @@ class _Classifier:
       rows = np.random.default_rng(0).permutation(len(self._held_out))[:_LEARNED_FROM]
       seen = data.read(self._held_out, rows)
       log_probs = metrics.extractor(space, self._config.evaluation.batch_size)(seen["image"])["log_probs"]
-      accuracy = evaluate.classification_scores(log_probs, seen["label"])["accuracy"]
-      space.provenance["held_out_accuracy"] = round(accuracy, 4)
+      if np.min(seen["label"]) != data.NO_CLASS:
+        accuracy = evaluate.classification_scores(log_probs, seen["label"])["accuracy"]
+        space.provenance["held_out_accuracy"] = round(accuracy, 4)
     return space
 
 
@@ -167,7 +169,7 @@ def build_reference(
     raise ValueError(
       f"Got config.evaluation.reference={name!r}; wanted train, held_out, or an .npz file with mu and sigma (--mode=stats)."
     )
-  statistics = metrics.load_statistics(Path(name).expanduser())
+  statistics = metrics.load_statistics(user_path(name))
   _check_statistics(config, space, name, statistics)
   return Reference(name, None, statistics, source if held_out is None else held_out)
 

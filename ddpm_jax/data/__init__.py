@@ -6,6 +6,8 @@ from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.packed import PackedSource, pack, whole
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
 from ddpm_jax.data.sources import (
+  A_TENTH,
+  NO_CLASS,
   ArraySource,
   BrokenImage,
   SkipBroken,
@@ -14,6 +16,7 @@ from ddpm_jax.data.sources import (
   digits,
   hold_out,
   in_memory,
+  known_labels,
   label_counts,
   mnist,
   read,
@@ -21,6 +24,8 @@ from ddpm_jax.data.sources import (
 from ddpm_jax.data.tfds import TfdsSource, prepare_tfds
 
 __all__ = [
+  "A_TENTH",
+  "NO_CLASS",
   "RESIZES",
   "ArraySource",
   "Batches",
@@ -38,6 +43,7 @@ __all__ = [
   "fit",
   "hold_out",
   "in_memory",
+  "known_labels",
   "label_counts",
   "mnist",
   "pack",

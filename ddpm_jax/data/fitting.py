@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax.data.decoding import eight_bits
+
 RESIZES = ("bicubic", "box", "adm")
 
 
@@ -20,10 +22,10 @@ def check_fit(size: int, channels: int, crop: int, resize: str) -> None:
 
 
 def fit(image: Any, size: int, channels: int, crop: int = 0, resize: str = "bicubic") -> np.ndarray:
-  """A PIL image as uint8 [size, size, channels].
+  """Return a PIL image as uint8 [size, size, channels].
 
   Args:
-    image: of any mode and size.
+    image: of any size, with 8 or 16 bits a channel. Transparency is dropped.
     size: height and width wanted, in pixels.
     channels: 1 for grey, 3 for RGB.
     crop: side of a centred square that is cut out first; 0 for the whole image.
@@ -33,11 +35,11 @@ def fit(image: Any, size: int, channels: int, crop: int = 0, resize: str = "bicu
       Nichol 2021).
 
   Raises:
-    ValueError: if the image is smaller than the crop.
+    ValueError: if the image is smaller than the crop, or its pixels have no known range (see `decoding.eight_bits`).
   """
   from PIL import Image, ImageOps
 
-  image = image.convert("L" if channels == 1 else "RGB")
+  image = eight_bits(image).convert("L" if channels == 1 else "RGB")
   if crop:
     if crop > min(image.size):
       raise ValueError(

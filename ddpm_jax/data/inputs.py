@@ -1,13 +1,16 @@
 """Images and masks that a user hands over to be edited."""
 
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import fit
-from ddpm_jax.data.folders import EXTENSIONS
-from ddpm_jax.data.sources import arrays
+from ddpm_jax.data.listing import passed_over, walk
+from ddpm_jax.data.sources import BrokenImage, arrays
 
 
 class Inputs(NamedTuple):
@@ -53,36 +56,49 @@ def _files(path: Path) -> list[Path]:
     return [path]
   if not path.is_dir():
     raise ValueError(f"Got --input={path}, which does not exist; wanted an image, a folder of images or an .npz file.")
-  files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+  # A folder to edit is small and looked at once: its listing is not kept.
+  folders = walk(os.fsencode(path), cached=False)
+  others = passed_over(folders.values())
+  files = sorted(
+    path / os.fsdecode(name) / os.fsdecode(file)
+    for name, folder in folders.items()
+    for file in folder.names.split(b"\0")[:-1]
+  )
   if not files:
-    raise ValueError(f"Got --input={path}, a folder that holds no image; wanted some, of {', '.join(EXTENSIONS)}.")
+    raise ValueError(
+      f"Got --input={path}, a folder that holds no image ({others or 'no file at all'}); expected image files, such as .png, .jpg or .webp."
+    )
+  if others:
+    tqdm.write(f"passed over in {path}, as no images: {others}")
   return files
 
 
 def _read(file: Path, size: int, channels: int) -> tuple[np.ndarray, bool]:
-  from PIL import Image, ImageOps
+  image = _decode(file, f"the image {file}")
+  if not size and image.width != image.height:
+    raise ValueError(f"Got {file} of {image.width}x{image.height}; wanted a square image. Crop it first.")
+  side = size or image.width
+  return fit(image, side, channels), image.size != (side, side)
 
+
+def _decode(file: str | Path, what: str) -> Any:
   try:
-    with Image.open(file) as opened:
-      image = ImageOps.exif_transpose(opened)
-      if not size and image.width != image.height:
-        raise ValueError(f"Got {file} of {image.width}x{image.height}; wanted a square image. Crop it first.")
-      side = size or image.width
-      return fit(image, side, channels), image.size != (side, side)
-  except (OSError, SyntaxError) as error:
-    raise ValueError(f"Cannot decode the image {file}: {error}. Replace or remove it.") from error
+    return decode(file)
+  except BrokenImage as error:
+    # Its own message names a key of training.
+    raise ValueError(
+      f"Cannot decode {what}: {error.reason}. Replace it, or save it anew as PNG; unpack an archive first."
+    ) from error
 
 
 def read_mask(path: str | Path, size: int) -> np.ndarray:
-  """What is to be painted, bool [size, size, 1], from an image: white is painted, black stays.
+  """Return where to paint, bool [size, size, 1], from an image: white is painted, black stays.
 
   `lower`, `upper`, `left`, `right` and `centre` in place of a file stand for halves, and for the square in the middle.
 
   Raises:
-    ValueError: if there is no such image, it has another size, is not binary, or leaves nothing to paint.
+    ValueError: if there is no such image, it has another size, is not binary, has transparent pixels, or leaves nothing to paint.
   """
-  from PIL import Image
-
   half, quarter = size // 2, size // 4
   known = {
     "lower": np.s_[half:, :],
@@ -96,14 +112,17 @@ def read_mask(path: str | Path, size: int) -> np.ndarray:
     mask[known[str(path)]] = True
     return mask
   if not Path(path).is_file():
+    what = "is no file" if Path(path).exists() else "does not exist"
     raise ValueError(
-      f"Got --mask={path}, which does not exist; wanted an image that is white where it is to be painted, or one of {', '.join(known)}."
+      f"Got --mask={path}, which {what}; wanted an image that is white where it is to be painted, or one of {', '.join(known)}."
     )
-  try:
-    with Image.open(path) as opened:
-      values = np.asarray(opened.convert("L"))
-  except (OSError, SyntaxError) as error:
-    raise ValueError(f"Cannot decode --mask={path}: {error}. Save it anew, as PNG.") from error
+  image = _decode(path, f"--mask={path}")
+  if image.has_transparency_data and np.min(np.asarray(image.convert("RGBA"))[..., 3]) < 255:
+    raise ValueError(
+      f"Got --mask={path} with transparent pixels, which may stand for either; expected white (255) where the image is to be painted and"
+      " black (0) where it stays. Save it as PNG without transparency."
+    )
+  values = np.asarray(image.convert("L"))
   if values.shape != (size, size):
     raise ValueError(
       f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {size}x{size}; wanted the same size."
@@ -115,5 +134,7 @@ def read_mask(path: str | Path, size: int) -> np.ndarray:
       " painted, black (0) where the image stays. Save it as PNG, without smoothing."
     )
   if not values.any():
-    raise ValueError(f"Got --mask={path}, which is all black; wanted white where the image is to be painted.")
+    raise ValueError(
+      f"Got --mask={path}, which is all black; wanted white (255, or 65535 of 16 bits) where the image is to be painted."
+    )
   return (values > 0)[..., None]

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax.data.sources import Batch, BrokenImage, Source, broken_error, report_broken
+from ddpm_jax.data.sources import NO_CLASS, Batch, BrokenImage, Source, broken_error, report_broken
 
 _INDEX, _LABELS, _VERSION = "index.json", "labels.npy", 1
 _SHARD_BYTES = 2**29
@@ -24,9 +24,10 @@ class PackedSource:
 
   Args:
     path: the folder.
+    classes: names of the classes in the order of their numbers; by default those of the pack.
 
   Attributes:
-    labels: [N] int32.
+    labels: [N] int32; `NO_CLASS` for an image without a class, or whose class is not among `classes`.
     classes: names of the classes, or None.
     settings: what the images were fitted by.
 
@@ -34,7 +35,7 @@ class PackedSource:
     ValueError: if the folder holds no pack, an unfinished one or that of another version.
   """
 
-  def __init__(self, path: str | Path):
+  def __init__(self, path: str | Path, classes: Sequence[str] | None = None):
     self._path = Path(path)
     try:
       index = json.loads((self._path / _INDEX).read_text())
@@ -50,6 +51,11 @@ class PackedSource:
         " Pack them again by --mode=prepare."
       )
     self.shape, self.classes, self.settings = tuple(index["shape"]), index["classes"], index["settings"]
+    if classes is not None and self.classes is not None:
+      numbers = {name: number for number, name in enumerate(classes)}
+      # NO_CLASS as an index takes the last.
+      self.labels = np.array([*(numbers.get(name, NO_CLASS) for name in self.classes), NO_CLASS], np.int32)[self.labels]
+      self.classes = list(classes)
     self._last = np.cumsum(index["shards"])
     missing = [str(self._shard(number)) for number in range(len(self._last)) if not self._shard(number).is_file()]
     if missing or len(self.labels) != index["count"] or self._last[-1] != index["count"]:

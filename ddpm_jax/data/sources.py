@@ -13,8 +13,17 @@ import numpy as np
 from tqdm import tqdm
 
 Batch = dict[str, np.ndarray]
+# The label of an image without a class.
+NO_CLASS = -1
+# In place of a number of images to hold out.
+A_TENTH = -1
+_MOST_OF_A_TENTH = 500
 # What `in_memory` is willing to hold.
 _MEMORY_LIMIT = 2**30
+_LARGEST_LABEL = 2**31 - 1
+# By what names other programs save images and their classes: arr_0 and arr_1 are guided-diffusion's samples.
+_IMAGES = ("images", "samples", "arr_0")
+_LABELS = ("labels", "label", "classes", "targets", "y", "arr_1")
 
 
 class Source(Protocol):
@@ -72,6 +81,26 @@ def report_broken(errors: Sequence[BrokenImage], total: int, what: str) -> None:
 def _list(errors: Sequence[BrokenImage], most: int = 10) -> str:
   lines = [f"  {error.name}: {error.reason}" for error in errors[:most]]
   return "\n".join([*lines, f"  and {len(errors) - most:,} more"] if len(errors) > most else lines)
+
+
+def check_labels(labels: np.ndarray) -> np.ndarray:
+  """Return integer labels as int32.
+
+  Raises:
+    ValueError: if one is no class that int32 holds, and not `NO_CLASS`.
+  """
+  lowest, highest = np.min(labels), np.max(labels)
+  if lowest < NO_CLASS or highest > _LARGEST_LABEL:
+    raise ValueError(
+      f"Got labels from {lowest} to {highest}; expected 0 to {_LARGEST_LABEL}, or {NO_CLASS} for an image without a class. Number the classes from 0."
+    )
+  return labels.astype(np.int32)
+
+
+def known_labels(source: Source) -> np.ndarray | None:
+  """Return the labels [N], or None if an image has none, or they would have to be read with the images."""
+  labels = getattr(source, "labels", None)
+  return None if labels is None or np.min(labels) == NO_CLASS else labels
 
 
 def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
@@ -154,7 +183,7 @@ class ArraySource:
 
   Args:
     images: [N, H, W, C] uint8.
-    labels: [N] integers; all 0 by default.
+    labels: [N] integers from 0, or `NO_CLASS`; all `NO_CLASS` by default.
 
   Raises:
     ValueError: if the images are not uint8 of four axes, there are none, or the labels do not match them.
@@ -165,12 +194,12 @@ class ArraySource:
       raise ValueError(
         f"Got images of shape {images.shape} and type {images.dtype}; wanted at least one, [N, H, W, C], uint8 (0 to 255)."
       )
-    labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels)
+    labels = np.full(len(images), NO_CLASS) if labels is None else np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
       raise ValueError(
         f"Got labels of shape {labels.shape} and type {labels.dtype} for {len(images)} images; wanted one integer an image."
       )
-    self.images, self.labels = images, labels.astype(np.int32)
+    self.images, self.labels = images, check_labels(labels)
 
   def __len__(self) -> int:
     return len(self.images)
@@ -221,28 +250,43 @@ def mnist(size: int = 28) -> ArraySource:
 
 
 def arrays(path: str | Path) -> ArraySource:
-  """Images from an .npz file: `images` (or `samples`, or `arr_0`) uint8 [N, H, W, C] or [N, H, W], and optional `labels` [N].
+  """Return the images of an .npz file, with their labels if it has some.
+
+  Images are uint8 [N, H, W, C] or [N, H, W], named `images`, `samples` or `arr_0`; labels are integers [N], named `labels`, `label`,
+  `classes`, `targets`, `y` or `arr_1`.
 
   Raises:
-    ValueError: if the file is missing, unreadable, or holds no such array.
+    ValueError: if the file is missing, unreadable, or holds no such array or several.
   """
   path = Path(path)
   if not path.is_file():
+    what = "is a folder" if path.exists() else "does not exist"
     raise ValueError(
-      f"Got the data file {str(path)!r}, which does not exist; wanted an .npz file. Set --config.data.path."
+      f"Got the data file {str(path)!r}, which {what}; wanted an .npz file. Set --config.data.path, or for a folder --config.data.source=folder."
     )
   try:
     with np.load(path) as file:
-      content = {name: file[name] for name in file.files}
+      known = list(file.files)
+      # Nothing else is read: it may be large.
+      content = {name: file[name] for name in known if name in _IMAGES + _LABELS}
   except Exception as error:
     raise ValueError(f"Cannot read {path} as an .npz file: {error}.") from error
-  for name in ("images", "samples", "arr_0"):
-    if name in content:
-      images = content[name]
-      return ArraySource(images[..., None] if images.ndim == 3 else images, content.get("labels"))
-  raise ValueError(
-    f"Got {path} with the arrays {sorted(content)}; wanted 'images', uint8 [N, H, W, C], and optionally 'labels' [N]."
-  )
+  images, labels = (_one_of(path, content, names) for names in (_IMAGES, _LABELS))
+  if images is None:
+    raise ValueError(
+      f"Got {path} with the arrays {sorted(known)}; wanted 'images', uint8 [N, H, W, C], and optionally 'labels' [N]."
+    )
+  try:
+    return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _one_of(path: Path, content: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray | None:
+  found = [name for name in names if name in content]
+  if len(found) > 1:
+    raise ValueError(f"Got {path} with the arrays {found}; expected one of them. Save it without the others.")
+  return content[found[0]] if found else None
 
 
 class _Subset:
@@ -267,14 +311,25 @@ class _Subset:
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
-  """The source without `count` of its images, drawn once and for all, and those images.
+  """Return the source without `count` of its images, drawn once and for all, and those images.
+
+  Args:
+    source: any source.
+    count: how many; `A_TENTH` for a tenth of the images, at least 1 and at most 500.
 
   Raises:
     ValueError: if that leaves nothing to train on, or nothing is held out.
   """
+  if count == A_TENTH:
+    count = min(max(len(source) // 10, 1), _MOST_OF_A_TENTH)
+  if len(source) < 2:
+    raise ValueError(
+      "Got one image to train on and to hold out; expected two or more. Add some, or set --config.data.hold_out=0."
+    )
   if not 0 < count < len(source):
     raise ValueError(
-      f"Got data.hold_out={count} for {len(source)} images; wanted 1 to {len(source) - 1}, so that some are left to train on."
+      f"Got data.hold_out={count} for {len(source)} images; expected 1 to {len(source) - 1}, so that some are left to train on, or"
+      f" {A_TENTH} for a tenth of them. Set --config.data.hold_out."
     )
   order = np.random.default_rng(0).permutation(len(source))
   return _Subset(source, np.sort(order[count:])), _Subset(source, np.sort(order[:count]))

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit
-from ddpm_jax.data.sources import BrokenImage
+from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_labels
+from ddpm_jax.places import user_path
 
 
 class TfdsSource:
@@ -81,13 +83,19 @@ class TfdsSource:
     try:
       record = self.records[index]
       pixels = np.asarray(record["image"])
-      image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+      image = eight_bits(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels))
     except Exception as error:
       raise BrokenImage(name, _first_line(error)) from error
     try:
-      return {"image": fit(image, *self._fit), "label": int(record.get("label", 0))}
+      return {"image": fit(image, *self._fit), "label": _class_of(record)}
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from error
+
+
+def _class_of(record: dict[str, Any]) -> int:
+  label = np.asarray(record.get("label", NO_CLASS))
+  # A number to predict, or several classes at once, are no class.
+  return int(check_labels(label)) if label.shape == () and np.issubdtype(label.dtype, np.integer) else NO_CLASS
 
 
 def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, dict[str, int], bool]:
@@ -175,7 +183,7 @@ def _import(module: str) -> None:
 
 
 def _load_file(path: Path) -> ModuleType:
-  path = path.expanduser().absolute()
+  path = user_path(path).absolute()
   if path.stem in sys.modules:
     loaded = sys.modules[path.stem]
     if getattr(loaded, "__file__", None) == str(path):

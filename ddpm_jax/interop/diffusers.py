@@ -18,6 +18,7 @@ import numpy as np
 from ddpm_jax import guidance, predictions
 from ddpm_jax.interop import schedulers, tensors, unet2d
 from ddpm_jax.networks import UNet
+from ddpm_jax.places import user_path
 from ddpm_jax.predictions import Denoise, Prediction
 from ddpm_jax.processes import Process
 
@@ -152,7 +153,7 @@ def find(path: str | Path) -> Path:
   Raises:
     ValueError: if there is neither.
   """
-  folder = Path(path).expanduser()
+  folder = user_path(path)
   if folder.is_dir():
     return folder
   name = str(path)
@@ -274,7 +275,7 @@ def save(
 
 def check_output(path: str | Path) -> Path:
   """The folder to write to; a ValueError if it is a file, or not empty."""
-  folder = Path(path).expanduser().absolute()
+  folder = user_path(path).absolute()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f"Got {folder} to write a model to, which exists and is not empty; wanted a new folder.")
   return folder

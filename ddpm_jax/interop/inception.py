@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks.inception import SHARED, SIZE, TAPS, Inception
+from ddpm_jax.places import user_path
 
 PyTree = Any
 
@@ -78,7 +79,7 @@ def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLIS
   """
   import safetensors.numpy
 
-  output = Path(output).expanduser()
+  output = user_path(output)
   if output.suffix != ".safetensors" or output.exists():
     raise ValueError(
       f"Got --output={output}{', which exists' if output.exists() else ''}; wanted a new file that ends in .safetensors."
@@ -95,7 +96,7 @@ def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLIS
 
 
 def _existing(path: str | Path) -> Path:
-  if not str(path) or not Path(path).expanduser().is_file():
+  if not str(path) or not user_path(path).is_file():
     given = (
       f"Got the Inception weights {str(path)!r}, a file that does not exist"
       if str(path)
@@ -106,7 +107,7 @@ def _existing(path: str | Path) -> Path:
       " --output=<new file>.safetensors makes one of it that needs no PyTorch. Or score in other features:"
       " --config.evaluation.features=pixels."
     )
-  return Path(path).expanduser()
+  return user_path(path)
 
 
 def _sha256(path: Path) -> str:

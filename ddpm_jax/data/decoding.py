@@ -1,0 +1,99 @@
+"""The one reader of image files: every image of a data set, an input or a mask is decoded here."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.data.sources import BrokenImage
+
+# Pillow only identifies the first five; it runs another program on EPS; and .pcd files are point clouds today, not Photo CDs.
+_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PCD"}
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+
+
+@functools.cache
+def extensions() -> tuple[str, ...]:
+  """Return the endings of the image files that Pillow decodes here, such as ".png"."""
+  from PIL import Image
+
+  Image.init()
+  # Pillow opens MPO files by the JPEG plugin.
+  decoded = (set(Image.OPEN) | {"MPO"}) - _NOT_DECODED
+  return tuple(sorted(ending for ending, kind in Image.registered_extensions().items() if kind in decoded))
+
+
+def decode(path: str | Path) -> Any:
+  """Return the image of a file as a PIL image, upright and with 8 bits a channel.
+
+  Of an animation it is the first frame. EXIF says which way up the image is.
+
+  Raises:
+    BrokenImage: if the file cannot be decoded, is larger than Pillow allows, or has pixels without a known range.
+  """
+  from PIL import Image
+
+  try:
+    with Image.open(path) as opened:
+      # Asked of the opened file: a turned image no longer knows its format.
+      bits = _bits(opened)
+      opened.load()
+      return _to_eight_bits(_upright(opened), bits)
+  except Exception as error:
+    raise BrokenImage(str(path), str(error) or type(error).__name__) from error
+
+
+def eight_bits(image: Any) -> Any:
+  """Return a PIL image with 8 bits a channel, scaled by the range of its type.
+
+  Raises:
+    ValueError: if its pixels are floats or 32-bit integers, whose range is unknown.
+  """
+  return _to_eight_bits(image, _bits(image))
+
+
+def _bits(image: Any) -> int:
+  """Return how many bits a pixel's value has."""
+  if image.mode.startswith("I;16"):
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+      # Pillow inverts such images of 8 bits alone.
+      raise ValueError("its white is 0; expected black to be 0 in a TIFF of 16 bits. Convert it first")
+    return int(tags.get(_TIFF_BITS, (16,))[0])  # A TIFF may have 12 of them.
+  if image.mode == "I" and image.format == "PPM":
+    return 16  # Pillow scales all larger maxima to 65,535.
+  if image.mode in ("I", "F"):
+    kind = "signed or 32-bit integers" if image.mode == "I" else "floats"
+    raise ValueError(
+      f"its pixels are {kind}, whose range is unknown; expected 8 or 16 bits a channel. Convert it first"
+    )
+  return 8
+
+
+def _to_eight_bits(image: Any, bits: int) -> Any:
+  from PIL import Image
+
+  # Pillow's own conversion would clip at 255: almost everything would be white.
+  return image if bits == 8 else Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+
+
+def _upright(image: Any) -> Any:
+  from PIL import ExifTags, Image
+
+  turns = Image.Transpose
+  try:
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+  except Exception:
+    return image  # Damaged EXIF says nothing about the orientation: every viewer shows the image as it is.
+  # ImageOps.exif_transpose would also write the EXIF anew, which fails where any other tag is malformed.
+  turn = {
+    2: turns.FLIP_LEFT_RIGHT,
+    3: turns.ROTATE_180,
+    4: turns.FLIP_TOP_BOTTOM,
+    5: turns.TRANSPOSE,
+    6: turns.ROTATE_270,
+    7: turns.TRANSVERSE,
+    8: turns.ROTATE_90,
+  }.get(orientation)
+  return image if turn is None else image.transpose(turn)

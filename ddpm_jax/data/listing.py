@@ -1,0 +1,192 @@
+"""Which images lie in a folder, of which there may be millions: a listing is kept in a file and checked against changes."""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ddpm_jax.data.decoding import extensions
+from ddpm_jax.places import cache_folder
+
+_VERSION = 2
+# A folder that changed this shortly before it was listed may change again within one tick of the file system's clock.
+_TICK_NS = 2 * 10**9
+_ALWAYS_AGAIN = b""
+# What systems put beside images: archives of macOS, thumbnails, recycled and recovered files.
+_SYSTEM = {
+  b"__MACOSX",
+  b"@eaDir",
+  b"$RECYCLE.BIN",
+  b"#recycle",
+  b"System Volume Information",
+  b"lost+found",
+  b"Thumbs.db",
+  b"desktop.ini",
+}
+_HIDDEN = b"hidden or of the system"
+
+
+class Folder(NamedTuple):
+  """What one folder holds.
+
+  Attributes:
+    stamp: device, inode, and times of modification and of status change. Another folder put in its place has another one.
+    names: file names of the images, each ended by a zero byte.
+    folders: names of the folders in it.
+    others: how many files of each other kind there are, such as b"12 .txt", each ended by a zero byte.
+  """
+
+  stamp: bytes
+  names: bytes
+  folders: tuple[bytes, ...]
+  others: bytes
+
+
+def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
+  """Return the folders in `root` by their relative paths, in order.
+
+  Links to folders are followed, each folder once. What is hidden is passed over. Unchanged folders come from the cache.
+
+  Raises:
+    ValueError: if a folder cannot be listed.
+  """
+  cache = _cache_file(root) if cached else None
+  known = _load(cache) if cache else {}
+  found: dict[bytes, Folder] = {}
+  seen, waiting = set(), [b""]
+  with tqdm(desc="listing images", unit=" folders", delay=2) as bar:
+    while waiting:
+      name = waiting.pop()
+      path = os.path.join(root, name) if name else root
+      try:
+        # Before it is listed: a change in between shows next time.
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+          continue
+        seen.add((status.st_dev, status.st_ino))
+        folder = known.get(name)
+        if folder is None or folder.stamp != _stamp(status):
+          folder = _list(path, status)
+      except OSError as error:
+        raise ValueError(
+          f"Cannot list the folder {os.fsdecode(path)} ({error.strerror}); expected to read all folders in {os.fsdecode(root)}. Make it"
+          " readable, or move it out."
+        ) from error
+      found[name] = folder
+      waiting.extend(os.path.join(name, inner) for inner in reversed(folder.folders))
+      bar.update()
+  if cache and found != known:
+    _save(cache, found)
+  return found
+
+
+def passed_over(folders: Iterable[Folder]) -> str:
+  """Return how many files of which kinds are no images, such as "12 .txt, 1 without an ending"; empty if all are."""
+  counts: Counter[str] = Counter()
+  for folder in folders:
+    for part in folder.others.split(b"\0")[:-1]:
+      count, kind = part.decode(errors="replace").split(" ", 1)
+      counts[kind] += int(count)
+  most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+  kinds = [f"{count:,} {kind}" for kind, count in most_first[:5]]
+  rest = sum(count for _, count in most_first[5:])
+  return ", ".join([*kinds, f"{rest:,} others"] if rest else kinds)
+
+
+def _stamp(status: os.stat_result) -> bytes:
+  # The time of status change cannot be set: it tells a folder whose files were replaced and whose modification time was restored.
+  return b"%d:%d:%d:%d" % (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _list(path: bytes, status: os.stat_result) -> Folder:
+  names, folders, others, images = [], [], Counter[bytes](), set(_endings())
+  with os.scandir(path) as entries:
+    for entry in entries:
+      if entry.name.startswith(b".") or entry.name in _SYSTEM:
+        others[_HIDDEN] += 1
+      elif _is_folder(entry):
+        folders.append(entry.name)
+      elif (ending := os.path.splitext(entry.name)[1].lower()) not in images:
+        others[ending or b"without an ending"] += 1
+      elif entry.is_symlink() or entry.is_file():
+        # A link to nothing is a broken image, which is named; opening a pipe would wait forever.
+        names.append(entry.name + b"\0")
+      else:
+        others[b"no regular file"] += 1
+  settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _TICK_NS
+  counted = b"".join(b"%d %s\0" % (count, kind) for kind, count in sorted(others.items()))
+  return Folder(_stamp(status) if settled else _ALWAYS_AGAIN, b"".join(sorted(names)), tuple(sorted(folders)), counted)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError:
+    return False  # a link that leads nowhere
+
+
+def _endings() -> tuple[bytes, ...]:
+  return tuple(os.fsencode(extension) for extension in extensions())
+
+
+def _cache_file(root: bytes) -> Path | None:
+  home = cache_folder("folders")
+  return home / f"{hashlib.sha256(root).hexdigest()[:32]}.npz" if home else None
+
+
+def _load(cache: Path) -> dict[bytes, Folder]:
+  """Return what was saved; nothing if that is missing, broken, of another version, or of other endings."""
+  try:
+    with np.load(cache) as file:
+      if file["version"] != _VERSION or file["endings"].tobytes() != b"\0".join(_endings()):
+        return {}
+      texts = {key: file[key].tobytes() for key in ("paths", "stamps", "inner", "names", "others")}
+      counts = {key: file[key].tolist() for key in ("num_inner", "names_size", "others_size")}
+    inner, names, others = iter(texts["inner"].split(b"\0")), texts["names"], texts["others"]
+    known, start, start_others = {}, 0, 0
+    for path, stamp, count, size, size_others in zip(
+      texts["paths"].split(b"\0"), texts["stamps"].split(b"\0"), *counts.values(), strict=True
+    ):
+      folders = tuple(next(inner) for _ in range(count))
+      known[path] = Folder(
+        stamp, names[start : start + size], folders, others[start_others : start_others + size_others]
+      )
+      start, start_others = start + size, start_others + size_others
+    return known
+  except Exception:
+    return {}
+
+
+def _save(cache: Path, found: dict[bytes, Folder]) -> None:
+  """Save what was found, whole or not at all: where it cannot be written, the next start takes some seconds longer."""
+  folders = found.values()
+  texts = {
+    "endings": b"\0".join(_endings()),
+    "paths": b"\0".join(found),
+    "stamps": b"\0".join(folder.stamp for folder in folders),
+    "inner": b"\0".join(inner for folder in folders for inner in folder.folders),
+    "names": b"".join(folder.names for folder in folders),
+    "others": b"".join(folder.others for folder in folders),
+  }
+  numbers = {
+    "version": _VERSION,
+    "num_inner": [len(folder.folders) for folder in folders],
+    "names_size": [len(folder.names) for folder in folders],
+    "others_size": [len(folder.others) for folder in folders],
+  }
+  temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.tmp")
+  try:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+      np.savez(file, **{key: np.frombuffer(text, np.uint8) for key, text in texts.items()}, **numbers)  # type: ignore[arg-type]
+    os.replace(temporary, cache)
+  except OSError:
+    with contextlib.suppress(OSError):
+      temporary.unlink()

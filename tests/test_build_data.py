@@ -1,0 +1,261 @@
+"""Which images a config names, how their classes are numbered, and what is refused."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import folder
+from ddpm_jax import build, data, interop, metrics, prepare
+from ddpm_jax.places import user_path
+from tests.commands import DENSE, assert_refused, call
+from tests.recipes import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def write(root, **counts):
+  """Folders of gray images, all of one level each: so that an image tells its folder."""
+  for number, (name, count) in enumerate(counts.items()):
+    folder = root / name.replace("__", "/")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+      Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(folder / f"{index}.png")
+
+
+def config_of(path, classes=0, **keys):
+  config = tiny_config()
+  config.data.update({"source": "folder", "path": str(path), "eval_split": "test", "hold_out": 0, **keys})
+  config.network.num_classes = classes
+  return config
+
+
+def labels_of(source):
+  return [int(source[index]["label"]) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_held_out_classes_have_the_numbers_of_the_training_split(tmp_path, packed):
+  write(tmp_path / "a", train__cat=1, train__dog=2, train__emu=1, test__dog=1, test__emu=2)
+  config = config_of(tmp_path / "a", 3)
+  if packed:
+    # Each split alone, so that each pack numbers the classes by itself.
+    for split in ("train", "test"):
+      alone = config_of(tmp_path / "a" / split, eval_split="", train_split="")
+      prepare.run_prepare(alone, tmp_path / "b" / split)
+    config.data.update({"source": "packed", "path": str(tmp_path / "b")})
+  train, held_out = build.build_data(config)
+  assert labels_of(train) == [0, 1, 1, 2]
+  assert labels_of(held_out) == [1, 2, 2]
+  _, on_disk = build.build_sources(config)
+  assert on_disk.classes == ["cat", "dog", "emu"]
+  assert list(on_disk.labels) == [1, 2, 2]
+  np.testing.assert_array_equal(data.read(on_disk, [2, 0])["label"], [2, 1])
+
+
+@pytest.mark.parametrize(
+  ("folders", "message"),
+  [
+    (
+      {"train__cat": 1, "train__dog": 1, "test__fox": 1, "test__dog": 1},
+      r"1 image\(s\).*test/fox/0\.png.*: cat, dog\. Move",
+    ),
+    ({"train__cat": 1, "train__dog": 1, "test__.": 1}, r"1 image\(s\) without a class, such as .*test/0\.png"),
+    ({"cat": 1, "dog": 1, ".": 2}, r"2 image\(s\) without a class, such as .*/0\.png.*: cat, dog\. Move or remove"),
+    ({".": 2}, r"2 image\(s\) without a class, such as .*; expected each in the folder of its class\. Move"),
+    ({"train__.": 2, "test__cat": 1}, r"2 image\(s\) without a class, such as .*train/0\.png"),
+  ],
+)
+def test_images_without_a_class_are_refused_by_a_model_with_classes(tmp_path, folders, message):
+  write(tmp_path, **folders)
+  for make in (build.build_sources, build.build_data):
+    with pytest.raises(ValueError, match=message):
+      make(config_of(tmp_path, 2))
+  sources = build.build_data(config_of(tmp_path))
+  assert data.NO_CLASS in [label for source in sources if source is not None for label in labels_of(source)]
+  assert build.evaluation.features_of(config_of(tmp_path), sources[0]) == "pixels"
+
+
+def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
+  write(tmp_path / "a", **{"cat": 1, ".": 1})
+  prepare.run_prepare(config_of(tmp_path / "a"), tmp_path / "b")
+  config = config_of(tmp_path / "b", source="packed", eval_split="")
+  assert labels_of(build.build_data(config)[0]) == [data.NO_CLASS, 0]
+  config.network.num_classes = 1
+  with pytest.raises(ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew"):
+    build.build_data(config)
+
+
+def test_arrays_without_labels_are_refused_by_a_model_with_classes(tmp_path):
+  np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
+  assert len(build.build_data(config_of(tmp_path / "a.npz", source="arrays"))[0]) == 3
+  with pytest.raises(ValueError, match=r"3 image\(s\) without a class .*an array 'labels' in the file\. Add it"):
+    build.build_data(config_of(tmp_path / "a.npz", 2, source="arrays"))
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_class_may_be_called_as_a_split(tmp_path, name, capsys):
+  write(tmp_path, **{"bus": 1, "car": 1, name: 2})
+  train, held_out = build.build_data(config_of(tmp_path, 3))
+  assert held_out is None
+  assert labels_of(train) == [0, 1, 2, 2]
+  assert (
+    f"{name} is taken for a class, as bus, car beside it; if it is a split: --config.data.path={tmp_path / name}"
+    in (capsys.readouterr().out)
+  )
+
+
+def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
+  write(tmp_path, bus=1, test=1, train=1)
+  train, held_out = build.build_data(config_of(tmp_path))
+  assert (len(train), len(held_out)) == (1, 1)
+  assert f"passed over in {tmp_path}, beside train and test: bus\n" in capsys.readouterr().out
+  train, held_out = build.build_data(config_of(tmp_path, 3, train_split="", eval_split=""))
+  assert held_out is None
+  assert labels_of(train) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  ("folders", "keys", "message"),
+  [
+    ({"train": 1}, {}, r"of which only 'train' is in it; wanted .*/test too, or neither"),
+    ({"train": 1, "val": 1}, {}, r"of which only 'train' is in it; wanted .*/test too"),
+    ({"test": 1, "validation": 1}, {}, r"of which only 'test' is in it; wanted .*/train too"),
+    ({"test": 1}, {"train_split": ""}, r"of which only 'test' is in it; wanted .*/train too"),
+    ({"Train": 1, "Test": 1}, {}, "sub-folders Test, Train, which look like splits.*train_split and .*eval_split"),
+    ({"training": 1, "validation": 1}, {}, "sub-folders training, validation, which look like splits"),
+    ({"train": 1, "annotations": 0}, {}, "of which only 'train' is in it"),
+  ],
+)
+def test_splits_of_other_names_are_no_classes(tmp_path, folders, keys, message):
+  write(tmp_path, **folders)
+  with pytest.raises(ValueError, match=message):
+    build.build_data(config_of(tmp_path, **keys))
+
+
+@pytest.mark.parametrize("others", [{}, {"test": 1}, {"annotations": 0}])
+def test_one_split_is_taken_alone(tmp_path, others):
+  write(tmp_path, train=2, **others)
+  train, held_out = build.build_data(config_of(tmp_path, eval_split="", hold_out=0))
+  assert (len(train), held_out) == (2, None)
+
+
+def test_the_whole_folder_may_be_the_split(tmp_path):
+  write(tmp_path, a=2)
+  assert len(build.build_data(config_of(tmp_path, train_split=".", eval_split=""))[0]) == 2
+
+
+def test_nested_splits(tmp_path):
+  write(tmp_path, images__train=2, images__val=1, masks__train=2)
+  train, held_out = build.build_data(config_of(tmp_path, train_split="images/train", eval_split="images/val"))
+  assert (len(train), len(held_out)) == (2, 1)
+
+
+# Paths of a user's home.
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  return tmp_path
+
+
+@pytest.mark.parametrize("source", ["folder", "packed", "arrays"])
+def test_a_tilde_in_the_data_path_is_the_home(home, source):
+  write(home / "a", cat=3)
+  if source == "packed":
+    prepare.run_prepare(config_of("~/a"), home / "packed" / "a")
+    (home / "a").rename(home / "images")
+    (home / "packed" / "a").rename(home / "a")
+  if source == "arrays":
+    np.savez(home / "a.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
+  path = "~/a.npz" if source == "arrays" else "~/a"
+  assert len(build.build_data(config_of(path, source=source))[0]) == 3
+  assert not os.path.exists("~")
+
+
+def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
+  statistics = metrics.Statistics(metrics.Gaussian(np.zeros(64), np.eye(64), 9), None, {})
+  metrics.save_statistics(home / "reference.npz", statistics)
+  config = tiny_config()
+  config.evaluation.reference = "~/reference.npz"
+  train, held_out = build.build_data(config)
+  space = build.build_space(config, train, held_out, home / "classifier")
+  assert build.build_reference(config, space, train, held_out).statistics.features.count == 9
+  (home / "weights.safetensors").write_bytes(b"damaged")
+  with pytest.raises(ValueError, match=f"{home}/weights"):
+    interop.inception.load("~/weights.safetensors")
+  (home / "model").mkdir()
+  assert interop.diffusers.find("~/model") == home / "model"
+
+
+@pytest.mark.parametrize(
+  "use",
+  [
+    lambda path: build.build_data(config_of(path)),
+    lambda path: build.build_data(config_of(path, source="packed")),
+    lambda path: build.build_data(config_of(path, source="arrays")),
+    lambda path: interop.diffusers.find(path),
+    lambda path: interop.inception.load(path),
+    lambda path: data.read_inputs(user_path(path), 8, 1),
+    lambda path: data.prepare_tfds("squares", "", f"{path}.py"),
+  ],
+)
+def test_a_home_that_is_not_there_is_refused(use):
+  with pytest.raises(ValueError, match=r"~nobody_here/a.*no home folder ~nobody_here.*Write the path in full"):
+    use("~nobody_here/a")
+
+
+# From the command line.
+
+
+@pytest.mark.parametrize("flag", ["--input", "--mask", "--config.data.path", "--pretrained", "--workdir", "--output"])
+def test_no_home_behind_a_tilde_is_one_message(tmp_path, flag):
+  mode = {
+    "--input": "edit",
+    "--mask": "edit",
+    "--config.data.path": "train",
+    "--workdir": "train",
+    "--output": "prepare",
+  }
+  given = [f"--mode={mode.get(flag, 'sample')}", f"{flag}=~nobody_here/a"]
+  if "edit" in given[0]:
+    given += ["--task=inpaint", f"--input={tmp_path}"][: 1 if flag == "--input" else 2]
+  where = [] if flag == "--workdir" else [f"--workdir={tmp_path / 'run'}"]
+  code, output = call(DENSE, "--config.data.source=folder", *where, *given)
+  assert_refused(code, output, "error: .*no home folder ~nobody_here")
+
+
+def test_wrong_data_end_in_one_message(tmp_path):
+  write(tmp_path / "a", **{"cat": 1, "dog": 1, ".": 1})
+  (tmp_path / "a.zip").write_bytes(b"PK")
+  flags = [DENSE, "--config.data.source=folder", "--config.data.hold_out=0", f"--workdir={tmp_path / 'run'}"]
+  for path, message in (
+    ("a", "1 image.s. without a class, such as .*a/0.png"),
+    ("a.zip", "a file; expected a folder.*Unpack"),
+  ):
+    code, output = call(*flags, f"--config.data.path={tmp_path / path}", "--config.network.num_classes=2")
+    assert_refused(code, output, message)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("photos", "held"), [(450, 45), (12, 1)])
+def test_the_recipe_for_folders_suits_small_ones(tmp_path, photos, held):
+  write(tmp_path, photos=photos)
+  config = folder.get_config()
+  config.data.update({"path": str(tmp_path), "image_size": 8})
+  train, held_out = build.build_data(config)
+  assert (len(train), len(held_out)) == (photos - held, held)
+
+
+def test_a_small_folder_trains_and_is_scored(tmp_path):
+  write(tmp_path / "photos", a=7, b=6)
+  flags = ["--config.data.source=folder", f"--config.data.path={tmp_path / 'photos'}", "--config.data.hold_out=-1"]
+  flags += ["--config.training.steps=2", "--config.evaluation.reference=", "--config.evaluation.num_samples=16"]
+  code, output = call(DENSE, f"--workdir={tmp_path / 'run'}", *flags)
+  assert code == 0, output
+  assert "12 training images" in output, output

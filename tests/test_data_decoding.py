@@ -1,0 +1,189 @@
+"""Image files of every kind: depths, orientations, sizes."""
+
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import data
+from tests.pictures import bomb, pixels_of, write_png
+
+LEVELS = np.arange(256).reshape(16, 16)
+
+
+def read_everywhere(path, size, channels=1):
+  """The image of a file as training and editing read it, which must agree."""
+  (path.parent / "folder").mkdir(exist_ok=True)
+  copy = path.rename(path.parent / "folder" / path.name)
+  trained = data.FolderSource(copy.parent, size, channels)[0]["image"]
+  np.testing.assert_array_equal(data.read_inputs(copy, size, channels).images[0], trained)
+  return trained
+
+
+def write_tiff(path, pixels, bits, white=1):
+  """A gray TIFF of fewer bits, or with another white, than Pillow writes."""
+  content = pixels.astype(np.uint16).tobytes() if bits == 16 else pack_12_bits(pixels)
+  tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, white), (273, 8 + 2 + 12 * 8 + 4), (278, 16)]
+  tags.append((279, len(content)))
+  entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+  path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + content)
+
+
+def pack_12_bits(pixels):
+  first, second = pixels.reshape(-1, 2).T
+  return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8).tobytes()
+
+
+WRITERS = {
+  "png": lambda path: Image.fromarray((LEVELS * 257).astype(np.uint16)).save(path),
+  "tif": lambda path: Image.fromarray((LEVELS * 257).astype(np.uint16)).save(path),
+  "12.tif": lambda path: write_tiff(path, LEVELS * 16 + 3, 12),
+  "jp2": lambda path: Image.fromarray((LEVELS * 257).astype(np.uint16)).save(path),
+  "pgm": lambda path: path.write_bytes(b"P5\n16 16\n65535\n" + (LEVELS * 257).astype(">u2").tobytes()),
+  "10.pgm": lambda path: path.write_bytes(b"P5\n16 16\n1023\n" + np.rint(LEVELS * 1023 / 255).astype(">u2").tobytes()),
+  "rgb.png": lambda path: write_png(path, (LEVELS * 257)[..., None].repeat(3, 2), 2),
+  "la.png": lambda path: write_png(path, np.stack([LEVELS * 257, np.full((16, 16), 65535)], -1), 4),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_16_bits_are_scaled_by_their_range(tmp_path, kind):
+  path = tmp_path / f"a.{kind}"
+  WRITERS[kind](path)
+  with Image.open(path) as opened:
+    fitted = data.fit(opened, 16, 1)
+  error = np.abs(read_everywhere(path, 16)[..., 0].astype(int) - LEVELS)
+  assert error.max() <= (1 if kind == "10.pgm" else 0), "levels of 10 bits lie beside those of 8"
+  assert np.max(np.abs(fitted[..., 0] - LEVELS)) == error.max()
+
+
+@pytest.mark.parametrize(
+  ("name", "pixels", "message"),
+  [
+    ("a.tif", np.float32(LEVELS / 255), "floats"),
+    ("a.tif", np.int32(LEVELS), "signed or 32-bit integers"),
+    ("a.pfm", np.float32(LEVELS / 255), "floats"),
+  ],
+)
+def test_pixels_without_a_range_are_refused_by_name(tmp_path, name, pixels, message):
+  (tmp_path / "folder").mkdir()
+  path = tmp_path / "folder" / name
+  Image.fromarray(pixels).save(path)
+  message = rf"a\.\w+: its pixels are {message}, whose range is unknown; expected 8 or 16 bits"
+  with pytest.raises(data.BrokenImage, match=message):
+    data.FolderSource(path.parent, 16, 1)[0]
+  with pytest.raises(ValueError, match=message):
+    data.read_inputs(path, 16, 1)
+  with pytest.raises(ValueError, match=message):
+    data.read_mask(path, 16)
+  with pytest.raises(ValueError, match="whose range is unknown"):
+    data.fit(Image.fromarray(pixels), 16, 1)
+
+
+def test_a_tiff_of_16_bits_whose_white_is_0_is_refused(tmp_path):
+  write_tiff(tmp_path / "a.tif", LEVELS * 257, 16, white=0)
+  with pytest.raises(ValueError, match=r"a\.tif: its white is 0"):
+    data.read_inputs(tmp_path / "a.tif", 16, 1)
+
+
+def oriented(path, pixels, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  Image.fromarray(pixels).save(path, exif=exif, **({"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {}))
+
+
+# How a viewer turns what is stored, by the numbers of the EXIF standard.
+TURNS = {
+  1: lambda x: x,
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.swapaxes(0, 1),
+  6: lambda x: np.rot90(x, -1),
+  7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+  8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_photographs_are_upright_everywhere(tmp_path, suffix, orientation):
+  pixels = np.zeros((8, 8, 3), np.uint8)
+  pixels[:4, :6] = 255
+  pixels[:2, :2] = 128
+  oriented(tmp_path / f"a.{suffix}", pixels, orientation)
+  got = read_everywhere(tmp_path / f"a.{suffix}", 8, 3)
+  np.testing.assert_allclose(got.astype(int), TURNS[orientation](pixels), atol=2)
+
+
+def test_a_mask_and_16_bits_are_turned_too(tmp_path):
+  pixels = np.zeros((8, 8), np.uint8)
+  pixels[:4, :6] = 255
+  oriented(tmp_path / "mask.png", pixels, 6)
+  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", 8)[..., 0], np.rot90(pixels, -1) > 0)
+  oriented(tmp_path / "deep.tif", pixels.astype(np.uint16) * 257, 8)
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "deep.tif", 8)[..., 0], np.rot90(pixels))
+
+
+def test_other_malformed_tags_hide_no_orientation(tmp_path):
+  # A negative width, which Pillow reads and cannot write.
+  entries = struct.pack("<HHIi", 0x0100, 9, 1, -5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+  exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+  Image.fromarray(pixels_of(0, 8)).save(tmp_path / "a.png", exif=exif)
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), np.rot90(pixels_of(0, 8), -1))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_there_is_not_turns_nothing(tmp_path, orientation):
+  oriented(tmp_path / "a.png", pixels_of(0, 8), orientation)
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), pixels_of(0, 8))
+
+
+def test_damaged_exif_breaks_no_image(tmp_path):
+  Image.fromarray(pixels_of(0, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no such header")
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), pixels_of(0, 8))
+
+
+def test_an_image_beyond_pillows_limit_is_one_broken_file(tmp_path, capsys):
+  (tmp_path / "folder").mkdir()
+  path = tmp_path / "folder" / "bomb.png"
+  bomb(path, 40_000)
+  for index in range(2):
+    Image.fromarray(pixels_of(index, 8)).save(path.parent / f"{index}.png")
+  message = r"bomb\.png: Image size \(1600000000 pixels\) exceeds limit"
+  source = data.FolderSource(path.parent, 8)
+  with pytest.raises(ValueError, match=f"{message}.*broken=skip"):
+    data.in_memory(source)
+  np.testing.assert_array_equal(data.in_memory(source, "skip").images[2], pixels_of(0, 8))
+  assert "bomb.png" in capsys.readouterr().out
+  with pytest.raises(ValueError, match=f"Cannot decode the image .*{message}"):
+    data.read_inputs(path, 8, 3)
+  with pytest.raises(ValueError, match=f"Cannot decode --mask=.*{message}"):
+    data.read_mask(path, 8)
+
+
+@pytest.mark.parametrize("hidden", [0, 255])
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_a_mask_with_transparent_pixels_is_refused(tmp_path, mode, hidden):
+  alpha = np.zeros((8, 8), np.uint8)
+  alpha[:4] = 255
+  image = Image.fromarray(np.stack([np.full((8, 8), hidden, np.uint8)] * 3 + [alpha], -1))
+  if mode == "P":
+    image = Image.fromarray(alpha // 255).convert("P")
+    image.putpalette([hidden] * 6)
+    image.info["transparency"] = 0
+  else:
+    image = image.convert(mode)
+  image.save(tmp_path / "mask.png")
+  with pytest.raises(
+    ValueError, match=r"--mask=.*mask\.png with transparent pixels.*expected white.*without transparency"
+  ):
+    data.read_mask(tmp_path / "mask.png", 8)
+
+
+def test_an_opaque_alpha_channel_changes_no_mask(tmp_path):
+  wanted = np.random.default_rng(0).random((8, 8)) < 0.5
+  gray = np.where(wanted, 255, 0).astype(np.uint8)
+  Image.fromarray(np.stack([gray] * 3 + [np.full_like(gray, 255)], -1)).save(tmp_path / "mask.png")
+  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", 8), wanted[..., None])
