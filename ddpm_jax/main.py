@@ -103,8 +103,6 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING if _TRACEBACK.value else logging.FATAL)
   if not _TRACEBACK.value:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
-    # XLA reads this when it is loaded. It takes a compilation of some minutes for a bug.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Python's own tracker of shared memory, a process, cleans up after one that was killed.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
   # The first line comes before JAX and the rest are imported.
@@ -333,7 +331,10 @@ def _cache_compilations() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Flags from the command line; mistakes in them end the program with one message, as all bad input does."""
+  """Return flags from the command line; mistakes in them end the program with one message, as all bad input does."""
+  if not any(word.lstrip("-").startswith("traceback") for word in argv):
+    # XLA reads this when it is loaded, as by a config. It takes a compilation of some minutes for a bug to report.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   for flag, value in zip(argv, [*argv[1:], ""], strict=True):
     if flag.lstrip("-").startswith("config="):
       _check_file(flag.partition("=")[2])

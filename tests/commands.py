@@ -14,6 +14,7 @@ from tests.flags import COMPILE_SOON, PATIENT
 RECIPE = "--config=tests/recipes.py"
 # The same of a network that compiles at once.
 DENSE = "--config=tests/dense.py"
+NOWHERE = "/proc/nowhere"
 
 
 def surroundings(devices):
@@ -26,7 +27,11 @@ def program(*arguments):
   """Run `python -m ddpm_jax.main` and return its code and its output. It imports everything: a test that needs less takes `call`."""
   command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": forked.PATIENCE}
-  result = subprocess.run(command, cwd=ROOT, env=surroundings(1), check=False, **options)
+  # XLA cannot dump there, and logs an error for each program.
+  environment = surroundings(1)
+  environment["XLA_FLAGS"] += f" --xla_dump_to={NOWHERE}"
+  del environment["TF_CPP_MIN_LOG_LEVEL"]  # which JAX sets in this process
+  result = subprocess.run(command, cwd=ROOT, env=environment, check=False, **options)
   return result.returncode, result.stdout
 
 

@@ -47,6 +47,7 @@ def test_training_writes_and_says_everything(run):
   assert report["step"] == 12
   assert report["sampling"]["nfe"] == 4
   assert "compiling the train step" in output
+  assert commands.NOWHERE not in output, "XLA's log is kept out"
   assert "images/s" in output
   for name in ("final.npz", "final.png", "eval.json", "checkpoints", "metrics.jsonl", "floor", "report.html"):
     assert name in output
