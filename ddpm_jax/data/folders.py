@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax import files
 from ddpm_jax.data.fitting import check_fit, fit
 from ddpm_jax.data.sources import BrokenImage
 
@@ -162,7 +163,7 @@ def _load(cache: Path) -> dict[bytes, _Folder]:
 
 
 def _save(cache: Path, found: dict[bytes, _Folder]) -> None:
-  """Saves what was found, whole or not at all; that it cannot be written costs the next start some seconds, no more."""
+  """Save what was found, whole or not at all. A failure is ignored, because it only costs the next start some seconds."""
   folders = found.values()
   texts = {
     "paths": b"\0".join(found),
@@ -175,12 +176,5 @@ def _save(cache: Path, found: dict[bytes, _Folder]) -> None:
     "num_inner": [len(folder.folders) for folder in folders],
     "sizes": [len(folder.names) for folder in folders],
   }
-  temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.tmp")
-  try:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-      np.savez(file, **{key: np.frombuffer(text, np.uint8) for key, text in texts.items()}, **numbers)  # type: ignore[arg-type]
-    os.replace(temporary, cache)
-  except OSError:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
+  with contextlib.suppress(files.WriteError), files.writing(cache) as temporary:
+    np.savez(temporary, **{key: np.frombuffer(text, np.uint8) for key, text in texts.items()}, **numbers)  # type: ignore[arg-type]
