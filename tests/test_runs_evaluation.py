@@ -107,6 +107,18 @@ def test_samples_of_other_weights_or_settings_are_not_taken(on_one_device, copy,
   assert report_of(copy)["scores"]["generated"] != first["scores"]["generated"]
 
 
+def test_a_garbled_log_keeps_no_run_from_its_report_nor_from_going_on(on_one_device, copy, capsys):
+  path = copy / "metrics.jsonl"
+  path.write_bytes(b'{"step": 2, "loss": 0.5}\n{"step": "4"}\n\0\0\xff\n{"step": 4, "lo')
+  score(config_of(report=True), copy)
+  assert f"warning: 3 line(s) of {path} cannot be read" in capsys.readouterr().err
+  assert "Loss" in (copy / "report.html").read_text()
+  config = config_of()
+  config.training.steps = 6
+  runs.run_train(config, copy)
+  assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [2, 6]
+
+
 def test_several_samplers_and_steps_give_a_curve(on_one_device, copy):
   variants = [runs.Variant("heun", 2), runs.Variant("ddim", 2), runs.Variant("ddim", 4)]
   score(config_of(), copy, variants=variants)
