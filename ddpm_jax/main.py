@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import ddpm_jax
-from ddpm_jax import heap
+from ddpm_jax import console, heap
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; sampling and evaluation default to the run's own."
@@ -363,6 +363,9 @@ def _main(argv: list[str]) -> None:
   try:
     main(argv)
   except (ValueError, FloatingPointError, OSError) as error:
+    if isinstance(error, BrokenPipeError) and console.silence_unread():
+      _leave(console.UNREAD)
+      sys.exit(console.UNREAD)
     if _TRACEBACK.value:
       traceback.print_exc()
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
@@ -376,4 +379,5 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(_main, flags_parser=_parse)
+  with console.printing():
+    app.run(_main, flags_parser=_parse)
