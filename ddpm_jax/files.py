@@ -67,20 +67,28 @@ def write_text(path: str | Path, text: str) -> None:
   write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+  """Let what the system refuses within the block be a `WriteError` that names `path`."""
+  try:
+    yield
+  except WriteError:
+    raise
+  except OSError as error:
+    raise unwritten(path, error) from error
+
+
 def append_line(path: str | Path, line: str) -> None:
   """Append a line to a file, whole or not at all; a `WriteError` if that fails."""
   rest = line.encode("utf-8", "backslashreplace") + b"\n"
-  try:
-    with open(path, "ab", buffering=0) as file:
-      size = file.tell()
-      try:
-        while rest:
-          rest = rest[file.write(rest) :]
-      except OSError:
-        file.truncate(size)
-        raise
-  except OSError as error:
-    raise unwritten(path, error) from error
+  with naming(path), open(path, "ab", buffering=0) as file:
+    size = file.tell()
+    try:
+      while rest:
+        rest = rest[file.write(rest) :]
+    except OSError:
+      file.truncate(size)
+      raise
 
 
 @contextlib.contextmanager
@@ -98,10 +106,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
   # An empty folder that exists keeps its place: it may be mounted, a link, or all that may be written to.
   exists = path.is_dir()
   temporary = (path if exists else path.parent) / _unfinished()
-  try:
+  with naming(path):
     temporary.mkdir(parents=True)
-  except OSError as error:
-    raise unwritten(path, error) from error
   try:
     yield temporary
     for file in temporary.rglob("*"):

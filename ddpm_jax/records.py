@@ -54,13 +54,15 @@ class Records:
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Write one line, and one point a curve."""
     files.append_line(self._path, json.dumps({"step": step, **values}))
-    self._board.scalars(step, values)
+    with files.naming(self._folder):
+      self._board.scalars(step, values)
     if self._wandb is not None:
       self._wandb.log(values, step=step)
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture [H, W, C] uint8 for TensorBoard."""
-    self._board.image(step, name, picture)
+    with files.naming(self._folder):
+      self._board.image(step, name, picture)
     if self._wandb is not None:
       import wandb as service
 
@@ -68,7 +70,8 @@ class Records:
 
   def close(self) -> None:
     """Writes out what is still in memory."""
-    self._board.close()
+    with files.naming(self._folder):
+      self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
 

@@ -61,16 +61,17 @@ class Rows:
     self._begin()
 
   def _begin(self) -> None:
-    try:
+    with files.naming(self._array_path):
       self.path.parent.mkdir(parents=True, exist_ok=True)
       self._notes_path.unlink(missing_ok=True)
-      self._array = np.lib.format.open_memmap(self._array_path, mode="w+", dtype=self._dtype, shape=self._shape)
-      with self._array_path.open("r+b") as file:
-        # Now: a full disk would later end the process without a word.
-        os.posix_fallocate(file.fileno(), 0, self._array_path.stat().st_size)
-    except OSError as error:
-      self._array_path.unlink(missing_ok=True)
-      raise files.unwritten(self._array_path, error) from error
+      try:
+        self._array = np.lib.format.open_memmap(self._array_path, mode="w+", dtype=self._dtype, shape=self._shape)
+        with self._array_path.open("r+b") as file:
+          # Now: a full disk would later end the process without a word.
+          os.posix_fallocate(file.fileno(), 0, self._array_path.stat().st_size)
+      except OSError:
+        self._array_path.unlink(missing_ok=True)
+        raise
 
   def _read_whole(self) -> bool:
     sealed.check_archive(self._whole_path)

@@ -1,9 +1,10 @@
 """Files and folders that appear whole or not at all, whoever writes them and whenever the disk is full."""
 
+import ast
 import contextlib
-import json
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,12 +188,66 @@ def test_pictures_keep_their_kind(tmp_path):
 def test_a_log_on_a_full_disk_keeps_whole_lines(tmp_path):
   log = records.Records(tmp_path, 0)
   log.scalars(1, {"loss": 0.5})
-  with (
-    small_files(os.path.getsize(tmp_path / "metrics.jsonl") + 10),
-    pytest.raises(files.WriteError, match=r"Cannot write .*metrics\.jsonl"),
-  ):
-    log.scalars(2, {"loss": 0.25})
-  log.close()
-  assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-    {"step": 1, "loss": 0.5}
-  ]
+  with small_files(os.path.getsize(tmp_path / "metrics.jsonl") + 10):
+    with pytest.raises(files.WriteError, match=r"Cannot write .*metrics\.jsonl: File too large"):
+      log.scalars(2, {"loss": 0.25})
+    # TensorBoard's file is larger already.
+    with pytest.raises(files.WriteError, match=r"Cannot write .*tensorboard: File too large"):
+      log.image(3, "noise", NOISE[0])
+    with pytest.raises(files.WriteError, match=r"Cannot write .*tensorboard: File too large"):
+      log.close()
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
+# What writes a file or a folder under its name, and may do so only to the path that `files` yields.
+_WRITES = {
+  "write_text",
+  "write_bytes",
+  "save",
+  "savez",
+  "savez_compressed",
+  "save_file",
+  "dump",
+  "rename",
+  "renames",
+}
+_OF_OURS = {"files", "sealed", "tensors", "interop", "diffusers", "checkpoints", "snapshots", "_manager"}
+
+
+def _name(node):
+  """Return the last name of what a call belongs to, such as "os" of `os.replace`."""
+  return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def writes(tree):
+  """Yield the calls in a module that write files outside of `with files.writing(...)`."""
+  guarded = set()
+  for block in ast.walk(tree):
+    if isinstance(block, ast.With) and any("files.writing(" in ast.unparse(item) for item in block.items):
+      guarded |= set(ast.walk(block))
+  for call in ast.walk(tree):
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call not in guarded:
+      owner, method = _name(call.func.value), call.func.attr
+      mode = [word.value for word in call.args if isinstance(word, ast.Constant)]
+      opens = method == "open" and any(word in ("w", "wb", "a", "ab", "x", "xb") for word in mode)
+      if opens or (method == "replace" and owner == "os") or (method in _WRITES and owner not in _OF_OURS):
+        yield ast.unparse(call)
+
+
+def test_the_package_writes_through_files_alone():
+  found = {}
+  for path in sorted(Path(files.__file__).parent.rglob("*.py")):
+    if calls := list(writes(ast.parse(path.read_text("utf-8")))):
+      found[path.name] = calls
+  del found["files.py"]
+  assert found == {
+    # A picture in memory, and the move of a damaged file.
+    "pictures.py": ["Image.fromarray(np.ascontiguousarray(image)).save(file, 'png', optimize=image.size < 100000.0)"],
+    "sealed.py": ["os.rename(path, place)"],
+  }
+
+
+def test_writes_are_found():
+  """By the rule above, so that the test before is not an empty one."""
+  text = "np.savez(a)\nPath(a).write_text(b)\nos.replace(a, b)\nopen_.open('wb')\nwith files.writing(a) as t:\n  np.save(t, b)\n"
+  assert len(list(writes(ast.parse(text)))) == 4
