@@ -47,12 +47,13 @@ def writing(path: str | Path) -> Iterator[Path]:
     _sync(temporary)
     os.replace(temporary, path)
   except Exception as error:
+    # Before the free space is looked up.
+    _remove(temporary)
     if isinstance(error, OSError) or _is_full(error):
       raise unwritten(path, error) from error
     raise
   finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
+    _remove(temporary)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -162,10 +163,15 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _free(path: Path) -> str:
-  for place in path.absolute().parents:
+  for place in (path.absolute(), *path.absolute().parents):
     with contextlib.suppress(OSError):
       return f"{shutil.disk_usage(place).free:,} bytes"
   return "an unknown number of bytes"
+
+
+def _remove(path: Path) -> None:
+  with contextlib.suppress(OSError):
+    path.unlink()
 
 
 def _sync(path: Path) -> None:

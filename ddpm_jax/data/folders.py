@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import files
+from ddpm_jax import files, sealed
 from ddpm_jax.data.fitting import check_fit, fit
 from ddpm_jax.data.sources import BrokenImage
 
@@ -148,6 +148,7 @@ def _cache_file(root: bytes) -> Path:
 def _load(cache: Path) -> dict[bytes, _Folder]:
   """What was saved; nothing if that is missing, of another version or broken."""
   try:
+    sealed.check_archive(cache)
     with np.load(cache) as file:
       if file["version"] != _VERSION:
         return {}

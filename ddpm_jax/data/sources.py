@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax import sealed
+
 Batch = dict[str, np.ndarray]
 # What `in_memory` is willing to hold.
 _MEMORY_LIMIT = 2**30
@@ -232,6 +234,8 @@ def arrays(path: str | Path) -> ArraySource:
       f"Got the data file {str(path)!r}, which does not exist; wanted an .npz file. Set --config.data.path."
     )
   try:
+    # First: what is read of a damaged archive need not meet its checksums.
+    sealed.check_archive(path)
     with np.load(path) as file:
       content = {name: file[name] for name in file.files}
   except Exception as error:
