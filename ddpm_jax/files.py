@@ -10,6 +10,7 @@ from pathlib import Path
 
 # What only writing meets. Libraries in C++ and Rust give the system's words and no number.
 _FULL = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+_UNFINISHED = ".unfinished-"
 _count = itertools.count()
 
 
@@ -108,6 +109,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
   exists = path.is_dir()
   temporary = (path if exists else path.parent) / _unfinished()
   with naming(path):
+    # What a killed process left.
+    for left in path.glob(f"{_UNFINISHED}*"):
+      shutil.rmtree(left)
     temporary.mkdir(parents=True)
   try:
     yield temporary
@@ -134,7 +138,7 @@ def check_new_folder(path: str | Path) -> None:
   path = Path(path)
   if path.is_symlink() and not path.exists():
     raise ValueError(f"Got the output {path}, a link to nothing; expected a new or an empty folder. Remove the link.")
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+  if path.exists() and (not path.is_dir() or any(not entry.name.startswith(_UNFINISHED) for entry in path.iterdir())):
     raise ValueError(
       f"Got the output {path}, which exists and is not empty; expected a new or an empty folder, so that nothing is"
       " overwritten. Choose another."
@@ -180,4 +184,4 @@ def _sync(path: Path) -> None:
 
 
 def _unfinished() -> str:
-  return f".unfinished-{os.getpid()}-{next(_count)}"
+  return f"{_UNFINISHED}{os.getpid()}-{next(_count)}"

@@ -161,6 +161,14 @@ def test_an_empty_folder_that_is_there_keeps_its_place(tmp_path):
   assert {path.name: path.read_text() for path in (tmp_path / "real").iterdir()} == {"a": "a"}
 
 
+def test_what_a_killed_process_left_in_a_folder_is_in_nobody_s_way(tmp_path):
+  (tmp_path / ".unfinished-1-0").mkdir()
+  (tmp_path / ".unfinished-1-0" / "half").write_text("")
+  with files.new_folder(tmp_path) as folder:
+    (folder / "a").write_text("a")
+  assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("kind", ["file", "full", "dangling"])
 def test_a_place_that_is_taken_is_refused(tmp_path, kind):
   path = tmp_path / "place"
