@@ -172,8 +172,8 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
       metrics.load_statistics(path)
     assert str(path) in str(error.value)
-  # The last bit of what describes mu: read as numbers of half the size, it would never meet its checksum.
-  np.savez(path, mu=mean, sigma=covariance)
+  # What describes the arrays: read as numbers of half the size, they would never meet their checksums.
+  np.savez(path, mu=np.zeros(400), sigma=np.zeros((400, 400)))
   content = path.read_bytes()
   assert content.count(b"<f8") == 2
   path.write_bytes(content.replace(b"<f8", b"<f4"))
