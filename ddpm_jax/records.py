@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import files, sealed
+from ddpm_jax import files, sealed, workdir
 
 
 class Records:
@@ -31,7 +31,7 @@ class Records:
     if self._path.exists():
       lines, skipped = _split(self._path.read_bytes())
       if skipped:
-        copy = sealed.copy_aside(self._path, Path(folder) / "damaged")
+        copy = sealed.copy_aside(self._path, workdir.damaged_folder(Path(folder)))
         sealed.warn(f"{_skipped(self._path, skipped)} and left out; the whole file lies in {copy}.")
       files.write_bytes(self._path, b"".join(line + b"\n" for line, content in lines if content["step"] <= step))
     self._folder, self._first = Path(folder) / "tensorboard", step
