@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpm_jax import files
+
 
 def to_uint8(x) -> np.ndarray:
   """[-1, 1] to 0..255, rounded to the nearest and clipped: the one rule for PNGs and scores alike."""
@@ -37,11 +39,11 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
 
 
 def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) -> None:
-  """Writes a PNG of images [N, h, w, C] uint8; of two or more than four channels only the first is drawn."""
+  """Write a PNG of images [N, h, w, C] uint8, whole or not at all; of two or more than four channels only the first is drawn."""
   from PIL import Image
 
   picture = grid(images, columns)
   if picture.shape[-1] not in (1, 3, 4):
     picture = picture[..., :1]
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(path)
+  with files.writing(path) as temporary:
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import ddpm_jax
-from ddpm_jax import heap, interrupts, workdir
+from ddpm_jax import console, heap, interrupts, workdir
 from ddpm_jax.places import cache_folder, user_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -385,7 +385,7 @@ def _interrupted() -> NoReturn:
     time.sleep(60)
   consequence = ""
   if flags.FLAGS.is_parsed() and _MODE.value == "train" and _WORKDIR.value:
-    steps = workdir.checkpoint_steps(Path(_WORKDIR.value).expanduser())
+    steps = workdir.checkpoint_steps(Path(os.path.expanduser(_WORKDIR.value)))
     consequence = (
       f"; the same command goes on from the checkpoint of step {steps[-1]:,}"
       if steps
@@ -403,10 +403,13 @@ def _main(argv: list[str]) -> None:
   try:
     main(argv)
   except (ValueError, FloatingPointError, OSError) as error:
+    if isinstance(error, BrokenPipeError) and console.silence_unread():
+      _leave(console.UNREAD)
+      sys.exit(console.UNREAD)
     if _TRACEBACK.value:
       traceback.print_exc()
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    _stop(f"{error}{'. Make room; then the same command goes on from the last checkpoint.' if full else ''}")
+    _stop(f"{error}{'. Make room, then run the same command again.' if full else ''}")
   except Exception as error:
     from ddpm_jax import data
 
@@ -422,7 +425,7 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  with interrupts.ended_at_once(_interrupted):
+  with console.printing(), interrupts.ended_at_once(_interrupted):
     try:
       app.run(_main, flags_parser=_parse)
     except KeyboardInterrupt:

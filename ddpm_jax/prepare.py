@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm_jax import build, data
+from ddpm_jax import build, data, files
 from ddpm_jax.places import user_path
 
 
@@ -33,7 +33,7 @@ def run_prepare(config: ConfigDict, output: Path | None) -> None:
     )
   elif output is None:
     raise ValueError("Got no --output; wanted a new folder for the packed images, such as --output=/data/packed.")
-  with data.whole(output) as temporary:
+  with files.new_folder(output) as temporary:
     train, evaluation = build.build_sources(config)
     # A split has a folder of its own, as in a folder of images.
     names = {"": train} if evaluation is None else {c.train_split: train, c.eval_split: evaluation}

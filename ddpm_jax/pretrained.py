@@ -138,15 +138,15 @@ def check_exportable(config: ConfigDict) -> None:
     )
 
 
-def export(config: ConfigDict, folder: Path, output: Path, params: PyTree, *, step: int, weights: str) -> None:
-  """Writes a run's model as a folder that diffusers opens, its config and scores on the model card.
+def export(
+  config: ConfigDict, output: Path, params: PyTree, *, step: int, weights: str, evaluated: dict[str, Any] | None
+) -> None:
+  """Write a run's model as a folder that diffusers opens, with its config and its scores (`evaluated`, eval.json) on the model card.
 
   Raises:
     ValueError: if diffusers cannot express the model, or the folder is not empty.
   """
   check_exportable(config)
-  path = folder / "eval.json"
-  evaluated = json.loads(path.read_text()) if path.is_file() else None
   scores = None
   if evaluated and "scores" in evaluated:
     scores = {

@@ -4,13 +4,14 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ddpm_jax import files, sealed, workdir
 
 
 class Records:
@@ -26,13 +27,13 @@ class Records:
   def __init__(self, folder: str | Path, step: int, *, wandb: str = "", config: Mapping[str, Any] | None = None):
     check_wandb(wandb)
     self._path = Path(folder) / "metrics.jsonl"
-    if self._path.exists():
-      lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-      # Whole or not at all: a run can be killed here too.
-      temporary = self._path.with_suffix(".tmp")
-      temporary.write_text("".join(line + "\n" for line in lines))
-      os.replace(temporary, self._path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
+    if self._path.exists():
+      lines, skipped = _split(self._path.read_bytes())
+      if skipped:
+        copy = sealed.copy_aside(self._path, workdir.damaged_folder(Path(folder)))
+        sealed.warn(f"{_skipped(self._path, skipped)} and left out; the whole file lies in {copy}.")
+      files.write_bytes(self._path, b"".join(line + b"\n" for line, content in lines if content["step"] <= step))
     self._folder, self._first = Path(folder) / "tensorboard", step
     self._wandb: Any = None
     if wandb:
@@ -51,16 +52,17 @@ class Records:
     return _Board(self._folder, self._first)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Writes one line, and one point a curve."""
-    with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **values}) + "\n")
-    self._board.scalars(step, values)
+    """Write one line, and one point a curve."""
+    files.append_line(self._path, json.dumps({"step": step, **values}))
+    with files.naming(self._folder):
+      self._board.scalars(step, values)
     if self._wandb is not None:
       self._wandb.log(values, step=step)
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture [H, W, C] uint8 for TensorBoard."""
-    self._board.image(step, name, picture)
+    with files.naming(self._folder):
+      self._board.image(step, name, picture)
     if self._wandb is not None:
       import wandb as service
 
@@ -68,7 +70,8 @@ class Records:
 
   def close(self) -> None:
     """Writes out what is still in memory."""
-    self._board.close()
+    with files.naming(self._folder):
+      self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
 
@@ -116,9 +119,43 @@ def check_wandb(project: str) -> None:
     )
 
 
-def _step_of(line: str) -> float:
+def read(path: Path) -> list[dict[str, Any]]:
+  """Return the lines of a metrics.jsonl, each a step and numbers by name; empty if there is none.
+
+  A log is no reason to fail: lines that a killed run left half written, or that are garbled, are skipped with one warning.
+  """
   try:
-    return json.loads(line)["step"]
-  except (json.JSONDecodeError, KeyError, TypeError):
-    # A line that a killed run left half written.
-    return float("inf")
+    lines, skipped = _split(path.read_bytes())
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    sealed.warn(f"{path} cannot be read ({error.strerror}), and is left out.")
+    return []
+  if skipped:
+    sealed.warn(f"{_skipped(path, skipped)}.")
+  return [content for _, content in lines]
+
+
+def _split(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+  """Return the lines that can be read, as they are and parsed, and how many others there are."""
+  lines = [line for line in text.split(b"\n") if line.strip()]
+  found = [(line, content) for line in lines if (content := _parse(line)) is not None]
+  return found, len(lines) - len(found)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+  """Return a line's content, or None unless it is an object of a step (an integer from 0 on) and numbers."""
+  try:
+    content = json.loads(line.decode("utf-8"))
+    for value in content.values():
+      if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+      float(value)  # of an integer beyond all floats: an error
+    step = content["step"]
+  except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
+    return None
+  return content if isinstance(step, int) and step >= 0 else None
+
+
+def _skipped(path: Path, count: int) -> str:
+  return f"{count:,} line(s) of {path} cannot be read (cut or garbled), and were skipped"

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddpm_jax import files, sealed
+
 # What may differ when a run goes on: nothing in it changes the parameters that a step leads to, but for the last digits of
 # floats. Data may have moved; that they are the same is for the data position to check.
 _MAY_CHANGE = (
@@ -88,32 +90,34 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
   """The config of the run in a folder, or None if it holds none.
 
   Raises:
-    ValueError: if the file is there but is not JSON.
+    ValueError: if the file is there but is not JSON, or is not what was written.
   """
   path = config_path(workdir)
   if not path.is_file():
     return None
   try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"Cannot read {path}: {error}. Restore the file, or use another --workdir.") from error
+    # A config may be written by hand; then it has no digest.
+    return sealed.read_json(path, required=False)
+  except sealed.DamagedError as error:
+    raise ValueError(
+      f"Cannot read {path}: {error}. Restore the file, or use another --workdir. If you changed it on purpose, remove its"
+      f" {sealed.KEY!r}."
+    ) from error
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
-  """Writes a run's config, whole or not at all."""
-  write_json(config_path(workdir), config, sort_keys=True)
+  """Write a run's config with its digest, whole or not at all."""
+  sealed.write_json(config_path(workdir), config, sort_keys=True)
 
 
 def write_labels(workdir: Path, counts: Sequence[int]) -> None:
-  """Writes how many images of each class a run is trained on into labels.json, whole or not at all."""
-  write_json(workdir / "labels.json", {"counts": list(counts)})
+  """Write how many images of each class a run is trained on into labels.json, whole or not at all."""
+  files.write_text(workdir / "labels.json", json.dumps({"counts": list(counts)}, indent=2) + "\n")
 
 
-def write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) -> None:
-  """Writes an object, whole or not at all."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
-  os.replace(temporary, path)
+def damaged_folder(workdir: Path) -> Path:
+  """Return the folder to which a run moves what it finds damaged."""
+  return workdir / "damaged"
 
 
 def check_same_run(workdir: Path, config: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from ddpm_jax import checkpoint
+from ddpm_jax import checkpoint, records
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6000
@@ -78,9 +78,7 @@ def state(folder):
   """Every leaf of the last checkpoint, the position in the data, and the losses that were logged."""
   path = folder / "checkpoints"
   content = json.loads((path / str(STEPS) / "meta" / "metadata").read_text())["content"]
-  losses = [
-    (line["step"], line["loss"]) for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-  ]
+  losses = [(line["step"], line["loss"]) for line in records.read(folder / "metrics.jsonl")]
   digests = {(name, leaf): of["digest"] for name, leaves in content["leaves"].items() for leaf, of in leaves.items()}
   return digests, content["data"], losses
 

@@ -102,6 +102,12 @@ def test_wrong_array_files_are_errors(tmp_path):
   (tmp_path / "bad.npz").write_bytes(b"no archive")
   with pytest.raises(ValueError, match=r"Cannot read .*bad\.npz"):
     data.arrays(tmp_path / "bad.npz")
+  # A bit of the images' number: fewer would be read, and never meet their checksum.
+  np.savez(tmp_path / "fewer.npz", images=np.zeros((7, 64, 64, 1), np.uint8))
+  content = (tmp_path / "fewer.npz").read_bytes()
+  (tmp_path / "fewer.npz").write_bytes(content.replace(b"(7, 64, 64, 1)", b"(5, 64, 64, 1)"))
+  with pytest.raises(ValueError, match=r"Cannot read .*fewer\.npz .* the checksum of images\.npy does not match"):
+    data.arrays(tmp_path / "fewer.npz")
   np.savez(tmp_path / "other.npz", weights=np.zeros(3))
   with pytest.raises(ValueError, match="weights"):
     data.arrays(tmp_path / "other.npz")

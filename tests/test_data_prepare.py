@@ -1,6 +1,5 @@
 """`--mode=prepare`: TFDS data sets of one's own and folders packed, and what is read back."""
 
-import json
 import pickle
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import build, data, prepare
+from ddpm_jax import build, data, prepare, sealed
 from tests.conftest import ROOT
 from tests.pictures import pixels_of, spoil, write_builder, write_folder
 from tests.recipes import tiny_config
@@ -253,11 +252,30 @@ def test_other_shapes_settings_and_versions_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"bicubic.*wants.*'adm'"):
     build.build_data(config_of(**keys, resize="adm"))
   index = tmp_path / "packed" / "index.json"
-  index.write_text(json.dumps({**json.loads(index.read_text()), "version": 2}))
+  sealed.write_json(index, {**sealed.read_json(index), "version": 2})
   with pytest.raises(ValueError, match="version 2"):
     data.PackedSource(tmp_path / "packed")
   with pytest.raises(ValueError, match="holds no packed images"):
     data.PackedSource(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+  ("file", "place", "message"),
+  [
+    ("labels.npy", -3, r"Cannot read the labels .*labels\.npy: they are not what was written"),
+    ("labels.npy", 60, r"Cannot read the labels .*labels\.npy"),
+    ("index.json", 20, r"holds no packed images \(it"),
+    ("images-00000.array_record", 300, r"Cannot read .*images-00000\.array_record"),
+  ],
+)
+def test_a_pack_with_a_flipped_bit_is_refused_by_name(tmp_path, file, place, message):
+  write_folder(tmp_path / "images", count=5)
+  data.pack(data.FolderSource(tmp_path / "images", 6), tmp_path / "packed", {})
+  content = bytearray((tmp_path / "packed" / file).read_bytes())
+  content[place] ^= 1
+  (tmp_path / "packed" / file).write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    data.read(data.PackedSource(tmp_path / "packed"), np.arange(10))
 
 
 def test_wrong_requests_to_prepare_are_errors(tmp_path):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import data, metrics
+from ddpm_jax import data, metrics, sealed
 
 DIGITS = data.read(data.digits(), np.arange(1797))
 IMAGES, LABELS = DIGITS["image"], DIGITS["label"]
@@ -106,7 +106,8 @@ def test_a_classifier_survives_its_file(params, tmp_path):
   assert metrics.load_classifier(path, {"steps": "81"}) is None
   assert metrics.load_classifier(tmp_path / "missing", about) is None
   path.write_bytes(path.read_bytes()[:-100])
-  assert metrics.load_classifier(path, about) is None
+  with pytest.raises(sealed.DamagedError, match="it is not safetensors"):
+    metrics.load_classifier(path, about)
 
 
 def test_a_digest_tells_arrays_apart():
@@ -171,6 +172,13 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
       metrics.load_statistics(path)
     assert str(path) in str(error.value)
+  # What describes the arrays: read as numbers of half the size, they would never meet their checksums.
+  np.savez(path, mu=np.zeros(400), sigma=np.zeros((400, 400)))
+  content = path.read_bytes()
+  assert content.count(b"<f8") == 2
+  path.write_bytes(content.replace(b"<f8", b"<f4"))
+  with pytest.raises(ValueError, match="Cannot read"):
+    metrics.load_statistics(path)
   np.savez(path, mu=mean, sigma=covariance)
   os.truncate(path, path.stat().st_size // 2)
   with pytest.raises(ValueError, match="Cannot read"):

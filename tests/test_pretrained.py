@@ -143,6 +143,19 @@ def test_training_starts_from_a_folder_and_goes_on_without_it(tmp_path):
   assert "resuming from the checkpoint of step 3" in output
 
 
+def test_an_exported_model_with_a_flipped_bit_is_refused_by_name(exported, tmp_path):
+  shutil.copytree(exported, tmp_path / "model")
+  path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+  content = bytearray(path.read_bytes())
+  content[-100] ^= 1
+  path.write_bytes(content)
+  code, output = call("--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path / 'work'}")
+  assert_refused(
+    code, output, r"Got the weights .*safetensors, which are damaged: its tensors are not what was written"
+  )
+  assert path.read_bytes() == content
+
+
 WRONG = {
   "no folder": (["--mode=sample", "--pretrained=/none"], "/none, which is no folder"),
   "mode": ([RECIPE, "--pretrained=/none"], "--pretrained in mode train; it serves sample"),

@@ -212,7 +212,8 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
       "neighbours.nearest of shape",
     ),
     ({"bound_terms": np.zeros((2, 3))}, r"wanted \[N\], a term a step"),
-    ({"metrics": [{"loss": 1.0}]}, "without its step"),
+    ({"metrics": [{"loss": 1.0}]}, "whose step is no number"),
+    ({"metrics": [{"step": "3", "loss": 1.0}]}, "whose step is no number"),
   ],
 )
 def test_what_does_not_fit_together_is_refused(tmp_path, changes, message):

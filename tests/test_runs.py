@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import build, checkpoint, ema, parallel, records, runs, workdir
+from ddpm_jax import build, checkpoint, ema, files, parallel, records, runs, workdir
 from ddpm_jax.runs import model, scoring
 from tests.forked import PATIENCE
 from tests.parameters import one_device, write_run
@@ -54,7 +54,7 @@ def sampled(folder, **choice):
   """What the chosen weights draw."""
   before = set((folder / "samples").glob("*.npz"))
   config = tiny_config()
-  config.update(json.loads((folder / "config.json").read_text()))
+  config.update(workdir.read_config(folder))
   runs.run_sample(config, folder, num_samples=4, seed=0, choice=runs.Choice(**choice))
   with np.load((set((folder / "samples").glob("*.npz")) - before).pop()) as file:
     return file["samples"]
@@ -193,6 +193,20 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished
       runs.run_train(config_of(steps=6), copy)
   runs.run_train(config_of(), copy)
   assert_same_ends(copy, finished)
+
+
+def test_samples_on_a_full_disk_are_an_error_that_names_them(finished, monkeypatch):
+  def fill_up(path, **arrays):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+  before = sorted(finished.rglob("*"))
+  monkeypatch.setattr(np, "savez_compressed", fill_up)
+  with pytest.raises(
+    files.WriteError, match=r"Cannot write .*samples/ddim_nfe4_seed\d\.npz: No space left .* Make room"
+  ):
+    runs.run_sample(config_of(), finished, num_samples=2, seed=7, choice=runs.Choice())
+  assert sorted(finished.rglob("*")) == before
 
 
 def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import editing, runs, schema
+from ddpm_jax import editing, files, runs, schema
 from tests.parameters import use_dense, write_run
 from tests.recipes import tiny_config
 
@@ -288,3 +288,15 @@ def test_wrong_folders_of_other_models(place, tmp_path):
     runs.run_edit(config, tmp_path, wanted, seed=0, choice=runs.Choice())
   assert state_of(place) == before
   assert not list(tmp_path.iterdir())
+
+
+def test_an_edit_on_a_full_disk_is_an_error_that_names_its_file(dense, place, monkeypatch):
+  def fill_up(path, **arrays):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+  before = sorted((place / "grey").rglob("*.npz"))
+  monkeypatch.setattr(np, "savez_compressed", fill_up)
+  with pytest.raises(files.WriteError, match=r"Cannot write .*edits/img2img.*\.npz: No space left .* Make room"):
+    edit(place, "img2img", seed=77)
+  assert sorted((place / "grey").rglob("*.npz")) == before

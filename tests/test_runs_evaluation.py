@@ -107,6 +107,18 @@ def test_samples_of_other_weights_or_settings_are_not_taken(on_one_device, copy,
   assert report_of(copy)["scores"]["generated"] != first["scores"]["generated"]
 
 
+def test_a_garbled_log_keeps_no_run_from_its_report_nor_from_going_on(on_one_device, copy, capsys):
+  path = copy / "metrics.jsonl"
+  path.write_bytes(b'{"step": 2, "loss": 0.5}\n{"step": "4"}\n\0\0\xff\n{"step": 4, "lo')
+  score(config_of(report=True), copy)
+  assert f"warning: 3 line(s) of {path} cannot be read" in capsys.readouterr().err
+  assert "Loss" in (copy / "report.html").read_text()
+  config = config_of()
+  config.training.steps = 6
+  runs.run_train(config, copy)
+  assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [2, 6]
+
+
 def test_several_samplers_and_steps_give_a_curve(on_one_device, copy):
   variants = [runs.Variant("heun", 2), runs.Variant("ddim", 2), runs.Variant("ddim", 4)]
   score(config_of(), copy, variants=variants)
@@ -297,3 +309,100 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   np.testing.assert_allclose(rows[:, 0], rows[:, 1] + rows[:, 3:].sum(1), rtol=1e-5)
   assert rows.shape == (6, 3 + config.process.num_steps)
   assert 'id="bound"' in (copy / "report.html").read_text()
+
+
+def flip(path, place):
+  content = bytearray(path.read_bytes())
+  content[place] ^= 1
+  path.write_bytes(content)
+
+
+DAMAGE = {
+  "samples/final.npz": lambda path: flip(path, path.stat().st_size // 2),
+  "samples/final.npz, cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+  "likelihood/continuous.npz": lambda path: flip(path, 200),
+  "classifier.safetensors": lambda path: flip(path, -40),
+}
+
+
+@pytest.fixture(scope="module")
+def scored(finished, tmp_path_factory):
+  """Scores in the features of a classifier, and a likelihood."""
+  folder = tmp_path_factory.mktemp("scored") / "run"
+  shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("samples", "eval.json", "report.html"))
+  with one_device():
+    score(CLASSIFIED, folder)
+  return folder
+
+
+CLASSIFIED = config_of(
+  features="classifier",
+  allow_singular=True,
+  likelihood=("continuous",),
+  likelihood_images=6,
+  batch_size=20,
+  classifier_steps=2,
+)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_is_damaged_is_named_set_aside_and_made_again(on_one_device, scored, tmp_path, capsys, name):
+  folder = tmp_path / "run"
+  shutil.copytree(scored, folder)
+  path = folder / name.partition(",")[0]
+  DAMAGE[name](path)
+  before = path.read_bytes()
+  score(CLASSIFIED, folder)
+  assert without_times(folder) == without_times(scored)
+  assert [(one.name, one.read_bytes()) for one in (folder / "damaged").iterdir()] == [(path.name, before)]
+  place = folder / "damaged" / path.name
+  warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+  assert len(warnings) == 1
+  assert warnings[0].startswith(f"warning: {path} is damaged: ")
+  assert warnings[0].endswith(f"It was moved to {place}. It is made again.")
+  score(CLASSIFIED, folder)
+  assert "warning" not in capsys.readouterr().err
+
+
+def test_a_sample_set_that_is_cut_on_its_way_is_drawn_again(on_one_device, scored, tmp_path, capsys):
+  """NumPy alone fills it up with zeros, which are black images and were scored as such."""
+  folder = tmp_path / "run"
+  shutil.copytree(scored, folder)
+  (folder / "samples" / "final.npz").unlink()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"Cannot write .*final\.npz: No space left on device .* Make room"):
+      score(CLASSIFIED, folder)
+  os.truncate(folder / "samples" / "final.partial.npy", 1000)
+  score(CLASSIFIED, folder)
+  assert without_times(folder) == without_times(scored)
+  assert "final.partial.npy is damaged: the array is cut" in capsys.readouterr().err
+  assert {path.name for path in (folder / "damaged").iterdir()} == {"final.partial.npy", "final.partial.json"}
+
+
+def test_a_reference_of_the_user_s_own_that_is_damaged_is_refused_by_name(on_one_device, finished, tmp_path):
+  path = tmp_path / "reference.npz"
+  runs.run_statistics(config_of(), path)
+  flip(path, path.stat().st_size // 2)
+  before = path.read_bytes()
+  with pytest.raises(ValueError, match=r"Cannot read .*reference\.npz as an \.npz file of statistics: the checksum of"):
+    score(config_of(reference=str(path)), finished)
+  assert path.read_bytes() == before
+  assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize("what", ["a bit", "cut"])
+def test_scores_that_are_damaged_are_not_exported(scored, tmp_path, capsys, what):
+  from ddpm_jax.runs import model
+
+  assert model.read_scores(scored)["step"] == 4
+  shutil.copy(scored / "eval.json", tmp_path)
+  path = tmp_path / "eval.json"
+  if what == "cut":
+    os.truncate(path, 100)
+  else:
+    flip(path, path.read_bytes().index(b'"kernel_distance": ') + 21)
+  assert model.read_scores(tmp_path) is None
+  assert f"warning: {path} is damaged: " in capsys.readouterr().err
+  assert [one.name for one in (tmp_path / "damaged").iterdir()] == ["eval.json"]
+  assert model.read_scores(tmp_path) is None

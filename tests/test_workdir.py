@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -63,6 +64,16 @@ def test_a_damaged_config_is_an_error(tmp_path):
     workdir.read_config(tmp_path)
 
 
+def test_a_config_with_another_number_is_an_error_unless_a_person_wrote_it(tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  path = workdir.config_path(tmp_path)
+  path.write_text(path.read_text().replace('"channels": 8', '"channels": 9'))
+  with pytest.raises(ValueError, match=r"Cannot read .*config\.json: its content is not .* remove its 'sha256'"):
+    workdir.read_config(tmp_path)
+  path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}))
+  assert workdir.read_config(tmp_path)["network"]["channels"] == 9
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
@@ -75,8 +86,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
 
 
 def test_records_go_on_where_the_checkpoint_stands(tmp_path):
-  import json
-
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
   first = records.Records(tmp_path, 0)

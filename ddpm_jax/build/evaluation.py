@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import data, evaluate, interop, metrics, parallel
+from ddpm_jax import data, evaluate, interop, metrics, parallel, sealed
 from ddpm_jax.build.model import image_shape
 from ddpm_jax.places import user_path
 from ddpm_jax.schema import choose
@@ -122,7 +122,12 @@ class _Classifier:
       "classes": str(classes),
       "steps": str(steps),
     }
-    params = metrics.load_classifier(self._cache, about)
+    try:
+      params = metrics.load_classifier(self._cache, about)
+    except sealed.DamagedError as error:
+      params = None
+      if parallel.is_main():
+        sealed.set_aside(self._cache, self._cache.parent / "damaged", error)
     if params is None:
       quiet = not parallel.is_main()
       params = metrics.train_classifier(learned["image"], learned["label"], classes, steps=steps, quiet=quiet)

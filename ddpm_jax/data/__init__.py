@@ -3,7 +3,7 @@
 from ddpm_jax.data.fitting import RESIZES, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
-from ddpm_jax.data.packed import PackedSource, pack, whole
+from ddpm_jax.data.packed import PackedSource, pack
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
 from ddpm_jax.data.sources import (
   A_TENTH,
@@ -51,5 +51,4 @@ __all__ = [
   "read",
   "read_inputs",
   "read_mask",
-  "whole",
 ]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax import files, sealed
 from ddpm_jax.data.decoding import extensions
 from ddpm_jax.places import cache_folder
 
@@ -144,6 +145,7 @@ def _cache_file(root: bytes) -> Path | None:
 def _load(cache: Path) -> dict[bytes, Folder]:
   """Return what was saved; nothing if that is missing, broken, of another version, or of other endings."""
   try:
+    sealed.check_archive(cache)
     with np.load(cache) as file:
       if file["version"] != _VERSION or file["endings"].tobytes() != b"\0".join(_endings()):
         return {}
@@ -181,12 +183,5 @@ def _save(cache: Path, found: dict[bytes, Folder]) -> None:
     "names_size": [len(folder.names) for folder in folders],
     "others_size": [len(folder.others) for folder in folders],
   }
-  temporary = cache.with_name(f"{cache.stem}.{os.getpid()}.tmp")
-  try:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-      np.savez(file, **{key: np.frombuffer(text, np.uint8) for key, text in texts.items()}, **numbers)  # type: ignore[arg-type]
-    os.replace(temporary, cache)
-  except OSError:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
+  with contextlib.suppress(files.WriteError), files.writing(cache) as temporary:
+    np.savez(temporary, **{key: np.frombuffer(text, np.uint8) for key, text in texts.items()}, **numbers)  # type: ignore[arg-type]

@@ -1,17 +1,14 @@
 """Images packed into ArrayRecord files, each a record of raw pixels: no decoding when they are read."""
 
-import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax import files, sealed
 from ddpm_jax.data.sources import NO_CLASS, Batch, BrokenImage, Source, broken_error, report_broken
 
 _INDEX, _LABELS, _VERSION = "index.json", "labels.npy", 1
@@ -38,9 +35,8 @@ class PackedSource:
   def __init__(self, path: str | Path, classes: Sequence[str] | None = None):
     self._path = Path(path)
     try:
-      index = json.loads((self._path / _INDEX).read_text())
-      self.labels = np.load(self._path / _LABELS)
-    except (OSError, ValueError) as error:
+      index = sealed.read_json(self._path / _INDEX)
+    except (OSError, sealed.DamagedError) as error:
       raise ValueError(
         f"Got the folder {str(path)!r}, which holds no packed images ({error}); wanted one that was written by"
         " --mode=prepare --config=<file> --output=<folder>. Set --config.data.path."
@@ -50,6 +46,14 @@ class PackedSource:
         f"Got packed images of version {index.get('version')} in {str(path)!r}; this release reads version {_VERSION}."
         " Pack them again by --mode=prepare."
       )
+    try:
+      self.labels = np.load(self._path / _LABELS)
+      if sealed.digest(self.labels) != index["labels_sha256"]:
+        raise sealed.DamagedError("they are not what was written")
+    except Exception as error:
+      raise ValueError(
+        f"Cannot read the labels {self._path / _LABELS}: {error}. Copy the file again, or pack again by --mode=prepare."
+      ) from error
     self.shape, self.classes, self.settings = tuple(index["shape"]), index["classes"], index["settings"]
     if classes is not None and self.classes is not None:
       numbers = {name: number for number, name in enumerate(classes)}
@@ -164,42 +168,21 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   names = [error.name for error in errors]
   if names:
     report_broken(errors, len(source), "left out")
-  np.save(path / _LABELS, np.array(labels, np.int32))
+  kept = np.array(labels, np.int32)
+  with files.writing(path / _LABELS) as temporary:
+    np.save(temporary, kept)
   index = {
     "version": _VERSION,
     "count": len(labels),
     "shape": shape,
     "shards": shards,
+    "labels_sha256": sealed.digest(kept),
     "classes": getattr(source, "classes", None),
     "settings": settings,
     "left_out": names,
   }
-  (path / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  sealed.write_json(path / _INDEX, index)
   return len(labels), names
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-  """A temporary folder beside `path` that takes its name at the end, and is removed if an error ends the block.
-
-  Raises:
-    ValueError: if the path is taken by a file or a folder that is not empty, or cannot be written to.
-  """
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(
-      f"Got --output={path}, which exists; wanted a new or an empty folder, so that nothing is overwritten."
-    )
-  temporary = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-  try:
-    temporary.mkdir(parents=True)
-  except OSError as error:
-    raise ValueError(f"Got --output={path}, which cannot be written to ({error.strerror}).") from error
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
 
 
 def _shard_name(number: int) -> str:

@@ -6,7 +6,6 @@ samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import guidance, predictions
+from ddpm_jax import files, guidance, predictions
 from ddpm_jax.interop import schedulers, tensors, unet2d
 from ddpm_jax.networks import UNet
 from ddpm_jax.places import user_path
@@ -182,12 +181,12 @@ def find(path: str | Path) -> Path:
 
 
 def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
-  files = [folder / f"{_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
-  found = [file for file in files if file.is_file()]
+  known = [folder / f"{_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
+  found = [file for file in known if file.is_file()]
   if not found:
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
     hint = f" There are {', '.join(others)}: save the model anew, as one file without a variant." if others else ""
-    raise ValueError(f"Got {folder}, which holds no weights; wanted {files[0].name} or {files[1].name} there.{hint}")
+    raise ValueError(f"Got {folder}, which holds no weights; wanted {known[0].name} or {known[1].name} there.{hint}")
   file = tensors.Tensors(found[0])
   return tensors.load(
     file,
@@ -223,7 +222,7 @@ def save(
   config: Mapping[str, Any] | None = None,
   scores: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a folder that `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` open, and `load` too.
+  """Write a folder that `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` open, and `load` too.
 
   diffusers' pipelines pass no condition to a network, and its DDIMPipeline samples no model with learned variance: such
   models open there, to be sampled by other code.
@@ -243,8 +242,9 @@ def save(
 
   Raises:
     ValueError: if the folder is not empty, or diffusers cannot express the network, the process or the prediction.
+    WriteError: if the folder cannot be written; nothing of it stays.
   """
-  folder = check_output(path)
+  path = check_output(path)
   wanted = shape[2] * (2 if prediction.learned_variance else 1)
   if network.out_channels != wanted:
     raise ValueError(
@@ -253,8 +253,6 @@ def save(
     )
   unet_config = unet2d.config_of(network, (*shape[:2], params["conv_in"]["kernel"].shape[-2]))
   scheduler_config = schedulers.config_of(process, prediction, clip=clip, variance=variance, spacing=spacing)
-  for part in ("unet", "scheduler"):
-    (folder / part).mkdir(parents=True)
   version = {"_diffusers_version": _VERSION}
   index = {
     "_class_name": "DDPMPipeline",
@@ -262,27 +260,24 @@ def save(
     "scheduler": ["diffusers", "DDPMScheduler"],
     "unet": ["diffusers", "UNet2DModel"],
   }
-  weights = folder / "unet" / f"{_WEIGHTS}.safetensors"
-  _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
-  tensors.save(weights, params, unet2d.grammar(len(network.multipliers)))
-  # safetensors lets its owner alone read what it writes.
-  shutil.copymode(folder / "unet" / "config.json", weights)
-  _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
-  (folder / "README.md").write_text(_card(network, params, shape, scheduler_config, config, scores))
-  # Last: without it the folder is no pipeline, and nobody opens half a model.
-  _write(folder / "model_index.json", index)
+  with files.new_folder(path) as folder:
+    _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
+    tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.grammar(len(network.multipliers)))
+    _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
+    files.write_text(folder / "README.md", _card(network, params, shape, scheduler_config, config, scores))
+    # Last: without it the folder is no pipeline, and nobody opens half a model.
+    _write(folder / "model_index.json", index)
 
 
 def check_output(path: str | Path) -> Path:
-  """The folder to write to; a ValueError if it is a file, or not empty."""
+  """Return the folder to write to; raise a ValueError if it is a file, or not empty."""
   folder = user_path(path).absolute()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"Got {folder} to write a model to, which exists and is not empty; wanted a new folder.")
+  files.check_new_folder(folder)
   return folder
 
 
 def _write(path: Path, config: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+  files.write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _card(

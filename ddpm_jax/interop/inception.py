@@ -1,7 +1,6 @@
 """The weights of the FID Inception network: the PyTorch port of the 2015 graph, or our own file made from it."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ddpm_jax import sealed
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks.inception import SHARED, SIZE, TAPS, Inception
 from ddpm_jax.places import user_path
@@ -21,7 +21,7 @@ PUBLISHED = "6726825d"
 _FILES = "pt_inception-2015-12-05-6726825d.pth of pytorch-fid (its release fid_weights), or weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
 _EPSILON = 1e-3
 _NORM = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
-_SOURCE, _DIGEST = "source_sha256", "digest"
+_SOURCE = "source_sha256"
 
 
 class InceptionWeights(NamedTuple):
@@ -63,36 +63,23 @@ def _read_checked(path: str | Path, sha256_prefix: str) -> tuple[dict[str, np.nd
       f" weights, whose hash begins with {sha256_prefix}: {_FILES}. Other weights have other features, in which no distance is FID; to"
       " use them all the same, say so: --config.evaluation.inception_sha256=''."
     )
-  raw = _read(path)
-  if own and _digest(raw) != _metadata(path).get(_DIGEST):
-    raise ValueError(
-      f"Got {path}, whose tensors are not those that were written; it is damaged. Make it again: --mode=convert."
-    )
-  return raw, sha256
+  return _read(path), sha256
 
 
 def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLISHED) -> None:
-  """Writes the published file's weights as safetensors, which need no PyTorch to be read; whole or not at all.
+  """Write the published file's weights as safetensors, which need no PyTorch to be read; whole or not at all.
 
   Raises:
     ValueError: as `load` does, or if the output exists or does not end in .safetensors.
   """
-  import safetensors.numpy
-
   output = user_path(output)
   if output.suffix != ".safetensors" or output.exists():
     raise ValueError(
       f"Got --output={output}{', which exists' if output.exists() else ''}; wanted a new file that ends in .safetensors."
     )
   raw, sha256 = _read_checked(path, sha256_prefix)
-  arrays = {_name(key): np.ascontiguousarray(tensors.to_theirs(key, value)) for key, value in raw.items()}
-  output.parent.mkdir(parents=True, exist_ok=True)
-  temporary = output.with_suffix(f".{os.getpid()}.tmp")
-  try:
-    safetensors.numpy.save_file(arrays, temporary, {"format": "pt", _SOURCE: sha256, _DIGEST: _digest(raw)})
-    os.replace(temporary, output)
-  finally:
-    temporary.unlink(missing_ok=True)
+  arrays = {_name(key): tensors.to_theirs(key, value) for key, value in raw.items()}
+  sealed.save_tensors(output, arrays, {"format": "pt", _SOURCE: sha256})
 
 
 def _existing(path: str | Path) -> Path:
@@ -128,20 +115,13 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _source(path: Path) -> str:
-  source = _metadata(path).get(_SOURCE)
-  if source is None:
+  metadata = _metadata(path)
+  source = metadata.get(_SOURCE)
+  if source is None or sealed.KEY not in metadata:
     raise ValueError(
-      f"Got {path}, which does not say which file it was made from; wanted one that --mode=convert made."
+      f"Got {path}, which does not say which file it was made from, or has no digest of its tensors; wanted one that --mode=convert made."
     )
   return source
-
-
-def _digest(raw: dict[str, np.ndarray]) -> str:
-  total = hashlib.sha256()
-  for name in sorted(raw):
-    total.update(name.encode())
-    total.update(np.ascontiguousarray(raw[name]).data)
-  return total.hexdigest()
 
 
 def _folded_shapes() -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ddpm_jax import sealed
+
 PyTree = Any
 Shapes = dict[str, tuple[int, ...]]
 _MOST_NAMED = 12
@@ -33,9 +35,11 @@ class Tensors:
     if not self.path.is_file():
       raise ValueError(f"Got the weights {self.path}, a file that does not exist.")
     self._pickled: dict[str, Any] | None = None
+    self.metadata: dict[str, str] = {}
     if self.path.suffix == ".safetensors":
       with self._open() as file:
         self.shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self.metadata = file.metadata() or {}
     elif self.path.suffix in _PICKLES:
       self._pickled = _unpickle(self.path)
       self.shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
@@ -148,7 +152,8 @@ def load(tensors: Tensors, template: PyTree, grammar: Grammar, rename: Mapping[s
     rename: the file's own names to those of the grammar, where they differ.
 
   Raises:
-    ValueError: if names are missing or extra, or shapes differ; it lists them.
+    ValueError: if names are missing or extra, or shapes differ; it lists them. Or if the file has the digest of its tensors, as those
+      that `save` writes, and they are others.
   """
   wanted: dict[str, list[str]] = {}
   shapes: Shapes = {}
@@ -158,11 +163,19 @@ def load(tensors: Tensors, template: PyTree, grammar: Grammar, rename: Mapping[s
     shapes[name] = grammar.theirs(path, tuple(leaf.shape))
   given = {name: (rename or {}).get(name, name) for name in tensors.shapes if not grammar.ignored(name)}
   _check(tensors.path, shapes, {name: tensors.shapes[name] for name in given}, given)
-  params = {}
+  params, sums = {}, {}
   for name, value in tensors.items(given):
+    if sealed.KEY in tensors.metadata:
+      sums[name] = sealed.digest(value)
     for path in wanted[given[name]]:
       # A copy, so that nothing keeps the file's own memory.
       params[path] = jnp.array(grammar.to_ours(path, value))
+  try:
+    sealed.check_tensors(sums, tensors.metadata)
+  except sealed.DamagedError as error:
+    raise ValueError(
+      f"Got the weights {tensors.path}, which are damaged: {error}. Make or fetch the file again."
+    ) from error
   return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -192,14 +205,9 @@ def _some(names: list[str]) -> str:
 
 
 def save(path: str | Path, params: PyTree, grammar: Grammar) -> None:
-  """Writes parameters as safetensors, float32, each under the grammar's name for its path."""
-  import safetensors.numpy
-
-  arrays = {
-    grammar.name_of(key): np.ascontiguousarray(to_theirs(key, np.asarray(leaf, np.float32)))
-    for key, leaf in flatten(params).items()
-  }
-  safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+  """Write parameters as safetensors, float32, each under the grammar's name for its path; whole or not at all."""
+  arrays = {grammar.name_of(key): to_theirs(key, np.asarray(leaf, np.float32)) for key, leaf in flatten(params).items()}
+  sealed.save_tensors(Path(path), arrays, {"format": "pt"})
 
 
 def flatten(params: PyTree) -> dict[str, Any]:
@@ -228,8 +236,8 @@ def read_json(path: Path) -> dict[str, Any]:
     ValueError: if it cannot be read as one.
   """
   try:
-    value = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    value = json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f"Cannot read {path} as JSON: {error}.") from error
   if not isinstance(value, dict):
     raise ValueError(f"Got {path}, which holds a {type(value).__name__}; wanted an object with keys.")

@@ -4,7 +4,6 @@ from ddpm_jax.metrics.classes import ClassStatistics, class_statistics, inceptio
 from ddpm_jax.metrics.classifier import (
   CLASSIFIER_FEATURES,
   classifier_space,
-  digest,
   load_classifier,
   pixel_space,
   save_classifier,
@@ -17,6 +16,7 @@ from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
 from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
 from ddpm_jax.metrics.neighbours import Neighbourhoods, nearest, neighbourhoods, precision_recall
 from ddpm_jax.metrics.statistics import Statistics, check_output, load_statistics, save_statistics
+from ddpm_jax.sealed import digest
 
 __all__ = [
   "CLASSIFIER_FEATURES",

@@ -3,8 +3,6 @@
 They are no Inception features, and a distance in them is no FID: it compares only with that of the same classifier.
 """
 
-import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +13,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from ddpm_jax import sealed
 from ddpm_jax.images import from_uint8
 from ddpm_jax.metrics.features import FeatureSpace
 from ddpm_jax.networks.recognition import Recognizer
@@ -139,46 +138,25 @@ def pixel_space() -> FeatureSpace:
 
 
 def save_classifier(path: str | Path, params: PyTree, about: dict[str, str]) -> None:
-  """Writes parameters as safetensors with `about` as metadata, whole or not at all."""
-  import safetensors.numpy
-
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  try:
-    # safetensors writes an array's memory as it lies.
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()}
-    safetensors.numpy.save_file(arrays, temporary, about)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  """Write parameters as safetensors with `about` as metadata, whole or not at all."""
+  arrays = {f"{layer}/{leaf}": value for layer, leaves in params.items() for leaf, value in leaves.items()}
+  sealed.save_tensors(Path(path), arrays, about)
 
 
 def load_classifier(path: str | Path, about: dict[str, str]) -> PyTree | None:
-  """The parameters in a file if it is there, sound, and `about` is what it was written with; else None."""
-  import safetensors
+  """Return the parameters in a file, or None if there is no file or it was written with another `about`.
 
+  Raises:
+    DamagedError: if the file does not hold what was written.
+  """
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      if file.metadata() != about:
-        return None
-      params: dict[str, Any] = {}
-      for name in file.keys():  # noqa: SIM118
-        layer, leaf = name.split("/")
-        params.setdefault(layer, {})[leaf] = file.get_tensor(name)
-      return params
-  except (OSError, safetensors.SafetensorError, ValueError):
+    arrays, found = sealed.load_tensors(Path(path))
+  except FileNotFoundError:
     return None
-
-
-def _named(params: PyTree) -> dict[str, Any]:
-  return {f"{layer}/{leaf}": value for layer, leaves in params.items() for leaf, value in leaves.items()}
-
-
-def digest(*arrays: np.ndarray) -> str:
-  """SHA-256 of arrays' types, shapes and bytes."""
-  total = hashlib.sha256()
-  for array in arrays:
-    total.update(f"{array.dtype}{array.shape}".encode())
-    total.update(np.ascontiguousarray(array).data)
-  return total.hexdigest()
+  if found != about:
+    return None
+  params: dict[str, Any] = {}
+  for name, array in arrays.items():
+    layer, leaf = name.split("/")
+    params.setdefault(layer, {})[leaf] = array
+  return params

@@ -1,12 +1,12 @@
 """Statistics of a reference set in a file: the `.npz` form that other tools read and write, and how ours came about."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_jax import files, sealed
 from ddpm_jax.metrics.moments import Gaussian
 
 # The names of pytorch-fid and clean-fid, and for features of places those of guided-diffusion.
@@ -28,10 +28,11 @@ class Statistics(NamedTuple):
 
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
-  """Writes `mu` [D] and `sigma` [D, D] (float64), `mu_s` and `sigma_s` if known, and `about`; whole or not at all.
+  """Write `mu` [D] and `sigma` [D, D] (float64), `mu_s` and `sigma_s` if known, and `about`; whole or not at all.
 
   Raises:
     ValueError: if the file exists, or does not end in .npz.
+    WriteError: if it cannot be written.
   """
   path = Path(path)
   check_output(path)
@@ -40,13 +41,8 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
     one = getattr(statistics, name)
     if one is not None:
       arrays |= {mu: one.mean, sigma: one.covariance}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp.npz")
-  try:
+  with files.writing(path) as temporary:
     np.savez(temporary, **arrays)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def check_output(path: str | Path) -> None:
@@ -72,6 +68,8 @@ def load_statistics(path: str | Path) -> Statistics:
       " data: --mode=stats --config=<recipe> --output=<file>.npz."
     )
   try:
+    # First: what is read of a damaged archive need not meet its checksums.
+    sealed.check_archive(path)
     with np.load(path) as file:
       content = {name: file[name] for names in _NAMES.values() for name in names if name in file.files}
       names, about = file.files, json.loads(str(file["about"])) if "about" in file.files else {}

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_jax.report import words
+
 
 class Neighbours(NamedTuple):
   """The nearest training images of some samples.
@@ -80,9 +82,9 @@ def check(content: Content) -> None:
   if content.bound_terms is not None and np.ndim(content.bound_terms) != 1:
     raise ValueError(f"Got bound_terms of shape {np.shape(content.bound_terms)}; wanted [N], a term a step.")
   for line in content.metrics:
-    if "step" not in line:
+    if not words.is_number(line.get("step")):
       raise ValueError(
-        f"Got a line of metrics without its step, {dict(line)}; wanted {{'step': 100, 'loss': 0.1, ...}}."
+        f"Got a line of metrics whose step is no number, {dict(line)}; expected {{'step': 100, 'loss': 0.1, ...}}."
       )
 
 

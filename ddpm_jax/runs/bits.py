@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import ddpm_jax
-from ddpm_jax import build, data, images, likelihood, metrics, parallel, rows
+from ddpm_jax import build, data, images, likelihood, metrics, parallel, rows, workdir
 from ddpm_jax.runs import drawing
 from ddpm_jax.runs.model import Weights, say
 from ddpm_jax.schema import choose
@@ -105,7 +105,7 @@ def evaluate(
       "images": metrics.digest(inputs["x_0"]),
       "version": ddpm_jax.__version__,
     }
-    values = _rows(config, folder / "likelihood" / kind, mesh, weights, kind, identity, inputs, count, seed)
+    values = _rows(config, folder, mesh, weights, kind, identity, inputs, count, seed)
     if values is not None:
       found[kind] = _summary(config, kind, values)
   return found
@@ -113,7 +113,7 @@ def evaluate(
 
 def _rows(
   config: ConfigDict,
-  path: Path,
+  folder: Path,
   mesh: jax.sharding.Mesh,
   weights: Weights,
   kind: str,
@@ -124,7 +124,10 @@ def _rows(
 ) -> np.ndarray | None:
   """What is known of each image [N, W], in the first process; what was computed before is not computed again."""
   function, width = _function(config, mesh, kind)
-  array = rows.Rows(path, identity, (count, width), np.float32) if parallel.is_main() else None
+  array = None
+  if parallel.is_main():
+    path, damaged = folder / "likelihood" / kind, workdir.damaged_folder(folder)
+    array = rows.Rows(path, identity, "rows", (count, width), np.float32, damaged=damaged)
   done = parallel.of_main(array.done if array else 0)
   if done < count:
     say(f"{_TITLES[kind]} of {count:,} held-out images by the {weights.name} weights ...")
@@ -134,7 +137,7 @@ def _rows(
     for values in parts:
       if array is not None:
         array.write(np.asarray(values), {})
-  return None if array is None else array.finish("rows")
+  return None if array is None else array.finish()
 
 
 def _function(config: ConfigDict, mesh: jax.sharding.Mesh, kind: str) -> tuple[Callable, int]:

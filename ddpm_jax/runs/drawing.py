@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm_jax import build, data, editing, images, parallel, pretrained, workdir
+from ddpm_jax import build, data, editing, files, images, parallel, pretrained, workdir
 from ddpm_jax.runs.model import Choice, load_weights, patience, say, trained
 from ddpm_jax.runs.steering import Steering, config_of_other, steer
 
@@ -246,9 +246,9 @@ def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
   """`arrays` may hold the `labels`: then there is a column for each class."""
   if not parallel.is_main():
     return
-  path.parent.mkdir(parents=True, exist_ok=True)
   everything: dict[str, Any] = {"samples": samples, **arrays}
-  np.savez_compressed(f"{path}.npz", **everything)
+  with files.writing(f"{path}.npz") as temporary:
+    np.savez_compressed(temporary, **everything)
   say(f"samples      {path}.npz")
   for name, of in everything.items():
     if of.ndim == 4:  # not the labels

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, data, editing, images, parallel, pretrained, workdir
+from ddpm_jax import build, data, editing, files, images, parallel, pretrained, workdir
 from ddpm_jax.runs import drawing
 from ddpm_jax.runs.model import Choice, say, trained
 from ddpm_jax.runs.steering import Guided, Steering, steer
@@ -177,9 +177,9 @@ def _write(
   if "latent" in found:
     arrays["latent"] = found["latent"]
   path = drawing.free(folder / name)
-  folder.mkdir(parents=True, exist_ok=True)
   everything: dict[str, Any] = {**arrays}
-  np.savez_compressed(f"{path}.npz", **everything)
+  with files.writing(f"{path}.npz") as temporary:
+    np.savez_compressed(temporary, **everything)
   pictures, columns = _picture(config, edit, given.images, inputs, found, output)
   images.save_grid(f"{path}.png", pictures, columns)
   say(f"arrays       {path}.npz\npicture      {path}.png")

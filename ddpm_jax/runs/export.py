@@ -19,7 +19,8 @@ def run_export(config: ConfigDict, folder: Path, output: Path, choice: model.Cho
   pretrained.check_output(output)
   weights = model.load_weights(config, folder, parallel.make_mesh(), choice)
   if parallel.is_main():
-    pretrained.export(config, folder, output, weights.params, step=weights.step, weights=weights.name)
+    scores = model.read_scores(folder)
+    pretrained.export(config, output, weights.params, step=weights.step, weights=weights.name, evaluated=scores)
   model.say(
     f"model        {output} ({weights.name} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}"
   )

@@ -19,11 +19,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import ddpm_jax
-from ddpm_jax import build, checkpoint, ema, evaluate, parallel, pretrained, schema, train, workdir
+from ddpm_jax import build, checkpoint, ema, evaluate, parallel, pretrained, schema, sealed, train, workdir
 
 PyTree = Any
 # Seconds between two signs of life.
 _NEWS = 20.0
+# Of scores, what differs from run to run.
+_APART = "times"
 
 
 class Choice(NamedTuple):
@@ -238,8 +240,21 @@ def scores_path(folder: Path) -> Path:
   return folder / "eval.json"
 
 
+def read_scores(folder: Path) -> dict[str, Any] | None:
+  """Return what `write_scores` wrote, or None if there is no such file; a damaged one is set aside, with a warning."""
+  path = scores_path(folder)
+  try:
+    return sealed.read_json(path, apart=_APART)
+  except FileNotFoundError:
+    return None
+  except sealed.DamagedError as error:
+    if parallel.is_main():
+      sealed.set_aside(path, workdir.damaged_folder(folder), error, "Evaluate again to make it anew: --mode=eval.")
+    return None
+
+
 def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: int, seconds: float) -> dict[str, Any]:
-  """Writes scores and how they came about into eval.json, whole or not at all; only its `times` differ from run to run.
+  """Write scores and how they came about into eval.json, whole or not at all; only its `times` differ from run to run.
 
   Returns:
     All that was written.
@@ -255,7 +270,7 @@ def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: i
     "commit": _commit(),
     "times": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1)},
   }
-  workdir.write_json(scores_path(folder), report)
+  sealed.write_json(scores_path(folder), report, apart=_APART)
   return report
 
 

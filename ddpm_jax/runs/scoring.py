@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import ddpm_jax
-from ddpm_jax import build, data, evaluate, images, metrics, parallel, rows
+from ddpm_jax import build, data, evaluate, images, metrics, parallel, rows, workdir
 from ddpm_jax.runs import bits, drawing, model, reporting
 from ddpm_jax.runs.drawing import Inputs, check, preview
 from ddpm_jax.runs.model import Weights, say
@@ -198,7 +198,10 @@ class Judge:
     generate, inputs = build.build_generate(config, self.mesh), self._inputs(count)
     path = drawing.samples_folder(self.folder) / name
     identity = _identity(config, sha256, seed, count, inputs)
-    array = rows.Rows(path, identity, (count, *build.image_shape(config)), np.uint8) if parallel.is_main() else None
+    array = None
+    if parallel.is_main():
+      shape = (count, *build.image_shape(config))
+      array = rows.Rows(path, identity, "samples", shape, np.uint8, damaged=workdir.damaged_folder(self.folder))
     done = parallel.of_main(array.done if array else 0)
     nfe = parallel.of_main(int(array.notes.get("nfe", 0)) if array else 0)
     if done < count:
@@ -213,7 +216,7 @@ class Judge:
     labels = inputs.get("classes")
     if array is None:
       return Drawn(config, None, labels, nfe)
-    samples = array.finish("samples", **({} if labels is None else {"labels": labels}))
+    samples = array.finish(**({} if labels is None else {"labels": labels}))
     say(f"samples      {path}.npz")
     return Drawn(config, samples, labels, nfe)
 

@@ -217,7 +217,7 @@ class _Run:
     snapshots = model.open_snapshots(self.folder) if workdir.snapshot_folder(self.folder).exists() else None
     passed_over = []
     if parallel.is_main():
-      passed_over = self.checkpoints.discard(step, self.folder / "damaged")
+      passed_over = self.checkpoints.discard(step, workdir.damaged_folder(self.folder))
       if snapshots is not None:
         # They will be taken again.
         snapshots.discard(step)
@@ -229,7 +229,9 @@ class _Run:
     problems += [f"a half-written checkpoint was deleted: {path}" for path in passed_over if "tmp" in path.name]
     if problems:
       place = "the start" if restored is None else f"step {step:,}"
-      where = f"; what was damaged lies in {self.folder / 'damaged'}" if restored and restored.damaged else ""
+      where = (
+        f"; what was damaged lies in {workdir.damaged_folder(self.folder)}" if restored and restored.damaged else ""
+      )
       problems.append(f"this run went on from {place}{where}")
     for problem in problems:
       model.warn(problem)

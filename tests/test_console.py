@@ -1,0 +1,120 @@
+"""Output that never fails: in any encoding, into pipes that are closed, and with no streams at all."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests import commands
+from tests.conftest import ROOT
+from tests.forked import PATIENCE
+from tests.parameters import write_run
+from tests.recipes import tiny_config
+
+PRINTS = """
+import sys, warnings
+from tqdm import tqdm
+from ddpm_jax import console
+with console.printing():
+  for stream in (sys.stdout, sys.stderr):
+    print("0.5 ± 0.1 \\udcff 中", file=stream)
+    tqdm.write("1 \\N{MINUS SIGN} 2 \\N{MULTIPLICATION SIGN} 3", file=stream)
+  for _ in tqdm(range(2), desc="±"):
+    pass
+  warnings.warn("±")
+"""
+
+
+def run(script, *, stdout=subprocess.PIPE, **environment):
+  options = {"stdout": stdout, "stderr": subprocess.PIPE, "timeout": PATIENCE, "check": False, "cwd": ROOT}
+  return subprocess.run([sys.executable, "-c", script], env=commands.surroundings(1) | environment, **options)
+
+
+@pytest.mark.parametrize(
+  ("encoding", "first", "second"),
+  [
+    ("ascii", rb"0.5 +- 0.1 \udcff \u4e2d", b"1 - 2 x 3"),
+    ("ascii:strict", rb"0.5 +- 0.1 \udcff \u4e2d", b"1 - 2 x 3"),
+    ("latin-1", b"0.5 \xb1 0.1 \\udcff \\u4e2d", b"1 - 2 \xd7 3"),
+    ("utf-8", "0.5 ± 0.1 \\udcff 中".encode(), "1 \N{MINUS SIGN} 2 \N{MULTIPLICATION SIGN} 3".encode()),
+  ],
+)
+def test_any_text_goes_to_any_stream(encoding, first, second):
+  result = run(PRINTS, PYTHONIOENCODING=encoding)
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == first + b"\n" + second + b"\n"
+  assert result.stderr.startswith(first + b"\n" + second + b"\n")
+
+
+def test_streams_that_are_closed_from_the_start_take_all(tmp_path):
+  script = f"{PRINTS}\nopen({str(tmp_path / 'done')!r}, 'w')"
+  command = f"exec {shlex.join([sys.executable, '-c', script])} >&- 2>&-"
+  assert subprocess.run(command, shell=True, env=commands.surroundings(1), cwd=ROOT, check=False).returncode == 0
+  assert (tmp_path / "done").exists()
+
+
+def read_one_line(command):
+  """Return the first line of a command, its exit code once nobody reads on, and what it complains about."""
+  options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+  options["env"] = commands.surroundings(1) | {"PYTHONUNBUFFERED": ""}
+  with subprocess.Popen([sys.executable, *command], **options) as process:
+    line = process.stdout.readline()
+    process.stdout.close()
+    # Which it may wait for.
+    process.stdin.close()
+    return line, process.wait(PATIENCE), process.stderr.read()
+
+
+@pytest.mark.parametrize(
+  ("rest", "code"),
+  [
+    # While it prints, beside bars, and at its end, when a buffer is emptied.
+    ("for _ in range(10**6): print('x' * 99)", 141),
+    ("for _ in range(10**6): tqdm.write('x' * 99)", 141),
+    ("sys.stdin.read(); print('x')", 0),
+    ("sys.stdin.read(); print('x'); sys.exit(3)", 3),
+  ],
+)
+def test_a_reader_that_leaves_ends_it_quietly(rest, code):
+  script = f"import sys\nfrom tqdm import tqdm\nfrom ddpm_jax import console\nwith console.printing():\n  print(1, flush=True)\n  {rest}"
+  assert read_one_line(["-c", script]) == (b"1\n", code, b"")
+
+
+def test_another_broken_pipe_is_an_error():
+  result = run("from ddpm_jax import console\nwith console.printing():\n  raise BrokenPipeError('of a server')")
+  assert result.returncode == 1
+  assert b"BrokenPipeError: of a server" in result.stderr
+
+
+def test_the_command_line_ends_quietly_where_nobody_reads_on(tmp_path):
+  # Hundreds of lines of help, of which one is read.
+  line, code, error = read_one_line(["-m", "ddpm_jax.main", "--helpfull"])
+  assert line.startswith(b"The command line")
+  assert (code, error) == (1, b"")  # as absl's help always ends
+  process = subprocess.Popen(
+    [sys.executable, "-m", "ddpm_jax.main", "--mode=eval", f"--workdir={tmp_path}"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=ROOT,
+    env=commands.surroundings(1),
+  )
+  process.stdout.close()
+  with process:
+    assert process.wait(PATIENCE) == 141
+    assert process.stderr.read() == b""
+
+
+def test_an_evaluation_is_written_and_shown_on_a_terminal_of_ascii(tmp_path, dense):
+  config = tiny_config()
+  write_run(config, tmp_path)
+  arguments = [commands.DENSE, "--mode=eval", f"--workdir={tmp_path}", "--config.evaluation.report=true"]
+  arguments += ["--config.evaluation.likelihood=('continuous',)", "--config.evaluation.likelihood_images=6"]
+  command = [sys.executable, "-m", "ddpm_jax.main", *arguments]
+  environment = commands.surroundings(1) | {"PYTHONIOENCODING": "ascii"}
+  result = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False, cwd=ROOT, env=environment)
+  assert result.returncode == 0, result.stderr
+  assert b" +- " in result.stdout
+  assert "likelihood" in json.loads((tmp_path / "eval.json").read_text())
+  assert (tmp_path / "report.html").read_bytes().decode("utf-8")

@@ -1,0 +1,261 @@
+"""Files and folders that appear whole or not at all, whoever writes them and whenever the disk is full."""
+
+import ast
+import contextlib
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import data, files, images, metrics, pretrained, records, report, sealed
+from ddpm_jax.rows import Rows
+from tests import reports
+from tests.parameters import random_params
+from tests.recipes import tiny_config
+
+RANDOM = np.random.default_rng(0)
+NOISE = RANDOM.integers(0, 256, (16, 16, 16, 3), np.uint8)
+
+
+@contextlib.contextmanager
+def small_files(size):
+  """Let no file of this process become larger: what then fails is what fails on a full disk, in the same system calls."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_statistics(path):
+  metrics.save_statistics(path / "x.npz", metrics.Statistics(metrics.gaussian(RANDOM.normal(size=(99, 40))), None, {}))
+
+
+def export(path):
+  config = tiny_config()
+  pretrained.export(config, path / "model", random_params(config), step=1, weights="raw", evaluated=None)
+
+
+def pack(path):
+  settings = {"crop": 0}
+  with files.new_folder(path / "packed") as folder:
+    data.pack(data.ArraySource(NOISE, np.zeros(len(NOISE), np.int32)), folder, settings)
+
+
+def write_rows(path):
+  Rows(path / "rows", {}, "rows", (99, 99), np.float64, damaged=path)
+
+
+WRITERS = {
+  "text": lambda path: files.write_text(path / "x.txt", "x" * 9999),
+  "JSON": lambda path: sealed.write_json(path / "x.json", {"x": list(range(2000))}),
+  "tensors": lambda path: sealed.save_tensors(path / "x.safetensors", {"x": RANDOM.normal(size=2000)}, {}),
+  "classifier": lambda path: metrics.save_classifier(path / "c", {"a": {"b": RANDOM.normal(size=2000)}}, {}),
+  "statistics": save_statistics,
+  "picture": lambda path: images.save_grid(path / "x.png", NOISE),
+  "report": lambda path: report.write(path / "x.html", reports.bare()),
+  "rows": write_rows,
+  "export": export,
+  "packed images": pack,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_on_a_full_disk_nothing_appears_and_room_is_asked_for(tmp_path, name):
+  with (
+    small_files(4000),
+    pytest.raises(files.WriteError, match=r"Cannot write /.*File too large \(.* free there") as error,
+  ):
+    WRITERS[name](tmp_path)
+  assert str(error.value).endswith("Make room, then run the same command again.")
+  assert "unfinished" not in str(error.value)
+  assert list(tmp_path.rglob("*")) == []
+  # With room it is there, and readable by whoever may read what others write here.
+  WRITERS[name](tmp_path)
+  (tmp_path / "plain").write_text("")
+  mode = (tmp_path / "plain").stat().st_mode
+  found = [path for path in tmp_path.rglob("*") if path.is_file()]
+  assert len(found) > 1
+  assert {path.stat().st_mode for path in found} == {mode}
+
+
+@pytest.mark.parametrize("name", ["text", "JSON", "tensors", "picture", "report"])
+def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, name):
+  WRITERS[name](tmp_path)
+  (path,) = tmp_path.iterdir()
+  path.write_bytes(b"before")
+  with small_files(4000), pytest.raises(files.WriteError):
+    WRITERS[name](tmp_path)
+  assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {path.name: b"before"}
+
+
+def test_what_else_goes_wrong_stays_what_it_is(tmp_path):
+  with pytest.raises(ZeroDivisionError), files.writing(tmp_path / "a") as path:
+    path.write_text(f"{1 / 0}")
+  with pytest.raises(FileNotFoundError), files.new_folder(tmp_path / "a"):
+    (tmp_path / "missing").read_text()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(files.WriteError, match=r"Cannot write .*file/a: .* Make it writable, or choose another place"):
+    files.write_text(tmp_path / "file" / "a", "x")
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(files.WriteError, match=r"Cannot write .*folder: Is a directory"):
+    files.write_text(tmp_path / "folder", "x")
+  with pytest.raises(files.WriteError, match=r"Cannot write .*file/a"), files.new_folder(tmp_path / "file" / "a"):
+    pass
+  assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_text_is_utf_8_and_names_that_are_no_text_are_escaped(tmp_path):
+  files.write_text(tmp_path / "a", "± \udcff")
+  assert (tmp_path / "a").read_bytes() == "± \\udcff".encode()
+  files.append_line(tmp_path / "a", "é")
+  assert (tmp_path / "a").read_bytes() == "± \\udcffé\n".encode()
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+  path = tmp_path / ("n" * 251 + ".txt")
+  files.write_text(path, "x")
+  assert path.read_text() == "x"
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+  path = tmp_path / "lines"
+  with small_files(100):
+    files.append_line(path, "a" * 60)
+    with pytest.raises(files.WriteError, match=r"Cannot write .*lines: File too large"):
+      files.append_line(path, "b" * 60)
+    assert path.read_text() == "a" * 60 + "\n"
+    files.append_line(path, "c" * 30)
+  assert path.read_text() == "a" * 60 + "\n" + "c" * 30 + "\n"
+
+
+def test_a_folder_appears_at_once(tmp_path):
+  with files.new_folder(tmp_path / "new" / "folder") as folder:
+    (folder / "part").mkdir()
+    (folder / "part" / "a").write_text("a")
+    assert not (tmp_path / "new" / "folder").exists()
+  assert (tmp_path / "new" / "folder" / "part" / "a").read_text() == "a"
+  assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+def test_an_empty_folder_that_is_there_keeps_its_place(tmp_path):
+  """It may be mounted, or a link, which nothing can be renamed to."""
+  (tmp_path / "real").mkdir()
+  (tmp_path / "link").symlink_to("real")
+  inode = (tmp_path / "real").stat().st_ino
+  with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "link") as folder:
+    (folder / "a").write_text(f"{1 / 0}")
+  assert list((tmp_path / "real").iterdir()) == []
+  with files.new_folder(tmp_path / "link") as folder:
+    (folder / "a").write_text("a")
+  assert (tmp_path / "link").is_symlink()
+  assert (tmp_path / "real").stat().st_ino == inode
+  assert {path.name: path.read_text() for path in (tmp_path / "real").iterdir()} == {"a": "a"}
+
+
+def test_what_a_killed_process_left_in_a_folder_is_in_nobody_s_way(tmp_path):
+  (tmp_path / ".unfinished-1-0").mkdir()
+  (tmp_path / ".unfinished-1-0" / "half").write_text("")
+  with files.new_folder(tmp_path) as folder:
+    (folder / "a").write_text("a")
+  assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["file", "full", "dangling"])
+def test_a_place_that_is_taken_is_refused(tmp_path, kind):
+  path = tmp_path / "place"
+  if kind == "file":
+    path.write_text("precious")
+  elif kind == "full":
+    path.mkdir()
+    (path / "precious").write_text("")
+  else:
+    path.symlink_to("nowhere")
+  before = sorted(tmp_path.rglob("*"))
+  with (
+    pytest.raises(ValueError, match=r"Got the output .*place, .*expected a new or an empty folder"),
+    files.new_folder(path),
+  ):
+    pass
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_pictures_keep_their_kind(tmp_path):
+  images.save_grid(tmp_path / "a.png", NOISE)
+  assert Image.open(tmp_path / "a.png").format == "PNG"
+
+
+def test_a_log_on_a_full_disk_keeps_whole_lines(tmp_path):
+  log = records.Records(tmp_path, 0)
+  log.scalars(1, {"loss": 0.5})
+  with small_files(os.path.getsize(tmp_path / "metrics.jsonl") + 10):
+    with pytest.raises(files.WriteError, match=r"Cannot write .*metrics\.jsonl: File too large"):
+      log.scalars(2, {"loss": 0.25})
+    # TensorBoard's file is larger already.
+    with pytest.raises(files.WriteError, match=r"Cannot write .*tensorboard: File too large"):
+      log.image(3, "noise", NOISE[0])
+    with pytest.raises(files.WriteError, match=r"Cannot write .*tensorboard: File too large"):
+      log.close()
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
+# What writes a file or a folder under its name, and may do so only to the path that `files` yields.
+_WRITES = {
+  "write_text",
+  "write_bytes",
+  "save",
+  "savez",
+  "savez_compressed",
+  "save_file",
+  "dump",
+  "rename",
+  "renames",
+}
+_OF_OURS = {"files", "sealed", "tensors", "interop", "diffusers", "checkpoints", "snapshots", "_manager"}
+
+
+def _name(node):
+  """Return the last name of what a call belongs to, such as "os" of `os.replace`."""
+  return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def writes(tree):
+  """Yield the calls in a module that write files outside of `with files.writing(...)`."""
+  guarded = set()
+  for block in ast.walk(tree):
+    if isinstance(block, ast.With) and any("files.writing(" in ast.unparse(item) for item in block.items):
+      guarded |= set(ast.walk(block))
+  for call in ast.walk(tree):
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call not in guarded:
+      owner, method = _name(call.func.value), call.func.attr
+      mode = [word.value for word in call.args if isinstance(word, ast.Constant)]
+      opens = method == "open" and any(word in ("w", "wb", "a", "ab", "x", "xb") for word in mode)
+      if opens or (method == "replace" and owner == "os") or (method in _WRITES and owner not in _OF_OURS):
+        yield ast.unparse(call)
+
+
+def test_the_package_writes_through_files_alone():
+  found = {}
+  for path in sorted(Path(files.__file__).parent.rglob("*.py")):
+    if calls := list(writes(ast.parse(path.read_text("utf-8")))):
+      found[path.name] = calls
+  del found["files.py"]
+  assert found == {
+    # A picture in memory, and the move of a damaged file.
+    "pictures.py": ["Image.fromarray(np.ascontiguousarray(image)).save(file, 'png', optimize=image.size < 100000.0)"],
+    "sealed.py": ["os.rename(path, place)"],
+  }
+
+
+def test_writes_are_found():
+  """By the rule above, so that the test before is not an empty one."""
+  text = "np.savez(a)\nPath(a).write_text(b)\nos.replace(a, b)\nopen_.open('wb')\nwith files.writing(a) as t:\n  np.save(t, b)\n"
+  assert len(list(writes(ast.parse(text)))) == 4
