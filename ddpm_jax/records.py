@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax import jsonfiles
+
 
 class Records:
   """Metrics of a run in a folder. A resumed run continues where its checkpoint stands; what came after is dropped.
@@ -27,7 +29,7 @@ class Records:
     check_wandb(wandb)
     self._path = Path(folder) / "metrics.jsonl"
     if self._path.exists():
-      lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+      lines = [line for line in jsonfiles.text_of(self._path).splitlines() if _step_of(line) <= step]
       # Whole or not at all: a run can be killed here too.
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text("".join(line + "\n" for line in lines))
@@ -118,7 +120,8 @@ def check_wandb(project: str) -> None:
 
 def _step_of(line: str) -> float:
   try:
-    return json.loads(line)["step"]
-  except (json.JSONDecodeError, KeyError, TypeError):
+    step = json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError, RecursionError):
     # A line that a killed run left half written.
     return float("inf")
+  return step if isinstance(step, int) else float("inf")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax import jsonfiles
+
 
 class Rows:
   """Rows of one array in `<path>.partial.npy`, and how many are done in `<path>.partial.json`; a whole one in `<path>.npz`.
@@ -55,7 +57,7 @@ class Rows:
 
   def _read_part(self, dtype: Any) -> bool:
     try:
-      notes = json.loads(self._notes_path.read_text())
+      notes = jsonfiles.unseal(self._notes_path, jsonfiles.read(self._notes_path), "The work starts anew.")
       if notes["identity"] != self._identity:
         return False
       array = np.lib.format.open_memmap(self._array_path, mode="r+")
@@ -74,9 +76,8 @@ class Rows:
     self._array.flush()
     self.done, self.notes = self.done + len(rows), notes
     # After the rows: what is said to be done is.
-    temporary = self._notes_path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"identity": self._identity, "done": self.done, "notes": notes}))
-    os.replace(temporary, self._notes_path)
+    content = {"identity": self._identity, "done": self.done, "notes": notes}
+    jsonfiles.write(self._notes_path, jsonfiles.seal(content))
 
   def finish(self, name: str, **beside: np.ndarray) -> np.ndarray:
     """The whole array, read as it is used, which now lies in `<path>.npz` by this name, with the arrays given beside it."""

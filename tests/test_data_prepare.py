@@ -219,6 +219,28 @@ def test_other_shapes_settings_and_versions_are_refused(tmp_path):
     data.PackedSource(tmp_path / "images")
 
 
+def test_a_malformed_index_is_named(tmp_path):
+  write_folder(tmp_path / "images")
+  prepare.run_prepare(config_of(source="folder", path=str(tmp_path / "images")), tmp_path / "packed")
+  index = tmp_path / "packed" / "index.json"
+  whole = json.loads(index.read_text())
+  for key in ("shape", "classes", "settings", "shards", "count"):
+    for value in ("x", 1.5, [None], [[]], float("nan")):
+      index.write_text(json.dumps(whole | {key: value}))
+      with pytest.raises(ValueError, match=rf"index\.json: Got a pack with {key}="):
+        data.PackedSource(tmp_path / "packed")
+    index.write_text(json.dumps({name: value for name, value in whole.items() if name != key}))
+    with pytest.raises(ValueError, match=rf"index\.json: Got a pack without {key}"):
+      data.PackedSource(tmp_path / "packed")
+  for value in ([], [6, 6], [6, 6, 0]):
+    index.write_text(json.dumps(whole | {"shape": value}))
+    with pytest.raises(ValueError, match=r"index\.json: Got a pack of shape="):
+      data.PackedSource(tmp_path / "packed")
+  index.write_text("[1]")
+  with pytest.raises(ValueError, match=r"index\.json which holds \[1\]"):
+    data.PackedSource(tmp_path / "packed")
+
+
 def test_wrong_requests_to_prepare_are_errors(tmp_path):
   with pytest.raises(ValueError, match="needs no preparation"):
     prepare.run_prepare(config_of(source="digits"), None)

@@ -48,6 +48,16 @@ def test_what_was_whole_of_another_is_replaced(tmp_path):
   np.testing.assert_array_equal(other.finish("images"), WHOLE[::-1])
 
 
+def test_rows_that_are_not_done_are_not_believed_to_be(tmp_path):
+  """One digit of the file has changed."""
+  open_rows(tmp_path).write(WHOLE[:4], {})
+  notes = tmp_path / "rows.partial.json"
+  text = notes.read_text()
+  assert '"done": 4' in text
+  notes.write_text(text.replace('"done": 4', '"done": 6'))
+  assert open_rows(tmp_path).done == 0
+
+
 @pytest.mark.parametrize("name", ["rows.partial.npy", "rows.partial.json", "rows.npz"])
 def test_a_broken_file_is_no_file(tmp_path, name):
   open_rows(tmp_path).write(WHOLE[:4], {})

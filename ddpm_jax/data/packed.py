@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax import jsonfiles
 from ddpm_jax.data.sources import Batch, BrokenImage, Source, broken_error, report_broken
 
 _INDEX, _LABELS, _VERSION = "index.json", "labels.npy", 1
+_KINDS: dict[str, jsonfiles.Kinds] = {
+  "shape": ([int],),
+  "classes": ([str], type(None)),
+  "settings": (dict,),
+  "shards": ([int],),
+  "count": (int,),
+}
 _SHARD_BYTES = 2**29
 _AT_A_TIME = 512
 
@@ -37,7 +45,7 @@ class PackedSource:
   def __init__(self, path: str | Path):
     self._path = Path(path)
     try:
-      index = json.loads((self._path / _INDEX).read_text())
+      index = jsonfiles.read(self._path / _INDEX)
       self.labels = np.load(self._path / _LABELS)
     except (OSError, ValueError) as error:
       raise ValueError(
@@ -49,6 +57,12 @@ class PackedSource:
         f"Got packed images of version {index.get('version')} in {str(path)!r}; this release reads version {_VERSION}."
         " Pack them again by --mode=prepare."
       )
+    with jsonfiles.naming(self._path / _INDEX):
+      jsonfiles.check_types(index, _KINDS, "pack", required=True)
+      if len(index["shape"]) != 3 or min(index["shape"]) < 1 or not index["shards"]:
+        raise ValueError(
+          f"Got a pack of shape={index['shape']} in {len(index['shards'])} shards; expected [H, W, C], and shards."
+        )
     self.shape, self.classes, self.settings = tuple(index["shape"]), index["classes"], index["settings"]
     self._last = np.cumsum(index["shards"])
     missing = [str(self._shard(number)) for number in range(len(self._last)) if not self._shard(number).is_file()]

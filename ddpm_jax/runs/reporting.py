@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, data, evaluate, images, metrics
+from ddpm_jax import build, data, evaluate, images, jsonfiles, metrics
 from ddpm_jax import report as page
 from ddpm_jax.runs import drawing
 from ddpm_jax.runs.model import Weights
@@ -106,15 +106,11 @@ def content(
     labels=labels,
     denoising=way.states,
     denoising_times=way.times,
-    metrics=_lines(folder / "metrics.jsonl"),
+    metrics=jsonfiles.read_lines(path) if (path := folder / "metrics.jsonl").is_file() else [],
     schedule=schedule,
     neighbours=nearest,
     bound_terms=bound_terms,
   )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def write(folder: Path, shown: page.Content) -> Path:
