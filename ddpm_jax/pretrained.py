@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, interop, workdir
+from ddpm_jax import build, interop, jsonfiles, schema, workdir
 from ddpm_jax.interop.diffusers import Pretrained
 from ddpm_jax.networks import UNet
 
@@ -97,10 +97,10 @@ def adopt_sampling(config: ConfigDict, model: Pretrained, sampler: str | None) -
 
 def adopt_run(config: ConfigDict, folder: Path) -> ConfigDict:
   """The config with what the run in a folder took from the model that it started from, if the config starts from it too."""
-  saved = workdir.read_config(folder)
-  if not config.get("init_from") or saved is None or saved.get("init_from") != config.init_from:
+  old = schema.saved_config(folder) if config.get("init_from") else None
+  if old is None or old.init_from != config.init_from:
     return config
-  config, old = ConfigDict(config.to_dict()), ConfigDict(saved)
+  config = ConfigDict(config.to_dict())
   for name in _MODEL:
     if isinstance(config[name], ConfigDict):
       config[name].update({key: value for key, value in old[name].items() if name != "network" or key not in _FREE})
@@ -146,12 +146,15 @@ def export(config: ConfigDict, folder: Path, output: Path, params: PyTree, *, st
   """
   check_exportable(config)
   path = folder / "eval.json"
-  evaluated = json.loads(path.read_text()) if path.is_file() else None
+  evaluated = jsonfiles.read(path) if path.is_file() else {}
   scores = None
-  if evaluated and "scores" in evaluated:
-    scores = {
-      key: evaluated[key] for key in ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
-    }
+  if "scores" in evaluated:
+    shown = ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
+    if missing := [key for key in shown if key not in evaluated]:
+      raise ValueError(
+        f"Got {path} without {', '.join(missing)}; expected scores as --mode=eval writes them. Evaluate again."
+      )
+    scores = {key: evaluated[key] for key in shown}
   interop.diffusers.save(
     output,
     cast(UNet, build.build_network(config)),
@@ -184,8 +187,8 @@ def of_run(config: ConfigDict, folder: Path, *, resuming: bool) -> tuple[ConfigD
       f"Got config.init_from={config.init_from!r} with superres.factor={config.superres.factor}; wanted no model to start from: diffusers'"
       " pixel pipelines take no image to enlarge."
     )
-  saved = workdir.read_config(folder)
-  if resuming and saved is not None and saved.get("init_from") == config.init_from:
+  saved = schema.saved_config(folder) if resuming else None
+  if saved is not None and saved.init_from == config.init_from:
     return adopt_run(config, folder), None
   model = load(config.init_from)
   if model.shape is None:  # the folder does not say: the data do

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddpm_jax import jsonfiles
+
 # What may differ when a run goes on: nothing in it changes the parameters that a step leads to, but for the last digits of
 # floats. Data may have moved; that they are the same is for the data position to check.
 _MAY_CHANGE = (
@@ -37,6 +39,11 @@ _MAY_CHANGE = (
   "sampling.",
   "evaluation.",
   "ema.snapshot_every",
+)
+
+_EDITED = (
+  "Undo the change, and pass it as a flag beside the recipe, such as --config=<recipe> --config.sampling.num_steps=50. Or, if"
+  ' you are sure of the content, delete its line "digest".'
 )
 
 
@@ -79,35 +86,26 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-  """The config of the run in a folder, or None if it holds none.
+  """Return the config of the run in a folder, or None if it holds none.
 
   Raises:
-    ValueError: if the file is there but is not JSON.
+    ValueError: if the file is there but is not JSON, or is not as the run wrote it.
   """
   path = config_path(workdir)
-  if not path.is_file():
+  # What is there but is no file is an error.
+  if not path.exists():
     return None
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"Cannot read {path}: {error}. Restore the file, or use another --workdir.") from error
+  return jsonfiles.unseal(path, jsonfiles.read(path), _EDITED)
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
-  """Writes a run's config, whole or not at all."""
-  write_json(config_path(workdir), config, sort_keys=True)
+  """Write a run's config and its digest, whole or not at all."""
+  jsonfiles.write(config_path(workdir), jsonfiles.seal(config), sort_keys=True)
 
 
 def write_labels(workdir: Path, counts: Sequence[int]) -> None:
-  """Writes how many images of each class a run is trained on into labels.json, whole or not at all."""
-  write_json(workdir / "labels.json", {"counts": list(counts)})
-
-
-def write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) -> None:
-  """Writes an object, whole or not at all."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
-  os.replace(temporary, path)
+  """Write how many images of each class a run is trained on into labels.json, whole or not at all."""
+  jsonfiles.write(workdir / "labels.json", {"counts": list(counts)})
 
 
 def check_same_run(workdir: Path, config: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:

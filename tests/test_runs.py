@@ -51,7 +51,7 @@ def sampled(folder, **choice):
   """What the chosen weights draw."""
   before = set((folder / "samples").glob("*.npz"))
   config = tiny_config()
-  config.update(json.loads((folder / "config.json").read_text()))
+  config.update(workdir.read_config(folder))
   runs.run_sample(config, folder, num_samples=4, seed=0, choice=runs.Choice(**choice))
   with np.load((set((folder / "samples").glob("*.npz")) - before).pop()) as file:
     return file["samples"]

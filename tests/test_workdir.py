@@ -51,10 +51,56 @@ def test_checkpoints_without_a_config_are_refused(tmp_path):
     workdir.check_same_run(tmp_path, CONFIG)
 
 
-def test_a_damaged_config_is_an_error(tmp_path):
-  workdir.config_path(tmp_path).write_text("{")
-  with pytest.raises(ValueError, match=r"Cannot read .*config\.json"):
+DAMAGE = {
+  "truncated": lambda data: data[:-20],
+  "empty": lambda data: b"",
+  "not UTF-8": lambda data: data.replace(b"8", b"\xff", 1),
+  "a list": lambda data: b"[1]",
+  "nested": lambda data: b"[" * 100_000,
+  "a digit": lambda data: data.replace(b'"steps": 5', b'"steps": 4'),
+  "a key": lambda data: data.replace(b'"steps"', b'"stepr"'),
+  "another digest": lambda data: data.replace(b'"digest": "', b'"digest": "0'),
+  "a digest of another type": lambda data: data.replace(b'"digest": "', b'"digest": 3, "x": "'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_config_is_an_error(name, tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  path = workdir.config_path(tmp_path)
+  before = path.read_bytes()
+  path.write_bytes(DAMAGE[name](before))
+  assert path.read_bytes() != before
+  with pytest.raises(ValueError, match=r"config\.json"):
     workdir.read_config(tmp_path)
+
+
+def test_every_flipped_bit_of_a_value_is_noticed(tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  path = workdir.config_path(tmp_path)
+  data, whole = path.read_bytes(), workdir.read_config(tmp_path)
+  unnamed = []
+  for place in range(len(data)):
+    for bit in range(8):
+      path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+      try:
+        found = workdir.read_config(tmp_path)
+      except ValueError as error:
+        unnamed += [] if "config.json" in str(error) else [str(error)]
+      else:
+        # A blank may be another one; and where the name of the digest is another, this is a key that no config has.
+        assert {key: value for key, value in found.items() if key in whole} == whole
+  assert not unnamed
+
+
+def test_an_edited_config_is_taken_once_its_digest_is_deleted(tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  path = workdir.config_path(tmp_path)
+  path.write_text(path.read_text().replace('"steps": 5', '"steps": 9'))
+  with pytest.raises(ValueError, match="was edited.*as a flag.*delete its line"):
+    workdir.read_config(tmp_path)
+  path.write_text("\n".join(line for line in path.read_text().splitlines() if '"digest"' not in line))
+  assert workdir.read_config(tmp_path)["training"]["steps"] == 9
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
@@ -66,6 +112,19 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     workdir.check_writable(file / "below")
   workdir.check_writable(tmp_path / "a" / "b")
   assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_records_name_a_file_that_is_not_text(tmp_path):
+  (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "loss": "\xff"}\n')
+  with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+    records.Records(tmp_path, 3)
+
+
+@pytest.mark.parametrize("line", ['{"step": "2"}', '{"step": null}', "[2]", "2", "[" * 100_000, '{"step": '])
+def test_records_drop_a_line_without_a_step(line, tmp_path):
+  (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+  records.Records(tmp_path, 3)
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_records_go_on_where_the_checkpoint_stands(tmp_path):

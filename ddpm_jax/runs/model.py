@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import ddpm_jax
-from ddpm_jax import build, checkpoint, ema, evaluate, parallel, pretrained, schema, train, workdir
+from ddpm_jax import build, checkpoint, ema, evaluate, jsonfiles, parallel, pretrained, schema, train, workdir
 
 PyTree = Any
 
@@ -235,7 +235,7 @@ def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: i
     "commit": _commit(),
     "times": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1)},
   }
-  workdir.write_json(scores_path(folder), report)
+  jsonfiles.write(scores_path(folder), report)
   return report
 
 
