@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import jsonfiles, workdir
+from ddpm_jax import jsonfiles, memory, workdir
 
 # What the elements of a tuple are.
 _ELEMENTS = {
@@ -336,8 +336,6 @@ def check_config(config: ConfigDict) -> None:
     )
   for name, value in given.items():
     _check_value(name, value, known[name])
-  if config.seed >= 2**31:
-    raise ValueError(f"Got config.seed={config.seed}; wanted 0 to {2**31 - 1}.")
 
 
 def _check_names(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -355,6 +353,11 @@ def _check_value(name: str, value: Any, default: Any) -> None:
   for number in value if isinstance(value, list | tuple) else [value]:
     if isinstance(number, str | bool) or name in _SIGNED:
       continue
+    if isinstance(number, int) and number >= 2**31:
+      raise ValueError(
+        f"Got config.{name}={value}; expected below {2**31}, as programs count with 32 bits: as many numbers take"
+        f" {memory.show(4 * number)}. Set --config.{name}."
+      )
     if number < 1 and name in _COUNTS:
       raise ValueError(f"Got config.{name}={value}; wanted at least 1.")
     if number <= 0 and name in _POSITIVE:

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import data
+from ddpm_jax.build.memory import check_images
 from ddpm_jax.build.model import image_shape
 from ddpm_jax.schema import choose
 
@@ -34,6 +35,7 @@ def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
       for split in (c.train_split, c.eval_split)
     ),
   }
+  check_images(config, 1, "config.data.image_size and channels")
   return choose(c.source, makers, "config.data.source")()
 
 

@@ -239,6 +239,7 @@ def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarra
   # Old files say timesteps.
   n = config.get("num_train_timesteps", config.get("timesteps", 1000))
   ends = (config.get("beta_start", kind.betas[0]), config.get("beta_end", kind.betas[1]))
+  schedules.check_steps(n)
   schedule = config.get("beta_schedule", "linear")
   if config.get("trained_betas") is not None:
     return np.asarray(config["trained_betas"], np.float64), "table", ends
