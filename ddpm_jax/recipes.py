@@ -40,6 +40,8 @@ def read(value: str) -> ConfigDict:
       f"Got --config={path}, whose get_config(){_line_of(get_config)} returns {what}; expected a ConfigDict. Start from"
       f" ddpm_jax.schema.default_config().{hint}"
     )
+  # A value that is required may not be set.
+  _run(path, config.to_dict, get_config)
   # Flags change it.
   return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
 
@@ -76,10 +78,10 @@ def _run(path: Path, call: Any, function: Any = None) -> Any:
     raise
   # A config file may raise anything, and may even try to end the program.
   except BaseException as error:
-    text = " ".join(str(error).split())[:_LONGEST]
+    # Also of an error that cannot say what it is.
+    text = " ".join(traceback.format_exception_only(error)[-1].split())[:_LONGEST]
     raise ValueError(
-      f"Got --config={path}, which fails{_place(path, error) or _line_of(function)}: {type(error).__name__}{': ' if text else ''}{text}."
-      " Correct the file."
+      f"Got --config={path}, which fails{_place(path, error) or _line_of(function)}: {text}. Correct the file."
     ) from error
 
 

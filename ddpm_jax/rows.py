@@ -11,6 +11,8 @@ import numpy as np
 
 from ddpm_jax import jsonfiles
 
+_NOTES: dict[str, jsonfiles.Kinds] = {"identity": (str,), "done": (int,), "notes": (dict,)}
+
 
 class Rows:
   """Rows of one array in `<path>.partial.npy`, and how many are done in `<path>.partial.json`; a whole one in `<path>.npz`.
@@ -58,7 +60,8 @@ class Rows:
   def _read_part(self, dtype: Any) -> bool:
     try:
       notes = jsonfiles.unseal(self._notes_path, jsonfiles.read(self._notes_path), "The work starts anew.")
-      if notes["identity"] != self._identity:
+      jsonfiles.check_types(notes, _NOTES, "part", required=True)
+      if notes["identity"] != self._identity or not 0 <= notes["done"] <= self._shape[0]:
         return False
       array = np.lib.format.open_memmap(self._array_path, mode="r+")
     except (OSError, ValueError, KeyError):

@@ -327,7 +327,12 @@ def config_of_data(given: ConfigDict | None) -> ConfigDict:
 
 def check_config(config: ConfigDict) -> None:
   """Raise a ValueError if keys are missing or unknown, or a value cannot be right whatever the others are. The parts check theirs."""
-  known, given = (_leaves(c.to_dict()) for c in (default_config(), config))
+  try:
+    known, given = (_leaves(c.to_dict()) for c in (default_config(), config))
+  except RecursionError as error:
+    raise ValueError(
+      "Got a config with a section that holds itself; expected sections of values. Start from schema.default_config()."
+    ) from error
   _check_names(given, known)
   if known.keys() - given.keys():
     raise ValueError(

@@ -303,9 +303,13 @@ def test_what_is_no_folder(tmp_path, monkeypatch):
     interop.diffusers.load("owner/name")
 
 
-def test_a_name_on_the_hub_is_read_from_its_cache(copy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["whole", "variant", "shards", "pickled variant"])
+def test_a_name_on_the_hub_is_read_from_its_cache(form, copy, tmp_path, monkeypatch):
   """The hub's own package, offline, on a cache as it leaves one."""
   import huggingface_hub
+
+  if form != "whole":
+    reform(copy, FORMS[form])
 
   repository = tmp_path / "hub" / "models--owner--name"
   (repository / "refs").mkdir(parents=True)

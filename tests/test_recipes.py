@@ -23,10 +23,18 @@ BROKEN = {
   "raises a ValueError": (MAKE + "  raise ValueError('no')\n", "fails in line 3: ValueError: no"),
   "raises an OSError": (MAKE + "  open('/none/x')\n", "fails in line 3: FileNotFoundError: .*No such file"),
   "raises without a word": (MAKE + "  assert False\n", r"fails in line 3: AssertionError\. "),
-  "raises in a library": (MAKE + "  import json\n  json.loads('{')\n", "fails in line 4: JSONDecodeError"),
+  "raises in a library": (MAKE + "  import json\n  json.loads('{')\n", "fails in line 4: json.decoder.JSONDecodeError"),
   "sets a wrong type": (MAKE + "  c = ConfigDict({'a': 1})\n  c.a = 'x'\n", "fails in line 4: TypeError"),
   "ends the program": (MAKE + "  raise SystemExit(0)\n", "fails in line 3: SystemExit: 0"),
   "ends the program when read": ("import sys\nsys.exit()\n", "fails in line 2: SystemExit"),
+  "raises what cannot be shown": (
+    MAKE + "  class E(Exception):\n    def __str__(self):\n      return 1\n  raise E\n",
+    r"fails in line 6: .*E: <exception str\(\) failed>",
+  ),
+  "lacks a value": (
+    "from ml_collections.config_dict import *\ndef get_config():\n  return ConfigDict({'a': required_placeholder(int)})\n",
+    "fails in line 2: .*RequiredValueError",
+  ),
   "recurses": (MAKE + "  return get_config()\n", "fails in line 3: RecursionError"),
   "imports what is not there": ("import no_such_module\n", "fails in line 1: ModuleNotFoundError"),
   "syntax": ("def get_config():\n  return (\n", "fails in line 2: SyntaxError"),
@@ -62,6 +70,13 @@ def test_the_command_line_shows_one_message(name, flags, tmp_path):
   assert str(path) in output
   assert len(output.splitlines()) == 1
   assert not (tmp_path / "work").exists()
+
+
+def test_a_config_that_holds_itself_is_one_message(tmp_path):
+  path = tmp_path / "broken.py"
+  path.write_text(MAKE + "  c = ConfigDict({'a': 1})\n  c.b = c\n  return c\n")
+  code, output = call(f"--config={path}", f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, "a section that holds itself")
 
 
 def test_what_is_no_file(tmp_path):

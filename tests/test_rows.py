@@ -1,5 +1,7 @@
 """Rows on disk: gone on with where they stood, and never taken for what they are not."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,15 @@ def test_what_was_whole_of_another_is_replaced(tmp_path):
   assert other.done == 0
   other.write(WHOLE[::-1], {})
   np.testing.assert_array_equal(other.finish("images"), WHOLE[::-1])
+
+
+@pytest.mark.parametrize("change", [{"done": 11}, {"done": -1}, {"done": "4"}, {"notes": None}, {"done": None}])
+def test_notes_that_make_no_sense_are_not_used(change, tmp_path):
+  open_rows(tmp_path).write(WHOLE[:4], {})
+  path = tmp_path / "rows.partial.json"
+  notes = json.loads(path.read_text()) | change
+  path.write_text(json.dumps({key: value for key, value in notes.items() if key != "digest" and value is not None}))
+  assert open_rows(tmp_path).done == 0
 
 
 def test_rows_that_are_not_done_are_not_believed_to_be(tmp_path):
