@@ -89,6 +89,33 @@ def test_networks_that_no_machine_holds_are_refused(name):
     UNet(**options).check_input((32, 32, 3))
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {name: -4}
+    for name in (
+      "channels",
+      "blocks",
+      "heads",
+      "head_channels",
+      "groups",
+      "time_features",
+      "embedding_features",
+      "num_classes",
+      "augmentation_features",
+      "out_channels",
+    )
+  ]
+  + [{name: float("nan")} for name in ("epsilon", "dropout", "frequency_shift")]
+  + [{"multipliers": (1, float("nan"))}, {"multipliers": (1, float("inf"))}, {"multipliers": (-1,)}],
+  ids=str,
+)
+def test_a_network_has_no_negative_number_of_anything(options):
+  (name,) = options
+  with pytest.raises(ValueError, match=f"{name}=|{-4:g} features|-512 features"):
+    UNet(**options).check_input((32, 32, 3))
+
+
 def test_the_least_size_of_a_network_is_no_more_than_its_size(monkeypatch):
   found = []
   monkeypatch.setattr(memory, "check", lambda what, needed, *_: found.append(needed))

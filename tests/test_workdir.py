@@ -3,6 +3,8 @@ import os
 import pytest
 
 from ddpm_jax import records, workdir
+from tests.commands import RECIPE, assert_refused, call
+from tests.recipes import tiny_config
 
 CONFIG = {"seed": 0, "network": {"channels": 8, "multipliers": (1, 2)}, "training": {"steps": 5}, "sampling": {"k": 1}}
 
@@ -112,6 +114,27 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     workdir.check_writable(file / "below")
   workdir.check_writable(tmp_path / "a" / "b")
   assert os.listdir(tmp_path / "a" / "b") == []
+
+
+@pytest.mark.parametrize("flags", [["--mode=sample"], [RECIPE]])
+@pytest.mark.parametrize(
+  ("old", "new", "message"),
+  [
+    ('"steps": 12', '"steps": 13', "digest does not match"),
+    ('"steps": 12', '"steps": "12"', "digest does not match"),
+    ("{", "[", "as JSON"),
+    ("{", "\udcff", "Cannot read"),
+  ],
+)
+def test_the_command_line_names_a_damaged_config(flags, old, new, message, tmp_path):
+  workdir.write_config(tmp_path, tiny_config().to_dict())
+  path = workdir.config_path(tmp_path)
+  damaged = path.read_text().replace(old, new, 1).encode(errors="surrogateescape")
+  path.write_bytes(damaged)
+  code, output = call(*flags, f"--workdir={tmp_path}")
+  assert_refused(code, output, rf"config\.json.*{message}|{message}.*config\.json")
+  assert path.read_bytes() == damaged
+  assert os.listdir(tmp_path) == ["config.json"]
 
 
 def test_records_name_a_file_that_is_not_text(tmp_path):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ddpm_jax import memory
 
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
+# Of something, of which there may be none.
+_COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes", "augmentation_features")
 # Residual blocks on the way down. Each is traced and compiled on its own: a program of more takes hours to make.
 _MOST_BLOCKS = 1000
 _VECTORS = ("", "dense", "time", "identity")
@@ -28,6 +30,13 @@ def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
 
 def _check_values(network: Any) -> None:
   n = network
+  numbers = {"multipliers": n.multipliers, "frequency_shift": [n.frequency_shift], "epsilon": [n.epsilon]}
+  for name, values in numbers.items():
+    if not all(math.isfinite(value) for value in values):
+      raise ValueError(f"Got {name}={getattr(n, name)}; expected finite numbers.")
+  for name in _COUNTS:
+    if getattr(n, name) < 0:
+      raise ValueError(f"Got {name}={getattr(n, name)}; expected 0, for none or the default, or more.")
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
       f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; wanted at least one level,"
