@@ -269,7 +269,7 @@ def test_foreign_images_are_refused_with_the_bytes_they_would_take(size, samples
   code, output = call(
     "--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path / 'work'}", f"--num_samples={samples}"
   )
-  assert_refused(code, output, rf"for images of {size}x{size}x3: {BYTES}")
+  assert_refused(code, output, rf"for images of {size}x{size}x3.*: {BYTES}")
   assert not (tmp_path / "work").exists()
 
 

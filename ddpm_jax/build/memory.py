@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm_jax import memory
@@ -25,9 +24,10 @@ def check_training(config: ConfigDict, devices: Sequence[Any]) -> None:
   """Raise a ValueError if a batch, or what prepares it, does not fit into the memory of the devices or of this machine."""
   c, advice = config.training, "Lower the batch size, the image size or network.channels, or take more devices."
   needed = c.batch_size * _image(config) * _FLOAT + c.batch_size / c.accumulate * _features(config)
-  memory.check(f"config.training.batch_size={c.batch_size} {_of(config)}", needed, memory.of_devices(devices), advice)
+  what = f"config.training.batch_size={c.batch_size} {_of(config)}"
+  memory.check(f"{what} and network.channels={config.network.channels}", needed, memory.of_devices(devices), advice)
   images = c.batch_size / jax.process_count() * _image(config)
-  memory.check(f"config.training.batch_size={c.batch_size} {_of(config)}", images, memory.of_host(), advice)
+  memory.check(what, images, memory.of_host(), advice)
   d = config.data
   workers = d.num_threads * _THREAD + d.num_workers * _PROCESS
   memory.check(
@@ -41,15 +41,16 @@ def check_training(config: ConfigDict, devices: Sequence[Any]) -> None:
 def check_batch(config: ConfigDict, size: int, devices: Sequence[Any], name: str) -> None:
   """Raise a ValueError if a batch of samples over all devices does not fit into their memory; `name` is its key."""
   needed = size * (_image(config) * _FLOAT + _features(config))
-  advice = f"Lower --config.{name}."
-  memory.check(f"config.{name}={config_value(config, name)} {_of(config)}", needed, memory.of_devices(devices), advice)
+  section, key = name.split(".")
+  what = f"config.{name}={config[section][key]} {_of(config)} and network.channels={config.network.channels}"
+  memory.check(what, needed, memory.of_devices(devices), f"Lower --config.{name}, or the size of the images.")
 
 
 def check_evaluation(config: ConfigDict, devices: Sequence[Any], folder: Path) -> None:
   """Raise a ValueError if the samples of an evaluation do not fit on the disk of a folder, or its batches into memory."""
   c = config.evaluation
-  # Features are extracted in batches of this size, however few images there are.
   check_batch(config, min(c.batch_size, c.num_samples) * len(devices), devices, "evaluation.batch_size")
+  # Features are extracted in batches of this size, however few images there are.
   check_images(config, c.batch_size, f"config.evaluation.batch_size={c.batch_size}")
   if c.likelihood:
     probes = min(c.batch_size, c.likelihood_images or c.batch_size) * c.probes
@@ -84,12 +85,6 @@ def check_features(dimensions: int, kept: int, covariance: bool) -> None:
   )
 
 
-def config_value(config: ConfigDict, name: str) -> Any:
-  """Return the value of a key by its dotted name."""
-  section, key = name.split(".")
-  return config[section][key]
-
-
 def _of(config: ConfigDict) -> str:
   return f"for images of {'x'.join(map(str, image_shape(config)))}"
 
@@ -100,4 +95,4 @@ def _image(config: ConfigDict) -> int:
 
 def _features(config: ConfigDict) -> int:
   """Bytes of what the first layer of a network gives for an image."""
-  return config.data.image_size**2 * config.network.channels * jnp.dtype(config.network.dtype).itemsize
+  return config.data.image_size**2 * config.network.channels * (_FLOAT if config.network.dtype == "float32" else 2)
