@@ -162,7 +162,6 @@ def main(argv: list[str]) -> None:
     return
   if mode == "plan":
     config = schema.config_of_run(_CONFIG.value, folder)
-    schema.check_config(config)
     _cache_compilations()
     runs.run_plan(config, topology_name=_TOPOLOGY.value, num_devices=_DEVICES.value)
     return
@@ -330,16 +329,32 @@ def _cache_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+class _Recipe(flags.ArgumentParser):
+  """Reads the file that --config names. ml_collections' own parser shows mistakes in one with a traceback, or hides them."""
+
+  def parse(self, value: str) -> Any:
+    from ddpm_jax import recipes
+
+    try:
+      config = recipes.read(value)
+    except ValueError as error:
+      _stop(str(error))
+    # Flags may change keys, not add any.
+    config.lock()
+    return config
+
+  def flag_type(self) -> str:
+    return "config file"
+
+
+flags.FLAGS["config"].parser = _Recipe()
+
+
 def _parse(argv: list[str]) -> list[str]:
-  """Return flags from the command line; mistakes in them end the program with one message, as all bad input does."""
+  """Read flags from the command line; a mistake in them ends the program with one message, as all bad input does."""
   if not any(word.lstrip("-").startswith("traceback") for word in argv):
     # XLA reads this when it is loaded, as by a config. It takes a compilation of some minutes for a bug to report.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-    if flag.lstrip("-").startswith("config="):
-      _check_file(flag.partition("=")[2])
-    elif flag in ("--config", "-config"):
-      _check_file(value)
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
@@ -349,17 +364,6 @@ def _parse(argv: list[str]) -> list[str]:
     # ml_collections names the key that is not there and, on a second line, the nearest that is.
     key, _, hint = str(error).encode().decode("unicode_escape").strip("\"'").partition("\n")
     _stop(f"Got a --config flag for {key.strip(chr(39))!r}, a key that the config does not have. {hint}")
-
-
-def _check_file(value: str) -> None:
-  path = Path(value.partition(":")[0])
-  if not path.is_file():
-    from difflib import get_close_matches
-
-    files = sorted(str(file) for file in path.parent.glob("*.py")) if path.parent.is_dir() else []
-    near = get_close_matches(str(path), files, 1)
-    hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(files)}." if files else ""
-    _stop(f"Got --config={value}, a file that does not exist; wanted a Python file such as configs/digits_vp.py.{hint}")
 
 
 def _stop(message: str, code: int = 2) -> NoReturn:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -101,6 +102,8 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
         f"Got {argument!r} as an argument of {name}; wanted one of {', '.join(known) or 'none'}.{_near(argument, known)}"
       )
     number = isinstance(value, (int, float))
+    if number and not math.isfinite(value):
+      raise ValueError(f"Got {argument}={value!r} for {name}; expected a finite number.")
     if argument in ("b1", "b2", "b3") and not (number and 0 <= value < 1):
       raise ValueError(f"Got {argument}={value!r} for {name}; wanted 0 <= {argument} < 1.")
     if argument == "eps" and not (number and value > 0):

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, interop, workdir
+from ddpm_jax import build, interop, schema, workdir
 from ddpm_jax.interop.diffusers import Pretrained
 from ddpm_jax.networks import UNet
 
@@ -97,10 +97,10 @@ def adopt_sampling(config: ConfigDict, model: Pretrained, sampler: str | None) -
 
 def adopt_run(config: ConfigDict, folder: Path) -> ConfigDict:
   """The config with what the run in a folder took from the model that it started from, if the config starts from it too."""
-  saved = workdir.read_config(folder)
-  if not config.get("init_from") or saved is None or saved.get("init_from") != config.init_from:
+  old = schema.saved_config(folder) if config.get("init_from") else None
+  if old is None or old.init_from != config.init_from:
     return config
-  config, old = ConfigDict(config.to_dict()), ConfigDict(saved)
+  config = ConfigDict(config.to_dict())
   for name in _MODEL:
     if isinstance(config[name], ConfigDict):
       config[name].update({key: value for key, value in old[name].items() if name != "network" or key not in _FREE})
@@ -184,8 +184,8 @@ def of_run(config: ConfigDict, folder: Path, *, resuming: bool) -> tuple[ConfigD
       f"Got config.init_from={config.init_from!r} with superres.factor={config.superres.factor}; wanted no model to start from: diffusers'"
       " pixel pipelines take no image to enlarge."
     )
-  saved = workdir.read_config(folder) if resuming else None
-  if saved is not None and saved.get("init_from") == config.init_from:
+  saved = schema.saved_config(folder) if resuming else None
+  if saved is not None and saved.init_from == config.init_from:
     return adopt_run(config, folder), None
   model = load(config.init_from)
   if model.shape is None:  # the folder does not say: the data do

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from ddpm_jax import randomness
+from ddpm_jax import randomness, schedules
 
 Array = jax.Array
 TimeFn = Callable[[Array], Array]
@@ -285,6 +285,7 @@ def discrete(betas) -> Process:
   if betas.ndim != 1 or betas.size == 0:
     raise ValueError(f"Got betas of shape {betas.shape}; wanted a one-dimensional table with one beta a step.")
   n = betas.size
+  schedules.check_steps(n)
   # The steps that leave some data: all, or all but the last.
   kept = n - int(n > 1 and betas[-1] == 1)
   bad = np.flatnonzero(~((betas[:kept] > 0) & (betas[:kept] < 1)))

@@ -2,6 +2,11 @@
 
 import numpy as np
 
+# The whole numbers that float32 holds.
+MOST_STEPS = 2**24
+# Bytes a step: its beta, its sum and the four coefficients of a cubic, in float64.
+_TABLES = 48
+
 
 def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
   """Betas [num_steps] that rise linearly (Ho et al. 2020, section 4).
@@ -9,7 +14,7 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.
   Raises:
     ValueError: if there are no steps.
   """
-  _check_steps(num_steps)
+  check_steps(num_steps)
   return np.linspace(beta_start, beta_end, num_steps, dtype=np.float64)
 
 
@@ -19,7 +24,7 @@ def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: 
   Raises:
     ValueError: if there are no steps.
   """
-  _check_steps(num_steps)
+  check_steps(num_steps)
   if not (beta_start >= 0 and beta_end >= 0):
     raise ValueError(
       f"Got beta_start={beta_start}, beta_end={beta_end}; wanted both at least 0, as in scaled_linear(1000, 0.00085, 0.012)."
@@ -38,7 +43,7 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
   Raises:
     ValueError: if there are no steps, or the offset is negative.
   """
-  _check_steps(num_steps)
+  check_steps(num_steps)
   if not 0 <= offset < np.inf:
     raise ValueError(f"Got offset={offset}; wanted it at least 0, such as 0.008.")
   t = np.arange(num_steps + 1, dtype=np.float64) / num_steps
@@ -63,7 +68,7 @@ def sigmoid(
   Raises:
     ValueError: if there are no steps, or not start < end, tau > 0.
   """
-  _check_steps(num_steps)
+  check_steps(num_steps)
   if not (start < end and tau > 0):
     raise ValueError(
       f"Got start={start}, end={end}, tau={tau}; wanted start < end and tau above 0, as in sigmoid(1000, -3, 3, 1)."
@@ -92,6 +97,12 @@ def zero_terminal_snr(betas) -> np.ndarray:
   return 1 - np.concatenate([root[:1], root[1:] / root[:-1]]) ** 2
 
 
-def _check_steps(num_steps: int) -> None:
+def check_steps(num_steps: int) -> None:
+  """Raise a ValueError unless a process, or a grid of times, can have so many steps."""
   if num_steps < 1:
     raise ValueError(f"Got a schedule of {num_steps} steps; wanted at least 1.")
+  if num_steps > MOST_STEPS:
+    raise ValueError(
+      f"Got num_steps={num_steps}, whose tables take at least {_TABLES * num_steps / 1e9:,.3g} GB; expected at most"
+      f" {MOST_STEPS:,}: float32 cannot tell the times of more steps apart."
+    )

@@ -7,7 +7,50 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import workdir
+from ddpm_jax import jsonfiles, memory, workdir
+
+# What the elements of a tuple are.
+_ELEMENTS = {
+  "process.betas": float,
+  "network.multipliers": float,
+  "network.attention_resolutions": int,
+  "network.filter": float,
+  "ema.stds": float,
+  "evaluation.scores": str,
+  "evaluation.likelihood": str,
+}
+# Numbers that may be below 0; all others are a size, a share or a number of something.
+_SIGNED = ("loss.times_mean", "guidance.scale", "network.frequency_shift", "network.filter")
+_POSITIVE = ("sampling.tolerance", "evaluation.likelihood_tolerance", "optimizer.learning_rate", "network.multipliers")
+_COUNTS = (
+  "data.image_size",
+  "data.channels",
+  "data.num_threads",
+  "process.num_steps",
+  "network.channels",
+  "network.blocks",
+  "network.heads",
+  "network.groups",
+  "network.attention_resolutions",
+  "training.batch_size",
+  "training.steps",
+  "training.accumulate",
+  "training.max_skipped",
+  "training.log_every",
+  "training.checkpoint_every",
+  "training.sample_every",
+  "training.keep_checkpoints",
+  "sampling.num_steps",
+  "sampling.preview_steps",
+  "sampling.batch_size",
+  "evaluation.num_samples",
+  "evaluation.batch_size",
+  "evaluation.k",
+  "evaluation.most_kept",
+  "evaluation.kernel_subsets",
+  "evaluation.splits",
+  "evaluation.classifier_steps",
+)
 
 
 def default_config() -> ConfigDict:
@@ -223,25 +266,44 @@ def default_config() -> ConfigDict:
 
 
 def config_of_run(given: ConfigDict | None, folder: Path) -> ConfigDict:
-  """The config given on the command line, or else that of the run in the folder.
+  """Return the config given on the command line, or else that of the run in the folder, checked.
 
   Raises:
-    ValueError: if there is neither, or the given one is no ConfigDict.
+    ValueError: if there is neither, or it is no sound config.
   """
   if isinstance(given, ConfigDict):
+    check_config(given)
     return ConfigDict(given.to_dict())
   if given is not None:
     raise ValueError(
-      f"Got a config file whose get_config() gives a {type(given).__name__}; wanted a ConfigDict. Start from schema.default_config()."
+      f"Got a config of type {type(given).__name__}; expected a ConfigDict. Start from schema.default_config()."
     )
-  saved = workdir.read_config(folder)
+  saved = saved_config(folder)
   if saved is None:
     raise ValueError(
       f"Got no --config, and {folder} holds no run; wanted a recipe, such as --config=configs/digits_vp.py."
     )
-  # A run of an older version lacks keys that came later.
+  return saved
+
+
+def saved_config(folder: Path) -> ConfigDict | None:
+  """Return the config of the run in a folder, checked, or None if it holds none.
+
+  Raises:
+    ValueError: if the file is no sound config; the message names it.
+  """
+  saved = workdir.read_config(folder)
+  if saved is None:
+    return None
   config = default_config()
-  config.update(ConfigDict(saved))
+  with jsonfiles.naming(workdir.config_path(folder)):
+    _check_names(_leaves(saved), _leaves(config.to_dict()))
+    try:
+      # A run of an older version lacks keys that came later.
+      config.update(ConfigDict(saved))
+    except TypeError as error:
+      raise ValueError(f"Got a config with a value of the wrong type ({error}). Restore the file.") from error
+    check_config(config)
   return config
 
 
@@ -260,60 +322,63 @@ def config_of_data(given: ConfigDict | None) -> ConfigDict:
     raise ValueError(
       "Got no --config to say which data to prepare; wanted a recipe, such as --config=configs/cifar10_vp.py."
     )
-  config = config_of_run(given, Path())
-  check_config(config)
-  return config
+  return config_of_run(given, Path())
 
 
 def check_config(config: ConfigDict) -> None:
-  """Raises a ValueError if keys are missing or unknown, or a count is below 1. The parts check their own values."""
-  known, given = (_keys(c.to_dict()) for c in (default_config(), config))
-  for name in sorted(given - known):
-    choose(name, known, "a config key")
-  if known - given:
+  """Raise a ValueError if keys are missing or unknown, or a value cannot be right whatever the others are. The parts check theirs."""
+  try:
+    known, given = (_leaves(c.to_dict()) for c in (default_config(), config))
+  except RecursionError as error:
     raise ValueError(
-      f"Got a config without {', '.join(sorted(known - given))}; wanted every key. Start from schema.default_config() and change what differs."
+      "Got a config with a section that holds itself; expected sections of values. Start from schema.default_config()."
+    ) from error
+  _check_names(given, known)
+  if known.keys() - given.keys():
+    raise ValueError(
+      f"Got a config without {', '.join(sorted(known.keys() - given.keys()))}; wanted every key. Start from schema.default_config() and"
+      " change what differs."
     )
-  counts = ["data.image_size", "data.channels", "data.num_threads", "process.num_steps", "sampling.num_steps"]
-  counts += ["sampling.preview_steps", "sampling.batch_size"]
-  counts += [f"evaluation.{key}" for key in ("num_samples", "batch_size", "k", "most_kept", "kernel_subsets", "splits")]
-  counts += ["evaluation.classifier_steps"]
-  steps = (
-    "batch_size",
-    "steps",
-    "accumulate",
-    "max_skipped",
-    "log_every",
-    "checkpoint_every",
-    "sample_every",
-    "keep_checkpoints",
-  )
-  for name in [*counts, *(f"training.{key}" for key in steps)]:
-    section, key = name.split(".")
-    if config[section][key] < 1:
-      raise ValueError(f"Got config.{name}={config[section][key]}; wanted at least 1.")
-  from_zero = ["training.keep_every", "training.keep_best", "ema.snapshot_every", "data.num_workers", "data.crop"]
-  none = ("kernel_size", "likelihood_images", "bound_draws", "probes", "every", "every_samples")
-  for name in [*from_zero, *(f"evaluation.{key}" for key in none)]:
-    section, key = name.split(".")
-    if config[section][key] < 0:
-      raise ValueError(f"Got config.{name}={config[section][key]}; wanted 0, for none, or more.")
-  if not 0 <= config.seed < 2**31:
-    raise ValueError(f"Got config.seed={config.seed}; wanted 0 to {2**31 - 1}.")
-  for name, tolerance in (
-    ("sampling.tolerance", config.sampling.tolerance),
-    ("evaluation.likelihood_tolerance", config.evaluation.likelihood_tolerance),
-  ):
-    if tolerance <= 0:
-      raise ValueError(f"Got config.{name}={tolerance}; wanted above 0, such as 1e-5.")
+  for name, value in given.items():
+    _check_value(name, value, known[name])
 
 
-def _keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
-  return {
-    key
-    for name, value in tree.items()
-    for key in (_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name})
-  }
+def _check_names(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+  for name in sorted(given.keys() - known.keys()):
+    choose(name, known.keys(), "a config key")
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+  """Check the type of a value, which is its default's, and its sign; a tuple has these for each element."""
+  kind: Any = [_ELEMENTS[name]] if isinstance(default, tuple) else type(default)
+  if not jsonfiles.matches(value, kind):
+    raise ValueError(
+      f"Got config.{name}={jsonfiles.show(value)}; expected {jsonfiles.kind_name(kind)}. Set --config.{name}."
+    )
+  for number in value if isinstance(value, list | tuple) else [value]:
+    if isinstance(number, str | bool) or name in _SIGNED:
+      continue
+    if isinstance(number, int) and number >= 2**31:
+      raise ValueError(
+        f"Got config.{name}={value}; expected below {2**31}, as programs count with 32 bits: as many numbers take"
+        f" {memory.show(4 * number)}. Set --config.{name}."
+      )
+    if number < 1 and name in _COUNTS:
+      raise ValueError(f"Got config.{name}={value}; wanted at least 1.")
+    if number <= 0 and name in _POSITIVE:
+      raise ValueError(f"Got config.{name}={value}; wanted above 0, such as {default}.")
+    if number < 0:
+      raise ValueError(
+        f"Got config.{name}={value}; wanted 0{', for none,' if isinstance(default, int) else ''} or more."
+      )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The values of nested keys by their dotted names; unlike `workdir.flatten` it keeps an empty section."""
+  leaves: dict[str, Any] = {}
+  for name, value in tree.items():
+    leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+  return leaves
 
 
 def choose(name: str, options, what: str) -> Any:

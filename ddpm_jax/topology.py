@@ -66,6 +66,10 @@ def topology_devices(name: str) -> list[Any]:
     raise ValueError(_explain(name, generation, axes, str(error))) from error
 
 
+# More than any slice has.
+_MOST_SIMULATED = 2**16
+
+
 def simulate_devices(count: int) -> list[Any]:
   """As many devices of this machine: real GPUs or TPUs where there are some, else the CPU shown as so many devices.
 
@@ -74,8 +78,10 @@ def simulate_devices(count: int) -> list[Any]:
   Raises:
     ValueError: if the count is not positive, the machine has GPUs or TPUs but fewer, or JAX has been used with fewer.
   """
-  if count < 1:
-    raise ValueError(f"Got --devices={count}; wanted at least 1.")
+  if not 1 <= count <= _MOST_SIMULATED:
+    raise ValueError(
+      f"Got --devices={count}; wanted 1 to {_MOST_SIMULATED:,}: each that is not there takes memory to simulate."
+    )
   late = False
   try:
     jax.config.update("jax_num_cpu_devices", count)

@@ -41,6 +41,11 @@ _MAY_CHANGE = (
   "ema.snapshot_every",
 )
 
+_EDITED = (
+  "Undo the change, and pass it as a flag beside the recipe, such as --config=<recipe> --config.sampling.num_steps=50. Or, if"
+  f' you are sure of the content, delete its line "{sealed.KEY}".'
+)
+
 
 def config_path(workdir: Path) -> Path:
   """Where a run keeps its config."""
@@ -87,22 +92,20 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-  """The config of the run in a folder, or None if it holds none.
+  """Return the config of the run in a folder, or None if it holds none.
 
   Raises:
     ValueError: if the file is there but is not JSON, or is not what was written.
   """
   path = config_path(workdir)
-  if not path.is_file():
+  # What is there but is no file is an error.
+  if not path.exists():
     return None
   try:
     # A config may be written by hand; then it has no digest.
     return sealed.read_json(path, required=False)
-  except sealed.DamagedError as error:
-    raise ValueError(
-      f"Cannot read {path}: {error}. Restore the file, or use another --workdir. If you changed it on purpose, remove its"
-      f" {sealed.KEY!r}."
-    ) from error
+  except (OSError, sealed.DamagedError) as error:
+    raise ValueError(f"Cannot read {path}: {error}. {_EDITED}") from error
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:

@@ -163,6 +163,13 @@ def test_paths_may_begin_with_home_and_a_failed_write_leaves_nothing(peer, tmp_p
   assert not list(tmp_path.iterdir())
 
 
+def test_weights_are_found_behind_a_prefix(peer, weights, tmp_path):
+  state = torch.load(peer[1], weights_only=True)
+  torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, tmp_path / "a.pth")
+  found = inception.load(tmp_path / "a.pth", sha256_prefix="")
+  jax.tree.map(np.testing.assert_array_equal, found.params, weights.params)
+
+
 def test_other_files_are_refused_with_their_hash(peer, tmp_path):
   _, path = peer
   for wanted in ("", tmp_path / "none.pth"):

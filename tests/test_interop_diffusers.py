@@ -258,19 +258,6 @@ def test_what_is_no_folder(tmp_path, monkeypatch):
     interop.diffusers.load("owner/name")
 
 
-def test_a_name_on_the_hub_is_read_from_its_cache(copy, tmp_path, monkeypatch):
-  """The hub's own package, offline, on a cache as it leaves one."""
-  import huggingface_hub
-
-  repository = tmp_path / "hub" / "models--owner--name"
-  (repository / "refs").mkdir(parents=True)
-  (repository / "refs" / "main").write_text("a" * 40)
-  shutil.copytree(copy, repository / "snapshots" / ("a" * 40))
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-  assert interop.diffusers.load("owner/name").network == interop.diffusers.load(copy).network
-
-
 @pytest.mark.parametrize(
   ("options", "message"),
   [
@@ -308,12 +295,6 @@ def test_cards_show_what_works(folder, tmp_path):
     resave(interop.diffusers.load(write(tmp_path / name, scheduler, **changes)), tmp_path / f"{name}2")
     card = (tmp_path / f"{name}2" / "README.md").read_text()
     assert {kind for kind in ("DDPMPipeline", "DDIMPipeline") if f"{kind}.from_pretrained" in card} == shown
-
-
-def test_sharded_weights_are_named(copy):
-  weights(copy).rename(copy / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors")
-  with pytest.raises(ValueError, match=r"There are .*00001-of-00002\.safetensors: save the model anew, as one file"):
-    interop.diffusers.load(copy)
 
 
 def test_outputs_are_not_overwritten(folder, tmp_path):

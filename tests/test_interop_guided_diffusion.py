@@ -97,6 +97,20 @@ def test_files_of_parameters_that_want_gradients_are_read(tmp_path):
   np.testing.assert_array_equal(params["conv_in"]["bias"], model.input_blocks[0][0].bias.detach().numpy())
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_network_is_found_behind_its_prefix(suffix, tmp_path):
+  """As DistributedDataParallel and torch.compile name it, beside what else a trainer saves."""
+  model = UNetModel(**SMALL)
+  state = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()} | {"step": torch.ones(1)}
+  path = tmp_path / f"model{suffix}"
+  if suffix == ".pt":
+    torch.save({"state_dict": state, "epoch": 3}, path)
+  else:
+    safetensors.torch.save_file(state, path)
+  _, params = interop.guided_diffusion.load(path, heads=1)
+  np.testing.assert_array_equal(params["conv_in"]["bias"], model.input_blocks[0][0].bias.detach().numpy())
+
+
 def test_super_resolution_takes_the_image_beside_the_input(tmp_path):
   model = awake(SuperResModel(**(SMALL | ADM)))
   safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -158,10 +172,11 @@ def test_what_shapes_do_not_tell_is_asked_for(tmp_path):
 
 def test_other_files_are_errors(tmp_path):
   torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
-  with pytest.raises(ValueError, match="wanted a model of improved-diffusion"):
+  with pytest.raises(ValueError, match="a state dict of a model of improved-diffusion"):
     interop.guided_diffusion.load(tmp_path / "other.pt", heads=1)
+  torch.save(UNetModel(**SMALL).state_dict(), tmp_path / "unet.pt")
   with pytest.raises(ValueError, match="classifier_pool attention"):
-    interop.guided_diffusion.load_classifier(tmp_path / "other.pt")
+    interop.guided_diffusion.load_classifier(tmp_path / "unet.pt")
   with pytest.raises(ValueError, match="does not exist"):
     interop.guided_diffusion.load(tmp_path / "none.pt", heads=1)
   (tmp_path / "a.onnx").write_text("")

@@ -138,3 +138,12 @@ def test_derivatives_go_either_way():
   forward, backward = both(on_levels((2, 4, 4, 2)))
   # v^T J v is the same number from either end, but for rounding.
   np.testing.assert_allclose(backward.by_probe, forward.by_probe, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), 0.0])
+def test_a_tolerance_that_is_none_is_refused_at_once(tolerance):
+  def denoise(x, t):
+    raise AssertionError("the network is not called")
+
+  with pytest.raises(ValueError, match="wanted both finite and above 0"):
+    likelihood.ode_bits(keys(2), PROCESSES["cosine"], denoise, on_levels((2, 4, 4, 2)), rtol=tolerance)

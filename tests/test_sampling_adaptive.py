@@ -122,7 +122,9 @@ def test_ode_that_does_not_arrive_is_nan():
   assert nfe < 300
 
 
-@pytest.mark.parametrize("kwargs", [{"rtol": 0.0}, {"atol": -1.0}])
+@pytest.mark.parametrize(
+  "kwargs", [{"rtol": 0.0}, {"atol": -1.0}, {"rtol": np.nan}, {"atol": np.nan}, {"rtol": np.inf}]
+)
 def test_ode_refuses_wrong_tolerances(kwargs):
   with pytest.raises(ValueError, match="above 0"):
     sampling.ode(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), 1.0, 0.1, **kwargs)

@@ -67,6 +67,8 @@ def test_too_late_or_too_few_is_an_error():
   assert len(jax.devices()) == 8
   with pytest.raises(ValueError, match="Got 99 devices to simulate after JAX has been used, with 8 here"):
     topology.simulate_devices(99)
+  with pytest.raises(ValueError, match="--devices=1000000000; wanted 1 to 65,536"):
+    topology.simulate_devices(10**9)
   with pytest.raises(ValueError, match="--devices=0"):
     topology.simulate_devices(0)
 

@@ -4,6 +4,8 @@ import os
 import pytest
 
 from ddpm_jax import records, workdir
+from tests.commands import RECIPE, assert_refused, call
+from tests.recipes import tiny_config
 
 CONFIG = {"seed": 0, "network": {"channels": 8, "multipliers": (1, 2)}, "training": {"steps": 5}, "sampling": {"k": 1}}
 
@@ -58,20 +60,56 @@ def test_checkpoints_without_a_config_are_refused(tmp_path):
     workdir.check_same_run(tmp_path, CONFIG)
 
 
-def test_a_damaged_config_is_an_error(tmp_path):
-  workdir.config_path(tmp_path).write_text("{")
-  with pytest.raises(ValueError, match=r"Cannot read .*config\.json"):
-    workdir.read_config(tmp_path)
+DAMAGE = {
+  "truncated": lambda data: data[:-20],
+  "empty": lambda data: b"",
+  "not UTF-8": lambda data: data.replace(b"8", b"\xff", 1),
+  "a list": lambda data: b"[1]",
+  "nested": lambda data: b"[" * 100_000,
+  "a digit": lambda data: data.replace(b'"steps": 5', b'"steps": 4'),
+  "a key": lambda data: data.replace(b'"steps"', b'"stepr"'),
+  "another digest": lambda data: data.replace(b'"sha256": "', b'"sha256": "0'),
+  "a digest of another type": lambda data: data.replace(b'"sha256": "', b'"sha256": 3, "x": "'),
+}
 
 
-def test_a_config_with_another_number_is_an_error_unless_a_person_wrote_it(tmp_path):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_config_is_an_error(name, tmp_path):
   workdir.write_config(tmp_path, CONFIG)
   path = workdir.config_path(tmp_path)
-  path.write_text(path.read_text().replace('"channels": 8', '"channels": 9'))
-  with pytest.raises(ValueError, match=r"Cannot read .*config\.json: its content is not .* remove its 'sha256'"):
+  before = path.read_bytes()
+  path.write_bytes(DAMAGE[name](before))
+  assert path.read_bytes() != before
+  with pytest.raises(ValueError, match=r"config\.json"):
     workdir.read_config(tmp_path)
-  path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}))
-  assert workdir.read_config(tmp_path)["network"]["channels"] == 9
+
+
+def test_every_flipped_bit_of_a_value_is_noticed(tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  path = workdir.config_path(tmp_path)
+  data, whole = path.read_bytes(), workdir.read_config(tmp_path)
+  unnamed = []
+  for place in range(len(data)):
+    for bit in range(8):
+      path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+      try:
+        found = workdir.read_config(tmp_path)
+      except ValueError as error:
+        unnamed += [] if "config.json" in str(error) else [str(error)]
+      else:
+        # A blank may be another one; and where the name of the digest is another, this is a key that no config has.
+        assert {key: value for key, value in found.items() if key in whole} == whole
+  assert not unnamed
+
+
+def test_an_edited_config_is_taken_once_its_digest_is_deleted(tmp_path):
+  workdir.write_config(tmp_path, CONFIG)
+  path = workdir.config_path(tmp_path)
+  path.write_text(path.read_text().replace('"steps": 5', '"steps": 9'))
+  with pytest.raises(ValueError, match="not what was written.*as a flag.*delete its line"):
+    workdir.read_config(tmp_path)
+  path.write_text("\n".join(line for line in path.read_text().splitlines() if '"sha256"' not in line))
+  assert workdir.read_config(tmp_path)["training"]["steps"] == 9
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
@@ -83,6 +121,27 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     workdir.check_writable(file / "below")
   workdir.check_writable(tmp_path / "a" / "b")
   assert os.listdir(tmp_path / "a" / "b") == []
+
+
+@pytest.mark.parametrize("flags", [["--mode=sample"], [RECIPE]])
+@pytest.mark.parametrize(
+  ("old", "new", "message"),
+  [
+    ('"steps": 12', '"steps": 13', "content is not what was written"),
+    ('"steps": 12', '"steps": "12"', "content is not what was written"),
+    ("{", "[", "not JSON"),
+    ("{", "\udcff", "Cannot read"),
+  ],
+)
+def test_the_command_line_names_a_damaged_config(flags, old, new, message, tmp_path):
+  workdir.write_config(tmp_path, tiny_config().to_dict())
+  path = workdir.config_path(tmp_path)
+  damaged = path.read_text().replace(old, new, 1).encode(errors="surrogateescape")
+  path.write_bytes(damaged)
+  code, output = call(*flags, f"--workdir={tmp_path}")
+  assert_refused(code, output, rf"config\.json.*{message}|{message}.*config\.json")
+  assert path.read_bytes() == damaged
+  assert os.listdir(tmp_path) == ["config.json"]
 
 
 def test_records_go_on_where_the_checkpoint_stands(tmp_path):

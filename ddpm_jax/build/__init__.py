@@ -13,6 +13,7 @@ from ddpm_jax.build.evaluation import (
   describe_space,
 )
 from ddpm_jax.build.guidance import Guides, bound, build_conditional, build_denoise, check_guidance
+from ddpm_jax.build.memory import check_evaluation, check_features, check_images, check_training
 from ddpm_jax.build.model import (
   build_classifier,
   build_network,
@@ -79,7 +80,11 @@ __all__ = [
   "build_step",
   "check_denoises",
   "check_edit",
+  "check_evaluation",
+  "check_features",
   "check_guidance",
+  "check_images",
+  "check_training",
   "classifies",
   "compile_draw",
   "describe_space",

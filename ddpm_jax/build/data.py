@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpm_jax import data
+from ddpm_jax.build.memory import check_images
 from ddpm_jax.build.model import image_shape
 from ddpm_jax.places import user_path
 from ddpm_jax.schema import choose
@@ -42,6 +43,7 @@ def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
       for split in (c.train_split, c.eval_split)
     ),
   }
+  check_images(config, 1, "config.data.image_size and channels")
   sources = choose(c.source, makers, "config.data.source")()
   for source in sources:
     if getattr(source, "labels", None) is not None:

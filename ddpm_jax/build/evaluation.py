@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax import data, evaluate, interop, metrics, parallel, sealed
+from ddpm_jax.build.memory import check_features
 from ddpm_jax.build.model import image_shape
 from ddpm_jax.places import user_path
 from ddpm_jax.schema import choose
@@ -251,6 +252,8 @@ def build_settings(config: ConfigDict, space: Space, reference: Reference, count
   for size in (count, number):
     if {"frechet", "spatial_frechet"} & set(wanted) and not c.allow_singular:
       metrics.check_rank(size, space.dimensions)
+  kept = min(count, known or count, c.most_kept) if set(wanted) & set(evaluate.PAIRWISE) else 0
+  check_features(space.dimensions, kept, "frechet" in wanted)
   if set(wanted) & set(evaluate.PAIRWISE) and min(count, known or count, c.most_kept) <= c.k:
     raise ValueError(
       f"Got evaluation.num_samples={count} (and {known} reference images, most_kept={c.most_kept}) with evaluation.k={c.k}; wanted more of"

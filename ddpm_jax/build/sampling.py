@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import parallel, predictions, randomness, sampling
 from ddpm_jax.build.guidance import Guides, bound, build_denoise, check_guidance
+from ddpm_jax.build.memory import check_batch
 from ddpm_jax.build.model import build_process, check_denoises, image_shape
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, expand
@@ -240,6 +241,7 @@ def compile_draw(
   check_denoises(config)
   size = config.sampling.batch_size
   parallel.check_batch(size, mesh.size, "sampling batch size")
+  check_batch(config, size, list(mesh.devices.flat), "sampling.batch_size")
 
   def of_share(whole, batch):
     (params, guiding), (keys, inputs) = whole, batch

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import files, guidance, predictions
+from ddpm_jax import files, guidance, jsonfiles, predictions
 from ddpm_jax.interop import schedulers, tensors, unet2d
 from ddpm_jax.networks import UNet
 from ddpm_jax.places import user_path
@@ -25,6 +25,8 @@ PyTree = Any
 _WEIGHTS = "diffusion_pytorch_model"
 # What save writes into "_diffusers_version": the version that it was compared with.
 _VERSION = "0.42.1"
+# Files of weights, the best first: whole, in shards, or of a variant such as fp16.
+_FORMS = tuple(f"{_WEIGHTS}{form}{suffix}" for suffix in (".safetensors", ".bin") for form in ("", "-*-of-*", ".*"))
 
 
 class Pretrained(NamedTuple):
@@ -76,9 +78,18 @@ def load(path: str | Path) -> Pretrained:
       cannot be read; the message names what is wrong.
   """
   folder = find(path)
-  unet_folder, unet_config, scheduler_config = read_configs(folder)
-  network, schedule = unet2d.unet_of(unet_config), schedulers.read(scheduler_config)
-  complete = unet2d.complete(unet_config)
+  unet_path, scheduler_path = config_paths(folder)
+  unet_folder, unet_config, scheduler_config = (
+    unet_path.parent,
+    jsonfiles.read(unet_path),
+    jsonfiles.read(scheduler_path),
+  )
+  with jsonfiles.naming(unet_path):
+    network, complete = unet2d.unet_of(unet_config), unet2d.complete(unet_config)
+  with jsonfiles.naming(scheduler_path):
+    schedule = schedulers.read(scheduler_config)
+    process = schedule.process()
+    predictions.check_readable(process, schedule.meaning())
   given, learned = complete["in_channels"], schedule.variance == "learned"
   channels = network.out_channels // (2 if learned else 1)
   # More channels in than out: an image that conditions the model is joined to them.
@@ -93,8 +104,6 @@ def load(path: str | Path) -> Pretrained:
       " load_unet reads the network alone, whose label is the logarithm of the noise level."
     )
   params = _load_params(unet_folder, network, given)
-  process = schedule.process()
-  predictions.check_readable(process, schedule.meaning())
   return Pretrained(
     network,
     params,
@@ -115,23 +124,26 @@ def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
   """
   folder = find(path)
   folder = folder / "unet" if (folder / "unet").is_dir() else folder
-  config = tensors.read_json(folder / "config.json")
-  network = unet2d.unet_of(config)
-  return network, _load_params(folder, network, unet2d.complete(config)["in_channels"])
+  config = jsonfiles.read(folder / "config.json")
+  with jsonfiles.naming(folder / "config.json"):
+    network, complete = unet2d.unet_of(config), unet2d.complete(config)
+  return network, _load_params(folder, network, complete["in_channels"])
 
 
-def read_configs(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-  """The folder of the network, its config, and the scheduler's config.
+def config_paths(folder: Path) -> tuple[Path, Path]:
+  """The files of the network's config and of the scheduler's.
 
   Raises:
     ValueError: if one is missing, or the pipeline is of another kind.
   """
   index = folder / "model_index.json"
   if index.is_file():
-    parts = {name: part for name, part in tensors.read_json(index).items() if isinstance(part, list)}
-    if not {"unet", "scheduler"} >= parts.keys():
+    content = jsonfiles.read(index)
+    with jsonfiles.naming(index):
+      parts = _parts(content)
+    if not {"unet", "scheduler"} >= set(parts):
       raise ValueError(
-        f"Got {folder}, a {tensors.read_json(index).get('_class_name')} of {', '.join(sorted(parts))}; wanted a pixel pipeline, of"
+        f"Got {folder}, a {content.get('_class_name')} of {', '.join(parts)}; wanted a pixel pipeline, of"
         " unet and scheduler alone, such as a DDPMPipeline or a DDIMPipeline."
       )
   nested = (folder / "unet").is_dir()
@@ -143,7 +155,19 @@ def read_configs(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         f"Got {folder}, where {file.relative_to(folder)}, the config of the {what}, is missing; wanted a folder that diffusers'"
         " save_pretrained wrote, nested (unet/, scheduler/) or flat."
       )
-  return unet_folder, tensors.read_json(unet_folder / "config.json"), tensors.read_json(scheduler)
+  return unet_folder / "config.json", scheduler
+
+
+def _parts(index: Mapping[str, Any]) -> list[str]:
+  """The names of a pipeline's parts: what its index gives a library and a class for, or nulls. Other keys are options."""
+  parts = [name for name in index if name in ("unet", "scheduler") or isinstance(index[name], list)]
+  jsonfiles.check_types(index, {"_class_name": (str,)} | {name: ([str, type(None)],) for name in parts}, "pipeline")
+  odd = [name for name in parts if len(index[name]) != 2]
+  if odd:
+    raise ValueError(
+      f"Got a pipeline with {odd[0]}={jsonfiles.show(index[odd[0]])}; expected the names of a library and of a class. Correct the file."
+    )
+  return sorted(parts)
 
 
 def find(path: str | Path) -> Path:
@@ -171,9 +195,12 @@ def find(path: str | Path) -> Path:
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
 
   try:
-    fetched = fetch("*.json", f"*{_WEIGHTS}.safetensors")
-    # Pickles only where there is nothing better.
-    return fetched if any(fetched.rglob(f"{_WEIGHTS}.safetensors")) else fetch("*.json", f"*{_WEIGHTS}.bin")
+    # Only the best of several forms of the same weights: whole or in shards, in float32, safetensors before pickles.
+    for form in _FORMS:
+      fetched = fetch("*.json", f"*{form}")
+      if any(fetched.rglob(form)):
+        break
+    return fetched
   except Exception as error:
     raise ValueError(
       f"Got {name}, which is no folder, and cannot be fetched from the hub: {tensors.first_line(error)}"
@@ -181,19 +208,44 @@ def find(path: str | Path) -> Path:
 
 
 def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
-  known = [folder / f"{_WEIGHTS}{suffix}" for suffix in (".safetensors", ".bin")]
-  found = [file for file in known if file.is_file()]
-  if not found:
-    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
-    hint = f" There are {', '.join(others)}: save the model anew, as one file without a variant." if others else ""
-    raise ValueError(f"Got {folder}, which holds no weights; wanted {known[0].name} or {known[1].name} there.{hint}")
-  file = tensors.Tensors(found[0])
+  path = _weights(folder)
+  file = (tensors.Sharded if path.suffix == ".json" else tensors.Tensors)(
+    path, "conv_in.weight", "UNet2DModel of diffusers"
+  )
   return tensors.load(
     file,
     _template(network, channels),
     unet2d.grammar(len(network.multipliers)),
     unet2d.modern_names(file.shapes),
   )
+
+
+def _weights(folder: Path) -> Path:
+  """The file of the weights, or the index of several, in the order of `_FORMS`.
+
+  Raises:
+    ValueError: if there is none, or there are several variants.
+  """
+  for suffix in ("safetensors", "bin"):
+    # A variant, such as fp16 or non_ema, stands before the suffix of a file and after that of an index.
+    for patterns in ((f"{_WEIGHTS}.{suffix}", f"{_WEIGHTS}.{suffix}.index.json"), _variants(suffix)):
+      found = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
+      if len(found) > 1:
+        raise ValueError(
+          f"Got {folder} with the weights {', '.join(file.name for file in found)}; expected one of them. Remove the others."
+        )
+      if found:
+        return found[0]
+  others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
+  hint = f" There are {', '.join(others)}: save the model anew by save_pretrained." if others else ""
+  raise ValueError(
+    f"Got {folder}, which holds no weights; expected {_WEIGHTS}.safetensors, {_WEIGHTS}.bin, a variant of them such as"
+    f" {_WEIGHTS}.fp16.safetensors, or shards with their index {_WEIGHTS}.safetensors.index.json.{hint}"
+  )
+
+
+def _variants(suffix: str) -> tuple[str, str]:
+  return f"{_WEIGHTS}.*.{suffix}", f"{_WEIGHTS}.{suffix}.index.*.json"
 
 
 def _template(network: UNet, channels: int) -> PyTree:

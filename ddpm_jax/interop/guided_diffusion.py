@@ -25,6 +25,8 @@ from ddpm_jax.networks import Classifier, UNet
 
 PyTree = Any
 _EPSILON = 1e-5
+# A name that each of these models has.
+_ANCHOR, _WHAT = "input_blocks.0.0.weight", "model of improved-diffusion or guided-diffusion"
 
 
 def load(
@@ -44,7 +46,7 @@ def load(
   Raises:
     ValueError: if the file cannot be read, is of no such model, or heads are not given as they must be.
   """
-  file = tensors.Tensors(path)
+  file = tensors.Tensors(path, _ANCHOR, _WHAT)
   network, template = network_of(file, heads=heads, head_channels=head_channels)
   return network, tensors.load(file, template, _grammar(network, new_attention_order))
 
@@ -86,7 +88,7 @@ def load_classifier(
   Raises:
     ValueError: as `load`.
   """
-  file = tensors.Tensors(path)
+  file = tensors.Tensors(path, _ANCHOR, _WHAT)
   if "out.2.positional_embedding" not in file.shapes:
     raise ValueError(
       f"Got {file.path}, which has no out.2.positional_embedding; wanted a classifier with --classifier_pool attention."
@@ -105,14 +107,14 @@ def load_classifier(
 
 def _shape(file: tensors.Tensors, name: str) -> tuple[int, ...]:
   if name not in file.shapes:
-    raise ValueError(f"Got {file.path}, which has no {name}; wanted a model of improved-diffusion or guided-diffusion.")
+    raise ValueError(f"Got {file.path}, which has no {name}; wanted a {_WHAT}.")
   return file.shapes[name]
 
 
 def _count(file: tensors.Tensors, part: str) -> int:
   indices = [int(match[1]) for name in file.shapes if (match := re.match(rf"{part}\.(\d+)\.", name))]
   if not indices:
-    raise ValueError(f"Got {file.path}, which has no {part}; wanted a model of improved-diffusion or guided-diffusion.")
+    raise ValueError(f"Got {file.path}, which has no {part}; wanted a {_WHAT}.")
   return max(indices) + 1
 
 

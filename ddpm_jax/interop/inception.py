@@ -163,7 +163,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
   shapes = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in _raw_shapes().items()}
   # Counters of training steps, which nothing here needs.
   grammar = tensors.Grammar(_name, ignored=lambda name: name.endswith(".num_batches_tracked"))
-  tree = tensors.load(tensors.Tensors(path), traverse_util.unflatten_dict(shapes, sep="/"), grammar)
+  tree = tensors.load(
+    tensors.Tensors(path, "fc.weight", "FID Inception network"), traverse_util.unflatten_dict(shapes, sep="/"), grammar
+  )
   return {key: np.asarray(value) for key, value in tensors.flatten(tree).items()}
 
 

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import predictions, processes, sampling, schedules
-from ddpm_jax.interop import tensors
+from ddpm_jax import jsonfiles, predictions, processes, sampling, schedules
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 
@@ -78,23 +77,24 @@ _KNOWN: dict[str, tuple] = {
   "shift_terminal": (None,),
 }
 # Options that are read below, and those that only matter together with one of the above.
-_READ: dict[str, tuple[type, ...]] = {
+_READ: dict[str, jsonfiles.Kinds] = {
   "num_train_timesteps": (int,),
   "timesteps": (int,),
-  "beta_start": (int, float),
-  "beta_end": (int, float),
+  "beta_start": (float,),
+  "beta_end": (float,),
   "beta_schedule": (str,),
-  "trained_betas": (list, tuple, type(None)),
+  "trained_betas": ([float], type(None)),
   "rescale_betas_zero_snr": (bool,),
   "prediction_type": (str,),
   "predict_epsilon": (bool, type(None)),
   "variance_type": (str, type(None)),
   "clip_sample": (bool,),
-  "clip_sample_range": (int, float),
+  "clip_sample_range": (float,),
   "timestep_spacing": (str,),
   "steps_offset": (int,),
   "solver_order": (int,),
   "algorithm_type": (str,),
+  "_class_name": (str,),
 }
 _IDLE = (
   "dynamic_thresholding_ratio",
@@ -107,6 +107,7 @@ _IDLE = (
 )
 # Sigmas that stand for a grid of ours, instead of a spacing of steps.
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log_snr", "use_lu_lambdas": "log_snr"}
+_READ |= {key: (bool, type(None)) for key in _SIGMAS}
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -160,13 +161,14 @@ def read(config: Mapping[str, Any]) -> Schedule:
   Raises:
     ValueError: if the class or an option has no counterpart here; it names it.
   """
+  jsonfiles.check_types(config, _READ, "scheduler")
   name = config.get("_class_name", "DDPMScheduler")
   if name not in _KINDS:
     raise ValueError(
       f"Got a scheduler of class {name}, which has no counterpart here; those that have: {', '.join(_KINDS)}."
     )
   kind = _KINDS[name]
-  tensors.check_types(config, _READ, name)
+  _check_ranges(config, name)
   for key, value in config.items():
     if key in _KNOWN and value not in _KNOWN[key]:
       raise _unsupported(name, key, value, *_KNOWN[key])
@@ -178,7 +180,8 @@ def read(config: Mapping[str, Any]) -> Schedule:
   if prediction not in _PREDICTIONS:
     raise _unsupported(name, "prediction_type", prediction, *_PREDICTIONS)
   # The logarithm's clipping aside, which our tables do not need, the two forms of a variance are one.
-  variance = (config.get("variance_type") or "fixed_small").removesuffix("_log")
+  given = config.get("variance_type")
+  variance = "fixed_small" if given is None else given.removesuffix("_log")
   if variance not in _VARIANCES:
     raise _unsupported(name, "variance_type", variance, *_VARIANCES)
   spacing = config.get("timestep_spacing", kind.spacing)
@@ -205,6 +208,19 @@ def read(config: Mapping[str, Any]) -> Schedule:
   )
 
 
+def _check_ranges(config: Mapping[str, Any], name: str) -> None:
+  counts = ("num_train_timesteps", "timesteps", "solver_order")
+  low = [key for key in counts if key in config and config[key] < 1]
+  low += [key for key in ("clip_sample_range",) if key in config and config[key] <= 0]
+  low += [key for key in ("trained_betas",) if config.get(key) is not None and not config[key]]
+  if low:
+    raise ValueError(
+      f"Got a {name} with {low[0]}={config[low[0]]}; expected it above 0, and a list not empty. Correct the file."
+    )
+  if config.get("solver_order", 1) > 3:
+    raise _unsupported(name, "solver_order", config["solver_order"], 1, 2, 3)
+
+
 def _sampler(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[str, int | None]:
   """The name of our sampler and its order."""
   order = None if kind.order is None else config.get("solver_order", kind.order)
@@ -223,6 +239,7 @@ def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarra
   # Old files say timesteps.
   n = config.get("num_train_timesteps", config.get("timesteps", 1000))
   ends = (config.get("beta_start", kind.betas[0]), config.get("beta_end", kind.betas[1]))
+  schedules.check_steps(n)
   schedule = config.get("beta_schedule", "linear")
   if config.get("trained_betas") is not None:
     return np.asarray(config["trained_betas"], np.float64), "table", ends
@@ -343,6 +360,6 @@ def _name(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
 
 def _unsupported(name: str, key: str, value: Any, *known: Any) -> ValueError:
   return ValueError(
-    f"Got a {name} with {key}={value!r}, which has no counterpart here; wanted {' or '.join(map(repr, known))}. Change it in"
+    f"Got a {name} with {key}={jsonfiles.show(value)}, which has no counterpart here; wanted {' or '.join(map(repr, known))}. Change it in"
     " scheduler_config.json if the model does without."
   )

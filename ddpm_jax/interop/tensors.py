@@ -3,8 +3,7 @@
 Nothing in a file is ever run: safetensors holds no code, and pickles are read by a loader that only makes tensors.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ddpm_jax import sealed
+from ddpm_jax import jsonfiles, sealed
 
 PyTree = Any
 Shapes = dict[str, tuple[int, ...]]
@@ -24,27 +23,38 @@ _REOPEN_EVERY = 32 * 2**20
 
 
 class Tensors:
-  """The tensors of a file: their shapes at once, their values when asked for.
+  """The tensors of a network in a file: their shapes at once, their values when asked for.
+
+  The names of the network may stand behind a prefix, such as "module." or "state_dict.model.", and beside other entries of a checkpoint.
+
+  Args:
+    path: the file.
+    anchor: a name that the network has, by which its prefix is found; empty for a file that holds nothing but the network.
+    what: a name for such networks, for the message.
 
   Raises:
-    ValueError: if the file is not there, is cut short or broken, is of no known kind, or holds more than tensors.
+    ValueError: if the file is not there, is cut short or broken, is of no known kind, would run code, or does not hold exactly one
+      network with such a name.
   """
 
-  def __init__(self, path: str | Path):
+  def __init__(self, path: str | Path, anchor: str = "", what: str = "network"):
     self.path = Path(path)
     if not self.path.is_file():
       raise ValueError(f"Got the weights {self.path}, a file that does not exist.")
     self._pickled: dict[str, Any] | None = None
     self.metadata: dict[str, str] = {}
+    entries = ""
     if self.path.suffix == ".safetensors":
       with self._open() as file:
-        self.shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         self.metadata = file.metadata() or {}
     elif self.path.suffix in _PICKLES:
-      self._pickled = _unpickle(self.path)
-      self.shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
+      self._pickled, entries = _unpickle(self.path)
+      shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
     else:
       raise ValueError(f"Got the weights {self.path}; wanted a file ending in .safetensors or {', '.join(_PICKLES)}.")
+    self._prefix = _prefix(self.path, shapes, anchor, what, entries)
+    self.shapes: Shapes = _without_prefix(shapes, self._prefix)
 
   def _open(self, framework: str = "numpy"):
     import safetensors
@@ -56,18 +66,18 @@ class Tensors:
         f"Cannot read {self.path} as safetensors ({error}): it is cut short, damaged, or another kind of file. Fetch it again."
       ) from error
 
-  def items(self, names: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+  def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The named tensors in the file's order, float32, each read when its turn comes."""
     if self._pickled is not None:
       for name in names:
-        yield name, self._pickled.pop(name).detach().float().numpy()
+        yield name, self._pickled.pop(self._prefix + name).detach().float().numpy()
       return
     file, read = self._open(), 0
     for name in (name for name in self.shapes if name in names):
       if read > _REOPEN_EVERY:
         file.__exit__(None, None, None)
         file, read = self._open(), 0
-      value = self._get(file, name)
+      value = self._get(file, self._prefix + name)
       read += value.nbytes
       yield name, value
     file.__exit__(None, None, None)
@@ -80,7 +90,78 @@ class Tensors:
         return np.asarray(other.get_tensor(name), np.float32)
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+class Sharded:
+  """The tensors of several files, of which an index (*.index.json) says what lies where; otherwise as `Tensors`.
+
+  Args:
+    path: the index.
+    anchor: as in `Tensors`.
+    what: as in `Tensors`.
+
+  Raises:
+    ValueError: if the index is malformed, a file is missing or broken, or the files do not hold what the index says.
+  """
+
+  def __init__(self, path: str | Path, anchor: str = "", what: str = "network"):
+    self.path = Path(path)
+    index = jsonfiles.read(self.path)
+    where = index.get("weight_map")
+    if not isinstance(where, dict) or not where or not all(_is_plain(name) for name in where.values()):
+      raise ValueError(
+        f"Got {self.path} with weight_map={jsonfiles.show(where)}; expected an object that names the file of each tensor. Fetch it again."
+      )
+    self._files = {name: Tensors(self.path.parent / name) for name in sorted(set(where.values()))}
+    shapes: Shapes = {}
+    for name, file in self._files.items():
+      told = {tensor for tensor, place in where.items() if place == name}
+      if told != set(file.shapes):
+        raise ValueError(
+          f"Got {file.path}, which lacks {_some(sorted(told - set(file.shapes)) or ['nothing'])} of what {self.path.name} says and holds"
+          f" {_some(sorted(set(file.shapes) - told) or ['nothing'])} beside it; expected the tensors that the index lists. Fetch both again."
+        )
+      shapes |= file.shapes
+    self._prefix = _prefix(self.path, shapes, anchor, what, "")
+    self.shapes: Shapes = _without_prefix(shapes, self._prefix)
+    # Those of single shards say nothing of the whole.
+    self.metadata: dict[str, str] = {}
+
+  def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The named tensors, file by file, float32, each read when its turn comes."""
+    wanted = {self._prefix + name: name for name in names}
+    for file in self._files.values():
+      for name, value in file.items([name for name in file.shapes if name in wanted]):
+        yield wanted[name], value
+
+
+def _is_plain(name: Any) -> bool:
+  """Whether it is the name of a file in the same folder, so that an index reads nothing elsewhere."""
+  return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
+
+
+def _prefix(path: Path, names: Collection[str], anchor: str, what: str, entries: str) -> str:
+  """What stands before the names of the one network that has the name `anchor`."""
+  if not anchor or anchor in names:
+    return ""
+  found = sorted(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
+  if len(found) == 1:
+    return found[0]
+  if found:
+    raise ValueError(
+      f"Got {path}, which holds {len(found)} networks, under {', '.join(prefix.rstrip('.') for prefix in found)}; expected one. Save the"
+      " state dict of the one that you want as a file of its own."
+    )
+  raise ValueError(
+    f"Got {path}, which has no {anchor}, with or without a prefix; expected a state dict of a {what}, or a checkpoint with"
+    f" one in it. The file holds {entries or f'the tensors {_some(sorted(names)) or None}'}."
+  )
+
+
+def _without_prefix(shapes: Shapes, prefix: str) -> Shapes:
+  return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
+  """The tensors of a file by the dotted names of the entries that they lie in, and a description of these entries."""
   try:
     import torch
   except ImportError as error:
@@ -93,10 +174,23 @@ def _unpickle(path: Path) -> dict[str, Any]:
     loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     raise _unreadable(path, error) from error
-  loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-  if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+  if not isinstance(loaded, Mapping):
     raise ValueError(f"Got {path}, which holds a {type(loaded).__name__}; wanted a state dict: tensors by name.")
-  return dict(loaded)
+  entries = _some([f"{name} ({type(value).__name__})" for name, value in loaded.items()])
+  found: dict[str, Any] = {}
+  # Not by recursion: a pickle may be nested as deeply as it likes.
+  waiting: list[tuple[str, Any]] = [("", loaded)]
+  while waiting:
+    place, value = waiting.pop()
+    if isinstance(value, torch.Tensor):
+      found[place] = value
+    elif isinstance(value, Mapping):
+      waiting += [(f"{place}.{key}" if place else str(key), inner) for key, inner in reversed(list(value.items()))]
+  if not found:
+    raise ValueError(
+      f"Got {path}, which holds {entries or 'no entry'}; wanted a state dict: tensors by name, or a checkpoint with one in it."
+    )
+  return found, f"the entries {entries}"
 
 
 def first_line(error: Exception) -> str:
@@ -142,7 +236,9 @@ class Grammar(NamedTuple):
   ignored: Callable[[str], bool] = lambda name: False
 
 
-def load(tensors: Tensors, template: PyTree, grammar: Grammar, rename: Mapping[str, str] | None = None) -> PyTree:
+def load(
+  tensors: Tensors | Sharded, template: PyTree, grammar: Grammar, rename: Mapping[str, str] | None = None
+) -> PyTree:
   """The parameters of a network from a file, in float32; the memory for one tensor more than them is needed.
 
   Args:
@@ -218,30 +314,6 @@ def flatten(params: PyTree) -> dict[str, Any]:
 def leaf_name(path: str) -> str:
   """PyTorch's name for the last part of a path: weight or bias."""
   return "bias" if path.endswith("bias") else "weight"
-
-
-def check_types(config: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], what: str) -> None:
-  """Raises a ValueError that names the first key whose value is not of one of its kinds; bool is no int here."""
-  for key, kind in kinds.items():
-    value = config.get(key)
-    if key in config and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind)):
-      names = " or ".join("null" if k is type(None) else k.__name__ for k in kind)
-      raise ValueError(f"Got a {what} with {key}={value!r}; wanted {names}.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """An object from a JSON file.
-
-  Raises:
-    ValueError: if it cannot be read as one.
-  """
-  try:
-    value = json.loads(path.read_text("utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"Cannot read {path} as JSON: {error}.") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"Got {path}, which holds a {type(value).__name__}; wanted an object with keys.")
-  return value
 
 
 def abstract_params(network: Any, shape: tuple[int, ...], **conditions: Any) -> PyTree:

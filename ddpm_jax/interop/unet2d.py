@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ddpm_jax import jsonfiles
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.options import per_level
@@ -42,28 +43,51 @@ DEFAULTS: Config = {
   "num_train_timesteps": None,
 }
 _NONE = type(None)
-_TYPES: dict[str, tuple[type, ...]] = {
-  "sample_size": (int, list, tuple, _NONE),
+_TYPES: dict[str, jsonfiles.Kinds] = {
+  "_class_name": (str,),
+  "sample_size": (int, [int], _NONE),
   "in_channels": (int,),
   "out_channels": (int,),
   "center_input_sample": (bool,),
   "time_embedding_type": (str,),
   "time_embedding_dim": (int, _NONE),
-  "freq_shift": (int, float),
+  "freq_shift": (float,),
   "flip_sin_to_cos": (bool,),
-  "down_block_types": (list, tuple),
-  "up_block_types": (list, tuple),
-  "block_out_channels": (list, tuple),
+  "down_block_types": ([str],),
+  "mid_block_type": (str, _NONE),
+  "up_block_types": ([str],),
+  "block_out_channels": ([int],),
   "layers_per_block": (int,),
+  "mid_block_scale_factor": (float,),
+  "downsample_padding": (int,),
   "downsample_type": (str,),
   "upsample_type": (str,),
-  "dropout": (int, float),
+  "dropout": (float,),
+  "act_fn": (str,),
   "attention_head_dim": (int, _NONE),
   "norm_num_groups": (int,),
-  "norm_eps": (int, float),
+  "attn_norm_num_groups": (int, _NONE),
+  "norm_eps": (float,),
+  "resnet_time_scale_shift": (str,),
   "add_attention": (bool,),
+  "class_embed_type": (str, _NONE),
   "num_class_embeds": (int, _NONE),
+  "num_train_timesteps": (int, _NONE),
 }
+# Options that count something, which are at least 1 where they are given.
+_COUNTS = (
+  "sample_size",
+  "in_channels",
+  "out_channels",
+  "time_embedding_dim",
+  "block_out_channels",
+  "layers_per_block",
+  "attention_head_dim",
+  "norm_num_groups",
+  "attn_norm_num_groups",
+  "num_class_embeds",
+  "num_train_timesteps",
+)
 # Names that old files have for the projections of attention.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -204,22 +228,15 @@ def complete(given: Mapping[str, Any]) -> Config:
   Raises:
     ValueError: if it is of another class, or has an unknown option that is set.
   """
+  jsonfiles.check_types(given, _TYPES, "UNet2DModel")
   name = given.get("_class_name", "UNet2DModel")
   if name not in ("UNet2DModel", "UNetUnconditionalModel"):
     raise ValueError(f"Got a network of class {name}; wanted a UNet2DModel, the U-Net of diffusers' pixel models.")
-  tensors.check_types(given, _TYPES, "UNet2DModel")
-  for key, kind in (
-    ("down_block_types", str),
-    ("up_block_types", str),
-    ("block_out_channels", int),
-    ("sample_size", int),
-  ):
-    values = given.get(key)
-    if isinstance(values, list | tuple) and (not values or not all(isinstance(value, kind) for value in values)):
-      raise ValueError(f"Got a UNet2DModel with {key}={values!r}; wanted each a{'n int' if kind is int else ' str'}.")
-  for key in ("in_channels", "time_embedding_dim", "num_class_embeds"):
-    if given.get(key) is not None and given[key] < 1:
-      raise ValueError(f"Got a UNet2DModel with {key}={given[key]}; wanted at least 1.")
+  for key in _COUNTS:
+    value = given.get(key)
+    values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if any(item < 1 for item in values) or (values is value and not values):
+      raise ValueError(f"Got a UNet2DModel with {key}={jsonfiles.show(value)}; wanted at least 1.")
   size = given.get("sample_size")
   if isinstance(size, list | tuple) and len(size) != 2:
     raise ValueError(f"Got a UNet2DModel with sample_size={size!r}; wanted one number, or height and width.")
@@ -325,4 +342,6 @@ def _supported(config: Config, key: str, *known: Any) -> None:
 
 
 def _unsupported(key: str, value: Any, known: str) -> ValueError:
-  return ValueError(f"Got a UNet2DModel with {key}={value!r}, which is not supported; supported: {known}.")
+  return ValueError(
+    f"Got a UNet2DModel with {key}={jsonfiles.show(value)}, which is not supported; supported: {known}."
+  )

@@ -1,11 +1,18 @@
 """What a U-Net's options may be, checked when it is made, before anything is compiled."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from ddpm_jax import memory
+
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
+# Of something, of which there may be none.
+_COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes", "augmentation_features")
+# Residual blocks on the way down. Each is traced and compiled on its own: a program of more takes hours to make.
+_MOST_BLOCKS = 1000
 _VECTORS = ("", "dense", "time", "identity")
 
 
@@ -13,6 +20,7 @@ def check(network: Any) -> None:
   """Raises a ValueError if an option of a `Backbone` is none that it knows, or options do not go together."""
   _check_values(network)
   _check_features(network)
+  _check_size(network)
 
 
 def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
@@ -22,6 +30,13 @@ def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
 
 def _check_values(network: Any) -> None:
   n = network
+  numbers = {"multipliers": n.multipliers, "frequency_shift": [n.frequency_shift], "epsilon": [n.epsilon]}
+  for name, values in numbers.items():
+    if not all(math.isfinite(value) for value in values):
+      raise ValueError(f"Got {name}={getattr(n, name)}; expected finite numbers.")
+  for name in _COUNTS:
+    if getattr(n, name) < 0:
+      raise ValueError(f"Got {name}={getattr(n, name)}; expected 0, for none or the default, or more.")
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
       f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; wanted at least one level,"
@@ -73,3 +88,32 @@ def _check_features(network: Any) -> None:
   if features % 2 or features < 4:
     name = "time_features" if n.time_features else "channels"
     raise ValueError(f"Got {name}={features}; wanted an even number, 4 or more, for the time embedding.")
+
+
+def check_space(space: Sequence[int], channels: int) -> None:
+  """Raises a ValueError if an image or volume has more places than programs count, which is with 32 bits."""
+  places = math.prod(space)
+  if places >= 2**31:
+    raise ValueError(
+      f"Got data of {'x'.join(map(str, space))} with {channels} channels, each of which takes {memory.show(4 * places * channels)}; expected"
+      f" fewer than {2**31:,} places. Set a smaller size."
+    )
+
+
+def _check_size(network: Any) -> None:
+  n = network
+  widths = [round(n.channels * multiplier) for multiplier in n.multipliers]
+  embedding = n.embedding_features or 4 * n.channels
+  # One convolution of each block, and what the embeddings multiply: a lower bound.
+  count = n.blocks * sum(3**n.dimensions * width**2 for width in widths)
+  count += (
+    embedding * (embedding + (n.time_features or n.channels)) + (n.num_classes + n.augmentation_features) * n.channels
+  )
+  blocks = n.blocks * len(widths)
+  if blocks > _MOST_BLOCKS:
+    raise ValueError(
+      f"Got blocks={n.blocks} at each of {len(widths)} levels, whose parameters take at least {memory.show(4 * count)}; expected at most"
+      f" {_MOST_BLOCKS:,} blocks in all: each is compiled on its own. Set fewer blocks, and more channels instead."
+    )
+  advice = "Set fewer channels, embedding_features, time_features, augmentation_features or classes."
+  memory.check(f"a network of channels={n.channels} and num_classes={n.num_classes}", 4 * count, None, advice)

@@ -102,6 +102,7 @@ class Backbone(nn.Module):
         f" {self.dimensions} spatial axes."
       )
     space = tuple(shape[-1 - self.dimensions : -1])
+    options.check_space(space, shape[-1])
     levels = len(self.multipliers)
     if any(size % 2 ** (levels - 1) or size < 1 for size in space):
       most = 1

@@ -61,6 +61,7 @@ def run_sample(
       f"Got {folder}, a model that enlarges images, to sample from; wanted one that needs none, with --upsampler={folder}. Or give"
       " it images: --mode=edit --task=superres --input=<image, folder or .npz>."
     )
+  build.check_images(config, num_samples, f"--num_samples={num_samples}")
   guided = steer(config, mesh, steering, num_samples)
   stages = cascade(config, mesh, upsamplers, num_samples)
   fit_batch(config, mesh, num_samples, slow=model is not None)
@@ -123,6 +124,7 @@ def cascade(config: ConfigDict, mesh: jax.sharding.Mesh, folders: Sequence[Path]
       raise ValueError(
         f"Got --upsampler={folder}, a model of {own.network.num_classes} classes, for one of {config.network.num_classes}; wanted the same."
       )
+    build.check_images(own, count, f"--num_samples={count}")
     fit_batch(own, mesh, count)
     stages.append(Stage(own, folder, build.build_generate(own, mesh)))
     shape = build.image_shape(own)

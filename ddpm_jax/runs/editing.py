@@ -68,6 +68,10 @@ def run_edit(
   given = _read(config, edit)
   inputs = _inputs(config, edit, given)
   rows = len(inputs["image"])
+  frames = config.editing.frames if edit.task == "interpolate" else 1
+  many = f"--num_samples={edit.results}{f' and config.editing.frames={frames}' if frames > 1 else ''} for each of {rows} inputs"
+  # Results are kept in float32.
+  build.check_images(config, 4 * rows * edit.results * frames, many)
   guided = _steer(config, mesh, steering, rows, edit.results)
   inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
   drawing.fit_batch(config, mesh, rows * edit.results, slow=model is not None)

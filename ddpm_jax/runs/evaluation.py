@@ -33,6 +33,7 @@ def run_eval(
   mesh, config = parallel.make_mesh(), model.trained(config, folder)
   kind = kind_of(config)
   kind.check(config, mesh)
+  build.check_evaluation(config, list(mesh.devices.flat), folder)
   for variant in variants:
     build.build_sampler(variant.of(config))
   source, held_out = build.build_data(config)

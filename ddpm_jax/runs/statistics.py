@@ -18,6 +18,9 @@ def run_statistics(config: ConfigDict, output: Path) -> None:
   """
   metrics.check_output(output)
   config = ConfigDict(config.to_dict())
+  build.check_images(
+    config, config.evaluation.batch_size, f"config.evaluation.batch_size={config.evaluation.batch_size}"
+  )
   source, held_out = build.build_data(config)
   space = build.build_space(config, source, held_out, output.with_suffix(".classifier.safetensors"))
   reference = build.build_reference(config, space, source, held_out)

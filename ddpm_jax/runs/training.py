@@ -16,8 +16,10 @@ from ddpm_jax import (
   ema,
   hardware,
   images,
+  memory,
   optim,
   parallel,
+  plan,
   pretrained,
   records,
   schema,
@@ -62,6 +64,9 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   c, mesh = config.training, parallel.make_mesh(config.parallel.data, config.parallel.fsdp)
   parallel.check_batch(c.batch_size, mesh.size)
   train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
+  devices = list(mesh.devices.flat)
+  build.check_training(config, devices)
+  build.check_evaluation(config, devices, folder)
   optimizer, step = build.build_optimizer(config), build.build_step(config, mesh)
   kind = evaluation.kind_of(config)
   kind.check(config, mesh)
@@ -69,6 +74,10 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   preview = kind.preview(config, mesh, held_out or source)
   judge = kind.Judge(config, folder, mesh, source, held_out)
   init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
+  # The gradients come beside it.
+  needed = len(devices) * (plan.state_bytes(template) + plan.state_bytes(template.params))
+  advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
+  memory.check("the state of this network and its optimizer", needed, memory.of_devices(devices), advice)
   _check_best(config, judge, step, template)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)

@@ -5,6 +5,7 @@ every call, those of the first step size included, and counts as `scipy.integrat
 because each sample may have steps of its own, so that it does not depend on the batch that it is in.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -133,8 +134,8 @@ def rk45(
   Raises:
     ValueError: if the tolerances are not positive.
   """
-  if not (rtol > 0 and atol > 0):
-    raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both above 0, such as 1e-5.")
+  if not (0 < rtol < math.inf and 0 < atol < math.inf):
+    raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both finite and above 0, such as 1e-5.")
   t, end = as_time(t), as_time(end)
   dtype, precision = x.dtype, jnp.promote_types(jnp.promote_types(x.dtype, t.dtype), end.dtype)
   # What the solution is controlled by has the shape `lead`: one value for all, or one a row.

@@ -11,6 +11,7 @@ import functools
 import jax
 import numpy as np
 
+from ddpm_jax import schedules
 from ddpm_jax.processes import Process, last_step
 
 
@@ -87,6 +88,7 @@ def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None,
   if not 0 <= t_min < t_max <= process.t_max:
     raise ValueError(f"Got t_min={t_min}, t_max={t_max}; wanted 0 <= t_min < t_max <= {process.t_max}, the process's.")
   least = 2 if t_min > 0 else 1
+  schedules.check_steps(max(num_steps, 1))
   if num_steps < least:
     raise ValueError(
       f"Got num_steps={num_steps}; wanted at least {least} for a grid that ends at {t_min:g}{', 0' if t_min else ''}."

@@ -1,0 +1,102 @@
+"""JSON files that others wrote: read with a check of what is in them. Every error names the file."""
+
+import contextlib
+import json
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Types that a value may have; a list of types stands for a list of such values. `float` takes integers too.
+Kinds = tuple[Any, ...]
+# What float32 holds, in which programs compute; the rest would be infinite or 0.
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxstring, _SHOWN.maxother = 3, 8, 8, 80, 80
+
+
+def read(path: Path) -> dict[str, Any]:
+  """Read the object that a JSON file holds.
+
+  Raises:
+    ValueError: if the file cannot be read, or holds no JSON object.
+  """
+  return _object(text_of(path), f"{path}")
+
+
+def text_of(path: Path) -> str:
+  """Read the text of a file; a ValueError if that cannot be done."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    raise ValueError(f"Cannot read {path}: {error}. Restore the file.") from error
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+  try:
+    value = json.loads(text)
+  # A file may be nested deeper than the parser goes.
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"Cannot read {where} as JSON: {error}. Restore the file.") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"Got {where} which holds {show(value)}; expected a JSON object with keys. Restore the file.")
+  return value
+
+
+def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], what: str, *, required: bool = False) -> None:
+  """Check the types of values, and that numbers are finite.
+
+  Args:
+    content: the object.
+    kinds: the types that the value of a key may have. A bool is no number.
+    what: a name for the object, for the message.
+    required: whether all these keys must be there.
+
+  Raises:
+    ValueError: if a value has another type, or is missing; it names the key.
+  """
+  missing = [key for key in kinds if key not in content] if required else []
+  if missing:
+    raise ValueError(f"Got a {what} without {', '.join(missing)}; expected {', '.join(kinds)}. Restore the file.")
+  for key, allowed in kinds.items():
+    if key in content and not any(matches(content[key], kind) for kind in allowed):
+      expected = " or ".join(map(kind_name, allowed))
+      raise ValueError(f"Got a {what} with {key}={show(content[key])}; expected {expected}. Correct the file.")
+
+
+def matches(value: Any, kind: Any) -> bool:
+  """Return whether a value is of a kind; a number must be finite, and neither too large nor too small for float32."""
+  if isinstance(kind, list):
+    return isinstance(value, list | tuple) and all(any(matches(item, one) for one in kind) for item in value)
+  if kind not in (int, float):
+    return isinstance(value, kind)
+  if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+    return False
+  if isinstance(value, int):
+    return abs(value) < 2**63
+  return value == 0 or (math.isfinite(value) and _SMALLEST <= abs(value) <= _LARGEST)
+
+
+def kind_name(kind: Any) -> str:
+  """Return the name of a kind, for a message."""
+  if isinstance(kind, list):
+    return f"a list of {' or '.join(map(kind_name, kind))}"
+  names = {None.__class__: "null", float: "a finite number that float32 holds", int: "an integer", str: "a string"}
+  return names.get(kind) or {bool: "true or false", dict: "an object"}.get(kind, kind.__name__)
+
+
+def show(value: Any) -> str:
+  """Return a value in short for a message, however large it is or deeply nested."""
+  return _SHOWN.repr(value)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """Name a file in each ValueError that its content causes."""
+  try:
+    yield
+  except ValueError as error:
+    if str(path) in str(error):
+      raise
+    raise ValueError(f"In {path}: {error}") from error

@@ -1,0 +1,67 @@
+"""What fits into a machine: numbers of bytes are compared before any is taken."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_jax import hardware
+
+# More than any machine, or any slice of TPUs, has.
+MOST = 2**50
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def of_host() -> int:
+  """Return the bytes of memory of this machine, or of the container that this process runs in."""
+  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  try:
+    return min(total, int(_LIMIT.read_text()))
+  except (OSError, ValueError):  # no container, or one without a limit
+    return total
+
+
+def of_devices(devices: Sequence[Any]) -> float | None:
+  """Return the bytes that devices have together; None if that is not known. Devices of a CPU share the memory of their host."""
+  import jax
+
+  first = devices[0]
+  if first.platform == "cpu":
+    return of_host() * jax.process_count()
+  chip = hardware.chip_of(first.device_kind)
+  if chip is not None:
+    return chip.memory * len(devices)
+  local = [device for device in devices if device.process_index == jax.process_index()]
+  stats = local[0].memory_stats() if local else None
+  return stats["bytes_limit"] * len(devices) if stats and "bytes_limit" in stats else None
+
+
+def of_disk(folder: Path) -> int:
+  """Return the bytes of the disk on which a folder lies, or will lie: of what is taken, an interrupted run may have kept some for itself."""
+  return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).total
+
+
+def check(what: str, needed: float, available: float | None, advice: str, where: str = "memory") -> None:
+  """Raise a ValueError if something needs more bytes than there are.
+
+  Args:
+    what: a description of it, for the message.
+    needed: the least that it needs: what is refused could not have worked.
+    available: what there is; None if that is not known.
+    advice: what the user can do.
+    where: where the bytes lie.
+  """
+  limit = MOST if available is None else min(available, MOST)
+  if needed > limit:
+    have = "than any machine has" if limit == MOST else f"than the {show(limit)} that there are"
+    raise ValueError(f"Got {what}: at least {show(needed)} of {where}, more {have}. {advice}")
+
+
+def show(count: float) -> str:
+  """Return a number of bytes with a unit, such as 1.2 TB."""
+  unit = 0
+  while count >= 1000 and unit < len(_UNITS) - 1:
+    count, unit = count / 1000, unit + 1
+  return f"{count:.3g} {_UNITS[unit]}" if count < 1e6 else f"{float(count):.2g} {_UNITS[unit]}"

@@ -1,0 +1,98 @@
+"""Config files: Python that makes a ConfigDict. Whatever is wrong with one is a ValueError with the file, the line and the error."""
+
+import difflib
+import sys
+import traceback
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+_MODULE = "ddpm_jax_recipe"
+_LONGEST = 400
+
+
+def read(value: str) -> ConfigDict:
+  """Run a config file and return what its get_config() makes.
+
+  Args:
+    value: the path; behind a colon, what get_config takes.
+
+  Raises:
+    ValueError: if the file does not exist, fails, or makes no ConfigDict.
+  """
+  name, colon, argument = value.partition(":")
+  path = _existing(name)
+  module = _run(path, lambda: _load(path))
+  get_config = getattr(module, "get_config", None)
+  if not callable(get_config):
+    raise ValueError(
+      f"Got --config={path}, which has no function get_config(); expected one that returns a ConfigDict. Start from configs/digits_vp.py."
+    )
+  config = _run(path, lambda: get_config(*([argument] if colon else [])), get_config)
+  if not isinstance(config, ConfigDict) or not len(config):
+    what = "an empty ConfigDict" if isinstance(config, ConfigDict) else f"a value of type {type(config).__name__}"
+    hint = " Does it lack a return statement?" if config is None else ""
+    raise ValueError(
+      f"Got --config={path}, whose get_config(){_line_of(get_config)} returns {what}; expected a ConfigDict. Start from"
+      f" ddpm_jax.schema.default_config().{hint}"
+    )
+  # A value that is required may not be set.
+  _run(path, config.to_dict, get_config)
+  # Flags change it.
+  return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+
+
+def _existing(name: str) -> Path:
+  try:
+    path = Path(name).expanduser()
+  except RuntimeError as error:  # no such user
+    raise ValueError(f"Got --config={name}; expected a path to a Python file ({error}).") from error
+  if not path.is_file():
+    files = sorted(str(file) for file in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), files, 1)
+    hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(files)}." if files else ""
+    what = "a folder" if path.is_dir() else "a file that does not exist"
+    raise ValueError(f"Got --config={path}, {what}; expected a Python file such as configs/digits_vp.py.{hint}")
+  return path
+
+
+def _load(path: Path) -> ModuleType:
+  spec = spec_from_loader(_MODULE, SourceFileLoader(_MODULE, str(path)))
+  assert spec is not None
+  assert spec.loader is not None
+  module = module_from_spec(spec)
+  # Classes of the file can then be pickled.
+  sys.modules[_MODULE] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+def _run(path: Path, call: Any, function: Any = None) -> Any:
+  try:
+    return call()
+  except KeyboardInterrupt:
+    raise
+  # A config file may raise anything, and may even try to end the program.
+  except BaseException as error:
+    # Also of an error that cannot say what it is.
+    text = " ".join(traceback.format_exception_only(error)[-1].split())[:_LONGEST]
+    raise ValueError(
+      f"Got --config={path}, which fails{_place(path, error) or _line_of(function)}: {text}. Correct the file."
+    ) from error
+
+
+def _place(path: Path, error: BaseException) -> str:
+  """The last line of the file that the error passed through."""
+  if isinstance(error, SyntaxError) and error.filename == str(path):
+    return f" in line {error.lineno}"
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  return f" in line {lines[-1]}" if lines else ""
+
+
+def _line_of(function: Any) -> str:
+  code = getattr(function, "__code__", None)
+  return f" in line {code.co_firstlineno}" if code is not None else ""

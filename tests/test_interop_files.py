@@ -1,0 +1,277 @@
+"""Files of foreign models: weights in every form and place, and JSON of every kind of damage."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from ddpm_jax import interop
+from tests.test_interop_diffusers import weights, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A pipeline as save_pretrained writes it; never to be changed."""
+  return write(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+  return shutil.copytree(folder, tmp_path / "copy")
+
+
+def put(name, state, folder):
+  """Write tensors to a file of a network's folder."""
+  file = folder / "unet" / name
+  if file.suffix == ".safetensors":
+    safetensors.torch.save_file(state, file)
+  else:
+    torch.save(state, file)
+
+
+WRAPPED = {
+  "prefix": lambda s: {f"module.{name}": value for name, value in s.items()},
+  "prefixes": lambda s: {f"module._orig_mod.network.{name}": value for name, value in s.items()},
+  "ema": lambda s: {"ema": s},
+  "trainer": lambda s: {
+    "model": s,
+    "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{}]},
+    "step": 3,
+  },
+  "lightning": lambda s: {
+    "state_dict": {f"model.{name}": value for name, value in s.items()} | {"loss.logvar": torch.ones(2)},
+    "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+    "pytorch-lightning_version": "2.0",
+    "epoch": 3,
+  },
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_network_is_found_in_a_checkpoint(name, folder, copy):
+  state = safetensors.torch.load_file(weights(copy))
+  weights(copy).unlink()
+  put("diffusion_pytorch_model.bin", WRAPPED[name](state), copy)
+  jax.tree.map(
+    np.testing.assert_array_equal, interop.diffusers.load(copy).params, interop.diffusers.load(folder).params
+  )
+
+
+UNCLEAR = {
+  "two networks": (lambda s: {"ema": s, "model": s}, "2 networks, under ema, model; expected one"),
+  "two networks in one": (
+    lambda s: {"state_dict": {f"{part}.{name}": value for name, value in s.items() for part in ("a", "b")}},
+    "2 networks, under state_dict.a, state_dict.b",
+  ),
+  "no network": (
+    lambda s: {"optimizer": {"state": {0: torch.ones(2)}}, "epoch": 3},
+    r"no conv_in.weight, .* entries optimizer \(dict\), epoch \(int\)",
+  ),
+  "no tensors": (lambda s: {"epoch": 3}, r"epoch \(int\)"),
+  "nothing": (lambda s: {}, "no entry"),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_a_checkpoint_without_exactly_one_network_is_described(name, copy):
+  state = safetensors.torch.load_file(weights(copy))
+  weights(copy).unlink()
+  wrap, message = UNCLEAR[name]
+  put("diffusion_pytorch_model.bin", wrap(state), copy)
+  with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
+    interop.diffusers.load(copy)
+
+
+@pytest.mark.parametrize("form", ["whole", "variant", "shards", "pickled variant"])
+def test_a_name_on_the_hub_is_read_from_its_cache(form, copy, tmp_path, monkeypatch):
+  """The hub's own package, offline, on a cache as it leaves one."""
+  import huggingface_hub
+
+  if form != "whole":
+    reform(copy, FORMS[form])
+
+  repository = tmp_path / "hub" / "models--owner--name"
+  (repository / "refs").mkdir(parents=True)
+  (repository / "refs" / "main").write_text("a" * 40)
+  shutil.copytree(copy, repository / "snapshots" / ("a" * 40))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  assert interop.diffusers.load("owner/name").network == interop.diffusers.load(copy).network
+
+
+FORMS = {
+  "variant": ["diffusion_pytorch_model.fp16.safetensors"],
+  "pickled variant": ["diffusion_pytorch_model.fp16.bin"],
+  "shards": [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)],
+  "pickled shards": [f"diffusion_pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)],
+  "shards of a variant": [f"diffusion_pytorch_model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)],
+}
+
+
+def reform(folder, files, prefix=""):
+  """Write the weights of a folder as other files, with an index if there are several."""
+  state = {prefix + name: value for name, value in safetensors.torch.load_file(weights(folder)).items()}
+  weights(folder).unlink()
+  where = {name: files[i % len(files)] for i, name in enumerate(sorted(state))}
+  for file in files:
+    put(file, {name: state[name].clone() for name in state if where[name] == file}, folder)
+  if len(files) > 1:
+    variant = ".fp16" if ".fp16" in files[0] else ""
+    index = folder / "unet" / f"diffusion_pytorch_model.{files[0].rpartition('.')[2]}.index{variant}.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+  return None
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_variants_and_shards_hold_the_same_parameters(name, prefix, folder, copy):
+  reform(copy, FORMS[name], prefix)
+  jax.tree.map(
+    np.testing.assert_array_equal, interop.diffusers.load(copy).params, interop.diffusers.load(folder).params
+  )
+
+
+def change_index(change):
+  def damage(folder):
+    index = reform(folder, FORMS["shards"])
+    content = json.loads(index.read_text())
+    change(content, index)
+    index.write_text(json.dumps(content))
+
+  return damage
+
+
+BROKEN_SHARDS = {
+  "no index": (
+    lambda f: reform(f, FORMS["shards"]).unlink(),
+    r"There are .*00002-of-00002\.safetensors: save the model",
+  ),
+  "no shard": (
+    change_index(lambda c, index: (index.parent / FORMS["shards"][1]).unlink()),
+    r"00002-of-00002\.safetensors, a file that does not exist",
+  ),
+  "another shard": (
+    change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": FORMS["shards"][1]})),
+    r"of what .*index\.json says and holds conv_in\.bias beside it",
+  ),
+  "another folder": (
+    change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": "../scheduler/x.safetensors"})),
+    r"index\.json with weight_map=",
+  ),
+  "no map": (change_index(lambda c, index: c.pop("weight_map")), r"index\.json with weight_map=None"),
+  "a list": (change_index(lambda c, index: c.update(weight_map=[1])), r"index\.json with weight_map=\[1\]"),
+  "numbers": (change_index(lambda c, index: c.update(weight_map={"conv_in.bias": 3})), r"index\.json with weight_map="),
+  "two variants": (
+    lambda f: (
+      [put(f"diffusion_pytorch_model.{name}.bin", {}, f) for name in ("fp16", "non_ema")] and weights(f).unlink()
+    ),
+    "expected one of them",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_SHARDS)
+def test_broken_shards_are_one_clear_error(name, copy):
+  damage, message = BROKEN_SHARDS[name]
+  damage(copy)
+  with pytest.raises(ValueError, match=message):
+    interop.diffusers.load(copy)
+
+
+PARTS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+CONTENTS = {
+  "empty": b"",
+  "truncated": b'{"a": ',
+  "not UTF-8": b'{"a": "\xff"}',
+  "nested": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+  "a list": b"[1, 2]",
+  "a number": b"3",
+  "null": b"null",
+  "a huge number": b'{"a": ' + b"9" * 5000 + b"}",
+  "a folder": None,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_files_that_hold_no_json_object_are_named(part, name, copy):
+  file = copy / part
+  if CONTENTS[name] is None:
+    file.unlink()
+    file.mkdir()
+  else:
+    file.write_bytes(CONTENTS[name])
+  # What is a folder of this name is none of the model's files; the index may be missing.
+  if name == "a folder" and part == "model_index.json":
+    interop.diffusers.load(copy)
+    return
+  with pytest.raises(ValueError, match=file.name.replace(".", r"\.")):
+    interop.diffusers.load(copy)
+
+
+# Values of each type, and numbers out of any range; what a key takes of them is left out.
+WRONG_VALUES = [
+  "4",
+  "",
+  -1,
+  -0.5,
+  2**70,
+  10**400,
+  float("nan"),
+  float("inf"),
+  True,
+  None,
+  [],
+  ["x"],
+  [None],
+  [[]],
+  {},
+  {"a": 1},
+]
+# What these keys say is not looked at, or is none of the model's.
+_IDLE = ("_diffusers_version", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+def changed(copy, part, reads):
+  """Yield each key of a file with each wrong value and what reading the folder then does: None, or its error."""
+  file = copy / part
+  original = json.loads(file.read_text())
+  for key in original:
+    for value in WRONG_VALUES if key not in _IDLE else []:
+      file.write_text(json.dumps(original | {key: value}))
+      try:
+        reads()
+        yield key, value, None
+      except ValueError as error:
+        yield key, value, str(error)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_values_of_wrong_types_are_errors_that_name_the_file(part, copy, monkeypatch):
+  # Parameters are not what this is about.
+  monkeypatch.setattr(interop.diffusers, "_load_params", lambda *_: {})
+  taken = {}
+  for key, value, message in changed(copy, part, lambda: interop.diffusers.load(copy)):
+    if message is None:
+      taken.setdefault(key, []).append(value)
+    else:
+      assert copy.name in message, (key, value, message)
+      assert (copy / part).name in message, (key, value, message)
+  optional = [
+    "time_embedding_dim",
+    "attention_head_dim",
+    "attn_norm_num_groups",
+    "class_embed_type",
+    "num_class_embeds",
+  ]
+  optional += ["sample_size", "trained_betas", "variance_type"] + (["num_train_timesteps"] if "unet" in part else [])
+  allowed = {key: [None] for key in optional} | {"freq_shift": [-1, -0.5], "_class_name": ["4", ""]}
+  flags = ("add_attention", "flip_sin_to_cos", "center_input_sample", "clip_sample")
+  allowed |= {key: [True] for key in flags}
+  extra = {key: [v for v in values if v not in allowed.get(key, [])] for key, values in taken.items()}
+  assert {key: values for key, values in extra.items() if values} == {}

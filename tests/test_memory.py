@@ -1,0 +1,285 @@
+"""What no machine can hold is refused with its bytes, before any memory is taken."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import build, interop, memory, processes, runs, sampling, schedules
+from ddpm_jax.networks import UNet
+from tests.commands import DENSE, RECIPE, assert_refused, call
+from tests.parameters import write_run
+from tests.recipes import tiny_config
+from tests.test_interop_diffusers import write
+
+BYTES = r"at least [\d.e+]+ [GTPEZY]B"
+
+
+@pytest.mark.parametrize(
+  ("count", "text"),
+  [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2**40, "1.1 TB"), (4e18, "4 EB"), (4e30, "4e+06 YB")],
+)
+def test_bytes_are_shown_with_a_unit(count, text):
+  assert memory.show(count) == text
+
+
+def test_only_what_does_not_fit_is_refused():
+  memory.check("x", 100, 100, "")
+  with pytest.raises(
+    ValueError, match=r"Got x: at least 101 B of memory, more than the 100 B that there are\. Do this\."
+  ):
+    memory.check("x", 101, 100, "Do this.")
+  memory.check("x", memory.MOST, None, "")
+  with pytest.raises(ValueError, match="more than any machine has"):
+    memory.check("x", memory.MOST + 1, None, "")
+
+
+def device(platform, kind="", **stats):
+  return types.SimpleNamespace(platform=platform, device_kind=kind, process_index=0, memory_stats=lambda: stats or None)
+
+
+def test_devices_have_their_own_memory_but_on_a_cpu():
+  assert memory.of_devices(jax.devices()) == memory.of_host()
+  assert memory.of_devices([device("gpu", "NVIDIA H100 80GB HBM3")] * 4) == 4 * 80e9
+  assert memory.of_devices([device("gpu", "a new one", bytes_limit=5e9)] * 2) == 1e10
+  assert memory.of_devices([device("gpu", "a new one")]) is None
+
+
+def test_a_container_s_limit_is_the_memory(tmp_path, monkeypatch):
+  whole = memory.of_host()
+  for content, wanted in (("1000000\n", 1_000_000), ("max\n", whole), ("", whole)):
+    (tmp_path / "max").write_text(content)
+    monkeypatch.setattr(memory, "_LIMIT", tmp_path / "max")
+    assert memory.of_host() == (wanted if content[0:1] == "1" else max(whole, memory.of_host()))
+
+
+def test_steps_are_refused_where_float32_cannot_tell_them_apart():
+  most = schedules.MOST_STEPS
+  assert np.float32(most) - np.float32(most - 1) == 1
+  assert np.float32(most + 1) == np.float32(most)
+  for make in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid):
+    with pytest.raises(ValueError, match="num_steps=1000000000, whose tables take at least 48 GB"):
+      make(10**9)
+  with pytest.raises(ValueError, match="tables take at least"):
+    processes.discrete(np.broadcast_to(np.float64(1e-9), (most + 1,)))
+  for grid in (sampling.grids.uniform, sampling.grids.quadratic, sampling.grids.log_snr, sampling.grids.karras):
+    with pytest.raises(ValueError, match="tables take at least"):
+      grid(processes.vp(), 10**9)
+
+
+NETWORKS = {
+  "blocks": ({"blocks": 100_000}, "blocks=100000 at each of 4 levels, .* at least [0-9.]+ GB"),
+  "some blocks": ({"blocks": 251}, "at most 1,000 blocks"),
+  "channels": ({"channels": 2**30}, f"channels=1073741824 .*{BYTES}"),
+  "embedding": ({"embedding_features": 2**30}, BYTES),
+  "time": ({"time_features": 2**42}, BYTES),
+  "classes": ({"num_classes": 2**50}, BYTES),
+  "augmentation": ({"augmentation_features": 2**50}, BYTES),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_that_no_machine_holds_are_refused(name):
+  options, message = NETWORKS[name]
+  with pytest.raises(ValueError, match=message):
+    UNet(**options).check_input((32, 32, 3))
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {name: -4}
+    for name in (
+      "channels",
+      "blocks",
+      "heads",
+      "head_channels",
+      "groups",
+      "time_features",
+      "embedding_features",
+      "num_classes",
+      "augmentation_features",
+      "out_channels",
+    )
+  ]
+  + [{name: float("nan")} for name in ("epsilon", "dropout", "frequency_shift")]
+  + [{"multipliers": (1, float("nan"))}, {"multipliers": (1, float("inf"))}, {"multipliers": (-1,)}],
+  ids=str,
+)
+def test_a_network_has_no_negative_number_of_anything(options):
+  (name,) = options
+  with pytest.raises(ValueError, match=f"{name}=|{-4:g} features|-512 features"):
+    UNet(**options).check_input((32, 32, 3))
+
+
+def test_the_least_size_of_a_network_is_no_more_than_its_size(monkeypatch):
+  found = []
+  monkeypatch.setattr(memory, "check", lambda what, needed, *_: found.append(needed))
+  for options in ({}, {"num_classes": 5000, "song": True}, {"num_classes": 5000}, {"embedding_features": 4096}):
+    network = UNet(channels=32, multipliers=(1, 2), attention_levels=(), blocks=1, **options)
+    found.clear()
+    network.check_input((8, 8, 3))
+    given = {"classes": jax.ShapeDtypeStruct((1,), jnp.int32)} if network.num_classes else {}
+    params = interop.tensors.abstract_params(network, (8, 8, 3), **given)
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert size / 10 < found[0] <= size
+
+
+@pytest.mark.parametrize(("space", "channels"), [((2**40, 2**40), 3), ((2**16, 2**16), 3), ((50_000, 50_000), 1)])
+def test_images_that_programs_cannot_count_are_refused(space, channels):
+  with pytest.raises(ValueError, match=r"takes [\d.e+]+ [GEY]B; expected fewer than 2,147,483,648 places"):
+    UNet(multipliers=(1,), attention_levels=()).check_input((*space, channels))
+
+
+TRAINING = {
+  "training.batch_size": 10**9,
+  "data.image_size": 2**20,
+  "data.channels": 10**9,
+  "data.num_workers": 10**6,
+  "data.num_threads": 10**6,
+  "sampling.batch_size": 10**9,
+  "evaluation.batch_size": 2 * 10**9,
+  "evaluation.num_samples": 2 * 10**9,
+}
+
+
+@pytest.mark.parametrize("key", TRAINING)
+def test_training_is_refused_with_the_bytes_it_would_take(key, tmp_path, monkeypatch):
+  # Whatever machine this is.
+  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
+  monkeypatch.setattr(memory, "of_disk", lambda folder: 10**9)
+  config = tiny_config()
+  section, name = key.split(".")
+  config[section][name] = TRAINING[key]
+  with pytest.raises(ValueError, match=rf"Got config\..*: {BYTES} of (memory|disk), more than the 1 GB"):
+    runs.run_train(config, tmp_path / "work")
+  assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
+  config = tiny_config()
+  config.network.update({"channels": 4096, "groups": 32})
+  with pytest.raises(ValueError, match=f"the state of this network and its optimizer: {BYTES}"):
+    runs.run_train(config, tmp_path / "work")
+  assert not (tmp_path / "work").exists()
+
+
+def test_features_whose_covariance_does_not_fit_are_refused(monkeypatch):
+  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
+  build.check_features(3 * 64**2, 0, False)
+  with pytest.raises(ValueError, match=f"features of 196,608 dimensions, .*covariance: {BYTES}.*features=inception"):
+    build.check_features(3 * 256**2, 0, True)
+  with pytest.raises(ValueError, match=f"10,000 of them kept: {BYTES}"):
+    build.check_features(3 * 256**2, 10_000, False)
+
+
+@pytest.mark.parametrize("key", ["process.num_steps", "training.batch_size", "data.image_size", "network.blocks"])
+def test_the_command_line_shows_one_message(key, tmp_path):
+  code, output = call(RECIPE, f"--config.{key}=2000000000", f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, BYTES)
+  assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("value", [2**31, 2**40])
+def test_what_programs_cannot_count_is_refused(value, tmp_path):
+  code, output = call(DENSE, f"--config.data.image_size={value}", f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, rf"config.data.image_size={value}; expected below 2147483648, .* take [\d.]+ [GT]B")
+
+
+def test_a_plan_for_other_machines_is_not_refused(monkeypatch):
+  """A batch, or a state, for which this machine is too small."""
+  config = tiny_config()
+  config.training.batch_size = 2**24
+  config.network.update({"channels": 1024})
+  monkeypatch.setattr(memory, "of_host", lambda: 1)
+  mesh, shapes, batch = runs.plan._layout(config, jax.devices())
+  assert batch["image"].shape[0] == 2**24
+  assert mesh.size == 8
+
+
+@pytest.mark.usefixtures("dense", "on_one_device")
+def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, monkeypatch):
+  folder, config = tmp_path / "run", tiny_config()
+  folder.mkdir()
+  write_run(config, folder)
+  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
+  before = sorted(folder.rglob("*"))
+  Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+  (tmp_path / "two").mkdir()
+  for name in "ab":
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "two" / f"{name}.png")
+  with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for images of 8x8x1: {BYTES}"):
+    runs.run_sample(config, folder, num_samples=10**12, seed=0, choice=runs.Choice())
+  with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for each of 1 inputs .*{BYTES}"):
+    runs.run_edit(
+      config, folder, runs.Edit("img2img", tmp_path / "a.png", results=10**12), seed=0, choice=runs.Choice()
+    )
+  many = tiny_config()
+  many.editing.frames = 2**31 - 1
+  with pytest.raises(ValueError, match=f"frames=2147483647 .*{BYTES}"):
+    runs.run_edit(many, folder, runs.Edit("interpolate", tmp_path / "two"), seed=0, choice=runs.Choice())
+  many.evaluation.num_samples = 2**31 - 1
+  many.evaluation.batch_size = 2**31 - 1
+  with pytest.raises(ValueError, match=f"config.evaluation.batch_size=2147483647 .*{BYTES}"):
+    runs.run_eval(many, folder, seed=0, choice=runs.Choice())
+  assert sorted(folder.rglob("*")) == before
+
+
+FOREIGN = {
+  "layers": ("unet/config.json", "layers_per_block", 100_000, "blocks=100000 .*at least"),
+  "size": ("unet/config.json", "sample_size", 2**40, "places"),
+  "width and height": ("unet/config.json", "sample_size", [2**20, 2**20], "places"),
+  "channels": ("unet/config.json", "block_out_channels", [2**30, 2**30], BYTES),
+  "classes": ("unet/config.json", "num_class_embeds", 2**60, BYTES),
+  "embedding": ("unet/config.json", "time_embedding_dim", 2**40, BYTES),
+  "steps": ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9, "tables take at least 48 GB"),
+}
+
+
+def change(folder, part, **values):
+  file = write(folder) / part
+  file.write_text(json.dumps(json.loads(file.read_text()) | values))
+  return file
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_configs_are_refused_with_the_bytes_they_would_take(name, tmp_path):
+  part, key, value, message = FOREIGN[name]
+  file = change(tmp_path, part, **{key: value})
+  with pytest.raises(ValueError, match=rf"In .*{file.name}: .*{message}"):
+    interop.diffusers.load(tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "sigmoid", "scaled_linear"])
+def test_steps_of_every_foreign_schedule_are_refused(schedule, tmp_path):
+  change(tmp_path, "scheduler/scheduler_config.json", beta_schedule=schedule, num_train_timesteps=10**9)
+  with pytest.raises(ValueError, match="tables take at least 48 GB"):
+    interop.diffusers.load(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "samples"), [(2**15, 10**4), (2**14, 10**6)])
+def test_foreign_images_are_refused_with_the_bytes_they_would_take(size, samples, tmp_path):
+  change(tmp_path / "model", "unet/config.json", sample_size=size)
+  code, output = call(
+    "--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path / 'work'}", f"--num_samples={samples}"
+  )
+  assert_refused(code, output, rf"for images of {size}x{size}x3.*: {BYTES}")
+  assert not (tmp_path / "work").exists()
+
+
+def test_the_least_memory_of_a_batch_is_no_more_than_its_largest_features():
+  """The bound counts what the first layer gives, which is one of the arrays of a program."""
+  config, size = tiny_config(), 6
+  network = build.build_network(config)
+  params = jax.eval_shape(build.build_params_init(config), jax.random.key(0))
+  x, label = jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((size,), jnp.float32)
+  jaxpr = jax.make_jaxpr(lambda params, x, label: network.apply({"params": params}, x, label))(params, x, label)
+  shapes = {variable.aval.shape for equation in jaxpr.eqns for variable in equation.outvars}
+  assert (size, 8, 8, config.network.channels) in shapes
+  assert build.memory._features(config) == 8 * 8 * config.network.channels * 4

@@ -1,0 +1,105 @@
+"""Config files that are wrong: one message with the file, the line and the error."""
+
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ddpm_jax import recipes
+from tests.commands import assert_refused, call, start
+
+HEAD = "from ml_collections import ConfigDict, FrozenConfigDict\n"
+MAKE = HEAD + "def get_config():\n"
+# The content of a file, and what the message says.
+BROKEN = {
+  "returns nothing": (
+    MAKE + "  ConfigDict()\n",
+    r"get_config\(\) in line 2 returns a value of type NoneType.*return statement",
+  ),
+  "returns a dict": (MAKE + "  return {}\n", "line 2 returns a value of type dict"),
+  "returns a number": (MAKE + "  return 3\n", "line 2 returns a value of type int"),
+  "returns an empty config": (MAKE + "  return ConfigDict()\n", "line 2 returns an empty ConfigDict"),
+  "returns a class": (MAKE + "  return ConfigDict\n", "returns a value of type "),
+  "raises": (MAKE + "  1 / 0\n", "fails in line 3: ZeroDivisionError: division by zero"),
+  "raises a KeyError": (MAKE + "  return {}['seed']\n", "fails in line 3: KeyError: 'seed'"),
+  "raises a ValueError": (MAKE + "  raise ValueError('no')\n", "fails in line 3: ValueError: no"),
+  "raises an OSError": (MAKE + "  open('/none/x')\n", "fails in line 3: FileNotFoundError: .*No such file"),
+  "raises without a word": (MAKE + "  assert False\n", r"fails in line 3: AssertionError\. "),
+  "raises in a library": (MAKE + "  import json\n  json.loads('{')\n", "fails in line 4: json.decoder.JSONDecodeError"),
+  "sets a wrong type": (MAKE + "  c = ConfigDict({'a': 1})\n  c.a = 'x'\n", "fails in line 4: TypeError"),
+  "ends the program": (MAKE + "  raise SystemExit(0)\n", "fails in line 3: SystemExit: 0"),
+  "ends the program when read": ("import sys\nsys.exit()\n", "fails in line 2: SystemExit"),
+  "raises what cannot be shown": (
+    MAKE + "  class E(Exception):\n    def __str__(self):\n      return 1\n  raise E\n",
+    r"fails in line 6: .*E: <exception str\(\) failed>",
+  ),
+  "lacks a value": (
+    "from ml_collections.config_dict import *\ndef get_config():\n  return ConfigDict({'a': required_placeholder(int)})\n",
+    "fails in line 2: .*RequiredValueError",
+  ),
+  "recurses": (MAKE + "  return get_config()\n", "fails in line 3: RecursionError"),
+  "imports what is not there": ("import no_such_module\n", "fails in line 1: ModuleNotFoundError"),
+  "syntax": ("def get_config():\n  return (\n", "fails in line 2: SyntaxError"),
+  "indentation": ("def get_config():\nreturn 1\n", "fails in line 2: IndentationError"),
+  "no get_config": ("config = 1\n", r"no function get_config\(\)"),
+  "get_config is a value": ("get_config = 1\n", r"no function get_config\(\)"),
+  "get_config wants more": (HEAD + "def get_config(name):\n  return 1\n", "fails in line 2: TypeError"),
+  "empty": ("", r"no function get_config\(\)"),
+  "not UTF-8": ("\udcff", "fails.*: SyntaxError|fails.*: UnicodeDecodeError"),
+  "null bytes": ("\0", "fails.*: (SyntaxError|ValueError)"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_one_message(name, tmp_path):
+  content, message = BROKEN[name]
+  path = tmp_path / "broken.py"
+  path.write_bytes(content.encode(errors="surrogateescape"))
+  with pytest.raises(ValueError, match=rf"Got --config=.*broken\.py.*{message}"):
+    recipes.read(str(path))
+
+
+@pytest.mark.parametrize(
+  "name", ["returns nothing", "returns a dict", "raises", "raises an OSError", "ends the program", "syntax"]
+)
+@pytest.mark.parametrize("flags", [[], ["--config.seed=1"]])
+def test_the_command_line_shows_one_message(name, flags, tmp_path):
+  content, message = BROKEN[name]
+  path = tmp_path / "broken.py"
+  path.write_text(content)
+  code, output = call(f"--config={path}", *flags, f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, message)
+  assert str(path) in output
+  assert len(output.splitlines()) == 1
+  assert not (tmp_path / "work").exists()
+
+
+def test_a_config_that_holds_itself_is_one_message(tmp_path):
+  path = tmp_path / "broken.py"
+  path.write_text(MAKE + "  c = ConfigDict({'a': 1})\n  c.b = c\n  return c\n")
+  code, output = call(f"--config={path}", f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, "a section that holds itself")
+
+
+def test_what_is_no_file(tmp_path):
+  (tmp_path / "digits.py").write_text("")
+  for name, message in (("digit.py", "Did you mean .*digits.py"), ("", "a folder"), ("none/x.py", "does not exist")):
+    with pytest.raises(ValueError, match=message):
+      recipes.read(str(tmp_path / name))
+  with pytest.raises(ValueError, match="no_such_user_at_all"):
+    recipes.read("~no_such_user_at_all/x.py")
+
+
+def test_home_and_arguments(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "mine.py").write_text(HEAD + "def get_config(name='x'):\n  return FrozenConfigDict({'name': name})\n")
+  config = recipes.read("~/mine.py:y")
+  assert isinstance(config, ConfigDict)
+  assert not isinstance(config, FrozenConfigDict)
+  config.name = "z"
+  assert recipes.read("~/mine.py").name == "x"
+
+
+@pytest.mark.parametrize("form", [["--config=~/mine.py"], ["--config", "~/mine.py"]])
+def test_the_command_line_knows_home(form, tmp_path):
+  (tmp_path / "mine.py").write_text(HEAD + "def get_config():\n  return ConfigDict({'seeed': 1})\n")
+  code, output = start(*form, f"--workdir={tmp_path / 'work'}", HOME=str(tmp_path)).finish()
+  assert_refused(code, output, "'seeed' as a config key.*Did you mean 'seed'")
