@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from ddpm_jax.places import user_path
+
 _MODULE = "ddpm_jax_recipe"
 _LONGEST = 400
 
@@ -24,7 +26,8 @@ def read(value: str) -> ConfigDict:
   Raises:
     ValueError: if the file does not exist, fails, or makes no ConfigDict.
   """
-  name, colon, argument = value.partition(":")
+  # A path may have a colon too.
+  name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
   path = _existing(name)
   module = _run(path, lambda: _load(path))
   get_config = getattr(module, "get_config", None)
@@ -47,10 +50,7 @@ def read(value: str) -> ConfigDict:
 
 
 def _existing(name: str) -> Path:
-  try:
-    path = Path(name).expanduser()
-  except RuntimeError as error:  # no such user
-    raise ValueError(f"Got --config={name}; expected a path to a Python file ({error}).") from error
+  path = user_path(name, "--config=")
   if not path.is_file():
     files = sorted(str(file) for file in path.parent.glob("*.py")) if path.parent.is_dir() else []
     near = difflib.get_close_matches(str(path), files, 1)

@@ -20,7 +20,7 @@ _ELEMENTS = {
   "evaluation.likelihood": str,
 }
 # Numbers that may be below 0; all others are a size, a share or a number of something.
-_SIGNED = ("loss.times_mean", "guidance.scale", "network.frequency_shift", "network.filter")
+_SIGNED = ("data.hold_out", "loss.times_mean", "guidance.scale", "network.frequency_shift", "network.filter")
 _POSITIVE = ("sampling.tolerance", "evaluation.likelihood_tolerance", "optimizer.learning_rate", "network.multipliers")
 _COUNTS = (
   "data.image_size",

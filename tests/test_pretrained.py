@@ -72,16 +72,6 @@ def test_the_model_card_has_the_config_and_the_scores(run, exported):
   assert "DDIMPipeline.from_pretrained" in card
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"scores": {}}', "[" * 100_000])
-def test_scores_that_cannot_be_read_are_named(content, run, tmp_path):
-  folder = tmp_path / "run"
-  shutil.copytree(run, folder, ignore=shutil.ignore_patterns("model", "samples"))
-  (folder / "eval.json").write_text(content)
-  code, output = call("--mode=export", f"--workdir={folder}", f"--output={tmp_path / 'out'}")
-  assert_refused(code, output, r"eval\.json")
-  assert not (tmp_path / "out").exists()
-
-
 def test_raw_weights_are_others(run, exported, tmp_path):
   code, output = call("--mode=export", f"--workdir={run}", f"--output={tmp_path / 'raw'}", "--ema=false")
   assert code == 0, output

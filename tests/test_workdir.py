@@ -141,7 +141,7 @@ def test_the_command_line_names_a_damaged_config(flags, old, new, message, tmp_p
   code, output = call(*flags, f"--workdir={tmp_path}")
   assert_refused(code, output, rf"config\.json.*{message}|{message}.*config\.json")
   assert path.read_bytes() == damaged
-  assert os.listdir(tmp_path) == ["config.json"]
+  assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.json"]
 
 
 def test_records_go_on_where_the_checkpoint_stands(tmp_path):
