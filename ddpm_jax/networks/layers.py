@@ -56,6 +56,11 @@ class Style(NamedTuple):
     return (x + branch) * math.sqrt(0.5) if self.song else x + branch
 
 
+def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
+  """Make a parameter of a module in float32, whatever JAX's default type is: a checkpoint must not depend on `jax_enable_x64`."""
+  return module.param(name, init, tuple(shape), jnp.float32)
+
+
 def sinusoidal_embedding(
   label: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0
 ) -> Array:
@@ -100,7 +105,8 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
     """x [B, *space, C] -> the same in `dtype`, times 1 + scale [B, C] plus shift [B, C] where they are given."""
     features = x.shape[-1]
-    a, b = (self.param(name, init, (features,)) for name, init in (("scale", nn.initializers.ones), ("bias", ZEROS)))
+    a = parameter(self, "scale", nn.initializers.ones, (features,))
+    b = parameter(self, "bias", ZEROS, (features,))
     return _normalize(x, a, b, scale, shift, self.groups, self.epsilon, self.dtype)
 
 
@@ -154,8 +160,8 @@ class Conv(nn.Module):
   def __call__(self, x: Array) -> Array:
     """[B, *space, C] -> [B, *space, features], of other sides by strides, padding and doubling."""
     axes = x.ndim - 2
-    kernel = self.param("kernel", self.kernel_init, (self.size,) * axes + (x.shape[-1], self.features))
-    bias = self.param("bias", ZEROS, (self.features,))
+    kernel = parameter(self, "kernel", self.kernel_init, (self.size,) * axes + (x.shape[-1], self.features))
+    bias = parameter(self, "bias", ZEROS, (self.features,))
     x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
     if self.doubled:
       return add_bias(convolution.convolve_doubled(x, kernel, double), bias)
@@ -177,8 +183,8 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, ..., C] -> [B, ..., features]."""
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-    bias = self.param("bias", ZEROS, (self.features,))
+    kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+    bias = parameter(self, "bias", ZEROS, (self.features,))
     x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
     # As one matrix: the kernel's gradient is then one product, and no transposed copy of x is made for it.
     y = x.reshape(-1, x.shape[-1]) @ kernel
@@ -350,7 +356,7 @@ class AttentionPool(nn.Module):
     x = x.reshape(batch, -1, channels)
     x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
     spread = nn.initializers.normal(channels**-0.5)
-    x = x + self.param("positions", spread, (x.shape[1], channels)).astype(x.dtype)
+    x = x + parameter(self, "positions", spread, (x.shape[1], channels)).astype(x.dtype)
     # Only what the mean receives is used.
     q = heads_of(x[:, :1], self.heads, "to_q", dtype)
     k, v = (heads_of(x, self.heads, name, dtype) for name in ("to_k", "to_v"))

@@ -179,7 +179,7 @@ class Backbone(nn.Module):
   def _time(self, label: Array) -> Array:
     features = self.time_features or self.channels
     if self.time_embedding == "fourier":
-      frequencies = self.param("time_frequencies", nn.initializers.normal(16.0), (features // 2,))
+      frequencies = layers.parameter(self, "time_frequencies", nn.initializers.normal(16.0), (features // 2,))
       return layers.fourier_embedding(label, frequencies)
     cos_first = self.time_embedding == "cos_sin"
     return layers.sinusoidal_embedding(label, features, cos_first=cos_first, frequency_shift=self.frequency_shift)
