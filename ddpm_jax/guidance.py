@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
 
@@ -53,9 +54,10 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, least: float 
     )
 
   def threshold(x_0):
-    values = jnp.abs(x_0).reshape(x_0.shape[0], -1).astype(jnp.float32)
+    wide = x_0.astype(widest(x_0))
+    values = jnp.abs(wide).reshape(x_0.shape[0], -1)
     bound = expand(jnp.maximum(jnp.quantile(values, percentile, axis=1), least), x_0)
-    return (jnp.clip(x_0, -bound, bound) * (least / bound)).astype(x_0.dtype)
+    return (jnp.clip(wide, -bound, bound) * (least / bound)).astype(x_0.dtype)
 
   return lambda x_t, t: map_x_0(threshold, denoise(x_t, t))
 
@@ -190,8 +192,12 @@ def classifier(
     size = jnp.where(alpha > 0, w * process.sigma(t) ** 2 / jnp.where(alpha > 0, alpha, 1), 0)
     sometimes = callable(scale) and jnp.ndim(size) == 0
     gradient = jax.lax.cond(size > 0, slope, _no_slope, x_t, t) if sometimes else slope(x_t, t)
-    shift = expand(size, x_t) * gradient
-    return map_x_0(lambda x_0: (x_0 + shift).astype(x_0.dtype), denoise(x_t, t))
+
+    def shifted(x_0):
+      factor, slope_of_x, wide = widen(expand(size, x_t), gradient, x_0)
+      return (wide + factor * slope_of_x).astype(x_0.dtype)
+
+    return map_x_0(shifted, denoise(x_t, t))
 
   return guided
 
@@ -260,8 +266,8 @@ def _both(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: 
 
 def _between(u: Array, c: Array, w) -> Array:
   """u + w (c - u), exactly u at 0 and exactly c at 1."""
-  w = expand(w, c)
-  return jnp.where(w < 0.5, u + w * (c - u), c + (w - 1) * (c - u)).astype(c.dtype)
+  dtype, (w, u, c) = c.dtype, widen(expand(w, c), u, c)
+  return jnp.where(w < 0.5, u + w * (c - u), c + (w - 1) * (c - u)).astype(dtype)
 
 
 def _scaled(guide: Callable[[Array, Array, Any], Any], given: Denoise, against: Denoise, scale: Scale) -> Denoise:

@@ -164,7 +164,7 @@ def build_step(
 
   def summarize(details):
     level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
-    member = level[:, None] == jnp.arange(len(_LEVELS) + 1)
+    member = level[:, None] == jnp.arange(len(_LEVELS) + 1, dtype=level.dtype)[None]
     counts = jnp.sum(member, axis=0)
 
     def by_level(name, values):

@@ -88,7 +88,7 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
   def step(key, denoise, x_t, memory, t, s):
     def descend(x, key):
       def part(x, index):
-        start, end = (t + (s - t) * i / jump for i in (index, index + 1))
+        start, end = (t + (s - t) * i.astype(t.dtype) / jump for i in (index, index + 1))
         end = jnp.where(index + 1 < jump, end, s)  # exactly
         x, _ = inner.step(randomness.fold_in(key, index), denoise, x, memory, start, end)
         return x.astype(x_t.dtype), None

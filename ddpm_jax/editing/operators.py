@@ -92,7 +92,8 @@ def grey(x: Array) -> Array:
   """
   if x.ndim < 1 or x.shape[-1] != 3:
     raise ValueError(f"Got images of shape {x.shape}; wanted 3 channels, red, green and blue, in the last axis.")
-  return jnp.sum(x * jnp.asarray(_LUMA, x.dtype), axis=-1, keepdims=True)
+  luma = jnp.asarray(_LUMA, x.dtype).reshape((1,) * (x.ndim - 1) + (3,))
+  return jnp.sum(x * luma, axis=-1, keepdims=True)
 
 
 def transpose(operator: Operator, x: Array) -> Operator:

@@ -53,5 +53,6 @@ def classification_loss(
   t, importance, _, x_t = perturbed(key, process, x_0, times)
   log_probs = predictions.classifier(apply, process, label=label, input_scale=input_scale)(x_t, t)
   loss = -jnp.take_along_axis(log_probs, classes[:, None], axis=1)[:, 0]
-  correct = (jnp.argmax(log_probs, axis=1) == classes).astype(loss.dtype)
-  return jnp.mean(importance * loss), {"t": t, "loss": loss, "correct": correct}
+  likeliest = jnp.argmax(log_probs, axis=1)
+  correct = (likeliest == classes.astype(likeliest.dtype)).astype(loss.dtype)
+  return jnp.mean(importance.astype(loss.dtype) * loss), {"t": t, "loss": loss, "correct": correct}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.floats import widen
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
 from ddpm_jax.predictions import Prediction, check_readable, coefficients, read_network
@@ -55,7 +56,7 @@ def draw(
   check_readable(process, prediction)
   t, importance, eps, x_t = perturbed(key, process, x_0, times)
   output, variance = read_network(apply, process, prediction, x_t, t, label)
-  target = prediction.target(x_0, eps, *coefficients(process, prediction, t, x_0))
+  target = prediction.target(*widen(x_0, eps, *coefficients(process, prediction, t, x_0)))
   return Draw(t, importance, x_t, target, output, variance)
 
 
@@ -66,7 +67,7 @@ def squared_error(drawn: Draw, process: Process, prediction: Prediction, weighti
   alpha = jnp.maximum(process.alpha(drawn.t), sigma * jnp.exp(0.5 * _LEAST_LOG_SNR))
   slope = prediction.to_x0(jnp.ones_like(alpha), jnp.zeros_like(alpha), alpha, sigma, *slopes)
   scale = weighting(jnp.maximum(process.log_snr(drawn.t), _LEAST_LOG_SNR)) * (slope * alpha / sigma) ** 2
-  error = jnp.square(drawn.output.astype(scale.dtype) - drawn.target)
+  error = jnp.square(drawn.output.astype(scale.dtype) - drawn.target.astype(scale.dtype))
   return scale * jnp.mean(error.reshape(error.shape[0], -1), axis=1)
 
 
@@ -101,4 +102,4 @@ def denoising_loss(
   """
   drawn = draw(key, apply, process, prediction, x_0, times, label)
   loss = squared_error(drawn, process, prediction, weighting)
-  return jnp.mean(drawn.importance * loss), {"t": drawn.t, "loss": loss}
+  return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {"t": drawn.t, "loss": loss}

@@ -105,7 +105,7 @@ def loss_moments(process: Process, size: int = 10) -> LossMoments:
     )
   if size < 1:
     raise ValueError(f"Got size={size}; wanted at least 1 loss a step, such as 10.")
-  return LossMoments(jnp.zeros((process.num_steps, size)), jnp.zeros((process.num_steps,), jnp.int32))
+  return LossMoments(jnp.zeros((process.num_steps, size), jnp.float32), jnp.zeros((process.num_steps,), jnp.int32))
 
 
 def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
@@ -114,7 +114,7 @@ def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
 
   def add(moments, item):
     step, value = item
-    row = jnp.append(moments.history[step, 1:], value)
+    row = jnp.append(moments.history[step, 1:], value.astype(moments.history.dtype))
     seen = jnp.minimum(moments.seen[step] + 1, moments.history.shape[1])
     return LossMoments(moments.history.at[step].set(row), moments.seen.at[step].set(seen)), None
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.floats import widest
 from ddpm_jax.networks import convolution
 from ddpm_jax.networks.attention import attend
 from ddpm_jax.networks.sums import spread, total
@@ -74,15 +75,15 @@ def sinusoidal_embedding(
   if features % 2 or features < 4:
     raise ValueError(f"Got {features} features for a sinusoidal embedding; wanted an even number, 4 or more.")
   half = features // 2
-  frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half) / (half - frequency_shift))
-  angles = label.astype(jnp.float32)[:, None] * frequencies
+  frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift))
+  angles = label.astype(jnp.float32)[:, None] * frequencies[None]
   waves = [jnp.sin(angles), jnp.cos(angles)]
   return jnp.concatenate(waves[::-1] if cos_first else waves, axis=-1)
 
 
 def fourier_embedding(label: Array, frequencies: Array) -> Array:
   """Sines, then cosines [B, 2F] of labels [B] at random frequencies [F], which are not trained (Song et al. 2021)."""
-  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)
+  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -117,8 +118,8 @@ def _normalize(
 ) -> Array:
   """`GroupNorm` with the parameters a and b [C]."""
   features = x.shape[-1]
-  flat = x.reshape(x.shape[0], -1, features).astype(jnp.promote_types(x.dtype, jnp.float32))
-  size = flat.shape[1]
+  flat = x.reshape(x.shape[0], -1, features).astype(widest(x))
+  a, b, size = a.astype(flat.dtype), b.astype(flat.dtype), flat.shape[1]
 
   def mean(sums: Array) -> Array:
     of_group = jnp.mean(sums.reshape(-1, groups, features // groups), axis=-1) / size
@@ -126,12 +127,13 @@ def _normalize(
 
   middle = mean(total(flat))
   variance = jnp.maximum(mean(total(flat * flat)) - middle**2, 0)
-  a = a * jax.lax.rsqrt(variance + epsilon)
-  b = b - middle * a
+  a = a[None] * jax.lax.rsqrt(variance + epsilon)
+  b = b[None] - middle * a
   if scale is not None:
-    a, b = a * (1 + scale), b * (1 + scale)
+    factor = (1 + scale).astype(a.dtype)
+    a, b = a * factor, b * factor
   if shift is not None:
-    b = b + shift
+    b = b + shift.astype(b.dtype)
   return (flat * spread(a, size) + spread(b, size)).astype(dtype).reshape(x.shape)
 
 
@@ -356,7 +358,7 @@ class AttentionPool(nn.Module):
     x = x.reshape(batch, -1, channels)
     x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
     spread = nn.initializers.normal(channels**-0.5)
-    x = x + parameter(self, "positions", spread, (x.shape[1], channels)).astype(x.dtype)
+    x = x + parameter(self, "positions", spread, (x.shape[1], channels)).astype(x.dtype)[None]
     # Only what the mean receives is used.
     q = heads_of(x[:, :1], self.heads, "to_q", dtype)
     k, v = (heads_of(x, self.heads, name, dtype) for name in ("to_k", "to_v"))

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.floats import widest
 from ddpm_jax.predictions import x_0_of
-from ddpm_jax.processes import Process, as_time
+from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler, estimate
 from ddpm_jax.sampling.dpm_solver import linear
 from ddpm_jax.sampling.euler import ddim
@@ -115,6 +116,6 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     return x_s, _Corrected(x, x_s, t, memory.past.add(x_0, lambda_t), memory.steps + 1)
 
   def init(x):
-    return _Corrected(x, x, as_time(process.t_max), Past.empty(x, order), jnp.array(0))
+    return _Corrected(x, x, jnp.asarray(process.t_max, widest(x)), Past.empty(x, order), jnp.array(0))
 
   return Sampler(init, step, process.t_max, reversible=True)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from ddpm_jax import randomness
 from ddpm_jax.predictions import learned_fraction, x_0_of
-from ddpm_jax.processes import Process, as_time, expand
+from ddpm_jax.processes import Process, expand
 from ddpm_jax.sampling.core import Sampler, no_memory, root
 
 
@@ -105,9 +105,10 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
   def step(key, denoise, x_t, memory, t, s):
     x_end = x_0_of(denoise(x_t, t))
     # From t_end up to s, as the forward process goes.
-    later = jnp.maximum(s, as_time(t_end))
-    variance = jnp.where(s > t_end, process.step_variance(later, as_time(t_end)), 0)
-    scale = process.alpha(later) / process.alpha(as_time(t_end))
+    end = jnp.asarray(t_end, s.dtype)
+    later = jnp.maximum(s, end)
+    variance = jnp.where(s > end, process.step_variance(later, end), 0)
+    scale = process.alpha(later) / process.alpha(end)
     return scale * x_end + root(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process.t_max)
