@@ -225,6 +225,22 @@ def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def hold(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+  """Keep parameters that are not trained as they are, bit by bit. Put it after the optimizer, whose weight decay would shrink them.
+
+  Args:
+    trainable: `trainable(updates) -> booleans`, a tree of the same structure, such as `networks.trainable`.
+  """
+
+  def update(updates, state, params=None):
+    # Minus 0, which added to -0 leaves it -0.
+    return jax.tree.map(
+      lambda leaf, trained: leaf if trained else jnp.full_like(leaf, -0.0), updates, trainable(updates)
+    ), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def skip_nonfinite(
   *steps: optax.GradientTransformation, averages: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformation:
@@ -286,6 +302,7 @@ def chain(
   arguments: dict[str, Any] | None = None,
   clip_norm: float | None = 1.0,
   averages: optax.GradientTransformation | None,
+  trainable: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
   """Clipping by the global norm, an optimizer and averages of the parameters; steps that are not finite are skipped.
 
@@ -295,12 +312,14 @@ def chain(
     arguments: of the optimizer.
     clip_norm: the largest global norm of a gradient; None for no clipping.
     averages: such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
+    trainable: which parameters are trained, as for `hold`, such as `networks.trainable`; None for all.
 
   Raises:
     ValueError: if a value is out of its range, or a name is unknown.
   """
   clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
-  return skip_nonfinite(*clip, optimizer(name, rate, arguments or {}), averages=averages)
+  held = [] if trainable is None else [hold(trainable)]
+  return skip_nonfinite(*clip, optimizer(name, rate, arguments or {}), *held, averages=averages)
 
 
 def adam(

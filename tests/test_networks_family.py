@@ -13,7 +13,7 @@ from diffusers.models.downsampling import downsample_2d
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import upsample_2d
 
-from ddpm_jax.networks import Classifier, UNet, layers
+from ddpm_jax.networks import Classifier, UNet, layers, trainable
 from tests.parameters import random_like
 from tests.test_networks import SMALL
 
@@ -100,6 +100,18 @@ def test_the_progressive_input_is_convolved_beyond_the_edge_and_then_filtered(we
   np.testing.assert_allclose(layers.halve(joined, weights, padded=True), from_torch(wanted), atol=1e-5)
   params = init(network, (8, 8), 3)
   assert params["down_0_input"]["kernel"].shape == (3, 3, 3, 8)
+
+
+def test_a_vector_is_embedded_as_time_is_by_random_frequencies_too():
+  network = UNet(**SMALL, time_embedding="fourier", vector_embedding="time")
+  params = init(network, (8, 8), 3, vector=jnp.zeros(1))
+  assert [name for name in params if "frequencies" in name] == ["time_frequencies"]
+
+
+def test_constants_are_those_that_are_not_trained():
+  network = UNet(**SMALL, **NCSNPP)
+  silent = [path for path, trained in jax.tree.leaves_with_path(trainable(init(network, (8, 8), 3))) if not trained]
+  assert [jax.tree_util.keystr(path) for path in silent] == ["['time_frequencies']"]
 
 
 def init(network, space, channels, **conditions):

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import ema, optim
+from ddpm_jax import ema, networks, optim
 from ddpm_jax.floats import promoting
+from tests.parameters import random_like
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3) / 6, "bias": jnp.array([-0.0, 0.0, 1.0])}
 NAN, INF = jnp.nan, jnp.inf
@@ -264,3 +265,41 @@ def test_norm_and_clipping_are_optax_s():
   leaves = [jnp.ones(4), jnp.full(4, 2.0), jnp.ones(4, jnp.bfloat16), jnp.ones((2, 2)), jnp.array(3.0)]
   assert optim.global_norm(leaves) == pytest.approx(37**0.5)
   assert optim.global_norm([]) == 0
+
+
+# Each changes parameters that have no gradient, or would if these were given to it.
+DECAYING = {
+  "adamw": {"weight_decay": 10.0},
+  "adamaxw": {"weight_decay": 10.0},
+  "lion": {"weight_decay": 10.0},
+  "nadamw": {"weight_decay": 10.0},
+  "lamb": {"weight_decay": 10.0},
+  "adafactor": {"weight_decay_rate": 0.5},
+  "noisy_sgd": {"eta": 1.0, "key": 0},
+}
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_parameters_that_are_not_trained_stay_bit_for_bit(name):
+  """Fourier frequencies under weight decay or noise; averages of them too."""
+  network = networks.UNet(
+    channels=8,
+    multipliers=(1,),
+    blocks=1,
+    groups=4,
+    attention_levels=(),
+    middle_attention=False,
+    time_embedding="fourier",
+  )
+  shapes = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)), jax.random.key(0))
+  params = random_like({name: shapes["params"][name] for name in ("time_frequencies", "conv_out")})
+  frequencies = params["time_frequencies"].copy()
+  averages = ema.params_ema(ema.fixed(0.9), ema.power(0.1))
+  chain = optim.chain(
+    0.05, name=name, arguments=DECAYING[name], clip_norm=None, averages=averages, trainable=networks.trainable
+  )
+  gradients = jax.tree.map(jnp.zeros_like, params)
+  history, state = run(chain, params, [gradients] * 3)
+  for held in (history[-1], ema.ema_params(state), ema.ema_params(state, 1)):
+    assert np.asarray(held["time_frequencies"]).tobytes() == frequencies.tobytes()
+  assert np.any(history[-1]["conv_out"]["kernel"] != params["conv_out"]["kernel"])

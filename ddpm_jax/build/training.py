@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax import costs, ema, losses, optim, parallel, predictions, randomness, train
+from ddpm_jax import costs, ema, losses, networks, optim, parallel, predictions, randomness, train
 from ddpm_jax.build import condition
 from ddpm_jax.build.model import (
   build_network,
@@ -69,6 +69,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     arguments=optim.parse_arguments(c.arguments),
     clip_norm=c.clip_norm or None,
     averages=_build_averages(config),
+    trainable=networks.trainable,
   )
 
 

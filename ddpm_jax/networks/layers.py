@@ -62,6 +62,25 @@ def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> 
   return module.param(name, init, tuple(shape), jnp.float32)
 
 
+# Names of the parameters that are not trained.
+CONSTANTS = ("time_frequencies",)
+
+
+def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
+  """Make a parameter that is drawn once and not trained. `CONSTANTS` must have its name, for weight decay ignores gradients."""
+  if name not in CONSTANTS:
+    raise ValueError(f"Got a constant {name!r}; wanted one of {', '.join(CONSTANTS)}. Add it to layers.CONSTANTS.")
+  return jax.lax.stop_gradient(parameter(module, name, init, shape))
+
+
+def trainable(params: Any) -> Any:
+  """Return a tree like `params`, or like their updates, of booleans: False for the parameters that are not trained.
+
+  Of optax's optimizers, `mask=networks.trainable` keeps weight decay off the others.
+  """
+  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in CONSTANTS, params)
+
+
 def sinusoidal_embedding(
   label: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0
 ) -> Array:
@@ -82,8 +101,8 @@ def sinusoidal_embedding(
 
 
 def fourier_embedding(label: Array, frequencies: Array) -> Array:
-  """Sines, then cosines [B, 2F] of labels [B] at random frequencies [F], which are not trained (Song et al. 2021)."""
-  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)[None]
+  """Sines, then cosines [B, 2F] of labels [B] at random frequencies [F] (Song et al. 2021)."""
+  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -1,6 +1,7 @@
 """The U-Net of the diffusion papers, and its first half as a classifier, for data of one, two or three axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -176,17 +177,18 @@ class Backbone(nn.Module):
   def _dense(self, x: Array, features: int, name: str, bias: bool = True) -> Array:
     return nn.Dense(features, use_bias=bias, kernel_init=layers.INIT, dtype=self.dtype, name=name)(x)
 
-  def _time(self, label: Array) -> Array:
+  def _embedding_of_time(self) -> Callable[[Array], Array]:
     features = self.time_features or self.channels
     if self.time_embedding == "fourier":
-      frequencies = layers.parameter(self, "time_frequencies", nn.initializers.normal(16.0), (features // 2,))
-      return layers.fourier_embedding(label, frequencies)
-    cos_first = self.time_embedding == "cos_sin"
-    return layers.sinusoidal_embedding(label, features, cos_first=cos_first, frequency_shift=self.frequency_shift)
+      frequencies = layers.constant(self, "time_frequencies", nn.initializers.normal(16.0), (features // 2,))
+      return partial(layers.fourier_embedding, frequencies=frequencies)
+    options = {"cos_first": self.time_embedding == "cos_sin", "frequency_shift": self.frequency_shift}
+    return partial(layers.sinusoidal_embedding, features=features, **options)
 
   def _embed(self, label: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
     """What every block receives [B, embedding_features]."""
-    width, embedding = self.embedding_features or 4 * self.channels, self._time(label)
+    width, embed_time = self.embedding_features or 4 * self.channels, self._embedding_of_time()
+    embedding = embed_time(label)
     features = embedding.shape[-1]
 
     def two_layers(x, name):
@@ -205,7 +207,7 @@ class Backbone(nn.Module):
       embedding += nn.Embed(self.num_classes, width, dtype=self.dtype, name="classes")(classes)
     if vector is not None:
       if self.vector_embedding == "time":
-        vector = self._time(vector)
+        vector = embed_time(vector)
       embedding += vector if self.vector_embedding == "identity" else two_layers(vector, "vector")
     return embedding
 
