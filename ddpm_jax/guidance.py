@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
@@ -22,6 +23,7 @@ Conditional = Callable[[Array, Array, PyTree], Any]
 Scale = float | Callable[[Array], Array]
 
 
+@check_kinds
 def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
   """Clips the estimate of x_0 to the data's range (Ho et al. 2020); all that follows from it, eps too, is consistent.
 
@@ -35,6 +37,7 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
   return lambda x_t, t: map_x_0(lambda x_0: jnp.clip(x_0, low, high), denoise(x_t, t))
 
 
+@check_kinds
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, least: float = 1.0) -> Denoise:
   """Clips each sample to its own range [-s, s] and divides it by s (Saharia et al. 2022, section 2.3), in units of `least`.
 
@@ -62,6 +65,7 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, least: float 
   return lambda x_t, t: map_x_0(threshold, denoise(x_t, t))
 
 
+@check_kinds
 def classifier_free(
   conditional: Conditional, condition: PyTree, negative: PyTree, scale: Scale = 1.0, *, rescale: float = 0.0
 ) -> Denoise:
@@ -103,6 +107,7 @@ def classifier_free(
   )
 
 
+@check_kinds
 def plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, scale: float = 0.6) -> Denoise:
   """CFG++ (Chung et al. 2024, algorithm 2): data by an interpolation of both branches, noise by the unconditional one.
 
@@ -133,6 +138,7 @@ def plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, sca
   return denoise
 
 
+@check_kinds
 def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise:
   """Guides a model away from a weaker one: smaller, or trained for less long (Karras et al. 2024a, equation 3).
 
@@ -153,6 +159,7 @@ def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise
   return _scaled(guide, denoise, weak, scale)
 
 
+@check_kinds
 def classifier(
   denoise: Denoise, log_prob: Callable[[Array, Array], Array], process: Process, scale: Scale = 1.0
 ) -> Denoise:
@@ -206,6 +213,7 @@ def _no_slope(x_t: Array, t: Array) -> Array:
   return jnp.zeros_like(x_t)
 
 
+@check_kinds
 def interval(
   process: Process, scale: float, low: float = 0.0, high: float = math.inf, *, outside: float = 1.0
 ) -> Callable[[Array], Array]:
@@ -244,6 +252,12 @@ def _check_scale(scale: Scale) -> None:
 
 
 def _check_conditions(condition: PyTree, negative: PyTree) -> None:
+  for leaf in jax.tree.leaves((condition, negative)):
+    if callable(leaf) or isinstance(leaf, (str, float)):
+      raise ValueError(
+        f"Got {leaf!r} in a condition; expected arrays [B, ...]: guidance.classifier_free(conditional, condition, negative, scale), where"
+        " conditional(x_t, t, condition) is one function for both conditions."
+      )
   shapes = [jax.tree.map(jnp.shape, tree) for tree in (condition, negative)]
   if shapes[0] != shapes[1]:
     raise ValueError(f"Got a condition of shape {shapes[0]} and a negative one of {shapes[1]}; wanted them alike.")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.processes import Process, as_time, expand
 
@@ -115,6 +116,7 @@ VELOCITY = Prediction(
 )
 
 
+@check_kinds
 def edm(sigma_data: float = 0.5) -> Prediction:
   """The preconditioned output F of Karras et al. 2022, table 1: unit variance in, out and on target; for any alpha.
 
@@ -141,6 +143,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
   )
 
 
+@check_kinds
 def learned_range(prediction: Prediction) -> Prediction:
   """The same prediction by a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
 
@@ -205,6 +208,7 @@ def _last_finite(process: Process) -> float:
   return process.t_max * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps)
 
 
+@check_kinds
 def denoiser(
   apply: Callable[..., Array],
   process: Process,
@@ -240,6 +244,7 @@ def denoiser(
   return denoise
 
 
+@check_kinds
 def classifier(
   apply: Callable[..., Array],
   process: Process,

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
 
 Array = jax.Array
@@ -32,9 +33,20 @@ def as_time(t) -> Array:
 
 
 def check_floats(x: Array) -> None:
-  """Raises a ValueError unless `x` holds floats: integers would be rounded at every step."""
+  """Raise a ValueError unless `x` is an array of floats: integers would be rounded at every step."""
+  if not hasattr(x, "dtype"):
+    raise ValueError(
+      f"Got a {type(x).__name__} as data; expected an array of floats [B, ...], such as jnp.asarray(data)."
+    )
   if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
     raise ValueError(f"Got data of dtype {jnp.result_type(x)}; wanted floats in [-1, 1], as images / 127.5 - 1.")
+
+
+def check_batch(x: Array) -> None:
+  """Raise a ValueError unless `x` is a batch of floats [B, ...] of at least one sample: a mean over none is not a number."""
+  check_floats(x)
+  if not np.ndim(x) or not np.shape(x)[0]:
+    raise ValueError(f"Got data of shape {np.shape(x)}; expected a batch [B, ...] of at least one sample.")
 
 
 def expand(coefficient, x: Array) -> Array:
@@ -145,6 +157,7 @@ class Process(NamedTuple):
     return (sigma * noise).astype(dtype)
 
 
+@check_kinds
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   """The variance-preserving SDE with beta(t) linear on [0, 1] (Song et al. 2021, appendix C).
 
@@ -161,6 +174,7 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   )
 
 
+@check_kinds
 def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   """The sub-VP SDE: the alpha of `vp`, and sigma = 1 - alpha^2, which is below it (Song et al. 2021, equation 29).
 
@@ -177,6 +191,7 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   )
 
 
+@check_kinds
 def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   """The variance-exploding SDE, sigma geometric on (0, 1] (Song et al. 2021, appendix C), for data in [-1, 1].
 
@@ -202,6 +217,7 @@ def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   )
 
 
+@check_kinds
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
   """Karras et al. 2022, table 1: alpha = 1 and t is sigma itself, from 0 to sigma_max; the label is log(sigma) / 4.
 
@@ -236,6 +252,7 @@ def rectified_flow() -> Process:
   )
 
 
+@check_kinds
 def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
   """The continuous variance-preserving process of `schedules.cosine` (Nichol and Dhariwal 2021, equation 17).
 
@@ -361,6 +378,7 @@ def _known(*values) -> bool:
   return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
+@check_kinds
 def last_step(process: Process) -> int:
   """The step n at the t_max of a discrete process, which may have been brought below 1.
 

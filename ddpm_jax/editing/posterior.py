@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.editing.operators import Operator, broadcasts, transpose
 from ddpm_jax.floats import widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
@@ -17,6 +18,7 @@ from ddpm_jax.sampling.core import root
 Array = jax.Array
 
 
+@check_kinds
 def dps(sampler: Sampler, process: Process, operator: Operator, measurement, scale: float = 1.0) -> Sampler:
   """Diffusion posterior sampling (Chung et al. 2023, algorithm 1): after each step x moves towards the measurement.
 
@@ -70,6 +72,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   )
 
 
+@check_kinds
 def posterior(
   denoise: Denoise,
   process: Process,

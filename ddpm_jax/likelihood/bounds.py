@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import losses, randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen
 from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
 from ddpm_jax.predictions import Denoise, x_0_of
@@ -41,6 +42,7 @@ class VariationalBound(NamedTuple):
   error: Array | None
 
 
+@check_kinds
 def variational_bound(
   key: Array, process: Process, denoise: Denoise, x_0: Array, *, variance: str = "small", draws: int | None = None
 ) -> VariationalBound:
@@ -109,6 +111,7 @@ class ContinuousBound(NamedTuple):
   error: Array
 
 
+@check_kinds
 def continuous_bound(
   key: Array, process: Process, denoise: Denoise, x_0: Array, *, draws: int = 128, t_min: float | None = None
 ) -> ContinuousBound:

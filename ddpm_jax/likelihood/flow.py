@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widest
 from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
 from ddpm_jax.predictions import Denoise
@@ -39,6 +40,7 @@ class OdeBits(NamedTuple):
   nfe: Array
 
 
+@check_kinds
 def ode_bits(
   key: Array,
   process: Process,

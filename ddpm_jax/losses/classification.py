@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import predictions
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.losses.denoising import perturbed
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.processes import Process
@@ -13,6 +14,7 @@ from ddpm_jax.processes import Process
 Array = jax.Array
 
 
+@check_kinds
 def classification_loss(
   key: Array,
   apply: Callable[..., Array],

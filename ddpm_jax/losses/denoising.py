@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
 from ddpm_jax.predictions import Prediction, check_readable, coefficients, read_network
-from ddpm_jax.processes import Process, check_floats
+from ddpm_jax.processes import Process, check_batch
 
 Array = jax.Array
 
@@ -42,7 +43,7 @@ class Draw(NamedTuple):
 def perturbed(key: Array, process: Process, x_0: Array, times: TimeDistribution) -> tuple[Array, Array, Array, Array]:
   """Times [B], their importance weights [B], noise [B, ...] and noisy data [B, ...], from one key or one a sample."""
   randomness.check_key(key)
-  check_floats(x_0)
+  check_batch(x_0)
   keys = randomness.sample_keys(key, jnp.arange(x_0.shape[0])) if key.ndim == 0 else key
   t, importance = times(randomness.fold_in(keys, 0))
   eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape, x_0.dtype)
@@ -71,6 +72,7 @@ def squared_error(drawn: Draw, process: Process, prediction: Prediction, weighti
   return scale * jnp.mean(error.reshape(error.shape[0], -1), axis=1)
 
 
+@check_kinds
 def denoising_loss(
   key: Array,
   apply: Callable[..., Array],

@@ -182,8 +182,8 @@ class Backbone(nn.Module):
     if self.time_embedding == "fourier":
       frequencies = layers.constant(self, "time_frequencies", nn.initializers.normal(16.0), (features // 2,))
       return partial(layers.fourier_embedding, frequencies=frequencies)
-    options = {"cos_first": self.time_embedding == "cos_sin", "frequency_shift": self.frequency_shift}
-    return partial(layers.sinusoidal_embedding, features=features, **options)
+    cos_first, shift = self.time_embedding == "cos_sin", self.frequency_shift
+    return partial(layers.sinusoidal_embedding, features=features, cos_first=cos_first, frequency_shift=shift)
 
   def _embed(self, label: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
     """What every block receives [B, embedding_features]."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time, check_floats, expand
@@ -45,6 +46,7 @@ class _Integration(NamedTuple):
   nfe: Array
 
 
+@check_kinds
 def ode(
   process: Process,
   denoise: Denoise,
@@ -105,6 +107,7 @@ def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
   return alpha_slope * x_0 + sigma_slope * eps
 
 
+@check_kinds
 def rk45(
   fun: Callable[[Array, Array], Array],
   x: Array,

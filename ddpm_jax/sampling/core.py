@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, check_floats, expand
@@ -72,6 +73,7 @@ def root(variance) -> Array:
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
 
+@check_kinds
 def nfe(sampler: Sampler, process: Process, times) -> int:
   """The number of network evaluations of `sample` on a grid whose values are known."""
   between, to_data, at_zero_snr = sampler.calls
@@ -114,6 +116,7 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
     )
 
 
+@check_kinds
 def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, return_trajectory: bool = False):
   """Takes `x` along a grid of times, one compiled scan that traces the network once for each place a step calls it.
 

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler
 
 
+@check_kinds
 def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_steps: int = 1) -> Sampler:
   """Langevin steps at each time before the step of `sampler` (Song et al. 2021, algorithms 2 to 5).
 
