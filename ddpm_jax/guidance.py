@@ -168,6 +168,10 @@ def classifier(
   In terms of data, x_0 gains `scale sigma^2 / alpha` times the gradient. Of an unconditional model and the exact posterior, a scale of
   1 is the conditional model. A learned variance passes through.
 
+  With `sampling.ancestral` this is not the paper's algorithm 1. Algorithm 1 moves the mean of a step by `scale` times the variance of its
+  noise times the gradient. This moves it by `scale alpha_s / alpha_t step_variance(t, s)` times the gradient, whatever the noise: alpha_s /
+  alpha_t times as far as algorithm 1 with variance="large", and (alpha_s / alpha_t) (sigma_t / sigma_s)^2 times as far with "small".
+
   Args:
     denoise: the denoiser, unconditional or not.
     log_prob: `log_prob(x_t, t) -> [B]`, differentiable in x_t: log p(y | x_t) of the classes wanted, up to a constant.

@@ -23,13 +23,15 @@ Array = jax.Array
 # Ho et al.'s initialization: uniform, scaled by the mean of fan-in and fan-out.
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZEROS = nn.initializers.zeros
+# Song et al.'s and Karras et al.'s of queries, keys and values: a tenth of the variance.
+SONG_ATTENTION = nn.initializers.variance_scaling(0.1, "fan_avg", "uniform")
 
 
 class Style(NamedTuple):
   """What all blocks of a network share.
 
   Attributes:
-    groups: groups of every normalization.
+    groups: groups of every normalization; 0: as many as `groups_of` says.
     epsilon: added to the variance in every normalization.
     dropout: the dropout rate inside residual blocks, in training.
     scale_shift: whether the embedding scales and shifts the second normalization, or is added before it.
@@ -55,6 +57,11 @@ class Style(NamedTuple):
   def join(self, x: Array, branch: Array) -> Array:
     """A residual sum."""
     return (x + branch) * math.sqrt(0.5) if self.song else x + branch
+
+
+def groups_of(features: int) -> int:
+  """The groups of Karras et al. 2022: of four features or more, and at most 32."""
+  return max(min(32, features // 4), 1)
 
 
 def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
@@ -112,7 +119,7 @@ class GroupNorm(nn.Module):
   As one scale and one shift a channel, from sums over the positions alone: data are read twice, and C is never split.
 
   Attributes:
-    groups: how many; they divide the channels.
+    groups: how many; they divide the channels. 0: as many as `groups_of` says.
     epsilon: added to the variance.
     dtype: of the result; statistics are in float32 at least.
   """
@@ -125,9 +132,15 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
     """x [B, *space, C] -> the same in `dtype`, times 1 + scale [B, C] plus shift [B, C] where they are given."""
     features = x.shape[-1]
+    groups = self.groups or groups_of(features)
+    if features % groups:
+      raise ValueError(
+        f"Got {features} features in {groups} groups (groups={self.groups}); wanted groups that divide them. Change channels, multipliers or"
+        " groups."
+      )
     a = parameter(self, "scale", nn.initializers.ones, (features,))
     b = parameter(self, "bias", ZEROS, (features,))
-    return _normalize(x, a, b, scale, shift, self.groups, self.epsilon, self.dtype)
+    return _normalize(x, a, b, scale, shift, groups, self.epsilon, self.dtype)
 
 
 # Functions of arrays that a network calls many times are jitted: those of one shape are traced once.
@@ -325,14 +338,15 @@ class AttentionBlock(nn.Module):
     features, dtype = x.shape[-1], self.style.dtype
     h = self.style.norm("group_norm")(x) if self.norm else x
     h = h.reshape(x.shape[0], -1, features)
-    q, k, v = (heads_of(h, self.heads, name, dtype) for name in ("to_q", "to_k", "to_v"))
+    init = SONG_ATTENTION if self.style.song else INIT
+    q, k, v = (heads_of(h, self.heads, name, dtype, init) for name in ("to_q", "to_k", "to_v"))
     h = attend(q, k, v, self.style.attention).reshape(x.shape)
     return self.style.join(x, Dense(features, dtype, ZEROS, name="to_out")(h))
 
 
-def heads_of(x: Array, heads: int, name: str, dtype: Any) -> Array:
+def heads_of(x: Array, heads: int, name: str, dtype: Any, kernel_init: Any = INIT) -> Array:
   """A projection [B, N, C] -> [B, N, heads, C / heads]."""
-  y = Dense(x.shape[-1], dtype, name=name)(x)
+  y = Dense(x.shape[-1], dtype, kernel_init, name=name)(x)
   return y.reshape(*x.shape[:-1], heads, -1)
 
 

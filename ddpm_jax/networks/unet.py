@@ -30,7 +30,7 @@ class Backbone(nn.Module):
     heads: attention heads.
     head_channels: if above 0, the features of a head, of which there are then as many as fit.
     dropout: the dropout rate inside residual blocks, in training.
-    groups: groups of every normalization.
+    groups: groups of every normalization; 0: min(32, C / 4) of C features, as in EDM's networks (Karras et al. 2022).
     epsilon: added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
     time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier", of random frequencies (NCSN++).
     time_features: features of that embedding; 0: as many as `channels`.
@@ -43,8 +43,10 @@ class Backbone(nn.Module):
     symmetric_padding: whether strided convolutions pad both ends (ADM) or the far one (DDPM).
     filter: the filter of residual resampling, (1, 1) or, in NCSN++, (1, 3, 3, 1).
     song: the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022): sums divided by sqrt(2), 1x1 convolutions
-      beside resampling, attention on the way up after the last block of a level only, and labels added to the
-      features of time, before the dense layers.
+      beside resampling, attention on the way up after the last block of a level only, queries, keys and values that start with
+      a tenth of the variance, and labels added to the features of time, before the dense layers, as one-hot vectors times
+      sqrt(num_classes). With label dropout `num_classes` counts the class that stands for none, so of K classes the factor is
+      sqrt(K + 1); EDM's code has sqrt(K), and zeros for none.
     progressive_input: whether the input, halved again and again, joins each level (NCSN++'s "residual").
     num_classes: the number of classes of a conditional network; 0 for an unconditional one.
     vector_embedding: how a continuous vector conditions the network: "" none; "dense", by two layers of its own, whatever
