@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from ddpm_jax import randomness
+from ddpm_jax import randomness, schedules
 from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
 
@@ -300,7 +300,7 @@ def discrete(betas) -> Process:
     ValueError: if a beta is not inside (0, 1), but for the last of several, which may be 1; or if the table is empty or not
       one-dimensional.
   """
-  betas = np.asarray(betas, np.float64)
+  betas = schedules.table_of(betas)
   if betas.ndim != 1 or betas.size == 0:
     raise ValueError(f"Got betas of shape {betas.shape}; wanted a one-dimensional table with one beta a step.")
   n = betas.size

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import editing, guidance, likelihood, losses, predictions, processes, sampling
+from ddpm_jax import editing, guidance, likelihood, losses, predictions, processes, sampling, schedules
 from ddpm_jax.arguments import check_kinds
 
 KEY, X, TIMES = jax.random.key(0), jnp.zeros((4, 2)), np.array([1.0, 0.5, 0.0])
@@ -85,6 +85,14 @@ WRONG = {
   "process, bound": (
     lambda: likelihood.continuous_bound(KEY, processes.vp, denoise, X),
     UNCALLED.format("likelihood.continuous_bound"),
+  ),
+  "schedule uncalled": (
+    lambda: processes.discrete(schedules.linear),
+    "Got the function linear as betas; expected a table of numbers, such as schedules.linear(1000). Call the schedule.",
+  ),
+  "schedule's name": (
+    lambda: schedules.zero_terminal_snr("linear"),
+    "Got 'linear' as betas; expected a table of numbers",
   ),
   "process's name": (lambda: sampling.heun("vp"), "Got 'vp' as process of sampling.heun; expected a Process"),
   "prediction's name": (
