@@ -30,7 +30,7 @@ def get_config():
       "augmentation_features": 9,
     }
   )
-  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20_000})
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20_000, "clip_norm": 0.0})
   config.ema.update({"kind": "half_life", "half_life": 500_000, "ramp_up": 0.05})
   config.training.update({"batch_size": 512, "steps": 390_625})
   config.sampling.update({"sampler": "heun", "num_steps": 18, "clip": False})

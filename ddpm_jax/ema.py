@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ddpm_jax.floats import promoting, widest
+
 Array = jax.Array
 PyTree = Any
 Decay = Callable[[Array], Array]
@@ -44,7 +46,7 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
   def init(params):
     # A 16-bit average would stand still: its steps are smaller than its digits.
     def average(p):
-      return jnp.copy(p).astype(jnp.promote_types(p.dtype, jnp.float32))
+      return jnp.copy(p).astype(widest(p))
 
     # Copies: a buffer that served twice could not be donated.
     return ParamsEmaState(jnp.zeros((), jnp.int32), tuple(jax.tree.map(average, params) for _ in decays))
@@ -52,7 +54,7 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
   def update(updates, state, params=None):
     if params is None:
       raise ValueError("Got no parameters; call update(updates, state, params), since the EMA averages them.")
-    new = optax.apply_updates(params, updates)
+    new = promoting(optax.apply_updates)(params, updates)
     averages = tuple(
       _towards(average, new, 1 - decay(state.steps)) for decay, average in zip(decays, state.averages, strict=True)
     )
@@ -62,7 +64,9 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
 
 
 def _towards(average: PyTree, params: PyTree, share: Array) -> PyTree:
-  return jax.tree.map(lambda old, new: old + (share * (new - old)).astype(old.dtype), average, params)
+  return jax.tree.map(
+    lambda old, new: old + jnp.asarray(share, old.dtype) * (new.astype(old.dtype) - old), average, params
+  )
 
 
 def fixed(decay: float, warmup: bool = True) -> Decay:

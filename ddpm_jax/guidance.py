@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
 
@@ -21,6 +23,7 @@ Conditional = Callable[[Array, Array, PyTree], Any]
 Scale = float | Callable[[Array], Array]
 
 
+@check_kinds
 def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
   """Clips the estimate of x_0 to the data's range (Ho et al. 2020); all that follows from it, eps too, is consistent.
 
@@ -34,6 +37,7 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
   return lambda x_t, t: map_x_0(lambda x_0: jnp.clip(x_0, low, high), denoise(x_t, t))
 
 
+@check_kinds
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, least: float = 1.0) -> Denoise:
   """Clips each sample to its own range [-s, s] and divides it by s (Saharia et al. 2022, section 2.3), in units of `least`.
 
@@ -53,13 +57,15 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, least: float 
     )
 
   def threshold(x_0):
-    values = jnp.abs(x_0).reshape(x_0.shape[0], -1).astype(jnp.float32)
+    wide = x_0.astype(widest(x_0))
+    values = jnp.abs(wide).reshape(x_0.shape[0], -1)
     bound = expand(jnp.maximum(jnp.quantile(values, percentile, axis=1), least), x_0)
-    return (jnp.clip(x_0, -bound, bound) * (least / bound)).astype(x_0.dtype)
+    return (jnp.clip(wide, -bound, bound) * (least / bound)).astype(x_0.dtype)
 
   return lambda x_t, t: map_x_0(threshold, denoise(x_t, t))
 
 
+@check_kinds
 def classifier_free(
   conditional: Conditional, condition: PyTree, negative: PyTree, scale: Scale = 1.0, *, rescale: float = 0.0
 ) -> Denoise:
@@ -101,6 +107,7 @@ def classifier_free(
   )
 
 
+@check_kinds
 def plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, scale: float = 0.6) -> Denoise:
   """CFG++ (Chung et al. 2024, algorithm 2): data by an interpolation of both branches, noise by the unconditional one.
 
@@ -131,6 +138,7 @@ def plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, sca
   return denoise
 
 
+@check_kinds
 def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise:
   """Guides a model away from a weaker one: smaller, or trained for less long (Karras et al. 2024a, equation 3).
 
@@ -151,6 +159,7 @@ def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise
   return _scaled(guide, denoise, weak, scale)
 
 
+@check_kinds
 def classifier(
   denoise: Denoise, log_prob: Callable[[Array, Array], Array], process: Process, scale: Scale = 1.0
 ) -> Denoise:
@@ -158,6 +167,10 @@ def classifier(
 
   In terms of data, x_0 gains `scale sigma^2 / alpha` times the gradient. Of an unconditional model and the exact posterior, a scale of
   1 is the conditional model. A learned variance passes through.
+
+  With `sampling.ancestral` this is not the paper's algorithm 1. Algorithm 1 moves the mean of a step by `scale` times the variance of its
+  noise times the gradient. This moves it by `scale alpha_s / alpha_t step_variance(t, s)` times the gradient, whatever the noise: alpha_s /
+  alpha_t times as far as algorithm 1 with variance="large", and (alpha_s / alpha_t) (sigma_t / sigma_s)^2 times as far with "small".
 
   Args:
     denoise: the denoiser, unconditional or not.
@@ -190,8 +203,12 @@ def classifier(
     size = jnp.where(alpha > 0, w * process.sigma(t) ** 2 / jnp.where(alpha > 0, alpha, 1), 0)
     sometimes = callable(scale) and jnp.ndim(size) == 0
     gradient = jax.lax.cond(size > 0, slope, _no_slope, x_t, t) if sometimes else slope(x_t, t)
-    shift = expand(size, x_t) * gradient
-    return map_x_0(lambda x_0: (x_0 + shift).astype(x_0.dtype), denoise(x_t, t))
+
+    def shifted(x_0):
+      factor, slope_of_x, wide = widen(expand(size, x_t), gradient, x_0)
+      return (wide + factor * slope_of_x).astype(x_0.dtype)
+
+    return map_x_0(shifted, denoise(x_t, t))
 
   return guided
 
@@ -200,6 +217,7 @@ def _no_slope(x_t: Array, t: Array) -> Array:
   return jnp.zeros_like(x_t)
 
 
+@check_kinds
 def interval(
   process: Process, scale: float, low: float = 0.0, high: float = math.inf, *, outside: float = 1.0
 ) -> Callable[[Array], Array]:
@@ -238,6 +256,12 @@ def _check_scale(scale: Scale) -> None:
 
 
 def _check_conditions(condition: PyTree, negative: PyTree) -> None:
+  for leaf in jax.tree.leaves((condition, negative)):
+    if callable(leaf) or isinstance(leaf, (str, float)):
+      raise ValueError(
+        f"Got {leaf!r} in a condition; expected arrays [B, ...]: guidance.classifier_free(conditional, condition, negative, scale), where"
+        " conditional(x_t, t, condition) is one function for both conditions."
+      )
   shapes = [jax.tree.map(jnp.shape, tree) for tree in (condition, negative)]
   if shapes[0] != shapes[1]:
     raise ValueError(f"Got a condition of shape {shapes[0]} and a negative one of {shapes[1]}; wanted them alike.")
@@ -260,8 +284,8 @@ def _both(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: 
 
 def _between(u: Array, c: Array, w) -> Array:
   """u + w (c - u), exactly u at 0 and exactly c at 1."""
-  w = expand(w, c)
-  return jnp.where(w < 0.5, u + w * (c - u), c + (w - 1) * (c - u)).astype(c.dtype)
+  dtype, (w, u, c) = c.dtype, widen(expand(w, c), u, c)
+  return jnp.where(w < 0.5, u + w * (c - u), c + (w - 1) * (c - u)).astype(dtype)
 
 
 def _scaled(guide: Callable[[Array, Array, Any], Any], given: Denoise, against: Denoise, scale: Scale) -> Denoise:

@@ -4,7 +4,7 @@ import ast
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from ddpm_jax import ema
+from ddpm_jax.floats import promoting, widen, widest
 
 Array = jax.Array
 PyTree = Any
@@ -70,7 +71,7 @@ def schedule(
   }
 
   def rate(step):
-    step = jnp.asarray(step)
+    step = jnp.asarray(step, jnp.float32)
     warm = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
     if name == "inverse_sqrt":
       return warm * peak * jnp.sqrt(start / jnp.maximum(step + 1, start))
@@ -124,11 +125,15 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
 
 
 def _tried(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.GradientTransformation:
-  """The optimizer, after a step on shapes alone."""
-  made = OPTIMIZERS[name](rate, **arguments)
+  """Make the optimizer, and try a step on shapes alone."""
+  made = _promoting(OPTIMIZERS[name](rate, **arguments))
   params = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32), "bias": jax.ShapeDtypeStruct((3,), jnp.float32)}
   jax.eval_shape(lambda params: made.update(params, made.init(params), params), params)
   return made
+
+
+def _promoting(made: optax.GradientTransformation) -> optax.GradientTransformation:
+  return optax.GradientTransformation(promoting(made.init), promoting(made.update))
 
 
 def _works(name: str, rate: Rate, arguments: dict[str, Any]) -> bool:
@@ -187,19 +192,20 @@ def global_norm(tree: PyTree) -> Array:
   By products of leaves with themselves: XLA's CPU back end would compute a leaf anew inside the sum of its squares, and compile that. There
   leaves of one shape are put together first, so that it compiles one sum a shape instead of one a leaf.
   """
-  leaves = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)]
+  leaves = widen(*jax.tree.leaves(tree))
 
-  def stacked(leaves: list[Array]) -> Array:
+  def stacked(leaves: Sequence[Array]) -> Array:
     shapes: dict[Any, list[Array]] = {}
     for leaf in leaves:
-      shapes.setdefault((leaf.shape, leaf.dtype), []).append(leaf)
+      shapes.setdefault(leaf.shape, []).append(leaf)
     return _squares([jnp.stack(alike) for alike in shapes.values()])
 
   return jnp.sqrt(jax.lax.platform_dependent(leaves, cpu=stacked, default=_squares))
 
 
-def _squares(leaves: list[Array]) -> Array:
-  return sum((jnp.tensordot(leaf, leaf, leaf.ndim, precision="highest") for leaf in leaves), jnp.zeros(()))
+def _squares(leaves: Sequence[Array]) -> Array:
+  squares = (jnp.tensordot(leaf, leaf, leaf.ndim, precision="highest") for leaf in leaves)
+  return sum(squares, jnp.zeros((), widest(*leaves)))
 
 
 def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
@@ -222,6 +228,22 @@ def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def hold(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+  """Keep parameters that are not trained as they are, bit by bit. Put it after the optimizer, whose weight decay would shrink them.
+
+  Args:
+    trainable: `trainable(updates) -> booleans`, a tree of the same structure, such as `networks.trainable`.
+  """
+
+  def update(updates, state, params=None):
+    # Minus 0, which added to -0 leaves it -0.
+    return jax.tree.map(
+      lambda leaf, trained: leaf if trained else jnp.full_like(leaf, -0.0), updates, trainable(updates)
+    ), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def skip_nonfinite(
   *steps: optax.GradientTransformation, averages: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformation:
@@ -239,12 +261,13 @@ def skip_nonfinite(
   """
   if not steps:
     raise ValueError("Got no optimizer; wanted one or more, such as skip_nonfinite(optax.adam(1e-3)).")
-  optimizer = optax.chain(*steps)
+  optimizer = _promoting(optax.chain(*steps))
   once = jax.jit(optimizer.update)  # traced once, and called twice
   whole = optimizer if averages is None else optax.chain(*steps, averages)
+  init_whole = promoting(whole.init)
 
   def init(params):
-    return SkipState(whole.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return SkipState(init_whole(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   def update(updates, state, params=None):
     inputs = (updates, state.inner[: len(steps)], params)
@@ -282,6 +305,7 @@ def chain(
   arguments: dict[str, Any] | None = None,
   clip_norm: float | None = 1.0,
   averages: optax.GradientTransformation | None,
+  trainable: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
   """Clipping by the global norm, an optimizer and averages of the parameters; steps that are not finite are skipped.
 
@@ -291,12 +315,14 @@ def chain(
     arguments: of the optimizer.
     clip_norm: the largest global norm of a gradient; None for no clipping.
     averages: such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
+    trainable: which parameters are trained, as for `hold`, such as `networks.trainable`; None for all.
 
   Raises:
     ValueError: if a value is out of its range, or a name is unknown.
   """
   clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
-  return skip_nonfinite(*clip, optimizer(name, rate, arguments or {}), averages=averages)
+  held = [] if trainable is None else [hold(trainable)]
+  return skip_nonfinite(*clip, optimizer(name, rate, arguments or {}), *held, averages=averages)
 
 
 def adam(

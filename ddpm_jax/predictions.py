@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen, widest
 from ddpm_jax.processes import Process, as_time, expand
 
 Array = jax.Array
@@ -114,6 +116,7 @@ VELOCITY = Prediction(
 )
 
 
+@check_kinds
 def edm(sigma_data: float = 0.5) -> Prediction:
   """The preconditioned output F of Karras et al. 2022, table 1: unit variance in, out and on target; for any alpha.
 
@@ -140,6 +143,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
   )
 
 
+@check_kinds
 def learned_range(prediction: Prediction) -> Prediction:
   """The same prediction by a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
 
@@ -159,7 +163,8 @@ def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
   """x_t [B, ...] at times t [B] as the network sees it, in the dtype of `x_t`; `input_scale` as in `Prediction`."""
   if input_scale is None:
     return x_t
-  return (input_scale(expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)) * x_t).astype(x_t.dtype)
+  scale, x_in = widen(input_scale(expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)), x_t)
+  return (scale * x_in).astype(x_t.dtype)
 
 
 def read_network(
@@ -203,6 +208,7 @@ def _last_finite(process: Process) -> float:
   return process.t_max * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps)
 
 
+@check_kinds
 def denoiser(
   apply: Callable[..., Array],
   process: Process,
@@ -232,12 +238,13 @@ def denoiser(
   def denoise(x_t: Array, t):
     t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
     output, variance = read_network(apply, process, prediction, x_t, t, label)
-    x_0 = prediction.to_x0(output, x_t, *coefficients(process, prediction, t, x_t)).astype(x_t.dtype)
+    x_0 = prediction.to_x0(*widen(output, x_t, *coefficients(process, prediction, t, x_t))).astype(x_t.dtype)
     return x_0 if variance is None else Denoised(x_0, ((variance + 1) / 2).astype(x_t.dtype))
 
   return denoise
 
 
+@check_kinds
 def classifier(
   apply: Callable[..., Array],
   process: Process,
@@ -271,6 +278,6 @@ def classifier(
         f"The classifier gave an output of shape {logits.shape} for an input of shape {x_t.shape}; wanted logits [B, K], a row for each of"
         f" {x_t.shape[0]} samples."
       )
-    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    return jax.nn.log_softmax(logits.astype(widest(logits)), axis=-1)
 
   return log_probs

@@ -15,6 +15,8 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from ddpm_jax import randomness, schedules
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen, widest
 
 Array = jax.Array
 TimeFn = Callable[[Array], Array]
@@ -27,13 +29,24 @@ _SECTIONS = 64
 def as_time(t) -> Array:
   """Time as a float array of at least 32 bits: a bfloat16 time would be off by many steps."""
   t = jnp.asarray(t)
-  return t.astype(jnp.promote_types(t.dtype, jnp.float32))
+  return t.astype(widest(t))
 
 
 def check_floats(x: Array) -> None:
-  """Raises a ValueError unless `x` holds floats: integers would be rounded at every step."""
+  """Raise a ValueError unless `x` is an array of floats: integers would be rounded at every step."""
+  if not hasattr(x, "dtype"):
+    raise ValueError(
+      f"Got a {type(x).__name__} as data; expected an array of floats [B, ...], such as jnp.asarray(data)."
+    )
   if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
     raise ValueError(f"Got data of dtype {jnp.result_type(x)}; wanted floats in [-1, 1], as images / 127.5 - 1.")
+
+
+def check_batch(x: Array) -> None:
+  """Raise a ValueError unless `x` is a batch of floats [B, ...] of at least one sample: a mean over none is not a number."""
+  check_floats(x)
+  if not np.ndim(x) or not np.shape(x)[0]:
+    raise ValueError(f"Got data of shape {np.shape(x)}; expected a batch [B, ...] of at least one sample.")
 
 
 def expand(coefficient, x: Array) -> Array:
@@ -74,11 +87,11 @@ class Process(NamedTuple):
     """
     log_snr = as_time(log_snr)
     # Each round places the time among _SECTIONS sections of the last: a few wide operations in place of a long loop.
-    inner = jnp.arange(1, _SECTIONS, dtype=log_snr.dtype) / _SECTIONS
+    inner = (jnp.arange(1, _SECTIONS, dtype=log_snr.dtype) / _SECTIONS).reshape((1,) * log_snr.ndim + (-1,))
     low, width = jnp.zeros_like(log_snr), jnp.full_like(log_snr, self.t_max)
     for _ in range(6 if log_snr.dtype == jnp.float32 else 9):
       later = self.log_snr(low[..., None] + width[..., None] * inner) > log_snr[..., None]
-      low, width = low + width * jnp.sum(later, axis=-1) / _SECTIONS, width / _SECTIONS
+      low, width = low + width * jnp.sum(later, axis=-1, dtype=width.dtype) / _SECTIONS, width / _SECTIONS
     t = jax.lax.stop_gradient(jnp.clip(low + width / 2, 0, self.t_max))
     # The search itself has no derivative: this adds 0, and the inverse function's.
     rate = jax.lax.stop_gradient(-self.diffusion_squared(t) / self.sigma(t) ** 2)
@@ -108,8 +121,8 @@ class Process(NamedTuple):
     """x_t [B, ...] from data `x_0` and noise `eps`, both [B, ...]; a ValueError if the data are no floats."""
     check_floats(x_0)
     t = as_time(t)
-    x_t = expand(self.alpha(t), x_0) * x_0 + expand(self.sigma(t), x_0) * eps
-    return x_t.astype(x_0.dtype)
+    alpha, sigma, data, eps = widen(expand(self.alpha(t), x_0), expand(self.sigma(t), x_0), x_0, eps)
+    return (alpha * data + sigma * eps).astype(x_0.dtype)
 
   def sample_marginal(self, key: Array, x_0: Array, t) -> Array:
     """A draw of x_t [B, ...] given x_0; `key` is one key or one a sample."""
@@ -130,8 +143,8 @@ class Process(NamedTuple):
     t, s = as_time(t), as_time(s)
     sigma_s, added = self.sigma(s), self.added(t, s)
     ratio = self.alpha(t) / self.alpha(s) * (sigma_s / self.sigma(t)) ** 2
-    mean = expand(ratio, x_t) * x_t + expand(self.alpha(s) * added, x_t) * x_0
-    return mean.astype(x_t.dtype), sigma_s**2 * added
+    from_x_t, from_x_0, state, data = widen(expand(ratio, x_t), expand(self.alpha(s) * added, x_t), x_t, x_0)
+    return (from_x_t * state + from_x_0 * data).astype(x_t.dtype), sigma_s**2 * added
 
   def step_variance(self, t, s) -> Array:
     """The variance of q(x_t | x_s), the noise that the forward process adds from s to t > s: beta_n between neighbours."""
@@ -140,9 +153,11 @@ class Process(NamedTuple):
   def prior(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """A draw [B, ...] from N(0, sigma(t_max)^2), where sampling starts; `key` is one key or one a sample."""
     noise = randomness.normal(key, shape, dtype)
-    return (self.sigma(as_time(self.t_max)) * noise).astype(dtype)
+    sigma, noise = widen(self.sigma(as_time(self.t_max)), noise)
+    return (sigma * noise).astype(dtype)
 
 
+@check_kinds
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   """The variance-preserving SDE with beta(t) linear on [0, 1] (Song et al. 2021, appendix C).
 
@@ -159,6 +174,7 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   )
 
 
+@check_kinds
 def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   """The sub-VP SDE: the alpha of `vp`, and sigma = 1 - alpha^2, which is below it (Song et al. 2021, equation 29).
 
@@ -175,6 +191,7 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   )
 
 
+@check_kinds
 def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   """The variance-exploding SDE, sigma geometric on (0, 1] (Song et al. 2021, appendix C), for data in [-1, 1].
 
@@ -200,6 +217,7 @@ def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   )
 
 
+@check_kinds
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
   """Karras et al. 2022, table 1: alpha = 1 and t is sigma itself, from 0 to sigma_max; the label is log(sigma) / 4.
 
@@ -234,6 +252,7 @@ def rectified_flow() -> Process:
   )
 
 
+@check_kinds
 def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
   """The continuous variance-preserving process of `schedules.cosine` (Nichol and Dhariwal 2021, equation 17).
 
@@ -281,7 +300,7 @@ def discrete(betas) -> Process:
     ValueError: if a beta is not inside (0, 1), but for the last of several, which may be 1; or if the table is empty or not
       one-dimensional.
   """
-  betas = np.asarray(betas, np.float64)
+  betas = schedules.table_of(betas)
   if betas.ndim != 1 or betas.size == 0:
     raise ValueError(f"Got betas of shape {betas.shape}; wanted a one-dimensional table with one beta a step.")
   n = betas.size
@@ -335,7 +354,7 @@ def _step(t: Array, n: int) -> Array:
 def _piecewise(coefficients: Array, position: Array) -> Array:
   """Polynomials at positions [...] in [0, N]; coefficients [D, N], highest power first, are of the distance from the integer below."""
   left = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, coefficients.shape[1] - 1)
-  fraction, value = position - left, jnp.zeros_like(position)
+  fraction, value = position - left.astype(position.dtype), jnp.zeros_like(position)
   for coefficient in coefficients[:, left]:
     value = value * fraction + coefficient
   return value
@@ -360,6 +379,7 @@ def _known(*values) -> bool:
   return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
+@check_kinds
 def last_step(process: Process) -> int:
   """The step n at the t_max of a discrete process, which may have been brought below 1.
 

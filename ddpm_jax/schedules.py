@@ -87,7 +87,7 @@ def zero_terminal_snr(betas) -> np.ndarray:
   Raises:
     ValueError: if there are fewer than 2 betas, or one is not inside (0, 1).
   """
-  betas = np.asarray(betas, np.float64)
+  betas = table_of(betas)
   if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):
     raise ValueError(
       f"Got betas of shape {betas.shape}; wanted at least 2 of them, one-dimensional, each inside (0, 1)."
@@ -95,6 +95,20 @@ def zero_terminal_snr(betas) -> np.ndarray:
   root = np.sqrt(np.cumprod(1 - betas))
   root = (root - root[-1]) * root[0] / (root[0] - root[-1])
   return 1 - np.concatenate([root[:1], root[1:] / root[:-1]]) ** 2
+
+
+def table_of(betas) -> np.ndarray:
+  """Convert betas to float64.
+
+  Raises:
+    ValueError: if they are no numbers, such as a schedule that was not called.
+  """
+  if callable(betas) or isinstance(betas, str):
+    given = f"the function {getattr(betas, '__name__', betas)}" if callable(betas) else repr(betas)
+    raise ValueError(
+      f"Got {given} as betas; expected a table of numbers, such as schedules.linear(1000). Call the schedule."
+    )
+  return np.asarray(betas, np.float64)
 
 
 def check_steps(num_steps: int) -> None:

@@ -30,7 +30,6 @@ _COUNTS = (
   "network.channels",
   "network.blocks",
   "network.heads",
-  "network.groups",
   "network.attention_resolutions",
   "training.batch_size",
   "training.steps",
@@ -117,7 +116,7 @@ def default_config() -> ConfigDict:
       "middle_attention_norm": True,
       "heads": 1,
       "head_channels": 0,  # above 0: of each head, instead of their number
-      "groups": 32,
+      "groups": 32,  # of normalizations; 0: a quarter of the features, at most 32 (EDM)
       "epsilon": 1e-6,  # of normalizations
       "dropout": 0.1,
       "time_embedding": "sin_cos",  # sin_cos (DDPM), cos_sin (ADM) or fourier (NCSN++)

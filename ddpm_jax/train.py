@@ -13,6 +13,7 @@ import optax
 from tqdm import tqdm
 
 from ddpm_jax import optim, randomness
+from ddpm_jax.floats import promoting
 from ddpm_jax.parallel import GradientFn
 
 Array = jax.Array
@@ -48,7 +49,7 @@ def init_state(key: Array, init: Callable[[Array], PyTree], optimizer: optax.Gra
   """A fresh state; `init(key) -> params`."""
   init_key, train_key = jax.random.split(key)
   params = init(init_key)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key)
+  return TrainState(jnp.zeros((), jnp.int32), params, promoting(optimizer.init)(params), train_key)
 
 
 def train_step(
@@ -104,8 +105,8 @@ def train_step(
   if axis_name is not None:
     loss, grads = jax.lax.pmean((loss, grads), axis_name)
     details = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis_name, tiled=True), details)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  updates, opt_state = promoting(optimizer.update)(grads, state.opt_state, state.params)
+  params = promoting(optax.apply_updates)(state.params, updates)
   metrics = {"loss": loss, "grad_norm": optim.global_norm(grads)} | summarize(details)
   skipped = optim.skipped(opt_state)
   if skipped is not None:

@@ -41,17 +41,17 @@ def start(*arguments, devices=1, **environment):
 
 
 @functools.cache
-def _server(devices, dense):
+def _server(devices, dense, environment):
   # One that has run DENSE keeps its network.
-  return forked.Server(surroundings(devices))
+  return forked.Server(surroundings(devices) | dict(environment))
 
 
-def call(*arguments, devices=1):
-  """Run a command that ends by itself, in the process that serves all of them. Return its code and its output."""
+def call(*arguments, devices=1, **environment):
+  """Run a command that ends by itself, in a process that serves all of the same environment. Return its code and its output."""
   if "--mode=plan" in arguments:
     # It simulates devices, which a process that has used JAX cannot.
-    return start(*arguments, devices=devices).finish()
-  return _server(devices, DENSE in arguments).call([*map(str, arguments)])
+    return start(*arguments, devices=devices, **environment).finish()
+  return _server(devices, DENSE in arguments, tuple(sorted(environment.items()))).call([*map(str, arguments)])
 
 
 def wait_for(path, *commands):

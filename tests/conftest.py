@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import re
 from pathlib import Path
 
 from ddpm_jax import heap
@@ -46,6 +47,22 @@ def _forget_programs():
     jax.clear_caches()
     gc.collect()
   _keep_objects()
+
+
+# Tests of pure functions, by the names of their files.
+_EXPLICIT = re.compile(
+  "test_(schedules|randomness|processes|predictions|losses|sampling|guidance|editing|likelihood|networks|ema|optim|train)(_|$)"
+)
+
+
+@pytest.fixture(autouse=True)
+def _without_implicit_promotion(request):
+  """Let pure functions run under JAX's strict settings, which users may choose: every promotion of types and ranks is explicit."""
+  if not _EXPLICIT.match(request.module.__name__.rpartition(".")[2]):
+    yield
+    return
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    yield
 
 
 @pytest.fixture

@@ -107,7 +107,8 @@ def _settle(environment):
   for name, value in environment.items():
     # JAX has read these when it was imported.
     if name.startswith("JAX_") and name.lower() in jax.config.values:
-      jax.config.update(name.lower(), value)
+      switch = isinstance(jax.config.values[name.lower()], bool)
+      jax.config.update(name.lower(), value == "1" if switch else value)
 
 
 def _redirect(output):

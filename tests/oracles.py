@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import predictions, processes, schedules
+from ddpm_jax.floats import widen
 
 PROCESSES = {
   "vp": processes.vp(),
@@ -45,10 +46,9 @@ class Mixture(NamedTuple):
 
   def _posterior(self, process, x, t):
     """log p(component | x_t) [B, K] but for a constant, and E[x_0 | x_t, component] [B, K, D]."""
-    precision = jnp.promote_types(x.dtype, jnp.float32)
-    weights, means, stds = (jnp.asarray(value, precision) for value in self)
     t = jnp.broadcast_to(t, x.shape[:1])
-    alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+    values = (value[None] for value in self)
+    x, alpha, sigma, weights, means, stds = widen(x, process.alpha(t)[:, None], process.sigma(t)[:, None], *values)
     variance = alpha**2 * stds**2 + sigma**2  # [B, K]
     difference = x[:, None, :] - alpha[..., None] * means  # [B, K, D]
     distance = jnp.sum(difference**2, -1) / variance
@@ -88,7 +88,8 @@ def squash(process):
 
   def denoise(x, t):
     scale = jnp.broadcast_to(process.alpha(t) + process.sigma(t), x.shape[:1])
-    return jnp.tanh(x / scale[:, None]).astype(x.dtype)
+    wide, scale = widen(x, scale[:, None])
+    return jnp.tanh(wide / scale).astype(x.dtype)
 
   return denoise
 

@@ -39,6 +39,8 @@ def test_recipe(path):
   config = module.get_config()
   schema.check_config(config)
   evaluation.kind_of(config).check(config, parallel.make_mesh(devices=jax.devices()[:1]))
+  # Karras et al. clip no gradients.
+  assert (config.optimizer.clip_norm == 0) == (config.prediction == "edm")
   key = jax.random.key(0)
   params = jax.eval_shape(build.build_params_init(config), key)
   # Without the gradient, whose shapes are those of the parameters, and which takes most of the time to trace.

@@ -107,7 +107,7 @@ def test_interpolation_ends_at_the_reconstructions_for_a_denoise_that_knows_its_
     return exact(x - process.alpha(t) * labels, t) + labels
 
   sampler, times = sampling.heun(process), sampling.grids.uniform(process, 12)
-  a, b = labels + jax.random.normal(jax.random.key(0), (2, 3, 2))
+  a, b = labels[None] + jax.random.normal(jax.random.key(0), (2, 3, 2))
   fractions = np.array([0.0, 0.3, 1.0])
   path = jax.jit(lambda a, b: editing.interpolate(sampler, denoise, process, a, b, times, fractions))(a, b)
   assert path.shape == (3, 3, 2)

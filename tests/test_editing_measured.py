@@ -10,6 +10,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from ddpm_jax import editing, predictions, sampling
+from ddpm_jax.floats import promoting, widen
 from tests.conftest import ROOT
 from tests.oracles import PROCESSES, ZERO_SNR
 from tests.samplers import SAMPLERS, run
@@ -32,9 +33,10 @@ def correlated(process):
 
   def denoise(x, t):
     alpha, sigma = (jnp.reshape(f(t), (-1, 1)) for f in (process.alpha, process.sigma))
-    shrink = alpha * values / (alpha**2 * values + sigma**2)
-    difference = x.reshape(len(x), 6) - alpha * MEAN
-    return (MEAN + (difference @ vectors * shrink) @ vectors.T).reshape(x.shape).astype(x.dtype)
+    alpha, sigma, wide, mean, spectrum, basis = widen(alpha, sigma, x, MEAN[None], values[None], vectors)
+    shrink = alpha * spectrum / (alpha**2 * spectrum + sigma**2)
+    difference = wide.reshape(len(x), 6) - alpha * mean
+    return (mean + (difference @ basis * shrink) @ basis.T).reshape(x.shape).astype(x.dtype)
 
   return denoise
 
@@ -99,7 +101,7 @@ def test_a_step_of_dps_is_the_rules_and_a_move_towards_the_measurement():
   got, _ = editing.dps(rule, process, measure, Y, 0.7).step(jax.random.key(1), denoise, x, (), t, s)
   alpha, sigma = process.alpha(t), process.sigma(t)
   jacobian = alpha * COVARIANCE @ np.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * np.eye(6))
-  residual = Y - measure(denoise(x, t))
+  residual = Y[None] - measure(denoise(x, t))
   unit = residual / np.linalg.norm(residual, axis=1, keepdims=True)
   towards = (0.7 * unit @ MATRIX @ jacobian).reshape(x.shape)
   np.testing.assert_allclose(got, rule.step(jax.random.key(1), denoise, x, (), t, s)[0] + towards, rtol=1e-9)
@@ -132,7 +134,7 @@ def test_the_posterior_estimate_is_the_closed_form(process, covariance):
   denoise = jax.jit(editing.posterior(exact, process, measure, Y, NOISE_STD, covariance, iterations=8))
   times = jnp.array([0.02, 0.3, 0.6]) * process.t_max
   noise = jax.random.normal(jax.random.key(0), (3, 6), jnp.float64)
-  x_t = process.alpha(times)[:, None] * MEAN + process.sigma(times)[:, None] * noise
+  x_t = process.alpha(times)[:, None] * MEAN[None] + process.sigma(times)[:, None] * noise
   got = denoise(x_t.reshape(3, *SHAPE), times).reshape(3, 6)
   for i, t in enumerate(times):
     alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
@@ -180,7 +182,7 @@ def test_samples_with_the_tweedie_covariance_are_those_of_the_posterior(process,
 
 def test_errors_of_the_methods_compare_as_their_theory_says(capsys):
   names = runpy.run_path(str(ROOT / "experiments" / "posterior_errors.py"))
-  errors = names["main"](1000, 25, resamples=(2, 10), jumps=(2,), scales=(0.3,))
+  errors = promoting(names["main"])(1000, 25, resamples=(2, 10), jumps=(2,), scales=(0.3,))
   assert capsys.readouterr().out.count("\n") == 2 + len(errors)
   for problem in ("inpainting", "super-resolution"):
     mean, covariance = errors[problem, "Tweedie, ODE"]

@@ -55,7 +55,8 @@ def test_several_averages_are_each_its_own():
 
 def test_it_changes_no_update():
   start, gradients = jnp.arange(3.0), [jnp.sin(jnp.arange(3.0) + i) for i in range(5)]
-  plain, averaged = optax.adam(0.1), optax.chain(optax.adam(0.1), ema.params_ema(ema.fixed(0.9)))
+  plain = optim.optimizer("adam", 0.1, {})
+  averaged = optax.chain(plain, ema.params_ema(ema.fixed(0.9)))
   a, b = plain.init(start), averaged.init(start)
   for gradient in gradients:
     want, a = plain.update(gradient, a, start)

@@ -22,9 +22,10 @@ def log_density(mixture, process, x, t):
   """log q(x_t) of a mixture, at times t [B]."""
   t = jnp.broadcast_to(t, x.shape[:1])
   alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
-  variance = alpha**2 * mixture.stds**2 + sigma**2
-  distance = jnp.sum((x[:, None, :] - alpha[..., None] * mixture.means) ** 2, -1) / variance
-  return jax.nn.logsumexp(jnp.log(mixture.weights) - 0.5 * distance - 0.5 * x.shape[1] * jnp.log(variance), axis=-1)
+  weights, means, stds = (value[None] for value in mixture)
+  variance = alpha**2 * stds**2 + sigma**2
+  distance = jnp.sum((x[:, None, :] - alpha[..., None] * means) ** 2, -1) / variance
+  return jax.nn.logsumexp(jnp.log(weights) - 0.5 * distance - 0.5 * x.shape[1] * jnp.log(variance), axis=-1)
 
 
 def component(index, mixture=MIXTURE):

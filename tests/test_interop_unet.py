@@ -272,6 +272,7 @@ def test_unsupported_options_are_named(changes, message):
     (UNet(dimensions=1), "dimensions=1"),
     (UNet(augmentation_features=9), "augmentation_features=9"),
     (UNet(vector_embedding="dense"), "vector_embedding='dense'"),
+    (UNet(groups=0), "groups=0"),
     (UNet(downsample="residual", filter=(1, 3, 3, 1)), r"filter=\(1, 3, 3, 1\)"),
     (UNet(time_embedding="fourier"), "divide_by_sigma"),
     (UNet(time_features=64), "time_features=64"),

@@ -78,12 +78,13 @@ def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_po
 
       apply = network_of(process, prediction, denoise)
       kwargs = {"times": losses.uniform(process), "label": lambda t: t, "weighting": weigh}
-      details = losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
+      with jax.numpy_rank_promotion("allow"):  # of weights [W, B]
+        details = losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
       return details["loss"][0], details
 
     slopes, details = jax.jacfwd(loss, has_aux=True)(jnp.zeros(2))
     log_snr = jnp.maximum(process.log_snr(details["t"]), -40)
-    return slopes, details["loss"], weigh(log_snr) * STD**2 / (STD**2 + jnp.exp(-log_snr))
+    return slopes, details["loss"], weigh(log_snr) * (STD**2 / (STD**2 + jnp.exp(-log_snr)))[None]
 
   x_0 = MEAN + STD * np.random.default_rng(0).standard_normal((count, dim))
   slopes, values, least = map(np.asarray, run(x_0))
@@ -120,7 +121,10 @@ def test_finite_where_no_data_is_left(process, prediction):
       "times": lambda keys: (jnp.ones(4), jnp.ones(4)),
       "weighting": lambda log_snr: jnp.stack([weighting(log_snr) for weighting, _ in WEIGHTINGS.values()]),
     }
-    return losses.denoising_loss(jax.random.key(0), lambda x, t: 0.1 * x, process, prediction, x_0, **kwargs)[1]["loss"]
+    with jax.numpy_rank_promotion("allow"):  # of weights [W, B]
+      return losses.denoising_loss(jax.random.key(0), lambda x, t: 0.1 * x, process, prediction, x_0, **kwargs)[1][
+        "loss"
+      ]
 
   loss = run(jnp.ones((4, 2)))
   assert loss.shape == (len(WEIGHTINGS), 4)

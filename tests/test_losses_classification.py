@@ -41,7 +41,7 @@ def test_the_exact_posterior_has_the_conditional_entropy_as_its_loss_and_none_ha
 
     def details(change):
       def apply(x, t):
-        return (1 + change[0]) * exact(x, t) + change[1] * jnp.array([1.0, 0.0, 0.0])
+        return (1 + change[0]) * exact(x, t) + change[1] * jnp.array([[1.0, 0.0, 0.0]])
 
       def times(keys):
         return jnp.resize(levels, keys.shape), jnp.ones(keys.shape)
@@ -107,7 +107,7 @@ def test_log_probabilities_at_one_time_or_many_and_their_slope():
     # Bayes: the slope of log p(x_t | class) less that of log p(x_t), the latter from the exact denoiser (Tweedie).
     alpha, sigma = process.alpha(t), process.sigma(t)
     score = (alpha * CLASSES.denoise(process)(x, t) - x) / sigma**2
-    of_class = -(x - alpha * CLASSES.means[1]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)
+    of_class = -(x - alpha * CLASSES.means[1:2]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)
     return log_probs(x, t), log_probs(x, jnp.full(5, t)), slope, of_class - score
 
   one, many, slope, expected = run(np.random.default_rng(0).standard_normal((5, 1), np.float32))

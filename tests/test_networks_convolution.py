@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from ddpm_jax import costs, networks
+from ddpm_jax.floats import promoting
 from ddpm_jax.networks import Classifier, UNet, convolution, layers, sums
 from ddpm_jax.networks.convolution import convolve, convolve_doubled
 
@@ -332,10 +333,10 @@ def test_group_normalization_is_flax_s_and_may_be_scaled_and_shifted(space):
 
 def test_statistics_of_16_bit_data_are_taken_in_32():
   x = jax.random.normal(jax.random.key(0), (2, 32, 32, 8)).astype(jnp.bfloat16)
-  found = [
-    kind.apply(kind.init(jax.random.key(1), x), x)
-    for kind in (layers.GroupNorm(2, 1e-5, jnp.bfloat16), nn.GroupNorm(num_groups=2, epsilon=1e-5, dtype=jnp.bfloat16))
-  ]
+  ours = layers.GroupNorm(2, 1e-5, jnp.bfloat16)
+  flax_s = nn.GroupNorm(num_groups=2, epsilon=1e-5, dtype=jnp.bfloat16)
+  params = ours.init(jax.random.key(1), x)
+  found = [ours.apply(params, x), promoting(flax_s.apply)(params, x)]
   assert found[0].dtype == jnp.bfloat16
   np.testing.assert_allclose(*(leaf.astype(jnp.float32) for leaf in found), rtol=2**-7, atol=1e-3)
 

@@ -13,7 +13,7 @@ from diffusers.models.downsampling import downsample_2d
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import upsample_2d
 
-from ddpm_jax.networks import Classifier, UNet, layers
+from ddpm_jax.networks import Classifier, UNet, layers, trainable
 from tests.parameters import random_like
 from tests.test_networks import SMALL
 
@@ -100,6 +100,48 @@ def test_the_progressive_input_is_convolved_beyond_the_edge_and_then_filtered(we
   np.testing.assert_allclose(layers.halve(joined, weights, padded=True), from_torch(wanted), atol=1e-5)
   params = init(network, (8, 8), 3)
   assert params["down_0_input"]["kernel"].shape == (3, 3, 3, 8)
+
+
+@pytest.mark.parametrize(("features", "groups"), [(2, 1), (4, 1), (12, 3), (128, 32), (256, 32)])
+def test_groups_are_those_of_karras_et_al(features, groups):
+  """min(32, C / 4), which differs from level to level."""
+  x, params = noise(2, 3, 3, features), {"params": {"scale": jnp.ones(features), "bias": jnp.zeros(features)}}
+  got, wanted = (layers.GroupNorm(count, 1e-5, jnp.float32).apply(params, x) for count in (0, groups))
+  np.testing.assert_array_equal(got, wanted)
+
+
+def test_groups_that_do_not_divide_the_features_are_an_error():
+  with pytest.raises(ValueError, match=r"Got 132 features in 32 groups \(groups=0\)"):
+    layers.GroupNorm(0, 1e-5, jnp.float32).init(jax.random.key(0), jnp.zeros((1, 2, 2, 132)))
+  network = UNet(**(SMALL | {"groups": 0}))
+  init(network, (8, 8), 3)
+  with pytest.raises(ValueError, match="Got 66 features .*groups=0"):
+    UNet(**(SMALL | {"groups": 0, "channels": 66})).check_input((8, 8, 3))
+  with pytest.raises(ValueError, match="groups=-1"):
+    UNet(**(SMALL | {"groups": -1})).check_input((8, 8, 3))
+
+
+@pytest.mark.parametrize(("song", "variance"), [(True, 0.1), (False, 1.0)])
+def test_queries_keys_and_values_start_as_in_the_papers_code(song, variance):
+  """Uniform, of variance 1 / C (Ho et al.), or 0.1 / C (Song et al., Karras et al.: sqrt(0.2) on 3 C outputs of C inputs)."""
+  block = layers.AttentionBlock(1, UNet(groups=1, song=song)._style)
+  params = jax.jit(lambda key: block.init(key, jnp.zeros((1, 2, 2, 64)))["params"])(jax.random.key(0))
+  for name in ("to_q", "to_k", "to_v"):
+    kernel = np.asarray(params[name]["kernel"])
+    np.testing.assert_allclose(np.var(kernel), variance / 64, rtol=0.1)
+    np.testing.assert_allclose(np.max(np.abs(kernel)), (3 * variance / 64) ** 0.5, rtol=0.01)
+
+
+def test_a_vector_is_embedded_as_time_is_by_random_frequencies_too():
+  network = UNet(**SMALL, time_embedding="fourier", vector_embedding="time")
+  params = init(network, (8, 8), 3, vector=jnp.zeros(1))
+  assert [name for name in params if "frequencies" in name] == ["time_frequencies"]
+
+
+def test_constants_are_those_that_are_not_trained():
+  network = UNet(**SMALL, **NCSNPP)
+  silent = [path for path, trained in jax.tree.leaves_with_path(trainable(init(network, (8, 8), 3))) if not trained]
+  assert [jax.tree_util.keystr(path) for path in silent] == ["['time_frequencies']"]
 
 
 def init(network, space, channels, **conditions):

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import ema, optim
+from ddpm_jax import ema, networks, optim
+from ddpm_jax.floats import promoting
+from tests.parameters import random_like
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3) / 6, "bias": jnp.array([-0.0, 0.0, 1.0])}
 NAN, INF = jnp.nan, jnp.inf
@@ -20,6 +22,11 @@ def run(optimizer, params, gradients):
     params = optax.apply_updates(params, updates)
     history.append(params)
   return history, state
+
+
+def of_optax(made):
+  """Return a transform of optax, which relies on implicit promotion."""
+  return optax.GradientTransformation(promoting(made.init), promoting(made.update))
 
 
 def gradients(count, seed=0):
@@ -91,10 +98,11 @@ def test_wrong_schedules_are_errors(options, message):
 def test_adam_is_optax_adam_with_warmup_and_clipping():
   start, gradients = jnp.ones(4), [10 * jnp.cos(jnp.arange(4.0) + i) for i in range(8)]
   got, _ = run(optim.adam(0.01, warmup_steps=4, clip_norm=1.0, ema_decay=0.9), start, gradients)
-  params, state = start, optax.adam(1.0).init(start)
+  adam, params = of_optax(optax.adam(1.0)), start
+  state = adam.init(start)
   for i, gradient in enumerate(gradients):
     clipped = gradient / jnp.linalg.norm(gradient)
-    updates, state = optax.adam(1.0).update(clipped, state)
+    updates, state = adam.update(clipped, state)
     params = params + 0.01 * min(1, (i + 1) / 4) * updates
   np.testing.assert_allclose(got[-1], params, rtol=1e-5)
 
@@ -107,7 +115,7 @@ def test_every_optimizer_of_optax_is_itself(name):
   """The chain without clipping and averages makes the steps of the bare optimizer, and it has an average to keep."""
   arguments = {"key": 0} if name == "noisy_sgd" else {}
   rate = 0.01 if name in NUMBERS_ONLY else optim.schedule(0.01)
-  bare = optim.OPTIMIZERS[name](rate, **arguments)
+  bare = of_optax(optim.OPTIMIZERS[name](rate, **arguments))
   averages = ema.params_ema(ema.fixed(0.9))
   wrapped = optim.chain(rate, name=name, arguments=arguments, clip_norm=None, averages=averages)
   got, state = run(wrapped, PARAMS, gradients(2))
@@ -124,7 +132,7 @@ def test_the_usual_optimizers_are_known():
 
 def test_arguments_reach_the_optimizer():
   got, _ = run(optim.optimizer("adamw", 0.1, {"b1": 0.5, "weight_decay": 0.2}), PARAMS, gradients(3))
-  want, _ = run(optax.adamw(0.1, b1=0.5, weight_decay=0.2), PARAMS, gradients(3))
+  want, _ = run(of_optax(optax.adamw(0.1, b1=0.5, weight_decay=0.2)), PARAMS, gradients(3))
   assert_same_bits(got, want)
 
 
@@ -257,3 +265,41 @@ def test_norm_and_clipping_are_optax_s():
   leaves = [jnp.ones(4), jnp.full(4, 2.0), jnp.ones(4, jnp.bfloat16), jnp.ones((2, 2)), jnp.array(3.0)]
   assert optim.global_norm(leaves) == pytest.approx(37**0.5)
   assert optim.global_norm([]) == 0
+
+
+# Each changes parameters that have no gradient, or would if these were given to it.
+DECAYING = {
+  "adamw": {"weight_decay": 10.0},
+  "adamaxw": {"weight_decay": 10.0},
+  "lion": {"weight_decay": 10.0},
+  "nadamw": {"weight_decay": 10.0},
+  "lamb": {"weight_decay": 10.0},
+  "adafactor": {"weight_decay_rate": 0.5},
+  "noisy_sgd": {"eta": 1.0, "key": 0},
+}
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_parameters_that_are_not_trained_stay_bit_for_bit(name):
+  """Fourier frequencies under weight decay or noise; averages of them too."""
+  network = networks.UNet(
+    channels=8,
+    multipliers=(1,),
+    blocks=1,
+    groups=4,
+    attention_levels=(),
+    middle_attention=False,
+    time_embedding="fourier",
+  )
+  shapes = jax.eval_shape(lambda key: network.init(key, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)), jax.random.key(0))
+  params = random_like({name: shapes["params"][name] for name in ("time_frequencies", "conv_out")})
+  frequencies = params["time_frequencies"].copy()
+  averages = ema.params_ema(ema.fixed(0.9), ema.power(0.1))
+  chain = optim.chain(
+    0.05, name=name, arguments=DECAYING[name], clip_norm=None, averages=averages, trainable=networks.trainable
+  )
+  gradients = jax.tree.map(jnp.zeros_like, params)
+  history, state = run(chain, params, [gradients] * 3)
+  for held in (history[-1], ema.ema_params(state), ema.ema_params(state, 1)):
+    assert np.asarray(held["time_frequencies"]).tobytes() == frequencies.tobytes()
+  assert np.any(history[-1]["conv_out"]["kernel"] != params["conv_out"]["kernel"])

@@ -304,6 +304,8 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
     assert kind["standard_error"] > 0
   assert found["bound"]["bits"] > found["bound"]["decoder"] > 0
   assert found["ode"]["nfe"] > 10
+  # Of the likelihood's own solver: the sampler's is 1e-5.
+  assert (found["ode"]["tolerance"], config.sampling.tolerance) == (1e-2, 1e-5)
   with np.load(copy / "likelihood" / "bound.npz") as file:
     rows = file["rows"].astype(float)
   np.testing.assert_allclose(rows[:, 0], rows[:, 1] + rows[:, 3:].sum(1), rtol=1e-5)

@@ -186,7 +186,10 @@ def test_a_mean_counts_samples_not_steps():
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_a_real_step_of_the_unet(conditional):
+  """With weight decay, which Fourier frequencies do not get: they are not trained."""
   config = tiny_config()
+  config.network.time_embedding = "fourier"
+  config.optimizer.update({"name": "adamw", "arguments": "weight_decay=10.0", "learning_rate": 0.05, "warmup_steps": 0})
   if conditional:
     config.network.update({"num_classes": 10, "middle_attention": True})
   config.network.dropout = 0.1
@@ -197,6 +200,8 @@ def test_a_real_step_of_the_unet(conditional):
   after, metrics = step(state, batch)
   assert jnp.isfinite(metrics["loss"])
   assert ("classes" in after.params) == conditional
+  for params in (after.params, ema.ema_params(after.opt_state)):
+    np.testing.assert_array_equal(params["time_frequencies"], state.params["time_frequencies"])
   assert jax.tree.structure(ema.ema_params(after.opt_state)) == jax.tree.structure(after.params)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax import costs, ema, losses, optim, parallel, predictions, randomness, train
+from ddpm_jax import costs, ema, losses, networks, optim, parallel, predictions, randomness, train
 from ddpm_jax.build import condition
 from ddpm_jax.build.model import (
   build_network,
@@ -69,6 +69,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     arguments=optim.parse_arguments(c.arguments),
     clip_norm=c.clip_norm or None,
     averages=_build_averages(config),
+    trainable=networks.trainable,
   )
 
 
@@ -164,7 +165,7 @@ def build_step(
 
   def summarize(details):
     level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
-    member = level[:, None] == jnp.arange(len(_LEVELS) + 1)
+    member = level[:, None] == jnp.arange(len(_LEVELS) + 1, dtype=level.dtype)[None]
     counts = jnp.sum(member, axis=0)
 
     def by_level(name, values):

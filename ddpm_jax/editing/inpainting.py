@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.editing.operators import broadcasts, check_boolean
 from ddpm_jax.processes import Process, check_floats
 from ddpm_jax.sampling import Sampler
 from ddpm_jax.sampling.core import root
 
 
+@check_kinds
 def replace(sampler: Sampler, process: Process, known, keep) -> Sampler:
   """Inpainting by replacement (Song et al. 2021, appendix I.2; Lugmayr et al. 2022, equation 8).
 
@@ -52,6 +54,7 @@ def replace(sampler: Sampler, process: Process, known, keep) -> Sampler:
   )
 
 
+@check_kinds
 def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10, jump: int = 1) -> Sampler:
   """RePaint (Lugmayr et al. 2022, algorithm 1): each step is made again and again, so that the unknown part fits the known.
 
@@ -88,7 +91,7 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
   def step(key, denoise, x_t, memory, t, s):
     def descend(x, key):
       def part(x, index):
-        start, end = (t + (s - t) * i / jump for i in (index, index + 1))
+        start, end = (t + (s - t) * i.astype(t.dtype) / jump for i in (index, index + 1))
         end = jnp.where(index + 1 < jump, end, s)  # exactly
         x, _ = inner.step(randomness.fold_in(key, index), denoise, x, memory, start, end)
         return x.astype(x_t.dtype), None
@@ -120,7 +123,7 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
 
 
 def _check_known(known, keep) -> None:
-  check_floats(known)
+  check_floats(jnp.asarray(known))
   check_boolean(keep)
   try:
     np.broadcast_shapes(np.shape(known), np.shape(keep))

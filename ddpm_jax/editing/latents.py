@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time, check_floats
 from ddpm_jax.sampling import Sampler, sample
@@ -13,6 +15,7 @@ from ddpm_jax.sampling.core import check_times, estimate
 Array = jax.Array
 
 
+@check_kinds
 def img2img(
   key: Array, sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, times, strength: float
 ) -> Array:
@@ -38,7 +41,7 @@ def img2img(
     raise ValueError(f"Got strength={strength}; wanted 0 (the input) to 1 (a fresh sample).")
   randomness.check_key(key)
   check_floats(x_0)
-  _check_falling(times, sampler)
+  _check_falling(times, sampler, x_0)
   taken = round(strength * (len(times) - 1))
   if taken == 0:
     return x_0
@@ -49,6 +52,7 @@ def img2img(
   return sample(second, sampler, denoise, x, times)
 
 
+@check_kinds
 def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, times) -> Array:
   """Encodes images as the noise that `sample` turns back into them: DDIM inversion (Song et al. 2021a, section 5.4;
   Mokady et al. 2023, section 3), by any deterministic rule.
@@ -78,19 +82,20 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
       " or sampling.heun(process), neither wrapped nor with churn."
     )
   check_floats(x_0)
-  _check_falling(times, sampler)
+  _check_falling(times, sampler, x_0)
   if len(times) < 3 or (not isinstance(times, jax.core.Tracer) and times[-1] != 0):
     raise ValueError(
       f"Got times {times}; wanted at least two steps, the last of them to 0, as sampling.grids make them."
     )
   rising = as_time(times)[:-1][::-1] if isinstance(times, jax.core.Tracer) else np.asarray(times)[:-1][::-1]
   t = as_time(rising[0])
-  scaled = process.alpha(t) * x_0
-  _, eps = estimate(process, denoise, scaled.astype(x_0.dtype), t)
-  x_t = (scaled + process.sigma(t) * eps).astype(x_0.dtype)
+  alpha, sigma, data = widen(process.alpha(t), process.sigma(t), x_0)
+  _, eps = estimate(process, denoise, (alpha * data).astype(x_0.dtype), t)
+  x_t = (alpha * data + sigma * eps.astype(data.dtype)).astype(x_0.dtype)
   return sample(jax.random.key(0), sampler, denoise, x_t, rising)
 
 
+@check_kinds
 def slerp(a: Array, b: Array, fraction) -> Array:
   """Spherical interpolation of each sample, over all of its axes (Shoemake 1985; Song et al. 2021a, appendix D.3).
 
@@ -110,7 +115,7 @@ def slerp(a: Array, b: Array, fraction) -> Array:
       f"Got a of shape {a.shape}, b {b.shape} and fraction {np.shape(fraction)}; wanted a and b alike, [B, ...], and a scalar"
       " fraction or [B]."
     )
-  precision = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+  precision = widest(a, b)
   fraction = jnp.asarray(fraction, precision).reshape((-1,) + (1,) * (a.ndim - 1))
 
   def norm(x):
@@ -120,7 +125,8 @@ def slerp(a: Array, b: Array, fraction) -> Array:
     length = norm(x)
     return x / jnp.where(length > 0, length, 1)
 
-  dtype, a, b = jnp.result_type(a, b), a.astype(precision), b.astype(precision)
+  dtype = a.dtype if a.dtype == b.dtype else precision
+  a, b = a.astype(precision), b.astype(precision)
   # Kahan's: the arc cosine of a product is off by 3e-4 near 0 in float32.
   angle = 2 * jnp.arctan2(norm(unit(a) - unit(b)), norm(unit(a) + unit(b)))
   straight = (jnp.sin(angle) < 1e-4) | (norm(a) == 0) | (norm(b) == 0)
@@ -133,6 +139,7 @@ def slerp(a: Array, b: Array, fraction) -> Array:
   return (weight(1 - fraction) * a + weight(fraction) * b).astype(dtype)
 
 
+@check_kinds
 def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, b: Array, times, fractions) -> Array:
   """Images between images: both encoded by `invert`, `slerp` between their noises, decoded (Song et al. 2021a, section 5.3).
 
@@ -165,8 +172,8 @@ def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, 
   return jax.lax.map(decode, jnp.asarray(fractions))
 
 
-def _check_falling(times, sampler: Sampler) -> None:
+def _check_falling(times, sampler: Sampler, x: Array) -> None:
   """Raises a ValueError unless `times` is a grid that goes from noise to data."""
-  check_times(times, sampler)
+  check_times(times, sampler, x)
   if not isinstance(times, jax.core.Tracer) and times[0] < times[-1]:
     raise ValueError(f"Got times {np.asarray(times)} that rise; wanted the decreasing grid that images are decoded on.")

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.arguments import check_kinds
+
 Array = jax.Array
 Operator = Callable[[Array], Array]
 
@@ -17,6 +19,7 @@ Operator = Callable[[Array], Array]
 _LUMA = (0.299, 0.587, 0.114)
 
 
+@check_kinds
 def mask_operator(keep) -> Operator:
   """Known pixels as they are, 0 elsewhere: `y = where(keep, x, 0)`, of the shape of x.
 
@@ -30,6 +33,7 @@ def mask_operator(keep) -> Operator:
   return lambda x: jnp.where(keep, x, 0)
 
 
+@check_kinds
 def blur(std: float) -> Operator:
   """A Gaussian blur of height and width, cut off at 4 standard deviations; the shape stays.
 
@@ -61,6 +65,7 @@ def blur(std: float) -> Operator:
   return apply
 
 
+@check_kinds
 def downsample(factor: int) -> Operator:
   """The means of boxes of `factor` by `factor` pixels: y [B, H / factor, W / factor, C].
 
@@ -84,6 +89,7 @@ def downsample(factor: int) -> Operator:
   return apply
 
 
+@check_kinds
 def grey(x: Array) -> Array:
   """The luma of colour images [B, H, W, 3], [B, H, W, 1], by the weights of Rec. 601.
 
@@ -92,7 +98,8 @@ def grey(x: Array) -> Array:
   """
   if x.ndim < 1 or x.shape[-1] != 3:
     raise ValueError(f"Got images of shape {x.shape}; wanted 3 channels, red, green and blue, in the last axis.")
-  return jnp.sum(x * jnp.asarray(_LUMA, x.dtype), axis=-1, keepdims=True)
+  luma = jnp.asarray(_LUMA, x.dtype).reshape((1,) * (x.ndim - 1) + (3,))
+  return jnp.sum(x * luma, axis=-1, keepdims=True)
 
 
 def transpose(operator: Operator, x: Array) -> Operator:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.editing.operators import Operator, broadcasts, transpose
+from ddpm_jax.floats import widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
 from ddpm_jax.sampling import Sampler
@@ -16,6 +18,7 @@ from ddpm_jax.sampling.core import root
 Array = jax.Array
 
 
+@check_kinds
 def dps(sampler: Sampler, process: Process, operator: Operator, measurement, scale: float = 1.0) -> Sampler:
   """Diffusion posterior sampling (Chung et al. 2023, algorithm 1): after each step x moves towards the measurement.
 
@@ -69,6 +72,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   )
 
 
+@check_kinds
 def posterior(
   denoise: Denoise,
   process: Process,
@@ -121,7 +125,7 @@ def posterior(
 
   def conditioned(x_t, t):
     x_0, pull_back, denoised = _with_derivative(denoise, x_t, t)
-    mean = x_0.astype(jnp.promote_types(x_0.dtype, jnp.float32))
+    mean = x_0.astype(widest(x_0))
     alpha, sigma = process.alpha(as_time(t)), process.sigma(as_time(t))
     left = alpha > 0
     factor = expand(jnp.where(left, sigma**2 / jnp.where(left, alpha, 1), 0), x_t).astype(mean.dtype)
@@ -160,7 +164,7 @@ def _residual(operator: Operator, measurement, x_0: Array) -> Array:
       f"Got a measurement of shape {np.shape(measurement)} and an operator that gives {measured.shape} for x of shape {x_0.shape}; wanted"
       " the measurement in that shape, or to broadcast to it."
     )
-  return jnp.asarray(measurement, measured.dtype) - measured
+  return jnp.broadcast_to(jnp.asarray(measurement, measured.dtype), measured.shape) - measured
 
 
 def _conjugate_gradients(matrix: Callable[[Array], Array], b: Array, iterations: int) -> Array:

@@ -161,6 +161,10 @@ def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
   for name in ("song", "progressive_input", "augmentation_features", "dimensions"):
     if getattr(n, name) != getattr(defaults, name):
       raise ValueError(f"Got a network with {name}={getattr(n, name)!r}, which diffusers' UNet2DModel cannot compute.")
+  if not n.groups:
+    raise ValueError(
+      "Got a network with groups=0, whose number differs from layer to layer; diffusers' UNet2DModel has one."
+    )
   last = len(n.multipliers) - 1
   downs, ups = per_level(n.downsample, last), per_level(n.upsample, last)
   fourier = n.time_embedding == "fourier"

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import losses, randomness
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen
 from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
 from ddpm_jax.predictions import Denoise, x_0_of
 from ddpm_jax.processes import Process, as_time, expand, last_step
@@ -40,6 +42,7 @@ class VariationalBound(NamedTuple):
   error: Array | None
 
 
+@check_kinds
 def variational_bound(
   key: Array, process: Process, denoise: Denoise, x_0: Array, *, variance: str = "small", draws: int | None = None
 ) -> VariationalBound:
@@ -73,19 +76,19 @@ def variational_bound(
   def term(_, drawn):
     index, low, size = drawn
     keys = randomness.fold_in(key, index)
-    offset = jnp.floor(randomness.uniform(randomness.fold_in(keys, 0), (count,)) * size)
-    step = low + jnp.minimum(offset.astype(jnp.int32), size - 1)
+    share = randomness.uniform(randomness.fold_in(keys, 0), (count,))
+    step = low + jnp.minimum(jnp.floor(share * size.astype(share.dtype)).astype(jnp.int32), size - 1)
     t = as_time(step) / total_steps
     x_t = process.sample_marginal(randomness.fold_in(keys, 1), x_0, t)
     return None, (losses.vlb_bits(process, network(x_t, t), x_0, x_t, t, variance=variance), step)
 
   _, (terms, steps) = jax.lax.scan(term, None, (jnp.arange(len(low)), jnp.asarray(low), jnp.asarray(size)))
-  terms, prior = terms.T, losses.prior_bits(process, x_0)
+  terms, prior = terms.T, losses.prior_bits(process, x_0).astype(terms.dtype)
   if draws is None:
     total, error, decoder = jnp.sum(terms, 1), None, terms[:, 0]
   else:
     pairs = terms.reshape(count, -1, 2)
-    total, error = _sum_of_pairs(pairs, jnp.asarray(size[::2], terms.dtype))
+    total, error = _sum_of_pairs(pairs, jnp.asarray(size[None, ::2], terms.dtype))
     decoder = jnp.mean(pairs[:, 0], 1)
   return VariationalBound(prior + total, prior, decoder, terms, steps.T, error)
 
@@ -108,6 +111,7 @@ class ContinuousBound(NamedTuple):
   error: Array
 
 
+@check_kinds
 def continuous_bound(
   key: Array, process: Process, denoise: Denoise, x_0: Array, *, draws: int = 128, t_min: float | None = None
 ) -> ContinuousBound:
@@ -148,11 +152,11 @@ def continuous_bound(
 
   def integrand(index):
     keys = randomness.fold_in(key, index)
-    place = index // 2 + randomness.uniform(randomness.fold_in(keys, 0), (count,))
-    t = process.time_of(low + width * place)
+    share = randomness.uniform(randomness.fold_in(keys, 0), (count,)).astype(low.dtype)
+    t = process.time_of(low + width * ((index // 2).astype(low.dtype) + share))
     x_t = process.sample_marginal(randomness.fold_in(keys, 1), x_0, t)
-    ratio = expand(process.alpha(t) / process.sigma(t), x_0)
-    return losses.mean_bits(0.5 * (ratio * (x_0 - x_0_of(network(x_t, t)))) ** 2)
+    ratio, data, estimate = widen(expand(process.alpha(t) / process.sigma(t), x_0), x_0, x_0_of(network(x_t, t)))
+    return losses.mean_bits(0.5 * (ratio * (data - estimate)) ** 2)
 
   _, values = jax.lax.scan(lambda _, index: (None, integrand(index)), None, jnp.arange(draws))
   diffusion, error = _sum_of_pairs(values.T.reshape(count, -1, 2), width)
@@ -165,17 +169,17 @@ def continuous_bound(
 
 def _level_bits(process: Process, x_0: Array, x_t: Array, t: Array) -> Array:
   """-log2 of the share that x_0 has of q(x_t | .) among all levels, per dimension [B]."""
-  alpha, sigma = process.alpha(t), process.sigma(t)
+  levels = jnp.asarray(np.linspace(-1, 1, LEVELS), x_0.dtype).reshape((1,) * x_0.ndim + (-1,))
+  alpha, sigma, x_0, x_t, levels = widen(process.alpha(t), process.sigma(t), x_0, x_t, levels)
 
   def log_density(value):
     return -0.5 * ((x_t[..., None] - alpha * value) / sigma) ** 2
 
-  levels = jnp.asarray(np.linspace(-1, 1, LEVELS), x_0.dtype)
   return losses.mean_bits(jax.nn.logsumexp(log_density(levels), -1) - log_density(x_0[..., None])[..., 0])
 
 
 def _sum_of_pairs(values: Array, widths) -> tuple[Array, Array]:
-  """The sum over strata of `widths` ([] or [H]) times their mean, from two draws in each [B, H, 2], and its standard error, both [B]."""
+  """The sum over strata of `widths` ([] or [1, H]) times their mean, from two draws in each [B, H, 2], and its standard error, both [B]."""
   total = jnp.sum(widths * jnp.mean(values, -1), 1)
   # Half the difference squared is the variance of the mean of two, without bias.
   return total, 0.5 * jnp.sqrt(jnp.sum((widths * (values[..., 0] - values[..., 1])) ** 2, 1))

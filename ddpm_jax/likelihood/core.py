@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
-from ddpm_jax.processes import Process, check_floats
+from ddpm_jax.processes import Process, check_batch
 
 Array = jax.Array
 
@@ -48,7 +48,7 @@ def summary(bits, axis: int = 0) -> Summary:
 
 def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
   """Raises a ValueError unless `x_0` [B, ...] holds floats, known ones on the 256 levels if so wanted, with a key for each or one."""
-  check_floats(x_0)
+  check_batch(x_0)
   if jnp.ndim(x_0) < 2:
     raise ValueError(f"Got data of shape {jnp.shape(x_0)}; wanted a batch of them, [B, ...].")
   randomness.check_keys(key, x_0.shape[0])

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widest
 from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time
@@ -38,6 +40,7 @@ class OdeBits(NamedTuple):
   nfe: Array
 
 
+@check_kinds
 def ode_bits(
   key: Array,
   process: Process,
@@ -97,7 +100,7 @@ def ode_bits(
   _check(probes, noise, exact, dimensions)
   t_min = first_time(process) if t_min is None else t_min
   check_t_min(process, t_min)
-  precision = jnp.promote_types(x_0.dtype, jnp.float32)
+  precision = widest(x_0)
   x = x_0.astype(precision)
   if dequantize:
     level = jnp.round((x + 1) * (0.5 * (LEVELS - 1)))
@@ -107,7 +110,7 @@ def ode_bits(
 
   def slope(t, state):
     def velocity(x):
-      return flow(process, lambda x, t: network(x.astype(x_0.dtype), t), x, t)
+      return flow(process, lambda x, t: network(x.astype(x_0.dtype), t), x, t).astype(x.dtype)
 
     x = state[:, :dimensions].reshape(shape)
     value, divergences = _with_divergence(velocity, x, vectors, reverse=reverse)
@@ -117,7 +120,7 @@ def ode_bits(
   start = jnp.concatenate([x.reshape(shape[0], -1), jnp.zeros((shape[0], count), precision)], axis=1)
   end, nfe = rk45(slope, start, t_min, process.t_max, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=True)
   z, gained = end[:, :dimensions], end[:, dimensions:]
-  sigma = process.sigma(as_time(process.t_max))
+  sigma = process.sigma(as_time(process.t_max)).astype(precision)
   log_prior = -0.5 * jnp.sum((z / sigma) ** 2 + jnp.log(2 * jnp.pi * sigma**2), axis=1, keepdims=True)
   by_probe = -(log_prior + gained) / (dimensions * math.log(2)) + (math.log2(LEVELS / 2) if dequantize else 0)
   return OdeBits(jnp.mean(by_probe, axis=1), by_probe, nfe)

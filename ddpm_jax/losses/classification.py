@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import predictions
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.losses.denoising import perturbed
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.processes import Process
@@ -13,6 +14,7 @@ from ddpm_jax.processes import Process
 Array = jax.Array
 
 
+@check_kinds
 def classification_loss(
   key: Array,
   apply: Callable[..., Array],
@@ -53,5 +55,6 @@ def classification_loss(
   t, importance, _, x_t = perturbed(key, process, x_0, times)
   log_probs = predictions.classifier(apply, process, label=label, input_scale=input_scale)(x_t, t)
   loss = -jnp.take_along_axis(log_probs, classes[:, None], axis=1)[:, 0]
-  correct = (jnp.argmax(log_probs, axis=1) == classes).astype(loss.dtype)
-  return jnp.mean(importance * loss), {"t": t, "loss": loss, "correct": correct}
+  likeliest = jnp.argmax(log_probs, axis=1)
+  correct = (likeliest == classes.astype(likeliest.dtype)).astype(loss.dtype)
+  return jnp.mean(importance.astype(loss.dtype) * loss), {"t": t, "loss": loss, "correct": correct}

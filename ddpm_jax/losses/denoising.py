@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
 from ddpm_jax.predictions import Prediction, check_readable, coefficients, read_network
-from ddpm_jax.processes import Process, check_floats
+from ddpm_jax.processes import Process, check_batch
 
 Array = jax.Array
 
@@ -41,7 +43,7 @@ class Draw(NamedTuple):
 def perturbed(key: Array, process: Process, x_0: Array, times: TimeDistribution) -> tuple[Array, Array, Array, Array]:
   """Times [B], their importance weights [B], noise [B, ...] and noisy data [B, ...], from one key or one a sample."""
   randomness.check_key(key)
-  check_floats(x_0)
+  check_batch(x_0)
   keys = randomness.sample_keys(key, jnp.arange(x_0.shape[0])) if key.ndim == 0 else key
   t, importance = times(randomness.fold_in(keys, 0))
   eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape, x_0.dtype)
@@ -55,7 +57,7 @@ def draw(
   check_readable(process, prediction)
   t, importance, eps, x_t = perturbed(key, process, x_0, times)
   output, variance = read_network(apply, process, prediction, x_t, t, label)
-  target = prediction.target(x_0, eps, *coefficients(process, prediction, t, x_0))
+  target = prediction.target(*widen(x_0, eps, *coefficients(process, prediction, t, x_0)))
   return Draw(t, importance, x_t, target, output, variance)
 
 
@@ -66,10 +68,11 @@ def squared_error(drawn: Draw, process: Process, prediction: Prediction, weighti
   alpha = jnp.maximum(process.alpha(drawn.t), sigma * jnp.exp(0.5 * _LEAST_LOG_SNR))
   slope = prediction.to_x0(jnp.ones_like(alpha), jnp.zeros_like(alpha), alpha, sigma, *slopes)
   scale = weighting(jnp.maximum(process.log_snr(drawn.t), _LEAST_LOG_SNR)) * (slope * alpha / sigma) ** 2
-  error = jnp.square(drawn.output.astype(scale.dtype) - drawn.target)
+  error = jnp.square(drawn.output.astype(scale.dtype) - drawn.target.astype(scale.dtype))
   return scale * jnp.mean(error.reshape(error.shape[0], -1), axis=1)
 
 
+@check_kinds
 def denoising_loss(
   key: Array,
   apply: Callable[..., Array],
@@ -101,4 +104,4 @@ def denoising_loss(
   """
   drawn = draw(key, apply, process, prediction, x_0, times, label)
   loss = squared_error(drawn, process, prediction, weighting)
-  return jnp.mean(drawn.importance * loss), {"t": drawn.t, "loss": loss}
+  return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {"t": drawn.t, "loss": loss}

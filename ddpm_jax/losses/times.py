@@ -10,12 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.processes import Process, last_step
 
 Array = jax.Array
 TimeDistribution = Callable[[Array], tuple[Array, Array]]
 
 
+@check_kinds
 def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
   """Times uniform over the steps 1..N of a discrete process, or over [t_min, t_max] of a continuous one.
 
@@ -30,6 +32,7 @@ def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
   return _unweighted(lambda keys: place(jax.vmap(jax.random.uniform)(keys)))
 
 
+@check_kinds
 def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistribution:
   """Uniform times spread evenly over the batch from one random offset, for a loss of less variance (Kingma et al. 2021, appendix I).
 
@@ -51,6 +54,7 @@ def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistrib
   return _unweighted(draw)
 
 
+@check_kinds
 def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDistribution:
   """log(sigma / alpha) normal (Karras et al. 2022, table 1), cut off at the process's t_min and t_max.
 
@@ -66,6 +70,7 @@ def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDi
   return _unweighted(lambda keys: _snap(process, process.time_of(-2 * (mean + std * _normals(keys)))))
 
 
+@check_kinds
 def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeDistribution:
   """t = t_max / (1 + exp(-z)) for normal z (Esser et al. 2024, section 3.1).
 
@@ -93,6 +98,7 @@ class LossMoments(NamedTuple):
   seen: Array
 
 
+@check_kinds
 def loss_moments(process: Process, size: int = 10) -> LossMoments:
   """The empty moments to start with, of `size` losses a step.
 
@@ -105,22 +111,24 @@ def loss_moments(process: Process, size: int = 10) -> LossMoments:
     )
   if size < 1:
     raise ValueError(f"Got size={size}; wanted at least 1 loss a step, such as 10.")
-  return LossMoments(jnp.zeros((process.num_steps, size)), jnp.zeros((process.num_steps,), jnp.int32))
+  return LossMoments(jnp.zeros((process.num_steps, size), jnp.float32), jnp.zeros((process.num_steps,), jnp.int32))
 
 
+@check_kinds
 def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
   """The moments after a batch, given its times and losses [B]: the `t` and `loss` that the losses return."""
   steps = jnp.round(t * moments.history.shape[0]).astype(jnp.int32) - 1
 
   def add(moments, item):
     step, value = item
-    row = jnp.append(moments.history[step, 1:], value)
+    row = jnp.append(moments.history[step, 1:], value.astype(moments.history.dtype))
     seen = jnp.minimum(moments.seen[step] + 1, moments.history.shape[1])
     return LossMoments(moments.history.at[step].set(row), moments.seen.at[step].set(seen)), None
 
   return jax.lax.scan(add, moments, (steps, loss))[0]
 
 
+@check_kinds
 def importance(process: Process, moments: LossMoments, uniform_share: float = 0.001) -> TimeDistribution:
   """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen
 from ddpm_jax.losses.denoising import draw, squared_error
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
@@ -20,12 +22,15 @@ from ddpm_jax.processes import Process, expand
 Array = jax.Array
 
 
+@check_kinds
 def prior_bits(process: Process, x_0: Array) -> Array:
   """KL(q(x_T | x_0) || prior) in bits per dimension [B], for data [B, ...]: the bound's term that no network can lower."""
   t = jnp.asarray(process.t_max)
-  return mean_bits(0.5 * (process.alpha(t) / process.sigma(t) * x_0) ** 2)
+  ratio, data = widen(process.alpha(t) / process.sigma(t), x_0)
+  return mean_bits(0.5 * (ratio * data) ** 2)
 
 
+@check_kinds
 def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256) -> Array:
   """-log2 of the mass that a Gaussian puts on x_0's bin, per dimension [B] (Ho et al. 2020, equation 13).
 
@@ -35,6 +40,7 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
     log_variance: of the Gaussian, [B, ...] or what broadcasts to it.
     levels: the number of values; the first and the last bin reach to infinity.
   """
+  x_0, mean, log_variance = widen(x_0, mean, log_variance)
   half, scale = 1 / (levels - 1), jnp.exp(-0.5 * log_variance)
   upper = jnp.where(x_0 > 1 - half, jnp.inf, (x_0 + half - mean) * scale)
   lower = jnp.where(x_0 < -1 + half, -jnp.inf, (x_0 - half - mean) * scale)
@@ -47,6 +53,7 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
   return mean_bits(-log_upper - jnp.log(-jnp.expm1(gap)))
 
 
+@check_kinds
 def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, variance: str = "small") -> Array:
   """The bound's term of steps n = N t, in bits per dimension [B] (Ho et al. 2020, equation 5).
 
@@ -86,17 +93,19 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
   small = 2 * jnp.log(process.sigma(later_s)) + jnp.log(added)
   large = jnp.log(process.step_variance(t, s))
   small, large = expand(small, x_0), expand(large, x_0)
+  pull, x_0_hat = expand(process.alpha(later_s) * added, x_0), x_0_of(denoised)
+  small, large, pull, x_0, x_0_hat = widen(small, large, pull, x_0, x_0_hat)
   if variance == "learned":
-    model = denoised.fraction * large + (1 - denoised.fraction) * small
+    fraction = denoised.fraction.astype(large.dtype)
+    model = fraction * large + (1 - fraction) * small
   else:
     model = small if variance == "small" else jnp.where(expand(step, x_0) > 1, large, small)
-  x_0_hat = x_0_of(denoised)
-  pull = expand(process.alpha(later_s) * added, x_0)
   ratio = small - model
   kl = 0.5 * (jnp.expm1(ratio) - ratio + (pull * (x_0 - x_0_hat)) ** 2 * jnp.exp(-model))
   return jnp.where(step > 1, mean_bits(kl), decoder_bits(x_0, x_0_hat, model))
 
 
+@check_kinds
 def hybrid_loss(
   key: Array,
   apply: Callable[..., Array],
@@ -140,14 +149,20 @@ def hybrid_loss(
     )
   drawn = draw(key, apply, process, prediction, x_0, times, label)
   error = squared_error(drawn, process, prediction, weighting)
-  mean = prediction.to_x0(drawn.output, drawn.x_t, *coefficients(process, prediction, drawn.t, x_0))
+  mean = prediction.to_x0(*widen(drawn.output, drawn.x_t, *coefficients(process, prediction, drawn.t, x_0)))
   assert drawn.variance is not None
   denoised = Denoised(mean, 0.5 * (drawn.variance + 1))
   bits = vlb_bits(process, map_x_0(jax.lax.stop_gradient, denoised), x_0, drawn.x_t, drawn.t, variance="learned")
   loss = error + vlb_weight * num_steps * bits
-  return jnp.mean(drawn.importance * loss), {"t": drawn.t, "loss": loss, "squared_error": error, "vlb_bits": bits}
+  return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {
+    "t": drawn.t,
+    "loss": loss,
+    "squared_error": error,
+    "vlb_bits": bits,
+  }
 
 
+@check_kinds
 def mean_bits(nats: Array) -> Array:
   """Nats [B, ...] in bits per dimension [B], the mean over all dimensions."""
   return jnp.mean(nats.reshape(nats.shape[0], -1), axis=1) / math.log(2)

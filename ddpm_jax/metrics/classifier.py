@@ -14,6 +14,7 @@ import optax
 from tqdm import tqdm
 
 from ddpm_jax import sealed
+from ddpm_jax.floats import promoting
 from ddpm_jax.images import from_uint8
 from ddpm_jax.metrics.features import FeatureSpace
 from ddpm_jax.networks.recognition import Recognizer
@@ -71,7 +72,7 @@ def train_classifier(
       return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     value, gradient = jax.value_and_grad(loss)(params)
-    updates, state = optimizer.update(gradient, state)
+    updates, state = promoting(optimizer.update)(gradient, state)
     return optax.apply_updates(params, updates), state, value
 
   apply = jax.jit(lambda params, x: network.apply({"params": params}, x)[0])
@@ -123,7 +124,10 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
     standard = params["standard"]
     weights = {name: leaves for name, leaves in params.items() if name != "standard"}
     features, logits = cast(tuple[Array, Array], network.apply({"params": weights}, x))
-    return {"features": (features - standard["mean"]) / standard["scale"], "log_probs": jax.nn.log_softmax(logits)}
+    return {
+      "features": (features - standard["mean"][None]) / standard["scale"][None],
+      "log_probs": jax.nn.log_softmax(logits),
+    }
 
   return FeatureSpace("classifier", params, prepare, apply, provenance or {})
 

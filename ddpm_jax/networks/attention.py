@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ddpm_jax.floats import promoting, widest
+
 Array = jax.Array
 
 
@@ -32,7 +34,7 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
     raise ValueError(
       f"Got queries of shape {q.shape}, keys of {k.shape} and values of {v.shape}; wanted [B, N, heads, C] and twice [B, M, heads, C]."
     )
-  plainly = partial(jax.nn.dot_product_attention, implementation=implementation)
+  plainly = promoting(partial(jax.nn.dot_product_attention, implementation=implementation))
   if implementation is not None:
     return plainly(q, k, v)
   # Computed again in the backward pass by name, which XLA's elimination of common expressions undoes: what JAX keeps for it, and what a plan
@@ -42,7 +44,7 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
 
 
 def _by_heads(q: Array, k: Array, v: Array) -> Array:
-  exact = jnp.promote_types(v.dtype, jnp.float32)
+  exact = widest(v)
   queries, keys, values = (jnp.swapaxes(x.astype(exact), 1, 2) for x in (q, k, v))
   scores = jnp.matmul(queries * q.shape[-1] ** -0.5, jnp.swapaxes(keys, 2, 3))
   # Any number of a row may be subtracted: the result is the same, and so is its gradient.

@@ -68,7 +68,7 @@ class Inception(nn.Module):
     if last > TAPS.index("2048"):
       dense = nn.Dense(CLASSES, use_bias=False, precision="highest", name="fc")
       found["logits_unbiased"] = dense(found["2048"])
-      found["logits"] = found["logits_unbiased"] + self.param("fc_bias", nn.initializers.zeros, (CLASSES,))
+      found["logits"] = found["logits_unbiased"] + self.param("fc_bias", nn.initializers.zeros, (CLASSES,), jnp.float32)
     return {tap: found[tap] for tap in self.taps}
 
   def _first(self, x: Array, found: dict[str, Array]) -> Array:

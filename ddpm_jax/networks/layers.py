@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.floats import widest
 from ddpm_jax.networks import convolution
 from ddpm_jax.networks.attention import attend
 from ddpm_jax.networks.sums import spread, total
@@ -22,13 +23,15 @@ Array = jax.Array
 # Ho et al.'s initialization: uniform, scaled by the mean of fan-in and fan-out.
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZEROS = nn.initializers.zeros
+# Song et al.'s and Karras et al.'s of queries, keys and values: a tenth of the variance.
+SONG_ATTENTION = nn.initializers.variance_scaling(0.1, "fan_avg", "uniform")
 
 
 class Style(NamedTuple):
   """What all blocks of a network share.
 
   Attributes:
-    groups: groups of every normalization.
+    groups: groups of every normalization; 0: as many as `groups_of` says.
     epsilon: added to the variance in every normalization.
     dropout: the dropout rate inside residual blocks, in training.
     scale_shift: whether the embedding scales and shifts the second normalization, or is added before it.
@@ -56,6 +59,35 @@ class Style(NamedTuple):
     return (x + branch) * math.sqrt(0.5) if self.song else x + branch
 
 
+def groups_of(features: int) -> int:
+  """The groups of Karras et al. 2022: of four features or more, and at most 32."""
+  return max(min(32, features // 4), 1)
+
+
+def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
+  """Make a parameter of a module in float32, whatever JAX's default type is: a checkpoint must not depend on `jax_enable_x64`."""
+  return module.param(name, init, tuple(shape), jnp.float32)
+
+
+# Names of the parameters that are not trained.
+CONSTANTS = ("time_frequencies",)
+
+
+def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
+  """Make a parameter that is drawn once and not trained. `CONSTANTS` must have its name, for weight decay ignores gradients."""
+  if name not in CONSTANTS:
+    raise ValueError(f"Got a constant {name!r}; wanted one of {', '.join(CONSTANTS)}. Add it to layers.CONSTANTS.")
+  return jax.lax.stop_gradient(parameter(module, name, init, shape))
+
+
+def trainable(params: Any) -> Any:
+  """Return a tree like `params`, or like their updates, of booleans: False for the parameters that are not trained.
+
+  Of optax's optimizers, `mask=networks.trainable` keeps weight decay off the others.
+  """
+  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in CONSTANTS, params)
+
+
 def sinusoidal_embedding(
   label: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0
 ) -> Array:
@@ -69,15 +101,15 @@ def sinusoidal_embedding(
   if features % 2 or features < 4:
     raise ValueError(f"Got {features} features for a sinusoidal embedding; wanted an even number, 4 or more.")
   half = features // 2
-  frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half) / (half - frequency_shift))
-  angles = label.astype(jnp.float32)[:, None] * frequencies
+  frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift))
+  angles = label.astype(jnp.float32)[:, None] * frequencies[None]
   waves = [jnp.sin(angles), jnp.cos(angles)]
   return jnp.concatenate(waves[::-1] if cos_first else waves, axis=-1)
 
 
 def fourier_embedding(label: Array, frequencies: Array) -> Array:
-  """Sines, then cosines [B, 2F] of labels [B] at random frequencies [F], which are not trained (Song et al. 2021)."""
-  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)
+  """Sines, then cosines [B, 2F] of labels [B] at random frequencies [F] (Song et al. 2021)."""
+  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -87,7 +119,7 @@ class GroupNorm(nn.Module):
   As one scale and one shift a channel, from sums over the positions alone: data are read twice, and C is never split.
 
   Attributes:
-    groups: how many; they divide the channels.
+    groups: how many; they divide the channels. 0: as many as `groups_of` says.
     epsilon: added to the variance.
     dtype: of the result; statistics are in float32 at least.
   """
@@ -100,8 +132,15 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
     """x [B, *space, C] -> the same in `dtype`, times 1 + scale [B, C] plus shift [B, C] where they are given."""
     features = x.shape[-1]
-    a, b = (self.param(name, init, (features,)) for name, init in (("scale", nn.initializers.ones), ("bias", ZEROS)))
-    return _normalize(x, a, b, scale, shift, self.groups, self.epsilon, self.dtype)
+    groups = self.groups or groups_of(features)
+    if features % groups:
+      raise ValueError(
+        f"Got {features} features in {groups} groups (groups={self.groups}); wanted groups that divide them. Change channels, multipliers or"
+        " groups."
+      )
+    a = parameter(self, "scale", nn.initializers.ones, (features,))
+    b = parameter(self, "bias", ZEROS, (features,))
+    return _normalize(x, a, b, scale, shift, groups, self.epsilon, self.dtype)
 
 
 # Functions of arrays that a network calls many times are jitted: those of one shape are traced once.
@@ -111,8 +150,8 @@ def _normalize(
 ) -> Array:
   """`GroupNorm` with the parameters a and b [C]."""
   features = x.shape[-1]
-  flat = x.reshape(x.shape[0], -1, features).astype(jnp.promote_types(x.dtype, jnp.float32))
-  size = flat.shape[1]
+  flat = x.reshape(x.shape[0], -1, features).astype(widest(x))
+  a, b, size = a.astype(flat.dtype), b.astype(flat.dtype), flat.shape[1]
 
   def mean(sums: Array) -> Array:
     of_group = jnp.mean(sums.reshape(-1, groups, features // groups), axis=-1) / size
@@ -120,12 +159,13 @@ def _normalize(
 
   middle = mean(total(flat))
   variance = jnp.maximum(mean(total(flat * flat)) - middle**2, 0)
-  a = a * jax.lax.rsqrt(variance + epsilon)
-  b = b - middle * a
+  a = a[None] * jax.lax.rsqrt(variance + epsilon)
+  b = b[None] - middle * a
   if scale is not None:
-    a, b = a * (1 + scale), b * (1 + scale)
+    factor = (1 + scale).astype(a.dtype)
+    a, b = a * factor, b * factor
   if shift is not None:
-    b = b + shift
+    b = b + shift.astype(b.dtype)
   return (flat * spread(a, size) + spread(b, size)).astype(dtype).reshape(x.shape)
 
 
@@ -154,8 +194,8 @@ class Conv(nn.Module):
   def __call__(self, x: Array) -> Array:
     """[B, *space, C] -> [B, *space, features], of other sides by strides, padding and doubling."""
     axes = x.ndim - 2
-    kernel = self.param("kernel", self.kernel_init, (self.size,) * axes + (x.shape[-1], self.features))
-    bias = self.param("bias", ZEROS, (self.features,))
+    kernel = parameter(self, "kernel", self.kernel_init, (self.size,) * axes + (x.shape[-1], self.features))
+    bias = parameter(self, "bias", ZEROS, (self.features,))
     x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
     if self.doubled:
       return add_bias(convolution.convolve_doubled(x, kernel, double), bias)
@@ -177,8 +217,8 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, ..., C] -> [B, ..., features]."""
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-    bias = self.param("bias", ZEROS, (self.features,))
+    kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+    bias = parameter(self, "bias", ZEROS, (self.features,))
     x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
     # As one matrix: the kernel's gradient is then one product, and no transposed copy of x is made for it.
     y = x.reshape(-1, x.shape[-1]) @ kernel
@@ -298,14 +338,15 @@ class AttentionBlock(nn.Module):
     features, dtype = x.shape[-1], self.style.dtype
     h = self.style.norm("group_norm")(x) if self.norm else x
     h = h.reshape(x.shape[0], -1, features)
-    q, k, v = (heads_of(h, self.heads, name, dtype) for name in ("to_q", "to_k", "to_v"))
+    init = SONG_ATTENTION if self.style.song else INIT
+    q, k, v = (heads_of(h, self.heads, name, dtype, init) for name in ("to_q", "to_k", "to_v"))
     h = attend(q, k, v, self.style.attention).reshape(x.shape)
     return self.style.join(x, Dense(features, dtype, ZEROS, name="to_out")(h))
 
 
-def heads_of(x: Array, heads: int, name: str, dtype: Any) -> Array:
+def heads_of(x: Array, heads: int, name: str, dtype: Any, kernel_init: Any = INIT) -> Array:
   """A projection [B, N, C] -> [B, N, heads, C / heads]."""
-  y = Dense(x.shape[-1], dtype, name=name)(x)
+  y = Dense(x.shape[-1], dtype, kernel_init, name=name)(x)
   return y.reshape(*x.shape[:-1], heads, -1)
 
 
@@ -350,7 +391,7 @@ class AttentionPool(nn.Module):
     x = x.reshape(batch, -1, channels)
     x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
     spread = nn.initializers.normal(channels**-0.5)
-    x = x + self.param("positions", spread, (x.shape[1], channels)).astype(x.dtype)
+    x = x + parameter(self, "positions", spread, (x.shape[1], channels)).astype(x.dtype)[None]
     # Only what the mean receives is used.
     q = heads_of(x[:, :1], self.heads, "to_q", dtype)
     k, v = (heads_of(x, self.heads, name, dtype) for name in ("to_k", "to_v"))

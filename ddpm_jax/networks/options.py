@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ddpm_jax import memory
+from ddpm_jax.networks.layers import groups_of
 
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
 # Of something, of which there may be none.
@@ -42,9 +43,9 @@ def _check_values(network: Any) -> None:
       f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; wanted at least one level,"
       " one block and one channel, all positive."
     )
-  if n.groups < 1 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
+  if n.groups < 0 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
     raise ValueError(
-      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; wanted 1 or more groups and heads,"
+      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; wanted groups at least 0, 1 head or more,"
       " dropout in [0, 1) and epsilon above 0."
     )
   last = len(n.multipliers) - 1
@@ -79,7 +80,12 @@ def _check_features(network: Any) -> None:
     features = n.channels * multiplier
     heads = f"head_channels={n.head_channels}" if n.head_channels else f"heads={n.heads}"
     uneven = level in attended and round(features) % (n.head_channels or n.heads)
-    if features < 1 or abs(features - round(features)) > 1e-6 or round(features) % n.groups or uneven:
+    if (
+      features < 1
+      or abs(features - round(features)) > 1e-6
+      or round(features) % (n.groups or groups_of(round(features)))
+      or uneven
+    ):
       raise ValueError(
         f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; wanted a whole"
         " number that groups divide and, where there is attention, heads too. Change channels, multipliers, groups or heads."

@@ -1,6 +1,7 @@
 """The U-Net of the diffusion papers, and its first half as a classifier, for data of one, two or three axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ class Backbone(nn.Module):
     heads: attention heads.
     head_channels: if above 0, the features of a head, of which there are then as many as fit.
     dropout: the dropout rate inside residual blocks, in training.
-    groups: groups of every normalization.
+    groups: groups of every normalization; 0: min(32, C / 4) of C features, as in EDM's networks (Karras et al. 2022).
     epsilon: added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
     time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier", of random frequencies (NCSN++).
     time_features: features of that embedding; 0: as many as `channels`.
@@ -42,8 +43,10 @@ class Backbone(nn.Module):
     symmetric_padding: whether strided convolutions pad both ends (ADM) or the far one (DDPM).
     filter: the filter of residual resampling, (1, 1) or, in NCSN++, (1, 3, 3, 1).
     song: the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022): sums divided by sqrt(2), 1x1 convolutions
-      beside resampling, attention on the way up after the last block of a level only, and labels added to the
-      features of time, before the dense layers.
+      beside resampling, attention on the way up after the last block of a level only, queries, keys and values that start with
+      a tenth of the variance, and labels added to the features of time, before the dense layers, as one-hot vectors times
+      sqrt(num_classes). With label dropout `num_classes` counts the class that stands for none, so of K classes the factor is
+      sqrt(K + 1); EDM's code has sqrt(K), and zeros for none.
     progressive_input: whether the input, halved again and again, joins each level (NCSN++'s "residual").
     num_classes: the number of classes of a conditional network; 0 for an unconditional one.
     vector_embedding: how a continuous vector conditions the network: "" none; "dense", by two layers of its own, whatever
@@ -177,17 +180,18 @@ class Backbone(nn.Module):
   def _dense(self, x: Array, features: int, name: str, bias: bool = True) -> Array:
     return nn.Dense(features, use_bias=bias, kernel_init=layers.INIT, dtype=self.dtype, name=name)(x)
 
-  def _time(self, label: Array) -> Array:
+  def _embedding_of_time(self) -> Callable[[Array], Array]:
     features = self.time_features or self.channels
     if self.time_embedding == "fourier":
-      frequencies = self.param("time_frequencies", nn.initializers.normal(16.0), (features // 2,))
-      return layers.fourier_embedding(label, frequencies)
-    cos_first = self.time_embedding == "cos_sin"
-    return layers.sinusoidal_embedding(label, features, cos_first=cos_first, frequency_shift=self.frequency_shift)
+      frequencies = layers.constant(self, "time_frequencies", nn.initializers.normal(16.0), (features // 2,))
+      return partial(layers.fourier_embedding, frequencies=frequencies)
+    cos_first, shift = self.time_embedding == "cos_sin", self.frequency_shift
+    return partial(layers.sinusoidal_embedding, features=features, cos_first=cos_first, frequency_shift=shift)
 
   def _embed(self, label: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
     """What every block receives [B, embedding_features]."""
-    width, embedding = self.embedding_features or 4 * self.channels, self._time(label)
+    width, embed_time = self.embedding_features or 4 * self.channels, self._embedding_of_time()
+    embedding = embed_time(label)
     features = embedding.shape[-1]
 
     def two_layers(x, name):
@@ -206,7 +210,7 @@ class Backbone(nn.Module):
       embedding += nn.Embed(self.num_classes, width, dtype=self.dtype, name="classes")(classes)
     if vector is not None:
       if self.vector_embedding == "time":
-        vector = self._time(vector)
+        vector = embed_time(vector)
       embedding += vector if self.vector_embedding == "identity" else two_layers(vector, "vector")
     return embedding
 

@@ -188,7 +188,7 @@ def _summary(config: ConfigDict, kind: str, values: np.ndarray) -> dict[str, Any
     found |= {
       "nfe": float(values[:, 1].mean()),
       "most_nfe": int(values[:, 1].max()),
-      "tolerance": config.sampling.tolerance,
+      "tolerance": c.likelihood_tolerance,
     }
     found["trace"] = f"{c.probes} {c.probe_noise} probe(s)" if c.probes else "exact"
     found["dequantization"] = "uniform"

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time, check_floats, expand
 from ddpm_jax.sampling.core import estimate
@@ -45,6 +47,7 @@ class _Integration(NamedTuple):
   nfe: Array
 
 
+@check_kinds
 def ode(
   process: Process,
   denoise: Denoise,
@@ -100,11 +103,12 @@ def ode(
 
 def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
   """The slope dx/dt = alpha' x_0 + sigma' eps [B, ...] of the probability flow at times t > 0, a scalar or [B]."""
-  x_0, eps = estimate(process, denoise, x_t, t)
-  alpha_slope, sigma_slope = (expand(slope, x_t) for slope in process.slopes(t))
+  slopes = (expand(slope, x_t) for slope in process.slopes(t))
+  x_0, eps, alpha_slope, sigma_slope = widen(*estimate(process, denoise, x_t, t), *slopes)
   return alpha_slope * x_0 + sigma_slope * eps
 
 
+@check_kinds
 def rk45(
   fun: Callable[[Array, Array], Array],
   x: Array,
@@ -137,7 +141,7 @@ def rk45(
   if not (0 < rtol < math.inf and 0 < atol < math.inf):
     raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both finite and above 0, such as 1e-5.")
   t, end = as_time(t), as_time(end)
-  dtype, precision = x.dtype, jnp.promote_types(jnp.promote_types(x.dtype, t.dtype), end.dtype)
+  dtype, precision = x.dtype, widest(x, t, end)
   # What the solution is controlled by has the shape `lead`: one value for all, or one a row.
   lead, axes = (x.shape[:1], tuple(range(1, x.ndim))) if per_sample else ((), None)
   x, t, end = x.astype(precision), jnp.full(lead, t, precision), end.astype(precision)

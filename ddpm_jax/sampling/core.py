@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, check_floats, expand
 
@@ -45,7 +47,8 @@ def no_memory(x: Array) -> tuple[()]:
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
   """What the network says of x_t at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`."""
   x_0 = x_0_of(denoise(x_t, t))
-  return x_0, (x_t - expand(process.alpha(t), x_t) * x_0) / expand(process.sigma(t), x_t)
+  x_0, x_t, alpha, sigma = widen(x_0, x_t, expand(process.alpha(t), x_t), expand(process.sigma(t), x_t))
+  return x_0, (x_t - alpha * x_0) / sigma
 
 
 def checked(denoise: Denoise) -> Denoise:
@@ -70,6 +73,7 @@ def root(variance) -> Array:
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
 
+@check_kinds
 def nfe(sampler: Sampler, process: Process, times) -> int:
   """The number of network evaluations of `sample` on a grid whose values are known."""
   between, to_data, at_zero_snr = sampler.calls
@@ -79,17 +83,16 @@ def nfe(sampler: Sampler, process: Process, times) -> int:
   return between * (len(times) - 1 - last - empty) + to_data * last + at_zero_snr * empty
 
 
-def check_times(times, sampler: Sampler) -> None:
-  """Raises a ValueError unless `times` is a grid to sample on; only shapes are checked where values are not yet known."""
+def check_times(times, sampler: Sampler, x: Array) -> None:
+  """Raise a ValueError unless `times` is a grid on which to sample `x`; of traced times only the shape is checked."""
   if np.ndim(times) != 1 or np.shape(times)[0] < 2:
     raise ValueError(
       f"Got times of shape {np.shape(times)}; wanted a one-dimensional grid of at least 2 times, such as sampling.grids.uniform(process, 50)."
     )
   if isinstance(times, jax.core.Tracer):
     return
-  # In the precision that the loop has: times that are one there would be a step of no length.
-  values = np.asarray(times)
-  values = values.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(values.dtype, jnp.float32))).astype(np.float64)
+  # In the precision of the loop: times that are equal there would be a step of no length.
+  values = np.asarray(times).astype(widest(x)).astype(np.float64)
   rising = bool(np.all(np.diff(values) > 0))
   if not rising and not np.all(np.diff(values) < 0):
     raise ValueError(
@@ -113,11 +116,12 @@ def check_times(times, sampler: Sampler) -> None:
     )
 
 
+@check_kinds
 def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, return_trajectory: bool = False):
   """Takes `x` along a grid of times, one compiled scan that traces the network once for each place a step calls it.
 
-  Call it inside `jax.jit`: called bare, it compiles anew each time. The state is carried in float32 at least, whatever the
-  dtype of `x`, in which the network is called: in bfloat16 the changes of a small step would be rounded away.
+  Call it inside `jax.jit`: called bare, it compiles anew each time. State and times have the type of `x`, but float32 at
+  least: in bfloat16 the changes of a small step would be rounded away. The network is called in the type of `x`.
 
   Args:
     key: one key, or one a sample [B], which makes sample i a function of x[i] and key i alone.
@@ -137,11 +141,11 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
   """
   randomness.check_key(key)
   check_floats(x)
-  check_times(times, sampler)
-  known, times = not isinstance(times, jax.core.Tracer), as_time(times)
+  check_times(times, sampler, x)
+  dtype, precision = x.dtype, widest(x)
+  known, times = not isinstance(times, jax.core.Tracer), as_time(times).astype(precision)
   if known:
     times = jnp.minimum(times, sampler.t_max)  # they may pass it by the checks' margin
-  dtype, precision = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
   if sampler.prepare is not None:
     sampler = sampler.prepare(times.shape[0] - 1)
 

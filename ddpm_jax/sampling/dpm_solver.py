@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler, estimate, no_memory, root
@@ -20,6 +21,7 @@ from ddpm_jax.sampling.euler import check_eta, ddim, fresh_noise
 from ddpm_jax.sampling.exponential import Past, half_log_snr, infinite, integral_of_x_0
 
 
+@check_kinds
 def dpm_solver(process: Process, order: int = 3) -> Sampler:
   """DPM-Solver-1, -2 and -3, singlestep, on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2); order 1 is DDIM.
 
@@ -71,6 +73,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
   return Sampler(no_memory, step, process.t_max, reversible=True, calls=(order, 1, 1))
 
 
+@check_kinds
 def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
   """DPM-Solver++(2S): the estimate of x_0 half way in lambda (Lu et al. 2022b, algorithm 1); two network calls a step.
 
@@ -101,6 +104,7 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
   return Sampler(no_memory, step, process.t_max, reversible=eta == 0, calls=(2, 1, 1))
 
 
+@check_kinds
 def dpmpp_2m(process: Process) -> Sampler:
   """DPM-Solver++(2M): x_0 extrapolated from this step's and the last's (Lu et al. 2022b, algorithm 2); one call a step."""
 
@@ -116,6 +120,7 @@ def dpmpp_2m(process: Process) -> Sampler:
   return Sampler(lambda x: Past.empty(x, 1), step, process.t_max, reversible=True)
 
 
+@check_kinds
 def dpmpp_3m(process: Process) -> Sampler:
   """DPM-Solver++(3M): x_0 as a parabola in lambda through this step's and the last two, integrated exactly; one call a step.
 
@@ -133,6 +138,7 @@ def dpmpp_3m(process: Process) -> Sampler:
   return Sampler(lambda x: Past.empty(x, 2), step, process.t_max, reversible=True)
 
 
+@check_kinds
 def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
   """DPM-Solver++ on the reverse SDE, singlestep of order 2 (k-diffusion's `sample_dpmpp_sde`); two network calls a step.
 
@@ -172,6 +178,7 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
   return Sampler(no_memory, step, process.t_max, calls=(2, 1, 1))
 
 
+@check_kinds
 def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -> Sampler:
   """DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022b, appendix; k-diffusion's `sample_dpmpp_2m_sde`); one call a step.
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.predictions import eps_of
 from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler, estimate, no_memory, root
@@ -25,6 +26,7 @@ def fresh_noise(process: Process, t, s, eta: float):
   return sigma_s * root(1 - eta**2 * added), eta * sigma_s * root(added)
 
 
+@check_kinds
 def ddim(process: Process, eta: float = 0.0) -> Sampler:
   """DDIM (Song et al. 2021a, equation 12): eta = 0 follows the probability flow, eta = 1 is the ancestral rule.
 
@@ -47,6 +49,7 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
   return Sampler(no_memory, step, process.t_max, reversible=eta == 0)
 
 
+@check_kinds
 def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   """k-diffusion's Euler ancestral: an Euler step below s, then noise back up to it. It is `ddim` by its other name.
 
@@ -60,6 +63,7 @@ def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   return ddim(process, eta)
 
 
+@check_kinds
 def euler(
   process: Process, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
 ) -> Sampler:
@@ -79,6 +83,7 @@ def euler(
   return _churned(process, _euler_step, (1, 1, 1), s_churn, s_min, s_max, s_noise)
 
 
+@check_kinds
 def heun(
   process: Process, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
 ) -> Sampler:

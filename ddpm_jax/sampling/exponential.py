@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.floats import widest
 from ddpm_jax.processes import Process, as_time
 
 Array = jax.Array
@@ -29,7 +30,7 @@ class Past(NamedTuple):
   @classmethod
   def empty(cls, x: Array, size: int) -> "Past":
     """No estimates yet."""
-    return cls((jnp.zeros_like(x),) * size, tuple(as_time(-_FAR * 10.0**i) for i in range(size)))
+    return cls((jnp.zeros_like(x),) * size, tuple(jnp.asarray(-_FAR * 10.0**i, widest(x)) for i in range(size)))
 
   def add(self, value: Array, at: Array) -> "Past":
     """With one more estimate, and the oldest forgotten."""

@@ -12,19 +12,23 @@ import jax
 import numpy as np
 
 from ddpm_jax import schedules
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.processes import Process, last_step
 
 
+@check_kinds
 def uniform(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
   """Times equally spaced from t_max to `t_min`, then 0 if t_min is positive: `num_steps` steps in all."""
   return _spaced(process, num_steps, t_min, t_max, lambda t: t, lambda value: value)
 
 
+@check_kinds
 def quadratic(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
   """Times whose square roots are equally spaced, closer together near the data (Song et al. 2021a, appendix D.2)."""
   return _spaced(process, num_steps, t_min, t_max, np.sqrt, np.square)
 
 
+@check_kinds
 def log_snr(process: Process, num_steps: int, *, t_min: float | None = None, t_max: float | None = None) -> np.ndarray:
   """Times equally spaced in log-SNR from t_max to `t_min` (by default the process's), then 0 (Lu et al. 2022, section 3.3)."""
 
@@ -34,6 +38,7 @@ def log_snr(process: Process, num_steps: int, *, t_min: float | None = None, t_m
   return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, lambda v: _times_of_log_snr(process, v))
 
 
+@check_kinds
 def karras(
   process: Process, num_steps: int, *, rho: float = 7.0, t_min: float | None = None, t_max: float | None = None
 ) -> np.ndarray:
@@ -54,12 +59,14 @@ def karras(
   return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, time_of)
 
 
+@check_kinds
 def trailing(process: Process, num_steps: int) -> np.ndarray:
   """Steps n = N, N - N/K, ... of a discrete process, then 0; the first is always N (Lin et al. 2023; diffusers' "trailing")."""
   last, n = _discrete(process, num_steps, "trailing")
   return _steps(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n)
 
 
+@check_kinds
 def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """Steps n = 1, 1 + N//K, ..., backwards, then 0; the last steps of the process may be left out (diffusers' "leading").
 
@@ -71,6 +78,7 @@ def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.n
   return _steps((np.arange(num_steps) * (last // num_steps))[::-1] + 1, n)
 
 
+@check_kinds
 def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """K > 1 steps from N to 1, both included, as near to equal spacing as integers allow, then 0 (diffusers' "linspace").
 

@@ -7,17 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler
 
 
+@check_kinds
 def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_steps: int = 1) -> Sampler:
   """Langevin steps at each time before the step of `sampler` (Song et al. 2021, algorithms 2 to 5).
 
   A step moves x by `e` times the score and adds noise of variance 2 e, with e = 2 (snr sigma_t)^2. That is the paper's
   step size with the norms of noise and score at the values they have on average, sqrt(D) and sqrt(D) / sigma_t: measured
-  on each sample, as in the paper, they blow up where a score is near 0, and they bias what the correction leaves alone.
+  on each sample, as in the paper, they blow up where a score is near 0, and they bias what the correction leaves alone. On VP the
+  paper (algorithm 5) and score_sde's code multiply `e` by 1 - beta_n of their 1,000 steps, which is 0.98 to 1 and no function of the
+  process: it is left out here.
 
   Args:
     sampler: the predictor.

@@ -5,14 +5,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.arguments import check_kinds
+from ddpm_jax.floats import widest
 from ddpm_jax.predictions import x_0_of
-from ddpm_jax.processes import Process, as_time
+from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler, estimate
 from ddpm_jax.sampling.dpm_solver import linear
 from ddpm_jax.sampling.euler import ddim
 from ddpm_jax.sampling.exponential import Past, half_log_snr, infinite, integral_of_eps, integral_of_x_0
 
 
+@check_kinds
 def deis(process: Process, order: int = 3) -> Sampler:
   """DEIS: Adams-Bashforth on eps as a polynomial in log(sigma / alpha) (Zhang and Chen 2023, log-rho tAB).
 
@@ -60,6 +63,7 @@ class _Corrected(NamedTuple):
   steps: jax.Array
 
 
+@check_kinds
 def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
   """UniPC on x_0: each estimate first corrects the step that led to it, then predicts the next (Zhao et al. 2023).
 
@@ -115,6 +119,6 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     return x_s, _Corrected(x, x_s, t, memory.past.add(x_0, lambda_t), memory.steps + 1)
 
   def init(x):
-    return _Corrected(x, x, as_time(process.t_max), Past.empty(x, order), jnp.array(0))
+    return _Corrected(x, x, jnp.asarray(process.t_max, widest(x)), Past.empty(x, order), jnp.array(0))
 
   return Sampler(init, step, process.t_max, reversible=True)

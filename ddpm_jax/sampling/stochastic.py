@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
+from ddpm_jax.arguments import check_kinds
 from ddpm_jax.predictions import learned_fraction, x_0_of
-from ddpm_jax.processes import Process, as_time, expand
+from ddpm_jax.processes import Process, expand
 from ddpm_jax.sampling.core import Sampler, no_memory, root
 
 
+@check_kinds
 def ancestral(process: Process, variance: str = "small") -> Sampler:
   """x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)) (Ho et al. 2020, algorithm 2, for any two times).
 
@@ -42,6 +44,7 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
   return Sampler(no_memory, step, process.t_max)
 
 
+@check_kinds
 def euler_maruyama(process: Process) -> Sampler:
   """One Euler-Maruyama step of the reverse SDE (Song et al. 2021, equation 6), and to s = 0 the denoised mean.
 
@@ -61,6 +64,7 @@ def euler_maruyama(process: Process) -> Sampler:
   return Sampler(no_memory, step, process.t_max)
 
 
+@check_kinds
 def reverse_diffusion(process: Process) -> Sampler:
   """The reverse diffusion rule: the forward step from s to t, mirrored (Song et al. 2021, equation 46).
 
@@ -85,6 +89,7 @@ def _at_ends(process: Process, x_s, x_0, z, t, s):
   return jnp.where(s > 0, x_s, x_0)
 
 
+@check_kinds
 def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
   """Data by a consistency function, noised to s, and again (Song et al. 2023, algorithm 1).
 
@@ -105,9 +110,10 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
   def step(key, denoise, x_t, memory, t, s):
     x_end = x_0_of(denoise(x_t, t))
     # From t_end up to s, as the forward process goes.
-    later = jnp.maximum(s, as_time(t_end))
-    variance = jnp.where(s > t_end, process.step_variance(later, as_time(t_end)), 0)
-    scale = process.alpha(later) / process.alpha(as_time(t_end))
+    end = jnp.asarray(t_end, s.dtype)
+    later = jnp.maximum(s, end)
+    variance = jnp.where(s > end, process.step_variance(later, end), 0)
+    scale = process.alpha(later) / process.alpha(end)
     return scale * x_end + root(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process.t_max)

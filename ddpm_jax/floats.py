@@ -1,0 +1,34 @@
+"""Explicit types of floats: no function relies on JAX's implicit promotion, which `jax_numpy_dtype_promotion="strict"` forbids."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def widest(*values: Any) -> Any:
+  """Return the widest type of numbers and arrays, a float type of at least 32 bits."""
+  types = [jnp.asarray(value).dtype for value in values]
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.result_type(jnp.float32, *types)
+
+
+def widen(*values: Any) -> tuple[Array, ...]:
+  """Convert numbers and arrays to their `widest` type."""
+  dtype = widest(*values)
+  return tuple(jnp.asarray(value, dtype) for value in values)
+
+
+def promoting(function: Callable) -> Callable:
+  """Let a function of another library promote types and ranks implicitly, on which it may rely, whatever JAX's settings are."""
+
+  @functools.wraps(function)
+  def call(*arguments, **options):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      return function(*arguments, **options)
+
+  return call

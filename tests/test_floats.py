@@ -1,0 +1,163 @@
+"""Explicit types: every sampler, wrapper and command under JAX's strict settings, in every type of data, with and without x64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import editing, floats, guidance, likelihood, losses, predictions, sampling
+from tests import commands
+from tests.oracles import MIXTURE, PREDICTIONS, PROCESSES
+from tests.samplers import SAMPLERS
+
+X64 = {"float32": False, "bfloat16": False, "float16": False, "float32 in x64": True, "float64": True}
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+@pytest.fixture(params=X64)
+def dtype(request):
+  """A type of data, under the settings."""
+  with (
+    jax.enable_x64(X64[request.param]),
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+  ):
+    yield jnp.dtype(request.param.partition(" ")[0])
+
+
+def type_of(function, dtype, shape=(4, 2)):
+  """Return the type of `function(key, x)` for data x of this type. Nothing is compiled or run."""
+  return jax.eval_shape(function, KEY, jax.ShapeDtypeStruct(shape, dtype)).dtype
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_keeps_the_type_of_the_data(name, dtype):
+  process = PROCESSES["vp"]
+  times = sampling.grids.uniform(process, 3)
+  for grid in (times, np.asarray(times, np.float32)):
+
+    def draw(key, x, grid=grid):
+      return sampling.sample(key, SAMPLERS[name](process), MIXTURE.denoise(process), x, grid)
+
+    assert type_of(draw, dtype) == dtype
+
+
+def wrapped(make):
+  def draw(key, x, process):
+    times = sampling.grids.uniform(process, 3)
+    return sampling.sample(key, make(process), MIXTURE.denoise(process), x, times)
+
+  return draw
+
+
+def guided(make):
+  def draw(key, x, process):
+    return make(MIXTURE.denoise(process), process)(x, process.t_max / 2)
+
+  return draw
+
+
+def conditional(denoise):
+  return lambda x, t, condition: denoise(x, t)
+
+
+def wrapped_plus_plus(key, x, process):
+  denoise = guidance.plus_plus(conditional(MIXTURE.denoise(process)), CLASSES, CLASSES, 0.6)
+  return sampling.sample(key, sampling.euler(process), denoise, x, sampling.grids.uniform(process, 3))
+
+
+KNOWN, KEEP, CLASSES = np.zeros(2, np.float32), np.array([True, False]), jnp.zeros(4, jnp.int32)
+FUNCTIONS = {
+  "replace": wrapped(lambda process: editing.replace(sampling.heun(process), process, KNOWN, KEEP)),
+  "repaint": wrapped(lambda process: editing.repaint(sampling.ancestral(process), process, KNOWN, KEEP, 2, 2)),
+  "dps": wrapped(lambda process: editing.dps(sampling.ddim(process), process, lambda x: x[:, :1], KNOWN[:1])),
+  "posterior": guided(lambda denoise, process: editing.posterior(denoise, process, lambda x: x[:, :1], KNOWN[:1], 0.1)),
+  "clip": guided(lambda denoise, process: guidance.clip(denoise)),
+  "dynamic_threshold": guided(lambda denoise, process: guidance.dynamic_threshold(denoise)),
+  "classifier_free": guided(
+    lambda denoise, process: guidance.classifier_free(conditional(denoise), CLASSES, CLASSES, 2.0, rescale=0.5)
+  ),
+  "interval": guided(
+    lambda denoise, process: guidance.classifier_free(
+      conditional(denoise), CLASSES, CLASSES, guidance.interval(process, 2.0, 0.1, 5.0)
+    )
+  ),
+  "classifier": guided(
+    lambda denoise, process: guidance.classifier(denoise, lambda x, t: jnp.sum(x, axis=1), process, 2.0)
+  ),
+  "a_scale_a_sample": guided(
+    lambda denoise, process: guidance.classifier_free(
+      conditional(denoise), CLASSES, CLASSES, lambda t: jnp.linspace(0.0, 3.0, 4, dtype=jnp.float32)
+    )
+  ),
+  "plus_plus": wrapped_plus_plus,
+  "autoguidance": guided(lambda denoise, process: guidance.autoguidance(denoise, denoise)),
+  "prior": lambda key, x, process: process.prior(key, x.shape, x.dtype),
+  "posterior_of_a_step": lambda key, x, process: process.posterior(x, x, 0.5, 0.25)[0],
+  "img2img": lambda key, x, process: editing.img2img(
+    key, sampling.ddim(process), MIXTURE.denoise(process), process, x, sampling.grids.uniform(process, 4), 0.5
+  ),
+  "interpolate": lambda key, x, process: editing.interpolate(
+    sampling.ddim(process), MIXTURE.denoise(process), process, x, x, sampling.grids.uniform(process, 4), [0.0, 0.5]
+  ),
+  "ode": lambda key, x, process: sampling.ode(process, MIXTURE.denoise(process), x, 1.0, 1e-3, per_sample=True)[0],
+}
+
+
+@pytest.mark.parametrize("process", ["vp", "discrete_linear"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_keeps_the_type_of_the_data(name, process, dtype):
+  assert type_of(lambda key, x: FUNCTIONS[name](key, x, PROCESSES[process]), dtype) == dtype
+
+
+@pytest.mark.parametrize("prediction", ["EPS", "V", "VELOCITY", "edm"])
+def test_losses_and_likelihoods_are_wide(prediction, dtype):
+  prediction, process = PREDICTIONS[prediction], PROCESSES["discrete_linear"]
+  learned = predictions.learned_range(prediction)
+
+  def denoise(x, t):
+    return x / 2
+
+  def doubled(x, t):
+    return jnp.concatenate([x, x], -1)
+
+  times = losses.uniform(process)
+  functions = [
+    lambda key, x: losses.denoising_loss(key, denoise, process, prediction, x, times=times)[0],
+    lambda key, x: losses.hybrid_loss(key, doubled, process, learned, x, times=times)[0],
+    lambda key, x: losses.classification_loss(key, denoise, process, x, CLASSES, times=times)[0],
+    lambda key, x: likelihood.variational_bound(key, process, denoise, x, draws=8).bits,
+    lambda key, x: likelihood.continuous_bound(key, process, denoise, x, draws=4).bits,
+    lambda key, x: likelihood.ode_bits(key, process, denoise, x).bits,
+    lambda key, x: likelihood.ode_bits(key, process, denoise, x, exact=True, reverse=True).bits,
+  ]
+  for function in functions:
+    assert jnp.finfo(type_of(function, dtype)).bits >= 32
+
+
+def test_numbers_and_arrays_are_widened():
+  assert floats.widest() == floats.widest(np.int64(3), jnp.bfloat16(1)) == jnp.float32
+  a, b = floats.widen(jnp.bfloat16(1.5), np.arange(2))
+  assert a.dtype == b.dtype == jnp.float32
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    assert floats.widest(jnp.float32(1), np.float64(1)) == jnp.float64
+
+
+def test_a_run_under_the_strict_settings(tmp_path):
+  strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+  likelihoods = "('bound','continuous','ode')"
+  options = (
+    commands.RECIPE,
+    f"--workdir={tmp_path}",
+    "--config.training.steps=2",
+    "--config.evaluation.num_samples=10",
+    "--config.evaluation.features=classifier",
+    "--config.evaluation.classifier_steps=2",
+    f"--config.evaluation.likelihood={likelihoods}",
+    "--config.evaluation.likelihood_images=2",
+    "--config.evaluation.bound_draws=4",
+    "--config.evaluation.likelihood_tolerance=0.1",
+    "--config.sampling.sampler=unipc",
+  )
+  code, output = commands.call(*options, **strict)
+  assert code == 0, output

@@ -1,0 +1,59 @@
+"""Runs under `jax_enable_x64`: what they store has the same types as without it, so that either opens what the other wrote."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import build, parallel
+from ddpm_jax.runs import model
+from tests import commands
+from tests.recipes import LEVELS, tiny_config
+
+
+@pytest.mark.parametrize(("trained", "other"), [("0", "1"), ("1", "0")])
+def test_a_run_of_one_setting_is_sampled_scored_and_resumed_under_the_other(trained, other, tmp_path):
+  def run(setting, *arguments, steps=2):
+    small = ("--config.evaluation.num_samples=10", "--config.training.log_every=2")
+    given = (commands.RECIPE, *small, f"--config.training.steps={steps}", f"--workdir={tmp_path}")
+    code, output = commands.call(*given, *arguments, JAX_ENABLE_X64=setting)
+    assert code == 0, output
+
+  def drawn(setting):
+    run(setting, "--mode=sample")
+    path = tmp_path / "samples" / "ddim_nfe4_seed0.npz"
+    with np.load(path) as file:
+      samples = file["samples"].astype(int)
+    path.unlink()
+    return samples
+
+  run(trained)
+  # Of the same weights and noise: only the rounding differs.
+  assert np.max(np.abs(drawn(trained) - drawn(other))) <= 1
+  run(other, "--mode=eval", "--seed=1")
+  run(other, steps=4)
+  steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [2, 4]
+
+
+SONG = {"time_embedding": "fourier", "song": True, "augmentation_features": 4, "num_classes": 3}
+PROGRESSIVE = {"progressive_input": True, "downsample": "residual", "upsample": "residual", "filter": (1, 3, 3, 1)}
+
+
+@pytest.mark.parametrize("network", [LEVELS, LEVELS | SONG | PROGRESSIVE, {"num_classes": 3, "scale_shift": True}])
+@pytest.mark.parametrize("task", ["denoise", "classify"])
+def test_no_leaf_of_a_state_has_another_type(task, network):
+  config = tiny_config()
+  config.task = task
+  config.network.update({"num_classes": 10 if task == "classify" else 0} | network)
+  config.ema.kind = "power"
+
+  def types():
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    _, template = model.make_state(config, build.build_optimizer(config), mesh)
+    return jax.tree.map(lambda leaf: leaf.dtype, model.items_of(template))
+
+  narrow = types()
+  with jax.enable_x64(True):
+    assert types() == narrow
