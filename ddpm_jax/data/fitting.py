@@ -39,7 +39,10 @@ def fit(image: Any, size: int, channels: int, crop: int = 0, resize: str = "bicu
   """
   from PIL import Image, ImageOps
 
-  image = eight_bits(image).convert("L" if channels == 1 else "RGB")
+  image = eight_bits(image)
+  if image.mode == "P":
+    image = image.convert("RGBA")  # Pillow warns where transparency is dropped from a palette.
+  image = image.convert("L" if channels == 1 else "RGB")
   if crop:
     if crop > min(image.size):
       raise ValueError(
