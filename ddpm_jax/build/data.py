@@ -59,6 +59,7 @@ def build_data(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   for source in (train, held_out):
     if source is not None:
       _check_images(config, data.SkipBroken(source) if skip else source)
+  train, held_out = _classed(config, train), held_out and _classed(config, held_out)
   if held_out is None and c.hold_out:
     train, held_out = data.hold_out(train, c.hold_out)
   if skip:
@@ -67,11 +68,32 @@ def build_data(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   return train, held_out
 
 
+class _Classed:
+  """A source whose labels lie with its images, each checked when it is read."""
+
+  def __init__(self, config: ConfigDict, source: data.Source):
+    self._config, self._source = config, source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    item = self._source[index]
+    _check_labels(self._config, self, np.array([item["label"]]))
+    return item
+
+
+def _classed(config: ConfigDict, source: data.Source) -> data.Source:
+  known = getattr(source, "labels", None) is not None
+  return source if known or not config.network.num_classes else _Classed(config, source)
+
+
 def _folders(c: ConfigDict, make: Make) -> tuple[data.Source, data.Source | None]:
   if not c.path:
     raise ValueError("Got no folder of images; set --config.data.path=<folder>.")
   root = user_path(c.path)
   splits = [split for split in (c.train_split, c.eval_split) if split]
+  _check_splits(splits)
   found = [split for split in splits if (root / split).is_dir()]
   if not found or (len(found) == 1 and c.source == "folder"):
     whole = make(root, None)
@@ -88,6 +110,21 @@ def _folders(c: ConfigDict, make: Make) -> tuple[data.Source, data.Source | None
     _report_beside(root, splits)
   train = make(root / c.train_split, None)
   return train, make(root / c.eval_split, train.classes) if c.eval_split else None
+
+
+def _check_splits(splits: Sequence[str]) -> None:
+  parts = [Path(split).parts for split in splits]
+  for split, own in zip(splits, parts, strict=True):
+    if Path(split).is_absolute() or ".." in own or "~" in own[:1]:
+      raise ValueError(
+        f"Got the split {split!r} (data.train_split, data.eval_split); expected the name of a folder in data.path, such as 'train'. Set"
+        " --config.data.path to the folder that holds the splits."
+      )
+  if len(parts) == 2 and all(one == other for one, other in zip(*parts, strict=False)):
+    raise ValueError(
+      f"Got data.train_split={splits[0]!r} and data.eval_split={splits[1]!r}, which share images; expected two folders, neither in the"
+      " other. Correct one, or clear --config.data.eval_split=''."
+    )
 
 
 def _holds_classes(root: Path, classes: Sequence[str], splits: Sequence[str], found: Sequence[str]) -> bool:
