@@ -10,6 +10,7 @@ from configs import folder
 from ddpm_jax import build, data, interop, metrics, prepare
 from ddpm_jax.places import user_path
 from tests.commands import DENSE, assert_refused, call
+from tests.pictures import spoil
 from tests.recipes import tiny_config
 
 
@@ -128,6 +129,8 @@ def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
     ({"test": 1}, {"train_split": ""}, r"of which only 'test' is in it; wanted .*/train too"),
     ({"Train": 1, "Test": 1}, {}, "sub-folders Test, Train, which look like splits.*train_split and .*eval_split"),
     ({"training": 1, "validation": 1}, {}, "sub-folders training, validation, which look like splits"),
+    ({"ds__train__cat": 1, "ds__test__cat": 1}, {}, "only sub-folder ds the splits lie .*data.path=.*/ds, or clear"),
+    ({"ds__train__cat": 1, "ds__val__cat": 1}, {}, "only sub-folder ds the splits lie"),
     ({"train": 1, "annotations": 0}, {}, "of which only 'train' is in it"),
   ],
 )
@@ -222,6 +225,16 @@ def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch
   with pytest.raises(Learned) as error:
     build.build_space(config, source, None, tmp_path / "classifier").make()
   assert error.value.args == ([0, 2, 0, 1], 3)
+
+
+@pytest.mark.parametrize("spoiled", range(1, 6))
+def test_no_image_stands_in_for_a_broken_one_in_training_and_held_out(tmp_path, spoiled):
+  write(tmp_path, a=1, b=1, c=1, d=1, e=1, f=1)
+  spoil(tmp_path / "abcdef"[spoiled] / "0.png")
+  sources = build.build_data(config_of(tmp_path, hold_out=3, broken="skip"))
+  train, held_out = ({int(source[index]["image"][0, 0, 0]) for index in range(3)} for source in sources)
+  assert not train & held_out
+  assert train | held_out == {40 * number for number in range(6) if number != spoiled}
 
 
 # Paths of a user's home.

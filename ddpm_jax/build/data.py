@@ -44,6 +44,7 @@ def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   }
   sources = choose(c.source, makers, "config.data.source")()
   for source in sources:
+    _check_settings(config, source)
     if getattr(source, "labels", None) is not None:
       _check_labels(config, source, source.labels)
   return sources
@@ -53,19 +54,18 @@ def build_data(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   """Return the training images and the held-out ones (None if the config keeps none), their shape and labels checked."""
   c = config.data
   skip = choose(c.broken, ("stop", "skip"), "config.data.broken") == "skip"
-  # Decoded and checked before anything else happens to them, so that no broken file or label shows later.
   train, held_out = build_sources(config)
-  train, held_out = data.in_memory(train, c.broken), held_out and data.in_memory(held_out, c.broken)
-  for source in (train, held_out):
-    if source is not None:
-      _check_images(config, data.SkipBroken(source) if skip else source)
-  train, held_out = _classed(config, train), held_out and _classed(config, held_out)
   if held_out is None and c.hold_out:
+    # First, so that no image stands in for a broken one on the other side.
     train, held_out = data.hold_out(train, c.hold_out)
-  if skip:
-    # Last, so that no held-out image stands in for a broken one in training.
-    train, held_out = data.SkipBroken(train), held_out and data.SkipBroken(held_out)
-  return train, held_out
+
+  def finish(source: data.Source) -> data.Source:
+    source = data.in_memory(source, c.broken)
+    _check_images(config, data.SkipBroken(source) if skip else source)
+    source = _classed(config, source)
+    return data.SkipBroken(source) if skip else source
+
+  return finish(train), held_out and finish(held_out)
 
 
 class _Classed:
@@ -133,6 +133,12 @@ def _holds_classes(root: Path, classes: Sequence[str], splits: Sequence[str], fo
   beside = [name for name in classes if name not in tops]
   like_splits = [name for name in beside if name.lower() in _SPLITS]
   if not found:
+    inner = root / classes[0] if len(classes) == 1 else root
+    if any((inner / split).is_dir() for split in splits):
+      raise ValueError(
+        f"Got the folder {root}, in whose only sub-folder {classes[0]} the splits lie ({', '.join(splits)}); expected them in data.path. Set"
+        f" --config.data.path={inner}, or clear data.train_split and data.eval_split ('') to take all as one set."
+      )
     if splits and len(beside) > 1 and like_splits == beside:
       raise ValueError(
         f"Got the folder {root} with the sub-folders {', '.join(beside)}, which look like splits and not like classes. Set"
@@ -155,6 +161,15 @@ def _report_beside(root: Path, splits: Sequence[str], most: int = 5) -> None:
     tqdm.write(f"passed over in {root}, beside {' and '.join(splits)}: {', '.join(others[:most])}{more}")
 
 
+def _check_settings(config: ConfigDict, source: data.Source) -> None:
+  settings, wanted = getattr(source, "settings", None), {"crop": config.data.crop, "resize": config.data.resize}
+  if settings is not None and settings != wanted:
+    raise ValueError(
+      f"Got packed images that were made with {settings}; the config wants {wanted}. Set --config.data.crop={settings['crop']}"
+      f" --config.data.resize={settings['resize']}, or pack them again by --mode=prepare."
+    )
+
+
 def _check_images(config: ConfigDict, source: data.Source) -> None:
   shape = source[0]["image"].shape
   if shape != image_shape(config):
@@ -162,12 +177,6 @@ def _check_images(config: ConfigDict, source: data.Source) -> None:
     raise ValueError(
       f"Got images of shape {shape} from data.source={config.data.source!r}; the config wants {image_shape(config)}. Set"
       f" --config.data.image_size and --config.data.channels.{square}"
-    )
-  settings, wanted = getattr(source, "settings", None), {"crop": config.data.crop, "resize": config.data.resize}
-  if settings is not None and settings != wanted:
-    raise ValueError(
-      f"Got packed images that were made with {settings}; the config wants {wanted}. Set --config.data.crop={settings['crop']}"
-      f" --config.data.resize={settings['resize']}, or pack them again by --mode=prepare."
     )
   labels = getattr(source, "labels", None)
   _check_labels(config, source, np.array([source[0]["label"]]) if labels is None else labels)

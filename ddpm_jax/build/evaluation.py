@@ -188,7 +188,8 @@ def _full_rank(c: ConfigDict, space: Space, *counts: int | None) -> bool:
 def _checked(reference: Reference) -> Reference:
   if reference.images is None or len(reference.images) < 2:
     raise ValueError(
-      f"Got an empty reference: {len(reference.images or ())} images in the split {reference.name!r}; wanted two or more."
+      f"Got {len(reference.images or ())} image(s) of the split {reference.name!r} to score against; expected two or more. Add some, or train"
+      " without scores: --config.data.hold_out=0 --config.data.eval_split=''."
     )
   return reference
 
@@ -255,8 +256,8 @@ def build_settings(config: ConfigDict, space: Space, reference: Reference, count
       metrics.check_rank(size, space.dimensions)
   if set(wanted) & set(evaluate.PAIRWISE) and min(count, known or count, c.most_kept) <= c.k:
     raise ValueError(
-      f"Got evaluation.num_samples={count} (and {known} reference images, most_kept={c.most_kept}) with evaluation.k={c.k}; wanted more of"
-      " each than k."
+      f"Got evaluation.num_samples={count} (and {known} reference images, most_kept={c.most_kept}) with evaluation.k={c.k}; expected"
+      " more of each than k. Set --config.evaluation.k."
     )
   if c.kernel_size > min(count, known or count, c.most_kept) or ("class_score" in wanted and c.splits > count):
     raise ValueError(

@@ -56,7 +56,8 @@ def decode(path: str | Path) -> Any:
   except UnidentifiedImageError as error:
     raise BrokenImage(str(path), "it holds no image of a known format") from error
   except Exception as error:
-    raise BrokenImage(str(path), str(error) or type(error).__name__) from error
+    # The messages that name it end it with a full stop.
+    raise BrokenImage(str(path), str(error).rstrip(".") or type(error).__name__) from error
 
 
 def eight_bits(image: Any) -> Any:

@@ -135,10 +135,7 @@ class SkipBroken:
   """
 
   def __init__(self, source: Source):
-    self.source, self.labels, self.settings = (
-      source,
-      *(getattr(source, name, None) for name in ("labels", "settings")),
-    )
+    self.source, self.labels = source, getattr(source, "labels", None)
     self.broken: dict[str, str] = {}
 
   def __len__(self) -> int:
@@ -277,8 +274,10 @@ def arrays(path: str | Path) -> ArraySource:
     raise ValueError(f"Cannot read {path} as an .npz file: {error}.") from error
   images, labels = (_one_of(path, content, names) for names in (_IMAGES, _LABELS))
   if images is None:
+    more = f" and {len(known) - 5:,} more" if len(known) > 5 else ""
     raise ValueError(
-      f"Got {path} with the arrays {sorted(known)}; wanted 'images', uint8 [N, H, W, C], and optionally 'labels' [N]."
+      f"Got {path}, which holds {', '.join(sorted(known)[:5]) or 'nothing'}{more}; expected the array 'images', uint8 [N, H, W, C], and optionally"
+      " 'labels' [N]. Save it with these names; unpack an archive of image files, and read it by --config.data.source=folder."
     )
   try:
     return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
@@ -349,7 +348,7 @@ def in_memory(source: Source, broken: str = "stop") -> Source:
   Raises:
     ValueError: if some cannot be decoded and `broken` is "stop"; it gives their number and the first ten names.
   """
-  if hasattr(source, "__getitems__"):
+  if hasattr(source.source if isinstance(source, _Subset) else source, "__getitems__"):
     return source
   first = SkipBroken(source).fetch(0)[0]["image"]
   if len(source) * first.nbytes > _MEMORY_LIMIT:
