@@ -79,7 +79,10 @@ class _Classed:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     item = self._source[index]
-    _check_labels(self._config, self, np.array([item["label"]]))
+    try:
+      _check_labels(self._config, self, np.array([item["label"]]))
+    except ValueError as error:
+      raise ValueError(f"image {index}: {error}") from error
     return item
 
 

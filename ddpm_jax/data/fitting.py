@@ -10,7 +10,7 @@ RESIZES = ("bicubic", "box", "adm")
 
 
 def check_fit(size: int, channels: int, crop: int, resize: str) -> None:
-  """Raises a ValueError if `fit` cannot take these."""
+  """Raise a ValueError if `fit` cannot take these arguments."""
   if channels not in (1, 3):
     raise ValueError(f"Got channels={channels} for an image folder or TFDS; wanted 1 (grey) or 3 (RGB).")
   if crop < 0:

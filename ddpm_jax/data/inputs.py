@@ -22,12 +22,12 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(path: str | Path, size: int, channels: int) -> Inputs:
-  """Images from an image file, a folder of them (searched to any depth) or an .npz file, as squares of one size.
+  """Read images from an image file, a folder (searched to any depth) or an .npz file, as squares of one size.
 
   Args:
-    path: where they are. Those of an .npz file, uint8 [N, H, W, C], must have the size already.
-    size: height and width wanted; 0 for that of the first image, which the others must then have.
-    channels: 1 (grey) or 3.
+    path: the file or folder. Images of an .npz file, uint8 [N, H, W, C], must already have the size.
+    size: height and width; 0 for those of the files, which must be squares of one size.
+    channels: 1 (gray) or 3.
 
   Raises:
     ValueError: if there are none, one cannot be decoded, or the shape does not fit.
