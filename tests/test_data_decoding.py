@@ -82,6 +82,12 @@ def test_pixels_without_a_range_are_refused_by_name(tmp_path, name, pixels, mess
     data.fit(Image.fromarray(pixels), 16, 1)
 
 
+def test_signed_tiffs_of_8_bits_are_refused(tmp_path):
+  Image.fromarray(LEVELS.astype(np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: 2})
+  with pytest.raises(ValueError, match=r"a\.tif: its pixels are signed or 32-bit integers, whose range is unknown"):
+    data.read_inputs(tmp_path / "a.tif", 16, 1)
+
+
 def test_16_bits_of_measured_values_are_refused(tmp_path):
   cards = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 16", "NAXIS2  = 16", "END"]
   header = "".join(card.ljust(80) for card in cards).ljust(2880)
@@ -97,7 +103,7 @@ def test_what_is_called_an_image_is_of_a_known_format(tmp_path, content):
   """Pillow would hand PostScript to another program, whatever the file's name."""
   (tmp_path / "a.png").write_bytes(content)
   with pytest.raises(
-    ValueError, match=r"Cannot decode the image .*a\.png: it holds no image of a known format\. Replace"
+    ValueError, match=r"Cannot decode the image .*a\.png: its format, or its kind of pixels, is unknown\. Replace"
   ):
     data.read_inputs(tmp_path / "a.png", 16, 1)
 

@@ -13,7 +13,7 @@ _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PCD"}
 _USUAL = {"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"}
 # Formats whose 16 bits are unsigned; FITS has measured values of any sign and scale. Arrays have no format.
 _UNSIGNED = {"PNG", "TIFF", "JPEG2000", None}
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES, _WHITE_IS_ZERO, _SIGNED = 258, 262, 339, 0, 2
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def extensions() -> tuple[str, ...]:
 def decode(path: str | Path) -> Any:
   """Return the image of a file as a PIL image, upright and with 8 bits a channel.
 
-  Of an animation it is the first frame. EXIF says which way up the image is.
+  Of an animation it is the first frame, of a document the first page. EXIF says which way up the image is.
 
   Raises:
     BrokenImage: if the file cannot be decoded, is larger than Pillow allows, or has pixels without a known range.
@@ -54,7 +54,7 @@ def decode(path: str | Path) -> Any:
       opened.load()
       return _to_eight_bits(_upright(opened), bits)
   except UnidentifiedImageError as error:
-    raise BrokenImage(str(path), "it holds no image of a known format") from error
+    raise BrokenImage(str(path), "its format, or its kind of pixels, is unknown") from error
   except Exception as error:
     # The messages that name it end it with a full stop.
     raise BrokenImage(str(path), str(error).rstrip(".") or type(error).__name__) from error
@@ -71,16 +71,18 @@ def eight_bits(image: Any) -> Any:
 
 def _bits(image: Any) -> int:
   """Return how many bits a pixel's value has."""
+  tags = image.tag_v2 if image.format == "TIFF" else {}
   if image.mode.startswith("I;16") and image.format in _UNSIGNED:
-    tags = image.tag_v2 if image.format == "TIFF" else {}
     if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
       # Pillow inverts such images of 8 bits alone.
       raise ValueError("its white is 0; expected black to be 0 in a TIFF of 16 bits. Convert it first")
     return int(tags.get(_TIFF_BITS, (16,))[0])  # A TIFF may have 12 of them.
   if image.mode == "I" and image.format == "PPM":
     return 16  # Pillow scales all larger maxima to 65,535.
-  if image.mode[0] in "IF":
-    kind = {"I": "signed or 32-bit integers", "F": "floats"}.get(image.mode, f"16-bit integers of {image.format}")
+  # Pillow takes signed TIFFs of 8 bits for unsigned ones.
+  if image.mode[0] in "IF" or _SIGNED in tags.get(_TIFF_SAMPLES, ()):
+    kinds = {"F": "floats", "I;16": f"16-bit integers of {image.format}"}
+    kind = kinds.get(image.mode[:4], "signed or 32-bit integers")
     raise ValueError(
       f"its pixels are {kind}, whose range is unknown; expected 8 or 16 bits a channel. Convert it first"
     )
