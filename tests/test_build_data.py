@@ -10,6 +10,7 @@ from configs import folder
 from ddpm_jax import build, data, interop, metrics, prepare
 from ddpm_jax.places import user_path
 from tests.commands import DENSE, assert_refused, call
+from tests.pictures import spoil
 from tests.recipes import tiny_config
 
 
@@ -128,6 +129,8 @@ def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
     ({"test": 1}, {"train_split": ""}, r"of which only 'test' is in it; wanted .*/train too"),
     ({"Train": 1, "Test": 1}, {}, "sub-folders Test, Train, which look like splits.*train_split and .*eval_split"),
     ({"training": 1, "validation": 1}, {}, "sub-folders training, validation, which look like splits"),
+    ({"ds__train__cat": 1, "ds__test__cat": 1}, {}, "only sub-folder ds the splits lie .*data.path=.*/ds, or clear"),
+    ({"ds__train__cat": 1, "ds__val__cat": 1}, {}, "only sub-folder ds the splits lie"),
     ({"train": 1, "annotations": 0}, {}, "of which only 'train' is in it"),
   ],
 )
@@ -153,6 +156,85 @@ def test_nested_splits(tmp_path):
   write(tmp_path, images__train=2, images__val=1, masks__train=2)
   train, held_out = build.build_data(config_of(tmp_path, train_split="images/train", eval_split="images/val"))
   assert (len(train), len(held_out)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+  ("train", "evaluation", "message"),
+  [
+    ("/elsewhere/train", "test", "Got the split '/elsewhere/train' .*the name of a folder in data.path"),
+    ("train", "../test", r"Got the split '\.\./test'"),
+    ("~/train", "", "Got the split '~/train'"),
+    ("train", "train", "which share images"),
+    (".", "test", "data.train_split='.' and data.eval_split='test', which share images"),
+    ("train", "train/val", "which share images"),
+  ],
+)
+@pytest.mark.parametrize("source", ["folder", "packed"])
+def test_splits_lie_side_by_side_in_the_data_folder(tmp_path, source, train, evaluation, message):
+  write(tmp_path, train__val=1, test=1)
+  with pytest.raises(ValueError, match=message):
+    build.build_sources(config_of(tmp_path, source=source, train_split=train, eval_split=evaluation))
+
+
+class Streamed:
+  """Images whose labels lie with them, as those of TFDS."""
+
+  def __init__(self, labels):
+    self._labels = labels
+
+  def __len__(self):
+    return len(self._labels)
+
+  def __getitem__(self, index):
+    return {"image": np.zeros((8, 8, 1), np.uint8), "label": self._labels[index]}
+
+
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+@pytest.mark.parametrize(
+  ("label", "message"),
+  [(data.NO_CLASS, "without a class for .*num_classes=3"), (3, "labels 3 to 3 for .*num_classes=3")],
+)
+def test_labels_that_are_read_with_the_images_are_checked_then(monkeypatch, label, message, broken):
+  labels = {"train": [0, 1, 2, label, 0, 1, 2, 0], "test": [0, label]}
+  monkeypatch.setattr(data, "TfdsSource", lambda name, split, *fit: Streamed(labels[split]))
+  # As sets of more than a gigabyte.
+  monkeypatch.setattr(data, "in_memory", lambda source, broken: source)
+  train, held_out = build.build_data(config_of("", 3, source="tfds", broken=broken))
+  with pytest.raises(ValueError, match=f"image 1: .*{message}"):
+    data.read(held_out, [1])
+  with pytest.raises(ValueError, match=message):
+    next(data.batches(train, 8, seed=0))
+  train, _ = build.build_data(config_of("", source="tfds", broken=broken))
+  assert sorted(next(data.batches(train, 8, seed=0))["label"]) == sorted(labels["train"])
+
+
+class Learned(Exception):
+  pass
+
+
+def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch):
+  labels = np.array([5, 2_000_000_000, 5, 7], np.int32)
+
+  def learn(images, labels, classes, **options):
+    raise Learned(labels.tolist(), classes)
+
+  monkeypatch.setattr(metrics, "train_classifier", learn)
+  config = tiny_config()
+  config.evaluation.features = "classifier"
+  source = data.ArraySource(np.zeros((4, 8, 8, 1), np.uint8), labels)
+  with pytest.raises(Learned) as error:
+    build.build_space(config, source, None, tmp_path / "classifier").make()
+  assert error.value.args == ([0, 2, 0, 1], 3)
+
+
+@pytest.mark.parametrize("spoiled", range(1, 6))
+def test_no_image_stands_in_for_a_broken_one_in_training_and_held_out(tmp_path, spoiled):
+  write(tmp_path, a=1, b=1, c=1, d=1, e=1, f=1)
+  spoil(tmp_path / "abcdef"[spoiled] / "0.png")
+  sources = build.build_data(config_of(tmp_path, hold_out=3, broken="skip"))
+  train, held_out = ({int(source[index]["image"][0, 0, 0]) for index in range(3)} for source in sources)
+  assert not train & held_out
+  assert train | held_out == {40 * number for number in range(6) if number != spoiled}
 
 
 # Paths of a user's home.

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -77,6 +79,15 @@ def test_arrays_without_labels_have_no_class(tmp_path):
 def test_labels_that_number_no_class_are_errors(tmp_path, labels, message):
   np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 1), np.uint8), labels)
   with pytest.raises(ValueError, match=rf"(?s)a\.npz: .*{message}"):
+    data.arrays(tmp_path / "a.npz")
+
+
+def test_an_archive_of_image_files_is_to_be_unpacked(tmp_path):
+  with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+    for index in range(3000):
+      file.writestr(f"cat/{index:04d}.png", b"")
+  names = ", ".join(f"cat/{index:04d}.png" for index in range(5))
+  with pytest.raises(ValueError, match=rf"a\.npz, which holds {names} and 2,995 more; expected .*unpack an archive"):
     data.arrays(tmp_path / "a.npz")
 
 

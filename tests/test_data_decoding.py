@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import data
+from ddpm_jax.data.decoding import decode
 from tests.pictures import bomb, pixels_of, write_png
 
 LEVELS = np.arange(256).reshape(16, 16)
@@ -81,6 +82,39 @@ def test_pixels_without_a_range_are_refused_by_name(tmp_path, name, pixels, mess
     data.fit(Image.fromarray(pixels), 16, 1)
 
 
+def test_signed_tiffs_of_8_bits_are_refused(tmp_path):
+  Image.fromarray(LEVELS.astype(np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: 2})
+  with pytest.raises(ValueError, match=r"a\.tif: its pixels are signed or 32-bit integers, whose range is unknown"):
+    data.read_inputs(tmp_path / "a.tif", 16, 1)
+
+
+def test_16_bits_of_measured_values_are_refused(tmp_path):
+  cards = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 16", "NAXIS2  = 16", "END"]
+  header = "".join(card.ljust(80) for card in cards).ljust(2880)
+  (tmp_path / "a.fits").write_bytes(header.encode() + (LEVELS - 128).astype(">i2").tobytes())
+  with pytest.raises(ValueError, match=r"a\.fits: its pixels are 16-bit integers of FITS, whose range is unknown"):
+    data.read_inputs(tmp_path / "a.fits", 16, 1)
+
+
+@pytest.mark.parametrize(
+  "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n", b"", b"text"]
+)
+def test_what_is_called_an_image_is_of_a_known_format(tmp_path, content):
+  """Pillow would hand PostScript to another program, whatever the file's name."""
+  (tmp_path / "a.png").write_bytes(content)
+  with pytest.raises(
+    ValueError, match=r"Cannot decode the image .*a\.png: its format, or its kind of pixels, is unknown\. Replace"
+  ):
+    data.read_inputs(tmp_path / "a.png", 16, 1)
+
+
+def test_transparency_of_a_palette_is_dropped_quietly(tmp_path):
+  image = Image.fromarray(LEVELS.astype(np.uint8)).convert("P")
+  image.putpalette([255 - level for level in range(256) for _ in range(3)])
+  image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 16)[..., 0], 255 - LEVELS)
+
+
 def test_a_tiff_of_16_bits_whose_white_is_0_is_refused(tmp_path):
   write_tiff(tmp_path / "a.tif", LEVELS * 257, 16, white=0)
   with pytest.raises(ValueError, match=r"a\.tif: its white is 0"):
@@ -124,6 +158,21 @@ def test_a_mask_and_16_bits_are_turned_too(tmp_path):
   np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", 8)[..., 0], np.rot90(pixels, -1) > 0)
   oriented(tmp_path / "deep.tif", pixels.astype(np.uint16) * 257, 8)
   np.testing.assert_array_equal(read_everywhere(tmp_path / "deep.tif", 8)[..., 0], np.rot90(pixels))
+
+
+@pytest.mark.parametrize("orientation", [1, 5, 6, 8])
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA"])
+def test_raw_tiffs_that_are_not_square_are_upright(tmp_path, mode, orientation):
+  pixels = np.arange(12 * 8, dtype=np.uint8).reshape(8, 12)
+  image = Image.fromarray(pixels.astype(np.uint16) * 257 if mode == "I;16" else pixels)
+  if mode == "P":
+    image.putpalette([level for level in range(256) for _ in range(3)])
+  elif mode == "RGBA":
+    image = image.convert(mode)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  image.save(tmp_path / "a.tif", exif=exif)
+  np.testing.assert_array_equal(decode(tmp_path / "a.tif").convert("L"), TURNS[orientation](pixels))
 
 
 def test_other_malformed_tags_hide_no_orientation(tmp_path):

@@ -26,9 +26,9 @@ def listed(monkeypatch):
   """Names of the folders that were listed, as they are."""
   seen = []
 
-  def spy(path, status):
+  def spy(path, *rest):
     seen.append(path.decode().rsplit("/", 1)[1])
-    return original(path, status)
+    return original(path, *rest)
 
   original = listing._list
   monkeypatch.setattr(listing, "_list", spy)
@@ -100,6 +100,43 @@ def test_links_are_followed_once(tmp_path, settled):
     age(root)
 
 
+@pytest.mark.parametrize("link", ["cat/more", "ant", "cat.png"])
+def test_images_belong_to_the_folder_they_lie_in_not_to_links(tmp_path, link, settled):
+  write_folder(tmp_path, count=1)
+  (tmp_path / link).symlink_to(tmp_path / "dog")
+  for _ in range(2):  # also when the listing comes from the cache
+    source = data.FolderSource(tmp_path, 8)
+    assert source.classes == ["cat", "dog"]
+    assert [source.file(index) for index in range(2)] == [f"{tmp_path}/cat/0.png", f"{tmp_path}/dog/0.png"]
+    assert list(source.labels) == [0, 1]
+
+
+def test_the_data_folder_and_all_classes_may_be_links(tmp_path, settled):
+  write_folder(tmp_path / "store", classes=("x", "y"), count=1)
+  (tmp_path / "images").mkdir()
+  for name, place in (("b", "x"), ("a", "y")):
+    (tmp_path / "images" / name).symlink_to(tmp_path / "store" / place)
+  (tmp_path / "link").symlink_to("images")
+  assert names(tmp_path / "link") == ["a/0.png", "b/0.png"]
+
+
+@pytest.mark.parametrize("target", ["/nowhere/cat", "dog/../../cat", "cat"])
+def test_a_link_that_may_have_been_a_class_is_refused(tmp_path, target):
+  write_folder(tmp_path, count=1, classes=("dog",))
+  (tmp_path / "cat").symlink_to(target)
+  for read in (lambda: data.FolderSource(tmp_path, 8), lambda: data.read_inputs(tmp_path, 8, 3)):
+    with pytest.raises(ValueError, match=rf"Got the link {tmp_path}/cat, which leads nowhere; .*Mount or restore"):
+      read()
+
+
+@pytest.mark.parametrize("target", ["nowhere.png", "1.png"])
+def test_a_link_to_no_image_is_one_broken_file(tmp_path, target):
+  write_folder(tmp_path, count=1, classes=("dog",))
+  (tmp_path / "dog" / "1.png").symlink_to(target)
+  with pytest.raises(data.BrokenImage, match=r"1\.png: \[Errno \d+\]"):
+    data.FolderSource(tmp_path, 8)[1]
+
+
 def test_odd_names_survive_the_cache(tmp_path, settled):
   root = tmp_path / "images"
   write_folder(root, classes=("a b", "ü\nx"), count=1)
@@ -146,9 +183,10 @@ def test_other_files_are_passed_over_with_a_word(tmp_path, capsys, settled):
   for name in ("cat/._0.png", ".DS_Store", "cat/Thumbs.db", "cat/0.txt", "dog/0.TXT", "dog/a.heic", "dog/LICENSE"):
     (root / name).write_bytes(b"no image")
   os.mkfifo(root / "dog" / "pipe.png")
+  (root / "dog" / "link.png").symlink_to("pipe.png")
   for _ in range(2):  # also when the listing comes from the cache
     assert len(data.in_memory(data.FolderSource(root, 8))) == 2
-    said = "3 hidden or of the system, 2 .txt, 1 .heic, 1 no regular file, 1 without an ending"
+    said = "3 hidden or of the system, 2 .txt, 2 no regular file, 1 .heic, 1 without an ending"
     assert f"passed over in {root}, as no images: {said}\n" in capsys.readouterr().out
   for name in ("cat/0.png", "dog/0.png"):
     (root / name).unlink()

@@ -1,5 +1,7 @@
 """Images and masks to be edited, from files."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,8 +85,8 @@ def wrong_inputs(tmp_path):
   np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 1)))
   np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 8, 8, 1), np.uint8))
   return [
-    ("gone.png", 8, 3, r"--input=.*gone\.png, which does not exist; wanted an image, a folder of images or an \.npz"),
-    ("gone.npz", 8, 3, r"--input=.*gone\.npz, which does not exist; wanted an image, a folder of images or an \.npz"),
+    ("gone.png", 8, 3, r"--input=.*gone\.png, which does not exist; expected an image, a folder of images or an \.npz"),
+    ("gone.npz", 8, 3, r"--input=.*gone\.npz, which does not exist; expected an image, a folder of images or an \.npz"),
     (
       "empty",
       8,
@@ -101,8 +103,19 @@ def wrong_inputs(tmp_path):
     ("colours.npz", 8, 1, r"shape \(2, 8, 8, 3\); wanted \[N, 8, 8, 1\]"),
     ("none.npz", 8, 1, "wanted at least one"),
     ("float.npz", 8, 1, "uint8"),
-    ("other.npz", 8, 1, r"arrays \['pictures'\]; wanted 'images'"),
+    ("other.npz", 8, 1, "which holds pictures; expected the array 'images'"),
   ]
+
+
+def test_the_ending_of_arrays_may_be_in_capitals(tmp_path):
+  np.savez(tmp_path / "a.npz", images=np.ones((2, 8, 8, 1), np.uint8))
+  assert data.read_inputs((tmp_path / "a.npz").rename(tmp_path / "A.NPZ"), 8, 1).names == ["A.NPZ[0]", "A.NPZ[1]"]
+
+
+def test_a_pipe_is_no_input(tmp_path):
+  os.mkfifo(tmp_path / "a.png")
+  with pytest.raises(ValueError, match=r"--input=.*a\.png, which is no file; expected an image"):
+    data.read_inputs(tmp_path / "a.png", 8, 3)
 
 
 def test_wrong_inputs_are_errors(tmp_path):
@@ -150,7 +163,7 @@ def test_wrong_masks_are_errors(tmp_path):
     ("gone.png", r"--mask=.*gone\.png, which does not exist; wanted .* or one of lower, upper, left, right, centre"),
     ("small.png", "of 4x2 for images of 8x8; wanted the same size"),
     ("black.png", "which is all black; wanted white"),
-    ("grey.png", "with 3 levels of grey, such as 90; wanted two"),
+    ("grey.png", "neither black nor white, such as of level 90; expected white"),
     ("broken.png", r"Cannot decode --mask=.*broken\.png"),
   ):
     with pytest.raises(ValueError, match=message):

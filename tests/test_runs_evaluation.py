@@ -8,8 +8,8 @@ import signal
 import numpy as np
 import pytest
 
-from ddpm_jax import data, metrics, runs
-from ddpm_jax.runs import drawing
+from ddpm_jax import data, metrics, parallel, runs
+from ddpm_jax.runs import bits, drawing
 from tests import commands
 from tests.parameters import one_device, write_run
 from tests.recipes import tiny_config
@@ -311,6 +311,17 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   np.testing.assert_allclose(rows[:, 0], rows[:, 1] + rows[:, 3:].sum(1), rtol=1e-5)
   assert rows.shape == (6, 3 + config.process.num_steps)
   assert 'id="bound"' in (copy / "report.html").read_text()
+
+
+def test_likelihoods_of_other_classes_are_computed_anew(on_one_device, tmp_path, monkeypatch):
+  identities = []
+  monkeypatch.setattr(bits, "_rows", lambda *arguments: identities.append(arguments[5]))
+  config = config_of(likelihood=("bound",))
+  config.network.num_classes = 10
+  for labels in ([3, 4], [4, 3], [4, 3]):
+    held_out = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8), np.array(labels))
+    bits.evaluate(config, tmp_path, parallel.make_mesh(), None, "", held_out, 0)
+  assert identities[0] != identities[1] == identities[2]
 
 
 def flip(path, place):

@@ -46,6 +46,7 @@ def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   check_images(config, 1, "config.data.image_size and channels")
   sources = choose(c.source, makers, "config.data.source")()
   for source in sources:
+    _check_settings(config, source)
     if getattr(source, "labels", None) is not None:
       _check_labels(config, source, source.labels)
   return sources
@@ -55,18 +56,41 @@ def build_data(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   """Return the training images and the held-out ones (None if the config keeps none), their shape and labels checked."""
   c = config.data
   skip = choose(c.broken, ("stop", "skip"), "config.data.broken") == "skip"
-  # Decoded and checked before anything else happens to them, so that no broken file or label shows later.
   train, held_out = build_sources(config)
-  train, held_out = data.in_memory(train, c.broken), held_out and data.in_memory(held_out, c.broken)
-  for source in (train, held_out):
-    if source is not None:
-      _check_images(config, data.SkipBroken(source) if skip else source)
   if held_out is None and c.hold_out:
+    # First, so that no image stands in for a broken one on the other side.
     train, held_out = data.hold_out(train, c.hold_out)
-  if skip:
-    # Last, so that no held-out image stands in for a broken one in training.
-    train, held_out = data.SkipBroken(train), held_out and data.SkipBroken(held_out)
-  return train, held_out
+
+  def finish(source: data.Source) -> data.Source:
+    source = data.in_memory(source, c.broken)
+    _check_images(config, data.SkipBroken(source) if skip else source)
+    source = _classed(config, source)
+    return data.SkipBroken(source) if skip else source
+
+  return finish(train), held_out and finish(held_out)
+
+
+class _Classed:
+  """A source whose labels lie with its images, each checked when it is read."""
+
+  def __init__(self, config: ConfigDict, source: data.Source):
+    self._config, self._source = config, source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    item = self._source[index]
+    try:
+      _check_labels(self._config, self, np.array([item["label"]]))
+    except ValueError as error:
+      raise ValueError(f"image {index}: {error}") from error
+    return item
+
+
+def _classed(config: ConfigDict, source: data.Source) -> data.Source:
+  known = getattr(source, "labels", None) is not None
+  return source if known or not config.network.num_classes else _Classed(config, source)
 
 
 def _folders(c: ConfigDict, make: Make) -> tuple[data.Source, data.Source | None]:
@@ -74,6 +98,7 @@ def _folders(c: ConfigDict, make: Make) -> tuple[data.Source, data.Source | None
     raise ValueError("Got no folder of images; set --config.data.path=<folder>.")
   root = user_path(c.path)
   splits = [split for split in (c.train_split, c.eval_split) if split]
+  _check_splits(splits)
   found = [split for split in splits if (root / split).is_dir()]
   if not found or (len(found) == 1 and c.source == "folder"):
     whole = make(root, None)
@@ -92,12 +117,33 @@ def _folders(c: ConfigDict, make: Make) -> tuple[data.Source, data.Source | None
   return train, make(root / c.eval_split, train.classes) if c.eval_split else None
 
 
+def _check_splits(splits: Sequence[str]) -> None:
+  parts = [Path(split).parts for split in splits]
+  for split, own in zip(splits, parts, strict=True):
+    if Path(split).is_absolute() or ".." in own or "~" in own[:1]:
+      raise ValueError(
+        f"Got the split {split!r} (data.train_split, data.eval_split); expected the name of a folder in data.path, such as 'train'. Set"
+        " --config.data.path to the folder that holds the splits."
+      )
+  if len(parts) == 2 and all(one == other for one, other in zip(*parts, strict=False)):
+    raise ValueError(
+      f"Got data.train_split={splits[0]!r} and data.eval_split={splits[1]!r}, which share images; expected two folders, neither in the"
+      " other. Correct one, or clear --config.data.eval_split=''."
+    )
+
+
 def _holds_classes(root: Path, classes: Sequence[str], splits: Sequence[str], found: Sequence[str]) -> bool:
   """Return whether the sub-folders of `root` that hold images are classes: a class may be called train or test."""
   tops = {part for split in found for part in Path(split).parts[:1]}
   beside = [name for name in classes if name not in tops]
   like_splits = [name for name in beside if name.lower() in _SPLITS]
   if not found:
+    inner = root / classes[0] if len(classes) == 1 else root
+    if any((inner / split).is_dir() for split in splits):
+      raise ValueError(
+        f"Got the folder {root}, in whose only sub-folder {classes[0]} the splits lie ({', '.join(splits)}); expected them in data.path. Set"
+        f" --config.data.path={inner}, or clear data.train_split and data.eval_split ('') to take all as one set."
+      )
     if splits and len(beside) > 1 and like_splits == beside:
       raise ValueError(
         f"Got the folder {root} with the sub-folders {', '.join(beside)}, which look like splits and not like classes. Set"
@@ -120,6 +166,15 @@ def _report_beside(root: Path, splits: Sequence[str], most: int = 5) -> None:
     tqdm.write(f"passed over in {root}, beside {' and '.join(splits)}: {', '.join(others[:most])}{more}")
 
 
+def _check_settings(config: ConfigDict, source: data.Source) -> None:
+  settings, wanted = getattr(source, "settings", None), {"crop": config.data.crop, "resize": config.data.resize}
+  if settings is not None and settings != wanted:
+    raise ValueError(
+      f"Got packed images that were made with {settings}; the config wants {wanted}. Set --config.data.crop={settings['crop']}"
+      f" --config.data.resize={settings['resize']}, or pack them again by --mode=prepare."
+    )
+
+
 def _check_images(config: ConfigDict, source: data.Source) -> None:
   shape = source[0]["image"].shape
   if shape != image_shape(config):
@@ -127,12 +182,6 @@ def _check_images(config: ConfigDict, source: data.Source) -> None:
     raise ValueError(
       f"Got images of shape {shape} from data.source={config.data.source!r}; the config wants {image_shape(config)}. Set"
       f" --config.data.image_size and --config.data.channels.{square}"
-    )
-  settings, wanted = getattr(source, "settings", None), {"crop": config.data.crop, "resize": config.data.resize}
-  if settings is not None and settings != wanted:
-    raise ValueError(
-      f"Got packed images that were made with {settings}; the config wants {wanted}. Set --config.data.crop={settings['crop']}"
-      f" --config.data.resize={settings['resize']}, or pack them again by --mode=prepare."
     )
   labels = getattr(source, "labels", None)
   _check_labels(config, source, np.array([source[0]["label"]]) if labels is None else labels)

@@ -116,10 +116,12 @@ class _Classifier:
   def __call__(self) -> metrics.FeatureSpace:
     chosen = np.sort(np.random.default_rng(0).permutation(len(self._source))[:_LEARNED_FROM])
     learned = data.read(self._source, chosen)
-    classes, steps = int(np.max(self._source.labels)) + 1, self._config.evaluation.classifier_steps  # type: ignore[attr-defined]
+    # Numbered without gaps: labels may be as large as int32 allows.
+    kinds, steps = np.unique(self._source.labels), self._config.evaluation.classifier_steps  # type: ignore[attr-defined]
+    labels, classes = np.searchsorted(kinds, learned["label"]).astype(np.int32), len(kinds)
     about = {
       "kind": "classifier of real images",
-      "images": metrics.digest(learned["image"], learned["label"]),
+      "images": metrics.digest(learned["image"], labels),
       "classes": str(classes),
       "steps": str(steps),
     }
@@ -131,7 +133,7 @@ class _Classifier:
         sealed.set_aside(self._cache, self._cache.parent / "damaged", error)
     if params is None:
       quiet = not parallel.is_main()
-      params = metrics.train_classifier(learned["image"], learned["label"], classes, steps=steps, quiet=quiet)
+      params = metrics.train_classifier(learned["image"], labels, classes, steps=steps, quiet=quiet)
       if parallel.is_main():
         metrics.save_classifier(self._cache, params, about)
     provenance: dict[str, Any] = {
@@ -143,8 +145,8 @@ class _Classifier:
       rows = np.random.default_rng(0).permutation(len(self._held_out))[:_LEARNED_FROM]
       seen = data.read(self._held_out, rows)
       log_probs = metrics.extractor(space, self._config.evaluation.batch_size)(seen["image"])["log_probs"]
-      if np.min(seen["label"]) != data.NO_CLASS:
-        accuracy = evaluate.classification_scores(log_probs, seen["label"])["accuracy"]
+      if np.all(np.isin(seen["label"], kinds)):
+        accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, seen["label"]))["accuracy"]
         space.provenance["held_out_accuracy"] = round(accuracy, 4)
     return space
 
@@ -187,7 +189,8 @@ def _full_rank(c: ConfigDict, space: Space, *counts: int | None) -> bool:
 def _checked(reference: Reference) -> Reference:
   if reference.images is None or len(reference.images) < 2:
     raise ValueError(
-      f"Got an empty reference: {len(reference.images or ())} images in the split {reference.name!r}; wanted two or more."
+      f"Got {len(reference.images or ())} image(s) of the split {reference.name!r} to score against; expected two or more. Add some, or train"
+      " without scores: --config.data.hold_out=0 --config.data.eval_split=''."
     )
   return reference
 
@@ -256,8 +259,8 @@ def build_settings(config: ConfigDict, space: Space, reference: Reference, count
   check_features(space.dimensions, kept, "frechet" in wanted)
   if set(wanted) & set(evaluate.PAIRWISE) and min(count, known or count, c.most_kept) <= c.k:
     raise ValueError(
-      f"Got evaluation.num_samples={count} (and {known} reference images, most_kept={c.most_kept}) with evaluation.k={c.k}; wanted more of"
-      " each than k."
+      f"Got evaluation.num_samples={count} (and {known} reference images, most_kept={c.most_kept}) with evaluation.k={c.k}; expected"
+      " more of each than k. Set --config.evaluation.k."
     )
   if c.kernel_size > min(count, known or count, c.most_kept) or ("class_score" in wanted and c.splits > count):
     raise ValueError(

@@ -10,7 +10,20 @@ from ddpm_jax.data.sources import BrokenImage
 
 # Pillow only identifies the first five; it runs another program on EPS; and .pcd files are point clouds today, not Photo CDs.
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PCD"}
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_USUAL = {"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"}
+# Formats whose 16 bits are unsigned; FITS has measured values of any sign and scale. Arrays have no format.
+_UNSIGNED = {"PNG", "TIFF", "JPEG2000", None}
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES, _WHITE_IS_ZERO, _SIGNED = 258, 262, 339, 0, 2
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  """Return the names of the formats that Pillow decodes here, in the order in which it tries them."""
+  from PIL import Image
+
+  Image.init()
+  # A small image takes a third longer if its format comes last.
+  return tuple(sorted(Image.OPEN.keys() - _NOT_DECODED, key=lambda name: (name not in _USUAL, name)))
 
 
 @functools.cache
@@ -18,30 +31,33 @@ def extensions() -> tuple[str, ...]:
   """Return the endings of the image files that Pillow decodes here, such as ".png"."""
   from PIL import Image
 
-  Image.init()
   # Pillow opens MPO files by the JPEG plugin.
-  decoded = (set(Image.OPEN) | {"MPO"}) - _NOT_DECODED
+  decoded = {*_formats(), "MPO"}
   return tuple(sorted(ending for ending, kind in Image.registered_extensions().items() if kind in decoded))
 
 
 def decode(path: str | Path) -> Any:
   """Return the image of a file as a PIL image, upright and with 8 bits a channel.
 
-  Of an animation it is the first frame. EXIF says which way up the image is.
+  Of an animation it is the first frame, of a document the first page. EXIF says which way up the image is.
 
   Raises:
     BrokenImage: if the file cannot be decoded, is larger than Pillow allows, or has pixels without a known range.
   """
-  from PIL import Image
+  from PIL import Image, UnidentifiedImageError
 
   try:
-    with Image.open(path) as opened:
+    # Opened by name, Pillow maps raw gray TIFFs into memory, and garbles those that EXIF turns by a quarter.
+    with open(path, "rb") as file, Image.open(file, formats=_formats()) as opened:
       # Asked of the opened file: a turned image no longer knows its format.
       bits = _bits(opened)
       opened.load()
       return _to_eight_bits(_upright(opened), bits)
+  except UnidentifiedImageError as error:
+    raise BrokenImage(str(path), "its format, or its kind of pixels, is unknown") from error
   except Exception as error:
-    raise BrokenImage(str(path), str(error) or type(error).__name__) from error
+    # The messages that name it end it with a full stop.
+    raise BrokenImage(str(path), str(error).rstrip(".") or type(error).__name__) from error
 
 
 def eight_bits(image: Any) -> Any:
@@ -55,16 +71,18 @@ def eight_bits(image: Any) -> Any:
 
 def _bits(image: Any) -> int:
   """Return how many bits a pixel's value has."""
-  if image.mode.startswith("I;16"):
-    tags = image.tag_v2 if image.format == "TIFF" else {}
+  tags = image.tag_v2 if image.format == "TIFF" else {}
+  if image.mode.startswith("I;16") and image.format in _UNSIGNED:
     if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
       # Pillow inverts such images of 8 bits alone.
       raise ValueError("its white is 0; expected black to be 0 in a TIFF of 16 bits. Convert it first")
     return int(tags.get(_TIFF_BITS, (16,))[0])  # A TIFF may have 12 of them.
   if image.mode == "I" and image.format == "PPM":
     return 16  # Pillow scales all larger maxima to 65,535.
-  if image.mode in ("I", "F"):
-    kind = "signed or 32-bit integers" if image.mode == "I" else "floats"
+  # Pillow takes signed TIFFs of 8 bits for unsigned ones.
+  if image.mode[0] in "IF" or _SIGNED in tags.get(_TIFF_SAMPLES, ()):
+    kinds = {"F": "floats", "I;16": f"16-bit integers of {image.format}"}
+    kind = kinds.get(image.mode[:4], "signed or 32-bit integers")
     raise ValueError(
       f"its pixels are {kind}, whose range is unknown; expected 8 or 16 bits a channel. Convert it first"
     )

@@ -10,7 +10,7 @@ RESIZES = ("bicubic", "box", "adm")
 
 
 def check_fit(size: int, channels: int, crop: int, resize: str) -> None:
-  """Raises a ValueError if `fit` cannot take these."""
+  """Raise a ValueError if `fit` cannot take these arguments."""
   if channels not in (1, 3):
     raise ValueError(f"Got channels={channels} for an image folder or TFDS; wanted 1 (grey) or 3 (RGB).")
   if crop < 0:
@@ -39,7 +39,10 @@ def fit(image: Any, size: int, channels: int, crop: int = 0, resize: str = "bicu
   """
   from PIL import Image, ImageOps
 
-  image = eight_bits(image).convert("L" if channels == 1 else "RGB")
+  image = eight_bits(image)
+  if image.mode == "P":
+    image = image.convert("RGBA")  # Pillow warns where transparency is dropped from a palette.
+  image = image.convert("L" if channels == 1 else "RGB")
   if crop:
     if crop > min(image.size):
       raise ValueError(

@@ -22,18 +22,18 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(path: str | Path, size: int, channels: int) -> Inputs:
-  """Images from an image file, a folder of them (searched to any depth) or an .npz file, as squares of one size.
+  """Read images from an image file, a folder (searched to any depth) or an .npz file, as squares of one size.
 
   Args:
-    path: where they are. Those of an .npz file, uint8 [N, H, W, C], must have the size already.
-    size: height and width wanted; 0 for that of the first image, which the others must then have.
-    channels: 1 (grey) or 3.
+    path: the file or folder. Images of an .npz file, uint8 [N, H, W, C], must already have the size.
+    size: height and width; 0 for those of the files, which must be squares of one size.
+    channels: 1 (gray) or 3.
 
   Raises:
     ValueError: if there are none, one cannot be decoded, or the shape does not fit.
   """
   path = Path(path)
-  if path.suffix == ".npz" and path.is_file():
+  if path.suffix.lower() == ".npz" and path.is_file():
     images = arrays(path).images
     if images.shape[3] == 1:
       images = images.repeat(channels, axis=3)  # as of a grey image file
@@ -55,7 +55,8 @@ def _files(path: Path) -> list[Path]:
   if path.is_file():
     return [path]
   if not path.is_dir():
-    raise ValueError(f"Got --input={path}, which does not exist; wanted an image, a folder of images or an .npz file.")
+    what = "is no file" if path.exists() else "does not exist"
+    raise ValueError(f"Got --input={path}, which {what}; expected an image, a folder of images or an .npz file.")
   # A folder to edit is small and looked at once: its listing is not kept.
   folders = walk(os.fsencode(path), cached=False)
   others = passed_over(folders.values())
@@ -127,11 +128,12 @@ def read_mask(path: str | Path, size: int) -> np.ndarray:
     raise ValueError(
       f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {size}x{size}; wanted the same size."
     )
-  kinds = np.unique(values)
-  if not set(kinds.tolist()) <= {0, 255} and not set(kinds.tolist()) <= {0, 1}:
+  levels = np.unique(values)
+  between = levels[(levels > 0) & (levels < 255)]
+  if len(between) and not set(levels.tolist()) <= {0, 1}:
     raise ValueError(
-      f"Got --mask={path} with {len(kinds)} levels of grey, such as {kinds[len(kinds) // 2]}; wanted two: white (255) where it is to be"
-      " painted, black (0) where the image stays. Save it as PNG, without smoothing."
+      f"Got --mask={path} with pixels that are neither black nor white, such as of level {between[-1]}; expected white (255) where the image"
+      " is to be painted and black (0) where it stays. Save it as PNG, without smoothing."
     )
   if not values.any():
     raise ValueError(

@@ -109,7 +109,7 @@ class PackedSource:
 
 
 def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "stop") -> tuple[int, list[str]]:
-  """Writes the images of a source into a new folder, in order.
+  """Write the images of a source into a new folder, in order.
 
   Args:
     source: where they come from, all of one shape.

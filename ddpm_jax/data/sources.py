@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
-  """A batch of the images at `indices` [B]: `image` [B, H, W, C] uint8, `label` [B] int32."""
+  """Return the images at `indices` [B] as a batch: `image` [B, H, W, C] uint8, `label` [B] int32."""
   if hasattr(source, "__getitems__"):
     return source.__getitems__(np.asarray(indices))
   return _stack([source[int(index)] for index in indices])
@@ -66,7 +66,7 @@ class BrokenImage(ValueError):
 
 
 def broken_error(errors: Sequence[BrokenImage], total: int) -> ValueError:
-  """One error for many broken images: how many, and the names of the first ten."""
+  """Return one error for many broken images, with their number and the first ten names."""
   if len(errors) == 1:
     return errors[0]
   return ValueError(
@@ -76,7 +76,7 @@ def broken_error(errors: Sequence[BrokenImage], total: int) -> ValueError:
 
 
 def report_broken(errors: Sequence[BrokenImage], total: int, what: str) -> None:
-  """Says how many images are broken, which, and what became of them."""
+  """Print how many images are broken, which, and what became of them."""
   tqdm.write(f"{len(errors):,} of {total:,} images cannot be decoded and are {what}:\n{_list(errors, len(errors))}")
 
 
@@ -122,7 +122,7 @@ def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
 
 
 class SkipBroken:
-  """A source in which the next image that can be decoded stands for one that cannot; each of these is reported once.
+  """A source in which the next image that can be decoded stands in for a broken one. Each broken one is reported once.
 
   Args:
     source: any source.
@@ -135,10 +135,7 @@ class SkipBroken:
   """
 
   def __init__(self, source: Source):
-    self.source, self.labels, self.settings = (
-      source,
-      *(getattr(source, name, None) for name in ("labels", "settings")),
-    )
+    self.source, self.labels = source, getattr(source, "labels", None)
     self.broken: dict[str, str] = {}
 
   def __len__(self) -> int:
@@ -155,7 +152,7 @@ class SkipBroken:
     return batch
 
   def fetch(self, index: int) -> tuple[dict[str, Any], list[BrokenImage]]:
-    """The first image at `index` or after it that can be decoded, and those that could not; nothing is reported."""
+    """Return the first image from `index` on that can be decoded, and the errors of those before it. Report nothing."""
     errors: list[BrokenImage] = []
     for step in range(len(self)):
       try:
@@ -165,7 +162,7 @@ class SkipBroken:
     raise broken_error(errors, len(self))
 
   def read(self, indices: np.ndarray) -> tuple[Batch, list[BrokenImage]]:
-    """As `fetch`, a batch."""
+    """Return a batch, as `fetch` does an image."""
     try:
       return read(self.source, indices), []
     except BrokenImage:
@@ -173,7 +170,7 @@ class SkipBroken:
       return _stack([item for item, _ in pairs]), [error for _, errors in pairs for error in errors]
 
   def report(self, errors: Sequence[BrokenImage]) -> None:
-    """Reports those that were not reported before."""
+    """Print the errors that were not printed before."""
     for error in errors:
       if error.name not in self.broken:
         self.broken[error.name] = error.reason
@@ -277,8 +274,10 @@ def arrays(path: str | Path) -> ArraySource:
     raise ValueError(f"Cannot read {path} as an .npz file: {error}.") from error
   images, labels = (_one_of(path, content, names) for names in (_IMAGES, _LABELS))
   if images is None:
+    more = f" and {len(known) - 5:,} more" if len(known) > 5 else ""
     raise ValueError(
-      f"Got {path} with the arrays {sorted(known)}; wanted 'images', uint8 [N, H, W, C], and optionally 'labels' [N]."
+      f"Got {path}, which holds {', '.join(sorted(known)[:5]) or 'nothing'}{more}; expected the array 'images', uint8 [N, H, W, C], and optionally"
+      " 'labels' [N]. Save it with these names; unpack an archive of image files, and read it by --config.data.source=folder."
     )
   try:
     return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
@@ -340,7 +339,9 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
 
 
 def in_memory(source: Source, broken: str = "stop") -> Source:
-  """The source decoded into memory if it takes at most 1 GiB there, else itself. So a small set's broken files show at once.
+  """Decode a source into memory if it takes at most 1 GiB there, else return it as it is.
+
+  So all broken files of a small set show at once.
 
   Args:
     source: any source.
@@ -349,7 +350,7 @@ def in_memory(source: Source, broken: str = "stop") -> Source:
   Raises:
     ValueError: if some cannot be decoded and `broken` is "stop"; it gives their number and the first ten names.
   """
-  if hasattr(source, "__getitems__"):
+  if hasattr(source.source if isinstance(source, _Subset) else source, "__getitems__"):
     return source
   first = SkipBroken(source).fetch(0)[0]["image"]
   if len(source) * first.nbytes > _MEMORY_LIMIT:

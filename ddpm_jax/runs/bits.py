@@ -102,7 +102,8 @@ def evaluate(
         config.sampling.clip,
       ],
       "model": json.loads(json.dumps({name: config[name].to_dict() for name in ("process", "network")})),
-      "images": metrics.digest(inputs["x_0"]),
+      # With their classes: these follow from the names of folders, which may change.
+      "images": metrics.digest(*inputs.values()),
       "version": ddpm_jax.__version__,
     }
     values = _rows(config, folder, mesh, weights, kind, identity, inputs, count, seed)
