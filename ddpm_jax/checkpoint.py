@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -29,12 +30,17 @@ _OLDEST_VERSION = 2
 _SHOWN = 10
 
 
-def check_folder(folder: str | Path) -> None:
-  """Raise a ValueError if checkpoints in a folder of this path could be written but not read again.
+def check_folder(folder: str | Path) -> Path:
+  """Return an absolute path of a folder that orbax reads as the system does.
 
-  Orbax takes wildcards in a path for patterns, and its storage takes a backslash for a slash.
+  Raises:
+    ValueError: if checkpoints there could be written but not read again: orbax takes wildcards for patterns and some names
+      for those of buckets, its storage a backslash for a slash.
   """
-  text = str(folder)
+  path = Path(folder).absolute()
+  # Orbax's storage shortens a/../b to b although a may be a link.
+  path = path.resolve() if ".." in path.parts else path
+  text = str(path)
   wrong = sorted({character for character in text if character in "*?[\\" or "\ud800" <= character <= "\udfff"})
   if wrong:
     shown = " ".join(character.encode(errors="backslashreplace").decode() for character in wrong)
@@ -42,6 +48,13 @@ def check_folder(folder: str | Path) -> None:
       f"Got {text!r} as a folder of checkpoints, whose path has {shown}; expected a path of valid UTF-8 without"
       r" * ? [ \. Rename the folder, or use another --workdir."
     )
+  # Orbax reads gs:/ as gs://, and /gs/x, /s3/x, /az/x and /hf/x as gs://x, s3://x, az://x and hf://x.
+  if "gs:/" in text or "://" in os.fspath(epath.Path(text)):
+    raise ValueError(
+      f"Got {text!r} as a folder of checkpoints, which orbax takes for a bucket; expected a path that does not begin with"
+      " /gs, /s3, /az or /hf, and has no folder that ends in gs:. Use another --workdir, or a link of another name."
+    )
+  return path
 
 
 class Restored(NamedTuple):
@@ -82,8 +95,7 @@ class Checkpoints:
     metric: str = "loss",
     highest: bool = False,
   ):
-    self.folder, self._sign = Path(folder).absolute(), -1 if highest else 1
-    check_folder(self.folder)
+    self.folder, self._sign = check_folder(folder), -1 if highest else 1
     self._metric, self._keep_best, self._saving = metric, keep_best, 0
     policies: list[Any] = [preservation_policy.LatestN(keep)]
     if keep_every:

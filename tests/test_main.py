@@ -263,15 +263,26 @@ def test_a_path_that_checkpoints_cannot_be_read_from_is_refused_before_training(
   assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["/s3/bucket", "/gs/bucket", "/hf", "logs:/gs:", "xgs:/run"])
+def test_a_path_that_orbax_takes_for_a_bucket_is_refused_before_training(folder, tmp_path):
+  workdir = tmp_path / folder
+  code, output = call(DENSE, f"--workdir={workdir}")
+  assert_refused(code, output, "which orbax takes for a bucket.*Use another --workdir")
+  assert not workdir.exists()
+
+
 def test_any_other_path_works(tmp_path):
-  """Characters that some file systems, shells, URLs and formats take for something else."""
-  folder = tmp_path / "a b" / "ü%20#:'\"{}|!~$HOME;&\n-x]" / "5.orbax-checkpoint-tmp" / "7"
+  """Characters that some file systems, shells, URLs and formats take for something else, and a link that `..` leaves."""
+  (tmp_path / "real" / "deep").mkdir(parents=True)
+  (tmp_path / "link").symlink_to("real/deep")
+  folder = tmp_path / "link" / ".." / "a b" / "ü%20#:'\"{}|!~$HOME;&\n-x]" / "5.orbax-checkpoint-tmp" / "7"
   options = [DENSE, f"--workdir={folder}", "--config.training.checkpoint_every=2"]
   for arguments in (["--config.training.steps=3"], ["--config.training.steps=5"], ["--mode=sample", "--num_samples=1"]):
     code, output = call(*options, *arguments)
     assert code == 0, output
   assert "checkpoint of step 5" in output
   assert "damaged" not in output
+  assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
 @pytest.mark.parametrize("left", ["nothing", "half a checkpoint", "no config", "half a config", "another config"])

@@ -54,7 +54,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   """
   if profile < 0:
     raise ValueError(f"Got --profile={profile}; wanted the number of steps to trace, or 0 for none.")
-  checkpoint.check_folder(workdir.checkpoint_folder(folder.absolute()))
+  checkpoint.check_folder(workdir.checkpoint_folder(folder))
   resuming = _resuming(folder, resume)
   asked = config
   config, start_from = pretrained.of_run(config, folder, resuming=resuming)
