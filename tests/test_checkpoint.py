@@ -34,6 +34,7 @@ def values(tree):
 
 
 def assert_equal(a, b):
+  assert [leaf.dtype for leaf in jax.tree.leaves(a)] == [leaf.dtype for leaf in jax.tree.leaves(b)]
   for x, y in zip(values(a), values(b), strict=True):
     np.testing.assert_array_equal(x, y)
 
@@ -133,7 +134,8 @@ def files_of(folder):
   return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_no_flipped_bit_is_ever_used(tmp_path):
+@pytest.mark.parametrize("harm", ["flipped bit", "no file"])
+def test_nothing_damaged_is_ever_used(harm, tmp_path):
   """In each file in turn: either nothing that is restored changes, or the step before is used and the damage reported."""
   save(tmp_path, 1, 2)
   rng = random.Random(0)
@@ -142,7 +144,10 @@ def test_no_flipped_bit_is_ever_used(tmp_path):
     content = path.read_bytes()
     broken = bytearray(content)
     broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
-    path.write_bytes(broken)
+    if harm == "no file":
+      path.unlink()
+    else:
+      path.write_bytes(broken)
     restored = restore(tmp_path)
     assert_equal(restored.items, make_items(restored.step))
     assert len(restored.damaged) == 2 - restored.step
