@@ -152,11 +152,11 @@ class Checkpoints:
 
   def _unwritten(self, error: Exception) -> OSError:
     steps = self.steps(self.folder)
-    stands = f"that of step {steps[-1]} stands" if steps else "there is no earlier one"
+    stands = f" What was saved there up to step {steps[-1]:,} stands." if steps else ""
     problem = "the disk is full" if "No space left" in str(error) else _first_line(error)
     return OSError(
-      f"Cannot write the checkpoint of step {self._saving} into {self.folder}: {problem}. Make room, or make the folder"
-      f" writable; then the same command goes on from the last checkpoint ({stands})."
+      f"Cannot write step {self._saving:,} into {self.folder}: {problem}. Make room, or make the folder writable; then run"
+      f" the same command again.{stands}"
     )
 
   def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:

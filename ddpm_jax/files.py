@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,7 +135,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_new_folder(path: str | Path) -> None:
-  """Raise a ValueError if a path is taken by a file or a folder that is not empty."""
+  """Raise an error unless a new folder can be written at a path.
+
+  Raises:
+    ValueError: if the path is taken by a file or a folder that is not empty.
+    WriteError: if nothing can be written there.
+  """
   path = Path(path)
   if path.is_symlink() and not path.exists():
     raise ValueError(f"Got the output {path}, a link to nothing; expected a new or an empty folder. Remove the link.")
@@ -143,6 +149,30 @@ def check_new_folder(path: str | Path) -> None:
       f"Got the output {path}, which exists and is not empty; expected a new or an empty folder, so that nothing is"
       " overwritten. Choose another."
     )
+  check_place(path)
+
+
+def check_new_file(path: str | Path, suffix: str) -> None:
+  """Raise an error unless a new file can be written at a path.
+
+  Raises:
+    ValueError: if the path is taken or has another suffix.
+    WriteError: if nothing can be written there.
+  """
+  path = Path(path)
+  if path.suffix != suffix or path.exists():
+    raise ValueError(
+      f"Got --output={path}{', which exists' if path.exists() else ''}; expected a new file that ends in {suffix}. Choose"
+      " another."
+    )
+  check_place(path)
+
+
+def check_place(path: str | Path) -> None:
+  """Raise a WriteError unless files can be made in the nearest folder of a path that exists."""
+  path = Path(path).absolute()
+  with naming(path), tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
+    pass
 
 
 def unwritten(path: str | Path, error: BaseException) -> WriteError:
@@ -154,7 +184,8 @@ def unwritten(path: str | Path, error: BaseException) -> WriteError:
   said = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
   reason = next((words for words in _FULL if words in said), said)
   advice = "Make room, then run the same command again." if full else "Make it writable, or choose another place."
-  return WriteError(f"Cannot write {path}: {reason} ({_free(Path(path))} free there). {advice}", full)
+  room = f" ({_free(Path(path))} free there)" if full else ""
+  return WriteError(f"Cannot write {path}: {reason}{room}. {advice}", full)
 
 
 def _is_full(error: BaseException) -> bool:

@@ -105,6 +105,8 @@ def main(argv: list[str]) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     # Python's own tracker of shared memory, a process, cleans up after one that was killed.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    # `_main` shows what Python raises. Only native code gets here, such as writes to a full disk after the first that failed.
+    sys.excepthook = lambda *_: None
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
   from ddpm_jax import parallel, prepare, pretrained, runs, schema
@@ -397,6 +399,16 @@ def _interrupted() -> NoReturn:
   os._exit(128 + signal.SIGINT)
 
 
+def _describe(error: Exception) -> str:
+  """Return an error's message; one of the system's own gets the name of its file and what to do."""
+  if not isinstance(error, OSError) or error.errno is None:
+    return str(error)
+  said = f"Cannot use {error.filename}: {error.strerror}." if error.filename else f"{error}."
+  if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    return f"{said} Make room, then run the same command again."
+  return f"{said} Check what lies there and who may use it." if error.filename else said
+
+
 def _main(argv: list[str]) -> None:
   heap.keep()
   heap.collect_rarely()
@@ -408,8 +420,7 @@ def _main(argv: list[str]) -> None:
       sys.exit(console.UNREAD)
     if _TRACEBACK.value:
       traceback.print_exc()
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    _stop(f"{error}{'. Make room, then run the same command again.' if full else ''}")
+    _stop(_describe(error))
   except Exception as error:
     from ddpm_jax import data
 

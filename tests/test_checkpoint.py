@@ -216,7 +216,7 @@ def test_a_disk_without_room_is_an_error_and_what_was_saved_stands(tmp_path, mon
   checkpoints = checkpoint.Checkpoints(tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(OSError, match=r"checkpoint of step 2.*10 are free.*Make room.*that of step 1 stands"):
+    with pytest.raises(OSError, match=r"step 2 into .*10 are free.*Make room.*up to step 1 stands"):
       checkpoints.save(2, make_items(2), {}, {})
   checkpoints.save(2, make_items(2), {"batch": 2}, {})
   checkpoints.close()

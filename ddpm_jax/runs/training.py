@@ -119,15 +119,14 @@ def _check_best(config: ConfigDict, judge: Any, step: Any, template: train.Train
       known = [name for name in metrics if not name.startswith("skipped")]
       schema.choose(c.best_metric, known, "config.training.best_metric")
     return
-  if not c.keep_best:
-    return
-  if not every or c.checkpoint_every % every:
+  if c.keep_best and (not every or c.checkpoint_every % every):
     raise ValueError(
       f"Got config.training.best_metric={c.best_metric!r} with evaluation.every={every} and"
       f" training.checkpoint_every={c.checkpoint_every}; expected scores at every checkpoint. Set"
       " --config.evaluation.every to checkpoint_every, or to a divisor of it."
     )
-  judge.check_best(c.best_metric)
+  if every:
+    judge.check_best(c.best_metric)
 
 
 def _resuming(folder: Path, resume: str) -> bool:
