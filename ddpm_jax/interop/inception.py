@@ -76,36 +76,6 @@ def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLIS
   output = user_path(output)
   files.check_new_file(output, ".safetensors")
   raw, sha256 = _read_checked(path, sha256_prefix)
-  return InceptionWeights(_fold(raw), sha256, sha256.startswith(PUBLISHED))
-
-
-def _read_checked(path: str | Path, sha256_prefix: str) -> tuple[dict[str, np.ndarray], str]:
-  """What a file holds, and the hash of the PyTorch file it is or comes from."""
-  path = _existing(path)
-  own = path.suffix == ".safetensors"
-  sha256 = _source(path) if own else _sha256(path)
-  if not sha256.startswith(sha256_prefix):
-    raise ValueError(
-      f"Got {path} ({path.stat().st_size:,} bytes){', made from a file' if own else ''} with the SHA-256 {sha256}; wanted the published"
-      f" weights, whose hash begins with {sha256_prefix}: {_FILES}. Other weights have other features, in which no distance is FID; to"
-      " use them all the same, say so: --config.evaluation.inception_sha256=''."
-    )
-  return _read(path), sha256
-
-
-def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLISHED) -> None:
-  """Write the published file's weights as safetensors, which need no PyTorch to be read; whole or not at all.
-
-  Raises:
-    ValueError: as `load` does, or if the output exists or does not end in .safetensors.
-    WriteError: if it cannot be written.
-  """
-  output = user_path(output)
-  if output.suffix != ".safetensors" or output.exists():
-    raise ValueError(
-      f"Got --output={output}{', which exists' if output.exists() else ''}; wanted a new file that ends in .safetensors."
-    )
-  raw, sha256 = _read_checked(path, sha256_prefix)
   arrays = {_name(key): tensors.to_theirs(key, value) for key, value in raw.items()}
   sealed.save_tensors(output, arrays, {"format": "pt", _SOURCE: sha256})
 
