@@ -13,6 +13,7 @@ from pathlib import Path
 _FULL = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 _UNFINISHED = ".unfinished-"
 _count = itertools.count()
+_begun: set[Path] = set()
 
 
 class WriteError(OSError):
@@ -39,6 +40,7 @@ def writing(path: str | Path) -> Iterator[Path]:
   path = Path(path)
   # Not named after the file: names that are nearly too long would become so.
   temporary = path.with_name(f"{_unfinished()}{path.suffix}")
+  _begun.add(temporary)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
@@ -56,6 +58,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     raise
   finally:
     _remove(temporary)
+    _begun.discard(temporary)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -114,6 +117,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     for left in path.glob(f"{_UNFINISHED}*"):
       shutil.rmtree(left)
     temporary.mkdir(parents=True)
+  _begun.add(temporary)
   try:
     yield temporary
     for file in temporary.rglob("*"):
@@ -132,6 +136,17 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if isinstance(error, WriteError) or _is_full(error):
       raise unwritten(path, error) from error
     raise
+  finally:
+    _begun.discard(temporary)
+
+
+def abandon() -> None:
+  """Remove the files and folders that are being written, as before the program ends in the middle of it."""
+  for temporary in list(_begun):
+    if temporary.is_dir():
+      shutil.rmtree(temporary, ignore_errors=True)
+    else:
+      _remove(temporary)
 
 
 def check_new_folder(path: str | Path) -> None:

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import ddpm_jax
-from ddpm_jax import console, heap, interrupts, workdir
+from ddpm_jax import console, files, heap, interrupts, workdir
 from ddpm_jax.places import cache_folder, user_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -372,12 +372,12 @@ def _stop(message: str, code: int = 2) -> NoReturn:
 
 def _leave(code: int) -> None:
   """Where there are several processes, ends this one without waiting for those that wait for it."""
-  if "jax" in sys.modules:
-    from ddpm_jax import parallel
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parallel.leave(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # It joined the others by that module, whose import an interrupt may have ended halfway.
+  leave = getattr(sys.modules.get("ddpm_jax.parallel"), "leave", None)
+  if leave is not None:
+    leave(code)
 
 
 def _interrupted() -> NoReturn:
@@ -393,10 +393,15 @@ def _interrupted() -> NoReturn:
       if steps
       else " before the first checkpoint; the same command starts anew"
     )
-  print(f"\nerror: interrupted{consequence}", file=sys.stderr, flush=True)
-  _leave(128 + signal.SIGINT)
-  sys.stdout.flush()
-  os._exit(128 + signal.SIGINT)
+  try:
+    files.abandon()
+    print(f"\nerror: interrupted{consequence}", file=sys.stderr, flush=True)
+    _leave(128 + signal.SIGINT)
+  except RuntimeError:
+    # The signal found the stream in the middle of a write.
+    os.write(2, f"\nerror: interrupted{consequence}\n".encode())
+  finally:
+    os._exit(128 + signal.SIGINT)
 
 
 def _describe(error: Exception) -> str:
@@ -437,7 +442,4 @@ def _main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   with console.printing(), interrupts.ended_at_once(_interrupted):
-    try:
-      app.run(_main, flags_parser=_parse)
-    except KeyboardInterrupt:
-      _interrupted()
+    app.run(_main, flags_parser=_parse)
