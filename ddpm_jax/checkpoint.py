@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ddpm_jax import digests
+from ddpm_jax import digests, sealed
 
 PyTree = Any
 # Raised when a checkpoint changes in a way that older code cannot read. 1 was never released.
@@ -266,9 +266,7 @@ class Checkpoints:
         if target is None:
           shutil.rmtree(path)
         else:
-          target.mkdir(exist_ok=True)
-          shutil.rmtree(target / path.name, ignore_errors=True)
-          shutil.move(path, target / path.name)
+          shutil.move(path, sealed.free_place(path, target))
       else:
         continue
       passed_over.append(path)

@@ -1,5 +1,6 @@
 """The command line: `python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=<folder>`."""
 
+import contextlib
 import errno
 import itertools
 import logging as standard_logging
@@ -386,13 +387,14 @@ def _interrupted() -> NoReturn:
     # Another thread is at it.
     time.sleep(60)
   consequence = ""
-  if flags.FLAGS.is_parsed() and _MODE.value == "train" and _WORKDIR.value:
-    steps = workdir.checkpoint_steps(Path(os.path.expanduser(_WORKDIR.value)))
-    consequence = (
-      f"; the same command goes on from the checkpoint of step {steps[-1]:,}"
-      if steps
-      else " before the first checkpoint; the same command starts anew"
-    )
+  with contextlib.suppress(OSError):
+    if flags.FLAGS.is_parsed() and _MODE.value == "train" and _WORKDIR.value:
+      steps = workdir.checkpoint_steps(Path(os.path.expanduser(_WORKDIR.value)))
+      consequence = (
+        f"; the same command goes on from the checkpoint of step {steps[-1]:,}"
+        if steps
+        else " before the first checkpoint; the same command starts anew"
+      )
   try:
     files.abandon()
     print(f"\nerror: interrupted{consequence}", file=sys.stderr, flush=True)

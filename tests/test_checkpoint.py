@@ -209,6 +209,8 @@ def test_what_is_damaged_is_moved_and_what_is_half_written_deleted(tmp_path):
   checkpoints.save(3, make_items(3), {}, {})
   checkpoints.close()
   assert checkpoint.Checkpoints.steps(folder) == [2, 3]
+  assert checkpoints.discard(2, tmp_path / "damaged")
+  assert sorted(os.listdir(tmp_path / "damaged")) == ["3", "3_2"], "nothing is lost"
 
 
 def test_a_disk_without_room_is_an_error_and_what_was_saved_stands(tmp_path, monkeypatch):
