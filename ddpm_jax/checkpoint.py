@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ddpm_jax import digests
+from ddpm_jax import digests, sealed
 
 PyTree = Any
 # Raised when a checkpoint changes in a way that older code cannot read. 1 was never released.
@@ -29,12 +30,17 @@ _OLDEST_VERSION = 2
 _SHOWN = 10
 
 
-def check_folder(folder: str | Path) -> None:
-  """Raise a ValueError if checkpoints in a folder of this path could be written but not read again.
+def check_folder(folder: str | Path) -> Path:
+  """Return an absolute path of a folder that orbax reads as the system does.
 
-  Orbax takes wildcards in a path for patterns, and its storage takes a backslash for a slash.
+  Raises:
+    ValueError: if checkpoints there could be written but not read again: orbax takes wildcards for patterns and some names
+      for those of buckets, its storage a backslash for a slash.
   """
-  text = str(folder)
+  path = Path(folder).absolute()
+  # Orbax's storage shortens a/../b to b although a may be a link.
+  path = path.resolve() if ".." in path.parts else path
+  text = str(path)
   wrong = sorted({character for character in text if character in "*?[\\" or "\ud800" <= character <= "\udfff"})
   if wrong:
     shown = " ".join(character.encode(errors="backslashreplace").decode() for character in wrong)
@@ -42,6 +48,13 @@ def check_folder(folder: str | Path) -> None:
       f"Got {text!r} as a folder of checkpoints, whose path has {shown}; expected a path of valid UTF-8 without"
       r" * ? [ \. Rename the folder, or use another --workdir."
     )
+  # Orbax reads gs:/ as gs://, and /gs/x, /s3/x, /az/x and /hf/x as gs://x, s3://x, az://x and hf://x.
+  if "gs:/" in text or "://" in os.fspath(epath.Path(text)):
+    raise ValueError(
+      f"Got {text!r} as a folder of checkpoints, which orbax takes for a bucket; expected a path that does not begin with"
+      " /gs, /s3, /az or /hf, and has no folder that ends in gs:. Use another --workdir, or a link of another name."
+    )
+  return path
 
 
 class Restored(NamedTuple):
@@ -82,8 +95,7 @@ class Checkpoints:
     metric: str = "loss",
     highest: bool = False,
   ):
-    self.folder, self._sign = Path(folder).absolute(), -1 if highest else 1
-    check_folder(self.folder)
+    self.folder, self._sign = check_folder(folder), -1 if highest else 1
     self._metric, self._keep_best, self._saving = metric, keep_best, 0
     policies: list[Any] = [preservation_policy.LatestN(keep)]
     if keep_every:
@@ -140,11 +152,11 @@ class Checkpoints:
 
   def _unwritten(self, error: Exception) -> OSError:
     steps = self.steps(self.folder)
-    stands = f"that of step {steps[-1]} stands" if steps else "there is no earlier one"
+    stands = f" What was saved there up to step {steps[-1]:,} stands." if steps else ""
     problem = "the disk is full" if "No space left" in str(error) else _first_line(error)
     return OSError(
-      f"Cannot write the checkpoint of step {self._saving} into {self.folder}: {problem}. Make room, or make the folder"
-      f" writable; then the same command goes on from the last checkpoint ({stands})."
+      f"Cannot write step {self._saving:,} into {self.folder}: {problem}. Make room, or make the folder writable; then run"
+      f" the same command again.{stands}"
     )
 
   def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:
@@ -230,7 +242,8 @@ class Checkpoints:
         items[name] = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(tree))
     for name, tree in items.items():
       wanted, found = content["leaves"][name], _describe(tree)
-      changed = [leaf for leaf in wanted if wanted[leaf]["digest"] != found[leaf]["digest"]]
+      # Of a random key whose description is lost, the bits alone come back.
+      changed = [leaf for leaf in wanted if wanted[leaf] != found[leaf]]
       if changed:
         raise _DamagedError(
           f"{len(changed)} of {len(wanted)} leaves are not what was saved, {name}{changed[0]} among them"
@@ -253,9 +266,7 @@ class Checkpoints:
         if target is None:
           shutil.rmtree(path)
         else:
-          target.mkdir(exist_ok=True)
-          shutil.rmtree(target / path.name, ignore_errors=True)
-          shutil.move(path, target / path.name)
+          shutil.move(path, sealed.free_place(path, target))
       else:
         continue
       passed_over.append(path)

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import io
 import os
 import select
 import signal
@@ -21,11 +22,43 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
   return "".join(_ASCII.get(own, other) for own, other in zip(text, escaped, strict=True)), error.end
 
 
+class _Descriptor(io.RawIOBase):
+  """Write to a descriptor, and lose what its system refuses, such as a log on a full disk or a terminal that is gone."""
+
+  def __init__(self, number: int):
+    self._number = number
+
+  def fileno(self) -> int:
+    return self._number
+
+  def isatty(self) -> bool:
+    return os.isatty(self._number)
+
+  def writable(self) -> bool:
+    return True
+
+  def write(self, content) -> int:
+    try:
+      return os.write(self._number, content)
+    except (BrokenPipeError, BlockingIOError):
+      raise
+    except OSError:
+      return len(content)
+
+
+def _unfailing(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+  stream.flush()
+  buffer = io.BufferedWriter(_Descriptor(stream.fileno()))
+  lines = stream.line_buffering or stream.write_through
+  return io.TextIOWrapper(buffer, stream.encoding, "ddpm_jax", line_buffering=lines)
+
+
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
   """Let a program print any text to any stream, and end quietly where nobody reads on, as in `| head`.
 
-  A character that a stream cannot show is replaced by ASCII. A stream that is closed from the start takes all and shows nothing.
+  A character that a stream cannot show is replaced by ASCII. A stream that is closed from the start takes all and shows
+  nothing; so does one that cannot be written to, such as a log on a full disk.
 
   Raises:
     SystemExit: if a write failed because nobody reads stdout or stderr any more, with the code `UNREAD`.
@@ -35,8 +68,8 @@ def printing() -> Iterator[None]:
     stream = getattr(sys, name)
     if stream is None:
       setattr(sys, name, open(os.devnull, "w", errors="ddpm_jax"))  # noqa: SIM115, it lives as long as the program
-    elif hasattr(stream, "reconfigure"):
-      stream.reconfigure(errors="ddpm_jax")
+    elif isinstance(stream, io.TextIOWrapper):
+      setattr(sys, name, _unfailing(stream))
   try:
     yield
   except BrokenPipeError:

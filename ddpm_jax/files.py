@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pathlib import Path
 _FULL = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 _UNFINISHED = ".unfinished-"
 _count = itertools.count()
+_begun: set[Path] = set()
 
 
 class WriteError(OSError):
@@ -38,6 +40,7 @@ def writing(path: str | Path) -> Iterator[Path]:
   path = Path(path)
   # Not named after the file: names that are nearly too long would become so.
   temporary = path.with_name(f"{_unfinished()}{path.suffix}")
+  _begun.add(temporary)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
@@ -55,6 +58,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     raise
   finally:
     _remove(temporary)
+    _begun.discard(temporary)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -113,6 +117,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     for left in path.glob(f"{_UNFINISHED}*"):
       shutil.rmtree(left)
     temporary.mkdir(parents=True)
+  _begun.add(temporary)
   try:
     yield temporary
     for file in temporary.rglob("*"):
@@ -131,10 +136,26 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if isinstance(error, WriteError) or _is_full(error):
       raise unwritten(path, error) from error
     raise
+  finally:
+    _begun.discard(temporary)
+
+
+def abandon() -> None:
+  """Remove the files and folders that are being written, as before the program ends in the middle of it."""
+  for temporary in list(_begun):
+    if temporary.is_dir():
+      shutil.rmtree(temporary, ignore_errors=True)
+    else:
+      _remove(temporary)
 
 
 def check_new_folder(path: str | Path) -> None:
-  """Raise a ValueError if a path is taken by a file or a folder that is not empty."""
+  """Raise an error unless a new folder can be written at a path.
+
+  Raises:
+    ValueError: if the path is taken by a file or a folder that is not empty.
+    WriteError: if nothing can be written there.
+  """
   path = Path(path)
   if path.is_symlink() and not path.exists():
     raise ValueError(f"Got the output {path}, a link to nothing; expected a new or an empty folder. Remove the link.")
@@ -143,6 +164,30 @@ def check_new_folder(path: str | Path) -> None:
       f"Got the output {path}, which exists and is not empty; expected a new or an empty folder, so that nothing is"
       " overwritten. Choose another."
     )
+  check_place(path)
+
+
+def check_new_file(path: str | Path, suffix: str) -> None:
+  """Raise an error unless a new file can be written at a path.
+
+  Raises:
+    ValueError: if the path is taken or has another suffix.
+    WriteError: if nothing can be written there.
+  """
+  path = Path(path)
+  if path.suffix != suffix or path.exists():
+    raise ValueError(
+      f"Got --output={path}{', which exists' if path.exists() else ''}; expected a new file that ends in {suffix}. Choose"
+      " another."
+    )
+  check_place(path)
+
+
+def check_place(path: str | Path) -> None:
+  """Raise a WriteError unless files can be made in the nearest folder of a path that exists."""
+  path = Path(path).absolute()
+  with naming(path), tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
+    pass
 
 
 def unwritten(path: str | Path, error: BaseException) -> WriteError:
@@ -154,7 +199,8 @@ def unwritten(path: str | Path, error: BaseException) -> WriteError:
   said = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
   reason = next((words for words in _FULL if words in said), said)
   advice = "Make room, then run the same command again." if full else "Make it writable, or choose another place."
-  return WriteError(f"Cannot write {path}: {reason} ({_free(Path(path))} free there). {advice}", full)
+  room = f" ({_free(Path(path))} free there)" if full else ""
+  return WriteError(f"Cannot write {path}: {reason}{room}. {advice}", full)
 
 
 def _is_full(error: BaseException) -> bool:

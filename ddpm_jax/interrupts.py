@@ -1,6 +1,7 @@
 """Ctrl-C that ends the program at once, wherever the program is.
 
-Python acts on a signal between two of its own instructions. XLA compiles for minutes within one of them.
+Python acts on a signal between two of its own instructions. XLA compiles for minutes within one of them. Where Python
+acts, a KeyboardInterrupt would be lost in a callback, or abort the program in a library that is being imported.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ _patient = threading.Event()
 
 @contextlib.contextmanager
 def ended_at_once(end: Callable[[], object]) -> Iterator[None]:
-  """Call `end` from another thread if the main thread does not act on Ctrl-C within a second.
+  """Call `end` on Ctrl-C: in the main thread, or in another if the main thread does not get there within a second.
 
   `end` must end the process. Enter this in the main thread.
   """
@@ -33,12 +34,20 @@ def ended_at_once(end: Callable[[], object]) -> Iterator[None]:
         end()
     os.close(reader)
 
+  def act(number: int, frame: object) -> None:
+    del number, frame
+    # Another one would wait here for the end, within the end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end()
+
+  handler = signal.signal(signal.SIGINT, act)
   before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   threading.Thread(target=watch, name="interrupts", daemon=True).start()
   try:
     yield
   finally:
     signal.set_wakeup_fd(before)
+    signal.signal(signal.SIGINT, handler)
     os.close(writer)
 
 

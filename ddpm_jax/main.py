@@ -1,5 +1,6 @@
 """The command line: `python -m ddpm_jax.main --config=configs/digits_vp.py --workdir=<folder>`."""
 
+import contextlib
 import errno
 import itertools
 import logging as standard_logging
@@ -16,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import ddpm_jax
-from ddpm_jax import console, heap, interrupts, workdir
+from ddpm_jax import console, files, heap, interrupts, workdir
 from ddpm_jax.places import cache_folder, user_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -105,6 +106,8 @@ def main(argv: list[str]) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     # Python's own tracker of shared memory, a process, cleans up after one that was killed.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    # `_main` shows what Python raises. Only native code gets here, such as writes to a full disk after the first that failed.
+    sys.excepthook = lambda *_: None
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
   from ddpm_jax import parallel, prepare, pretrained, runs, schema
@@ -374,12 +377,12 @@ def _stop(message: str, code: int = 2) -> NoReturn:
 
 def _leave(code: int) -> None:
   """Where there are several processes, ends this one without waiting for those that wait for it."""
-  if "jax" in sys.modules:
-    from ddpm_jax import parallel
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parallel.leave(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # It joined the others by that module, whose import an interrupt may have ended halfway.
+  leave = getattr(sys.modules.get("ddpm_jax.parallel"), "leave", None)
+  if leave is not None:
+    leave(code)
 
 
 def _interrupted() -> NoReturn:
@@ -388,17 +391,33 @@ def _interrupted() -> NoReturn:
     # Another thread is at it.
     time.sleep(60)
   consequence = ""
-  if flags.FLAGS.is_parsed() and _MODE.value == "train" and _WORKDIR.value:
-    steps = workdir.checkpoint_steps(Path(os.path.expanduser(_WORKDIR.value)))
-    consequence = (
-      f"; the same command goes on from the checkpoint of step {steps[-1]:,}"
-      if steps
-      else " before the first checkpoint; the same command starts anew"
-    )
-  print(f"\nerror: interrupted{consequence}", file=sys.stderr, flush=True)
-  _leave(128 + signal.SIGINT)
-  sys.stdout.flush()
-  os._exit(128 + signal.SIGINT)
+  with contextlib.suppress(OSError):
+    if flags.FLAGS.is_parsed() and _MODE.value == "train" and _WORKDIR.value:
+      steps = workdir.checkpoint_steps(Path(os.path.expanduser(_WORKDIR.value)))
+      consequence = (
+        f"; the same command goes on from the checkpoint of step {steps[-1]:,}"
+        if steps
+        else " before the first checkpoint; the same command starts anew"
+      )
+  try:
+    files.abandon()
+    print(f"\nerror: interrupted{consequence}", file=sys.stderr, flush=True)
+    _leave(128 + signal.SIGINT)
+  except RuntimeError:
+    # The signal found the stream in the middle of a write.
+    os.write(2, f"\nerror: interrupted{consequence}\n".encode())
+  finally:
+    os._exit(128 + signal.SIGINT)
+
+
+def _describe(error: Exception) -> str:
+  """Return an error's message; one of the system's own gets the name of its file and what to do."""
+  if not isinstance(error, OSError) or error.errno is None:
+    return str(error)
+  said = f"Cannot use {error.filename}: {error.strerror}." if error.filename else f"{error}."
+  if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    return f"{said} Make room, then run the same command again."
+  return f"{said} Check what lies there and who may use it." if error.filename else said
 
 
 def _main(argv: list[str]) -> None:
@@ -412,8 +431,7 @@ def _main(argv: list[str]) -> None:
       sys.exit(console.UNREAD)
     if _TRACEBACK.value:
       traceback.print_exc()
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    _stop(f"{error}{'. Make room, then run the same command again.' if full else ''}")
+    _stop(_describe(error))
   except Exception as error:
     from ddpm_jax import data
 
@@ -430,7 +448,4 @@ def _main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   with console.printing(), interrupts.ended_at_once(_interrupted):
-    try:
-      app.run(_main, flags_parser=_parse)
-    except KeyboardInterrupt:
-      _interrupted()
+    app.run(_main, flags_parser=_parse)

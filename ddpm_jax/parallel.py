@@ -292,10 +292,11 @@ def connect(
   if coordinator is not None:
     assert num_processes is not None
     assert process_id is not None
-    if not re.fullmatch(r".+:\d{1,5}", coordinator) or num_processes < 1 or not 0 <= process_id < num_processes:
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if not port or not 0 < int(port[1]) < 2**16 or num_processes < 1 or not 0 <= process_id < num_processes:
       raise ValueError(
-        f"Got --coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}; expected host:port,"
-        " at least 1, and an id from 0 to one less."
+        f"Got --coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}; expected host:port"
+        " with a port from 1 to 65535, one process or more, and an id from 0 to one less than their number."
       )
     rendezvous.meet(coordinator, num_processes, process_id, seconds=wait_seconds, say=_say)
   if jax.config.values.get("jax_platforms") == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":

@@ -22,7 +22,7 @@ def run_prepare(config: ConfigDict, output: Path | None) -> None:
   c = config.data
   if c.source == "tfds":
     tqdm.write(f"preparing the TFDS data set {c.name} ...")
-    where, counts, there = data.prepare_tfds(c.name, c.path and str(user_path(c.path)), c.module)
+    where, counts, there = data.prepare_tfds(c.name, c.path and str(user_path(c.path, "config.data.path=")), c.module)
     splits = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     tqdm.write(f"{'prepared already' if there else 'prepared'}     {where}\nrecords      {splits}")
     if output is None:

@@ -56,10 +56,13 @@ def _receive(port: int, num_processes: int, news: _News) -> None:
   """Process 0: take the others' reports, and let all go at once."""
   others: dict[int, socket.socket] = {}
   try:
-    server = socket.create_server(("", port))
+    # On IPv6 too, where the others may look for it.
+    both = socket.has_dualstack_ipv6()
+    server = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
   except OSError as error:
     raise ValueError(
-      f"Got a --coordinator with port {port}, which process 0 cannot use ({error.strerror}); expected a free one."
+      f"Got a --coordinator with port {port}, which process 0 cannot use ({os.strerror(error.errno or 0)});"
+      " expected a free one."
     ) from error
   with contextlib.ExitStack() as stack:
     stack.enter_context(server).settimeout(_LOOK)

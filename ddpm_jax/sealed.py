@@ -135,7 +135,7 @@ def check_archive(path: Path) -> None:
 
 def set_aside(path: Path, folder: Path, reason: object, then: str = "It is made again.") -> None:
   """Move a damaged file into a folder, beside those that are there, and warn."""
-  place = _free_place(path, folder)
+  place = free_place(path, folder)
   with contextlib.suppress(FileNotFoundError):
     os.rename(path, place)
   warn(f"{path} is damaged: {reason}. It was moved to {place}. {then}")
@@ -143,12 +143,13 @@ def set_aside(path: Path, folder: Path, reason: object, then: str = "It is made 
 
 def copy_aside(path: Path, folder: Path) -> Path:
   """Copy a file that is partly damaged into a folder, beside those that are there, and return the copy's path."""
-  place = _free_place(path, folder)
+  place = free_place(path, folder)
   files.write_bytes(place, path.read_bytes())
   return place
 
 
-def _free_place(path: Path, folder: Path) -> Path:
+def free_place(path: Path, folder: Path) -> Path:
+  """Make a folder and return a path in it that nothing has yet, named after another path."""
   folder.mkdir(parents=True, exist_ok=True)
   names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))
   return next(folder / name for name in names if not (folder / name).exists())

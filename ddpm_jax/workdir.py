@@ -76,10 +76,11 @@ def locked(workdir: Path) -> Iterator[None]:
     ValueError: if a live process trains there.
   """
   path = workdir / ".lock"
-  with path.open("a+") as file:
+  with contextlib.ExitStack() as stack, files.naming(path):
+    file = stack.enter_context(path.open("a+"))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
       file.seek(0)
       raise ValueError(
         f"Got --workdir={workdir}, in which {file.read().strip() or 'another process'} trains; wanted a folder of this run's own. Wait"
@@ -88,6 +89,8 @@ def locked(workdir: Path) -> Iterator[None]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    kept = stack.pop_all()
+  with kept:
     yield
 
 

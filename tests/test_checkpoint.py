@@ -34,6 +34,7 @@ def values(tree):
 
 
 def assert_equal(a, b):
+  assert [leaf.dtype for leaf in jax.tree.leaves(a)] == [leaf.dtype for leaf in jax.tree.leaves(b)]
   for x, y in zip(values(a), values(b), strict=True):
     np.testing.assert_array_equal(x, y)
 
@@ -133,7 +134,8 @@ def files_of(folder):
   return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_no_flipped_bit_is_ever_used(tmp_path):
+@pytest.mark.parametrize("harm", ["flipped bit", "no file"])
+def test_nothing_damaged_is_ever_used(harm, tmp_path):
   """In each file in turn: either nothing that is restored changes, or the step before is used and the damage reported."""
   save(tmp_path, 1, 2)
   rng = random.Random(0)
@@ -142,7 +144,10 @@ def test_no_flipped_bit_is_ever_used(tmp_path):
     content = path.read_bytes()
     broken = bytearray(content)
     broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
-    path.write_bytes(broken)
+    if harm == "no file":
+      path.unlink()
+    else:
+      path.write_bytes(broken)
     restored = restore(tmp_path)
     assert_equal(restored.items, make_items(restored.step))
     assert len(restored.damaged) == 2 - restored.step
@@ -204,6 +209,8 @@ def test_what_is_damaged_is_moved_and_what_is_half_written_deleted(tmp_path):
   checkpoints.save(3, make_items(3), {}, {})
   checkpoints.close()
   assert checkpoint.Checkpoints.steps(folder) == [2, 3]
+  assert checkpoints.discard(2, tmp_path / "damaged")
+  assert sorted(os.listdir(tmp_path / "damaged")) == ["3", "3_2"], "nothing is lost"
 
 
 def test_a_disk_without_room_is_an_error_and_what_was_saved_stands(tmp_path, monkeypatch):
@@ -211,7 +218,7 @@ def test_a_disk_without_room_is_an_error_and_what_was_saved_stands(tmp_path, mon
   checkpoints = checkpoint.Checkpoints(tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(OSError, match=r"checkpoint of step 2.*10 are free.*Make room.*that of step 1 stands"):
+    with pytest.raises(OSError, match=r"step 2 into .*10 are free.*Make room.*up to step 1 stands"):
       checkpoints.save(2, make_items(2), {}, {})
   checkpoints.save(2, make_items(2), {"batch": 2}, {})
   checkpoints.close()

@@ -48,9 +48,10 @@ def test_any_text_goes_to_any_stream(encoding, first, second):
   assert result.stderr.startswith(first + b"\n" + second + b"\n")
 
 
-def test_streams_that_are_closed_from_the_start_take_all(tmp_path):
+@pytest.mark.parametrize("streams", [">&- 2>&-", "> /dev/full 2> /dev/full"])
+def test_streams_that_are_closed_or_full_take_all(streams, tmp_path):
   script = f"{PRINTS}\nopen({str(tmp_path / 'done')!r}, 'w')"
-  command = f"exec {shlex.join([sys.executable, '-c', script])} >&- 2>&-"
+  command = f"exec {shlex.join([sys.executable, '-c', script])} {streams}"
   assert subprocess.run(command, shell=True, env=commands.surroundings(1), cwd=ROOT, check=False).returncode == 0
   assert (tmp_path / "done").exists()
 

@@ -54,6 +54,18 @@ with interrupts.ended_at_once(end):
   assert (code, output) == (130, "ended by MainThread\n")
 
 
+def test_no_callback_loses_an_interrupt():
+  """As JAX's own, after each search for garbage: what it raises is printed and forgotten."""
+  code, output = run("""
+import gc
+with interrupts.ended_at_once(end):
+  gc.callbacks.append(lambda *_: interrupt())
+  gc.collect()
+  time.sleep(3600)
+""")
+  assert (code, output) == (130, "ended by MainThread\n")
+
+
 @pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
 def test_a_handler_may_take_its_time_for_the_first_signal_only(first):
   code, output = run(f"""
@@ -70,6 +82,26 @@ with interrupts.ended_at_once(end):
     stuck()
 """)
   assert (code, output) == (130, "heard True\nended by interrupts\n")
+
+
+WRITING = """
+import os, signal
+from ddpm_jax import files
+from tests import recipes
+
+def get_config():
+  files._sync = lambda path: os.kill(os.getpid(), signal.SIGINT)
+  return recipes.get_config()
+"""
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_nothing_of_it(tmp_path):
+  config, workdir = tmp_path / "config.py", tmp_path / "run"
+  config.write_text(WRITING)
+  code, output = commands.start(f"--config={config}", f"--workdir={workdir}").finish()
+  assert code == 128 + signal.SIGINT, output
+  assert workdir.exists()
+  assert not [path for path in workdir.rglob("*") if path.name != ".lock" and path.is_file()]
 
 
 INTERRUPTED = """

@@ -234,6 +234,13 @@ WRONG = {
   "classifier_uri": ([RECIPE, "--mode=sample", "--classifier=gs://a/b"], "--classifier=gs://a/b, a URI"),
   "weak_uri": ([RECIPE, "--mode=sample", "--weak=gs://a/b@3"], "--weak=gs://a/b.*a URI"),
   "upsampler_uri": ([RECIPE, "--mode=sample", "--upsampler=gs://a/b"], "--upsampler=gs://a/b, a URI"),
+  "data_uri": ([RECIPE, "--config.data.source=npz", "--config.data.path=gs://a/b"], "config.data.path=gs://a/b, a URI"),
+  "stats": ([RECIPE, "--mode=stats", "--output=/dev/null/x.npz"], "Cannot write /dev/null/x.npz: Not a directory"),
+  "stats_type": ([RECIPE, "--mode=stats", "--output=/tmp/x.txt"], "expected a new file that ends in .npz"),
+  "prepare": (
+    [RECIPE, "--mode=prepare", "--config.data.source=folder", "--config.data.path=/", "--output=/dev/null/x"],
+    "Cannot write /dev/null/x: Not a directory",
+  ),
   "home": ([RECIPE, "--mode=export", "--output=~nobody-of-this-name/x"], "no home folder"),
 }
 
@@ -263,15 +270,49 @@ def test_a_path_that_checkpoints_cannot_be_read_from_is_refused_before_training(
   assert not os.listdir(tmp_path)
 
 
+def test_what_the_system_refuses_is_named(tmp_path):
+  folder = tmp_path / ("x" * 300)
+  code, output = call(DENSE, f"--workdir={folder}")
+  assert_refused(code, output, f"error: Cannot use {folder}/checkpoints: File name too long. Check what lies there")
+  (tmp_path / ".lock").mkdir()
+  code, output = call(DENSE, f"--workdir={tmp_path}")
+  assert_refused(code, output, f"error: Cannot write {tmp_path}/.lock: Is a directory. Make it writable")
+
+
+def test_what_native_code_reports_on_its_own_is_kept_out(tmp_path):
+  """Orbax's storage does so of each write that fails on a full disk after the first."""
+  config = tmp_path / "config.py"
+  config.write_text(
+    "import sys\nfrom ddpm_jax import workdir\nfrom tests import recipes\n\n\n"
+    "def complain(folder):\n  sys.excepthook(RuntimeError, RuntimeError('Event loop is closed'), None)\n"
+    "  raise ValueError('The end.')\n\n\n"
+    "def get_config():\n  workdir.checkpoint_steps = complain\n  return recipes.get_config()\n"
+  )
+  _, output = start(f"--config={config}", f"--workdir={tmp_path}").finish()
+  assert output.endswith("error: The end.\n")
+  assert "Event loop" not in output
+
+
+@pytest.mark.parametrize("folder", ["/s3/bucket", "/gs/bucket", "/hf", "logs:/gs:", "xgs:/run"])
+def test_a_path_that_orbax_takes_for_a_bucket_is_refused_before_training(folder, tmp_path):
+  workdir = tmp_path / folder
+  code, output = call(DENSE, f"--workdir={workdir}")
+  assert_refused(code, output, "which orbax takes for a bucket.*Use another --workdir")
+  assert not workdir.exists()
+
+
 def test_any_other_path_works(tmp_path):
-  """Characters that some file systems, shells, URLs and formats take for something else."""
-  folder = tmp_path / "a b" / "ü%20#:'\"{}|!~$HOME;&\n-x]" / "5.orbax-checkpoint-tmp" / "7"
+  """Characters that some file systems, shells, URLs and formats take for something else, and a link that `..` leaves."""
+  (tmp_path / "real" / "deep").mkdir(parents=True)
+  (tmp_path / "link").symlink_to("real/deep")
+  folder = tmp_path / "link" / ".." / "a b" / "ü%20#:'\"{}|!~$HOME;&\n-x]" / "5.orbax-checkpoint-tmp" / "7"
   options = [DENSE, f"--workdir={folder}", "--config.training.checkpoint_every=2"]
   for arguments in (["--config.training.steps=3"], ["--config.training.steps=5"], ["--mode=sample", "--num_samples=1"]):
     code, output = call(*options, *arguments)
     assert code == 0, output
   assert "checkpoint of step 5" in output
   assert "damaged" not in output
+  assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
 @pytest.mark.parametrize("left", ["nothing", "half a checkpoint", "no config", "half a config", "another config"])

@@ -192,8 +192,8 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
 def test_statistics_are_not_written_over(statistics, tmp_path):
   path = tmp_path / "a.npz"
   path.write_text("precious")
-  with pytest.raises(ValueError, match="a.npz, which exists; wanted a new file"):
+  with pytest.raises(ValueError, match="a.npz, which exists; expected a new file"):
     metrics.save_statistics(path, statistics)
   assert path.read_text() == "precious"
-  with pytest.raises(ValueError, match="wanted a new file that ends in .npz"):
-    metrics.check_output(str(tmp_path / "a.pt"))
+  with pytest.raises(ValueError, match="expected a new file that ends in .npz"):
+    metrics.save_statistics(tmp_path / "a.pt", statistics)

@@ -227,8 +227,9 @@ def test_the_cluster_s_environment_says_how_many_processes():
 def test_wrong_processes_are_errors():
   with pytest.raises(ValueError, match="expected all three"):
     parallel.connect("host:1", 2)
-  with pytest.raises(ValueError, match="expected host:port"):
-    parallel.connect("host", 2, 0)
+  for place in ("host", "host:0", "host:65536", "host:99999", ":1"):
+    with pytest.raises(ValueError, match="expected host:port with a port from 1 to 65535"):
+      parallel.connect(place, 2, 0)
   with pytest.raises(ValueError, match="an id from 0 to one less"):
     parallel.connect("host:1", 2, 2)
 

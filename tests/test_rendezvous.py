@@ -12,9 +12,9 @@ from tests.commands import DENSE, assert_refused
 from tests.test_runs_processes import port
 
 
-def meet(place, number, of, seconds=forked.PATIENCE, said=None):
+def meet(place, number, of, seconds=forked.PATIENCE, said=None, host="localhost"):
   said = [] if said is None else said
-  return rendezvous.meet(f"localhost:{place}", of, number, seconds=seconds, say=said.append)
+  return rendezvous.meet(f"{host}:{place}", of, number, seconds=seconds, say=said.append)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
@@ -29,6 +29,16 @@ def test_all_go_when_the_last_has_come(order):
       each.result(forked.PATIENCE)
   with socket.create_server(("", place)):
     pass  # The port is free for JAX's service.
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="This machine has no IPv6.")
+def test_one_may_come_by_ipv6_and_another_by_ipv4():
+  place = port()
+  with ThreadPoolExecutor(2) as threads:
+    others = [threads.submit(meet, place, 1, 3, host="[::1]"), threads.submit(meet, place, 2, 3, host="127.0.0.1")]
+    meet(place, 0, 3, host="[::1]")
+    for each in others:
+      each.result(forked.PATIENCE)
 
 
 def test_process_0_says_who_is_missing_and_ends():

@@ -189,7 +189,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished
   remove_checkpoints(copy, *steps_of(copy) - {4})
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
-    with pytest.raises(OSError, match=r"checkpoint of step 6.*Make room.*that of step 4 stands"):
+    with pytest.raises(OSError, match=r"step 6 into .*Make room.*up to step 4 stands"):
       runs.run_train(config_of(steps=6), copy)
   runs.run_train(config_of(), copy)
   assert_same_ends(copy, finished)

@@ -214,8 +214,10 @@ def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
   best = max(found, key=lambda step: (found[step], step))
   assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {str(best), "6"}
   config.training.best_metric = "eval/fid"
-  with pytest.raises(ValueError, match="wanted one of eval/frechet_distance, eval/kernel_distance"):
-    runs.run_train(config, tmp_path / "other")
+  for keep in (0, 1):  # --step=best looks for it in any case
+    config.training.keep_best = keep
+    with pytest.raises(ValueError, match="wanted one of eval/frechet_distance, eval/kernel_distance"):
+      runs.run_train(config, tmp_path / "other")
   config.evaluation.every = 3
   with pytest.raises(ValueError, match="scores at every checkpoint"):
     runs.run_train(config, tmp_path / "other")

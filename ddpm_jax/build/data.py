@@ -31,7 +31,7 @@ def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
   c = config.data
   fit = (c.image_size, c.channels, c.crop, choose(c.resize, data.RESIZES, "config.data.resize"))
   # Empty is the default of TFDS.
-  path = c.path and str(user_path(c.path))
+  path = c.path and str(user_path(c.path, "config.data.path="))
   makers = {
     "digits": lambda: (data.digits(), None),
     "mnist": lambda: (data.mnist(c.image_size), None),
@@ -96,7 +96,7 @@ def _classed(config: ConfigDict, source: data.Source) -> data.Source:
 def _folders(c: ConfigDict, make: Make) -> tuple[data.Source, data.Source | None]:
   if not c.path:
     raise ValueError("Got no folder of images; set --config.data.path=<folder>.")
-  root = user_path(c.path)
+  root = user_path(c.path, "config.data.path=")
   splits = [split for split in (c.train_split, c.eval_split) if split]
   _check_splits(splits)
   found = [split for split in splits if (root / split).is_dir()]

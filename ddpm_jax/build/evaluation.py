@@ -177,7 +177,7 @@ def build_reference(
     raise ValueError(
       f"Got config.evaluation.reference={name!r}; wanted train, held_out, or an .npz file with mu and sigma (--mode=stats)."
     )
-  statistics = metrics.load_statistics(user_path(name))
+  statistics = metrics.load_statistics(user_path(name, "config.evaluation.reference="))
   _check_statistics(config, space, name, statistics)
   return Reference(name, None, statistics, source if held_out is None else held_out)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ddpm_jax import sealed
+from ddpm_jax import files, sealed
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks.inception import SHARED, SIZE, TAPS, Inception
 from ddpm_jax.places import user_path
@@ -71,12 +71,10 @@ def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLIS
 
   Raises:
     ValueError: as `load` does, or if the output exists or does not end in .safetensors.
+    WriteError: if it cannot be written.
   """
   output = user_path(output)
-  if output.suffix != ".safetensors" or output.exists():
-    raise ValueError(
-      f"Got --output={output}{', which exists' if output.exists() else ''}; wanted a new file that ends in .safetensors."
-    )
+  files.check_new_file(output, ".safetensors")
   raw, sha256 = _read_checked(path, sha256_prefix)
   arrays = {_name(key): tensors.to_theirs(key, value) for key, value in raw.items()}
   sealed.save_tensors(output, arrays, {"format": "pt", _SOURCE: sha256})

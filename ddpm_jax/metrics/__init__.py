@@ -15,7 +15,7 @@ from ddpm_jax.metrics.inception import inception_space, resize_clean, resize_tf1
 from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
 from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
 from ddpm_jax.metrics.neighbours import Neighbourhoods, nearest, neighbourhoods, precision_recall
-from ddpm_jax.metrics.statistics import Statistics, check_output, load_statistics, save_statistics
+from ddpm_jax.metrics.statistics import Statistics, load_statistics, save_statistics
 from ddpm_jax.sealed import digest
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
   "Neighbourhoods",
   "Statistics",
   "check_images",
-  "check_output",
   "check_rank",
   "class_statistics",
   "classifier_space",

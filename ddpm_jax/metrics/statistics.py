@@ -35,7 +35,7 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
     WriteError: if it cannot be written.
   """
   path = Path(path)
-  check_output(path)
+  files.check_new_file(path, ".npz")
   arrays: dict[str, Any] = {"about": np.array(json.dumps(statistics.about | {"count": statistics.features.count}))}
   for name, (mu, sigma) in _NAMES.items():
     one = getattr(statistics, name)
@@ -43,16 +43,6 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
       arrays |= {mu: one.mean, sigma: one.covariance}
   with files.writing(path) as temporary:
     np.savez(temporary, **arrays)
-
-
-def check_output(path: str | Path) -> None:
-  """Raises a ValueError unless statistics can be written there."""
-  path = Path(path)
-  if path.suffix != ".npz" or path.exists():
-    raise ValueError(
-      f"Got --output={path}{', which exists' if path.exists() else ''}; wanted a new file that ends in .npz, such as"
-      " --output=/tmp/statistics.npz."
-    )
 
 
 def load_statistics(path: str | Path) -> Statistics:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, evaluate, metrics, parallel
+from ddpm_jax import build, evaluate, files, metrics, parallel
 from ddpm_jax.runs.model import say
 from ddpm_jax.runs.scoring import describe_data, in_parts
 
@@ -14,9 +14,10 @@ def run_statistics(config: ConfigDict, output: Path) -> None:
   """Writes mean and covariance of the features of a config's images into an .npz file: of the split that it scores against.
 
   Raises:
-    ValueError: if the file exists, or the features or the images cannot be had.
+    WriteError: if the file cannot be written.
+    ValueError: if it exists, or the features or the images cannot be had.
   """
-  metrics.check_output(output)
+  files.check_new_file(output, ".npz")
   config = ConfigDict(config.to_dict())
   build.check_images(
     config, config.evaluation.batch_size, f"config.evaluation.batch_size={config.evaluation.batch_size}"

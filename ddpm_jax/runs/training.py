@@ -56,7 +56,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   """
   if profile < 0:
     raise ValueError(f"Got --profile={profile}; wanted the number of steps to trace, or 0 for none.")
-  checkpoint.check_folder(workdir.checkpoint_folder(folder.absolute()))
+  checkpoint.check_folder(workdir.checkpoint_folder(folder))
   resuming = _resuming(folder, resume)
   asked = config
   config, start_from = pretrained.of_run(config, folder, resuming=resuming)
@@ -128,15 +128,14 @@ def _check_best(config: ConfigDict, judge: Any, step: Any, template: train.Train
       known = [name for name in metrics if not name.startswith("skipped")]
       schema.choose(c.best_metric, known, "config.training.best_metric")
     return
-  if not c.keep_best:
-    return
-  if not every or c.checkpoint_every % every:
+  if c.keep_best and (not every or c.checkpoint_every % every):
     raise ValueError(
       f"Got config.training.best_metric={c.best_metric!r} with evaluation.every={every} and"
       f" training.checkpoint_every={c.checkpoint_every}; expected scores at every checkpoint. Set"
       " --config.evaluation.every to checkpoint_every, or to a divisor of it."
     )
-  judge.check_best(c.best_metric)
+  if every:
+    judge.check_best(c.best_metric)
 
 
 def _resuming(folder: Path, resume: str) -> bool:
