@@ -223,7 +223,7 @@ def first_line(error: Exception | str) -> str:
 def _unreadable(path: Path, error: Exception) -> ValueError:
   # PyTorch says first how to run the code after all.
   said = str(error).rpartition("WeightsUnpickler error:")[2]
-  stranger = re.search(r"GLOBAL (\S+) was not an allowed", said)
+  stranger = re.search(r"\bGLOBAL (\S+)", said)
   if stranger:
     why = f"it holds {stranger[1]}, which only code can make, and code in a file is never run. Save model.state_dict() alone where you trust the file"
   else:
