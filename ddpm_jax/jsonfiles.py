@@ -12,6 +12,15 @@ from typing import Any
 Kinds = tuple[Any, ...]
 # What float32 holds, in which programs compute; the rest would be infinite or 0.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+# How messages name a kind: one value, and several.
+_NAMES: dict[Any, tuple[str, str]] = {
+  None.__class__: ("null", "nulls"),
+  bool: ("true or false", "true or false"),
+  int: ("an integer of at most 64 bits", "integers of at most 64 bits"),
+  float: ("a finite number that float32 holds", "finite numbers that float32 holds"),
+  str: ("a string", "strings"),
+  dict: ("an object", "objects"),
+}
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxstring, _SHOWN.maxother = 3, 8, 8, 80, 80
 
@@ -78,12 +87,12 @@ def matches(value: Any, kind: Any) -> bool:
   return value == 0 or (math.isfinite(value) and _SMALLEST <= abs(value) <= _LARGEST)
 
 
-def kind_name(kind: Any) -> str:
-  """Return the name of a kind, for a message."""
+def kind_name(kind: Any, *, several: bool = False) -> str:
+  """Return the name of a kind for a message, or of several values of it."""
   if isinstance(kind, list):
-    return f"a list of {' or '.join(map(kind_name, kind))}"
-  names = {None.__class__: "null", float: "a finite number that float32 holds", int: "an integer", str: "a string"}
-  return names.get(kind) or {bool: "true or false", dict: "an object"}.get(kind, kind.__name__)
+    items = " or ".join(kind_name(one, several=True) for one in kind)
+    return f"lists of {items}" if several else f"a list of {items}"
+  return _NAMES[kind][several]
 
 
 def show(value: Any) -> str:

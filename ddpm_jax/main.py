@@ -361,12 +361,26 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    hint = " Keys of a config can be set together with --config=<file> only." if "config." in str(error) else ""
-    _stop(f"{error}{hint}")
+    _stop(_mistake(error))
   except (AttributeError, KeyError) as error:
     # ml_collections names the key that is not there and, on a second line, the nearest that is.
     key, _, hint = str(error).encode().decode("unicode_escape").strip("\"'").partition("\n")
     _stop(f"Got a --config flag for {key.strip(chr(39))!r}, a key that the config does not have. {hint}")
+
+
+def _mistake(error: flags.Error) -> str:
+  """Return what is wrong with a flag, in other words than Python's."""
+  text = str(error)
+  if isinstance(error, flags.UnrecognizedFlagError) and "config." in text:
+    return f"{text} Keys of a config can be set together with --config=<file> only."
+  for said, meant in (
+    ("invalid literal for int()", "an integer, in digits alone"),
+    ("could not convert string", "a number"),
+  ):
+    given, found, _ = text.partition(f": {said}")
+    if found:
+      return f"Got {given.removeprefix('flag ')}; expected {meant}."
+  return text
 
 
 def _stop(message: str, code: int = 2) -> NoReturn:

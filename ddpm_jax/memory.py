@@ -1,4 +1,4 @@
-"""What fits into a machine: numbers of bytes are compared before any is taken."""
+"""Compare the bytes that something needs with those of the machine, before any are taken."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ from typing import Any
 
 from ddpm_jax import hardware
 
-# More than any machine, or any slice of TPUs, has.
-MOST = 2**50
+# More than any machine has: the largest slice of TPUs, 9,216 chips of 192 GiB, has less than half.
+MOST = 2**52
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -30,16 +30,19 @@ def of_devices(devices: Sequence[Any]) -> float | None:
   first = devices[0]
   if first.platform == "cpu":
     return of_host() * jax.process_count()
-  chip = hardware.chip_of(first.device_kind)
-  if chip is not None:
-    return chip.memory * len(devices)
   local = [device for device in devices if device.process_index == jax.process_index()]
   stats = local[0].memory_stats() if local else None
-  return stats["bytes_limit"] * len(devices) if stats and "bytes_limit" in stats else None
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] * len(devices)
+  chip = hardware.chip_of(first.device_kind)
+  return None if chip is None else chip.memory * len(devices)
 
 
 def of_disk(folder: Path) -> int:
-  """Return the bytes of the disk on which a folder lies, or will lie: of what is taken, an interrupted run may have kept some for itself."""
+  """Return the size in bytes of the disk for a folder, which need not exist yet.
+
+  Not its free bytes: an interrupted run may already hold some of those that it needs.
+  """
   return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).total
 
 

@@ -1,14 +1,17 @@
-"""Config files: Python that makes a ConfigDict. Whatever is wrong with one is a ValueError with the file, the line and the error."""
+"""Run config files, which are Python. Every failure is one ValueError with the file, the line and the error."""
 
+import contextlib
 import difflib
 import sys
 import traceback
+from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm_jax.places import user_path
@@ -29,13 +32,14 @@ def read(value: str) -> ConfigDict:
   # A path may have a colon too.
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
   path = _existing(name)
-  module = _run(path, lambda: _load(path))
-  get_config = getattr(module, "get_config", None)
-  if not callable(get_config):
-    raise ValueError(
-      f"Got --config={path}, which has no function get_config(); expected one that returns a ConfigDict. Start from configs/digits_vp.py."
-    )
-  config = _run(path, lambda: get_config(*([argument] if colon else [])), get_config)
+  with _neighbors(path):
+    module = _run(path, lambda: _load(path))
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+      raise ValueError(
+        f"Got --config={path}, which has no function get_config(); expected one that returns a ConfigDict. Start from configs/digits_vp.py."
+      )
+    config = _run(path, lambda: get_config(*([argument] if colon else [])), get_config)
   if not isinstance(config, ConfigDict) or not len(config):
     what = "an empty ConfigDict" if isinstance(config, ConfigDict) else f"a value of type {type(config).__name__}"
     hint = " Does it lack a return statement?" if config is None else ""
@@ -46,7 +50,33 @@ def read(value: str) -> ConfigDict:
   # A value that is required may not be set.
   _run(path, config.to_dict, get_config)
   # Flags change it.
-  return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+  config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+  _convert_numbers(config, set())
+  return config
+
+
+@contextlib.contextmanager
+def _neighbors(path: Path) -> Iterator[None]:
+  """Let a file import the modules beside it, as a script does; they hide no installed ones."""
+  folder = str(path.parent.absolute())
+  sys.path.append(folder)
+  try:
+    yield
+  finally:
+    sys.path.remove(folder)
+
+
+def _convert_numbers(config: ConfigDict, seen: set[int]) -> None:
+  """Turn NumPy numbers in tuples into Python's, which JSON can hold; ml_collections sees to all other values."""
+  # A section may hold itself.
+  if id(config) in seen:
+    return
+  seen.add(id(config))
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      _convert_numbers(value, seen)
+    elif isinstance(value, tuple) and any(isinstance(item, np.generic) for item in value):
+      config[name] = tuple(item.item() if isinstance(item, np.generic) else item for item in value)
 
 
 def _existing(name: str) -> Path:
@@ -86,7 +116,7 @@ def _run(path: Path, call: Any, function: Any = None) -> Any:
 
 
 def _place(path: Path, error: BaseException) -> str:
-  """The last line of the file that the error passed through."""
+  """Return where in the file the error arose, such as " in line 3"; empty if that is not known."""
   if isinstance(error, SyntaxError) and error.filename == str(path):
     return f" in line {error.lineno}"
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

@@ -22,6 +22,8 @@ _ELEMENTS = {
 # Numbers that may be below 0; all others are a size, a share or a number of something.
 _SIGNED = ("data.hold_out", "loss.times_mean", "guidance.scale", "network.frequency_shift", "network.filter")
 _POSITIVE = ("sampling.tolerance", "evaluation.likelihood_tolerance", "optimizer.learning_rate", "network.multipliers")
+# Seeds are unsigned; all other integers are sizes or numbers of something, which programs count in int32.
+_LARGEST = {"seed": 2**32 - 1}
 _COUNTS = (
   "data.image_size",
   "data.channels",
@@ -296,13 +298,9 @@ def saved_config(folder: Path) -> ConfigDict | None:
     return None
   config = default_config()
   with jsonfiles.naming(workdir.config_path(folder)):
-    _check_names(_leaves(saved), _leaves(config.to_dict()))
-    try:
-      # A run of an older version lacks keys that came later.
-      config.update(ConfigDict(saved))
-    except TypeError as error:
-      raise ValueError(f"Got a config with a value of the wrong type ({error}). Restore the file.") from error
-    check_config(config)
+    _check_leaves(_leaves(saved), _leaves(config.to_dict()))
+    # A run of an older version lacks keys that came later.
+    config.update(ConfigDict(saved))
   return config
 
 
@@ -332,19 +330,37 @@ def check_config(config: ConfigDict) -> None:
     raise ValueError(
       "Got a config with a section that holds itself; expected sections of values. Start from schema.default_config()."
     ) from error
-  _check_names(given, known)
+  _check_leaves(given, known)
   if known.keys() - given.keys():
     raise ValueError(
       f"Got a config without {', '.join(sorted(known.keys() - given.keys()))}; wanted every key. Start from schema.default_config() and"
       " change what differs."
     )
+
+
+def _check_leaves(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+  for name in sorted(given.keys() - known.keys()):
+    raise _unknown(name, given[name], known)
   for name, value in given.items():
     _check_value(name, value, known[name])
 
 
-def _check_names(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-  for name in sorted(given.keys() - known.keys()):
-    choose(name, known.keys(), "a config key")
+def _unknown(name: str, value: Any, known: Mapping[str, Any]) -> ValueError:
+  """Return the error for a key that no config has, or that should be a section, or that should not."""
+  section = name.rpartition(".")[0]
+  if any(key.startswith(f"{name}.") for key in known):
+    keys = [key.removeprefix(f"{name}.") for key in known if key.startswith(f"{name}.")]
+    return ValueError(f"Got config.{name}={jsonfiles.show(value)}; expected a section with the keys {', '.join(keys)}.")
+  if section in known:
+    return ValueError(
+      f"Got a section config.{section} with the key {name}; expected one value, such as {known[section]!r}."
+    )
+  keys = [key for key in known if section and key.rpartition(".")[0] == section] or [
+    key.partition(".")[0] for key in known
+  ]
+  near = difflib.get_close_matches(name, known, 1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  return ValueError(f"Got {name!r} as a config key; expected one of {', '.join(sorted(set(keys)))}.{hint}")
 
 
 def _check_value(name: str, value: Any, default: Any) -> None:
@@ -357,19 +373,18 @@ def _check_value(name: str, value: Any, default: Any) -> None:
   for number in value if isinstance(value, list | tuple) else [value]:
     if isinstance(number, str | bool) or name in _SIGNED:
       continue
-    if isinstance(number, int) and number >= 2**31:
+    largest = _LARGEST.get(name, 2**31 - 1)
+    if isinstance(number, int) and number > largest:
+      size = f" An array of so many floats takes {memory.show(4 * number)}." if name in _COUNTS else ""
       raise ValueError(
-        f"Got config.{name}={value}; expected below {2**31}, as programs count with 32 bits: as many numbers take"
-        f" {memory.show(4 * number)}. Set --config.{name}."
+        f"Got config.{name}={value}; expected at most {largest}: programs hold it in 32 bits.{size} Set --config.{name}."
       )
     if number < 1 and name in _COUNTS:
       raise ValueError(f"Got config.{name}={value}; wanted at least 1.")
     if number <= 0 and name in _POSITIVE:
       raise ValueError(f"Got config.{name}={value}; wanted above 0, such as {default}.")
     if number < 0:
-      raise ValueError(
-        f"Got config.{name}={value}; wanted 0{', for none,' if isinstance(default, int) else ''} or more."
-      )
+      raise ValueError(f"Got config.{name}={value}; wanted 0 or more.")
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,10 @@ class DamagedError(ValueError):
   """A file does not hold what was written."""
 
 
+class ChangedError(DamagedError):
+  """A file can be read, but holds something else than what was written."""
+
+
 def digest(*arrays: np.ndarray) -> str:
   """Return the SHA-256 of arrays' types, shapes and bytes."""
   total = hashlib.sha256()
@@ -70,7 +74,7 @@ def read_json(path: Path, *, apart: str = "", required: bool = True) -> dict[str
   except (AttributeError, TypeError, KeyError) as error:
     raise DamagedError("it is not an object with the digest of its content") from error
   if found is not None and found != _digest_json(content, apart):
-    raise DamagedError("its content is not what was written")
+    raise ChangedError("its content is not what was written")
   return content
 
 

@@ -107,8 +107,10 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
   try:
     # A config may be written by hand; then it has no digest.
     return sealed.read_json(path, required=False)
+  except sealed.ChangedError as error:
+    raise ValueError(f"Cannot use {path}: {error}. {_EDITED}") from error
   except (OSError, sealed.DamagedError) as error:
-    raise ValueError(f"Cannot read {path}: {error}. {_EDITED}") from error
+    raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or use another --workdir.") from error
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:

@@ -230,8 +230,15 @@ class Bomb:
     return (os.system, ("touch pwned",))
 
 
-@pytest.mark.parametrize("content", ["code", "noise", "list"])
-def test_pickles_that_hold_more_than_tensors_are_refused(content, copy, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("code", r"holds posix\.system, which only code can make, and code in a file is never run"),
+    ("noise", r"damaged, or another kind of file \(Unsupported operand 103\)\. Fetch it again"),
+    ("list", "wanted a state dict"),
+  ],
+)
+def test_pickles_that_hold_more_than_tensors_are_refused(content, message, copy, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   weights(copy).unlink()
   file = copy / "unet" / "diffusion_pytorch_model.bin"
@@ -239,7 +246,7 @@ def test_pickles_that_hold_more_than_tensors_are_refused(content, copy, tmp_path
     file.write_bytes(b"garbage" * 100)
   else:
     torch.save([1] if content == "list" else {"a": Bomb()}, file)
-  with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin.*(run code|wanted a state dict)"):
+  with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
     interop.diffusers.load(copy)
   assert not (tmp_path / "pwned").exists()
 

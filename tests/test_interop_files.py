@@ -1,5 +1,6 @@
 """Files of foreign models: weights in every form and place, and JSON of every kind of damage."""
 
+import argparse
 import json
 import shutil
 
@@ -62,7 +63,7 @@ def test_the_network_is_found_in_a_checkpoint(name, folder, copy):
 
 
 UNCLEAR = {
-  "two networks": (lambda s: {"ema": s, "model": s}, "2 networks, under ema, model; expected one"),
+  "two networks": (lambda s: {"ema": s, "model": dict(s)}, "2 networks, under ema, model; expected one"),
   "two networks in one": (
     lambda s: {"state_dict": {f"{part}.{name}": value for name, value in s.items() for part in ("a", "b")}},
     "2 networks, under state_dict.a, state_dict.b",
@@ -84,6 +85,60 @@ def test_a_checkpoint_without_exactly_one_network_is_described(name, copy):
   put("diffusion_pytorch_model.bin", wrap(state), copy)
   with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
     interop.diffusers.load(copy)
+
+
+def holds_itself(state):
+  state["again"] = {"and again": state}
+  return state
+
+
+def with_first(change):
+  return lambda state: state | {"conv_in.weight": change(state["conv_in.weight"])}
+
+
+UNUSABLE = {
+  "itself alone": (lambda s: holds_itself({}), r"holds again \(dict\); wanted a state dict"),
+  "an object": (
+    lambda s: {"state_dict": s, "args": argparse.Namespace()},
+    r"holds argparse\.Namespace, which only code can make, and code in a file is never run\. Save model\.state_dict",
+  ),
+  "integers": (with_first(lambda t: t.to(torch.int8)), r"conv_in\.weight is of the type torch\.int8; expected float16"),
+  "8 bits": (with_first(lambda t: t.to(torch.float8_e4m3fn)), r"conv_in\.weight is of the type torch\.float8"),
+  "complex": (with_first(lambda t: t.to(torch.complex64)), r"conv_in\.weight is of the type torch\.complex64"),
+  "sparse": (with_first(lambda t: t.to_sparse()), r"conv_in\.weight is of the type torch\.sparse_coo"),
+  "no values": (with_first(lambda t: t.to("meta")), r"conv_in\.weight is of the type torch\.strided on meta"),
+  "not a number": (with_first(lambda t: t * float("nan")), r"not finite in float32: conv_in\.weight\. The training"),
+  "infinite in float32": (with_first(lambda t: t.double() + 1e300), r"not finite in float32: conv_in\.weight"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_tensors_that_are_no_parameters_are_named(name, copy):
+  state = safetensors.torch.load_file(weights(copy))
+  weights(copy).unlink()
+  make, message = UNUSABLE[name]
+  put("diffusion_pytorch_model.bin", make(state), copy)
+  with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
+    interop.diffusers.load(copy)
+
+
+def test_safetensors_of_8_bits_are_named(copy):
+  state = with_first(lambda t: t.to(torch.float8_e4m3fn))(safetensors.torch.load_file(weights(copy)))
+  put("diffusion_pytorch_model.safetensors", state, copy)
+  with pytest.raises(
+    ValueError, match=r"\.safetensors, whose conv_in\.weight is of the type F8_E4M3; expected float16"
+  ):
+    interop.diffusers.load(copy)
+
+
+@pytest.mark.parametrize("name", ["holds itself", "twice the same"])
+def test_entries_that_refer_to_each_other_are_read_once(name, folder, copy):
+  state = safetensors.torch.load_file(weights(copy))
+  weights(copy).unlink()
+  put("diffusion_pytorch_model.bin", holds_itself(state) if name == "holds itself" else {"a": state, "b": state}, copy)
+  jax.tree.map(
+    np.testing.assert_array_equal, interop.diffusers.load(copy).params, interop.diffusers.load(folder).params
+  )
 
 
 @pytest.mark.parametrize("form", ["whole", "variant", "shards", "pickled variant"])
@@ -162,6 +217,10 @@ BROKEN_SHARDS = {
   "another folder": (
     change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": "../scheduler/x.safetensors"})),
     r"index\.json with weight_map=",
+  ),
+  "a name too long": (
+    change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": "x" * 300 + ".safetensors"})),
+    r"x\.safetensors, a file that does not exist",
   ),
   "no map": (change_index(lambda c, index: c.pop("weight_map")), r"index\.json with weight_map=None"),
   "a list": (change_index(lambda c, index: c.update(weight_map=[1])), r"index\.json with weight_map=\[1\]"),

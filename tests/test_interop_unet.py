@@ -247,7 +247,7 @@ def test_the_default_network_is_google_ddpm_cifar10_32():
     ({"cross_attention_dim": 768}, "cross_attention_dim=768"),
     ({"_class_name": "UNet2DConditionModel"}, "class UNet2DConditionModel"),
     ({"attention_head_dim": 5}, "head_channels=5"),
-    ({"attention_head_dim": [8, 8]}, r"attention_head_dim=\[8, 8\]; expected an integer or null"),
+    ({"attention_head_dim": [8, 8]}, r"attention_head_dim=\[8, 8\]; expected an integer of at most 64 bits or null"),
     ({"norm_num_groups": None}, "norm_num_groups=None; expected an integer"),
     ({"dropout": None}, "dropout=None; expected a finite number that float32 holds"),
     ({"layers_per_block": True}, "layers_per_block=True"),

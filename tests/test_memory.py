@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import build, interop, memory, processes, runs, sampling, schedules
+from ddpm_jax import build, hardware, interop, memory, processes, runs, sampling, schedules, topology
 from ddpm_jax.networks import UNet
 from tests.commands import DENSE, RECIPE, assert_refused, call
 from tests.parameters import write_run
@@ -46,7 +46,14 @@ def test_devices_have_their_own_memory_but_on_a_cpu():
   assert memory.of_devices(jax.devices()) == memory.of_host()
   assert memory.of_devices([device("gpu", "NVIDIA H100 80GB HBM3")] * 4) == 4 * 80e9
   assert memory.of_devices([device("gpu", "a new one", bytes_limit=5e9)] * 2) == 1e10
+  # One sold with 80 GB has 80 GiB, and may be told to leave some of it alone.
+  assert memory.of_devices([device("gpu", "NVIDIA H100 80GB HBM3", bytes_limit=85e9)] * 2) == 170e9
   assert memory.of_devices([device("gpu", "a new one")]) is None
+
+
+def test_the_largest_slice_of_tpus_is_a_machine():
+  chips = topology._MOST_CHIPS * hardware.chip_of("TPU7x").memory * 2  # two devices a chip
+  memory.check("x", chips, chips, "")
 
 
 def test_a_container_s_limit_is_the_memory(tmp_path, monkeypatch):
@@ -189,7 +196,7 @@ def test_the_command_line_shows_one_message(key, tmp_path):
 @pytest.mark.parametrize("value", [2**31, 2**40])
 def test_what_programs_cannot_count_is_refused(value, tmp_path):
   code, output = call(DENSE, f"--config.data.image_size={value}", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, rf"config.data.image_size={value}; expected below 2147483648, .* take [\d.]+ [GT]B")
+  assert_refused(code, output, rf"config.data.image_size={value}; expected at most 2147483647: .* takes [\d.]+ [GT]B")
 
 
 def test_a_plan_for_other_machines_is_not_refused(monkeypatch):

@@ -1,9 +1,12 @@
 """Config files that are wrong: one message with the file, the line and the error."""
 
+import json
+import sys
+
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ddpm_jax import recipes
+from ddpm_jax import recipes, schema
 from tests.commands import assert_refused, call, start
 
 HEAD = "from ml_collections import ConfigDict, FrozenConfigDict\n"
@@ -96,6 +99,35 @@ def test_home_and_arguments(tmp_path, monkeypatch):
   assert not isinstance(config, FrozenConfigDict)
   config.name = "z"
   assert recipes.read("~/mine.py").name == "x"
+
+
+def test_a_file_imports_what_lies_beside_it(tmp_path):
+  (tmp_path / "recipe_helper.py").write_text("def seed():\n  return 3\n\ndef fail():\n  return 1 / 0\n")
+  # What hides a module that is installed would break others.
+  (tmp_path / "json.py").write_text("1 / 0\n")
+  text = "import json\n" + MAKE + "  import recipe_helper\n  return ConfigDict({'seed': recipe_helper.seed()})\n"
+  (tmp_path / "mine.py").write_text("import recipe_helper\n" + text)
+  before = list(sys.path)
+  assert recipes.read(str(tmp_path / "mine.py")).seed == 3
+  (tmp_path / "broken.py").write_text("import recipe_helper\nrecipe_helper.fail()\n")
+  with pytest.raises(ValueError, match=r"broken\.py, which fails in line 2: ZeroDivisionError"):
+    recipes.read(str(tmp_path / "broken.py"))
+  assert sys.path == before
+
+
+def test_a_file_may_use_dataclasses_and_numpy_s_numbers(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    "from __future__ import annotations\nimport dataclasses\nimport numpy as np\nfrom ddpm_jax import schema\n"
+    "@dataclasses.dataclass\nclass Rates:\n  rate: float = 1e-3\n"
+    "def get_config():\n  config = schema.default_config()\n  config.optimizer.learning_rate = Rates().rate\n"
+    "  config.network.multipliers = [np.int64(1), np.float32(2)]\n"
+    "  config.process.betas = tuple(np.linspace(0.25, 0.5, 2, dtype=np.float32))\n  return config\n"
+  )
+  config = recipes.read(str(tmp_path / "mine.py"))
+  schema.check_config(config)
+  assert json.loads(config.to_json())["network"]["multipliers"] == [1, 2]
+  assert json.loads(config.to_json())["process"]["betas"] == [0.25, 0.5]
+  assert config.optimizer.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("form", [["--config=~/mine.py"], ["--config", "~/mine.py"]])

@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ddpm_jax import schema, workdir
+from tests.commands import DENSE, call
 from tests.recipes import tiny_config
 
 
@@ -28,6 +29,21 @@ def test_keys_are_checked():
     (config[section] if section else config)[name] = value
     with pytest.raises(ValueError, match=f"{key}={value}"):
       schema.check_config(config)
+
+
+@pytest.mark.parametrize(
+  ("flag", "expected"),
+  [
+    ("--config.process.num_steps=1e9", "an integer, in digits alone"),
+    ("--config.seed=x", "an integer, in digits alone"),
+    ("--config.optimizer.learning_rate=fast", "a number"),
+    ("--num_samples=many", "an integer, in digits alone"),
+  ],
+)
+def test_flags_that_are_no_numbers_are_refused(flag, expected, tmp_path):
+  code, output = call(DENSE, flag, f"--workdir={tmp_path / 'work'}")
+  assert code == 2
+  assert output == f"error: Got {flag}; expected {expected}.\n"
 
 
 def test_config_of_run_needs_one(tmp_path):
@@ -76,8 +92,8 @@ def test_no_number_is_rounded_to_0_or_infinity(key):
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_what_counts_or_measures_is_not_negative(key):
-  if key in ("loss.times_mean", "guidance.scale", "network.frequency_shift"):
-    schema.check_config(changed(key, -1.0))
+  if key in ("loss.times_mean", "guidance.scale", "network.frequency_shift", "data.hold_out"):
+    schema.check_config(changed(key, -1.0 if key in FLOATS else -1))
     return
   with pytest.raises(ValueError, match=f"Got config.{key}=-1.*; wanted"):
     schema.check_config(changed(key, -1.0 if key in FLOATS else -1))
@@ -99,18 +115,53 @@ def test_values_of_another_type_are_refused(key):
       schema.check_config(changed(key, value))
 
 
+def test_an_unknown_key_is_shown_with_those_beside_it():
+  for key, message in (
+    ("network.chanels", r"expected one of network\.attention, [a-z_., ]+\. Did you mean 'network\.channels'\?$"),
+    ("sed", r"expected one of data, editing, ema, [a-z_, ]+\. Did you mean 'seed'\?$"),
+    ("nowhere", r"expected one of data, editing, ema, [a-z_, ]+\.$"),
+  ):
+    with pytest.raises(ValueError, match=f"Got '{key}' as a config key; {message}"):
+      schema.check_config(changed(key, 1))
+
+
+def test_a_seed_may_be_all_that_flags_take():
+  schema.check_config(changed("seed", 2**32 - 1))
+  with pytest.raises(
+    ValueError, match=r"config.seed=4294967296; expected at most 4294967295: programs hold it in 32 bits\. Set"
+  ):
+    schema.check_config(changed("seed", 2**32))
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("ema.stds", (float("nan"),), "a list of finite numbers that float32 holds"),
+    ("network.attention_resolutions", (0.5,), "a list of integers of at most 64 bits"),
+    ("evaluation.scores", (3,), "a list of strings"),
+    ("seed", 2**70, "an integer of at most 64 bits"),
+  ],
+)
+def test_messages_say_what_is_expected(key, value, message):
+  with pytest.raises(ValueError, match=rf"Got config.{key}=.*; expected {message}\. Set --config.{key}"):
+    schema.check_config(changed(key, value))
+
+
 def test_a_saved_config_is_checked_and_named(tmp_path):
   for change, message in (
-    ({"seed": "x"}, "seed"),
+    ({"seed": "x"}, "Got config.seed='x'; expected an integer"),
+    ({"seed": {"a": 1}}, "Got a section config.seed with the key seed.a; expected one value, such as 0"),
     ({"training": {"step": 3}}, "Did you mean 'training.steps'"),
-    ({"training": 3}, "'training' as a config key"),
+    ({"training": 3}, "Got config.training=3; expected a section with the keys accumulate, "),
+    ({"training": None}, "Got config.training=None; expected a section"),
+    ({"training": []}, r"Got config.training=\[\]; expected a section"),
     ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate=nan"),
     ({"network": {"multipliers": ["a"]}}, r"network.multipliers=\('a',\)|network.multipliers=\['a'\]"),
     ({"training.steps": 3}, "dots"),
   ):
     tree = tiny_config().to_dict()
     for key, value in change.items():
-      tree[key] = tree[key] | value if isinstance(value, dict) else value
+      tree[key] = tree[key] | value if isinstance(value, dict) and isinstance(tree[key], dict) else value
     workdir.write_config(tmp_path, tree)
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}|{message}.*config.json"):
       schema.config_of_run(None, tmp_path)

@@ -90,7 +90,8 @@ def test_every_flipped_bit_of_a_value_is_noticed(tmp_path):
   data, whole = path.read_bytes(), workdir.read_config(tmp_path)
   unnamed = []
   for place in range(len(data)):
-    for bit in range(8):
+    # Each bit of some bytes, and of each byte the one by which letters differ from signs.
+    for bit in {5, place % 8}:
       path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
       try:
         found = workdir.read_config(tmp_path)
@@ -129,8 +130,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
   [
     ('"steps": 12', '"steps": 13', "content is not what was written"),
     ('"steps": 12', '"steps": "12"', "content is not what was written"),
-    ("{", "[", "not JSON"),
-    ("{", "\udcff", "Cannot read"),
+    ("{", "[", "not JSON.*Restore the file from a copy"),
+    ("{", "\udcff", "not JSON.*Restore the file from a copy"),
   ],
 )
 def test_the_command_line_names_a_damaged_config(flags, old, new, message, tmp_path):

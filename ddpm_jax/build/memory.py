@@ -1,7 +1,7 @@
-"""The memory that a config needs at least, compared with what there is before anything is read, compiled or written.
+"""Refuse configs that need more memory than there is, before anything is read, compiled or written.
 
-Each is a lower bound, by arithmetic alone: images, and the first features of a network, of which there are more. What is refused could not
-have run; what is not refused still may not fit, which `--mode=plan` tells.
+Each bound is a lower one, from arithmetic alone: the bytes of the images and of the network's first features. A config above it cannot run.
+A config below it may still not fit; `--mode=plan` tells.
 """
 
 import math

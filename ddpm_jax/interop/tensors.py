@@ -3,6 +3,7 @@
 Nothing in a file is ever run: safetensors holds no code, and pickles are read by a loader that only makes tensors.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ _MOST_NAMED = 12
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # A file is mapped into memory; opened anew now and then, what was read of it does not stay there.
 _REOPEN_EVERY = 32 * 2**20
+# As safetensors and PyTorch call them.
+_FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
 class Tensors:
@@ -39,7 +42,11 @@ class Tensors:
 
   def __init__(self, path: str | Path, anchor: str = "", what: str = "network"):
     self.path = Path(path)
-    if not self.path.is_file():
+    try:
+      exists = self.path.is_file()
+    except OSError:  # an index may name anything
+      exists = False
+    if not exists:
       raise ValueError(f"Got the weights {self.path}, a file that does not exist.")
     self._pickled: dict[str, Any] | None = None
     self.metadata: dict[str, str] = {}
@@ -70,7 +77,11 @@ class Tensors:
     """The named tensors in the file's order, float32, each read when its turn comes."""
     if self._pickled is not None:
       for name in names:
-        yield name, self._pickled.pop(self._prefix + name).detach().float().numpy()
+        tensor = self._pickled.pop(self._prefix + name).detach()
+        # Sparse and quantized tensors, and those without values.
+        dense = str(tensor.layout) == "torch.strided" and not tensor.is_meta
+        self._check_floats(name, str(tensor.dtype) if dense else f"{tensor.layout} on {tensor.device}")
+        yield name, tensor.float().numpy()
       return
     file, read = self._open(), 0
     for name in (name for name in self.shapes if name in names):
@@ -82,7 +93,15 @@ class Tensors:
       yield name, value
     file.__exit__(None, None, None)
 
+  def _check_floats(self, name: str, kind: str) -> None:
+    if kind not in _FLOATS:
+      raise ValueError(
+        f"Got {self.path}, whose {name} is of the type {kind}; expected float16, bfloat16, float32 or float64, not quantized or sparse."
+        " Save the model anew in one of these."
+      )
+
   def _get(self, file: Any, name: str) -> np.ndarray:
+    self._check_floats(name, file.get_slice(name).get_dtype())
     try:
       return np.asarray(file.get_tensor(name), np.float32)
     except TypeError:  # bfloat16, which NumPy does not know by itself
@@ -134,12 +153,12 @@ class Sharded:
 
 
 def _is_plain(name: Any) -> bool:
-  """Whether it is the name of a file in the same folder, so that an index reads nothing elsewhere."""
+  """Return whether a name stays in its folder, so that an index reads nothing elsewhere."""
   return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
 
 
 def _prefix(path: Path, names: Collection[str], anchor: str, what: str, entries: str) -> str:
-  """What stands before the names of the one network that has the name `anchor`."""
+  """Return the prefix of a network's names, found by the name `anchor` that each network has."""
   if not anchor or anchor in names:
     return ""
   found = sorted(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
@@ -161,7 +180,7 @@ def _without_prefix(shapes: Shapes, prefix: str) -> Shapes:
 
 
 def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
-  """The tensors of a file by the dotted names of the entries that they lie in, and a description of these entries."""
+  """Return the tensors of a file by dotted names of their entries, and a description of its outermost entries."""
   try:
     import torch
   except ImportError as error:
@@ -180,11 +199,14 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
   found: dict[str, Any] = {}
   # Not by recursion: a pickle may be nested as deeply as it likes.
   waiting: list[tuple[str, Any]] = [("", loaded)]
+  # It may also hold itself.
+  seen: set[int] = set()
   while waiting:
     place, value = waiting.pop()
     if isinstance(value, torch.Tensor):
       found[place] = value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and id(value) not in seen:
+      seen.add(id(value))
       waiting += [(f"{place}.{key}" if place else str(key), inner) for key, inner in reversed(list(value.items()))]
   if not found:
     raise ValueError(
@@ -193,16 +215,20 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
   return found, f"the entries {entries}"
 
 
-def first_line(error: Exception) -> str:
-  """What an error says first."""
+def first_line(error: Exception | str) -> str:
+  """Return what an error says first."""
   return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-  return ValueError(
-    f"Cannot read {path} as a state dict of tensors alone ({first_line(error)}): it is damaged, or a pickle that would run code, which is"
-    " refused. Use a .safetensors file, or save the state dict anew where you trust it."
-  )
+  # PyTorch says first how to run the code after all.
+  said = str(error).rpartition("WeightsUnpickler error:")[2]
+  stranger = re.search(r"\bGLOBAL (\S+)", said)
+  if stranger:
+    why = f"it holds {stranger[1]}, which only code can make, and code in a file is never run. Save model.state_dict() alone where you trust the file"
+  else:
+    why = f"it is damaged, or another kind of file ({first_line(said)}). Fetch it again"
+  return ValueError(f"Cannot read {path} as a state dict of tensors: {why}, or use a .safetensors file.")
 
 
 def theirs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -259,10 +285,12 @@ def load(
     shapes[name] = grammar.theirs(path, tuple(leaf.shape))
   given = {name: (rename or {}).get(name, name) for name in tensors.shapes if not grammar.ignored(name)}
   _check(tensors.path, shapes, {name: tensors.shapes[name] for name in given}, given)
-  params, sums = {}, {}
+  params, sums, infinite = {}, {}, []
   for name, value in tensors.items(given):
     if sealed.KEY in tensors.metadata:
       sums[name] = sealed.digest(value)
+    if not np.isfinite(value).all():
+      infinite.append(name)
     for path in wanted[given[name]]:
       # A copy, so that nothing keeps the file's own memory.
       params[path] = jnp.array(grammar.to_ours(path, value))
@@ -272,6 +300,11 @@ def load(
     raise ValueError(
       f"Got the weights {tensors.path}, which are damaged: {error}. Make or fetch the file again."
     ) from error
+  if infinite:
+    raise ValueError(
+      f"Got the weights {tensors.path}, which are not finite in float32: {_some(infinite)}. The training diverged, or the file is damaged:"
+      " take another checkpoint, or fetch the file again."
+    )
   return traverse_util.unflatten_dict(params, sep="/")
 
 

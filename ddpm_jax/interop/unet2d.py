@@ -247,7 +247,7 @@ def complete(given: Mapping[str, Any]) -> Config:
   unknown = {key: value for key, value in given.items() if key not in DEFAULTS and not key.startswith("_")}
   for key, value in unknown.items():
     if value not in (None, False):
-      raise _unsupported(key, value, "none of it")
+      raise _unsupported(key, value, "a config without this key")
   return DEFAULTS | {key: value for key, value in given.items() if key in DEFAULTS}
 
 

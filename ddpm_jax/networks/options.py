@@ -97,7 +97,7 @@ def _check_features(network: Any) -> None:
 
 
 def check_space(space: Sequence[int], channels: int) -> None:
-  """Raises a ValueError if an image or volume has more places than programs count, which is with 32 bits."""
+  """Raise a ValueError if an image or volume has more places than 32 bits count."""
   places = math.prod(space)
   if places >= 2**31:
     raise ValueError(
