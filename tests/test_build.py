@@ -50,7 +50,7 @@ from tests.recipes import LEVELS, tiny_config
     ("optimizer.clip_norm", -1.0, "clip_norm=-1"),
     ("optimizer.decay_steps", -1, "decay_steps=-1"),
     ("network.heads", 0, "heads=0"),
-    ("network.groups", 0, "groups=0"),
+    ("network.groups", -1, "groups=-1"),
     ("network.groups", 16, "groups=16"),
     ("network.dropout", 1.5, "dropout=1.5"),
   ],
