@@ -14,7 +14,11 @@ X64 = {"float32": False, "bfloat16": False, "float16": False, "float32 in x64": 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
-@pytest.fixture(params=X64)
+# Of the cross products, types that are near another one.
+RARE = ("float16", "float32 in x64")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in RARE else ()) for name in X64])
 def dtype(request):
   """A type of data, under the settings."""
   with (

@@ -12,7 +12,7 @@ from tests import commands
 from tests.recipes import LEVELS, tiny_config
 
 
-@pytest.mark.parametrize(("trained", "other"), [("0", "1"), ("1", "0")])
+@pytest.mark.parametrize(("trained", "other"), [("0", "1"), pytest.param("1", "0", marks=pytest.mark.slow)])
 def test_a_run_of_one_setting_is_sampled_scored_and_resumed_under_the_other(trained, other, tmp_path):
   def run(setting, *arguments, steps=2):
     small = ("--config.evaluation.num_samples=10", "--config.training.log_every=2")
