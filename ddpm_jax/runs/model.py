@@ -74,7 +74,7 @@ def patience(what: str) -> Iterator[None]:
 
   def speak() -> None:
     while not done.wait(_NEWS):
-      say(f"{what}: {time.perf_counter() - start:,.0f} s so far; a large network takes minutes, once ...")
+      say(f"{what}: {time.perf_counter() - start:,.0f} s so far; a large network takes minutes ...")
 
   threading.Thread(target=speak, daemon=True).start()
   try:
@@ -85,7 +85,7 @@ def patience(what: str) -> Iterator[None]:
 
 def compile_aloud(what: str, lower: Callable[[], Any]) -> Any:
   """Compile what `lower` gives, and say before, meanwhile and after how long both take."""
-  say(f"compiling {what} (once; later runs take it from the cache) ...")
+  say(f"compiling {what} (of a large network this takes minutes, once: later runs read it from the cache) ...")
   start = time.perf_counter()
   with patience(f"compiling {what}"):
     compiled = lower().compile()
