@@ -74,10 +74,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
   preview = kind.preview(config, mesh, held_out or source)
   judge = kind.Judge(config, folder, mesh, source, held_out)
   init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
-  # The gradients come beside it.
-  needed = len(devices) * (plan.state_bytes(template) + plan.state_bytes(template.params))
-  advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
-  memory.check("the state of this network and its optimizer", needed, memory.of_devices(devices), advice)
+  _check_memory(template, devices)
   _check_best(config, judge, step, template)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
@@ -117,6 +114,13 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     for problem in run.damaged:
       model.warn(problem)
     parallel.wait_for_all("done")
+
+
+def _check_memory(template: train.TrainState, devices: list[Any]) -> None:
+  """Raise a ValueError if the devices cannot hold the state and, beside it, the gradients."""
+  needed = len(devices) * (plan.state_bytes(template) + plan.state_bytes(template.params))
+  advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
+  memory.check("the state of this network and its optimizer", needed, memory.of_devices(devices), advice)
 
 
 def _check_best(config: ConfigDict, judge: Any, step: Any, template: train.TrainState) -> None:
