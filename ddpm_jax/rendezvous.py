@@ -66,7 +66,8 @@ def _receive(port: int, num_processes: int, news: _News) -> None:
     ) from error
   with contextlib.ExitStack() as stack:
     stack.enter_context(server).settimeout(_LOOK)
-    while len(others) < num_processes - 1:
+    # One that has ended since it reported is not here.
+    while len(others := {number: each for number, each in others.items() if _is_open(each)}) < num_processes - 1:
       missing = sorted(set(range(1, num_processes)) - set(others))
       news.waiting(
         f"{len(missing)} of {num_processes} processes (--process_id {', '.join(map(str, missing[:8]))}{', ...' if missing[8:] else ''})",
@@ -77,7 +78,8 @@ def _receive(port: int, num_processes: int, news: _News) -> None:
         if (number := _read_report(connection, num_processes, others)) is not None:
           others[number] = connection
     for connection in others.values():
-      connection.sendall(b"go\n")
+      with contextlib.suppress(OSError):
+        connection.sendall(b"go\n")
     for connection in others.values():
       # They hang up first: the port is free at once.
       with contextlib.suppress(OSError):

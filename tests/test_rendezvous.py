@@ -70,19 +70,22 @@ def test_processes_that_do_not_fit_together_all_end(others, message):
         each.result(forked.PATIENCE)
 
 
-def test_a_process_that_started_again_counts_once():
+def test_a_process_that_has_ended_is_missing_until_it_starts_again(monkeypatch):
+  monkeypatch.setattr(rendezvous, "_NEWS", 0.01)
   place, said = port(), []
   with ThreadPoolExecutor(3) as threads:
     first = threads.submit(meet, place, 0, 3, said=said)
     while not said:
-      pass
+      assert not first.done()
     with socket.create_connection(("localhost", place)) as gone:
       gone.sendall(b'{"id": 1, "of": 3}\n')
     with socket.create_connection(("localhost", place)) as stranger:
       stranger.sendall(b"GET / HTTP/1.1\n")
-    for each in [threads.submit(meet, place, number, 3) for number in (1, 2)]:
+    second = threads.submit(meet, place, 2, 3)
+    while not any("(--process_id 1)" in line for line in said):
+      assert not first.done()
+    for each in (threads.submit(meet, place, 1, 3), second, first):
       each.result(forked.PATIENCE)
-    first.result(forked.PATIENCE)
 
 
 def test_a_port_in_use_is_an_error():
