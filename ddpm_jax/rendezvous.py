@@ -153,8 +153,8 @@ def watched(num_processes: int, *, seconds: float, say: Callable[[str], None] = 
     while not done.wait(_LOOK):
       try:
         news.waiting(
-          f"all {num_processes} processes that the cluster's environment names",
-          "Start every process, or this one alone by --distributed=false.",
+          f"JAX's service for {num_processes} processes",
+          "Start every process that the flags or the cluster's environment name, or this one alone by --distributed=false.",
         )
       except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -118,5 +118,7 @@ def test_a_cluster_s_process_whose_others_never_start_ends_readably(tmp_path):
   process = commands.start(DENSE, f"--workdir={tmp_path / 'run'}", "--wait_seconds=2", **environment)
   code, output = process.finish()
   assert_refused(
-    code, output, r"waiting for all 2 processes that(?s:.*)error: Waited 2 seconds in vain.*--distributed=false"
+    code,
+    output,
+    r"waiting for JAX's service for 2 processes(?s:.*)error: Waited 2 seconds in vain.*--distributed=false",
   )

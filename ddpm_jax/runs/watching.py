@@ -12,8 +12,8 @@ import jax
 from ddpm_jax import interrupts
 from ddpm_jax.runs.model import say
 
-# JAX's service tells the other processes of a SIGTERM within this time, and they agree on a step within as many questions.
-_TOLD_SECONDS, _QUESTIONS = 0.05, 5
+# JAX's service looks for a SIGTERM once a second, and then asks all processes for their step: three seconds in all.
+_TOLD_SECONDS, _QUESTIONS = 0.1, 30
 
 
 class Signals:
