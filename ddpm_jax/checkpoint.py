@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import hashlib
 import json
 import logging
 import math
@@ -222,7 +221,7 @@ class Checkpoints:
       if "format_version" in meta:  # of before there were digests
         version = int(meta["format_version"])
       else:
-        if meta["sha256"] != _sealed(meta["content"])["sha256"]:
+        if meta["sha256"] != sealed.digest_json(meta["content"]):
           raise _DamagedError("its description is not what was saved")
         version = int(meta["content"]["format_version"])
     if not _OLDEST_VERSION <= version <= FORMAT_VERSION:
@@ -363,9 +362,8 @@ def _reading(what: str) -> Iterator[None]:
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
-  """A description with the digest of itself."""
-  text = json.dumps(content, sort_keys=True)
-  return {"content": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+  """Return a description with the digest of itself."""
+  return {"content": json.loads(json.dumps(content)), "sha256": sealed.digest_json(content)}
 
 
 def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 # The code of a program that SIGPIPE ends.
 UNREAD = 128 + signal.SIGPIPE
-# What our messages hold beyond ASCII, for terminals that show no more.
+# How terminals that show only ASCII show the other characters of our messages.
 _ASCII = {"±": "+-", "×": "x", "µ": "u", "²": "^2", "–": "-", "—": "-", "−": "-", "…": "...", "é": "e"}  # noqa: RUF001
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: each is written beside its place, and then given its name."""
+"""Write files and folders that appear whole or not at all: under a temporary name, which is then changed."""
 
 import contextlib
 import errno
@@ -99,7 +99,7 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-  """Yield a folder to fill, whose content is that of the folder `path` at the end of the block.
+  """Yield a temporary folder, and move what it holds to the folder `path` at the end of the block.
 
   If the block raises, nothing of it stays.
 

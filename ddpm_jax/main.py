@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     sys.excepthook = lambda *_: None
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import parallel, prepare, pretrained, runs, schema
+  from ddpm_jax import prepare, pretrained, runs, schema, startup
 
   modes = ("train", "sample", "edit", "eval", "stats", "export", "convert", "prepare", "plan")
   mode = schema.choose(_MODE.value, modes, "--mode")
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
   _connect()
   _start_devices()
   if mode != "train":
-    parallel.end_on_sigterm()
+    startup.end_on_sigterm()
   variants = _variants(mode)
   if _PRETRAINED.value is not None and not (_EMA.value is _EMA_LENGTH.value is _STEP.value is None):
     raise ValueError(
@@ -238,17 +238,17 @@ def main(argv: list[str]) -> None:
 
 
 def _connect() -> None:
-  """Joins the other processes of the run, if there are any, before JAX is first used."""
-  from ddpm_jax import parallel
+  """Join the other processes of the run, if there are any, before JAX is first used."""
+  from ddpm_jax import startup
 
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   named = any(value is not None for value in given)
-  if named or (parallel.environment_processes() > 1 if _DISTRIBUTED.value is None else _DISTRIBUTED.value):
+  if named or (startup.environment_processes() > 1 if _DISTRIBUTED.value is None else _DISTRIBUTED.value):
     if named and _DISTRIBUTED.value is False:
       raise ValueError(
         "Got --distributed=false with --coordinator, --num_processes or --process_id; wanted one of them."
       )
-    parallel.connect(*given, heartbeat_seconds=_HEARTBEAT.value, wait_seconds=_WAIT.value)
+    startup.connect(*given, heartbeat_seconds=_HEARTBEAT.value, wait_seconds=_WAIT.value)
 
 
 def _output(what: str, example: str) -> Path:
@@ -315,9 +315,9 @@ def _integers(flag: flags.FlagHolder) -> list[int] | None:
 
 
 def _start_devices() -> None:
-  from ddpm_jax import parallel
+  from ddpm_jax import startup
 
-  parallel.start_devices(quiet=not _TRACEBACK.value)
+  startup.start_devices(quiet=not _TRACEBACK.value)
   _cache_compilations()
 
 

@@ -49,7 +49,7 @@ def write_json(path: Path, content: Mapping[str, Any], *, apart: str = "", sort_
     apart: a key that the digest leaves out, because its value differs each time.
     sort_keys: whether to sort the keys.
   """
-  whole = {**content, KEY: _digest_json(content, apart)}
+  whole = {**content, KEY: digest_json(content, apart)}
   files.write_text(path, json.dumps(whole, indent=2, sort_keys=sort_keys) + "\n")
 
 
@@ -73,7 +73,7 @@ def read_json(path: Path, *, apart: str = "", required: bool = True) -> dict[str
     raise DamagedError(f"it is not JSON: {error}") from error
   except (AttributeError, TypeError, KeyError) as error:
     raise DamagedError("it is not an object with the digest of its content") from error
-  if found is not None and found != _digest_json(content, apart):
+  if found is not None and found != digest_json(content, apart):
     raise ChangedError("its content is not what was written")
   return content
 
@@ -121,7 +121,7 @@ def check_tensors(sums: Mapping[str, str], metadata: Mapping[str, str]) -> None:
 
 
 def check_archive(path: Path) -> None:
-  """Raise a DamagedError unless all members of an .npz file have the content that was written.
+  """Raise a DamagedError if a member of an .npz file does not match its checksum.
 
   Raises:
     OSError: if the file cannot be opened.
@@ -164,10 +164,11 @@ def warn(text: str) -> None:
   tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def _digest_json(content: Mapping[str, Any], apart: str) -> str:
+def digest_json(content: Mapping[str, Any], apart: str = "") -> str:
+  """Return the SHA-256 of an object as JSON, without the value of the key `apart`."""
   content = {key: value for key, value in json.loads(json.dumps(content)).items() if key != apart}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_tensors(sums: Mapping[str, str], about: Mapping[str, str]) -> str:
-  return _digest_json({"tensors": dict(sums), "about": dict(about)}, "")
+  return digest_json({"tensors": dict(sums), "about": dict(about)})

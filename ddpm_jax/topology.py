@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ddpm_jax import parallel
+from ddpm_jax import startup
 
 # As Google names the generations: how many axes a slice has, and slices that one can rent. libtpu knows each by this name.
 _GENERATIONS = {
@@ -87,7 +87,7 @@ def simulate_devices(count: int) -> list[Any]:
     jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:
     late = True
-  parallel.start_devices()
+  startup.start_devices()
   devices = jax.devices()
   if len(devices) >= count:
     return devices[:count]

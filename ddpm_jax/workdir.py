@@ -38,7 +38,6 @@ _MAY_CHANGE = (
   "data.path",
   "sampling.",
   "evaluation.",
-  "ema.snapshot_every",
 )
 
 _EDITED = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build, costs, losses, optim, parallel, predictions, processes, train
+from ddpm_jax import build, costs, losses, optim, parallel, predictions, processes, startup, train
 from ddpm_jax.networks.layers import drop
 from tests.parameters import use_dense
 from tests.recipes import tiny_config
@@ -217,21 +217,21 @@ def test_wrong_sizes_are_errors():
 
 
 def test_the_cluster_s_environment_says_how_many_processes():
-  assert parallel.environment_processes({}) == 1
-  assert parallel.environment_processes({"OMPI_COMM_WORLD_SIZE": "4"}) == 4
-  assert parallel.environment_processes({"SLURM_STEP_NUM_TASKS": "2"}) == 2
-  assert parallel.environment_processes({"TPU_WORKER_HOSTNAMES": "a,b,c"}) == 3
-  assert parallel.environment_processes({"TPU_WORKER_HOSTNAMES": "localhost"}) == 1
+  assert startup.environment_processes({}) == 1
+  assert startup.environment_processes({"OMPI_COMM_WORLD_SIZE": "4"}) == 4
+  assert startup.environment_processes({"SLURM_STEP_NUM_TASKS": "2"}) == 2
+  assert startup.environment_processes({"TPU_WORKER_HOSTNAMES": "a,b,c"}) == 3
+  assert startup.environment_processes({"TPU_WORKER_HOSTNAMES": "localhost"}) == 1
 
 
 def test_wrong_processes_are_errors():
   with pytest.raises(ValueError, match="expected all three"):
-    parallel.connect("host:1", 2)
+    startup.connect("host:1", 2)
   for place in ("host", "host:0", "host:65536", "host:99999", ":1"):
     with pytest.raises(ValueError, match="expected host:port with a port from 1 to 65535"):
-      parallel.connect(place, 2, 0)
+      startup.connect(place, 2, 0)
   with pytest.raises(ValueError, match="an id from 0 to one less"):
-    parallel.connect("host:1", 2, 2)
+    startup.connect("host:1", 2, 2)
 
 
 def test_a_cpu_s_convolutions_take_none_of_ynnpack_and_are_the_same_to_rounding():
@@ -278,8 +278,8 @@ def test_what_libtpu_prints_is_kept_back_where_there_is_no_tpu(has_tpu, monkeypa
       os.write(stream, b"E0000 no TPU\n")
 
   monkeypatch.setattr(jax, "devices", devices)
-  monkeypatch.setattr(parallel, "_has_tpu", lambda: has_tpu)
-  parallel.start_devices()
+  monkeypatch.setattr(startup, "_has_tpu", lambda: has_tpu)
+  startup.start_devices()
   os.write(2, b"after\n")
   out, err = capfd.readouterr()
   assert (out + err).count("no TPU") == (2 if has_tpu else 0)

@@ -23,7 +23,7 @@ Make = Callable[[Path, Sequence[str] | None], Any]
 
 
 def build_sources(config: ConfigDict) -> tuple[data.Source, data.Source | None]:
-  """Return the training images and those of the split for evaluation (None if there is none), as they lie on disk.
+  """Return the training images and the evaluation split, or None in place of a split that is not there.
 
   Raises:
     ValueError: if they are missing or unreadable, or lack the classes of a model that knows classes.

@@ -47,7 +47,7 @@ def check_batch(config: ConfigDict, size: int, devices: Sequence[Any], name: str
 
 
 def check_evaluation(config: ConfigDict, devices: Sequence[Any], folder: Path) -> None:
-  """Raise a ValueError if the samples of an evaluation do not fit on the disk of a folder, or its batches into memory."""
+  """Raise a ValueError if an evaluation needs more disk for its samples, or more memory for a batch, than there is."""
   c = config.evaluation
   check_batch(config, min(c.batch_size, c.num_samples) * len(devices), devices, "evaluation.batch_size")
   # Features are extracted in batches of this size, however few images there are.

@@ -1,4 +1,4 @@
-"""The one reader of image files: every image of a data set, an input or a mask is decoded here."""
+"""Decode image files: those of data sets, inputs and masks alike."""
 
 import functools
 from pathlib import Path
@@ -92,7 +92,7 @@ def _bits(image: Any) -> int:
 def _to_eight_bits(image: Any, bits: int) -> Any:
   from PIL import Image
 
-  # Pillow's own conversion would clip at 255: almost everything would be white.
+  # Pillow's own conversion clips at 255, which makes almost all of a 16-bit image white.
   return image if bits == 8 else Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
 
 

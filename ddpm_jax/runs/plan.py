@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, parallel, plan, topology, train
+from ddpm_jax import build, parallel, plan, startup, topology, train
 from ddpm_jax.runs import model
 
 
@@ -27,7 +27,7 @@ def run_plan(config: ConfigDict, *, topology_name: str | None, num_devices: int 
   elif num_devices:
     devices = topology.simulate_devices(num_devices)
   else:
-    parallel.start_devices()
+    startup.start_devices()
     devices = jax.devices()
   mesh, shapes, batch = _layout(config, devices)
   step = parallel.jit_step(build.build_step(config, mesh), mesh, shapes)

@@ -23,6 +23,7 @@ from ddpm_jax import (
   pretrained,
   records,
   schema,
+  startup,
   train,
   workdir,
 )
@@ -104,7 +105,7 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
       say(f"training is complete at step {int(state.step):,}")
     run.checkpoints.close()
     # What follows can be done again: nothing is left to save.
-    parallel.end_on_sigterm()
+    startup.end_on_sigterm()
     weights = model.Weights(ema.ema_params(state.opt_state), int(state.step), str(model.Choice()))
     judge.run(weights, config.seed)
     say(
