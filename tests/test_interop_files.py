@@ -77,14 +77,18 @@ UNCLEAR = {
 }
 
 
+def assert_refused_as(folder, make, message):
+  """Assert that a checkpoint made of a folder's parameters is refused by the name of its file."""
+  state = safetensors.torch.load_file(weights(folder))
+  weights(folder).unlink()
+  put("diffusion_pytorch_model.bin", make(state), folder)
+  with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
+    interop.diffusers.load(folder)
+
+
 @pytest.mark.parametrize("name", UNCLEAR)
 def test_a_checkpoint_without_exactly_one_network_is_described(name, copy):
-  state = safetensors.torch.load_file(weights(copy))
-  weights(copy).unlink()
-  wrap, message = UNCLEAR[name]
-  put("diffusion_pytorch_model.bin", wrap(state), copy)
-  with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
-    interop.diffusers.load(copy)
+  assert_refused_as(copy, *UNCLEAR[name])
 
 
 def holds_itself(state):
@@ -114,12 +118,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_tensors_that_are_no_parameters_are_named(name, copy):
-  state = safetensors.torch.load_file(weights(copy))
-  weights(copy).unlink()
-  make, message = UNUSABLE[name]
-  put("diffusion_pytorch_model.bin", make(state), copy)
-  with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
-    interop.diffusers.load(copy)
+  assert_refused_as(copy, *UNUSABLE[name])
 
 
 def test_safetensors_of_8_bits_are_named(copy):
