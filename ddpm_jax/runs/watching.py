@@ -61,7 +61,8 @@ class Signals:
   def asked_after(self, step: int) -> bool:
     """Whether a stop was asked for so late that no step was left to agree on: the same answer on every process."""
     if jax.process_count() > 1 and not self.number:
-      for question in range(1, _QUESTIONS + 1):
+      # No number may be left out: they may have agreed on the next one, which the loop no longer asks about.
+      for question in range(_QUESTIONS):
         if self.asked(step + question):
           break
         time.sleep(_TOLD_SECONDS)
