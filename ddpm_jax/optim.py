@@ -245,16 +245,17 @@ def hold(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
 
 
 def skip_nonfinite(
-  *steps: optax.GradientTransformation, averages: optax.GradientTransformation | None = None
+  *steps: optax.GradientTransformation, averages: optax.GradientTransformation | None = None, check_updates: bool = True
 ) -> optax.GradientTransformation:
-  """`optax.chain(*steps, averages)` without the steps whose gradients or updates have a norm that is not finite: state and parameters
-  stay as they were, bit by bit.
+  """Chain optimizers and averages as optax does, and skip the steps whose gradients or updates have a norm that is not finite.
 
-  Put it outermost.
+  A skipped step leaves state and parameters as they were, bit by bit. Put this outermost.
 
   Args:
     *steps: the optimizer, in one part or more.
     averages: of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
+    check_updates: whether updates are looked at before anything is written, for which they are computed twice. False, where finite gradients always
+      give finite updates, makes the step one pass over gradients, parameters, state and averages.
 
   Raises:
     ValueError: if there is no optimizer.
@@ -262,7 +263,7 @@ def skip_nonfinite(
   if not steps:
     raise ValueError("Got no optimizer; wanted one or more, such as skip_nonfinite(optax.adam(1e-3)).")
   optimizer = _promoting(optax.chain(*steps))
-  once = jax.jit(optimizer.update)  # traced once, and called twice
+  once = jax.jit(optimizer.update, inline=True)  # traced once, and called twice
   whole = optimizer if averages is None else optax.chain(*steps, averages)
   init_whole = promoting(whole.init)
 
@@ -271,14 +272,16 @@ def skip_nonfinite(
 
   def update(updates, state, params=None):
     inputs = (updates, state.inner[: len(steps)], params)
-    new, _ = once(*inputs)
-    good = jnp.isfinite(global_norm(updates)) & jnp.isfinite(global_norm(new))
+    new, after = once(*inputs)
+    good = jnp.isfinite(global_norm(updates))
+    if check_updates:
+      good &= jnp.isfinite(global_norm(new))
+      # The state is computed anew rather than kept until it is known whether the step is good: a kernel of XLA's CPU back end has one result,
+      # and so each array would be written and read once more. On other platforms both calls are compiled as one.
+      apart = jax.lax.platform_dependent(inputs, cpu=jax.lax.optimization_barrier, default=lambda inputs: inputs)
+      _, after = once(*apart)
     # Minus 0, which added to -0 leaves it -0.
     new = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.asarray(-0.0, leaf.dtype)), new)
-    # The state is computed anew rather than kept until it is known whether the step is good: a kernel of XLA's CPU back end has one result,
-    # and so each array would be written and read once more. On other platforms both calls are compiled as one.
-    apart = jax.lax.platform_dependent(inputs, cpu=jax.lax.optimization_barrier, default=lambda inputs: inputs)
-    _, after = once(*apart)
     # Of the updates that are left, so that the averages read the new parameters, as they are written, and not the old ones afterwards.
     if averages is not None:
       new, averaged = averages.update(new, state.inner[-1], params)
@@ -307,10 +310,12 @@ def chain(
   averages: optax.GradientTransformation | None,
   trainable: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-  """Clipping by the global norm, an optimizer and averages of the parameters; steps that are not finite are skipped.
+  """Chain clipping by the global norm, an optimizer and averages of the parameters, and skip steps that are not finite.
+
+  Adam, AdamW and Lion, whose updates are finite where gradients are, take one pass over all of it.
 
   Args:
-    rate: the learning rate: a number, or a function of the step such as a `schedule`.
+    rate: the learning rate: a number, or a function of the step with finite values, such as a `schedule`.
     name: of the optimizer (see `optimizer`).
     arguments: of the optimizer.
     clip_norm: the largest global norm of a gradient; None for no clipping.
@@ -322,7 +327,16 @@ def chain(
   """
   clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
   held = [] if trainable is None else [hold(trainable)]
-  return skip_nonfinite(*clip, optimizer(name, rate, arguments or {}), *held, averages=averages)
+  made = optimizer(name, rate, arguments or {})
+  return skip_nonfinite(*clip, made, *held, averages=averages, check_updates=not _keeps_finite(name, arguments or {}))
+
+
+def _keeps_finite(name: str, arguments: dict[str, Any]) -> bool:
+  """Whether finite gradients give finite updates, whatever the state, at finite rates.
+
+  Of Adam: their squares and the averages of these are finite where the norm is, and no average of gradients is divided by less than `eps`.
+  """
+  return name == "lion" or (name in ("adam", "adamw") and arguments.get("eps", 1e-8) >= 1e-16)
 
 
 def adam(

@@ -356,19 +356,25 @@ def assert_same_with_gradients(ours, other, params, x):
 def test_what_is_summed_is_in_memory_on_a_cpu_alone(platform):
   """Both in a sum and in the gradient of what is repeated."""
   x, v = jnp.ones((2, 16, 4)), jnp.ones((2, 4))
-  for function in (sums.total, jax.grad(lambda v: jnp.sum(x * sums.spread(v, 16)))):
+  for function in (sums.total, jax.grad(lambda v: jnp.sum(x * sums.spread(v, x.shape)))):
     text = jax.jit(function).trace(x if function is sums.total else v).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.optimization_barrier" in text) == (platform == "cpu")
 
 
-@pytest.mark.parametrize("size", [1, 16, 1000])
-def test_sums_and_what_is_repeated_are_each_other_s_adjoints(size):
+@pytest.mark.parametrize("space", [(), (1,), (16,), (5, 200)])
+@pytest.mark.parametrize("samples", ["each", "all"])
+def test_sums_and_what_is_repeated_are_each_other_s_adjoints(space, samples):
   keys = jax.random.split(jax.random.key(0), 2)
-  x, v = jax.random.normal(keys[0], (2, size, 4)), jax.random.normal(keys[1], (2, 4))
-  summed, pull = jax.vjp(sums.total, x)
-  repeated, gather = jax.vjp(lambda v: sums.spread(v, size), v)
-  np.testing.assert_allclose(summed, np.asarray(x, np.float64).sum(1), rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(gather(x)[0], np.asarray(x, np.float64).sum(1), rtol=1e-5, atol=1e-5)
-  for found in (repeated, pull(v)[0], jax.jvp(lambda v: sums.spread(v, size), (v,), (v,))[1]):
-    np.testing.assert_array_equal(found, np.broadcast_to(v[:, None], x.shape))
-  np.testing.assert_allclose(jax.jvp(sums.total, (x,), (x,))[1], summed, rtol=1e-5, atol=1e-5)
+  shape = (2, *space, 4)
+  x, v = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (2, 4) if samples == "each" else (4,))
+  axes = tuple(range(1 if samples == "each" else 0, len(shape) - 1))
+  expected = np.asarray(x, np.float64).sum(axes)
+  repeated, gather = jax.vjp(lambda v: sums.spread(v, shape), v)
+  np.testing.assert_allclose(gather(x)[0], expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(repeated, np.broadcast_to(np.expand_dims(v, axes), shape))
+  np.testing.assert_array_equal(jax.jvp(lambda v: sums.spread(v, shape), (v,), (v,))[1], repeated)
+  if samples == "each":
+    summed, pull = jax.vjp(sums.total, x)
+    np.testing.assert_allclose(summed, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(pull(v)[0], repeated)
+    np.testing.assert_allclose(jax.jvp(sums.total, (x,), (x,))[1], summed, rtol=1e-5, atol=1e-5)

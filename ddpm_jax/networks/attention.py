@@ -37,9 +37,9 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
   plainly = promoting(partial(jax.nn.dot_product_attention, implementation=implementation))
   if implementation is not None:
     return plainly(q, k, v)
-  # Computed again in the backward pass by name, which XLA's elimination of common expressions undoes: what JAX keeps for it, and what a plan
-  # of memory counts, are the inputs and what the other way keeps, not the weights of both.
-  by_heads = jax.checkpoint(_by_heads, prevent_cse=False)
+  # The backward pass keeps queries, keys and values, and computes the weights again. On a CPU it only says so, for a plan of memory, which counts what
+  # both ways keep: XLA's elimination of common expressions then finds the weights where they were.
+  by_heads, plainly = jax.checkpoint(_by_heads, prevent_cse=False), jax.checkpoint(plainly)
   return lax.platform_dependent(q, k, v, cpu=by_heads, default=plainly)
 
 

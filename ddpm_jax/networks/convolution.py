@@ -57,13 +57,17 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> A
   if len(strides) != axes or min(strides) < 1:
     raise ValueError(f"Got strides {strides}; wanted {axes}, one for each spatial axis, of 1 or more.")
   pads = _pads(x, kernel, strides, padding)
-  space = "DHW"[3 - axes :]
-  numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, (f"N{space}C", f"{space}IO", f"N{space}C"))
+  numbers = _numbers(x, kernel)
   if not _IN_LOOPS.get():
     if _gains_by_tiles(x, kernel, strides, pads):
       return _convolve_by_platform(x, kernel)
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers)
   return _convolve(x, kernel, tuple(strides), pads, numbers)
+
+
+def _numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
+  space = "DHW"[5 - x.ndim :]
+  return lax.conv_dimension_numbers(x.shape, kernel.shape, (f"N{space}C", f"{space}IO", f"N{space}C"))
 
 
 def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tuple[tuple[int, int], ...]:
@@ -81,10 +85,16 @@ def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tupl
 
 
 def convolve_doubled(x: Array, kernel: Array, double: Callable[[Array], Array]) -> Array:
-  """The convolution of data, doubled along every spatial axis by repetition, with a kernel [3, ..., 3, C, C'] -> [B, *2 space, C'].
+  """Convolve data, doubled along every spatial axis by repetition, with a kernel [3, ..., 3, C, C'], giving [B, *2 space, C'].
 
-  Two of a kernel's three rows meet the same row of the data. On a CPU they are added first, and x is convolved with a kernel of two rows
-  for each parity of the result's rows: 4/9 of the products in two dimensions. `double` is the plain way, which other platforms go.
+  Two of a kernel's three rows meet the same row of the data, and 4/9 of the products are left in two dimensions if they are added first. On a CPU x is
+  convolved with a kernel of two rows for each parity of the result's rows; on a TPU, which skips the products with zeros, x with zeros in between is
+  convolved with the sum of the kernel at each of the places that a value is repeated to. Other platforms double the data.
+
+  Args:
+    x: the data [B, *space, C].
+    kernel: the weights, of the type of x.
+    double: doubles every spatial axis of data.
 
   Raises:
     ValueError: if shapes or types do not fit, or the kernel has another number of rows than 3.
@@ -109,10 +119,18 @@ def convolve_doubled(x: Array, kernel: Array, double: Callable[[Array], Array]) 
     order = [axes, *(place for axis in range(axes) for place in (axes + 1 + axis, axis)), 2 * axes + 1]
     return y.transpose(order).reshape(x.shape[0], *(2 * size for size in x.shape[1:-1]), kernel.shape[-1])
 
+  def with_zeros(x: Array, kernel: Array) -> Array:
+    for axis in range(axes):
+      widths = [(int(axis == other), int(axis == other), 0) for other in range(kernel.ndim)]
+      wide = lax.pad(kernel, np.zeros((), kernel.dtype), widths)
+      kernel = lax.slice_in_dim(wide, 0, 4, axis=axis) + lax.slice_in_dim(wide, 1, 5, axis=axis)
+    ones, numbers = (1,) * axes, _numbers(x, kernel)
+    return lax.conv_general_dilated(x, kernel, ones, ((2, 2),) * axes, lhs_dilation=(2,) * axes, dimension_numbers=numbers)
+
   def plainly(x: Array, kernel: Array) -> Array:
     return convolve(double(x), kernel, (1,) * axes, "SAME")
 
-  return lax.platform_dependent(x, kernel, cpu=by_parity, default=plainly)
+  return lax.platform_dependent(x, kernel, cpu=by_parity, tpu=with_zeros, default=plainly)
 
 
 def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: tuple[tuple[int, int], ...]) -> bool:

@@ -12,11 +12,12 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.floats import widest
 from ddpm_jax.networks import convolution
 from ddpm_jax.networks.attention import attend
-from ddpm_jax.networks.sums import spread, total
+from ddpm_jax.networks.sums import once, spread, total
 
 Array = jax.Array
 
@@ -113,6 +114,20 @@ def fourier_embedding(label: Array, frequencies: Array) -> Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+# [B, *space, C] in one array, or in several whose channels follow one another: joined, they would be written and read once more.
+Data = Array | Sequence[Array]
+
+
+def features_of(x: Data) -> int:
+  """Count the channels of data."""
+  return sum(part.shape[-1] for part in jax.tree.leaves(x))
+
+
+def split_features(value: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
+  """Split an axis that is as long as all channels into one piece for each part of the data."""
+  return jnp.split(value, np.cumsum([part.shape[-1] for part in parts])[:-1], axis)
+
+
 class GroupNorm(nn.Module):
   """Group normalization (Wu and He 2018), whose result may be scaled and shifted by more than its own parameters.
 
@@ -129,9 +144,9 @@ class GroupNorm(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
+  def __call__(self, x: Data, scale: Array | None = None, shift: Array | None = None) -> Any:
     """x [B, *space, C] -> the same in `dtype`, times 1 + scale [B, C] plus shift [B, C] where they are given."""
-    features = x.shape[-1]
+    features = features_of(x)
     groups = self.groups or groups_of(features)
     if features % groups:
       raise ValueError(
@@ -143,22 +158,24 @@ class GroupNorm(nn.Module):
     return _normalize(x, a, b, scale, shift, groups, self.epsilon, self.dtype)
 
 
-# Functions of arrays that a network calls many times are jitted: those of one shape are traced once.
-@partial(jax.jit, static_argnums=(5, 6, 7))
+# What a network calls many times is traced once a shape.
+@partial(once, static_argnums=(5, 6, 7))
 def _normalize(
-  x: Array, a: Array, b: Array, scale: Array | None, shift: Array | None, groups: int, epsilon: float, dtype: Any
-) -> Array:
+  x: Data, a: Array, b: Array, scale: Array | None, shift: Array | None, groups: int, epsilon: float, dtype: Any
+) -> Any:
   """`GroupNorm` with the parameters a and b [C]."""
-  features = x.shape[-1]
-  flat = x.reshape(x.shape[0], -1, features).astype(widest(x))
-  a, b, size = a.astype(flat.dtype), b.astype(flat.dtype), flat.shape[1]
+  parts, tree = jax.tree.flatten(x)
+  exact, features, size = widest(*parts), features_of(x), math.prod(parts[0].shape[1:-1])
+  wide = [part.astype(exact) for part in parts]
+  a, b = a.astype(exact), b.astype(exact)
 
-  def mean(sums: Array) -> Array:
+  def mean(parts: Sequence[Array]) -> Array:
+    sums = jnp.concatenate([total(part) for part in parts], axis=-1)
     of_group = jnp.mean(sums.reshape(-1, groups, features // groups), axis=-1) / size
     return jnp.repeat(of_group, features // groups, axis=-1)
 
-  middle = mean(total(flat))
-  variance = jnp.maximum(mean(total(flat * flat)) - middle**2, 0)
+  middle = mean(wide)
+  variance = jnp.maximum(mean([part * part for part in wide]) - middle**2, 0)
   a = a[None] * jax.lax.rsqrt(variance + epsilon)
   b = b[None] - middle * a
   if scale is not None:
@@ -166,7 +183,11 @@ def _normalize(
     a, b = a * factor, b * factor
   if shift is not None:
     b = b + shift.astype(b.dtype)
-  return (flat * spread(a, size) + spread(b, size)).astype(dtype).reshape(x.shape)
+  factors, shifts = split_features(a, parts), split_features(b, parts)
+  return tree.unflatten(
+    (part * spread(a, part.shape) + spread(b, part.shape)).astype(dtype)
+    for part, a, b in zip(wide, factors, shifts, strict=True)
+  )
 
 
 class Conv(nn.Module):
@@ -191,18 +212,24 @@ class Conv(nn.Module):
   doubled: bool = False
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Data) -> Array:
     """[B, *space, C] -> [B, *space, features], of other sides by strides, padding and doubling."""
-    axes = x.ndim - 2
-    kernel = parameter(self, "kernel", self.kernel_init, (self.size,) * axes + (x.shape[-1], self.features))
-    bias = parameter(self, "bias", ZEROS, (self.features,))
-    x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
-    if self.doubled:
-      return add_bias(convolution.convolve_doubled(x, kernel, double), bias)
-    return add_bias(convolution.convolve(x, kernel, (self.strides,) * axes, self.padding), bias)
+    parts = [part.astype(self.dtype) for part in jax.tree.leaves(x)]
+    axes = parts[0].ndim - 2
+    kernel = parameter(self, "kernel", self.kernel_init, (self.size,) * axes + (features_of(x), self.features))
+    bias = parameter(self, "bias", ZEROS, (self.features,)).astype(self.dtype)
+
+    def convolve(x: Array, kernel: Array) -> Array:
+      if self.doubled:
+        return convolution.convolve_doubled(x, kernel, double)
+      return convolution.convolve(x, kernel, (self.strides,) * axes, self.padding)
+
+    kernels = split_features(kernel.astype(self.dtype), parts, axis=-2)
+    first, *more = map(convolve, parts, kernels)
+    return add_vector(sum(more, first), bias)
 
 
-def conv(x: Array, features: int, name: str, dtype: Any, **options: Any) -> Array:
+def conv(x: Data, features: int, name: str, dtype: Any, **options: Any) -> Array:
   """A convolution (`Conv`)."""
   return Conv(features, dtype, name=name, **options)(x)
 
@@ -222,20 +249,13 @@ class Dense(nn.Module):
     x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
     # As one matrix: the kernel's gradient is then one product, and no transposed copy of x is made for it.
     y = x.reshape(-1, x.shape[-1]) @ kernel
-    return add_bias(y.reshape(*x.shape[:-1], self.features), bias)
+    return add_vector(y.reshape(*x.shape[:-1], self.features), bias)
 
 
-@jax.jit
-def add_bias(x: Array, bias: Array) -> Array:
-  """x [..., C] plus bias [C], whose gradient is a sum over all else."""
-  positions = x.size // x.shape[-1]
-  return x + spread(bias[None], positions).reshape(x.shape)
-
-
-@jax.jit
+@once
 def add_vector(x: Array, vector: Array) -> Array:
-  """x [B, *space, C] plus a vector [B, C] at every position."""
-  return x + spread(vector, x.size // vector.size).reshape(x.shape)
+  """Add a vector [B, C] to x [B, *space, C] at every position, or a vector [C] to all samples."""
+  return x + spread(vector, x.shape)
 
 
 def halve(x: Array, weights: Sequence[float], *, padded: bool = False) -> Array:
@@ -285,10 +305,12 @@ def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
   return _drop(x, keys, jnp.uint32(zlib.crc32(name.encode())), rate)
 
 
-@partial(jax.jit, static_argnums=3)
+@partial(once, static_argnums=3)
 def _drop(x: Array, keys: Array, number: Array, rate: float) -> Array:
   folded = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(folded)
+  # Stored, a byte a number: a TPU's compiler would draw it anew in each of the convolutions that read the result, forward and backward.
+  keep = jax.lax.optimization_barrier(keep)
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
@@ -304,13 +326,13 @@ class ResidualBlock(nn.Module):
   resample: str = ""
 
   @nn.compact
-  def __call__(self, x: Array, embedding: Array, keys: Array | None) -> Array:
+  def __call__(self, x: Data, embedding: Array, keys: Array | None) -> Array:
     """x [B, *space, C], embedding [B, E], keys [B] of dropout or None for none -> [B, *space, features]."""
     style, dtype = self.style, self.style.dtype
-    h = nn.swish(style.norm("norm1")(x))
+    h = jax.tree.map(nn.swish, style.norm("norm1")(x))
     if self.resample:
-      change = halve if self.resample == "down" else double
-      x, h = change(x, style.filter), change(h, style.filter)
+      change = partial(halve if self.resample == "down" else double, weights=style.filter)
+      x, h = jax.tree.map(change, (x, h))
     h = conv(h, self.features, "conv1", dtype)
     width = 2 * self.features if style.scale_shift else self.features
     shift = nn.Dense(width, kernel_init=INIT, dtype=dtype, name="time_emb_proj")(nn.swish(embedding))
@@ -320,7 +342,7 @@ class ResidualBlock(nn.Module):
     h = drop(nn.swish(h), style.dropout, keys, self.name or "")
     # Zero at the start, as every residual branch: the first gradients are not drowned in random output.
     h = conv(h, self.features, "conv2", dtype, kernel_init=ZEROS)
-    if x.shape[-1] != self.features or (self.resample and style.song):
+    if not isinstance(x, Array) or x.shape[-1] != self.features or (self.resample and style.song):
       x = conv(x, self.features, "conv_shortcut", dtype, size=1)
     return style.join(x, h)
 

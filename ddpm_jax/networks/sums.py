@@ -1,9 +1,11 @@
-"""Sums over all positions and their adjoint, by the programs that each platform computes fastest, both exact to float32 rounding.
+"""Sums over all positions and their adjoint, by the program that each platform computes fastest, both exact to float32 rounding.
 
-XLA's CPU back end fuses a sum with what it sums, and then computes it, one number after another, many times more slowly than a sum of what is
-in memory, which a barrier makes it; and the gradient of a value that is repeated at all positions is such a sum. Elsewhere both are what they look like.
+XLA's CPU back end fuses a sum with what it sums and then adds one number after another, many times more slowly than it sums an array in memory, which
+a barrier gives it; and the gradient of a value repeated at all positions is such a sum. On other platforms both are the plain operations.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -12,12 +14,15 @@ from jax import lax
 
 Array = jax.Array
 
+# Trace a function once a shape. Inlined: what a gradient keeps would otherwise cross a call, and XLA's TPU back end then stores it in float32.
+once = partial(jax.jit, inline=True)
+
 
 @jax.custom_jvp
-@jax.jit
+@once
 def total(x: Array) -> Array:
-  """[B, N, C] -> the sums over N, [B, C]."""
-  return lax.platform_dependent(x, cpu=lambda x: jnp.sum(lax.optimization_barrier(x), axis=1), default=_sum)
+  """Sum [B, *space, C] over all positions, giving [B, C]."""
+  return lax.platform_dependent(x, cpu=lambda x: jnp.sum(_flat(lax.optimization_barrier(x), 2), axis=1), default=_sum)
 
 
 @total.defjvp
@@ -25,36 +30,49 @@ def _total_jvp(primals, tangents):
   return total(*primals), _total_slope(*tangents)
 
 
-@jax.jit
+@once
 def _total_slope(x: Array) -> Array:
   """As `total`, by a product: the transpose of a barrier would keep repeated values instead of reading them where they are used."""
 
   def product(x: Array) -> Array:
-    return jnp.einsum("bn,bnc->bc", jnp.ones(x.shape[:2], x.dtype), x, precision="highest")
+    flat = _flat(x, 2)
+    return jnp.einsum("bn,bnc->bc", jnp.ones(flat.shape[:2], x.dtype), flat, precision="highest")
 
   return lax.platform_dependent(x, cpu=product, default=_sum)
 
 
 def _sum(x: Array) -> Array:
-  return jnp.sum(x, axis=1)
+  return jnp.sum(x, axis=tuple(range(1, x.ndim - 1)))
+
+
+def _flat(x: Array, kept: int) -> Array:
+  """[B, N, C] of data [B, *space, C]; of one axis kept, [1, N, C]."""
+  return x.reshape(math.prod(x.shape[: kept - 1]), -1, x.shape[-1])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-@partial(jax.jit, static_argnums=1)
-def spread(x: Array, size: int) -> Array:
-  """[B, C] -> the same at N = `size` positions, [B, N, C]: the adjoint of `total`."""
-  return jnp.broadcast_to(x[:, None], (x.shape[0], size, x.shape[1]))
+@partial(once, static_argnums=1)
+def spread(x: Array, shape: Sequence[int]) -> Array:
+  """Repeat values [B, C] at all positions, or [C] at all positions of all samples, giving `shape` [B, *space, C]: the adjoint of `total`."""
+  return _repeat(x, shape)
 
 
 @spread.defjvp
-def _spread_jvp(size, primals, tangents):
+def _spread_jvp(shape, primals, tangents):
   (x,), (slope,) = primals, tangents
-  return spread(x, size), _spread_slope(slope, size)
+  return spread(x, shape), _spread_slope(slope, shape)
 
 
-@partial(jax.jit, static_argnums=1)
-def _spread_slope(x: Array, size: int) -> Array:
+@partial(once, static_argnums=1)
+def _spread_slope(x: Array, shape: Sequence[int]) -> Array:
   """As `spread`; its transpose is `total`."""
-  return lax.platform_dependent(
-    x, cpu=lambda x: lax.optimization_barrier(spread(x, size)), default=lambda x: spread(x, size)
-  )
+
+  def stored(x: Array) -> Array:
+    flat = _repeat(x, (1,) * (2 - x.ndim) + (*x.shape[:-1], math.prod(shape) // x.size, x.shape[-1]))
+    return lax.optimization_barrier(flat).reshape(shape)
+
+  return lax.platform_dependent(x, cpu=stored, default=partial(_repeat, shape=shape))
+
+
+def _repeat(x: Array, shape: Sequence[int]) -> Array:
+  return lax.broadcast_in_dim(x, shape, (*range(x.ndim - 1), len(shape) - 1))

@@ -224,7 +224,7 @@ class Backbone(nn.Module):
     return keys
 
   def _residual(
-    self, x: Array, embedding: Array, features: int, keys: Array | None, name: str, resample: str = ""
+    self, x: layers.Data, embedding: Array, features: int, keys: Array | None, name: str, resample: str = ""
   ) -> Array:
     block = self._again(layers.ResidualBlock)
     return block(features, self._style, resample, name=name)(x, embedding, keys)
@@ -335,8 +335,7 @@ class UNet(Backbone):
   def _rise(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
     """A level of the way up, given what it takes from the way down."""
     for block, skip in enumerate(skips):
-      h = jnp.concatenate([h, skip], axis=-1)
-      h = self._residual(h, embedding, self._features(level), keys, f"up_{level}_{block}")
+      h = self._residual([h, skip], embedding, self._features(level), keys, f"up_{level}_{block}")
       if level in self.attention_levels and (block == self.blocks or not self.song):
         h = self._attend(h, f"up_{level}_{block}_attention")
     if level > 0:
