@@ -1,4 +1,4 @@
-"""What a program costs: the FLOPs of its jaxpr, and the collectives of its compiled HLO."""
+"""What a program costs: the FLOPs of its jaxpr, and the collectives and the memory traffic of its compiled HLO."""
 
 import math
 import re
@@ -82,6 +82,166 @@ def collectives(hlo_text: str) -> dict[str, Collective]:
   return {kind: Collective(int(total[kind][0]), *total[kind][1:]) for kind in COLLECTIVES if kind in total}
 
 
+class Operation(NamedTuple):
+  """What one operation of a compiled program reads and writes, each time it runs.
+
+  Attributes:
+    name: in the HLO.
+    kind: its HLO opcode, such as fusion.
+    source: the JAX operation that it came from, with the modules around it; empty where XLA does not say.
+    times: how often it runs.
+    reads: HLO shapes of its operands.
+    writes: HLO shape of its result.
+    read_bytes: of its operands, as far as they lie in the device's memory.
+    written_bytes: of its results, as far as they lie there.
+    cycles: of the chip's clock, by the compiler's own estimate; 0 where it makes none.
+  """
+
+  name: str
+  kind: str
+  source: str
+  times: int
+  reads: tuple[str, ...]
+  writes: str
+  read_bytes: float
+  written_bytes: float
+  cycles: int
+
+  @property
+  def bytes(self) -> float:
+    """Bytes between the device and its memory, all times together."""
+    return self.times * (self.read_bytes + self.written_bytes)
+
+
+# An array in an HLO shape, with its layout.
+_ARRAY = r"\w+\[[\d,<=]*\](?:\{[^}]*\})?"
+# They name, group or wait for what others read and write.
+_FREE = {
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "after-all",
+  "opt-barrier",
+  "while",
+  "call",
+  "conditional",
+}
+_FREE_CALLS = ("ConcatBitcast", "AllocateBuffer")
+
+
+def operations(hlo_text: str) -> list[Operation]:
+  """List the operations of a compiled program that read or write, each with its traffic to the device's memory.
+
+  A TPU's on-chip memory, which XLA's own count (`cost_analysis`) includes, is left out: of a copy between both only one end counts. Of what a fusion
+  only slices, or updates in place, the slices count. Loops count as in `collectives`.
+
+  Args:
+    hlo_text: `compiled.as_text()`.
+  """
+  computations, entry = _computations(hlo_text)
+  shapes = {name: shape for lines in computations.values() for name, shape, *_ in filter(None, map(_parse, lines))}
+  found = []
+  for _, line, times in _walk(computations, entry, 1, fusions=False):
+    parsed = _parse(line)
+    if parsed is None:
+      continue
+    name, writes, kind, operands, rest = parsed
+    if kind in _FREE or kind.endswith("-done") or any(f'"{target}"' in rest for target in _FREE_CALLS):
+      continue
+    reads = tuple(shapes[operand] for operand in re.findall(r"%?([\w.\-]+)", operands) if operand in shapes)
+    read, written = sum(map(_in_memory, reads)), _in_memory(writes)
+    if kind == "fusion" and (called := re.search(r"\bcalls=%?([\w.\-]+)", rest)):
+      of_operands, of_results = _shares(computations, called.group(1))
+      read = sum(_in_memory(shape) * of_operands.get(i, 1.0) for i, shape in enumerate(reads))
+      written = sum(_in_memory(shape) * of_results.get(i, 1.0) for i, shape in enumerate(re.findall(_ARRAY, writes)))
+    elif kind == "copy-start":
+      # (copy, original, context)
+      copy, original = re.findall(_ARRAY, writes)[:2]
+      read, written = _in_memory(original), _in_memory(copy)
+    elif kind == "slice-start":
+      # ((original), slice, context)
+      original, part = re.findall(_ARRAY, writes)[:2]
+      read, written = _sizes(part)[0] if _in_memory(original) else 0.0, _in_memory(part)
+    elif kind.endswith("-start") and writes.startswith("("):
+      # (operands, results, contexts)
+      written = max(written - read, 0.0)
+    source = re.search(r'op_name="([^"]*)"', rest)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+    found.append(
+      Operation(
+        name,
+        kind,
+        source.group(1) if source else "",
+        times,
+        reads,
+        writes,
+        read,
+        written,
+        int(cycles.group(1)) if cycles else 0,
+      )
+    )
+  return found
+
+
+def _parse(line: str) -> tuple[str, str, str, str, str] | None:
+  """Split an instruction into name, shape, opcode, operands and attributes."""
+  found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*?)\)(,.*)?$", line)
+  if found is None:
+    return None
+  name, shape, kind, operands, rest = found.groups()
+  return name, shape, kind, re.sub(r"/\*.*?\*/", "", operands), rest or ""
+
+
+def _shares(computations: dict[str, list[str]], fusion: str) -> tuple[dict[int, float], dict[int, float]]:
+  """Say what part of an operand a fusion reads, and of a result it writes, where it only slices or updates it: by their indices."""
+  lines = computations[fusion]
+  parsed = {parts[0]: parts for parts in filter(None, map(_parse, lines))}
+  uses: dict[str, list[tuple[str, int]]] = {}
+  for name, _, _, operands, _ in parsed.values():
+    for place, operand in enumerate(re.findall(r"%?([\w.\-]+)", operands)):
+      uses.setdefault(operand, []).append((name, place))
+
+  def size(name: str) -> float:
+    return sum(_sizes(parsed[name][1]))
+
+  def touched(name: str) -> float:
+    total = 0.0
+    for user, place in uses.get(name, ()):
+      kind = parsed[user][2]
+      if kind == "bitcast":
+        total += touched(user)
+      elif kind in ("dynamic-slice", "slice"):
+        total += size(user)
+      elif kind == "fusion" and (called := re.search(r"\bcalls=%?([\w.\-]+)", parsed[user][4])):
+        total += _shares(computations, called.group(1))[0].get(place, 1.0) * size(name)
+      elif kind != "dynamic-update-slice" or place > 0:
+        return math.inf
+    return total
+
+  of_operands = {}
+  for name, _, kind, operands, _ in parsed.values():
+    if kind == "parameter" and (whole := size(name)):
+      of_operands[int(operands)] = min(touched(name) / whole, 1.0)
+  (root,) = (parts[0] for line in lines if "ROOT " in line and (parts := _parse(line)))
+  names = re.findall(r"%?([\w.\-]+)", parsed[root][3]) if parsed[root][2] == "tuple" else [root]
+  of_results = {}
+  for index, name in enumerate(names):
+    while parsed[name][2] == "bitcast":
+      name = re.findall(r"%?([\w.\-]+)", parsed[name][3])[0]
+    if parsed[name][2] == "dynamic-update-slice":
+      of_results[index] = size(re.findall(r"%?([\w.\-]+)", parsed[name][3])[1]) / size(name)
+  return of_operands, of_results
+
+
+def _in_memory(shape: str) -> float:
+  """Bytes of a shape's arrays that lie in the device's memory; a layout names any other memory, S(1) being a TPU's VMEM."""
+  return sum(
+    sum(_sizes(array)) for array, layout in re.findall(r"(\w+\[[\d,<=]*\])(\{[^}]*\})?", shape) if "S(" not in layout
+  )
+
+
 def loops(hlo_text: str) -> int:
   """How many loops are in a compiled program; what XLA counts of a program (`cost_analysis`) counts their bodies once."""
   return len(re.findall(r"^\s.* while\(", hlo_text, re.MULTILINE))
@@ -148,14 +308,16 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return computations, entry
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, str, int]]:
-  """Each instruction that is run, in what computation, and how often."""
+def _walk(
+  computations: dict[str, list[str]], name: str, times: int, fusions: bool = True
+) -> Iterator[tuple[str, str, int]]:
+  """Each instruction that is run, in what computation, and how often; with those inside fusions, or without."""
   for line in computations.get(name, ()):
     yield name, line, times
-    if re.search(r" async-(update|done)\(", line):
+    if re.search(r" async-(update|done)\(", line) or (" fusion(" in line and not fusions):
       continue
     if body := re.search(r"\bbody=%?([\w.\-]+)", line):
-      yield from _walk(computations, body.group(1), times * _trip_count(computations, line))
+      yield from _walk(computations, body.group(1), times * _trip_count(computations, line), fusions)
     called = re.findall(r"\b(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line)
     # `call-start`: on a SparseCore, beside the TPU's own work.
     if re.search(r" call(-start)?\(", line):
@@ -163,7 +325,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
       called += re.findall(r"[\w.\-]+", branches.group(1))
     for callee in called:
-      yield from _walk(computations, callee, times)
+      yield from _walk(computations, callee, times, fusions)
 
 
 def _trip_count(computations: dict[str, list[str]], line: str) -> int:

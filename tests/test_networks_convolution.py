@@ -10,7 +10,8 @@ from jax import lax
 from ddpm_jax import costs, networks
 from ddpm_jax.floats import promoting
 from ddpm_jax.networks import Classifier, UNet, convolution, layers, sums
-from ddpm_jax.networks.convolution import convolve, convolve_doubled
+from ddpm_jax.networks.convolution import convolve
+from ddpm_jax.networks.resampling import convolve_doubled, double
 
 LETTERS = "DHW"
 
@@ -136,10 +137,10 @@ def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
   x, kernel = jax.random.normal(keys[0], (2, *space, 3)), jax.random.normal(keys[1], (3,) * len(space) + (3, 4))
 
   def plainly(x, kernel):
-    return convolve(layers.double(x), kernel, (1,) * len(space), "SAME")
+    return convolve(double(x), kernel, (1,) * len(space), "SAME")
 
   def ours(x, kernel):
-    return convolve_doubled(x, kernel, layers.double)
+    return convolve_doubled(x, kernel)
 
   expected, pull = jax.vjp(plainly, x, kernel)
   found, ours_pull = jax.vjp(ours, x, kernel)
@@ -152,14 +153,14 @@ def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
 
 def test_doubled_data_want_a_kernel_of_three_rows():
   with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* wanted 3 rows along each of 2"):
-    convolve_doubled(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)), layers.double)
+    convolve_doubled(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)))
 
 
 def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
   """And their products are those that are counted on every platform."""
 
   def run(x, kernel):
-    return convolve_doubled(x, kernel, layers.double)
+    return convolve_doubled(x, kernel)
 
   traced = jax.jit(run).trace(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))
   count = {

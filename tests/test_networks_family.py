@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import upsample_2d
 
 from ddpm_jax.networks import Classifier, UNet, layers, trainable
+from ddpm_jax.networks.resampling import double, halve
 from tests.parameters import random_like
 from tests.test_networks import SMALL
 
@@ -39,17 +40,17 @@ def noise(*shape, seed=0):
 def test_filters_are_the_peer_s(weights):
   x = noise(2, 8, 6, 3)
   kwargs = {"kernel": weights, "factor": 2}
-  np.testing.assert_allclose(layers.halve(x, weights), from_torch(downsample_2d(to_torch(x), **kwargs)), atol=1e-6)
-  np.testing.assert_allclose(layers.double(x, weights), from_torch(upsample_2d(to_torch(x), **kwargs)), atol=1e-6)
+  np.testing.assert_allclose(halve(x, weights), from_torch(downsample_2d(to_torch(x), **kwargs)), atol=1e-6)
+  np.testing.assert_allclose(double(x, weights), from_torch(upsample_2d(to_torch(x), **kwargs)), atol=1e-6)
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_resampling_of_audio_images_and_volumes_is_torch_s(axes):
   x = noise(2, *(6, 4, 8)[:axes], 3)
   pool = getattr(torch.nn.functional, f"avg_pool{axes}d")
-  np.testing.assert_allclose(layers.halve(x, (1, 1)), from_torch(pool(to_torch(x), 2)), atol=1e-6)
+  np.testing.assert_allclose(halve(x, (1, 1)), from_torch(pool(to_torch(x), 2)), atol=1e-6)
   nearest = torch.nn.functional.interpolate(to_torch(x), scale_factor=2, mode="nearest")
-  np.testing.assert_array_equal(layers.double(x), from_torch(nearest))
+  np.testing.assert_array_equal(double(x), from_torch(nearest))
   conv = getattr(torch.nn, f"Conv{axes}d")(3, 3, 3, stride=2, padding=1)
   kernel = np.moveaxis(conv.weight.detach().numpy(), (0, 1), (-1, -2))
   params = {"conv": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(conv.bias.detach().numpy())}}
@@ -97,7 +98,7 @@ def test_the_progressive_input_is_convolved_beyond_the_edge_and_then_filtered(we
   joined = jax.lax.conv_general_dilated(
     x, kernel, (1, 1), [(margin, margin)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
-  np.testing.assert_allclose(layers.halve(joined, weights, padded=True), from_torch(wanted), atol=1e-5)
+  np.testing.assert_allclose(halve(joined, weights, padded=True), from_torch(wanted), atol=1e-5)
   params = init(network, (8, 8), 3)
   assert params["down_0_input"]["kernel"].shape == (3, 3, 3, 8)
 

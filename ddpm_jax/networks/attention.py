@@ -1,5 +1,6 @@
 """Attention by the program that each platform computes fastest, both exact to float32 rounding."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -16,7 +17,7 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
   """softmax(q k / sqrt(C)) v (Vaswani et al. 2017, equation 1), the softmax in float32 at least.
 
   On a CPU nothing of the size of the weights is transposed, forward or backward, and the weights are normalized after their product with v, which
-  has fewer columns.
+  has fewer columns. On a TPU weights that do not fit on the chip are computed a part of the batch at a time.
 
   Args:
     q: queries [B, N, heads, C].
@@ -38,9 +39,36 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
   if implementation is not None:
     return plainly(q, k, v)
   # The backward pass keeps queries, keys and values, and computes the weights again. On a CPU it only says so, for a plan of memory, which counts what
-  # both ways keep: XLA's elimination of common expressions then finds the weights where they were.
-  by_heads, plainly = jax.checkpoint(_by_heads, prevent_cse=False), jax.checkpoint(plainly)
-  return lax.platform_dependent(q, k, v, cpu=by_heads, default=plainly)
+  # all ways keep: XLA's elimination of common expressions then finds the weights where they were.
+  by_heads, at_once = jax.checkpoint(_by_heads, prevent_cse=False), jax.checkpoint(plainly)
+  in_parts = partial(_in_parts, attend=plainly) if _gains_by_parts(q, k) else at_once
+  return lax.platform_dependent(q, k, v, cpu=by_heads, tpu=in_parts, default=at_once)
+
+
+# Bytes of all scores from which on a TPU computes them in parts, and of the scores of a part: its memory on the chip holds 128 MB.
+_ALL, _PART = 2**27, 2**25
+
+
+def _gains_by_parts(q: Array, k: Array) -> bool:
+  return len(q) > 1 and len(q) * _score_bytes(q, k) > _ALL
+
+
+def _score_bytes(q: Array, k: Array) -> int:
+  """Count the bytes of one sample's scores."""
+  return 4 * q.shape[1] * q.shape[2] * k.shape[1]
+
+
+def _in_parts(q: Array, k: Array, v: Array, attend: Callable[..., Array]) -> Array:
+  """Attend in one part of the batch after the other, so that scores never leave the chip, forward or backward."""
+  batch = len(q)
+  part = max(
+    size
+    for size in range(1, batch + 1)
+    if batch % size == 0 and size * _score_bytes(q, k) <= max(_PART, _score_bytes(q, k))
+  )
+  parts = [x.reshape(batch // part, part, *x.shape[1:]) for x in (q, k, v)]
+  again = jax.checkpoint(attend, prevent_cse=False)
+  return lax.map(lambda part: again(*part), parts).reshape(q.shape)
 
 
 def _by_heads(q: Array, k: Array, v: Array) -> Array:

@@ -2,9 +2,8 @@
 
 import contextlib
 import contextvars
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,7 +56,7 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> A
   if len(strides) != axes or min(strides) < 1:
     raise ValueError(f"Got strides {strides}; wanted {axes}, one for each spatial axis, of 1 or more.")
   pads = _pads(x, kernel, strides, padding)
-  numbers = _numbers(x, kernel)
+  numbers = dimension_numbers(x, kernel)
   if not _IN_LOOPS.get():
     if _gains_by_tiles(x, kernel, strides, pads):
       return _convolve_by_platform(x, kernel)
@@ -65,7 +64,8 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> A
   return _convolve(x, kernel, tuple(strides), pads, numbers)
 
 
-def _numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
+def dimension_numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
+  """Name the axes of data [B, *space, C] and of a kernel [*window, C, C']."""
   space = "DHW"[5 - x.ndim :]
   return lax.conv_dimension_numbers(x.shape, kernel.shape, (f"N{space}C", f"{space}IO", f"N{space}C"))
 
@@ -82,55 +82,6 @@ def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tupl
       f'Got padding {padding!r}; wanted "SAME", "VALID", a number, or {axes} pairs, one for each spatial axis.'
     )
   return tuple((low, high) for low, high in padding)
-
-
-def convolve_doubled(x: Array, kernel: Array, double: Callable[[Array], Array]) -> Array:
-  """Convolve data, doubled along every spatial axis by repetition, with a kernel [3, ..., 3, C, C'], giving [B, *2 space, C'].
-
-  Two of a kernel's three rows meet the same row of the data, and 4/9 of the products are left in two dimensions if they are added first. On a CPU x is
-  convolved with a kernel of two rows for each parity of the result's rows; on a TPU, which skips the products with zeros, x with zeros in between is
-  convolved with the sum of the kernel at each of the places that a value is repeated to. Other platforms double the data.
-
-  Args:
-    x: the data [B, *space, C].
-    kernel: the weights, of the type of x.
-    double: doubles every spatial axis of data.
-
-  Raises:
-    ValueError: if shapes or types do not fit, or the kernel has another number of rows than 3.
-  """
-  axes = x.ndim - 2
-  if kernel.shape[:-2] != (3,) * axes:
-    raise ValueError(
-      f"Got a kernel of shape {kernel.shape} for doubled data {x.shape}; wanted 3 rows along each of {axes} spatial axes."
-    )
-
-  def by_parity(x: Array, kernel: Array) -> Array:
-    parts = []
-    for parities in itertools.product((0, 1), repeat=axes):
-      part = kernel
-      for axis, odd in enumerate(parities):
-        first, middle, last = (lax.slice_in_dim(part, k, k + 1, axis=axis) for k in range(3))
-        rows = [first + middle, last] if odd else [first, middle + last]
-        part = jnp.concatenate(rows, axis)
-      parts.append(convolve(x, part, (1,) * axes, [(1 - odd, odd) for odd in parities]))
-    y = jnp.stack(parts).reshape(*(2,) * axes, *parts[0].shape)
-    # The parity of an axis becomes the last digit of its position.
-    order = [axes, *(place for axis in range(axes) for place in (axes + 1 + axis, axis)), 2 * axes + 1]
-    return y.transpose(order).reshape(x.shape[0], *(2 * size for size in x.shape[1:-1]), kernel.shape[-1])
-
-  def with_zeros(x: Array, kernel: Array) -> Array:
-    for axis in range(axes):
-      widths = [(int(axis == other), int(axis == other), 0) for other in range(kernel.ndim)]
-      wide = lax.pad(kernel, np.zeros((), kernel.dtype), widths)
-      kernel = lax.slice_in_dim(wide, 0, 4, axis=axis) + lax.slice_in_dim(wide, 1, 5, axis=axis)
-    ones, numbers = (1,) * axes, _numbers(x, kernel)
-    return lax.conv_general_dilated(x, kernel, ones, ((2, 2),) * axes, lhs_dilation=(2,) * axes, dimension_numbers=numbers)
-
-  def plainly(x: Array, kernel: Array) -> Array:
-    return convolve(double(x), kernel, (1,) * axes, "SAME")
-
-  return lax.platform_dependent(x, kernel, cpu=by_parity, tpu=with_zeros, default=plainly)
 
 
 def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: tuple[tuple[int, int], ...]) -> bool:

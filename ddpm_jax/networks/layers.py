@@ -17,6 +17,7 @@ import numpy as np
 from ddpm_jax.floats import widest
 from ddpm_jax.networks import convolution
 from ddpm_jax.networks.attention import attend
+from ddpm_jax.networks.resampling import convolve_doubled, double, halve
 from ddpm_jax.networks.sums import once, spread, total
 
 Array = jax.Array
@@ -184,10 +185,11 @@ def _normalize(
   if shift is not None:
     b = b + shift.astype(b.dtype)
   factors, shifts = split_features(a, parts), split_features(b, parts)
-  return tree.unflatten(
+  results = [
     (part * spread(a, part.shape) + spread(b, part.shape)).astype(dtype)
     for part, a, b in zip(wide, factors, shifts, strict=True)
-  )
+  ]
+  return jax.tree.unflatten(tree, results)
 
 
 class Conv(nn.Module):
@@ -221,7 +223,7 @@ class Conv(nn.Module):
 
     def convolve(x: Array, kernel: Array) -> Array:
       if self.doubled:
-        return convolution.convolve_doubled(x, kernel, double)
+        return convolve_doubled(x, kernel)
       return convolution.convolve(x, kernel, (self.strides,) * axes, self.padding)
 
     kernels = split_features(kernel.astype(self.dtype), parts, axis=-2)
@@ -235,67 +237,38 @@ def conv(x: Data, features: int, name: str, dtype: Any, **options: Any) -> Array
 
 
 class Dense(nn.Module):
-  """A linear map of the last axis."""
+  """A linear map of the last axis, with a bias or without."""
 
   features: int
   dtype: Any
   kernel_init: Any = INIT
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, ..., C] -> [B, ..., features]."""
     kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-    bias = parameter(self, "bias", ZEROS, (self.features,))
-    x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
-    # As one matrix: the kernel's gradient is then one product, and no transposed copy of x is made for it.
-    y = x.reshape(-1, x.shape[-1]) @ kernel
-    return add_vector(y.reshape(*x.shape[:-1], self.features), bias)
+    y = _multiply(x.astype(self.dtype), kernel.astype(self.dtype))
+    if not self.use_bias:
+      return y
+    return add_vector(y, parameter(self, "bias", ZEROS, (self.features,)).astype(self.dtype))
+
+
+@once
+def _multiply(x: Array, kernel: Array) -> Array:
+  def as_matrix(x: Array, kernel: Array) -> Array:
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+  if x.ndim == 2:
+    return x @ kernel
+  # On a CPU the kernel's gradient is then one product, and no transposed copy of x is made for it.
+  return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=jnp.matmul)
 
 
 @once
 def add_vector(x: Array, vector: Array) -> Array:
   """Add a vector [B, C] to x [B, *space, C] at every position, or a vector [C] to all samples."""
   return x + spread(vector, x.shape)
-
-
-def halve(x: Array, weights: Sequence[float], *, padded: bool = False) -> Array:
-  """Every spatial axis filtered and halved, [B, *space, C] -> [B, *space / 2, C]; zeros surround the data.
-
-  Args:
-    x: the data.
-    weights: of the filter along an axis, an even number; scaled to sum to 1.
-    padded: whether x has the filter's margin (half its length less one) around it already.
-  """
-  margin = 0 if padded else len(weights) // 2 - 1
-  for axis in range(1, x.ndim - 1):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (margin, margin)
-    wide = jnp.pad(x, widths)
-    last = wide.shape[axis] - len(weights) + 1
-    parts = [
-      weight / sum(weights) * jax.lax.slice_in_dim(wide, k, k + last, stride=2, axis=axis)
-      for k, weight in enumerate(weights)
-    ]
-    x = sum(parts[1:], parts[0])
-  return x
-
-
-def double(x: Array, weights: Sequence[float] = (1, 1)) -> Array:
-  """Every spatial axis doubled and filtered, [B, *space, C] -> [B, 2 space, C]; by (1, 1) each value is repeated."""
-  for axis in range(1, x.ndim - 1):
-    if tuple(weights) == (1, 1):
-      # By broadcasting: the gradient of jax.image.resize is fifty times slower on a CPU.
-      even = odd = x
-    else:
-      a, b, c, d = (2 * weight / sum(weights) for weight in weights)
-      size, widths = x.shape[axis], [(0, 0)] * x.ndim
-      widths[axis] = (1, 1)
-      wide = jnp.pad(x, widths)
-      before, after = (jax.lax.slice_in_dim(wide, k, k + size, axis=axis) for k in (0, 2))
-      even, odd = b * x + d * before, c * x + a * after
-    shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
-    x = jnp.stack([even, odd], axis + 1).reshape(shape)
-  return x
 
 
 def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
@@ -329,13 +302,15 @@ class ResidualBlock(nn.Module):
   def __call__(self, x: Data, embedding: Array, keys: Array | None) -> Array:
     """x [B, *space, C], embedding [B, E], keys [B] of dropout or None for none -> [B, *space, features]."""
     style, dtype = self.style, self.style.dtype
+    # A convolution of repeated data has a quicker program than both apart.
+    repeated = self.resample == "up" and tuple(style.filter) == (1, 1)
     h = jax.tree.map(nn.swish, style.norm("norm1")(x))
     if self.resample:
       change = partial(halve if self.resample == "down" else double, weights=style.filter)
-      x, h = jax.tree.map(change, (x, h))
-    h = conv(h, self.features, "conv1", dtype)
+      x, h = jax.tree.map(change, x), h if repeated else jax.tree.map(change, h)
+    h = conv(h, self.features, "conv1", dtype, doubled=repeated)
     width = 2 * self.features if style.scale_shift else self.features
-    shift = nn.Dense(width, kernel_init=INIT, dtype=dtype, name="time_emb_proj")(nn.swish(embedding))
+    shift = Dense(width, dtype, name="time_emb_proj")(nn.swish(embedding))
     if not style.scale_shift:
       h = add_vector(h, shift)
     h = style.norm("norm2")(h, *(jnp.split(shift, 2, axis=-1) if style.scale_shift else ()))
@@ -413,9 +388,11 @@ class AttentionPool(nn.Module):
     x = x.reshape(batch, -1, channels)
     x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
     spread = nn.initializers.normal(channels**-0.5)
-    x = x + parameter(self, "positions", spread, (x.shape[1], channels)).astype(x.dtype)[None]
+    positions = parameter(self, "positions", spread, (x.shape[1], channels))
+    # Repeated in float32, in which their gradients are then summed.
+    x = x + jnp.broadcast_to(positions[None], x.shape).astype(x.dtype)
     # Only what the mean receives is used.
     q = heads_of(x[:, :1], self.heads, "to_q", dtype)
     k, v = (heads_of(x, self.heads, name, dtype) for name in ("to_k", "to_v"))
     h = attend(q, k, v, self.style.attention).reshape(batch, channels)
-    return nn.Dense(self.features, kernel_init=INIT, dtype=dtype, name="to_out")(h)
+    return Dense(self.features, dtype, name="to_out")(h)

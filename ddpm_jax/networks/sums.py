@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ddpm_jax.floats import widest
+
 Array = jax.Array
 
 # Trace a function once a shape. Inlined: what a gradient keeps would otherwise cross a call, and XLA's TPU back end then stores it in float32.
@@ -71,7 +73,9 @@ def _spread_slope(x: Array, shape: Sequence[int]) -> Array:
     flat = _repeat(x, (1,) * (2 - x.ndim) + (*x.shape[:-1], math.prod(shape) // x.size, x.shape[-1]))
     return lax.optimization_barrier(flat).reshape(shape)
 
-  return lax.platform_dependent(x, cpu=stored, default=partial(_repeat, shape=shape))
+  # In float32, in which the transpose then adds: a sum of thousands of numbers in bfloat16 may be off by half.
+  exact = lax.platform_dependent(x.astype(widest(x)), cpu=stored, default=partial(_repeat, shape=shape))
+  return exact.astype(x.dtype)
 
 
 def _repeat(x: Array, shape: Sequence[int]) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.networks import layers, options
 from ddpm_jax.networks.options import per_level
+from ddpm_jax.networks.resampling import halve
 
 Array = jax.Array
 
@@ -178,7 +179,7 @@ class Backbone(nn.Module):
     return features // self.head_channels if self.head_channels else self.heads
 
   def _dense(self, x: Array, features: int, name: str, bias: bool = True) -> Array:
-    return nn.Dense(features, use_bias=bias, kernel_init=layers.INIT, dtype=self.dtype, name=name)(x)
+    return layers.Dense(features, self.dtype, use_bias=bias, name=name)(x)
 
   def _embedding_of_time(self) -> Callable[[Array], Array]:
     features = self.time_features or self.channels
@@ -207,7 +208,8 @@ class Backbone(nn.Module):
       embedding += self._dense(augmentation, features, "augmentation", bias=False)
     embedding = two_layers(embedding, "time")
     if self.num_classes and not self.song:
-      embedding += nn.Embed(self.num_classes, width, dtype=self.dtype, name="classes")(classes)
+      # In float32, in which the gradients of one class are then summed.
+      embedding += nn.Embed(self.num_classes, width, name="classes")(classes).astype(self.dtype)
     if vector is not None:
       if self.vector_embedding == "time":
         vector = embed_time(vector)
@@ -266,7 +268,7 @@ class Backbone(nn.Module):
           margin = len(self.filter) // 2
           x = layers.conv(x, h.shape[-1], f"down_{level}_input", self.dtype, padding=margin)
           # What the next level down joins in turn is the sum.
-          h = x = self._style.join(h, layers.halve(x, self.filter, padded=True))
+          h = x = self._style.join(h, halve(x, self.filter, padded=True))
         skips.append(h)
     return h, skips
 

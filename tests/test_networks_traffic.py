@@ -1,0 +1,236 @@
+"""Networks as a TPU computes them: with the values and gradients of a CPU, and in no more bytes than plain Flax."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
+
+from ddpm_jax import costs, topology
+from ddpm_jax.networks import UNet, attention, convolution, layers, resampling, sums, unet
+from ddpm_jax.networks.resampling import convolve_doubled, double, halve
+from tests.parameters import random_like
+
+FIR = (1, 3, 3, 1)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+  """Call a function with a TPU's programs, run on this machine."""
+
+  def chosen(*args, tpu=None, default=None, **others):
+    return (tpu or default)(*args)
+
+  def call(function, *args):
+    with monkeypatch.context() as context:
+      context.setattr(lax, "platform_dependent", chosen)
+      # What is traced once was traced for this machine.
+      jax.clear_caches()
+      return function(*args)
+
+  yield call
+  jax.clear_caches()
+
+
+def with_gradients(function, *args):
+  value, pull = jax.vjp(function, *args)
+  weights = jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape)
+  return value, pull(weights)
+
+
+def assert_close(found, expected, tolerance):
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(jnp.max(jnp.abs(b))), 1e-3))
+
+
+@pytest.mark.parametrize("space", [(4,), (3, 5), (2, 3, 2)])
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda x, kernel: convolve_doubled(x, kernel),
+    lambda x, kernel: halve(double(x), (1, 1)),
+    lambda x, kernel: halve(double(x, FIR), FIR),
+    lambda x, kernel: halve(double(x), FIR, padded=True),
+  ],
+  ids=["convolved", "repeated", "filtered", "padded"],
+)
+def test_a_tpu_halves_and_doubles_as_others_do(x64, on_tpu, space, change):
+  generator = np.random.default_rng(0)
+  x, kernel = generator.normal(size=(2, *space, 3)), generator.normal(size=(3,) * len(space) + (3, 4))
+  assert_close(on_tpu(with_gradients, change, x, kernel), with_gradients(change, x, kernel), 1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6])
+def test_a_tpu_attends_in_parts_of_the_batch(on_tpu, monkeypatch, batch):
+  """Of 6 in parts of 3: a part's scores may take as much as four samples' do."""
+  shapes = [(batch, 5, 2, 4), (batch, 7, 2, 4), (batch, 7, 2, 4)]
+  values = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+  one = 4 * 2 * 5 * 7
+  monkeypatch.setattr(attention, "_ALL", 4 * one)
+  monkeypatch.setattr(attention, "_PART", 4 * one)
+  expected = with_gradients(attention.attend, *values)
+  assert_close(on_tpu(with_gradients, attention.attend, *values), expected, 1e-5)
+  text = on_tpu(lambda: str(jax.make_jaxpr(lambda *values: attention.attend(*values))(*values)))
+  assert ("scan" in text) == (batch == 6)
+
+
+OPTIONS = {
+  "ddpm": {"attention_levels": (1,), "dropout": 0.2},
+  "ncsn++": {"song": True, "filter": FIR, "downsample": "residual", "upsample": "residual", "progressive_input": True},
+  "adm": {"downsample": "residual", "upsample": "residual", "scale_shift": True, "remat": "blocks"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_networks_of_a_tpu_are_those_of_a_cpu(on_tpu, name):
+  network = UNet(
+    out_channels=2, channels=8, multipliers=(1, 2), blocks=1, groups=4, **{"attention_levels": (), **OPTIONS[name]}
+  )
+  x, time = jax.random.normal(jax.random.key(0), (2, 8, 8, 2)), jnp.array([1.0, 30.0])
+  params = random_like(jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), x, time))
+  keys = jax.random.split(jax.random.key(1), 2)
+
+  def run(params, x):
+    return network.apply(params, x, time, train=True, dropout_keys=keys)
+
+  # Apart: jit would find what was compiled for this machine.
+  found, expected = (
+    on_tpu(jax.jit(lambda *args: with_gradients(run, *args)), params, x),
+    jax.jit(lambda *args: with_gradients(run, *args))(params, x),
+  )
+  assert_close(found, expected, 2e-4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_sums_of_16_bit_numbers_are_in_float32(platform):
+  """Of 8,192 ones, which stay at 1,024 or less in bfloat16."""
+
+  def gradient(vector):
+    return jax.grad(lambda vector: jnp.sum(sums.spread(vector, (2, 64, 64, 4)).astype(jnp.float32)))(vector)
+
+  zeros = jnp.zeros(4, jnp.bfloat16)
+  assert (gradient(zeros) == 8192).all()
+  text = jax.jit(gradient).trace(zeros).lower(lowering_platforms=(platform,)).as_text()
+  (reduced,) = [line for line in text.splitlines() if "stablehlo.reduce(" in line]
+  assert "xf32>" in reduced
+  assert "bf16" not in reduced
+
+
+def test_masks_of_dropout_are_drawn_once():
+  """Drawn in each of the convolutions that read the result, forward and backward, they take half of a TPU's step to compile and a tenth to run."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  text = (
+    jax.jit(lambda x: layers.drop(x, 0.1, keys, "block"))
+    .trace(jnp.ones((2, 4, 4, 8)))
+    .lower(lowering_platforms=("tpu",))
+    .as_text()
+  )
+  (barrier,) = [line for line in text.splitlines() if "optimization_barrier" in line]
+  assert "2x4x4x8xi1" in barrier
+
+
+def test_no_function_of_ours_is_a_call_in_a_tpu_s_program():
+  """What a gradient keeps would cross it: a TPU's compiler then stores whole activations in float32, and so twice the bytes of a step."""
+  network = UNet(
+    channels=8, multipliers=(1, 2), blocks=1, groups=4, attention_levels=(1,), dropout=0.1, dtype=jnp.bfloat16
+  )
+  x, time, keys = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2), jax.random.split(jax.random.key(0), 2)
+  params = jax.eval_shape(lambda: network.init(jax.random.key(0), x, time))
+
+  def loss(params):
+    return jnp.mean(network.apply(params, x, time, train=True, dropout_keys=keys) ** 2)
+
+  # JAX lowers its own attention in 16 bits by implicit promotion.
+  with jax.numpy_dtype_promotion("standard"):
+    text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("tpu",)).as_text()
+  called = {re.sub(r"_\d+$", "", name) for name in re.findall(r"call @([\w.]+)", text)}
+  assert called, "JAX's own functions are"
+  modules = (attention, convolution, layers, resampling, sums, unet)
+  assert not called & {name for module in modules for name in vars(module)}
+
+
+BATCH, SIDE, CHANNELS = 32, 16, 128
+
+
+class Ours(nn.Module):
+  """Two residual blocks, the second of joined data, or attention and dense layers."""
+
+  part: str
+  dtype: type
+
+  @nn.compact
+  def __call__(self, x, embedding):
+    style = UNet(dtype=self.dtype)._style
+    if self.part == "attention":
+      return layers.AttentionBlock(1, style, name="attention")(x)
+    h = layers.ResidualBlock(CHANNELS, style, name="first")(x, embedding, None)
+    return layers.ResidualBlock(CHANNELS, style, name="last")([h, x], embedding, None)
+
+
+class Plain(nn.Module):
+  """The same of Flax's layers."""
+
+  part: str
+  dtype: type
+
+  @nn.compact
+  def __call__(self, x, embedding):
+    def norm(x):
+      return nn.swish(nn.GroupNorm(32, dtype=self.dtype)(x))
+
+    def conv(x, size=3):
+      return nn.Conv(CHANNELS, (size, size), dtype=self.dtype)(x)
+
+    def dense(x):
+      return nn.Dense(CHANNELS, dtype=self.dtype)(x)
+
+    def residual(x):
+      h = conv(norm(x)) + dense(nn.swish(embedding))[:, None, None]
+      return conv(norm(h)) + (x if x.shape == h.shape else conv(x, 1))
+
+    if self.part == "attention":
+      flat = nn.GroupNorm(32, dtype=self.dtype)(x).reshape(BATCH, -1, 1, CHANNELS)
+      return x + dense(jax.nn.dot_product_attention(*(dense(flat) for _ in range(3))).reshape(x.shape))
+    return residual(jnp.concatenate([residual(x), x], axis=-1))
+
+
+def compiled(network, device):
+  """The network's loss and gradients in parameters and data, for a TPU."""
+  shapes = [jax.ShapeDtypeStruct(shape, network.dtype) for shape in ((BATCH, SIDE, SIDE, CHANNELS), (BATCH, 64))]
+  params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), *shapes)
+
+  def loss(params, x, embedding):
+    return jnp.mean(jnp.square(network.apply(params, x, embedding)).astype(jnp.float32))
+
+  # Laid out as the program wants them, as inside a network.
+  best = Format(Layout.AUTO, SingleDeviceSharding(device))
+  gradients = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=best, out_shardings=best)
+  return gradients.lower(params, *shapes).compile()
+
+
+@pytest.mark.parametrize(
+  ("part", "dtype"),
+  [
+    ("residual", jnp.bfloat16),
+    pytest.param("residual", jnp.float32, marks=pytest.mark.slow),
+    pytest.param("attention", jnp.bfloat16, marks=pytest.mark.slow),
+    pytest.param("attention", jnp.float32, marks=pytest.mark.slow),
+  ],
+)
+def test_blocks_move_no_more_bytes_than_plain_ones(part, dtype):
+  pytest.importorskip("libtpu")
+  (device,) = topology.topology_devices("v5e:1x1")
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    ours, plain = (compiled(network(part, dtype), device) for network in (Ours, Plain))
+  for count in (
+    lambda program: program.cost_analysis()["bytes accessed"],
+    lambda program: sum(operation.bytes for operation in costs.operations(program.as_text())),
+    lambda program: program.memory_analysis().temp_size_in_bytes,
+  ):
+    # Attention's weights are computed again, and a sum of two convolutions is written once more than one of joined data.
+    assert count(ours) <= 1.1 * count(plain)
