@@ -60,7 +60,8 @@ class Plan(NamedTuple):
     communication_seconds: of the collectives, over all links at once.
     step_seconds: the largest of these three: no step takes less.
     images_per_second: the batch over that: no run makes more.
-    traffic_seconds: of `bytes_accessed` at the memory's bandwidth: no bound, but near it for programs without loops.
+    traffic_bytes: what its operations read from the device's memory and write to it (`costs.operations`), loops as often as they run.
+    traffic_seconds: of these at the memory's bandwidth: no bound, for another program may move less.
     problem: the compiler's message if it found that the program does not fit, else empty.
   """
 
@@ -88,6 +89,7 @@ class Plan(NamedTuple):
   communication_seconds: float | None
   step_seconds: float | None
   images_per_second: float | None
+  traffic_bytes: float | None
   traffic_seconds: float | None
   problem: str
 
@@ -148,6 +150,7 @@ def make_plan(
   memory = _memory(compiled)
   text = None if isinstance(compiled, OutOfMemory) else _text(compiled)
   found = None if text is None else costs.collectives(text)
+  traffic = None if text is None else sum(operation.bytes for operation in costs.operations(text))
   peak, available = hardware.peak(chip, dtype), None if chip is None else chip.memory
   bandwidth, interconnect = (None, None) if chip is None else (chip.bandwidth, chip.interconnect)
   compute = _over(flops / count, peak)
@@ -176,7 +179,8 @@ def make_plan(
     communication_seconds=communication,
     step_seconds=step,
     images_per_second=batch_size / step if step else None,
-    traffic_seconds=_over(memory["bytes_accessed"], bandwidth),
+    traffic_bytes=traffic,
+    traffic_seconds=_over(traffic, bandwidth),
     problem=compiled.message if isinstance(compiled, OutOfMemory) else "",
   )
 
@@ -241,9 +245,9 @@ def _collective_rows(p: Plan) -> list[tuple[str, str, str]]:
 
 
 def _bounds(p: Plan) -> list[tuple[str, str, str]]:
-  accessed = f"{_number(p.bytes_accessed, 'B')} by XLA's count" + (
-    f", {p.loops} loops as if run once" if p.loops else ""
-  )
+  extent = ["on-chip memory included"] if p.chip.startswith("TPU") else []
+  extent += [f"{p.loops} loops as if run once"] if p.loops else []
+  accessed = ", ".join([f"{_number(p.bytes_accessed, 'B')} by XLA's count", *extent])
   if p.step_seconds is None:
     return [("a step takes at least", "not known", f"no peaks of {p.chip!r}, {p.dtype}; XLA counts {accessed}")]
   compute = f"{_number(p.flops_per_device, 'FLOP')} at {_number(p.peak_flops, 'FLOP/s')}"
@@ -253,7 +257,7 @@ def _bounds(p: Plan) -> list[tuple[str, str, str]]:
     ("  memory", _number(p.memory_seconds, "s"), "arguments, outputs and temporaries once each way"),
     ("  communication", _number(p.communication_seconds, "s"), "over all links at once"),
     ("images a second", _number(p.images_per_second), "at most, on all devices"),
-    ("memory, as compiled", _number(p.traffic_seconds, "s"), f"no bound: {accessed}"),
+    ("memory, as compiled", _number(p.traffic_seconds, "s"), f"no bound: {_number(p.traffic_bytes, 'B')}; {accessed}"),
   ]
 
 

@@ -173,6 +173,23 @@ def test_one_command_runs_every_benchmark_and_says_which_failed(script, run, tmp
   }  # fmt: skip
 
 
+def test_the_gpu_benchmark_ends_in_time_with_what_it_has(script, run, tmp_path, monkeypatch):
+  gpu = script("gpu")
+  (tmp_path / "long.py").write_text(
+    "import sys, time; open(sys.argv[-1].partition('=')[2], 'w').write('1'); print('a row', flush=True); time.sleep(3600)"
+  )
+  monkeypatch.setattr(gpu, "HERE", tmp_path)
+  monkeypatch.setattr(gpu, "QUICK", {"first": ("long.py",), "second": ("long.py",)})
+  text = run("gpu.py", "--quick", f"--output={tmp_path / 'out'}", "--minutes=0.02")
+  assert "out of time, with the figures measured by then: first, second" in text
+  assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
+    "first.txt": "a row\n",
+    "first.json": "1",
+  }
+  with pytest.raises(SystemExit, match="Got --minutes=0; expected more than 0"):
+    run("gpu.py", f"--output={tmp_path / 'out'}", "--minutes=0")
+
+
 @pytest.mark.slow
 def test_what_the_gpu_benchmark_runs_runs_in_small(tmp_path):
   """The same scripts, each in a process of its own, as a reader starts them."""
@@ -255,3 +272,25 @@ def test_fed_the_same_both_trainers_take_the_same_steps(script, tmp_path):
   # More than rounding of where they began.
   moved = jax.tree.map(lambda found, wanted: np.abs(found - wanted).max(), averages, start)
   assert max(jax.tree.leaves(moved)) > 5e-3
+
+
+def test_traffic_of_a_part_and_of_a_recipe(run, tmp_path):
+  """On one chip of a TPU that is not there: the least bytes of a convolution, and no operation that is in no list."""
+  pytest.importorskip("libtpu")
+  text = run(
+    "traffic.py", "--parts=convolution", "--types=bfloat16", "--images=2", "--operations=1", f"--json={tmp_path / 'a'}"
+  )
+  (row,) = json.loads((tmp_path / "a").read_text())["rows"]
+  data, kernel = 2 * 16 * 16 * 256 * 2, (9 * 256 + 1) * 256 * 2
+  # The data, the result and both their gradients; the weights.
+  assert row["least"] == 4 * data + kernel
+  # The weights, read twice, and their gradients lie in memory in float32.
+  assert row["least"] < row["memory"] < row["least"] + 6 * kernel
+  assert row["xla"] >= row["memory"]
+  assert "M cycles" in text
+  run("traffic.py", "--types=float32", "--batch=8", str(FOLDER / "tiny.py"), f"--json={tmp_path / 'b'}")
+  (row,) = json.loads((tmp_path / "b").read_text())["rows"]
+  assert row["what"] == "tiny.py"
+  assert 0 < row["least"] < row["memory"]
+  with pytest.raises(SystemExit, match="Got --parts=nothing; expected some of normalization"):
+    run("traffic.py", "--parts=nothing")

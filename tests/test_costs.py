@@ -205,3 +205,69 @@ def test_asynchronous_collectives_count_once():
   }
   assert costs.loops(ASYNCHRONOUS) == 1
   assert costs.collectives("") == {}
+
+
+def test_operations_of_a_compiled_program():
+  """On this machine: a product, and a loop of five products."""
+
+  def run(a, b):
+    return jax.lax.fori_loop(0, 5, lambda i, x: jnp.sin(x) @ b, a @ b)
+
+  shape = jnp.zeros((64, 64))
+  found = costs.operations(jax.jit(run).lower(shape, shape).compile().as_text())
+  products = [operation for operation in found if operation.kind in ("dot", "custom-call") or "dot" in operation.source]
+  assert sum(operation.times for operation in products) == 6
+  for operation in products:
+    assert (operation.read_bytes, operation.written_bytes) == (2 * 64 * 64 * 4, 64 * 64 * 4)
+    assert operation.bytes == operation.times * 3 * 64 * 64 * 4
+
+
+HLO = """HloModule jit_step, num_partitions=1
+
+%sliced (param_0.1: f32[16,1024], param_1.1: s32[]) -> f32[1024] {
+  %param_0.1 = f32[16,1024]{1,0} parameter(0)
+  %param_1.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,1024]{1,0} dynamic-slice(%param_0.1, %param_1.1, %zero), dynamic_slice_sizes={1,1024}
+  ROOT %flat = f32[1024]{0} bitcast(%row)
+}
+
+%updated (param_0.2: f32[16,1024], param_1.2: f32[16,1024], param_2.2: s32[]) -> f32[16,1024] {
+  %param_0.2 = f32[16,1024]{1,0} parameter(0)
+  %param_1.2 = f32[16,1024]{1,0} parameter(1)
+  %param_2.2 = s32[] parameter(2)
+  %inner = f32[1024]{0} fusion(%param_1.2, %param_2.2), kind=kLoop, calls=%sliced
+  %again = f32[1,1024]{1,0} bitcast(%inner)
+  ROOT %update = f32[16,1024]{1,0} dynamic-update-slice(%param_0.2, %again, %param_2.2, %param_2.2)
+}
+
+ENTRY %main (a: f32[16,1024], i: s32[]) -> f32[16,1024] {
+  %a = f32[16,1024]{1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %copy-start = (f32[16,1024]{1,0:T(8,128)S(1)}, f32[16,1024]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done = f32[16,1024]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[16,1024]{1,0:T(8,128)}), f32[4,1024]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:4], [0:1024]}
+  %slice-done = f32[4,1024]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %joined = f32[16,1024]{1,0:T(8,128)S(1)} custom-call(%slice-done, %slice-done), custom_call_target="ConcatBitcast"
+  %on_chip = f32[16,1024]{1,0:T(8,128)S(1)} negate(%copy-done), metadata={op_name="jit(step)/neg"}
+  %row = f32[1024]{0:T(1024)S(1)} fusion(%a, %i), kind=kLoop, calls=%sliced, backend_config={"estimated_cycles":"420"}
+  ROOT %out = f32[16,1024]{1,0:T(8,128)} fusion(%a, %a, /*index=2*/%i), kind=kLoop, calls=%updated
+}
+"""
+
+
+def test_operations_of_a_tpu_s_program():
+  """Of copies into memory on the chip one end counts, of what is sliced or updated in place the slices; waiting and grouping are free."""
+  found = {operation.name: operation for operation in costs.operations(HLO)}
+  traffic = {name: (operation.read_bytes / KB, operation.written_bytes / KB) for name, operation in found.items()}
+  index = 4 / KB
+  assert traffic == {
+    "copy-start": (64, 0),
+    "slice-start": (16, 0),
+    "on_chip": (0, 0),
+    "row": (4 + index, 0),
+    "out": (4 + index, 4),
+  }
+  assert (found["row"].cycles, found["on_chip"].cycles) == (420, 0)
+  assert found["on_chip"].source == "jit(step)/neg"
+  assert found["out"].reads == ("f32[16,1024]{1,0:T(8,128)}",) * 2 + ("s32[]{:T(128)}",)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import jax
@@ -215,6 +216,38 @@ def test_updates_that_are_not_finite_are_skipped_too():
   assert optim.skipped(after) == (1, 1)
   assert_same_bits(after.inner, before.inner)
   assert_same_bits(history[2], history[1])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
+def test_of_finite_gradients_updates_are_finite(name):
+  """Which is why these optimizers skip by their gradients alone: from the least numbers to the greatest whose square is finite."""
+  sizes = [0.0, 1e-38, 1e-30, 1e-16, 1.0, 1e19, 1.8e19]
+  arguments = {} if name == "lion" else {"eps": 1e-16}
+  optimizer = optim.chain(0.1, name=name, arguments=arguments, clip_norm=None, averages=None)
+  step = jax.jit(optimizer.update)
+  for sign in (1, -1):
+    for first, second in itertools.product(sizes, repeat=2):
+      params = {"w": jnp.ones(2)}
+      state = optimizer.init(params)
+      for value in (first, sign * second, 0.0, first):
+        updates, state = step({"w": jnp.array([value, 0.0])}, state, params)
+        assert jnp.isfinite(updates["w"]).all(), (first, second, value)
+      assert optim.skipped(state) == (0, 0)
+
+
+def test_adam_computes_its_updates_once():
+  """Others, whose updates are looked at before anything is written, compute them twice."""
+
+  def square_roots(**options):
+    optimizer = optim.chain(0.1, clip_norm=None, averages=None, **options)
+    text = str(jax.make_jaxpr(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS))
+    return text.count(" sqrt ")
+
+  leaves = len(jax.tree.leaves(PARAMS))
+  # One more of each norm that is looked at.
+  assert square_roots(name="adam") == leaves + 1
+  assert square_roots(name="adam", arguments={"eps": 1e-30}) == 2 * leaves + 2
+  assert square_roots(name="nadam") == 2 * leaves + 2
 
 
 def test_no_optimizer_is_an_error():

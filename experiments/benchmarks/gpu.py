@@ -4,12 +4,15 @@ pip install '.[cuda,peers]'
 python experiments/benchmarks/gpu.py --output=<folder>
 
 PyTorch must see the GPU too: its CPU build, which the extra takes from the package index, does not. Each benchmark runs in a process of its own; one
-that fails is reported at the end, and the others run all the same. --quick tries all of them in small, on any machine.
+that fails is reported at the end, and the others run all the same. --minutes=8 ends after eight minutes, with the figures measured by then: the most important
+come first. --quick tries all of them in small, on any machine.
 """
 
 import argparse
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -54,20 +57,37 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--output", type=Path, required=True, help="a folder for the figures and the tables")
   parser.add_argument("--quick", action="store_true", help="in small, to try them")
+  parser.add_argument("--minutes", type=float, default=None, help="how long all of them may take; no limit by default")
   args = parser.parse_args()
+  if args.minutes is not None and not args.minutes > 0:
+    raise SystemExit(f"Got --minutes={args.minutes:g}; expected more than 0.")
   args.output.mkdir(parents=True, exist_ok=True)
-  failed = []
+  end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+  failed, unfinished = [], []
   for name, (script, *options) in (QUICK if args.quick else RUNS).items():
+    if end is not None and time.monotonic() >= end:
+      unfinished.append(name)
+      continue
     print(f"\n# {name}: {script} {' '.join(options)}", flush=True)
     command = [sys.executable, str(HERE / script), *options, f"--json={args.output / name}.json"]
     with (args.output / f"{name}.txt").open("w") as table:
       process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      timer = threading.Timer(max(end - time.monotonic(), 0), process.kill) if end is not None else None
+      if timer:
+        timer.start()
       for line in process.stdout:
         print(line, end="", flush=True)
         table.write(line)
-    if process.wait():
+    code = process.wait()
+    if timer:
+      timer.cancel()
+    if code and end is not None and time.monotonic() >= end:
+      unfinished.append(name)
+    elif code:
       failed.append(name)
   print(f"\nfigures and tables in {args.output}")
+  if unfinished:
+    print(f"out of time, with the figures measured by then: {', '.join(unfinished)}")
   if failed:
     raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -88,6 +88,7 @@ def main():
   models = {"eager": model}
   if gpu or args.compile:
     models["compiled"] = torch.compile(model)
+  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
   rows = []
   for batch in args.batches:
     for name, (steps, rule, scheduler, pipeline) in TASKS.items():
@@ -105,7 +106,7 @@ def main():
           "overhead": timing.ratio(times, "ours", "bare"),
         }
       )
-  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
+      timing.write(args.json, {"machine": here, "model": args.model, "rows": rows})
   cells = [
     [
       row["task"],
@@ -120,7 +121,6 @@ def main():
   ]
   columns = ["sampler", "batch", "against", "our time over theirs", "ours, images/s", "theirs", "over bare calls"]
   timing.report(f"{args.model}, {'bfloat16' if gpu else 'float32'}", columns, cells, here)
-  timing.write(args.json, {"machine": here, "model": args.model, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddpm_jax
+from ddpm_jax import files
 
 Times = dict[str, list[float]]
 
@@ -155,6 +156,6 @@ def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], he
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
-  """Writes figures as JSON, if a path is given."""
+  """Write figures as JSON, if a path is given; whole, or not at all."""
   if path is not None:
-    path.write_text(json.dumps(figures, indent=1, default=float) + "\n")
+    files.write_text(path, json.dumps(figures, indent=1, default=float) + "\n")

@@ -164,11 +164,24 @@ def main():
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
   made = pair.make(args.model)
-  peak = timing.matmul_peak(jnp.bfloat16 if gpu else jnp.float32)
+  kind = "bfloat16" if gpu else "float32"
+  peak = timing.matmul_peak(jnp.dtype(kind))
+  count = sum(leaf.size for leaf in jax.tree.leaves(made.params))
+  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
   rows = []
+  figures = {
+    "machine": here,
+    "model": args.model,
+    "parameters": count,
+    "dtype": kind,
+    "peak_flops": peak,
+    "plain": args.plain,
+    "rows": rows,
+  }
   for size in args.batches:
     try:
       rows += measure(made, size, args, peak, gpu)
+      timing.write(args.json, figures)
     except (jax.errors.JaxRuntimeError, torch.OutOfMemoryError) as error:
       if not rows or ("memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error)):
         raise
@@ -177,8 +190,6 @@ def main():
     if gpu:
       torch.cuda.empty_cache()
 
-  count = sum(leaf.size for leaf in jax.tree.leaves(made.params))
-  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
   cells = []
   for row in rows:
     for name, values in row["ratio"].items():
@@ -209,7 +220,6 @@ def main():
     "theirs",
     "GB, ours / theirs",
   ]
-  kind = "bfloat16" if gpu else "float32"
   timing.report(f"{args.model}: {count:,} parameters, {kind}; peak {peak / 1e12:.3g} TFLOP/s", columns, cells, here)
   best = {}
   for what in PASSES:
@@ -218,19 +228,7 @@ def main():
     best[what] = {name: most["ours"] / value for name, value in most.items() if name != "ours"}
     for name, value in best[what].items():
       print(f"{what}, best batch of each: {value:.2f} times the images a second of PyTorch, {name}")
-  timing.write(
-    args.json,
-    {
-      "machine": here,
-      "model": args.model,
-      "parameters": count,
-      "dtype": kind,
-      "peak_flops": peak,
-      "plain": args.plain,
-      "rows": rows,
-      "best": best,
-    },
-  )
+  timing.write(args.json, figures | {"best": best})
 
 
 if __name__ == "__main__":
