@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
-from ddpm_jax import costs, topology
+from ddpm_jax import costs, plan, topology
 from ddpm_jax.networks import UNet, attention, convolution, layers, resampling, sums, unet
 from ddpm_jax.networks.resampling import convolve_doubled, double, halve
 from tests.parameters import random_like
@@ -210,7 +210,8 @@ def compiled(network, device):
   # Laid out as the program wants them, as inside a network.
   best = Format(Layout.AUTO, SingleDeviceSharding(device))
   gradients = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=best, out_shardings=best)
-  return gradients.lower(params, *shapes).compile()
+  # Which keeps it out of the compilation cache, from which no program for other devices can be read.
+  return plan.compile_step(gradients.trace(params, *shapes), [device])
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,18 @@ def part(name, dtype, images, device):
   start = time.perf_counter()
   # Laid out as the part wants it, as inside a network: no copies at its borders.
   best = Format(Layout.AUTO, sharding)
-  compiled = jax.jit(both, in_shardings=best, out_shardings=best).lower(*shapes).compile()
-  return compiled, least, time.perf_counter() - start
+  traced = jax.jit(both, in_shardings=best, out_shardings=best).trace(*shapes)
+  return compile_on([device], traced), least, time.perf_counter() - start
+
+
+def compile_on(devices, traced):
+  """The compiled program, or the end of this one if it does not fit."""
+  compiled = plan.compile_step(traced, devices)
+  if isinstance(compiled, plan.OutOfMemory):
+    raise SystemExit(
+      f"Got more than fits into {devices[0].device_kind} ({compiled.message}). Set fewer --images, or a smaller --batch."
+    )
+  return compiled
 
 
 def step(config, dtype, batch, devices):
@@ -149,10 +159,7 @@ def step(config, dtype, batch, devices):
   state, traced = trace_step(config, devices)
   least = 2 * activations(jaxpr, images) + nbytes(params, dtype) + 2 * plan.state_bytes(state)
   start = time.perf_counter()
-  compiled = plan.compile_step(traced, devices)
-  if isinstance(compiled, plan.OutOfMemory):
-    raise SystemExit(f"Got a batch of {images} on a chip; expected one that fits ({compiled.message}). Set --batch.")
-  return compiled, least, time.perf_counter() - start
+  return compile_on(devices, traced), least, time.perf_counter() - start
 
 
 def figures_of(compiled, least, seconds):
