@@ -291,6 +291,7 @@ def test_traffic_of_a_part_and_of_a_recipe(run, tmp_path):
   run("traffic.py", "--types=float32", "--batch=8", str(FOLDER / "tiny.py"), f"--json={tmp_path / 'b'}")
   (row,) = json.loads((tmp_path / "b").read_text())["rows"]
   assert row["what"] == "tiny.py"
-  assert 0 < row["least"] < row["memory"]
+  # Of what a small network keeps, most stays on the chip.
+  assert 0 < row["memory"] < row["xla"]
   with pytest.raises(SystemExit, match="Got --parts=nothing; expected some of normalization"):
     run("traffic.py", "--parts=nothing")

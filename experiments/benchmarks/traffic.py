@@ -67,6 +67,7 @@ PARTS = {
   "upsample": (lambda style, e, k, x: layers.Upsample(style.dtype, name="conv")(x), [COARSE]),
   "filtered": (lambda style, e, k, x: layers.double(layers.halve(x, (1, 3, 3, 1)), (1, 3, 3, 1)), [FINE]),
   "attention": (lambda style, e, k, x: layers.AttentionBlock(1, style, name="block")(x), [COARSE]),
+  "attention_32": (lambda style, e, k, x: layers.AttentionBlock(6, style, name="block")(x), [(32, 32, 384)]),
   "residual": (residual, [COARSE]),
   "joined": (residual, [FINE, FINE]),
 }  # fmt: skip
