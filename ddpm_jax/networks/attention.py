@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None) -> Array:
-  """softmax(q k / sqrt(C)) v (Vaswani et al. 2017, equation 1), the softmax in float32 at least.
+  """Compute softmax(q k / sqrt(C)) v, the softmax in float32 at least (Vaswani et al. 2017, equation 1).
 
   On a CPU nothing of the size of the weights is transposed, forward or backward, and the weights are normalized after their product with v, which
   has fewer columns. On a TPU weights that do not fit on the chip are computed a part of the batch at a time.
@@ -23,7 +23,7 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
     q: queries [B, N, heads, C].
     k: keys [B, M, heads, C].
     v: values [B, M, heads, C].
-    implementation: of `jax.nn.dot_product_attention`; None takes the one above on a CPU, and elsewhere lets JAX choose.
+    implementation: of `jax.nn.dot_product_attention`; None takes the ways above on CPUs and TPUs, and elsewhere lets JAX choose.
 
   Returns:
     [B, N, heads, C], of the type of v.
@@ -38,8 +38,8 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
   plainly = promoting(partial(jax.nn.dot_product_attention, implementation=implementation))
   if implementation is not None:
     return plainly(q, k, v)
-  # The backward pass keeps queries, keys and values, and computes the weights again. On a CPU it only says so, for a plan of memory, which counts what
-  # all ways keep: XLA's elimination of common expressions then finds the weights where they were.
+  # The backward pass keeps queries, keys and values, and computes the weights again. On a CPU, XLA finds that they are those of the forward pass, and
+  # keeps them: there the checkpoint is for JAX's count of what is kept alone, which adds up all platforms' ways.
   by_heads, at_once = jax.checkpoint(_by_heads, prevent_cse=False), jax.checkpoint(plainly)
   in_parts = partial(_in_parts, attend=plainly) if _gains_by_parts(q, k) else at_once
   return lax.platform_dependent(q, k, v, cpu=by_heads, tpu=in_parts, default=at_once)
@@ -50,6 +50,7 @@ _ALL, _PART = 2**27, 2**25
 
 
 def _gains_by_parts(q: Array, k: Array) -> bool:
+  """Say whether all scores together do not fit on the chip."""
   return len(q) > 1 and len(q) * _score_bytes(q, k) > _ALL
 
 

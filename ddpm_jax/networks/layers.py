@@ -146,7 +146,7 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Data, scale: Array | None = None, shift: Array | None = None) -> Any:
-    """x [B, *space, C] -> the same in `dtype`, times 1 + scale [B, C] plus shift [B, C] where they are given."""
+    """Normalize x [B, *space, C], then multiply by 1 + scale [B, C] and add shift [B, C] where they are given; in arrays as x is."""
     features = features_of(x)
     groups = self.groups or groups_of(features)
     if features % groups:
@@ -215,7 +215,7 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Data) -> Array:
-    """[B, *space, C] -> [B, *space, features], of other sides by strides, padding and doubling."""
+    """Convolve x [B, *space, C], giving [B, *space, features], its sides by strides, padding and doubling."""
     parts = [part.astype(self.dtype) for part in jax.tree.leaves(x)]
     axes = parts[0].ndim - 2
     kernel = parameter(self, "kernel", self.kernel_init, (self.size,) * axes + (features_of(x), self.features))
