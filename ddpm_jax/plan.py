@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     collectives: by kind; see `costs.collectives`. None where the program did not fit, or cannot be read.
     peak_flops: FLOP/s of a device for the dtype.
     compute_seconds: at the peak.
-    memory_seconds: to read the arguments and write the outputs once, and write and read the temporaries once.
+    memory_seconds: to read the arguments and write the outputs once. Temporaries may stay on the chip.
     communication_seconds: of the collectives, over all links at once.
     step_seconds: the largest of these three: no step takes less.
     images_per_second: the batch over that: no run makes more.
@@ -254,7 +254,7 @@ def _bounds(p: Plan) -> list[tuple[str, str, str]]:
   return [
     ("a step takes at least", _number(p.step_seconds, "s"), "the largest of the three below; real steps take longer"),
     ("  computing", _number(p.compute_seconds, "s"), compute),
-    ("  memory", _number(p.memory_seconds, "s"), "arguments, outputs and temporaries once each way"),
+    ("  memory", _number(p.memory_seconds, "s"), "arguments read and outputs written once"),
     ("  communication", _number(p.communication_seconds, "s"), "over all links at once"),
     ("images a second", _number(p.images_per_second), "at most, on all devices"),
     ("memory, as compiled", _number(p.traffic_seconds, "s"), f"no bound: {_number(p.traffic_bytes, 'B')}; {accessed}"),
@@ -299,7 +299,7 @@ def _fits(compiled: Any, platform: str, total: float | None, memory: float | Non
 
 
 def _memory(compiled: jax.stages.Compiled | OutOfMemory) -> dict[str, Any]:
-  """What the compiler says of memory, under the names of `Plan`, and `moved`, the least traffic."""
+  """What the compiler says of memory, under the names of `Plan`, and `moved`, the least that any program moves."""
   names = ("argument_bytes", "output_bytes", "temporary_bytes", "code_bytes", "total_bytes", "bytes_accessed", "moved")
   values: dict[str, Any] = dict.fromkeys(names)
   if isinstance(compiled, OutOfMemory):
@@ -315,7 +315,7 @@ def _memory(compiled: jax.stages.Compiled | OutOfMemory) -> dict[str, Any]:
       "temporary_bytes": temporaries,
       "code_bytes": code,
       "total_bytes": arguments + new + temporaries + code,
-      "moved": arguments + outputs + 2 * temporaries,
+      "moved": arguments + outputs,
     }
   return values | {"bytes_accessed": cost.get("bytes accessed")}
 
