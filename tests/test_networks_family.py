@@ -284,12 +284,13 @@ def test_rematerialization_changes_memory_and_not_gradients():
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
   before, kept_before = jax.jit(jax.grad(loss_of(plain)))(params), kept(plain)
-  for policy, share in (("blocks", 0.3), ("everything", 0.2), ("dots_saveable", 0.9)):
+  for policy, share in (("blocks", 0.3), ("everything", 0.2), ("dots_saveable", 0.6)):
     changed = plain.clone(remat=policy)
     after = jax.jit(jax.grad(loss_of(changed)))(params)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
       # Softmax knows no bias of keys: its gradient is rounding alone, up to 1e-6 beside a loss of 130.
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 2e-6, err_msg=policy)
+    # Attention's weights, the largest of all, are among what is not kept.
     assert kept(changed) < share * kept_before, policy
     assert jax.tree.structure(init(changed, (8, 8), 1)) == jax.tree.structure(params)
 

@@ -38,11 +38,11 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
   plainly = promoting(partial(jax.nn.dot_product_attention, implementation=implementation))
   if implementation is not None:
     return plainly(q, k, v)
-  # The backward pass keeps queries, keys and values, and computes the weights again. On a CPU, XLA finds that they are those of the forward pass, and
-  # keeps them: there the checkpoint is for JAX's count of what is kept alone, which adds up all platforms' ways.
-  by_heads, at_once = jax.checkpoint(_by_heads, prevent_cse=False), jax.checkpoint(plainly)
-  in_parts = partial(_in_parts, attend=plainly) if _gains_by_parts(q, k) else at_once
-  return lax.platform_dependent(q, k, v, cpu=by_heads, tpu=in_parts, default=at_once)
+  # Computed again in the backward pass by name, which XLA's elimination of common expressions undoes: what JAX keeps for it, and what a plan
+  # of memory counts, are the inputs and what the other way keeps, not the weights of both.
+  by_heads = jax.checkpoint(_by_heads, prevent_cse=False)
+  in_parts = partial(_in_parts, attend=plainly) if _gains_by_parts(q, k) else plainly
+  return lax.platform_dependent(q, k, v, cpu=by_heads, tpu=in_parts, default=plainly)
 
 
 # Bytes of all scores from which on a TPU computes them in parts, and of the scores of a part: its memory on the chip holds 128 MB.
@@ -60,7 +60,7 @@ def _score_bytes(q: Array, k: Array) -> int:
 
 
 def _in_parts(q: Array, k: Array, v: Array, attend: Callable[..., Array]) -> Array:
-  """Attend in one part of the batch after the other, so that scores never leave the chip, forward or backward."""
+  """Attend in one part of the batch after the other, so that scores never leave the chip: the backward pass computes them again."""
   batch = len(q)
   part = max(
     size

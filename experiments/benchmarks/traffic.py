@@ -76,30 +76,38 @@ PARTS = {
 def activations(jaxpr, batch):
   """Bytes of the results of matrix products and convolutions: from them all else that a backward pass needs is computed by element.
 
-  Attention's scores are not kept: they are products of queries and keys. Nor is the shortcut of a residual block, which only its sum needs.
+  Attention's scores are not kept: they are products of queries and keys. Nor is the shortcut of a residual block, which only its sum needs, and of
+  convolutions that are added, those of one layer, only the sum is.
   """
-  total = 0
-  for equation in jaxpr.eqns:
-    name, params = equation.primitive.name, equation.params
-    aval = equation.outvars[0].aval
+  return sum({key: size for key, size in products(jaxpr, batch)}.values())
+
+
+def products(jaxpr, batch, path=""):
+  """The layer and the bytes of each product's result that depends on the batch."""
+  for number, equation in enumerate(jaxpr.eqns):
+    name, params, aval = equation.primitive.name, equation.params, equation.outvars[0].aval
+    layer = f"{path}/{equation.source_info.name_stack}"
     if name in ("dot_general", "conv_general_dilated"):
       if name == "dot_general":
         contracted, batched = params["dimension_numbers"]
         ends = [axes == (operand.aval.ndim - 1,) for axes, operand in zip(contracted, equation.invars, strict=True)]
         if batched[0] and all(ends):
           continue
-      if aval.shape[:1] == (batch,) or (aval.ndim == 2 and aval.shape[0] % batch == 0):
-        shortcut = "conv_shortcut" in str(equation.source_info.name_stack)
-        total += 0 if shortcut else aval.size * aval.dtype.itemsize
+      of_batch = aval.shape[:1] == (batch,) or (aval.ndim == 2 and aval.shape[0] % batch == 0)
+      if of_batch and "conv_shortcut" not in layer:
+        yield (
+          (layer if name == "conv_general_dilated" else f"{layer} {number}", aval.shape),
+          aval.size * aval.dtype.itemsize,
+        )
     elif name == "cond" and params.get("branches_platforms") is not None:
-      total += activations(params["branches"][-1].jaxpr, batch)
+      yield from products(params["branches"][-1].jaxpr, batch, layer)
     else:
-      for inner in jax.tree.leaves(
+      inner = jax.tree.leaves(
         list(params.values()), is_leaf=lambda value: hasattr(value, "eqns") or hasattr(value, "jaxpr")
-      ):
-        if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-          total += activations(getattr(inner, "jaxpr", inner), batch)
-  return total
+      )
+      for value in inner:
+        if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+          yield from products(getattr(value, "jaxpr", value), batch, layer)
 
 
 def nbytes(tree, dtype=None):
