@@ -41,8 +41,9 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
   # Computed again in the backward pass by name, which XLA's elimination of common expressions undoes: what JAX keeps for it, and what a plan
   # of memory counts, are the inputs and what the other way keeps, not the weights of both.
   by_heads = jax.checkpoint(_by_heads, prevent_cse=False)
-  in_parts = partial(_in_parts, attend=plainly) if _gains_by_parts(q, k) else plainly
-  return lax.platform_dependent(q, k, v, cpu=by_heads, tpu=in_parts, default=plainly)
+  # On a TPU all ways compute weights again: keeping them costs a whole train step more memory and traffic than it saves (docs/benchmarks.md).
+  again = partial(_in_parts, attend=plainly) if _gains_by_parts(q, k) else jax.checkpoint(plainly)
+  return lax.platform_dependent(q, k, v, cpu=by_heads, tpu=again, default=plainly)
 
 
 # Bytes of all scores from which on a TPU computes them in parts, and of the scores of a part: its memory on the chip holds 128 MB.
