@@ -115,7 +115,7 @@ class Operation(NamedTuple):
 
 # An array in an HLO shape, with its layout.
 _ARRAY = r"\w+\[[\d,<=]*\](?:\{[^}]*\})?"
-# They name, group or wait for what others read and write.
+# Instructions that move no data: they name values, group them, or wait for other instructions.
 _FREE = {
   "parameter",
   "constant",
@@ -311,7 +311,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _walk(
   computations: dict[str, list[str]], name: str, times: int, fusions: bool = True
 ) -> Iterator[tuple[str, str, int]]:
-  """Each instruction that is run, in what computation, and how often; with those inside fusions, or without."""
+  """Yield each instruction that runs, its computation, and how often it runs, with or without the insides of fusions."""
   for line in computations.get(name, ()):
     yield name, line, times
     if re.search(r" async-(update|done)\(", line) or (" fusion(" in line and not fusions):

@@ -276,7 +276,6 @@ def test_fed_the_same_both_trainers_take_the_same_steps(script, tmp_path):
 
 def test_traffic_of_a_part_and_of_a_recipe(run, tmp_path):
   """On one chip of a TPU that is not there: the least bytes of a convolution, and no operation that is in no list."""
-  pytest.importorskip("libtpu")
   text = run(
     "traffic.py", "--parts=convolution", "--types=bfloat16", "--images=2", "--operations=1", f"--json={tmp_path / 'a'}"
   )

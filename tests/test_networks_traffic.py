@@ -224,7 +224,6 @@ def compiled(network, device):
   ],
 )
 def test_blocks_move_no_more_bytes_than_plain_ones(part, dtype):
-  pytest.importorskip("libtpu")
   (device,) = topology.topology_devices("v5e:1x1")
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     ours, plain = (compiled(network(part, dtype), device) for network in (Ours, Plain))

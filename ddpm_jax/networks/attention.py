@@ -14,7 +14,9 @@ Array = jax.Array
 
 
 def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None) -> Array:
-  """Compute softmax(q k / sqrt(C)) v, the softmax in float32 at least (Vaswani et al. 2017, equation 1).
+  """Compute scaled dot-product attention, softmax(q k / sqrt(C)) v (Vaswani et al. 2017, equation 1).
+
+  The softmax is computed in float32 or wider.
 
   On a CPU nothing of the size of the weights is transposed, forward or backward, and the weights are normalized after their product with v, which
   has fewer columns. On a TPU weights that do not fit on the chip are computed a part of the batch at a time.

@@ -120,7 +120,7 @@ Data = Array | Sequence[Array]
 
 
 def features_of(x: Data) -> int:
-  """Count the channels of data."""
+  """Count the channels of data in one array or several."""
   return sum(part.shape[-1] for part in jax.tree.leaves(x))
 
 
@@ -215,7 +215,7 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Data) -> Array:
-    """Convolve x [B, *space, C], giving [B, *space, features], its sides by strides, padding and doubling."""
+    """Convolve x [B, *space, C] and return [B, *space, features]. Strides, padding and doubling set the sides."""
     parts = [part.astype(self.dtype) for part in jax.tree.leaves(x)]
     axes = parts[0].ndim - 2
     kernel = parameter(self, "kernel", self.kernel_init, (self.size,) * axes + (features_of(x), self.features))
@@ -389,7 +389,7 @@ class AttentionPool(nn.Module):
     x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
     spread = nn.initializers.normal(channels**-0.5)
     positions = parameter(self, "positions", spread, (x.shape[1], channels))
-    # Repeated in float32, in which their gradients are then summed.
+    # Repeat them in float32, so that their gradients are summed in float32.
     x = x + jnp.broadcast_to(positions[None], x.shape).astype(x.dtype)
     # Only what the mean receives is used.
     q = heads_of(x[:, :1], self.heads, "to_q", dtype)

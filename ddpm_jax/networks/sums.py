@@ -73,7 +73,7 @@ def _spread_slope(x: Array, shape: Sequence[int]) -> Array:
     flat = _repeat(x, (1,) * (2 - x.ndim) + (*x.shape[:-1], math.prod(shape) // x.size, x.shape[-1]))
     return lax.optimization_barrier(flat).reshape(shape)
 
-  # In float32, in which the transpose then adds: a sum of thousands of numbers in bfloat16 may be off by half.
+  # The gradient adds in the type of this result. In bfloat16 a sum of thousands of numbers may be wrong by half, so use float32.
   exact = lax.platform_dependent(x.astype(widest(x)), cpu=stored, default=partial(_repeat, shape=shape))
   return exact.astype(x.dtype)
 

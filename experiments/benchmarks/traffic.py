@@ -79,7 +79,7 @@ def activations(jaxpr, batch):
   Attention's scores are not kept: they are products of queries and keys. Nor is the shortcut of a residual block, which only its sum needs, and of
   convolutions that are added, those of one layer, only the sum is.
   """
-  return sum({key: size for key, size in products(jaxpr, batch)}.values())
+  return sum(dict(products(jaxpr, batch)).values())
 
 
 def products(jaxpr, batch, path=""):
