@@ -127,13 +127,13 @@ def test_dropout_by_a_key_for_each_sample_knows_no_batch():
 
   def run(rows):
     keep = jnp.array(rows)
-    return apply(network, params, x[keep], jnp.ones(len(rows)), train=True, dropout_keys=keys[keep])
+    return apply(network, params, x[keep], jnp.ones(len(rows)), train=True, keys=keys[keep])
 
   whole = run([0, 1, 2, 3])
   np.testing.assert_allclose(run([2, 1]), whole[jnp.array([2, 1])], rtol=1e-4, atol=1e-5)
   assert all(jnp.any(whole[0] != other) for other in whole[1:])
-  with pytest.raises(ValueError, match=r"dropout_keys of shape \(1,\) for 4 samples"):
-    apply(network, params, x, jnp.ones(4), train=True, dropout_keys=keys[:1])
+  with pytest.raises(ValueError, match=r"keys of shape \(1,\) for 4 samples"):
+    apply(network, params, x, jnp.ones(4), train=True, keys=keys[:1])
   many = jax.random.split(jax.random.key(1), 500)
   first, second = (drop(jnp.ones((500, 8, 8)), 0.25, many, name) for name in ("down_0_0", "down_0_1"))
   assert jnp.any(first != second)

@@ -96,7 +96,7 @@ def test_networks_of_a_tpu_are_those_of_a_cpu(on_tpu, name):
   keys = jax.random.split(jax.random.key(1), 2)
 
   def run(params, x):
-    return network.apply(params, x, time, train=True, dropout_keys=keys)
+    return network.apply(params, x, time, train=True, keys=keys)
 
   # Apart: jit would find what was compiled for this machine.
   found, expected = (
@@ -143,7 +143,7 @@ def test_no_function_of_ours_is_a_call_in_a_tpu_s_program():
   params = jax.eval_shape(lambda: network.init(jax.random.key(0), x, time))
 
   def loss(params):
-    return jnp.mean(network.apply(params, x, time, train=True, dropout_keys=keys) ** 2)
+    return jnp.mean(network.apply(params, x, time, train=True, keys=keys) ** 2)
 
   # JAX lowers its own attention in 16 bits by implicit promotion.
   with jax.numpy_dtype_promotion("standard"):

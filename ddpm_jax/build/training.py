@@ -134,7 +134,7 @@ def _loss_fn(network, conditions, loss, times):
 
     def apply(x_t, label):
       masks = randomness.fold_in(keys, 2)
-      return network.apply({"params": params}, x_t, label, **given, train=True, dropout_keys=masks)
+      return network.apply({"params": params}, x_t, label, **given, train=True, keys=masks)
 
     return loss(keys, apply, batch, (lambda _: batch["times"]) if "times" in batch else times)
 

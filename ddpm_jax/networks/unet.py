@@ -222,7 +222,7 @@ class Backbone(nn.Module):
     if keys is None:
       return jax.random.split(self.make_rng("dropout"), x.shape[0])
     if keys.shape != x.shape[:1]:
-      raise ValueError(f"Got dropout_keys of shape {keys.shape} for {x.shape[0]} samples; wanted a typed key for each.")
+      raise ValueError(f"Got keys of shape {keys.shape} for {x.shape[0]} samples; wanted a typed key for each.")
     return keys
 
   def _residual(
@@ -293,7 +293,7 @@ class UNet(Backbone):
     image: Array | None = None,
     augmentation: Array | None = None,
     train: bool = False,
-    dropout_keys: Array | None = None,
+    keys: Array | None = None,
   ) -> Array:
     """The network's output at noisy data.
 
@@ -305,19 +305,19 @@ class UNet(Backbone):
       image: a condition [B, *space, C'] that is joined to the input, as for super-resolution; given at `init`, it must be given
         ever after.
       augmentation: augmentation labels [B, augmentation_features]; None for zeros, plain data.
-      train: whether dropout is on; it then needs `dropout_keys` or an rng named "dropout".
-      dropout_keys: a key for each sample [B], which then has its own masks, however a batch is split.
+      train: whether dropout is on; it then needs `keys` or an rng named "dropout".
+      keys: a key for each sample [B], which then has its own masks, however a batch is split.
 
     Returns:
       [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: if the size cannot be halved often enough, a condition or `dropout_keys` are of the wrong shape, or classes, a vector or
+      ValueError: if the size cannot be halved often enough, a condition or `keys` are of the wrong shape, or classes, a vector or
         augmentation labels are given to a network that knows none, or classes or a vector are not given to one that does.
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(label, classes, vector, augmentation)
-    keys = self._dropout_keys(x, train, dropout_keys)
+    keys = self._dropout_keys(x, train, keys)
     h, skips = self._way_down(x, image, embedding, keys)
     h = self._middle(h, embedding, keys)
     for level in reversed(range(len(self.multipliers))):
@@ -353,14 +353,14 @@ class Classifier(Backbone):
   """
 
   @nn.compact
-  def __call__(self, x: Array, label: Array, *, train: bool = False, dropout_keys: Array | None = None) -> Array:
+  def __call__(self, x: Array, label: Array, *, train: bool = False, keys: Array | None = None) -> Array:
     """The logits [B, out_channels], in float32, of data [B, *space, C] at time inputs [B]; dropout as in `UNet`.
 
     Raises:
       ValueError: if the size cannot be halved often enough.
     """
     self._check_call(x)
-    embedding, keys = self._embed(label, None, None, None), self._dropout_keys(x, train, dropout_keys)
+    embedding, keys = self._embed(label, None, None, None), self._dropout_keys(x, train, keys)
     h, _ = self._way_down(x, None, embedding, keys)
     h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, keys)))
     pool = layers.AttentionPool(self.out_channels, self._heads(h.shape[-1]), self._style, name="pool")

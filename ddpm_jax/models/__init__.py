@@ -1,0 +1,9 @@
+"""Models as values: a network with the process, the meaning of its output, its conditions and its codec."""
+
+from ddpm_jax.models import codecs, conditions, networks
+from ddpm_jax.models.codecs import Codec
+from ddpm_jax.models.conditions import Condition
+from ddpm_jax.models.model import Defaults, Model
+from ddpm_jax.models.networks import Network
+
+__all__ = ["Codec", "Condition", "Defaults", "Model", "Network", "codecs", "conditions", "networks"]

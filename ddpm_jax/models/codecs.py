@@ -1,0 +1,43 @@
+"""Codecs: what lies between data and the x that a process adds noise to."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import images
+
+Array = jax.Array
+PyTree = Any
+
+
+def _to_bytes(data) -> np.ndarray:
+  return images.to_uint8(data)
+
+
+class Codec(NamedTuple):
+  """A pair of functions from data to x and back.
+
+  Attributes:
+    encode: `encode(frozen, keys, data) -> x` of data [B, ...] in [-1, 1], with a key for each sample [B].
+    decode: `decode(frozen, x) -> data`.
+    load: reads the frozen parameters from where they came from; None for a codec without any.
+    show: data [B, ...] as images uint8 [B, H, W, C], for pictures, files and scores.
+  """
+
+  encode: Callable[[PyTree, Array, Array], Array]
+  decode: Callable[[PyTree, Array], Array]
+  load: Callable[[], PyTree] | None = None
+  show: Callable[[Array], np.ndarray] = _to_bytes
+
+  def shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of x for one sample of data of this shape."""
+    frozen = None if self.load is None else jax.eval_shape(self.load)
+    keys, data = (jax.eval_shape(jax.random.split, jax.random.key(0), 1), jax.ShapeDtypeStruct((1, *data_shape), float))
+    return tuple(jax.eval_shape(self.encode, frozen, keys, data).shape[1:])
+
+
+def pixels() -> Codec:
+  """Return the codec of models of pixels: x is the data."""
+  return Codec(lambda frozen, keys, data: data, lambda frozen, x: x)

@@ -1,0 +1,149 @@
+"""`Model`: all that a diffusion model is, as one value that is made once and passed on."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import guidance, predictions
+from ddpm_jax.models import conditions as conditions_module
+from ddpm_jax.models.codecs import Codec
+from ddpm_jax.models.conditions import Condition
+from ddpm_jax.models.networks import Network
+from ddpm_jax.predictions import Denoise, Prediction
+from ddpm_jax.processes import Process
+from ddpm_jax.sampling import Sampler
+
+Array = jax.Array
+PyTree = Any
+
+
+class Defaults(NamedTuple):
+  """How a model is sampled if nobody says otherwise.
+
+  Attributes:
+    name: of the sampler, for people to read.
+    sampler: the step rule.
+    times: `times(num_steps) -> grid` [num_steps + 1].
+    steps: how many.
+    clip: wraps the denoiser, such as `guidance.clip`; None for nothing.
+  """
+
+  name: str
+  sampler: Sampler
+  times: Callable[[int], np.ndarray]
+  steps: int
+  clip: Callable[[Denoise], Denoise] | None = None
+
+
+class Model(NamedTuple):
+  """A diffusion model.
+
+  Attributes:
+    network: its functions.
+    process: the forward process.
+    prediction: what the network's output means.
+    conditions: what it can be given, by name.
+    codec: what lies between data and x.
+    data_shape: of one sample of data, such as [H, W, C].
+    shape: of one sample of x.
+    time_input: what the network is told of a time; None for the process's own.
+    defaults: how it is sampled if nobody says otherwise; None if it says nothing of that.
+  """
+
+  network: Network
+  process: Process
+  prediction: Prediction
+  conditions: Mapping[str, Condition]
+  codec: Codec
+  data_shape: tuple[int, ...]
+  shape: tuple[int, ...]
+  time_input: Callable[[Array], Array] | None = None
+  defaults: Defaults | None = None
+
+  def init(self, key: Array) -> PyTree:
+    """Return new parameters of the network."""
+    x, time = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
+    return self.network.init(key, x, time, conditions_module.example(self.conditions))
+
+  def load_frozen(self) -> dict[str, PyTree]:
+    """Read the frozen parameters of the codec and the conditions from where they came from: `{"codec": ..., "conditions": {name: ...}}`."""
+    frozen: dict[str, PyTree] = {}
+    if self.codec.load is not None:
+      frozen["codec"] = self.codec.load()
+    loaded = {name: condition.load() for name, condition in self.conditions.items() if condition.load is not None}
+    return frozen | ({"conditions": loaded} if loaded else {})
+
+  def given(
+    self, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree] | None = None, *, train: bool = False
+  ) -> dict[str, PyTree]:
+    """Return what the network is given for a batch (see `conditions.encode`)."""
+    return conditions_module.encode(self.conditions, (frozen or {}).get("conditions", {}), keys, batch, train=train)
+
+  def without(self, given: Mapping[str, PyTree], frozen: Mapping[str, PyTree] | None = None) -> dict[str, PyTree]:
+    """Return `given` with conditions replaced by what stands for none (see `conditions.without`)."""
+    return conditions_module.without(self.conditions, (frozen or {}).get("conditions", {}), given)
+
+  def encode(self, keys: Array, data: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
+    """Return x of data [B, ...], with a key for each sample [B]."""
+    return self.codec.encode((frozen or {}).get("codec"), keys, data)
+
+  def decode(self, x: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
+    """Return the data of x [B, ...]."""
+    return self.codec.decode((frozen or {}).get("codec"), x)
+
+  def conditional(self, params: PyTree) -> guidance.Conditional:
+    """Return `conditional(x_t, t, given) -> x_0 estimate`, which guidance takes."""
+
+    def conditional(x_t, t, given):
+      def apply(x, time):
+        return self.network.apply(params, x, time, given)
+
+      return predictions.denoiser(apply, self.process, self.prediction, label=self.time_input)(x_t, t)
+
+    return conditional
+
+  def denoise(self, params: PyTree, given: Mapping[str, PyTree] | None = None, *, clip: bool = True) -> Denoise:
+    """Return `denoise(x_t, t) -> x_0 estimate`, which samplers take.
+
+    Args:
+      params: of the network.
+      given: its conditions by name, arrays [B, ...].
+      clip: whether estimates are clipped as the model's defaults say.
+    """
+    conditional = self.conditional(params)
+
+    def denoise(x_t, t):
+      return conditional(x_t, t, given or {})
+
+    return self.defaults.clip(denoise) if clip and self.defaults and self.defaults.clip else denoise
+
+  def classify(self, params: PyTree) -> Callable[[Array, Array], Array]:
+    """Return `log_probs(x_t, t) -> log p(class | x_t)` [B, K] of a network that tells classes apart."""
+
+    def apply(x, time):
+      return self.network.apply(params, x, time, {})
+
+    scale = self.prediction.input_scale
+    return predictions.classifier(apply, self.process, label=self.time_input, input_scale=scale)
+
+  def outputs(self) -> int:
+    """Return the size of the network's last axis: of a classifier, how many classes it knows."""
+
+    def call(key):
+      x, time, given = jnp.zeros((1, *self.shape)), jnp.zeros((1,)), conditions_module.example(self.conditions)
+      return self.network.apply(self.init(key), x, time, given)
+
+    return jax.eval_shape(call, jax.random.key(0)).shape[-1]
+
+  def times(self, num_steps: int) -> np.ndarray:
+    """Return the grid of times [num_steps + 1] that suits the model.
+
+    Raises:
+      ValueError: if the model says nothing of that.
+    """
+    if self.defaults is None:
+      raise ValueError("Got a model without a grid of its own; take one of sampling.grids.")
+    return self.defaults.times(num_steps)
