@@ -19,8 +19,9 @@ from ddpm_jax.processes import Process, as_time, expand
 Array = jax.Array
 PyTree = Any
 Conditional = Callable[[Array, Array, PyTree], Any]
-# A number, or a function of time [] or [B].
-Scale = float | Callable[[Array], Array]
+# A function of time [] or [B].
+Schedule = Callable[[Array], Array]
+Scale = float | Schedule
 
 
 @check_kinds
@@ -220,7 +221,7 @@ def _no_slope(x_t: Array, t: Array) -> Array:
 @check_kinds
 def interval(
   process: Process, scale: float, low: float = 0.0, high: float = math.inf, *, outside: float = 1.0
-) -> Callable[[Array], Array]:
+) -> Schedule:
   """A scale that holds for some noise levels only (Kynkaanniemi et al. 2024).
 
   Args:

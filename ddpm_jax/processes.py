@@ -288,7 +288,7 @@ def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
   return Process(alpha=alpha, sigma=sigma, t_max=1.0, t_min=1e-3, label=_song_label)
 
 
-def discrete(betas) -> Process:
+def discrete(betas: schedules.Betas) -> Process:
   """The discrete variance-preserving model of N steps (Ho et al. 2020) given by its betas [N].
 
   Step n = 1..N sits at t = n/N and t = 0 is clean data; the network's default label at step n is n - 1. In between,

@@ -1,6 +1,13 @@
 """Noise schedules of discrete models: betas in float64, so that nothing is lost before a table is built."""
 
+from collections.abc import Sequence
+
 import numpy as np
+
+__all__ = ["Betas", "cosine", "linear", "scaled_linear", "sigmoid", "zero_terminal_snr"]
+
+# A table [N], each in (0, 1].
+Betas = np.ndarray | Sequence[float]
 
 # The whole numbers that float32 holds.
 MOST_STEPS = 2**24
@@ -78,7 +85,7 @@ def sigmoid(
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 
 
-def zero_terminal_snr(betas) -> np.ndarray:
+def zero_terminal_snr(betas: Betas) -> np.ndarray:
   """The same betas [N] rescaled so that no data is left at step N: the last is 1 (Lin et al. 2024, algorithm 1).
 
   sqrt(alpha_bar) is shifted to end at 0 and scaled to begin where it did. A model on such a table must predict V, X0 or

@@ -6,10 +6,11 @@ Wrappers `Sampler -> Sampler` (`replace`, `repaint`, `dps`) and `denoise -> deno
 
 from ddpm_jax.editing.inpainting import repaint, replace
 from ddpm_jax.editing.latents import img2img, interpolate, invert, slerp
-from ddpm_jax.editing.operators import blur, downsample, grey, mask_operator
+from ddpm_jax.editing.operators import Operator, blur, downsample, grey, mask_operator
 from ddpm_jax.editing.posterior import dps, posterior
 
 __all__ = [
+  "Operator",
   "blur",
   "downsample",
   "dps",

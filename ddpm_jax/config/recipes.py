@@ -1,23 +1,15 @@
 """Run config files, which are Python. Every failure is one ValueError with the file, the line and the error."""
 
-import contextlib
 import difflib
-import sys
-import traceback
-from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from ddpm_jax.config import foreign
 from ddpm_jax.places import user_path
 
 _MODULE = "ddpm_jax_recipe"
-_LONGEST = 400
 
 
 def read(value: str) -> ConfigDict:
@@ -32,38 +24,27 @@ def read(value: str) -> ConfigDict:
   # A path may have a colon too.
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
   path = _existing(name)
-  with _neighbors(path):
-    module = _run(path, lambda: _load(path))
+  with foreign.neighbors(path):
+    module = foreign.run(path, lambda: foreign.load_module(path, _MODULE), "--config")
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
       raise ValueError(
         f"Got --config={path}, which has no function get_config(); expected one that returns a ConfigDict. Start from configs/digits_vp.py."
       )
-    config = _run(path, lambda: get_config(*([argument] if colon else [])), get_config)
+    config = foreign.run(path, lambda: get_config(*([argument] if colon else [])), "--config", get_config)
   if not isinstance(config, ConfigDict) or not len(config):
     what = "an empty ConfigDict" if isinstance(config, ConfigDict) else f"a value of type {type(config).__name__}"
     hint = " Does it lack a return statement?" if config is None else ""
     raise ValueError(
-      f"Got --config={path}, whose get_config(){_line_of(get_config)} returns {what}; expected a ConfigDict. Start from"
-      f" ddpm_jax.schema.default_config().{hint}"
+      f"Got --config={path}, whose get_config(){foreign.line_of(get_config)} returns {what}; expected a ConfigDict. Start from"
+      f" ddpm_jax.config.default_config().{hint}"
     )
   # A value that is required may not be set.
-  _run(path, config.to_dict, get_config)
+  foreign.run(path, config.to_dict, "--config", get_config)
   # Flags change it.
   config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
   _convert_numbers(config, set())
   return config
-
-
-@contextlib.contextmanager
-def _neighbors(path: Path) -> Iterator[None]:
-  """Let a file import the modules beside it, as a script does; they hide no installed ones."""
-  folder = str(path.parent.absolute())
-  sys.path.append(folder)
-  try:
-    yield
-  finally:
-    sys.path.remove(folder)
 
 
 def _convert_numbers(config: ConfigDict, seen: set[int]) -> None:
@@ -88,41 +69,3 @@ def _existing(name: str) -> Path:
     what = "a folder" if path.is_dir() else "a file that does not exist"
     raise ValueError(f"Got --config={path}, {what}; expected a Python file such as configs/digits_vp.py.{hint}")
   return path
-
-
-def _load(path: Path) -> ModuleType:
-  spec = spec_from_loader(_MODULE, SourceFileLoader(_MODULE, str(path)))
-  assert spec is not None
-  assert spec.loader is not None
-  module = module_from_spec(spec)
-  # Classes of the file can then be pickled.
-  sys.modules[_MODULE] = module
-  spec.loader.exec_module(module)
-  return module
-
-
-def _run(path: Path, call: Any, function: Any = None) -> Any:
-  try:
-    return call()
-  except KeyboardInterrupt:
-    raise
-  # A config file may raise anything, and may even try to end the program.
-  except BaseException as error:
-    # Also of an error that cannot say what it is.
-    text = " ".join(traceback.format_exception_only(error)[-1].split())[:_LONGEST]
-    raise ValueError(
-      f"Got --config={path}, which fails{_place(path, error) or _line_of(function)}: {text}. Correct the file."
-    ) from error
-
-
-def _place(path: Path, error: BaseException) -> str:
-  """Return where in the file the error arose, such as " in line 3"; empty if that is not known."""
-  if isinstance(error, SyntaxError) and error.filename == str(path):
-    return f" in line {error.lineno}"
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-  return f" in line {lines[-1]}" if lines else ""
-
-
-def _line_of(function: Any) -> str:
-  code = getattr(function, "__code__", None)
-  return f" in line {code.co_firstlineno}" if code is not None else ""

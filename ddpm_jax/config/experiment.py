@@ -1,0 +1,271 @@
+"""`Experiment`: the values that a config stands for, built once; below it nothing sees a config."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax import losses, models, sampling
+from ddpm_jax.config import components, foreign
+from ddpm_jax.config import tree as trees
+from ddpm_jax.config.components import DIGEST, KEY, Slot
+from ddpm_jax.config.sections import (
+  Data,
+  Editing,
+  Ema,
+  Evaluation,
+  Optimizer,
+  Parallel,
+  Parts,
+  Root,
+  Sampling,
+  Training,
+  keys_of,
+)
+from ddpm_jax.config.tree import Tree
+from ddpm_jax.models import Model
+from ddpm_jax.predictions import Prediction
+from ddpm_jax.processes import Process
+from ddpm_jax.sampling import Sampler
+
+PyTree = Any
+
+
+class Experiment(NamedTuple):
+  """What a config stands for.
+
+  Attributes:
+    tree: the config itself, for what is written down or changed.
+    seed: of the run.
+    init_from: where training starts from, or empty.
+    task: what is done with the objective (`runs.tasks.Task`).
+    data: which data there are.
+    model: the model.
+    objective: what training minimizes.
+    optimizer: how parameters follow from gradients.
+    ema: how they are averaged.
+    training: how long and in what parts.
+    parallel: how devices share the work.
+    sampler: the step rule.
+    times: its grid [K + 1].
+    sampling: how it is used.
+    guidance: a rule of `guidance` with its arguments, which takes what it guides.
+    editing: how images are edited.
+    evaluation: how samples are scored.
+  """
+
+  tree: Tree
+  seed: int
+  init_from: str
+  task: Any
+  data: Data
+  model: Model
+  objective: losses.Objective
+  optimizer: Optimizer
+  ema: Ema
+  training: Training
+  parallel: Parallel
+  sampler: Sampler
+  times: np.ndarray
+  sampling: Sampling
+  guidance: Callable
+  editing: Editing
+  evaluation: Evaluation
+
+  @property
+  def sampler_name(self) -> str:
+    """The sampler's name, without its module."""
+    return short_name(self.tree, "sampler")
+
+  def changed(self, **changes: Any) -> "Experiment":
+    """Return the experiment with other values by their dotted names, with __ for each dot; what the model is made of stays as it is.
+
+    Raises:
+      ValueError: if a value is wrong.
+    """
+    tree = self.tree
+    for name, value in changes.items():
+      tree = trees.changed(tree, name.replace("__", "."), value)
+    return build(tree, self.model)
+
+  def values(self, *roles: str) -> dict[str, Any]:
+    """Return the keys that are for one of these roles, by their dotted names."""
+    return trees.of_roles(self.tree, roles)
+
+
+def short_name(tree: Tree, path: str) -> str:
+  """Return the name of the component at a place, without its module; "none" if there is none."""
+  node: Any = tree.values
+  for name in path.split("."):
+    node = node[name]
+  return "none" if node is None else components.last_name(node[KEY])
+
+
+def build(tree: Tree, model: Model | None = None) -> Experiment:
+  """Build the values that a config stands for.
+
+  Args:
+    tree: the whole config.
+    model: one that is there already, in place of the config's.
+
+  Raises:
+    ValueError: if parts do not fit each other.
+  """
+  # Again, with all that must be there.
+  tree = trees.expand(tree.values, tree.folder)
+  maker = _Maker(tree.folder)
+  values = tree.values
+  data = maker.section(Data, values["data"], "data", {}, but=("source",))
+  assert isinstance(data, Data)
+  model = maker.model(values["model"], data) if model is None else model
+  known = {Process: model.process, Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}
+  sampler = maker.component(values["sampler"], "sampler", {Process: model.process})
+  sampling_section = maker.section(Sampling, values["sampling"], "sampling", {Process: model.process})
+  assert isinstance(sampling_section, Sampling)
+  steps = sampling_section.num_steps
+  if sampling_section.grid is None:
+    times = sampling.grids.suitable(sampler, model.process, steps)
+  else:
+    times = sampling_section.grid(num_steps=steps)
+  outside = 0.0 if short_name(tree, "guidance") == "classifier" else 1.0
+  sections = {
+    name: maker.section(kind, values[name], name, {Process: model.process})
+    for name, kind in (
+      ("optimizer", Optimizer),
+      ("ema", Ema),
+      ("training", Training),
+      ("parallel", Parallel),
+      ("editing", Editing),
+      ("evaluation", Evaluation),
+    )
+  }
+  return Experiment(
+    tree=tree,
+    seed=values["seed"],
+    init_from=values["init_from"],
+    task=maker.component(values["task"], "task", {}),
+    data=data,
+    model=model,
+    objective=maker.component(values["objective"], "objective", known | {"time_input": model.time_input}),
+    sampler=sampler,
+    times=times,
+    sampling=sampling_section,
+    guidance=maker.component(values["guidance"], "guidance", {Process: model.process, "outside": outside}),
+    **sections,  # type: ignore[arg-type]
+  )
+
+
+def source_of(experiment: Experiment) -> Callable[[Any], Any]:
+  """Return `source(fit) -> data.Splits`, which reads the data of an experiment."""
+  return lambda fit: _Maker(experiment.tree.folder).component(
+    experiment.tree.values["data"]["source"], "data.source", {type(fit): fit}
+  )
+
+
+def keep_components(tree: Tree, folder: Path) -> None:
+  """Copy the files of a config's own components into the folder of its run."""
+  flat = trees.leaves(tree.values)
+  sources = {
+    flat[f"{path.rpartition('.')[0]}.{KEY}".lstrip(".")].rpartition(":")[0]: digest
+    for path, digest in flat.items()
+    if path.rpartition(".")[2] == DIGEST
+  }
+  foreign.keep(sources, folder)
+
+
+class _Maker:
+  """Makes components, and sections with components in them, of a whole config."""
+
+  def __init__(self, folder: Path | None):
+    self._folder = folder
+    self._slots = {
+      f"{path}.{parameter.name}".lstrip("."): parameter.slot
+      for path, kind in _SECTIONS.items()
+      for parameter, _ in keys_of(kind)
+    }
+
+  def section(self, kind: type, values: Mapping[str, Any], path: str, offered: Mapping[Any, Any], but: tuple = ()) -> Any:
+    """Make a section; the components of it whose names are in `but` stay as the config has them."""
+    made = {
+      name: self.component(value, f"{path}.{name}", offered) if components.is_node(value) and name not in but else value
+      for name, value in values.items()
+    }
+    return kind(**made)
+
+  def model(self, values: Mapping[str, Any], data: Data) -> Model:
+    """Make a model of its parts, or by a component that makes one."""
+    if components.is_node(values):
+      made = self.component(values, "model", {})
+      return made if isinstance(made, Model) else made[0]
+    shape = data.shape
+    process = self.component(values["process"], "model.process", {})
+    prediction = self.component(values["prediction"], "model.prediction", {Process: process})
+    codec = self.component(values["codec"], "model.codec", {"data_shape": shape})
+    slot = self._slots["model.conditions"]
+    conditions = {
+      name: self.component(node, f"model.conditions.{name}", {"data_shape": shape, "name": name}, slot)
+      for name, node in values["conditions"].items()
+    }
+    x_shape = codec.shape(shape)
+    channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
+    offered = models.networks.facts(conditions, x_shape, channels)
+    network = self.component(values["network"], "model.network", offered)
+    network.check(x_shape)
+    return Model(network, process, prediction, conditions, codec, shape, x_shape)
+
+  def component(self, node: Mapping[str, Any], path: str, offered: Mapping[Any, Any], slot: Slot | None = None) -> Any:
+    """Make a component.
+
+    Args:
+      node: its name and its arguments.
+      path: its place.
+      offered: what else it may take, by the names or the types of its parameters.
+      slot: its place; by default the one that the sections have at `path`.
+
+    Raises:
+      ValueError: if it refuses its arguments, or makes something else than the place is for.
+    """
+    slot = self._slots[path] if slot is None else slot
+    assert slot is not None
+    where = f"config.{path}"
+    name, found, _ = components.find(node[KEY], slot, where, node.get(DIGEST, ""), self._folder)
+    given = {one: value for one, value in node.items() if one not in (KEY, DIGEST)}
+    declared = components.parameters(found, slot, given)
+    if declared is None:
+      return found
+    places = {parameter.name: parameter.slot for parameter in declared}
+    arguments = {
+      one: self.component(value, f"{path}.{one}", offered, places[one]) if components.is_node(value) else value
+      for one, value in given.items()
+    }
+    for parameter in components.signature(found).values():
+      if parameter.name in arguments or parameter.kind is inspect.Parameter.VAR_KEYWORD:
+        continue
+      for key, value in offered.items():
+        if components.is_offered(parameter.name, components.plain(parameter.annotation), slot._replace(offers=(key,))):
+          arguments[parameter.name] = value
+          break
+    if slot.later:
+      return functools.partial(found, **arguments)
+    with components.naming(where, name):
+      if models.Network in slot.kinds:
+        return models.networks.of(found, arguments, offered["conditions"])
+      made = found(**arguments)
+    return _checked(made, slot, where, name)
+
+
+def _checked(made: Any, slot: Slot, where: str, name: str) -> Any:
+  classes = [kind for kind in slot.kinds if inspect.isclass(kind)]
+  functions = len(classes) < len(slot.kinds)
+  if isinstance(made, tuple(classes)) or (functions and (callable(made) or isinstance(made, np.ndarray))):
+    return made
+  raise ValueError(
+    f"Got {where}={name}, which makes a {type(made).__name__}; expected {' or '.join(kind.__name__ for kind in classes) or 'a function'}."
+  )
+
+
+_SECTIONS = {"": Root, "data": Data, "model": Parts, "sampling": Sampling, "editing": Editing}
