@@ -196,7 +196,7 @@ def default_config() -> ConfigDict:
     {
       "sampler": "ancestral",  # one of build.SAMPLERS
       "num_steps": 1000,
-      "grid": "",  # empty: what suits the sampler and the process
+      "grid": "",  # empty, and always for ode alone: what suits the sampler and the process
       "variance": "large",  # of ancestral: small, large or learned
       "eta": 0.0,  # of ddim
       "order": 3,  # of dpm_solver, deis and unipc
@@ -204,7 +204,7 @@ def default_config() -> ConfigDict:
       "s_min": 0.0,
       "s_max": 1e6,
       "s_noise": 1.0,
-      "corrector_steps": 0,  # Langevin steps before each step of any sampler but ode
+      "corrector_steps": 0,  # Langevin steps before each step, also of ode
       "corrector_snr": 0.16,
       "clip": True,  # the estimates of x_0 to [-1, 1]
       "tolerance": 1e-5,  # of ode

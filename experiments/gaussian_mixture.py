@@ -41,7 +41,7 @@ def main(count: int = 20_000) -> dict[str, jax.Array]:
     start, noise = jax.random.split(jax.random.key(0))
     x = process.prior(start, (count, 2))
     results[name] = jax.jit(sampling.sample, static_argnums=(1, 2))(noise, sampler, exact_denoiser(process), x, times)
-  x, nfe = sampling.ode(vp, exact_denoiser(vp), vp.prior(jax.random.key(0), (count, 2)), vp.t_max, vp.t_min)
+  x, nfe = sampling.integrate(vp, exact_denoiser(vp), vp.prior(jax.random.key(0), (count, 2)), vp.t_max, vp.t_min)
   results[f"adaptive ODE, {nfe} calls"] = exact_denoiser(vp)(x, vp.t_min)
 
   print(f"{'truth':<28}{'shares':<20}{'means':<50}spread")

@@ -227,7 +227,7 @@ def flow_errors(process, grid, end, budgets, points, tolerances):
   def solve(tolerance):
     # To 0 by one last call, from so near that nothing is lost.
     last, denoise = end or 1e-5, denoiser(process, DATA)
-    state, calls = sampling.ode(process, denoise, x, process.t_max, last, rtol=tolerance, atol=tolerance)
+    state, calls = sampling.integrate(process, denoise, x, process.t_max, last, rtol=tolerance, atol=tolerance)
     return (state, int(calls)) if end else (denoise(state, last), int(calls) + 1)
 
   (exact, _), errors = solve(1e-12), {}
@@ -315,6 +315,6 @@ def paths_of(names, count, budget):
 def ode_paths(tolerance=0.01):
   """Those of the adaptive solver, which gives the end alone: drawn through the ends of ways that go further and further."""
   x, times, denoise = starts(VP, WATCHED), GRIDS["log_snr"](20)[1:-1], denoiser(VP, DATA)
-  solve = jax.jit(lambda s: sampling.ode(VP, denoise, x, VP.t_max, s, rtol=tolerance, atol=tolerance))
+  solve = jax.jit(lambda s: sampling.integrate(VP, denoise, x, VP.t_max, s, rtol=tolerance, atol=tolerance))
   states, calls = zip(*map(solve, times), strict=True)
   return np.stack([x, *states, denoise(states[-1], VP.t_min)]), int(calls[-1]) + 1

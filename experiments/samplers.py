@@ -17,7 +17,7 @@ def denoise(x_t, t):  # E[x_0 | x_t], which a network would learn
 
 
 def consistency(x_t, t):  # the end of the flow through x_t, which a consistency model would learn
-  return denoise(sampling.ode(process, denoise, x_t, t, process.t_min)[0], process.t_min)
+  return denoise(sampling.integrate(process, denoise, x_t, t, process.t_min)[0], process.t_min)
 
 
 RULES = ["ancestral", "ddim", "deis", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_3m", "dpmpp_sde"]
@@ -29,7 +29,7 @@ times, x, results = sampling.grids.log_snr(process, 25), process.prior(jax.rando
 for name, rule in samplers.items():
   function, grid = (consistency, times[::8]) if name == "multistep_consistency" else (denoise, times)
   results[name] = sampling.sample(jax.random.key(1), rule, function, x, grid), sampling.nfe(rule, process, grid)
-at_t_min, evaluations = sampling.ode(process, denoise, x, process.t_max, process.t_min)
+at_t_min, evaluations = sampling.integrate(process, denoise, x, process.t_max, process.t_min)
 results["ode"] = denoise(at_t_min, process.t_min), evaluations + 1
 for name, (samples, evaluations) in results.items():
   distance = jnp.min(jnp.linalg.norm(samples[:, None] - MEANS, axis=-1), axis=1)

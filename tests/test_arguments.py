@@ -53,7 +53,7 @@ WRONG = {
   ),
   "number, sample": (lambda: sampling.sample(KEY, DDIM, denoise, 1.0, TIMES), "Got a float as data; expected an array"),
   "number, loss": (lambda: loss(x_0=1.0), "Got a float as data; expected an array"),
-  "list, ode": (lambda: sampling.ode(PROCESS, denoise, [1.0], 1.0, 0.1), "Got a list as x of sampling.ode"),
+  "list, ode": (lambda: sampling.integrate(PROCESS, denoise, [1.0], 1.0, 0.1), "Got a list as x of sampling.integrate"),
   "list, slerp": (lambda: editing.slerp([1.0], [1.0], 0.5), "Got a list as a of editing.slerp"),
   "list, likelihood": (
     lambda: likelihood.ode_bits(KEY, PROCESS, denoise, [1.0]),

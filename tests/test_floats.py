@@ -104,7 +104,9 @@ FUNCTIONS = {
   "interpolate": lambda key, x, process: editing.interpolate(
     sampling.ddim(process), MIXTURE.denoise(process), process, x, x, sampling.grids.uniform(process, 4), [0.0, 0.5]
   ),
-  "ode": lambda key, x, process: sampling.ode(process, MIXTURE.denoise(process), x, 1.0, 1e-3, per_sample=True)[0],
+  "ode": lambda key, x, process: sampling.integrate(process, MIXTURE.denoise(process), x, 1.0, 1e-3, per_sample=True)[
+    0
+  ],
 }
 
 

@@ -124,5 +124,5 @@ def test_every_wrapper_serves_every_sampler_with_one_trace_a_call_site(name, wra
 def test_every_wrapper_serves_the_adaptive_ode(wrapper):
   process = processes.vp()
   denoise = wrapped(process, [])[wrapper]
-  x, _ = jax.jit(lambda x: sampling.ode(process, denoise, x, 1.0, 1e-3, rtol=1e-3, atol=1e-3))(jnp.ones((4, 2)))
+  x, _ = jax.jit(lambda x: sampling.integrate(process, denoise, x, 1.0, 1e-3, rtol=1e-3, atol=1e-3))(jnp.ones((4, 2)))
   assert np.all(np.isfinite(x))

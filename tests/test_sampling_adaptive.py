@@ -17,7 +17,7 @@ def solver(name, data, **options):
   """Return `ode` on a process as a jitted function of (x, t, s), one program for both directions."""
   process = PROCESSES[name]
   denoise = (MIXTURE if data == "mixture" else gaussian()).denoise(process)
-  return jax.jit(functools.partial(sampling.ode, process, denoise, **options))
+  return jax.jit(functools.partial(sampling.integrate, process, denoise, **options))
 
 
 @pytest.mark.usefixtures("x64")
@@ -72,7 +72,7 @@ def test_a_sample_that_does_not_arrive_is_nan_alone():
     return jnp.where(bad, jnp.nan, exact(x, t))
 
   x = jnp.array([[0.5, -1.0], [60.0, 0.0], [0.0, 0.1]])
-  solve = functools.partial(sampling.ode, process, t=1.0, s=0.01, per_sample=True)
+  solve = functools.partial(sampling.integrate, process, t=1.0, s=0.01, per_sample=True)
   got, nfe = jax.jit(lambda x: solve(denoise, x))(x)
   np.testing.assert_array_equal(jnp.isnan(got).any(1), [False, True, False])
   limit = int(nfe[0])
@@ -103,21 +103,21 @@ def test_ode_takes_times_and_states_of_different_precision():
   process = PROCESSES["vp"]
   with jax.enable_x64(True):
     for x, t in ((jnp.ones((2, 2), jnp.float32), 1.0), (jnp.ones((2, 2), jnp.float64), jnp.float32(1.0))):
-      got, _ = sampling.ode(process, MIXTURE.denoise(process), x, t, 0.1)
+      got, _ = sampling.integrate(process, MIXTURE.denoise(process), x, t, 0.1)
       assert got.dtype == x.dtype
       assert jnp.all(jnp.isfinite(got))
   with pytest.raises(ValueError, match="wanted floats"):
-    sampling.ode(process, MIXTURE.denoise(process), jnp.ones((2, 2), int), 1.0, 0.1)
+    sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((2, 2), int), 1.0, 0.1)
   with pytest.raises(ValueError, match="one time for the whole batch"):
-    sampling.ode(process, MIXTURE.denoise(process), jnp.ones((2, 2)), jnp.ones(2), 0.1)
+    sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((2, 2)), jnp.ones(2), 0.1)
 
 
 def test_ode_that_does_not_arrive_is_nan():
   process = PROCESSES["vp"]
-  x, nfe = sampling.ode(process, MIXTURE.denoise(process), jnp.ones((1, 2)), 1.0, 0.01, max_nfe=20)
+  x, nfe = sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((1, 2)), 1.0, 0.01, max_nfe=20)
   assert jnp.all(jnp.isnan(x))
   assert nfe <= 20
-  x, nfe = sampling.ode(process, lambda x, t: x * jnp.nan, jnp.ones((1, 2)), 1.0, 0.01)
+  x, nfe = sampling.integrate(process, lambda x, t: x * jnp.nan, jnp.ones((1, 2)), 1.0, 0.01)
   assert jnp.all(jnp.isnan(x))
   assert nfe < 300
 
@@ -127,10 +127,10 @@ def test_ode_that_does_not_arrive_is_nan():
 )
 def test_ode_refuses_wrong_tolerances(kwargs):
   with pytest.raises(ValueError, match="above 0"):
-    sampling.ode(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), 1.0, 0.1, **kwargs)
+    sampling.integrate(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), 1.0, 0.1, **kwargs)
 
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (1.1, 0.1)])
 def test_ode_refuses_wrong_times(ends):
   with pytest.raises(ValueError, match="wanted it in"):
-    sampling.ode(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), *ends)
+    sampling.integrate(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), *ends)

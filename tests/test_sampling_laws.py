@@ -262,7 +262,7 @@ def test_the_true_learned_variance_makes_few_steps_exact():
 def test_the_corrector_leaves_the_marginal_alone_and_repairs_another(process):
   process, count = PROCESSES[process], 400
   t = 0.5 * process.t_max
-  still = sampling.Sampler(lambda x: (), lambda key, denoise, x, memory, t, s: (x, memory), process.t_max)
+  still = sampling.Sampler(lambda x: (), lambda key, denoise, x, memory, t, s: (x, memory), process)
   corrected = sampling.with_langevin(still, process, snr=0.1, num_steps=count)
   denoise = gaussian(0.3, 0.4).denoise(process)
   mean, std = 0.3 * process.alpha(t), jnp.sqrt(process.alpha(t) ** 2 * 0.16 + process.sigma(t) ** 2)

@@ -24,8 +24,8 @@ from ddpm_jax.build.model import (
   classifies,
   image_shape,
 )
+from ddpm_jax.build.rules import SAMPLERS, build_step_rule
 from ddpm_jax.build.sampling import (
-  SAMPLERS,
   build_denoising,
   build_generate,
   build_grid,
@@ -78,6 +78,7 @@ __all__ = [
   "build_sources",
   "build_space",
   "build_step",
+  "build_step_rule",
   "check_denoises",
   "check_edit",
   "check_evaluation",

@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 from ddpm_jax import editing, randomness, sampling
 from ddpm_jax.build.guidance import Guides, bound, check_guidance
 from ddpm_jax.build.model import build_process, check_denoises, image_shape
-from ddpm_jax.build.sampling import build_rule, build_sampler, compile_draw
+from ddpm_jax.build.rules import build_step_rule
+from ddpm_jax.build.sampling import build_grid, build_rule, build_sampler, compile_draw
 from ddpm_jax.predictions import Denoise
+from ddpm_jax.sampling.core import in_steps
 from ddpm_jax.schema import choose
 
 Array = jax.Array
@@ -97,7 +99,8 @@ Draw = Callable[[Array, Denoise, Images], Images]
 
 
 def _img2img(config: ConfigDict) -> Draw:
-  (sampler, times), process = build_rule(config), build_process(config)
+  sampler, process = build_step_rule(config), build_process(config)
+  times = build_grid(config, process, in_steps(sampler))
 
   def draw(keys, denoise, inputs):
     strength = config.editing.strength
@@ -144,7 +147,7 @@ def _reversible(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
 def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw:
   """Samples that agree with what is known of each image."""
   c, process, shape = config.editing, build_process(config), image_shape(config)
-  sampler, times = build_rule(config)
+  sampler = build_step_rule(config)
 
   def problem(inputs) -> tuple[Callable[[Array], Array], Array]:
     """What is measured of an image, and the measurement."""
@@ -173,7 +176,8 @@ def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw
 
   # What is wrong with the method shows now and not when images are there.
   example = {"image": jnp.zeros((1, *shape)), "keep": jnp.zeros((1, *shape[:2], 1), bool)}
-  rule(example)
+  # A rule that chooses its own steps takes those of the grid, if something is done at each.
+  times = build_grid(config, process, rule(example))
   informed(lambda x_t, t: x_t, example)
   return draw
 

@@ -22,13 +22,11 @@ from ddpm_jax.build.model import (
   image_shape,
   null_class,
 )
+from ddpm_jax.build.rules import build_step_rule
 from ddpm_jax.predictions import Denoise
 
 Array = jax.Array
 PyTree = Any
-
-# Rules that know CFG++'s two estimates.
-_PLUS_PLUS = ("ddim", "euler", "euler_ancestral")
 
 
 class Guides(NamedTuple):
@@ -160,10 +158,11 @@ def check_guidance(config: ConfigDict, guides: Guides = Guides(), *, negative: b
     raise ValueError(
       "Got config.guidance.plus_plus with rescale or an interval, which CFG++ does not have; wanted it alone."
     )
-  if c.plus_plus and (config.sampling.sampler not in _PLUS_PLUS or config.sampling.corrector_steps):
+  if c.plus_plus and not build_step_rule(config).two_estimates:
     raise ValueError(
       f"Got config.guidance.plus_plus with the sampler {config.sampling.sampler!r} and corrector_steps={config.sampling.corrector_steps}; CFG++"
-      f" takes data and noise from two estimates, which only {', '.join(_PLUS_PLUS)} know. Set --sampler=ddim."
+      f" takes data and noise from two estimates, which only ddim, euler and euler_ancestral know, without"
+      " corrector steps. Set --sampler=ddim."
     )
 
   # The functions check their own arguments.

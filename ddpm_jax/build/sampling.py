@@ -9,41 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import parallel, predictions, randomness, sampling
+from ddpm_jax import parallel, randomness, sampling
 from ddpm_jax.build.guidance import Guides, bound, build_denoise, check_guidance
 from ddpm_jax.build.memory import check_batch
 from ddpm_jax.build.model import build_process, check_denoises, image_shape
+from ddpm_jax.build.rules import build_step_rule
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, expand
 from ddpm_jax.schema import choose
 
 Array = jax.Array
 PyTree = Any
-
-_STEP_RULES = {
-  "ancestral": lambda c, process: sampling.ancestral(process, c.variance),
-  "ddim": lambda c, process: sampling.ddim(process, c.eta),
-  "deis": lambda c, process: sampling.deis(process, c.order),
-  "dpm_solver": lambda c, process: sampling.dpm_solver(process, c.order),
-  "dpmpp_2m": lambda c, process: sampling.dpmpp_2m(process),
-  "dpmpp_2m_sde": lambda c, process: sampling.dpmpp_2m_sde(process),
-  "dpmpp_2s": lambda c, process: sampling.dpmpp_2s(process),
-  "dpmpp_3m": lambda c, process: sampling.dpmpp_3m(process),
-  "dpmpp_sde": lambda c, process: sampling.dpmpp_sde(process),
-  "euler": lambda c, process: sampling.euler(process, **_churn(c)),
-  "euler_ancestral": lambda c, process: sampling.euler_ancestral(process),
-  "euler_maruyama": lambda c, process: sampling.euler_maruyama(process),
-  "heun": lambda c, process: sampling.heun(process, **_churn(c)),
-  "reverse_diffusion": lambda c, process: sampling.reverse_diffusion(process),
-  "unipc": lambda c, process: sampling.unipc(process, c.order),
-}
-SAMPLERS = (*_STEP_RULES, "ode")
-# Rules that take even steps in t, as the model was trained; the others solve in the log-SNR.
-_EVEN_IN_TIME = ("ancestral", "euler_ancestral", "euler_maruyama", "reverse_diffusion")
-
-
-def _churn(c: ConfigDict) -> dict[str, float]:
-  return {name: c[name] for name in ("s_churn", "s_min", "s_max", "s_noise")}
 
 
 def build_labels(
@@ -98,11 +74,10 @@ def _in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
   return labels[np.argsort(places, kind="stable")]
 
 
-def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
-  """The grid of times of the config's sampler."""
-  grids, sampler = sampling.grids, config.sampling.sampler
-  # A last short step to t_min serves the rules that add noise; from far above it, rules of high order overshoot.
-  t_min = process.t_min if sampler in _EVEN_IN_TIME and not process.num_steps else 0.0
+def build_grid(config: ConfigDict, process: Process, sampler: sampling.Sampler | None = None) -> np.ndarray:
+  """The grid of times of the config's sampler, or of another; a rule that chooses its own steps takes no named grid."""
+  grids, sampler = sampling.grids, build_step_rule(config) if sampler is None else sampler
+  t_min = grids.last_time(sampler, process)
   makers = {
     "trailing": grids.trailing,
     "leading": grids.leading,
@@ -114,41 +89,21 @@ def build_grid(config: ConfigDict, process: Process) -> np.ndarray:
     "uniform": partial(grids.uniform, t_min=t_min),
     "quadratic": partial(grids.quadratic, t_min=t_min),
   }
-  name = config.sampling.grid or _suitable_grid(sampler, process)
-  return choose(name, makers, "config.sampling.grid")(process, config.sampling.num_steps)
-
-
-def _suitable_grid(sampler: str, process: Process) -> str:
-  """Even steps in t for the rules of the first order that want them, else in the log-SNR where it is finite."""
-  if process.t_max > 1:  # t is sigma, of which even steps spend all on noise
-    return "karras"
-  even = (
-    sampler in _EVEN_IN_TIME
-    or (sampler == "ddim" and process.num_steps)
-    or float(process.alpha(jnp.asarray(process.t_max))) == 0
-  )
-  if not even:
-    return "log_snr"
-  return "trailing" if process.num_steps else "uniform"
+  name, num_steps = config.sampling.grid, config.sampling.num_steps
+  if sampler.spacing == "ends" or not name:
+    return grids.suitable(sampler, process, num_steps)
+  return choose(name, makers, "config.sampling.grid")(process, num_steps)
 
 
 def build_rule(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
-  """The step rule and its grid; a ValueError for the adaptive `ode`, which has neither."""
-  c, process = config.sampling, build_process(config)
-  if c.sampler == "ode":
-    raise ValueError(
-      "Got the sampler 'ode', whose steps cannot be edited one by one; wanted a step rule, such as --sampler=heun."
-    )
-  sampler = choose(c.sampler, _STEP_RULES, "a sampler")(c, process)
-  if c.corrector_steps:
-    sampler = sampling.with_langevin(sampler, process, snr=c.corrector_snr, num_steps=c.corrector_steps)
-  return sampler, build_grid(config, process)
+  """The step rule and its grid."""
+  sampler = build_step_rule(config)
+  return sampler, build_grid(config, build_process(config), sampler)
 
 
 def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array, Array]]:
   """`run(keys, denoise) -> (images [B, H, W, C] in [-1, 1], NFE)` for one key a sample, from noise to data; NFE [B]."""
   c, process, shape = config.sampling, build_process(config), image_shape(config)
-  name = choose(c.sampler, SAMPLERS, "a sampler")
   if c.variance == "learned" and not config.learned_variance:
     raise ValueError(
       "Got config.sampling.variance='learned' for a model without config.learned_variance; wanted 'small' or 'large'."
@@ -157,22 +112,10 @@ def build_sampler(config: ConfigDict) -> Callable[[Array, Denoise], tuple[Array,
   def start(keys):
     return process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *shape))
 
-  if name == "ode":
-
-    def integrate(keys, denoise):
-      t_end = max(process.t_min, 1e-3)
-      tolerances = {"rtol": c.tolerance, "atol": c.tolerance}
-      x, nfe = sampling.ode(process, denoise, start(keys), process.t_max, t_end, per_sample=True, **tolerances)
-      return predictions.x_0_of(denoise(x, t_end)), nfe + 1
-
-    return integrate
-
   sampler, times = build_rule(config)
-  nfe = sampling.nfe(sampler, process, times)
 
   def run(keys, denoise):
-    x = sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, start(keys), times)
-    return x, jnp.full(keys.shape, nfe)
+    return sampling.solve(randomness.fold_in(keys, 1), sampler, denoise, start(keys), times)
 
   return run
 

@@ -13,7 +13,7 @@ from ddpm_jax.arguments import check_kinds
 from ddpm_jax.editing.operators import broadcasts, check_boolean
 from ddpm_jax.processes import Process, check_floats
 from ddpm_jax.sampling import Sampler
-from ddpm_jax.sampling.core import root
+from ddpm_jax.sampling.core import in_steps, root
 
 
 @check_kinds
@@ -49,9 +49,8 @@ def replace(sampler: Sampler, process: Process, known, keep) -> Sampler:
   def prepare(num_steps: int) -> Sampler:
     return replace(sampler.prepare(num_steps), process, known, keep)  # type: ignore[misc]
 
-  return Sampler(
-    sampler.init, step, sampler.t_max, calls=sampler.calls, prepare=None if sampler.prepare is None else prepare
-  )
+  prepared = None if sampler.prepare is None else prepare
+  return in_steps(sampler)._replace(step=step, reversible=False, prepare=prepared)
 
 
 @check_kinds
@@ -82,32 +81,36 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
   resamples, jump = int(resamples), int(jump)
   inner = replace(sampler, process, known, keep)
   shape = np.broadcast_shapes(np.shape(known), np.shape(keep))
-  if jax.tree.leaves(jax.eval_shape(sampler.init, jax.ShapeDtypeStruct(shape, jnp.result_type(known)))):
+  memory = jax.tree.leaves(jax.eval_shape(sampler.init, jax.ShapeDtypeStruct(shape, jnp.result_type(known))))
+  # Counts of network calls are right wherever x comes from.
+  if memory and not (sampler.counted is not None and all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in memory)):
     raise ValueError(
       "Got a rule that remembers its last steps, which going back up would make wrong; wanted one without memory, such as"
-      " sampling.ancestral, ddim, heun, dpm_solver, dpmpp_2s or dpmpp_sde."
+      " sampling.ancestral, ddim, heun, dpm_solver, dpmpp_2s, dpmpp_sde or ode."
     )
 
   def step(key, denoise, x_t, memory, t, s):
-    def descend(x, key):
-      def part(x, index):
+    def descend(carry, key):
+      def part(carry, index):
+        x, memory = carry
         start, end = (t + (s - t) * i.astype(t.dtype) / jump for i in (index, index + 1))
         end = jnp.where(index + 1 < jump, end, s)  # exactly
-        x, _ = inner.step(randomness.fold_in(key, index), denoise, x, memory, start, end)
-        return x.astype(x_t.dtype), None
+        x, memory = inner.step(randomness.fold_in(key, index), denoise, x, memory, start, end)
+        return (x.astype(x_t.dtype), memory), None
 
-      return jax.lax.scan(part, x, jnp.arange(jump))[0]
+      return jax.lax.scan(part, carry, jnp.arange(jump))[0]
 
-    def again(x, index):
+    def again(carry, index):
+      x, memory = carry
       up, down = (randomness.fold_in(randomness.fold_in(key, index), i) for i in range(2))
       noise = randomness.normal(up, x.shape, x.dtype)
       higher = process.alpha(t) / process.alpha(s) * x + root(process.step_variance(t, s)) * noise
       x_again = jnp.where(index > 0, higher, x).astype(x.dtype)
       once = (process.sigma(s) == 0) & (index > 0)
-      return jax.lax.cond(once, lambda: x, lambda: descend(x_again, down)), None
+      return jax.lax.cond(once, lambda: carry, lambda: descend((x_again, memory), down)), None
 
     # One trace of the network serves the first time and all others.
-    return jax.lax.scan(again, x_t, jnp.arange(resamples))[0], memory
+    return jax.lax.scan(again, (x_t, memory), jnp.arange(resamples))[0]
 
   def prepare(num_steps: int) -> Sampler:
     # What a rule spreads over its steps, it spreads over the way down: going back up does not count.
@@ -119,7 +122,8 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
     (jump - 1) * between + to_data,
     resamples * (at_zero_snr + (jump - 1) * between),
   )
-  return Sampler(sampler.init, step, sampler.t_max, calls=calls, prepare=None if sampler.prepare is None else prepare)
+  prepared = None if sampler.prepare is None else prepare
+  return inner._replace(step=step, calls=calls, prepare=prepared)
 
 
 def _check_known(known, keep) -> None:

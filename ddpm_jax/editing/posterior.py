@@ -13,7 +13,7 @@ from ddpm_jax.floats import widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
 from ddpm_jax.sampling import Sampler
-from ddpm_jax.sampling.core import root
+from ddpm_jax.sampling.core import add_calls, in_steps, root
 
 Array = jax.Array
 
@@ -28,7 +28,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   for it, and the samples are not those of the posterior whatever it is. `posterior` is exact for Gaussian data.
 
   The network is run once for the gradient and for the rule's call at x_t. A rule that moves x first (churn, a corrector,
-  `replace`) calls it elsewhere, and one call a step more is made and counted.
+  `replace`), and `ode`, calls it elsewhere, and one call a step more is made and counted.
 
   Args:
     sampler: the step rule.
@@ -62,14 +62,13 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
     return dps(sampler.prepare(num_steps), process, operator, measurement, scale)  # type: ignore[misc]
 
   at_start = _calls_at_start(sampler, process)
-  between, to_data, at_zero_snr = (calls + (not at_start) for calls in sampler.calls)
-  return Sampler(
-    sampler.init,
-    step,
-    sampler.t_max,
-    calls=(between, to_data, at_zero_snr),
+  wrapped = in_steps(sampler)._replace(
+    step=step,
+    reversible=False,
     prepare=None if sampler.prepare is None else prepare,
+    two_estimates=False,  # the gradient is that of one
   )
+  return add_calls(wrapped, int(not at_start))
 
 
 @check_kinds

@@ -91,7 +91,7 @@ def run_edit(
 
 def reversible(config: ConfigDict) -> ConfigDict:
   """The config, with DDIM if its own sampler adds noise, which encodes nothing, as what samples best often does."""
-  if config.sampling.sampler != "ode" and build.build_rule(config)[0].reversible:
+  if build.build_step_rule(config).reversible:
     return config
   say(f"to encode images: ddim in place of {config.sampling.sampler}")
   config = ConfigDict(config.to_dict())

@@ -1,8 +1,8 @@
-"""Samplers: step rules, the loop that runs them, the adaptive ODE and grids of times."""
+"""Samplers: step rules, the loop that runs them, the adaptive integration of the flow, and grids of times."""
 
 from ddpm_jax.sampling import grids
-from ddpm_jax.sampling.adaptive import ode, rk45
-from ddpm_jax.sampling.core import Sampler, nfe, sample
+from ddpm_jax.sampling.adaptive import integrate, ode, rk45
+from ddpm_jax.sampling.core import Sampler, nfe, sample, solve
 from ddpm_jax.sampling.dpm_solver import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_sde
 from ddpm_jax.sampling.euler import ddim, euler, euler_ancestral, heun
 from ddpm_jax.sampling.langevin import with_langevin
@@ -25,12 +25,14 @@ __all__ = [
   "euler_maruyama",
   "grids",
   "heun",
+  "integrate",
   "multistep_consistency",
   "nfe",
   "ode",
   "reverse_diffusion",
   "rk45",
   "sample",
+  "solve",
   "unipc",
   "with_langevin",
 ]

@@ -15,9 +15,9 @@ import numpy as np
 
 from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
-from ddpm_jax.predictions import Denoise
+from ddpm_jax.predictions import Denoise, x_0_of
 from ddpm_jax.processes import Process, as_time, check_floats, expand
-from ddpm_jax.sampling.core import estimate
+from ddpm_jax.sampling.core import Sampler, estimate
 
 Array = jax.Array
 
@@ -48,7 +48,56 @@ class _Integration(NamedTuple):
 
 
 @check_kinds
-def ode(
+def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: int = 100_000) -> Sampler:
+  """Follow the probability flow from each time of a grid to the next with adaptive steps (Song et al. 2021, equation 13).
+
+  The rule chooses its own steps, so its grid needs only the ends, as `grids.suitable` makes it; others hold it up at each of
+  their times. The step to s = 0, where the flow's right side is 0/0, is the denoised mean. Reversible: a rising grid encodes data.
+
+  With one key a sample, each sample has steps of its own and follows from its start alone, and the network is called with t of
+  shape [B]; with one key, the error is that of the whole batch. No noise is drawn.
+
+  Args:
+    process: the forward process.
+    rtol: relative tolerance of the root mean square error in a step of the grid, over the whole batch or each sample.
+    atol: absolute tolerance.
+    max_nfe: the number of network calls in a step of the grid at which to give up.
+
+  Returns:
+    The rule. `solve` returns the network calls that it made, of the last step too. A sample that did not arrive within
+    `max_nfe` calls is NaN, and with one key the whole batch. Derivatives go forwards only (`jax.jvp`).
+
+  Raises:
+    ValueError: if the tolerances are not positive and finite, or `max_nfe` is too small for one adaptive step.
+  """
+  _check_tolerances(rtol, atol)
+  if max_nfe < 8:
+    raise ValueError(f"Got max_nfe={max_nfe}; expected at least 8, the calls of one adaptive step, such as 100_000.")
+
+  def step(key, denoise, x_t, calls, t, s):
+    def follow(x_t, t):
+      x_s, more = integrate(process, denoise, x_t, t, s, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=key.ndim > 0)
+      return x_s, jnp.broadcast_to(more, calls.shape).astype(calls.dtype)
+
+    def finish(x_t, t):
+      return x_0_of(denoise(x_t, t)).astype(x_t.dtype), jnp.ones_like(calls)
+
+    x_s, more = jax.lax.cond(s > 0, follow, finish, x_t, t)
+    return x_s, calls + more
+
+  # The memory is the network calls so far, of each sample; with one key all are the same.
+  return Sampler(
+    lambda x: jnp.zeros(x.shape[:1], jnp.int32),
+    step,
+    process,
+    reversible=True,
+    counted=lambda calls: calls,
+    spacing="ends",
+  )
+
+
+@check_kinds
+def integrate(
   process: Process,
   denoise: Denoise,
   x: Array,
@@ -60,7 +109,9 @@ def ode(
   max_nfe: int = 100_000,
   per_sample: bool = False,
 ) -> tuple[Array, Array]:
-  """Follows the probability flow of `x` from time t to s, either way (Song et al. 2021, equation 13).
+  """Follow the probability flow of `x` from time t to s, either way (Song et al. 2021, equation 13).
+
+  `ode` is the same as a step rule, for what takes any of them.
 
   Args:
     process: the forward process.
@@ -101,6 +152,11 @@ def ode(
   return rk45(slope, x, t, s, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=per_sample)
 
 
+def _check_tolerances(rtol: float, atol: float) -> None:
+  if not (0 < rtol < math.inf and 0 < atol < math.inf):
+    raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both finite and above 0, such as 1e-5.")
+
+
 def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
   """The slope dx/dt = alpha' x_0 + sigma' eps [B, ...] of the probability flow at times t > 0, a scalar or [B]."""
   slopes = (expand(slope, x_t) for slope in process.slopes(t))
@@ -120,7 +176,7 @@ def rk45(
   max_nfe: int = 100_000,
   per_sample: bool = False,
 ) -> tuple[Array, Array]:
-  """Solves dx/dt = fun(t, x) from time t to `end`, either way, with SciPy's step control.
+  """Solve dx/dt = fun(t, x) from time t to `end`, either way, with SciPy's step control.
 
   Args:
     fun: `fun(t, x) -> slope` [B, ...], t a scalar or, with `per_sample`, [B]; then row i must follow from row i alone.
@@ -138,8 +194,7 @@ def rk45(
   Raises:
     ValueError: if the tolerances are not positive.
   """
-  if not (0 < rtol < math.inf and 0 < atol < math.inf):
-    raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both finite and above 0, such as 1e-5.")
+  _check_tolerances(rtol, atol)
   t, end = as_time(t), as_time(end)
   dtype, precision = x.dtype, widest(x, t, end)
   # What the solution is controlled by has the shape `lead`: one value for all, or one a row.

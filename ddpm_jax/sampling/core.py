@@ -1,4 +1,4 @@
-"""`Sampler`, one step rule, and `sample`, the loop that runs any of them."""
+"""`Sampler`, one step rule, and `sample` and `solve`, which run any of them along a grid of times."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ddpm_jax import randomness
 from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, map_x_0, x_0_of
-from ddpm_jax.processes import Process, as_time, check_floats, expand
+from ddpm_jax.processes import Process, as_time, check_batch, check_floats, expand
 
 Array = jax.Array
 
@@ -24,18 +24,55 @@ class Sampler(NamedTuple):
     init: `init(x) -> memory`, any pytree.
     step: `step(key, denoise, x_t, memory, t, s) -> (x_s, memory)`, from scalar time t down to s < t; `key` is one key or
       one a sample. The step to s = 0 returns the denoised mean, without noise.
-    t_max: the largest time that the rule's process knows; `sample` checks the grid against it.
+    process: the process whose times the rule takes; `sample` checks the grid against it. None: all times of at least 0.
     reversible: whether the rule also steps up, from data to noise: it solves an ODE and adds no noise.
     calls: how often a step calls the network: between noisy times, to clean data, and from or to where no data is left.
     prepare: `prepare(num_steps) -> Sampler`, of a rule that depends on the number of steps; `sample` calls it.
+    counted: `counted(memory)`, the network calls so far, an integer scalar or [B], of a rule that calls the network as
+      often as the data need; `calls` means nothing then. None: `calls` says it.
+    spacing: how `grids.suitable` spaces the rule's times: "time", evenly, as the model was trained; "log_snr", evenly in
+      the log-SNR; "ends", only t_max, the last time above 0, and 0, of a rule that chooses its own steps in between.
+    two_estimates: whether the rule takes data and noise from two estimates, which `guidance.plus_plus` gives.
   """
 
   init: Callable[[Array], Any]
   step: Callable[[Array, Denoise, Array, Any, Array, Array], tuple[Array, Any]]
-  t_max: float = math.inf
+  process: Process | None = None
   reversible: bool = False
   calls: tuple[int, int, int] = (1, 1, 1)
   prepare: Callable[[int], "Sampler"] | None = None
+  counted: Callable[[Any], Array] | None = None
+  spacing: str = "log_snr"
+  two_estimates: bool = False
+
+  @property
+  def t_max(self) -> float:
+    """The largest time that the rule takes."""
+    return math.inf if self.process is None else self.process.t_max
+
+
+def add_calls(sampler: Sampler, calls: int) -> Sampler:
+  """Count `calls` network calls more for each step of a rule, those that a wrapper makes itself."""
+  between, to_data, at_zero_snr = (number + calls for number in sampler.calls)
+  sampler = sampler._replace(calls=(between, to_data, at_zero_snr))
+  counted = sampler.counted
+  if counted is None or not calls:
+    return sampler
+
+  def init(x):
+    return sampler.init(x), jnp.zeros((), jnp.int32)
+
+  def step(key, denoise, x_t, memory, t, s):
+    inner, own = memory
+    x_s, inner = sampler.step(key, denoise, x_t, inner, t, s)
+    return x_s, (inner, own + calls)
+
+  return sampler._replace(init=init, step=step, counted=lambda memory: counted(memory[0]) + memory[1])
+
+
+def in_steps(sampler: Sampler) -> Sampler:
+  """Return the rule with a spacing of many steps, for what is done at each of them, also if it could do with one."""
+  return sampler._replace(spacing="log_snr") if sampler.spacing == "ends" else sampler
 
 
 def no_memory(x: Array) -> tuple[()]:
@@ -75,12 +112,33 @@ def root(variance) -> Array:
 
 @check_kinds
 def nfe(sampler: Sampler, process: Process, times) -> int:
-  """The number of network evaluations of `sample` on a grid whose values are known."""
-  between, to_data, at_zero_snr = sampler.calls
+  """Count the network evaluations of `sample` on a grid whose values are known.
+
+  Raises:
+    ValueError: if the number depends on the data, as that of `ode`.
+  """
+  if sampler.counted is not None:
+    raise ValueError(
+      "Got a rule that calls the network as often as the data need; expected one whose number of calls follows from the grid. Run"
+      " sampling.solve, which returns the calls that were made."
+    )
   with jax.ensure_compile_time_eval():
-    last = int(process.sigma(times[-1]) == 0)
-    empty = int(min(process.alpha(times[0]), process.alpha(times[-1])) == 0 and len(times) - 1 > last)
-  return between * (len(times) - 1 - last - empty) + to_data * last + at_zero_snr * empty
+    return int(_calls(sampler, process, times))
+
+
+def _calls(sampler: Sampler, process: Process | None, times) -> Array:
+  """The network evaluations of a rule that does not count them, an int32 scalar; the times may be traced."""
+  between, to_data, at_zero_snr = sampler.calls
+  first, last, steps = as_time(times[0]), as_time(times[-1]), len(times) - 1
+  if process is None:
+    clean, empty = jnp.asarray(last == 0, jnp.int32), jnp.zeros((), jnp.int32)
+  else:
+    # The grid may pass t_max by the margin of its check.
+    first, last = (jnp.minimum(time, process.t_max) for time in (first, last))
+    clean = jnp.asarray(process.sigma(last) == 0, jnp.int32)
+    no_data = jnp.minimum(process.alpha(first), process.alpha(last)) == 0
+    empty = jnp.asarray(no_data & (steps > clean), jnp.int32)
+  return between * (steps - clean - empty) + to_data * clean + at_zero_snr * empty
 
 
 def check_times(times, sampler: Sampler, x: Array) -> None:
@@ -118,7 +176,7 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
 
 @check_kinds
 def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, return_trajectory: bool = False):
-  """Takes `x` along a grid of times, one compiled scan that traces the network once for each place a step calls it.
+  """Take `x` along a grid of times, one compiled scan that traces the network once for each place a step calls it.
 
   Call it inside `jax.jit`: called bare, it compiles anew each time. State and times have the type of `x`, but float32 at
   least: in bfloat16 the changes of a small step would be rounded away. The network is called in the type of `x`.
@@ -139,6 +197,39 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     ValueError: if the grid has fewer than two times, is not monotone, leaves the process's range or rises where the sampler
       cannot; the key is none; `x` is not of floats; or `denoise` does not keep its shape.
   """
+  x_end, _, states = _walk(key, sampler, denoise, x, times, keep=return_trajectory)
+  return jnp.concatenate([x[None], states]) if return_trajectory else x_end
+
+
+@check_kinds
+def solve(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times) -> tuple[Array, Array]:
+  """Take `x` along a grid of times as `sample` does, and count the network calls, whatever the rule.
+
+  Args:
+    key: as for `sample`, like all others.
+    sampler: the step rule; `ode` too.
+    denoise: `denoise(x_t, t) -> x_0 estimate`.
+    x: the start [B, ...] at `times[0]`.
+    times: the grid [K + 1]; of traced times, too, the calls are counted.
+
+  Returns:
+    x [B, ...] at `times[-1]`, in the dtype of `x`; and the number of network calls, int32: a scalar for one key, and [B] for
+    one key a sample, those that a sample alone would have taken.
+
+  Raises:
+    ValueError: as `sample`; or if there are keys, but not one for each sample.
+  """
+  check_batch(x)
+  randomness.check_keys(key, x.shape[0])
+  x_end, memory, _ = _walk(key, sampler, denoise, x, times, keep=False)
+  calls = _calls(sampler, sampler.process, times) if sampler.counted is None else sampler.counted(memory)
+  calls = jnp.asarray(calls, jnp.int32)
+  # With one key all samples of a batch have been taken together.
+  return x_end, jnp.broadcast_to(calls, key.shape) if key.ndim else jnp.max(calls)
+
+
+def _walk(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, keep: bool):
+  """The state at the end [B, ...], the memory of the rule, and the states after each step [K, B, ...] if they are kept."""
   randomness.check_key(key)
   check_floats(x)
   check_times(times, sampler, x)
@@ -157,9 +248,9 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     index, t, s = step
     x_s, memory = sampler.step(randomness.fold_in(key, index), network, x_t, memory, t, s)
     x_s = x_s.astype(precision)
-    return (x_s, memory), (x_s.astype(dtype) if return_trajectory else None)
+    return (x_s, memory), (x_s.astype(dtype) if keep else None)
 
   steps = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
   start = x.astype(precision)
-  (x_end, _), states = jax.lax.scan(body, (start, sampler.init(start)), steps)
-  return jnp.concatenate([x[None], states]) if return_trajectory else x_end.astype(dtype)
+  (x_end, memory), states = jax.lax.scan(body, (start, sampler.init(start)), steps)
+  return x_end.astype(dtype), memory, states

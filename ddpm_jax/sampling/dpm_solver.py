@@ -33,7 +33,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
   if order not in (1, 2, 3):
     raise ValueError(f"Got order={order}; wanted 1, 2 or 3.")
   if order == 1:
-    return ddim(process)
+    return ddim(process)._replace(spacing="log_snr")
 
   def step(key, denoise, x_t, memory, t, s):
     x_0, eps = estimate(process, denoise, x_t, t)
@@ -70,7 +70,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
     )
     return x_s, memory
 
-  return Sampler(no_memory, step, process.t_max, reversible=True, calls=(order, 1, 1))
+  return Sampler(no_memory, step, process, reversible=True, calls=(order, 1, 1))
 
 
 @check_kinds
@@ -101,7 +101,7 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
     x_s = decay * x_t + pull * x_0
     return x_s if eta == 0 else x_s + up * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
-  return Sampler(no_memory, step, process.t_max, reversible=eta == 0, calls=(2, 1, 1))
+  return Sampler(no_memory, step, process, reversible=eta == 0, calls=(2, 1, 1))
 
 
 @check_kinds
@@ -117,7 +117,7 @@ def dpmpp_2m(process: Process) -> Sampler:
     d = jnp.where(infinite(process, t, s), x_0, d)
     return decay * x_t + pull * d, past.add(x_0, lambda_t)
 
-  return Sampler(lambda x: Past.empty(x, 1), step, process.t_max, reversible=True)
+  return Sampler(lambda x: Past.empty(x, 1), step, process, reversible=True)
 
 
 @check_kinds
@@ -135,7 +135,7 @@ def dpmpp_3m(process: Process) -> Sampler:
     curve = process.alpha(s) * integral_of_x_0(h, (lambda_t, *past.lambdas), (x_0, *past.values))
     return decay * x_t + jnp.where(infinite(process, t, s), pull * x_0, curve), past.add(x_0, lambda_t)
 
-  return Sampler(lambda x: Past.empty(x, 2), step, process.t_max, reversible=True)
+  return Sampler(lambda x: Past.empty(x, 2), step, process, reversible=True)
 
 
 @check_kinds
@@ -175,7 +175,7 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
     decay, pull = linear(process, t, s, down)
     return decay * x_t + pull * x_0 + noise, memory
 
-  return Sampler(no_memory, step, process.t_max, calls=(2, 1, 1))
+  return Sampler(no_memory, step, process, calls=(2, 1, 1))
 
 
 @check_kinds
@@ -205,7 +205,7 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
     std = process.sigma(s) * root(-jnp.expm1(-2 * eta * h))
     return x_s + std * randomness.normal(key, x_t.shape, x_t.dtype), past.add(x_0, lambda_t)
 
-  return Sampler(lambda x: Past.empty(x, 1), step, process.t_max)
+  return Sampler(lambda x: Past.empty(x, 1), step, process)
 
 
 def linear(process: Process, t, s, sigma_s=None):

@@ -46,12 +46,16 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
     down, up = fresh_noise(process, t, s, eta)
     return process.alpha(s) * x_0 + down * eps + up * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
-  return Sampler(no_memory, step, process.t_max, reversible=eta == 0)
+  # A discrete model knows its own steps best.
+  spacing = "time" if process.num_steps else "log_snr"
+  return Sampler(no_memory, step, process, reversible=eta == 0, spacing=spacing, two_estimates=True)
 
 
 @check_kinds
 def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   """k-diffusion's Euler ancestral: an Euler step below s, then noise back up to it. It is `ddim` by its other name.
+
+  Only the grid that suits it differs: even in time on continuous processes too.
 
   Args:
     process: the forward process.
@@ -60,7 +64,7 @@ def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   Raises:
     ValueError: if eta is outside [0, 1].
   """
-  return ddim(process, eta)
+  return ddim(process, eta)._replace(spacing="time")
 
 
 @check_kinds
@@ -80,7 +84,7 @@ def euler(
   Raises:
     ValueError: if s_churn or s_noise is negative, or not 0 <= s_min <= s_max.
   """
-  return _churned(process, _euler_step, (1, 1, 1), s_churn, s_min, s_max, s_noise)
+  return _churned(process, _euler_step, (1, 1, 1), True, s_churn, s_min, s_max, s_noise)
 
 
 @check_kinds
@@ -91,7 +95,7 @@ def heun(
 
   The step to s = 0 takes one. Arguments and errors as for `euler`.
   """
-  return _churned(process, _heun_step, (2, 1, 2), s_churn, s_min, s_max, s_noise)
+  return _churned(process, _heun_step, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
 
 
 def _euler_step(process, denoise, x_t, t, s):
@@ -112,7 +116,9 @@ def _heun_step(process, denoise, x_t, t, s):
   return jax.lax.cond(sigma_s > 0, correct, lambda x_s: x_s, x_s)
 
 
-def _churned(process: Process, rule, calls, s_churn: float, s_min: float, s_max: float, s_noise: float) -> Sampler:
+def _churned(
+  process: Process, rule, calls, two_estimates: bool, s_churn: float, s_min: float, s_max: float, s_noise: float
+) -> Sampler:
   """`rule` from t to s, after a step back up to a time of more noise (Karras et al. 2022, algorithm 2, lines 4 to 6)."""
   if not (0 <= s_churn < math.inf and 0 <= s_noise < math.inf and 0 <= s_min <= s_max):
     raise ValueError(
@@ -124,7 +130,7 @@ def _churned(process: Process, rule, calls, s_churn: float, s_min: float, s_max:
     return rule(process, denoise, x_t, t, s), memory
 
   if s_churn == 0:
-    return Sampler(no_memory, plain, process.t_max, reversible=True, calls=calls)
+    return Sampler(no_memory, plain, process, reversible=True, calls=calls, two_estimates=two_estimates)
 
   def unprepared(key, denoise, x_t, memory, t, s):
     raise ValueError(
@@ -145,9 +151,9 @@ def _churned(process: Process, rule, calls, s_churn: float, s_min: float, s_max:
       x_hat = (scale * x_t + std * noise).astype(x_t.dtype)
       return rule(process, denoise, x_hat, t_hat, s), memory
 
-    return Sampler(no_memory, step, process.t_max, calls=calls)
+    return Sampler(no_memory, step, process, calls=calls, two_estimates=two_estimates)
 
-  return Sampler(no_memory, unprepared, process.t_max, calls=calls, prepare=prepare)
+  return Sampler(no_memory, unprepared, process, calls=calls, prepare=prepare, two_estimates=two_estimates)
 
 
 def check_eta(eta: float) -> None:

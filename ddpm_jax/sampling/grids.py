@@ -3,17 +3,60 @@
 A grid is data. Any array that decreases will do; these are the ones that papers use. All take the process and the number
 of steps K, and raise a ValueError if a grid of K steps cannot be made: too few or too many, `t_max` (the first time) or
 `t_min` (the last before 0) outside its range, or a grid of discrete steps asked of a continuous process. A grid that
-starts below the process's t_max is for data that was noised only so far; `grid[:-1]` leaves the step to 0 out.
+starts below the process's t_max is for data that was noised only so far; `grid[:-1]` leaves the step to 0 out. `suitable`
+chooses among them for a rule.
 """
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import schedules
 from ddpm_jax.arguments import check_kinds
 from ddpm_jax.processes import Process, last_step
+from ddpm_jax.sampling.core import Sampler
+
+
+@check_kinds
+def suitable(sampler: Sampler, process: Process, num_steps: int) -> np.ndarray:
+  """Make the grid of K = `num_steps` steps that suits a rule and a process, as the rule's `spacing` says.
+
+  "ends" is [t_max, the larger of t_min and 1e-3, 0], whatever `num_steps`. "time" is `trailing` on discrete processes, and on
+  continuous ones `uniform` with a last short step from t_min. "log_snr" is `log_snr`; where no data is left at t_max, so that the
+  log-SNR is infinite there, `trailing` or `uniform`. On processes whose t is sigma (t_max > 1), both are `karras`: even steps
+  in sigma would spend all on noise.
+
+  Raises:
+    ValueError: if the rule's spacing is none of these; or as the other grids.
+  """
+  spacing = sampler.spacing
+  if spacing not in ("time", "log_snr", "ends"):
+    raise ValueError(f"Got a sampler of spacing={spacing!r}; expected 'time', 'log_snr' or 'ends'.")
+  if spacing == "ends":
+    # The flow is stiff towards 0; 1e-3 is where score_sde leaves it on VP.
+    last = max(process.t_min, 1e-3)
+    return np.array([process.t_max, last, 0.0] if last < process.t_max else [process.t_max, 0.0])
+  if process.t_max > 1:
+    return karras(process, num_steps)
+  with jax.ensure_compile_time_eval():
+    no_data = float(process.alpha(jnp.asarray(process.t_max))) == 0
+  if spacing == "log_snr" and not no_data:
+    return log_snr(process, num_steps)
+  if process.num_steps:
+    return trailing(process, num_steps)
+  return uniform(process, num_steps, t_min=last_time(sampler, process))
+
+
+@check_kinds
+def last_time(sampler: Sampler, process: Process) -> float:
+  """Return the `t_min` of `uniform` and `quadratic` that suits a rule: the process's t_min, or 0 for no short step at the end.
+
+  It serves the rules that are even in time on continuous processes, which add noise; from far above it, rules of high order
+  overshoot.
+  """
+  return process.t_min if sampler.spacing == "time" and not process.num_steps else 0.0
 
 
 @check_kinds

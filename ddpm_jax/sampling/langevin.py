@@ -10,7 +10,7 @@ from ddpm_jax import randomness
 from ddpm_jax.arguments import check_kinds
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
-from ddpm_jax.sampling.core import Sampler
+from ddpm_jax.sampling.core import Sampler, add_calls, in_steps
 
 
 @check_kinds
@@ -24,7 +24,7 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
   process: it is left out here.
 
   Args:
-    sampler: the predictor.
+    sampler: the predictor; `ode` too, which then follows the flow from each time of the grid to the next.
     process: its process.
     snr: the paper's signal-to-noise ratio r; 0.16 is theirs for VE and VP.
     num_steps: Langevin steps, and network calls, for each step of the predictor.
@@ -55,5 +55,6 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
     def prepare(count: int) -> Sampler:
       return with_langevin(inner(count), process, snr=snr, num_steps=num_steps)
 
-  between, to_data, at_zero_snr = (calls + num_steps for calls in sampler.calls)
-  return Sampler(sampler.init, step, sampler.t_max, calls=(between, to_data, at_zero_snr), prepare=prepare)
+  # The score at x is of one estimate.
+  wrapped = in_steps(sampler)._replace(step=step, reversible=False, prepare=prepare, two_estimates=False)
+  return add_calls(wrapped, int(num_steps))

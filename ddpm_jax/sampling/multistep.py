@@ -29,7 +29,7 @@ def deis(process: Process, order: int = 3) -> Sampler:
   if order not in (1, 2, 3):
     raise ValueError(f"Got order={order}; wanted 1, 2 or 3.")
   if order == 1:
-    return ddim(process)
+    return ddim(process)._replace(spacing="log_snr")
 
   def step(key, denoise, x_t, past: Past, t, s):
     x_0, eps = estimate(process, denoise, x_t, t)
@@ -42,7 +42,7 @@ def deis(process: Process, order: int = 3) -> Sampler:
     x_s = growth * x_t - process.sigma(s) * curve
     return jnp.where(ends, process.alpha(s) * x_0 + process.sigma(s) * eps, x_s), past.add(eps, lambda_t)
 
-  return Sampler(lambda x: Past.empty(x, order - 1), step, process.t_max, reversible=True)
+  return Sampler(lambda x: Past.empty(x, order - 1), step, process, reversible=True)
 
 
 class _Corrected(NamedTuple):
@@ -121,4 +121,4 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
   def init(x):
     return _Corrected(x, x, jnp.asarray(process.t_max, widest(x)), Past.empty(x, order), jnp.array(0))
 
-  return Sampler(init, step, process.t_max, reversible=True)
+  return Sampler(init, step, process, reversible=True)

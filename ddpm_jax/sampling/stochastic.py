@@ -41,7 +41,7 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
       std = expand(root(small if variance == "small" else large), x_t)
     return mean + std * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
-  return Sampler(no_memory, step, process.t_max)
+  return Sampler(no_memory, step, process, spacing="time")
 
 
 @check_kinds
@@ -61,7 +61,7 @@ def euler_maruyama(process: Process) -> Sampler:
     x_s = x_t - reverse_drift * (t - s) + process.diffusion(u) * jnp.sqrt(t - s) * z
     return _at_ends(process, x_s, x_0, z, t, s), memory
 
-  return Sampler(no_memory, step, process.t_max)
+  return Sampler(no_memory, step, process, spacing="time")
 
 
 @check_kinds
@@ -80,7 +80,7 @@ def reverse_diffusion(process: Process) -> Sampler:
     x_s = (2 - process.alpha(t) / process.alpha(s)) * x_t + variance * score + root(variance) * z
     return _at_ends(process, x_s, x_0, z, t, s), memory
 
-  return Sampler(no_memory, step, process.t_max)
+  return Sampler(no_memory, step, process, spacing="time")
 
 
 def _at_ends(process: Process, x_s, x_0, z, t, s):
@@ -116,4 +116,4 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
     scale = process.alpha(later) / process.alpha(end)
     return scale * x_end + root(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
-  return Sampler(no_memory, step, process.t_max)
+  return Sampler(no_memory, step, process, spacing="time")
