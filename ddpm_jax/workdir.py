@@ -12,34 +12,6 @@ from typing import Any
 
 from ddpm_jax import files, sealed
 
-# What may differ when a run goes on: nothing in it changes the parameters that a step leads to, but for the last digits of
-# floats. Data may have moved; that they are the same is for the data position to check.
-_MAY_CHANGE = (
-  "guidance.",
-  "editing.",
-  "parallel.",
-  "superres.sample_noise",
-  "training.steps",
-  "training.accumulate",
-  "training.max_skipped",
-  "training.log_every",
-  "training.checkpoint_every",
-  "training.sample_every",
-  "training.keep_",
-  "training.best_metric",
-  "training.wandb",
-  "network.remat",
-  "network.attention",
-  "ema.snapshot_every",
-  "data.num_threads",
-  "data.num_workers",
-  "data.broken",
-  "data.module",
-  "data.path",
-  "sampling.",
-  "evaluation.",
-)
-
 _EDITED = (
   "Undo the change, and pass it as a flag beside the recipe, such as --config=<recipe> --config.sampling.num_steps=50. Or, if"
   f' you are sure of the content, delete its line "{sealed.KEY}".'
@@ -122,44 +94,14 @@ def write_labels(workdir: Path, counts: Sequence[int]) -> None:
   files.write_text(workdir / "labels.json", json.dumps({"counts": list(counts)}, indent=2) + "\n")
 
 
+def start_folder(workdir: Path) -> Path:
+  """Return the folder in which a run keeps the config files of the model that it started from."""
+  return workdir / "start"
+
+
 def damaged_folder(workdir: Path) -> Path:
   """Return the folder to which a run moves what it finds damaged."""
   return workdir / "damaged"
-
-
-def check_same_run(workdir: Path, config: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
-  """Raise a ValueError that lists the differences if the folder holds checkpoints of a run of another config.
-
-  A run that has saved no checkpoint starts anew, so its config does not matter. Keys that the run's config lacks, since
-  they are newer than it, have their `defaults`.
-  """
-  if not checkpoint_steps(workdir):
-    return
-  old = read_config(workdir)
-  if old is None:
-    raise ValueError(
-      f"Got --workdir={workdir}, which has checkpoints but no config.json that says what they are; expected both."
-      " Restore the file, or use another --workdir."
-    )
-  before = flatten(json.loads(json.dumps(defaults or {}))) | flatten(old)
-  now = flatten(json.loads(json.dumps(config)))
-  fixed = set()
-  if now.get("optimizer.schedule") in ("cosine", "linear") and not now.get("optimizer.decay_steps"):
-    # The rate falls until the last step, so another last step means other rates on the way.
-    fixed.add("training.steps")
-  names = [
-    name
-    for name in sorted({*before, *now})
-    if (name in fixed or not name.startswith(_MAY_CHANGE)) and before.get(name) != now.get(name)
-  ]
-  if names:
-    lines = "\n".join(
-      f"  {name}: {before.get(name, 'absent')} in the folder, {now.get(name, 'absent')} now" for name in names
-    )
-    raise ValueError(
-      f"Got --workdir={workdir}, which holds a run of another config:\n{lines}\nUse another --workdir to start a new"
-      " run, or the folder's own config to go on with that one."
-    )
 
 
 def check_writable(workdir: Path) -> None:
@@ -173,13 +115,3 @@ def check_writable(workdir: Path) -> None:
       f"Got --workdir={workdir}, which cannot be written to ({error.strerror}); wanted a folder, new or existing, where you may write."
     ) from error
 
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """The values of nested keys by their dotted names."""
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = value
-  return flat

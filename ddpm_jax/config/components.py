@@ -30,6 +30,7 @@ MISSING = inspect.Parameter.empty
 _MODULES = {
   "codecs": "models.codecs",
   "conditions": "models.conditions",
+  "data": "data.choices",
   "diffusers": "interop.diffusers",
   "grids": "sampling.grids",
   "tasks": "runs.tasks",

@@ -32,7 +32,7 @@ _MODEL = Slot((models.Model,), ("diffusers",), example="my_file.py:my_model")
 _OBJECTIVE = Slot(
   (losses.Objective,),
   ("losses",),
-  (losses.Apply, processes.Process, predictions.Prediction, models.Model),
+  (losses.Apply, processes.Process, predictions.Prediction, models.Model, "time_input"),
   example="denoising(weighting=min_snr(gamma=5))",
 )
 _SAMPLER = Slot((sampling.Sampler,), ("sampling",), (processes.Process,), example="heun(s_churn=40)")
@@ -132,7 +132,7 @@ class Parts:
   process: Any = key("processes.discrete(betas=schedules.linear())", slot=_PROCESS)
   prediction: Any = key("predictions.EPS", slot=_PREDICTION)
   codec: Any = key("codecs.pixels", slot=_CODEC)
-  conditions: Mapping[str, Any] = key({}, slot=_CONDITIONS, many=True)
+  conditions: Mapping[str, Any] = key((), slot=_CONDITIONS, many=True)
   network: Any = key("networks.UNet", slot=_NETWORK)
 
 

@@ -227,6 +227,8 @@ def _of_kind(value: Any, kind: Any) -> Any:
   if origin is not None or kind in (tuple, list, dict):
     # Of mappings, functions and the like nothing more is known.
     return value if origin is not _CALLABLE and not isinstance(value, str) else MISSING
+  if getattr(kind, "_is_protocol", False):
+    return value if callable(value) else MISSING
   return MISSING if isinstance(kind, type) and not isinstance(value, kind) else value
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import images
@@ -34,7 +35,8 @@ class Codec(NamedTuple):
   def shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of x for one sample of data of this shape."""
     frozen = None if self.load is None else jax.eval_shape(self.load)
-    keys, data = (jax.eval_shape(jax.random.split, jax.random.key(0), 1), jax.ShapeDtypeStruct((1, *data_shape), float))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    data = jax.ShapeDtypeStruct((1, *data_shape), jnp.float32)
     return tuple(jax.eval_shape(self.encode, frozen, keys, data).shape[1:])
 
 

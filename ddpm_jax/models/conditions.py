@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import editing, randomness
+from ddpm_jax import data, editing, randomness
 from ddpm_jax.processes import expand
 
 Array = jax.Array
@@ -38,7 +38,7 @@ class Condition(NamedTuple):
     parse: `parse(text) -> item`, for what a user may ask for on the command line; None if that cannot be typed.
     default: `default(count) -> items [count, ...]` for samples of which nobody says what they are to show; None if somebody must.
     of_data: `of_data(batch) -> items` that stand in for it, made of data [B, ...] of the batch; None if `encode` needs its name in the batch.
-    check: `check(values)` raises a ValueError if items [N, ...] of a data source are not allowed.
+    check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are not allowed; None if all are.
     show: `show(item) -> str`, for reports.
     load: reads the frozen parameters from where they came from; None for a condition without any.
   """
@@ -52,7 +52,7 @@ class Condition(NamedTuple):
   parse: Callable[[str], Any] | None = None
   default: Callable[[int], np.ndarray] | None = None
   of_data: Callable[[Mapping[str, Array]], Array] | None = None
-  check: Callable[[np.ndarray], None] = lambda values: None
+  check: data.Check | None = None
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
 
@@ -88,7 +88,7 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
     number=number + (dropout > 0),
     parse=parse,
     default=lambda count: np.resize(np.arange(number, dtype=np.int32), count),
-    check=lambda values: check_classes(values, number, f"model.conditions.{name}.number"),
+    check=data.labels_below(number, f"model.conditions.{name}.number"),
   )
 
 
@@ -172,15 +172,6 @@ def check_dropout(dropout: float, name: str) -> None:
   """Raise a ValueError unless a share of hidden conditions is in [0, 1)."""
   if not 0 <= dropout < 1:
     raise ValueError(f"Got dropout={dropout} of {name}; expected a share in [0, 1), such as 0.1.")
-
-
-def check_classes(values: np.ndarray, number: int, key: str) -> None:
-  """Raise a ValueError unless classes [N] are integers from 0 to `number - 1`; the message names the key that says how many there are."""
-  if len(values) and (np.min(values) < 0 or np.max(values) >= number):
-    raise ValueError(
-      f"Got data with classes {np.min(values)} to {np.max(values)} for {key}={number}; expected classes from 0 to"
-      f" {number - 1}."
-    )
 
 
 def encode(

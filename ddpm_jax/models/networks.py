@@ -134,3 +134,7 @@ def facts(
     "shape": x_shape,
     "conditions": conditions,
   }
+
+
+def of(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
+  return of_linen(component(**arguments), conditions)

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm_jax import build, data, editing, files, images, parallel, pretrained, workdir
-from ddpm_jax.runs.model import Choice, load_weights, patience, say, trained
-from ddpm_jax.runs.steering import Steering, config_of_other, steer
+from ddpm_jax import data, files, images, parallel, workdir
+from ddpm_jax.config import Experiment
+from ddpm_jax.models.guided import NEGATIVE, Guides, Parameters, is_neutral
+from ddpm_jax.runs import limits, programs
+from ddpm_jax.runs.model import Choice, load_weights, patience, say
+from ddpm_jax.runs.starts import Pretrained
+from ddpm_jax.runs.steering import Steering, asked, in_proportion, other, steer
 
 PyTree = Any
 Inputs = dict[str, np.ndarray]
@@ -27,25 +29,27 @@ _CPU_BATCH = 16
 
 
 def run_sample(
-  config: ConfigDict,
+  experiment: Experiment,
   folder: Path,
   *,
   num_samples: int,
   seed: int,
   choice: Choice,
   steering: Steering = Steering(),  # noqa: B008, a constant
+  scale: float | None = None,
   upsamplers: Sequence[Path] = (),
-  model: pretrained.Pretrained | None = None,
+  model: Pretrained | None = None,
 ) -> None:
   """Samples from a run's weights, or from a pretrained model, into samples/: an .npz (uint8, NHWC) and a picture.
 
   Args:
-    config: of the model.
+    experiment: of the model.
     folder: its run's.
     num_samples: how many.
     seed: of the samples.
     choice: of the run's weights.
     steering: what they are to show.
+    scale: of guidance; None for the experiment's.
     upsamplers: folders of super-resolution runs, each of which enlarges what the one before has drawn.
     model: a pretrained model, instead of the run's.
 
@@ -55,93 +59,145 @@ def run_sample(
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; wanted at least 1.")
   mesh = parallel.make_mesh()
-  config = trained(config, folder) if model is None else ConfigDict(config.to_dict())
-  if config.superres.factor:
+  small = enlarged(experiment)
+  if small is not None:
     raise ValueError(
       f"Got {folder}, a model that enlarges images, to sample from; wanted one that needs none, with --upsampler={folder}. Or give"
       " it images: --mode=edit --task=superres --input=<image, folder or .npz>."
     )
-  build.check_images(config, num_samples, f"--num_samples={num_samples}")
-  guided = steer(config, mesh, steering, num_samples)
-  stages = cascade(config, mesh, upsamplers, num_samples)
-  fit_batch(config, mesh, num_samples, slow=model is not None)
-  generate = build.build_generate(config, mesh, guided.guides, negative="negative" in guided.inputs)
+  limits.check_images(experiment.model.data_shape, num_samples, f"--num_samples={num_samples}")
+  guided = steer(experiment, mesh, steering, num_samples, scale)
+  experiment = guided.experiment
+  stages = cascade(experiment, mesh, upsamplers, num_samples)
+  experiment = fit_batch(experiment, mesh, num_samples, slow=model is not None)
+  negative = any(name.startswith(NEGATIVE) for name in guided.inputs)
+  generate = programs.generate(experiment, mesh, guided.guides, negative=negative)
   workdir.check_writable(folder)
-  params = load_params(config, folder, mesh, choice, model)
-  say(f"sampling {num_samples:,} images with {config.sampling.sampler} ...")
-  samples, nfe = draw(config, generate, params, seed, num_samples, guided.inputs, guided.load())
-  beside = ", and as many of what guides" if guided.guides != build.Guides() else ""
-  beside = beside or (", of both branches" if config.guidance.scale not in (0, 1) or config.guidance.plus_plus else "")
+  parameters = load_parameters(experiment, folder, mesh, choice, model)._replace(guides=guided.load())
+  say(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
+  samples, nfe = draw(experiment, generate, parameters, seed, num_samples, guided.inputs)
+  beside = ", and as many of what guides" if guided.guides != Guides() else ""
+  beside = beside or ("" if is_neutral(experiment.guidance) or _scale(experiment) == 0 else ", of both branches")
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
-  path = free(samples_folder(folder) / f"{config.sampling.sampler}_nfe{nfe}_seed{seed}{_suffix(config, steering)}")
-  arrays = {"labels": guided.inputs["classes"]} if "classes" in guided.inputs else {}
+  path = free(samples_folder(folder) / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{_suffix(experiment)}")
+  arrays = named(guided.inputs)
   for number, stage in enumerate(stages):
     arrays[f"stage_{number}"] = samples
-    say(f"enlarging to {stage.config.data.image_size} with {stage.config.sampling.sampler} ...")
-    weights = load_weights(stage.config, stage.folder, mesh, Choice())
-    inputs = {**guided.inputs, "low": images.from_uint8(samples)}
-    samples, nfe = draw(stage.config, stage.generate, weights.params, seed, num_samples, inputs)
+    own = stage.experiment
+    say(f"enlarging to {_size(own.model.data_shape)} with {own.sampler_name} ...")
+    stage_parameters = load_parameters(own, stage.folder, mesh, Choice(), None)
+    inputs = {**guided.inputs, stage.low: images.from_uint8(samples)}
+    inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
+    samples, nfe = draw(own, stage.generate, stage_parameters, seed, num_samples, inputs)
     say(f"{nfe:,} network evaluations each")
   _write_samples(path, samples, arrays)
   parallel.wait_for_all("done")
 
 
-def load_params(
-  config: ConfigDict, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: pretrained.Pretrained | None
-) -> PyTree:
-  """The parameters of a run, or of a pretrained model in its place."""
+def _size(shape: Sequence[int]) -> str:
+  height, width = shape[:2]
+  return f"{height}" if height == width else f"{height}x{width}"
+
+
+def named(inputs: Inputs) -> Inputs:
+  """Return what samples were asked to show as their file keeps it: the classes, and other numbers by their names."""
+  return {name: value for name, value in inputs.items() if not name.startswith(NEGATIVE) and np.ndim(value) <= 2}
+
+
+def load_parameters(
+  experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: Pretrained | None
+) -> Parameters:
+  """Read the parameters of a run, or take those of a pretrained model in its place; and the frozen ones."""
+  frozen = experiment.model.load_frozen()
   if model is None:
-    return load_weights(config, folder, mesh, choice).params
+    return Parameters(load_weights(experiment, folder, mesh, choice).params, frozen)
   size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
   say(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
-  return model.params
+  return Parameters(model.params, frozen)
 
 
 class Stage(NamedTuple):
   """A model of a cascade that enlarges images."""
 
-  config: ConfigDict
+  experiment: Experiment
   folder: Path
   generate: Callable
+  low: str
 
 
-def cascade(config: ConfigDict, mesh: jax.sharding.Mesh, folders: Sequence[Path], count: int) -> list[Stage]:
+def enlarged(experiment: Experiment) -> str | None:
+  """Return the name of the image that a model enlarges, or None if it needs none."""
+  return next((name for name, one in experiment.model.conditions.items() if one.of_data is not None), None)
+
+
+def low_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
+  """Return the shape of the images that a model enlarges."""
+  batch = {"image": jax.ShapeDtypeStruct((1, *experiment.model.data_shape), np.float32)}
+  of_data = experiment.model.conditions[name].of_data
+  assert of_data is not None
+  return jax.eval_shape(of_data, batch).shape[1:]
+
+
+def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[Path], count: int) -> list[Stage]:
   """The models that enlarge a model's images, one after the other.
 
   Raises:
     ValueError: if one of them is no super-resolution run, or takes other images than the one before gives.
   """
-  stages, shape = [], build.image_shape(config)
+  stages, shape = [], experiment.model.data_shape
   for folder in folders:
-    own = config_of_other("upsampler", folder)
-    size = build.low_size(own)
-    if (size, size, own.data.channels) != shape:
+    own = other("upsampler", folder)
+    low = enlarged(own)
+    if low is None:
       raise ValueError(
-        f"Got --upsampler={folder}, which enlarges images of {size}x{size}x{own.data.channels}, for images of"
+        f"Got --upsampler={folder}, a model that enlarges nothing; expected one for super-resolution, trained with the condition"
+        " low_resolution as configs/mnist_superres.py is."
+      )
+    if low_shape(own, low) != shape:
+      raise ValueError(
+        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_shape(own, low)))}, for images of"
         f" {'x'.join(map(str, shape))}; wanted them alike."
       )
-    if own.network.num_classes and own.network.num_classes != config.network.num_classes:
-      raise ValueError(
-        f"Got --upsampler={folder}, a model of {own.network.num_classes} classes, for one of {config.network.num_classes}; wanted the same."
-      )
-    build.check_images(own, count, f"--num_samples={count}")
-    fit_batch(own, mesh, count)
-    stages.append(Stage(own, folder, build.build_generate(own, mesh)))
-    shape = build.image_shape(own)
+    for name, condition in own.model.conditions.items():
+      known = experiment.model.conditions.get(name)
+      if name != low and (known is None or known.shape != condition.shape or _number(known) != _number(condition)):
+        raise ValueError(
+          f"Got --upsampler={folder}, a model that is given {name} ({_number(condition) or 'no'} classes), for one that is not given the same;"
+          " expected the same conditions."
+        )
+    limits.check_images(own.model.data_shape, count, f"--num_samples={count}")
+    own = fit_batch(own, mesh, count)
+    stages.append(Stage(own, folder, programs.generate(own, mesh), low))
+    shape = own.model.data_shape
   return stages
 
 
-def fit_batch(config: ConfigDict, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> None:
-  """Lowers the config's sampling batch to what is wanted: a sample does not depend on it."""
+def _number(condition: Any) -> int:
+  return condition.number - (condition.number > 0 and condition.null is not None)
+
+
+def fit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> Experiment:
+  """Return the experiment with a sampling batch of no more than what is wanted: a sample does not depend on it."""
   most = -(-count // mesh.size) * mesh.size
   if slow and jax.default_backend() == "cpu":
     most = min(most, _CPU_BATCH * mesh.size)
-  config.sampling.batch_size = min(config.sampling.batch_size, most)
+  return batches_of(experiment, min(experiment.sampling.batch_size, most))
 
 
-def _suffix(config: ConfigDict, steering: Steering) -> str:
-  guided = config.guidance.scale != 1 or steering.classifier or steering.weak
-  return f"_scale{config.guidance.scale:g}" if guided else ""
+def batches_of(experiment: Experiment, size: int) -> Experiment:
+  """Return the experiment with a sampling batch of this size."""
+  return experiment.changed(sampling__batch_size=size)
+
+
+def _scale(experiment: Experiment) -> Any:
+  return getattr(experiment.guidance, "keywords", {}).get("scale")
+
+
+def _suffix(experiment: Experiment) -> str:
+  if is_neutral(experiment.guidance):
+    return ""
+  scale = _scale(experiment)
+  return f"_scale{scale:g}" if isinstance(scale, float) else "_guided"
 
 
 def samples_folder(folder: Path) -> Path:
@@ -149,91 +205,89 @@ def samples_folder(folder: Path) -> Path:
   return folder / "samples"
 
 
-def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Raises a ValueError if the config's model cannot be sampled over the mesh."""
-  build.build_generate(config, mesh)
+def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[Parameters], np.ndarray]:
+  """Return a function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
+  quick = batches_of(programs.of_previews(experiment), -(-_GRID_IMAGES // mesh.size) * mesh.size)
+  generate = programs.generate(quick, mesh)
 
-
-def preview(config: ConfigDict, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[PyTree], np.ndarray]:
-  """A function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
-  quick = build.of_previews(config)
-  quick.sampling.batch_size = -(-_GRID_IMAGES // mesh.size) * mesh.size
-  generate = build.build_generate(quick, mesh)
-
-  def run(params: PyTree) -> np.ndarray:
-    return draw(quick, generate, params, config.seed, _GRID_IMAGES, inputs_of(config, _GRID_IMAGES, source))[0]
+  def run(parameters: Parameters) -> np.ndarray:
+    inputs = inputs_of(experiment, _GRID_IMAGES, source)
+    return draw(quick, generate, parameters, experiment.seed, _GRID_IMAGES, inputs)[0]
 
   return run
 
 
-def inputs_of(config: ConfigDict, count: int, source: data.Source, counts: np.ndarray | None = None) -> Inputs:
-  """What samples are asked to show where no one asks: classes in turn or as often as `counts` says; to enlarge, real images made small."""
-  inputs: Inputs = {}
-  classes = build.build_labels(config, None, count, counts=counts)
-  if config.superres.factor:
-    real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-    inputs["low"] = np.asarray(
-      editing.downsample(config.superres.factor)(jnp.asarray(images.from_uint8(real["image"])))
-    )
-    classes = real["label"] if classes is not None else None
-  return inputs | ({} if classes is None else {"classes": classes})
+def inputs_of(experiment: Experiment, count: int, source: data.Source, counts: np.ndarray | None = None) -> Inputs:
+  """Return what samples are asked to show where no one asks.
+
+  That is the default of each condition, such as classes in turn or, if `counts` are given, as common as these say. If a condition has none, or is
+  made of data, as a small image is, it is what real data have.
+  """
+  conditions = experiment.model.conditions
+  if all(one.of_data is None and one.default is not None for one in conditions.values()):
+    inputs = asked(experiment.model, {}, count)
+    return inputs | ({"classes": in_proportion(counts, count)} if counts is not None and "classes" in inputs else {})
+  real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
+  batch = real | {"image": images.from_uint8(real["image"])}
+  return {
+    name: np.asarray(batch[name] if one.of_data is None or name in batch else one.of_data(batch))
+    for name, one in conditions.items()
+  }
 
 
 def draw(
-  config: ConfigDict,
+  experiment: Experiment,
   generate: Callable,
-  params: PyTree,
+  parameters: Parameters,
   seed: int,
   count: int,
   inputs: Inputs,
-  guiding: dict[str, PyTree] | None = None,
 ) -> tuple[np.ndarray, int]:
   """`count` samples (uint8), and the network evaluations each took (at most). `inputs` are arrays [count, ...].
 
   Sample i follows from the seed, its inputs and i alone.
   """
   parts, most = [], 0
-  for x, nfe in in_batches(config, generate, params, seed, count, inputs, guiding or {}):
-    check_finite(config, x)
-    parts.append(images.to_uint8(x))
+  for x, nfe in in_batches(experiment, generate, parameters, seed, count, inputs):
+    check_finite(experiment, x)
+    parts.append(experiment.model.codec.show(x))
     most = max(most, int(nfe.max()))
   return np.concatenate(parts), most
 
 
 def in_batches(
-  config: ConfigDict,
+  experiment: Experiment,
   function: Callable,
-  params: PyTree,
+  parameters: Parameters,
   seed: int,
   count: int,
   inputs: Inputs,
-  guiding: dict[str, PyTree],
   *,
   start: int = 0,
   what: str = "sampling",
 ) -> Iterator[Any]:
-  """What `function(params, seed, first, inputs, guiding)` gives for each batch from `start` on, arrays [B, ...], with a progress bar."""
-  size = config.sampling.batch_size
+  """Yield what `function(parameters, seed, first, inputs)` gives for each batch from `start` on, arrays [B, ...], with a progress bar."""
+  size = experiment.sampling.batch_size
   quiet = count - start <= size or not parallel.is_main()
-  name = f"{what} ({config.sampling.sampler})" if what == "sampling" else what
+  name = f"{what} ({experiment.sampler_name})" if what == "sampling" else what
   with tqdm(total=count, initial=start, desc=name, unit=" images", disable=quiet) as bar:
     for first in range(start, count, size):
       rows = np.minimum(np.arange(first, first + size), count - 1)
       wanted = {name: value[rows] for name, value in inputs.items()}
       with patience(f"{what}, compiled and run for the first time") if first == start else contextlib.nullcontext():
-        found = jax.device_get(function(params, np.uint32(seed), np.int32(first), wanted, guiding))
+        found = jax.device_get(function(parameters, np.uint32(seed), np.int32(first), wanted))
       # The last batch is filled up, so that there is one program.
       kept = min(size, count - first)
       yield jax.tree.map(lambda leaf: leaf[:kept], found)  # noqa: B023, used at once
       bar.update(kept)
 
 
-def check_finite(config: ConfigDict, x: Any) -> None:
+def check_finite(experiment: Experiment, x: Any) -> None:
   """Raises a FloatingPointError if samples are not finite; it says how many."""
   bad = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
   if bad:
     raise FloatingPointError(
-      f"{bad:,} of {len(x):,} samples are not finite (NaN or infinite), by {config.sampling.sampler} in {config.sampling.num_steps} steps;"
+      f"{bad:,} of {len(x):,} samples are not finite (NaN or infinite), by {experiment.sampler_name} in {experiment.sampling.num_steps} steps;"
       " such images are not scored. Take another sampler or more steps, less guidance, or clip (config.sampling.clip); or the model is broken."
     )
 
@@ -245,7 +299,7 @@ def free(path: Path) -> Path:
 
 
 def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
-  """`arrays` may hold the `labels`: then there is a column for each class."""
+  """Write samples and what belongs to them; if there are `classes`, the picture has a column for each."""
   if not parallel.is_main():
     return
   everything: dict[str, Any] = {"samples": samples, **arrays}
@@ -253,8 +307,8 @@ def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
     np.savez_compressed(temporary, **everything)
   say(f"samples      {path}.npz")
   for name, of in everything.items():
-    if of.ndim == 4:  # not the labels
-      save_picture(Path(f"{path}{'' if name == 'samples' else f'_{name}'}"), of, arrays.get("labels"))
+    if of.ndim == 4:  # not what they were asked to show
+      save_picture(Path(f"{path}{'' if name == 'samples' else f'_{name}'}"), of, arrays.get("classes"))
 
 
 def save_picture(path: Path, samples: np.ndarray, labels: np.ndarray | None) -> None:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import ddpm_jax
-from ddpm_jax import build, checkpoint, ema, evaluate, parallel, pretrained, schema, sealed, train, workdir
+from ddpm_jax import checkpoint, config, ema, evaluate, parallel, sealed, train, workdir
+from ddpm_jax.config import Experiment
+from ddpm_jax.runs import starts, stepping
 
 PyTree = Any
 # Seconds between two signs of life.
@@ -94,19 +95,26 @@ def compile_aloud(what: str, lower: Callable[[], Any]) -> Any:
 
 
 def make_state(
-  config: ConfigDict, optimizer: Any, mesh: jax.sharding.Mesh, params: PyTree = None
+  experiment: Experiment, mesh: jax.sharding.Mesh, frozen: PyTree = None, params: PyTree = None
 ) -> tuple[Callable[[], train.TrainState], train.TrainState]:
-  """A function that makes the first state, from new parameters or those given, and the state's shapes and layout."""
-  init = build.build_params_init(config)
+  """Return a function that makes the first state, and the state's shapes and layout.
 
-  def start(params):
+  Args:
+    experiment: what is trained.
+    mesh: the devices.
+    frozen: all frozen parameters, or their shapes; None for none.
+    params: of the model to start with; None for new ones.
+  """
+  init, optimizer = experiment.model.init, stepping.optimizer(experiment)
+
+  def start(params, frozen):
     make = init if params is None else lambda key: params
-    return train.init_state(jax.random.key(config.seed), make, optimizer)
+    return train.init_state(jax.random.key(experiment.seed), make, optimizer, experiment.objective, frozen)
 
-  shapes = jax.eval_shape(start, params)
+  shapes = jax.eval_shape(start, params, frozen)
   shardings = parallel.state_shardings(mesh, shapes)
   compiled = jax.jit(start, out_shardings=shardings, compiler_options=parallel.compiler_options(mesh, once=True))
-  return functools.partial(compiled, params), parallel.abstract(shapes, shardings)
+  return functools.partial(compiled, params, frozen), parallel.abstract(shapes, shardings)
 
 
 def items_of(state: train.TrainState) -> dict[str, PyTree]:
@@ -115,19 +123,26 @@ def items_of(state: train.TrainState) -> dict[str, PyTree]:
   return {
     "params": state.params,
     "ema": averages,
-    "training": {"step": state.step, "opt_state": rest, "key": state.key},
+    "training": {
+      "step": state.step,
+      "extra": state.extra,
+      "memory": state.memory,
+      "opt_state": rest,
+      "key": state.key,
+    },
   }
 
 
 def state_of(items: dict[str, PyTree]) -> train.TrainState:
   """The state that `items_of` took apart."""
-  rest = items["training"]
-  return train.TrainState(rest["step"], items["params"], ema.join(rest["opt_state"], items["ema"]), rest["key"])
+  rest = dict(items["training"])
+  opt_state = ema.join(rest.pop("opt_state"), items["ema"])
+  return train.TrainState(params=items["params"], opt_state=opt_state, **rest)
 
 
-def open_checkpoints(config: ConfigDict, folder: Path) -> checkpoint.Checkpoints:
+def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpoints:
   """The run's checkpoints, kept as the config says."""
-  c = config.training
+  c = experiment.training
   return checkpoint.Checkpoints(
     workdir.checkpoint_folder(folder),
     keep=c.keep_checkpoints,
@@ -143,20 +158,21 @@ def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
   return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
 
 
-def load_weights(config: ConfigDict, folder: Path, mesh: jax.sharding.Mesh, choice: Choice) -> Weights:
+def load_weights(experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice) -> Weights:
   """The chosen parameters of a run, whole on every device, without what only training needs.
 
   Raises:
     ValueError: if there are none such, or the choice contradicts itself.
   """
-  _, template = make_state(config, build.build_optimizer(config), mesh)
+  frozen = jax.eval_shape(functools.partial(stepping.load_frozen, experiment)) if experiment.objective.load else None
+  _, template = make_state(experiment, mesh, frozen)
   items = items_of(parallel.abstract(template, parallel.replicated(mesh)))
   if choice.length is not None:
     if not choice.averaged:
       raise ValueError(f"Got --ema=false with --ema_length={choice.length}; wanted one of them.")
-    return _reconstructed(config, folder, items["ema"], choice, choice.length)
+    return _reconstructed(experiment, folder, items["ema"], choice, choice.length)
   name = "ema" if choice.averaged else "params"
-  checkpoints = open_checkpoints(config, folder)
+  checkpoints = open_checkpoints(experiment, folder)
   try:
     restored = checkpoints.restore({name: items[name]}, _step(checkpoints, choice.step))
   finally:
@@ -181,10 +197,10 @@ def _step(checkpoints: checkpoint.Checkpoints, wanted: str) -> int | None:
   return int(wanted)
 
 
-def _reconstructed(config: ConfigDict, folder: Path, template: PyTree, choice: Choice, length: float) -> Weights:
+def _reconstructed(experiment: Experiment, folder: Path, template: PyTree, choice: Choice, length: float) -> Weights:
   """An average of any length, as a weighted sum of stored snapshots (Karras et al. 2024, section 3.2)."""
-  stds = tuple(config.ema.stds)
-  if config.ema.kind != "power" or not checkpoint.Checkpoints.steps(workdir.snapshot_folder(folder)):
+  stds = tuple(experiment.ema.stds)
+  if experiment.ema.kind != "power" or not checkpoint.Checkpoints.steps(workdir.snapshot_folder(folder)):
     raise ValueError(
       f"Got --ema_length={length} for a run without stored averages; wanted one trained with --config.ema.kind=power and"
       " --config.ema.snapshot_every above 0."
@@ -289,13 +305,16 @@ def _commit() -> str | None:
     return None
 
 
-def trained(config: ConfigDict, folder: Path) -> ConfigDict:
-  """The config of the finished or unfinished run in a folder; a ValueError if there is none, or it is another's."""
+def trained(tree: config.Tree, folder: Path) -> Experiment:
+  """Return what a config stands for, of the finished or unfinished run in a folder.
+
+  Raises:
+    ValueError: if there is no run, or it is another's.
+  """
   if not workdir.checkpoint_steps(folder):
     raise ValueError(
-      f"Got --workdir={folder}, which holds no checkpoint; wanted the folder of a run. Train first: --mode=train."
+      f"Got --workdir={folder}, which holds no checkpoint; expected the folder of a run. Train first: --mode=train."
     )
-  # A copy: what is changed of it is not the caller's.
-  config = pretrained.adopt_run(ConfigDict(config.to_dict()), folder)
-  schema.check_same_run(folder, config)
-  return config
+  tree = starts.same_start(tree, folder)
+  config.check_same_run(folder, tree)
+  return config.build(tree)

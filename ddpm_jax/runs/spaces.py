@@ -1,4 +1,4 @@
-"""How a config's samples are scored: in which features, against which reference, by which scores."""
+"""How an experiment's samples are scored: in which features, against which reference, by which scores."""
 
 import math
 from collections.abc import Callable
@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
-
 from ddpm_jax import data, evaluate, interop, metrics, parallel, sealed
-from ddpm_jax.build.memory import check_features
-from ddpm_jax.build.model import image_shape
+from ddpm_jax.config import Experiment
+from ddpm_jax.names import choose
 from ddpm_jax.places import user_path
-from ddpm_jax.schema import choose
+from ddpm_jax.runs.limits import check_features
 
 FEATURES = ("classifier", "inception", "pixels")
 # Larger images, or such in colour, are more than the small classifier is meant for.
@@ -55,15 +53,15 @@ class Reference(NamedTuple):
   floor: data.Source | None
 
 
-def features_of(config: ConfigDict, source: data.Source) -> str:
-  """Which features the config's images are scored in; a ValueError if those it names cannot be had."""
-  c = config.evaluation
+def features_of(experiment: Experiment, source: data.Source) -> str:
+  """Return the name of the features that an experiment's images are scored in; raise a ValueError if they cannot be had."""
+  c = experiment.evaluation
   if c.features:
     name = choose(c.features, FEATURES, "config.evaluation.features")
   elif c.inception_weights:
     name = "inception"
   else:
-    small = config.data.channels == 1 and config.data.image_size <= _SMALL
+    small = experiment.data.channels == 1 and max(experiment.data.space) <= _SMALL
     name = "classifier" if small and _num_classes(source) > 1 else "pixels"
   if c.inception_weights and name != "inception":
     raise ValueError(
@@ -83,11 +81,11 @@ def _num_classes(source: data.Source) -> int:
   return 0 if labels is None else len(np.unique(labels))
 
 
-def build_space(config: ConfigDict, source: data.Source, held_out: data.Source | None, cache: Path) -> Space:
-  """The feature space of a config; weights are read and checked at once, a classifier is trained when it is made.
+def build_space(experiment: Experiment, source: data.Source, held_out: data.Source | None, cache: Path) -> Space:
+  """Return the feature space of an experiment: weights are read and checked at once, a classifier is trained when it is made.
 
   Args:
-    config: the config.
+    experiment: whose samples are scored.
     source: the training images, from which the classifier learns.
     held_out: other images, on which its accuracy is measured.
     cache: the file that keeps the classifier; empty path for none.
@@ -95,29 +93,30 @@ def build_space(config: ConfigDict, source: data.Source, held_out: data.Source |
   Raises:
     ValueError: if the features cannot be had, or the weights are missing or others.
   """
-  c, name = config.evaluation, features_of(config, source)
+  c, name = experiment.evaluation, features_of(experiment, source)
   resize = choose(c.resize, ("tf1", "clean"), "config.evaluation.resize")
   if name == "inception":
+    metrics.check_colors(experiment.data.channels)
     weights = interop.inception.load(c.inception_weights, sha256_prefix=c.inception_sha256)
     space = metrics.inception_space(weights.params, resize=resize, sha256=weights.sha256, published=weights.published)
     return Space(name, 2048, True, True, lambda: space)
   if name == "classifier":
-    make = _Classifier(config, source, held_out, cache)
+    make = _Classifier(experiment, source, held_out, cache)
     return Space(name, metrics.CLASSIFIER_FEATURES, False, True, make)
-  return Space(name, math.prod(image_shape(config)), False, False, metrics.pixel_space)
+  return Space(name, math.prod(experiment.data.shape), False, False, metrics.pixel_space)
 
 
 class _Classifier:
   """Trains the small classifier, or reads it where it was trained before on the same images in the same way."""
 
-  def __init__(self, config: ConfigDict, source: data.Source, held_out: data.Source | None, cache: Path):
-    self._config, self._source, self._held_out, self._cache = config, source, held_out, cache
+  def __init__(self, experiment: Experiment, source: data.Source, held_out: data.Source | None, cache: Path):
+    self._experiment, self._source, self._held_out, self._cache = experiment, source, held_out, cache
 
   def __call__(self) -> metrics.FeatureSpace:
     chosen = np.sort(np.random.default_rng(0).permutation(len(self._source))[:_LEARNED_FROM])
     learned = data.read(self._source, chosen)
     # Numbered without gaps: labels may be as large as int32 allows.
-    kinds, steps = np.unique(self._source.labels), self._config.evaluation.classifier_steps  # type: ignore[attr-defined]
+    kinds, steps = np.unique(self._source.labels), self._experiment.evaluation.classifier_steps  # type: ignore[attr-defined]
     labels, classes = np.searchsorted(kinds, learned["label"]).astype(np.int32), len(kinds)
     about = {
       "kind": "classifier of real images",
@@ -144,7 +143,7 @@ class _Classifier:
     if self._held_out is not None:
       rows = np.random.default_rng(0).permutation(len(self._held_out))[:_LEARNED_FROM]
       seen = data.read(self._held_out, rows)
-      log_probs = metrics.extractor(space, self._config.evaluation.batch_size)(seen["image"])["log_probs"]
+      log_probs = metrics.extractor(space, self._experiment.evaluation.batch_size)(seen["image"])["log_probs"]
       if np.all(np.isin(seen["label"], kinds)):
         accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, seen["label"]))["accuracy"]
         space.provenance["held_out_accuracy"] = round(accuracy, 4)
@@ -152,9 +151,9 @@ class _Classifier:
 
 
 def build_reference(
-  config: ConfigDict, space: Space, source: data.Source, held_out: data.Source | None
+  experiment: Experiment, space: Space, source: data.Source, held_out: data.Source | None
 ) -> Reference | None:
-  """What the config's samples are compared with.
+  """Return what an experiment's samples are compared with.
 
   By default the training images in Inception's features, as is usual, or if there are more samples than held-out images; else the held-out ones,
   or None if there are none.
@@ -162,12 +161,12 @@ def build_reference(
   Raises:
     ValueError: if the reference is empty, missing, or of other features or images.
   """
-  many = held_out is not None and config.evaluation.num_samples > len(held_out)
-  name = config.evaluation.reference or ("train" if space.name == "inception" or many else "held_out")
+  many = held_out is not None and experiment.evaluation.num_samples > len(held_out)
+  name = experiment.evaluation.reference or ("train" if space.name == "inception" or many else "held_out")
   if name == "train":
     return _checked(Reference(name, source, None, held_out))
   if name == "held_out":
-    if held_out is None and config.evaluation.reference:
+    if held_out is None and experiment.evaluation.reference:
       raise ValueError(
         "Got config.evaluation.reference='held_out' and no held-out images; set --config.data.eval_split or"
         " --config.data.hold_out, or take --config.evaluation.reference=train."
@@ -178,7 +177,7 @@ def build_reference(
       f"Got config.evaluation.reference={name!r}; wanted train, held_out, or an .npz file with mu and sigma (--mode=stats)."
     )
   statistics = metrics.load_statistics(user_path(name, "config.evaluation.reference="))
-  _check_statistics(config, space, name, statistics)
+  _check_statistics(experiment, space, name, statistics)
   return Reference(name, None, statistics, source if held_out is None else held_out)
 
 
@@ -195,13 +194,13 @@ def _checked(reference: Reference) -> Reference:
   return reference
 
 
-def describe_space(config: ConfigDict, space: Space, provenance: dict[str, Any]) -> dict[str, Any]:
+def describe_space(experiment: Experiment, space: Space, provenance: dict[str, Any]) -> dict[str, Any]:
   """What must be alike for statistics of a space to be compared."""
   kept: dict[str, Any] = {key: provenance[key] for key in ("resize", "sha256") if key in provenance}
-  return {"features": space.name, "image_shape": list(image_shape(config)), **kept}
+  return {"features": space.name, "image_shape": list(experiment.data.shape), **kept}
 
 
-def _check_statistics(config: ConfigDict, space: Space, path: str, statistics: metrics.Statistics) -> None:
+def _check_statistics(experiment: Experiment, space: Space, path: str, statistics: metrics.Statistics) -> None:
   size, about = statistics.features.mean.size, statistics.about
   if size != space.dimensions:
     raise ValueError(
@@ -210,8 +209,8 @@ def _check_statistics(config: ConfigDict, space: Space, path: str, statistics: m
     )
   # What is known of the space first: its classifier may have to be trained.
   for own in (
-    lambda: describe_space(config, space, {}),
-    lambda: describe_space(config, space, space.make().provenance),
+    lambda: describe_space(experiment, space, {}),
+    lambda: describe_space(experiment, space, space.make().provenance),
   ):
     if not about:
       return
@@ -223,8 +222,8 @@ def _check_statistics(config: ConfigDict, space: Space, path: str, statistics: m
         )
 
 
-def build_settings(config: ConfigDict, space: Space, reference: Reference, count: int) -> evaluate.Settings:
-  """How samples of a config are scored, checked for `count` of them.
+def build_settings(experiment: Experiment, space: Space, reference: Reference, count: int) -> evaluate.Settings:
+  """Return how samples of an experiment are scored, checked for `count` of them.
 
   Where the config names no scores, and there are too few samples for a covariance of full rank, there is no Frechet distance: but in Inception's
   features, which are given to have one, this is an error.
@@ -232,7 +231,7 @@ def build_settings(config: ConfigDict, space: Space, reference: Reference, count
   Raises:
     ValueError: if scores are unknown or cannot be had, or there are too few samples or reference images for them.
   """
-  c = config.evaluation
+  c = experiment.evaluation
   pairs = reference.statistics is None
   spatial = space.spatial and (pairs or reference.statistics.spatial is not None)  # type: ignore[union-attr]
   possible = evaluate.available(spatial=spatial, classes=space.classes, pairs=pairs)

@@ -1,0 +1,27 @@
+"""Configs: trees of components and sections, and the values they stand for.
+
+A recipe starts from `default_config()` and names components by `spec`; `build` turns a whole tree into an `Experiment`.
+"""
+
+from ddpm_jax.config.components import spec
+from ddpm_jax.config.experiment import Experiment, build, keep_components, short_name, source_of
+from ddpm_jax.config.files import check_same_run, of_run, read, saved, write
+from ddpm_jax.config.tree import Tree, changed, default_config, expand
+
+__all__ = [
+  "Experiment",
+  "Tree",
+  "build",
+  "changed",
+  "check_same_run",
+  "default_config",
+  "expand",
+  "keep_components",
+  "of_run",
+  "read",
+  "saved",
+  "short_name",
+  "source_of",
+  "spec",
+  "write",
+]

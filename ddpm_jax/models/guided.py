@@ -1,0 +1,233 @@
+"""A model led to what samples are to show: its conditions, other models beside it, and a rule of `guidance` that joins them."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import guidance
+from ddpm_jax.models.model import Model
+from ddpm_jax.predictions import Denoise
+
+Array = jax.Array
+PyTree = Any
+
+# Names of what is asked for, of samples that are to show something else than this.
+NEGATIVE = "negative_"
+
+
+class Guides(NamedTuple):
+  """Other models that guide, at most one of them.
+
+  Attributes:
+    classifier: tells the classes of noisy data apart.
+    weak: a weaker model of the same data.
+  """
+
+  classifier: Model | None = None
+  weak: Model | None = None
+
+
+class Parameters(NamedTuple):
+  """All parameters that samples follow from.
+
+  Attributes:
+    params: the model's.
+    frozen: its frozen ones (`Model.load_frozen`).
+    guides: those of each guide by its name in `Guides`: pairs of parameters and frozen ones.
+  """
+
+  params: PyTree
+  frozen: Mapping[str, PyTree] = {}  # noqa: RUF012, never changed
+  guides: Mapping[str, tuple[PyTree, PyTree]] = {}  # noqa: RUF012
+
+
+def takes(rule: Callable) -> frozenset[str]:
+  """Return what a rule of guidance takes: names of `classifier_free` and the like, and of `classifier` or `autoguidance`."""
+  return frozenset(inspect.signature(rule).parameters)
+
+
+def is_neutral(rule: Callable) -> bool:
+  """Return whether a rule leaves the conditional model as it is."""
+  function, options = (rule.func, rule.keywords) if isinstance(rule, functools.partial) else (rule, {})
+  return function is guidance.classifier_free and options.get("scale", 1.0) == 1
+
+
+def denoise(
+  model: Model, rule: Callable, keys: Array, batch: Mapping[str, Array], parameters: Parameters, guides: Guides = Guides()  # noqa: B008
+) -> Denoise:
+  """Return the denoiser of a model, given its conditions and guided; its estimates are not clipped.
+
+  Args:
+    model: the model.
+    rule: a rule of `guidance` with its options.
+    keys: a key for each sample [B].
+    batch: what is asked for, arrays [B, ...] by the names of conditions; with "negative_" before the name what is to be guided away from.
+    parameters: all of them.
+    guides: the other models.
+  """
+  conditional, given = model.conditional(parameters.params), model.given(keys, batch, parameters.frozen)
+
+  def alone(x_t, t):
+    return conditional(x_t, t, given)
+
+  if is_neutral(rule):
+    return alone
+  names = takes(rule)
+  offered: dict[str, Any] = {"denoise": alone, "conditional": conditional, "condition": given}
+  if "negative" in names:
+    unwanted = {name.removeprefix(NEGATIVE): value for name, value in batch.items() if name.startswith(NEGATIVE)}
+    if unwanted:
+      offered["negative"] = given | model.given(keys, {**batch, **unwanted}, parameters.frozen)
+    else:
+      offered["negative"] = model.without(given, parameters.frozen)
+  if "weak" in names:
+    assert guides.weak is not None
+    params, frozen = parameters.guides["weak"]
+    weak, weak_given = guides.weak.conditional(params), guides.weak.given(keys, batch, frozen)
+    offered["weak"] = lambda x_t, t: weak(x_t, t, weak_given)
+  if "log_prob" in names:
+    assert guides.classifier is not None
+    log_probs = guides.classifier.classify(parameters.guides["classifier"][0])
+
+    def log_prob(x_t, t):
+      return jnp.take_along_axis(log_probs(x_t, t), batch["classes"][:, None], axis=1)[:, 0]
+
+    offered["log_prob"] = log_prob
+  return rule(**{name: value for name, value in offered.items() if name in names})
+
+
+def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = Guides(), *, negative: bool = False) -> None:  # noqa: B008
+  """Raise a ValueError unless a model can be guided by a rule.
+
+  Args:
+    model: the model.
+    rule: a rule of `guidance` with its options.
+    two_estimates: whether the sampler knows CFG++'s two estimates.
+    guides: the other models.
+    negative: whether something is asked to be guided away from.
+  """
+  names, guided = takes(rule), not is_neutral(rule)
+  if guides.classifier is not None and guides.weak is not None:
+    raise ValueError("Got --classifier and --weak; expected one guide.")
+  for flag, name, other in (("classifier", "log_prob", guides.classifier), ("weak", "weak", guides.weak)):
+    if name in names and other is None:
+      raise ValueError(f"Got config.guidance={_name(rule)} without --{flag}; expected --{flag}=<run folder> beside it.")
+  if guides.weak is not None and _options(rule).get("scale") == 1:
+    raise ValueError("Got --weak with a guidance scale of 1, which does not guide; expected --guidance_scale=2 or so.")
+  if negative and (not guided or "negative" not in names):
+    raise ValueError(
+      "Got what to guide away from (--negative_classes) without classifier-free guidance; expected a model with conditions and"
+      " --guidance_scale=3 or so, without another guide."
+    )
+  if "negative" in names and guided:
+    if not model.conditions or all(_is_shared(condition) for condition in model.conditions.values()):
+      raise ValueError(
+        f"Got guidance by {_name(rule)} ({_shown(rule)}) for a model that was trained without conditions to guide by; expected one of"
+        " configs/*_cond.py, or a guide: --classifier=<run folder> or --weak=<run folder>."
+      )
+    if not negative:
+      jax.eval_shape(lambda: model.without(_example(model)))
+  if _name(rule) == "plus_plus" and not two_estimates:
+    raise ValueError(
+      "Got guidance by plus_plus, which takes data and noise from two estimates, for a sampler that knows one; expected --sampler=ddim or"
+      " another of sampling.Sampler with two_estimates, without corrector steps."
+    )
+  _check_options(rule)
+  if guides.classifier is not None:
+    _check_same_noise("--classifier", model, guides.classifier)
+    own, known = model.conditions.get("classes"), guides.classifier.outputs()
+    if own is not None and own.number - (own.null is not None) != known:
+      raise ValueError(
+        f"Got a classifier of {known} classes for a model of {own.number - (own.null is not None)}; expected the same classes."
+      )
+  if guides.weak is not None:
+    _check_same_noise("--weak", model, guides.weak, label=False)
+    if jax.tree.map(_shape, _shapes(model)) != jax.tree.map(_shape, _shapes(guides.weak)) or _numbers(model) != _numbers(guides.weak):
+      raise ValueError(
+        f"Got --weak, a model of the conditions {_conditions(guides.weak)}, for one of {_conditions(model)}; expected one that takes the"
+        " same."
+      )
+
+
+def _is_shared(condition: Any) -> bool:
+  """Return whether a condition is the same in both branches of guidance whatever was trained, as a small image is."""
+  return condition.null is None and condition.parse is None
+
+
+def _example(model: Model) -> dict[str, PyTree]:
+  return {
+    name: jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), condition.shape)
+    for name, condition in model.conditions.items()
+  }
+
+
+def _numbers(model: Model) -> dict[str, int]:
+  return {name: condition.number - (condition.dropout > 0 and condition.number > 0) for name, condition in model.conditions.items()}
+
+
+def _shapes(model: Model) -> dict[str, PyTree]:
+  return {name: condition.shape for name, condition in model.conditions.items()}
+
+
+def _shape(leaf: Any) -> tuple[Any, ...]:
+  return (*leaf.shape, leaf.dtype)
+
+
+def _conditions(model: Model) -> str:
+  return ", ".join(f"{name} ({number})" if number else name for name, number in _numbers(model).items()) or "none"
+
+
+def _options(rule: Callable) -> Mapping[str, Any]:
+  return rule.keywords if isinstance(rule, functools.partial) else {}
+
+
+def _name(rule: Callable) -> str:
+  return getattr(rule.func if isinstance(rule, functools.partial) else rule, "__name__", "a rule")
+
+
+def _shown(rule: Callable) -> str:
+  return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in _options(rule).items() if name != "process")
+
+
+def _check_options(rule: Callable) -> None:
+  """Let the rule check its own options, on functions and labels that stand in for a model's."""
+  label = np.zeros(1, np.int32)
+
+  def nothing(x_t, t, given=None):
+    return x_t
+
+  stand_ins = {"denoise": nothing, "conditional": nothing, "condition": label, "negative": label, "weak": nothing}
+  stand_ins["log_prob"] = nothing
+  names = takes(rule)
+  rule(**{name: value for name, value in stand_ins.items() if name in names})
+
+
+def _check_same_noise(flag: str, model: Model, other: Model, *, label: bool = True) -> None:
+  """Raise a ValueError unless a guide knows the noisy data that the model makes."""
+  if model.shape != other.shape:
+    raise ValueError(
+      f"Got {flag}, a model of data of shape {other.shape}, for one of {model.shape}; expected the same shape."
+    )
+  a, b = model.process, other.process
+  same = math.isclose(a.t_max, b.t_max)
+  with jax.ensure_compile_time_eval():
+    times = jnp.linspace(0.0, a.t_max, 21)[1:]
+    for name in ("alpha", "sigma", "label") if label else ("alpha", "sigma"):
+      first, second = (np.asarray(getattr(process, name)(times)) for process in (a, b))
+      same = same and np.allclose(first, second, rtol=1e-3, atol=1e-4)
+  if not same:
+    raise ValueError(
+      f"Got {flag}, a model trained on another process ({_process(b)}) than this one ({_process(a)}); expected the same noise at every"
+      " time. Train one with the same config.model.process."
+    )
+
+
+def _process(process: Any) -> str:
+  steps = f", {process.num_steps} steps" if process.num_steps else ""
+  return f"log-SNR {float(process.log_snr(jnp.asarray(process.t_max))):.3g} at the end{steps}"

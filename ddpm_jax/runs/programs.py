@@ -1,0 +1,111 @@
+"""Compiled functions that draw samples of an experiment's model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import parallel, randomness, sampling
+from ddpm_jax.config import Experiment
+from ddpm_jax.models import guided
+from ddpm_jax.models.guided import Guides, Parameters
+from ddpm_jax.predictions import Denoise
+from ddpm_jax.processes import expand
+from ddpm_jax.runs import limits
+
+Array = jax.Array
+PyTree = Any
+Arrays = Mapping[str, Array]
+
+
+def clipped(experiment: Experiment, denoise: Denoise) -> Denoise:
+  """Return a denoiser whose estimates are clipped as the experiment says: last of all, so that no gradient is lost in it."""
+  clip = experiment.sampling.clip
+  return denoise if clip is None else clip(denoise=denoise)
+
+
+def start(experiment: Experiment, keys: Array) -> Array:
+  """Return noise to start from [B, ...], with a key for each sample [B]."""
+  return experiment.model.process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *experiment.model.shape))
+
+
+def generate(
+  experiment: Experiment, mesh: jax.sharding.Mesh, guides: Guides = Guides(), *, negative: bool = False  # noqa: B008
+) -> Callable[[Parameters, Any, Any, Arrays], tuple[Array, Array]]:
+  """Return `generate(parameters, seed, first, batch) -> (data, NFE)`, compiled, the batch split over the mesh.
+
+  Sample i of the batch is number `first + i` of that seed, whatever the batch size; NFE [B]. Parameters may lie split over the mesh; the
+  data are whole on every device. The batch holds arrays [B, ...] by name, as `guided.denoise` takes it.
+
+  Raises:
+    ValueError: if the sampling batch cannot be split over the devices, or the model cannot be guided so.
+  """
+  guided.check(experiment.model, experiment.guidance, experiment.sampler.two_estimates, guides, negative=negative)
+
+  def draw(keys, denoise, batch, parameters):
+    x, nfe = sampling.solve(
+      randomness.fold_in(keys, 1), experiment.sampler, clipped(experiment, denoise), start(experiment, keys), experiment.times
+    )
+    return experiment.model.decode(x, parameters.frozen), jnp.broadcast_to(nfe, keys.shape)
+
+  return compiled(experiment, mesh, guides, draw)
+
+
+def of_previews(experiment: Experiment) -> Experiment:
+  """Return the experiment with the sampler of previews: a few steps of DDIM."""
+  return experiment.changed(
+    sampler="ddim", sampling__grid=None, sampling__num_steps=experiment.sampling.preview_steps
+  )
+
+
+def denoising(
+  experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
+) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
+  """Return a function that draws samples on their way to data by the sampler of previews, and the times of what it shows.
+
+  Returns:
+    `denoising(parameters, seed, first, batch) -> data [B, K, ...]`, as `generate` but for its results, which are scaled to be shown: where there is
+    much noise its standard deviation is 1. And their times [K], K at most `frames`, from t_max to 0.
+  """
+  experiment = of_previews(experiment)
+  process, times = experiment.model.process, experiment.times
+  kept = np.unique(np.linspace(0, len(times) - 1, frames).round().astype(int))
+  shown = np.asarray(times)[kept]
+
+  def draw(keys, denoise, batch, parameters):
+    x, keys = start(experiment, keys), randomness.fold_in(keys, 1)
+    states = sampling.sample(keys, experiment.sampler, clipped(experiment, denoise), x, times, return_trajectory=True)
+    scaled = states[kept] / expand(jnp.maximum(process.sigma(shown), 1), states)
+    data = jax.vmap(lambda x: experiment.model.decode(x, parameters.frozen))(scaled)
+    return jnp.moveaxis(data, 0, 1)
+
+  return compiled(experiment, mesh, Guides(), draw), shown
+
+
+def compiled(
+  experiment: Experiment,
+  mesh: jax.sharding.Mesh,
+  guides: Guides,
+  draw: Callable[[Array, Denoise, dict[str, Array], Parameters], PyTree],
+) -> Callable[[Parameters, Any, Any, Arrays], PyTree]:
+  """Return `draw(keys, denoise, batch, parameters)`, of a denoiser that is not clipped yet, called and compiled as `generate` says."""
+  size, model = experiment.sampling.batch_size, experiment.model
+  parallel.check_batch(size, mesh.size, "sampling batch size")
+  limits.check_batch(experiment, size, list(mesh.devices.flat), "sampling.batch_size")
+
+  def of_share(parameters, share):
+    keys, batch = share
+    return draw(keys, guided.denoise(model, experiment.guidance, keys, batch, parameters, guides), batch, parameters)
+
+  def function(parameters, seed, first, batch):
+    # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    if any(condition.of_data for condition in model.conditions.values()):
+      # Other noise than the model's that drew what is enlarged.
+      key = jax.random.fold_in(key, model.data_shape[0])
+    keys = randomness.sample_keys(key, first + jnp.arange(size))
+    return parallel.shares(mesh, of_share)(parameters, (keys, batch))
+
+  return jax.jit(function, out_shardings=parallel.replicated(mesh), compiler_options=parallel.compiler_options(mesh))

@@ -1,0 +1,82 @@
+"""Models that come from elsewhere: what a run starts from, or samples are drawn of in place of a run's."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddpm_jax import config, interop, workdir
+from ddpm_jax.config import Tree
+from ddpm_jax.models import Model
+
+PyTree = Any
+
+# The component that reads a model from the config files of a folder of diffusers.
+_READ = "diffusers.read"
+# What such a model leaves to the config: how it is trained and computed, not what it computes.
+_OPTIONS = ("dropout", "dtype", "remat", "attention")
+
+
+class Pretrained(NamedTuple):
+  """A model from elsewhere, with its parameters."""
+
+  model: Model
+  params: PyTree
+
+
+def load(path: str, tree: Tree) -> Pretrained:
+  """Read a model of diffusers: a folder, or a name on the hub.
+
+  Args:
+    path: where it lies.
+    tree: the config, whose keys of the network say how it is trained and computed.
+  """
+  model, params = interop.diffusers.load(path, **_options(tree))
+  return Pretrained(model, params)
+
+
+def _options(tree: Tree) -> dict[str, Any]:
+  """Return the options of a model from elsewhere that a config gives."""
+  values = tree.values["model"]
+  if "component" in values:
+    return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values}
+  network, classes = values["network"], values["conditions"].get("classes", {})
+  options = {name: network[name] for name in _OPTIONS if name in network}
+  return options | ({"class_dropout": classes["dropout"]} if "dropout" in classes else {})
+
+
+def starting_from(tree: Tree, folder: Path) -> tuple[Tree, Pretrained | None]:
+  """Return the config of a new run that starts from `init_from`, whose model takes the place of the config's; and that model."""
+  path = tree.values["init_from"]
+  if not path:
+    return tree, None
+  found = load(path, tree)
+  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree)), found
+
+
+def keep(tree: Tree, folder: Path) -> Tree:
+  """Copy the config files of the model that a run starts from into its folder, and return the config that names the copy."""
+  if not tree.values["init_from"]:
+    return tree
+  place = workdir.start_folder(folder)
+  if not place.exists():
+    interop.diffusers.copy_config(tree.values["init_from"], place)
+  return config.changed(tree, "model.path", str(place))
+
+
+def same_start(tree: Tree, folder: Path) -> Tree:
+  """Return a config with the model that the run in a folder started from, if the config starts from it too."""
+  old = config.saved(folder) if tree.values["init_from"] else None
+  if old is None or old.values["init_from"] != tree.values["init_from"]:
+    return tree
+  return config.changed(tree, "model", old.values["model"])
+
+
+def check_start(tree: Tree, model: Model) -> None:
+  """Raise a ValueError unless the config's data have the shape that the model takes."""
+  size, channels = tree.values["data"]["image_size"], tree.values["data"]["channels"]
+  shape = (size, size, channels) if isinstance(size, int) else (*size, channels)
+  if shape != model.data_shape:
+    raise ValueError(
+      f"Got config.init_from={tree.values['init_from']!r}, a model of images of {model.data_shape}, and data of {shape}; expected one shape."
+      " Set --config.data.image_size and --config.data.channels."
+    )
+

@@ -1,0 +1,174 @@
+"""The optimizer and the train step of an experiment."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ddpm_jax import costs, ema, losses, networks, optim, parallel, train
+from ddpm_jax.config import Experiment
+from ddpm_jax.models import Model
+from ddpm_jax.names import choose
+
+Array = jax.Array
+PyTree = Any
+Batch = dict[str, Any]
+
+
+def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
+  """Return the learning rate at each step."""
+  c = experiment.optimizer
+  # A schedule that ends does so with the training, unless the config says otherwise.
+  name = choose(c.schedule, optim.SCHEDULES, "config.optimizer.schedule")
+  return optim.schedule(
+    c.learning_rate,
+    name=c.schedule,
+    warmup_steps=c.warmup_steps,
+    decay_steps=c.decay_steps or (0 if name == "inverse_sqrt" else experiment.training.steps),
+    final_factor=c.final_factor,
+  )
+
+
+def optimizer(experiment: Experiment) -> optax.GradientTransformation:
+  """Return the optimizer chain, with the averages of the parameters.
+
+  What an objective trains beside the model has the same optimizer, without averages.
+  """
+  c, rate = experiment.optimizer, schedule(experiment)
+  choose(c.name, optim.OPTIMIZERS, "config.optimizer.name")
+  # A plain number, where it is one: some optimizers take no other.
+  rate = c.learning_rate if c.schedule == "constant" and not c.warmup_steps else rate
+  arguments = optim.parse_arguments(c.arguments)
+  extra = optim.optimizer(c.name, rate, arguments) if _trains_extra(experiment) else None
+  return optim.chain(
+    rate,
+    name=c.name,
+    arguments=arguments,
+    clip_norm=c.clip_norm or None,
+    averages=_averages(experiment),
+    trainable=networks.trainable,
+    extra=extra,
+  )
+
+
+def _trains_extra(experiment: Experiment) -> bool:
+  if experiment.objective.init is losses.Objective._field_defaults["init"]:
+    return False
+  extra, _ = jax.eval_shape(_first_parts(experiment), jax.random.key(0), _abstract_frozen(experiment))
+  return bool(jax.tree.leaves(extra))
+
+
+def _first_parts(experiment: Experiment) -> Callable:
+  def parts(key, frozen):
+    return experiment.objective.init(key, experiment.model.init(key), frozen.get("objective", ()))
+
+  return parts
+
+
+def _abstract_frozen(experiment: Experiment) -> dict[str, PyTree]:
+  load = experiment.objective.load
+  return {} if load is None else {"objective": jax.eval_shape(load)}
+
+
+def load_frozen(experiment: Experiment) -> dict[str, PyTree]:
+  """Read all frozen parameters from where they came from: those of the codec, of the conditions and of the objective."""
+  frozen = experiment.model.load_frozen()
+  return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
+
+
+def _averages(experiment: Experiment) -> optax.GradientTransformation:
+  c = experiment.ema
+  if c.snapshot_every and c.kind != "power":
+    raise ValueError(
+      f"Got config.ema.snapshot_every={c.snapshot_every} with kind={c.kind!r}; expected 0, or more with the kind 'power', whose"
+      " snapshots can be added to averages of other widths."
+    )
+  if c.kind == "power" and not c.stds:
+    raise ValueError("Got no config.ema.stds for the kind 'power'; expected at least one width, such as (0.05, 0.1).")
+  makers = {
+    "fixed": lambda: [ema.fixed(c.decay)],
+    "half_life": lambda: [ema.half_life(c.half_life, experiment.training.batch_size, c.ramp_up or None)],
+    "power": lambda: [ema.power(std) for std in c.stds],
+  }
+  return ema.params_ema(*choose(c.kind, makers, "config.ema.kind")())
+
+
+def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch: Batch) -> Batch:
+  """Return a batch of training with `x` and `given` in it, as objectives take it."""
+  found = {"x": model.encode(keys, batch["image"], frozen), "given": model.given(keys, batch, frozen, train=True)}
+  return {name: leaf for name, leaf in batch.items() if name != "image"} | found
+
+
+def step(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., tuple[train.TrainState, train.Metrics]]:
+  """Return the train step over a mesh, for `parallel.jit_step`."""
+  return partial(
+    train.train_step,
+    objective=experiment.objective,
+    optimizer=optimizer(experiment),
+    encode=partial(encode, experiment.model),
+    accumulate=experiment.training.accumulate,
+    unroll=mesh.devices.flat[0].platform == "cpu",
+    distribute=parallel.over(mesh),
+  )
+
+
+def flops_per_image(experiment: Experiment, batch: Batch) -> float:
+  """Return the FLOPs of matrix products and convolutions of the loss and its gradient for one sample.
+
+  What rematerialization computes again counts too, except of a network that can be made without (`remat`).
+
+  Args:
+    experiment: what is trained.
+    batch: the shapes of one sample's batch [1, ...].
+  """
+  module = experiment.model.network.module
+  if getattr(module, "remat", "none") != "none" and "model.network.remat" in experiment.tree.places:
+    experiment = _without_remat(experiment)
+  model, objective = experiment.model, experiment.objective
+  key = jax.eval_shape(jax.random.key, 0)
+  frozen = jax.eval_shape(lambda: {})
+  for name, load in (("codec", model.codec.load), ("objective", objective.load)):
+    if load is not None:
+      frozen[name] = jax.eval_shape(load)
+
+  def gradient(params, key, batch, frozen):
+    keys = key[None]
+    extra, memory = objective.init(key, params, frozen.get("objective", ()))
+    batch = encode(model, frozen, keys, batch)
+    batch |= objective.prepare(keys, memory)
+    context = losses.Context(jnp.zeros((), jnp.int32), frozen.get("objective", ()), params, memory)
+
+    def loss(params):
+      return objective.loss({"model": params, "extra": extra}, context, keys, batch)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  return costs.matmul_flops(jax.make_jaxpr(gradient)(jax.eval_shape(model.init, key), key, batch, frozen))
+
+
+def _without_remat(experiment: Experiment) -> Experiment:
+  from ddpm_jax import config
+
+  return config.build(config.changed(experiment.tree, "model.network.remat", "none"))
+
+
+def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch:
+  """Return the shapes of a training batch of `size` samples: as a data source gives them or, without one, of images and what conditions read."""
+  shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.shape), jnp.float32)}
+  if source is not None:
+    found = source[0]
+    for name, value in found.items():
+      if name != "image":
+        leaf = jnp.asarray(value)
+        shapes[name] = jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype)
+    return shapes
+  shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
+  for name, condition in experiment.model.conditions.items():
+    if condition.of_data is None:
+      shapes |= {
+        name: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(condition.shape)[:1]
+      }
+  return shapes
