@@ -6,6 +6,7 @@ import pytest
 
 from ddpm_jax import processes, sampling
 from tests.oracles import PROCESSES, ZERO_SNR
+from tests.samplers import SAMPLERS
 
 GRIDS = {
   "uniform": sampling.grids.uniform,
@@ -94,3 +95,47 @@ def test_part_of_a_grid(name):
   for t_min, t_max in ((0.5, 0.5), (0.1, 1.5), (-0.1, 1.0)):
     with pytest.raises(ValueError, match="t_min"):
       GRIDS[name](processes.vp(), 5, t_min=t_min, t_max=t_max)
+
+
+# Which grid suits what: the rules that are even in time, and for each process the grid of these and of the others.
+EVEN_IN_TIME = (
+  "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "langevin_ancestral", "multistep_consistency",
+)  # fmt: skip
+DDIM = ("ddim", "ddim_half", "ddim_one")
+SUITABLE = {
+  "vp": ("uniform to t_min", "log_snr"),
+  "sub_vp": ("uniform to t_min", "log_snr"),
+  "ve": ("uniform to t_min", "log_snr"),
+  "cosine": ("uniform to t_min", "log_snr"),
+  "edm": ("karras", "karras"),
+  "rectified_flow": ("uniform to t_min", "uniform"),
+  "discrete_linear": ("trailing", "log_snr"),
+  "discrete_cosine": ("trailing", "log_snr"),
+  "zero_snr": ("trailing", "trailing"),
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_every_rule_has_the_grid_that_suits_it(process):
+  even, others = SUITABLE[process]
+  process = PROCESSES[process]
+  makers = GRIDS | {"uniform to t_min": lambda p, n: sampling.grids.uniform(p, n, t_min=p.t_min)}
+  for name, make in SAMPLERS.items():
+    # A discrete model knows its own steps; DDIM takes them too.
+    wanted = even if name in EVEN_IN_TIME or (name in DDIM and process.num_steps) else others
+    got = sampling.grids.suitable(make(process), process, 7)
+    np.testing.assert_array_equal(got, makers[wanted](process, 7), err_msg=name)
+    short = name in EVEN_IN_TIME and not process.num_steps
+    assert sampling.grids.last_time(make(process), process) == (process.t_min if short else 0)
+
+
+@pytest.mark.parametrize(("process", "last"), [("vp", 1e-3), ("ve", 1e-3), ("edm", 0.002), ("discrete_linear", 1e-3)])
+def test_a_rule_that_chooses_its_own_steps_takes_the_ends(process, last):
+  process = PROCESSES[process]
+  rule = sampling.ode(process)
+  for steps in (1, 1000):
+    np.testing.assert_array_equal(sampling.grids.suitable(rule, process, steps), [process.t_max, last, 0])
+  short = processes.discrete(np.array([0.5]))
+  np.testing.assert_array_equal(sampling.grids.suitable(sampling.ode(short), short, 5), [1, 0])
+  with pytest.raises(ValueError, match="spacing='even'; expected 'time', 'log_snr' or 'ends'"):
+    sampling.grids.suitable(rule._replace(spacing="even"), process, 5)
