@@ -14,21 +14,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 import ddpm_jax
-from ddpm_jax import console, files, heap, interrupts, workdir
+from ddpm_jax import console, files, heap, interrupts, words, workdir
 from ddpm_jax.places import cache_folder, user_path
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/; sampling and evaluation default to the run's own."
+# Read apart from all other flags, with the keys (--config.<key>=<value>); here for --help.
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "A file in configs/; sampling and evaluation default to the run's own. Each key is a flag: --config.training.steps=100; a whole component too:"
+  ' --config.objective.weighting="min_snr(gamma=5)".',
 )
 _MODE = flags.DEFINE_string(
   "mode", "train", "What to do: train, sample, edit, eval, stats, export, convert, prepare or plan."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to draw (sample: 64; eval: the config's).")
-_SAMPLER = flags.DEFINE_list("sampler", None, "The sampler, instead of the config's; in eval several are compared.")
+_SAMPLER = flags.DEFINE_multi_string(
+  "sampler",
+  None,
+  "The sampler, instead of the config's, such as heun or 'heun(s_churn=40)'; in eval several are compared, with commas between them or each with"
+  " its own flag.",
+)
 _NUM_STEPS = flags.DEFINE_list(
   "num_steps", None, "Its steps, instead of the config's; in eval several numbers of them."
 )
@@ -65,12 +73,18 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Plan for this TPU slice, such
 _DEVICES = flags.DEFINE_integer(
   "devices", None, "Plan for so many devices of this machine; a CPU is taken for as many."
 )
-_LABELS = flags.DEFINE_list("labels", None, "Classes to sample, repeated as needed, for a model that knows classes.")
-_NEGATIVE_LABELS = flags.DEFINE_list("negative_labels", None, "Classes to guide away from, instead of from none.")
-_GUIDANCE_SCALE = flags.DEFINE_float(
-  "guidance_scale", None, "How strongly labels, a classifier or a weaker model guide (config.guidance.scale)."
+_GIVEN = flags.DEFINE_multi_string(
+  "given", None, "What samples are to show, by the names of the model's conditions: --given name=value, as often as there are values."
 )
-_CLASSIFIER = flags.DEFINE_string("classifier", None, "The folder of a classifier's run, which guides to --labels.")
+_NEGATIVE = flags.DEFINE_multi_string("negative", None, "The same, to guide away from: --negative name=value.")
+_CLASSES = flags.DEFINE_list("classes", None, "Classes to sample, repeated as needed: short for --given classes=...")
+_NEGATIVE_CLASSES = flags.DEFINE_list(
+  "negative_classes", None, "Classes to guide away from, instead of from none: short for --negative classes=..."
+)
+_GUIDANCE_SCALE = flags.DEFINE_float(
+  "guidance_scale", None, "How strongly conditions, a classifier or a weaker model guide (config.guidance.scale)."
+)
+_CLASSIFIER = flags.DEFINE_string("classifier", None, "The folder of a classifier's run, which guides to --classes.")
 _WEAK = flags.DEFINE_string(
   "weak",
   None,
@@ -79,13 +93,15 @@ _WEAK = flags.DEFINE_string(
 _UPSAMPLER = flags.DEFINE_list(
   "upsampler", None, "Folders of super-resolution runs that enlarge the samples, one after the other."
 )
-_TASK = flags.DEFINE_string("task", None, "In editing: inpaint, img2img, colorize, superres, interpolate or invert.")
+_TASK = flags.DEFINE_string(
+  "task", None, "In editing: inpaint, img2img, colorize, superres, restore, interpolate or invert."
+)
 _INPUT = flags.DEFINE_string("input", None, "What to edit: an image, a folder of images or an .npz file.")
 _MASK = flags.DEFINE_string(
   "mask", None, "To inpaint: an image, white where it is to be painted; or lower, upper, left, right or centre."
 )
 _METHOD = flags.DEFINE_string(
-  "method", None, "How: inpaint by repaint, replace, posterior or dps; colorize and superres by posterior or dps."
+  "method", None, "How: inpaint by repaint, replace, posterior or dps; colorize, superres and restore by posterior or dps."
 )
 _STRENGTH = flags.DEFINE_float("strength", None, "Of img2img, from 0 (the input) to 1 (a fresh sample).")
 _ENDING = threading.Lock()
@@ -110,16 +126,19 @@ def main(argv: list[str]) -> None:
     sys.excepthook = lambda *_: None
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {_MODE.value}, workdir {_WORKDIR.value}", flush=True)
-  from ddpm_jax import prepare, pretrained, runs, schema, startup
+  from ddpm_jax import config, prepare, runs, startup
+  from ddpm_jax.names import choose
 
   modes = ("train", "sample", "edit", "eval", "stats", "export", "convert", "prepare", "plan")
-  mode = schema.choose(_MODE.value, modes, "--mode")
+  mode = choose(_MODE.value, modes, "--mode")
   if not _WORKDIR.value and mode not in ("stats", "convert", "prepare", "plan"):
     raise ValueError("Got no --workdir; wanted a folder for the run, such as --workdir=/tmp/digits.")
   folder = _path(_WORKDIR) or Path.cwd()
   for flag, served in (
-    (_LABELS, ("sample", "edit")),
-    (_NEGATIVE_LABELS, ("sample", "edit")),
+    (_GIVEN, ("sample", "edit")),
+    (_NEGATIVE, ("sample", "edit")),
+    (_CLASSES, ("sample", "edit")),
+    (_NEGATIVE_CLASSES, ("sample", "edit")),
     (_GUIDANCE_SCALE, ("sample", "edit", "eval")),
     (_CLASSIFIER, ("sample", "edit")),
     (_WEAK, ("sample", "edit")),
@@ -155,20 +174,21 @@ def main(argv: list[str]) -> None:
     runs.run_convert(_INCEPTION_WEIGHTS.value or "", _output("the weights", "/tmp/inception.safetensors"))
     return
   if mode == "stats":
-    config = schema.config_of_data(_CONFIG.value)
-    config.evaluation.inception_weights = _INCEPTION_WEIGHTS.value or config.evaluation.inception_weights
+    experiment = config.build(_data_config())
+    if _INCEPTION_WEIGHTS.value:
+      experiment = experiment.changed(evaluation__inception_weights=_INCEPTION_WEIGHTS.value)
     _start_devices()
-    runs.run_statistics(config, _output("the statistics", "/tmp/statistics.npz"))
+    runs.run_statistics(experiment, _output("the statistics", "/tmp/statistics.npz"))
     return
   if mode == "prepare":
-    prepare.run_prepare(schema.config_of_data(_CONFIG.value), _path(_OUTPUT))
+    prepare.run_prepare(_data_config(), _path(_OUTPUT))
     return
   if mode == "plan":
-    config = schema.config_of_run(_CONFIG.value, folder)
+    experiment = config.build(_config(folder))
     _cache_compilations()
-    runs.run_plan(config, topology_name=_TOPOLOGY.value, num_devices=_DEVICES.value)
+    runs.run_plan(experiment, topology_name=_TOPOLOGY.value, num_devices=_DEVICES.value)
     return
-  schema.choose(_RESUME.value, ("auto", "must", "never"), "--resume")
+  choose(_RESUME.value, ("auto", "must", "never"), "--resume")
   _connect()
   _start_devices()
   if mode != "train":
@@ -178,63 +198,109 @@ def main(argv: list[str]) -> None:
     raise ValueError(
       "Got --ema, --ema_length or --step with --pretrained, which has one set of weights; leave them out."
     )
-  model = None
-  if _PRETRAINED.value is None:
-    config = schema.config_of_run(_CONFIG.value, folder)
-  else:
-    model = pretrained.load(_PRETRAINED.value)
-    config = pretrained.adopt(schema.config_of_run(_CONFIG.value or schema.default_config(), folder), model)
-    if _CONFIG.value is None:
-      config = pretrained.adopt_sampling(config, model, variants[-1][0])
-  config.sampling.sampler = variants[-1][0] or config.sampling.sampler
-  config.sampling.num_steps = config.sampling.num_steps if variants[-1][1] is None else variants[-1][1]
-  if _INCEPTION_WEIGHTS.value is not None:
-    config.evaluation.inception_weights = _INCEPTION_WEIGHTS.value
-  if _GUIDANCE_SCALE.value is not None:
-    config.guidance.scale = _GUIDANCE_SCALE.value
-  if mode == "edit":
-    if _METHOD.value is not None:
-      config.editing.method = _METHOD.value
-    if _STRENGTH.value is not None:
-      if _TASK.value != "img2img":
-        raise ValueError(f"Got --strength for the task {_TASK.value!r}; wanted it with --task=img2img only.")
-      config.editing.strength = _STRENGTH.value
-    if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
-      config = runs.reversible(config)
-  schema.check_config(config)
+  tree, model = _config(folder), None
+  if _PRETRAINED.value is not None:
+    tree, model = runs.starts.pretrained(
+      _PRETRAINED.value, tree, recipe=_CONFIG.value is not None, sampler=variants[-1][0]
+    )
+  tree = _with_flags(tree, mode, variants[-1], folder)
   choice = runs.Choice(_EMA.value is not False, _EMA_LENGTH.value, _STEP.value or "")
   if mode == "train":
-    runs.run_train(config, folder, resume=_RESUME.value, profile=_PROFILE.value)
-  elif mode == "eval":
-    if _NUM_SAMPLES.value is not None:
-      config.evaluation.num_samples = _NUM_SAMPLES.value
-    own = config.sampling
+    runs.run_train(tree, folder, resume=_RESUME.value, profile=_PROFILE.value)
+    return
+  experiment = runs.trained(tree, folder) if model is None else config.build(tree, model.model)
+  if mode == "eval":
     runs.run_eval(
-      config,
+      experiment,
       folder,
-      seed=config.seed if _SEED.value is None else _SEED.value,
+      seed=experiment.seed if _SEED.value is None else _SEED.value,
       choice=choice,
-      variants=[
-        runs.Variant(sampler or own.sampler, own.num_steps if steps is None else steps) for sampler, steps in variants
-      ],
+      variants=[experiment.changed(**_variant(variant)) for variant in variants],
     )
   elif mode == "export":
-    runs.run_export(config, folder, _output("the folder to export to", "/tmp/model"), choice)
+    runs.run_export(experiment, folder, _output("the folder to export to", "/tmp/model"), choice)
   elif mode == "edit":
-    runs.run_edit(config, folder, _edit(), seed=_SEED.value or 0, choice=choice, steering=_steering(), model=model)
-  else:
-    count = 64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value
-    seed = _SEED.value or 0
-    runs.run_sample(
-      config,
+    if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
+      experiment = runs.reversible(experiment)
+    runs.run_edit(
+      experiment,
       folder,
-      num_samples=count,
-      seed=seed,
+      _edit(),
+      seed=_SEED.value or 0,
       choice=choice,
       steering=_steering(),
+      scale=_GUIDANCE_SCALE.value,
+      model=model,
+    )
+  else:
+    runs.run_sample(
+      experiment,
+      folder,
+      num_samples=64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,
+      seed=_SEED.value or 0,
+      choice=choice,
+      steering=_steering(),
+      scale=_GUIDANCE_SCALE.value,
       upsamplers=[user_path(path, "--upsampler=").absolute() for path in _UPSAMPLER.value or ()],
       model=model,
     )
+
+
+# What the command line says of the config, apart from all other flags.
+_KEYS: dict[str, str] = {}
+
+
+def _config(folder: Path) -> Any:
+  """Return the config of the recipe or the run, with the keys of the command line."""
+  from ddpm_jax import config
+
+  found = config.read(_CONFIG.value, _KEYS, folder)
+  if found is None and _PRETRAINED.value is not None:
+    found = config.expand({})
+  return config.of_run(folder) if found is None else found
+
+
+def _data_config() -> Any:
+  """Return the config that names the data to prepare."""
+  from ddpm_jax import config
+
+  if _CONFIG.value is None:
+    raise ValueError(
+      "Got no --config to say which data to prepare; wanted a recipe, such as --config=configs/cifar10_vp.py."
+    )
+  return config.read(_CONFIG.value, _KEYS)
+
+
+def _variant(variant: tuple[str | None, int | None]) -> dict[str, Any]:
+  sampler, steps = variant
+  return ({} if sampler is None else {"sampler": sampler}) | ({} if steps is None else {"sampling__num_steps": steps})
+
+
+def _with_flags(tree: Any, mode: str, variant: tuple[str | None, int | None], folder: Path) -> Any:
+  """Return a config with the values of flags that stand for keys."""
+  from ddpm_jax import config
+
+  changes = _variant(variant)
+  if _INCEPTION_WEIGHTS.value is not None:
+    changes["evaluation__inception_weights"] = _INCEPTION_WEIGHTS.value
+  if mode == "eval":
+    if _GUIDANCE_SCALE.value is not None:
+      changes["guidance__scale"] = _GUIDANCE_SCALE.value
+    if _NUM_SAMPLES.value is not None:
+      changes["evaluation__num_samples"] = _NUM_SAMPLES.value
+  if mode == "edit":
+    if _METHOD.value is not None:
+      changes["editing__method"] = _METHOD.value
+    if _STRENGTH.value is not None:
+      if _TASK.value != "img2img":
+        raise ValueError(f"Got --strength for the task {_TASK.value!r}; wanted it with --task=img2img only.")
+      changes["editing__strength"] = _STRENGTH.value
+  for flag, key in (("sampler", "sampler"), ("num_steps", "sampling.num_steps"), ("method", "editing.method")):
+    if key.replace(".", "__") in changes and key in _KEYS:
+      raise ValueError(f"Got --{flag} beside --config.{key}; expected one of them.")
+  for key, value in changes.items():
+    tree = config.changed(tree, key.replace("__", "."), value)
+  return tree
 
 
 def _connect() -> None:
@@ -260,9 +326,7 @@ def _output(what: str, example: str) -> Path:
 
 def _variants(mode: str) -> list[tuple[str | None, int | None]]:
   """Every sampler with every number of steps that the flags name; None is the config's."""
-  from ddpm_jax import build, schema
-
-  samplers = [schema.choose(name, build.SAMPLERS, "--sampler") for name in _SAMPLER.value or ()]
+  samplers = [sampler for text in _SAMPLER.value or () for sampler in _at_commas(text)]
   steps: list[Any] = _integers(_NUM_STEPS) or []
   for flag, values in ((_SAMPLER, samplers), (_NUM_STEPS, steps)):
     if mode != "eval" and len(values) > 1:
@@ -274,6 +338,18 @@ def _variants(mode: str) -> list[tuple[str | None, int | None]]:
   return list(itertools.product(samplers or [None], steps or [None]))
 
 
+def _at_commas(text: str) -> list[str]:
+  """Split a text at the commas outside of brackets."""
+  parts, depth = [""], 0
+  for letter in text:
+    depth += {"(": 1, ")": -1}.get(letter, 0)
+    if letter == "," and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return parts
+
+
 def _steering() -> Any:
   from ddpm_jax import runs
 
@@ -281,19 +357,32 @@ def _steering() -> Any:
   if "@" in weak and not user_path(weak, "--weak=").is_dir():
     weak, _, step = weak.rpartition("@")
   return runs.Steering(
-    _integers(_LABELS),
-    _integers(_NEGATIVE_LABELS),
+    _by_name(_GIVEN, _CLASSES),
+    _by_name(_NEGATIVE, _NEGATIVE_CLASSES),
     _path(_CLASSIFIER),
     user_path(weak, "--weak=").absolute() if weak else None,
     step,
   )
 
 
+def _by_name(flag: flags.FlagHolder, classes: flags.FlagHolder) -> dict[str, list[str]]:
+  """Return the values of --given and its short form by the names of conditions; only those of classes are split at commas."""
+  found: dict[str, list[str]] = {"classes": list(classes.value)} if classes.value else {}
+  for text in flag.value or ():
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+      raise ValueError(f"Got --{flag.name} {text}; expected a condition and its value, such as --{flag.name} classes=3.")
+    found.setdefault(name, []).extend(value.split(",") if name == "classes" else [value])
+  return found
+
+
 def _edit() -> Any:
-  from ddpm_jax import build, runs, schema
+  from ddpm_jax import runs
+  from ddpm_jax.names import choose
+  from ddpm_jax.runs import edits
 
   return runs.Edit(
-    schema.choose(_TASK.value or "", tuple(build.TASKS), "--task"),
+    choose(_TASK.value or "", tuple(edits.TASKS), "--task"),
     _path(_INPUT),
     # Not absolute: it may be the name of a half.
     str(user_path(_MASK.value, "--mask=")) if _MASK.value else "",
@@ -332,47 +421,26 @@ def _cache_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-class _Recipe(flags.ArgumentParser):
-  """Reads the file that --config names. ml_collections' own parser shows mistakes in one with a traceback, or hides them."""
-
-  def parse(self, value: str) -> Any:
-    from ddpm_jax import recipes
-
-    try:
-      config = recipes.read(value)
-    except ValueError as error:
-      _stop(str(error))
-    # Flags may change keys, not add any.
-    config.lock()
-    return config
-
-  def flag_type(self) -> str:
-    return "config file"
-
-
-flags.FLAGS["config"].parser = _Recipe()
-
-
 def _parse(argv: list[str]) -> list[str]:
   """Read flags from the command line; a mistake in them ends the program with one message, as all bad input does."""
   if not any(word.lstrip("-").startswith("traceback") for word in argv):
     # XLA reads this when it is loaded, as by a config. It takes a compilation of some minutes for a bug to report.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   try:
-    return flags.FLAGS(argv)
+    found = words.split(argv[1:])
+    _KEYS.clear()
+    _KEYS.update(found.keys)
+    recipe = [] if found.recipe is None else [f"--config={found.recipe}"]
+    return flags.FLAGS([argv[0], *recipe, *found.rest])
   except flags.Error as error:
     _stop(_mistake(error))
-  except (AttributeError, KeyError) as error:
-    # ml_collections names the key that is not there and, on a second line, the nearest that is.
-    key, _, hint = str(error).encode().decode("unicode_escape").strip("\"'").partition("\n")
-    _stop(f"Got a --config flag for {key.strip(chr(39))!r}, a key that the config does not have. {hint}")
+  except ValueError as error:
+    _stop(str(error))
 
 
 def _mistake(error: flags.Error) -> str:
   """Return what is wrong with a flag, in other words than Python's."""
   text = str(error)
-  if isinstance(error, flags.UnrecognizedFlagError) and "config." in text:
-    return f"{text} Keys of a config can be set together with --config=<file> only."
   for said, meant in (
     ("invalid literal for int()", "an integer, in digits alone"),
     ("could not convert string", "a number"),

@@ -4,8 +4,8 @@ A recipe starts from `default_config()` and names components by `spec`; `build` 
 """
 
 from ddpm_jax.config.components import spec
-from ddpm_jax.config.experiment import Experiment, build, keep_components, short_name, source_of
-from ddpm_jax.config.files import check_same_run, of_run, read, saved, write
+from ddpm_jax.config.experiment import Experiment, build, is_own, keep_components, short_name, source_of
+from ddpm_jax.config.files import check_same_run, of_config, of_run, read, saved, write
 from ddpm_jax.config.tree import Tree, changed, default_config, expand
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
   "check_same_run",
   "default_config",
   "expand",
+  "is_own",
   "keep_components",
+  "of_config",
   "of_run",
   "read",
   "saved",

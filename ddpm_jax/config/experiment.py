@@ -79,7 +79,8 @@ class Experiment(NamedTuple):
   @property
   def sampler_name(self) -> str:
     """The sampler's name, without its module."""
-    return short_name(self.tree, "sampler")
+    suits = self.model.defaults
+    return suits.name if self.tree.values["sampler"] is None and suits else short_name(self.tree, "sampler")
 
   def changed(self, **changes: Any) -> "Experiment":
     """Return the experiment with other values by their dotted names, with __ for each dot; what the model is made of stays as it is.
@@ -105,6 +106,14 @@ def short_name(tree: Tree, path: str) -> str:
   return "none" if node is None else components.last_name(node[KEY])
 
 
+def is_own(tree: Tree, path: str) -> bool:
+  """Return whether the component at a place is a user's own."""
+  node: Any = tree.values
+  for name in path.split("."):
+    node = node[name]
+  return node is not None and ":" in node[KEY]
+
+
 def build(tree: Tree, model: Model | None = None) -> Experiment:
   """Build the values that a config stands for.
 
@@ -123,14 +132,16 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   assert isinstance(data, Data)
   model = maker.model(values["model"], data) if model is None else model
   known = {Process: model.process, Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}
-  sampler = maker.component(values["sampler"], "sampler", {Process: model.process})
+  sampler = _sampler(maker, values["sampler"], model)
   sampling_section = maker.section(Sampling, values["sampling"], "sampling", {Process: model.process})
   assert isinstance(sampling_section, Sampling)
   steps = sampling_section.num_steps
-  if sampling_section.grid is None:
-    times = sampling.grids.suitable(sampler, model.process, steps)
-  else:
+  if sampling_section.grid is not None:
     times = sampling_section.grid(num_steps=steps)
+  elif values["sampler"] is None:
+    times = model.times(steps)
+  else:
+    times = sampling.grids.suitable(sampler, model.process, steps)
   outside = 0.0 if short_name(tree, "guidance") == "classifier" else 1.0
   sections = {
     name: maker.section(kind, values[name], name, {Process: model.process})
@@ -157,6 +168,14 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     guidance=maker.component(values["guidance"], "guidance", {Process: model.process, "outside": outside}),
     **sections,  # type: ignore[arg-type]
   )
+
+
+def _sampler(maker: "_Maker", node: Any, model: Model) -> Sampler:
+  if node is not None:
+    return maker.component(node, "sampler", {Process: model.process})
+  if model.defaults is None:
+    raise ValueError("Got config.sampler=None for a model that has no sampler of its own; expected one, such as ddim.")
+  return model.defaults.sampler
 
 
 def source_of(experiment: Experiment) -> Callable[[Any], Any]:

@@ -1,68 +1,14 @@
-"""The flags of a config: `--config=<recipe>` and `--config.<key>=<value>`, read apart from all others."""
+"""Keys of a config from the texts of the command line: `--config.<key>=<value>`."""
 
 import ast
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ddpm_jax.config import components, tree
 from ddpm_jax.config.components import KEY, Parameter
 from ddpm_jax.config.tree import Tree
-
-_PREFIX = "--config."
-
-
-class Flags(NamedTuple):
-  """What a command line says of the config.
-
-  Attributes:
-    recipe: the file, or None.
-    keys: the text of each key, by its dotted name, in their order.
-    rest: all other words.
-  """
-
-  recipe: str | None
-  keys: dict[str, str]
-  rest: list[str]
-
-
-def split(words: Sequence[str]) -> Flags:
-  """Take the flags of the config out of a command line.
-
-  Raises:
-    ValueError: if one has no value.
-  """
-  recipe, keys, rest = None, {}, []
-  words, index = list(words), 0
-  while index < len(words):
-    word = words[index]
-    index += 1
-    if word == "--":
-      rest += words[index - 1 :]
-      break
-    flag, equals, value = word.partition("=")
-    flag = "--" + flag.lstrip("-") if flag.startswith("-") else flag
-    negated = flag.startswith("--noconfig.")
-    if flag != "--config" and not flag.startswith(_PREFIX) and not negated:
-      rest.append(word)
-      continue
-    if negated:
-      value = "false"
-    elif not equals:
-      if index < len(words) and not words[index].startswith("--"):
-        value = words[index]
-        index += 1
-      elif flag == "--config":
-        raise ValueError("Got --config without a value; expected a recipe, such as --config=configs/digits_vp.py.")
-      else:
-        value = "true"
-    if flag == "--config":
-      recipe = value
-    else:
-      keys[flag.partition(".")[2]] = value
-  return Flags(recipe, keys, rest)
-
 
 def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
   """Return a config with other values, as the command line gives them: whole components first, then their arguments.
@@ -170,4 +116,4 @@ def _literal(text: str) -> Any:
     return {"inf": float("inf"), "true": True, "false": False}.get(text.strip(), text)
 
 
-__all__ = ["Flags", "apply", "read", "split"]
+__all__ = ["apply", "read"]

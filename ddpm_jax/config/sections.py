@@ -254,7 +254,7 @@ class Root:
   ema: Ema = section(Ema)
   training: Training = section(Training)
   parallel: Parallel = section(Parallel, SPEED)
-  sampler: Any = key("sampling.ancestral(variance='large')", SAMPLING, slot=_SAMPLER)
+  sampler: Callable | None = key("sampling.ancestral(variance='large')", SAMPLING, slot=_SAMPLER)  # None: what suits the model
   sampling: Sampling = section(Sampling, SAMPLING)
   guidance: Any = key("guidance.classifier_free", SAMPLING, slot=_GUIDANCE)
   editing: Editing = section(Editing, FREE)

@@ -8,9 +8,9 @@ from ddpm_jax.runs.drawing import run_sample
 from ddpm_jax.runs.editing import Edit, reversible, run_edit
 from ddpm_jax.runs.evaluation import run_eval
 from ddpm_jax.runs.export import run_export
-from ddpm_jax.runs.model import Choice
+from ddpm_jax.runs import starts
+from ddpm_jax.runs.model import Choice, trained
 from ddpm_jax.runs.plan import run_plan
-from ddpm_jax.runs.scoring import Variant
 from ddpm_jax.runs.statistics import run_statistics
 from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
@@ -20,7 +20,6 @@ __all__ = [
   "Edit",
   "Steering",
   "Stopped",
-  "Variant",
   "reversible",
   "run_convert",
   "run_edit",
@@ -30,4 +29,6 @@ __all__ = [
   "run_sample",
   "run_statistics",
   "run_train",
+  "starts",
+  "trained",
 ]

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 import ddpm_jax
-from ddpm_jax import build, data, images, likelihood, metrics, parallel, rows, workdir
-from ddpm_jax.runs import drawing
+from ddpm_jax import data, images, likelihood, metrics, parallel, rows, workdir
+from ddpm_jax.config import Experiment
+from ddpm_jax.models.guided import Guides, Parameters
+from ddpm_jax.names import choose
+from ddpm_jax.runs import drawing, programs
 from ddpm_jax.runs.model import Weights, say
-from ddpm_jax.schema import choose
 
 KINDS = ("bound", "ode", "continuous")
 _TITLES = {
@@ -26,9 +27,9 @@ _TITLES = {
 _MOST_EXACT = 256
 
 
-def check(config: ConfigDict, held_out: data.Source | None) -> None:
-  """Raises a ValueError unless the likelihoods that the config asks for can be computed of its model and its images."""
-  c = config.evaluation
+def check(experiment: Experiment, held_out: data.Source | None) -> None:
+  """Raise a ValueError unless the likelihoods that the experiment asks for can be computed of its model and its images."""
+  c, model = experiment.evaluation, experiment.model
   for name in c.likelihood:
     choose(name, KINDS, "a likelihood (config.evaluation.likelihood)")
   choose(c.probe_noise, ("rademacher", "gaussian"), "config.evaluation.probe_noise")
@@ -38,19 +39,27 @@ def check(config: ConfigDict, held_out: data.Source | None) -> None:
     raise ValueError(
       "Got config.evaluation.likelihood and no held-out images to take it of; set --config.data.eval_split or --config.data.hold_out."
     )
-  if _count(config, held_out) < 2:
+  if _count(experiment, held_out) < 2:
     raise ValueError(
-      f"Got config.evaluation.likelihood of {_count(config, held_out)} held-out image(s); wanted two or more, for an error bar."
+      f"Got config.evaluation.likelihood of {_count(experiment, held_out)} held-out image(s); wanted two or more, for an error bar."
     )
-  if config.superres.factor:
+  if drawing.enlarged(experiment) is not None:
     raise ValueError(
       "Got config.evaluation.likelihood for a model that enlarges images, which has none here; leave it out."
     )
-  if "bound" in c.likelihood and build.build_process(config).num_steps is None:
+  if model.shape != model.data_shape:
     raise ValueError(
-      f"Got the likelihood 'bound' for the continuous process {config.process.name!r}; wanted ode or continuous, or a discrete process."
+      f"Got config.evaluation.likelihood for a model of {model.shape} that encodes data of {model.data_shape}; expected a model of pixels, of whose"
+      " values it is the likelihood."
     )
-  dimensions = int(np.prod(build.image_shape(config)))
+  if "bound" in c.likelihood:
+    if model.process.num_steps is None:
+      raise ValueError("Got the likelihood 'bound' for a continuous process; wanted ode or continuous, or a discrete process.")
+    if c.bound_variance == "learned" and not model.prediction.learned_variance:
+      raise ValueError(
+        "Got config.evaluation.bound_variance='learned' for a model that learned no variance; expected 'small' or 'large'."
+      )
+  dimensions = int(np.prod(model.shape))
   if "ode" in c.likelihood and not c.probes and dimensions > _MOST_EXACT:
     raise ValueError(
       f"Got config.evaluation.probes=0, an exact trace, for images of {dimensions:,} dimensions; wanted {_MOST_EXACT} at most, or 1 probe"
@@ -58,14 +67,15 @@ def check(config: ConfigDict, held_out: data.Source | None) -> None:
     )
 
 
-def _count(config: ConfigDict, held_out: data.Source) -> int:
-  return min(config.evaluation.likelihood_images or len(held_out), len(held_out))
+def _count(experiment: Experiment, held_out: data.Source) -> int:
+  return min(experiment.evaluation.likelihood_images or len(held_out), len(held_out))
 
 
 def evaluate(
-  config: ConfigDict,
+  experiment: Experiment,
   folder: Path,
   mesh: jax.sharding.Mesh,
+  parameters: Parameters,
   weights: Weights,
   sha256: str,
   held_out: data.Source | None,
@@ -75,18 +85,16 @@ def evaluate(
 
   Image i's follows from the seed, its place and the weights alone. Those of a model with classes are given the class.
   """
-  c = config.evaluation
+  c = experiment.evaluation
   if not c.likelihood or held_out is None:
     return {}
   # Of the model itself, not of what steers it.
-  config = ConfigDict(config.to_dict())
-  config.guidance.update({"scale": 1.0, "plus_plus": False, "threshold": 0.0})
-  count = _count(config, held_out)
+  experiment = experiment.changed(guidance="classifier_free")
+  count = _count(experiment, held_out)
   chosen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:count])
   inputs: dict[str, np.ndarray] = {"x_0": images.from_uint8(chosen["image"])}
-  if config.network.num_classes:
-    inputs["classes"] = chosen["label"]
-  config.sampling.batch_size = min(c.batch_size, count) * mesh.size
+  inputs |= {name: chosen[name] for name in experiment.model.conditions}
+  experiment = drawing.batches_of(experiment, min(c.batch_size, count) * mesh.size)
   found = {}
   for kind in c.likelihood:
     identity = {
@@ -98,24 +106,25 @@ def evaluate(
         c.probes,
         c.probe_noise,
         c.likelihood_tolerance,
-        config.sampling.variance,
-        config.sampling.clip,
+        c.bound_variance,
+        experiment.tree.values["sampling"]["clip"],
       ],
-      "model": json.loads(json.dumps({name: config[name].to_dict() for name in ("process", "network")})),
+      "model": json.loads(json.dumps(experiment.values("model"))),
       # With their classes: these follow from the names of folders, which may change.
       "images": metrics.digest(*inputs.values()),
       "version": ddpm_jax.__version__,
     }
-    values = _rows(config, folder, mesh, weights, kind, identity, inputs, count, seed)
+    values = _rows(experiment, folder, mesh, parameters, weights, kind, identity, inputs, count, seed)
     if values is not None:
-      found[kind] = _summary(config, kind, values)
+      found[kind] = _summary(experiment, kind, values)
   return found
 
 
 def _rows(
-  config: ConfigDict,
+  experiment: Experiment,
   folder: Path,
   mesh: jax.sharding.Mesh,
+  parameters: Parameters,
   weights: Weights,
   kind: str,
   identity: dict[str, Any],
@@ -124,7 +133,7 @@ def _rows(
   seed: int,
 ) -> np.ndarray | None:
   """What is known of each image [N, W], in the first process; what was computed before is not computed again."""
-  function, width = _function(config, mesh, kind)
+  function, width = _function(experiment, mesh, kind)
   array = None
   if parallel.is_main():
     path, damaged = folder / "likelihood" / kind, workdir.damaged_folder(folder)
@@ -133,7 +142,7 @@ def _rows(
   if done < count:
     say(f"{_TITLES[kind]} of {count:,} held-out images by the {weights.name} weights ...")
     parts = drawing.in_batches(
-      config, function, weights.params, seed, count, inputs, {}, start=done, what=f"likelihood ({kind})"
+      experiment, function, parameters, seed, count, inputs, start=done, what=f"likelihood ({kind})"
     )
     for values in parts:
       if array is not None:
@@ -141,39 +150,39 @@ def _rows(
   return None if array is None else array.finish()
 
 
-def _function(config: ConfigDict, mesh: jax.sharding.Mesh, kind: str) -> tuple[Callable, int]:
-  """`function(params, seed, first, inputs, guiding) -> [B, W]`, and W."""
-  c, process = config.evaluation, build.build_process(config)
+def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tuple[Callable, int]:
+  """`function(parameters, seed, first, inputs) -> [B, W]`, and W."""
+  c, process = experiment.evaluation, experiment.model.process
 
-  def bound(keys, denoise, inputs):
-    limited = build.bound(config, denoise)
+  def bound(keys, denoise, inputs, parameters):
+    limited = programs.clipped(experiment, denoise)
     found = likelihood.variational_bound(
-      keys, process, limited, inputs["x_0"], variance=config.sampling.variance, draws=c.bound_draws or None
+      keys, process, limited, inputs["x_0"], variance=c.bound_variance, draws=c.bound_draws or None
     )
     sums = jnp.stack([found.bits, found.prior, found.decoder], 1)
     return sums if c.bound_draws else jnp.concatenate([sums, found.terms], 1)
 
-  def ode(keys, denoise, inputs):
-    # Networks of a config know backward derivatives alone on a CPU (`build.model.build_apply`).
+  def ode(keys, denoise, inputs, parameters):
+    # Networks know backward derivatives alone on a CPU (`models.networks.of_linen`).
     options = {"exact": not c.probes, "probes": max(c.probes, 1), "noise": c.probe_noise}
     options["reverse"] = jax.default_backend() == "cpu"
     tolerance = c.likelihood_tolerance
     found = likelihood.ode_bits(keys, process, denoise, inputs["x_0"], rtol=tolerance, atol=tolerance, **options)
     return jnp.stack([found.bits, found.nfe.astype(jnp.float32)], 1)
 
-  def continuous(keys, denoise, inputs):
+  def continuous(keys, denoise, inputs, parameters):
     found = likelihood.continuous_bound(keys, process, denoise, inputs["x_0"])
     return jnp.stack([found.bits, found.prior, found.decoder], 1)
 
   steps = 0 if c.bound_draws else process.num_steps or 0
   functions = {"bound": (bound, 3 + steps), "ode": (ode, 2), "continuous": (continuous, 3)}
   draw, width = functions[kind]
-  return build.compile_draw(config, mesh, build.Guides(), draw), width
+  return programs.compiled(experiment, mesh, Guides(), draw), width
 
 
-def _summary(config: ConfigDict, kind: str, values: np.ndarray) -> dict[str, Any]:
+def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:
   """Means over images, and the standard error of that of the bits; a bound also has `terms` [N]."""
-  c, values = config.evaluation, values.astype(np.float64)
+  c, values = experiment.evaluation, values.astype(np.float64)
   lost = int(np.count_nonzero(~np.isfinite(values[:, 0])))
   if lost:
     raise FloatingPointError(
@@ -196,7 +205,7 @@ def _summary(config: ConfigDict, kind: str, values: np.ndarray) -> dict[str, Any
   else:
     found |= {"prior": float(values[:, 1].mean()), "decoder": float(values[:, 2].mean())}
   if kind == "bound":
-    found |= {"variance": config.sampling.variance, "draws": c.bound_draws or "all"}
+    found |= {"variance": c.bound_variance, "draws": c.bound_draws or "all"}
     if not c.bound_draws:
       found["terms"] = values[:, 3:].mean(0)
   return found

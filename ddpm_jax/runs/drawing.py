@@ -235,6 +235,12 @@ def inputs_of(experiment: Experiment, count: int, source: data.Source, counts: n
   }
 
 
+def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | None:
+  """Return how many data of each class there are [number], or None if the task has no classes or it is not known."""
+  condition = experiment.task.classes(experiment)
+  return None if condition is None else data.label_counts(source, _number(condition))
+
+
 def draw(
   experiment: Experiment,
   generate: Callable,

@@ -1,17 +1,18 @@
 """Editing a user's images with a run's model."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from ddpm_jax import build, data, editing, files, images, parallel, pretrained, workdir
-from ddpm_jax.runs import drawing
-from ddpm_jax.runs.model import Choice, say, trained
+from ddpm_jax import data, editing, files, images, parallel, workdir
+from ddpm_jax.config import Experiment
+from ddpm_jax.models.guided import NEGATIVE, is_neutral
+from ddpm_jax.runs import drawing, edits, limits
+from ddpm_jax.runs.model import Choice, say
+from ddpm_jax.runs.starts import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, steer
 
 # Rows of a picture; the arrays hold all.
@@ -22,7 +23,7 @@ class Edit(NamedTuple):
   """What to do to which images.
 
   Attributes:
-    task: one of `build.TASKS`.
+    task: one of `edits.TASKS`.
     source: an image, a folder of images or an .npz file.
     mask: to inpaint: an image that is white where it is to be painted.
     results: how many each image gets.
@@ -35,14 +36,15 @@ class Edit(NamedTuple):
 
 
 def run_edit(
-  config: ConfigDict,
+  experiment: Experiment,
   folder: Path,
   edit: Edit,
   *,
   seed: int,
   choice: Choice,
   steering: Steering = Steering(),  # noqa: B008, a constant
-  model: pretrained.Pretrained | None = None,
+  scale: float | None = None,
+  model: Pretrained | None = None,
 ) -> None:
   """Edits images with a run's model, or a pretrained one, into edits/: an .npz of inputs and results, and a picture of both.
 
@@ -63,104 +65,114 @@ def run_edit(
       " to be painted, and none for other tasks."
     )
   mesh = parallel.make_mesh()
-  config = trained(config, folder) if model is None else ConfigDict(config.to_dict())
-  method = build.check_edit(config, edit.task)
-  given = _read(config, edit)
-  inputs = _inputs(config, edit, given)
+  experiment, method = edits.with_method(experiment, edit.task)
+  given = _read(experiment, edit)
+  inputs = _inputs(experiment, edit, given)
   rows = len(inputs["image"])
-  frames = config.editing.frames if edit.task == "interpolate" else 1
+  frames = experiment.editing.frames if edit.task == "interpolate" else 1
   many = f"--num_samples={edit.results}{f' and config.editing.frames={frames}' if frames > 1 else ''} for each of {rows} inputs"
   # Results are kept in float32.
-  build.check_images(config, 4 * rows * edit.results * frames, many)
-  guided = _steer(config, mesh, steering, rows, edit.results)
+  limits.check_images(experiment.model.data_shape, 4 * rows * edit.results * frames, many)
+  guided = _steer(experiment, mesh, steering, rows, edit.results, scale)
+  experiment = guided.experiment
   inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
-  drawing.fit_batch(config, mesh, rows * edit.results, slow=model is not None)
-  negative = "negative" in guided.inputs
-  function = build.build_edit(config, mesh, edit.task, guided.guides, given.images.shape[1], negative=negative)
+  experiment = drawing.fit_batch(experiment, mesh, rows * edit.results, slow=model is not None)
+  negative = any(name.startswith(NEGATIVE) for name in guided.inputs)
+  factor = experiment.model.data_shape[0] // given.images.shape[1]
+  function = edits.edit(experiment, mesh, edit.task, guided.guides, factor, negative=negative)
   workdir.check_writable(folder)
-  params = drawing.load_params(config, folder, mesh, choice, model)
-  how = f" by {method}" if method and not config.superres.factor else ""
-  say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {config.sampling.sampler} ...")
+  parameters = drawing.load_parameters(experiment, folder, mesh, choice, model)._replace(guides=guided.load())
+  how = f" by {method}" if method and drawing.enlarged(experiment) is None else ""
+  say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
   total = rows * edit.results
-  parts = list(drawing.in_batches(config, function, params, seed, total, {**inputs, **guided.inputs}, guided.load()))
+  parts = list(drawing.in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
   found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-  drawing.check_finite(config, found["output"])
-  _write(config, folder / "edits", edit, f"{edit.task}{f'_{method}' if how else ''}_seed{seed}", given, inputs, found)
+  drawing.check_finite(experiment, found["output"])
+  _write(experiment, folder / "edits", edit, f"{edit.task}{f'_{method}' if how else ''}_seed{seed}", given, inputs, found)
   parallel.wait_for_all("done")
 
 
-def reversible(config: ConfigDict) -> ConfigDict:
-  """The config, with DDIM if its own sampler adds noise, which encodes nothing, as what samples best often does."""
-  if build.build_step_rule(config).reversible:
-    return config
-  say(f"to encode images: ddim in place of {config.sampling.sampler}")
-  config = ConfigDict(config.to_dict())
-  config.sampling.update({"sampler": "ddim", "eta": 0.0, "corrector_steps": 0})
-  return config
+def reversible(experiment: Experiment) -> Experiment:
+  """Return the experiment, with DDIM if its own sampler adds noise, which encodes nothing, as what samples best often does."""
+  if experiment.sampler.reversible:
+    return experiment
+  say(f"to encode images: ddim in place of {experiment.sampler_name}")
+  return experiment.changed(sampler="ddim")
 
 
-def _read(config: ConfigDict, edit: Edit) -> data.Inputs:
-  size, _, channels = build.image_shape(config)
+def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
+  height, width, channels = experiment.model.data_shape
+  low = drawing.enlarged(experiment)
+  space: tuple[int, int] | None = (height, width)
   if edit.task == "superres":
-    size = build.low_size(config) if config.superres.factor else 0
+    shape = None if low is None else drawing.low_shape(experiment, low)
+    space = None if shape is None else (shape[0], shape[1])
   assert edit.source is not None
-  given = data.read_inputs(edit.source, size, channels)
+  given = data.read_inputs(edit.source, space, channels)
+  high, wide = given.images.shape[1:3]
   if given.resized:
-    say(f"{given.resized:,} of {len(given.images):,} images were not of {size}x{size}, and were resized and cropped")
-  side = given.images.shape[1]
-  if edit.task == "superres" and (config.data.image_size % side or side == config.data.image_size):
+    say(f"{given.resized:,} of {len(given.images):,} images were not of {wide}x{high}, and were resized and cropped")
+  factor = height // high
+  if edit.task == "superres" and (factor < 2 or (high * factor, wide * factor) != (height, width)):
+    such = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
     raise ValueError(
-      f"Got images of {side}x{side} to enlarge with a model of {config.data.image_size}x{config.data.image_size}; wanted a size that"
-      f" divides it, such as {config.data.image_size // 2}. Resize them first."
+      f"Got images of {wide}x{high} to enlarge with a model of {width}x{height}; wanted a size of which that is a multiple{such}. Resize"
+      " them first."
     )
   if edit.task == "interpolate" and len(given.images) < 2:
     raise ValueError("Got one image to interpolate; wanted two or more, each of which leads to the next.")
   return given
 
 
-def _inputs(config: ConfigDict, edit: Edit, given: data.Inputs) -> drawing.Inputs:
-  x = images.from_uint8(given.images)
+def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> drawing.Inputs:
+  x, low = images.from_uint8(given.images), drawing.enlarged(experiment)
   if edit.task == "inpaint":
-    painted = data.read_mask(edit.mask, config.data.image_size)
+    painted = data.read_mask(edit.mask, experiment.model.data_shape[:2])
     return {"image": x, "keep": np.broadcast_to(~painted, (len(x), *painted.shape))}
   if edit.task == "interpolate":
     return {"image": x[:-1], "other": x[1:]}
   if edit.task == "colorize":
     return {"image": np.asarray(editing.grey(jnp.asarray(x)))}
-  if config.superres.factor:
-    return {"image": x, "low": x}
-  return {"image": x}
+  return {"image": x} if low is None else {"image": x, low: x}
 
 
-def _steer(config: ConfigDict, mesh: jax.sharding.Mesh, steering: Steering, rows: int, count: int) -> Guided:
-  """As in sampling; but an image is of no class unless labels say so."""
-  for name in ("labels", "negative"):
-    given: Sequence[int] | None = getattr(steering, name)
-    if given is not None and len(given) not in (1, rows):
-      raise ValueError(f"Got {len(given)} {name} for {rows} image(s) or pair(s); wanted one, or one for each.")
-    if given is not None:
-      each = list(given) * (rows if len(given) == 1 else 1)
-      values = [label for label in each for _ in range(count)]
-      steering = steering._replace(labels=values) if name == "labels" else steering._replace(negative=values)
-  if steering.labels is not None:
-    return steer(config, mesh, steering, rows * count)
-  if steering.classifier is not None:
-    raise ValueError("Got --classifier without --labels; wanted the class of each image, which it guides to.")
-  if not config.network.num_classes:
-    return steer(config, mesh, steering, rows * count)
-  if config.guidance.scale != 1 or steering.negative is not None:
-    raise ValueError("Got guidance without --labels; wanted the class of each image, such as --labels=3.")
-  if not config.loss.label_dropout:
-    raise ValueError(
-      "Got no --labels for a model that was trained with a class for every image; wanted one for each image, such as --labels=3."
-    )
-  guided = steer(config, mesh, steering, rows * count)
-  none = np.full(rows * count, config.network.num_classes, np.int32)
-  return guided._replace(inputs={**guided.inputs, "classes": none})
+def _steer(
+  experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, count: int, scale: float | None
+) -> Guided:
+  """As in sampling; but an image is of no class unless somebody says so."""
+  model = experiment.model
+  for field in ("given", "negative"):
+    each = {}
+    for name, words in getattr(steering, field).items():
+      if len(words) not in (1, rows):
+        raise ValueError(f"Got {len(words)} {name} for {rows} image(s) or pair(s); wanted one, or one for each.")
+      each[name] = [word for word in list(words) * (rows if len(words) == 1 else 1) for _ in range(count)]
+    steering = steering._replace(**{field: each})
+  asked = [name for name, one in model.conditions.items() if one.of_data is None]
+  missing = [name for name in asked if name not in steering.given]
+  if steering.classifier is not None and "classes" not in steering.given:
+    raise ValueError("Got --classifier without --classes; wanted the class of each image, which it guides to.")
+  if not missing:
+    return steer(experiment, mesh, steering, rows * count, scale)
+  if not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative:
+    raise ValueError(f"Got guidance without --{missing[0]}; wanted that of each image, such as --{missing[0]}=3.")
+  for name in missing:
+    if model.conditions[name].null is None:
+      raise ValueError(
+        f"Got no --{name} for a model that was trained with {name} for every image; wanted one for each image, such as --{name}=3."
+      )
+  found = steer(experiment, mesh, steering, rows * count, scale)
+  none = {}
+  for name in missing:
+    null = model.conditions[name].null
+    assert null is not None
+    value = np.asarray(null(None))
+    none[name] = np.broadcast_to(value, (rows * count, *value.shape)).copy()
+  return found._replace(inputs={**found.inputs, **none})
 
 
 def _write(
-  config: ConfigDict,
+  experiment: Experiment,
   folder: Path,
   edit: Edit,
   name: str,
@@ -170,7 +182,9 @@ def _write(
 ) -> None:
   if not parallel.is_main():
     return
-  output = images.to_uint8(found["output"])
+  show = experiment.model.codec.show
+  output = found["output"]
+  output = show(output.reshape(-1, *experiment.model.data_shape)).reshape(*output.shape[: output.ndim - 3], *output.shape[-3:])
   arrays = {
     "input": given.images,
     "names": np.array(given.names),
@@ -184,7 +198,7 @@ def _write(
   everything: dict[str, Any] = {**arrays}
   with files.writing(f"{path}.npz") as temporary:
     np.savez_compressed(temporary, **everything)
-  pictures, columns = _picture(config, edit, given.images, inputs, found, output)
+  pictures, columns = _picture(experiment, edit, given.images, inputs, found, output)
   images.save_grid(f"{path}.png", pictures, columns)
   say(f"arrays       {path}.npz\npicture      {path}.png")
   if len(output) // edit.results > _ROWS:
@@ -192,7 +206,7 @@ def _write(
 
 
 def _picture(
-  config: ConfigDict,
+  experiment: Experiment,
   edit: Edit,
   originals: np.ndarray,
   inputs: drawing.Inputs,
@@ -200,8 +214,9 @@ def _picture(
   output: np.ndarray,
 ) -> tuple[np.ndarray, int]:
   """A row for each image: the input, what is known of it or was found on the way, the results."""
-  size, channels = config.data.image_size, config.data.channels
-  first = originals.repeat(size // originals.shape[1], 1).repeat(size // originals.shape[1], 2)
+  height, _, channels = experiment.model.data_shape
+  factor = height // originals.shape[1]
+  first = originals.repeat(factor, 1).repeat(factor, 2)
   if edit.task == "interpolate":
     rows = [
       np.concatenate([first[i : i + 1], frames, first[i + 1 : i + 2]])

@@ -2,44 +2,35 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
-from ml_collections import ConfigDict
-
-from ddpm_jax import build, parallel, workdir
-from ddpm_jax.runs import classifying, model, scoring
-
-
-def kind_of(config: ConfigDict) -> ModuleType:
-  """What looks at models of the config's task, and scores them: a module with `check`, `preview` and `Judge`."""
-  return classifying if build.classifies(config) else scoring
+from ddpm_jax import parallel, workdir
+from ddpm_jax.config import Experiment
+from ddpm_jax.runs import limits, model, reading
 
 
 def run_eval(
-  config: ConfigDict, folder: Path, *, seed: int, choice: model.Choice, variants: Sequence[scoring.Variant] = ()
+  experiment: Experiment, folder: Path, *, seed: int, choice: model.Choice, variants: Sequence[Experiment] = ()
 ) -> None:
-  """Scores samples of a run's weights, or a classifier's answers, into eval.json, and reports them; what was interrupted goes on.
+  """Score a run's weights into eval.json, and report the scores; what was interrupted goes on.
 
   Args:
-    config: the run's.
+    experiment: the run's.
     folder: its folder.
-    seed: of the samples.
+    seed: of what is drawn.
     choice: of the weights.
-    variants: samplers and their numbers of steps, the headline last; the config's own by default.
+    variants: the experiment with other samplers and numbers of steps, the headline last; itself alone by default.
 
   Raises:
-    ValueError: if there is no checkpoint, or the config does not allow it.
+    ValueError: if there is no checkpoint, or the experiment does not allow it.
   """
-  mesh, config = parallel.make_mesh(), model.trained(config, folder)
-  kind = kind_of(config)
-  kind.check(config, mesh)
-  build.check_evaluation(config, list(mesh.devices.flat), folder)
-  for variant in variants:
-    build.build_sampler(variant.of(config))
-  source, held_out = build.build_data(config)
-  judge = kind.Judge(config, folder, mesh, source, held_out)
+  mesh, task = parallel.make_mesh(), experiment.task
+  for variant in variants or (experiment,):
+    task.check(variant, mesh)
+  limits.check_evaluation(experiment, list(mesh.devices.flat), folder)
+  source, held_out = reading.read_data(experiment)
+  judge = task.judge(experiment, folder, mesh, source, held_out)
   judge.check_scores()
   workdir.check_writable(folder)
-  weights = model.load_weights(config, folder, mesh, choice)
+  weights = model.load_weights(experiment, folder, mesh, choice)
   judge.run(weights, seed, variants)
   parallel.wait_for_all("done")

@@ -2,25 +2,35 @@
 
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from ddpm_jax import parallel, pretrained
+from ddpm_jax import interop, parallel
+from ddpm_jax.config import Experiment
 from ddpm_jax.runs import model
 
+# What a model card says of scores.
+_SCORES = ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
 
-def run_export(config: ConfigDict, folder: Path, output: Path, choice: model.Choice) -> None:
-  """Writes the model of a run as a folder that diffusers opens.
+
+def run_export(experiment: Experiment, folder: Path, output: Path, choice: model.Choice) -> None:
+  """Write the model of a run as a folder that diffusers opens, with its config and its scores on the model card.
 
   Raises:
-    ValueError: if there is no checkpoint, diffusers cannot express the model, or the output folder is not empty.
+    ValueError: if diffusers cannot express the model, or the output folder is not empty.
   """
-  config = model.trained(config, folder)
-  pretrained.check_exportable(config)
-  pretrained.check_output(output)
-  weights = model.load_weights(config, folder, parallel.make_mesh(), choice)
+  experiment.task.check_draws("the model")
+  interop.diffusers.check_exportable(experiment.model)
+  interop.diffusers.check_output(output)
+  weights = model.load_weights(experiment, folder, parallel.make_mesh(), choice)
   if parallel.is_main():
-    scores = model.read_scores(folder)
-    pretrained.export(config, output, weights.params, step=weights.step, weights=weights.name, evaluated=scores)
+    found, clip = model.read_scores(folder), experiment.sampling.clip
+    interop.diffusers.save(
+      output,
+      experiment.model,
+      weights.params,
+      clip=getattr(clip, "keywords", {}).get("high"),
+      variance=experiment.tree.values["sampler"].get("variance", "large"),
+      config={"step": weights.step, "weights": weights.name} | experiment.tree.values,
+      scores={key: found[key] for key in _SCORES} if found and "scores" in found else None,
+    )
   model.say(
     f"model        {output} ({weights.name} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}"
   )

@@ -164,7 +164,7 @@ def load_weights(experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, 
   Raises:
     ValueError: if there are none such, or the choice contradicts itself.
   """
-  frozen = jax.eval_shape(functools.partial(stepping.load_frozen, experiment)) if experiment.objective.load else None
+  frozen = stepping.frozen_shapes(experiment, mesh) if experiment.objective.load else None
   _, template = make_state(experiment, mesh, frozen)
   items = items_of(parallel.abstract(template, parallel.replicated(mesh)))
   if choice.length is not None:

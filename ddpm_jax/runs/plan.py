@@ -3,17 +3,17 @@
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from ddpm_jax import build, parallel, plan, startup, topology, train
-from ddpm_jax.runs import model
+from ddpm_jax import parallel, plan, startup, topology, train
+from ddpm_jax.config import Experiment
+from ddpm_jax.runs import model, scoring, stepping
 
 
-def run_plan(config: ConfigDict, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
+def run_plan(experiment: Experiment, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
   """Compiles the train step for a TPU slice, or for devices of this machine, and prints what it needs.
 
   Args:
-    config: the config; neither its data nor a run are touched.
+    experiment: what is trained; neither its data nor a run are touched.
     topology_name: a TPU slice, such as "v5e:4x4"; None for this machine.
     num_devices: how many of this machine's devices, or of its CPU taken for as many; None for all there are.
 
@@ -29,31 +29,32 @@ def run_plan(config: ConfigDict, *, topology_name: str | None, num_devices: int 
   else:
     startup.start_devices()
     devices = jax.devices()
-  mesh, shapes, batch = _layout(config, devices)
-  step = parallel.jit_step(build.build_step(config, mesh), mesh, shapes)
+  mesh, shapes, batch, frozen = _layout(experiment, devices)
+  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, frozen)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
   model.say(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
   with model.patience("compiling the train step"):
-    traced = step.trace(shapes, batch)
+    traced = step.trace(shapes, batch, *(() if frozen is None else (frozen,)))
     compiled = plan.compile_step(traced, devices)
   found = plan.make_plan(
     traced,
     compiled,
     params=shapes.params,
     state=shapes,
-    batch_size=config.training.batch_size,
+    batch_size=experiment.training.batch_size,
     devices=devices,
-    dtype=config.network.dtype,
+    dtype=scoring.dtype_of(experiment),
   )
   model.say(f"\n{plan.table(found)}")
   return found
 
 
-def _layout(config: ConfigDict, devices: list[Any]) -> tuple[jax.sharding.Mesh, train.TrainState, Any]:
-  """The mesh, and the shapes of a state and a batch laid out on it."""
-  c = config.training
-  mesh = parallel.make_mesh(config.parallel.data, config.parallel.fsdp, devices)
+def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, train.TrainState, Any, Any]:
+  """The mesh, and the shapes of a state, a batch and the frozen parameters laid out on it."""
+  c = experiment.training
+  mesh = parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
   parallel.check_batch(c.batch_size, mesh.size)
   train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
-  _, shapes = model.make_state(config, build.build_optimizer(config), mesh)
-  return mesh, shapes, build.batch_shapes(config, c.batch_size)
+  frozen = stepping.frozen_shapes(experiment, mesh)
+  _, shapes = model.make_state(experiment, mesh, frozen)
+  return mesh, shapes, stepping.batch_shapes(experiment, c.batch_size), frozen

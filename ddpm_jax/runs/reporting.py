@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from ddpm_jax import build, data, evaluate, images, metrics, records
+from ddpm_jax import config, data, evaluate, metrics, records
 from ddpm_jax import report as page
-from ddpm_jax.runs import drawing
-from ddpm_jax.runs.model import Weights
+from ddpm_jax.config import Experiment
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.runs import drawing, programs
 
 # Samples whose way from noise to data is shown, and frames of it.
 SHOWN = 8
@@ -34,14 +34,14 @@ class Denoising(NamedTuple):
 
 
 def denoising(
-  config: ConfigDict, mesh: jax.sharding.Mesh, weights: Weights, inputs: drawing.Inputs, seed: int
+  experiment: Experiment, mesh: jax.sharding.Mesh, parameters: Parameters, inputs: drawing.Inputs, seed: int
 ) -> Denoising:
   """The way of the first samples of a seed by the sampler of previews."""
-  config = build.of_previews(config)
-  config.sampling.batch_size = -(-SHOWN // mesh.size) * mesh.size
-  function, times = build.build_denoising(config, mesh, _FRAMES)
-  parts = [np.asarray(x) for x in drawing.in_batches(config, function, weights.params, seed, SHOWN, inputs, {})]
-  return Denoising(images.to_uint8(np.moveaxis(np.concatenate(parts), 1, 0)), times)
+  experiment = drawing.batches_of(experiment, -(-SHOWN // mesh.size) * mesh.size)
+  function, times = programs.denoising(experiment, mesh, _FRAMES)
+  parts = [np.asarray(x) for x in drawing.in_batches(experiment, function, parameters, seed, SHOWN, inputs)]
+  frames = np.moveaxis(np.concatenate(parts), 1, 0)
+  return Denoising(np.stack([experiment.model.codec.show(frame) for frame in frames]), times)
 
 
 def neighbours(
@@ -70,7 +70,7 @@ def neighbours(
 
 
 def content(
-  config: ConfigDict,
+  experiment: Experiment,
   folder: Path,
   report: dict[str, Any],
   samples: np.ndarray,
@@ -80,7 +80,7 @@ def content(
   nearest: page.Neighbours | None,
 ) -> page.Content:
   """All that the page shows."""
-  process = build.build_process(config)
+  process, tree = experiment.model.process, experiment.tree
   t = np.linspace(process.t_min, process.t_max, _CURVE)
   schedule = {"t": t} | {
     name: np.asarray(getattr(process, name)(jnp.asarray(t, jnp.float32))) for name in ("alpha", "sigma", "log_snr")
@@ -89,10 +89,9 @@ def content(
     ("run", str(folder)),
     (
       "data",
-      f"{config.data.source if config.data.source != 'tfds' else config.data.name}, {'x'.join(map(str, build.image_shape(config)))}",
+      f"{_source(experiment)}, {'x'.join(map(str, experiment.model.data_shape))}",
     ),
-    ("process", config.process.name),
-    ("prediction", config.prediction),
+    *_parts(experiment),
     ("weights", f"{report['weights']}, step {report['step']:,}"),
     ("sampler", f"{report['sampling']['sampler']}, {report['sampling']['nfe']:,} network evaluations"),
     ("samples", f"{report['num_samples']:,}"),
@@ -101,7 +100,7 @@ def content(
     title=folder.name,
     facts=facts,
     evaluation=report,
-    config=json.loads(json.dumps(config.to_dict())),
+    config=json.loads(json.dumps(tree.values)),
     samples=samples,
     labels=labels,
     denoising=way.states,
@@ -118,3 +117,15 @@ def write(folder: Path, shown: page.Content) -> Path:
   path = folder / "report.html"
   page.write(path, shown)
   return path
+
+
+def _source(experiment: Experiment) -> str:
+  source = experiment.tree.values["data"]["source"]
+  name = config.short_name(experiment.tree, "data.source")
+  return source["name"] if name == "tfds" else name
+
+
+def _parts(experiment: Experiment) -> list[tuple[str, str]]:
+  """Return the names of the process and the prediction, of a model that is made of parts."""
+  parts = experiment.tree.values["model"]
+  return [(name, config.short_name(experiment.tree, f"model.{name}")) for name in ("process", "prediction") if name in parts]

@@ -9,80 +9,63 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 import ddpm_jax
-from ddpm_jax import build, data, evaluate, images, metrics, parallel, rows, workdir
-from ddpm_jax.runs import bits, drawing, model, reporting
-from ddpm_jax.runs.drawing import Inputs, check, preview
+from ddpm_jax import data, evaluate, metrics, parallel, rows, workdir
+from ddpm_jax.config import Experiment
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.runs import bits, drawing, model, programs, reporting, spaces
+from ddpm_jax.runs.drawing import Inputs
 from ddpm_jax.runs.model import Weights, say
-
-__all__ = ["Judge", "check", "preview"]
 
 PyTree = Any
 _READ = 512
-# What images follow from, and what they do not, of a config.
-_MODEL = ("process", "prediction", "learned_variance", "sigma_data", "superres", "sampling", "guidance", "network")
-_FREE = ("batch_size", "preview_steps", "dropout", "remat")
-
-
-class Variant(NamedTuple):
-  """A sampler, and its steps."""
-
-  sampler: str
-  num_steps: int
-
-  def of(self, config: ConfigDict) -> ConfigDict:
-    """The config with these."""
-    config = ConfigDict(config.to_dict())
-    config.sampling.update(self._asdict())
-    return config
 
 
 class Drawn(NamedTuple):
   """Samples of a variant: uint8 [N, H, W, C] (None but in the first process), their labels, and network evaluations of each at most."""
 
-  config: ConfigDict
+  experiment: Experiment
   samples: np.ndarray | None
   labels: np.ndarray | None
   nfe: int
 
 
 class Judge:
-  """Scores weights of a config's model; whatever cannot be done is refused when it is made.
+  """Scores weights of an experiment's model; whatever cannot be done is refused when it is made.
 
   Args:
-    config: the run's.
+    experiment: the run's.
     folder: its folder.
     mesh: of all devices.
     source: the training images.
     held_out: other images; None if there are none.
 
   Raises:
-    ValueError: if the features, the reference or the scores that the config asks for cannot be had.
+    ValueError: if the features, the reference or the scores that the experiment asks for cannot be had.
   """
 
   def __init__(
     self,
-    config: ConfigDict,
+    experiment: Experiment,
     folder: Path,
     mesh: jax.sharding.Mesh,
     source: data.Source,
     held_out: data.Source | None,
   ):
-    c = config.evaluation
-    self.config, self.folder, self.mesh, self.source, self.held_out = config, folder, mesh, source, held_out
-    bits.check(config, held_out)
-    self._space = build.build_space(config, source, held_out, folder / "classifier.safetensors")
-    self._reference = build.build_reference(config, self._space, source, held_out)
+    c = experiment.evaluation
+    self.experiment, self.folder, self.mesh, self.source, self.held_out = experiment, folder, mesh, source, held_out
+    bits.check(experiment, held_out)
+    self._space = spaces.build_space(experiment, source, held_out, folder / "classifier.safetensors")
+    self._reference = spaces.build_reference(experiment, self._space, source, held_out)
     self._quick: Callable | None = None
     if self._reference is not None:
-      self._settings = build.build_settings(config, self._space, self._reference, c.num_samples)
+      self._settings = spaces.build_settings(experiment, self._space, self._reference, c.num_samples)
     if c.every:
       self.check_scores()
       assert self._reference is not None
-      self._quick_settings = build.build_settings(config, self._space, self._reference, self._quick_count)
-      self._quick = build.build_generate(config, mesh)
+      self._quick_settings = spaces.build_settings(experiment, self._space, self._reference, self._quick_count)
+      self._quick = programs.generate(experiment, mesh)
 
   def check_scores(self) -> None:
     """Raises a ValueError if there is nothing to score against."""
@@ -103,7 +86,7 @@ class Judge:
 
   @property
   def _quick_count(self) -> int:
-    return self.config.evaluation.every_samples or self.config.evaluation.num_samples
+    return self.experiment.evaluation.every_samples or self.experiment.evaluation.num_samples
 
   @functools.cached_property
   def space(self) -> metrics.FeatureSpace:
@@ -113,7 +96,7 @@ class Judge:
   @functools.cached_property
   def extract(self) -> evaluate.Extract:
     """Images to features, over this process's devices."""
-    return metrics.extractor(self.space, self.config.evaluation.batch_size)
+    return metrics.extractor(self.space, self.experiment.evaluation.batch_size)
 
   @functools.cached_property
   def _real(self) -> evaluate.Summary:
@@ -132,32 +115,33 @@ class Judge:
     summary = evaluate.summarize(self.extract, parts, len(samples), settings)
     return evaluate.score(summary, self._real, settings, evaluate.names_of(self.space))
 
-  def on_the_way(self, params: PyTree) -> evaluate.Scores:
+  def on_the_way(self, parameters: Parameters) -> evaluate.Scores:
     """Scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
     assert self._quick is not None
-    count, config = self._quick_count, self.config
-    samples, _ = drawing.draw(config, self._quick, params, config.seed, count, self._inputs(count))
+    count, experiment = self._quick_count, self.experiment
+    samples, _ = drawing.draw(experiment, self._quick, parameters, experiment.seed, count, self._inputs(count))
     return {f"eval/{name}": value for name, value in self.scores(samples, self._quick_settings).items()}
 
   def _inputs(self, count: int) -> Inputs:
     # As common as in the data, with whose images the samples are compared.
-    counts = data.label_counts(self.source, self.config.network.num_classes)
-    return drawing.inputs_of(self.config, count, self.source if self.held_out is None else self.held_out, counts)
+    counts = drawing.class_counts(self.experiment, self.source)
+    source = self.source if self.held_out is None else self.held_out
+    return drawing.inputs_of(self.experiment, count, source, counts)
 
-  def run(self, weights: Weights, seed: int, variants: Sequence[Variant] = ()) -> None:
+  def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Samples of some weights into samples/, their scores into eval.json and report.html; the last variant is the headline."""
     start = time.perf_counter()
-    own = Variant(self.config.sampling.sampler, self.config.sampling.num_steps)
-    variants = list(variants) or [own]
+    variants = list(variants) or [self.experiment]
     whole = parallel.whole(self.mesh, weights.params)
     weights = weights._replace(params=whole)
     sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get(whole))))
+    parameters = Parameters(whole, self.experiment.model.load_frozen())
     drawn = [
-      self._draw(variant, weights, sha256, seed, "final" if variant == variants[-1] else _name(variant, seed))
+      self._draw(variant, parameters, weights, sha256, seed, "final" if variant is variants[-1] else _name(variant, seed))
       for variant in variants
     ]
-    likelihood = bits.evaluate(self.config, self.folder, self.mesh, weights, sha256, self.held_out, seed)
-    denoising = self._denoising(weights, seed) if self.config.evaluation.report else None
+    likelihood = bits.evaluate(self.experiment, self.folder, self.mesh, parameters, weights, sha256, self.held_out, seed)
+    denoising = self._denoising(parameters, seed) if self.experiment.evaluation.report else None
     if not parallel.is_main():
       return
     last = drawn[-1]
@@ -174,7 +158,7 @@ class Judge:
         rows_of = {**curve, "real images (floor)": report["scores"]["floor"]}
       say(f"\n{self.space.name} features, {report['num_samples']:,} samples against {report['reference']}")
       say(evaluate.table(rows_of))
-      if "frechet" not in self._settings.scores and not self.config.evaluation.scores:
+      if "frechet" not in self._settings.scores and not self.experiment.evaluation.scores:
         say(
           f"no Frechet distance: {self._space.dimensions:,} dimensions want more samples and reference images than that"
           " (config.evaluation.num_samples, allow_singular), or other features"
@@ -183,55 +167,62 @@ class Judge:
     if denoising is not None:
       nearest = reporting.neighbours(self.extract, last.samples, self.source, self.held_out)
       shown = reporting.content(
-        self.config, self.folder, report, last.samples, last.labels, denoising, bits.terms(likelihood), nearest
+        self.experiment, self.folder, report, last.samples, last.labels, denoising, bits.terms(likelihood), nearest
       )
       say(f"report       {reporting.write(self.folder, shown)}")
 
-  def _denoising(self, weights: Weights, seed: int) -> reporting.Denoising:
-    return reporting.denoising(self.config, self.mesh, weights, self._inputs(reporting.SHOWN), seed)
+  def _denoising(self, parameters: Parameters, seed: int) -> reporting.Denoising:
+    return reporting.denoising(self.experiment, self.mesh, parameters, self._inputs(reporting.SHOWN), seed)
 
-  def _draw(self, variant: Variant, weights: Weights, sha256: str, seed: int, name: str) -> Drawn:
-    count, batch = self.config.evaluation.num_samples, self.config.evaluation.batch_size
-    config = variant.of(self.config)
+  def _draw(
+    self, variant: Experiment, parameters: Parameters, weights: Weights, sha256: str, seed: int, name: str
+  ) -> Drawn:
+    count, batch = self.experiment.evaluation.num_samples, self.experiment.evaluation.batch_size
     # The same on each device however many there are, so that the samples are the same numbers.
-    config.sampling.batch_size = min(batch, count) * self.mesh.size
-    generate, inputs = build.build_generate(config, self.mesh), self._inputs(count)
+    experiment = drawing.batches_of(variant, min(batch, count) * self.mesh.size)
+    generate, inputs = programs.generate(experiment, self.mesh), self._inputs(count)
     path = drawing.samples_folder(self.folder) / name
-    identity = _identity(config, sha256, seed, count, inputs)
+    identity = _identity(experiment, sha256, seed, count, inputs)
     array = None
     if parallel.is_main():
-      shape = (count, *build.image_shape(config))
+      shape = (count, *_shown_shape(experiment))
       array = rows.Rows(path, identity, "samples", shape, np.uint8, damaged=workdir.damaged_folder(self.folder))
     done = parallel.of_main(array.done if array else 0)
     nfe = parallel.of_main(int(array.notes.get("nfe", 0)) if array else 0)
     if done < count:
       rest = f", {count - done:,} of them left" if done else ""
-      say(f"sampling {count:,} images from the {weights.name} weights with {config.sampling.sampler}{rest} ...")
-      for x, calls in drawing.in_batches(config, generate, weights.params, seed, count, inputs, {}, start=done):
-        drawing.check_finite(config, x)
+      say(f"sampling {count:,} images from the {weights.name} weights with {experiment.sampler_name}{rest} ...")
+      for x, calls in drawing.in_batches(experiment, generate, parameters, seed, count, inputs, start=done):
+        drawing.check_finite(experiment, x)
         nfe = max(nfe, int(calls.max()))
         if array is not None:
-          array.write(images.to_uint8(x), {"nfe": nfe})
+          array.write(experiment.model.codec.show(x), {"nfe": nfe})
       say(f"{nfe:,} network evaluations each")
     labels = inputs.get("classes")
     if array is None:
-      return Drawn(config, None, labels, nfe)
-    samples = array.finish(**({} if labels is None else {"labels": labels}))
+      return Drawn(experiment, None, labels, nfe)
+    samples = array.finish(**drawing.named(inputs))
     say(f"samples      {path}.npz")
-    return Drawn(config, samples, labels, nfe)
+    return Drawn(experiment, samples, labels, nfe)
 
   def _report(
     self, drawn: list[Drawn], likelihood: dict[str, Any], weights: Weights, sha256: str, seed: int
   ) -> dict[str, Any]:
-    config, last = self.config, drawn[-1]
-    c = config.evaluation
+    experiment, last = self.experiment, drawn[-1]
+    c = experiment.evaluation
     report: dict[str, Any] = {
       "num_samples": c.num_samples,
-      "sampling": {**last.config.sampling.to_dict(), "batch_size": c.batch_size, "nfe": last.nfe},
-      "guidance": config.guidance.to_dict(),
-      "labels": "as common as in the data" if last.labels is not None else None,
-      "data": describe_data(config),
-      "dtype": config.network.dtype,
+      "sampling": {
+        "sampler": last.experiment.sampler_name,
+        "arguments": _arguments(last.experiment.tree.values["sampler"]),
+        **last.experiment.tree.values["sampling"],
+        "batch_size": c.batch_size,
+        "nfe": last.nfe,
+      },
+      "guidance": last.experiment.tree.values["guidance"],
+      "classes": "as common as in the data" if last.labels is not None else None,
+      "data": describe_data(experiment),
+      "dtype": dtype_of(experiment),
       "weights_sha256": sha256,
     }
     if likelihood:
@@ -244,8 +235,8 @@ class Judge:
       found = self.scores(one.samples, self._settings)
       curve.append(
         {
-          "sampler": one.config.sampling.sampler,
-          "num_steps": one.config.sampling.num_steps,
+          "sampler": one.experiment.sampler_name,
+          "num_steps": one.experiment.sampling.num_steps,
           "nfe": one.nfe,
           "scores": found,
         }
@@ -256,7 +247,7 @@ class Judge:
       "floor_num": number,
       "features": self.space.name,
       "feature_space": self.space.provenance,
-      "reference": _describe(self._reference, config),
+      "reference": _describe(self._reference, experiment),
       "reference_num": self._real.count,
       "neighbour": c.k,
       "settings": self._settings._asdict()
@@ -278,7 +269,7 @@ class Judge:
     floor = self._reference.floor
     if floor is None:
       return None, 0, "there are no real images but the reference's"
-    chosen = np.random.default_rng(0).permutation(len(floor))[: self.config.evaluation.num_samples]
+    chosen = np.random.default_rng(0).permutation(len(floor))[: self.experiment.evaluation.num_samples]
     try:
       summary = self._summary(floor, chosen, self._settings)
       return evaluate.score(summary, self._real, self._settings, evaluate.names_of(self.space)), len(chosen), ""
@@ -286,12 +277,24 @@ class Judge:
       return None, len(chosen), str(error)
 
 
-def describe_data(config: ConfigDict) -> dict[str, Any]:
-  """Which images a config names."""
-  c = config.data
-  keys = ["source", *(["name"] if c.source == "tfds" else []), *(["path"] if c.path else [])]
-  keys += ["train_split", "eval_split", "hold_out", "image_size", "crop", "resize"]
-  return {key: c[key] for key in keys}
+def _shown_shape(experiment: Experiment) -> tuple[int, ...]:
+  """Return the shape of one sample as it is saved."""
+  return tuple(experiment.model.codec.show(np.zeros((1, *experiment.model.data_shape), np.float32)).shape[1:])
+
+
+def _arguments(node: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in node.items() if name != "component"}
+
+
+def dtype_of(experiment: Experiment) -> str:
+  """Return the type in which the network computes, as far as it says."""
+  return np.dtype(getattr(experiment.model.network.module, "dtype", None) or np.float32).name
+
+
+def describe_data(experiment: Experiment) -> dict[str, Any]:
+  """Return which images an experiment names."""
+  values = experiment.tree.values["data"]
+  return {key: values[key] for key in ("source", "hold_out", "image_size", "crop", "resize")}
 
 
 def in_parts(source: data.Source, chosen: np.ndarray) -> Iterator[np.ndarray]:
@@ -300,27 +303,21 @@ def in_parts(source: data.Source, chosen: np.ndarray) -> Iterator[np.ndarray]:
     yield data.read(source, chosen[first : first + _READ])["image"]
 
 
-def _describe(reference: build.Reference, config: ConfigDict) -> str:
+def _describe(reference: spaces.Reference, experiment: Experiment) -> str:
   if reference.statistics is not None:
     return f"statistics of {reference.statistics.features.count or 'an unknown number of'} images in {reference.name}"
   kind = "training" if reference.name == "train" else "held-out"
-  small = "; the samples are those held-out images made small and enlarged" if config.superres.factor else ""
+  low = drawing.enlarged(experiment)
+  small = "; the samples are those held-out images made small and enlarged" if low is not None else ""
   return f"{len(reference.images or ()):,} {kind} images{small}"
 
 
-def _name(variant: Variant, seed: int) -> str:
-  return f"eval_{variant.sampler}_{variant.num_steps}_seed{seed}"
+def _name(variant: Experiment, seed: int) -> str:
+  return f"eval_{variant.sampler_name}_{variant.sampling.num_steps}_seed{seed}"
 
 
-def _identity(config: ConfigDict, sha256: str, seed: int, count: int, inputs: Inputs) -> dict[str, Any]:
+def _identity(experiment: Experiment, sha256: str, seed: int, count: int, inputs: Inputs) -> dict[str, Any]:
   """All that samples follow from, as JSON."""
-  tree = config.to_dict()
-  settings = {
-    name: {key: value for key, value in tree[name].items() if key not in _FREE}
-    if isinstance(tree[name], dict)
-    else tree[name]
-    for name in _MODEL
-  }
   given = {name: metrics.digest(value) for name, value in inputs.items()}
   identity = {"weights": sha256, "seed": seed, "count": count, "inputs": given, "version": ddpm_jax.__version__}
-  return json.loads(json.dumps(identity | settings))
+  return json.loads(json.dumps(identity | {"config": experiment.values("model", "sampling")}))

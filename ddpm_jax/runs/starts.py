@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddpm_jax import config, interop, workdir
-from ddpm_jax.config import Tree
+from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.models import Model
 
 PyTree = Any
@@ -33,6 +33,31 @@ def load(path: str, tree: Tree) -> Pretrained:
   return Pretrained(model, params)
 
 
+def pretrained(path: str, tree: Tree, *, recipe: bool, sampler: str | None) -> tuple[Tree, Pretrained]:
+  """Return the config with a model from elsewhere in place of its own, and the model.
+
+  Args:
+    path: where it lies.
+    tree: the config.
+    recipe: whether somebody asked for the config; else the model is sampled as suits it.
+    sampler: the sampler that somebody asked for, or None.
+  """
+  found = load(path, tree)
+  tree = config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree))
+  suits = found.model.defaults
+  if recipe or suits is None:
+    return tree, found
+  steps = found.model.process.num_steps or suits.steps
+  if sampler is None:
+    steps = suits.steps
+  elif sampler.partition("(")[0].rpartition(".")[2] != "ancestral":
+    steps = min(suits.steps, steps, 50)
+  clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
+  for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
+    tree = config.changed(tree, key, value)
+  return tree, found
+
+
 def _options(tree: Tree) -> dict[str, Any]:
   """Return the options of a model from elsewhere that a config gives."""
   values = tree.values["model"]
@@ -43,7 +68,7 @@ def _options(tree: Tree) -> dict[str, Any]:
   return options | ({"class_dropout": classes["dropout"]} if "dropout" in classes else {})
 
 
-def starting_from(tree: Tree, folder: Path) -> tuple[Tree, Pretrained | None]:
+def starting_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
   """Return the config of a new run that starts from `init_from`, whose model takes the place of the config's; and that model."""
   path = tree.values["init_from"]
   if not path:
@@ -70,13 +95,13 @@ def same_start(tree: Tree, folder: Path) -> Tree:
   return config.changed(tree, "model", old.values["model"])
 
 
-def check_start(tree: Tree, model: Model) -> None:
-  """Raise a ValueError unless the config's data have the shape that the model takes."""
-  size, channels = tree.values["data"]["image_size"], tree.values["data"]["channels"]
-  shape = (size, size, channels) if isinstance(size, int) else (*size, channels)
-  if shape != model.data_shape:
+def check_start(experiment: Experiment) -> None:
+  """Raise a ValueError unless the data have the shape that a model from elsewhere takes, and it is one that is made of noise alone."""
+  model = experiment.model
+  if not experiment.init_from:
+    return
+  if experiment.data.shape != model.data_shape:
     raise ValueError(
-      f"Got config.init_from={tree.values['init_from']!r}, a model of images of {model.data_shape}, and data of {shape}; expected one shape."
-      " Set --config.data.image_size and --config.data.channels."
+      f"Got config.init_from={experiment.init_from!r}, a model of images of {model.data_shape}, and data of {experiment.data.shape}; expected"
+      " one shape. Set --config.data.image_size and --config.data.channels."
     )
-

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from ddpm_jax import build, evaluate, files, metrics, parallel
+from ddpm_jax import evaluate, files, metrics, parallel
+from ddpm_jax.config import Experiment
+from ddpm_jax.runs import limits, reading, spaces
 from ddpm_jax.runs.model import say
 from ddpm_jax.runs.scoring import describe_data, in_parts
 
 
-def run_statistics(config: ConfigDict, output: Path) -> None:
+def run_statistics(experiment: Experiment, output: Path) -> None:
   """Writes mean and covariance of the features of a config's images into an .npz file: of the split that it scores against.
 
   Raises:
@@ -18,34 +19,32 @@ def run_statistics(config: ConfigDict, output: Path) -> None:
     ValueError: if it exists, or the features or the images cannot be had.
   """
   files.check_new_file(output, ".npz")
-  config = ConfigDict(config.to_dict())
-  build.check_images(
-    config, config.evaluation.batch_size, f"config.evaluation.batch_size={config.evaluation.batch_size}"
-  )
-  source, held_out = build.build_data(config)
-  space = build.build_space(config, source, held_out, output.with_suffix(".classifier.safetensors"))
-  reference = build.build_reference(config, space, source, held_out)
+  c = experiment.evaluation
+  limits.check_images(experiment.data.shape, c.batch_size, f"config.evaluation.batch_size={c.batch_size}")
+  source, held_out = reading.read_data(experiment)
+  space = spaces.build_space(experiment, source, held_out, output.with_suffix(".classifier.safetensors"))
+  reference = spaces.build_reference(experiment, space, source, held_out)
   if reference is None:
     # Without a model there is nothing to hold images back from.
-    config.evaluation.reference = "train"
-    reference = build.build_reference(config, space, source, held_out)
+    experiment = experiment.changed(evaluation__reference="train")
+    reference = spaces.build_reference(experiment, space, source, held_out)
   assert reference is not None
   if reference.images is None:
     raise ValueError(
       f"Got config.evaluation.reference={reference.name!r} to make statistics of; wanted images: train or held_out."
     )
   count = len(reference.images)
-  if not config.evaluation.allow_singular:
+  if not c.allow_singular:
     metrics.check_rank(count, space.dimensions)
   made = space.make()
   say(f"{space.name} features of {count:,} images ({reference.name}) ...")
   settings = evaluate.Settings(("frechet",))
   summary = evaluate.summarize(
-    metrics.extractor(made, config.evaluation.batch_size), in_parts(reference.images, np.arange(count)), count, settings
+    metrics.extractor(made, c.batch_size), in_parts(reference.images, np.arange(count)), count, settings
   )
-  about = build.describe_space(config, space, made.provenance) | {
+  about = spaces.describe_space(experiment, space, made.provenance) | {
     "split": reference.name,
-    "data": describe_data(config),
+    "data": describe_data(experiment),
     "feature_space": made.provenance,
   }
   if parallel.is_main():

@@ -79,6 +79,18 @@ def load_frozen(experiment: Experiment) -> dict[str, PyTree]:
   return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
 
 
+def frozen_shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
+  """Return the shapes and the layout of all frozen parameters; None if there are none."""
+  shapes = jax.eval_shape(partial(load_frozen, experiment))
+  return parallel.abstract(shapes, parallel.state_shardings(mesh, shapes)) if jax.tree.leaves(shapes) else None
+
+
+def put_frozen(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
+  """Read all frozen parameters and lay them out on the devices; None if there are none."""
+  frozen = load_frozen(experiment)
+  return jax.device_put(frozen, parallel.state_shardings(mesh, frozen)) if jax.tree.leaves(frozen) else None
+
+
 def _averages(experiment: Experiment) -> optax.GradientTransformation:
   c = experiment.ema
   if c.snapshot_every and c.kind != "power":

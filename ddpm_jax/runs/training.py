@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ddpm_jax import (
-  build,
   checkpoint,
+  config,
   data,
   ema,
   hardware,
@@ -20,14 +19,15 @@ from ddpm_jax import (
   optim,
   parallel,
   plan,
-  pretrained,
   records,
-  schema,
   startup,
   train,
   workdir,
 )
-from ddpm_jax.runs import drawing, evaluation, model, watching
+from ddpm_jax.config import Experiment, Tree
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.names import choose
+from ddpm_jax.runs import drawing, limits, model, reading, scoring, starts, stepping, watching
 from ddpm_jax.runs.model import say
 
 PyTree = Any
@@ -42,11 +42,11 @@ class Stopped(SystemExit):
     super().__init__(128 + number)
 
 
-def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
+def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
   """Trains, or goes on where the folder's run stopped; then samples or classifies, scores, and says where everything lies.
 
   Args:
-    config: the run's config.
+    tree: the run's config.
     folder: the run's folder.
     resume: "auto" goes on if there is something to go on with, "must" demands it, "never" forbids it.
     profile: steps to trace, soon after the start; 0 for none.
@@ -59,24 +59,29 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
     raise ValueError(f"Got --profile={profile}; wanted the number of steps to trace, or 0 for none.")
   checkpoint.check_folder(workdir.checkpoint_folder(folder))
   resuming = _resuming(folder, resume)
-  asked = config
-  config, start_from = pretrained.of_run(config, folder, resuming=resuming)
-  schema.check_same_run(folder, config)
-  c, mesh = config.training, parallel.make_mesh(config.parallel.data, config.parallel.fsdp)
+  if resuming:
+    tree, start_from = starts.same_start(tree, folder), None
+  else:
+    tree, start_from = starts.starting_from(tree)
+  config.check_same_run(folder, tree)
+  experiment = config.build(tree, None if start_from is None else start_from.model)
+  starts.check_start(experiment)
+  c, mesh = experiment.training, parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp)
   parallel.check_batch(c.batch_size, mesh.size)
   train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
   devices = list(mesh.devices.flat)
-  build.check_training(config, devices)
-  build.check_evaluation(config, devices, folder)
-  optimizer, step = build.build_optimizer(config), build.build_step(config, mesh)
-  kind = evaluation.kind_of(config)
-  kind.check(config, mesh)
-  source, held_out = build.build_data(config)
-  preview = kind.preview(config, mesh, held_out or source)
-  judge = kind.Judge(config, folder, mesh, source, held_out)
-  init, template = model.make_state(config, optimizer, mesh, None if start_from is None else start_from.params)
+  limits.check_training(experiment, devices)
+  limits.check_evaluation(experiment, devices, folder)
+  step, task = stepping.step(experiment, mesh), experiment.task
+  task.check(experiment, mesh)
+  source, held_out = reading.read_data(experiment)
+  preview = task.preview(experiment, mesh, held_out or source)
+  judge = task.judge(experiment, folder, mesh, source, held_out)
+  frozen = stepping.put_frozen(experiment, mesh)
+  init, template = model.make_state(experiment, mesh, frozen, None if start_from is None else start_from.params)
   _check_memory(template, devices)
-  _check_best(config, judge, step, template)
+  batch = stepping.batch_shapes(experiment, c.batch_size, source)
+  _check_best(experiment, judge, step, template, batch, frozen)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
   with contextlib.ExitStack() as stack:
@@ -90,24 +95,23 @@ def run_train(config: ConfigDict, folder: Path, *, resume: str = "auto", profile
         " command goes on from there."
       )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(template.params))
-    shape = "x".join(map(str, build.image_shape(config)))
+    shape = "x".join(map(str, experiment.data.shape))
     say(f"{len(source):,} training images of {shape}, {len(held_out or ()):,} held out")
-    _describe_labels(folder, data.label_counts(source, config.network.num_classes))
+    _describe_labels(folder, drawing.class_counts(experiment, source))
     say(f"{num_params:,} parameters on {_describe(mesh)}")
-    if config.init_from:
-      taken = pretrained.changes(asked, config)
-      say("\n  ".join([f"network, process and prediction from {config.init_from}{':' if taken else ''}", *taken]))
-    run = _Run(config, folder, mesh, template, judge, stack)
+    if experiment.init_from:
+      say(f"network, process and prediction from {experiment.init_from}")
+    run = _Run(experiment, folder, mesh, template, judge, frozen, stack)
     state = run.begin(init, source, resuming)
     if int(state.step) < c.steps:
-      state = run.train(state, step, preview, profile)
+      state = run.train(state, step, preview, profile, batch)
     else:
       say(f"training is complete at step {int(state.step):,}")
     run.checkpoints.close()
     # What follows can be done again: nothing is left to save.
     startup.end_on_sigterm()
     weights = model.Weights(ema.ema_params(state.opt_state), int(state.step), str(model.Choice()))
-    judge.run(weights, config.seed)
+    judge.run(weights, experiment.seed)
     say(
       f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
       f"metrics      {folder / 'metrics.jsonl'}\nTensorBoard  {folder / 'tensorboard'}"
@@ -124,14 +128,16 @@ def _check_memory(template: train.TrainState, devices: list[Any]) -> None:
   memory.check("the state of this network and its optimizer", needed, memory.of_devices(devices), advice)
 
 
-def _check_best(config: ConfigDict, judge: Any, step: Any, template: train.TrainState) -> None:
+def _check_best(
+  experiment: Experiment, judge: Any, step: Any, template: train.TrainState, batch: Any, frozen: Any
+) -> None:
   """Raise a ValueError if no checkpoint will have the metric by which the best are kept."""
-  c, every = config.training, config.evaluation.every
+  c, every = experiment.training, experiment.evaluation.every
   if not c.best_metric.startswith("eval/"):
     if c.best_metric != "loss":  # which every step has
-      _, metrics = jax.eval_shape(step, template, build.batch_shapes(config, c.batch_size))
+      _, metrics = jax.eval_shape(step, template, batch, frozen)
       known = [name for name in metrics if not name.startswith("skipped")]
-      schema.choose(c.best_metric, known, "config.training.best_metric")
+      choose(c.best_metric, known, "config.training.best_metric")
     return
   if c.keep_best and (not every or c.checkpoint_every % every):
     raise ValueError(
@@ -181,29 +187,30 @@ class _Run:
 
   def __init__(
     self,
-    config: ConfigDict,
+    experiment: Experiment,
     folder: Path,
     mesh: jax.sharding.Mesh,
     template: train.TrainState,
     judge: Any,
+    frozen: Any,
     stack: contextlib.ExitStack,
   ):
-    self.config, self.folder, self.mesh, self.template, self._stack = config, folder, mesh, template, stack
-    self._judge = judge
-    self.checkpoints = model.open_checkpoints(config, folder)
+    self.experiment, self.folder, self.mesh, self.template, self._stack = experiment, folder, mesh, template, stack
+    self._judge, self._frozen = judge, frozen
+    self.checkpoints = model.open_checkpoints(experiment, folder)
     self.damaged: list[str] = []
 
   def begin(self, init: Any, source: data.Source, resuming: bool) -> train.TrainState:
     """The state to start from, and `self.batches` at its place."""
-    c = self.config.training
+    c, own = self.experiment.training, self.experiment.data
     self.batches = data.batches(
       source,
       c.batch_size,
-      seed=self.config.seed,
-      flip=self.config.data.flip,
+      seed=self.experiment.seed,
+      flip=own.flip,
       put=lambda batch: parallel.put_batch(self.mesh, batch, c.batch_size),
-      num_threads=self.config.data.num_threads,
-      num_workers=self.config.data.num_workers,
+      num_threads=own.num_threads,
+      num_workers=own.num_workers,
       rows=parallel.local_rows(self.mesh, c.batch_size),
     )
     self._stack.callback(self.batches.close)
@@ -220,7 +227,7 @@ class _Run:
       say("starting a new run")
     # Only now: what may have changed in the config holds from here on.
     if parallel.is_main():
-      workdir.write_config(self.folder, self.config.to_dict())
+      config.write(self.folder, starts.keep(self.experiment.tree, self.folder))
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> list[str]:
@@ -251,16 +258,23 @@ class _Run:
     return problems
 
   def _records(self, first: int) -> records.Records:
-    return records.Records(self.folder, first, wandb=self.config.training.wandb, config=self.config.to_dict())
+    return records.Records(self.folder, first, wandb=self.experiment.training.wandb, config=self.experiment.tree.values)
 
-  def train(self, state: train.TrainState, step: Any, preview: Any, profile: int) -> train.TrainState:
+  def train(self, state: train.TrainState, step: Any, preview: Any, profile: int, batch: Any) -> train.TrainState:
     """Takes all steps that are left."""
-    c, first = self.config.training, int(state.step)
-    jitted = parallel.jit_step(step, self.mesh, state)
-    batch = build.batch_shapes(self.config, c.batch_size)
-    compiled = model.compile_aloud("the train step", lambda: jitted.lower(self.template, batch))
+    c, first = self.experiment.training, int(state.step)
+    jitted = parallel.jit_step(step, self.mesh, state, self._frozen)
+    rest = () if self._frozen is None else (self._frozen,)
+    program = model.compile_aloud("the train step", lambda: jitted.lower(self.template, batch, *rest))
+
+    def compiled(state, batch):
+      return program(state, batch, *rest)
+
+    def parameters(state: train.TrainState) -> Parameters:
+      return Parameters(ema.ema_params(state.opt_state), self._frozen or {})
+
     writer = self._records(first) if parallel.is_main() else None
-    snapshots = model.open_snapshots(self.folder) if self.config.ema.snapshot_every else None
+    snapshots = model.open_snapshots(self.folder) if self.experiment.ema.snapshot_every else None
     trace = watching.Trace(self.folder / "profile", first + _BEFORE_TRACE, profile)
 
     scores: dict[int, dict[str, float]] = {}
@@ -268,13 +282,13 @@ class _Run:
     def save(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
       # A run that is told to stop has none at this step.
       found = scores.get(number, {})
-      best = self.config.training.best_metric
+      best = self.experiment.training.best_metric
       metrics = {} if best.startswith("eval/") and not found else metrics | found
       self.checkpoints.save(number, model.items_of(state), self.batches.state, metrics)
 
     def score(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
       scores.clear()
-      scores[number] = self._judge.on_the_way(ema.ema_params(state.opt_state))
+      scores[number] = self._judge.on_the_way(parameters(state))
       say(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores[number].items()))
       if writer is not None:
         writer.scalars(number, scores[number])
@@ -288,7 +302,7 @@ class _Run:
       snapshots.wait()
 
     def draw(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
-      picture = preview(ema.ema_params(state.opt_state))
+      picture = preview(parameters(state))
       if writer is not None:
         images.save_grid(drawing.samples_folder(self.folder) / f"step_{number:07d}.png", picture)
         writer.image(number, "samples", images.grid(picture))
@@ -297,10 +311,10 @@ class _Run:
     callbacks = [train.Callback(c.checkpoint_every, save)]
     if preview is not None:
       callbacks.insert(0, train.Callback(c.sample_every, draw))
-    if self.config.evaluation.every:
-      callbacks.insert(0, train.Callback(self.config.evaluation.every, score))
+    if self.experiment.evaluation.every:
+      callbacks.insert(0, train.Callback(self.experiment.evaluation.every, score))
     if snapshots is not None:
-      callbacks.insert(0, train.Callback(self.config.ema.snapshot_every, snapshot))
+      callbacks.insert(0, train.Callback(self.experiment.ema.snapshot_every, snapshot))
 
     def rescue(number: int, state: train.TrainState) -> None:
       # Several processes can save together only, and the others wait for this one's part of the next step.
@@ -316,7 +330,7 @@ class _Run:
           compiled,
           self.batches,
           num_steps=c.steps,
-          log=_Log(self.config, self.mesh, self.batches, writer, _skipped(state)),
+          log=_Log(self.experiment, self.mesh, self.batches, writer, _skipped(state), batch),
           log_every=c.log_every,
           callbacks=callbacks,
           max_skipped=c.max_skipped,
@@ -349,17 +363,19 @@ class _Log:
 
   def __init__(
     self,
-    config: ConfigDict,
+    experiment: Experiment,
     mesh: jax.sharding.Mesh,
     batches: data.Batches,
     writer: records.Records | None,
     skipped: int,
+    batch: Any,
   ):
-    self._rate, self._batches, self._writer, self._skipped = build.build_schedule(config), batches, writer, skipped
+    self._rate, self._batches, self._writer, self._skipped = stepping.schedule(experiment), batches, writer, skipped
     device = mesh.devices.flat[0]
     self._chip, self._devices = hardware.chip_of(device.device_kind), mesh.size
-    self._flops = build.flops_per_image(config) if self._chip else 0.0
-    self._dtype = config.network.dtype
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
+    self._flops = stepping.flops_per_image(experiment, one) if self._chip else 0.0
+    self._dtype = scoring.dtype_of(experiment)
 
   def __call__(self, number: int, metrics: dict[str, float]) -> None:
     skipped = int(metrics.get("skipped", 0))

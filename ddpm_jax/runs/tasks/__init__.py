@@ -1,2 +1,7 @@
-"""x"""
-def denoise(): return object()
+"""What runs are about, one module a task: what is checked, shown while training goes on, scored and reported."""
+
+from ddpm_jax.runs.tasks.classify import Classify, classify
+from ddpm_jax.runs.tasks.denoise import Denoise, denoise
+from ddpm_jax.runs.tasks.task import Judge, Task
+
+__all__ = ["Classify", "Denoise", "Judge", "Task", "classify", "denoise"]

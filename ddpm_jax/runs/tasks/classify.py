@@ -1,0 +1,199 @@
+"""The task of classifiers of noisy data, which guide: scored on held-out images by noise level."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ddpm_jax import data, evaluate, parallel, randomness
+from ddpm_jax.config import Experiment
+from ddpm_jax.images import from_uint8
+from ddpm_jax.models import Condition, conditions
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.processes import Process
+from ddpm_jax.runs.model import Weights, say, scores_path, write_scores
+from ddpm_jax.runs.tasks.task import unexpected
+
+PyTree = Any
+# The noise levels that are scored, where the process has them.
+_LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
+
+
+class Classify:
+  """Implements `Task` for classifiers of noisy data."""
+
+  def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Raise a ValueError if the experiment's classifier cannot be evaluated over the mesh."""
+    if experiment.model.conditions:
+      raise ValueError(
+        f"Got config.task='classify' with the conditions {', '.join(experiment.model.conditions)}; expected none: a classifier is given noisy"
+        " data alone."
+      )
+    if experiment.init_from:
+      raise ValueError(
+        f"Got config.init_from={experiment.init_from!r} with config.task='classify'; expected no model to start from: diffusers' pipelines"
+        " hold no classifier."
+      )
+    if self._number(experiment) < 2:
+      raise ValueError(
+        f"Got config.task='classify' with model.network.out_channels={self._number(experiment)}; expected 2 or more classes to tell apart."
+        " Set --config.model.network.out_channels to the data's."
+      )
+    parallel.check_batch(experiment.sampling.batch_size, mesh.size, "sampling batch size")
+
+  def _number(self, experiment: Experiment) -> int:
+    module = experiment.model.network.module
+    return getattr(module, "out_channels", None) or experiment.model.outputs()
+
+  def classes(self, experiment: Experiment) -> Condition:
+    """Return the classes that the classifier tells apart."""
+    return conditions.classes("classes", self._number(experiment))
+
+  def preview(
+    self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
+  ) -> Callable[[Parameters], np.ndarray] | None:
+    """Return None: there are no pictures to draw on the way."""
+    return None
+
+  def judge(
+    self,
+    experiment: Experiment,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    source: data.Source,
+    held_out: data.Source | None,
+  ) -> "Judge":
+    """Return what scores the classifier."""
+    return Judge(experiment, folder, mesh, held_out, self._number(experiment))
+
+  def check_draws(self, what: str) -> None:
+    """Raise a ValueError."""
+    raise unexpected(what, "classify", "a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing")
+
+  def check_classifies(self, what: str) -> None:
+    """Allow all models."""
+
+
+def classify() -> Classify:
+  """Return the task of classifiers of noisy data."""
+  return Classify()
+
+
+class Judge:
+  """Scores a classifier's weights.
+
+  Args:
+    experiment: the run's.
+    folder: its folder.
+    mesh: of all devices.
+    held_out: images that it was not trained on; None if there are none.
+    number: how many classes there are.
+
+  Raises:
+    ValueError: if there are fewer held-out images than the experiment wants to score.
+  """
+
+  def __init__(
+    self, experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, held_out: data.Source | None, number: int
+  ):
+    count = experiment.evaluation.num_samples
+    if held_out is not None and count > len(held_out):
+      raise ValueError(
+        f"Got evaluation.num_samples={count} with {len(held_out)} held-out images to classify; wanted no more than these."
+      )
+    if experiment.evaluation.every:
+      raise ValueError(
+        f"Got config.evaluation.every={experiment.evaluation.every} for a classifier, whose accuracy is logged in any case; wanted 0."
+      )
+    self._experiment, self._folder, self._mesh = experiment, folder, mesh
+    self._held_out, self._number = held_out, number
+
+  def check_scores(self) -> None:
+    """Raises a ValueError if there is nothing to score against."""
+    if self._held_out is None:
+      raise ValueError(
+        "Got no held-out images to score against; set --config.data.eval_split or --config.data.hold_out."
+      )
+
+  def check_best(self, metric: str) -> None:
+    """Raise a ValueError: there are no scores on the way."""
+    raise ValueError(f"Got config.training.best_metric={metric!r} for a classifier; expected a metric of training, such as loss.")
+
+  def on_the_way(self, parameters: Parameters) -> dict[str, float]:
+    """Return nothing: accuracies are logged in any case."""
+    return {}
+
+  def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
+    """Accuracy and cross-entropy on held-out images by noise level, into eval.json; each image once a level."""
+    del variants
+    experiment, held_out = self._experiment, self._held_out
+    if held_out is None:
+      say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
+      return
+    start, count, process = time.perf_counter(), experiment.evaluation.num_samples, experiment.model.process
+    chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
+    times = noise_levels(process)
+    say(f"classifying {count:,} held-out images at {len(times)} noise levels by the {weights.name} weights ...")
+    log_probs, classes = _classify(experiment, self._mesh, weights.params, held_out, chosen, times, seed)
+    levels = [
+      {"log_snr": round(float(process.log_snr(t)), 6), "t": float(t)} | evaluate.classification_scores(part, classes)
+      for t, part in zip(times, log_probs, strict=True)
+    ]
+    chance = evaluate.chance_scores(classes, self._number)
+    report = {
+      "scores": {"by_log_snr": levels, "chance": chance},
+      "num_samples": count,
+      "reference": "held-out images, each once a noise level; chance knows how common each class is, and sees no image",
+    }
+    if parallel.is_main():
+      write_scores(self._folder, report, weights, seed, time.perf_counter() - start)
+      say(f"\n{evaluate.classification_table(levels, chance)}\n\nscores       {scores_path(self._folder)}")
+
+
+def noise_levels(process: Process) -> np.ndarray:
+  """The times at which classifiers are scored, from noise to nearly clean data, which is the process's t_min."""
+  low, high = (float(process.log_snr(jnp.asarray(t, jnp.float32))) for t in (process.t_max, process.t_min))
+  inner = [float(process.time_of(level)) for level in _LOG_SNRS if low < level < high]
+  return np.array([*inner, process.t_min], np.float32)
+
+
+def _classify(
+  experiment: Experiment,
+  mesh: jax.sharding.Mesh,
+  params: PyTree,
+  held_out: data.Source,
+  chosen: np.ndarray,
+  times: np.ndarray,
+  seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Log-probabilities [levels, N, K] of the chosen images [N] with noise, and their classes [N].
+
+  The noise of an image follows from the seed and its place alone.
+  """
+  size, process = experiment.sampling.batch_size, experiment.model.process
+  split, whole = parallel.split(mesh), parallel.replicated(mesh)
+
+  def classify(params, x_0, first, level, t):
+    keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(seed), 2), first + jnp.arange(size))
+    x_0, keys = jax.lax.with_sharding_constraint((x_0, randomness.fold_in(keys, level)), split)
+    params = jax.lax.with_sharding_constraint(params, whole)
+    x_0 = experiment.model.encode(keys, x_0)
+    x_t = process.perturb(x_0, t, randomness.normal(keys, x_0.shape))
+    return experiment.model.classify(params)(x_t, t)
+
+  compiled = jax.jit(classify, out_shardings=whole, compiler_options=parallel.compiler_options(mesh))
+  parts, classes = [], []
+  with tqdm(total=len(chosen), desc="classifying", unit=" images", disable=not parallel.is_main(), delay=2) as bar:
+    for first in range(0, len(chosen), size):
+      batch = data.read(held_out, np.resize(chosen[first : first + size], size))
+      x_0 = from_uint8(batch["image"])
+      levels = [compiled(params, x_0, np.int32(first), np.int32(level), t) for level, t in enumerate(times)]
+      parts.append(np.stack(jax.device_get(levels)))
+      classes.append(batch["classes"])
+      bar.update(min(size, len(chosen) - first))
+  return np.concatenate(parts, axis=1)[:, : len(chosen)], np.concatenate(classes)[: len(chosen)]

@@ -1,0 +1,55 @@
+"""The task of models that denoise: their samples are shown, scored and reported."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ddpm_jax import data
+from ddpm_jax.config import Experiment
+from ddpm_jax.models import Condition
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.runs import drawing, programs, scoring
+from ddpm_jax.runs.tasks.task import unexpected
+
+
+class Denoise:
+  """Implements `Task` for models that denoise."""
+
+  def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Raise a ValueError if the experiment's model cannot be sampled over the mesh."""
+    programs.generate(experiment, mesh)
+
+  def classes(self, experiment: Experiment) -> Condition | None:
+    """Return the condition "classes" of the model, or None."""
+    return experiment.model.conditions.get("classes")
+
+  def preview(
+    self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
+  ) -> Callable[[Parameters], np.ndarray] | None:
+    """Return a function from parameters to a few samples."""
+    return drawing.preview(experiment, mesh, source)
+
+  def judge(
+    self,
+    experiment: Experiment,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    source: data.Source,
+    held_out: data.Source | None,
+  ) -> scoring.Judge:
+    """Return what scores samples."""
+    return scoring.Judge(experiment, folder, mesh, source, held_out)
+
+  def check_draws(self, what: str) -> None:
+    """Allow all models."""
+
+  def check_classifies(self, what: str) -> None:
+    """Raise a ValueError."""
+    raise unexpected(what, "denoise", "a model that tells classes apart: a run of task='classify', as that of configs/digits_classifier.py")
+
+
+def denoise() -> Denoise:
+  """Return the task of models that denoise."""
+  return Denoise()

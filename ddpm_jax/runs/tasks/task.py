@@ -1,0 +1,80 @@
+"""`Task`: what a run does with its objective, and `Judge`, which scores what it leads to."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from ddpm_jax import data
+from ddpm_jax.config import Experiment
+from ddpm_jax.models import Condition
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.runs.model import Weights
+
+
+class Judge(Protocol):
+  """Scores weights; whatever cannot be done is refused when it is made."""
+
+  def check_scores(self) -> None:
+    """Raise a ValueError if there is nothing to score against."""
+
+  def check_best(self, metric: str) -> None:
+    """Raise a ValueError unless a metric is one of those that are taken while training goes on."""
+
+  def on_the_way(self, parameters: Parameters) -> dict[str, float]:
+    """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
+
+  def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
+    """Score some weights, write the scores into eval.json and report them.
+
+    Args:
+      weights: the weights.
+      seed: of what is drawn.
+      variants: the experiment with other samplers, the headline last; itself alone by default.
+    """
+
+
+class Task(Protocol):
+  """What a run does with its objective. A user's own is a function without arguments that returns one."""
+
+  def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
+    """Raise a ValueError if the experiment cannot be trained and looked at over the mesh."""
+
+  def classes(self, experiment: Experiment) -> Condition | None:
+    """Return the classes that the data must have, as a condition; None if the task asks for none."""
+
+  def preview(
+    self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
+  ) -> Callable[[Parameters], np.ndarray] | None:
+    """Return a function from parameters to pictures uint8 [N, H, W, C], for training; None if there is nothing to see."""
+
+  def judge(
+    self,
+    experiment: Experiment,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    source: data.Source,
+    held_out: data.Source | None,
+  ) -> Judge:
+    """Return what scores the weights of a run and reports them.
+
+    Args:
+      experiment: the run's.
+      folder: its folder.
+      mesh: of all devices.
+      source: the training data.
+      held_out: other data; None if there are none.
+    """
+
+  def check_draws(self, what: str) -> None:
+    """Raise a ValueError, in which `what` names the model, unless samples can be drawn of it."""
+
+  def check_classifies(self, what: str) -> None:
+    """Raise a ValueError, in which `what` names the model, unless it tells classes of noisy data apart."""
+
+
+def unexpected(what: str, task: str, wanted: str) -> Any:
+  """Return the error for a model of another task."""
+  return ValueError(f"Got {what} of config.task={task!r}; expected {wanted}.")
