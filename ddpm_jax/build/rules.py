@@ -6,7 +6,7 @@ from ddpm_jax import sampling
 from ddpm_jax.build.model import build_process
 from ddpm_jax.schema import choose
 
-SAMPLERS = {
+_RULES = {
   "ancestral": lambda c, process: sampling.ancestral(process, c.variance),
   "ddim": lambda c, process: sampling.ddim(process, c.eta),
   "deis": lambda c, process: sampling.deis(process, c.order),
@@ -24,6 +24,7 @@ SAMPLERS = {
   "reverse_diffusion": lambda c, process: sampling.reverse_diffusion(process),
   "unipc": lambda c, process: sampling.unipc(process, c.order),
 }
+SAMPLERS = tuple(_RULES)
 
 
 def _churn(c: ConfigDict) -> dict[str, float]:
@@ -37,7 +38,7 @@ def build_step_rule(config: ConfigDict) -> sampling.Sampler:
     ValueError: if there is no such sampler, or its arguments are wrong.
   """
   c, process = config.sampling, build_process(config)
-  sampler = choose(c.sampler, SAMPLERS, "a sampler")(c, process)
+  sampler = choose(c.sampler, _RULES, "a sampler")(c, process)
   if c.corrector_steps:
     return sampling.with_langevin(sampler, process, snr=c.corrector_snr, num_steps=c.corrector_steps)
   return sampler
