@@ -21,16 +21,16 @@ def consistency(x_t, t):  # the end of the flow through x_t, which a consistency
 
 
 RULES = ["ancestral", "ddim", "deis", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_3m", "dpmpp_sde"]
-RULES += ["euler", "euler_ancestral", "euler_maruyama", "heun", "multistep_consistency", "reverse_diffusion", "unipc"]
+RULES += ["euler", "euler_ancestral", "euler_maruyama", "heun", "multistep_consistency", "ode", "reverse_diffusion"]
+RULES += ["unipc"]
 samplers = {name: getattr(sampling, name)(process) for name in RULES}
 samplers["heun, churned"] = sampling.heun(process, s_churn=10.0, s_min=0.05, s_max=50.0)
 samplers["ddim, corrected"] = sampling.with_langevin(sampling.ddim(process), process, snr=0.16)
 times, x, results = sampling.grids.log_snr(process, 25), process.prior(jax.random.key(0), (1000, 2)), {}
 for name, rule in samplers.items():
   function, grid = (consistency, times[::8]) if name == "multistep_consistency" else (denoise, times)
-  results[name] = sampling.sample(jax.random.key(1), rule, function, x, grid), sampling.nfe(rule, process, grid)
-at_t_min, evaluations = sampling.integrate(process, denoise, x, process.t_max, process.t_min)
-results["ode"] = denoise(at_t_min, process.t_min), evaluations + 1
+  grid = sampling.grids.suitable(rule, process, 25) if name == "ode" else grid
+  results[name] = sampling.solve(jax.random.key(1), rule, function, x, grid)
 for name, (samples, evaluations) in results.items():
   distance = jnp.min(jnp.linalg.norm(samples[:, None] - MEANS, axis=-1), axis=1)
   print(f"{name:21} {int(evaluations):4} evaluations, spread {jnp.sqrt(jnp.mean(distance**2) / 2):.3f} (0.050)")

@@ -73,10 +73,11 @@ def images_of(place, name):
     return file["images"]
 
 
-def drawn(place, labels, seed, **steering):
+def drawn(place, labels, seed, sampler=None, **steering):
   """What `--mode=sample` draws."""
   config, scale = schema.config_of_run(None, place / "grey"), steering.pop("scale", 1.0)
   config.guidance.scale = scale
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in (sampler or {}).items()})
   wanted = runs.Steering(labels=labels, **steering)
   folder = place / "grey" / "samples"
   before = set(folder.glob("*.npz"))
@@ -194,6 +195,28 @@ def test_images_encoded_and_between_images(place, dense):
   assert np.max(np.abs(between[:, 0, 2] - ends[1:])) <= 1
 
 
+BY_ODE = {"sampling__sampler": "ode", "sampling__tolerance": 1e-2, "sampling__num_steps": 3}
+
+
+@pytest.mark.parametrize("method", ["repaint", "replace", "posterior", "dps"])
+def test_inpainting_by_the_adaptive_flow(place, method, dense):
+  found = edit(place, "inpaint", mask="lower", editing__method=method, **BY_ODE)
+  np.testing.assert_array_equal(found["output"][:, 0, :4], found["input"][:, :4])
+  assert np.mean(found["output"][:, 0, 4:] != found["input"][:, 4:]) > 0.5
+
+
+def test_images_noised_and_encoded_by_the_adaptive_flow(place, dense):
+  """A strength of 1 draws what is sampled; an encoded image follows from it alone, whatever the batch."""
+  fresh = edit(place, "img2img", editing__strength=1.0, steering={"labels": [3, 5]}, seed=7, **BY_ODE)["output"]
+  assert np.max(np.abs(fresh[:, 0].astype(int) - drawn(place, [3, 5], 7, sampler=BY_ODE))) <= 1
+  part = edit(place, "img2img", editing__strength=0.5, **BY_ODE)
+  assert np.any(part["output"][:, 0] != part["input"])
+  ends = edit(place, "invert", "three.npz", **BY_ODE)["output"][:, 0].astype(int)
+  between = edit(place, "interpolate", "three.npz", **BY_ODE)["output"]
+  assert np.max(np.abs(between[:, 0, 0] - ends[:2])) <= 1
+  assert np.max(np.abs(between[:, 0, 2] - ends[1:])) <= 1
+
+
 INPAINT = {"mask": "lower"}
 WRONG = [
   ("img2img", {"results": 0}, "--num_samples=0; wanted at least 1"),
@@ -214,14 +237,12 @@ WRONG = [
   ("img2img", {"editing__strength": -0.1}, r"--strength=-0.1; wanted it in \[0, 1\]"),
   ("img2img", {"editing__strength": 1.5}, "--strength=1.5"),
   ("img2img", {"editing__strength": float("nan")}, "--strength=nan"),
-  ("img2img", {"sampling__sampler": "ode"}, "'ode', whose steps cannot be edited"),
   ("img2img", {"sampling__sampler": "dddim"}, "Did you mean 'ddim'"),
   ("interpolate", {"editing__frames": 1}, "frames=1; wanted 2 or more"),
   ("interpolate", {"source": "files/a.png"}, "Got one image to interpolate; wanted two or more"),
   ("colorize", {}, r"'colorize' for a model of images with 1 channel\(s\)"),
   ("superres", {}, "images of 8x8 to enlarge with a model of 8x8; wanted a size that divides it, such as 4"),
   ("superres", {"source": "odd.npz"}, "images of 3x3 to enlarge with a model of 8x8"),
-  ("superres", {"source": "small.npz", "sampling__sampler": "ode"}, "'ode'"),
   ("superres", {"source": "small.npz", "editing__noise": 0.0}, "noise_std=0.0"),
   ("superres", {"source": "small.npz", "editing__covariance": "tweed"}, "covariance='tweed'"),
   ("superres", {"source": "small.npz", "editing__method": "dps", "editing__scale": -1.0}, "scale=-1.0"),
@@ -229,12 +250,11 @@ WRONG = [
   ("inpaint", INPAINT | {"editing__resamples": 0}, "resamples=0"),
   ("inpaint", INPAINT | {"editing__jump": 0}, "jump=0"),
   ("inpaint", INPAINT | {"sampling__sampler": "dpmpp_2m"}, "a rule that remembers its last steps"),
-  ("inpaint", INPAINT | {"sampling__sampler": "ode"}, "'ode'"),
   ("invert", {"sampling__sampler": "ancestral"}, "'ancestral', which adds noise as it is set"),
   ("invert", {"sampling__eta": 1.0}, "'ddim', which adds noise as it is set.*without eta"),
   ("invert", {"sampling__sampler": "heun", "sampling__s_churn": 1.0}, "'heun', which adds noise as it is set"),
   ("invert", {"sampling__corrector_steps": 1}, "without eta, churn or corrector steps"),
-  ("invert", {"sampling__sampler": "ode"}, "'ode'"),
+  ("invert", {"sampling__sampler": "ode", "sampling__corrector_steps": 1}, "'ode', which adds noise as it is set"),
   ("interpolate", {"sampling__sampler": "ancestral"}, "which adds noise"),
   (
     "img2img",
