@@ -244,6 +244,37 @@ def hold(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def part(name: str, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Apply a transformation to one part of the parameters, a dict, and let the others pass.
+
+  Its state is as if there were no other part.
+
+  Args:
+    name: of the part, such as "model" or "extra" of a train step whose objective trains parameters beside the model.
+    transformation: such as `optax.adam(1e-4)`.
+  """
+
+  def init(params):
+    return transformation.init(_part_of(params, name))
+
+  def update(updates, state, params=None):
+    new, state = transformation.update(
+      _part_of(updates, name), state, None if params is None else _part_of(params, name)
+    )
+    return updates | {name: new}, state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _part_of(tree: PyTree, name: str) -> PyTree:
+  if isinstance(tree, dict) and name in tree:
+    return tree[name]
+  raise ValueError(
+    f"Got parameters without a part {name!r} for an optimizer of it; expected a dict that has one, as where an objective trains parameters"
+    " beside the model. Leave out the optimizer of `extra` where it trains none."
+  )
+
+
 def skip_nonfinite(
   *steps: optax.GradientTransformation, averages: optax.GradientTransformation | None = None, check_updates: bool = True
 ) -> optax.GradientTransformation:
@@ -309,6 +340,7 @@ def chain(
   clip_norm: float | None = 1.0,
   averages: optax.GradientTransformation | None,
   trainable: Callable[[PyTree], PyTree] | None = None,
+  extra: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
   """Chain clipping by the global norm, an optimizer and averages of the parameters, and skip steps that are not finite.
 
@@ -321,6 +353,9 @@ def chain(
     clip_norm: the largest global norm of a gradient; None for no clipping.
     averages: such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
     trainable: which parameters are trained, as for `hold`, such as `networks.trainable`; None for all.
+    extra: the optimizer of what an objective trains beside the model, such as `optax.adam(1e-4)`: then parameters are the dict
+      `{"model": ..., "extra": ...}`, all else in this chain is the model's, and a step that is not finite in either is skipped in both.
+      None where it trains nothing.
 
   Raises:
     ValueError: if a value is out of its range, or a name is unknown.
@@ -328,7 +363,11 @@ def chain(
   clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
   held = [] if trainable is None else [hold(trainable)]
   made = optimizer(name, rate, arguments or {})
-  return skip_nonfinite(*clip, made, *held, averages=averages, check_updates=not _keeps_finite(name, arguments or {}))
+  steps, finite = [*clip, made, *held], _keeps_finite(name, arguments or {})
+  if extra is not None:
+    steps, finite = [*(part("model", step) for step in steps), part("extra", extra)], False
+    averages = None if averages is None else part("model", averages)
+  return skip_nonfinite(*steps, averages=averages, check_updates=not finite)
 
 
 def _keeps_finite(name: str, arguments: dict[str, Any]) -> bool:

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 PyTree = Any
 DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 _BOTH = (DATA_AXIS, FSDP_AXIS)
-# Gradients of a share of a batch: (params, keys [B], batch) -> (loss, details [B], gradients).
-GradientFn = Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree, PyTree]]
+# Gradients of a share of a batch: (trained, context, keys [B], batch) -> (loss, details [B], gradients of what is trained).
+GradientFn = Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree, PyTree]]
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
@@ -99,21 +99,24 @@ def over(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   """Makes a function of a share's gradients one of the whole batch's, for `train.train_step` under `jit`.
 
   Each device computes the gradients of its share of the batch, which are then averaged once, however many parts the
-  share has. Parameters that lie split over "fsdp" are gathered before, and the gradients left split after.
+  share has. What is trained and what is looked at lie as `state_shardings` says: what is split over "fsdp" is gathered before, and the
+  gradients are left split after.
   """
 
   def distribute(gradient: GradientFn) -> GradientFn:
-    def of_batch(params, keys, batch):
-      specs = jax.tree.map(lambda leaf: _spec(mesh, leaf.shape), params)
-      axes = jax.tree.map(lambda leaf: -1 if (axis := _split_axis(mesh, leaf.shape)) is None else axis, params)
+    def of_batch(trained, context, keys, batch):
+      specs, looked_at = jax.tree.map(lambda leaf: _spec(mesh, leaf.shape), (trained, context))
+      axes, context_axes = jax.tree.map(
+        lambda leaf: -1 if (axis := _split_axis(mesh, leaf.shape)) is None else axis, (trained, context)
+      )
 
-      def of_share(params, keys, batch):
-        whole = jax.tree.map(
+      def of_share(trained, context, keys, batch):
+        whole, context = jax.tree.map(
           lambda leaf, axis: leaf if axis < 0 else jax.lax.all_gather(leaf, FSDP_AXIS, axis=axis, tiled=True),
-          params,
-          axes,
+          (trained, context),
+          (axes, context_axes),
         )
-        loss, details, gradients = gradient(whole, keys, batch)
+        loss, details, gradients = gradient(whole, context, keys, batch)
         gradients = jax.tree.map(
           lambda leaf, axis: (
             leaf if axis < 0 else jax.lax.psum_scatter(leaf, FSDP_AXIS, scatter_dimension=axis, tiled=True)
@@ -139,10 +142,10 @@ def over(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
       return jax.shard_map(
         of_share,
         mesh=mesh,
-        in_specs=(specs, batched, batched),
+        in_specs=(specs, looked_at, batched, batched),
         out_specs=(PartitionSpec(), batched, specs),
         check_vma=False,
-      )(params, keys, batch)
+      )(trained, context, keys, batch)
 
     return of_batch
 
@@ -190,26 +193,29 @@ def _cpu_options() -> Mapping[str, Any]:
   return options
 
 
-def jit_step(step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh, state: PyTree) -> Any:
+def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTree, frozen: PyTree = None) -> Any:
   """Compiles `step(state, batch) -> (state, metrics)` over a mesh: batch split, state laid out as `state_shardings`, donated.
 
   Args:
     step: the step, such as `train.train_step` with `distribute=over(mesh)`.
     mesh: the mesh.
     state: a state, or its shapes.
+    frozen: parameters that never change, or their shapes; then the step is `step(state, batch, frozen)`, and they lie as
+      `state_shardings` says. None for a step that takes none.
   """
   shardings = state_shardings(mesh, state)
+  given = () if frozen is None else (state_shardings(mesh, frozen),)
   return jax.jit(
     step,
-    in_shardings=(shardings, split(mesh)),
+    in_shardings=(shardings, split(mesh), *given),
     out_shardings=(shardings, replicated(mesh)),
     donate_argnums=0,
     compiler_options=compiler_options(mesh),
   )
 
 
-def pmap_step(step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], devices=None) -> Callable:
-  """The same under `pmap`: takes and returns a state from `replicate`, and a batch as `jit_step` takes it.
+def pmap_step(step: Callable[..., tuple[PyTree, PyTree]], devices=None) -> Callable:
+  """The same under `pmap`: takes and returns a state from `replicate`, a batch as `jit_step` takes it, and frozen parameters from `replicate`.
 
   `step` must reduce its gradients over the axis `parallel.DATA_AXIS`, as `train.train_step` does when told its name.
 
@@ -219,10 +225,10 @@ def pmap_step(step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], devices=N
   devices = jax.local_devices() if devices is None else devices
   mapped = jax.pmap(step, axis_name=DATA_AXIS, devices=devices, donate_argnums=0)
 
-  def run(state, batch):
+  def run(state, batch, *frozen):
     for leaf in jax.tree.leaves(batch):
       check_batch(leaf.shape[0], len(devices))
-    state, metrics = mapped(state, jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
+    state, metrics = mapped(state, jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch), *frozen)
     return state, unreplicate(metrics)
 
   return run

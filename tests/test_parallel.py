@@ -112,7 +112,8 @@ def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, lone):
 def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
   step = functools.partial(
     train.train_step,
-    loss_fn=build.build_loss(config),
+    objective=build.build_objective(config),
+    encode=build.build_encode(config),
     optimizer=build.build_optimizer(config),
     axis_name=parallel.DATA_AXIS,
   )
@@ -172,24 +173,16 @@ def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
   generator = np.random.default_rng(0)
   params = {"first": generator.normal(0, 0.2, (64, 8)), "last": generator.normal(0, 0.2, (8, 64))}
 
-  def loss_fn(params, keys, batch):
-    def network(x, t):
-      hidden = jnp.tanh(x.reshape(len(x), -1) @ params["first"] + t[:, None])
-      return (drop(hidden, 0.5, keys, "hidden") @ params["last"]).reshape(x.shape)
+  def apply(params, x, time, given, *, train, keys):
+    hidden = jnp.tanh(x.reshape(len(x), -1) @ params["first"] + time[:, None])
+    return (drop(hidden, 0.5, keys, "hidden") @ params["last"]).reshape(x.shape)
 
-    def times(keys):
-      return batch["times"][:, 0], batch["times"][:, 1]
-
-    return losses.denoising_loss(keys, network, process, predictions.EPS, batch["image"], times=times)
-
-  def prepare(keys):
-    return {"times": jnp.stack(losses.low_discrepancy(process)(keys), 1)}
-
-  state, after = train.init_state(jax.random.key(0), lambda key: params, optimizer), {}
-  batch = {"image": batches[0]["image"].astype(np.float64)}
+  objective = losses.denoising(apply, process, predictions.EPS, times=losses.low_discrepancy(process))
+  state, after = train.init_state(jax.random.key(0), lambda key: params, optimizer, objective), {}
+  batch = {"x": batches[0]["image"].astype(np.float64)}
   for accumulate, unroll in ((1, False), (2, True), (8, False)):
-    options = {"optimizer": optimizer, "prepare": prepare, "accumulate": accumulate, "unroll": unroll}
-    after[accumulate] = jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, **options))(state, batch)[0].params
+    options = {"objective": objective, "optimizer": optimizer, "accumulate": accumulate, "unroll": unroll}
+    after[accumulate] = jax.jit(functools.partial(train.train_step, **options))(state, batch)[0].params
   for accumulate in (2, 8):
     for a, b in zip(jax.tree.leaves(after[accumulate]), jax.tree.leaves(after[1]), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)

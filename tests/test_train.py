@@ -13,24 +13,17 @@ from tests.recipes import tiny_config
 
 
 def linear_problem(optimizer):
-  """No Flax: parameters are a dict, and the loss is any function."""
-  process = processes.vp()
+  """No Flax: parameters are a dict, and the network is any function."""
 
-  def loss_fn(params, keys, batch):
-    return losses.denoising_loss(
-      keys,
-      lambda x, label: params["a"] * x + params["b"],
-      process,
-      predictions.EPS,
-      batch["x"],
-      times=losses.uniform(process),
-    )
+  def apply(params, x, time, given, **_):
+    return params["a"] * x + params["b"]
 
   def init(key):
     return {"a": jax.random.normal(key, ()), "b": jnp.zeros(())}
 
-  state = train.init_state(jax.random.key(0), init, optimizer)
-  return state, jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer))
+  objective = losses.denoising(apply, processes.vp(), predictions.EPS)
+  state = train.init_state(jax.random.key(0), init, optimizer, objective)
+  return state, jax.jit(functools.partial(train.train_step, objective=objective, optimizer=optimizer))
 
 
 def batches():
@@ -174,9 +167,9 @@ def test_a_mean_counts_samples_not_steps():
     metrics = {
       "loss": jnp.ones(()),
       "grad_norm": jnp.ones(()),
-      "level": train.Mean(jnp.asarray(total), jnp.asarray(count)),
+      "level": losses.Mean(jnp.asarray(total), jnp.asarray(count)),
     }
-    return state._replace(step=state.step + 1), metrics | {"none": train.Mean(jnp.zeros(()), jnp.zeros(()))}
+    return state._replace(step=state.step + 1), metrics | {"none": losses.Mean(jnp.zeros(()), jnp.zeros(()))}
 
   logs = []
   train.fit(state, step, batches(), num_steps=3, log=lambda number, values: logs.append(values))
@@ -195,7 +188,8 @@ def test_a_real_step_of_the_unet(conditional):
   config.network.dropout = 0.1
   optimizer = build.build_optimizer(config)
   state = train.init_state(jax.random.key(0), lambda _: random_params(config), optimizer)
-  step = jax.jit(functools.partial(train.train_step, loss_fn=build.build_loss(config), optimizer=optimizer))
+  parts = {"objective": build.build_objective(config), "encode": build.build_encode(config)}
+  step = jax.jit(functools.partial(train.train_step, **parts, optimizer=optimizer))
   batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.array([0, 1, 2, 9])}
   after, metrics = step(state, batch)
   assert jnp.isfinite(metrics["loss"])

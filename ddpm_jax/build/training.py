@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ddpm_jax import costs, ema, losses, networks, optim, parallel, predictions, randomness, train
+from ddpm_jax import costs, ema, losses, networks, optim, parallel, randomness, train
 from ddpm_jax.build import condition
 from ddpm_jax.build.model import (
   build_network,
@@ -37,9 +37,6 @@ WEIGHTINGS = {
   "edm": lambda c, process: losses.edm(c.sigma_data),
   "sigmoid": lambda c, process: losses.sigmoid(),
 }
-# Bounds of log-SNR between the noise levels whose losses, and a classifier's accuracies, are logged apart.
-_LEVELS = (-5.0, 0.0, 5.0)
-_LEVEL_NAMES = ("below_-5", "-5_to_0", "0_to_5", "above_5")
 
 
 def build_schedule(config: ConfigDict) -> Callable[[Array | int], Array]:
@@ -90,53 +87,51 @@ def _build_averages(config: ConfigDict) -> optax.GradientTransformation:
   return ema.params_ema(*choose(c.kind, makers, "config.ema.kind")())
 
 
-def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Array, dict[str, Array]]]:
-  """`loss_fn(params, keys, batch)` for `train.train_step`; a batch may bring the `times` drawn for it (`build_times`)."""
+def build_objective(config: ConfigDict) -> losses.Objective:
+  """What is minimized."""
   network, process, prediction = build_network(config), build_process(config), build_prediction(config)
   c, times = config.loss, _times(config, process)
+
+  def apply(params, x, time, given, *, train=False, keys=None):
+    return network.apply({"params": params}, x, time, **given, train=train, dropout_keys=keys)
+
   if classifies(config):
-
-    def classification(keys, apply, batch, times):
-      options = {"times": times, "input_scale": prediction.input_scale}
-      return losses.classification_loss(keys, apply, process, batch["image"], batch["label"], **options)
-
-    return _loss_fn(network, lambda keys, batch: {}, classification, times)
-  predictions.check_readable(process, prediction)
+    return losses.classification(apply, process, prediction, times=times)
   weighting = choose(c.weighting, WEIGHTINGS, "config.loss.weighting")(config, process)
   if config.learned_variance and process.num_steps is None:
     raise ValueError(
       f"Got config.learned_variance with process.name={config.process.name!r}; wanted a discrete process, whose steps have a"
       " variance to learn. Set --config.process.name=discrete, or leave learned_variance out."
     )
-  loss = partial(losses.hybrid_loss, vlb_weight=c.vlb_weight) if config.learned_variance else losses.denoising_loss
-
-  def denoising(keys, apply, batch, times):
-    return loss(keys, apply, process, prediction, batch["image"], times=times, weighting=weighting)
-
-  def given(keys, batch):
-    found = condition.training_image(config, keys, batch["image"]) if config.superres.factor else condition.Condition()
-    if not network.num_classes:
-      return found.arguments
-    classes = batch["label"]
-    if c.label_dropout:
-      hidden = jax.vmap(jax.random.bernoulli, (0, None))(randomness.fold_in(keys, 3), c.label_dropout)
-      classes = jnp.where(hidden, null_class(config), classes)
-    return found._replace(classes=classes).arguments
-
-  return _loss_fn(network, given, denoising, times)
+  return losses.denoising(apply, process, prediction, times=times, weighting=weighting, vlb_weight=c.vlb_weight)
 
 
-def _loss_fn(network, conditions, loss, times):
-  """The loss with dropout on: `loss(keys, apply, batch, times)` of a network that also takes `conditions(keys, batch)`."""
+def build_encode(config: ConfigDict) -> Callable[[Any, Array, PyTree], PyTree]:
+  """`encode(frozen, keys, batch)` for `train.train_step`: the images as `x`, and what the network is given beside them."""
+  c, classed = config.loss, not classifies(config) and config.network.num_classes
+
+  def encode(frozen, keys, batch):
+    image = batch["image"]
+    found = condition.training_image(config, keys, image) if config.superres.factor else condition.Condition()
+    if classed:
+      classes = batch["label"]
+      if c.label_dropout:
+        hidden = jax.vmap(jax.random.bernoulli, (0, None))(randomness.fold_in(keys, 3), c.label_dropout)
+        classes = jnp.where(hidden, null_class(config), classes)
+      found = found._replace(classes=classes)
+    given = {} if classifies(config) else found.arguments
+    return {name: leaf for name, leaf in batch.items() if name != "image"} | {"x": image, "given": given}
+
+  return encode
+
+
+def build_loss(config: ConfigDict) -> Callable[[PyTree, Array, PyTree], tuple[Array, dict[str, Array]]]:
+  """`loss_fn(params, keys, batch) -> (loss, details)` of the objective, for a batch as it is read."""
+  objective, encode = build_objective(config), build_encode(config)
+  context = losses.Context(jnp.zeros((), jnp.int32), (), None, ())
 
   def loss_fn(params, keys, batch):
-    given = conditions(keys, batch)
-
-    def apply(x_t, label):
-      masks = randomness.fold_in(keys, 2)
-      return network.apply({"params": params}, x_t, label, **given, train=True, dropout_keys=masks)
-
-    return loss(keys, apply, batch, (lambda _: batch["times"]) if "times" in batch else times)
+    return objective.loss({"model": params, "extra": ()}, context, keys, encode(None, keys, batch))
 
   return loss_fn
 
@@ -156,36 +151,11 @@ def build_step(
   config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> Callable[[train.TrainState, PyTree], tuple[train.TrainState, train.Metrics]]:
   """The train step over a mesh, for `parallel.jit_step`."""
-  process = build_process(config)
-  times = _times(config, process)
-
-  def prepare(keys):
-    # For the batch as a whole: some times are spread evenly over it.
-    return {"times": times(randomness.fold_in(keys, 0))}
-
-  def summarize(details):
-    level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
-    member = level[:, None] == jnp.arange(len(_LEVELS) + 1, dtype=level.dtype)[None]
-    counts = jnp.sum(member, axis=0)
-
-    def by_level(name, values):
-      totals = jnp.sum(jnp.where(member, values[:, None], 0), axis=0)
-      return {
-        f"{name}_by_log_snr/{level}": train.Mean(totals[index], counts[index])
-        for index, level in enumerate(_LEVEL_NAMES)
-      }
-
-    metrics = by_level("loss", details["loss"])
-    if "correct" in details:
-      metrics |= {"accuracy": jnp.mean(details["correct"])} | by_level("accuracy", details["correct"])
-    return metrics
-
   return partial(
     train.train_step,
-    loss_fn=build_loss(config),
+    objective=build_objective(config),
     optimizer=build_optimizer(config),
-    prepare=prepare,
-    summarize=summarize,
+    encode=build_encode(config),
     accumulate=config.training.accumulate,
     unroll=mesh.devices.flat[0].platform == "cpu",
     distribute=parallel.over(mesh),

@@ -1,11 +1,14 @@
-"""Losses, the times they are drawn at, and their weightings."""
+"""Losses, the times they are drawn at, their weightings, and the objectives made of them."""
 
-from ddpm_jax.losses.classification import classification_loss
-from ddpm_jax.losses.denoising import denoising_loss
+from ddpm_jax.losses.cross_entropy import classification_loss
+from ddpm_jax.losses.objective import Apply, Context, Mean, Objective, TimeInput, classification, denoising
+from ddpm_jax.losses.squared_error import denoising_loss
 from ddpm_jax.losses.times import (
+  AdaptiveTimes,
   LossMoments,
   TimeDistribution,
   importance,
+  importance_times,
   log_normal,
   logit_normal,
   loss_moments,
@@ -29,15 +32,24 @@ from ddpm_jax.losses.weightings import (
 )
 
 __all__ = [
+  "AdaptiveTimes",
+  "Apply",
+  "Context",
   "LossMoments",
+  "Mean",
+  "Objective",
   "TimeDistribution",
+  "TimeInput",
   "Weighting",
+  "classification",
   "classification_loss",
   "decoder_bits",
+  "denoising",
   "denoising_loss",
   "edm",
   "hybrid_loss",
   "importance",
+  "importance_times",
   "likelihood",
   "log_normal",
   "logit_normal",

@@ -1,11 +1,12 @@
 """Distributions of training times: `times(keys) -> (t, weight)`, all [B], from one key a sample.
 
 The weight is the importance weight that keeps the expectation of the loss the one over uniform times. It is 1 where the
-distribution is a choice of objective, as the log-normal of EDM is, and not a way to estimate another one.
+distribution is a choice of objective, as the log-normal of EDM is, and not a way to estimate another one. `AdaptiveTimes` is a
+distribution that remembers the losses it has met.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,23 +118,25 @@ def loss_moments(process: Process, size: int = 10) -> LossMoments:
 @check_kinds
 def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
   """The moments after a batch, given its times and losses [B]: the `t` and `loss` that the losses return."""
-  steps = jnp.round(t * moments.history.shape[0]).astype(jnp.int32) - 1
-
-  def add(moments, item):
-    step, value = item
-    row = jnp.append(moments.history[step, 1:], value.astype(moments.history.dtype))
-    seen = jnp.minimum(moments.seen[step] + 1, moments.history.shape[1])
-    return LossMoments(moments.history.at[step].set(row), moments.seen.at[step].set(seen)), None
-
-  return jax.lax.scan(add, moments, (steps, loss))[0]
+  n, size = moments.history.shape
+  step = jnp.round(t * n).astype(jnp.int32) - 1
+  count = jnp.zeros((n,), jnp.int32).at[step].add(1)
+  # Of each loss, how many of the same step come after it: sorted by step, those up to where the step ends.
+  order = jnp.argsort(step)
+  after = jnp.cumsum(count)[step[order]] - 1 - jnp.arange(step.shape[0], dtype=jnp.int32)
+  # Older ones move to the left, and the newest take the places that are left free; what has no place is dropped.
+  place = jnp.arange(size, dtype=jnp.int32)[None] + jnp.minimum(count, size)[:, None]
+  moved = jnp.take_along_axis(moments.history, jnp.minimum(place, size - 1), axis=1)
+  column = jnp.where(after < size, size - 1 - after, size)
+  history = moved.at[step[order], column].set(loss[order].astype(moved.dtype), mode="drop")
+  return LossMoments(history, jnp.minimum(moments.seen + count, size))
 
 
 @check_kinds
-def importance(process: Process, moments: LossMoments, uniform_share: float = 0.001) -> TimeDistribution:
+def importance_times(process: Process, moments: LossMoments, uniform_share: float = 0.001) -> TimeDistribution:
   """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
 
-  Uniform until every step has a full history. A pure function of `moments`, which the training loop carries on with
-  `update_moments`.
+  Uniform until every step has a full history. A pure function of `moments`, to which `update_moments` adds: `importance` is both in one.
 
   Args:
     process: a discrete process.
@@ -148,8 +151,7 @@ def importance(process: Process, moments: LossMoments, uniform_share: float = 0.
     raise ValueError(
       f"Got moments of {moments.history.shape[0]} steps for a process of {n}; make them with loss_moments."
     )
-  if not 0 < uniform_share <= 1:
-    raise ValueError(f"Got uniform_share={uniform_share}; wanted it in (0, 1], such as 0.001.")
+  _check_share(uniform_share)
   reached = jnp.arange(n) < last_step(process)
   ready = jnp.all((moments.seen == moments.history.shape[1]) | ~reached)
   size = jnp.where(reached, jnp.sqrt(jnp.mean(jnp.square(moments.history), axis=1)), 0)
@@ -162,6 +164,48 @@ def importance(process: Process, moments: LossMoments, uniform_share: float = 0.
     return (step + 1) / n, 1 / (last * probability[step])
 
   return times
+
+
+class AdaptiveTimes(NamedTuple):
+  """A distribution of times that follows the losses seen so far.
+
+  Attributes:
+    init: `init() -> memory`, a pytree of arrays.
+    times: `times(memory) -> TimeDistribution`.
+    update: `update(memory, t, loss) -> memory`, with the times and losses [B] of a batch, before importance weights.
+  """
+
+  init: Callable[[], Any]
+  times: Callable[[Any], TimeDistribution]
+  update: Callable[[Any, Array, Array], Any]
+
+
+@check_kinds
+def importance(process: Process, *, size: int = 10, uniform_share: float = 0.001) -> AdaptiveTimes:
+  """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
+
+  Uniform until every step has a full history. The importance weights keep the loss unbiased.
+
+  Args:
+    process: a discrete process.
+    size: losses remembered of each step.
+    uniform_share: the share of the probability spread over all steps.
+
+  Raises:
+    ValueError: if the process is continuous, size is below 1, or the share is outside (0, 1].
+  """
+  loss_moments(process, size)
+  _check_share(uniform_share)
+  return AdaptiveTimes(
+    init=lambda: loss_moments(process, size),
+    times=lambda moments: importance_times(process, moments, uniform_share),
+    update=update_moments,
+  )
+
+
+def _check_share(uniform_share: float) -> None:
+  if not 0 < uniform_share <= 1:
+    raise ValueError(f"Got uniform_share={uniform_share}; wanted it in (0, 1], such as 0.001.")
 
 
 def _unweighted(draw: Callable[[Array], Array]) -> TimeDistribution:

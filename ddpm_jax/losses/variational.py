@@ -13,7 +13,7 @@ from jax.scipy.special import log_ndtr
 
 from ddpm_jax.arguments import check_kinds
 from ddpm_jax.floats import widen
-from ddpm_jax.losses.denoising import draw, squared_error
+from ddpm_jax.losses.squared_error import draw, squared_error
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
 from ddpm_jax.predictions import Denoised, Prediction, coefficients, learned_fraction, map_x_0, x_0_of

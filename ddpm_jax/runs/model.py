@@ -97,11 +97,11 @@ def make_state(
   config: ConfigDict, optimizer: Any, mesh: jax.sharding.Mesh, params: PyTree = None
 ) -> tuple[Callable[[], train.TrainState], train.TrainState]:
   """A function that makes the first state, from new parameters or those given, and the state's shapes and layout."""
-  init = build.build_params_init(config)
+  init, objective = build.build_params_init(config), build.build_objective(config)
 
   def start(params):
     make = init if params is None else lambda key: params
-    return train.init_state(jax.random.key(config.seed), make, optimizer)
+    return train.init_state(jax.random.key(config.seed), make, optimizer, objective)
 
   shapes = jax.eval_shape(start, params)
   shardings = parallel.state_shardings(mesh, shapes)
@@ -115,14 +115,21 @@ def items_of(state: train.TrainState) -> dict[str, PyTree]:
   return {
     "params": state.params,
     "ema": averages,
-    "training": {"step": state.step, "opt_state": rest, "key": state.key},
+    "training": {
+      "step": state.step,
+      "extra": state.extra,
+      "memory": state.memory,
+      "opt_state": rest,
+      "key": state.key,
+    },
   }
 
 
 def state_of(items: dict[str, PyTree]) -> train.TrainState:
   """The state that `items_of` took apart."""
-  rest = items["training"]
-  return train.TrainState(rest["step"], items["params"], ema.join(rest["opt_state"], items["ema"]), rest["key"])
+  rest = dict(items["training"])
+  opt_state = ema.join(rest.pop("opt_state"), items["ema"])
+  return train.TrainState(params=items["params"], opt_state=opt_state, **rest)
 
 
 def open_checkpoints(config: ConfigDict, folder: Path) -> checkpoint.Checkpoints:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ddpm_jax import predictions
 from ddpm_jax.arguments import check_kinds
-from ddpm_jax.losses.denoising import perturbed
+from ddpm_jax.losses.squared_error import perturbed
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.processes import Process
 
