@@ -71,7 +71,8 @@ def init_state(
   extra, memory = (), ()
   if objective is not None:
     # Another number than those of the two keys above.
-    extra, memory = objective.init(jax.random.fold_in(key, 2), params, _own(objective, frozen))
+    # Copies: a memory may begin as the parameters, and a buffer that served twice could not be donated.
+    extra, memory = jax.tree.map(jnp.copy, objective.init(jax.random.fold_in(key, 2), params, _own(objective, frozen)))
   opt_state = promoting(optimizer.init)(_joined(params, extra))
   average = ema.ema_params(opt_state)
   structures: list[Any] = [jax.tree.structure(tree) for tree in (average, params)]
@@ -140,6 +141,7 @@ def train_step(
   Raises:
     ValueError: if the objective's frozen parameters are missing, or its memory changes in structure, shape or type.
   """
+  context = Context(state.step, _own(objective, frozen), ema.ema_params(state.opt_state), state.memory)
   size = jax.tree.leaves(batch)[0].shape[0]
   shares = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   step_key = jax.random.fold_in(state.key, state.step)
@@ -153,7 +155,6 @@ def train_step(
   def gradient(trained, context, keys, batch):
     return _gradient(objective.loss, trained, context, keys, batch, accumulate, unroll)
 
-  context = Context(state.step, _own(objective, frozen), ema.ema_params(state.opt_state), state.memory)
   trained = {"model": state.params, "extra": state.extra}
   loss, details, grads = distribute(gradient)(trained, context, keys, batch)
   if axis_name is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_jax import build, ema, hardware, heap, interop, losses, metrics, parallel, randomness
-from ddpm_jax.losses.denoising import perturbed
+from ddpm_jax.losses.squared_error import perturbed
 from ddpm_jax.networks import UNet
 from tests.conftest import CACHE, ROOT
 from tests.flags import OPTIMIZED

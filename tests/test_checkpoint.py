@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax import checkpoint, parallel
+from ddpm_jax.runs import model
+from tests import objectives
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_format_2"
 
@@ -62,6 +64,30 @@ def test_everything_comes_back(tmp_path, devices):
   assert (restored.step, restored.data, restored.damaged) == (5, {"batch": 5}, [])
   assert_equal(restored.items, make_items(5))
   assert len(restored.items["params"]["w"].sharding.device_set) == devices
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, devices):
+  """With all that an objective may remember and train beside the model; frozen parameters are not written."""
+  mesh = parallel.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+  shapes, given = jax.eval_shape(objectives.start), objectives.frozen()
+  shardings = parallel.state_shardings(mesh, shapes)
+  state = jax.jit(objectives.start, out_shardings=shardings)()
+  given = jax.device_put(given, parallel.state_shardings(mesh, given))
+  step = parallel.jit_step(objectives.step(distribute=parallel.over(mesh)), mesh, state, given)
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  for number, batch in enumerate(objectives.batches(4), 1):
+    state, _ = step(state, parallel.put_batch(mesh, batch, objectives.BATCH), given)
+    if number == 2:
+      checkpoints.save(2, model.items_of(state), {})
+      checkpoints.wait()
+  restored = checkpoints.restore(model.items_of(parallel.abstract(shapes, shardings)))
+  checkpoints.close()
+  again = model.state_of(restored.items)
+  assert int(again.step) == 2
+  for batch in objectives.batches(4)[2:]:
+    again, _ = step(again, parallel.put_batch(mesh, batch, objectives.BATCH), given)
+  assert_equal(again, state)
 
 
 def test_what_is_not_asked_for_is_not_read(tmp_path):

@@ -66,7 +66,7 @@ def test_importance_sampling_follows_the_last_losses():
   add = jax.jit(losses.update_moments)
   for size in (4, 7, 9, 5):
     if min(len(row) for row in plain) < 3:
-      assert np.all(losses.importance(process, moments)(keys)[1] == 1)
+      assert np.all(losses.importance_times(process, moments)(keys)[1] == 1)
     steps = np.concatenate([np.arange(4), rng.integers(0, 4, size)])[:size] if size > 4 else np.arange(4)
     loss = rng.uniform(0, 1, size) * (1 + steps)
     for step, value in zip(steps, loss, strict=True):
@@ -77,7 +77,7 @@ def test_importance_sampling_follows_the_last_losses():
       plain[step].append(1.0 + step)
     moments = add(moments, jnp.arange(1, 5) / 4, jnp.arange(1.0, 5.0))
   np.testing.assert_allclose(moments.history, np.array(plain), rtol=1e-6)
-  t, weight = jax.jit(lambda moments: losses.importance(process, moments)(keys))(moments)
+  t, weight = jax.jit(lambda moments: losses.importance_times(process, moments)(keys))(moments)
   share = np.bincount(np.rint(np.asarray(t) * 4).astype(int) - 1) / len(keys)
   np.testing.assert_allclose(share, np.arange(1, 5) / 10, atol=5 * 0.5 / len(keys) ** 0.5)
   mean = np.mean(np.asarray(weight) * np.asarray(t))
@@ -88,7 +88,7 @@ def test_importance_sampling_stays_within_a_shortened_process():
   process = processes.discrete(np.full(10, 0.1))._replace(t_max=0.6)
   moments, keys = losses.loss_moments(process, 2), jax.random.split(jax.random.key(0), 2000)
   for _ in range(3):
-    t, weight = losses.importance(process, moments)(keys)
+    t, weight = losses.importance_times(process, moments)(keys)
     assert set(np.rint(np.asarray(t) * 10)) == set(range(1, 7))
     np.testing.assert_allclose(np.mean(weight), 1, atol=0.05)
     moments = losses.update_moments(moments, jnp.arange(1, 7) / 10, jnp.arange(1.0, 7.0))
@@ -112,7 +112,7 @@ def test_importance_sampling_lowers_the_variance_of_the_bound():
   for _ in range(5):
     moments = add(moments, every, bits(jnp.tile(every, 4))[:1000])
   spread = {}
-  for name, times in (("uniform", losses.uniform(process)), ("importance", losses.importance(process, moments))):
+  for name, times in (("uniform", losses.uniform(process)), ("importance", losses.importance_times(process, moments))):
     t, weight = times(keys)
     spread[name] = np.asarray(weight * bits(t))
   means = {name: value.mean() for name, value in spread.items()}

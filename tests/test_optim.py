@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -336,3 +337,30 @@ def test_parameters_that_are_not_trained_stay_bit_for_bit(name):
   for held in (history[-1], ema.ema_params(state), ema.ema_params(state, 1)):
     assert np.asarray(held["time_frequencies"]).tobytes() == frequencies.tobytes()
   assert np.any(history[-1]["conv_out"]["kernel"] != params["conv_out"]["kernel"])
+
+
+def test_a_chain_with_an_optimizer_beside_it_moves_the_model_as_alone():
+  """And the other part as its own optimizer would: neither knows of the other, but for steps that are skipped."""
+  rng = np.random.default_rng(0)
+  model, extra = ({"w": jnp.asarray(rng.normal(size=5), jnp.float32)} for _ in range(2))
+  beside = optax.chain(optim.clip_by_global_norm(0.1), optax.sgd(0.3, momentum=0.9))
+  alone = optim.chain(0.1, clip_norm=0.5, averages=ema.params_ema(ema.fixed(0.9)))
+  both = optim.chain(0.1, clip_norm=0.5, averages=ema.params_ema(ema.fixed(0.9)), extra=beside)
+  params = {"model": model, "extra": extra}
+  states = [alone.init(model), beside.init(extra), both.init(params)]
+  assert jax.tree.structure(ema.ema_params(states[2])) == jax.tree.structure(model)
+  for _ in range(3):
+    grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=5), jnp.float32), params)
+    updates, states[2] = both.update(grads, states[2], params)
+    expected = {}
+    expected["model"], states[0] = alone.update(grads["model"], states[0], params["model"])
+    expected["extra"], states[1] = beside.update(grads["extra"], states[1], params["extra"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), updates, expected)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(ema.ema_params(states[2])["w"], ema.ema_params(states[0])["w"], rtol=1e-6)
+  for name in ("model", "extra"):
+    spoilt = grads | {name: {"w": jnp.full(5, jnp.nan)}}
+    updates, after = both.update(spoilt, states[2], params)
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), updates)
+    jax.tree.map(np.testing.assert_array_equal, after.inner, states[2].inner)
+    assert int(after.skipped) == 1

@@ -11,6 +11,7 @@ import pytest
 
 from ddpm_jax import build, costs, losses, optim, parallel, predictions, processes, startup, train
 from ddpm_jax.networks.layers import drop
+from tests import objectives
 from tests.parameters import use_dense
 from tests.recipes import tiny_config
 
@@ -112,7 +113,8 @@ def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, lone):
 def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
   step = functools.partial(
     train.train_step,
-    loss_fn=build.build_loss(config),
+    objective=build.build_objective(config),
+    encode=build.build_encode(config),
     optimizer=build.build_optimizer(config),
     axis_name=parallel.DATA_AXIS,
   )
@@ -172,27 +174,69 @@ def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
   generator = np.random.default_rng(0)
   params = {"first": generator.normal(0, 0.2, (64, 8)), "last": generator.normal(0, 0.2, (8, 64))}
 
-  def loss_fn(params, keys, batch):
-    def network(x, t):
-      hidden = jnp.tanh(x.reshape(len(x), -1) @ params["first"] + t[:, None])
-      return (drop(hidden, 0.5, keys, "hidden") @ params["last"]).reshape(x.shape)
+  def apply(params, x, time, given, *, train, keys):
+    hidden = jnp.tanh(x.reshape(len(x), -1) @ params["first"] + time[:, None])
+    return (drop(hidden, 0.5, keys, "hidden") @ params["last"]).reshape(x.shape)
 
-    def times(keys):
-      return batch["times"][:, 0], batch["times"][:, 1]
-
-    return losses.denoising_loss(keys, network, process, predictions.EPS, batch["image"], times=times)
-
-  def prepare(keys):
-    return {"times": jnp.stack(losses.low_discrepancy(process)(keys), 1)}
-
-  state, after = train.init_state(jax.random.key(0), lambda key: params, optimizer), {}
-  batch = {"image": batches[0]["image"].astype(np.float64)}
+  objective = losses.denoising(apply, process, predictions.EPS, times=losses.low_discrepancy(process))
+  state, after = train.init_state(jax.random.key(0), lambda key: params, optimizer, objective), {}
+  batch = {"x": batches[0]["image"].astype(np.float64)}
   for accumulate, unroll in ((1, False), (2, True), (8, False)):
-    options = {"optimizer": optimizer, "prepare": prepare, "accumulate": accumulate, "unroll": unroll}
-    after[accumulate] = jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, **options))(state, batch)[0].params
+    options = {"objective": objective, "optimizer": optimizer, "accumulate": accumulate, "unroll": unroll}
+    after[accumulate] = jax.jit(functools.partial(train.train_step, **options))(state, batch)[0].params
   for accumulate in (2, 8):
     for a, b in zip(jax.tree.leaves(after[accumulate]), jax.tree.leaves(after[1]), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+def everything_under_jit(mesh, accumulate=1):
+  """Five steps of an objective that uses everything."""
+  step = objectives.step(distribute=parallel.over(mesh), accumulate=accumulate, unroll=True)
+  shapes, given = jax.eval_shape(objectives.start), objectives.frozen()
+  state = jax.jit(objectives.start, out_shardings=parallel.state_shardings(mesh, shapes))()
+  given = jax.device_put(given, parallel.state_shardings(mesh, given))
+  compiled, found = parallel.jit_step(step, mesh, state, given), []
+  for batch in objectives.batches(STEPS):
+    state, metrics = compiled(state, parallel.put_batch(mesh, batch, objectives.BATCH), given)
+    found.append(float(metrics["loss"]))
+  return state, found, given
+
+
+@pytest.fixture(scope="module")
+def everything_alone():
+  return everything_under_jit(parallel.make_mesh(devices=jax.devices()[:1]))
+
+
+def assert_same_everything(got, want):
+  np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
+  for a, b in zip(objectives.values(got[0]), objectives.values(want[0]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_objective_with_everything_on_two_by_four_gives_the_run_of_one(accumulate, everything_alone):
+  """Its memory holds the losses of the whole batch in order."""
+  found = everything_under_jit(parallel.make_mesh(2, 4), accumulate)
+  assert_same_everything(found, everything_alone)
+  for leaf in (found[0].memory["target"]["first"], found[0].extra["critic"], found[2]["objective"]["last"]):
+    assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 4}
+
+
+def test_an_objective_with_everything_in_four_parts_gives_the_run_of_one(everything_alone):
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  assert_same_everything(everything_under_jit(mesh, accumulate=4), everything_alone)
+
+
+def test_an_objective_with_everything_under_pmap_gives_the_run_of_one(everything_alone):
+  mapped = parallel.pmap_step(objectives.step(axis_name=parallel.DATA_AXIS))
+  state, given = map(parallel.replicate, (jax.jit(objectives.start)(), objectives.frozen()))
+  found = []
+  for batch in objectives.batches(STEPS):
+    state, metrics = mapped(state, batch, given)
+    found.append(float(metrics["loss"]))
+  for leaf in objectives.values(state):
+    np.testing.assert_array_equal(leaf[0], leaf[-1])
+  assert_same_everything((parallel.unreplicate(state), found), everything_alone)
 
 
 def test_each_row_lies_where_it_should(batches):

@@ -8,29 +8,23 @@ import optax
 import pytest
 
 from ddpm_jax import build, ema, losses, optim, predictions, processes, train
+from tests import objectives
 from tests.parameters import random_params
 from tests.recipes import tiny_config
 
 
 def linear_problem(optimizer):
-  """No Flax: parameters are a dict, and the loss is any function."""
-  process = processes.vp()
+  """No Flax: parameters are a dict, and the network is any function."""
 
-  def loss_fn(params, keys, batch):
-    return losses.denoising_loss(
-      keys,
-      lambda x, label: params["a"] * x + params["b"],
-      process,
-      predictions.EPS,
-      batch["x"],
-      times=losses.uniform(process),
-    )
+  def apply(params, x, time, given, **_):
+    return params["a"] * x + params["b"]
 
   def init(key):
     return {"a": jax.random.normal(key, ()), "b": jnp.zeros(())}
 
-  state = train.init_state(jax.random.key(0), init, optimizer)
-  return state, jax.jit(functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer))
+  objective = losses.denoising(apply, processes.vp(), predictions.EPS)
+  state = train.init_state(jax.random.key(0), init, optimizer, objective)
+  return state, jax.jit(functools.partial(train.train_step, objective=objective, optimizer=optimizer))
 
 
 def batches():
@@ -174,9 +168,9 @@ def test_a_mean_counts_samples_not_steps():
     metrics = {
       "loss": jnp.ones(()),
       "grad_norm": jnp.ones(()),
-      "level": train.Mean(jnp.asarray(total), jnp.asarray(count)),
+      "level": losses.Mean(jnp.asarray(total), jnp.asarray(count)),
     }
-    return state._replace(step=state.step + 1), metrics | {"none": train.Mean(jnp.zeros(()), jnp.zeros(()))}
+    return state._replace(step=state.step + 1), metrics | {"none": losses.Mean(jnp.zeros(()), jnp.zeros(()))}
 
   logs = []
   train.fit(state, step, batches(), num_steps=3, log=lambda number, values: logs.append(values))
@@ -195,7 +189,8 @@ def test_a_real_step_of_the_unet(conditional):
   config.network.dropout = 0.1
   optimizer = build.build_optimizer(config)
   state = train.init_state(jax.random.key(0), lambda _: random_params(config), optimizer)
-  step = jax.jit(functools.partial(train.train_step, loss_fn=build.build_loss(config), optimizer=optimizer))
+  parts = {"objective": build.build_objective(config), "encode": build.build_encode(config)}
+  step = jax.jit(functools.partial(train.train_step, **parts, optimizer=optimizer))
   batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.array([0, 1, 2, 9])}
   after, metrics = step(state, batch)
   assert jnp.isfinite(metrics["loss"])
@@ -228,3 +223,116 @@ def test_training_stops_where_the_batches_end():
   state, step = linear_problem(optim.adam(0.05))
   state = train.fit(state, step, itertools.islice(spoilt(), 3), num_steps=9, log=lambda *_: None)
   assert int(state.step) == 3
+
+
+def spoil(batch):
+  return {"data": np.full_like(batch["data"], np.nan)}
+
+
+def test_a_skipped_step_leaves_parameters_average_memory_and_extra_as_they_were():
+  step, given = jax.jit(objectives.step()), objectives.frozen()
+  first, second = objectives.batches(2)
+  before, metrics = step(objectives.start(), first, given)
+  assert int(metrics["skipped"]) == 0
+  np.testing.assert_allclose(metrics["most"], np.max(before.memory["losses"]))
+  after, metrics = step(before, spoil(second), given)
+  assert int(after.step) == 2
+  assert [int(metrics[name]) for name in ("skipped", "skipped_in_a_row")] == [1, 1]
+  kept = [(state.params, state.extra, state.memory, ema.ema_params(state.opt_state)) for state in (before, after)]
+  for old, new in zip(*map(objectives.values, kept), strict=True):
+    np.testing.assert_array_equal(new, old)
+  after, _ = step(after, second, given)
+  kept.append((after.params, after.extra, after.memory, ema.ema_params(after.opt_state)))
+  assert all(np.any(old != new) for old, new in zip(*map(objectives.values, kept[1:]), strict=True))
+  assert all(np.all(np.isfinite(leaf)) for leaf in objectives.values(kept[2]))
+
+
+def test_a_step_is_skipped_whole_if_only_what_is_beside_the_model_fails():
+  objective = objectives.everything()
+
+  def loss(trained, context, keys, batch):
+    value, details = objective.loss(trained, context, keys, batch)
+    return value + jnp.where(context.step == 1, jnp.inf, 0.0) * jnp.sum(trained["extra"]["critic"]), details
+
+  step, given = jax.jit(objectives.step(objective=objective._replace(loss=loss))), objectives.frozen()
+  first, second = objectives.batches(2)
+  before, _ = step(objectives.start(), first, given)
+  after, metrics = step(before, second, given)
+  assert int(metrics["skipped"]) == 1
+  for old, new in zip(*(objectives.values((state.params, state.extra)) for state in (before, after)), strict=True):
+    np.testing.assert_array_equal(new, old)
+
+
+def test_the_memory_is_that_of_before_the_step_and_the_average_is_the_optimizer_s():
+  """One step of the objective, written out."""
+  state, (batch,), given = objectives.start(), objectives.batches(1), objectives.frozen()
+  # So that the three differ.
+  average = objectives.weights(5)
+  rest, _ = ema.split(state.opt_state)
+  memory = state.memory | {"target": objectives.weights(6), "offset": jnp.asarray(0.25)}
+  state = state._replace(opt_state=ema.join(rest, (average,)), memory=memory, step=jnp.asarray(3, jnp.int32))
+  after, metrics = jax.jit(objectives.step())(state, batch, given)
+  step_key = jax.random.fold_in(state.key, 3)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(objectives.BATCH))
+  context = losses.Context(state.step, given["objective"], average, memory)
+  objective = objectives.everything()
+  whole = objectives.encode(given, keys, batch) | objective.prepare(keys, memory)
+  trained = {"model": state.params, "extra": state.extra}
+  loss, details = objective.loss(trained, context, keys, whole)
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(after.memory["losses"], details["loss"], rtol=1e-5)
+  expected = jax.tree.map(lambda old, new: 0.7 * old + 0.3 * new, memory["target"], after.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.memory["target"], expected)
+
+
+def test_frozen_parameters_are_arguments_of_the_compiled_step():
+  step, state, (batch,) = jax.jit(objectives.step()), objectives.start(), objectives.batches(1)
+  given = objectives.frozen()
+  other = given | {"objective": objectives.weights(7)}
+  assert step(state, batch, given)[1]["loss"] != step(state, batch, other)[1]["loss"]
+  assert step._cache_size() == 1
+  assert not jax.make_jaxpr(objectives.step())(state, batch, given).consts
+
+
+def test_fit_hands_frozen_parameters_on():
+  step, given, logs = jax.jit(objectives.step()), objectives.frozen(), []
+  end = train.fit(
+    objectives.start(),
+    step,
+    objectives.batches(30),
+    given,
+    num_steps=30,
+    log=lambda *log: logs.append(log),
+    log_every=10,
+  )
+  assert int(end.step) == 30
+  assert logs[-1][1]["loss"] < logs[0][1]["loss"]
+
+
+def test_an_objective_and_an_optimizer_that_do_not_fit_are_errors():
+  def begin(optimizer, objective, frozen=None):
+    return train.init_state(jax.random.key(0), lambda key: objectives.weights(3), optimizer, objective, frozen)
+
+  everything, given = objectives.everything(), objectives.frozen()
+  with pytest.raises(ValueError, match="average covers .*optim.chain"):
+    begin(optim.adam(0.1), everything, given)
+  with pytest.raises(ValueError, match="without a part 'model'.*Leave out"):
+    begin(objectives.optimizer(), None)
+  with pytest.raises(ValueError, match="no frozen parameters.*objective.load"):
+    begin(objectives.optimizer(), everything, {"codec": given["codec"]})
+  # One optimizer for both, that averages nothing.
+  state = begin(optax.adam(0.1), everything, given)
+  step = functools.partial(train.train_step, optimizer=optax.adam(0.1), encode=objectives.encode)
+  (batch,) = objectives.batches(1)
+  with pytest.raises(ValueError, match="no frozen parameters"):
+    step(state, batch, objective=everything)
+  without_average = everything._replace(
+    loss=lambda trained, context, keys, batch: everything.loss(
+      trained, context._replace(average=context.memory["target"]), keys, batch
+    )
+  )
+  after, _ = step(state, batch, given, objective=without_average)
+  assert np.any(after.extra["critic"] != state.extra["critic"])
+  smaller = without_average._replace(update=lambda key, memory, params, details: memory | {"losses": jnp.zeros(2)})
+  with pytest.raises(ValueError, match=r"Got the memory .*float32\[2\].* expected it as before"):
+    step(state, batch, given, objective=smaller)

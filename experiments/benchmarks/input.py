@@ -105,11 +105,8 @@ def small_step():
   network = UNet(out_channels=3, channels=16, multipliers=(1, 2), blocks=1, groups=8, dropout=0.0)
   optimizer = optim.adam(learning_rate=1e-4)
 
-  def loss_fn(params, keys, batch):
-    def apply(x_t, label):
-      return network.apply({"params": params}, x_t, label)
-
-    return losses.denoising_loss(keys, apply, process, predictions.EPS, batch["image"], times=losses.uniform(process))
+  def apply(params, x, time, given, *, train, keys):
+    return network.apply({"params": params}, x, time, train=train, dropout_keys=keys)
 
   def init(key):
     return network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
@@ -117,7 +114,8 @@ def small_step():
   state = jax.jit(lambda: train.init_state(jax.random.key(0), init, optimizer))()
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   state = jax.device_put(state, parallel.state_shardings(mesh, state))
-  step = functools.partial(train.train_step, loss_fn=loss_fn, optimizer=optimizer)
+  options = {"objective": losses.denoising(apply, process, predictions.EPS), "optimizer": optimizer}
+  step = functools.partial(train.train_step, encode=lambda frozen, keys, batch: {"x": batch["image"]}, **options)
   return parallel.jit_step(step, mesh, state), state, mesh
 
 

@@ -1,0 +1,87 @@
+"""An objective that uses all that one may: the step, frozen parameters, the average, a memory and parameters of its own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ddpm_jax import ema, losses, optim, randomness, train
+
+SIZE, HIDDEN, BATCH = 8, 16, 16
+
+
+def two_layers(params, x):
+  return jnp.tanh(x @ params["first"]) @ params["last"]
+
+
+def everything() -> losses.Objective:
+  def init(key, params, frozen):
+    critic = 0.3 * jax.random.normal(key, (SIZE, SIZE))
+    memory = {"target": params, "losses": jnp.zeros(BATCH), "offset": jnp.zeros(()), "key": key}
+    return {"critic": critic}, memory
+
+  def prepare(keys, memory):
+    return {"level": (jax.random.uniform(keys[0]) + memory["offset"] + jnp.arange(len(keys)) / len(keys)) % 1}
+
+  def loss(trained, context, keys, batch):
+    x, level = batch["x"], batch["level"][:, None]
+    output = two_layers(trained["model"], x + level * randomness.normal(randomness.fold_in(keys, 1), x.shape))
+    wanted = sum(two_layers(params, x) for params in (context.frozen, context.average, context.memory["target"]))
+    critic, seen = x @ trained["extra"]["critic"], jax.lax.stop_gradient(output)
+    scale = 1 / (1 + context.step.astype(x.dtype))
+    error = scale * jnp.square(output - wanted) + jnp.square(critic - seen)
+    each = jnp.mean(error + 0.1 * jnp.square(output - jax.lax.stop_gradient(critic)), 1)
+    return jnp.mean(each), {"loss": each}
+
+  def update(key, memory, params, details):
+    target = jax.tree.map(lambda old, new: 0.7 * old + 0.3 * new, memory["target"], params)
+    return {"target": target, "losses": details["loss"], "offset": jax.random.uniform(key), "key": key}
+
+  return losses.Objective(
+    loss, init, prepare, update, lambda details: {"most": jnp.max(details["loss"])}, load=lambda: frozen()["objective"]
+  )
+
+
+def encode(frozen, keys, batch):
+  noise = 0.01 * randomness.normal(randomness.fold_in(keys, 6), batch["data"].shape)
+  return {"x": batch["data"] @ frozen["codec"] + noise}
+
+
+def weights(seed):
+  rng = np.random.default_rng(seed)
+  shapes = {"first": (SIZE, HIDDEN), "last": (HIDDEN, SIZE)}
+  return {name: jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def frozen():
+  rng = np.random.default_rng(1)
+  return {"codec": jnp.asarray(rng.normal(0, 0.5, (SIZE, SIZE)), jnp.float32), "objective": weights(2)}
+
+
+def optimizer():
+  return optim.chain(0.01, averages=ema.params_ema(ema.fixed(0.9)), extra=optax.sgd(0.1))
+
+
+def start():
+  return train.init_state(jax.random.key(0), lambda key: weights(3), optimizer(), everything(), frozen())
+
+
+def step(**options):
+  parts = {"objective": everything(), "optimizer": optimizer(), "encode": encode}
+  return functools.partial(train.train_step, **(parts | options))
+
+
+def batches(count):
+  rng = np.random.default_rng(4)
+  return [{"data": rng.normal(size=(BATCH, SIZE)).astype(np.float32)} for _ in range(count)]
+
+
+def values(tree):
+  """The leaves as NumPy's, keys among them."""
+
+  def data(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+  return [np.asarray(data(leaf)) for leaf in jax.tree.leaves(tree)]

@@ -1,0 +1,238 @@
+"""Objectives: the losses they are made of, their metrics by noise level, importance sampling in closed form, and what they compile to."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddpm_jax import losses, optim, predictions, processes, randomness, train
+from ddpm_jax.floats import promoting
+from tests.oracles import PROCESSES
+
+BATCH, SIZE = 12, 6
+STEPS = processes.discrete(np.linspace(0.05, 0.3, 5))
+CONTEXT = losses.Context(jnp.zeros((), jnp.int32), (), None, ())
+
+
+def apply(params, x, time, given, *, train=False, keys=None):
+  """Depends on all it is told."""
+  hidden = jnp.tanh(x @ params["first"] + jnp.outer(time, params["time"]) + given.get("vector", 0.0))
+  masks = 1.0 if keys is None else 1 + train * 0.1 * randomness.normal(keys, hidden.shape)
+  return (hidden * masks) @ params["last"]
+
+
+def weights(out=SIZE):
+  rng = np.random.default_rng(0)
+  shapes = {"first": (SIZE, 8), "time": (8,), "last": (8, out)}
+  return {name: jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def batch():
+  rng = np.random.default_rng(1)
+  x, vector = (jnp.asarray(rng.uniform(-1, 1, (BATCH, size)), jnp.float32) for size in (SIZE, 8))
+  return {"x": x, "given": {"vector": vector}, "label": jnp.arange(BATCH) % 3}
+
+
+KEYS = jax.random.split(jax.random.key(0), BATCH)
+
+
+def assert_is(objective, params, function):
+  """The objective's loss, with the times that it prepares and without, is `function(keys, network)`."""
+  data = batch()
+  trained = {"model": params, "extra": ()}
+
+  def network(x, time):
+    return apply(params, x, time, data["given"], train=True, keys=randomness.fold_in(KEYS, 2))
+
+  @jax.jit
+  def run():
+    prepared = objective.prepare(KEYS, ())
+    found = objective.loss(trained, CONTEXT, KEYS, data | prepared)
+    return found, objective.loss(trained, CONTEXT, KEYS, data), function(KEYS, network)
+
+  found, unprepared, expected = run()
+  assert set(found[1]) == set(expected[1])
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), unprepared, expected)
+
+
+@pytest.mark.parametrize("process", ["vp", "discrete_linear"])
+def test_denoising_is_the_denoising_loss(process):
+  process, x_0 = PROCESSES[process], batch()["x"]
+
+  def loss(keys, network):
+    return losses.denoising_loss(keys, network, process, predictions.V, x_0, times=losses.uniform(process))
+
+  assert_is(losses.denoising(apply, process, predictions.V), weights(), loss)
+
+
+def test_denoising_takes_times_a_weighting_and_the_network_s_own_time():
+  process, x_0, times = PROCESSES["vp"], batch()["x"], losses.logit_normal(PROCESSES["vp"])
+  options = {"times": times, "weighting": losses.min_snr(2.0)}
+  objective = losses.denoising(apply, process, predictions.EPS, time_input=jnp.log, **options)
+
+  def loss(keys, network):
+    return losses.denoising_loss(keys, network, process, predictions.EPS, x_0, label=jnp.log, **options)
+
+  assert_is(objective, weights(), loss)
+
+
+def test_denoising_with_a_learned_variance_is_the_hybrid_loss():
+  learned, x_0 = predictions.learned_range(predictions.EPS), batch()["x"]
+  objective = losses.denoising(apply, STEPS, learned, vlb_weight=0.5)
+
+  def loss(keys, network):
+    return losses.hybrid_loss(keys, network, STEPS, learned, x_0, times=losses.uniform(STEPS), vlb_weight=0.5)
+
+  assert_is(objective, weights(2 * SIZE), loss)
+
+
+def test_classification_is_the_classification_loss():
+  process, prediction, data = PROCESSES["edm"], predictions.edm(), batch()
+  times = losses.log_normal(process)
+
+  def loss(keys, network):
+    options = {"times": times, "input_scale": prediction.input_scale}
+    return losses.classification_loss(keys, network, process, data["x"], data["label"], **options)
+
+  assert_is(losses.classification(apply, process, prediction, times=times), weights(3), loss)
+
+
+def test_metrics_by_noise_level_add_up_to_the_batch():
+  process = PROCESSES["vp"]
+  t = jnp.linspace(0.001, 1.0, 40)
+  rng = np.random.default_rng(2)
+  loss, correct = jnp.asarray(rng.uniform(0, 1, 40)), jnp.asarray(rng.integers(0, 2, 40), jnp.float32)
+  objective = losses.classification(apply, process, predictions.EPS)
+  metrics = objective.summarize({"t": t, "loss": loss, "correct": correct})
+  level = np.digitize(np.asarray(process.log_snr(t)), [-5, 0, 5])
+  for name, values in (("loss", loss), ("accuracy", correct)):
+    for index, place in enumerate(("below_-5", "-5_to_0", "0_to_5", "above_5")):
+      found, member = metrics[f"{name}_by_log_snr/{place}"], level == index
+      assert int(found.number) == member.sum()
+      np.testing.assert_allclose(found.total, np.asarray(values)[member].sum(), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(metrics["accuracy"], np.mean(correct), rtol=1e-6)
+  assert not any("accuracy" in name for name in objective.summarize({"t": t, "loss": loss}))
+
+
+def test_importance_sampling_trains_and_draws_times_as_large_as_their_losses():
+  """A network of zeros, whose loss at a step is the weighting there times a mean of squares: known, unbiased, and of less variance."""
+  dims, size, n = 64, 10, STEPS.num_steps
+  wanted = np.array([0.1, 0.5, 1.0, 3.0, 6.0])
+  every = jnp.arange(1, n + 1) / n
+
+  def weighting(log_snr):
+    # Log-SNRs fall with time.
+    return jnp.interp(-log_snr, -STEPS.log_snr(every), jnp.asarray(wanted, jnp.float32))
+
+  def zeros(params, x, time, given, **_):
+    return x * params["a"]
+
+  times = losses.importance(STEPS, size=size, uniform_share=0.01)
+  found = {}
+  for name, distribution in (("importance", times), ("uniform", losses.uniform(STEPS))):
+    objective = losses.denoising(zeros, STEPS, predictions.EPS, times=distribution, weighting=weighting)
+    optimizer = optax.set_to_zero()
+    state = train.init_state(jax.random.key(0), lambda key: {"a": jnp.zeros(())}, optimizer, objective)
+    step = functools.partial(train.train_step, objective=objective, optimizer=optimizer)
+
+    @jax.jit
+    def run(state, step=step):
+      data = {"x": jnp.zeros((32, dims))}
+      return jax.lax.scan(lambda state, _: step(state, data), state, length=400)
+
+    state, metrics = run(state)
+    found[name] = np.asarray(metrics["loss"][100:]), state
+  memory = found["importance"][1].memory
+  assert found["uniform"][1].memory == ()
+  assert np.all(memory.seen == size)
+  keys = jax.random.split(jax.random.key(1), 20_000)
+  t, weight = jax.jit(lambda memory: times.times(memory)(keys))(memory)
+  share = np.bincount(np.rint(np.asarray(t) * n).astype(int) - 1, minlength=n) / len(keys)
+  # A root mean square of ten means of 64 squares each is known to 0.25 / sqrt(10).
+  expected = 0.99 * wanted / wanted.sum() + 0.01 / n
+  np.testing.assert_allclose(share, expected, rtol=0.25, atol=0.01)
+  steps = np.rint(np.asarray(t) * n).astype(int) - 1
+  np.testing.assert_allclose(np.asarray(weight)[steps == 3], 1 / (n * share[3]), rtol=0.1)
+  for values, _ in found.values():
+    assert abs(values.mean() - wanted.mean()) < 5 * values.std() / len(values) ** 0.5
+  assert found["importance"][0].std() < 0.4 * found["uniform"][0].std()
+
+
+def test_moments_are_the_last_losses_of_each_step():
+  """Against one loss after another, with more losses of a step in a batch than are remembered."""
+  rng, size = np.random.default_rng(3), 3
+  moments, rows = losses.loss_moments(STEPS, size), [[] for _ in range(5)]
+  update = jax.jit(losses.update_moments)
+  for _ in range(6):
+    steps, loss = rng.choice(5, 11, p=[0.6, 0.2, 0.1, 0.1, 0.0]), rng.uniform(size=11).astype(np.float32)
+    for step, value in zip(steps, loss, strict=True):
+      rows[step].append(value)
+    moments = update(moments, jnp.asarray((steps + 1) / 5, jnp.float32), jnp.asarray(loss))
+    for step, row in enumerate(rows):
+      seen = min(len(row), size)
+      assert int(moments.seen[step]) == seen
+      np.testing.assert_array_equal(moments.history[step, size - seen :], np.asarray(row[-size:], np.float32))
+
+
+def test_a_plain_objective_compiles_to_no_more_than_its_formula():
+  process, optimizer, data = PROCESSES["vp"], optim.adam(1e-3), batch()
+  objective = losses.denoising(apply, process, predictions.EPS)._replace(summarize=lambda details: {})
+  state = train.init_state(jax.random.key(0), lambda key: weights(), optimizer, objective)
+  bare = train.init_state(jax.random.key(0), lambda key: weights(), optimizer)
+  assert jax.tree.structure(bare) == jax.tree.structure(state)
+  assert (state.extra, state.memory) == ((), ())
+
+  def formula(state, batch):
+    keys = randomness.sample_keys(jax.random.fold_in(state.key, state.step), jnp.arange(BATCH))
+    times = losses.uniform(process)(randomness.fold_in(keys, 0))
+
+    def loss(params):
+      def network(x, time):
+        return apply(params, x, time, batch["given"], train=True, keys=randomness.fold_in(keys, 2))
+
+      return losses.denoising_loss(keys, network, process, predictions.EPS, batch["x"], times=lambda _: times)[0]
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    updates, opt_state = promoting(optimizer.update)(grads, state.opt_state, state.params)
+    params = promoting(optax.apply_updates)(state.params, updates)
+    metrics = {"loss": value, "grad_norm": optim.global_norm(grads)}
+    metrics["skipped"], metrics["skipped_in_a_row"] = optim.skipped(opt_state)
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  def instructions(step):
+    return sorted(
+      re.findall(r" = .*? ([\w-]+)\(", jax.jit(step, donate_argnums=0).lower(state, data).compile().as_text())
+    )
+
+  step = functools.partial(train.train_step, objective=objective, optimizer=optimizer)
+  assert instructions(step) == instructions(formula)
+
+
+def test_what_cannot_be_trained_is_an_error():
+  vp, learned = PROCESSES["vp"], predictions.learned_range(predictions.EPS)
+  with pytest.raises(ValueError, match="learned variance for a continuous process; expected a discrete"):
+    losses.denoising(apply, vp, learned)
+  with pytest.raises(ValueError, match="zero terminal SNR"):
+    losses.denoising(apply, PROCESSES["rectified_flow"], predictions.EPS)
+  with pytest.raises(ValueError, match="continuous process for importance sampling"):
+    losses.importance(vp)
+  with pytest.raises(ValueError, match="size=0"):
+    losses.importance(STEPS, size=0)
+  with pytest.raises(ValueError, match="uniform_share=0"):
+    losses.importance(STEPS, uniform_share=0)
+  with pytest.raises(ValueError, match="as apply of losses.denoising; expected a function"):
+    losses.denoising(vp, vp, predictions.EPS)
+  with pytest.raises(ValueError, match="expected a function or an AdaptiveTimes, such as losses.importance.process."):
+    losses.denoising(apply, vp, predictions.EPS, times=0.5)
+  data = {name: leaf for name, leaf in batch().items() if name != "x"}
+  objective = losses.denoising(apply, vp, predictions.EPS)
+  with pytest.raises(ValueError, match="Got a batch of given, label; expected 'x' in it"):
+    objective.loss({"model": weights(), "extra": ()}, CONTEXT, KEYS, data)
+  objective = losses.classification(apply, vp, predictions.EPS, target="digit")
+  with pytest.raises(ValueError, match="expected 'digit' in it"):
+    objective.loss({"model": weights(3), "extra": ()}, CONTEXT, KEYS, batch())
