@@ -15,7 +15,12 @@ import numpy as np
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Of the library's nouns, what to give.
-_EXAMPLES = {"Process": "processes.vp()", "Prediction": "predictions.EPS", "Sampler": "sampling.ddim(process)"}
+_EXAMPLES = {
+  "Process": "processes.vp()",
+  "Prediction": "predictions.EPS",
+  "Sampler": "sampling.ddim(process)",
+  "Fit": "data.Fit((32, 32), channels=3)",
+}
 
 
 def check_kinds(function: F) -> F:

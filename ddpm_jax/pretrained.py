@@ -39,10 +39,10 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
       f"Got a model with clip_sample_range={schedule.clip}; the command line clips to [-1, 1] or not at all. Use"
       " interop.diffusers.load from Python."
     )
-  if model.shape is None or model.shape[0] != model.shape[1]:
+  if model.shape is None:
     raise ValueError(
-      f"Got a model of images of shape {model.shape}; the command line wants square ones of a known size. Set sample_size in its"
-      " config.json, or use interop.diffusers.load from Python."
+      "Got a model of images of unknown size; the command line wants a known one. Set sample_size in its config.json, or use"
+      " interop.diffusers.load from Python."
     )
   if model.params["conv_in"]["kernel"].shape[-2] != model.shape[2]:
     raise ValueError(
@@ -50,7 +50,9 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
       " image, which the command line cannot give it; use interop.diffusers.load from Python."
     )
   config = ConfigDict(config.to_dict())
-  config.data.image_size, config.data.channels = model.shape[0], model.shape[2]
+  height, width, config.data.channels = model.shape
+  with config.data.ignore_type():
+    config.data.image_size = height if height == width else (height, width)
   config.network.update(_network_keys(network, model.shape[0]) | {name: config.network[name] for name in _FREE})
   if config.loss.label_dropout and network.num_classes:
     config.network.num_classes -= 1  # the last stands for none
@@ -73,7 +75,7 @@ def adopt(config: ConfigDict, model: Pretrained) -> ConfigDict:
 
 def _network_keys(network: Any, size: int) -> dict[str, Any]:
   """The keys of config.network that say what a U-Net computes."""
-  # vector_embedding and dimensions have no key: the command line has square images, without vectors.
+  # vector_embedding and dimensions have no key: the command line has images, without vectors.
   fields = set(network.__dataclass_fields__) - {"parent", "name", "out_channels", "vector_embedding", "dimensions"}
   keys = {name: getattr(network, name) for name in fields - {"attention_levels", *_FREE}}
   for way in ("downsample", "upsample"):

@@ -68,9 +68,9 @@ def default_config() -> ConfigDict:
       "name": "cifar10",  # of a TFDS data set
       "module": "",  # a module, or a .py file, that defines a TFDS builder of your own; --mode=prepare imports it
       "path": "",  # of an .npz file, a folder of images or of packed ones, or the TFDS folder
-      "crop": 0,  # above 0: the side of a centred square that is cut out before resizing
+      "crop": 0,  # above 0: the shorter side of a centered box that is cut out before resizing
       "resize": "bicubic",  # bicubic, box (down-sampled ImageNet) or adm
-      "image_size": 32,
+      "image_size": 32,  # of squares; or (height, width), set within `config.data.ignore_type()`
       "channels": 3,
       "flip": True,
       "train_split": "train",
@@ -300,7 +300,8 @@ def saved_config(folder: Path) -> ConfigDict | None:
   with jsonfiles.naming(workdir.config_path(folder)):
     _check_leaves(_leaves(saved), _leaves(config.to_dict()))
     # A run of an older version lacks keys that came later.
-    config.update(ConfigDict(saved))
+    with config.data.ignore_type():
+      config.update(ConfigDict(saved))
   return config
 
 
@@ -366,6 +367,8 @@ def _unknown(name: str, value: Any, known: Mapping[str, Any]) -> ValueError:
 def _check_value(name: str, value: Any, default: Any) -> None:
   """Check the type of a value, which is its default's, and its sign; a tuple has these for each element."""
   kind: Any = [_ELEMENTS[name]] if isinstance(default, tuple) else type(default)
+  if name == "data.image_size" and isinstance(value, list | tuple):
+    kind = [int]
   if not jsonfiles.matches(value, kind):
     raise ValueError(
       f"Got config.{name}={jsonfiles.show(value)}; expected {jsonfiles.kind_name(kind)}. Set --config.{name}."

@@ -1,7 +1,7 @@
 """From a config to objects: the one place where strings become functions, and where a config's mistakes are found."""
 
-from ddpm_jax.build.condition import low_size
-from ddpm_jax.build.data import build_data, build_sources
+from ddpm_jax.build.condition import low_space
+from ddpm_jax.build.data import build_check, build_data, build_fit, build_source, build_sources
 from ddpm_jax.build.editing import TASKS, build_edit, check_edit
 from ddpm_jax.build.evaluation import (
   FEATURES,
@@ -55,12 +55,14 @@ __all__ = [
   "Space",
   "batch_shapes",
   "bound",
+  "build_check",
   "build_classifier",
   "build_conditional",
   "build_data",
   "build_denoise",
   "build_denoising",
   "build_edit",
+  "build_fit",
   "build_generate",
   "build_grid",
   "build_labels",
@@ -75,6 +77,7 @@ __all__ = [
   "build_sampler",
   "build_schedule",
   "build_settings",
+  "build_source",
   "build_sources",
   "build_space",
   "build_step",
@@ -90,6 +93,6 @@ __all__ = [
   "describe_space",
   "flops_per_image",
   "image_shape",
-  "low_size",
+  "low_space",
   "of_previews",
 ]

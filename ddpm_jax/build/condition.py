@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm_jax import editing, randomness
+from ddpm_jax.data import check_space
 
 Array = jax.Array
 # Standard deviations in [0, 1] are embedded as times are, whose labels go up to about this.
@@ -32,13 +33,19 @@ class Condition(NamedTuple):
     return {"classes": self.classes, "image": self.image, "vector": self.level}
 
 
+def space_of(config: ConfigDict) -> tuple[int, int]:
+  """Return height and width of the images: `data.image_size` is one number for squares, or two."""
+  size = config.data.image_size
+  return check_space((size, size) if isinstance(size, int) else size)
+
+
 def check_superres(config: ConfigDict) -> None:
-  """Raises a ValueError unless the keys of config.superres fit each other and the images."""
-  c, size = config.superres, config.data.image_size
-  if c.factor < 0 or c.factor == 1 or (c.factor and size % c.factor):
+  """Raise a ValueError unless the keys of config.superres fit each other and the images."""
+  c, space = config.superres, space_of(config)
+  if c.factor < 0 or c.factor == 1 or (c.factor and any(side % c.factor for side in space)):
     raise ValueError(
-      f"Got config.superres.factor={c.factor} for images of {size}; wanted a divisor of it above 1, such as 4, or 0 for a model"
-      " that enlarges nothing."
+      f"Got config.superres.factor={c.factor} for images of {space[0]}x{space[1]}; wanted a divisor of height and width above 1, such as 4,"
+      " or 0 for a model that enlarges nothing."
     )
   if not 0 <= c.sample_noise <= c.noise <= 1 or (c.noise and not c.factor):
     raise ValueError(
@@ -47,14 +54,15 @@ def check_superres(config: ConfigDict) -> None:
     )
 
 
-def low_size(config: ConfigDict) -> int:
-  """Height and width of the images that a super-resolution model enlarges; a ValueError if it is none."""
+def low_space(config: ConfigDict) -> tuple[int, int]:
+  """Return height and width of the images that a super-resolution model enlarges; raise a ValueError if it is none."""
   if not config.superres.factor:
     raise ValueError(
       "Got a model that enlarges nothing; wanted one for super-resolution, trained with --config.superres.factor above 1 as"
       " configs/mnist_superres.py is."
     )
-  return config.data.image_size // config.superres.factor
+  height, width = space_of(config)
+  return height // config.superres.factor, width // config.superres.factor
 
 
 def training_image(config: ConfigDict, keys: Array, image: Array) -> Condition:
@@ -68,8 +76,7 @@ def training_image(config: ConfigDict, keys: Array, image: Array) -> Condition:
 
 def enlarged(config: ConfigDict, keys: Array, low: Array, std) -> Condition:
   """The condition of low-resolution images [B, h, w, C] noised by `std`, a number or [B]."""
-  size = config.data.image_size
-  image = jax.image.resize(low, (low.shape[0], size, size, low.shape[-1]), "bicubic")
+  image = jax.image.resize(low, (low.shape[0], *space_of(config), low.shape[-1]), "bicubic")
   std = jnp.broadcast_to(jnp.asarray(std, image.dtype), image.shape[:1])
   if not config.superres.noise:
     return Condition(image=image)
@@ -80,7 +87,7 @@ def enlarged(config: ConfigDict, keys: Array, low: Array, std) -> Condition:
 def example(config: ConfigDict) -> Condition:
   """A condition of one sample, for the shapes of a network's parameters."""
   c = config.superres
-  shape = (1, config.data.image_size, config.data.image_size, config.data.channels)
+  shape = (1, *space_of(config), config.data.channels)
   return Condition(
     jnp.zeros((1,), jnp.int32) if config.network.num_classes else None,
     jnp.zeros(shape) if c.factor else None,

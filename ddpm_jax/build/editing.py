@@ -52,7 +52,7 @@ def check_edit(config: ConfigDict, task: str) -> str:
 
 
 def build_edit(
-  config: ConfigDict, mesh: jax.sharding.Mesh, task: str, guides: Guides, low_size: int = 0, *, negative: bool = False
+  config: ConfigDict, mesh: jax.sharding.Mesh, task: str, guides: Guides, factor: int = 0, *, negative: bool = False
 ) -> Callable[..., Images]:
   """`edit(params, seed, first, inputs, guiding) -> images by name`, called as `build_generate` says.
 
@@ -65,7 +65,7 @@ def build_edit(
     mesh: the devices.
     task: one of `TASKS`.
     guides: the configs of what guides.
-    low_size: height and width of the images that are to be enlarged by a model that does not know how.
+    factor: how many times images are to be enlarged by a model that does not know how.
     negative: whether there will be labels to guide away from.
 
   Raises:
@@ -90,7 +90,7 @@ def build_edit(
   }
   if task in makers:
     return compile_draw(config, mesh, guides, makers[task](config))
-  return compile_draw(config, mesh, guides, _measured(config, task, method, low_size))
+  return compile_draw(config, mesh, guides, _measured(config, task, method, factor))
 
 
 Draw = Callable[[Array, Denoise, Images], Images]
@@ -141,7 +141,7 @@ def _reversible(config: ConfigDict) -> tuple[sampling.Sampler, np.ndarray]:
   return sampler, times
 
 
-def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw:
+def _measured(config: ConfigDict, task: str, method: str, factor: int) -> Draw:
   """Samples that agree with what is known of each image."""
   c, process, shape = config.editing, build_process(config), image_shape(config)
   sampler, times = build_rule(config)
@@ -151,7 +151,7 @@ def _measured(config: ConfigDict, task: str, method: str, low_size: int) -> Draw
     if task == "inpaint":
       operator = editing.mask_operator(inputs["keep"])
       return operator, operator(inputs["image"])
-    return editing.grey if task == "colorize" else editing.downsample(shape[0] // low_size), inputs["image"]
+    return editing.grey if task == "colorize" else editing.downsample(factor), inputs["image"]
 
   def rule(inputs):
     if method == "replace":

@@ -63,7 +63,8 @@ def features_of(config: ConfigDict, source: data.Source) -> str:
   elif c.inception_weights:
     name = "inception"
   else:
-    small = config.data.channels == 1 and config.data.image_size <= _SMALL
+    *space, channels = image_shape(config)
+    small = channels == 1 and max(space) <= _SMALL
     name = "classifier" if small and _num_classes(source) > 1 else "pixels"
   if c.inception_weights and name != "inception":
     raise ValueError(

@@ -95,4 +95,5 @@ def _image(config: ConfigDict) -> int:
 
 def _features(config: ConfigDict) -> int:
   """Bytes of what the first layer of a network gives for an image."""
-  return config.data.image_size**2 * config.network.channels * (_FLOAT if config.network.dtype == "float32" else 2)
+  height, width, _ = image_shape(config)
+  return height * width * config.network.channels * (_FLOAT if config.network.dtype == "float32" else 2)

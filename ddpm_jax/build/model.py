@@ -71,8 +71,12 @@ def build_prediction(config: ConfigDict) -> Prediction:
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
-  """[H, W, C] of the images."""
-  return config.data.image_size, config.data.image_size, config.data.channels
+  """Return [H, W, C] of the images.
+
+  Raises:
+    ValueError: if `data.image_size` is neither a number nor two.
+  """
+  return (*condition.space_of(config), config.data.channels)
 
 
 def null_class(config: ConfigDict) -> int:
@@ -118,12 +122,13 @@ def build_network(config: ConfigDict) -> UNet | Classifier:
   if classifies(config):
     # The classes are what it gives, not what it is given.
     kind, out_channels = Classifier, c.pop("num_classes")
-  heights = [config.data.image_size / 2**level for level in range(len(c["multipliers"]))]
+  height, width, _ = image_shape(config)
+  heights = [height / 2**level for level in range(len(c["multipliers"]))]
   resolutions = c.pop("attention_resolutions")
   for wanted in resolutions:
     if wanted not in heights:
       raise ValueError(
-        f"Got config.network.attention_resolutions={tuple(resolutions)} for images of {config.data.image_size}, whose levels"
+        f"Got config.network.attention_resolutions={tuple(resolutions)} for images of {f'{height}x{width}' if height != width else height}, whose levels"
         f" have heights of {', '.join(f'{height:g}' for height in heights)}; wanted some of these, or none: ()."
       )
   for way in ("downsample", "upsample"):

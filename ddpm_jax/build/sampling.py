@@ -252,7 +252,7 @@ def compile_draw(
     key = jax.random.fold_in(jax.random.key(seed), 2)
     if config.superres.factor:
       # Other noise than the model's that drew what is enlarged.
-      key = jax.random.fold_in(key, config.data.image_size)
+      key = jax.random.fold_in(key, image_shape(config)[0])
     keys = randomness.sample_keys(key, first + jnp.arange(size))
     return parallel.shares(mesh, of_share)((params, guiding), (keys, inputs))
 

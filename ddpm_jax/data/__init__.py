@@ -1,9 +1,11 @@
 """Data: random-access sources, and the pipeline that turns one into batches."""
 
-from ddpm_jax.data.fitting import RESIZES, fit
+from ddpm_jax.data.choices import Place, Splits, arrays, digits, folder, mnist, packed, settings_of, tfds
+from ddpm_jax.data.fitting import RESIZES, Fit, check_space, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
-from ddpm_jax.data.packed import PackedSource, pack
+from ddpm_jax.data.loading import Check, check_labels_of, labels_below, load
+from ddpm_jax.data.packing import PackedSource, pack
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
 from ddpm_jax.data.sources import (
   A_TENTH,
@@ -12,16 +14,16 @@ from ddpm_jax.data.sources import (
   BrokenImage,
   SkipBroken,
   Source,
-  arrays,
-  digits,
   hold_out,
   in_memory,
   known_labels,
   label_counts,
-  mnist,
   read,
+  read_arrays,
+  read_digits,
+  read_mnist,
 )
-from ddpm_jax.data.tfds import TfdsSource, prepare_tfds
+from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
 
 __all__ = [
   "A_TENTH",
@@ -30,25 +32,40 @@ __all__ = [
   "ArraySource",
   "Batches",
   "BrokenImage",
+  "Check",
+  "Fit",
   "FolderSource",
   "Inputs",
   "PackedSource",
+  "Place",
   "SkipBroken",
   "Source",
+  "Splits",
   "TfdsSource",
   "WorkerDied",
   "arrays",
   "batches",
+  "check_labels_of",
+  "check_space",
   "digits",
   "fit",
+  "folder",
   "hold_out",
   "in_memory",
   "known_labels",
   "label_counts",
+  "labels_below",
+  "load",
   "mnist",
   "pack",
+  "packed",
   "prepare_tfds",
   "read",
+  "read_arrays",
+  "read_digits",
   "read_inputs",
   "read_mask",
+  "read_mnist",
+  "settings_of",
+  "tfds",
 ]

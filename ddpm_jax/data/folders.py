@@ -9,13 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data.decoding import decode
-from ddpm_jax.data.fitting import check_fit, fit
+from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.listing import passed_over, walk
 from ddpm_jax.data.sources import NO_CLASS
 
 
 class FolderSource:
-  """Images in a folder, fitted to a square as `fitting.fit` does; the class of each is the sub-folder it lies in.
+  """Images in a folder, brought to one size as `fitting.fit` does; the class of each is the sub-folder it lies in.
 
   All formats that Pillow decodes are read. Files of other kinds and hidden ones are passed over and counted in one line. Which files
   there are is kept in `~/.cache/ddpm_jax/folders` (`$XDG_CACHE_HOME`), and a folder that has changed since is listed anew. Links to
@@ -23,9 +23,9 @@ class FolderSource:
 
   Args:
     path: the folder, searched to any depth.
-    size: height and width in pixels.
-    channels: 1 for gray, 3 for RGB.
-    crop: side of a centered square that is cut out before resizing; 0 for none.
+    space: height and width in pixels.
+    channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
+    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `space`; 0 for none.
     resize: bicubic, box or adm.
     classes: names of the classes in the order of their numbers; by default those of the sub-folders, in alphabetical order.
 
@@ -41,13 +41,13 @@ class FolderSource:
   def __init__(
     self,
     path: str | Path,
-    size: int,
+    space: tuple[int, int],
     channels: int = 3,
     crop: int = 0,
     resize: str = "bicubic",
     classes: Sequence[str] | None = None,
   ):
-    check_fit(size, channels, crop, resize)
+    self._fit = check_fit(space, channels, crop, resize)
     self._root = os.fsencode(os.path.abspath(path))
     folders = _images_in(self._root, str(path))
     # A million Path objects would take half a gigabyte: all names are one string, and where each ends an array.
@@ -59,7 +59,6 @@ class FolderSource:
     self.classes = [os.fsdecode(top) for top in sorted(set(tops) - {b""})] if classes is None else list(classes)
     numbers = {os.fsencode(name): number for number, name in enumerate(self.classes)}
     self.labels = np.repeat(np.array([numbers.get(top, NO_CLASS) for top in tops], np.int32), counts)
-    self._fit = (size, channels, crop, resize)
 
   def __len__(self) -> int:
     return len(self._ends)
@@ -74,7 +73,7 @@ class FolderSource:
     path = self.file(index)
     image = decode(path)
     try:
-      return {"image": fit(image, *self._fit), "label": int(self.labels[index])}
+      return {"image": fit_to(image, self._fit), "label": int(self.labels[index])}
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 
@@ -85,7 +84,7 @@ def _images_in(root: bytes, given: str) -> dict[bytes, bytes]:
     what = "is a file" if os.path.exists(root) else "does not exist"
     raise ValueError(
       f"Got the data folder {given!r}, which {what}; expected a folder of images. Unpack an archive first; an .npz file of images is read"
-      " by --config.data.source=arrays. Set --config.data.path."
+      " by --config.data.source=arrays. Set --config.data.source.path."
     )
   folders = walk(root)
   others = passed_over(folders.values())

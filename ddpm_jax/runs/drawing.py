@@ -77,7 +77,8 @@ def run_sample(
   arrays = {"labels": guided.inputs["classes"]} if "classes" in guided.inputs else {}
   for number, stage in enumerate(stages):
     arrays[f"stage_{number}"] = samples
-    say(f"enlarging to {stage.config.data.image_size} with {stage.config.sampling.sampler} ...")
+    height, width, _ = build.image_shape(stage.config)
+    say(f"enlarging to {height}x{width} with {stage.config.sampling.sampler} ...")
     weights = load_weights(stage.config, stage.folder, mesh, Choice())
     inputs = {**guided.inputs, "low": images.from_uint8(samples)}
     samples, nfe = draw(stage.config, stage.generate, weights.params, seed, num_samples, inputs)
@@ -114,11 +115,11 @@ def cascade(config: ConfigDict, mesh: jax.sharding.Mesh, folders: Sequence[Path]
   stages, shape = [], build.image_shape(config)
   for folder in folders:
     own = config_of_other("upsampler", folder)
-    size = build.low_size(own)
-    if (size, size, own.data.channels) != shape:
+    low = (*build.low_space(own), own.data.channels)
+    if low != shape:
       raise ValueError(
-        f"Got --upsampler={folder}, which enlarges images of {size}x{size}x{own.data.channels}, for images of"
-        f" {'x'.join(map(str, shape))}; wanted them alike."
+        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low))}, for images of {'x'.join(map(str, shape))}; wanted"
+        " them alike."
       )
     if own.network.num_classes and own.network.num_classes != config.network.num_classes:
       raise ValueError(

@@ -76,7 +76,8 @@ def run_edit(
   inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
   drawing.fit_batch(config, mesh, rows * edit.results, slow=model is not None)
   negative = "negative" in guided.inputs
-  function = build.build_edit(config, mesh, edit.task, guided.guides, given.images.shape[1], negative=negative)
+  factor = build.image_shape(config)[0] // given.images.shape[1]
+  function = build.build_edit(config, mesh, edit.task, guided.guides, factor, negative=negative)
   workdir.check_writable(folder)
   params = drawing.load_params(config, folder, mesh, choice, model)
   how = f" by {method}" if method and not config.superres.factor else ""
@@ -100,18 +101,21 @@ def reversible(config: ConfigDict) -> ConfigDict:
 
 
 def _read(config: ConfigDict, edit: Edit) -> data.Inputs:
-  size, _, channels = build.image_shape(config)
+  height, width, channels = build.image_shape(config)
+  space: tuple[int, int] | None = (height, width)
   if edit.task == "superres":
-    size = build.low_size(config) if config.superres.factor else 0
+    space = build.low_space(config) if config.superres.factor else None
   assert edit.source is not None
-  given = data.read_inputs(edit.source, size, channels)
+  given = data.read_inputs(edit.source, space, channels)
+  high, wide = given.images.shape[1:3]
   if given.resized:
-    say(f"{given.resized:,} of {len(given.images):,} images were not of {size}x{size}, and were resized and cropped")
-  side = given.images.shape[1]
-  if edit.task == "superres" and (config.data.image_size % side or side == config.data.image_size):
+    say(f"{given.resized:,} of {len(given.images):,} images were not of {wide}x{high}, and were resized and cropped")
+  factor = height // high
+  if edit.task == "superres" and (factor < 2 or (high * factor, wide * factor) != (height, width)):
+    such = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
     raise ValueError(
-      f"Got images of {side}x{side} to enlarge with a model of {config.data.image_size}x{config.data.image_size}; wanted a size that"
-      f" divides it, such as {config.data.image_size // 2}. Resize them first."
+      f"Got images of {wide}x{high} to enlarge with a model of {width}x{height}; wanted a size of which that is a multiple{such}. Resize"
+      " them first."
     )
   if edit.task == "interpolate" and len(given.images) < 2:
     raise ValueError("Got one image to interpolate; wanted two or more, each of which leads to the next.")
@@ -121,7 +125,7 @@ def _read(config: ConfigDict, edit: Edit) -> data.Inputs:
 def _inputs(config: ConfigDict, edit: Edit, given: data.Inputs) -> drawing.Inputs:
   x = images.from_uint8(given.images)
   if edit.task == "inpaint":
-    painted = data.read_mask(edit.mask, config.data.image_size)
+    painted = data.read_mask(edit.mask, build.image_shape(config)[:2])
     return {"image": x, "keep": np.broadcast_to(~painted, (len(x), *painted.shape))}
   if edit.task == "interpolate":
     return {"image": x[:-1], "other": x[1:]}
@@ -200,8 +204,9 @@ def _picture(
   output: np.ndarray,
 ) -> tuple[np.ndarray, int]:
   """A row for each image: the input, what is known of it or was found on the way, the results."""
-  size, channels = config.data.image_size, config.data.channels
-  first = originals.repeat(size // originals.shape[1], 1).repeat(size // originals.shape[1], 2)
+  height, _, channels = build.image_shape(config)
+  factor = height // originals.shape[1]
+  first = originals.repeat(factor, 1).repeat(factor, 2)
   if edit.task == "interpolate":
     rows = [
       np.concatenate([first[i : i + 1], frames, first[i + 1 : i + 2]])

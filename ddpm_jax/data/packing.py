@@ -27,6 +27,7 @@ class PackedSource:
     labels: [N] int32; `NO_CLASS` for an image without a class, or whose class is not among `classes`.
     classes: names of the classes, or None.
     settings: what the images were fitted by.
+    shape: [H, W, C] of an image.
 
   Raises:
     ValueError: if the folder holds no pack, an unfinished one or that of another version.
@@ -39,7 +40,7 @@ class PackedSource:
     except (OSError, sealed.DamagedError) as error:
       raise ValueError(
         f"Got the folder {str(path)!r}, which holds no packed images ({error}); wanted one that was written by"
-        " --mode=prepare --config=<file> --output=<folder>. Set --config.data.path."
+        " --mode=prepare --config=<file> --output=<folder>. Set --config.data.source.path."
       ) from error
     if index.get("version") != _VERSION:
       raise ValueError(

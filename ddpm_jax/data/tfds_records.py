@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.data.decoding import eight_bits
-from ddpm_jax.data.fitting import check_fit, fit
+from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_labels
 from ddpm_jax.places import user_path
 
@@ -24,10 +24,10 @@ class TfdsSource:
   Args:
     name: its TFDS name, such as "cifar10".
     split: a TFDS split, such as "train" or "train[:90%]".
-    size: height and width in pixels; images of another size are fitted as `fitting.fit` does.
-    channels: 1 for grey, 3 for RGB.
+    space: height and width in pixels; images of another size are brought to it as `fitting.fit` does.
+    channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
     data_dir: the TFDS folder; its default when empty.
-    crop: side of a centred square that is cut out before resizing; 0 for none.
+    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `space`; 0 for none.
     resize: bicubic, box or adm.
 
   Raises:
@@ -38,7 +38,7 @@ class TfdsSource:
     self,
     name: str,
     split: str,
-    size: int,
+    space: tuple[int, int],
     channels: int = 3,
     data_dir: str = "",
     crop: int = 0,
@@ -46,9 +46,8 @@ class TfdsSource:
   ):
     import tensorflow_datasets as tfds
 
-    check_fit(size, channels, crop, resize)
+    self._fit = check_fit(space, channels, crop, resize)
     self._where = {"name": name, "split": split, "data_dir": data_dir or None}
-    self._fit = (size, channels, crop, resize)
     try:
       self.records: Any = tfds.data_source(**self._where, download=False)
     except Exception as error:
@@ -56,7 +55,7 @@ class TfdsSource:
       raise ValueError(
         f"Cannot read the TFDS data set {name!r}, split {split!r}, as ArrayRecord from {where} ({_first_line(error)})."
         " Prepare it once: pip install 'ddpm_jax[prepare]', then --mode=prepare with this --config. Or name a folder of images:"
-        " --config.data.source=folder --config.data.path=<folder>."
+        " --config.data.source=folder --config.data.source.path=<folder>."
       ) from error
     if not len(self.records) or "image" not in self.records.dataset_info.features:
       raise ValueError(
@@ -87,7 +86,7 @@ class TfdsSource:
     except Exception as error:
       raise BrokenImage(name, _first_line(error)) from error
     try:
-      return {"image": fit(image, *self._fit), "label": _class_of(record)}
+      return {"image": fit_to(image, self._fit), "label": _class_of(record)}
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from error
 
@@ -138,15 +137,15 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-      f"Got data.name={name!r}, which TFDS does not know.{hint} A builder of your own is found by"
-      " --config.data.module=<a module, or a .py file, that defines it>."
+      f"Got data.source.name={name!r}, which TFDS does not know.{hint} A builder of your own is found by"
+      " --config.data.source.module=<a module, or a .py file, that defines it>."
     ) from error
   except Exception as error:
     raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {str(error).strip()}") from error
   if str(builder.info.file_format.value) != "array_record":
     raise ValueError(
       f"Got the TFDS data set {name!r} in {builder.data_path}, prepared as {builder.info.file_format.value}; wanted"
-      " array_record. Remove it, or name another folder: --config.data.path=<folder>."
+      " array_record. Remove it, or name another folder: --config.data.source.path=<folder>."
     )
   counts = {split: info.num_examples for split, info in builder.info.splits.items()}
   return str(builder.data_path), counts, there
@@ -173,7 +172,7 @@ def _import(module: str) -> None:
     loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
   except Exception as error:
     raise ValueError(
-      f"Cannot import data.module={module!r} ({type(error).__name__}: {error}); wanted a module on the Python path, or a .py file."
+      f"Cannot import data.source.module={module!r} ({type(error).__name__}: {error}); wanted a module on the Python path, or a .py file."
     ) from error
   for value in vars(loaded).values():
     if isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder) and value.__module__ == loaded.__name__:

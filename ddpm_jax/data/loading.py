@@ -1,0 +1,123 @@
+"""From the splits of a data set to what a run reads: images held out, small sets decoded, shapes and labels checked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.data import sources
+from ddpm_jax.data.choices import Splits
+from ddpm_jax.data.folders import FolderSource
+from ddpm_jax.data.sources import NO_CLASS, ArraySource, SkipBroken, Source
+
+# `check(source, labels)` raises a ValueError if labels [N], those of a source's images, are wrong; the source tells which images these are.
+Check = Callable[[Source, np.ndarray], None]
+
+
+def load(
+  splits: Splits,
+  *,
+  broken: str = "stop",
+  hold_out: int = 0,
+  check: Check | None = None,
+  shape: tuple[int, ...] | None = None,
+) -> Splits:
+  """Return the splits as a run reads them, small ones in memory.
+
+  Args:
+    splits: of a data set.
+    broken: what to do about images that cannot be decoded: "stop", or "skip" to put the next one that can in their place.
+    hold_out: how many images are kept from training where there is no split to evaluate on; `A_TENTH` for a tenth, 0 for none.
+    check: of labels, such as `labels_below(10)`. It is called at once with all labels, or where they lie with the images, whenever an
+      image is read; None for no check.
+    shape: [H, W, C] that the images must have; None if the data set has checked it.
+
+  Raises:
+    ValueError: if images cannot be decoded and `broken` is "stop", too many are to be held out, labels are wrong, or the first image of a
+      split has another shape.
+  """
+  if broken not in ("stop", "skip"):
+    raise ValueError(f"Got broken={broken!r}; expected 'stop' or 'skip'. Set --config.data.broken.")
+  train, held_out = splits
+  check_labels_of(splits, check)
+  if held_out is None and hold_out:
+    # First, so that no image stands in for a broken one on the other side.
+    train, held_out = sources.hold_out(train, hold_out)
+
+  def finish(source: Source) -> Source:
+    kept = sources.in_memory(source, broken)
+    first = (SkipBroken(kept) if broken == "skip" else kept)[0]
+    _check_shape(first["image"].shape, shape)
+    if check is not None:
+      known = _labels(kept)
+      check(source, np.array([first["label"]]) if known is None else known)
+      kept = kept if known is not None else _Checked(check, kept)
+    return SkipBroken(kept) if broken == "skip" else kept
+
+  return Splits(finish(train), None if held_out is None else finish(held_out))
+
+
+def labels_below(number: int, key: str = "network.num_classes") -> Check:
+  """Return a check that every image has a class from 0 to number - 1.
+
+  Args:
+    number: of classes.
+    key: the config's key for it, which the errors name.
+  """
+
+  def check(source: Source, labels: np.ndarray) -> None:
+    without = np.flatnonzero(labels == NO_CLASS)
+    if len(without):
+      where, wanted = "", "a label for each. Prepare the data anew"
+      if isinstance(source, FolderSource):
+        names = f": {', '.join(source.classes[:10])}" if source.classes else ""
+        where = f", such as {source.file(without[0])},"
+        wanted = f"each in the folder of its class{names}. Move or remove them"
+      elif isinstance(source, ArraySource):
+        wanted = "an array 'labels' in the file. Add it"
+      raise ValueError(
+        f"Got {len(without):,} image(s) without a class{where} for config.{key}={number}; expected {wanted}, or set --config.{key}=0."
+      )
+    if np.min(labels) < 0 or np.max(labels) >= number:
+      raise ValueError(
+        f"Got data with labels {np.min(labels)} to {np.max(labels)} for {key}={number}; wanted labels from 0 to {number - 1}."
+      )
+
+  return check
+
+
+def check_labels_of(splits: Splits, check: Check | None) -> None:
+  """Check the labels of all splits that know theirs without reading images."""
+  for source in splits:
+    if check is not None and source is not None and (known := _labels(source)) is not None:
+      check(source, known)
+
+
+class _Checked:
+  """A source whose labels lie with its images, each checked when it is read."""
+
+  def __init__(self, check: Check, source: Source):
+    self._check, self._source = check, source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    item = self._source[index]
+    try:
+      self._check(self, np.array([item["label"]]))
+    except ValueError as error:
+      raise ValueError(f"image {index}: {error}") from error
+    return item
+
+
+def _labels(source: Source) -> np.ndarray | None:
+  return getattr(source, "labels", None)
+
+
+def _check_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+  if wanted is not None and found != tuple(wanted):
+    raise ValueError(
+      f"Got images of shape {found} from the data; the config wants {tuple(wanted)}. Set --config.data.image_size and"
+      " --config.data.channels."
+    )
