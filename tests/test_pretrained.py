@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.pipelines.ddim import pipeline_ddim
 
-from ddpm_jax import interop, pretrained, processes, randomness, schema
+from ddpm_jax import build, interop, pretrained, processes, randomness, schema
 from tests.commands import RECIPE, assert_refused, call
 from tests.parameters import write_run
 from tests.recipes import LEVELS, tiny_config
