@@ -99,6 +99,7 @@ def build_space(config: ConfigDict, source: data.Source, held_out: data.Source |
   c, name = config.evaluation, features_of(config, source)
   resize = choose(c.resize, ("tf1", "clean"), "config.evaluation.resize")
   if name == "inception":
+    metrics.check_colors(config.data.channels)
     weights = interop.inception.load(c.inception_weights, sha256_prefix=c.inception_sha256)
     space = metrics.inception_space(weights.params, resize=resize, sha256=weights.sha256, published=weights.published)
     return Space(name, 2048, True, True, lambda: space)
