@@ -128,7 +128,7 @@ def test_the_condition_enters_the_network_and_the_loss():
   ("keys", "message"),
   [
     ({"superres__factor": 1}, "superres.factor=1 for images of 16"),
-    ({"superres__factor": 3}, "factor=3 for images of 16; wanted a divisor of it above 1"),
+    ({"superres__factor": 3}, "factor=3 for images of 16x16; wanted a divisor of height and width above 1"),
     ({"superres__factor": -2}, "factor=-2"),
     ({"superres__factor": 0}, "factor=0, noise=0.5"),
     ({"superres__noise": 0.05}, "noise=0.05 and sample_noise=0.1; wanted 0 <= sample_noise <= noise <= 1"),

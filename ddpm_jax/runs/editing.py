@@ -114,7 +114,7 @@ def _read(config: ConfigDict, edit: Edit) -> data.Inputs:
   if edit.task == "superres" and (factor < 2 or (high * factor, wide * factor) != (height, width)):
     such = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
     raise ValueError(
-      f"Got images of {wide}x{high} to enlarge with a model of {width}x{height}; wanted a size of which that is a multiple{such}. Resize"
+      f"Got images of {wide}x{high} to enlarge with a model of {width}x{height}; wanted a size that divides it{such}. Resize"
       " them first."
     )
   if edit.task == "interpolate" and len(given.images) < 2:
