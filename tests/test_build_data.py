@@ -231,6 +231,15 @@ def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch
   assert error.value.args == ([0, 2, 0, 1], 3)
 
 
+def test_inception_is_refused_channels_that_it_cannot_see_before_its_weights_are_read(tmp_path):
+  config = tiny_config()
+  config.data.channels = 5
+  config.evaluation.update({"features": "inception", "inception_weights": str(tmp_path / "none")})
+  source = data.ArraySource(np.zeros((4, 8, 8, 5), np.uint8))
+  with pytest.raises(ValueError, match="5 channels for the Inception network.*expected 3, or 1.*features=pixels"):
+    build.build_space(config, source, None, tmp_path / "classifier")
+
+
 @pytest.mark.parametrize("spoiled", range(1, 6))
 def test_no_image_stands_in_for_a_broken_one_in_training_and_held_out(tmp_path, spoiled):
   write(tmp_path, a=1, b=1, c=1, d=1, e=1, f=1)

@@ -278,6 +278,25 @@ def test_a_pack_with_a_flipped_bit_is_refused_by_name(tmp_path, file, place, mes
     data.read(data.PackedSource(tmp_path / "packed"), np.arange(10))
 
 
+def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
+  images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 5), np.uint8)
+
+  def mine(fit, first, train_split="learn", eval_split="judge"):
+    return data.Splits(*(data.ArraySource(part, np.arange(len(part))) for part in (images[:first], images[first:])))
+
+  fit = data.Fit((6, 4), 5)
+  prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "packed", check=data.labels_below(3))
+  assert "learn: 3 of 6x4x5 packed, 0 left out" in capsys.readouterr().out
+  train, held_out = data.packed(fit, str(tmp_path / "packed"), "learn", "judge")
+  np.testing.assert_array_equal(data.read(train, [0, 1, 2])["image"], images[:3])
+  np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])
+  with pytest.raises(ValueError, match=r"data.source=mine: missing a required argument: 'first'"):
+    prepare.prepare_data(mine, {}, fit, tmp_path / "other")
+  with pytest.raises(ValueError, match="labels 0 to 2 for network.num_classes=2"):
+    prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
+  assert not (tmp_path / "other").exists()
+
+
 def test_wrong_requests_to_prepare_are_errors(tmp_path):
   with pytest.raises(ValueError, match="needs no preparation"):
     prepare.run_prepare(config_of(source="digits"), None)
