@@ -1,6 +1,9 @@
 """What the command line does before training: data are downloaded, converted and packed, once."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -8,38 +11,74 @@ from tqdm import tqdm
 from ddpm_jax import build, data, files
 from ddpm_jax.places import user_path
 
+# Reading these is as quick as reading what would be packed of them.
+_READY = (data.digits, data.mnist, data.arrays, data.packed)
+
 
 def run_prepare(config: ConfigDict, output: Path | None) -> None:
-  """Prepares the config's data: a TFDS data set is downloaded and converted; with an output folder, images are packed into it.
-
-  Args:
-    config: the recipe, of whose data section this is about.
-    output: a new folder for packed images, fitted as the config says; None for none.
+  """Prepare the data of a config, as `prepare_data` does.
 
   Raises:
-    ValueError: if the config's data need no preparation or cannot be prepared, or the output folder is taken.
+    ValueError: as `prepare_data`.
   """
-  c = config.data
-  if c.source == "tfds":
-    tqdm.write(f"preparing the TFDS data set {c.name} ...")
-    where, counts, there = data.prepare_tfds(c.name, c.path and str(user_path(c.path, "config.data.path=")), c.module)
-    splits = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    tqdm.write(f"{'prepared already' if there else 'prepared'}     {where}\nrecords      {splits}")
+  build.check_images(config, 1, "config.data.image_size and channels")
+  source, keys = build.build_source(config)
+  fit, check = build.build_fit(config), build.build_check(config)
+  prepare_data(source, keys, fit, output, broken=config.data.broken, check=check)
+
+
+def prepare_data(
+  source: Callable[..., data.Splits],
+  keys: Mapping[str, Any],
+  fit: data.Fit,
+  output: Path | None,
+  *,
+  broken: str = "stop",
+  check: data.Check | None = None,
+) -> None:
+  """Download and convert a TFDS data set, and pack the images of any data set that is decoded as it is read.
+
+  Args:
+    source: the data set: `data.tfds`, `data.folder`, or one of a user's own.
+    keys: its arguments but the first, such as {"path": "photos"}.
+    fit: how its images are made to fit.
+    output: a new folder for the packed images; None for none.
+    broken: what to do about images that cannot be decoded: "stop", or "skip" to leave them out.
+    check: of the labels of what is packed, such as `data.labels_below(10)`; None for no check.
+
+  Raises:
+    ValueError: if the data need no preparation or cannot be prepared, or the output folder is taken.
+  """
+  try:
+    bound = inspect.signature(source).bind(fit, **keys)
+  except TypeError as error:
+    raise ValueError(
+      f"Got {dict(keys)} as the arguments of data.source={source.__name__}: {error}. Set --config.data.source.<key>."
+    ) from error
+  bound.apply_defaults()
+  known = bound.arguments
+  if source is data.tfds:
+    tqdm.write(f"preparing the TFDS data set {known['name']} ...")
+    path = known["path"] and str(user_path(known["path"], "config.data.source.path="))
+    where, counts, there = data.prepare_tfds(known["name"], path, known["module"])
+    records = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    tqdm.write(f"{'prepared already' if there else 'prepared'}     {where}\nrecords      {records}")
     if output is None:
       return
-  elif c.source != "folder":
+  elif source in _READY:
     raise ValueError(
-      f"Got --mode=prepare with data.source={c.source!r}, which needs no preparation; wanted tfds or folder."
+      f"Got --mode=prepare with data.source={source.__name__}, which needs no preparation; wanted tfds or folder."
     )
   elif output is None:
     raise ValueError("Got no --output; wanted a new folder for the packed images, such as --output=/data/packed.")
   with files.new_folder(output) as temporary:
-    train, evaluation = build.build_sources(config)
+    train, held_out = splits = source(*bound.args, **bound.kwargs)
+    data.check_labels_of(splits, check)
     # A split has a folder of its own, as in a folder of images.
-    names = {"": train} if evaluation is None else {c.train_split: train, c.eval_split: evaluation}
-    for name, source in names.items():
-      settings = {"crop": c.crop, "resize": c.resize}
-      count, left_out = data.pack(source, temporary / name, settings, c.broken)
-      size = f"{c.image_size}x{c.image_size}x{c.channels}"
+    names = [str(known.get("train_split", "train")), str(known.get("eval_split", "test"))]
+    splits_by_name = {"": train} if held_out is None else dict(zip(names, (train, held_out), strict=True))
+    for name, images in splits_by_name.items():
+      count, left_out = data.pack(images, temporary / name, data.settings_of(fit), broken)
+      size = "x".join(map(str, fit.shape))
       tqdm.write(f"{name or 'images'}: {count:,} of {size} packed, {len(left_out):,} left out as broken")
-  tqdm.write(f"packed       {output}\nto use them  --config.data.source=packed --config.data.path={output}")
+  tqdm.write(f"packed       {output}\nto use them  --config.data.source=packed --config.data.source.path={output}")

@@ -334,7 +334,7 @@ def test_folders_with_splits(tmp_path):
   with pytest.raises(ValueError, match=r"wanted .*tset too, or neither"):
     build.build_data(config)
   config.data.path = ""
-  with pytest.raises(ValueError, match="data.path"):
+  with pytest.raises(ValueError, match="data.source.path"):
     build.build_data(config)
 
 

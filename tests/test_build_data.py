@@ -105,7 +105,7 @@ def test_a_class_may_be_called_as_a_split(tmp_path, name, capsys):
   assert held_out is None
   assert labels_of(train) == [0, 1, 2, 2]
   assert (
-    f"{name} is taken for a class, as bus, car beside it; if it is a split: --config.data.path={tmp_path / name}"
+    f"{name} is taken for a class, as bus, car beside it; if it is a split: --config.data.source.path={tmp_path / name}"
     in (capsys.readouterr().out)
   )
 
@@ -129,7 +129,11 @@ def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
     ({"test": 1}, {"train_split": ""}, r"of which only 'test' is in it; wanted .*/train too"),
     ({"Train": 1, "Test": 1}, {}, "sub-folders Test, Train, which look like splits.*train_split and .*eval_split"),
     ({"training": 1, "validation": 1}, {}, "sub-folders training, validation, which look like splits"),
-    ({"ds__train__cat": 1, "ds__test__cat": 1}, {}, "only sub-folder ds the splits lie .*data.path=.*/ds, or clear"),
+    (
+      {"ds__train__cat": 1, "ds__test__cat": 1},
+      {},
+      "only sub-folder ds the splits lie .*data.source.path=.*/ds, or clear",
+    ),
     ({"ds__train__cat": 1, "ds__val__cat": 1}, {}, "only sub-folder ds the splits lie"),
     ({"train": 1, "annotations": 0}, {}, "of which only 'train' is in it"),
   ],
@@ -161,11 +165,11 @@ def test_nested_splits(tmp_path):
 @pytest.mark.parametrize(
   ("train", "evaluation", "message"),
   [
-    ("/elsewhere/train", "test", "Got the split '/elsewhere/train' .*the name of a folder in data.path"),
+    ("/elsewhere/train", "test", "Got the split '/elsewhere/train' .*the name of a folder in data.source.path"),
     ("train", "../test", r"Got the split '\.\./test'"),
     ("~/train", "", "Got the split '~/train'"),
     ("train", "train", "which share images"),
-    (".", "test", "data.train_split='.' and data.eval_split='test', which share images"),
+    (".", "test", "train_split='.' and data.source.eval_split='test', which share images"),
     ("train", "train/val", "which share images"),
   ],
 )
@@ -196,9 +200,9 @@ class Streamed:
 )
 def test_labels_that_are_read_with_the_images_are_checked_then(monkeypatch, label, message, broken):
   labels = {"train": [0, 1, 2, label, 0, 1, 2, 0], "test": [0, label]}
-  monkeypatch.setattr(data, "TfdsSource", lambda name, split, *fit: Streamed(labels[split]))
+  monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit: Streamed(labels[split]))
   # As sets of more than a gigabyte.
-  monkeypatch.setattr(data, "in_memory", lambda source, broken: source)
+  monkeypatch.setattr(data.sources, "in_memory", lambda source, broken: source)
   train, held_out = build.build_data(config_of("", 3, source="tfds", broken=broken))
   with pytest.raises(ValueError, match=f"image 1: .*{message}"):
     data.read(held_out, [1])
@@ -225,6 +229,15 @@ def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch
   with pytest.raises(Learned) as error:
     build.build_space(config, source, None, tmp_path / "classifier").make()
   assert error.value.args == ([0, 2, 0, 1], 3)
+
+
+def test_inception_is_refused_channels_that_it_cannot_see_before_its_weights_are_read(tmp_path):
+  config = tiny_config()
+  config.data.channels = 5
+  config.evaluation.update({"features": "inception", "inception_weights": str(tmp_path / "none")})
+  source = data.ArraySource(np.zeros((4, 8, 8, 5), np.uint8))
+  with pytest.raises(ValueError, match="5 channels for the Inception network.*expected 3, or 1.*features=pixels"):
+    build.build_space(config, source, None, tmp_path / "classifier")
 
 
 @pytest.mark.parametrize("spoiled", range(1, 6))
@@ -283,7 +296,7 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
     lambda path: build.build_data(config_of(path, source="arrays")),
     lambda path: interop.diffusers.find(path),
     lambda path: interop.inception.load(path),
-    lambda path: data.read_inputs(user_path(path), 8, 1),
+    lambda path: data.read_inputs(user_path(path), (8, 8), 1),
     lambda path: data.prepare_tfds("squares", "", f"{path}.py"),
   ],
 )

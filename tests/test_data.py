@@ -14,7 +14,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def test_digits_are_scikit_learns():
-  source = data.digits()
+  source = data.read_digits()
   assert len(source) == 1797
   assert source.images.shape == (1797, 8, 8, 1)
   assert source.images.max() == 255
@@ -24,7 +24,7 @@ def test_digits_are_scikit_learns():
 
 
 def test_mnist_is_mlxtends():
-  source = data.mnist()
+  source = data.read_mnist()
   assert source.images.shape == (5000, 28, 28, 1)
   np.testing.assert_array_equal(np.bincount(source.labels), np.full(10, 500))
 
@@ -32,7 +32,7 @@ def test_mnist_is_mlxtends():
 def test_arrays_from_a_file(tmp_path):
   images = np.arange(5 * 4 * 4, dtype=np.uint8).reshape(5, 4, 4)
   np.savez(tmp_path / "a.npz", images=images, labels=np.arange(5))
-  source = data.arrays(tmp_path / "a.npz")
+  source = data.read_arrays(tmp_path / "a.npz")
   assert source[3]["image"].shape == (4, 4, 1)
   batch = data.read(source, [4, 0])
   np.testing.assert_array_equal(batch["image"][0, :, :, 0], images[4])
@@ -44,19 +44,19 @@ def test_arrays_from_a_file(tmp_path):
 def test_arrays_of_other_programs(tmp_path, images, labels):
   pixels = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1)
   np.savez(tmp_path / "a.npz", **{images: pixels, labels: np.array([2, 0, 1], np.int64)})
-  source = data.arrays(tmp_path / "a.npz")
+  source = data.read_arrays(tmp_path / "a.npz")
   np.testing.assert_array_equal(source.images, pixels)
   assert list(source.labels) == [2, 0, 1]
 
 
 def test_guided_diffusions_samples_are_read(tmp_path):
   np.savez(tmp_path / "samples_2x4x4x3.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([3, 1]))
-  assert list(data.arrays(tmp_path / "samples_2x4x4x3.npz").labels) == [3, 1]
+  assert list(data.read_arrays(tmp_path / "samples_2x4x4x3.npz").labels) == [3, 1]
 
 
 def test_arrays_without_labels_have_no_class(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4, 1), np.uint8))
-  source = data.arrays(tmp_path / "a.npz")
+  source = data.read_arrays(tmp_path / "a.npz")
   assert list(source.labels) == [data.NO_CLASS] * 2
   assert data.known_labels(source) is None
   with pytest.raises(ValueError, match="labels -1 to -1 for 3 classes"):
@@ -79,7 +79,7 @@ def test_arrays_without_labels_have_no_class(tmp_path):
 def test_labels_that_number_no_class_are_errors(tmp_path, labels, message):
   np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 1), np.uint8), labels)
   with pytest.raises(ValueError, match=rf"(?s)a\.npz: .*{message}"):
-    data.arrays(tmp_path / "a.npz")
+    data.read_arrays(tmp_path / "a.npz")
 
 
 def test_an_archive_of_image_files_is_to_be_unpacked(tmp_path):
@@ -88,7 +88,7 @@ def test_an_archive_of_image_files_is_to_be_unpacked(tmp_path):
       file.writestr(f"cat/{index:04d}.png", b"")
   names = ", ".join(f"cat/{index:04d}.png" for index in range(5))
   with pytest.raises(ValueError, match=rf"a\.npz, which holds {names} and 2,995 more; expected .*unpack an archive"):
-    data.arrays(tmp_path / "a.npz")
+    data.read_arrays(tmp_path / "a.npz")
 
 
 def test_the_largest_label_is_kept(tmp_path):
@@ -102,41 +102,41 @@ def test_two_arrays_for_one_thing_are_an_error(tmp_path, names):
   content = {name: content.get(name, np.zeros(2, int)) for name in {"images", *names}}
   np.savez(tmp_path / "a.npz", **content)
   with pytest.raises(ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected one of them"):
-    data.arrays(tmp_path / "a.npz")
+    data.read_arrays(tmp_path / "a.npz")
 
 
 def test_wrong_array_files_are_errors(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
-    data.arrays(tmp_path / "none.npz")
+    data.read_arrays(tmp_path / "none.npz")
   with pytest.raises(ValueError, match="is a folder; wanted an .npz file.*source=folder"):
-    data.arrays(tmp_path)
+    data.read_arrays(tmp_path)
   (tmp_path / "bad.npz").write_bytes(b"no archive")
   with pytest.raises(ValueError, match=r"Cannot read .*bad\.npz"):
-    data.arrays(tmp_path / "bad.npz")
+    data.read_arrays(tmp_path / "bad.npz")
   # A bit of the images' number: fewer would be read, and never meet their checksum.
   np.savez(tmp_path / "fewer.npz", images=np.zeros((7, 64, 64, 1), np.uint8))
   content = (tmp_path / "fewer.npz").read_bytes()
   (tmp_path / "fewer.npz").write_bytes(content.replace(b"(7, 64, 64, 1)", b"(5, 64, 64, 1)"))
   with pytest.raises(ValueError, match=r"Cannot read .*fewer\.npz .* the checksum of images\.npy does not match"):
-    data.arrays(tmp_path / "fewer.npz")
+    data.read_arrays(tmp_path / "fewer.npz")
   np.savez(tmp_path / "other.npz", weights=np.zeros(3))
   with pytest.raises(ValueError, match="weights"):
-    data.arrays(tmp_path / "other.npz")
+    data.read_arrays(tmp_path / "other.npz")
   np.savez(tmp_path / "float.npz", images=np.zeros((2, 4, 4, 1)))
   with pytest.raises(ValueError, match="uint8"):
-    data.arrays(tmp_path / "float.npz")
+    data.read_arrays(tmp_path / "float.npz")
   np.savez(tmp_path / "labels.npz", images=np.zeros((2, 4, 4, 1), np.uint8), labels=np.zeros(3, int))
   with pytest.raises(ValueError, match="one integer an image"):
-    data.arrays(tmp_path / "labels.npz")
+    data.read_arrays(tmp_path / "labels.npz")
 
 
 def test_folder_takes_classes_from_sub_folders(tmp_path):
   write_folder(tmp_path)
-  source = data.FolderSource(tmp_path, 8, 3)
+  source = data.FolderSource(tmp_path, (8, 8), 3)
   assert source.classes == ["cat", "dog"]
   assert list(source.labels) == [0, 0, 0, 1, 1, 1]
   assert source[0]["image"].shape == (8, 8, 3)
-  assert data.FolderSource(tmp_path, 4, 1)[5]["image"].shape == (4, 4, 1)
+  assert data.FolderSource(tmp_path, (4, 4), 1)[5]["image"].shape == (4, 4, 1)
   memory = data.in_memory(source)
   for index in range(6):
     np.testing.assert_array_equal(memory[index]["image"], source[index]["image"])
@@ -147,23 +147,23 @@ def test_folder_crops_the_centre(tmp_path):
   pixels = np.zeros((4, 8, 3), np.uint8)
   pixels[:, 2:6] = 200
   Image.fromarray(pixels).save(tmp_path / "wide.png")
-  np.testing.assert_array_equal(data.FolderSource(tmp_path, 4)[0]["image"], np.full((4, 4, 3), 200))
+  np.testing.assert_array_equal(data.FolderSource(tmp_path, (4, 4))[0]["image"], np.full((4, 4, 3), 200))
 
 
 def test_wrong_folders_are_errors(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
-    data.FolderSource(tmp_path / "none", 8)
+    data.FolderSource(tmp_path / "none", (8, 8))
   with pytest.raises(ValueError, match="holds no image"):
-    data.FolderSource(tmp_path, 8)
+    data.FolderSource(tmp_path, (8, 8))
   write_folder(tmp_path)
   with pytest.raises(ValueError, match="channels=2"):
-    data.FolderSource(tmp_path, 8, 2)
+    data.FolderSource(tmp_path, (8, 8), 2)
   with pytest.raises(ValueError, match="crop=-1"):
-    data.FolderSource(tmp_path, 8, crop=-1)
+    data.FolderSource(tmp_path, (8, 8), crop=-1)
   with pytest.raises(ValueError, match="nearest"):
-    data.FolderSource(tmp_path, 8, resize="nearest")
+    data.FolderSource(tmp_path, (8, 8), resize="nearest")
   with pytest.raises(ValueError, match=r"cat.0\.png.*4x6.*crop=5"):
-    data.FolderSource(tmp_path, 8, crop=5)[0]
+    data.FolderSource(tmp_path, (8, 8), crop=5)[0]
 
 
 # Fitting, against a few independent lines each.
@@ -176,7 +176,7 @@ def picture(width, height):
 def test_box_means_over_boxes_whatever_the_ratio():
   pixels = np.asarray(picture(48, 32)).astype(float)
   means = pixels.reshape(8, 4, 8, 6, 3).mean((1, 3))
-  np.testing.assert_allclose(data.fit(picture(48, 32), 8, 3, resize="box"), means, atol=1)  # rounded once an axis
+  np.testing.assert_allclose(data.fit(picture(48, 32), (8, 8), 3, resize="box"), means, atol=1)  # rounded once an axis
 
 
 def adm_rows(pixels, size):
@@ -195,7 +195,7 @@ def adm_rows(pixels, size):
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (44, 52), (9, 7), (16, 16)])
 def test_adm_halves_and_then_scales(shape):
-  got = data.fit(picture(*shape), 8, 3, resize="adm")
+  got = data.fit(picture(*shape), (8, 8), 3, resize="adm")
   assert got.shape == (8, 8, 3)
   np.testing.assert_allclose(got.astype(int), adm_rows(np.asarray(picture(*shape)).astype(float), 8), atol=2)
 
@@ -204,8 +204,8 @@ def test_the_crop_comes_first_and_is_central():
   pixels = np.asarray(picture(178, 218))
   cut = Image.fromarray(pixels[39:179, 19:159])
   expected = np.asarray(ImageOps.fit(cut, (64, 64), Image.Resampling.BICUBIC))
-  np.testing.assert_array_equal(data.fit(picture(178, 218), 64, 3, crop=140), expected)
-  np.testing.assert_array_equal(data.fit(picture(10, 10), 4, 3, crop=4), np.asarray(picture(10, 10))[3:7, 3:7])
+  np.testing.assert_array_equal(data.fit(picture(178, 218), (64, 64), 3, crop=140), expected)
+  np.testing.assert_array_equal(data.fit(picture(10, 10), (4, 4), 3, crop=4), np.asarray(picture(10, 10))[3:7, 3:7])
 
 
 # Broken files.
@@ -215,7 +215,7 @@ def write_broken(root, names=("cat/1.jpg", "dog/2.bmp")):
   write_folder(root)
   for name in names:
     spoil(root / name)
-  return data.FolderSource(root, 8)
+  return data.FolderSource(root, (8, 8))
 
 
 def test_broken_files_are_one_error_with_all_their_names(tmp_path):
@@ -235,7 +235,7 @@ def test_many_broken_files_are_counted_and_ten_named(tmp_path):
   for path in (tmp_path / "cat").iterdir():
     spoil(path)
   with pytest.raises(ValueError, match=r"15 of 30 images") as error:
-    data.in_memory(data.FolderSource(tmp_path, 8))
+    data.in_memory(data.FolderSource(tmp_path, (8, 8)))
   assert str(error.value).count("/cat/") == 10
   assert "and 5 more" in str(error.value)
 
@@ -292,7 +292,7 @@ def test_label_counts_are_those_of_what_is_read(tmp_path):
     data.label_counts(source, 5)
   assert data.label_counts(source, 0) is None
   write_folder(tmp_path)
-  assert sum(data.label_counts(data.FolderSource(tmp_path, 8), 2)) == len(data.FolderSource(tmp_path, 8))
+  assert sum(data.label_counts(data.FolderSource(tmp_path, (8, 8)), 2)) == len(data.FolderSource(tmp_path, (8, 8)))
 
 
 def test_label_counts_of_a_source_that_would_have_to_be_read_are_not_known():

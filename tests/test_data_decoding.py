@@ -17,8 +17,8 @@ def read_everywhere(path, size, channels=1):
   """The image of a file as training and editing read it, which must agree."""
   (path.parent / "folder").mkdir(exist_ok=True)
   copy = path.rename(path.parent / "folder" / path.name)
-  trained = data.FolderSource(copy.parent, size, channels)[0]["image"]
-  np.testing.assert_array_equal(data.read_inputs(copy, size, channels).images[0], trained)
+  trained = data.FolderSource(copy.parent, (size, size), channels)[0]["image"]
+  np.testing.assert_array_equal(data.read_inputs(copy, (size, size), channels).images[0], trained)
   return trained
 
 
@@ -53,7 +53,7 @@ def test_16_bits_are_scaled_by_their_range(tmp_path, kind):
   path = tmp_path / f"a.{kind}"
   WRITERS[kind](path)
   with Image.open(path) as opened:
-    fitted = data.fit(opened, 16, 1)
+    fitted = data.fit(opened, (16, 16), 1)
   error = np.abs(read_everywhere(path, 16)[..., 0].astype(int) - LEVELS)
   assert error.max() <= (1 if kind == "10.pgm" else 0), "levels of 10 bits lie beside those of 8"
   assert np.max(np.abs(fitted[..., 0] - LEVELS)) == error.max()
@@ -73,19 +73,19 @@ def test_pixels_without_a_range_are_refused_by_name(tmp_path, name, pixels, mess
   Image.fromarray(pixels).save(path)
   message = rf"a\.\w+: its pixels are {message}, whose range is unknown; expected 8 or 16 bits"
   with pytest.raises(data.BrokenImage, match=message):
-    data.FolderSource(path.parent, 16, 1)[0]
+    data.FolderSource(path.parent, (16, 16), 1)[0]
   with pytest.raises(ValueError, match=message):
-    data.read_inputs(path, 16, 1)
+    data.read_inputs(path, (16, 16), 1)
   with pytest.raises(ValueError, match=message):
-    data.read_mask(path, 16)
+    data.read_mask(path, (16, 16))
   with pytest.raises(ValueError, match="whose range is unknown"):
-    data.fit(Image.fromarray(pixels), 16, 1)
+    data.fit(Image.fromarray(pixels), (16, 16), 1)
 
 
 def test_signed_tiffs_of_8_bits_are_refused(tmp_path):
   Image.fromarray(LEVELS.astype(np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: 2})
   with pytest.raises(ValueError, match=r"a\.tif: its pixels are signed or 32-bit integers, whose range is unknown"):
-    data.read_inputs(tmp_path / "a.tif", 16, 1)
+    data.read_inputs(tmp_path / "a.tif", (16, 16), 1)
 
 
 def test_16_bits_of_measured_values_are_refused(tmp_path):
@@ -93,7 +93,7 @@ def test_16_bits_of_measured_values_are_refused(tmp_path):
   header = "".join(card.ljust(80) for card in cards).ljust(2880)
   (tmp_path / "a.fits").write_bytes(header.encode() + (LEVELS - 128).astype(">i2").tobytes())
   with pytest.raises(ValueError, match=r"a\.fits: its pixels are 16-bit integers of FITS, whose range is unknown"):
-    data.read_inputs(tmp_path / "a.fits", 16, 1)
+    data.read_inputs(tmp_path / "a.fits", (16, 16), 1)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_is_called_an_image_is_of_a_known_format(tmp_path, content):
   with pytest.raises(
     ValueError, match=r"Cannot decode the image .*a\.png: its format, or its kind of pixels, is unknown\. Replace"
   ):
-    data.read_inputs(tmp_path / "a.png", 16, 1)
+    data.read_inputs(tmp_path / "a.png", (16, 16), 1)
 
 
 def test_transparency_of_a_palette_is_dropped_quietly(tmp_path):
@@ -118,7 +118,7 @@ def test_transparency_of_a_palette_is_dropped_quietly(tmp_path):
 def test_a_tiff_of_16_bits_whose_white_is_0_is_refused(tmp_path):
   write_tiff(tmp_path / "a.tif", LEVELS * 257, 16, white=0)
   with pytest.raises(ValueError, match=r"a\.tif: its white is 0"):
-    data.read_inputs(tmp_path / "a.tif", 16, 1)
+    data.read_inputs(tmp_path / "a.tif", (16, 16), 1)
 
 
 def oriented(path, pixels, orientation):
@@ -155,7 +155,7 @@ def test_a_mask_and_16_bits_are_turned_too(tmp_path):
   pixels = np.zeros((8, 8), np.uint8)
   pixels[:4, :6] = 255
   oriented(tmp_path / "mask.png", pixels, 6)
-  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", 8)[..., 0], np.rot90(pixels, -1) > 0)
+  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", (8, 8))[..., 0], np.rot90(pixels, -1) > 0)
   oriented(tmp_path / "deep.tif", pixels.astype(np.uint16) * 257, 8)
   np.testing.assert_array_equal(read_everywhere(tmp_path / "deep.tif", 8)[..., 0], np.rot90(pixels))
 
@@ -201,15 +201,15 @@ def test_an_image_beyond_pillows_limit_is_one_broken_file(tmp_path, capsys):
   for index in range(2):
     Image.fromarray(pixels_of(index, 8)).save(path.parent / f"{index}.png")
   message = r"bomb\.png: Image size \(1600000000 pixels\) exceeds limit"
-  source = data.FolderSource(path.parent, 8)
+  source = data.FolderSource(path.parent, (8, 8))
   with pytest.raises(ValueError, match=f"{message}.*broken=skip"):
     data.in_memory(source)
   np.testing.assert_array_equal(data.in_memory(source, "skip").images[2], pixels_of(0, 8))
   assert "bomb.png" in capsys.readouterr().out
   with pytest.raises(ValueError, match=f"Cannot decode the image .*{message}"):
-    data.read_inputs(path, 8, 3)
+    data.read_inputs(path, (8, 8), 3)
   with pytest.raises(ValueError, match=f"Cannot decode --mask=.*{message}"):
-    data.read_mask(path, 8)
+    data.read_mask(path, (8, 8))
 
 
 @pytest.mark.parametrize("hidden", [0, 255])
@@ -228,11 +228,11 @@ def test_a_mask_with_transparent_pixels_is_refused(tmp_path, mode, hidden):
   with pytest.raises(
     ValueError, match=r"--mask=.*mask\.png with transparent pixels.*expected white.*without transparency"
   ):
-    data.read_mask(tmp_path / "mask.png", 8)
+    data.read_mask(tmp_path / "mask.png", (8, 8))
 
 
 def test_an_opaque_alpha_channel_changes_no_mask(tmp_path):
   wanted = np.random.default_rng(0).random((8, 8)) < 0.5
   gray = np.where(wanted, 255, 0).astype(np.uint8)
   Image.fromarray(np.stack([gray] * 3 + [np.full_like(gray, 255)], -1)).save(tmp_path / "mask.png")
-  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", 8), wanted[..., None])
+  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", (8, 8)), wanted[..., None])

@@ -42,16 +42,16 @@ def settled(monkeypatch):
 
 
 def names(root):
-  source = data.FolderSource(root, 8)
+  source = data.FolderSource(root, (8, 8))
   return [source.file(index).removeprefix(f"{root}/") for index in range(len(source))]
 
 
 def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed, settled):
   write_folder(tmp_path / "images")
   age(tmp_path)
-  first = data.FolderSource(tmp_path / "images", 8)
+  first = data.FolderSource(tmp_path / "images", (8, 8))
   assert listed == ["images", "cat", "dog"]
-  second = data.FolderSource(tmp_path / "images", 8)
+  second = data.FolderSource(tmp_path / "images", (8, 8))
   assert listed == ["images", "cat", "dog"]
   assert [first.file(i) for i in range(6)] == [second.file(i) for i in range(6)]
   np.testing.assert_array_equal(first.labels, second.labels)
@@ -73,7 +73,7 @@ def test_changes_are_seen_and_only_changed_folders_listed(tmp_path, listed, sett
   assert len(names(root)) == 5
   write_folder(root, classes=("ant",), count=1)
   assert names(root)[0] == "ant/0.png"
-  assert data.FolderSource(root, 8).classes == ["ant", "cat", "dog"]
+  assert data.FolderSource(root, (8, 8)).classes == ["ant", "cat", "dog"]
   for path in (root / "ant").iterdir():
     path.unlink()
   (root / "ant").rmdir()
@@ -84,7 +84,7 @@ def test_what_changed_just_now_is_listed_again(tmp_path, listed):
   """Within a tick of the file system's clock a file more need not change the time of its folder."""
   write_folder(tmp_path / "images")
   for _ in range(2):
-    data.FolderSource(tmp_path / "images", 8)
+    data.FolderSource(tmp_path / "images", (8, 8))
   assert listed == ["images", "cat", "dog"] * 2
 
 
@@ -105,7 +105,7 @@ def test_images_belong_to_the_folder_they_lie_in_not_to_links(tmp_path, link, se
   write_folder(tmp_path, count=1)
   (tmp_path / link).symlink_to(tmp_path / "dog")
   for _ in range(2):  # also when the listing comes from the cache
-    source = data.FolderSource(tmp_path, 8)
+    source = data.FolderSource(tmp_path, (8, 8))
     assert source.classes == ["cat", "dog"]
     assert [source.file(index) for index in range(2)] == [f"{tmp_path}/cat/0.png", f"{tmp_path}/dog/0.png"]
     assert list(source.labels) == [0, 1]
@@ -124,7 +124,7 @@ def test_the_data_folder_and_all_classes_may_be_links(tmp_path, settled):
 def test_a_link_that_may_have_been_a_class_is_refused(tmp_path, target):
   write_folder(tmp_path, count=1, classes=("dog",))
   (tmp_path / "cat").symlink_to(target)
-  for read in (lambda: data.FolderSource(tmp_path, 8), lambda: data.read_inputs(tmp_path, 8, 3)):
+  for read in (lambda: data.FolderSource(tmp_path, (8, 8)), lambda: data.read_inputs(tmp_path, (8, 8), 3)):
     with pytest.raises(ValueError, match=rf"Got the link {tmp_path}/cat, which leads nowhere; .*Mount or restore"):
       read()
 
@@ -134,7 +134,7 @@ def test_a_link_to_no_image_is_one_broken_file(tmp_path, target):
   write_folder(tmp_path, count=1, classes=("dog",))
   (tmp_path / "dog" / "1.png").symlink_to(target)
   with pytest.raises(data.BrokenImage, match=r"1\.png: \[Errno \d+\]"):
-    data.FolderSource(tmp_path, 8)[1]
+    data.FolderSource(tmp_path, (8, 8))[1]
 
 
 def test_odd_names_survive_the_cache(tmp_path, settled):
@@ -145,7 +145,7 @@ def test_odd_names_survive_the_cache(tmp_path, settled):
   (root / "empty").mkdir()
   age(root)
   assert names(root) == names(root) == ["a b/ö 'n\n.PNG", "ü\nx/0.png"]
-  assert data.FolderSource(root, 8)[0]["image"].shape == (8, 8, 3)
+  assert data.FolderSource(root, (8, 8))[0]["image"].shape == (8, 8, 3)
 
 
 def write(path, value=0, size=(4, 4)):
@@ -156,7 +156,7 @@ def write(path, value=0, size=(4, 4)):
 def test_an_image_beside_the_folders_has_no_class_and_shifts_none(tmp_path):
   write_folder(tmp_path, count=1)
   write(tmp_path / "stray.png")
-  source = data.FolderSource(tmp_path, 8)
+  source = data.FolderSource(tmp_path, (8, 8))
   assert source.classes == ["cat", "dog"]
   assert {Path(source.file(i)).name: source.labels[i] for i in range(1)} == {"stray.png": data.NO_CLASS}
   assert list(source.labels) == [data.NO_CLASS, 0, 1]
@@ -171,7 +171,7 @@ def test_hidden_folders_are_no_classes(tmp_path, name, capsys):
   write_folder(tmp_path / "images", count=1)
   write(tmp_path / "images" / name / "a.png")
   write(tmp_path / "images" / "cat" / name / "b.png")
-  source = data.FolderSource(tmp_path / "images", 8)
+  source = data.FolderSource(tmp_path / "images", (8, 8))
   assert source.classes == ["cat", "dog"]
   assert list(source.labels) == [0, 1]
   assert "2 hidden or of the system" in capsys.readouterr().out
@@ -185,18 +185,18 @@ def test_other_files_are_passed_over_with_a_word(tmp_path, capsys, settled):
   os.mkfifo(root / "dog" / "pipe.png")
   (root / "dog" / "link.png").symlink_to("pipe.png")
   for _ in range(2):  # also when the listing comes from the cache
-    assert len(data.in_memory(data.FolderSource(root, 8))) == 2
+    assert len(data.in_memory(data.FolderSource(root, (8, 8)))) == 2
     said = "3 hidden or of the system, 2 .txt, 2 no regular file, 1 .heic, 1 without an ending"
     assert f"passed over in {root}, as no images: {said}\n" in capsys.readouterr().out
   for name in ("cat/0.png", "dog/0.png"):
     (root / name).unlink()
   with pytest.raises(ValueError, match=r"holds no image \(3 hidden.*1 \.heic.*expected image files"):
-    data.FolderSource(root, 8)
+    data.FolderSource(root, (8, 8))
 
 
 def test_a_folder_of_images_alone_says_nothing(tmp_path, capsys):
   write_folder(tmp_path)
-  data.FolderSource(tmp_path, 8)
+  data.FolderSource(tmp_path, (8, 8))
   assert "passed over" not in capsys.readouterr().out
 
 
@@ -218,17 +218,17 @@ def test_whatever_pillow_reads_is_an_image(tmp_path, ending, kind):
     pytest.skip(f"Pillow was built without {kind}")
   write(tmp_path / "images" / "a.png")
   Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "images" / f"b.{ending}", kind)
-  source = data.FolderSource(tmp_path / "images", 32)
+  source = data.FolderSource(tmp_path / "images", (32, 32))
   assert [Path(source.file(index)).name for index in range(2)] == ["a.png", f"b.{ending}"]
   assert np.max(np.abs(source[1]["image"].astype(int) - 200)) <= 2
-  assert data.read_inputs(tmp_path / "images", 32, 3).names == ["a.png", f"b.{ending}"]
+  assert data.read_inputs(tmp_path / "images", (32, 32), 3).names == ["a.png", f"b.{ending}"]
 
 
 @pytest.mark.parametrize("name", ["scene.pcd", "page.eps", "film.mpg", "features.h5", "flat.pdf"])
 def test_what_pillow_only_recognizes_is_no_image(tmp_path, name):
   write(tmp_path / "images" / "a.png")
   (tmp_path / "images" / name).write_bytes(b"no image")
-  assert len(data.FolderSource(tmp_path / "images", 8)) == 1
+  assert len(data.FolderSource(tmp_path / "images", (8, 8))) == 1
 
 
 def test_an_archive_is_to_be_unpacked(tmp_path):
@@ -237,9 +237,9 @@ def test_an_archive_is_to_be_unpacked(tmp_path):
   with pytest.raises(
     ValueError, match=r"images\.zip', which is a file; expected a folder of images\. Unpack an archive first"
   ):
-    data.FolderSource(tmp_path / "images.zip", 8)
+    data.FolderSource(tmp_path / "images.zip", (8, 8))
   with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*unpack"):
-    data.read_inputs(tmp_path / "images.zip", 8, 3)
+    data.read_inputs(tmp_path / "images.zip", (8, 8), 3)
 
 
 @pytest.mark.parametrize("how", ["moved", "emptied"])

@@ -20,11 +20,11 @@ def picture(path, size, value=None, mode="RGB", seed=0):
 
 def test_an_image_of_the_size_comes_as_it_is(tmp_path):
   pixels = picture(tmp_path / "a.png", (8, 8))
-  found = data.read_inputs(tmp_path / "a.png", 8, 3)
+  found = data.read_inputs(tmp_path / "a.png", (8, 8), 3)
   np.testing.assert_array_equal(found.images, pixels[None])
   assert (found.images.dtype, found.names, found.resized) == (np.uint8, ["a.png"], 0)
-  assert data.read_inputs(tmp_path / "a.png", 0, 3).images.shape == (1, 8, 8, 3), "its own size"
-  grey = data.read_inputs(str(tmp_path / "a.png"), 8, 1).images
+  assert data.read_inputs(tmp_path / "a.png", None, 3).images.shape == (1, 8, 8, 3), "its own size"
+  grey = data.read_inputs(str(tmp_path / "a.png"), (8, 8), 1).images
   assert grey.shape == (1, 8, 8, 1)
   np.testing.assert_allclose(grey[0, ..., 0], pixels @ [0.299, 0.587, 0.114], atol=1)
 
@@ -38,7 +38,7 @@ def test_a_folder_is_searched_in_order_and_its_images_resized(tmp_path, capsys):
   picture(tmp_path / ".thumbnails" / "a.png", (8, 8))
   for name in ("notes.txt", "._b.png"):
     (tmp_path / name).write_text("not an image")
-  found = data.read_inputs(tmp_path, 8, 1)
+  found = data.read_inputs(tmp_path, (8, 8), 1)
   assert f"passed over in {tmp_path}, as no images: 2 hidden or of the system, 1 .txt\n" in capsys.readouterr().out
   assert found.names == ["z.JPG", "b.png", "c.png"]
   assert found.resized == 2
@@ -54,15 +54,15 @@ def test_a_turned_photograph_is_turned_back(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # to be turned by 90 degrees
   Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-  found = data.read_inputs(tmp_path / "a.png", 8, 1).images[0, ..., 0]
+  found = data.read_inputs(tmp_path / "a.png", (8, 8), 1).images[0, ..., 0]
   np.testing.assert_array_equal(found, np.rot90(pixels[..., 0], -1))
 
 
 def test_arrays_have_the_size_already(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
   np.savez(tmp_path / "a.npz", samples=images)
-  for size in (0, 8):
-    found = data.read_inputs(tmp_path / "a.npz", size, 1)
+  for space in (None, (8, 8)):
+    found = data.read_inputs(tmp_path / "a.npz", space, 1)
     np.testing.assert_array_equal(found.images, images[..., None])
     assert found.names == ["a.npz[0]", "a.npz[1]", "a.npz[2]"]
     assert found.resized == 0
@@ -70,7 +70,6 @@ def test_arrays_have_the_size_already(tmp_path):
 
 def wrong_inputs(tmp_path):
   """What is wrong: path, size, channels, message."""
-  picture(tmp_path / "wide.png", (8, 4))
   for side in (4, 8):
     picture(tmp_path / "mixed" / f"{side}.png", (side, side))
   (tmp_path / "empty").mkdir()
@@ -78,7 +77,8 @@ def wrong_inputs(tmp_path):
   whole = tmp_path / "whole.png"
   picture(whole, (32, 32))
   (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:700])
-  np.savez(tmp_path / "wide.npz", images=np.zeros((2, 8, 4, 1), np.uint8))
+  np.savez(tmp_path / "high.npz", images=np.zeros((2, 8, 4, 1), np.uint8))
+  np.savez(tmp_path / "wide.npz", images=np.zeros((2, 8, 4, 2), np.uint8))
   np.savez(tmp_path / "square.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
   np.savez(tmp_path / "colours.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
   np.savez(tmp_path / "none.npz", images=np.zeros((0, 8, 8, 1), np.uint8))
@@ -95,10 +95,9 @@ def wrong_inputs(tmp_path):
     ),
     ("broken.png", 8, 3, r"Cannot decode the image .*broken\.png: .*Replace it, or save it anew as PNG"),
     ("cut.png", 8, 3, r"Cannot decode the image .*cut\.png"),
-    ("wide.png", 0, 3, "of 8x4; wanted a square image"),
     ("mixed", 0, 3, r"images of shapes \[\(4, 4, 3\), \(8, 8, 3\)\].*wanted one shape"),
-    ("wide.npz", 0, 1, r"shape \(2, 8, 4, 1\); wanted \[N, H, H, 1\]"),
-    ("wide.npz", 8, 1, r"shape \(2, 8, 4, 1\); wanted \[N, 8, 8, 1\]"),
+    ("wide.npz", 0, 3, r"shape \(2, 8, 4, 2\); wanted \[N, H, W, 3\]"),
+    ("high.npz", 8, 1, r"shape \(2, 8, 4, 1\); wanted \[N, 8, 8, 1\]"),
     ("square.npz", 16, 1, r"shape \(2, 8, 8, 1\); wanted \[N, 16, 16, 1\]"),
     ("colours.npz", 8, 1, r"shape \(2, 8, 8, 3\); wanted \[N, 8, 8, 1\]"),
     ("none.npz", 8, 1, "wanted at least one"),
@@ -109,19 +108,19 @@ def wrong_inputs(tmp_path):
 
 def test_the_ending_of_arrays_may_be_in_capitals(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.ones((2, 8, 8, 1), np.uint8))
-  assert data.read_inputs((tmp_path / "a.npz").rename(tmp_path / "A.NPZ"), 8, 1).names == ["A.NPZ[0]", "A.NPZ[1]"]
+  assert data.read_inputs((tmp_path / "a.npz").rename(tmp_path / "A.NPZ"), (8, 8), 1).names == ["A.NPZ[0]", "A.NPZ[1]"]
 
 
 def test_a_pipe_is_no_input(tmp_path):
   os.mkfifo(tmp_path / "a.png")
   with pytest.raises(ValueError, match=r"--input=.*a\.png, which is no file; expected an image"):
-    data.read_inputs(tmp_path / "a.png", 8, 3)
+    data.read_inputs(tmp_path / "a.png", (8, 8), 3)
 
 
 def test_wrong_inputs_are_errors(tmp_path):
   for name, size, channels, message in wrong_inputs(tmp_path):
     with pytest.raises(ValueError, match=message) as found:
-      data.read_inputs(tmp_path / name, size, channels)
+      data.read_inputs(tmp_path / name, (size, size) if size else None, channels)
     assert "data.broken" not in str(found.value), "a key of training"
 
 
@@ -129,11 +128,11 @@ def test_a_mask_is_painted_where_it_is_white(tmp_path):
   wanted = np.random.default_rng(0).random((8, 8)) < 0.5
   for white in (255, 1):
     Image.fromarray(np.where(wanted, white, 0).astype(np.uint8)).save(tmp_path / "mask.png")
-    mask = data.read_mask(tmp_path / "mask.png", 8)
+    mask = data.read_mask(tmp_path / "mask.png", (8, 8))
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, wanted[..., None])
   picture(tmp_path / "all.png", (8, 8), 255)
-  assert np.all(data.read_mask(str(tmp_path / "all.png"), 8))
+  assert np.all(data.read_mask(str(tmp_path / "all.png"), (8, 8)))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +147,8 @@ def test_a_mask_is_painted_where_it_is_white(tmp_path):
 )
 def test_words_in_place_of_a_mask(word, rows):
   wanted = np.array([[letter == "#" for letter in row] for row in rows])
-  np.testing.assert_array_equal(data.read_mask(word, 4), wanted[..., None])
-  np.testing.assert_array_equal(data.read_mask(word, 8), wanted.repeat(2, 0).repeat(2, 1)[..., None])
+  np.testing.assert_array_equal(data.read_mask(word, (4, 4)), wanted[..., None])
+  np.testing.assert_array_equal(data.read_mask(word, (8, 8)), wanted.repeat(2, 0).repeat(2, 1)[..., None])
 
 
 def test_wrong_masks_are_errors(tmp_path):
@@ -167,12 +166,12 @@ def test_wrong_masks_are_errors(tmp_path):
     ("broken.png", r"Cannot decode --mask=.*broken\.png"),
   ):
     with pytest.raises(ValueError, match=message):
-      data.read_mask(tmp_path / name, 8)
+      data.read_mask(tmp_path / name, (8, 8))
 
 
 def test_grey_arrays_are_colour_images_as_grey_files_are(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
   np.savez(tmp_path / "grey.npz", images=images)
   np.testing.assert_array_equal(
-    data.read_inputs(tmp_path / "grey.npz", 8, 3).images, np.broadcast_to(images, (2, 8, 8, 3))
+    data.read_inputs(tmp_path / "grey.npz", (8, 8), 3).images, np.broadcast_to(images, (2, 8, 8, 3))
   )

@@ -144,7 +144,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
   write_folder(tmp_path, count=6)
   spoil(tmp_path / "dog" / "3.png")
   kwargs = {"seed": 3, "flip": True}
-  source = data.SkipBroken(data.FolderSource(tmp_path, 8))
+  source = data.SkipBroken(data.FolderSource(tmp_path, (8, 8)))
   threads = data.batches(source, 5, num_threads=3, **kwargs)
   for _ in range(4):
     next(threads)
@@ -152,7 +152,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
   want = [next(threads) for _ in range(6)]
   assert threads.broken == 1
   capfd.readouterr()
-  again = data.SkipBroken(data.FolderSource(tmp_path, 8))
+  again = data.SkipBroken(data.FolderSource(tmp_path, (8, 8)))
   workers = data.batches(again, 5, num_workers=2, **kwargs)
   workers.restore(state)
   for batch in want:
@@ -173,7 +173,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
 def test_a_broken_file_stops_the_batches_by_name(tmp_path):
   write_folder(tmp_path)
   spoil(tmp_path / "dog" / "0.png")
-  batches = data.batches(data.FolderSource(tmp_path, 8), 6, seed=0)
+  batches = data.batches(data.FolderSource(tmp_path, (8, 8)), 6, seed=0)
   with pytest.raises(ValueError, match=r"dog.0\.png.*broken=skip"):
     next(batches)
 

@@ -35,7 +35,7 @@ def config_of(**keys):
 def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   write_builder(tmp_path / "own_squares.py", "OwnSquares")
   config = config_of(source="tfds", name="own_squares", path=str(tmp_path / "tfds"))
-  with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.module"):
+  with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.source\.module"):
     prepare.run_prepare(config, None)
   config.data.module = str(tmp_path / "own_squares.py")
   prepare.run_prepare(config, None)
@@ -46,7 +46,7 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   assert (len(train), len(held_out)) == (7, 2)
   for index in range(7):
     np.testing.assert_array_equal(train[index]["image"], pixels_of(train[index]["label"]))
-  assert data.TfdsSource("own_squares", "train", 3, 1, config.data.path)[0]["image"].shape == (3, 3, 1)
+  assert data.TfdsSource("own_squares", "train", (3, 3), 1, config.data.path)[0]["image"].shape == (3, 3, 1)
   prepare.run_prepare(config, None)
   assert "prepared already" in capsys.readouterr().out
   prepare.run_prepare(config, tmp_path / "packed")
@@ -73,7 +73,7 @@ class Records(list):
 )
 def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, record, level, label):
   monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
-  item = data.TfdsSource("squares", "train", 6, 1)[0]
+  item = data.TfdsSource("squares", "train", (6, 6), 1)[0]
   assert np.all(item["image"] == level)
   assert item["label"] == label
   if label == data.NO_CLASS:
@@ -94,14 +94,14 @@ def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, r
 def test_records_without_a_range_are_refused(monkeypatch, record, message):
   monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
   with pytest.raises(ValueError, match=message):
-    data.TfdsSource("squares", "train", 6, 1)[0]
+    data.TfdsSource("squares", "train", (6, 6), 1)[0]
 
 
 def test_reading_needs_neither_the_builder_nor_tensorflow(tmp_path):
   write_builder(tmp_path / "far_squares.py", "FarSquares")
   data.prepare_tfds("far_squares", str(tmp_path / "tfds"), str(tmp_path / "far_squares.py"))
   # Opened here, where the builder is known, and sent to a process that knows none, as worker processes are.
-  source = data.TfdsSource("far_squares", "train", 6, 3, str(tmp_path / "tfds"))
+  source = data.TfdsSource("far_squares", "train", (6, 6), 3, str(tmp_path / "tfds"))
   (tmp_path / "source").write_bytes(pickle.dumps(source))
   code = (
     f"import pickle, sys; source = pickle.load(open({str(tmp_path / 'source')!r}, 'rb')); "
@@ -128,7 +128,7 @@ def test_an_unknown_name_gets_the_nearest(tmp_path):
 
 def test_tfds_that_is_not_prepared_says_how(tmp_path):
   with pytest.raises(ValueError, match=r"'cifar10'.*ddpm_jax\[prepare\].*--mode=prepare.*source=folder"):
-    data.TfdsSource("cifar10", "train", 32, 3, str(tmp_path))
+    data.TfdsSource("cifar10", "train", (32, 32), 3, str(tmp_path))
 
 
 def test_a_public_data_set_without_tensorflow_names_the_extra_before_any_download(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_lsun_is_read_without_tensorflow_io(tmp_path, monkeypatch):
   )
   _, counts, _ = data.prepare_tfds("lsun/bedroom", str(tmp_path / "tfds"))
   assert counts == {"train": 3, "validation": 1}
-  source = data.TfdsSource("lsun/bedroom", "train", 8, 3, str(tmp_path / "tfds"))
+  source = data.TfdsSource("lsun/bedroom", "train", (8, 8), 3, str(tmp_path / "tfds"))
   wanted = {pixels_of(index, 8).tobytes() for index in range(3)}
   assert {source[index]["image"].tobytes() for index in range(3)} == wanted
 
@@ -211,11 +211,11 @@ def test_a_pack_reads_as_its_folder(tmp_path, capsys):
 
 
 def test_several_shards_read_as_one(tmp_path, monkeypatch):
-  from ddpm_jax.data import packed
+  from ddpm_jax.data import packing
 
-  monkeypatch.setattr(packed, "_SHARD_BYTES", 3 * 6 * 6 * 3)
+  monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 6 * 6 * 3)
   write_folder(tmp_path / "images", count=5)
-  source = data.FolderSource(tmp_path / "images", 6)
+  source = data.FolderSource(tmp_path / "images", (6, 6))
   data.pack(source, tmp_path / "packed", {})
   assert len(list((tmp_path / "packed").glob("*.array_record"))) == 4
   read = data.PackedSource(tmp_path / "packed")
@@ -270,12 +270,31 @@ def test_other_shapes_settings_and_versions_are_refused(tmp_path):
 )
 def test_a_pack_with_a_flipped_bit_is_refused_by_name(tmp_path, file, place, message):
   write_folder(tmp_path / "images", count=5)
-  data.pack(data.FolderSource(tmp_path / "images", 6), tmp_path / "packed", {})
+  data.pack(data.FolderSource(tmp_path / "images", (6, 6)), tmp_path / "packed", {})
   content = bytearray((tmp_path / "packed" / file).read_bytes())
   content[place] ^= 1
   (tmp_path / "packed" / file).write_bytes(content)
   with pytest.raises(ValueError, match=message):
     data.read(data.PackedSource(tmp_path / "packed"), np.arange(10))
+
+
+def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
+  images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 5), np.uint8)
+
+  def mine(fit, first, train_split="learn", eval_split="judge"):
+    return data.Splits(*(data.ArraySource(part, np.arange(len(part))) for part in (images[:first], images[first:])))
+
+  fit = data.Fit((6, 4), 5)
+  prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "packed", check=data.labels_below(3))
+  assert "learn: 3 of 6x4x5 packed, 0 left out" in capsys.readouterr().out
+  train, held_out = data.packed(fit, str(tmp_path / "packed"), "learn", "judge")
+  np.testing.assert_array_equal(data.read(train, [0, 1, 2])["image"], images[:3])
+  np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])
+  with pytest.raises(ValueError, match=r"data.source=mine: missing a required argument: 'first'"):
+    prepare.prepare_data(mine, {}, fit, tmp_path / "other")
+  with pytest.raises(ValueError, match="labels 0 to 2 for network.num_classes=2"):
+    prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
+  assert not (tmp_path / "other").exists()
 
 
 def test_wrong_requests_to_prepare_are_errors(tmp_path):

@@ -92,7 +92,7 @@ def test_the_notebook_runs_from_start_to_end():
 
 def test_every_score_moves_the_right_way_when_images_are_spoilt():
   names = runpy.run_path(str(ROOT / "experiments" / "score_sanity.py"))
-  for rows in names["run"](data.digits(), 25, held_out=400).values():
+  for rows in names["run"](data.read_digits(), 25, held_out=400).values():
     real, noise, blurred, few, copies = rows.values()
     for spoilt in (noise, blurred, few, copies):
       assert spoilt["frechet_distance"] > 1.5 * real["frechet_distance"]

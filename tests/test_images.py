@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from PIL import Image
 
 from ddpm_jax import images
@@ -23,7 +24,33 @@ def test_grid_places_every_image(tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "grid.png")), picture[..., 0])
 
 
-def test_odd_channels_and_large_images_can_be_drawn(tmp_path):
-  for shape in ((3, 64, 64, 3), (2, 4, 4, 2), (1, 200, 100, 1)):
-    images.save_grid(tmp_path / "grid.png", np.zeros(shape, np.uint8))
-    assert Image.open(tmp_path / "grid.png").size[0] > shape[2]
+@pytest.mark.parametrize("shape", [(3, 64, 64, 3), (4, 8, 16, 3), (1, 200, 100, 1), (2, 12, 8, 1), (3, 5, 7, 4)])
+def test_grids_of_gray_color_and_opacity_hold_the_pixels(tmp_path, shape):
+  count, height, width, channels = shape
+  tiles = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  images.save_grid(tmp_path / "grid.png", tiles, columns=count)
+  picture = np.asarray(Image.open(tmp_path / "grid.png")).reshape(-1, count * (width * factor(shape) + 2) + 2, channels)
+  for index, tile in enumerate(tiles):
+    left = 2 + index * (width * factor(shape) + 2)
+    found = picture[2 : 2 + height * factor(shape), left : left + width * factor(shape)]
+    np.testing.assert_array_equal(found[:: factor(shape), :: factor(shape)], tile)
+  if channels == 4:
+    assert np.all(picture[:2, :, 3] == 255), "what lies between is opaque"
+
+
+def factor(shape):
+  return max(1, 48 // max(shape[1:3]))
+
+
+@pytest.mark.parametrize(("channels", "columns"), [(2, 2), (5, 3), (16, 4)])
+def test_other_channels_are_planes_in_order(tmp_path, channels, columns):
+  tiles = np.random.default_rng(0).integers(0, 256, (2, 8, 6, channels), np.uint8)
+  drawn = images.drawable(tiles)
+  assert drawn.shape == (2, -(-channels // columns) * 9 - 1, columns * 7 - 1, 1)
+  for channel in range(channels):
+    top, left = channel // columns * 9, channel % columns * 7
+    np.testing.assert_array_equal(drawn[:, top : top + 8, left : left + 6, 0], tiles[..., channel])
+  images.save_grid(tmp_path / "grid.png", tiles, 2)
+  # Each plane is enlarged as an image of one channel is.
+  height, width = (6 * side for side in drawn.shape[1:3])
+  assert Image.open(tmp_path / "grid.png").size == (2 * (width + 2) + 2, height + 4)

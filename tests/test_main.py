@@ -234,7 +234,10 @@ WRONG = {
   "classifier_uri": ([RECIPE, "--mode=sample", "--classifier=gs://a/b"], "--classifier=gs://a/b, a URI"),
   "weak_uri": ([RECIPE, "--mode=sample", "--weak=gs://a/b@3"], "--weak=gs://a/b.*a URI"),
   "upsampler_uri": ([RECIPE, "--mode=sample", "--upsampler=gs://a/b"], "--upsampler=gs://a/b, a URI"),
-  "data_uri": ([RECIPE, "--config.data.source=npz", "--config.data.path=gs://a/b"], "config.data.path=gs://a/b, a URI"),
+  "data_uri": (
+    [RECIPE, "--config.data.source=arrays", "--config.data.path=gs://a/b"],
+    "data.source.path=gs://a/b, a URI",
+  ),
   "stats": ([RECIPE, "--mode=stats", "--output=/dev/null/x.npz"], "Cannot write /dev/null/x.npz: Not a directory"),
   "stats_type": ([RECIPE, "--mode=stats", "--output=/tmp/x.txt"], "expected a new file that ends in .npz"),
   "prepare": (

@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_jax import data, metrics, sealed
 
-DIGITS = data.read(data.digits(), np.arange(1797))
+DIGITS = data.read(data.read_digits(), np.arange(1797))
 IMAGES, LABELS = DIGITS["image"], DIGITS["label"]
 # One number of steps, and so one program, for all tests.
 STEPS = 4
@@ -85,6 +85,25 @@ def test_a_classifier_of_images_that_are_all_the_same_has_finite_features():
   params = metrics.train_classifier(same, np.arange(70) % 10, 10, steps=STEPS, quiet=True)
   features = metrics.extractor(metrics.classifier_space(params, 10), 8)(same)["features"]
   np.testing.assert_allclose(features, 0, atol=1e-4)
+
+
+def test_a_classifier_takes_images_of_any_shape():
+  images = np.random.default_rng(0).integers(0, 256, (10, 12, 24, 5), np.uint8)
+  params = metrics.train_classifier(images, np.arange(10) % 2, 2, steps=1, quiet=True)
+  taps = metrics.extractor(metrics.classifier_space(params, 2), 8)(images)
+  assert taps["features"].shape == (10, 64)
+  # The same rows and columns are kept, whichever side is the short one.
+  turned = metrics.extractor(metrics.classifier_space(params, 2), 8)(images.swapaxes(1, 2))
+  assert turned["features"].shape == (10, 64)
+  assert metrics.extractor(metrics.pixel_space(), 8)(images)["features"].shape == (10, 12 * 24 * 5)
+
+
+def test_resizing_treats_both_sides_alike():
+  images = np.random.default_rng(0).integers(0, 256, (2, 12, 40, 3), np.uint8)
+  for resize in (lambda x: metrics.resize_tf1(np.asarray(x, np.float32), 30), lambda x: metrics.resize_clean(x, 30)):
+    wide, high = np.asarray(resize(images)), np.asarray(resize(images.swapaxes(1, 2)))
+    assert wide.shape == (2, 30, 30, 3)
+    np.testing.assert_allclose(wide, high.swapaxes(1, 2), atol=1e-3)
 
 
 def test_wrong_training_sets_are_errors():

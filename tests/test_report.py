@@ -222,10 +222,47 @@ def test_what_does_not_fit_together_is_refused(tmp_path, changes, message):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("channels", "drawn"), [(1, 1), (2, 1), (3, 3), (4, 1)])
-def test_pictures_hold_the_pixels_of_one_or_three_channels(channels, drawn):
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_pictures_hold_the_pixels_of_any_number_of_channels(channels):
   image = np.random.default_rng(0).integers(0, 256, (6, 4, channels), dtype=np.uint8)
-  np.testing.assert_array_equal(decoded(pictures.data_uri(image)).reshape(6, 4, drawn), image[..., :drawn])
+  drawn = decoded(pictures.data_uri(image))
+  if channels in (1, 3, 4):
+    np.testing.assert_array_equal(drawn.reshape(image.shape), image)
+  else:
+    planes = [drawn[top : top + 6, left : left + 4] for top in range(0, drawn.shape[0], 7) for left in (0, 5, 10)]
+    planes = [plane for plane in planes if plane.shape == (6, 4)]
+    np.testing.assert_array_equal(np.stack(planes[:channels], -1), image)
+
+
+@pytest.mark.parametrize("shape", [(12, 8, 1), (8, 16, 3), (8, 8, 5), (8, 16, 4)])
+def test_a_page_of_images_of_any_shape(shape):
+  height, width, channels = shape
+  rng = np.random.default_rng(0)
+
+  def noise(*lead):
+    return rng.integers(0, 256, (*lead, *shape), dtype=np.uint8)
+
+  found, samples = reports.neighbours(), noise(40)
+  content = reports.bare()._replace(
+    samples=samples,
+    labels=np.arange(40) % 2,
+    denoising=noise(9, 3),
+    denoising_times=np.linspace(1, 0, 9),
+    neighbours=found._replace(samples=noise(8), nearest=noise(8, 3)),
+  )
+  parsed = Parsed(page.render(content))
+  assert parsed.sections() == ["samples", "denoising", "neighbours", "provenance"]
+  # Five channels are three planes above two, with a line between.
+  high, wide = (17, 26) if channels == 5 else (height, width)
+  drawn = [attributes for tag, attributes in parsed.elements if tag == "img" and "width" in attributes]
+  assert len(drawn) == 40
+  assert int(drawn[0]["width"]) * high == int(drawn[0]["height"]) * wide, "the sides' ratio"
+  first = decoded(drawn[0]["src"])
+  assert first.shape[:2] == (high, wide)
+  np.testing.assert_array_equal(first[:8, :8], samples[0, :8, :8, 0] if channels in (1, 5) else samples[0, :8, :8])
+  (sprite,) = (attributes["data-sprite"] for _, attributes in parsed.elements if "data-sprite" in attributes)
+  (canvas,) = (attributes for tag, attributes in parsed.elements if tag == "canvas")
+  assert decoded(sprite).shape[:2] == (9 * int(canvas["height"]), int(canvas["width"]))
 
 
 def test_samples_are_grouped_by_class():

@@ -171,7 +171,7 @@ def test_statistics_of_a_file_stand_for_their_images(on_one_device, copy, tmp_pa
     direct["generated"]["frechet_distance"], rel=1e-12
   )
   assert report["reference"].startswith("statistics of 100 images")
-  _, held_out = data.hold_out(data.digits(), 100)
+  _, held_out = data.hold_out(data.read_digits(), 100)
   pixels = data.read(held_out, np.arange(100))["image"].reshape(100, -1) / 127.5 - 1
   with np.load(tmp_path / "held_out.npz") as file:
     np.testing.assert_allclose(file["mu"], pixels.mean(0), atol=1e-6)

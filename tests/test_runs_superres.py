@@ -101,6 +101,20 @@ def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
   np.testing.assert_array_equal(part.level, level[50:60])
 
 
+def test_the_condition_of_images_that_are_no_squares():
+  config = config_of(superres__noise=0.0, superres__sample_noise=0.0)
+  with config.data.ignore_type():
+    config.data.image_size = (4, 8)
+  keys, image = jax.random.split(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (3, 4, 8, 1))
+  found = condition.training_image(config, keys, image).image
+  low = np.asarray(image).reshape(3, 2, 2, 4, 2, 1).mean((2, 4))
+  np.testing.assert_allclose(found, jax.image.resize(low, (3, 4, 8, 1), "bicubic"), atol=1e-5)
+  assert build.low_space(config) == (2, 4)
+  config.superres.factor = 8
+  with pytest.raises(ValueError, match="superres.factor=8 for images of 4x8; wanted a divisor of height and width"):
+    condition.check_superres(config)
+
+
 def test_the_condition_enters_the_network_and_the_loss():
   config = config_of(network__num_classes=3, loss__label_dropout=0.1)
   params = random_params(config)
@@ -128,7 +142,7 @@ def test_the_condition_enters_the_network_and_the_loss():
   ("keys", "message"),
   [
     ({"superres__factor": 1}, "superres.factor=1 for images of 16"),
-    ({"superres__factor": 3}, "factor=3 for images of 16; wanted a divisor of it above 1"),
+    ({"superres__factor": 3}, "factor=3 for images of 16x16; wanted a divisor of height and width above 1"),
     ({"superres__factor": -2}, "factor=-2"),
     ({"superres__factor": 0}, "factor=0, noise=0.5"),
     ({"superres__noise": 0.05}, "noise=0.05 and sample_noise=0.1; wanted 0 <= sample_noise <= noise <= 1"),

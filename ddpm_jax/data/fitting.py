@@ -40,7 +40,8 @@ def check_space(space: Any) -> tuple[int, int]:
     ValueError: if `space` is anything else than two whole numbers of at least 1.
   """
   sound = isinstance(space, Sequence) and len(space) == 2 and not isinstance(space, str)
-  if not sound or not all(isinstance(side, int | np.integer) and side >= 1 for side in space):
+  whole = sound and all(isinstance(side, int | np.integer) and not isinstance(side, bool) for side in space)
+  if not whole or min(space) < 1:
     raise ValueError(
       f"Got {space!r} as the size of images; expected height and width in pixels, each at least 1, such as (32, 32). Set data.image_size."
     )

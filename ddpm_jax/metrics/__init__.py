@@ -11,7 +11,7 @@ from ddpm_jax.metrics.classifier import (
 )
 from ddpm_jax.metrics.features import FeatureSpace, check_images, extractor
 from ddpm_jax.metrics.frechet import check_rank, frechet_distance
-from ddpm_jax.metrics.inception import inception_space, resize_clean, resize_tf1
+from ddpm_jax.metrics.inception import check_colors, inception_space, resize_clean, resize_tf1
 from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
 from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
 from ddpm_jax.metrics.neighbours import Neighbourhoods, nearest, neighbourhoods, precision_recall
@@ -28,6 +28,7 @@ __all__ = [
   "Moments",
   "Neighbourhoods",
   "Statistics",
+  "check_colors",
   "check_images",
   "check_rank",
   "class_statistics",

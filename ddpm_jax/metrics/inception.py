@@ -50,11 +50,19 @@ def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", pu
 
 
 def as_colour(images: np.ndarray) -> np.ndarray:
-  """Images uint8 [B, H, W, 3] of such with three channels or one, which is repeated; a ValueError for others."""
+  """Return images uint8 [B, H, W, 3] of such with three channels or one, which is repeated; raise a ValueError for others."""
   check_images(images)
-  if images.shape[-1] not in (1, 3):
-    raise ValueError(f"Got images of {images.shape[-1]} channels for the Inception network; wanted 3, or 1.")
+  check_colors(images.shape[-1])
   return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
+
+
+def check_colors(channels: int) -> None:
+  """Raise a ValueError unless the Inception network takes images of so many channels."""
+  if channels not in (1, 3):
+    raise ValueError(
+      f"Got images of {channels} channels for the Inception network, which looks at colors; expected 3, or 1 to be repeated. Score in other"
+      " features: --config.evaluation.features=pixels or classifier."
+    )
 
 
 def resize_tf1(x: Array, size: int = SIZE) -> Array:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-# Images of fewer rows keep them all at the first level.
+# Images of fewer rows or columns keep them all at the first level.
 _SMALL = 16
 
 
@@ -25,7 +25,7 @@ class Recognizer(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, Array]:
     """Features [B, F] and logits [B, K] of images [B, H, W, C] in [-1, 1]."""
-    first = 1 if x.shape[1] < _SMALL else 2
+    first = 1 if min(x.shape[1:3]) < _SMALL else 2
     for level, channels in enumerate((self.width, 2 * self.width, 2 * self.width)):
       x = nn.Conv(channels, (3, 3), strides=first if level == 0 else 2, name=f"conv_{level}")(x)
       x = nn.silu(nn.GroupNorm(8, name=f"norm_{level}")(x))

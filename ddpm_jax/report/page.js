@@ -65,6 +65,8 @@
 
   function show(index) {
     frame = index;
+    // What is transparent would show the frame before.
+    context.clearRect(0, 0, canvas.width, canvas.height);
     context.drawImage(sprite, 0, -index * canvas.height);
     slider.value = index;
     slider.setAttribute("aria-valuetext", `t = ${times[index]}`);

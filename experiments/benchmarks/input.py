@@ -70,7 +70,7 @@ def write_folder(root: Path, images: np.ndarray, suffix: str) -> Path:
 def sources(root: Path, count: int, size: int) -> dict:
   """The same images in every form."""
   images = crops(count, size)
-  png = data.FolderSource(write_folder(root / f"png{size}", images, "png"), size)
+  png = data.FolderSource(write_folder(root / f"png{size}", images, "png"), (size, size))
   data.pack(png, root / f"packed{size}", {})
   np.save(root / f"{size}.npy", images)
   module = root / f"benchmark_crops_{size}.py"
@@ -79,9 +79,9 @@ def sources(root: Path, count: int, size: int) -> dict:
   return {
     "in memory": data.ArraySource(images),
     "packed records": data.PackedSource(root / f"packed{size}"),
-    "TFDS, PNG in ArrayRecord": data.TfdsSource(f"benchmark_crops{size}", "train", size, 3, str(root / "tfds")),
+    "TFDS, PNG in ArrayRecord": data.TfdsSource(f"benchmark_crops{size}", "train", (size, size), 3, str(root / "tfds")),
     "folder, PNG": png,
-    "folder, JPEG": data.FolderSource(write_folder(root / f"jpeg{size}", images, "jpg"), size),
+    "folder, JPEG": data.FolderSource(write_folder(root / f"jpeg{size}", images, "jpg"), (size, size)),
   }
 
 
