@@ -16,10 +16,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Of the library's nouns, what to give.
 _EXAMPLES = {
+<<<<<<< /tmp/a1
+  "AdaptiveTimes": "losses.importance(process)",
+  "Objective": "losses.denoising(apply, process, prediction)",
+  "Prediction": "predictions.EPS",
+  "Process": "processes.vp()",
+  "Sampler": "sampling.ddim(process)",
+=======
   "Process": "processes.vp()",
   "Prediction": "predictions.EPS",
   "Sampler": "sampling.ddim(process)",
   "Fit": "data.Fit((32, 32), channels=3)",
+>>>>>>> /tmp/a2
 }
 
 
@@ -53,7 +61,7 @@ def _is(value: Any, kind: Any) -> bool:
     return any(_is(value, one) for one in typing.get_args(kind))
   if kind is None or kind is types.NoneType:
     return value is None
-  if typing.get_origin(kind) is collections.abc.Callable:
+  if _is_function(kind):
     # A noun is no function, though it holds some.
     return callable(value)
   if kind is jax.Array:
@@ -64,6 +72,11 @@ def _is(value: Any, kind: Any) -> bool:
   if kind is str or _is_noun(kind):
     return isinstance(value, kind)
   return True
+
+
+def _is_function(kind: Any) -> bool:
+  protocol = getattr(kind, "_is_protocol", False) and "__call__" in vars(kind)
+  return protocol or typing.get_origin(kind) is collections.abc.Callable
 
 
 def _is_noun(kind: Any) -> bool:
@@ -83,13 +96,14 @@ def _described(value: Any) -> str:
 def _wanted(kind: Any, name: str) -> str:
   if isinstance(kind, types.UnionType):
     return " or ".join(_wanted(one, name) for one in typing.get_args(kind))
-  if typing.get_origin(kind) is collections.abc.Callable:
+  if _is_function(kind):
     return "a function"
   if kind is jax.Array:
     return f"an array, such as jnp.asarray({name})"
   if _is_noun(kind):
     example = _EXAMPLES.get(kind.__name__)
-    return f"a {kind.__name__}" + (f", such as {example}" if example else "")
+    article = "an" if kind.__name__[0] in "AEIO" else "a"
+    return f"{article} {kind.__name__}" + (f", such as {example}" if example else "")
   return {int: "a number", float: "a number", str: "a string"}.get(kind, "None")
 
 
