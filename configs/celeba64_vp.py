@@ -12,12 +12,13 @@ Hardware: one GPU or a TPU slice; the paper trained 500,000 steps of 128 images.
 Score: FID 3.26 in the paper by 1000 ancestral steps of the large variance, 6.53 by 100 of DDIM; not yet repeated with this code.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.data.update({"name": "celeb_a", "image_size": 64, "crop": 140, "eval_split": "test"})
-  config.network.multipliers = (1, 2, 2, 2, 4)
+  config.data.source = spec("data.tfds", name="celeb_a")
+  config.data.update({"image_size": 64, "crop": 140})
+  config.model.network.multipliers = (1, 2, 2, 2, 4)
   config.training.steps = 500_000
   return config

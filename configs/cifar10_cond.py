@@ -10,15 +10,15 @@ Hardware: one GPU or a TPU slice. On a CPU a step takes a minute.
 Score: not yet run in full.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
-  config.loss.label_dropout = 0.1
-  config.network.num_classes = 10
-  config.sampling.update({"sampler": "ddim", "num_steps": 100})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
+  config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.1)
+  config.sampler = spec("sampling.ddim")
+  config.sampling.update({"num_steps": 100})
   return config

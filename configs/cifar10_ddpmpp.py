@@ -8,14 +8,17 @@ Hardware: one GPU or a TPU slice; the paper trained on 200 million images, 390,6
 Score: FID 1.97 in the paper with augmentation, by 18 steps of Heun (35 evaluations); not yet repeated with this code.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.process.name, config.prediction = "edm", "edm"
-  config.loss.update({"weighting": "edm", "times": "log_normal"})
-  config.network.update(
+  config.model.process = spec("processes.edm")
+  config.model.prediction = spec("predictions.edm", sigma_data=0.5)
+  config.objective = spec(
+    "losses.denoising", times=spec("losses.log_normal"), weighting=spec("losses.edm", sigma_data=0.5)
+  )
+  config.model.network.update(
     {
       "multipliers": (2, 2, 2),
       "blocks": 4,
@@ -29,5 +32,7 @@ def get_config():
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20_000, "clip_norm": 0.0})
   config.ema.update({"kind": "half_life", "half_life": 500_000, "ramp_up": 0.05})
   config.training.update({"batch_size": 512, "steps": 390_625})
-  config.sampling.update({"sampler": "heun", "num_steps": 18, "clip": False})
+  config.sampler = spec("sampling.heun")
+  config.sampling.update({"num_steps": 18})
+  config.sampling.clip = None
   return config

@@ -8,17 +8,17 @@ Hardware: one GPU or a TPU slice; the paper trained 500,000 steps of 128 images.
 Score: FID 3.19 in the paper, with 50,000 samples against the training set by 4000 steps; not yet repeated with this code.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.process.update({"schedule": "cosine", "num_steps": 4000})
-  config.learned_variance = True
-  config.network.update(
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine", num_steps=4000))
+  config.model.prediction = spec("predictions.learned_range", prediction=spec("predictions.EPS"))
+  config.model.network.update(
     {
       "blocks": 3,
-      "attention_resolutions": (16, 8),
+      "attention_levels": (1, 2),
       "heads": 4,
       "epsilon": 1e-5,
       "dropout": 0.3,
@@ -30,5 +30,6 @@ def get_config():
   )
   config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 0})
   config.training.steps = 500_000
-  config.sampling.update({"variance": "learned", "num_steps": 4000})
+  config.sampler = spec("sampling.ancestral", variance="learned")
+  config.sampling.update({"num_steps": 4000})
   return config

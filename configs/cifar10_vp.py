@@ -15,7 +15,7 @@ Hardware: one GPU or a TPU slice; the paper trained 10.6 hours on a TPU v3-8. On
 Score: FID 3.17 in the paper, with 50,000 samples against the training set; not yet repeated with this code.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config
 
 
 def get_config():

@@ -11,25 +11,25 @@ Score: Frechet distance in pixel space 28 (floor 30), precision 0.84 (0.81), rec
 Pixels tell little of colour images: what is drawn has the colours and the layout of its class, and no detail yet.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.data.update({"source": "folder", "image_size": 16, "resize": "box"})
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
-  config.loss.label_dropout = 0.1
-  config.network.update(
+  config.data.source = spec("data.folder")
+  config.data.update({"image_size": 16, "resize": "box"})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
+  config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.1)
+  config.model.network.update(
     {
       "channels": 48,
       "multipliers": (1, 2, 2),
       "blocks": 1,
-      "attention_resolutions": (8,),
+      "attention_levels": (1,),
       "groups": 8,
       "dropout": 0.0,
-      "num_classes": 10,
     }
   )
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200})
@@ -37,7 +37,8 @@ def get_config():
   config.training.update(
     {"batch_size": 64, "steps": 1000, "log_every": 100, "checkpoint_every": 250, "sample_every": 500}
   )
-  config.sampling.update({"sampler": "ddim", "num_steps": 50, "batch_size": 100})
+  config.sampler = spec("sampling.ddim")
+  config.sampling.update({"num_steps": 50, "batch_size": 100})
   # As the scores above were taken; of so few samples they compare only with each other.
   config.evaluation.update({"num_samples": 200, "features": "pixels", "allow_singular": True})
   return config

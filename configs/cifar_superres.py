@@ -11,22 +11,23 @@ Score: Frechet distance in pixel space 50 (floor 178), precision 1.0 (0.75), rec
 enlarged again by 30 steps of DDIM: they are compared with themselves, so the floor is no bound.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.data.update({"source": "folder", "image_size": 32})
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
-  config.superres.update({"factor": 2, "noise": 0.3, "sample_noise": 0.05})
-  config.network.update(
+  config.data.source = spec("data.folder")
+  config.data.update({"image_size": 32})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
+  config.model.conditions.low = spec("conditions.low_resolution", factor=2, noise=0.3, sample_noise=0.05)
+  config.model.network.update(
     {
       "channels": 32,
       "multipliers": (1, 2, 2),
       "blocks": 1,
-      "attention_resolutions": (),
+      "attention_levels": (),
       "middle_attention": True,
       "groups": 8,
       "dropout": 0.0,
@@ -37,7 +38,8 @@ def get_config():
   config.training.update(
     {"batch_size": 32, "steps": 400, "log_every": 100, "checkpoint_every": 200, "sample_every": 400}
   )
-  config.sampling.update({"sampler": "ddim", "num_steps": 30, "batch_size": 100})
+  config.sampler = spec("sampling.ddim")
+  config.sampling.update({"num_steps": 30, "batch_size": 100})
   # As the scores above were taken; of so few samples they compare only with each other.
   config.evaluation.update({"num_samples": 200, "features": "pixels", "allow_singular": True})
   return config

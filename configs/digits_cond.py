@@ -9,27 +9,26 @@ ancestral steps. By 50 steps of DDIM a nearest-neighbour classifier of real digi
 samples at a scale of 1, in all at 3 (docs/guidance.md).
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.data.update({"source": "digits", "image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
-  config.data.eval_split = ""
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
-  config.loss.label_dropout = 0.1
-  config.network.update(
+  config.data.source = spec("data.digits")
+  config.data.update({"image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
+  config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.1)
+  config.model.network.update(
     {
       "channels": 32,
       "multipliers": (1, 2),
       "blocks": 1,
-      "attention_resolutions": (),
+      "attention_levels": (),
       "middle_attention": False,
       "groups": 8,
       "dropout": 0.0,
-      "num_classes": 10,
     }
   )
   config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})

@@ -12,28 +12,30 @@ Hardware: one GPU. On a CPU a step takes seconds; try --config.data.image_size=1
 Score: depends on the folder; the run prints it beside its floor.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.data.update({"source": "folder", "image_size": 64, "channels": 3, "hold_out": -1, "broken": "skip"})
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
-  config.network.update(
+  config.data.source = spec("data.folder")
+  config.data.update({"image_size": 64, "channels": 3, "hold_out": -1, "broken": "skip"})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
+  config.model.network.update(
     {
       "channels": 64,
       "multipliers": (1, 2, 2, 4),
       "blocks": 2,
-      # None by height, so that any size goes; the middle has it.
-      "attention_resolutions": (),
+      # None but in the middle, which is small whatever the size.
+      "attention_levels": (),
       "dropout": 0.1,
     }
   )
   config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 1000})
   config.ema.decay = 0.999
   config.training.update({"batch_size": 64, "steps": 100_000, "checkpoint_every": 1000, "sample_every": 1000})
-  config.sampling.update({"sampler": "ddim", "num_steps": 100})
+  config.sampler = spec("sampling.ddim")
+  config.sampling.update({"num_steps": 100})
   config.evaluation.num_samples = 500
   return config

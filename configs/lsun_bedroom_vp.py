@@ -11,15 +11,16 @@ Hardware: a TPU slice or several GPUs; the paper trained on a TPU v3-8 at 2.2 st
 Score: FID 6.36 in the paper, with 50,000 samples by 1000 ancestral steps; not yet repeated with this code.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
   # The one set that the paper does not flip.
-  config.data.update({"name": "lsun/bedroom", "image_size": 256, "flip": False})
-  config.data.update({"eval_split": "", "hold_out": 2000, "num_workers": 8})
-  config.network.update({"multipliers": (1, 1, 2, 2, 4, 4), "attention_resolutions": (16,), "dropout": 0.0})
+  config.data.source = spec("data.tfds", name="lsun/bedroom", eval_split="")
+  config.data.update({"image_size": 256, "flip": False})
+  config.data.update({"hold_out": 2000, "num_workers": 8})
+  config.model.network.update({"multipliers": (1, 1, 2, 2, 4, 4), "attention_levels": (4,), "dropout": 0.0})
   config.optimizer.learning_rate = 2e-5
   config.training.update({"batch_size": 64, "steps": 2_400_000})
   config.sampling.batch_size = 64

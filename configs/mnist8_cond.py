@@ -10,28 +10,27 @@ Score: Frechet distance in pixel space 0.16 (floor 0.12), precision 0.95 (0.97),
 DDIM.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
   # Boxes of 4x4 pixels averaged, of the digits of 28x28 with a margin of 2.
-  config.data.update({"source": "mnist", "image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
-  config.data.eval_split = ""
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
-  config.loss.label_dropout = 0.1
-  config.network.update(
+  config.data.source = spec("data.mnist")
+  config.data.update({"image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
+  config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.1)
+  config.model.network.update(
     {
       "channels": 32,
       "multipliers": (1, 2),
       "blocks": 1,
-      "attention_resolutions": (),
+      "attention_levels": (),
       "middle_attention": True,
       "groups": 8,
       "dropout": 0.0,
-      "num_classes": 10,
     }
   )
   config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50})
@@ -39,7 +38,8 @@ def get_config():
   config.training.update(
     {"batch_size": 64, "steps": 4000, "log_every": 50, "checkpoint_every": 500, "sample_every": 1000}
   )
-  config.sampling.update({"sampler": "ddim", "num_steps": 50, "batch_size": 125})
+  config.sampler = spec("sampling.ddim")
+  config.sampling.update({"num_steps": 50, "batch_size": 125})
   # As the scores above were taken.
   config.evaluation.update({"num_samples": 500, "features": "pixels"})
   return config

@@ -8,28 +8,28 @@ Score: accuracy on the 500 held-out digits 0.98 at log-SNR 4 to 0, 0.72 at -2, 0
 cross-entropy 0.05 at 4, 0.09 at 0, 0.84, 1.94, 2.26 nats (2.30).
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
   config.task = "classify"
+  config.objective = "classification"
   # The data and the process of the model to be guided, so that the classifier knows its noise and has not seen more images.
-  config.data.update({"source": "mnist", "image_size": 28, "channels": 1, "flip": False, "hold_out": 500})
-  config.data.eval_split = ""
-  config.process.schedule = "cosine"
-  config.network.update(
-    {
-      "channels": 32,
-      "multipliers": (1, 2, 2),
-      "blocks": 1,
-      "attention_resolutions": (),
-      "middle_attention": False,
-      "groups": 8,
-      "heads": 4,
-      "dropout": 0.2,
-      "num_classes": 10,
-    }
+  config.data.source = spec("data.mnist")
+  config.data.update({"image_size": 28, "channels": 1, "flip": False, "hold_out": 500})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.network = spec(
+    "networks.Classifier",
+    out_channels=10,
+    channels=32,
+    multipliers=(1, 2, 2),
+    blocks=1,
+    attention_levels=(),
+    middle_attention=False,
+    groups=8,
+    heads=4,
+    dropout=0.2,
   )
   config.optimizer.update(
     {"name": "adamw", "arguments": "weight_decay=0.05", "learning_rate": 1e-3, "warmup_steps": 50}

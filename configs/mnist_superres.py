@@ -9,24 +9,24 @@ Score: Frechet distance in pixel space 12.8 (floor 22.9), precision 1.0 (0.96), 
 enlarged again by 30 steps of DDIM: they are compared with themselves, so the floor is no bound.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.data.update({"source": "mnist", "image_size": 32, "channels": 1, "flip": False, "hold_out": 500})
-  config.data.eval_split = ""
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
+  config.data.source = spec("data.mnist")
+  config.data.update({"image_size": 32, "channels": 1, "flip": False, "hold_out": 500})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
   # What the base draws is not what real digits made small are: noise hides some of the difference.
-  config.superres.update({"factor": 4, "noise": 0.4, "sample_noise": 0.1})
-  config.network.update(
+  config.model.conditions.low = spec("conditions.low_resolution", factor=4, noise=0.4, sample_noise=0.1)
+  config.model.network.update(
     {
       "channels": 24,
       "multipliers": (1, 2, 2),
       "blocks": 1,
-      "attention_resolutions": (),
+      "attention_levels": (),
       "middle_attention": True,
       "groups": 8,
       "dropout": 0.0,
@@ -37,7 +37,8 @@ def get_config():
   config.training.update(
     {"batch_size": 48, "steps": 800, "log_every": 100, "checkpoint_every": 200, "sample_every": 400}
   )
-  config.sampling.update({"sampler": "ddim", "num_steps": 30, "batch_size": 125})
+  config.sampler = spec("sampling.ddim")
+  config.sampling.update({"num_steps": 30, "batch_size": 125})
   # As the scores above were taken; of so few samples they compare only with each other.
   config.evaluation.update({"num_samples": 500, "features": "pixels", "allow_singular": True})
   return config

@@ -8,22 +8,22 @@ Score: Frechet distance in pixel space 27 (floor 23), precision 0.90 (0.96), rec
 ancestral steps.
 """
 
-from ddpm_jax.schema import default_config
+from ddpm_jax.config import default_config, spec
 
 
 def get_config():
   config = default_config()
-  config.data.update({"source": "mnist", "image_size": 28, "channels": 1, "flip": False, "hold_out": 500})
-  config.data.eval_split = ""
-  config.process.schedule = "cosine"
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
-  config.network.update(
+  config.data.source = spec("data.mnist")
+  config.data.update({"image_size": 28, "channels": 1, "flip": False, "hold_out": 500})
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  config.model.prediction = spec("predictions.V")
+  config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
+  config.model.network.update(
     {
       "channels": 32,
       "multipliers": (1, 2, 2),
       "blocks": 1,
-      "attention_resolutions": (7,),
+      "attention_levels": (2,),
       "middle_attention": True,
       "groups": 8,
       "dropout": 0.0,

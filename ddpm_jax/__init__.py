@@ -5,6 +5,7 @@ import importlib
 __version__ = "0.1.0"
 __all__ = [
   "checkpoint",
+  "config",
   "data",
   "editing",
   "ema",
@@ -17,6 +18,7 @@ __all__ = [
   "likelihood",
   "losses",
   "metrics",
+  "models",
   "networks",
   "optim",
   "parallel",

@@ -16,18 +16,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Of the library's nouns, what to give.
 _EXAMPLES = {
-<<<<<<< /tmp/a1
   "AdaptiveTimes": "losses.importance(process)",
+  "Fit": "data.Fit((32, 32), channels=3)",
   "Objective": "losses.denoising(apply, process, prediction)",
   "Prediction": "predictions.EPS",
   "Process": "processes.vp()",
   "Sampler": "sampling.ddim(process)",
-=======
-  "Process": "processes.vp()",
-  "Prediction": "predictions.EPS",
-  "Sampler": "sampling.ddim(process)",
-  "Fit": "data.Fit((32, 32), channels=3)",
->>>>>>> /tmp/a2
 }
 
 

@@ -181,7 +181,7 @@ def main(argv: list[str]) -> None:
     runs.run_statistics(experiment, _output("the statistics", "/tmp/statistics.npz"))
     return
   if mode == "prepare":
-    prepare.run_prepare(_data_config(), _path(_OUTPUT))
+    prepare.run_prepare(config.build(_data_config()), _path(_OUTPUT))
     return
   if mode == "plan":
     experiment = config.build(_config(folder))

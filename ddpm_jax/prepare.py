@@ -5,26 +5,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ddpm_jax import build, data, files
+from ddpm_jax import config, data, files
+from ddpm_jax.config import Experiment
 from ddpm_jax.places import user_path
+from ddpm_jax.runs import limits, reading
 
 # Reading these is as quick as reading what would be packed of them.
 _READY = (data.digits, data.mnist, data.arrays, data.packed)
 
 
-def run_prepare(config: ConfigDict, output: Path | None) -> None:
-  """Prepare the data of a config, as `prepare_data` does.
+def run_prepare(experiment: Experiment, output: Path | None) -> None:
+  """Prepare the data of an experiment, as `prepare_data` does.
 
   Raises:
     ValueError: as `prepare_data`.
   """
-  build.check_images(config, 1, "config.data.image_size and channels")
-  source, keys = build.build_source(config)
-  fit, check = build.build_fit(config), build.build_check(config)
-  prepare_data(source, keys, fit, output, broken=config.data.broken, check=check)
+  limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
+  source, keys = config.source_parts(experiment)
+  classes = experiment.task.classes(experiment)
+  check = None if classes is None else classes.check
+  prepare_data(source, keys, reading.fit_of(experiment), output, broken=experiment.data.broken, check=check)
 
 
 def prepare_data(

@@ -75,7 +75,7 @@ class Parameter(NamedTuple):
   slot: Slot | None = None
 
 
-def spec(name: str, **arguments: Any) -> ConfigDict:
+def spec(name: str, /, **arguments: Any) -> ConfigDict:
   """Return a component for a recipe, such as `spec("schedules.cosine", num_steps=1000)`."""
   return ConfigDict({KEY: name, **arguments}, type_safe=False)
 

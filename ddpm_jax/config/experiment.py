@@ -180,9 +180,17 @@ def _sampler(maker: "_Maker", node: Any, model: Model) -> Sampler:
 
 def source_of(experiment: Experiment) -> Callable[[Any], Any]:
   """Return `source(fit) -> data.Splits`, which reads the data of an experiment."""
-  return lambda fit: _Maker(experiment.tree.folder).component(
-    experiment.tree.values["data"]["source"], "data.source", {type(fit): fit}
-  )
+  maker, node = _Maker(experiment.tree.folder), experiment.tree.values["data"]["source"]
+  return lambda fit: maker.component(node, "data.source", {type(fit): fit})
+
+
+def source_parts(experiment: Experiment) -> tuple[Callable, dict[str, Any]]:
+  """Return the function that reads the data of an experiment, and its own arguments."""
+  node = experiment.tree.values["data"]["source"]
+  slot = _Maker(None).slots["data.source"]
+  assert slot is not None
+  found = components.find(node[KEY], slot, "config.data.source", node.get(DIGEST, ""), experiment.tree.folder)[1]
+  return found, {name: value for name, value in node.items() if name not in (KEY, DIGEST)}
 
 
 def keep_components(tree: Tree, folder: Path) -> None:
@@ -201,7 +209,7 @@ class _Maker:
 
   def __init__(self, folder: Path | None):
     self._folder = folder
-    self._slots = {
+    self.slots = {
       f"{path}.{parameter.name}".lstrip("."): parameter.slot
       for path, kind in _SECTIONS.items()
       for parameter, _ in keys_of(kind)
@@ -224,7 +232,7 @@ class _Maker:
     process = self.component(values["process"], "model.process", {})
     prediction = self.component(values["prediction"], "model.prediction", {Process: process})
     codec = self.component(values["codec"], "model.codec", {"data_shape": shape})
-    slot = self._slots["model.conditions"]
+    slot = self.slots["model.conditions"]
     conditions = {
       name: self.component(node, f"model.conditions.{name}", {"data_shape": shape, "name": name}, slot)
       for name, node in values["conditions"].items()
@@ -248,7 +256,7 @@ class _Maker:
     Raises:
       ValueError: if it refuses its arguments, or makes something else than the place is for.
     """
-    slot = self._slots[path] if slot is None else slot
+    slot = self.slots[path] if slot is None else slot
     assert slot is not None
     where = f"config.{path}"
     name, found, _ = components.find(node[KEY], slot, where, node.get(DIGEST, ""), self._folder)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ddpm_jax import data, evaluate, interop, metrics, parallel, sealed
 from ddpm_jax.config import Experiment
+from ddpm_jax.config.sections import Evaluation
 from ddpm_jax.names import choose
 from ddpm_jax.places import user_path
 from ddpm_jax.runs.limits import check_features
@@ -181,7 +182,7 @@ def build_reference(
   return Reference(name, None, statistics, source if held_out is None else held_out)
 
 
-def _full_rank(c: ConfigDict, space: Space, *counts: int | None) -> bool:
+def _full_rank(c: Evaluation, space: Space, *counts: int | None) -> bool:
   return c.allow_singular or all(count is None or count > space.dimensions for count in counts)
 
 
