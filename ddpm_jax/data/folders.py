@@ -73,7 +73,7 @@ class FolderSource:
     path = self.file(index)
     image = decode(path)
     try:
-      return {"image": fit_to(image, self._fit), "label": int(self.labels[index])}
+      return {"image": fit_to(image, self._fit), "classes": int(self.labels[index])}
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 

@@ -50,7 +50,7 @@ def load(
     _check_shape(first["image"].shape, shape)
     if check is not None:
       known = _labels(kept)
-      check(source, np.array([first["label"]]) if known is None else known)
+      check(source, np.array([first["classes"]]) if known is None else known)
       kept = kept if known is not None else _Checked(check, kept)
     return SkipBroken(kept) if broken == "skip" else kept
 
@@ -105,7 +105,7 @@ class _Checked:
   def __getitem__(self, index: int) -> dict[str, Any]:
     item = self._source[index]
     try:
-      self._check(self, np.array([item["label"]]))
+      self._check(self, np.array([item["classes"]]))
     except ValueError as error:
       raise ValueError(f"image {index}: {error}") from error
     return item

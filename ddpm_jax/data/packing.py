@@ -81,7 +81,7 @@ class PackedSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     batch = self.__getitems__(np.array([index]))
-    return {"image": batch["image"][0], "label": int(batch["label"][0])}
+    return {"image": batch["image"][0], "classes": int(batch["classes"][0])}
 
   def __getitems__(self, indices: np.ndarray) -> Batch:
     indices = np.asarray(indices)
@@ -96,7 +96,7 @@ class PackedSource:
         raise ValueError(f"Cannot read {self._shard(number)}: {error}. Copy it again, or pack again.") from error
       for row, record in zip(of_shard, records, strict=True):
         images[row] = np.frombuffer(record, np.uint8)
-    return {"image": images.reshape(len(indices), *self.shape), "label": self.labels[indices]}
+    return {"image": images.reshape(len(indices), *self.shape), "classes": self.labels[indices]}
 
   def _reader(self, number: int) -> Any:
     if number not in self._readers:
@@ -159,7 +159,7 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
             shards.append(0)
           writer.write(image.tobytes())
           shards[-1] += 1
-          labels.append(int(item["label"]))
+          labels.append(int(item["classes"]))
         bar.update(len(indices))
   finally:
     if writer is not None:

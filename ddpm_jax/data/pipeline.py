@@ -191,7 +191,7 @@ def batches(
       does not depend on it.
 
   Returns:
-    Batches `{"image": float32 [b, H, W, C] in [-1, 1], "label": int32 [b]}` as `put` returns them.
+    Batches `{"image": float32 [b, H, W, C] in [-1, 1], "classes": int32 [b]}` as `put` returns them.
 
   Raises:
     ValueError: if the counts or the rows are out of range.
@@ -217,7 +217,7 @@ def batches(
       images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     return {
       "image": from_uint8(images),
-      "label": batch["label"],
+      "classes": batch["classes"],
       "broken": [error.args for error in errors],
       "process": os.getpid(),
     }

@@ -1,7 +1,7 @@
-"""Sources of images: anything with a length whose item i is `{"image": uint8 [H, W, C], "label": int}`.
+"""Sources of images: anything with a length whose item i is `{"image": uint8 [H, W, C], "classes": int}`.
 
 A source that can fetch many at once also has `__getitems__(indices)`, which gives a batch: `image` [B, H, W, C] uint8
-and `label` [B] int32.
+and `classes` [B] int32.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
-  """Return the images at `indices` [B] as a batch: `image` [B, H, W, C] uint8, `label` [B] int32."""
+  """Return the images at `indices` [B] as a batch: `image` [B, H, W, C] uint8, `classes` [B] int32."""
   if hasattr(source, "__getitems__"):
     return source.__getitems__(np.asarray(indices))
   return _stack([source[int(index)] for index in indices])
@@ -46,7 +46,7 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:
   return {
     "image": np.stack([item["image"] for item in items]),
-    "label": np.array([item["label"] for item in items], np.int32),
+    "classes": np.array([item["classes"] for item in items], np.int32),
   }
 
 
@@ -204,10 +204,10 @@ class ArraySource:
     return len(self.images)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return {"image": self.images[index], "label": self.labels[index]}
+    return {"image": self.images[index], "classes": self.labels[index]}
 
   def __getitems__(self, indices: np.ndarray) -> Batch:
-    return {"image": self.images[indices], "label": self.labels[indices]}
+    return {"image": self.images[indices], "classes": self.labels[indices]}
 
 
 def read_digits() -> ArraySource:
@@ -367,7 +367,7 @@ def in_memory(source: Source, broken: str = "stop") -> Source:
       item = source[index]
     except BrokenImage as error:
       return error
-    images[index], labels[index] = item["image"], item["label"]
+    images[index], labels[index] = item["image"], item["classes"]
     return None
 
   found = {}

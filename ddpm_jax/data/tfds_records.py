@@ -86,7 +86,7 @@ class TfdsSource:
     except Exception as error:
       raise BrokenImage(name, _first_line(error)) from error
     try:
-      return {"image": fit_to(image, self._fit), "label": _class_of(record)}
+      return {"image": fit_to(image, self._fit), "classes": _class_of(record)}
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from error
 

@@ -95,7 +95,7 @@ class Objective(NamedTuple):
   Attributes:
     loss: `loss(trained, context, keys, batch) -> (loss, details)`. `trained` is `{"model": params, "extra": extra}`, both of which learn by
       the same gradient: stop it where one of them should not. `context` is a `Context`, `keys` hold one key a sample [B]. `batch` is a dict of
-      arrays [B, ...]: `x` (encoded data), `given` (the network's conditions by name), raw items such as `label`, and what `prepare`
+      arrays [B, ...]: `x` (encoded data), `given` (the network's conditions by name), raw items such as `classes`, and what `prepare`
       returned. The loss is a float32 scalar and a mean over samples, since a batch may be split; details are arrays [B, ...].
     init: `init(key, params, frozen) -> (extra, memory)`: what is trained beside the model, and what the objective remembers. Pytrees of
       arrays; empty tuples by default.
@@ -167,7 +167,7 @@ def classification(
   *,
   time_input: TimeInput | None = None,
   times: TimeDistribution | AdaptiveTimes | None = None,
-  target: str = "label",
+  target: str = "classes",
 ) -> Objective:
   """Train a network to tell classes of noisy data apart: the `classification_loss`, for classifier guidance.
 

@@ -118,7 +118,7 @@ class _Classifier:
     learned = data.read(self._source, chosen)
     # Numbered without gaps: labels may be as large as int32 allows.
     kinds, steps = np.unique(self._source.labels), self._experiment.evaluation.classifier_steps  # type: ignore[attr-defined]
-    labels, classes = np.searchsorted(kinds, learned["label"]).astype(np.int32), len(kinds)
+    labels, classes = np.searchsorted(kinds, learned["classes"]).astype(np.int32), len(kinds)
     about = {
       "kind": "classifier of real images",
       "images": metrics.digest(learned["image"], labels),
@@ -145,8 +145,8 @@ class _Classifier:
       rows = np.random.default_rng(0).permutation(len(self._held_out))[:_LEARNED_FROM]
       seen = data.read(self._held_out, rows)
       log_probs = metrics.extractor(space, self._experiment.evaluation.batch_size)(seen["image"])["log_probs"]
-      if np.all(np.isin(seen["label"], kinds)):
-        accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, seen["label"]))["accuracy"]
+      if np.all(np.isin(seen["classes"], kinds)):
+        accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, seen["classes"]))["accuracy"]
         space.provenance["held_out_accuracy"] = round(accuracy, 4)
     return space
 
