@@ -104,9 +104,16 @@ FUNCTIONS = {
   "interpolate": lambda key, x, process: editing.interpolate(
     sampling.ddim(process), MIXTURE.denoise(process), process, x, x, sampling.grids.uniform(process, 4), [0.0, 0.5]
   ),
-  "ode": lambda key, x, process: sampling.integrate(process, MIXTURE.denoise(process), x, 1.0, 1e-3, per_sample=True)[
-    0
-  ],
+  "integrate": lambda key, x, process: sampling.integrate(process, MIXTURE.denoise(process), x, 1.0, 1e-3)[0],
+  "ode": lambda key, x, process: sampling.solve(
+    jax.random.split(key, 4), sampling.ode(process), MIXTURE.denoise(process), x, np.array([1.0, 1e-3, 0.0])
+  )[0],
+  "wrapped_ode": wrapped(
+    lambda process: editing.repaint(sampling.with_langevin(sampling.ode(process), process), process, KNOWN, KEEP, 2, 2)
+  ),
+  "solve": lambda key, x, process: sampling.solve(
+    key, sampling.heun(process), MIXTURE.denoise(process), x, sampling.grids.uniform(process, 3)
+  )[0],
 }
 
 
