@@ -2,12 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import build
+from ddpm_jax import networks
 from tests import recipes
-from tests.parameters import Dense
+from tests.parameters import dense_network
 
 
 def get_config() -> ConfigDict:
   """So that the command line can name this file; the process that reads it has this network from then on."""
-  build.model.UNet = Dense
+  networks.UNet = dense_network
   return recipes.get_config()

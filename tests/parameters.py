@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build, data, ema, parallel, workdir
-from ddpm_jax.runs import model
+from ddpm_jax import config as configs
+from ddpm_jax import data, ema, networks, parallel
+from ddpm_jax.models import Network
+from ddpm_jax.models.networks import arguments
+from ddpm_jax.runs import model, reading
+from tests.recipes import experiment_of, tree_of
 
 
 def random_params(config, seed=0, scale=0.2):
   """Return random values of every parameter, so that the output depends on every input. Nothing compiles."""
-  return random_like(jax.eval_shape(build.build_params_init(config), jax.random.key(0)), seed, scale)
+  return random_like(jax.eval_shape(experiment_of(config).model.init, jax.random.key(0)), seed, scale)
 
 
 def random_like(shapes, seed=0, scale=0.2):
@@ -34,7 +38,8 @@ def one_device():
 def write_run(config, folder, seed=0, scale=0.2, averages_seed=None):
   """Write a run as its training would leave it, with random parameters that are also their own averages, unless these have a seed."""
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
-  _, template = model.make_state(config, build.build_optimizer(config), mesh)
+  experiment = experiment_of(config)
+  _, template = model.make_state(experiment, mesh)
   params = random_like(template.params, seed, scale)
   average = params if averages_seed is None else random_like(template.params, averages_seed, scale)
   rest, averages = ema.split(template.opt_state)
@@ -45,40 +50,40 @@ def write_run(config, folder, seed=0, scale=0.2, averages_seed=None):
     opt_state=ema.join(rest, tuple(average for _ in averages)),
     key=jax.random.key(config.seed),
   )
-  source, _ = build.build_data(config)
+  source, _ = reading.read_data(experiment)
   batches = data.batches(source, config.training.batch_size, seed=config.seed, flip=False, put=lambda batch: batch)
-  checkpoints = model.open_checkpoints(config, folder)
+  checkpoints = model.open_checkpoints(experiment, folder)
   items = jax.device_put(model.items_of(state), mesh.devices.flat[0])
   checkpoints.save(config.training.steps, items, batches.state | {"batch": config.training.steps}, {"loss": 1.0})
   checkpoints.close()
   batches.close()
-  workdir.write_config(folder, config.to_dict())
+  configs.write(folder, tree_of(config))
 
 
-class Dense:
-  """A network that compiles at once, to stand in for the U-Net: dense over all pixels, of everything that the U-Net is given."""
+def dense_network(out_channels: int, num_classes: int, conditions, **_) -> Network:
+  """Return a network that compiles at once, to stand in for the U-Net: dense over all pixels, of everything that the U-Net is given."""
 
-  def __init__(self, *, out_channels, num_classes, **_):
-    self.out_channels, self.num_classes = out_channels, num_classes
-
-  def check_input(self, shape):
-    pass
-
-  def init(self, key, x, label, *, image=None, **_):
+  def init(key, x, time, given):
+    taken = arguments(conditions, given, None)
     height, width, channels = x.shape[1:]
+    image = taken.get("image")
     size = height * width * (channels + (0 if image is None else image.shape[-1]))
-    shapes = {"mix": (size, height * width * self.out_channels), "time": (2, size)}
-    shapes |= {"classes": (self.num_classes, size)} if self.num_classes else {}
-    return {"params": {name: jax.random.normal(key, shape) / shape[0] ** 0.5 for name, shape in shapes.items()}}
+    shapes = {"mix": (size, height * width * out_channels), "time": (2, size)}
+    shapes |= {"classes": (num_classes, size)} if num_classes else {}
+    return {name: jax.random.normal(key, shape) / shape[0] ** 0.5 for name, shape in shapes.items()}
 
-  def apply(self, variables, x, label, *, classes=None, image=None, vector=None, **_):
-    params, given = variables["params"], x if image is None else jnp.concatenate([x, image], -1)
-    angles = jnp.outer(label if vector is None else label + vector, jnp.array([0.01, 0.1]))
-    hidden = given.reshape(len(x), -1) + jnp.sin(angles) @ params["time"]
-    hidden += 0 if classes is None else params["classes"][classes]
-    return (jnp.tanh(hidden) @ params["mix"]).reshape(*x.shape[:-1], self.out_channels)
+  def apply(params, x, time, given, *, train=False, keys=None):
+    taken = arguments(conditions, given, None)
+    image, vector = taken.get("image"), taken.get("vector")
+    joined = x if image is None else jnp.concatenate([x, image], -1)
+    angles = jnp.outer(time if vector is None else time + vector, jnp.array([0.01, 0.1]))
+    hidden = joined.reshape(len(x), -1) + jnp.sin(angles) @ params["time"]
+    hidden += params["classes"][taken["classes"]] if "classes" in taken else 0
+    return (jnp.tanh(hidden) @ params["mix"]).reshape(*x.shape[:-1], out_channels)
+
+  return Network(init, apply)
 
 
 def use_dense(patch):
-  """Let every model that denoises be a `Dense` network."""
-  patch.setattr(build.model, "UNet", Dense)
+  """Let every U-Net of a config be `dense_network`."""
+  patch.setattr(networks, "UNet", dense_network)

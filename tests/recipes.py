@@ -7,28 +7,39 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ddpm_jax.schema import default_config
+from ddpm_jax import config as configs
+from ddpm_jax.config import default_config, spec
 
-LEVELS = {"multipliers": (1, 2), "attention_resolutions": (4,), "middle_attention": True}
+LEVELS = {"multipliers": (1, 2), "attention_levels": (1,), "middle_attention": True}
 
 
 def tiny_config() -> ConfigDict:
   config = default_config()
-  config.data.update(
-    {"source": "digits", "image_size": 8, "channels": 1, "flip": False, "eval_split": "", "hold_out": 100}
-  )
-  config.prediction = "v"
-  config.loss.weighting = "snr_plus_one"
+  config.data.source = spec("data.digits")
+  config.data.update({"image_size": 8, "channels": 1, "flip": False, "hold_out": 100})
+  config.model.prediction = spec("predictions.V")
+  config.objective.weighting = spec("losses.snr_plus_one")
   # One level without attention compiles soonest; `LEVELS` adds both.
-  config.network.update({"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "dropout": 0.0})
-  config.network.update({"attention_resolutions": (), "middle_attention": False})
+  config.model.network.update({"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "dropout": 0.0})
+  config.model.network.update({"attention_levels": (), "middle_attention": False})
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 5})
   config.ema.decay = 0.9
   config.training.update({"batch_size": 16, "steps": 12, "log_every": 3, "checkpoint_every": 4, "sample_every": 6})
-  config.sampling.update({"sampler": "ddim", "num_steps": 4, "batch_size": 16, "preview_steps": 3})
+  config.sampler = spec("sampling.ddim")
+  config.sampling.update({"num_steps": 4, "batch_size": 16, "preview_steps": 3})
   config.evaluation.update({"num_samples": 40, "features": "pixels", "reference": "held_out", "allow_singular": True})
   config.evaluation.update({"kernel_subsets": 4, "classifier_steps": 40, "report": False})
   return config
+
+
+def tree_of(config: ConfigDict) -> configs.Tree:
+  """Return the whole tree of a config, as the command line makes it."""
+  return configs.of_config(config)
+
+
+def experiment_of(config: ConfigDict) -> configs.Experiment:
+  """Return what a config stands for."""
+  return configs.build(tree_of(config))
 
 
 def get_config() -> ConfigDict:
@@ -60,13 +71,12 @@ def saved_items(folder):
   """Every leaf of a run's newest checkpoint, keys as numbers, whole on one device."""
   import jax
 
-  from ddpm_jax import build, parallel
+  from ddpm_jax import parallel
   from ddpm_jax.runs import model
-  from ddpm_jax.schema import config_of_run
 
-  config, mesh = config_of_run(None, folder), parallel.make_mesh(devices=jax.devices()[:1])
-  _, template = model.make_state(config, build.build_optimizer(config), mesh)
-  checkpoints = model.open_checkpoints(config, folder)
+  experiment, mesh = configs.build(configs.of_run(folder)), parallel.make_mesh(devices=jax.devices()[:1])
+  _, template = model.make_state(experiment, mesh)
+  checkpoints = model.open_checkpoints(experiment, folder)
   try:
     state = model.state_of(checkpoints.restore(model.items_of(template)).items)
   finally:
