@@ -17,6 +17,7 @@ __all__ = [
   "likelihood",
   "losses",
   "metrics",
+  "models",
   "networks",
   "optim",
   "parallel",
