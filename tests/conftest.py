@@ -51,7 +51,7 @@ def _forget_programs():
 
 # Tests of pure functions, by the names of their files.
 _EXPLICIT = re.compile(
-  "test_(schedules|randomness|processes|predictions|losses|sampling|guidance|editing|likelihood|networks|ema|optim|train)(_|$)"
+  "test_(schedules|randomness|processes|predictions|losses|sampling|guidance|editing|likelihood|models|networks|ema|optim|train)(_|$)"
 )
 
 

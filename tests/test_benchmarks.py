@@ -15,6 +15,7 @@ import torch
 
 from ddpm_jax import build, ema, hardware, heap, interop, losses, metrics, parallel, randomness
 from ddpm_jax.losses.squared_error import perturbed
+from ddpm_jax.models import Model, codecs, networks
 from ddpm_jax.networks import UNet
 from tests.conftest import CACHE, ROOT
 from tests.flags import OPTIMIZED
@@ -246,7 +247,9 @@ def test_fed_the_same_both_trainers_take_the_same_steps(script, tmp_path):
   source, _ = build.build_data(config)
   ours, process = curve.Ours(config, source), build.build_process(config)
   network, prediction = build.build_network(config), build.build_prediction(config)
-  interop.diffusers.save(tmp_path, network, ours.state.params, process, prediction, shape=build.image_shape(config))
+  shape = build.image_shape(config)
+  model = Model(networks.of_linen(network, {}), process, prediction, {}, codecs.pixels(), shape, shape)
+  interop.diffusers.save(tmp_path, model, ours.state.params)
   theirs = curve.Theirs(config, source, tmp_path, "cpu", False)
   # Its first step has a rate of 0, ours the first share of the warm-up. Without gradients nothing is changed.
   theirs.optimizer.step()

@@ -17,7 +17,8 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from ddpm_jax import interop, predictions, processes, schedules
+from ddpm_jax import guidance, interop, models, predictions, processes, sampling, schedules
+from ddpm_jax.models import codecs
 from ddpm_jax.networks import UNet
 from tests.conftest import ROOT
 from tests.test_interop_unet import model_of
@@ -53,25 +54,182 @@ def assert_same_tensors(first, second):
     np.testing.assert_array_equal(a, b, strict=True)
 
 
+def model_with(network, process, prediction, shape):
+  """A model of pixels."""
+  return models.Model(
+    network=models.networks.of_linen(network, {}),
+    process=process,
+    prediction=prediction,
+    conditions={},
+    codec=codecs.pixels(),
+    data_shape=shape,
+    shape=shape,
+  )
+
+
 def test_a_model_conditioned_on_an_image(tmp_path):
-  """More channels in than out, as for super-resolution: the image is given to the denoiser."""
-  model = interop.diffusers.load(write(tmp_path / "a", in_channels=5))
-  assert model.shape == (8, 8, 3)
+  """More channels in than out, as for super-resolution: the image is a condition. No pipeline takes one, so none is written."""
+  model, params = interop.diffusers.load(write(tmp_path / "a", in_channels=5))
+  assert model.shape == model.data_shape == (8, 8, 3)
+  assert {name: condition.shape.shape for name, condition in model.conditions.items()} == {"image": (8, 8, 2)}
   x, image = start(), np.ones((5, 8, 8, 2), np.float32)
-  denoise = jax.jit(lambda image: model.denoise(image=image)(x, 0.5))
+  denoise = jax.jit(lambda image: model.denoise(params, {"image": image})(x, 0.5))
   a, b = denoise(0 * image), denoise(image)
   assert a.shape == x.shape
   assert np.any(a != b)
-  resave(model, tmp_path / "again")
-  assert_same_tensors(weights(tmp_path / "a"), weights(tmp_path / "again"))
-  assert json.loads((tmp_path / "again" / "unet" / "config.json").read_text())["in_channels"] == 5
+  with pytest.raises(ValueError, match="the condition 'image', an image that it takes beside"):
+    resave(model, params, tmp_path / "again")
+  assert not (tmp_path / "again").exists()
 
 
 def test_the_image_is_centered_with_the_input(tmp_path):
-  model = interop.diffusers.load(write(tmp_path, in_channels=5, center_input_sample=True))
+  model, params = interop.diffusers.load(write(tmp_path, in_channels=5, center_input_sample=True))
   x, image, label = start(), np.ones((5, 8, 8, 2), np.float32), np.ones(5, np.float32)
-  joined = model.network.apply({"params": model.params}, np.concatenate([x, image], -1), label)
-  np.testing.assert_allclose(model.network.apply({"params": model.params}, x, label, image=image), joined, atol=1e-5)
+  joined = model.network.module.apply({"params": params}, np.concatenate([x, image], -1), label)
+  np.testing.assert_allclose(model.network.apply(params, x, label, {"image": image}), joined, atol=1e-5)
+
+
+CONDITIONED = {
+  "classes": ({"num_class_embeds": 4}, {"classes": np.array([0, 3, 1, 2, 0])}),
+  "level": ({"class_embed_type": "timestep"}, {"level": np.array([0.0, 10, 500, 998.5, 3], np.float32)}),
+  "vector": (
+    {"class_embed_type": "identity"},
+    {"vector": np.random.default_rng(0).standard_normal((5, 32), np.float32)},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditions_are_what_the_peer_takes(name, tmp_path):
+  """By name, and with the same effect as diffusers' class labels."""
+  changes, batch = CONDITIONED[name]
+  peer = model_of({"sample_size": 8, "block_out_channels": (8, 8)} | changes)
+  diffusers.DDPMPipeline(peer, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+  model, params = interop.diffusers.load(tmp_path)
+  assert list(model.conditions) == [name]
+  given = model.given(jax.random.split(jax.random.key(0), 5), batch)
+  x, time = start(), np.linspace(3, 977, 5).astype(np.float32)
+  found = jax.jit(model.network.apply)(params, x, time, given)
+  with torch.no_grad():
+    labels = torch.tensor(batch[name])
+    wanted = peer(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(time), class_labels=labels).sample.numpy()
+  wanted = wanted.transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(found, wanted, atol=1e-4 * np.std(wanted))
+  # And from a new model with the same conditions.
+  resave(model, params, tmp_path / "again")
+  again, same = interop.diffusers.load(tmp_path / "again")
+  assert again.network.module == model.network.module
+  jax.tree.map(np.testing.assert_array_equal, same, params)
+  with pytest.raises(ValueError, match=f"Got no {name}"):
+    model.denoise(params)
+
+
+def test_with_dropout_of_classes_the_last_one_stands_for_none(tmp_path):
+  write(tmp_path, num_class_embeds=4)
+  model, _ = interop.diffusers.load(tmp_path, class_dropout=0.1)
+  plain = interop.diffusers.read(tmp_path)
+  assert model.network.module == plain.network.module
+  assert [m.conditions["classes"].number for m in (model, plain)] == [4, 4]
+  np.testing.assert_array_equal(model.without({"classes": jnp.zeros(2, jnp.int32)})["classes"], [3, 3])
+  assert model.conditions["classes"].dropout == 0.1
+  for text, known in ((model, False), (plain, True)):
+    if known:
+      assert text.conditions["classes"].parse("3") == 3
+    else:
+      with pytest.raises(ValueError, match="from 0 to 2"):
+        text.conditions["classes"].parse("3")
+  with pytest.raises(ValueError, match="class_dropout=0.1 for a model with num_class_embeds=None"):
+    interop.diffusers.read(write(tmp_path / "plain"), class_dropout=0.1)
+
+
+def test_images_without_a_size_need_one(tmp_path):
+  folder = write(tmp_path, sample_size=None)
+  with pytest.raises(ValueError, match=r"config.json: Got sample_size=null, .*pass shape=\(height, width, 3\)"):
+    interop.diffusers.load(folder)
+  model, params = interop.diffusers.load(folder, shape=(16, 8, 3))
+  assert model.shape == (16, 8, 3)
+  x = jnp.zeros((1, 16, 8, 3))
+  assert model.denoise(params)(x, 0.5).shape == x.shape
+  for shape, message in (
+    ((8, 8, 1), "for a model of 3 channels"),
+    ((8, 8), "for a model of"),
+    ((9, 8, 3), "divisible by"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      interop.diffusers.read(folder, shape=shape)
+
+
+def test_images_need_not_be_square(tmp_path):
+  model, params = interop.diffusers.load(write(tmp_path / "a", sample_size=(16, 8)))
+  assert model.shape == (16, 8, 3)
+  resave(model, params, tmp_path / "b")
+  assert interop.diffusers.read(tmp_path / "b").shape == (16, 8, 3)
+
+
+def test_models_are_read_from_a_copy_of_their_configs(folder, tmp_path):
+  """Without any weights: how a run that started from a folder makes its model again."""
+  interop.diffusers.copy_config(folder, tmp_path / "copy")
+  found = sorted(str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file())
+  assert found == ["scheduler/scheduler_config.json", "unet/config.json"]
+  assert all((tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes() for name in found)
+  options = {"dropout": 0.1, "dtype": "bfloat16", "remat": "blocks"}
+  again = interop.diffusers.read(tmp_path / "copy", **options)
+  model, params = interop.diffusers.load(folder, **options)
+  assert again.network.module == model.network.module
+  assert (again.network.module.dropout, again.network.module.dtype) == (0.1, jnp.bfloat16)
+  assert jax.tree.map(jnp.shape, jax.eval_shape(again.init, jax.random.key(0))) == jax.tree.map(jnp.shape, params)
+  # Once more, over the same files.
+  interop.diffusers.copy_config(tmp_path / "copy", tmp_path / "copy")
+  for wrong, message in (
+    ({"dtype": "int8"}, "dtype='int8'; expected 'float32' or 'bfloat16'"),
+    ({"remat": "some"}, "remat='some'"),
+    ({"attention": "cudnn"}, "attention='cudnn'"),
+    ({"dropout": 1.0}, "dropout=1.0"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      interop.diffusers.read(tmp_path / "copy", **wrong)
+  with pytest.raises(ValueError, match="holds no weights"):
+    interop.diffusers.load(tmp_path / "copy")
+
+
+DEFAULTS = {
+  "ddpm": (diffusers.DDPMScheduler(50, clip_sample_range=0.7, variance_type="fixed_large"), "ancestral", 50),
+  "ddim": (diffusers.DDIMScheduler(clip_sample=False), "ddim", 50),
+  "unipc": (diffusers.UniPCMultistepScheduler(20, solver_order=3), "unipc", 20),
+  "deis": (diffusers.DEISMultistepScheduler(solver_order=1), "deis", 50),
+  "solver": (diffusers.DPMSolverMultistepScheduler(), "dpmpp_2m", 50),
+  "heun": (diffusers.HeunDiscreteScheduler(), "heun", 50),
+}
+RULES = {
+  "ddpm": lambda process: sampling.ancestral(process, "large"),
+  "ddim": sampling.ddim,
+  "unipc": lambda process: sampling.unipc(process, 3),
+  "deis": lambda process: sampling.deis(process, 1),
+  "solver": sampling.dpmpp_2m,
+  "heun": sampling.heun,
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_the_scheduler_s(name, tmp_path):
+  """The same steps of the same rule on the scheduler's grid, and its range of x_0."""
+  scheduler, sampler, steps = DEFAULTS[name]
+  model = interop.diffusers.read(write(tmp_path, scheduler))
+  defaults = model.defaults
+  assert (defaults.name, defaults.steps) == (sampler, steps)
+  times = model.times(5)
+  np.testing.assert_array_equal(times, schedule_of(tmp_path).times(model.process)(5))
+  denoise = lambda x_t, t: jnp.tanh(x_t) * 1.5  # noqa: E731
+  x = start()
+  wanted, found = (
+    jax.jit(lambda x, rule=rule: sampling.sample(jax.random.key(0), rule, denoise, x, times))(x)
+    for rule in (RULES[name](model.process), defaults.sampler)
+  )
+  np.testing.assert_array_equal(found, wanted)
+  if name == "ddpm":
+    np.testing.assert_array_equal(defaults.clip(denoise)(x, 0.5), guidance.clip(denoise, -0.7, 0.7)(x, 0.5))
+  else:
+    assert defaults.clip is None
 
 
 def test_channels_that_do_not_go_together_are_errors(tmp_path):
@@ -94,34 +252,33 @@ def weights(folder):
   return folder / "unet" / "diffusion_pytorch_model.safetensors"
 
 
-def resave(model, path, **options):
-  clip = None if model.clip is None else model.clip[1]
-  interop.diffusers.save(
-    path,
-    model.network,
-    model.params,
-    model.process,
-    model.prediction,
-    shape=model.shape,
-    clip=clip,
-    variance=model.schedule.variance,
-    spacing=model.schedule.spacing,
-    **options,
-  )
+def schedule_of(folder):
+  """What a folder's scheduler says."""
+  return interop.schedulers.read(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+
+
+def resave(model, params, path, schedule=None, **options):
+  """Write a model as it was read, with what the schedule of its folder says, if there is one."""
+  if schedule is not None:
+    options |= {name: getattr(schedule, name) for name in ("clip", "variance", "spacing")}
+  elif model.prediction.learned_variance:
+    options |= {"variance": "learned"}
+  interop.diffusers.save(path, model, params, **options)
 
 
 def test_round_trips_are_bit_exact(folder, tmp_path):
-  model = interop.diffusers.load(folder)
-  resave(model, tmp_path / "again", scores={"frechet_distance": 1.25}, config={"seed": 3})
+  model, params = interop.diffusers.load(folder)
+  schedule = schedule_of(folder)
+  resave(model, params, tmp_path / "again", schedule, scores={"frechet_distance": 1.25}, config={"seed": 3})
   assert_same_tensors(weights(folder), weights(tmp_path / "again"))
   for part in ("unet/config.json", "scheduler/scheduler_config.json"):
     before, after = (json.loads((path / part).read_text()) for path in (folder, tmp_path / "again"))
     assert {key: value for key, value in before.items() if after.get(key, value) != value and key[0] != "_"} == {}
     assert before.keys() - after.keys() <= {"dynamic_thresholding_ratio", "sample_max_value"}
-  reloaded = interop.diffusers.load(tmp_path / "again")
-  assert reloaded.network == model.network
-  jax.tree.map(np.testing.assert_array_equal, reloaded.params, model.params)
-  np.testing.assert_array_equal(reloaded.schedule.betas, model.schedule.betas)
+  reloaded, same = interop.diffusers.load(tmp_path / "again")
+  assert reloaded.network.module == model.network.module
+  jax.tree.map(np.testing.assert_array_equal, same, params)
+  assert_same_schedule(folder, tmp_path / "again")
   for pipeline in (diffusers.DDPMPipeline, diffusers.DDIMPipeline):
     opened = pipeline.from_pretrained(tmp_path / "again").unet.state_dict()
     for name, tensor in contents(weights(folder)).items():
@@ -130,6 +287,24 @@ def test_round_trips_are_bit_exact(folder, tmp_path):
   assert "1.25" in card
   assert '"seed": 3' in card
   assert card.startswith("---\nlibrary_name: diffusers")
+
+
+def assert_same_schedule(first, second):
+  first, second = schedule_of(first), schedule_of(second)
+  np.testing.assert_array_equal(first.betas, second.betas)
+  assert first._replace(betas=None) == second._replace(betas=None)
+
+
+@pytest.mark.parametrize("clip", [None, 0.25, 3.0])
+def test_any_symmetrical_range_is_written_and_read(clip, folder, tmp_path):
+  model, params = interop.diffusers.load(folder)
+  interop.diffusers.save(tmp_path / "a", model, params, clip=clip)
+  found = interop.diffusers.read(tmp_path / "a").defaults.clip
+  if clip is None:
+    assert found is None
+  else:
+    values = jnp.linspace(-5, 5, 11)[:, None]
+    np.testing.assert_array_equal(found(lambda x_t, t: x_t)(values, 0.5), jnp.clip(values, -clip, clip))
 
 
 def flat(copy):
@@ -171,16 +346,23 @@ def half(copy):
 
 @pytest.mark.parametrize("change", [flat, legacy])
 def test_other_layouts_hold_the_same_model(change, folder, copy):
-  model, other = interop.diffusers.load(folder), interop.diffusers.load(change(copy))
-  assert other.network == model.network
-  jax.tree.map(np.testing.assert_array_equal, other.params, model.params)
-  np.testing.assert_array_equal(other.schedule.betas, model.schedule.betas)
-  assert other.schedule._replace(betas=None) == model.schedule._replace(betas=None)
+  (model, params), (other, same) = interop.diffusers.load(folder), interop.diffusers.load(change(copy))
+  assert other.network.module == model.network.module
+  jax.tree.map(np.testing.assert_array_equal, same, params)
+  times = np.linspace(0, 1, 1001)
+  for value in ("alpha", "sigma"):
+    np.testing.assert_array_equal(getattr(other.process, value)(times), getattr(model.process, value)(times))
+  assert (other.defaults.name, other.defaults.steps) == (model.defaults.name, model.defaults.steps)
+  np.testing.assert_array_equal(other.times(7), model.times(7))
+  assert other.prediction == model.prediction
+  values = jnp.linspace(-2, 2, 9)[:, None]
+  clipped = [each.defaults.clip(lambda x_t, t: x_t)(values, 0.5) for each in (model, other)]
+  np.testing.assert_array_equal(*clipped)
 
 
 def test_half_precision_becomes_float32(folder, copy):
-  model, other = interop.diffusers.load(folder), interop.diffusers.load(half(copy))
-  for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(other.params), strict=True):
+  (_, params), (_, other) = interop.diffusers.load(folder), interop.diffusers.load(half(copy))
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
     assert b.dtype == jnp.float32
     np.testing.assert_array_equal(b, np.asarray(a).astype(jnp.bfloat16).astype(np.float32))
 
@@ -274,19 +456,27 @@ def test_what_is_no_folder(tmp_path, monkeypatch):
     ({"clip": -1.0}, "clip=-1"),
     ({"prediction": predictions.SCORE}, "wanted EPS, X0 or V"),
     ({"prediction": predictions.learned_range(predictions.EPS)}, "wanted 6, twice the channels"),
-    ({"shape": (8, 8, 1)}, "out_channels=3 for images of"),
+    ({"data_shape": (8, 8, 1), "shape": (8, 8, 1)}, "out_channels=3 for images of"),
+    ({"data_shape": (16, 16, 3)}, "by a codec; expected one of the pixels"),
+    ({"codec": codecs.Codec(lambda frozen, keys, data: data, lambda frozen, x: x)}, "by a codec"),
+    ({"time_input": lambda t: 1000 * t}, "a time input of its own"),
+    ({"process": processes.ve()}, "diffusers' DDPM pipeline cannot sample"),
+    (
+      {"network": models.Network(lambda *_: {}, lambda *_: 0)},
+      "whose network is made of functions; expected a networks.UNet",
+    ),
   ],
 )
 def test_what_diffusers_could_not_open_is_not_written(options, message, tmp_path):
   network = UNet(channels=8, multipliers=(1,), attention_levels=(), groups=4)
   params = {"conv_in": {"kernel": np.zeros((3, 3, 3, 8))}}
-  arguments = {
-    "process": processes.discrete(schedules.linear(1000)),
-    "prediction": predictions.EPS,
-    "shape": (8, 8, 3),
-  } | options
+  changes = {name: value for name, value in options.items() if name in models.Model._fields}
+  model = model_with(network, processes.discrete(schedules.linear(1000)), predictions.EPS, (8, 8, 3))._replace(
+    **changes
+  )
+  options = {name: value for name, value in options.items() if name not in changes}
   with pytest.raises(ValueError, match=message):
-    interop.diffusers.save(tmp_path / "a", network, params, **arguments)
+    interop.diffusers.save(tmp_path / "a", model, params, **options)
   assert not (tmp_path / "a").exists()
 
 
@@ -296,19 +486,19 @@ def test_cards_show_what_works(folder, tmp_path):
     ("plain", {}, {"DDPMPipeline", "DDIMPipeline"}),
     ("learned", {"out_channels": 6}, {"DDPMPipeline"}),
     ("classes", {"num_class_embeds": 3}, set()),
-    ("image", {"in_channels": 5}, set()),
+    ("level", {"class_embed_type": "timestep"}, set()),
   ):
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range") if name == "learned" else None
-    resave(interop.diffusers.load(write(tmp_path / name, scheduler, **changes)), tmp_path / f"{name}2")
+    resave(*interop.diffusers.load(write(tmp_path / name, scheduler, **changes)), tmp_path / f"{name}2")
     card = (tmp_path / f"{name}2" / "README.md").read_text()
     assert {kind for kind in ("DDPMPipeline", "DDIMPipeline") if f"{kind}.from_pretrained" in card} == shown
 
 
 def test_outputs_are_not_overwritten(folder, tmp_path):
-  model = interop.diffusers.load(folder)
+  model, params = interop.diffusers.load(folder)
   (tmp_path / "file").write_text("mine")
   with pytest.raises(ValueError, match="not empty"):
-    resave(model, tmp_path)
+    resave(model, params, tmp_path)
   assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -348,7 +538,7 @@ def test_memory_while_loading_stays_below_twice_the_parameters(folder, tmp_path)
   template = interop.tensors.abstract_params(network, (32, 32, 3))
   params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), template)
   process = processes.discrete(schedules.linear(1000))
-  interop.diffusers.save(tmp_path / "safe", network, params, process, predictions.EPS, shape=(32, 32, 3))
+  interop.diffusers.save(tmp_path / "safe", model_with(network, process, predictions.EPS, (32, 32, 3)), params)
   shutil.copytree(tmp_path / "safe", tmp_path / "pickled")
   state = safetensors.torch.load_file(weights(tmp_path / "safe"))
   torch.save(state, tmp_path / "pickled/unet/diffusion_pytorch_model.bin")

@@ -8,11 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from ddpm_jax import interop
+from ddpm_jax import interop, predictions, processes, schedules
 
 with warnings.catch_warnings():
   # It decorates functions in a way that today's PyTorch deprecates.
   warnings.simplefilter("ignore")
+  from guided_diffusion import gaussian_diffusion
   from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 
 SMALL = {
@@ -24,6 +25,7 @@ SMALL = {
   "attention_resolutions": (2,),
   "channel_mult": (1, 2),
 }
+SHAPE = (16, 16, 3)
 ADM = {"use_scale_shift_norm": True, "resblock_updown": True, "num_head_channels": 16, "out_channels": 6}
 UNETS = {
   "improved": ({"num_heads": 4, "num_res_blocks": 2}, {"heads": 4}),
@@ -64,17 +66,21 @@ def awake(model):
   return model.eval()
 
 
-def compare(model, network, params, classes=None, image=None):
-  space = {1: (16,), 2: (16, 16), 3: (4, 6, 5)}[network.dimensions]
-  x = np.random.default_rng(1).standard_normal((3, *space, 3)).astype(np.float32)
+SPACES = {1: (16,), 2: (16, 16), 3: (4, 6, 5)}
+
+
+def compare(model, ours, params, **batch):
+  """Both networks on the same data; the batch holds what ours is given by name, classes or low_resolution."""
+  x = np.random.default_rng(1).standard_normal((3, *ours.shape)).astype(np.float32)
   t = np.array([0.0, 333.0, 998.5], np.float32)
-  given = {} if classes is None else {"y": torch.tensor(classes)}
-  conditions = {} if classes is None else {"classes": classes}
-  if image is not None:
-    given["low_res"], conditions["image"] = torch.tensor(image.transpose(0, 3, 1, 2)), image
+  names = {"classes": "y", "low_resolution": "low_res"}
+  given = {
+    names[name]: torch.tensor(np.moveaxis(value, -1, 1) if value.ndim > 1 else value) for name, value in batch.items()
+  }
+  conditions = ours.given(jax.random.split(jax.random.key(0), 3), batch)
   with torch.no_grad():
     wanted = model(torch.tensor(np.moveaxis(x, -1, 1)), torch.tensor(t), **given).numpy()
-  got = jax.jit(lambda params: network.apply({"params": params}, x, t, **conditions))(params)
+  got = jax.jit(lambda params: ours.network.apply(params, x, t, conditions))(params)
   wanted = np.moveaxis(wanted, 1, -1) if wanted.ndim > 2 else wanted
   assert np.std(wanted) > 1e-3
   np.testing.assert_allclose(got, wanted, atol=1e-4 * np.std(wanted), rtol=0)
@@ -85,15 +91,21 @@ def test_the_unet_is_the_peer_s(name, tmp_path):
   changes, options = UNETS[name]
   model = awake(UNetModel(**(SMALL | changes)))
   torch.save(model.state_dict(), tmp_path / "model.pt")
-  network, params = interop.guided_diffusion.load(tmp_path / "model.pt", **options)
-  compare(model, network, params, classes=np.array([0, 6, 3]) if network.num_classes else None)
+  shape = (*SPACES[changes.get("dims", 2)], 3)
+  ours, params = interop.guided_diffusion.load(tmp_path / "model.pt", shape=shape, **options)
+  assert (ours.shape, ours.data_shape, ours.prediction.learned_variance) == (
+    shape,
+    shape,
+    changes.get("out_channels", 3) == 6,
+  )
+  compare(model, ours, params, **({"classes": np.array([0, 6, 3])} if "num_classes" in changes else {}))
 
 
 def test_files_of_parameters_that_want_gradients_are_read(tmp_path):
   """As that code's trainer writes its averaged weights."""
   model = UNetModel(**SMALL)
   torch.save(dict(model.named_parameters()), tmp_path / "ema.pt")
-  _, params = interop.guided_diffusion.load(tmp_path / "ema.pt", heads=1)
+  _, params = interop.guided_diffusion.load(tmp_path / "ema.pt", shape=SHAPE, heads=1)
   np.testing.assert_array_equal(params["conv_in"]["bias"], model.input_blocks[0][0].bias.detach().numpy())
 
 
@@ -107,15 +119,72 @@ def test_the_network_is_found_behind_its_prefix(suffix, tmp_path):
     torch.save({"state_dict": state, "epoch": 3}, path)
   else:
     safetensors.torch.save_file(state, path)
-  _, params = interop.guided_diffusion.load(path, heads=1)
+  _, params = interop.guided_diffusion.load(path, shape=SHAPE, heads=1)
   np.testing.assert_array_equal(params["conv_in"]["bias"], model.input_blocks[0][0].bias.detach().numpy())
 
 
 def test_super_resolution_takes_the_image_beside_the_input(tmp_path):
   model = awake(SuperResModel(**(SMALL | ADM)))
   safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-  network, params = interop.guided_diffusion.load(tmp_path / "model.safetensors", head_channels=16)
-  compare(model, network, params, image=np.random.default_rng(2).standard_normal((3, 16, 16, 3)).astype(np.float32))
+  path, small = (
+    tmp_path / "model.safetensors",
+    np.random.default_rng(2).standard_normal((3, 4, 4, 3)).astype(np.float32),
+  )
+  ours, params = interop.guided_diffusion.load(path, shape=SHAPE, head_channels=16)
+  # Their model enlarges the image itself.
+  compare(model, ours, params, low_resolution=small)
+  with pytest.raises(ValueError, match="factor=5"):
+    interop.guided_diffusion.load(path, shape=SHAPE, head_channels=16, factor=5)
+  wide = {"out.2.weight": torch.zeros(8, *model.out[2].weight.shape[1:]), "out.2.bias": torch.zeros(8)}
+  torch.save(model.state_dict() | wide, tmp_path / "other.pt")
+  with pytest.raises(ValueError, match="takes 2 channels beside the 4"):
+    interop.guided_diffusion.load(tmp_path / "other.pt", shape=(16, 16, 4), head_channels=16)
+
+
+TRAINED = {
+  # name_of_schedule, steps, rescaled, as improved- and guided-diffusion's scripts take them.
+  "by default, small": ((16, 16, 3), {}, ("cosine", 1000, False)),
+  "by default, large": ((72, 4, 3), {}, ("linear", 1000, False)),
+  "of 4000 steps": (
+    (16, 16, 3),
+    {"process": processes.discrete(schedules.cosine(4000)), "rescale_timesteps": True},
+    ("cosine", 4000, True),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_process_is_the_peer_s(name, tmp_path):
+  """Its noise, the time input of each step, and the mean and variance of its reverse step, by its own code."""
+  shape, options, (schedule, steps, rescaled) = TRAINED[name]
+  peer = awake(UNetModel(**(SMALL | ADM)))
+  torch.save(peer.state_dict(), tmp_path / "model.pt")
+  model, params = interop.guided_diffusion.load(tmp_path / "model.pt", shape=shape, head_channels=16, **options)
+  theirs = gaussian_diffusion.GaussianDiffusion(
+    betas=gaussian_diffusion.get_named_beta_schedule(schedule, steps),
+    model_mean_type=gaussian_diffusion.ModelMeanType.EPSILON,
+    model_var_type=gaussian_diffusion.ModelVarType.LEARNED_RANGE,
+    loss_type=gaussian_diffusion.LossType.RESCALED_MSE,
+    rescale_timesteps=rescaled,
+  )
+  step = np.arange(1, steps + 1)
+  t = (step / steps).astype(np.float32)
+  np.testing.assert_allclose(model.process.alpha(t), theirs.sqrt_alphas_cumprod, rtol=1e-4, atol=1e-6)
+  label = (model.time_input or model.process.label)(t)
+  np.testing.assert_allclose(label, theirs._scale_timesteps(torch.tensor(step - 1)).numpy(), rtol=1e-5, atol=1e-3)
+  # Clipped, as the scripts sample.
+  x, n = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32), steps // 2
+  with torch.no_grad():
+    out = theirs.p_mean_variance(peer, torch.tensor(np.moveaxis(x, -1, 1)), torch.full((2,), n - 1), clip_denoised=True)
+  found = jax.jit(model.denoise(params))(x, n / steps)
+  wanted = np.moveaxis(out["pred_xstart"].numpy(), 1, -1)
+  np.testing.assert_allclose(found.x_0, wanted, atol=2e-4)
+  low, high = theirs.posterior_log_variance_clipped[n - 1], np.log(theirs.betas)[n - 1]
+  fraction = (np.moveaxis(out["log_variance"].numpy(), 1, -1) - low) / (high - low)
+  np.testing.assert_allclose(found.fraction, fraction, atol=2e-2)
+  assert (model.defaults.name, model.defaults.steps) == ("ancestral", 250)
+  times = model.times(250)
+  assert (len(times), times[0], times[-1]) == (251, 1, 0)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -125,8 +194,17 @@ def test_the_classifier_is_the_peer_s(name, tmp_path):
   config = SMALL | {"use_scale_shift_norm": True, "num_head_channels": 16, "pool": "attention", "out_channels": 10}
   model = awake(EncoderUNetModel(**(config | changes)))
   torch.save(model.state_dict(), tmp_path / "model.pt")
-  network, params = interop.guided_diffusion.load_classifier(tmp_path / "model.pt", **options)
-  compare(model, network, params)
+  ours, params = interop.guided_diffusion.load_classifier(tmp_path / "model.pt", **options)
+  assert ours.shape == SHAPE
+  compare(model, ours, params)
+  if name != "new order":
+    return
+  # What guidance takes: logarithms of probabilities, at a time of the process.
+  x = np.random.default_rng(1).standard_normal((3, *SHAPE)).astype(np.float32)
+  with torch.no_grad():
+    logits = model(torch.tensor(np.moveaxis(x, -1, 1)), torch.full((3,), 499.0))
+  found = jax.jit(ours.classify(params))(x, 0.5)
+  np.testing.assert_allclose(found, torch.log_softmax(logits, -1).numpy(), atol=1e-3)
 
 
 def test_published_sizes():
@@ -160,10 +238,25 @@ def test_published_sizes():
 
 def test_what_shapes_do_not_tell_is_asked_for(tmp_path):
   torch.save(UNetModel(**SMALL).state_dict(), tmp_path / "model.pt")
+  path = tmp_path / "model.pt"
   with pytest.raises(ValueError, match="wanted one of them: head_channels=64"):
-    interop.guided_diffusion.load(tmp_path / "model.pt")
-  with pytest.raises(ValueError, match="wanted one of them"):
-    interop.guided_diffusion.load(tmp_path / "model.pt", heads=4, head_channels=64)
+    interop.guided_diffusion.load(path)
+  for options, message in (
+    ({"head_channels": 64}, "wanted one of them"),
+    ({}, r"does not tell the size of its images; pass shape=, such as shape=\(64, 64, 3\)"),
+    ({"shape": (16, 16, 1)}, r"out_channels=3, with shape=\(16, 16, 1\)"),
+    ({"shape": (15, 15, 3)}, "divisible by 2"),
+    (
+      {"shape": SHAPE, "prediction": predictions.learned_range(predictions.EPS)},
+      "with a learned variance for a network without",
+    ),
+    ({"shape": SHAPE, "process": processes.vp(), "rescale_timesteps": True}, "expected a discrete one"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      interop.guided_diffusion.load(path, heads=4, **options)
+  model, _ = interop.guided_diffusion.load(path, heads=4, shape=SHAPE, process=processes.vp(), prediction=predictions.V)
+  assert model.prediction == predictions.V
+  assert model.process.num_steps is None
   config = SMALL | {"pool": "attention", "num_head_channels": 16, "resblock_updown": True, "attention_resolutions": ()}
   torch.save(EncoderUNetModel(**(config | {"channel_mult": (1, 1, 1)})).state_dict(), tmp_path / "classifier.pt")
   with pytest.raises(ValueError, match="Pass one as blocks="):
@@ -186,4 +279,4 @@ def test_other_files_are_errors(tmp_path):
   state.pop("out.2.bias")
   torch.save(state, tmp_path / "model.pt")
   with pytest.raises(ValueError, match=r"1 missing: out\.2\.bias"):
-    interop.guided_diffusion.load(tmp_path / "model.pt", heads=1)
+    interop.guided_diffusion.load(tmp_path / "model.pt", shape=SHAPE, heads=1)

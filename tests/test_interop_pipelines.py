@@ -23,9 +23,18 @@ def as_torch(x):
   return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
 
 
-def ours(model, sampler, num_steps):
-  run = jax.jit(lambda x: sampling.sample(jax.random.key(2), sampler, model.denoise(), x, model.times(num_steps)))
+def ours(model, params, sampler, num_steps):
+  denoise, times = model.denoise(params), model.times(num_steps)
+  run = jax.jit(lambda x: sampling.sample(jax.random.key(2), sampler, denoise, x, times))
   return images.to_uint8(run(start()))
+
+
+def clipped(model):
+  """The range of x_0, or None."""
+  if model.defaults.clip is None:
+    return None
+  ends = model.defaults.clip(lambda x_t, t: x_t)(np.float32([[-1e9], [1e9]]), 0.5)
+  return tuple(map(float, ends[:, 0]))
 
 
 def theirs(pipeline, **options):
@@ -47,15 +56,16 @@ def assert_one_grey_level(a, b):
 def test_all_steps_of_ddpm_are_the_pipeline_s(variance, steps, tmp_path, monkeypatch):
   learned = {"out_channels": 6} if variance == "learned_range" else {}
   write(tmp_path, diffusers.DDPMScheduler(steps, variance_type=variance), **PLAIN, **learned)
-  model = interop.diffusers.load(tmp_path)
-  assert (model.shape, model.clip) == ((8, 8, 3), (-1, 1))
+  model, params = interop.diffusers.load(tmp_path)
+  assert (model.shape, clipped(model)) == ((8, 8, 3), (-1, 1))
   draw = jax.jit(lambda i: randomness.normal(jax.random.fold_in(jax.random.key(2), i), SHAPE, np.float32))
   draws = (as_torch(draw(i)) for i in itertools.count())
   monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
   monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(draws))
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-  sampler = sampling.ancestral(model.process, model.schedule.variance)
-  assert_one_grey_level(ours(model, sampler, steps), theirs(pipeline, num_inference_steps=steps))
+  defaults = model.defaults
+  assert (defaults.name, defaults.steps) == ("ancestral", steps)
+  assert_one_grey_level(ours(model, params, defaults.sampler, steps), theirs(pipeline, num_inference_steps=steps))
 
 
 @pytest.mark.parametrize(("prediction", "spacing"), [("epsilon", "leading"), ("v_prediction", "trailing")])
@@ -64,11 +74,11 @@ def test_fifty_steps_of_ddim_are_the_pipeline_s(prediction, spacing, tmp_path, m
     timestep_spacing=spacing, prediction_type=prediction, beta_schedule="scaled_linear"
   )
   write(tmp_path, scheduler)
-  model = interop.diffusers.load(tmp_path)
+  model, params = interop.diffusers.load(tmp_path)
   monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
   pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
   # The noise follows from the clipped estimate, here always, in diffusers where it is asked for.
-  mine = ours(model, sampling.ddim(model.process), 50)
+  mine = ours(model, params, sampling.ddim(model.process), 50)
   assert_one_grey_level(mine, theirs(pipeline, num_inference_steps=50, use_clipped_model_output=True))
 
 
@@ -76,18 +86,18 @@ def test_ddim_without_clipping_is_the_pipeline_s_as_it_is(tmp_path, monkeypatch)
   write(
     tmp_path, diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing")
   )
-  model = interop.diffusers.load(tmp_path)
-  assert model.clip is None
+  model, params = interop.diffusers.load(tmp_path)
+  assert clipped(model) is None
   monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
   pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
-  assert_one_grey_level(ours(model, sampling.ddim(model.process), 50), theirs(pipeline, num_inference_steps=50))
+  assert_one_grey_level(ours(model, params, sampling.ddim(model.process), 50), theirs(pipeline, num_inference_steps=50))
 
 
 def test_twenty_steps_of_a_solver_are_the_pipeline_s(tmp_path, monkeypatch):
   write(tmp_path, diffusers.DPMSolverMultistepScheduler(prediction_type="v_prediction"))
-  model = interop.diffusers.load(tmp_path)
-  assert (model.schedule.sampler, model.clip) == ("dpmpp_2m", None)
+  model, params = interop.diffusers.load(tmp_path)
+  assert (model.defaults.name, clipped(model)) == ("dpmpp_2m", None)
   monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-  mine = ours(model, sampling.dpmpp_2m(model.process), 20)
+  mine = ours(model, params, model.defaults.sampler, 20)
   assert_one_grey_level(mine, theirs(pipeline, num_inference_steps=20))

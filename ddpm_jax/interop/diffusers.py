@@ -1,123 +1,215 @@
-"""Models of diffusers' pixel pipelines (DDPMPipeline, DDIMPipeline): folders read into our parts, and written from them.
+"""Models of diffusers' pixel pipelines (DDPMPipeline, DDIMPipeline): folders read into a `Model`, and written from one.
 
-model = interop.diffusers.load("google/ddpm-cifar10-32")
+model, params = interop.diffusers.load("google/ddpm-cifar10-32")
 x = model.process.prior(jax.random.key(0), (16, *model.shape))
-samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(), x, model.times(50))
+samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(params), x, model.times(50))
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ddpm_jax import files, guidance, jsonfiles, predictions
+from ddpm_jax import files, jsonfiles, predictions
 from ddpm_jax.interop import schedulers, tensors, unet2d
+from ddpm_jax.models import Condition, Model, codecs, conditions, networks
 from ddpm_jax.networks import UNet
 from ddpm_jax.places import user_path
-from ddpm_jax.predictions import Denoise, Prediction
-from ddpm_jax.processes import Process
+from ddpm_jax.predictions import Prediction
 
 PyTree = Any
 _WEIGHTS = "diffusion_pytorch_model"
+# Where a pipeline keeps the configs of its network and its scheduler.
+_CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What save writes into "_diffusers_version": the version that it was compared with.
 _VERSION = "0.42.1"
 # Files of weights, the best first: whole, in shards, or of a variant such as fp16.
 _FORMS = tuple(f"{_WEIGHTS}{form}{suffix}" for suffix in (".safetensors", ".bin") for form in ("", "-*-of-*", ".*"))
 
 
-class Pretrained(NamedTuple):
-  """A model from a folder.
+def load(
+  path: str | Path,
+  *,
+  shape: tuple[int, int, int] | None = None,
+  class_dropout: float = 0.0,
+  dropout: float = 0.0,
+  dtype: str = "float32",
+  remat: str = "none",
+  attention: str = "",
+) -> tuple[Model, PyTree]:
+  """Read a model that diffusers wrote, or that `save` wrote.
 
-  Attributes:
-    network: the U-Net.
-    params: its parameters, float32.
-    process: the discrete process of its scheduler.
-    prediction: what the network's output means.
-    clip: the range that estimates of x_0 are clipped to, such as (-1, 1); None for no clipping.
-    times: the scheduler's grid of times: `times(num_steps) -> [num_steps + 1]`.
-    shape: [H, W, C] of the images that it generates; None if the config does not say.
-    schedule: all that the scheduler's config says, its sampler and variance among it.
-  """
-
-  network: UNet
-  params: PyTree
-  process: Process
-  prediction: Prediction
-  clip: tuple[float, float] | None
-  times: Callable[[int], np.ndarray]
-  shape: tuple[int, int, int] | None
-  schedule: schedulers.Schedule
-
-  def denoise(self, **conditions: Any) -> Denoise:
-    """`denoise(x_t, t)` for samplers, clipped as the scheduler does.
-
-    Args:
-      conditions: what the network is conditioned on, if anything: `classes` [B], `vector` or `image`, as the U-Net takes them.
-    """
-
-    def apply(x_t, label):
-      return self.network.apply({"params": self.params}, x_t, label, **conditions)
-
-    denoise = predictions.denoiser(apply, self.process, self.prediction)
-    return denoise if self.clip is None else guidance.clip(denoise, *self.clip)
-
-
-def load(path: str | Path) -> Pretrained:
-  """Reads a model that diffusers wrote, or that `save` wrote.
+  Its conditions are those that its U-Net takes: "classes"; "level", one number (class_embed_type "timestep"), or "vector" ("identity"); and
+  "image", of the channels that it takes beyond those that it makes. Its defaults are those of its scheduler.
 
   Args:
     path: a folder: of a pipeline (unet/ and scheduler/), or a flat one with both configs and the weights in it. Or a name
       on the Hugging Face hub, such as "google/ddpm-cifar10-32", where the package huggingface_hub is installed.
+    shape: [H, W, C] of the images; None for what the config says (`sample_size`).
+    class_dropout: the share of samples whose class is hidden in training, in [0, 1). Above 0 the last class stands for none, so there is one
+      less than the folder says.
+    dropout: the dropout rate of the U-Net in training.
+    dtype: the type of the computation, "float32" or "bfloat16".
+    remat: what the backward pass computes again, as in `networks.UNet`.
+    attention: as in `networks.UNet`.
+
+  Returns:
+    The model, and the parameters of its network in float32.
 
   Raises:
     ValueError: if there is no such model, it has an option that is not supported, or its weights do not fit its config or
-      cannot be read; the message names what is wrong.
+      cannot be read; the message names what is wrong. Or if an argument does not fit it.
   """
   folder = find(path)
-  unet_path, scheduler_path = config_paths(folder)
-  unet_folder, unet_config, scheduler_config = (
-    unet_path.parent,
-    jsonfiles.read(unet_path),
-    jsonfiles.read(scheduler_path),
+  model = read(
+    folder,
+    shape=shape,
+    class_dropout=class_dropout,
+    dropout=dropout,
+    dtype=dtype,
+    remat=remat,
+    attention=attention,
   )
+  channels = model.data_shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in _images(model))
+  return model, _load_params(config_paths(folder)[0].parent, model.network.module, channels)
+
+
+def read(
+  path: str | Path,
+  *,
+  shape: tuple[int, int, int] | None = None,
+  class_dropout: float = 0.0,
+  dropout: float = 0.0,
+  dtype: str = "float32",
+  remat: str = "none",
+  attention: str = "",
+) -> Model:
+  """Read a model without its parameters, from the two config files alone.
+
+  Args:
+    path: as in `load`; the folder may be one that `copy_config` wrote.
+    shape: as in `load`, as are the others.
+    class_dropout: see there.
+    dropout: see there.
+    dtype: see there.
+    remat: see there.
+    attention: see there.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  folder = find(path, weights=False)
+  unet_path, scheduler_path = config_paths(folder)
+  unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
   with jsonfiles.naming(unet_path):
-    network, complete = unet2d.unet_of(unet_config), unet2d.complete(unet_config)
+    network, config = unet2d.unet_of(unet_config), unet2d.complete(unet_config)
   with jsonfiles.naming(scheduler_path):
     schedule = schedulers.read(scheduler_config)
-    process = schedule.process()
-    predictions.check_readable(process, schedule.meaning())
-  given, learned = complete["in_channels"], schedule.variance == "learned"
-  channels = network.out_channels // (2 if learned else 1)
-  # More channels in than out: an image that conditions the model is joined to them.
-  if channels > given or network.out_channels % (2 if learned else 1):
-    raise ValueError(
-      f"Got {folder}, with in_channels={given}, out_channels={network.out_channels} and a variance that is"
-      f" {'learned' if learned else 'fixed'}; wanted as many channels out as in, or twice as many for a learned_range variance."
-    )
+    process, prediction = schedule.process(), schedule.meaning()
+    predictions.check_readable(process, prediction)
+  channels = _channels(folder, config, prediction)
   if network.time_embedding == "fourier":
     raise ValueError(
       f"Got {folder}, with time_embedding_type='fourier', which is not finite at step 0 of a {scheduler_config.get('_class_name')};"
       " load_unet reads the network alone, whose label is the logarithm of the noise level."
     )
-  params = _load_params(unet_folder, network, given)
-  return Pretrained(
-    network,
-    params,
-    process,
-    schedule.meaning(),
-    None if schedule.clip is None else (-schedule.clip, schedule.clip),
-    schedule.times(process),
-    None if complete["sample_size"] is None else (*unet2d.space_of(complete), channels),
-    schedule,
+  with jsonfiles.naming(unet_path):
+    data_shape = _data_shape(config, channels, shape)
+    conditions = _conditions(network, config["in_channels"] - channels, data_shape, class_dropout)
+  if dtype not in _DTYPES:
+    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, _DTYPES))}.")
+  network = network.clone(dropout=dropout, dtype=_DTYPES[dtype], remat=remat, attention=attention)
+  network.check_input(data_shape)
+  return Model(
+    network=networks.of_linen(network, conditions),
+    process=process,
+    prediction=prediction,
+    conditions=conditions,
+    codec=codecs.pixels(),
+    data_shape=data_shape,
+    shape=data_shape,
+    defaults=schedule.defaults(process),
   )
 
 
+def copy_config(path: str | Path, folder: str | Path) -> None:
+  """Copy the two config files of a model, which are all that `read` needs, to a folder: unet/config.json and scheduler/scheduler_config.json.
+
+  Args:
+    path: the model, as in `load`.
+    folder: where to write them; files of these names are replaced.
+
+  Raises:
+    ValueError: if there is no such model.
+    WriteError: if they cannot be written.
+  """
+  for source, place in zip(config_paths(find(path, weights=False)), _CONFIGS, strict=True):
+    target = user_path(folder) / place
+    with files.naming(target):
+      target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(target, jsonfiles.text_of(source))
+
+
+def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -> int:
+  """Return the channels of the images that a network makes."""
+  made, learned = config["out_channels"], prediction.learned_variance
+  channels = made // (2 if learned else 1)
+  # More channels in than out: an image that conditions the model is joined to them.
+  if channels > config["in_channels"] or made % (2 if learned else 1):
+    raise ValueError(
+      f"Got {folder}, with in_channels={config['in_channels']}, out_channels={made} and a variance that is"
+      f" {'learned' if learned else 'fixed'}; wanted as many channels out as in, or twice as many for a learned_range variance."
+    )
+  return channels
+
+
+def _data_shape(config: dict[str, Any], channels: int, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
+  if shape is None:
+    if config["sample_size"] is None:
+      raise ValueError(
+        f"Got sample_size=null, so the size of the images is not known; pass shape=(height, width, {channels})."
+      )
+    height, width = unet2d.space_of(config)
+    return height, width, channels
+  if len(shape) != 3 or min(shape) < 1 or shape[2] != channels:
+    raise ValueError(f"Got shape={tuple(shape)} for a model of {channels} channels; pass (height, width, {channels}).")
+  height, width, _ = shape
+  return height, width, channels
+
+
+def _conditions(
+  network: UNet, extra: int, data_shape: tuple[int, int, int], class_dropout: float
+) -> dict[str, Condition]:
+  """Return what a network can be given: `extra` channels beside x, and what its embedding takes."""
+  found: dict[str, Condition] = {}
+  if class_dropout and network.num_classes < 2:
+    raise ValueError(
+      f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected 0, or a model of 2 or more"
+      " classes, of which the last stands for none."
+    )
+  if network.num_classes:
+    number = network.num_classes - 1 if class_dropout else network.num_classes
+    found["classes"] = conditions.classes("classes", number, class_dropout)
+  if network.vector_embedding == "time":
+    found["level"] = conditions.level("level")
+  elif network.vector_embedding:
+    found["vector"] = conditions.vector("vector", network.embedding_features or 4 * network.channels)
+  if extra:
+    found["image"] = conditions.image("image", (*data_shape[:2], extra))
+  return found
+
+
+def _images(model: Model) -> list[str]:
+  """Return the names of the conditions that join x."""
+  return [name for name, condition in model.conditions.items() if "image" in jax.tree.leaves(condition.kind)]
+
+
 def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
-  """The network and the parameters of a `UNet2DModel` folder, config.json and weights, or of a pipeline's unet/.
+  """Read the network and the parameters of a `UNet2DModel` folder, config.json and weights, or of a pipeline's unet/.
 
   Raises:
     ValueError: as `load`.
@@ -170,8 +262,8 @@ def _parts(index: Mapping[str, Any]) -> list[str]:
   return sorted(parts)
 
 
-def find(path: str | Path) -> Path:
-  """The folder of that path, or of that name on the hub, fetched if need be.
+def find(path: str | Path, *, weights: bool = True) -> Path:
+  """Return the folder of that path, or of that name on the hub, fetched if need be: with weights, or the configs alone.
 
   Raises:
     ValueError: if there is neither.
@@ -195,6 +287,8 @@ def find(path: str | Path) -> Path:
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
 
   try:
+    if not weights:
+      return fetch("*.json")
     # Only the best of several forms of the same weights: whole or in shards, in float32, safetensors before pickles.
     for form in _FORMS:
       fetched = fetch("*.json", f"*{form}")
@@ -262,12 +356,9 @@ def _template(network: UNet, channels: int) -> PyTree:
 
 def save(
   path: str | Path,
-  network: UNet,
+  model: Model,
   params: PyTree,
-  process: Process,
-  prediction: Prediction,
   *,
-  shape: tuple[int, int, int],
   clip: float | None = 1.0,
   variance: str = "large",
   spacing: str = "trailing",
@@ -281,11 +372,9 @@ def save(
 
   Args:
     path: the folder, new or empty.
-    network: the U-Net.
-    params: its parameters, as `network.init` gives them under "params".
-    process: a discrete process, or a continuous variance-preserving one, which becomes a table of 1000 steps.
-    prediction: EPS, X0 or V, with or without learned variance.
-    shape: [H, W, C] of the images that it generates.
+    model: of pixels, its network a `networks.UNet`, its process discrete or a continuous variance-preserving one, which becomes a table of
+      1000 steps, its prediction EPS, X0 or V, with or without learned variance.
+    params: the parameters of its network.
     clip: the largest magnitude of an estimate of x_0; None for no clipping.
     variance: of ancestral sampling: "small", "large" or "learned".
     spacing: the grid of times that diffusers should use: "trailing", "leading" or "linspace".
@@ -293,18 +382,20 @@ def save(
     scores: how good it is, for the model card.
 
   Raises:
-    ValueError: if the folder is not empty, or diffusers cannot express the network, the process or the prediction.
+    ValueError: if the folder is not empty, or diffusers cannot express the model.
     WriteError: if the folder cannot be written; nothing of it stays.
   """
   path = check_output(path)
+  check_exportable(model)
+  network, shape, prediction = model.network.module, model.data_shape, model.prediction
   wanted = shape[2] * (2 if prediction.learned_variance else 1)
   if network.out_channels != wanted:
     raise ValueError(
       f"Got a network of out_channels={network.out_channels} for images of {shape}; wanted {wanted}"
       f"{', twice the channels, for a learned variance' if prediction.learned_variance else ''}."
     )
-  unet_config = unet2d.config_of(network, (*shape[:2], params["conv_in"]["kernel"].shape[-2]))
-  scheduler_config = schedulers.config_of(process, prediction, clip=clip, variance=variance, spacing=spacing)
+  unet_config = unet2d.config_of(network, (shape[0], shape[1], shape[2]))
+  scheduler_config = schedulers.config_of(model.process, prediction, clip=clip, variance=variance, spacing=spacing)
   version = {"_diffusers_version": _VERSION}
   index = {
     "_class_name": "DDPMPipeline",
@@ -321,6 +412,31 @@ def save(
     _write(folder / "model_index.json", index)
 
 
+def check_exportable(model: Model) -> None:
+  """Raise a ValueError unless a model makes images from noise by a U-Net, as all pipelines of diffusers that are written do."""
+  module = model.network.module
+  if not isinstance(module, UNet):
+    made = "functions" if module is None else f"a {type(module).__name__}"
+    raise ValueError(
+      f"Got a model whose network is made of {made}; expected a networks.UNet, which diffusers' UNet2DModel computes too."
+    )
+  if model.codec != codecs.pixels() or len(model.data_shape) != 3 or model.shape != model.data_shape:
+    raise ValueError(
+      f"Got a model whose x of shape {model.shape} stands for data of shape {model.data_shape} by a codec; expected one of the pixels of images"
+      " [H, W, C], as diffusers' DDPMPipeline makes them."
+    )
+  if model.time_input is not None:
+    raise ValueError(
+      "Got a model with a time input of its own; expected None, for that of its process, which diffusers computes too."
+    )
+  images = _images(model)
+  if images:
+    raise ValueError(
+      f"Got a model with the condition {images[0]!r}, an image that it takes beside the noisy one, for which there is no pipeline to export to;"
+      " expected one that needs no image."
+    )
+
+
 def check_output(path: str | Path) -> Path:
   """Return the folder to write to; raise a ValueError if it is a file, or not empty."""
   folder = user_path(path).absolute()
@@ -335,7 +451,7 @@ def _write(path: Path, config: Mapping[str, Any]) -> None:
 def _card(
   network: UNet,
   params: PyTree,
-  shape: tuple[int, int, int],
+  shape: tuple[int, ...],
   scheduler_config: Mapping[str, Any],
   config: Mapping[str, Any] | None,
   scores: Mapping[str, Any] | None,
@@ -357,7 +473,7 @@ def _card(
     "",
   ]
   learned = scheduler_config["variance_type"] == "learned_range"
-  conditioned = network.num_classes or network.vector_embedding or params["conv_in"]["kernel"].shape[-2] != shape[2]
+  conditioned = network.num_classes or network.vector_embedding
   if conditioned:
     lines += [
       "It is conditioned, which diffusers' pipelines do not pass on: call `pipeline.unet(x, t, class_labels)`.",
@@ -387,7 +503,7 @@ def _card(
     "```python",
     "from ddpm_jax import interop",
     "",
-    'model = interop.diffusers.load("<this folder>")  # in JAX',
+    'model, params = interop.diffusers.load("<this folder>")  # in JAX',
     "```",
     "",
   ]

@@ -4,15 +4,16 @@ They are state dicts without a config: all that shapes tell is read from them, a
 
 For example::
 
-  network, params = interop.guided_diffusion.load("64x64_diffusion.pt", head_channels=64, new_attention_order=True)
-  process = processes.discrete(schedules.cosine(1000))
-  prediction = predictions.learned_range(predictions.EPS)
+  model, params = interop.guided_diffusion.load(
+    "64x64_diffusion.pt", shape=(64, 64, 3), head_channels=64, new_attention_order=True
+  )
 
-The models of 128 and more pixels were trained with `schedules.linear(1000)` and the first order of attention; what was trained
-with --rescale_timesteps takes 1000 n / N for the label n.
+The models of 128 and more pixels have the first order of attention.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +21,157 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax import guidance, predictions, processes, sampling, schedules
 from ddpm_jax.interop import tensors
+from ddpm_jax.models import Condition, Defaults, Model, codecs, conditions, networks
 from ddpm_jax.networks import Classifier, UNet
+from ddpm_jax.predictions import Prediction
+from ddpm_jax.processes import Process
 
+Array = jax.Array
 PyTree = Any
 _EPSILON = 1e-5
+# The published models of so many pixels or fewer were trained with the cosine schedule, the others with the linear one.
+_LARGEST_COSINE = 64
+# As the papers sample, of 1000 or 4000.
+_STEPS = 250
 # A name that each of these models has.
 _ANCHOR, _WHAT = "input_blocks.0.0.weight", "model of improved-diffusion or guided-diffusion"
 
 
 def load(
-  path: str | Path, *, heads: int | None = None, head_channels: int | None = None, new_attention_order: bool = False
-) -> tuple[UNet, PyTree]:
-  """The U-Net and the parameters of a checkpoint, unconditional or class-conditional.
+  path: str | Path,
+  *,
+  shape: tuple[int, ...] | None = None,
+  heads: int | None = None,
+  head_channels: int | None = None,
+  new_attention_order: bool = False,
+  process: Process | None = None,
+  prediction: Prediction | None = None,
+  rescale_timesteps: bool = False,
+  factor: int = 4,
+) -> tuple[Model, PyTree]:
+  """Read the model and the parameters of a checkpoint.
+
+  Its conditions are "classes", if it is class-conditional, and "low_resolution", if it is a super-resolution model: the small image, which
+  is enlarged as that code does. By default it is sampled by 250 steps of DDPM with clipping, as in the papers.
 
   Args:
     path: the file, .pt or .safetensors; pickles are read without running code from them.
+    shape: of one sample, such as [H, W, C], which no file tells.
     heads: attention heads (improved-diffusion: 4).
     head_channels: features of a head instead (guided-diffusion: 64).
     new_attention_order: how the file orders queries, keys and values: its model's use_new_attention_order.
+    process: the forward process; None for that of the published models of this size: `schedules.cosine(1000)` up to 64 pixels, else
+      `schedules.linear(1000)`.
+    prediction: what the output means; None for EPS, with a learned variance if there are twice the channels.
+    rescale_timesteps: whether step n of N has the time input 1000 (n - 1) / N, as in improved-diffusion, instead of n - 1.
+    factor: of a super-resolution model, how many times smaller the sides of the image are that it enlarges.
 
   Returns:
-    The network and its parameters, float32. A super-resolution model takes the upsampled image as `image`.
+    The model, and the parameters of its network in float32.
 
   Raises:
-    ValueError: if the file cannot be read, is of no such model, or heads are not given as they must be.
+    ValueError: if the file cannot be read, is of no such model, or an argument is missing or does not fit it.
   """
   file = tensors.Tensors(path, _ANCHOR, _WHAT)
   network, template = network_of(file, heads=heads, head_channels=head_channels)
-  return network, tensors.load(file, template, _grammar(network, new_attention_order))
+  taken = _shape(file, "input_blocks.0.0.weight")[1]
+  if shape is None:
+    raise ValueError(
+      f"Got {file.path}, which does not tell the size of its images; pass shape=, such as"
+      f" shape={(*(64,) * network.dimensions, min(taken, network.out_channels))}."
+    )
+  shape = tuple(shape)
+  network.check_input(shape)
+  learned = _learned(file, network, shape)
+  prediction = _prediction(learned, prediction)
+  process, time_input = _process(process, shape, rescale_timesteps)
+  given = _conditions(file, network, shape, taken - shape[-1], factor)
+  model = Model(
+    network=networks.of_linen(network, given),
+    process=process,
+    prediction=prediction,
+    conditions=given,
+    codec=codecs.pixels(),
+    data_shape=shape,
+    shape=shape,
+    time_input=time_input,
+    defaults=_defaults(process, "learned" if learned else "large"),
+  )
+  return model, tensors.load(file, template, _grammar(network, new_attention_order))
+
+
+def _learned(file: tensors.Tensors, network: UNet, shape: tuple[int, ...]) -> bool:
+  """Return whether a network learned the variance, by its channels."""
+  if len(shape) != network.dimensions + 1 or network.out_channels not in (shape[-1], 2 * shape[-1]):
+    raise ValueError(
+      f"Got {file.path} of {network.dimensions} spatial axes and out_channels={network.out_channels}, with shape={shape}; expected a shape with"
+      " as many axes and one for channels, as many as those of the output or half of them."
+    )
+  return network.out_channels == 2 * shape[-1]
+
+
+def _prediction(learned: bool, prediction: Prediction | None) -> Prediction:
+  if prediction is None:
+    return predictions.learned_range(predictions.EPS) if learned else predictions.EPS
+  if prediction.learned_variance != learned:
+    raise ValueError(
+      f"Got a prediction {'without' if learned else 'with'} a learned variance for a network {'with' if learned else 'without'} the channels of"
+      " one; wrap it by predictions.learned_range, or do not."
+    )
+  return prediction
+
+
+def _process(
+  process: Process | None, shape: tuple[int, ...], rescale_timesteps: bool
+) -> tuple[Process, Callable[[Array], Array] | None]:
+  """Return the process, and the time input where that is not its own."""
+  if process is None:
+    small = max(shape[:-1]) <= _LARGEST_COSINE
+    process = processes.discrete(schedules.cosine(1000) if small else schedules.linear(1000))
+  if not rescale_timesteps:
+    return process, None
+  if not process.num_steps:
+    raise ValueError(
+      "Got rescale_timesteps=True with a continuous process; expected a discrete one, whose steps are counted."
+    )
+  label, scale = process.label, 1000 / process.num_steps
+  return process, lambda t: label(t) * scale
+
+
+def _conditions(
+  file: tensors.Tensors, network: UNet, shape: tuple[int, ...], extra: int, factor: int
+) -> dict[str, Condition]:
+  found: dict[str, Condition] = {}
+  if network.num_classes:
+    found["classes"] = conditions.classes("classes", network.num_classes)
+  if extra:
+    if extra != shape[-1] or network.dimensions != 2:
+      raise ValueError(
+        f"Got {file.path}, which takes {extra} channels beside the {shape[-1]} of shape={shape}; expected none, or as many again of an image to"
+        " enlarge."
+      )
+    found["low_resolution"] = conditions.low_resolution("low_resolution", shape, factor, method="bilinear")
+  return found
+
+
+def _defaults(process: Process, variance: str) -> Defaults | None:
+  if not process.num_steps:
+    return None
+  return Defaults(
+    name="ancestral",
+    sampler=sampling.ancestral(process, variance),
+    times=functools.partial(sampling.grids.linspace, process),
+    steps=min(_STEPS, process.num_steps),
+    clip=guidance.clip,
+  )
 
 
 def network_of(
   file: tensors.Tensors, *, heads: int | None = None, head_channels: int | None = None
 ) -> tuple[UNet, PyTree]:
-  """The U-Net of a checkpoint, from the shapes of its tensors, and the shapes of our parameters."""
+  """Return the U-Net of a checkpoint, from the shapes of its tensors, and the shapes of our parameters."""
   levels, blocks = _levels_of_unet(file)
   options = _options(file, levels, blocks, heads, head_channels)
   ups = [_up(file, level, levels, blocks) for level in range(1, levels)]
@@ -76,14 +193,21 @@ def load_classifier(
   blocks: int | None = None,
   head_channels: int = 64,
   new_attention_order: bool = False,
-) -> tuple[Classifier, PyTree]:
-  """The noisy classifier and the parameters of a checkpoint (attention pooling, as the published ones have).
+  process: Process | None = None,
+  rescale_timesteps: bool = False,
+) -> tuple[Model, PyTree]:
+  """Read the noisy classifier and the parameters of a checkpoint (attention pooling, as the published ones have).
+
+  `model.classify(params)` is what `guidance.classifier` takes. It denoises nothing: `model.prediction` says of it only that its input is
+  not scaled.
 
   Args:
     path: the file, .pt or .safetensors.
     blocks: residual blocks a level, where the file leaves it open (guided-diffusion's classifier_depth).
     head_channels: features of a head.
     new_attention_order: as in `load`.
+    process: as in `load`.
+    rescale_timesteps: as in `load`.
 
   Raises:
     ValueError: as `load`.
@@ -102,7 +226,18 @@ def load_classifier(
   shape = (side, side, _shape(file, "input_blocks.0.0.weight")[1])
   network.check_input(shape)
   template = tensors.abstract_params(network, shape)
-  return network, tensors.load(file, template, _grammar(network, new_attention_order))
+  process, time_input = _process(process, shape, rescale_timesteps)
+  model = Model(
+    network=networks.of_linen(network, {}),
+    process=process,
+    prediction=predictions.EPS,
+    conditions={},
+    codec=codecs.pixels(),
+    data_shape=shape,
+    shape=shape,
+    time_input=time_input,
+  )
+  return model, tensors.load(file, template, _grammar(network, new_attention_order))
 
 
 def _shape(file: tensors.Tensors, name: str) -> tuple[int, ...]:

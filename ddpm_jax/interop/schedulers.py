@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import jsonfiles, predictions, processes, sampling, schedules
+from ddpm_jax import guidance, jsonfiles, predictions, processes, sampling, schedules
+from ddpm_jax.models import Defaults
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 
@@ -108,6 +109,8 @@ _IDLE = (
 # Sigmas that stand for a grid of ours, instead of a spacing of steps.
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log_snr", "use_lu_lambdas": "log_snr"}
 _READ |= {key: (bool, type(None)) for key in _SIGMAS}
+# Rules that take their order as an argument; the order of others is in their name.
+_OF_ANY_ORDER = ("deis", "unipc")
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -153,6 +156,20 @@ class Schedule(NamedTuple):
     grid = getattr(sampling.grids, name)
     grid = functools.partial(grid, open_end=True) if open_end else grid
     return lambda num_steps: grid(process, num_steps)
+
+  def rule(self, process: Process) -> sampling.Sampler:
+    """Return the step rule of the scheduler."""
+    make = getattr(sampling, self.sampler)
+    if self.sampler == "ancestral":
+      return make(process, self.variance)
+    return make(process, self.order) if self.sampler in _OF_ANY_ORDER else make(process)
+
+  def defaults(self, process: Process) -> Defaults:
+    """Return how the scheduler samples: all steps if they are those of DDPM, else 50."""
+    n = len(self.betas)
+    clip = None if self.clip is None else functools.partial(guidance.clip, low=-self.clip, high=self.clip)
+    steps = n if self.sampler == "ancestral" else min(50, n)
+    return Defaults(self.sampler, self.rule(process), self.times(process), steps, clip)
 
 
 def read(config: Mapping[str, Any]) -> Schedule:

@@ -32,14 +32,30 @@ class Codec(NamedTuple):
   load: Callable[[], PyTree] | None = None
   show: Callable[[Array], np.ndarray] = _to_bytes
 
-  def shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of x for one sample of data of this shape."""
-    frozen = None if self.load is None else jax.eval_shape(self.load)
+  def shape(self, data_shape: tuple[int, ...], frozen: PyTree = None) -> tuple[int, ...]:
+    """Return the shape of x for one sample of data of this shape.
+
+    Args:
+      data_shape: of one sample of data, such as [H, W, C].
+      frozen: the frozen parameters, or their shapes; None reads them, if the codec has any.
+    """
+    if frozen is None and self.load is not None:
+      frozen = jax.eval_shape(self.load)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     data = jax.ShapeDtypeStruct((1, *data_shape), jnp.float32)
     return tuple(jax.eval_shape(self.encode, frozen, keys, data).shape[1:])
 
 
 def pixels() -> Codec:
-  """Return the codec of models of pixels: x is the data."""
-  return Codec(lambda frozen, keys, data: data, lambda frozen, x: x)
+  """Return the codec of models of pixels: x is the data. It equals every other one of them."""
+  return Codec(_as_it_is, _back_as_it_is)
+
+
+def _as_it_is(frozen: PyTree, keys: Array, data: Array) -> Array:
+  del frozen, keys
+  return data
+
+
+def _back_as_it_is(frozen: PyTree, x: Array) -> Array:
+  del frozen
+  return x

@@ -3,8 +3,9 @@
 Conditions travel by name: the item of a data source, the batch, `given`, and what the network takes all use the same one.
 """
 
+import difflib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ class Condition(NamedTuple):
       (a number, embedded as time is), "image" (joins x) or "tokens" (attended to).
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, like `shape`, with a key for each sample [B]. The batch is a dict of
-      arrays [B, ...] by name: what the data source gives in training, what the user asks for in sampling.
+      arrays [B, ...] by name: what the data source gives in training, what the user asks for in sampling. It holds the condition's name.
     null: `null(frozen) -> value of one sample` that stands for none; None for what both branches of guidance are given.
     dropout: the share of samples whose condition is hidden in training, which classifier-free guidance needs.
     number: of a condition of kind "classes": how many values it has, the one for none included.
@@ -75,9 +76,11 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   check_dropout(dropout, name)
 
   def parse(text: str) -> int:
-    if not text.strip().isdigit() or int(text) >= number:
+    # The length first: Python turns no text of thousands of digits into a number.
+    digits = text.strip()
+    if not digits.isdecimal() or len(digits) > 18 or int(digits) >= number:
       raise ValueError(f"Got {name} {text!r}; expected integers from 0 to {number - 1}, such as --{name}=0.")
-    return int(text)
+    return int(digits)
 
   return Condition(
     kind="classes",
@@ -85,7 +88,7 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
     encode=lambda frozen, keys, batch, train: batch[name],
     null=(lambda frozen: jnp.asarray(number, jnp.int32)) if dropout else None,
     dropout=dropout,
-    number=number + (dropout > 0),
+    number=number + 1 if dropout else number,
     parse=parse,
     default=lambda count: np.resize(np.arange(number, dtype=np.int32), count),
     check=data.labels_below(number, f"model.conditions.{name}.number"),
@@ -93,7 +96,12 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
 
 
 def low_resolution(
-  name: str, data_shape: tuple[int, ...], factor: int, noise: float = 0.0, sample_noise: float = 0.0
+  name: str,
+  data_shape: tuple[int, ...],
+  factor: int,
+  noise: float = 0.0,
+  sample_noise: float = 0.0,
+  method: str = "bicubic",
 ) -> Condition:
   """Return the condition of a smaller image, which the model enlarges (SR3, Saharia et al. 2021).
 
@@ -106,10 +114,13 @@ def low_resolution(
     factor: how many times smaller its sides are.
     noise: the largest standard deviation of the noise in training, in [0, 1]; the network is told how much there is.
     sample_noise: the standard deviation of the noise in sampling, in [0, noise].
+    method: how it is enlarged: "bicubic" or "bilinear".
 
   Raises:
-    ValueError: if the factor does not divide the sides of the data, or the noise is out of range.
+    ValueError: if the factor does not divide the sides of the data, the noise is out of range or there is no such method.
   """
+  if method not in ("bicubic", "bilinear"):
+    raise ValueError(f"Got method={method!r} of {name}; expected 'bicubic' or 'bilinear'.")
   if factor < 2 or any(side % factor for side in data_shape[:-1]):
     raise ValueError(
       f"Got factor={factor} of {name} for data of {'x'.join(map(str, data_shape[:-1]))}; expected a divisor of both sides above 1, such as 2."
@@ -123,13 +134,18 @@ def low_resolution(
   def of_data(batch):
     return shrink(batch["image"])
 
+  small = (*(side // factor for side in data_shape[:-1]), data_shape[-1])
+
   def encode(frozen, keys, batch, train):
-    low = batch[name] if name in batch else of_data(batch)
-    size = (low.shape[0], *(factor * side for side in low.shape[1:-1]), low.shape[-1])
-    image = jax.image.resize(low, size, "bicubic")
+    low = jnp.asarray(batch[name])
+    if low.shape[1:] != small:
+      raise ValueError(
+        f"Got {name} of shape {low.shape}; expected {('B', *small)}, which becomes {factor} times as large."
+      )
+    image = jax.image.resize(low, (low.shape[0], *data_shape), method)
     if not noise:
       return {"image": image}
-    std = noise * jax.vmap(jax.random.uniform)(randomness.fold_in(keys, 1)) if train else sample_noise
+    std = noise * randomness.uniform(randomness.fold_in(keys, 1), image.shape[:1]) if train else sample_noise
     std = jnp.broadcast_to(jnp.asarray(std, image.dtype), image.shape[:1])
     eps = randomness.normal(randomness.fold_in(keys, 2), image.shape, image.dtype)
     return {"image": image + expand(std, image) * eps, "level": _LEVEL_SCALE * std}
@@ -137,6 +153,44 @@ def low_resolution(
   image = {"image": jax.ShapeDtypeStruct(data_shape, jnp.float32)}
   level = {"level": jax.ShapeDtypeStruct((), jnp.float32)} if noise else {}
   return Condition({key: key for key in image | level}, image | level, encode, of_data=of_data)
+
+
+def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
+  """Return the condition of an image that joins x, such as a sketch or a mask, for which zeros stand for none.
+
+  Args:
+    name: of the condition.
+    shape: [*space, C'], the space that of x.
+    dropout: the share of samples that are trained without it, in [0, 1).
+
+  Raises:
+    ValueError: if a side is below 1, or the share is outside [0, 1).
+  """
+  shape = tuple(shape)
+  if len(shape) < 2 or min(shape) < 1:
+    raise ValueError(f"Got shape={shape} of {name}; expected [*space, channels] of an image, such as (32, 32, 1).")
+  check_dropout(dropout, name)
+  return Condition(
+    kind="image",
+    shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+    encode=lambda frozen, keys, batch, train: batch[name],
+    null=(lambda frozen: jnp.zeros(shape)) if dropout else None,
+    dropout=dropout,
+  )
+
+
+def level(name: str) -> Condition:
+  """Return the condition of one number, which the network embeds as it does the time, so in the range of its time input."""
+
+  def parse(text: str) -> float:
+    return float(_numbers(name, text, 1)[0])
+
+  return Condition(
+    kind="level",
+    shape=jax.ShapeDtypeStruct((), jnp.float32),
+    encode=lambda frozen, keys, batch, train: batch[name],
+    parse=parse,
+  )
 
 
 def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
@@ -149,23 +203,25 @@ def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
     raise ValueError(f"Got size={size} of {name}; expected 1 or more numbers.")
   check_dropout(dropout, name)
 
-  def parse(text: str) -> np.ndarray:
-    try:
-      values = np.array([float(word) for word in text.split(",")], np.float32)
-    except ValueError as error:
-      raise ValueError(f"Got {name} {text!r}; expected {size} numbers with commas between them.") from error
-    if values.size != size:
-      raise ValueError(f"Got {values.size} numbers of {name}; expected {size}.")
-    return values
-
   return Condition(
     kind="vector",
     shape=jax.ShapeDtypeStruct((size,), jnp.float32),
     encode=lambda frozen, keys, batch, train: batch[name],
     null=(lambda frozen: jnp.zeros((size,))) if dropout else None,
     dropout=dropout,
-    parse=parse,
+    parse=lambda text: _numbers(name, text, size),
   )
+
+
+def _numbers(name: str, text: str, count: int) -> np.ndarray:
+  expected = "a number" if count == 1 else f"{count} numbers with commas between them"
+  try:
+    values = np.array([float(word) for word in text.split(",")], np.float32)
+  except ValueError as error:
+    raise ValueError(f"Got {name} {text!r}; expected {expected}.") from error
+  if values.size != count or not np.isfinite(values).all():
+    raise ValueError(f"Got {name} {text!r}, {values.size} numbers; expected {expected}, all finite.")
+  return values
 
 
 def check_dropout(dropout: float, name: str) -> None:
@@ -175,56 +231,143 @@ def check_dropout(dropout: float, name: str) -> None:
 
 
 def encode(
-  conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree], keys: Array, batch: Mapping[str, Array], *, train: bool
+  conditions: Mapping[str, Condition],
+  frozen: Mapping[str, PyTree],
+  keys: Array,
+  batch: Mapping[str, Array],
+  *,
+  train: bool,
 ) -> dict[str, PyTree]:
   """Return what a network is given for a batch: each condition encoded and, in training, hidden from a share of the samples.
+
+  What one condition draws depends on its name and the keys alone, not on the other conditions.
 
   Args:
     conditions: by name.
     frozen: their frozen parameters by name, of those that have any.
-    keys: a key for each sample [B].
+    keys: a key for each sample [B], or one key.
     batch: arrays [B, ...] by name.
     train: whether conditions are hidden and noised as in training.
+
+  Raises:
+    ValueError: if the batch lacks a condition that is not made of data, or has one of another shape.
   """
   given = {}
   for name, condition in conditions.items():
     # By the name, so that one more condition changes nothing in the others.
     own = randomness.fold_in(randomness.fold_in(keys, _FOLD), zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    value = condition.encode(frozen.get(name), own, batch, train)
+    if name not in batch and condition.of_data is None:
+      raise ValueError(
+        f"Got a batch of {', '.join(sorted(batch)) or 'nothing'} for a model with the condition {name!r}; expected it in the batch."
+      )
+    items = batch if name in batch else {**batch, name: _of_data(condition, batch)}
+    value = _checked(name, condition, condition.encode(frozen.get(name), own, items, train))
     if train and condition.dropout:
       assert condition.null is not None
-      hidden = jax.vmap(jax.random.bernoulli, (0, None))(randomness.fold_in(own, 0), condition.dropout)
-      value = jax.tree.map(
-        lambda leaf, none, hidden=hidden: jnp.where(expand(hidden, leaf), none.astype(leaf.dtype), leaf),
-        value,
-        condition.null(frozen.get(name)),
-      )
+      value = _hidden(value, condition.null(frozen.get(name)), randomness.fold_in(own, 0), condition.dropout)
     given[name] = value
+  check_given(conditions, given)
   return given
 
 
+def _of_data(condition: Condition, batch: Mapping[str, Array]) -> Array:
+  assert condition.of_data is not None
+  return condition.of_data(batch)
+
+
+def _checked(name: str, condition: Condition, value: PyTree) -> PyTree:
+  """Return a condition's values as arrays, integers in the type that the condition says, in which what stands for none fits."""
+  check_given({name: condition}, {name: value})
+
+  def convert(leaf, like):
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(like.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
+
+  return jax.tree.map(convert, value, condition.shape)
+
+
+def _hidden(value: PyTree, null: PyTree, keys: Array, share: float) -> PyTree:
+  """Return values [B, ...] with what stands for none in the place of a share of them."""
+  count = jax.tree.leaves(value)[0].shape[0]
+  hidden = randomness.uniform(keys, (count,)) < share
+
+  def hide(leaf, none):
+    return jnp.where(expand(hidden, leaf), jnp.asarray(none).astype(leaf.dtype)[None], leaf)
+
+  return jax.tree.map(hide, value, null)
+
+
 def without(
-  conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree], given: Mapping[str, PyTree]
+  conditions: Mapping[str, Condition],
+  frozen: Mapping[str, PyTree],
+  given: Mapping[str, PyTree],
+  names: Collection[str] | None = None,
 ) -> dict[str, PyTree]:
   """Return `given` with each condition that can stand for none doing so: what classifier-free guidance guides away from.
 
+  Args:
+    conditions: by name.
+    frozen: their frozen parameters by name, of those that have any.
+    given: their values by name.
+    names: the conditions to take away, for a scale of its own for each; None for all that can stand for none.
+
   Raises:
-    ValueError: if none of them can.
+    ValueError: if none of them can, or one of `names` cannot.
   """
-  if all(condition.null is None for condition in conditions.values()):
+  check_given(conditions, given)
+  for name in names or ():
+    _check_name(conditions, name)
+  taken = [
+    name for name, condition in conditions.items() if (condition.null is not None if names is None else name in names)
+  ]
+  if not taken or any(conditions[name].null is None for name in taken):
     raise ValueError(
       "Got a model that was trained without dropout of a condition, so it has no unconditional half to guide away from; expected one trained"
       " with --config.model.conditions.classes.dropout=0.1 or so, as configs/digits_cond.py is. Or leave the guidance scale at 1."
     )
   result = dict(given)
-  for name, condition in conditions.items():
-    if condition.null is not None:
-      result[name] = jax.tree.map(
-        lambda leaf, none: jnp.broadcast_to(none, leaf.shape).astype(leaf.dtype),
-        given[name],
-        condition.null(frozen.get(name)),
-      )
+  for name in taken:
+    null = conditions[name].null
+    assert null is not None
+    result[name] = jax.tree.map(
+      lambda leaf, none: jnp.broadcast_to(jnp.asarray(none), jnp.shape(leaf)).astype(jnp.asarray(leaf).dtype),
+      given[name],
+      null(frozen.get(name)),
+    )
   return result
+
+
+def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]) -> None:
+  """Raise a ValueError unless `given` holds a value of the right structure and shape for each condition, and nothing else."""
+  for name in given:
+    _check_name(conditions, name)
+  missing = [name for name in conditions if name not in given]
+  if missing:
+    raise ValueError(
+      f"Got no {', '.join(missing)} for a model with the conditions {', '.join(conditions)}; expected each: given={{{missing[0]!r}: ...}}."
+    )
+  sizes = {}
+  for name, condition in conditions.items():
+    wanted, found = (str(jax.tree.structure(tree)) for tree in (condition.shape, given[name]))
+    if wanted != found:
+      raise ValueError(f"Got {name} of the structure {found}; expected {wanted}, as model.given makes it.")
+    for like, leaf in zip(jax.tree.leaves(condition.shape), jax.tree.leaves(given[name]), strict=True):
+      if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[1:] != tuple(like.shape):
+        shape = ", ".join(map(str, ("B", *like.shape)))
+        raise ValueError(f"Got {name} of shape {jnp.shape(leaf)}; expected [{shape}], one for each sample.")
+      sizes[name] = jnp.shape(leaf)[0]
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"Got conditions of {sizes} samples; expected the same number of each.")
+
+
+def _check_name(conditions: Mapping[str, Condition], name: str) -> None:
+  if name in conditions:
+    return
+  if not conditions:
+    raise ValueError(f"Got the condition {name!r} for a model without conditions; leave it out.")
+  near = difflib.get_close_matches(name, list(conditions), 1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  raise ValueError(f"Got the condition {name!r}; expected {' or '.join(map(repr, conditions))}.{hint}")
 
 
 def example(conditions: Mapping[str, Condition]) -> dict[str, PyTree]:

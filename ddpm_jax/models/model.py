@@ -1,6 +1,6 @@
 """`Model`: all that a diffusion model is, as one value that is made once and passed on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -82,9 +82,15 @@ class Model(NamedTuple):
     """Return what the network is given for a batch (see `conditions.encode`)."""
     return conditions_module.encode(self.conditions, (frozen or {}).get("conditions", {}), keys, batch, train=train)
 
-  def without(self, given: Mapping[str, PyTree], frozen: Mapping[str, PyTree] | None = None) -> dict[str, PyTree]:
+  def without(
+    self,
+    given: Mapping[str, PyTree],
+    frozen: Mapping[str, PyTree] | None = None,
+    *,
+    names: Collection[str] | None = None,
+  ) -> dict[str, PyTree]:
     """Return `given` with conditions replaced by what stands for none (see `conditions.without`)."""
-    return conditions_module.without(self.conditions, (frozen or {}).get("conditions", {}), given)
+    return conditions_module.without(self.conditions, (frozen or {}).get("conditions", {}), given, names)
 
   def encode(self, keys: Array, data: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
     """Return x of data [B, ...], with a key for each sample [B]."""
@@ -95,9 +101,16 @@ class Model(NamedTuple):
     return self.codec.decode((frozen or {}).get("codec"), x)
 
   def conditional(self, params: PyTree) -> guidance.Conditional:
-    """Return `conditional(x_t, t, given) -> x_0 estimate`, which guidance takes."""
+    """Return `conditional(x_t, t, given) -> x_0 estimate`, which guidance takes.
+
+    Raises:
+      ValueError: if x_0 cannot be told from the prediction at the process's t_max; when called, if `given` does not fit the conditions.
+    """
+    predictions.check_readable(self.process, self.prediction)
 
     def conditional(x_t, t, given):
+      conditions_module.check_given(self.conditions, given)
+
       def apply(x, time):
         return self.network.apply(params, x, time, given)
 
@@ -112,11 +125,15 @@ class Model(NamedTuple):
       params: of the network.
       given: its conditions by name, arrays [B, ...].
       clip: whether estimates are clipped as the model's defaults say.
+
+    Raises:
+      ValueError: if `given` does not fit the conditions; otherwise as `conditional`.
     """
-    conditional = self.conditional(params)
+    conditional, values = self.conditional(params), dict(given or {})
+    conditions_module.check_given(self.conditions, values)
 
     def denoise(x_t, t):
-      return conditional(x_t, t, given or {})
+      return conditional(x_t, t, values)
 
     return self.defaults.clip(denoise) if clip and self.defaults and self.defaults.clip else denoise
 

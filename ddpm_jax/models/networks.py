@@ -1,29 +1,40 @@
-"""Networks of any library as two functions, `init` and `apply`, that take the conditions of a model by name."""
+"""Networks of any library as two functions, `init` and `apply`, that take the conditions of a model by name.
+
+`of` makes one of what a user names: a class of Flax Linen, Flax NNX or Equinox, or a function. Each library is imported where it is used.
+"""
 
 import contextlib
+import difflib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import meta
 
 from ddpm_jax import networks
-from ddpm_jax.models.conditions import Condition
+from ddpm_jax.models.conditions import Condition, check_given
 
 Array = jax.Array
 PyTree = Any
+# Parameters by their path, such as ("layers", "0", "kernel").
+_Leaves = dict[tuple[str, ...], Any]
 
 KINDS = ("classes", "vector", "level", "image", "tokens")
-# Under which name a network takes a kind, where that differs.
+# Under which name a network takes a kind, where it has no parameter of the kind's own name.
 _ARGUMENTS = {"level": "vector"}
+# Of a network's call: no conditions.
+_OPTIONS = ("train", "keys", "key")
 
 
 class Network(NamedTuple):
   """A network as pure functions.
 
   Attributes:
-    init: `init(key, x, time, given) -> params` for x [B, ...], time [B] and the conditions by name.
+    init: `init(key, x, time, given) -> params` for x [B, ...], time [B] and the conditions by name; a pytree of arrays of floats.
     apply: `apply(params, x, time, given, *, train=False, keys=None) -> output` [B, ...]; `keys` are one a sample [B], for dropout.
     module: what the functions were made of, such as a `networks.UNet`; None if it does not matter to anybody.
   """
@@ -39,26 +50,68 @@ class Network(NamedTuple):
       check(shape)
 
 
+def of(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
+  """Return the network that a component of a config or of a user stands for.
+
+  Args:
+    component: a class of `flax.linen.Module` (see `of_linen`), `flax.nnx.Module` (`of_nnx`) or `equinox.Module` (`of_equinox`), a function
+      that returns a `Network`, or a `Network`, which takes no arguments.
+    arguments: of the class or the function, by name.
+    conditions: of the model, by name.
+
+  Raises:
+    ValueError: if the component is none of these, or has no parameter of an argument's name.
+  """
+  if isinstance(component, Network):
+    if arguments:
+      raise ValueError(f"Got a Network with the arguments {', '.join(arguments)}; expected none: it is made already.")
+    return component
+  if not callable(component):
+    raise _unknown(component)
+  _check_arguments(component, arguments)
+  if _is_class(component, "flax.linen"):
+    return of_linen(component(**arguments), conditions)
+  if _is_class(component, "flax.nnx"):
+    return of_nnx(component, arguments, conditions)
+  if _is_class(component, "equinox"):
+    return of_equinox(component, arguments, conditions)
+  made = component(**arguments)
+  if not isinstance(made, Network):
+    raise _unknown(made, f"{_name(component)}(...), which gave ")
+  return made
+
+
 def of_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   """Return the network of a Flax Linen module.
 
-  Its `__call__` takes x, the time and, by keyword, its conditions: under the condition's own name if it has a parameter of that name, else by
-  kind: `classes` [B], `vector` [B, D] or, of a level, [B], `image` [B, *space, C], several of which are joined. If it has parameters `train` and
-  `keys`, it is told of training and gets a key for each sample; else dropout draws from the rng "dropout".
+  Its `__call__` takes x [B, ...], the time [B] and, by keyword, its conditions: under the condition's own name if it has a parameter of that
+  name, else by kind: `classes` [B], `vector` [B, D], `level` [B] (or as `vector`), `image` [B, *space, C], several of which are joined. If it
+  has parameters `train` and `keys`, it is told of training and gets a key for each sample; else dropout draws from the rng "dropout".
+
+  Raises:
+    ValueError: from `init`, if the module has variables other than parameters, such as the statistics of BatchNorm.
   """
-  takes = _parameters(type(module).__call__)
+  takes = _takes(type(module).__call__)
 
   def init(key, x, time, given):
-    return module.init(key, x, time, **arguments(conditions, given, takes))["params"]
+    options = keywords(conditions, given, takes)
+    if takes is not None:
+      options |= {name: value for name, value in (("train", False), ("keys", None)) if name in takes}
+    variables = module.init(key, x, time, **options)
+    others = sorted(variables.keys() - {"params"})
+    if others:
+      raise _stateful(_name(type(module)), f"variables of {', '.join(others)}")
+    # Without their boxes of names for axes: arrays are what is averaged and saved.
+    return meta.unbox(variables.get("params", {}))
 
   def apply(params, x, time, given, *, train=False, keys=None):
-    options: dict[str, Any] = arguments(conditions, given, takes)
+    options = keywords(conditions, given, takes)
     if takes is None or "train" in takes:
       options["train"] = train
     if takes is None or "keys" in takes:
       options["keys"] = keys
     elif train and keys is not None:
-      options["rngs"] = {"dropout": keys[0]}
+      options["rngs"] = {"dropout": _first(keys)}
     # Samplers are loops, in which gradients in x are slow on a CPU otherwise.
     looped = not train and jax.default_backend() == "cpu"
     with networks.gradients_in_loops() if looped else contextlib.nullcontext():
@@ -67,7 +120,132 @@ def of_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   return Network(init, apply, module)
 
 
-def arguments(
+def of_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
+  """Return the network of a Flax NNX class, `component(**arguments, rngs=nnx.Rngs(key))`.
+
+  Its `__call__` takes what that of a Linen module does (see `of_linen`). Parameters are its `nnx.Param`, as dicts by name. In training it
+  is set to `train()`, else to `eval()`, and its streams of random numbers start from the first of the keys.
+
+  Each trace makes the module anew, by a fixed key, and puts the parameters in: compilers drop what is not used of that. So arrays of the
+  module that are no variables are constants.
+
+  Raises:
+    ValueError: if the module has variables that are neither parameters nor random, such as the statistics of BatchNorm.
+  """
+  from flax import nnx
+
+  takes = _takes(component.__call__)
+
+  def make(key):
+    rngs = {"rngs": nnx.Rngs(key)} if _has(component, "rngs") else {}
+    return component(**arguments, **rngs)
+
+  def variables(module) -> list[tuple[tuple[str, ...], Any]]:
+    found = [(tuple(map(str, path)), node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)]
+    others = {type(node).__name__ for _, node in found if not isinstance(node, (nnx.Param, nnx.RngState))}
+    if others:
+      raise _stateful(_name(component), f"variables of {', '.join(sorted(others))}")
+    return found
+
+  def init(key, x, time, given):
+    del x, time
+    check_given(conditions, given)
+    leaves = {path: node.get_value() for path, node in variables(make(key)) if isinstance(node, nnx.Param)}
+    return _nested(_name(component), leaves)
+
+  def call(params, x, time, options, keys, train):
+    module, leaves, streams = make(jax.random.key(0)), traverse_util.flatten_dict(params), 0
+    for path, node in variables(module):
+      if isinstance(node, nnx.Param):
+        node.set_value(_leaf(_name(component), leaves, path))
+      elif isinstance(node, nnx.RngKey) and train:
+        if keys is None:
+          raise ValueError(
+            f"Got train=True without keys for {_name(component)}, which draws random numbers; pass keys=."
+          )
+        # One of its own for each stream: layers of the same shape would have the same masks.
+        own, shape = jax.random.fold_in(_first(keys), streams), node.get_value().shape
+        node.set_value(jax.random.split(own, shape) if shape else own)
+        streams += 1
+    (module.train if train else module.eval)()
+    if takes is None or "train" in takes:
+      options = {**options, "train": train}
+    if takes is None or "keys" in takes:
+      options = {**options, "keys": keys}
+    return module(x, time, **options)
+
+  jax.eval_shape(lambda key: {path: node.get_value() for path, node in variables(make(key))}, jax.random.key(0))
+  return Network(init, _applied(call, conditions, takes))
+
+
+def of_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
+  """Return the network of an Equinox class, `component(**arguments, key=key)`.
+
+  As everywhere in Equinox its `__call__` takes one sample, x [*space, C] and the time [], and its conditions by keyword as `of_linen` says, each
+  of one sample; it is vectorized here. If it takes `key`, it gets the sample's own in training. Parameters are its arrays of floats, as dicts
+  by name; other arrays are constants. Layers such as Dropout are told by `equinox.nn.inference_mode`.
+
+  Each trace makes the module anew, as in `of_nnx`.
+
+  Raises:
+    ValueError: if the module has state, such as that of BatchNorm.
+  """
+  import equinox
+
+  takes = _takes(component.__call__)
+
+  def make(key):
+    return component(**arguments, **({"key": key} if _has(component, "key") else {}))
+
+  def params_of(module) -> _Leaves:
+    params = equinox.filter(module, equinox.is_inexact_array)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {tuple(map(_part, path)): leaf for path, leaf in leaves}
+
+  def init(key, x, time, given):
+    del x, time
+    check_given(conditions, given)
+    return _nested(_name(component), params_of(make(key)))
+
+  def call(params, x, time, options, keys, train):
+    module, leaves = make(jax.random.key(0)), traverse_util.flatten_dict(params)
+    old, rest = equinox.partition(module, equinox.is_inexact_array)
+    new = [_leaf(_name(component), leaves, path) for path in params_of(module)]
+    module = equinox.combine(jax.tree.unflatten(jax.tree.structure(old), new), rest)
+    module = equinox.nn.inference_mode(module, value=not train)
+
+    def one(x, time, options, key):
+      options = dict(options)
+      if takes is None or "key" in takes:
+        options["key"] = key
+      if takes is None or "train" in takes:
+        options["train"] = train
+      return module(x, time, **options)
+
+    return jax.vmap(one)(x, time, options, keys if train else None)
+
+  # With the statics in place of arrays: where a module keeps state, and whether it can be made of these arguments.
+  module = equinox.filter_eval_shape(make, jax.random.key(0))
+  index = equinox.nn.StateIndex
+  if any(isinstance(node, index) for node in jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, index))):
+    raise _stateful(_name(component), "an equinox.nn.State")
+  return Network(init, _applied(call, conditions, takes))
+
+
+def _applied(
+  call: Callable[..., Array], conditions: Mapping[str, Condition], takes: frozenset[str] | None
+) -> Callable[..., Array]:
+  """Return `apply` of `call(params, x, time, options, keys, train)`, which makes a module and calls it."""
+  # Compiled, so that a call outside of any program does not compute what it drops; inlined, so that it is no call inside of one.
+  compiled = jax.jit(call, static_argnames="train", inline=True)
+
+  def apply(params, x, time, given, *, train=False, keys=None):
+    return compiled(params, x, time, keywords(conditions, given, takes), keys, train=train)
+
+  return apply
+
+
+def keywords(
   conditions: Mapping[str, Condition], given: Mapping[str, PyTree], takes: frozenset[str] | None
 ) -> dict[str, Any]:
   """Return the arguments by which a network takes its conditions.
@@ -78,22 +256,32 @@ def arguments(
     takes: the names of the network's parameters; None if it takes any.
 
   Raises:
-    ValueError: if the network takes no such condition.
+    ValueError: if the network takes no such condition, or `given` does not fit the conditions.
   """
+  check_given(conditions, given)
   values: dict[str, list[Any]] = {}
   for name, condition in conditions.items():
-    if takes is not None and name in takes and name not in KINDS:
+    if takes is not None and name in takes and name not in (*KINDS, *_OPTIONS):
       values[name] = [given[name]]
       continue
     for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(given[name]), strict=True):
-      argument = _ARGUMENTS.get(kind, kind)
-      if takes is not None and argument not in takes:
-        raise ValueError(
-          f"Got the condition {name!r} of kind {kind!r} for a network that has no parameter {name!r} or {argument!r}; expected one of these in"
-          " its __call__, or a model without the condition."
-        )
-      values.setdefault(argument, []).append(leaf)
+      values.setdefault(_argument(name, kind, takes), []).append(leaf)
   return {argument: _joined(argument, leaves) for argument, leaves in values.items()}
+
+
+def _argument(name: str, kind: str, takes: frozenset[str] | None) -> str:
+  other = _ARGUMENTS.get(kind, kind)
+  if takes is None:
+    return other
+  found = [argument for argument in (kind, other) if argument in takes]
+  if found:
+    return found[0]
+  near = difflib.get_close_matches(name, sorted(takes - set(_OPTIONS)), 1)
+  hint = f" Did you mean its parameter {near[0]!r}?" if near else ""
+  raise ValueError(
+    f"Got the condition {name!r} of kind {kind!r} for a network that has no parameter {' or '.join(map(repr, dict.fromkeys((name, kind, other))))};"
+    f" expected one of these in its __call__, or a model without the condition.{hint}"
+  )
 
 
 def _joined(argument: str, leaves: list[Any]) -> Any:
@@ -107,25 +295,119 @@ def _joined(argument: str, leaves: list[Any]) -> Any:
   return jnp.concatenate(leaves, axis=1 if argument == "tokens" else -1)
 
 
-def _parameters(function: Any) -> frozenset[str] | None:
-  """Return the names of a function's parameters, or None if it takes any keyword."""
-  parameters = inspect.signature(function).parameters
-  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+def _takes(function: Any) -> frozenset[str] | None:
+  """Return the names of the parameters of a network's call but for x and the time, or None if it takes any keyword."""
+  parameters = list(inspect.signature(function).parameters.values())
+  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return None
-  return frozenset(parameters) - {"self"}
+  # self, x and the time.
+  return frozenset(parameter.name for parameter in parameters[3:])
 
 
-def facts(
-  conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_channels: int
-) -> dict[str, Any]:
+def _first(keys: Array) -> Array:
+  return keys[0] if keys.ndim else keys
+
+
+def _part(key: Any) -> str:
+  """Return what one step of a path in a pytree is called."""
+  for name in ("name", "idx", "key"):
+    if hasattr(key, name):
+      return str(getattr(key, name))
+  raise TypeError(f"Got the step {key!r} of a path; expected the name of a field, an index or a key.")
+
+
+def _nested(name: str, leaves: _Leaves) -> PyTree:
+  integers = sorted("/".join(path) for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating))
+  if integers:
+    raise ValueError(
+      f"Got {name} with the parameters {', '.join(integers)} that are no floats; expected arrays of floats."
+    )
+  return traverse_util.unflatten_dict(leaves)
+
+
+def _leaf(name: str, leaves: _Leaves, path: tuple[str, ...]) -> Array:
+  if path not in leaves:
+    raise ValueError(f"Got parameters without {'/'.join(path)} for {name}; expected those that its init makes.")
+  return leaves[path]
+
+
+def _stateful(name: str, what: str) -> ValueError:
+  return ValueError(
+    f"Got {name} with {what}; expected parameters alone: a network is a pure function of them. Use normalization without statistics, such as"
+    " GroupNorm or LayerNorm."
+  )
+
+
+def _is_class(component: Any, library: str) -> bool:
+  # Whoever wrote a class of a library has imported it.
+  module = sys.modules.get(library)
+  return inspect.isclass(component) and module is not None and issubclass(component, module.Module)
+
+
+def _name(component: Any) -> str:
+  return getattr(component, "__qualname__", type(component).__qualname__)
+
+
+def _parameters(component: Any) -> Mapping[str, inspect.Parameter] | None:
+  """Return the parameters of a function or of the making of a class, or None if it takes any keyword."""
+  # Not those of the class as it is called: NNX lets it take anything.
+  own = inspect.isclass(component) and component.__init__ is not object.__init__
+  try:
+    found = list(inspect.signature(component.__init__ if own else component).parameters.values())[own:]
+  except ValueError:  # of a class that is not written in Python
+    return None
+  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found):
+    return None
+  return {parameter.name: parameter for parameter in found}
+
+
+def _has(component: Any, parameter: str) -> bool:
+  parameters = _parameters(component)
+  return parameters is None or parameter in parameters
+
+
+def _check_arguments(component: Any, arguments: Mapping[str, Any]) -> None:
+  parameters = _parameters(component)
+  if parameters is None:
+    return
+  known = [name for name in parameters if name not in ("rngs", "key", "parent", "name")]
+  for name in arguments:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, 1)
+      raise ValueError(
+        f"Got {name} for {_name(component)}; expected {', '.join(known) or 'no argument'}."
+        + (f" Did you mean {near[0]}?" if near else "")
+      )
+  required = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in arguments]
+  if required:
+    raise ValueError(f"Got no {', '.join(required)} for {_name(component)}; expected a value of each.")
+
+
+def _unknown(component: Any, origin: str = "") -> ValueError:
+  return ValueError(
+    f"Got {origin}{_described(component)} as a network; expected a class of flax.linen.Module, flax.nnx.Module or equinox.Module, a function that"
+    " returns a models.Network, or a models.Network."
+  )
+
+
+def _described(value: Any) -> str:
+  return repr(value) if isinstance(value, (str, int, float)) or value is None else f"a {type(value).__name__}"
+
+
+def facts(conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_channels: int) -> dict[str, Any]:
   """Return what a network of a model must be like, by the names of the parameters that networks have for it.
 
   These are `out_channels`, `dimensions` (spatial axes), `num_classes` (values of the classes, the one for none included; 0: none),
   `vector_embedding` ("time" for a level, "dense" for a vector, else ""), `shape` (of x) and `conditions`.
+
+  Raises:
+    ValueError: if there are a level and a vector, of which networks take one.
   """
   kinds = [kind for condition in conditions.values() for kind in jax.tree.leaves(condition.kind)]
   if "level" in kinds and "vector" in kinds:
-    raise ValueError("Got conditions of the kinds 'level' and 'vector'; expected one of them: networks take one vector.")
+    raise ValueError(
+      "Got conditions of the kinds 'level' and 'vector'; expected one of them: networks take one vector."
+    )
   return {
     "out_channels": out_channels,
     "dimensions": len(x_shape) - 1,

@@ -32,6 +32,7 @@ from recipe import CONFIGS, load
 from torch.utils.data import DataLoader, TensorDataset
 
 from ddpm_jax import build, data, ema, heap, images, interop, metrics, parallel, predictions, sampling, train
+from ddpm_jax.models import Model, codecs, networks
 from ddpm_jax.runs import model
 
 LOG_EVERY = 50
@@ -201,11 +202,10 @@ def take_turns(config, source, judge, device, steps, parts, compiled):
   ours = Ours(config, source)
   network, process = build.build_network(config), build.build_process(config)
   with tempfile.TemporaryDirectory() as folder:
-    options = {"shape": build.image_shape(config)}
+    shape, prediction = build.image_shape(config), build.build_prediction(config)
+    whole = Model(networks.of_linen(network, {}), process, prediction, {}, codecs.pixels(), shape, shape)
     # In float32, as both keep them: the first weights of both.
-    interop.diffusers.save(
-      f"{folder}/model", network, ours.state.params, process, build.build_prediction(config), **options
-    )
+    interop.diffusers.save(f"{folder}/model", whole, ours.state.params)
     theirs = Theirs(config, source, f"{folder}/model", device, compiled)
   runs = {"ddpm_jax": ours, "diffusers": theirs}
   curves, samples = {name: [] for name in runs}, {}

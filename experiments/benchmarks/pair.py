@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_jax import build, interop, predictions, processes, schedules
+from ddpm_jax.models import Model, codecs, networks
 from ddpm_jax.networks import UNet
 
 # Ho et al.'s on CIFAR-10 (35.7M parameters); Dhariwal and Nichol's on ImageNet 64x64 (295M; here of one class, without a learned variance); two
@@ -46,10 +47,11 @@ def make(name: str) -> Pair:
   keys = jax.random.split(jax.random.key(1), len(leaves))
   start = tree.unflatten([p + 0.02 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
   with tempfile.TemporaryDirectory() as folder:
-    interop.diffusers.save(f"{folder}/model", network, start, process, predictions.EPS, shape=shape)
-    model = UNet2DModel.from_pretrained(f"{folder}/model", subfolder="unet")
+    model = Model(networks.of_linen(network, {}), process, predictions.EPS, {}, codecs.pixels(), shape, shape)
+    interop.diffusers.save(f"{folder}/model", model, start)
+    theirs = UNet2DModel.from_pretrained(f"{folder}/model", subfolder="unet")
     network, params = interop.diffusers.load_unet(Path(folder) / "model")
-  return Pair(network.clone(dropout=0.0), params, model.eval(), shape)
+  return Pair(network.clone(dropout=0.0), params, theirs.eval(), shape)
 
 
 def batch_of(size: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

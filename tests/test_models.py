@@ -1,0 +1,404 @@
+"""Models as values: conditions, codecs, and what a model makes of its network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import guidance, models, predictions, processes, sampling, schedules
+from ddpm_jax.models import Codec, Condition, Defaults, Model, Network, codecs, conditions
+
+PROCESS = processes.discrete(schedules.linear(20))
+CLASSES = conditions.classes("classes", 3, dropout=0.25)
+VECTOR = conditions.vector("vector", 2, dropout=0.5)
+SHAPE = (4, 4, 1)
+
+
+def keys(count, seed=0):
+  return jax.random.split(jax.random.key(seed), count)
+
+
+def tables(out_channels=1):
+  """A network whose output is a sum of what it is given, each part times parameters of its own."""
+
+  def init(key, x, time, given):
+    del key, x, time
+    return {
+      "x": jnp.float32(0.5),
+      "time": jnp.float32(0.01),
+      "classes": jnp.arange(4.0),
+      "vector": jnp.array([1.0, -2.0]),
+    }
+
+  def apply(params, x, time, given, *, train=False, keys=None):
+    shift = params["time"] * time
+    if "classes" in given:
+      shift += params["classes"][given["classes"]]
+    if "vector" in given:
+      shift += given["vector"] @ params["vector"]
+    output = params["x"] * x + shift[:, None, None, None]
+    return jnp.concatenate([output] * out_channels, axis=-1)
+
+  return Network(init, apply)
+
+
+def make(**changes):
+  parts = {
+    "network": tables(),
+    "process": PROCESS,
+    "prediction": predictions.EPS,
+    "conditions": {"classes": CLASSES, "vector": VECTOR},
+    "codec": codecs.pixels(),
+    "data_shape": SHAPE,
+    "shape": SHAPE,
+  }
+  return Model(**(parts | changes))
+
+
+def batch_of(count, seed=1):
+  rng = np.random.default_rng(seed)
+  return {
+    "classes": rng.integers(0, 3, count).astype(np.uint8),
+    "vector": rng.standard_normal((count, 2)).astype(np.float32),
+    "image": rng.standard_normal((count, *SHAPE)).astype(np.float32),
+  }
+
+
+def test_a_share_of_the_conditions_is_hidden_in_training_and_none_in_sampling():
+  model, count = make(), 20_000
+  batch = batch_of(count)
+  given = jax.jit(lambda keys, batch: model.given(keys, batch, train=True))(keys(count), batch)
+  hidden = {"classes": np.asarray(given["classes"] == 3), "vector": np.asarray(jnp.all(given["vector"] == 0, -1))}
+  for name, condition in model.conditions.items():
+    share = condition.dropout
+    assert abs(hidden[name].mean() - share) < 4 * (share * (1 - share) / count) ** 0.5
+    np.testing.assert_array_equal(given[name][~hidden[name]], batch[name][~hidden[name]])
+  # Independent of each other, and of the class.
+  both = hidden["classes"] & hidden["vector"]
+  assert abs(both.mean() - 0.125) < 4 * (0.125 * 0.875 / count) ** 0.5
+  for value in range(3):
+    rows = batch["classes"] == value
+    assert abs(hidden["classes"][rows].mean() - 0.25) < 4 * (0.25 * 0.75 / rows.sum()) ** 0.5
+  shown = model.given(keys(count), batch)
+  jax.tree.map(np.testing.assert_array_equal, shown, {name: batch[name] for name in ("classes", "vector")})
+
+
+def test_one_more_condition_changes_nothing_in_the_others():
+  batch = batch_of(200)
+  alone = conditions.encode({"classes": CLASSES}, {}, keys(200), batch, train=True)
+  both = conditions.encode({"vector": VECTOR, "classes": CLASSES}, {}, keys(200), batch, train=True)
+  np.testing.assert_array_equal(alone["classes"], both["classes"])
+  assert np.any(np.asarray(alone["classes"]) == 3)
+  # Sample i follows from key i alone.
+  few = {name: value[50:60] for name, value in batch.items()}
+  part = conditions.encode({"classes": CLASSES}, {}, keys(200)[50:60], few, train=True)
+  np.testing.assert_array_equal(part["classes"], both["classes"][50:60])
+
+
+def test_what_stands_for_none_fits_in_labels_of_eight_bits():
+  many = conditions.classes("classes", 256, dropout=0.9)
+  labels = {"classes": np.arange(100, dtype=np.uint8)}
+  given = conditions.encode({"classes": many}, {}, keys(100), labels, train=True)
+  assert set(np.asarray(given["classes"])) - set(range(100)) == {256}
+
+
+def test_classes_without_dropout_have_no_class_for_none():
+  plain = conditions.classes("classes", 3)
+  assert (plain.number, CLASSES.number) == (3, 4)
+  assert plain.null is None
+  np.testing.assert_array_equal(plain.default(7), [0, 1, 2, 0, 1, 2, 0])
+  assert plain.parse(" 2 ") == 2
+  plain.check(np.array([0, 2]))
+  for text in ("3", "-1", "1.5", "a", "²", "9" * 5000, ""):
+    with pytest.raises(ValueError, match="expected integers from 0 to 2"):
+      plain.parse(text)
+  for values in ([3], [-1]):
+    with pytest.raises(ValueError, match="expected classes from 0 to 2"):
+      plain.check(np.array(values))
+
+
+def test_vectors_and_levels_are_read_from_text():
+  np.testing.assert_array_equal(VECTOR.parse("1,-2.5"), np.float32([1, -2.5]))
+  assert conditions.level("level").parse("0.25") == 0.25
+  for condition, text in ((VECTOR, "1"), (VECTOR, "1,x"), (VECTOR, "1,inf"), (conditions.level("level"), "1,2")):
+    with pytest.raises(ValueError, match="expected (2 numbers|a number)"):
+      condition.parse(text)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: conditions.classes("classes", 0), "number=0"),
+    (lambda: conditions.classes("classes", 3, 1.0), "dropout=1.0 of classes"),
+    (lambda: conditions.vector("vector", 0), "size=0"),
+    (lambda: conditions.vector("vector", 2, -0.1), "dropout=-0.1 of vector"),
+    (lambda: conditions.image("image", (8,)), r"shape=\(8,\)"),
+    (lambda: conditions.low_resolution("low", (8, 8, 1), 3), "factor=3 of low for data of 8x8"),
+    (lambda: conditions.low_resolution("low", (8, 8, 1), 1), "factor=1"),
+    (lambda: conditions.low_resolution("low", (8, 8, 1), 2, 0.1, 0.2), "sample_noise=0.2"),
+    (lambda: conditions.low_resolution("low", (8, 8, 1), 2, method="nearest"), "expected 'bicubic' or 'bilinear'"),
+  ],
+)
+def test_conditions_out_of_range_are_errors(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def weights_of(size, factor, method):
+  """How enlarging along one axis sums the small image [size * factor, size], written out from the kernels' definition."""
+  matrix = np.zeros((size * factor, size))
+  for i in range(size * factor):
+    place = (i + 0.5) / factor - 0.5
+    for j in range(size):
+      distance = abs(place - j)
+      if method == "bilinear":
+        value = max(0, 1 - distance)
+      elif distance <= 1:  # Keys 1981, a = -0.5
+        value = 1.5 * distance**3 - 2.5 * distance**2 + 1
+      elif distance < 2:
+        value = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+      else:
+        value = 0
+      matrix[i, j] = value
+  return matrix / matrix.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+def test_the_low_resolution_image_is_made_of_the_data_and_enlarged(method):
+  """Means of boxes, enlarged by a separable kernel."""
+  image = np.random.default_rng(0).standard_normal((3, 8, 12, 2)).astype(np.float32)
+  low = conditions.low_resolution("low", (8, 12, 2), 2, method=method)
+  small = image.reshape(3, 4, 2, 6, 2, 2).mean((2, 4))
+  wanted = np.einsum("ih,jw,bhwc->bijc", weights_of(4, 2, method), weights_of(6, 2, method), small)
+  for batch in ({"image": image}, {"low": small}):
+    given = conditions.encode({"low": low}, {}, keys(3), batch, train=True)
+    assert given["low"].keys() == {"image"}
+    np.testing.assert_allclose(given["low"]["image"], wanted, atol=1e-5)
+  with pytest.raises(ValueError, match=r"Got low of shape \(3, 8, 12, 2\)"):
+    conditions.encode({"low": low}, {}, keys(3), {"low": image}, train=False)
+
+
+def test_noise_hides_the_low_resolution_image_as_much_as_the_network_is_told():
+  count, data = 4000, (4, 4, 1)
+  low = conditions.low_resolution("low", data, 2, noise=0.6, sample_noise=0.25)
+  plain = conditions.low_resolution("low", data, 2)
+  batch = {"low": np.random.default_rng(0).standard_normal((count, 2, 2, 1)).astype(np.float32)}
+  clean = conditions.encode({"low": plain}, {}, keys(count), batch, train=False)["low"]["image"]
+  for train in (True, False):
+    given = conditions.encode({"low": low}, {}, keys(count), batch, train=train)["low"]
+    std = np.asarray(given["level"]) / 1000
+    noise = np.asarray(given["image"] - clean) / std[:, None, None, None]
+    assert abs(noise.mean()) < 4 / noise.size**0.5
+    assert abs(noise.var() - 1) < 4 * (2 / noise.size) ** 0.5
+    # Uniform up to the largest in training; what is asked for in sampling.
+    mean, variance = (0.3, 0.6**2 / 12) if train else (0.25, 0)
+    assert abs(std.mean() - mean) < 4 * (variance / count) ** 0.5 + 1e-6
+    assert abs(std.var() - variance) < 0.002
+    # Neither says anything of the other.
+    assert abs(np.corrcoef(std, noise[:, 0, 0, 0])[0, 1] if train else 0) < 4 / count**0.5
+
+
+def test_batches_that_do_not_fit_are_errors():
+  model, batch = make(), batch_of(5)
+  with pytest.raises(ValueError, match="a batch of classes, image for a model with the condition 'vector'"):
+    model.given(keys(5), {name: batch[name] for name in ("classes", "image")})
+  with pytest.raises(ValueError, match=r"vector of shape \(5, 1\); expected \[B, 2\]"):
+    model.given(keys(5), batch | {"vector": batch["vector"][:, :1]})
+  with pytest.raises(ValueError, match="expected the same number"):
+    model.given(keys(5), batch | {"vector": batch["vector"][:4]})
+
+
+def test_given_that_does_not_fit_is_an_error():
+  model = make()
+  params, x = model.init(jax.random.key(0)), jnp.ones((2, *SHAPE))
+  given = model.given(keys(2), batch_of(2))
+  for wrong, message in (
+    ({"klasses": given["classes"], "vector": given["vector"]}, "'klasses'; expected .*Did you mean 'classes'"),
+    ({"classes": given["classes"]}, "Got no vector"),
+    (given | {"classes": jnp.int32(1)}, r"classes of shape \(\)"),
+    (given | {"vector": {"image": given["vector"]}}, "vector of the structure"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      model.denoise(params, wrong)
+    with pytest.raises(ValueError, match=message):
+      model.conditional(params)(x, 0.5, wrong)
+  with pytest.raises(ValueError, match="a model without conditions"):
+    make(conditions={}).denoise(params, given)
+
+
+@pytest.mark.parametrize("prediction", ["EPS", "V", "edm", "learned"])
+def test_denoise_is_the_network_s_output_read_by_the_prediction(prediction):
+  """x_0 of the output, with the network's input scaled and its time input as the model says."""
+  meaning = {
+    "EPS": predictions.EPS,
+    "V": predictions.V,
+    "edm": predictions.edm(0.5),
+    "learned": predictions.learned_range(predictions.EPS),
+  }[prediction]
+  learned = prediction == "learned"
+  model = make(network=tables(1 + learned), prediction=meaning, time_input=lambda t: 7 * t)
+  params, given = model.init(jax.random.key(0)), model.given(keys(3), batch_of(3))
+  x, t = jnp.asarray(batch_of(3)["image"]), jnp.array([0.1, 0.5, 0.9])
+  found = model.denoise(params, given)(x, t)
+  alpha, sigma = (value(t)[:, None, None, None] for value in (PROCESS.alpha, PROCESS.sigma))
+  scale = 1 / jnp.sqrt(0.25 * alpha**2 + sigma**2) if prediction == "edm" else 1.0
+  output = model.network.apply(params, scale * x, 7 * t, given)[..., :1]
+  wanted = {
+    "EPS": (x - sigma * output) / alpha,
+    "V": alpha * x - sigma * output,
+    "edm": 0.25 * alpha * scale**2 * x + sigma * 0.5 * scale * output,
+    "learned": (x - sigma * output) / alpha,
+  }[prediction]
+  np.testing.assert_allclose(predictions.x_0_of(found), wanted, rtol=1e-4, atol=1e-5)
+  hand = predictions.denoiser(
+    lambda x, time: model.network.apply(params, x, time, given), PROCESS, meaning, label=lambda t: 7 * t
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, hand(x, t))
+  jax.tree.map(np.testing.assert_array_equal, found, model.conditional(params)(x, t, given))
+
+
+def test_predictions_that_cannot_be_read_are_refused_before_any_call():
+  model = make(process=processes.discrete(schedules.zero_terminal_snr(schedules.linear(20))))
+  with pytest.raises(ValueError, match="x_0 cannot be told"):
+    model.denoise({}, {})
+
+
+def test_guidance_by_two_conditions():
+  """`u + scale (c - u)`, away from none of both, and a scale of its own for each."""
+  model = make(prediction=predictions.X0)
+  params, given = model.init(jax.random.key(0)), model.given(keys(3), batch_of(3))
+  none = model.without(given)
+  np.testing.assert_array_equal(none["classes"], [3, 3, 3])
+  np.testing.assert_array_equal(none["vector"], np.zeros((3, 2)))
+  x, t = jnp.asarray(batch_of(3)["image"]), 0.5
+  conditional = model.conditional(params)
+  found = guidance.classifier_free(conditional, given, none, 3.0)(x, t)
+  c, u = (model.network.apply(params, x, jnp.full(3, PROCESS.label(t)), values) for values in (given, none))
+  np.testing.assert_allclose(found, u + 3 * (c - u), rtol=1e-4, atol=1e-4)
+  one = model.without(given, names=["vector"])
+  np.testing.assert_array_equal(one["classes"], given["classes"])
+  np.testing.assert_array_equal(one["vector"], none["vector"])
+  half = conditional(x, t, one)
+  both = half + 2 * (guidance.classifier_free(conditional, given, one, 1.0)(x, t) - half)
+  np.testing.assert_allclose(both, half + 2 * (c - half), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_stand_for_none_stays():
+  fixed = conditions.vector("vector", 2)
+  model = make(conditions={"classes": CLASSES, "vector": fixed})
+  given = model.given(keys(3), batch_of(3), train=True)
+  none = model.without(given)
+  np.testing.assert_array_equal(none["vector"], batch_of(3)["vector"])
+  np.testing.assert_array_equal(none["classes"], [3, 3, 3])
+  with pytest.raises(ValueError, match="without dropout of a condition"):
+    model.without(given, names=["vector"])
+  with pytest.raises(ValueError, match="Did you mean 'vector'"):
+    model.without(given, names=["vektor"])
+  with pytest.raises(ValueError, match="without dropout of a condition"):
+    make(conditions={"vector": fixed}).without({"vector": given["vector"]})
+
+
+def test_conditions_with_frozen_parameters_are_handed_their_own():
+  """Tokens and a vector of one text, as SDXL has, by a frozen table."""
+
+  def encode(frozen, keys, batch, train):
+    return {"tokens": frozen["table"][batch["text"]], "pooled": frozen["table"][batch["text"]].mean(1)}
+
+  def null(frozen):
+    return {"tokens": jnp.tile(frozen["table"][0], (3, 1)), "pooled": frozen["table"][0]}
+
+  text = Condition(
+    kind={"tokens": "tokens", "pooled": "vector"},
+    shape={"tokens": jax.ShapeDtypeStruct((3, 4), jnp.float32), "pooled": jax.ShapeDtypeStruct((4,), jnp.float32)},
+    encode=encode,
+    null=null,
+    dropout=0.5,
+    load=lambda: {"table": jnp.arange(20.0).reshape(5, 4)},
+  )
+  model = make(conditions={"text": text, "classes": CLASSES})
+  frozen = model.load_frozen()
+  assert frozen.keys() == {"conditions"}
+  batch = batch_of(50) | {"text": np.random.default_rng(0).integers(1, 5, (50, 3))}
+  given = model.given(keys(50), batch, frozen, train=True)
+  table = frozen["conditions"]["text"]["table"]
+  hidden = np.all(
+    np.asarray(given["text"]["tokens"]) == np.asarray(null(frozen["conditions"]["text"])["tokens"]), (1, 2)
+  )
+  assert 10 < hidden.sum() < 40
+  np.testing.assert_array_equal(given["text"]["tokens"][~hidden], table[batch["text"]][~hidden])
+  # Both parts of a sample are hidden, or neither.
+  np.testing.assert_array_equal(given["text"]["pooled"][hidden], np.tile(table[0], (hidden.sum(), 1)))
+  np.testing.assert_allclose(given["text"]["pooled"][~hidden], table[batch["text"]].mean(1)[~hidden], rtol=1e-6)
+  np.testing.assert_array_equal(model.without(given, frozen)["text"]["pooled"], np.tile(table[0], (50, 1)))
+
+
+def halves():
+  """A codec that joins rows of two and scales by frozen numbers."""
+
+  def encode(frozen, keys, data):
+    noise = jax.vmap(jax.random.normal)(keys)
+    x = data.reshape(data.shape[0], data.shape[1] // 2, data.shape[2], -1) * frozen["scale"]
+    return x + 0 * noise[:, None, None, None]
+
+  def decode(frozen, x):
+    return (x / frozen["scale"]).reshape(x.shape[0], 2 * x.shape[1], x.shape[2], -1)
+
+  return Codec(encode, decode, load=lambda: {"scale": jnp.float32(3)})
+
+
+def test_a_codec_lies_between_data_and_x():
+  codec = halves()
+  shape = codec.shape((4, 6, 1))
+  assert shape == (2, 6, 2)
+  assert codec.shape((4, 6, 1), {"scale": jax.ShapeDtypeStruct((), jnp.float32)}) == shape
+  assert codecs.pixels().shape(SHAPE) == SHAPE
+  model = make(codec=codec, data_shape=(4, 6, 1), shape=shape, conditions={})
+  frozen = model.load_frozen()
+  assert frozen == {"codec": {"scale": 3}}
+  data = np.random.default_rng(0).uniform(-1, 1, (3, 4, 6, 1)).astype(np.float32)
+  x = model.encode(keys(3), data, frozen)
+  np.testing.assert_allclose(x, 3 * data.reshape(3, 2, 6, 2), rtol=1e-6)
+  np.testing.assert_allclose(model.decode(x, frozen), data, rtol=1e-6)
+  assert codec.show(model.decode(x, frozen)).shape == (3, 4, 6, 1)
+  # Not equal to another one, by which export tells pixels apart.
+  assert codecs.pixels() == codecs.pixels() != codec
+  assert make(conditions={}).load_frozen() == {}
+
+
+def test_models_say_how_they_are_sampled():
+  clip = lambda denoise: guidance.clip(denoise, -0.5, 0.5)  # noqa: E731
+  times = lambda steps: sampling.grids.trailing(PROCESS, steps)  # noqa: E731
+  defaults = Defaults("ddim", sampling.ddim(PROCESS), times, 5, clip)
+  model = make(conditions={}, defaults=defaults)
+  params = model.init(jax.random.key(0))
+  np.testing.assert_array_equal(model.times(4), sampling.grids.trailing(PROCESS, 4))
+  x = jnp.asarray(batch_of(3)["image"])
+  plain, clipped = model.denoise(params, clip=False)(x, 0.5), model.denoise(params)(x, 0.5)
+  np.testing.assert_array_equal(clipped, jnp.clip(plain, -0.5, 0.5))
+  assert jnp.any(clipped != plain)
+  samples = sampling.sample(jax.random.key(0), defaults.sampler, model.denoise(params), x, model.times(defaults.steps))
+  assert jnp.all(jnp.abs(samples) <= 0.5)
+  with pytest.raises(ValueError, match="without a grid of its own"):
+    make().times(4)
+
+
+def test_a_classifier_is_a_model_too():
+  """Its outputs are counted without running it, and its input is scaled as the prediction says."""
+
+  def init(key, x, time, given):
+    return {"kernel": jax.random.normal(key, (x[0].size, 5))}
+
+  def apply(params, x, time, given, *, train=False, keys=None):
+    return x.reshape(x.shape[0], -1) @ params["kernel"] + time[:, None]
+
+  model = make(network=Network(init, apply), conditions={}, prediction=predictions.edm(0.5))
+  assert model.outputs() == 5
+  params, x, t = model.init(jax.random.key(0)), jnp.asarray(batch_of(3)["image"]), 0.5
+  scale = predictions.edm(0.5).input_scale(PROCESS.alpha(t), PROCESS.sigma(t))
+  logits = (scale * x).reshape(3, -1) @ params["kernel"] + PROCESS.label(jnp.float32(t))
+  np.testing.assert_allclose(model.classify(params)(x, t), jax.nn.log_softmax(logits), rtol=1e-4, atol=1e-4)
+  assert make().outputs() == 1
+
+
+def test_all_nouns_come_by_name():
+  assert {models.Model, models.Condition, models.Codec, models.Network} == {Model, Condition, Codec, Network}
