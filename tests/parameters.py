@@ -10,7 +10,7 @@ import pytest
 from ddpm_jax import config as configs
 from ddpm_jax import data, ema, networks, parallel
 from ddpm_jax.models import Network
-from ddpm_jax.models.networks import arguments
+from ddpm_jax.models.networks import keywords
 from ddpm_jax.runs import model, reading
 from tests.recipes import experiment_of, tree_of
 
@@ -64,7 +64,7 @@ def dense_network(out_channels: int, num_classes: int, conditions, **_) -> Netwo
   """Return a network that compiles at once, to stand in for the U-Net: dense over all pixels, of everything that the U-Net is given."""
 
   def init(key, x, time, given):
-    taken = arguments(conditions, given, None)
+    taken = keywords(conditions, given, None)
     height, width, channels = x.shape[1:]
     image = taken.get("image")
     size = height * width * (channels + (0 if image is None else image.shape[-1]))
@@ -73,7 +73,7 @@ def dense_network(out_channels: int, num_classes: int, conditions, **_) -> Netwo
     return {name: jax.random.normal(key, shape) / shape[0] ** 0.5 for name, shape in shapes.items()}
 
   def apply(params, x, time, given, *, train=False, keys=None):
-    taken = arguments(conditions, given, None)
+    taken = keywords(conditions, given, None)
     image, vector = taken.get("image"), taken.get("vector")
     joined = x if image is None else jnp.concatenate([x, image], -1)
     angles = jnp.outer(time if vector is None else time + vector, jnp.array([0.01, 0.1]))

@@ -416,7 +416,3 @@ def facts(conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_cha
     "shape": x_shape,
     "conditions": conditions,
   }
-
-
-def of(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
-  return of_linen(component(**arguments), conditions)
