@@ -91,6 +91,7 @@ def test_wrong_sizes_are_errors(tmp_path, space):
   for use in (
     lambda: data.fit(Image.fromarray(pixels_of(8, 8)), space, 3),
     lambda: data.FolderSource(tmp_path, space),
+    lambda: data.digits(data.Fit(space, 1)),
     lambda: data.read_mask("lower", space),
   ):
     with pytest.raises(ValueError, match="as the size of images; expected height and width"):

@@ -29,8 +29,7 @@ class Fit(NamedTuple):
   @property
   def shape(self) -> tuple[int, int, int]:
     """[H, W, C] of an image that fits."""
-    height, width = self.space
-    return height, width, self.channels
+    return (*check_space(self.space), self.channels)
 
 
 def check_space(space: Any) -> tuple[int, int]:
