@@ -50,7 +50,7 @@ def init_state(
   key: Array,
   init: Callable[[Array], PyTree],
   optimizer: optax.GradientTransformation,
-  objective: Objective | None = None,
+  objective: Objective,
   frozen: Frozen | None = None,
 ) -> TrainState:
   """Make a fresh state.
@@ -59,7 +59,7 @@ def init_state(
     key: the run's random key.
     init: `init(key) -> params`, the model's parameters.
     optimizer: the optax chain, as for `train_step`.
-    objective: may have parameters of its own and a memory to start with; None for neither.
+    objective: what is minimized; it may train parameters of its own, and remember something.
     frozen: as for `train_step`.
 
   Raises:
@@ -68,11 +68,10 @@ def init_state(
   """
   init_key, train_key = jax.random.split(key)
   params = init(init_key)
-  extra, memory = (), ()
-  if objective is not None:
-    # Another number than those of the two keys above.
-    # Copies: a memory may begin as the parameters, and a buffer that served twice could not be donated.
-    extra, memory = jax.tree.map(jnp.copy, objective.init(jax.random.fold_in(key, 2), params, _own(objective, frozen)))
+  # Another number than those of the two keys above.
+  extra, memory = objective.init(jax.random.fold_in(key, 2), params, _own(objective, frozen))
+  # Copies: a memory may begin as the parameters, and a buffer that served twice could not be donated.
+  extra, memory = jax.tree.map(jnp.copy, (extra, memory))
   opt_state = promoting(optimizer.init)(_joined(params, extra))
   average = ema.ema_params(opt_state)
   structures: list[Any] = [jax.tree.structure(tree) for tree in (average, params)]

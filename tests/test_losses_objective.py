@@ -183,9 +183,8 @@ def test_a_plain_objective_compiles_to_no_more_than_its_formula():
   process, optimizer, data = PROCESSES["vp"], optim.adam(1e-3), batch()
   objective = losses.denoising(apply, process, predictions.EPS)._replace(summarize=lambda details: {})
   state = train.init_state(jax.random.key(0), lambda key: weights(), optimizer, objective)
-  bare = train.init_state(jax.random.key(0), lambda key: weights(), optimizer)
-  assert jax.tree.structure(bare) == jax.tree.structure(state)
   assert (state.extra, state.memory) == ((), ())
+  assert jax.tree.structure(state.opt_state) == jax.tree.structure(optimizer.init(weights()))
 
   def formula(state, batch):
     keys = randomness.sample_keys(jax.random.fold_in(state.key, state.step), jnp.arange(BATCH))

@@ -35,7 +35,8 @@ def batches():
 
 
 def initial(config):
-  return train.init_state(jax.random.key(0), build.build_params_init(config), build.build_optimizer(config))
+  optimizer, objective = build.build_optimizer(config), build.build_objective(config)
+  return train.init_state(jax.random.key(0), build.build_params_init(config), optimizer, objective)
 
 
 def compiled_step(config, mesh, accumulate=1):

@@ -188,8 +188,8 @@ def test_a_real_step_of_the_unet(conditional):
     config.network.update({"num_classes": 10, "middle_attention": True})
   config.network.dropout = 0.1
   optimizer = build.build_optimizer(config)
-  state = train.init_state(jax.random.key(0), lambda _: random_params(config), optimizer)
   parts = {"objective": build.build_objective(config), "encode": build.build_encode(config)}
+  state = train.init_state(jax.random.key(0), lambda _: random_params(config), optimizer, parts["objective"])
   step = jax.jit(functools.partial(train.train_step, **parts, optimizer=optimizer))
   batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.array([0, 1, 2, 9])}
   after, metrics = step(state, batch)
@@ -317,7 +317,7 @@ def test_an_objective_and_an_optimizer_that_do_not_fit_are_errors():
   with pytest.raises(ValueError, match="average covers .*optim.chain"):
     begin(optim.adam(0.1), everything, given)
   with pytest.raises(ValueError, match="without a part 'model'.*Leave out"):
-    begin(objectives.optimizer(), None)
+    begin(objectives.optimizer(), losses.Objective(everything.loss))
   with pytest.raises(ValueError, match="no frozen parameters.*objective.load"):
     begin(objectives.optimizer(), everything, {"codec": given["codec"]})
   # One optimizer for both, that averages nothing.

@@ -111,10 +111,11 @@ def small_step():
   def init(key):
     return network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
 
-  state = jax.jit(lambda: train.init_state(jax.random.key(0), init, optimizer))()
+  objective = losses.denoising(apply, process, predictions.EPS)
+  state = jax.jit(lambda: train.init_state(jax.random.key(0), init, optimizer, objective))()
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   state = jax.device_put(state, parallel.state_shardings(mesh, state))
-  options = {"objective": losses.denoising(apply, process, predictions.EPS), "optimizer": optimizer}
+  options = {"objective": objective, "optimizer": optimizer}
   step = functools.partial(train.train_step, encode=lambda frozen, keys, batch: {"x": batch["image"]}, **options)
   return parallel.jit_step(step, mesh, state), state, mesh
 

@@ -112,8 +112,8 @@ def main():
   print(f"| recipe | state, MB | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}", flush=True)
   for path in args.configs:
     config = load(path)
-    optimizer, init = build.build_optimizer(config), build.build_params_init(config)
-    state = jax.eval_shape(lambda: train.init_state(jax.random.key(0), init, optimizer))  # noqa: B023
+    parts = build.build_params_init(config), build.build_optimizer(config), build.build_objective(config)
+    state = jax.eval_shape(lambda: train.init_state(jax.random.key(0), *parts))  # noqa: B023
     cells = []
     for dtype in types:
       for policy in POLICIES:
