@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import build, checkpoint, ema, files, parallel, records, runs, workdir
+from ddpm_jax import checkpoint, ema, files, parallel, records, runs, workdir
+from ddpm_jax import config as configs
+from ddpm_jax.config import spec
 from ddpm_jax.runs import model, scoring
 from tests.forked import PATIENCE
 from tests.parameters import one_device, write_run
-from tests.recipes import saved_items, tiny_config
+from tests.recipes import experiment_of, saved_items, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
@@ -34,12 +36,16 @@ def config_of(**training):
   return config
 
 
+def train(config, folder, **options):
+  runs.run_train(tree_of(config), folder, **options)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """The run of `config_of()`; never to be changed."""
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
-    runs.run_train(config_of(), folder)
+    train(config_of(), folder)
   return folder
 
 
@@ -53,9 +59,8 @@ def copy(finished, tmp_path):
 def sampled(folder, **choice):
   """What the chosen weights draw."""
   before = set((folder / "samples").glob("*.npz"))
-  config = tiny_config()
-  config.update(workdir.read_config(folder))
-  runs.run_sample(config, folder, num_samples=4, seed=0, choice=runs.Choice(**choice))
+  experiment = runs.trained(configs.of_run(folder), folder)
+  runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=runs.Choice(**choice))
   with np.load((set((folder / "samples").glob("*.npz")) - before).pop()) as file:
     return file["samples"]
 
@@ -88,7 +93,7 @@ def test_the_newest_the_fourth_and_the_best_are_kept(finished):
   }
   best = min(losses, key=losses.get)
   assert set(checkpoint.Checkpoints.steps(finished / "checkpoints")) == {4, 6, 8, 10, best}
-  checkpoints = model.open_checkpoints(config_of(), finished)
+  checkpoints = model.open_checkpoints(experiment_of(config_of()), finished)
   assert checkpoints.best_step() == best
   checkpoints.close()
 
@@ -110,8 +115,9 @@ def test_averages_raw_weights_and_any_length_are_sampled(copy):
 
 def test_samples_are_named_by_their_evaluations_not_by_their_steps(copy):
   config = config_of()
-  config.sampling.update({"sampler": "heun", "num_steps": 3})
-  runs.run_sample(config, copy, num_samples=4, seed=5, choice=runs.Choice())
+  config.sampler = spec("sampling.heun")
+  config.sampling.num_steps = 3
+  runs.run_sample(experiment_of(config), copy, num_samples=4, seed=5, choice=runs.Choice())
   assert {path.name for path in (copy / "samples").glob("heun*")} == {"heun_nfe5_seed5.npz", "heun_nfe5_seed5.png"}
 
 
@@ -129,15 +135,15 @@ def test_a_length_without_snapshots_is_an_error(copy):
 
 def test_resume_must_and_never(copy, tmp_path):
   with pytest.raises(ValueError, match="--resume=must.*holds no checkpoint"):
-    runs.run_train(config_of(), tmp_path / "none", resume="must")
+    train(config_of(), tmp_path / "none", resume="must")
   assert not (tmp_path / "none").exists()
   with pytest.raises(ValueError, match="--resume=never.*holds a run"):
-    runs.run_train(config_of(), copy, resume="never")
+    train(config_of(), copy, resume="never")
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
   with workdir.locked(tmp_path), pytest.raises(ValueError, match=r"in which process \d+ on .* trains"):
-    runs.run_train(config_of(), tmp_path)
+    train(config_of(), tmp_path)
   assert not (tmp_path / "config.json").exists()
 
 
@@ -158,7 +164,7 @@ def assert_same_ends(folder, other):
 def test_a_damaged_checkpoint_is_passed_over_aloud(finished, copy, unscored, capsys):
   (copy / "checkpoints" / "10" / "meta" / "metadata").write_text('{"content": {}}')
   (copy / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
-  runs.run_train(config_of(), copy)
+  train(config_of(), copy)
   output = capsys.readouterr()
   assert "resuming from the checkpoint of step 8" in output.out
   half = f"half-written checkpoint was deleted: {copy / 'checkpoints' / '11.orbax-checkpoint-tmp'}"
@@ -172,7 +178,7 @@ def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(copy):
   remove_checkpoints(copy, *steps_of(copy) - {10})
   (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
   with pytest.raises(ValueError, match="each is damaged"):
-    runs.run_train(config_of(), copy)
+    train(config_of(), copy)
   assert steps_of(copy) == {10}
 
 
@@ -180,7 +186,7 @@ def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path)
   config = config_of(steps=40, max_skipped=3)
   config.optimizer.update({"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0, "name": "sgd"})
   with pytest.raises(FloatingPointError, match="3 steps in a row"):
-    runs.run_train(config, tmp_path)
+    train(config, tmp_path)
   for leaf in jax.tree.leaves(saved_items(tmp_path)):
     assert np.all(np.isfinite(leaf))
 
@@ -190,8 +196,8 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
     with pytest.raises(OSError, match=r"step 6 into .*Make room.*up to step 4 stands"):
-      runs.run_train(config_of(steps=6), copy)
-  runs.run_train(config_of(), copy)
+      train(config_of(steps=6), copy)
+  train(config_of(), copy)
   assert_same_ends(copy, finished)
 
 
@@ -205,7 +211,7 @@ def test_samples_on_a_full_disk_are_an_error_that_names_them(finished, monkeypat
   with pytest.raises(
     files.WriteError, match=r"Cannot write .*samples/ddim_nfe4_seed\d\.npz: No space left .* Make room"
   ):
-    runs.run_sample(config_of(), finished, num_samples=2, seed=7, choice=runs.Choice())
+    runs.run_sample(experiment_of(config_of()), finished, num_samples=2, seed=7, choice=runs.Choice())
   assert sorted(finished.rglob("*")) == before
 
 
@@ -215,17 +221,17 @@ def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys
   np.random.default_rng(0).shuffle(labels)
   np.savez(tmp_path / "data.npz", images=np.zeros((500, 8, 8, 1), np.uint8), labels=labels)
   config = config_of()
-  config.data.update({"source": "arrays", "path": str(tmp_path / "data.npz")})
-  config.network.num_classes = 4
+  config.data.source = spec("data.arrays", path=str(tmp_path / "data.npz"))
+  config.model.conditions.classes = spec("conditions.classes", number=4)
   write_run(config, tmp_path / "run")
-  runs.run_train(config, tmp_path / "run")
+  train(config, tmp_path / "run")
   counts = json.loads((tmp_path / "run" / "labels.json").read_text())["counts"]
   output = capsys.readouterr()
   assert f"4 classes, 0 to {max(counts)} images each" in output.out
   assert "1 of 4 classes have no image to learn from: 2" in output.err
   assert sum(counts) == 400
   with np.load(tmp_path / "run" / "samples" / "final.npz") as file:
-    drawn = np.bincount(file["labels"], minlength=4)
+    drawn = np.bincount(file["classes"], minlength=4)
   assert np.all(np.abs(drawn - np.array(counts) / 10) < 1)
   assert drawn[2] == 0
 
@@ -233,7 +239,7 @@ def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys
 def test_a_trace_of_a_few_steps(tmp_path, unscored):
   config = config_of(steps=14, checkpoint_every=14)
   config.ema.snapshot_every = 0
-  runs.run_train(config, tmp_path, profile=2)
+  train(config, tmp_path, profile=2)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -275,13 +281,12 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
   config = config_of()
   config.training.wandb = "digits"
   with pytest.raises(ValueError, match=r"pip install 'ddpm_jax\[wandb\]'"):
-    runs.run_train(config, tmp_path / "a")
+    train(config, tmp_path / "a")
   assert not (tmp_path / "a").exists()
 
 
 def test_items_are_the_state_taken_apart():
-  config = config_of()
-  _, template = model.make_state(config, build.build_optimizer(config), parallel.make_mesh())
+  _, template = model.make_state(experiment_of(config_of()), parallel.make_mesh())
   items = model.items_of(template)
   assert set(items) == {"params", "ema", "training"}
   assert jax.tree.structure(model.state_of(items)) == jax.tree.structure(template)
