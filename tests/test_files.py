@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import data, files, images, metrics, pretrained, records, report, sealed
+from ddpm_jax import data, files, images, interop, metrics, records, report, sealed
 from ddpm_jax.rows import Rows
 from tests import reports
 from tests.parameters import random_params
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config
 
 RANDOM = np.random.default_rng(0)
 NOISE = RANDOM.integers(0, 256, (16, 16, 16, 3), np.uint8)
@@ -37,7 +37,7 @@ def save_statistics(path):
 
 def export(path):
   config = tiny_config()
-  pretrained.export(config, path / "model", random_params(config), step=1, weights="raw", evaluated=None)
+  interop.diffusers.save(path / "model", experiment_of(config).model, random_params(config))
 
 
 def pack(path):
