@@ -16,6 +16,7 @@ __all__ = [
   "images",
   "interop",
   "likelihood",
+  "load",
   "losses",
   "metrics",
   "models",
@@ -36,6 +37,12 @@ __all__ = [
 
 def __getattr__(name: str):
   # On first use: research code that samples needs neither Flax nor grain, and the command line speaks before it imports.
+  if name == "load":
+    return importlib.import_module(f"{__name__}.runs.loading").load
   if name in __all__:
     return importlib.import_module(f"{__name__}.{name}")
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public modules are {', '.join(__all__)}")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+  return [*__all__, "__version__"]

@@ -99,6 +99,11 @@ def start_folder(workdir: Path) -> Path:
   return workdir / "start"
 
 
+def frozen_path(workdir: Path) -> Path:
+  """Return the file that says which frozen parameters a run is trained with."""
+  return workdir / "frozen.json"
+
+
 def damaged_folder(workdir: Path) -> Path:
   """Return the folder to which a run moves what it finds damaged."""
   return workdir / "damaged"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ddpm_jax import data, files, images, parallel, workdir
 from ddpm_jax.config import Experiment
 from ddpm_jax.models.guided import NEGATIVE, Guides, Parameters, is_neutral
-from ddpm_jax.runs import limits, programs
+from ddpm_jax.runs import frozen, limits, programs
 from ddpm_jax.runs.model import Choice, load_weights, patience, say
 from ddpm_jax.runs.starts import Pretrained
 from ddpm_jax.runs.steering import Steering, asked, in_proportion, other, steer
@@ -108,12 +108,13 @@ def load_parameters(
   experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: Pretrained | None
 ) -> Parameters:
   """Read the parameters of a run, or take those of a pretrained model in its place; and the frozen ones."""
-  frozen = experiment.model.load_frozen()
+  fixed = experiment.model.load_frozen()
   if model is None:
-    return Parameters(load_weights(experiment, folder, mesh, choice).params, frozen)
+    frozen.check_same(folder, fixed)
+    return Parameters(load_weights(experiment, folder, mesh, choice).params, fixed)
   size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
   say(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
-  return Parameters(model.params, frozen)
+  return Parameters(model.params, fixed)
 
 
 class Stage(NamedTuple):
@@ -228,7 +229,7 @@ def inputs_of(experiment: Experiment, count: int, source: data.Source, counts: n
     inputs = asked(experiment.model, {}, count)
     return inputs | ({"classes": in_proportion(counts, count)} if counts is not None and "classes" in inputs else {})
   real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-  batch = real | {"image": images.from_uint8(real["image"])}
+  batch = real | {"image": images.as_floats(real["image"])}
   return {
     name: np.asarray(batch[name] if one.of_data is None or name in batch else one.of_data(batch))
     for name, one in conditions.items()

@@ -158,15 +158,18 @@ def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
   return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
 
 
-def load_weights(experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice) -> Weights:
+def load_weights(
+  experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, *, quiet: bool = False
+) -> Weights:
   """The chosen parameters of a run, whole on every device, without what only training needs.
 
   Raises:
     ValueError: if there are none such, or the choice contradicts itself.
   """
-  frozen = stepping.frozen_shapes(experiment, mesh) if experiment.objective.load else None
-  _, template = make_state(experiment, mesh, frozen)
-  items = items_of(parallel.abstract(template, parallel.replicated(mesh)))
+  # Of all that training carries on with these alone: what the objective had need not be there.
+  shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
+  _, averages = ema.split(jax.eval_shape(stepping.averages(experiment).init, shapes))
+  items = parallel.abstract({"params": shapes, "ema": averages}, parallel.replicated(mesh))
   if choice.length is not None:
     if not choice.averaged:
       raise ValueError(f"Got --ema=false with --ema_length={choice.length}; wanted one of them.")
@@ -179,7 +182,8 @@ def load_weights(experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, 
     checkpoints.close()
   for problem in restored.damaged:
     warn(f"a damaged checkpoint was passed over: {problem}")
-  say(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
+  if not quiet:
+    say(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
   params = restored.items[name]
   return Weights(params[0] if choice.averaged else params, restored.step, str(choice))
 

@@ -6,7 +6,7 @@ import jax
 
 from ddpm_jax import parallel, plan, startup, topology, train
 from ddpm_jax.config import Experiment
-from ddpm_jax.runs import model, scoring, stepping
+from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
 def run_plan(experiment: Experiment, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
@@ -29,12 +29,12 @@ def run_plan(experiment: Experiment, *, topology_name: str | None, num_devices: 
   else:
     startup.start_devices()
     devices = jax.devices()
-  mesh, shapes, batch, frozen = _layout(experiment, devices)
-  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, frozen)
+  mesh, shapes, batch, fixed = _layout(experiment, devices)
+  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, fixed)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
   model.say(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
   with model.patience("compiling the train step"):
-    traced = step.trace(shapes, batch, *(() if frozen is None else (frozen,)))
+    traced = step.trace(shapes, batch, *(() if fixed is None else (fixed,)))
     compiled = plan.compile_step(traced, devices)
   found = plan.make_plan(
     traced,
@@ -55,6 +55,6 @@ def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Me
   mesh = parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
   parallel.check_batch(c.batch_size, mesh.size)
   train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
-  frozen = stepping.frozen_shapes(experiment, mesh)
-  _, shapes = model.make_state(experiment, mesh, frozen)
-  return mesh, shapes, stepping.batch_shapes(experiment, c.batch_size), frozen
+  fixed = frozen.shapes(experiment, mesh)
+  _, shapes = model.make_state(experiment, mesh, fixed)
+  return mesh, shapes, stepping.batch_shapes(experiment, c.batch_size), fixed

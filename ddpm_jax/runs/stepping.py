@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax import costs, ema, losses, networks, optim, parallel, train
+from ddpm_jax import costs, data, ema, losses, networks, optim, parallel, train
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import Model
 from ddpm_jax.names import choose
@@ -48,7 +48,7 @@ def optimizer(experiment: Experiment) -> optax.GradientTransformation:
     name=c.name,
     arguments=arguments,
     clip_norm=c.clip_norm or None,
-    averages=_averages(experiment),
+    averages=averages(experiment),
     trainable=networks.trainable,
     extra=extra,
   )
@@ -73,25 +73,8 @@ def _abstract_frozen(experiment: Experiment) -> dict[str, PyTree]:
   return {} if load is None else {"objective": jax.eval_shape(load)}
 
 
-def load_frozen(experiment: Experiment) -> dict[str, PyTree]:
-  """Read all frozen parameters from where they came from: those of the codec, of the conditions and of the objective."""
-  frozen = experiment.model.load_frozen()
-  return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
-
-
-def frozen_shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
-  """Return the shapes and the layout of all frozen parameters; None if there are none."""
-  shapes = jax.eval_shape(partial(load_frozen, experiment))
-  return parallel.abstract(shapes, parallel.state_shardings(mesh, shapes)) if jax.tree.leaves(shapes) else None
-
-
-def put_frozen(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
-  """Read all frozen parameters and lay them out on the devices; None if there are none."""
-  frozen = load_frozen(experiment)
-  return jax.device_put(frozen, parallel.state_shardings(mesh, frozen)) if jax.tree.leaves(frozen) else None
-
-
-def _averages(experiment: Experiment) -> optax.GradientTransformation:
+def averages(experiment: Experiment) -> optax.GradientTransformation:
+  """Return the averages of the parameters, as a part of the optimizer chain."""
   c = experiment.ema
   if c.snapshot_every and c.kind != "power":
     raise ValueError(
@@ -171,12 +154,10 @@ def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch
   """Return the shapes of a training batch of `size` samples: as a data source gives them or, without one, of images and what conditions read."""
   shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.shape), jnp.float32)}
   if source is not None:
-    found = source[0]
-    for name, value in found.items():
-      if name != "image":
-        leaf = jnp.asarray(value)
-        shapes[name] = jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype)
-    return shapes
+    return {
+      name: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), jnp.float32 if name == "image" else leaf.dtype)
+      for name, leaf in data.read(source, [0]).items()
+    }
   shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
   for name, condition in experiment.model.conditions.items():
     if condition.of_data is None:

@@ -27,7 +27,7 @@ from ddpm_jax import (
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.names import choose
-from ddpm_jax.runs import drawing, limits, model, reading, scoring, starts, stepping, watching
+from ddpm_jax.runs import drawing, frozen, limits, model, reading, scoring, starts, stepping, watching
 from ddpm_jax.runs.model import say
 
 PyTree = Any
@@ -77,11 +77,13 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
   source, held_out = reading.read_data(experiment)
   preview = task.preview(experiment, mesh, held_out or source)
   judge = task.judge(experiment, folder, mesh, source, held_out)
-  frozen = stepping.put_frozen(experiment, mesh)
-  init, template = model.make_state(experiment, mesh, frozen, None if start_from is None else start_from.params)
+  fixed = frozen.put(experiment, mesh)
+  if resuming:
+    frozen.check_same(folder, fixed)
+  init, template = model.make_state(experiment, mesh, fixed, None if start_from is None else start_from.params)
   _check_memory(template, devices)
   batch = stepping.batch_shapes(experiment, c.batch_size, source)
-  _check_best(experiment, judge, step, template, batch, frozen)
+  _check_best(experiment, judge, step, template, batch, fixed)
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
   with contextlib.ExitStack() as stack:
@@ -101,7 +103,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     say(f"{num_params:,} parameters on {_describe(mesh)}")
     if experiment.init_from:
       say(f"network, process and prediction from {experiment.init_from}")
-    run = _Run(experiment, folder, mesh, template, judge, frozen, stack)
+    run = _Run(experiment, folder, mesh, template, judge, fixed, stack)
     state = run.begin(init, source, resuming)
     if int(state.step) < c.steps:
       state = run.train(state, step, preview, profile, batch)
@@ -129,13 +131,13 @@ def _check_memory(template: train.TrainState, devices: list[Any]) -> None:
 
 
 def _check_best(
-  experiment: Experiment, judge: Any, step: Any, template: train.TrainState, batch: Any, frozen: Any
+  experiment: Experiment, judge: Any, step: Any, template: train.TrainState, batch: Any, fixed: Any
 ) -> None:
   """Raise a ValueError if no checkpoint will have the metric by which the best are kept."""
   c, every = experiment.training, experiment.evaluation.every
   if not c.best_metric.startswith("eval/"):
     if c.best_metric != "loss":  # which every step has
-      _, metrics = jax.eval_shape(step, template, batch, frozen)
+      _, metrics = jax.eval_shape(step, template, batch, fixed)
       known = [name for name in metrics if not name.startswith("skipped")]
       choose(c.best_metric, known, "config.training.best_metric")
     return
@@ -192,11 +194,11 @@ class _Run:
     mesh: jax.sharding.Mesh,
     template: train.TrainState,
     judge: Any,
-    frozen: Any,
+    fixed: Any,
     stack: contextlib.ExitStack,
   ):
     self.experiment, self.folder, self.mesh, self.template, self._stack = experiment, folder, mesh, template, stack
-    self._judge, self._frozen = judge, frozen
+    self._judge, self._frozen = judge, fixed
     self.checkpoints = model.open_checkpoints(experiment, folder)
     self.damaged: list[str] = []
 
@@ -228,6 +230,8 @@ class _Run:
     # Only now: what may have changed in the config holds from here on.
     if parallel.is_main():
       config.write(self.folder, starts.keep(self.experiment.tree, self.folder))
+    if not resuming:
+      frozen.write(self.folder, self._frozen)
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> list[str]:

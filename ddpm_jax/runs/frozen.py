@@ -1,0 +1,59 @@
+"""Frozen parameters of an experiment: read from where they came from, never written into a checkpoint, and known by a digest."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ddpm_jax import digests, parallel, sealed, workdir
+from ddpm_jax.config import Experiment
+
+PyTree = Any
+
+
+def load(experiment: Experiment) -> dict[str, PyTree]:
+  """Read all frozen parameters: those of the codec and the conditions, and of the objective under "objective"."""
+  frozen = experiment.model.load_frozen()
+  return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
+
+
+def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
+  """Return the shapes and the layout of all frozen parameters; None if there are none."""
+  found = jax.eval_shape(partial(load, experiment))
+  return parallel.abstract(found, parallel.state_shardings(mesh, found)) if jax.tree.leaves(found) else None
+
+
+def put(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
+  """Read all frozen parameters and lay them out on the devices; None if there are none."""
+  found = load(experiment)
+  return jax.device_put(found, parallel.state_shardings(mesh, found)) if jax.tree.leaves(found) else None
+
+
+def digests_of(frozen: PyTree | None) -> dict[str, list[str]]:
+  """Return the digest of each array by the name of its part, such as "codec"."""
+  return {name: digests.of(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
+
+
+def check_same(folder: Path, frozen: PyTree | None) -> None:
+  """Raise a ValueError unless frozen parameters are those that the run in a folder was trained with, as far as it was."""
+  path = workdir.frozen_path(folder)
+  if not path.exists():
+    return
+  try:
+    before = sealed.read_json(path)
+  except sealed.DamagedError as error:
+    raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or start a new run.") from error
+  for name, found in digests_of(frozen).items():
+    if name in before and before[name] != found:
+      raise ValueError(
+        f"Got frozen parameters ({name}) other than those that the run in {folder} was trained with; expected the same. Restore what"
+        " they are read from, or start a new run in another --workdir."
+      )
+
+
+def write(folder: Path, frozen: PyTree | None) -> None:
+  """Write down which frozen parameters a run is trained with."""
+  found = digests_of(frozen)
+  if found and parallel.is_main():
+    sealed.write_json(workdir.frozen_path(folder), found)

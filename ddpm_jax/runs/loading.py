@@ -1,0 +1,71 @@
+"""Models in one line of Python: from a run's folder, a folder of diffusers or a name on the hub."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ddpm_jax import config, interop, parallel, sampling, workdir
+from ddpm_jax.models import Defaults, Model
+from ddpm_jax.places import user_path
+from ddpm_jax.runs import frozen, model
+
+PyTree = Any
+
+
+class Loaded(NamedTuple):
+  """A model with all that it needs.
+
+  Attributes:
+    model: the model, with the run's sampler, steps and clipping as its defaults.
+    params: its parameters.
+    frozen: its frozen parameters, by who reads them; an empty dict for none.
+  """
+
+  model: Model
+  params: PyTree
+  frozen: dict[str, PyTree]
+
+
+def load(path: str | Path, *, averaged: bool = True, step: int | str | None = None) -> Loaded:
+  """Load a model for `sampling.sample(key, sampler, model.denoise(params, given), x, times)`.
+
+  Args:
+    path: a run's folder, a folder of diffusers, or a name on the Hugging Face hub such as "google/ddpm-cifar10-32".
+    averaged: whether to take a run's averaged parameters (EMA), or the raw ones.
+    step: of a run's checkpoint; "best" for the best one; None for the newest.
+
+  Returns:
+    `(model, params, frozen)`.
+
+  Raises:
+    ValueError: if there is no such model, or it cannot be read.
+  """
+  folder = user_path(path)
+  if not workdir.config_path(folder).exists() or not workdir.checkpoint_steps(folder):
+    if not averaged or step is not None:
+      raise ValueError(f"Got averaged={averaged} and step={step} for {path}, which holds no run; leave them out.")
+    found, params = interop.diffusers.load(path)
+    return Loaded(found, params, found.load_frozen())
+  experiment = model.trained(config.of_run(folder), folder)
+  fixed = experiment.model.load_frozen()
+  frozen.check_same(folder, fixed)
+  choice = model.Choice(averaged, step="" if step is None else str(step))
+  weights = model.load_weights(experiment, folder, parallel.make_mesh(devices=jax.devices()[:1]), choice, quiet=True)
+  defaults = Defaults(
+    name=experiment.sampler_name,
+    sampler=experiment.sampler,
+    times=functools.partial(_times, experiment),
+    steps=experiment.sampling.num_steps,
+    clip=experiment.sampling.clip,
+  )
+  return Loaded(experiment.model._replace(defaults=defaults), weights.params, fixed)
+
+
+def _times(experiment: config.Experiment, num_steps: int) -> Any:
+  if experiment.sampling.grid is not None:
+    return experiment.sampling.grid(num_steps=num_steps)
+  if experiment.tree.values["sampler"] is None:
+    return experiment.model.times(num_steps)
+  return sampling.grids.suitable(experiment.sampler, experiment.model.process, num_steps)
