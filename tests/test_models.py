@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import guidance, models, predictions, processes, sampling, schedules
+from ddpm_jax import data, guidance, models, predictions, processes, sampling, schedules
 from ddpm_jax.models import Codec, Condition, Defaults, Model, Network, codecs, conditions
 
 PROCESS = processes.discrete(schedules.linear(20))
@@ -108,13 +108,22 @@ def test_classes_without_dropout_have_no_class_for_none():
   assert plain.null is None
   np.testing.assert_array_equal(plain.default(7), [0, 1, 2, 0, 1, 2, 0])
   assert plain.parse(" 2 ") == 2
-  plain.check(np.array([0, 2]))
+  source = data.ArraySource(np.zeros((2, 1, 1, 1), np.uint8), np.array([0, 2]))
+  plain.check(source, np.array([0, 2]))
   for text in ("3", "-1", "1.5", "a", "²", "9" * 5000, ""):
     with pytest.raises(ValueError, match="expected integers from 0 to 2"):
       plain.parse(text)
-  for values in ([3], [-1]):
-    with pytest.raises(ValueError, match="expected classes from 0 to 2"):
-      plain.check(np.array(values))
+  with pytest.raises(ValueError, match="from 0 to 2"):
+    plain.check(source, np.array([3]))
+
+
+def test_a_hidden_image_is_zeros():
+  sketch = conditions.image("sketch", (2, 2, 1), dropout=0.5)
+  batch = {"sketch": np.random.default_rng(0).standard_normal((100, 2, 2, 1)).astype(np.float32)}
+  given = np.asarray(conditions.encode({"sketch": sketch}, {}, keys(100), batch, train=True)["sketch"])
+  hidden = np.all(given == 0, (1, 2, 3))
+  assert 25 < hidden.sum() < 75
+  np.testing.assert_array_equal(given[~hidden], batch["sketch"][~hidden])
 
 
 def test_vectors_and_levels_are_read_from_text():

@@ -177,6 +177,19 @@ def test_networks_run_on_several_devices(name):
   )
 
 
+class Boxed(nn.Module):
+  @nn.compact
+  def __call__(self, x, time):
+    return x * self.param("scale", nn.with_partitioning(nn.initializers.ones, ("model",)), (1,))[0]
+
+
+def test_names_of_axes_are_no_part_of_the_parameters():
+  network, x = networks.of(Boxed, {}, {}), jnp.ones((1, 2, 2, 1))
+  params = network.init(jax.random.key(0), x, jnp.ones(1), {})
+  assert isinstance(params["scale"], jax.Array)
+  np.testing.assert_array_equal(network.apply({"scale": 3 * params["scale"]}, x, jnp.ones(1), {}), 3 * x)
+
+
 class LinenDropout(nn.Module):
   @nn.compact
   def __call__(self, x, time, *, train=False):
@@ -347,6 +360,8 @@ def test_a_function_or_a_network_is_one_too():
   network = Network(lambda key, x, time, given: {}, lambda params, x, time, given, **_: x)
   assert networks.of(network, {}, {}) is network
   assert networks.of(lambda scale: network, {"scale": 2}, {}) is network
+  module = Linen(WIDTH)
+  assert networks.of(module, {}, CONDITIONS).module is module
 
 
 @pytest.mark.parametrize(
@@ -359,6 +374,9 @@ def test_a_function_or_a_network_is_one_too():
     (dict, {}, "which gave a dict as a network"),
     ("unet", {}, "Got 'unet' as a network; expected a class of flax.linen.Module"),
     (Network(None, None), {"width": 8}, "a Network with the arguments width"),
+    (Linen(8), {"width": 8}, "a Linen with the arguments width"),
+    (EquinoxDropout(), {}, "Got a EquinoxDropout as a network; expected a class"),
+    (NnxDropout(rngs=nnx.Rngs(0)), {}, "Got a NnxDropout as a network; expected a class"),
   ],
 )
 def test_what_is_no_network_is_an_error(component, arguments, message):

@@ -55,18 +55,21 @@ def of(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Co
 
   Args:
     component: a class of `flax.linen.Module` (see `of_linen`), `flax.nnx.Module` (`of_nnx`) or `equinox.Module` (`of_equinox`), a function
-      that returns a `Network`, or a `Network`, which takes no arguments.
+      that returns a `Network`; or a `Network` or a Linen module, which are made already and take no arguments.
     arguments: of the class or the function, by name.
     conditions: of the model, by name.
 
   Raises:
     ValueError: if the component is none of these, or has no parameter of an argument's name.
   """
-  if isinstance(component, Network):
+  linen = _is_class(type(component), "flax.linen")
+  if isinstance(component, Network) or linen:
     if arguments:
-      raise ValueError(f"Got a Network with the arguments {', '.join(arguments)}; expected none: it is made already.")
-    return component
-  if not callable(component):
+      kind = type(component).__name__
+      raise ValueError(f"Got a {kind} with the arguments {', '.join(arguments)}; expected none: it is made already.")
+    return of_linen(component, conditions) if linen else component
+  # Modules of the other libraries hold parameters, and each init makes new ones.
+  if not callable(component) or _is_class(type(component), "flax.nnx") or _is_class(type(component), "equinox"):
     raise _unknown(component)
   _check_arguments(component, arguments)
   if _is_class(component, "flax.linen"):
