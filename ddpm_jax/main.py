@@ -278,14 +278,14 @@ def _variant(variant: tuple[str | None, int | None]) -> dict[str, Any]:
 
 def _with_flags(tree: Any, mode: str, variant: tuple[str | None, int | None], folder: Path) -> Any:
   """Return a config with the values of flags that stand for keys."""
-  from ddpm_jax import config
+  from ddpm_jax import config, runs
 
   changes = _variant(variant)
   if _INCEPTION_WEIGHTS.value is not None:
     changes["evaluation__inception_weights"] = _INCEPTION_WEIGHTS.value
   if mode == "eval":
     if _GUIDANCE_SCALE.value is not None:
-      changes["guidance__scale"] = _GUIDANCE_SCALE.value
+      changes[runs.steering.scale_key(tree)] = _GUIDANCE_SCALE.value
     if _NUM_SAMPLES.value is not None:
       changes["evaluation__num_samples"] = _NUM_SAMPLES.value
   if mode == "edit":
@@ -295,9 +295,15 @@ def _with_flags(tree: Any, mode: str, variant: tuple[str | None, int | None], fo
       if _TASK.value != "img2img":
         raise ValueError(f"Got --strength for the task {_TASK.value!r}; wanted it with --task=img2img only.")
       changes["editing__strength"] = _STRENGTH.value
-  for flag, key in (("sampler", "sampler"), ("num_steps", "sampling.num_steps"), ("method", "editing.method")):
-    if key.replace(".", "__") in changes and key in _KEYS:
-      raise ValueError(f"Got --{flag} beside --config.{key}; expected one of them.")
+  for flag, key in (
+    (_SAMPLER, "sampler"),
+    (_NUM_STEPS, "sampling.num_steps"),
+    (_METHOD, "editing.method"),
+    (_GUIDANCE_SCALE, "guidance.scale"),
+  ):
+    beside = [name for name in _KEYS if name == key or name.startswith(f"{key}.")]
+    if flag.value is not None and beside:
+      raise ValueError(f"Got --{flag.name} beside --config.{beside[0]}; expected one of them.")
   for key, value in changes.items():
     tree = config.changed(tree, key.replace("__", "."), value)
   return tree

@@ -142,6 +142,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     times = model.times(steps)
   else:
     times = sampling.grids.suitable(sampler, model.process, steps)
+  _check_clip(tree, sampling_section)
   outside = 0.0 if short_name(tree, "guidance") == "classifier" else 1.0
   sections = {
     name: maker.section(kind, values[name], name, {Process: model.process})
@@ -178,10 +179,17 @@ def _sampler(maker: "_Maker", node: Any, model: Model) -> Sampler:
   return model.defaults.sampler
 
 
+def _check_clip(tree: Tree, sampling_section: Sampling) -> None:
+  """Let what clips estimates check its own arguments, which it has before there is a denoiser."""
+  if sampling_section.clip is not None:
+    with components.naming("config.sampling.clip", tree.values["sampling"]["clip"][KEY]):
+      sampling_section.clip(denoise=lambda x_t, t: x_t)
+
+
 def source_of(experiment: Experiment) -> Callable[[Any], Any]:
   """Return `source(fit) -> data.Splits`, which reads the data of an experiment."""
   maker, node = _Maker(experiment.tree.folder), experiment.tree.values["data"]["source"]
-  return lambda fit: maker.component(node, "data.source", {type(fit): fit})
+  return lambda fit: maker.component(node, "data.source", {type(fit): fit, "fit": fit})
 
 
 def source_parts(experiment: Experiment) -> tuple[Callable, dict[str, Any]]:

@@ -17,7 +17,7 @@ from ddpm_jax.config.components import Parameter, Slot
 MODEL, RUN, SAMPLING, FREE, SPEED, PLACE = "model", "run", "sampling", "free", "speed", "place"
 
 # What messages name, and what a component serves as.
-_SOURCE = Slot((data.Splits,), ("data",), (data.Fit,), example="folder(path='/images')")
+_SOURCE = Slot((data.Splits,), ("data",), (data.Fit, "fit"), example="folder(path='/images')")
 _PROCESS = Slot((processes.Process,), ("processes",), example="discrete(betas=cosine())")
 _PREDICTION = Slot((predictions.Prediction,), ("predictions",), (processes.Process,), example="V")
 _CODEC = Slot((models.Codec,), ("codecs",), ("data_shape",), example="pixels")
@@ -41,7 +41,7 @@ _CLIP = Slot((predictions.Denoise,), ("guidance",), ("denoise",), later=True, ex
 _GUIDANCE = Slot(
   (predictions.Denoise,),
   ("guidance",),
-  ("conditional", "condition", "negative", "denoise", "weak", "log_prob", processes.Process),
+  ("conditional", "condition", "negative", "denoise", "weak", "log_prob", "outside", processes.Process),
   later=True,
   example="classifier_free(scale=3)",
 )

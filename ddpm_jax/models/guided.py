@@ -118,6 +118,8 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = Gu
   for flag, name, other in (("classifier", "log_prob", guides.classifier), ("weak", "weak", guides.weak)):
     if name in names and other is None:
       raise ValueError(f"Got config.guidance={_name(rule)} without --{flag}; expected --{flag}=<run folder> beside it.")
+    if name not in names and other is not None:
+      raise ValueError(f"Got --{flag} with config.guidance={_name(rule)}, which does not take {name}; expected a rule that does.")
   if guides.weak is not None and _options(rule).get("scale") == 1:
     raise ValueError("Got --weak with a guidance scale of 1, which does not guide; expected --guidance_scale=2 or so.")
   if negative and (not guided or "negative" not in names):
@@ -223,11 +225,12 @@ def _check_same_noise(flag: str, model: Model, other: Model, *, label: bool = Tr
       same = same and np.allclose(first, second, rtol=1e-3, atol=1e-4)
   if not same:
     raise ValueError(
-      f"Got {flag}, a model trained on another process ({_process(b)}) than this one ({_process(a)}); expected the same noise at every"
+      f"Got {flag}, a model trained on another process ({_process(b)}), for one trained on {_process(a)}; expected the same noise at every"
       " time. Train one with the same config.model.process."
     )
 
 
 def _process(process: Any) -> str:
   steps = f", {process.num_steps} steps" if process.num_steps else ""
-  return f"log-SNR {float(process.log_snr(jnp.asarray(process.t_max))):.3g} at the end{steps}"
+  half, end = (float(process.log_snr(jnp.asarray(share * process.t_max))) for share in (0.5, 1))
+  return f"log-SNR {half:.3g} halfway and {end:.3g} at the end{steps}"

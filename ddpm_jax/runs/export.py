@@ -27,7 +27,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
       experiment.model,
       weights.params,
       clip=getattr(clip, "keywords", {}).get("high"),
-      variance=experiment.tree.values["sampler"].get("variance", "large"),
+      variance=(experiment.tree.values["sampler"] or {}).get("variance", "large"),
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,
       scores={key: found[key] for key in _SCORES} if found and "scores" in found else None,
     )

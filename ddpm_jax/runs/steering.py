@@ -111,7 +111,13 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
     node = {"component": f"guidance.{wanted}"}
     own = experiment.tree.values["guidance"].get("scale", 1.0)
     experiment = experiment.changed(guidance=node | {"scale": own})
-  return experiment if scale is None else experiment.changed(guidance__scale=float(scale))
+  return experiment if scale is None else experiment.changed(**{scale_key(experiment.tree): float(scale)})
+
+
+def scale_key(tree: config.Tree) -> str:
+  """Return the key of the scale of guidance, with __ for each dot: that of its rule, or that of an interval in which it holds."""
+  scale = tree.values["guidance"].get("scale")
+  return "guidance__scale__scale" if isinstance(scale, Mapping) and "scale" in scale else "guidance__scale"
 
 
 def asked(
