@@ -32,6 +32,17 @@ def tiny_config() -> ConfigDict:
   return config
 
 
+def set_keys(config: ConfigDict, **keys) -> ConfigDict:
+  """Set keys of a config, `sampling__num_steps=3` for sampling.num_steps, and return it; components and sections are replaced."""
+  for name, value in keys.items():
+    *path, last = name.split("__")
+    section = config
+    for one in path:
+      section = section[one]
+    section[last] = value
+  return config
+
+
 def tree_of(config: ConfigDict) -> configs.Tree:
   """Return the whole tree of a config, as the command line makes it."""
   return configs.of_config(config)
