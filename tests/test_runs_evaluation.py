@@ -9,20 +9,28 @@ import numpy as np
 import pytest
 
 from ddpm_jax import data, metrics, parallel, runs
-from ddpm_jax.runs import bits, drawing
+from ddpm_jax.config import spec
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.runs import bits, drawing, model
 from tests import commands
 from tests.parameters import one_device, write_run
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module")
+
+STEPS = 20
 
 
 def config_of(**evaluation):
   config = tiny_config()
-  config.process.num_steps = 20
+  config.model.process.betas.num_steps = STEPS
   config.training.update({"steps": 4, "checkpoint_every": 4, "sample_every": 100, "log_every": 2})
   config.evaluation.update({"batch_size": 5} | evaluation)
   return config
+
+
+def train(config, folder):
+  runs.run_train(tree_of(config), folder)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,7 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
     write_run(config_of(), folder)
-    runs.run_train(config_of(report=True), folder)
+    train(config_of(report=True), folder)
   return folder
 
 
@@ -65,7 +73,7 @@ def without_times(folder):
 
 
 def score(config, folder, seed=0, **options):
-  runs.run_eval(config, folder, seed=seed, choice=runs.Choice(), **options)
+  runs.run_eval(experiment_of(config), folder, seed=seed, choice=runs.Choice(), **options)
 
 
 def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
@@ -96,7 +104,7 @@ def test_samples_of_other_weights_or_settings_are_not_taken(on_one_device, copy,
   drawn = []
   in_batches = drawing.in_batches
   monkeypatch.setattr(
-    drawing, "in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampling.sampler)) or in_batches(*a, **k)
+    drawing, "in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampler_name)) or in_batches(*a, **k)
   )
   first = without_times(copy)
   score(config_of(), copy)
@@ -115,12 +123,14 @@ def test_a_garbled_log_keeps_no_run_from_its_report_nor_from_going_on(on_one_dev
   assert "Loss" in (copy / "report.html").read_text()
   config = config_of()
   config.training.steps = 6
-  runs.run_train(config, copy)
+  train(config, copy)
   assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [2, 6]
 
 
 def test_several_samplers_and_steps_give_a_curve(on_one_device, copy):
-  variants = [runs.Variant("heun", 2), runs.Variant("ddim", 2), runs.Variant("ddim", 4)]
+  experiment = experiment_of(config_of())
+  named = (("heun", 2), ("ddim", 2), ("ddim", 4))
+  variants = [experiment.changed(sampler=sampler, sampling__num_steps=steps) for sampler, steps in named]
   score(config_of(), copy, variants=variants)
   report = report_of(copy)
   assert [(row["sampler"], row["num_steps"], row["nfe"]) for row in report["curve"]] == [
@@ -163,7 +173,7 @@ def test_statistics_of_a_file_stand_for_their_images(on_one_device, copy, tmp_pa
   config = config_of(scores=("frechet",), reference="held_out")
   score(config, copy)
   direct = report_of(copy)["scores"]
-  runs.run_statistics(config, tmp_path / "held_out.npz")
+  runs.run_statistics(experiment_of(config), tmp_path / "held_out.npz")
   config.evaluation.reference = str(tmp_path / "held_out.npz")
   score(config, copy)
   report = report_of(copy)
@@ -177,7 +187,7 @@ def test_statistics_of_a_file_stand_for_their_images(on_one_device, copy, tmp_pa
     np.testing.assert_allclose(file["mu"], pixels.mean(0), atol=1e-6)
     np.testing.assert_allclose(file["sigma"], np.cov(pixels.T), atol=1e-6)
   with pytest.raises(ValueError, match="which exists"):
-    runs.run_statistics(config, tmp_path / "held_out.npz")
+    runs.run_statistics(experiment_of(config), tmp_path / "held_out.npz")
   config.evaluation.update({"features": "classifier", "allow_singular": False, "num_samples": 90})
   with pytest.raises(ValueError, match="of features=pixels, for a model scored with features=classifier"):
     score(config, copy)
@@ -207,7 +217,7 @@ def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
   config = config_of(every=2, every_samples=20)
   config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
   config.training.best_metric = "eval/coverage"
-  runs.run_train(config, tmp_path)
+  train(config, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   found = {line["step"]: line["eval/coverage"] for line in lines if "eval/coverage" in line}
   assert sorted(found) == [2, 4, 6]
@@ -217,10 +227,10 @@ def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
   for keep in (0, 1):  # --step=best looks for it in any case
     config.training.keep_best = keep
     with pytest.raises(ValueError, match="wanted one of eval/frechet_distance, eval/kernel_distance"):
-      runs.run_train(config, tmp_path / "other")
+      train(config, tmp_path / "other")
   config.evaluation.every = 3
   with pytest.raises(ValueError, match="scores at every checkpoint"):
-    runs.run_train(config, tmp_path / "other")
+    train(config, tmp_path / "other")
 
 
 WRONG = {
@@ -283,6 +293,7 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   config = config_of(
     likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2, report=True, batch_size=3
   )
+  config.sampler = spec("sampling.ode")
   computed = []
   in_batches = drawing.in_batches
 
@@ -307,22 +318,24 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   assert found["bound"]["bits"] > found["bound"]["decoder"] > 0
   assert found["ode"]["nfe"] > 10
   # Of the likelihood's own solver: the sampler's is 1e-5.
-  assert (found["ode"]["tolerance"], config.sampling.tolerance) == (1e-2, 1e-5)
+  # Of the likelihood's own solver: the sampler's is 1e-5.
+  assert (found["ode"]["tolerance"], report_of(copy)["sampling"]["arguments"]["rtol"]) == (1e-2, 1e-5)
   with np.load(copy / "likelihood" / "bound.npz") as file:
     rows = file["rows"].astype(float)
   np.testing.assert_allclose(rows[:, 0], rows[:, 1] + rows[:, 3:].sum(1), rtol=1e-5)
-  assert rows.shape == (6, 3 + config.process.num_steps)
+  assert rows.shape == (6, 3 + STEPS)
   assert 'id="bound"' in (copy / "report.html").read_text()
 
 
 def test_likelihoods_of_other_classes_are_computed_anew(on_one_device, tmp_path, monkeypatch):
   identities = []
-  monkeypatch.setattr(bits, "_rows", lambda *arguments: identities.append(arguments[5]))
+  monkeypatch.setattr(bits, "_rows", lambda *arguments: identities.append(arguments[6]))
   config = config_of(likelihood=("bound",))
-  config.network.num_classes = 10
-  for labels in ([3, 4], [4, 3], [4, 3]):
-    held_out = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8), np.array(labels))
-    bits.evaluate(config, tmp_path, parallel.make_mesh(), None, "", held_out, 0)
+  config.model.conditions.classes = spec("conditions.classes", number=10)
+  experiment, weights = experiment_of(config), model.Weights(None, 4, "EMA")
+  for classes in ([3, 4], [4, 3], [4, 3]):
+    held_out = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8), np.array(classes))
+    bits.evaluate(experiment, tmp_path, parallel.make_mesh(), Parameters(None), weights, "", held_out, 0)
   assert identities[0] != identities[1] == identities[2]
 
 
@@ -397,7 +410,7 @@ def test_a_sample_set_that_is_cut_on_its_way_is_drawn_again(on_one_device, score
 
 def test_a_reference_of_the_user_s_own_that_is_damaged_is_refused_by_name(on_one_device, finished, tmp_path):
   path = tmp_path / "reference.npz"
-  runs.run_statistics(config_of(), path)
+  runs.run_statistics(experiment_of(config_of()), path)
   flip(path, path.stat().st_size // 2)
   before = path.read_bytes()
   with pytest.raises(ValueError, match=r"Cannot read .*reference\.npz as an \.npz file of statistics: the checksum of"):
@@ -408,8 +421,6 @@ def test_a_reference_of_the_user_s_own_that_is_damaged_is_refused_by_name(on_one
 
 @pytest.mark.parametrize("what", ["a bit", "cut"])
 def test_scores_that_are_damaged_are_not_exported(scored, tmp_path, capsys, what):
-  from ddpm_jax.runs import model
-
   assert model.read_scores(scored)["step"] == 4
   shutil.copy(scored / "eval.json", tmp_path)
   path = tmp_path / "eval.json"
