@@ -25,6 +25,16 @@ def from_uint8(x: np.ndarray) -> np.ndarray:
   return scaled
 
 
+def as_floats(x: np.ndarray) -> np.ndarray:
+  """Return images as float32 in [-1, 1]; of floats, as they are."""
+  return from_uint8(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
+
+
+def as_uint8(x: np.ndarray) -> np.ndarray:
+  """Return images as uint8; of uint8, as they are."""
+  return x if x.dtype == np.uint8 else to_uint8(x)
+
+
 def drawable(images: np.ndarray) -> np.ndarray:
   """Return images [..., H, W, C] uint8 with channels that a picture can have: 1 (gray), 3 (RGB) or 4 (RGB with opacity).
 

@@ -1,6 +1,7 @@
 """The data sets that can be chosen: functions of how images are made to fit, and of their own arguments, that give the splits.
 
-One of a user's own is such a function too: `def mine(fit: data.Fit, path: str) -> data.Splits`.
+One of a user's own is such a function too, `def mine(fit: data.Fit, path: str) -> data.Splits`, which a config names as
+`my_file.py:mine(path='/data')`. `fit` says what the images are to be like, and may be left out of the arguments.
 """
 
 import os
@@ -61,17 +62,18 @@ def mnist(fit: Fit) -> Splits:
 
 
 @check_kinds
-def arrays(fit: Fit, path: Place) -> Splits:
+def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   """Read images of any number of channels, and their labels, from an .npz file (see `read_arrays` for the names of the arrays).
 
   Args:
     fit: the shape that the images must have.
     path: the file.
+    items: names of other arrays [N, ...] of it that belong to the images, such as one that a condition of the same name reads.
 
   Raises:
     ValueError: if the file is missing, unreadable, or its images have another shape.
   """
-  return Splits(_of_shape(sources.read_arrays(_place(path, "an .npz file", "<file>")), fit, "arrays"))
+  return Splits(_of_shape(sources.read_arrays(_place(path, "an .npz file", "<file>"), items), fit, "arrays"))
 
 
 @check_kinds

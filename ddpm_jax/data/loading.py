@@ -46,11 +46,17 @@ def load(
 
   def finish(source: Source) -> Source:
     kept = sources.in_memory(source, broken)
-    first = (SkipBroken(kept) if broken == "skip" else kept)[0]
-    _check_shape(first["image"].shape, shape)
+    first = sources.read(SkipBroken(kept) if broken == "skip" else kept, [0])
+    _check_item(first)
+    _check_shape(first["image"].shape[1:], shape)
     if check is not None:
       known = _labels(kept)
-      check(source, np.array([first["classes"]]) if known is None else known)
+      if known is None and "classes" not in first:
+        raise ValueError(
+          f"Got data with the items {', '.join(sorted(first))} for a model of classes; expected 'classes' among them, an integer. Take another"
+          " config.data.source, or leave the classes out of the model."
+        )
+      check(source, first["classes"] if known is None else known)
       kept = kept if known is not None else _Checked(check, kept)
     return SkipBroken(kept) if broken == "skip" else kept
 
@@ -113,6 +119,16 @@ class _Checked:
 
 def _labels(source: Source) -> np.ndarray | None:
   return getattr(source, "labels", None)
+
+
+def _check_item(first: sources.Batch) -> None:
+  """Raise a ValueError unless a first item holds an image as training takes it."""
+  image = first.get("image")
+  if image is None:
+    raise ValueError(f"Got data with the items {', '.join(sorted(first)) or 'none'}; expected 'image' among them.")
+  if image.dtype != np.uint8 and image.dtype != np.float32:
+    raise ValueError(f"Got images of type {image.dtype} from the data; expected uint8 (0 to 255), or floats in [-1, 1].")
+  sources.check_range(image)
 
 
 def _check_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from ddpm_jax.data.sources import Batch, BrokenImage, SkipBroken, Source, read
-from ddpm_jax.images import from_uint8
+from ddpm_jax.images import as_floats
 
 # Seconds between two looks at whether a batch that is awaited can still come.
 _LOOK = 0.5
@@ -107,9 +107,9 @@ class Batches:
       if "Worker process was terminated" in str(error):
         raise self._died(str(error).partition(". ")[0]) from error
       raise
-    if (process := batch.pop("process")) != os.getpid():
+    batch, errors, process = batch
+    if process != os.getpid():
       self._workers.add(process)
-    errors = batch.pop("broken")
     if errors and isinstance(self._source, SkipBroken):
       # Here and not where the image was read, which may be another process.
       self._source.report([BrokenImage(*error) for error in errors])
@@ -182,7 +182,8 @@ def batches(
     source: where the images come from; one with `__getitems__` is read a batch at a time.
     batch_size: images a batch, over all processes.
     seed: of order and flips.
-    flip: whether each image is mirrored left to right with probability 1/2.
+    flip: whether each image is mirrored left to right with probability 1/2, and with it all arrays of its item that lie on its pixels: those
+      whose shape begins with its height and width, such as a sketch [H, W, 1] or a mask [H, W].
     put: sends a batch to the devices, such as `lambda b: jax.device_put(b, sharding)`.
     num_threads: threads that prepare batches ahead, if there are no workers.
     num_workers: processes that prepare batches ahead instead, for images that are dear to decode; 0 for none. They import the
@@ -191,7 +192,8 @@ def batches(
       does not depend on it.
 
   Returns:
-    Batches `{"image": float32 [b, H, W, C] in [-1, 1], "classes": int32 [b]}` as `put` returns them.
+    Batches as `put` returns them: of the arrays of the items by name, `image` float32 [b, H, W, C] in [-1, 1], the others [b, ...] as `read`
+    gives them, such as `classes` int32 [b].
 
   Raises:
     ValueError: if the counts or the rows are out of range.
@@ -204,23 +206,16 @@ def batches(
   if taken.ndim != 1 or not len(taken) or taken[0] < 0 or taken[-1] >= batch_size or np.any(np.diff(taken) < 1):
     raise ValueError(f"Got rows {taken} of a batch of {batch_size}; wanted some of 0 to {batch_size - 1}, increasing.")
 
-  def load(indices: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+  def load(indices: np.ndarray, rng: np.random.Generator) -> tuple[Batch, list[tuple[str, str]], int]:
     errors: list[BrokenImage] = []
     if isinstance(source, SkipBroken):
       batch, errors = source.read(indices[taken])
     else:
       batch = read(source, indices[taken])
-    images = batch["image"]
     if flip:
       # Drawn for the whole batch, so that a row's flip is the same whoever reads it.
-      mirrored = (rng.random(batch_size) < 0.5)[taken]
-      images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    return {
-      "image": from_uint8(images),
-      "classes": batch["classes"],
-      "broken": [error.args for error in errors],
-      "process": os.getpid(),
-    }
+      batch = _mirrored(batch, (rng.random(batch_size) < 0.5)[taken])
+    return batch | {"image": as_floats(batch["image"])}, [error.args for error in errors], os.getpid()
 
   dataset = (
     grain.MapDataset.range(len(source))
@@ -246,6 +241,18 @@ def batches(
 
   position = {"batch": 0, "num_images": len(source), "batch_size": batch_size, "seed": seed}
   return Batches(start, source, position, put)
+
+
+def _mirrored(batch: Batch, chosen: np.ndarray) -> Batch:
+  """Return a batch in which the chosen images [b] are mirrored left to right, with all that lies on their pixels."""
+  space = batch["image"].shape[1:3]
+
+  def mirror(array: np.ndarray) -> np.ndarray:
+    if array.shape[1:3] != space:
+      return array
+    return np.where(chosen.reshape(-1, *(1,) * (array.ndim - 1)), array[:, :, ::-1], array)
+
+  return {name: mirror(array) for name, array in batch.items()}
 
 
 def _prepare_worker(worker: int, count: int) -> None:

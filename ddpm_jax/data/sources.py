@@ -1,7 +1,10 @@
-"""Sources of images: anything with a length whose item i is `{"image": uint8 [H, W, C], "classes": int}`.
+"""Sources of images: anything with a length whose item i is a dict such as `{"image": uint8 [H, W, C], "classes": int}`.
 
-A source that can fetch many at once also has `__getitems__(indices)`, which gives a batch: `image` [B, H, W, C] uint8
-and `classes` [B] int32.
+An item holds `image`, uint8 or floats in [-1, 1]; `classes`, an integer, if images have classes; and arrays or numbers of any other names
+that a condition or an objective reads, such as `vector`. All items of a source have the same names, and each name one shape.
+
+A source that can fetch many at once also has `__getitems__(indices)`, which gives a batch: the same arrays [B, ...] by name. One that knows
+all classes without reading images has them as `labels` [N].
 """
 
 from collections.abc import Sequence
@@ -37,17 +40,62 @@ class Source(Protocol):
 
 
 def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
-  """Return the images at `indices` [B] as a batch: `image` [B, H, W, C] uint8, `classes` [B] int32."""
+  """Return the items at `indices` [B] as a batch of arrays [B, ...] by name.
+
+  uint8 and booleans stay what they are, all other integers become int32 and floats float32.
+
+  Raises:
+    ValueError: if items differ in their names or shapes, or one holds something else than numbers.
+  """
   if hasattr(source, "__getitems__"):
-    return source.__getitems__(np.asarray(indices))
+    return {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
   return _stack([source[int(index)] for index in indices])
 
 
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:
-  return {
-    "image": np.stack([item["image"] for item in items]),
-    "classes": np.array([item["classes"] for item in items], np.int32),
-  }
+  arrays = [{name: to_array(name, value) for name, value in item.items()} for item in items]
+  for one in arrays[1:]:
+    _check_alike(one, arrays[0])
+  return {name: np.stack([one[name] for one in arrays]) for name in arrays[0]}
+
+
+def to_array(name: str, value: Any) -> np.ndarray:
+  """Return a value of an item as an array of a type that a batch may have.
+
+  Raises:
+    ValueError: if it is no array of numbers, or holds an integer that int32 cannot.
+  """
+  array = np.asarray(value)
+  if array.dtype == np.uint8 or array.dtype == bool:
+    return array
+  if np.issubdtype(array.dtype, np.floating):
+    return array.astype(np.float32, copy=False)
+  if not np.issubdtype(array.dtype, np.integer):
+    raise ValueError(
+      f"Got data with the item {name!r} of type {array.dtype}; expected numbers. Turn it into an array of numbers in the data source, or leave"
+      " it out."
+    )
+  if array.dtype.itemsize >= 4 and array.dtype != np.int32 and array.size:
+    check_integers(name, array)
+  return array.astype(np.int32, copy=False)
+
+
+def check_integers(name: str, array: np.ndarray) -> None:
+  """Raise a ValueError unless int32 holds all integers of an array."""
+  lowest, highest = np.min(array), np.max(array)
+  if lowest < -_LARGEST_LABEL - 1 or highest > _LARGEST_LABEL:
+    raise ValueError(
+      f"Got data with the item {name!r} of integers from {lowest} to {highest}; expected what int32 holds. Make it floats, or smaller."
+    )
+
+
+def _check_alike(found: Batch, wanted: Batch) -> None:
+  shapes = [{name: array.shape for name, array in one.items()} for one in (found, wanted)]
+  if shapes[0] != shapes[1]:
+    texts = [", ".join(f"{name} {shape}" for name, shape in sorted(one.items())) for one in shapes]
+    raise ValueError(
+      f"Got data with an item of {texts[0]} beside one of {texts[1]}; expected the same names and shapes in all items."
+    )
 
 
 class BrokenImage(ValueError):
@@ -177,37 +225,74 @@ class SkipBroken:
         tqdm.write(f"broken image {len(self.broken):,}, replaced by the next: {error.name}: {error.reason}")
 
 
-class ArraySource:
+class _Held:
+  """Items held in memory: arrays [N, ...] by name."""
+
+  def __init__(self, items: Batch):
+    self._items = items
+
+  @property
+  def labels(self) -> np.ndarray | None:
+    return self._items.get("classes")
+
+  def __len__(self) -> int:
+    return len(self._items["image"])
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {name: array[index] for name, array in self._items.items()}
+
+  def __getitems__(self, indices: np.ndarray) -> Batch:
+    return {name: array[indices] for name, array in self._items.items()}
+
+
+class ArraySource(_Held):
   """Images held in memory.
 
   Args:
-    images: [N, H, W, C] uint8.
+    images: [N, H, W, C] uint8, or floats in [-1, 1].
     labels: [N] integers from 0, or `NO_CLASS`; all `NO_CLASS` by default.
+    items: other arrays [N, ...] of numbers by name, of which item i holds the part i.
 
   Raises:
-    ValueError: if the images are not uint8 of four axes, there are none, or the labels do not match them.
+    ValueError: if the images are not uint8 or floats in [-1, 1] of four axes, there are none, or the other arrays do not match them.
   """
 
-  def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
-    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+  def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, **items: np.ndarray):
+    floats = np.issubdtype(images.dtype, np.floating)
+    if images.ndim != 4 or not (images.dtype == np.uint8 or floats) or not len(images):
       raise ValueError(
-        f"Got images of shape {images.shape} and type {images.dtype}; wanted at least one, [N, H, W, C], uint8 (0 to 255)."
+        f"Got images of shape {images.shape} and type {images.dtype}; wanted at least one, [N, H, W, C], uint8 (0 to 255) or floats"
+        " (-1 to 1)."
       )
+    check_range(images)
     labels = np.full(len(images), NO_CLASS) if labels is None else np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
       raise ValueError(
         f"Got labels of shape {labels.shape} and type {labels.dtype} for {len(images)} images; wanted one integer an image."
       )
-    self.images, self.labels = images, check_labels(labels)
+    if taken := [name for name in ("image", "classes") if name in items]:
+      raise ValueError(f"Got the items {', '.join(taken)} beside images; expected other names. Pass classes as labels.")
+    others = {name: to_array(name, array) for name, array in items.items()}
+    for name, array in others.items():
+      if array.shape[:1] != images.shape[:1]:
+        raise ValueError(f"Got {name} of shape {array.shape} for {len(images)} images; expected one entry an image.")
+    super().__init__({"image": to_array("image", images), "classes": check_labels(labels)} | others)
 
-  def __len__(self) -> int:
-    return len(self.images)
+  @property
+  def images(self) -> np.ndarray:
+    """[N, H, W, C]."""
+    return self._items["image"]
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return {"image": self.images[index], "classes": self.labels[index]}
 
-  def __getitems__(self, indices: np.ndarray) -> Batch:
-    return {"image": self.images[indices], "classes": self.labels[indices]}
+def check_range(images: np.ndarray) -> None:
+  """Raise a ValueError if images are floats outside of [-1, 1]."""
+  if images.dtype == np.uint8 or not images.size:
+    return
+  low, high = float(np.min(images)), float(np.max(images))
+  if not -1.001 <= low <= high <= 1.001:
+    raise ValueError(
+      f"Got images of type {images.dtype} from {low:g} to {high:g}; expected floats in [-1, 1], or uint8 (0 to 255)."
+    )
 
 
 def read_digits() -> ArraySource:
@@ -252,14 +337,18 @@ def read_mnist(space: tuple[int, int] = (28, 28)) -> ArraySource:
   return ArraySource(images.astype(np.uint8), labels[order])
 
 
-def read_arrays(path: str | Path) -> ArraySource:
+def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
   """Return the images of an .npz file, with their labels if it has some.
 
-  Images are uint8 [N, H, W, C] or [N, H, W], named `images`, `samples` or `arr_0`; labels are integers [N], named `labels`, `label`,
-  `classes`, `targets`, `y` or `arr_1`.
+  Images are [N, H, W, C] or [N, H, W], uint8 or floats in [-1, 1], named `images`, `samples` or `arr_0`; labels are integers [N], named
+  `labels`, `label`, `classes`, `targets`, `y` or `arr_1`.
+
+  Args:
+    path: the file.
+    items: names of other arrays [N, ...] of the file that belong to the images, such as "vector".
 
   Raises:
-    ValueError: if the file is missing, unreadable, or holds no such array or several.
+    ValueError: if the file is missing, unreadable, or lacks an array or holds several for one thing.
   """
   path = Path(path)
   if not path.is_file():
@@ -273,7 +362,7 @@ def read_arrays(path: str | Path) -> ArraySource:
     with np.load(path) as file:
       known = list(file.files)
       # Nothing else is read: it may be large.
-      content = {name: file[name] for name in known if name in _IMAGES + _LABELS}
+      content = {name: file[name] for name in known if name in _IMAGES + _LABELS or name in items}
   except Exception as error:
     raise ValueError(f"Cannot read {path} as an .npz file: {error}.") from error
   images, labels = (_one_of(path, content, names) for names in (_IMAGES, _LABELS))
@@ -283,8 +372,15 @@ def read_arrays(path: str | Path) -> ArraySource:
       f"Got {path}, which holds {', '.join(sorted(known)[:5]) or 'nothing'}{more}; expected the array 'images', uint8 [N, H, W, C], and optionally"
       " 'labels' [N]. Save it with these names; unpack an archive of image files, and read it by --config.data.source=folder."
     )
+  missing = [name for name in items if name not in content]
+  if missing:
+    raise ValueError(
+      f"Got {path}, which holds {', '.join(sorted(known))}; expected {', '.join(missing)} too. Set --config.data.source.items to names of arrays in"
+      " it."
+    )
   try:
-    return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
+    others = {name: content[name] for name in items}
+    return ArraySource(images[..., None] if images.ndim == 3 else images, labels, **others)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
@@ -356,18 +452,20 @@ def in_memory(source: Source, broken: str = "stop") -> Source:
   """
   if hasattr(source.source if isinstance(source, _Subset) else source, "__getitems__"):
     return source
-  first = SkipBroken(source).fetch(0)[0]["image"]
-  if len(source) * first.nbytes > _MEMORY_LIMIT:
+  first = {name: to_array(name, value) for name, value in SkipBroken(source).fetch(0)[0].items()}
+  if len(source) * sum(array.nbytes for array in first.values()) > _MEMORY_LIMIT:
     return source
-  images = np.empty((len(source), *first.shape), np.uint8)
-  labels = np.empty(len(source), np.int32)
+  held = {name: np.empty((len(source), *array.shape), array.dtype) for name, array in first.items()}
 
   def load(index: int) -> BrokenImage | None:
     try:
       item = source[index]
     except BrokenImage as error:
       return error
-    images[index], labels[index] = item["image"], item["classes"]
+    arrays = {name: to_array(name, value) for name, value in item.items()}
+    _check_alike(arrays, first)
+    for name, array in arrays.items():
+      held[name][index] = array
     return None
 
   found = {}
@@ -386,5 +484,6 @@ def in_memory(source: Source, broken: str = "stop") -> Source:
     sound = next(index for index in range(len(source)) if index not in found)
     for index in sorted(found, reverse=True):
       after = index + 1 if index + 1 < len(source) else sound
-      images[index], labels[index] = images[after], labels[after]
-  return ArraySource(images, labels)
+      for array in held.values():
+        array[index] = array[after]
+  return _Held(held)

@@ -92,7 +92,7 @@ def evaluate(
   experiment = experiment.changed(guidance="classifier_free")
   count = _count(experiment, held_out)
   chosen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:count])
-  inputs: dict[str, np.ndarray] = {"x_0": images.from_uint8(chosen["image"])}
+  inputs: dict[str, np.ndarray] = {"x_0": images.as_floats(chosen["image"])}
   inputs |= {name: chosen[name] for name in experiment.model.conditions}
   experiment = drawing.batches_of(experiment, min(c.batch_size, count) * mesh.size)
   found = {}

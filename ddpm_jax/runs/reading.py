@@ -1,9 +1,17 @@
 """The data of an experiment, read and checked against it."""
 
-from ddpm_jax import config, data
+from collections.abc import Sequence
+
+import numpy as np
+
+from ddpm_jax import config, data, images
 from ddpm_jax.config import Experiment
 from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
+
+
+# Names in the batch of an objective that are no items of the data (see `losses.Objective`).
+_OWN = ("x", "given", "times")
 
 
 def fit_of(experiment: Experiment) -> data.Fit:
@@ -36,7 +44,12 @@ def read_data(experiment: Experiment) -> data.Splits:
   classes = experiment.task.classes(experiment)
   check = None if classes is None else classes.check
   found = data.load(read_sources(experiment), broken=broken, hold_out=c.hold_out, check=check, shape=c.shape)
-  item = found.train[0]
+  item = data.read(found.train, [0])
+  if taken := [name for name in _OWN if name in item]:
+    raise ValueError(
+      f"Got data with the items {', '.join(taken)}; expected other names: training gives what objectives read by these. Rename them in the data"
+      " source."
+    )
   for name, condition in experiment.model.conditions.items():
     if condition.of_data is None and name not in item:
       raise ValueError(
@@ -44,3 +57,8 @@ def read_data(experiment: Experiment) -> data.Splits:
         f" config.data.source, or leave config.model.conditions.{name} out."
       )
   return found
+
+
+def read_images(source: data.Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+  """Return the images at `indices` [B] as scores and pictures take them: uint8 [B, H, W, C]."""
+  return images.as_uint8(data.read(source, indices)["image"])

@@ -13,7 +13,7 @@ from ddpm_jax import config, data, evaluate, metrics, records
 from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import drawing, programs
+from ddpm_jax.runs import drawing, programs, reading
 
 # Samples whose way from noise to data is shown, and frames of it.
 SHOWN = 8
@@ -55,12 +55,12 @@ def neighbours(
 
   def features() -> Iterator[np.ndarray]:
     for first in range(0, len(searched), _READ):
-      yield extract(data.read(source, searched[first : first + _READ])["image"])["features"]
+      yield extract(reading.read_images(source, searched[first : first + _READ]))["features"]
 
   chosen = samples[:_COMPARED]
-  queries = extract(np.concatenate([chosen, data.read(held_out, usual)["image"]]))["features"]
+  queries = extract(np.concatenate([chosen, reading.read_images(held_out, usual)]))["features"]
   numbers, distances = metrics.nearest(queries, features(), _NEAREST)
-  found = data.read(source, searched[numbers[: len(chosen)].ravel()])["image"]
+  found = reading.read_images(source, searched[numbers[: len(chosen)].ravel()])
   return page.Neighbours(
     chosen,
     found.reshape(*numbers[: len(chosen)].shape, *found.shape[1:]),

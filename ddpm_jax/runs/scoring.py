@@ -14,7 +14,7 @@ import ddpm_jax
 from ddpm_jax import data, evaluate, metrics, parallel, rows, workdir
 from ddpm_jax.config import Experiment
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import bits, drawing, model, programs, reporting, spaces
+from ddpm_jax.runs import bits, drawing, model, programs, reading, reporting, spaces
 from ddpm_jax.runs.drawing import Inputs
 from ddpm_jax.runs.model import Weights, say
 
@@ -300,7 +300,7 @@ def describe_data(experiment: Experiment) -> dict[str, Any]:
 def in_parts(source: data.Source, chosen: np.ndarray) -> Iterator[np.ndarray]:
   """The images of a source at some places, a part at a time."""
   for first in range(0, len(chosen), _READ):
-    yield data.read(source, chosen[first : first + _READ])["image"]
+    yield reading.read_images(source, chosen[first : first + _READ])
 
 
 def _describe(reference: spaces.Reference, experiment: Experiment) -> str:

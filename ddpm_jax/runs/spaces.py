@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ddpm_jax import data, evaluate, interop, metrics, parallel, sealed
+from ddpm_jax import data, evaluate, images, interop, metrics, parallel, sealed
 from ddpm_jax.config import Experiment
 from ddpm_jax.config.sections import Evaluation
 from ddpm_jax.names import choose
@@ -116,12 +116,13 @@ class _Classifier:
   def __call__(self) -> metrics.FeatureSpace:
     chosen = np.sort(np.random.default_rng(0).permutation(len(self._source))[:_LEARNED_FROM])
     learned = data.read(self._source, chosen)
+    pixels = images.as_uint8(learned["image"])
     # Numbered without gaps: labels may be as large as int32 allows.
     kinds, steps = np.unique(self._source.labels), self._experiment.evaluation.classifier_steps  # type: ignore[attr-defined]
-    labels, classes = np.searchsorted(kinds, learned["classes"]).astype(np.int32), len(kinds)
+    labels, classes = np.searchsorted(kinds, np.asarray(self._source.labels)[chosen]).astype(np.int32), len(kinds)
     about = {
       "kind": "classifier of real images",
-      "images": metrics.digest(learned["image"], labels),
+      "images": metrics.digest(pixels, labels),
       "classes": str(classes),
       "steps": str(steps),
     }
@@ -133,7 +134,7 @@ class _Classifier:
         sealed.set_aside(self._cache, self._cache.parent / "damaged", error)
     if params is None:
       quiet = not parallel.is_main()
-      params = metrics.train_classifier(learned["image"], labels, classes, steps=steps, quiet=quiet)
+      params = metrics.train_classifier(pixels, labels, classes, steps=steps, quiet=quiet)
       if parallel.is_main():
         metrics.save_classifier(self._cache, params, about)
     provenance: dict[str, Any] = {
@@ -144,8 +145,8 @@ class _Classifier:
     if self._held_out is not None:
       rows = np.random.default_rng(0).permutation(len(self._held_out))[:_LEARNED_FROM]
       seen = data.read(self._held_out, rows)
-      log_probs = metrics.extractor(space, self._experiment.evaluation.batch_size)(seen["image"])["log_probs"]
-      if np.all(np.isin(seen["classes"], kinds)):
+      log_probs = metrics.extractor(space, self._experiment.evaluation.batch_size)(images.as_uint8(seen["image"]))["log_probs"]
+      if "classes" in seen and np.all(np.isin(seen["classes"], kinds)):
         accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, seen["classes"]))["accuracy"]
         space.provenance["held_out_accuracy"] = round(accuracy, 4)
     return space

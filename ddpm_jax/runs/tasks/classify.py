@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ddpm_jax import data, evaluate, parallel, randomness
 from ddpm_jax.config import Experiment
-from ddpm_jax.images import from_uint8
+from ddpm_jax.images import as_floats
 from ddpm_jax.models import Condition, conditions
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.processes import Process
@@ -191,7 +191,7 @@ def _classify(
   with tqdm(total=len(chosen), desc="classifying", unit=" images", disable=not parallel.is_main(), delay=2) as bar:
     for first in range(0, len(chosen), size):
       batch = data.read(held_out, np.resize(chosen[first : first + size], size))
-      x_0 = from_uint8(batch["image"])
+      x_0 = as_floats(batch["image"])
       levels = [compiled(params, x_0, np.int32(first), np.int32(level), t) for level, t in enumerate(times)]
       parts.append(np.stack(jax.device_get(levels)))
       classes.append(batch["classes"])
