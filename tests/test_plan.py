@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax import build, costs, hardware, parallel, plan
-from ddpm_jax.runs import model
+from ddpm_jax import costs, hardware, parallel, plan
+from ddpm_jax.runs import model, stepping
 from tests.conftest import ROOT
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config
 
 P = PartitionSpec
 CHIP = hardware.Chip("Abacus", {"float32": 1e9, "bfloat16": 2e9}, memory=1e6, bandwidth=1e8, interconnect=1e7)
@@ -205,11 +205,11 @@ def test_nothing_to_plan_is_an_error():
 def test_the_train_step_of_a_recipe():
   """The U-Net's own step: FLOPs are near XLA's count, which has the element-wise ones besides."""
   config, size = tiny_config(), 8
-  config.network.update({"channels": 16, "middle_attention": True})
-  mesh = parallel.make_mesh(devices=jax.devices()[:2])
-  _, state = model.make_state(config, build.build_optimizer(config), mesh)
-  step = parallel.jit_step(build.build_step(config, mesh), mesh, state)
-  traced = step.trace(state, build.batch_shapes(config, size))
+  config.model.network.update({"channels": 16, "middle_attention": True})
+  experiment, mesh = experiment_of(config), parallel.make_mesh(devices=jax.devices()[:2])
+  _, state = model.make_state(experiment, mesh)
+  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, state)
+  traced = step.trace(state, stepping.batch_shapes(experiment, size))
   flops = costs.matmul_flops(traced.jaxpr)
   # Of what one device does, and a little besides.
   assert flops / 2 < traced.lower().cost_analysis()["flops"] < 1.2 * flops / 2

@@ -7,10 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import build, ema, losses, optim, predictions, processes, train
+from ddpm_jax import ema, losses, optim, predictions, processes, train
+from ddpm_jax.config import spec
+from ddpm_jax.runs import stepping
 from tests import objectives
 from tests.parameters import random_params
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config
 
 
 def linear_problem(optimizer):
@@ -182,16 +184,18 @@ def test_a_mean_counts_samples_not_steps():
 def test_a_real_step_of_the_unet(conditional):
   """With weight decay, which Fourier frequencies do not get: they are not trained."""
   config = tiny_config()
-  config.network.time_embedding = "fourier"
+  config.model.network.time_embedding = "fourier"
   config.optimizer.update({"name": "adamw", "arguments": "weight_decay=10.0", "learning_rate": 0.05, "warmup_steps": 0})
   if conditional:
-    config.network.update({"num_classes": 10, "middle_attention": True})
-  config.network.dropout = 0.1
-  optimizer = build.build_optimizer(config)
-  parts = {"objective": build.build_objective(config), "encode": build.build_encode(config)}
+    config.model.conditions.classes = spec("conditions.classes", number=10)
+    config.model.network.middle_attention = True
+  config.model.network.dropout = 0.1
+  experiment = experiment_of(config)
+  optimizer = stepping.optimizer(experiment)
+  parts = {"objective": experiment.objective, "encode": functools.partial(stepping.encode, experiment.model)}
   state = train.init_state(jax.random.key(0), lambda _: random_params(config), optimizer, parts["objective"])
   step = jax.jit(functools.partial(train.train_step, **parts, optimizer=optimizer))
-  batch = {"image": jnp.zeros((4, 8, 8, 1)), "label": jnp.array([0, 1, 2, 9])}
+  batch = {"image": jnp.zeros((4, 8, 8, 1)), "classes": jnp.array([0, 1, 2, 9])}
   after, metrics = step(state, batch)
   assert jnp.isfinite(metrics["loss"])
   assert ("classes" in after.params) == conditional
