@@ -17,10 +17,10 @@ from ddpm_jax import data, evaluate, metrics
 SCORES = ("frechet", "kernel", "class_score", "precision_recall", "density_coverage")
 
 
-def sets(images, labels, rng):
+def sets(images, classes, rng):
   """The other half, as it is and spoilt, by name."""
   blurred = np.stack([gaussian_filter(image.astype(float), (0.8, 0.8, 0)) for image in images])
-  few = np.resize(images[labels < 3], images.shape)
+  few = np.resize(images[classes < 3], images.shape)
   copies = images.copy()
   copies[len(images) // 10 :] = images[rng.integers(0, len(images) // 10, len(images) - len(images) // 10)]
   return {
@@ -37,12 +37,12 @@ def run(source, steps, spaces=("classifier", "pixels"), held_out=600):
   train, rest = data.hold_out(source, held_out)
   seen, real = (data.read(of, np.arange(len(of))) for of in (train, rest))
   half = held_out // 2
-  judged = sets(real["image"][half:], real["label"][half:], np.random.default_rng(0))
+  judged = sets(real["image"][half:], real["classes"][half:], np.random.default_rng(0))
   found = {}
   for name in spaces:
     space = metrics.pixel_space()
     if name == "classifier":
-      params = metrics.train_classifier(seen["image"], seen["label"], 10, steps=steps)
+      params = metrics.train_classifier(seen["image"], seen["classes"], 10, steps=steps)
       space = metrics.classifier_space(params, 10)
     wanted = tuple(score for score in SCORES if name == "classifier" or score != "class_score")
     settings = evaluate.Settings(wanted, kernel_subsets=20, allow_singular=True)
@@ -69,7 +69,7 @@ def main():
   parser.add_argument("--steps", type=int, default=600, help="of training the classifier")
   args = parser.parse_args()
   for name in args.data.split(","):
-    for space, rows in run({"digits": data.digits, "mnist": data.mnist}[name](), args.steps).items():
+    for space, rows in run({"digits": data.read_digits, "mnist": data.read_mnist}[name](), args.steps).items():
       print(
         f"\n{name}, features of the {space}:\n\n{table(rows)}"
         if space != "pixels"

@@ -1,6 +1,6 @@
-"""How well samples follow what they are asked for: guidance by labels and by a classifier, and inpainting, judged by real digits.
+"""How well samples follow what they are asked for: guidance by classes and by a classifier, and inpainting, judged by real digits.
 
-python experiments/steering.py labels --data=digits --workdir=/tmp/digits_cond --output=/tmp/labels.png
+python experiments/steering.py classes --data=digits --workdir=/tmp/digits_cond --output=/tmp/classes.png
 python experiments/steering.py classifier --data=digits --workdir=/tmp/digits_vp --classifier=/tmp/digits_classifier --output=/tmp/classifier.png
 python experiments/steering.py inpainting --data=digits --workdir=/tmp/digits_vp --output=/tmp/inpainting.png
 
@@ -24,7 +24,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from ddpm_jax import data, images, metrics
 
 ROOT = Path(__file__).parent.parent
-SCALES = {"labels": (0.0, 1.0, 2.0, 3.0, 5.0, 8.0), "classifier": (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)}
+SCALES = {"classes": (0.0, 1.0, 2.0, 3.0, 5.0, 8.0), "classifier": (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)}
 METHODS = ("replace", "repaint", "posterior", "dps")
 
 
@@ -68,7 +68,7 @@ def follow(args, judge, held_out, flags):
     drawn = command(
       args.workdir, "--mode=sample", f"--num_samples={args.count}", f"--guidance_scale={scale}", *extra, *flags
     )
-    agreement = np.mean(judge.predict(upright(drawn["samples"])) == drawn["labels"])
+    agreement = np.mean(judge.predict(upright(drawn["samples"])) == drawn["classes"])
     precision, recall = metrics.precision_recall(flat(drawn["samples"]), flat(held_out["image"][: args.count]))
     rows.append((f"scale {scale:g}", agreement, precision, recall))
     print(f"{rows[-1][0]:<14}{agreement:>10.3f}{precision:>11.3f}{recall:>9.3f}", flush=True)
@@ -79,17 +79,17 @@ def inpaint(args, judge, held_out, flags):
   """The lower half of real held-out digits, painted anew: the share that still shows the same digit."""
   count, rows = min(args.count, len(held_out["image"])), []
   # Only those whose digit the judge can tell when it sees all of them.
-  known = judge.predict(upright(held_out["image"])) == held_out["label"]
-  real, labels = held_out["image"][known][:count], held_out["label"][known][:count]
+  known = judge.predict(upright(held_out["image"])) == held_out["classes"]
+  real, classes = held_out["image"][known][:count], held_out["classes"][known][:count]
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "real.npz"
     np.savez(path, images=real)
     for method in args.methods:
       flagged = ["--mode=edit", "--task=inpaint", "--mask=lower", f"--input={path}", f"--method={method}"]
-      if args.labels:
-        flagged.append(f"--labels={','.join(map(str, labels))}")
+      if args.classes:
+        flagged.append(f"--classes={','.join(map(str, classes))}")
       drawn = command(args.workdir, *flagged, *flags)["output"][:, 0]
-      agreement = np.mean(judge.predict(upright(drawn)) == labels)
+      agreement = np.mean(judge.predict(upright(drawn)) == classes)
       precision, recall = metrics.precision_recall(flat(drawn), flat(held_out["image"]))
       rows.append((method, agreement, precision, recall))
       print(f"{method:<14}{agreement:>10.3f}{precision:>11.3f}{recall:>9.3f}", flush=True)
@@ -103,7 +103,7 @@ def draw(rows, floor, path, scales):
   import matplotlib.pyplot as plt
 
   figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-  columns = ("agrees with the label", "precision", "recall")
+  columns = ("agrees with the class", "precision", "recall")
   for index, (name, colour) in enumerate(zip(columns, ("tab:blue", "tab:green", "tab:orange"), strict=True), 1):
     values = [row[index] for row in rows]
     axis.plot(scales, values, marker="o", color=colour, label=name)
@@ -117,23 +117,24 @@ def draw(rows, floor, path, scales):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("what", choices=("labels", "classifier", "inpainting"))
+  parser.add_argument("what", choices=("classes", "classifier", "inpainting"))
   parser.add_argument("--data", choices=("digits", "mnist"), default="digits", help="the run's data")
   parser.add_argument("--workdir", type=Path, required=True, help="the run")
   parser.add_argument("--classifier", type=Path, help="the run of a classifier")
   parser.add_argument("--count", type=int, default=500, help="samples, or images")
   parser.add_argument("--scales", type=float, nargs="*", help="guidance scales")
   parser.add_argument("--methods", nargs="*", default=METHODS, help="of inpainting")
-  parser.add_argument("--labels", action="store_true", help="tell the model what digit it inpaints")
+  parser.add_argument("--classes", action="store_true", help="tell the model what digit it inpaints")
   parser.add_argument("--neighbours", type=int, default=3, help="of the judge")
   parser.add_argument("--output", type=Path, help="where to draw the curve")
   args, flags = parser.parse_known_args()
 
-  train, held = data.hold_out(getattr(data, args.data)(), 500)
+  read = {"digits": data.read_digits, "mnist": data.read_mnist}[args.data]
+  train, held = data.hold_out(read(), 500)
   real, held_out = (data.read(source, np.arange(len(source))) for source in (train, held))
-  judge = KNeighborsClassifier(args.neighbours).fit(upright(real["image"]), real["label"])
+  judge = KNeighborsClassifier(args.neighbours).fit(upright(real["image"]), real["classes"])
   print(f"{'':<14}{'agreement':>10}{'precision':>11}{'recall':>9}")
-  own = np.mean(judge.predict(upright(held_out["image"])) == held_out["label"])
+  own = np.mean(judge.predict(upright(held_out["image"])) == held_out["classes"])
   floor = ("real digits", own, *metrics.precision_recall(flat(real["image"][:500]), flat(held_out["image"])))
   print(f"{floor[0]:<14}{floor[1]:>10.3f}{floor[2]:>11.3f}{floor[3]:>9.3f}", flush=True)
   rows = (inpaint if args.what == "inpainting" else follow)(args, judge, held_out, flags)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_jax import build, ema, hardware, heap, interop, losses, metrics, parallel, randomness
+from ddpm_jax import ema, hardware, heap, interop, losses, metrics, parallel, randomness
 from ddpm_jax.losses.squared_error import perturbed
-from ddpm_jax.models import Model, codecs, networks
 from ddpm_jax.networks import UNet
+from ddpm_jax.runs import reading
 from tests.conftest import CACHE, ROOT
 from tests.flags import OPTIMIZED
 
@@ -243,14 +243,11 @@ def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script,
 def test_fed_the_same_both_trainers_take_the_same_steps(script, tmp_path):
   """The same images, times and noise: the same losses, and in the end the same averages, to rounding."""
   curve = script("learning_curve")
-  config = curve.load(FOLDER / "tiny.py")
-  source, _ = build.build_data(config)
-  ours, process = curve.Ours(config, source), build.build_process(config)
-  network, prediction = build.build_network(config), build.build_prediction(config)
-  shape = build.image_shape(config)
-  model = Model(networks.of_linen(network, {}), process, prediction, {}, codecs.pixels(), shape, shape)
-  interop.diffusers.save(tmp_path, model, ours.state.params)
-  theirs = curve.Theirs(config, source, tmp_path, "cpu", False)
+  experiment = curve.load(FOLDER / "tiny.py")
+  source, _ = reading.read_data(experiment)
+  ours, process = curve.Ours(experiment, source), experiment.model.process
+  interop.diffusers.save(tmp_path, experiment.model, ours.state.params)
+  theirs = curve.Theirs(experiment, source, tmp_path, "cpu", False)
   # Its first step has a rate of 0, ours the first share of the warm-up. Without gradients nothing is changed.
   theirs.optimizer.step()
   theirs.rate.step()

@@ -59,7 +59,7 @@ IN_SMALL = {
   "(500, 8, 8, 1)": "(100, 8, 8, 1)",
   "range(500)": "range(100)",
   '["image"][:500]': '["image"][:100]',
-  'training["label"], 10)': 'training["label"], 10, steps=20)',
+  'training["classes"], 10)': 'training["classes"], 10, steps=20)',
 }
 
 

@@ -5,7 +5,7 @@ python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000]
 python experiments/benchmarks/learning_curve.py --output=<folder> --config=configs/cifar10_vp.py --data=<folder of images> --steps=20000 --compile
 
 Both start from the same weights, on digits by default, and train with the recipe's own batch, Adam, warm-up, clipping and average of the parameters; ours by
-`build.build_step` and `train.fit`, as the command line does, theirs as diffusers' example of unconditional training does. They take turns, a part
+`stepping.step` and `train.fit`, as the command line does, theirs as diffusers' example of unconditional training does. They take turns, a part
 of the steps at a time, so that a change of the machine's pace meets both; the clock of each runs while it trains, compiling included, and stands
 while models are scored. Both are sampled by our DDIM from the same noise and scored against held-out images. Writes a picture (curves and samples),
 and prints scores at equal images and at equal time. Scores of one run jump: several --seeds repeat all of it with other weights, order and noise.
@@ -31,28 +31,34 @@ from diffusers.training_utils import EMAModel
 from recipe import CONFIGS, load
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddpm_jax import build, data, ema, heap, images, interop, metrics, parallel, predictions, sampling, train
-from ddpm_jax.models import Model, codecs, networks
-from ddpm_jax.runs import model
+from ddpm_jax import data, ema, heap, images, interop, metrics, parallel, sampling, train
+from ddpm_jax.config import short_name
+from ddpm_jax.runs import model, reading, scoring, stepping
 
 LOG_EVERY = 50
 COLORS = {"ddpm_jax": "#2b6cb0", "diffusers": "#c05621"}
 
 
-def unlike(config):
+def unlike(experiment):
   """What diffusers' loop would do otherwise than the recipe says; empty if nothing."""
-  plain = {"eps": "simple", "v": "snr_plus_one"}
+  plain = {"EPS": "simple", "V": "snr_plus_one"}
+  tree, c = experiment.tree, experiment.optimizer
+  objective, prediction = short_name(tree, "objective"), short_name(tree, "model.prediction")
   for key, given, wanted in (
-    ("process.name", config.process.name, ("discrete",)),
-    ("prediction", config.prediction, tuple(plain)),
-    ("loss.weighting", config.loss.weighting, (plain.get(config.prediction),)),
-    ("loss.times", config.loss.times, ("uniform",)),
-    ("learned_variance", config.learned_variance, (False,)),
-    ("network.num_classes", config.network.num_classes, (0,)),
-    ("superres.factor", config.superres.factor, (0,)),
-    ("optimizer.name", config.optimizer.name, ("adam",)),
-    ("optimizer.schedule", config.optimizer.schedule, ("constant",)),
-    ("ema.kind", config.ema.kind, ("fixed",)),
+    ("model.process", short_name(tree, "model.process"), ("discrete",)),
+    ("model.prediction", prediction, tuple(plain)),
+    ("model.codec", short_name(tree, "model.codec"), ("pixels",)),
+    ("model.conditions", ", ".join(experiment.model.conditions), ("",)),
+    ("objective", objective, ("denoising",)),
+    (
+      "objective.weighting",
+      objective == "denoising" and short_name(tree, "objective.weighting"),
+      (plain.get(prediction),),
+    ),
+    ("objective.times", objective == "denoising" and short_name(tree, "objective.times"), ("uniform", "none")),
+    ("optimizer.name", c.name, ("adam",)),
+    ("optimizer.schedule", c.schedule, ("constant",)),
+    ("ema.kind", experiment.ema.kind, ("fixed",)),
   ):
     if given not in wanted:
       return f"{key}={given!r}; wanted {' or '.join(map(repr, wanted))}, which diffusers' loop has too"
@@ -62,17 +68,21 @@ def unlike(config):
 class Ours:
   """The trainer of the command line, a part of the steps at a time."""
 
-  def __init__(self, config, source):
+  def __init__(self, experiment, source):
     start = time.perf_counter()
-    self.config, self.losses = config, []
+    self.losses = []
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    size = config.training.batch_size
-    init, shapes = model.make_state(config, build.build_optimizer(config), mesh)
+    size = experiment.training.batch_size
+    init, shapes = model.make_state(experiment, mesh)
     self.state = init()
-    step = parallel.jit_step(build.build_step(config, mesh), mesh, shapes)
-    self.step = step.lower(shapes, build.batch_shapes(config, size)).compile()
+    step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes)
+    self.step = step.lower(shapes, stepping.batch_shapes(experiment, size, source)).compile()
     self.batches = data.batches(
-      source, size, seed=config.seed, flip=config.data.flip, put=lambda batch: parallel.put_batch(mesh, batch, size)
+      source,
+      size,
+      seed=experiment.seed,
+      flip=experiment.data.flip,
+      put=lambda batch: parallel.put_batch(mesh, batch, size),
     )
     self.seconds = time.perf_counter() - start
 
@@ -98,40 +108,40 @@ class Ours:
 class Theirs:
   """The loop of diffusers' example of unconditional training, without its command line."""
 
-  def __init__(self, config, source, folder, device, compiled):
+  def __init__(self, experiment, source, folder, device, compiled):
     start = time.perf_counter()
-    c, self.config, self.losses, self.device, self.steps = config.optimizer, config, [], device, 0
+    c, self.experiment, self.losses, self.device, self.steps = experiment.optimizer, experiment, [], device, 0
     self.model = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet").to(device).train()
     self.scheduler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     self.run = torch.compile(self.model) if compiled else self.model
     self.optimizer = torch.optim.Adam(self.model.parameters(), c.learning_rate, fused=device == "cuda")
     self.rate = get_constant_schedule_with_warmup(self.optimizer, c.warmup_steps)
-    self.ema = EMAModel(self.model.parameters(), decay=config.ema.decay)
+    self.ema = EMAModel(self.model.parameters(), decay=experiment.ema.decay)
     pixels = data.read(source, np.arange(len(source)))["image"]
     dataset = TensorDataset(torch.tensor(np.moveaxis(images.from_uint8(pixels), -1, 1)))
-    self.loader = DataLoader(dataset, config.training.batch_size, shuffle=True, drop_last=True)
+    self.loader = DataLoader(dataset, experiment.training.batch_size, shuffle=True, drop_last=True)
     self.batches = self.endless()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(experiment.seed)
     self.seconds = time.perf_counter() - start
 
   def endless(self):
     """Batches in random order, flipped as the recipe says."""
     while True:
       for (batch,) in self.loader:
-        flip = torch.rand(len(batch), 1, 1, 1) < 0.5 * self.config.data.flip
+        flip = torch.rand(len(batch), 1, 1, 1) < 0.5 * self.experiment.data.flip
         yield torch.where(flip, batch.flip(-1), batch).to(self.device)
 
   def step(self, clean, noise, t):
     """One step of the optimizer and of the average: the loss before it."""
     noisy = self.scheduler.add_noise(clean, noise, t)
-    with torch.autocast(self.device, torch.bfloat16, enabled=self.config.network.dtype == "bfloat16"):
+    with torch.autocast(self.device, torch.bfloat16, enabled=scoring.dtype_of(self.experiment) == "bfloat16"):
       output = self.run(noisy, t).sample
     is_v = self.scheduler.config.prediction_type == "v_prediction"
     target = self.scheduler.get_velocity(clean, noise, t) if is_v else noise
     loss = torch.nn.functional.mse_loss(output.float(), target)
     self.optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+    torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.experiment.optimizer.clip_norm)
     self.optimizer.step()
     self.rate.step()
     self.ema.step(self.model.parameters())
@@ -164,21 +174,20 @@ class Theirs:
       return interop.diffusers.load_unet(f"{folder}/unet")[1]
 
 
-def make_judge(config, source, held_out, count):
+def make_judge(experiment, source, held_out, count):
   """Scores of averaged weights, and their samples, by DDIM from the same noise each time."""
-  process, network = build.build_process(config), build.build_network(config).clone(dropout=0.0)
-  prediction, size = build.build_prediction(config), config.sampling.batch_size
-  times, sampler = sampling.grids.trailing(process, 50), sampling.ddim(process)
+  own, size = experiment.model, experiment.sampling.batch_size
+  times, sampler = sampling.grids.trailing(own.process, 50), sampling.ddim(own.process)
 
   def draw(params, key):
-    denoise = predictions.denoiser(lambda x, label: network.apply({"params": params}, x, label), process, prediction)
-    x = process.prior(key, (size, *build.image_shape(config)))
-    return sampling.sample(key, sampler, denoise, x, times)
+    x = own.process.prior(key, (size, *own.shape))
+    return sampling.sample(key, sampler, own.denoise(params), x, times)
 
   drawn = jax.jit(draw, compiler_options=parallel.compiler_options())
   seen, real = (data.read(of, np.arange(len(of))) for of in (source, held_out))
-  classes = int(seen["label"].max()) + 1
-  space = metrics.classifier_space(metrics.train_classifier(seen["image"], seen["label"], classes, quiet=True), classes)
+  classes = int(seen["classes"].max()) + 1
+  learned = metrics.train_classifier(seen["image"], seen["classes"], classes, quiet=True)
+  space = metrics.classifier_space(learned, classes)
   extract = metrics.extractor(space, 64)
   reference = extract(real["image"][:count])["features"]
 
@@ -197,23 +206,20 @@ def make_judge(config, source, held_out, count):
   return score, floor
 
 
-def take_turns(config, source, judge, device, steps, parts, compiled):
+def take_turns(experiment, source, judge, device, steps, parts, compiled):
   """Trains both from the same weights: their losses, their scores after each part, and their last samples, by name."""
-  ours = Ours(config, source)
-  network, process = build.build_network(config), build.build_process(config)
+  ours = Ours(experiment, source)
   with tempfile.TemporaryDirectory() as folder:
-    shape, prediction = build.image_shape(config), build.build_prediction(config)
-    whole = Model(networks.of_linen(network, {}), process, prediction, {}, codecs.pixels(), shape, shape)
     # In float32, as both keep them: the first weights of both.
-    interop.diffusers.save(f"{folder}/model", whole, ours.state.params)
-    theirs = Theirs(config, source, f"{folder}/model", device, compiled)
+    interop.diffusers.save(f"{folder}/model", experiment.model, ours.state.params)
+    theirs = Theirs(experiment, source, f"{folder}/model", device, compiled)
   runs = {"ddpm_jax": ours, "diffusers": theirs}
   curves, samples = {name: [] for name in runs}, {}
   for part in range(parts):
     for name, run in runs.items() if part % 2 else reversed(runs.items()):
       run.train(steps // parts)
       found, samples[name] = judge(jax.tree.map(jnp.asarray, run.params()))
-      seen = (part + 1) * (steps // parts) * config.training.batch_size
+      seen = (part + 1) * (steps // parts) * experiment.training.batch_size
       curves[name].append({"images": seen, "seconds": run.seconds} | found)
       print(
         f"{name}: {seen:,} images, {run.seconds:.0f} s, loss {run.losses[-1][2]:.4f}, "
@@ -221,7 +227,7 @@ def take_turns(config, source, judge, device, steps, parts, compiled):
         flush=True,
       )
   losses = {name: [list(map(float, point)) for point in run.losses] for name, run in runs.items()}
-  return {"seed": config.seed, "curves": curves, "losses": losses}, samples
+  return {"seed": experiment.seed, "curves": curves, "losses": losses}, samples
 
 
 def compare(curves):
@@ -294,29 +300,28 @@ def main():
   # As the command line does; it is PyTorch's too.
   heap.keep()
   heap.collect_rarely()
-  config = load(args.config)
-  args.steps = args.steps or config.training.steps
+  device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+  changes = {"model__network__dtype": "bfloat16"} if device == "cuda" else {}
+  if args.data:
+    changes["data__source"] = f"folder(path={args.data!r})"
+  experiment = load(args.config, **changes)
+  args.steps = args.steps or experiment.training.steps
   if args.steps % args.parts or args.steps // args.parts < LOG_EVERY:
     parser.error(f"got {args.steps} steps in {args.parts} parts; wanted parts of one size, {LOG_EVERY} steps or more")
-  if problem := unlike(config):
+  if problem := unlike(experiment):
     parser.error(f"got the recipe {args.config.name} with {problem}")
   args.output.mkdir(parents=True, exist_ok=True)
-  if args.data:
-    config.data.update({"source": "folder", "path": args.data, "train_split": "train", "eval_split": "test"})
-  device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-  if device == "cuda":
-    config.network.dtype = "bfloat16"
-  source, held_out = build.build_data(config)
-  judge, floor = make_judge(config, source, held_out, min(args.samples, len(held_out)))
+  source, held_out = reading.read_data(experiment)
+  judge, floor = make_judge(experiment, source, held_out, min(args.samples, len(held_out)))
   results, shown = [], {}
-  for seed in range(config.seed, config.seed + args.seeds):
-    config.seed = seed
+  for seed in range(experiment.seed, experiment.seed + args.seeds):
     print(f"seed {seed} ...", flush=True)
-    result, samples = take_turns(config, source, judge, device, args.steps, args.parts, args.compile)
+    one = experiment.changed(seed=seed)
+    result, samples = take_turns(one, source, judge, device, args.steps, args.parts, args.compile)
     results.append(result)
     shown = shown or {name: samples[name] for name in COLORS}
   here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
-  batch = config.training.batch_size
+  batch = experiment.training.batch_size
   title = (
     f"{args.config.stem}, {args.steps:,} steps of {batch}; {here['device']}, {here['cores']} cores, {here['date']}"
   )

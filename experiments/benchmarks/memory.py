@@ -22,41 +22,41 @@ from pathlib import Path
 
 import jax
 import timing
-from recipe import CONFIGS, load, trace_step
+from recipe import CONFIGS, load, loss_of, trace_step
 
-from ddpm_jax import build, plan, runs, topology, train
+from ddpm_jax import parallel, plan, runs, topology
+from ddpm_jax.runs import model, stepping
 
 POLICIES = ("none", "blocks", "everything")
 
 
-def kept(config, images=2):
+def kept(experiment, images=2):
   """Bytes an image that the gradient of the loss has to hold between the two passes, without the parameters themselves."""
   key = jax.eval_shape(jax.random.key, 0)
-  params = jax.eval_shape(build.build_params_init(config), key)
+  params = jax.eval_shape(experiment.model.init, key)
   keys = jax.eval_shape(lambda key: jax.random.split(key, images), key)
-  loss = build.build_loss(config)
+  loss = loss_of(experiment)
 
   def forward(params, keys, batch):
-    return jax.vjp(lambda params: loss(params, keys, batch)[0], params)[1]
+    return jax.vjp(lambda params: loss(params, keys, batch), params)[1]
 
-  residuals = jax.tree.leaves(jax.eval_shape(forward, params, keys, build.batch_shapes(config, images)))
+  residuals = jax.tree.leaves(jax.eval_shape(forward, params, keys, stepping.batch_shapes(experiment, images)))
   per_image = [leaf for leaf in residuals if leaf.ndim and leaf.shape[0] == images]
   return sum(leaf.size * leaf.dtype.itemsize for leaf in per_image) / images
 
 
-def compiled(config, topology, images):
+def compiled(experiment, topology):
   """Bytes of temporaries of the compiled step."""
-  config.training.batch_size = images
   with contextlib.redirect_stdout(sys.stderr):  # the table that is asked for stays apart
-    plan = runs.run_plan(config, topology_name=topology, num_devices=None)
+    plan = runs.run_plan(experiment, topology_name=topology, num_devices=None)
   return plan.temporary_bytes if plan.temporary_bytes is not None else float("nan")
 
 
-def on_devices(config, devices, fsdp, batch, compile_too):
+def on_devices(experiment, devices, fsdp, compile_too):
   """Bytes of one device: state, what its images keep, and what the compiler says of the whole step."""
-  config.training.batch_size = batch
-  state, traced = trace_step(config, devices, fsdp)
-  figures = {"state": plan.state_bytes(state), "kept": kept(config) * batch / len(devices)}
+  state, traced = trace_step(experiment, devices, fsdp)
+  images = experiment.training.batch_size / len(devices)
+  figures = {"state": plan.state_bytes(state), "kept": kept(experiment) * images}
   if compile_too:
     found = plan.compile_step(traced, devices)
     analysis = None if isinstance(found, plan.OutOfMemory) else found.memory_analysis()
@@ -64,6 +64,12 @@ def on_devices(config, devices, fsdp, batch, compile_too):
       math.nan if analysis is None else analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     )
   return figures
+
+
+def computing(path, dtype, policy, batch=None):
+  """A recipe whose network computes in a type, and of which the backward pass computes so much again."""
+  changes = {"model__network__dtype": dtype, "model__network__remat": policy}
+  return load(path, **changes, **({} if batch is None else {"training__batch_size": batch}))
 
 
 def by_batch(args, types):
@@ -75,9 +81,7 @@ def by_batch(args, types):
       for policy in POLICIES:
         for fsdp in sorted({1, args.devices}):
           for batch in batches:
-            config = load(path)
-            config.network.dtype, config.network.remat = dtype, policy
-            found = on_devices(config, devices, fsdp, batch, args.compile)
+            found = on_devices(computing(path, dtype, policy, batch), devices, fsdp, args.compile)
             rows.append({"recipe": path.name, "dtype": dtype, "remat": policy, "fsdp": fsdp, "batch": batch} | found)
   cells = {}
   for row in rows:
@@ -111,14 +115,12 @@ def main():
   names = [f"{policy}, {dtype}" for dtype in types for policy in POLICIES]
   print(f"| recipe | state, MB | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}", flush=True)
   for path in args.configs:
-    config = load(path)
-    parts = build.build_params_init(config), build.build_optimizer(config), build.build_objective(config)
-    state = jax.eval_shape(lambda: train.init_state(jax.random.key(0), *parts))  # noqa: B023
+    _, state = model.make_state(load(path), parallel.make_mesh(devices=jax.devices()[:1]))
     cells = []
     for dtype in types:
       for policy in POLICIES:
-        config.network.dtype, config.network.remat = dtype, policy
-        found = compiled(config, args.topology, args.images) if args.topology else kept(config)
+        experiment = computing(path, dtype, policy, args.images if args.topology else None)
+        found = compiled(experiment, args.topology) if args.topology else kept(experiment)
         cells.append(f"{found / 1e6:.4g}")
     figures[path.name] = dict(zip(names, map(float, cells), strict=True))
     size = plan.state_bytes(state)

@@ -11,7 +11,7 @@ import recipe
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_jax import build, interop, predictions, processes, schedules
+from ddpm_jax import interop, predictions, processes, schedules
 from ddpm_jax.models import Model, codecs, networks
 from ddpm_jax.networks import UNet
 
@@ -36,9 +36,9 @@ class Pair(NamedTuple):
 
 def make(name: str) -> Pair:
   """A pair of `MODELS`."""
-  config = recipe.load(MODELS[name])
-  shape, process = build.image_shape(config), processes.discrete(schedules.linear())
-  network = build.build_network(config).clone(
+  made = recipe.load(MODELS[name]).model
+  shape, process = made.data_shape, processes.discrete(schedules.linear())
+  network = made.network.module.clone(
     out_channels=shape[-1], num_classes=0, dropout=0.0, dtype=jnp.float32, remat="none"
   )
   start = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1))["params"]

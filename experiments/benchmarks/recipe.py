@@ -1,29 +1,59 @@
 """The recipes of configs/, and their train steps as the command line compiles them: shared by the scripts in this folder."""
 
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ddpm_jax import build, parallel, train
-from ddpm_jax.runs import model
+from ddpm_jax import config, losses, parallel, train
+from ddpm_jax.config import Experiment
+from ddpm_jax.runs import model, stepping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def load(path: Path) -> ConfigDict:
-  """The config of a recipe, a Python file."""
+def read(path: Path) -> ConfigDict:
+  """Return the config of a recipe, a Python file."""
   if not path.is_file():
     raise SystemExit(f"Got the recipe {path}, which does not exist; wanted a file such as {CONFIGS / 'digits_vp.py'}.")
   return runpy.run_path(str(path))["get_config"]()
 
 
-def trace_step(config: ConfigDict, devices: list[Any], fsdp: int = 1) -> tuple[train.TrainState, jax.stages.Traced]:
-  """The shapes of the state, laid out over the devices, and the traced train step of the recipe's batch."""
-  mesh = parallel.make_mesh(fsdp=fsdp, devices=devices)
-  parallel.check_batch(config.training.batch_size, mesh.size)
-  _, state = model.make_state(config, build.build_optimizer(config), mesh)
-  step = parallel.jit_step(build.build_step(config, mesh), mesh, state)
-  return state, step.trace(state, build.batch_shapes(config, config.training.batch_size))
+def load(path: Path, **changes: Any) -> Experiment:
+  """Return the experiment that a recipe describes.
+
+  Args:
+    path: the recipe.
+    **changes: other values of its keys, with two underscores in the place of each dot.
+  """
+  tree = config.of_config(read(path))
+  for name, value in changes.items():
+    tree = config.changed(tree, name.replace("__", "."), value)
+  return config.build(tree)
+
+
+def loss_of(experiment: Experiment) -> Callable[[Any, jax.Array, dict[str, Any]], jax.Array]:
+  """Return `loss(params, keys, batch)`, what training minimizes, with a key for each sample [B]."""
+  objective = experiment.objective
+
+  def loss(params, keys, batch):
+    extra, memory = objective.init(keys[0], params, ())
+    batch = stepping.encode(experiment.model, None, keys, batch)
+    batch |= objective.prepare(keys, memory)
+    context = losses.Context(jnp.zeros((), jnp.int32), (), None, memory)
+    return objective.loss({"model": params, "extra": extra}, context, keys, batch)[0]
+
+  return loss
+
+
+def trace_step(experiment: Experiment, devices: list[Any], fsdp: int = 1) -> tuple[train.TrainState, jax.stages.Traced]:
+  """Return the shapes of the state, laid out over the devices, and the traced train step of the recipe's batch."""
+  mesh, size = parallel.make_mesh(fsdp=fsdp, devices=devices), experiment.training.batch_size
+  parallel.check_batch(size, mesh.size)
+  _, state = model.make_state(experiment, mesh)
+  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, state)
+  return state, step.trace(state, stepping.batch_shapes(experiment, size))

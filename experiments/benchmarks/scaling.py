@@ -21,35 +21,35 @@ import jax
 import timing
 from recipe import CONFIGS, load, trace_step
 
-from ddpm_jax import build, hardware, plan, topology
+from ddpm_jax import hardware, plan, topology
+from ddpm_jax.runs import scoring, stepping
 
 CHIPS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 SLICES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
-def compiled(config, devices, fsdp):
+def compiled(experiment, devices, fsdp):
   """The plan of a step over some devices, and the FLOPs that XLA counts in what one of them runs."""
-  state, traced = trace_step(config, devices, fsdp)
+  state, traced = trace_step(experiment, devices, fsdp)
   program = plan.compile_step(traced, devices)
-  size = config.training.batch_size
   options = {
     "params": state.params,
     "state": state,
-    "batch_size": size,
+    "batch_size": experiment.training.batch_size,
     "devices": devices,
-    "dtype": config.network.dtype,
+    "dtype": scoring.dtype_of(experiment),
   }
   return plan.make_plan(traced, program, **options), program.cost_analysis()["flops"]
 
 
-def simulate(config, most):
+def simulate(experiment, most):
   """A row for each number of devices, by data and by fsdp."""
   devices = topology.simulate_devices(most)
   rows, alone = [], None
   for count in (2**power for power in range(int(math.log2(most)) + 1)):
     for fsdp in sorted({1, count}):
       print(f"{count} device(s), fsdp {fsdp}: compiling ...", flush=True)
-      found, flops = compiled(config, devices[:count], fsdp)
+      found, flops = compiled(experiment, devices[:count], fsdp)
       alone = alone or (flops, found)
       rows.append(
         {
@@ -66,10 +66,11 @@ def simulate(config, most):
   return rows
 
 
-def work_of(config):
+def work_of(experiment):
   """A recipe's FLOPs an image, the bytes of its gradients in float32, and what its network computes in."""
-  params = jax.eval_shape(build.build_params_init(config), jax.random.key(0))
-  return build.flops_per_image(config), 4 * sum(leaf.size for leaf in jax.tree.leaves(params)), config.network.dtype
+  params = jax.eval_shape(experiment.model.init, jax.random.key(0))
+  flops = stepping.flops_per_image(experiment, stepping.batch_shapes(experiment, 1))
+  return flops, 4 * sum(leaf.size for leaf in jax.tree.leaves(params)), scoring.dtype_of(experiment)
 
 
 def roofline(work, generation, batch):
@@ -131,8 +132,8 @@ def main():
   timing.report(title, columns, cells, here)
 
   bounds = {}
-  for name, config in recipes.items():
-    work = work_of(config)
+  for name, experiment in recipes.items():
+    work = work_of(experiment)
     bounds[name] = [row for generation in CHIPS for size in args.batches for row in roofline(work, generation, size)]
     cells = [
       [
@@ -151,7 +152,7 @@ def main():
     ]
     columns = ["chips of", "chips", "communication, ms", "hides from batch per chip"]
     columns += [f"batch {size}: computing, ms / images/s / chip-seconds a million" for size in args.batches]
-    timing.report(f"{name}, {config.network.dtype}: bounds, no measurement", columns, cells, {})
+    timing.report(f"{name}, {scoring.dtype_of(experiment)}: bounds, no measurement", columns, cells, {})
   timing.write(args.json, {"machine": here, "simulated": rows, "rooflines": bounds})
   off = [row for row in rows if not 0.95 <= row["share"] <= 1.1]
   if off:

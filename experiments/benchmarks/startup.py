@@ -57,13 +57,13 @@ def compile_here(config):
   heap.collect_rarely()  # as the command line does
   import jax
 
-  recipe = load(config)
+  experiment = load(config)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if jax.default_backend() == "cpu":
-    recipe.training.batch_size = min(recipe.training.batch_size, BATCH_ON_CPU)
+    experiment = experiment.changed(training__batch_size=min(experiment.training.batch_size, BATCH_ON_CPU))
   devices = jax.devices()[:1]
   times = [time.perf_counter()]
-  _, traced = trace_step(recipe, devices)
+  _, traced = trace_step(experiment, devices)
   times.append(time.perf_counter())
   lowered = traced.lower()
   times.append(time.perf_counter())

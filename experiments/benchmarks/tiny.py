@@ -4,6 +4,6 @@ import recipe
 
 
 def get_config():
-  config = recipe.load(recipe.CONFIGS / "digits_vp.py")
-  config.network.update({"channels": 16, "multipliers": (1,)})
+  config = recipe.read(recipe.CONFIGS / "digits_vp.py")
+  config.model.network.update({"channels": 16, "multipliers": (1,)})
   return config

@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import timing
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
-from recipe import load, trace_step
+from recipe import load, loss_of, trace_step
 
-from ddpm_jax import build, costs, networks, plan, topology
+from ddpm_jax import costs, networks, plan, topology
 from ddpm_jax.networks import layers
+from ddpm_jax.runs import stepping
 
 # A v5e has four matrix units of 128 x 128 products a cycle.
 CLOCK = 197e12 / (4 * 128 * 128 * 2)
@@ -155,17 +156,16 @@ def compile_on(devices, traced):
   return compiled
 
 
-def step(config, dtype, batch, devices):
+def step(path, dtype, batch, devices):
   """The same of a recipe's train step, on one of the devices."""
-  config.network.dtype = jnp.dtype(dtype).name
-  config.training.batch_size = batch or config.training.batch_size
-  images = config.training.batch_size // len(devices)
+  changes = {"training__batch_size": batch} if batch else {}
+  experiment = load(path, model__network__dtype=jnp.dtype(dtype).name, **changes)
+  images = experiment.training.batch_size // len(devices)
   key = jax.eval_shape(jax.random.key, 0)
-  params = jax.eval_shape(build.build_params_init(config), key)
+  params = jax.eval_shape(experiment.model.init, key)
   keys = jax.eval_shape(lambda key: jax.random.split(key, images), key)
-  loss = build.build_loss(config)
-  jaxpr = jax.make_jaxpr(loss)(params, keys, build.batch_shapes(config, images)).jaxpr
-  state, traced = trace_step(config, devices)
+  jaxpr = jax.make_jaxpr(loss_of(experiment))(params, keys, stepping.batch_shapes(experiment, images)).jaxpr
+  state, traced = trace_step(experiment, devices)
   least = 2 * activations(jaxpr, images) + nbytes(params, dtype) + 2 * plan.state_bytes(state)
   start = time.perf_counter()
   return compile_on(devices, traced), least, time.perf_counter() - start
@@ -235,9 +235,7 @@ def main():
   rows = []
   for what in args.configs or args.parts.split(","):
     for dtype in map(jnp.dtype, args.types.split(",")):
-      made = (
-        step(load(what), dtype, args.batch, devices) if args.configs else part(what, dtype, args.images, devices[0])
-      )
+      made = step(what, dtype, args.batch, devices) if args.configs else part(what, dtype, args.images, devices[0])
       row, found = figures_of(*made)
       rows.append({"what": what.name if args.configs else what, "type": dtype.name} | row)
       print(
