@@ -7,7 +7,7 @@ python -m ddpm_jax.main --config=configs/celeba64_vp.py --workdir=/tmp/celeba64_
 TFDS's celeb_a, 162,770 training images of 178x218: the central 140x140 are resized to 64x64, as score_sde does (by antialiased
 bicubic here, bilinear there). DDIM's own code takes a 128x128 square a little lower, so scores need the same crop to be
 compared. The decoded training set takes 2 GB, so it is read as it goes; --output=<new folder> with --mode=prepare packs it as
-64x64 records, for data.source=packed.
+64x64 records, for --config.data.source=packed --config.data.source.path=<new folder>.
 Hardware: one GPU or a TPU slice; the paper trained 500,000 steps of 128 images.
 Score: FID 3.26 in the paper by 1000 ancestral steps of the large variance, 6.53 by 100 of DDIM; not yet repeated with this code.
 """

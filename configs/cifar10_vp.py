@@ -9,7 +9,7 @@ python -m ddpm_jax.main --config=configs/cifar10_vp.py --workdir=/tmp/cifar10_vp
 Or on a folder of images, with train/<class>/ and test/<class>/ or with classes alone:
 
 python -m ddpm_jax.main --config=configs/cifar10_vp.py --workdir=/tmp/folder \
-  --config.data.source=folder --config.data.path=<folder>
+  --config.data.source=folder --config.data.source.path=<folder>
 
 Hardware: one GPU or a TPU slice; the paper trained 10.6 hours on a TPU v3-8. On a CPU a step takes a minute.
 Score: FID 3.17 in the paper, with 50,000 samples against the training set; not yet repeated with this code.

@@ -1,11 +1,11 @@
 """The base of a colour cascade: class-conditional DDPM on CIFAR-10 made small, 16x16, from a folder of its images (Ho et al. 2022).
 
-python -m ddpm_jax.main --config=configs/cifar16_cond.py --workdir=/tmp/cifar16_cond --config.data.path=<folder>
+python -m ddpm_jax.main --config=configs/cifar16_cond.py --workdir=/tmp/cifar16_cond --config.data.source.path=<folder>
 
 The folder has train/<class>/ and test/<class>/; or take CIFAR-10 by TFDS, prepared as for configs/cifar10_vp.py:
 --config.data.source=tfds. `configs/cifar_superres.py` enlarges what it draws to 32x32.
 
-Hardware: 2 CPU cores for a first look, one GPU for pictures to keep (more --config.training.steps and --config.network.channels).
+Hardware: 2 CPU cores for a first look, one GPU for pictures to keep (more --config.training.steps and --config.model.network.channels).
 Time: 20 minutes, beside other trainings. With the images of CIFAR-10 re-encoded as JPEG:
 Score: Frechet distance in pixel space 28 (floor 30), precision 0.84 (0.81), recall 0.73 (0.71), of 200 samples by 50 steps of DDIM.
 Pixels tell little of colour images: what is drawn has the colours and the layout of its class, and no detail yet.
@@ -16,7 +16,8 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  config.data.source = spec("data.folder")
+  # --config.data.source.path=<folder> says where it lies; --mode=plan needs none.
+  config.data.source = spec("data.folder", path="")
   config.data.update({"image_size": 16, "resize": "box"})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
   config.model.prediction = spec("predictions.V")

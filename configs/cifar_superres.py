@@ -1,6 +1,6 @@
 """Super-resolution of colour images, 16x16 to 32x32, as a conditional model (SR3, Saharia et al. 2021), its condition noised (Ho et al. 2022).
 
-python -m ddpm_jax.main --config=configs/cifar_superres.py --workdir=/tmp/cifar_superres --config.data.path=<folder>
+python -m ddpm_jax.main --config=configs/cifar_superres.py --workdir=/tmp/cifar_superres --config.data.source.path=<folder>
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar16_cond --upsampler=/tmp/cifar_superres --num_samples=60 --guidance_scale=3
 
 The folder, or CIFAR-10 by TFDS, as for configs/cifar16_cond.py.
@@ -16,7 +16,8 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  config.data.source = spec("data.folder")
+  # --config.data.source.path=<folder> says where it lies; --mode=plan needs none.
+  config.data.source = spec("data.folder", path="")
   config.data.update({"image_size": 32})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
   config.model.prediction = spec("predictions.V")

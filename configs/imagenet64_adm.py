@@ -1,17 +1,17 @@
 """ADM on class-conditional ImageNet 64x64 (Dhariwal and Nichol 2021, table 11): 296M parameters.
 
-python -m ddpm_jax.main --mode=prepare --config=configs/imagenet64_adm.py --config.data.path=<folder> --output=<new folder>
+python -m ddpm_jax.main --mode=prepare --config=configs/imagenet64_adm.py --config.data.source.path=<folder> --output=<new folder>
 python -m ddpm_jax.main --config=configs/imagenet64_adm.py --workdir=/tmp/imagenet64_adm \
-  --config.data.source=packed --config.data.path=<new folder>
+  --config.data.source=packed --config.data.source.path=<new folder>
 
 The folder has train/<class>/ and val/<class>/ with the images as ImageNet gives them. They are halved by box filters, then resized
 by bicubic and cropped, as the paper's code does (data.resize=adm), once: the packed images take 14 GB, and no JPEG is decoded in
 training. Without the first line the folder itself will do, at the rate at which the host decodes JPEG.
 The same by TFDS, whose imagenet2012 wants ILSVRC2012_img_train.tar and _val.tar in its downloads/manual folder: in both
-commands --config.data.source=tfds --config.data.name=imagenet2012 --config.data.eval_split=validation, in the first no data.path.
+commands --config.data.source="tfds(name='imagenet2012', eval_split='validation')" in place of the folder.
 For the down-sampled ImageNet of Chrabaszcz et al. 2017: --config.data.resize=box.
 Hardware: a TPU slice or 8 GPUs; the paper trained 540,000 steps of 2048 images. Activations are computed again in the backward
-pass (network.remat) and in bfloat16.
+pass (model.network.remat) and in bfloat16.
 Score: FID 2.07 in the paper without guidance, with 50,000 samples by 250 steps; not yet repeated with this code.
 """
 
@@ -20,7 +20,8 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  config.data.source = spec("data.folder", train_split="train", eval_split="val")
+  # --config.data.source.path=<folder> says where it lies; --mode=plan needs none.
+  config.data.source = spec("data.folder", path="", train_split="train", eval_split="val")
   config.data.update(
     {
       "image_size": 64,
