@@ -174,19 +174,19 @@ def main(argv: list[str]) -> None:
     runs.run_convert(_INCEPTION_WEIGHTS.value or "", _output("the weights", "/tmp/inception.safetensors"))
     return
   if mode == "stats":
+    _start_devices()
     experiment = config.build(_data_config())
     if _INCEPTION_WEIGHTS.value:
       experiment = experiment.changed(evaluation__inception_weights=_INCEPTION_WEIGHTS.value)
-    _start_devices()
     runs.run_statistics(experiment, _output("the statistics", "/tmp/statistics.npz"))
     return
   if mode == "prepare":
     prepare.run_prepare(config.build(_data_config()), _path(_OUTPUT))
     return
   if mode == "plan":
-    experiment = config.build(_config(folder))
+    tree = _config(folder)
     _cache_compilations()
-    runs.run_plan(experiment, topology_name=_TOPOLOGY.value, num_devices=_DEVICES.value)
+    runs.run_plan(tree, topology_name=_TOPOLOGY.value, num_devices=_DEVICES.value)
     return
   choose(_RESUME.value, ("auto", "must", "never"), "--resume")
   _connect()

@@ -4,16 +4,16 @@ from typing import Any
 
 import jax
 
-from ddpm_jax import parallel, plan, startup, topology, train
-from ddpm_jax.config import Experiment
+from ddpm_jax import config, parallel, plan, startup, topology, train
+from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
-def run_plan(experiment: Experiment, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
+def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
   """Compiles the train step for a TPU slice, or for devices of this machine, and prints what it needs.
 
   Args:
-    experiment: what is trained; neither its data nor a run are touched.
+    tree: the config of what is trained; neither its data nor a run are touched.
     topology_name: a TPU slice, such as "v5e:4x4"; None for this machine.
     num_devices: how many of this machine's devices, or of its CPU taken for as many; None for all there are.
 
@@ -29,6 +29,8 @@ def run_plan(experiment: Experiment, *, topology_name: str | None, num_devices: 
   else:
     startup.start_devices()
     devices = jax.devices()
+  # Only now: what is built of a config starts JAX.
+  experiment = config.build(tree)
   mesh, shapes, batch, fixed = _layout(experiment, devices)
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, fixed)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))

@@ -1,0 +1,119 @@
+"""One component of each kind, as a user has them in a file outside of the package. The tests copy this file, and delete the copy."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ddpm_jax import data, losses, models, sampling
+from ddpm_jax.predictions import Prediction
+from ddpm_jax.processes import Process
+
+
+def _waves(time):
+  return jnp.stack([jnp.sin(time / 100), jnp.cos(time / 100)], -1)
+
+
+class Linen(nn.Module):
+  """A network of Flax Linen, which may be given a vector."""
+
+  out_channels: int
+  width: int = 16
+
+  @nn.compact
+  def __call__(self, x, time, vector=None):
+    h = nn.Dense(self.width)(x.reshape(len(x), -1)) + nn.Dense(self.width)(_waves(time))
+    if vector is not None:
+      h += nn.Dense(self.width)(vector)
+    return nn.Dense(x[0].size)(nn.silu(h)).reshape(*x.shape[:-1], self.out_channels)
+
+
+class Nnx(nnx.Module):
+  """A network of Flax NNX."""
+
+  def __init__(self, shape, width: int = 16, *, rngs):
+    size = int(np.prod(shape))
+    self.inner = nnx.Linear(size, width, rngs=rngs)
+    self.time = nnx.Linear(2, width, rngs=rngs)
+    self.outer = nnx.Linear(width, size, rngs=rngs)
+
+  def __call__(self, x, time):
+    return self.outer(nnx.silu(self.inner(x.reshape(len(x), -1)) + self.time(_waves(time)))).reshape(x.shape)
+
+
+class Equinox(eqx.Module):
+  """A network of Equinox, of one sample."""
+
+  inner: eqx.nn.Linear
+  outer: eqx.nn.Linear
+
+  def __init__(self, shape, width: int = 16, *, key):
+    size = int(np.prod(shape))
+    self.inner, self.outer = eqx.nn.Linear(size + 2, width, key=key), eqx.nn.Linear(width, size, key=key)
+
+  def __call__(self, x, time):
+    return self.outer(jax.nn.silu(self.inner(jnp.concatenate([x.ravel(), _waves(time)])))).reshape(x.shape)
+
+
+def sampler(process: Process, eta: float = 0.5) -> sampling.Sampler:
+  """DDIM by another name."""
+  return sampling.ddim(process, eta)
+
+
+def weighting(gamma: float = 2.0) -> losses.Weighting:
+  """Min-SNR by another name."""
+  return lambda log_snr: jnp.minimum(1.0, gamma * jnp.exp(-log_snr))
+
+
+def plain_weighting(log_snr):
+  """A weighting as it is, without annotations."""
+  return jnp.ones_like(log_snr)
+
+
+def loss(apply: losses.Apply, process: Process, prediction: Prediction, factor: float = 1.0) -> losses.Objective:
+  """The denoising loss times a factor that grows with the steps, with a memory of its own and frozen parameters."""
+  times = losses.uniform(process)
+
+  def value(trained, context, keys, batch):
+    def network(x, time):
+      return apply(trained["model"], x, time, batch["given"], train=True, keys=keys)
+
+    found, details = losses.denoising_loss(keys, network, process, prediction, batch["x"], times=times)
+    return found * factor * context.frozen["scale"] * (1 + 0.01 * context.step + 0 * context.memory), details
+
+  def update(key, memory, params, details):
+    return 0.9 * memory + 0.1 * jnp.mean(details["loss"])
+
+  return losses.Objective(
+    value, init=lambda key, params, frozen: ((), jnp.zeros(())), update=update, load=lambda: {"scale": np.float32(2)}
+  )
+
+
+def brightness(name: str, size: int = 1) -> models.Condition:
+  """How bright an image is, in its own words."""
+  made = models.conditions.vector(name, size, dropout=0.2)
+  return made._replace(of_data=lambda batch: jnp.mean(jnp.asarray(batch["image"]), axis=(1, 2)))
+
+
+def patches(factor: int = 2) -> models.Codec:
+  """Patches of pixels as channels, with a frozen gain."""
+
+  def encode(frozen, keys, x):
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c).transpose(0, 1, 3, 2, 4, 5)
+    return frozen["gain"] * x.reshape(b, h // factor, w // factor, factor * factor * c)
+
+  def decode(frozen, x):
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, factor, factor, c // factor**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * factor, w * factor, c // factor**2) / frozen["gain"]
+
+  return models.Codec(encode, decode, load=lambda: {"gain": np.float32(0.9)})
+
+
+def source(fit: data.Fit, count: int = 150) -> data.Splits:
+  """Noise to train on."""
+  images = np.random.default_rng(0).integers(0, 256, (count, *fit.shape), np.uint8)
+  return data.Splits(data.ArraySource(images))

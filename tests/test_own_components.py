@@ -1,0 +1,112 @@
+"""Components of a user's own, from a file outside of the package: trained, resumed and loaded again after the file is gone."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import ddpm_jax
+from ddpm_jax import config as configs
+from ddpm_jax import runs, sampling
+from ddpm_jax.runs import scoring
+from tests import own
+from tests.conftest import ROOT
+from tests.recipes import saved_items, tiny_config, tree_of
+
+pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
+
+# The key, and the component with an argument that is not its default.
+OWN = {
+  "linen": ("model.network", "Linen(width=8)"),
+  "nnx": ("model.network", "Nnx(width=8)"),
+  "equinox": ("model.network", "Equinox(width=8)"),
+  "sampler": ("sampler", "sampler(eta=0.3)"),
+  "weighting": ("objective.weighting", "weighting(gamma=3)"),
+  "plain weighting": ("objective.weighting", "plain_weighting"),
+  "loss": ("objective", "loss(factor=0.5)"),
+  "condition": ("model.conditions.bright", "brightness(size=1)"),
+  "codec": ("model.codec", "patches(factor=4)"),
+  "data": ("data.source", "source(count=140)"),
+}
+
+
+def tree_with(path, name, **training):
+  config = tiny_config()
+  config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1} | training)
+  key, text = OWN[name]
+  if name == "condition":
+    # `dense_network` is given no vectors.
+    config.model.network = f"{path}:Linen"
+  return configs.changed(tree_of(config), key, f"{path}:{text}" if "/" in str(path) else text)
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+  """Let runs end with their last step."""
+  monkeypatch.setattr(scoring.Judge, "run", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_goes_on_and_is_loaded_without_the_file(name, tmp_path, unscored):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  runs.run_train(tree_with(path, name), tmp_path / "whole")
+  runs.run_train(tree_with(path, name, steps=4), tmp_path / "unbroken")
+  path.unlink()
+  # From the run's own config.
+  tree = configs.changed(configs.of_run(tmp_path / "whole"), "training.steps", 4)
+  runs.run_train(tree, tmp_path / "whole")
+  found, expected = (saved_items(tmp_path / folder) for folder in ("whole", "unbroken"))
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(one, other)
+  model, params, frozen = ddpm_jax.load(tmp_path / "whole")
+  x = model.process.prior(jax.random.key(0), (2, *model.shape))
+  given = {"bright": np.zeros((2, 1), np.float32)} if name == "condition" else {}
+  times = model.times(3)
+  drawn = sampling.sample(jax.random.key(1), model.defaults.sampler, model.denoise(params, given), x, times)
+  assert model.decode(drawn, frozen).shape == (2, 8, 8, 1)
+  assert bool(np.all(np.isfinite(drawn)))
+
+
+def test_each_argument_reaches_its_component(tmp_path):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  built = configs.build(tree_with(path, "linen"))
+  assert built.model.network.module.width == 8
+  assert configs.build(tree_with(path, "codec")).model.shape == (2, 2, 16)
+  sampler = configs.build(tree_with(path, "sampler")).sampler
+  x, key = np.ones((1, 8, 8, 1), np.float32), jax.random.key(0)
+
+  def step(rule):
+    return rule.step(key, lambda x_t, t: 0.5 * x_t, x, rule.init(x), np.float32(0.5), np.float32(0.25))[0]
+
+  np.testing.assert_array_equal(step(sampler), step(sampling.ddim(built.model.process, 0.3)))
+
+
+def test_a_file_that_changed_is_refused_and_the_copy_serves(tmp_path, unscored):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  runs.run_train(tree_with(path, "weighting"), tmp_path / "run")
+  path.write_text(path.read_text().replace("gamma * jnp.exp", "2 * gamma * jnp.exp"))
+  with pytest.raises(ValueError, match=r"holds a run of another config:\n +objective.weighting.sha256"):
+    runs.run_train(tree_with(path, "weighting", steps=4), tmp_path / "run")
+  tree = configs.of_run(tmp_path / "run")
+  weigh = configs.build(tree)
+  assert weigh.tree.values["objective"]["weighting"]["sha256"] == tree.values["objective"]["weighting"]["sha256"]
+  (kept,) = (tmp_path / "run" / "components").rglob("*.py")
+  assert kept.read_text() == (ROOT / "tests" / "own.py").read_text()
+
+
+def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypatch):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  runs.run_train(tree_with(path, "codec"), tmp_path / "run")
+  for step in (tmp_path / "run" / "checkpoints").iterdir():
+    assert not list(step.rglob("*gain*"))
+  tree = configs.changed(configs.of_run(tmp_path / "run"), "training.steps", 4)
+  experiment = configs.build(tree)
+  other = experiment.model._replace(codec=experiment.model.codec._replace(load=lambda: {"gain": np.float32(0.8)}))
+  monkeypatch.setattr(configs, "build", lambda *_: experiment._replace(model=other))
+  with pytest.raises(ValueError, match=r"frozen parameters \(codec\) other than those"):
+    runs.run_train(tree, tmp_path / "run")
