@@ -290,7 +290,7 @@ def _with_flags(tree: Any, mode: str, variant: tuple[str | None, int | None], fo
       changes["evaluation__num_samples"] = _NUM_SAMPLES.value
   if mode == "edit":
     if _METHOD.value is not None:
-      changes["editing__method"] = _METHOD.value
+      changes["editing__method"] = runs.edits.method(_TASK.value or "", _METHOD.value)
     if _STRENGTH.value is not None:
       if _TASK.value != "img2img":
         raise ValueError(f"Got --strength for the task {_TASK.value!r}; wanted it with --task=img2img only.")

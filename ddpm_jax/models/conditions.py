@@ -74,12 +74,13 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   if number < 1:
     raise ValueError(f"Got number={number} of {name}; expected 1 or more classes.")
   check_dropout(dropout, name)
+  example = "--classes=0" if name == "classes" else f"--given {name}=0"
 
   def parse(text: str) -> int:
     # The length first: Python turns no text of thousands of digits into a number.
     digits = text.strip()
     if not digits.isdecimal() or len(digits) > 18 or int(digits) >= number:
-      raise ValueError(f"Got {name} {text!r}; expected integers from 0 to {number - 1}, such as --{name}=0.")
+      raise ValueError(f"Got {name} {text!r}; expected integers from 0 to {number - 1}, such as {example}.")
     return int(digits)
 
   return Condition(

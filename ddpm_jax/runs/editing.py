@@ -13,7 +13,7 @@ from ddpm_jax.models.guided import NEGATIVE, is_neutral
 from ddpm_jax.runs import drawing, edits, limits
 from ddpm_jax.runs.model import Choice, say
 from ddpm_jax.runs.starts import Pretrained
-from ddpm_jax.runs.steering import Guided, Steering, steer
+from ddpm_jax.runs.steering import Guided, Steering, flag_of, steer
 
 # Rows of a picture; the arrays hold all.
 _ROWS = 24
@@ -145,7 +145,8 @@ def _steer(
     each = {}
     for name, words in getattr(steering, field).items():
       if len(words) not in (1, rows):
-        raise ValueError(f"Got {len(words)} {name} for {rows} image(s) or pair(s); wanted one, or one for each.")
+        kind = "negative " if field == "negative" else ""
+        raise ValueError(f"Got {len(words)} {kind}{name} for {rows} image(s) or pair(s); wanted one, or one for each.")
       each[name] = [word for word in list(words) * (rows if len(words) == 1 else 1) for _ in range(count)]
     steering = steering._replace(**{field: each})
   asked = [name for name, one in model.conditions.items() if one.of_data is None]
@@ -155,11 +156,12 @@ def _steer(
   if not missing:
     return steer(experiment, mesh, steering, rows * count, scale)
   if not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative:
-    raise ValueError(f"Got guidance without --{missing[0]}; wanted that of each image, such as --{missing[0]}=3.")
+    flag = flag_of(missing[0])
+    raise ValueError(f"Got guidance without {flag}; wanted that of each image, such as {flag}=3.")
   for name in missing:
     if model.conditions[name].null is None:
       raise ValueError(
-        f"Got no --{name} for a model that was trained with {name} for every image; wanted one for each image, such as --{name}=3."
+        f"Got no {flag_of(name)} for a model that was trained with {name} for every image; wanted one for each image, such as {flag_of(name)}=3."
       )
   found = steer(experiment, mesh, steering, rows * count, scale)
   none = {}

@@ -38,6 +38,11 @@ def method_names(task: str) -> list[str]:
   return [name.partition("(")[0] for name in TASKS[task]]
 
 
+def method(task: str, text: str) -> str:
+  """Return a method as the command line has it; one of the task's by its name alone with the arguments that it has by default."""
+  return next((known for known in TASKS.get(task, ()) if known.partition("(")[0] == text), text)
+
+
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   """Return the experiment with the method by which a task is done, and its name; empty where there is one way.
 

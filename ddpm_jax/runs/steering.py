@@ -1,5 +1,6 @@
 """What samples are to show, and other runs that lead them there."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,10 +143,11 @@ def asked(
   for name, words in texts.items():
     condition = conditions.get(name)
     if condition is None:
-      known = ", ".join(conditions) or "none"
+      known, near = ", ".join(conditions) or "none", difflib.get_close_matches(name, list(conditions), 1)
+      guide = "Leave it out, or guide it by --classifier=<run folder>." if name == "classes" else "Leave it out."
+      hint = f"Did you mean {near[0]!r}?" if near else guide
       raise ValueError(
-        f"Got {name} {','.join(words)} for a model that was trained without {name}; expected a condition that it knows ({known}). Leave it"
-        " out, or guide it by --classifier=<run folder>."
+        f"Got {name} {','.join(words)} for a model that was trained without {name}; expected a condition that it knows ({known}). {hint}"
       )
     if condition.parse is None:
       raise ValueError(f"Got --given {name}=..., a condition that cannot be typed; give images by --mode=edit --task=superres.")
@@ -162,8 +164,13 @@ def asked(
     if condition.default is not None:
       found[name] = condition.default(count)
     elif condition.of_data is None:
-      raise ValueError(f"Got no {name} for a model that is given some; expected --given {name}=<value>.")
+      raise ValueError(f"Got no {name} for a model that is given some; expected {flag_of(name)}=<value>.")
   return found
+
+
+def flag_of(name: str) -> str:
+  """Return the flag that gives a condition."""
+  return "--classes" if name == "classes" else f"--given {name}"
 
 
 def in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
