@@ -4,16 +4,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import editing, files, runs, schema
+from ddpm_jax import config as configs
+from ddpm_jax import editing, files, runs
+from ddpm_jax.config import spec
 from tests.parameters import use_dense, write_run
 from tests.recipes import tiny_config
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
-def config_of(**network):
+SMALL = {"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "attention_levels": (), "middle_attention": False}
+# What each method is told in tests, where it is told anything: few repetitions.
+METHODS = {
+  "repaint": spec("editing.repaint", resamples=2),
+  "posterior": spec("editing.posterior", noise_std=0.02, iterations=2),
+}
+
+
+def config_of(classes, dropout=0.0):
   config = tiny_config()
-  config.network.update(network)
+  config.model.conditions = {"classes": spec("conditions.classes", number=classes, dropout=dropout)}
   return config
 
 
@@ -21,17 +31,18 @@ def config_of(**network):
 def place(tmp_path_factory):
   """Make runs that nothing trained, images and a mask.
 
-  The runs: `grey`, of digits with hidden labels, whose network is dense; `unet`, the same of the U-Net; `judge`, a classifier of them;
+  The runs: `grey`, of digits with hidden classes, whose network is dense; `unet`, the same of the U-Net; `judge`, a classifier of them;
   `colour`, with a class for every image.
   """
   place, generator = tmp_path_factory.mktemp("editing"), np.random.default_rng(0)
   images, labels = generator.integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
   np.savez(place / "data.npz", images=images, labels=labels)
-  grey, colour = config_of(num_classes=10), config_of(num_classes=2)
-  grey.loss.label_dropout = 0.1
-  colour.data.update({"source": "arrays", "path": str(place / "data.npz"), "channels": 3, "hold_out": 10})
-  judge = config_of(num_classes=10)
-  judge.task = "classify"
+  grey, colour = config_of(10, dropout=0.1), config_of(2)
+  colour.data.source = spec("data.arrays", path=str(place / "data.npz"))
+  colour.data.update({"channels": 3, "hold_out": 10})
+  judge = tiny_config()
+  judge.update({"task": "classify", "objective": "classification"})
+  judge.model.network = spec("networks.Classifier", out_channels=10, **SMALL)
   for number, (name, config) in enumerate({"unet": grey, "judge": judge, "colour": colour}.items()):
     write_run(config, place / name, number)
   with pytest.MonkeyPatch.context() as patch:
@@ -47,16 +58,21 @@ def place(tmp_path_factory):
   return place
 
 
-def edit(place, task, source="two.npz", *, run="grey", mask="", results=1, seed=0, steering=None, **keys):
+def experiment_of(place, run, keys):
+  """Return what a run's config stands for with other values, where `editing__strength=1.0` stands for editing.strength."""
+  experiment = runs.trained(configs.of_run(place / run), place / run)
+  return experiment.changed(**keys)
+
+
+def edit(place, task, source="two.npz", *, run="grey", mask="", results=1, seed=0, steering=None, scale=None, **keys):
   """The arrays that an edit writes; `editing__strength=1.0` stands for editing.strength."""
-  config = schema.config_of_run(None, place / run)
-  config.editing.update({"resamples": 2, "iterations": 2, "frames": 3})
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in keys.items()})
-  folder = place / run / "edits"
+  method = keys.pop("editing__method", "repaint" if task == "inpaint" else None)
+  keys = {"editing__frames": 3, "editing__method": METHODS.get(method, method)} | keys
+  experiment, folder = experiment_of(place, run, keys), place / run / "edits"
   before = set(folder.glob("*"))
   wanted = runs.Edit(task, None if source is None else place / source, mask, results)
-  options = {"seed": seed, "choice": runs.Choice(), "steering": runs.Steering(**(steering or {}))}
-  runs.run_edit(config, place / run, wanted, **options)
+  options = {"seed": seed, "choice": runs.Choice(), "steering": runs.Steering(**(steering or {})), "scale": scale}
+  runs.run_edit(experiment, place / run, wanted, **options)
   arrays, picture = sorted(set(folder.glob("*")) - before, key=lambda path: path.suffix)
   assert (arrays.suffix, picture.suffix) == (".npz", ".png")
   assert arrays.name.startswith(task)
@@ -73,26 +89,29 @@ def images_of(place, name):
     return file["images"]
 
 
-def drawn(place, labels, seed, sampler=None, **steering):
+def drawn(place, classes, seed, sampler=None, scale=None, **steering):
   """What `--mode=sample` draws."""
-  config, scale = schema.config_of_run(None, place / "grey"), steering.pop("scale", 1.0)
-  config.guidance.scale = scale
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in (sampler or {}).items()})
-  wanted = runs.Steering(labels=labels, **steering)
-  folder = place / "grey" / "samples"
+  experiment, folder = experiment_of(place, "grey", sampler or {}), place / "grey" / "samples"
+  wanted = runs.Steering(classes_of(classes), **steering)
   before = set(folder.glob("*.npz"))
-  runs.run_sample(config, place / "grey", num_samples=len(labels), seed=seed, choice=runs.Choice(), steering=wanted)
+  options = {"seed": seed, "choice": runs.Choice(), "steering": wanted, "scale": scale}
+  runs.run_sample(experiment, place / "grey", num_samples=len(classes), **options)
   (path,) = set(folder.glob("*.npz")) - before
   assert ("_scale3" in path.name) == (scale == 3)
   with np.load(path) as file:
-    np.testing.assert_array_equal(file["labels"], labels)
+    np.testing.assert_array_equal(file["classes"], classes)
     return file["samples"]
+
+
+def classes_of(numbers):
+  """Return classes as somebody asks for them."""
+  return {"classes": [str(number) for number in numbers]}
 
 
 @pytest.mark.parametrize(
   ("method", "source", "mask"),
   [
-    ("", "files", "mask.png"),
+    (None, "files", "mask.png"),
     ("replace", "two.npz", "lower"),
     ("posterior", "two.npz", "left"),
     ("dps", "two.npz", "upper"),
@@ -124,38 +143,55 @@ def test_inpainting_leaves_what_is_known_as_it_is(place, method, source, mask, d
 
 def test_strength_from_the_input_to_a_fresh_sample(place, dense):
   """Several results of each image are numbered row by row."""
-  labels = {"labels": [3, 5]}
-  found = edit(place, "img2img", results=2, editing__strength=0.0, steering=labels)
+  steering = {"given": classes_of([3, 5])}
+  found = edit(place, "img2img", results=2, editing__strength=0.0, steering=steering)
   assert "mask" not in found
   for index in range(2):
     np.testing.assert_array_equal(found["output"][:, index], images_of(place, "two.npz"))
-  fresh = edit(place, "img2img", results=2, editing__strength=1.0, steering=labels, seed=7)["output"]
+  fresh = edit(place, "img2img", results=2, editing__strength=1.0, steering=steering, seed=7)["output"]
   assert fresh.shape == (2, 2, 8, 8, 1)
   np.testing.assert_array_equal(fresh.reshape(4, 8, 8, 1), drawn(place, [3, 3, 5, 5], 7))
-  batched = edit(place, "img2img", results=2, editing__strength=1.0, steering=labels, seed=7, sampling__batch_size=3)
+  batched = edit(place, "img2img", results=2, editing__strength=1.0, steering=steering, seed=7, sampling__batch_size=3)
   assert np.max(np.abs(batched["output"].astype(int) - fresh)) <= 1, "in two batches"
 
 
-def test_labels_and_guidance_do_in_edits_what_they_do_in_sampling(place, dense):
-  steering = {"labels": [3], "negative": [1, 8]}
+def test_classes_and_guidance_do_in_edits_what_they_do_in_sampling(place, dense):
+  negative = classes_of([1, 8])
+  steering = {"given": classes_of([3]), "negative": negative}
   found = edit(place, "img2img", editing__strength=1.0, guidance__scale=3.0, steering=steering)["output"][:, 0]
-  np.testing.assert_array_equal(found, drawn(place, [3, 3], 0, negative=[1, 8], scale=3.0))
+  np.testing.assert_array_equal(found, drawn(place, [3, 3], 0, negative=negative, scale=3.0))
   none = edit(place, "img2img", editing__strength=0.75)["output"]
-  # A scale of 0 is the unconditional model, whatever the label.
-  zero = edit(place, "img2img", editing__strength=0.75, guidance__scale=0.0, steering={"labels": [4]})["output"]
+  # A scale of 0 is the unconditional model, whatever the class.
+  four = {"given": classes_of([4])}
+  zero = edit(place, "img2img", editing__strength=0.75, scale=0.0, steering=four)["output"]
   assert np.max(np.abs(none.astype(int) - zero)) <= 1
-  other = edit(place, "img2img", editing__strength=0.75, guidance__scale=3.0, steering={"labels": [4]})["output"]
+  other = edit(place, "img2img", editing__strength=0.75, scale=3.0, steering=four)["output"]
   assert np.any(none != other)
+
+
+def test_a_scale_that_holds_at_times_keeps_its_times(place, dense):
+  """`--guidance_scale` is the scale inside of an interval, and the interval may hold never."""
+
+  def of(low, high):
+    interval = spec("guidance.interval", scale=1.0, low=low, high=high)
+    return drawn(place, [3, 5], 1, {"guidance": spec("guidance.classifier_free", scale=interval)}, scale=3.0)
+
+  plain, always = drawn(place, [3, 5], 1), drawn(place, [3, 5], 1, scale=3.0)
+  assert np.max(np.abs(of(1e6, 1e7).astype(int) - plain)) <= 1
+  assert np.max(np.abs(of(0.0, float("inf")).astype(int) - always)) <= 1
+  assert np.any(plain != always)
 
 
 def test_other_runs_guide_samples_and_edits(place, dense):
   plain = drawn(place, [3, 5], 1)
   judged = drawn(place, [3, 5], 1, scale=3.0, classifier=place / "judge")
   assert np.any(judged != plain)
-  steering = {"labels": [3, 5], "classifier": place / "judge"}
-  keys = {"editing__strength": 1.0, "guidance__scale": 3.0, "seed": 1}
-  found = edit(place, "img2img", steering=steering, **keys)["output"]
+  steering = {"given": classes_of([3, 5]), "classifier": place / "judge"}
+  found = edit(place, "img2img", steering=steering, editing__strength=1.0, scale=3.0, seed=1)["output"]
   np.testing.assert_array_equal(found[:, 0], judged)
+  # The rule of the config may be the guide's own.
+  own = drawn(place, [3, 5], 1, {"guidance": "classifier(scale=3)"}, classifier=place / "judge", scale=3.0)
+  np.testing.assert_array_equal(own, judged)
   # A model as weak as the model itself leads nowhere.
   assert np.max(np.abs(drawn(place, [3, 5], 1, scale=3.0, weak=place / "grey").astype(int) - plain)) <= 1
 
@@ -170,8 +206,9 @@ def test_restoring_what_was_measured(place, task, method):
     known, measured = found["input"], np.asarray(editing.downsample(2)(found["output"][:, 0].astype(np.float32)))
   else:
     # Of a run with a class for every image, away from another class.
-    steering = {"labels": [0], "negative": [1]}
-    options = {"run": "colour", "editing__method": method, "guidance__scale": 2.0, "editing__scale": 3.0}
+    steering = {"given": classes_of([0]), "negative": classes_of([1])}
+    strong = spec("editing.dps", scale=3.0) if method == "dps" else method
+    options = {"run": "colour", "editing__method": strong, "guidance__scale": 2.0}
     found = edit(place, task, "colours.npz", steering=steering, **options)
     assert found["output"].shape == (2, 1, 8, 8, 3)
     weights = np.array([0.299, 0.587, 0.114])
@@ -181,7 +218,7 @@ def test_restoring_what_was_measured(place, task, method):
 
 
 def test_images_encoded_and_between_images(place, dense):
-  steering = {"labels": [2]}
+  steering = {"given": classes_of([2])}
   found = edit(place, "invert", "three.npz", steering=steering)
   assert found["latent"].shape == (3, 8, 8, 1)
   assert found["latent"].dtype == np.float32
@@ -195,7 +232,7 @@ def test_images_encoded_and_between_images(place, dense):
   assert np.max(np.abs(between[:, 0, 2] - ends[1:])) <= 1
 
 
-BY_ODE = {"sampling__sampler": "ode", "sampling__tolerance": 1e-2, "sampling__num_steps": 3}
+BY_ODE = {"sampler": "ode(rtol=1e-2, atol=1e-2)", "sampling__num_steps": 3}
 
 
 @pytest.mark.parametrize("method", ["repaint", "replace", "posterior", "dps"])
@@ -207,7 +244,7 @@ def test_inpainting_by_the_adaptive_flow(place, method, dense):
 
 def test_images_noised_and_encoded_by_the_adaptive_flow(place, dense):
   """A strength of 1 draws what is sampled; an encoded image follows from it alone, whatever the batch."""
-  fresh = edit(place, "img2img", editing__strength=1.0, steering={"labels": [3, 5]}, seed=7, **BY_ODE)["output"]
+  fresh = edit(place, "img2img", editing__strength=1.0, steering={"given": classes_of([3, 5])}, seed=7, **BY_ODE)["output"]
   assert np.max(np.abs(fresh[:, 0].astype(int) - drawn(place, [3, 5], 7, sampler=BY_ODE))) <= 1
   part = edit(place, "img2img", editing__strength=0.5, **BY_ODE)
   assert np.any(part["output"][:, 0] != part["input"])
@@ -217,7 +254,17 @@ def test_images_noised_and_encoded_by_the_adaptive_flow(place, dense):
   assert np.max(np.abs(between[:, 0, 2] - ends[1:])) <= 1
 
 
-INPAINT = {"mask": "lower"}
+def asking(classes, negative=None):
+  """Return the option of an edit for classes, and for classes to guide away from."""
+  wishes = {"given": classes, "negative": negative}
+  return {"steering": {name: classes_of(numbers) for name, numbers in wishes.items() if numbers is not None}}
+
+
+def by(method):
+  return {"editing__method": method}
+
+
+INPAINT, BLUR = {"mask": "lower"}, {"editing__operator": "blur(std=1.0)"}
 WRONG = [
   ("img2img", {"results": 0}, "--num_samples=0; wanted at least 1"),
   ("img2img", {"source": None}, "Got no --input"),
@@ -233,47 +280,55 @@ WRONG = [
     {"editing__method": "repaint"},
     "--method=repaint for the task 'superres'; wanted one of posterior, dps",
   ),
-  ("inpaint", INPAINT | {"editing__method": "repant"}, "--method=repant .*wanted one of repaint, replace"),
+  ("inpaint", INPAINT | by("repant"), "config.editing.method='repant'; expected one of .*Did you mean 'repaint'"),
   ("img2img", {"editing__strength": -0.1}, r"--strength=-0.1; wanted it in \[0, 1\]"),
   ("img2img", {"editing__strength": 1.5}, "--strength=1.5"),
-  ("img2img", {"editing__strength": float("nan")}, "--strength=nan"),
-  ("img2img", {"sampling__sampler": "dddim"}, "Did you mean 'ddim'"),
+  ("img2img", {"editing__strength": float("nan")}, "config.editing.strength=nan; expected a finite number"),
+  ("img2img", {"sampler": "dddim"}, "Did you mean 'ddim'"),
   ("interpolate", {"editing__frames": 1}, "frames=1; wanted 2 or more"),
   ("interpolate", {"source": "files/a.png"}, "Got one image to interpolate; wanted two or more"),
   ("colorize", {}, r"'colorize' for a model of images with 1 channel\(s\)"),
-  ("superres", {}, "images of 8x8 to enlarge with a model of 8x8; wanted a size that divides it, such as 4"),
+  ("superres", {}, "images of 8x8 to enlarge with a model of 8x8; wanted a size of which that is a multiple, such as 4"),
   ("superres", {"source": "odd.npz"}, "images of 3x3 to enlarge with a model of 8x8"),
-  ("superres", {"source": "small.npz", "editing__noise": 0.0}, "noise_std=0.0"),
-  ("superres", {"source": "small.npz", "editing__covariance": "tweed"}, "covariance='tweed'"),
-  ("superres", {"source": "small.npz", "editing__method": "dps", "editing__scale": -1.0}, "scale=-1.0"),
-  ("inpaint", INPAINT | {"editing__method": "posterior", "editing__iterations": 0}, "iterations=0"),
-  ("inpaint", INPAINT | {"editing__resamples": 0}, "resamples=0"),
-  ("inpaint", INPAINT | {"editing__jump": 0}, "jump=0"),
-  ("inpaint", INPAINT | {"sampling__sampler": "dpmpp_2m"}, "a rule that remembers its last steps"),
-  ("invert", {"sampling__sampler": "ancestral"}, "'ancestral', which adds noise as it is set"),
-  ("invert", {"sampling__eta": 1.0}, "'ddim', which adds noise as it is set.*without eta"),
-  ("invert", {"sampling__sampler": "heun", "sampling__s_churn": 1.0}, "'heun', which adds noise as it is set"),
-  ("invert", {"sampling__corrector_steps": 1}, "without eta, churn or corrector steps"),
-  ("invert", {"sampling__sampler": "ode", "sampling__corrector_steps": 1}, "'ode', which adds noise as it is set"),
-  ("interpolate", {"sampling__sampler": "ancestral"}, "which adds noise"),
+  ("superres", {"source": "small.npz"} | by("posterior(noise_std=0.0)"), "noise_std=0.0"),
+  ("superres", {"source": "small.npz"} | by("posterior"), "posterior without noise_std; expected it. Set --config"),
+  ("superres", {"source": "small.npz"} | by("posterior(noise_std=0.1, covariance='tweed')"), "covariance='tweed'"),
+  ("superres", {"source": "small.npz"} | by("dps(scale=-1.0)"), "scale=-1.0"),
+  ("inpaint", INPAINT | by("posterior(noise_std=0.1, iterations=0)"), "iterations=0"),
+  ("inpaint", INPAINT | by("repaint(resamples=0)"), "resamples=0"),
+  ("inpaint", INPAINT | by("repaint(jump=0)"), "jump=0"),
+  ("inpaint", INPAINT | {"sampler": "dpmpp_2m"}, "a rule that remembers its last steps"),
+  ("restore", {}, "'restore' without config.editing.operator; expected it .*--config.editing.operator='blur"),
+  ("img2img", BLUR, "'img2img' with config.editing.operator; expected it with the task 'restore'"),
+  ("restore", {"editing__operator": "blur(std=-1.0)"}, "config.editing.operator=editing.blur: Got std=-1.0"),
+  ("restore", {"editing__operator": "blurr"}, "editing.operator='blurr'; .*Did you mean 'blur'"),
+  ("restore", BLUR | by("repaint"), "--method=repaint for the task 'restore'; wanted one of posterior, dps"),
+  ("invert", {"sampler": "ancestral"}, "'ancestral', which adds noise as it is set"),
+  ("invert", {"sampler": "ddim(eta=1.0)"}, "'ddim', which adds noise as it is set.*without eta"),
+  ("invert", {"sampler": "heun(s_churn=1.0)"}, "'heun', which adds noise as it is set"),
+  ("invert", {"sampler": "with_langevin(sampler=ddim())"}, "adds noise .*without eta, churn or corrector steps"),
+  ("invert", {"sampler": "with_langevin(sampler=ode())"}, "'with_langevin', which adds noise as it is set"),
+  ("interpolate", {"sampler": "ancestral"}, "which adds noise"),
+  ("img2img", asking([1, 2, 3]), r"Got 3 classes for 2 image\(s\) or pair\(s\); wanted one, or one for each"),
+  ("img2img", asking([]), "Got 0 classes"),
+  ("img2img", asking([10]), "classes '10'; expected integers from 0 to 9"),
+  ("img2img", asking([1], [2] * 3) | {"guidance__scale": 2.0}, "Got 3 negative classes"),
+  ("img2img", asking([1], [-1]) | {"guidance__scale": 2.0}, "classes '-1'; expected integers from 0 to 9"),
+  ("img2img", asking([1], [2]), "--negative_classes.* without classifier-free guidance"),
+  ("img2img", asking(None, [2]), "Got guidance without --classes; wanted that of each image, such as --classes=3"),
+  ("img2img", {"guidance__scale": 3.0}, "Got guidance without --classes"),
+  ("img2img", {"scale": 3.0}, "Got guidance without --classes"),
+  ("img2img", {"guidance__scale": -1.0} | asking([1]), "guidance scale of -1"),
+  ("img2img", {"steering": {"given": {"clases": ["1"]}}}, "Got clases 1 for a model .*Did you mean 'classes'"),
   (
     "img2img",
-    {"steering": {"labels": [1, 2, 3]}},
-    r"Got 3 labels for 2 image\(s\) or pair\(s\); wanted one, or one for each",
+    {"run": "colour", "source": "colours.npz"},
+    "Got no --classes for a model that was trained with classes for every image",
   ),
-  ("img2img", {"steering": {"labels": []}}, "Got 0 labels"),
-  ("img2img", {"steering": {"labels": [10]}}, "labels from 0 to 9"),
-  ("img2img", {"steering": {"labels": [1], "negative": [2] * 3}, "guidance__scale": 2.0}, "Got 3 negative"),
-  ("img2img", {"steering": {"labels": [1], "negative": [-1]}, "guidance__scale": 2.0}, "labels from 0 to 9"),
-  ("img2img", {"steering": {"labels": [1], "negative": [2]}}, "--negative_labels without classifier-free guidance"),
-  ("img2img", {"steering": {"negative": [2]}}, "Got guidance without --labels; wanted the class of each image"),
-  ("img2img", {"guidance__scale": 3.0}, "Got guidance without --labels"),
-  ("img2img", {"guidance__scale": -1.0, "steering": {"labels": [1]}}, "guidance scale of -1"),
-  ("img2img", {"run": "colour", "source": "colours.npz"}, "Got no --labels for a model that was trained with a class"),
   (
     "img2img",
-    {"run": "colour", "source": "colours.npz", "steering": {"labels": [1]}, "guidance__scale": 2.0},
-    "trained without label dropout",
+    {"run": "colour", "source": "colours.npz", "guidance__scale": 2.0} | asking([1]),
+    "trained without dropout of a condition",
   ),
 ]
 
@@ -292,20 +347,27 @@ def test_what_is_wrong_is_said_before_anything_begins(place, task, options, mess
 
 
 def test_wrong_folders_of_other_models(place, tmp_path):
-  before, labels = state_of(place), {"labels": [1]}
-  for steering, message in (
-    ({"classifier": place / "grey"}, "Got --classifier without --labels; wanted the class of each image"),
-    ({"classifier": place / "grey"} | labels, "tells no classes apart; wanted a run with task='classify'"),
-    ({"classifier": tmp_path} | labels, f"--classifier={tmp_path}, which holds no checkpoint"),
-    ({"weak": tmp_path} | labels, f"--weak={tmp_path}, which holds no checkpoint"),
-    ({"weak": place / "grey"} | labels, "--weak with a guidance scale of 1"),
-    ({"weak": place / "judge"} | labels, "holds a classifier, which draws nothing"),
+  before, asked = state_of(place), {"given": classes_of([1])}
+  rescaled = {"guidance": "classifier_free(scale=2, rescale=0.5)"}
+  judge, weak = {"classifier": place / "judge"} | asked, {"weak": place / "grey"} | asked
+  for steering, keys, message in (
+    ({"classifier": place / "judge"}, {}, "Got --classifier without --classes; wanted the class of each image"),
+    (judge | weak, {}, "Got --classifier and --weak; expected one guide"),
+    ({"classifier": place / "grey"} | asked, {}, "--classifier of config.task='denoise'; expected a model that tells classes apart"),
+    ({"classifier": tmp_path} | asked, {}, f"--classifier={tmp_path}, which holds no checkpoint"),
+    ({"weak": tmp_path} | asked, {}, f"--weak={tmp_path}, which holds no checkpoint"),
+    (weak, {}, "--weak with a guidance scale of 1"),
+    ({"weak": place / "judge"} | asked, {}, "--weak of config.task='classify'; expected a run that denoises.*draws nothing"),
+    (judge, rescaled, "guidance=classifier_free with rescale and another guide"),
+    (weak, rescaled, "guidance=classifier_free with rescale and another guide"),
+    (judge, {"guidance": "plus_plus(scale=0.5)"}, "guidance=plus_plus with .*another guide"),
+    (weak, {"guidance": "plus_plus(scale=0.5)"}, "guidance=plus_plus with .*another guide"),
+    (judge | {"negative": classes_of([2])}, {"guidance__scale": 2.0}, "negative_classes.* without classifier-free"),
   ):
     with pytest.raises(ValueError, match=message):
-      edit(place, "img2img", steering=steering)
-  config, wanted = schema.config_of_run(None, place / "grey"), runs.Edit("img2img", place / "two.npz")
-  with pytest.raises(ValueError, match="which holds no checkpoint; wanted the folder of a run"):
-    runs.run_edit(config, tmp_path, wanted, seed=0, choice=runs.Choice())
+      edit(place, "img2img", steering=steering, **keys)
+  with pytest.raises(ValueError, match="which holds no checkpoint; expected the folder of a run"):
+    runs.trained(configs.of_run(place / "grey"), tmp_path)
   assert state_of(place) == before
   assert not list(tmp_path.iterdir())
 
