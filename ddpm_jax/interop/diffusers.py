@@ -8,7 +8,7 @@ samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +85,8 @@ def read(
   class_dropout: float = 0.0,
   dropout: float = 0.0,
   dtype: str = "float32",
-  remat: str = "none",
-  attention: str = "",
+  remat: Annotated[str, "speed"] = "none",
+  attention: Annotated[str, "speed"] = "",
 ) -> Model:
   """Read a model without its parameters, from the two config files alone.
 

@@ -6,7 +6,7 @@ Conditions travel by name: the item of a data source, the batch, `given`, and wh
 import difflib
 import zlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def low_resolution(
   data_shape: tuple[int, ...],
   factor: int,
   noise: float = 0.0,
-  sample_noise: float = 0.0,
+  sample_noise: Annotated[float, "sampling"] = 0.0,
   method: str = "bicubic",
 ) -> Condition:
   """Return the condition of a smaller image, which the model enlarges (SR3, Saharia et al. 2021).

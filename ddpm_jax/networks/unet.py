@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
@@ -94,8 +94,8 @@ class Backbone(nn.Module):
   divide_by_sigma: bool = False
   dimensions: int = 2
   dtype: Any = jnp.float32
-  remat: str = "none"
-  attention: str = ""
+  remat: Annotated[str, "speed"] = "none"
+  attention: Annotated[str, "speed"] = ""
 
   def check_input(self, shape: Sequence[int]) -> None:
     """Raises a ValueError if the network cannot be built, or cannot take data of `shape` [..., *space, C]."""
