@@ -1,8 +1,6 @@
 """`Experiment`: the values that a config stands for, built once; below it nothing sees a config."""
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax import losses, models, sampling
-from ddpm_jax.config import components, foreign
+from ddpm_jax.config import components, foreign, slots
 from ddpm_jax.config import tree as trees
-from ddpm_jax.config.components import DIGEST, KEY, Slot
+from ddpm_jax.config.components import DIGEST, KEY
 from ddpm_jax.config.sections import (
   Data,
   Editing,
@@ -26,6 +24,7 @@ from ddpm_jax.config.sections import (
   Training,
   keys_of,
 )
+from ddpm_jax.config.slots import Slot
 from ddpm_jax.config.tree import Tree
 from ddpm_jax.models import Model
 from ddpm_jax.predictions import Prediction
@@ -100,17 +99,13 @@ class Experiment(NamedTuple):
 
 def short_name(tree: Tree, path: str) -> str:
   """Return the name of the component at a place, without its module; "none" if there is none."""
-  node: Any = tree.values
-  for name in path.split("."):
-    node = node[name]
+  node = tree.at(path)
   return "none" if node is None else components.last_name(node[KEY])
 
 
 def is_own(tree: Tree, path: str) -> bool:
   """Return whether the component at a place is a user's own."""
-  node: Any = tree.values
-  for name in path.split("."):
-    node = node[name]
+  node = tree.at(path)
   return node is not None and ":" in node[KEY]
 
 
@@ -135,13 +130,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   sampler = _sampler(maker, values["sampler"], model)
   sampling_section = maker.section(Sampling, values["sampling"], "sampling", {Process: model.process})
   assert isinstance(sampling_section, Sampling)
-  steps = sampling_section.num_steps
-  if sampling_section.grid is not None:
-    times = sampling_section.grid(num_steps=steps)
-  elif values["sampler"] is None:
-    times = model.times(steps)
-  else:
-    times = sampling.grids.suitable(sampler, model.process, steps)
+  times = _times(tree, model, sampler, sampling_section)
   _check_clip(tree, sampling_section)
   outside = 0.0 if short_name(tree, "guidance") == "classifier" else 1.0
   sections = {
@@ -167,7 +156,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     times=times,
     sampling=sampling_section,
     guidance=maker.component(values["guidance"], "guidance", {Process: model.process, "outside": outside}),
-    **sections,  # type: ignore[arg-type]
+    **sections,
   )
 
 
@@ -177,6 +166,16 @@ def _sampler(maker: "_Maker", node: Any, model: Model) -> Sampler:
   if model.defaults is None:
     raise ValueError("Got config.sampler=None for a model that has no sampler of its own; expected one, such as ddim.")
   return model.defaults.sampler
+
+
+def _times(tree: Tree, model: Model, sampler: Sampler, section: Sampling) -> np.ndarray:
+  if section.grid is None:
+    own = tree.values["sampler"] is None
+    return model.times(section.num_steps) if own else sampling.grids.suitable(sampler, model.process, section.num_steps)
+  name = tree.values["sampling"]["grid"][KEY]
+  with components.naming("config.sampling.grid", name):
+    times = section.grid(num_steps=section.num_steps)
+  return components.checked(times, _SLOTS["sampling.grid"], "config.sampling.grid", name)
 
 
 def _check_clip(tree: Tree, sampling_section: Sampling) -> None:
@@ -195,9 +194,9 @@ def source_of(experiment: Experiment) -> Callable[[Any], Any]:
 def source_parts(experiment: Experiment) -> tuple[Callable, dict[str, Any]]:
   """Return the function that reads the data of an experiment, and its own arguments."""
   node = experiment.tree.values["data"]["source"]
-  slot = _Maker(None).slots["data.source"]
-  assert slot is not None
-  found = components.find(node[KEY], slot, "config.data.source", node.get(DIGEST, ""), experiment.tree.folder)[1]
+  found = components.find(
+    node[KEY], _SLOTS["data.source"], "config.data.source", node.get(DIGEST, ""), experiment.tree.folder
+  )[1]
   return found, {name: value for name, value in node.items() if name not in (KEY, DIGEST)}
 
 
@@ -217,13 +216,10 @@ class _Maker:
 
   def __init__(self, folder: Path | None):
     self._folder = folder
-    self.slots = {
-      f"{path}.{parameter.name}".lstrip("."): parameter.slot
-      for path, kind in _SECTIONS.items()
-      for parameter, _ in keys_of(kind)
-    }
 
-  def section(self, kind: type, values: Mapping[str, Any], path: str, offered: Mapping[Any, Any], but: tuple = ()) -> Any:
+  def section(
+    self, kind: type, values: Mapping[str, Any], path: str, offered: Mapping[Any, Any], but: tuple = ()
+  ) -> Any:
     """Make a section; the components of it whose names are in `but` stay as the config has them."""
     made = {
       name: self.component(value, f"{path}.{name}", offered) if components.is_node(value) and name not in but else value
@@ -234,13 +230,12 @@ class _Maker:
   def model(self, values: Mapping[str, Any], data: Data) -> Model:
     """Make a model of its parts, or by a component that makes one."""
     if components.is_node(values):
-      made = self.component(values, "model", {})
-      return made if isinstance(made, Model) else made[0]
+      return self.component(values, "model", {})
     shape = data.shape
     process = self.component(values["process"], "model.process", {})
     prediction = self.component(values["prediction"], "model.prediction", {Process: process})
     codec = self.component(values["codec"], "model.codec", {"data_shape": shape})
-    slot = self.slots["model.conditions"]
+    slot = _SLOTS["model.conditions"]
     conditions = {
       name: self.component(node, f"model.conditions.{name}", {"data_shape": shape, "name": name}, slot)
       for name, node in values["conditions"].items()
@@ -264,8 +259,7 @@ class _Maker:
     Raises:
       ValueError: if it refuses its arguments, or makes something else than the place is for.
     """
-    slot = self.slots[path] if slot is None else slot
-    assert slot is not None
+    slot = _SLOTS[path] if slot is None else slot
     where = f"config.{path}"
     name, found, _ = components.find(node[KEY], slot, where, node.get(DIGEST, ""), self._folder)
     given = {one: value for one, value in node.items() if one not in (KEY, DIGEST)}
@@ -277,30 +271,23 @@ class _Maker:
       one: self.component(value, f"{path}.{one}", offered, places[one]) if components.is_node(value) else value
       for one, value in given.items()
     }
-    for parameter in components.signature(found).values():
-      if parameter.name in arguments or parameter.kind is inspect.Parameter.VAR_KEYWORD:
-        continue
-      for key, value in offered.items():
-        if components.is_offered(parameter.name, components.plain(parameter.annotation), slot._replace(offers=(key,))):
-          arguments[parameter.name] = value
-          break
+    for parameter in (slots.parameters_of(found) or {}).values():
+      own = [value for offer, value in offered.items() if slots.is_offered(parameter, [offer])]
+      if own and parameter.name not in arguments:
+        arguments[parameter.name] = own[0]
     if slot.later:
       return functools.partial(found, **arguments)
     with components.naming(where, name):
       if models.Network in slot.kinds:
         return models.networks.of(found, arguments, offered["conditions"])
       made = found(**arguments)
-    return _checked(made, slot, where, name)
-
-
-def _checked(made: Any, slot: Slot, where: str, name: str) -> Any:
-  classes = [kind for kind in slot.kinds if inspect.isclass(kind)]
-  functions = len(classes) < len(slot.kinds)
-  if isinstance(made, tuple(classes)) or (functions and (callable(made) or isinstance(made, np.ndarray))):
-    return made
-  raise ValueError(
-    f"Got {where}={name}, which makes a {type(made).__name__}; expected {' or '.join(kind.__name__ for kind in classes) or 'a function'}."
-  )
+    return components.checked(made, slot, where, name)
 
 
 _SECTIONS = {"": Root, "data": Data, "model": Parts, "sampling": Sampling, "editing": Editing}
+_SLOTS: dict[str, Slot] = {
+  f"{path}.{parameter.name}".lstrip("."): parameter.slot
+  for path, kind in _SECTIONS.items()
+  for parameter, _ in keys_of(kind)
+  if parameter.slot is not None
+}

@@ -3,22 +3,29 @@
 import contextlib
 import difflib
 import hashlib
-import importlib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddpm_jax import files
 from ddpm_jax.places import user_path
 
 _LONGEST = 400
-# The modules that were read from files, by the digest of their content.
-_LOADED: dict[str, ModuleType] = {}
+
+
+class _Loaded(NamedTuple):
+  """A module that was read from a file, and what the file held."""
+
+  module: ModuleType
+  content: bytes
+
+
+# By the digest of the content: what runs now stays as it is, whatever happens to the file.
+_LOADED: dict[str, _Loaded] = {}
 
 
 def load(name: str, where: str, digest: str = "", folder: Path | None = None) -> tuple[Any, str]:
@@ -37,30 +44,44 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
     ValueError: if there is no such file, module or name, or the file fails.
   """
   source, _, attribute = name.rpartition(":")
-  path = _file_of(source, where)
-  kept = copy_of(source, digest, folder) if folder is not None and digest else None
-  if path is None or (digest and digest_of(path) != digest and kept is not None):
-    path = kept
-  if path is None:
-    what = "a file that does not exist" if source.endswith(".py") else "a module that cannot be found"
-    raise ValueError(
-      f"Got {where}={name!r}, {what}; expected my_file.py:my_function, or my_module:my_function of an installed module."
-    )
-  found = digest_of(path)
-  if digest and found != digest:
-    raise ValueError(
-      f"Got {where}={name!r}, whose file {path} has changed since the run was started with it; restore the file, or start a new run."
-    )
-  if found not in _LOADED:
-    with neighbors(path):
-      _LOADED[found] = run(path, lambda: load_module(path, f"ddpm_jax_component_{found[:16]}"), where)
-  module = _LOADED[found]
+  if digest not in _LOADED:
+    path, content = _read(name, where, digest, folder)
+    digest = _digest(content)
+  if digest not in _LOADED:
+    package = "" if source.endswith(".py") else source.rpartition(".")[0]
+    beside = [path.parent, Path(source).parent] if source.endswith(".py") else [path.parent]
+    with neighbors(*beside):
+      module = run(path, lambda: load_module(path, f"ddpm_jax_component_{digest[:16]}", content, package), where)
+    _LOADED[digest] = _Loaded(module, content)
+  module = _LOADED[digest].module
   if not hasattr(module, attribute):
     public = [one for one in vars(module) if not one.startswith("_")]
     near = difflib.get_close_matches(attribute, public, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Got {where}={name!r}, but {path} has no {attribute!r}; expected a name that it defines.{hint}")
-  return getattr(module, attribute), found
+    raise ValueError(
+      f"Got {where}={name!r}, but {source} has no {attribute!r}; expected a name that it defines, as in my_file.py:my_function.{hint}"
+    )
+  return getattr(module, attribute), digest
+
+
+def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path, bytes]:
+  """Return the file of a component and what it holds: the user's own, or else the copy that a run has."""
+  source = name.rpartition(":")[0]
+  path = _file_of(source, where)
+  content = None if path is None else path.read_bytes()
+  if path is not None and content is not None and digest in ("", _digest(content)):
+    return path, content
+  kept = _place(source, digest, folder) if folder is not None and digest else None
+  if kept is not None and kept.is_file() and _digest(kept.read_bytes()) == digest:
+    return kept, kept.read_bytes()
+  if path is not None:
+    raise ValueError(
+      f"Got {where}={name!r}, whose file {path} has changed since the run began with it; restore the file, or start a new run."
+    )
+  what = "a file that does not exist" if source.endswith(".py") else "a module that cannot be found"
+  raise ValueError(
+    f"Got {where}={name!r}, {what}; expected my_file.py:my_function, or my_module:my_function of an installed module."
+  )
 
 
 def keep(sources: dict[str, str], folder: Path) -> None:
@@ -72,19 +93,13 @@ def keep(sources: dict[str, str], folder: Path) -> None:
   """
   for source, digest in sources.items():
     target = _place(source, digest, folder)
-    path = _file_of(source, "")
-    if not target.exists() and path is not None and digest_of(path) == digest:
+    if digest in _LOADED and not target.exists():
       target.parent.mkdir(parents=True, exist_ok=True)
-      files.write_text(target, path.read_text(encoding="utf-8"))
-
-
-def copy_of(source: str, digest: str, folder: Path) -> Path | None:
-  """Return a run's copy of the file of a component, or None if it has none."""
-  path = _place(source, digest, folder)
-  return path if path.is_file() else None
+      files.write_bytes(target, _LOADED[digest].content)
 
 
 def _place(source: str, digest: str, folder: Path) -> Path:
+  """Return where a run has its copy of the file of a component."""
   name = Path(source).name if source.endswith(".py") else f"{source.rpartition('.')[2]}.py"
   return folder / "components" / digest[:16] / name
 
@@ -96,36 +111,36 @@ def _file_of(source: str, where: str) -> Path | None:
     return path if path.is_file() else None
   try:
     spec = importlib.util.find_spec(source)
-  except (ImportError, ValueError, AttributeError):
+  # Of a name with dots it runs what is before the last one.
+  except Exception:
     return None
   return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
-def digest_of(path: Path) -> str:
-  """Return the SHA-256 of a file."""
-  return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
 
 
 @contextlib.contextmanager
-def neighbors(path: Path) -> Iterator[None]:
+def neighbors(*folders: Path) -> Iterator[None]:
   """Let a file import the modules beside it, as a script does; they hide no installed ones."""
-  folder = str(path.parent.absolute())
-  sys.path.append(folder)
+  names = [str(folder.absolute()) for folder in folders]
+  sys.path.extend(names)
   try:
     yield
   finally:
-    sys.path.remove(folder)
+    for name in names:
+      sys.path.remove(name)
 
 
-def load_module(path: Path, name: str) -> ModuleType:
-  """Run a Python file as a module of this name."""
-  spec = spec_from_loader(name, SourceFileLoader(name, str(path)))
-  assert spec is not None
-  assert spec.loader is not None
-  module = module_from_spec(spec)
+def load_module(path: Path, name: str, content: bytes, package: str = "") -> ModuleType:
+  """Run what a Python file holds as a module of this name, of a package if it is in one."""
+  module = ModuleType(name)
+  module.__file__, module.__package__ = str(path), package
   # Classes of the file can then be pickled.
   sys.modules[name] = module
-  spec.loader.exec_module(module)
+  # Without Python's cache of compiled files, which takes two versions of the same second and size for one.
+  exec(compile(content, str(path), "exec"), vars(module))
   return module
 
 
@@ -149,6 +164,13 @@ def _place_of(path: Path, error: BaseException) -> str:
   if isinstance(error, SyntaxError) and error.filename == str(path):
     return f" in line {error.lineno}"
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  return f" in line {lines[-1]}" if lines else ""
+
+
+def line_of_error(name: str, error: BaseException) -> str:
+  """Return where in the file of a component `my_file.py:name` an error arose, such as " in line 3"; empty if not there."""
+  file = Path(name.rpartition(":")[0]).name
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == file]
   return f" in line {lines[-1]}" if lines else ""
 
 

@@ -25,7 +25,7 @@ def read(value: str) -> ConfigDict:
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
   path = _existing(name)
   with foreign.neighbors(path):
-    module = foreign.run(path, lambda: foreign.load_module(path, _MODULE), "--config")
+    module = foreign.run(path, lambda: foreign.load_module(path, _MODULE, path.read_bytes()), "--config")
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
       raise ValueError(

@@ -12,47 +12,68 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import data, editing, losses, models, predictions, processes, sampling
-from ddpm_jax.config.components import Parameter, Slot
+from ddpm_jax.config import slots
+from ddpm_jax.config.components import Parameter
+from ddpm_jax.config.slots import Slot
 
 MODEL, RUN, SAMPLING, FREE, SPEED, PLACE = "model", "run", "sampling", "free", "speed", "place"
 
-# What messages name, and what a component serves as.
-_SOURCE = Slot((data.Splits,), ("data",), (data.Fit, "fit"), example="folder(path='/images')")
-_PROCESS = Slot((processes.Process,), ("processes",), example="discrete(betas=cosine())")
-_PREDICTION = Slot((predictions.Prediction,), ("predictions",), (processes.Process,), example="V")
-_CODEC = Slot((models.Codec,), ("codecs",), ("data_shape",), example="pixels")
-_CONDITIONS = Slot((models.Condition,), ("conditions",), ("name", "data_shape"), example="classes(number=10, dropout=0.1)")
+# The places that keys are: what the program gives to components there.
+_SOURCE = Slot("a source of data", (data.Splits,), ("data",), (data.Fit,), example="folder(path='/images')")
+_PROCESS = Slot("a process", (processes.Process,), ("processes",), example="discrete(betas=cosine())")
+_PREDICTION = Slot("a prediction", (predictions.Prediction,), ("predictions",), (processes.Process,), example="V")
+_CODEC = Slot("a codec", (models.Codec,), ("codecs",), ("data_shape",), example="pixels")
+_CONDITIONS = Slot(
+  "a condition", (models.Condition,), ("conditions",), ("name", "data_shape"), example="classes(number=10, dropout=0.1)"
+)
 _NETWORK = Slot(
+  "a network",
   (models.Network,),
   ("networks",),
   ("out_channels", "dimensions", "num_classes", "vector_embedding", "shape", "conditions"),
   example="UNet(channels=64)",
 )
-_MODEL = Slot((models.Model,), ("diffusers",), example="my_file.py:my_model")
+_MODEL = Slot("a model", (models.Model,), ("diffusers",), example="my_file.py:my_model")
 _OBJECTIVE = Slot(
+  "an objective",
   (losses.Objective,),
   ("losses",),
   (losses.Apply, processes.Process, predictions.Prediction, models.Model, "time_input"),
   example="denoising(weighting=min_snr(gamma=5))",
 )
-_SAMPLER = Slot((sampling.Sampler,), ("sampling",), (processes.Process,), example="heun(s_churn=40)")
-_GRID = Slot((np.ndarray,), ("grids",), (processes.Process, "num_steps"), later=True, example="karras(rho=7)")
-_CLIP = Slot((predictions.Denoise,), ("guidance",), ("denoise",), later=True, example="dynamic_threshold(percentile=0.995)")
-_GUIDANCE = Slot(
+_SAMPLER = Slot("a sampler", (sampling.Sampler,), ("sampling",), (processes.Process,), example="heun(s_churn=40)")
+_GRID = Slot(
+  "a grid of times", (np.ndarray,), ("grids",), (processes.Process, "num_steps"), later=True, example="karras(rho=7)"
+)
+_CLIP = Slot(
+  "a rule that clips estimates",
   (predictions.Denoise,),
   ("guidance",),
-  ("conditional", "condition", "negative", "denoise", "weak", "log_prob", "outside", processes.Process),
+  ("denoise",),
+  needs=("denoise",),
+  later=True,
+  example="dynamic_threshold(percentile=0.995)",
+)
+_GUIDANCE = Slot(
+  "a rule of guidance",
+  (predictions.Denoise,),
+  ("guidance",),
+  ("conditional", "condition", "negative", "denoise", "weak", "log_prob", processes.Process),
+  needs=("condition", "weak", "log_prob"),
   later=True,
   example="classifier_free(scale=3)",
 )
 _METHOD = Slot(
+  "a method of editing",
   (sampling.Sampler, predictions.Denoise),
   ("editing",),
   ("sampler", "denoise", "known", "keep", "operator", "measurement", processes.Process),
+  needs=("known", "measurement"),
   later=True,
   example="repaint(resamples=10)",
 )
-_TASK = Slot((object,), ("tasks",), example="denoise")
+_OPERATOR = slots.slot_of(editing.Operator)
+_TASK = Slot("a task", ("Task",), ("tasks",), example="denoise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +93,16 @@ class Bounds:
   counts: bool = False
 
 
-def key(default: Any, role: str = "", bounds: Bounds = Bounds(), slot: Slot | None = None, *, many: bool = False) -> Any:  # noqa: B008
+def key(
+  default: Any, role: str = "", bounds: Bounds = Bounds(), slot: Slot | None = None, *, many: bool = False
+) -> Any:
   """Return the field of a key; without a role, it has that of its section."""
   return field(default=default, metadata={"role": role, "bounds": bounds, "slot": slot, "many": many})
 
 
 def section(kind: type, role: str = RUN, slot: Slot | None = None) -> Any:
   """Return the field of a section, whose keys are for `role` unless they say otherwise."""
-  return field(default_factory=kind, metadata={"role": role, "section": kind, "slot": slot})
+  return field(default_factory=kind, metadata={"role": role, "section": kind, "slot": slot, "many": False})
 
 
 def count(default: int, role: str = "", most: int = 2**31 - 1) -> Any:
@@ -145,7 +168,9 @@ class Optimizer:
   learning_rate: float = positive(2e-4)
   schedule: str = key("constant")  # constant, cosine, linear or inverse_sqrt, after a linear warm-up
   warmup_steps: int = key(5000)
-  decay_steps: int = key(0)  # where cosine and linear end, 0: at training.steps; where inverse_sqrt starts, 0: after the warm-up
+  decay_steps: int = key(
+    0
+  )  # where cosine and linear end, 0: at training.steps; where inverse_sqrt starts, 0: after the warm-up
   final_factor: float = key(0.0)  # of cosine and linear: the share of the rate that is left at the end
   clip_norm: float = key(1.0)  # the largest global norm of a gradient; 0: any
 
@@ -158,7 +183,9 @@ class Ema:
   decay: float = key(0.9999)  # of fixed, which has a warm-up
   half_life: int = key(500_000)  # of half_life, in images
   ramp_up: float = key(0.05)  # of half_life: no longer than this share of the images seen; 0: no such limit
-  stds: Sequence[float] = key((0.05, 0.1))  # of power: the relative width of each average, the first for previews, samples and scores
+  stds: Sequence[float] = key(
+    (0.05, 0.1)
+  )  # of power: the relative width of each average, the first for previews, samples and scores
   snapshot_every: int = key(0, FREE)  # of power: steps between the averages stored for other widths; 0: none are
 
 
@@ -203,8 +230,10 @@ class Sampling:
 class Editing:
   """How images are edited."""
 
-  method: Callable | None = key(None, slot=_METHOD)  # of inpaint: repaint, replace, posterior or dps; of measurements: posterior or dps; None: the first
-  operator: editing.Operator | None = key(None, slot=Slot((editing.Operator,), ("editing",), example="blur(std=2)"))  # of restore: what was done to the images
+  method: Callable | None = key(
+    None, slot=_METHOD
+  )  # of inpaint: repaint, replace, posterior or dps; of measurements: posterior or dps; None: the first
+  operator: editing.Operator | None = key(None, slot=_OPERATOR)  # of restore: what was done to the images
   strength: float = key(0.6)  # of img2img: 0 gives back the input, 1 a fresh sample
   frames: int = key(8)  # of interpolate
 
@@ -215,13 +244,21 @@ class Evaluation:
 
   num_samples: int = count(50_000)
   batch_size: int = count(128)  # images on each device at a time
-  features: str = key("")  # inception, classifier or pixels; empty: inception if its weights are given, else what suits the images
+  features: str = key(
+    ""
+  )  # inception, classifier or pixels; empty: inception if its weights are given, else what suits the images
   inception_weights: str = key("")  # the file of the FID Inception network
-  inception_sha256: str = key("6726825d")  # how the hash of that file begins; empty: any file, whose scores are then not called FID
+  inception_sha256: str = key(
+    "6726825d"
+  )  # how the hash of that file begins; empty: any file, whose scores are then not called FID
   resize: str = key("tf1")  # to Inception's 299x299: tf1, as the reference, or clean, as clean-fid
   classifier_steps: int = count(600)  # of training the classifier whose features suit small grey images
-  reference: str = key("")  # train, held_out or an .npz file of statistics; empty: train for inception or many samples, else held_out
-  scores: Sequence[str] = key(())  # some of evaluate.SCORES; empty: all that features, reference and number of samples allow
+  reference: str = key(
+    ""
+  )  # train, held_out or an .npz file of statistics; empty: train for inception or many samples, else held_out
+  scores: Sequence[str] = key(
+    ()
+  )  # some of evaluate.SCORES; empty: all that features, reference and number of samples allow
   allow_singular: bool = key(False)  # a Frechet distance of no more samples than the features have dimensions
   k: int = count(5)  # nearest neighbor of precision, recall, density and coverage
   most_kept: int = count(10_000)  # features for the scores that compare pairs
@@ -246,7 +283,9 @@ class Root:
 
   task: Any = key("tasks.denoise", MODEL, slot=_TASK)
   seed: int = key(0, RUN, Bounds(most=2**32 - 1))
-  init_from: str = key("", PLACE)  # a folder of diffusers or a name on the hub, whose model and parameters training starts from
+  init_from: str = key(
+    "", PLACE
+  )  # a folder of diffusers or a name on the hub, whose model and parameters training starts from
   data: Data = section(Data)
   model: Parts = section(Parts, MODEL, _MODEL)
   objective: Any = key("losses.denoising", RUN, slot=_OBJECTIVE)
@@ -254,7 +293,9 @@ class Root:
   ema: Ema = section(Ema)
   training: Training = section(Training)
   parallel: Parallel = section(Parallel, SPEED)
-  sampler: Callable | None = key("sampling.ancestral(variance='large')", SAMPLING, slot=_SAMPLER)  # None: what suits the model
+  sampler: Callable | None = key(
+    "sampling.ancestral(variance='large')", SAMPLING, slot=_SAMPLER
+  )  # None: what suits the model
   sampling: Sampling = section(Sampling, SAMPLING)
   guidance: Any = key("guidance.classifier_free", SAMPLING, slot=_GUIDANCE)
   editing: Editing = section(Editing, FREE)
@@ -264,6 +305,9 @@ class Root:
 def keys_of(kind: type) -> list[tuple[Parameter, Mapping[str, Any]]]:
   """Return the keys of a section, and what else is known of each: its `bounds`, or the `section` that it is."""
   return [
-    (Parameter(one.name, one.type, one.default, one.metadata["role"], one.metadata["slot"]), one.metadata)
+    (
+      Parameter(one.name, one.type, one.default, one.metadata["role"], one.metadata["slot"], one.metadata["many"]),
+      one.metadata,
+    )
     for one in dataclasses.fields(kind)
   ]
