@@ -200,6 +200,7 @@ def _role(tree: Tree, path: str) -> str:
 
 def changed(tree: Tree, path: str, value: Any) -> Tree:
   """Return the tree with another value, or another component, at a dotted name."""
+  value = value.to_dict() if isinstance(value, ConfigDict) else value
   return expand(_with(tree.values, path.split("."), value), tree.folder, complete=False)
 
 
