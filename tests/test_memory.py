@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import build, hardware, interop, memory, processes, runs, sampling, schedules, topology
+from ddpm_jax import hardware, interop, memory, processes, runs, sampling, schedules, topology
 from ddpm_jax.networks import UNet
+from ddpm_jax.runs import limits
 from tests.commands import DENSE, RECIPE, assert_refused, call
 from tests.parameters import write_run
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config, tree_of
 from tests.test_interop_diffusers import write
 
 BYTES = r"at least [\d.e+]+ [GTPEZY]B"
@@ -163,7 +164,7 @@ def test_training_is_refused_with_the_bytes_it_would_take(key, tmp_path, monkeyp
   section, name = key.split(".")
   config[section][name] = TRAINING[key]
   with pytest.raises(ValueError, match=rf"Got config\..*: {BYTES} of (memory|disk), more than the 1 GB"):
-    runs.run_train(config, tmp_path / "work")
+    runs.run_train(tree_of(config), tmp_path / "work")
   assert not (tmp_path / "work").exists()
 
 
@@ -171,22 +172,22 @@ def test_training_is_refused_with_the_bytes_it_would_take(key, tmp_path, monkeyp
 def test_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(memory, "of_host", lambda: 10**9)
   config = tiny_config()
-  config.network.update({"channels": 4096, "groups": 32})
+  config.model.network.update({"channels": 4096, "groups": 32})
   with pytest.raises(ValueError, match=f"the state of this network and its optimizer: {BYTES}"):
-    runs.run_train(config, tmp_path / "work")
+    runs.run_train(tree_of(config), tmp_path / "work")
   assert not (tmp_path / "work").exists()
 
 
 def test_features_whose_covariance_does_not_fit_are_refused(monkeypatch):
   monkeypatch.setattr(memory, "of_host", lambda: 10**9)
-  build.check_features(3 * 64**2, 0, False)
+  limits.check_features(3 * 64**2, 0, False)
   with pytest.raises(ValueError, match=f"features of 196,608 dimensions, .*covariance: {BYTES}.*features=inception"):
-    build.check_features(3 * 256**2, 0, True)
+    limits.check_features(3 * 256**2, 0, True)
   with pytest.raises(ValueError, match=f"10,000 of them kept: {BYTES}"):
-    build.check_features(3 * 256**2, 10_000, False)
+    limits.check_features(3 * 256**2, 10_000, False)
 
 
-@pytest.mark.parametrize("key", ["process.num_steps", "training.batch_size", "data.image_size", "network.blocks"])
+@pytest.mark.parametrize("key", ["model.process.betas.num_steps", "training.batch_size", "data.image_size", "model.network.blocks"])
 def test_the_command_line_shows_one_message(key, tmp_path):
   code, output = call(RECIPE, f"--config.{key}=2000000000", f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, BYTES)
@@ -203,9 +204,9 @@ def test_a_plan_for_other_machines_is_not_refused(monkeypatch):
   """A batch, or a state, for which this machine is too small."""
   config = tiny_config()
   config.training.batch_size = 2**24
-  config.network.update({"channels": 1024})
+  config.model.network.channels = 1024
   monkeypatch.setattr(memory, "of_host", lambda: 1)
-  mesh, shapes, batch = runs.plan._layout(config, jax.devices())
+  mesh, _, batch, _ = runs.plan._layout(experiment_of(config), jax.devices())
   assert batch["image"].shape[0] == 2**24
   assert mesh.size == 8
 
@@ -222,19 +223,18 @@ def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, 
   for name in "ab":
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "two" / f"{name}.png")
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for images of 8x8x1: {BYTES}"):
-    runs.run_sample(config, folder, num_samples=10**12, seed=0, choice=runs.Choice())
+    runs.run_sample(experiment_of(config), folder, num_samples=10**12, seed=0, choice=runs.Choice())
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for each of 1 inputs .*{BYTES}"):
-    runs.run_edit(
-      config, folder, runs.Edit("img2img", tmp_path / "a.png", results=10**12), seed=0, choice=runs.Choice()
-    )
+    edit = runs.Edit("img2img", tmp_path / "a.png", results=10**12)
+    runs.run_edit(experiment_of(config), folder, edit, seed=0, choice=runs.Choice())
   many = tiny_config()
   many.editing.frames = 2**31 - 1
   with pytest.raises(ValueError, match=f"frames=2147483647 .*{BYTES}"):
-    runs.run_edit(many, folder, runs.Edit("interpolate", tmp_path / "two"), seed=0, choice=runs.Choice())
+    runs.run_edit(experiment_of(many), folder, runs.Edit("interpolate", tmp_path / "two"), seed=0, choice=runs.Choice())
   many.evaluation.num_samples = 2**31 - 1
   many.evaluation.batch_size = 2**31 - 1
   with pytest.raises(ValueError, match=f"config.evaluation.batch_size=2147483647 .*{BYTES}"):
-    runs.run_eval(many, folder, seed=0, choice=runs.Choice())
+    runs.run_eval(experiment_of(many), folder, seed=0, choice=runs.Choice())
   assert sorted(folder.rglob("*")) == before
 
 
@@ -283,10 +283,11 @@ def test_foreign_images_are_refused_with_the_bytes_they_would_take(size, samples
 def test_the_least_memory_of_a_batch_is_no_more_than_its_largest_features():
   """The bound counts what the first layer gives, which is one of the arrays of a program."""
   config, size = tiny_config(), 6
-  network = build.build_network(config)
-  params = jax.eval_shape(build.build_params_init(config), jax.random.key(0))
-  x, label = jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((size,), jnp.float32)
-  jaxpr = jax.make_jaxpr(lambda params, x, label: network.apply({"params": params}, x, label))(params, x, label)
+  experiment = experiment_of(config)
+  model, channels = experiment.model, config.model.network.channels
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  x, time = jax.ShapeDtypeStruct((size, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((size,), jnp.float32)
+  jaxpr = jax.make_jaxpr(lambda params, x, time: model.network.apply(params, x, time, {}))(params, x, time)
   shapes = {variable.aval.shape for equation in jaxpr.eqns for variable in equation.outvars}
-  assert (size, 8, 8, config.network.channels) in shapes
-  assert build.memory._features(config) == 8 * 8 * config.network.channels * 4
+  assert (size, 8, 8, channels) in shapes
+  assert limits._features(experiment) == 8 * 8 * channels * 4

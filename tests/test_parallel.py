@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build, costs, losses, optim, parallel, predictions, processes, startup, train
+from ddpm_jax import costs, losses, optim, parallel, predictions, processes, startup, train
 from ddpm_jax.networks.layers import drop
+from ddpm_jax.runs import stepping
 from tests import objectives
 from tests.parameters import use_dense
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config
 
 STEPS, BATCH = 5, 16
 
@@ -21,7 +22,7 @@ STEPS, BATCH = 5, 16
 @pytest.fixture(scope="module")
 def config():
   config = tiny_config()
-  config.network.dropout = 0.1
+  config.model.network.dropout = 0.1
   return config
 
 
@@ -29,32 +30,29 @@ def config():
 def batches():
   rng = np.random.default_rng(0)
   return [
-    {"image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(np.float32), "label": np.zeros(BATCH, np.int32)}
+    {"image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(np.float32), "classes": np.zeros(BATCH, np.int32)}
     for _ in range(STEPS)
   ]
 
 
-def initial(config):
-  optimizer, objective = build.build_optimizer(config), build.build_objective(config)
-  return train.init_state(jax.random.key(0), build.build_params_init(config), optimizer, objective)
+def initial(experiment):
+  optimizer = stepping.optimizer(experiment)
+  return train.init_state(jax.random.key(0), experiment.model.init, optimizer, experiment.objective)
 
 
 def compiled_step(config, mesh, accumulate=1):
-  changed = config.copy_and_resolve_references()
-  changed.training.accumulate = accumulate
-  shapes = jax.eval_shape(lambda: initial(config))
+  experiment = experiment_of(config).changed(training__accumulate=accumulate)
+  shapes = jax.eval_shape(lambda: initial(experiment))
   template = parallel.abstract(shapes, parallel.state_shardings(mesh, shapes))
-  batch = {
-    "image": jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32),
-    "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-  }
-  return parallel.jit_step(build.build_step(changed, mesh), mesh, shapes).lower(template, batch).compile(), template
+  batch = stepping.batch_shapes(experiment, BATCH)
+  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes).lower(template, batch).compile()
+  start = jax.jit(lambda: initial(experiment), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))
+  return step, start
 
 
 def under_jit(config, batches, mesh, accumulate=1):
-  step, template = compiled_step(config, mesh, accumulate)
-  state = jax.jit(lambda: initial(config), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))()
-  losses = []
+  step, start = compiled_step(config, mesh, accumulate)
+  state, losses = start(), []
   for batch in batches:
     state, metrics = step(state, parallel.put_batch(mesh, batch, BATCH))
     losses.append(float(metrics["loss"]))
@@ -112,15 +110,16 @@ def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, lone):
 
 
 def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
+  experiment = experiment_of(config)
   step = functools.partial(
     train.train_step,
-    objective=build.build_objective(config),
-    encode=build.build_encode(config),
-    optimizer=build.build_optimizer(config),
+    objective=experiment.objective,
+    encode=functools.partial(stepping.encode, experiment.model),
+    optimizer=stepping.optimizer(experiment),
     axis_name=parallel.DATA_AXIS,
   )
   mapped = parallel.pmap_step(step)
-  state, losses = parallel.replicate(initial(config)), []
+  state, losses = parallel.replicate(initial(experiment)), []
   for batch in batches:
     state, metrics = mapped(state, batch)
     losses.append(float(metrics["loss"]))
@@ -128,7 +127,7 @@ def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
     np.testing.assert_array_equal(leaf[0], leaf[-1])
   assert_same_run((parallel.unreplicate(state), losses), lone)
   with pytest.raises(ValueError, match="12 on 8"):
-    mapped(parallel.replicate(initial(config)), {"image": jnp.zeros((12, 8, 8, 1)), "label": jnp.zeros(12, jnp.int32)})
+    mapped(parallel.replicate(initial(experiment)), {"image": jnp.zeros((12, 8, 8, 1)), "classes": jnp.zeros(12, jnp.int32)})
 
 
 def test_by_data_gradients_are_reduced_once_and_nothing_is_gathered(by_data):
@@ -163,8 +162,8 @@ def test_fsdp_divides_the_state(by_fsdp, alone):
 
 def test_the_state_is_donated(config, batches):
   mesh = parallel.make_mesh()
-  step, template = compiled_step(config, mesh)
-  state = jax.jit(lambda: initial(config), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))()
+  step, start = compiled_step(config, mesh)
+  state = start()
   step(state, parallel.put_batch(mesh, batches[0], BATCH))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 

@@ -21,7 +21,7 @@ OPTIONS = [
   f"--config.training.steps={STEPS}",
   "--config.training.checkpoint_every=5",
   f"--config.training.sample_every={STEPS}",
-  "--config.network.num_classes=10",
+  "--config.model.conditions.classes=classes(number=10)",
   "--config.ema.kind=power",
   f"--config.ema.snapshot_every={STEPS}",
 ]
