@@ -36,7 +36,7 @@ def test_arrays_from_a_file(tmp_path):
   assert source[3]["image"].shape == (4, 4, 1)
   batch = data.read(source, [4, 0])
   np.testing.assert_array_equal(batch["image"][0, :, :, 0], images[4])
-  np.testing.assert_array_equal(batch["label"], [4, 0])
+  np.testing.assert_array_equal(batch["classes"], [4, 0])
 
 
 @pytest.mark.parametrize("images", ["images", "samples", "arr_0"])
@@ -122,9 +122,10 @@ def test_wrong_array_files_are_errors(tmp_path):
   np.savez(tmp_path / "other.npz", weights=np.zeros(3))
   with pytest.raises(ValueError, match="weights"):
     data.read_arrays(tmp_path / "other.npz")
-  np.savez(tmp_path / "float.npz", images=np.zeros((2, 4, 4, 1)))
-  with pytest.raises(ValueError, match="uint8"):
-    data.read_arrays(tmp_path / "float.npz")
+  for wrong in (np.full((2, 4, 4, 1), 255.0), np.zeros((2, 4, 4, 1), np.int64)):
+    np.savez(tmp_path / "wrong.npz", images=wrong)
+    with pytest.raises(ValueError, match="uint8"):
+      data.read_arrays(tmp_path / "wrong.npz")
   np.savez(tmp_path / "labels.npz", images=np.zeros((2, 4, 4, 1), np.uint8), labels=np.zeros(3, int))
   with pytest.raises(ValueError, match="one integer an image"):
     data.read_arrays(tmp_path / "labels.npz")
@@ -140,7 +141,7 @@ def test_folder_takes_classes_from_sub_folders(tmp_path):
   memory = data.in_memory(source)
   for index in range(6):
     np.testing.assert_array_equal(memory[index]["image"], source[index]["image"])
-    assert memory[index]["label"] == source[index]["label"]
+    assert memory[index]["classes"] == source[index]["classes"]
 
 
 def test_folder_crops_the_centre(tmp_path):
@@ -251,7 +252,7 @@ def test_the_next_image_stands_in_for_a_broken_one(tmp_path, capsys):
     for index, stand_in in enumerate([0, 2, 2, 3, 4, 0]):
       np.testing.assert_array_equal(streamed[index]["image"], source[stand_in]["image"])
       np.testing.assert_array_equal(memory[index]["image"], source[stand_in]["image"])
-      assert streamed[index]["label"] == memory[index]["label"] == source.labels[stand_in]
+      assert streamed[index]["classes"] == memory[index]["classes"] == source.labels[stand_in]
   printed = capsys.readouterr().out
   assert printed.count("cat/1.jpg") == printed.count("dog/2.bmp") == 1, "reported once"
   assert list(streamed.broken) == [source.file(1), source.file(5)]
@@ -286,7 +287,7 @@ def test_label_counts_are_those_of_what_is_read(tmp_path):
   source = data.ArraySource(np.zeros((6, 4, 4, 1), np.uint8), labels)
   np.testing.assert_array_equal(data.label_counts(source, 7), [2, 0, 3, 0, 0, 1, 0])
   for part in data.hold_out(source, 2):
-    read = data.read(part, np.arange(len(part)))["label"]
+    read = data.read(part, np.arange(len(part)))["classes"]
     np.testing.assert_array_equal(data.label_counts(data.SkipBroken(part), 6), np.bincount(read, minlength=6))
   with pytest.raises(ValueError, match="labels 0 to 5 for 5 classes"):
     data.label_counts(source, 5)

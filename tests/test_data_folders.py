@@ -160,7 +160,7 @@ def test_an_image_beside_the_folders_has_no_class_and_shifts_none(tmp_path):
   assert source.classes == ["cat", "dog"]
   assert {Path(source.file(i)).name: source.labels[i] for i in range(1)} == {"stray.png": data.NO_CLASS}
   assert list(source.labels) == [data.NO_CLASS, 0, 1]
-  assert source[0]["label"] == data.NO_CLASS
+  assert source[0]["classes"] == data.NO_CLASS
 
 
 HIDDEN = [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"]

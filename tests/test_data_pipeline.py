@@ -33,7 +33,7 @@ def numbered(count=30):
 
 def test_each_epoch_is_another_permutation():
   batches = data.batches(numbered(), 10, seed=0)
-  epochs = [np.concatenate([next(batches)["label"] for _ in range(3)]) for _ in range(3)]
+  epochs = [np.concatenate([next(batches)["classes"] for _ in range(3)]) for _ in range(3)]
   for epoch in epochs:
     assert sorted(epoch) == list(range(30))
   assert list(epochs[0]) != list(epochs[1]) != list(epochs[2])
@@ -42,7 +42,7 @@ def test_each_epoch_is_another_permutation():
 def test_batches_are_scaled_and_agree_with_their_labels():
   batch = next(data.batches(numbered(), 10, seed=0))
   assert batch["image"].dtype == np.float32
-  np.testing.assert_allclose(batch["image"][:, 0, 0, 0], batch["label"] / 127.5 - 1, atol=1e-6)
+  np.testing.assert_allclose(batch["image"][:, 0, 0, 0], batch["classes"] / 127.5 - 1, atol=1e-6)
 
 
 def test_flips_half_of_the_images():
@@ -55,7 +55,7 @@ def test_flips_half_of_the_images():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_seed_sets_the_order(seed):
   first, second = (next(data.batches(numbered(), 10, seed=s)) for s in (0, seed))
-  assert np.array_equal(first["label"], second["label"]) == (seed == 0)
+  assert np.array_equal(first["classes"], second["classes"]) == (seed == 0)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
@@ -71,7 +71,7 @@ def test_resumes_exactly_through_json(steps):
   for want in expected:
     got = next(resumed)
     np.testing.assert_array_equal(got["image"], want["image"])
-    np.testing.assert_array_equal(got["label"], want["label"])
+    np.testing.assert_array_equal(got["classes"], want["classes"])
 
 
 def test_other_data_is_refused_on_resuming():
@@ -100,7 +100,7 @@ def test_the_rows_of_all_processes_are_the_whole_batch(parts):
     for rows, reader in zip(parts, readers, strict=True):
       got = next(reader)
       np.testing.assert_array_equal(got["image"], want["image"][rows])
-      np.testing.assert_array_equal(got["label"], want["label"][rows])
+      np.testing.assert_array_equal(got["classes"], want["classes"][rows])
   assert whole.state == readers[0].state == {"batch": 9, "num_images": 30, "batch_size": 7, "seed": 3}
 
 
@@ -137,7 +137,7 @@ class Spy(data.ArraySource):
 
   def __getitems__(self, indices):
     batch = super().__getitems__(indices)
-    return {**batch, "label": np.full(len(indices), len(devices_of_this_process()), np.int32)}
+    return {**batch, "classes": np.full(len(indices), len(devices_of_this_process()), np.int32)}
 
 
 def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp_path, capfd):
@@ -158,7 +158,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
   for batch in want:
     got = next(workers)
     np.testing.assert_array_equal(got["image"], batch["image"])
-    np.testing.assert_array_equal(got["label"], batch["label"])
+    np.testing.assert_array_equal(got["classes"], batch["classes"])
   assert workers.broken == 1
   assert capfd.readouterr().out.count("dog/3.png") == 1, "reported once, by the main process"
   assert workers.state["batch"] == 10
@@ -166,7 +166,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
   jax.devices()
   assert devices_of_this_process()
   spied = data.batches(Spy(numbered().images), 5, seed=0, num_workers=1)
-  np.testing.assert_array_equal(next(spied)["label"], 0)
+  np.testing.assert_array_equal(next(spied)["classes"], 0)
   spied.close()
 
 

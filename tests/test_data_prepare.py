@@ -45,14 +45,14 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   train, held_out = build.build_data(config)
   assert (len(train), len(held_out)) == (7, 2)
   for index in range(7):
-    np.testing.assert_array_equal(train[index]["image"], pixels_of(train[index]["label"]))
+    np.testing.assert_array_equal(train[index]["image"], pixels_of(train[index]["classes"]))
   assert data.TfdsSource("own_squares", "train", (3, 3), 1, config.data.path)[0]["image"].shape == (3, 3, 1)
   prepare.run_prepare(config, None)
   assert "prepared already" in capsys.readouterr().out
   prepare.run_prepare(config, tmp_path / "packed")
   packed, _ = build.build_sources(config_of(source="packed", path=str(tmp_path / "packed")))
   for index in range(7):
-    np.testing.assert_array_equal(packed[index]["image"], pixels_of(packed[index]["label"]))
+    np.testing.assert_array_equal(packed[index]["image"], pixels_of(packed[index]["classes"]))
   assert "tensorflow" not in sys.modules
 
 
@@ -75,7 +75,7 @@ def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, r
   monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
   item = data.TfdsSource("squares", "train", (6, 6), 1)[0]
   assert np.all(item["image"] == level)
-  assert item["label"] == label
+  assert item["classes"] == label
   if label == data.NO_CLASS:
     config = config_of(source="tfds", channels=1, eval_split="")
     assert len(build.build_data(config)[0]) == 1
@@ -206,8 +206,8 @@ def test_a_pack_reads_as_its_folder(tmp_path, capsys):
     np.testing.assert_array_equal(want.labels, got.labels)
     order = np.random.default_rng(0).permutation(len(want))
     np.testing.assert_array_equal(data.read(got, order)["image"], data.read(want, order)["image"])
-    np.testing.assert_array_equal(data.read(got, order)["label"], data.read(want, order)["label"])
-    assert got[1]["label"] == want[1]["label"]
+    np.testing.assert_array_equal(data.read(got, order)["classes"], data.read(want, order)["classes"])
+    assert got[1]["classes"] == want[1]["classes"]
 
 
 def test_several_shards_read_as_one(tmp_path, monkeypatch):

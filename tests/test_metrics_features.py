@@ -10,7 +10,7 @@ import pytest
 from ddpm_jax import data, metrics, sealed
 
 DIGITS = data.read(data.read_digits(), np.arange(1797))
-IMAGES, LABELS = DIGITS["image"], DIGITS["label"]
+IMAGES, LABELS = DIGITS["image"], DIGITS["classes"]
 # One number of steps, and so one program, for all tests.
 STEPS = 4
 

@@ -9,7 +9,16 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax import files, sealed
-from ddpm_jax.data.sources import NO_CLASS, Batch, BrokenImage, Source, broken_error, report_broken, to_array
+from ddpm_jax.data.sources import (
+  NO_CLASS,
+  Batch,
+  BrokenImage,
+  Source,
+  broken_error,
+  check_alike,
+  report_broken,
+  to_array,
+)
 
 _INDEX, _LABELS, _VERSION = "index.json", "labels.npy", 1
 _SHARD_BYTES = 2**29
@@ -128,7 +137,8 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   from array_record.python.array_record_module import ArrayRecordWriter
 
   path.mkdir(parents=True, exist_ok=True)
-  record: np.dtype = np.dtype([])
+  first_arrays: Batch = {}
+  record = np.dtype([])
   labels: list[int] = []
   shards: list[int] = []
   errors: list[BrokenImage] = []
@@ -151,10 +161,9 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
           if errors and broken == "stop":
             continue  # nothing will be kept; the rest is read to name all that is broken
           arrays = {name: to_array(name, value) for name, value in item.items() if name != "classes"}
-          found = np.dtype([(name, array.dtype.str, array.shape) for name, array in sorted(arrays.items())])
-          record = record if record.names else found
-          if found != record:
-            raise ValueError(f"Got an item of {found} beside one of {record}; expected the same names and shapes in all items.")
+          first_arrays = first_arrays or arrays
+          check_alike(arrays, first_arrays)
+          record = np.dtype([(name, array.dtype.str, array.shape) for name, array in sorted(arrays.items())])
           if writer is None or shards[-1] * record.itemsize >= _SHARD_BYTES:
             if writer is not None:
               writer.close()

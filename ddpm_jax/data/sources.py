@@ -55,7 +55,7 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:
   arrays = [{name: to_array(name, value) for name, value in item.items()} for item in items]
   for one in arrays[1:]:
-    _check_alike(one, arrays[0])
+    check_alike(one, arrays[0])
   return {name: np.stack([one[name] for one in arrays]) for name in arrays[0]}
 
 
@@ -89,12 +89,13 @@ def check_integers(name: str, array: np.ndarray) -> None:
     )
 
 
-def _check_alike(found: Batch, wanted: Batch) -> None:
-  shapes = [{name: array.shape for name, array in one.items()} for one in (found, wanted)]
-  if shapes[0] != shapes[1]:
-    texts = [", ".join(f"{name} {shape}" for name, shape in sorted(one.items())) for one in shapes]
+def check_alike(found: Batch, wanted: Batch) -> None:
+  """Raise a ValueError unless two items have the same names, types and shapes."""
+  kinds = [{name: f"{array.dtype} {array.shape}" for name, array in one.items()} for one in (found, wanted)]
+  if kinds[0] != kinds[1]:
+    texts = [", ".join(f"{name} {kind}" for name, kind in sorted(one.items())) for one in kinds]
     raise ValueError(
-      f"Got data with an item of {texts[0]} beside one of {texts[1]}; expected the same names and shapes in all items."
+      f"Got data with an item of {texts[0]} beside one of {texts[1]}; expected the same names, types and shapes in all items."
     )
 
 
@@ -463,7 +464,7 @@ def in_memory(source: Source, broken: str = "stop") -> Source:
     except BrokenImage as error:
       return error
     arrays = {name: to_array(name, value) for name, value in item.items()}
-    _check_alike(arrays, first)
+    check_alike(arrays, first)
     for name, array in arrays.items():
       held[name][index] = array
     return None
