@@ -106,7 +106,7 @@ def small_step():
   optimizer = optim.adam(learning_rate=1e-4)
 
   def apply(params, x, time, given, *, train, keys):
-    return network.apply({"params": params}, x, time, train=train, dropout_keys=keys)
+    return network.apply({"params": params}, x, time, train=train, keys=keys)
 
   def init(key):
     return network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
