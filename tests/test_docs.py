@@ -1,0 +1,238 @@
+"""The documentation: the keys, the commands and the names in it are those of the code."""
+
+import ast
+import importlib
+import re
+import shlex
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+
+from ddpm_jax import config, main, models, words
+from ddpm_jax.config import sections, slots
+from tests.conftest import ROOT
+
+CONFIG_PAGE = ROOT / "docs" / "config.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+# What stands for something of the reader's own, such as a folder.
+OWN = "something"
+SECTIONS = {
+  "": sections.Root,
+  "data": sections.Data,
+  "model": sections.Parts,
+  "optimizer": sections.Optimizer,
+  "ema": sections.Ema,
+  "training": sections.Training,
+  "parallel": sections.Parallel,
+  "sampling": sections.Sampling,
+  "editing": sections.Editing,
+  "evaluation": sections.Evaluation,
+}
+
+
+def between(text, name):
+  return text.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
+
+
+def rows(text):
+  """The cells of all tables, without their heads."""
+  lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+  return [[cell.strip() for cell in line] for line in lines]
+
+
+def shown(default):
+  """A default as the page writes it."""
+  if isinstance(default, bool):
+    return str(default).lower()
+  if isinstance(default, str):
+    return default or '""'
+  return {(): "none", None: "None"}.get(default) or (f"{default:g}" if isinstance(default, float) else str(default))
+
+
+def keys():
+  """Every key of every section: its name, its default and its role."""
+  found = []
+  roles = {name: role or "run" for name, role in ((one.name, one.role) for one, _ in sections.keys_of(sections.Root))}
+  for section, kind in SECTIONS.items():
+    for one, about in sections.keys_of(kind):
+      if "section" not in about:
+        found.append(
+          [f"`{section}.{one.name}`".replace("`.", "`"), f"`{shown(one.default)}`", one.role or roles[section]]
+        )
+  return found
+
+
+def test_the_page_of_configs_lists_every_key_with_its_default_and_its_role():
+  listed = rows(between(CONFIG_PAGE.read_text(), "keys"))
+  assert [row[:3] for row in listed] == keys()
+  assert all(len(row) == 4 and len(row[3]) > 10 for row in listed)
+
+
+def test_the_page_of_configs_lists_every_component_of_the_package():
+  places = {path: one.slot for path, one in config.expand({}).places.items() if one.slot is not None}
+  wanted = [
+    [f"`{path}`", f"`{slot.homes[0]}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
+    for path, slot in places.items()
+  ]
+  assert rows(between(CONFIG_PAGE.read_text(), "components")) == wanted
+
+
+def blocks(path, language=""):
+  """The fenced blocks of a page."""
+  return re.findall(rf"^```{language}\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(path):
+  """The words of each command that a page or a recipe's docstring gives, with `OWN` in the place of <...>."""
+  text = "\n".join(blocks(path)) if path.suffix == ".md" else ast.get_docstring(ast.parse(path.read_text()))
+  text = re.sub(r"\[(--[^]]*)\]", r"\1", re.sub(r"<[^>]*>", OWN, text.replace("\\\n", " ")))
+  lines = [line for line in text.splitlines() if line.startswith("python -m ddpm_jax.main ")]
+  return [shlex.split(line, comments=True)[3:] for line in lines]
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+  """A folder with the files that the page of configs asks its reader to save, as the working folder."""
+  for name, text in zip(("my_recipe.py", "my_parts.py"), blocks(CONFIG_PAGE, "python"), strict=False):
+    (tmp_path / name).write_text(text)
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *RECIPES], ids=lambda path: path.name)
+def test_every_command_has_flags_and_keys_that_there_are(path, beside):
+  del beside
+  for command in commands(path):
+    found = words.split(command)
+    for word in found.rest:
+      name, _, value = word.removeprefix("--").partition("=")
+      assert word.startswith("--"), command
+      assert name in flags.FLAGS, command
+      if OWN not in value:
+        flags.FLAGS[name].parser.parse(value)
+    recipe = (
+      found.recipe if (found.recipe and (ROOT / found.recipe).is_file()) or found.recipe == "my_recipe.py" else None
+    )
+    tree = config.read(recipe or "configs/digits_cond.py", found.keys)
+    for sampler in [word.partition("=")[2] for word in found.rest if word.startswith("--sampler=")]:
+      for one in main._at_commas(sampler):
+        tree = config.changed(tree, "sampler", one)
+    config.build(tree)
+
+
+def known_keys():
+  """Every key that some choice of components has."""
+  known = set()
+  for recipe in ("digits_classifier", "cifar10_iddpm", "mnist_superres", "digits_cond"):
+    tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
+    known |= {*tree.places, *tree.roles}
+    for place, one in tree.places.items():
+      for name in slots.names(one.slot) if one.slot is not None and place != "model.conditions" else ():
+        known |= {*config.changed(tree, place, name).places}
+  return known
+
+
+def names_in(text):
+  """The dotted names that stand in backticks."""
+  return re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:[=(][^`]*)?`", text)
+
+
+def is_public(name):
+  """Whether a dotted name is one of the package's modules, functions or classes, or an attribute of a model."""
+  first, *rest = name.removeprefix("ddpm_jax.").split(".")
+  try:
+    value = models.Model if first == "model" else importlib.import_module(f"ddpm_jax.{first}")
+  except ImportError:
+    return False
+  for one in rest:
+    if not hasattr(value, one):
+      return one in getattr(value, "_fields", ())
+    value = getattr(value, one)
+  return True
+
+
+FILES = ("json", "jsonl", "html", "npz", "png", "py", "md", "txt", "toml", "cfg", "safetensors", "pth", "csv")
+
+
+def test_every_key_and_every_name_in_the_text_is_there():
+  known, missing = known_keys(), []
+  roots = {name.partition(".")[0] for name in known}
+  for path in [*PAGES, *RECIPES]:
+    text = path.read_text()
+    text = text if path.suffix == ".md" else ast.get_docstring(ast.parse(text))
+    for key in re.findall(r"--config\.([a-z_.]*[a-z_])", text):
+      if key not in known and not key.startswith("model.conditions."):
+        missing.append((path.name, f"--config.{key}"))
+    for name in names_in(text):
+      first = name.partition(".")[0]
+      if name.rpartition(".")[2] in FILES or (
+        first not in roots and importlib.util.find_spec(f"ddpm_jax.{first}") is None
+      ):
+        continue
+      if name not in known and not is_public(name):
+        missing.append((path.name, name))
+  assert not missing
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_examples_name_what_there_is(path):
+  for block in blocks(path, "python"):
+    for node in ast.walk(ast.parse(block)):
+      if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id != "model":
+        name = f"{node.value.id}.{node.attr}"
+        if importlib.util.find_spec(f"ddpm_jax.{node.value.id}") is not None and node.value.id != "config":
+          assert is_public(name), name
+      elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddpm_jax"):
+        for one in node.names:
+          assert is_public(f"{node.module}.{one.name}".removeprefix("ddpm_jax.")), one.name
+
+
+def test_the_examples_of_the_page_of_configs_run(beside):
+  del beside
+  *_, example = blocks(CONFIG_PAGE, "python")
+  names = {}
+  exec(compile(example, "config.md", "exec"), names)
+  assert len(names["times"]) == 11
+  assert len(names["slower"].times) == 51
+  # The network and the weighting of one's own are trained.
+  (command,) = [one for one in commands(CONFIG_PAGE) if any("my_parts" in word for word in one)]
+  experiment = config.build(config.read("my_recipe.py", words.split(command).keys))
+  model, objective = experiment.model, experiment.objective
+  params = model.init(jax.random.key(0))
+  assert params["Conv_0"]["kernel"].shape[-1] == 64
+  keys = jax.random.split(jax.random.key(1), 4)
+  batch = {"x": jnp.zeros((4, 8, 8, 1)), "given": {"classes": jnp.arange(4)}}
+  batch |= objective.prepare(keys, ())
+  loss, _ = objective.loss({"model": params, "extra": ()}, None, keys, batch)
+  assert loss > 0
+
+
+def test_keys_may_change_as_the_page_of_configs_says(beside, tmp_path, monkeypatch):
+  del beside
+  monkeypatch.setattr(config.files.workdir, "checkpoint_steps", lambda folder: [1])
+  tree, folder = config.read("my_recipe.py", {}), tmp_path / "run"
+  config.write(folder, tree)
+  for key, value, role in (
+    ("model.network.channels", 32, "model"),
+    ("objective.weighting.gamma", 2.0, "run"),
+    ("optimizer.learning_rate", 1.0, "run"),
+    ("sampler", "heun", "sampling"),
+    ("guidance.scale", 2.0, "sampling"),
+    ("training.steps", 7, "free"),
+    ("data.num_threads", 1, "speed"),
+    ("model.network.remat", "blocks", "speed"),
+  ):
+    other = config.changed(tree, key, value)
+    assert other.roles.get(key, other.roles.get(f"{key}.component")) == role
+    if role in ("model", "run"):
+      with pytest.raises(ValueError, match=re.escape(f"{key}: ")):
+        config.check_same_run(folder, other)
+    else:
+      config.check_same_run(folder, other)
+  falling = config.changed(tree, "optimizer.schedule", "cosine")
+  config.write(tmp_path / "falling", falling)
+  with pytest.raises(ValueError, match="training.steps: 2000 in the folder, 7 now"):
+    config.check_same_run(tmp_path / "falling", config.changed(falling, "training.steps", 7))
