@@ -145,7 +145,7 @@ def test_images_that_programs_cannot_count_are_refused(space, channels):
 
 TRAINING = {
   "training.batch_size": 10**9,
-  "data.image_size": 2**20,
+  "data.image_size": 2**15,
   "data.channels": 10**9,
   "data.num_workers": 10**6,
   "data.num_threads": 10**6,
@@ -164,6 +164,14 @@ def test_training_is_refused_with_the_bytes_it_would_take(key, tmp_path, monkeyp
   section, name = key.split(".")
   config[section][name] = TRAINING[key]
   with pytest.raises(ValueError, match=rf"Got config\..*: {BYTES} of (memory|disk), more than the 1 GB"):
+    runs.run_train(tree_of(config), tmp_path / "work")
+  assert not (tmp_path / "work").exists()
+
+
+def test_images_that_programs_cannot_count_are_refused_by_their_key(tmp_path):
+  config = tiny_config()
+  config.data.image_size = 2**20
+  with pytest.raises(ValueError, match=r"config\.data\.image_size=1048576: Got data of 1048576x1048576 .* takes 4\.4 TB"):
     runs.run_train(tree_of(config), tmp_path / "work")
   assert not (tmp_path / "work").exists()
 
@@ -187,10 +195,18 @@ def test_features_whose_covariance_does_not_fit_are_refused(monkeypatch):
     limits.check_features(3 * 256**2, 10_000, False)
 
 
-@pytest.mark.parametrize("key", ["model.process.betas.num_steps", "training.batch_size", "data.image_size", "model.network.blocks"])
+MESSAGES = {
+  "model.process.betas.num_steps": BYTES,
+  "training.batch_size": BYTES,
+  "data.image_size": "config.data.image_size=2000000000: Got data of 2000000000x2000000000 .* takes 16 EB",
+  "model.network.blocks": BYTES,
+}
+
+
+@pytest.mark.parametrize("key", MESSAGES)
 def test_the_command_line_shows_one_message(key, tmp_path):
   code, output = call(RECIPE, f"--config.{key}=2000000000", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, BYTES)
+  assert_refused(code, output, MESSAGES[key])
   assert not (tmp_path / "work").exists()
 
 

@@ -27,6 +27,7 @@ from ddpm_jax.config.sections import (
 from ddpm_jax.config.slots import Slot
 from ddpm_jax.config.tree import Tree
 from ddpm_jax.models import Model
+from ddpm_jax.networks.options import check_space
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 from ddpm_jax.sampling import Sampler
@@ -232,6 +233,8 @@ class _Maker:
     if components.is_node(values):
       return self.component(values, "model", {})
     shape = data.shape
+    with components.naming("config.data.image_size", str(data.image_size)):
+      check_space(data.space, data.channels)
     process = self.component(values["process"], "model.process", {})
     prediction = self.component(values["prediction"], "model.prediction", {Process: process})
     codec = self.component(values["codec"], "model.codec", {"data_shape": shape})
