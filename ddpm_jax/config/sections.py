@@ -58,7 +58,7 @@ _GUIDANCE = Slot(
   "a rule of guidance",
   (predictions.Denoise,),
   ("guidance",),
-  ("conditional", "condition", "negative", "denoise", "weak", "log_prob", processes.Process),
+  ("conditional", "condition", "negative", "denoise", "weak", "log_prob", "outside", processes.Process),
   needs=("condition", "weak", "log_prob"),
   later=True,
   example="classifier_free(scale=3)",
@@ -125,7 +125,7 @@ class Data:
   """Which data there are, and how they are read."""
 
   source: Any = key("data.tfds(name='cifar10')", slot=_SOURCE)
-  image_size: int | Sequence[int] = count(32, MODEL)  # the side of a square, or (height, width)
+  image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
   crop: int = key(0)  # above 0: the side of a centered square that is cut out before resizing
   resize: str = key("bicubic")  # bicubic, box (down-sampled ImageNet) or adm

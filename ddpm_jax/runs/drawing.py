@@ -16,7 +16,7 @@ from ddpm_jax.models.guided import NEGATIVE, Guides, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
 from ddpm_jax.runs.model import Choice, load_weights, patience, say
 from ddpm_jax.runs.starts import Pretrained
-from ddpm_jax.runs.steering import Steering, asked, in_proportion, other, steer
+from ddpm_jax.runs.steering import Steering, asked, in_proportion, other, scale_key, steer
 
 PyTree = Any
 Inputs = dict[str, np.ndarray]
@@ -191,7 +191,11 @@ def batches_of(experiment: Experiment, size: int) -> Experiment:
 
 
 def _scale(experiment: Experiment) -> Any:
-  return getattr(experiment.guidance, "keywords", {}).get("scale")
+  """Return the scale of guidance, of an interval that inside of it; None if the rule has none."""
+  found: Any = experiment.tree.values
+  for name in scale_key(experiment.tree).split("__"):
+    found = found.get(name)
+  return found
 
 
 def _suffix(experiment: Experiment) -> str:
