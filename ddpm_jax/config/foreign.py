@@ -50,8 +50,10 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
   if digest not in _LOADED:
     package = "" if source.endswith(".py") else source.rpartition(".")[0]
     beside = [path.parent, Path(source).parent] if source.endswith(".py") else [path.parent]
+    known = set(sys.modules)
     with neighbors(*beside):
       module = run(path, lambda: load_module(path, f"ddpm_jax_component_{digest[:16]}", content, package), where)
+    _send_whole(set(sys.modules) - known, beside)
     _LOADED[digest] = _Loaded(module, content)
   module = _LOADED[digest].module
   if not hasattr(module, attribute):
@@ -62,6 +64,18 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
       f"Got {where}={name!r}, but {source} has no {attribute!r}; expected a name that it defines, as in my_file.py:my_function.{hint}"
     )
   return getattr(module, attribute), digest
+
+
+def _send_whole(names: set[str], folders: list[Path]) -> None:
+  """Let worker processes be sent what a file's module and those beside it define: they cannot import these."""
+  import cloudpickle
+
+  places = {folder.absolute() for folder in folders}
+  for name in names:
+    module = sys.modules[name]
+    file = getattr(module, "__file__", None)
+    if name.startswith("ddpm_jax_component_") or (file and Path(file).absolute().parent in places):
+      cloudpickle.register_pickle_by_value(module)
 
 
 def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path, bytes]:

@@ -1,0 +1,494 @@
+"""What a config may hold: every key, of its type and within bounds, what each key is for, and what a run's folder keeps of it."""
+
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ddpm_jax import config as configs
+from ddpm_jax import workdir
+from ddpm_jax.config import components, default_config, slots, spec, values
+from ddpm_jax.config import tree as trees
+from tests.commands import DENSE, RECIPE, assert_refused, call
+from tests.recipes import experiment_of, tiny_config, tree_of
+
+TREE = configs.expand({})
+# The keys of sections alone, which have bounds: arguments of components check themselves.
+KEYS = {
+  path: value
+  for path, value in trees.leaves(TREE.values).items()
+  if not any(components.is_node(TREE.at(path.rsplit(".", depth)[0])) for depth in range(1, path.count(".") + 1))
+  and path.rpartition(".")[2] != components.KEY
+}
+KEYS |= {"sampling.grid": None, "editing.method": None, "editing.operator": None}
+NUMBERS = [key for key, value in KEYS.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+FLOATS = [key for key in NUMBERS if isinstance(KEYS[key], float)]
+TUPLES = [key for key, value in KEYS.items() if isinstance(value, tuple)]
+COMPONENTS = [path for path, place in TREE.places.items() if place.slot is not None and not place.many]
+
+
+def changed(key, value):
+  """The tiny config with another value, of whatever type, as a file edited by hand has it."""
+  tree = tiny_config().to_dict()
+  node = tree
+  *sections, name = key.split(".")
+  for section in sections:
+    node = node[section]
+  node[name] = value
+  return tree
+
+
+def check(key, value):
+  return configs.expand(changed(key, value))
+
+
+def test_keys_are_checked():
+  with pytest.raises(ValueError, match=r"'training.step' as a config key.*Did you mean 'training.steps'"):
+    check("training.step", 3)
+  config = tiny_config()
+  del config.training["steps"]
+  # What a config does not say has its default.
+  assert tree_of(config).values["training"]["steps"] == 800_000
+  for key, value in {
+    "training.log_every": 0,
+    "evaluation.num_samples": 0,
+    "sampling.batch_size": 0,
+    "evaluation.likelihood_tolerance": 0.0,
+    "seed": -1,
+  }.items():
+    with pytest.raises(ValueError, match=f"{key}={value}"):
+      check(key, value)
+
+
+def test_an_empty_config_is_the_default():
+  assert default_config().to_dict() == TREE.values
+  assert tree_of(ConfigDict()).values == TREE.values
+  assert tree_of(default_config()).values == TREE.values
+
+
+@pytest.mark.parametrize(
+  ("flag", "expected"),
+  [
+    ("--config.model.process.betas.num_steps=1e9", "an integer, in digits alone"),
+    ("--config.seed=x", "an integer, in digits alone"),
+    ("--config.optimizer.learning_rate=fast", "a number"),
+    ("--config.data.flip=maybe", "true or false"),
+    ("--num_samples=many", "an integer, in digits alone"),
+  ],
+)
+def test_flags_that_are_no_numbers_are_refused(flag, expected, tmp_path):
+  code, output = call(DENSE, flag, f"--workdir={tmp_path / 'work'}")
+  assert code == 2
+  assert output.endswith(f"error: Got {flag}; expected {expected}.\n")
+  assert not (tmp_path / "work").exists()
+
+
+def test_the_config_of_a_run_needs_one(tmp_path):
+  assert configs.saved(tmp_path) is None
+  with pytest.raises(ValueError, match="holds no run"):
+    configs.of_run(tmp_path)
+  with pytest.raises(ValueError, match="a config of type dict"):
+    configs.of_config({})
+  with pytest.raises(ValueError, match="'a' as a config key"):
+    configs.of_config(ConfigDict({"a": 1}))
+  config = tiny_config()
+  before = config.to_dict()
+  configs.of_config(config).values["seed"] = 3
+  assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_is_infinite_or_none_at_all(key):
+  for value in (float("nan"), float("inf"), -float("inf"), 2**63, -(2**63)):
+    with pytest.raises(ValueError, match=f"Got config.{key}="):
+      check(key, value)
+
+
+@pytest.mark.parametrize("key", FLOATS)
+def test_no_number_is_rounded_to_0_or_infinity(key):
+  for value in (1e-50, 1e-44, 1e39):
+    with pytest.raises(ValueError, match=rf"Got config.{key}=1e[-+]?\d+; expected a finite number that float32 holds"):
+      check(key, value)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_what_counts_or_measures_is_not_negative(key):
+  if key == "data.hold_out":
+    check(key, -1)
+    return
+  with pytest.raises(ValueError, match=f"Got config.{key}=-1.*; expected .*Set --config.{key}"):
+    check(key, -1.0 if key in FLOATS else -1)
+
+
+@pytest.mark.parametrize("key", TUPLES)
+def test_elements_of_tuples_are_checked_too(key):
+  words = key in ("evaluation.scores", "evaluation.likelihood")
+  for value in [(3,), (None,)] if words else [("3",), (float("nan"),), (1, float("inf")), ((1,),), (1e-50,), (True,)]:
+    with pytest.raises(ValueError, match=f"Got config.{key}="):
+      check(key, value)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_values_of_another_type_are_refused(key):
+  wrong = {str: 3, bool: 1, int: 0.5, float: "1", tuple: 3, type(None): 3}[type(KEYS[key])]
+  for value in (wrong, {"a": 1}, *([] if KEYS[key] is None else [None])):
+    with pytest.raises(ValueError, match=f"Got config.{key}[ =].*; expected "):
+      check(key, value)
+
+
+@pytest.mark.parametrize("key", COMPONENTS)
+def test_what_is_no_component_is_refused_where_one_is_expected(key):
+  # Numbers in place of a schedule are the schedule's own concern.
+  for value in (True, object(), float("nan"), {"a": 1}, len, *([()] if key != "model.process.betas" else [])):
+    with pytest.raises(ValueError, match=rf"config\.{key}[ =].*; expected|Got .*; expected"):
+      configs.expand(trees._with(TREE.values, key.split("."), value))
+
+
+def test_keys_that_have_no_default_of_their_own_are_few():
+  """So that the lists above hold all keys."""
+  several = {path for path, place in TREE.places.items() if place.many}
+  assert several == {"model.conditions"}
+  sections = {path for path in TREE.places if isinstance(TREE.at(path), Mapping)}
+  assert set(KEYS) | sections | several == {
+    path for path in TREE.places if path in sections or not components.is_node(TREE.at(path.rpartition(".")[0]))
+  }
+
+
+def test_an_unknown_key_is_shown_with_those_beside_it():
+  for key, message in (
+    (
+      "model.network.chanels",
+      r"of networks\.UNet; .*model\.network\.attention, [a-z_., ]+\. Did you mean 'model\.network\.channels'\?$",
+    ),
+    ("training.stps", r"expected one of training\.accumulate, [a-z_., ]+\. Did you mean 'training\.steps'\?$"),
+    ("sed", r"expected one of data, editing, ema, [a-z_, ]+\. Did you mean 'seed'\?$"),
+    ("nowhere", r"expected one of data, editing, ema, [a-z_, ]+\.$"),
+  ):
+    with pytest.raises(ValueError, match=f"Got '{key}' as a config key;? ?{message}"):
+      check(key, 1)
+
+
+def test_a_seed_may_be_all_that_flags_take():
+  check("seed", 2**32 - 1)
+  with pytest.raises(
+    ValueError, match=r"config.seed=4294967296; expected at most 4294967295: programs hold it in 32 bits\. Set"
+  ):
+    check("seed", 2**32)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("ema.stds", (float("nan"),), "a list of finite numbers that float32 holds"),
+    ("model.network.attention_levels", (0.5,), "a list of integers of at most 64 bits"),
+    ("evaluation.scores", (3,), "a list of strings"),
+    ("seed", 2**70, "an integer of at most 64 bits"),
+    ("data.image_size", "large", "an integer of at most 64 bits or a list of 2 integers of at most 64 bits"),
+    ("sampling.grid", 3, r"a grid of times, such as karras\(rho=7\), or None"),
+    ("sampler", 3, r"a sampler, such as heun\(s_churn=40\), or None"),
+    ("model.process", 3, r"a process, such as discrete\(betas=cosine\(\)\)"),
+    (
+      "model.process.betas",
+      3,
+      r"a schedule, such as cosine\(num_steps=1000\), or a list of finite numbers that float32 holds",
+    ),
+    (
+      "guidance.scale",
+      None,
+      r"a function of time, such as interval\(scale=3, low=0\.3, high=5\), or a finite number that float32 holds",
+    ),
+  ],
+)
+def test_messages_say_what_is_expected(key, value, message):
+  with pytest.raises(ValueError, match=rf"Got config.{key}=.*; expected {message},?\. Set --config.{key}\.$"):
+    check(key, value)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+  config = tiny_config()
+  config.seed = np.int64(3)
+  config.optimizer.learning_rate = jnp.float32(0.5)
+  config.model.network.dtype = jnp.bfloat16
+  config.model.process = spec("processes.discrete", betas=np.linspace(0.25, 0.5, 2, dtype=np.float32))
+  found = tree_of(config).values
+  assert (found["seed"], found["optimizer"]["learning_rate"]) == (3, 0.5)
+  assert found["model"]["process"]["betas"] == (0.25, 0.5)
+  assert found["model"]["network"]["dtype"] == "bfloat16"
+  config.model.process = spec("processes.discrete", betas=jnp.array([0.25, 0.5]))
+  assert tree_of(config).values == found
+
+
+def test_a_saved_config_is_checked_and_named(tmp_path):
+  for change, message in (
+    ({"seed": "x"}, "Got config.seed='x'; expected an integer"),
+    ({"seed": {"a": 1}}, "Got config.seed={'a': 1}; expected an integer"),
+    ({"training": {"step": 3}}, "Did you mean 'training.steps'"),
+    ({"training": 3}, "Got config.training=3; expected a section with the keys batch_size, "),
+    ({"training": None}, "Got config.training=None; expected a section"),
+    ({"training": []}, r"Got config.training=\[\]; expected a section"),
+    ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate=nan"),
+    ({"ema": {"stds": ["a"]}}, r"ema.stds=\('a',\)"),
+    ({"training.steps": 3}, "'training.steps' as a config key"),
+    ({"sampler": {"component": "sampling.hein"}}, r"config\.sampler='sampling\.hein'; .*Did you mean 'heun'"),
+    (
+      {"sampler": {"component": "sampling.heun", "churn": 3}},
+      "'sampler.churn' as a config key of sampling.heun.*'sampler.s_churn'",
+    ),
+    ({"sampler": {"component": 3}}, "config.sampler=3; expected the name of a component"),
+    ({"sampler": {}}, "config.sampler without its component; expected a sampler"),
+    ({"model": 3}, "Got config.model=3; expected a section"),
+    ({"model": {"conditions": 3}}, "Got config.model.conditions=3; expected components by name"),
+    ({"model": {"conditions": {"a b": {}}}}, "Got 'a b' as a name in config.model.conditions"),
+  ):
+    tree = tiny_config().to_dict()
+    for key, value in change.items():
+      tree[key] = (
+        tree[key] | value if isinstance(value, dict) and key in ("training", "optimizer", "ema", "model") else value
+      )
+    workdir.write_config(tmp_path, tree)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}|{message}.*config.json"):
+      configs.of_run(tmp_path)
+
+
+def test_a_config_comes_back_from_a_run(tmp_path):
+  config = tiny_config()
+  # Infinity, None, components in components, numbers in place of one, and the run's own folder.
+  config.sampler = spec("with_langevin", sampler=spec("heun"), snr=0.5)
+  config.model.process = spec("processes.discrete", betas=(0.25, 0.5))
+  config.model.conditions.classes = spec("classes", number=10)
+  config.sampling.clip = None
+  config.init_from = f"{tmp_path}/start"
+  tree = tree_of(config)
+  assert tree.values["sampler"]["sampler"]["s_max"] == math.inf
+  configs.write(tmp_path, tree)
+  assert f'"init_from": "{tmp_path}' not in (tmp_path / "config.json").read_text()
+  assert configs.of_run(tmp_path).values == tree.values
+  assert configs.of_run(tmp_path).roles == tree.roles
+  # The folder may move.
+  moved = tmp_path.parent / "moved"
+  tmp_path.rename(moved)
+  assert configs.of_run(moved).values["init_from"] == f"{moved}/start"
+
+
+ROLES = {
+  "model.network.channels": "model",
+  "model.process.betas.num_steps": "model",
+  "data.image_size": "model",
+  "task.component": "model",
+  "seed": "run",
+  "objective.weighting.component": "run",
+  "data.source.name": "run",
+  "data.source.path": "place",
+  "init_from": "place",
+  "sampler.component": "sampling",
+  "guidance.scale": "sampling",
+  "sampling.preview_steps": "free",
+  "training.steps": "free",
+  "evaluation.num_samples": "free",
+  "training.accumulate": "speed",
+  "parallel.fsdp": "speed",
+}
+
+
+@pytest.mark.parametrize("key", ROLES)
+def test_each_key_is_for_what_its_section_or_itself_says(key):
+  assert TREE.roles[key] == ROLES[key]
+
+
+def test_every_value_has_a_role():
+  assert set(TREE.roles) >= set(trees.leaves(TREE.values))
+  assert set(TREE.roles.values()) <= set(components.ROLES)
+  whole = trees.of_roles(TREE, components.ROLES)
+  assert whole == trees.leaves(TREE.values)
+  experiment = experiment_of(tiny_config())
+  assert experiment.values("model", "run") == trees.of_roles(experiment.tree, ("model", "run"))
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+  """The folder of a run of the tiny config that has saved a checkpoint."""
+  (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
+  configs.write(tmp_path, tree_of(tiny_config()))
+  return tmp_path
+
+
+def test_what_changes_no_parameter_may_change(run_folder):
+  configs.check_same_run(run_folder, tree_of(tiny_config()))
+  config = tiny_config()
+  config.training.update({"steps": 99, "accumulate": 2, "log_every": 7})
+  config.sampler = spec("sampling.heun")
+  config.guidance.scale = 3.0
+  config.sampling.clip = None
+  config.evaluation.k = 7
+  config.editing.method = spec("repaint")
+  config.model.network.remat = "blocks"
+  configs.check_same_run(run_folder, tree_of(config))
+
+
+def test_another_config_is_refused_with_its_differences(run_folder):
+  config = tiny_config()
+  config.seed = 1
+  config.model.network.channels = 16
+  config.model.conditions.classes = spec("classes", number=10)
+  config.objective.weighting = spec("min_snr", gamma=3.0)
+  with pytest.raises(ValueError, match="another config") as error:
+    configs.check_same_run(run_folder, tree_of(config))
+  for line in (
+    "seed: 0 in the folder, 1 now",
+    "model.network.channels: 8 in the folder, 16 now",
+    "model.conditions.classes.number: absent in the folder, 10 now",
+    "objective.weighting.component: losses.snr_plus_one in the folder, losses.min_snr now",
+    "objective.weighting.gamma: absent in the folder, 3.0 now",
+  ):
+    assert f"  {line}\n" in str(error.value)
+  assert "multipliers" not in str(error.value)
+
+
+def test_the_last_step_may_not_change_where_the_rate_falls_until_it(tmp_path):
+  (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
+
+  def config(steps, **optimizer):
+    made = tiny_config()
+    made.optimizer.update(optimizer)
+    made.training.steps = steps
+    return tree_of(made)
+
+  for falling in ("cosine", "linear"):
+    configs.write(tmp_path, config(10, schedule=falling))
+    configs.check_same_run(tmp_path, config(10, schedule=falling))
+    with pytest.raises(ValueError, match="training.steps: 10 in the folder, 20 now"):
+      configs.check_same_run(tmp_path, config(20, schedule=falling))
+  for optimizer in ({"schedule": "cosine", "decay_steps": 10}, {"schedule": "constant"}):
+    configs.write(tmp_path, config(10, **optimizer))
+    configs.check_same_run(tmp_path, config(20, **optimizer))
+
+
+def test_checkpoints_without_a_config_are_refused(run_folder):
+  (run_folder / "config.json").unlink()
+  with pytest.raises(ValueError, match=r"no config\.json"):
+    configs.check_same_run(run_folder, tree_of(tiny_config()))
+
+
+def test_a_run_without_a_checkpoint_starts_anew_with_any_config(tmp_path):
+  configs.write(tmp_path, tree_of(tiny_config()))
+  config = tiny_config()
+  config.seed = 1
+  configs.check_same_run(tmp_path, tree_of(config))
+
+
+def test_values_and_components_are_changed_by_their_names():
+  tree = tree_of(tiny_config())
+  assert configs.changed(tree, "seed", 3).at("seed") == 3
+  assert tree.at("seed") == 0
+  other = configs.changed(tree, "sampler", "heun(s_churn=40)")
+  assert other.at("sampler") == {
+    "component": "sampling.heun",
+    "s_churn": 40.0,
+    "s_min": 0.0,
+    "s_max": math.inf,
+    "s_noise": 1.0,
+  }
+  assert configs.changed(other, "sampler.s_churn", 3).at("sampler.s_churn") == 3.0
+  with pytest.raises(ValueError, match="Got 'sampler.eta' as a config key of sampling.heun"):
+    configs.changed(other, "sampler.eta", 3)
+  with pytest.raises(ValueError, match="Got config.seed='x'"):
+    configs.changed(tree, "seed", "x")
+  experiment = configs.build(tree)
+  changed = experiment.changed(sampling__num_steps=3, sampler="heun")
+  assert (len(changed.times), changed.sampler_name) == (4, "heun")
+  # What is already there stays: its parameters fit it.
+  assert changed.model is experiment.model
+  with pytest.raises(ValueError, match="Got config.sampling.num_steps=0"):
+    experiment.changed(sampling__num_steps=0)
+
+
+def test_what_must_be_given_may_come_later_but_must_come():
+  tree = tree_of(ConfigDict({"model": {"conditions": {"classes": {"component": "classes"}}}}))
+  assert tree.at("model.conditions.classes") == {"component": "conditions.classes", "dropout": 0.0}
+  with pytest.raises(
+    ValueError,
+    match=r"config.model.conditions.classes=conditions.classes without number; expected it. Set --config.model.conditions.classes.number=<value>",
+  ):
+    configs.build(tree)
+  assert (
+    configs.build(configs.changed(tree, "model.conditions.classes.number", 3)).model.conditions["classes"].number == 3
+  )
+
+
+@pytest.mark.parametrize("key", [key for key in COMPONENTS if slots.names(TREE.places[key].slot)])
+def test_every_place_names_its_components_and_its_example_is_one(key):
+  slot = TREE.places[key].slot
+  name = components.parse(components.example(slot), key)[components.KEY]
+  if ":" in name:
+    return
+  assert name in slots.names(slot)
+  tree = configs.changed(TREE, key, components.example(slot))
+  assert tree.at(key)[components.KEY] == f"{slot.homes[0]}.{name}"
+
+
+@pytest.mark.parametrize(
+  ("text", "kinds", "value"),
+  [
+    ("3", (int,), 3),
+    ("-3", (float,), -3.0),
+    ("inf", (float,), math.inf),
+    ("True", (bool,), True),
+    ("false", (bool,), False),
+    ("3", (str,), "3"),
+    ("", (str,), ""),
+    ("a b", (str,), "a b"),
+    ("None", (type(None), float), None),
+    ("32", (int, list[int]), 32),
+    ("(32, 48)", (int, list[int]), (32, 48)),
+    ("32,48", (int, list[int]), (32, 48)),
+    ("[1, 2]", (list[float],), [1, 2]),
+    ("0.5,inf", (list[float],), (0.5, math.inf)),
+    ("1", (list[int],), (1,)),
+    ("", (list[int],), ()),
+    ("()", (list[int],), ()),
+    ("fid,kid", (list[str],), ("fid", "kid")),
+    ("('fid', 'kid')", (list[str],), ("fid", "kid")),
+    ("conv", (str, list[str]), "conv"),
+    ("('conv', 'residual')", (str, list[str]), ("conv", "residual")),
+  ],
+)
+def test_texts_of_flags_are_values(text, kinds, value):
+  found = values.read(text, kinds, "key")
+  assert found == value
+  assert type(found) is type(value)
+
+
+WRONG = {
+  "--config.sed=1": "Got 'sed' as a config key; expected one of data, .*Did you mean 'seed'",
+  "--config.training.step=3": "Got 'training.step' as a config key.*Did you mean 'training.steps'",
+  "--config.seed.a=3": "Got --config.seed.a, but config.seed is one value, not a section; expected --config.seed=<value>",
+  "--config.sampling.grid.rho=3": "config.sampling.grid is one value, not a section",
+  "--config.model.network.chanels=3": "'model.network.chanels' as a config key of networks.UNet.*'model.network.channels'",
+  "--config.model.conditions.classes.number=3": "'model.conditions.classes' as a config key|config.model.conditions.classes",
+  "--config.training=3": "config.training",
+  "--config.seed=-1": "Got config.seed=-1; expected 0 or more",
+  "--config.training.steps=0": "Got config.training.steps=0; expected at least 1",
+  "--config.optimizer.learning_rate=nan": "Got config.optimizer.learning_rate=nan; expected a finite number",
+  "--config.ema.stds=a,b": r"Got config.ema.stds=\('a', 'b'\); expected a list of finite numbers",
+  "--config.model.network.multipliers=wide": "Got config.model.network.multipliers=.*; expected a list of finite numbers",
+  "--config.data.image_size=1,2,3": r"config.data.image_size=\(1, 2, 3\); expected an integer of .* or a list of 2 integers",
+}
+
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_wrong_keys_on_the_command_line_are_one_message(flag, tmp_path):
+  # The network of DENSE takes any argument.
+  code, output = call(RECIPE, flag, f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, WRONG[flag])
+  assert code == 2
+  assert len(output.splitlines()) == 2  # the first says what is run
+  assert not (tmp_path / "work").exists()
+
+
+def test_a_key_needs_a_config(tmp_path):
+  code, output = call("--config.seed=3", f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, "Got --config.seed without a config; expected --config=<recipe> beside it")
+  assert not (tmp_path / "work").exists()
