@@ -35,7 +35,7 @@ def evaluation():
     "likelihood": {"bound": bound, "ode": {"bits": 2.98, "standard_error": 0.018, "nfe": 122, "num_images": 500}},
     "step": 3000,
     "weights": "EMA",
-    "sampling": {"sampler": "ancestral", "num_steps": 100},
+    "sampling": {"sampler": "ancestral", "arguments": {"variance": "large"}, "num_steps": 100},
     "versions": {"jax": "0.10.2"},
     "devices": 1,
   }
@@ -83,11 +83,13 @@ def denoising(frames=9, count=6):
 def content(**changes):
   images, labels = digits()
   frames, times = denoising()
+  source = {"component": "data.folder", "path": "/data/digits"}
+  network = {"component": "networks.UNet", "multipliers": [1, 2, 2]}
   full = report.Content(
     title="digits_vp, step 3,000",
     facts=[("model", "discrete DDPM"), ("step", "3,000"), ("Fréchet distance", "0.730")],
     evaluation=evaluation(),
-    config={"seed": 0, "data": {"source": "digits", "path": "/data/digits"}, "network": {"multipliers": [1, 2, 2]}},
+    config={"seed": 0, "data": {"source": source}, "model": {"network": network}, "sampler": None},
     samples=images[:500],
     labels=labels[:500],
     denoising=frames,
