@@ -171,7 +171,9 @@ def test_training_is_refused_with_the_bytes_it_would_take(key, tmp_path, monkeyp
 def test_images_that_programs_cannot_count_are_refused_by_their_key(tmp_path):
   config = tiny_config()
   config.data.image_size = 2**20
-  with pytest.raises(ValueError, match=r"config\.data\.image_size=1048576: Got data of 1048576x1048576 .* takes 4\.4 TB"):
+  with pytest.raises(
+    ValueError, match=r"config\.data\.image_size=1048576: Got data of 1048576x1048576 .* takes 4\.4 TB"
+  ):
     runs.run_train(tree_of(config), tmp_path / "work")
   assert not (tmp_path / "work").exists()
 
@@ -240,8 +242,8 @@ def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, 
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "two" / f"{name}.png")
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for images of 8x8x1: {BYTES}"):
     runs.run_sample(experiment_of(config), folder, num_samples=10**12, seed=0, choice=runs.Choice())
+  edit = runs.Edit("img2img", tmp_path / "a.png", results=10**12)
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for each of 1 inputs .*{BYTES}"):
-    edit = runs.Edit("img2img", tmp_path / "a.png", results=10**12)
     runs.run_edit(experiment_of(config), folder, edit, seed=0, choice=runs.Choice())
   many = tiny_config()
   many.editing.frames = 2**31 - 1

@@ -127,7 +127,9 @@ def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
     np.testing.assert_array_equal(leaf[0], leaf[-1])
   assert_same_run((parallel.unreplicate(state), losses), lone)
   with pytest.raises(ValueError, match="12 on 8"):
-    mapped(parallel.replicate(initial(experiment)), {"image": jnp.zeros((12, 8, 8, 1)), "classes": jnp.zeros(12, jnp.int32)})
+    mapped(
+      parallel.replicate(initial(experiment)), {"image": jnp.zeros((12, 8, 8, 1)), "classes": jnp.zeros(12, jnp.int32)}
+    )
 
 
 def test_by_data_gradients_are_reduced_once_and_nothing_is_gathered(by_data):

@@ -91,7 +91,12 @@ def test_scores_stand_beside_the_floor_and_say_what_they_mean(full):
 
 def test_config_and_provenance_are_shown_whole(full):
   """Components too: their names beside their arguments."""
-  config = ("network.component networks.UNet", "network.multipliers 1, 2, 2", "source.path /data/digits", "sampler none")
+  config = (
+    "network.component networks.UNet",
+    "network.multipliers 1, 2, 2",
+    "source.path /data/digits",
+    "sampler none",
+  )
   for words_of_it in (*config, "weights EMA", "sampling.arguments.variance large", "num_steps 100", "9f86d0"):
     assert words_of_it in full.text.replace(". ", ".")
 
