@@ -1,7 +1,8 @@
 """The data sets that can be chosen: functions of how images are made to fit, and of their own arguments, that give the splits.
 
 One of a user's own is such a function too, `def mine(fit: data.Fit, path: str) -> data.Splits`, which a config names as
-`my_file.py:mine(path='/data')`. `fit` says what the images are to be like, and may be left out of the arguments.
+`my_file.py:mine(path='/data')`. `fit` says what the images are to be like; it may be left out. An argument of type `Place` may change while a run
+goes on.
 """
 
 import os

@@ -1,0 +1,193 @@
+"""Data sets and conditions of a user's own, from a file outside of the package, by the command line alone."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+
+from ddpm_jax import config as configs
+from ddpm_jax import data
+from ddpm_jax.config import spec
+from ddpm_jax.runs import reading, stepping
+from tests.commands import RECIPE, assert_refused, call
+from tests.recipes import experiment_of, tiny_config
+
+OWN = """\
+  from __future__ import annotations
+
+  import numpy as np
+
+  from ddpm_jax import data
+  from ddpm_jax.models import Condition, conditions
+  from shared import level_of
+
+
+  class Levels:
+    def __init__(self, numbers, shape):
+      self._numbers, self._shape = numbers, shape
+
+    def __len__(self):
+      return len(self._numbers)
+
+    def __getitem__(self, index):
+      number = int(self._numbers[index])
+      image = np.full(self._shape, level_of(number) - 1)
+      return {"image": image, "scribble": image + 1, "level": level_of(number), "classes": number % 3}
+
+
+  def my_data(fit: data.Fit, path: data.Place, count: int = 40) -> data.Splits:
+    numbers = np.load(path)
+    return data.Splits(Levels(numbers[:count], fit.shape), Levels(numbers[count:], fit.shape))
+
+
+  def bare(fit):
+    return data.Splits(data.ArraySource(np.zeros((9, *fit.shape), np.uint8)))
+
+
+  def nothing(fit):
+    return [1, 2, 3]
+
+
+  def outline(name: str, data_shape: tuple[int, ...], strength: float = 1.0) -> Condition:
+    own = conditions.image(name, data_shape, dropout=0.1)
+    return own._replace(encode=lambda frozen, keys, batch, train: strength * batch[name])
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+  """The file, outside of the package and of the run."""
+  (tmp_path / "own").mkdir()
+  (tmp_path / "own" / "mine.py").write_text(textwrap.dedent(OWN))
+  (tmp_path / "own" / "shared.py").write_text("def level_of(number):\n  return number / 20\n")
+  np.save(tmp_path / "own" / "numbers.npy", np.arange(60) % 40)
+  return tmp_path / "own"
+
+
+def config_of(own, **conditions):
+  config = tiny_config()
+  config.data.source = spec(f"{own}/mine.py:my_data", path=str(own / "numbers.npy"))
+  for name, component in conditions.items():
+    config.model.conditions[name] = component
+  return config
+
+
+def flags_of(own):
+  # Not by DENSE: the run's own config is to say all.
+  return [
+    RECIPE,
+    "--config.model.network=tests/parameters.py:dense_network",
+    f"--config.data.source={own}/mine.py:my_data(path='{own}/numbers.npy')",
+    f"--config.model.conditions.scribble={own}/mine.py:outline(strength=0.5)",
+    "--config.evaluation.num_samples=8",
+    "--config.evaluation.k=2",
+  ]
+
+
+def test_a_data_set_and_a_condition_of_ones_own_train_sample_and_are_scored(own, tmp_path):
+  run = tmp_path / "run"
+  code, output = call(*flags_of(own), "--config.training.steps=2", "--config.data.flip=true", f"--workdir={run}")
+  assert code == 0, output
+  assert "40 training images of 8x8x1, 20 held out" in output
+  saved = json.loads((run / "config.json").read_text())
+  assert saved["data"]["source"]["component"] == f"{own}/mine.py:my_data"
+  assert saved["data"]["source"]["count"] == 40
+  assert saved["model"]["conditions"]["scribble"]["strength"] == 0.5
+  (kept,) = (run / "components").glob("*/mine.py")
+  assert kept.read_text() == (own / "mine.py").read_text()
+  report = json.loads((run / "eval.json").read_text())
+  assert report["num_samples"] == 8
+  # The run knows its file when that is gone; the data lie elsewhere, where the flag says.
+  (own / "mine.py").unlink()
+  (own / "numbers.npy").rename(tmp_path / "moved.npy")
+  where = f"--config.data.source.path={tmp_path}/moved.npy"
+  code, output = call(f"--workdir={run}", where, "--config.training.steps=4")
+  assert code == 0, output
+  assert "resuming from the checkpoint of step 2" in output
+  code, output = call("--mode=eval", "--seed=1", f"--workdir={run}", where)
+  assert code == 0, output
+
+
+def test_another_file_under_the_same_name_is_another_run(own, tmp_path):
+  run = tmp_path / "run"
+  code, output = call(*flags_of(own), "--config.training.steps=2", "--config.evaluation.report=false", f"--workdir={run}")
+  assert code == 0, output
+  (own / "mine.py").write_text((own / "mine.py").read_text() + "\nMORE = 1\n")
+  code, output = call(*flags_of(own), "--config.training.steps=4", f"--workdir={run}")
+  assert_refused(code, output, "a run of another config:\n.*sha256")
+
+
+def test_batches_hold_what_the_items_hold(own):
+  experiment = experiment_of(config_of(own))
+  source, held_out = reading.read_data(experiment)
+  assert (len(source), len(held_out)) == (40, 20)
+  shapes = stepping.batch_shapes(experiment, 8, source)
+  batch = next(data.batches(source, 8, seed=0))
+  assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == {
+    name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()
+  }
+  np.testing.assert_allclose(batch["image"] + 1, batch["scribble"], atol=1e-6)
+  np.testing.assert_allclose(batch["image"][:, 0, 0, 0] + 1, batch["level"], atol=1e-6)
+
+
+def test_a_config_alone_says_the_shapes_of_what_conditions_read(own):
+  """A plan, which reads no data, has the same batch as far as conditions go."""
+  conditions = {"scribble": spec(f"{own}/mine.py:outline"), "level": spec("conditions.level")}
+  experiment = experiment_of(config_of(own, **conditions))
+  source, _ = reading.read_data(experiment)
+  planned, real = stepping.batch_shapes(experiment, 8), stepping.batch_shapes(experiment, 8, source)
+  for name in ("image", "scribble", "level"):
+    assert (planned[name].shape, planned[name].dtype) == (real[name].shape, real[name].dtype)
+
+
+def test_worker_processes_read_a_source_of_ones_own(own):
+  """Its class is known by the file alone, which no module of a worker's is."""
+  source, _ = reading.read_sources(experiment_of(config_of(own)))
+  threads, workers = (data.batches(source, 8, seed=0, num_workers=number) for number in (0, 1))
+  want, got = next(threads), next(workers)
+  workers.close()
+  for name in want:
+    np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_fit_needs_no_annotation(own):
+  config = tiny_config()
+  config.data.hold_out = 2
+  config.data.source = spec(f"{own}/mine.py:bare")
+  source, held_out = reading.read_data(experiment_of(config))
+  assert (len(source), len(held_out)) == (7, 2)
+
+
+@pytest.mark.parametrize(
+  ("component", "message"),
+  [
+    ("mine.py:nothing", "config.data.source=.*mine.py:nothing, which makes a list; expected it to make data.Splits"),
+    ("mine.py:my_dat", "has no 'my_dat'.*Did you mean 'my_data'"),
+    ("none.py:my_data", "none.py:my_data', a file that does not exist"),
+    ("mine.py:my_data(path='x', cuont=3)", "'data.source.cuont' as a config key of .*Did you mean 'data.source.count'"),
+    ("mine.py:my_data", "config.data.source=.*mine.py:my_data without path"),
+  ],
+)
+def test_wrong_sources_of_ones_own_are_errors(own, component, message):
+  with pytest.raises(ValueError, match=message):
+    tree = configs.changed(configs.of_config(tiny_config()), "data.source", f"{own}/{component}")
+    reading.read_sources(configs.build(tree))
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("sketch", "data with the items classes, image, level, scribble for a model that is given sketch; expected 'sketch'"),
+    ("x", "the items x; expected other names"),
+  ],
+)
+def test_items_are_told_by_the_names_of_conditions(own, monkeypatch, name, message):
+  if name == "x":
+    text = (own / "mine.py").read_text().replace('"scribble"', '"x"')
+    (own / "mine.py").write_text(text)
+    config = config_of(own)
+  else:
+    config = config_of(own, **{name: spec("conditions.image", shape=(8, 8, 1))})
+  with pytest.raises(ValueError, match=message):
+    reading.read_data(experiment_of(config))
