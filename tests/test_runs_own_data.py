@@ -162,7 +162,7 @@ def test_fit_needs_no_annotation(own):
 @pytest.mark.parametrize(
   ("component", "message"),
   [
-    ("mine.py:nothing", "config.data.source=.*mine.py:nothing, which makes a list; expected it to make data.Splits"),
+    ("mine.py:nothing", "config.data.source=.*mine.py:nothing, which makes a list; expected it to make a source of data .data.Splits"),
     ("mine.py:my_dat", "has no 'my_dat'.*Did you mean 'my_data'"),
     ("none.py:my_data", "none.py:my_data', a file that does not exist"),
     ("mine.py:my_data(path='x', cuont=3)", "'data.source.cuont' as a config key of .*Did you mean 'data.source.count'"),
