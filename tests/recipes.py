@@ -83,10 +83,10 @@ def saved_items(folder):
   import jax
 
   from ddpm_jax import parallel
-  from ddpm_jax.runs import model
+  from ddpm_jax.runs import frozen, model
 
   experiment, mesh = configs.build(configs.of_run(folder)), parallel.make_mesh(devices=jax.devices()[:1])
-  _, template = model.make_state(experiment, mesh)
+  _, template = model.make_state(experiment, mesh, frozen.shapes(experiment, mesh))
   checkpoints = model.open_checkpoints(experiment, folder)
   try:
     state = model.state_of(checkpoints.restore(model.items_of(template)).items)
