@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import data, ema, networks, parallel
+from ddpm_jax import data, ema, interop, networks, parallel
 from ddpm_jax.models import Network
 from ddpm_jax.models.networks import keywords
 from ddpm_jax.runs import model, reading
@@ -86,4 +86,7 @@ def dense_network(out_channels: int, num_classes: int, conditions, **_) -> Netwo
 
 def use_dense(patch):
   """Let every U-Net of a config be `dense_network`."""
+  # These are about U-Nets, and must know the real one.
+  assert interop.diffusers
+  assert interop.guided_diffusion
   patch.setattr(networks, "UNet", dense_network)

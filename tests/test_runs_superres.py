@@ -7,32 +7,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import build, runs
-from ddpm_jax.build import condition
+from ddpm_jax import losses, runs
+from ddpm_jax.config import spec
+from ddpm_jax.runs import drawing, stepping
 from tests.parameters import one_device, random_params, use_dense, write_run
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, set_keys, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
-def config_of(**keys):
-  """A model that enlarges 8x8 to 16x16; `superres__noise=0.0` stands for superres.noise."""
+def low(factor=2, noise=0.5, sample_noise=0.1):
+  return spec("conditions.low_resolution", factor=factor, noise=noise, sample_noise=sample_noise)
+
+
+def config_of(low=low(), **keys):  # noqa: B008, a constant
+  """A model that enlarges 8x8 to 16x16; `training__steps=3` stands for training.steps."""
   config = tiny_config()
-  config.data.update({"image_size": 16, "source": "arrays", "hold_out": 5})
-  config.superres.update({"factor": 2, "noise": 0.5, "sample_noise": 0.1})
+  config.data.source = spec("data.arrays", path="nowhere.npz")
+  config.data.update({"image_size": 16, "hold_out": 5})
+  config.model.conditions = {"low": low}
   # Quick enough that two steps tell images apart.
   config.optimizer.update({"learning_rate": 3e-2, "warmup_steps": 0})
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1, "batch_size": 4})
   config.evaluation.update({"num_samples": 3, "k": 2})
   config.sampling.update({"num_steps": 2, "preview_steps": 2, "batch_size": 4})
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in keys.items()})
-  return config
+  return set_keys(config, **keys)
+
+
+def large_of(folder, **keys):
+  return config_of(data__source=spec("data.arrays", path=str(folder / "data.npz")), **keys)
 
 
 def base_of():
-  config = config_of(superres__factor=0, superres__noise=0.0, superres__sample_noise=0.0)
-  config.data.update({"source": "digits", "image_size": 8})
-  return config
+  return config_of(None, data__source=spec("data.digits"), data__image_size=8)
+
+
+def run_of(config, folder):
+  """Return what the config of a finished run stands for."""
+  return runs.trained(tree_of(config), folder)
 
 
 @pytest.fixture(scope="module", params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
@@ -57,7 +69,7 @@ def trained(kind, tmp_path_factory):
     if kind == "dense":
       use_dense(patch)
     write_run(base_of(), folder / "base")
-    runs.run_train(config_of(data__path=str(folder / "data.npz")), folder / "large")
+    runs.run_train(tree_of(large_of(folder)), folder / "large")
   return folder
 
 
@@ -79,102 +91,119 @@ def arrays_of_and_clear(folder):
 
 def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
   keys, image = jax.random.split(jax.random.key(0), 200), jax.random.normal(jax.random.key(1), (200, 16, 16, 1))
-  low = np.zeros((200, 8, 8, 1), np.float32)
+  small = np.zeros((200, 8, 8, 1), np.float32)
   for row in range(8):
     for column in range(8):
-      low[:, row, column] = np.mean(image[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2], (1, 2))
-  smooth = jax.image.resize(low, (200, 16, 16, 1), "bicubic")
-  clean = condition.training_image(config_of(superres__noise=0.0, superres__sample_noise=0.0), keys, image)
-  np.testing.assert_allclose(clean.image, smooth, atol=1e-5)
-  assert clean.level is None
-  noised = condition.training_image(config_of(), keys, image)
-  level = np.asarray(noised.level)
+      small[:, row, column] = np.mean(image[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2], (1, 2))
+  smooth = jax.image.resize(small, (200, 16, 16, 1), "bicubic")
+
+  def given(config, rows=np.s_[:]):
+    return experiment_of(config).model.given(keys[rows], {"image": image[rows]}, train=True)["low"]
+
+  clean = given(config_of(low(noise=0.0, sample_noise=0.0)))
+  np.testing.assert_allclose(clean["image"], smooth, atol=1e-5)
+  assert set(clean) == {"image"}
+  noised = given(config_of())
+  level = np.asarray(noised["level"])
   # Uniform in [0, 0.5], told to the network a thousandfold.
   assert np.all((level >= 0) & (level <= 500))
   assert abs(np.mean(level) - 250) < 4 * 500 / (12 * 200) ** 0.5
-  noise = np.asarray(noised.image - smooth)
+  noise = np.asarray(noised["image"] - smooth)
   np.testing.assert_allclose(np.std(noise, (1, 2, 3)), level / 1000, rtol=0.2, atol=1e-5)
   np.testing.assert_allclose(np.mean((noise / (level[:, None, None, None] / 1000)) ** 2), 1, atol=0.03)
   # Sample by sample, whatever the batch.
-  part = condition.training_image(config_of(), keys[50:60], image[50:60])
-  np.testing.assert_allclose(part.image, noised.image[50:60], atol=1e-6)
-  np.testing.assert_array_equal(part.level, level[50:60])
+  part = given(config_of(), np.s_[50:60])
+  np.testing.assert_allclose(part["image"], noised["image"][50:60], atol=1e-6)
+  np.testing.assert_array_equal(part["level"], level[50:60])
 
 
 def test_the_condition_of_images_that_are_no_squares():
-  config = config_of(superres__noise=0.0, superres__sample_noise=0.0)
-  with config.data.ignore_type():
-    config.data.image_size = (4, 8)
+  experiment = experiment_of(config_of(low(noise=0.0, sample_noise=0.0), data__image_size=(4, 8)))
   keys, image = jax.random.split(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (3, 4, 8, 1))
-  found = condition.training_image(config, keys, image).image
-  low = np.asarray(image).reshape(3, 2, 2, 4, 2, 1).mean((2, 4))
-  np.testing.assert_allclose(found, jax.image.resize(low, (3, 4, 8, 1), "bicubic"), atol=1e-5)
-  assert build.low_space(config) == (2, 4)
-  config.superres.factor = 8
-  with pytest.raises(ValueError, match="superres.factor=8 for images of 4x8; wanted a divisor of height and width"):
-    condition.check_superres(config)
+  found = experiment.model.given(keys, {"image": image}, train=True)["low"]["image"]
+  small = np.asarray(image).reshape(3, 2, 2, 4, 2, 1).mean((2, 4))
+  np.testing.assert_allclose(found, jax.image.resize(small, (3, 4, 8, 1), "bicubic"), atol=1e-5)
+  assert drawing.low_shape(experiment, "low") == (2, 4, 1)
+  with pytest.raises(ValueError, match="factor=8 of low for data of 4x8; expected a divisor of both sides"):
+    experiment_of(config_of(low(factor=8), data__image_size=(4, 8)))
 
 
 def test_the_condition_enters_the_network_and_the_loss():
-  config = config_of(network__num_classes=3, loss__label_dropout=0.1)
-  params = random_params(config)
+  config = config_of()
+  config.model.conditions.classes = spec("conditions.classes", number=3, dropout=0.1)
+  params, experiment = random_params(config), experiment_of(config)
   assert params["conv_in"]["kernel"].shape[-2] == 2, "the data and the image"
   x = jax.random.normal(jax.random.key(1), (2, 16, 16, 1))
-  given = condition.Condition(jnp.array([0, 1]), 0.5 * x[::-1], jnp.array([10.0, 200.0]))
-  others = (given._replace(classes=given.classes + 1), given._replace(image=x), given._replace(level=given.level + 300))
+
+  def given(classes=(0, 1), image=0.5 * x[::-1], level=(10.0, 200.0)):
+    return {"classes": jnp.array(classes), "low": {"image": image, "level": jnp.array(level)}}
 
   def outputs(params):
-    conditional = build.build_conditional(config, params)
-    return [conditional(x, 0.5, value) for value in (given, *others)]
+    conditional = experiment.model.conditional(params)
+    others = (given(classes=(1, 2)), given(image=x), given(level=(310.0, 500.0)))
+    return [conditional(x, jnp.full(2, 0.5), value) for value in (given(), *others)]
 
   first, *changed = jax.jit(outputs)(params)
   for other in changed:
     assert np.all(np.max(np.abs(other - first), (1, 2, 3)) > 1e-3 * np.std(first))
-  batch = {"image": x, "label": jnp.array([0, 1])}
-  keys = jax.random.split(jax.random.key(2), 2)
-  (loss, _), slopes = jax.jit(jax.value_and_grad(build.build_loss(config), has_aux=True))(params, keys, batch)
-  assert np.isfinite(loss)
+  batch, keys = {"image": x, "classes": jnp.array([0, 1])}, jax.random.split(jax.random.key(2), 2)
+
+  def loss(params):
+    context = losses.Context(jnp.zeros((), jnp.int32), (), None, ())
+    batch_of_x = stepping.encode(experiment.model, None, keys, batch)
+    return experiment.objective.loss({"model": params, "extra": ()}, context, keys, batch_of_x)
+
+  (value, _), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  assert np.isfinite(value)
   assert np.all(np.any(slopes["conv_in"]["kernel"] != 0, (0, 1, 3)))
   assert np.any(slopes["vector_1"]["kernel"] != 0)
 
 
 @pytest.mark.parametrize(
-  ("keys", "message"),
+  ("condition", "message"),
   [
-    ({"superres__factor": 1}, "superres.factor=1 for images of 16"),
-    ({"superres__factor": 3}, "factor=3 for images of 16x16; wanted a divisor of height and width above 1"),
-    ({"superres__factor": -2}, "factor=-2"),
-    ({"superres__factor": 0}, "factor=0, noise=0.5"),
-    ({"superres__noise": 0.05}, "noise=0.05 and sample_noise=0.1; wanted 0 <= sample_noise <= noise <= 1"),
-    ({"superres__noise": 1.5}, "noise=1.5"),
-    ({"superres__sample_noise": -0.1}, "sample_noise=-0.1"),
-    ({"superres__noise": float("nan")}, "noise=nan"),
-    ({"task": "classify", "network__num_classes": 10}, "task='classify' with superres.factor=2"),
+    (low(factor=1), "factor=1 of low for data of 16x16"),
+    (low(factor=3), "factor=3 of low for data of 16x16; expected a divisor of both sides above 1"),
+    (low(factor=-2), "factor=-2"),
+    (low(factor=0), "factor=0 of low"),
+    (low(noise=0.05), "noise=0.05 and sample_noise=0.1 of low; expected 0 <= sample_noise <= noise <= 1"),
+    (low(noise=1.5), "noise=1.5"),
+    (low(sample_noise=-0.1), "sample_noise=-0.1"),
+    (low(noise=float("nan")), "conditions.low.noise=nan; expected a finite number"),
   ],
 )
-def test_wrong_settings_are_errors_when_built(keys, message):
+def test_wrong_settings_are_errors_when_built(condition, message):
   with pytest.raises(ValueError, match=message):
-    build.build_loss(config_of(**keys))
+    experiment_of(config_of(condition))
+
+
+def test_a_classifier_enlarges_nothing(tmp_path):
+  config = large_of(tmp_path, task="classify", objective="classification")
+  np.savez(tmp_path / "data.npz", images=np.zeros((20, 16, 16, 1), np.uint8), labels=np.arange(20) % 10)
+  with pytest.raises(ValueError, match="task='classify' with the conditions low; expected none"):
+    runs.run_train(tree_of(config), tmp_path / "none")
+  assert not (tmp_path / "none").exists()
 
 
 def test_a_cascade(trained, tmp_path, network):
   """What the base drew is enlarged, and recorded as it was."""
-  runs.run_sample(base_of(), trained / "base", num_samples=5, seed=3, choice=runs.Choice())
+  base = run_of(base_of(), trained / "base")
+  runs.run_sample(base, trained / "base", num_samples=5, seed=3, choice=runs.Choice())
   alone = arrays_of_and_clear(trained / "base" / "samples")
   upsamplers = [trained / "large"]
   options = {"seed": 3, "choice": runs.Choice(), "upsamplers": upsamplers}
-  runs.run_sample(base_of(), trained / "base", num_samples=5, **options)
+  runs.run_sample(base, trained / "base", num_samples=5, **options)
   found = arrays_of_and_clear(trained / "base" / "samples")
   assert found["samples"].shape == (5, 16, 16, 1)
   np.testing.assert_array_equal(found["stage_0"], alone["samples"])
-  assert "labels" not in found
+  assert set(found) == {"samples", "stage_0"}
   # The same images enlarged by hand are the same.
-  config = config_of(data__path=str(trained / "data.npz"))
+  large = run_of(large_of(trained), trained / "large")
 
   def enlarge(images, name):
     np.savez(tmp_path / name, images=images)
     edit = runs.Edit("superres", tmp_path / name)
-    runs.run_edit(config, trained / "large", edit, seed=3, choice=runs.Choice())
+    runs.run_edit(large, trained / "large", edit, seed=3, choice=runs.Choice())
     arrays = arrays_of(trained / "large" / "edits")
     shutil.rmtree(trained / "large" / "edits")
     return arrays
@@ -188,21 +217,21 @@ def test_a_cascade(trained, tmp_path, network):
 
 def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, network, capsys):
   base, large = trained / "base", trained / "large"
-  config, choice = config_of(data__path=str(trained / "data.npz")), runs.Choice()
+  drawn, enlarging, choice = run_of(base_of(), base), run_of(large_of(trained), large), runs.Choice()
   for upsamplers, message in (
     ([large, large], "--upsampler=.*large, which enlarges images of 8x8x1, for images of 16x16x1; wanted them alike"),
-    ([base], "Got a model that enlarges nothing"),
+    ([base], "--upsampler=.*base, a model that enlarges nothing; expected one for super-resolution"),
     ([tmp_path / "none"], "--upsampler=.*none, which holds no checkpoint"),
   ):
     with pytest.raises(ValueError, match=message):
-      runs.run_sample(base_of(), base, num_samples=2, seed=0, choice=choice, upsamplers=upsamplers)
+      runs.run_sample(drawn, base, num_samples=2, seed=0, choice=choice, upsamplers=upsamplers)
   with pytest.raises(ValueError, match="large, a model that enlarges images, to sample from; wanted .* --upsampler="):
-    runs.run_sample(config, large, num_samples=2, seed=0, choice=choice)
-  with pytest.raises(ValueError, match=r"a model that enlarges images \(config.superres.factor=2\).*no pipeline"):
-    runs.run_export(config, large, tmp_path / "out", choice)
+    runs.run_sample(enlarging, large, num_samples=2, seed=0, choice=choice)
+  with pytest.raises(ValueError, match=r"condition 'low', an image that it takes beside .*no pipeline"):
+    runs.run_export(enlarging, large, tmp_path / "out", choice)
   edit = runs.Edit("img2img", trained / "data.npz")
   with pytest.raises(ValueError, match="'img2img' for a model that enlarges images; wanted --task=superres"):
-    runs.run_edit(config, large, edit, seed=0, choice=choice)
+    runs.run_edit(enlarging, large, edit, seed=0, choice=choice)
   assert not (tmp_path / "out").exists()
   assert not list((base / "samples").glob("ddim*"))
   output = capsys.readouterr().out

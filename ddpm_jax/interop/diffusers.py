@@ -414,6 +414,12 @@ def save(
 
 def check_exportable(model: Model) -> None:
   """Raise a ValueError unless a model makes images from noise by a U-Net, as all pipelines of diffusers that are written do."""
+  images = _images(model)
+  if images:
+    raise ValueError(
+      f"Got a model with the condition {images[0]!r}, an image that it takes beside the noisy one, for which there is no pipeline to export to;"
+      " expected one that needs no image."
+    )
   module = model.network.module
   if not isinstance(module, UNet):
     made = "functions" if module is None else f"a {type(module).__name__}"
@@ -428,12 +434,6 @@ def check_exportable(model: Model) -> None:
   if model.time_input is not None:
     raise ValueError(
       "Got a model with a time input of its own; expected None, for that of its process, which diffusers computes too."
-    )
-  images = _images(model)
-  if images:
-    raise ValueError(
-      f"Got a model with the condition {images[0]!r}, an image that it takes beside the noisy one, for which there is no pipeline to export to;"
-      " expected one that needs no image."
     )
 
 
