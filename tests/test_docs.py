@@ -4,11 +4,13 @@ import ast
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from ddpm_jax import config, main, models, words
 from ddpm_jax.config import sections, slots
@@ -17,8 +19,8 @@ from tests.conftest import ROOT
 CONFIG_PAGE = ROOT / "docs" / "config.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-# What stands for something of the reader's own, such as a folder.
-OWN = "something"
+# What stands for something of the reader's own, such as a folder or a number.
+OWN = "1"
 SECTIONS = {
   "": sections.Root,
   "data": sections.Data,
@@ -95,9 +97,12 @@ def commands(path):
 
 @pytest.fixture
 def beside(tmp_path, monkeypatch):
-  """A folder with the files that the page of configs asks its reader to save, as the working folder."""
-  for name, text in zip(("my_recipe.py", "my_parts.py"), blocks(CONFIG_PAGE, "python"), strict=False):
-    (tmp_path / name).write_text(text)
+  """A folder with the files that pages ask their readers to save, as the working folder."""
+  for page in PAGES:
+    for name, text in re.findall(
+      r"as `(\w+\.py)`:\n\n```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+    ):
+      (tmp_path / name).write_text(text)
   (tmp_path / "configs").symlink_to(ROOT / "configs")
   monkeypatch.chdir(tmp_path)
 
@@ -107,19 +112,13 @@ def test_every_command_has_flags_and_keys_that_there_are(path, beside):
   del beside
   for command in commands(path):
     found = words.split(command)
-    for word in found.rest:
-      name, _, value = word.removeprefix("--").partition("=")
-      assert word.startswith("--"), command
-      assert name in flags.FLAGS, command
-      if OWN not in value:
-        flags.FLAGS[name].parser.parse(value)
-    recipe = (
-      found.recipe if (found.recipe and (ROOT / found.recipe).is_file()) or found.recipe == "my_recipe.py" else None
-    )
-    tree = config.read(recipe or "configs/digits_cond.py", found.keys)
-    for sampler in [word.partition("=")[2] for word in found.rest if word.startswith("--sampler=")]:
-      for one in main._at_commas(sampler):
-        tree = config.changed(tree, "sampler", one)
+    recipe = found.recipe if found.recipe and Path(found.recipe).is_file() else "configs/digits_cond.py"
+    tree = config.read(recipe, found.keys)
+    with flagsaver.flagsaver():
+      assert flags.FLAGS(["main", *found.rest]) == ["main"]
+      for sampler, steps in main._variants(flags.FLAGS.mode):
+        for key, value in main._variant((sampler, steps)).items():
+          tree = config.changed(tree, key.replace("__", "."), value)
     config.build(tree)
 
 
@@ -132,7 +131,7 @@ def known_keys():
     for place, one in tree.places.items():
       for name in slots.names(one.slot) if one.slot is not None and place != "model.conditions" else ():
         known |= {*config.changed(tree, place, name).places}
-  return known
+  return known | {"parallel", "sampling", "evaluation", "editing", "training"}
 
 
 def names_in(text):
@@ -163,10 +162,12 @@ def test_every_key_and_every_name_in_the_text_is_there():
   for path in [*PAGES, *RECIPES]:
     text = path.read_text()
     text = text if path.suffix == ".md" else ast.get_docstring(ast.parse(text))
+    # Commands are looked at above.
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for key in re.findall(r"--config\.([a-z_.]*[a-z_])", text):
       if key not in known and not key.startswith("model.conditions."):
         missing.append((path.name, f"--config.{key}"))
-    for name in names_in(text):
+    for name in (name.removeprefix("config.") for name in names_in(text)):
       first = name.partition(".")[0]
       if name.rpartition(".")[2] in FILES or (
         first not in roots and importlib.util.find_spec(f"ddpm_jax.{first}") is None
@@ -175,6 +176,13 @@ def test_every_key_and_every_name_in_the_text_is_there():
       if name not in known and not is_public(name):
         missing.append((path.name, name))
   assert not missing
+
+
+def test_every_flag_in_the_text_is_there():
+  scripts = "".join(path.read_text() for path in sorted((ROOT / "experiments").rglob("*.py")))
+  known = {*flags.FLAGS, *re.findall(r'"--([a-z_-]+)"', scripts)}
+  for path in PAGES:
+    assert {*re.findall(r"`--([a-z_]+)[=` ]", path.read_text())} <= known, path.name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
