@@ -87,7 +87,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
       raise ValueError("there is more than one pair of brackets")
     return {KEY: name, **_arguments(call)}
   except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-    why = error.msg if isinstance(error, SyntaxError) else str(error)
+    quotes = "; put quotes around words with signs, such as paths"
+    why = f"{error.msg}{quotes}" if isinstance(error, SyntaxError) else str(error)
     raise ValueError(f"Got {where}={text!r}, which cannot be read ({why}); {hint}.") from error
 
 
@@ -188,7 +189,7 @@ def parameters(component: Any, slot: Slot, given: Iterable[str] = ()) -> list[Pa
   Args:
     component: the function, class or value.
     slot: its place, which offers the other arguments.
-    given: the names of arguments that a config gives, which come before what is offered.
+    given: the names of arguments that a config gives, which come before what the program offers at once.
   """
   given = list(given)
   own = not getattr(component, "__module__", "").startswith("ddpm_jax.")
@@ -199,7 +200,8 @@ def parameters(component: Any, slot: Slot, given: Iterable[str] = ()) -> list[Pa
   for parameter in declared.values():
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
       continue
-    if parameter.name not in given and slots.is_offered(parameter, slot.offers):
+    # What is given later cannot be given now.
+    if slots.is_offered(parameter, slot.offers) and (slot.later or parameter.name not in given):
       continue
     annotation = slots.plain(parameter.annotation)
     marks = () if annotation is parameter.annotation else typing.get_args(parameter.annotation)[1:]

@@ -247,7 +247,8 @@ class _Maker:
     channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
     offered = models.networks.facts(conditions, x_shape, channels)
     network = self.component(values["network"], "model.network", offered)
-    network.check(x_shape)
+    with components.naming("config.model.network", values["network"][KEY]):
+      network.check(x_shape)
     return Model(network, process, prediction, conditions, codec, shape, x_shape)
 
   def component(self, node: Mapping[str, Any], path: str, offered: Mapping[Any, Any], slot: Slot | None = None) -> Any:

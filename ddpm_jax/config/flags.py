@@ -35,15 +35,20 @@ def _read(config: Tree, path: str, text: str) -> Any:
 
 
 def _new(config: Tree, path: str) -> Parameter:
-  """Return what a key would be that is not there yet: one more component by name, or an argument of a component that takes any."""
+  """Return what a key would be that is not there yet: one more component by name, or an argument that a component could be given."""
   parent, _, name = path.rpartition(".")
-  several = config.places.get(parent)
-  if several is not None and several.many:
+  place = config.places.get(parent)
+  if place is not None and place.many:
     # None too, for one that is not there.
-    return several._replace(name=name, annotation=None)
-  if several is not None and several.slot is not None and components.is_node(config.at(parent)):
-    node = config.at(parent)
-    found = components.find(node[KEY], several.slot, f"config.{parent}", node.get(DIGEST, ""), config.folder)[1]
+    return place._replace(name=name, annotation=None)
+  node = config.at(parent) if place is not None else None
+  if place is not None and place.slot is not None and components.is_node(node):
+    where, digest = f"config.{parent}", node.get(DIGEST, "")
+    found = components.find(node[KEY], place.slot, where, digest, config.folder)[1]
+    # Also what the program offers unless it is given.
+    for parameter in components.parameters(found, place.slot, [name]) or ():
+      if parameter.name == name:
+        return parameter
     if components.takes_anything(found):
       return Parameter(name, components.MISSING, components.MISSING)
   raise _unknown(config, path)

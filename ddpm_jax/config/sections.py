@@ -19,7 +19,9 @@ from ddpm_jax.config.slots import Slot
 MODEL, RUN, SAMPLING, FREE, SPEED, PLACE = "model", "run", "sampling", "free", "speed", "place"
 
 # The places that keys are: what the program gives to components there.
-_SOURCE = Slot("a source of data (data.Splits)", (data.Splits,), ("data",), (data.Fit, "fit"), example="folder(path='/images')")
+_SOURCE = Slot(
+  "a source of data (data.Splits)", (data.Splits,), ("data",), (data.Fit, "fit"), example="folder(path='/images')"
+)
 _PROCESS = Slot("a process", (processes.Process,), ("processes",), example="discrete(betas=cosine())")
 _PREDICTION = Slot("a prediction", (predictions.Prediction,), ("predictions",), (processes.Process,), example="V")
 _CODEC = Slot("a codec", (models.Codec,), ("codecs",), ("data_shape",), example="pixels")
