@@ -7,20 +7,23 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import build, checkpoint, ema, evaluate, plan, runs
-from ddpm_jax.runs import classifying
+from ddpm_jax import checkpoint, ema, evaluate, plan, runs
+from ddpm_jax.config import spec
+from ddpm_jax.runs import reading
+from ddpm_jax.runs.tasks.classify import noise_levels
 from tests.oracles import PROCESSES
 from tests.parameters import one_device
-from tests.recipes import saved_items, tiny_config
+from tests.recipes import saved_items, set_keys, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 def config_of(**training):
   config = tiny_config()
-  config.task = "classify"
-  config.process.schedule = "cosine"
-  config.network.num_classes = 10
+  config.task, config.objective = "classify", "classification"
+  config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
+  network = {"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "attention_levels": ()}
+  config.model.network = spec("networks.Classifier", out_channels=10, **network, middle_attention=False, dropout=0.0)
   config.optimizer.learning_rate = 5e-3
   config.training.update({"steps": 400, "checkpoint_every": 350, "log_every": 50, "sample_every": 50} | training)
   return config
@@ -31,7 +34,7 @@ def finished(tmp_path_factory):
   """A run of 400 steps without a break."""
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
-    runs.run_train(config_of(), folder)
+    runs.run_train(tree_of(config_of()), folder)
   return folder
 
 
@@ -63,7 +66,7 @@ def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
   copy = shutil.copytree(finished, tmp_path / "copy")
   shutil.rmtree(copy / "checkpoints" / "400")
   (copy / "eval.json").unlink()
-  runs.run_train(config_of(), copy, resume="must")
+  runs.run_train(tree_of(config_of()), copy, resume="must")
   assert checkpoint.Checkpoints.steps(copy / "checkpoints") == [350, 400]
   for a, b in zip(jax.tree.leaves(saved_items(finished)), jax.tree.leaves(saved_items(copy)), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -73,57 +76,57 @@ def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
 
 
 def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilities(finished):
-  before, config = scores_of(finished)["scores"], config_of()
-  config.sampling.batch_size = 40
-  runs.run_eval(config, finished, seed=config.seed, choice=runs.Choice())
+  before = scores_of(finished)["scores"]
+  experiment = runs.trained(tree_of(set_keys(config_of(), sampling__batch_size=40)), finished)
+  runs.run_eval(experiment, finished, seed=experiment.seed, choice=runs.Choice())
   after = scores_of(finished)["scores"]
   for a, b in zip(before["by_log_snr"], after["by_log_snr"], strict=True):
     assert a == pytest.approx(b, rel=1e-3)
   # Nearly clean data have nearly no noise.
   params = ema.ema_params(saved_items(finished).opt_state)
-  _, held_out = build.build_data(config)
+  _, held_out = reading.read_data(experiment)
   chosen = np.random.default_rng(0).permutation(100)[:40]
   batch = [held_out[int(index)] for index in chosen]
   x_0 = np.stack([item["image"] for item in batch]) / np.float32(127.5) - 1
-  log_probs = build.build_classifier(config, params)(x_0, 1 / 1000)
-  direct = evaluate.classification_scores(np.asarray(log_probs), np.array([item["label"] for item in batch]))
+  log_probs = experiment.model.classify(params)(x_0, 1 / 1000)
+  direct = evaluate.classification_scores(np.asarray(log_probs), np.array([item["classes"] for item in batch]))
   assert after["by_log_snr"][-1]["cross_entropy"] == pytest.approx(direct["cross_entropy"], rel=0.1)
-  runs.run_eval(config, finished, seed=1, choice=runs.Choice(averaged=False))
+  runs.run_eval(experiment, finished, seed=1, choice=runs.Choice(averaged=False))
   assert scores_of(finished)["weights"] == "raw"
   assert scores_of(finished)["scores"]["by_log_snr"] != after["by_log_snr"]
 
 
 def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path, capsys):
-  config, choice = config_of(), runs.Choice()
-  with pytest.raises(ValueError, match="holds a classifier, which draws nothing; wanted a run that denoises"):
-    runs.run_sample(config, finished, num_samples=4, seed=0, choice=choice)
-  with pytest.raises(ValueError, match="holds a classifier"):
-    runs.run_export(config, finished, tmp_path / "out", choice)
+  experiment, choice = runs.trained(tree_of(config_of()), finished), runs.Choice()
+  drawing_nothing = "config.task='classify'; expected a run that denoises, .*: a classifier draws nothing"
+  with pytest.raises(ValueError, match=drawing_nothing):
+    runs.run_sample(experiment, finished, num_samples=4, seed=0, choice=choice)
+  with pytest.raises(ValueError, match=drawing_nothing):
+    runs.run_export(experiment, finished, tmp_path / "out", choice)
   assert not (finished / "samples").exists()
   assert not (tmp_path / "out").exists()
   assert "compiling" not in capsys.readouterr().out
   other = config_of()
   other.task = "denoise"
-  with pytest.raises(ValueError, match="task: classify in the folder, denoise now"):
-    runs.run_sample(other, finished, num_samples=4, seed=0, choice=choice)
+  with pytest.raises(ValueError, match="task.component: tasks.classify in the folder, tasks.denoise now"):
+    runs.trained(tree_of(other), finished)
 
 
 def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
   for keys, message in (
-    ({"network.num_classes": 0}, "wanted 2 or more classes"),
-    ({"network.num_classes": 9}, "labels 0 to 9 for network.num_classes=9"),
-    ({"evaluation.num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
-    ({"init_from": "somewhere"}, "init_from='somewhere' with config.task='classify'"),
+    ({"model__network__out_channels": 1}, "out_channels=1; expected 2 or more classes"),
+    ({"model__network__out_channels": 9}, "labels 0 to 9 for model.network.out_channels=9"),
+    ({"evaluation__num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
+    ({"init_from": "somewhere"}, "init_from='somewhere' in a run of config.task='classify'; expected a run that denoises"),
   ):
-    config = config_of()
-    config.update_from_flattened_dict(keys)
+    config = set_keys(config_of(), **keys)
     with pytest.raises(ValueError, match=message):
-      runs.run_train(config, tmp_path / "none")
+      runs.run_train(tree_of(config), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_a_plan_of_one(capsys):
-  found = runs.run_plan(config_of(), topology_name=None, num_devices=1)
+  found = runs.run_plan(tree_of(config_of()), topology_name=None, num_devices=1)
   assert isinstance(found, plan.Plan)
   assert "FLOPs an image" in capsys.readouterr().out
 
@@ -131,7 +134,7 @@ def test_a_plan_of_one(capsys):
 @pytest.mark.parametrize("name", PROCESSES)
 def test_noise_levels_lie_in_the_process(name):
   process = PROCESSES[name]
-  times = classifying.noise_levels(process)
+  times = noise_levels(process)
   assert len(times) >= 8
   assert np.all(np.diff(times) < 0)
   assert times[-1] == np.float32(process.t_min)

@@ -149,7 +149,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     tree=tree,
     seed=values["seed"],
     init_from=values["init_from"],
-    task=maker.component(values["task"], "task", {}),
+    task=task_of(tree),
     data=data,
     model=model,
     objective=maker.component(values["objective"], "objective", known | {"time_input": model.time_input}),
@@ -184,6 +184,11 @@ def _check_clip(tree: Tree, sampling_section: Sampling) -> None:
   if sampling_section.clip is not None:
     with components.naming("config.sampling.clip", tree.values["sampling"]["clip"][KEY]):
       sampling_section.clip(denoise=lambda x_t, t: x_t)
+
+
+def task_of(tree: Tree) -> Any:
+  """Return what a config does with its objective (`runs.tasks.Task`), which needs no other part of it."""
+  return _Maker(tree.folder).component(tree.values["task"], "task", {})
 
 
 def source_of(experiment: Experiment) -> Callable[[Any], Any]:

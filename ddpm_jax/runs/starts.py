@@ -73,6 +73,7 @@ def starting_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
   path = tree.values["init_from"]
   if not path:
     return tree, None
+  config.task_of(tree).check_draws(f"config.init_from={path!r} in a run")
   found = load(path, tree)
   return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree)), found
 

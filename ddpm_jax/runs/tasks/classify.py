@@ -34,11 +34,6 @@ class Classify:
         f"Got config.task='classify' with the conditions {', '.join(experiment.model.conditions)}; expected none: a classifier is given noisy"
         " data alone."
       )
-    if experiment.init_from:
-      raise ValueError(
-        f"Got config.init_from={experiment.init_from!r} with config.task='classify'; expected no model to start from: diffusers' pipelines"
-        " hold no classifier."
-      )
     if self._number(experiment) < 2:
       raise ValueError(
         f"Got config.task='classify' with model.network.out_channels={self._number(experiment)}; expected 2 or more classes to tell apart."
@@ -52,7 +47,9 @@ class Classify:
 
   def classes(self, experiment: Experiment) -> Condition:
     """Return the classes that the classifier tells apart."""
-    return conditions.classes("classes", self._number(experiment))
+    number = self._number(experiment)
+    check = data.labels_below(number, "model.network.out_channels")
+    return conditions.classes("classes", number)._replace(check=check)
 
   def preview(
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
