@@ -208,6 +208,8 @@ def main(argv: list[str]) -> None:
   if mode == "train":
     runs.run_train(tree, folder, resume=_RESUME.value, profile=_PROFILE.value)
     return
+  # Flags before what they are used on.
+  edit = _edit() if mode == "edit" else None
   experiment = runs.trained(tree, folder) if model is None else config.build(tree, model.model)
   if mode == "eval":
     runs.run_eval(
@@ -219,13 +221,13 @@ def main(argv: list[str]) -> None:
     )
   elif mode == "export":
     runs.run_export(experiment, folder, _output("the folder to export to", "/tmp/model"), choice)
-  elif mode == "edit":
+  elif edit is not None:
     if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
       experiment = runs.reversible(experiment)
     runs.run_edit(
       experiment,
       folder,
-      _edit(),
+      edit,
       seed=_SEED.value or 0,
       choice=choice,
       steering=_steering(),

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import build, data, prepare, sealed
+from ddpm_jax import data, prepare, sealed
+from ddpm_jax.config import spec
+from ddpm_jax.runs import reading
 from tests.conftest import ROOT
 from tests.pictures import pixels_of, spoil, write_builder, write_folder
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +23,14 @@ def _own_cache(tmp_path_factory, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def config_of(**keys):
+def experiment(source, *, classes=0, data=None, **arguments):
+  """Return the experiment of a data source with its arguments, and of other keys of the section `data`."""
   config = tiny_config()
-  config.data.update(
-    {"image_size": 6, "channels": 3, "train_split": "train", "eval_split": "test", "hold_out": 0, **keys}
-  )
-  return config
+  config.data.source = spec(f"data.{source}", **arguments)
+  config.data.update({"image_size": 6, "channels": 3, "hold_out": 0} | (data or {}))
+  if classes:
+    config.model.conditions.classes = spec("conditions.classes", number=classes)
+  return experiment_of(config)
 
 
 # TFDS.
@@ -34,23 +38,23 @@ def config_of(**keys):
 
 def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   write_builder(tmp_path / "own_squares.py", "OwnSquares")
-  config = config_of(source="tfds", name="own_squares", path=str(tmp_path / "tfds"))
+  keys = {"name": "own_squares", "path": str(tmp_path / "tfds")}
   with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.source\.module"):
-    prepare.run_prepare(config, None)
-  config.data.module = str(tmp_path / "own_squares.py")
-  prepare.run_prepare(config, None)
+    prepare.run_prepare(experiment("tfds", **keys), None)
+  own = experiment("tfds", **keys, module=str(tmp_path / "own_squares.py"))
+  prepare.run_prepare(own, None)
   printed = capsys.readouterr().out
   assert "train 7, test 2" in printed
   assert str(tmp_path / "tfds" / "own_squares") in printed
-  train, held_out = build.build_data(config)
+  train, held_out = reading.read_data(own)
   assert (len(train), len(held_out)) == (7, 2)
   for index in range(7):
     np.testing.assert_array_equal(train[index]["image"], pixels_of(train[index]["classes"]))
-  assert data.TfdsSource("own_squares", "train", (3, 3), 1, config.data.path)[0]["image"].shape == (3, 3, 1)
-  prepare.run_prepare(config, None)
+  assert data.TfdsSource("own_squares", "train", (3, 3), 1, keys["path"])[0]["image"].shape == (3, 3, 1)
+  prepare.run_prepare(own, None)
   assert "prepared already" in capsys.readouterr().out
-  prepare.run_prepare(config, tmp_path / "packed")
-  packed, _ = build.build_sources(config_of(source="packed", path=str(tmp_path / "packed")))
+  prepare.run_prepare(own, tmp_path / "packed")
+  packed, _ = reading.read_sources(experiment("packed", path=str(tmp_path / "packed")))
   for index in range(7):
     np.testing.assert_array_equal(packed[index]["image"], pixels_of(packed[index]["classes"]))
   assert "tensorflow" not in sys.modules
@@ -77,11 +81,10 @@ def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, r
   assert np.all(item["image"] == level)
   assert item["classes"] == label
   if label == data.NO_CLASS:
-    config = config_of(source="tfds", channels=1, eval_split="")
-    assert len(build.build_data(config)[0]) == 1
-    config.network.num_classes = 4
+    gray = {"channels": 1}
+    assert len(reading.read_data(experiment("tfds", data=gray, eval_split=""))[0]) == 1
     with pytest.raises(ValueError, match=r"1 image\(s\) without a class for .*a label for each"):
-      build.build_data(config)
+      reading.read_data(experiment("tfds", classes=4, data=gray, eval_split=""))
 
 
 @pytest.mark.parametrize(
@@ -192,13 +195,13 @@ def test_lsun_is_read_without_tensorflow_io(tmp_path, monkeypatch):
 def test_a_pack_reads_as_its_folder(tmp_path, capsys):
   write_folder(tmp_path / "images" / "train", count=5)
   write_folder(tmp_path / "images" / "test", count=2)
-  config = config_of(source="folder", path=str(tmp_path / "images"))
-  prepare.run_prepare(config, tmp_path / "packed")
+  folder = experiment("folder", path=str(tmp_path / "images"))
+  prepare.run_prepare(folder, tmp_path / "packed")
   assert "10 of 6x6x3 packed, 0 left out" in capsys.readouterr().out
   assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "packed"]
   for want, got in zip(
-    build.build_sources(config),
-    build.build_sources(config_of(source="packed", path=str(tmp_path / "packed"))),
+    reading.read_sources(folder),
+    reading.read_sources(experiment("packed", path=str(tmp_path / "packed"))),
     strict=True,
   ):
     assert len(want) == len(got)
@@ -230,13 +233,12 @@ def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
   write_folder(tmp_path / "images")
   for name in ("cat/1.jpg", "dog/0.png"):
     spoil(tmp_path / "images" / name)
-  config = config_of(source="folder", path=str(tmp_path / "images"))
+  folder = experiment("folder", path=str(tmp_path / "images"))
   with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat/1\.jpg.*dog/0\.png"):
-    prepare.run_prepare(config, tmp_path / "packed")
+    prepare.run_prepare(folder, tmp_path / "packed")
   assert [path.name for path in tmp_path.iterdir()] == ["images"]
   capsys.readouterr()
-  config.data.broken = "skip"
-  prepare.run_prepare(config, tmp_path / "packed")
+  prepare.run_prepare(folder.changed(data__broken="skip"), tmp_path / "packed")
   printed = capsys.readouterr().out
   assert printed.count("cat/1.jpg") == printed.count("dog/0.png") == 1
   assert list(data.PackedSource(tmp_path / "packed").labels) == [0, 0, 1, 1]
@@ -244,13 +246,13 @@ def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
 
 def test_other_shapes_settings_and_versions_are_refused(tmp_path):
   write_folder(tmp_path / "images")
-  prepare.run_prepare(config_of(source="folder", path=str(tmp_path / "images")), tmp_path / "packed")
+  prepare.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
   keys = {"source": "packed", "path": str(tmp_path / "packed"), "eval_split": ""}
-  assert len(build.build_data(config_of(**keys))[0]) == 6
+  assert len(reading.read_data(experiment(**keys))[0]) == 6
   with pytest.raises(ValueError, match=r"\(6, 6, 3\).*wants \(8, 8, 3\)"):
-    build.build_data(config_of(**keys, image_size=8))
+    reading.read_data(experiment(**keys, data={"image_size": 8}))
   with pytest.raises(ValueError, match=r"bicubic.*wants.*'adm'"):
-    build.build_data(config_of(**keys, resize="adm"))
+    reading.read_data(experiment(**keys, data={"resize": "adm"}))
   index = tmp_path / "packed" / "index.json"
   sealed.write_json(index, {**sealed.read_json(index), "version": 2})
   with pytest.raises(ValueError, match="version 2"):
@@ -292,26 +294,26 @@ def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
   np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])
   with pytest.raises(ValueError, match=r"data.source=mine: missing a required argument: 'first'"):
     prepare.prepare_data(mine, {}, fit, tmp_path / "other")
-  with pytest.raises(ValueError, match="labels 0 to 2 for network.num_classes=2"):
+  with pytest.raises(ValueError, match="labels 0 to 2 for model.conditions.classes.number=2"):
     prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
   assert not (tmp_path / "other").exists()
 
 
 def test_wrong_requests_to_prepare_are_errors(tmp_path):
   with pytest.raises(ValueError, match="needs no preparation"):
-    prepare.run_prepare(config_of(source="digits"), None)
-  config = config_of(source="folder", path=str(tmp_path / "images"))
+    prepare.run_prepare(experiment("digits"), None)
+  folder = experiment("folder", path=str(tmp_path / "images"))
   with pytest.raises(ValueError, match="no --output"):
-    prepare.run_prepare(config, None)
+    prepare.run_prepare(folder, None)
   write_folder(tmp_path / "images")
   with pytest.raises(ValueError, match="nothing is overwritten"):
-    prepare.run_prepare(config, tmp_path / "images")
+    prepare.run_prepare(folder, tmp_path / "images")
 
 
 def test_the_command_line_needs_no_workdir(tmp_path):
   write_folder(tmp_path / "images")
   command = [sys.executable, "-m", "ddpm_jax.main", "--mode=prepare"]
-  recipe = ["--config=tests/recipes.py", "--config.data.source=folder", f"--config.data.path={tmp_path / 'images'}"]
+  recipe = ["--config=tests/recipes.py", "--config.data.source=folder", f"--config.data.source.path={tmp_path / 'images'}"]
   result = subprocess.run([*command, *recipe, f"--output={tmp_path / 'new'}"], cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
   assert "6 of 8x8x1 packed" in result.stdout

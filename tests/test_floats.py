@@ -170,7 +170,7 @@ def test_a_run_under_the_strict_settings(tmp_path):
     "--config.evaluation.likelihood_images=2",
     "--config.evaluation.bound_draws=4",
     "--config.evaluation.likelihood_tolerance=0.1",
-    "--config.sampling.sampler=unipc",
+    "--config.sampler=unipc",
   )
   code, output = commands.call(*options, **strict)
   assert code == 0, output

@@ -63,7 +63,7 @@ def load(
   return Splits(finish(train), None if held_out is None else finish(held_out))
 
 
-def labels_below(number: int, key: str = "network.num_classes") -> Check:
+def labels_below(number: int, key: str = "model.conditions.classes.number") -> Check:
   """Return a check that every image has a class from 0 to number - 1.
 
   Args:
@@ -82,7 +82,8 @@ def labels_below(number: int, key: str = "network.num_classes") -> Check:
       elif isinstance(source, ArraySource):
         wanted = "an array 'labels' in the file. Add it"
       raise ValueError(
-        f"Got {len(without):,} image(s) without a class{where} for config.{key}={number}; expected {wanted}, or set --config.{key}=0."
+        f"Got {len(without):,} image(s) without a class{where} for config.{key}={number}; expected {wanted}, or take a model without classes"
+        f"{_leave_out(key)}."
       )
     if np.min(labels) < 0 or np.max(labels) >= number:
       raise ValueError(
@@ -90,6 +91,12 @@ def labels_below(number: int, key: str = "network.num_classes") -> Check:
       )
 
   return check
+
+
+def _leave_out(key: str) -> str:
+  """Return how a model does without what a key is of, for messages."""
+  condition = key.rpartition(".")[0]
+  return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""
 
 
 def check_labels_of(splits: Splits, check: Check | None) -> None:

@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 
 from configs import folder
-from ddpm_jax import build, data, interop, metrics, prepare
+from ddpm_jax import data, interop, metrics, prepare
+from ddpm_jax.config import spec
 from ddpm_jax.places import user_path
+from ddpm_jax.runs import reading, spaces
 from tests.commands import DENSE, assert_refused, call
 from tests.pictures import spoil
-from tests.recipes import tiny_config
+from tests.recipes import experiment_of, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -28,34 +30,38 @@ def write(root, **counts):
       Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(folder / f"{index}.png")
 
 
-def config_of(path, classes=0, **keys):
+def experiment(path, classes=0, source="folder", *, data=None, **arguments):
+  """Return the experiment of a data source with its arguments, and of other keys of the section `data`."""
   config = tiny_config()
-  config.data.update({"source": "folder", "path": str(path), "eval_split": "test", "hold_out": 0, **keys})
-  config.network.num_classes = classes
-  return config
+  given = {"path": str(path)} | ({"eval_split": "test"} if source != "arrays" else {}) | arguments
+  config.data.source = spec(f"data.{source}", **given)
+  config.data.update({"hold_out": 0} | (data or {}))
+  if classes:
+    config.model.conditions.classes = spec("conditions.classes", number=classes)
+  return experiment_of(config)
 
 
 def labels_of(source):
-  return [int(source[index]["label"]) for index in range(len(source))]
+  return [int(source[index]["classes"]) for index in range(len(source))]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_held_out_classes_have_the_numbers_of_the_training_split(tmp_path, packed):
   write(tmp_path / "a", train__cat=1, train__dog=2, train__emu=1, test__dog=1, test__emu=2)
-  config = config_of(tmp_path / "a", 3)
+  found = experiment(tmp_path / "a", 3)
   if packed:
     # Each split alone, so that each pack numbers the classes by itself.
     for split in ("train", "test"):
-      alone = config_of(tmp_path / "a" / split, eval_split="", train_split="")
+      alone = experiment(tmp_path / "a" / split, eval_split="", train_split="")
       prepare.run_prepare(alone, tmp_path / "b" / split)
-    config.data.update({"source": "packed", "path": str(tmp_path / "b")})
-  train, held_out = build.build_data(config)
+    found = experiment(tmp_path / "b", 3, "packed")
+  train, held_out = reading.read_data(found)
   assert labels_of(train) == [0, 1, 1, 2]
   assert labels_of(held_out) == [1, 2, 2]
-  _, on_disk = build.build_sources(config)
+  _, on_disk = reading.read_sources(found)
   assert on_disk.classes == ["cat", "dog", "emu"]
   assert list(on_disk.labels) == [1, 2, 2]
-  np.testing.assert_array_equal(data.read(on_disk, [2, 0])["label"], [2, 1])
+  np.testing.assert_array_equal(data.read(on_disk, [2, 0])["classes"], [2, 1])
 
 
 @pytest.mark.parametrize(
@@ -73,35 +79,33 @@ def test_held_out_classes_have_the_numbers_of_the_training_split(tmp_path, packe
 )
 def test_images_without_a_class_are_refused_by_a_model_with_classes(tmp_path, folders, message):
   write(tmp_path, **folders)
-  for make in (build.build_sources, build.build_data):
+  for make in (reading.read_sources, reading.read_data):
     with pytest.raises(ValueError, match=message):
-      make(config_of(tmp_path, 2))
-  sources = build.build_data(config_of(tmp_path))
+      make(experiment(tmp_path, 2))
+  sources = reading.read_data(experiment(tmp_path))
   assert data.NO_CLASS in [label for source in sources if source is not None for label in labels_of(source)]
-  assert build.evaluation.features_of(config_of(tmp_path), sources[0]) == "pixels"
+  assert spaces.features_of(experiment(tmp_path), sources[0]) == "pixels"
 
 
 def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
   write(tmp_path / "a", **{"cat": 1, ".": 1})
-  prepare.run_prepare(config_of(tmp_path / "a"), tmp_path / "b")
-  config = config_of(tmp_path / "b", source="packed", eval_split="")
-  assert labels_of(build.build_data(config)[0]) == [data.NO_CLASS, 0]
-  config.network.num_classes = 1
-  with pytest.raises(ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew"):
-    build.build_data(config)
+  prepare.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
+  assert labels_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
+  with pytest.raises(ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew.*conditions.classes=None"):
+    reading.read_data(experiment(tmp_path / "b", 1, "packed", eval_split=""))
 
 
 def test_arrays_without_labels_are_refused_by_a_model_with_classes(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
-  assert len(build.build_data(config_of(tmp_path / "a.npz", source="arrays"))[0]) == 3
+  assert len(reading.read_data(experiment(tmp_path / "a.npz", source="arrays"))[0]) == 3
   with pytest.raises(ValueError, match=r"3 image\(s\) without a class .*an array 'labels' in the file\. Add it"):
-    build.build_data(config_of(tmp_path / "a.npz", 2, source="arrays"))
+    reading.read_data(experiment(tmp_path / "a.npz", 2, source="arrays"))
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_a_class_may_be_called_as_a_split(tmp_path, name, capsys):
   write(tmp_path, **{"bus": 1, "car": 1, name: 2})
-  train, held_out = build.build_data(config_of(tmp_path, 3))
+  train, held_out = reading.read_data(experiment(tmp_path, 3))
   assert held_out is None
   assert labels_of(train) == [0, 1, 2, 2]
   assert (
@@ -112,10 +116,10 @@ def test_a_class_may_be_called_as_a_split(tmp_path, name, capsys):
 
 def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
   write(tmp_path, bus=1, test=1, train=1)
-  train, held_out = build.build_data(config_of(tmp_path))
+  train, held_out = reading.read_data(experiment(tmp_path))
   assert (len(train), len(held_out)) == (1, 1)
   assert f"passed over in {tmp_path}, beside train and test: bus\n" in capsys.readouterr().out
-  train, held_out = build.build_data(config_of(tmp_path, 3, train_split="", eval_split=""))
+  train, held_out = reading.read_data(experiment(tmp_path, 3, train_split="", eval_split=""))
   assert held_out is None
   assert labels_of(train) == [0, 1, 2]
 
@@ -141,24 +145,24 @@ def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
 def test_splits_of_other_names_are_no_classes(tmp_path, folders, keys, message):
   write(tmp_path, **folders)
   with pytest.raises(ValueError, match=message):
-    build.build_data(config_of(tmp_path, **keys))
+    reading.read_data(experiment(tmp_path, **keys))
 
 
 @pytest.mark.parametrize("others", [{}, {"test": 1}, {"annotations": 0}])
 def test_one_split_is_taken_alone(tmp_path, others):
   write(tmp_path, train=2, **others)
-  train, held_out = build.build_data(config_of(tmp_path, eval_split="", hold_out=0))
+  train, held_out = reading.read_data(experiment(tmp_path, eval_split=""))
   assert (len(train), held_out) == (2, None)
 
 
 def test_the_whole_folder_may_be_the_split(tmp_path):
   write(tmp_path, a=2)
-  assert len(build.build_data(config_of(tmp_path, train_split=".", eval_split=""))[0]) == 2
+  assert len(reading.read_data(experiment(tmp_path, train_split=".", eval_split=""))[0]) == 2
 
 
 def test_nested_splits(tmp_path):
   write(tmp_path, images__train=2, images__val=1, masks__train=2)
-  train, held_out = build.build_data(config_of(tmp_path, train_split="images/train", eval_split="images/val"))
+  train, held_out = reading.read_data(experiment(tmp_path, train_split="images/train", eval_split="images/val"))
   assert (len(train), len(held_out)) == (2, 1)
 
 
@@ -177,7 +181,7 @@ def test_nested_splits(tmp_path):
 def test_splits_lie_side_by_side_in_the_data_folder(tmp_path, source, train, evaluation, message):
   write(tmp_path, train__val=1, test=1)
   with pytest.raises(ValueError, match=message):
-    build.build_sources(config_of(tmp_path, source=source, train_split=train, eval_split=evaluation))
+    reading.read_sources(experiment(tmp_path, source=source, train_split=train, eval_split=evaluation))
 
 
 class Streamed:
@@ -190,26 +194,26 @@ class Streamed:
     return len(self._labels)
 
   def __getitem__(self, index):
-    return {"image": np.zeros((8, 8, 1), np.uint8), "label": self._labels[index]}
+    return {"image": np.zeros((8, 8, 1), np.uint8), "classes": self._labels[index]}
 
 
 @pytest.mark.parametrize("broken", ["stop", "skip"])
 @pytest.mark.parametrize(
   ("label", "message"),
-  [(data.NO_CLASS, "without a class for .*num_classes=3"), (3, "labels 3 to 3 for .*num_classes=3")],
+  [(data.NO_CLASS, "without a class for .*classes.number=3"), (3, "labels 3 to 3 for .*classes.number=3")],
 )
 def test_labels_that_are_read_with_the_images_are_checked_then(monkeypatch, label, message, broken):
   labels = {"train": [0, 1, 2, label, 0, 1, 2, 0], "test": [0, label]}
   monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit: Streamed(labels[split]))
   # As sets of more than a gigabyte.
   monkeypatch.setattr(data.sources, "in_memory", lambda source, broken: source)
-  train, held_out = build.build_data(config_of("", 3, source="tfds", broken=broken))
+  train, held_out = reading.read_data(experiment("", 3, source="tfds", data={"broken": broken}))
   with pytest.raises(ValueError, match=f"image 1: .*{message}"):
     data.read(held_out, [1])
   with pytest.raises(ValueError, match=message):
     next(data.batches(train, 8, seed=0))
-  train, _ = build.build_data(config_of("", source="tfds", broken=broken))
-  assert sorted(next(data.batches(train, 8, seed=0))["label"]) == sorted(labels["train"])
+  train, _ = reading.read_data(experiment("", source="tfds", data={"broken": broken}))
+  assert sorted(next(data.batches(train, 8, seed=0))["classes"]) == sorted(labels["train"])
 
 
 class Learned(Exception):
@@ -227,7 +231,7 @@ def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch
   config.evaluation.features = "classifier"
   source = data.ArraySource(np.zeros((4, 8, 8, 1), np.uint8), labels)
   with pytest.raises(Learned) as error:
-    build.build_space(config, source, None, tmp_path / "classifier").make()
+    spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").make()
   assert error.value.args == ([0, 2, 0, 1], 3)
 
 
@@ -237,14 +241,14 @@ def test_inception_is_refused_channels_that_it_cannot_see_before_its_weights_are
   config.evaluation.update({"features": "inception", "inception_weights": str(tmp_path / "none")})
   source = data.ArraySource(np.zeros((4, 8, 8, 5), np.uint8))
   with pytest.raises(ValueError, match="5 channels for the Inception network.*expected 3, or 1.*features=pixels"):
-    build.build_space(config, source, None, tmp_path / "classifier")
+    spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier")
 
 
 @pytest.mark.parametrize("spoiled", range(1, 6))
 def test_no_image_stands_in_for_a_broken_one_in_training_and_held_out(tmp_path, spoiled):
   write(tmp_path, a=1, b=1, c=1, d=1, e=1, f=1)
   spoil(tmp_path / "abcdef"[spoiled] / "0.png")
-  sources = build.build_data(config_of(tmp_path, hold_out=3, broken="skip"))
+  sources = reading.read_data(experiment(tmp_path, data={"hold_out": 3, "broken": "skip"}))
   train, held_out = ({int(source[index]["image"][0, 0, 0]) for index in range(3)} for source in sources)
   assert not train & held_out
   assert train | held_out == {40 * number for number in range(6) if number != spoiled}
@@ -263,13 +267,13 @@ def home(tmp_path, monkeypatch):
 def test_a_tilde_in_the_data_path_is_the_home(home, source):
   write(home / "a", cat=3)
   if source == "packed":
-    prepare.run_prepare(config_of("~/a"), home / "packed" / "a")
+    prepare.run_prepare(experiment("~/a"), home / "packed" / "a")
     (home / "a").rename(home / "images")
     (home / "packed" / "a").rename(home / "a")
   if source == "arrays":
     np.savez(home / "a.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
   path = "~/a.npz" if source == "arrays" else "~/a"
-  assert len(build.build_data(config_of(path, source=source))[0]) == 3
+  assert len(reading.read_data(experiment(path, source=source))[0]) == 3
   assert not os.path.exists("~")
 
 
@@ -278,9 +282,10 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
   metrics.save_statistics(home / "reference.npz", statistics)
   config = tiny_config()
   config.evaluation.reference = "~/reference.npz"
-  train, held_out = build.build_data(config)
-  space = build.build_space(config, train, held_out, home / "classifier")
-  assert build.build_reference(config, space, train, held_out).statistics.features.count == 9
+  found = experiment_of(config)
+  train, held_out = reading.read_data(found)
+  space = spaces.build_space(found, train, held_out, home / "classifier")
+  assert spaces.build_reference(found, space, train, held_out).statistics.features.count == 9
   (home / "weights.safetensors").write_bytes(b"damaged")
   with pytest.raises(ValueError, match=f"{home}/weights"):
     interop.inception.load("~/weights.safetensors")
@@ -291,9 +296,9 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
 @pytest.mark.parametrize(
   "use",
   [
-    lambda path: build.build_data(config_of(path)),
-    lambda path: build.build_data(config_of(path, source="packed")),
-    lambda path: build.build_data(config_of(path, source="arrays")),
+    lambda path: reading.read_data(experiment(path)),
+    lambda path: reading.read_data(experiment(path, source="packed")),
+    lambda path: reading.read_data(experiment(path, source="arrays")),
     lambda path: interop.diffusers.find(path),
     lambda path: interop.inception.load(path),
     lambda path: data.read_inputs(user_path(path), (8, 8), 1),
@@ -308,12 +313,12 @@ def test_a_home_that_is_not_there_is_refused(use):
 # From the command line.
 
 
-@pytest.mark.parametrize("flag", ["--input", "--mask", "--config.data.path", "--pretrained", "--workdir", "--output"])
+@pytest.mark.parametrize("flag", ["--input", "--mask", "--config.data.source.path", "--pretrained", "--workdir", "--output"])
 def test_no_home_behind_a_tilde_is_one_message(tmp_path, flag):
   mode = {
     "--input": "edit",
     "--mask": "edit",
-    "--config.data.path": "train",
+    "--config.data.source.path": "train",
     "--workdir": "train",
     "--output": "prepare",
   }
@@ -321,6 +326,7 @@ def test_no_home_behind_a_tilde_is_one_message(tmp_path, flag):
   if "edit" in given[0]:
     given += ["--task=inpaint", f"--input={tmp_path}"][: 1 if flag == "--input" else 2]
   where = [] if flag == "--workdir" else [f"--workdir={tmp_path / 'run'}"]
+  given += [] if "data" in flag else [f"--config.data.source.path={tmp_path}"]
   code, output = call(DENSE, "--config.data.source=folder", *where, *given)
   assert_refused(code, output, "error: .*no home folder ~nobody_here")
 
@@ -333,7 +339,7 @@ def test_wrong_data_end_in_one_message(tmp_path):
     ("a", "1 image.s. without a class, such as .*a/0.png"),
     ("a.zip", "a file; expected a folder.*Unpack"),
   ):
-    code, output = call(*flags, f"--config.data.path={tmp_path / path}", "--config.network.num_classes=2")
+    code, output = call(*flags, f"--config.data.source.path={tmp_path / path}", "--config.model.conditions.classes=classes(number=2)")
     assert_refused(code, output, message)
   assert not (tmp_path / "run").exists()
 
@@ -342,14 +348,14 @@ def test_wrong_data_end_in_one_message(tmp_path):
 def test_the_recipe_for_folders_suits_small_ones(tmp_path, photos, held):
   write(tmp_path, photos=photos)
   config = folder.get_config()
-  config.data.update({"path": str(tmp_path), "image_size": 8})
-  train, held_out = build.build_data(config)
+  config.data.image_size, config.data.source.path = 8, str(tmp_path)
+  train, held_out = reading.read_data(experiment_of(config))
   assert (len(train), len(held_out)) == (photos - held, held)
 
 
 def test_a_small_folder_trains_and_is_scored(tmp_path):
   write(tmp_path / "photos", a=7, b=6)
-  flags = ["--config.data.source=folder", f"--config.data.path={tmp_path / 'photos'}", "--config.data.hold_out=-1"]
+  flags = ["--config.data.source=folder", f"--config.data.source.path={tmp_path / 'photos'}", "--config.data.hold_out=-1"]
   flags += ["--config.training.steps=2", "--config.evaluation.reference=", "--config.evaluation.num_samples=16"]
   code, output = call(DENSE, f"--workdir={tmp_path / 'run'}", *flags)
   assert code == 0, output
