@@ -2,14 +2,16 @@
 
 import importlib.util
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax import build, parallel, schema
-from ddpm_jax.runs import evaluation
+from ddpm_jax import losses, parallel
+from ddpm_jax.runs import stepping
 from tests.conftest import ROOT
+from tests.recipes import experiment_of, tree_of
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 # Millions, as the papers say them (Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021).
@@ -30,6 +32,15 @@ def test_the_recipes_are_there():
   assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
 
 
+def loss_of(experiment, params, keys, batch):
+  """The loss of one training step."""
+  objective = experiment.objective
+  extra, memory = objective.init(keys[0], params, ())
+  batch = stepping.encode(experiment.model, None, keys, batch)
+  context = losses.Context(jnp.zeros((), jnp.int32), (), params, memory)
+  return objective.loss({"model": params, "extra": extra}, context, keys, batch | objective.prepare(keys, memory))[0]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path):
   module = load(path)
@@ -37,17 +48,17 @@ def test_recipe(path):
   assert re.search(r"Score:|precision", module.__doc__)
   assert "Hardware:" in module.__doc__
   config = module.get_config()
-  schema.check_config(config)
-  evaluation.kind_of(config).check(config, parallel.make_mesh(devices=jax.devices()[:1]))
+  experiment = experiment_of(config)
+  experiment.task.check(experiment, parallel.make_mesh(devices=jax.devices()[:1]))
   # Karras et al. clip no gradients.
-  assert (config.optimizer.clip_norm == 0) == (config.prediction == "edm")
+  assert (config.optimizer.clip_norm == 0) == (config.model.prediction.component == "predictions.edm")
   key = jax.random.key(0)
-  params = jax.eval_shape(build.build_params_init(config), key)
+  params = jax.eval_shape(experiment.model.init, key)
   # Without the gradient, whose shapes are those of the parameters, and which takes most of the time to trace.
-  keys, batch = jax.eval_shape(lambda key: jax.random.split(key, 4), key), build.batch_shapes(config, 4)
-  loss, _ = jax.eval_shape(build.build_loss(config), params, keys, batch)
+  keys, batch = jax.eval_shape(lambda key: jax.random.split(key, 4), key), stepping.batch_shapes(experiment, 4)
+  loss = jax.eval_shape(partial(loss_of, experiment), params, keys, batch)
   assert loss.shape == ()
-  optimizer, few = build.build_optimizer(config), {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+  optimizer, few = stepping.optimizer(experiment), {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
   before = jax.eval_shape(optimizer.init, few)
   updates, after = jax.eval_shape(optimizer.update, few, before, few)
   assert jax.tree.structure(after) == jax.tree.structure(before)
@@ -64,10 +75,12 @@ def test_recipe(path):
 
 @pytest.mark.parametrize("data", ["digits", "mnist"])
 def test_a_classifier_has_the_data_and_the_process_of_the_model_it_guides(data):
-  guided, classifier = (load(ROOT / "configs" / f"{data}_{name}.py").get_config() for name in ("vp", "classifier"))
-  assert classifier.task == "classify"
-  for section in ("data", "process"):
-    assert classifier[section].to_dict() == guided[section].to_dict()
+  guided, classifier = (
+    tree_of(load(ROOT / "configs" / f"{data}_{name}.py").get_config()) for name in ("vp", "classifier")
+  )
+  assert classifier.at("task.component") == "tasks.classify"
+  for section in ("data", "model.process"):
+    assert classifier.at(section) == guided.at(section)
 
 
 def edm_parameters(noise=128, residual=False):

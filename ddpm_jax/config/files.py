@@ -57,13 +57,18 @@ def of_config(config: Any, folder: Path | None = None) -> Tree:
     raise ValueError(
       f"Got a config of type {type(config).__name__}; expected a ConfigDict. Start from config.default_config()."
     )
-  try:
-    values = config.to_dict()
-  except RecursionError as error:
+  values = config.to_dict()
+  if _holds_itself(values):
     raise ValueError(
       "Got a config with a section that holds itself; expected sections of values. Start from config.default_config()."
-    ) from error
+    )
   return expand(values, folder, complete=False)
+
+
+def _holds_itself(section: Mapping[str, Any], above: tuple[Any, ...] = ()) -> bool:
+  above = (*above, section)
+  inner = [value for value in section.values() if isinstance(value, Mapping)]
+  return any(any(value is one for one in above) or _holds_itself(value, above) for value in inner)
 
 
 def of_run(folder: Path) -> Tree:

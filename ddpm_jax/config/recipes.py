@@ -24,7 +24,7 @@ def read(value: str) -> ConfigDict:
   # A path may have a colon too.
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
   path = _existing(name)
-  with foreign.neighbors(path):
+  with foreign.neighbors(path.parent):
     module = foreign.run(path, lambda: foreign.load_module(path, _MODULE, path.read_bytes()), "--config")
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
