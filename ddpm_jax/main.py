@@ -334,7 +334,7 @@ def _output(what: str, example: str) -> Path:
 
 def _variants(mode: str) -> list[tuple[str | None, int | None]]:
   """Every sampler with every number of steps that the flags name; None is the config's."""
-  samplers = [sampler for text in _SAMPLER.value or () for sampler in _at_commas(text)]
+  samplers: list[Any] = [sampler for text in _SAMPLER.value or () for sampler in _at_commas(text)]
   steps: list[Any] = _integers(_NUM_STEPS) or []
   for flag, values in ((_SAMPLER, samplers), (_NUM_STEPS, steps)):
     if mode != "eval" and len(values) > 1:

@@ -41,7 +41,7 @@ def _new(config: Tree, path: str) -> Parameter:
   if place is not None and place.many:
     # None too, for one that is not there.
     return place._replace(name=name, annotation=None)
-  node = config.at(parent) if place is not None else None
+  node: Any = config.at(parent) if place is not None else None
   if place is not None and place.slot is not None and components.is_node(node):
     where, digest = f"config.{parent}", node.get(DIGEST, "")
     found = components.find(node[KEY], place.slot, where, digest, config.folder)[1]

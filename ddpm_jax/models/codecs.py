@@ -30,7 +30,7 @@ class Codec(NamedTuple):
   encode: Callable[[PyTree, Array, Array], Array]
   decode: Callable[[PyTree, Array], Array]
   load: Callable[[], PyTree] | None = None
-  show: Callable[[Array], np.ndarray] = _to_bytes
+  show: Callable[[Array | np.ndarray], np.ndarray] = _to_bytes
 
   def shape(self, data_shape: tuple[int, ...], frozen: PyTree = None) -> tuple[int, ...]:
     """Return the shape of x for one sample of data of this shape.

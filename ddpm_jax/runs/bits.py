@@ -164,7 +164,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
 
   def ode(keys, denoise, inputs, parameters):
     # Networks know backward derivatives alone on a CPU (`models.networks.of_linen`).
-    options = {"exact": not c.probes, "probes": max(c.probes, 1), "noise": c.probe_noise}
+    options: dict[str, Any] = {"exact": not c.probes, "probes": max(c.probes, 1), "noise": c.probe_noise}
     options["reverse"] = jax.default_backend() == "cpu"
     tolerance = c.likelihood_tolerance
     found = likelihood.ode_bits(keys, process, denoise, inputs["x_0"], rtol=tolerance, atol=tolerance, **options)

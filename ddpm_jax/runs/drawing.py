@@ -233,7 +233,7 @@ def inputs_of(experiment: Experiment, count: int, source: data.Source, counts: n
     inputs = asked(experiment.model, {}, count)
     return inputs | ({"classes": in_proportion(counts, count)} if counts is not None and "classes" in inputs else {})
   real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-  batch = real | {"image": images.as_floats(real["image"])}
+  batch: dict[str, Any] = real | {"image": images.as_floats(real["image"])}
   return {
     name: np.asarray(batch[name] if one.of_data is None or name in batch else one.of_data(batch))
     for name, one in conditions.items()

@@ -127,7 +127,8 @@ def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
 def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> drawing.Inputs:
   x, low = images.from_uint8(given.images), drawing.enlarged(experiment)
   if edit.task == "inpaint":
-    painted = data.read_mask(edit.mask, experiment.model.data_shape[:2])
+    height, width = experiment.model.data_shape[:2]
+    painted = data.read_mask(edit.mask, (height, width))
     return {"image": x, "keep": np.broadcast_to(~painted, (len(x), *painted.shape))}
   if edit.task == "interpolate":
     return {"image": x[:-1], "other": x[1:]}
@@ -142,13 +143,14 @@ def _steer(
   """As in sampling; but an image is of no class unless somebody says so."""
   model = experiment.model
   for field in ("given", "negative"):
-    each = {}
+    each: dict[str, Any] = {}
     for name, words in getattr(steering, field).items():
       if len(words) not in (1, rows):
         kind = "negative " if field == "negative" else ""
         raise ValueError(f"Got {len(words)} {kind}{name} for {rows} image(s) or pair(s); wanted one, or one for each.")
       each[name] = [word for word in list(words) * (rows if len(words) == 1 else 1) for _ in range(count)]
-    steering = steering._replace(**{field: each})
+    wanted: dict[str, Any] = {field: each}
+    steering = steering._replace(**wanted)
   asked = [name for name, one in model.conditions.items() if one.of_data is None]
   missing = [name for name in asked if name not in steering.given]
   if steering.classifier is not None and "classes" not in steering.given:

@@ -118,8 +118,9 @@ class _Classifier:
     learned = data.read(self._source, chosen)
     pixels = images.as_uint8(learned["image"])
     # Numbered without gaps: labels may be as large as int32 allows.
-    kinds, steps = np.unique(self._source.labels), self._experiment.evaluation.classifier_steps  # type: ignore[attr-defined]
-    labels, classes = np.searchsorted(kinds, np.asarray(self._source.labels)[chosen]).astype(np.int32), len(kinds)
+    numbers = np.asarray(self._source.labels)  # type: ignore[attr-defined]
+    kinds, steps = np.unique(numbers), self._experiment.evaluation.classifier_steps
+    labels, classes = np.searchsorted(kinds, numbers[chosen]).astype(np.int32), len(kinds)
     about = {
       "kind": "classifier of real images",
       "images": metrics.digest(pixels, labels),
