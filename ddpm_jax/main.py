@@ -209,7 +209,10 @@ def main(argv: list[str]) -> None:
     runs.run_train(tree, folder, resume=_RESUME.value, profile=_PROFILE.value)
     return
   # Flags before what they are used on.
+  output = _output("the folder to export to", "/tmp/model") if mode == "export" else Path()
   edit = _edit() if mode == "edit" else None
+  steering = _steering() if mode in ("sample", "edit") else runs.Steering()
+  upsamplers = [user_path(path, "--upsampler=").absolute() for path in _UPSAMPLER.value or ()]
   experiment = runs.trained(tree, folder) if model is None else config.build(tree, model.model)
   if mode == "eval":
     runs.run_eval(
@@ -220,7 +223,7 @@ def main(argv: list[str]) -> None:
       variants=[experiment.changed(**_variant(variant)) for variant in variants],
     )
   elif mode == "export":
-    runs.run_export(experiment, folder, _output("the folder to export to", "/tmp/model"), choice)
+    runs.run_export(experiment, folder, output, choice)
   elif edit is not None:
     if _TASK.value in ("invert", "interpolate") and _SAMPLER.value is None:
       experiment = runs.reversible(experiment)
@@ -230,7 +233,7 @@ def main(argv: list[str]) -> None:
       edit,
       seed=_SEED.value or 0,
       choice=choice,
-      steering=_steering(),
+      steering=steering,
       scale=_GUIDANCE_SCALE.value,
       model=model,
     )
@@ -241,9 +244,9 @@ def main(argv: list[str]) -> None:
       num_samples=64 if _NUM_SAMPLES.value is None else _NUM_SAMPLES.value,
       seed=_SEED.value or 0,
       choice=choice,
-      steering=_steering(),
+      steering=steering,
       scale=_GUIDANCE_SCALE.value,
-      upsamplers=[user_path(path, "--upsampler=").absolute() for path in _UPSAMPLER.value or ()],
+      upsamplers=upsamplers,
       model=model,
     )
 
