@@ -642,6 +642,11 @@ BROKEN = {
     "other",
     "the function other that makes a Prediction; expected a process",
   ),
+  "says another kind in text": (
+    f"from __future__ import annotations\n{OWN}def other() -> predictions.Prediction: ...\n",
+    "other",
+    "the function other that makes a Prediction; expected a process",
+  ),
   "is a value": (OWN, "NUMBER", "a value of type int; expected a process"),
   "makes something else": (OWN, "wrong", "which makes a int; expected it to make a process"),
   "fails": (OWN, "fails", f"own.py:fails: ZeroDivisionError in line {OWN_LINE}: division by zero"),

@@ -136,7 +136,7 @@ def fits(component: Any, slot: Slot, *, own: bool = False) -> bool:
   needed = offered_names(slot) if own else slot.needs
   if found is None or (slot.later and needed and not any(name in found for name in needed)):
     return False
-  result = plain(inspect.signature(component).return_annotation)
+  result = _result(component)
   if own:
     # Of another noun it is of no use; of all other types it is seen later.
     return not _is_noun(result) or any(_makes(result, kind) for kind in kinds)
@@ -154,7 +154,7 @@ def is_itself(component: Any, slot: Slot, *, own: bool = False, given: Iterable[
   if slot.later or not functions or inspect.isclass(component) or list(given):
     return False
   found = parameters_of(component) or {}
-  result = plain(inspect.signature(component).return_annotation)
+  result = _result(component)
   if any(_makes(result, kind) for kind in slot.kinds) or typing.get_origin(result) is _CALLABLE:
     return False
   required = tuple(name for name, one in found.items() if one.default is MISSING and not is_offered(one, slot.offers))
@@ -169,13 +169,16 @@ def is_of(value: Any, slot: Slot) -> bool:
 def is_offered(parameter: inspect.Parameter, offers: Iterable[Any]) -> bool:
   """Return whether the program gives a parameter: by its name or its type, `None` beside it or not; by the name of a type if it has none."""
   kinds = [one for one in _parts(plain(parameter.annotation)) if one is not types.NoneType]
-  untyped = parameter.annotation is MISSING
-  return any(
-    parameter.name == (offer if isinstance(offer, str) else offer.__name__.lower())
-    if isinstance(offer, str) or untyped
-    else len(kinds) == 1 and kinds[0] is offer
-    for offer in offers
-  )
+  for offer in offers:
+    if isinstance(offer, str):
+      found = parameter.name == offer
+    elif parameter.annotation is MISSING:
+      found = parameter.name == offer.__name__.lower()
+    else:
+      found = len(kinds) == 1 and kinds[0] is offer
+    if found:
+      return True
+  return False
 
 
 def offered_names(slot: Slot) -> list[str]:
@@ -201,6 +204,14 @@ def parameters_of(component: Any) -> dict[str, inspect.Parameter] | None:
   return {parameter.name: parameter for parameter in found if parameter.name not in left_out}
 
 
+def _result(component: Any) -> Any:
+  """Return the type that a function says it returns."""
+  try:
+    return plain(inspect.signature(component, eval_str=True).return_annotation)
+  except (NameError, SyntaxError, TypeError, ValueError, AttributeError):
+    return plain(inspect.signature(component).return_annotation)
+
+
 def plain(annotation: Any) -> Any:
   """Return a type without its markers."""
   return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
@@ -212,7 +223,7 @@ def described(component: Any) -> str:
     return f"the class {component.__name__}"
   if parameters_of(component) is None:
     return f"a value of type {type(component).__name__}"
-  result = plain(inspect.signature(component).return_annotation)
+  result = _result(component)
   made = f" that makes a {result.__name__}" if _is_noun(result) else ""
   return f"the function {getattr(component, '__name__', component)}{made}"
 
