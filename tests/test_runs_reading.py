@@ -360,3 +360,34 @@ def test_a_small_folder_trains_and_is_scored(tmp_path):
   code, output = call(DENSE, f"--workdir={tmp_path / 'run'}", *flags)
   assert code == 0, output
   assert "12 training images" in output, output
+
+
+def write_splits(root):
+  for split, count in (("train", 3), ("test", 2)):
+    (root / split / "a").mkdir(parents=True)
+    for index in range(count):
+      Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / split / "a" / f"{index}.png")
+
+
+def test_folders_with_splits(tmp_path):
+  write_splits(tmp_path)
+  train, held_out = reading.read_data(experiment(tmp_path))
+  assert (len(train), len(held_out)) == (3, 2)
+  train, held_out = reading.read_data(experiment(tmp_path, eval_split="", data={"hold_out": 2}))
+  assert (len(train), len(held_out)) == (1, 2), "held out of the training split, not of everything"
+  assert reading.read_data(experiment(tmp_path / "train"))[1] is None, "classes alone"
+  with pytest.raises(ValueError, match=r"wanted .*tset too, or neither"):
+    reading.read_data(experiment(tmp_path, eval_split="tset"))
+  with pytest.raises(ValueError, match="data.source.path"):
+    reading.read_data(experiment("", eval_split="tset"))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_broken_file_in_either_split_is_named(tmp_path, split):
+  for name in ("train", "test"):
+    (tmp_path / name).mkdir()
+    for index in range(4):
+      Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / f"{index}.png")
+  (tmp_path / split / "2.png").write_bytes(b"broken")
+  with pytest.raises(ValueError, match=rf"{split}.2\.png"):
+    reading.read_data(experiment(tmp_path))

@@ -1,5 +1,6 @@
 """What a U-Net's options may be, checked when it is made, before anything is compiled."""
 
+import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
 _COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes", "augmentation_features")
 # Residual blocks on the way down. Each is traced and compiled on its own: a program of more takes hours to make.
 _MOST_BLOCKS = 1000
+# Doubles for measurements.
+_TYPES = ("float32", "bfloat16", "float64")
 _VECTORS = ("", "dense", "time", "identity")
 
 
@@ -66,11 +69,23 @@ def _check_values(network: Any) -> None:
     if wrong or (name in ("downsample", "upsample") and len(given) != last):
       count = f", {last} of them or a single one" if name in ("downsample", "upsample") else ""
       raise ValueError(f"Got {name}={getattr(n, name)!r}; wanted one of {', '.join(map(repr, known))}{count}.")
+  _check_dtype(n.dtype)
   if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
     raise ValueError(f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; wanted bfloat16, which it needs.")
   plain = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
   if n.remat not in ("none", "blocks", "everything", *plain):
     raise ValueError(f"Got remat={n.remat!r}; wanted 'none', 'blocks', 'everything' or one of {', '.join(plain)}.")
+
+
+def _check_dtype(dtype: Any) -> None:
+  """Raise a ValueError unless a network computes in this type; float16 is too narrow for gradients."""
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = str(dtype)
+  if name not in _TYPES:
+    near = difflib.get_close_matches(name, _TYPES, 1)
+    raise ValueError(f"Got dtype={name!r}; wanted {' or '.join(map(repr, _TYPES[:2]))}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 
 def _check_features(network: Any) -> None:

@@ -17,7 +17,7 @@ from ddpm_jax.models import Condition, conditions
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.processes import Process
 from ddpm_jax.runs.model import Weights, say, scores_path, write_scores
-from ddpm_jax.runs.tasks.task import unexpected
+from ddpm_jax.runs.tasks.task import check_objective, unexpected
 
 PyTree = Any
 # The noise levels that are scored, where the process has them.
@@ -39,6 +39,7 @@ class Classify:
         f"Got config.task='classify' with model.network.out_channels={self._number(experiment)}; expected 2 or more classes to tell apart."
         " Set --config.model.network.out_channels to the data's."
       )
+    check_objective(experiment, "classify", ("classification",))
     parallel.check_batch(experiment.sampling.batch_size, mesh.size, "sampling batch size")
 
   def _number(self, experiment: Experiment) -> int:

@@ -11,7 +11,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import drawing, programs, scoring
-from ddpm_jax.runs.tasks.task import unexpected
+from ddpm_jax.runs.tasks.task import check_objective, unexpected
 
 
 class Denoise:
@@ -19,6 +19,7 @@ class Denoise:
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raise a ValueError if the experiment's model cannot be sampled over the mesh."""
+    check_objective(experiment, "denoise", ("denoising",))
     programs.generate(experiment, mesh)
 
   def classes(self, experiment: Experiment) -> Condition | None:

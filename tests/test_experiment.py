@@ -1,0 +1,156 @@
+"""What a config stands for: wrong values are refused when it is built, and the parts are those that it names."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import parallel, randomness
+from ddpm_jax.config import spec
+from ddpm_jax.losses import Context
+from ddpm_jax.runs import programs, reading, stepping
+from tests.parameters import random_params
+from tests.recipes import LEVELS, experiment_of, set_keys, tiny_config
+
+
+def build_all(config):
+  experiment = experiment_of(config)
+  stepping.optimizer(experiment)
+  programs.generate(experiment, parallel.make_mesh(devices=jax.devices()[:1]))
+  reading.read_data(experiment)
+
+
+def discrete(schedule, /, **arguments):
+  named = spec(f"schedules.{schedule}", **arguments) if isinstance(schedule, str) else schedule
+  return spec("processes.discrete", betas=named)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("model.process", "discret", "Did you mean 'discrete'"),
+    ("model.process", discrete("cosin"), "Did you mean 'cosine'"),
+    ("model.process", discrete("linear", beta_end=1.5), "inside \\(0, 1\\)"),
+    ("model.prediction", "epsilon", "config.model.prediction"),
+    ("objective.weighting", "simpel", "Did you mean 'simple'"),
+    ("objective.times", "log_norm", "Did you mean 'log_normal'"),
+    ("model.process", discrete("zero_terminal_snr", betas=spec("schedules.linear")), "zero terminal SNR"),
+    ("model.process", "rectified_flow", "wanted V, X0, VELOCITY or edm"),
+    ("sampler", spec("sampling.ancestral", variance="learned"), "wanted the denoiser of a predictions.learned_range"),
+    ("sampler", spec("sampling.with_langevin", sampler="ddim", num_steps=-1), "num_steps=-1"),
+    ("model.network.dtype", "float16", "Did you mean 'bfloat16'"),
+    ("model.network.multipliers", (1, 1, 1, 1, 2), "divisible by 16"),
+    ("sampler", "ddmi", "Did you mean 'ddim'"),
+    ("sampling.grid", "trail", "Did you mean 'trailing'"),
+    ("sampling.num_steps", 2000, "num_steps=2000"),
+    ("data.source", "digit", "Did you mean 'digits'"),
+    ("model.process", discrete((0.1, 1.2)), "beta 1.2 at step 2 of 2"),
+    ("model.process", discrete(()), "betas of shape \\(0,\\)"),
+    ("data.channels", 3, "shape \\(8, 8, 1\\)"),
+    ("model.network.attention_levels", (5,), "attention_levels=\\(5,\\) for 2 levels"),
+    ("data.hold_out", 5000, "hold_out=5000"),
+    ("ema.decay", 1.5, "decay of 1.5"),
+    ("ema.kind", "powers", "'powers' as config.ema.kind.*Did you mean 'power'"),
+    ("ema.snapshot_every", -1, "snapshot_every=-1"),
+    ("ema.snapshot_every", 10, "snapshot_every=10 with kind='fixed'"),
+    ("optimizer.name", "adamm", "'adamm' as config.optimizer.name.*Did you mean 'adam'"),
+    ("optimizer.name", "lbfgs", "alone"),
+    ("optimizer.arguments", "b2", "wanted names"),
+    ("optimizer.arguments", "b3=0.9", "'b3' as an argument of adam"),
+    ("optimizer.schedule", "cosin", "'cosin' as config.optimizer.schedule.*Did you mean 'cosine'"),
+    ("optimizer.clip_norm", -1.0, "clip_norm=-1"),
+    ("optimizer.decay_steps", -1, "decay_steps=-1"),
+    ("model.network.heads", 0, "heads=0"),
+    ("model.network.groups", -1, "groups=-1"),
+    ("model.network.groups", 16, "groups=16"),
+    ("model.network.dropout", 1.5, "dropout=1.5"),
+  ],
+)
+def test_wrong_values_are_errors_when_built(key, value, message):
+  config = tiny_config()
+  config.model.process, config.model.prediction = discrete("linear"), spec("predictions.EPS")
+  config.model.network.update(LEVELS)
+  set_keys(config, **{key.replace(".", "__"): value})
+  with pytest.raises(ValueError, match=message):
+    build_all(config)
+
+
+def test_the_tiny_config_is_sound():
+  build_all(tiny_config())
+
+
+def test_data_with_more_classes_than_the_network_is_an_error():
+  config = tiny_config()
+  config.model.conditions.classes = spec("conditions.classes", number=9)
+  with pytest.raises(ValueError, match="labels 0 to 9 for model.conditions.classes.number=9"):
+    reading.read_data(experiment_of(config))
+
+
+def classifier_config(prediction="V", **process):
+  config = tiny_config()
+  config.task = spec("tasks.classify")
+  network = {"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "attention_levels": (), "dropout": 0.0}
+  config.model.network = spec("networks.Classifier", out_channels=10, **network)
+  config.objective = spec("losses.classification")
+  config.model.prediction = spec(f"predictions.{prediction}")
+  return config
+
+
+def check_classifier(config):
+  experiment = experiment_of(config)
+  experiment.task.check(experiment, parallel.make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("task", "clasify", "config.task='clasify'.*Did you mean 'classify'"),
+    ("model.network.out_channels", 1, "out_channels=1; expected 2 or more classes"),
+    ("model.conditions", {"classes": spec("conditions.classes", number=10, dropout=0.1)}, "the conditions classes; expected none"),
+    ("model.network.heads", 3, "heads=3"),
+    ("objective", "denoising", "config.objective=denoising with config.task='classify'; expected classification"),
+  ],
+)
+def test_wrong_values_of_a_classifier_are_errors_when_built(key, value, message):
+  config = set_keys(classifier_config(), **{key.replace(".", "__"): value})
+  with pytest.raises(ValueError, match=message):
+    check_classifier(config)
+
+
+def test_a_model_that_denoises_is_not_trained_to_classify():
+  with pytest.raises(ValueError, match="config.objective=classification with config.task='denoise'; expected denoising"):
+    check_classifier(set_keys(tiny_config(), objective="classification"))
+
+
+def test_the_classifier_of_a_config_is_sound():
+  check_classifier(classifier_config())
+
+
+def test_a_classifier_draws_nothing_and_a_denoiser_classifies_nothing():
+  with pytest.raises(ValueError, match="task='classify'; expected a run that denoises.*a classifier draws nothing"):
+    experiment_of(classifier_config()).task.check_draws("the model")
+  with pytest.raises(ValueError, match="task='denoise'; expected a model that tells classes apart: a run of task='classify'"):
+    experiment_of(tiny_config()).task.check_classifies("--classifier")
+
+
+@pytest.mark.parametrize("prediction", ["V", "edm"])
+def test_a_classifier_from_a_config(prediction):
+  """The loss that trains it, and the log-probabilities of what was trained, under the same scaling of the input."""
+  config = classifier_config(prediction)
+  config.model.process = spec("processes.vp")
+  params, experiment = random_params(config), experiment_of(config)
+  model, objective = experiment.model, experiment.objective
+  x_0, t = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.array([0.1, 0.2, 0.5, 0.9])
+  keys, batch = jax.random.split(jax.random.key(2), 4), {"image": x_0, "classes": jnp.arange(4)}
+
+  def both(params):
+    eps = randomness.normal(randomness.fold_in(keys, 1), x_0.shape)
+    x_t = model.process.perturb(x_0, t, eps)
+    encoded = stepping.encode(model, {}, keys, batch) | {"times": (t, jnp.ones(4))}
+    context = Context(jnp.zeros((), jnp.int32), (), params, ())
+    return objective.loss({"model": params, "extra": ()}, context, keys, encoded), model.classify(params)(x_t, t)
+
+  (loss, details), log_probs = jax.jit(both)(params)
+  np.testing.assert_allclose(details["loss"], -log_probs[jnp.arange(4), jnp.arange(4)], rtol=1e-4)
+  np.testing.assert_allclose(loss, jnp.mean(details["loss"]), rtol=1e-6)
+  assert stepping.flops_per_image(experiment, stepping.batch_shapes(experiment, 1)) > 0
