@@ -73,6 +73,25 @@ def test_sample(run):
     assert np.max(np.abs(file["samples"].astype(int) - samples[:5])) <= 1
 
 
+def test_a_sampler_for_models_of_few_steps(run):
+  """Each step but the last starts from noised data again, so one step of it is one step of DDIM."""
+  folder, _ = run
+  steps = {"multistep_consistency": (1, 2), "ddim": (1,)}
+  for sampler, counts in steps.items():
+    for count in counts:
+      flags = [f"--sampler={sampler}", f"--num_steps={count}", "--seed=8", "--num_samples=3"]
+      code, output = call("--mode=sample", f"--workdir={folder}", *flags)
+      assert code == 0, output
+
+  def samples(name):
+    with np.load(folder / "samples" / f"{name}_seed8.npz") as file:
+      return file["samples"].astype(int)
+
+  one, two = samples("multistep_consistency_nfe1"), samples("multistep_consistency_nfe2")
+  assert np.max(np.abs(one - samples("ddim_nfe1"))) <= 1
+  assert np.mean(one != two) > 0.3
+
+
 def test_eval_again_gives_the_same_scores(run):
   folder, _ = run
   before = json.loads((folder / "eval.json").read_text())
@@ -90,20 +109,42 @@ def test_a_finished_run_is_not_trained_again(run):
   assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_conditional_model_and_labels(tmp_path):
-  model = ["--config.network.num_classes=10", "--config.loss.label_dropout=0.1", "--config.training.steps=3"]
+def test_a_conditional_model_and_classes(tmp_path):
+  model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
   code, output = call(RECIPE, f"--workdir={tmp_path}", *model)
   assert code == 0, output
-  code, output = call("--mode=sample", f"--workdir={tmp_path}", "--num_samples=5", "--labels=3,7")
+  code, output = call("--mode=sample", f"--workdir={tmp_path}", "--num_samples=5", "--classes=3,7")
   assert code == 0, output
   with np.load(next((tmp_path / "samples").glob("ddim*.npz"))) as file:
-    np.testing.assert_array_equal(file["labels"], [3, 7, 3, 7, 3])
-  code, output = call("--mode=sample", f"--workdir={tmp_path}", "--num_samples=5", "--labels=3")
+    np.testing.assert_array_equal(file["classes"], [3, 7, 3, 7, 3])
+  code, output = call("--mode=sample", f"--workdir={tmp_path}", "--num_samples=5", "--classes=3")
   assert code == 0, output
   assert len(list((tmp_path / "samples").glob("ddim*.npz"))) == 2, "nothing is overwritten"
-  code, output = call("--mode=sample", f"--workdir={tmp_path}", "--labels=10")
-  assert code == 2
-  assert "labels from 0 to 9" in output
+  for wrong in ("10", "a", "-1", "3,,7"):
+    code, output = call("--mode=sample", f"--workdir={tmp_path}", f"--classes={wrong}")
+    assert_refused(code, output, "Got classes '.*'; expected integers from 0 to 9, such as --classes=0")
+
+
+def test_importance_sampling_of_times(tmp_path, dense):
+  """By its name alone, with its arguments, and after a break: its memory of losses is saved with the rest."""
+  options = [
+    "--config.objective.times=importance",
+    "--config.objective.times.size=2",
+    "--config.model.process.betas.num_steps=4",
+  ]
+  folders = whole, broken = tmp_path / "whole", tmp_path / "broken"
+  for folder, steps in ((whole, 20), (broken, 12), (broken, 20)):
+    code, output = call(DENSE, f"--workdir={folder}", *options, f"--config.training.steps={steps}")
+    assert code == 0, output
+  assert "resuming from the checkpoint of step 12" in output
+  states = [saved_items(folder) for folder in folders]
+  # Every step has the losses that it is drawn by.
+  np.testing.assert_array_equal(states[0].memory.seen, [2, 2, 2, 2])
+  assert np.all(states[0].memory.history > 0)
+  for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+    np.testing.assert_array_equal(a, b)
+  times = json.loads((whole / "config.json").read_text())["objective"]["times"]
+  assert times == {"component": "losses.importance", "size": 2, "uniform_share": 0.001}
 
 
 def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, dense):
@@ -194,7 +235,7 @@ def broken_folder(tmp_path):
 
 
 WRONG = {
-  "key": ([RECIPE, "--config.training.step=3"], r'"steps" instead of "step"'),
+  "key": ([RECIPE, "--config.training.step=3"], "Did you mean 'training.steps'"),
   "type": ([RECIPE, "--config.training.steps=many"], "training.steps=many"),
   "mode": ([RECIPE, "--mode=trian"], "Did you mean 'train'"),
   "flag": ([RECIPE, "--smapler=ddim"], "Did you mean: sampler"),
@@ -202,18 +243,21 @@ WRONG = {
   "sampler": ([RECIPE, "--sampler=dddim"], "Did you mean 'ddim'"),
   "file": (["--config=configs/digits_v.py"], "Did you mean configs/digits_vp.py"),
   "no_config": ([], "holds no run"),
-  "size": ([RECIPE, "--config.network.multipliers=(1,1,1,1,1)"], "divisible by 16"),
-  "betas": ([RECIPE, "--config.process.beta_max=3000."], r"inside \(0, 1\)"),
-  "folder": ([RECIPE, "--config.data.source=folder", "--config.data.path=/none"], "does not exist"),
+  "size": ([RECIPE, "--config.model.network.multipliers=(1,1,1,1,1)"], "divisible by 16"),
+  "betas": ([RECIPE, "--config.model.process.betas.beta_end=3."], r"inside \(0, 1\)"),
+  "folder": ([RECIPE, "--config.data.source=folder(path='/none')"], "does not exist"),
   "no_checkpoint": ([RECIPE, "--mode=sample"], "holds no checkpoint"),
   "no_checkpoint_eval": ([RECIPE, "--mode=eval"], "holds no checkpoint"),
   "too_many": ([RECIPE, "--config.evaluation.num_samples=5000"], "evaluation.num_samples=5000"),
-  "key_alone": (["--mode=sample", "--config.sampling.eta=0.5"], "together with --config"),
+  "key_alone": (
+    ["--mode=sample", "--config.sampler.eta=0.5"],
+    "config.sampler.eta without a config; expected --config=",
+  ),
   "mesh": ([RECIPE, "--config.parallel.fsdp=3"], r"data=0 by fsdp=3 on 1 device"),
   "accumulate": ([RECIPE, "--config.training.accumulate=5"], "accumulate=5 with a batch of 16"),
   "optimizer": ([RECIPE, "--config.optimizer.name=adm"], "Did you mean 'adam'"),
   "argument": ([RECIPE, "--config.optimizer.arguments=beta=0.9"], "beta"),
-  "remat": ([RECIPE, "--config.network.remat=block"], "remat='block'"),
+  "remat": ([RECIPE, "--config.model.network.remat=block"], "remat='block'"),
   "schedule": ([RECIPE, "--config.optimizer.schedule=cosin"], "Did you mean 'cosine'"),
   "must": ([RECIPE, "--resume=must"], "--resume=must.*holds no checkpoint"),
   "resume": ([RECIPE, "--resume=yes"], "'yes' as --resume"),
@@ -222,7 +266,28 @@ WRONG = {
   "generation": ([RECIPE, "--mode=plan", "--topology=v9:2x2"], "Known generations"),
   "small_topology": ([RECIPE, "--mode=plan", "--devices=32"], "batch size of 16 on 32 devices"),
   "seed": ([RECIPE, "--seed=3"], "--seed in mode train; it serves sample and edit and eval"),
-  "labels": ([RECIPE, "--labels=a", "--mode=sample"], "wanted integers"),
+  "two_samplers": (
+    [RECIPE, "--mode=sample", "--sampler=heun", "--config.sampler=ddim"],
+    "Got --sampler beside --config.sampler; expected one of them",
+  ),
+  "a_sampler_and_its_key": (
+    [RECIPE, "--mode=sample", "--sampler=heun", "--config.sampler.eta=0.5"],
+    "Got --sampler beside --config.sampler.eta; expected one of them",
+  ),
+  "two_numbers_of_steps": (
+    [RECIPE, "--mode=sample", "--num_steps=3", "--config.sampling.num_steps=4"],
+    "Got --num_steps beside --config.sampling.num_steps",
+  ),
+  "two_scales": (
+    [RECIPE, "--mode=sample", "--guidance_scale=3", "--config.guidance.scale=4"],
+    "Got --guidance_scale beside --config.guidance.scale",
+  ),
+  "argument_of_the_sampler": ([RECIPE, "--sampler=heun(s_churm=40)"], "'sampler.s_churm' .*mean 'sampler.s_churn'"),
+  "brackets": ([RECIPE, "--sampler=heun(s_churn=40"], r"sampler='heun\(s_churn=40'; expected a name and its arguments"),
+  "given": (
+    [RECIPE, "--mode=sample", "--given=3"],
+    "Got --given 3; expected a condition and its value, such as --given c",
+  ),
   "best_metric": ([DENSE, "--config.training.best_metric=los"], "Did you mean 'loss'"),
   "best_score": (
     [RECIPE, "--config.training.keep_best=1", "--config.training.best_metric=eval/fid"],
@@ -235,13 +300,13 @@ WRONG = {
   "weak_uri": ([RECIPE, "--mode=sample", "--weak=gs://a/b@3"], "--weak=gs://a/b.*a URI"),
   "upsampler_uri": ([RECIPE, "--mode=sample", "--upsampler=gs://a/b"], "--upsampler=gs://a/b, a URI"),
   "data_uri": (
-    [RECIPE, "--config.data.source=arrays", "--config.data.path=gs://a/b"],
+    [RECIPE, "--config.data.source=arrays(path='gs://a/b')"],
     "data.source.path=gs://a/b, a URI",
   ),
   "stats": ([RECIPE, "--mode=stats", "--output=/dev/null/x.npz"], "Cannot write /dev/null/x.npz: Not a directory"),
   "stats_type": ([RECIPE, "--mode=stats", "--output=/tmp/x.txt"], "expected a new file that ends in .npz"),
   "prepare": (
-    [RECIPE, "--mode=prepare", "--config.data.source=folder", "--config.data.path=/", "--output=/dev/null/x"],
+    [RECIPE, "--mode=prepare", "--config.data.source=folder(path='/')", "--output=/dev/null/x"],
     "Cannot write /dev/null/x: Not a directory",
   ),
   "home": ([RECIPE, "--mode=export", "--output=~nobody-of-this-name/x"], "no home folder"),
@@ -364,12 +429,12 @@ def test_a_worker_that_is_killed_ends_the_run_which_goes_on_exactly(tmp_path, de
 
 def test_bad_folders(tmp_path):
   images = broken_folder(tmp_path)
-  folder = [RECIPE, "--config.data.source=folder", f"--config.data.path={images}", "--config.data.hold_out=0"]
+  folder = [RECIPE, f"--config.data.source=folder(path={str(images)!r})", "--config.data.hold_out=0"]
   code, output = call(*folder, f"--workdir={tmp_path / 'a'}")
   assert_refused(code, output, r"Cannot decode the image .*17\.png")
   empty = tmp_path / "empty"
   empty.mkdir()
-  code, output = call(*folder[:2], f"--config.data.path={empty}", f"--workdir={tmp_path / 'a'}")
+  code, output = call(*folder[:2], f"--config.data.source.path={empty}", f"--workdir={tmp_path / 'a'}")
   assert_refused(code, output, "holds no image")
   assert not (tmp_path / "a").exists()
 
@@ -377,9 +442,9 @@ def test_bad_folders(tmp_path):
 def test_bad_workdirs(run, tmp_path):
   folder, _ = run
   before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
-  code, output = call(RECIPE, f"--workdir={folder}", "--config.network.channels=16", "--config.seed=3")
+  code, output = call(RECIPE, f"--workdir={folder}", "--config.model.network.channels=16", "--config.seed=3")
   assert_refused(code, output, "holds a run of another config")
-  assert "network.channels: 8 in the folder, 16 now" in output
+  assert "model.network.channels: 8 in the folder, 16 now" in output
   assert "seed: 0 in the folder, 3 now" in output
   assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
   code, output = call(RECIPE, f"--workdir={folder / 'eval.json'}")

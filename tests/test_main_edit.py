@@ -1,9 +1,11 @@
 """Guidance and editing from the command line."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax import editing, images
 from tests.commands import RECIPE, assert_refused, call
 from tests.pictures import bomb
 
@@ -13,8 +15,12 @@ def run(tmp_path_factory):
   """A run of three steps of a model that knows classes, whose own sampler adds noise; and two images beside it."""
   folder = tmp_path_factory.mktemp("run")
   # The train step is the one that `test_main` compiles too.
-  model = ["--config.network.num_classes=10", "--config.loss.label_dropout=0.1", "--config.training.steps=3"]
-  rest = ["--config.evaluation.num_samples=6", "--config.evaluation.k=2", "--config.sampling.sampler=ancestral"]
+  model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
+  rest = [
+    "--config.evaluation.num_samples=6",
+    "--config.evaluation.k=2",
+    "--config.sampler=ancestral(variance='large')",
+  ]
   code, output = call(RECIPE, f"--workdir={folder}", *model, *rest)
   assert code == 0, output
   (folder / "images").mkdir()
@@ -24,24 +30,106 @@ def run(tmp_path_factory):
   return folder
 
 
-def test_a_guided_sample(run):
-  code, output = call(
-    "--mode=sample",
-    f"--workdir={run}",
-    "--num_samples=3",
-    "--labels=3,7",
-    "--negative_labels=1",
-    "--guidance_scale=2.5",
-  )
+def drawn(run, *flags, name="ancestral_nfe4_seed0_scale2.5"):
+  """Return what a command draws, and what it was asked to show; its files are gone then."""
+  code, output = call("--mode=sample", f"--workdir={run}", "--num_samples=3", *flags)
   assert code == 0, output
-  with np.load(run / "samples" / "ancestral_nfe4_seed0_scale2.5.npz") as file:
-    np.testing.assert_array_equal(file["labels"], [3, 7, 3])
-    assert file["samples"].shape == (3, 8, 8, 1)
-  assert (run / "samples" / "ancestral_nfe4_seed0_scale2.5.png").exists()
+  path = run / "samples" / f"{name}.npz"
+  assert path.with_suffix(".png").exists()
+  with np.load(path) as file:
+    found = {key: file[key] for key in file.files}
+  path.unlink()
+  assert found["samples"].shape == (3, 8, 8, 1)
+  return found["samples"].astype(int), found["classes"]
+
+
+def test_a_guided_sample(run):
+  """By any of the flags for it."""
+  strong = "--guidance_scale=2.5"
+  samples, classes = drawn(run, "--classes=3,7", "--negative_classes=1", strong)
+  np.testing.assert_array_equal(classes, [3, 7, 3])
+  for flags in (
+    ["--given", "classes=3,7", "--negative", "classes=1"],
+    ["--given=classes=3", "--given=classes=7", "--negative=classes=1"],
+    ["--classes=3", "--given=classes=7", "--negative_classes=1"],
+  ):
+    found, asked = drawn(run, *flags, strong)
+    np.testing.assert_array_equal(asked, classes)
+    np.testing.assert_array_equal(found, samples)
+  others, asked = drawn(run, "--classes=3,7", "--negative_classes=2", strong)
+  np.testing.assert_array_equal(asked, classes)
+  assert np.any(others != samples)
+
+
+RULE = """
+from ddpm_jax.guidance import classifier_free
+
+def away(conditional, condition, negative, strength: float = 1.0):
+  return classifier_free(conditional, condition, negative, strength)
+"""
+
+
+def test_a_rule_of_guidance_of_one_s_own(run, tmp_path):
+  rule = tmp_path / "rule.py"
+  rule.write_text(RULE)
+  wanted = ["--classes=3,7", "--negative_classes=1"]
+  name = "ancestral_nfe4_seed0_guided"
+  samples, _ = drawn(run, *wanted, f"--config.guidance={rule}:away(strength=2.5)", name=name)
+  expected, _ = drawn(run, *wanted, "--guidance_scale=2.5")
+  np.testing.assert_array_equal(samples, expected)
+  keys = [f"--config.guidance={rule}:away", "--config.guidance.strength=0.5"]
+  weaker, _ = drawn(run, *wanted, *keys, name=name)
+  assert np.any(weaker != expected)
+  for wrong, message in (
+    ("away(strenght=2.5)", "'guidance.strenght' as a config key .*Did you mean 'guidance.strength'"),
+    ("awey", "has no 'awey'.*Did you mean 'away'"),
+  ):
+    code, output = call("--mode=sample", f"--workdir={run}", f"--config.guidance={rule}:{wrong}")
+    assert_refused(code, output, message)
+
+
+def test_what_was_blurred_is_restored(run, tmp_path):
+  """The result, blurred again, agrees with the blurred images better than these do."""
+  generator = np.random.default_rng(3)
+  sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
+  measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))
+  np.savez(tmp_path / "blurred.npz", images=measured)
+
+  def distance(x):
+    return np.mean(np.abs(np.asarray(blur(jnp.asarray(x, jnp.float32))) - measured), (1, 2, 3))
+
+  where = [
+    "--mode=edit",
+    f"--workdir={run}",
+    f"--input={tmp_path / 'blurred.npz'}",
+    "--config.editing.operator=blur(std=1)",
+  ]
+  for method, by, share in (
+    ([], "posterior", 0.7),
+    (["--method=posterior(noise_std=0.02, iterations=10)"], "posterior", 0.35),
+    (["--method=dps"], "dps", 1),
+  ):
+    code, output = call(*where, "--task=restore", *method, "--num_samples=2", "--sampler=ddim", "--num_steps=30")
+    assert code == 0, output
+    assert f"restore of 3 image(s), 2 time(s) each by {by}, with ddim" in output
+    path = run / "edits" / f"restore_{by}_seed0.npz"
+    with np.load(path) as file:
+      np.testing.assert_array_equal(file["input"], measured)
+      result = file["output"]
+    path.unlink()
+    assert result.shape == (3, 2, 8, 8, 1)
+
+    distances = [distance(result[:, 0]), distance(result[:, 1])]
+    assert np.all(np.mean(distances, 1) < share * np.mean(distance(measured)))
+    assert np.any(result[:, 0] != result[:, 1])
+  code, output = call(*where, "--task=img2img")
+  assert_refused(code, output, "'img2img' with config.editing.operator; expected it with the task 'restore'")
+  code, output = call(*where[:3], "--task=restore")
+  assert_refused(code, output, "'restore' without config.editing.operator; expected it .*blur")
 
 
 def test_edits(run):
-  where = [f"--workdir={run}", "--mode=edit", f"--input={run / 'images'}", "--labels=3,7"]
+  where = [f"--workdir={run}", "--mode=edit", f"--input={run / 'images'}", "--classes=3,7"]
   flags = ["--mask=lower", "--method=replace", "--num_samples=3", "--seed=4", "--guidance_scale=2", "--num_steps=3"]
   code, output = call(*where, "--task=inpaint", *flags)
   assert code == 0, output
@@ -65,7 +153,17 @@ def test_edits(run):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--mode=edit"], r"Got '' as --task; wanted one of colorize, .*superres\."),
+    (["--mode=edit"], r"Got '' as --task; wanted one of colorize, .*restore, superres\."),
+    (["--mode=edit", "--task=img2img", "--given=classes"], "Got --given classes; expected a condition and its value"),
+    (["--mode=sample", "--given=clases=3"], "Got clases 3 for a model .*Did you mean 'classes'"),
+    (
+      ["--mode=sample", "--negative=classes=3"],
+      r"guide away from \(--negative_classes\) without classifier-free guidance",
+    ),
+    (
+      ["--mode=export", "--output=/tmp/x", "--given=classes=3"],
+      "Got --given in mode export; it serves sample and edit only",
+    ),
     (["--mode=edit", "--task=inpaint", "--strength=0.5"], "Got --strength for the task 'inpaint'; wanted it with"),
     (["--mode=sample", "--mask=lower"], "Got --mask in mode sample; it serves edit only"),
   ],
@@ -92,6 +190,6 @@ def test_files_that_are_no_images_end_in_one_message(run, tmp_path, flag):
       continue  # a transparent image is an image
     files = {"--input": run / "images", "--mask": "lower", flag: tmp_path / name}
     given = [f"{key}={value}" for key, value in files.items()]
-    code, output = call(f"--workdir={run}", "--mode=edit", "--task=inpaint", "--labels=3", *given)
+    code, output = call(f"--workdir={run}", "--mode=edit", "--task=inpaint", "--classes=3", *given)
     assert_refused(code, output, f"{name}.*{message}")
     assert "data.broken" not in output, "a key of training"

@@ -33,7 +33,9 @@ def plain(rule=None, **keys):
 
 def classifier_of(classes=3, **keys):
   config = plain(task=spec("tasks.classify"), **keys)
-  config.model.network = spec("networks.Classifier", out_channels=classes, channels=8, multipliers=(1,), blocks=1, groups=4)
+  config.model.network = spec(
+    "networks.Classifier", out_channels=classes, channels=8, multipliers=(1,), blocks=1, groups=4
+  )
   config.model.network.update({"attention_levels": (), "dropout": 0.0})
   config.objective = spec("losses.classification")
   return config
@@ -103,7 +105,10 @@ def test_hidden_classes_are_a_share_whatever_the_batch():
     ({"dropout": -0.1}, "dropout=-0.1"),
     ({"dropout": float("nan")}, "config.model.conditions.classes.dropout=nan; expected a finite number"),
     ({"model__conditions": {"classes": spec("conditions.classes", number=0, dropout=0.1)}}, "number=0 of classes"),
-    ({"model__conditions": {"classes": spec("conditions.classes", dropout=0.1)}}, "classes without number; expected it"),
+    (
+      {"model__conditions": {"classes": spec("conditions.classes", dropout=0.1)}},
+      "classes without number; expected it",
+    ),
   ],
 )
 def test_wrong_dropout_of_classes_is_an_error(options, message):
@@ -138,7 +143,11 @@ WRONG = {
     {},
     "'guidance.rescale' as a config key of guidance.plus_plus; expected one of guidance.scale",
   ),
-  "plus_plus at times": (config_of(plus_plus(interval(0.6, low=0.5))), {}, "config.guidance.scale=.*interval.*expected a finite number"),
+  "plus_plus at times": (
+    config_of(plus_plus(interval(0.6, low=0.5))),
+    {},
+    "config.guidance.scale=.*interval.*expected a finite number",
+  ),
   "plus_plus, heun": (config_of(plus_plus(), sampler=spec("sampling.heun")), {}, "two estimates, .*--sampler=ddim"),
   "plus_plus, ode": (config_of(plus_plus(), sampler=spec("sampling.ode")), {}, "two estimates, .*--sampler=ddim"),
   "plus_plus, corrected": (
@@ -158,7 +167,11 @@ WRONG = {
   ),
   "an interval from below 0": (config_of(free(interval(2.0, low=-1.0))), {}, "wanted 0 <= low < high"),
   "an empty interval": (config_of(free(interval(2.0, 3.0, 2.0))), {}, "sigma/alpha=3.0 and 2.0"),
-  "a weak model at 1": (config_of(away(1.0)), {"weak": config_of()}, "--weak with a guidance scale of 1, which does not"),
+  "a weak model at 1": (
+    config_of(away(1.0)),
+    {"weak": config_of()},
+    "--weak with a guidance scale of 1, which does not",
+  ),
   "another size": (
     config_of(by_class()),
     {"classifier": classifier_of(data__image_size=16)},
@@ -228,7 +241,9 @@ def checked(config, others, *, negative=False):
   ],
 )
 def test_what_to_guide_away_from_belongs_to_classifier_free_guidance(config, others):
-  with pytest.raises(ValueError, match=r"\(--negative_classes\) without classifier-free guidance|without conditions to"):
+  with pytest.raises(
+    ValueError, match=r"\(--negative_classes\) without classifier-free guidance|without conditions to"
+  ):
     checked(config, guides(**others), negative=True)
 
 
@@ -330,7 +345,10 @@ def test_samples_are_those_of_the_guided_model_and_a_scale_of_one_changes_nothin
     keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(5), 2), 4 + jnp.arange(4))
     given, none = {"classes": classes}, {"classes": jnp.full(4, 3)}
     denoise = guidance.classifier_free(model.conditional(params), given, none, 3.0)
-    start, times = process.prior(randomness.fold_in(keys, 0), (4, 8, 8, 1)), sampling.grids.suitable(sampling.ddim(process), process, 3)
+    start, times = (
+      process.prior(randomness.fold_in(keys, 0), (4, 8, 8, 1)),
+      sampling.grids.suitable(sampling.ddim(process), process, 3),
+    )
     return sampling.sample(randomness.fold_in(keys, 1), sampling.ddim(process), guidance.clip(denoise), start, times)
 
   np.testing.assert_allclose(found, jax.jit(direct)(params), atol=1e-4)

@@ -117,7 +117,10 @@ def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
     ({"model__network__out_channels": 1}, "out_channels=1; expected 2 or more classes"),
     ({"model__network__out_channels": 9}, "labels 0 to 9 for model.network.out_channels=9"),
     ({"evaluation__num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
-    ({"init_from": "somewhere"}, "init_from='somewhere' in a run of config.task='classify'; expected a run that denoises"),
+    (
+      {"init_from": "somewhere"},
+      "init_from='somewhere' in a run of config.task='classify'; expected a run that denoises",
+    ),
   ):
     config = set_keys(config_of(), **keys)
     with pytest.raises(ValueError, match=message):

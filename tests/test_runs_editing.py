@@ -13,7 +13,14 @@ from tests.recipes import tiny_config
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
-SMALL = {"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "attention_levels": (), "middle_attention": False}
+SMALL = {
+  "channels": 8,
+  "multipliers": (1,),
+  "blocks": 1,
+  "groups": 4,
+  "attention_levels": (),
+  "middle_attention": False,
+}
 # What each method is told in tests, where it is told anything: few repetitions.
 METHODS = {
   "repaint": spec("editing.repaint", resamples=2),
@@ -244,7 +251,9 @@ def test_inpainting_by_the_adaptive_flow(place, method, dense):
 
 def test_images_noised_and_encoded_by_the_adaptive_flow(place, dense):
   """A strength of 1 draws what is sampled; an encoded image follows from it alone, whatever the batch."""
-  fresh = edit(place, "img2img", editing__strength=1.0, steering={"given": classes_of([3, 5])}, seed=7, **BY_ODE)["output"]
+  fresh = edit(place, "img2img", editing__strength=1.0, steering={"given": classes_of([3, 5])}, seed=7, **BY_ODE)[
+    "output"
+  ]
   assert np.max(np.abs(fresh[:, 0].astype(int) - drawn(place, [3, 5], 7, sampler=BY_ODE))) <= 1
   part = edit(place, "img2img", editing__strength=0.5, **BY_ODE)
   assert np.any(part["output"][:, 0] != part["input"])
@@ -288,7 +297,11 @@ WRONG = [
   ("interpolate", {"editing__frames": 1}, "frames=1; wanted 2 or more"),
   ("interpolate", {"source": "files/a.png"}, "Got one image to interpolate; wanted two or more"),
   ("colorize", {}, r"'colorize' for a model of images with 1 channel\(s\)"),
-  ("superres", {}, "images of 8x8 to enlarge with a model of 8x8; wanted a size of which that is a multiple, such as 4"),
+  (
+    "superres",
+    {},
+    "images of 8x8 to enlarge with a model of 8x8; wanted a size of which that is a multiple, such as 4",
+  ),
   ("superres", {"source": "odd.npz"}, "images of 3x3 to enlarge with a model of 8x8"),
   ("superres", {"source": "small.npz"} | by("posterior(noise_std=0.0)"), "noise_std=0.0"),
   ("superres", {"source": "small.npz"} | by("posterior()"), "posterior without noise_std; expected it. Set --config"),
@@ -353,11 +366,19 @@ def test_wrong_folders_of_other_models(place, tmp_path):
   for steering, keys, message in (
     ({"classifier": place / "judge"}, {}, "Got --classifier without --classes; wanted the class of each image"),
     (judge | weak, {}, "Got --classifier and --weak; expected one guide"),
-    ({"classifier": place / "grey"} | asked, {}, "--classifier of config.task='denoise'; expected a model that tells classes apart"),
+    (
+      {"classifier": place / "grey"} | asked,
+      {},
+      "--classifier of config.task='denoise'; expected a model that tells classes apart",
+    ),
     ({"classifier": tmp_path} | asked, {}, f"--classifier={tmp_path}, which holds no checkpoint"),
     ({"weak": tmp_path} | asked, {}, f"--weak={tmp_path}, which holds no checkpoint"),
     (weak, {}, "--weak with a guidance scale of 1"),
-    ({"weak": place / "judge"} | asked, {}, "--weak of config.task='classify'; expected a run that denoises.*draws nothing"),
+    (
+      {"weak": place / "judge"} | asked,
+      {},
+      "--weak of config.task='classify'; expected a run that denoises.*draws nothing",
+    ),
     (judge, rescaled, "guidance=classifier_free with rescale and another guide"),
     (weak, rescaled, "guidance=classifier_free with rescale and another guide"),
     (judge, {"guidance": "plus_plus(scale=0.5)"}, "guidance=plus_plus with .*another guide"),
