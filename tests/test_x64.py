@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import build, parallel
+from ddpm_jax import networks, parallel
+from ddpm_jax.config import spec
 from ddpm_jax.runs import model
 from tests import commands
-from tests.recipes import LEVELS, tiny_config
+from tests.recipes import LEVELS, experiment_of, tiny_config
 
 
 @pytest.mark.parametrize(("trained", "other"), [("0", "1"), pytest.param("1", "0", marks=pytest.mark.slow)])
@@ -37,21 +38,38 @@ def test_a_run_of_one_setting_is_sampled_scored_and_resumed_under_the_other(trai
   assert steps == [2, 4]
 
 
-SONG = {"time_embedding": "fourier", "song": True, "augmentation_features": 4, "num_classes": 3}
+SONG = {"time_embedding": "fourier", "song": True, "augmentation_features": 4}
 PROGRESSIVE = {"progressive_input": True, "downsample": "residual", "upsample": "residual", "filter": (1, 3, 3, 1)}
 
 
-@pytest.mark.parametrize("network", [LEVELS, LEVELS | SONG | PROGRESSIVE, {"num_classes": 3, "scale_shift": True}])
+# What a config may say of a network, and how many classes it is given.
+NETWORKS = [(LEVELS, 0), (LEVELS | SONG | PROGRESSIVE, 3), ({"scale_shift": True}, 3)]
+
+
+def classifier(config, options):
+  """Let a config be of a classifier of ten classes."""
+  kept = {name: value for name, value in config.model.network.items() if name != "component"}
+  known = networks.Classifier.__dataclass_fields__
+  options = {name: value for name, value in (kept | options).items() if name in known}
+  config.task, config.objective = spec("tasks.classify"), spec("losses.classification")
+  config.model.network = spec("networks.Classifier", **options, out_channels=10)
+
+
+@pytest.mark.parametrize(("options", "classes"), NETWORKS)
 @pytest.mark.parametrize("task", ["denoise", "classify"])
-def test_no_leaf_of_a_state_has_another_type(task, network):
+def test_no_leaf_of_a_state_has_another_type(task, options, classes):
   config = tiny_config()
-  config.task = task
-  config.network.update({"num_classes": 10 if task == "classify" else 0} | network)
+  if task == "classify":
+    classifier(config, options)
+  else:
+    config.model.network.update(options)
+    if classes:
+      config.model.conditions.classes = spec("conditions.classes", number=classes)
   config.ema.kind = "power"
 
   def types():
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    _, template = model.make_state(config, build.build_optimizer(config), mesh)
+    _, template = model.make_state(experiment_of(config), mesh)
     return jax.tree.map(lambda leaf: leaf.dtype, model.items_of(template))
 
   narrow = types()
