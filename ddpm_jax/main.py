@@ -74,7 +74,9 @@ _DEVICES = flags.DEFINE_integer(
   "devices", None, "Plan for so many devices of this machine; a CPU is taken for as many."
 )
 _GIVEN = flags.DEFINE_multi_string(
-  "given", None, "What samples are to show, by the names of the model's conditions: --given name=value, as often as there are values."
+  "given",
+  None,
+  "What samples are to show, by the names of the model's conditions: --given name=value, as often as there are values.",
 )
 _NEGATIVE = flags.DEFINE_multi_string("negative", None, "The same, to guide away from: --negative name=value.")
 _CLASSES = flags.DEFINE_list("classes", None, "Classes to sample, repeated as needed: short for --given classes=...")
@@ -101,7 +103,9 @@ _MASK = flags.DEFINE_string(
   "mask", None, "To inpaint: an image, white where it is to be painted; or lower, upper, left, right or centre."
 )
 _METHOD = flags.DEFINE_string(
-  "method", None, "How: inpaint by repaint, replace, posterior or dps; colorize, superres and restore by posterior or dps."
+  "method",
+  None,
+  "How: inpaint by repaint, replace, posterior or dps; colorize, superres and restore by posterior or dps.",
 )
 _STRENGTH = flags.DEFINE_float("strength", None, "Of img2img, from 0 (the input) to 1 (a fresh sample).")
 _ENDING = threading.Lock()
@@ -382,7 +386,9 @@ def _by_name(flag: flags.FlagHolder, classes: flags.FlagHolder) -> dict[str, lis
   for text in flag.value or ():
     name, equals, value = text.partition("=")
     if not equals or not name:
-      raise ValueError(f"Got --{flag.name} {text}; expected a condition and its value, such as --{flag.name} classes=3.")
+      raise ValueError(
+        f"Got --{flag.name} {text}; expected a condition and its value, such as --{flag.name} classes=3."
+      )
     found.setdefault(name, []).extend(value.split(",") if name == "classes" else [value])
   return found
 

@@ -119,4 +119,3 @@ def check_writable(workdir: Path) -> None:
     raise ValueError(
       f"Got --workdir={workdir}, which cannot be written to ({error.strerror}); wanted a folder, new or existing, where you may write."
     ) from error
-

@@ -43,8 +43,8 @@ class Parameters(NamedTuple):
   """
 
   params: PyTree
-  frozen: Mapping[str, PyTree] = {}  # noqa: RUF012, never changed
-  guides: Mapping[str, tuple[PyTree, PyTree]] = {}  # noqa: RUF012
+  frozen: Mapping[str, PyTree] = {}
+  guides: Mapping[str, tuple[PyTree, PyTree]] = {}
 
 
 def takes(rule: Callable) -> frozenset[str]:
@@ -59,7 +59,12 @@ def is_neutral(rule: Callable) -> bool:
 
 
 def denoise(
-  model: Model, rule: Callable, keys: Array, batch: Mapping[str, Array], parameters: Parameters, guides: Guides = Guides()  # noqa: B008
+  model: Model,
+  rule: Callable,
+  keys: Array,
+  batch: Mapping[str, Array],
+  parameters: Parameters,
+  guides: Guides = Guides(),  # noqa: B008
 ) -> Denoise:
   """Return the denoiser of a model, given its conditions and guided; its estimates are not clipped.
 
@@ -102,7 +107,9 @@ def denoise(
   return rule(**{name: value for name, value in offered.items() if name in names})
 
 
-def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = Guides(), *, negative: bool = False) -> None:  # noqa: B008
+def check(
+  model: Model, rule: Callable, two_estimates: bool, guides: Guides = Guides(), *, negative: bool = False
+) -> None:  # noqa: B008
   """Raise a ValueError unless a model can be guided by a rule.
 
   Args:
@@ -119,7 +126,9 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = Gu
     if name in names and other is None:
       raise ValueError(f"Got config.guidance={_name(rule)} without --{flag}; expected --{flag}=<run folder> beside it.")
     if name not in names and other is not None:
-      raise ValueError(f"Got --{flag} with config.guidance={_name(rule)}, which does not take {name}; expected a rule that does.")
+      raise ValueError(
+        f"Got --{flag} with config.guidance={_name(rule)}, which does not take {name}; expected a rule that does."
+      )
   if guides.weak is not None and _options(rule).get("scale") == 1:
     raise ValueError("Got --weak with a guidance scale of 1, which does not guide; expected --guidance_scale=2 or so.")
   if negative and (not guided or "negative" not in names):
@@ -150,7 +159,9 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = Gu
       )
   if guides.weak is not None:
     _check_same_noise("--weak", model, guides.weak, label=False)
-    if jax.tree.map(_shape, _shapes(model)) != jax.tree.map(_shape, _shapes(guides.weak)) or _numbers(model) != _numbers(guides.weak):
+    if jax.tree.map(_shape, _shapes(model)) != jax.tree.map(_shape, _shapes(guides.weak)) or _numbers(
+      model
+    ) != _numbers(guides.weak):
       raise ValueError(
         f"Got --weak, a model of the conditions {_conditions(guides.weak)}, for one of {_conditions(model)}; expected one that takes the"
         " same."
@@ -170,7 +181,10 @@ def _example(model: Model) -> dict[str, PyTree]:
 
 
 def _numbers(model: Model) -> dict[str, int]:
-  return {name: condition.number - (condition.dropout > 0 and condition.number > 0) for name, condition in model.conditions.items()}
+  return {
+    name: condition.number - (condition.dropout > 0 and condition.number > 0)
+    for name, condition in model.conditions.items()
+  }
 
 
 def _shapes(model: Model) -> dict[str, PyTree]:
@@ -194,7 +208,11 @@ def _name(rule: Callable) -> str:
 
 
 def _shown(rule: Callable) -> str:
-  return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in _options(rule).items() if name != "process")
+  return ", ".join(
+    f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+    for name, value in _options(rule).items()
+    if name != "process"
+  )
 
 
 def _check_options(rule: Callable) -> None:

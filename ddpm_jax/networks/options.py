@@ -85,7 +85,10 @@ def _check_dtype(dtype: Any) -> None:
     name = str(dtype)
   if name not in _TYPES:
     near = difflib.get_close_matches(name, _TYPES, 1)
-    raise ValueError(f"Got dtype={name!r}; wanted {' or '.join(map(repr, _TYPES[:2]))}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    raise ValueError(
+      f"Got dtype={name!r}; wanted {' or '.join(map(repr, _TYPES[:2]))}."
+      + (f" Did you mean {near[0]!r}?" if near else "")
+    )
 
 
 def _check_features(network: Any) -> None:

@@ -3,12 +3,12 @@
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
+from ddpm_jax.runs import starts
 from ddpm_jax.runs.convert import run_convert
 from ddpm_jax.runs.drawing import run_sample
 from ddpm_jax.runs.editing import Edit, reversible, run_edit
 from ddpm_jax.runs.evaluation import run_eval
 from ddpm_jax.runs.export import run_export
-from ddpm_jax.runs import starts
 from ddpm_jax.runs.model import Choice, trained
 from ddpm_jax.runs.plan import run_plan
 from ddpm_jax.runs.statistics import run_statistics

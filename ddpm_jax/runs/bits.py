@@ -54,7 +54,9 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
     )
   if "bound" in c.likelihood:
     if model.process.num_steps is None:
-      raise ValueError("Got the likelihood 'bound' for a continuous process; wanted ode or continuous, or a discrete process.")
+      raise ValueError(
+        "Got the likelihood 'bound' for a continuous process; wanted ode or continuous, or a discrete process."
+      )
     if c.bound_variance == "learned" and not model.prediction.learned_variance:
       raise ValueError(
         "Got config.evaluation.bound_variance='learned' for a model that learned no variance; expected 'small' or 'large'."

@@ -88,7 +88,9 @@ def run_edit(
   parts = list(drawing.in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
   found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   drawing.check_finite(experiment, found["output"])
-  _write(experiment, folder / "edits", edit, f"{edit.task}{f'_{method}' if how else ''}_seed{seed}", given, inputs, found)
+  _write(
+    experiment, folder / "edits", edit, f"{edit.task}{f'_{method}' if how else ''}_seed{seed}", given, inputs, found
+  )
   parallel.wait_for_all("done")
 
 
@@ -188,7 +190,9 @@ def _write(
     return
   show = experiment.model.codec.show
   output = found["output"]
-  output = show(output.reshape(-1, *experiment.model.data_shape)).reshape(*output.shape[: output.ndim - 3], *output.shape[-3:])
+  output = show(output.reshape(-1, *experiment.model.data_shape)).reshape(
+    *output.shape[: output.ndim - 3], *output.shape[-3:]
+  )
   arrays = {
     "input": given.images,
     "names": np.array(given.names),

@@ -32,7 +32,11 @@ def start(experiment: Experiment, keys: Array) -> Array:
 
 
 def generate(
-  experiment: Experiment, mesh: jax.sharding.Mesh, guides: Guides = Guides(), *, negative: bool = False  # noqa: B008
+  experiment: Experiment,
+  mesh: jax.sharding.Mesh,
+  guides: Guides = Guides(),
+  *,
+  negative: bool = False,  # noqa: B008
 ) -> Callable[[Parameters, Any, Any, Arrays], tuple[Array, Array]]:
   """Return `generate(parameters, seed, first, batch) -> (data, NFE)`, compiled, the batch split over the mesh.
 
@@ -47,7 +51,11 @@ def generate(
 
   def draw(keys, denoise, batch, parameters):
     x, nfe = sampling.solve(
-      randomness.fold_in(keys, 1), experiment.sampler, clipped(experiment, denoise), start(experiment, keys), experiment.times
+      randomness.fold_in(keys, 1),
+      experiment.sampler,
+      clipped(experiment, denoise),
+      start(experiment, keys),
+      experiment.times,
     )
     return experiment.model.decode(x, parameters.frozen), jnp.broadcast_to(nfe, keys.shape)
 
@@ -70,9 +78,7 @@ def _check_sampler(experiment: Experiment) -> None:
 
 def of_previews(experiment: Experiment) -> Experiment:
   """Return the experiment with the sampler of previews: a few steps of DDIM."""
-  return experiment.changed(
-    sampler="ddim", sampling__grid=None, sampling__num_steps=experiment.sampling.preview_steps
-  )
+  return experiment.changed(sampler="ddim", sampling__grid=None, sampling__num_steps=experiment.sampling.preview_steps)
 
 
 def denoising(

@@ -128,4 +128,6 @@ def _source(experiment: Experiment) -> str:
 def _parts(experiment: Experiment) -> list[tuple[str, str]]:
   """Return the names of the process and the prediction, of a model that is made of parts."""
   parts = experiment.tree.values["model"]
-  return [(name, config.short_name(experiment.tree, f"model.{name}")) for name in ("process", "prediction") if name in parts]
+  return [
+    (name, config.short_name(experiment.tree, f"model.{name}")) for name in ("process", "prediction") if name in parts
+  ]

@@ -137,10 +137,14 @@ class Judge:
     sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get(whole))))
     parameters = Parameters(whole, self.experiment.model.load_frozen())
     drawn = [
-      self._draw(variant, parameters, weights, sha256, seed, "final" if variant is variants[-1] else _name(variant, seed))
+      self._draw(
+        variant, parameters, weights, sha256, seed, "final" if variant is variants[-1] else _name(variant, seed)
+      )
       for variant in variants
     ]
-    likelihood = bits.evaluate(self.experiment, self.folder, self.mesh, parameters, weights, sha256, self.held_out, seed)
+    likelihood = bits.evaluate(
+      self.experiment, self.folder, self.mesh, parameters, weights, sha256, self.held_out, seed
+    )
     denoising = self._denoising(parameters, seed) if self.experiment.evaluation.report else None
     if not parallel.is_main():
       return

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from ddpm_jax import data, evaluate, images, interop, metrics, parallel, sealed
 from ddpm_jax.config import Experiment
 from ddpm_jax.config.sections import Evaluation
@@ -146,7 +147,9 @@ class _Classifier:
     if self._held_out is not None:
       rows = np.random.default_rng(0).permutation(len(self._held_out))[:_LEARNED_FROM]
       seen = data.read(self._held_out, rows)
-      log_probs = metrics.extractor(space, self._experiment.evaluation.batch_size)(images.as_uint8(seen["image"]))["log_probs"]
+      log_probs = metrics.extractor(space, self._experiment.evaluation.batch_size)(images.as_uint8(seen["image"]))[
+        "log_probs"
+      ]
       if "classes" in seen and np.all(np.isin(seen["classes"], kinds)):
         accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, seen["classes"]))["accuracy"]
         space.provenance["held_out_accuracy"] = round(accuracy, 4)

@@ -28,8 +28,8 @@ class Steering(NamedTuple):
     weak_step: the step of its checkpoint, empty for the newest.
   """
 
-  given: Mapping[str, Sequence[str]] = {}  # noqa: RUF012, never changed
-  negative: Mapping[str, Sequence[str]] = {}  # noqa: RUF012
+  given: Mapping[str, Sequence[str]] = {}
+  negative: Mapping[str, Sequence[str]] = {}
   classifier: Path | None = None
   weak: Path | None = None
   weak_step: str = ""
@@ -122,7 +122,12 @@ def scale_key(tree: config.Tree) -> str:
 
 
 def asked(
-  model: Any, texts: Mapping[str, Sequence[str]], count: int, classifier: Experiment | None = None, *, only: bool = False
+  model: Any,
+  texts: Mapping[str, Sequence[str]],
+  count: int,
+  classifier: Experiment | None = None,
+  *,
+  only: bool = False,
 ) -> dict[str, np.ndarray]:
   """Return what samples are asked to show, arrays [count, ...] by the names of conditions.
 
@@ -150,7 +155,9 @@ def asked(
         f"Got {name} {','.join(words)} for a model that was trained without {name}; expected a condition that it knows ({known}). {hint}"
       )
     if condition.parse is None:
-      raise ValueError(f"Got --given {name}=..., a condition that cannot be typed; give images by --mode=edit --task=superres.")
+      raise ValueError(
+        f"Got --given {name}=..., a condition that cannot be typed; give images by --mode=edit --task=superres."
+      )
     if len(words) > count:
       raise ValueError(f"Got {len(words)} {name} for {count} samples; expected no more than samples.")
     items = [condition.parse(word) for word in words]

@@ -162,7 +162,7 @@ def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch
   shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
   for name, condition in experiment.model.conditions.items():
     if condition.of_data is None:
-      shapes |= {
-        name: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(condition.shape)[:1]
-      }
+      # What the data have by its name is one array, whatever the network is then given.
+      leaf = jax.tree.leaves(condition.shape)[0]
+      shapes[name] = jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype)
   return shapes

@@ -71,7 +71,9 @@ class Classify:
 
   def check_draws(self, what: str) -> None:
     """Raise a ValueError."""
-    raise unexpected(what, "classify", "a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing")
+    raise unexpected(
+      what, "classify", "a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing"
+    )
 
   def check_classifies(self, what: str) -> None:
     """Allow all models."""
@@ -120,7 +122,9 @@ class Judge:
 
   def check_best(self, metric: str) -> None:
     """Raise a ValueError: there are no scores on the way."""
-    raise ValueError(f"Got config.training.best_metric={metric!r} for a classifier; expected a metric of training, such as loss.")
+    raise ValueError(
+      f"Got config.training.best_metric={metric!r} for a classifier; expected a metric of training, such as loss."
+    )
 
   def on_the_way(self, parameters: Parameters) -> dict[str, float]:
     """Return nothing: accuracies are logged in any case."""

@@ -48,7 +48,11 @@ class Denoise:
 
   def check_classifies(self, what: str) -> None:
     """Raise a ValueError."""
-    raise unexpected(what, "denoise", "a model that tells classes apart: a run of task='classify', as that of configs/digits_classifier.py")
+    raise unexpected(
+      what,
+      "denoise",
+      "a model that tells classes apart: a run of task='classify', as that of configs/digits_classifier.py",
+    )
 
 
 def denoise() -> Denoise:
