@@ -33,6 +33,10 @@ class Guides(NamedTuple):
   weak: Model | None = None
 
 
+# No other model guides.
+ALONE = Guides()
+
+
 class Parameters(NamedTuple):
   """All parameters that samples follow from.
 
@@ -64,7 +68,7 @@ def denoise(
   keys: Array,
   batch: Mapping[str, Array],
   parameters: Parameters,
-  guides: Guides = Guides(),  # noqa: B008
+  guides: Guides = ALONE,
 ) -> Denoise:
   """Return the denoiser of a model, given its conditions and guided; its estimates are not clipped.
 
@@ -107,9 +111,7 @@ def denoise(
   return rule(**{name: value for name, value in offered.items() if name in names})
 
 
-def check(
-  model: Model, rule: Callable, two_estimates: bool, guides: Guides = Guides(), *, negative: bool = False
-) -> None:  # noqa: B008
+def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = ALONE, *, negative: bool = False) -> None:
   """Raise a ValueError unless a model can be guided by a rule.
 
   Args:

@@ -10,7 +10,7 @@ import numpy as np
 from ddpm_jax import parallel, predictions, randomness, sampling
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import guided
-from ddpm_jax.models.guided import Guides, Parameters
+from ddpm_jax.models.guided import ALONE, Guides, Parameters
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import expand
 from ddpm_jax.runs import limits
@@ -34,9 +34,9 @@ def start(experiment: Experiment, keys: Array) -> Array:
 def generate(
   experiment: Experiment,
   mesh: jax.sharding.Mesh,
-  guides: Guides = Guides(),
+  guides: Guides = ALONE,
   *,
-  negative: bool = False,  # noqa: B008
+  negative: bool = False,
 ) -> Callable[[Parameters, Any, Any, Arrays], tuple[Array, Array]]:
   """Return `generate(parameters, seed, first, batch) -> (data, NFE)`, compiled, the batch split over the mesh.
 
