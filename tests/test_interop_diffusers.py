@@ -71,13 +71,13 @@ def test_a_model_conditioned_on_an_image(tmp_path):
   """More channels in than out, as for super-resolution: the image is a condition. No pipeline takes one, so none is written."""
   model, params = interop.diffusers.load(write(tmp_path / "a", in_channels=5))
   assert model.shape == model.data_shape == (8, 8, 3)
-  assert {name: condition.shape.shape for name, condition in model.conditions.items()} == {"image": (8, 8, 2)}
+  assert {name: condition.shape.shape for name, condition in model.conditions.items()} == {"hint": (8, 8, 2)}
   x, image = start(), np.ones((5, 8, 8, 2), np.float32)
-  denoise = jax.jit(lambda image: model.denoise(params, {"image": image})(x, 0.5))
+  denoise = jax.jit(lambda image: model.denoise(params, {"hint": image})(x, 0.5))
   a, b = denoise(0 * image), denoise(image)
   assert a.shape == x.shape
   assert np.any(a != b)
-  with pytest.raises(ValueError, match="the condition 'image', an image that it takes beside"):
+  with pytest.raises(ValueError, match="the condition 'hint', an image that it takes beside"):
     resave(model, params, tmp_path / "again")
   assert not (tmp_path / "again").exists()
 
@@ -86,7 +86,7 @@ def test_the_image_is_centered_with_the_input(tmp_path):
   model, params = interop.diffusers.load(write(tmp_path, in_channels=5, center_input_sample=True))
   x, image, label = start(), np.ones((5, 8, 8, 2), np.float32), np.ones(5, np.float32)
   joined = model.network.module.apply({"params": params}, np.concatenate([x, image], -1), label)
-  np.testing.assert_allclose(model.network.apply(params, x, label, {"image": image}), joined, atol=1e-5)
+  np.testing.assert_allclose(model.network.apply(params, x, label, {"hint": image}), joined, atol=1e-5)
 
 
 CONDITIONED = {
@@ -103,7 +103,8 @@ CONDITIONED = {
 def test_conditions_are_what_the_peer_takes(name, tmp_path):
   """By name, and with the same effect as diffusers' class labels."""
   changes, batch = CONDITIONED[name]
-  peer = model_of({"sample_size": 8, "block_out_channels": (8, 8)} | changes)
+  # Groups of several channels: one alone loses what is added to it.
+  peer = model_of({"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 2} | changes)
   diffusers.DDPMPipeline(peer, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
   model, params = interop.diffusers.load(tmp_path)
   assert list(model.conditions) == [name]
@@ -115,6 +116,8 @@ def test_conditions_are_what_the_peer_takes(name, tmp_path):
     wanted = peer(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(time), class_labels=labels).sample.numpy()
   wanted = wanted.transpose(0, 2, 3, 1)
   np.testing.assert_allclose(found, wanted, atol=1e-4 * np.std(wanted))
+  others = jax.jit(model.network.apply)(params, x, time, jax.tree.map(lambda leaf: leaf[::-1], given))
+  assert np.max(np.abs(others - found)[[0, 1]]) > 0.01 * np.std(wanted), "what is given matters"
   # And from a new model with the same conditions.
   resave(model, params, tmp_path / "again")
   again, same = interop.diffusers.load(tmp_path / "again")

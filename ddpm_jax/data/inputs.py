@@ -11,6 +11,7 @@ from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, check_space, fit_to
 from ddpm_jax.data.listing import passed_over, walk
 from ddpm_jax.data.sources import BrokenImage, read_arrays
+from ddpm_jax.images import as_uint8
 
 
 class Inputs(NamedTuple):
@@ -21,20 +22,21 @@ class Inputs(NamedTuple):
   resized: int
 
 
-def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int) -> Inputs:
+def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int, *, flag: str = "--input") -> Inputs:
   """Read images from an image file, a folder (searched to any depth) or an .npz file, all of one size.
 
   Args:
     path: the file or folder. Images of an .npz file, uint8 [N, H, W, C], must already have the size.
     space: height and width; None for those of the files, which must agree.
     channels: 1 (gray), 3, or 4 (with opacity); of an .npz file any number.
+    flag: that names the path, for messages.
 
   Raises:
     ValueError: if there are none, one cannot be decoded, or the shape does not fit.
   """
   path, space = Path(path), None if space is None else check_space(space)
   if path.suffix.lower() == ".npz" and path.is_file():
-    images = read_arrays(path).images
+    images = as_uint8(read_arrays(path).images)
     if (images.shape[3], channels) == (1, 3):
       images = images.repeat(channels, axis=3)  # as of a gray image file
     if (space is not None and images.shape[1:3] != space) or images.shape[3] != channels:
@@ -42,10 +44,10 @@ def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int) 
       wanted = f"[N, {height}, {width}, {channels}]"
       raise ValueError(f"Got {path} with images of shape {images.shape}; wanted {wanted}, uint8, for this model.")
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
-  files = _files(path)
+  files = _files(path, flag)
   if channels not in (1, 3, 4):
     raise ValueError(
-      f"Got --input={path}, image files, for a model of {channels} channels; expected an .npz file of images uint8 [N, H, W, {channels}]:"
+      f"Got {flag}={path}, image files, for a model of {channels} channels; expected an .npz file of images uint8 [N, H, W, {channels}]:"
       " files give 1, 3 or 4."
     )
   pairs = [_read(file, space, channels) for file in files]
@@ -57,12 +59,12 @@ def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int) 
   )
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, flag: str) -> list[Path]:
   if path.is_file():
     return [path]
   if not path.is_dir():
     what = "is no file" if path.exists() else "does not exist"
-    raise ValueError(f"Got --input={path}, which {what}; expected an image, a folder of images or an .npz file.")
+    raise ValueError(f"Got {flag}={path}, which {what}; expected an image, a folder of images or an .npz file.")
   # A folder to edit is small and looked at once: its listing is not kept.
   folders = walk(os.fsencode(path), cached=False)
   others = passed_over(folders.values())
@@ -73,7 +75,7 @@ def _files(path: Path) -> list[Path]:
   )
   if not files:
     raise ValueError(
-      f"Got --input={path}, a folder that holds no image ({others or 'no file at all'}); expected image files, such as .png, .jpg or .webp."
+      f"Got {flag}={path}, a folder that holds no image ({others or 'no file at all'}); expected image files, such as .png, .jpg or .webp."
     )
   if others:
     tqdm.write(f"passed over in {path}, as no images: {others}")

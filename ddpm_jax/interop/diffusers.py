@@ -44,7 +44,7 @@ def load(
   """Read a model that diffusers wrote, or that `save` wrote.
 
   Its conditions are those that its U-Net takes: "classes"; "level", one number (class_embed_type "timestep"), or "vector" ("identity"); and
-  "image", of the channels that it takes beyond those that it makes. Its defaults are those of its scheduler.
+  "hint", an image of the channels that it takes beyond those that it makes. Its defaults are those of its scheduler.
 
   Args:
     path: a folder: of a pipeline (unet/ and scheduler/), or a flat one with both configs and the weights in it. Or a name
@@ -154,6 +154,12 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
     files.write_text(target, jsonfiles.text_of(source))
 
 
+def has_size(path: str | Path) -> bool:
+  """Return whether the config of a model says the size of its images, so that `load` needs no `shape`."""
+  config = jsonfiles.read(config_paths(find(path, weights=False))[0])
+  return config.get("sample_size") is not None
+
+
 def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -> int:
   """Return the channels of the images that a network makes."""
   made, learned = config["out_channels"], prediction.learned_variance
@@ -199,7 +205,8 @@ def _conditions(
   elif network.vector_embedding:
     found["vector"] = conditions.vector("vector", network.embedding_features or 4 * network.channels)
   if extra:
-    found["image"] = conditions.image("image", (*data_shape[:2], extra))
+    # Not "image": of that name are the data themselves.
+    found["hint"] = conditions.image("hint", (*data_shape[:2], extra))
   return found
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import data, editing, randomness
+from ddpm_jax import data, editing, images, randomness
+from ddpm_jax.places import user_path
 from ddpm_jax.processes import expand
 
 Array = jax.Array
@@ -159,6 +160,8 @@ def low_resolution(
 def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
   """Return the condition of an image that joins x, such as a sketch or a mask, for which zeros stand for none.
 
+  On the command line it is the path of an image, which is scaled to [-1, 1].
+
   Args:
     name: of the condition.
     shape: [*space, C'], the space that of x.
@@ -171,12 +174,21 @@ def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
   if len(shape) < 2 or min(shape) < 1:
     raise ValueError(f"Got shape={shape} of {name}; expected [*space, channels] of an image, such as (32, 32, 1).")
   check_dropout(dropout, name)
+
+  def parse(text: str) -> np.ndarray:
+    flag = f"--given {name}"
+    found = data.read_inputs(user_path(text, f"{flag}="), (shape[0], shape[1]), shape[2], flag=flag).images
+    if len(found) != 1:
+      raise ValueError(f"Got {flag}={text}, {len(found)} images; expected one. Repeat the flag for others.")
+    return images.as_floats(found[0])
+
   return Condition(
     kind="image",
     shape=jax.ShapeDtypeStruct(shape, jnp.float32),
     encode=lambda frozen, keys, batch, train: batch[name],
     null=(lambda frozen: jnp.zeros(shape)) if dropout else None,
     dropout=dropout,
+    parse=parse if len(shape) == 3 else None,
   )
 
 

@@ -9,7 +9,6 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
 
-
 # Names in the batch of an objective that are no items of the data (see `losses.Objective`).
 _OWN = ("x", "given", "times")
 
@@ -49,6 +48,10 @@ def read_data(experiment: Experiment) -> data.Splits:
     raise ValueError(
       f"Got data with the items {', '.join(taken)}; expected other names: training gives what objectives read by these. Rename them in the data"
       " source."
+    )
+  if "image" in experiment.model.conditions:
+    raise ValueError(
+      "Got a model with the condition 'image', which is the name of the data themselves; expected another name, such as 'hint'."
     )
   for name, condition in experiment.model.conditions.items():
     if condition.of_data is None and name not in item:

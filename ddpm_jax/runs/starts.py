@@ -29,7 +29,7 @@ def load(path: str, tree: Tree) -> Pretrained:
     path: where it lies.
     tree: the config, whose keys of the network say how it is trained and computed.
   """
-  model, params = interop.diffusers.load(path, **_options(tree))
+  model, params = interop.diffusers.load(path, **_options(tree, path))
   return Pretrained(model, params)
 
 
@@ -43,7 +43,9 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, sampler: str | None) -> t
     sampler: the sampler that somebody asked for, or None.
   """
   found = load(path, tree)
-  tree = config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree))
+  if recipe:
+    _check_conditions(tree, found.model, "--pretrained")
+  tree = config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
   suits = found.model.defaults
   if recipe or suits is None:
     return tree, found
@@ -58,14 +60,38 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, sampler: str | None) -> t
   return tree, found
 
 
-def _options(tree: Tree) -> dict[str, Any]:
-  """Return the options of a model from elsewhere that a config gives."""
+def _options(tree: Tree, path: str) -> dict[str, Any]:
+  """Return the options of the model at a path that a config gives; the size of images only if the model does not say it."""
   values = tree.values["model"]
+  sized = {} if interop.diffusers.has_size(path) else {"shape": _shape(tree)}
   if "component" in values:
-    return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values}
+    return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values} | sized
   network, classes = values["network"], values["conditions"].get("classes", {})
-  options = {name: network[name] for name in _OPTIONS if name in network}
+  options = {name: network[name] for name in _OPTIONS if name in network} | sized
   return options | ({"class_dropout": classes["dropout"]} if "dropout" in classes else {})
+
+
+def _shape(tree: Tree) -> tuple[int, ...]:
+  """Return [H, W, C] of a config's data."""
+  size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
+  return (*((size, size) if isinstance(size, int) else size), channels)
+
+
+def _check_conditions(tree: Tree, model: Model, what: str) -> None:
+  """Raise a ValueError if a config has conditions that a model from elsewhere, which takes the place of its own, is not given."""
+  for name, node in tree.values["model"].get("conditions", {}).items():
+    found = model.conditions.get(name)
+    if found is None:
+      raise ValueError(
+        f"Got config.model.conditions.{name} with {what}, a model that is given {', '.join(model.conditions) or 'nothing'}; expected no such"
+        f" condition. Leave it out: --config.model.conditions.{name}=None."
+      )
+    number = found.number - (found.number > 0 and found.null is not None)
+    if node.get("number", number) != number:
+      raise ValueError(
+        f"Got config.model.conditions.{name}.number={node['number']} with {what}, a model of {number} {name}; expected as many. Set"
+        f" --config.model.conditions.{name}.number={number}."
+      )
 
 
 def starting_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
@@ -75,7 +101,8 @@ def starting_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
     return tree, None
   config.task_of(tree).check_draws(f"config.init_from={path!r} in a run")
   found = load(path, tree)
-  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree)), found
+  _check_conditions(tree, found.model, f"config.init_from={path!r}")
+  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path)), found
 
 
 def keep(tree: Tree, folder: Path) -> Tree:

@@ -1,0 +1,390 @@
+"""Models that come and go by the command line: sampled from a folder of diffusers, exported to one, and trained on from one."""
+
+import json
+import shutil
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.ddim import pipeline_ddim
+from PIL import Image
+
+from ddpm_jax import config as configs
+from ddpm_jax import interop, processes, randomness
+from ddpm_jax.config import spec
+from ddpm_jax.runs import starts
+from tests.commands import RECIPE, assert_refused, call
+from tests.parameters import write_run
+from tests.recipes import LEVELS, tiny_config, tree_of
+from tests.test_interop_diffusers import write
+from tests.test_interop_pipelines import assert_one_grey_level
+
+DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16", "--seed=3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run with scores that nothing trained, whose averages are not its raw weights."""
+  folder, config = tmp_path_factory.mktemp("run"), tiny_config()
+  config.model.network.update(LEVELS)
+  config.evaluation.update({"num_samples": 6, "k": 2})
+  write_run(config, folder, averages_seed=1)
+  code, output = call("--mode=eval", f"--workdir={folder}")
+  assert code == 0, output
+  return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+  code, output = call("--mode=export", f"--workdir={run}", f"--output={run / 'model'}")
+  assert code == 0, output
+  assert "EMA weights" in output
+  return run / "model"
+
+
+def samples(folder, code, output):
+  assert code == 0, output
+  with np.load(next((folder / "samples").glob("ddim_nfe10_seed3.npz"))) as file:
+    return file["samples"]
+
+
+def test_an_exported_run_gives_the_same_images_in_diffusers(run, exported, monkeypatch):
+  mine = samples(run, *call(*DDIM, f"--workdir={run}"))
+  keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(3), 2), np.arange(16))
+  start = processes.vp().prior(randomness.fold_in(keys, 0), (16, 8, 8, 1))
+  start = torch.tensor(np.asarray(start).transpose(0, 3, 1, 2))
+  monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: start)
+  pipeline = diffusers.DDIMPipeline.from_pretrained(exported)
+  options = {"batch_size": 16, "num_inference_steps": 10, "use_clipped_model_output": True, "output_type": "np"}
+  assert_one_grey_level(mine, np.round(pipeline(**options).images * 255).astype(np.uint8))
+
+
+def test_an_exported_run_gives_the_same_images_when_it_is_read_again(run, exported, tmp_path):
+  shutil.copytree(run / "samples", tmp_path / "before")
+  mine = samples(run, *call(*DDIM, f"--workdir={run}"))
+  again = samples(tmp_path, *call(*DDIM, f"--pretrained={exported}", f"--workdir={tmp_path}"))
+  np.testing.assert_array_equal(mine, again)
+
+
+def test_the_model_card_has_the_config_and_the_scores(run, exported):
+  card = (exported / "README.md").read_text()
+  report = json.loads((run / "eval.json").read_text())
+  assert f'"frechet_distance": {report["scores"]["generated"]["frechet_distance"]}' in card
+  assert '"decay": 0.9' in card
+  assert "DDIMPipeline.from_pretrained" in card
+
+
+def test_raw_weights_are_others(run, exported, tmp_path):
+  code, output = call("--mode=export", f"--workdir={run}", f"--output={tmp_path / 'raw'}", "--ema=false")
+  assert code == 0, output
+  assert "raw weights" in output
+  (_, ema), (_, raw) = interop.diffusers.load_unet(exported), interop.diffusers.load_unet(tmp_path / "raw")
+  assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(raw), strict=True))
+
+
+def test_a_folder_is_sampled_as_its_scheduler_says_or_as_flags_say(tmp_path):
+  write(tmp_path / "model", diffusers.DDIMScheduler(timestep_spacing="leading"))
+  common = ("--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path}", "--num_samples=3")
+  code, output = call(*common)
+  assert code == 0, output
+  assert (tmp_path / "samples" / "ddim_nfe50_seed0.png").exists()
+  code, output = call(*common, "--sampler=dpmpp_2m", "--num_steps=5")
+  assert code == 0, output
+  with np.load(tmp_path / "samples" / "dpmpp_2m_nfe5_seed0.npz") as file:
+    assert file["samples"].shape == (3, 8, 8, 3)
+
+
+def test_samples_that_are_not_finite_are_an_error(tmp_path):
+  write(tmp_path / "model", diffusers.DDIMScheduler(clip_sample=False))
+  model, params = interop.diffusers.load(tmp_path / "model")
+  params["conv_out"]["bias"] = np.full(3, 3e38, np.float32)  # finite; what is divided by a small alpha is not
+  interop.diffusers.save(tmp_path / "nan", model, params, clip=None)
+  code, output = call(
+    "--mode=sample",
+    f"--pretrained={tmp_path / 'nan'}",
+    f"--workdir={tmp_path}",
+    "--num_steps=2",
+    "--num_samples=2",
+    "--sampler=ddim",
+  )
+  assert code == 2, output
+  assert "samples are not finite" in output
+  assert "Traceback" not in output
+  assert not (tmp_path / "samples").exists()
+
+
+def test_training_starts_from_a_folder_and_goes_on_without_it(tmp_path):
+  source, run = tmp_path / "source", tmp_path / "run"
+  # One level, whose train step other tests compile too.
+  write_run(tiny_config(), tmp_path / "before")
+  code, output = call("--mode=export", f"--workdir={tmp_path / 'before'}", f"--output={source}")
+  assert code == 0, output
+  # The recipe's own network, process and prediction would be others.
+  flags = [RECIPE, f"--workdir={run}", f"--config.init_from={source}", "--config.model.network.channels=16"]
+  flags += ["--config.model.prediction=EPS", "--config.optimizer.learning_rate=1e-12"]
+  code, output = call(*flags, "--config.training.steps=3")
+  assert code == 0, output
+  assert f"network, process and prediction from {source}" in output
+  # What the run is of, is what the folder holds, of which the run has what it needs.
+  saved = json.loads((run / "config.json").read_text())
+  assert (saved["model"]["component"], saved["model"]["path"]) == ("diffusers.read", "<workdir>/start")
+  built, (model, before) = configs.build(configs.of_run(run)).model, interop.diffusers.load(source)
+  assert built.network.module == model.network.module
+  assert built.network.module.channels == 8
+  assert built.prediction == model.prediction
+  code, output = call("--mode=export", f"--workdir={run}", f"--output={tmp_path / 'tuned'}")
+  assert code == 0, output
+  tuned, after = interop.diffusers.load(tmp_path / "tuned")
+  assert tuned.network.module == model.network.module
+  # So small a learning rate leaves the parameters where they began.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
+  shutil.rmtree(source)
+  # By the run's own config, and by the recipe's keys, for which the run's stand in every mode.
+  code, output = call("--mode=sample", "--num_samples=2", f"--workdir={run}")
+  assert code == 0, output
+  code, output = call(*flags, "--mode=sample", "--num_samples=2", "--config.sampler.eta=0.5")
+  assert code == 0, output
+  code, output = call(*flags, "--config.training.steps=5")
+  assert code == 0, output
+  assert "resuming from the checkpoint of step 3" in output
+  # And wherever the run lies.
+  run.rename(tmp_path / "moved")
+  code, output = call("--mode=eval", "--seed=1", f"--workdir={tmp_path / 'moved'}")
+  assert code == 0, output
+
+
+def test_an_exported_model_with_a_flipped_bit_is_refused_by_name(exported, tmp_path):
+  shutil.copytree(exported, tmp_path / "model")
+  path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+  content = bytearray(path.read_bytes())
+  content[-100] ^= 1
+  path.write_bytes(content)
+  code, output = call("--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path / 'work'}")
+  assert_refused(
+    code, output, r"Got the weights .*safetensors, which are damaged: its tensors are not what was written"
+  )
+  assert path.read_bytes() == content
+
+
+WRONG = {
+  "no folder": (["--mode=sample", "--pretrained=/none"], "/none, which is no folder"),
+  "mode": ([RECIPE, "--pretrained=/none"], "--pretrained in mode train; it serves sample"),
+  "output": ([RECIPE, "--output=/none"], "--output in mode train; it serves export"),
+  "no output": (["--mode=export", RECIPE], "Got no --output"),
+  "no checkpoint": (["--mode=export", RECIPE, "--output=/tmp/x"], "holds no checkpoint"),
+  "no pretrained": ([RECIPE, "--config.init_from=/none"], "/none, which is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
+  arguments, message = WRONG[name]
+  code, output = call(*arguments, f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, message)
+  assert not (tmp_path / "work").exists()
+
+
+def test_bad_folders_end_at_once(run, exported, tmp_path):
+  code, output = call("--mode=export", f"--workdir={run}", f"--output={exported}")
+  assert_refused(code, output, "exists and is not empty")
+  write(tmp_path / "color")
+  code, output = call(RECIPE, f"--config.init_from={tmp_path / 'color'}", f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, r"a model of images of \(8, 8, 3\), and data of \(8, 8, 1\)")
+  assert not (tmp_path / "work").exists()
+
+
+ADOPTED = {
+  "ddpm": {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "attention_head_dim": None},
+  "adm": {"resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet"},
+  "mixed": {
+    "block_out_channels": (16, 24, 40),
+    "down_block_types": ("DownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D", "UpBlock2D"),
+  },
+  "classes": {"num_class_embeds": 4, "center_input_sample": True, "time_embedding_dim": 40},
+}
+SCHEDULERS = {
+  "ddpm": diffusers.DDPMScheduler(clip_sample=False),
+  "adm": diffusers.DDPMScheduler(beta_schedule="sigmoid"),
+  "mixed": diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+  "classes": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=200),
+}
+
+
+@pytest.mark.parametrize("name", ADOPTED)
+def test_a_config_says_all_that_a_folder_says(name, tmp_path):
+  """From the config alone the same network, process and grid are built, with the clipping of the folder."""
+  write(tmp_path, SCHEDULERS[name], **ADOPTED[name])
+  model, _ = interop.diffusers.load(tmp_path)
+  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False, sampler=None)
+  experiment = configs.build(tree)
+  assert experiment.model.network.module == model.network.module.clone(dropout=0.1)
+  assert found.model.network.module == experiment.model.network.module
+  assert experiment.model.prediction == model.prediction
+  assert experiment.model.conditions.keys() == model.conditions.keys()
+  assert (experiment.sampling.clip is None) == (model.defaults.clip is None)
+  times = np.linspace(0, 1, 37)
+  np.testing.assert_array_equal(experiment.model.process.alpha(times), model.process.alpha(times))
+  np.testing.assert_array_equal(experiment.times, model.times(experiment.sampling.num_steps))
+  assert experiment.sampling.num_steps == model.defaults.steps
+  assert experiment.sampler_name == model.defaults.name
+
+
+def test_another_sampler_has_its_own_defaults(tmp_path):
+  write(tmp_path, diffusers.UniPCMultistepScheduler())
+
+  def experiment(sampler):
+    tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False, sampler=sampler)
+    return configs.build(tree if sampler is None else configs.changed(tree, "sampler", sampler), found.model)
+
+  own, other = experiment(None), experiment("deis")
+  assert (own.sampler_name, own.tree.values["sampler"], own.sampling.num_steps) == ("unipc", None, 50)
+  assert other.tree.values["sampler"] == {"component": "sampling.deis", "order": 3}
+  assert (other.sampler_name, other.sampling.num_steps, other.sampling.grid) == ("deis", 50, None)
+  assert len(own.times) == len(other.times) == 51
+  assert np.any(own.times != other.times), "the scheduler's, and what suits the sampler"
+
+
+def classes(**arguments):
+  return (
+    f"--config.model.conditions.classes=classes({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+  )
+
+
+def test_classes_that_the_model_lacks_are_an_error(exported, tmp_path):
+  code, output = call(RECIPE, f"--config.init_from={exported}", classes(number=10), f"--workdir={tmp_path / 'a'}")
+  assert_refused(code, output, "conditions.classes with config.init_from=.*given nothing.*conditions.classes=None")
+  code, output = call(
+    RECIPE, f"--config.init_from={exported}", classes(number=10, dropout=0.1), f"--workdir={tmp_path / 'a'}"
+  )
+  assert_refused(code, output, "class_dropout=0.1 for a model with num_class_embeds=None")
+  write(tmp_path / "four", num_class_embeds=4)
+  start = f"--pretrained={tmp_path / 'four'}"
+  code, output = call("--mode=sample", RECIPE, start, classes(number=5), f"--workdir={tmp_path / 'a'}")
+  assert_refused(code, output, "classes.number=5 with --pretrained, a model of 4 classes; expected as many")
+
+
+def test_the_last_class_of_a_folder_stands_for_none_where_classes_are_hidden(tmp_path):
+  write(tmp_path, num_class_embeds=11, in_channels=1, out_channels=1)
+  config = tiny_config()
+  config.init_from = str(tmp_path)
+  config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.2)
+  tree, found = starts.starting_from(tree_of(config))
+  experiment = configs.build(tree)
+  for condition in (experiment.model.conditions["classes"], found.model.conditions["classes"]):
+    assert (condition.number, condition.dropout) == (11, 0.2)
+    assert condition.null(None) == 10
+
+
+def test_a_folder_without_a_size_takes_the_data_s(tmp_path):
+  write(tmp_path, in_channels=1, out_channels=1)
+  file = tmp_path / "unet" / "config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
+  config = tiny_config()
+  config.init_from = str(tmp_path)
+  tree, found = starts.starting_from(tree_of(config))
+  experiment = configs.build(tree)
+  starts.check_start(experiment)
+  assert experiment.model.data_shape == found.model.data_shape == (8, 8, 1)
+  assert experiment.model.network.module.channels == found.model.network.module.channels == 16
+  config.data.image_size = (16, 8)
+  tree, found = starts.starting_from(tree_of(config))
+  assert found.model.data_shape == (16, 8, 1)
+  tree, found = starts.pretrained(str(tmp_path), tree_of(config), recipe=False, sampler=None)
+  assert found.model.data_shape == configs.build(tree).model.data_shape == (16, 8, 1)
+
+
+def drawn(folder, output, code, name="ddim_nfe2_seed0"):
+  assert code == 0, output
+  with np.load(folder / "samples" / f"{name}.npz") as file:
+    return dict(file)
+
+
+def sample(folder, *flags):
+  options = ("--mode=sample", "--sampler=ddim", "--num_steps=2", "--num_samples=2")
+  code, output = call(*options, f"--pretrained={folder}", f"--workdir={folder}", *flags)
+  found = drawn(folder, output, code)
+  shutil.rmtree(folder / "samples")
+  return found
+
+
+# Groups of several channels: one alone loses what is added to it, such as a class's embedding.
+SMALL = {"block_out_channels": (8, 8), "norm_num_groups": 2}
+
+
+def test_a_model_of_images_that_are_no_squares_is_sampled(tmp_path):
+  write(tmp_path, None, sample_size=(8, 16), **SMALL)
+  assert sample(tmp_path)["samples"].shape == (2, 8, 16, 3)
+
+
+def test_another_range_of_clipping_is_the_folder_s(tmp_path):
+  """The estimates of x_0 go as far as the scheduler lets them, and samples, which are pixels, to -1 and 1."""
+  write(tmp_path, diffusers.DDIMScheduler(clip_sample_range=2.0), **SMALL)
+  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False, sampler=None)
+  assert tree.values["sampling"]["clip"] == {"component": "guidance.clip", "low": -2.0, "high": 2.0}
+  clipped = configs.build(tree, found.model).sampling.clip(denoise=lambda x_t, t: x_t)
+  np.testing.assert_array_equal(clipped(np.float32([-9, -1.5, 1.5, 9]), 0.5), [-2, -1.5, 1.5, 2])
+  assert sample(tmp_path)["samples"].dtype == np.uint8
+
+
+CONDITIONED = {
+  "level": ({"class_embed_type": "timestep"}, "5", "900"),
+  "vector": ({"class_embed_type": "identity"}, ",".join(["1"] * 32), ",".join(["-2"] * 32)),
+  "classes": ({"num_class_embeds": 4}, "0", "3"),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditions_of_a_folder_are_given_by_the_command_line(name, tmp_path):
+  changes, first, second = CONDITIONED[name]
+  # Estimates of x_0 themselves: those that follow from noise are black or white at so few steps.
+  write(tmp_path, diffusers.DDIMScheduler(prediction_type="sample"), **SMALL | changes)
+  one, other = (sample(tmp_path, f"--given={name}={value}") for value in (first, second))
+  assert np.any(one["samples"] != other["samples"])
+  both = sample(tmp_path, f"--given={name}={first}", f"--given={name}={second}")
+  np.testing.assert_array_equal(both["samples"], [one["samples"][0], other["samples"][1]])
+  wanted = np.array([[float(word) for word in value.split(",")] for value in (first, second)])
+  np.testing.assert_array_equal(both[name], wanted if name == "vector" else wanted[:, 0])
+  if name != "classes":
+    code, output = call("--mode=sample", f"--pretrained={tmp_path}", f"--workdir={tmp_path}")
+    assert_refused(code, output, f"Got no {name} .*expected --given {name}=<value>")
+
+
+def test_an_image_that_a_folder_takes_beside_the_input_is_given_by_its_file(tmp_path):
+  write(tmp_path / "model", in_channels=4, **SMALL)
+  levels = (0, 255)
+  for level in levels:
+    Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / f"{level}.png")
+  hints = [f"--given=hint={tmp_path / f'{level}.png'}" for level in levels]
+  one, other = (sample(tmp_path / "model", hint) for hint in hints)
+  assert np.any(one["samples"] != other["samples"])
+  both = sample(tmp_path / "model", *hints)
+  np.testing.assert_array_equal(both["samples"], [one["samples"][0], other["samples"][1]])
+  shutil.copytree(tmp_path / "model", tmp_path / "again")
+  where = ("--mode=sample", f"--pretrained={tmp_path / 'again'}", f"--workdir={tmp_path / 'work'}")
+  code, output = call(*where, f"--given=hint={tmp_path / 'none.png'}")
+  assert_refused(code, output, "Got --given hint=.*none.png, which does not exist")
+  shutil.rmtree(tmp_path / "model")
+  code, output = call(*where, f"--given=hint={tmp_path}")
+  assert_refused(code, output, "Got --given hint=.*, 2 images; expected one. Repeat the flag")
+
+
+def test_training_goes_on_with_the_conditions_of_a_folder(tmp_path):
+  """An image beside the input and a vector, from data of the same names."""
+  changes = {"in_channels": 3, "out_channels": 1, "class_embed_type": "identity"}
+  write(tmp_path / "model", **SMALL | changes)
+  rng = np.random.default_rng(0)
+  items = {"images": rng.integers(0, 256, (20, 8, 8, 1), np.uint8), "hint": rng.normal(size=(20, 8, 8, 2))}
+  np.savez(tmp_path / "data.npz", **items, vector=rng.normal(size=(20, 32)))
+  flags = [RECIPE, f"--config.init_from={tmp_path / 'model'}", f"--workdir={tmp_path / 'run'}"]
+  source = f"--config.data.source=arrays(path='{tmp_path}/data.npz', items=['hint', 'vector'])"
+  small = ["--config.data.hold_out=8", "--config.evaluation.num_samples=6", "--config.evaluation.k=2"]
+  code, output = call(*flags, source, *small, "--config.training.steps=2")
+  assert code == 0, output
+  assert json.loads((tmp_path / "run" / "eval.json").read_text())["num_samples"] == 6
+  code, output = call(*flags, source.replace("'hint', ", ""), *small, f"--workdir={tmp_path / 'other'}")
+  assert_refused(
+    code, output, "the items classes, image, vector for a model that is given hint; expected 'hint' among them"
+  )
