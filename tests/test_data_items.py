@@ -137,7 +137,10 @@ def test_arrays_of_a_file_that_belong_to_the_images(tmp_path):
   batch = data.read(source, [4, 1])
   assert batch.keys() == {"image", "classes", "pose"}
   np.testing.assert_array_equal(batch["pose"], [[8, 9], [2, 3]])
-  for items, message in ((["poise"], "which holds images, labels, other, pose; expected poise too"), (["other"], "a.npz: Got other of shape")):
+  for items, message in (
+    (["poise"], "which holds images, labels, other, pose; expected poise too"),
+    (["other"], "a.npz: Got other of shape"),
+  ):
     with pytest.raises(ValueError, match=message):
       data.arrays(fit, str(tmp_path / "a.npz"), items)
 
@@ -157,7 +160,10 @@ class Wrong(Poses):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"pose": np.zeros(4)}, r"pose float32 \(4,\).*beside one of .*pose float32 \(3,\).*expected the same names, types and shapes"),
+    (
+      {"pose": np.zeros(4)},
+      r"pose float32 \(4,\).*beside one of .*pose float32 \(3,\).*expected the same names, types and shapes",
+    ),
     ({"more": 1.0}, r"more float32 \(\).*beside one of"),
     ({"image": np.zeros(SHAPE)}, r"image float32 .*beside one of .*image uint8"),
     ({"pose": "left"}, "the item 'pose' of type <U4; expected numbers.*leave it out"),
@@ -198,14 +204,19 @@ def test_data_without_images_or_without_classes_are_refused_where_they_are_neede
     data.load(data.Splits(Blind()))
   train, _ = data.load(data.Splits(Poses()), hold_out=2)
   assert data.label_counts(train, 3) is None
-  with pytest.raises(ValueError, match="the items count, image, .* for a model of classes; expected 'classes' among them"):
+  with pytest.raises(
+    ValueError, match="the items count, image, .* for a model of classes; expected 'classes' among them"
+  ):
     data.load(data.Splits(Poses()), check=data.labels_below(3))
 
 
 def test_arrays_that_do_not_match_the_images_are_errors():
   images = np.zeros((3, *SHAPE), np.uint8)
   for use, message in (
-    (lambda: data.ArraySource(images, pose=np.zeros((2, 3))), r"pose of shape \(2, 3\) for 3 images; expected one entry an image"),
+    (
+      lambda: data.ArraySource(images, pose=np.zeros((2, 3))),
+      r"pose of shape \(2, 3\) for 3 images; expected one entry an image",
+    ),
     (lambda: data.ArraySource(images, classes=np.arange(3)), "the items classes beside images.*Pass classes as labels"),
     (lambda: data.ArraySource(images.astype(float) + 2), r"from 2 to 2; expected floats in \[-1, 1\]"),
     (lambda: data.ArraySource(images.astype(int)), "type int64; wanted .*uint8 .*or floats"),

@@ -313,7 +313,11 @@ def test_wrong_requests_to_prepare_are_errors(tmp_path):
 def test_the_command_line_needs_no_workdir(tmp_path):
   write_folder(tmp_path / "images")
   command = [sys.executable, "-m", "ddpm_jax.main", "--mode=prepare"]
-  recipe = ["--config=tests/recipes.py", "--config.data.source=folder", f"--config.data.source.path={tmp_path / 'images'}"]
+  recipe = [
+    "--config=tests/recipes.py",
+    "--config.data.source=folder",
+    f"--config.data.source.path={tmp_path / 'images'}",
+  ]
   result = subprocess.run([*command, *recipe, f"--output={tmp_path / 'new'}"], cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
   assert "6 of 8x8x1 packed" in result.stdout

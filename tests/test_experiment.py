@@ -106,7 +106,11 @@ def check_classifier(config):
   [
     ("task", "clasify", "config.task='clasify'.*Did you mean 'classify'"),
     ("model.network.out_channels", 1, "out_channels=1; expected 2 or more classes"),
-    ("model.conditions", {"classes": spec("conditions.classes", number=10, dropout=0.1)}, "the conditions classes; expected none"),
+    (
+      "model.conditions",
+      {"classes": spec("conditions.classes", number=10, dropout=0.1)},
+      "the conditions classes; expected none",
+    ),
     ("model.network.heads", 3, "heads=3"),
     ("objective", "denoising", "config.objective=denoising with config.task='classify'; expected classification"),
   ],
@@ -118,7 +122,9 @@ def test_wrong_values_of_a_classifier_are_errors_when_built(key, value, message)
 
 
 def test_a_model_that_denoises_is_not_trained_to_classify():
-  with pytest.raises(ValueError, match="config.objective=classification with config.task='denoise'; expected denoising"):
+  with pytest.raises(
+    ValueError, match="config.objective=classification with config.task='denoise'; expected denoising"
+  ):
     check_classifier(set_keys(tiny_config(), objective="classification"))
 
 
@@ -129,7 +135,9 @@ def test_the_classifier_of_a_config_is_sound():
 def test_a_classifier_draws_nothing_and_a_denoiser_classifies_nothing():
   with pytest.raises(ValueError, match="task='classify'; expected a run that denoises.*a classifier draws nothing"):
     experiment_of(classifier_config()).task.check_draws("the model")
-  with pytest.raises(ValueError, match="task='denoise'; expected a model that tells classes apart: a run of task='classify'"):
+  with pytest.raises(
+    ValueError, match="task='denoise'; expected a model that tells classes apart: a run of task='classify'"
+  ):
     experiment_of(tiny_config()).task.check_classifies("--classifier")
 
 

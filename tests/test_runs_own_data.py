@@ -111,7 +111,9 @@ def test_a_data_set_and_a_condition_of_ones_own_train_sample_and_are_scored(own,
 
 def test_another_file_under_the_same_name_is_another_run(own, tmp_path):
   run = tmp_path / "run"
-  code, output = call(*flags_of(own), "--config.training.steps=2", "--config.evaluation.report=false", f"--workdir={run}")
+  code, output = call(
+    *flags_of(own), "--config.training.steps=2", "--config.evaluation.report=false", f"--workdir={run}"
+  )
   assert code == 0, output
   (own / "mine.py").write_text((own / "mine.py").read_text() + "\nMORE = 1\n")
   code, output = call(*flags_of(own), "--config.training.steps=4", f"--workdir={run}")
@@ -162,7 +164,10 @@ def test_fit_needs_no_annotation(own):
 @pytest.mark.parametrize(
   ("component", "message"),
   [
-    ("mine.py:nothing", "config.data.source=.*mine.py:nothing, which makes a list; expected it to make a source of data .data.Splits"),
+    (
+      "mine.py:nothing",
+      "config.data.source=.*mine.py:nothing, which makes a list; expected it to make a source of data .data.Splits",
+    ),
     ("mine.py:my_dat", "has no 'my_dat'.*Did you mean 'my_data'"),
     ("none.py:my_data", "none.py:my_data', a file that does not exist"),
     ("mine.py:my_data(path='x', cuont=3)", "'data.source.cuont' as a config key of .*Did you mean 'data.source.count'"),
@@ -170,15 +175,21 @@ def test_fit_needs_no_annotation(own):
   ],
 )
 def test_wrong_sources_of_ones_own_are_errors(own, component, message):
-  with pytest.raises(ValueError, match=message):
+  def read():
     tree = configs.changed(configs.of_config(tiny_config()), "data.source", f"{own}/{component}")
-    reading.read_sources(configs.build(tree))
+    return reading.read_sources(configs.build(tree))
+
+  with pytest.raises(ValueError, match=message):
+    read()
 
 
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("sketch", "data with the items classes, image, level, scribble for a model that is given sketch; expected 'sketch'"),
+    (
+      "sketch",
+      "data with the items classes, image, level, scribble for a model that is given sketch; expected 'sketch'",
+    ),
     ("x", "the items x; expected other names"),
   ],
 )

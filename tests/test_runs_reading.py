@@ -91,7 +91,9 @@ def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
   write(tmp_path / "a", **{"cat": 1, ".": 1})
   prepare.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
   assert labels_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
-  with pytest.raises(ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew.*conditions.classes=None"):
+  with pytest.raises(
+    ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew.*conditions.classes=None"
+  ):
     reading.read_data(experiment(tmp_path / "b", 1, "packed", eval_split=""))
 
 
@@ -313,7 +315,9 @@ def test_a_home_that_is_not_there_is_refused(use):
 # From the command line.
 
 
-@pytest.mark.parametrize("flag", ["--input", "--mask", "--config.data.source.path", "--pretrained", "--workdir", "--output"])
+@pytest.mark.parametrize(
+  "flag", ["--input", "--mask", "--config.data.source.path", "--pretrained", "--workdir", "--output"]
+)
 def test_no_home_behind_a_tilde_is_one_message(tmp_path, flag):
   mode = {
     "--input": "edit",
@@ -339,7 +343,9 @@ def test_wrong_data_end_in_one_message(tmp_path):
     ("a", "1 image.s. without a class, such as .*a/0.png"),
     ("a.zip", "a file; expected a folder.*Unpack"),
   ):
-    code, output = call(*flags, f"--config.data.source.path={tmp_path / path}", "--config.model.conditions.classes=classes(number=2)")
+    code, output = call(
+      *flags, f"--config.data.source.path={tmp_path / path}", "--config.model.conditions.classes=classes(number=2)"
+    )
     assert_refused(code, output, message)
   assert not (tmp_path / "run").exists()
 
@@ -355,7 +361,11 @@ def test_the_recipe_for_folders_suits_small_ones(tmp_path, photos, held):
 
 def test_a_small_folder_trains_and_is_scored(tmp_path):
   write(tmp_path / "photos", a=7, b=6)
-  flags = ["--config.data.source=folder", f"--config.data.source.path={tmp_path / 'photos'}", "--config.data.hold_out=-1"]
+  flags = [
+    "--config.data.source=folder",
+    f"--config.data.source.path={tmp_path / 'photos'}",
+    "--config.data.hold_out=-1",
+  ]
   flags += ["--config.training.steps=2", "--config.evaluation.reference=", "--config.evaluation.num_samples=16"]
   code, output = call(DENSE, f"--workdir={tmp_path / 'run'}", *flags)
   assert code == 0, output

@@ -89,9 +89,7 @@ def test_every_weighting_and_distribution_of_times_trains_from_a_config(weightin
   config.objective.weighting = spec(weighting, **({"weighting": "simple"} if weighting == "on_x0" else {}))
   config.objective.times = spec(times)
   params = random_params(config)
-  loss, _ = jax.jit(loss_of(config))(
-    params, jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))}
-  )
+  loss, _ = jax.jit(loss_of(config))(params, jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))})
   assert jnp.isfinite(loss)
   assert loss > 0
 

@@ -134,7 +134,9 @@ def _check_item(first: sources.Batch) -> None:
   if image is None:
     raise ValueError(f"Got data with the items {', '.join(sorted(first)) or 'none'}; expected 'image' among them.")
   if image.dtype != np.uint8 and image.dtype != np.float32:
-    raise ValueError(f"Got images of type {image.dtype} from the data; expected uint8 (0 to 255), or floats in [-1, 1].")
+    raise ValueError(
+      f"Got images of type {image.dtype} from the data; expected uint8 (0 to 255), or floats in [-1, 1]."
+    )
   sources.check_range(image)
 
 
