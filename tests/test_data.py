@@ -122,7 +122,7 @@ def test_wrong_array_files_are_errors(tmp_path):
   np.savez(tmp_path / "other.npz", weights=np.zeros(3))
   with pytest.raises(ValueError, match="weights"):
     data.read_arrays(tmp_path / "other.npz")
-  for wrong in (np.full((2, 4, 4, 1), 255.0), np.zeros((2, 4, 4, 1), np.int64)):
+  for wrong in (np.zeros((2, 4, 4, 1)), np.full((2, 4, 4, 1), -255.0), np.zeros((2, 4, 4, 1), np.int64)):
     np.savez(tmp_path / "wrong.npz", images=wrong)
     with pytest.raises(ValueError, match="uint8"):
       data.read_arrays(tmp_path / "wrong.npz")

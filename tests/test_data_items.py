@@ -145,6 +145,18 @@ def test_arrays_of_a_file_that_belong_to_the_images(tmp_path):
       data.arrays(fit, str(tmp_path / "a.npz"), items)
 
 
+def test_images_of_floats_from_a_file_are_from_black_to_white(tmp_path):
+  images = np.linspace(-1, 1, 2 * 24).reshape(2, *SHAPE)
+  np.savez(tmp_path / "a.npz", images=images)
+  fit = data.Fit(SHAPE[:2], 1)
+  np.testing.assert_array_equal(data.arrays(fit, str(tmp_path / "a.npz")).train.images, images.astype(np.float32))
+  found = data.read_inputs(tmp_path / "a.npz", SHAPE[:2], 1).images
+  np.testing.assert_array_equal(found, np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8))
+  np.savez(tmp_path / "b.npz", images=(images + 1) / 2)
+  with pytest.raises(ValueError, match=r"b.npz: Got images of floats from 0 to 1; expected -1 to 1.*2 \* images - 1"):
+    data.arrays(fit, str(tmp_path / "b.npz"))
+
+
 class Wrong(Poses):
   """Poses of which one item is another."""
 

@@ -233,7 +233,13 @@ class _Held:
     self._items = items
 
   @property
+  def images(self) -> np.ndarray:
+    """[N, H, W, C]."""
+    return self._items["image"]
+
+  @property
   def labels(self) -> np.ndarray | None:
+    """[N], or None."""
     return self._items.get("classes")
 
   def __len__(self) -> int:
@@ -278,11 +284,6 @@ class ArraySource(_Held):
       if array.shape[:1] != images.shape[:1]:
         raise ValueError(f"Got {name} of shape {array.shape} for {len(images)} images; expected one entry an image.")
     super().__init__({"image": to_array("image", images), "classes": check_labels(labels)} | others)
-
-  @property
-  def images(self) -> np.ndarray:
-    """[N, H, W, C]."""
-    return self._items["image"]
 
 
 def check_range(images: np.ndarray) -> None:
@@ -372,6 +373,12 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
     raise ValueError(
       f"Got {path}, which holds {', '.join(sorted(known)[:5]) or 'nothing'}{more}; expected the array 'images', uint8 [N, H, W, C], and optionally"
       " 'labels' [N]. Save it with these names; unpack an archive of image files, and read it by --config.data.source=folder."
+    )
+  if images.size and np.issubdtype(images.dtype, np.floating) and np.min(images) >= 0:
+    # Floats in [0, 1] are as usual elsewhere, and would be taken for bright images.
+    raise ValueError(
+      f"{path}: Got images of floats from {np.min(images):g} to {np.max(images):g}; expected -1 to 1, black to white, or uint8 (0 to 255). Scale"
+      " them: 2 * images - 1."
     )
   missing = [name for name in items if name not in content]
   if missing:
