@@ -37,7 +37,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
     return
   if held_out is None:
     raise ValueError(
-      "Got config.evaluation.likelihood and no held-out images to take it of; set --config.data.eval_split or --config.data.hold_out."
+      "Got config.evaluation.likelihood and no held-out images to take it of; set --config.data.source.eval_split or --config.data.hold_out."
     )
   if _count(experiment, held_out) < 2:
     raise ValueError(

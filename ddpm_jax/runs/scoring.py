@@ -71,7 +71,7 @@ class Judge:
     """Raises a ValueError if there is nothing to score against."""
     if self._reference is None:
       raise ValueError(
-        "Got no held-out images to score against; set --config.data.eval_split or --config.data.hold_out, or score against the training"
+        "Got no held-out images to score against; set --config.data.source.eval_split or --config.data.hold_out, or score against the training"
         " images: --config.evaluation.reference=train."
       )
 
@@ -153,7 +153,7 @@ class Judge:
     drawing.save_picture(drawing.samples_folder(self.folder) / "final", last.samples, last.labels)
     report = self._report(drawn, likelihood, weights, sha256, seed)
     if self._reference is None:
-      say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
+      say("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
     report = model.write_scores(self.folder, report, weights, seed, time.perf_counter() - start)
     if self._reference is not None:
       rows_of = {"generated": report["scores"]["generated"], "real images (floor)": report["scores"]["floor"]}

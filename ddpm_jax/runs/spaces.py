@@ -174,7 +174,7 @@ def build_reference(
   if name == "held_out":
     if held_out is None and experiment.evaluation.reference:
       raise ValueError(
-        "Got config.evaluation.reference='held_out' and no held-out images; set --config.data.eval_split or"
+        "Got config.evaluation.reference='held_out' and no held-out images; set --config.data.source.eval_split or"
         " --config.data.hold_out, or take --config.evaluation.reference=train."
       )
     return None if held_out is None else _checked(Reference(name, held_out, None, source))
@@ -195,7 +195,7 @@ def _checked(reference: Reference) -> Reference:
   if reference.images is None or len(reference.images) < 2:
     raise ValueError(
       f"Got {len(reference.images or ())} image(s) of the split {reference.name!r} to score against; expected two or more. Add some, or train"
-      " without scores: --config.data.hold_out=0 --config.data.eval_split=''."
+      " without scores: --config.data.hold_out=0 --config.data.source.eval_split=''."
     )
   return reference
 

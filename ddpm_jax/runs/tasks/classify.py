@@ -117,7 +117,7 @@ class Judge:
     """Raises a ValueError if there is nothing to score against."""
     if self._held_out is None:
       raise ValueError(
-        "Got no held-out images to score against; set --config.data.eval_split or --config.data.hold_out."
+        "Got no held-out images to score against; set --config.data.source.eval_split or --config.data.hold_out."
       )
 
   def check_best(self, metric: str) -> None:
@@ -135,7 +135,7 @@ class Judge:
     del variants
     experiment, held_out = self._experiment, self._held_out
     if held_out is None:
-      say("no scores: the config holds no images back (config.data.eval_split or config.data.hold_out)")
+      say("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
       return
     start, count, process = time.perf_counter(), experiment.evaluation.num_samples, experiment.model.process
     chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
