@@ -205,7 +205,7 @@ def main(argv: list[str]) -> None:
   tree, model = _config(folder), None
   if _PRETRAINED.value is not None:
     tree, model = runs.starts.pretrained(
-      _PRETRAINED.value, tree, recipe=_CONFIG.value is not None, sampler=variants[-1][0]
+      _PRETRAINED.value, tree, recipe=_CONFIG.value is not None, sampler=variants[-1][0], keys=_KEYS
     )
   tree = _with_flags(tree, mode, variants[-1], folder)
   choice = runs.Choice(_EMA.value is not False, _EMA_LENGTH.value, _STEP.value or "")

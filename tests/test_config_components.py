@@ -300,6 +300,16 @@ def test_a_condition_is_added_and_removed_by_a_flag():
   assert tree.roles["model.conditions.classes.number"] == "model"
 
 
+def test_the_order_of_conditions_does_not_depend_on_who_wrote_them(tmp_path):
+  """Networks join those of one kind in their order, which a run's file would change."""
+  config = configs.default_config()
+  config.model.conditions = {"z": spec("conditions.vector", size=2), "b": spec("conditions.vector", size=3)}
+  tree = configs.changed(tree_of(config), "model.conditions.a", "vector(size=4)")
+  configs.write(tmp_path, tree)
+  for one in (tree, configs.of_run(tmp_path)):
+    assert list(one.values["model"]["conditions"]) == ["a", "b", "z"]
+
+
 def test_flags_with_and_without_equals_signs(tmp_path):
   folder = tmp_path / "run"
   config = tiny_config()

@@ -79,6 +79,13 @@ def test_the_tiny_config_is_sound():
   build_all(tiny_config())
 
 
+def test_a_change_makes_a_model_anew_only_if_it_is_one_of_the_model():
+  experiment = experiment_of(tiny_config())
+  assert experiment.changed(sampling__num_steps=3).model is experiment.model
+  assert experiment.changed(data__image_size=(8, 16)).model.shape == (8, 16, 1)
+  assert experiment.changed(model__process="vp").model.process.num_steps is None
+
+
 def test_data_with_more_classes_than_the_network_is_an_error():
   config = tiny_config()
   config.model.conditions.classes = spec("conditions.classes", number=9)

@@ -296,6 +296,30 @@ def test_a_folder_without_a_size_takes_the_data_s(tmp_path):
   assert found.model.data_shape == configs.build(tree).model.data_shape == (16, 8, 1)
 
 
+def test_options_that_change_are_seen_where_a_run_goes_on(exported, tmp_path):
+  config = tiny_config()
+  config.init_from = str(exported)
+  config.model.network.dropout = 0.1
+  tree, _ = starts.starting_from(tree_of(config))
+  tmp_path.joinpath("run").mkdir()
+  configs.write(tmp_path / "run", starts.keep(tree, tmp_path / "run"))
+  config.model.network.update({"dropout": 0.3, "remat": "blocks"})
+  found = starts.same_start(tree_of(config), tmp_path / "run").values["model"]
+  saved = configs.of_run(tmp_path / "run")
+  assert found == saved.values["model"] | {"dropout": 0.3, "remat": "blocks"}
+  changed = configs.changed(saved, "model.remat", "blocks")
+  assert starts.same_start(changed, tmp_path / "run").values == changed.values
+
+
+def test_keys_beside_a_model_from_elsewhere_stay(exported):
+  tree = configs.changed(configs.expand({}), "sampling.num_steps", 5)
+  tree = configs.changed(tree, "sampler", "heun(s_churn=4)")
+  tree, _ = starts.pretrained(
+    str(exported), tree, recipe=False, sampler=None, keys=("sampling.num_steps", "sampler.s_churn")
+  )
+  assert (tree.values["sampling"]["num_steps"], tree.values["sampler"]["s_churn"]) == (5, 4.0)
+
+
 def drawn(folder, output, code, name="ddim_nfe2_seed0"):
   assert code == 0, output
   with np.load(folder / "samples" / f"{name}.npz") as file:

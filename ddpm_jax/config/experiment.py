@@ -83,7 +83,7 @@ class Experiment(NamedTuple):
     return suits.name if self.tree.values["sampler"] is None and suits else short_name(self.tree, "sampler")
 
   def changed(self, **changes: Any) -> "Experiment":
-    """Return the experiment with other values by their dotted names, with __ for each dot; what the model is made of stays as it is.
+    """Return the experiment with other values, by their dotted names with __ for each dot; only parts that change make a new model.
 
     Raises:
       ValueError: if a value is wrong.
@@ -91,11 +91,17 @@ class Experiment(NamedTuple):
     tree = self.tree
     for name, value in changes.items():
       tree = trees.changed(tree, name.replace("__", "."), value)
-    return build(tree, self.model)
+    same = _model_parts(tree) == _model_parts(self.tree)
+    return build(tree, self.model if same else None)
 
   def values(self, *roles: str) -> dict[str, Any]:
     """Return the keys that are for one of these roles, by their dotted names."""
     return trees.of_roles(self.tree, roles)
+
+
+def _model_parts(tree: Tree) -> tuple[Any, ...]:
+  """Return all of a config that its model follows from."""
+  return tree.values["model"], tree.values["data"]["image_size"], tree.values["data"]["channels"]
 
 
 def short_name(tree: Tree, path: str) -> str:

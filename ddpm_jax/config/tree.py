@@ -99,7 +99,8 @@ class _Expander:
         f" --config.{path}.classes='{components.example(parameter.slot)}'."
       )
     found = {}
-    for name, value in given.items():
+    # In the order in which a run's file holds them: a network joins conditions of one kind in their order.
+    for name, value in sorted(given.items(), key=lambda item: str(item[0])):
       if not str(name).isidentifier():
         raise ValueError(f"Got {name!r} as a name in config.{path}; expected a word, such as classes.")
       # So may a recipe or a flag take one out.

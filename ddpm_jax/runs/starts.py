@@ -1,5 +1,6 @@
 """Models that come from elsewhere: what a run starts from, or samples are drawn of in place of a run's."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,9 @@ def load(path: str, tree: Tree) -> Pretrained:
   return Pretrained(model, params)
 
 
-def pretrained(path: str, tree: Tree, *, recipe: bool, sampler: str | None) -> tuple[Tree, Pretrained]:
+def pretrained(
+  path: str, tree: Tree, *, recipe: bool, sampler: str | None, keys: Collection[str] = ()
+) -> tuple[Tree, Pretrained]:
   """Return the config with a model from elsewhere in place of its own, and the model.
 
   Args:
@@ -41,6 +44,7 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, sampler: str | None) -> t
     tree: the config.
     recipe: whether somebody asked for the config; else the model is sampled as suits it.
     sampler: the sampler that somebody asked for, or None.
+    keys: the keys that somebody gave beside it, which stay as they are.
   """
   found = load(path, tree)
   if recipe:
@@ -50,14 +54,21 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, sampler: str | None) -> t
   if recipe or suits is None:
     return tree, found
   steps = found.model.process.num_steps or suits.steps
+  if any(_is_below(key, "sampler") for key in keys):
+    sampler = config.short_name(tree, "sampler")
   if sampler is None:
     steps = suits.steps
   elif sampler.partition("(")[0].rpartition(".")[2] != "ancestral":
     steps = min(suits.steps, steps, 50)
   clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
-    tree = config.changed(tree, key, value)
+    if not any(_is_below(given, key) for given in keys):
+      tree = config.changed(tree, key, value)
   return tree, found
+
+
+def _is_below(key: str, path: str) -> bool:
+  return key == path or key.startswith(f"{path}.")
 
 
 def _options(tree: Tree, path: str) -> dict[str, Any]:
@@ -120,7 +131,9 @@ def same_start(tree: Tree, folder: Path) -> Tree:
   old = config.saved(folder) if tree.values["init_from"] else None
   if old is None or old.values["init_from"] != tree.values["init_from"]:
     return tree
-  return config.changed(tree, "model", old.values["model"])
+  path = old.values["model"]["path"]
+  # With its own options: those that have changed are seen, and those of speed hold.
+  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
 
 
 def check_start(experiment: Experiment) -> None:
