@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import guidance, parallel, randomness, sampling
+from ddpm_jax import guidance, parallel, predictions, randomness, sampling
 from ddpm_jax.config import spec
 from ddpm_jax.losses import Context
-from ddpm_jax.models import guided
+from ddpm_jax.models import conditions, guided
 from ddpm_jax.models.guided import Guides, Parameters
 from ddpm_jax.runs import programs, stepping
 from tests.parameters import random_params
@@ -226,6 +226,23 @@ def test_wrong_guidance_is_an_error(name):
     programs.generate(experiment_of(config), mesh(), guides(**others))
 
 
+def test_a_rule_of_ones_own_is_known_by_what_it_takes_and_gives():
+  """It sees the conditions of a model before there are samples, and two estimates go to samplers that take two alone."""
+  experiment = experiment_of(config_of())
+  shapes = []
+
+  def own(conditional, condition, negative):
+    shapes.append((condition["classes"].shape, negative["classes"].shape))
+    return guidance.plus_plus(conditional, condition, negative, 0.5)
+
+  assert guided.gives_two(experiment.model, own)
+  assert shapes == [((1,), (1,))]
+  assert not guided.gives_two(experiment.model, experiment.guidance)
+  guided.check(experiment.model, own, two_estimates=True)
+  with pytest.raises(ValueError, match="Got guidance by own, which takes data and noise from two estimates"):
+    guided.check(experiment.model, own, two_estimates=False)
+
+
 def checked(config, others, *, negative=False):
   experiment = experiment_of(config)
   guided.check(experiment.model, experiment.guidance, experiment.sampler.two_estimates, others, negative=negative)
@@ -375,3 +392,26 @@ def test_estimates_are_clipped_or_thresholded_last():
   found = bounded(sampling__clip=spec("guidance.dynamic_threshold", percentile=0.5))
   median = np.median(np.abs(x), (1, 2, 3), keepdims=True)
   np.testing.assert_allclose(found, np.clip(x / median, -1, 1), rtol=1e-5)
+
+
+def test_a_condition_that_nobody_asks_for_stands_for_none():
+  """What stands for none is a value as the network takes it, not an item that `encode` is still to read."""
+  own = experiment_of(config_of())
+  shape = jax.ShapeDtypeStruct((), jnp.int32)
+  kept = conditions.Condition(
+    "classes", shape, lambda *args: args[2]["classes"] + 1, lambda frozen: frozen["null"], 0.5, 4
+  )
+  seen = []
+
+  def apply(params, x, time, given, **options):
+    seen.append(np.asarray(given["classes"]))
+    return x
+
+  model = own.model._replace(
+    conditions={"classes": kept}, network=own.model.network._replace(apply=apply), prediction=predictions.X0
+  )
+  keys = randomness.sample_keys(jax.random.key(0), np.arange(2))
+  parameters = Parameters({}, {"conditions": {"classes": {"null": jnp.int32(3)}}})
+  for batch, values in (({}, [3, 3]), ({"classes": np.int32([0, 1])}, [1, 2])):
+    guided.denoise(model, own.guidance, keys, batch, parameters)(jnp.zeros((2, 8, 8, 1)), 0.5)
+    np.testing.assert_array_equal(seen.pop(), values)

@@ -1,5 +1,6 @@
 """Codecs: what lies between data and the x that a process adds noise to."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,13 @@ def _to_bytes(data) -> np.ndarray:
   return images.to_uint8(data)
 
 
+@functools.lru_cache(maxsize=32)
+def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
+  """Return the shapes of the frozen parameters that `load` reads; read once, however often they are asked for."""
+  # Not under `jax.eval_shape`: what reads a checkpoint, or computes what it gives, needs values.
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
+
+
 class Codec(NamedTuple):
   """A pair of functions from data to x and back.
 
@@ -32,6 +40,11 @@ class Codec(NamedTuple):
   load: Callable[[], PyTree] | None = None
   show: Callable[[Array | np.ndarray], np.ndarray] = _to_bytes
 
+  @property
+  def is_pixels(self) -> bool:
+    """Whether x is the data themselves."""
+    return (self.encode, self.decode) == (_as_it_is, _back_as_it_is)
+
   def shape(self, data_shape: tuple[int, ...], frozen: PyTree = None) -> tuple[int, ...]:
     """Return the shape of x for one sample of data of this shape.
 
@@ -40,7 +53,7 @@ class Codec(NamedTuple):
       frozen: the frozen parameters, or their shapes; None reads them, if the codec has any.
     """
     if frozen is None and self.load is not None:
-      frozen = jax.eval_shape(self.load)
+      frozen = frozen_shapes(self.load)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     data = jax.ShapeDtypeStruct((1, *data_shape), jnp.float32)
     return tuple(jax.eval_shape(self.encode, frozen, keys, data).shape[1:])

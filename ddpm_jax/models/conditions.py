@@ -58,6 +58,11 @@ class Condition(NamedTuple):
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
 
+  @property
+  def is_source(self) -> bool:
+    """Whether it is an image that samples are made of, such as a small one to enlarge: made of the data, and never typed."""
+    return self.of_data is not None and self.parse is None
+
 
 def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   """Return the condition of integer classes from 0 to `number - 1`.
@@ -348,6 +353,19 @@ def without(
       null(frozen.get(name)),
     )
   return result
+
+
+def none(conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree], count: int) -> dict[str, PyTree]:
+  """Return what stands for none [count, ...] by the names of conditions that have it."""
+
+  def repeated(like, value):
+    return jnp.broadcast_to(jnp.asarray(value, like.dtype), (count, *like.shape))
+
+  found = {}
+  for name, condition in conditions.items():
+    assert condition.null is not None
+    found[name] = jax.tree.map(repeated, condition.shape, condition.null(frozen.get(name)))
+  return found
 
 
 def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]) -> None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import guidance
+from ddpm_jax.models import conditions
 from ddpm_jax.models.model import Model
-from ddpm_jax.predictions import Denoise
+from ddpm_jax.predictions import Denoise, Denoised
 
 Array = jax.Array
 PyTree = Any
@@ -62,6 +63,28 @@ def is_neutral(rule: Callable) -> bool:
   return function is guidance.classifier_free and options.get("scale", 1.0) == 1
 
 
+def gives_two(model: Model, rule: Callable) -> bool:
+  """Return whether a rule of guidance gives two estimates, of data and of noise, as `guidance.plus_plus` does.
+
+  Raises:
+    ValueError: if the rule refuses its options.
+  """
+  given = conditions.example(model.conditions)
+
+  def nothing(x_t, t, given=None):
+    return x_t
+
+  def log_prob(x_t, t):
+    return jnp.zeros(x_t.shape[:1])
+
+  offered = {"denoise": nothing, "conditional": nothing, "weak": nothing, "log_prob": log_prob}
+  offered |= {"condition": given, "negative": given}
+  names = takes(rule)
+  made = rule(**{name: value for name, value in offered.items() if name in names})
+  found = jax.eval_shape(made, jnp.zeros((1, *model.shape)), jnp.ones((1,)))
+  return isinstance(found, Denoised) and found.unguided is not None
+
+
 def denoise(
   model: Model,
   rule: Callable,
@@ -76,11 +99,12 @@ def denoise(
     model: the model.
     rule: a rule of `guidance` with its options.
     keys: a key for each sample [B].
-    batch: what is asked for, arrays [B, ...] by the names of conditions; with "negative_" before the name what is to be guided away from.
+    batch: what is asked for, arrays [B, ...] by the names of conditions; one that is missing stands for none, if it can. With "negative_" before
+      the name what is to be guided away from.
     parameters: all of them.
     guides: the other models.
   """
-  conditional, given = model.conditional(parameters.params), model.given(keys, batch, parameters.frozen)
+  conditional, given = model.conditional(parameters.params), _given(model, keys, batch, parameters.frozen)
 
   def alone(x_t, t):
     return conditional(x_t, t, given)
@@ -92,13 +116,13 @@ def denoise(
   if "negative" in names:
     unwanted = {name.removeprefix(NEGATIVE): value for name, value in batch.items() if name.startswith(NEGATIVE)}
     if unwanted:
-      offered["negative"] = given | model.given(keys, {**batch, **unwanted}, parameters.frozen)
+      offered["negative"] = _given(model, keys, {**batch, **unwanted}, parameters.frozen)
     else:
       offered["negative"] = model.without(given, parameters.frozen)
   if "weak" in names:
     assert guides.weak is not None
     params, frozen = parameters.guides["weak"]
-    weak, weak_given = guides.weak.conditional(params), guides.weak.given(keys, batch, frozen)
+    weak, weak_given = guides.weak.conditional(params), _given(guides.weak, keys, batch, frozen)
     offered["weak"] = lambda x_t, t: weak(x_t, t, weak_given)
   if "log_prob" in names:
     assert guides.classifier is not None
@@ -109,6 +133,19 @@ def denoise(
 
     offered["log_prob"] = log_prob
   return rule(**{name: value for name, value in offered.items() if name in names})
+
+
+def _given(model: Model, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Return what the network is given; a condition that the batch lacks stands for none, if it can."""
+  missing = {
+    name: one
+    for name, one in model.conditions.items()
+    if name not in batch and not one.is_source and one.null is not None
+  }
+  asked = {name: one for name, one in model.conditions.items() if name not in missing}
+  own = frozen.get("conditions", {})
+  found = conditions.encode(asked, own, keys, batch, train=False)
+  return found | conditions.none(missing, own, keys.shape[0])
 
 
 def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = ALONE, *, negative: bool = False) -> None:
@@ -145,13 +182,14 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = AL
         " configs/*_cond.py, or a guide: --classifier=<run folder> or --weak=<run folder>."
       )
     if not negative:
-      jax.eval_shape(lambda: model.without(_example(model)))
-  if _name(rule) == "plus_plus" and not two_estimates:
+      given = conditions.example(model.conditions)
+      jax.eval_shape(lambda frozen: model.without(given, frozen), model.frozen_shapes())
+  # Which lets the rule check its own options too.
+  if gives_two(model, rule) and not two_estimates:
     raise ValueError(
-      "Got guidance by plus_plus, which takes data and noise from two estimates, for a sampler that knows one; expected --sampler=ddim or"
+      f"Got guidance by {_name(rule)}, which takes data and noise from two estimates, for a sampler that knows one; expected --sampler=ddim or"
       " another of sampling.Sampler with two_estimates, without corrector steps."
     )
-  _check_options(rule)
   if guides.classifier is not None:
     _check_same_noise("--classifier", model, guides.classifier)
     own, known = model.conditions.get("classes"), guides.classifier.outputs()
@@ -173,13 +211,6 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = AL
 def _is_shared(condition: Any) -> bool:
   """Return whether a condition is the same in both branches of guidance whatever was trained, as a small image is."""
   return condition.null is None and condition.parse is None
-
-
-def _example(model: Model) -> dict[str, PyTree]:
-  return {
-    name: jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), condition.shape)
-    for name, condition in model.conditions.items()
-  }
 
 
 def _numbers(model: Model) -> dict[str, int]:
@@ -215,19 +246,6 @@ def _shown(rule: Callable) -> str:
     for name, value in _options(rule).items()
     if name != "process"
   )
-
-
-def _check_options(rule: Callable) -> None:
-  """Let the rule check its own options, on functions and labels that stand in for a model's."""
-  label = np.zeros(1, np.int32)
-
-  def nothing(x_t, t, given=None):
-    return x_t
-
-  stand_ins = {"denoise": nothing, "conditional": nothing, "condition": label, "negative": label, "weak": nothing}
-  stand_ins["log_prob"] = nothing
-  names = takes(rule)
-  rule(**{name: value for name, value in stand_ins.items() if name in names})
 
 
 def _check_same_noise(flag: str, model: Model, other: Model, *, label: bool = True) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_jax import guidance, predictions
 from ddpm_jax.models import conditions as conditions_module
-from ddpm_jax.models.codecs import Codec
+from ddpm_jax.models.codecs import Codec, frozen_shapes
 from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.networks import Network
 from ddpm_jax.predictions import Denoise, Prediction
@@ -70,11 +70,16 @@ class Model(NamedTuple):
 
   def load_frozen(self) -> dict[str, PyTree]:
     """Read the frozen parameters of the codec and the conditions from where they came from: `{"codec": ..., "conditions": {name: ...}}`."""
-    frozen: dict[str, PyTree] = {}
-    if self.codec.load is not None:
-      frozen["codec"] = self.codec.load()
-    loaded = {name: condition.load() for name, condition in self.conditions.items() if condition.load is not None}
-    return frozen | ({"conditions": loaded} if loaded else {})
+    return self._frozen(lambda load: load())
+
+  def frozen_shapes(self) -> dict[str, PyTree]:
+    """Return the shapes of what `load_frozen` reads."""
+    return self._frozen(frozen_shapes)
+
+  def _frozen(self, read: Callable[[Callable[[], PyTree]], PyTree]) -> dict[str, PyTree]:
+    frozen = {} if self.codec.load is None else {"codec": read(self.codec.load)}
+    found = {name: read(condition.load) for name, condition in self.conditions.items() if condition.load is not None}
+    return frozen | ({"conditions": found} if found else {})
 
   def given(
     self, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree] | None = None, *, train: bool = False

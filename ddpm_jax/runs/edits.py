@@ -102,11 +102,12 @@ def edit(
   sampler, rule = experiment.sampler, experiment.guidance
   guided.check(experiment.model, rule, sampler.two_estimates, guides, negative=negative)
   method = config.short_name(experiment.tree, "editing.method")
-  two = config.short_name(experiment.tree, "guidance") == "plus_plus"
+  two = guided.gives_two(experiment.model, rule)
   if two and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
+    by = f" by {method}" if method != "none" else ""
     raise ValueError(
-      f"Got guidance by plus_plus with the task {task!r}{f' by {method}' if method != 'none' else ''}, which knows one estimate of the data;"
-      " wanted classifier-free guidance there."
+      f"Got guidance by {config.short_name(experiment.tree, 'guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
+      " a rule that gives one, such as classifier_free."
     )
   if task == "superres" and drawing.enlarged(experiment) is not None:
     return programs.compiled(experiment, mesh, guides, _enlarge(experiment))
@@ -198,10 +199,10 @@ def _measured(experiment: Experiment, task: str, factor: int) -> Draw:
   """Return what draws samples that agree with what is known of each image."""
   model, method = experiment.model, experiment.editing.method
   assert method is not None
-  if task != "inpaint" and model.shape != model.data_shape:
+  if not model.codec.is_pixels:
     raise ValueError(
-      f"Got the task {task!r} for a model of {model.shape} that encodes data of {model.data_shape}; expected a model of pixels, which are what is"
-      " measured."
+      f"Got the task {task!r} for a model of {model.shape} that encodes data of {model.data_shape} by a codec; expected a model of pixels, which"
+      " are what is known of an image. Take --task=img2img, or a model of pixels."
     )
   takes = guided.takes(method)
 
