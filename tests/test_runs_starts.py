@@ -76,6 +76,14 @@ def test_the_model_card_has_the_config_and_the_scores(run, exported):
   assert "DDIMPipeline.from_pretrained" in card
 
 
+@pytest.mark.parametrize("clip", ["dynamic_threshold", "clip(low=-2)"])
+def test_what_diffusers_cannot_clip_is_not_exported(clip, run, tmp_path):
+  output = tmp_path / "model"
+  code, text = call("--mode=export", f"--workdir={run}", f"--output={output}", f"--config.sampling.clip={clip}")
+  assert_refused(code, text, "config.sampling.clip=.*to export; expected clip.*diffusers clips in no other way")
+  assert not output.exists()
+
+
 def test_raw_weights_are_others(run, exported, tmp_path):
   code, output = call("--mode=export", f"--workdir={run}", f"--output={tmp_path / 'raw'}", "--ema=false")
   assert code == 0, output
