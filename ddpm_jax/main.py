@@ -160,6 +160,8 @@ def main(argv: list[str]) -> None:
     (_EMA, ("sample", "edit", "eval", "export")),
     (_EMA_LENGTH, ("sample", "edit", "eval", "export")),
     (_STEP, ("sample", "edit", "eval", "export")),
+    (_SAMPLER, ("train", "sample", "edit", "eval", "export")),
+    (_NUM_STEPS, ("train", "sample", "edit", "eval")),
     (_RESUME, ("train",)),
     (_PROFILE, ("train",)),
     (_COORDINATOR, ("train", "sample", "edit", "eval", "export")),
@@ -309,6 +311,9 @@ def _with_flags(tree: Any, mode: str, variant: tuple[str | None, int | None], fo
     (_NUM_STEPS, "sampling.num_steps"),
     (_METHOD, "editing.method"),
     (_GUIDANCE_SCALE, "guidance.scale"),
+    (_STRENGTH, "editing.strength"),
+    (_INCEPTION_WEIGHTS, "evaluation.inception_weights"),
+    *([(_NUM_SAMPLES, "evaluation.num_samples")] if mode == "eval" else []),
   ):
     beside = [name for name in _KEYS if name == key or name.startswith(f"{key}.")]
     if flag.value is not None and beside:

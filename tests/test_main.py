@@ -282,6 +282,15 @@ WRONG = {
     [RECIPE, "--mode=sample", "--guidance_scale=3", "--config.guidance.scale=4"],
     "Got --guidance_scale beside --config.guidance.scale",
   ),
+  "two_strengths": (
+    [RECIPE, "--mode=edit", "--task=img2img", "--strength=0.5", "--config.editing.strength=0.7"],
+    "Got --strength beside --config.editing.strength",
+  ),
+  "two_numbers_of_samples": (
+    [RECIPE, "--mode=eval", "--num_samples=20", "--config.evaluation.num_samples=30"],
+    "Got --num_samples beside --config.evaluation.num_samples",
+  ),
+  "sampler_of_a_plan": ([RECIPE, "--mode=plan", "--sampler=heun"], "Got --sampler in mode plan; it serves train and"),
   "argument_of_the_sampler": ([RECIPE, "--sampler=heun(s_churm=40)"], "'sampler.s_churm' .*mean 'sampler.s_churn'"),
   "brackets": ([RECIPE, "--sampler=heun(s_churn=40"], r"sampler='heun\(s_churn=40'; expected a name and its arguments"),
   "given": (
