@@ -5,11 +5,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import ddpm_jax
 from ddpm_jax import config as configs
-from ddpm_jax import runs, sampling
-from ddpm_jax.runs import scoring
+from ddpm_jax import parallel, runs, sampling
+from ddpm_jax.runs import frozen, scoring, stepping
 from tests import own
 from tests.conftest import ROOT
 from tests.recipes import saved_items, tiny_config, tree_of
@@ -108,5 +109,90 @@ def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypa
   experiment = configs.build(tree)
   other = experiment.model._replace(codec=experiment.model.codec._replace(load=lambda: {"gain": np.float32(0.8)}))
   monkeypatch.setattr(configs, "build", lambda *_: experiment._replace(model=other))
-  with pytest.raises(ValueError, match=r"frozen parameters \(codec\) other than those"):
+  changed = pytest.raises(ValueError, match=r"frozen parameters \(codec\) other than those")
+  with changed:
     runs.run_train(tree, tmp_path / "run")
+  with changed:
+    runs.run_eval(configs.build(tree), tmp_path / "run", seed=0, choice=runs.Choice())
+  with changed:
+    ddpm_jax.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("size", [(), (2,)], ids=["another shape", "the same shape"])
+def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  tree = (
+    tree_with(path, "codec")
+    if not size
+    else configs.changed(tree_with(path, "sampler"), "model.codec", f"{path}:patches(factor=1)")
+  )
+  tree = configs.changed(tree, "sampler", "ddim")
+  runs.run_train(tree, tmp_path / "run")
+  np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+  Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
+  experiment = configs.build(tree)
+
+  def edit(task, **options):
+    runs.run_edit(
+      experiment, tmp_path / "run", runs.Edit(task, tmp_path / "images.npz", **options), seed=0, choice=runs.Choice()
+    )
+
+  edit("invert")
+  with np.load(tmp_path / "run" / "edits" / "invert_seed0.npz") as found:
+    assert found["output"].shape == (2, 1, 8, 8, 1)
+    assert found["latent"].shape == (2, *experiment.model.shape)
+  with pytest.raises(ValueError, match="'inpaint' for a model of .* by a codec; expected a model of pixels"):
+    edit("inpaint", mask=str(tmp_path / "mask.png"))
+  with pytest.raises(
+    ValueError, match=r"evaluation.likelihood for a model of .* by a codec; expected a model of pixels"
+  ):
+    runs.run_eval(experiment.changed(evaluation__likelihood=("ode",)), tmp_path / "run", seed=0, choice=runs.Choice())
+
+
+def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  tree = tree_with(path, "condition")
+  runs.run_train(tree, tmp_path / "run")
+  experiment, choice = configs.build(tree), runs.Choice()
+
+  def sample(**given):
+    steering = runs.Steering(given=given)
+    runs.run_sample(experiment, tmp_path / "run", num_samples=2, seed=0, choice=choice, steering=steering)
+
+  sample(bright=["0.3"])
+  with np.load(tmp_path / "run" / "samples" / "ddim_nfe4_seed0.npz") as found:
+    np.testing.assert_allclose(found["bright"], [[0.3], [0.3]], rtol=1e-6)
+  with pytest.raises(ValueError, match="Got no bright for a model that is given some; expected --given bright"):
+    sample()
+  np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+  # An image that nobody says anything of is given what stands for none.
+  runs.run_edit(experiment, tmp_path / "run", runs.Edit("img2img", tmp_path / "images.npz"), seed=0, choice=choice)
+
+
+def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_path, unscored):
+  path, teacher = tmp_path / "mine.py", tmp_path / "teacher"
+  shutil.copy(own.__file__, path)
+  runs.run_train(tree_with(path, "weighting"), teacher)
+  tree = configs.changed(tree_with(path, "condition"), "objective", f"{path}:loss")
+  experiment, reads = configs.build(tree), []
+
+  def load():
+    reads.append(1)
+    return {"scale": np.float32(2), "teacher": ddpm_jax.load(teacher).params}
+
+  def null(frozen):
+    return frozen["none"]
+
+  bright = own.brightness("bright")._replace(null=null, load=lambda: {"none": np.zeros(1, np.float32)})
+  model = experiment.model._replace(conditions={"bright": bright})
+  experiment = experiment._replace(model=model, objective=experiment.objective._replace(load=load))
+  batch = stepping.batch_shapes(experiment, 1)
+  assert stepping.flops_per_image(experiment, batch) > 0
+  stepping.optimizer(experiment)
+  found = frozen.shapes(experiment, parallel.make_mesh())
+  assert len(reads) == 1
+  loaded = frozen.load(experiment)
+  assert set(found) == {"conditions", "objective"}
+  assert jax.tree.map(jax.numpy.shape, loaded) == jax.tree.map(jax.numpy.shape, found)

@@ -47,10 +47,10 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
     raise ValueError(
       "Got config.evaluation.likelihood for a model that enlarges images, which has none here; leave it out."
     )
-  if model.shape != model.data_shape:
+  if not model.codec.is_pixels:
     raise ValueError(
-      f"Got config.evaluation.likelihood for a model of {model.shape} that encodes data of {model.data_shape}; expected a model of pixels, of whose"
-      " values it is the likelihood."
+      f"Got config.evaluation.likelihood for a model of {model.shape} that encodes data of {model.data_shape} by a codec; expected a model of"
+      " pixels, of whose values it is the likelihood."
     )
   if "bound" in c.likelihood:
     if model.process.num_steps is None:
@@ -95,7 +95,7 @@ def evaluate(
   count = _count(experiment, held_out)
   chosen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:count])
   inputs: dict[str, np.ndarray] = {"x_0": images.as_floats(chosen["image"])}
-  inputs |= {name: chosen[name] for name in experiment.model.conditions}
+  inputs |= drawing.items_of(experiment.model, chosen | {"image": inputs["x_0"]})
   experiment = drawing.batches_of(experiment, min(c.batch_size, count) * mesh.size)
   found = {}
   for kind in c.likelihood:

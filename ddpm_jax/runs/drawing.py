@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ddpm_jax import data, files, images, parallel, workdir
 from ddpm_jax.config import Experiment
+from ddpm_jax.models import Model
 from ddpm_jax.models.guided import NEGATIVE, Guides, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
 from ddpm_jax.runs.model import Choice, load_weights, patience, say
@@ -108,13 +109,12 @@ def load_parameters(
   experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: Pretrained | None
 ) -> Parameters:
   """Read the parameters of a run, or take those of a pretrained model in its place; and the frozen ones."""
-  fixed = experiment.model.load_frozen()
   if model is None:
-    frozen.check_same(folder, fixed)
-    return Parameters(load_weights(experiment, folder, mesh, choice).params, fixed)
+    weights = load_weights(experiment, folder, mesh, choice)
+    return Parameters(weights.params, weights.frozen)
   size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
   say(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
-  return Parameters(model.params, fixed)
+  return Parameters(model.params, frozen.of_model(experiment, None, mesh))
 
 
 class Stage(NamedTuple):
@@ -128,7 +128,7 @@ class Stage(NamedTuple):
 
 def enlarged(experiment: Experiment) -> str | None:
   """Return the name of the image that a model enlarges, or None if it needs none."""
-  return next((name for name, one in experiment.model.conditions.items() if one.of_data is not None), None)
+  return next((name for name, one in experiment.model.conditions.items() if one.is_source), None)
 
 
 def low_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
@@ -233,10 +233,14 @@ def inputs_of(experiment: Experiment, count: int, source: data.Source, counts: n
     inputs = asked(experiment.model, {}, count)
     return inputs | ({"classes": in_proportion(counts, count)} if counts is not None and "classes" in inputs else {})
   real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-  batch: dict[str, Any] = real | {"image": images.as_floats(real["image"])}
+  return items_of(experiment.model, real | {"image": images.as_floats(real["image"])})
+
+
+def items_of(model: Model, batch: Mapping[str, Any]) -> Inputs:
+  """Return the items of real data that stand for a model's conditions, of a batch whose images are in [-1, 1]."""
   return {
     name: np.asarray(batch[name] if one.of_data is None or name in batch else one.of_data(batch))
-    for name, one in conditions.items()
+    for name, one in model.conditions.items()
   }
 
 

@@ -153,7 +153,7 @@ def _steer(
       each[name] = [word for word in list(words) * (rows if len(words) == 1 else 1) for _ in range(count)]
     wanted: dict[str, Any] = {field: each}
     steering = steering._replace(**wanted)
-  asked = [name for name, one in model.conditions.items() if one.of_data is None]
+  asked = [name for name, one in model.conditions.items() if not one.is_source]
   missing = [name for name in asked if name not in steering.given]
   if steering.classifier is not None and "classes" not in steering.given:
     raise ValueError("Got --classifier without --classes; wanted the class of each image, which it guides to.")
@@ -167,14 +167,7 @@ def _steer(
       raise ValueError(
         f"Got no {flag_of(name)} for a model that was trained with {name} for every image; wanted one for each image, such as {flag_of(name)}=3."
       )
-  found = steer(experiment, mesh, steering, rows * count, scale)
-  none = {}
-  for name in missing:
-    null = model.conditions[name].null
-    assert null is not None
-    value = np.asarray(null(None))
-    none[name] = np.broadcast_to(value, (rows * count, *value.shape)).copy()
-  return found._replace(inputs={**found.inputs, **none})
+  return steer(experiment, mesh, steering, rows * count, scale, only=True)
 
 
 def _write(
@@ -236,7 +229,8 @@ def _picture(
     shown.append(np.where(inputs["keep"][:: edit.results], first, 128).astype(np.uint8))
   if edit.task == "colorize":
     shown.append(images.to_uint8(inputs["image"][:: edit.results]).repeat(channels, -1))
-  if edit.task == "invert":
+  # What a codec made into another shape is no picture.
+  if edit.task == "invert" and experiment.model.shape == experiment.model.data_shape:
     shown.append(images.to_uint8(found["latent"][:: edit.results] / 3))
   columns = [*shown, *(output[i :: edit.results] for i in range(edit.results))]
   rows = [picture for row in zip(*columns, strict=True) for picture in row]

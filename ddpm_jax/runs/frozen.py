@@ -1,6 +1,5 @@
 """Frozen parameters of an experiment: read from where they came from, never written into a checkpoint, and known by a digest."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 
 from ddpm_jax import digests, parallel, sealed, workdir
 from ddpm_jax.config import Experiment
+from ddpm_jax.models.codecs import frozen_shapes
 
 PyTree = Any
 
@@ -18,9 +18,15 @@ def load(experiment: Experiment) -> dict[str, PyTree]:
   return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
 
 
+def bare_shapes(experiment: Experiment) -> dict[str, PyTree]:
+  """Return the shapes of what `load` reads."""
+  found, load = experiment.model.frozen_shapes(), experiment.objective.load
+  return found if load is None else found | {"objective": frozen_shapes(load)}
+
+
 def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
   """Return the shapes and the layout of all frozen parameters; None if there are none."""
-  found = jax.eval_shape(partial(load, experiment))
+  found = bare_shapes(experiment)
   return parallel.abstract(found, parallel.state_shardings(mesh, found)) if jax.tree.leaves(found) else None
 
 
@@ -28,6 +34,14 @@ def put(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
   """Read all frozen parameters and lay them out on the devices; None if there are none."""
   found = load(experiment)
   return jax.device_put(found, parallel.state_shardings(mesh, found)) if jax.tree.leaves(found) else None
+
+
+def of_model(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
+  """Read the frozen parameters of a model, whole on each device; raise a ValueError if they are not those of the run in a folder."""
+  found = jax.device_put(experiment.model.load_frozen(), parallel.replicated(mesh))
+  if folder is not None:
+    check_same(folder, found)
+  return found
 
 
 def digests_of(frozen: PyTree | None) -> dict[str, list[str]]:

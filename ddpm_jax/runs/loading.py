@@ -9,7 +9,7 @@ import jax
 from ddpm_jax import config, interop, parallel, sampling, workdir
 from ddpm_jax.models import Defaults, Model
 from ddpm_jax.places import user_path
-from ddpm_jax.runs import frozen, model
+from ddpm_jax.runs import model
 
 PyTree = Any
 
@@ -49,8 +49,6 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
     found, params = interop.diffusers.load(path)
     return Loaded(found, params, found.load_frozen())
   experiment = model.trained(config.of_run(folder), folder)
-  fixed = experiment.model.load_frozen()
-  frozen.check_same(folder, fixed)
   choice = model.Choice(averaged, step="" if step is None else str(step))
   weights = model.load_weights(experiment, folder, parallel.make_mesh(devices=jax.devices()[:1]), choice, quiet=True)
   defaults = Defaults(
@@ -60,7 +58,7 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
     steps=experiment.sampling.num_steps,
     clip=experiment.sampling.clip,
   )
-  return Loaded(experiment.model._replace(defaults=defaults), weights.params, fixed)
+  return Loaded(experiment.model._replace(defaults=defaults), weights.params, dict(weights.frozen))
 
 
 def _times(experiment: config.Experiment, num_steps: int) -> Any:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm import tqdm
 import ddpm_jax
 from ddpm_jax import checkpoint, config, ema, evaluate, parallel, sealed, train, workdir
 from ddpm_jax.config import Experiment
+from ddpm_jax.runs import frozen as frozen_module
 from ddpm_jax.runs import starts, stepping
 
 PyTree = Any
@@ -49,11 +50,19 @@ class Choice(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """Parameters from a checkpoint: its step, and which they are, for people to read."""
+  """Parameters of a run's model.
+
+  Attributes:
+    params: what it learned.
+    step: of their checkpoint.
+    name: which they are, for people to read.
+    frozen: its frozen parameters (`Model.load_frozen`).
+  """
 
   params: PyTree
   step: int
   name: str
+  frozen: Mapping[str, PyTree] = {}
 
 
 def say(text: str) -> None:
@@ -161,11 +170,12 @@ def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
 def load_weights(
   experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, *, quiet: bool = False
 ) -> Weights:
-  """The chosen parameters of a run, whole on every device, without what only training needs.
+  """The chosen parameters of a run and its frozen ones, whole on every device, without what only training needs.
 
   Raises:
-    ValueError: if there are none such, or the choice contradicts itself.
+    ValueError: if there are none such, the choice contradicts itself, or the frozen ones are not those that the run was trained with.
   """
+  frozen = frozen_module.of_model(experiment, folder, mesh)
   # Of all that training carries on with these alone: what the objective had need not be there.
   shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
   _, averages = ema.split(jax.eval_shape(stepping.averages(experiment).init, shapes))
@@ -173,7 +183,7 @@ def load_weights(
   if choice.length is not None:
     if not choice.averaged:
       raise ValueError(f"Got --ema=false with --ema_length={choice.length}; wanted one of them.")
-    return _reconstructed(experiment, folder, items["ema"], choice, choice.length)
+    return _reconstructed(experiment, folder, items["ema"], choice, choice.length)._replace(frozen=frozen)
   name = "ema" if choice.averaged else "params"
   checkpoints = open_checkpoints(experiment, folder)
   try:
@@ -185,7 +195,7 @@ def load_weights(
   if not quiet:
     say(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
   params = restored.items[name]
-  return Weights(params[0] if choice.averaged else params, restored.step, str(choice))
+  return Weights(params[0] if choice.averaged else params, restored.step, str(choice), frozen)
 
 
 def _step(checkpoints: checkpoint.Checkpoints, wanted: str) -> int | None:

@@ -123,7 +123,7 @@ def compiled(
   def function(parameters, seed, first, batch):
     # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
     key = jax.random.fold_in(jax.random.key(seed), 2)
-    if any(condition.of_data for condition in model.conditions.values()):
+    if any(condition.is_source for condition in model.conditions.values()):
       # Other noise than the model's that drew what is enlarged.
       key = jax.random.fold_in(key, model.data_shape[0])
     keys = randomness.sample_keys(key, first + jnp.arange(size))

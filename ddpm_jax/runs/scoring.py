@@ -132,10 +132,9 @@ class Judge:
     """Samples of some weights into samples/, their scores into eval.json and report.html; the last variant is the headline."""
     start = time.perf_counter()
     variants = list(variants) or [self.experiment]
-    whole = parallel.whole(self.mesh, weights.params)
-    weights = weights._replace(params=whole)
-    sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get(whole))))
-    parameters = Parameters(whole, self.experiment.model.load_frozen())
+    parameters = Parameters(*parallel.whole(self.mesh, (weights.params, dict(weights.frozen))))
+    # Of the frozen ones too: samples follow from them as well.
+    sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get((parameters.params, parameters.frozen)))))
     drawn = [
       self._draw(
         variant, parameters, weights, sha256, seed, "final" if variant is variants[-1] else _name(variant, seed)

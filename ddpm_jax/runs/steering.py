@@ -52,7 +52,13 @@ class Guided(NamedTuple):
 
 
 def steer(
-  experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, count: int, scale: float | None = None
+  experiment: Experiment,
+  mesh: jax.sharding.Mesh,
+  steering: Steering,
+  count: int,
+  scale: float | None = None,
+  *,
+  only: bool = False,
 ) -> Guided:
   """Check a wish against the model, and say how to follow it; parameters are read when `load` is called.
 
@@ -62,6 +68,7 @@ def steer(
     steering: the wish.
     count: how many samples there are.
     scale: of guidance; None for the experiment's.
+    only: whether conditions that nobody names stay out of `Guided.inputs`, instead of having their defaults.
 
   Raises:
     ValueError: if the model, or what is to guide it, does not allow it.
@@ -74,17 +81,15 @@ def steer(
   guided.check(
     experiment.model, experiment.guidance, experiment.sampler.two_estimates, guides, negative=bool(steering.negative)
   )
-  inputs = asked(experiment.model, steering.given, count, others.get("classifier"))
+  inputs = asked(experiment.model, steering.given, count, others.get("classifier"), only=only)
   if steering.negative:
     unwanted = asked(experiment.model, steering.negative, count, only=True)
     inputs |= {f"{NEGATIVE}{name}": value for name, value in unwanted.items()}
 
   def load() -> dict[str, tuple[PyTree, PyTree]]:
     choices = {"classifier": Choice(), "weak": Choice(step=steering.weak_step)}
-    return {
-      name: (load_weights(others[name], folder, mesh, choices[name]).params, others[name].model.load_frozen())
-      for name, folder in folders.items()
-    }
+    found = {name: load_weights(others[name], folder, mesh, choices[name]) for name, folder in folders.items()}
+    return {name: (weights.params, weights.frozen) for name, weights in found.items()}
 
   return Guided(experiment, guides, load, inputs)
 
@@ -102,15 +107,18 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
   wanted = "classifier" if guides.classifier else "autoguidance" if guides.weak else ""
   kinds = {"classifier": "log_prob", "autoguidance": "weak"}
   if wanted and kinds[wanted] not in guided.takes(experiment.guidance):
-    options = getattr(experiment.guidance, "keywords", {})
-    lost = [name for name, value in options.items() if name in ("rescale",) and value]
-    if lost or config.short_name(experiment.tree, "guidance") == "plus_plus":
-      raise ValueError(
-        f"Got config.guidance={config.short_name(experiment.tree, 'guidance')} with {', '.join(lost) or 'options'} and another guide; they belong to"
-        " classifier-free guidance. Leave them out."
+    node, usual = (tree.values["guidance"] for tree in (experiment.tree, config.expand({})))
+    lost = [name for name, value in node.items() if name != "scale" and value != usual.get(name)]
+    if lost:
+      what = (
+        f" with {', '.join(name for name in lost if name in usual)}" if node["component"] == usual["component"] else ""
       )
+      raise ValueError(
+        f"Got config.guidance={config.short_name(experiment.tree, 'guidance')}{what} and another guide, whose rule takes its place with its scale"
+        f" alone; expected a rule for that guide. Set --config.guidance={wanted}."
+      )
+    own = node.get("scale", 1.0)
     node = {"component": f"guidance.{wanted}"}
-    own = experiment.tree.values["guidance"].get("scale", 1.0)
     experiment = experiment.changed(guidance=node | {"scale": own})
   return experiment if scale is None else experiment.changed(**{scale_key(experiment.tree): float(scale)})
 
@@ -170,7 +178,7 @@ def asked(
       continue
     if condition.default is not None:
       found[name] = condition.default(count)
-    elif condition.of_data is None:
+    elif not condition.is_source:
       raise ValueError(f"Got no {name} for a model that is given some; expected {flag_of(name)}=<value>.")
   return found
 

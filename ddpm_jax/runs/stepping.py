@@ -12,6 +12,7 @@ from ddpm_jax import costs, data, ema, losses, networks, optim, parallel, train
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import Model
 from ddpm_jax.names import choose
+from ddpm_jax.runs import frozen as frozen_module
 
 Array = jax.Array
 PyTree = Any
@@ -58,7 +59,7 @@ def optimizer(experiment: Experiment) -> optax.GradientTransformation:
 def _trains_extra(experiment: Experiment) -> bool:
   if experiment.objective.init is losses.Objective._field_defaults["init"]:
     return False
-  extra, _ = jax.eval_shape(_first_parts(experiment), jax.random.key(0), _abstract_frozen(experiment))
+  extra, _ = jax.eval_shape(_first_parts(experiment), jax.random.key(0), frozen_module.bare_shapes(experiment))
   return bool(jax.tree.leaves(extra))
 
 
@@ -67,11 +68,6 @@ def _first_parts(experiment: Experiment) -> Callable:
     return experiment.objective.init(key, experiment.model.init(key), frozen.get("objective", ()))
 
   return parts
-
-
-def _abstract_frozen(experiment: Experiment) -> dict[str, PyTree]:
-  load = experiment.objective.load
-  return {} if load is None else {"objective": jax.eval_shape(load)}
 
 
 def averages(experiment: Experiment) -> optax.GradientTransformation:
@@ -125,10 +121,7 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
     experiment = _without_remat(experiment)
   model, objective = experiment.model, experiment.objective
   key = jax.eval_shape(jax.random.key, 0)
-  frozen = jax.eval_shape(lambda: {})
-  for name, load in (("codec", model.codec.load), ("objective", objective.load)):
-    if load is not None:
-      frozen[name] = jax.eval_shape(load)
+  frozen = frozen_module.bare_shapes(experiment)
 
   def gradient(params, key, batch, frozen):
     keys = key[None]

@@ -112,7 +112,8 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     run.checkpoints.close()
     # What follows can be done again: nothing is left to save.
     startup.end_on_sigterm()
-    weights = model.Weights(ema.ema_params(state.opt_state), int(state.step), str(model.Choice()))
+    params, own = run.parameters(state)[:2]
+    weights = model.Weights(params, int(state.step), str(model.Choice()), own)
     judge.run(weights, experiment.seed)
     say(
       f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
@@ -264,6 +265,11 @@ class _Run:
   def _records(self, first: int) -> records.Records:
     return records.Records(self.folder, first, wandb=self.experiment.training.wandb, config=self.experiment.tree.values)
 
+  def parameters(self, state: train.TrainState) -> Parameters:
+    """Return what samples follow from: without what the objective alone reads, such as a teacher."""
+    own = {name: part for name, part in (self._frozen or {}).items() if name != "objective"}
+    return Parameters(ema.ema_params(state.opt_state), own)
+
   def train(self, state: train.TrainState, step: Any, preview: Any, profile: int, batch: Any) -> train.TrainState:
     """Takes all steps that are left."""
     c, first = self.experiment.training, int(state.step)
@@ -273,9 +279,6 @@ class _Run:
 
     def compiled(state, batch):
       return program(state, batch, *rest)
-
-    def parameters(state: train.TrainState) -> Parameters:
-      return Parameters(ema.ema_params(state.opt_state), self._frozen or {})
 
     writer = self._records(first) if parallel.is_main() else None
     snapshots = model.open_snapshots(self.folder) if self.experiment.ema.snapshot_every else None
@@ -292,7 +295,7 @@ class _Run:
 
     def score(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
       scores.clear()
-      scores[number] = self._judge.on_the_way(parameters(state))
+      scores[number] = self._judge.on_the_way(self.parameters(state))
       say(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores[number].items()))
       if writer is not None:
         writer.scalars(number, scores[number])
@@ -306,7 +309,7 @@ class _Run:
       snapshots.wait()
 
     def draw(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
-      picture = preview(parameters(state))
+      picture = preview(self.parameters(state))
       if writer is not None:
         images.save_grid(drawing.samples_folder(self.folder) / f"step_{number:07d}.png", picture)
         writer.image(number, "samples", images.grid(picture))

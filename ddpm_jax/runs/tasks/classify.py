@@ -141,7 +141,7 @@ class Judge:
     chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
     times = noise_levels(process)
     say(f"classifying {count:,} held-out images at {len(times)} noise levels by the {weights.name} weights ...")
-    log_probs, classes = _classify(experiment, self._mesh, weights.params, held_out, chosen, times, seed)
+    log_probs, classes = _classify(experiment, self._mesh, weights, held_out, chosen, times, seed)
     levels = [
       {"log_snr": round(float(process.log_snr(t)), 6), "t": float(t)} | evaluate.classification_scores(part, classes)
       for t, part in zip(times, log_probs, strict=True)
@@ -167,7 +167,7 @@ def noise_levels(process: Process) -> np.ndarray:
 def _classify(
   experiment: Experiment,
   mesh: jax.sharding.Mesh,
-  params: PyTree,
+  weights: Weights,
   held_out: data.Source,
   chosen: np.ndarray,
   times: np.ndarray,
@@ -180,11 +180,11 @@ def _classify(
   size, process = experiment.sampling.batch_size, experiment.model.process
   split, whole = parallel.split(mesh), parallel.replicated(mesh)
 
-  def classify(params, x_0, first, level, t):
+  def classify(params, frozen, x_0, first, level, t):
     keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(seed), 2), first + jnp.arange(size))
     x_0, keys = jax.lax.with_sharding_constraint((x_0, randomness.fold_in(keys, level)), split)
-    params = jax.lax.with_sharding_constraint(params, whole)
-    x_0 = experiment.model.encode(keys, x_0)
+    params, frozen = jax.lax.with_sharding_constraint((params, frozen), whole)
+    x_0 = experiment.model.encode(keys, x_0, frozen)
     x_t = process.perturb(x_0, t, randomness.normal(keys, x_0.shape))
     return experiment.model.classify(params)(x_t, t)
 
@@ -194,7 +194,10 @@ def _classify(
     for first in range(0, len(chosen), size):
       batch = data.read(held_out, np.resize(chosen[first : first + size], size))
       x_0 = as_floats(batch["image"])
-      levels = [compiled(params, x_0, np.int32(first), np.int32(level), t) for level, t in enumerate(times)]
+      levels = [
+        compiled(weights.params, weights.frozen, x_0, np.int32(first), np.int32(level), t)
+        for level, t in enumerate(times)
+      ]
       parts.append(np.stack(jax.device_get(levels)))
       classes.append(batch["classes"])
       bar.update(min(size, len(chosen) - first))
