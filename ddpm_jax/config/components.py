@@ -145,16 +145,16 @@ def find(name: Any, slot: Slot, where: str, digest: str = "", folder: Any = None
       raise ValueError(f"Got {where}={name!r}, {slots.described(component)}; expected {slot.what}{_needs(slot)}.")
     return name, component, digest
   home, dot, last = name.rpartition(".")
-  known = slots.names(slot)
   for module in [home] if dot else slot.homes:
     component = slots.exports(module).get(last, MISSING) if module in slots.MODULES else MISSING
     if component is MISSING:
       continue
     if not slots.fits(component, slot):
       raise ValueError(
-        f"Got {where}={name!r}, {slots.described(component)}; expected {slot.what}, one of {', '.join(known)}."
+        f"Got {where}={name!r}, {slots.described(component)}; expected {slot.what}, one of {', '.join(slots.names(slot))}."
       )
     return f"{module}.{last}", component, ""
+  known = slots.names(slot)
   near = difflib.get_close_matches(last, [last_name(one) for one in known], 1)
   hint = f" Did you mean {near[0]!r}?" if near else ""
   raise ValueError(
