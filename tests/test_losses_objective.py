@@ -34,7 +34,7 @@ def weights(out=SIZE):
 def batch():
   rng = np.random.default_rng(1)
   x, vector = (jnp.asarray(rng.uniform(-1, 1, (BATCH, size)), jnp.float32) for size in (SIZE, 8))
-  return {"x": x, "given": {"vector": vector}, "label": jnp.arange(BATCH) % 3}
+  return {"x": x, "given": {"vector": vector}, "classes": jnp.arange(BATCH) % 3}
 
 
 KEYS = jax.random.split(jax.random.key(0), BATCH)
@@ -97,7 +97,7 @@ def test_classification_is_the_classification_loss():
 
   def loss(keys, network):
     options = {"times": times, "input_scale": prediction.input_scale}
-    return losses.classification_loss(keys, network, process, data["x"], data["label"], **options)
+    return losses.classification_loss(keys, network, process, data["x"], data["classes"], **options)
 
   assert_is(losses.classification(apply, process, prediction, times=times), weights(3), loss)
 
