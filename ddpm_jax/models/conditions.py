@@ -59,6 +59,11 @@ class Condition(NamedTuple):
   load: Callable[[], PyTree] | None = None
 
   @property
+  def choices(self) -> int:
+    """How many values of a condition of kind "classes" somebody may ask for: all but the one for none; 0 of other kinds."""
+    return self.number - (self.number > 0 and self.null is not None)
+
+  @property
   def is_source(self) -> bool:
     """Whether it is an image that samples are made of, such as a small one to enlarge: made of the data, and never typed."""
     return self.of_data is not None and self.parse is None

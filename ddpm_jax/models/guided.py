@@ -77,7 +77,7 @@ def gives_two(model: Model, rule: Callable) -> bool:
   def log_prob(x_t, t):
     return jnp.zeros(x_t.shape[:1])
 
-  offered = {"denoise": nothing, "conditional": nothing, "weak": nothing, "log_prob": log_prob}
+  offered: dict[str, Any] = {"denoise": nothing, "conditional": nothing, "weak": nothing, "log_prob": log_prob}
   offered |= {"condition": given, "negative": given}
   names = takes(rule)
   made = rule(**{name: value for name, value in offered.items() if name in names})
@@ -193,10 +193,8 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = AL
   if guides.classifier is not None:
     _check_same_noise("--classifier", model, guides.classifier)
     own, known = model.conditions.get("classes"), guides.classifier.outputs()
-    if own is not None and own.number - (own.null is not None) != known:
-      raise ValueError(
-        f"Got a classifier of {known} classes for a model of {own.number - (own.null is not None)}; expected the same classes."
-      )
+    if own is not None and own.choices != known:
+      raise ValueError(f"Got a classifier of {known} classes for a model of {own.choices}; expected the same classes.")
   if guides.weak is not None:
     _check_same_noise("--weak", model, guides.weak, label=False)
     if jax.tree.map(_shape, _shapes(model)) != jax.tree.map(_shape, _shapes(guides.weak)) or _numbers(
@@ -214,10 +212,7 @@ def _is_shared(condition: Any) -> bool:
 
 
 def _numbers(model: Model) -> dict[str, int]:
-  return {
-    name: condition.number - (condition.dropout > 0 and condition.number > 0)
-    for name, condition in model.conditions.items()
-  }
+  return {name: condition.choices for name, condition in model.conditions.items()}
 
 
 def _shapes(model: Model) -> dict[str, PyTree]:

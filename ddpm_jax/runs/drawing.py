@@ -161,9 +161,9 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
       )
     for name, condition in own.model.conditions.items():
       known = experiment.model.conditions.get(name)
-      if name != low and (known is None or known.shape != condition.shape or _number(known) != _number(condition)):
+      if name != low and (known is None or known.shape != condition.shape or known.choices != condition.choices):
         raise ValueError(
-          f"Got --upsampler={folder}, a model that is given {name} ({_number(condition) or 'no'} classes), for one that is not given the same;"
+          f"Got --upsampler={folder}, a model that is given {name} ({condition.choices or 'no'} classes), for one that is not given the same;"
           " expected the same conditions."
         )
     limits.check_images(own.model.data_shape, count, f"--num_samples={count}")
@@ -171,10 +171,6 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
     stages.append(Stage(own, folder, programs.generate(own, mesh), low))
     shape = own.model.data_shape
   return stages
-
-
-def _number(condition: Any) -> int:
-  return condition.number - (condition.number > 0 and condition.null is not None)
 
 
 def fit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> Experiment:
@@ -247,7 +243,7 @@ def items_of(model: Model, batch: Mapping[str, Any]) -> Inputs:
 def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | None:
   """Return how many data of each class there are [number], or None if the task has no classes or it is not known."""
   condition = experiment.task.classes(experiment)
-  return None if condition is None else data.label_counts(source, _number(condition))
+  return None if condition is None else data.label_counts(source, condition.choices)
 
 
 def draw(

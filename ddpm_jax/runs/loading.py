@@ -1,12 +1,11 @@
 """Models in one line of Python: from a run's folder, a folder of diffusers or a name on the hub."""
 
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from ddpm_jax import config, interop, parallel, sampling, workdir
+from ddpm_jax import config, interop, parallel, workdir
 from ddpm_jax.models import Defaults, Model
 from ddpm_jax.places import user_path
 from ddpm_jax.runs import model
@@ -54,16 +53,8 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
   defaults = Defaults(
     name=experiment.sampler_name,
     sampler=experiment.sampler,
-    times=functools.partial(_times, experiment),
+    times=lambda num_steps: experiment.changed(sampling__num_steps=num_steps).times,
     steps=experiment.sampling.num_steps,
     clip=experiment.sampling.clip,
   )
   return Loaded(experiment.model._replace(defaults=defaults), weights.params, dict(weights.frozen))
-
-
-def _times(experiment: config.Experiment, num_steps: int) -> Any:
-  if experiment.sampling.grid is not None:
-    return experiment.sampling.grid(num_steps=num_steps)
-  if experiment.tree.values["sampler"] is None:
-    return experiment.model.times(num_steps)
-  return sampling.grids.suitable(experiment.sampler, experiment.model.process, num_steps)

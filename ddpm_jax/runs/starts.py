@@ -97,11 +97,10 @@ def _check_conditions(tree: Tree, model: Model, what: str) -> None:
         f"Got config.model.conditions.{name} with {what}, a model that is given {', '.join(model.conditions) or 'nothing'}; expected no such"
         f" condition. Leave it out: --config.model.conditions.{name}=None."
       )
-    number = found.number - (found.number > 0 and found.null is not None)
-    if node.get("number", number) != number:
+    if node.get("number", found.choices) != found.choices:
       raise ValueError(
-        f"Got config.model.conditions.{name}.number={node['number']} with {what}, a model of {number} {name}; expected as many. Set"
-        f" --config.model.conditions.{name}.number={number}."
+        f"Got config.model.conditions.{name}.number={node['number']} with {what}, a model of {found.choices} {name}; expected as many. Set"
+        f" --config.model.conditions.{name}.number={found.choices}."
       )
 
 
