@@ -169,3 +169,15 @@ def test_a_classifier_from_a_config(prediction):
   np.testing.assert_allclose(details["loss"], -log_probs[jnp.arange(4), jnp.arange(4)], rtol=1e-4)
   np.testing.assert_allclose(loss, jnp.mean(details["loss"]), rtol=1e-6)
   assert stepping.flops_per_image(experiment, stepping.batch_shapes(experiment, 1)) > 0
+
+
+def test_outside_of_an_interval_a_rule_does_not_guide(tmp_path):
+  """Whatever its name: what takes a classifier does not guide at 0, other rules at 1."""
+  (tmp_path / "mine.py").write_text(
+    "from ddpm_jax import guidance\n\ndef rule(denoise, log_prob, scale: guidance.Scale = 1.0):\n  return denoise\n"
+  )
+  config = tiny_config()
+  for name, outside in (("guidance.classifier_free", 1), ("guidance.classifier", 0), (f"{tmp_path}/mine.py:rule", 0)):
+    config.guidance = spec(name, scale=spec("guidance.interval", scale=3.0, high=1.0))
+    scale = experiment_of(config).guidance.keywords["scale"]
+    np.testing.assert_array_equal([scale(0.01), scale(1.0)], [3, outside])

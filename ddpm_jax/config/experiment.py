@@ -1,7 +1,7 @@
 """`Experiment`: the values that a config stands for, built once; below it nothing sees a config."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +139,8 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   assert isinstance(sampling_section, Sampling)
   times = _times(tree, model, sampler, sampling_section)
   _check_clip(tree, sampling_section)
-  outside = 0.0 if short_name(tree, "guidance") == "classifier" else 1.0
+  # The scale that does not guide: 0 of what adds the gradient of a classifier, 1 of what joins two estimates.
+  outside = 0.0 if "log_prob" in maker.takes(values["guidance"], "guidance") else 1.0
   sections = {
     name: maker.section(kind, values[name], name, {Process: model.process})
     for name, kind in (
@@ -261,6 +262,11 @@ class _Maker:
     with components.naming("config.model.network", values["network"][KEY]):
       network.check(x_shape)
     return Model(network, process, prediction, conditions, codec, shape, x_shape)
+
+  def takes(self, node: Mapping[str, Any], path: str) -> Collection[str]:
+    """Return the names of all parameters of a component."""
+    found = components.find(node[KEY], _SLOTS[path], f"config.{path}", node.get(DIGEST, ""), self._folder)[1]
+    return slots.parameters_of(found) or {}
 
   def component(self, node: Mapping[str, Any], path: str, offered: Mapping[Any, Any], slot: Slot | None = None) -> Any:
     """Make a component.
