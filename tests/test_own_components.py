@@ -196,3 +196,22 @@ def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_pat
   loaded = frozen.load(experiment)
   assert set(found) == {"conditions", "objective"}
   assert jax.tree.map(jax.numpy.shape, loaded) == jax.tree.map(jax.numpy.shape, found)
+
+
+def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  experiment, mesh = configs.build(tree_with(path, "loss")), parallel.make_mesh()
+  for given in ({"a": 3, "b": np.arange(4), "key": jax.random.key(0)}, {}):
+    one = experiment._replace(objective=experiment.objective._replace(load=lambda given=given: given))
+    found, shapes = frozen.put(one, mesh), frozen.shapes(one, mesh)
+    assert jax.tree.structure(found) == jax.tree.structure({"objective": given}) == jax.tree.structure(shapes)
+    assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(shapes)]
+
+
+def test_an_image_that_joins_x_has_its_space(tmp_path):
+  path = tmp_path / "mine.py"
+  shutil.copy(own.__file__, path)
+  tree = configs.changed(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
+  with pytest.raises(ValueError, match=r"condition 'low', an image of shape \(8, 8, 1\), for x of shape \(2, 2, 16\)"):
+    configs.build(tree)

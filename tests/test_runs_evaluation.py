@@ -11,10 +11,10 @@ import pytest
 from ddpm_jax import data, metrics, parallel, runs
 from ddpm_jax.config import spec
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import bits, drawing, model
+from ddpm_jax.runs import bits, drawing, model, scoring
 from tests import commands
 from tests.parameters import one_device, write_run
-from tests.recipes import experiment_of, tiny_config, tree_of
+from tests.recipes import experiment_of, set_keys, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module")
 
@@ -432,3 +432,12 @@ def test_scores_that_are_damaged_are_not_exported(scored, tmp_path, capsys, what
   assert f"warning: {path} is damaged: " in capsys.readouterr().err
   assert [one.name for one in (tmp_path / "damaged").iterdir()] == ["eval.json"]
   assert model.read_scores(tmp_path) is None
+
+
+def test_variants_of_one_sampler_are_told_apart():
+  config = tiny_config()
+  variants = [experiment_of(set_keys(config, sampler=spec("sampling.ddim", eta=eta))) for eta in (0.0, 0.5, 1.0)]
+  assert scoring._names(variants, 3) == ["eval_ddim_4_seed3", "eval_ddim_4_seed3__2", "final"]
+  curve = [{"sampler": "ddim", "nfe": 4, "arguments": {"eta": eta}} for eta in (0.0, 1.0)]
+  assert scoring._titles(curve) == ["ddim(eta=0.0), NFE 4", "ddim(eta=1.0), NFE 4"]
+  assert scoring._titles(curve[:1]) == ["ddim, NFE 4"]

@@ -404,8 +404,15 @@ def facts(conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_cha
   `vector_embedding` ("time" for a level, "dense" for a vector, else ""), `shape` (of x) and `conditions`.
 
   Raises:
-    ValueError: if there are a level and a vector, of which networks take one.
+    ValueError: if there are a level and a vector, of which networks take one, or an image is not of the space of x.
   """
+  for name, condition in conditions.items():
+    for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(condition.shape), strict=True):
+      if kind == "image" and tuple(leaf.shape[:-1]) != tuple(x_shape[:-1]):
+        raise ValueError(
+          f"Got the condition {name!r}, an image of shape {tuple(leaf.shape)}, for x of shape {tuple(x_shape)}; expected an image of the space"
+          f" {tuple(x_shape[:-1])}, since it joins x. Set its shape, or leave model.codec out."
+        )
   kinds = [kind for condition in conditions.values() for kind in jax.tree.leaves(condition.kind)]
   if "level" in kinds and "vector" in kinds:
     raise ValueError(

@@ -27,13 +27,13 @@ def bare_shapes(experiment: Experiment) -> dict[str, PyTree]:
 def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
   """Return the shapes and the layout of all frozen parameters; None if there are none."""
   found = bare_shapes(experiment)
-  return parallel.abstract(found, parallel.state_shardings(mesh, found)) if jax.tree.leaves(found) else None
+  return parallel.abstract(found, parallel.state_shardings(mesh, found)) if found else None
 
 
 def put(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
   """Read all frozen parameters and lay them out on the devices; None if there are none."""
-  found = load(experiment)
-  return jax.device_put(found, parallel.state_shardings(mesh, found)) if jax.tree.leaves(found) else None
+  found = bare_shapes(experiment)
+  return jax.device_put(load(experiment), parallel.state_shardings(mesh, found)) if found else None
 
 
 def of_model(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:

@@ -135,11 +135,10 @@ class Judge:
     parameters = Parameters(*parallel.whole(self.mesh, (weights.params, dict(weights.frozen))))
     # Of the frozen ones too: samples follow from them as well.
     sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get((parameters.params, parameters.frozen)))))
+    names = _names(variants, seed)
     drawn = [
-      self._draw(
-        variant, parameters, weights, sha256, seed, "final" if variant is variants[-1] else _name(variant, seed)
-      )
-      for variant in variants
+      self._draw(variant, parameters, weights, sha256, seed, name)
+      for variant, name in zip(variants, names, strict=True)
     ]
     likelihood = bits.evaluate(
       self.experiment, self.folder, self.mesh, parameters, weights, sha256, self.held_out, seed
@@ -157,8 +156,8 @@ class Judge:
     if self._reference is not None:
       rows_of = {"generated": report["scores"]["generated"], "real images (floor)": report["scores"]["floor"]}
       if len(drawn) > 1:
-        curve = {f"{row['sampler']}, NFE {row['nfe']}": row["scores"] for row in report["curve"]}
-        rows_of = {**curve, "real images (floor)": report["scores"]["floor"]}
+        curve = zip(_titles(report["curve"]), report["curve"], strict=True)
+        rows_of = {**{title: row["scores"] for title, row in curve}, "real images (floor)": report["scores"]["floor"]}
       say(f"\n{self.space.name} features, {report['num_samples']:,} samples against {report['reference']}")
       say(evaluate.table(rows_of))
       if "frechet" not in self._settings.scores and not self.experiment.evaluation.scores:
@@ -239,6 +238,7 @@ class Judge:
       curve.append(
         {
           "sampler": one.experiment.sampler_name,
+          "arguments": _arguments(one.experiment.tree.values["sampler"]),
           "num_steps": one.experiment.sampling.num_steps,
           "nfe": one.nfe,
           "scores": found,
@@ -285,8 +285,8 @@ def _shown_shape(experiment: Experiment) -> tuple[int, ...]:
   return tuple(experiment.model.codec.show(np.zeros((1, *experiment.model.data_shape), np.float32)).shape[1:])
 
 
-def _arguments(node: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in node.items() if name != "component"}
+def _arguments(node: dict[str, Any] | None) -> dict[str, Any]:
+  return {name: value for name, value in (node or {}).items() if name != "component"}
 
 
 def dtype_of(experiment: Experiment) -> str:
@@ -315,8 +315,25 @@ def _describe(reference: spaces.Reference, experiment: Experiment) -> str:
   return f"{len(reference.images or ()):,} {kind} images{small}"
 
 
-def _name(variant: Experiment, seed: int) -> str:
-  return f"eval_{variant.sampler_name}_{variant.sampling.num_steps}_seed{seed}"
+def _names(variants: Sequence[Experiment], seed: int) -> list[str]:
+  """Return the name of each variant's samples: the last one's are the run's own, those alike but for arguments are numbered."""
+  names: list[str] = []
+  for variant in variants[:-1]:
+    name = f"eval_{variant.sampler_name}_{variant.sampling.num_steps}_seed{seed}"
+    again = sum(one.partition("__")[0] == name for one in names)
+    names.append(f"{name}__{again + 1}" if again else name)
+  return [*names, "final"]
+
+
+def _titles(curve: Sequence[dict[str, Any]]) -> list[str]:
+  """Return what rows of a table are called: by the sampler's arguments too, where two have nothing else to tell them apart."""
+  titles = [f"{row['sampler']}, NFE {row['nfe']}" for row in curve]
+  if len(set(titles)) == len(titles):
+    return titles
+  return [
+    f"{row['sampler']}({', '.join(f'{name}={value}' for name, value in row['arguments'].items())}), NFE {row['nfe']}"
+    for row in curve
+  ]
 
 
 def _identity(experiment: Experiment, sha256: str, seed: int, count: int, inputs: Inputs) -> dict[str, Any]:
