@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     parameters: numbers in the network.
     flops_per_image: of matrix products and convolutions: forward, backward and recomputation (`costs.matmul_flops`).
     flops_per_device: the same of one step.
-    state_bytes: parameters, optimizer and EMA, by their shardings.
+    state_bytes: parameters, optimizer, EMA and frozen parameters, by their shardings.
     argument_bytes: what the step takes: the state and a share of the batch, padded as the device lays it out.
     output_bytes: what it gives that does not take the place of an argument.
     temporary_bytes: the most that lives during the step beside them: activations, gradients, scratch.
@@ -213,7 +213,7 @@ def table(plan: Plan) -> str:
     ("FLOPs an image", _number(p.flops_per_image, "FLOP"), "matrix products and convolutions: forward, backward, recomputation"),
     ("", "", ""),
     ("memory a device", "", ""),
-    ("  state", _number(p.state_bytes, "B"), "parameters, optimizer, EMA"),
+    ("  state", _number(p.state_bytes, "B"), "parameters, optimizer, EMA, frozen"),
     ("  arguments", _number(p.argument_bytes, "B"), "the state and a share of the batch, as laid out in memory"),
     ("  temporaries", _number(p.temporary_bytes, "B"), "the most at one time: activations, gradients, scratch"),
     ("  outputs, code", _number(_sum(p.output_bytes, p.code_bytes), "B"), "beside what reuses the arguments' memory"),

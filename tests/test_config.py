@@ -492,3 +492,9 @@ def test_a_key_needs_a_config(tmp_path):
   code, output = call("--config.seed=3", f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, "Got --config.seed without a config; expected --config=<recipe> beside it")
   assert not (tmp_path / "work").exists()
+
+
+def test_names_of_conditions_are_words_and_no_negatives():
+  for name, message in (("negative_hue", "begins with 'negative_'"), ("2d", "expected a word")):
+    with pytest.raises(ValueError, match=message):
+      configs.changed(tree_of(tiny_config()), "model.conditions", {name: "classes(number=2)"})

@@ -368,7 +368,7 @@ def test_a_codec_lies_between_data_and_x():
   x = model.encode(keys(3), data, frozen)
   np.testing.assert_allclose(x, 3 * data.reshape(3, 2, 6, 2), rtol=1e-6)
   np.testing.assert_allclose(model.decode(x, frozen), data, rtol=1e-6)
-  assert codec.show(model.decode(x, frozen)).shape == (3, 4, 6, 1)
+  assert model.decode(x, frozen).shape == (3, 4, 6, 1)
   # Not equal to another one, by which export tells pixels apart.
   assert codecs.pixels() == codecs.pixels() != codec
   assert make(conditions={}).load_frozen() == {}

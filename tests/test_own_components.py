@@ -215,3 +215,19 @@ def test_an_image_that_joins_x_has_its_space(tmp_path):
   tree = configs.changed(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
   with pytest.raises(ValueError, match=r"condition 'low', an image of shape \(8, 8, 1\), for x of shape \(2, 2, 16\)"):
     configs.build(tree)
+
+
+def test_what_cannot_be_read_or_loaded_is_one_error(tmp_path, unscored):
+  path = tmp_path / "mine.py"
+  text = (ROOT / "tests" / "own.py").read_text()
+  path.write_text(text.replace('{"gain": np.float32(0.9)}', "{}[0]").replace('{"scale": np.float32(2)}', "{}[1]"))
+  for name, message in (
+    ("codec", "config.model.codec=.*KeyError.*: 0"),
+    ("loss", "frozen parameters of .*KeyError: 1"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      runs.run_train(tree_with(path, name), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  configs.write(tmp_path, tree_of(tiny_config()))
+  with pytest.raises(ValueError, match="a run that has saved no checkpoint; train it first"):
+    ddpm_jax.load(tmp_path)

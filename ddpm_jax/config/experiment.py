@@ -255,7 +255,8 @@ class _Maker:
       name: self.component(node, f"model.conditions.{name}", {"data_shape": shape, "name": name}, slot)
       for name, node in values["conditions"].items()
     }
-    x_shape = codec.shape(shape)
+    with components.naming("config.model.codec", values["codec"][KEY]):
+      x_shape = codec.shape(shape)
     channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
     offered = models.networks.facts(conditions, x_shape, channels)
     network = self.component(values["network"], "model.network", offered)

@@ -103,6 +103,10 @@ class _Expander:
     for name, value in sorted(given.items(), key=lambda item: str(item[0])):
       if not str(name).isidentifier():
         raise ValueError(f"Got {name!r} as a name in config.{path}; expected a word, such as classes.")
+      if str(name).startswith("negative_"):
+        raise ValueError(
+          f"Got {name!r} as a name in config.{path}; expected none that begins with 'negative_', which is what is guided away from."
+        )
       # So may a recipe or a flag take one out.
       if value is not None:
         place = _join(path, name)

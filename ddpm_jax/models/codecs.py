@@ -6,16 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from ddpm_jax import images
 
 Array = jax.Array
 PyTree = Any
-
-
-def _to_bytes(data) -> np.ndarray:
-  return images.to_uint8(data)
 
 
 @functools.lru_cache(maxsize=32)
@@ -32,13 +25,11 @@ class Codec(NamedTuple):
     encode: `encode(frozen, keys, data) -> x` of data [B, ...] in [-1, 1], with a key for each sample [B].
     decode: `decode(frozen, x) -> data`.
     load: reads the frozen parameters from where they came from; None for a codec without any.
-    show: data [B, ...] as images uint8 [B, H, W, C], for pictures, files and scores.
   """
 
   encode: Callable[[PyTree, Array, Array], Array]
   decode: Callable[[PyTree, Array], Array]
   load: Callable[[], PyTree] | None = None
-  show: Callable[[Array | np.ndarray], np.ndarray] = _to_bytes
 
   @property
   def is_pixels(self) -> bool:

@@ -261,7 +261,7 @@ def draw(
   parts, most = [], 0
   for x, nfe in in_batches(experiment, generate, parameters, seed, count, inputs):
     check_finite(experiment, x)
-    parts.append(experiment.model.codec.show(x))
+    parts.append(images.to_uint8(x))
     most = max(most, int(nfe.max()))
   return np.concatenate(parts), most
 

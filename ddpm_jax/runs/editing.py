@@ -181,11 +181,7 @@ def _write(
 ) -> None:
   if not parallel.is_main():
     return
-  show = experiment.model.codec.show
-  output = found["output"]
-  output = show(output.reshape(-1, *experiment.model.data_shape)).reshape(
-    *output.shape[: output.ndim - 3], *output.shape[-3:]
-  )
+  output = images.to_uint8(found["output"])
   arrays = {
     "input": given.images,
     "names": np.array(given.names),

@@ -1,5 +1,7 @@
 """Frozen parameters of an experiment: read from where they came from, never written into a checkpoint, and known by a digest."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,30 @@ PyTree = Any
 
 def load(experiment: Experiment) -> dict[str, PyTree]:
   """Read all frozen parameters: those of the codec and the conditions, and of the objective under "objective"."""
-  frozen = experiment.model.load_frozen()
-  return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
+  with _naming():
+    frozen = experiment.model.load_frozen()
+    return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
+
+
+@contextlib.contextmanager
+def _naming() -> Iterator[None]:
+  """Let whatever goes wrong where a component reads its parameters, its own code included, be one message."""
+  try:
+    yield
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(
+      f"Cannot read the frozen parameters of the codec, a condition or the objective: {type(error).__name__}: {error}. Correct what they are"
+      " read from."
+    ) from error
 
 
 def bare_shapes(experiment: Experiment) -> dict[str, PyTree]:
   """Return the shapes of what `load` reads."""
-  found, load = experiment.model.frozen_shapes(), experiment.objective.load
-  return found if load is None else found | {"objective": frozen_shapes(load)}
+  with _naming():
+    found, load = experiment.model.frozen_shapes(), experiment.objective.load
+    return found if load is None else found | {"objective": frozen_shapes(load)}
 
 
 def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
@@ -38,7 +56,8 @@ def put(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
 
 def of_model(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
   """Read the frozen parameters of a model, whole on each device; raise a ValueError if they are not those of the run in a folder."""
-  found = jax.device_put(experiment.model.load_frozen(), parallel.replicated(mesh))
+  with _naming():
+    found = jax.device_put(experiment.model.load_frozen(), parallel.replicated(mesh))
   if folder is not None:
     check_same(folder, found)
   return found

@@ -43,6 +43,10 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
   """
   folder = user_path(path)
   if not workdir.config_path(folder).exists() or not workdir.checkpoint_steps(folder):
+    if workdir.config_path(folder).exists():
+      raise ValueError(
+        f"Got {path}, the folder of a run that has saved no checkpoint; train it first: --mode=train --workdir={path}."
+      )
     if not averaged or step is not None:
       raise ValueError(f"Got averaged={averaged} and step={step} for {path}, which holds no run; leave them out.")
     found, params = interop.diffusers.load(path)

@@ -42,7 +42,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
     traced,
     compiled,
     params=shapes.params,
-    state=shapes,
+    state=(shapes, fixed),
     batch_size=experiment.training.batch_size,
     devices=devices,
     dtype=scoring.dtype_of(experiment),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config, data, evaluate, metrics, records
+from ddpm_jax import config, data, evaluate, images, metrics, records
 from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
 from ddpm_jax.models.guided import Parameters
@@ -41,7 +41,7 @@ def denoising(
   function, times = programs.denoising(experiment, mesh, _FRAMES)
   parts = [np.asarray(x) for x in drawing.in_batches(experiment, function, parameters, seed, SHOWN, inputs)]
   frames = np.moveaxis(np.concatenate(parts), 1, 0)
-  return Denoising(np.stack([experiment.model.codec.show(frame) for frame in frames]), times)
+  return Denoising(images.to_uint8(frames), times)
 
 
 def neighbours(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax import data, evaluate, metrics, parallel, rows, workdir
+from ddpm_jax import data, evaluate, images, metrics, parallel, rows, workdir
 from ddpm_jax.config import Experiment
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import bits, drawing, model, programs, reading, reporting, spaces
@@ -187,7 +187,7 @@ class Judge:
     identity = _identity(experiment, sha256, seed, count, inputs)
     array = None
     if parallel.is_main():
-      shape = (count, *_shown_shape(experiment))
+      shape = (count, *experiment.model.data_shape)
       array = rows.Rows(path, identity, "samples", shape, np.uint8, damaged=workdir.damaged_folder(self.folder))
     done = parallel.of_main(array.done if array else 0)
     nfe = parallel.of_main(int(array.notes.get("nfe", 0)) if array else 0)
@@ -198,7 +198,7 @@ class Judge:
         drawing.check_finite(experiment, x)
         nfe = max(nfe, int(calls.max()))
         if array is not None:
-          array.write(experiment.model.codec.show(x), {"nfe": nfe})
+          array.write(images.to_uint8(x), {"nfe": nfe})
       say(f"{nfe:,} network evaluations each")
     labels = inputs.get("classes")
     if array is None:
@@ -278,11 +278,6 @@ class Judge:
       return evaluate.score(summary, self._real, self._settings, evaluate.names_of(self.space)), len(chosen), ""
     except ValueError as error:  # too few for the rank, or for neighbours
       return None, len(chosen), str(error)
-
-
-def _shown_shape(experiment: Experiment) -> tuple[int, ...]:
-  """Return the shape of one sample as it is saved."""
-  return tuple(experiment.model.codec.show(np.zeros((1, *experiment.model.data_shape), np.float32)).shape[1:])
 
 
 def _arguments(node: dict[str, Any] | None) -> dict[str, Any]:

@@ -97,6 +97,11 @@ def _check_conditions(tree: Tree, model: Model, what: str) -> None:
         f"Got config.model.conditions.{name} with {what}, a model that is given {', '.join(model.conditions) or 'nothing'}; expected no such"
         f" condition. Leave it out: --config.model.conditions.{name}=None."
       )
+    if name != "classes" and node.get("dropout", found.dropout) != found.dropout:
+      raise ValueError(
+        f"Got config.model.conditions.{name}.dropout={node['dropout']} with {what}, a model whose {name} are always given; expected"
+        f" {found.dropout:g}. Leave it out."
+      )
     if node.get("number", found.choices) != found.choices:
       raise ValueError(
         f"Got config.model.conditions.{name}.number={node['number']} with {what}, a model of {found.choices} {name}; expected as many. Set"

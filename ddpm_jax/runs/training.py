@@ -81,7 +81,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
   if resuming:
     frozen.check_same(folder, fixed)
   init, template = model.make_state(experiment, mesh, fixed, None if start_from is None else start_from.params)
-  _check_memory(template, devices)
+  _check_memory(template, fixed, devices)
   batch = stepping.batch_shapes(experiment, c.batch_size, source)
   _check_best(experiment, judge, step, template, batch, fixed)
   records.check_wandb(c.wandb)
@@ -124,9 +124,9 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     parallel.wait_for_all("done")
 
 
-def _check_memory(template: train.TrainState, devices: list[Any]) -> None:
-  """Raise a ValueError if the devices cannot hold the state and, beside it, the gradients."""
-  needed = len(devices) * (plan.state_bytes(template) + plan.state_bytes(template.params))
+def _check_memory(template: train.TrainState, fixed: Any, devices: list[Any]) -> None:
+  """Raise a ValueError if the devices cannot hold the state and, beside it, the gradients and the frozen parameters."""
+  needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, fixed)))
   advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
   memory.check("the state of this network and its optimizer", needed, memory.of_devices(devices), advice)
 
