@@ -19,6 +19,7 @@ def get_config():
   config = default_config()
   config.data.source = spec("data.tfds", name="celeb_a")
   config.data.update({"image_size": 64, "crop": 140})
-  config.model.network.multipliers = (1, 2, 2, 2, 4)
+  # Attention at 16x16, as everywhere in the paper.
+  config.model.network.update({"multipliers": (1, 2, 2, 2, 4), "attention_levels": (2,)})
   config.training.steps = 500_000
   return config

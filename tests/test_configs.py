@@ -18,6 +18,13 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.5", "imagenet64_adm": "295.9"}
 PARAMETERS |= {"celeba64_vp": "78.7", "lsun_bedroom_vp": "113.7"}
 
+# Heights at which levels have attention, as the papers say them (and Song et al. 2021, Karras et al. 2022).
+ATTENDED = {
+  name: {16}
+  for name in ("cifar10_vp", "cifar10_sde", "celeba64_vp", "lsun_bedroom_vp", "cifar10_ncsnpp", "cifar10_ddpmpp")
+}
+ATTENDED |= {"cifar10_iddpm": {16, 8}, "imagenet64_adm": {32, 16, 8}}
+
 
 def load(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -30,6 +37,13 @@ def test_the_recipes_are_there():
   assert {path.stem for path in RECIPES} >= {"digits_vp", "digits_sde", "mnist_vp", "cifar10_vp", "cifar10_sde"}
   assert {path.stem for path in RECIPES} >= {"digits_classifier", "mnist_classifier"}
   assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
+
+
+@pytest.mark.parametrize("name", ATTENDED)
+def test_attention_is_where_the_papers_have_it(name):
+  config = load(ROOT / "configs" / f"{name}.py").get_config()
+  levels = config.model.network.attention_levels
+  assert {config.data.image_size // 2**level for level in levels} == ATTENDED[name]
 
 
 def loss_of(experiment, params, keys, batch):
