@@ -113,7 +113,7 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in t
 
 
 def main(argv: list[str]) -> None:
-  """Runs the mode that the flags name.
+  """Run the mode that the flags name.
 
   Raises:
     ValueError: if a flag, the config or the folder does not allow it; the program shows it as one message.
@@ -345,7 +345,7 @@ def _output(what: str, example: str) -> Path:
 
 
 def _variants(mode: str) -> list[tuple[str | None, int | None]]:
-  """Every sampler with every number of steps that the flags name; None is the config's."""
+  """Return each sampler with each number of steps that the flags name; None stands for the config's."""
   samplers: list[Any] = [sampler for text in _SAMPLER.value or () for sampler in _at_commas(text)]
   steps: list[Any] = _integers(_NUM_STEPS) or []
   for flag, values in ((_SAMPLER, samplers), (_NUM_STEPS, steps)):
@@ -480,7 +480,7 @@ def _stop(message: str, code: int = 2) -> NoReturn:
 
 
 def _leave(code: int) -> None:
-  """Where there are several processes, ends this one without waiting for those that wait for it."""
+  """End one of several processes at once; the others may be waiting for it."""
   sys.stdout.flush()
   sys.stderr.flush()
   # It joined the others by that module, whose import an interrupt may have ended halfway.

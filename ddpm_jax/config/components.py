@@ -50,7 +50,7 @@ class Parameter(NamedTuple):
 
 
 def spec(name: str, /, **arguments: Any) -> ConfigDict:
-  """Return a component for a recipe, such as `spec("schedules.cosine", num_steps=1000)`."""
+  """Make a component for a recipe, such as `spec("schedules.cosine", num_steps=1000)`."""
   return ConfigDict({KEY: name, **arguments}, type_safe=False)
 
 
@@ -219,7 +219,7 @@ def takes_anything(component: Any) -> bool:
 
 @contextlib.contextmanager
 def naming(where: str, name: str) -> Iterator[None]:
-  """Name a component in each error that its arguments cause: only they, or a user's own code, can be wrong where it is made."""
+  """Turn every error in making a component into a ValueError that names the component."""
   try:
     yield
   except Exception as error:

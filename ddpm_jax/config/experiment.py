@@ -126,7 +126,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   Raises:
     ValueError: if parts do not fit each other.
   """
-  # Again, with all that must be there.
+  # Arguments without a default may have been missing until now; here they must be there.
   tree = trees.expand(tree.values, tree.folder)
   maker = _Maker(tree.folder)
   values = tree.values
@@ -214,7 +214,7 @@ def source_parts(experiment: Experiment) -> tuple[Callable, dict[str, Any]]:
 
 
 def keep_components(tree: Tree, folder: Path) -> None:
-  """Copy the files of a config's own components into the folder of its run."""
+  """Copy the files of a user's components into the folder of their run."""
   flat = trees.leaves(tree.values)
   sources = {
     flat[f"{path.rpartition('.')[0]}.{KEY}".lstrip(".")].rpartition(":")[0]: digest

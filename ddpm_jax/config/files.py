@@ -139,7 +139,7 @@ def check_same_run(folder: Path, tree: Tree) -> None:
 
 
 def _fixed(tree: Tree) -> dict[str, Any]:
-  """Return the keys that may not change while a run goes on."""
+  """Return the keys that must stay the same when a run is resumed."""
   found = of_roles(tree, ("model", "run"))
   optimizer = tree.values["optimizer"]
   if optimizer["schedule"] in ("cosine", "linear") and not optimizer["decay_steps"]:

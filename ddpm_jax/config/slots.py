@@ -57,7 +57,7 @@ class Slot(NamedTuple):
   example: str = ""
 
 
-# The places that arguments of components are, by their types.
+# Which component an argument takes, by the argument's type.
 NOUNS: tuple[tuple[Any, Slot], ...] = (
   (processes.Process, Slot("a process", (processes.Process,), ("processes",), example="vp(beta_max=20)")),
   (predictions.Prediction, Slot("a prediction", (predictions.Prediction,), ("predictions",), example="V")),

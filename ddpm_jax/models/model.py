@@ -39,7 +39,7 @@ class Defaults(NamedTuple):
 
 
 class Model(NamedTuple):
-  """A diffusion model.
+  """A diffusion model: its functions, and all that belongs to them.
 
   Attributes:
     network: its functions.

@@ -83,7 +83,7 @@ def evaluate(
   held_out: data.Source | None,
   seed: int,
 ) -> dict[str, dict[str, Any]]:
-  """Every likelihood that the config asks for, by kind; empty where there is none.
+  """Return the likelihoods that the config asks for, by kind.
 
   Image i's follows from the seed, its place and the weights alone. Those of a model with classes are given the class.
   """
@@ -134,7 +134,7 @@ def _rows(
   count: int,
   seed: int,
 ) -> np.ndarray | None:
-  """What is known of each image [N, W], in the first process; what was computed before is not computed again."""
+  """Compute what a likelihood gives for each image [N, W], or read it if it was computed before; None but in the first process."""
   function, width = _function(experiment, mesh, kind)
   array = None
   if parallel.is_main():
@@ -153,7 +153,7 @@ def _rows(
 
 
 def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tuple[Callable, int]:
-  """`function(parameters, seed, first, inputs) -> [B, W]`, and W."""
+  """Return `function(parameters, seed, first, inputs) -> [B, W]`, and W."""
   c, process = experiment.evaluation, experiment.model.process
 
   def bound(keys, denoise, inputs, parameters):
@@ -183,7 +183,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
 
 
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:
-  """Means over images, and the standard error of that of the bits; a bound also has `terms` [N]."""
+  """Return the means over images and the standard error of the bits; of a bound also its `terms` [N]."""
   c, values = experiment.evaluation, values.astype(np.float64)
   lost = int(np.count_nonzero(~np.isfinite(values[:, 0])))
   if lost:
@@ -214,17 +214,17 @@ def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str,
 
 
 def without_terms(likelihoods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """What eval.json holds of them."""
+  """Return what eval.json holds of likelihoods."""
   return {kind: {key: value for key, value in found.items() if key != "terms"} for kind, found in likelihoods.items()}
 
 
 def terms(likelihoods: dict[str, dict[str, Any]]) -> np.ndarray | None:
-  """The terms of the bound's steps n = 1..N in bits per dimension [N]."""
+  """Return the terms of the bound's steps n = 1..N in bits per dimension [N]."""
   return likelihoods.get("bound", {}).get("terms")
 
 
 def table(likelihoods: dict[str, dict[str, Any]]) -> str:
-  """The likelihoods for people to read; empty if there are none."""
+  """Return a table of the likelihoods; an empty text if there are none."""
   lines = []
   for kind, found in likelihoods.items():
     calls = f", {found['nfe']:.0f} evaluations" if "nfe" in found else ""

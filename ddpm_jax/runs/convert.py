@@ -7,7 +7,7 @@ from ddpm_jax.runs.model import say
 
 
 def run_convert(inception_weights: str, output: Path) -> None:
-  """Writes the published weights of the FID Inception network as safetensors, which need no PyTorch to be read.
+  """Write the published weights of the FID Inception network as safetensors, which need no PyTorch to be read.
 
   Raises:
     ValueError: if they are missing or others, or the output exists.

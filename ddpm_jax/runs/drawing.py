@@ -41,7 +41,7 @@ def run_sample(
   upsamplers: Sequence[Path] = (),
   model: Pretrained | None = None,
 ) -> None:
-  """Samples from a run's weights, or from a pretrained model, into samples/: an .npz (uint8, NHWC) and a picture.
+  """Draw samples of a run's weights or a pretrained model, and write them into samples/ as an .npz (uint8, NHWC) and a picture.
 
   Args:
     experiment: of the model.
@@ -140,7 +140,7 @@ def low_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
 
 
 def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[Path], count: int) -> list[Stage]:
-  """The models that enlarge a model's images, one after the other.
+  """Return the models that enlarge a model's images, one after the other.
 
   Raises:
     ValueError: if one of them is no super-resolution run, or takes other images than the one before gives.
@@ -202,7 +202,7 @@ def _suffix(experiment: Experiment) -> str:
 
 
 def samples_folder(folder: Path) -> Path:
-  """Where a run keeps its samples."""
+  """Return the folder in which a run keeps its samples."""
   return folder / "samples"
 
 
@@ -254,7 +254,7 @@ def draw(
   count: int,
   inputs: Inputs,
 ) -> tuple[np.ndarray, int]:
-  """`count` samples (uint8), and the network evaluations each took (at most). `inputs` are arrays [count, ...].
+  """Return `count` samples (uint8) and the most network evaluations that one of them took. `inputs` are arrays [count, ...].
 
   Sample i follows from the seed, its inputs and i alone.
   """
@@ -294,7 +294,7 @@ def in_batches(
 
 
 def check_finite(experiment: Experiment, x: Any) -> None:
-  """Raises a FloatingPointError if samples are not finite; it says how many."""
+  """Raise a FloatingPointError that says how many samples are not finite, if any."""
   bad = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
   if bad:
     raise FloatingPointError(
@@ -304,7 +304,7 @@ def check_finite(experiment: Experiment, x: Any) -> None:
 
 
 def free(path: Path) -> Path:
-  """The path, or with _2, _3, ... behind it the first whose samples do not exist yet."""
+  """Return the path if its samples do not exist yet, else the first free one of path_2, path_3, ..."""
   names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
   return next(name for name in names if not Path(f"{name}.npz").exists())
 
@@ -323,7 +323,7 @@ def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
 
 
 def save_picture(path: Path, samples: np.ndarray, labels: np.ndarray | None) -> None:
-  """Draws some of the samples into a PNG, with a column for each class where labels come in turn."""
+  """Draw some of the samples into a PNG, with a column for each class if classes come in turn."""
   columns, shown = None, _GRID_IMAGES
   if labels is not None and 1 < (kinds := _period(labels)) <= _GRID_CLASSES:
     columns, shown = kinds, kinds * _GRID_ROWS
@@ -332,5 +332,5 @@ def save_picture(path: Path, samples: np.ndarray, labels: np.ndarray | None) -> 
 
 
 def _period(labels: np.ndarray) -> int:
-  """After how many samples the labels begin again."""
+  """Return after how many samples the classes begin again."""
   return next((n for n in range(1, len(labels)) if np.array_equal(labels[n:], labels[:-n])), len(labels))

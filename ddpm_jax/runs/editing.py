@@ -46,7 +46,7 @@ def run_edit(
   scale: float | None = None,
   model: Pretrained | None = None,
 ) -> None:
-  """Edits images with a run's model, or a pretrained one, into edits/: an .npz of inputs and results, and a picture of both.
+  """Edit images with a run's model or a pretrained one, and write inputs and results into edits/ as an .npz and a picture.
 
   Raises:
     ValueError: if the model, the images, the mask, the labels or the settings do not allow it.
@@ -142,7 +142,7 @@ def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> drawing.I
 def _steer(
   experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, count: int, scale: float | None
 ) -> Guided:
-  """As in sampling; but an image is of no class unless somebody says so."""
+  """Steer as in sampling, but take an image to be of no class unless somebody says so."""
   model = experiment.model
   for field in ("given", "negative"):
     each: dict[str, Any] = {}
@@ -210,7 +210,7 @@ def _picture(
   found: drawing.Inputs,
   output: np.ndarray,
 ) -> tuple[np.ndarray, int]:
-  """A row for each image: the input, what is known of it or was found on the way, the results."""
+  """Return a row for each image: the input, what is known of it or was found on the way, the results."""
   height, _, channels = experiment.model.data_shape
   factor = height // originals.shape[1]
   first = originals.repeat(factor, 1).repeat(factor, 2)

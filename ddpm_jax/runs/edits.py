@@ -207,7 +207,7 @@ def _measured(experiment: Experiment, task: str, factor: int) -> Draw:
   takes = guided.takes(method)
 
   def applied(sampler, denoise, batch, parameters, keys):
-    """The sampler and the denoiser that know the image."""
+    """Return the sampler and the denoiser that know the image."""
     offered: dict[str, Any] = {"sampler": sampler, "denoise": denoise}
     if task == "inpaint":
       keep = batch["keep"]

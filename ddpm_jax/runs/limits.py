@@ -97,7 +97,7 @@ def _channels(experiment: Experiment) -> str:
 
 
 def _features(experiment: Experiment) -> int:
-  """Bytes of what the first layer of a network gives for a sample, if it says how many channels it has."""
+  """Return the bytes of the first layer's features for a sample, or 0 if the network does not say how many channels it has."""
   module, space = experiment.model.network.module, experiment.model.shape[:-1]
   size = jnp.dtype(getattr(module, "dtype", None) or jnp.float32).itemsize
   return math.prod(space) * int(getattr(module, "channels", 0) or 0) * size

@@ -66,13 +66,13 @@ class Weights(NamedTuple):
 
 
 def say(text: str) -> None:
-  """Prints a line, above a progress bar if there is one; the first of several processes speaks for all."""
+  """Print a line above the progress bar, if there is one; the first of several processes speaks for all."""
   if parallel.is_main():
     tqdm.write(text)
 
 
 def warn(text: str) -> None:
-  """The same, where errors are looked for."""
+  """Print a warning, where errors are looked for."""
   if parallel.is_main():
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
@@ -127,7 +127,7 @@ def make_state(
 
 
 def items_of(state: train.TrainState) -> dict[str, PyTree]:
-  """A state as a checkpoint keeps it: what only training needs apart, so that sampling does not read it."""
+  """Return a state as a checkpoint keeps it: what only training needs is apart, so that sampling does not read it."""
   rest, averages = ema.split(state.opt_state)
   return {
     "params": state.params,
@@ -143,14 +143,14 @@ def items_of(state: train.TrainState) -> dict[str, PyTree]:
 
 
 def state_of(items: dict[str, PyTree]) -> train.TrainState:
-  """The state that `items_of` took apart."""
+  """Return the state that `items_of` took apart."""
   rest = dict(items["training"])
   opt_state = ema.join(rest.pop("opt_state"), items["ema"])
   return train.TrainState(params=items["params"], opt_state=opt_state, **rest)
 
 
 def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpoints:
-  """The run's checkpoints, kept as the config says."""
+  """Open the run's checkpoints, kept as the config says."""
   c = experiment.training
   return checkpoint.Checkpoints(
     workdir.checkpoint_folder(folder),
@@ -163,14 +163,14 @@ def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpo
 
 
 def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
-  """The run's stored averages, all of them kept."""
+  """Open the run's stored averages, all of them kept."""
   return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
 
 
 def load_weights(
   experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, *, quiet: bool = False
 ) -> Weights:
-  """The chosen parameters of a run and its frozen ones, whole on every device, without what only training needs.
+  """Read the chosen parameters of a run and its frozen ones, whole on every device.
 
   Raises:
     ValueError: if there are none such, the choice contradicts itself, or the frozen ones are not those that the run was trained with.
@@ -212,7 +212,7 @@ def _step(checkpoints: checkpoint.Checkpoints, wanted: str) -> int | None:
 
 
 def _reconstructed(experiment: Experiment, folder: Path, template: PyTree, choice: Choice, length: float) -> Weights:
-  """An average of any length, as a weighted sum of stored snapshots (Karras et al. 2024, section 3.2)."""
+  """Return an average of any length, as a weighted sum of stored snapshots (Karras et al. 2024, section 3.2)."""
   stds = tuple(experiment.ema.stds)
   if experiment.ema.kind != "power" or not checkpoint.Checkpoints.steps(workdir.snapshot_folder(folder)):
     raise ValueError(
@@ -245,7 +245,7 @@ def _reconstructed(experiment: Experiment, folder: Path, template: PyTree, choic
 
 
 def _sound(snapshots: checkpoint.Checkpoints, steps: list[int], template: PyTree) -> tuple[list[int], list[int]]:
-  """The snapshots that can be used, and how many steps each averages: one that training skipped does not count."""
+  """Return the snapshots that can be used, and how many steps each averages; skipped steps do not count."""
   sound, counts = [], []
   for step in steps:
     try:
@@ -266,7 +266,7 @@ def _weighted(averages: tuple[PyTree, ...], weights: jax.Array) -> PyTree:
 
 
 def scores_path(folder: Path) -> Path:
-  """Where a run keeps its scores."""
+  """Return the file in which a run keeps its scores."""
   return folder / "eval.json"
 
 
@@ -305,7 +305,7 @@ def write_scores(folder: Path, report: dict[str, Any], weights: Weights, seed: i
 
 
 def _commit() -> str | None:
-  """The commit of the code, with a plus if files were changed since; None if it is installed without its history."""
+  """Return the commit of the code, with a plus if files were changed since; None if it is installed without its history."""
   place = Path(ddpm_jax.__file__).parent
 
   def git(*words: str) -> str:

@@ -10,7 +10,7 @@ from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
 def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
-  """Compiles the train step for a TPU slice, or for devices of this machine, and prints what it needs.
+  """Compile the train step for a TPU slice, or for devices of this machine, and print what it needs.
 
   Args:
     tree: the config of what is trained; neither its data nor a run are touched.
@@ -52,7 +52,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
 
 
 def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, train.TrainState, Any, Any]:
-  """The mesh, and the shapes of a state, a batch and the frozen parameters laid out on it."""
+  """Return the mesh, and the shapes of a state, a batch and the frozen parameters laid out on it."""
   c = experiment.training
   mesh = parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
   parallel.check_batch(c.batch_size, mesh.size)

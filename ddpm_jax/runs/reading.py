@@ -1,4 +1,4 @@
-"""The data of an experiment, read and checked against it."""
+"""Read the data of an experiment, and check that they suit it."""
 
 from collections.abc import Sequence
 

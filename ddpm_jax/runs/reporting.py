@@ -36,7 +36,7 @@ class Denoising(NamedTuple):
 def denoising(
   experiment: Experiment, mesh: jax.sharding.Mesh, parameters: Parameters, inputs: drawing.Inputs, seed: int
 ) -> Denoising:
-  """The way of the first samples of a seed by the sampler of previews."""
+  """Return how the first samples of a seed come about by the sampler of previews."""
   experiment = drawing.batches_of(experiment, -(-SHOWN // mesh.size) * mesh.size)
   function, times = programs.denoising(experiment, mesh, _FRAMES)
   parts = [np.asarray(x) for x in drawing.in_batches(experiment, function, parameters, seed, SHOWN, inputs)]
@@ -47,7 +47,7 @@ def denoising(
 def neighbours(
   extract: evaluate.Extract, samples: np.ndarray, source: data.Source, held_out: data.Source | None
 ) -> page.Neighbours | None:
-  """Some samples beside the training images that are nearest to them in a feature space; None without held-out images to compare."""
+  """Return some samples beside their nearest training images in a feature space; None without held-out images to compare."""
   if held_out is None or len(source) < _NEAREST:
     return None
   searched = np.sort(np.random.default_rng(0).permutation(len(source))[:_SEARCHED])
@@ -79,7 +79,7 @@ def content(
   bound_terms: np.ndarray | None,
   nearest: page.Neighbours | None,
 ) -> page.Content:
-  """All that the page shows."""
+  """Return all that the page shows."""
   process, tree = experiment.model.process, experiment.tree
   t = np.linspace(process.t_min, process.t_max, _CURVE)
   schedule = {"t": t} | {
@@ -113,7 +113,7 @@ def content(
 
 
 def write(folder: Path, shown: page.Content) -> Path:
-  """Writes report.html into the run's folder."""
+  """Write report.html into the run's folder."""
   path = folder / "report.html"
   page.write(path, shown)
   return path

@@ -68,7 +68,7 @@ class Judge:
       self._quick = programs.generate(experiment, mesh)
 
   def check_scores(self) -> None:
-    """Raises a ValueError if there is nothing to score against."""
+    """Raise a ValueError if there is nothing to score against."""
     if self._reference is None:
       raise ValueError(
         "Got no held-out images to score against; set --config.data.source.eval_split or --config.data.hold_out, or score against the training"
@@ -76,7 +76,7 @@ class Judge:
       )
 
   def check_best(self, metric: str) -> None:
-    """Raises a ValueError unless the metric is one of those that are taken while training goes on."""
+    """Raise a ValueError unless the metric is one of those that are taken while training goes on."""
     space = (
       self.space if self._space.name == "inception" else metrics.pixel_space()
     )  # whose names the classifier's scores have
@@ -90,12 +90,12 @@ class Judge:
 
   @functools.cached_property
   def space(self) -> metrics.FeatureSpace:
-    """The feature space, its classifier trained."""
+    """Return the feature space, and train its classifier if it has one."""
     return self._space.make()
 
   @functools.cached_property
   def extract(self) -> evaluate.Extract:
-    """Images to features, over this process's devices."""
+    """Return the function from images to features, over this process's devices."""
     return metrics.extractor(self.space, self.experiment.evaluation.batch_size)
 
   @functools.cached_property
@@ -110,13 +110,13 @@ class Judge:
     return evaluate.summarize(self.extract, in_parts(source, chosen), len(chosen), settings)
 
   def scores(self, samples: np.ndarray, settings: evaluate.Settings) -> evaluate.Scores:
-    """Scores of samples uint8 [N, H, W, C] against the reference."""
+    """Return the scores of samples uint8 [N, H, W, C] against the reference."""
     parts = (samples[first : first + _READ] for first in range(0, len(samples), _READ))
     summary = evaluate.summarize(self.extract, parts, len(samples), settings)
     return evaluate.score(summary, self._real, settings, evaluate.names_of(self.space))
 
   def on_the_way(self, parameters: Parameters) -> evaluate.Scores:
-    """Scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
+    """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
     assert self._quick is not None
     count, experiment = self._quick_count, self.experiment
     samples, _ = drawing.draw(experiment, self._quick, parameters, experiment.seed, count, self._inputs(count))
@@ -129,7 +129,7 @@ class Judge:
     return drawing.inputs_of(self.experiment, count, source, counts)
 
   def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
-    """Samples of some weights into samples/, their scores into eval.json and report.html; the last variant is the headline."""
+    """Write samples of some weights into samples/, and their scores into eval.json and report.html; the last variant is the headline."""
     start = time.perf_counter()
     variants = list(variants) or [self.experiment]
     parameters = Parameters(*parallel.whole(self.mesh, (weights.params, dict(weights.frozen))))
@@ -267,7 +267,7 @@ class Judge:
     return report
 
   def _floor(self) -> tuple[evaluate.Scores | None, int, str]:
-    """Scores of real images that are not the reference's, how many they are, and why there are none."""
+    """Return the scores of real images other than the reference's, their number, and why there are no scores if so."""
     assert self._reference is not None
     floor = self._reference.floor
     if floor is None:
@@ -296,7 +296,7 @@ def describe_data(experiment: Experiment) -> dict[str, Any]:
 
 
 def in_parts(source: data.Source, chosen: np.ndarray) -> Iterator[np.ndarray]:
-  """The images of a source at some places, a part at a time."""
+  """Yield the images of a source at some places, a part at a time."""
   for first in range(0, len(chosen), _READ):
     yield reading.read_images(source, chosen[first : first + _READ])
 
@@ -332,7 +332,7 @@ def _titles(curve: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _identity(experiment: Experiment, sha256: str, seed: int, count: int, inputs: Inputs) -> dict[str, Any]:
-  """All that samples follow from, as JSON."""
+  """Return all that samples follow from, as JSON."""
   given = {name: metrics.digest(value) for name, value in inputs.items()}
   identity = {"weights": sha256, "seed": seed, "count": count, "inputs": given, "version": ddpm_jax.__version__}
   return json.loads(json.dumps(identity | {"config": experiment.values("model", "sampling")}))

@@ -201,7 +201,7 @@ def _checked(reference: Reference) -> Reference:
 
 
 def describe_space(experiment: Experiment, space: Space, provenance: dict[str, Any]) -> dict[str, Any]:
-  """What must be alike for statistics of a space to be compared."""
+  """Return what must be alike for statistics of a space to be compared."""
   kept: dict[str, Any] = {key: provenance[key] for key in ("resize", "sha256") if key in provenance}
   return {"features": space.name, "image_shape": list(experiment.data.shape), **kept}
 

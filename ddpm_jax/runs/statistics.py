@@ -12,7 +12,7 @@ from ddpm_jax.runs.scoring import describe_data, in_parts
 
 
 def run_statistics(experiment: Experiment, output: Path) -> None:
-  """Writes mean and covariance of the features of a config's images into an .npz file: of the split that it scores against.
+  """Write mean and covariance of the features of the images that an experiment scores against into an .npz file.
 
   Raises:
     WriteError: if the file cannot be written.

@@ -43,7 +43,7 @@ class Stopped(SystemExit):
 
 
 def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
-  """Trains, or goes on where the folder's run stopped; then samples or classifies, scores, and says where everything lies.
+  """Train, or go on where the folder's run stopped; then score, and say where everything lies.
 
   Args:
     tree: the run's config.
@@ -174,7 +174,7 @@ def _describe(mesh: jax.sharding.Mesh) -> str:
 
 
 def _describe_labels(folder: Path, counts: np.ndarray | None) -> None:
-  """Says how many images each class has, and writes it down; nothing if it is not known."""
+  """Say how many images each class has, and write it down, if it is known."""
   if counts is None or not parallel.is_main():
     return
   say(f"{len(counts):,} classes, {np.min(counts):,} to {np.max(counts):,} images each")
@@ -204,7 +204,7 @@ class _Run:
     self.damaged: list[str] = []
 
   def begin(self, init: Any, source: data.Source, resuming: bool) -> train.TrainState:
-    """The state to start from, and `self.batches` at its place."""
+    """Return the state to start from, and set `self.batches` to its place in the data."""
     c, own = self.experiment.training, self.experiment.data
     self.batches = data.batches(
       source,
@@ -236,7 +236,7 @@ class _Run:
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> list[str]:
-    """Moves away what lies after the step that is gone on from, and says so."""
+    """Move away what was saved after the step that training resumes from, and return what to tell the user."""
     parallel.wait_for_all("restored")
     step = 0 if restored is None else restored.step
     snapshots = model.open_snapshots(self.folder) if workdir.snapshot_folder(self.folder).exists() else None
@@ -271,7 +271,7 @@ class _Run:
     return Parameters(ema.ema_params(state.opt_state), own)
 
   def train(self, state: train.TrainState, step: Any, preview: Any, profile: int, batch: Any) -> train.TrainState:
-    """Takes all steps that are left."""
+    """Take all steps that are left."""
     c, first = self.experiment.training, int(state.step)
     jitted = parallel.jit_step(step, self.mesh, state, self._frozen)
     rest = () if self._frozen is None else (self._frozen,)

@@ -50,7 +50,7 @@ class Signals:
     self._heard()
 
   def asked(self, step: int) -> bool:
-    """Whether to stop after step `step`: the same answer on every process."""
+    """Return whether to stop after step `step`, the same on every process."""
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
 
@@ -59,7 +59,7 @@ class Signals:
     return bool(self.number)
 
   def asked_after(self, step: int) -> bool:
-    """Whether a stop was asked for so late that no step was left to agree on: the same answer on every process."""
+    """Return whether a stop was asked for too late for a step to agree on, the same on every process."""
     if jax.process_count() > 1 and not self.number:
       # No number may be left out: they may have agreed on the next one, which the loop no longer asks about.
       for question in range(_QUESTIONS):
@@ -76,7 +76,7 @@ class Trace:
     self._folder, self._first, self._count, self._open = folder, first, count, False
 
   def before_step(self, number: int) -> None:
-    """Begins or ends the trace, if step `number` is the one."""
+    """Begin or end the trace, if step `number` is the one."""
     if self._count and number == self._first + 1:
       jax.profiler.start_trace(str(self._folder))
       self._open = True
@@ -84,7 +84,7 @@ class Trace:
       self.close()
 
   def close(self) -> None:
-    """Ends the trace, if it is open, and says where it lies."""
+    """End the trace, if it is open, and say where it lies."""
     if self._open:
       jax.profiler.stop_trace()
       self._open = False

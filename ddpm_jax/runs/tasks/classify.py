@@ -114,7 +114,7 @@ class Judge:
     self._held_out, self._number = held_out, number
 
   def check_scores(self) -> None:
-    """Raises a ValueError if there is nothing to score against."""
+    """Raise a ValueError if there is nothing to score against."""
     if self._held_out is None:
       raise ValueError(
         "Got no held-out images to score against; set --config.data.source.eval_split or --config.data.hold_out."
@@ -131,7 +131,7 @@ class Judge:
     return {}
 
   def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
-    """Accuracy and cross-entropy on held-out images by noise level, into eval.json; each image once a level."""
+    """Write accuracy and cross-entropy on held-out images by noise level into eval.json; each image counts once a level."""
     del variants
     experiment, held_out = self._experiment, self._held_out
     if held_out is None:
@@ -158,7 +158,7 @@ class Judge:
 
 
 def noise_levels(process: Process) -> np.ndarray:
-  """The times at which classifiers are scored, from noise to nearly clean data, which is the process's t_min."""
+  """Return the times at which classifiers are scored, from noise to the process's t_min, nearly clean data."""
   low, high = (float(process.log_snr(jnp.asarray(t, jnp.float32))) for t in (process.t_max, process.t_min))
   inner = [float(process.time_of(level)) for level in _LOG_SNRS if low < level < high]
   return np.array([*inner, process.t_min], np.float32)
@@ -173,7 +173,7 @@ def _classify(
   times: np.ndarray,
   seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Log-probabilities [levels, N, K] of the chosen images [N] with noise, and their classes [N].
+  """Return log-probabilities [levels, N, K] of the chosen images [N] with noise, and their classes [N].
 
   The noise of an image follows from the seed and its place alone.
   """
