@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ddpm_jax import files, jsonfiles, predictions
 from ddpm_jax.interop import schedulers, tensors, unet2d
+from ddpm_jax.interop.card import model_card
 from ddpm_jax.models import Condition, Model, codecs, conditions, networks
 from ddpm_jax.networks import UNet
 from ddpm_jax.places import user_path
@@ -414,7 +415,7 @@ def save(
     _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
     tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.grammar(len(network.multipliers)))
     _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
-    files.write_text(folder / "README.md", _card(network, params, shape, scheduler_config, config, scores))
+    files.write_text(folder / "README.md", model_card(network, params, shape, scheduler_config, config, scores))
     # Last: without it the folder is no pipeline, and nobody opens half a model.
     _write(folder / "model_index.json", index)
 
@@ -453,68 +454,3 @@ def check_output(path: str | Path) -> Path:
 
 def _write(path: Path, config: Mapping[str, Any]) -> None:
   files.write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _card(
-  network: UNet,
-  params: PyTree,
-  shape: tuple[int, ...],
-  scheduler_config: Mapping[str, Any],
-  config: Mapping[str, Any] | None,
-  scores: Mapping[str, Any] | None,
-) -> str:
-  """A model card: what the model is, how to run it, how good it is, how it was trained."""
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  clipped = ", use_clipped_model_output=True" if scheduler_config["clip_sample"] else ""
-  lines = [
-    "---",
-    "library_name: diffusers",
-    "pipeline_tag: unconditional-image-generation",
-    "tags: [diffusion, ddpm, jax, ddpm_jax]",
-    "---",
-    "",
-    f"# A diffusion model of images of {shape[0]}x{shape[1]}, {shape[2]} channel{'s' if shape[2] > 1 else ''}",
-    "",
-    f"A U-Net of {count:,} parameters, trained with ddpm_jax. It gives {scheduler_config['prediction_type']} at"
-    f" {scheduler_config['num_train_timesteps']} steps.",
-    "",
-  ]
-  learned = scheduler_config["variance_type"] == "learned_range"
-  conditioned = network.num_classes or network.vector_embedding
-  if conditioned:
-    lines += [
-      "It is conditioned, which diffusers' pipelines do not pass on: call `pipeline.unet(x, t, class_labels)`.",
-      "",
-    ]
-  else:
-    ddim = [
-      "from diffusers import DDIMPipeline",
-      "",
-      f'images = DDIMPipeline.from_pretrained("<this folder>")(batch_size=16, num_inference_steps=50{clipped}).images',
-    ]
-    lines += [
-      "```python",
-      "from diffusers import DDPMPipeline",
-      "",
-      'images = DDPMPipeline.from_pretrained("<this folder>")(batch_size=16).images',
-      *([] if learned else ["", *ddim]),
-      "```",
-      "",
-    ]
-  if clipped and not conditioned and not learned:
-    lines += [
-      "`use_clipped_model_output=True` derives the noise anew from the clipped estimate of the image, as ddpm_jax does.",
-      "",
-    ]
-  lines += [
-    "```python",
-    "from ddpm_jax import interop",
-    "",
-    'model, params = interop.diffusers.load("<this folder>")  # in JAX',
-    "```",
-    "",
-  ]
-  for title, content in (("Scores", scores), ("Training config", config)):
-    if content:
-      lines += [f"## {title}", "", "```json", json.dumps(content, indent=2), "```", ""]
-  return "\n".join(lines)

@@ -1,0 +1,422 @@
+"""Components of a user's own, from files and modules: found, refused, copied into a run and used from there."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import config as configs
+from ddpm_jax import data, predictions, processes
+from ddpm_jax.config import components, experiment, foreign, spec
+from tests.commands import RECIPE, assert_refused, call
+from tests.parameters import write_run
+from tests.recipes import experiment_of, tiny_config, tree_of
+from tests.test_config_components import TREE, with_keys
+
+OWN = """
+import dataclasses
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ddpm_jax import data, guidance, losses, models, predictions, processes, sampling
+from ddpm_jax.models import conditions
+
+
+def weighting(log_snr):
+  return jnp.exp(-log_snr)
+
+
+def typed_weighting(log_snr: "jax.Array") -> "jax.Array":
+  return jnp.exp(-log_snr)
+
+
+def made_weighting(power: float = 2.0):
+  return lambda log_snr: log_snr**power
+
+
+def process(beta: float = 7.0) -> processes.Process:
+  return processes.vp(0.1, beta)
+
+
+BETAS = (0.25, 0.5)
+
+
+def betas(num_steps=3):
+  return np.full(num_steps, 0.1)
+
+
+EPS = predictions.EPS
+
+
+def sampler(process, eta=0.5):
+  return sampling.ddim(process, eta)
+
+
+def grid(process, num_steps, power=2.0):
+  return np.linspace(1, 0, num_steps + 1) ** power
+
+
+def clip(denoise, bound=0.5):
+  return guidance.clip(denoise, -bound, bound)
+
+
+def guide(denoise, strength=3.0):
+  return lambda x_t, t: strength * denoise(x_t, t)
+
+
+def condition(name, size=3):
+  return conditions.vector(name, size)
+
+
+class Network(nn.Module):
+  out_channels: int
+  features: int = 4
+
+  @nn.compact
+  def __call__(self, x, time):
+    return nn.Dense(self.out_channels)(nn.Dense(self.features)(x))
+
+
+def objective(apply, process, prediction, time_input, gain=2.0):
+  return losses.denoising(apply, process, prediction, time_input=time_input)
+
+
+def source(fit, path="here", **others):
+  return data.Splits((fit, path, others))
+
+
+class Task:
+  def check(self, experiment, mesh): ...
+  def classes(self, experiment): ...
+  def preview(self, experiment, mesh, source): ...
+  def judge(self, experiment, folder, mesh, source, held_out): ...
+  def check_draws(self, what): ...
+  def check_classifies(self, what): ...
+
+
+def fails(x=0):
+  return 1 / x
+
+
+def wrong():
+  return 3
+
+
+def other_kind():
+  return sampling.ddim(processes.vp())
+
+
+NUMBER = 3
+"""
+OWN_LINE = next(number for number, line in enumerate(OWN.splitlines(), 1) if "1 / x" in line)
+
+
+@pytest.fixture
+def own(tmp_path):
+  path = tmp_path / "mine" / "own.py"
+  path.parent.mkdir()
+  path.write_text(OWN)
+  return path
+
+
+def test_every_place_takes_a_user_s_own(own):
+  keys = {
+    "model.process": f"{own}:process(beta=9)",
+    "model.prediction": f"{own}:EPS",
+    "model.network": f"{own}:Network(features=2)",
+    "model.conditions.size": f"{own}:condition(size=2)",
+    "objective": f"{own}:objective(gain=3)",
+    "sampler": f"{own}:sampler(eta=0.1)",
+    "sampling.grid": f"{own}:grid(power=3)",
+    "sampling.clip": f"{own}:clip",
+    "sampling.num_steps": "4",
+    "guidance": f"{own}:guide(strength=2)",
+    "data.source": f"{own}:source(path=there, other=3)",
+    "task": f"{own}:Task",
+  }
+  tree = with_keys(keys | {"model.conditions.size": "None"})
+  made = configs.build(tree)
+  assert tree.at("model.process.beta") == 9.0
+  assert float(made.model.process.log_snr(1.0)) == float(processes.vp(0.1, 9.0).log_snr(1.0))
+  assert made.model.prediction is predictions.EPS
+  np.testing.assert_allclose(made.times, np.linspace(1, 0, 5) ** 3)
+  assert configs.short_name(tree, "sampler") == "sampler"
+  assert configs.is_own(tree, "sampler")
+  assert not configs.is_own(TREE, "sampler")
+  assert made.guidance(denoise=lambda x_t, t: x_t)(2, 0) == 4
+  fit = data.Fit((8, 8), 1)
+  assert configs.source_of(made)(fit).train == (fit, "there", {"other": 3})
+  # An argument by a name that a component does not declare is a key too, of any type.
+  assert with_keys({"data.source.other": "(4, x)"}, tree).at("data.source.other") == "(4, x)"
+  assert with_keys({"data.source.more": "(4, 5)"}, tree).at("data.source.more") == (4, 5)
+  shapes = jax.tree.map(jnp.shape, made.model.init(jax.random.key(0)))
+  assert {layer["kernel"] for layer in shapes.values()} == {(3, 2), (2, 3)}
+  assert configs.build(with_keys(keys)).model.conditions["size"].shape.shape == (2,)
+
+
+def test_a_function_is_taken_as_it_is_or_called_by_what_it_needs(own, tmp_path):
+  def weighting_of(text):
+    slot = TREE.places["objective.weighting"].slot
+    tree = with_keys({"objective.weighting": text})
+    return experiment._Maker(None).component(tree.at("objective.weighting"), "objective.weighting", {}, slot)
+
+  assert weighting_of(f"{own}:weighting")(0.0) == 1
+  assert weighting_of(f"{own}:typed_weighting")(0.0) == 1
+  assert weighting_of(f"{own}:made_weighting")(3.0) == 9
+  assert weighting_of(f"{own}:made_weighting(power=3)")(3.0) == 27
+  for text, wanted in (
+    (f"{own}:BETAS", (0.25, 0.5)),
+    (f"{own}:betas", (0.1,) * 3),
+    (f"{own}:betas(num_steps=2)", (0.1,) * 2),
+  ):
+    made = configs.build(with_keys({"model.process.betas": text, "sampling.num_steps": "2"})).model.process
+    times = np.arange(1, len(wanted) + 1) / len(wanted)
+    np.testing.assert_array_equal(made.alpha(times), processes.discrete(np.array(wanted)).alpha(times))
+
+
+def test_a_user_s_own_module(own, monkeypatch):
+  monkeypatch.syspath_prepend(str(own.parent))
+  tree = with_keys({"sampler": "own:sampler(eta=0.25)"})
+  assert tree.at("sampler") == {"component": "own:sampler", "sha256": foreign._digest(OWN.encode()), "eta": 0.25}
+  configs.build(tree)
+  package = own.parent / "my_package"
+  package.mkdir()
+  (package / "__init__.py").write_text("")
+  (package / "helper.py").write_text("from ddpm_jax import sampling\n")
+  (package / "rules.py").write_text(
+    "from .helper import sampling\ndef sampler(process):\n  return sampling.euler(process)\n"
+  )
+  configs.build(with_keys({"sampler": "my_package.rules:sampler"}))
+
+
+def test_a_user_s_own_file_imports_what_lies_beside_it(own):
+  (own.parent / "component_helper.py").write_text("BETA = 3.0\n")
+  path = own.parent / "beside.py"
+  path.write_text(
+    "import component_helper\nfrom ddpm_jax import processes\ndef make():\n  return processes.vp(0.1, component_helper.BETA)\n"
+  )
+  assert configs.build(with_keys({"model.process": f"{path}:make"})).model.process.num_steps is None
+
+
+BROKEN = {
+  "is not there": (None, "process", "a file that does not exist; expected my_file.py:my_function"),
+  "lacks the name": (OWN, "proces", "own.py has no 'proces'; expected a name that it defines.*Did you mean 'process'"),
+  "lacks any name": (OWN, "", "own.py has no ''; expected a name"),
+  "is of another kind": (OWN, "other_kind", "makes a Sampler; expected it to make a process"),
+  "says another kind": (
+    OWN + "def other() -> predictions.Prediction: ...\n",
+    "other",
+    "the function other that makes a Prediction; expected a process",
+  ),
+  "says another kind in text": (
+    f"from __future__ import annotations\n{OWN}def other() -> predictions.Prediction: ...\n",
+    "other",
+    "the function other that makes a Prediction; expected a process",
+  ),
+  "is a value": (OWN, "NUMBER", "a value of type int; expected a process"),
+  "makes something else": (OWN, "wrong", "which makes a int; expected it to make a process"),
+  "fails": (OWN, "fails", f"own.py:fails: ZeroDivisionError in line {OWN_LINE}: division by zero"),
+  "has other arguments": (
+    OWN,
+    "process(gamma=3)",
+    "'model.process.gamma' as a config key of .*own.py:process; expected one of model.process.beta",
+  ),
+  "has arguments of another type": (
+    OWN,
+    "process(beta=x)",
+    "Got config.model.process.beta='x'; expected a finite number",
+  ),
+  "is no Python": ("def process(:\n", "process", "which fails in line 1: SyntaxError"),
+  "is not text": ("\udcff\udcfe", "process", "which fails.*: (SyntaxError|UnicodeDecodeError)"),
+  "holds zeros": ("\0\0", "process", "which fails.*: (SyntaxError|ValueError)"),
+  "raises": ("x = 1\nraise KeyError('no')\n", "process", "which fails in line 2: KeyError: 'no'"),
+  "ends the program": ("import sys\nsys.exit(3)\n", "process", "which fails in line 2: SystemExit: 3"),
+  "imports what is not there": ("import no_such_module\n", "process", "which fails in line 1: ModuleNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_component_file_is_one_message(name, own):
+  content, rest, message = BROKEN[name]
+  own.unlink()
+  if content is not None:
+    own.write_bytes(content.encode(errors="surrogateescape"))
+  with pytest.raises(ValueError, match=message):
+    configs.build(with_keys({"model.process": f"{own}:{rest}"}))
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["is not there", "lacks the name", "is of another kind", "fails", "is no Python", "raises", "ends the program"],
+)
+def test_the_command_line_shows_one_message_of_a_component_file(name, own, tmp_path):
+  content, rest, message = BROKEN[name]
+  own.unlink()
+  if content is not None:
+    own.write_text(content)
+  code, output = call(RECIPE, f"--config.model.process={own}:{rest}", f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, message)
+  assert (code, len(output.splitlines())) == (2, 2)  # the first says what is run
+  assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--config.sampler=hein", "Got config.sampler='hein'; expected a sampler.*Did you mean 'heun'"),
+    ("--config.sampler=vp", "Got config.sampler='vp'; expected a sampler"),
+    ("--config.sampler=processes.vp", "the function vp that makes a Process; expected a sampler"),
+    (
+      "--config.sampler=heun(s_chrn=3)",
+      "'sampler.s_chrn' as a config key of sampling.heun.*Did you mean 'sampler.s_churn'",
+    ),
+    ("--config.sampler=heun(s_churn=x)", "Got config.sampler.s_churn='x'; expected a finite number"),
+    ("--config.sampler=heun(3)", "arguments are given by name"),
+    ("--config.data.source=folder(path=/x)", "cannot be read .*put quotes around words with signs, such as paths"),
+    ("--config.sampler=heun(", "expected a name and its arguments"),
+    ("--config.sampler=heun(s_churn=-3)", "In config.sampler=sampling.heun"),
+    ("--config.sampler.eta=x", "Got --config.sampler.eta=x; expected a number"),
+    ("--config.sampler.churn=3", "'sampler.churn' as a config key of sampling.ddim; expected one of sampler.eta"),
+    ("--config.model.process.betas=(0.1, 2)", "In config.model.process=processes.discrete"),
+    (
+      "--config.model.conditions.classes=classes",
+      "without number; expected it. Set --config.model.conditions.classes.number",
+    ),
+    ("--config.objective.weighting=heun", "Got config.objective.weighting='heun'; expected a weighting"),
+    (
+      "--config.data.source=floder(path='/x')",
+      "Got config.data.source='floder'; expected a source of data.*Did you mean 'folder'",
+    ),
+    ("--config.task=paint", "Got config.task='paint'; expected a task"),
+    ("--config.model=read", "without path; expected it. Set --config.model.path"),
+  ],
+)
+def test_wrong_components_on_the_command_line_are_one_message(flag, message, tmp_path):
+  code, output = call(RECIPE, flag, f"--workdir={tmp_path / 'work'}")
+  assert_refused(code, output, message)
+  assert (code, len(output.splitlines())) == (2, 2)  # the first says what is run
+  assert not (tmp_path / "work").exists()
+
+
+@pytest.fixture
+def run_of_own(own, tmp_path):
+  """The folder of a run with a component of the user's own."""
+  config = tiny_config()
+  config.objective.weighting = spec(f"{own}:made_weighting", power=3.0)
+  write_run(config, tmp_path / "run")
+  return tmp_path / "run"
+
+
+def forget():
+  """Forget what was read, as a new process does."""
+  foreign._LOADED.clear()
+
+
+def test_a_run_keeps_a_copy_of_a_component_file(own, run_of_own):
+  (copy,) = (run_of_own / "components").rglob("*.py")
+  assert (copy.name, copy.read_text()) == ("own.py", OWN)
+  shutil.rmtree(own.parent)
+  forget()
+  tree = configs.of_run(run_of_own)
+  assert tree.at("objective.weighting.power") == 3.0
+  configs.build(tree)
+  # Another run that goes on from this one's config keeps it too.
+  configs.write(run_of_own.parent / "other", tree)
+  assert len(list((run_of_own.parent / "other" / "components").rglob("own.py"))) == 1
+
+
+def test_a_run_goes_on_with_what_a_component_file_held(own, run_of_own):
+  before = configs.of_run(run_of_own)
+  own.write_text(OWN.replace("log_snr**power", "power + 0 * log_snr"))
+  forget()
+  tree = configs.of_run(run_of_own)
+  assert tree.at("objective.weighting") == before.at("objective.weighting")
+  slot = tree.places["objective.weighting"].slot
+  assert (
+    components.find(
+      tree.at("objective.weighting.component"), slot, "", tree.at("objective.weighting.sha256"), run_of_own
+    )[1](3.0)(3.0)
+    == 27
+  )
+  # A recipe names what the file holds now, which is another run.
+  config = tiny_config()
+  config.objective.weighting = spec(f"{own}:made_weighting", power=3.0)
+  with pytest.raises(
+    ValueError, match="another config:\n  objective.weighting.sha256: [0-9a-f]{64} in the folder, [0-9a-f]{64} now\nUse"
+  ):
+    configs.check_same_run(run_of_own, configs.of_config(config, run_of_own))
+
+
+def test_a_component_file_that_moved_is_the_same(own, run_of_own, tmp_path):
+  moved = tmp_path / "elsewhere" / "own.py"
+  moved.parent.mkdir()
+  shutil.move(own, moved)
+  config = tiny_config()
+  config.objective.weighting = spec(f"{moved}:made_weighting", power=3.0)
+  configs.check_same_run(run_of_own, configs.of_config(config, run_of_own))
+
+
+def test_a_changed_file_without_a_copy_is_refused(own, run_of_own):
+  shutil.rmtree(run_of_own / "components")
+  own.write_text(OWN + "\n")
+  forget()
+  with pytest.raises(
+    ValueError,
+    match=r"config\.json.*own.py has changed since the run began with it; restore the file, or start a new run",
+  ):
+    configs.of_run(run_of_own)
+  own.unlink()
+  with pytest.raises(ValueError, match=r"config\.json.*a file that does not exist"):
+    configs.of_run(run_of_own)
+
+
+def test_a_damaged_copy_is_not_taken_for_the_file(own, run_of_own):
+  (copy,) = (run_of_own / "components").rglob("*.py")
+  copy.write_text(OWN.replace("log_snr**power", "0 * log_snr"))
+  own.unlink()
+  forget()
+  with pytest.raises(ValueError, match="a file that does not exist"):
+    configs.of_run(run_of_own)
+
+
+def test_what_a_process_has_read_stays_while_its_file_changes(own, tmp_path):
+  tree = with_keys({"model.process": f"{own}:process"})
+  own.write_text("1 / 0\n")
+  configs.build(tree).changed(seed=3)
+  configs.write(tmp_path, tree)
+  (copy,) = (tmp_path / "components").rglob("*.py")
+  assert copy.read_text() == OWN
+
+
+def test_a_file_that_changes_within_a_second_is_read_anew(own):
+  first = with_keys({"model.process": f"{own}:process"})
+  own.write_text(OWN.replace("beta: float = 7.0", "beta: float = 8.0"))
+  assert with_keys({"model.process": f"{own}:process"}).at("model.process.beta") == 8.0
+  assert first.at("model.process.beta") == 7.0
+  assert not (own.parent / "__pycache__").exists()
+
+
+def test_samples_are_drawn_after_a_component_file_is_gone(own, run_of_own):
+  shutil.rmtree(own.parent)
+  code, output = call("--mode=sample", f"--workdir={run_of_own}", "--num_samples=2", "--config.sampling.num_steps=1")
+  assert code == 0, output
+
+
+def test_a_value_that_no_file_holds_is_refused(own):
+  for value in (lambda: 3, object(), {1: 2}, [object()], 1j):
+    config = tiny_config()
+    config.data.source = spec(f"{own}:source", other=value)
+    with pytest.raises(ValueError, match=r"Got config\.data\.source\.other=.*; expected a value that a file can hold"):
+      tree_of(config)
+
+
+def test_sections_of_a_component_of_any_arguments_are_for_what_it_is_for(own, tmp_path):
+  config = tiny_config()
+  config.data.source = spec(f"{own}:source", other={"a": {"b": 1}})
+  tree = tree_of(config)
+  configs.write(tmp_path, tree)
+  assert json.loads((tmp_path / "config.json").read_text())["data"]["source"]["other"] == {"a": {"b": 1}}
+  assert experiment_of(config).values("run")["data.source.other.a.b"] == 1
