@@ -187,6 +187,10 @@ def main(argv: list[str]) -> None:
     runs.run_statistics(experiment, _output("the statistics", "/tmp/statistics.npz"))
     return
   if mode == "prepare":
+    import jax
+
+    # Building a config computes a little, for which no accelerator should be taken from others.
+    jax.config.update("jax_platforms", "cpu")
     prepare.run_prepare(config.build(_data_config()), _path(_OUTPUT))
     return
   if mode == "plan":
