@@ -4,16 +4,11 @@ import importlib
 
 __version__ = "0.1.0"
 __all__ = [
-  "checkpoint",
   "config",
   "data",
+  "devices",
   "editing",
-  "ema",
-  "evaluate",
   "guidance",
-  "hardware",
-  "heap",
-  "images",
   "interop",
   "likelihood",
   "load",
@@ -21,17 +16,14 @@ __all__ = [
   "metrics",
   "models",
   "networks",
-  "optim",
-  "parallel",
-  "plan",
   "predictions",
   "processes",
   "randomness",
   "report",
   "sampling",
   "schedules",
-  "topology",
-  "train",
+  "storage",
+  "training",
 ]
 
 

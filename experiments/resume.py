@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from ddpm_jax import checkpoint, records
+from ddpm_jax.storage import checkpoint, records
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6000

@@ -12,7 +12,8 @@ import argparse
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from ddpm_jax import data, evaluate, metrics
+from ddpm_jax import data, metrics
+from ddpm_jax.metrics import evaluate
 
 SCORES = ("frechet", "kernel", "class_score", "precision_recall", "density_coverage")
 

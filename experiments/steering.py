@@ -21,7 +21,8 @@ import numpy as np
 from scipy.ndimage import affine_transform
 from sklearn.neighbors import KNeighborsClassifier
 
-from ddpm_jax import data, images, metrics
+from ddpm_jax import data, metrics
+from ddpm_jax.storage import images
 
 ROOT = Path(__file__).parent.parent
 SCALES = {"classes": (0.0, 1.0, 2.0, 3.0, 5.0, 8.0), "classifier": (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)}

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ddpm_jax import heap
+from ddpm_jax.devices import heap
 from tests.flags import COMPILE_SOON, PATIENT
 
 # Before JAX starts. Most tests use the first device only. They compile hundreds of small programs and run each briefly.

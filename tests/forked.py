@@ -5,12 +5,11 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import runpy
 import sys
 import tempfile
 from pathlib import Path
 
-_LIBRARIES = ("ddpm_jax.prepare", "ddpm_jax.pretrained", "ddpm_jax.runs", "sklearn.metrics", "tensorboardX")
+_LIBRARIES = ("ddpm_jax.main", "ddpm_jax.runs", "sklearn.metrics", "tensorboardX")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, *_LIBRARIES])
 # Only what hangs takes so long, on a machine of any pace.
@@ -119,14 +118,8 @@ def _redirect(output):
 
 
 def _run(arguments):
-  """Run the program as `python -m` does, and take back the flags that it defined, so that it may define them again."""
-  from absl import flags
+  """Run the program as `python -m` does."""
+  from ddpm_jax import main
 
   sys.argv = ["ddpm_jax.main", *arguments]
-  try:
-    runpy.run_module("ddpm_jax.main", run_name="__main__", alter_sys=True)
-  finally:
-    by_module = flags.FLAGS.flags_by_module_dict()
-    (program,) = (module for module in by_module if module.endswith("ddpm_jax/main.py"))
-    for name in [flag.name for flag in by_module[program]] + [name for name in flags.FLAGS if name[:7] == "config."]:
-      delattr(flags.FLAGS, name)
+  main.main()

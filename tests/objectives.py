@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax import ema, losses, optim, randomness, train
+from ddpm_jax import losses, randomness, training
+from ddpm_jax.training import ema, optim
 
 SIZE, HIDDEN, BATCH = 8, 16, 16
 
@@ -65,12 +66,12 @@ def optimizer():
 
 
 def start():
-  return train.init_state(jax.random.key(0), lambda key: weights(3), optimizer(), everything(), frozen())
+  return training.init_state(jax.random.key(0), lambda key: weights(3), optimizer(), everything(), frozen())
 
 
 def step(**options):
   parts = {"objective": everything(), "optimizer": optimizer(), "encode": encode}
-  return functools.partial(train.train_step, **(parts | options))
+  return functools.partial(training.train_step, **(parts | options))
 
 
 def batches(count):

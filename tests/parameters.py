@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import data, ema, interop, networks, parallel
+from ddpm_jax import data, interop, networks
+from ddpm_jax.devices import parallel
 from ddpm_jax.models import Network
 from ddpm_jax.models.networks import keywords
 from ddpm_jax.runs import model, reading
+from ddpm_jax.training import ema
 from tests.recipes import experiment_of, tree_of
 
 

@@ -66,7 +66,7 @@ def dying(path, step):
 
 
 def _die(step, path):
-  from ddpm_jax import records
+  from ddpm_jax.storage import records
 
   def scalars(self, number, values):
     if number >= step:
@@ -82,7 +82,7 @@ def saved_items(folder):
   """Every leaf of a run's newest checkpoint, keys as numbers, whole on one device."""
   import jax
 
-  from ddpm_jax import parallel
+  from ddpm_jax.devices import parallel
   from ddpm_jax.runs import frozen, model
 
   experiment, mesh = configs.build(configs.of_run(folder)), parallel.make_mesh(devices=jax.devices()[:1])

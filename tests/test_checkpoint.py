@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import checkpoint, parallel
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import model
+from ddpm_jax.storage import checkpoint
 from tests import objectives
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint_format_2"
@@ -127,7 +128,7 @@ def test_no_checkpoint_and_a_newer_format_are_errors(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
   save(tmp_path, 5)
   monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
-  with pytest.raises(ValueError, match="format 3.*reads 2 to 2.*Upgrade"):
+  with pytest.raises(ValueError, match="format 3.*reads format 2.*Upgrade"):
     restore(tmp_path)
 
 

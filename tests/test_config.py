@@ -9,9 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from ddpm_jax import config as configs
-from ddpm_jax import workdir
 from ddpm_jax.config import components, default_config, slots, spec, values
 from ddpm_jax.config import tree as trees
+from ddpm_jax.storage import workdir
 from tests.commands import DENSE, RECIPE, assert_refused, call
 from tests.recipes import experiment_of, tiny_config, tree_of
 
@@ -76,7 +76,7 @@ def test_an_empty_config_is_the_default():
     ("--config.seed=x", "an integer, in digits alone"),
     ("--config.optimizer.learning_rate=fast", "a number"),
     ("--config.data.flip=maybe", "true or false"),
-    ("--num_samples=many", "an integer, in digits alone"),
+    ("--profile=many", "an integer, in digits alone"),
   ],
 )
 def test_flags_that_are_no_numbers_are_refused(flag, expected, tmp_path):
@@ -490,7 +490,7 @@ def test_wrong_keys_on_the_command_line_are_one_message(flag, tmp_path):
 
 def test_a_key_needs_a_config(tmp_path):
   code, output = call("--config.seed=3", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, "Got --config.seed without a config; expected --config=<recipe> beside it")
+  assert_refused(code, output, "Got no --config, and .* holds no run; expected a recipe, such as --config=digits_vp")
   assert not (tmp_path / "work").exists()
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import processes, schedules, words
+from ddpm_jax import processes, schedules
+from ddpm_jax.commands import words
 from ddpm_jax.config import components, flags, spec
 from tests.commands import RECIPE
 from tests.parameters import write_run
@@ -331,6 +332,8 @@ def test_flags_with_and_without_equals_signs(tmp_path):
   assert tree.at("model.network.multipliers") == (1.0, 2.0)
   # The same of a run, without a recipe.
   assert configs.read(None, {"sampler": "euler"}, folder).at("sampler.component") == "sampling.euler"
-  assert configs.read(None, {}, tmp_path) is None
+  assert configs.read(None, {"seed": "3"}, tmp_path, otherwise={}).at("seed") == 3
+  with pytest.raises(ValueError, match="Got no --config, and .* holds no run"):
+    configs.read(None, {}, tmp_path)
   with pytest.raises(ValueError, match="--config without a value"):
     words.split(["--config"])

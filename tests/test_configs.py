@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax import losses, parallel
+from ddpm_jax import losses
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import stepping
 from tests.conftest import ROOT
 from tests.recipes import experiment_of, tree_of

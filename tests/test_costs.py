@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax import costs
+from ddpm_jax.devices import costs
 
 P = PartitionSpec
 KB = 1024

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import data, prepare, sealed
+from ddpm_jax import data
 from ddpm_jax.config import spec
-from ddpm_jax.runs import reading
+from ddpm_jax.runs import prepare, reading
+from ddpm_jax.storage import sealed
 from tests.conftest import ROOT
 from tests.pictures import pixels_of, spoil, write_builder, write_folder
 from tests.recipes import experiment_of, tiny_config

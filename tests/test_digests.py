@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import digests, parallel
+from ddpm_jax.devices import parallel
+from ddpm_jax.storage import digests
 
 
 def test_a_digest_shows_every_bit_and_no_layout():

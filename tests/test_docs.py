@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from ddpm_jax import config, main, models, words
+from ddpm_jax import config, models
+from ddpm_jax.commands import MODES, flags, line
 from ddpm_jax.config import sections, slots
+from ddpm_jax.storage import places
 from tests.conftest import ROOT
 
 CONFIG_PAGE = ROOT / "docs" / "config.md"
@@ -91,8 +92,8 @@ def commands(path):
   """The words of each command that a page or a recipe's docstring gives, with `OWN` in the place of <...>."""
   text = "\n".join(blocks(path)) if path.suffix == ".md" else ast.get_docstring(ast.parse(path.read_text()))
   text = re.sub(r"\[(--[^]]*)\]", r"\1", re.sub(r"<[^>]*>", OWN, text.replace("\\\n", " ")))
-  lines = [line for line in text.splitlines() if line.startswith("python -m ddpm_jax.main ")]
-  return [shlex.split(line, comments=True)[3:] for line in lines]
+  found = [re.match(r"(?:python -m ddpm_jax(?:\.main)?|ddpm-jax) (.*)", one) for one in text.splitlines()]
+  return [shlex.split(one[1], comments=True) for one in found if one]
 
 
 @pytest.fixture
@@ -111,15 +112,16 @@ def beside(tmp_path, monkeypatch):
 def test_every_command_has_flags_and_keys_that_there_are(path, beside):
   del beside
   for command in commands(path):
-    found = words.split(command)
-    recipe = found.recipe if found.recipe and Path(found.recipe).is_file() else "configs/digits_cond.py"
-    tree = config.read(recipe, found.keys)
-    with flagsaver.flagsaver():
-      assert flags.FLAGS(["main", *found.rest]) == ["main"]
-      for sampler, steps in main._variants(flags.FLAGS.mode):
-        for key, value in main._variant((sampler, steps)).items():
-          tree = config.changed(tree, key.replace("__", "."), value)
-    config.build(tree)
+    if line.answer(command) is not None:
+      continue
+    found = line.parse(command)
+    recipe = getattr(found, "config", None)
+    known = recipe and (Path(recipe).is_file() or recipe in places.recipes())
+    changes = flags.variants(found) if found.mode == "eval" else [{}]
+    short = {"sampler": None, "num_steps": None} if found.mode == "eval" else {}
+    tree = config.read(recipe if known else "digits_cond", flags.keys(found, **short))
+    for change in changes:
+      config.build(tree).changed(**change)
 
 
 def known_keys():
@@ -180,7 +182,7 @@ def test_every_key_and_every_name_in_the_text_is_there():
 
 def test_every_flag_in_the_text_is_there():
   scripts = "".join(path.read_text() for path in sorted((ROOT / "experiments").rglob("*.py")))
-  known = {*flags.FLAGS, *re.findall(r'"--([a-z_-]+)"', scripts)}
+  known = {*itertools.chain(*(line.parser_of(mode).names for mode in MODES)), *re.findall(r'"--([a-z_-]+)"', scripts)}
   for path in PAGES:
     assert {*re.findall(r"`--([a-z_]+)[=` ]", path.read_text())} <= known, path.name
 
@@ -207,7 +209,7 @@ def test_the_examples_of_the_page_of_configs_run(beside):
   assert len(names["slower"].times) == 51
   # The network and the weighting of one's own are trained.
   (command,) = [one for one in commands(CONFIG_PAGE) if any("my_parts" in word for word in one)]
-  experiment = config.build(config.read("my_recipe.py", words.split(command).keys))
+  experiment = config.build(config.read("my_recipe.py", line.parse(command).keys))
   model, objective = experiment.model, experiment.objective
   params = model.init(jax.random.key(0))
   assert params["Conv_0"]["kernel"].shape[-1] == 64

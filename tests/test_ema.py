@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import ema, optim
+from ddpm_jax.training import ema, optim
 
 START = {"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.float32([0.5, -2.0])}
 

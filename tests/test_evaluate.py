@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ddpm_jax import evaluate, metrics
+from ddpm_jax import metrics
+from ddpm_jax.metrics import evaluate
 
 ALL = evaluate.Settings(evaluate.SCORES, k=3, kernel_subsets=5, splits=4)
 PAIRS = evaluate.Settings(evaluate.PAIRWISE, kernel_subsets=5)

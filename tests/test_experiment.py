@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import parallel, randomness
+from ddpm_jax import randomness
 from ddpm_jax.config import spec
+from ddpm_jax.devices import parallel
 from ddpm_jax.losses import Context
 from ddpm_jax.runs import programs, reading, stepping
 from tests.parameters import random_params

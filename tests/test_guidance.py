@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from ddpm_jax import costs, guidance, predictions, processes, sampling
+from ddpm_jax import guidance, predictions, processes, sampling
+from ddpm_jax.devices import costs
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Denoised
 from tests.oracles import MIXTURE, PROCESSES, Mixture

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax import hardware
+from ddpm_jax.devices import hardware
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 GLIBC = platform.libc_ver()[0] == "glibc"
 PROGRAM = """
 import resource, sys
-from ddpm_jax import heap
+from ddpm_jax.devices import heap
 assert "jax" not in sys.modules
 kept = heap.keep()
 import numpy as np
@@ -27,7 +27,7 @@ print(kept, faults() - before)
 # As a train step does: a state given away from run to run, and temporaries of 67 MB, more than the heap of a thread can hold.
 STEP = """
 import resource
-from ddpm_jax import heap
+from ddpm_jax.devices import heap
 kept = heap.keep()
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
@@ -86,7 +86,7 @@ def test_searches_for_garbage_become_rare():
   """Counted by Python itself, as many objects are made that stay."""
   program = """
 import gc
-from ddpm_jax import heap
+from ddpm_jax.devices import heap
 searches = []
 gc.callbacks.append(lambda phase, info: searches.append(phase))
 before = [[] for _ in range(50_000)]

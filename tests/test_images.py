@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import images
+from ddpm_jax.storage import images
 
 
 def test_uint8_is_the_nearest_and_clipped():

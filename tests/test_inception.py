@@ -9,8 +9,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from ddpm_jax import evaluate, metrics
+from ddpm_jax import metrics
 from ddpm_jax.interop import inception
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.networks.inception import TAPS, Inception
 from tests import fidelity
 

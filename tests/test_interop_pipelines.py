@@ -11,7 +11,8 @@ from diffusers.pipelines.ddim import pipeline_ddim
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_ddpm
 
-from ddpm_jax import images, interop, randomness, sampling
+from ddpm_jax import interop, randomness, sampling
+from ddpm_jax.storage import images
 from tests.test_interop_diffusers import SHAPE, start, write
 from tests.test_interop_unet import DOWN, levels
 

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 # A function of native code that nothing interrupts for minutes.
 STUCK = """
 import hashlib, os, signal, sys, threading, time
-from ddpm_jax import interrupts
+from ddpm_jax.devices import interrupts
 
 def end():
   print("ended by", threading.current_thread().name, flush=True)
@@ -86,7 +86,7 @@ with interrupts.ended_at_once(end):
 
 WRITING = """
 import os, signal
-from ddpm_jax import files
+from ddpm_jax.storage import files
 from tests import recipes
 
 def get_config():

@@ -10,7 +10,7 @@ from scipy import integrate, special, stats
 
 from ddpm_jax import likelihood
 from ddpm_jax.networks import gradients_in_loops
-from ddpm_jax.networks.convolution import convolve
+from ddpm_jax.networks.kernels.convolution import convolve
 from tests.oracles import MIXTURE, PROCESSES, gaussian
 from tests.test_likelihood import KEY, MEAN, STD, keys, on_levels
 

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import losses, optim, predictions, processes, randomness, train
+from ddpm_jax import losses, predictions, processes, randomness, training
 from ddpm_jax.floats import promoting
+from ddpm_jax.training import optim
 from tests.oracles import PROCESSES
 
 BATCH, SIZE = 12, 6
@@ -137,8 +138,8 @@ def test_importance_sampling_trains_and_draws_times_as_large_as_their_losses():
   for name, distribution in (("importance", times), ("uniform", losses.uniform(STEPS))):
     objective = losses.denoising(zeros, STEPS, predictions.EPS, times=distribution, weighting=weighting)
     optimizer = optax.set_to_zero()
-    state = train.init_state(jax.random.key(0), lambda key: {"a": jnp.zeros(())}, optimizer, objective)
-    step = functools.partial(train.train_step, objective=objective, optimizer=optimizer)
+    state = training.init_state(jax.random.key(0), lambda key: {"a": jnp.zeros(())}, optimizer, objective)
+    step = functools.partial(training.train_step, objective=objective, optimizer=optimizer)
 
     @jax.jit
     def run(state, step=step):
@@ -182,7 +183,7 @@ def test_moments_are_the_last_losses_of_each_step():
 def test_a_plain_objective_compiles_to_no_more_than_its_formula():
   process, optimizer, data = PROCESSES["vp"], optim.adam(1e-3), batch()
   objective = losses.denoising(apply, process, predictions.EPS)._replace(summarize=lambda details: {})
-  state = train.init_state(jax.random.key(0), lambda key: weights(), optimizer, objective)
+  state = training.init_state(jax.random.key(0), lambda key: weights(), optimizer, objective)
   assert (state.extra, state.memory) == ((), ())
   assert jax.tree.structure(state.opt_state) == jax.tree.structure(optimizer.init(weights()))
 
@@ -208,7 +209,7 @@ def test_a_plain_objective_compiles_to_no_more_than_its_formula():
       re.findall(r" = .*? ([\w-]+)\(", jax.jit(step, donate_argnums=0).lower(state, data).compile().as_text())
     )
 
-  step = functools.partial(train.train_step, objective=objective, optimizer=optimizer)
+  step = functools.partial(training.train_step, objective=objective, optimizer=optimizer)
   assert instructions(step) == instructions(formula)
 
 

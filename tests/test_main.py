@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import workdir
+from ddpm_jax.storage import workdir
 from tests import commands
 from tests.commands import DENSE, RECIPE, assert_refused, call, start
 from tests.recipes import dying, saved_items
@@ -238,8 +238,8 @@ WRONG = {
   "key": ([RECIPE, "--config.training.step=3"], "Did you mean 'training.steps'"),
   "type": ([RECIPE, "--config.training.steps=many"], "training.steps=many"),
   "mode": ([RECIPE, "--mode=trian"], "Did you mean 'train'"),
-  "flag": ([RECIPE, "--smapler=ddim"], "Did you mean: sampler"),
-  "word": ([RECIPE, "ddim"], "wanted flags only"),
+  "flag": ([RECIPE, "--smapler=ddim"], "Did you mean --sampler"),
+  "word": ([RECIPE, "ddim"], "expected flags only"),
   "sampler": ([RECIPE, "--sampler=dddim"], "Did you mean 'ddim'"),
   "file": (["--config=configs/digits_v.py"], "Did you mean configs/digits_vp.py"),
   "no_config": ([], "holds no run"),
@@ -251,7 +251,7 @@ WRONG = {
   "too_many": ([RECIPE, "--config.evaluation.num_samples=5000"], "evaluation.num_samples=5000"),
   "key_alone": (
     ["--mode=sample", "--config.sampler.eta=0.5"],
-    "config.sampler.eta without a config; expected --config=",
+    "Got no --config, and .* holds no run; expected a recipe",
   ),
   "mesh": ([RECIPE, "--config.parallel.fsdp=3"], r"data=0 by fsdp=3 on 1 device"),
   "accumulate": ([RECIPE, "--config.training.accumulate=5"], "accumulate=5 with a batch of 16"),
@@ -265,7 +265,7 @@ WRONG = {
   "topology": ([RECIPE, "--mode=plan", "--topology=v5e:3x5x7"], "v5e"),
   "generation": ([RECIPE, "--mode=plan", "--topology=v9:2x2"], "Known generations"),
   "small_topology": ([RECIPE, "--mode=plan", "--devices=32"], "batch size of 16 on 32 devices"),
-  "seed": ([RECIPE, "--seed=3"], "--seed in mode train; it serves sample and edit and eval"),
+  "seed": ([RECIPE, "--seed=3"], "--seed in mode train; expected it in mode sample, edit or eval only"),
   "two_samplers": (
     [RECIPE, "--mode=sample", "--sampler=heun", "--config.sampler=ddim"],
     "Got --sampler beside --config.sampler; expected one of them",
@@ -290,7 +290,10 @@ WRONG = {
     [RECIPE, "--mode=eval", "--num_samples=20", "--config.evaluation.num_samples=30"],
     "Got --num_samples beside --config.evaluation.num_samples",
   ),
-  "sampler_of_a_plan": ([RECIPE, "--mode=plan", "--sampler=heun"], "Got --sampler in mode plan; it serves train and"),
+  "sampler_of_a_plan": (
+    [RECIPE, "--mode=plan", "--sampler=heun"],
+    "Got --sampler in mode plan; expected it in mode train, sample, edit or eval only",
+  ),
   "argument_of_the_sampler": ([RECIPE, "--sampler=heun(s_churm=40)"], "'sampler.s_churm' .*mean 'sampler.s_churn'"),
   "brackets": ([RECIPE, "--sampler=heun(s_churn=40"], r"sampler='heun\(s_churn=40'; expected a name and its arguments"),
   "given": (
@@ -326,7 +329,8 @@ WRONG = {
 def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
   arguments, message = WRONG[name]
   workdir = tmp_path / "work"
-  code, output = call(*arguments, f"--workdir={workdir}")
+  folder = [] if {"--mode=stats", "--mode=prepare"} & {*arguments} else [f"--workdir={workdir}"]
+  code, output = call(*arguments, *folder)
   assert_refused(code, output, message)
   assert not workdir.exists(), "nothing is touched"
 
@@ -360,7 +364,7 @@ def test_what_native_code_reports_on_its_own_is_kept_out(tmp_path):
   """Orbax's storage does so of each write that fails on a full disk after the first."""
   config = tmp_path / "config.py"
   config.write_text(
-    "import sys\nfrom ddpm_jax import workdir\nfrom tests import recipes\n\n\n"
+    "import sys\nfrom ddpm_jax.storage import workdir\nfrom tests import recipes\n\n\n"
     "def complain(folder):\n  sys.excepthook(RuntimeError, RuntimeError('Event loop is closed'), None)\n"
     "  raise ValueError('The end.')\n\n\n"
     "def get_config():\n  workdir.checkpoint_steps = complain\n  return recipes.get_config()\n"

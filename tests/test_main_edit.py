@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import editing, images
+from ddpm_jax import editing
+from ddpm_jax.storage import images
 from tests.commands import RECIPE, assert_refused, call
 from tests.pictures import bomb
 
@@ -162,10 +163,10 @@ def test_edits(run):
     ),
     (
       ["--mode=export", "--output=/tmp/x", "--given=classes=3"],
-      "Got --given in mode export; it serves sample and edit only",
+      "Got --given in mode export; expected it in mode sample or edit only",
     ),
-    (["--mode=edit", "--task=inpaint", "--strength=0.5"], "Got --strength for the task 'inpaint'; wanted it with"),
-    (["--mode=sample", "--mask=lower"], "Got --mask in mode sample; it serves edit only"),
+    (["--mode=edit", "--task=inpaint", "--strength=0.5"], "Got --strength for the task 'inpaint'; expected it with"),
+    (["--mode=sample", "--mask=lower"], "Got --mask in mode sample; expected it in mode edit only"),
   ],
 )
 def test_wrong_flags_end_in_one_message(run, tmp_path, flags, message):

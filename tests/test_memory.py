@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import hardware, interop, memory, processes, runs, sampling, schedules, topology
+from ddpm_jax import interop, processes, runs, sampling, schedules
+from ddpm_jax.devices import hardware, memory, topology
 from ddpm_jax.networks import UNet
 from ddpm_jax.runs import limits
 from tests.commands import DENSE, RECIPE, assert_refused, call

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import data, metrics, sealed
+from ddpm_jax import data, metrics
+from ddpm_jax.storage import sealed
 
 DIGITS = data.read(data.read_digits(), np.arange(1797))
 IMAGES, LABELS = DIGITS["image"], DIGITS["classes"]

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import guidance, parallel, predictions, randomness, sampling
+from ddpm_jax import guidance, predictions, randomness, sampling
 from ddpm_jax.config import spec
+from ddpm_jax.devices import parallel
 from ddpm_jax.losses import Context
 from ddpm_jax.models import conditions, guided
 from ddpm_jax.models.guided import Guides, Parameters

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.floats import promoting
-from ddpm_jax.networks.attention import attend
+from ddpm_jax.networks.kernels.attention import attend
 
 # Queries, keys, heads, channels: rows that are halved to the end, halved once, odd, and one query alone.
 CASES = [(256, 256, 2, 8), (36, 130, 3, 4), (9, 9, 1, 16), (1, 65, 2, 4)]

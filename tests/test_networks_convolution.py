@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ddpm_jax import costs, networks
+from ddpm_jax import networks
+from ddpm_jax.devices import costs
 from ddpm_jax.floats import promoting
-from ddpm_jax.networks import Classifier, UNet, convolution, layers, sums
-from ddpm_jax.networks.convolution import convolve
-from ddpm_jax.networks.resampling import convolve_doubled, double
+from ddpm_jax.networks import Classifier, UNet, layers
+from ddpm_jax.networks.kernels import convolution, sums
+from ddpm_jax.networks.kernels.convolution import convolve
+from ddpm_jax.networks.kernels.resampling import convolve_doubled, double
 
 LETTERS = "DHW"
 

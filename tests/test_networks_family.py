@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import upsample_2d
 
 from ddpm_jax.networks import Classifier, UNet, layers, trainable
-from ddpm_jax.networks.resampling import double, halve
+from ddpm_jax.networks.kernels.resampling import double, halve
 from tests.parameters import random_like
 from tests.test_networks import SMALL
 

@@ -11,9 +11,10 @@ from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
-from ddpm_jax import costs, plan, topology
-from ddpm_jax.networks import UNet, attention, convolution, layers, resampling, sums, unet
-from ddpm_jax.networks.resampling import convolve_doubled, double, halve
+from ddpm_jax.devices import costs, plan, topology
+from ddpm_jax.networks import UNet, layers, unet
+from ddpm_jax.networks.kernels import attention, convolution, resampling, sums
+from ddpm_jax.networks.kernels.resampling import convolve_doubled, double, halve
 from tests.parameters import random_like
 
 FIR = (1, 3, 3, 1)

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import ema, networks, optim
+from ddpm_jax import networks
 from ddpm_jax.floats import promoting
+from ddpm_jax.training import ema, optim
 from tests.parameters import random_like
 
 PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3) / 6, "bias": jnp.array([-0.0, 0.0, 1.0])}

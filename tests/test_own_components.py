@@ -9,7 +9,8 @@ from PIL import Image
 
 import ddpm_jax
 from ddpm_jax import config as configs
-from ddpm_jax import parallel, runs, sampling
+from ddpm_jax import runs, sampling
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import frozen, scoring, stepping
 from tests import own
 from tests.conftest import ROOT

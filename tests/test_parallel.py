@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import costs, losses, optim, parallel, predictions, processes, startup, train
+from ddpm_jax import losses, predictions, processes, training
+from ddpm_jax.devices import costs, parallel, startup
 from ddpm_jax.networks.layers import drop
 from ddpm_jax.runs import stepping
+from ddpm_jax.training import optim
 from tests import objectives
 from tests.parameters import use_dense
 from tests.recipes import experiment_of, tiny_config
@@ -37,7 +39,7 @@ def batches():
 
 def initial(experiment):
   optimizer = stepping.optimizer(experiment)
-  return train.init_state(jax.random.key(0), experiment.model.init, optimizer, experiment.objective)
+  return training.init_state(jax.random.key(0), experiment.model.init, optimizer, experiment.objective)
 
 
 def compiled_step(config, mesh, accumulate=1):
@@ -112,7 +114,7 @@ def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, lone):
 def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
   experiment = experiment_of(config)
   step = functools.partial(
-    train.train_step,
+    training.train_step,
     objective=experiment.objective,
     encode=functools.partial(stepping.encode, experiment.model),
     optimizer=stepping.optimizer(experiment),
@@ -181,11 +183,11 @@ def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
     return (drop(hidden, 0.5, keys, "hidden") @ params["last"]).reshape(x.shape)
 
   objective = losses.denoising(apply, process, predictions.EPS, times=losses.low_discrepancy(process))
-  state, after = train.init_state(jax.random.key(0), lambda key: params, optimizer, objective), {}
+  state, after = training.init_state(jax.random.key(0), lambda key: params, optimizer, objective), {}
   batch = {"x": batches[0]["image"].astype(np.float64)}
   for accumulate, unroll in ((1, False), (2, True), (8, False)):
     options = {"objective": objective, "optimizer": optimizer, "accumulate": accumulate, "unroll": unroll}
-    after[accumulate] = jax.jit(functools.partial(train.train_step, **options))(state, batch)[0].params
+    after[accumulate] = jax.jit(functools.partial(training.train_step, **options))(state, batch)[0].params
   for accumulate in (2, 8):
     for a, b in zip(jax.tree.leaves(after[accumulate]), jax.tree.leaves(after[1]), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
@@ -259,7 +261,7 @@ def test_wrong_sizes_are_errors():
   with pytest.raises(ValueError, match="fsdp=16 on 8"):
     parallel.make_mesh(fsdp=16)
   with pytest.raises(ValueError, match="accumulate=3 with a batch of 16 on 8.*2 each"):
-    train.check_accumulate(16, 8, 3)
+    training.check_accumulate(16, 8, 3)
 
 
 def test_the_cluster_s_environment_says_how_many_processes():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddpm_jax import places
+from ddpm_jax.storage import places
 
 
 def test_tilde_is_the_home_folder(monkeypatch, tmp_path):

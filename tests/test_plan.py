@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax import costs, hardware, parallel, plan
+from ddpm_jax.devices import costs, hardware, parallel, plan
 from ddpm_jax.runs import model, stepping
 from tests.conftest import ROOT
 from tests.recipes import experiment_of, tiny_config
@@ -231,7 +231,7 @@ def test_a_plan_for_tpus_that_are_not_there(tmp_path):
   code = """
 import json
 import jax, jax.numpy as jnp
-from ddpm_jax import parallel, plan, topology
+from ddpm_jax.devices import parallel, plan, topology
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 devices = topology.topology_devices("v5e:2x2")

@@ -85,7 +85,11 @@ def test_a_config_that_holds_itself_is_one_message(tmp_path):
 
 def test_what_is_no_file(tmp_path):
   (tmp_path / "digits.py").write_text("")
-  for name, message in (("digit.py", "Did you mean .*digits.py"), ("", "a folder"), ("none/x.py", "does not exist")):
+  for name, message in (
+    ("digit.py", "Did you mean .*digits.py"),
+    ("", "a folder"),
+    ("none/x.py", "neither a file nor the name of a recipe"),
+  ):
     with pytest.raises(ValueError, match=message):
       recipes.read(str(tmp_path / name))
   with pytest.raises(ValueError, match="no_such_user_at_all"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ddpm_jax import records
+from ddpm_jax.storage import records
 
 GOOD = [b'{"step": 1, "loss": 0.5}', b'{"step": 2, "loss": NaN}', b'{"step": 30, "loss": 1e-3, "skipped": 2}\r']
 BAD = {

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ddpm_jax import rendezvous
+from ddpm_jax.devices import rendezvous
 from tests import commands, forked
 from tests.commands import DENSE, assert_refused
 from tests.test_runs_processes import port

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from ddpm_jax import images, report
+from ddpm_jax import report
 from ddpm_jax.report import page, pictures, training, words
+from ddpm_jax.storage import images
 from tests import reports
 from tests.conftest import ROOT
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.files import WriteError
-from ddpm_jax.rows import Rows
+from ddpm_jax.storage.files import WriteError
+from ddpm_jax.storage.rows import Rows
 
 WHOLE = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3)
 

@@ -10,10 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import checkpoint, ema, files, parallel, records, runs, workdir
 from ddpm_jax import config as configs
+from ddpm_jax import runs
 from ddpm_jax.config import spec
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import model, scoring
+from ddpm_jax.storage import checkpoint, files, records, workdir
+from ddpm_jax.training import ema
 from tests.forked import PATIENCE
 from tests.parameters import one_device, write_run
 from tests.recipes import experiment_of, saved_items, tiny_config, tree_of

@@ -7,10 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import checkpoint, ema, evaluate, plan, runs
+from ddpm_jax import runs
 from ddpm_jax.config import spec
+from ddpm_jax.devices import plan
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.runs import reading
 from ddpm_jax.runs.tasks.classify import noise_levels
+from ddpm_jax.storage import checkpoint
+from ddpm_jax.training import ema
 from tests.oracles import PROCESSES
 from tests.parameters import one_device
 from tests.recipes import saved_items, set_keys, tiny_config, tree_of

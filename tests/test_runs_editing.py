@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import config as configs
-from ddpm_jax import editing, files, runs
+from ddpm_jax import editing, runs
 from ddpm_jax.config import spec
+from ddpm_jax.storage import files
 from tests.parameters import use_dense, write_run
 from tests.recipes import tiny_config
 

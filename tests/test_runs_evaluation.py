@@ -8,8 +8,9 @@ import signal
 import numpy as np
 import pytest
 
-from ddpm_jax import data, metrics, parallel, runs
+from ddpm_jax import data, metrics, runs
 from ddpm_jax.config import spec
+from ddpm_jax.devices import parallel
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import bits, drawing, model, scoring
 from tests import commands

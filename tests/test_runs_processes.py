@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import checkpoint
+from ddpm_jax.storage import checkpoint
 from tests import commands
 from tests.commands import DENSE, RECIPE
 from tests.parameters import use_dense
@@ -130,7 +130,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
 TERMINATED = """
 import os, signal
 import jax
-from ddpm_jax import records
+from ddpm_jax.storage import records
 from ddpm_jax.runs import scoring
 from tests import dense
 

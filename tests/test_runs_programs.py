@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import parallel
 from ddpm_jax.config import slots, spec
 from ddpm_jax.config.sections import Root, keys_of
+from ddpm_jax.devices import parallel
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import programs
 from tests.conftest import ROOT

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from configs import folder
-from ddpm_jax import data, interop, metrics, prepare
+from ddpm_jax import data, interop, metrics
 from ddpm_jax.config import spec
-from ddpm_jax.places import user_path
-from ddpm_jax.runs import reading, spaces
+from ddpm_jax.runs import prepare, reading, spaces
+from ddpm_jax.storage.places import user_path
 from tests.commands import DENSE, assert_refused, call
 from tests.pictures import spoil
 from tests.recipes import experiment_of, tiny_config

@@ -178,8 +178,11 @@ def test_an_exported_model_with_a_flipped_bit_is_refused_by_name(exported, tmp_p
 
 WRONG = {
   "no folder": (["--mode=sample", "--pretrained=/none"], "/none, which is no folder"),
-  "mode": ([RECIPE, "--pretrained=/none"], "--pretrained in mode train; it serves sample"),
-  "output": ([RECIPE, "--output=/none"], "--output in mode train; it serves export"),
+  "mode": ([RECIPE, "--pretrained=/none"], "--pretrained in mode train; expected it in mode sample or edit"),
+  "output": (
+    [RECIPE, "--output=/none"],
+    "--output in mode train; expected it in mode prepare, stats, export or convert",
+  ),
   "no output": (["--mode=export", RECIPE], "Got no --output"),
   "no checkpoint": (["--mode=export", RECIPE, "--output=/tmp/x"], "holds no checkpoint"),
   "no pretrained": ([RECIPE, "--config.init_from=/none"], "/none, which is no folder"),
@@ -226,7 +229,7 @@ def test_a_config_says_all_that_a_folder_says(name, tmp_path):
   """From the config alone the same network, process and grid are built, with the clipping of the folder."""
   write(tmp_path, SCHEDULERS[name], **ADOPTED[name])
   model, _ = interop.diffusers.load(tmp_path)
-  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False, sampler=None)
+  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False)
   experiment = configs.build(tree)
   assert experiment.model.network.module == model.network.module.clone(dropout=0.1)
   assert found.model.network.module == experiment.model.network.module
@@ -244,8 +247,10 @@ def test_another_sampler_has_its_own_defaults(tmp_path):
   write(tmp_path, diffusers.UniPCMultistepScheduler())
 
   def experiment(sampler):
-    tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False, sampler=sampler)
-    return configs.build(tree if sampler is None else configs.changed(tree, "sampler", sampler), found.model)
+    keys = {} if sampler is None else {"sampler": sampler}
+    tree = configs.read(None, keys, tmp_path, otherwise={})
+    tree, found = starts.pretrained(str(tmp_path), tree, recipe=False, keys=keys)
+    return configs.build(tree, found.model)
 
   own, other = experiment(None), experiment("deis")
   assert (own.sampler_name, own.tree.values["sampler"], own.sampling.num_steps) == ("unipc", None, 50)
@@ -300,7 +305,7 @@ def test_a_folder_without_a_size_takes_the_data_s(tmp_path):
   config.data.image_size = (16, 8)
   tree, found = starts.starting_from(tree_of(config))
   assert found.model.data_shape == (16, 8, 1)
-  tree, found = starts.pretrained(str(tmp_path), tree_of(config), recipe=False, sampler=None)
+  tree, found = starts.pretrained(str(tmp_path), tree_of(config), recipe=False)
   assert found.model.data_shape == configs.build(tree).model.data_shape == (16, 8, 1)
 
 
@@ -322,9 +327,7 @@ def test_options_that_change_are_seen_where_a_run_goes_on(exported, tmp_path):
 def test_keys_beside_a_model_from_elsewhere_stay(exported):
   tree = configs.changed(configs.expand({}), "sampling.num_steps", 5)
   tree = configs.changed(tree, "sampler", "heun(s_churn=4)")
-  tree, _ = starts.pretrained(
-    str(exported), tree, recipe=False, sampler=None, keys=("sampling.num_steps", "sampler.s_churn")
-  )
+  tree, _ = starts.pretrained(str(exported), tree, recipe=False, keys=("sampling.num_steps", "sampler.s_churn"))
   assert (tree.values["sampling"]["num_steps"], tree.values["sampler"]["s_churn"]) == (5, 4.0)
 
 
@@ -354,7 +357,7 @@ def test_a_model_of_images_that_are_no_squares_is_sampled(tmp_path):
 def test_another_range_of_clipping_is_the_folder_s(tmp_path):
   """The estimates of x_0 go as far as the scheduler lets them, and samples, which are pixels, to -1 and 1."""
   write(tmp_path, diffusers.DDIMScheduler(clip_sample_range=2.0), **SMALL)
-  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False, sampler=None)
+  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False)
   assert tree.values["sampling"]["clip"] == {"component": "guidance.clip", "low": -2.0, "high": 2.0}
   clipped = configs.build(tree, found.model).sampling.clip(denoise=lambda x_t, t: x_t)
   np.testing.assert_array_equal(clipped(np.float32([-9, -1.5, 1.5, 9]), 0.5), [-2, -1.5, 1.5, 2])

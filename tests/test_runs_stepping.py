@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ddpm_jax import data, ema, losses
+from ddpm_jax import data, losses
 from ddpm_jax.config import slots, spec
 from ddpm_jax.losses import Context
 from ddpm_jax.runs import stepping
+from ddpm_jax.training import ema
 from tests.parameters import random_params
 from tests.recipes import experiment_of, set_keys, tiny_config
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ddpm_jax import sealed
+from ddpm_jax.storage import sealed
 
 CONTENT = {
   "scores": {"generated": {"kernel_distance": 0.63, "none": float("nan")}},

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from ddpm_jax import topology
+from ddpm_jax.devices import topology
 from tests.conftest import ROOT
 
 
@@ -81,7 +81,7 @@ def run(code):
 
 
 def test_a_cpu_is_shown_as_many_devices():
-  assert run("from ddpm_jax import topology; print(len(topology.simulate_devices(5)))") == "5\n"
+  assert run("from ddpm_jax.devices import topology; print(len(topology.simulate_devices(5)))") == "5\n"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_cpu_is_shown_as_many_devices():
 )
 def test_slices_of_every_generation(name, kind, count):
   code = f"""
-from ddpm_jax import hardware, topology
+from ddpm_jax.devices import hardware, topology
 devices = topology.topology_devices({name!r})
 print(len(devices), hardware.chip_of(devices[0].device_kind).name)"""
   assert run(code) == f"{count} {kind}\n"

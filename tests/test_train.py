@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import ema, losses, optim, predictions, processes, train
+from ddpm_jax import losses, predictions, processes, training
 from ddpm_jax.config import spec
 from ddpm_jax.runs import stepping
+from ddpm_jax.training import ema, optim
 from tests import objectives
 from tests.parameters import random_params
 from tests.recipes import experiment_of, tiny_config
@@ -25,8 +26,8 @@ def linear_problem(optimizer):
     return {"a": jax.random.normal(key, ()), "b": jnp.zeros(())}
 
   objective = losses.denoising(apply, processes.vp(), predictions.EPS)
-  state = train.init_state(jax.random.key(0), init, optimizer, objective)
-  return state, jax.jit(functools.partial(train.train_step, objective=objective, optimizer=optimizer))
+  state = training.init_state(jax.random.key(0), init, optimizer, objective)
+  return state, jax.jit(functools.partial(training.train_step, objective=objective, optimizer=optimizer))
 
 
 def batches():
@@ -51,14 +52,16 @@ def test_step_is_pure_and_moves_on():
 def test_fit_lowers_the_loss_and_reports():
   state, step = linear_problem(optim.adam(0.05))
   logs, calls = [], []
-  end = train.fit(
+  end = training.fit(
     state,
     step,
     batches(),
     num_steps=205,
     log=lambda number, values: logs.append((number, values)),
     log_every=50,
-    callbacks=[train.Callback(100, lambda number, state, metrics: calls.append((number, int(state.step), *metrics)))],
+    callbacks=[
+      training.Callback(100, lambda number, state, metrics: calls.append((number, int(state.step), *metrics)))
+    ],
   )
   assert int(end.step) == 205
   assert [number for number, _ in logs] == [50, 100, 150, 200, 205]
@@ -72,9 +75,9 @@ def test_fit_lowers_the_loss_and_reports():
 def test_fit_goes_on_from_the_states_own_step():
   state, step = linear_problem(optim.adam(0.05))
   data = [batch for batch, _ in zip(batches(), range(20), strict=False)]
-  whole = train.fit(state, step, data, num_steps=20, log=lambda *_: None)
-  half = train.fit(state, step, data[:10], num_steps=10, log=lambda *_: None)
-  rest = train.fit(half, step, data[10:], num_steps=20, log=lambda *_: None)
+  whole = training.fit(state, step, data, num_steps=20, log=lambda *_: None)
+  half = training.fit(state, step, data[:10], num_steps=10, log=lambda *_: None)
+  rest = training.fit(half, step, data[10:], num_steps=20, log=lambda *_: None)
   jax.tree.map(np.testing.assert_array_equal, whole._replace(key=0), rest._replace(key=0))
 
 
@@ -92,7 +95,7 @@ def spoilt(*steps):
 def test_steps_that_are_not_finite_are_skipped_and_counted():
   state, step = linear_problem(optim.adam(0.05))
   logs = []
-  end = train.fit(
+  end = training.fit(
     state,
     step,
     spoilt(3, 4, 7),
@@ -110,9 +113,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_sound_parameters():
   state, step = linear_problem(optim.adam(0.05))
   saved = []
-  callback = train.Callback(2, lambda number, state, metrics: saved.append(jax.device_get(state.params)))
+  callback = training.Callback(2, lambda number, state, metrics: saved.append(jax.device_get(state.params)))
   with pytest.raises(FloatingPointError, match=r"4 steps in a row, 6 to 9, .*last loss is nan.*5 in all.*max_skipped"):
-    train.fit(
+    training.fit(
       state, step, spoilt(2, *range(6, 50)), num_steps=50, log=lambda *_: None, callbacks=[callback], max_skipped=4
     )
   assert len(saved) == 4
@@ -122,7 +125,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_sound_parameters():
 def test_nothing_but_skipped_steps_is_logged_without_a_loss():
   state, step = linear_problem(optim.adam(0.05))
   logs = []
-  train.fit(state, step, spoilt(1, 2), num_steps=2, log=lambda number, values: logs.append(values))
+  training.fit(state, step, spoilt(1, 2), num_steps=2, log=lambda number, values: logs.append(values))
   assert "loss" not in logs[0]
   assert logs[0]["skipped"] == 2
 
@@ -130,7 +133,7 @@ def test_nothing_but_skipped_steps_is_logged_without_a_loss():
 def test_fit_stops_at_a_loss_that_is_not_finite():
   state, step = plain_problem()
   with pytest.raises(FloatingPointError, match="loss is nan at step 5"):
-    train.fit(state, step, spoilt(5), num_steps=20, log=lambda *_: None, log_every=5)
+    training.fit(state, step, spoilt(5), num_steps=20, log=lambda *_: None, log_every=5)
 
 
 def test_parameters_that_are_lost_are_never_handed_to_a_callback():
@@ -142,18 +145,18 @@ def test_parameters_that_are_lost_are_never_handed_to_a_callback():
     after, metrics = step(state, batch)
     return after, metrics | {"grad_norm": jnp.where(after.step >= 6, jnp.inf, metrics["grad_norm"])}
 
-  callback = train.Callback(3, lambda number, state, metrics: saved.append(number))
+  callback = training.Callback(3, lambda number, state, metrics: saved.append(number))
   with pytest.raises(FloatingPointError, match="grad_norm is inf at step 6"):
-    train.fit(state, breaking, batches(), num_steps=20, log=lambda *_: None, log_every=20, callbacks=[callback])
+    training.fit(state, breaking, batches(), num_steps=20, log=lambda *_: None, log_every=20, callbacks=[callback])
   assert saved == [3]
 
 
 def test_fit_asks_whether_to_stop_and_says_when_a_step_begins():
   state, step = linear_problem(optim.adam(0.05))
   begun, waited = [], itertools.count(0.0, 1e-3)
-  watch = train.Watch(lambda: next(waited), lambda number: number == 4, begun.append)
+  watch = training.Watch(lambda: next(waited), lambda number: number == 4, begun.append)
   logs = []
-  end = train.fit(
+  end = training.fit(
     state, step, batches(), num_steps=20, log=lambda number, values: logs.append(values), log_every=2, watch=watch
   )
   assert int(end.step) == 4
@@ -175,7 +178,7 @@ def test_a_mean_counts_samples_not_steps():
     return state._replace(step=state.step + 1), metrics | {"none": losses.Mean(jnp.zeros(()), jnp.zeros(()))}
 
   logs = []
-  train.fit(state, step, batches(), num_steps=3, log=lambda number, values: logs.append(values))
+  training.fit(state, step, batches(), num_steps=3, log=lambda number, values: logs.append(values))
   assert logs[0]["level"] == 1.0
   assert "none" not in logs[0]
 
@@ -193,8 +196,8 @@ def test_a_real_step_of_the_unet(conditional):
   experiment = experiment_of(config)
   optimizer = stepping.optimizer(experiment)
   parts = {"objective": experiment.objective, "encode": functools.partial(stepping.encode, experiment.model)}
-  state = train.init_state(jax.random.key(0), lambda _: random_params(config), optimizer, parts["objective"])
-  step = jax.jit(functools.partial(train.train_step, **parts, optimizer=optimizer))
+  state = training.init_state(jax.random.key(0), lambda _: random_params(config), optimizer, parts["objective"])
+  step = jax.jit(functools.partial(training.train_step, **parts, optimizer=optimizer))
   batch = {"image": jnp.zeros((4, 8, 8, 1)), "classes": jnp.array([0, 1, 2, 9])}
   after, metrics = step(state, batch)
   assert jnp.isfinite(metrics["loss"])
@@ -212,7 +215,7 @@ def test_a_batch_that_cannot_be_had_is_an_error_after_the_state_is_rescued():
   state, step = linear_problem(optim.adam(0.05))
   rescued = []
   with pytest.raises(OSError, match="the disk is gone"):
-    train.fit(
+    training.fit(
       state,
       step,
       batches(),
@@ -225,7 +228,7 @@ def test_a_batch_that_cannot_be_had_is_an_error_after_the_state_is_rescued():
 
 def test_training_stops_where_the_batches_end():
   state, step = linear_problem(optim.adam(0.05))
-  state = train.fit(state, step, itertools.islice(spoilt(), 3), num_steps=9, log=lambda *_: None)
+  state = training.fit(state, step, itertools.islice(spoilt(), 3), num_steps=9, log=lambda *_: None)
   assert int(state.step) == 3
 
 
@@ -300,7 +303,7 @@ def test_frozen_parameters_are_arguments_of_the_compiled_step():
 
 def test_fit_hands_frozen_parameters_on():
   step, given, logs = jax.jit(objectives.step()), objectives.frozen(), []
-  end = train.fit(
+  end = training.fit(
     objectives.start(),
     step,
     objectives.batches(30),
@@ -315,7 +318,7 @@ def test_fit_hands_frozen_parameters_on():
 
 def test_an_objective_and_an_optimizer_that_do_not_fit_are_errors():
   def begin(optimizer, objective, frozen=None):
-    return train.init_state(jax.random.key(0), lambda key: objectives.weights(3), optimizer, objective, frozen)
+    return training.init_state(jax.random.key(0), lambda key: objectives.weights(3), optimizer, objective, frozen)
 
   everything, given = objectives.everything(), objectives.frozen()
   with pytest.raises(ValueError, match="average covers .*optim.chain"):
@@ -326,7 +329,7 @@ def test_an_objective_and_an_optimizer_that_do_not_fit_are_errors():
     begin(objectives.optimizer(), everything, {"codec": given["codec"]})
   # One optimizer for both, that averages nothing.
   state = begin(optax.adam(0.1), everything, given)
-  step = functools.partial(train.train_step, optimizer=optax.adam(0.1), encode=objectives.encode)
+  step = functools.partial(training.train_step, optimizer=optax.adam(0.1), encode=objectives.encode)
   (batch,) = objectives.batches(1)
   with pytest.raises(ValueError, match="no frozen parameters"):
     step(state, batch, objective=everything)

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import records, workdir
+from ddpm_jax.storage import records, workdir
 from tests.commands import RECIPE, assert_refused, call
 from tests.recipes import tiny_config, tree_of
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import networks, parallel
+from ddpm_jax import networks
 from ddpm_jax.config import spec
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import model
 from tests import commands
 from tests.recipes import LEVELS, experiment_of, tiny_config

@@ -6,40 +6,39 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import jsonfiles, workdir
 from ddpm_jax.config import flags, recipes
 from ddpm_jax.config.experiment import keep_components
 from ddpm_jax.config.tree import Tree, expand, of_roles
+from ddpm_jax.storage import jsonfiles, workdir
 
 # Stands for the run's own folder in its config.json: the folder may move.
 _HERE = "<workdir>/"
 
 
-def read(recipe: str | None, keys: Mapping[str, str], folder: Path | None = None) -> Tree | None:
+def read(
+  recipe: str | None,
+  keys: Mapping[str, str],
+  folder: Path | None = None,
+  *,
+  otherwise: Mapping[str, Any] | None = None,
+) -> Tree:
   """Return the config of a recipe, or else that of the run in a folder, with other values from the command line.
 
   Args:
-    recipe: a file, or None.
+    recipe: a file or the name of a recipe, or None.
     keys: the text of keys by their dotted names.
     folder: of the run, or None.
-
-  Returns:
-    The whole config; None if there is neither a recipe nor a run.
+    otherwise: the values that serve if there is neither a recipe nor a run; None for an error.
 
   Raises:
     ValueError: if the recipe or the run cannot be read, or a key or its value is wrong.
   """
   if recipe is not None:
     tree = of_config(recipes.read(recipe), folder)
+  elif otherwise is not None and (folder is None or workdir.read_config(folder) is None):
+    tree = expand(otherwise)
   else:
-    found = None if folder is None else saved(folder)
-    if found is None:
-      if keys:
-        raise ValueError(
-          f"Got --config.{next(iter(keys))} without a config; expected --config=<recipe> beside it, or a --workdir that holds a run."
-        )
-      return None
-    tree = found
+    tree = of_run(Path.cwd() if folder is None else folder)
   return flags.apply(tree, keys)
 
 
@@ -79,9 +78,7 @@ def of_run(folder: Path) -> Tree:
   """
   found = saved(folder)
   if found is None:
-    raise ValueError(
-      f"Got no --config, and {folder} holds no run; expected a recipe, such as --config=configs/digits_vp.py."
-    )
+    raise ValueError(f"Got no --config, and {folder} holds no run; expected a recipe, such as --config=digits_vp.")
   return found
 
 

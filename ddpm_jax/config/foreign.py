@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ddpm_jax import files
-from ddpm_jax.places import user_path
+from ddpm_jax.storage import files
+from ddpm_jax.storage.places import user_path
 
 _LONGEST = 400
 

@@ -7,7 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm_jax.config import foreign
-from ddpm_jax.places import user_path
+from ddpm_jax.storage import places
+from ddpm_jax.storage.places import user_path
 
 _MODULE = "ddpm_jax_recipe"
 
@@ -16,7 +17,7 @@ def read(value: str) -> ConfigDict:
   """Run a config file and return what its get_config() makes.
 
   Args:
-    value: the path; behind a colon, what get_config takes.
+    value: a path, or the name of a recipe that comes with the package; behind a colon, what get_config takes.
 
   Raises:
     ValueError: if the file does not exist, fails, or makes no ConfigDict.
@@ -29,7 +30,7 @@ def read(value: str) -> ConfigDict:
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
       raise ValueError(
-        f"Got --config={path}, which has no function get_config(); expected one that returns a ConfigDict. Start from configs/digits_vp.py."
+        f"Got --config={path}, which has no function get_config(); expected one that returns a ConfigDict. Start from the recipe digits_vp."
       )
     config = foreign.run(path, lambda: get_config(*([argument] if colon else [])), "--config", get_config)
   if not isinstance(config, ConfigDict) or not len(config):
@@ -61,11 +62,14 @@ def _convert_numbers(config: ConfigDict, seen: set[int]) -> None:
 
 
 def _existing(name: str) -> Path:
-  path = user_path(name, "--config=")
-  if not path.is_file():
-    files = sorted(str(file) for file in path.parent.glob("*.py")) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), files, 1)
-    hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(files)}." if files else ""
-    what = "a folder" if path.is_dir() else "a file that does not exist"
-    raise ValueError(f"Got --config={path}, {what}; expected a Python file such as configs/digits_vp.py.{hint}")
-  return path
+  """Return the file at a path, or of a recipe that comes with the package."""
+  path, known = user_path(name, "--config="), places.recipes()
+  if path.is_file():
+    return path
+  if name in known:
+    return known[name]
+  files = sorted(str(file) for file in path.parent.glob("*.py")) if path.suffix == ".py" else []
+  near = difflib.get_close_matches(str(path), files, 1) or difflib.get_close_matches(path.stem, known, 1)
+  hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(files or known)}."
+  what = "a folder" if path.is_dir() else "neither a file nor the name of a recipe"
+  raise ValueError(f"Got --config={name}, {what}; expected a recipe such as digits_vp, or a Python file.{hint}")

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ddpm_jax import jsonfiles
 from ddpm_jax.config import components, values
 from ddpm_jax.config.components import DIGEST, KEY, MISSING, Parameter
 from ddpm_jax.config.sections import Bounds, Root, keys_of
 from ddpm_jax.config.slots import Slot
+from ddpm_jax.storage import jsonfiles
 
 
 class Tree(NamedTuple):

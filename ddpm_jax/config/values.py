@@ -7,10 +7,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddpm_jax import jsonfiles, memory
 from ddpm_jax.config import components
 from ddpm_jax.config.components import MISSING
 from ddpm_jax.config.sections import Bounds
+from ddpm_jax.devices import memory
+from ddpm_jax.storage import jsonfiles
 
 _SEQUENCE = typing.get_origin(Sequence[int])
 _CALLABLE = typing.get_origin(typing.Callable[[int], int])

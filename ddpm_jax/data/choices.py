@@ -19,7 +19,7 @@ from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.packing import PackedSource
 from ddpm_jax.data.sources import ArraySource, Source
 from ddpm_jax.data.tfds_records import TfdsSource
-from ddpm_jax.places import user_path
+from ddpm_jax.storage.places import user_path
 
 # Where data lie, which may change while they are the same.
 Place = Annotated[str, "place"]

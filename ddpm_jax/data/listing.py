@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import files, sealed
 from ddpm_jax.data.decoding import extensions
-from ddpm_jax.places import cache_folder
+from ddpm_jax.storage import files, sealed
+from ddpm_jax.storage.places import cache_folder
 
 _VERSION = 2
 # A folder that changed this shortly before it was listed may change again within one tick of the file system's clock.

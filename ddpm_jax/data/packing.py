@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import files, sealed
 from ddpm_jax.data.sources import (
   NO_CLASS,
   Batch,
@@ -19,6 +18,7 @@ from ddpm_jax.data.sources import (
   report_broken,
   to_array,
 )
+from ddpm_jax.storage import files, sealed
 
 _INDEX, _LABELS, _VERSION = "index.json", "labels.npy", 1
 _SHARD_BYTES = 2**29

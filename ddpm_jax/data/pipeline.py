@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from ddpm_jax.data.sources import Batch, BrokenImage, SkipBroken, Source, read
-from ddpm_jax.images import as_floats
+from ddpm_jax.storage.images import as_floats
 
 # Seconds between two looks at whether a batch that is awaited can still come.
 _LOOK = 0.5

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import sealed
+from ddpm_jax.storage import sealed
 
 Batch = dict[str, np.ndarray]
 # The label of an image without a class.

@@ -15,7 +15,7 @@ import numpy as np
 from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_labels
-from ddpm_jax.places import user_path
+from ddpm_jax.storage.places import user_path
 
 
 class TfdsSource:

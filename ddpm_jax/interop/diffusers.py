@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax import files, jsonfiles, predictions
+from ddpm_jax import predictions
 from ddpm_jax.interop import schedulers, tensors, unet2d
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.models import Condition, Model, codecs, conditions, networks
 from ddpm_jax.networks import UNet
-from ddpm_jax.places import user_path
 from ddpm_jax.predictions import Prediction
+from ddpm_jax.storage import files, jsonfiles
+from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 _WEIGHTS = "diffusion_pytorch_model"

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ddpm_jax import files, sealed
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks.inception import SHARED, SIZE, TAPS, Inception
-from ddpm_jax.places import user_path
+from ddpm_jax.storage import files, sealed
+from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import guidance, jsonfiles, predictions, processes, sampling, schedules
+from ddpm_jax import guidance, predictions, processes, sampling, schedules
 from ddpm_jax.models import Defaults
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
+from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
 

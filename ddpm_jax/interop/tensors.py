@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ddpm_jax import jsonfiles, sealed
+from ddpm_jax.storage import jsonfiles, sealed
 
 PyTree = Any
 Shapes = dict[str, tuple[int, ...]]

@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ddpm_jax import jsonfiles
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.options import per_level
+from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""`Objective`: what training minimizes, as a tuple of pure functions; `train.train_step` runs any of them."""
+"""`Objective`: what training minimizes, as a tuple of pure functions; `training.train_step` runs any of them."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -16,7 +16,7 @@ from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
 from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
 from ddpm_jax.metrics.neighbours import Neighbourhoods, nearest, neighbourhoods, precision_recall
 from ddpm_jax.metrics.statistics import Statistics, load_statistics, save_statistics
-from ddpm_jax.sealed import digest
+from ddpm_jax.storage.sealed import digest
 
 __all__ = [
   "CLASSIFIER_FEATURES",

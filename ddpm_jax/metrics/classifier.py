@@ -13,11 +13,11 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ddpm_jax import sealed
 from ddpm_jax.floats import promoting
-from ddpm_jax.images import from_uint8
 from ddpm_jax.metrics.features import FeatureSpace
 from ddpm_jax.networks.recognition import Recognizer
+from ddpm_jax.storage import sealed
+from ddpm_jax.storage.images import from_uint8
 
 Array = jax.Array
 PyTree = Any

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import parallel
+from ddpm_jax.devices import parallel
 
 Array = jax.Array
 PyTree = Any

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax import files, sealed
 from ddpm_jax.metrics.moments import Gaussian
+from ddpm_jax.storage import files, sealed
 
 # The names of pytorch-fid and clean-fid, and for features of places those of guided-diffusion.
 _NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import data, editing, images, randomness
-from ddpm_jax.places import user_path
+from ddpm_jax import data, editing, randomness
 from ddpm_jax.processes import expand
+from ddpm_jax.storage import images
+from ddpm_jax.storage.places import user_path
 
 Array = jax.Array
 PyTree = Any

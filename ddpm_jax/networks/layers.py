@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.floats import widest
-from ddpm_jax.networks import convolution
-from ddpm_jax.networks.attention import attend
-from ddpm_jax.networks.resampling import convolve_doubled, double, halve
-from ddpm_jax.networks.sums import once, spread, total
+from ddpm_jax.networks.kernels import convolution
+from ddpm_jax.networks.kernels.attention import attend
+from ddpm_jax.networks.kernels.resampling import convolve_doubled, double, halve
+from ddpm_jax.networks.kernels.sums import once, spread, total
 
 Array = jax.Array
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ddpm_jax import memory
+from ddpm_jax.devices import memory
 from ddpm_jax.networks.layers import groups_of
 
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.networks import layers, options
+from ddpm_jax.networks.kernels.resampling import halve
 from ddpm_jax.networks.options import per_level
-from ddpm_jax.networks.resampling import halve
 
 Array = jax.Array
 

@@ -5,10 +5,10 @@ Pure presentation: it is given arrays and dicts, and knows of no config, process
 
 from pathlib import Path
 
-from ddpm_jax import files
 from ddpm_jax.report.content import Content as Content
 from ddpm_jax.report.content import Neighbours as Neighbours
 from ddpm_jax.report.content import check
+from ddpm_jax.storage import files
 
 
 def write(path: str | Path, content: Content) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.images import drawable, grid
+from ddpm_jax.storage.images import drawable, grid
 
 # Bytes before compression, and noise does not compress. Together they are below two megabytes as text.
 _SAMPLES, _FRAMES = 550_000, 500_000

@@ -11,6 +11,7 @@ from ddpm_jax.runs.evaluation import run_eval
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice, trained
 from ddpm_jax.runs.plan import run_plan
+from ddpm_jax.runs.prepare import run_prepare
 from ddpm_jax.runs.statistics import run_statistics
 from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
@@ -26,6 +27,7 @@ __all__ = [
   "run_eval",
   "run_export",
   "run_plan",
+  "run_prepare",
   "run_sample",
   "run_statistics",
   "run_train",

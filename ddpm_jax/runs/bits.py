@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax import data, images, likelihood, metrics, parallel, rows, workdir
+from ddpm_jax import data, likelihood, metrics
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.models.guided import Guides, Parameters
 from ddpm_jax.names import choose
 from ddpm_jax.runs import drawing, programs
 from ddpm_jax.runs.model import Weights, say
+from ddpm_jax.storage import images, rows, workdir
 
 KINDS = ("bound", "ode", "continuous")
 _TITLES = {

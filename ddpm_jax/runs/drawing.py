@@ -10,14 +10,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import data, files, images, parallel, workdir
+from ddpm_jax import data
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.models import Model
 from ddpm_jax.models.guided import NEGATIVE, Guides, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
 from ddpm_jax.runs.model import Choice, load_weights, patience, say
 from ddpm_jax.runs.starts import Pretrained
 from ddpm_jax.runs.steering import Steering, asked, in_proportion, other, scale_key, steer
+from ddpm_jax.storage import files, images, workdir
 
 PyTree = Any
 Inputs = dict[str, np.ndarray]

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import data, editing, files, images, parallel, workdir
+from ddpm_jax import data, editing
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.models.guided import NEGATIVE, is_neutral
 from ddpm_jax.runs import drawing, edits, limits
 from ddpm_jax.runs.model import Choice, say
 from ddpm_jax.runs.starts import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, flag_of, steer
+from ddpm_jax.storage import files, images, workdir
 
 # Rows of a picture; the arrays hold all.
 _ROWS = 24

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_jax import parallel, workdir
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import limits, model, reading
+from ddpm_jax.storage import workdir
 
 
 def run_eval(

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ddpm_jax import guidance, interop, parallel
+from ddpm_jax import guidance, interop
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import model
 
 # What a model card says of scores.

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
-from ddpm_jax import digests, parallel, sealed, workdir
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.models.codecs import frozen_shapes
+from ddpm_jax.storage import digests, sealed, workdir
 
 PyTree = Any
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax import memory
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import memory
 
 _FLOAT = 4
 # The stack of a thread, and a Python process with NumPy.

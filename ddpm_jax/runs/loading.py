@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ddpm_jax import config, interop, parallel, workdir
+from ddpm_jax import config, interop
+from ddpm_jax.devices import parallel
 from ddpm_jax.models import Defaults, Model
-from ddpm_jax.places import user_path
 from ddpm_jax.runs import model
+from ddpm_jax.storage import workdir
+from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 

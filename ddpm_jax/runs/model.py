@@ -18,10 +18,14 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import ddpm_jax
-from ddpm_jax import checkpoint, config, ema, evaluate, parallel, sealed, train, workdir
+from ddpm_jax import config, training
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.runs import frozen as frozen_module
 from ddpm_jax.runs import starts, stepping
+from ddpm_jax.storage import checkpoint, sealed, workdir
+from ddpm_jax.training import ema
 
 PyTree = Any
 # Seconds between two signs of life.
@@ -105,7 +109,7 @@ def compile_aloud(what: str, lower: Callable[[], Any]) -> Any:
 
 def make_state(
   experiment: Experiment, mesh: jax.sharding.Mesh, frozen: PyTree = None, params: PyTree = None
-) -> tuple[Callable[[], train.TrainState], train.TrainState]:
+) -> tuple[Callable[[], training.TrainState], training.TrainState]:
   """Return a function that makes the first state, and the state's shapes and layout.
 
   Args:
@@ -118,7 +122,7 @@ def make_state(
 
   def start(params, frozen):
     make = init if params is None else lambda key: params
-    return train.init_state(jax.random.key(experiment.seed), make, optimizer, experiment.objective, frozen)
+    return training.init_state(jax.random.key(experiment.seed), make, optimizer, experiment.objective, frozen)
 
   shapes = jax.eval_shape(start, params, frozen)
   shardings = parallel.state_shardings(mesh, shapes)
@@ -126,7 +130,7 @@ def make_state(
   return functools.partial(compiled, params, frozen), parallel.abstract(shapes, shardings)
 
 
-def items_of(state: train.TrainState) -> dict[str, PyTree]:
+def items_of(state: training.TrainState) -> dict[str, PyTree]:
   """Return a state as a checkpoint keeps it: what only training needs is apart, so that sampling does not read it."""
   rest, averages = ema.split(state.opt_state)
   return {
@@ -142,11 +146,11 @@ def items_of(state: train.TrainState) -> dict[str, PyTree]:
   }
 
 
-def state_of(items: dict[str, PyTree]) -> train.TrainState:
+def state_of(items: dict[str, PyTree]) -> training.TrainState:
   """Return the state that `items_of` took apart."""
   rest = dict(items["training"])
   opt_state = ema.join(rest.pop("opt_state"), items["ema"])
-  return train.TrainState(params=items["params"], opt_state=opt_state, **rest)
+  return training.TrainState(params=items["params"], opt_state=opt_state, **rest)
 
 
 def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpoints:

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
-from ddpm_jax import config, parallel, plan, startup, topology, train
+from ddpm_jax import config, training
 from ddpm_jax.config import Experiment, Tree
+from ddpm_jax.devices import parallel, plan, startup, topology
 from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
@@ -51,12 +52,12 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
   return found
 
 
-def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, train.TrainState, Any, Any]:
+def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, training.TrainState, Any, Any]:
   """Return the mesh, and the shapes of a state, a batch and the frozen parameters laid out on it."""
   c = experiment.training
   mesh = parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
   parallel.check_batch(c.batch_size, mesh.size)
-  train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
+  training.check_accumulate(c.batch_size, mesh.size, c.accumulate)
   fixed = frozen.shapes(experiment, mesh)
   _, shapes = model.make_state(experiment, mesh, fixed)
   return mesh, shapes, stepping.batch_shapes(experiment, c.batch_size), fixed

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import parallel, predictions, randomness, sampling
+from ddpm_jax import predictions, randomness, sampling
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.models import guided
 from ddpm_jax.models.guided import ALONE, Guides, Parameters
 from ddpm_jax.predictions import Denoise

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ddpm_jax import config, data, images
+from ddpm_jax import config, data
 from ddpm_jax.config import Experiment
 from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
+from ddpm_jax.storage import images
 
 # Names in the batch of an objective that are no items of the data (see `losses.Objective`).
 _OWN = ("x", "given", "times")

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config, data, evaluate, images, metrics, records
+from ddpm_jax import config, data, metrics
 from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import drawing, programs, reading
+from ddpm_jax.storage import images, records
 
 # Samples whose way from noise to data is shown, and frames of it.
 SHOWN = 8

@@ -11,12 +11,15 @@ import jax
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax import data, evaluate, images, metrics, parallel, rows, workdir
+from ddpm_jax import data, metrics
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import bits, drawing, model, programs, reading, reporting, spaces
 from ddpm_jax.runs.drawing import Inputs
 from ddpm_jax.runs.model import Weights, say
+from ddpm_jax.storage import images, rows, workdir
 
 PyTree = Any
 _READ = 512

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax import data, evaluate, images, interop, metrics, parallel, sealed
+from ddpm_jax import data, interop, metrics
 from ddpm_jax.config import Experiment
 from ddpm_jax.config.sections import Evaluation
+from ddpm_jax.devices import parallel
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.names import choose
-from ddpm_jax.places import user_path
 from ddpm_jax.runs.limits import check_features
+from ddpm_jax.storage import images, sealed
+from ddpm_jax.storage.places import user_path
 
 FEATURES = ("classifier", "inception", "pixels")
 # Larger images, or such in colour, are more than the small classifier is meant for.

@@ -4,9 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpm_jax import config, interop, workdir
+from ddpm_jax import config, interop
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.models import Model
+from ddpm_jax.storage import workdir
 
 PyTree = Any
 
@@ -34,16 +35,13 @@ def load(path: str, tree: Tree) -> Pretrained:
   return Pretrained(model, params)
 
 
-def pretrained(
-  path: str, tree: Tree, *, recipe: bool, sampler: str | None, keys: Collection[str] = ()
-) -> tuple[Tree, Pretrained]:
+def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
   """Return the config with a model from elsewhere in place of its own, and the model.
 
   Args:
     path: where it lies.
     tree: the config.
     recipe: whether somebody asked for the config; else the model is sampled as suits it.
-    sampler: the sampler that somebody asked for, or None.
     keys: the keys that somebody gave beside it, which stay as they are.
   """
   found = load(path, tree)
@@ -54,11 +52,9 @@ def pretrained(
   if recipe or suits is None:
     return tree, found
   steps = found.model.process.num_steps or suits.steps
-  if any(_is_below(key, "sampler") for key in keys):
-    sampler = config.short_name(tree, "sampler")
-  if sampler is None:
+  if not any(_is_below(key, "sampler") for key in keys):
     steps = suits.steps
-  elif sampler.partition("(")[0].rpartition(".")[2] != "ancestral":
+  elif config.short_name(tree, "sampler") != "ancestral":
     steps = min(suits.steps, steps, 50)
   clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):

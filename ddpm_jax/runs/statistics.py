@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax import evaluate, files, metrics, parallel
+from ddpm_jax import metrics
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.runs import limits, reading, spaces
 from ddpm_jax.runs.model import say
 from ddpm_jax.runs.scoring import describe_data, in_parts
+from ddpm_jax.storage import files
 
 
 def run_statistics(experiment: Experiment, output: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import config, workdir
+from ddpm_jax import config
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import guided
 from ddpm_jax.models.guided import NEGATIVE, Guides
 from ddpm_jax.runs.model import Choice, load_weights, trained
+from ddpm_jax.storage import workdir
 
 PyTree = Any
 

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax import costs, data, ema, losses, networks, optim, parallel, train
+from ddpm_jax import data, losses, networks, training
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import costs, parallel
 from ddpm_jax.models import Model
 from ddpm_jax.names import choose
 from ddpm_jax.runs import frozen as frozen_module
+from ddpm_jax.training import ema, optim
 
 Array = jax.Array
 PyTree = Any
@@ -94,10 +96,12 @@ def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch
   return {name: leaf for name, leaf in batch.items() if name != "image"} | found
 
 
-def step(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., tuple[train.TrainState, train.Metrics]]:
+def step(
+  experiment: Experiment, mesh: jax.sharding.Mesh
+) -> Callable[..., tuple[training.TrainState, training.Metrics]]:
   """Return the train step over a mesh, for `parallel.jit_step`."""
   return partial(
-    train.train_step,
+    training.train_step,
     objective=experiment.objective,
     optimizer=optimizer(experiment),
     encode=partial(encode, experiment.model),

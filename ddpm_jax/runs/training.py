@@ -8,27 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import (
-  checkpoint,
-  config,
-  data,
-  ema,
-  hardware,
-  images,
-  memory,
-  optim,
-  parallel,
-  plan,
-  records,
-  startup,
-  train,
-  workdir,
-)
+from ddpm_jax import config, data, training
 from ddpm_jax.config import Experiment, Tree
+from ddpm_jax.devices import hardware, memory, parallel, plan, startup
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.names import choose
 from ddpm_jax.runs import drawing, frozen, limits, model, reading, scoring, starts, stepping, watching
 from ddpm_jax.runs.model import say
+from ddpm_jax.storage import checkpoint, images, records, workdir
+from ddpm_jax.training import ema, optim
 
 PyTree = Any
 # Steps that pass before a trace begins, so that it shows the pace that is kept up.
@@ -68,7 +56,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
   starts.check_start(experiment)
   c, mesh = experiment.training, parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp)
   parallel.check_batch(c.batch_size, mesh.size)
-  train.check_accumulate(c.batch_size, mesh.size, c.accumulate)
+  training.check_accumulate(c.batch_size, mesh.size, c.accumulate)
   devices = list(mesh.devices.flat)
   limits.check_training(experiment, devices)
   limits.check_evaluation(experiment, devices, folder)
@@ -124,7 +112,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     parallel.wait_for_all("done")
 
 
-def _check_memory(template: train.TrainState, fixed: Any, devices: list[Any]) -> None:
+def _check_memory(template: training.TrainState, fixed: Any, devices: list[Any]) -> None:
   """Raise a ValueError if the devices cannot hold the state and, beside it, the gradients and the frozen parameters."""
   needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, fixed)))
   advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
@@ -132,7 +120,7 @@ def _check_memory(template: train.TrainState, fixed: Any, devices: list[Any]) ->
 
 
 def _check_best(
-  experiment: Experiment, judge: Any, step: Any, template: train.TrainState, batch: Any, fixed: Any
+  experiment: Experiment, judge: Any, step: Any, template: training.TrainState, batch: Any, fixed: Any
 ) -> None:
   """Raise a ValueError if no checkpoint will have the metric by which the best are kept."""
   c, every = experiment.training, experiment.evaluation.every
@@ -193,7 +181,7 @@ class _Run:
     experiment: Experiment,
     folder: Path,
     mesh: jax.sharding.Mesh,
-    template: train.TrainState,
+    template: training.TrainState,
     judge: Any,
     fixed: Any,
     stack: contextlib.ExitStack,
@@ -203,7 +191,7 @@ class _Run:
     self.checkpoints = model.open_checkpoints(experiment, folder)
     self.damaged: list[str] = []
 
-  def begin(self, init: Any, source: data.Source, resuming: bool) -> train.TrainState:
+  def begin(self, init: Any, source: data.Source, resuming: bool) -> training.TrainState:
     """Return the state to start from, and set `self.batches` to its place in the data."""
     c, own = self.experiment.training, self.experiment.data
     self.batches = data.batches(
@@ -265,12 +253,12 @@ class _Run:
   def _records(self, first: int) -> records.Records:
     return records.Records(self.folder, first, wandb=self.experiment.training.wandb, config=self.experiment.tree.values)
 
-  def parameters(self, state: train.TrainState) -> Parameters:
+  def parameters(self, state: training.TrainState) -> Parameters:
     """Return what samples follow from: without what the objective alone reads, such as a teacher."""
     own = {name: part for name, part in (self._frozen or {}).items() if name != "objective"}
     return Parameters(ema.ema_params(state.opt_state), own)
 
-  def train(self, state: train.TrainState, step: Any, preview: Any, profile: int, batch: Any) -> train.TrainState:
+  def train(self, state: training.TrainState, step: Any, preview: Any, profile: int, batch: Any) -> training.TrainState:
     """Take all steps that are left."""
     c, first = self.experiment.training, int(state.step)
     jitted = parallel.jit_step(step, self.mesh, state, self._frozen)
@@ -286,21 +274,21 @@ class _Run:
 
     scores: dict[int, dict[str, float]] = {}
 
-    def save(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+    def save(number: int, state: training.TrainState, metrics: dict[str, float]) -> None:
       # A run that is told to stop has none at this step.
       found = scores.get(number, {})
       best = self.experiment.training.best_metric
       metrics = {} if best.startswith("eval/") and not found else metrics | found
       self.checkpoints.save(number, model.items_of(state), self.batches.state, metrics)
 
-    def score(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+    def score(number: int, state: training.TrainState, metrics: dict[str, float]) -> None:
       scores.clear()
       scores[number] = self._judge.on_the_way(self.parameters(state))
       say(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores[number].items()))
       if writer is not None:
         writer.scalars(number, scores[number])
 
-    def snapshot(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+    def snapshot(number: int, state: training.TrainState, metrics: dict[str, float]) -> None:
       assert snapshots is not None
       # One after the other: orbax's barriers between processes do not tell two folders apart.
       self.checkpoints.wait()
@@ -308,22 +296,22 @@ class _Run:
       snapshots.save(number, {"ema": model.items_of(state)["ema"]}, {"steps": number - _skipped(state)})
       snapshots.wait()
 
-    def draw(number: int, state: train.TrainState, metrics: dict[str, float]) -> None:
+    def draw(number: int, state: training.TrainState, metrics: dict[str, float]) -> None:
       picture = preview(self.parameters(state))
       if writer is not None:
         images.save_grid(drawing.samples_folder(self.folder) / f"step_{number:07d}.png", picture)
         writer.image(number, "samples", images.grid(picture))
 
     # The checkpoint last: a run that is killed in between does the others again.
-    callbacks = [train.Callback(c.checkpoint_every, save)]
+    callbacks = [training.Callback(c.checkpoint_every, save)]
     if preview is not None:
-      callbacks.insert(0, train.Callback(c.sample_every, draw))
+      callbacks.insert(0, training.Callback(c.sample_every, draw))
     if self.experiment.evaluation.every:
-      callbacks.insert(0, train.Callback(self.experiment.evaluation.every, score))
+      callbacks.insert(0, training.Callback(self.experiment.evaluation.every, score))
     if snapshots is not None:
-      callbacks.insert(0, train.Callback(self.experiment.ema.snapshot_every, snapshot))
+      callbacks.insert(0, training.Callback(self.experiment.ema.snapshot_every, snapshot))
 
-    def rescue(number: int, state: train.TrainState) -> None:
+    def rescue(number: int, state: training.TrainState) -> None:
       # Several processes can save together only, and the others wait for this one's part of the next step.
       if jax.process_count() == 1:
         save(number, state, {})
@@ -332,7 +320,7 @@ class _Run:
 
     try:
       with watching.Signals(self.batches.give_up) as signals:
-        state = train.fit(
+        state = training.fit(
           state,
           compiled,
           self.batches,
@@ -341,7 +329,7 @@ class _Run:
           log_every=c.log_every,
           callbacks=callbacks,
           max_skipped=c.max_skipped,
-          watch=train.Watch(lambda: self.batches.wait, signals.asked, trace.before_step),
+          watch=training.Watch(lambda: self.batches.wait, signals.asked, trace.before_step),
           rescue=rescue,
           quiet=not parallel.is_main(),
         )
@@ -361,7 +349,7 @@ class _Run:
     return state
 
 
-def _skipped(state: train.TrainState) -> int:
+def _skipped(state: training.TrainState) -> int:
   return int((optim.skipped(state.opt_state) or (0,))[0])
 
 

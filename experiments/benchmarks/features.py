@@ -19,7 +19,8 @@ import numpy as np
 import timing
 import torch
 
-from ddpm_jax import interop, metrics, parallel
+from ddpm_jax import interop, metrics
+from ddpm_jax.devices import parallel
 from ddpm_jax.networks.inception import Inception
 
 PARTS = ("", ".transforms", ".transforms.functional", ".datasets", ".models", ".io", ".ops")

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import timing
 
-from ddpm_jax import guidance, parallel, predictions, processes
+from ddpm_jax import guidance, predictions, processes
+from ddpm_jax.devices import parallel
 from ddpm_jax.networks import UNet
 
 

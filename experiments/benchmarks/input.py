@@ -25,8 +25,10 @@ import timing
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ddpm_jax import data, losses, optim, parallel, predictions, processes, schedules, train
+from ddpm_jax import data, losses, predictions, processes, schedules, training
+from ddpm_jax.devices import parallel
 from ddpm_jax.networks import UNet
+from ddpm_jax.training import optim
 
 BUILDER = """
 import numpy as np
@@ -112,11 +114,11 @@ def small_step():
     return network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros((1,)))["params"]
 
   objective = losses.denoising(apply, process, predictions.EPS)
-  state = jax.jit(lambda: train.init_state(jax.random.key(0), init, optimizer, objective))()
+  state = jax.jit(lambda: training.init_state(jax.random.key(0), init, optimizer, objective))()
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   state = jax.device_put(state, parallel.state_shardings(mesh, state))
   options = {"objective": objective, "optimizer": optimizer}
-  step = functools.partial(train.train_step, encode=lambda frozen, keys, batch: {"x": batch["image"]}, **options)
+  step = functools.partial(training.train_step, encode=lambda frozen, keys, batch: {"x": batch["image"]}, **options)
   return parallel.jit_step(step, mesh, state), state, mesh
 
 

@@ -5,7 +5,7 @@ python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000]
 python experiments/benchmarks/learning_curve.py --output=<folder> --config=configs/cifar10_vp.py --data=<folder of images> --steps=20000 --compile
 
 Both start from the same weights, on digits by default, and train with the recipe's own batch, Adam, warm-up, clipping and average of the parameters; ours by
-`stepping.step` and `train.fit`, as the command line does, theirs as diffusers' example of unconditional training does. They take turns, a part
+`stepping.step` and `training.fit`, as the command line does, theirs as diffusers' example of unconditional training does. They take turns, a part
 of the steps at a time, so that a change of the machine's pace meets both; the clock of each runs while it trains, compiling included, and stands
 while models are scored. Both are sampled by our DDIM from the same noise and scored against held-out images. Writes a picture (curves and samples),
 and prints scores at equal images and at equal time. Scores of one run jump: several --seeds repeat all of it with other weights, order and noise.
@@ -31,9 +31,12 @@ from diffusers.training_utils import EMAModel
 from recipe import CONFIGS, load
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddpm_jax import data, ema, heap, images, interop, metrics, parallel, sampling, train
+from ddpm_jax import data, interop, metrics, sampling, training
 from ddpm_jax.config import short_name
+from ddpm_jax.devices import heap, parallel
 from ddpm_jax.runs import model, reading, scoring, stepping
+from ddpm_jax.storage import images
+from ddpm_jax.training import ema
 
 LOG_EVERY = 50
 COLORS = {"ddpm_jax": "#2b6cb0", "diffusers": "#c05621"}
@@ -94,7 +97,7 @@ class Ours:
       self.losses.append((number, self.seconds + time.perf_counter() - start, values["loss"]))
 
     until = int(self.state.step) + steps
-    self.state = train.fit(
+    self.state = training.fit(
       self.state, self.step, self.batches, num_steps=until, log=log, log_every=LOG_EVERY, quiet=True
     )
     jax.block_until_ready(self.state)

@@ -24,7 +24,8 @@ import jax
 import timing
 from recipe import CONFIGS, load, loss_of, trace_step
 
-from ddpm_jax import parallel, plan, runs, topology
+from ddpm_jax import runs
+from ddpm_jax.devices import parallel, plan, topology
 from ddpm_jax.runs import model, stepping
 
 POLICIES = ("none", "blocks", "everything")

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ddpm_jax import config, losses, parallel, train
+from ddpm_jax import config, losses, training
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
 from ddpm_jax.runs import model, stepping
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,7 +51,9 @@ def loss_of(experiment: Experiment) -> Callable[[Any, jax.Array, dict[str, Any]]
   return loss
 
 
-def trace_step(experiment: Experiment, devices: list[Any], fsdp: int = 1) -> tuple[train.TrainState, jax.stages.Traced]:
+def trace_step(
+  experiment: Experiment, devices: list[Any], fsdp: int = 1
+) -> tuple[training.TrainState, jax.stages.Traced]:
   """Return the shapes of the state, laid out over the devices, and the traced train step of the recipe's batch."""
   mesh, size = parallel.make_mesh(fsdp=fsdp, devices=devices), experiment.training.batch_size
   parallel.check_batch(size, mesh.size)

@@ -23,7 +23,8 @@ import pair
 import timing
 import torch
 
-from ddpm_jax import guidance, heap, parallel, predictions, processes, sampling, schedules
+from ddpm_jax import guidance, predictions, processes, sampling, schedules
+from ddpm_jax.devices import heap, parallel
 
 TASKS = {
   "DDIM, 50 steps": (50, sampling.ddim, diffusers.DDIMScheduler, diffusers.DDIMPipeline),

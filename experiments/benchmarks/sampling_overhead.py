@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import timing
 
-from ddpm_jax import parallel, predictions, processes, sampling
+from ddpm_jax import predictions, processes, sampling
+from ddpm_jax.devices import parallel
 from ddpm_jax.networks import UNet
 
 RULES = {

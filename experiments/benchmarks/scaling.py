@@ -21,7 +21,7 @@ import jax
 import timing
 from recipe import CONFIGS, load, trace_step
 
-from ddpm_jax import hardware, plan, topology
+from ddpm_jax.devices import hardware, plan, topology
 from ddpm_jax.runs import scoring, stepping
 
 CHIPS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}

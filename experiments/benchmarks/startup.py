@@ -20,7 +20,7 @@ import numpy as np
 import timing
 from recipe import load, trace_step
 
-from ddpm_jax import heap
+from ddpm_jax.devices import heap
 
 ROOT = Path(__file__).parents[2]
 BATCH_ON_CPU = 16

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax import files
+from ddpm_jax.storage import files
 
 Times = dict[str, list[float]]
 

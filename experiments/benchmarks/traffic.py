@@ -30,7 +30,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 from recipe import load, loss_of, trace_step
 
-from ddpm_jax import costs, networks, plan, topology
+from ddpm_jax import networks
+from ddpm_jax.devices import costs, plan, topology
 from ddpm_jax.networks import layers
 from ddpm_jax.runs import stepping
 

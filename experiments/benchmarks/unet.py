@@ -27,7 +27,7 @@ import pair
 import timing
 import torch
 
-from ddpm_jax import costs, heap, parallel
+from ddpm_jax.devices import costs, heap, parallel
 
 PASSES = ("forward", "train step")
 

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import data, evaluate, parallel, randomness
+from ddpm_jax import data, randomness
 from ddpm_jax.config import Experiment
-from ddpm_jax.images import as_floats
+from ddpm_jax.devices import parallel
+from ddpm_jax.metrics import evaluate
 from ddpm_jax.models import Condition, conditions
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.processes import Process
 from ddpm_jax.runs.model import Weights, say, scores_path, write_scores
 from ddpm_jax.runs.tasks.task import check_objective, unexpected
+from ddpm_jax.storage.images import as_floats
 
 PyTree = Any
 # The noise levels that are scored, where the process has them.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from ddpm_jax import rendezvous
+from ddpm_jax.devices import rendezvous
 
 
 def environment_processes(environment: Mapping[str, str] = os.environ) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax import hardware
+from ddpm_jax.devices import hardware
 
 # More than any machine has: the largest slice of TPUs, 9,216 chips of 192 GiB, has less than half.
 MOST = 2**52

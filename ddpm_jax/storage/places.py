@@ -1,4 +1,4 @@
-"""Where a user's files lie: paths as people write them, and the cache folder."""
+"""Where files lie: paths as people write them, the cache folder, and the recipes that come with the package."""
 
 import os
 import re
@@ -37,3 +37,10 @@ def cache_folder(name: str) -> Path | None:
   except (OSError, ValueError):
     return None
   return folder if os.access(folder, os.W_OK) else None
+
+
+def recipes() -> dict[str, Path]:
+  """Return the config files that come with the package, by name; in a clone they lie beside the package."""
+  package = Path(__file__).parents[1]
+  folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+  return {path.stem: path for path in sorted(folder.glob("*.py"))}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ddpm_jax import startup
+from ddpm_jax.devices import startup
 
 # As Google names the generations: how many axes a slice has, and slices that one can rent. libtpu knows each by this name.
 _GENERATIONS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax import files
+from ddpm_jax.storage import files
 
 # What lies between images, and in place of those that fill up a grid.
 _BETWEEN = 64

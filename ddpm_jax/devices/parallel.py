@@ -96,7 +96,7 @@ def abstract(state: PyTree, shardings: PyTree) -> PyTree:
 
 
 def over(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
-  """Makes a function of a share's gradients one of the whole batch's, for `train.train_step` under `jit`.
+  """Makes a function of a share's gradients one of the whole batch's, for `training.train_step` under `jit`.
 
   Each device computes the gradients of its share of the batch, which are then averaged once, however many parts the
   share has. What is trained and what is looked at lie as `state_shardings` says: what is split over "fsdp" is gathered before, and the
@@ -197,7 +197,7 @@ def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTr
   """Compiles `step(state, batch) -> (state, metrics)` over a mesh: batch split, state laid out as `state_shardings`, donated.
 
   Args:
-    step: the step, such as `train.train_step` with `distribute=over(mesh)`.
+    step: the step, such as `training.train_step` with `distribute=over(mesh)`.
     mesh: the mesh.
     state: a state, or its shapes.
     frozen: parameters that never change, or their shapes; then the step is `step(state, batch, frozen)`, and they lie as
@@ -217,7 +217,7 @@ def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTr
 def pmap_step(step: Callable[..., tuple[PyTree, PyTree]], devices=None) -> Callable:
   """The same under `pmap`: takes and returns a state from `replicate`, a batch as `jit_step` takes it, and frozen parameters from `replicate`.
 
-  `step` must reduce its gradients over the axis `parallel.DATA_AXIS`, as `train.train_step` does when told its name.
+  `step` must reduce its gradients over the axis `parallel.DATA_AXIS`, as `training.train_step` does when told its name.
 
   Raises:
     ValueError: when called with a batch that the devices do not divide.

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax import ema
 from ddpm_jax.floats import promoting, widen, widest
+from ddpm_jax.training import ema
 
 Array = jax.Array
 PyTree = Any

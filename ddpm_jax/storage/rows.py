@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import files, sealed
+from ddpm_jax.storage import files, sealed
 
 _HASHED = 2**26
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_jax import files, sealed
+from ddpm_jax.storage import files, sealed
 
 _EDITED = (
   "Undo the change, and pass it as a flag beside the recipe, such as --config=<recipe> --config.sampling.num_steps=50. Or, if"

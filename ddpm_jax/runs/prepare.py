@@ -7,10 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpm_jax import config, data, files
+from ddpm_jax import config, data
 from ddpm_jax.config import Experiment
-from ddpm_jax.places import user_path
 from ddpm_jax.runs import limits, reading
+from ddpm_jax.storage import files
+from ddpm_jax.storage.places import user_path
 
 # Reading these is as quick as reading what would be packed of them.
 _READY = (data.digits, data.mnist, data.arrays, data.packed)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import files
+from ddpm_jax.storage import files
 
 # Where a file keeps the digest of its content.
 KEY = "sha256"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import files, sealed, workdir
+from ddpm_jax.storage import files, sealed, workdir
 
 
 class Records:

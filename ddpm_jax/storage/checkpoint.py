@@ -20,12 +20,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ddpm_jax import digests, sealed
+from ddpm_jax.storage import digests, sealed
 
 PyTree = Any
-# Raised when a checkpoint changes in a way that older code cannot read. 1 was never released.
+# Raised when a checkpoint changes in a way that older code cannot read.
 FORMAT_VERSION = 2
-_OLDEST_VERSION = 2
 _SHOWN = 10
 
 
@@ -218,17 +217,13 @@ class Checkpoints:
       meta = ocp.JsonCheckpointHandler().restore(
         epath.Path(self.folder / str(step) / "meta"), args=ocp.args.JsonRestore()
       )
-      if "format_version" in meta:  # of before there were digests
-        version = int(meta["format_version"])
-      else:
-        if meta["sha256"] != sealed.digest_json(meta["content"]):
-          raise _DamagedError("its description is not what was saved")
-        version = int(meta["content"]["format_version"])
-    if not _OLDEST_VERSION <= version <= FORMAT_VERSION:
-      way = "Upgrade ddpm_jax" if version > FORMAT_VERSION else "It is of a time before the first release: train anew"
+      if meta["sha256"] != sealed.digest_json(meta["content"]):
+        raise _DamagedError("its description is not what was saved")
+      version = int(meta["content"]["format_version"])
+    if version != FORMAT_VERSION:
       raise ValueError(
-        f"Got a checkpoint of format {version} in {self.folder / str(step)}; this version reads {_OLDEST_VERSION} to"
-        f" {FORMAT_VERSION}. {way}."
+        f"Got a checkpoint of format {version} in {self.folder / str(step)}; this version of ddpm_jax reads format {FORMAT_VERSION}. Upgrade"
+        " ddpm_jax."
       )
     return meta["content"]
 

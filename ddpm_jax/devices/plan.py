@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ddpm_jax import costs, hardware
+from ddpm_jax.devices import costs, hardware
 
 PyTree = Any
 # CUDA keeps about half a GB for itself, and freed blocks do not always join. (libtpu's compiler knows its own part.)

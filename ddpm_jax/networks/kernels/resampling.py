@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ddpm_jax.networks import convolution
+from ddpm_jax.networks.kernels import convolution
 
 Array = jax.Array
 

@@ -1,0 +1,23 @@
+"""Convert the published weights of the FID Inception network to safetensors, which need no PyTorch."""
+
+from ddpm_jax.commands import flags
+from ddpm_jax.commands.parser import Group
+
+EXAMPLES = (
+  "--mode=convert --inception_weights=pt_inception-2015-12-05-6726825d.pth --output=/data/inception.safetensors",
+  "--mode=eval --workdir=/tmp/run --inception_weights=/data/inception.safetensors",
+)
+
+
+FLAGS = (
+  Group("input", (flags.INCEPTION,)),
+  flags.output("The new file, which ends in .safetensors.", "FILE"),
+)
+
+
+def run(given: flags.Flags) -> None:
+  """Convert weights."""
+  from ddpm_jax import runs
+
+  output = flags.output_of(given, "the weights", "/tmp/inception.safetensors")
+  runs.run_convert(given.inception_weights or "", output)

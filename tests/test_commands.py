@@ -1,0 +1,148 @@
+"""Help, versions, recipes by name, and flags that are refused, of every mode."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import ddpm_jax
+from ddpm_jax.commands import MODES, command, flags, line, parser
+from ddpm_jax.config import recipes
+from ddpm_jax.storage import places
+from tests import commands
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_help_shows_what_a_mode_does_its_flags_and_two_examples(mode):
+  module, text = command(mode), line.answer([f"--mode={mode}", "--help"])
+  assert module.__doc__.partition("\n")[0] in text
+  for group in module.FLAGS:
+    for flag in group.flags:
+      assert f"--{flag.name} " in text
+  assert len(module.EXAMPLES) == 2
+  for example in module.EXAMPLES:
+    assert f"ddpm-jax {example}" in text
+    given = line.parse(shlex.split(example))
+    if getattr(given, "config", None):
+      assert given.config in places.recipes()
+  assert any(line.parse(shlex.split(example)).mode == mode for example in module.EXAMPLES)
+
+
+def test_help_lists_the_modes_in_one_line_each():
+  text = line.answer(["--help"])
+  for mode in MODES:
+    assert f"\n  {mode:<9}{command(mode).__doc__.split()[0]}" in text
+  assert line.answer(["-h"]) == text
+  assert line.answer(["--version"]) == f"ddpm_jax {ddpm_jax.__version__}"
+  assert line.answer(["--config=digits_vp", "--workdir=/tmp/x"]) is None
+
+
+def test_the_list_of_recipes_has_a_line_for_each():
+  listed = line.answer(["--config=list"]).splitlines()
+  files = sorted((ROOT / "configs").glob("*.py"))
+  assert [one.split()[0] for one in listed] == [path.stem for path in files]
+  assert all(len(one.split()) > 3 for one in listed)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version", "--config=list", "--mode=plan --help"])
+def test_each_way_to_start_the_program_is_the_same(flag):
+  """Without JAX, which takes a second to import."""
+  forms = [["-m", "ddpm_jax"], ["-m", "ddpm_jax.main"], ["-c", "from ddpm_jax.main import main; main()"]]
+  environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+  outputs = []
+  for form in forms:
+    words = [sys.executable, *form, *flag.split()]
+    result = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    outputs.append(result.stdout)
+    assert " jax\n" not in result.stderr
+  assert outputs == [line.answer(flag.split()) + "\n"] * 3
+
+
+def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_vp.py"))
+  # A file comes before a recipe.
+  (tmp_path / "digits_vp").write_text((ROOT / "configs" / "digits_sde.py").read_text())
+  assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_sde.py"))
+  for wrong, message in (
+    ("digit_vp", "Got --config=digit_vp, neither a file nor the name of a recipe; .*Did you mean digits_vp?"),
+    ("configs/digits_vp.py", "Did you mean digits_vp?"),
+    ("qqqq", "There are: celeba64_vp, .*mnist_vp"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      recipes.read(wrong)
+
+
+WRONG = {
+  "another mode's": ("--mode=stats --sampler=heun", "Got --sampler in mode stats; expected it in mode train, sample, "),
+  "the default mode's": ("--seed=3", "Got --seed in mode train; expected it in mode sample, edit or eval only"),
+  "one mode's": ("--mode=eval --task=inpaint", "Got --task in mode eval; expected it in mode edit only"),
+  "no run": ("--mode=prepare --workdir=/tmp/x", "Got --workdir in mode prepare; expected it in mode train, plan, "),
+  "no mode": ("--mode=evaluate", "Got 'evaluate' as --mode; .*eval, .*Did you mean 'eval'"),
+  "no mode, with help": ("--mode=smaple --help", "Did you mean 'sample'"),
+  "no flag": ("--mode=sample --num_sample=3", "Got --num_sample; .*Did you mean --num_samples"),
+  "part of a flag": ("--mode=sample --num=3", "Got --num; expected a flag of mode sample"),
+  "no value": ("--mode=sample --seed", "Got --seed without a value; expected --seed=<value>"),
+  "no number": ("--mode=sample --guidance_scale=much", "Got --guidance_scale=much; expected a number"),
+  "no switch": ("--mode=sample --ema=no", "Got --ema=no; expected true or false"),
+  "a large seed": (f"--mode=sample --seed={2**32}", f"Got --seed={2**32}; expected 0 to {2**32 - 1}"),
+  "no count": ("--mode=sample --num_samples=0", "Got --num_samples=0; expected 1 or more"),
+  "no counts": ("--mode=eval --num_steps=3,x", "Got --num_steps=3,x; expected integers of 1 or more"),
+  "a list for one": ("--mode=sample --num_steps=3,4", "Got --num_steps=3,4; expected an integer"),
+  "a key without a config": ("--mode=convert --config.seed=3", "Got --config.seed in mode convert, which reads no"),
+  "a word": ("--mode=sample 3", "Got '3' on the command line; expected flags only"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_flags_are_refused(name):
+  given, message = WRONG[name]
+  with pytest.raises(ValueError, match=message):
+    line.answer(given.split()) or line.parse(given.split())
+
+
+def test_a_mistake_ends_the_program_with_code_2():
+  for words in (["--mode=plan", "--sampler=heun"], ["--mode=trian"], ["--config=digit_vp", "--workdir=/tmp/x"]):
+    code, output = commands.call(*words)
+    assert code == 2
+    assert output.count("error: ") == 1, output
+    assert "Traceback" not in output
+
+
+def test_flags_have_their_forms():
+  given = line.parse(
+    ["--mode", "sample", "--seed", "3", "--ema", "--given=a=1", "--given", "b=x,y", "--classes=3,7", "--workdir="]
+  )
+  assert (given.mode, given.seed, given.ema, given.classes, given.workdir) == ("sample", 3, True, ["3", "7"], None)
+  steering = flags.steering(given)
+  assert steering.given == {"classes": ["3", "7"], "a": ["1"], "b": ["x,y"]}
+  assert line.parse(["--mode=sample", "--ema=false"]).ema is False
+  compared = line.parse(
+    ["--mode=eval", "--sampler=heun(s_churn=40, s_noise=1),ddim", "--sampler=euler", "--num_steps=5,9"]
+  )
+  names = ["heun(s_churn=40, s_noise=1)", "ddim", "euler"]
+  assert flags.variants(compared) == [{"sampler": name, "sampling__num_steps": n} for name in names for n in (5, 9)]
+
+
+def test_flags_that_are_short_for_keys():
+  given = line.parse(["--mode=edit", "--sampler=heun", "--strength=0.5", "--guidance_scale=2", "--config.seed=3"])
+  assert flags.keys(given) == {"seed": "3", "sampler": "heun", "editing.strength": "0.5"}
+  for key in ("sampler", "sampler.s_churn", "guidance.scale", "editing.strength"):
+    given.keys = {key: "1"}
+    with pytest.raises(ValueError, match=rf"beside --config\.{key}; expected one of them"):
+      flags.keys(given)
+
+
+def test_no_flag_has_two_meanings_of_its_value():
+  """A flag of one name is read alike in all modes, but for those that compare several values."""
+  read: dict[str, set] = {}
+  for mode in MODES:
+    for group in command(mode).FLAGS:
+      for flag in group.flags:
+        read.setdefault(flag.name, set()).add(flag.read)
+  several = {name for name, kinds in read.items() if len(kinds) > 1}
+  assert several == {"sampler", "num_steps"}
+  assert read["num_steps"] == {parser.count, parser.counts}
