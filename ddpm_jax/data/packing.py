@@ -1,9 +1,10 @@
 """Images packed into ArrayRecord files, each a record of raw pixels, and of what else belongs to it: no decoding when they are read."""
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -134,15 +135,9 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   Raises:
     ValueError: if some cannot be decoded and `broken` is "stop"; it names the first ten, after all have been tried.
   """
-  from array_record.python.array_record_module import ArrayRecordWriter
-
   path.mkdir(parents=True, exist_ok=True)
-  first_arrays: Batch = {}
-  record = np.dtype([])
   labels: list[int] = []
-  shards: list[int] = []
   errors: list[BrokenImage] = []
-  writer = None
 
   def load(index: int) -> dict[str, Any] | BrokenImage:
     try:
@@ -150,36 +145,21 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     except BrokenImage as error:
       return error
 
-  try:
-    with ThreadPoolExecutor() as pool, tqdm(total=len(source), desc="packing", unit=" images") as bar:
-      for first in range(0, len(source), _AT_A_TIME):
-        indices = range(first, min(first + _AT_A_TIME, len(source)))
-        for item in pool.map(load, indices):
-          if isinstance(item, BrokenImage):
-            errors.append(item)
-            continue
-          if errors and broken == "stop":
-            continue  # nothing will be kept; the rest is read to name all that is broken
-          arrays = {name: to_array(name, value) for name, value in item.items() if name != "classes"}
-          first_arrays = first_arrays or arrays
-          check_alike(arrays, first_arrays)
-          record = np.dtype([(name, array.dtype.str, array.shape) for name, array in sorted(arrays.items())])
-          if writer is None or shards[-1] * record.itemsize >= _SHARD_BYTES:
-            if writer is not None:
-              writer.close()
-            # Records of their own, so that one is read alone; compressed: a quarter to a third less on disk, a quarter slower.
-            writer = ArrayRecordWriter(str(path / _shard_name(len(shards))), "group_size:1")
-            shards.append(0)
-          row = np.empty((), record)
-          for name, array in arrays.items():
-            row[name] = array
-          writer.write(row.tobytes())
-          shards[-1] += 1
+  with (
+    _Shards(path) as shards,
+    ThreadPoolExecutor() as pool,
+    tqdm(total=len(source), desc="packing", unit=" images") as bar,
+  ):
+    for first in range(0, len(source), _AT_A_TIME):
+      indices = range(first, min(first + _AT_A_TIME, len(source)))
+      for item in pool.map(load, indices):
+        if isinstance(item, BrokenImage):
+          errors.append(item)
+        # After a broken one nothing will be kept; the rest is read to name all that is broken.
+        elif not errors or broken != "stop":
+          shards.write({name: to_array(name, value) for name, value in item.items() if name != "classes"})
           labels.append(int(item.get("classes", NO_CLASS)))
-        bar.update(len(indices))
-  finally:
-    if writer is not None:
-      writer.close()
+      bar.update(len(indices))
   if errors and (broken == "stop" or not labels):
     raise broken_error(errors, len(source))
   names = [error.name for error in errors]
@@ -191,9 +171,9 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   index = {
     "version": _VERSION,
     "count": len(labels),
-    "shape": record["image"].shape,
-    "arrays": [[name, record[name].base.str, record[name].shape] for name in record.names or ()],
-    "shards": shards,
+    "shape": shards.record["image"].shape,
+    "arrays": [[name, shards.record[name].base.str, shards.record[name].shape] for name in shards.record.names or ()],
+    "shards": shards.counts,
     "labels_sha256": sealed.digest(kept),
     "classes": getattr(source, "classes", None),
     "settings": settings,
@@ -201,6 +181,44 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   }
   sealed.write_json(path / _INDEX, index)
   return len(labels), names
+
+
+class _Shards(contextlib.AbstractContextManager):
+  """Writes records into files of a size that is good to copy.
+
+  Attributes:
+    record: the arrays of a record.
+    counts: how many records each file has.
+  """
+
+  def __init__(self, path: Path):
+    self._path, self._first, self._writer = path, dict[str, np.ndarray](), cast(Any, None)
+    self.record, self.counts = np.dtype([]), list[int]()
+
+  def write(self, arrays: dict[str, np.ndarray]) -> None:
+    """Write a record of arrays, which must be like those of the first one."""
+    self._first = self._first or arrays
+    check_alike(arrays, self._first)
+    self.record = np.dtype([(name, array.dtype.str, array.shape) for name, array in sorted(arrays.items())])
+    if self._writer is None or self.counts[-1] * self.record.itemsize >= _SHARD_BYTES:
+      self._open()
+    row = np.empty((), self.record)
+    for name, array in arrays.items():
+      row[name] = array
+    self._writer.write(row.tobytes())
+    self.counts[-1] += 1
+
+  def _open(self) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    self.__exit__()
+    # Records of their own, so that one is read alone; compressed: a quarter to a third less on disk, a quarter slower.
+    self._writer = ArrayRecordWriter(str(self._path / _shard_name(len(self.counts))), "group_size:1")
+    self.counts.append(0)
+
+  def __exit__(self, *_: Any) -> None:
+    if self._writer is not None:
+      self._writer.close()
 
 
 def _shard_name(number: int) -> str:

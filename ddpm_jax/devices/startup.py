@@ -43,6 +43,35 @@ def connect(
   Raises:
     ValueError: if only some of the three are given, one is out of range, or the processes do not find each other.
   """
+  _check_flags(coordinator, num_processes, process_id, heartbeat_seconds, wait_seconds)
+  if coordinator is not None:
+    assert num_processes is not None
+    assert process_id is not None
+    rendezvous.meet(coordinator, num_processes, process_id, seconds=wait_seconds, say=_say)
+  if jax.config.values.get("jax_platforms") == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    with rendezvous.watched(num_processes or environment_processes(), seconds=wait_seconds, say=_say):
+      # Longer than we watch: where JAX waits in vain, it aborts.
+      jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=wait_seconds + 60,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+        shutdown_timeout_seconds=heartbeat_seconds,
+      )
+  except Exception as error:
+    raise ValueError(
+      f"The processes of this run did not find each other: {error}. Check that all were started, with one --coordinator and"
+      " --num_processes, and ids from 0 on; --distributed=false runs this one alone."
+    ) from error
+
+
+def _check_flags(
+  coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat_seconds: int, wait_seconds: int
+) -> None:
+  """Raise a ValueError if the arguments of `connect` are incomplete or out of range."""
   given = [value is not None for value in (coordinator, num_processes, process_id)]
   if any(given) and not all(given):
     raise ValueError(
@@ -63,25 +92,6 @@ def connect(
         f"Got --coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}; expected host:port"
         " with a port from 1 to 65535, one process or more, and an id from 0 to one less than their number."
       )
-    rendezvous.meet(coordinator, num_processes, process_id, seconds=wait_seconds, say=_say)
-  if jax.config.values.get("jax_platforms") == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  try:
-    with rendezvous.watched(num_processes or environment_processes(), seconds=wait_seconds, say=_say):
-      # Longer than we watch: where JAX waits in vain, it aborts.
-      jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        initialization_timeout=wait_seconds + 60,
-        heartbeat_timeout_seconds=heartbeat_seconds,
-        shutdown_timeout_seconds=heartbeat_seconds,
-      )
-  except Exception as error:
-    raise ValueError(
-      f"The processes of this run did not find each other: {error}. Check that all were started, with one --coordinator and"
-      " --num_processes, and ids from 0 on; --distributed=false runs this one alone."
-    ) from error
 
 
 def _say(text: str) -> None:

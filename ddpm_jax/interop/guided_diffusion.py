@@ -351,6 +351,37 @@ def _options(
 
 
 def _grammar(network: UNet | Classifier, new_order: bool) -> tensors.Grammar:
+  """Return how parameters of ours are named and laid out there."""
+
+  def theirs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = tensors.theirs(path, shape)
+    if path.endswith("positions"):
+      return shape[::-1]
+    if _fused(path) is not None:
+      shape = (3 * shape[0], *shape[1:])
+    # Projections of attention are convolutions of size 1 there.
+    return (*shape, 1) if _attends(path) and len(shape) == 2 else shape
+
+  def to_ours(path: str, value: np.ndarray) -> np.ndarray:
+    if path.endswith("positions"):
+      return value.T
+    if _attends(path) and value.ndim == 3:
+      value = value[..., 0]
+    index = _fused(path)
+    if index is not None:
+      width = value.shape[0] // 3
+      if new_order or path.startswith("pool/"):
+        value = value[index * width : (index + 1) * width]
+      else:
+        heads = network.heads_of(width)
+        value = value.reshape(heads, 3, width // heads, *value.shape[1:])[:, index].reshape(width, *value.shape[1:])
+    return tensors.to_ours(path, value)
+
+  return tensors.Grammar(_names(network), theirs, to_ours)
+
+
+def _names(network: UNet | Classifier) -> Callable[[str], str]:
+  """Return `name_of(path)`, the name that a parameter of ours has there."""
   levels, blocks = len(network.multipliers), network.blocks
   residual = {
     "norm1": "in_layers.0",
@@ -399,36 +430,15 @@ def _grammar(network: UNet | Classifier, new_order: bool) -> tensors.Grammar:
       table = residual | {"conv": "op" if head.endswith("downsample") else "conv"}
     return ".".join([start, *(table[part] for part in inner), tensors.leaf_name(path)])
 
-  def fused(path: str) -> int | None:
-    """Which of queries, keys and values a parameter is, of the tensor that holds all three."""
-    match = re.search(r"/to_([qkv])/", path)
-    return None if match is None else "qkv".index(match[1])
+  return name_of
 
-  def attends(path: str) -> bool:
-    return path.startswith("pool/to") or "_attention/to" in path
 
-  def theirs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = tensors.theirs(path, shape)
-    if path.endswith("positions"):
-      return shape[::-1]
-    if fused(path) is not None:
-      shape = (3 * shape[0], *shape[1:])
-    # Projections of attention are convolutions of size 1 there.
-    return (*shape, 1) if attends(path) and len(shape) == 2 else shape
+def _fused(path: str) -> int | None:
+  """Return which of queries, keys and values a parameter is, of the tensor that holds all three; None if it is neither."""
+  match = re.search(r"/to_([qkv])/", path)
+  return None if match is None else "qkv".index(match[1])
 
-  def to_ours(path: str, value: np.ndarray) -> np.ndarray:
-    if path.endswith("positions"):
-      return value.T
-    if attends(path) and value.ndim == 3:
-      value = value[..., 0]
-    index = fused(path)
-    if index is not None:
-      width = value.shape[0] // 3
-      if new_order or path.startswith("pool/"):
-        value = value[index * width : (index + 1) * width]
-      else:
-        heads = network._heads(width)
-        value = value.reshape(heads, 3, width // heads, *value.shape[1:])[:, index].reshape(width, *value.shape[1:])
-    return tensors.to_ours(path, value)
 
-  return tensors.Grammar(name_of, theirs, to_ours)
+def _attends(path: str) -> bool:
+  """Return whether a parameter is of a projection of attention."""
+  return path.startswith("pool/to") or "_attention/to" in path

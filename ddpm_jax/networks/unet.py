@@ -172,10 +172,12 @@ class Backbone(nn.Module):
       self.dtype,
     )
 
-  def _features(self, level: int) -> int:
+  def features_of(self, level: int) -> int:
+    """Return how many features a level has."""
     return round(self.channels * self.multipliers[level])
 
-  def _heads(self, features: int) -> int:
+  def heads_of(self, features: int) -> int:
+    """Return how many heads attend to so many features."""
     return features // self.head_channels if self.head_channels else self.heads
 
   def _dense(self, x: Array, features: int, name: str, bias: bool = True) -> Array:
@@ -247,7 +249,7 @@ class Backbone(nn.Module):
 
   def _attend(self, x: Array, name: str, norm: bool = True) -> Array:
     block = self._again(layers.AttentionBlock)
-    return block(self._heads(x.shape[-1]), self._style, norm, name=name)(x)
+    return block(self.heads_of(x.shape[-1]), self._style, norm, name=name)(x)
 
   def _way_down(self, x: Array, image: Array | None, embedding: Array, keys: Array | None) -> tuple[Array, list[Array]]:
     """The coarsest level, and what the way up takes from every level."""
@@ -258,7 +260,7 @@ class Backbone(nn.Module):
     ways = per_level(self.downsample, last)
     for level in range(last + 1):
       for block in range(self.blocks):
-        h = self._residual(h, embedding, self._features(level), keys, f"down_{level}_{block}")
+        h = self._residual(h, embedding, self.features_of(level), keys, f"down_{level}_{block}")
         if level in self.attention_levels:
           h = self._attend(h, f"down_{level}_{block}_attention")
         skips.append(h)
@@ -337,7 +339,7 @@ class UNet(Backbone):
   def _rise(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
     """A level of the way up, given what it takes from the way down."""
     for block, skip in enumerate(skips):
-      h = self._residual([h, skip], embedding, self._features(level), keys, f"up_{level}_{block}")
+      h = self._residual([h, skip], embedding, self.features_of(level), keys, f"up_{level}_{block}")
       if level in self.attention_levels and (block == self.blocks or not self.song):
         h = self._attend(h, f"up_{level}_{block}_attention")
     if level > 0:
@@ -363,7 +365,7 @@ class Classifier(Backbone):
     embedding, keys = self._embed(label, None, None, None), self._dropout_keys(x, train, keys)
     h, _ = self._way_down(x, None, embedding, keys)
     h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, keys)))
-    pool = layers.AttentionPool(self.out_channels, self._heads(h.shape[-1]), self._style, name="pool")
+    pool = layers.AttentionPool(self.out_channels, self.heads_of(h.shape[-1]), self._style, name="pool")
     return pool(h).astype(jnp.float32)
 
   def attended_levels(self) -> set[int]:
