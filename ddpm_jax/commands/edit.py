@@ -1,7 +1,7 @@
 """Edit images with a run's model, or with a pretrained one.
 
-Tasks: inpaint, img2img, colorize, superres, restore, interpolate and invert. Inputs and results are written into the folder's edits/, as an array
-(.npz) and a picture.
+Tasks: inpaint, img2img, colorize, superres, restore, interpolate and invert. Inputs and results
+are written into the folder's edits/, as an array (.npz) and a picture.
 """
 
 from typing import Any

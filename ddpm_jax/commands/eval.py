@@ -1,7 +1,7 @@
 """Score a run's weights: samples against real images, likelihoods, and report.html.
 
-Several samplers and numbers of steps are scored one after the other, the last one as the headline. A command that was killed goes on when it is
-given again.
+Several samplers and numbers of steps are scored one after the other, the last one as the
+headline. A command that was killed goes on when it is given again.
 """
 
 from ddpm_jax.commands import flags, starting

@@ -1,6 +1,7 @@
 """Write a run's model as a folder that diffusers opens, and --pretrained too.
 
-The folder has a model card with the config and the scores. It holds the averaged weights, or with --ema=false the raw ones.
+The folder has a model card with the config and the scores. It holds the averaged weights, or with
+--ema=false the raw ones.
 """
 
 from ddpm_jax.commands import flags, starting

@@ -69,7 +69,7 @@ WEIGHTS = Group(
   (
     Flag("ema", switch, "Take the averaged weights (the default), or with --ema=false the raw ones."),
     Flag("ema_length", number, "Take an average of this relative width, put together from the run's snapshots."),
-    Flag("step", text, "Take the checkpoint of this step, or best, instead of the newest.", shown="STEP"),
+    Flag("step", text, "Take the checkpoint of this step, or best, instead of the newest."),
   ),
 )
 GUIDANCE_SCALE = Flag(
@@ -103,8 +103,8 @@ PROCESSES = Group(
       switch,
       "Join the processes that the cluster's environment names; by default, if there are several.",
     ),
-    Flag("heartbeat_seconds", integer, "How long a process may be silent before the others end.", 60),
-    Flag("wait_seconds", integer, "How long to wait for all processes at the start.", 300),
+    Flag("heartbeat_seconds", integer, "How long a process may be silent before the others end (60).", 60),
+    Flag("wait_seconds", integer, "How long to wait for all processes at the start (300).", 300),
   ),
 )
 

@@ -17,7 +17,7 @@ class Flag(NamedTuple):
     read: `read(text, name) -> value`, which raises a ValueError that names the flag.
     help: one sentence.
     default: the value without the flag.
-    shown: what stands for the value in help; the name of `read` by default.
+    shown: what stands for the value in help; by default what suits `read`, or the name.
     many: whether the flag may be repeated; its value is then a list, None without the flag.
   """
 
@@ -36,6 +36,13 @@ class Group(NamedTuple):
   flags: Sequence[Flag]
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+  """Help with room for the names of our flags."""
+
+  def __init__(self, prog: str):
+    super().__init__(prog, max_help_position=32, width=100)
+
+
 class Parser(argparse.ArgumentParser):
   """Parses the flags of one command; every mistake is a ValueError."""
 
@@ -45,7 +52,7 @@ class Parser(argparse.ArgumentParser):
       usage=f"ddpm-jax --mode={mode} [--<flag>=<value> ...]",
       description=description,
       epilog=f"examples:\n{lines}",
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+      formatter_class=_Help,
       allow_abbrev=False,
       add_help=False,
     )
@@ -58,7 +65,7 @@ class Parser(argparse.ArgumentParser):
           f"--{flag.name}",
           type=_kind(flag),
           default=flag.default,
-          metavar=flag.shown or flag.read.__name__.upper(),
+          metavar=flag.shown or _SHOWN.get(flag.read, flag.name).upper(),
           action="append" if flag.many else "store",
           help=flag.help,
           **options,
@@ -191,3 +198,16 @@ def path(value: str, name: str) -> Path | None:
 def paths(value: str, name: str) -> list[Path]:
   """Read paths on this machine, with commas between them."""
   return [user_path(part, f"--{name}=").absolute() for part in value.split(",") if part]
+
+
+# What stands for values in help, where it is not the flag's name.
+_SHOWN: dict[Any, str] = {
+  integer: "number",
+  count: "number",
+  counts: "number,...",
+  number: "number",
+  switch: "true|false",
+  path: "path",
+  paths: "folder,...",
+  components: "sampler,...",
+}

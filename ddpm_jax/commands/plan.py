@@ -1,6 +1,7 @@
 """Say what a config needs on devices that need not be there.
 
-It compiles the train step and prints its FLOPs, memory, communication and best time. Neither data nor a run are touched.
+It compiles the train step and prints its FLOPs, memory, communication and best time. Neither data
+nor a run are touched.
 """
 
 from ddpm_jax.commands import flags, starting

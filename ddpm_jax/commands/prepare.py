@@ -1,7 +1,7 @@
 """Download, convert and pack data, once, before training.
 
-A TFDS data set is downloaded and converted (with TensorFlow, the extra "prepare"). With --output, images of any source are decoded, resized and
-packed into a folder that training reads fast.
+A TFDS data set is downloaded and converted (with TensorFlow, the extra "prepare"). With --output,
+images of any source are decoded, resized and packed into a folder that training reads fast.
 """
 
 from ddpm_jax.commands import flags

@@ -1,6 +1,7 @@
 """Draw samples of a run's weights, or of a pretrained model.
 
-They are written into the folder's samples/, as an array (.npz, uint8) and a picture. Sample i follows from the seed and i alone.
+They are written into the folder's samples/, as an array (.npz, uint8) and a picture. Sample i
+follows from the seed and i alone.
 """
 
 from ddpm_jax.commands import flags, starting

@@ -1,6 +1,7 @@
 """Write the statistics of a reference set, for scores here and in other tools.
 
-The file holds mean and covariance of the features of the images that a config scores against, as FID tools read them.
+The file holds mean and covariance of the features of the images that a config scores against, as
+FID tools read them.
 """
 
 from ddpm_jax.commands import flags, starting

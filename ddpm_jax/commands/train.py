@@ -1,7 +1,7 @@
 """Train a model, or go on where the folder's run stopped, then score it.
 
-The folder gets the config, checkpoints, metrics, samples, scores and report.html. A command that was killed goes on when it is given again,
-and ends with the same parameters bit for bit.
+The folder gets the config, checkpoints, metrics, samples, scores and report.html. A command that
+was killed goes on when it is given again, and ends with the same parameters bit for bit.
 """
 
 from ddpm_jax.commands import flags, starting

@@ -47,7 +47,7 @@ def split(words: Sequence[str]) -> Flags:
         value = words[index]
         index += 1
       elif flag == "--config":
-        raise ValueError("Got --config without a value; expected a recipe, such as --config=configs/digits_vp.py.")
+        raise ValueError("Got --config without a value; expected a recipe, such as --config=digits_vp.")
       else:
         value = "true"
     if flag == "--config":

@@ -347,7 +347,7 @@ def without(
   if not taken or any(conditions[name].null is None for name in taken):
     raise ValueError(
       "Got a model that was trained without dropout of a condition, so it has no unconditional half to guide away from; expected one trained"
-      " with --config.model.conditions.classes.dropout=0.1 or so, as configs/digits_cond.py is. Or leave the guidance scale at 1."
+      " with --config.model.conditions.classes.dropout=0.1 or so, as the recipe digits_cond has it. Or leave the guidance scale at 1."
     )
   result = dict(given)
   for name in taken:
