@@ -81,6 +81,7 @@ def no_memory(x: Array) -> tuple[()]:
   return ()
 
 
+@check_kinds
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
   """Return what the network estimates at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`.
 
