@@ -72,14 +72,18 @@ def dense_network(out_channels: int, num_classes: int, conditions, **_) -> Netwo
     size = height * width * (channels + (0 if image is None else image.shape[-1]))
     shapes = {"mix": (size, height * width * out_channels), "time": (2, size)}
     shapes |= {"classes": (num_classes, size)} if num_classes else {}
+    vector = taken.get("vector")
+    shapes |= {} if vector is None or vector.ndim == 1 else {"vector": (vector.shape[1], size)}
     return {name: jax.random.normal(key, shape) / shape[0] ** 0.5 for name, shape in shapes.items()}
 
   def apply(params, x, time, given, *, train=False, keys=None):
     taken = keywords(conditions, given, None)
     image, vector = taken.get("image"), taken.get("vector")
     joined = x if image is None else jnp.concatenate([x, image], -1)
-    angles = jnp.outer(time if vector is None else time + vector, jnp.array([0.01, 0.1]))
+    level = vector is not None and vector.ndim == 1
+    angles = jnp.outer(time + vector if level else time, jnp.array([0.01, 0.1]))
     hidden = joined.reshape(len(x), -1) + jnp.sin(angles) @ params["time"]
+    hidden += vector @ params["vector"] if "vector" in params else 0
     hidden += params["classes"][taken["classes"]] if "classes" in taken else 0
     return (jnp.tanh(hidden) @ params["mix"]).reshape(*x.shape[:-1], out_channels)
 

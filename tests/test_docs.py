@@ -4,11 +4,8 @@ import ast
 import importlib
 import itertools
 import re
-import shlex
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from ddpm_jax import config, models
@@ -16,12 +13,11 @@ from ddpm_jax.commands import MODES, flags, line
 from ddpm_jax.config import sections, slots
 from ddpm_jax.storage import places
 from tests.conftest import ROOT
+from tests.pages import blocks, commands, saved_files
 
 CONFIG_PAGE = ROOT / "docs" / "config.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-# What stands for something of the reader's own, such as a folder or a number.
-OWN = "1"
 SECTIONS = {
   "": sections.Root,
   "data": sections.Data,
@@ -83,26 +79,11 @@ def test_the_page_of_configs_lists_every_component_of_the_package():
   assert rows(between(CONFIG_PAGE.read_text(), "components")) == wanted
 
 
-def blocks(path, language=""):
-  """The fenced blocks of a page."""
-  return re.findall(rf"^```{language}\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def commands(path):
-  """The words of each command that a page or a recipe's docstring gives, with `OWN` in the place of <...>."""
-  text = "\n".join(blocks(path)) if path.suffix == ".md" else ast.get_docstring(ast.parse(path.read_text()))
-  text = re.sub(r"\[(--[^]]*)\]", r"\1", re.sub(r"<[^>]*>", OWN, text.replace("\\\n", " ")))
-  found = [re.match(r"(?:python -m ddpm_jax(?:\.main)?|ddpm-jax) (.*)", one) for one in text.splitlines()]
-  return [shlex.split(one[1], comments=True) for one in found if one]
-
-
 @pytest.fixture
 def beside(tmp_path, monkeypatch):
   """A folder with the files that pages ask their readers to save, as the working folder."""
   for page in PAGES:
-    for name, text in re.findall(
-      r"as `(\w+\.py)`:\n\n```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
-    ):
+    for name, text in saved_files(page.read_text()).items():
       (tmp_path / name).write_text(text)
   (tmp_path / "configs").symlink_to(ROOT / "configs")
   monkeypatch.chdir(tmp_path)
@@ -207,17 +188,6 @@ def test_the_examples_of_the_page_of_configs_run(beside):
   exec(compile(example, "config.md", "exec"), names)
   assert len(names["times"]) == 11
   assert len(names["slower"].times) == 51
-  # The network and the weighting of one's own are trained.
-  (command,) = [one for one in commands(CONFIG_PAGE) if any("my_parts" in word for word in one)]
-  experiment = config.build(config.read("my_recipe.py", line.parse(command).keys))
-  model, objective = experiment.model, experiment.objective
-  params = model.init(jax.random.key(0))
-  assert params["Conv_0"]["kernel"].shape[-1] == 64
-  keys = jax.random.split(jax.random.key(1), 4)
-  batch = {"x": jnp.zeros((4, 8, 8, 1)), "given": {"classes": jnp.arange(4)}}
-  batch |= objective.prepare(keys, ())
-  loss, _ = objective.loss({"model": params, "extra": ()}, None, keys, batch)
-  assert loss > 0
 
 
 def test_keys_may_change_as_the_page_of_configs_says(beside, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ _LEAST_LOG_SNR = -40.0
 
 
 class Draw(NamedTuple):
-  """The network evaluated at random times.
+  """A network's output at random times, and what it should be.
 
   Attributes:
     t: the times [B].
@@ -50,10 +50,21 @@ def perturbed(key: Array, process: Process, x_0: Array, times: TimeDistribution)
   return t, importance, eps, process.perturb(x_0, t, eps)
 
 
+@check_kinds
 def draw(
-  key: Array, apply, process: Process, prediction: Prediction, x_0: Array, times: TimeDistribution, label
+  key: Array,
+  apply: Callable[..., Array],
+  process: Process,
+  prediction: Prediction,
+  x_0: Array,
+  *,
+  times: TimeDistribution,
+  label: Callable[[Array], Array] | None = None,
 ) -> Draw:
-  """One draw of a time and a noise for each sample; arguments as for `denoising_loss`."""
+  """Evaluate a network at a random time and with random noise for each sample, for a loss to compare its output with the target.
+
+  Arguments and errors are those of `denoising_loss`. The same keys give every loss the same times and the same noise.
+  """
   check_readable(process, prediction)
   t, importance, eps, x_t = perturbed(key, process, x_0, times)
   output, variance = read_network(apply, process, prediction, x_t, t, label)
@@ -102,6 +113,6 @@ def denoising_loss(
   Raises:
     ValueError: if the output does not have the shape of the data, or the prediction says nothing about it at t_max.
   """
-  drawn = draw(key, apply, process, prediction, x_0, times, label)
+  drawn = draw(key, apply, process, prediction, x_0, times=times, label=label)
   loss = squared_error(drawn, process, prediction, weighting)
   return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {"t": drawn.t, "loss": loss}

@@ -147,7 +147,7 @@ def hybrid_loss(
       "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; wanted"
       " processes.discrete(betas) and predictions.learned_range(EPS), X0 or V."
     )
-  drawn = draw(key, apply, process, prediction, x_0, times, label)
+  drawn = draw(key, apply, process, prediction, x_0, times=times, label=label)
   error = squared_error(drawn, process, prediction, weighting)
   mean = prediction.to_x0(*widen(drawn.output, drawn.x_t, *coefficients(process, prediction, drawn.t, x_0)))
   assert drawn.variance is not None

@@ -2,7 +2,7 @@
 
 from ddpm_jax.sampling import grids
 from ddpm_jax.sampling.adaptive import integrate, ode, rk45
-from ddpm_jax.sampling.core import Sampler, nfe, sample, solve
+from ddpm_jax.sampling.core import Sampler, estimate, nfe, sample, solve
 from ddpm_jax.sampling.dpm_solver import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_sde
 from ddpm_jax.sampling.euler import ddim, euler, euler_ancestral, heun
 from ddpm_jax.sampling.langevin import with_langevin
@@ -20,6 +20,7 @@ __all__ = [
   "dpmpp_2s",
   "dpmpp_3m",
   "dpmpp_sde",
+  "estimate",
   "euler",
   "euler_ancestral",
   "euler_maruyama",

@@ -81,8 +81,13 @@ def no_memory(x: Array) -> tuple[()]:
   return ()
 
 
+@check_kinds
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
-  """What the network says of x_t at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`."""
+  """Return what the network estimates at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`.
+
+  Raises:
+    ValueError: if `denoise` is guided by CFG++, whose data and noise come from two estimates.
+  """
   x_0 = x_0_of(denoise(x_t, t))
   x_0, x_t, alpha, sigma = widen(x_0, x_t, expand(process.alpha(t), x_t), expand(process.sigma(t), x_t))
   return x_0, (x_t - alpha * x_0) / sigma

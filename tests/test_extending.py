@@ -1,0 +1,320 @@
+"""The page about components of a user's own: every file, example and command of it is run, and each component keeps its law."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ddpm_jax
+from ddpm_jax import commands, config, data, losses, predictions, processes, sampling
+from ddpm_jax.commands import line, starting
+from ddpm_jax.config import foreign, slots
+from ddpm_jax.runs import scoring
+from tests.conftest import ROOT
+from tests.oracles import gaussian, gaussian_flow
+from tests.pages import commands_in, saved_files
+from tests.parameters import one_device, random_like
+from tests.recipes import tiny_config, tree_of
+
+pytestmark = pytest.mark.usefixtures("dense_module")
+
+TEXT = (ROOT / "docs" / "extending.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
+# What makes a command of the page cheap.
+TRAINING = {"training.steps": 2, "training.batch_size": 4, "training.checkpoint_every": 2, "training.sample_every": 2}
+TRAINING |= {"training.log_every": 1, "data.hold_out": 20, "sampling.preview_steps": 2, "sampling.num_steps": 4}
+SCORES = {"evaluation.num_samples": 8, "sampling.batch_size": 8, "evaluation.features": "pixels"}
+SCORES |= {"evaluation.reference": "held_out", "evaluation.allow_singular": "true", "evaluation.k": 2}
+SCORES |= {"evaluation.kernel_subsets": 2, "evaluation.report": "false"}
+# The runs that are scored at their end: that of the package's own components, and that of one of every kind.
+SCORED = ("digits", "mine")
+CHEAP = {"train": TRAINING | SCORES, "eval": SCORES, "sample": {}}
+
+
+class Page:
+  """The page in a folder of its own: files saved, /tmp replaced, and each section run once, in its order."""
+
+  def __init__(self, folder):
+    self.folder, self._played = folder, {}
+    for name, text in saved_files(TEXT).items():
+      (folder / name).write_text(text)
+    (folder / "configs").symlink_to(ROOT / "configs")
+
+  def run(self, words):
+    """Run a command in this process, in small."""
+    found = line.parse([word.replace("=/tmp/", f"={self.folder}/") for word in words])
+    cheap = {key: str(value) for key, value in CHEAP[found.mode].items()}
+    found.keys = found.keys | cheap
+    if found.mode == "sample":
+      found.num_samples = 2
+    with pytest.MonkeyPatch.context() as patch:
+      if found.mode == "train" and found.workdir.name not in SCORED:
+        patch.setattr(scoring.Judge, "run", lambda *_: None)
+      commands.command(found.mode).run(found)
+
+  def play(self, section):
+    """Run a section's examples and commands, and return the names that its examples define."""
+    if section not in self._played:
+      names = self._played[section] = {}
+      text = TEXT.partition("\n## ")[0] if section == "" else SECTIONS[section]
+      for saved, language, block in re.findall(
+        r"(as\s+`\w+\.py`:\n\n)?^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+      ):
+        if language == "sh":
+          for words in commands_in(block):
+            self.run(words)
+        elif not saved:
+          exec(compile(block.replace('"/tmp/', f'"{self.folder}/'), section, "exec"), names)
+          if "batches" in names:
+            names["batches"].close()
+    return self._played[section]
+
+  def load(self, run):
+    """Return the model of a run."""
+    return ddpm_jax.load(self.folder / run)
+
+  def own(self, file):
+    """Return the names that a file of the page defines."""
+    return vars(foreign.load_module(self.folder / file, f"page_{file[:-3]}", (self.folder / file).read_bytes()))
+
+
+def package():
+  """Return the content of each file of the package."""
+  return {path: path.read_bytes() for path in (ROOT / "ddpm_jax").rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+  before = package()
+  with pytest.MonkeyPatch.context() as patch, one_device():
+    patch.setattr(starting, "join_processes", lambda given: None)
+    patch.setattr(starting, "start_devices", lambda given: None)
+    made = Page(tmp_path_factory.mktemp("page"))
+    patch.chdir(made.folder)
+    patch.syspath_prepend(str(made.folder))
+    yield made
+  # Whatever was run here: a user's own component touches no file of the package.
+  assert package() == before
+
+
+@pytest.fixture
+def sampler_order():
+  """The order of a rule's error on Gaussian data, from two numbers of steps."""
+
+  def measure(sampler):
+    process, x = sampler.process, jnp.linspace(-2, 2, 20)[:, None]
+    denoise, errors = gaussian().denoise(process), []
+    for steps in (40, 80):
+      times = np.linspace(process.t_max, 0.1 * process.t_max, steps + 1)
+      drawn = sampling.sample(jax.random.key(0), sampler, denoise, x, times)
+      errors.append(float(jnp.max(jnp.abs(drawn - gaussian_flow(process, 0.3, 0.4, x, times[0], times[-1])))))
+    return math.log2(errors[0] / errors[1])
+
+  return measure
+
+
+def test_every_kind_is_in_the_table_and_has_its_section():
+  linked = re.findall(r"^\| \[[\w ]+\]\(#([\w-]+)\) \|", TEXT, re.MULTILINE)
+  assert linked == [name.lower().replace(" ", "-") for name in SECTIONS if re.match("An? ", name)]
+  for file, text in saved_files(TEXT).items():
+    assert len(text.splitlines()) < 40, file
+
+
+def test_the_sampler_has_its_order(page, x64, sampler_order):
+  adams = page.own("my_sampler.py")["adams"]
+  for process in (processes.vp(), processes.rectified_flow()):
+    assert sampler_order(adams(process)) == pytest.approx(2, abs=0.15)
+  assert sampler_order(adams(process, 0.0)) == pytest.approx(1, abs=0.1)
+
+
+def test_the_sampler_without_its_line_is_ddim_and_draws_from_a_run(page):
+  page.play("")
+  names = page.play("A sampler")
+  # The standard deviation of 1000 draws.
+  assert jnp.std(names["samples"]) == pytest.approx(0.5, abs=0.05)
+  adams, process = page.own("my_sampler.py")["adams"], names["process"]
+  x, times = names["x"][:8], names["times"]
+  found, expected = (
+    sampling.sample(jax.random.key(0), rule, names["denoise"], x, times)
+    for rule in (adams(process, 0.0), sampling.ddim(process))
+  )
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  drawn = {path.name for path in (page.folder / "digits" / "samples").glob("*.npz")}
+  assert drawn >= {"adams_nfe20_seed0.npz", "eval_ddim_20_seed0.npz", "eval_adams_10_seed0.npz"}
+
+
+def test_the_process_is_what_it_says(page):
+  names = page.play("A process")
+  for shift in (0.25, 1.0):
+    process = page.own("my_process.py")["shifted_cosine"](shift)
+    t = jnp.linspace(0.01, 1, 100)
+    np.testing.assert_allclose(process.alpha(t) ** 2 + process.sigma(t) ** 2, 1, atol=1e-5)
+    # The shift moves the log-SNR of all times alike, and the angle runs to where it is -15 without one.
+    angle = jnp.arctan(jnp.exp(7.5)) * t
+    np.testing.assert_allclose(process.log_snr(t), 2 * jnp.log(shift / jnp.tan(angle)), atol=1e-2)
+    assert process.log_snr(1.0) == pytest.approx(-15 + 2 * math.log(shift), abs=1e-2)
+    assert (float(process.alpha(0.0)), float(process.sigma(0.0))) == (1, 0)
+  assert names["mean"].shape == (4, 8, 8, 1)
+  trained = page.load("shifted").model.process
+  assert trained.log_snr(0.5) == pytest.approx(float(names["process"].log_snr(0.5)))
+
+
+def test_the_weighting_is_a_soft_minimum(page):
+  names = page.play("A weighting")
+  soft, log_snr = page.own("my_weighting.py")["soft_min_snr"](4.0), jnp.linspace(-10, 10, 50)
+  hard = losses.min_snr(4.0)
+  assert jnp.all((soft(log_snr) <= hard(log_snr)) & (soft(log_snr) >= 0.5 * hard(log_snr) - 1e-7))
+  # On the error of the data half the harmonic mean of SNR and gamma.
+  np.testing.assert_allclose(1 / (jnp.exp(log_snr) * soft(log_snr)), 1 / jnp.exp(log_snr) + 1 / 4.0, rtol=1e-5)
+  assert names["loss"] > 0
+  assert page.load("weighted").params
+
+
+def test_the_networks_of_three_libraries_are_trained(page):
+  names = page.play("A network")
+  assert [output.shape for output in names["outputs"]] == [(2, 8, 8, 1)] * 3
+  for run, width, text in (("linen", 32, "my_linen"), ("nnx", 32, "my_nnx"), ("equinox", 128, "my_equinox")):
+    model, params, _ = page.load(run)
+    assert any(width in leaf.shape for leaf in jax.tree.leaves(params))
+    random = random_like(params)
+    given = {"classes": jnp.arange(4)} if run == "linen" else {}
+    x = jnp.ones((4, 8, 8, 1))
+    outputs = [model.network.apply(random, x, jnp.full((4,), time), given) for time in (10.0, 90.0)]
+    assert outputs[0].shape == x.shape, text
+    assert not np.allclose(*outputs)
+    # Same data and times: only the class tells the samples apart.
+    assert np.allclose(outputs[0], outputs[0][:1], atol=1e-5) == (run != "linen")
+  embedded = page.load("linen").params["Embed_0"]["embedding"]
+  assert embedded.shape == (11, 32)
+
+
+@pytest.mark.parametrize("file", ["my_linen.py", "my_nnx.py", "my_equinox.py"])
+def test_the_networks_have_the_channels_of_a_learned_variance(page, file):
+  tree = config.changed(tree_of(tiny_config()), "model.prediction", "learned_range(prediction=V)")
+  (name,) = re.findall(r"class (\w+)", (page.folder / file).read_text())
+  model = config.build(config.changed(tree, "model.network", f"{file}:{name}(width=16, depth=1)")).model
+  assert model.outputs() == 2
+
+
+def test_the_condition_reaches_the_network_and_is_hidden(page):
+  names = page.play("A condition")
+  model = names["model"]
+  condition = model.conditions["brightness"]
+  images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 1), minval=-1, maxval=1)
+  keys = jax.random.split(jax.random.key(1), 6)
+  # Made of the data in training, and as it was asked for in sampling.
+  means = jnp.mean(images, (1, 2, 3))
+  for batch in ({"image": images}, {"brightness": means}):
+    value = model.given(keys, batch)["brightness"]
+    np.testing.assert_allclose(value, jnp.stack([means, jnp.ones(6)], -1), atol=1e-6)
+  np.testing.assert_array_equal(model.without({"brightness": value})["brightness"], jnp.zeros((6, 2)))
+  assert condition.parse("-0.2") == np.float32(-0.2)
+  params = random_like(names["params"])
+  one, other = (
+    model.denoise(params, model.given(keys, {"brightness": jnp.full(6, value)}))(images, 0.5) for value in (-0.5, 0.5)
+  )
+  assert not np.allclose(one, other)
+  (drawn,) = (page.folder / "bright" / "samples").glob("*_nfe*.npz")
+  with np.load(drawn) as found:
+    np.testing.assert_allclose(found["brightness"], -0.2)
+  assert names["samples"].shape == (16, 8, 8, 1)
+
+
+def test_the_data_know_their_direction(page):
+  names = page.play("A data source")
+  assert names["batch"]["image"].shape == (32, 16, 16, 1)
+  assert (len(names["train"]), len(names["held_out"])) == (450, 50)
+  items = data.read(page.own("my_data.py")["gratings"](data.Fit((32, 32), 1), count=20).train, range(20))
+  # The gradient's direction, of which both signs are one: as an angle twice as large.
+  rows, columns = np.gradient(items["image"][..., 0], axis=(1, 2))
+  found = np.stack([columns**2 - rows**2, 2 * rows * columns], -1).sum((1, 2))
+  found /= np.linalg.norm(found, axis=-1, keepdims=True)
+  assert np.all(np.sum(found * items["direction"], -1) > 0.9)
+  assert np.abs(items["image"]).max() <= 1
+  with np.load(next((page.folder / "gratings" / "samples").glob("*_nfe*.npz"))) as drawn:
+    np.testing.assert_array_equal(drawn["direction"], [[1, 0]] * 2)
+
+
+def test_the_codec_loses_nothing(page):
+  names = page.play("A codec")
+  np.testing.assert_array_equal(names["again"], names["images"])
+  # The first place of x holds the first square.
+  np.testing.assert_array_equal(np.sort(names["x"][0, 0, 0]), np.sort(np.asarray(names["images"][0, :2, :2]).ravel()))
+  model, _, frozen = page.load("squares")
+  assert (model.shape, model.data_shape) == ((4, 4, 4), (8, 8, 1))
+  assert model.decode(jnp.ones((2, 4, 4, 4)), frozen).shape == (2, 8, 8, 1)
+
+
+def test_the_objective_is_squared_or_absolute_error_at_its_ends(page):
+  names = page.play("An objective")
+  apply, huber = names["network"].apply, page.own("my_objective.py")["huber"]
+  process, keys = processes.vp(), jax.random.split(jax.random.key(0), 32)
+  items = data.read(page.own("my_data.py")["gratings"](data.Fit((8, 8), 1)).train, range(32))
+  batch = {"x": jnp.asarray(items["image"]), "given": {}}
+
+  def value(objective, params):
+    return float(objective.loss({"model": params}, None, keys, batch | objective.prepare(keys, ()))[0])
+
+  params, nothing = names["state"].params, jax.tree.map(jnp.zeros_like, names["state"].params)
+  plain = losses.denoising(apply, process, predictions.V, weighting=losses.snr_plus_one)
+  squared, smooth = value(plain, params), value(huber(apply, process, predictions.V), params)
+  assert value(huber(apply, process, predictions.V, math.inf), params) == pytest.approx(squared, rel=1e-4)
+  assert smooth < squared
+  # Far below every error it is their absolute value, in which c is a factor.
+  ends = [value(huber(apply, process, predictions.V, c), params) / (2 * c) for c in (1e-4, 1e-5)]
+  assert ends[0] == pytest.approx(ends[1], rel=1e-2)
+  # The loop of the page has learned something: a network of zeros says nothing.
+  assert smooth < 0.9 * value(names["objective"], nothing)
+  assert page.load("huber").params
+
+
+def test_the_recipe_of_all_goes_on_without_the_files(page, tmp_path, monkeypatch):
+  page.play("All of them in a recipe")
+  files = {*saved_files(TEXT)} - {"my_nnx.py", "my_equinox.py", "my_objective.py", "my_experiment.py"}
+  kept = {path.name: path.read_text() for path in (page.folder / "mine" / "components").rglob("*.py")}
+  assert kept == {name: saved_files(TEXT)[name] for name in files}
+  assert "my_objective.py" in {path.name for path in (page.folder / "mine_2" / "components").rglob("*.py")}
+  # A new process in another folder, from which no path of the recipe leads to a file.
+  monkeypatch.setattr(foreign, "_LOADED", {})
+  monkeypatch.chdir(tmp_path)
+  model, params, frozen = page.load("mine")
+  x = model.process.prior(jax.random.key(0), (2, *model.shape))
+  given = model.given(jax.random.split(jax.random.key(1), 2), {"brightness": jnp.zeros(2)}, frozen)
+  drawn = sampling.sample(jax.random.key(2), model.defaults.sampler, model.denoise(params, given), x, model.times(3))
+  assert model.decode(drawn, frozen).shape == (2, 16, 16, 1)
+
+
+# The module, as configs call it, in which the package would have each component of the page, and its place.
+PLACES = {
+  "my_sampler.py:adams": ("sampling", "sampler"),
+  "my_process.py:shifted_cosine": ("processes", "model.process"),
+  "my_weighting.py:soft_min_snr": ("losses", "objective.weighting"),
+  "my_linen.py:Residual": ("networks", "model.network"),
+  "my_nnx.py:Mixer": ("networks", "model.network"),
+  "my_equinox.py:Perceptron": ("networks", "model.network"),
+  "my_condition.py:brightness": ("conditions", "model.conditions.bright"),
+  "my_data.py:gratings": ("data", "data.source"),
+  "my_codec.py:space_to_depth": ("codecs", "model.codec"),
+  "my_objective.py:huber": ("losses", "objective"),
+}
+
+
+@pytest.mark.parametrize("component", PLACES)
+def test_a_file_and_an_export_add_a_component_to_the_package(page, component, monkeypatch):
+  file, _, name = component.partition(":")
+  home, place = PLACES[component]
+  module, tree = slots.module(home), tree_of(tiny_config())
+  added = foreign.load_module(page.folder / file, "page_added", (page.folder / file).read_bytes())
+  made = getattr(added, name)
+  made.__module__ = module.__name__
+  monkeypatch.setattr(module, name, made, raising=False)
+  if hasattr(module, "__all__"):
+    monkeypatch.setattr(module, "__all__", [*module.__all__, name])
+  changed = config.changed(tree, place, name)
+  assert changed.at(place)["component"] == f"{home}.{name}"
+  config.build(changed)
+  slot = changed.places[place].slot
+  assert name in slots.names(slot)
