@@ -9,7 +9,6 @@ import pytest
 from scipy import integrate, special, stats
 
 from ddpm_jax import likelihood
-from ddpm_jax.networks import gradients_in_loops
 from ddpm_jax.networks.kernels.convolution import convolve
 from tests.oracles import MIXTURE, PROCESSES, gaussian
 from tests.test_likelihood import KEY, MEAN, STD, keys, on_levels
@@ -121,19 +120,19 @@ def test_dequantized_bits_are_those_of_the_levels():
 
 
 def test_derivatives_go_either_way():
-  """Networks that `gradients_in_loops` made know backward ones alone."""
+  """Networks with the kernels "looped" know backward ones alone."""
   process, kernel = PROCESSES["cosine"], 0.3 * jax.random.normal(KEY, (3, 3, 2, 2))
-
-  def denoise(x, t):
-    assert t.shape == x.shape[:1]
-    return jnp.tanh(convolve(x, kernel, (1, 1), "SAME"))
 
   @jax.jit
   def both(x):
-    run = functools.partial(likelihood.ode_bits, keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3)
-    with gradients_in_loops():
-      backward = run(reverse=True)
-    return run(), backward
+    def run(kernels, **options):
+      def denoise(x, t):
+        assert t.shape == x.shape[:1]
+        return jnp.tanh(convolve(x, kernel, (1, 1), "SAME", kernels))
+
+      return likelihood.ode_bits(keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3, **options)
+
+    return run("tuned"), run("looped", reverse=True)
 
   forward, backward = both(on_levels((2, 4, 4, 2)))
   # v^T J v is the same number from either end, but for rounding.

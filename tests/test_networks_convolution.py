@@ -1,4 +1,6 @@
-"""Convolutions, normalization and sums against JAX's and Flax's own, values and gradients; and `gradients_in_loops`."""
+"""Convolutions, normalization and sums against JAX's and Flax's own, values and gradients, in all programs."""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -7,11 +9,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ddpm_jax import networks
 from ddpm_jax.devices import costs
 from ddpm_jax.floats import promoting
 from ddpm_jax.networks import Classifier, UNet, layers
-from ddpm_jax.networks.kernels import convolution, sums
+from ddpm_jax.networks.kernels import KERNELS, convolution, sums
 from ddpm_jax.networks.kernels.convolution import convolve
 from ddpm_jax.networks.kernels.resampling import convolve_doubled, double
 
@@ -47,8 +48,7 @@ def test_gradients_are_jax_s_own(x64, size, window, strides, padding):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
   def ours(x, kernel):
-    with networks.gradients_in_loops():
-      return convolve(x, kernel, strides, padding)
+    return convolve(x, kernel, strides, padding, "looped")
 
   def both(x, kernel):
     results = []
@@ -68,11 +68,8 @@ def test_in_a_loop_and_where_the_kernel_alone_is_asked_for(x64):
 
   def total(x, kernel, inside):
     def once(h, _):
-      if not inside:
-        h = lax.conv_general_dilated(h, kernel, (1, 1), "SAME", dimension_numbers=numbers)
-      else:
-        with networks.gradients_in_loops():
-          h = convolve(h, kernel, (1, 1), "SAME")
+      own = functools.partial(lax.conv_general_dilated, dimension_numbers=numbers)
+      h = (functools.partial(convolve, kernels="looped") if inside else own)(h, kernel, (1, 1), "SAME")
       return jnp.tanh(h), None
 
     return jnp.sum(lax.scan(once, x, length=3)[0] ** 2)
@@ -82,26 +79,19 @@ def test_in_a_loop_and_where_the_kernel_alone_is_asked_for(x64):
     np.testing.assert_allclose(gradient(x, kernel, True), gradient(x, kernel, False), rtol=1e-10, atol=1e-10)
 
 
-def test_outside_nothing_changes():
+def test_only_what_is_for_loops_has_no_forward_derivatives():
   x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 2))
 
-  def run(x):
-    return convolve(x, kernel, (1, 1), "SAME")
+  def run(x, kernels="tuned"):
+    return convolve(x, kernel, (1, 1), "SAME", kernels)
 
-  def inside(x):
-    with networks.gradients_in_loops():
-      return run(x)
-
+  looped = functools.partial(run, kernels="looped")
   assert "custom_vjp" not in str(jax.make_jaxpr(run)(x))
-  assert "custom_vjp" in str(jax.make_jaxpr(inside)(x))
-  assert "custom_vjp" not in str(jax.make_jaxpr(run)(x)), "the context has ended"
+  assert "custom_vjp" in str(jax.make_jaxpr(looped)(x))
   value, slope = jax.jvp(run, (x,), (x,))
   np.testing.assert_allclose(slope, value)  # linear
   with pytest.raises(TypeError, match="custom_vjp"):
-    jax.jvp(inside, (x,), (x,))
-  with pytest.raises(RuntimeError, match="stop"), networks.gradients_in_loops():
-    raise RuntimeError("stop")
-  assert "custom_vjp" not in str(jax.make_jaxpr(run)(x)), "an error ends it too"
+    jax.jvp(looped, (x,), (x,))
 
 
 SMALL = {"channels": 4, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,), "groups": 2, "dropout": 0.0}
@@ -116,21 +106,21 @@ def test_of_whole_networks(kind, size):
   generator = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: generator.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 
-  def total(x, params):
-    return jnp.sum(jnp.sin(network.apply({"params": params}, x, label)))
+  def total(x, params, kernels):
+    return jnp.sum(jnp.sin(network.clone(kernels=kernels).apply({"params": params}, x, label)))
 
-  def inside(x, params):
-    with networks.gradients_in_loops():
-      return total(x, params)
+  def traced(kernels):
+    return str(jax.make_jaxpr(functools.partial(total, kernels=kernels))(x, params))
 
-  def both(x, params):
-    return tuple(jax.grad(function, (0, 1))(x, params) for function in (inside, total))
-
-  assert "custom_vjp" in str(jax.make_jaxpr(inside)(x, params))
-  found, expected = jax.jit(both)(x, params)
+  assert "custom_vjp" in traced("looped")
+  for mark in ("platform_index", "custom_vjp", "custom_jvp", "optimization_barrier"):
+    assert mark not in traced("plain"), "no program but JAX's own"
+  gradients = jax.jit(lambda x, params: [jax.grad(total, (0, 1))(x, params, kernels) for kernels in KERNELS])
+  *tuned, expected = gradients(x, params)
   assert jnp.any(expected[0] != 0)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-5)
+  for found in tuned:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-5)
 
 
 @pytest.mark.parametrize("space", [(4,), (3, 5), (2, 3, 2)])
@@ -154,7 +144,7 @@ def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
 
 
 def test_doubled_data_want_a_kernel_of_three_rows():
-  with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* wanted 3 rows along each of 2"):
+  with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* expected 3 rows along each of 2"):
     convolve_doubled(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)))
 
 
@@ -178,24 +168,23 @@ def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
   ("change", "message"),
   [
     ({"kernel": (3, 3, 96, 192)}, r"Got data of shape \(4, 16, 16, 192\) .* kernel of shape \(3, 3, 96, 192\)"),
-    ({"kernel": (3, 192, 192)}, "wanted .* one to three spatial axes"),
-    ({"x": (4, 192), "kernel": (192, 192)}, "wanted .* one to three spatial axes"),
-    ({"dtype": jnp.float16}, "type float16; wanted .* of one type"),
-    ({"strides": (1,)}, r"Got strides \(1,\); wanted 2"),
-    ({"strides": (0, 1)}, "wanted 2, .* of 1 or more"),
-    ({"padding": "same?"}, 'Got padding \'same\\?\'; wanted "SAME", "VALID", a number, or 2 pairs'),
+    ({"kernel": (3, 192, 192)}, "expected .* one to three spatial axes"),
+    ({"x": (4, 192), "kernel": (192, 192)}, "expected .* one to three spatial axes"),
+    ({"dtype": jnp.float16}, "type float16; expected .* of one type"),
+    ({"strides": (1,)}, r"Got strides \(1,\); expected 2"),
+    ({"strides": (0, 1)}, "expected 2, .* of 1 or more"),
+    ({"padding": "same?"}, 'Got padding \'same\\?\'; expected "SAME", "VALID", a number, or 2 pairs'),
     ({"padding": (1, 1)}, r"Got padding \(1, 1\)"),
     ({"padding": ((1, 1),)}, r"Got padding \(\(1, 1\),\)"),
     ({"padding": None}, "Got padding None"),
   ],
 )
-@pytest.mark.parametrize("devices", [1, 8])
-def test_what_does_not_fit_is_an_error(monkeypatch, change, message, devices):
-  monkeypatch.setattr(jax, "device_count", lambda: devices)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_what_does_not_fit_is_an_error(change, message, kernels):
   case = {"x": (4, 16, 16, 192), "kernel": (3, 3, 192, 192), "dtype": jnp.float32, "strides": (1, 1), "padding": "SAME"}
   case |= change
   with pytest.raises(ValueError, match=message):
-    convolve(jnp.ones(case["x"]), jnp.ones(case["kernel"], case["dtype"]), case["strides"], case["padding"])
+    convolve(jnp.ones(case["x"]), jnp.ones(case["kernel"], case["dtype"]), case["strides"], case["padding"], kernels)
 
 
 def plain(x, kernel):
@@ -213,7 +202,7 @@ def random_images(*shape, out, dtype=jnp.float32):
 def test_by_tiles_is_the_plain_one(x64, space):
   x, kernel, weights = random_images(2, *space, 3, out=5, dtype=jnp.float64)
   moved = []
-  for function in (convolution._convolve_by_platform, plain):
+  for function in (convolution._by_tiles_on_cpus, plain):
     value, pull = jax.vjp(function, x, kernel)
     slope = jax.jvp(function, (x, kernel), (jnp.cos(x), jnp.sin(kernel)))[1]
     second = jax.grad(lambda x, f=function: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(f(x, kernel))))(x) ** 2))(x)
@@ -234,7 +223,7 @@ def test_by_tiles_rounds_little_more_than_the_plain_one():
     value, pull = jax.vjp(plain, *(jnp.asarray(array, jnp.float64) for array in arrays[:2]))
     exact = [np.asarray(leaf) for leaf in (value, *pull(jnp.asarray(arrays[2], jnp.float64)))]
   sizes = [np.sqrt(np.mean(leaf**2)) for leaf in exact]
-  ours, theirs = errors(convolution._convolve_by_platform), errors(plain)
+  ours, theirs = errors(convolution._by_tiles_on_cpus), errors(plain)
   for a, b, size in zip(ours, theirs, sizes, strict=True):
     assert a < max(3 * b, 1e-6 * size)
     assert a < 2e-6 * size
@@ -244,7 +233,7 @@ def test_by_tiles_is_for_cpus_in_one_call_and_counted_as_the_plain_one():
   x, kernel, weights = random_images(2, 8, 8, 4, out=4)
 
   def gradients(x, kernel):
-    return jax.vjp(convolution._convolve_by_platform, x, kernel)[1](weights)
+    return jax.vjp(convolution._by_tiles_on_cpus, x, kernel)[1](weights)
 
   traced = jax.jit(gradients).trace(x, kernel)
   texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
@@ -256,7 +245,7 @@ def test_by_tiles_is_for_cpus_in_one_call_and_counted_as_the_plain_one():
     jax.make_jaxpr(lambda x, kernel: jax.vjp(plain, x, kernel)[1](weights))(x, kernel)
   )
   # In memory between the forward pass and the backward one: what came in, and which platform it is, but no sums.
-  kept = jax.tree.leaves(jax.vjp(convolution._convolve_by_platform, x, kernel)[1])
+  kept = jax.tree.leaves(jax.vjp(convolution._by_tiles_on_cpus, x, kernel)[1])
   assert sum(leaf.size for leaf in kept) == x.size + kernel.size + 1
 
 
@@ -283,20 +272,18 @@ WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strid
     ("SAME", {"dtype": jnp.bfloat16}, False),
   ],
 )
-def test_which_go_by_tiles(monkeypatch, padding, change, wanted):
-  """Those with as good a result and enough to gain, where one device computes."""
+def test_which_go_by_tiles(padding, change, wanted):
+  """Those with as good a result and enough to gain, in programs of one device."""
   case = WIDE | change
   x = jax.ShapeDtypeStruct((4, *case["space"], case["channels"]), case["dtype"])
   kernel = jax.ShapeDtypeStruct((*case["window"], case["channels"], case["out"]), case["dtype"])
 
-  def by_tiles():
-    traced = jax.jit(lambda x, kernel: convolve(x, kernel, case["strides"], padding)).trace(x, kernel)
-    return "_convolve_by_tiles" in str(traced.jaxpr)
+  def by_tiles(kernels):
+    traced = jax.jit(lambda x, kernel: convolve(x, kernel, case["strides"], padding, kernels)).trace(x, kernel)
+    return "_by_tiles" in str(traced.jaxpr)
 
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
-  assert by_tiles() == wanted
-  monkeypatch.setattr(jax, "device_count", lambda: 8)
-  assert not by_tiles()
+  assert by_tiles("alone") == wanted
+  assert not any(map(by_tiles, ("tuned", "looped", "plain")))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def ode_bits(
     probes: how many v an image.
     noise: of v: "rademacher", signs, or "gaussian", which has the larger variance (Hutchinson 1990).
     exact: whether the trace is computed, for at most 1024 dimensions; `probes` and `noise` then do not matter.
-    reverse: whether derivatives go backwards (`jax.vjp`): for networks that know no others, as inside `networks.gradients_in_loops`.
+    reverse: whether derivatives go backwards (`jax.vjp`): for networks that know no others, such as a `UNet` with the kernels "looped".
       Forward ones need less memory.
     dequantize: whether x_0 are levels, and not continuous data.
     t_min: where the flow starts, in (0, t_max); by default 1e-5 of t_max, as Song et al. have, or `process.t_min` of discrete processes

@@ -3,7 +3,6 @@
 `of` makes one of what a user names: a class of Flax Linen, Flax NNX or Equinox, or a function. Each library is imported where it is used.
 """
 
-import contextlib
 import difflib
 import inspect
 import sys
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from ddpm_jax import networks
 from ddpm_jax.models.conditions import Condition, check_given
 
 Array = jax.Array
@@ -115,12 +113,18 @@ def of_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
       options["keys"] = keys
     elif train and keys is not None:
       options["rngs"] = {"dropout": _first(keys)}
-    # Samplers are loops, in which gradients in x are slow on a CPU otherwise.
-    looped = not train and jax.default_backend() == "cpu"
-    with networks.gradients_in_loops() if looped else contextlib.nullcontext():
-      return module.apply({"params": params}, x, time, **options)
+    return _for_use(module, train).apply({"params": params}, x, time, **options)
 
   return Network(init, apply, module)
+
+
+def _for_use(module: Any, train: bool) -> Any:
+  """Return one of our networks with the kernels that suit its use on a CPU, unless its own are chosen; any other as it is."""
+  if getattr(module, "kernels", "") != "tuned" or jax.default_backend() != "cpu":
+    return module
+  # Samplers are loops, in which gradients in x are slow otherwise.
+  kernels = "looped" if not train else "alone" if jax.device_count() == 1 else "tuned"
+  return module.clone(kernels=kernels)
 
 
 def of_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:

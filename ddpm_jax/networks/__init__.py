@@ -1,7 +1,6 @@
 """Networks in Flax Linen. Nothing outside this package needs Flax to know what a network is: `apply` is a function."""
 
-from ddpm_jax.networks.kernels.convolution import gradients_in_loops
 from ddpm_jax.networks.layers import trainable
 from ddpm_jax.networks.unet import Classifier, UNet
 
-__all__ = ["Classifier", "UNet", "gradients_in_loops", "trainable"]
+__all__ = ["Classifier", "UNet", "trainable"]

@@ -41,6 +41,7 @@ class Style(NamedTuple):
     filter: weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
     attention: the implementation for `attention.attend`.
     dtype: of the computation.
+    kernels: which programs operations may take (`networks.kernels`).
   """
 
   groups: int
@@ -51,10 +52,11 @@ class Style(NamedTuple):
   filter: Sequence[float]
   attention: Literal["xla", "cudnn"] | None
   dtype: Any
+  kernels: str = "tuned"
 
   def norm(self, name: str) -> "GroupNorm":
     """Group normalization."""
-    return GroupNorm(self.groups, self.epsilon, self.dtype, name=name)
+    return GroupNorm(self.groups, self.epsilon, self.dtype, self.kernels, name=name)
 
   def join(self, x: Array, branch: Array) -> Array:
     """A residual sum."""
@@ -138,11 +140,13 @@ class GroupNorm(nn.Module):
     groups: how many; they divide the channels. 0: as many as `groups_of` says.
     epsilon: added to the variance.
     dtype: of the result; statistics are in float32 at least.
+    kernels: which programs operations may take.
   """
 
   groups: int
   epsilon: float
   dtype: Any
+  kernels: str = "tuned"
 
   @nn.compact
   def __call__(self, x: Data, scale: Array | None = None, shift: Array | None = None) -> Any:
@@ -156,13 +160,21 @@ class GroupNorm(nn.Module):
       )
     a = parameter(self, "scale", nn.initializers.ones, (features,))
     b = parameter(self, "bias", ZEROS, (features,))
-    return _normalize(x, a, b, scale, shift, groups, self.epsilon, self.dtype)
+    return _normalize(x, a, b, scale, shift, groups, self.epsilon, self.dtype, self.kernels)
 
 
 # What a network calls many times is traced once a shape.
-@partial(once, static_argnums=(5, 6, 7))
+@partial(once, static_argnums=(5, 6, 7, 8))
 def _normalize(
-  x: Data, a: Array, b: Array, scale: Array | None, shift: Array | None, groups: int, epsilon: float, dtype: Any
+  x: Data,
+  a: Array,
+  b: Array,
+  scale: Array | None,
+  shift: Array | None,
+  groups: int,
+  epsilon: float,
+  dtype: Any,
+  kernels: str,
 ) -> Any:
   """`GroupNorm` with the parameters a and b [C]."""
   parts, tree = jax.tree.flatten(x)
@@ -171,7 +183,7 @@ def _normalize(
   a, b = a.astype(exact), b.astype(exact)
 
   def mean(parts: Sequence[Array]) -> Array:
-    sums = jnp.concatenate([total(part) for part in parts], axis=-1)
+    sums = jnp.concatenate([total(part, kernels) for part in parts], axis=-1)
     of_group = jnp.mean(sums.reshape(-1, groups, features // groups), axis=-1) / size
     return jnp.repeat(of_group, features // groups, axis=-1)
 
@@ -186,7 +198,7 @@ def _normalize(
     b = b + shift.astype(b.dtype)
   factors, shifts = split_features(a, parts), split_features(b, parts)
   results = [
-    (part * spread(a, part.shape) + spread(b, part.shape)).astype(dtype)
+    (part * spread(a, part.shape, kernels) + spread(b, part.shape, kernels)).astype(dtype)
     for part, a, b in zip(wide, factors, shifts, strict=True)
   ]
   return jax.tree.unflatten(tree, results)
@@ -202,7 +214,8 @@ class Conv(nn.Module):
     strides: along every axis.
     padding: as `convolution.convolve` takes it.
     kernel_init: of the kernel; the bias begins at 0.
-    doubled: whether every axis is doubled first, by nearest neighbour; then `size` is 3, and strides and padding are as by default.
+    doubled: whether every axis is doubled first, by nearest neighbor; then `size` is 3, and strides and padding are as by default.
+    kernels: which programs operations may take.
   """
 
   features: int
@@ -212,6 +225,7 @@ class Conv(nn.Module):
   padding: Any = "SAME"
   kernel_init: Any = INIT
   doubled: bool = False
+  kernels: str = "tuned"
 
   @nn.compact
   def __call__(self, x: Data) -> Array:
@@ -223,12 +237,12 @@ class Conv(nn.Module):
 
     def convolve(x: Array, kernel: Array) -> Array:
       if self.doubled:
-        return convolve_doubled(x, kernel)
-      return convolution.convolve(x, kernel, (self.strides,) * axes, self.padding)
+        return convolve_doubled(x, kernel, self.kernels)
+      return convolution.convolve(x, kernel, (self.strides,) * axes, self.padding, self.kernels)
 
     kernels = split_features(kernel.astype(self.dtype), parts, axis=-2)
     first, *more = map(convolve, parts, kernels)
-    return add_vector(sum(more, first), bias)
+    return add_vector(sum(more, first), bias, self.kernels)
 
 
 def conv(x: Data, features: int, name: str, dtype: Any, **options: Any) -> Array:
@@ -243,32 +257,33 @@ class Dense(nn.Module):
   dtype: Any
   kernel_init: Any = INIT
   use_bias: bool = True
+  kernels: str = "tuned"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, ..., C] -> [B, ..., features]."""
     kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-    y = _multiply(x.astype(self.dtype), kernel.astype(self.dtype))
+    y = _multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.kernels)
     if not self.use_bias:
       return y
-    return add_vector(y, parameter(self, "bias", ZEROS, (self.features,)).astype(self.dtype))
+    return add_vector(y, parameter(self, "bias", ZEROS, (self.features,)).astype(self.dtype), self.kernels)
 
 
-@once
-def _multiply(x: Array, kernel: Array) -> Array:
+@partial(once, static_argnums=2)
+def _multiply(x: Array, kernel: Array, kernels: str) -> Array:
   def as_matrix(x: Array, kernel: Array) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
-  if x.ndim == 2:
+  if x.ndim == 2 or kernels == "plain":
     return x @ kernel
   # On a CPU the kernel's gradient is then one product, and no transposed copy of x is made for it.
   return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=jnp.matmul)
 
 
-@once
-def add_vector(x: Array, vector: Array) -> Array:
+@partial(once, static_argnums=2)
+def add_vector(x: Array, vector: Array, kernels: str = "tuned") -> Array:
   """Add a vector [B, C] to x [B, *space, C] at every position, or a vector [C] to all samples."""
-  return x + spread(vector, x.shape)
+  return x + spread(vector, x.shape, kernels)
 
 
 def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
@@ -301,24 +316,24 @@ class ResidualBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Data, embedding: Array, keys: Array | None) -> Array:
     """x [B, *space, C], embedding [B, E], keys [B] of dropout or None for none -> [B, *space, features]."""
-    style, dtype = self.style, self.style.dtype
+    style, dtype, kernels = self.style, self.style.dtype, self.style.kernels
     # A convolution of repeated data has a quicker program than both apart.
     repeated = self.resample == "up" and tuple(style.filter) == (1, 1)
     h = jax.tree.map(nn.swish, style.norm("norm1")(x))
     if self.resample:
-      change = partial(halve if self.resample == "down" else double, weights=style.filter)
+      change = partial(halve if self.resample == "down" else double, weights=style.filter, kernels=kernels)
       x, h = jax.tree.map(change, x), h if repeated else jax.tree.map(change, h)
-    h = conv(h, self.features, "conv1", dtype, doubled=repeated)
+    h = conv(h, self.features, "conv1", dtype, doubled=repeated, kernels=kernels)
     width = 2 * self.features if style.scale_shift else self.features
-    shift = Dense(width, dtype, name="time_emb_proj")(nn.swish(embedding))
+    shift = Dense(width, dtype, kernels=kernels, name="time_emb_proj")(nn.swish(embedding))
     if not style.scale_shift:
-      h = add_vector(h, shift)
+      h = add_vector(h, shift, kernels)
     h = style.norm("norm2")(h, *(jnp.split(shift, 2, axis=-1) if style.scale_shift else ()))
     h = drop(nn.swish(h), style.dropout, keys, self.name or "")
     # Zero at the start, as every residual branch: the first gradients are not drowned in random output.
-    h = conv(h, self.features, "conv2", dtype, kernel_init=ZEROS)
+    h = conv(h, self.features, "conv2", dtype, kernel_init=ZEROS, kernels=kernels)
     if not isinstance(x, Array) or x.shape[-1] != self.features or (self.resample and style.song):
-      x = conv(x, self.features, "conv_shortcut", dtype, size=1)
+      x = conv(x, self.features, "conv_shortcut", dtype, size=1, kernels=kernels)
     return style.join(x, h)
 
 
@@ -332,18 +347,18 @@ class AttentionBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """x [B, *space, C] -> [B, *space, C]."""
-    features, dtype = x.shape[-1], self.style.dtype
-    h = self.style.norm("group_norm")(x) if self.norm else x
+    features, style = x.shape[-1], self.style
+    h = style.norm("group_norm")(x) if self.norm else x
     h = h.reshape(x.shape[0], -1, features)
-    init = SONG_ATTENTION if self.style.song else INIT
-    q, k, v = (heads_of(h, self.heads, name, dtype, init) for name in ("to_q", "to_k", "to_v"))
-    h = attend(q, k, v, self.style.attention).reshape(x.shape)
-    return self.style.join(x, Dense(features, dtype, ZEROS, name="to_out")(h))
+    init = SONG_ATTENTION if style.song else INIT
+    q, k, v = (heads_of(h, self.heads, name, style, init) for name in ("to_q", "to_k", "to_v"))
+    h = attend(q, k, v, style.attention, style.kernels).reshape(x.shape)
+    return style.join(x, Dense(features, style.dtype, ZEROS, kernels=style.kernels, name="to_out")(h))
 
 
-def heads_of(x: Array, heads: int, name: str, dtype: Any, kernel_init: Any = INIT) -> Array:
-  """A projection [B, N, C] -> [B, N, heads, C / heads]."""
-  y = Dense(x.shape[-1], dtype, kernel_init, name=name)(x)
+def heads_of(x: Array, heads: int, name: str, style: Style, kernel_init: Any = INIT) -> Array:
+  """Project [B, N, C] to [B, N, heads, C / heads]."""
+  y = Dense(x.shape[-1], style.dtype, kernel_init, kernels=style.kernels, name=name)(x)
   return y.reshape(*x.shape[:-1], heads, -1)
 
 
@@ -355,23 +370,25 @@ class Downsample(nn.Module):
 
   symmetric: bool
   dtype: Any
+  kernels: str = "tuned"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, *space, C] -> [B, *space / 2, C]."""
     padding = ((int(self.symmetric), 1),) * (x.ndim - 2)
-    return conv(x, x.shape[-1], "conv", self.dtype, strides=2, padding=padding)
+    return conv(x, x.shape[-1], "conv", self.dtype, strides=2, padding=padding, kernels=self.kernels)
 
 
 class Upsample(nn.Module):
-  """Doubles every spatial axis: nearest neighbour, then a convolution."""
+  """Doubles every spatial axis: nearest neighbor, then a convolution."""
 
   dtype: Any
+  kernels: str = "tuned"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, *space, C] -> [B, 2 space, C]."""
-    return conv(x, x.shape[-1], "conv", self.dtype, doubled=True)
+    return conv(x, x.shape[-1], "conv", self.dtype, doubled=True, kernels=self.kernels)
 
 
 class AttentionPool(nn.Module):
@@ -384,7 +401,7 @@ class AttentionPool(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[B, *space, C] -> [B, features]."""
-    batch, channels, dtype = x.shape[0], x.shape[-1], self.style.dtype
+    batch, channels, style = x.shape[0], x.shape[-1], self.style
     x = x.reshape(batch, -1, channels)
     x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
     spread = nn.initializers.normal(channels**-0.5)
@@ -392,7 +409,7 @@ class AttentionPool(nn.Module):
     # Repeat them in float32, so that their gradients are summed in float32.
     x = x + jnp.broadcast_to(positions[None], x.shape).astype(x.dtype)
     # Only what the mean receives is used.
-    q = heads_of(x[:, :1], self.heads, "to_q", dtype)
-    k, v = (heads_of(x, self.heads, name, dtype) for name in ("to_k", "to_v"))
-    h = attend(q, k, v, self.style.attention).reshape(batch, channels)
-    return Dense(self.features, dtype, name="to_out")(h)
+    q = heads_of(x[:, :1], self.heads, "to_q", style)
+    k, v = (heads_of(x, self.heads, name, style) for name in ("to_k", "to_v"))
+    h = attend(q, k, v, style.attention, style.kernels).reshape(batch, channels)
+    return Dense(self.features, style.dtype, kernels=style.kernels, name="to_out")(h)

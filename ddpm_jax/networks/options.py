@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ddpm_jax.devices import memory
+from ddpm_jax.networks.kernels import KERNELS
 from ddpm_jax.networks.layers import groups_of
 
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
@@ -64,6 +65,7 @@ def _check_values(network: Any) -> None:
     ("filter", (tuple(n.filter),), ((1, 1), (1, 3, 3, 1))),
     ("dimensions", (n.dimensions,), (1, 2, 3)),
     ("attention", (n.attention,), ("", "xla", "cudnn")),
+    ("kernels", (n.kernels,), KERNELS),
   ):
     wrong = [value for value in given if value not in known]
     if wrong or (name in ("downsample", "upsample") and len(given) != last):

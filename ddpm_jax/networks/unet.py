@@ -62,6 +62,7 @@ class Backbone(nn.Module):
       `jax.checkpoint_policies` without arguments, which chooses what to keep inside blocks.
     attention: "" takes the one for the platform (`attention.attend`); of `jax.nn.dot_product_attention` "xla", or "cudnn" (16-bit types,
       NVIDIA GPUs).
+    kernels: which programs operations may take: "tuned", "alone", "looped" or "plain" (`networks.kernels`).
   """
 
   out_channels: int = 3
@@ -96,6 +97,7 @@ class Backbone(nn.Module):
   dtype: Any = jnp.float32
   remat: Annotated[str, "speed"] = "none"
   attention: Annotated[str, "speed"] = ""
+  kernels: Annotated[str, "speed"] = "tuned"
 
   def check_input(self, shape: Sequence[int]) -> None:
     """Raises a ValueError if the network cannot be built, or cannot take data of `shape` [..., *space, C]."""
@@ -170,6 +172,7 @@ class Backbone(nn.Module):
       tuple(self.filter),
       cast(Any, self.attention or None),
       self.dtype,
+      self.kernels,
     )
 
   def features_of(self, level: int) -> int:
@@ -181,7 +184,10 @@ class Backbone(nn.Module):
     return features // self.head_channels if self.head_channels else self.heads
 
   def _dense(self, x: Array, features: int, name: str, bias: bool = True) -> Array:
-    return layers.Dense(features, self.dtype, use_bias=bias, name=name)(x)
+    return layers.Dense(features, self.dtype, use_bias=bias, kernels=self.kernels, name=name)(x)
+
+  def _conv(self, x: Array, features: int, name: str, **options: Any) -> Array:
+    return layers.conv(x, features, name, self.dtype, kernels=self.kernels, **options)
 
   def _embedding_of_time(self) -> Callable[[Array], Array]:
     features = self.time_features or self.channels
@@ -244,8 +250,8 @@ class Backbone(nn.Module):
     if way == "residual":
       return self._residual(h, embedding, h.shape[-1], keys, name, direction)
     if direction == "down":
-      return layers.Downsample(self.symmetric_padding, self.dtype, name=name)(h)
-    return layers.Upsample(self.dtype, name=name)(h)
+      return layers.Downsample(self.symmetric_padding, self.dtype, self.kernels, name=name)(h)
+    return layers.Upsample(self.dtype, self.kernels, name=name)(h)
 
   def _attend(self, x: Array, name: str, norm: bool = True) -> Array:
     block = self._again(layers.AttentionBlock)
@@ -255,7 +261,7 @@ class Backbone(nn.Module):
     """The coarsest level, and what the way up takes from every level."""
     x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
     x = (2 * x - 1 if self.center_input else x).astype(self.dtype)
-    h = layers.conv(x, self.channels, "conv_in", self.dtype)
+    h = self._conv(x, self.channels, "conv_in")
     skips, last = [h], len(self.multipliers) - 1
     ways = per_level(self.downsample, last)
     for level in range(last + 1):
@@ -268,9 +274,9 @@ class Backbone(nn.Module):
         h = self._resample(h, embedding, keys, f"down_{level}_downsample", "down", ways[level])
         if self.progressive_input:
           margin = len(self.filter) // 2
-          x = layers.conv(x, h.shape[-1], f"down_{level}_input", self.dtype, padding=margin)
+          x = self._conv(x, h.shape[-1], f"down_{level}_input", padding=margin)
           # What the next level down joins in turn is the sum.
-          h = x = self._style.join(h, halve(x, self.filter, padded=True))
+          h = x = self._style.join(h, halve(x, self.filter, padded=True, kernels=self.kernels))
         skips.append(h)
     return h, skips
 
@@ -331,7 +337,7 @@ class UNet(Backbone):
       again = nn.remat(rise, policy=None) if self.remat == "everything" else rise
       h = again(self, h, taken, embedding)
     h = nn.swish(self._style.norm("norm_out")(h))
-    h = layers.conv(h, self.out_channels, "conv_out", self.dtype, kernel_init=layers.ZEROS).astype(jnp.float32)
+    h = self._conv(h, self.out_channels, "conv_out", kernel_init=layers.ZEROS).astype(jnp.float32)
     if self.divide_by_sigma:
       h /= jnp.exp(label.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
     return h

@@ -1,4 +1,4 @@
-"""Attention by the program that each platform computes fastest, both exact to float32 rounding."""
+"""Attention, as JAX has it, by heads on a CPU and in parts on a TPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,9 @@ from ddpm_jax.floats import promoting, widest
 Array = jax.Array
 
 
-def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None) -> Array:
+def attend(
+  q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None, kernels: str = "tuned"
+) -> Array:
   """Compute scaled dot-product attention, softmax(q k / sqrt(C)) v (Vaswani et al. 2017, equation 1).
 
   The softmax is computed in float32 or wider.
@@ -25,7 +27,8 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
     q: queries [B, N, heads, C].
     k: keys [B, M, heads, C].
     v: values [B, M, heads, C].
-    implementation: of `jax.nn.dot_product_attention`; None takes the ways above on CPUs and TPUs, and elsewhere lets JAX choose.
+    implementation: of `jax.nn.dot_product_attention`; None takes the programs above on CPUs and TPUs, and elsewhere lets JAX choose.
+    kernels: which programs it may take; with "plain", that of JAX everywhere.
 
   Returns:
     [B, N, heads, C], of the type of v.
@@ -35,10 +38,10 @@ def attend(q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"]
   """
   if not (q.ndim == k.ndim == 4 and k.shape == v.shape and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])):
     raise ValueError(
-      f"Got queries of shape {q.shape}, keys of {k.shape} and values of {v.shape}; wanted [B, N, heads, C] and twice [B, M, heads, C]."
+      f"Got queries of shape {q.shape}, keys of {k.shape} and values of {v.shape}; expected [B, N, heads, C] and twice [B, M, heads, C]."
     )
   plainly = promoting(partial(jax.nn.dot_product_attention, implementation=implementation))
-  if implementation is not None:
+  if implementation is not None or kernels == "plain":
     return plainly(q, k, v)
   # Computed again in the backward pass by name, which XLA's elimination of common expressions undoes: what JAX keeps for it, and what a plan
   # of memory counts, are the inputs and what the other way keeps, not the weights of both.

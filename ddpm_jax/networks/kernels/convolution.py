@@ -1,9 +1,7 @@
-"""Convolution by the program that each platform computes fastest, and on request with a gradient that is quick inside loops on a CPU."""
+"""Convolution, as JAX has it, by tiles, and with a gradient that is quick inside loops."""
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,31 +13,19 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 Array = jax.Array
 
-_IN_LOOPS = contextvars.ContextVar("_IN_LOOPS", default=False)
 
+def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kernels: str = "tuned") -> Array:
+  """Convolve x [B, *space, C] with a kernel [*window, C, C'].
 
-@contextlib.contextmanager
-def gradients_in_loops() -> Iterator[None]:
-  """Networks traced inside take gradients in their input about as quickly in a loop as outside, on a CPU.
-
-  Inside `lax.scan`, which samplers are, XLA's CPU back end otherwise takes some 17 times as long for them: guidance and posterior sampling
-  by a gradient need this there. In exchange such a network knows no forward-mode derivatives (`jax.jvp`).
-  """
-  token = _IN_LOOPS.set(True)
-  try:
-    yield
-  finally:
-    _IN_LOOPS.reset(token)
-
-
-def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> Array:
-  """The convolution of x [B, *space, C] with a kernel [*window, C, C'].
+  On a CPU a gradient in x takes some 17 times as long inside a loop, such as `lax.scan`, as outside. With "looped" it takes about as long: guidance and
+  posterior sampling by a gradient need that.
 
   Args:
     x: the data, of one to three spatial axes.
     kernel: the weights, of the type of x.
     strides: one for each spatial axis, 1 or more.
     padding: "SAME", "VALID", one number for both ends of every axis, or a pair for each axis.
+    kernels: which programs it may take.
 
   Returns:
     [B, *space, C'], of the type of x, its sides by strides and padding.
@@ -51,17 +37,20 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> A
   if not (1 <= axes <= 3 and kernel.ndim == x.ndim and kernel.shape[-2] == x.shape[-1] and kernel.dtype == x.dtype):
     raise ValueError(
       f"Got data of shape {x.shape} and type {x.dtype}, and a kernel of shape {kernel.shape} and type {kernel.dtype}; "
-      "wanted [B, *space, C] with one to three spatial axes, and [*window, C, C'], of one type."
+      "expected [B, *space, C] with one to three spatial axes, and [*window, C, C'], of one type."
     )
   if len(strides) != axes or min(strides) < 1:
-    raise ValueError(f"Got strides {strides}; wanted {axes}, one for each spatial axis, of 1 or more.")
+    raise ValueError(f"Got strides {strides}; expected {axes}, one for each spatial axis, of 1 or more.")
   pads = _pads(x, kernel, strides, padding)
-  numbers = dimension_numbers(x, kernel)
-  if not _IN_LOOPS.get():
-    if _gains_by_tiles(x, kernel, strides, pads):
-      return _convolve_by_platform(x, kernel)
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers)
-  return _convolve(x, kernel, tuple(strides), pads, numbers)
+  if kernels == "looped":
+    return _with_quick_gradient(x, kernel, tuple(strides), pads)
+  if kernels == "alone" and _gains_by_tiles(x, kernel, strides, pads):
+    return _by_tiles_on_cpus(x, kernel)
+  return _plainly(x, kernel, strides, pads)
+
+
+def _plainly(x: Array, kernel: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]) -> Array:
+  return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=dimension_numbers(x, kernel))
 
 
 def dimension_numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
@@ -71,7 +60,7 @@ def dimension_numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
 
 
 def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tuple[tuple[int, int], ...]:
-  """How many zeros come before and after the data along each axis."""
+  """Return how many zeros come before and after the data along each axis."""
   axes = x.ndim - 2
   if isinstance(padding, int):
     return ((padding, padding),) * axes
@@ -79,15 +68,15 @@ def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tupl
     return tuple(lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:-2], strides, padding))
   if np.shape(padding) != (axes, 2):
     raise ValueError(
-      f'Got padding {padding!r}; wanted "SAME", "VALID", a number, or {axes} pairs, one for each spatial axis.'
+      f'Got padding {padding!r}; expected "SAME", "VALID", a number, or {axes} pairs, one for each spatial axis.'
     )
   return tuple((low, high) for low, high in padding)
 
 
 def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: tuple[tuple[int, int], ...]) -> bool:
-  """Whether `_convolve_by_tiles` is as good and takes less time: fewer products, but four times the data to write and to read.
+  """Return whether `_by_tiles` fits and takes less time: it has fewer products, but writes and reads four times the data.
 
-  From how many channels and positions on was measured (docs/benchmarks.md).
+  The least numbers of channels and positions were measured.
   """
   batch, *space, channels = x.shape
   return (
@@ -98,29 +87,25 @@ def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: tuple
     and all(size % 2 == 0 for size in space)
     and min(channels, kernel.shape[-1]) >= 192
     and batch * math.prod(space) >= 1024
-    # On several devices of a CPU collectives in a call, which XLA may put there, and those beside it wait for each other.
-    and jax.device_count() == 1
   )
 
 
 @jax.jit
-def _convolve_by_platform(x: Array, kernel: Array) -> Array:
-  def plainly(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
+def _by_tiles_on_cpus(x: Array, kernel: Array) -> Array:
+  plainly = partial(_plainly, strides=(1, 1), pads=((1, 1), (1, 1)))
   # The sums of x, four times its size, are not kept for the backward pass.
-  return lax.platform_dependent(x, kernel, cpu=jax.checkpoint(_convolve_by_tiles), default=plainly)
+  return lax.platform_dependent(x, kernel, cpu=jax.checkpoint(_by_tiles), default=plainly)
 
 
-# A call that XLA does not inline, so that what comes in and what goes out are in memory: what they are computed from would be computed again
-# by each of the 16 sums that read them.
+# A call that XLA does not inline, so that its inputs and results are in memory. Inlined, each of the 16 sums that read an input would compute it again.
+# XLA may put collectives into the call; on several devices of a CPU these and those outside of it wait for each other.
 @set_xla_metadata(inlineable="false")
 @jax.jit
-def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
-  """A convolution of even sides with a kernel of 3x3, by 4/9 of the products (Winograd's F(2x2, 3x3): Lavin and Gray 2016, section 4.1).
+def _by_tiles(x: Array, kernel: Array) -> Array:
+  """Convolve data of even sides with a kernel of 3x3, by 4/9 of the products (Winograd's F(2x2, 3x3): Lavin and Gray 2016, section 4.1).
 
-  For each tile of 4x4 numbers, of which neighbours share half, 16 sums of them meet 16 sums of the kernel in a matrix product each, and
-  sums of the 16 products are the 2x2 results in the middle of the tile. The functions below make the sums along one axis.
+  Each tile has 4x4 numbers, of which it shares half with its neighbors. 16 sums of a tile are multiplied with 16 sums of the kernel, each by a matrix
+  product, and sums of the 16 products are the 2x2 results in the middle of the tile. The functions below make the sums along one axis.
   """
   batch, height, width, channels = x.shape
   h, w = height // 2, width // 2
@@ -151,33 +136,31 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
   return y.reshape(batch, height, width, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolve(x: Array, kernel: Array, strides, padding, numbers) -> Array:
-  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _with_quick_gradient(x: Array, kernel: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]) -> Array:
+  return _plainly(x, kernel, strides, pads)
 
 
-def _forward(x: Array, kernel: Array, strides, padding, numbers):
-  return _convolve(x, kernel, strides, padding, numbers), (x, kernel)
+def _forward(x: Array, kernel: Array, strides, pads):
+  return _plainly(x, kernel, strides, pads), (x, kernel)
 
 
-def _backward(strides, padding, numbers, saved, gradient: Array):
+def _backward(strides, pads, saved, gradient: Array):
   x, kernel = saved
   axes = tuple(range(kernel.ndim - 2))
-  # The adjoint, written as a convolution with the kernel turned round. The barrier keeps XLA from making the form of it again that
+  # The adjoint, written as a convolution with the kernel turned around. The barrier keeps XLA from rewriting it into the form that
   # has no quick program inside a loop.
   turned = lax.optimization_barrier(jnp.swapaxes(jnp.flip(kernel, axes), -1, -2))
   widths = [(0, 0, 0)]
   for axis in axes:
-    low = kernel.shape[axis] - 1 - padding[axis][0]
-    high = x.shape[axis + 1] + padding[axis][0] - (gradient.shape[axis + 1] - 1) * strides[axis] - 1
+    low = kernel.shape[axis] - 1 - pads[axis][0]
+    high = x.shape[axis + 1] + pads[axis][0] - (gradient.shape[axis + 1] - 1) * strides[axis] - 1
     widths.append((low, high, strides[axis] - 1))
   wide = lax.pad(gradient, np.zeros((), gradient.dtype), [*widths, (0, 0, 0)])
-  to_x = lax.conv_general_dilated(wide, turned, (1,) * len(axes), "VALID", dimension_numbers=numbers)
-  # What is not asked for, as in guidance, is not computed.
-  _, by_kernel = jax.vjp(
-    lambda kernel: lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers), kernel
-  )
+  to_x = _plainly(wide, turned, (1,) * len(axes), ((0, 0),) * len(axes))
+  # Guidance does not ask for this one, which is then not computed.
+  _, by_kernel = jax.vjp(lambda kernel: _plainly(x, kernel, strides, pads), kernel)
   return to_x, by_kernel(gradient)[0]
 
 
-_convolve.defvjp(_forward, _backward)
+_with_quick_gradient.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Halving and doubling along every spatial axis, by the program that each platform computes fastest, both exact to rounding."""
+"""Halving and doubling along every spatial axis: by slices, and on a TPU as a convolution."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,19 +14,23 @@ from ddpm_jax.networks.kernels import convolution
 Array = jax.Array
 
 
-def halve(x: Array, weights: Sequence[float], *, padded: bool = False) -> Array:
+def halve(x: Array, weights: Sequence[float], *, padded: bool = False, kernels: str = "tuned") -> Array:
   """Filter and halve every spatial axis, [B, *space, C] -> [B, *space / 2, C]; zeros surround the data.
 
   Args:
     x: the data.
     weights: of the filter along an axis, an even number; scaled to sum to 1.
     padded: whether x has the filter's margin (half its length less one) around it already.
+    kernels: which programs it may take.
   """
   margin = 0 if padded else len(weights) // 2 - 1
   shares = [weight / sum(weights) for weight in weights]
+  by_slices = partial(_halve, weights=shares, margin=margin)
+  if kernels == "plain":
+    return by_slices(x)
   # A TPU copies strided slices.
   by_channel = partial(_filter, weights=shares, margin=margin, stride=2, dilation=1)
-  return lax.platform_dependent(x, tpu=by_channel, default=partial(_halve, weights=shares, margin=margin))
+  return lax.platform_dependent(x, tpu=by_channel, default=by_slices)
 
 
 def _halve(x: Array, weights: Sequence[float], margin: int) -> Array:
@@ -40,12 +44,15 @@ def _halve(x: Array, weights: Sequence[float], margin: int) -> Array:
   return x
 
 
-def double(x: Array, weights: Sequence[float] = (1, 1)) -> Array:
+def double(x: Array, weights: Sequence[float] = (1, 1), kernels: str = "tuned") -> Array:
   """Double and filter every spatial axis, [B, *space, C] -> [B, *2 space, C]; by (1, 1) each value is repeated."""
   shares = [2 * weight / sum(weights) for weight in weights]
+  by_stacks = partial(_double, weights=shares)
+  if kernels == "plain":
+    return by_stacks(x)
   # A TPU stores what is stacked.
   by_channel = partial(_filter, weights=shares, margin=len(weights) // 2, stride=1, dilation=2)
-  return lax.platform_dependent(x, tpu=by_channel, default=partial(_double, weights=shares))
+  return lax.platform_dependent(x, tpu=by_channel, default=by_stacks)
 
 
 def _double(x: Array, weights: Sequence[float]) -> Array:
@@ -83,7 +90,7 @@ def _filter(x: Array, weights: Sequence[float], margin: int, stride: int, dilati
   )
 
 
-def convolve_doubled(x: Array, kernel: Array) -> Array:
+def convolve_doubled(x: Array, kernel: Array, kernels: str = "tuned") -> Array:
   """Convolve data, doubled by repetition along every spatial axis, with a kernel [3, ..., 3, C, C'], giving [B, *2 space, C'].
 
   Two of a kernel's three rows meet the same row of the data: added first, they leave 4/9 of the products in two dimensions. On a CPU, x is convolved with
@@ -93,6 +100,7 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   Args:
     x: the data [B, *space, C].
     kernel: the weights, of the type of x.
+    kernels: which programs it may take; with "plain", the data are doubled everywhere.
 
   Raises:
     ValueError: if shapes or types do not fit, or the kernel has another number of rows than 3.
@@ -100,16 +108,19 @@ def convolve_doubled(x: Array, kernel: Array) -> Array:
   axes = x.ndim - 2
   if kernel.shape[:-2] != (3,) * axes:
     raise ValueError(
-      f"Got a kernel of shape {kernel.shape} for doubled data {x.shape}; wanted 3 rows along each of {axes} spatial axes."
+      f"Got a kernel of shape {kernel.shape} for doubled data {x.shape}; expected 3 rows along each of {axes} spatial axes."
     )
 
   def plainly(x: Array, kernel: Array) -> Array:
-    return convolution.convolve(double(x), kernel, (1,) * axes, "SAME")
+    return convolution.convolve(double(x, kernels=kernels), kernel, (1,) * axes, "SAME", kernels)
 
-  return lax.platform_dependent(x, kernel, cpu=_by_parity, tpu=_with_zeros, default=plainly)
+  if kernels == "plain":
+    return plainly(x, kernel)
+  by_parity = partial(_by_parity, kernels=kernels)
+  return lax.platform_dependent(x, kernel, cpu=by_parity, tpu=_with_zeros, default=plainly)
 
 
-def _by_parity(x: Array, kernel: Array) -> Array:
+def _by_parity(x: Array, kernel: Array, kernels: str) -> Array:
   axes, parts = x.ndim - 2, []
   for parities in itertools.product((0, 1), repeat=axes):
     part = kernel
@@ -117,7 +128,7 @@ def _by_parity(x: Array, kernel: Array) -> Array:
       first, middle, last = (lax.slice_in_dim(part, k, k + 1, axis=axis) for k in range(3))
       rows = [first + middle, last] if odd else [first, middle + last]
       part = jnp.concatenate(rows, axis)
-    parts.append(convolution.convolve(x, part, (1,) * axes, [(1 - odd, odd) for odd in parities]))
+    parts.append(convolution.convolve(x, part, (1,) * axes, [(1 - odd, odd) for odd in parities], kernels))
   y = jnp.stack(parts).reshape(*(2,) * axes, *parts[0].shape)
   # The parity of an axis becomes the last digit of its position.
   order = [axes, *(place for axis in range(axes) for place in (axes + 1 + axis, axis)), 2 * axes + 1]

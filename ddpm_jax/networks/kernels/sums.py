@@ -1,7 +1,7 @@
-"""Sums over all positions and their adjoint, by the program that each platform computes fastest, both exact to float32 rounding.
+"""Sums over all positions, and their adjoint, which repeats values.
 
-XLA's CPU back end fuses a sum with what it sums and then adds one number after another, many times more slowly than it sums an array in memory, which
-a barrier gives it; and the gradient of a value repeated at all positions is such a sum. On other platforms both are the plain operations.
+On a CPU, XLA fuses a sum into what computes its operand, and adds one number after another. A barrier stores the operand first, and the sum is many
+times faster. The gradient of a repeated value is such a sum.
 """
 
 import math
@@ -20,16 +20,25 @@ Array = jax.Array
 once = partial(jax.jit, inline=True)
 
 
+def total(x: Array, kernels: str = "tuned") -> Array:
+  """Sum [B, *space, C] over all positions, giving [B, C]."""
+  return _sum(x) if kernels == "plain" else _total(x)
+
+
+def spread(x: Array, shape: Sequence[int], kernels: str = "tuned") -> Array:
+  """Repeat values [B, C] at all positions, or [C] at all positions of all samples, giving `shape` [B, *space, C]: the adjoint of `total`."""
+  return _repeat(x, shape) if kernels == "plain" else _spread(x, tuple(shape))
+
+
 @jax.custom_jvp
 @once
-def total(x: Array) -> Array:
-  """Sum [B, *space, C] over all positions, giving [B, C]."""
+def _total(x: Array) -> Array:
   return lax.platform_dependent(x, cpu=lambda x: jnp.sum(_flat(lax.optimization_barrier(x), 2), axis=1), default=_sum)
 
 
-@total.defjvp
+@_total.defjvp
 def _total_jvp(primals, tangents):
-  return total(*primals), _total_slope(*tangents)
+  return _total(*primals), _total_slope(*tangents)
 
 
 @once
@@ -54,15 +63,14 @@ def _flat(x: Array, kept: int) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 @partial(once, static_argnums=1)
-def spread(x: Array, shape: Sequence[int]) -> Array:
-  """Repeat values [B, C] at all positions, or [C] at all positions of all samples, giving `shape` [B, *space, C]: the adjoint of `total`."""
+def _spread(x: Array, shape: Sequence[int]) -> Array:
   return _repeat(x, shape)
 
 
-@spread.defjvp
+@_spread.defjvp
 def _spread_jvp(shape, primals, tangents):
   (x,), (slope,) = primals, tangents
-  return spread(x, shape), _spread_slope(slope, shape)
+  return _spread(x, shape), _spread_slope(slope, shape)
 
 
 @partial(once, static_argnums=1)
