@@ -421,12 +421,12 @@ def test_what_must_be_given_may_come_later_but_must_come():
 @pytest.mark.parametrize("key", [key for key in COMPONENTS if slots.names(TREE.places[key].slot)])
 def test_every_place_names_its_components_and_its_example_is_one(key):
   slot = TREE.places[key].slot
-  name = components.parse(components.example(slot), key)[components.KEY]
+  name = components.parse(slot.example, key)[components.KEY]
   if ":" in name:
     return
   assert name in slots.names(slot)
-  tree = configs.changed(TREE, key, components.example(slot))
-  assert tree.at(key)[components.KEY] == f"{slot.homes[0]}.{name}"
+  tree = configs.changed(TREE, key, slot.example)
+  assert tree.at(key)[components.KEY] == f"{slot.home}.{name}"
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,10 @@ def shown(default):
 def keys():
   """Every key of every section: its name, its default and its role."""
   found = []
-  roles = {name: role or "run" for name, role in ((one.name, one.role) for one, _ in sections.keys_of(sections.Root))}
+  roles = {name: role or "run" for name, role in ((one.name, one.role) for one in sections.keys_of(sections.Root))}
   for section, kind in SECTIONS.items():
-    for one, about in sections.keys_of(kind):
-      if "section" not in about:
+    for one in sections.keys_of(kind):
+      if one.section is None:
         found.append(
           [f"`{section}.{one.name}`".replace("`.", "`"), f"`{shown(one.default)}`", one.role or roles[section]]
         )
@@ -77,7 +77,7 @@ def test_the_page_of_configs_lists_every_key_with_its_default_and_its_role():
 def test_the_page_of_configs_lists_every_component_of_the_package():
   places = {path: one.slot for path, one in config.expand({}).places.items() if one.slot is not None}
   wanted = [
-    [f"`{path}`", f"`{slot.homes[0]}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
+    [f"`{path}`", f"`{slot.home}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
     for path, slot in places.items()
   ]
   assert rows(between(CONFIG_PAGE.read_text(), "components")) == wanted

@@ -6,8 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import flags, recipes
-from ddpm_jax.config.experiment import keep_components
+from ddpm_jax.config import flags, foreign, recipes
 from ddpm_jax.config.tree import Tree, expand, of_roles
 from ddpm_jax.storage import jsonfiles, workdir
 
@@ -97,7 +96,9 @@ def saved(folder: Path) -> Tree | None:
 
 def write(folder: Path, tree: Tree) -> None:
   """Write a run's config, and the files of the user's own components beside it."""
-  keep_components(tree, folder)
+  for component in tree.components.values():
+    if component.is_own:
+      foreign.keep(component.name, component.digest, folder)
   workdir.write_config(folder, _moved(tree.values, f"{folder}/", _HERE))
 
 
