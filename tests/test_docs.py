@@ -14,6 +14,7 @@ import pytest
 from ddpm_jax import config, models
 from ddpm_jax.commands import MODES, flags, line
 from ddpm_jax.config import sections, slots
+from ddpm_jax.config import tree as trees
 from ddpm_jax.storage import places
 from tests.conftest import ROOT
 
@@ -129,7 +130,7 @@ def known_keys():
   known = set()
   for recipe in ("digits_classifier", "cifar10_iddpm", "mnist_superres", "digits_cond"):
     tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
-    known |= {*tree.places, *tree.roles}
+    known |= {*tree.places, *trees.leaves(tree.values)}
     for place, one in tree.places.items():
       for name in slots.names(one.slot) if one.slot is not None and place != "model.conditions" else ():
         known |= {*config.changed(tree, place, name).places}
@@ -236,7 +237,7 @@ def test_keys_may_change_as_the_page_of_configs_says(beside, tmp_path, monkeypat
     ("model.network.remat", "blocks", "speed"),
   ):
     other = config.changed(tree, key, value)
-    assert other.roles.get(key, other.roles.get(f"{key}.component")) == role
+    assert other.role(key) == role
     if role in ("model", "run"):
       with pytest.raises(ValueError, match=re.escape(f"{key}: ")):
         config.check_same_run(folder, other)

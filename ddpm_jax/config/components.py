@@ -8,7 +8,6 @@ or in a file (`my_file.py:my_loss`).
 import ast
 import contextlib
 import inspect
-import math
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax.config import foreign, slots
 from ddpm_jax.config.slots import Slot
-from ddpm_jax.config.values import CONSTANTS, MISSING, Bounds, plain
+from ddpm_jax.config.values import CONSTANTS, MISSING, Bounds, is_literal, members, plain
 from ddpm_jax.names import hint
 
 KEY = "component"
@@ -50,6 +49,12 @@ class Parameter(NamedTuple):
   many: bool = False
   section: type | None = None
   bounds: Bounds | None = None
+
+  @property
+  def kinds(self) -> tuple[Any, ...]:
+    """The types of values that it may have; beside components no words, which name components."""
+    kinds = members(self.annotation)
+    return tuple(one for one in kinds if is_literal(one) and one not in (MISSING, Any, str)) if self.slot else kinds
 
 
 class Component(NamedTuple):
@@ -146,17 +151,15 @@ def _value(node: ast.AST) -> Any:
   """Return the value of an argument: a literal, a word, several of them, or another component."""
   if isinstance(node, ast.Call):
     return {KEY: ast.unparse(node.func), **_arguments(node)}
-  if isinstance(node, ast.Name | ast.Attribute):
-    name = ast.unparse(node)
-    return CONSTANTS.get(name, name)
   if isinstance(node, ast.Tuple | ast.List):
     return tuple(_value(item) for item in node.elts)
-  if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and ast.unparse(node.operand) == "inf":
-    return -math.inf
+  text = ast.unparse(node)
+  if isinstance(node, ast.Name | ast.Attribute) or text in CONSTANTS:
+    return CONSTANTS.get(text, text)
   try:
     return ast.literal_eval(node)
   except ValueError as error:
-    raise ValueError(f"{ast.unparse(node)} is neither a value nor a component") from error
+    raise ValueError(f"{text} is neither a value nor a component") from error
 
 
 def find(node: Mapping[str, Any], slot: Slot, where: str, folder: Path | None = None) -> Component:

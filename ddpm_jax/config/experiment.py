@@ -7,21 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax import losses, models, sampling
-from ddpm_jax.config import components, slots
+from ddpm_jax.config import components, sections, slots
 from ddpm_jax.config import tree as trees
-from ddpm_jax.config.sections import (
-  Data,
-  Editing,
-  Ema,
-  Evaluation,
-  Optimizer,
-  Parallel,
-  Parts,
-  Root,
-  Sampling,
-  Training,
-  keys_of,
-)
+from ddpm_jax.config.sections import Data, Parts, Root, Sampling
 from ddpm_jax.config.tree import Tree
 from ddpm_jax.models import Model
 from ddpm_jax.networks.options import check_space
@@ -38,19 +26,12 @@ class Experiment(NamedTuple):
     seed: of the run.
     init_from: where training starts from, or empty.
     task: what is done with the objective (`runs.tasks.Task`).
-    data: which data there are, and what reads them.
     model: the model.
     objective: what training minimizes.
-    optimizer: how parameters follow from gradients.
-    ema: how they are averaged.
-    training: how long and in what parts.
-    parallel: how devices share the work.
     sampler: the step rule.
     times: its grid [K + 1].
-    sampling: how it is used.
     guidance: a rule of `guidance` with its arguments, which takes what it guides.
-    editing: how images are edited.
-    evaluation: how samples are scored.
+    data, optimizer, ema, training, parallel, sampling, editing, evaluation: sections, as `config.sections` has them.
   """
 
   tree: Tree
@@ -60,16 +41,16 @@ class Experiment(NamedTuple):
   data: Data
   model: Model
   objective: losses.Objective
-  optimizer: Optimizer
-  ema: Ema
-  training: Training
-  parallel: Parallel
+  optimizer: sections.Optimizer
+  ema: sections.Ema
+  training: sections.Training
+  parallel: sections.Parallel
   sampler: Sampler
   times: np.ndarray
   sampling: Sampling
   guidance: Callable
-  editing: Editing
-  evaluation: Evaluation
+  editing: sections.Editing
+  evaluation: sections.Evaluation
 
   @property
   def sampler_name(self) -> str:
@@ -117,7 +98,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   offered = {Process: model.process}
   parts: dict[str, Any] = {
     one.name: one.section(**_arguments(tree, one.name, offered))
-    for one in keys_of(Root)
+    for one in sections.keys_of(Root)
     if one.section not in (None, Data, Parts)
   }
   sampler = _sampler(tree, model)

@@ -15,11 +15,7 @@ _HERE = "<workdir>/"
 
 
 def read(
-  recipe: str | None,
-  keys: Mapping[str, str],
-  folder: Path | None = None,
-  *,
-  otherwise: Mapping[str, Any] | None = None,
+  recipe: str | None, keys: Mapping[str, str], folder: Path | None = None, *, otherwise: Mapping[str, Any] | None = None
 ) -> Tree:
   """Return the config of a recipe, or else that of the run in a folder, with other values from the command line.
 

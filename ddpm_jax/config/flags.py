@@ -22,12 +22,10 @@ def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
 def _read(config: Tree, path: str, text: str) -> Any:
   """Return the value of a key that a text stands for."""
   parameter = config.places.get(path) or _new(config, path)
-  if parameter.slot is None:
-    return values.read(text, values.members(parameter.annotation), path)
-  # Also a value that may not stand there: the message says what may.
-  if not isinstance(values.literal(text), str):
-    return values.read(text, values.beside_components(parameter.annotation), path)
-  return components.parse(text, f"config.{path}")
+  if parameter.slot is not None and isinstance(values.literal(text), str):
+    return components.parse(text, f"config.{path}")
+  # Also a value that may not stand in place of a component: the message says what may.
+  return values.read(text, parameter.kinds, path)
 
 
 def _new(config: Tree, path: str) -> Parameter:

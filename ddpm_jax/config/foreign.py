@@ -71,12 +71,11 @@ def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path
   """Return the file of a component and what it holds: the user's own, or else the copy that a run has."""
   source = name.rpartition(":")[0]
   path = _file_of(source, where)
-  content = None if path is None else path.read_bytes()
-  if path is not None and content is not None and digest in ("", _digest(content)):
-    return path, content
   kept = _place(source, digest, folder) if folder is not None and digest else None
-  if kept is not None and kept.is_file() and _digest(kept.read_bytes()) == digest:
-    return kept, kept.read_bytes()
+  for file in (path, kept):
+    content = file.read_bytes() if file is not None and file.is_file() else None
+    if file is not None and content is not None and digest in ("", _digest(content)):
+      return file, content
   if path is not None:
     raise ValueError(
       f"Got {where}={name!r}, whose file {path} has changed since the run began with it; restore the file, or start a new run."

@@ -78,7 +78,7 @@ _METHOD = Slot(
 _OPERATOR = slots.slot_of(editing.Operator)
 _TASK = Slot("a task", ("Task",), "tasks", "denoise")
 
-_NOT_NEGATIVE = Bounds()
+_NOT_NEGATIVE, _POSITIVE = Bounds(), Bounds(above=0)
 
 
 def key(default: Any, role: str = "", bounds: Bounds = _NOT_NEGATIVE, **about: Any) -> Any:
@@ -96,16 +96,6 @@ def count(default: int, role: str = "") -> Any:
   return key(default, role, Bounds(least=1, counts=True))
 
 
-def positive(default: float, role: str = "") -> Any:
-  """Return the field of a number above 0."""
-  return key(default, role, Bounds(least=None, above=0))
-
-
-def signed(default: Any, role: str = "") -> Any:
-  """Return the field of a number of any sign."""
-  return key(default, role, Bounds(least=None))
-
-
 @dataclasses.dataclass(frozen=True)
 class Data:
   """Which data there are, and how they are read."""
@@ -116,7 +106,9 @@ class Data:
   crop: int = key(0)  # above 0: the side of a centered square that is cut out before resizing
   resize: str = key("bicubic")  # bicubic, box (down-sampled ImageNet) or adm
   flip: bool = key(True)
-  hold_out: int = signed(0)  # images kept from training for evaluation, without an eval_split; -1: a tenth, at most 500
+  hold_out: int = key(
+    0, bounds=Bounds(least=-1)
+  )  # images kept from training for evaluation, without an eval_split; -1: a tenth, at most 500
   broken: str = key("stop", FREE)  # at images that cannot be decoded; or skip: the next that can stands in
   num_threads: int = count(4, SPEED)
   num_workers: int = key(0, SPEED)  # processes that decode ahead, instead of threads
@@ -151,7 +143,7 @@ class Optimizer:
 
   name: str = key("adam")  # adam, adamw, lion, sgd or another of optax's functions that take a learning rate
   arguments: str = key("")  # of that function, such as "b2=0.95, weight_decay=0.01"
-  learning_rate: float = positive(2e-4)
+  learning_rate: float = key(2e-4, bounds=_POSITIVE)
   schedule: str = key("constant")  # constant, cosine, linear or inverse_sqrt, after a linear warm-up
   warmup_steps: int = key(5000)
   decay_steps: int = key(0)  # the end of cosine and linear, 0: training.steps; the start of inverse_sqrt, 0: warm-up
@@ -246,7 +238,7 @@ class Evaluation:
   bound_variance: str = key("large")  # of the bound: small, large or learned
   probes: int = key(1)  # of the ODE's trace; 0: exactly, for small images
   probe_noise: str = key("rademacher")  # or gaussian
-  likelihood_tolerance: float = positive(1e-5)  # of the ODE
+  likelihood_tolerance: float = key(1e-5, bounds=_POSITIVE)  # of the ODE
   report: bool = key(True)  # write report.html
   every: int = key(0)  # training steps between scores on the way; 0: none
   every_samples: int = key(0)  # samples for each; 0: num_samples

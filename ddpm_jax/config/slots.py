@@ -197,18 +197,15 @@ def _kinds(slot: Slot) -> tuple[Any, ...]:
 
 def _makes(result: Any, kind: Any) -> bool:
   """Return whether a function that returns `result` makes something of a kind."""
-  if result is MISSING:
-    return False
-  if _is_protocol(kind):
-    return inspect.isclass(result) and _has_all(result, kind)
-  return any(one is part for one in members(result) for part in members(kind))
+  pairs = [(one, part) for one in members(result) for part in members(kind)]
+  return any(
+    one is part or (inspect.isclass(one) and inspect.isclass(part) and issubclass(one, part)) for one, part in pairs
+  )
 
 
 def _is(value: Any, kind: Any) -> bool:
   if isinstance(kind, types.UnionType):
     return any(_is(value, part) for part in members(kind))
-  if _is_protocol(kind):
-    return _has_all(value, kind)
   if inspect.isclass(kind):
     return isinstance(value, kind)
   if typing.get_origin(kind) is SEQUENCE:
@@ -218,14 +215,6 @@ def _is(value: Any, kind: Any) -> bool:
 
 def _is_noun(kind: Any) -> bool:
   return inspect.isclass(kind) and hasattr(kind, "_fields")
-
-
-def _is_protocol(kind: Any) -> bool:
-  return inspect.isclass(kind) and getattr(kind, "_is_protocol", False)
-
-
-def _has_all(value: Any, protocol: Any) -> bool:
-  return all(hasattr(value, name) for name in vars(protocol) if not name.startswith("_"))
 
 
 def _can_be_given(parameter: inspect.Parameter, slot: Slot) -> bool:

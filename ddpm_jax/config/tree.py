@@ -20,14 +20,12 @@ class Tree(NamedTuple):
 
   Attributes:
     values: every key by its nested names, as JSON holds it; components are sections with their name under "component".
-    roles: what each key is for, by its dotted name.
-    places: the argument that each key is, by its dotted name.
+    places: the argument that each key is, and what it is for, by its dotted name.
     components: those that it names, by the dotted names of their places.
     folder: of the run that keeps copies of components' files, or None.
   """
 
   values: dict[str, Any]
-  roles: dict[str, str]
   places: dict[str, Parameter]
   components: dict[str, Component]
   folder: Path | None = None
@@ -42,6 +40,12 @@ class Tree(NamedTuple):
   def arguments(self, path: str) -> dict[str, Any]:
     """Return the arguments of the component, or of the section, at a dotted name."""
     return components.arguments_of(self.at(path))
+
+  def role(self, path: str) -> str:
+    """Return what a key is for; what is inside of a value is for the same as the value."""
+    while path and path not in self.places:
+      path = path.rpartition(".")[0]
+    return self.places[path].role
 
   def short_name(self, path: str) -> str:
     """Return the name of the component at a place, without its module; "none" if there is none."""
@@ -63,7 +67,7 @@ def expand(given: Mapping[str, Any], folder: Path | None = None, *, complete: bo
   Raises:
     ValueError: if a key, a component or an argument is unknown, or a value is of the wrong type or out of bounds.
   """
-  expander = _Expander(Tree({}, {}, {}, {}, folder), complete)
+  expander = _Expander(Tree({}, {}, {}, folder), complete)
   return expander.tree._replace(values=expander.section(Root, given, "", "run"))
 
 
@@ -92,19 +96,14 @@ class _Expander:
 
   def _value(self, parameter: Parameter, given: Any, parent: str, role: str) -> Any:
     path, role, slot = _join(parent, parameter.name), parameter.role or role, parameter.slot
-    self.tree.places[path] = parameter
+    self.tree.places[path] = parameter._replace(role=role)
     if parameter.many:
       return self._several(parameter, given, path, role)
     if parameter.section is not None and not (slot and (isinstance(given, str) or components.is_node(given))):
       return self.section(parameter.section, given, path, role)
     if slot is not None and _is_component(given):
       return self._component(slot, given, path, role)
-    self.tree.roles[path] = role
-    if slot is None:
-      found = values.convert(given, values.members(parameter.annotation), path)
-    else:
-      instead = f"{slot.what}, such as {slot.example},"
-      found = values.convert(given, values.beside_components(parameter.annotation), path, instead)
+    found = values.convert(given, parameter.kinds, path, f"{slot.what}, such as {slot.example}," if slot else "")
     if parameter.bounds is not None:
       parameter.bounds.check(found, path, parameter.default)
     return found
@@ -127,7 +126,8 @@ class _Expander:
         )
       # So may a recipe or a flag take one out.
       if value is not None:
-        self.tree.places[_join(path, name)] = parameter._replace(name=name, annotation=Callable | None, many=False)
+        one = parameter._replace(name=name, annotation=Callable | None, role=role, many=False)
+        self.tree.places[_join(path, name)] = one
         found[name] = self._component(parameter.slot, value, _join(path, name), role)
     return found
 
@@ -142,7 +142,6 @@ class _Expander:
     component = components.find(given, slot, where, self.tree.folder)
     self.tree.components[path] = component
     node: dict[str, Any] = {KEY: component.name} | ({DIGEST: component.digest} if component.digest else {})
-    self.tree.roles.update({_join(path, one): role for one in node})
     arguments, keys = components.arguments_of(given), dict(component.keys or {})
     for name in arguments:
       if name not in keys:
@@ -154,7 +153,7 @@ class _Expander:
       if value is not MISSING:
         node[name] = self._value(parameter, value, path, role)
         continue
-      self.tree.places[_join(path, name)] = parameter
+      self.tree.places[_join(path, name)] = parameter._replace(role=parameter.role or role)
       if self._complete:
         raise ValueError(
           f"Got {where}={component.name} without {name}; expected it. Set --config.{_join(path, name)}=<value>."
@@ -197,17 +196,10 @@ def of_roles(tree: Tree, roles: Sequence[str]) -> dict[str, Any]:
   """
   found = {}
   for path, value in leaves(tree.values).items():
-    if _role(tree, path) in roles:
+    if tree.role(path) in roles:
       own = path.rpartition(".")[2] == KEY and ":" in value
       found[path] = value.rpartition("/")[2] if own else value
   return found
-
-
-def _role(tree: Tree, path: str) -> str:
-  """Return what a key is for; what is inside of a value is for the same as the value."""
-  while path not in tree.roles and "." in path:
-    path = path.rpartition(".")[0]
-  return tree.roles.get(path, "")
 
 
 def changed(tree: Tree, path: str, value: Any) -> Tree:

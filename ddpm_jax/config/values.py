@@ -19,7 +19,7 @@ MISSING = inspect.Parameter.empty
 CALLABLE = typing.get_origin(Callable[[int], int])
 SEQUENCE = typing.get_origin(Sequence[int])
 # Words that stand for values, in components and flags.
-CONSTANTS = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
+CONSTANTS = {"true": True, "false": False, "inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _NUMBERS = {int: "an integer, in digits alone", float: "a number", bool: "true or false"}
 
 
@@ -40,11 +40,6 @@ def is_literal(kind: Any) -> bool:
   """Return whether a config can write down values of a type."""
   simple = (MISSING, Any, None, types.NoneType, int, float, str, bool)
   return kind in simple or _is_list(kind) or typing.get_origin(kind) is typing.Literal
-
-
-def beside_components(annotation: Any) -> tuple[Any, ...]:
-  """Return the types of values that may stand in place of a component: no words, which name components."""
-  return tuple(kind for kind in members(annotation) if is_literal(kind) and kind not in (MISSING, Any, str))
 
 
 def _is_list(kind: Any) -> bool:
@@ -164,13 +159,13 @@ class Bounds:
   """The range of a number, or of each in a list.
 
   Attributes:
-    least: the smallest; None for any.
+    least: the smallest.
     above: what it must be above; None for nothing.
     most: the largest integer.
     counts: whether it is a size, so that messages tell what an array of so many floats takes.
   """
 
-  least: float | None = 0
+  least: float = 0
   above: float | None = None
   most: int = 2**31 - 1
   counts: bool = False
@@ -187,7 +182,7 @@ class Bounds:
         raise _refusal(value, path, f"at most {self.most}: programs hold it in 32 bits{size}")
       if self.above is not None and number <= self.above:
         raise _refusal(value, path, f"above {self.above}, such as {default}")
-      if self.least is not None and number < self.least:
+      if number < self.least:
         raise _refusal(value, path, "0 or more" if self.least == 0 else f"at least {self.least:g}")
 
 

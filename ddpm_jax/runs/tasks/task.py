@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ class Judge(Protocol):
     """
 
 
+@runtime_checkable
 class Task(Protocol):
   """What a run does with its objective. A user's own is a function without arguments that returns one."""
 
