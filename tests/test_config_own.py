@@ -13,7 +13,7 @@ from ddpm_jax import data, predictions, processes
 from ddpm_jax.config import components, foreign, spec
 from tests.commands import RECIPE, assert_refused, call
 from tests.parameters import write_run
-from tests.recipes import experiment_of, tiny_config, tree_of
+from tests.recipes import tiny_config, tree_of
 from tests.test_config_components import TREE, with_keys
 
 OWN = """
@@ -412,4 +412,4 @@ def test_sections_of_a_component_of_any_arguments_are_for_what_it_is_for(own, tm
   tree = tree_of(config)
   configs.write(tmp_path, tree)
   assert json.loads((tmp_path / "config.json").read_text())["data"]["source"]["other"] == {"a": {"b": 1}}
-  assert experiment_of(config).values("run")["data.source.other.a.b"] == 1
+  assert tree.of_roles("run")["data.source.other.a.b"] == 1

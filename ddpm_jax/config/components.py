@@ -8,7 +8,6 @@ or in a file (`my_file.py:my_loss`).
 import ast
 import contextlib
 import inspect
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +64,7 @@ class Component(NamedTuple):
     itself: the function, class or value.
     slot: its place.
     digest: of its file if it is a user's own, else empty.
-    declared: all its parameters by their names.
+    declared: the parameters that make it, by their names; none if it is used as it is.
     keys: those that are keys of the config; None if it is used as it is.
   """
 
@@ -80,11 +79,6 @@ class Component(NamedTuple):
   def is_own(self) -> bool:
     """Whether it is a user's own."""
     return ":" in self.name
-
-  @property
-  def takes_anything(self) -> bool:
-    """Whether it takes arguments by names that it does not declare."""
-    return any(one.kind is one.VAR_KEYWORD for one in self.declared.values())
 
 
 def spec(name: str, /, **arguments: Any) -> ConfigDict:
@@ -187,10 +181,11 @@ def find(node: Mapping[str, Any], slot: Slot, where: str, folder: Path | None = 
     itself = slots.exports(home).get(last, MISSING) if home in slots.MODULES else MISSING
   if itself is MISSING or not slots.fits(itself, slot, own=own):
     raise _misfit(name, itself, slot, where)
-  found, given, keys = slots.signature(itself), arguments_of(node), None
-  if found is not None and ((own and given) or not slots.is_itself(itself, slot, own=own)):
-    keys = {name: _key(one, slot) for name, one in found.parameters.items() if _is_key(one, slot, given)}
-  return Component(whole, itself, slot, digest, {} if found is None else found.parameters, keys)
+  signature, given = slots.signature(itself), arguments_of(node)
+  if signature is None or (slots.is_itself(itself, slot, own=own) and not (own and given)):
+    return Component(whole, itself, slot, digest, {}, None)
+  component = Component(whole, itself, slot, digest, signature.parameters, {})
+  return component._replace(keys=_keys(component, given))
 
 
 def _misfit(name: str, itself: Any, slot: Slot, where: str) -> ValueError:
@@ -206,19 +201,17 @@ def _misfit(name: str, itself: Any, slot: Slot, where: str) -> ValueError:
   return ValueError(f"Got {where}={name!r}; expected {expected}, or one of your own: my_file.py:my_function.{near}")
 
 
-def _is_key(parameter: inspect.Parameter, slot: Slot, given: Mapping[str, Any]) -> bool:
-  """Return whether a config gives an argument: unless the program does, or else does so if the config does not."""
-  if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-    return False
-  # What is given later cannot be given now.
-  return not slots.is_offered(parameter, slot.offers) or (not slot.later and parameter.name in given)
-
-
-def _key(parameter: inspect.Parameter, slot: Slot) -> Parameter:
-  annotation = plain(parameter.annotation)
-  marks = () if annotation is parameter.annotation else typing.get_args(parameter.annotation)[1:]
-  role = next((mark for mark in marks if mark in ROLES), "")
-  return Parameter(parameter.name, annotation, parameter.default, role, slots.slot_of(annotation, slot.offers))
+def _keys(component: Component, given: Mapping[str, Any]) -> dict[str, Parameter]:
+  """Return the arguments of a component that a config gives: those that the program does not, or only if the config does not."""
+  keys = {}
+  for name, one in component.declared.items():
+    # What is given later cannot be given now.
+    offered = slots.is_offered(one, component.slot.offers) and (component.slot.later or name not in given)
+    if not offered and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+      role = next((mark for mark in getattr(one.annotation, "__metadata__", ()) if mark in ROLES), "")
+      inner = slots.slot_of(one.annotation, component.slot.offers)
+      keys[name] = Parameter(name, plain(one.annotation), one.default, role, inner)
+  return keys
 
 
 def name_of(component: Any, slot: Slot) -> str:

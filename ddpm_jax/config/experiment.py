@@ -70,10 +70,6 @@ class Experiment(NamedTuple):
     same = _model_parts(tree) == _model_parts(self.tree)
     return build(tree, self.model if same else None)
 
-  def values(self, *roles: str) -> dict[str, Any]:
-    """Return the keys that are for one of these roles, by their dotted names."""
-    return trees.of_roles(self.tree, roles)
-
 
 def _model_parts(tree: Tree) -> tuple[Any, ...]:
   """Return all of a config that its model follows from."""
@@ -92,8 +88,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   """
   # Arguments without a default may have been missing until now; here they must be there.
   tree = trees.expand(tree.values, tree.folder)
-  source = functools.partial(_read_data, tree)
-  data = Data(**{**tree.values["data"], "source": source})
+  data = Data(**tree.values["data"] | {"source": lambda fit: make(tree, "data.source", {type(fit): fit, "fit": fit})})
   model = _model(tree, data) if model is None else model
   offered = {Process: model.process}
   parts: dict[str, Any] = {
@@ -119,10 +114,6 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     guidance=make(tree, "guidance", offered | {"outside": outside}),
     **parts,
   )
-
-
-def _read_data(tree: Tree, fit: Any) -> Any:
-  return make(tree, "data.source", {type(fit): fit, "fit": fit})
 
 
 def _model(tree: Tree, data: Data) -> Model:
@@ -159,9 +150,7 @@ def _times(tree: Tree, model: Model, sampler: Sampler, section: Sampling) -> np.
   if section.grid is None:
     own = tree.values["sampler"] is None
     return model.times(section.num_steps) if own else sampling.grids.suitable(sampler, model.process, section.num_steps)
-  with _naming(tree, "sampling.grid"):
-    times = section.grid(num_steps=section.num_steps)
-  return _checked(tree, "sampling.grid", times)
+  return _made(tree, "sampling.grid", functools.partial(section.grid, num_steps=section.num_steps))
 
 
 def _check_clip(tree: Tree, section: Sampling) -> None:
@@ -190,13 +179,10 @@ def make(tree: Tree, path: str, offered: Mapping[Any, Any] | None = None) -> Any
     own = [value for offer, value in offered.items() if slots.is_offered(parameter, [offer])]
     if own and name not in arguments:
       arguments[name] = own[0]
-  if component.slot.later:
-    return functools.partial(component.itself, **arguments)
-  with _naming(tree, path):
-    if models.Network in component.slot.kinds:
-      return models.networks.of(component.itself, arguments, offered["conditions"])
-    made = component.itself(**arguments)
-  return _checked(tree, path, made)
+  call = functools.partial(component.itself, **arguments)
+  if models.Network in component.slot.kinds:
+    call = functools.partial(models.networks.of, component.itself, arguments, offered["conditions"])
+  return call if component.slot.later else _made(tree, path, call)
 
 
 def _arguments(tree: Tree, path: str, offered: Mapping[Any, Any]) -> dict[str, Any]:
@@ -211,9 +197,11 @@ def _naming(tree: Tree, path: str) -> Any:
   return components.naming(f"config.{path}", tree.components[path].name)
 
 
-def _checked(tree: Tree, path: str, made: Any) -> Any:
-  """Return what a component made; a ValueError if it is not what its place is for."""
+def _made(tree: Tree, path: str, call: Callable[[], Any]) -> Any:
+  """Return what a component makes; a ValueError if it fails, or makes something else than its place is for."""
   component = tree.components[path]
+  with _naming(tree, path):
+    made = call()
   if not slots.is_of(made, component.slot):
     raise ValueError(
       f"Got config.{path}={component.name}, which makes a {type(made).__name__}; expected it to make {component.slot.what}."

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import flags, foreign, recipes
-from ddpm_jax.config.tree import Tree, expand, of_roles
+from ddpm_jax.config.tree import Tree, expand
 from ddpm_jax.storage import jsonfiles, workdir
 
 # Stands for the run's own folder in its config.json: the folder may move.
@@ -134,7 +134,7 @@ def check_same_run(folder: Path, tree: Tree) -> None:
 
 def _fixed(tree: Tree) -> dict[str, Any]:
   """Return the keys that must stay the same when a run is resumed."""
-  found = of_roles(tree, ("model", "run"))
+  found = tree.of_roles("model", "run")
   optimizer = tree.values["optimizer"]
   if optimizer["schedule"] in ("cosine", "linear") and not optimizer["decay_steps"]:
     # The rate falls until the last step, so another last step means other rates on the way.

@@ -38,7 +38,7 @@ def _new(config: Tree, path: str) -> Parameter:
   place, component = config.places.get(parent), config.components.get(parent)
   if place is not None and place.many:
     # None too, for one that is not there.
-    return place._replace(name=name, annotation=None)
+    return place._replace(name=name, annotation=type(None))
   if component is not None:
     # Also what the program offers unless it is given.
     given = {**config.at(parent), name: None}

@@ -47,6 +47,15 @@ class Tree(NamedTuple):
       path = path.rpartition(".")[0]
     return self.places[path].role
 
+  def of_roles(self, *roles: str) -> dict[str, Any]:
+    """Return the keys that are for one of some roles, by their dotted names.
+
+    The file of a component of the user's own is known by its name and its digest, wherever it lies.
+    """
+    found = {path: value for path, value in leaves(self.values).items() if self.role(path) in roles}
+    own = [path for path, value in found.items() if path.rpartition(".")[2] == KEY and ":" in value]
+    return found | {path: found[path].rpartition("/")[2] for path in own}
+
   def short_name(self, path: str) -> str:
     """Return the name of the component at a place, without its module; "none" if there is none."""
     return components.last_name(self.components[path].name) if path in self.components else "none"
@@ -143,11 +152,11 @@ class _Expander:
     self.tree.components[path] = component
     node: dict[str, Any] = {KEY: component.name} | ({DIGEST: component.digest} if component.digest else {})
     arguments, keys = components.arguments_of(given), dict(component.keys or {})
+    takes_anything = any(one.kind is one.VAR_KEYWORD for one in component.declared.values())
     for name in arguments:
-      if name not in keys:
-        if not component.takes_anything:
-          raise _unknown(name, keys, path, component.name)
-        keys[name] = Parameter(name)
+      if name not in keys and not takes_anything:
+        raise _unknown(name, keys, path, component.name)
+      keys.setdefault(name, Parameter(name))
     for name, parameter in keys.items():
       value = arguments.get(name, parameter.default)
       if value is not MISSING:
@@ -187,19 +196,6 @@ def leaves(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       flat[prefix + name] = value
   return flat
-
-
-def of_roles(tree: Tree, roles: Sequence[str]) -> dict[str, Any]:
-  """Return the keys that are for one of some roles, by their dotted names.
-
-  The file of a component of the user's own is known by its name and its digest, wherever it lies.
-  """
-  found = {}
-  for path, value in leaves(tree.values).items():
-    if tree.role(path) in roles:
-      own = path.rpartition(".")[2] == KEY and ":" in value
-      found[path] = value.rpartition("/")[2] if own else value
-  return found
 
 
 def changed(tree: Tree, path: str, value: Any) -> Tree:

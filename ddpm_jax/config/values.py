@@ -38,7 +38,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 def is_literal(kind: Any) -> bool:
   """Return whether a config can write down values of a type."""
-  simple = (MISSING, Any, None, types.NoneType, int, float, str, bool)
+  simple = (MISSING, Any, types.NoneType, int, float, str, bool)
   return kind in simple or _is_list(kind) or typing.get_origin(kind) is typing.Literal
 
 
@@ -47,18 +47,20 @@ def _is_list(kind: Any) -> bool:
 
 
 def as_json(value: Any) -> Any:
-  """Return a value as JSON holds it: arrays and their numbers as Python's, types of numbers by name, sequences as tuples."""
-  if isinstance(value, Sequence) and not isinstance(value, str) and not hasattr(value, "_fields"):
-    return tuple(as_json(item) for item in value)
-  if isinstance(value, Mapping):
-    return {name: as_json(item) for name, item in value.items()}
+  """Return a value as JSON holds it, or `MISSING` if it cannot: arrays as Python's numbers, types of numbers by name, sequences as tuples."""
   if isinstance(value, type | np.dtype):
     name = np.dtype(value).name
-    return value if name == "object" else name
+    return MISSING if name == "object" else name
   if hasattr(value, "__array__"):
-    found = np.asarray(value).tolist()
-    return as_json(found) if isinstance(found, list) else found
-  return value
+    value = np.asarray(value).tolist()
+  if isinstance(value, Mapping):
+    items = {name: as_json(item) for name, item in value.items()}
+    sound = all(isinstance(name, str) and item is not MISSING for name, item in items.items())
+    return items if sound else MISSING
+  if isinstance(value, Sequence) and not isinstance(value, str) and not hasattr(value, "_fields"):
+    several = tuple(as_json(item) for item in value)
+    return MISSING if any(item is MISSING for item in several) else several
+  return value if value is None or isinstance(value, str | bool | int | float) else MISSING
 
 
 def convert(value: Any, kinds: Sequence[Any], path: str, instead: str = "") -> Any:
@@ -73,11 +75,11 @@ def convert(value: Any, kinds: Sequence[Any], path: str, instead: str = "") -> A
   Raises:
     ValueError: if it is of another type.
   """
-  value = as_json(value)
-  found = _first(value, kinds)
+  held = as_json(value)
+  found = MISSING if held is MISSING else _first(held, kinds)
   if found is MISSING:
     names = dict.fromkeys([instead, *map(_name, kinds)])
-    raise _refusal(value, path, " or ".join(filter(None, names)))
+    raise _refusal(value if held is MISSING else held, path, " or ".join(filter(None, names)))
   return found
 
 
@@ -98,20 +100,15 @@ def _of_kind(value: Any, kind: Any) -> Any:
     # Infinity is a number where there are no bounds, such as the end of an interval.
     infinite = isinstance(value, float) and math.isinf(value)
     return float(value) if infinite or jsonfiles.matches(value, float) else MISSING
-  origin = typing.get_origin(kind)
-  if kind in (None, types.NoneType):
-    fits = value is None
-  elif kind in (int, str, bool):
-    fits = jsonfiles.matches(value, kind)
-  elif origin is typing.Literal:
-    fits = value in typing.get_args(kind)
-  elif kind is MISSING or kind is Any:
-    fits = _can_be_saved(value)
+  if kind is MISSING or kind is Any:
+    fits = True
   elif isinstance(kind, type):
-    fits = isinstance(value, kind) and _can_be_saved(value)
+    fits = jsonfiles.matches(value, kind)
+  elif typing.get_origin(kind) is typing.Literal:
+    fits = value in typing.get_args(kind)
   else:
     # Of the others nothing more is known.
-    fits = not isinstance(value, str) and origin is not CALLABLE and _can_be_saved(value)
+    fits = not isinstance(value, str) and typing.get_origin(kind) is not CALLABLE
   return value if fits else MISSING
 
 
@@ -127,18 +124,9 @@ def _items(value: Any, kind: Any) -> Any:
   return MISSING if any(item is MISSING for item in items) else items
 
 
-def _can_be_saved(value: Any) -> bool:
-  """Return whether JSON holds a value."""
-  if isinstance(value, Mapping):
-    return all(isinstance(name, str) and _can_be_saved(item) for name, item in value.items())
-  if isinstance(value, list | tuple):
-    return not hasattr(value, "_fields") and all(map(_can_be_saved, value))
-  return value is None or isinstance(value, str | bool | int | float)
-
-
 def _name(kind: Any) -> str:
   """Return the name of a type for messages."""
-  if kind in (None, types.NoneType):
+  if kind is types.NoneType:
     return "None"
   if kind is MISSING or kind is Any:
     return "a value that a file can hold: a number, a word, None, or lists and sections of them"
