@@ -87,7 +87,7 @@ def test_every_argument_is_a_key_whose_value_reaches_its_component(key, slot, na
   whole, component, signature = found.name, found.itself, found.declared
   if found.keys is None:
     # A value, or a function that is used as it is.
-    assert not callable(component) or slots.is_itself(component, slot)
+    assert slots.use(component, slot) == "itself"
     assert with_keys({key: name}).at(key) == {"component": whole}
     return
   declared = list(found.keys.values())

@@ -179,10 +179,12 @@ def find(node: Mapping[str, Any], slot: Slot, where: str, folder: Path | None = 
     home = home or slot.home
     whole = f"{home}.{last}"
     itself = slots.exports(home).get(last, MISSING) if home in slots.MODULES else MISSING
-  if itself is MISSING or not slots.fits(itself, slot, own=own):
+  use = "" if itself is MISSING else slots.use(itself, slot, own=own)
+  if not use:
     raise _misfit(name, itself, slot, where)
   signature, given = slots.signature(itself), arguments_of(node)
-  if signature is None or (slots.is_itself(itself, slot, own=own) and not (own and given)):
+  # A function of a user's own with arguments is called with them.
+  if signature is None or (use == "itself" and not (own and given)):
     return Component(whole, itself, slot, digest, {}, None)
   component = Component(whole, itself, slot, digest, signature.parameters, {})
   return component._replace(keys=_keys(component, given))

@@ -99,11 +99,11 @@ def exports(home: str) -> Mapping[str, Any]:
 
 def names(slot: Slot) -> list[str]:
   """Return the names of the package's components that fit a place."""
-  return [name for name, component in sorted(exports(slot.home).items()) if fits(component, slot)]
+  return [name for name, component in sorted(exports(slot.home).items()) if use(component, slot)]
 
 
-def fits(component: Any, slot: Slot, *, own: bool = False) -> bool:
-  """Return whether something may stand in a place: it is of one of its kinds, or makes one.
+def use(component: Any, slot: Slot, *, own: bool = False) -> str:
+  """Return how something serves in a place: "itself", "made" if it is called to make what the place is for, or "" if it does not fit.
 
   Args:
     component: the value, function or class.
@@ -111,38 +111,25 @@ def fits(component: Any, slot: Slot, *, own: bool = False) -> bool:
     own: whether it is a user's own, which need not say what it makes: that is seen once it is made.
   """
   if inspect.isclass(component):
-    return own or models.Network in slot.kinds
+    return "made" if own or models.Network in slot.kinds else ""
   if not callable(component):
-    return is_of(component, slot)
+    return "itself" if is_of(component, slot) else ""
   found = signature(component)
   needed = slot.offered_names if own else slot.needs
   if found is None or (slot.later and needed and not any(name in found.parameters for name in needed)):
-    return False
-  makes_one = any(_makes(found.return_annotation, kind) for kind in _kinds(slot))
-  if own:
-    # Of another noun it is of no use; of all other types it is seen later.
-    return makes_one or not _is_noun(found.return_annotation)
-  return is_itself(component, slot) or (
-    makes_one and all(_can_be_given(one, slot) for one in found.parameters.values())
-  )
-
-
-def is_itself(component: Any, slot: Slot, *, own: bool = False) -> bool:
-  """Return whether a function is what a place wants, and is not called to make it.
-
-  One of a user's own is, if it takes some arguments that only the mathematics can give.
-  """
-  found = signature(component)
+    return ""
+  result, parameters = found.return_annotation, found.parameters.values()
+  if any(_makes(result, kind) for kind in _kinds(slot)):
+    return "made" if own or all(_can_be_given(one, slot) for one in parameters) else ""
+  if _is_noun(result):
+    return ""
   functions = any(typing.get_origin(kind) is CALLABLE for kind in slot.kinds)
-  if slot.later or not functions or inspect.isclass(component) or found is None:
-    return False
-  result = found.return_annotation
-  if any(_makes(result, kind) for kind in slot.kinds) or typing.get_origin(result) is CALLABLE:
-    return False
-  required = [
-    one.name for one in found.parameters.values() if one.default is MISSING and not is_offered(one, slot.offers)
-  ]
-  return bool(required) if own else required == [slot.itself]
+  if functions and not slot.later and typing.get_origin(result) is not CALLABLE:
+    # It takes what only the mathematics can give.
+    required = [one.name for one in parameters if one.default is MISSING and not is_offered(one, slot.offers)]
+    if required if own else required == [slot.itself]:
+      return "itself"
+  return "made" if own else ""
 
 
 def is_of(value: Any, slot: Slot) -> bool:
