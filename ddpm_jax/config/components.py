@@ -75,11 +75,6 @@ class Component(NamedTuple):
   declared: Mapping[str, inspect.Parameter]
   keys: Mapping[str, Parameter] | None
 
-  @property
-  def is_own(self) -> bool:
-    """Whether it is a user's own."""
-    return ":" in self.name
-
 
 def spec(name: str, /, **arguments: Any) -> ConfigDict:
   """Make a component for a recipe, such as `spec("schedules.cosine", num_steps=1000)`."""

@@ -67,13 +67,9 @@ class Experiment(NamedTuple):
     tree = self.tree
     for name, value in changes.items():
       tree = trees.changed(tree, name.replace("__", "."), value)
-    same = _model_parts(tree) == _model_parts(self.tree)
+    # All that a model follows from.
+    same = all(tree.at(path) == self.tree.at(path) for path in ("model", "data.image_size", "data.channels"))
     return build(tree, self.model if same else None)
-
-
-def _model_parts(tree: Tree) -> tuple[Any, ...]:
-  """Return all of a config that its model follows from."""
-  return tree.values["model"], tree.values["data"]["image_size"], tree.values["data"]["channels"]
 
 
 def build(tree: Tree, model: Model | None = None) -> Experiment:
@@ -97,7 +93,10 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     if one.section not in (None, Data, Parts)
   }
   sampler = _sampler(tree, model)
-  _check_clip(tree, parts["sampling"])
+  if parts["sampling"].clip is not None:
+    # It has its own arguments before there is a denoiser: let it check them.
+    with _naming(tree, "sampling.clip"):
+      parts["sampling"].clip(denoise=lambda x_t, t: x_t)
   known = {Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}
   # The scale that does not guide: 0 of what adds the gradient of a classifier, 1 of what joins two estimates.
   outside = 0.0 if "log_prob" in tree.components["guidance"].declared else 1.0
@@ -151,13 +150,6 @@ def _times(tree: Tree, model: Model, sampler: Sampler, section: Sampling) -> np.
     own = tree.values["sampler"] is None
     return model.times(section.num_steps) if own else sampling.grids.suitable(sampler, model.process, section.num_steps)
   return _made(tree, "sampling.grid", functools.partial(section.grid, num_steps=section.num_steps))
-
-
-def _check_clip(tree: Tree, section: Sampling) -> None:
-  """Let what clips estimates check its own arguments, which it has before there is a denoiser."""
-  if section.clip is not None:
-    with _naming(tree, "sampling.clip"):
-      section.clip(denoise=lambda x_t, t: x_t)
 
 
 def make(tree: Tree, path: str, offered: Mapping[Any, Any] | None = None) -> Any:

@@ -93,7 +93,7 @@ def saved(folder: Path) -> Tree | None:
 def write(folder: Path, tree: Tree) -> None:
   """Write a run's config, and the files of the user's own components beside it."""
   for component in tree.components.values():
-    if component.is_own:
+    if component.digest:
       foreign.keep(component.name, component.digest, folder)
   workdir.write_config(folder, _moved(tree.values, f"{folder}/", _HERE))
 

@@ -9,8 +9,6 @@ from ddpm_jax.names import hint
 from ddpm_jax.storage import places
 from ddpm_jax.storage.places import user_path
 
-_MODULE = "ddpm_jax_recipe"
-
 
 def read(value: str) -> ConfigDict:
   """Run a config file and return what its get_config() makes.
@@ -25,7 +23,7 @@ def read(value: str) -> ConfigDict:
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
   path = _existing(name)
   with foreign.neighbors(path.parent):
-    module = foreign.run(path, lambda: foreign.load_module(path, _MODULE, path.read_bytes()), "--config")
+    module = foreign.run(path, lambda: foreign.load_module(path, "ddpm_jax_recipe", path.read_bytes()), "--config")
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
       raise ValueError(

@@ -62,7 +62,7 @@ class Tree(NamedTuple):
 
   def is_own(self, path: str) -> bool:
     """Return whether the component at a place is a user's own."""
-    return path in self.components and self.components[path].is_own
+    return path in self.components and self.components[path].digest != ""
 
 
 def expand(given: Mapping[str, Any], folder: Path | None = None, *, complete: bool = True) -> Tree:
@@ -106,11 +106,19 @@ class _Expander:
   def _value(self, parameter: Parameter, given: Any, parent: str, role: str) -> Any:
     path, role, slot = _join(parent, parameter.name), parameter.role or role, parameter.slot
     self.tree.places[path] = parameter._replace(role=role)
+    if given is MISSING:
+      if self._complete:
+        name = self.tree.components[parent].name
+        raise ValueError(
+          f"Got config.{parent}={name} without {parameter.name}; expected it. Set --config.{path}=<value>."
+        )
+      return MISSING
     if parameter.many:
       return self._several(parameter, given, path, role)
     if parameter.section is not None and not (slot and (isinstance(given, str) or components.is_node(given))):
       return self.section(parameter.section, given, path, role)
-    if slot is not None and _is_component(given):
+    # Its name, its section, or itself, such as a default.
+    if slot is not None and (isinstance(given, str | Mapping) or callable(given) or hasattr(given, "_fields")):
       return self._component(slot, given, path, role)
     found = values.convert(given, parameter.kinds, path, f"{slot.what}, such as {slot.example}," if slot else "")
     if parameter.bounds is not None:
@@ -135,9 +143,8 @@ class _Expander:
         )
       # So may a recipe or a flag take one out.
       if value is not None:
-        one = parameter._replace(name=name, annotation=Callable | None, role=role, many=False)
-        self.tree.places[_join(path, name)] = one
-        found[name] = self._component(parameter.slot, value, _join(path, name), role)
+        one = parameter._replace(name=name, annotation=Callable | None, many=False)
+        found[name] = self._value(one, value, path, role)
     return found
 
   def _component(self, slot: Slot, given: Any, path: str, role: str) -> dict[str, Any]:
@@ -158,21 +165,8 @@ class _Expander:
         raise _unknown(name, keys, path, component.name)
       keys.setdefault(name, Parameter(name))
     for name, parameter in keys.items():
-      value = arguments.get(name, parameter.default)
-      if value is not MISSING:
-        node[name] = self._value(parameter, value, path, role)
-        continue
-      self.tree.places[_join(path, name)] = parameter._replace(role=parameter.role or role)
-      if self._complete:
-        raise ValueError(
-          f"Got {where}={component.name} without {name}; expected it. Set --config.{_join(path, name)}=<value>."
-        )
-    return node
-
-
-def _is_component(value: Any) -> bool:
-  """Return whether a value stands for a component: its name, its section, or itself, such as a default."""
-  return isinstance(value, str | Mapping) or callable(value) or hasattr(value, "_fields")
+      node[name] = self._value(parameter, arguments.get(name, parameter.default), path, role)
+    return {name: value for name, value in node.items() if value is not MISSING}
 
 
 def _join(path: str, name: str) -> str:
