@@ -51,7 +51,7 @@ class Parameter(NamedTuple):
 
   @property
   def kinds(self) -> tuple[Any, ...]:
-    """The types of values that it may have; beside components no words, which name components."""
+    """The types of values that it may have; where a component may stand, a word is its name and no value."""
     kinds = members(self.annotation)
     return tuple(one for one in kinds if is_literal(one) and one not in (MISSING, Any, str)) if self.slot else kinds
 
@@ -199,7 +199,7 @@ def _misfit(name: str, itself: Any, slot: Slot, where: str) -> ValueError:
 
 
 def _keys(component: Component, given: Mapping[str, Any]) -> dict[str, Parameter]:
-  """Return the arguments of a component that a config gives: those that the program does not, or only if the config does not."""
+  """Return the parameters of a component that are keys: what the program offers is none, unless a config gives it."""
   keys = {}
   for name, one in component.declared.items():
     # What is given later cannot be given now.

@@ -29,7 +29,7 @@ def _read(config: Tree, path: str, text: str) -> Any:
 
 
 def _new(config: Tree, path: str) -> Parameter:
-  """Return what a key would be that is not there yet; one that there cannot be is refused where the config is expanded.
+  """Return the parameter of a key that is not there yet; an unknown key is refused when the config is expanded.
 
   Raises:
     ValueError: if it would be inside of a value.

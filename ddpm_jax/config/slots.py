@@ -103,12 +103,15 @@ def names(slot: Slot) -> list[str]:
 
 
 def use(component: Any, slot: Slot, *, own: bool = False) -> str:
-  """Return how something serves in a place: "itself", "made" if it is called to make what the place is for, or "" if it does not fit.
+  """Return how something serves in a place.
 
   Args:
     component: the value, function or class.
     slot: the place.
     own: whether it is a user's own, which need not say what it makes: that is seen once it is made.
+
+  Returns:
+    "itself" if it is what the place is for, "made" if it is called to make that, or "" if it does not fit.
   """
   if inspect.isclass(component):
     return "made" if own or models.Network in slot.kinds else ""

@@ -47,7 +47,10 @@ def _is_list(kind: Any) -> bool:
 
 
 def as_json(value: Any) -> Any:
-  """Return a value as JSON holds it, or `MISSING` if it cannot: arrays as Python's numbers, types of numbers by name, sequences as tuples."""
+  """Return a value as JSON holds it, or `MISSING` if it cannot.
+
+  Arrays become lists of Python's numbers, types of numbers their names, and lists tuples.
+  """
   if isinstance(value, type | np.dtype):
     name = np.dtype(value).name
     return MISSING if name == "object" else name
@@ -159,7 +162,7 @@ class Bounds:
   counts: bool = False
 
   def check(self, value: Any, path: str, default: Any) -> None:
-    """Raise a ValueError unless a number, or each of a list, is in the range; other values are."""
+    """Raise a ValueError if a number, or one of a list, is out of the range."""
     for number in value if isinstance(value, list | tuple) else [value]:
       if isinstance(number, str | bool) or number is None:
         continue
