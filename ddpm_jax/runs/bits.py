@@ -113,7 +113,7 @@ def evaluate(
         c.bound_variance,
         experiment.tree.values["sampling"]["clip"],
       ],
-      "model": json.loads(json.dumps(experiment.values("model"))),
+      "model": json.loads(json.dumps(experiment.tree.of_roles("model"))),
       # With their classes: these follow from the names of folders, which may change.
       "images": metrics.digest(*inputs.values()),
       "version": ddpm_jax.__version__,

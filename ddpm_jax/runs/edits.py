@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config, editing, randomness, sampling
+from ddpm_jax import editing, randomness, sampling
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import guided
 from ddpm_jax.models.guided import Guides, Parameters
@@ -68,11 +68,11 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
     raise ValueError(
       f"Got the task {task!r} for a model that enlarges images; wanted --task=superres, or another model."
     )
-  name = config.short_name(experiment.tree, "editing.method")
+  name = experiment.tree.short_name("editing.method")
   if c.method is None:
     return (experiment.changed(editing__method=methods[0]), method_names(task)[0]) if methods else (experiment, "")
   known = method_names(task)
-  if name not in known and (not known or not config.is_own(experiment.tree, "editing.method")):
+  if name not in known and (not known or not experiment.tree.is_own("editing.method")):
     raise ValueError(
       f"Got --method={name} for the task {task!r}; wanted {'one of ' + ', '.join(known) if known else 'none: there is one way'}."
     )
@@ -101,12 +101,12 @@ def edit(
   """
   sampler, rule = experiment.sampler, experiment.guidance
   guided.check(experiment.model, rule, sampler.two_estimates, guides, negative=negative)
-  method = config.short_name(experiment.tree, "editing.method")
+  method = experiment.tree.short_name("editing.method")
   two = guided.gives_two(experiment.model, rule)
   if two and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
     by = f" by {method}" if method != "none" else ""
     raise ValueError(
-      f"Got guidance by {config.short_name(experiment.tree, 'guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
+      f"Got guidance by {experiment.tree.short_name('guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
       " a rule that gives one, such as classifier_free."
     )
   if task == "superres" and drawing.enlarged(experiment) is not None:

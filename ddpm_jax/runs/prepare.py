@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpm_jax import config, data
+from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.runs import limits, reading
 from ddpm_jax.storage import files
@@ -24,7 +24,8 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
     ValueError: as `prepare_data`.
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
-  source, keys = config.source_parts(experiment)
+  tree = experiment.tree
+  source, keys = tree.components["data.source"].itself, tree.arguments("data.source")
   classes = experiment.task.classes(experiment)
   check = None if classes is None else classes.check
   prepare_data(source, keys, reading.fit_of(experiment), output, broken=experiment.data.broken, check=check)

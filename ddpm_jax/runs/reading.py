@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ddpm_jax import config, data
+from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
@@ -27,7 +27,7 @@ def read_sources(experiment: Experiment) -> data.Splits:
     ValueError: if they are missing or unreadable, or lack the classes of a task that knows classes.
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
-  splits = config.source_of(experiment)(fit_of(experiment))
+  splits = experiment.data.source(fit_of(experiment))
   classes = experiment.task.classes(experiment)
   data.check_labels_of(splits, None if classes is None else classes.check)
   return splits

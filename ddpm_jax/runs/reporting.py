@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config, data, metrics
+from ddpm_jax import data, metrics
 from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
 from ddpm_jax.metrics import evaluate
@@ -123,13 +123,11 @@ def write(folder: Path, shown: page.Content) -> Path:
 
 def _source(experiment: Experiment) -> str:
   source = experiment.tree.values["data"]["source"]
-  name = config.short_name(experiment.tree, "data.source")
+  name = experiment.tree.short_name("data.source")
   return source["name"] if name == "tfds" else name
 
 
 def _parts(experiment: Experiment) -> list[tuple[str, str]]:
   """Return the names of the process and the prediction, of a model that is made of parts."""
   parts = experiment.tree.values["model"]
-  return [
-    (name, config.short_name(experiment.tree, f"model.{name}")) for name in ("process", "prediction") if name in parts
-  ]
+  return [(name, experiment.tree.short_name(f"model.{name}")) for name in ("process", "prediction") if name in parts]

@@ -338,4 +338,4 @@ def _identity(experiment: Experiment, sha256: str, seed: int, count: int, inputs
   """Return all that samples follow from, as JSON."""
   given = {name: metrics.digest(value) for name, value in inputs.items()}
   identity = {"weights": sha256, "seed": seed, "count": count, "inputs": given, "version": ddpm_jax.__version__}
-  return json.loads(json.dumps(identity | {"config": experiment.values("model", "sampling")}))
+  return json.loads(json.dumps(identity | {"config": experiment.tree.of_roles("model", "sampling")}))

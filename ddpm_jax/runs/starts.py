@@ -54,7 +54,7 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = (
   steps = found.model.process.num_steps or suits.steps
   if not any(_is_below(key, "sampler") for key in keys):
     steps = suits.steps
-  elif config.short_name(tree, "sampler") != "ancestral":
+  elif tree.short_name("sampler") != "ancestral":
     steps = min(suits.steps, steps, 50)
   clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
@@ -110,7 +110,7 @@ def starting_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
   path = tree.values["init_from"]
   if not path:
     return tree, None
-  config.task_of(tree).check_draws(f"config.init_from={path!r} in a run")
+  config.make(tree, "task").check_draws(f"config.init_from={path!r} in a run")
   found = load(path, tree)
   _check_conditions(tree, found.model, f"config.init_from={path!r}")
   return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path)), found

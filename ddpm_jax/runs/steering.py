@@ -115,7 +115,7 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
         f" with {', '.join(name for name in lost if name in usual)}" if node["component"] == usual["component"] else ""
       )
       raise ValueError(
-        f"Got config.guidance={config.short_name(experiment.tree, 'guidance')}{what} and another guide, whose rule takes its place with its scale"
+        f"Got config.guidance={experiment.tree.short_name('guidance')}{what} and another guide, whose rule takes its place with its scale"
         f" alone; expected a rule for that guide. Set --config.guidance={wanted}."
       )
     own = node.get("scale", 1.0)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from ddpm_jax import config, data
+from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
@@ -36,6 +36,7 @@ class Judge(Protocol):
     """
 
 
+@runtime_checkable
 class Task(Protocol):
   """What a run does with its objective. A user's own is a function without arguments that returns one."""
 
@@ -82,8 +83,8 @@ def unexpected(what: str, task: str, wanted: str) -> Any:
 
 def check_objective(experiment: Experiment, task: str, known: Sequence[str]) -> None:
   """Raise a ValueError if an objective of the package is none of those that a task knows; a user's own is taken at its word."""
-  name = config.short_name(experiment.tree, "objective")
-  if name not in known and not config.is_own(experiment.tree, "objective"):
+  name = experiment.tree.short_name("objective")
+  if name not in known and not experiment.tree.is_own("objective"):
     raise ValueError(
       f"Got config.objective={name} with config.task={task!r}; expected {' or '.join(known)}. Set --config.objective={known[0]}, or another"
       " --config.task."
