@@ -288,15 +288,15 @@ def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
     return data.Splits(*(data.ArraySource(part, np.arange(len(part))) for part in (images[:first], images[first:])))
 
   fit = data.Fit((6, 4), 5)
-  prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "packed", check=data.labels_below(3))
+  data.prepare(mine, {"first": 3}, fit, tmp_path / "packed", check=data.labels_below(3))
   assert "learn: 3 of 6x4x5 packed, 0 left out" in capsys.readouterr().out
   train, held_out = data.packed(fit, str(tmp_path / "packed"), "learn", "judge")
   np.testing.assert_array_equal(data.read(train, [0, 1, 2])["image"], images[:3])
   np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])
   with pytest.raises(ValueError, match=r"data.source=mine: missing a required argument: 'first'"):
-    prepare.prepare_data(mine, {}, fit, tmp_path / "other")
+    data.prepare(mine, {}, fit, tmp_path / "other")
   with pytest.raises(ValueError, match="labels 0 to 2 for model.conditions.classes.number=2"):
-    prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
+    data.prepare(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
   assert not (tmp_path / "other").exists()
 
 

@@ -228,12 +228,12 @@ def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch
   def learn(images, labels, classes, **options):
     raise Learned(labels.tolist(), classes)
 
-  monkeypatch.setattr(metrics, "train_classifier", learn)
+  monkeypatch.setattr(metrics.classifier, "train_classifier", learn)
   config = tiny_config()
   config.evaluation.features = "classifier"
   source = data.ArraySource(np.zeros((4, 8, 8, 1), np.uint8), labels)
   with pytest.raises(Learned) as error:
-    spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").make()
+    _ = spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").made
   assert error.value.args == ([0, 2, 0, 1], 3)
 
 

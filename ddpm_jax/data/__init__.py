@@ -7,6 +7,7 @@ from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.loading import Check, check_labels_of, labels_below, load
 from ddpm_jax.data.packing import PackedSource, pack
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
+from ddpm_jax.data.preparing import prepare
 from ddpm_jax.data.sources import (
   A_TENTH,
   NO_CLASS,
@@ -16,11 +17,13 @@ from ddpm_jax.data.sources import (
   Source,
   hold_out,
   in_memory,
+  in_proportion,
   known_labels,
   label_counts,
   read,
   read_arrays,
   read_digits,
+  read_images,
   read_mnist,
 )
 from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
@@ -52,6 +55,7 @@ __all__ = [
   "folder",
   "hold_out",
   "in_memory",
+  "in_proportion",
   "known_labels",
   "label_counts",
   "labels_below",
@@ -59,10 +63,12 @@ __all__ = [
   "mnist",
   "pack",
   "packed",
+  "prepare",
   "prepare_tfds",
   "read",
   "read_arrays",
   "read_digits",
+  "read_images",
   "read_inputs",
   "read_mask",
   "read_mnist",

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.storage import sealed
+from ddpm_jax.storage.images import as_uint8
 
 Batch = dict[str, np.ndarray]
 # The label of an image without a class.
@@ -50,6 +51,11 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
   if hasattr(source, "__getitems__"):
     return {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
   return _stack([source[int(index)] for index in indices])
+
+
+def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+  """Return the images at `indices` [B] as scores and pictures take them: uint8 [B, H, W, C]."""
+  return as_uint8(read(source, indices)["image"])
 
 
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:
@@ -168,6 +174,18 @@ def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
       f"Got labels {np.min(labels)} to {np.max(labels)} for {num_classes} classes; wanted labels from 0 to {num_classes - 1}."
     )
   return np.bincount(labels, minlength=num_classes)
+
+
+def in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
+  """Return classes [count] as common as `counts` [number] says, by largest remainder, each spread evenly."""
+  quotas = count * counts / np.sum(counts)
+  shares = np.floor(quotas).astype(int)
+  # Stable sorts: of equals the lower class comes first.
+  most_left = np.argsort(shares - quotas, kind="stable")
+  shares[most_left[: count - np.sum(shares)]] += 1
+  classes = np.repeat(np.arange(len(counts), dtype=np.int32), shares)
+  places = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+  return classes[np.argsort(places, kind="stable")]
 
 
 class SkipBroken:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddpm_jax import interop
-from ddpm_jax.runs.model import say
+from ddpm_jax.devices.progress import say
 
 
 def run_convert(inception_weights: str, output: Path) -> None:

@@ -28,10 +28,9 @@ def run_eval(
   for variant in variants or (experiment,):
     task.check(variant, mesh)
   limits.check_evaluation(experiment, list(mesh.devices.flat), folder)
-  source, held_out = reading.read_data(experiment)
-  judge = task.judge(experiment, folder, mesh, source, held_out)
+  judge = task.judge(reading.Run(experiment, folder, mesh, *reading.read_data(experiment)))
   judge.check_scores()
   workdir.check_writable(folder)
   weights = model.load_weights(experiment, folder, mesh, choice)
-  judge.run(weights, seed, variants)
+  judge.score(weights, seed, variants)
   parallel.wait_for_all("done")

@@ -77,21 +77,21 @@ def _check_sampler(experiment: Experiment) -> None:
   jax.eval_shape(draw, jax.random.key(0))
 
 
-def of_previews(experiment: Experiment) -> Experiment:
-  """Return the experiment with the sampler of previews: a few steps of DDIM."""
-  return experiment.changed(sampler="ddim", sampling__grid=None, sampling__num_steps=experiment.sampling.preview_steps)
+def of_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:
+  """Return the experiment with the sampler of previews, a few steps of DDIM, and a batch of `count` samples."""
+  steps, size = experiment.sampling.preview_steps, -(-count // mesh.size) * mesh.size
+  return experiment.changed(sampler="ddim", sampling__grid=None, sampling__num_steps=steps, sampling__batch_size=size)
 
 
 def denoising(
   experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
-  """Return a function that draws samples on their way to data by the sampler of previews, and the times of what it shows.
+  """Return a function that draws samples on their way to data, and the times of what it shows.
 
   Returns:
     `denoising(parameters, seed, first, batch) -> data [B, K, ...]`, as `generate` but for its results, which are scaled to be shown: where there is
     much noise its standard deviation is 1. And their times [K], K at most `frames`, from t_max to 0.
   """
-  experiment = of_previews(experiment)
   process, times = experiment.model.process, experiment.times
   kept = np.unique(np.linspace(0, len(times) - 1, frames).round().astype(int))
   shown = np.asarray(times)[kept]
@@ -103,7 +103,7 @@ def denoising(
     data = jax.vmap(lambda x: experiment.model.decode(x, parameters.frozen))(scaled)
     return jnp.moveaxis(data, 0, 1)
 
-  return compiled(experiment, mesh, Guides(), draw), shown
+  return compiled(experiment, mesh, ALONE, draw), shown
 
 
 def compiled(

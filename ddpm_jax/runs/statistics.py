@@ -7,10 +7,10 @@ import numpy as np
 from ddpm_jax import metrics
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
+from ddpm_jax.devices.progress import say
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.runs import limits, reading, spaces
-from ddpm_jax.runs.model import say
-from ddpm_jax.runs.scoring import describe_data, in_parts
+from ddpm_jax.runs.scoring import describe_data
 from ddpm_jax.storage import files
 
 
@@ -34,21 +34,18 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
   assert reference is not None
   if reference.images is None:
     raise ValueError(
-      f"Got config.evaluation.reference={reference.name!r} to make statistics of; wanted images: train or held_out."
+      f"Got config.evaluation.reference={reference.name!r} to make statistics of; expected images: train or held_out."
     )
   count = len(reference.images)
   if not c.allow_singular:
     metrics.check_rank(count, space.dimensions)
-  made = space.make()
   say(f"{space.name} features of {count:,} images ({reference.name}) ...")
-  settings = evaluate.Settings(("frechet",))
-  summary = evaluate.summarize(
-    metrics.extractor(made, c.batch_size), in_parts(reference.images, np.arange(count)), count, settings
-  )
-  about = spaces.describe_space(experiment, space, made.provenance) | {
+  summary = space.summary(reference.images, np.arange(count), evaluate.Settings(("frechet",)))
+  provenance = space.made.provenance
+  about = spaces.describe_space(experiment, space.name, provenance) | {
     "split": reference.name,
     "data": describe_data(experiment),
-    "feature_space": made.provenance,
+    "feature_space": provenance,
   }
   if parallel.is_main():
     metrics.save_statistics(output, metrics.Statistics(summary.features, summary.spatial, about))

@@ -183,6 +183,12 @@ def check_new_file(path: str | Path, suffix: str) -> None:
   check_place(path)
 
 
+def free_path(path: Path, suffix: str) -> Path:
+  """Return the path if no file has it with this suffix, else the first free one of path_2, path_3, ..."""
+  names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+  return next(name for name in names if not Path(f"{name}{suffix}").exists())
+
+
 def check_place(path: str | Path) -> None:
   """Raise a WriteError unless files can be made in the nearest folder of a path that exists."""
   path = Path(path).absolute()

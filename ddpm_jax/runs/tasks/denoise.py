@@ -1,7 +1,6 @@
 """The task of models that denoise: their samples are shown, scored and reported."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import drawing, programs, scoring
+from ddpm_jax.runs.reading import Run
 from ddpm_jax.runs.tasks.task import check_objective, unexpected
 
 
@@ -32,16 +32,9 @@ class Denoise:
     """Return a function from parameters to a few samples."""
     return drawing.preview(experiment, mesh, source)
 
-  def judge(
-    self,
-    experiment: Experiment,
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    source: data.Source,
-    held_out: data.Source | None,
-  ) -> scoring.Judge:
+  def judge(self, run: Run) -> scoring.Judge:
     """Return what scores samples."""
-    return scoring.Judge(experiment, folder, mesh, source, held_out)
+    return scoring.Judge(run)
 
   def check_draws(self, what: str) -> None:
     """Allow all models."""

@@ -1,7 +1,6 @@
 """`Task`: what a run does with its objective, and `Judge`, which scores what it leads to."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +11,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs.model import Weights
+from ddpm_jax.runs.reading import Run
 
 
 class Judge(Protocol):
@@ -26,7 +26,7 @@ class Judge(Protocol):
   def on_the_way(self, parameters: Parameters) -> dict[str, float]:
     """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
 
-  def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
+  def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Score some weights, write the scores into eval.json and report them.
 
     Args:
@@ -50,23 +50,8 @@ class Task(Protocol):
   ) -> Callable[[Parameters], np.ndarray] | None:
     """Return a function from parameters to pictures uint8 [N, H, W, C], for training; None if there is nothing to see."""
 
-  def judge(
-    self,
-    experiment: Experiment,
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    source: data.Source,
-    held_out: data.Source | None,
-  ) -> Judge:
-    """Return what scores the weights of a run and reports them.
-
-    Args:
-      experiment: the run's.
-      folder: its folder.
-      mesh: of all devices.
-      source: the training data.
-      held_out: other data; None if there are none.
-    """
+  def judge(self, run: Run) -> Judge:
+    """Return what scores the weights of a run and reports them."""
 
   def check_draws(self, what: str) -> None:
     """Raise a ValueError, in which `what` names the model, unless samples can be drawn of it."""
