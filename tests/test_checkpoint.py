@@ -11,7 +11,6 @@ import pytest
 
 from ddpm_jax import training
 from ddpm_jax.devices import parallel
-from ddpm_jax.runs import model
 from ddpm_jax.storage import checkpoint
 from tests import objectives
 
@@ -85,7 +84,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, devices):
       checkpoints.wait()
   restored = checkpoints.restore(training.items_of(parallel.abstract(shapes, shardings)))
   checkpoints.close()
-  again = model.state_of(restored.items)
+  again = training.state_of(restored.items)
   assert int(again.step) == 2
   for batch in objectives.batches(4)[2:]:
     again, _ = step(again, parallel.put_batch(mesh, batch, objectives.BATCH), given)

@@ -11,6 +11,7 @@ import pytest
 from ddpm_jax import data, metrics, runs
 from ddpm_jax.config import spec
 from ddpm_jax.devices import parallel
+from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import bits, drawing, model, scoring
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import scores
@@ -334,7 +335,7 @@ def test_likelihoods_of_other_classes_are_computed_anew(on_one_device, tmp_path,
   monkeypatch.setattr(drawing, "in_rows", lambda *arguments: identities.append(arguments[2]))
   config = config_of(likelihood=("bound",))
   config.model.conditions.classes = spec("conditions.classes", number=10)
-  experiment, weights = experiment_of(config), model.Weights(None, 4, "EMA")
+  experiment, weights = experiment_of(config), model.Weights(Parameters(None), 4, "EMA")
   for classes in ([3, 4], [4, 3], [4, 3]):
     held_out = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8), np.array(classes))
     bits.evaluate(Run(experiment, tmp_path, parallel.make_mesh(), held_out, held_out), weights, 0)

@@ -61,8 +61,10 @@ def test_evaluation_asks_for_classes_as_the_data_have_them():
   found = of_classes(4)
   counts = drawing.class_counts(found, source())
   np.testing.assert_array_equal(counts, [9, 0, 3, 0])
-  np.testing.assert_array_equal(np.bincount(drawing.inputs_of(found, 8, source(), counts)["classes"]), [6, 0, 2])
-  np.testing.assert_array_equal(drawing.inputs_of(found, 8, source())["classes"], np.arange(8) % 4)
+  np.testing.assert_array_equal(
+    np.bincount(asking.inputs_of(found.model.conditions, 8, source(), counts)["classes"]), [6, 0, 2]
+  )
+  np.testing.assert_array_equal(asking.inputs_of(found.model.conditions, 8, source())["classes"], np.arange(8) % 4)
 
 
 def test_what_has_no_default_is_that_of_real_data_all_of_one_item():
@@ -74,7 +76,7 @@ def test_what_has_no_default_is_that_of_real_data_all_of_one_item():
     sketch=spec("conditions.image", shape=(8, 8, 2)),
     low=spec("conditions.low_resolution", factor=2),
   )
-  asked = drawing.inputs_of(found, 30, source(**items), np.array([9, 0, 3]))
+  asked = asking.inputs_of(found.model.conditions, 30, source(**items), np.array([9, 0, 3]))
   assert set(asked) == {"classes", "vector", "sketch", "low"}
   number = asked["vector"][:, 0]
   assert set(number) == set(numbers)

@@ -7,7 +7,7 @@ A source that can fetch many at once also has `__getitems__(indices)`, which giv
 all classes without reading images has them as `labels` [N].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ _MOST_OF_A_TENTH = 500
 # What `in_memory` is willing to hold.
 _MEMORY_LIMIT = 2**30
 _LARGEST_LABEL = 2**31 - 1
+# Images that are read at a time where there are many.
+_PART = 512
 # By what names other programs save images and their classes: arr_0 and arr_1 are guided-diffusion's samples.
 _IMAGES = ("images", "samples", "arr_0")
 _LABELS = ("labels", "label", "classes", "targets", "y", "arr_1")
@@ -56,6 +58,12 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
 def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
   """Return the images at `indices` [B] as scores and pictures take them: uint8 [B, H, W, C]."""
   return as_uint8(read(source, indices)["image"])
+
+
+def images_in_parts(source: Source, indices: np.ndarray) -> Iterator[np.ndarray]:
+  """Yield what `read_images` returns, a part at a time."""
+  for first in range(0, len(indices), _PART):
+    yield read_images(source, indices[first : first + _PART])
 
 
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:

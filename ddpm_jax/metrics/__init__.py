@@ -10,7 +10,7 @@ from ddpm_jax.metrics.classifier import (
   save_classifier,
   train_classifier,
 )
-from ddpm_jax.metrics.features import FeatureSpace, check_images, extractor
+from ddpm_jax.metrics.features import FeatureSpace, check_images, check_memory, extractor
 from ddpm_jax.metrics.frechet import check_rank, frechet_distance
 from ddpm_jax.metrics.inception import check_colors, inception_space, resize_clean, resize_tf1
 from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
@@ -31,6 +31,7 @@ __all__ = [
   "Statistics",
   "check_colors",
   "check_images",
+  "check_memory",
   "check_rank",
   "class_statistics",
   "classifier_space",

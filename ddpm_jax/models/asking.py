@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax import data
 from ddpm_jax.models.conditions import Condition
+from ddpm_jax.storage import images
 
 
 def asked(
@@ -69,3 +71,20 @@ def of_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> di
     name: np.asarray(batch[name] if one.of_data is None or name in batch else one.of_data(batch))
     for name, one in conditions.items()
   }
+
+
+def inputs_of(
+  conditions: Mapping[str, Condition], count: int, source: data.Source, counts: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+  """Return what samples are asked to show where no one asks, arrays [count, ...] by the names of conditions.
+
+  That is the default of each condition, such as classes in turn or, if `counts` are given, as common as these say. If a condition has none, or is
+  made of data, as a small image is, it is what the data of a source have.
+  """
+  if any(one.of_data is not None or one.default is None for one in conditions.values()):
+    real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
+    return of_data(conditions, real | {"image": images.as_floats(real["image"])})
+  inputs = asked(conditions, {}, count)
+  if counts is not None and "classes" in inputs:
+    inputs["classes"] = data.in_proportion(counts, count)
+  return inputs

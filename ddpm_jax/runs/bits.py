@@ -20,7 +20,6 @@ from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import images
 
-KINDS = ("bound", "ode", "continuous")
 _TITLES = {
   "bound": "variational bound, all steps",
   "ode": "probability-flow ODE",
@@ -34,7 +33,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
   """Raise a ValueError unless the likelihoods that the experiment asks for can be computed of its model and its images."""
   c, model = experiment.evaluation, experiment.model
   for name in c.likelihood:
-    choose(name, KINDS, "a likelihood (config.evaluation.likelihood)")
+    choose(name, _TITLES, "a likelihood (config.evaluation.likelihood)")
   choose(c.probe_noise, ("rademacher", "gaussian"), "config.evaluation.probe_noise")
   if not c.likelihood:
     return

@@ -1,7 +1,7 @@
 """Samples of a model: drawn and looked at."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import patience, say
-from ddpm_jax.models.asking import asked, of_data
+from ddpm_jax.models.asking import inputs_of
 from ddpm_jax.models.guided import ALONE, NEGATIVE, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
 from ddpm_jax.runs.model import Choice, load_weights, trained
@@ -23,10 +23,6 @@ from ddpm_jax.storage import files, images, rows, workdir
 
 PyTree = Any
 Inputs = dict[str, np.ndarray]
-_GRID_IMAGES = 64
-# A grid with a column for each class has no more of either.
-_GRID_CLASSES = 20
-_GRID_ROWS = 10
 # Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
 _CPU_BATCH = 16
 
@@ -94,11 +90,13 @@ def run_sample(
     say(f"{nfe:,} network evaluations each")
   if parallel.is_main():
     arrays = {"samples": samples, **arrays}
-    write_arrays(path, arrays)
+    files.write_arrays(f"{path}.npz", arrays)
     say(f"samples      {path}.npz")
     for name, array in arrays.items():
       if array.ndim == 4:  # not what they were asked to show
-        save_picture(Path(f"{path}{'' if name == 'samples' else f'_{name}'}"), array, arrays.get("classes"))
+        picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
+        images.save_samples(picture, array, arrays.get("classes"))
+        say(f"picture      {picture}")
   parallel.wait_for_all("done")
 
 
@@ -195,30 +193,14 @@ def _scale(experiment: Experiment) -> Any:
 
 def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[Parameters], np.ndarray]:
   """Return a function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
-  quick = programs.of_previews(experiment, mesh, _GRID_IMAGES)
+  quick = programs.of_previews(experiment, mesh, images.SHOWN)
   generate = programs.generate(quick, mesh)
 
   def run(parameters: Parameters) -> np.ndarray:
-    inputs = inputs_of(experiment, _GRID_IMAGES, source)
-    return draw(quick, generate, parameters, experiment.seed, _GRID_IMAGES, inputs)[0]
+    inputs = inputs_of(experiment.model.conditions, images.SHOWN, source)
+    return draw(quick, generate, parameters, experiment.seed, images.SHOWN, inputs)[0]
 
   return run
-
-
-def inputs_of(experiment: Experiment, count: int, source: data.Source, counts: np.ndarray | None = None) -> Inputs:
-  """Return what samples are asked to show where no one asks.
-
-  That is the default of each condition, such as classes in turn or, if `counts` are given, as common as these say. If a condition has none, or is
-  made of data, as a small image is, it is what real data have.
-  """
-  conditions = experiment.model.conditions
-  if any(one.of_data is not None or one.default is None for one in conditions.values()):
-    real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-    return of_data(conditions, real | {"image": images.as_floats(real["image"])})
-  inputs = asked(conditions, {}, count)
-  if counts is not None and "classes" in inputs:
-    inputs["classes"] = data.in_proportion(counts, count)
-  return inputs
 
 
 def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | None:
@@ -307,21 +289,3 @@ def check_finite(experiment: Experiment, x: Any) -> None:
       f"{bad:,} of {len(x):,} samples are not finite (NaN or infinite), by {experiment.sampler_name} in {experiment.sampling.num_steps} steps;"
       " such images are not scored. Take another sampler or more steps, less guidance, or clip (config.sampling.clip); or the model is broken."
     )
-
-
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-  """Write arrays into an .npz file, whole or not at all."""
-  with files.writing(f"{path}.npz") as temporary:
-    np.savez_compressed(temporary, **arrays)
-
-
-def save_picture(path: Path, samples: np.ndarray, classes: np.ndarray | None) -> None:
-  """Draw some of the samples into a PNG, with a column for each class if classes come in turn."""
-  columns, shown = None, _GRID_IMAGES
-  if classes is not None:
-    # After so many samples the classes begin again.
-    period = next((n for n in range(1, len(classes)) if np.array_equal(classes[n:], classes[:-n])), len(classes))
-    if 1 < period <= _GRID_CLASSES:
-      columns, shown = period, period * _GRID_ROWS
-  images.save_grid(f"{path}.png", samples[:shown], columns)
-  say(f"picture      {path}.png")

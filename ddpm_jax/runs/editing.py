@@ -170,12 +170,7 @@ def _steer(
 
 
 def _write(
-  experiment: Experiment,
-  path: Path,
-  edit: Edit,
-  given: data.Inputs,
-  inputs: drawing.Inputs,
-  found: drawing.Inputs,
+  experiment: Experiment, path: Path, edit: Edit, given: data.Inputs, inputs: drawing.Inputs, found: drawing.Inputs
 ) -> None:
   """Write what went in and what came out, and a picture with a row for each image: the input, what is known of it, the results."""
   output = images.to_uint8(found["output"])
@@ -188,7 +183,7 @@ def _write(
     arrays["mask"] = ~inputs["keep"][0]
   if "latent" in found:
     arrays["latent"] = found["latent"]
-  drawing.write_arrays(path, arrays)
+  files.write_arrays(f"{path}.npz", arrays)
   height, _, channels = experiment.model.data_shape
   factor = height // given.images.shape[1]
   first = given.images.repeat(factor, 1).repeat(factor, 2)

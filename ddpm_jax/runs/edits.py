@@ -19,27 +19,17 @@ from ddpm_jax.sampling.core import in_steps
 Array = jax.Array
 Images = Mapping[str, Array]
 
-_POSTERIOR = "posterior(noise_std=0.02, iterations=3)"
-# The methods of each task, the default first; none where there is one way.
-TASKS: dict[str, tuple[str, ...]] = {
-  "inpaint": ("repaint", "replace", _POSTERIOR, "dps"),
-  "img2img": (),
-  "colorize": (_POSTERIOR, "dps"),
-  "superres": (_POSTERIOR, "dps"),
-  "restore": (_POSTERIOR, "dps"),
-  "interpolate": (),
-  "invert": (),
+_MEASURED = {"posterior": "posterior(noise_std=0.02, iterations=3)", "dps": "dps"}
+# The methods of each task by their names, the default first, with the arguments that the task has for them; none where there is one way.
+TASKS: dict[str, dict[str, str]] = {
+  "inpaint": {"repaint": "repaint", "replace": "replace"} | _MEASURED,
+  "img2img": {},
+  "colorize": _MEASURED,
+  "superres": _MEASURED,
+  "restore": _MEASURED,
+  "interpolate": {},
+  "invert": {},
 }
-
-
-def method_names(task: str) -> list[str]:
-  """Return the names of the methods of a task."""
-  return [name.partition("(")[0] for name in TASKS[task]]
-
-
-def method(task: str, text: str) -> str:
-  """Return a method as the command line has it; one of the task's by its name alone with the arguments that it has by default."""
-  return next((known for known in TASKS.get(task, ()) if known.partition("(")[0] == text), text)
 
 
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
@@ -67,13 +57,13 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
     raise ValueError(
       f"Got the task {task!r} for a model that enlarges images; expected --task=superres, or another model."
     )
-  name = config.short_name(experiment.tree, "editing.method")
   if c.method is None:
-    return (experiment.changed(editing__method=methods[0]), method_names(task)[0]) if methods else (experiment, "")
-  known = method_names(task)
-  if name not in known and (not known or not config.is_own(experiment.tree, "editing.method")):
+    default = next(iter(methods), "")
+    return (experiment.changed(editing__method=methods[default]) if methods else experiment), default
+  name = config.short_name(experiment.tree, "editing.method")
+  if name not in methods and (not methods or not config.is_own(experiment.tree, "editing.method")):
     raise ValueError(
-      f"Got --method={name} for the task {task!r}; expected {'one of ' + ', '.join(known) if known else 'none: there is one way'}."
+      f"Got --method={name} for the task {task!r}; expected {'one of ' + ', '.join(methods) if methods else 'none: there is one way'}."
     )
   return experiment, name
 
@@ -108,21 +98,8 @@ def edit(
   if task == "superres" and drawing.enlarged(experiment) is not None:
     generate = programs.generate(experiment, mesh, guides, negative=guided.is_negative)
     return lambda *arguments: {"output": generate(*arguments)[0]}
-  ways = {"img2img": _img2img, "interpolate": _interpolate, "invert": _invert}
-  if task not in ways:
-    return programs.compiled(experiment, mesh, guides, _measured(experiment, task, factor))
-  way = ways[task](experiment)
-
-  def draw(keys, denoise, batch, parameters):
-    def encode(name):
-      return model.encode(keys, batch[name], parameters.frozen)
-
-    def decode(x):
-      return model.decode(x, parameters.frozen)
-
-    return way(keys, programs.clipped(experiment, denoise), encode, decode)
-
-  return programs.compiled(experiment, mesh, guides, draw)
+  draw = _encoded if task in ("img2img", "invert", "interpolate") else _measured
+  return programs.compiled(experiment, mesh, guides, draw(experiment, task, factor))
 
 
 def _in_steps(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
@@ -132,45 +109,35 @@ def _in_steps(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
   return sampling.grids.suitable(in_steps(sampler), experiment.model.process, experiment.sampling.num_steps)
 
 
-def _img2img(experiment: Experiment) -> Callable:
-  sampler, process, strength = experiment.sampler, experiment.model.process, experiment.editing.strength
-  times = _in_steps(experiment, sampler)
-
-  def way(keys, denoise, encode, decode):
-    return {"output": decode(editing.img2img(keys, sampler, denoise, process, encode("image"), times, strength))}
-
-  return way
-
-
-def _invert(experiment: Experiment) -> Callable:
-  sampler, times = _reversible(experiment)
-
-  def way(keys, denoise, encode, decode):
-    latent = editing.invert(sampler, denoise, experiment.model.process, encode("image"), times)
-    return {"latent": latent, "output": decode(sampling.sample(keys, sampler, denoise, latent, times))}
-
-  return way
-
-
-def _interpolate(experiment: Experiment) -> Callable:
-  sampler, times = _reversible(experiment)
-
-  def way(keys, denoise, encode, decode):
-    fractions = jnp.linspace(0, 1, experiment.editing.frames)
-    ends = encode("image"), encode("other")
-    frames = editing.interpolate(sampler, denoise, experiment.model.process, *ends, times, fractions)
-    return {"output": jnp.moveaxis(jax.vmap(decode)(frames), 0, 1)}
-
-  return way
-
-
-def _reversible(experiment: Experiment) -> tuple[sampling.Sampler, np.ndarray]:
-  if not experiment.sampler.reversible:
+def _encoded(experiment: Experiment, task: str, factor: int) -> Callable:
+  """Return what draws samples from encoded images."""
+  model, sampler, times, c = experiment.model, experiment.sampler, experiment.times, experiment.editing
+  if task == "img2img":
+    times = _in_steps(experiment, sampler)
+  elif not sampler.reversible:
     raise ValueError(
       f"Got the sampler {experiment.sampler_name!r}, which adds noise as it is set, to encode images with; expected one that goes both ways,"
       " such as --sampler=ddim or --sampler=heun, without eta, churn or corrector steps."
     )
-  return experiment.sampler, experiment.times
+
+  def draw(keys, denoise, batch, parameters):
+    def encode(name):
+      return model.encode(keys, batch[name], parameters.frozen)
+
+    def decode(x):
+      return model.decode(x, parameters.frozen)
+
+    denoise, image = programs.clipped(experiment, denoise), encode("image")
+    if task == "img2img":
+      return {"output": decode(editing.img2img(keys, sampler, denoise, model.process, image, times, c.strength))}
+    if task == "invert":
+      latent = editing.invert(sampler, denoise, model.process, image, times)
+      return {"latent": latent, "output": decode(sampling.sample(keys, sampler, denoise, latent, times))}
+    other, fractions = encode("other"), jnp.linspace(0, 1, c.frames)
+    frames = editing.interpolate(sampler, denoise, model.process, image, other, times, fractions)
+    return {"output": jnp.moveaxis(jax.vmap(decode)(frames), 0, 1)}
+
+  return draw
 
 
 def _measured(experiment: Experiment, task: str, factor: int) -> Callable:

@@ -29,7 +29,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
     interop.diffusers.save(
       output,
       experiment.model,
-      weights.params,
+      weights.parameters.params,
       clip=clip,
       variance=(experiment.tree.values["sampler"] or {}).get("variance", "large"),
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,23 +45,16 @@ class Weights(NamedTuple):
   """Parameters of a run's model.
 
   Attributes:
-    params: what it learned.
+    parameters: what it learned, and its frozen ones.
     step: of their checkpoint.
     name: which they are, for people to read.
-    frozen: its frozen parameters (`Model.load_frozen`).
-    sha256: the digest of both, where it is known.
+    sha256: their digest, where it is known.
   """
 
-  params: PyTree
+  parameters: Parameters
   step: int
   name: str
-  frozen: Mapping[str, PyTree] = {}
   sha256: str = ""
-
-  @property
-  def parameters(self) -> Parameters:
-    """What samples follow from."""
-    return Parameters(self.params, self.frozen)
 
 
 def make_state(
@@ -120,7 +113,7 @@ def load_weights(
   items = parallel.abstract({"params": shapes, "ema": averages}, parallel.replicated(mesh))
   if choice.length is not None:
     params, step = _reconstructed(experiment, folder, {"ema": items["ema"]}, choice)
-    return Weights(params, step, str(choice), frozen)
+    return Weights(Parameters(params, frozen), step, str(choice))
   name = "ema" if choice.averaged else "params"
   with contextlib.closing(open_checkpoints(experiment, folder)) as checkpoints:
     restored = checkpoints.restore({name: items[name]}, _step(checkpoints, choice.step))
@@ -129,7 +122,7 @@ def load_weights(
   if not quiet:
     say(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
   params = restored.items[name]
-  return Weights(params[0] if choice.averaged else params, restored.step, str(choice), frozen)
+  return Weights(Parameters(params[0] if choice.averaged else params, frozen), restored.step, str(choice))
 
 
 def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
@@ -168,12 +161,7 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
 
 
 def trained(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Experiment:
-  """Return what a config stands for, of the finished or unfinished run in a folder.
-
-  Args:
-    tree: the config; None for the run's own.
-    folder: the run's folder.
-    flag: that names the folder.
+  """Return what a config, by default the run's own, stands for, of the finished or unfinished run in the folder that a flag names.
 
   Raises:
     ValueError: if there is no run, or it is another's.

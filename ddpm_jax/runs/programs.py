@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import predictions, randomness, sampling
+from ddpm_jax import randomness, sampling
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import guided
@@ -33,11 +33,7 @@ def start(experiment: Experiment, keys: Array) -> Array:
 
 
 def generate(
-  experiment: Experiment,
-  mesh: jax.sharding.Mesh,
-  guides: Guides = ALONE,
-  *,
-  negative: bool = False,
+  experiment: Experiment, mesh: jax.sharding.Mesh, guides: Guides = ALONE, *, negative: bool = False
 ) -> Callable[[Parameters, Any, Any, Arrays], tuple[Array, Array]]:
   """Return `generate(parameters, seed, first, batch) -> (data, NFE)`, compiled, the batch split over the mesh.
 
@@ -48,7 +44,7 @@ def generate(
     ValueError: if the sampling batch cannot be split over the devices, or the model cannot be guided so.
   """
   guided.check(experiment.model, experiment.guidance, experiment.sampler.two_estimates, guides, negative=negative)
-  _check_sampler(experiment)
+  guided.check_sampler(experiment.model, experiment.sampler, experiment.times)
 
   def draw(keys, denoise, batch, parameters):
     x, nfe = sampling.solve(
@@ -61,20 +57,6 @@ def generate(
     return experiment.model.decode(x, parameters.frozen), jnp.broadcast_to(nfe, keys.shape)
 
   return compiled(experiment, mesh, guides, draw)
-
-
-def _check_sampler(experiment: Experiment) -> None:
-  """Let the sampler refuse a model that lacks what it takes, such as a learned variance, by a network that stands in for the model's."""
-  model, twice = experiment.model, 2 if experiment.model.prediction.learned_variance else 1
-
-  def draw(key):
-    def apply(x, time):
-      return jnp.zeros((*x.shape[:-1], twice * x.shape[-1]), x.dtype)
-
-    denoise = predictions.denoiser(apply, model.process, model.prediction, label=model.time_input)
-    return sampling.solve(key[None], experiment.sampler, denoise, jnp.zeros((1, *model.shape)), experiment.times)
-
-  jax.eval_shape(draw, jax.random.key(0))
 
 
 def of_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:

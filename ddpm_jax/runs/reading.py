@@ -1,4 +1,4 @@
-"""Read the data of an experiment, and check that they suit it."""
+"""Prepare and read the data of an experiment, and check that they suit it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -83,3 +83,15 @@ def read_data(experiment: Experiment) -> data.Splits:
         f" config.data.source, or leave config.model.conditions.{name} out."
       )
   return found
+
+
+def run_prepare(experiment: Experiment, output: Path | None) -> None:
+  """Prepare the data of an experiment (see `data.prepare`): pack them into a new folder; None for none.
+
+  Raises:
+    ValueError: if the data need no preparation or cannot be prepared, or the output folder is taken.
+  """
+  limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
+  source, keys = config.source_parts(experiment)
+  fit, check = fit_of(experiment), check_of(experiment)
+  data.prepare(source, keys, fit, output, broken=experiment.data.broken, check=check)

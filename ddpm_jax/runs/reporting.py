@@ -1,7 +1,7 @@
 """What report.html shows of a run, gathered from its folder and its model."""
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import drawing, programs, spaces
+from ddpm_jax.runs import drawing, programs
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import images, records
 
@@ -26,22 +26,14 @@ _SEARCHED, _USUAL = 50_000, 500
 _CURVE = 400
 
 
-class Denoising(NamedTuple):
-  """A few samples on their way: uint8 [frames, K, H, W, C], and the times of the frames."""
-
-  states: np.ndarray
-  times: np.ndarray
-
-
 def denoising(
   experiment: Experiment, mesh: jax.sharding.Mesh, parameters: Parameters, inputs: drawing.Inputs, seed: int
-) -> Denoising:
-  """Return how the first samples of a seed come about by the sampler of previews."""
+) -> tuple[np.ndarray, np.ndarray]:
+  """Return how the first samples of a seed come about by the sampler of previews: uint8 [frames, K, H, W, C], and the times of the frames."""
   experiment = programs.of_previews(experiment, mesh, SHOWN)
   function, times = programs.denoising(experiment, mesh, _FRAMES)
   parts = [np.asarray(x) for x in drawing.in_batches(experiment, function, parameters, seed, SHOWN, inputs)]
-  frames = np.moveaxis(np.concatenate(parts), 1, 0)
-  return Denoising(images.to_uint8(frames), times)
+  return images.to_uint8(np.moveaxis(np.concatenate(parts), 1, 0)), times
 
 
 def neighbours(
@@ -55,7 +47,7 @@ def neighbours(
   chosen = samples[:_COMPARED]
   count = len(chosen)
   queries = extract(np.concatenate([chosen, data.read_images(held_out, usual)]))["features"]
-  features = (extract(part)["features"] for part in spaces.in_parts(source, searched))
+  features = (extract(part)["features"] for part in data.images_in_parts(source, searched))
   numbers, distances = metrics.nearest(queries, features, _NEAREST)
   found = data.read_images(source, searched[numbers[:count].ravel()])
   nearest = found.reshape(*numbers[:count].shape, *found.shape[1:])
@@ -67,7 +59,7 @@ def content(
   report: dict[str, Any],
   samples: np.ndarray,
   classes: np.ndarray | None,
-  way: Denoising,
+  way: tuple[np.ndarray, np.ndarray],
   bound_terms: np.ndarray | None,
   nearest: page.Neighbours | None,
 ) -> page.Content:
@@ -94,8 +86,8 @@ def content(
     config=json.loads(json.dumps(tree.values)),
     samples=samples,
     labels=classes,
-    denoising=way.states,
-    denoising_times=way.times,
+    denoising=way[0],
+    denoising_times=way[1],
     metrics=records.read(run.folder / "metrics.jsonl"),
     schedule={"t": t} | {name: np.asarray(curve) for name, curve in curves.items()},
     neighbours=nearest,

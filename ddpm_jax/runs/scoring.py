@@ -16,12 +16,16 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import say
 from ddpm_jax.metrics import evaluate
+from ddpm_jax.models.asking import inputs_of
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import bits, drawing, programs, reporting, spaces
 from ddpm_jax.runs.drawing import Inputs
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import images, scores
+
+# Samples whose features are taken at a time.
+_PART = 512
 
 
 class Drawn(NamedTuple):
@@ -85,9 +89,9 @@ class Judge:
     """The summary of the reference."""
     reference = self._reference
     assert reference is not None
-    if reference.images is None:
-      assert reference.statistics is not None
+    if reference.statistics is not None:
       return evaluate.of_statistics(reference.statistics)
+    assert reference.images is not None
     count = len(reference.images)
     say(f"{self._space.name} features of {count:,} reference images ...")
     return self._space.summary(reference.images, np.arange(count), self._settings)
@@ -98,7 +102,7 @@ class Judge:
 
   def _scores(self, samples: np.ndarray, settings: evaluate.Settings) -> evaluate.Scores:
     """Return the scores of samples uint8 [N, H, W, C]."""
-    parts = (samples[first : first + spaces.READ] for first in range(0, len(samples), spaces.READ))
+    parts = (samples[first : first + _PART] for first in range(0, len(samples), _PART))
     return self._compared(evaluate.summarize(self._space.extract, parts, len(samples), settings), settings)
 
   def on_the_way(self, parameters: Parameters) -> evaluate.Scores:
@@ -111,16 +115,16 @@ class Judge:
     experiment, source, held_out = self._run.experiment, self._run.source, self._run.held_out
     # As common as in the data, with whose images the samples are compared.
     counts = drawing.class_counts(experiment, source)
-    return drawing.inputs_of(experiment, count, source if held_out is None else held_out, counts)
+    return inputs_of(experiment.model.conditions, count, source if held_out is None else held_out, counts)
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Write samples of some weights into samples/, and their scores into eval.json and report.html; the last variant is the headline."""
     start, run = time.perf_counter(), self._run
     variants = list(variants) or [run.experiment]
-    params, frozen = parallel.whole(run.mesh, (weights.params, dict(weights.frozen)))
+    parameters = parallel.whole(run.mesh, weights.parameters)
     # Of the frozen ones too: samples follow from them as well.
-    sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get((params, frozen)))))
-    weights = weights._replace(params=params, frozen=frozen, sha256=sha256)
+    sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get(parameters))))
+    weights = weights._replace(parameters=parameters, sha256=sha256)
     inputs = self._inputs(self._count)
     named = zip(variants, _names(variants, seed), strict=True)
     drawn = [self._draw(variant, weights, seed, name, inputs) for variant, name in named]
@@ -134,7 +138,9 @@ class Judge:
     if not found:
       return
     samples, classes = found[-1].samples, inputs.get("classes")
-    drawing.save_picture(run.folder / "samples" / "final", samples, classes)
+    picture = run.folder / "samples" / "final.png"
+    images.save_samples(picture, samples, classes)
+    say(f"picture      {picture}")
     report = self._report(found, classes is not None, likelihood, weights)
     report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     report = scores.write(run.folder, report, time.perf_counter() - start)

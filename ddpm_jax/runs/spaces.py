@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +13,12 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.names import choose
-from ddpm_jax.runs.limits import check_features
 from ddpm_jax.storage import images
 from ddpm_jax.storage.places import user_path
 
 FEATURES = ("classifier", "inception", "pixels")
 # Larger images, or such in colour, are more than the small classifier is meant for.
 _SMALL = 32
-# Images that are read at a time.
-READ = 512
 # Images whose features the classifier learns from.
 _LEARNED_FROM = 20_000
 
@@ -51,7 +48,7 @@ class Space:
 
   def summary(self, source: data.Source, chosen: np.ndarray, settings: evaluate.Settings) -> evaluate.Summary:
     """Return the summary of the images of a source at some places."""
-    return evaluate.summarize(self.extract, in_parts(source, chosen), len(chosen), settings)
+    return evaluate.summarize(self.extract, data.images_in_parts(source, chosen), len(chosen), settings)
 
 
 class Reference(NamedTuple):
@@ -73,12 +70,6 @@ class Reference(NamedTuple):
   def number(self) -> int | None:
     """How many images it is of; None if its statistics do not say."""
     return len(self.images or ()) if self.statistics is None else self.statistics.features.count
-
-
-def in_parts(source: data.Source, chosen: np.ndarray) -> Iterator[np.ndarray]:
-  """Yield the images of a source at some places, a part at a time."""
-  for first in range(0, len(chosen), READ):
-    yield data.read_images(source, chosen[first : first + READ])
 
 
 def features_of(experiment: Experiment, source: data.Source) -> str:
@@ -208,12 +199,12 @@ def _check_statistics(experiment: Experiment, space: Space, path: str, statistic
   size, about = statistics.features.mean.size, statistics.about
   if size != space.dimensions:
     raise ValueError(
-      f"Got the reference {path}, statistics of {size:,} dimensions, for features ({space.name}) of {space.dimensions:,}; wanted"
+      f"Got the reference {path}, statistics of {size:,} dimensions, for features ({space.name}) of {space.dimensions:,}; expected"
       " statistics of the same features. Make them by --mode=stats, or name the features: --config.evaluation.features."
     )
   # What is known of the space first: its classifier may have to be trained.
-  for provenance in (dict, lambda: space.made.provenance):
-    for key, value in describe_space(experiment, space.name, provenance()).items() if about else ():
+  for provenance in (dict, lambda: space.made.provenance) if about else ():
+    for key, value in describe_space(experiment, space.name, provenance()).items():
       if about.get(key, value) != value:
         raise ValueError(
           f"Got the reference {path}, of {key}={about[key]}, for a model scored with {key}={value}; expected one feature space and one"
@@ -254,6 +245,5 @@ def build_settings(experiment: Experiment, space: Space, reference: Reference, c
       metrics.check_rank(size, space.dimensions)
   own = {name: getattr(c, name) for name in evaluate.Settings._fields if name != "scores"}
   settings = evaluate.Settings(scores, **own)
-  kept = evaluate.check_counts(settings, count, known)
-  check_features(space.dimensions, kept, "frechet" in scores)
+  metrics.check_memory(space.dimensions, evaluate.check_counts(settings, count, known), "frechet" in scores)
   return settings

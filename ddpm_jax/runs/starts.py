@@ -56,37 +56,34 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = (
   suits = found.model.defaults
   if recipe or suits is None:
     return tree, found
+
+  def is_given(path):
+    return any(key == path or key.startswith(f"{path}.") for key in keys)
+
   steps = found.model.process.num_steps or suits.steps
-  if not any(_is_below(key, "sampler") for key in keys):
+  if not is_given("sampler"):
     steps = suits.steps
   elif config.short_name(tree, "sampler") != "ancestral":
     steps = min(suits.steps, steps, 50)
   clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
-    if not any(_is_below(given, key) for given in keys):
+    if not is_given(key):
       tree = config.changed(tree, key, value)
   return tree, found
-
-
-def _is_below(key: str, path: str) -> bool:
-  return key == path or key.startswith(f"{path}.")
 
 
 def _options(tree: Tree, path: str) -> dict[str, Any]:
   """Return the options of the model at a path that a config gives; the size of images only if the model does not say it."""
   values = tree.values["model"]
-  sized = {} if interop.diffusers.has_size(path) else {"shape": _shape(tree)}
+  sized = {}
+  if not interop.diffusers.has_size(path):
+    size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
+    sized = {"shape": (size, size, channels) if isinstance(size, int) else (*size, channels)}
   if "component" in values:
     return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values} | sized
   network, classes = values["network"], values["conditions"].get("classes", {})
   options = {name: network[name] for name in _OPTIONS if name in network} | sized
   return options | ({"class_dropout": classes["dropout"]} if "dropout" in classes else {})
-
-
-def _shape(tree: Tree) -> tuple[int, ...]:
-  """Return [H, W, C] of a config's data."""
-  size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
-  return (size, size, channels) if isinstance(size, int) else (*size, channels)
 
 
 def _check_conditions(tree: Tree, model: Model, what: str) -> None:
@@ -139,12 +136,10 @@ def same_start(tree: Tree, folder: Path) -> Tree:
 
 
 def check_start(experiment: Experiment) -> None:
-  """Raise a ValueError unless the data have the shape that a model from elsewhere takes, and it is one that is made of noise alone."""
-  model = experiment.model
-  if not experiment.init_from:
-    return
-  if experiment.data.shape != model.data_shape:
+  """Raise a ValueError unless the data have the shape that a model from elsewhere takes."""
+  found, shape = experiment.data.shape, experiment.model.data_shape
+  if experiment.init_from and found != shape:
     raise ValueError(
-      f"Got config.init_from={experiment.init_from!r}, a model of images of {model.data_shape}, and data of {experiment.data.shape}; expected"
-      " one shape. Set --config.data.image_size and --config.data.channels."
+      f"Got config.init_from={experiment.init_from!r}, a model of images of {shape}, and data of {found}; expected one shape. Set"
+      " --config.data.image_size and --config.data.channels."
     )

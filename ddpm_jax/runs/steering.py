@@ -101,7 +101,7 @@ def steer(
   def load() -> dict[str, tuple[PyTree, PyTree]]:
     choices = {"classifier": Choice(), "weak": Choice(step=steering.weak_step)}
     found = {name: load_weights(one, folders[name], mesh, choices[name]) for name, one in others.items()}
-    return {name: (weights.params, weights.frozen) for name, weights in found.items()}
+    return {name: weights.parameters[:2] for name, weights in found.items()}
 
   return Guided(experiment, guides, load, inputs)
 

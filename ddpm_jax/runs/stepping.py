@@ -54,8 +54,8 @@ def optimizer(experiment: Experiment) -> optax.GradientTransformation:
   What an objective trains beside the model has the same optimizer, without averages.
   """
   c = experiment.optimizer
-  choose(c.name, optim.OPTIMIZERS, "config.optimizer.name")
   rate: Any = schedule(experiment)
+  choose(c.name, optim.OPTIMIZERS, "config.optimizer.name")
   # A plain number, where it is one: some optimizers take no other.
   rate = c.learning_rate if c.schedule == "constant" and not c.warmup_steps else rate
   arguments = optim.parse_arguments(c.arguments)

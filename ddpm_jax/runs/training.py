@@ -18,7 +18,7 @@ from ddpm_jax.models.guided import Parameters
 from ddpm_jax.names import choose
 from ddpm_jax.runs import drawing, frozen, limits, model, reading, scoring, starts, stepping
 from ddpm_jax.runs.reading import Run
-from ddpm_jax.storage import checkpoint, images, records, workdir
+from ddpm_jax.storage import checkpoint, frozen_file, images, records, workdir
 from ddpm_jax.training import ema, optim
 
 PyTree = Any
@@ -71,8 +71,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     trainer.checkpoints.close()
     # What follows can be done again: nothing is left to save.
     startup.end_on_sigterm()
-    params, own = trainer.parameters(state)[:2]
-    weights = model.Weights(params, int(state.step), str(model.Choice()), own)
+    weights = model.Weights(trainer.parameters(state), int(state.step), str(model.Choice()))
     trainer.judge.score(weights, trainer.run.experiment.seed)
     say(
       f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
@@ -115,7 +114,7 @@ def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   judge = task.judge(run)
   fixed = frozen.put(experiment, mesh)
   if resuming:
-    frozen.check_same(folder, fixed)
+    frozen_file.check(folder, fixed)
   init, template = model.make_state(experiment, mesh, fixed, None if start is None else start.params)
   # The devices must hold the state and, beside it, the gradients and the frozen parameters.
   needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, fixed)))
@@ -222,7 +221,7 @@ class _Trainer:
     if parallel.is_main():
       config.write(folder, starts.keep(experiment.tree, folder))
     if not resuming:
-      frozen.write(folder, self.frozen)
+      frozen_file.write(folder, self.frozen)
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
@@ -265,13 +264,13 @@ class _Trainer:
     writer = None
     if parallel.is_main():
       writer = records.Records(folder, first, wandb=c.wandb, config=experiment.tree.values)
-    work = _Work(self, writer)
     trace = watching.Trace(folder / "profile", first + _BEFORE_TRACE, profile)
     with contextlib.ExitStack() as last:
       if writer is not None:
         last.callback(writer.close)
       last.callback(self.checkpoints.wait)
       last.callback(trace.close)
+      work = _Work(self, writer, _skipped(state))
       signals = last.enter_context(watching.Signals(self.batches.give_up))
       state = training.fit(
         state,
@@ -279,7 +278,7 @@ class _Trainer:
         self.batches,
         self.frozen,
         num_steps=c.steps,
-        log=_Log(self.run, self.batches, writer, _skipped(state), self.batch),
+        log=work.log,
         log_every=c.log_every,
         callbacks=work.callbacks(self.preview),
         max_skipped=c.max_skipped,
@@ -298,18 +297,23 @@ class _Trainer:
 
 
 class _Work:
-  """What is done between steps: pictures, scores, snapshots and checkpoints."""
+  """What is done between steps: logs, pictures, scores, snapshots and checkpoints."""
 
-  def __init__(self, trainer: _Trainer, writer: records.Records | None):
-    self._trainer, self._writer, self._checkpoints = trainer, writer, trainer.checkpoints
+  def __init__(self, trainer: _Trainer, writer: records.Records | None, skipped: int):
+    self._trainer, self._run, self.checkpoints = trainer, trainer.run, trainer.checkpoints
+    self._writer, self._skipped = writer, skipped
     self._scores: tuple[int, Metrics] = (-1, {})
+    experiment = self._run.experiment
+    self._rate, self._chip = stepping.schedule(experiment), hardware.chip_of(self._run.mesh.devices.flat[0].device_kind)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), trainer.batch)
+    self._flops = stepping.flops_per_image(experiment, one) if self._chip else 0.0
 
   def callbacks(self, preview: Callable[[Parameters], np.ndarray] | None) -> list[training.Callback]:
     """Return what is done when. The checkpoint last: a run that is killed in between does the others again."""
-    experiment, folder = self._trainer.run.experiment, self._trainer.run.folder
+    experiment, folder = self._run.experiment, self._run.folder
     found = []
     if experiment.ema.snapshot_every:
-      self._snapshots = model.open_snapshots(folder)
+      self.snapshots = model.open_snapshots(folder)
       found.append(training.Callback(experiment.ema.snapshot_every, self._snapshot))
     if experiment.evaluation.every:
       found.append(training.Callback(experiment.evaluation.every, self._score))
@@ -318,13 +322,31 @@ class _Work:
       found.append(training.Callback(experiment.training.sample_every, self._draw))
     return [*found, training.Callback(experiment.training.checkpoint_every, self.save)]
 
+  def log(self, number: int, metrics: Metrics) -> None:
+    """Add to the loop's metrics what it cannot know, and write them down."""
+    skipped = int(metrics.get("skipped", 0))
+    if skipped > self._skipped:
+      warn(
+        f"{skipped - self._skipped} steps before {number:,} skipped for gradients that are not finite, {skipped:,} in all"
+      )
+    self._skipped = skipped
+    # They do not count for the schedule.
+    metrics["learning_rate"] = float(self._rate(number - 1 - skipped))
+    metrics["memory_gb"] = parallel.memory_in_use() / 1e9
+    if self._trainer.batches.broken:
+      metrics["broken_files"] = self._trainer.batches.broken
+    if self._chip is not None:
+      speed, dtype = metrics["images_per_second"] * self._flops, scoring.dtype_of(self._run.experiment)
+      metrics["flop_utilization"] = hardware.utilization(speed, self._chip, self._run.mesh.size, dtype)
+    if self._writer is not None:
+      self._writer.scalars(number, metrics)
+
   def save(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
     """Save a checkpoint, with the scores of its step if there are any: a run that is told to stop has none."""
-    trainer = self._trainer
     found = self._scores[1] if self._scores[0] == number else {}
-    lacks_best = trainer.run.experiment.training.best_metric.startswith("eval/") and not found
-    self._checkpoints.save(
-      number, training.items_of(state), trainer.batches.state, {} if lacks_best else metrics | found
+    lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not found
+    self.checkpoints.save(
+      number, training.items_of(state), self._trainer.batches.state, {} if lacks_best else metrics | found
     )
 
   def rescue(self, number: int, state: training.TrainState) -> None:
@@ -332,7 +354,7 @@ class _Work:
     # Several processes can save together only, and the others wait for this one's part of the next step.
     if jax.process_count() == 1:
       self.save(number, state, {})
-      self._checkpoints.wait()
+      self.checkpoints.wait()
       say(f"no further batch; saved at step {number:,}, from which the same command goes on")
 
   def _score(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
@@ -344,47 +366,17 @@ class _Work:
 
   def _snapshot(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
     # One after the other: orbax's barriers between processes do not tell two folders apart.
-    self._checkpoints.wait()
+    self.checkpoints.wait()
     # A step that was skipped is no step of the average.
-    self._snapshots.save(number, {"ema": training.items_of(state)["ema"]}, {"steps": number - _skipped(state)})
-    self._snapshots.wait()
+    self.snapshots.save(number, {"ema": training.items_of(state)["ema"]}, {"steps": number - _skipped(state)})
+    self.snapshots.wait()
 
   def _draw(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
     picture = self._preview(self._trainer.parameters(state))
     if self._writer is not None:
-      images.save_grid(self._trainer.run.folder / "samples" / f"step_{number:07d}.png", picture)
+      images.save_grid(self._run.folder / "samples" / f"step_{number:07d}.png", picture)
       self._writer.image(number, "samples", images.grid(picture))
 
 
 def _skipped(state: training.TrainState) -> int:
   return int((optim.skipped(state.opt_state) or (0,))[0])
-
-
-class _Log:
-  """Adds to the loop's metrics what it cannot know, and writes them down."""
-
-  def __init__(self, run: Run, batches: data.Batches, writer: records.Records | None, skipped: int, batch: PyTree):
-    self._rate, self._batches = stepping.schedule(run.experiment), batches
-    self._writer, self._skipped = writer, skipped
-    self._chip, self._devices = hardware.chip_of(run.mesh.devices.flat[0].device_kind), run.mesh.size
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
-    self._flops = stepping.flops_per_image(run.experiment, one) if self._chip else 0.0
-    self._dtype = scoring.dtype_of(run.experiment)
-
-  def __call__(self, number: int, metrics: Metrics) -> None:
-    skipped = int(metrics.get("skipped", 0))
-    if skipped > self._skipped:
-      warn(
-        f"{skipped - self._skipped} steps before {number:,} skipped for gradients that are not finite, {skipped:,} in all"
-      )
-    self._skipped = skipped
-    # They do not count for the schedule.
-    metrics["learning_rate"] = float(self._rate(number - 1 - skipped))
-    metrics["memory_gb"] = parallel.memory_in_use() / 1e9
-    if self._batches.broken:
-      metrics["broken_files"] = self._batches.broken
-    if self._chip is not None:
-      speed = metrics["images_per_second"] * self._flops
-      metrics["flop_utilization"] = hardware.utilization(speed, self._chip, self._devices, self._dtype)
-    if self._writer is not None:
-      self._writer.scalars(number, metrics)

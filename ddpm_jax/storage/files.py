@@ -6,8 +6,9 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 # What only writing meets. Libraries in C++ and Rust give the system's words and no number.
 _FULL = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
@@ -71,6 +72,14 @@ def write_text(path: str | Path, text: str) -> None:
   """Write a file of UTF-8 text, whole or not at all; a `WriteError` if that fails."""
   # A path may hold bytes that are no text, which Python keeps as lone surrogates.
   write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+  """Write arrays by name into a compressed .npz file, whole or not at all."""
+  import numpy as np
+
+  with writing(path) as temporary:
+    np.savez_compressed(temporary, **arrays)
 
 
 @contextlib.contextmanager

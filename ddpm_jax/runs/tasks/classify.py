@@ -1,7 +1,7 @@
 """The task of classifiers of noisy data, which guide: scored on held-out images by noise level."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from ddpm_jax.processes import Process
 from ddpm_jax.runs import drawing
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
-from ddpm_jax.runs.tasks.task import check_objective, unexpected
+from ddpm_jax.runs.tasks.task import Task, check_objective
 from ddpm_jax.storage import scores
 from ddpm_jax.storage.images import as_floats
 
@@ -28,8 +28,8 @@ PyTree = Any
 _LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
-class Classify:
-  """Implements `Task` for classifiers of noisy data."""
+class Classify(Task):
+  """Scores classifiers of noisy data, of which there is nothing to show."""
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raise a ValueError if the experiment's classifier cannot be evaluated over the mesh."""
@@ -56,24 +56,15 @@ class Classify:
     check = data.labels_below(number, "model.network.out_channels")
     return conditions.classes("classes", number)._replace(check=check)
 
-  def preview(
-    self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
-  ) -> Callable[[Parameters], np.ndarray] | None:
-    """Return None: there are no pictures to draw on the way."""
-    return None
-
   def judge(self, run: Run) -> "Judge":
     """Return what scores the classifier."""
     return Judge(run, self._number(run.experiment))
 
   def check_draws(self, what: str) -> None:
     """Raise a ValueError."""
-    raise unexpected(
-      what, "classify", "a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing"
+    raise ValueError(
+      f"Got {what} of config.task='classify'; expected a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing."
     )
-
-  def check_classifies(self, what: str) -> None:
-    """Allow all models."""
 
 
 def classify() -> Classify:
@@ -156,12 +147,7 @@ def noise_levels(process: Process) -> np.ndarray:
 
 
 def _classify(
-  experiment: Experiment,
-  mesh: jax.sharding.Mesh,
-  held_out: data.Source,
-  weights: Weights,
-  times: np.ndarray,
-  seed: int,
+  experiment: Experiment, mesh: jax.sharding.Mesh, held_out: data.Source, weights: Weights, times: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Return log-probabilities [levels, N, K] of held-out images [N] with noise, and their classes [N].
 

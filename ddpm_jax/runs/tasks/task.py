@@ -1,7 +1,7 @@
 """`Task`: what a run does with its objective, and `Judge`, which scores what it leads to."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -37,7 +37,10 @@ class Judge(Protocol):
 
 
 class Task(Protocol):
-  """What a run does with its objective. A user's own is a function without arguments that returns one."""
+  """What a run does with its objective. A user's own is a function without arguments that returns one.
+
+  What it inherits from this class shows nothing and allows all models.
+  """
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raise a ValueError if the experiment cannot be trained and looked at over the mesh."""
@@ -49,20 +52,18 @@ class Task(Protocol):
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
   ) -> Callable[[Parameters], np.ndarray] | None:
     """Return a function from parameters to pictures uint8 [N, H, W, C], for training; None if there is nothing to see."""
+    return None
 
   def judge(self, run: Run) -> Judge:
     """Return what scores the weights of a run and reports them."""
 
   def check_draws(self, what: str) -> None:
     """Raise a ValueError, in which `what` names the model, unless samples can be drawn of it."""
+    return
 
   def check_classifies(self, what: str) -> None:
     """Raise a ValueError, in which `what` names the model, unless it tells classes of noisy data apart."""
-
-
-def unexpected(what: str, task: str, wanted: str) -> Any:
-  """Return the error for a model of another task."""
-  return ValueError(f"Got {what} of config.task={task!r}; expected {wanted}.")
+    return
 
 
 def check_objective(experiment: Experiment, task: str, known: Sequence[str]) -> None:
