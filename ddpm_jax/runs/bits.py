@@ -180,11 +180,6 @@ def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str,
   return found
 
 
-def without_terms(likelihoods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Return what eval.json holds of likelihoods."""
-  return {kind: {key: value for key, value in found.items() if key != "terms"} for kind, found in likelihoods.items()}
-
-
 def table(likelihoods: dict[str, dict[str, Any]]) -> str:
   """Return a table of the likelihoods; an empty text if there are none."""
   lines = []

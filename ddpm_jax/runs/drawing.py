@@ -21,7 +21,6 @@ from ddpm_jax.runs.starts import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, scale_key, steer
 from ddpm_jax.storage import files, images, rows, workdir
 
-PyTree = Any
 Inputs = dict[str, np.ndarray]
 # Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
 _CPU_BATCH = 16
@@ -80,14 +79,7 @@ def run_sample(
   arrays = named(guided.inputs)
   for number, stage in enumerate(stages):
     arrays[f"stage_{number}"] = samples
-    own = stage.experiment
-    height, width = own.model.data_shape[:2]
-    say(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
-    inputs = {**guided.inputs, stage.low: images.from_uint8(samples)}
-    inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
-    own_parameters = load_weights(own, stage.folder, mesh, Choice()).parameters
-    samples, nfe = draw(own, stage.generate, own_parameters, seed, num_samples, inputs)
-    say(f"{nfe:,} network evaluations each")
+    samples = stage.enlarge(samples, mesh, seed, guided.inputs)
   if parallel.is_main():
     arrays = {"samples": samples, **arrays}
     files.write_arrays(f"{path}.npz", arrays)
@@ -126,6 +118,18 @@ class Stage(NamedTuple):
   folder: Path
   generate: Callable
   low: str
+
+  def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
+    """Return samples (uint8) enlarged; `inputs` are what they were asked to show."""
+    own = self.experiment
+    height, width = own.model.data_shape[:2]
+    say(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
+    parameters = load_weights(own, self.folder, mesh, Choice()).parameters
+    inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
+    inputs[self.low] = images.from_uint8(samples)
+    samples, nfe = draw(own, self.generate, parameters, seed, len(samples), inputs)
+    say(f"{nfe:,} network evaluations each")
+    return samples
 
 
 def enlarged(experiment: Experiment) -> str | None:
@@ -185,10 +189,8 @@ def fit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, sl
 
 def _scale(experiment: Experiment) -> Any:
   """Return the scale of guidance, of an interval that inside of it; None if the rule has none."""
-  found: Any = experiment.tree.values
-  for name in scale_key(experiment.tree).split("__"):
-    found = found.get(name)
-  return found
+  *section, name = scale_key(experiment.tree).split("__")
+  return experiment.tree.at(".".join(section)).get(name)
 
 
 def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[Parameters], np.ndarray]:

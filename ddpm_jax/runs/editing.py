@@ -84,15 +84,15 @@ def run_edit(
   factor = experiment.model.data_shape[0] // given.images.shape[1]
   function = edits.edit(guided, mesh, edit.task, factor)
   parameters = drawing.load_parameters(guided, folder, mesh, choice, model)
-  named = method and drawing.enlarged(experiment) is None
-  how = f" by {method}" if named else ""
+  method = method if drawing.enlarged(experiment) is None else ""
+  how = f" by {method}" if method else ""
   say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
   inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
   parts = list(drawing.in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
   found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   drawing.check_finite(experiment, found["output"])
   if parallel.is_main():
-    path = files.free_path(folder / "edits" / f"{edit.task}{f'_{method}' if named else ''}_seed{seed}", ".npz")
+    path = files.free_path(folder / "edits" / f"{edit.task}{f'_{method}' if method else ''}_seed{seed}", ".npz")
     _write(experiment, path, edit, given, inputs, found)
   parallel.wait_for_all("done")
 

@@ -36,8 +36,7 @@ def run_eval(
   judge = task.judge(reading.Run(experiment, folder, mesh, *reading.read_data(experiment)))
   judge.check_scores()
   workdir.check_writable(folder)
-  weights = model.load_weights(experiment, folder, mesh, choice)
-  judge.score(weights, seed, variants)
+  judge.score(model.load_weights(experiment, folder, mesh, choice), seed, variants)
   parallel.wait_for_all("done")
 
 

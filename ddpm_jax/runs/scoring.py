@@ -196,7 +196,9 @@ class Judge:
       "weights_sha256": weights.sha256,
     }
     if likelihood:
-      report["likelihood"] = bits.without_terms(likelihood)
+      report["likelihood"] = {
+        kind: {key: value for key, value in found.items() if key != "terms"} for kind, found in likelihood.items()
+      }
     if reference is None:
       return report
     curve = [
@@ -206,9 +208,9 @@ class Judge:
       for one in drawn
     ]
     floor, number, why = self._floor(reference)
-    kept, kernel_size = self._real.kept, c.kernel_size
-    if kept is not None:
-      kernel_size = kernel_size or evaluate.kernel_size(len(kept), min(self._count, c.most_kept))
+    kernel_size = None
+    if self._real.kept is not None:
+      kernel_size = c.kernel_size or evaluate.kernel_size(len(self._real.kept), min(self._count, c.most_kept))
     report |= {
       "scores": {"generated": curve[-1]["scores"], "floor": floor},
       "floor_num": number,
@@ -217,7 +219,7 @@ class Judge:
       "reference": _describe(reference, experiment),
       "reference_num": self._real.count,
       "neighbour": c.k,
-      "settings": self._settings._asdict() | {"kernel_size": None if kept is None else kernel_size},
+      "settings": self._settings._asdict() | {"kernel_size": kernel_size},
     }
     if why:
       report["no_floor"] = why

@@ -11,7 +11,7 @@ from ddpm_jax import config
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import guided
 from ddpm_jax.models.asking import asked
-from ddpm_jax.models.guided import NEGATIVE, Guides
+from ddpm_jax.models.guided import ALONE, NEGATIVE, Guides
 from ddpm_jax.runs.model import Choice, load_weights, trained
 
 PyTree = Any
@@ -108,9 +108,8 @@ def steer(
 
 def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> Experiment:
   """Return the experiment with the rule that its guides want, unless its own is of that kind."""
-  wanted = "classifier" if guides.classifier else "autoguidance" if guides.weak else ""
-  kinds = {"classifier": "log_prob", "autoguidance": "weak"}
-  if wanted and kinds[wanted] not in guided.takes(experiment.guidance):
+  wanted, takes = ("classifier", "log_prob") if guides.classifier else ("autoguidance", "weak")
+  if guides != ALONE and takes not in guided.takes(experiment.guidance):
     node, usual = (tree.values["guidance"] for tree in (experiment.tree, config.expand({})))
     lost = [name for name, value in node.items() if name != "scale" and value != usual.get(name)]
     if lost:

@@ -174,7 +174,7 @@ class _Trainer:
 
   def describe(self) -> None:
     """Say what is trained on which data and devices, and write down how many images each class has, if it is known."""
-    experiment, source, mesh = self.run.experiment, self.run.source, self.run.mesh
+    experiment, source = self.run.experiment, self.run.source
     shape = "x".join(map(str, experiment.data.shape))
     say(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
     counts = drawing.class_counts(experiment, source)
@@ -186,7 +186,7 @@ class _Trainer:
         warn(f"{len(absent):,} of {len(counts):,} classes have no image to learn from: {names}")
       workdir.write_labels(self.run.folder, counts.tolist())
     num_params = sum(leaf.size for leaf in jax.tree.leaves(self.template.params))
-    say(f"{num_params:,} parameters on {parallel.describe(mesh)}")
+    say(f"{num_params:,} parameters on {parallel.describe(self.run.mesh)}")
     if experiment.init_from:
       say(f"network, process and prediction from {experiment.init_from}")
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from ddpm_jax.runs.tasks.task import Task, check_objective
 from ddpm_jax.storage import scores
 from ddpm_jax.storage.images import as_floats
 
-PyTree = Any
 # The noise levels that are scored, where the process has them.
 _LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
