@@ -264,7 +264,7 @@ def in_rows(
   like: tuple[tuple[int, ...], Any],
   parts: Callable[[int, dict[str, Any]], Iterable[tuple[np.ndarray, dict[str, Any]]]],
 ) -> rows.Rows | None:
-  """Return rows that a run's folder keeps, the missing ones computed; None but in the first process.
+  """Return rows that a run's folder keeps, and compute those that are missing; None but in the first process.
 
   Args:
     folder: the run's.

@@ -98,7 +98,7 @@ def _resuming(folder: Path, resume: str) -> bool:
 
 
 def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
-  """Check all that training needs, and write nothing but an empty folder."""
+  """Return the trainer of a run once all that it needs is checked; nothing is written but an empty folder."""
   tree, start = (starts.same_start(tree, folder), None) if resuming else starts.starting_from(tree)
   config.check_same_run(folder, tree)
   experiment = config.build(tree, None if start is None else start.model)
@@ -280,7 +280,7 @@ class _Trainer:
         num_steps=c.steps,
         log=work.log,
         log_every=c.log_every,
-        callbacks=work.callbacks(self.preview),
+        callbacks=work.callbacks(),
         max_skipped=c.max_skipped,
         watch=training.Watch(lambda: self.batches.wait, signals.asked, trace.before_step),
         rescue=work.rescue,
@@ -288,7 +288,7 @@ class _Trainer:
       )
       if signals.asked_after(c.steps):
         stopped = int(state.step)
-        work.save(stopped, state, {})
+        work.keep(stopped, state, {})
         self.checkpoints.wait()
         name = signal.Signals(signals.number).name
         say(f"told to stop ({name}); saved at step {stopped:,}, from which the same command goes on")
@@ -308,7 +308,7 @@ class _Work:
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), trainer.batch)
     self._flops = stepping.flops_per_image(experiment, one) if self._chip else 0.0
 
-  def callbacks(self, preview: Callable[[Parameters], np.ndarray] | None) -> list[training.Callback]:
+  def callbacks(self) -> list[training.Callback]:
     """Return what is done when. The checkpoint last: a run that is killed in between does the others again."""
     experiment, folder = self._run.experiment, self._run.folder
     found = []
@@ -317,10 +317,9 @@ class _Work:
       found.append(training.Callback(experiment.ema.snapshot_every, self._snapshot))
     if experiment.evaluation.every:
       found.append(training.Callback(experiment.evaluation.every, self._score))
-    if preview is not None:
-      self._preview = preview
+    if self._trainer.preview is not None:
       found.append(training.Callback(experiment.training.sample_every, self._draw))
-    return [*found, training.Callback(experiment.training.checkpoint_every, self.save)]
+    return [*found, training.Callback(experiment.training.checkpoint_every, self.keep)]
 
   def log(self, number: int, metrics: Metrics) -> None:
     """Add to the loop's metrics what it cannot know, and write them down."""
@@ -341,7 +340,7 @@ class _Work:
     if self._writer is not None:
       self._writer.scalars(number, metrics)
 
-  def save(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
+  def keep(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
     """Save a checkpoint, with the scores of its step if there are any: a run that is told to stop has none."""
     found = self._scores[1] if self._scores[0] == number else {}
     lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not found
@@ -353,7 +352,7 @@ class _Work:
     """Save what there is if no further batch comes."""
     # Several processes can save together only, and the others wait for this one's part of the next step.
     if jax.process_count() == 1:
-      self.save(number, state, {})
+      self.keep(number, state, {})
       self.checkpoints.wait()
       say(f"no further batch; saved at step {number:,}, from which the same command goes on")
 
@@ -372,7 +371,8 @@ class _Work:
     self.snapshots.wait()
 
   def _draw(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
-    picture = self._preview(self._trainer.parameters(state))
+    assert self._trainer.preview is not None
+    picture = self._trainer.preview(self._trainer.parameters(state))
     if self._writer is not None:
       images.save_grid(self._run.folder / "samples" / f"step_{number:07d}.png", picture)
       self._writer.image(number, "samples", images.grid(picture))
