@@ -1,8 +1,20 @@
 """Names that a user gives, each one of several."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+
+def hint(name: str, options: Iterable[str], shown: Callable[[str], str] = repr) -> str:
+  """Return " Did you mean 'x'?" with the option nearest to a name, or nothing if none is near.
+
+  Args:
+    name: as the user gave it.
+    options: the names that there are.
+    shown: how the message shows an option.
+  """
+  near = difflib.get_close_matches(str(name), list(options), 1)
+  return f" Did you mean {shown(near[0])}?" if near else ""
 
 
 def choose(name: str, options, what: str) -> Any:
@@ -18,6 +30,4 @@ def choose(name: str, options, what: str) -> Any:
   """
   if name in options:
     return options[name] if isinstance(options, Mapping) else name
-  near = difflib.get_close_matches(str(name), list(options), 1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"Got {name!r} as {what}; wanted one of {', '.join(sorted(options))}.{hint}")
+  raise ValueError(f"Got {name!r} as {what}; wanted one of {', '.join(sorted(options))}.{hint(name, options)}")

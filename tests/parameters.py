@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import data, interop, networks
+from ddpm_jax import data, interop, networks, training
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import Network
 from ddpm_jax.models.networks import keywords
@@ -55,7 +55,7 @@ def write_run(config, folder, seed=0, scale=0.2, averages_seed=None):
   source, _ = reading.read_data(experiment)
   batches = data.batches(source, config.training.batch_size, seed=config.seed, flip=False, put=lambda batch: batch)
   checkpoints = model.open_checkpoints(experiment, folder)
-  items = jax.device_put(model.items_of(state), mesh.devices.flat[0])
+  items = jax.device_put(training.items_of(state), mesh.devices.flat[0])
   checkpoints.save(config.training.steps, items, batches.state | {"batch": config.training.steps}, {"loss": 1.0})
   checkpoints.close()
   batches.close()

@@ -82,6 +82,7 @@ def saved_items(folder):
   """Every leaf of a run's newest checkpoint, keys as numbers, whole on one device."""
   import jax
 
+  from ddpm_jax import training
   from ddpm_jax.devices import parallel
   from ddpm_jax.runs import frozen, model
 
@@ -89,7 +90,7 @@ def saved_items(folder):
   _, template = model.make_state(experiment, mesh, frozen.shapes(experiment, mesh))
   checkpoints = model.open_checkpoints(experiment, folder)
   try:
-    state = model.state_of(checkpoints.restore(model.items_of(template)).items)
+    state = training.state_of(checkpoints.restore(training.items_of(template)).items)
   finally:
     checkpoints.close()
   return jax.device_get(state._replace(key=jax.random.key_data(state.key)))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import training
 from ddpm_jax.devices import parallel
-from ddpm_jax.runs import model
 from ddpm_jax.storage import checkpoint
 from tests import objectives
 
@@ -80,11 +80,11 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, devices):
   for number, batch in enumerate(objectives.batches(4), 1):
     state, _ = step(state, parallel.put_batch(mesh, batch, objectives.BATCH), given)
     if number == 2:
-      checkpoints.save(2, model.items_of(state), {})
+      checkpoints.save(2, training.items_of(state), {})
       checkpoints.wait()
-  restored = checkpoints.restore(model.items_of(parallel.abstract(shapes, shardings)))
+  restored = checkpoints.restore(training.items_of(parallel.abstract(shapes, shardings)))
   checkpoints.close()
-  again = model.state_of(restored.items)
+  again = training.state_of(restored.items)
   assert int(again.step) == 2
   for batch in objectives.batches(4)[2:]:
     again, _ = step(again, parallel.put_batch(mesh, batch, objectives.BATCH), given)

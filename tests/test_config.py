@@ -13,7 +13,7 @@ from ddpm_jax.config import components, default_config, slots, spec, values
 from ddpm_jax.config import tree as trees
 from ddpm_jax.storage import workdir
 from tests.commands import DENSE, RECIPE, assert_refused, call
-from tests.recipes import experiment_of, tiny_config, tree_of
+from tests.recipes import tiny_config, tree_of
 
 TREE = configs.expand({})
 # The keys of sections alone, which have bounds: arguments of components check themselves.
@@ -266,7 +266,8 @@ def test_a_config_comes_back_from_a_run(tmp_path):
   configs.write(tmp_path, tree)
   assert f'"init_from": "{tmp_path}' not in (tmp_path / "config.json").read_text()
   assert configs.of_run(tmp_path).values == tree.values
-  assert configs.of_run(tmp_path).roles == tree.roles
+  for path in trees.leaves(tree.values):
+    assert configs.of_run(tmp_path).role(path) == tree.role(path)
   # The folder may move.
   moved = tmp_path.parent / "moved"
   tmp_path.rename(moved)
@@ -295,16 +296,12 @@ ROLES = {
 
 @pytest.mark.parametrize("key", ROLES)
 def test_each_key_is_for_what_its_section_or_itself_says(key):
-  assert TREE.roles[key] == ROLES[key]
+  assert TREE.role(key) == ROLES[key]
 
 
 def test_every_value_has_a_role():
-  assert set(TREE.roles) >= set(trees.leaves(TREE.values))
-  assert set(TREE.roles.values()) <= set(components.ROLES)
-  whole = trees.of_roles(TREE, components.ROLES)
-  assert whole == trees.leaves(TREE.values)
-  experiment = experiment_of(tiny_config())
-  assert experiment.values("model", "run") == trees.of_roles(experiment.tree, ("model", "run"))
+  assert {TREE.role(path) for path in trees.leaves(TREE.values)} <= set(components.ROLES)
+  assert TREE.of_roles(*components.ROLES) == trees.leaves(TREE.values)
 
 
 @pytest.fixture
@@ -421,12 +418,12 @@ def test_what_must_be_given_may_come_later_but_must_come():
 @pytest.mark.parametrize("key", [key for key in COMPONENTS if slots.names(TREE.places[key].slot)])
 def test_every_place_names_its_components_and_its_example_is_one(key):
   slot = TREE.places[key].slot
-  name = components.parse(components.example(slot), key)[components.KEY]
+  name = components.parse(slot.example, key)[components.KEY]
   if ":" in name:
     return
   assert name in slots.names(slot)
-  tree = configs.changed(TREE, key, components.example(slot))
-  assert tree.at(key)[components.KEY] == f"{slot.homes[0]}.{name}"
+  tree = configs.changed(TREE, key, slot.example)
+  assert tree.at(key)[components.KEY] == f"{slot.home}.{name}"
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def flag_of(parameter, number):
 
 
 def needs_nothing(name, slot):
-  declared = components.parameters(components.find(name, slot, "")[1], slot)
-  return all(parameter.default is not components.MISSING for parameter in declared or ())
+  keys = components.find({"component": name}, slot, "").keys or {}
+  return all(parameter.default is not components.MISSING for parameter in keys.values())
 
 
 def everything():
@@ -75,7 +75,7 @@ def arguments_of(whole, component, tree, key, monkeypatch):
     # What is made for each batch has its arguments from then on.
     if key in ("guidance", "editing.method"):
       return (made.guidance if key == "guidance" else made.editing.method).keywords
-    configs.source_of(made)(data.Fit((8, 8), 1))
+    made.data.source(data.Fit((8, 8), 1))
   except Reached as reached:
     return reached.args[0]
   raise AssertionError(f"{whole} was not made")
@@ -83,14 +83,14 @@ def arguments_of(whole, component, tree, key, monkeypatch):
 
 @pytest.mark.parametrize(("key", "slot", "name"), everything())
 def test_every_argument_is_a_key_whose_value_reaches_its_component(key, slot, name, monkeypatch):
-  whole, component, _ = components.find(name, slot, key)
-  declared = components.parameters(component, slot)
-  if declared is None:
+  found = components.find({"component": name}, slot, key)
+  whole, component, signature = found.name, found.itself, found.declared
+  if found.keys is None:
     # A value, or a function that is used as it is.
-    assert not callable(component) or slots.is_itself(component, slot)
+    assert slots.use(component, slot) == "itself"
     assert with_keys({key: name}).at(key) == {"component": whole}
     return
-  signature = slots.parameters_of(component)
+  declared = list(found.keys.values())
   offered = {name for name, parameter in signature.items() if slots.is_offered(parameter, slot.offers)}
   assert offered | {parameter.name for parameter in declared} == set(signature)
   texts = {parameter.name: flag_of(parameter, number) for number, parameter in enumerate(declared)}
@@ -116,7 +116,7 @@ def test_every_argument_is_a_key_whose_value_reaches_its_component(key, slot, na
 def test_every_public_noun_has_a_place():
   """Functions of the package that make a process, a sampler and so on, and values that are one, can be named in a config."""
   nouns = [kind for place in TREE.places.values() if place.slot for kind in place.slot.kinds if inspect.isclass(kind)]
-  placed = {id(components.find(one.values[2], one.values[1], "")[1]) for one in everything()}
+  placed = {id(components.find({"component": one.values[2]}, one.values[1], "").itself) for one in everything()}
   missing = []
   for home in slots.MODULES:
     for name, component in slots.exports(home).items():

@@ -291,7 +291,7 @@ def test_a_condition_is_added_and_removed_by_a_flag():
   assert set(made) == {"classes", "size"}
   assert (made["classes"].number, made["size"].shape.shape) == (11, (2,))
   assert set(with_keys({"model.conditions.size": "None"}, tree).at("model.conditions")) == {"classes"}
-  assert tree.roles["model.conditions.classes.number"] == "model"
+  assert tree.role("model.conditions.classes.number") == "model"
 
 
 def test_the_order_of_conditions_does_not_depend_on_who_wrote_them(tmp_path):

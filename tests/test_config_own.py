@@ -10,10 +10,10 @@ import pytest
 
 from ddpm_jax import config as configs
 from ddpm_jax import data, predictions, processes
-from ddpm_jax.config import components, experiment, foreign, spec
+from ddpm_jax.config import components, foreign, spec
 from tests.commands import RECIPE, assert_refused, call
 from tests.parameters import write_run
-from tests.recipes import experiment_of, tiny_config, tree_of
+from tests.recipes import tiny_config, tree_of
 from tests.test_config_components import TREE, with_keys
 
 OWN = """
@@ -143,12 +143,12 @@ def test_every_place_takes_a_user_s_own(own):
   assert float(made.model.process.log_snr(1.0)) == float(processes.vp(0.1, 9.0).log_snr(1.0))
   assert made.model.prediction is predictions.EPS
   np.testing.assert_allclose(made.times, np.linspace(1, 0, 5) ** 3)
-  assert configs.short_name(tree, "sampler") == "sampler"
-  assert configs.is_own(tree, "sampler")
-  assert not configs.is_own(TREE, "sampler")
+  assert tree.short_name("sampler") == "sampler"
+  assert tree.is_own("sampler")
+  assert not TREE.is_own("sampler")
   assert made.guidance(denoise=lambda x_t, t: x_t)(2, 0) == 4
   fit = data.Fit((8, 8), 1)
-  assert configs.source_of(made)(fit).train == (fit, "there", {"other": 3})
+  assert made.data.source(fit).train == (fit, "there", {"other": 3})
   # An argument by a name that a component does not declare is a key too, of any type.
   assert with_keys({"data.source.other": "(4, x)"}, tree).at("data.source.other") == "(4, x)"
   assert with_keys({"data.source.more": "(4, 5)"}, tree).at("data.source.more") == (4, 5)
@@ -159,9 +159,7 @@ def test_every_place_takes_a_user_s_own(own):
 
 def test_a_function_is_taken_as_it_is_or_called_by_what_it_needs(own, tmp_path):
   def weighting_of(text):
-    slot = TREE.places["objective.weighting"].slot
-    tree = with_keys({"objective.weighting": text})
-    return experiment._Maker(None).component(tree.at("objective.weighting"), "objective.weighting", {}, slot)
+    return configs.make(with_keys({"objective.weighting": text}), "objective.weighting")
 
   assert weighting_of(f"{own}:weighting")(0.0) == 1
   assert weighting_of(f"{own}:typed_weighting")(0.0) == 1
@@ -335,12 +333,7 @@ def test_a_run_goes_on_with_what_a_component_file_held(own, run_of_own):
   tree = configs.of_run(run_of_own)
   assert tree.at("objective.weighting") == before.at("objective.weighting")
   slot = tree.places["objective.weighting"].slot
-  assert (
-    components.find(
-      tree.at("objective.weighting.component"), slot, "", tree.at("objective.weighting.sha256"), run_of_own
-    )[1](3.0)(3.0)
-    == 27
-  )
+  assert components.find(tree.at("objective.weighting"), slot, "", run_of_own).itself(3.0)(3.0) == 27
   # A recipe names what the file holds now, which is another run.
   config = tiny_config()
   config.objective.weighting = spec(f"{own}:made_weighting", power=3.0)
@@ -419,4 +412,4 @@ def test_sections_of_a_component_of_any_arguments_are_for_what_it_is_for(own, tm
   tree = tree_of(config)
   configs.write(tmp_path, tree)
   assert json.loads((tmp_path / "config.json").read_text())["data"]["source"]["other"] == {"a": {"b": 1}}
-  assert experiment_of(config).values("run")["data.source.other.a.b"] == 1
+  assert tree.of_roles("run")["data.source.other.a.b"] == 1

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.config import spec
-from ddpm_jax.runs import prepare, reading
+from ddpm_jax.runs import reading
 from ddpm_jax.storage import sealed
 from tests.conftest import ROOT
 from tests.pictures import pixels_of, spoil, write_builder, write_folder
@@ -41,9 +41,9 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   write_builder(tmp_path / "own_squares.py", "OwnSquares")
   keys = {"name": "own_squares", "path": str(tmp_path / "tfds")}
   with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.source\.module"):
-    prepare.run_prepare(experiment("tfds", **keys), None)
+    reading.run_prepare(experiment("tfds", **keys), None)
   own = experiment("tfds", **keys, module=str(tmp_path / "own_squares.py"))
-  prepare.run_prepare(own, None)
+  reading.run_prepare(own, None)
   printed = capsys.readouterr().out
   assert "train 7, test 2" in printed
   assert str(tmp_path / "tfds" / "own_squares") in printed
@@ -52,9 +52,9 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   for index in range(7):
     np.testing.assert_array_equal(train[index]["image"], pixels_of(train[index]["classes"]))
   assert data.TfdsSource("own_squares", "train", (3, 3), 1, keys["path"])[0]["image"].shape == (3, 3, 1)
-  prepare.run_prepare(own, None)
+  reading.run_prepare(own, None)
   assert "prepared already" in capsys.readouterr().out
-  prepare.run_prepare(own, tmp_path / "packed")
+  reading.run_prepare(own, tmp_path / "packed")
   packed, _ = reading.read_sources(experiment("packed", path=str(tmp_path / "packed")))
   for index in range(7):
     np.testing.assert_array_equal(packed[index]["image"], pixels_of(packed[index]["classes"]))
@@ -197,7 +197,7 @@ def test_a_pack_reads_as_its_folder(tmp_path, capsys):
   write_folder(tmp_path / "images" / "train", count=5)
   write_folder(tmp_path / "images" / "test", count=2)
   folder = experiment("folder", path=str(tmp_path / "images"))
-  prepare.run_prepare(folder, tmp_path / "packed")
+  reading.run_prepare(folder, tmp_path / "packed")
   assert "10 of 6x6x3 packed, 0 left out" in capsys.readouterr().out
   assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "packed"]
   for want, got in zip(
@@ -236,10 +236,10 @@ def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
     spoil(tmp_path / "images" / name)
   folder = experiment("folder", path=str(tmp_path / "images"))
   with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat/1\.jpg.*dog/0\.png"):
-    prepare.run_prepare(folder, tmp_path / "packed")
+    reading.run_prepare(folder, tmp_path / "packed")
   assert [path.name for path in tmp_path.iterdir()] == ["images"]
   capsys.readouterr()
-  prepare.run_prepare(folder.changed(data__broken="skip"), tmp_path / "packed")
+  reading.run_prepare(folder.changed(data__broken="skip"), tmp_path / "packed")
   printed = capsys.readouterr().out
   assert printed.count("cat/1.jpg") == printed.count("dog/0.png") == 1
   assert list(data.PackedSource(tmp_path / "packed").labels) == [0, 0, 1, 1]
@@ -247,7 +247,7 @@ def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
 
 def test_other_shapes_settings_and_versions_are_refused(tmp_path):
   write_folder(tmp_path / "images")
-  prepare.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
+  reading.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
   keys = {"source": "packed", "path": str(tmp_path / "packed"), "eval_split": ""}
   assert len(reading.read_data(experiment(**keys))[0]) == 6
   with pytest.raises(ValueError, match=r"\(6, 6, 3\).*wants \(8, 8, 3\)"):
@@ -288,27 +288,27 @@ def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
     return data.Splits(*(data.ArraySource(part, np.arange(len(part))) for part in (images[:first], images[first:])))
 
   fit = data.Fit((6, 4), 5)
-  prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "packed", check=data.labels_below(3))
+  data.prepare(mine, {"first": 3}, fit, tmp_path / "packed", check=data.labels_below(3))
   assert "learn: 3 of 6x4x5 packed, 0 left out" in capsys.readouterr().out
   train, held_out = data.packed(fit, str(tmp_path / "packed"), "learn", "judge")
   np.testing.assert_array_equal(data.read(train, [0, 1, 2])["image"], images[:3])
   np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])
   with pytest.raises(ValueError, match=r"data.source=mine: missing a required argument: 'first'"):
-    prepare.prepare_data(mine, {}, fit, tmp_path / "other")
+    data.prepare(mine, {}, fit, tmp_path / "other")
   with pytest.raises(ValueError, match="labels 0 to 2 for model.conditions.classes.number=2"):
-    prepare.prepare_data(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
+    data.prepare(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
   assert not (tmp_path / "other").exists()
 
 
 def test_wrong_requests_to_prepare_are_errors(tmp_path):
   with pytest.raises(ValueError, match="needs no preparation"):
-    prepare.run_prepare(experiment("digits"), None)
+    reading.run_prepare(experiment("digits"), None)
   folder = experiment("folder", path=str(tmp_path / "images"))
   with pytest.raises(ValueError, match="no --output"):
-    prepare.run_prepare(folder, None)
+    reading.run_prepare(folder, None)
   write_folder(tmp_path / "images")
   with pytest.raises(ValueError, match="nothing is overwritten"):
-    prepare.run_prepare(folder, tmp_path / "images")
+    reading.run_prepare(folder, tmp_path / "images")
 
 
 def test_the_command_line_needs_no_workdir(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from ddpm_jax import config, models
 from ddpm_jax.commands import MODES, flags, line
 from ddpm_jax.config import sections, slots
+from ddpm_jax.config import tree as trees
 from ddpm_jax.storage import places
 from tests.conftest import ROOT
 from tests.pages import blocks, commands, saved_files
@@ -54,10 +55,10 @@ def shown(default):
 def keys():
   """Every key of every section: its name, its default and its role."""
   found = []
-  roles = {name: role or "run" for name, role in ((one.name, one.role) for one, _ in sections.keys_of(sections.Root))}
+  roles = {name: role or "run" for name, role in ((one.name, one.role) for one in sections.keys_of(sections.Root))}
   for section, kind in SECTIONS.items():
-    for one, about in sections.keys_of(kind):
-      if "section" not in about:
+    for one in sections.keys_of(kind):
+      if one.section is None:
         found.append(
           [f"`{section}.{one.name}`".replace("`.", "`"), f"`{shown(one.default)}`", one.role or roles[section]]
         )
@@ -73,7 +74,7 @@ def test_the_page_of_configs_lists_every_key_with_its_default_and_its_role():
 def test_the_page_of_configs_lists_every_component_of_the_package():
   places = {path: one.slot for path, one in config.expand({}).places.items() if one.slot is not None}
   wanted = [
-    [f"`{path}`", f"`{slot.homes[0]}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
+    [f"`{path}`", f"`{slot.home}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
     for path, slot in places.items()
   ]
   assert rows(between(CONFIG_PAGE.read_text(), "components")) == wanted
@@ -110,7 +111,7 @@ def known_keys():
   known = set()
   for recipe in ("digits_classifier", "cifar10_iddpm", "mnist_superres", "digits_cond"):
     tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
-    known |= {*tree.places, *tree.roles}
+    known |= {*tree.places, *trees.leaves(tree.values)}
     for place, one in tree.places.items():
       for name in slots.names(one.slot) if one.slot is not None and place != "model.conditions" else ():
         known |= {*config.changed(tree, place, name).places}
@@ -206,7 +207,7 @@ def test_keys_may_change_as_the_page_of_configs_says(beside, tmp_path, monkeypat
     ("model.network.remat", "blocks", "speed"),
   ):
     other = config.changed(tree, key, value)
-    assert other.roles.get(key, other.roles.get(f"{key}.component")) == role
+    assert other.role(key) == role
     if role in ("model", "run"):
       with pytest.raises(ValueError, match=re.escape(f"{key}: ")):
         config.check_same_run(folder, other)

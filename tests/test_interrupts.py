@@ -106,7 +106,7 @@ def test_ctrl_c_while_a_file_is_written_leaves_nothing_of_it(tmp_path):
 
 INTERRUPTED = """
 import os, signal, threading
-from ddpm_jax.runs import model
+from ddpm_jax.devices import progress
 from tests import recipes
 
 def compile_aloud(what, lower):
@@ -116,7 +116,7 @@ def compile_aloud(what, lower):
   raise AssertionError("It compiled in less than 0.3 s.")
 
 def get_config():
-  model.compile_aloud = compile_aloud
+  progress.compile_aloud = compile_aloud
   return recipes.get_config()
 """
 

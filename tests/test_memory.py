@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import interop, processes, runs, sampling, schedules
+from ddpm_jax import interop, metrics, processes, runs, sampling, schedules
 from ddpm_jax.devices import hardware, memory, topology
 from ddpm_jax.networks import UNet
 from ddpm_jax.runs import limits
@@ -191,11 +191,11 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch):
 
 def test_features_whose_covariance_does_not_fit_are_refused(monkeypatch):
   monkeypatch.setattr(memory, "of_host", lambda: 10**9)
-  limits.check_features(3 * 64**2, 0, False)
+  metrics.check_memory(3 * 64**2, 0, False)
   with pytest.raises(ValueError, match=f"features of 196,608 dimensions, .*covariance: {BYTES}.*features=inception"):
-    limits.check_features(3 * 256**2, 0, True)
+    metrics.check_memory(3 * 256**2, 0, True)
   with pytest.raises(ValueError, match=f"10,000 of them kept: {BYTES}"):
-    limits.check_features(3 * 256**2, 10_000, False)
+    metrics.check_memory(3 * 256**2, 10_000, False)
 
 
 MESSAGES = {

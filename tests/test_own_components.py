@@ -46,7 +46,7 @@ def tree_with(path, name, **training):
 @pytest.fixture
 def unscored(monkeypatch):
   """Let runs end with their last step."""
-  monkeypatch.setattr(scoring.Judge, "run", lambda *_: None)
+  monkeypatch.setattr(scoring.Judge, "score", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import runs
+from ddpm_jax import runs, training
 from ddpm_jax.config import spec
-from ddpm_jax.devices import parallel
+from ddpm_jax.devices import parallel, progress
 from ddpm_jax.runs import model, scoring
 from ddpm_jax.storage import checkpoint, files, records, workdir
 from ddpm_jax.training import ema
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 @pytest.fixture
 def unscored(monkeypatch):
   """Let runs end with their last step, where neither samples nor scores are looked at."""
-  monkeypatch.setattr(scoring.Judge, "run", lambda *_: None)
+  monkeypatch.setattr(scoring.Judge, "score", lambda *_: None)
 
 
 def config_of(**training):
@@ -290,20 +290,20 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
 
 def test_items_are_the_state_taken_apart():
   _, template = model.make_state(experiment_of(config_of()), parallel.make_mesh())
-  items = model.items_of(template)
+  items = training.items_of(template)
   assert set(items) == {"params", "ema", "training"}
-  assert jax.tree.structure(model.state_of(items)) == jax.tree.structure(template)
+  assert jax.tree.structure(training.state_of(items)) == jax.tree.structure(template)
   rest = sum(leaf.size for leaf in jax.tree.leaves(items["training"]["opt_state"]))
   params = sum(leaf.size for leaf in jax.tree.leaves(items["params"]))
   assert 2 * params <= rest < 2 * params + 20, "two moments, and no average"
-  assert ema.ema_params(model.state_of(items).opt_state) is not None
+  assert ema.ema_params(training.state_of(items).opt_state) is not None
 
 
 def test_what_takes_long_says_that_it_lives(monkeypatch, capsys):
   said = threading.Event()
-  monkeypatch.setattr(model, "_NEWS", 0.01)
-  say = model.say
-  monkeypatch.setattr(model, "say", lambda text: (say(text), said.set()))
-  with model.patience("compiling the train step"):
+  monkeypatch.setattr(progress, "_NEWS", 0.01)
+  say = progress.say
+  monkeypatch.setattr(progress, "say", lambda text: (say(text), said.set()))
+  with progress.patience("compiling the train step"):
     assert said.wait(PATIENCE)
   assert re.search(r"compiling the train step: 0 s so far; a large network takes minutes", capsys.readouterr().out)

@@ -13,6 +13,8 @@ from ddpm_jax.config import spec
 from ddpm_jax.devices import parallel
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import bits, drawing, model, scoring
+from ddpm_jax.runs.reading import Run
+from ddpm_jax.storage import scores
 from tests import commands
 from tests.parameters import one_device, write_run
 from tests.recipes import experiment_of, set_keys, tiny_config, tree_of
@@ -227,7 +229,7 @@ def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
   config.training.best_metric = "eval/fid"
   for keep in (0, 1):  # --step=best looks for it in any case
     config.training.keep_best = keep
-    with pytest.raises(ValueError, match="wanted one of eval/frechet_distance, eval/kernel_distance"):
+    with pytest.raises(ValueError, match="expected one of eval/frechet_distance, eval/kernel_distance"):
       train(config, tmp_path / "other")
   config.evaluation.every = 3
   with pytest.raises(ValueError, match="scores at every checkpoint"):
@@ -238,9 +240,9 @@ WRONG = {
   "rank": ({"allow_singular": False, "scores": ("frechet",)}, "Got 40 samples for a Frechet distance in 64 dimensions"),
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
   "score": ({"scores": ("fid",)}, "as a score; wanted one of"),
-  "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; wanted some of"),
+  "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; expected some of"),
   "neighbour": ({"k": 40}, "more of each than k"),
-  "reference": ({"reference": "test"}, "wanted train, held_out, or an .npz file"),
+  "reference": ({"reference": "test"}, "expected train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),
   "no_weights": ({"inception_weights": "none.pth", "features": ""}, "none.pth"),
@@ -330,13 +332,13 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
 
 def test_likelihoods_of_other_classes_are_computed_anew(on_one_device, tmp_path, monkeypatch):
   identities = []
-  monkeypatch.setattr(bits, "_rows", lambda *arguments: identities.append(arguments[6]))
+  monkeypatch.setattr(drawing, "in_rows", lambda *arguments: identities.append(arguments[2]))
   config = config_of(likelihood=("bound",))
   config.model.conditions.classes = spec("conditions.classes", number=10)
-  experiment, weights = experiment_of(config), model.Weights(None, 4, "EMA")
+  experiment, weights = experiment_of(config), model.Weights(Parameters(None), 4, "EMA")
   for classes in ([3, 4], [4, 3], [4, 3]):
     held_out = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8), np.array(classes))
-    bits.evaluate(experiment, tmp_path, parallel.make_mesh(), Parameters(None), weights, "", held_out, 0)
+    bits.evaluate(Run(experiment, tmp_path, parallel.make_mesh(), held_out, held_out), weights, 0)
   assert identities[0] != identities[1] == identities[2]
 
 
@@ -422,17 +424,17 @@ def test_a_reference_of_the_user_s_own_that_is_damaged_is_refused_by_name(on_one
 
 @pytest.mark.parametrize("what", ["a bit", "cut"])
 def test_scores_that_are_damaged_are_not_exported(scored, tmp_path, capsys, what):
-  assert model.read_scores(scored)["step"] == 4
+  assert scores.read(scored)["step"] == 4
   shutil.copy(scored / "eval.json", tmp_path)
   path = tmp_path / "eval.json"
   if what == "cut":
     os.truncate(path, 100)
   else:
     flip(path, path.read_bytes().index(b'"kernel_distance": ') + 21)
-  assert model.read_scores(tmp_path) is None
+  assert scores.read(tmp_path) is None
   assert f"warning: {path} is damaged: " in capsys.readouterr().err
   assert [one.name for one in (tmp_path / "damaged").iterdir()] == ["eval.json"]
-  assert model.read_scores(tmp_path) is None
+  assert scores.read(tmp_path) is None
 
 
 def test_variants_of_one_sampler_are_told_apart():

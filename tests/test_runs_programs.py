@@ -27,7 +27,7 @@ USUAL = {
   "rectified_flow": "VELOCITY",
   "cosine": "V",
 }
-SAMPLERS = slots.names(next(key.slot for key, _ in keys_of(Root) if key.name == "sampler"))
+SAMPLERS = slots.names(next(key.slot for key in keys_of(Root) if key.name == "sampler"))
 PAIRS = [*zip(SAMPLERS, itertools.cycle(USUAL), strict=False), ("ode", "discrete"), ("ancestral", "zero_snr")]
 # One step rule, and the solver that chooses its own steps, are compiled for two batch sizes; the others for one.
 IN_TWO_SIZES = ("ddim", "ode")

@@ -9,7 +9,7 @@ from PIL import Image
 from configs import folder
 from ddpm_jax import data, interop, metrics
 from ddpm_jax.config import spec
-from ddpm_jax.runs import prepare, reading, spaces
+from ddpm_jax.runs import reading, spaces
 from ddpm_jax.storage.places import user_path
 from tests.commands import DENSE, assert_refused, call
 from tests.pictures import spoil
@@ -53,7 +53,7 @@ def test_held_out_classes_have_the_numbers_of_the_training_split(tmp_path, packe
     # Each split alone, so that each pack numbers the classes by itself.
     for split in ("train", "test"):
       alone = experiment(tmp_path / "a" / split, eval_split="", train_split="")
-      prepare.run_prepare(alone, tmp_path / "b" / split)
+      reading.run_prepare(alone, tmp_path / "b" / split)
     found = experiment(tmp_path / "b", 3, "packed")
   train, held_out = reading.read_data(found)
   assert labels_of(train) == [0, 1, 1, 2]
@@ -89,7 +89,7 @@ def test_images_without_a_class_are_refused_by_a_model_with_classes(tmp_path, fo
 
 def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
   write(tmp_path / "a", **{"cat": 1, ".": 1})
-  prepare.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
+  reading.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
   assert labels_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
   with pytest.raises(
     ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew.*conditions.classes=None"
@@ -228,12 +228,12 @@ def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch
   def learn(images, labels, classes, **options):
     raise Learned(labels.tolist(), classes)
 
-  monkeypatch.setattr(metrics, "train_classifier", learn)
+  monkeypatch.setattr(metrics.classifier, "train_classifier", learn)
   config = tiny_config()
   config.evaluation.features = "classifier"
   source = data.ArraySource(np.zeros((4, 8, 8, 1), np.uint8), labels)
   with pytest.raises(Learned) as error:
-    spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").make()
+    _ = spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").made
   assert error.value.args == ([0, 2, 0, 1], 3)
 
 
@@ -269,7 +269,7 @@ def home(tmp_path, monkeypatch):
 def test_a_tilde_in_the_data_path_is_the_home(home, source):
   write(home / "a", cat=3)
   if source == "packed":
-    prepare.run_prepare(experiment("~/a"), home / "packed" / "a")
+    reading.run_prepare(experiment("~/a"), home / "packed" / "a")
     (home / "a").rename(home / "images")
     (home / "packed" / "a").rename(home / "a")
   if source == "arrays":

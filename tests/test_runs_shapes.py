@@ -99,7 +99,7 @@ def test_enlarging_images_that_are_no_squares(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("low", "message"),
   [
-    ((4, 4), "images of 4x4 to enlarge with a model of 16x8; wanted a size of which that is a multiple, such as 8x4"),
+    ((4, 4), "images of 4x4 to enlarge with a model of 16x8; expected a size of which that is a multiple, such as 8x4"),
     ((2, 8), "images of 8x2 to enlarge"),
     ((8, 16), "images of 16x8 to enlarge"),
     ((16, 32), "images of 32x16 to enlarge"),

@@ -5,7 +5,8 @@ import pytest
 
 from ddpm_jax import data
 from ddpm_jax.config import spec
-from ddpm_jax.runs import drawing, steering
+from ddpm_jax.models import asking
+from ddpm_jax.runs import drawing
 from tests.recipes import experiment_of, tiny_config
 
 
@@ -20,34 +21,34 @@ def of_classes(number):
 
 
 def test_classes_that_are_asked_for():
-  assert steering.asked(experiment().model, {}, 4) == {}
+  assert asking.asked(experiment().model.conditions, {}, 4) == {}
   with pytest.raises(ValueError, match="trained without classes; expected a condition that it knows .none."):
-    steering.asked(experiment().model, {"classes": ["1"]}, 4)
-  model = of_classes(3).model
-  np.testing.assert_array_equal(steering.asked(model, {}, 4)["classes"], [0, 1, 2, 0])
-  np.testing.assert_array_equal(steering.asked(model, {"classes": ["2", "1"]}, 5)["classes"], [2, 1, 2, 1, 2])
+    asking.asked(experiment().model.conditions, {"classes": ["1"]}, 4)
+  conditions = of_classes(3).model.conditions
+  np.testing.assert_array_equal(asking.asked(conditions, {}, 4)["classes"], [0, 1, 2, 0])
+  np.testing.assert_array_equal(asking.asked(conditions, {"classes": ["2", "1"]}, 5)["classes"], [2, 1, 2, 1, 2])
   for wrong in (["3"], ["-1"], ["one"]):
     with pytest.raises(ValueError, match="expected integers from 0 to 2"):
-      steering.asked(model, {"classes": wrong}, 4)
+      asking.asked(conditions, {"classes": wrong}, 4)
   with pytest.raises(ValueError, match="no value of classes; expected one or more"):
-    steering.asked(model, {"classes": []}, 4)
+    asking.asked(conditions, {"classes": []}, 4)
 
 
 def test_classes_in_the_data_s_proportions():
   """By largest remainder, and of any part of them each class has nearly its share."""
   counts = np.array([700, 200, 0, 97])
-  classes = steering.in_proportion(counts, 100)
+  classes = data.in_proportion(counts, 100)
   np.testing.assert_array_equal(np.bincount(classes, minlength=4), [70, 20, 0, 10])
   for first in range(0, 100, 10):
     part = np.bincount(classes[first : first + 10], minlength=4)
     assert np.all(np.abs(part - [7, 2, 0, 1]) <= 1)
   for count in (1, 2, 7, 33):
-    part = steering.in_proportion(counts, count)
+    part = data.in_proportion(counts, count)
     assert part.shape == (count,)
     assert part.dtype == np.int32
     assert np.all(np.abs(np.bincount(part, minlength=4) - count * counts / 997) < 1)
-  np.testing.assert_array_equal(steering.in_proportion(np.full(4, 5), 6), [0, 1, 2, 3, 0, 1])
-  np.testing.assert_array_equal(steering.in_proportion(np.full(4, 5), 8), [0, 1, 2, 3, 0, 1, 2, 3])
+  np.testing.assert_array_equal(data.in_proportion(np.full(4, 5), 6), [0, 1, 2, 3, 0, 1])
+  np.testing.assert_array_equal(data.in_proportion(np.full(4, 5), 8), [0, 1, 2, 3, 0, 1, 2, 3])
 
 
 def source(**items):
@@ -60,8 +61,10 @@ def test_evaluation_asks_for_classes_as_the_data_have_them():
   found = of_classes(4)
   counts = drawing.class_counts(found, source())
   np.testing.assert_array_equal(counts, [9, 0, 3, 0])
-  np.testing.assert_array_equal(np.bincount(drawing.inputs_of(found, 8, source(), counts)["classes"]), [6, 0, 2])
-  np.testing.assert_array_equal(drawing.inputs_of(found, 8, source())["classes"], np.arange(8) % 4)
+  np.testing.assert_array_equal(
+    np.bincount(asking.inputs_of(found.model.conditions, 8, source(), counts)["classes"]), [6, 0, 2]
+  )
+  np.testing.assert_array_equal(asking.inputs_of(found.model.conditions, 8, source())["classes"], np.arange(8) % 4)
 
 
 def test_what_has_no_default_is_that_of_real_data_all_of_one_item():
@@ -73,7 +76,7 @@ def test_what_has_no_default_is_that_of_real_data_all_of_one_item():
     sketch=spec("conditions.image", shape=(8, 8, 2)),
     low=spec("conditions.low_resolution", factor=2),
   )
-  asked = drawing.inputs_of(found, 30, source(**items), np.array([9, 0, 3]))
+  asked = asking.inputs_of(found.model.conditions, 30, source(**items), np.array([9, 0, 3]))
   assert set(asked) == {"classes", "vector", "sketch", "low"}
   number = asked["vector"][:, 0]
   assert set(number) == set(numbers)

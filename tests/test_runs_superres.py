@@ -219,18 +219,18 @@ def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained
   base, large = trained / "base", trained / "large"
   drawn, enlarging, choice = run_of(base_of(), base), run_of(large_of(trained), large), runs.Choice()
   for upsamplers, message in (
-    ([large, large], "--upsampler=.*large, which enlarges images of 8x8x1, for images of 16x16x1; wanted them alike"),
+    ([large, large], "--upsampler=.*large, which enlarges images of 8x8x1, for images of 16x16x1; expected them alike"),
     ([base], "--upsampler=.*base, a model that enlarges nothing; expected one for super-resolution"),
     ([tmp_path / "none"], "--upsampler=.*none, which holds no checkpoint"),
   ):
     with pytest.raises(ValueError, match=message):
       runs.run_sample(drawn, base, num_samples=2, seed=0, choice=choice, upsamplers=upsamplers)
-  with pytest.raises(ValueError, match="large, a model that enlarges images, to sample from; wanted .* --upsampler="):
+  with pytest.raises(ValueError, match="large, a model that enlarges images, to sample from; expected .* --upsampler="):
     runs.run_sample(enlarging, large, num_samples=2, seed=0, choice=choice)
   with pytest.raises(ValueError, match=r"condition 'low', an image that it takes beside .*no pipeline"):
     runs.run_export(enlarging, large, tmp_path / "out", choice)
   edit = runs.Edit("img2img", trained / "data.npz")
-  with pytest.raises(ValueError, match="'img2img' for a model that enlarges images; wanted --task=superres"):
+  with pytest.raises(ValueError, match="'img2img' for a model that enlarges images; expected --task=superres"):
     runs.run_edit(enlarging, large, edit, seed=0, choice=choice)
   assert not (tmp_path / "out").exists()
   assert not list((base / "samples").glob("ddim*"))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import networks
+from ddpm_jax import networks, training
 from ddpm_jax.config import spec
 from ddpm_jax.devices import parallel
 from ddpm_jax.runs import model
@@ -71,7 +71,7 @@ def test_no_leaf_of_a_state_has_another_type(task, options, classes):
   def types():
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
     _, template = model.make_state(experiment_of(config), mesh)
-    return jax.tree.map(lambda leaf: leaf.dtype, model.items_of(template))
+    return jax.tree.map(lambda leaf: leaf.dtype, training.items_of(template))
 
   narrow = types()
   with jax.enable_x64(True):

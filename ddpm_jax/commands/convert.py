@@ -17,7 +17,9 @@ FLAGS = (
 
 def run(given: flags.Flags) -> None:
   """Convert weights."""
-  from ddpm_jax import runs
+  from ddpm_jax import interop
+  from ddpm_jax.devices.progress import say
 
   output = flags.output_of(given, "the weights", "/tmp/inception.safetensors")
-  runs.run_convert(given.inception_weights or "", output)
+  interop.inception.convert(given.inception_weights or "", output)
+  say(f"weights      {output}\nuse them by --inception_weights={output}")

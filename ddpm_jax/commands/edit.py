@@ -4,8 +4,6 @@ Tasks: inpaint, img2img, colorize, superres, restore, interpolate and invert. In
 are written into the folder's edits/, as an array (.npz) and a picture.
 """
 
-from typing import Any
-
 from ddpm_jax.commands import flags, starting
 from ddpm_jax.commands.parser import Flag, Group, count, number, path, seed, text
 from ddpm_jax.storage.places import user_path
@@ -54,7 +52,9 @@ def run(given: flags.Flags) -> None:
   starting.start_devices(given)
   if given.strength is not None and given.task != "img2img":
     raise ValueError(f"Got --strength for the task {given.task!r}; expected it with --task=img2img only.")
-  short: dict[str, Any] = {} if given.method is None else {"method": edits.method(given.task or "", given.method)}
+  methods = edits.TASKS.get(given.task or "", {})
+  # By its name alone a method has the arguments that suit the task.
+  short = {} if given.method is None else {"method": methods.get(given.method, given.method)}
   keys = flags.keys(given, **short)
   task = choose(given.task or "", tuple(edits.TASKS), "--task")
   edit = runs.Edit(task, given.input, given.mask or "", given.num_samples)

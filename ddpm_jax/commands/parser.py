@@ -1,11 +1,11 @@
 """Parse a command's flags, with errors and help in plain words."""
 
 import argparse
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from ddpm_jax.names import hint
 from ddpm_jax.storage.places import user_path
 
 
@@ -108,9 +108,8 @@ def unknown(words: Sequence[str], parser: Parser, others: Sequence[Parser]) -> V
       " flags."
     )
   known = parser.names
-  near = difflib.get_close_matches(name, known, 1)
-  hint = f" Did you mean --{near[0]}?" if near else ""
-  return ValueError(f"Got {flag}; expected a flag of mode {parser.mode}: --{', --'.join(sorted(known))}.{hint}")
+  near = hint(name, known, "--{}".format)
+  return ValueError(f"Got {flag}; expected a flag of mode {parser.mode}: --{', --'.join(sorted(known))}.{near}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,16 +4,7 @@ A recipe starts from `default_config()` and names components by `spec`; `build` 
 """
 
 from ddpm_jax.config.components import spec
-from ddpm_jax.config.experiment import (
-  Experiment,
-  build,
-  is_own,
-  keep_components,
-  short_name,
-  source_of,
-  source_parts,
-  task_of,
-)
+from ddpm_jax.config.experiment import Experiment, build, make
 from ddpm_jax.config.files import check_same_run, of_config, of_run, read, saved, write
 from ddpm_jax.config.tree import Tree, changed, default_config, expand
 
@@ -25,16 +16,11 @@ __all__ = [
   "check_same_run",
   "default_config",
   "expand",
-  "is_own",
-  "keep_components",
+  "make",
   "of_config",
   "of_run",
   "read",
   "saved",
-  "short_name",
-  "source_of",
-  "source_parts",
   "spec",
-  "task_of",
   "write",
 ]

@@ -7,26 +7,23 @@ or in a file (`my_file.py:my_loss`).
 
 import ast
 import contextlib
-import difflib
 import inspect
-import math
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import foreign, slots
-from ddpm_jax.config.slots import MISSING, Slot
+from ddpm_jax.config.slots import Slot
+from ddpm_jax.config.values import CONSTANTS, MISSING, Bounds, is_literal, members, plain
+from ddpm_jax.names import hint
 
 KEY = "component"
 # The digest of the file that a component of the user's own was read from.
 DIGEST = "sha256"
 # Markers in annotations, `Annotated[str, "place"]`, that say what an argument is for.
 ROLES = ("model", "run", "sampling", "free", "speed", "place")
-# Words that stand for values, in components and flags.
-CONSTANTS = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
 
 
 class Parameter(NamedTuple):
@@ -39,14 +36,44 @@ class Parameter(NamedTuple):
     role: what it is for (one of `ROLES`); empty for what the component that has it is for.
     slot: the place for a component that it is, if it is one.
     many: whether it holds components by names that a user chooses.
+    section: the section that it is, if it is one.
+    bounds: of its numbers; None for any.
   """
 
   name: str
-  annotation: Any
-  default: Any
+  annotation: Any = MISSING
+  default: Any = MISSING
   role: str = ""
   slot: Slot | None = None
   many: bool = False
+  section: type | None = None
+  bounds: Bounds | None = None
+
+  @property
+  def kinds(self) -> tuple[Any, ...]:
+    """The types of values that it may have; where a component may stand, a word is its name and no value."""
+    kinds = members(self.annotation)
+    return tuple(one for one in kinds if is_literal(one) and one not in (MISSING, Any, str)) if self.slot else kinds
+
+
+class Component(NamedTuple):
+  """A component that a config names.
+
+  Attributes:
+    name: its whole name.
+    itself: the function, class or value.
+    slot: its place.
+    digest: of its file if it is a user's own, else empty.
+    declared: the parameters that make it, by their names; none if it is used as it is.
+    keys: those that are keys of the config; None if it is used as it is.
+  """
+
+  name: str
+  itself: Any
+  slot: Slot
+  digest: str
+  declared: Mapping[str, inspect.Parameter]
+  keys: Mapping[str, Parameter] | None
 
 
 def spec(name: str, /, **arguments: Any) -> ConfigDict:
@@ -64,6 +91,11 @@ def last_name(name: str) -> str:
   return name.rpartition(":")[2].rpartition(".")[2]
 
 
+def arguments_of(node: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the arguments that a config gives a component."""
+  return {name: value for name, value in node.items() if name not in (KEY, DIGEST)}
+
+
 def parse(text: str, where: str) -> dict[str, Any]:
   """Read `name` or `name(argument=value, ...)`.
 
@@ -76,9 +108,9 @@ def parse(text: str, where: str) -> dict[str, Any]:
   """
   name, bracket, rest = text.strip().partition("(")
   name = name.strip()
-  hint = "expected a name and its arguments, such as heun(s_churn=40)"
+  form = "expected a name and its arguments, such as heun(s_churn=40)"
   if not name or (bracket and not rest.endswith(")")):
-    raise ValueError(f"Got {where}={text!r}; {hint}.")
+    raise ValueError(f"Got {where}={text!r}; {form}.")
   if not bracket:
     return {KEY: name}
   try:
@@ -89,7 +121,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
   except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
     quotes = "; put quotes around words with signs, such as paths"
     why = f"{error.msg}{quotes}" if isinstance(error, SyntaxError) else str(error)
-    raise ValueError(f"Got {where}={text!r}, which cannot be read ({why}); {hint}.") from error
+    raise ValueError(f"Got {where}={text!r}, which cannot be read ({why}); {form}.") from error
 
 
 def _arguments(call: ast.Call) -> dict[str, Any]:
@@ -108,113 +140,85 @@ def _value(node: ast.AST) -> Any:
   """Return the value of an argument: a literal, a word, several of them, or another component."""
   if isinstance(node, ast.Call):
     return {KEY: ast.unparse(node.func), **_arguments(node)}
-  if isinstance(node, ast.Name | ast.Attribute):
-    name = ast.unparse(node)
-    return CONSTANTS.get(name, name)
   if isinstance(node, ast.Tuple | ast.List):
     return tuple(_value(item) for item in node.elts)
-  if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and ast.unparse(node.operand) == "inf":
-    return -math.inf
+  text = ast.unparse(node)
+  if isinstance(node, ast.Name | ast.Attribute) or text in CONSTANTS:
+    return CONSTANTS.get(text, text)
   try:
     return ast.literal_eval(node)
   except ValueError as error:
-    raise ValueError(f"{ast.unparse(node)} is neither a value nor a component") from error
+    raise ValueError(f"{text} is neither a value nor a component") from error
 
 
-def find(name: Any, slot: Slot, where: str, digest: str = "", folder: Any = None) -> tuple[str, Any, str]:
+def find(node: Mapping[str, Any], slot: Slot, where: str, folder: Path | None = None) -> Component:
   """Find a component.
 
   Args:
-    name: as a config has it.
+    node: as a config has it: its name, its arguments, and the digest of the file that it is to come from, if any.
     slot: the place for it.
     where: the key of the place, for messages.
-    digest: of the file that it is to come from; empty for whatever the file holds now.
     folder: a run's, which keeps copies of the files of components.
-
-  Returns:
-    Its whole name, itself, and the digest of its file if it is a user's own, else "".
 
   Raises:
     ValueError: if there is no such component, or it is of another kind.
   """
+  name, digest = node[KEY], ""
   if not isinstance(name, str) or not name:
-    raise ValueError(f"Got {where}={name!r}; expected the name of a component, such as {example(slot)}.")
-  if ":" in name:
-    component, digest = foreign.load(name, where, digest, folder)
-    if not slots.fits(component, slot, own=True):
-      raise ValueError(f"Got {where}={name!r}, {slots.described(component)}; expected {slot.what}{_needs(slot)}.")
-    return name, component, digest
-  home, dot, last = name.rpartition(".")
-  for module in [home] if dot else slot.homes:
-    component = slots.exports(module).get(last, MISSING) if module in slots.MODULES else MISSING
-    if component is MISSING:
-      continue
-    if not slots.fits(component, slot):
-      raise ValueError(
-        f"Got {where}={name!r}, {slots.described(component)}; expected {slot.what}, one of {', '.join(slots.names(slot))}."
-      )
-    return f"{module}.{last}", component, ""
-  known = slots.names(slot)
-  near = difflib.get_close_matches(last, [last_name(one) for one in known], 1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
-  raise ValueError(
-    f"Got {where}={name!r}; expected {slot.what}, one of {', '.join(known)}, or one of your own: my_file.py:my_function.{hint}"
-  )
+    raise ValueError(f"Got {where}={name!r}; expected the name of a component, such as {slot.example}.")
+  own, whole = ":" in name, name
+  if own:
+    itself, digest = foreign.load(name, where, node.get(DIGEST, ""), folder)
+  else:
+    home, _, last = name.rpartition(".")
+    home = home or slot.home
+    whole = f"{home}.{last}"
+    itself = slots.exports(home).get(last, MISSING) if home in slots.MODULES else MISSING
+  use = "" if itself is MISSING else slots.use(itself, slot, own=own)
+  if not use:
+    raise _misfit(name, itself, slot, where)
+  signature, given = slots.signature(itself), arguments_of(node)
+  # A function of a user's own with arguments is called with them.
+  if signature is None or (use == "itself" and not (own and given)):
+    return Component(whole, itself, slot, digest, {}, None)
+  component = Component(whole, itself, slot, digest, signature.parameters, {})
+  return component._replace(keys=_keys(component, given))
 
 
-def _needs(slot: Slot) -> str:
-  return f" that takes {' or '.join(slots.offered_names(slot))}" if slot.later else ""
+def _misfit(name: str, itself: Any, slot: Slot, where: str) -> ValueError:
+  """Return the error for a component that there is not, or that does not fit its place."""
+  known, expected = slots.names(slot), slot.what
+  if ":" not in name:
+    expected += f", one of {', '.join(known)}"
+  elif slot.later:
+    expected += f" that takes {' or '.join(slot.offered_names)}"
+  if itself is not MISSING:
+    return ValueError(f"Got {where}={name!r}, {slots.described(itself)}; expected {expected}.")
+  near = hint(last_name(name), known)
+  return ValueError(f"Got {where}={name!r}; expected {expected}, or one of your own: my_file.py:my_function.{near}")
 
 
-def example(slot: Slot) -> str:
-  """Return what a user could write in a place."""
-  return slot.example or slots.names(slot)[0]
+def _keys(component: Component, given: Mapping[str, Any]) -> dict[str, Parameter]:
+  """Return the parameters of a component that are keys: what the program offers is none, unless a config gives it."""
+  keys = {}
+  for name, one in component.declared.items():
+    # What is given later cannot be given now.
+    offered = slots.is_offered(one, component.slot.offers) and (component.slot.later or name not in given)
+    if not offered and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+      role = next((mark for mark in getattr(one.annotation, "__metadata__", ()) if mark in ROLES), "")
+      inner = slots.slot_of(one.annotation, component.slot.offers)
+      keys[name] = Parameter(name, plain(one.annotation), one.default, role, inner)
+  return keys
 
 
 def name_of(component: Any, slot: Slot) -> str:
   """Return the whole name of one of the package's components, such as a default."""
-  for home in slot.homes:
-    for name, value in slots.exports(home).items():
-      if value is component:
-        return f"{home}.{name}"
+  for name, value in slots.exports(slot.home).items():
+    if value is component:
+      return f"{slot.home}.{name}"
   raise ValueError(
-    f"Got {slots.described(component)}, which {' and '.join(slot.homes)} do not export; expected {slot.what} by its name, such as"
-    f" {example(slot)}."
+    f"Got {slots.described(component)}, which {slot.home} does not export; expected {slot.what} by its name, such as {slot.example}."
   )
-
-
-def parameters(component: Any, slot: Slot, given: Iterable[str] = ()) -> list[Parameter] | None:
-  """Return the arguments of a component that are keys; None if it is used as it is.
-
-  Args:
-    component: the function, class or value.
-    slot: its place, which offers the other arguments.
-    given: the names of arguments that a config gives, which come before what the program offers at once.
-  """
-  given = list(given)
-  own = not getattr(component, "__module__", "").startswith("ddpm_jax.")
-  declared = slots.parameters_of(component)
-  if declared is None or slots.is_itself(component, slot, own=own, given=given):
-    return None
-  found = []
-  for parameter in declared.values():
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-      continue
-    # What is given later cannot be given now.
-    if slots.is_offered(parameter, slot.offers) and (slot.later or parameter.name not in given):
-      continue
-    annotation = slots.plain(parameter.annotation)
-    marks = () if annotation is parameter.annotation else typing.get_args(parameter.annotation)[1:]
-    role = next((mark for mark in marks if mark in ROLES), "")
-    inner = slots.slot_of(annotation, slot.offers)
-    found.append(Parameter(parameter.name, annotation, parameter.default, role, inner))
-  return found
-
-
-def takes_anything(component: Any) -> bool:
-  """Return whether a component takes arguments by names that it does not declare."""
-  found = slots.parameters_of(component) or {}
-  return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found.values())
 
 
 @contextlib.contextmanager
@@ -225,28 +229,6 @@ def naming(where: str, name: str) -> Iterator[None]:
   except Exception as error:
     if isinstance(error, ValueError) and where in str(error):
       raise
-    line = foreign.line_of_error(name, error) if ":" in name else ""
+    line = foreign.line_in(Path(name.rpartition(":")[0]).name, error) if ":" in name else ""
     why = str(error) if isinstance(error, ValueError) and not line else f"{type(error).__name__}{line}: {error}"
     raise ValueError(f"In {where}={name}: {why}") from error
-
-
-def checked(made: Any, slot: Slot, where: str, name: str) -> Any:
-  """Return what a component made; a ValueError if it is not what its place is for."""
-  if not slots.is_of(made, slot):
-    raise ValueError(f"Got {where}={name}, which makes a {type(made).__name__}; expected it to make {slot.what}.")
-  return made
-
-
-def literal(value: Any) -> Any:
-  """Return a value as JSON holds it: arrays and their numbers as Python's, types of numbers by name, sequences as tuples."""
-  if isinstance(value, Sequence) and not isinstance(value, str) and not hasattr(value, "_fields"):
-    return tuple(literal(item) for item in value)
-  if isinstance(value, Mapping):
-    return {name: literal(item) for name, item in value.items()}
-  if isinstance(value, type | np.dtype):
-    name = np.dtype(value).name
-    return value if name == "object" else name
-  if hasattr(value, "__array__"):
-    found = np.asarray(value).tolist()
-    return literal(found) if isinstance(found, list) else found
-  return value

@@ -6,9 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import flags, recipes
-from ddpm_jax.config.experiment import keep_components
-from ddpm_jax.config.tree import Tree, expand, of_roles
+from ddpm_jax.config import flags, foreign, recipes
+from ddpm_jax.config.tree import Tree, expand
 from ddpm_jax.storage import jsonfiles, workdir
 
 # Stands for the run's own folder in its config.json: the folder may move.
@@ -16,11 +15,7 @@ _HERE = "<workdir>/"
 
 
 def read(
-  recipe: str | None,
-  keys: Mapping[str, str],
-  folder: Path | None = None,
-  *,
-  otherwise: Mapping[str, Any] | None = None,
+  recipe: str | None, keys: Mapping[str, str], folder: Path | None = None, *, otherwise: Mapping[str, Any] | None = None
 ) -> Tree:
   """Return the config of a recipe, or else that of the run in a folder, with other values from the command line.
 
@@ -97,7 +92,9 @@ def saved(folder: Path) -> Tree | None:
 
 def write(folder: Path, tree: Tree) -> None:
   """Write a run's config, and the files of the user's own components beside it."""
-  keep_components(tree, folder)
+  for component in tree.components.values():
+    if component.digest:
+      foreign.keep(component.name, component.digest, folder)
   workdir.write_config(folder, _moved(tree.values, f"{folder}/", _HERE))
 
 
@@ -137,7 +134,7 @@ def check_same_run(folder: Path, tree: Tree) -> None:
 
 def _fixed(tree: Tree) -> dict[str, Any]:
   """Return the keys that must stay the same when a run is resumed."""
-  found = of_roles(tree, ("model", "run"))
+  found = tree.of_roles("model", "run")
   optimizer = tree.values["optimizer"]
   if optimizer["schedule"] in ("cosine", "linear") and not optimizer["decay_steps"]:
     # The rate falls until the last step, so another last step means other rates on the way.

@@ -1,7 +1,6 @@
 """Components of a user's own, read from Python files and modules, of which a run keeps copies."""
 
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import sys
@@ -9,23 +8,15 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
+from ddpm_jax.names import hint
 from ddpm_jax.storage import files
 from ddpm_jax.storage.places import user_path
 
 _LONGEST = 400
-
-
-class _Loaded(NamedTuple):
-  """A module that was read from a file, and what the file held."""
-
-  module: ModuleType
-  content: bytes
-
-
-# By the digest of the content: what runs now stays as it is, whatever happens to the file.
-_LOADED: dict[str, _Loaded] = {}
+# Modules and the contents of their files, by the digests of these: what runs now stays as it is, whatever happens to a file.
+_LOADED: dict[str, tuple[ModuleType, bytes]] = {}
 
 
 def load(name: str, where: str, digest: str = "", folder: Path | None = None) -> tuple[Any, str]:
@@ -54,14 +45,12 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
     with neighbors(*beside):
       module = run(path, lambda: load_module(path, f"ddpm_jax_component_{digest[:16]}", content, package), where)
     _send_whole(set(sys.modules) - known, beside)
-    _LOADED[digest] = _Loaded(module, content)
-  module = _LOADED[digest].module
+    _LOADED[digest] = module, content
+  module, _ = _LOADED[digest]
   if not hasattr(module, attribute):
-    public = [one for one in vars(module) if not one.startswith("_")]
-    near = difflib.get_close_matches(attribute, public, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = hint(attribute, [one for one in vars(module) if not one.startswith("_")])
     raise ValueError(
-      f"Got {where}={name!r}, but {source} has no {attribute!r}; expected a name that it defines, as in my_file.py:my_function.{hint}"
+      f"Got {where}={name!r}, but {source} has no {attribute!r}; expected a name that it defines, as in my_file.py:my_function.{near}"
     )
   return getattr(module, attribute), digest
 
@@ -82,12 +71,11 @@ def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path
   """Return the file of a component and what it holds: the user's own, or else the copy that a run has."""
   source = name.rpartition(":")[0]
   path = _file_of(source, where)
-  content = None if path is None else path.read_bytes()
-  if path is not None and content is not None and digest in ("", _digest(content)):
-    return path, content
   kept = _place(source, digest, folder) if folder is not None and digest else None
-  if kept is not None and kept.is_file() and _digest(kept.read_bytes()) == digest:
-    return kept, kept.read_bytes()
+  for file in (path, kept):
+    content = file.read_bytes() if file is not None and file.is_file() else None
+    if file is not None and content is not None and digest in ("", _digest(content)):
+      return file, content
   if path is not None:
     raise ValueError(
       f"Got {where}={name!r}, whose file {path} has changed since the run began with it; restore the file, or start a new run."
@@ -98,18 +86,12 @@ def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path
   )
 
 
-def keep(sources: dict[str, str], folder: Path) -> None:
-  """Copy the files of components into a run's folder.
-
-  Args:
-    sources: the digest of each file or module by its name in the config.
-    folder: of the run.
-  """
-  for source, digest in sources.items():
-    target = _place(source, digest, folder)
-    if digest in _LOADED and not target.exists():
-      target.parent.mkdir(parents=True, exist_ok=True)
-      files.write_bytes(target, _LOADED[digest].content)
+def keep(name: str, digest: str, folder: Path) -> None:
+  """Copy the file of a component into a run's folder."""
+  target = _place(name.rpartition(":")[0], digest, folder)
+  if digest in _LOADED and not target.exists():
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(target, _LOADED[digest][1])
 
 
 def _place(source: str, digest: str, folder: Path) -> Path:
@@ -169,22 +151,16 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
     # Also of an error that cannot say what it is.
     text = " ".join(traceback.format_exception_only(error)[-1].split())[:_LONGEST]
     raise ValueError(
-      f"Got {where}={path}, which fails{_place_of(path, error) or line_of(function)}: {text}. Correct the file."
+      f"Got {where}={path}, which fails{line_in(path.name, error) or line_of(function)}: {text}. Correct the file."
     ) from error
 
 
-def _place_of(path: Path, error: BaseException) -> str:
-  """Return where in the file the error arose, such as " in line 3"; empty if that is not known."""
-  if isinstance(error, SyntaxError) and error.filename == str(path):
-    return f" in line {error.lineno}"
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-  return f" in line {lines[-1]}" if lines else ""
-
-
-def line_of_error(name: str, error: BaseException) -> str:
-  """Return where in the file of a component `my_file.py:name` an error arose, such as " in line 3"; empty if not there."""
-  file = Path(name.rpartition(":")[0]).name
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == file]
+def line_in(name: str, error: BaseException) -> str:
+  """Return where in a file of this name an error arose, such as " in line 3"; empty if not there."""
+  frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+  if isinstance(error, SyntaxError):
+    frames.append((error.filename or "", error.lineno))
+  lines = [line for file, line in frames if Path(file).name == name]
   return f" in line {lines[-1]}" if lines else ""
 
 

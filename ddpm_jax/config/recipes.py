@@ -1,16 +1,13 @@
 """Run config files, which are Python. Every failure is one ValueError with the file, the line and the error."""
 
-import difflib
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm_jax.config import foreign
+from ddpm_jax.names import hint
 from ddpm_jax.storage import places
 from ddpm_jax.storage.places import user_path
-
-_MODULE = "ddpm_jax_recipe"
 
 
 def read(value: str) -> ConfigDict:
@@ -26,7 +23,7 @@ def read(value: str) -> ConfigDict:
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
   path = _existing(name)
   with foreign.neighbors(path.parent):
-    module = foreign.run(path, lambda: foreign.load_module(path, _MODULE, path.read_bytes()), "--config")
+    module = foreign.run(path, lambda: foreign.load_module(path, "ddpm_jax_recipe", path.read_bytes()), "--config")
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
       raise ValueError(
@@ -35,30 +32,14 @@ def read(value: str) -> ConfigDict:
     config = foreign.run(path, lambda: get_config(*([argument] if colon else [])), "--config", get_config)
   if not isinstance(config, ConfigDict) or not len(config):
     what = "an empty ConfigDict" if isinstance(config, ConfigDict) else f"a value of type {type(config).__name__}"
-    hint = " Does it lack a return statement?" if config is None else ""
+    why = " Does it lack a return statement?" if config is None else ""
     raise ValueError(
       f"Got --config={path}, whose get_config(){foreign.line_of(get_config)} returns {what}; expected a ConfigDict. Start from"
-      f" ddpm_jax.config.default_config().{hint}"
+      f" ddpm_jax.config.default_config().{why}"
     )
   # A value that is required may not be set.
   foreign.run(path, config.to_dict, "--config", get_config)
-  # Flags change it.
-  config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
-  _convert_numbers(config, set())
-  return config
-
-
-def _convert_numbers(config: ConfigDict, seen: set[int]) -> None:
-  """Turn NumPy numbers in tuples into Python's, which JSON can hold; ml_collections sees to all other values."""
-  # A section may hold itself.
-  if id(config) in seen:
-    return
-  seen.add(id(config))
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      _convert_numbers(value, seen)
-    elif isinstance(value, tuple) and any(isinstance(item, np.generic) for item in value):
-      config[name] = tuple(item.item() if isinstance(item, np.generic) else item for item in value)
+  return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
 
 
 def _existing(name: str) -> Path:
@@ -69,7 +50,6 @@ def _existing(name: str) -> Path:
   if name in known:
     return known[name]
   files = sorted(str(file) for file in path.parent.glob("*.py")) if path.suffix == ".py" else []
-  near = difflib.get_close_matches(str(path), files, 1) or difflib.get_close_matches(path.stem, known, 1)
-  hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(files or known)}."
+  near = hint(str(path), files, str) or hint(path.stem, known, str) or f" There are: {', '.join(files or known)}."
   what = "a folder" if path.is_dir() else "neither a file nor the name of a recipe"
-  raise ValueError(f"Got --config={name}, {what}; expected a recipe such as digits_vp, or a Python file.{hint}")
+  raise ValueError(f"Got --config={name}, {what}; expected a recipe such as digits_vp, or a Python file.{near}")

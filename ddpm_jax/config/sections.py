@@ -13,113 +13,87 @@ import numpy as np
 
 from ddpm_jax import data, editing, losses, models, predictions, processes, sampling
 from ddpm_jax.config import slots
-from ddpm_jax.config.components import Parameter
+from ddpm_jax.config.components import ROLES, Parameter
 from ddpm_jax.config.slots import Slot
+from ddpm_jax.config.values import Bounds
 
-MODEL, RUN, SAMPLING, FREE, SPEED, PLACE = "model", "run", "sampling", "free", "speed", "place"
+MODEL, RUN, SAMPLING, FREE, SPEED, PLACE = ROLES
 
 # The places that keys are: what the program gives to components there.
 _SOURCE = Slot(
-  "a source of data (data.Splits)", (data.Splits,), ("data",), (data.Fit, "fit"), example="folder(path='/images')"
+  "a source of data (data.Splits)", (data.Splits,), "data", "folder(path='/images')", offers=(data.Fit, "fit")
 )
-_PROCESS = Slot("a process", (processes.Process,), ("processes",), example="discrete(betas=cosine())")
-_PREDICTION = Slot("a prediction", (predictions.Prediction,), ("predictions",), (processes.Process,), example="V")
-_CODEC = Slot("a codec", (models.Codec,), ("codecs",), ("data_shape",), example="pixels")
+_PROCESS = slots.slot_of(processes.Process)
+_PREDICTION = slots.slot_of(predictions.Prediction, offers=(processes.Process,))
+_CODEC = Slot("a codec", (models.Codec,), "codecs", "pixels", offers=("data_shape",))
 _CONDITIONS = Slot(
-  "a condition", (models.Condition,), ("conditions",), ("name", "data_shape"), example="classes(number=10, dropout=0.1)"
+  "a condition", (models.Condition,), "conditions", "classes(number=10, dropout=0.1)", offers=("name", "data_shape")
 )
 _NETWORK = Slot(
   "a network",
   (models.Network,),
-  ("networks",),
-  ("out_channels", "dimensions", "num_classes", "vector_embedding", "shape", "conditions"),
-  example="UNet(channels=64)",
+  "networks",
+  "UNet(channels=64)",
+  offers=("out_channels", "dimensions", "num_classes", "vector_embedding", "shape", "conditions"),
 )
-_MODEL = Slot("a model", (models.Model,), ("diffusers",), example="my_file.py:my_model")
+_MODEL = Slot("a model", (models.Model,), "diffusers", "my_file.py:my_model")
 _OBJECTIVE = Slot(
   "an objective",
   (losses.Objective,),
-  ("losses",),
-  (losses.Apply, processes.Process, predictions.Prediction, models.Model, "time_input"),
-  example="denoising(weighting=min_snr(gamma=5))",
+  "losses",
+  "denoising(weighting=min_snr(gamma=5))",
+  offers=(losses.Apply, processes.Process, predictions.Prediction, models.Model, "time_input"),
 )
-_SAMPLER = Slot("a sampler", (sampling.Sampler,), ("sampling",), (processes.Process,), example="heun(s_churn=40)")
+_SAMPLER = slots.slot_of(sampling.Sampler, offers=(processes.Process,))
 _GRID = Slot(
-  "a grid of times", (np.ndarray,), ("grids",), (processes.Process, "num_steps"), later=True, example="karras(rho=7)"
+  "a grid of times", (np.ndarray,), "grids", "karras(rho=7)", offers=(processes.Process, "num_steps"), later=True
 )
 _CLIP = Slot(
   "a rule that clips estimates",
   (predictions.Denoise,),
-  ("guidance",),
-  ("denoise",),
+  "guidance",
+  "dynamic_threshold(percentile=0.995)",
+  offers=("denoise",),
   needs=("denoise",),
   later=True,
-  example="dynamic_threshold(percentile=0.995)",
 )
 _GUIDANCE = Slot(
   "a rule of guidance",
   (predictions.Denoise,),
-  ("guidance",),
-  ("conditional", "condition", "negative", "denoise", "weak", "log_prob", "outside", processes.Process),
+  "guidance",
+  "classifier_free(scale=3)",
+  offers=("conditional", "condition", "negative", "denoise", "weak", "log_prob", "outside", processes.Process),
   needs=("condition", "weak", "log_prob"),
   later=True,
-  example="classifier_free(scale=3)",
 )
 _METHOD = Slot(
   "a method of editing",
   (sampling.Sampler, predictions.Denoise),
-  ("editing",),
-  ("sampler", "denoise", "known", "keep", "operator", "measurement", processes.Process),
+  "editing",
+  "repaint(resamples=10)",
+  offers=("sampler", "denoise", "known", "keep", "operator", "measurement", processes.Process),
   needs=("known", "measurement"),
   later=True,
-  example="repaint(resamples=10)",
 )
 _OPERATOR = slots.slot_of(editing.Operator)
-_TASK = Slot("a task", ("Task",), ("tasks",), example="denoise")
+_TASK = Slot("a task", ("Task",), "tasks", "denoise")
+
+_NOT_NEGATIVE, _POSITIVE = Bounds(), Bounds(above=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-  """The range of a number, or of each in a list.
-
-  Attributes:
-    least: the smallest; None for any.
-    above: what it must be above; None for nothing.
-    most: the largest integer.
-    counts: whether it is a size, so that messages tell what an array of so many floats takes.
-  """
-
-  least: float | None = 0
-  above: float | None = None
-  most: int = 2**31 - 1
-  counts: bool = False
-
-
-def key(
-  default: Any, role: str = "", bounds: Bounds = Bounds(), slot: Slot | None = None, *, many: bool = False
-) -> Any:
-  """Return the field of a key; without a role, it has that of its section."""
-  return field(default=default, metadata={"role": role, "bounds": bounds, "slot": slot, "many": many})
+def key(default: Any, role: str = "", bounds: Bounds = _NOT_NEGATIVE, **about: Any) -> Any:
+  """Return the field of a key, with what else is known `about` it; without a role, it has that of its section."""
+  return field(default=default, metadata={"role": role, "bounds": bounds, **about})
 
 
 def section(kind: type, role: str = RUN, slot: Slot | None = None) -> Any:
   """Return the field of a section, whose keys are for `role` unless they say otherwise."""
-  return field(default_factory=kind, metadata={"role": role, "section": kind, "slot": slot, "many": False})
+  return field(default_factory=kind, metadata={"role": role, "section": kind, "slot": slot})
 
 
-def count(default: int, role: str = "", most: int = 2**31 - 1) -> Any:
+def count(default: int, role: str = "") -> Any:
   """Return the field of a number of something, 1 or more."""
-  return key(default, role, Bounds(least=1, most=most, counts=True))
-
-
-def positive(default: float, role: str = "") -> Any:
-  """Return the field of a number above 0."""
-  return key(default, role, Bounds(least=None, above=0))
-
-
-def signed(default: Any, role: str = "") -> Any:
-  """Return the field of a number of any sign."""
-  return key(default, role, Bounds(least=None))
+  return key(default, role, Bounds(least=1, counts=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +106,9 @@ class Data:
   crop: int = key(0)  # above 0: the side of a centered square that is cut out before resizing
   resize: str = key("bicubic")  # bicubic, box (down-sampled ImageNet) or adm
   flip: bool = key(True)
-  hold_out: int = signed(0)  # images kept from training for evaluation, without an eval_split; -1: a tenth, at most 500
+  hold_out: int = key(
+    0, bounds=Bounds(least=-1)
+  )  # images kept from training for evaluation, without an eval_split; -1: a tenth, at most 500
   broken: str = key("stop", FREE)  # at images that cannot be decoded; or skip: the next that can stands in
   num_threads: int = count(4, SPEED)
   num_workers: int = key(0, SPEED)  # processes that decode ahead, instead of threads
@@ -167,12 +143,10 @@ class Optimizer:
 
   name: str = key("adam")  # adam, adamw, lion, sgd or another of optax's functions that take a learning rate
   arguments: str = key("")  # of that function, such as "b2=0.95, weight_decay=0.01"
-  learning_rate: float = positive(2e-4)
+  learning_rate: float = key(2e-4, bounds=_POSITIVE)
   schedule: str = key("constant")  # constant, cosine, linear or inverse_sqrt, after a linear warm-up
   warmup_steps: int = key(5000)
-  decay_steps: int = key(
-    0
-  )  # where cosine and linear end, 0: at training.steps; where inverse_sqrt starts, 0: after the warm-up
+  decay_steps: int = key(0)  # the end of cosine and linear, 0: training.steps; the start of inverse_sqrt, 0: warm-up
   final_factor: float = key(0.0)  # of cosine and linear: the share of the rate that is left at the end
   clip_norm: float = key(1.0)  # the largest global norm of a gradient; 0: any
 
@@ -187,7 +161,7 @@ class Ema:
   ramp_up: float = key(0.05)  # of half_life: no longer than this share of the images seen; 0: no such limit
   stds: Sequence[float] = key(
     (0.05, 0.1)
-  )  # of power: the relative width of each average, the first for previews, samples and scores
+  )  # of power: relative widths; the first average is previewed, sampled and scored
   snapshot_every: int = key(0, FREE)  # of power: steps between the averages stored for other widths; 0: none are
 
 
@@ -232,9 +206,8 @@ class Sampling:
 class Editing:
   """How images are edited."""
 
-  method: Callable | None = key(
-    None, slot=_METHOD
-  )  # of inpaint: repaint, replace, posterior or dps; of measurements: posterior or dps; None: the first
+  # Of inpaint: repaint, replace, posterior or dps; of measurements: posterior or dps; None: the first.
+  method: Callable | None = key(None, slot=_METHOD)
   operator: editing.Operator | None = key(None, slot=_OPERATOR)  # of restore: what was done to the images
   strength: float = key(0.6)  # of img2img: 0 gives back the input, 1 a fresh sample
   frames: int = key(8)  # of interpolate
@@ -246,21 +219,13 @@ class Evaluation:
 
   num_samples: int = count(50_000)
   batch_size: int = count(128)  # images on each device at a time
-  features: str = key(
-    ""
-  )  # inception, classifier or pixels; empty: inception if its weights are given, else what suits the images
+  features: str = key("")  # inception, classifier or pixels; empty: inception given its weights, else what suits images
   inception_weights: str = key("")  # the file of the FID Inception network
-  inception_sha256: str = key(
-    "6726825d"
-  )  # how the hash of that file begins; empty: any file, whose scores are then not called FID
+  inception_sha256: str = key("6726825d")  # the start of its hash; empty: any file, whose scores are not called FID
   resize: str = key("tf1")  # to Inception's 299x299: tf1, as the reference, or clean, as clean-fid
   classifier_steps: int = count(600)  # of training the classifier whose features suit small grey images
-  reference: str = key(
-    ""
-  )  # train, held_out or an .npz file of statistics; empty: train for inception or many samples, else held_out
-  scores: Sequence[str] = key(
-    ()
-  )  # some of evaluate.SCORES; empty: all that features, reference and number of samples allow
+  reference: str = key("")  # train, held_out or an .npz file; empty: train for inception or many samples, else held_out
+  scores: Sequence[str] = key(())  # some of evaluate.SCORES; empty: all that features, reference and samples allow
   allow_singular: bool = key(False)  # a Frechet distance of no more samples than the features have dimensions
   k: int = count(5)  # nearest neighbor of precision, recall, density and coverage
   most_kept: int = count(10_000)  # features for the scores that compare pairs
@@ -273,7 +238,7 @@ class Evaluation:
   bound_variance: str = key("large")  # of the bound: small, large or learned
   probes: int = key(1)  # of the ODE's trace; 0: exactly, for small images
   probe_noise: str = key("rademacher")  # or gaussian
-  likelihood_tolerance: float = positive(1e-5)  # of the ODE
+  likelihood_tolerance: float = key(1e-5, bounds=_POSITIVE)  # of the ODE
   report: bool = key(True)  # write report.html
   every: int = key(0)  # training steps between scores on the way; 0: none
   every_samples: int = key(0)  # samples for each; 0: num_samples
@@ -285,9 +250,7 @@ class Root:
 
   task: Any = key("tasks.denoise", MODEL, slot=_TASK)
   seed: int = key(0, RUN, Bounds(most=2**32 - 1))
-  init_from: str = key(
-    "", PLACE
-  )  # a folder of diffusers or a name on the hub, whose model and parameters training starts from
+  init_from: str = key("", PLACE)  # a folder of diffusers or a name on the hub that training starts from
   data: Data = section(Data)
   model: Parts = section(Parts, MODEL, _MODEL)
   objective: Any = key("losses.denoising", RUN, slot=_OBJECTIVE)
@@ -295,21 +258,14 @@ class Root:
   ema: Ema = section(Ema)
   training: Training = section(Training)
   parallel: Parallel = section(Parallel, SPEED)
-  sampler: Callable | None = key(
-    "sampling.ancestral(variance='large')", SAMPLING, slot=_SAMPLER
-  )  # None: what suits the model
+  # None: what suits the model.
+  sampler: Callable | None = key("sampling.ancestral(variance='large')", SAMPLING, slot=_SAMPLER)
   sampling: Sampling = section(Sampling, SAMPLING)
   guidance: Any = key("guidance.classifier_free", SAMPLING, slot=_GUIDANCE)
   editing: Editing = section(Editing, FREE)
   evaluation: Evaluation = section(Evaluation, FREE)
 
 
-def keys_of(kind: type) -> list[tuple[Parameter, Mapping[str, Any]]]:
-  """Return the keys of a section, and what else is known of each: its `bounds`, or the `section` that it is."""
-  return [
-    (
-      Parameter(one.name, one.type, one.default, one.metadata["role"], one.metadata["slot"], one.metadata["many"]),
-      one.metadata,
-    )
-    for one in dataclasses.fields(kind)
-  ]
+def keys_of(kind: type) -> list[Parameter]:
+  """Return the keys of a section."""
+  return [Parameter(one.name, one.type, one.default, **one.metadata) for one in dataclasses.fields(kind)]

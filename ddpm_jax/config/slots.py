@@ -4,12 +4,12 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ddpm_jax import editing, guidance, losses, models, predictions, processes, sampling, schedules
+from ddpm_jax.config.values import CALLABLE, MISSING, SEQUENCE, is_literal, members, plain
 
-MISSING = inspect.Parameter.empty
 # The modules of which a config may name components, as it calls them.
 MODULES = {
   "codecs": "models.codecs",
@@ -27,8 +27,6 @@ MODULES = {
   "schedules": "schedules",
   "tasks": "runs.tasks",
 }
-_CALLABLE = typing.get_origin(Callable[[int], int])
-_SEQUENCE = typing.get_origin(Sequence[int])
 # What the libraries of networks themselves give their modules.
 _OF_MODULES = ("parent", "name", "rngs", "key")
 
@@ -38,60 +36,51 @@ class Slot(NamedTuple):
 
   Attributes:
     what: it is, for messages, such as "a sampler".
-    kinds: what it may be, or make: classes (one that lies above this package by its name in the first home), or types of functions.
-    homes: the modules, as configs call them, in which a name without a module is looked for.
+    kinds: what it may be, or make: classes (one that lies above this package by its name in `home`), or types of functions.
+    home: the module, as configs call it, in which a name without a module is looked for.
+    example: one, for messages.
     offers: what the program gives it, which therefore are no keys: types of parameters, and names of them.
     needs: names of parameters of which those of the package have one, and functions of the same type for other places do not.
-    itself: the names of the parameters of a function that is used as it is, and is not called to make one.
+    itself: the name of the parameter of a function that is used as it is, and is not called to make one.
     later: whether its last arguments are given later: it is built into a function of what is offered.
-    example: one, for messages.
   """
 
   what: str
   kinds: tuple[Any, ...]
-  homes: tuple[str, ...]
+  home: str
+  example: str
   offers: tuple[Any, ...] = ()
   needs: tuple[str, ...] = ()
-  itself: tuple[str, ...] = ()
+  itself: str = ""
   later: bool = False
-  example: str = ""
+
+  @property
+  def offered_names(self) -> list[str]:
+    """What it offers by name; a component of a user's own that is built later takes some of it."""
+    return [offer for offer in self.offers if isinstance(offer, str)]
 
 
-# Which component an argument takes, by the argument's type.
-NOUNS: tuple[tuple[Any, Slot], ...] = (
-  (processes.Process, Slot("a process", (processes.Process,), ("processes",), example="vp(beta_max=20)")),
-  (predictions.Prediction, Slot("a prediction", (predictions.Prediction,), ("predictions",), example="V")),
-  (sampling.Sampler, Slot("a sampler", (sampling.Sampler,), ("sampling",), example="heun(s_churn=40)")),
-  (
-    losses.Weighting,
-    Slot("a weighting", (losses.Weighting,), ("losses",), itself=("log_snr",), example="min_snr(gamma=5)"),
-  ),
-  (
-    losses.TimeDistribution,
-    Slot("a distribution of times", (losses.TimeDistribution,), ("losses",), example="log_normal(mean=-1.2)"),
-  ),
-  (
-    losses.AdaptiveTimes,
-    Slot("a distribution of times", (losses.AdaptiveTimes,), ("losses",), example="importance(size=10)"),
-  ),
-  (schedules.Betas, Slot("a schedule", (schedules.Betas,), ("schedules",), example="cosine(num_steps=1000)")),
-  (editing.Operator, Slot("an operator", (editing.Operator,), ("editing",), itself=("x",), example="blur(std=2)")),
-  (
-    guidance.Schedule,
-    Slot("a function of time", (guidance.Schedule,), ("guidance",), example="interval(scale=3, low=0.3, high=5)"),
-  ),
+# Which component an argument takes whose type is the first of `kinds`, or a union with it.
+_NOUNS = (
+  Slot("a process", (processes.Process,), "processes", "discrete(betas=cosine())"),
+  Slot("a prediction", (predictions.Prediction,), "predictions", "V"),
+  Slot("a sampler", (sampling.Sampler,), "sampling", "heun(s_churn=40)"),
+  Slot("a weighting", (losses.Weighting,), "losses", "min_snr(gamma=5)", itself="log_snr"),
+  Slot("a distribution of times", (losses.TimeDistribution,), "losses", "log_normal(mean=-1.2)"),
+  Slot("a distribution of times", (losses.AdaptiveTimes,), "losses", "importance(size=10)"),
+  Slot("a schedule", (schedules.Betas,), "schedules", "cosine(num_steps=1000)"),
+  Slot("an operator", (editing.Operator,), "editing", "blur(std=2)", itself="x"),
+  Slot("a function of time", (guidance.Schedule,), "guidance", "interval(scale=3, low=0.3, high=5)"),
 )
 
 
 def slot_of(annotation: Any, offers: tuple[Any, ...] = ()) -> Slot | None:
   """Return the place that an argument of this type is, if it is one for a component."""
   # Types of functions are told apart by identity: `Weighting` and `Operator` are equal.
-  found = [slot for noun, slot in NOUNS if any(noun is one for one in (annotation, *_parts(annotation)))]
+  found = [slot for slot in _NOUNS if any(slot.kinds[0] is one for one in (plain(annotation), *members(annotation)))]
   if not found:
     return None
-  kinds = tuple(kind for slot in found for kind in slot.kinds)
-  homes = tuple(dict.fromkeys(home for slot in found for home in slot.homes))
-  return found[0]._replace(kinds=kinds, homes=homes, offers=offers)
+  return found[0]._replace(kinds=tuple(slot.kinds[0] for slot in found), offers=offers)
 
 
 def module(name: str) -> types.ModuleType:
@@ -102,159 +91,114 @@ def module(name: str) -> types.ModuleType:
 def exports(home: str) -> Mapping[str, Any]:
   """Return what a module, as configs call it, has to offer by name."""
   found = module(home)
+  # Values such as predictions.EPS have the module of their class, which is the same.
   own = [name for name, value in vars(found).items() if getattr(value, "__module__", None) == found.__name__]
   names = getattr(found, "__all__", None) or [name for name in own if not name.startswith("_")]
-  # Values such as predictions.EPS have the module of their class, which is the same.
   return {name: getattr(found, name) for name in names}
 
 
 def names(slot: Slot) -> list[str]:
   """Return the names of the package's components that fit a place."""
-  first = slot.homes[0]
-  return [
-    name if home == first else f"{home}.{name}"
-    for home in slot.homes
-    for name, component in sorted(exports(home).items())
-    if fits(component, slot)
-  ]
+  return [name for name, component in sorted(exports(slot.home).items()) if use(component, slot)]
 
 
-def fits(component: Any, slot: Slot, *, own: bool = False) -> bool:
-  """Return whether something may stand in a place: it is of one of its kinds, or makes one.
+def use(component: Any, slot: Slot, *, own: bool = False) -> str:
+  """Return how something serves in a place.
 
   Args:
     component: the value, function or class.
     slot: the place.
     own: whether it is a user's own, which need not say what it makes: that is seen once it is made.
+
+  Returns:
+    "itself" if it is what the place is for, "made" if it is called to make that, or "" if it does not fit.
   """
-  kinds = _resolved(slot)
   if inspect.isclass(component):
-    return own or models.Network in kinds
+    return "made" if own or models.Network in slot.kinds else ""
   if not callable(component):
-    return any(_is(component, kind) for kind in kinds)
-  found = parameters_of(component)
-  needed = offered_names(slot) if own else slot.needs
-  if found is None or (slot.later and needed and not any(name in found for name in needed)):
-    return False
-  result = _result(component)
-  if own:
-    # Of another noun it is of no use; of all other types it is seen later.
-    return not _is_noun(result) or any(_makes(result, kind) for kind in kinds)
-  if is_itself(component, slot):
-    return True
-  return any(_makes(result, kind) for kind in kinds) and all(_can_be_given(one, slot) for one in found.values())
-
-
-def is_itself(component: Any, slot: Slot, *, own: bool = False, given: Iterable[str] = ()) -> bool:
-  """Return whether a function is what a place wants, and is not called to make it.
-
-  One of a user's own is, if a config says nothing of its arguments and it takes some that only the mathematics can give.
-  """
-  functions = [kind for kind in slot.kinds if typing.get_origin(kind) is _CALLABLE]
-  if slot.later or not functions or inspect.isclass(component) or list(given):
-    return False
-  found = parameters_of(component) or {}
-  result = _result(component)
-  if any(_makes(result, kind) for kind in slot.kinds) or typing.get_origin(result) is _CALLABLE:
-    return False
-  required = tuple(name for name, one in found.items() if one.default is MISSING and not is_offered(one, slot.offers))
-  return bool(required) if own else bool(slot.itself) and required == slot.itself
+    return "itself" if is_of(component, slot) else ""
+  found = signature(component)
+  needed = slot.offered_names if own else slot.needs
+  if found is None or (slot.later and needed and not any(name in found.parameters for name in needed)):
+    return ""
+  result, parameters = found.return_annotation, found.parameters.values()
+  if any(_makes(result, kind) for kind in _kinds(slot)):
+    return "made" if own or all(_can_be_given(one, slot) for one in parameters) else ""
+  if _is_noun(result):
+    return ""
+  functions = any(typing.get_origin(kind) is CALLABLE for kind in slot.kinds)
+  if functions and not slot.later and typing.get_origin(result) is not CALLABLE:
+    # It takes what only the mathematics can give.
+    required = [one.name for one in parameters if one.default is MISSING and not is_offered(one, slot.offers)]
+    if required if own else required == [slot.itself]:
+      return "itself"
+  return "made" if own else ""
 
 
 def is_of(value: Any, slot: Slot) -> bool:
-  """Return whether a value that was made is what its place is for."""
-  return any(_is(value, kind) for kind in _resolved(slot))
+  """Return whether a value is what a place is for."""
+  return any(_is(value, kind) for kind in _kinds(slot))
 
 
 def is_offered(parameter: inspect.Parameter, offers: Iterable[Any]) -> bool:
   """Return whether the program gives a parameter: by its name or its type, `None` beside it or not; by the name of a type if it has none."""
-  kinds = [one for one in _parts(plain(parameter.annotation)) if one is not types.NoneType]
-  for offer in offers:
+  kinds = [one for one in members(parameter.annotation) if one is not types.NoneType]
+
+  def is_it(offer: Any) -> bool:
     if isinstance(offer, str):
-      found = parameter.name == offer
-    elif parameter.annotation is MISSING:
-      found = parameter.name == offer.__name__.lower()
-    else:
-      found = len(kinds) == 1 and kinds[0] is offer
-    if found:
-      return True
-  return False
+      return parameter.name == offer
+    if parameter.annotation is MISSING:
+      return parameter.name == offer.__name__.lower()
+    return kinds == [offer]
+
+  return any(map(is_it, offers))
 
 
-def offered_names(slot: Slot) -> list[str]:
-  """Return what a place offers by name; a component of a user's own that is built later takes some of it."""
-  return [offer for offer in slot.offers if isinstance(offer, str)]
-
-
-def parameters_of(component: Any) -> dict[str, inspect.Parameter] | None:
-  """Return the parameters of a function, or of the making of a class, with their annotations resolved; None for what cannot be called."""
-  if not callable(component):
-    return None
-  # Not those of the class as it is called: NNX and Equinox let it take anything.
-  own = inspect.isclass(component) and component.__init__ is not object.__init__
-  function = component.__init__ if own else component
-  try:
-    found = list(inspect.signature(function, eval_str=True).parameters.values())[own:]
-  except (NameError, SyntaxError, TypeError, ValueError, AttributeError):
+def signature(component: Any) -> inspect.Signature | None:
+  """Return how a function is called, or a class made, with its annotations resolved; None for what cannot be called."""
+  # Not that of the class as it is called: NNX and Equinox let it take anything.
+  made = inspect.isclass(component) and component.__init__ is not object.__init__
+  for resolve in (True, False):
     try:
-      found = list(inspect.signature(function).parameters.values())[own:]
-    except (TypeError, ValueError):
-      return None
-  left_out = _OF_MODULES if own else ()
-  return {parameter.name: parameter for parameter in found if parameter.name not in left_out}
-
-
-def _result(component: Any) -> Any:
-  """Return the type that a function says it returns."""
-  try:
-    return plain(inspect.signature(component, eval_str=True).return_annotation)
-  except (NameError, SyntaxError, TypeError, ValueError, AttributeError):
-    return plain(inspect.signature(component).return_annotation)
-
-
-def plain(annotation: Any) -> Any:
-  """Return a type without its markers."""
-  return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+      found = inspect.signature(component.__init__ if made else component, eval_str=resolve)
+    except (NameError, SyntaxError, TypeError, ValueError, AttributeError):
+      continue
+    kept = list(found.parameters.values())[made:]
+    kept = [one for one in kept if not made or one.name not in _OF_MODULES]
+    return found.replace(parameters=kept, return_annotation=plain(found.return_annotation))
+  return None
 
 
 def described(component: Any) -> str:
   """Return what a component is, for messages."""
   if inspect.isclass(component):
     return f"the class {component.__name__}"
-  if parameters_of(component) is None:
+  found = signature(component)
+  if found is None:
     return f"a value of type {type(component).__name__}"
-  result = _result(component)
+  result = found.return_annotation
   made = f" that makes a {result.__name__}" if _is_noun(result) else ""
   return f"the function {getattr(component, '__name__', component)}{made}"
 
 
-def _resolved(slot: Slot) -> tuple[Any, ...]:
-  return tuple(getattr(module(slot.homes[0]), kind) if isinstance(kind, str) else kind for kind in slot.kinds)
-
-
-def _parts(kind: Any) -> tuple[Any, ...]:
-  return (
-    typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
-  )
+def _kinds(slot: Slot) -> tuple[Any, ...]:
+  return tuple(getattr(module(slot.home), kind) if isinstance(kind, str) else kind for kind in slot.kinds)
 
 
 def _makes(result: Any, kind: Any) -> bool:
   """Return whether a function that returns `result` makes something of a kind."""
-  if result is MISSING:
-    return False
-  if _is_protocol(kind):
-    return inspect.isclass(result) and _has_all(result, kind)
-  return any(one is part for one in _parts(result) for part in _parts(kind))
+  pairs = [(one, part) for one in members(result) for part in members(kind)]
+  return any(
+    one is part or (inspect.isclass(one) and inspect.isclass(part) and issubclass(one, part)) for one, part in pairs
+  )
 
 
 def _is(value: Any, kind: Any) -> bool:
   if isinstance(kind, types.UnionType):
-    return any(_is(value, part) for part in _parts(kind))
-  if _is_protocol(kind):
-    return _has_all(value, kind)
+    return any(_is(value, part) for part in members(kind))
   if inspect.isclass(kind):
     return isinstance(value, kind)
-  if typing.get_origin(kind) is _SEQUENCE:
+  if typing.get_origin(kind) is SEQUENCE:
     return isinstance(value, list | tuple) and not _is_noun(type(value))
   return callable(value) and not inspect.isclass(value)
 
@@ -263,23 +207,9 @@ def _is_noun(kind: Any) -> bool:
   return inspect.isclass(kind) and hasattr(kind, "_fields")
 
 
-def _is_protocol(kind: Any) -> bool:
-  return inspect.isclass(kind) and getattr(kind, "_is_protocol", False)
-
-
-def _has_all(value: Any, protocol: Any) -> bool:
-  return all(hasattr(value, name) for name in vars(protocol) if not name.startswith("_"))
-
-
 def _can_be_given(parameter: inspect.Parameter, slot: Slot) -> bool:
   """Return whether the program, or else a config, can give an argument: no config can give an array or a function that makes nothing."""
   if parameter.default is not MISSING or is_offered(parameter, slot.offers):
     return True
-  kinds = _parts(plain(parameter.annotation))
-  return slot_of(plain(parameter.annotation)) is not None or any(_is_literal(kind) for kind in kinds)
-
-
-def _is_literal(kind: Any) -> bool:
-  if kind in (MISSING, Any, int, float, str, bool):
-    return True
-  return typing.get_origin(kind) in (tuple, list, _SEQUENCE, typing.Literal)
+  kinds = members(parameter.annotation)
+  return slot_of(parameter.annotation) is not None or any(map(is_literal, kinds))

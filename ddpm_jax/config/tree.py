@@ -1,16 +1,17 @@
 """The tree of a config: defaults filled in by signatures, every value checked, and what each key is for."""
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from ddpm_jax.config import components, values
-from ddpm_jax.config.components import DIGEST, KEY, MISSING, Parameter
-from ddpm_jax.config.sections import Bounds, Root, keys_of
+from ddpm_jax.config.components import DIGEST, KEY, Component, Parameter
+from ddpm_jax.config.sections import Root, keys_of
 from ddpm_jax.config.slots import Slot
+from ddpm_jax.config.values import MISSING
+from ddpm_jax.names import hint
 from ddpm_jax.storage import jsonfiles
 
 
@@ -19,14 +20,14 @@ class Tree(NamedTuple):
 
   Attributes:
     values: every key by its nested names, as JSON holds it; components are sections with their name under "component".
-    roles: what each key is for, by its dotted name.
-    places: the argument that each key is, by its dotted name.
+    places: the argument that each key is, and what it is for, by its dotted name.
+    components: those that it names, by the dotted names of their places.
     folder: of the run that keeps copies of components' files, or None.
   """
 
   values: dict[str, Any]
-  roles: dict[str, str]
   places: dict[str, Parameter]
+  components: dict[str, Component]
   folder: Path | None = None
 
   def at(self, path: str) -> Any:
@@ -35,6 +36,33 @@ class Tree(NamedTuple):
     for name in path.split(".") if path else ():
       found = found[name]
     return found
+
+  def arguments(self, path: str) -> dict[str, Any]:
+    """Return the arguments of the component, or of the section, at a dotted name."""
+    return components.arguments_of(self.at(path))
+
+  def role(self, path: str) -> str:
+    """Return what a key is for; what is inside of a value is for the same as the value."""
+    while path and path not in self.places:
+      path = path.rpartition(".")[0]
+    return self.places[path].role
+
+  def of_roles(self, *roles: str) -> dict[str, Any]:
+    """Return the keys that are for one of some roles, by their dotted names.
+
+    The file of a component of the user's own is known by its name and its digest, wherever it lies.
+    """
+    found = {path: value for path, value in leaves(self.values).items() if self.role(path) in roles}
+    own = [path for path, value in found.items() if path.rpartition(".")[2] == KEY and ":" in value]
+    return found | {path: found[path].rpartition("/")[2] for path in own}
+
+  def short_name(self, path: str) -> str:
+    """Return the name of the component at a place, without its module; "none" if there is none."""
+    return components.last_name(self.components[path].name) if path in self.components else "none"
+
+  def is_own(self, path: str) -> bool:
+    """Return whether the component at a place is a user's own."""
+    return path in self.components and self.components[path].digest != ""
 
 
 def expand(given: Mapping[str, Any], folder: Path | None = None, *, complete: bool = True) -> Tree:
@@ -48,9 +76,8 @@ def expand(given: Mapping[str, Any], folder: Path | None = None, *, complete: bo
   Raises:
     ValueError: if a key, a component or an argument is unknown, or a value is of the wrong type or out of bounds.
   """
-  expander = _Expander(folder, complete)
-  found = expander.section(Root, given, "", "run")
-  return Tree(found, expander.roles, expander.places, folder)
+  expander = _Expander(Tree({}, {}, {}, folder), complete)
+  return expander.tree._replace(values=expander.section(Root, given, "", "run"))
 
 
 def default_config() -> ConfigDict:
@@ -59,36 +86,43 @@ def default_config() -> ConfigDict:
 
 
 class _Expander:
-  """Walks a config along the sections and the signatures of its components."""
+  """Walks a config along the sections and the signatures of its components, and fills in a tree."""
 
-  def __init__(self, folder: Path | None, complete: bool):
-    self._folder, self._complete = folder, complete
-    self.roles: dict[str, str] = {}
-    self.places: dict[str, Parameter] = {}
+  def __init__(self, tree: Tree, complete: bool):
+    self.tree, self._complete = tree, complete
 
   def section(self, kind: type, given: Any, path: str, role: str) -> dict[str, Any]:
-    keys = keys_of(kind)
-    names = [parameter.name for parameter, _ in keys]
+    keys = {parameter.name: parameter for parameter in keys_of(kind)}
     if not isinstance(given, Mapping):
       raise ValueError(
-        f"Got config.{path}={jsonfiles.show(given)}; expected a section with the keys {', '.join(names)}."
+        f"Got config.{path}={jsonfiles.show(given)}; expected a section with the keys {', '.join(keys)}."
       )
     for name in given:
-      if name not in names:
-        raise unknown(_join(path, name), names, path)
-    found = {}
-    for parameter, about in keys:
-      name, own = parameter.name, parameter.role or role
-      place = _join(path, name)
-      self.places[place] = parameter
-      if parameter.many:
-        found[name] = self._several(parameter, given.get(name, {}), place, own)
-      elif "section" not in about:
-        found[name] = self.value(parameter, given.get(name, parameter.default), place, own, about["bounds"])
-      elif parameter.slot is not None and (components.is_node(given.get(name)) or isinstance(given.get(name), str)):
-        found[name] = self.component(parameter.slot, given[name], place, own)
-      else:
-        found[name] = self.section(about["section"], given.get(name, {}), place, own)
+      if name not in keys:
+        raise _unknown(name, keys, path)
+    defaults = {name: {} if one.many or one.section else one.default for name, one in keys.items()}
+    return {name: self._value(one, given.get(name, defaults[name]), path, role) for name, one in keys.items()}
+
+  def _value(self, parameter: Parameter, given: Any, parent: str, role: str) -> Any:
+    path, role, slot = _join(parent, parameter.name), parameter.role or role, parameter.slot
+    self.tree.places[path] = parameter._replace(role=role)
+    if given is MISSING:
+      if self._complete:
+        name = self.tree.components[parent].name
+        raise ValueError(
+          f"Got config.{parent}={name} without {parameter.name}; expected it. Set --config.{path}=<value>."
+        )
+      return MISSING
+    if parameter.many:
+      return self._several(parameter, given, path, role)
+    if parameter.section is not None and not (slot and (isinstance(given, str) or components.is_node(given))):
+      return self.section(parameter.section, given, path, role)
+    # Its name, its section, or itself, such as a default.
+    if slot is not None and (isinstance(given, str | Mapping) or callable(given) or hasattr(given, "_fields")):
+      return self._component(slot, given, path, role)
+    found = values.convert(given, parameter.kinds, path, f"{slot.what}, such as {slot.example}," if slot else "")
+    if parameter.bounds is not None:
+      parameter.bounds.check(found, path, parameter.default)
     return found
 
   def _several(self, parameter: Parameter, given: Any, path: str, role: str) -> dict[str, Any]:
@@ -96,7 +130,7 @@ class _Expander:
     if not isinstance(given, Mapping) or components.is_node(given):
       raise ValueError(
         f"Got config.{path}={jsonfiles.show(given)}; expected components by name, such as"
-        f" --config.{path}.classes='{components.example(parameter.slot)}'."
+        f" --config.{path}.classes='{parameter.slot.example}'."
       )
     found = {}
     # In the order in which a run's file holds them: a network joins conditions of one kind in their order.
@@ -109,67 +143,42 @@ class _Expander:
         )
       # So may a recipe or a flag take one out.
       if value is not None:
-        place = _join(path, name)
-        self.places[place] = parameter._replace(name=name, annotation=Callable | None, many=False)
-        found[name] = self.component(parameter.slot, value, place, role)
+        one = parameter._replace(name=name, annotation=Callable | None, many=False)
+        found[name] = self._value(one, value, path, role)
     return found
 
-  def value(self, parameter: Parameter, given: Any, path: str, role: str, bounds: Bounds | None = None) -> Any:
-    if parameter.slot is not None and _is_component(given):
-      return self.component(parameter.slot, given, path, role)
-    self.roles[path] = role
-    if parameter.slot is None:
-      found = values.convert(given, values.members(parameter.annotation), path)
-    else:
-      instead = f"{parameter.slot.what}, such as {components.example(parameter.slot)},"
-      found = values.convert(given, values.beside_components(parameter.annotation), path, instead)
-    if bounds is not None:
-      values.check_bounds(found, path, bounds, parameter.default)
-    return found
-
-  def component(self, slot: Slot, given: Any, path: str, role: str) -> dict[str, Any]:
+  def _component(self, slot: Slot, given: Any, path: str, role: str) -> dict[str, Any]:
     where = f"config.{path}"
     if isinstance(given, str):
       given = components.parse(given, where)
     elif not isinstance(given, Mapping):
       given = {KEY: components.name_of(given, slot)}
     if not components.is_node(given):
-      raise ValueError(f"Got {where} without its component; expected {slot.what}, such as {components.example(slot)}.")
-    name, found, digest = components.find(given[KEY], slot, where, given.get(DIGEST, ""), self._folder)
-    node: dict[str, Any] = {KEY: name} | ({DIGEST: digest} if digest else {})
-    self.roles |= {_join(path, one): role for one in node}
-    arguments = {one: value for one, value in given.items() if one not in (KEY, DIGEST)}
-    declared = components.parameters(found, slot, arguments) or []
-    known = [parameter.name for parameter in declared]
-    others = [one for one in arguments if one not in known]
-    if others and not components.takes_anything(found):
-      raise unknown(_join(path, others[0]), known, path, name)
-    for parameter in [*declared, *(Parameter(one, MISSING, MISSING) for one in others)]:
-      place, value = _join(path, parameter.name), arguments.get(parameter.name, parameter.default)
-      self.places[place] = parameter
-      if value is not MISSING:
-        node[parameter.name] = self.value(parameter, value, place, parameter.role or role)
-      elif self._complete:
-        raise ValueError(f"Got {where}={name} without {parameter.name}; expected it. Set --config.{place}=<value>.")
-    return node
-
-
-def _is_component(value: Any) -> bool:
-  """Return whether a value stands for a component: its name, its section, or itself, such as a default."""
-  return isinstance(value, str | Mapping) or callable(value) or hasattr(value, "_fields")
+      raise ValueError(f"Got {where} without its component; expected {slot.what}, such as {slot.example}.")
+    component = components.find(given, slot, where, self.tree.folder)
+    self.tree.components[path] = component
+    node: dict[str, Any] = {KEY: component.name} | ({DIGEST: component.digest} if component.digest else {})
+    arguments, keys = components.arguments_of(given), dict(component.keys or {})
+    takes_anything = any(one.kind is one.VAR_KEYWORD for one in component.declared.values())
+    for name in arguments:
+      if name not in keys and not takes_anything:
+        raise _unknown(name, keys, path, component.name)
+      keys.setdefault(name, Parameter(name))
+    for name, parameter in keys.items():
+      node[name] = self._value(parameter, arguments.get(name, parameter.default), path, role)
+    return {name: value for name, value in node.items() if value is not MISSING}
 
 
 def _join(path: str, name: str) -> str:
   return f"{path}.{name}" if path else name
 
 
-def unknown(name: str, known: Sequence[str], path: str, component: str = "") -> ValueError:
-  """Return the error for a key that there is not."""
-  near = difflib.get_close_matches(name.rpartition(".")[2], known, 1)
-  hint = f" Did you mean {_join(path, near[0])!r}?" if near else ""
+def _unknown(name: str, known: Collection[str], path: str, component: str = "") -> ValueError:
+  """Return the error for a key that there is not, which shows those beside it."""
+  near = hint(name, known, lambda one: repr(_join(path, one)))
   of = f" of {component}" if component else ""
   expected = f"one of {', '.join(sorted(_join(path, one) for one in known))}" if known else "none: it has no arguments"
-  return ValueError(f"Got {name!r} as a config key{of}; expected {expected}.{hint}")
+  return ValueError(f"Got {_join(path, name)!r} as a config key{of}; expected {expected}.{near}")
 
 
 def leaves(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -181,26 +190,6 @@ def leaves(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       flat[prefix + name] = value
   return flat
-
-
-def of_roles(tree: Tree, roles: Sequence[str]) -> dict[str, Any]:
-  """Return the keys that are for one of some roles, by their dotted names.
-
-  The file of a component of the user's own is known by its name and its digest, wherever it lies.
-  """
-  found = {}
-  for path, value in leaves(tree.values).items():
-    if _role(tree, path) in roles:
-      own = path.rpartition(".")[2] == KEY and ":" in value
-      found[path] = value.rpartition("/")[2] if own else value
-  return found
-
-
-def _role(tree: Tree, path: str) -> str:
-  """Return what a key is for; what is inside of a value is for the same as the value."""
-  while path not in tree.roles and "." in path:
-    path = path.rpartition(".")[0]
-  return tree.roles.get(path, "")
 
 
 def changed(tree: Tree, path: str, value: Any) -> Tree:

@@ -1,37 +1,69 @@
 """Values of keys: of the type that an annotation says, within bounds, and such that a file can hold them."""
 
 import ast
+import contextlib
+import dataclasses
+import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddpm_jax.config import components
-from ddpm_jax.config.components import MISSING
-from ddpm_jax.config.sections import Bounds
+import numpy as np
+
 from ddpm_jax.devices import memory
 from ddpm_jax.storage import jsonfiles
 
-_SEQUENCE = typing.get_origin(Sequence[int])
-_CALLABLE = typing.get_origin(typing.Callable[[int], int])
+MISSING = inspect.Parameter.empty
+CALLABLE = typing.get_origin(Callable[[int], int])
+SEQUENCE = typing.get_origin(Sequence[int])
+# Words that stand for values, in components and flags.
+CONSTANTS = {"true": True, "false": False, "inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _NUMBERS = {int: "an integer, in digits alone", float: "a number", bool: "true or false"}
 
 
+def plain(annotation: Any) -> Any:
+  """Return a type without its markers."""
+  return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
 def members(annotation: Any) -> tuple[Any, ...]:
-  """Return the types of a union, or a type alone."""
+  """Return the types of a union, or a type alone, without markers."""
+  annotation = plain(annotation)
   if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
     return typing.get_args(annotation)
   return (annotation,)
 
 
-def beside_components(annotation: Any) -> tuple[Any, ...]:
-  """Return the types of values that may stand in place of a component: None, numbers, words and lists of them."""
-  return tuple(kind for kind in members(annotation) if _is_plain(kind))
+def is_literal(kind: Any) -> bool:
+  """Return whether a config can write down values of a type."""
+  simple = (MISSING, Any, types.NoneType, int, float, str, bool)
+  return kind in simple or _is_list(kind) or typing.get_origin(kind) is typing.Literal
 
 
-def _is_plain(kind: Any) -> bool:
-  return kind in (None, types.NoneType, int, float, bool) or typing.get_origin(kind) in (tuple, list, _SEQUENCE)
+def _is_list(kind: Any) -> bool:
+  return kind in (tuple, list) or typing.get_origin(kind) in (tuple, list, SEQUENCE)
+
+
+def as_json(value: Any) -> Any:
+  """Return a value as JSON holds it, or `MISSING` if it cannot.
+
+  Arrays become lists of Python's numbers, types of numbers their names, and lists tuples.
+  """
+  if isinstance(value, type | np.dtype):
+    name = np.dtype(value).name
+    return MISSING if name == "object" else name
+  if hasattr(value, "__array__"):
+    value = np.asarray(value).tolist()
+  if isinstance(value, Mapping):
+    items = {name: as_json(item) for name, item in value.items()}
+    sound = all(isinstance(name, str) and item is not MISSING for name, item in items.items())
+    return items if sound else MISSING
+  if isinstance(value, Sequence) and not isinstance(value, str) and not hasattr(value, "_fields"):
+    several = tuple(as_json(item) for item in value)
+    return MISSING if any(item is MISSING for item in several) else several
+  return value if value is None or isinstance(value, str | bool | int | float) else MISSING
 
 
 def convert(value: Any, kinds: Sequence[Any], path: str, instead: str = "") -> Any:
@@ -46,75 +78,64 @@ def convert(value: Any, kinds: Sequence[Any], path: str, instead: str = "") -> A
   Raises:
     ValueError: if it is of another type.
   """
-  value = components.literal(value)
-  for kind in kinds:
-    found = _of_kind(value, kind)
-    if found is not MISSING:
-      return found
-  expected = " or ".join(dict.fromkeys([instead] * bool(instead) + [_name(kind) for kind in kinds]))
-  raise ValueError(f"Got config.{path}={jsonfiles.show(value)}; expected {expected}. Set --config.{path}.")
+  held = as_json(value)
+  found = MISSING if held is MISSING else _first(held, kinds)
+  if found is MISSING:
+    names = dict.fromkeys([instead, *map(_name, kinds)])
+    raise _refusal(value if held is MISSING else held, path, " or ".join(filter(None, names)))
+  return found
+
+
+def _refusal(value: Any, path: str, expected: str) -> ValueError:
+  return ValueError(f"Got config.{path}={jsonfiles.show(value)}; expected {expected}. Set --config.{path}.")
+
+
+def _first(value: Any, kinds: Sequence[Any]) -> Any:
+  """Return a value as the first type wants it that fits, or `MISSING` if none does."""
+  return next((found for found in (_of_kind(value, kind) for kind in kinds) if found is not MISSING), MISSING)
 
 
 def _of_kind(value: Any, kind: Any) -> Any:
   """Return a value as one type wants it, or `MISSING` if it is of another."""
-  origin = typing.get_origin(kind)
-  if kind is MISSING or kind is Any:
-    return value if _can_be_saved(value) else MISSING
-  if kind in (None, types.NoneType):
-    return None if value is None else MISSING
+  if _is_list(kind):
+    return _items(value, kind)
   if kind is float:
     # Infinity is a number where there are no bounds, such as the end of an interval.
     infinite = isinstance(value, float) and math.isinf(value)
     return float(value) if infinite or jsonfiles.matches(value, float) else MISSING
-  if kind in (int, str, bool):
-    return value if jsonfiles.matches(value, kind) else MISSING
-  if origin is typing.Literal:
-    return value if value in typing.get_args(kind) else MISSING
-  if kind in (tuple, list) or origin in (tuple, list, _SEQUENCE):
-    return _items(value, kind)
-  # Of the others nothing more is known.
-  wrong = isinstance(value, str) or origin is _CALLABLE or not _can_be_saved(value)
-  if isinstance(kind, type):
-    wrong = not isinstance(value, kind) or not _can_be_saved(value)
-  return MISSING if wrong else value
+  if kind is MISSING or kind is Any:
+    fits = True
+  elif isinstance(kind, type):
+    fits = jsonfiles.matches(value, kind)
+  elif typing.get_origin(kind) is typing.Literal:
+    fits = value in typing.get_args(kind)
+  else:
+    # Of the others nothing more is known.
+    fits = not isinstance(value, str) and typing.get_origin(kind) is not CALLABLE
+  return value if fits else MISSING
 
 
 def _items(value: Any, kind: Any) -> Any:
   if not isinstance(value, list | tuple):
     return MISSING
   inner = typing.get_args(kind)
-  if typing.get_origin(kind) is tuple and inner and inner[-1] is not Ellipsis:
-    if len(inner) != len(value):
-      return MISSING
-    kinds: Sequence[Any] = inner
-  else:
-    kinds = [inner[0] if inner else Any] * len(value)
-  items = tuple(_first(item, members(one)) for item, one in zip(value, kinds, strict=True))
+  if typing.get_origin(kind) is not tuple or not inner or inner[-1] is Ellipsis:
+    inner = (inner[0] if inner else Any,) * len(value)
+  if len(inner) != len(value):
+    return MISSING
+  items = tuple(_first(item, members(one)) for item, one in zip(value, inner, strict=True))
   return MISSING if any(item is MISSING for item in items) else items
-
-
-def _first(value: Any, kinds: Sequence[Any]) -> Any:
-  return next((found for found in (_of_kind(value, kind) for kind in kinds) if found is not MISSING), MISSING)
-
-
-def _can_be_saved(value: Any) -> bool:
-  """Return whether JSON holds a value."""
-  if isinstance(value, Mapping):
-    return all(isinstance(name, str) and _can_be_saved(item) for name, item in value.items())
-  if isinstance(value, list | tuple):
-    return not hasattr(value, "_fields") and all(map(_can_be_saved, value))
-  return value is None or isinstance(value, str | bool | int | float)
 
 
 def _name(kind: Any) -> str:
   """Return the name of a type for messages."""
-  if kind in (None, types.NoneType):
+  if kind is types.NoneType:
     return "None"
   if kind is MISSING or kind is Any:
     return "a value that a file can hold: a number, a word, None, or lists and sections of them"
   if typing.get_origin(kind) is typing.Literal:
     return " or ".join(map(repr, typing.get_args(kind)))
-  if kind in (tuple, list) or typing.get_origin(kind) in (tuple, list, _SEQUENCE):
+  if _is_list(kind):
     inner = [one for one in typing.get_args(kind) if one is not Ellipsis]
     known = bool(inner) and inner[0] in (int, float, str, bool)
     count = f"{len(inner)} " if len(inner) > 1 else ""
@@ -124,26 +145,36 @@ def _name(kind: Any) -> str:
   return f"a {getattr(kind, '__name__', kind)}"
 
 
-def check_bounds(value: Any, path: str, bounds: Bounds, default: Any) -> None:
-  """Raise a ValueError unless a number, or each of a list, is in a range."""
-  for number in value if isinstance(value, list | tuple) else [value]:
-    if isinstance(number, str | bool) or number is None:
-      continue
-    shown = jsonfiles.show(value)
-    if isinstance(number, float) and not math.isfinite(number):
-      raise ValueError(f"Got config.{path}={shown}; expected {jsonfiles.kind_name(float)}. Set --config.{path}.")
-    if isinstance(number, int) and number > bounds.most:
-      size = f" An array of so many floats takes {memory.show(4 * number)}." if bounds.counts else ""
-      raise ValueError(
-        f"Got config.{path}={shown}; expected at most {bounds.most}: programs hold it in 32 bits.{size} Set --config.{path}."
-      )
-    if bounds.above is not None and number <= bounds.above:
-      raise ValueError(
-        f"Got config.{path}={shown}; expected above {bounds.above}, such as {default}. Set --config.{path}."
-      )
-    if bounds.least is not None and number < bounds.least:
-      least = "0 or more" if bounds.least == 0 else f"at least {bounds.least:g}"
-      raise ValueError(f"Got config.{path}={shown}; expected {least}. Set --config.{path}.")
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+  """The range of a number, or of each in a list.
+
+  Attributes:
+    least: the smallest.
+    above: what it must be above; None for nothing.
+    most: the largest integer.
+    counts: whether it is a size, so that messages tell what an array of so many floats takes.
+  """
+
+  least: float = 0
+  above: float | None = None
+  most: int = 2**31 - 1
+  counts: bool = False
+
+  def check(self, value: Any, path: str, default: Any) -> None:
+    """Raise a ValueError if a number, or one of a list, is out of the range."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+      if isinstance(number, str | bool) or number is None:
+        continue
+      if isinstance(number, float) and not math.isfinite(number):
+        raise _refusal(value, path, jsonfiles.kind_name(float))
+      if isinstance(number, int) and number > self.most:
+        size = f". An array of so many floats takes {memory.show(4 * number)}" if self.counts else ""
+        raise _refusal(value, path, f"at most {self.most}: programs hold it in 32 bits{size}")
+      if self.above is not None and number <= self.above:
+        raise _refusal(value, path, f"above {self.above}, such as {default}")
+      if number < self.least:
+        raise _refusal(value, path, "0 or more" if self.least == 0 else f"at least {self.least:g}")
 
 
 def read(text: str, kinds: Sequence[Any], path: str) -> Any:
@@ -159,22 +190,17 @@ def read(text: str, kinds: Sequence[Any], path: str) -> Any:
     return stripped.lower() == "true"
   for kind in (int, float):
     if kind in kinds:
-      try:
+      with contextlib.suppress(ValueError):
         return kind(text)
-      except ValueError:
-        pass
   if len(kinds) == 1 and kinds[0] in _NUMBERS:
     raise ValueError(f"Got --config.{path}={text}; expected {_NUMBERS[kinds[0]]}.")
   value = literal(text)
-  if isinstance(value, tuple | list) or value is None:
+  lists = [kind for kind in kinds if _is_list(kind)]
+  if isinstance(value, tuple | list) or value is None or not lists:
     return value
   # Words and numbers with commas between them.
-  several = [kind for kind in kinds if kind in (tuple, list) or typing.get_origin(kind) in (tuple, list, _SEQUENCE)]
-  if not several:
-    return value
-  if str in typing.get_args(several[0]):
-    return tuple(word.strip() for word in stripped.split(",")) if stripped else ()
-  return tuple(literal(word) for word in stripped.split(",")) if stripped else ()
+  words = [word.strip() for word in stripped.split(",")] if stripped else []
+  return tuple(words if str in typing.get_args(lists[0]) else map(literal, words))
 
 
 def literal(text: str) -> Any:
@@ -182,4 +208,4 @@ def literal(text: str) -> Any:
   try:
     return ast.literal_eval(text.strip())
   except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-    return components.CONSTANTS.get(text.strip(), text)
+    return CONSTANTS.get(text.strip(), text)

@@ -7,6 +7,7 @@ from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.loading import Check, check_labels_of, labels_below, load
 from ddpm_jax.data.packing import PackedSource, pack
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
+from ddpm_jax.data.preparing import prepare
 from ddpm_jax.data.sources import (
   A_TENTH,
   NO_CLASS,
@@ -15,12 +16,15 @@ from ddpm_jax.data.sources import (
   SkipBroken,
   Source,
   hold_out,
+  images_in_parts,
   in_memory,
+  in_proportion,
   known_labels,
   label_counts,
   read,
   read_arrays,
   read_digits,
+  read_images,
   read_mnist,
 )
 from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
@@ -51,7 +55,9 @@ __all__ = [
   "fit",
   "folder",
   "hold_out",
+  "images_in_parts",
   "in_memory",
+  "in_proportion",
   "known_labels",
   "label_counts",
   "labels_below",
@@ -59,10 +65,12 @@ __all__ = [
   "mnist",
   "pack",
   "packed",
+  "prepare",
   "prepare_tfds",
   "read",
   "read_arrays",
   "read_digits",
+  "read_images",
   "read_inputs",
   "read_mask",
   "read_mnist",

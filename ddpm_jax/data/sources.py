@@ -7,7 +7,7 @@ A source that can fetch many at once also has `__getitems__(indices)`, which giv
 all classes without reading images has them as `labels` [N].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.storage import sealed
+from ddpm_jax.storage.images import as_uint8
 
 Batch = dict[str, np.ndarray]
 # The label of an image without a class.
@@ -26,6 +27,8 @@ _MOST_OF_A_TENTH = 500
 # What `in_memory` is willing to hold.
 _MEMORY_LIMIT = 2**30
 _LARGEST_LABEL = 2**31 - 1
+# Images that are read at a time where there are many.
+_PART = 512
 # By what names other programs save images and their classes: arr_0 and arr_1 are guided-diffusion's samples.
 _IMAGES = ("images", "samples", "arr_0")
 _LABELS = ("labels", "label", "classes", "targets", "y", "arr_1")
@@ -50,6 +53,17 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
   if hasattr(source, "__getitems__"):
     return {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
   return _stack([source[int(index)] for index in indices])
+
+
+def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+  """Return the images at `indices` [B] as scores and pictures take them: uint8 [B, H, W, C]."""
+  return as_uint8(read(source, indices)["image"])
+
+
+def images_in_parts(source: Source, indices: np.ndarray) -> Iterator[np.ndarray]:
+  """Yield what `read_images` returns, a part at a time."""
+  for first in range(0, len(indices), _PART):
+    yield read_images(source, indices[first : first + _PART])
 
 
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:
@@ -168,6 +182,18 @@ def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
       f"Got labels {np.min(labels)} to {np.max(labels)} for {num_classes} classes; wanted labels from 0 to {num_classes - 1}."
     )
   return np.bincount(labels, minlength=num_classes)
+
+
+def in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
+  """Return classes [count] as common as `counts` [number] says, by largest remainder, each spread evenly."""
+  quotas = count * counts / np.sum(counts)
+  shares = np.floor(quotas).astype(int)
+  # Stable sorts: of equals the lower class comes first.
+  most_left = np.argsort(shares - quotas, kind="stable")
+  shares[most_left[: count - np.sum(shares)]] += 1
+  classes = np.repeat(np.arange(len(counts), dtype=np.int32), shares)
+  places = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+  return classes[np.argsort(places, kind="stable")]
 
 
 class SkipBroken:

@@ -1,6 +1,5 @@
 """TFDS data sets in ArrayRecord form: prepared once, then read without TensorFlow."""
 
-import difflib
 import importlib
 import importlib.util
 import io
@@ -15,6 +14,7 @@ import numpy as np
 from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_labels
+from ddpm_jax.names import hint
 from ddpm_jax.storage.places import user_path
 
 
@@ -134,10 +134,9 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
       " pip install 'ddpm_jax[prepare]', then the same command."
     ) from error
   except tfds.core.registered.DatasetNotFoundError as error:
-    near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = hint(name, tfds.list_builders(with_community_datasets=False))
     raise ValueError(
-      f"Got data.source.name={name!r}, which TFDS does not know.{hint} A builder of your own is found by"
+      f"Got data.source.name={name!r}, which TFDS does not know.{near} A builder of your own is found by"
       " --config.data.source.module=<a module, or a .py file, that defines it>."
     ) from error
   except Exception as error:

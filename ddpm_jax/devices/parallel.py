@@ -56,6 +56,13 @@ def check_batch(batch_size: int, num_devices: int, what: str = "batch size") -> 
     )
 
 
+def describe(mesh: Mesh) -> str:
+  """Say how many devices a mesh has, of how many processes, and how it is laid out."""
+  processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  return f"{mesh.size} {mesh.devices.flat[0].platform} device(s){processes}{f' ({axes})' if mesh.size > 1 else ''}"
+
+
 def split(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch [B, ...]: its first axis over all devices."""
   return NamedSharding(mesh, PartitionSpec(_BOTH))

@@ -4,12 +4,13 @@ from ddpm_jax.metrics.classes import ClassStatistics, class_statistics, inceptio
 from ddpm_jax.metrics.classifier import (
   CLASSIFIER_FEATURES,
   classifier_space,
+  kept_classifier,
   load_classifier,
   pixel_space,
   save_classifier,
   train_classifier,
 )
-from ddpm_jax.metrics.features import FeatureSpace, check_images, extractor
+from ddpm_jax.metrics.features import FeatureSpace, check_images, check_memory, extractor
 from ddpm_jax.metrics.frechet import check_rank, frechet_distance
 from ddpm_jax.metrics.inception import check_colors, inception_space, resize_clean, resize_tf1
 from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
@@ -30,6 +31,7 @@ __all__ = [
   "Statistics",
   "check_colors",
   "check_images",
+  "check_memory",
   "check_rank",
   "class_statistics",
   "classifier_space",
@@ -39,6 +41,7 @@ __all__ = [
   "gaussian",
   "inception_score",
   "inception_space",
+  "kept_classifier",
   "kernel_distance",
   "load_classifier",
   "load_statistics",

@@ -141,6 +141,38 @@ def pixel_space() -> FeatureSpace:
   return FeatureSpace("pixels", {}, prepare, lambda params, x: {"features": x}, {"range": "[-1, 1]"})
 
 
+def kept_classifier(
+  path: Path, images: np.ndarray, labels: np.ndarray, num_classes: int, *, steps: int, main: bool = True
+) -> PyTree:
+  """Return what `train_classifier` gives, from a file if it was trained before on the same images in the same way.
+
+  Args:
+    path: the file; one that is damaged is moved into `damaged` beside it.
+    images: as for `train_classifier`.
+    labels: as well.
+    num_classes: as well.
+    steps: as well.
+    main: whether this process writes and speaks.
+  """
+  about = {
+    "kind": "classifier of real images",
+    "images": sealed.digest(images, labels),
+    "classes": str(num_classes),
+    "steps": str(steps),
+  }
+  params = None
+  try:
+    params = load_classifier(path, about)
+  except sealed.DamagedError as error:
+    if main:
+      sealed.set_aside(path, path.parent / "damaged", error)
+  if params is None:
+    params = train_classifier(images, labels, num_classes, steps=steps, quiet=not main)
+    if main:
+      save_classifier(path, params, about)
+  return params
+
+
 def save_classifier(path: str | Path, params: PyTree, about: dict[str, str]) -> None:
   """Write parameters as safetensors with `about` as metadata, whole or not at all."""
   arrays = {f"{layer}/{leaf}": value for layer, leaves in params.items() for leaf, value in leaves.items()}

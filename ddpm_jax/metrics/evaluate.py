@@ -109,6 +109,32 @@ def available(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str, ...]:
   return tuple(name for name in SCORES if allowed.get(name, True))
 
 
+def check_counts(settings: Settings, generated: int, real: int | None) -> int:
+  """Return how many features of a set are kept for the scores of pairs; 0 if there are no such scores.
+
+  Args:
+    settings: which scores, and how.
+    generated: how many images are judged.
+    real: how many real ones there are; None if that is not known.
+
+  Raises:
+    ValueError: if there are too few for the scores.
+  """
+  most = min(generated, real or generated, settings.most_kept)
+  pairs = bool(set(settings.scores) & set(PAIRWISE))
+  if pairs and most <= settings.k:
+    raise ValueError(
+      f"Got evaluation.num_samples={generated} (and {real} reference images, most_kept={settings.most_kept}) with evaluation.k={settings.k};"
+      " expected more of each than k. Set --config.evaluation.k."
+    )
+  if settings.kernel_size > most or ("class_score" in settings.scores and settings.splits > generated):
+    raise ValueError(
+      f"Got evaluation.kernel_size={settings.kernel_size} and splits={settings.splits} for {generated} samples and {real} reference images;"
+      " expected no more than there are."
+    )
+  return most if pairs else 0
+
+
 def score(generated: Summary, reference: Summary, settings: Settings, names: dict[str, str] | None = None) -> Scores:
   """Scores of a set of images against a reference in the same feature space.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax.devices import parallel
+from ddpm_jax.devices import memory, parallel
 
 Array = jax.Array
 PyTree = Any
@@ -88,3 +88,11 @@ def check_images(images: np.ndarray) -> None:
     raise ValueError(
       f"Got images of shape {images.shape} and type {images.dtype} to score; wanted at least one, uint8 [N, H, W, C]."
     )
+
+
+def check_memory(dimensions: int, kept: int, covariance: bool) -> None:
+  """Raise a ValueError if features and their covariance do not fit into the memory of this machine."""
+  needed = 8 * (dimensions**2 if covariance else 0) + 4 * dimensions * kept
+  what = f"features of {dimensions:,} dimensions, {kept:,} of them kept{' and their covariance' if covariance else ''}"
+  advice = "Set --config.evaluation.features=inception, lower --config.evaluation.most_kept, or name other --config.evaluation.scores."
+  memory.check(what, needed, memory.of_host(), advice)

@@ -3,7 +3,6 @@
 Conditions travel by name: the item of a data source, the batch, `given`, and what the network takes all use the same one.
 """
 
-import difflib
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import data, editing, randomness
+from ddpm_jax.names import hint
 from ddpm_jax.processes import expand
 from ddpm_jax.storage import images
 from ddpm_jax.storage.places import user_path
@@ -402,9 +402,8 @@ def _check_name(conditions: Mapping[str, Condition], name: str) -> None:
     return
   if not conditions:
     raise ValueError(f"Got the condition {name!r} for a model without conditions; leave it out.")
-  near = difflib.get_close_matches(name, list(conditions), 1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"Got the condition {name!r}; expected {' or '.join(map(repr, conditions))}.{hint}")
+  known = " or ".join(map(repr, conditions))
+  raise ValueError(f"Got the condition {name!r}; expected {known}.{hint(name, conditions)}")
 
 
 def example(conditions: Mapping[str, Condition]) -> dict[str, PyTree]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import guidance
+from ddpm_jax import guidance, predictions, sampling
 from ddpm_jax.models import conditions
 from ddpm_jax.models.model import Model
 from ddpm_jax.predictions import Denoise, Denoised
@@ -204,6 +204,20 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = AL
         f"Got --weak, a model of the conditions {_conditions(guides.weak)}, for one of {_conditions(model)}; expected one that takes the"
         " same."
       )
+
+
+def check_sampler(model: Model, sampler: sampling.Sampler, times: Any) -> None:
+  """Let a sampler refuse a model that lacks what it takes, such as a learned variance, by a network that stands in for the model's."""
+  twice = 2 if model.prediction.learned_variance else 1
+
+  def draw(key):
+    def apply(x, time):
+      return jnp.zeros((*x.shape[:-1], twice * x.shape[-1]), x.dtype)
+
+    denoise = predictions.denoiser(apply, model.process, model.prediction, label=model.time_input)
+    return sampling.solve(key[None], sampler, denoise, jnp.zeros((1, *model.shape)), times)
+
+  jax.eval_shape(draw, jax.random.key(0))
 
 
 def _is_shared(condition: Any) -> bool:

@@ -3,7 +3,6 @@
 `of` makes one of what a user names: a class of Flax Linen, Flax NNX or Equinox, or a function. Each library is imported where it is used.
 """
 
-import difflib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from flax import traverse_util
 from flax.core import meta
 
 from ddpm_jax.models.conditions import Condition, check_given
+from ddpm_jax.names import hint
 
 Array = jax.Array
 PyTree = Any
@@ -283,11 +283,10 @@ def _argument(name: str, kind: str, takes: frozenset[str] | None) -> str:
   found = [argument for argument in (kind, other) if argument in takes]
   if found:
     return found[0]
-  near = difflib.get_close_matches(name, sorted(takes - set(_OPTIONS)), 1)
-  hint = f" Did you mean its parameter {near[0]!r}?" if near else ""
+  near = hint(name, sorted(takes - set(_OPTIONS)), "its parameter {!r}".format)
   raise ValueError(
     f"Got the condition {name!r} of kind {kind!r} for a network that has no parameter {' or '.join(map(repr, dict.fromkeys((name, kind, other))))};"
-    f" expected one of these in its __call__, or a model without the condition.{hint}"
+    f" expected one of these in its __call__, or a model without the condition.{near}"
   )
 
 
@@ -380,11 +379,8 @@ def _check_arguments(component: Any, arguments: Mapping[str, Any]) -> None:
   known = [name for name in parameters if name not in ("rngs", "key", "parent", "name")]
   for name in arguments:
     if name not in known:
-      near = difflib.get_close_matches(name, known, 1)
-      raise ValueError(
-        f"Got {name} for {_name(component)}; expected {', '.join(known) or 'no argument'}."
-        + (f" Did you mean {near[0]}?" if near else "")
-      )
+      expected = ", ".join(known) or "no argument"
+      raise ValueError(f"Got {name} for {_name(component)}; expected {expected}.{hint(name, known, str)}")
   required = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in arguments]
   if required:
     raise ValueError(f"Got no {', '.join(required)} for {_name(component)}; expected a value of each.")

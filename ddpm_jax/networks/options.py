@@ -1,6 +1,5 @@
 """What a U-Net's options may be, checked when it is made, before anything is compiled."""
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ddpm_jax.devices import memory
+from ddpm_jax.names import hint
 from ddpm_jax.networks.kernels import KERNELS
 from ddpm_jax.networks.layers import groups_of
 
@@ -86,11 +86,7 @@ def _check_dtype(dtype: Any) -> None:
   except TypeError:
     name = str(dtype)
   if name not in _TYPES:
-    near = difflib.get_close_matches(name, _TYPES, 1)
-    raise ValueError(
-      f"Got dtype={name!r}; wanted {' or '.join(map(repr, _TYPES[:2]))}."
-      + (f" Did you mean {near[0]!r}?" if near else "")
-    )
+    raise ValueError(f"Got dtype={name!r}; wanted {' or '.join(map(repr, _TYPES[:2]))}.{hint(name, _TYPES)}")
 
 
 def _check_features(network: Any) -> None:

@@ -1,18 +1,16 @@
-"""What the command line does with a config and a folder, a module a mode.
+"""What the command line does with a config and a folder.
 
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
 from ddpm_jax.runs import starts
-from ddpm_jax.runs.convert import run_convert
 from ddpm_jax.runs.drawing import run_sample
 from ddpm_jax.runs.editing import Edit, reversible, run_edit
-from ddpm_jax.runs.evaluation import run_eval
+from ddpm_jax.runs.evaluation import run_eval, run_statistics
 from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.model import Choice, trained
 from ddpm_jax.runs.plan import run_plan
-from ddpm_jax.runs.prepare import run_prepare
-from ddpm_jax.runs.statistics import run_statistics
+from ddpm_jax.runs.reading import run_prepare
 from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
 
@@ -22,7 +20,6 @@ __all__ = [
   "Steering",
   "Stopped",
   "reversible",
-  "run_convert",
   "run_edit",
   "run_eval",
   "run_export",

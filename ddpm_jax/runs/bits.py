@@ -1,8 +1,7 @@
 """Likelihoods of held-out images in bits per dimension: which, how certain, and kept as they are computed."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,14 +11,15 @@ import numpy as np
 import ddpm_jax
 from ddpm_jax import data, likelihood, metrics
 from ddpm_jax.config import Experiment
-from ddpm_jax.devices import parallel
-from ddpm_jax.models.guided import Guides, Parameters
+from ddpm_jax.devices.progress import say
+from ddpm_jax.models.asking import of_data
+from ddpm_jax.models.guided import ALONE
 from ddpm_jax.names import choose
 from ddpm_jax.runs import drawing, programs
-from ddpm_jax.runs.model import Weights, say
-from ddpm_jax.storage import images, rows, workdir
+from ddpm_jax.runs.model import Weights
+from ddpm_jax.runs.reading import Run
+from ddpm_jax.storage import images
 
-KINDS = ("bound", "ode", "continuous")
 _TITLES = {
   "bound": "variational bound, all steps",
   "ode": "probability-flow ODE",
@@ -33,7 +33,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
   """Raise a ValueError unless the likelihoods that the experiment asks for can be computed of its model and its images."""
   c, model = experiment.evaluation, experiment.model
   for name in c.likelihood:
-    choose(name, KINDS, "a likelihood (config.evaluation.likelihood)")
+    choose(name, _TITLES, "a likelihood (config.evaluation.likelihood)")
   choose(c.probe_noise, ("rademacher", "gaussian"), "config.evaluation.probe_noise")
   if not c.likelihood:
     return
@@ -43,7 +43,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
     )
   if _count(experiment, held_out) < 2:
     raise ValueError(
-      f"Got config.evaluation.likelihood of {_count(experiment, held_out)} held-out image(s); wanted two or more, for an error bar."
+      f"Got config.evaluation.likelihood of {_count(experiment, held_out)} held-out image(s); expected two or more, for an error bar."
     )
   if drawing.enlarged(experiment) is not None:
     raise ValueError(
@@ -57,7 +57,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
   if "bound" in c.likelihood:
     if model.process.num_steps is None:
       raise ValueError(
-        "Got the likelihood 'bound' for a continuous process; wanted ode or continuous, or a discrete process."
+        "Got the likelihood 'bound' for a continuous process; expected ode or continuous, or a discrete process."
       )
     if c.bound_variance == "learned" and not model.prediction.learned_variance:
       raise ValueError(
@@ -66,7 +66,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
   dimensions = int(np.prod(model.shape))
   if "ode" in c.likelihood and not c.probes and dimensions > _MOST_EXACT:
     raise ValueError(
-      f"Got config.evaluation.probes=0, an exact trace, for images of {dimensions:,} dimensions; wanted {_MOST_EXACT} at most, or 1 probe"
+      f"Got config.evaluation.probes=0, an exact trace, for images of {dimensions:,} dimensions; expected {_MOST_EXACT} at most, or 1 probe"
       " or more."
     )
 
@@ -75,83 +75,48 @@ def _count(experiment: Experiment, held_out: data.Source) -> int:
   return min(experiment.evaluation.likelihood_images or len(held_out), len(held_out))
 
 
-def evaluate(
-  experiment: Experiment,
-  folder: Path,
-  mesh: jax.sharding.Mesh,
-  parameters: Parameters,
-  weights: Weights,
-  sha256: str,
-  held_out: data.Source | None,
-  seed: int,
-) -> dict[str, dict[str, Any]]:
-  """Return the likelihoods that the config asks for, by kind.
+def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]:
+  """Return the likelihoods that the config asks for, by kind; none but in the first process.
 
   Image i's follows from the seed, its place and the weights alone. Those of a model with classes are given the class.
   """
-  c = experiment.evaluation
+  c, held_out = run.experiment.evaluation, run.held_out
   if not c.likelihood or held_out is None:
     return {}
+  count = _count(run.experiment, held_out)
+  size = min(c.batch_size, count) * run.mesh.size
   # Of the model itself, not of what steers it.
-  experiment = experiment.changed(guidance="classifier_free")
-  count = _count(experiment, held_out)
+  experiment = run.experiment.changed(guidance="classifier_free", sampling__batch_size=size)
   chosen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:count])
   inputs: dict[str, np.ndarray] = {"x_0": images.as_floats(chosen["image"])}
-  inputs |= drawing.items_of(experiment.model, chosen | {"image": inputs["x_0"]})
-  experiment = drawing.batches_of(experiment, min(c.batch_size, count) * mesh.size)
-  found = {}
-  for kind in c.likelihood:
-    identity = {
-      "weights": sha256,
-      "kind": kind,
-      "seed": seed,
-      "settings": [
-        c.bound_draws,
-        c.probes,
-        c.probe_noise,
-        c.likelihood_tolerance,
-        c.bound_variance,
-        experiment.tree.values["sampling"]["clip"],
-      ],
-      "model": json.loads(json.dumps(experiment.values("model"))),
-      # With their classes: these follow from the names of folders, which may change.
-      "images": metrics.digest(*inputs.values()),
-      "version": ddpm_jax.__version__,
-    }
-    values = _rows(experiment, folder, mesh, parameters, weights, kind, identity, inputs, count, seed)
-    if values is not None:
-      found[kind] = _summary(experiment, kind, values)
-  return found
+  inputs |= of_data(experiment.model.conditions, chosen | {"image": inputs["x_0"]})
+  settings = [c.bound_draws, c.probes, c.probe_noise, c.likelihood_tolerance, c.bound_variance]
+  same = {
+    "seed": seed,
+    "settings": [*settings, experiment.tree.values["sampling"]["clip"]],
+    "model": json.loads(json.dumps(experiment.tree.of_roles("model"))),
+    # With their classes: these follow from the names of folders, which may change.
+    "images": metrics.digest(*inputs.values()),
+    "version": ddpm_jax.__version__,
+  }
 
+  def summary(kind: str) -> dict[str, Any] | None:
+    function, width = _function(experiment, run.mesh, kind)
 
-def _rows(
-  experiment: Experiment,
-  folder: Path,
-  mesh: jax.sharding.Mesh,
-  parameters: Parameters,
-  weights: Weights,
-  kind: str,
-  identity: dict[str, Any],
-  inputs: dict[str, np.ndarray],
-  count: int,
-  seed: int,
-) -> np.ndarray | None:
-  """Compute what a likelihood gives for each image [N, W], or read it if it was computed before; None but in the first process."""
-  function, width = _function(experiment, mesh, kind)
-  array = None
-  if parallel.is_main():
-    path, damaged = folder / "likelihood" / kind, workdir.damaged_folder(folder)
-    array = rows.Rows(path, identity, "rows", (count, width), np.float32, damaged=damaged)
-  done = parallel.of_main(array.done if array else 0)
-  if done < count:
-    say(f"{_TITLES[kind]} of {count:,} held-out images by the {weights.name} weights ...")
-    parts = drawing.in_batches(
-      experiment, function, parameters, seed, count, inputs, start=done, what=f"likelihood ({kind})"
-    )
-    for values in parts:
-      if array is not None:
-        array.write(np.asarray(values), {})
-  return None if array is None else array.finish()
+    def parts(done: int, notes: dict[str, Any]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+      say(f"{_TITLES[kind]} of {count:,} held-out images by the {weights.name} weights ...")
+      what = f"likelihood ({kind})"
+      for values in drawing.in_batches(
+        experiment, function, weights.parameters, seed, count, inputs, start=done, what=what
+      ):
+        yield np.asarray(values), {}
+
+    identity, path = {"weights": weights.sha256, "kind": kind, **same}, run.folder / "likelihood" / kind
+    rows = drawing.in_rows(run.folder, path, identity, "rows", ((count, width), np.float32), parts)
+    return None if rows is None else _summary(experiment, kind, rows.finish())
+
+  found = {kind: summary(kind) for kind in c.likelihood}
+  return {kind: one for kind, one in found.items() if one is not None}
 
 
 def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tuple[Callable, int]:
@@ -181,7 +146,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
   steps = 0 if c.bound_draws else process.num_steps or 0
   functions = {"bound": (bound, 3 + steps), "ode": (ode, 2), "continuous": (continuous, 3)}
   draw, width = functions[kind]
-  return programs.compiled(experiment, mesh, Guides(), draw), width
+  return programs.compiled(experiment, mesh, ALONE, draw), width
 
 
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:
@@ -213,16 +178,6 @@ def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str,
     if not c.bound_draws:
       found["terms"] = values[:, 3:].mean(0)
   return found
-
-
-def without_terms(likelihoods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Return what eval.json holds of likelihoods."""
-  return {kind: {key: value for key, value in found.items() if key != "terms"} for kind, found in likelihoods.items()}
-
-
-def terms(likelihoods: dict[str, dict[str, Any]]) -> np.ndarray | None:
-  """Return the terms of the bound's steps n = 1..N in bits per dimension [N]."""
-  return likelihoods.get("bound", {}).get("terms")
 
 
 def table(likelihoods: dict[str, dict[str, Any]]) -> str:

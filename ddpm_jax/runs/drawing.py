@@ -1,8 +1,7 @@
 """Samples of a model: drawn and looked at."""
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,20 +12,16 @@ from tqdm import tqdm
 from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.models import Model
-from ddpm_jax.models.guided import NEGATIVE, Guides, Parameters, is_neutral
+from ddpm_jax.devices.progress import patience, say
+from ddpm_jax.models.asking import inputs_of
+from ddpm_jax.models.guided import ALONE, NEGATIVE, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
-from ddpm_jax.runs.model import Choice, load_weights, patience, say
+from ddpm_jax.runs.model import Choice, load_weights, trained
 from ddpm_jax.runs.starts import Pretrained
-from ddpm_jax.runs.steering import Steering, asked, in_proportion, other, scale_key, steer
-from ddpm_jax.storage import files, images, workdir
+from ddpm_jax.runs.steering import Guided, Steering, scale_key, steer
+from ddpm_jax.storage import files, images, rows, workdir
 
-PyTree = Any
 Inputs = dict[str, np.ndarray]
-_GRID_IMAGES = 64
-# A grid with a column for each class has no more of either.
-_GRID_CLASSES = 20
-_GRID_ROWS = 10
 # Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
 _CPU_BATCH = 16
 
@@ -60,46 +55,41 @@ def run_sample(
     ValueError: if there is no checkpoint, or the config, the number of samples or the labels do not allow it.
   """
   if num_samples < 1:
-    raise ValueError(f"Got --num_samples={num_samples}; wanted at least 1.")
+    raise ValueError(f"Got --num_samples={num_samples}; expected at least 1.")
   mesh = parallel.make_mesh()
-  small = enlarged(experiment)
-  if small is not None:
+  if enlarged(experiment) is not None:
     raise ValueError(
-      f"Got {folder}, a model that enlarges images, to sample from; wanted one that needs none, with --upsampler={folder}. Or give"
+      f"Got {folder}, a model that enlarges images, to sample from; expected one that needs none, with --upsampler={folder}. Or give"
       " it images: --mode=edit --task=superres --input=<image, folder or .npz>."
     )
   limits.check_images(experiment.model.data_shape, num_samples, f"--num_samples={num_samples}")
   guided = steer(experiment, mesh, steering, num_samples, scale)
-  experiment = guided.experiment
-  stages = cascade(experiment, mesh, upsamplers, num_samples)
-  experiment = fit_batch(experiment, mesh, num_samples, slow=model is not None)
-  negative = any(name.startswith(NEGATIVE) for name in guided.inputs)
-  generate = programs.generate(experiment, mesh, guided.guides, negative=negative)
-  workdir.check_writable(folder)
-  parameters = load_parameters(experiment, folder, mesh, choice, model)._replace(guides=guided.load())
+  stages = cascade(guided.experiment, mesh, upsamplers, num_samples)
+  experiment = fit_batch(guided.experiment, mesh, num_samples, slow=model is not None)
+  generate = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
+  parameters = load_parameters(guided, folder, mesh, choice, model)
   say(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
   samples, nfe = draw(experiment, generate, parameters, seed, num_samples, guided.inputs)
-  beside = ", and as many of what guides" if guided.guides != Guides() else ""
-  beside = beside or ("" if is_neutral(experiment.guidance) or _scale(experiment) == 0 else ", of both branches")
+  guides, own_scale = not is_neutral(experiment.guidance), _scale(experiment)
+  beside = ", of both branches" if guides and own_scale != 0 else ""
+  beside = beside if guided.guides == ALONE else ", and as many of what guides"
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
-  path = free(samples_folder(folder) / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{_suffix(experiment)}")
+  suffix = (f"_scale{own_scale:g}" if isinstance(own_scale, float) else "_guided") if guides else ""
+  path = files.free_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")
   arrays = named(guided.inputs)
   for number, stage in enumerate(stages):
     arrays[f"stage_{number}"] = samples
-    own = stage.experiment
-    say(f"enlarging to {_size(own.model.data_shape)} with {own.sampler_name} ...")
-    stage_parameters = load_parameters(own, stage.folder, mesh, Choice(), None)
-    inputs = {**guided.inputs, stage.low: images.from_uint8(samples)}
-    inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
-    samples, nfe = draw(own, stage.generate, stage_parameters, seed, num_samples, inputs)
-    say(f"{nfe:,} network evaluations each")
-  _write_samples(path, samples, arrays)
+    samples = stage.enlarge(samples, mesh, seed, guided.inputs)
+  if parallel.is_main():
+    arrays = {"samples": samples, **arrays}
+    files.write_arrays(f"{path}.npz", arrays)
+    say(f"samples      {path}.npz")
+    for name, array in arrays.items():
+      if array.ndim == 4:  # not what they were asked to show
+        picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
+        images.save_samples(picture, array, arrays.get("classes"))
+        say(f"picture      {picture}")
   parallel.wait_for_all("done")
-
-
-def _size(shape: Sequence[int]) -> str:
-  height, width = shape[:2]
-  return f"{height}" if height == width else f"{height}x{width}"
 
 
 def named(inputs: Inputs) -> Inputs:
@@ -108,15 +98,17 @@ def named(inputs: Inputs) -> Inputs:
 
 
 def load_parameters(
-  experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: Pretrained | None
+  guided: Guided, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: Pretrained | None
 ) -> Parameters:
-  """Read the parameters of a run, or take those of a pretrained model in its place; and the frozen ones."""
+  """Read the parameters of a run that can be written to, or take those of a pretrained model in its place; and those of its guides."""
+  workdir.check_writable(folder)
   if model is None:
-    weights = load_weights(experiment, folder, mesh, choice)
-    return Parameters(weights.params, weights.frozen)
-  size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-  say(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
-  return Parameters(model.params, frozen.of_model(experiment, None, mesh))
+    parameters = load_weights(guided.experiment, folder, mesh, choice).parameters
+  else:
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    say(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+    parameters = Parameters(model.params, frozen.of_model(guided.experiment, None, mesh))
+  return parameters._replace(guides=guided.load())
 
 
 class Stage(NamedTuple):
@@ -126,6 +118,18 @@ class Stage(NamedTuple):
   folder: Path
   generate: Callable
   low: str
+
+  def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
+    """Return samples (uint8) enlarged; `inputs` are what they were asked to show."""
+    own = self.experiment
+    height, width = own.model.data_shape[:2]
+    say(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
+    parameters = load_weights(own, self.folder, mesh, Choice()).parameters
+    inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
+    inputs[self.low] = images.from_uint8(samples)
+    samples, nfe = draw(own, self.generate, parameters, seed, len(samples), inputs)
+    say(f"{nfe:,} network evaluations each")
+    return samples
 
 
 def enlarged(experiment: Experiment) -> str | None:
@@ -149,7 +153,7 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
   """
   stages, shape = [], experiment.model.data_shape
   for folder in folders:
-    own = other("upsampler", folder)
+    own = trained(None, folder, "upsampler")
     low = enlarged(own)
     if low is None:
       raise ValueError(
@@ -159,7 +163,7 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
     if low_shape(own, low) != shape:
       raise ValueError(
         f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_shape(own, low)))}, for images of"
-        f" {'x'.join(map(str, shape))}; wanted them alike."
+        f" {'x'.join(map(str, shape))}; expected them alike."
       )
     for name, condition in own.model.conditions.items():
       known = experiment.model.conditions.get(name)
@@ -176,70 +180,29 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
 
 
 def fit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> Experiment:
-  """Return the experiment with a sampling batch of no more than what is wanted: a sample does not depend on it."""
+  """Return the experiment with a sampling batch of no more than `count`: a sample does not depend on it."""
   most = -(-count // mesh.size) * mesh.size
   if slow and jax.default_backend() == "cpu":
     most = min(most, _CPU_BATCH * mesh.size)
-  return batches_of(experiment, min(experiment.sampling.batch_size, most))
-
-
-def batches_of(experiment: Experiment, size: int) -> Experiment:
-  """Return the experiment with a sampling batch of this size."""
-  return experiment.changed(sampling__batch_size=size)
+  return experiment.changed(sampling__batch_size=min(experiment.sampling.batch_size, most))
 
 
 def _scale(experiment: Experiment) -> Any:
   """Return the scale of guidance, of an interval that inside of it; None if the rule has none."""
-  found: Any = experiment.tree.values
-  for name in scale_key(experiment.tree).split("__"):
-    found = found.get(name)
-  return found
-
-
-def _suffix(experiment: Experiment) -> str:
-  if is_neutral(experiment.guidance):
-    return ""
-  scale = _scale(experiment)
-  return f"_scale{scale:g}" if isinstance(scale, float) else "_guided"
-
-
-def samples_folder(folder: Path) -> Path:
-  """Return the folder in which a run keeps its samples."""
-  return folder / "samples"
+  *section, name = scale_key(experiment.tree).split("__")
+  return experiment.tree.at(".".join(section)).get(name)
 
 
 def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[Parameters], np.ndarray]:
   """Return a function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
-  quick = batches_of(programs.of_previews(experiment), -(-_GRID_IMAGES // mesh.size) * mesh.size)
+  quick = programs.of_previews(experiment, mesh, images.SHOWN)
   generate = programs.generate(quick, mesh)
 
   def run(parameters: Parameters) -> np.ndarray:
-    inputs = inputs_of(experiment, _GRID_IMAGES, source)
-    return draw(quick, generate, parameters, experiment.seed, _GRID_IMAGES, inputs)[0]
+    inputs = inputs_of(experiment.model.conditions, images.SHOWN, source)
+    return draw(quick, generate, parameters, experiment.seed, images.SHOWN, inputs)[0]
 
   return run
-
-
-def inputs_of(experiment: Experiment, count: int, source: data.Source, counts: np.ndarray | None = None) -> Inputs:
-  """Return what samples are asked to show where no one asks.
-
-  That is the default of each condition, such as classes in turn or, if `counts` are given, as common as these say. If a condition has none, or is
-  made of data, as a small image is, it is what real data have.
-  """
-  conditions = experiment.model.conditions
-  if all(one.of_data is None and one.default is not None for one in conditions.values()):
-    inputs = asked(experiment.model, {}, count)
-    return inputs | ({"classes": in_proportion(counts, count)} if counts is not None and "classes" in inputs else {})
-  real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-  return items_of(experiment.model, real | {"image": images.as_floats(real["image"])})
-
-
-def items_of(model: Model, batch: Mapping[str, Any]) -> Inputs:
-  """Return the items of real data that stand for a model's conditions, of a batch whose images are in [-1, 1]."""
-  return {
-    name: np.asarray(batch[name] if one.of_data is None or name in batch else one.of_data(batch))
-    for name, one in model.conditions.items()
-  }
 
 
 def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | None:
@@ -249,12 +212,7 @@ def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | No
 
 
 def draw(
-  experiment: Experiment,
-  generate: Callable,
-  parameters: Parameters,
-  seed: int,
-  count: int,
-  inputs: Inputs,
+  experiment: Experiment, generate: Callable, parameters: Parameters, seed: int, count: int, inputs: Inputs
 ) -> tuple[np.ndarray, int]:
   """Return `count` samples (uint8) and the most network evaluations that one of them took. `inputs` are arrays [count, ...].
 
@@ -274,25 +232,55 @@ def in_batches(
   parameters: Parameters,
   seed: int,
   count: int,
-  inputs: Inputs,
+  inputs: Inputs | Callable[[np.ndarray], Inputs],
   *,
   start: int = 0,
   what: str = "sampling",
 ) -> Iterator[Any]:
-  """Yield what `function(parameters, seed, first, inputs)` gives for each batch from `start` on, arrays [B, ...], with a progress bar."""
+  """Yield what `function(parameters, seed, first, inputs)` gives for each batch from `start` on, arrays [B, ...], with a progress bar.
+
+  `inputs` are arrays [count, ...], or a function that reads the rows with these numbers [B].
+  """
   size = experiment.sampling.batch_size
   quiet = count - start <= size or not parallel.is_main()
   name = f"{what} ({experiment.sampler_name})" if what == "sampling" else what
   with tqdm(total=count, initial=start, desc=name, unit=" images", disable=quiet) as bar:
     for first in range(start, count, size):
-      rows = np.minimum(np.arange(first, first + size), count - 1)
-      wanted = {name: value[rows] for name, value in inputs.items()}
+      numbers = np.minimum(np.arange(first, first + size), count - 1)
+      batch = inputs(numbers) if callable(inputs) else {name: value[numbers] for name, value in inputs.items()}
       with patience(f"{what}, compiled and run for the first time") if first == start else contextlib.nullcontext():
-        found = jax.device_get(function(parameters, np.uint32(seed), np.int32(first), wanted))
+        found = jax.device_get(function(parameters, np.uint32(seed), np.int32(first), batch))
       # The last batch is filled up, so that there is one program.
       kept = min(size, count - first)
       yield jax.tree.map(lambda leaf: leaf[:kept], found)  # noqa: B023, used at once
       bar.update(kept)
+
+
+def in_rows(
+  folder: Path,
+  path: Path,
+  identity: dict[str, Any],
+  name: str,
+  like: tuple[tuple[int, ...], Any],
+  parts: Callable[[int, dict[str, Any]], Iterable[tuple[np.ndarray, dict[str, Any]]]],
+) -> rows.Rows | None:
+  """Return rows that a run's folder keeps, and compute those that are missing; None but in the first process.
+
+  Args:
+    folder: the run's.
+    path: of the rows, without its suffix.
+    identity: what they follow from, as JSON.
+    name: of their array.
+    like: its shape and type.
+    parts: `parts(done, notes)` yields the rows after the first `done`, and the notes that belong to them and to all before.
+  """
+  kept = rows.Rows(path, identity, name, *like, damaged=workdir.damaged_folder(folder)) if parallel.is_main() else None
+  done = parallel.of_main(0 if kept is None else kept.done)
+  if done < like[0][0]:
+    for values, notes in parts(done, {} if kept is None else kept.notes):
+      if kept is not None:
+        kept.write(values, notes)
+  return kept
 
 
 def check_finite(experiment: Experiment, x: Any) -> None:
@@ -303,36 +291,3 @@ def check_finite(experiment: Experiment, x: Any) -> None:
       f"{bad:,} of {len(x):,} samples are not finite (NaN or infinite), by {experiment.sampler_name} in {experiment.sampling.num_steps} steps;"
       " such images are not scored. Take another sampler or more steps, less guidance, or clip (config.sampling.clip); or the model is broken."
     )
-
-
-def free(path: Path) -> Path:
-  """Return the path if its samples do not exist yet, else the first free one of path_2, path_3, ..."""
-  names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
-  return next(name for name in names if not Path(f"{name}.npz").exists())
-
-
-def _write_samples(path: Path, samples: np.ndarray, arrays: Inputs) -> None:
-  """Write samples and what belongs to them; if there are `classes`, the picture has a column for each."""
-  if not parallel.is_main():
-    return
-  everything: dict[str, Any] = {"samples": samples, **arrays}
-  with files.writing(f"{path}.npz") as temporary:
-    np.savez_compressed(temporary, **everything)
-  say(f"samples      {path}.npz")
-  for name, of in everything.items():
-    if of.ndim == 4:  # not what they were asked to show
-      save_picture(Path(f"{path}{'' if name == 'samples' else f'_{name}'}"), of, arrays.get("classes"))
-
-
-def save_picture(path: Path, samples: np.ndarray, labels: np.ndarray | None) -> None:
-  """Draw some of the samples into a PNG, with a column for each class if classes come in turn."""
-  columns, shown = None, _GRID_IMAGES
-  if labels is not None and 1 < (kinds := _period(labels)) <= _GRID_CLASSES:
-    columns, shown = kinds, kinds * _GRID_ROWS
-  images.save_grid(f"{path}.png", samples[:shown], columns)
-  say(f"picture      {path}.png")
-
-
-def _period(labels: np.ndarray) -> int:
-  """Return after how many samples the classes begin again."""
-  return next((n for n in range(1, len(labels)) if np.array_equal(labels[n:], labels[:-n])), len(labels))

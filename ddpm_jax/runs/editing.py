@@ -10,12 +10,14 @@ import numpy as np
 from ddpm_jax import data, editing
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.models.guided import NEGATIVE, is_neutral
+from ddpm_jax.devices.progress import say
+from ddpm_jax.models.asking import flag_of
+from ddpm_jax.models.guided import is_neutral
 from ddpm_jax.runs import drawing, edits, limits
-from ddpm_jax.runs.model import Choice, say
+from ddpm_jax.runs.model import Choice
 from ddpm_jax.runs.starts import Pretrained
-from ddpm_jax.runs.steering import Guided, Steering, flag_of, steer
-from ddpm_jax.storage import files, images, workdir
+from ddpm_jax.runs.steering import Guided, Steering, steer
+from ddpm_jax.storage import files, images
 
 # Rows of a picture; the arrays hold all.
 _ROWS = 24
@@ -54,16 +56,16 @@ def run_edit(
     ValueError: if the model, the images, the mask, the labels or the settings do not allow it.
   """
   if edit.results < 1:
-    raise ValueError(f"Got --num_samples={edit.results}; wanted at least 1.")
+    raise ValueError(f"Got --num_samples={edit.results}; expected at least 1.")
   if edit.results > 1 and edit.task in ("invert", "interpolate"):
     raise ValueError(
       f"Got --num_samples={edit.results} for the task {edit.task!r}, which has one result; leave it out."
     )
   if edit.source is None:
-    raise ValueError("Got no --input; wanted an image, a folder of images or an .npz file to edit.")
+    raise ValueError("Got no --input; expected an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
     raise ValueError(
-      f"Got {'--mask' if edit.mask else 'no --mask'} for the task {edit.task!r}; wanted one to inpaint, an image that is white where it is"
+      f"Got {'--mask' if edit.mask else 'no --mask'} for the task {edit.task!r}; expected one to inpaint, an image that is white where it is"
       " to be painted, and none for other tasks."
     )
   mesh = parallel.make_mesh()
@@ -73,26 +75,25 @@ def run_edit(
   rows = len(inputs["image"])
   frames = experiment.editing.frames if edit.task == "interpolate" else 1
   many = f"--num_samples={edit.results}{f' and config.editing.frames={frames}' if frames > 1 else ''} for each of {rows} inputs"
-  # Results are kept in float32.
-  limits.check_images(experiment.model.data_shape, 4 * rows * edit.results * frames, many)
-  guided = _steer(experiment, mesh, steering, rows, edit.results, scale)
-  experiment = guided.experiment
-  inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
-  experiment = drawing.fit_batch(experiment, mesh, rows * edit.results, slow=model is not None)
-  negative = any(name.startswith(NEGATIVE) for name in guided.inputs)
-  factor = experiment.model.data_shape[0] // given.images.shape[1]
-  function = edits.edit(experiment, mesh, edit.task, guided.guides, factor, negative=negative)
-  workdir.check_writable(folder)
-  parameters = drawing.load_parameters(experiment, folder, mesh, choice, model)._replace(guides=guided.load())
-  how = f" by {method}" if method and drawing.enlarged(experiment) is None else ""
-  say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
   total = rows * edit.results
+  # Results are kept in float32.
+  limits.check_images(experiment.model.data_shape, 4 * total * frames, many)
+  guided = _steer(experiment, mesh, steering, rows, edit.results, scale)
+  experiment = drawing.fit_batch(guided.experiment, mesh, total, slow=model is not None)
+  guided = guided._replace(experiment=experiment)
+  factor = experiment.model.data_shape[0] // given.images.shape[1]
+  function = edits.edit(guided, mesh, edit.task, factor)
+  parameters = drawing.load_parameters(guided, folder, mesh, choice, model)
+  method = method if drawing.enlarged(experiment) is None else ""
+  how = f" by {method}" if method else ""
+  say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
+  inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
   parts = list(drawing.in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
   found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   drawing.check_finite(experiment, found["output"])
-  _write(
-    experiment, folder / "edits", edit, f"{edit.task}{f'_{method}' if how else ''}_seed{seed}", given, inputs, found
-  )
+  if parallel.is_main():
+    path = files.free_path(folder / "edits" / f"{edit.task}{f'_{method}' if method else ''}_seed{seed}", ".npz")
+    _write(experiment, path, edit, given, inputs, found)
   parallel.wait_for_all("done")
 
 
@@ -106,11 +107,10 @@ def reversible(experiment: Experiment) -> Experiment:
 
 def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
   height, width, channels = experiment.model.data_shape
-  low = drawing.enlarged(experiment)
-  space: tuple[int, int] | None = (height, width)
+  space: Any = (height, width)
   if edit.task == "superres":
-    shape = None if low is None else drawing.low_shape(experiment, low)
-    space = None if shape is None else (shape[0], shape[1])
+    low = drawing.enlarged(experiment)
+    space = None if low is None else drawing.low_shape(experiment, low)[:2]
   assert edit.source is not None
   given = data.read_inputs(edit.source, space, channels)
   high, wide = given.images.shape[1:3]
@@ -120,11 +120,11 @@ def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
   if edit.task == "superres" and (factor < 2 or (high * factor, wide * factor) != (height, width)):
     such = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
     raise ValueError(
-      f"Got images of {wide}x{high} to enlarge with a model of {width}x{height}; wanted a size of which that is a multiple{such}. Resize"
+      f"Got images of {wide}x{high} to enlarge with a model of {width}x{height}; expected a size of which that is a multiple{such}. Resize"
       " them first."
     )
   if edit.task == "interpolate" and len(given.images) < 2:
-    raise ValueError("Got one image to interpolate; wanted two or more, each of which leads to the next.")
+    raise ValueError("Got one image to interpolate; expected two or more, each of which leads to the next.")
   return given
 
 
@@ -142,47 +142,37 @@ def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> drawing.I
 
 
 def _steer(
-  experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, count: int, scale: float | None
+  experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, results: int, scale: float | None
 ) -> Guided:
   """Steer as in sampling, but take an image to be of no class unless somebody says so."""
-  model = experiment.model
-  for field in ("given", "negative"):
-    each: dict[str, Any] = {}
+  for field, kind in (("given", ""), ("negative", "negative ")):
+    each: Any = {}
     for name, words in getattr(steering, field).items():
       if len(words) not in (1, rows):
-        kind = "negative " if field == "negative" else ""
-        raise ValueError(f"Got {len(words)} {kind}{name} for {rows} image(s) or pair(s); wanted one, or one for each.")
-      each[name] = [word for word in list(words) * (rows if len(words) == 1 else 1) for _ in range(count)]
-    wanted: dict[str, Any] = {field: each}
-    steering = steering._replace(**wanted)
-  asked = [name for name, one in model.conditions.items() if not one.is_source]
-  missing = [name for name in asked if name not in steering.given]
+        raise ValueError(
+          f"Got {len(words)} {kind}{name} for {rows} image(s) or pair(s); expected one, or one for each."
+        )
+      each[name] = [word for word in words for _ in range(rows * results // len(words))]
+    steering = steering._replace(given=each) if field == "given" else steering._replace(negative=each)
+  conditions = experiment.model.conditions
+  missing = [name for name, one in conditions.items() if not one.is_source and name not in steering.given]
   if steering.classifier is not None and "classes" not in steering.given:
-    raise ValueError("Got --classifier without --classes; wanted the class of each image, which it guides to.")
-  if not missing:
-    return steer(experiment, mesh, steering, rows * count, scale)
-  if not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative:
+    raise ValueError("Got --classifier without --classes; expected the class of each image, which it guides to.")
+  if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
     flag = flag_of(missing[0])
-    raise ValueError(f"Got guidance without {flag}; wanted that of each image, such as {flag}=3.")
+    raise ValueError(f"Got guidance without {flag}; expected that of each image, such as {flag}=3.")
   for name in missing:
-    if model.conditions[name].null is None:
+    if conditions[name].null is None:
       raise ValueError(
-        f"Got no {flag_of(name)} for a model that was trained with {name} for every image; wanted one for each image, such as {flag_of(name)}=3."
+        f"Got no {flag_of(name)} for a model that was trained with {name} for every image; expected one for each image, such as {flag_of(name)}=3."
       )
-  return steer(experiment, mesh, steering, rows * count, scale, only=True)
+  return steer(experiment, mesh, steering, rows * results, scale, only=bool(missing))
 
 
 def _write(
-  experiment: Experiment,
-  folder: Path,
-  edit: Edit,
-  name: str,
-  given: data.Inputs,
-  inputs: drawing.Inputs,
-  found: drawing.Inputs,
+  experiment: Experiment, path: Path, edit: Edit, given: data.Inputs, inputs: drawing.Inputs, found: drawing.Inputs
 ) -> None:
-  if not parallel.is_main():
-    return
+  """Write what went in and what came out, and a picture with a row for each image: the input, what is known of it, the results."""
   output = images.to_uint8(found["output"])
   arrays = {
     "input": given.images,
@@ -193,43 +183,26 @@ def _write(
     arrays["mask"] = ~inputs["keep"][0]
   if "latent" in found:
     arrays["latent"] = found["latent"]
-  path = drawing.free(folder / name)
-  everything: dict[str, Any] = {**arrays}
-  with files.writing(f"{path}.npz") as temporary:
-    np.savez_compressed(temporary, **everything)
-  pictures, columns = _picture(experiment, edit, given.images, inputs, found, output)
-  images.save_grid(f"{path}.png", pictures, columns)
+  files.write_arrays(f"{path}.npz", arrays)
+  height, _, channels = experiment.model.data_shape
+  factor = height // given.images.shape[1]
+  first = given.images.repeat(factor, 1).repeat(factor, 2)
+  # One of each image's.
+  known = {name: value[:: edit.results] for name, value in (inputs | found).items()}
+  columns = [first]
+  if edit.task == "interpolate":
+    columns = [first[:-1], *np.moveaxis(output, 1, 0), first[1:]]
+  if edit.task == "inpaint":
+    columns.append(np.where(known["keep"], first, 128).astype(np.uint8))
+  if edit.task == "colorize":
+    columns.append(images.to_uint8(known["image"]).repeat(channels, -1))
+  # What a codec made into another shape is no picture.
+  if edit.task == "invert" and experiment.model.shape == experiment.model.data_shape:
+    columns.append(images.to_uint8(known["latent"] / 3))
+  if edit.task != "interpolate":
+    columns += [output[i :: edit.results] for i in range(edit.results)]
+  rows = np.stack(columns, 1)[:_ROWS]
+  images.save_grid(f"{path}.png", np.concatenate(rows), len(columns))
   say(f"arrays       {path}.npz\npicture      {path}.png")
   if len(output) // edit.results > _ROWS:
     say(f"the picture shows the first {_ROWS} images")
-
-
-def _picture(
-  experiment: Experiment,
-  edit: Edit,
-  originals: np.ndarray,
-  inputs: drawing.Inputs,
-  found: drawing.Inputs,
-  output: np.ndarray,
-) -> tuple[np.ndarray, int]:
-  """Return a row for each image: the input, what is known of it or was found on the way, the results."""
-  height, _, channels = experiment.model.data_shape
-  factor = height // originals.shape[1]
-  first = originals.repeat(factor, 1).repeat(factor, 2)
-  if edit.task == "interpolate":
-    rows = [
-      np.concatenate([first[i : i + 1], frames, first[i + 1 : i + 2]])
-      for i, frames in enumerate(output[:: edit.results])
-    ]
-    return np.concatenate(rows[:_ROWS]), rows[0].shape[0]
-  shown = [first]
-  if edit.task == "inpaint":
-    shown.append(np.where(inputs["keep"][:: edit.results], first, 128).astype(np.uint8))
-  if edit.task == "colorize":
-    shown.append(images.to_uint8(inputs["image"][:: edit.results]).repeat(channels, -1))
-  # What a codec made into another shape is no picture.
-  if edit.task == "invert" and experiment.model.shape == experiment.model.data_shape:
-    shown.append(images.to_uint8(found["latent"][:: edit.results] / 3))
-  columns = [*shown, *(output[i :: edit.results] for i in range(edit.results))]
-  rows = [picture for row in zip(*columns, strict=True) for picture in row]
-  return np.stack(rows[: _ROWS * len(columns)]), len(columns)

@@ -7,40 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config, editing, randomness, sampling
+from ddpm_jax import editing, randomness, sampling
 from ddpm_jax.config import Experiment
-from ddpm_jax.models import guided
-from ddpm_jax.models.guided import Guides, Parameters
+from ddpm_jax.models.guided import Parameters, gives_two, takes
 from ddpm_jax.names import choose
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.runs import drawing, programs
+from ddpm_jax.runs.steering import Guided
 from ddpm_jax.sampling.core import in_steps
 
 Array = jax.Array
 Images = Mapping[str, Array]
-Draw = Callable[[Array, Denoise, dict[str, Array], Parameters], dict[str, Array]]
 
-_POSTERIOR = "posterior(noise_std=0.02, iterations=3)"
-# The methods of each task, the default first; none where there is one way.
-TASKS: dict[str, tuple[str, ...]] = {
-  "inpaint": ("repaint", "replace", _POSTERIOR, "dps"),
-  "img2img": (),
-  "colorize": (_POSTERIOR, "dps"),
-  "superres": (_POSTERIOR, "dps"),
-  "restore": (_POSTERIOR, "dps"),
-  "interpolate": (),
-  "invert": (),
+_MEASURED = {"posterior": "posterior(noise_std=0.02, iterations=3)", "dps": "dps"}
+# The methods of each task by their names, the default first, with the arguments that the task has for them; none where there is one way.
+TASKS: dict[str, dict[str, str]] = {
+  "inpaint": {"repaint": "repaint", "replace": "replace"} | _MEASURED,
+  "img2img": {},
+  "colorize": _MEASURED,
+  "superres": _MEASURED,
+  "restore": _MEASURED,
+  "interpolate": {},
+  "invert": {},
 }
-
-
-def method_names(task: str) -> list[str]:
-  """Return the names of the methods of a task."""
-  return [name.partition("(")[0] for name in TASKS[task]]
-
-
-def method(task: str, text: str) -> str:
-  """Return a method as the command line has it; one of the task's by its name alone with the arguments that it has by default."""
-  return next((known for known in TASKS.get(task, ()) if known.partition("(")[0] == text), text)
 
 
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
@@ -52,12 +41,12 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   experiment.task.check_draws("the model")
   c, methods = experiment.editing, choose(task, TASKS, "--task")
   if not 0 <= c.strength <= 1:
-    raise ValueError(f"Got --strength={c.strength:g}; wanted it in [0, 1]: 0 gives back the input, 1 a fresh sample.")
+    raise ValueError(f"Got --strength={c.strength:g}; expected it in [0, 1]: 0 gives back the input, 1 a fresh sample.")
   if c.frames < 2:
-    raise ValueError(f"Got config.editing.frames={c.frames}; wanted 2 or more, the ends included.")
+    raise ValueError(f"Got config.editing.frames={c.frames}; expected 2 or more, the ends included.")
   if task == "colorize" and experiment.model.data_shape[-1] != 3:
     raise ValueError(
-      f"Got the task 'colorize' for a model of images with {experiment.model.data_shape[-1]} channel(s); wanted a model of color images."
+      f"Got the task 'colorize' for a model of images with {experiment.model.data_shape[-1]} channel(s); expected a model of color images."
     )
   if (task == "restore") != (c.operator is not None):
     raise ValueError(
@@ -66,21 +55,21 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
     )
   if drawing.enlarged(experiment) is not None and task != "superres":
     raise ValueError(
-      f"Got the task {task!r} for a model that enlarges images; wanted --task=superres, or another model."
+      f"Got the task {task!r} for a model that enlarges images; expected --task=superres, or another model."
     )
-  name = config.short_name(experiment.tree, "editing.method")
   if c.method is None:
-    return (experiment.changed(editing__method=methods[0]), method_names(task)[0]) if methods else (experiment, "")
-  known = method_names(task)
-  if name not in known and (not known or not config.is_own(experiment.tree, "editing.method")):
+    default = next(iter(methods), "")
+    return (experiment.changed(editing__method=methods[default]) if methods else experiment), default
+  name = experiment.tree.short_name("editing.method")
+  if name not in methods and (not methods or not experiment.tree.is_own("editing.method")):
     raise ValueError(
-      f"Got --method={name} for the task {task!r}; wanted {'one of ' + ', '.join(known) if known else 'none: there is one way'}."
+      f"Got --method={name} for the task {task!r}; expected {'one of ' + ', '.join(methods) if methods else 'none: there is one way'}."
     )
   return experiment, name
 
 
 def edit(
-  experiment: Experiment, mesh: jax.sharding.Mesh, task: str, guides: Guides, factor: int = 0, *, negative: bool = False
+  guided: Guided, mesh: jax.sharding.Mesh, task: str, factor: int = 0
 ) -> Callable[[Parameters, Any, Any, Images], Images]:
   """Return `edit(parameters, seed, first, batch) -> images by name`, called as `programs.generate` says.
 
@@ -89,45 +78,28 @@ def edit(
   The result has `output` [B, ...], or [B, F, ...] for `interpolate`; and `latent` for `invert`.
 
   Args:
-    experiment: of the model, with the method of the task (`with_method`).
+    guided: the model with the method of the task (`with_method`), and what guides it.
     mesh: the devices.
     task: one of `TASKS`.
-    guides: the other models.
     factor: how many times images are to be enlarged by a model that does not know how.
-    negative: whether something is asked to be guided away from.
 
   Raises:
     ValueError: if the task, its method or the sampler is wrong.
   """
-  sampler, rule = experiment.sampler, experiment.guidance
-  guided.check(experiment.model, rule, sampler.two_estimates, guides, negative=negative)
-  method = config.short_name(experiment.tree, "editing.method")
-  two = guided.gives_two(experiment.model, rule)
-  if two and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
+  experiment, guides = guided.experiment, guided.guides
+  model, rule = experiment.model, experiment.guidance
+  method = experiment.tree.short_name("editing.method")
+  if gives_two(model, rule) and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
     by = f" by {method}" if method != "none" else ""
     raise ValueError(
-      f"Got guidance by {config.short_name(experiment.tree, 'guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
+      f"Got guidance by {experiment.tree.short_name('guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
       " a rule that gives one, such as classifier_free."
     )
   if task == "superres" and drawing.enlarged(experiment) is not None:
-    return programs.compiled(experiment, mesh, guides, _enlarge(experiment))
-  makers = {"img2img": _img2img, "interpolate": _interpolate, "invert": _invert}
-  draw = makers[task](experiment) if task in makers else _measured(experiment, task, factor)
-  return programs.compiled(experiment, mesh, guides, draw)
-
-
-def _enlarge(experiment: Experiment) -> Draw:
-  def draw(keys, denoise, batch, parameters):
-    x, _ = sampling.solve(
-      randomness.fold_in(keys, 1),
-      experiment.sampler,
-      programs.clipped(experiment, denoise),
-      programs.start(experiment, keys),
-      experiment.times,
-    )
-    return {"output": experiment.model.decode(x, parameters.frozen)}
-
-  return draw
+    generate = programs.generate(experiment, mesh, guides, negative=guided.is_negative)
+    return lambda *arguments: {"output": generate(*arguments)[0]}
+  draw = _encoded if task in ("img2img", "invert", "interpolate") else _measured
+  return programs.compiled(experiment, mesh, guides, draw(experiment, task, factor))
 
 
 def _in_steps(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
@@ -137,65 +109,38 @@ def _in_steps(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
   return sampling.grids.suitable(in_steps(sampler), experiment.model.process, experiment.sampling.num_steps)
 
 
-def _encoded(experiment: Experiment, keys: Array, batch: Images, parameters: Parameters, name: str = "image") -> Array:
-  return experiment.model.encode(keys, batch[name], parameters.frozen)
-
-
-def _img2img(experiment: Experiment) -> Draw:
-  sampler, times = experiment.sampler, _in_steps(experiment, experiment.sampler)
-
-  def draw(keys, denoise, batch, parameters):
-    x = editing.img2img(
-      keys,
-      sampler,
-      programs.clipped(experiment, denoise),
-      experiment.model.process,
-      _encoded(experiment, keys, batch, parameters),
-      times,
-      experiment.editing.strength,
-    )
-    return {"output": experiment.model.decode(x, parameters.frozen)}
-
-  return draw
-
-
-def _invert(experiment: Experiment) -> Draw:
-  sampler, times = _reversible(experiment)
-
-  def draw(keys, denoise, batch, parameters):
-    denoise = programs.clipped(experiment, denoise)
-    x_0 = _encoded(experiment, keys, batch, parameters)
-    latent = editing.invert(sampler, denoise, experiment.model.process, x_0, times)
-    x = sampling.sample(keys, sampler, denoise, latent, times)
-    return {"latent": latent, "output": experiment.model.decode(x, parameters.frozen)}
-
-  return draw
-
-
-def _interpolate(experiment: Experiment) -> Draw:
-  sampler, times = _reversible(experiment)
-
-  def draw(keys, denoise, batch, parameters):
-    fractions = jnp.linspace(0, 1, experiment.editing.frames)
-    a, b = (_encoded(experiment, keys, batch, parameters, name) for name in ("image", "other"))
-    denoise = programs.clipped(experiment, denoise)
-    frames = editing.interpolate(sampler, denoise, experiment.model.process, a, b, times, fractions)
-    frames = jax.vmap(lambda x: experiment.model.decode(x, parameters.frozen))(frames)
-    return {"output": jnp.moveaxis(frames, 0, 1)}
-
-  return draw
-
-
-def _reversible(experiment: Experiment) -> tuple[sampling.Sampler, np.ndarray]:
-  if not experiment.sampler.reversible:
+def _encoded(experiment: Experiment, task: str, factor: int) -> Callable:
+  """Return what draws samples from encoded images."""
+  model, sampler, times, c = experiment.model, experiment.sampler, experiment.times, experiment.editing
+  if task == "img2img":
+    times = _in_steps(experiment, sampler)
+  elif not sampler.reversible:
     raise ValueError(
-      f"Got the sampler {experiment.sampler_name!r}, which adds noise as it is set, to encode images with; wanted one that goes both ways,"
+      f"Got the sampler {experiment.sampler_name!r}, which adds noise as it is set, to encode images with; expected one that goes both ways,"
       " such as --sampler=ddim or --sampler=heun, without eta, churn or corrector steps."
     )
-  return experiment.sampler, experiment.times
+
+  def draw(keys, denoise, batch, parameters):
+    def encode(name):
+      return model.encode(keys, batch[name], parameters.frozen)
+
+    def decode(x):
+      return model.decode(x, parameters.frozen)
+
+    denoise, image = programs.clipped(experiment, denoise), encode("image")
+    if task == "img2img":
+      return {"output": decode(editing.img2img(keys, sampler, denoise, model.process, image, times, c.strength))}
+    if task == "invert":
+      latent = editing.invert(sampler, denoise, model.process, image, times)
+      return {"latent": latent, "output": decode(sampling.sample(keys, sampler, denoise, latent, times))}
+    other, fractions = encode("other"), jnp.linspace(0, 1, c.frames)
+    frames = editing.interpolate(sampler, denoise, model.process, image, other, times, fractions)
+    return {"output": jnp.moveaxis(jax.vmap(decode)(frames), 0, 1)}
+
+  return draw
 
 
-def _measured(experiment: Experiment, task: str, factor: int) -> Draw:
+def _measured(experiment: Experiment, task: str, factor: int) -> Callable:
   """Return what draws samples that agree with what is known of each image."""
   model, method = experiment.model, experiment.editing.method
   assert method is not None
@@ -204,32 +149,31 @@ def _measured(experiment: Experiment, task: str, factor: int) -> Draw:
       f"Got the task {task!r} for a model of {model.shape} that encodes data of {model.data_shape} by a codec; expected a model of pixels, which"
       " are what is known of an image. Take --task=img2img, or a model of pixels."
     )
-  takes = guided.takes(method)
+  names = takes(method)
 
-  def applied(sampler, denoise, batch, parameters, keys):
+  def applied(denoise, batch):
     """Return the sampler and the denoiser that know the image."""
-    offered: dict[str, Any] = {"sampler": sampler, "denoise": denoise}
+    image, sampler = batch["image"], experiment.sampler
+    offered: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
     if task == "inpaint":
-      keep = batch["keep"]
-      offered |= {"known": batch["image"], "keep": keep}
-      offered["operator"] = editing.mask_operator(keep)
-      offered["measurement"] = offered["operator"](batch["image"])
+      operator = editing.mask_operator(batch["keep"])
+      offered |= {"operator": operator, "known": image, "keep": batch["keep"], "measurement": operator(image)}
     else:
       operators = {"colorize": editing.grey, "restore": experiment.editing.operator}
       offered["operator"] = operators[task] if task in operators else editing.downsample(factor)
-      offered["measurement"] = batch["image"]
-    made = method(**{name: value for name, value in offered.items() if name in takes})
+    made = method(**{name: value for name, value in offered.items() if name in names})
     return (made, denoise) if isinstance(made, sampling.Sampler) else (sampler, made)
 
   # What is wrong with the method shows now and not when images are there.
   example = {"image": jnp.zeros((1, *model.shape)), "keep": jnp.zeros((1, *model.shape[:-1], 1), bool)}
-  moved, _ = applied(experiment.sampler, lambda x_t, t: x_t, example, Parameters(None), None)
+  moved, _ = applied(lambda x_t, t: x_t, example)
+  is_moved = moved is not experiment.sampler
   # A rule that chooses its own steps takes those of the grid, if something is done at each.
-  times = experiment.times if moved is experiment.sampler else _in_steps(experiment, moved)
+  times = _in_steps(experiment, moved) if is_moved else experiment.times
 
   def draw(keys, denoise, batch, parameters):
-    held = moved is not experiment.sampler and "denoise" not in takes and "measurement" in takes
-    sampler, informed = applied(experiment.sampler, denoise, batch, parameters, keys)
+    sampler, informed = applied(denoise, batch)
+    held = is_moved and "denoise" not in names and "measurement" in names
     told = _held(experiment, denoise) if held else programs.clipped(experiment, informed)
     x = sampling.sample(randomness.fold_in(keys, 1), sampler, told, programs.start(experiment, keys), times)
     return {"output": jnp.where(batch["keep"], batch["image"], x) if task == "inpaint" else x}

@@ -1,12 +1,17 @@
-"""Scores of a run's weights, whatever it was trained for."""
+"""Scores of a run's weights, whatever it was trained for, and statistics to score against here and in other tools."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from ddpm_jax import metrics
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.runs import limits, model, reading
-from ddpm_jax.storage import workdir
+from ddpm_jax.devices.progress import say
+from ddpm_jax.metrics import evaluate
+from ddpm_jax.runs import limits, model, reading, scoring, spaces
+from ddpm_jax.storage import files, workdir
 
 
 def run_eval(
@@ -28,10 +33,45 @@ def run_eval(
   for variant in variants or (experiment,):
     task.check(variant, mesh)
   limits.check_evaluation(experiment, list(mesh.devices.flat), folder)
-  source, held_out = reading.read_data(experiment)
-  judge = task.judge(experiment, folder, mesh, source, held_out)
+  judge = task.judge(reading.Run(experiment, folder, mesh, *reading.read_data(experiment)))
   judge.check_scores()
   workdir.check_writable(folder)
-  weights = model.load_weights(experiment, folder, mesh, choice)
-  judge.run(weights, seed, variants)
+  judge.score(model.load_weights(experiment, folder, mesh, choice), seed, variants)
   parallel.wait_for_all("done")
+
+
+def run_statistics(experiment: Experiment, output: Path) -> None:
+  """Write mean and covariance of the features of the images that an experiment scores against into an .npz file.
+
+  Raises:
+    WriteError: if the file cannot be written.
+    ValueError: if it exists, or the features or the images cannot be had.
+  """
+  files.check_new_file(output, ".npz")
+  c = experiment.evaluation
+  limits.check_images(experiment.data.shape, c.batch_size, f"config.evaluation.batch_size={c.batch_size}")
+  source, held_out = reading.read_data(experiment)
+  space = spaces.build_space(experiment, source, held_out, output.with_suffix(".classifier.safetensors"))
+  reference = spaces.build_reference(experiment, space, source, held_out)
+  # Without a model there is nothing to hold images back from.
+  of_train = experiment.changed(evaluation__reference="train")
+  reference = reference or spaces.build_reference(of_train, space, source, held_out)
+  assert reference is not None
+  if reference.images is None:
+    raise ValueError(
+      f"Got config.evaluation.reference={reference.name!r} to make statistics of; expected images: train or held_out."
+    )
+  count = len(reference.images)
+  if not c.allow_singular:
+    metrics.check_rank(count, space.dimensions)
+  say(f"{space.name} features of {count:,} images ({reference.name}) ...")
+  summary = space.summary(reference.images, np.arange(count), evaluate.Settings(("frechet",)))
+  provenance = space.made.provenance
+  about = spaces.describe_space(experiment, space.name, provenance) | {
+    "split": reference.name,
+    "data": scoring.describe_data(experiment),
+    "feature_space": provenance,
+  }
+  if parallel.is_main():
+    metrics.save_statistics(output, metrics.Statistics(summary.features, summary.spatial, about))
+  say(f"statistics   {output}\nscore against it by --config.evaluation.reference={output}")

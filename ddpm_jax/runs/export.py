@@ -5,7 +5,9 @@ from pathlib import Path
 from ddpm_jax import guidance, interop
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
+from ddpm_jax.devices.progress import say
 from ddpm_jax.runs import model
+from ddpm_jax.storage import scores
 
 # What a model card says of scores.
 _SCORES = ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
@@ -23,17 +25,17 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
   clip = _clip(experiment)
   weights = model.load_weights(experiment, folder, parallel.make_mesh(), choice)
   if parallel.is_main():
-    found = model.read_scores(folder)
+    found = scores.read(folder)
     interop.diffusers.save(
       output,
       experiment.model,
-      weights.params,
+      weights.parameters.params,
       clip=clip,
       variance=(experiment.tree.values["sampler"] or {}).get("variance", "large"),
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,
       scores={key: found[key] for key in _SCORES} if found and "scores" in found else None,
     )
-  model.say(
+  say(
     f"model        {output} ({weights.name} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}"
   )
   parallel.wait_for_all("done")

@@ -1,4 +1,4 @@
-"""Frozen parameters of an experiment: read from where they came from, never written into a checkpoint, and known by a digest."""
+"""Frozen parameters of an experiment: read from where they came from, and never written into a checkpoint."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import jax
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.models.codecs import frozen_shapes
-from ddpm_jax.storage import digests, sealed, workdir
+from ddpm_jax.storage import frozen_file
 
 PyTree = Any
 
@@ -60,34 +60,5 @@ def of_model(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mes
   with _naming():
     found = jax.device_put(experiment.model.load_frozen(), parallel.replicated(mesh))
   if folder is not None:
-    check_same(folder, found)
+    frozen_file.check(folder, found)
   return found
-
-
-def digests_of(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Return the digest of each array by the name of its part, such as "codec"."""
-  return {name: digests.of(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
-
-
-def check_same(folder: Path, frozen: PyTree | None) -> None:
-  """Raise a ValueError unless frozen parameters are those that the run in a folder was trained with, as far as it was."""
-  path = workdir.frozen_path(folder)
-  if not path.exists():
-    return
-  try:
-    before = sealed.read_json(path)
-  except sealed.DamagedError as error:
-    raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or start a new run.") from error
-  for name, found in digests_of(frozen).items():
-    if name in before and before[name] != found:
-      raise ValueError(
-        f"Got frozen parameters ({name}) other than those that the run in {folder} was trained with; expected the same. Restore what"
-        " they are read from, or start a new run in another --workdir."
-      )
-
-
-def write(folder: Path, frozen: PyTree | None) -> None:
-  """Write down which frozen parameters a run is trained with."""
-  found = digests_of(frozen)
-  if found and parallel.is_main():
-    sealed.write_json(workdir.frozen_path(folder), found)

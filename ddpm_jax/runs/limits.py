@@ -31,12 +31,8 @@ def check_training(experiment: Experiment, devices: Sequence[Any]) -> None:
   memory.check(what, images, memory.of_host(), advice)
   d = experiment.data
   workers = d.num_threads * _THREAD + d.num_workers * _PROCESS
-  memory.check(
-    f"config.data.num_threads={d.num_threads} and num_workers={d.num_workers}",
-    workers,
-    memory.of_host(),
-    "Take as many as there are cores.",
-  )
+  what = f"config.data.num_threads={d.num_threads} and num_workers={d.num_workers}"
+  memory.check(what, workers, memory.of_host(), "Take as many as there are cores.")
 
 
 def check_batch(experiment: Experiment, size: int, devices: Sequence[Any], name: str) -> None:
@@ -57,34 +53,17 @@ def check_evaluation(experiment: Experiment, devices: Sequence[Any], folder: Pat
   if c.likelihood:
     probes = min(c.batch_size, c.likelihood_images or c.batch_size) * c.probes
     check_images(shape, probes * _FLOAT, f"config.evaluation.probes={c.probes}")
-  memory.check(
+  what, advice = (
     f"config.evaluation.num_samples={c.num_samples} {_of(shape)}",
-    c.num_samples * math.prod(shape),
-    memory.of_disk(folder),
     "Lower it, or use a --workdir on a larger disk.",
-    where="disk",
   )
+  memory.check(what, c.num_samples * math.prod(shape), memory.of_disk(folder), advice, where="disk")
 
 
 def check_images(shape: Sequence[int], count: float, what: str) -> None:
   """Raise a ValueError if so many images, a byte a value, do not fit into the memory of this machine."""
-  memory.check(
-    f"{what} {_of(shape)}",
-    count * math.prod(shape),
-    memory.of_host(),
-    "Lower it, or the size of the images.",
-  )
-
-
-def check_features(dimensions: int, kept: int, covariance: bool) -> None:
-  """Raise a ValueError if features and their covariance do not fit into the memory of this machine."""
-  needed = 8 * (dimensions**2 if covariance else 0) + _FLOAT * dimensions * kept
-  memory.check(
-    f"features of {dimensions:,} dimensions, {kept:,} of them kept{' and their covariance' if covariance else ''}",
-    needed,
-    memory.of_host(),
-    "Set --config.evaluation.features=inception, lower --config.evaluation.most_kept, or name other --config.evaluation.scores.",
-  )
+  advice = "Lower it, or the size of the images."
+  memory.check(f"{what} {_of(shape)}", count * math.prod(shape), memory.of_host(), advice)
 
 
 def _of(shape: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ddpm_jax import config, interop
+from ddpm_jax import interop
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import Defaults, Model
 from ddpm_jax.runs import model
@@ -44,16 +44,16 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
     ValueError: if there is no such model, or it cannot be read.
   """
   folder = user_path(path)
-  if not workdir.config_path(folder).exists() or not workdir.checkpoint_steps(folder):
-    if workdir.config_path(folder).exists():
-      raise ValueError(
-        f"Got {path}, the folder of a run that has saved no checkpoint; train it first: --mode=train --workdir={path}."
-      )
+  if not workdir.config_path(folder).exists():
     if not averaged or step is not None:
       raise ValueError(f"Got averaged={averaged} and step={step} for {path}, which holds no run; leave them out.")
     found, params = interop.diffusers.load(path)
     return Loaded(found, params, found.load_frozen())
-  experiment = model.trained(config.of_run(folder), folder)
+  if not workdir.checkpoint_steps(folder):
+    raise ValueError(
+      f"Got {path}, the folder of a run that has saved no checkpoint; train it first: --mode=train --workdir={path}."
+    )
+  experiment = model.trained(None, folder)
   choice = model.Choice(averaged, step="" if step is None else str(step))
   weights = model.load_weights(experiment, folder, parallel.make_mesh(devices=jax.devices()[:1]), choice, quiet=True)
   defaults = Defaults(
@@ -63,4 +63,5 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
     steps=experiment.sampling.num_steps,
     clip=experiment.sampling.clip,
   )
-  return Loaded(experiment.model._replace(defaults=defaults), weights.params, dict(weights.frozen))
+  params, frozen, _ = weights.parameters
+  return Loaded(experiment.model._replace(defaults=defaults), params, dict(frozen))

@@ -7,6 +7,7 @@ import jax
 from ddpm_jax import config, training
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import parallel, plan, startup, topology
+from ddpm_jax.devices.progress import patience, say
 from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
@@ -22,7 +23,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
     ValueError: if there is no such slice, or the config cannot be trained on it.
   """
   if topology_name and num_devices:
-    raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; wanted one of them.")
+    raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; expected one of them.")
   if topology_name:
     devices = topology.topology_devices(topology_name)
   elif num_devices:
@@ -30,13 +31,16 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
   else:
     startup.start_devices()
     devices = jax.devices()
+  if devices[0].platform == "cpu" and "model.network.kernels" in tree.places:
+    # A CPU stands for other platforms, to whose memory its own programs say nothing.
+    tree = config.changed(tree, "model.network.kernels", "plain")
   # Only now: what is built of a config starts JAX.
   experiment = config.build(tree)
   mesh, shapes, batch, fixed = _layout(experiment, devices)
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, fixed)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-  model.say(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
-  with model.patience("compiling the train step"):
+  say(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
+  with patience("compiling the train step"):
     traced = step.trace(shapes, batch, *(() if fixed is None else (fixed,)))
     compiled = plan.compile_step(traced, devices)
   found = plan.make_plan(
@@ -48,16 +52,13 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
     devices=devices,
     dtype=scoring.dtype_of(experiment),
   )
-  model.say(f"\n{plan.table(found)}")
+  say(f"\n{plan.table(found)}")
   return found
 
 
 def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, training.TrainState, Any, Any]:
   """Return the mesh, and the shapes of a state, a batch and the frozen parameters laid out on it."""
-  c = experiment.training
-  mesh = parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
-  parallel.check_batch(c.batch_size, mesh.size)
-  training.check_accumulate(c.batch_size, mesh.size, c.accumulate)
+  mesh = stepping.mesh_of(experiment, devices)
   fixed = frozen.shapes(experiment, mesh)
   _, shapes = model.make_state(experiment, mesh, fixed)
-  return mesh, shapes, stepping.batch_shapes(experiment, c.batch_size), fixed
+  return mesh, shapes, stepping.batch_shapes(experiment, experiment.training.batch_size), fixed

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import predictions, randomness, sampling
+from ddpm_jax import randomness, sampling
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import guided
@@ -33,11 +33,7 @@ def start(experiment: Experiment, keys: Array) -> Array:
 
 
 def generate(
-  experiment: Experiment,
-  mesh: jax.sharding.Mesh,
-  guides: Guides = ALONE,
-  *,
-  negative: bool = False,
+  experiment: Experiment, mesh: jax.sharding.Mesh, guides: Guides = ALONE, *, negative: bool = False
 ) -> Callable[[Parameters, Any, Any, Arrays], tuple[Array, Array]]:
   """Return `generate(parameters, seed, first, batch) -> (data, NFE)`, compiled, the batch split over the mesh.
 
@@ -48,7 +44,7 @@ def generate(
     ValueError: if the sampling batch cannot be split over the devices, or the model cannot be guided so.
   """
   guided.check(experiment.model, experiment.guidance, experiment.sampler.two_estimates, guides, negative=negative)
-  _check_sampler(experiment)
+  guided.check_sampler(experiment.model, experiment.sampler, experiment.times)
 
   def draw(keys, denoise, batch, parameters):
     x, nfe = sampling.solve(
@@ -63,35 +59,21 @@ def generate(
   return compiled(experiment, mesh, guides, draw)
 
 
-def _check_sampler(experiment: Experiment) -> None:
-  """Let the sampler refuse a model that lacks what it takes, such as a learned variance, by a network that stands in for the model's."""
-  model, twice = experiment.model, 2 if experiment.model.prediction.learned_variance else 1
-
-  def draw(key):
-    def apply(x, time):
-      return jnp.zeros((*x.shape[:-1], twice * x.shape[-1]), x.dtype)
-
-    denoise = predictions.denoiser(apply, model.process, model.prediction, label=model.time_input)
-    return sampling.solve(key[None], experiment.sampler, denoise, jnp.zeros((1, *model.shape)), experiment.times)
-
-  jax.eval_shape(draw, jax.random.key(0))
-
-
-def of_previews(experiment: Experiment) -> Experiment:
-  """Return the experiment with the sampler of previews: a few steps of DDIM."""
-  return experiment.changed(sampler="ddim", sampling__grid=None, sampling__num_steps=experiment.sampling.preview_steps)
+def of_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:
+  """Return the experiment with the sampler of previews, a few steps of DDIM, and a batch of `count` samples."""
+  steps, size = experiment.sampling.preview_steps, -(-count // mesh.size) * mesh.size
+  return experiment.changed(sampler="ddim", sampling__grid=None, sampling__num_steps=steps, sampling__batch_size=size)
 
 
 def denoising(
   experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
-  """Return a function that draws samples on their way to data by the sampler of previews, and the times of what it shows.
+  """Return a function that draws samples on their way to data, and the times of what it shows.
 
   Returns:
     `denoising(parameters, seed, first, batch) -> data [B, K, ...]`, as `generate` but for its results, which are scaled to be shown: where there is
     much noise its standard deviation is 1. And their times [K], K at most `frames`, from t_max to 0.
   """
-  experiment = of_previews(experiment)
   process, times = experiment.model.process, experiment.times
   kept = np.unique(np.linspace(0, len(times) - 1, frames).round().astype(int))
   shown = np.asarray(times)[kept]
@@ -103,7 +85,7 @@ def denoising(
     data = jax.vmap(lambda x: experiment.model.decode(x, parameters.frozen))(scaled)
     return jnp.moveaxis(data, 0, 1)
 
-  return compiled(experiment, mesh, Guides(), draw), shown
+  return compiled(experiment, mesh, ALONE, draw), shown
 
 
 def compiled(

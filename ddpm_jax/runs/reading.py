@@ -1,23 +1,47 @@
-"""Read the data of an experiment, and check that they suit it."""
+"""Prepare and read the data of an experiment, and check that they suit it."""
 
-from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+import jax
 
-from ddpm_jax import config, data
+from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
-from ddpm_jax.storage import images
 
 # Names in the batch of an objective that are no items of the data (see `losses.Objective`).
 _OWN = ("x", "given", "times")
+
+
+class Run(NamedTuple):
+  """A run with its data.
+
+  Attributes:
+    experiment: what is trained or scored.
+    folder: the run's.
+    mesh: of all devices.
+    source: the training data.
+    held_out: other data; None if there are none.
+  """
+
+  experiment: Experiment
+  folder: Path
+  mesh: jax.sharding.Mesh
+  source: data.Source
+  held_out: data.Source | None
 
 
 def fit_of(experiment: Experiment) -> data.Fit:
   """Return how images are made to fit."""
   c = experiment.data
   return data.Fit(data.check_space(c.space), c.channels, c.crop, choose(c.resize, data.RESIZES, "config.data.resize"))
+
+
+def check_of(experiment: Experiment) -> data.Check | None:
+  """Return the check of the data's classes, if the task asks for some."""
+  classes = experiment.task.classes(experiment)
+  return None if classes is None else classes.check
 
 
 def read_sources(experiment: Experiment) -> data.Splits:
@@ -27,9 +51,8 @@ def read_sources(experiment: Experiment) -> data.Splits:
     ValueError: if they are missing or unreadable, or lack the classes of a task that knows classes.
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
-  splits = config.source_of(experiment)(fit_of(experiment))
-  classes = experiment.task.classes(experiment)
-  data.check_labels_of(splits, None if classes is None else classes.check)
+  splits = experiment.data.source(fit_of(experiment))
+  data.check_labels_of(splits, check_of(experiment))
   return splits
 
 
@@ -39,22 +62,21 @@ def read_data(experiment: Experiment) -> data.Splits:
   Raises:
     ValueError: if they cannot be had, or lack what the model is to be given.
   """
-  c = experiment.data
+  c, conditions = experiment.data, experiment.model.conditions
   broken = choose(c.broken, ("stop", "skip"), "config.data.broken")
-  classes = experiment.task.classes(experiment)
-  check = None if classes is None else classes.check
-  found = data.load(read_sources(experiment), broken=broken, hold_out=c.hold_out, check=check, shape=c.shape)
+  splits, check = read_sources(experiment), check_of(experiment)
+  found = data.load(splits, broken=broken, hold_out=c.hold_out, check=check, shape=c.shape)
   item = data.read(found.train, [0])
   if taken := [name for name in _OWN if name in item]:
     raise ValueError(
       f"Got data with the items {', '.join(taken)}; expected other names: training gives what objectives read by these. Rename them in the data"
       " source."
     )
-  if "image" in experiment.model.conditions:
+  if "image" in conditions:
     raise ValueError(
       "Got a model with the condition 'image', which is the name of the data themselves; expected another name, such as 'hint'."
     )
-  for name, condition in experiment.model.conditions.items():
+  for name, condition in conditions.items():
     if condition.of_data is None and name not in item:
       raise ValueError(
         f"Got data with the items {', '.join(sorted(item))} for a model that is given {name}; expected {name!r} among them. Take another"
@@ -63,6 +85,14 @@ def read_data(experiment: Experiment) -> data.Splits:
   return found
 
 
-def read_images(source: data.Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-  """Return the images at `indices` [B] as scores and pictures take them: uint8 [B, H, W, C]."""
-  return images.as_uint8(data.read(source, indices)["image"])
+def run_prepare(experiment: Experiment, output: Path | None) -> None:
+  """Prepare the data of an experiment (see `data.prepare`): pack them into a new folder; None for none.
+
+  Raises:
+    ValueError: if the data need no preparation or cannot be prepared, or the output folder is taken.
+  """
+  limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
+  tree = experiment.tree
+  source, keys = tree.components["data.source"].itself, tree.arguments("data.source")
+  fit, check = fit_of(experiment), check_of(experiment)
+  data.prepare(source, keys, fit, output, broken=experiment.data.broken, check=check)

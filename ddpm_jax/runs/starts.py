@@ -24,15 +24,23 @@ class Pretrained(NamedTuple):
   params: PyTree
 
 
-def load(path: str, tree: Tree) -> Pretrained:
-  """Read a model of diffusers: a folder, or a name on the hub.
+def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
+  """Return a config with a model of diffusers in place of its own, and the model.
 
   Args:
-    path: where it lies.
-    tree: the config, whose keys of the network say how it is trained and computed.
+    tree: the config, whose keys of the network say how the model is trained and computed.
+    path: a folder, or a name on the hub.
+    flag: that names the model, whose conditions are then those of the config.
   """
   model, params = interop.diffusers.load(path, **_options(tree, path))
-  return Pretrained(model, params)
+  if flag:
+    _check_conditions(tree, model, flag)
+  return _with_model(tree, path), Pretrained(model, params)
+
+
+def _with_model(tree: Tree, path: str) -> Tree:
+  """Return a config whose model is the one of diffusers at a path."""
+  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
 
 
 def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
@@ -44,44 +52,38 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = (
     recipe: whether somebody asked for the config; else the model is sampled as suits it.
     keys: the keys that somebody gave beside it, which stay as they are.
   """
-  found = load(path, tree)
-  if recipe:
-    _check_conditions(tree, found.model, "--pretrained")
-  tree = config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
+  tree, found = _read(tree, path, "--pretrained" if recipe else "")
   suits = found.model.defaults
   if recipe or suits is None:
     return tree, found
+
+  def is_given(path):
+    return any(key == path or key.startswith(f"{path}.") for key in keys)
+
   steps = found.model.process.num_steps or suits.steps
-  if not any(_is_below(key, "sampler") for key in keys):
+  if not is_given("sampler"):
     steps = suits.steps
-  elif config.short_name(tree, "sampler") != "ancestral":
+  elif tree.short_name("sampler") != "ancestral":
     steps = min(suits.steps, steps, 50)
   clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
-    if not any(_is_below(given, key) for given in keys):
+    if not is_given(key):
       tree = config.changed(tree, key, value)
   return tree, found
-
-
-def _is_below(key: str, path: str) -> bool:
-  return key == path or key.startswith(f"{path}.")
 
 
 def _options(tree: Tree, path: str) -> dict[str, Any]:
   """Return the options of the model at a path that a config gives; the size of images only if the model does not say it."""
   values = tree.values["model"]
-  sized = {} if interop.diffusers.has_size(path) else {"shape": _shape(tree)}
+  sized = {}
+  if not interop.diffusers.has_size(path):
+    size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
+    sized = {"shape": (size, size, channels) if isinstance(size, int) else (*size, channels)}
   if "component" in values:
     return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values} | sized
   network, classes = values["network"], values["conditions"].get("classes", {})
   options = {name: network[name] for name in _OPTIONS if name in network} | sized
   return options | ({"class_dropout": classes["dropout"]} if "dropout" in classes else {})
-
-
-def _shape(tree: Tree) -> tuple[int, ...]:
-  """Return [H, W, C] of a config's data."""
-  size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
-  return (*((size, size) if isinstance(size, int) else size), channels)
 
 
 def _check_conditions(tree: Tree, model: Model, what: str) -> None:
@@ -110,10 +112,8 @@ def starting_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
   path = tree.values["init_from"]
   if not path:
     return tree, None
-  config.task_of(tree).check_draws(f"config.init_from={path!r} in a run")
-  found = load(path, tree)
-  _check_conditions(tree, found.model, f"config.init_from={path!r}")
-  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path)), found
+  config.make(tree, "task").check_draws(f"config.init_from={path!r} in a run")
+  return _read(tree, path, f"config.init_from={path!r}")
 
 
 def keep(tree: Tree, folder: Path) -> Tree:
@@ -131,18 +131,15 @@ def same_start(tree: Tree, folder: Path) -> Tree:
   old = config.saved(folder) if tree.values["init_from"] else None
   if old is None or old.values["init_from"] != tree.values["init_from"]:
     return tree
-  path = old.values["model"]["path"]
   # With its own options: those that have changed are seen, and those of speed hold.
-  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
+  return _with_model(tree, old.values["model"]["path"])
 
 
 def check_start(experiment: Experiment) -> None:
-  """Raise a ValueError unless the data have the shape that a model from elsewhere takes, and it is one that is made of noise alone."""
-  model = experiment.model
-  if not experiment.init_from:
-    return
-  if experiment.data.shape != model.data_shape:
+  """Raise a ValueError unless the data have the shape that a model from elsewhere takes."""
+  found, shape = experiment.data.shape, experiment.model.data_shape
+  if experiment.init_from and found != shape:
     raise ValueError(
-      f"Got config.init_from={experiment.init_from!r}, a model of images of {model.data_shape}, and data of {experiment.data.shape}; expected"
-      " one shape. Set --config.data.image_size and --config.data.channels."
+      f"Got config.init_from={experiment.init_from!r}, a model of images of {shape}, and data of {found}; expected one shape. Set"
+      " --config.data.image_size and --config.data.channels."
     )

@@ -1,6 +1,6 @@
 """The optimizer and the train step of an experiment."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax import data, losses, networks, training
+from ddpm_jax import config, data, losses, networks, training
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import costs, parallel
 from ddpm_jax.models import Model
@@ -19,6 +19,19 @@ from ddpm_jax.training import ema, optim
 Array = jax.Array
 PyTree = Any
 Batch = dict[str, Any]
+
+
+def mesh_of(experiment: Experiment, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """Return the mesh that an experiment is trained over, of all devices by default.
+
+  Raises:
+    ValueError: if they cannot be laid out so, or its batch cannot be split over them.
+  """
+  c = experiment.training
+  mesh = parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
+  parallel.check_batch(c.batch_size, mesh.size)
+  training.check_accumulate(c.batch_size, mesh.size, c.accumulate)
+  return mesh
 
 
 def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
@@ -46,7 +59,6 @@ def optimizer(experiment: Experiment) -> optax.GradientTransformation:
   # A plain number, where it is one: some optimizers take no other.
   rate = c.learning_rate if c.schedule == "constant" and not c.warmup_steps else rate
   arguments = optim.parse_arguments(c.arguments)
-  extra = optim.optimizer(c.name, rate, arguments) if _trains_extra(experiment) else None
   return optim.chain(
     rate,
     name=c.name,
@@ -54,22 +66,21 @@ def optimizer(experiment: Experiment) -> optax.GradientTransformation:
     clip_norm=c.clip_norm or None,
     averages=averages(experiment),
     trainable=networks.trainable,
-    extra=extra,
+    extra=optim.optimizer(c.name, rate, arguments) if _trains_extra(experiment) else None,
   )
 
 
 def _trains_extra(experiment: Experiment) -> bool:
-  if experiment.objective.init is losses.Objective._field_defaults["init"]:
+  """Return whether the objective trains something beside the model."""
+  init = experiment.objective.init
+  if init is losses.Objective._field_defaults["init"]:
     return False
-  extra, _ = jax.eval_shape(_first_parts(experiment), jax.random.key(0), frozen_module.bare_shapes(experiment))
-  return bool(jax.tree.leaves(extra))
 
+  def extra(key, frozen):
+    return init(key, experiment.model.init(key), frozen.get("objective", ()))[0]
 
-def _first_parts(experiment: Experiment) -> Callable:
-  def parts(key, frozen):
-    return experiment.objective.init(key, experiment.model.init(key), frozen.get("objective", ()))
-
-  return parts
+  found = jax.eval_shape(extra, jax.random.key(0), frozen_module.bare_shapes(experiment))
+  return bool(jax.tree.leaves(found))
 
 
 def averages(experiment: Experiment) -> optax.GradientTransformation:
@@ -122,7 +133,7 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
   """
   module = experiment.model.network.module
   if getattr(module, "remat", "none") != "none" and "model.network.remat" in experiment.tree.places:
-    experiment = _without_remat(experiment)
+    experiment = config.build(config.changed(experiment.tree, "model.network.remat", "none"))
   model, objective = experiment.model, experiment.objective
   key = jax.eval_shape(jax.random.key, 0)
   frozen = frozen_module.bare_shapes(experiment)
@@ -140,12 +151,6 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
     return jax.value_and_grad(loss, has_aux=True)(params)
 
   return costs.matmul_flops(jax.make_jaxpr(gradient)(jax.eval_shape(model.init, key), key, batch, frozen))
-
-
-def _without_remat(experiment: Experiment) -> Experiment:
-  from ddpm_jax import config
-
-  return config.build(config.changed(experiment.tree, "model.network.remat", "none"))
 
 
 def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch:

@@ -6,8 +6,9 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 # What only writing meets. Libraries in C++ and Rust give the system's words and no number.
 _FULL = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
@@ -71,6 +72,14 @@ def write_text(path: str | Path, text: str) -> None:
   """Write a file of UTF-8 text, whole or not at all; a `WriteError` if that fails."""
   # A path may hold bytes that are no text, which Python keeps as lone surrogates.
   write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+  """Write arrays by name into a compressed .npz file, whole or not at all."""
+  import numpy as np
+
+  with writing(path) as temporary:
+    np.savez_compressed(temporary, **arrays)
 
 
 @contextlib.contextmanager
@@ -181,6 +190,12 @@ def check_new_file(path: str | Path, suffix: str) -> None:
       " another."
     )
   check_place(path)
+
+
+def free_path(path: Path, suffix: str) -> Path:
+  """Return the path if no file has it with this suffix, else the first free one of path_2, path_3, ..."""
+  names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+  return next(name for name in names if not Path(f"{name}{suffix}").exists())
 
 
 def check_place(path: str | Path) -> None:

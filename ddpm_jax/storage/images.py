@@ -7,6 +7,8 @@ import numpy as np
 
 from ddpm_jax.storage import files
 
+# Samples that a picture shows; of one with a column for each class, so many columns at most, and rows.
+SHOWN, _CLASSES, _ROWS = 64, 20, 10
 # What lies between images, and in place of those that fill up a grid.
 _BETWEEN = 64
 
@@ -88,3 +90,14 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) 
   picture = grid(images, columns)
   with files.writing(path) as temporary:
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)
+
+
+def save_samples(path: str | Path, samples: np.ndarray, classes: np.ndarray | None = None) -> None:
+  """Write a PNG of some samples uint8 [N, h, w, C], with a column for each class if their classes [N] come in turn."""
+  columns, shown = None, SHOWN
+  if classes is not None:
+    # After so many samples the classes begin again.
+    period = next((n for n in range(1, len(classes)) if np.array_equal(classes[n:], classes[:-n])), len(classes))
+    if 1 < period <= _CLASSES:
+      columns, shown = period, period * _ROWS
+  save_grid(path, samples[:shown], columns)

@@ -2,7 +2,17 @@
 
 from ddpm_jax.training import ema, optim
 from ddpm_jax.training.loop import Callback, Watch, fit
-from ddpm_jax.training.step import Frozen, Metrics, TrainState, check_accumulate, init_state, train_step
+from ddpm_jax.training.snapshots import reconstruct
+from ddpm_jax.training.step import (
+  Frozen,
+  Metrics,
+  TrainState,
+  check_accumulate,
+  init_state,
+  items_of,
+  state_of,
+  train_step,
+)
 
 __all__ = [
   "Callback",
@@ -14,6 +24,9 @@ __all__ = [
   "ema",
   "fit",
   "init_state",
+  "items_of",
   "optim",
+  "reconstruct",
+  "state_of",
   "train_step",
 ]

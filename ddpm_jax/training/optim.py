@@ -1,7 +1,6 @@
 """The optimizer chain: a learning-rate schedule, clipping, any optax optimizer by name, averages, and steps that fail skipped."""
 
 import ast
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from ddpm_jax.floats import promoting, widen, widest
+from ddpm_jax.names import hint
 from ddpm_jax.training import ema
 
 Array = jax.Array
@@ -51,7 +51,7 @@ def schedule(
     ValueError: if the name is unknown or a value is out of its range.
   """
   if name not in SCHEDULES:
-    raise ValueError(f"Got {name!r} as a schedule; wanted one of {', '.join(SCHEDULES)}.{_near(name, SCHEDULES)}")
+    raise ValueError(f"Got {name!r} as a schedule; wanted one of {', '.join(SCHEDULES)}.{hint(name, SCHEDULES)}")
   if not (peak > 0 and warmup_steps >= 0 and decay_steps >= 0 and 0 <= final_factor <= 1):
     raise ValueError(
       f"Got learning_rate={peak}, warmup_steps={warmup_steps}, decay_steps={decay_steps}, final_factor={final_factor}; wanted"
@@ -93,14 +93,14 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
       parameters (a line search, say).
   """
   if name not in OPTIMIZERS:
-    raise ValueError(f"Got {name!r} as an optimizer; wanted one of {', '.join(OPTIMIZERS)}.{_near(name, OPTIMIZERS)}")
+    raise ValueError(f"Got {name!r} as an optimizer; wanted one of {', '.join(OPTIMIZERS)}.{hint(name, OPTIMIZERS)}")
   if not callable(rate) and not rate > 0:
     raise ValueError(f"Got learning_rate={rate}; wanted above 0, such as 1e-3.")
   known = [parameter for parameter in inspect.signature(OPTIMIZERS[name]).parameters if parameter != "learning_rate"]
   for argument, value in arguments.items():
     if argument not in known:
       raise ValueError(
-        f"Got {argument!r} as an argument of {name}; wanted one of {', '.join(known) or 'none'}.{_near(argument, known)}"
+        f"Got {argument!r} as an argument of {name}; wanted one of {', '.join(known) or 'none'}.{hint(argument, known)}"
       )
     number = isinstance(value, (int, float))
     if number and not math.isfinite(value):
@@ -142,11 +142,6 @@ def _works(name: str, rate: Rate, arguments: dict[str, Any]) -> bool:
   except Exception:
     return False
   return True
-
-
-def _near(name: str, options) -> str:
-  near = difflib.get_close_matches(name, list(options), 1)
-  return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def parse_arguments(text: str) -> dict[str, Any]:

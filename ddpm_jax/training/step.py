@@ -79,6 +79,19 @@ def init_state(
   return TrainState(jnp.zeros((), jnp.int32), params, extra, memory, opt_state, train_key)
 
 
+def items_of(state: TrainState) -> dict[str, PyTree]:
+  """Return a state as a checkpoint keeps it: what only training needs is apart, so that sampling does not read it."""
+  rest, averages = ema.split(state.opt_state)
+  own = {"step": state.step, "extra": state.extra, "memory": state.memory, "opt_state": rest, "key": state.key}
+  return {"params": state.params, "ema": averages, "training": own}
+
+
+def state_of(items: Mapping[str, PyTree]) -> TrainState:
+  """Return the state that `items_of` took apart."""
+  own = dict(items["training"])
+  return TrainState(params=items["params"], opt_state=ema.join(own.pop("opt_state"), items["ema"]), **own)
+
+
 def _own(objective: Objective, frozen: Frozen | None) -> PyTree:
   """The frozen parameters of the objective."""
   if objective.load is not None and "objective" not in (frozen or {}):

@@ -32,7 +32,6 @@ from recipe import CONFIGS, load
 from torch.utils.data import DataLoader, TensorDataset
 
 from ddpm_jax import data, interop, metrics, sampling, training
-from ddpm_jax.config import short_name
 from ddpm_jax.devices import heap, parallel
 from ddpm_jax.runs import model, reading, scoring, stepping
 from ddpm_jax.storage import images
@@ -46,19 +45,19 @@ def unlike(experiment):
   """What diffusers' loop would do otherwise than the recipe says; empty if nothing."""
   plain = {"EPS": "simple", "V": "snr_plus_one"}
   tree, c = experiment.tree, experiment.optimizer
-  objective, prediction = short_name(tree, "objective"), short_name(tree, "model.prediction")
+  objective, prediction = tree.short_name("objective"), tree.short_name("model.prediction")
   for key, given, wanted in (
-    ("model.process", short_name(tree, "model.process"), ("discrete",)),
+    ("model.process", tree.short_name("model.process"), ("discrete",)),
     ("model.prediction", prediction, tuple(plain)),
-    ("model.codec", short_name(tree, "model.codec"), ("pixels",)),
+    ("model.codec", tree.short_name("model.codec"), ("pixels",)),
     ("model.conditions", ", ".join(experiment.model.conditions), ("",)),
     ("objective", objective, ("denoising",)),
     (
       "objective.weighting",
-      objective == "denoising" and short_name(tree, "objective.weighting"),
+      objective == "denoising" and tree.short_name("objective.weighting"),
       (plain.get(prediction),),
     ),
-    ("objective.times", objective == "denoising" and short_name(tree, "objective.times"), ("uniform", "none")),
+    ("objective.times", objective == "denoising" and tree.short_name("objective.times"), ("uniform", "none")),
     ("optimizer.name", c.name, ("adam",)),
     ("optimizer.schedule", c.schedule, ("constant",)),
     ("ema.kind", experiment.ema.kind, ("fixed",)),

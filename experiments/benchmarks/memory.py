@@ -49,7 +49,7 @@ def kept(experiment, images=2):
 def compiled(experiment, topology):
   """Bytes of temporaries of the compiled step."""
   with contextlib.redirect_stdout(sys.stderr):  # the table that is asked for stays apart
-    plan = runs.run_plan(experiment, topology_name=topology, num_devices=None)
+    plan = runs.run_plan(experiment.tree, topology_name=topology, num_devices=None)
   return plan.temporary_bytes if plan.temporary_bytes is not None else float("nan")
 
 
@@ -67,9 +67,9 @@ def on_devices(experiment, devices, fsdp, compile_too):
   return figures
 
 
-def computing(path, dtype, policy, batch=None):
-  """A recipe whose network computes in a type, and of which the backward pass computes so much again."""
-  changes = {"model__network__dtype": dtype, "model__network__remat": policy}
+def computing(path, dtype, policy, batch=None, kernels="plain"):
+  """Return a recipe whose network computes in a type by such programs, and whose backward pass computes so much again."""
+  changes = {"model__network__dtype": dtype, "model__network__remat": policy, "model__network__kernels": kernels}
   return load(path, **changes, **({} if batch is None else {"training__batch_size": batch}))
 
 
@@ -120,7 +120,8 @@ def main():
     cells = []
     for dtype in types:
       for policy in POLICIES:
-        experiment = computing(path, dtype, policy, args.images if args.topology else None)
+        of_slice = {"batch": args.images, "kernels": "tuned"} if args.topology else {}
+        experiment = computing(path, dtype, policy, **of_slice)
         found = compiled(experiment, args.topology) if args.topology else kept(experiment)
         cells.append(f"{found / 1e6:.4g}")
     figures[path.name] = dict(zip(names, map(float, cells), strict=True))

@@ -1,33 +1,33 @@
 """The task of classifiers of noisy data, which guide: scored on held-out images by noise level."""
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from ddpm_jax import data, randomness
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
+from ddpm_jax.devices.progress import say
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.models import Condition, conditions
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.processes import Process
-from ddpm_jax.runs.model import Weights, say, scores_path, write_scores
-from ddpm_jax.runs.tasks.task import check_objective, unexpected
+from ddpm_jax.runs import drawing
+from ddpm_jax.runs.model import Weights
+from ddpm_jax.runs.reading import Run
+from ddpm_jax.runs.tasks.task import Task, check_objective
+from ddpm_jax.storage import scores
 from ddpm_jax.storage.images import as_floats
 
-PyTree = Any
 # The noise levels that are scored, where the process has them.
 _LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
-class Classify:
-  """Implements `Task` for classifiers of noisy data."""
+class Classify(Task):
+  """Scores classifiers of noisy data, of which there is nothing to show."""
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raise a ValueError if the experiment's classifier cannot be evaluated over the mesh."""
@@ -54,31 +54,15 @@ class Classify:
     check = data.labels_below(number, "model.network.out_channels")
     return conditions.classes("classes", number)._replace(check=check)
 
-  def preview(
-    self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
-  ) -> Callable[[Parameters], np.ndarray] | None:
-    """Return None: there are no pictures to draw on the way."""
-    return None
-
-  def judge(
-    self,
-    experiment: Experiment,
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    source: data.Source,
-    held_out: data.Source | None,
-  ) -> "Judge":
+  def judge(self, run: Run) -> "Judge":
     """Return what scores the classifier."""
-    return Judge(experiment, folder, mesh, held_out, self._number(experiment))
+    return Judge(run, self._number(run.experiment))
 
   def check_draws(self, what: str) -> None:
     """Raise a ValueError."""
-    raise unexpected(
-      what, "classify", "a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing"
+    raise ValueError(
+      f"Got {what} of config.task='classify'; expected a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing."
     )
-
-  def check_classifies(self, what: str) -> None:
-    """Allow all models."""
 
 
 def classify() -> Classify:
@@ -90,34 +74,28 @@ class Judge:
   """Scores a classifier's weights.
 
   Args:
-    experiment: the run's.
-    folder: its folder.
-    mesh: of all devices.
-    held_out: images that it was not trained on; None if there are none.
+    run: the classifier's.
     number: how many classes there are.
 
   Raises:
     ValueError: if there are fewer held-out images than the experiment wants to score.
   """
 
-  def __init__(
-    self, experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, held_out: data.Source | None, number: int
-  ):
-    count = experiment.evaluation.num_samples
-    if held_out is not None and count > len(held_out):
+  def __init__(self, run: Run, number: int):
+    c = run.experiment.evaluation
+    if run.held_out is not None and c.num_samples > len(run.held_out):
       raise ValueError(
-        f"Got evaluation.num_samples={count} with {len(held_out)} held-out images to classify; wanted no more than these."
+        f"Got evaluation.num_samples={c.num_samples} with {len(run.held_out)} held-out images to classify; expected no more than these."
       )
-    if experiment.evaluation.every:
+    if c.every:
       raise ValueError(
-        f"Got config.evaluation.every={experiment.evaluation.every} for a classifier, whose accuracy is logged in any case; wanted 0."
+        f"Got config.evaluation.every={c.every} for a classifier, whose accuracy is logged in any case; expected 0."
       )
-    self._experiment, self._folder, self._mesh = experiment, folder, mesh
-    self._held_out, self._number = held_out, number
+    self._run, self._number = run, number
 
   def check_scores(self) -> None:
     """Raise a ValueError if there is nothing to score against."""
-    if self._held_out is None:
+    if self._run.held_out is None:
       raise ValueError(
         "Got no held-out images to score against; set --config.data.source.eval_split or --config.data.hold_out."
       )
@@ -132,18 +110,17 @@ class Judge:
     """Return nothing: accuracies are logged in any case."""
     return {}
 
-  def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
+  def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Write accuracy and cross-entropy on held-out images by noise level into eval.json; each image counts once a level."""
     del variants
-    experiment, held_out = self._experiment, self._held_out
-    if held_out is None:
+    start, run = time.perf_counter(), self._run
+    if run.held_out is None:
       say("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
       return
-    start, count, process = time.perf_counter(), experiment.evaluation.num_samples, experiment.model.process
-    chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
+    count, process = run.experiment.evaluation.num_samples, run.experiment.model.process
     times = noise_levels(process)
     say(f"classifying {count:,} held-out images at {len(times)} noise levels by the {weights.name} weights ...")
-    log_probs, classes = _classify(experiment, self._mesh, weights, held_out, chosen, times, seed)
+    log_probs, classes = _classify(run.experiment, run.mesh, run.held_out, weights, times, seed)
     levels = [
       {"log_snr": round(float(process.log_snr(t)), 6), "t": float(t)} | evaluate.classification_scores(part, classes)
       for t, part in zip(times, log_probs, strict=True)
@@ -154,9 +131,10 @@ class Judge:
       "num_samples": count,
       "reference": "held-out images, each once a noise level; chance knows how common each class is, and sees no image",
     }
+    report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     if parallel.is_main():
-      write_scores(self._folder, report, weights, seed, time.perf_counter() - start)
-      say(f"\n{evaluate.classification_table(levels, chance)}\n\nscores       {scores_path(self._folder)}")
+      scores.write(run.folder, report, time.perf_counter() - start)
+      say(f"\n{evaluate.classification_table(levels, chance)}\n\nscores       {scores.path_of(run.folder)}")
 
 
 def noise_levels(process: Process) -> np.ndarray:
@@ -167,40 +145,35 @@ def noise_levels(process: Process) -> np.ndarray:
 
 
 def _classify(
-  experiment: Experiment,
-  mesh: jax.sharding.Mesh,
-  weights: Weights,
-  held_out: data.Source,
-  chosen: np.ndarray,
-  times: np.ndarray,
-  seed: int,
+  experiment: Experiment, mesh: jax.sharding.Mesh, held_out: data.Source, weights: Weights, times: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Return log-probabilities [levels, N, K] of the chosen images [N] with noise, and their classes [N].
+  """Return log-probabilities [levels, N, K] of held-out images [N] with noise, and their classes [N].
 
   The noise of an image follows from the seed and its place alone.
   """
-  size, process = experiment.sampling.batch_size, experiment.model.process
+  model, count = experiment.model, experiment.evaluation.num_samples
+  chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
   split, whole = parallel.split(mesh), parallel.replicated(mesh)
 
-  def classify(params, frozen, x_0, first, level, t):
-    keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(seed), 2), first + jnp.arange(size))
+  def classify(parameters, seed, first, x_0, level, t):
+    keys = jax.random.fold_in(jax.random.key(seed), 2)
+    keys = randomness.sample_keys(keys, first + jnp.arange(len(x_0)))
     x_0, keys = jax.lax.with_sharding_constraint((x_0, randomness.fold_in(keys, level)), split)
-    params, frozen = jax.lax.with_sharding_constraint((params, frozen), whole)
-    x_0 = experiment.model.encode(keys, x_0, frozen)
-    x_t = process.perturb(x_0, t, randomness.normal(keys, x_0.shape))
-    return experiment.model.classify(params)(x_t, t)
+    parameters = jax.lax.with_sharding_constraint(parameters, whole)
+    x_0 = model.encode(keys, x_0, parameters.frozen)
+    x_t = model.process.perturb(x_0, t, randomness.normal(keys, x_0.shape))
+    return model.classify(parameters.params)(x_t, t)
 
   compiled = jax.jit(classify, out_shardings=whole, compiler_options=parallel.compiler_options(mesh))
-  parts, classes = [], []
-  with tqdm(total=len(chosen), desc="classifying", unit=" images", disable=not parallel.is_main(), delay=2) as bar:
-    for first in range(0, len(chosen), size):
-      batch = data.read(held_out, np.resize(chosen[first : first + size], size))
-      x_0 = as_floats(batch["image"])
-      levels = [
-        compiled(weights.params, weights.frozen, x_0, np.int32(first), np.int32(level), t)
-        for level, t in enumerate(times)
-      ]
-      parts.append(np.stack(jax.device_get(levels)))
-      classes.append(batch["classes"])
-      bar.update(min(size, len(chosen) - first))
-  return np.concatenate(parts, axis=1)[:, : len(chosen)], np.concatenate(classes)[: len(chosen)]
+
+  def at_all_levels(parameters, seed, first, batch):
+    image, places = as_floats(batch["image"]), np.arange(len(times), dtype=np.int32)
+    levels = [compiled(parameters, seed, first, image, level, times[level]) for level in places]
+    return np.stack(jax.device_get(levels), 1), batch["classes"]
+
+  def read(rows):
+    return data.read(held_out, chosen[rows])
+
+  parts = list(drawing.in_batches(experiment, at_all_levels, weights.parameters, seed, count, read, what="classifying"))
+  log_probs, classes = (np.concatenate(part) for part in zip(*parts, strict=True))
+  return np.moveaxis(log_probs, 1, 0), classes

@@ -1,7 +1,6 @@
 """The task of models that denoise: their samples are shown, scored and reported."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,11 +10,12 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import drawing, programs, scoring
-from ddpm_jax.runs.tasks.task import check_objective, unexpected
+from ddpm_jax.runs.reading import Run
+from ddpm_jax.runs.tasks.task import Task, check_objective
 
 
-class Denoise:
-  """Implements `Task` for models that denoise."""
+class Denoise(Task):
+  """Shows, scores and reports samples of models that denoise."""
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raise a ValueError if the experiment's model cannot be sampled over the mesh."""
@@ -32,26 +32,15 @@ class Denoise:
     """Return a function from parameters to a few samples."""
     return drawing.preview(experiment, mesh, source)
 
-  def judge(
-    self,
-    experiment: Experiment,
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    source: data.Source,
-    held_out: data.Source | None,
-  ) -> scoring.Judge:
+  def judge(self, run: Run) -> scoring.Judge:
     """Return what scores samples."""
-    return scoring.Judge(experiment, folder, mesh, source, held_out)
-
-  def check_draws(self, what: str) -> None:
-    """Allow all models."""
+    return scoring.Judge(run)
 
   def check_classifies(self, what: str) -> None:
     """Raise a ValueError."""
-    raise unexpected(
-      what,
-      "denoise",
-      "a model that tells classes apart: a run of task='classify', as that of configs/digits_classifier.py",
+    raise ValueError(
+      f"Got {what} of config.task='denoise'; expected a model that tells classes apart: a run of task='classify', as that of"
+      " configs/digits_classifier.py."
     )
 
 

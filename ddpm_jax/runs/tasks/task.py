@@ -1,17 +1,17 @@
 """`Task`: what a run does with its objective, and `Judge`, which scores what it leads to."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from ddpm_jax import config, data
+from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs.model import Weights
+from ddpm_jax.runs.reading import Run
 
 
 class Judge(Protocol):
@@ -26,7 +26,7 @@ class Judge(Protocol):
   def on_the_way(self, parameters: Parameters) -> dict[str, float]:
     """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
 
-  def run(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
+  def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Score some weights, write the scores into eval.json and report them.
 
     Args:
@@ -36,8 +36,12 @@ class Judge(Protocol):
     """
 
 
+@runtime_checkable
 class Task(Protocol):
-  """What a run does with its objective. A user's own is a function without arguments that returns one."""
+  """What a run does with its objective. A user's own is a function without arguments that returns one.
+
+  What it inherits from this class shows nothing and allows all models.
+  """
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raise a ValueError if the experiment cannot be trained and looked at over the mesh."""
@@ -49,41 +53,24 @@ class Task(Protocol):
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
   ) -> Callable[[Parameters], np.ndarray] | None:
     """Return a function from parameters to pictures uint8 [N, H, W, C], for training; None if there is nothing to see."""
+    return None
 
-  def judge(
-    self,
-    experiment: Experiment,
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    source: data.Source,
-    held_out: data.Source | None,
-  ) -> Judge:
-    """Return what scores the weights of a run and reports them.
-
-    Args:
-      experiment: the run's.
-      folder: its folder.
-      mesh: of all devices.
-      source: the training data.
-      held_out: other data; None if there are none.
-    """
+  def judge(self, run: Run) -> Judge:
+    """Return what scores the weights of a run and reports them."""
 
   def check_draws(self, what: str) -> None:
     """Raise a ValueError, in which `what` names the model, unless samples can be drawn of it."""
+    return
 
   def check_classifies(self, what: str) -> None:
     """Raise a ValueError, in which `what` names the model, unless it tells classes of noisy data apart."""
-
-
-def unexpected(what: str, task: str, wanted: str) -> Any:
-  """Return the error for a model of another task."""
-  return ValueError(f"Got {what} of config.task={task!r}; expected {wanted}.")
+    return
 
 
 def check_objective(experiment: Experiment, task: str, known: Sequence[str]) -> None:
   """Raise a ValueError if an objective of the package is none of those that a task knows; a user's own is taken at its word."""
-  name = config.short_name(experiment.tree, "objective")
-  if name not in known and not config.is_own(experiment.tree, "objective"):
+  name = experiment.tree.short_name("objective")
+  if name not in known and not experiment.tree.is_own("objective"):
     raise ValueError(
       f"Got config.objective={name} with config.task={task!r}; expected {' or '.join(known)}. Set --config.objective={known[0]}, or another"
       " --config.task."

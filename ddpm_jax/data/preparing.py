@@ -1,4 +1,4 @@
-"""What the command line does before training: data are downloaded, converted and packed, once."""
+"""Prepare a data set before training: download, convert and pack it, once."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,37 +7,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpm_jax import config, data
-from ddpm_jax.config import Experiment
-from ddpm_jax.runs import limits, reading
+from ddpm_jax.data.choices import Splits, arrays, digits, mnist, packed, settings_of, tfds
+from ddpm_jax.data.fitting import Fit
+from ddpm_jax.data.loading import Check, check_labels_of
+from ddpm_jax.data.packing import pack
+from ddpm_jax.data.tfds_records import prepare_tfds
 from ddpm_jax.storage import files
 from ddpm_jax.storage.places import user_path
 
 # Reading these is as quick as reading what would be packed of them.
-_READY = (data.digits, data.mnist, data.arrays, data.packed)
+_READY = (digits, mnist, arrays, packed)
 
 
-def run_prepare(experiment: Experiment, output: Path | None) -> None:
-  """Prepare the data of an experiment, as `prepare_data` does.
-
-  Raises:
-    ValueError: as `prepare_data`.
-  """
-  limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
-  source, keys = config.source_parts(experiment)
-  classes = experiment.task.classes(experiment)
-  check = None if classes is None else classes.check
-  prepare_data(source, keys, reading.fit_of(experiment), output, broken=experiment.data.broken, check=check)
-
-
-def prepare_data(
-  source: Callable[..., data.Splits],
+def prepare(
+  source: Callable[..., Splits],
   keys: Mapping[str, Any],
-  fit: data.Fit,
+  fit: Fit,
   output: Path | None,
   *,
   broken: str = "stop",
-  check: data.Check | None = None,
+  check: Check | None = None,
 ) -> None:
   """Download and convert a TFDS data set, and pack the images of any data set that is decoded as it is read.
 
@@ -60,10 +49,10 @@ def prepare_data(
     ) from error
   bound.apply_defaults()
   known = bound.arguments
-  if source is data.tfds:
+  if source is tfds:
     tqdm.write(f"preparing the TFDS data set {known['name']} ...")
     path = known["path"] and str(user_path(known["path"], "config.data.source.path="))
-    where, counts, there = data.prepare_tfds(known["name"], path, known["module"])
+    where, counts, there = prepare_tfds(known["name"], path, known["module"])
     records = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     tqdm.write(f"{'prepared already' if there else 'prepared'}     {where}\nrecords      {records}")
     if output is None:
@@ -76,12 +65,12 @@ def prepare_data(
     raise ValueError("Got no --output; wanted a new folder for the packed images, such as --output=/data/packed.")
   with files.new_folder(output) as temporary:
     train, held_out = splits = source(*bound.args, **bound.kwargs)
-    data.check_labels_of(splits, check)
+    check_labels_of(splits, check)
     # A split has a folder of its own, as in a folder of images.
     names = [str(known.get("train_split", "train")), str(known.get("eval_split", "test"))]
     splits_by_name = {"": train} if held_out is None else dict(zip(names, (train, held_out), strict=True))
     for name, images in splits_by_name.items():
-      count, left_out = data.pack(images, temporary / name, data.settings_of(fit), broken)
+      count, left_out = pack(images, temporary / name, settings_of(fit), broken)
       size = "x".join(map(str, fit.shape))
       tqdm.write(f"{name or 'images'}: {count:,} of {size} packed, {len(left_out):,} left out as broken")
   tqdm.write(f"packed       {output}\nto use them  --config.data.source=packed --config.data.source.path={output}")

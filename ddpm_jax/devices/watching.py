@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ddpm_jax.devices import interrupts
-from ddpm_jax.runs.model import say
+from ddpm_jax.devices.progress import say
 
 # JAX's service looks for a SIGTERM once a second, and then asks all processes for their step: three seconds in all.
 _TOLD_SECONDS, _QUESTIONS = 0.1, 30
