@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddpm_jax import data
+from ddpm_jax import data, models
 from ddpm_jax.config import spec
 from ddpm_jax.models import asking
 from ddpm_jax.runs import drawing
@@ -32,6 +32,15 @@ def test_classes_that_are_asked_for():
       asking.asked(conditions, {"classes": wrong}, 4)
   with pytest.raises(ValueError, match="no value of classes; expected one or more"):
     asking.asked(conditions, {"classes": []}, 4)
+
+
+def test_a_condition_of_ones_own_that_cannot_read_a_text_is_named():
+  conditions = {"bright": models.conditions.vector("bright", 1)._replace(parse=np.float32)}
+  np.testing.assert_array_equal(asking.asked(conditions, {"bright": ["0.5"]}, 2)["bright"], [0.5, 0.5])
+  with pytest.raises(
+    ValueError, match="Got --given bright=dark, which the condition cannot read .ValueError: .*'dark'"
+  ):
+    asking.asked(conditions, {"bright": ["dark"]}, 2)
 
 
 def test_classes_in_the_data_s_proportions():

@@ -1,7 +1,7 @@
 """What samples are asked to show: items of conditions, from texts that people type or from real data."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def asked(
       )
     if len(words) > count:
       raise ValueError(f"Got {len(words)} {name} for {count} samples; expected no more than samples.")
-    items = [condition.parse(word) for word in words]
+    items = [_parsed(condition.parse, name, word) for word in words]
     if not items:
       raise ValueError(f"Got no value of {name}; expected one or more.")
     values = np.stack([np.asarray(items[index % len(items)]) for index in range(count)])
@@ -58,6 +58,18 @@ def asked(
     elif not condition.is_source:
       raise ValueError(f"Got no {name} for a model that is given some; expected {flag_of(name)}=<value>.")
   return found
+
+
+def _parsed(parse: Callable[[str], Any], name: str, text: str) -> Any:
+  """Return the item that a text stands for; whatever a user's own function raises is one message that names the flag."""
+  try:
+    return parse(text)
+  except Exception as error:
+    if isinstance(error, ValueError) and str(error).startswith("Got "):
+      raise
+    raise ValueError(
+      f"Got --given {name}={text}, which the condition cannot read ({type(error).__name__}: {error}); expected a text that its `parse` takes."
+    ) from error
 
 
 def flag_of(name: str) -> str:
