@@ -1,4 +1,4 @@
-"""The base of a colour cascade: class-conditional DDPM on CIFAR-10 made small, 16x16, from a folder of its images (Ho et al. 2022).
+"""The base of a color cascade: class-conditional DDPM on CIFAR-10 made small, 16x16, from a folder of its images (Ho et al. 2022).
 
 python -m ddpm_jax.main --config=configs/cifar16_cond.py --workdir=/tmp/cifar16_cond --config.data.source.path=<folder>
 
@@ -8,7 +8,7 @@ The folder has train/<class>/ and test/<class>/; or take CIFAR-10 by TFDS, prepa
 Hardware: 2 CPU cores for a first look, one GPU for pictures to keep (more --config.training.steps and --config.model.network.channels).
 Time: 20 minutes, beside other trainings. With the images of CIFAR-10 re-encoded as JPEG:
 Score: Frechet distance in pixel space 28 (floor 30), precision 0.84 (0.81), recall 0.73 (0.71), of 200 samples by 50 steps of DDIM.
-Pixels tell little of colour images: what is drawn has the colours and the layout of its class, and no detail yet.
+Pixels tell little of color images: what is drawn has the colors and the layout of its class, and no detail yet.
 """
 
 from ddpm_jax.config import default_config, spec

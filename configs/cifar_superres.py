@@ -1,4 +1,4 @@
-"""Super-resolution of colour images, 16x16 to 32x32, as a conditional model (SR3, Saharia et al. 2021), its condition noised (Ho et al. 2022).
+"""Super-resolution of color images, 16x16 to 32x32, as a conditional model (SR3, Saharia et al. 2021), its condition noised (Ho et al. 2022).
 
 python -m ddpm_jax.main --config=configs/cifar_superres.py --workdir=/tmp/cifar_superres --config.data.source.path=<folder>
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar16_cond --upsampler=/tmp/cifar_superres --num_samples=60 --guidance_scale=3

@@ -5,7 +5,7 @@ python -m ddpm_jax.main --mode=sample --workdir=/tmp/digits_cond --num_samples=1
 
 Hardware: 2 CPU cores. Time: 4 minutes, compilation and scoring included.
 Score: Frechet distance in pixel space 0.67 (floor 0.45), precision 0.98 (0.98), recall 0.86 (0.97), of 500 samples by 100
-ancestral steps. By 50 steps of DDIM a nearest-neighbour classifier of real digits finds the class that was asked for in 0.988 of 500
+ancestral steps. By 50 steps of DDIM a nearest-neighbor classifier of real digits finds the class that was asked for in 0.988 of 500
 samples at a scale of 1, in all at 3 (docs/guidance.md).
 """
 

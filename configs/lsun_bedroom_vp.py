@@ -4,7 +4,7 @@ pip install '.[prepare]'
 python -m ddpm_jax.main --mode=prepare --config=configs/lsun_bedroom_vp.py
 python -m ddpm_jax.main --config=configs/lsun_bedroom_vp.py --workdir=/tmp/lsun_bedroom_vp
 
-TFDS's lsun/bedroom: 3 million images (43 GB) whose smaller side is 256, cropped to their centre; they are decoded as
+TFDS's lsun/bedroom: 3 million images (43 GB) whose smaller side is 256, cropped to their center; they are decoded as
 training goes, in worker processes (data.num_workers). Its validation split has 300 images, too few for scores: 2,000
 training images are held out instead. Other categories: --config.data.source.name=lsun/church_outdoor or lsun/cat.
 Hardware: a TPU slice or several GPUs; the paper trained on a TPU v3-8 at 2.2 steps a second.

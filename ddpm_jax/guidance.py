@@ -34,7 +34,7 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
     ValueError: if the range is empty.
   """
   if not low < high:
-    raise ValueError(f"Got the range [{low}, {high}]; wanted low < high.")
+    raise ValueError(f"Got the range [{low}, {high}]; expected low < high.")
   return lambda x_t, t: map_x_0(lambda x_0: jnp.clip(x_0, low, high), denoise(x_t, t))
 
 
@@ -54,7 +54,7 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, least: float 
   """
   if not 0 < percentile <= 1 or not 0 < least < math.inf:
     raise ValueError(
-      f"Got percentile={percentile}, least={least}; wanted a share in (0, 1], such as 0.995, and a range above 0."
+      f"Got percentile={percentile}, least={least}; expected a share in (0, 1], such as 0.995, and a range above 0."
     )
 
   def threshold(x_0):
@@ -89,7 +89,7 @@ def classifier_free(
   _check_scale(scale)
   _check_conditions(condition, negative)
   if not 0 <= rescale <= 1:
-    raise ValueError(f"Got rescale={rescale}; wanted it in [0, 1]: 0 for none of it.")
+    raise ValueError(f"Got rescale={rescale}; expected it in [0, 1]: 0 for none of it.")
 
   def guide(x_t, t, w):
     given, against = _both(conditional, x_t, t, condition, negative)
@@ -125,7 +125,7 @@ def plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, sca
     ValueError: if the scale is outside [0, 1]; otherwise as `classifier_free`.
   """
   if not 0 <= scale <= 1:
-    raise ValueError(f"Got scale={scale} for CFG++; wanted it in [0, 1], such as 0.6, which is strong guidance.")
+    raise ValueError(f"Got scale={scale} for CFG++; expected it in [0, 1], such as 0.6, which is strong guidance.")
   _check_conditions(condition, negative)
 
   def denoise(x_t, t):
@@ -191,7 +191,7 @@ def classifier(
       values = log_prob(x, jnp.broadcast_to(t, x.shape[:1]))
       if jnp.shape(values) != x.shape[:1]:
         raise ValueError(
-          f"Got log_prob of shape {jnp.shape(values)} for {x.shape[0]} samples; wanted one number each, [B]: that of the class wanted."
+          f"Got log_prob of shape {jnp.shape(values)} for {x.shape[0]} samples; expected one number each, [B]: that of the class expected."
         )
       return jnp.sum(values)
 
@@ -238,7 +238,7 @@ def interval(
   _check_scale(outside)
   if not 0 <= low < high:
     raise ValueError(
-      f"Got guidance between sigma/alpha={low} and {high}; wanted 0 <= low < high, as in interval(process, 3, 0.3, 5)."
+      f"Got guidance between sigma/alpha={low} and {high}; expected 0 <= low < high, as in interval(process, 3, 0.3, 5)."
     )
 
   def schedule(t):
@@ -251,7 +251,7 @@ def interval(
 def _check_scale(scale: Scale) -> None:
   if not callable(scale) and not 0 <= scale < math.inf:
     raise ValueError(
-      f"Got a guidance scale of {scale}; wanted a number, 0 or more: 1 is the conditional model, 0 the unconditional one. To go"
+      f"Got a guidance scale of {scale}; expected a number, 0 or more: 1 is the conditional model, 0 the unconditional one. To go"
       " away from a class, give it as the negative condition."
     )
 
@@ -265,14 +265,14 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
       )
   shapes = [jax.tree.map(jnp.shape, tree) for tree in (condition, negative)]
   if shapes[0] != shapes[1]:
-    raise ValueError(f"Got a condition of shape {shapes[0]} and a negative one of {shapes[1]}; wanted them alike.")
+    raise ValueError(f"Got a condition of shape {shapes[0]} and a negative one of {shapes[1]}; expected them alike.")
 
 
 def _both(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: PyTree) -> tuple[Any, Any]:
   """Both branches by one call, each sample's rows side by side: a batch that is split over devices stays where it is."""
   for leaf in jax.tree.leaves(condition):
     if jnp.shape(leaf)[:1] != x_t.shape[:1]:
-      raise ValueError(f"Got a condition of shape {jnp.shape(leaf)} for {x_t.shape[0]} samples; wanted one for each.")
+      raise ValueError(f"Got a condition of shape {jnp.shape(leaf)} for {x_t.shape[0]} samples; expected one for each.")
 
   def pair(a, b):
     return jnp.stack([a, b], axis=1).reshape(-1, *jnp.shape(a)[1:])

@@ -30,4 +30,4 @@ def choose(name: str, options, what: str) -> Any:
   """
   if name in options:
     return options[name] if isinstance(options, Mapping) else name
-  raise ValueError(f"Got {name!r} as {what}; wanted one of {', '.join(sorted(options))}.{hint(name, options)}")
+  raise ValueError(f"Got {name!r} as {what}; expected one of {', '.join(sorted(options))}.{hint(name, options)}")

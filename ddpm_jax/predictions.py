@@ -41,7 +41,7 @@ def x_0_of(denoised) -> Array:
     return denoised
   if denoised.unguided is not None:
     raise ValueError(
-      "Got a denoise guided by CFG++, whose data and noise come from two estimates, for a rule that knows one; wanted"
+      "Got a denoise guided by CFG++, whose data and noise come from two estimates, for a rule that knows one; expected"
       " sampling.ddim or sampling.euler. Or guide by guidance.classifier_free, which serves every rule."
     )
   return denoised.x_0
@@ -127,7 +127,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     ValueError: if sigma_data is not positive.
   """
   if not sigma_data > 0:
-    raise ValueError(f"Got sigma_data={sigma_data}; wanted the data's standard deviation, above 0, such as 0.5.")
+    raise ValueError(f"Got sigma_data={sigma_data}; expected the data's standard deviation, above 0, such as 0.5.")
 
   def spread(alpha, sigma):  # of x_t
     return jnp.sqrt(alpha**2 * sigma_data**2 + sigma**2)
@@ -182,7 +182,7 @@ def read_network(
     learned = ", twice the channels for a learned variance" if prediction.learned_variance else ""
     raise ValueError(
       f"The network gave an output of shape {output.shape} for an input of shape {x_t.shape};"
-      f" wanted {(*x_t.shape[:-1], channels)}{learned}."
+      f" expected {(*x_t.shape[:-1], channels)}{learned}."
     )
   if not prediction.learned_variance:
     return output, None
@@ -199,7 +199,7 @@ def check_readable(process: Process, prediction: Prediction) -> None:
     return
   raise ValueError(
     f"Got a prediction from which x_0 cannot be told at t_max={process.t_max}, where alpha is 0 (zero terminal SNR), as"
-    " from EPS or SCORE; wanted V, X0, VELOCITY or edm there. Or end the process earlier:"
+    " from EPS or SCORE; expected V, X0, VELOCITY or edm there. Or end the process earlier:"
     f" process._replace(t_max={_last_finite(process):g})."
   )
 
@@ -275,7 +275,7 @@ def classifier(
     logits = apply(network_input(process, input_scale, x_t, t), (process.label if label is None else label)(t))
     if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
       raise ValueError(
-        f"The classifier gave an output of shape {logits.shape} for an input of shape {x_t.shape}; wanted logits [B, K], a row for each of"
+        f"The classifier gave an output of shape {logits.shape} for an input of shape {x_t.shape}; expected logits [B, K], a row for each of"
         f" {x_t.shape[0]} samples."
       )
     return jax.nn.log_softmax(logits.astype(widest(logits)), axis=-1)

@@ -39,7 +39,7 @@ def check_floats(x: Array) -> None:
       f"Got a {type(x).__name__} as data; expected an array of floats [B, ...], such as jnp.asarray(data)."
     )
   if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-    raise ValueError(f"Got data of dtype {jnp.result_type(x)}; wanted floats in [-1, 1], as images / 127.5 - 1.")
+    raise ValueError(f"Got data of dtype {jnp.result_type(x)}; expected floats in [-1, 1], as images / 127.5 - 1.")
 
 
 def check_batch(x: Array) -> None:
@@ -147,7 +147,7 @@ class Process(NamedTuple):
     return (from_x_t * state + from_x_0 * data).astype(x_t.dtype), sigma_s**2 * added
 
   def step_variance(self, t, s) -> Array:
-    """The variance of q(x_t | x_s), the noise that the forward process adds from s to t > s: beta_n between neighbours."""
+    """The variance of q(x_t | x_s), the noise that the forward process adds from s to t > s: beta_n between neighbors."""
     return self.sigma(t) ** 2 * self.added(t, s)
 
   def prior(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
@@ -268,7 +268,7 @@ def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
   """
   if not 0 <= offset < math.inf or not -30 <= log_snr_min < 0:
     raise ValueError(
-      f"Got offset={offset}, log_snr_min={log_snr_min}; wanted offset at least 0 and log_snr_min in [-30, 0), as in"
+      f"Got offset={offset}, log_snr_min={log_snr_min}; expected offset at least 0 and log_snr_min in [-30, 0), as in"
       " cosine(0.008, -20): float32 cannot tell times of less log-SNR apart."
     )
   start = 0.5 * math.pi * offset / (1 + offset)
@@ -302,7 +302,7 @@ def discrete(betas: schedules.Betas) -> Process:
   """
   betas = schedules.table_of(betas)
   if betas.ndim != 1 or betas.size == 0:
-    raise ValueError(f"Got betas of shape {betas.shape}; wanted a one-dimensional table with one beta a step.")
+    raise ValueError(f"Got betas of shape {betas.shape}; expected a one-dimensional table with one beta a step.")
   n = betas.size
   schedules.check_steps(n)
   # The steps that leave some data: all, or all but the last.
@@ -310,7 +310,7 @@ def discrete(betas: schedules.Betas) -> Process:
   bad = np.flatnonzero(~((betas[:kept] > 0) & (betas[:kept] < 1)))
   if bad.size:
     raise ValueError(
-      f"Got beta {betas[bad[0]]:g} at step {bad[0] + 1} of {n} ({bad.size} such in all); wanted every beta inside (0, 1)."
+      f"Got beta {betas[bad[0]]:g} at step {bad[0] + 1} of {n} ({bad.size} such in all); expected every beta inside (0, 1)."
       " Lower the end of the schedule, or use more steps. Only the last of several may be 1."
     )
   # -log(alpha_bar), summed in float64: from it 1 - alpha_bar = -expm1(.) keeps all its digits in float32, also near 0.
@@ -364,7 +364,7 @@ def _linear_rate(beta_min: float, beta_max: float) -> TimeFn:
   """The integral over [0, t] of a beta that rises from beta_min at 0 to beta_max at 1."""
   if _known(beta_min, beta_max) and not 0 < beta_min <= beta_max < math.inf:
     raise ValueError(
-      f"Got beta_min={beta_min}, beta_max={beta_max}; wanted finite 0 < beta_min <= beta_max, as in vp(0.1, 20)."
+      f"Got beta_min={beta_min}, beta_max={beta_max}; expected finite 0 < beta_min <= beta_max, as in vp(0.1, 20)."
     )
 
   def integral(t):
@@ -388,10 +388,10 @@ def last_step(process: Process) -> int:
   """
   n = process.num_steps
   if n is None:
-    raise ValueError("Got a continuous process; wanted a discrete one, such as processes.discrete(betas).")
+    raise ValueError("Got a continuous process; expected a discrete one, such as processes.discrete(betas).")
   last = round(process.t_max * n)
   if not 1 <= last <= n or abs(process.t_max * n - last) > 1e-3:
-    raise ValueError(f"Got t_max={process.t_max} for a process of {n} steps; wanted a step, n/{n} for n = 1 to {n}.")
+    raise ValueError(f"Got t_max={process.t_max} for a process of {n} steps; expected a step, n/{n} for n = 1 to {n}.")
   return last
 
 
@@ -403,5 +403,5 @@ def _song_label(t) -> Array:
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
   if _known(sigma_min, sigma_max) and not 0 < sigma_min < sigma_max < math.inf:
     raise ValueError(
-      f"Got sigma_min={sigma_min}, sigma_max={sigma_max}; wanted finite 0 < sigma_min < sigma_max, as in edm(0.002, 80)."
+      f"Got sigma_min={sigma_min}, sigma_max={sigma_max}; expected finite 0 < sigma_min < sigma_max, as in edm(0.002, 80)."
     )

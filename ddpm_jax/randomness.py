@@ -15,17 +15,17 @@ def check_key(key: jax.Array) -> None:
   dtype = getattr(key, "dtype", None)
   if dtype is None or not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
     raise ValueError(
-      f"Got {type(key).__name__} {dtype} as a random key; wanted a typed key. Make one with jax.random.key(seed)."
+      f"Got {type(key).__name__} {dtype} as a random key; expected a typed key. Make one with jax.random.key(seed)."
     )
   if key.ndim > 1:
-    raise ValueError(f"Got keys of shape {key.shape}; wanted one key, shape (), or one a sample, shape [B].")
+    raise ValueError(f"Got keys of shape {key.shape}; expected one key, shape (), or one a sample, shape [B].")
 
 
 def check_keys(key: jax.Array, count: int) -> None:
   """Raises a ValueError unless `key` is one typed key, or `count` of them."""
   check_key(key)
   if key.ndim and key.shape[0] != count:
-    raise ValueError(f"Got {key.shape[0]} keys for a batch of {count}; wanted one key a sample, or a single key.")
+    raise ValueError(f"Got {key.shape[0]} keys for a batch of {count}; expected one key a sample, or a single key.")
 
 
 def sample_keys(key: jax.Array, indices: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: 
   check_steps(num_steps)
   if not (beta_start >= 0 and beta_end >= 0):
     raise ValueError(
-      f"Got beta_start={beta_start}, beta_end={beta_end}; wanted both at least 0, as in scaled_linear(1000, 0.00085, 0.012)."
+      f"Got beta_start={beta_start}, beta_end={beta_end}; expected both at least 0, as in scaled_linear(1000, 0.00085, 0.012)."
     )
   return np.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=np.float64) ** 2
 
@@ -52,7 +52,7 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
   """
   check_steps(num_steps)
   if not 0 <= offset < np.inf:
-    raise ValueError(f"Got offset={offset}; wanted it at least 0, such as 0.008.")
+    raise ValueError(f"Got offset={offset}; expected it at least 0, such as 0.008.")
   t = np.arange(num_steps + 1, dtype=np.float64) / num_steps
   alpha_bar = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
@@ -78,7 +78,7 @@ def sigmoid(
   check_steps(num_steps)
   if not (start < end and tau > 0):
     raise ValueError(
-      f"Got start={start}, end={end}, tau={tau}; wanted start < end and tau above 0, as in sigmoid(1000, -3, 3, 1)."
+      f"Got start={start}, end={end}, tau={tau}; expected start < end and tau above 0, as in sigmoid(1000, -3, 3, 1)."
     )
   value = 1 / (1 + np.exp(-(start + np.linspace(0, 1, num_steps + 1) * (end - start)) / tau))
   alpha_bar = (value[-1] - value) / (value[-1] - value[0])
@@ -97,7 +97,7 @@ def zero_terminal_snr(betas: Betas) -> np.ndarray:
   betas = table_of(betas)
   if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):
     raise ValueError(
-      f"Got betas of shape {betas.shape}; wanted at least 2 of them, one-dimensional, each inside (0, 1)."
+      f"Got betas of shape {betas.shape}; expected at least 2 of them, one-dimensional, each inside (0, 1)."
     )
   root = np.sqrt(np.cumprod(1 - betas))
   root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -121,7 +121,7 @@ def table_of(betas) -> np.ndarray:
 def check_steps(num_steps: int) -> None:
   """Raise a ValueError unless a process, or a grid of times, can have so many steps."""
   if num_steps < 1:
-    raise ValueError(f"Got a schedule of {num_steps} steps; wanted at least 1.")
+    raise ValueError(f"Got a schedule of {num_steps} steps; expected at least 1.")
   if num_steps > MOST_STEPS:
     raise ValueError(
       f"Got num_steps={num_steps}, whose tables take at least {_TABLES * num_steps / 1e9:,.3g} GB; expected at most"

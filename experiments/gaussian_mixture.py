@@ -61,8 +61,8 @@ def main(count: int = 20_000) -> dict[str, jax.Array]:
 def describe(name, shares, means, spread):
   columns = ("  ".join(f"{value:.3f}" for value in values) for values in (shares, spread))
   shares, spread = columns
-  centres = "  ".join(f"({a:+.2f}, {b:+.2f})" for a, b in means.tolist())
-  print(f"{name:<28}{shares:<20}{centres:<50}{spread}")
+  centers = "  ".join(f"({a:+.2f}, {b:+.2f})" for a, b in means.tolist())
+  print(f"{name:<28}{shares:<20}{centers:<50}{spread}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from scipy.special import ndtr
 from ddpm_jax import processes, sampling
 
 VP, FLOW = processes.vp(), processes.rectified_flow()
-GREY = "0.5"
+GRAY = "0.5"
 WATCHED = 12
 
 
@@ -57,11 +57,11 @@ def consistency_function(process, data, steps=32):
 
 
 class Entry(NamedTuple):
-  """A sampler as figures and tables show it: the order that it claims, its colour, and when to use it."""
+  """A sampler as figures and tables show it: the order that it claims, its color, and when to use it."""
 
   make: Callable | None
   order: int
-  colour: str
+  color: str
   use: str
   model: Callable = denoiser
 
@@ -101,7 +101,7 @@ MULTISTEP = {
     sampling.unipc, 4, "#7a0177", "The smallest errors from 20 NFE on, but not on rectified flow"
   ),
 }
-ODE = Entry(None, 5, GREY, "The flow to a tolerance: likelihoods, encoding, references")
+ODE = Entry(None, 5, GRAY, "The flow to a tolerance: likelihoods, encoding, references")
 DETERMINISTIC = SINGLESTEP | MULTISTEP
 FIRST_ORDER = {
   "ancestral": Entry(
@@ -217,7 +217,7 @@ def grid_within(sampler, process, grid, budget):
     calls = sampling.nfe(sampler, process, times)
     if calls <= budget:
       return times, calls
-  raise ValueError(f"Got a budget of {budget} calls; wanted enough for one step.")
+  raise ValueError(f"Got a budget of {budget} calls; expected enough for one step.")
 
 
 def flow_errors(process, grid, end, budgets, points, tolerances):

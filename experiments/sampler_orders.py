@@ -25,7 +25,7 @@ from sampler_errors import (
   EVERY,
   FIRST_ORDER,
   FLOW,
-  GREY,
+  GRAY,
   GRIDS,
   HIGHER_ORDER,
   MULTISTEP,
@@ -78,7 +78,7 @@ def draw_curves(panel, curves, slopes):
   panel.set(xscale="log", yscale="log")
   for curve, entry in curves.values():
     style = {"marker": {1: "o", 2: "s", 3: "^", 4: "D"}.get(entry.order, "."), "markersize": 4, "linewidth": 1.5}
-    panel.plot(*zip(*sorted(curve.items()), strict=True), "--" if entry is ODE else "-", color=entry.colour, **style)
+    panel.plot(*zip(*sorted(curve.items()), strict=True), "--" if entry is ODE else "-", color=entry.color, **style)
   left = min(min(curve) for curve, _ in curves.values())
   panel.set_xlim(left * 0.92, 215)
   ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if tick >= left]
@@ -97,11 +97,11 @@ def draw_curves(panel, curves, slopes):
     panel.plot(*zip(corner, end, strict=True), color="0.65", linewidth=1)
     panel.text(end[0] * 1.04, end[1], f"order {slope}" if slope == 1 else slope, color="0.4", fontsize=8, va="center")
   panel.set_ylim(low, high)
-  name_ends(panel, {name: (max(curve.items()), entry.colour) for name, (curve, entry) in curves.items()})
+  name_ends(panel, {name: (max(curve.items()), entry.color) for name, (curve, entry) in curves.items()})
 
 
 def name_ends(panel, ends):
-  """Names beside the ends {name: ((x, y), colour)} of lines, moved apart where they would overlap."""
+  """Names beside the ends {name: ((x, y), color)} of lines, moved apart where they would overlap."""
   low, high = np.log(panel.get_ylim())
   names = sorted(ends, key=lambda name: ends[name][0][1])
   heights, gap = np.array([(np.log(ends[name][0][1]) - low) / (high - low) for name in names]), 0.055
@@ -111,17 +111,17 @@ def name_ends(panel, ends):
     heights[1:] += overlap / 2
     heights += max(0, -heights[0]) - max(0, heights[-1] - 1)
   for name, height in zip(names, heights, strict=True):
-    end, colour = ends[name]
+    end, color = ends[name]
     leader = {
       "arrowstyle": "-",
-      "color": colour,
+      "color": color,
       "linewidth": 0.6,
       "alpha": 0.6,
       "shrinkA": 1,
       "shrinkB": 3,
       "relpos": (0, 0.5),
     }
-    style = {"color": "0.35" if colour == GREY else colour, "fontsize": 9.5, "va": "center"}
+    style = {"color": "0.35" if color == GRAY else color, "fontsize": 9.5, "va": "center"}
     panel.annotate(
       name, end, (1.04, height), textcoords="axes fraction", arrowprops=leader, annotation_clip=False, **style
     )
@@ -135,24 +135,22 @@ def draw_trajectories(paths, exact, path):
   squared = np.sum((np.stack(np.meshgrid(values, values), -1)[..., None, :] - DATA.means) ** 2, -1)
   density = np.exp(-0.5 * squared / DATA.stds**2) / DATA.stds**2 @ DATA.weights
   modes = np.argmin(np.linalg.norm(exact[-1][:, None] - DATA.means, axis=-1), axis=1)
-  colours = np.array(["#d95f02", "#16803c", "#5b53b0"])[modes]
+  colors = np.array(["#d95f02", "#16803c", "#5b53b0"])[modes]
   where = [*range(len(DETERMINISTIC) + 1), *range(14, 14 + len(STOCHASTIC))]
   for index, (name, (states, calls)) in zip(where, paths.items(), strict=True):
     panel = panels[index]
-    panel.contourf(values, values, density, density.max() * np.array([0.03, 0.15, 0.4, 0.7, 1]), cmap="Greys", vmax=15)
-    for i in range(0, len(colours), 4 if name in STOCHASTIC else 1):
+    panel.contourf(values, values, density, density.max() * np.array([0.03, 0.15, 0.4, 0.7, 1]), cmap="Grays", vmax=15)
+    for i in range(0, len(colors), 4 if name in STOCHASTIC else 1):
       if name in STOCHASTIC:
         shades = np.linspace(0.1, 1, len(states) - 1)
         segments = np.stack([states[:-1, i], states[1:, i]], axis=1)
-        panel.add_collection(
-          LineCollection(segments, colors=[(*to_rgb(colours[i]), s) for s in shades], linewidths=0.9)
-        )
+        panel.add_collection(LineCollection(segments, colors=[(*to_rgb(colors[i]), s) for s in shades], linewidths=0.9))
       else:
         panel.plot(*exact[:, i].T, color="0.7", linewidth=3, solid_capstyle="round")
-        panel.plot(*states[:, i].T, ".-", color=colours[i], linewidth=0.9, markersize=3)
-      style = {"markeredgecolor": colours[i], "markersize": 4, "zorder": 3}
+        panel.plot(*states[:, i].T, ".-", color=colors[i], linewidth=0.9, markersize=3)
+      style = {"markeredgecolor": colors[i], "markersize": 4, "zorder": 3}
       panel.plot(*states[0, i], "o", markerfacecolor="white", **style)
-      panel.plot(*states[-1, i], "o", markerfacecolor=colours[i], **style)
+      panel.plot(*states[-1, i], "o", markerfacecolor=colors[i], **style)
     panel.set_title(f"{name}\n{calls} NFE", fontsize=9)
     panel.set(xlim=(-size, size), ylim=(-size, size), xticks=[], yticks=[], aspect="equal")
     panel.spines[:].set_color("0.8")
@@ -165,7 +163,7 @@ def draw_trajectories(paths, exact, path):
     Line2D([], [], color="0.2", marker="o", linestyle="", label="sample, t = 0"),
   ]
   panels[13].legend(
-    handles=handles, loc="center", frameon=False, fontsize=9, title="colour: the mode\nthe exact flow reaches"
+    handles=handles, loc="center", frameon=False, fontsize=9, title="color: the mode\nthe exact flow reaches"
   )
   panels[27].text(
     0.5,
@@ -183,7 +181,7 @@ def draw_trajectories(paths, exact, path):
 
 
 def save(figure, path):
-  """As a PNG of 256 colours, a third of the size."""
+  """As a PNG of 256 colors, a third of the size."""
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=110, format="png")
   Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -245,7 +243,9 @@ def write_tables(page, texts):
   for name, table in texts.items():
     before, marker, rest = text.partition(f"<!-- {name} -->\n")
     if not marker or "<!-- end -->" not in rest:
-      raise ValueError(f"Got {page} without <!-- {name} --> and <!-- end --> after it; wanted both, around the table.")
+      raise ValueError(
+        f"Got {page} without <!-- {name} --> and <!-- end --> after it; expected both, around the table."
+      )
     text = before + marker + f"\n{table}\n\n" + rest[rest.index("<!-- end -->") :]
   page.write_text(text)
 

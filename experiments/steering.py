@@ -4,7 +4,7 @@ python experiments/steering.py classes --data=digits --workdir=/tmp/digits_cond 
 python experiments/steering.py classifier --data=digits --workdir=/tmp/digits_vp --classifier=/tmp/digits_classifier --output=/tmp/classifier.png
 python experiments/steering.py inpainting --data=digits --workdir=/tmp/digits_vp --output=/tmp/inpainting.png
 
-Takes finished runs of `configs/` and draws from them by the command line, for several scales or methods. A k-nearest-neighbour
+Takes finished runs of `configs/` and draws from them by the command line, for several scales or methods. A k-nearest-neighbor
 classifier (k = 3) of the real training digits, each set upright, tells what a sample shows; set upright, because of MNIST's digits as they
 are it takes one held-out real one in eighteen for another. Precision and recall (k = 5, pixels) compare the samples with held-out real
 ones. Prints a table, with what the same judge says of real digits, and draws it as a curve. Further flags go to
@@ -39,10 +39,10 @@ def upright(x):
 
   def straighten(image):
     mass = image / max(image.sum(), 1e-9)
-    centre = np.array([(mass * rows).sum(), (mass * columns).sum()])
-    spread, slant = (mass * (rows - centre[0]) ** 2).sum(), (mass * (rows - centre[0]) * (columns - centre[1])).sum()
+    center = np.array([(mass * rows).sum(), (mass * columns).sum()])
+    spread, slant = (mass * (rows - center[0]) ** 2).sum(), (mass * (rows - center[0]) * (columns - center[1])).sum()
     matrix = np.array([[1, 0], [slant / max(spread, 1e-9), 1]])
-    return affine_transform(image, matrix, centre - matrix @ (np.array(image.shape) / 2), order=1)
+    return affine_transform(image, matrix, center - matrix @ (np.array(image.shape) / 2), order=1)
 
   flat = np.stack([straighten(image.mean(-1)) for image in x.astype(float)]).reshape(len(x), -1)
   return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-9)
@@ -105,10 +105,10 @@ def draw(rows, floor, path, scales):
 
   figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
   columns = ("agrees with the class", "precision", "recall")
-  for index, (name, colour) in enumerate(zip(columns, ("tab:blue", "tab:green", "tab:orange"), strict=True), 1):
+  for index, (name, color) in enumerate(zip(columns, ("tab:blue", "tab:green", "tab:orange"), strict=True), 1):
     values = [row[index] for row in rows]
-    axis.plot(scales, values, marker="o", color=colour, label=name)
-    axis.axhline(floor[index], color=colour, linestyle=":", linewidth=1)
+    axis.plot(scales, values, marker="o", color=color, label=name)
+    axis.axhline(floor[index], color=color, linestyle=":", linewidth=1)
   axis.set_xlabel("guidance scale")
   axis.set_ylim(0, 1.02)
   axis.set_title("500 samples (dotted: real digits)", fontsize=10)
@@ -126,14 +126,14 @@ def main():
   parser.add_argument("--scales", type=float, nargs="*", help="guidance scales")
   parser.add_argument("--methods", nargs="*", default=METHODS, help="of inpainting")
   parser.add_argument("--classes", action="store_true", help="tell the model what digit it inpaints")
-  parser.add_argument("--neighbours", type=int, default=3, help="of the judge")
+  parser.add_argument("--neighbors", type=int, default=3, help="of the judge")
   parser.add_argument("--output", type=Path, help="where to draw the curve")
   args, flags = parser.parse_known_args()
 
   read = {"digits": data.read_digits, "mnist": data.read_mnist}[args.data]
   train, held = data.hold_out(read(), 500)
   real, held_out = (data.read(source, np.arange(len(source))) for source in (train, held))
-  judge = KNeighborsClassifier(args.neighbours).fit(upright(real["image"]), real["classes"])
+  judge = KNeighborsClassifier(args.neighbors).fit(upright(real["image"]), real["classes"])
   print(f"{'':<14}{'agreement':>10}{'precision':>11}{'recall':>9}")
   own = np.mean(judge.predict(upright(held_out["image"])) == held_out["classes"])
   floor = ("real digits", own, *metrics.precision_recall(flat(real["image"][:500]), flat(held_out["image"])))

@@ -62,14 +62,14 @@ def schedule():
     return {"t": t, "alpha": alpha, "sigma": sigma, "log_snr": 2 * (np.log(alpha) - np.log(sigma))}
 
 
-def neighbours(copied=1):
+def neighbors(copied=1):
   """Real digits as samples, beside others of them; of the first `copied` the nearest is the same image."""
   images, _ = digits()
   distances = np.sort(np.random.default_rng(0).uniform(1.6, 3, (8, 3)), axis=1)
   distances[:copied, 0] = 0.1
   nearest = images[100:124].reshape(8, 3, 8, 8, 1).copy()
   nearest[:copied, 0] = images[:copied]
-  return report.Neighbours(images[:8], nearest, distances, np.full(50, 2.0))
+  return report.Neighbors(images[:8], nearest, distances, np.full(50, 2.0))
 
 
 def denoising(frames=9, count=6):
@@ -96,7 +96,7 @@ def content(**changes):
     denoising_times=times,
     metrics=metrics(),
     schedule=schedule(),
-    neighbours=neighbours(),
+    neighbors=neighbors(),
     bound_terms=0.8 * np.arange(1, 101) ** -1.4,
   )
   return full._replace(**changes)

@@ -57,7 +57,7 @@ def test_contenders_run_there_and_back_each_after_a_call_that_is_not_timed(scrip
   assert "".join(calls) == "ab" + "abba"
 
 
-def test_the_ratio_is_that_of_neighbours(script):
+def test_the_ratio_is_that_of_neighbors(script):
   # A machine that slows down to a tenth: each round still says 2.
   times = {"ours": [2.0, 20.0, 4.0], "theirs": [1.0, 10.0, 2.0]}
   assert script("timing").ratio(times, "ours", "theirs") == (2.0, 2.0, 2.0)

@@ -111,7 +111,7 @@ def test_the_newest_the_n_th_and_the_best_are_kept(tmp_path):
 def test_a_step_of_choice(tmp_path):
   save(tmp_path, 1, 2, 3, keep=3)
   assert_equal(restore(tmp_path, step=2).items, make_items(2))
-  with pytest.raises(ValueError, match="Got step 7 .*wanted one of 1, 2, 3"):
+  with pytest.raises(ValueError, match="Got step 7 .*expected one of 1, 2, 3"):
     restore(tmp_path, step=7)
 
 
@@ -142,14 +142,14 @@ def test_another_architecture_is_an_error_that_lists_names_and_shapes(tmp_path):
     checkpoints.restore(template(other))
   checkpoints.close()
   for line in (
-    "params['w']: float32[8, 3] in the checkpoint, float32[8, 4] wanted",
-    "params['b']: bfloat16[3] in the checkpoint, absent wanted",
-    "params['c']: absent in the checkpoint, bfloat16[3] wanted",
+    "params['w']: float32[8, 3] in the checkpoint, float32[8, 4] expected",
+    "params['b']: bfloat16[3] in the checkpoint, absent expected",
+    "params['c']: absent in the checkpoint, bfloat16[3] expected",
   ):
     assert line in str(error.value)
   other["params"] = make_items()["params"] | {"b": jnp.zeros(3)}
   checkpoints = checkpoint.Checkpoints(tmp_path)
-  with pytest.raises(ValueError, match=r"bfloat16\[3\] in the checkpoint, float32\[3\] wanted"):
+  with pytest.raises(ValueError, match=r"bfloat16\[3\] in the checkpoint, float32\[3\] expected"):
     checkpoints.restore(template(other))
   checkpoints.close()
 

@@ -69,8 +69,8 @@ def test_arrays_without_labels_have_no_class(tmp_path):
     (np.array([0, 2**31]), "labels from 0 to 2147483648; expected 0 to 2147483647"),
     (np.array([0, 2**63], np.uint64), "labels from 0 to 9223372036854775808; expected"),
     (np.array([-2, 0]), "labels from -2 to 0; expected 0 to 2147483647, or -1"),
-    (np.array([0.0, 1.0]), "type float64 for 2 images; wanted one integer"),
-    (np.array([True, False]), "type bool for 2 images; wanted one integer"),
+    (np.array([0.0, 1.0]), "type float64 for 2 images; expected one integer"),
+    (np.array([True, False]), "type bool for 2 images; expected one integer"),
     (np.eye(2, dtype=int), r"shape \(2, 2\)"),
     (np.array([[0], [1]]), r"shape \(2, 1\)"),
     (np.array(["cat", "dog"]), "type <U3"),
@@ -108,7 +108,7 @@ def test_two_arrays_for_one_thing_are_an_error(tmp_path, names):
 def test_wrong_array_files_are_errors(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
     data.read_arrays(tmp_path / "none.npz")
-  with pytest.raises(ValueError, match="is a folder; wanted an .npz file.*source=folder"):
+  with pytest.raises(ValueError, match="is a folder; expected an .npz file.*source=folder"):
     data.read_arrays(tmp_path)
   (tmp_path / "bad.npz").write_bytes(b"no archive")
   with pytest.raises(ValueError, match=r"Cannot read .*bad\.npz"):
@@ -144,7 +144,7 @@ def test_folder_takes_classes_from_sub_folders(tmp_path):
     assert memory[index]["classes"] == source[index]["classes"]
 
 
-def test_folder_crops_the_centre(tmp_path):
+def test_folder_crops_the_center(tmp_path):
   pixels = np.zeros((4, 8, 3), np.uint8)
   pixels[:, 2:6] = 200
   Image.fromarray(pixels).save(tmp_path / "wide.png")
@@ -225,7 +225,7 @@ def test_broken_files_are_one_error_with_all_their_names(tmp_path):
     data.in_memory(source)
   with pytest.raises(ValueError, match=r"cat.1\.jpg.*broken=skip"):
     data.read(source, [0, 1])
-  with pytest.raises(ValueError, match="wanted|decode"):
+  with pytest.raises(ValueError, match="expected|decode"):
     data.SkipBroken(
       write_broken(tmp_path / "all", ("cat/0.png", "cat/1.jpg", "cat/2.bmp", "dog/0.png", "dog/1.jpg", "dog/2.bmp"))
     )[0]

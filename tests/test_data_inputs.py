@@ -10,7 +10,7 @@ from ddpm_jax import data
 
 
 def picture(path, size, value=None, mode="RGB", seed=0):
-  """Writes an image of `size` (width, height), of one colour or random, and gives its pixels."""
+  """Writes an image of `size` (width, height), of one color or random, and gives its pixels."""
   shape = (*size[::-1], 3) if mode == "RGB" else size[::-1]
   pixels = np.random.default_rng(seed).integers(0, 256, shape) if value is None else np.broadcast_to(value, shape)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,9 +24,9 @@ def test_an_image_of_the_size_comes_as_it_is(tmp_path):
   np.testing.assert_array_equal(found.images, pixels[None])
   assert (found.images.dtype, found.names, found.resized) == (np.uint8, ["a.png"], 0)
   assert data.read_inputs(tmp_path / "a.png", None, 3).images.shape == (1, 8, 8, 3), "its own size"
-  grey = data.read_inputs(str(tmp_path / "a.png"), (8, 8), 1).images
-  assert grey.shape == (1, 8, 8, 1)
-  np.testing.assert_allclose(grey[0, ..., 0], pixels @ [0.299, 0.587, 0.114], atol=1)
+  gray = data.read_inputs(str(tmp_path / "a.png"), (8, 8), 1).images
+  assert gray.shape == (1, 8, 8, 1)
+  np.testing.assert_allclose(gray[0, ..., 0], pixels @ [0.299, 0.587, 0.114], atol=1)
 
 
 def test_a_folder_is_searched_in_order_and_its_images_resized(tmp_path, capsys):
@@ -80,7 +80,7 @@ def wrong_inputs(tmp_path):
   np.savez(tmp_path / "high.npz", images=np.zeros((2, 8, 4, 1), np.uint8))
   np.savez(tmp_path / "wide.npz", images=np.zeros((2, 8, 4, 2), np.uint8))
   np.savez(tmp_path / "square.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
-  np.savez(tmp_path / "colours.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+  np.savez(tmp_path / "colors.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
   np.savez(tmp_path / "none.npz", images=np.zeros((0, 8, 8, 1), np.uint8))
   np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 1)))
   np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 8, 8, 1), np.uint8))
@@ -95,12 +95,12 @@ def wrong_inputs(tmp_path):
     ),
     ("broken.png", 8, 3, r"Cannot decode the image .*broken\.png: .*Replace it, or save it anew as PNG"),
     ("cut.png", 8, 3, r"Cannot decode the image .*cut\.png"),
-    ("mixed", 0, 3, r"images of shapes \[\(4, 4, 3\), \(8, 8, 3\)\].*wanted one shape"),
-    ("wide.npz", 0, 3, r"shape \(2, 8, 4, 2\); wanted \[N, H, W, 3\]"),
-    ("high.npz", 8, 1, r"shape \(2, 8, 4, 1\); wanted \[N, 8, 8, 1\]"),
-    ("square.npz", 16, 1, r"shape \(2, 8, 8, 1\); wanted \[N, 16, 16, 1\]"),
-    ("colours.npz", 8, 1, r"shape \(2, 8, 8, 3\); wanted \[N, 8, 8, 1\]"),
-    ("none.npz", 8, 1, "wanted at least one"),
+    ("mixed", 0, 3, r"images of shapes \[\(4, 4, 3\), \(8, 8, 3\)\].*expected one shape"),
+    ("wide.npz", 0, 3, r"shape \(2, 8, 4, 2\); expected \[N, H, W, 3\]"),
+    ("high.npz", 8, 1, r"shape \(2, 8, 4, 1\); expected \[N, 8, 8, 1\]"),
+    ("square.npz", 16, 1, r"shape \(2, 8, 8, 1\); expected \[N, 16, 16, 1\]"),
+    ("colors.npz", 8, 1, r"shape \(2, 8, 8, 3\); expected \[N, 8, 8, 1\]"),
+    ("none.npz", 8, 1, "expected at least one"),
     ("float.npz", 8, 1, "uint8"),
     ("other.npz", 8, 1, "which holds pictures; expected the array 'images'"),
   ]
@@ -142,7 +142,7 @@ def test_a_mask_is_painted_where_it_is_white(tmp_path):
     ("upper", ["####", "####", "....", "...."]),
     ("left", ["##..", "##..", "##..", "##.."]),
     ("right", ["..##", "..##", "..##", "..##"]),
-    ("centre", ["....", ".##.", ".##.", "...."]),
+    ("center", ["....", ".##.", ".##.", "...."]),
   ],
 )
 def test_words_in_place_of_a_mask(word, rows):
@@ -154,24 +154,24 @@ def test_words_in_place_of_a_mask(word, rows):
 def test_wrong_masks_are_errors(tmp_path):
   picture(tmp_path / "small.png", (4, 2), 255, "L")
   picture(tmp_path / "black.png", (8, 8), 0, "L")
-  grey = np.zeros((8, 8), np.uint8)
-  grey[0], grey[1] = 255, 90
-  Image.fromarray(grey).save(tmp_path / "grey.png")
+  gray = np.zeros((8, 8), np.uint8)
+  gray[0], gray[1] = 255, 90
+  Image.fromarray(gray).save(tmp_path / "gray.png")
   (tmp_path / "broken.png").write_bytes(b"broken")
   for name, message in (
-    ("gone.png", r"--mask=.*gone\.png, which does not exist; wanted .* or one of lower, upper, left, right, centre"),
-    ("small.png", "of 4x2 for images of 8x8; wanted the same size"),
-    ("black.png", "which is all black; wanted white"),
-    ("grey.png", "neither black nor white, such as of level 90; expected white"),
+    ("gone.png", r"--mask=.*gone\.png, which does not exist; expected .* or one of lower, upper, left, right, center"),
+    ("small.png", "of 4x2 for images of 8x8; expected the same size"),
+    ("black.png", "which is all black; expected white"),
+    ("gray.png", "neither black nor white, such as of level 90; expected white"),
     ("broken.png", r"Cannot decode --mask=.*broken\.png"),
   ):
     with pytest.raises(ValueError, match=message):
       data.read_mask(tmp_path / name, (8, 8))
 
 
-def test_grey_arrays_are_colour_images_as_grey_files_are(tmp_path):
+def test_gray_arrays_are_color_images_as_gray_files_are(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
-  np.savez(tmp_path / "grey.npz", images=images)
+  np.savez(tmp_path / "gray.npz", images=images)
   np.testing.assert_array_equal(
-    data.read_inputs(tmp_path / "grey.npz", (8, 8), 3).images, np.broadcast_to(images, (2, 8, 8, 3))
+    data.read_inputs(tmp_path / "gray.npz", (8, 8), 3).images, np.broadcast_to(images, (2, 8, 8, 3))
   )

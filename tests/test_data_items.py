@@ -231,7 +231,7 @@ def test_arrays_that_do_not_match_the_images_are_errors():
     ),
     (lambda: data.ArraySource(images, classes=np.arange(3)), "the items classes beside images.*Pass classes as labels"),
     (lambda: data.ArraySource(images.astype(float) + 2), r"from 2 to 2; expected floats in \[-1, 1\]"),
-    (lambda: data.ArraySource(images.astype(int)), "type int64; wanted .*uint8 .*or floats"),
+    (lambda: data.ArraySource(images.astype(int)), "type int64; expected .*uint8 .*or floats"),
   ):
     with pytest.raises(ValueError, match=message):
       use()

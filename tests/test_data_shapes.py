@@ -216,7 +216,7 @@ def test_labels_are_checked_by_a_function(tmp_path):
   train, held_out = data.load(splits, hold_out=100, check=lambda source, labels: seen.append(len(labels)))
   assert sorted(set(seen)) == [100, 1697, 1797]
   assert (len(train), len(held_out)) == (1697, 100)
-  with pytest.raises(ValueError, match="labels 0 to 9 for conditions.classes.number=9; wanted labels from 0 to 8"):
+  with pytest.raises(ValueError, match="labels 0 to 9 for conditions.classes.number=9; expected labels from 0 to 8"):
     data.load(splits, check=data.labels_below(9, "conditions.classes.number"))
 
 
@@ -233,7 +233,7 @@ def test_inputs_that_are_no_squares(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 8, 5), np.uint8))
   for space in ((12, 8), None):
     assert data.read_inputs(tmp_path / "a.npz", space, 5).images.shape == (2, 12, 8, 5)
-  with pytest.raises(ValueError, match=r"shape \(2, 12, 8, 5\); wanted \[N, 8, 12, 5\]"):
+  with pytest.raises(ValueError, match=r"shape \(2, 12, 8, 5\); expected \[N, 8, 12, 5\]"):
     data.read_inputs(tmp_path / "a.npz", (8, 12), 5)
   with pytest.raises(ValueError, match=r"a\.png, image files, for a model of 5 channels; expected an \.npz file"):
     data.read_inputs(tmp_path / "a.png", (12, 8), 5)
@@ -243,7 +243,7 @@ def test_masks_that_are_no_squares(tmp_path):
   wanted = np.random.default_rng(0).random((12, 8)) < 0.5
   Image.fromarray(np.where(wanted, 255, 0).astype(np.uint8)).save(tmp_path / "mask.png")
   np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", (12, 8))[..., 0], wanted)
-  with pytest.raises(ValueError, match="of 8x12 for images of 12x8; wanted the same size"):
+  with pytest.raises(ValueError, match="of 8x12 for images of 12x8; expected the same size"):
     data.read_mask(tmp_path / "mask.png", (8, 12))
   rows, columns = np.arange(12)[:, None], np.arange(8)
   for word, part in (
@@ -251,7 +251,7 @@ def test_masks_that_are_no_squares(tmp_path):
     ("upper", rows < 6),
     ("left", columns < 4),
     ("right", columns >= 4),
-    ("centre", (rows >= 3) & (rows < 9) & (columns >= 2) & (columns < 6)),
+    ("center", (rows >= 3) & (rows < 9) & (columns >= 2) & (columns < 6)),
   ):
     np.testing.assert_array_equal(data.read_mask(word, (12, 8))[..., 0], np.broadcast_to(part, (12, 8)))
   with pytest.raises(ValueError, match="--mask=upper for images of 8x1, of which it paints nothing"):

@@ -137,7 +137,7 @@ def test_a_wrapped_sample_depends_on_its_key_and_start_alone_and_has_derivatives
 def test_wrapped_rules_take_no_rising_grid(wrapper):
   process = PROCESSES["vp"]
   sampler = WRAPPERS[wrapper](sampling.ddim(process), process)
-  with pytest.raises(ValueError, match="wanted them strictly decreasing"):
+  with pytest.raises(ValueError, match="expected them strictly decreasing"):
     sampling.sample(jax.random.key(0), sampler, MIXTURE.denoise(process), jnp.ones((3, 2)), np.array([0.1, 0.5]))
 
 
@@ -214,36 +214,36 @@ def test_wrong_arguments_are_errors():
     return sampling.sample(key, e.replace(ddim, process, known, mask), denoise, image, times)
 
   for make, message in (
-    (lambda: e.mask_operator(np.ones((4, 6, 1))), "dtype float.*wanted booleans"),
+    (lambda: e.mask_operator(np.ones((4, 6, 1))), "dtype float.*expected booleans"),
     (lambda: e.blur(0.0), "std=0.0"),
     (lambda: e.blur(float("nan")), "std=nan"),
-    (lambda: e.blur(1.0)(image[0]), r"shape \(4, 6, 3\); wanted images"),
+    (lambda: e.blur(1.0)(image[0]), r"shape \(4, 6, 3\); expected images"),
     (lambda: e.downsample(0), "factor=0"),
     (lambda: e.downsample(1.5), "factor=1.5"),
-    (lambda: e.downsample(4)(image), "4 by 6 pixels; wanted multiples of 4"),
-    (lambda: e.grey(image[..., :1]), "wanted 3 channels"),
-    (lambda: e.replace(ddim, process, image, np.ones((4, 6, 1), int)), "dtype int.*wanted booleans"),
-    (lambda: e.replace(ddim, process, image.astype(int), keep), "wanted floats"),
+    (lambda: e.downsample(4)(image), "4 by 6 pixels; expected multiples of 4"),
+    (lambda: e.gray(image[..., :1]), "expected 3 channels"),
+    (lambda: e.replace(ddim, process, image, np.ones((4, 6, 1), int)), "dtype int.*expected booleans"),
+    (lambda: e.replace(ddim, process, image.astype(int), keep), "expected floats"),
     (lambda: e.replace(ddim, process, image, np.ones((5, 6, 1), bool)), r"a mask of shape \(5, 6, 1\)"),
-    (lambda: paint(jnp.zeros((3, 4, 6, 3)), keep), "wanted them to broadcast to x"),
-    (lambda: paint(image[:, :, :1], np.ones((9, 2, 4, 6, 3), bool)), "wanted them to broadcast to x"),
+    (lambda: paint(jnp.zeros((3, 4, 6, 3)), keep), "expected them to broadcast to x"),
+    (lambda: paint(image[:, :, :1], np.ones((9, 2, 4, 6, 3), bool)), "expected them to broadcast to x"),
     (lambda: e.repaint(ddim, process, image, keep, 0), "resamples=0"),
     (lambda: e.repaint(ddim, process, image, keep, 2, 1.5), "jump=1.5"),
-    (lambda: e.dps(ddim, process, e.grey, image, -1.0), "scale=-1.0"),
-    (lambda: e.dps(ddim, process, e.grey, image, float("nan")), "scale=nan"),
+    (lambda: e.dps(ddim, process, e.gray, image, -1.0), "scale=-1.0"),
+    (lambda: e.dps(ddim, process, e.gray, image, float("nan")), "scale=nan"),
     (
-      lambda: sampling.sample(key, e.dps(ddim, process, e.grey, image), denoise, image, times),
+      lambda: sampling.sample(key, e.dps(ddim, process, e.gray, image), denoise, image, times),
       r"measurement of shape \(2, 4, 6, 3\) and an operator that gives \(2, 4, 6, 1\)",
     ),
-    (lambda: restore(e.grey, image), "measurement of shape"),
-    (lambda: restore(e.grey, jnp.zeros((1, 1, 2, 4, 6, 1))), "measurement of shape"),
-    (lambda: restore(jnp.abs, image), "cannot transpose; wanted a linear one.*abs"),
+    (lambda: restore(e.gray, image), "measurement of shape"),
+    (lambda: restore(e.gray, jnp.zeros((1, 1, 2, 4, 6, 1))), "measurement of shape"),
+    (lambda: restore(jnp.abs, image), "cannot transpose; expected a linear one.*abs"),
     (lambda: restore(lambda x: x * x, image), "cannot transpose"),
     (lambda: restore(lambda x: x + 1, image), "does not take 0 to 0"),
     (lambda: jax.jit(lambda: restore(lambda x: x + 1, image))(), "does not take 0 to 0"),
-    (lambda: e.posterior(denoise, process, e.grey, image, 0.0), "noise_std=0.0"),
-    (lambda: restore(e.grey, image, covariance="full"), "covariance='full'"),
-    (lambda: restore(e.grey, image, iterations=0), "iterations=0"),
+    (lambda: e.posterior(denoise, process, e.gray, image, 0.0), "noise_std=0.0"),
+    (lambda: restore(e.gray, image, covariance="full"), "covariance='full'"),
+    (lambda: restore(e.gray, image, iterations=0), "iterations=0"),
     (lambda: e.img2img(key, ddim, denoise, process, image, times, 1.1), "strength=1.1"),
     (lambda: e.img2img(key, ddim, denoise, process, image, times, float("nan")), "strength=nan"),
     (lambda: e.img2img(key, ddim, denoise, process, image, times[:-1][::-1], 0.5), "rise"),
@@ -252,10 +252,10 @@ def test_wrong_arguments_are_errors():
     (lambda: e.invert(ddim, denoise, process, image, times[:-1]), "the last of them to 0"),
     (lambda: e.invert(ddim, denoise, process, image, np.array([1.0, 0.0])), "at least two steps"),
     (lambda: e.invert(ddim, denoise, process, image, times[:-1][::-1]), "rise"),
-    (lambda: e.invert(ddim, denoise, process, image.astype(int), times), "wanted floats"),
-    (lambda: e.slerp(image, image[:1], 0.5), "wanted a and b alike"),
+    (lambda: e.invert(ddim, denoise, process, image.astype(int), times), "expected floats"),
+    (lambda: e.slerp(image, image[:1], 0.5), "expected a and b alike"),
     (lambda: e.slerp(image, image, jnp.zeros(3)), "a scalar fraction"),
-    (lambda: e.interpolate(ddim, denoise, process, image, image[:1], times, [0.5]), "wanted a and b alike"),
+    (lambda: e.interpolate(ddim, denoise, process, image, image[:1], times, [0.5]), "expected a and b alike"),
     (lambda: e.interpolate(ddim, denoise, process, image, image, times, 0.5), r"fractions \[F\]"),
   ):
     with pytest.raises(ValueError, match=message):

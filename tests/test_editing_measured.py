@@ -57,7 +57,7 @@ OPERATORS = {
   "blur": (editing.blur(1.3), 3),
   "wide_blur": (editing.blur(4.0), 1),
   "downsample": (editing.downsample(2), 3),
-  "grey": (editing.grey, 3),
+  "gray": (editing.gray, 3),
 }
 
 
@@ -84,8 +84,8 @@ def test_operators_have_their_closed_forms():
   np.testing.assert_allclose(editing.downsample(2)(x)[1, 3, 0, 2], x[1, 6:8, 0:2, 2].mean(), rtol=1e-12)
   np.testing.assert_allclose(editing.downsample(3)(jnp.full((1, 3, 9, 1), 0.7)), 0.7, rtol=1e-12)
   np.testing.assert_array_equal(editing.downsample(1)(x), x)
-  np.testing.assert_allclose(editing.grey(jnp.full((1, 2, 2, 3), 0.7)), 0.7, rtol=1e-12)
-  np.testing.assert_allclose(editing.grey(jnp.eye(3)[None, None])[0, 0, :, 0], [0.299, 0.587, 0.114])
+  np.testing.assert_allclose(editing.gray(jnp.full((1, 2, 2, 3), 0.7)), 0.7, rtol=1e-12)
+  np.testing.assert_allclose(editing.gray(jnp.eye(3)[None, None])[0, 0, :, 0], [0.299, 0.587, 0.114])
   keep = np.array([[True], [False]])
   np.testing.assert_array_equal(editing.mask_operator(keep)(jnp.array([[[2.0], [3.0]]])), [[[2.0], [0.0]]])
 

@@ -218,7 +218,7 @@ def test_parameters_may_have_any_name():
   ("make", "message"),
   [
     (lambda: ema.params_ema(), r"Got \(\) as decays"),
-    (lambda: ema.params_ema(0.9), "wanted one function"),
+    (lambda: ema.params_ema(0.9), "expected one function"),
     (lambda: ema.fixed(1.0), r"decay of 1\.0"),
     (lambda: ema.fixed(-0.1), "decay of -0.1"),
     (lambda: ema.half_life(0, 8), "half-life of 0"),

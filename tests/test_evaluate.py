@@ -39,7 +39,7 @@ def test_batches_of_any_size_give_the_scores_of_one(sizes):
   )
   first, second = extract(a), extract(b)
   kernel = metrics.kernel_distance(first["features"], second["features"], subsets=5, size=45)
-  found = metrics.neighbourhoods(first["features"], second["features"], 3)
+  found = metrics.neighborhoods(first["features"], second["features"], 3)
   score, std = metrics.inception_score(metrics.class_statistics(first["log_probs"], 0, 90, 4))
   expected = {
     "frechet": metrics.frechet_distance(first["features"], second["features"]),
@@ -147,7 +147,7 @@ def test_scores_that_a_summary_does_not_allow_are_errors():
       evaluate.score(full, known, ALL._replace(scores=(name,)))
   with pytest.raises(ValueError, match="which needs a space with classes"):
     evaluate.score(full._replace(classes=None), full, ALL._replace(scores=("class_score",)))
-  with pytest.raises(ValueError, match=r"Got the scores \['fid'\]; wanted some of frechet"):
+  with pytest.raises(ValueError, match=r"Got the scores \['fid'\]; expected some of frechet"):
     evaluate.score(full, full, ALL._replace(scores=("fid", "kernel")))
   assert evaluate.available(spatial=False, classes=True, pairs=False) == ("frechet", "class_score")
   assert evaluate.available(spatial=True, classes=True, pairs=True) == evaluate.SCORES

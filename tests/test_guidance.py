@@ -138,13 +138,13 @@ def test_a_negative_label_is_what_is_guided_away_from():
 def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(x64):
   """Class N(m, s^2) in data N(0, S^2): the guided score is linear, and from sigma_max = inf the flow ends at std s^w S^(1-w)."""
   process, (m, s, spread) = processes.edm(0.002, 80.0), (0.3, 0.25, 0.6)
-  centre = {
+  center = {
     0: Mixture(np.ones(1), np.full((1, 1), m), np.array([s])),
     1: Mixture(np.ones(1), np.zeros((1, 1)), np.array([spread])),
   }
 
   def model(x_t, t, classes):
-    return jnp.where((classes == 0)[:, None], centre[0].denoise(process)(x_t, t), centre[1].denoise(process)(x_t, t))
+    return jnp.where((classes == 0)[:, None], center[0].denoise(process)(x_t, t), center[1].denoise(process)(x_t, t))
 
   @jax.jit
   @functools.partial(jax.vmap, in_axes=(0, None))
@@ -182,8 +182,8 @@ def test_class_shares_move_with_the_scale_as_the_guided_flow_says():
     def mean(w):
       ratio = np.log(w / (1 - w)) + ((x + 0.6) ** 2 - (x - 0.6) ** 2) / (2 * (0.15**2 + sigma**2))
       p = 1 / (1 + np.exp(-ratio))
-      centre = 0.6 * (2 * p - 1)
-      return centre + 0.15**2 / (0.15**2 + sigma**2) * (x - centre)
+      center = 0.6 * (2 * p - 1)
+      return center + 0.15**2 / (0.15**2 + sigma**2) * (x - center)
 
     return (x - (mean(0.5) + scale * (mean(0.7) - mean(0.5)))) / sigma
 
@@ -332,7 +332,7 @@ WRONG = {
   ),
   "nan": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), math.nan), "scale of nan"),
   "rescale": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0, rescale=1.5), "rescale=1.5"),
-  "conditions": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 3), 2.0), "wanted them alike"),
+  "conditions": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 3), 2.0), "expected them alike"),
   "count": (
     lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0)(jnp.ones((3, 2)), 0.5),
     "for 3 samples",

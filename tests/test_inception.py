@@ -59,19 +59,19 @@ def test_all_taps_are_those_of_torch_fidelity(peer, weights):
     assert np.max(np.abs(found[tap] - wanted[tap])) < 1e-4 * wanted[tap].std(), tap
 
 
-def test_a_space_of_grey_and_colour_images(peer, weights):
-  """Grey ones are colour ones of three equal channels."""
+def test_a_space_of_gray_and_color_images(peer, weights):
+  """Gray ones are color ones of three equal channels."""
   space = metrics.inception_space(weights.params, sha256=weights.sha256, published=weights.published)
   extract = metrics.extractor(space, 1, jax.devices()[:1])
-  grey = images_of((1, 32, 32, 1))
-  taps = extract(grey)
+  gray = images_of((1, 32, 32, 1))
+  taps = extract(gray)
   assert {name: tap.shape for name, tap in taps.items()} == {
     "features": (1, 2048),
     "log_probs": (1, 1008),
     "spatial": (1, 2023),
   }
   with torch.no_grad():
-    found = dict(zip(peer[0].features_list, peer[0](as_torch(np.repeat(grey, 3, -1))), strict=True))
+    found = dict(zip(peer[0].features_list, peer[0](as_torch(np.repeat(gray, 3, -1))), strict=True))
   wanted = torch.log_softmax(found["logits_unbiased"], 1).numpy()
   assert np.max(np.abs(taps["log_probs"] - wanted)) < 1e-4 * wanted.std()
   assert np.max(np.abs(taps["features"] - found["2048"].numpy())) < 1e-4 * found["2048"].numpy().std()
@@ -93,7 +93,7 @@ def test_taps_that_are_not_asked_for_are_not_computed():
   assert sizes[0] < 1e-2 * sizes[-1]
   assert size(("spatial",)) == size(("768",))
   for taps in (("1024",), ()):
-    with pytest.raises(ValueError, match="wanted some of 64, 192"):
+    with pytest.raises(ValueError, match="expected some of 64, 192"):
       size(taps)
 
 
@@ -111,7 +111,7 @@ def test_images_of_other_kinds_are_refused(weights):
   space = metrics.inception_space(weights.params)
   with pytest.raises(ValueError, match="2 channels"):
     space.prepare(images_of((1, 8, 8, 2)))
-  with pytest.raises(ValueError, match="wanted uint8"):
+  with pytest.raises(ValueError, match="expected uint8"):
     space.prepare(np.zeros((1, 8, 8, 3), np.float32))
   with pytest.raises(ValueError, match="resize='bilinear'"):
     metrics.inception_space(weights.params, resize="bilinear")
@@ -132,7 +132,7 @@ def test_converted_weights_are_the_same_and_say_where_they_come_from(peer, weigh
   with pytest.raises(ValueError, match="ends in .safetensors"):
     inception.convert(path, tmp_path / "inception.npz", sha256_prefix="")
   with pytest.raises(
-    ValueError, match=f"{weights.sha256}; wanted the published weights, whose hash begins with 6726825d"
+    ValueError, match=f"{weights.sha256}; expected the published weights, whose hash begins with 6726825d"
   ):
     inception.load(output)
   damaged = bytearray(output.read_bytes())
@@ -175,7 +175,7 @@ def test_other_files_are_refused_with_their_hash(peer, tmp_path):
   _, path = peer
   for wanted in ("", tmp_path / "none.pth"):
     with pytest.raises(
-      ValueError, match=r"wanted the published file: pt_inception-2015-12-05-6726825d.pth.*--inception_weights"
+      ValueError, match=r"expected the published file: pt_inception-2015-12-05-6726825d.pth.*--inception_weights"
     ):
       inception.load(wanted)
   with pytest.raises(ValueError, match=hashlib.sha256(path.read_bytes()).hexdigest()):

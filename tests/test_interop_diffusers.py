@@ -420,7 +420,7 @@ class Bomb:
   [
     ("code", r"holds posix\.system, which only code can make, and code in a file is never run"),
     ("noise", r"damaged, or another kind of file \(Unsupported operand 103\)\. Fetch it again"),
-    ("list", "wanted a state dict"),
+    ("list", "expected a state dict"),
   ],
 )
 def test_pickles_that_hold_more_than_tensors_are_refused(content, message, copy, tmp_path, monkeypatch):
@@ -454,11 +454,11 @@ def test_what_is_no_folder(tmp_path, monkeypatch):
   ("options", "message"),
   [
     ({"spacing": "linspace_open"}, "spacing='linspace_open'"),
-    ({"variance": "big"}, "variance='big'; wanted 'small' or 'large'"),
+    ({"variance": "big"}, "variance='big'; expected 'small' or 'large'"),
     ({"variance": "learned"}, "variance='learned'"),
     ({"clip": -1.0}, "clip=-1"),
-    ({"prediction": predictions.SCORE}, "wanted EPS, X0 or V"),
-    ({"prediction": predictions.learned_range(predictions.EPS)}, "wanted 6, twice the channels"),
+    ({"prediction": predictions.SCORE}, "expected EPS, X0 or V"),
+    ({"prediction": predictions.learned_range(predictions.EPS)}, "expected 6, twice the channels"),
     ({"data_shape": (8, 8, 1), "shape": (8, 8, 1)}, "out_channels=3 for images of"),
     ({"data_shape": (16, 16, 3)}, "by a codec; expected one of the pixels"),
     ({"codec": codecs.Codec(lambda frozen, keys, data: data, lambda frozen, x: x)}, "by a codec"),

@@ -99,7 +99,7 @@ def with_first(change):
 
 
 UNUSABLE = {
-  "itself alone": (lambda s: holds_itself({}), r"holds again \(dict\); wanted a state dict"),
+  "itself alone": (lambda s: holds_itself({}), r"holds again \(dict\); expected a state dict"),
   "an object": (
     lambda s: {"state_dict": s, "args": argparse.Namespace()},
     r"holds argparse\.Namespace, which only code can make, and code in a file is never run\. Save model\.state_dict",

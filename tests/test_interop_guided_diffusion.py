@@ -239,10 +239,10 @@ def test_published_sizes():
 def test_what_shapes_do_not_tell_is_asked_for(tmp_path):
   torch.save(UNetModel(**SMALL).state_dict(), tmp_path / "model.pt")
   path = tmp_path / "model.pt"
-  with pytest.raises(ValueError, match="wanted one of them: head_channels=64"):
+  with pytest.raises(ValueError, match="expected one of them: head_channels=64"):
     interop.guided_diffusion.load(path)
   for options, message in (
-    ({"head_channels": 64}, "wanted one of them"),
+    ({"head_channels": 64}, "expected one of them"),
     ({}, r"does not tell the size of its images; pass shape=, such as shape=\(64, 64, 3\)"),
     ({"shape": (16, 16, 1)}, r"out_channels=3, with shape=\(16, 16, 1\)"),
     ({"shape": (15, 15, 3)}, "divisible by 2"),

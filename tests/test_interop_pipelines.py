@@ -44,7 +44,7 @@ def theirs(pipeline, **options):
   return np.round(pictures * 255).astype(np.uint8)
 
 
-def assert_one_grey_level(a, b):
+def assert_one_gray_level(a, b):
   assert a.shape == b.shape
   assert np.ptp(a) > 100, "a picture, not a plain one"
   assert np.max(np.abs(a.astype(int) - b.astype(int))) <= 1
@@ -66,7 +66,7 @@ def test_all_steps_of_ddpm_are_the_pipeline_s(variance, steps, tmp_path, monkeyp
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
   defaults = model.defaults
   assert (defaults.name, defaults.steps) == ("ancestral", steps)
-  assert_one_grey_level(ours(model, params, defaults.sampler, steps), theirs(pipeline, num_inference_steps=steps))
+  assert_one_gray_level(ours(model, params, defaults.sampler, steps), theirs(pipeline, num_inference_steps=steps))
 
 
 @pytest.mark.parametrize(("prediction", "spacing"), [("epsilon", "leading"), ("v_prediction", "trailing")])
@@ -80,7 +80,7 @@ def test_fifty_steps_of_ddim_are_the_pipeline_s(prediction, spacing, tmp_path, m
   pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
   # The noise follows from the clipped estimate, here always, in diffusers where it is asked for.
   mine = ours(model, params, sampling.ddim(model.process), 50)
-  assert_one_grey_level(mine, theirs(pipeline, num_inference_steps=50, use_clipped_model_output=True))
+  assert_one_gray_level(mine, theirs(pipeline, num_inference_steps=50, use_clipped_model_output=True))
 
 
 def test_ddim_without_clipping_is_the_pipeline_s_as_it_is(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_ddim_without_clipping_is_the_pipeline_s_as_it_is(tmp_path, monkeypatch)
   assert clipped(model) is None
   monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
   pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
-  assert_one_grey_level(ours(model, params, sampling.ddim(model.process), 50), theirs(pipeline, num_inference_steps=50))
+  assert_one_gray_level(ours(model, params, sampling.ddim(model.process), 50), theirs(pipeline, num_inference_steps=50))
 
 
 def test_twenty_steps_of_a_solver_are_the_pipeline_s(tmp_path, monkeypatch):
@@ -101,4 +101,4 @@ def test_twenty_steps_of_a_solver_are_the_pipeline_s(tmp_path, monkeypatch):
   monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
   mine = ours(model, params, model.defaults.sampler, 20)
-  assert_one_grey_level(mine, theirs(pipeline, num_inference_steps=20))
+  assert_one_gray_level(mine, theirs(pipeline, num_inference_steps=20))

@@ -91,7 +91,7 @@ CONFIGS = {
     {"class_embed_type": "timestep", "center_input_sample": True},
   ),
   "classes as vectors, more channels in than out": ((8, 8), 3, {"class_embed_type": "identity", "in_channels": 6}),
-  "fourier, grey": (
+  "fourier, gray": (
     (10, 6),
     3,
     {"time_embedding_type": "fourier", "in_channels": 1, "out_channels": 1, "dropout": 0.3},
@@ -251,7 +251,7 @@ def test_the_default_network_is_google_ddpm_cifar10_32():
     ({"norm_num_groups": None}, "norm_num_groups=None; expected an integer"),
     ({"dropout": None}, "dropout=None; expected a finite number that float32 holds"),
     ({"layers_per_block": True}, "layers_per_block=True"),
-    ({"sample_size": [8]}, r"sample_size=\[8\]; wanted one number"),
+    ({"sample_size": [8]}, r"sample_size=\[8\]; expected one number"),
     ({"sample_size": 8.0}, "sample_size=8.0"),
     ({"block_out_channels": [16, "a"]}, "block_out_channels"),
     ({"down_block_types": None}, "down_block_types=None"),

@@ -45,8 +45,8 @@ def test_data_of_continuous_values_that_are_not_levels_are_refused():
     for x_0, message in (
       (np.float32([[0.1, 0.2]]), "256 levels"),
       (np.float32([[1 / 255, 257 / 255]]), "256 levels"),
-      (np.array([[3, 4]]), "wanted floats"),
-      (np.float32([1 / 255]), "wanted a batch"),
+      (np.array([[3, 4]]), "expected floats"),
+      (np.float32([1 / 255]), "expected a batch"),
     ):
       with pytest.raises(ValueError, match=message):
         run(KEY, lambda x, t: x, x_0)
@@ -54,7 +54,7 @@ def test_data_of_continuous_values_that_are_not_levels_are_refused():
       run(keys(3), lambda x, t: x, on_levels((2, 2)))
     with pytest.raises(ValueError, match="typed key"):
       run(jax.random.PRNGKey(0), lambda x, t: x, on_levels((2, 2)))
-    with pytest.raises(ValueError, match="wanted the same shape"):
+    with pytest.raises(ValueError, match="expected the same shape"):
       run(KEY, lambda x, t: x[:, :1], on_levels((2, 2)))
     assert name
 

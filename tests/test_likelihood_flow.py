@@ -144,5 +144,5 @@ def test_a_tolerance_that_is_none_is_refused_at_once(tolerance):
   def denoise(x, t):
     raise AssertionError("the network is not called")
 
-  with pytest.raises(ValueError, match="wanted both finite and above 0"):
+  with pytest.raises(ValueError, match="expected both finite and above 0"):
     likelihood.ode_bits(keys(2), PROCESSES["cosine"], denoise, on_levels((2, 4, 4, 2)), rtol=tolerance)

@@ -141,10 +141,10 @@ def test_wrong_input_is_an_error():
 
   loss(jnp.zeros(4, jnp.int32))
   for classes in (jnp.zeros(3, jnp.int32), jnp.zeros((4, 1), jnp.int32), jnp.zeros(4)):
-    with pytest.raises(ValueError, match="wanted one integer a sample"):
+    with pytest.raises(ValueError, match="expected one integer a sample"):
       loss(classes)
   for shape in ((4,), (1, 3), (4, 2, 3)):
-    with pytest.raises(ValueError, match="wanted logits"):
+    with pytest.raises(ValueError, match="expected logits"):
       loss(jnp.zeros(4, jnp.int32), lambda x, t, shape=shape: jnp.zeros(shape))
   with pytest.raises(ValueError, match="typed key"):
     losses.classification_loss(jax.random.PRNGKey(0), lambda x, t: x, process, x, jnp.zeros(4, jnp.int32), times=times)

@@ -154,7 +154,7 @@ def test_edits(run):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--mode=edit"], r"Got '' as --task; wanted one of colorize, .*restore, superres\."),
+    (["--mode=edit"], r"Got '' as --task; expected one of colorize, .*restore, superres\."),
     (["--mode=edit", "--task=img2img", "--given=classes"], "Got --given classes; expected a condition and its value"),
     (["--mode=sample", "--given=clases=3"], "Got clases 3 for a model .*Did you mean 'classes'"),
     (

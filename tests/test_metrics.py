@@ -92,9 +92,9 @@ def test_features_far_from_zero_keep_their_digits():
   far = (a.astype(np.float64) + 1e4).astype(np.float32)
   # Of what float32 holds of them, nothing more is lost: exact sums of whole numbers say so.
   whole = np.round((far.astype(np.float64) - 1e4) * 2**10)
-  centred = (whole - whole.mean(0)) / 2**10
+  centered = (whole - whole.mean(0)) / 2**10
   got = metrics.gaussian(far)
-  np.testing.assert_allclose(got.covariance, centred.T @ centred / 79, rtol=1e-9, atol=1e-11)
+  np.testing.assert_allclose(got.covariance, centered.T @ centered / 79, rtol=1e-9, atol=1e-11)
   np.testing.assert_allclose(got.covariance, np.cov(far.astype(np.float64).T), rtol=1e-9, atol=1e-11)
   np.testing.assert_allclose(metrics.frechet_distance(far, far + np.float32(2)), 24, rtol=1e-9)
 
@@ -153,9 +153,9 @@ def test_wrong_features_are_errors():
   with pytest.raises(ValueError, match="Got features of 5 dimensions after some of 6"):
     total.add(good[:, 1:])
   for wrong in (good[0], good[:, :0], good[None], 3.0):
-    with pytest.raises(ValueError, match=r"wanted \[N, D\]"):
+    with pytest.raises(ValueError, match=r"expected \[N, D\]"):
       metrics.moments(wrong)
-  with pytest.raises(ValueError, match="wanted real numbers"):
+  with pytest.raises(ValueError, match="expected real numbers"):
     metrics.moments(good * 1j)
   with pytest.raises(ValueError, match="Got 1 feature vector"):
     metrics.frechet_distance(good, good[:1])
@@ -206,7 +206,7 @@ def test_wrong_subsets_are_errors():
       metrics.kernel_distance(a, a, subsets=subsets, size=size)
   with pytest.raises(ValueError, match="Got 80 and 1 features"):
     metrics.mmd(a, a[:1])
-  with pytest.raises(ValueError, match=r"wanted \[N, D\] and \[M, D\]"):
+  with pytest.raises(ValueError, match=r"expected \[N, D\] and \[M, D\]"):
     metrics.mmd(a, a[:, 1:])
 
 
@@ -238,15 +238,15 @@ def test_inception_score_is_the_number_of_classes_that_are_told_apart_in_whateve
 
 def test_wrong_log_probabilities_are_errors():
   log_probs = np.full((10, 3), -np.log(3))
-  with pytest.raises(ValueError, match=r"wanted \[B, K\]"):
+  with pytest.raises(ValueError, match=r"expected \[B, K\]"):
     metrics.class_statistics(log_probs[0], 0, 10)
   with pytest.raises(ValueError, match="Got samples 5 to 15 of 10 in 2 splits"):
     metrics.class_statistics(log_probs, 5, 10, 2)
   with pytest.raises(ValueError, match="in 11 splits"):
     metrics.class_statistics(log_probs, 0, 10, 11)
-  with pytest.raises(ValueError, match="wanted samples in each"):
+  with pytest.raises(ValueError, match="expected samples in each"):
     metrics.inception_score(metrics.class_statistics(log_probs, 0, 200))
-  with pytest.raises(ValueError, match="wanted the same splits and classes"):
+  with pytest.raises(ValueError, match="expected the same splits and classes"):
     metrics.merge_classes(*(metrics.class_statistics(log_probs, 0, 10, splits) for splits in (1, 2)))
   log_probs[3, 1] = np.nan
   with pytest.raises(ValueError, match="Got 1 of 10 rows"):

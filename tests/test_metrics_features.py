@@ -57,17 +57,17 @@ def test_wrong_images_are_errors(params):
   broken[2, 3, 3] = np.inf
   with pytest.raises(ValueError, match="float32, 2 of 4 with values that are not finite"):
     extract(broken)
-  with pytest.raises(ValueError, match="float32 to score; wanted uint8"):
+  with pytest.raises(ValueError, match="float32 to score; expected uint8"):
     extract(np.zeros((2, 8, 8, 1), np.float32))
   for wrong in (np.zeros((0, 8, 8, 1)), np.zeros(()), IMAGES[:0], IMAGES[0], IMAGES.astype(int), IMAGES[..., 0]):
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
       extract(wrong)
   with pytest.raises(ValueError, match="Got a batch of 0"):
     metrics.extractor(metrics.pixel_space(), 0)
   with pytest.raises(ValueError, match="Got images of 3 channels for a classifier of images of 1"):
     metrics.extractor(metrics.classifier_space(params, 10), 4)(np.repeat(IMAGES[:4], 3, -1))
   unnamed = metrics.pixel_space()._replace(apply=lambda params, x: {"values": x})
-  with pytest.raises(ValueError, match=r"Got the taps \['values'\] .*wanted 'features'"):
+  with pytest.raises(ValueError, match=r"Got the taps \['values'\] .*expected 'features'"):
     metrics.extractor(unnamed, 4)(IMAGES[:4])
 
 
@@ -109,9 +109,9 @@ def test_resizing_treats_both_sides_alike():
 
 def test_wrong_training_sets_are_errors():
   for images, labels in ((IMAGES[:0], LABELS[:0]), (IMAGES[:5], LABELS[:4]), (IMAGES[:5] / 255, LABELS[:5])):
-    with pytest.raises(ValueError, match=r"wanted uint8 \[N, H, W, C\] and \[N\]"):
+    with pytest.raises(ValueError, match=r"expected uint8 \[N, H, W, C\] and \[N\]"):
       metrics.train_classifier(images, labels, 10)
-  with pytest.raises(ValueError, match="type float64; wanted integers"):
+  with pytest.raises(ValueError, match="type float64; expected integers"):
     metrics.train_classifier(IMAGES[:5], np.zeros(5), 10)
   for labels, classes, steps in (([0, 1, 10], 10, 1), ([0, -1, 1], 10, 1), ([0, 0, 0], 1, 1), ([0, 1, 2], 10, 0)):
     with pytest.raises(ValueError, match=f"of {classes} classes and {steps} steps"):
@@ -176,7 +176,7 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
   lopsided[0, 1] += 1
   broken[0, 0] = np.nan
   for arrays, message in (
-    ({"sigma": covariance, "x": mean}, r"with the arrays \['sigma', 'x'\]; wanted mu"),
+    ({"sigma": covariance, "x": mean}, r"with the arrays \['sigma', 'x'\]; expected mu"),
     ({"mu": mean, "sigma": covariance[:3]}, r"mu \(4,\) and sigma \(3, 4\)"),
     ({"mu": mean[:0], "sigma": covariance[:0, :0]}, r"mu \(0,\)"),
     ({"mu": mean, "sigma": covariance[None]}, r"sigma \(1, 4, 4\)"),

@@ -156,7 +156,7 @@ WRONG = {
     {},
     "two estimates, .*without corrector steps",
   ),
-  "plus_plus too strong": (config_of(plus_plus(1.5)), {}, r"scale=1.5 for CFG\+\+; wanted it in \[0, 1\]"),
+  "plus_plus too strong": (config_of(plus_plus(1.5)), {}, r"scale=1.5 for CFG\+\+; expected it in \[0, 1\]"),
   "a negative scale": (config_of(free(-1.0)), {}, "guidance scale of -1"),
   "a scale of nan": (config_of(free(float("nan"))), {}, "config.guidance.scale=nan; expected .*a finite number"),
   "a scale of inf": (plain(by_class(float("inf"))), {"classifier": classifier_of()}, "guidance scale of inf"),
@@ -166,7 +166,7 @@ WRONG = {
     {},
     "config.sampling.clip=guidance.dynamic_threshold: Got percentile=1.5",
   ),
-  "an interval from below 0": (config_of(free(interval(2.0, low=-1.0))), {}, "wanted 0 <= low < high"),
+  "an interval from below 0": (config_of(free(interval(2.0, low=-1.0))), {}, "expected 0 <= low < high"),
   "an empty interval": (config_of(free(interval(2.0, 3.0, 2.0))), {}, "sigma/alpha=3.0 and 2.0"),
   "a weak model at 1": (
     config_of(away(1.0)),

@@ -253,7 +253,7 @@ WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strid
 
 
 @pytest.mark.parametrize(
-  ("padding", "change", "wanted"),
+  ("padding", "change", "expected"),
   [
     ("SAME", {}, True),
     (1, {}, True),

@@ -306,14 +306,14 @@ def test_attention_by_name_is_attention():
   ("options", "message"),
   [
     ({"attention_levels": (2,)}, "levels from 0 .* to 1"),
-    ({"downsample": "avg"}, "downsample='avg'; wanted one of 'conv', 'residual'"),
+    ({"downsample": "avg"}, "downsample='avg'; expected one of 'conv', 'residual'"),
     ({"upsample": ("conv", "conv")}, "1 of them or a single one"),
     ({"filter": (1, 2, 1)}, r"filter=\(1, 2, 1\)"),
     ({"time_embedding": "learned"}, "time_embedding='learned'"),
     ({"vector_embedding": "clip"}, "vector_embedding='clip'"),
     ({"dimensions": 4}, "dimensions=4"),
     ({"attention": "flash"}, "attention='flash'"),
-    ({"attention": "cudnn"}, "wanted bfloat16"),
+    ({"attention": "cudnn"}, "expected bfloat16"),
     ({"remat": "some"}, "remat='some'"),
     ({"epsilon": 0.0}, "epsilon=0"),
     ({"head_channels": 3}, "head_channels=3"),
@@ -333,9 +333,9 @@ def test_conditions_that_do_not_fit_are_errors():
   for options, conditions, message in (
     ({}, {"vector": jnp.zeros((2, 3))}, "Got a vector"),
     ({"vector_embedding": "dense"}, {}, "Got no vector"),
-    ({"vector_embedding": "identity"}, {"vector": jnp.zeros((2, 3))}, r"wanted \(2, 32\)"),
+    ({"vector_embedding": "identity"}, {"vector": jnp.zeros((2, 3))}, r"expected \(2, 32\)"),
     ({}, {"augmentation": jnp.zeros((2, 3))}, "augmentation_features=0"),
-    ({"augmentation_features": 9}, {"augmentation": jnp.zeros((2, 3))}, r"wanted \(2, 9\)"),
+    ({"augmentation_features": 9}, {"augmentation": jnp.zeros((2, 3))}, r"expected \(2, 9\)"),
     ({}, {"image": jnp.zeros((2, 4, 4, 1))}, r"Got an image of shape \(2, 4, 4, 1\)"),
     ({"dimensions": 1}, {}, "dimensions=1"),
   ):

@@ -145,9 +145,9 @@ def test_arguments_reach_the_optimizer():
     ("adamm", 0.1, {}, "'adamm' as an optimizer.*Did you mean 'adam'"),
     ("scale_by_adam", 0.1, {}, "'scale_by_adam' as an optimizer"),
     ("adam", 0.0, {}, "learning_rate=0"),
-    ("adam", 0.1, {"beta1": 0.9}, "'beta1' as an argument of adam; wanted one of b1, b2, eps"),
+    ("adam", 0.1, {"beta1": 0.9}, "'beta1' as an argument of adam; expected one of b1, b2, eps"),
     ("adam", 0.1, {"learning_rate": 0.9}, "'learning_rate' as an argument"),
-    ("sign_sgd", 0.1, {"b1": 0.9}, "wanted one of none"),
+    ("sign_sgd", 0.1, {"b1": 0.9}, "expected one of none"),
     ("adam", 0.1, {"b1": 1.0}, "b1=1.0 for adam"),
     ("adam", 0.1, {"b2": "x"}, "b2='x' for adam"),
     ("adam", 0.1, {"eps": 0}, "eps=0 for adam"),
@@ -173,7 +173,7 @@ def test_arguments_are_read_from_text():
   "text", ["b2", "0.9", "b2=", "b2=x", "b2=0.9 b1=0.9", "b2=0.9, b2=0.8", "**{'b2': 0.9}", "b2=1)(b1=1", "b2=f()", "\0"]
 )
 def test_text_that_holds_no_arguments_is_an_error(text):
-  with pytest.raises(ValueError, match="wanted names, each once"):
+  with pytest.raises(ValueError, match="expected names, each once"):
     optim.parse_arguments(text)
 
 
@@ -253,7 +253,7 @@ def test_adam_computes_its_updates_once():
 
 
 def test_no_optimizer_is_an_error():
-  with pytest.raises(ValueError, match="no optimizer; wanted one or more"):
+  with pytest.raises(ValueError, match="no optimizer; expected one or more"):
     optim.skip_nonfinite(averages=ema.params_ema(ema.fixed(0.9)))
 
 

@@ -87,7 +87,7 @@ def test_learned_variance_is_the_second_half_of_the_channels(name):
   plain = guidance.clip(predictions.denoiser(lambda x, t: output, process, PREDICTIONS[name]), -0.5, 0.5)(x, 0.3)
   np.testing.assert_array_equal(got.x_0, plain)
   np.testing.assert_allclose(got.fraction, fraction, atol=1e-6)
-  with pytest.raises(ValueError, match="wanted \\(3, 4, 10\\), twice the channels"):
+  with pytest.raises(ValueError, match="expected \\(3, 4, 10\\), twice the channels"):
     predictions.denoiser(lambda x, t: x, process, prediction)(x, 0.3)
 
 

@@ -261,7 +261,7 @@ def test_wrong_sigmas_are_an_error(make, sigmas):
 
 def test_whole_numbers_are_no_data():
   process, x = processes.vp(), jnp.full((2, 2), 200, jnp.uint8)
-  with pytest.raises(ValueError, match="uint8; wanted floats in \\[-1, 1\\]"):
+  with pytest.raises(ValueError, match="uint8; expected floats in \\[-1, 1\\]"):
     process.perturb(x, 0.5, jnp.ones((2, 2)))
 
 
@@ -273,7 +273,7 @@ def test_wrong_cosine_is_an_error(kwargs):
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_posterior_in_float32(name):
-  """Neighbours among 1000 steps, the worst case of its differences, against itself in float64."""
+  """Neighbors among 1000 steps, the worst case of its differences, against itself in float64."""
   process, n = PROCESSES[name], np.arange(2, 1001)
   x_t, x_0 = np.full((999, 1), 0.7), np.full((999, 1), -0.4)
   t, s = (np.asarray(v * process.t_max / 1000, np.float32) for v in (n, n - 1))

@@ -21,7 +21,7 @@ SECTIONS = [
   "scores",
   "samples",
   "denoising",
-  "neighbours",
+  "neighbors",
   "steps",
   "training",
   "schedule",
@@ -147,7 +147,7 @@ def test_what_is_absent_is_left_out_and_named():
   assert parsed.sections() == ["provenance"]
   for reason in ("no trajectory was recorded", "none were searched", "no metrics.jsonl was found"):
     assert reason in parsed.text
-  absent = {"denoising": None, "denoising_times": None, "labels": None, "neighbours": None, "metrics": []}
+  absent = {"denoising": None, "denoising_times": None, "labels": None, "neighbors": None, "metrics": []}
   content = reports.content(**absent, schedule=None, bound_terms=None)
   for key in ("curve", "likelihood"):
     del content.evaluation[key]
@@ -180,8 +180,8 @@ def test_a_page_is_light(tmp_path):
   def noise(*shape):
     return rng.integers(0, 256, (*shape, 32, 32, 3), dtype=np.uint8)
 
-  neighbours = report.Neighbours(noise(16), noise(16, 5), rng.uniform(1, 2, (16, 5)), np.ones(9))
-  content = reports.content(samples=noise(500), labels=None, neighbours=neighbours, metrics=reports.metrics(20_000))
+  neighbors = report.Neighbors(noise(16), noise(16, 5), rng.uniform(1, 2, (16, 5)), np.ones(9))
+  content = reports.content(samples=noise(500), labels=None, neighbors=neighbors, metrics=reports.metrics(20_000))
   report.write(tmp_path / "r.html", content._replace(denoising=noise(100, 16), denoising_times=np.linspace(1, 0, 100)))
   assert (tmp_path / "r.html").stat().st_size - len(get_plotlyjs()) < 2e6
 
@@ -207,19 +207,19 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   [
     (
       {"samples": np.zeros((4, 8, 8, 1))},
-      r"samples of shape \(4, 8, 8, 1\) and dtype float64; wanted uint8 \[N, H, W, C\]",
+      r"samples of shape \(4, 8, 8, 1\) and dtype float64; expected uint8 \[N, H, W, C\]",
     ),
     ({"samples": np.zeros((8, 8, 1), np.uint8)}, r"samples of shape \(8, 8, 1\)"),
-    ({"labels": np.zeros(3)}, "for 500 samples; wanted one label a sample"),
+    ({"labels": np.zeros(3)}, "for 500 samples; expected one label a sample"),
     ({"denoising_times": None}, "denoising_times of shape None for 9 frames"),
     ({"denoising_times": np.zeros(4)}, r"shape \(4,\) for 9 frames"),
-    ({"schedule": {"t": np.zeros(3), "alpha": np.zeros(3)}}, "wanted t, alpha, sigma and log_snr"),
-    ({"neighbours": reports.neighbours()._replace(distances=np.zeros((8, 2)))}, "wanted one distance an image"),
+    ({"schedule": {"t": np.zeros(3), "alpha": np.zeros(3)}}, "expected t, alpha, sigma and log_snr"),
+    ({"neighbors": reports.neighbors()._replace(distances=np.zeros((8, 2)))}, "expected one distance an image"),
     (
-      {"neighbours": reports.neighbours()._replace(samples=np.zeros((8, 4, 4, 1), np.uint8))},
-      "neighbours.nearest of shape",
+      {"neighbors": reports.neighbors()._replace(samples=np.zeros((8, 4, 4, 1), np.uint8))},
+      "neighbors.nearest of shape",
     ),
-    ({"bound_terms": np.zeros((2, 3))}, r"wanted \[N\], a term a step"),
+    ({"bound_terms": np.zeros((2, 3))}, r"expected \[N\], a term a step"),
     ({"metrics": [{"loss": 1.0}]}, "whose step is no number"),
     ({"metrics": [{"step": "3", "loss": 1.0}]}, "whose step is no number"),
   ],
@@ -250,16 +250,16 @@ def test_a_page_of_images_of_any_shape(shape):
   def noise(*lead):
     return rng.integers(0, 256, (*lead, *shape), dtype=np.uint8)
 
-  found, samples = reports.neighbours(), noise(40)
+  found, samples = reports.neighbors(), noise(40)
   content = reports.bare()._replace(
     samples=samples,
     labels=np.arange(40) % 2,
     denoising=noise(9, 3),
     denoising_times=np.linspace(1, 0, 9),
-    neighbours=found._replace(samples=noise(8), nearest=noise(8, 3)),
+    neighbors=found._replace(samples=noise(8), nearest=noise(8, 3)),
   )
   parsed = Parsed(page.render(content))
-  assert parsed.sections() == ["samples", "denoising", "neighbours", "provenance"]
+  assert parsed.sections() == ["samples", "denoising", "neighbors", "provenance"]
   # Five channels are three planes above two, with a line between.
   high, wide = (17, 26) if channels == 5 else (height, width)
   drawn = [attributes for tag, attributes in parsed.elements if tag == "img" and "width" in attributes]
@@ -313,17 +313,17 @@ def test_samples_far_nearer_than_typical_are_named():
     (4, "Samples may be copies: 4 of 8 samples (50.0%)"),
     (0, "No sign of copies: 0 of 8 samples (0.0%)"),
   ):
-    parsed = Parsed(page.render(reports.bare()._replace(neighbours=reports.neighbours(copied))))
+    parsed = Parsed(page.render(reports.bare()._replace(neighbors=reports.neighbors(copied))))
     assert sentence in parsed.text
     assert parsed.text.count("Looks copied: far nearer than typical") == copied
     assert ("0.05\N{MULTIPLICATION SIGN}" in parsed.text) == (copied > 0)
   # As near as real images are.
   usual = np.repeat([0.1, 2.0], [49, 51])
-  parsed = Parsed(page.render(reports.bare()._replace(neighbours=reports.neighbours(4)._replace(usual=usual))))
+  parsed = Parsed(page.render(reports.bare()._replace(neighbors=reports.neighbors(4)._replace(usual=usual))))
   assert "No sign of copies: 4 of 8 samples (50.0%) are nearer" in parsed.text
   assert "49.0% of which are as near" in parsed.text
-  unknown = reports.neighbours(2)._replace(usual=np.zeros(0))
-  parsed = Parsed(page.render(reports.bare()._replace(neighbours=unknown)))
+  unknown = reports.neighbors(2)._replace(usual=np.zeros(0))
+  parsed = Parsed(page.render(reports.bare()._replace(neighbors=unknown)))
   assert "none can be told to be a copy" in parsed.text
 
 
@@ -355,7 +355,7 @@ def test_noise_levels_are_in_order():
 
 
 @pytest.mark.parametrize(
-  ("value", "error", "wanted"),
+  ("value", "error", "expected"),
   [
     (3.10449, 0.0213, ("3.104", "0.021")),
     (-0.00041, 0.00123, ("\N{MINUS SIGN}0.0004", "0.0012")),
@@ -368,12 +368,12 @@ def test_errors_decide_how_many_digits_are_shown(value, error, wanted):
 
 
 def variables():
-  """The style sheet's colours, of the light page and of the dark one."""
+  """The style sheet's colors, of the light page and of the dark one."""
   light, dark = (FOLDER / "page.css").read_text().split("@media screen", 1)
   return [dict(re.findall(r"(--[\w-]+): (#\w{6});", part)) for part in (light, dark)]
 
 
-def test_colours_are_readable():
+def test_colors_are_readable():
   # WCAG 2.2: 4.5 for text, 3 for lines.
   def luminance(color):
     channels = np.array([int(color[place : place + 2], 16) for place in (1, 3, 5)]) / 255
@@ -384,21 +384,21 @@ def test_colours_are_readable():
     high, low = sorted((luminance(a), luminance(b)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 
-  for colours in variables():
+  for colors in variables():
     for name, least in (("ink", 7), ("muted", 4.5), ("accent", 4.5), ("alarm", 4.5)):
-      assert contrast(colours[f"--{name}"], colours["--page"]) >= least
-      assert contrast(colours[f"--{name}"], colours["--panel"]) >= least
-    assert contrast(colours["--alarm"], colours["--alarm-panel"]) >= 4.5
-    for name, color in colours.items():
+      assert contrast(colors[f"--{name}"], colors["--page"]) >= least
+      assert contrast(colors[f"--{name}"], colors["--panel"]) >= least
+    assert contrast(colors["--alarm"], colors["--alarm-panel"]) >= 4.5
+    for name, color in colors.items():
       if name.startswith(("--series", "--level")):
-        assert contrast(color, colours["--page"]) >= 3, name
+        assert contrast(color, colors["--page"]) >= 3, name
 
 
-def test_plots_use_colours_that_the_style_sheet_has(full):
+def test_plots_use_colors_that_the_style_sheet_has(full):
   used = set(re.findall(r"var\((--[\w-]+)\)", full.scripts[0]))
   assert {"--series-1", "--level-6", "--muted"} <= used
-  for colours in variables():
-    assert used <= set(colours)
+  for colors in variables():
+    assert used <= set(colors)
 
 
 def test_the_files_of_the_page_are_packaged():

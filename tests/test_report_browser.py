@@ -71,7 +71,7 @@ def test_it_looks_right_on_phones_and_desktops_by_day_and_night(chromium, path, 
     low, high = LIT[scheme]
     corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]]
     assert np.all((low <= corners) & (corners < high))
-    # Something is written on it, in a colour that stands out.
+    # Something is written on it, in a color that stands out.
     assert np.ptp(picture.astype(int)) > 150
     assert view.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
 

@@ -39,26 +39,26 @@ def config_of(classes, dropout=0.0):
 def place(tmp_path_factory):
   """Make runs that nothing trained, images and a mask.
 
-  The runs: `grey`, of digits with hidden classes, whose network is dense; `unet`, the same of the U-Net; `judge`, a classifier of them;
-  `colour`, with a class for every image.
+  The runs: `gray`, of digits with hidden classes, whose network is dense; `unet`, the same of the U-Net; `judge`, a classifier of them;
+  `color`, with a class for every image.
   """
   place, generator = tmp_path_factory.mktemp("editing"), np.random.default_rng(0)
   images, labels = generator.integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
   np.savez(place / "data.npz", images=images, labels=labels)
-  grey, colour = config_of(10, dropout=0.1), config_of(2)
-  colour.data.source = spec("data.arrays", path=str(place / "data.npz"))
-  colour.data.update({"channels": 3, "hold_out": 10})
+  gray, color = config_of(10, dropout=0.1), config_of(2)
+  color.data.source = spec("data.arrays", path=str(place / "data.npz"))
+  color.data.update({"channels": 3, "hold_out": 10})
   judge = tiny_config()
   judge.task, judge.objective = "classify", "classification"
   judge.model.network = spec("networks.Classifier", out_channels=10, **SMALL)
-  for number, (name, config) in enumerate({"unet": grey, "judge": judge, "colour": colour}.items()):
+  for number, (name, config) in enumerate({"unet": gray, "judge": judge, "color": color}.items()):
     write_run(config, place / name, number)
   with pytest.MonkeyPatch.context() as patch:
     use_dense(patch)
-    write_run(grey, place / "grey")
+    write_run(gray, place / "gray")
   for name, shape in (("two", (2, 8, 8, 1)), ("three", (3, 8, 8, 1)), ("small", (2, 4, 4, 1)), ("odd", (2, 3, 3, 1))):
     np.savez(place / f"{name}.npz", images=generator.integers(0, 256, shape, np.uint8))
-  np.savez(place / "colours.npz", images=np.stack([np.full((8, 8, 3), value, np.uint8) for value in (40, 210)]))
+  np.savez(place / "colors.npz", images=np.stack([np.full((8, 8, 3), value, np.uint8) for value in (40, 210)]))
   (place / "files").mkdir()
   for name in ("b", "a"):
     Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(place / "files" / f"{name}.png")
@@ -72,7 +72,7 @@ def experiment_of(place, run, keys):
   return experiment.changed(**keys)
 
 
-def edit(place, task, source="two.npz", *, run="grey", mask="", results=1, seed=0, steering=None, scale=None, **keys):
+def edit(place, task, source="two.npz", *, run="gray", mask="", results=1, seed=0, steering=None, scale=None, **keys):
   """The arrays that an edit writes; `editing__strength=1.0` stands for editing.strength."""
   method = keys.pop("editing__method", "repaint" if task == "inpaint" else None)
   keys = {"editing__frames": 3, "editing__method": METHODS.get(method, method)} | keys
@@ -99,11 +99,11 @@ def images_of(place, name):
 
 def drawn(place, classes, seed, sampler=None, scale=None, **steering):
   """What `--mode=sample` draws."""
-  experiment, folder = experiment_of(place, "grey", sampler or {}), place / "grey" / "samples"
+  experiment, folder = experiment_of(place, "gray", sampler or {}), place / "gray" / "samples"
   wanted = runs.Steering(classes_of(classes), **steering)
   before = set(folder.glob("*.npz"))
   options = {"seed": seed, "choice": runs.Choice(), "steering": wanted, "scale": scale}
-  runs.run_sample(experiment, place / "grey", num_samples=len(classes), **options)
+  runs.run_sample(experiment, place / "gray", num_samples=len(classes), **options)
   (path,) = set(folder.glob("*.npz")) - before
   assert ("_scale3" in path.name) == (scale == 3)
   with np.load(path) as file:
@@ -128,7 +128,7 @@ def classes_of(numbers):
 def test_inpainting_leaves_what_is_known_as_it_is(place, method, source, mask, dense):
   path = str(place / mask) if mask.endswith("png") else mask
   found = edit(place, "inpaint", source, mask=path, results=2, editing__method=method)
-  assert (place / "grey" / "edits" / f"inpaint_{method or 'repaint'}_seed0.npz").exists()
+  assert (place / "gray" / "edits" / f"inpaint_{method or 'repaint'}_seed0.npz").exists()
   if mask.endswith("png"):
     painted = np.asarray(Image.open(path))[..., None] > 0
     originals = np.stack([np.asarray(Image.open(place / "files" / f"{name}.png"))[..., None] for name in "ab"])
@@ -201,7 +201,7 @@ def test_other_runs_guide_samples_and_edits(place, dense):
   own = drawn(place, [3, 5], 1, {"guidance": "classifier(scale=3)"}, classifier=place / "judge", scale=3.0)
   np.testing.assert_array_equal(own, judged)
   # A model as weak as the model itself leads nowhere.
-  assert np.max(np.abs(drawn(place, [3, 5], 1, scale=3.0, weak=place / "grey").astype(int) - plain)) <= 1
+  assert np.max(np.abs(drawn(place, [3, 5], 1, scale=3.0, weak=place / "gray").astype(int) - plain)) <= 1
 
 
 @pytest.mark.parametrize("method", ["posterior", "dps"])
@@ -216,8 +216,8 @@ def test_restoring_what_was_measured(place, task, method):
     # Of a run with a class for every image, away from another class.
     steering = {"given": classes_of([0]), "negative": classes_of([1])}
     strong = "dps(scale=3.0)" if method == "dps" else method
-    options = {"run": "colour", "editing__method": strong, "guidance__scale": 2.0}
-    found = edit(place, task, "colours.npz", steering=steering, **options)
+    options = {"run": "color", "editing__method": strong, "guidance__scale": 2.0}
+    found = edit(place, task, "colors.npz", steering=steering, **options)
     assert found["output"].shape == (2, 1, 8, 8, 3)
     weights = np.array([0.299, 0.587, 0.114])
     known, measured = found["input"] @ weights, found["output"][:, 0] @ weights
@@ -279,10 +279,10 @@ WRONG = [
   ("img2img", {"results": 0}, "--num_samples=0; expected at least 1"),
   ("img2img", {"source": None}, "Got no --input"),
   ("img2img", {"source": "gone.png"}, r"--input=.*gone\.png, which does not exist"),
-  ("img2img", {"source": "small.npz"}, r"shape \(2, 4, 4, 1\); wanted \[N, 8, 8, 1\]"),
+  ("img2img", {"source": "small.npz"}, r"shape \(2, 4, 4, 1\); expected \[N, 8, 8, 1\]"),
   ("img2img", {"mask": "lower"}, "Got --mask for the task 'img2img'"),
   ("inpaint", {}, "Got no --mask for the task 'inpaint'; expected one"),
-  ("inpaint", {"mask": "bottom"}, "--mask=bottom, which does not exist; wanted .* one of lower"),
+  ("inpaint", {"mask": "bottom"}, "--mask=bottom, which does not exist; expected .* one of lower"),
   ("interpolat", {}, "'interpolat' as --task.*Did you mean 'interpolate'"),
   ("img2img", {"editing__method": "dps"}, "--method=dps for the task 'img2img'; expected none: there is one way"),
   (
@@ -336,19 +336,19 @@ WRONG = [
   ("img2img", {"steering": {"given": {"clases": ["1"]}}}, "Got clases 1,1 for a model .*Did you mean 'classes'"),
   (
     "img2img",
-    {"run": "colour", "source": "colours.npz"},
+    {"run": "color", "source": "colors.npz"},
     "Got no --classes for a model that was trained with classes for every image",
   ),
   (
     "img2img",
-    {"run": "colour", "source": "colours.npz", "guidance__scale": 2.0} | asking([1]),
+    {"run": "color", "source": "colors.npz", "guidance__scale": 2.0} | asking([1]),
     "trained without dropout of a condition",
   ),
 ]
 
 
 def state_of(place):
-  return sorted(path for run in ("grey", "colour") for path in (place / run).rglob("*"))
+  return sorted(path for run in ("gray", "color") for path in (place / run).rglob("*"))
 
 
 @pytest.mark.parametrize(("task", "options", "message"), WRONG)
@@ -363,12 +363,12 @@ def test_what_is_wrong_is_said_before_anything_begins(place, task, options, mess
 def test_wrong_folders_of_other_models(place, tmp_path):
   before, asked = state_of(place), {"given": classes_of([1])}
   rescaled = {"guidance": "classifier_free(scale=2, rescale=0.5)"}
-  judge, weak = {"classifier": place / "judge"} | asked, {"weak": place / "grey"} | asked
+  judge, weak = {"classifier": place / "judge"} | asked, {"weak": place / "gray"} | asked
   for steering, keys, message in (
     ({"classifier": place / "judge"}, {}, "Got --classifier without --classes; expected the class of each image"),
     (judge | weak, {}, "Got --classifier and --weak; expected one guide"),
     (
-      {"classifier": place / "grey"} | asked,
+      {"classifier": place / "gray"} | asked,
       {},
       "--classifier of config.task='denoise'; expected a model that tells classes apart",
     ),
@@ -389,7 +389,7 @@ def test_wrong_folders_of_other_models(place, tmp_path):
     with pytest.raises(ValueError, match=message):
       edit(place, "img2img", steering=steering, **keys)
   with pytest.raises(ValueError, match="which holds no checkpoint; expected the folder of a run"):
-    runs.trained(configs.of_run(place / "grey"), tmp_path)
+    runs.trained(configs.of_run(place / "gray"), tmp_path)
   assert state_of(place) == before
   assert not list(tmp_path.iterdir())
 
@@ -399,8 +399,8 @@ def test_an_edit_on_a_full_disk_is_an_error_that_names_its_file(dense, place, mo
     path.write_bytes(b"half")
     raise OSError(28, "No space left on device")
 
-  before = sorted((place / "grey").rglob("*.npz"))
+  before = sorted((place / "gray").rglob("*.npz"))
   monkeypatch.setattr(np, "savez_compressed", fill_up)
   with pytest.raises(files.WriteError, match=r"Cannot write .*edits/img2img.*\.npz: No space left .* Make room"):
     edit(place, "img2img", seed=77)
-  assert sorted((place / "grey").rglob("*.npz")) == before
+  assert sorted((place / "gray").rglob("*.npz")) == before

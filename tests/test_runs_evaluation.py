@@ -239,9 +239,9 @@ def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
 WRONG = {
   "rank": ({"allow_singular": False, "scores": ("frechet",)}, "Got 40 samples for a Frechet distance in 64 dimensions"),
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
-  "score": ({"scores": ("fid",)}, "as a score; wanted one of"),
+  "score": ({"scores": ("fid",)}, "as a score; expected one of"),
   "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; expected some of"),
-  "neighbour": ({"k": 40}, "more of each than k"),
+  "neighbor": ({"k": 40}, "more of each than k"),
   "reference": ({"reference": "test"}, "expected train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),

@@ -129,10 +129,10 @@ def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("folders", "keys", "message"),
   [
-    ({"train": 1}, {}, r"of which only 'train' is in it; wanted .*/test too, or neither"),
-    ({"train": 1, "val": 1}, {}, r"of which only 'train' is in it; wanted .*/test too"),
-    ({"test": 1, "validation": 1}, {}, r"of which only 'test' is in it; wanted .*/train too"),
-    ({"test": 1}, {"train_split": ""}, r"of which only 'test' is in it; wanted .*/train too"),
+    ({"train": 1}, {}, r"of which only 'train' is in it; expected .*/test too, or neither"),
+    ({"train": 1, "val": 1}, {}, r"of which only 'train' is in it; expected .*/test too"),
+    ({"test": 1, "validation": 1}, {}, r"of which only 'test' is in it; expected .*/train too"),
+    ({"test": 1}, {"train_split": ""}, r"of which only 'test' is in it; expected .*/train too"),
     ({"Train": 1, "Test": 1}, {}, "sub-folders Test, Train, which look like splits.*train_split and .*eval_split"),
     ({"training": 1, "validation": 1}, {}, "sub-folders training, validation, which look like splits"),
     (
@@ -386,7 +386,7 @@ def test_folders_with_splits(tmp_path):
   train, held_out = reading.read_data(experiment(tmp_path, eval_split="", data={"hold_out": 2}))
   assert (len(train), len(held_out)) == (1, 2), "held out of the training split, not of everything"
   assert reading.read_data(experiment(tmp_path / "train"))[1] is None, "classes alone"
-  with pytest.raises(ValueError, match=r"wanted .*tset too, or neither"):
+  with pytest.raises(ValueError, match=r"expected .*tset too, or neither"):
     reading.read_data(experiment(tmp_path, eval_split="tset"))
   with pytest.raises(ValueError, match="data.source.path"):
     reading.read_data(experiment("", eval_split="tset"))

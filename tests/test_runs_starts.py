@@ -19,7 +19,7 @@ from tests.commands import RECIPE, assert_refused, call
 from tests.parameters import write_run
 from tests.recipes import LEVELS, tiny_config, tree_of
 from tests.test_interop_diffusers import write
-from tests.test_interop_pipelines import assert_one_grey_level
+from tests.test_interop_pipelines import assert_one_gray_level
 
 DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16", "--seed=3")
 
@@ -58,7 +58,7 @@ def test_an_exported_run_gives_the_same_images_in_diffusers(run, exported, monke
   monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: start)
   pipeline = diffusers.DDIMPipeline.from_pretrained(exported)
   options = {"batch_size": 16, "num_inference_steps": 10, "use_clipped_model_output": True, "output_type": "np"}
-  assert_one_grey_level(mine, np.round(pipeline(**options).images * 255).astype(np.uint8))
+  assert_one_gray_level(mine, np.round(pipeline(**options).images * 255).astype(np.uint8))
 
 
 def test_an_exported_run_gives_the_same_images_when_it_is_read_again(run, exported, tmp_path):

@@ -217,8 +217,8 @@ def test_trajectory_holds_every_state():
     ([1.0, 0.2, 0.5], "strictly decreasing"),
     ([1.0, 0.5, 0.5 - 1e-9, 0.0], "also as float32"),
     ([1.0, float("nan"), 0.0], "strictly decreasing"),
-    ([1.2, 0.0], "wanted all of them in \\[0, 1\\]"),
-    ([1.0, -0.1], "wanted all of them in \\[0, 1\\]"),
+    ([1.2, 0.0], "expected all of them in \\[0, 1\\]"),
+    ([1.0, -0.1], "expected all of them in \\[0, 1\\]"),
   ],
 )
 @pytest.mark.parametrize("name", ["ancestral", "ddim"])
@@ -240,10 +240,10 @@ def test_only_deterministic_rules_take_a_rising_grid(name):
   if name in ORDERS:
     with pytest.raises(ValueError, match="rise from 0"):
       sampling.sample(jax.random.key(0), sampler, lambda x, t: x, x, np.array([0.0, 0.5]))
-    with pytest.raises(ValueError, match="wanted all of them in"):
+    with pytest.raises(ValueError, match="expected all of them in"):
       sampling.sample(jax.random.key(0), sampler, lambda x, t: x, x, np.array([0.1, 1.5]))
   else:
-    with pytest.raises(ValueError, match="that adds noise; wanted them strictly decreasing"):
+    with pytest.raises(ValueError, match="that adds noise; expected them strictly decreasing"):
       sampling.sample(jax.random.key(0), sampler, lambda x, t: x, x, np.array([0.1, 0.5]))
 
 
@@ -276,7 +276,7 @@ def test_wrong_options_are_errors():
       lambda: sampling.sample(
         jax.random.key(0), sampling.ddim(process), lambda x, t: x, jnp.ones((1, 1), int), [1.0, 0.0]
       ),
-      "int.*wanted floats",
+      "int.*expected floats",
     ),
     (
       lambda: sampling.sample(

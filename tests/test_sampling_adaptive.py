@@ -106,7 +106,7 @@ def test_ode_takes_times_and_states_of_different_precision():
       got, _ = sampling.integrate(process, MIXTURE.denoise(process), x, t, 0.1)
       assert got.dtype == x.dtype
       assert jnp.all(jnp.isfinite(got))
-  with pytest.raises(ValueError, match="wanted floats"):
+  with pytest.raises(ValueError, match="expected floats"):
     sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((2, 2), int), 1.0, 0.1)
   with pytest.raises(ValueError, match="one time for the whole batch"):
     sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((2, 2)), jnp.ones(2), 0.1)
@@ -132,5 +132,5 @@ def test_ode_refuses_wrong_tolerances(kwargs):
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (1.1, 0.1)])
 def test_ode_refuses_wrong_times(ends):
-  with pytest.raises(ValueError, match="wanted it in"):
+  with pytest.raises(ValueError, match="expected it in"):
     sampling.integrate(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), *ends)

@@ -76,7 +76,7 @@ def test_wrong_options_of_grids_are_errors():
   for rho in (0, -1, float("nan")):
     with pytest.raises(ValueError, match=f"rho={rho}"):
       sampling.grids.karras(processes.vp(), 10, rho=rho)
-  with pytest.raises(ValueError, match="num_steps=1; wanted 2"):
+  with pytest.raises(ValueError, match="num_steps=1; expected 2"):
     sampling.grids.linspace(PROCESSES["discrete_linear"], 1)
   with pytest.raises(ValueError, match="t_max=0.9985"):
     sampling.grids.trailing(PROCESSES["discrete_linear"]._replace(t_max=0.9985), 10)

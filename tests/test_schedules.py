@@ -42,7 +42,7 @@ def test_sigmoid_gives_the_papers_alpha_bar():
   np.testing.assert_allclose(np.cumprod(1 - betas)[:-5], alpha_bar[1:-5], rtol=1e-9)
   assert betas.max() == 0.999
   for kwargs in ({"start": 3.0}, {"tau": 0.0}):
-    with pytest.raises(ValueError, match="wanted start < end"):
+    with pytest.raises(ValueError, match="expected start < end"):
       schedules.sigmoid(10, **kwargs)
 
 

@@ -15,12 +15,12 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("4x4", "wanted <generation>:<shape>, such as v5e:4x4.*v6e: v6e:1x1"),
-    ("v5e", "wanted <generation>:<shape>"),
-    ("v5e-16", "wanted <generation>:<shape>"),
+    ("4x4", "expected <generation>:<shape>, such as v5e:4x4.*v6e: v6e:1x1"),
+    ("v5e", "expected <generation>:<shape>"),
+    ("v5e-16", "expected <generation>:<shape>"),
     ("h100:2x4", "a generation that is not known here.*v5p: v5p:2x2x1"),
-    ("v5e:4", "wanted 2 axes.*v5e:4x4"),
-    ("v5p:4x4", "wanted 3 axes.*v5p:2x2x1"),
+    ("v5e:4", "expected 2 axes.*v5e:4x4"),
+    ("v5p:4x4", "expected 3 axes.*v5p:2x2x1"),
     ("v5e:0x2", "at least 1"),
     ("v5e:1000x1000", "at most 9,216 chips"),
   ],
@@ -67,7 +67,7 @@ def test_too_late_or_too_few_is_an_error():
   assert len(jax.devices()) == 8
   with pytest.raises(ValueError, match="Got 99 devices to simulate after JAX has been used, with 8 here"):
     topology.simulate_devices(99)
-  with pytest.raises(ValueError, match="--devices=1000000000; wanted 1 to 65,536"):
+  with pytest.raises(ValueError, match="--devices=1000000000; expected 1 to 65,536"):
     topology.simulate_devices(10**9)
   with pytest.raises(ValueError, match="--devices=0"):
     topology.simulate_devices(0)

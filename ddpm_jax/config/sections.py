@@ -223,7 +223,7 @@ class Evaluation:
   inception_weights: str = key("")  # the file of the FID Inception network
   inception_sha256: str = key("6726825d")  # the start of its hash; empty: any file, whose scores are not called FID
   resize: str = key("tf1")  # to Inception's 299x299: tf1, as the reference, or clean, as clean-fid
-  classifier_steps: int = count(600)  # of training the classifier whose features suit small grey images
+  classifier_steps: int = count(600)  # of training the classifier whose features suit small gray images
   reference: str = key("")  # train, held_out or an .npz file; empty: train for inception or many samples, else held_out
   scores: Sequence[str] = key(())  # some of evaluate.SCORES; empty: all that features, reference and samples allow
   allow_singular: bool = key(False)  # a Frechet distance of no more samples than the features have dimensions

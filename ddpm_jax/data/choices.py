@@ -199,7 +199,7 @@ def _in_folders(root: Path, names: tuple[str, str], make: Make) -> Splits:
     missing = next((split for split in splits if split not in found), "train")
     raise ValueError(
       f"Got the folder {root} with data.source.train_split={train_split!r}, data.source.eval_split={eval_split!r}, of which only"
-      f" {found[0]!r} is in it; wanted {root / missing} too, or neither. Correct the name, or clear --config.data.source.eval_split=''. If"
+      f" {found[0]!r} is in it; expected {root / missing} too, or neither. Correct the name, or clear --config.data.source.eval_split=''. If"
       f" {found[0]!r} is a class, clear --config.data.source.train_split='' too."
     )
   train = make(root / train_split, None)

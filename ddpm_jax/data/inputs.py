@@ -42,7 +42,7 @@ def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int, 
     if (space is not None and images.shape[1:3] != space) or images.shape[3] != channels:
       height, width = space or ("H", "W")
       wanted = f"[N, {height}, {width}, {channels}]"
-      raise ValueError(f"Got {path} with images of shape {images.shape}; wanted {wanted}, uint8, for this model.")
+      raise ValueError(f"Got {path} with images of shape {images.shape}; expected {wanted}, uint8, for this model.")
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
   files = _files(path, flag)
   if channels not in (1, 3, 4):
@@ -53,7 +53,7 @@ def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int, 
   pairs = [_read(file, space, channels) for file in files]
   shapes = {image.shape for image, _ in pairs}
   if len(shapes) > 1:
-    raise ValueError(f"Got images of shapes {sorted(shapes)} in {path}; wanted one shape. Resize them first.")
+    raise ValueError(f"Got images of shapes {sorted(shapes)} in {path}; expected one shape. Resize them first.")
   return Inputs(
     np.stack([image for image, _ in pairs]), [file.name for file in files], sum(other for _, other in pairs)
   )
@@ -101,7 +101,7 @@ def _decode(file: str | Path, what: str) -> Any:
 def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
   """Return where to paint, bool [H, W, 1], from an image: white is painted, black stays.
 
-  `lower`, `upper`, `left`, `right` and `centre` in place of a file stand for halves, and for the box in the middle of half the height and
+  `lower`, `upper`, `left`, `right` and `center` in place of a file stand for halves, and for the box in the middle of half the height and
   width.
 
   Args:
@@ -118,7 +118,7 @@ def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
     "upper": np.s_[: height // 2, :],
     "left": np.s_[:, : width // 2],
     "right": np.s_[:, width // 2 :],
-    "centre": np.s_[top : height - top, left : width - left],
+    "center": np.s_[top : height - top, left : width - left],
   }
   if str(path) in known and not Path(path).exists():
     mask = np.zeros((height, width, 1), bool)
@@ -131,7 +131,7 @@ def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
   if not Path(path).is_file():
     what = "is no file" if Path(path).exists() else "does not exist"
     raise ValueError(
-      f"Got --mask={path}, which {what}; wanted an image that is white where it is to be painted, or one of {', '.join(known)}."
+      f"Got --mask={path}, which {what}; expected an image that is white where it is to be painted, or one of {', '.join(known)}."
     )
   image = _decode(path, f"--mask={path}")
   if image.has_transparency_data and np.min(np.asarray(image.convert("RGBA"))[..., 3]) < 255:
@@ -142,7 +142,7 @@ def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
   values = np.asarray(image.convert("L"))
   if values.shape != (height, width):
     raise ValueError(
-      f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {width}x{height}; wanted the same size."
+      f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {width}x{height}; expected the same size."
     )
   levels = np.unique(values)
   between = levels[(levels > 0) & (levels < 255)]
@@ -153,6 +153,6 @@ def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
     )
   if not values.any():
     raise ValueError(
-      f"Got --mask={path}, which is all black; wanted white (255, or 65535 of 16 bits) where the image is to be painted."
+      f"Got --mask={path}, which is all black; expected white (255, or 65535 of 16 bits) where the image is to be painted."
     )
   return (values > 0)[..., None]

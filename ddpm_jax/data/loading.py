@@ -87,7 +87,7 @@ def labels_below(number: int, key: str = "model.conditions.classes.number") -> C
       )
     if np.min(labels) < 0 or np.max(labels) >= number:
       raise ValueError(
-        f"Got data with labels {np.min(labels)} to {np.max(labels)} for {key}={number}; wanted labels from 0 to {number - 1}."
+        f"Got data with labels {np.min(labels)} to {np.max(labels)} for {key}={number}; expected labels from 0 to {number - 1}."
       )
 
   return check

@@ -49,7 +49,7 @@ class PackedSource:
       index = sealed.read_json(self._path / _INDEX)
     except (OSError, sealed.DamagedError) as error:
       raise ValueError(
-        f"Got the folder {str(path)!r}, which holds no packed images ({error}); wanted one that was written by"
+        f"Got the folder {str(path)!r}, which holds no packed images ({error}); expected one that was written by"
         " --mode=prepare --config=<file> --output=<folder>. Set --config.data.source.path."
       ) from error
     if index.get("version") != _VERSION:

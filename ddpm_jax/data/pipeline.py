@@ -133,18 +133,18 @@ class Batches:
     """
     if state.keys() != self._position.keys():
       raise ValueError(
-        f"Got a data position with {', '.join(sorted(state))}; wanted {', '.join(sorted(self._position))}. It comes from another"
+        f"Got a data position with {', '.join(sorted(state))}; expected {', '.join(sorted(self._position))}. It comes from another"
         " release: go on with that one, or start a new run in another --workdir."
       )
     if state["num_images"] != self._position["num_images"]:
       raise ValueError(
-        f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']}; wanted the same data."
+        f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']}; expected the same data."
         " Restore it, or start a new run in another --workdir."
       )
     for key, name in (("batch_size", "batch size"), ("seed", "seed")):
       if state[key] != self._position[key]:
         raise ValueError(
-          f"Got a {name} of {self._position[key]} to resume data at {state[key]}; wanted the same, for the same order."
+          f"Got a {name} of {self._position[key]} to resume data at {state[key]}; expected the same, for the same order."
           " Set it back, or start a new run in another --workdir."
         )
     self.close()
@@ -200,11 +200,13 @@ def batches(
   """
   if batch_size < 1 or num_threads < 1 or num_workers < 0:
     raise ValueError(
-      f"Got batch_size={batch_size}, num_threads={num_threads}, num_workers={num_workers}; wanted at least 1, 1 and 0."
+      f"Got batch_size={batch_size}, num_threads={num_threads}, num_workers={num_workers}; expected at least 1, 1 and 0."
     )
   taken = np.arange(batch_size) if rows is None else np.asarray(rows)
   if taken.ndim != 1 or not len(taken) or taken[0] < 0 or taken[-1] >= batch_size or np.any(np.diff(taken) < 1):
-    raise ValueError(f"Got rows {taken} of a batch of {batch_size}; wanted some of 0 to {batch_size - 1}, increasing.")
+    raise ValueError(
+      f"Got rows {taken} of a batch of {batch_size}; expected some of 0 to {batch_size - 1}, increasing."
+    )
 
   def load(indices: np.ndarray, rng: np.random.Generator) -> tuple[Batch, list[tuple[str, str]], int]:
     errors: list[BrokenImage] = []

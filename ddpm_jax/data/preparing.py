@@ -59,10 +59,10 @@ def prepare(
       return
   elif source in _READY:
     raise ValueError(
-      f"Got --mode=prepare with data.source={source.__name__}, which needs no preparation; wanted tfds or folder."
+      f"Got --mode=prepare with data.source={source.__name__}, which needs no preparation; expected tfds or folder."
     )
   elif output is None:
-    raise ValueError("Got no --output; wanted a new folder for the packed images, such as --output=/data/packed.")
+    raise ValueError("Got no --output; expected a new folder for the packed images, such as --output=/data/packed.")
   with files.new_folder(output) as temporary:
     train, held_out = splits = source(*bound.args, **bound.kwargs)
     check_labels_of(splits, check)

@@ -179,7 +179,7 @@ def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
     return None
   if np.min(labels) < 0 or np.max(labels) >= num_classes:
     raise ValueError(
-      f"Got labels {np.min(labels)} to {np.max(labels)} for {num_classes} classes; wanted labels from 0 to {num_classes - 1}."
+      f"Got labels {np.min(labels)} to {np.max(labels)} for {num_classes} classes; expected labels from 0 to {num_classes - 1}."
     )
   return np.bincount(labels, minlength=num_classes)
 
@@ -294,14 +294,14 @@ class ArraySource(_Held):
     floats = np.issubdtype(images.dtype, np.floating)
     if images.ndim != 4 or not (images.dtype == np.uint8 or floats) or not len(images):
       raise ValueError(
-        f"Got images of shape {images.shape} and type {images.dtype}; wanted at least one, [N, H, W, C], uint8 (0 to 255) or floats"
+        f"Got images of shape {images.shape} and type {images.dtype}; expected at least one, [N, H, W, C], uint8 (0 to 255) or floats"
         " (-1 to 1)."
       )
     check_range(images)
     labels = np.full(len(images), NO_CLASS) if labels is None else np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
       raise ValueError(
-        f"Got labels of shape {labels.shape} and type {labels.dtype} for {len(images)} images; wanted one integer an image."
+        f"Got labels of shape {labels.shape} and type {labels.dtype} for {len(images)} images; expected one integer an image."
       )
     if taken := [name for name in ("image", "classes") if name in items]:
       raise ValueError(f"Got the items {', '.join(taken)} beside images; expected other names. Pass classes as labels.")
@@ -382,7 +382,7 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
   if not path.is_file():
     what = "is a folder" if path.exists() else "does not exist"
     raise ValueError(
-      f"Got the data file {str(path)!r}, which {what}; wanted an .npz file. Set --config.data.source.path, or for a folder --config.data.source=folder."
+      f"Got the data file {str(path)!r}, which {what}; expected an .npz file. Set --config.data.source.path, or for a folder --config.data.source=folder."
     )
   try:
     # First: what is read of a damaged archive need not meet its checksums.

@@ -59,7 +59,7 @@ class TfdsSource:
       ) from error
     if not len(self.records) or "image" not in self.records.dataset_info.features:
       raise ValueError(
-        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records and no 'image' in them; wanted images."
+        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records and no 'image' in them; expected images."
       )
 
   def __getstate__(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {str(error).strip()}") from error
   if str(builder.info.file_format.value) != "array_record":
     raise ValueError(
-      f"Got the TFDS data set {name!r} in {builder.data_path}, prepared as {builder.info.file_format.value}; wanted"
+      f"Got the TFDS data set {name!r} in {builder.data_path}, prepared as {builder.info.file_format.value}; expected"
       " array_record. Remove it, or name another folder: --config.data.source.path=<folder>."
     )
   counts = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -171,7 +171,7 @@ def _import(module: str) -> None:
     loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
   except Exception as error:
     raise ValueError(
-      f"Cannot import data.source.module={module!r} ({type(error).__name__}: {error}); wanted a module on the Python path, or a .py file."
+      f"Cannot import data.source.module={module!r} ({type(error).__name__}: {error}); expected a module on the Python path, or a .py file."
     ) from error
   for value in vars(loaded).values():
     if isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder) and value.__module__ == loaded.__name__:

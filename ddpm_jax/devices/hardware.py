@@ -125,7 +125,7 @@ def utilization(flops_per_second: float, chip: Chip, num_devices: int, dtype: ob
   """
   highest = peak(chip, dtype)
   if highest is None:
-    raise ValueError(f"Got dtype {dtype}; wanted one whose peak is known for {chip.name}: {', '.join(chip.flops)}.")
+    raise ValueError(f"Got dtype {dtype}; expected one whose peak is known for {chip.name}: {', '.join(chip.flops)}.")
   if num_devices < 1 or not 0 <= flops_per_second < math.inf:
-    raise ValueError(f"Got {flops_per_second} FLOP/s on {num_devices} devices; wanted 0 or more on 1 device or more.")
+    raise ValueError(f"Got {flops_per_second} FLOP/s on {num_devices} devices; expected 0 or more on 1 device or more.")
   return flops_per_second / (num_devices * highest)

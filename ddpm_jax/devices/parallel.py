@@ -38,7 +38,7 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
   if data < 0 or fsdp < 1 or (data or max(count // fsdp, 1)) * fsdp != count:
     good = [f"{count // size} x {size}" for size in range(1, count + 1) if count % size == 0]
     raise ValueError(
-      f"Got a mesh of data={data} by fsdp={fsdp} on {count} device(s); wanted data x fsdp to be {count}, such as"
+      f"Got a mesh of data={data} by fsdp={fsdp} on {count} device(s); expected data x fsdp to be {count}, such as"
       f" {', '.join(good)}, or data=0 for what fsdp leaves."
     )
   # Explicit axes, JAX's default for new meshes, make reshapes inside networks fail.
@@ -51,7 +51,7 @@ def check_batch(batch_size: int, num_devices: int, what: str = "batch size") -> 
   if batch_size < 1 or batch_size % num_devices:
     lower = max(1, batch_size // num_devices) * num_devices
     raise ValueError(
-      f"Got a {what} of {batch_size} on {num_devices} devices; wanted a positive multiple of {num_devices}, such as"
+      f"Got a {what} of {batch_size} on {num_devices} devices; expected a positive multiple of {num_devices}, such as"
       f" {lower} or {lower + num_devices}."
     )
 

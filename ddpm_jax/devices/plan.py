@@ -144,7 +144,7 @@ def make_plan(
   """
   count = len(devices)
   if count < 1 or batch_size < 1:
-    raise ValueError(f"Got a batch of {batch_size} on {count} devices; wanted at least one of both.")
+    raise ValueError(f"Got a batch of {batch_size} on {count} devices; expected at least one of both.")
   chip = hardware.chip_of(devices[0].device_kind) if chip is None else chip
   flops = costs.matmul_flops(traced.jaxpr)
   memory = _memory(compiled)

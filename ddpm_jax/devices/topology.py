@@ -50,7 +50,7 @@ def topology_devices(name: str) -> list[Any]:
   generation, axes = _parse(name)
   if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
     raise ValueError(
-      f"Got --topology={name} without libtpu, whose compiler makes programs for TPUs on any machine; wanted it installed:"
+      f"Got --topology={name} without libtpu, whose compiler makes programs for TPUs on any machine; expected it installed:"
       " pip install 'ddpm_jax[plan]' (Linux on x86-64, no TPU needed)."
     )
   for variable, value in _ENVIRONMENT.items():
@@ -80,7 +80,7 @@ def simulate_devices(count: int) -> list[Any]:
   """
   if not 1 <= count <= _MOST_SIMULATED:
     raise ValueError(
-      f"Got --devices={count}; wanted 1 to {_MOST_SIMULATED:,}: each that is not there takes memory to simulate."
+      f"Got --devices={count}; expected 1 to {_MOST_SIMULATED:,}: each that is not there takes memory to simulate."
     )
   late = False
   try:
@@ -93,11 +93,11 @@ def simulate_devices(count: int) -> list[Any]:
     return devices[:count]
   if devices[0].platform != "cpu":
     raise ValueError(
-      f"Got --devices={count} on a machine with {len(devices)} ({devices[0].device_kind}); wanted no more, or"
+      f"Got --devices={count} on a machine with {len(devices)} ({devices[0].device_kind}); expected no more, or"
       " --topology=<slice> for TPUs that are not there, or JAX_PLATFORMS=cpu in the environment for simulated devices."
     )
   raise ValueError(
-    f"Got {count} devices to simulate{' after JAX has been used' if late else ''}, with {len(devices)} here; wanted this"
+    f"Got {count} devices to simulate{' after JAX has been used' if late else ''}, with {len(devices)} here; expected this"
     f" before its first use, or XLA_FLAGS=--xla_force_host_platform_device_count={count} in the environment."
   )
 
@@ -106,7 +106,7 @@ def _parse(name: str) -> tuple[str, tuple[int, ...]]:
   # Before libtpu sees it: a slice with no chips ends the process there.
   match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name.strip().lower())
   if match is None:
-    raise ValueError(f"Got --topology={name}; wanted <generation>:<shape>, such as v5e:4x4.{_known()}")
+    raise ValueError(f"Got --topology={name}; expected <generation>:<shape>, such as v5e:4x4.{_known()}")
   generation, shape = match.groups()
   axes = tuple(map(int, shape.split("x")))
   if generation not in _GENERATIONS:
@@ -114,7 +114,7 @@ def _parse(name: str) -> tuple[str, tuple[int, ...]]:
   dims, examples = _GENERATIONS[generation]
   if len(axes) != dims or min(axes) < 1 or math.prod(axes) > _MOST_CHIPS:
     raise ValueError(
-      f"Got --topology={name}; wanted {dims} axes of at least 1 and at most {_MOST_CHIPS:,} chips together for {generation},"
+      f"Got --topology={name}; expected {dims} axes of at least 1 and at most {_MOST_CHIPS:,} chips together for {generation},"
       f" such as {', '.join(examples)}."
     )
   return generation, axes
@@ -129,19 +129,19 @@ def _explain(name: str, generation: str, axes: tuple[int, ...], error: str) -> s
   examples = ", ".join(_GENERATIONS[generation][1])
   if "lockfile" in error or "already in use" in error:
     return (
-      f"Got --topology={name}, but another process holds libtpu (/tmp/libtpu_lockfile); wanted that process to end, the file"
+      f"Got --topology={name}, but another process holds libtpu (/tmp/libtpu_lockfile); expected that process to end, the file"
       " removed if there is none, or ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment: a compiler needs no TPU."
     )
   if "divisible" in error:
     return (
-      f"Got --topology={name}, which no machines make up (4 chips each, 2 by 2); wanted axes of 1 or an even number of chips,"
+      f"Got --topology={name}, which no machines make up (4 chips each, 2 by 2); expected axes of 1 or an even number of chips,"
       f" such as {examples}."
     )
   if "external name" in error or "chip config" in error:
     return (
-      f"Got --topology={name}, a generation that this libtpu does not know; wanted another libtpu"
+      f"Got --topology={name}, a generation that this libtpu does not know; expected another libtpu"
       f" (pip install --upgrade jax libtpu) or another generation.{_known()}"
     )
   return (
-    f"Got --topology={name}, which libtpu does not take ({error.splitlines()[0]}); wanted a slice such as {examples}."
+    f"Got --topology={name}, which libtpu does not take ({error.splitlines()[0]}); expected a slice such as {examples}."
   )

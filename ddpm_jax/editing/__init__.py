@@ -6,7 +6,7 @@ Wrappers `Sampler -> Sampler` (`replace`, `repaint`, `dps`) and `denoise -> deno
 
 from ddpm_jax.editing.inpainting import repaint, replace
 from ddpm_jax.editing.latents import img2img, interpolate, invert, slerp
-from ddpm_jax.editing.operators import Operator, blur, downsample, grey, mask_operator
+from ddpm_jax.editing.operators import Operator, blur, downsample, gray, mask_operator
 from ddpm_jax.editing.posterior import dps, posterior
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
   "blur",
   "downsample",
   "dps",
-  "grey",
+  "gray",
   "img2img",
   "interpolate",
   "invert",

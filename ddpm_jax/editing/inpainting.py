@@ -38,7 +38,7 @@ def replace(sampler: Sampler, process: Process, known, keep) -> Sampler:
   def step(key, denoise, x_t, memory, t, s):
     if not all(broadcasts(np.shape(array), x_t.shape) for array in (known, keep)):
       raise ValueError(
-        f"Got x of shape {x_t.shape}, known pixels {np.shape(known)} and a mask {np.shape(keep)}; wanted them to broadcast to x."
+        f"Got x of shape {x_t.shape}, known pixels {np.shape(known)} and a mask {np.shape(keep)}; expected them to broadcast to x."
       )
     image = jnp.broadcast_to(jnp.where(keep, known, 0), x_t.shape).astype(x_t.dtype)
     noisy = process.sample_marginal(randomness.fold_in(key, 1), image, t)
@@ -77,7 +77,7 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
   """
   for name, value in (("resamples", resamples), ("jump", jump)):
     if value != int(value) or value < 1:
-      raise ValueError(f"Got {name}={value}; wanted a whole number of at least 1, such as 10.")
+      raise ValueError(f"Got {name}={value}; expected a whole number of at least 1, such as 10.")
   resamples, jump = int(resamples), int(jump)
   inner = replace(sampler, process, known, keep)
   shape = np.broadcast_shapes(np.shape(known), np.shape(keep))
@@ -85,7 +85,7 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
   # Counts of network calls are right wherever x comes from.
   if memory and not (sampler.counted is not None and all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in memory)):
     raise ValueError(
-      "Got a rule that remembers its last steps, which going back up would make wrong; wanted one without memory, such as"
+      "Got a rule that remembers its last steps, which going back up would make wrong; expected one without memory, such as"
       " sampling.ancestral, ddim, heun, dpm_solver, dpmpp_2s, dpmpp_sde or ode."
     )
 
@@ -133,6 +133,6 @@ def _check_known(known, keep) -> None:
     np.broadcast_shapes(np.shape(known), np.shape(keep))
   except ValueError as error:
     raise ValueError(
-      f"Got known pixels of shape {np.shape(known)} and a mask of shape {np.shape(keep)}; wanted shapes that broadcast, such as"
+      f"Got known pixels of shape {np.shape(known)} and a mask of shape {np.shape(keep)}; expected shapes that broadcast, such as"
       " images [B, H, W, C] and a mask [H, W, 1]."
     ) from error

@@ -40,7 +40,7 @@ def img2img(
     ValueError: if strength is outside [0, 1], the grid does not fall, or as `sampling.sample`.
   """
   if not 0 <= strength <= 1:
-    raise ValueError(f"Got strength={strength}; wanted 0 (the input) to 1 (a fresh sample).")
+    raise ValueError(f"Got strength={strength}; expected 0 (the input) to 1 (a fresh sample).")
   randomness.check_key(key)
   check_floats(x_0)
   _check_falling(times, sampler, x_0)
@@ -84,14 +84,14 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
   """
   if not sampler.reversible:
     raise ValueError(
-      "Got a sampler that adds noise, which nothing takes back; wanted a deterministic rule, such as sampling.ddim(process)"
+      "Got a sampler that adds noise, which nothing takes back; expected a deterministic rule, such as sampling.ddim(process)"
       " or sampling.heun(process), neither wrapped nor with churn."
     )
   check_floats(x_0)
   _check_falling(times, sampler, x_0)
   if len(times) < 3 or (not isinstance(times, jax.core.Tracer) and times[-1] != 0):
     raise ValueError(
-      f"Got times {times}; wanted at least two steps, the last of them to 0, as sampling.grids make them."
+      f"Got times {times}; expected at least two steps, the last of them to 0, as sampling.grids make them."
     )
   rising = as_time(times)[:-1][::-1] if isinstance(times, jax.core.Tracer) else np.asarray(times)[:-1][::-1]
   t = as_time(rising[0])
@@ -118,7 +118,7 @@ def slerp(a: Array, b: Array, fraction) -> Array:
   """
   if a.shape != b.shape or a.ndim < 1 or np.shape(fraction) not in ((), a.shape[:1]):
     raise ValueError(
-      f"Got a of shape {a.shape}, b {b.shape} and fraction {np.shape(fraction)}; wanted a and b alike, [B, ...], and a scalar"
+      f"Got a of shape {a.shape}, b {b.shape} and fraction {np.shape(fraction)}; expected a and b alike, [B, ...], and a scalar"
       " fraction or [B]."
     )
   precision = widest(a, b)
@@ -167,7 +167,7 @@ def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, 
   """
   if a.shape != b.shape or np.ndim(fractions) != 1:
     raise ValueError(
-      f"Got a of shape {a.shape}, b {b.shape} and fractions {np.shape(fractions)}; wanted a and b alike, and fractions [F]."
+      f"Got a of shape {a.shape}, b {b.shape} and fractions {np.shape(fractions)}; expected a and b alike, and fractions [F]."
     )
   ends = jnp.stack([a, b])
   noise_a, noise_b = jax.lax.map(lambda x: invert(sampler, denoise, process, x, times), ends)
@@ -187,4 +187,6 @@ def _check_falling(times, sampler: Sampler, x: Array) -> None:
   """Raise a ValueError unless `times` is a grid that goes from noise to data."""
   check_times(times, sampler, x)
   if not isinstance(times, jax.core.Tracer) and times[0] < times[-1]:
-    raise ValueError(f"Got times {np.asarray(times)} that rise; wanted the decreasing grid that images are decoded on.")
+    raise ValueError(
+      f"Got times {np.asarray(times)} that rise; expected the decreasing grid that images are decoded on."
+    )

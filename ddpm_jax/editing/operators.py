@@ -15,7 +15,7 @@ from ddpm_jax.arguments import check_kinds
 Array = jax.Array
 Operator = Callable[[Array], Array]
 
-# Rec. 601: what a grey image is made of.
+# Rec. 601: what a gray image is made of.
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -47,7 +47,7 @@ def blur(std: float) -> Operator:
     ValueError: if std is not positive and finite.
   """
   if not 0 < std < math.inf:
-    raise ValueError(f"Got std={std}; wanted a finite standard deviation above 0, in pixels.")
+    raise ValueError(f"Got std={std}; expected a finite standard deviation above 0, in pixels.")
   radius = max(1, math.ceil(4 * std - 0.5))
   weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
   weights /= weights.sum()
@@ -73,7 +73,7 @@ def downsample(factor: int) -> Operator:
     ValueError: if the factor is not a whole number of at least 1; when called, if it does not divide height and width.
   """
   if factor != int(factor) or factor < 1:
-    raise ValueError(f"Got factor={factor}; wanted a whole number of at least 1, such as 4.")
+    raise ValueError(f"Got factor={factor}; expected a whole number of at least 1, such as 4.")
   factor = int(factor)
 
   def apply(x):
@@ -81,7 +81,7 @@ def downsample(factor: int) -> Operator:
     batch, height, width, channels = x.shape
     if height % factor or width % factor:
       raise ValueError(
-        f"Got images of {height} by {width} pixels; wanted multiples of {factor}: crop or pad them first."
+        f"Got images of {height} by {width} pixels; expected multiples of {factor}: crop or pad them first."
       )
     boxes = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
     return boxes.mean((2, 4))
@@ -90,14 +90,14 @@ def downsample(factor: int) -> Operator:
 
 
 @check_kinds
-def grey(x: Array) -> Array:
-  """The luma of colour images [B, H, W, 3], [B, H, W, 1], by the weights of Rec. 601.
+def gray(x: Array) -> Array:
+  """The luma of color images [B, H, W, 3], [B, H, W, 1], by the weights of Rec. 601.
 
   Raises:
     ValueError: if x does not have 3 channels.
   """
   if x.ndim < 1 or x.shape[-1] != 3:
-    raise ValueError(f"Got images of shape {x.shape}; wanted 3 channels, red, green and blue, in the last axis.")
+    raise ValueError(f"Got images of shape {x.shape}; expected 3 channels, red, green and blue, in the last axis.")
   luma = jnp.asarray(_LUMA, x.dtype).reshape((1,) * (x.ndim - 1) + (3,))
   return jnp.sum(x * luma, axis=-1, keepdims=True)
 
@@ -115,7 +115,7 @@ def transpose(operator: Operator, x: Array) -> Operator:
     jax.eval_shape(adjoint, jax.eval_shape(operator, example))
   except (NotImplementedError, AssertionError, TypeError) as error:
     raise ValueError(
-      "Got an operator that JAX cannot transpose; wanted a linear one, such as editing.downsample(4). For others, editing.dps"
+      "Got an operator that JAX cannot transpose; expected a linear one, such as editing.downsample(4). For others, editing.dps"
       f" needs a derivative only. JAX says: {str(error) or type(error).__name__}"
     ) from error
   # JAX transposes x + 1 like x.
@@ -123,7 +123,7 @@ def transpose(operator: Operator, x: Array) -> Operator:
     offset = operator(jnp.zeros(x.shape, x.dtype))
     if not isinstance(offset, jax.core.Tracer) and bool(jnp.any(offset != 0)):
       raise ValueError(
-        "Got an operator that does not take 0 to 0; wanted a linear one. Subtract what it adds from the operator and from"
+        "Got an operator that does not take 0 to 0; expected a linear one. Subtract what it adds from the operator and from"
         " the measurement."
       )
   return lambda y: adjoint(y)[0]
@@ -133,7 +133,7 @@ def check_boolean(keep) -> None:
   """Raises a ValueError unless `keep` holds booleans."""
   if jnp.result_type(keep) != jnp.bool_:
     raise ValueError(
-      f"Got a mask of dtype {jnp.result_type(keep)}; wanted booleans, True where a pixel is known, as mask > 0.5."
+      f"Got a mask of dtype {jnp.result_type(keep)}; expected booleans, True where a pixel is known, as mask > 0.5."
     )
 
 
@@ -144,4 +144,4 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 def _check_images(x: Array) -> None:
   if x.ndim != 4:
-    raise ValueError(f"Got an array of shape {x.shape}; wanted images [B, H, W, C].")
+    raise ValueError(f"Got an array of shape {x.shape}; expected images [B, H, W, C].")

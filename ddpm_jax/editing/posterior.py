@@ -41,7 +41,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
     ValueError: if scale is negative or not finite; in a step, if the measurement's shape does not fit the operator's.
   """
   if not 0 <= scale < math.inf:
-    raise ValueError(f"Got scale={scale}; wanted it finite and at least 0, such as 1.")
+    raise ValueError(f"Got scale={scale}; expected it finite and at least 0, such as 1.")
 
   def distance(x_0):
     squared = jnp.square(_residual(operator, measurement, x_0))
@@ -116,11 +116,11 @@ def posterior(
       called, if the operator is not linear, or the measurement's shape does not fit.
   """
   if not 0 < noise_std < math.inf:
-    raise ValueError(f"Got noise_std={noise_std}; wanted it above 0, such as 0.01 for measurements without noise.")
+    raise ValueError(f"Got noise_std={noise_std}; expected it above 0, such as 0.01 for measurements without noise.")
   if covariance not in ("tweedie", "isotropic"):
-    raise ValueError(f"Got covariance={covariance!r}; wanted 'tweedie' or 'isotropic'.")
+    raise ValueError(f"Got covariance={covariance!r}; expected 'tweedie' or 'isotropic'.")
   if iterations != int(iterations) or iterations < 1:
-    raise ValueError(f"Got iterations={iterations}; wanted a whole number of at least 1, such as 5.")
+    raise ValueError(f"Got iterations={iterations}; expected a whole number of at least 1, such as 5.")
 
   def conditioned(x_t, t):
     x_0, pull_back, denoised = _with_derivative(denoise, x_t, t)
@@ -160,7 +160,7 @@ def _residual(operator: Operator, measurement, x_0: Array) -> Array:
   measured = operator(x_0)
   if not broadcasts(np.shape(measurement), measured.shape):
     raise ValueError(
-      f"Got a measurement of shape {np.shape(measurement)} and an operator that gives {measured.shape} for x of shape {x_0.shape}; wanted"
+      f"Got a measurement of shape {np.shape(measurement)} and an operator that gives {measured.shape} for x of shape {x_0.shape}; expected"
       " the measurement in that shape, or to broadcast to it."
     )
   return jnp.broadcast_to(jnp.asarray(measurement, measured.dtype), measured.shape) - measured

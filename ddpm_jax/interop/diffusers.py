@@ -170,7 +170,7 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
   if channels > config["in_channels"] or made % (2 if learned else 1):
     raise ValueError(
       f"Got {folder}, with in_channels={config['in_channels']}, out_channels={made} and a variance that is"
-      f" {'learned' if learned else 'fixed'}; wanted as many channels out as in, or twice as many for a learned_range variance."
+      f" {'learned' if learned else 'fixed'}; expected as many channels out as in, or twice as many for a learned_range variance."
     )
   return channels
 
@@ -244,7 +244,7 @@ def config_paths(folder: Path) -> tuple[Path, Path]:
       parts = _parts(content)
     if not {"unet", "scheduler"} >= set(parts):
       raise ValueError(
-        f"Got {folder}, a {content.get('_class_name')} of {', '.join(parts)}; wanted a pixel pipeline, of"
+        f"Got {folder}, a {content.get('_class_name')} of {', '.join(parts)}; expected a pixel pipeline, of"
         " unet and scheduler alone, such as a DDPMPipeline or a DDIMPipeline."
       )
   nested = (folder / "unet").is_dir()
@@ -253,7 +253,7 @@ def config_paths(folder: Path) -> tuple[Path, Path]:
   for file, what in ((unet_folder / "config.json", "network"), (scheduler, "scheduler")):
     if not file.is_file():
       raise ValueError(
-        f"Got {folder}, where {file.relative_to(folder)}, the config of the {what}, is missing; wanted a folder that diffusers'"
+        f"Got {folder}, where {file.relative_to(folder)}, the config of the {what}, is missing; expected a folder that diffusers'"
         " save_pretrained wrote, nested (unet/, scheduler/) or flat."
       )
   return unet_folder / "config.json", scheduler
@@ -283,7 +283,7 @@ def find(path: str | Path, *, weights: bool = True) -> Path:
   name = str(path)
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
     raise ValueError(
-      f"Got {name}, which is no folder; wanted one, or a name on the hub such as google/ddpm-cifar10-32."
+      f"Got {name}, which is no folder; expected one, or a name on the hub such as google/ddpm-cifar10-32."
     )
   try:
     import huggingface_hub
@@ -400,7 +400,7 @@ def save(
   wanted = shape[2] * (2 if prediction.learned_variance else 1)
   if network.out_channels != wanted:
     raise ValueError(
-      f"Got a network of out_channels={network.out_channels} for images of {shape}; wanted {wanted}"
+      f"Got a network of out_channels={network.out_channels} for images of {shape}; expected {wanted}"
       f"{', twice the channels, for a learned variance' if prediction.learned_variance else ''}."
     )
   unet_config = unet2d.config_of(network, (shape[0], shape[1], shape[2]))

@@ -215,7 +215,7 @@ def load_classifier(
   file = tensors.Tensors(path, _ANCHOR, _WHAT)
   if "out.2.positional_embedding" not in file.shapes:
     raise ValueError(
-      f"Got {file.path}, which has no out.2.positional_embedding; wanted a classifier with --classifier_pool attention."
+      f"Got {file.path}, which has no out.2.positional_embedding; expected a classifier with --classifier_pool attention."
     )
   levels, blocks = _levels_of_encoder(file, blocks)
   cells = _shape(file, "out.2.positional_embedding")[1] - 1
@@ -242,14 +242,14 @@ def load_classifier(
 
 def _shape(file: tensors.Tensors, name: str) -> tuple[int, ...]:
   if name not in file.shapes:
-    raise ValueError(f"Got {file.path}, which has no {name}; wanted a {_WHAT}.")
+    raise ValueError(f"Got {file.path}, which has no {name}; expected a {_WHAT}.")
   return file.shapes[name]
 
 
 def _count(file: tensors.Tensors, part: str) -> int:
   indices = [int(match[1]) for name in file.shapes if (match := re.match(rf"{part}\.(\d+)\.", name))]
   if not indices:
-    raise ValueError(f"Got {file.path}, which has no {part}; wanted a {_WHAT}.")
+    raise ValueError(f"Got {file.path}, which has no {part}; expected a {_WHAT}.")
   return max(indices) + 1
 
 
@@ -267,7 +267,7 @@ def _levels_of_unet(file: tensors.Tensors) -> tuple[int, int]:
   )
   if total % (ups + 1) or _count(file, "input_blocks") != total:
     raise ValueError(
-      f"Got {file.path}, whose {total} output_blocks do not divide into {ups + 1} levels; wanted a model that resamples by"
+      f"Got {file.path}, whose {total} output_blocks do not divide into {ups + 1} levels; expected a model that resamples by"
       " convolutions or residual blocks."
     )
   return ups + 1, total // (ups + 1) - 1
@@ -320,7 +320,7 @@ def _options(
   attended = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
   if (heads is None) == (head_channels is None):
     raise ValueError(
-      f"Got heads={heads}, head_channels={head_channels} for {file.path}, whose shapes do not tell; wanted one of them:"
+      f"Got heads={heads}, head_channels={head_channels} for {file.path}, whose shapes do not tell; expected one of them:"
       " head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
     )
   downs = [

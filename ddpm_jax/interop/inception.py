@@ -59,7 +59,7 @@ def _read_checked(path: str | Path, sha256_prefix: str) -> tuple[dict[str, np.nd
   sha256 = _source(path) if own else _sha256(path)
   if not sha256.startswith(sha256_prefix):
     raise ValueError(
-      f"Got {path} ({path.stat().st_size:,} bytes){', made from a file' if own else ''} with the SHA-256 {sha256}; wanted the published"
+      f"Got {path} ({path.stat().st_size:,} bytes){', made from a file' if own else ''} with the SHA-256 {sha256}; expected the published"
       f" weights, whose hash begins with {sha256_prefix}: {_FILES}. Other weights have other features, in which no distance is FID; to"
       " use them all the same, say so: --config.evaluation.inception_sha256=''."
     )
@@ -88,7 +88,7 @@ def _existing(path: str | Path) -> Path:
       else "Got no Inception weights"
     )
     raise ValueError(
-      f"{given}; wanted the published file: {_FILES}. Give it by --inception_weights=<file>; --mode=convert --inception_weights=<file>.pth"
+      f"{given}; expected the published file: {_FILES}. Give it by --inception_weights=<file>; --mode=convert --inception_weights=<file>.pth"
       " --output=<new file>.safetensors makes one of it that needs no PyTorch. Or score in other features:"
       " --config.evaluation.features=pixels."
     )
@@ -117,7 +117,7 @@ def _source(path: Path) -> str:
   source = metadata.get(_SOURCE)
   if source is None or sealed.KEY not in metadata:
     raise ValueError(
-      f"Got {path}, which does not say which file it was made from, or has no digest of its tensors; wanted one that --mode=convert made."
+      f"Got {path}, which does not say which file it was made from, or has no digest of its tensors; expected one that --mode=convert made."
     )
   return source
 

@@ -301,14 +301,14 @@ def config_of(
   plain = prediction._replace(learned_variance=False)
   kinds = {predictions.EPS: "epsilon", predictions.X0: "sample", predictions.V: "v_prediction"}
   if plain not in kinds:
-    raise ValueError("Got a prediction that diffusers' discrete schedulers do not know; wanted EPS, X0 or V.")
+    raise ValueError("Got a prediction that diffusers' discrete schedulers do not know; expected EPS, X0 or V.")
   ours = ("learned",) if prediction.learned_variance else ("small", "large")
   if variance not in _VARIANCES.values() or (variance == "learned" and not prediction.learned_variance):
-    raise ValueError(f"Got variance={variance!r}; wanted {' or '.join(map(repr, ours))} for this prediction.")
+    raise ValueError(f"Got variance={variance!r}; expected {' or '.join(map(repr, ours))} for this prediction.")
   if spacing not in _SPACINGS:
-    raise ValueError(f"Got spacing={spacing!r}; wanted {', '.join(_SPACINGS)}, which diffusers knows.")
+    raise ValueError(f"Got spacing={spacing!r}; expected {', '.join(_SPACINGS)}, which diffusers knows.")
   if clip is not None and not clip > 0:
-    raise ValueError(f"Got clip={clip}; wanted it above 0, such as 1, or None for no clipping.")
+    raise ValueError(f"Got clip={clip}; expected it above 0, such as 1, or None for no clipping.")
   betas = betas_of(process)
   schedule, ends, zero = _name(betas)
   return {
@@ -355,7 +355,7 @@ def betas_of(process: Process) -> np.ndarray:
 
 def _not_discrete(why: str) -> ValueError:
   return ValueError(
-    f"Got a process that diffusers' DDPM pipeline cannot sample ({why}); wanted a discrete one, or vp. Models of other"
+    f"Got a process that diffusers' DDPM pipeline cannot sample ({why}); expected a discrete one, or vp. Models of other"
     " processes stay in this package's own checkpoints."
   )
 
@@ -378,6 +378,6 @@ def _name(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
 
 def _unsupported(name: str, key: str, value: Any, *known: Any) -> ValueError:
   return ValueError(
-    f"Got a {name} with {key}={jsonfiles.show(value)}, which has no counterpart here; wanted {' or '.join(map(repr, known))}. Change it in"
+    f"Got a {name} with {key}={jsonfiles.show(value)}, which has no counterpart here; expected {' or '.join(map(repr, known))}. Change it in"
     " scheduler_config.json if the model does without."
   )

@@ -59,7 +59,7 @@ class Tensors:
       self._pickled, entries = _unpickle(self.path)
       shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
     else:
-      raise ValueError(f"Got the weights {self.path}; wanted a file ending in .safetensors or {', '.join(_PICKLES)}.")
+      raise ValueError(f"Got the weights {self.path}; expected a file ending in .safetensors or {', '.join(_PICKLES)}.")
     self._prefix = _prefix(self.path, shapes, anchor, what, entries)
     self.shapes: Shapes = _without_prefix(shapes, self._prefix)
 
@@ -194,7 +194,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
   except Exception as error:
     raise _unreadable(path, error) from error
   if not isinstance(loaded, Mapping):
-    raise ValueError(f"Got {path}, which holds a {type(loaded).__name__}; wanted a state dict: tensors by name.")
+    raise ValueError(f"Got {path}, which holds a {type(loaded).__name__}; expected a state dict: tensors by name.")
   entries = _some([f"{name} ({type(value).__name__})" for name, value in loaded.items()])
   found: dict[str, Any] = {}
   # Not by recursion: a pickle may be nested as deeply as it likes.
@@ -210,7 +210,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
       waiting += [(f"{place}.{key}" if place else str(key), inner) for key, inner in reversed(list(value.items()))]
   if not found:
     raise ValueError(
-      f"Got {path}, which holds {entries or 'no entry'}; wanted a state dict: tensors by name, or a checkpoint with one in it."
+      f"Got {path}, which holds {entries or 'no entry'}; expected a state dict: tensors by name, or a checkpoint with one in it."
     )
   return found, f"the entries {entries}"
 

@@ -105,7 +105,7 @@ def unet_of(given: Mapping[str, Any]) -> UNet:
   downs, ups = ([_kind(name) for name in c[key]] for key in ("down_block_types", "up_block_types"))
   if not len(downs) == len(ups) == levels:
     raise ValueError(
-      f"Got {len(downs)} down_block_types, {len(ups)} up_block_types and {levels} block_out_channels; wanted as many of each."
+      f"Got {len(downs)} down_block_types, {len(ups)} up_block_types and {levels} block_out_channels; expected as many of each."
     )
   down = [_way(kind, "Down", "down_block_types", c["downsample_type"]) for kind in downs]
   up = [_way(kind, "Up", "up_block_types", c["upsample_type"]) for kind in ups][::-1]
@@ -235,15 +235,15 @@ def complete(given: Mapping[str, Any]) -> Config:
   jsonfiles.check_types(given, _TYPES, "UNet2DModel")
   name = given.get("_class_name", "UNet2DModel")
   if name not in ("UNet2DModel", "UNetUnconditionalModel"):
-    raise ValueError(f"Got a network of class {name}; wanted a UNet2DModel, the U-Net of diffusers' pixel models.")
+    raise ValueError(f"Got a network of class {name}; expected a UNet2DModel, the U-Net of diffusers' pixel models.")
   for key in _COUNTS:
     value = given.get(key)
     values = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if any(item < 1 for item in values) or (values is value and not values):
-      raise ValueError(f"Got a UNet2DModel with {key}={jsonfiles.show(value)}; wanted at least 1.")
+      raise ValueError(f"Got a UNet2DModel with {key}={jsonfiles.show(value)}; expected at least 1.")
   size = given.get("sample_size")
   if isinstance(size, list | tuple) and len(size) != 2:
-    raise ValueError(f"Got a UNet2DModel with sample_size={size!r}; wanted one number, or height and width.")
+    raise ValueError(f"Got a UNet2DModel with sample_size={size!r}; expected one number, or height and width.")
   unknown = {key: value for key, value in given.items() if key not in DEFAULTS and not key.startswith("_")}
   for key, value in unknown.items():
     if value not in (None, False):

@@ -142,7 +142,7 @@ def continuous_bound(
   """
   check_data(key, x_0, on_levels=True)
   if draws != int(draws) or draws < 2 or draws % 2:
-    raise ValueError(f"Got draws={draws}; wanted an even number of network calls an image, at least 2, such as 128.")
+    raise ValueError(f"Got draws={draws}; expected an even number of network calls an image, at least 2, such as 128.")
   start = as_time(t_min) if t_min is not None else jnp.maximum(process.time_of(_MOST_LOG_SNR), first_time(process))
   if t_min is not None:
     check_t_min(process, t_min)
@@ -193,7 +193,7 @@ def _ranges(process: Process, last: int, draws: int) -> tuple[np.ndarray, np.nda
   """Of each draw the first step that it may take and how many there are [draws]: step 1 twice, then ranges of steps twice each."""
   if draws != int(draws) or draws % 2 or not 4 <= draws <= 2 * last:
     raise ValueError(
-      f"Got draws={draws} for {last} steps; wanted an even number from 4 to {2 * last}, or None for all steps."
+      f"Got draws={draws} for {last} steps; expected an even number from 4 to {2 * last}, or None for all steps."
     )
   count = int(draws) // 2 - 1
   with jax.ensure_compile_time_eval():

@@ -42,7 +42,7 @@ def summary(bits, axis: int = 0) -> Summary:
   bits = jnp.asarray(bits)
   count = bits.shape[axis] if bits.ndim else 1
   if count < 2:
-    raise ValueError(f"Got values of shape {bits.shape}; wanted 2 or more along axis {axis}, to tell their spread.")
+    raise ValueError(f"Got values of shape {bits.shape}; expected 2 or more along axis {axis}, to tell their spread.")
   return Summary(jnp.mean(bits, axis), jnp.std(bits, axis, ddof=1) / math.sqrt(count))
 
 
@@ -50,7 +50,7 @@ def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
   """Raises a ValueError unless `x_0` [B, ...] holds floats, known ones on the 256 levels if so wanted, with a key for each or one."""
   check_batch(x_0)
   if jnp.ndim(x_0) < 2:
-    raise ValueError(f"Got data of shape {jnp.shape(x_0)}; wanted a batch of them, [B, ...].")
+    raise ValueError(f"Got data of shape {jnp.shape(x_0)}; expected a batch of them, [B, ...].")
   randomness.check_keys(key, x_0.shape[0])
   if not on_levels or isinstance(x_0, jax.core.Tracer):
     return
@@ -58,7 +58,7 @@ def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
   # As far as float32 rounds, and a little; bfloat16 does not hold the levels.
   if not np.all((np.abs(values - np.rint(values)) < 1e-2) & (values > -0.5) & (values < LEVELS - 0.5)):
     raise ValueError(
-      f"Got data from {np.min(x_0):g} to {np.max(x_0):g} that do not lie on {LEVELS} levels; wanted images.from_uint8(images), which is"
+      f"Got data from {np.min(x_0):g} to {np.max(x_0):g} that do not lie on {LEVELS} levels; expected images.from_uint8(images), which is"
       " images / 127.5 - 1, in float32. For the density of continuous data: ode_bits(..., dequantize=False)."
     )
 
@@ -75,5 +75,5 @@ def check_t_min(process: Process, t_min: float) -> None:
   """Raises a ValueError unless 0 < t_min < t_max."""
   if not 0 < t_min < process.t_max:
     raise ValueError(
-      f"Got t_min={t_min}; wanted it in (0, {process.t_max:g}), such as process.t_min={process.t_min:g}."
+      f"Got t_min={t_min}; expected it in (0, {process.t_max:g}), such as process.t_min={process.t_min:g}."
     )

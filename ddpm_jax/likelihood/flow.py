@@ -128,12 +128,12 @@ def ode_bits(
 
 def _check(probes: int, noise: str, exact: bool, dimensions: int) -> None:
   if probes != int(probes) or probes < 1:
-    raise ValueError(f"Got probes={probes}; wanted a whole number of at least 1.")
+    raise ValueError(f"Got probes={probes}; expected a whole number of at least 1.")
   if noise not in _NOISES:
-    raise ValueError(f"Got noise={noise!r}; wanted 'rademacher' or 'gaussian'.")
+    raise ValueError(f"Got noise={noise!r}; expected 'rademacher' or 'gaussian'.")
   if exact and dimensions > _MOST_DIMENSIONS:
     raise ValueError(
-      f"Got exact=True for data of {dimensions} dimensions, which takes as many derivatives of the network at every time; wanted at most"
+      f"Got exact=True for data of {dimensions} dimensions, which takes as many derivatives of the network at every time; expected at most"
       f" {_MOST_DIMENSIONS}. Take probes instead, such as probes=4: their mean has no bias."
     )
 

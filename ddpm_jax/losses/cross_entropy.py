@@ -49,7 +49,7 @@ def classification_loss(
   """
   if classes.shape != x_0.shape[:1] or not jnp.issubdtype(classes.dtype, jnp.integer):
     raise ValueError(
-      f"Got classes of shape {classes.shape} and type {classes.dtype} for data of shape {x_0.shape}; wanted one integer a sample,"
+      f"Got classes of shape {classes.shape} and type {classes.dtype} for data of shape {x_0.shape}; expected one integer a sample,"
       f" {x_0.shape[:1]}."
     )
   t, importance, _, x_t = perturbed(key, process, x_0, times)

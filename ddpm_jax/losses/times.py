@@ -77,7 +77,7 @@ def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeD
 
   Args:
     process: the forward process.
-    mean: of z; below 0 favours little noise.
+    mean: of z; below 0 favors little noise.
     std: of z.
 
   Raises:
@@ -108,10 +108,10 @@ def loss_moments(process: Process, size: int = 10) -> LossMoments:
   """
   if process.num_steps is None:
     raise ValueError(
-      "Got a continuous process for importance sampling, which keeps losses by step; wanted a discrete one."
+      "Got a continuous process for importance sampling, which keeps losses by step; expected a discrete one."
     )
   if size < 1:
-    raise ValueError(f"Got size={size}; wanted at least 1 loss a step, such as 10.")
+    raise ValueError(f"Got size={size}; expected at least 1 loss a step, such as 10.")
   return LossMoments(jnp.zeros((process.num_steps, size), jnp.float32), jnp.zeros((process.num_steps,), jnp.int32))
 
 
@@ -205,7 +205,7 @@ def importance(process: Process, *, size: int = 10, uniform_share: float = 0.001
 
 def _check_share(uniform_share: float) -> None:
   if not 0 < uniform_share <= 1:
-    raise ValueError(f"Got uniform_share={uniform_share}; wanted it in (0, 1], such as 0.001.")
+    raise ValueError(f"Got uniform_share={uniform_share}; expected it in (0, 1], such as 0.001.")
 
 
 def _unweighted(draw: Callable[[Array], Array]) -> TimeDistribution:
@@ -227,7 +227,7 @@ def _range(process: Process, t_min: float | None) -> Callable[[Array], Array]:
   low = 1e-5 * process.t_max if t_min is None else t_min
   if not 0 < low < process.t_max:
     raise ValueError(
-      f"Got t_min={low}; wanted 0 < t_min < t_max={process.t_max}: at 0 there is no noise to learn from."
+      f"Got t_min={low}; expected 0 < t_min < t_max={process.t_max}: at 0 there is no noise to learn from."
     )
   return lambda u: low + (process.t_max - low) * u
 
@@ -246,4 +246,4 @@ def _normals(keys: Array) -> Array:
 
 def _check_std(std: float) -> None:
   if not std > 0:
-    raise ValueError(f"Got std={std}; wanted it above 0.")
+    raise ValueError(f"Got std={std}; expected it above 0.")

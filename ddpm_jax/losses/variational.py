@@ -74,16 +74,16 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
   n = process.num_steps
   if n is None or n < 2:
     raise ValueError(
-      "Got a process without steps for the variational bound; wanted a discrete one of at least 2 steps."
+      "Got a process without steps for the variational bound; expected a discrete one of at least 2 steps."
     )
   if variance not in ("small", "large", "learned"):
-    raise ValueError(f"Got variance={variance!r}; wanted 'small', 'large' or 'learned'.")
+    raise ValueError(f"Got variance={variance!r}; expected 'small', 'large' or 'learned'.")
   if variance == "learned" and learned_fraction(denoised) is None:
-    raise ValueError("Got variance='learned' and an estimate without variance; wanted a learned_range prediction.")
+    raise ValueError("Got variance='learned' and an estimate without variance; expected a learned_range prediction.")
   if not isinstance(t, jax.core.Tracer) and not np.all(
     np.isclose(np.rint(np.multiply(t, n)), np.multiply(t, n), atol=1e-2) & (np.multiply(t, n) > 0.5)
   ):
-    raise ValueError(f"Got t={np.asarray(t)}; wanted steps, n/{n} for n = 1 to {n}.")
+    raise ValueError(f"Got t={np.asarray(t)}; expected steps, n/{n} for n = 1 to {n}.")
   t = jnp.asarray(t)
   step = jnp.round(t * n)
   t, s = step / n, (step - 1) / n
@@ -144,7 +144,7 @@ def hybrid_loss(
   num_steps = process.num_steps
   if num_steps is None or not prediction.learned_variance:
     raise ValueError(
-      "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; wanted"
+      "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; expected"
       " processes.discrete(betas) and predictions.learned_range(EPS), X0 or V."
     )
   drawn = draw(key, apply, process, prediction, x_0, times=times, label=label)

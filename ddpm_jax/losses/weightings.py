@@ -51,7 +51,7 @@ def min_snr(gamma: float = 5.0) -> Weighting:
     ValueError: if gamma is not positive.
   """
   if not gamma > 0:
-    raise ValueError(f"Got gamma={gamma}; wanted it above 0, such as 5.")
+    raise ValueError(f"Got gamma={gamma}; expected it above 0, such as 5.")
   return lambda log_snr: jnp.minimum(1, gamma * jnp.exp(-log_snr))
 
 
@@ -63,7 +63,7 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
     ValueError: if gamma is negative or k is not positive.
   """
   if not (gamma >= 0 and k > 0):
-    raise ValueError(f"Got gamma={gamma}, k={k}; wanted gamma at least 0 and k above 0, as in p2(1, 1).")
+    raise ValueError(f"Got gamma={gamma}, k={k}; expected gamma at least 0 and k above 0, as in p2(1, 1).")
   return lambda log_snr: (k + jnp.exp(log_snr)) ** -gamma
 
 
@@ -89,7 +89,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
     ValueError: if sigma_data is not positive.
   """
   if not sigma_data > 0:
-    raise ValueError(f"Got sigma_data={sigma_data}; wanted the data's standard deviation, above 0, such as 0.5.")
+    raise ValueError(f"Got sigma_data={sigma_data}; expected the data's standard deviation, above 0, such as 0.5.")
   return lambda log_snr: 1 + jnp.exp(-log_snr) / sigma_data**2
 
 

@@ -15,7 +15,7 @@ from ddpm_jax.metrics.frechet import check_rank, frechet_distance
 from ddpm_jax.metrics.inception import check_colors, inception_space, resize_clean, resize_tf1
 from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
 from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
-from ddpm_jax.metrics.neighbours import Neighbourhoods, nearest, neighbourhoods, precision_recall
+from ddpm_jax.metrics.neighbors import Neighborhoods, nearest, neighborhoods, precision_recall
 from ddpm_jax.metrics.statistics import Statistics, load_statistics, save_statistics
 from ddpm_jax.storage.sealed import digest
 
@@ -27,7 +27,7 @@ __all__ = [
   "KernelDistance",
   "MomentSum",
   "Moments",
-  "Neighbourhoods",
+  "Neighborhoods",
   "Statistics",
   "check_colors",
   "check_images",
@@ -50,7 +50,7 @@ __all__ = [
   "mmd",
   "moments",
   "nearest",
-  "neighbourhoods",
+  "neighborhoods",
   "pixel_space",
   "precision_recall",
   "resize_clean",

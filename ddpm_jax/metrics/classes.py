@@ -38,13 +38,13 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
   """
   log_p = np.asarray(log_probs, np.float64)
   if log_p.ndim != 2 or not log_p.shape[1]:
-    raise ValueError(f"Got log-probabilities of shape {log_p.shape}; wanted [B, K].")
+    raise ValueError(f"Got log-probabilities of shape {log_p.shape}; expected [B, K].")
   bad = int(np.count_nonzero(~np.isfinite(log_p).all(1)))
   if bad:
-    raise ValueError(f"Got {bad:,} of {len(log_p):,} rows of log-probabilities that are not finite; wanted none.")
+    raise ValueError(f"Got {bad:,} of {len(log_p):,} rows of log-probabilities that are not finite; expected none.")
   if not 1 <= splits <= total or first < 0 or first + len(log_p) > total:
     raise ValueError(
-      f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; wanted no more samples than there are, and"
+      f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; expected no more samples than there are, and"
       " a sample for each split."
     )
   # Exact sums of 1, which those in float32 are not.
@@ -72,7 +72,7 @@ def merge_classes(a: ClassStatistics, b: ClassStatistics) -> ClassStatistics:
   """
   if a.probs.shape != b.probs.shape:
     raise ValueError(
-      f"Got statistics [S, K] of {a.probs.shape} and {b.probs.shape}; wanted the same splits and classes."
+      f"Got statistics [S, K] of {a.probs.shape} and {b.probs.shape}; expected the same splits and classes."
     )
   return ClassStatistics(*(x + y for x, y in zip(a, b, strict=True)))
 
@@ -84,7 +84,7 @@ def inception_score(statistics: ClassStatistics) -> tuple[float, float]:
     ValueError: if a split has no samples.
   """
   if not np.all(statistics.count > 0):
-    raise ValueError(f"Got splits of {statistics.count.tolist()} samples; wanted samples in each.")
+    raise ValueError(f"Got splits of {statistics.count.tolist()} samples; expected samples in each.")
   mean = statistics.probs / statistics.count[:, None]
   log_mean = np.log(np.where(mean > 0, mean, 1))
   scores = np.exp(statistics.negentropy / statistics.count - np.sum(mean * log_mean, 1))

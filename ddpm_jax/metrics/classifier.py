@@ -48,13 +48,13 @@ def train_classifier(
   labels = np.asarray(labels)
   if images.ndim != 4 or images.dtype != np.uint8 or not images.size or labels.shape != (len(images),):
     raise ValueError(
-      f"Got images of shape {images.shape} and type {images.dtype} with labels {labels.shape}; wanted uint8 [N, H, W, C] and [N]."
+      f"Got images of shape {images.shape} and type {images.dtype} with labels {labels.shape}; expected uint8 [N, H, W, C] and [N]."
     )
   if labels.dtype.kind not in "iu":
-    raise ValueError(f"Got labels of type {labels.dtype}; wanted integers.")
+    raise ValueError(f"Got labels of type {labels.dtype}; expected integers.")
   if num_classes < 2 or labels.min() < 0 or labels.max() >= num_classes or steps < 1:
     raise ValueError(
-      f"Got labels {labels.min()} to {labels.max()} of {num_classes} classes and {steps} steps; wanted two classes or more, labels"
+      f"Got labels {labels.min()} to {labels.max()} of {num_classes} classes and {steps} steps; expected two classes or more, labels"
       " from 0 on, and a step or more."
     )
   network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
@@ -116,7 +116,7 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
   def prepare(images: np.ndarray) -> np.ndarray:
     if images.shape[-1] != channels:
       raise ValueError(
-        f"Got images of {images.shape[-1]} channels for a classifier of images of {channels}; wanted images as it learned from."
+        f"Got images of {images.shape[-1]} channels for a classifier of images of {channels}; expected images as it learned from."
       )
     return from_uint8(images)
 

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
 
   Attributes:
     scores: of `SCORES`.
-    k: the neighbour that sets a ball's width.
+    k: the neighbor that sets a ball's width.
     most_kept: features of a set that are kept for the scores of pairs; of a larger set, so many at random.
     kernel_subsets: random subsets of the kernel distance.
     kernel_size: features in each; 0: the smaller of 1,000 and half of what is kept.
@@ -63,12 +63,14 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
     ValueError: if there are fewer than two images, other than `total`, or they are not uint8, or some features are not finite.
   """
   if total < 2:
-    raise ValueError(f"Got {total} image(s) to take statistics of; wanted two or more: the set is empty, or nearly so.")
+    raise ValueError(
+      f"Got {total} image(s) to take statistics of; expected two or more: the set is empty, or nearly so."
+    )
   features, spatial, classes = metrics.MomentSum(), None, None
   wanted, kept, first = _kept(total, settings.most_kept), [], 0
   for images in batches:
     if first + len(images) > total:
-      raise ValueError(f"Got {first + len(images):,} images or more where {total:,} were announced; wanted as many.")
+      raise ValueError(f"Got {first + len(images):,} images or more where {total:,} were announced; expected as many.")
     taps = extract(images)
     values = taps["features"]
     features.add(values)
@@ -82,7 +84,7 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
       kept.append(values[wanted[first : first + len(images)]])
     first += len(images)
   if first != total:
-    raise ValueError(f"Got {first:,} images where {total:,} were announced; wanted as many.")
+    raise ValueError(f"Got {first:,} images where {total:,} were announced; expected as many.")
   return Summary(
     total,
     metrics.gaussian(features.result()),
@@ -149,7 +151,7 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
   """
   unknown = sorted(set(settings.scores) - set(SCORES))
   if unknown:
-    raise ValueError(f"Got the scores {unknown}; wanted some of {', '.join(SCORES)}.")
+    raise ValueError(f"Got the scores {unknown}; expected some of {', '.join(SCORES)}.")
   called = {name: name for name in SCORES} | (names or {})
   scores: Scores = {}
   if "frechet" in settings.scores:
@@ -186,7 +188,7 @@ def _of_pairs(
   if wanted != ["kernel"]:
     # Of one size: balls are narrower among more points.
     size = min(len(generated), len(reference))
-    found = metrics.neighbourhoods(_some(generated, size), _some(reference, size), settings.k)._asdict()
+    found = metrics.neighborhoods(_some(generated, size), _some(reference, size), settings.k)._asdict()
     names = [name for pair in wanted if pair != "kernel" for name in pair.split("_")]
     scores |= {name: found[name] for name in names}
   return scores

@@ -45,7 +45,7 @@ def extractor(
     ValueError: if batch_size is less than 1, the images are not uint8 [N, H, W, C], or the space gives no `features`.
   """
   if batch_size < 1:
-    raise ValueError(f"Got a batch of {batch_size} images on each device; wanted one or more.")
+    raise ValueError(f"Got a batch of {batch_size} images on each device; expected one or more.")
   mesh = parallel.make_mesh(devices=jax.local_devices() if devices is None else devices)
   split, whole = parallel.split(mesh), parallel.replicated(mesh)
   params = jax.device_put(space.params, whole)
@@ -67,7 +67,7 @@ def extractor(
       taps = jax.device_get(apply(params, jax.device_put(full, split)))
       if "features" not in taps:
         raise ValueError(
-          f"Got the taps {sorted(taps)} from the feature space {space.name!r}; wanted 'features' [B, D] among them."
+          f"Got the taps {sorted(taps)} from the feature space {space.name!r}; expected 'features' [B, D] among them."
         )
       parts.append({name: tap[: len(batch)] for name, tap in taps.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -82,11 +82,11 @@ def check_images(images: np.ndarray) -> None:
     bad = int(np.count_nonzero(~np.isfinite(images).all(axes)))
     broken = f", {bad:,} of {len(images) if images.ndim else 1:,} with values that are not finite," if bad else ""
     raise ValueError(
-      f"Got images of type {images.dtype}{broken} to score; wanted uint8, as images.to_uint8 makes of sound images in [-1, 1]."
+      f"Got images of type {images.dtype}{broken} to score; expected uint8, as images.to_uint8 makes of sound images in [-1, 1]."
     )
   if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
     raise ValueError(
-      f"Got images of shape {images.shape} and type {images.dtype} to score; wanted at least one, uint8 [N, H, W, C]."
+      f"Got images of shape {images.shape} and type {images.dtype} to score; expected at least one, uint8 [N, H, W, C]."
     )
 
 

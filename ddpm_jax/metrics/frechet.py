@@ -26,7 +26,7 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
   first, second = (_fitted(x) for x in (a, b))
   if first.mean.shape != second.mean.shape:
     raise ValueError(
-      f"Got features of {first.mean.size} and {second.mean.size} dimensions; wanted [N, D] and [M, D] of one feature space."
+      f"Got features of {first.mean.size} and {second.mean.size} dimensions; expected [N, D] and [M, D] of one feature space."
     )
   if not allow_singular:
     for one in (first, second):
@@ -39,7 +39,9 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
 def _fitted(x: Features) -> Gaussian:
   one = x if isinstance(x, Gaussian) else gaussian(x)
   if not (np.all(np.isfinite(one.mean)) and np.all(np.isfinite(one.covariance))):
-    raise ValueError("Got a mean or a covariance that is not finite; wanted those of finite features of moderate size.")
+    raise ValueError(
+      "Got a mean or a covariance that is not finite; expected those of finite features of moderate size."
+    )
   return one
 
 

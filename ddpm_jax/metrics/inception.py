@@ -26,12 +26,12 @@ def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", pu
     ValueError: if `resize` is neither.
   """
   if resize not in ("tf1", "clean"):
-    raise ValueError(f"Got resize={resize!r}; wanted 'tf1', as the reference implementation of FID, or 'clean'.")
+    raise ValueError(f"Got resize={resize!r}; expected 'tf1', as the reference implementation of FID, or 'clean'.")
   network = Inception(taps=("2048", "logits_unbiased", "spatial"))
 
   def prepare(images: np.ndarray) -> np.ndarray:
-    colour = as_colour(images)
-    return colour if resize == "tf1" else resize_clean(colour)
+    color = as_color(images)
+    return color if resize == "tf1" else resize_clean(color)
 
   def apply(params, x):
     x = x.astype(jnp.float32)
@@ -49,7 +49,7 @@ def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", pu
   return FeatureSpace("inception", params, prepare, apply, provenance)
 
 
-def as_colour(images: np.ndarray) -> np.ndarray:
+def as_color(images: np.ndarray) -> np.ndarray:
   """Return images uint8 [B, H, W, 3] of such with three channels or one, which is repeated; raise a ValueError for others."""
   check_images(images)
   check_colors(images.shape[-1])
@@ -68,7 +68,7 @@ def check_colors(channels: int) -> None:
 def resize_tf1(x: Array, size: int = SIZE) -> Array:
   """Images [B, H, W, C] to [B, size, size, C], bilinear as TensorFlow 1 did it: pixel i of the result lies at i H / size.
 
-  No pixel's centre is its place then, and a larger image is sampled, not averaged: the numbers of papers follow from it.
+  No pixel's center is its place then, and a larger image is sampled, not averaged: the numbers of papers follow from it.
   """
   # Columns first, in the order and with the roundings of the reference. Gathered, as products with matrices of weights take up to fifty
   # times as long on a CPU.

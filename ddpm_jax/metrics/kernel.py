@@ -37,7 +37,7 @@ def kernel_distance(
   a, b = check_pair(a, b)
   if subsets < 1 or not 2 <= size <= min(len(a), len(b)):
     raise ValueError(
-      f"Got {subsets} subsets of {size} for {len(a)} and {len(b)} features; wanted 1 or more, of 2 up to the smaller number."
+      f"Got {subsets} subsets of {size} for {len(a)} and {len(b)} features; expected 1 or more, of 2 up to the smaller number."
     )
   rng = np.random.RandomState(seed)
   values = [
@@ -54,7 +54,7 @@ def mmd(a: np.ndarray, b: np.ndarray) -> float:
   """
   a, b = check_pair(a, b)
   if min(len(a), len(b)) < 2:
-    raise ValueError(f"Got {len(a)} and {len(b)} features to compare; wanted two or more of each.")
+    raise ValueError(f"Got {len(a)} and {len(b)} features to compare; expected two or more of each.")
   return _mmd(a, b)
 
 

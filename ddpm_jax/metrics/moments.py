@@ -53,14 +53,16 @@ class MomentSum:
       self._shift = features.mean(0) if len(features) else np.zeros(size)
       self._sum, self._scatter = np.zeros(size), np.zeros((size, size), order="F")
     if size != len(self._shift):
-      raise ValueError(f"Got features of {size} dimensions after some of {len(self._shift)}; wanted one feature space.")
+      raise ValueError(
+        f"Got features of {size} dimensions after some of {len(self._shift)}; expected one feature space."
+      )
     if not len(features):
       return
-    centred = features - self._shift
-    self._count += len(centred)
-    self._sum += centred.sum(0)
+    centered = features - self._shift
+    self._count += len(centered)
+    self._sum += centered.sum(0)
     # Half of the products: the upper triangle alone.
-    self._scatter = blas.dsyrk(1.0, centred.T, beta=1.0, c=self._scatter, overwrite_c=1)
+    self._scatter = blas.dsyrk(1.0, centered.T, beta=1.0, c=self._scatter, overwrite_c=1)
 
   def result(self) -> Moments:
     """The moments of all features so far."""
@@ -94,7 +96,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     # A process may have seen no image, and does not know of how many dimensions they are.
     return a if a.count or not b.mean.size else b
   if a.mean.shape != b.mean.shape:
-    raise ValueError(f"Got moments of {a.mean.size} and {b.mean.size} dimensions; wanted one feature space.")
+    raise ValueError(f"Got moments of {a.mean.size} and {b.mean.size} dimensions; expected one feature space.")
   count = a.count + b.count
   shift = b.mean - a.mean
   mean = a.mean + shift * (b.count / count)
@@ -111,7 +113,7 @@ def gaussian(features: "np.ndarray | Moments") -> Gaussian:
   """
   m = features if isinstance(features, Moments) else moments(features)
   if m.count < 2:
-    raise ValueError(f"Got {m.count} feature vector(s); wanted two or more, of which to take a covariance.")
+    raise ValueError(f"Got {m.count} feature vector(s); expected two or more, of which to take a covariance.")
   return Gaussian(m.mean, m.scatter / (m.count - 1), m.count)
 
 
@@ -119,12 +121,12 @@ def check_features(features: np.ndarray) -> np.ndarray:
   """Features as float64; raises a ValueError unless they are finite real numbers [N, D], D at least 1."""
   features = np.asarray(features)
   if features.ndim != 2 or not features.shape[1]:
-    raise ValueError(f"Got features of shape {features.shape}; wanted [N, D] with one dimension or more.")
+    raise ValueError(f"Got features of shape {features.shape}; expected [N, D] with one dimension or more.")
   features = _doubled(features)
   bad = len(features) - int(np.count_nonzero(np.isfinite(features).all(1)))
   if bad:
     raise ValueError(
-      f"Got {bad:,} of {len(features):,} feature vectors that are not finite (NaN or infinite); wanted none. The images they come"
+      f"Got {bad:,} of {len(features):,} feature vectors that are not finite (NaN or infinite); expected none. The images they come"
       " from are broken: mend or leave out these, no score can be trusted with them."
     )
   return features
@@ -133,7 +135,7 @@ def check_features(features: np.ndarray) -> np.ndarray:
 def _doubled(features: np.ndarray) -> np.ndarray:
   """As float64, which holds any smaller real type (bfloat16 too, which NumPy knows nothing of)."""
   if not np.can_cast(features.dtype, np.float64, "same_kind"):
-    raise ValueError(f"Got features of type {features.dtype}; wanted real numbers.")
+    raise ValueError(f"Got features of type {features.dtype}; expected real numbers.")
   return features.astype(np.float64, copy=False)
 
 
@@ -141,6 +143,6 @@ def check_pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Both as float64; raises a ValueError unless they are finite and of one space, [N, D] and [M, D]."""
   if np.ndim(a) != 2 or np.ndim(b) != 2 or np.shape(a)[1] != np.shape(b)[1]:
     raise ValueError(
-      f"Got features of shapes {np.shape(a)} and {np.shape(b)}; wanted [N, D] and [M, D] of one feature space."
+      f"Got features of shapes {np.shape(a)} and {np.shape(b)}; expected [N, D] and [M, D] of one feature space."
     )
   return check_features(a), check_features(b)

@@ -54,7 +54,7 @@ def load_statistics(path: str | Path) -> Statistics:
   path = Path(path)
   if not path.is_file():
     raise ValueError(
-      f"Got the reference statistics {str(path)!r}, a file that does not exist; wanted an .npz file with mu and sigma. Make one from any"
+      f"Got the reference statistics {str(path)!r}, a file that does not exist; expected an .npz file with mu and sigma. Make one from any"
       " data: --mode=stats --config=<recipe> --output=<file>.npz."
     )
   try:
@@ -64,14 +64,14 @@ def load_statistics(path: str | Path) -> Statistics:
       content = {name: file[name] for names in _NAMES.values() for name in names if name in file.files}
       names, about = file.files, json.loads(str(file["about"])) if "about" in file.files else {}
       if not isinstance(about, dict):
-        raise TypeError(f"its `about` is {type(about).__name__}, where a JSON object is wanted")
+        raise TypeError(f"its `about` is {type(about).__name__}, where a JSON object is expected")
   # A damaged archive raises whatever the code that unpacks it stumbles over.
   except Exception as error:
     raise ValueError(
       f"Cannot read {path} as an .npz file of statistics: {error}. Make it again, or fetch it again."
     ) from error
   if "mu" not in content or "sigma" not in content:
-    raise ValueError(f"Got {path} with the arrays {sorted(names)}; wanted mu [D] and sigma [D, D].")
+    raise ValueError(f"Got {path} with the arrays {sorted(names)}; expected mu [D] and sigma [D, D].")
   count = about.pop("count", None)
   gaussians = {
     name: _gaussian(path, content[mu], content[sigma], count) if mu in content and sigma in content else None
@@ -84,12 +84,12 @@ def load_statistics(path: str | Path) -> Statistics:
 
 def _gaussian(path: Path, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Gaussian:
   if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
-    raise ValueError(f"Got {path} with mu {mean.shape} and sigma {covariance.shape}; wanted [D] and [D, D].")
+    raise ValueError(f"Got {path} with mu {mean.shape} and sigma {covariance.shape}; expected [D] and [D, D].")
   if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
-    raise ValueError(f"Got {path} with mu of type {mean.dtype} and sigma of {covariance.dtype}; wanted real numbers.")
+    raise ValueError(f"Got {path} with mu of type {mean.dtype} and sigma of {covariance.dtype}; expected real numbers.")
   if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(covariance))):
-    raise ValueError(f"Got {path} with statistics that are not finite; wanted those of sound images. Make it again.")
+    raise ValueError(f"Got {path} with statistics that are not finite; expected those of sound images. Make it again.")
   # In float32 the two halves of a covariance may have been rounded apart.
   if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-4 * np.abs(covariance).max()):
-    raise ValueError(f"Got {path} with a sigma that is not symmetric; wanted a covariance. Make it again.")
+    raise ValueError(f"Got {path} with a sigma that is not symmetric; expected a covariance. Make it again.")
   return Gaussian(mean.astype(np.float64), covariance.astype(np.float64), count)

@@ -56,7 +56,7 @@ class Inception(nn.Module):
     unknown = set(self.taps) - set(TAPS)
     if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):
       raise ValueError(
-        f"Got the taps {', '.join(self.taps) or '(none)'} of images {x.shape}; wanted some of {', '.join(TAPS)}, of [B, {SIZE}, {SIZE}, 3]."
+        f"Got the taps {', '.join(self.taps) or '(none)'} of images {x.shape}; expected some of {', '.join(TAPS)}, of [B, {SIZE}, {SIZE}, 3]."
       )
     found: dict[str, Array] = {}
     last = max(TAPS.index(tap) for tap in self.taps)

@@ -80,7 +80,7 @@ CONSTANTS = ("time_frequencies",)
 def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
   """Make a parameter that is drawn once and not trained. `CONSTANTS` must have its name, for weight decay ignores gradients."""
   if name not in CONSTANTS:
-    raise ValueError(f"Got a constant {name!r}; wanted one of {', '.join(CONSTANTS)}. Add it to layers.CONSTANTS.")
+    raise ValueError(f"Got a constant {name!r}; expected one of {', '.join(CONSTANTS)}. Add it to layers.CONSTANTS.")
   return jax.lax.stop_gradient(parameter(module, name, init, shape))
 
 
@@ -103,7 +103,7 @@ def sinusoidal_embedding(
     ValueError: if `features` is odd or below 4.
   """
   if features % 2 or features < 4:
-    raise ValueError(f"Got {features} features for a sinusoidal embedding; wanted an even number, 4 or more.")
+    raise ValueError(f"Got {features} features for a sinusoidal embedding; expected an even number, 4 or more.")
   half = features // 2
   frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift))
   angles = label.astype(jnp.float32)[:, None] * frequencies[None]
@@ -155,7 +155,7 @@ class GroupNorm(nn.Module):
     groups = self.groups or groups_of(features)
     if features % groups:
       raise ValueError(
-        f"Got {features} features in {groups} groups (groups={self.groups}); wanted groups that divide them. Change channels, multipliers or"
+        f"Got {features} features in {groups} groups (groups={self.groups}); expected groups that divide them. Change channels, multipliers or"
         " groups."
       )
     a = parameter(self, "scale", nn.initializers.ones, (features,))

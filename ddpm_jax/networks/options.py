@@ -44,18 +44,18 @@ def _check_values(network: Any) -> None:
       raise ValueError(f"Got {name}={getattr(n, name)}; expected 0, for none or the default, or more.")
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
-      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; wanted at least one level,"
+      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one level,"
       " one block and one channel, all positive."
     )
   if n.groups < 0 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
     raise ValueError(
-      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; wanted groups at least 0, 1 head or more,"
+      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups at least 0, 1 head or more,"
       " dropout in [0, 1) and epsilon above 0."
     )
   last = len(n.multipliers) - 1
   if any(not 0 <= level <= last for level in n.attention_levels):
     raise ValueError(
-      f"Got attention_levels={tuple(n.attention_levels)} for {last + 1} levels; wanted levels from 0 (the finest) to {last}."
+      f"Got attention_levels={tuple(n.attention_levels)} for {last + 1} levels; expected levels from 0 (the finest) to {last}."
     )
   for name, given, known in (
     ("time_embedding", (n.time_embedding,), _EMBEDDINGS),
@@ -70,13 +70,13 @@ def _check_values(network: Any) -> None:
     wrong = [value for value in given if value not in known]
     if wrong or (name in ("downsample", "upsample") and len(given) != last):
       count = f", {last} of them or a single one" if name in ("downsample", "upsample") else ""
-      raise ValueError(f"Got {name}={getattr(n, name)!r}; wanted one of {', '.join(map(repr, known))}{count}.")
+      raise ValueError(f"Got {name}={getattr(n, name)!r}; expected one of {', '.join(map(repr, known))}{count}.")
   _check_dtype(n.dtype)
   if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
-    raise ValueError(f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; wanted bfloat16, which it needs.")
+    raise ValueError(f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; expected bfloat16, which it needs.")
   plain = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
   if n.remat not in ("none", "blocks", "everything", *plain):
-    raise ValueError(f"Got remat={n.remat!r}; wanted 'none', 'blocks', 'everything' or one of {', '.join(plain)}.")
+    raise ValueError(f"Got remat={n.remat!r}; expected 'none', 'blocks', 'everything' or one of {', '.join(plain)}.")
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -86,7 +86,7 @@ def _check_dtype(dtype: Any) -> None:
   except TypeError:
     name = str(dtype)
   if name not in _TYPES:
-    raise ValueError(f"Got dtype={name!r}; wanted {' or '.join(map(repr, _TYPES[:2]))}.{hint(name, _TYPES)}")
+    raise ValueError(f"Got dtype={name!r}; expected {' or '.join(map(repr, _TYPES[:2]))}.{hint(name, _TYPES)}")
 
 
 def _check_features(network: Any) -> None:
@@ -103,13 +103,13 @@ def _check_features(network: Any) -> None:
       or uneven
     ):
       raise ValueError(
-        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; wanted a whole"
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; expected a whole"
         " number that groups divide and, where there is attention, heads too. Change channels, multipliers, groups or heads."
       )
   features = n.time_features or n.channels
   if features % 2 or features < 4:
     name = "time_features" if n.time_features else "channels"
-    raise ValueError(f"Got {name}={features}; wanted an even number, 4 or more, for the time embedding.")
+    raise ValueError(f"Got {name}={features}; expected an even number, 4 or more, for the time embedding.")
 
 
 def check_space(space: Sequence[int], channels: int) -> None:

@@ -104,7 +104,7 @@ class Backbone(nn.Module):
     options.check(self)
     if len(shape) < self.dimensions + 1:
       raise ValueError(
-        f"Got data of shape {tuple(shape)} for a network of dimensions={self.dimensions}; wanted [B, *space, C] with"
+        f"Got data of shape {tuple(shape)} for a network of dimensions={self.dimensions}; expected [B, *space, C] with"
         f" {self.dimensions} spatial axes."
       )
     space = tuple(shape[-1 - self.dimensions : -1])
@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         most += 1
       raise ValueError(
         f"Got images of {'x'.join(map(str, space))} for a network of {levels} levels, which halves them {levels - 1} times;"
-        f" wanted every side divisible by {2 ** (levels - 1)}. Use at most {most} multipliers, or resize the images."
+        f" expected every side divisible by {2 ** (levels - 1)}. Use at most {most} multipliers, or resize the images."
       )
 
   def attended_levels(self) -> set[int]:
@@ -133,31 +133,31 @@ class Backbone(nn.Module):
   ) -> None:
     if x.ndim != self.dimensions + 2:
       raise ValueError(
-        f"Got data of shape {x.shape} for a network of dimensions={self.dimensions}; wanted [B, *space, C] with"
+        f"Got data of shape {x.shape} for a network of dimensions={self.dimensions}; expected [B, *space, C] with"
         f" {self.dimensions} spatial axes."
       )
     self.check_input(x.shape)
     if (classes is None) != (self.num_classes == 0):
       raise ValueError(
         f"Got {'no' if classes is None else 'class'} labels for a network with num_classes={self.num_classes};"
-        " wanted labels if and only if num_classes is above 0."
+        " expected labels if and only if num_classes is above 0."
       )
     if (vector is None) != (not self.vector_embedding):
       raise ValueError(
         f"Got {'no' if vector is None else 'a'} vector for a network with vector_embedding={self.vector_embedding!r};"
-        " wanted a vector if and only if the network embeds one."
+        " expected a vector if and only if the network embeds one."
       )
     width = self.embedding_features or 4 * self.channels
     if vector is not None and self.vector_embedding == "identity" and vector.shape[-1] != width:
-      raise ValueError(f"Got a vector of shape {vector.shape} to add to the embedding; wanted {(x.shape[0], width)}.")
+      raise ValueError(f"Got a vector of shape {vector.shape} to add to the embedding; expected {(x.shape[0], width)}.")
     if augmentation is not None and augmentation.shape != (x.shape[0], self.augmentation_features):
       raise ValueError(
         f"Got augmentation labels of shape {augmentation.shape} for a network with augmentation_features="
-        f"{self.augmentation_features}; wanted {(x.shape[0], self.augmentation_features)}, or none."
+        f"{self.augmentation_features}; expected {(x.shape[0], self.augmentation_features)}, or none."
       )
     if image is not None and image.shape[:-1] != x.shape[:-1]:
       raise ValueError(
-        f"Got an image of shape {image.shape} to condition data of shape {x.shape}; wanted the same but for the channels."
+        f"Got an image of shape {image.shape} to condition data of shape {x.shape}; expected the same but for the channels."
         " Resize it first."
       )
 
@@ -230,7 +230,7 @@ class Backbone(nn.Module):
     if keys is None:
       return jax.random.split(self.make_rng("dropout"), x.shape[0])
     if keys.shape != x.shape[:1]:
-      raise ValueError(f"Got keys of shape {keys.shape} for {x.shape[0]} samples; wanted a typed key for each.")
+      raise ValueError(f"Got keys of shape {keys.shape} for {x.shape[0]} samples; expected a typed key for each.")
     return keys
 
   def _residual(

@@ -1,4 +1,4 @@
-"""One HTML file that shows an evaluation: scores, samples, neighbours, curves and where they come from, with no network at all.
+"""One HTML file that shows an evaluation: scores, samples, neighbors, curves and where they come from, with no network at all.
 
 Pure presentation: it is given arrays and dicts, and knows of no config, process or run.
 """
@@ -6,7 +6,7 @@ Pure presentation: it is given arrays and dicts, and knows of no config, process
 from pathlib import Path
 
 from ddpm_jax.report.content import Content as Content
-from ddpm_jax.report.content import Neighbours as Neighbours
+from ddpm_jax.report.content import Neighbors as Neighbors
 from ddpm_jax.report.content import check
 from ddpm_jax.storage import files
 

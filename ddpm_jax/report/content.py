@@ -8,7 +8,7 @@ import numpy as np
 from ddpm_jax.report import words
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
   """The nearest training images of some samples.
 
   Attributes:
@@ -38,7 +38,7 @@ class Content(NamedTuple):
     denoising_times: [frames], the time of each frame.
     metrics: the lines of metrics.jsonl, each with its `step`.
     schedule: `t`, `alpha`, `sigma` and `log_snr`, each [T].
-    neighbours: the nearest training images of some samples.
+    neighbors: the nearest training images of some samples.
     bound_terms: [N] bits per dimension, the variational bound's term of each step n = 1..N.
   """
 
@@ -52,7 +52,7 @@ class Content(NamedTuple):
   denoising_times: np.ndarray | None = None
   metrics: Sequence[Mapping[str, Any]] = ()
   schedule: Mapping[str, np.ndarray] | None = None
-  neighbours: Neighbours | None = None
+  neighbors: Neighbors | None = None
   bound_terms: np.ndarray | None = None
 
 
@@ -61,7 +61,7 @@ def check(content: Content) -> None:
   _check_images("samples", content.samples, "[N, H, W, C]")
   if content.labels is not None and np.shape(content.labels) != content.samples.shape[:1]:
     raise ValueError(
-      f"Got labels of shape {np.shape(content.labels)} for {len(content.samples)} samples; wanted one label a sample, or None."
+      f"Got labels of shape {np.shape(content.labels)} for {len(content.samples)} samples; expected one label a sample, or None."
     )
   if content.denoising is not None:
     _check_images("denoising", content.denoising, "[frames, K, H, W, C]")
@@ -69,18 +69,18 @@ def check(content: Content) -> None:
     if content.denoising_times is None or np.shape(content.denoising_times) != frames or not frames[0]:
       times = None if content.denoising_times is None else np.shape(content.denoising_times)
       raise ValueError(
-        f"Got denoising_times of shape {times} for {frames[0]} frames of denoising; wanted one time a frame, and one frame at least."
+        f"Got denoising_times of shape {times} for {frames[0]} frames of denoising; expected one time a frame, and one frame at least."
       )
   if content.schedule:
     shapes = {name: np.shape(content.schedule.get(name, ())) for name in ("t", "alpha", "sigma", "log_snr")}
     if len(set(shapes.values())) > 1 or len(shapes["t"]) != 1 or shapes["t"] == (0,):
       raise ValueError(
-        f"Got a schedule of shapes {shapes}; wanted t, alpha, sigma and log_snr, each of one shape [T], T >= 1."
+        f"Got a schedule of shapes {shapes}; expected t, alpha, sigma and log_snr, each of one shape [T], T >= 1."
       )
-  if content.neighbours is not None:
-    _check_neighbours(content.neighbours)
+  if content.neighbors is not None:
+    _check_neighbors(content.neighbors)
   if content.bound_terms is not None and np.ndim(content.bound_terms) != 1:
-    raise ValueError(f"Got bound_terms of shape {np.shape(content.bound_terms)}; wanted [N], a term a step.")
+    raise ValueError(f"Got bound_terms of shape {np.shape(content.bound_terms)}; expected [N], a term a step.")
   for line in content.metrics:
     if not words.is_number(line.get("step")):
       raise ValueError(
@@ -88,23 +88,23 @@ def check(content: Content) -> None:
       )
 
 
-def _check_neighbours(neighbours: Neighbours) -> None:
-  samples, nearest, distances, _ = neighbours
-  _check_images("neighbours.samples", samples, "[K, H, W, C]")
-  _check_images("neighbours.nearest", nearest, "[K, M, H, W, C]")
+def _check_neighbors(neighbors: Neighbors) -> None:
+  samples, nearest, distances, _ = neighbors
+  _check_images("neighbors.samples", samples, "[K, H, W, C]")
+  _check_images("neighbors.nearest", nearest, "[K, M, H, W, C]")
   if (nearest.shape[:1], nearest.shape[2:]) != (samples.shape[:1], samples.shape[1:]) or nearest.shape[1] == 0:
     raise ValueError(
-      f"Got neighbours.nearest of shape {nearest.shape} for samples of {samples.shape}; wanted [K, M, H, W, C] for [K, H, W, C], M >= 1."
+      f"Got neighbors.nearest of shape {nearest.shape} for samples of {samples.shape}; expected [K, M, H, W, C] for [K, H, W, C], M >= 1."
     )
   if np.shape(distances) != nearest.shape[:2]:
     raise ValueError(
-      f"Got neighbours.distances of shape {np.shape(distances)} for nearest images of {nearest.shape}; wanted one distance an image, [K, M]."
+      f"Got neighbors.distances of shape {np.shape(distances)} for nearest images of {nearest.shape}; expected one distance an image, [K, M]."
     )
 
 
 def _check_images(name: str, images: np.ndarray, shape: str) -> None:
   if np.ndim(images) != shape.count(",") + 1 or images.dtype != np.uint8 or 0 in images.shape[-3:]:
     raise ValueError(
-      f"Got {name} of shape {np.shape(images)} and dtype {getattr(images, 'dtype', type(images).__name__)}; wanted uint8 {shape}, as"
+      f"Got {name} of shape {np.shape(images)} and dtype {getattr(images, 'dtype', type(images).__name__)}; expected uint8 {shape}, as"
       " images.to_uint8 makes them of [-1, 1]."
     )

@@ -1,4 +1,4 @@
-"""The plots of a report, as plotly figures. Colours are variables of the page's style sheet, which its script fills in."""
+"""The plots of a report, as plotly figures. Colors are variables of the page's style sheet, which its script fills in."""
 
 import html
 import json
@@ -24,7 +24,7 @@ class Figure(NamedTuple):
 
 
 def series(index: int) -> str:
-  """The colour of the i-th of several lines."""
+  """The color of the i-th of several lines."""
   return f"var(--series-{index % _SERIES + 1})"
 
 
@@ -117,7 +117,7 @@ def against_nfe(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) 
       if own:
         x, y, error = (list(column) for column in zip(*own, strict=True))
         bars = {"array": error, "thickness": 1, "width": 3} if any(error) else None
-        # More samplers than colours: the others are dotted.
+        # More samplers than colors: the others are dotted.
         dash = "dot" if index >= _SERIES else None
         traces.append(line(sampler, x, y, series(index), marked=True, dash=dash, error_y=bars))
         all_values += y

@@ -1,16 +1,16 @@
 "use strict";
 (() => {
-  // Plots name their colours as variables of the style sheet: one place decides how the page looks, dark or light.
+  // Plots name their colors as variables of the style sheet: one place decides how the page looks, dark or light.
   const source = document.getElementById("figures").textContent;
   const coarse = matchMedia("(pointer: coarse)").matches;
 
-  function coloured(value, style) {
+  function colored(value, style) {
     if (typeof value === "string") {
       return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
     }
-    if (Array.isArray(value)) return value.map((part) => coloured(part, style));
+    if (Array.isArray(value)) return value.map((part) => colored(part, style));
     if (value && typeof value === "object") {
-      return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, coloured(part, style)]));
+      return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, colored(part, style)]));
     }
     return value;
   }
@@ -18,7 +18,7 @@
   function draw() {
     const style = getComputedStyle(document.documentElement);
     for (const [id, figure] of Object.entries(JSON.parse(source))) {
-      const { data, layout } = coloured(figure, style);
+      const { data, layout } = colored(figure, style);
       if (coarse) layout.dragmode = false;
       const options = {
         responsive: true,
@@ -34,7 +34,7 @@
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
-  // On paper everything is open, and colours are those of the light page.
+  // On paper everything is open, and colors are those of the light page.
   let closed = [];
   addEventListener("beforeprint", () => {
     closed = [...document.querySelectorAll("details:not([open])")];

@@ -13,7 +13,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from ddpm_jax.report import figures, pictures, training, words
-from ddpm_jax.report.content import Content, Neighbours
+from ddpm_jax.report.content import Content, Neighbors
 from ddpm_jax.report.figures import Figure
 
 # A training image is near if it is nearer than this share of the median distance of held-out images. Some of these have one too.
@@ -91,7 +91,7 @@ def _sections(content: Content) -> dict[str, Any]:
     "shown": sum(len(group.pictures) for group in groups),
     "total": len(content.samples),
     "film": _film(content),
-    "neighbours": _neighbours(content.neighbours),
+    "neighbors": _neighbors(content.neighbors),
     "curve": figures.against_nfe(curve, scores.get("floor", {})) if curve else [],
     "curve_table": _curve_table(curve),
     "training": main,
@@ -111,7 +111,7 @@ def _missing(sections: Mapping[str, Any]) -> list[str]:
     "rows": "scores (none were computed)",
     "groups": "samples (there are none)",
     "film": "denoising (no trajectory was recorded)",
-    "neighbours": "nearest training images (none were searched)",
+    "neighbors": "nearest training images (none were searched)",
     "curve": "score against steps (one setting was scored)",
     "training": "training curves (no metrics.jsonl was found)",
     "schedule": "schedules (no table was given)",
@@ -163,28 +163,28 @@ def _film(content: Content) -> pictures.Film | None:
   return pictures.film(content.denoising, np.asarray(content.denoising_times, np.float64))
 
 
-def _neighbours(neighbours: Neighbours | None, most: int = 12, each: int = 3) -> dict[str, Any] | None:
+def _neighbors(neighbors: Neighbors | None, most: int = 12, each: int = 3) -> dict[str, Any] | None:
   """The samples that are nearest to a training image, nearest first, and in words how many are nearer than real ones."""
-  if neighbours is None or not len(neighbours.samples):
+  if neighbors is None or not len(neighbors.samples):
     return None
-  distances, usual = (np.asarray(values, np.float64) for values in (neighbours.distances, neighbours.usual))
+  distances, usual = (np.asarray(values, np.float64) for values in (neighbors.distances, neighbors.usual))
   typical = float(np.median(usual)) if len(usual) else 0.0
   known = math.isfinite(typical) and typical > 0
   relative = distances / typical if known else distances
   order = np.argsort(relative[:, 0], kind="stable")[:most]
   matches = []
   for index in order:
-    thumbnails = pictures.thumbnails(neighbours.nearest[index, :each])
+    thumbnails = pictures.thumbnails(neighbors.nearest[index, :each])
     said = [f"{value:.2f}\N{MULTIPLICATION SIGN}" if known else words.number(value) for value in relative[index, :each]]
     near = known and bool(relative[index, 0] < NEAR)
-    sample = pictures.thumbnails(neighbours.samples[index : index + 1])[0]
+    sample = pictures.thumbnails(neighbors.samples[index : index + 1])[0]
     matches.append(Match(sample, list(zip(thumbnails, said, strict=True)), near))
   count = int(np.sum(relative[:, 0] < NEAR)) if known else 0
   share = float(np.mean(usual < NEAR * typical)) if known else 0.0
   expected = share * len(distances)
   return {
     "matches": matches,
-    "tile": pictures.tile_of(neighbours.samples, largest=108),  # two beside each other
+    "tile": pictures.tile_of(neighbors.samples, largest=108),  # two beside each other
     "near": count,
     # By more than two standard deviations of chance.
     "alarm": known and count > expected + 2 * math.sqrt(max(expected, 1)),

@@ -85,7 +85,7 @@ def _by_level(measure: str, keys: list[str], metrics: Sequence[Mapping[str, Any]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values; of many, the means of neighbouring ones."""
+  """Steps and values; of many, the means of neighboring ones."""
   pairs = [(line["step"], line[key]) for line in metrics if words.is_number(line.get(key))]
   x, y = np.array(pairs, np.float64).reshape(-1, 2).T
   if len(x) > _POINTS:
@@ -97,7 +97,7 @@ def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
 
 
 def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
-  """Means over windows centred on each point, narrower at the ends; what is not finite counts for nothing."""
+  """Means over windows centered on each point, narrower at the ends; what is not finite counts for nothing."""
   finite = np.isfinite(y)
   total = np.concatenate([[0], np.cumsum(np.where(finite, y, 0))])
   count = np.concatenate([[0], np.cumsum(finite)])

@@ -31,7 +31,7 @@ _SCORES = {
   "precision": Score("Precision", "higher", "share of samples that lie among real images: fidelity"),
   "recall": Score("Recall", "higher", "share of real images that lie among samples: variety"),
   "density": Score("Density", "higher", "how deep among real images the samples lie; real ones have about 1"),
-  "coverage": Score("Coverage", "higher", "share of real images with a sample in their neighbourhood"),
+  "coverage": Score("Coverage", "higher", "share of real images with a sample in their neighborhood"),
   "accuracy": Score("Accuracy", "higher", "share of images whose class is told right"),
   "cross_entropy": Score("Cross-entropy", "lower", "nats that the true class costs"),
 }

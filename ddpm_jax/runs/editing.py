@@ -137,7 +137,7 @@ def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> drawing.I
   if edit.task == "interpolate":
     return {"image": x[:-1], "other": x[1:]}
   if edit.task == "colorize":
-    return {"image": np.asarray(editing.grey(jnp.asarray(x)))}
+    return {"image": np.asarray(editing.gray(jnp.asarray(x)))}
   return {"image": x} if low is None else {"image": x, low: x}
 
 

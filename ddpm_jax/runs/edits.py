@@ -159,7 +159,7 @@ def _measured(experiment: Experiment, task: str, factor: int) -> Callable:
       operator = editing.mask_operator(batch["keep"])
       offered |= {"operator": operator, "known": image, "keep": batch["keep"], "measurement": operator(image)}
     else:
-      operators = {"colorize": editing.grey, "restore": experiment.editing.operator}
+      operators = {"colorize": editing.gray, "restore": experiment.editing.operator}
       offered["operator"] = operators[task] if task in operators else editing.downsample(factor)
     made = method(**{name: value for name, value in offered.items() if name in names})
     return (made, denoise) if isinstance(made, sampling.Sampler) else (sampler, made)

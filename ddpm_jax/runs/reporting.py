@@ -36,9 +36,9 @@ def denoising(
   return images.to_uint8(np.moveaxis(np.concatenate(parts), 1, 0)), times
 
 
-def neighbours(
+def neighbors(
   extract: evaluate.Extract, samples: np.ndarray, source: data.Source, held_out: data.Source | None
-) -> page.Neighbours | None:
+) -> page.Neighbors | None:
   """Return some samples beside their nearest training images in a feature space; None without held-out images to compare."""
   if held_out is None or len(source) < _NEAREST:
     return None
@@ -51,7 +51,7 @@ def neighbours(
   numbers, distances = metrics.nearest(queries, features, _NEAREST)
   found = data.read_images(source, searched[numbers[:count].ravel()])
   nearest = found.reshape(*numbers[:count].shape, *found.shape[1:])
-  return page.Neighbours(chosen, nearest, distances[:count], distances[count:, 0])
+  return page.Neighbors(chosen, nearest, distances[:count], distances[count:, 0])
 
 
 def content(
@@ -61,7 +61,7 @@ def content(
   classes: np.ndarray | None,
   way: tuple[np.ndarray, np.ndarray],
   bound_terms: np.ndarray | None,
-  nearest: page.Neighbours | None,
+  nearest: page.Neighbors | None,
 ) -> page.Content:
   """Return all that the page shows."""
   process, tree, shape = run.experiment.model.process, run.experiment.tree, run.experiment.model.data_shape
@@ -90,6 +90,6 @@ def content(
     denoising_times=way[1],
     metrics=records.read(run.folder / "metrics.jsonl"),
     schedule={"t": t} | {name: np.asarray(curve) for name, curve in curves.items()},
-    neighbours=nearest,
+    neighbors=nearest,
     bound_terms=bound_terms,
   )

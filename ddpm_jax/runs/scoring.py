@@ -146,7 +146,7 @@ class Judge:
     report = scores.write(run.folder, report, time.perf_counter() - start)
     self._say(report, likelihood)
     if way is not None:
-      nearest = reporting.neighbours(self._space.extract, samples, run.source, run.held_out)
+      nearest = reporting.neighbors(self._space.extract, samples, run.source, run.held_out)
       terms = likelihood.get("bound", {}).get("terms")
       shown = reporting.content(run, report, samples, classes, way, terms, nearest)
       path = run.folder / "report.html"
@@ -218,7 +218,7 @@ class Judge:
       "feature_space": self._space.made.provenance,
       "reference": _describe(reference, experiment),
       "reference_num": self._real.count,
-      "neighbour": c.k,
+      "neighbor": c.k,
       "settings": self._settings._asdict() | {"kernel_size": kernel_size},
     }
     if why:
@@ -235,7 +235,7 @@ class Judge:
     try:
       summary = self._space.summary(reference.floor, chosen, self._settings)
       return self._compared(summary, self._settings), len(chosen), ""
-    except ValueError as error:  # too few for the rank, or for neighbours
+    except ValueError as error:  # too few for the rank, or for neighbors
       return None, len(chosen), str(error)
 
   def _say(self, report: dict[str, Any], likelihood: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from ddpm_jax.storage import images
 from ddpm_jax.storage.places import user_path
 
 FEATURES = ("classifier", "inception", "pixels")
-# Larger images, or such in colour, are more than the small classifier is meant for.
+# Larger images, or such in color, are more than the small classifier is meant for.
 _SMALL = 32
 # Images whose features the classifier learns from.
 _LEARNED_FROM = 20_000

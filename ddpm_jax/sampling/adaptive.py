@@ -139,11 +139,11 @@ def integrate(
   for value in (t, s):
     if np.ndim(value):
       raise ValueError(
-        f"Got times of shape {np.shape(value)} for the probability flow; wanted one time for the whole batch."
+        f"Got times of shape {np.shape(value)} for the probability flow; expected one time for the whole batch."
       )
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= process.t_max * (1 + 1e-6):
       raise ValueError(
-        f"Got time {value} for the probability flow; wanted it in (0, {process.t_max}]. End at process.t_min={process.t_min:g} and denoise from there."
+        f"Got time {value} for the probability flow; expected it in (0, {process.t_max}]. End at process.t_min={process.t_min:g} and denoise from there."
       )
 
   def slope(time, state):
@@ -154,7 +154,7 @@ def integrate(
 
 def _check_tolerances(rtol: float, atol: float) -> None:
   if not (0 < rtol < math.inf and 0 < atol < math.inf):
-    raise ValueError(f"Got rtol={rtol}, atol={atol}; wanted both finite and above 0, such as 1e-5.")
+    raise ValueError(f"Got rtol={rtol}, atol={atol}; expected both finite and above 0, such as 1e-5.")
 
 
 def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:

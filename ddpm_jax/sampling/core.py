@@ -100,7 +100,7 @@ def checked(denoise: Denoise) -> Denoise:
     def check(x_0):
       if jnp.shape(x_0) != x_t.shape:
         raise ValueError(
-          f"Got an estimate of shape {jnp.shape(x_0)} from denoise for x of shape {x_t.shape}; wanted the same shape."
+          f"Got an estimate of shape {jnp.shape(x_0)} from denoise for x of shape {x_t.shape}; expected the same shape."
         )
       return x_0
 
@@ -150,7 +150,7 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
   """Raise a ValueError unless `times` is a grid on which to sample `x`; of traced times only the shape is checked."""
   if np.ndim(times) != 1 or np.shape(times)[0] < 2:
     raise ValueError(
-      f"Got times of shape {np.shape(times)}; wanted a one-dimensional grid of at least 2 times, such as sampling.grids.uniform(process, 50)."
+      f"Got times of shape {np.shape(times)}; expected a one-dimensional grid of at least 2 times, such as sampling.grids.uniform(process, 50)."
     )
   if isinstance(times, jax.core.Tracer):
     return
@@ -159,23 +159,23 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
   rising = bool(np.all(np.diff(values) > 0))
   if not rising and not np.all(np.diff(values) < 0):
     raise ValueError(
-      f"Got times {values}; wanted them strictly decreasing, from noise to data, also as float32 if that is their precision."
+      f"Got times {values}; expected them strictly decreasing, from noise to data, also as float32 if that is their precision."
     )
   if rising and not sampler.reversible:
     raise ValueError(
-      f"Got times {values} that rise, for a sampler that adds noise; wanted them strictly decreasing, from noise to data. Only"
+      f"Got times {values} that rise, for a sampler that adds noise; expected them strictly decreasing, from noise to data. Only"
       " deterministic rules, such as sampling.ddim(process), also go from data to noise."
     )
   if rising and values[0] == 0:
     raise ValueError(
-      f"Got times {values} that rise from 0, where there is no noise to estimate; wanted a start above 0, such as"
+      f"Got times {values} that rise from 0, where there is no noise to estimate; expected a start above 0, such as"
       " process.t_min, at which the data stand for x."
     )
   low, high = values.min(), values.max()
   # The margin lets a float32 grid end at a float64 bound.
   if low < 0 or high > sampler.t_max * (1 + 1e-6):
     raise ValueError(
-      f"Got times from {values[0]:g} to {values[-1]:g}; wanted all of them in [0, {sampler.t_max:g}], the times of the process."
+      f"Got times from {values[0]:g} to {values[-1]:g}; expected all of them in [0, {sampler.t_max:g}], the times of the process."
     )
 
 

@@ -31,7 +31,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
     ValueError: if the order is not 1, 2 or 3.
   """
   if order not in (1, 2, 3):
-    raise ValueError(f"Got order={order}; wanted 1, 2 or 3.")
+    raise ValueError(f"Got order={order}; expected 1, 2 or 3.")
   if order == 1:
     return ddim(process)._replace(spacing="log_snr")
 
@@ -153,7 +153,7 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
     ValueError: if eta is outside (0, 1].
   """
   if not 0 < eta <= 1:
-    raise ValueError(f"Got eta={eta}; wanted it in (0, 1]. Without noise the rule is sampling.dpmpp_2s(process).")
+    raise ValueError(f"Got eta={eta}; expected it in (0, 1]. Without noise the rule is sampling.dpmpp_2s(process).")
 
   def step(key, denoise, x_t, memory, t, s):
     first, second = (randomness.normal(randomness.fold_in(key, i), x_t.shape, x_t.dtype) for i in range(2))
@@ -191,7 +191,7 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
     ValueError: if eta is negative or `solver` is neither.
   """
   if not eta >= 0 or solver not in ("midpoint", "heun"):
-    raise ValueError(f"Got eta={eta}, solver={solver!r}; wanted eta at least 0, and 'midpoint' or 'heun'.")
+    raise ValueError(f"Got eta={eta}, solver={solver!r}; expected eta at least 0, and 'midpoint' or 'heun'.")
 
   def step(key, denoise, x_t, past: Past, t, s):
     x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)

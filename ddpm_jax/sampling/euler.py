@@ -122,7 +122,7 @@ def _churned(
   """`rule` from t to s, after a step back up to a time of more noise (Karras et al. 2022, algorithm 2, lines 4 to 6)."""
   if not (0 <= s_churn < math.inf and 0 <= s_noise < math.inf and 0 <= s_min <= s_max):
     raise ValueError(
-      f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; wanted s_churn and s_noise at least 0 and"
+      f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; expected s_churn and s_noise at least 0 and"
       " 0 <= s_min <= s_max, as in heun(process, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)."
     )
 
@@ -159,4 +159,4 @@ def _churned(
 def check_eta(eta: float) -> None:
   """Raises a ValueError unless 0 <= eta <= 1."""
   if not 0 <= eta <= 1:
-    raise ValueError(f"Got eta={eta}; wanted 0 (deterministic) to 1 (ancestral).")
+    raise ValueError(f"Got eta={eta}; expected 0 (deterministic) to 1 (ancestral).")

@@ -90,7 +90,7 @@ def karras(
   Karras et al. 2022, equation 5; a larger `rho` puts more of the steps near t_min.
   """
   if not 0 < rho < np.inf:
-    raise ValueError(f"Got rho={rho}; wanted it above 0, such as 7.")
+    raise ValueError(f"Got rho={rho}; expected it above 0, such as 7.")
 
   # In logarithms: (sigma/alpha)^(1/rho) = exp(-log-SNR / (2 rho)).
   def value_of(t):
@@ -137,12 +137,14 @@ def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None,
   """Times from t_max to t_min whose `value_of` is equally spaced, then 0 if t_min is positive."""
   t_max = process.t_max if t_max is None else t_max
   if not 0 <= t_min < t_max <= process.t_max:
-    raise ValueError(f"Got t_min={t_min}, t_max={t_max}; wanted 0 <= t_min < t_max <= {process.t_max}, the process's.")
+    raise ValueError(
+      f"Got t_min={t_min}, t_max={t_max}; expected 0 <= t_min < t_max <= {process.t_max}, the process's."
+    )
   least = 2 if t_min > 0 else 1
   schedules.check_steps(max(num_steps, 1))
   if num_steps < least:
     raise ValueError(
-      f"Got num_steps={num_steps}; wanted at least {least} for a grid that ends at {t_min:g}{', 0' if t_min else ''}."
+      f"Got num_steps={num_steps}; expected at least {least} for a grid that ends at {t_min:g}{', 0' if t_min else ''}."
     )
   first, last = value_of(np.array([t_max, t_min], np.float64))
   times = time_of(np.linspace(first, last, num_steps + (1 if t_min == 0 else 0)))
@@ -154,7 +156,7 @@ def _last(process: Process, t_min: float | None) -> float:
   """The last time above 0 of a grid in the log-SNR, which is infinite at 0."""
   t_min = process.t_min if t_min is None else t_min
   if t_min <= 0:
-    raise ValueError(f"Got t_min={t_min}; wanted it above 0 and below t_max={process.t_max}.")
+    raise ValueError(f"Got t_min={t_min}; expected it above 0 and below t_max={process.t_max}.")
   return t_min
 
 
@@ -166,7 +168,7 @@ def _discrete(process: Process, num_steps: int, name: str, least: int = 1) -> tu
     )
   last = last_step(process)
   if not least <= num_steps <= last:
-    raise ValueError(f"Got num_steps={num_steps}; wanted {least} to {last}, the steps of the process.")
+    raise ValueError(f"Got num_steps={num_steps}; expected {least} to {last}, the steps of the process.")
   return last, process.num_steps
 
 

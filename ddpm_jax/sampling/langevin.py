@@ -33,7 +33,7 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
     ValueError: if snr is not positive or num_steps is below 1.
   """
   if not 0 < snr < math.inf or num_steps < 1 or num_steps != int(num_steps):
-    raise ValueError(f"Got snr={snr}, num_steps={num_steps}; wanted snr above 0 and at least 1 step.")
+    raise ValueError(f"Got snr={snr}, num_steps={num_steps}; expected snr above 0 and at least 1 step.")
 
   def step(key, denoise, x_t, memory, t, s):
     alpha, variance = process.alpha(t), process.sigma(t) ** 2

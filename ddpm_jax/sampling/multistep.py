@@ -27,7 +27,7 @@ def deis(process: Process, order: int = 3) -> Sampler:
     ValueError: if the order is not 1, 2 or 3.
   """
   if order not in (1, 2, 3):
-    raise ValueError(f"Got order={order}; wanted 1, 2 or 3.")
+    raise ValueError(f"Got order={order}; expected 1, 2 or 3.")
   if order == 1:
     return ddim(process)._replace(spacing="log_snr")
 
@@ -76,7 +76,7 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     ValueError: if the order is not 1, 2 or 3, or the variant is neither.
   """
   if order not in (1, 2, 3) or variant not in ("bh1", "bh2"):
-    raise ValueError(f"Got order={order}, variant={variant!r}; wanted the order 1, 2 or 3, and 'bh1' or 'bh2'.")
+    raise ValueError(f"Got order={order}, variant={variant!r}; expected the order 1, 2 or 3, and 'bh1' or 'bh2'.")
 
   def half(h, pull, alpha):
     """B(h) / 2 times alpha, with the papers' signs."""

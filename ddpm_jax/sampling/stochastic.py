@@ -22,13 +22,13 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
     ValueError: if `variance` is none of these; in a step, if it is "learned" and `denoise` gives none.
   """
   if variance not in ("small", "large", "learned"):
-    raise ValueError(f"Got variance={variance!r}; wanted 'small', 'large' or 'learned'.")
+    raise ValueError(f"Got variance={variance!r}; expected 'small', 'large' or 'learned'.")
 
   def step(key, denoise, x_t, memory, t, s):
     denoised = denoise(x_t, t)
     if variance == "learned" and learned_fraction(denoised) is None:
       raise ValueError(
-        "Got variance='learned' and a denoise without variance; wanted the denoiser of a predictions.learned_range network."
+        "Got variance='learned' and a denoise without variance; expected the denoiser of a predictions.learned_range network."
       )
     mean, small = process.posterior(x_t, x_0_of(denoised), t, s)
     large = jnp.where(s > 0, process.step_variance(t, s), 0)
@@ -104,7 +104,7 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
   """
   if not 0 <= t_end < process.t_max:
     raise ValueError(
-      f"Got t_end={t_end}; wanted it in [0, {process.t_max}): 0, or the process's t_min={process.t_min:g}."
+      f"Got t_end={t_end}; expected it in [0, {process.t_max}): 0, or the process's t_min={process.t_min:g}."
     )
 
   def step(key, denoise, x_t, memory, t, s):

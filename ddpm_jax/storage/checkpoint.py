@@ -170,7 +170,7 @@ class Checkpoints:
     """
     steps = self.steps(self.folder)
     if step is not None and step not in steps:
-      raise ValueError(f"Got step {step} of {self.folder}; wanted one of {', '.join(map(str, steps)) or 'none'}.")
+      raise ValueError(f"Got step {step} of {self.folder}; expected one of {', '.join(map(str, steps)) or 'none'}.")
     damaged = []
     with _collecting():
       for candidate in steps[::-1] if step is None else [step]:
@@ -190,7 +190,7 @@ class Checkpoints:
         + "\nRestore one from a copy, or start a new run in another --workdir."
       )
     raise ValueError(
-      f"Got {self.folder}, which holds no checkpoint; wanted one that training wrote. Train first: --mode=train."
+      f"Got {self.folder}, which holds no checkpoint; expected one that training wrote. Train first: --mode=train."
     )
 
   def best_step(self) -> int | None:
@@ -387,7 +387,7 @@ def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[s
     for leaf in sorted({*saved, *wanted}):
       if saved.get(leaf) != wanted.get(leaf):
         lines.append(
-          f"{name}{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {wanted.get(leaf, 'absent')} wanted"
+          f"{name}{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {wanted.get(leaf, 'absent')} expected"
         )
   if lines:
     more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""

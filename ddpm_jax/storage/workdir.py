@@ -54,7 +54,7 @@ def locked(workdir: Path) -> Iterator[None]:
     except BlockingIOError as error:
       file.seek(0)
       raise ValueError(
-        f"Got --workdir={workdir}, in which {file.read().strip() or 'another process'} trains; wanted a folder of this run's own. Wait"
+        f"Got --workdir={workdir}, in which {file.read().strip() or 'another process'} trains; expected a folder of this run's own. Wait"
         " for it, stop it, or use another --workdir."
       ) from error
     file.truncate(0)
@@ -117,5 +117,5 @@ def check_writable(workdir: Path) -> None:
       pass
   except OSError as error:
     raise ValueError(
-      f"Got --workdir={workdir}, which cannot be written to ({error.strerror}); wanted a folder, new or existing, where you may write."
+      f"Got --workdir={workdir}, which cannot be written to ({error.strerror}); expected a folder, new or existing, where you may write."
     ) from error

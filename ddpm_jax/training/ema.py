@@ -41,7 +41,7 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
     ValueError: if there is no decay, or it is no function.
   """
   if not decays or not all(callable(decay) for decay in decays):
-    raise ValueError(f"Got {decays} as decays; wanted one function or more, such as params_ema(fixed(0.999)).")
+    raise ValueError(f"Got {decays} as decays; expected one function or more, such as params_ema(fixed(0.999)).")
 
   def init(params):
     # A 16-bit average would stand still: its steps are smaller than its digits.
@@ -80,7 +80,7 @@ def fixed(decay: float, warmup: bool = True) -> Decay:
     ValueError: if the decay is outside [0, 1).
   """
   if not 0 <= decay < 1:
-    raise ValueError(f"Got an EMA decay of {decay}; wanted 0 <= decay < 1, such as 0.999.")
+    raise ValueError(f"Got an EMA decay of {decay}; expected 0 <= decay < 1, such as 0.999.")
 
   def at(s):
     s = jnp.asarray(s, jnp.float32)
@@ -103,7 +103,7 @@ def half_life(images: float, batch_size: int, ramp_up: float | None = 0.05) -> D
   """
   if not (images > 0 and batch_size > 0 and (ramp_up is None or ramp_up > 0)):
     raise ValueError(
-      f"Got an EMA half-life of {images} images, batch_size={batch_size}, ramp_up={ramp_up}; wanted all above 0, or"
+      f"Got an EMA half-life of {images} images, batch_size={batch_size}, ramp_up={ramp_up}; expected all above 0, or"
       " ramp_up=None for none."
     )
 
@@ -148,7 +148,7 @@ def gamma_of(std: float) -> float:
     ValueError: if the width is out of range.
   """
   if not 0 < std < _WIDEST:
-    raise ValueError(f"Got a power-function EMA of width std={std}; wanted 0 < std < {_WIDEST:.4f}, such as 0.05.")
+    raise ValueError(f"Got a power-function EMA of width std={std}; expected 0 < std < {_WIDEST:.4f}, such as 0.05.")
   # std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is a cubic in gamma + 2, and only one of its roots is above 2.
   return float(np.roots([1, 1, -(std**-2), std**-2]).real.max()) - 2
 
@@ -160,7 +160,7 @@ def std_of(gamma: float) -> float:
     ValueError: if gamma is not above 0.
   """
   if not gamma > 0:
-    raise ValueError(f"Got gamma={gamma}; wanted above 0, such as 6.94, whose width is 0.10.")
+    raise ValueError(f"Got gamma={gamma}; expected above 0, such as 6.94, whose width is 0.10.")
   return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
 
 
@@ -178,7 +178,7 @@ def ema_params(opt_state: PyTree, index: int = 0) -> PyTree | None:
   if state is None:
     return None
   if not 0 <= index < len(state.averages):
-    raise ValueError(f"Got index={index} of {len(state.averages)} averages; wanted one of them, counted from 0.")
+    raise ValueError(f"Got index={index} of {len(state.averages)} averages; expected one of them, counted from 0.")
   return state.averages[index]
 
 
@@ -201,7 +201,7 @@ def join(rest: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
     ValueError: if the state has no place for averages, or more than one.
   """
   if _find(rest) is None and averages:
-    raise ValueError(f"Got {len(averages)} averages for a state without params_ema; wanted what split() gave.")
+    raise ValueError(f"Got {len(averages)} averages for a state without params_ema; expected what split() gave.")
   return _replace(rest, tuple(averages))
 
 
@@ -212,7 +212,7 @@ def _is_state(node: Any) -> bool:
 def _find(opt_state: PyTree) -> ParamsEmaState | None:
   found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
   if len(found) > 1:
-    raise ValueError(f"Got a state with {len(found)} params_ema; wanted one, with all its decays: params_ema(a, b).")
+    raise ValueError(f"Got a state with {len(found)} params_ema; expected one, with all its decays: params_ema(a, b).")
   return found[0] if found else None
 
 
@@ -251,12 +251,12 @@ def reconstruction_weights(
   ends = np.asarray(snapshot_steps, np.float64)
   if ends.ndim != 1 or len(ends) == 0 or len(ends) != len(snapshot_stds):
     raise ValueError(
-      f"Got {ends.size} snapshot steps and {len(snapshot_stds)} widths; wanted as many of both, at least one snapshot:"
+      f"Got {ends.size} snapshot steps and {len(snapshot_stds)} widths; expected as many of both, at least one snapshot:"
       " train with the power-function EMA and store some."
     )
   if not ends.min() > 0 or not 0 < step <= ends.max():
     raise ValueError(
-      f"Got step={step} with snapshots of steps {ends.min():g} to {ends.max():g}; wanted all above 0 and the step not after"
+      f"Got step={step} with snapshots of steps {ends.min():g} to {ends.max():g}; expected all above 0 and the step not after"
       " the last snapshot."
     )
   gammas = np.array([gamma_of(width) for width in snapshot_stds])

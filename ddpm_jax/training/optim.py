@@ -51,15 +51,15 @@ def schedule(
     ValueError: if the name is unknown or a value is out of its range.
   """
   if name not in SCHEDULES:
-    raise ValueError(f"Got {name!r} as a schedule; wanted one of {', '.join(SCHEDULES)}.{hint(name, SCHEDULES)}")
+    raise ValueError(f"Got {name!r} as a schedule; expected one of {', '.join(SCHEDULES)}.{hint(name, SCHEDULES)}")
   if not (peak > 0 and warmup_steps >= 0 and decay_steps >= 0 and 0 <= final_factor <= 1):
     raise ValueError(
-      f"Got learning_rate={peak}, warmup_steps={warmup_steps}, decay_steps={decay_steps}, final_factor={final_factor}; wanted"
+      f"Got learning_rate={peak}, warmup_steps={warmup_steps}, decay_steps={decay_steps}, final_factor={final_factor}; expected"
       " the rate above 0, the steps at least 0 and the factor from 0 to 1."
     )
   if name in ("cosine", "linear") and decay_steps <= warmup_steps:
     raise ValueError(
-      f"Got decay_steps={decay_steps} for a {name} schedule with warmup_steps={warmup_steps}; wanted more: the step, counted"
+      f"Got decay_steps={decay_steps} for a {name} schedule with warmup_steps={warmup_steps}; expected more: the step, counted"
       " from the start of training, at which the rate is at its lowest."
     )
   # At least 1, so that optax has nothing to warn of where the result goes unused.
@@ -93,34 +93,34 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
       parameters (a line search, say).
   """
   if name not in OPTIMIZERS:
-    raise ValueError(f"Got {name!r} as an optimizer; wanted one of {', '.join(OPTIMIZERS)}.{hint(name, OPTIMIZERS)}")
+    raise ValueError(f"Got {name!r} as an optimizer; expected one of {', '.join(OPTIMIZERS)}.{hint(name, OPTIMIZERS)}")
   if not callable(rate) and not rate > 0:
-    raise ValueError(f"Got learning_rate={rate}; wanted above 0, such as 1e-3.")
+    raise ValueError(f"Got learning_rate={rate}; expected above 0, such as 1e-3.")
   known = [parameter for parameter in inspect.signature(OPTIMIZERS[name]).parameters if parameter != "learning_rate"]
   for argument, value in arguments.items():
     if argument not in known:
       raise ValueError(
-        f"Got {argument!r} as an argument of {name}; wanted one of {', '.join(known) or 'none'}.{hint(argument, known)}"
+        f"Got {argument!r} as an argument of {name}; expected one of {', '.join(known) or 'none'}.{hint(argument, known)}"
       )
     number = isinstance(value, (int, float))
     if number and not math.isfinite(value):
       raise ValueError(f"Got {argument}={value!r} for {name}; expected a finite number.")
     if argument in ("b1", "b2", "b3") and not (number and 0 <= value < 1):
-      raise ValueError(f"Got {argument}={value!r} for {name}; wanted 0 <= {argument} < 1.")
+      raise ValueError(f"Got {argument}={value!r} for {name}; expected 0 <= {argument} < 1.")
     if argument == "eps" and not (number and value > 0):
-      raise ValueError(f"Got eps={value!r} for {name}; wanted above 0, such as 1e-8.")
+      raise ValueError(f"Got eps={value!r} for {name}; expected above 0, such as 1e-8.")
   try:
     return _tried(name, rate, arguments)
   # Whatever another package raises at a wrong value: here, not in the middle of a compilation.
   except Exception as error:
     if callable(rate) and _works(name, 1e-3, arguments):
       raise ValueError(
-        f"Got a learning rate that changes for {name}, which takes a number; wanted the schedule constant without warm-up,"
+        f"Got a learning rate that changes for {name}, which takes a number; expected the schedule constant without warm-up,"
         " or another optimizer."
       ) from error
     raise ValueError(
       f"Got {name} with {arguments or 'no arguments'}, which cannot make a step from gradients and parameters alone ({error});"
-      " wanted other arguments or another optimizer, such as adam."
+      " expected other arguments or another optimizer, such as adam."
     ) from error
 
 
@@ -162,7 +162,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return arguments
   except (SyntaxError, ValueError) as error:
     raise ValueError(
-      f"Got {text!r} as the optimizer's arguments; wanted names, each once, with Python values that are written out, such as"
+      f"Got {text!r} as the optimizer's arguments; expected names, each once, with Python values that are written out, such as"
       " 'b2=0.95, weight_decay=0.01'."
     ) from error
 
@@ -213,7 +213,7 @@ def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
     ValueError: if it is not.
   """
   if not highest > 0:
-    raise ValueError(f"Got clip_norm={highest}; wanted above 0, such as 1.0, or None for no clipping.")
+    raise ValueError(f"Got clip_norm={highest}; expected above 0, such as 1.0, or None for no clipping.")
 
   def update(updates, state, params=None):
     norm = global_norm(updates)
@@ -287,7 +287,7 @@ def skip_nonfinite(
     ValueError: if there is no optimizer.
   """
   if not steps:
-    raise ValueError("Got no optimizer; wanted one or more, such as skip_nonfinite(optax.adam(1e-3)).")
+    raise ValueError("Got no optimizer; expected one or more, such as skip_nonfinite(optax.adam(1e-3)).")
   optimizer = _promoting(optax.chain(*steps))
   once = jax.jit(optimizer.update, inline=True)  # traced once, and called twice
   whole = optimizer if averages is None else optax.chain(*steps, averages)

@@ -220,5 +220,5 @@ def check_accumulate(batch_size: int, num_devices: int, accumulate: int) -> None
   if accumulate < 1 or batch_size % (num_devices * accumulate):
     raise ValueError(
       f"Got training.accumulate={accumulate} with a batch of {batch_size} on {num_devices} device(s), {batch_size // num_devices} each;"
-      " wanted parts of one size: a divisor of what each device gets."
+      " expected parts of one size: a divisor of what each device gets."
     )

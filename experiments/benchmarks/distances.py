@@ -4,7 +4,7 @@ python experiments/benchmarks/distances.py [--count=10000] [--dimensions=2048] [
 
 Two sets of feature vectors in float32. Ours takes the first in batches, as an evaluation does, and compares it with the Gaussian
 of the second; the usual route takes np.cov of it and scipy.linalg.sqrtm of the product of the covariances. The two are run in
-turn, so that a change of the machine's pace meets both, and the median of the ratios of neighbours is printed, ours over
+turn, so that a change of the machine's pace meets both, and the median of the ratios of neighbors is printed, ours over
 theirs: below 1 ours is faster.
 """
 
@@ -48,7 +48,7 @@ def main():
   parser.add_argument("--batch", type=timing.count, default=500, help="vectors at a time")
   args = parser.parse_args()
   if args.count < 2:
-    parser.error("wanted two vectors or more")
+    parser.error("expected two vectors or more")
 
   features = make(0, args.count, args.dimensions)
   reference = metrics.gaussian(make(1, args.count, args.dimensions))

@@ -4,7 +4,7 @@ pip install '.[peers]' && pip install --no-deps torch-fidelity==0.4.0
 python experiments/benchmarks/features.py [--batch=16] [--size=32] [--rounds=5] [--json=<file>]
 
 Both have the same random weights, read from one file, and their features are compared first. The two are run in turn, so that a change of the
-machine's pace meets both, and the median of the ratios of neighbours is printed, our rate over theirs: above 1 ours is faster. Absolute
+machine's pace meets both, and the median of the ratios of neighbors is printed, our rate over theirs: above 1 ours is faster. Absolute
 times mean nothing. float32 on any device.
 """
 

@@ -3,7 +3,7 @@
 python experiments/benchmarks/guidance.py [--limit=1.1] [--json=<file>]
 
 A class-conditional U-Net denoises a batch, guided, and a batch of twice the size, unguided; both are compiled and timed in turn, over and
-over, so that a change of the machine's pace meets both, and the median of the ratios of neighbours is printed; beside it that of
+over, so that a change of the machine's pace meets both, and the median of the ratios of neighbors is printed; beside it that of
 guidance off (scale 1), over one evaluation of the batch itself, and that of rescaled guidance. Absolute times mean nothing.
 Ends with an error if a ratio is above the limit.
 """

@@ -148,7 +148,7 @@ def main():
   args = parser.parse_args()
   if args.workers < 0 or not args.seconds > 0:
     parser.error(
-      f"got --workers={args.workers} --seconds={args.seconds}; wanted 0 or more workers, and more than 0 seconds"
+      f"got --workers={args.workers} --seconds={args.seconds}; expected 0 or more workers, and more than 0 seconds"
     )
 
   with tempfile.TemporaryDirectory() as folder:

@@ -63,7 +63,7 @@ def unlike(experiment):
     ("ema.kind", experiment.ema.kind, ("fixed",)),
   ):
     if given not in wanted:
-      return f"{key}={given!r}; wanted {' or '.join(map(repr, wanted))}, which diffusers' loop has too"
+      return f"{key}={given!r}; expected {' or '.join(map(repr, wanted))}, which diffusers' loop has too"
   return ""
 
 
@@ -309,7 +309,7 @@ def main():
   experiment = load(args.config, **changes)
   args.steps = args.steps or experiment.training.steps
   if args.steps % args.parts or args.steps // args.parts < LOG_EVERY:
-    parser.error(f"got {args.steps} steps in {args.parts} parts; wanted parts of one size, {LOG_EVERY} steps or more")
+    parser.error(f"got {args.steps} steps in {args.parts} parts; expected parts of one size, {LOG_EVERY} steps or more")
   if problem := unlike(experiment):
     parser.error(f"got the recipe {args.config.name} with {problem}")
   args.output.mkdir(parents=True, exist_ok=True)

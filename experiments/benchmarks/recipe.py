@@ -20,7 +20,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def read(path: Path) -> ConfigDict:
   """Return the config of a recipe, a Python file."""
   if not path.is_file():
-    raise SystemExit(f"Got the recipe {path}, which does not exist; wanted a file such as {CONFIGS / 'digits_vp.py'}.")
+    raise SystemExit(
+      f"Got the recipe {path}, which does not exist; expected a file such as {CONFIGS / 'digits_vp.py'}."
+    )
   return runpy.run_path(str(path))["get_config"]()
 
 

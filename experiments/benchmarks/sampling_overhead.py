@@ -3,7 +3,7 @@
 python experiments/benchmarks/sampling_overhead.py [--samplers ddim heun] [--limit=1.02] [--json=<file>]
 
 A U-Net denoises a batch; its jitted evaluation and each sampler's compiled loop are timed in turn, over and over, so that a
-change of the machine's pace meets both, and the median of the ratios of neighbours is printed, each divided by the sampler's
+change of the machine's pace meets both, and the median of the ratios of neighbors is printed, each divided by the sampler's
 number of evaluations. Absolute times mean nothing. Ends with an error if a ratio is above the limit.
 """
 

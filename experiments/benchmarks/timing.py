@@ -123,7 +123,7 @@ def _processor() -> str:
 def count(text: str) -> int:
   """A number of one or more, as a flag's `type`."""
   if not text.isdigit() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"got {text!r}; wanted a whole number, 1 or more")
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, 1 or more")
   return int(text)
 
 
@@ -131,7 +131,7 @@ def counts(text: str) -> list[int]:
   """Several of them by commas, in rising order, as a flag's `type`."""
   found = [count(part) for part in text.split(",")]
   if found != sorted(set(found)):
-    raise argparse.ArgumentTypeError(f"got {text!r}; wanted each once and in rising order, such as 16,64,256")
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected each once and in rising order, such as 16,64,256")
   return found
 
 

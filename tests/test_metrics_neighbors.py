@@ -10,7 +10,7 @@ from prdc import compute_prdc
 from sklearn.neighbors import NearestNeighbors
 
 from ddpm_jax import metrics
-from ddpm_jax.metrics import neighbours
+from ddpm_jax.metrics import neighbors
 from tests import fidelity
 
 
@@ -24,7 +24,7 @@ def points(seed, count, width=4, scale=1.0, shift=0.0):
 )
 def test_scores_are_the_authors_and_torch_fidelitys(generated, k):
   real = points(0, 120)
-  got = metrics.neighbourhoods(generated, real, k)
+  got = metrics.neighborhoods(generated, real, k)
   with contextlib.redirect_stdout(io.StringIO()):
     expected = compute_prdc(real, generated, k)
   np.testing.assert_allclose(got, [expected[name] for name in got._fields], rtol=1e-9)
@@ -36,31 +36,31 @@ def test_scores_are_the_authors_and_torch_fidelitys(generated, k):
 
 def test_blocks_of_any_size_give_the_same(monkeypatch):
   generated, real = points(1, 90), points(0, 70)
-  expected = metrics.neighbourhoods(generated, real)
+  expected = metrics.neighborhoods(generated, real)
   for size in (1, 300, 7 * 90):
-    monkeypatch.setattr(neighbours, "_BLOCK", size)
-    assert metrics.neighbourhoods(generated, real) == expected
+    monkeypatch.setattr(neighbors, "_BLOCK", size)
+    assert metrics.neighborhoods(generated, real) == expected
 
 
 def test_points_of_a_line():
   # With k = 1 the real balls are [-1, 1], [0, 2], [1, 3] and [2, 18], the generated ones [1.5, 2.5], [2, 3] and [2.5, 57.5].
   real, generated = np.array([[0.0], [1], [2], [10]]), np.array([[2.0], [2.5], [30]])
-  assert metrics.neighbourhoods(generated, real, 1) == pytest.approx((2 / 3, 2 / 4, (3 + 2 + 0) / 3, 3 / 4))
+  assert metrics.neighborhoods(generated, real, 1) == pytest.approx((2 / 3, 2 / 4, (3 + 2 + 0) / 3, 3 / 4))
 
 
 @pytest.mark.parametrize("shift", [0, 1e4])
 @pytest.mark.parametrize("width", [1, 64])
 def test_copies_are_inside_all_balls_that_their_originals_reach(width, shift):
   real = points(0, 300, width).astype(np.float32) + np.float32(shift)
-  got = metrics.neighbourhoods(real[::-1], real, 5)
+  got = metrics.neighborhoods(real[::-1], real, 5)
   assert (got.precision, got.recall, got.coverage) == (1, 1, 1)
-  # Each ball holds its centre and, on its surface and inside, k others: float32 near 10,000 rounds some of them together.
+  # Each ball holds its center and, on its surface and inside, k others: float32 near 10,000 rounds some of them together.
   assert got.density == pytest.approx(6 / 5, abs=0.02 if shift and width == 1 else 1e-9)
 
 
 def test_many_copies_of_one_image_leave_balls_of_no_size_that_hold_further_copies():
   real = np.concatenate([np.repeat(points(0, 1, 64), 20, 0), points(1, 30, 64)]) + 100
-  got = metrics.neighbourhoods(real[:10], real, 5)
+  got = metrics.neighborhoods(real[:10], real, 5)
   assert got.precision == 1
   assert got.recall == 20 / 50
   assert got.coverage >= 20 / 50
@@ -69,17 +69,17 @@ def test_many_copies_of_one_image_leave_balls_of_no_size_that_hold_further_copie
 
 def test_scores_move_the_right_way():
   real, held_out = points(0, 300), points(1, 300)
-  same = metrics.neighbourhoods(held_out, real)
+  same = metrics.neighborhoods(held_out, real)
   assert min(same) > 0.85
-  narrow = metrics.neighbourhoods(0.1 * held_out, real)
+  narrow = metrics.neighborhoods(0.1 * held_out, real)
   assert narrow.precision > 0.95
   assert narrow.recall < 0.1
   assert narrow.coverage < 0.6 * same.coverage
   # Of few images many times over the precision stays.
-  repeated = metrics.neighbourhoods(np.repeat(held_out[:10], 30, 0), real)
+  repeated = metrics.neighborhoods(np.repeat(held_out[:10], 30, 0), real)
   assert repeated.recall < 0.1
   assert repeated.coverage < 0.3
-  assert metrics.neighbourhoods(held_out + 100, real) == (0, 0, 0, 0)
+  assert metrics.neighborhoods(held_out + 100, real) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("sizes", [[], [1, 30], [0, 3, 3]])
@@ -104,19 +104,19 @@ def test_wrong_points_are_errors():
   real = points(0, 20)
   broken = real.copy()
   broken[2] = np.nan
-  with pytest.raises(ValueError, match=r"wanted \[N, D\] and \[M, D\]"):
-    metrics.neighbourhoods(real, real[:, 1:])
-  with pytest.raises(ValueError, match=r"wanted \[N, D\] and \[M, D\]"):
+  with pytest.raises(ValueError, match=r"expected \[N, D\] and \[M, D\]"):
+    metrics.neighborhoods(real, real[:, 1:])
+  with pytest.raises(ValueError, match=r"expected \[N, D\] and \[M, D\]"):
     metrics.precision_recall(real[0], real)
   for k, generated in ((0, real), (5, real[:5]), (20, real)):
     with pytest.raises(ValueError, match=f"Got k={k} for {len(generated)} generated and 20 real"):
-      metrics.neighbourhoods(generated, real, k)
+      metrics.neighborhoods(generated, real, k)
   with pytest.raises(ValueError, match="for 20 generated and 0 real"):
-    metrics.neighbourhoods(real, real[:0])
-  for call in (lambda: metrics.neighbourhoods(broken, real), lambda: metrics.nearest(real, [real, broken])):
+    metrics.neighborhoods(real, real[:0])
+  for call in (lambda: metrics.neighborhoods(broken, real), lambda: metrics.nearest(real, [real, broken])):
     with pytest.raises(ValueError, match="Got 1 of 20 feature vectors that are not finite"):
       call()
   with pytest.raises(ValueError, match="Got 3 features among which to find 5"):
     metrics.nearest(real, [real[:3]])
-  with pytest.raises(ValueError, match="Got 0 neighbours of 20"):
+  with pytest.raises(ValueError, match="Got 0 neighbors of 20"):
     metrics.nearest(real, [real], 0)
