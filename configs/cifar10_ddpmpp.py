@@ -25,7 +25,7 @@ def get_config():
       "dropout": 0.13,
       "downsample": "residual",
       "upsample": "residual",
-      "song": True,
+      "score_sde": True,
       "augmentation_features": 9,
     }
   )

@@ -28,7 +28,7 @@ def get_config():
       "downsample": "residual",
       "upsample": "residual",
       "filter": (1, 3, 3, 1),
-      "song": True,
+      "score_sde": True,
       "progressive_input": True,
       "augmentation_features": 9,
     }

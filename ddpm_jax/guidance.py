@@ -77,7 +77,7 @@ def classifier_free(
   Args:
     conditional: `conditional(x_t, t, condition) -> x_0 estimate`.
     condition: what to guide to, arrays [B, ...].
-    negative: what to guide away from, as `condition`: the label that stands for none, or one that is unwanted.
+    negative: what to guide away from, as `condition`: the class that stands for none, or one that is unwanted.
     scale: 1 for no guidance; or a function of time, as `interval` makes, which may say 1 at some times.
     rescale: how much of the standard deviation of c, that of each sample, to give back to the result, in [0, 1] (Lin et al. 2024,
       equations 15 and 16, here of x_0).

@@ -168,7 +168,7 @@ def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
 
 
 def read_network(
-  apply: Callable[..., Array], process: Process, prediction: Prediction, x_t: Array, t: Array, label
+  apply: Callable[..., Array], process: Process, prediction: Prediction, x_t: Array, t: Array, time_input
 ) -> tuple[Array, Array | None]:
   """The network's output [B, ...] at times t [B] and, if it was learned, the second half of its channels.
 
@@ -176,7 +176,7 @@ def read_network(
     ValueError: if the output's shape does not fit the input's.
   """
   x_in = network_input(process, prediction.input_scale, x_t, t)
-  output = apply(x_in, (process.label if label is None else label)(t))
+  output = apply(x_in, (process.time_input if time_input is None else time_input)(t))
   channels = x_t.shape[-1] * (2 if prediction.learned_variance else 1)
   if output.shape != (*x_t.shape[:-1], channels):
     learned = ", twice the channels for a learned variance" if prediction.learned_variance else ""
@@ -214,16 +214,16 @@ def denoiser(
   process: Process,
   prediction: Prediction,
   *,
-  label: Callable[[Array], Array] | None = None,
+  time_input: Callable[[Array], Array] | None = None,
 ) -> Denoise:
   """Turns a network into `denoise(x_t, t) -> x_0 estimate`, which samplers, guidance and likelihoods take.
 
   Args:
-    apply: `apply(x_t, label) -> output`, both outputs and inputs [B, ...], label [B]. Any callable: a Flax network with
+    apply: `apply(x_t, time) -> output`, both outputs and inputs [B, ...], time [B]. Any callable: a Flax network with
       its parameters bound, Equinox, a closed form.
     process: the forward process.
     prediction: what the output means.
-    label: maps time [B] to the network's time input; by default the process's own.
+    time_input: maps time [B] to the network's time input; by default the process's own.
 
   Returns:
     `denoise(x_t, t)`, for `x_t` [B, ...] and `t` a scalar or [B]; the result has the shape and dtype of `x_t`. If the
@@ -237,7 +237,7 @@ def denoiser(
 
   def denoise(x_t: Array, t):
     t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
-    output, variance = read_network(apply, process, prediction, x_t, t, label)
+    output, variance = read_network(apply, process, prediction, x_t, t, time_input)
     x_0 = prediction.to_x0(*widen(output, x_t, *coefficients(process, prediction, t, x_t))).astype(x_t.dtype)
     return x_0 if variance is None else Denoised(x_0, ((variance + 1) / 2).astype(x_t.dtype))
 
@@ -249,7 +249,7 @@ def classifier(
   apply: Callable[..., Array],
   process: Process,
   *,
-  label: Callable[[Array], Array] | None = None,
+  time_input: Callable[[Array], Array] | None = None,
   input_scale: Callable[[Array, Array], Array] | None = None,
 ) -> Callable[[Array, Array], Array]:
   """Turns a network that tells classes of noisy data apart into `log_probs(x_t, t) -> log p(class | x_t)` [B, K].
@@ -257,9 +257,9 @@ def classifier(
   The slope of a column in x_t is what classifier guidance adds to the score (Dhariwal and Nichol 2021, section 4.1).
 
   Args:
-    apply: `apply(x_t, label) -> logits`, inputs [B, ...], label [B], logits [B, K]. Any callable, as for `denoiser`.
+    apply: `apply(x_t, time) -> logits`, inputs [B, ...], time [B], logits [B, K]. Any callable, as for `denoiser`.
     process: the forward process.
-    label: maps time [B] to the network's time input; by default the process's own.
+    time_input: maps time [B] to the network's time input; by default the process's own.
     input_scale: `input_scale(alpha, sigma)`, the factor on x_t before the network sees it, that of the `Prediction` it was
       trained beside; None for 1.
 
@@ -272,7 +272,9 @@ def classifier(
 
   def log_probs(x_t: Array, t):
     t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
-    logits = apply(network_input(process, input_scale, x_t, t), (process.label if label is None else label)(t))
+    logits = apply(
+      network_input(process, input_scale, x_t, t), (process.time_input if time_input is None else time_input)(t)
+    )
     if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
       raise ValueError(
         f"The classifier gave an output of shape {logits.shape} for an input of shape {x_t.shape}; expected logits [B, K], a row for each of"

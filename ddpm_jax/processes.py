@@ -65,7 +65,7 @@ class Process(NamedTuple):
     sigma: the standard deviation of the noise, a function of time; 0 at t = 0 if the process starts from clean data.
     t_max: the time of the prior.
     t_min: the smallest time that makes sense to train at or to stop a solver at before the last step to 0.
-    label: maps time to what a network is given by default.
+    time_input: maps time to what a network is given by default.
     num_steps: the number N of steps of a discrete process, whose step n sits at t = n/N; None for a continuous one.
   """
 
@@ -73,7 +73,7 @@ class Process(NamedTuple):
   sigma: TimeFn
   t_max: float
   t_min: float
-  label: TimeFn
+  time_input: TimeFn
   num_steps: int | None = None
 
   def log_snr(self, t) -> Array:
@@ -170,7 +170,7 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
     sigma=lambda t: jnp.sqrt(-jnp.expm1(-integral(t))),
     t_max=1.0,
     t_min=1e-3,
-    label=_song_label,
+    time_input=_to_999,
   )
 
 
@@ -187,7 +187,7 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
     sigma=lambda t: -jnp.expm1(-integral(t)),
     t_max=1.0,
     t_min=1e-3,
-    label=_song_label,
+    time_input=_to_999,
   )
 
 
@@ -196,7 +196,7 @@ def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   """The variance-exploding SDE, sigma geometric on (0, 1] (Song et al. 2021, appendix C), for data in [-1, 1].
 
   Song et al. have data in [0, 1] and half these sigmas. At t = 0, and only there, sigma is 0: the last step of a grid
-  goes from sigma_min to clean data. The label is log(sigma / 2), the logarithm of their sigma.
+  goes from sigma_min to clean data. The time input is log(sigma / 2), the logarithm of their sigma.
 
   Raises:
     ValueError: if the sigmas are not 0 < sigma_min < sigma_max.
@@ -213,13 +213,13 @@ def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
     sigma=sigma,
     t_max=1.0,
     t_min=1e-5,
-    label=lambda t: jnp.log(jnp.maximum(sigma(t), sigma_min) / 2),
+    time_input=lambda t: jnp.log(jnp.maximum(sigma(t), sigma_min) / 2),
   )
 
 
 @check_kinds
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
-  """Karras et al. 2022, table 1: alpha = 1 and t is sigma itself, from 0 to sigma_max; the label is log(sigma) / 4.
+  """Karras et al. 2022, table 1: alpha = 1 and t is sigma itself, from 0 to sigma_max; the time input is log(sigma) / 4.
 
   Args:
     sigma_min: the smallest sigma above 0 of grids, and the smallest to train at.
@@ -234,21 +234,21 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
     sigma=as_time,
     t_max=sigma_max,
     t_min=sigma_min,
-    label=lambda t: jnp.log(jnp.maximum(as_time(t), 1e-6)) / 4,  # finite at t = 0
+    time_input=lambda t: jnp.log(jnp.maximum(as_time(t), 1e-6)) / 4,  # finite at t = 0
   )
 
 
 def rectified_flow() -> Process:
   """The straight path x_t = (1 - t) x_0 + t eps (Liu et al. 2023; Lipman et al. 2023 in reverse time).
 
-  At t = 1 nothing is left of the data. The label is 1000 t (Esser et al. 2024).
+  At t = 1 nothing is left of the data. The time input is 1000 t (Esser et al. 2024).
   """
   return Process(
     alpha=lambda t: 1 - as_time(t),
     sigma=as_time,
     t_max=1.0,
     t_min=1e-3,
-    label=lambda t: 1000 * as_time(t),
+    time_input=lambda t: 1000 * as_time(t),
   )
 
 
@@ -285,13 +285,13 @@ def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
     angle = turn * as_time(t)
     return jnp.sqrt(jnp.sin(angle) * jnp.sin(angle + 2 * start)) / math.cos(start)
 
-  return Process(alpha=alpha, sigma=sigma, t_max=1.0, t_min=1e-3, label=_song_label)
+  return Process(alpha=alpha, sigma=sigma, t_max=1.0, t_min=1e-3, time_input=_to_999)
 
 
 def discrete(betas: schedules.Betas) -> Process:
   """The discrete variance-preserving model of N steps (Ho et al. 2020) given by its betas [N].
 
-  Step n = 1..N sits at t = n/N and t = 0 is clean data; the network's default label at step n is n - 1. In between,
+  Step n = 1..N sits at t = n/N and t = 0 is clean data; the network's default time input at step n is n - 1. In between,
   -log(alpha_bar) is the monotone cubic through all steps (Fritsch and Butland 1984), so the chain is one VP process of
   continuous rate, read at N points, and every continuous-time rule applies to it. If the last beta is 1 (zero terminal
   SNR, `schedules.zero_terminal_snr`), alpha goes to 0 along a straight line in the last step.
@@ -337,7 +337,7 @@ def discrete(betas: schedules.Betas) -> Process:
       variance += jnp.exp(-integral(t)) * (1 - left) * (1 + left)
     return jnp.sqrt(variance)
 
-  return Process(alpha, sigma, t_max=1.0, t_min=1 / n, label=lambda t: step(t) - 1, num_steps=n)
+  return Process(alpha, sigma, t_max=1.0, t_min=1 / n, time_input=lambda t: step(t) - 1, num_steps=n)
 
 
 # Both are asked for many times in a step of training or sampling: jitted, they are traced once, and are quick outside of programs too.
@@ -395,7 +395,7 @@ def last_step(process: Process) -> int:
   return last
 
 
-def _song_label(t) -> Array:
+def _to_999(t) -> Array:
   """Song et al.'s published networks were trained on labels 0 to 999."""
   return 999.0 * as_time(t)
 

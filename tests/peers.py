@@ -83,8 +83,8 @@ def k_model():
 
 def run_diffusers(scheduler, process, network, x, times, *, before=None, **options):
   """The start and the state after each call of the network, which happen at `times`: those of the scheduler's labels."""
-  np.testing.assert_allclose(scheduler.timesteps, process.label(times), rtol=1e-5, atol=1e-3)
-  scale = getattr(scheduler, "scale_model_input", lambda x, label: x)
+  np.testing.assert_allclose(scheduler.timesteps, process.time_input(times), rtol=1e-5, atol=1e-3)
+  scale = getattr(scheduler, "scale_model_input", lambda x, time: x)
   states = [torch.tensor(x)]
   for i, (label, t) in enumerate(zip(scheduler.timesteps, times, strict=True)):
     if before is not None:

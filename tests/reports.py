@@ -91,7 +91,7 @@ def content(**changes):
     evaluation=evaluation(),
     config={"seed": 0, "data": {"source": source}, "model": {"network": network}, "sampler": None},
     samples=images[:500],
-    labels=labels[:500],
+    classes=labels[:500],
     denoising=frames,
     denoising_times=times,
     metrics=metrics(),

@@ -18,20 +18,20 @@ def test_digits_are_scikit_learns():
   assert len(source) == 1797
   assert source.images.shape == (1797, 8, 8, 1)
   assert source.images.max() == 255
-  assert sorted(set(source.labels)) == list(range(10))
-  counts = np.bincount(source.labels[:500])
+  assert sorted(set(source.classes)) == list(range(10))
+  counts = np.bincount(source.classes[:500])
   assert counts.min() > 30, "a contiguous part holds every class"
 
 
 def test_mnist_is_mlxtends():
   source = data.read_mnist()
   assert source.images.shape == (5000, 28, 28, 1)
-  np.testing.assert_array_equal(np.bincount(source.labels), np.full(10, 500))
+  np.testing.assert_array_equal(np.bincount(source.classes), np.full(10, 500))
 
 
 def test_arrays_from_a_file(tmp_path):
   images = np.arange(5 * 4 * 4, dtype=np.uint8).reshape(5, 4, 4)
-  np.savez(tmp_path / "a.npz", images=images, labels=np.arange(5))
+  np.savez(tmp_path / "a.npz", images=images, classes=np.arange(5))
   source = data.read_arrays(tmp_path / "a.npz")
   assert source[3]["image"].shape == (4, 4, 1)
   batch = data.read(source, [4, 0])
@@ -46,29 +46,29 @@ def test_arrays_of_other_programs(tmp_path, images, labels):
   np.savez(tmp_path / "a.npz", **{images: pixels, labels: np.array([2, 0, 1], np.int64)})
   source = data.read_arrays(tmp_path / "a.npz")
   np.testing.assert_array_equal(source.images, pixels)
-  assert list(source.labels) == [2, 0, 1]
+  assert list(source.classes) == [2, 0, 1]
 
 
 def test_guided_diffusions_samples_are_read(tmp_path):
   np.savez(tmp_path / "samples_2x4x4x3.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([3, 1]))
-  assert list(data.read_arrays(tmp_path / "samples_2x4x4x3.npz").labels) == [3, 1]
+  assert list(data.read_arrays(tmp_path / "samples_2x4x4x3.npz").classes) == [3, 1]
 
 
 def test_arrays_without_labels_have_no_class(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4, 1), np.uint8))
   source = data.read_arrays(tmp_path / "a.npz")
-  assert list(source.labels) == [data.NO_CLASS] * 2
-  assert data.known_labels(source) is None
-  with pytest.raises(ValueError, match="labels -1 to -1 for 3 classes"):
-    data.label_counts(source, 3)
+  assert list(source.classes) == [data.NO_CLASS] * 2
+  assert data.known_classes(source) is None
+  with pytest.raises(ValueError, match="classes -1 to -1 for 3 classes"):
+    data.class_counts(source, 3)
 
 
 @pytest.mark.parametrize(
   ("labels", "message"),
   [
-    (np.array([0, 2**31]), "labels from 0 to 2147483648; expected 0 to 2147483647"),
-    (np.array([0, 2**63], np.uint64), "labels from 0 to 9223372036854775808; expected"),
-    (np.array([-2, 0]), "labels from -2 to 0; expected 0 to 2147483647, or -1"),
+    (np.array([0, 2**31]), "classes from 0 to 2147483648; expected 0 to 2147483647"),
+    (np.array([0, 2**63], np.uint64), "classes from 0 to 9223372036854775808; expected"),
+    (np.array([-2, 0]), "classes from -2 to 0; expected 0 to 2147483647, or -1"),
     (np.array([0.0, 1.0]), "type float64 for 2 images; expected one integer"),
     (np.array([True, False]), "type bool for 2 images; expected one integer"),
     (np.eye(2, dtype=int), r"shape \(2, 2\)"),
@@ -93,7 +93,7 @@ def test_an_archive_of_image_files_is_to_be_unpacked(tmp_path):
 
 def test_the_largest_label_is_kept(tmp_path):
   labels = np.array([2**31 - 1, -1], np.int64)
-  assert list(data.ArraySource(np.zeros((2, 4, 4, 1), np.uint8), labels).labels) == [2**31 - 1, -1]
+  assert list(data.ArraySource(np.zeros((2, 4, 4, 1), np.uint8), labels).classes) == [2**31 - 1, -1]
 
 
 @pytest.mark.parametrize("names", [("labels", "y"), ("images", "samples")])
@@ -126,7 +126,7 @@ def test_wrong_array_files_are_errors(tmp_path):
     np.savez(tmp_path / "wrong.npz", images=wrong)
     with pytest.raises(ValueError, match="uint8"):
       data.read_arrays(tmp_path / "wrong.npz")
-  np.savez(tmp_path / "labels.npz", images=np.zeros((2, 4, 4, 1), np.uint8), labels=np.zeros(3, int))
+  np.savez(tmp_path / "labels.npz", images=np.zeros((2, 4, 4, 1), np.uint8), classes=np.zeros(3, int))
   with pytest.raises(ValueError, match="one integer an image"):
     data.read_arrays(tmp_path / "labels.npz")
 
@@ -134,8 +134,8 @@ def test_wrong_array_files_are_errors(tmp_path):
 def test_folder_takes_classes_from_sub_folders(tmp_path):
   write_folder(tmp_path)
   source = data.FolderSource(tmp_path, (8, 8), 3)
-  assert source.classes == ["cat", "dog"]
-  assert list(source.labels) == [0, 0, 0, 1, 1, 1]
+  assert source.class_names == ["cat", "dog"]
+  assert list(source.classes) == [0, 0, 0, 1, 1, 1]
   assert source[0]["image"].shape == (8, 8, 3)
   assert data.FolderSource(tmp_path, (4, 4), 1)[5]["image"].shape == (4, 4, 1)
   memory = data.in_memory(source)
@@ -252,7 +252,7 @@ def test_the_next_image_stands_in_for_a_broken_one(tmp_path, capsys):
     for index, stand_in in enumerate([0, 2, 2, 3, 4, 0]):
       np.testing.assert_array_equal(streamed[index]["image"], source[stand_in]["image"])
       np.testing.assert_array_equal(memory[index]["image"], source[stand_in]["image"])
-      assert streamed[index]["classes"] == memory[index]["classes"] == source.labels[stand_in]
+      assert streamed[index]["classes"] == memory[index]["classes"] == source.classes[stand_in]
   printed = capsys.readouterr().out
   assert printed.count("cat/1.jpg") == printed.count("dog/2.bmp") == 1, "reported once"
   assert list(streamed.broken) == [source.file(1), source.file(5)]
@@ -285,15 +285,15 @@ def test_one_image_cannot_be_held_out():
 def test_label_counts_are_those_of_what_is_read(tmp_path):
   labels = np.array([0, 2, 2, 0, 2, 5])
   source = data.ArraySource(np.zeros((6, 4, 4, 1), np.uint8), labels)
-  np.testing.assert_array_equal(data.label_counts(source, 7), [2, 0, 3, 0, 0, 1, 0])
+  np.testing.assert_array_equal(data.class_counts(source, 7), [2, 0, 3, 0, 0, 1, 0])
   for part in data.hold_out(source, 2):
     read = data.read(part, np.arange(len(part)))["classes"]
-    np.testing.assert_array_equal(data.label_counts(data.SkipBroken(part), 6), np.bincount(read, minlength=6))
-  with pytest.raises(ValueError, match="labels 0 to 5 for 5 classes"):
-    data.label_counts(source, 5)
-  assert data.label_counts(source, 0) is None
+    np.testing.assert_array_equal(data.class_counts(data.SkipBroken(part), 6), np.bincount(read, minlength=6))
+  with pytest.raises(ValueError, match="classes 0 to 5 for 5 classes"):
+    data.class_counts(source, 5)
+  assert data.class_counts(source, 0) is None
   write_folder(tmp_path)
-  assert sum(data.label_counts(data.FolderSource(tmp_path, (8, 8)), 2)) == len(data.FolderSource(tmp_path, (8, 8)))
+  assert sum(data.class_counts(data.FolderSource(tmp_path, (8, 8)), 2)) == len(data.FolderSource(tmp_path, (8, 8)))
 
 
 def test_label_counts_of_a_source_that_would_have_to_be_read_are_not_known():
@@ -305,4 +305,4 @@ def test_label_counts_of_a_source_that_would_have_to_be_read_are_not_known():
       raise AssertionError("read")
 
   for source in (Unlabelled(), data.SkipBroken(Unlabelled()), data.hold_out(Unlabelled(), 3)[0]):
-    assert data.label_counts(source, 4) is None
+    assert data.class_counts(source, 4) is None

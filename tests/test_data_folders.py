@@ -54,8 +54,8 @@ def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed, settled):
   second = data.FolderSource(tmp_path / "images", (8, 8))
   assert listed == ["images", "cat", "dog"]
   assert [first.file(i) for i in range(6)] == [second.file(i) for i in range(6)]
-  np.testing.assert_array_equal(first.labels, second.labels)
-  assert first.classes == second.classes == ["cat", "dog"]
+  np.testing.assert_array_equal(first.classes, second.classes)
+  assert first.class_names == second.class_names == ["cat", "dog"]
   np.testing.assert_array_equal(first[4]["image"], second[4]["image"])
 
 
@@ -73,7 +73,7 @@ def test_changes_are_seen_and_only_changed_folders_listed(tmp_path, listed, sett
   assert len(names(root)) == 5
   write_folder(root, classes=("ant",), count=1)
   assert names(root)[0] == "ant/0.png"
-  assert data.FolderSource(root, (8, 8)).classes == ["ant", "cat", "dog"]
+  assert data.FolderSource(root, (8, 8)).class_names == ["ant", "cat", "dog"]
   for path in (root / "ant").iterdir():
     path.unlink()
   (root / "ant").rmdir()
@@ -106,9 +106,9 @@ def test_images_belong_to_the_folder_they_lie_in_not_to_links(tmp_path, link, se
   (tmp_path / link).symlink_to(tmp_path / "dog")
   for _ in range(2):  # also when the listing comes from the cache
     source = data.FolderSource(tmp_path, (8, 8))
-    assert source.classes == ["cat", "dog"]
+    assert source.class_names == ["cat", "dog"]
     assert [source.file(index) for index in range(2)] == [f"{tmp_path}/cat/0.png", f"{tmp_path}/dog/0.png"]
-    assert list(source.labels) == [0, 1]
+    assert list(source.classes) == [0, 1]
 
 
 def test_the_data_folder_and_all_classes_may_be_links(tmp_path, settled):
@@ -157,9 +157,9 @@ def test_an_image_beside_the_folders_has_no_class_and_shifts_none(tmp_path):
   write_folder(tmp_path, count=1)
   write(tmp_path / "stray.png")
   source = data.FolderSource(tmp_path, (8, 8))
-  assert source.classes == ["cat", "dog"]
-  assert {Path(source.file(i)).name: source.labels[i] for i in range(1)} == {"stray.png": data.NO_CLASS}
-  assert list(source.labels) == [data.NO_CLASS, 0, 1]
+  assert source.class_names == ["cat", "dog"]
+  assert {Path(source.file(i)).name: source.classes[i] for i in range(1)} == {"stray.png": data.NO_CLASS}
+  assert list(source.classes) == [data.NO_CLASS, 0, 1]
   assert source[0]["classes"] == data.NO_CLASS
 
 
@@ -172,8 +172,8 @@ def test_hidden_folders_are_no_classes(tmp_path, name, capsys):
   write(tmp_path / "images" / name / "a.png")
   write(tmp_path / "images" / "cat" / name / "b.png")
   source = data.FolderSource(tmp_path / "images", (8, 8))
-  assert source.classes == ["cat", "dog"]
-  assert list(source.labels) == [0, 1]
+  assert source.class_names == ["cat", "dog"]
+  assert list(source.classes) == [0, 1]
   assert "2 hidden or of the system" in capsys.readouterr().out
 
 

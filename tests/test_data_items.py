@@ -61,7 +61,7 @@ def test_items_are_the_same_in_memory(broken):
   held = data.in_memory(Poses(), broken)
   assert not isinstance(held, Poses)
   assert held[5].keys() == Poses()[5].keys(), "no class is made up"
-  assert held.labels is None
+  assert held.classes is None
   assert_items(data.read(held, np.arange(12)), range(12))
 
 
@@ -83,7 +83,7 @@ def test_a_pack_keeps_all_items(tmp_path):
     data.pack(source, tmp_path / str(floats), {})
     read = data.PackedSource(tmp_path / str(floats))
     assert read.shape == SHAPE
-    assert list(read.labels) == [data.NO_CLASS] * 12
+    assert list(read.classes) == [data.NO_CLASS] * 12
     order = np.random.default_rng(0).permutation(12)
     for name, array in data.read(source, order).items():
       found = data.read(read, order)[name]
@@ -131,14 +131,14 @@ def test_any_name_will_do(item):
 
 def test_arrays_of_a_file_that_belong_to_the_images(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), np.uint8)
-  np.savez(tmp_path / "a.npz", images=images, labels=np.arange(5), pose=np.arange(10.0).reshape(5, 2), other=[1])
+  np.savez(tmp_path / "a.npz", images=images, classes=np.arange(5), pose=np.arange(10.0).reshape(5, 2), other=[1])
   fit = data.Fit(SHAPE[:2], 1)
   source = data.arrays(fit, str(tmp_path / "a.npz"), ["pose"]).train
   batch = data.read(source, [4, 1])
   assert batch.keys() == {"image", "classes", "pose"}
   np.testing.assert_array_equal(batch["pose"], [[8, 9], [2, 3]])
   for items, message in (
-    (["poise"], "which holds images, labels, other, pose; expected poise too"),
+    (["poise"], "which holds classes, images, other, pose; expected poise too"),
     (["other"], "a.npz: Got other of shape"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -215,11 +215,11 @@ def test_data_without_images_or_without_classes_are_refused_where_they_are_neede
   with pytest.raises(ValueError, match="the items pose; expected 'image' among them"):
     data.load(data.Splits(Blind()))
   train, _ = data.load(data.Splits(Poses()), hold_out=2)
-  assert data.label_counts(train, 3) is None
+  assert data.class_counts(train, 3) is None
   with pytest.raises(
     ValueError, match="the items count, image, .* for a model of classes; expected 'classes' among them"
   ):
-    data.load(data.Splits(Poses()), check=data.labels_below(3))
+    data.load(data.Splits(Poses()), check=data.classes_below(3))
 
 
 def test_arrays_that_do_not_match_the_images_are_errors():
@@ -229,7 +229,7 @@ def test_arrays_that_do_not_match_the_images_are_errors():
       lambda: data.ArraySource(images, pose=np.zeros((2, 3))),
       r"pose of shape \(2, 3\) for 3 images; expected one entry an image",
     ),
-    (lambda: data.ArraySource(images, classes=np.arange(3)), "the items classes beside images.*Pass classes as labels"),
+    (lambda: data.ArraySource(images, image=images), "the item .image. beside images"),
     (lambda: data.ArraySource(images.astype(float) + 2), r"from 2 to 2; expected floats in \[-1, 1\]"),
     (lambda: data.ArraySource(images.astype(int)), "type int64; expected .*uint8 .*or floats"),
   ):

@@ -84,7 +84,7 @@ def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, r
   if label == data.NO_CLASS:
     gray = {"channels": 1}
     assert len(reading.read_data(experiment("tfds", data=gray, eval_split=""))[0]) == 1
-    with pytest.raises(ValueError, match=r"1 image\(s\) without a class for .*a label for each"):
+    with pytest.raises(ValueError, match=r"1 image\(s\) without a class for .*a class for each"):
       reading.read_data(experiment("tfds", classes=4, data=gray, eval_split=""))
 
 
@@ -92,7 +92,7 @@ def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, r
   ("record", "message"),
   [
     ({"image": np.zeros((6, 6, 1), np.float32)}, "record 0 of squares, train: its pixels are floats"),
-    ({"image": np.zeros((6, 6, 1), np.uint8), "label": 2**40}, "labels from 1099511627776"),
+    ({"image": np.zeros((6, 6, 1), np.uint8), "label": 2**40}, "classes from 1099511627776"),
   ],
 )
 def test_records_without_a_range_are_refused(monkeypatch, record, message):
@@ -206,8 +206,8 @@ def test_a_pack_reads_as_its_folder(tmp_path, capsys):
     strict=True,
   ):
     assert len(want) == len(got)
-    assert want.classes == got.classes
-    np.testing.assert_array_equal(want.labels, got.labels)
+    assert want.class_names == got.class_names
+    np.testing.assert_array_equal(want.classes, got.classes)
     order = np.random.default_rng(0).permutation(len(want))
     np.testing.assert_array_equal(data.read(got, order)["image"], data.read(want, order)["image"])
     np.testing.assert_array_equal(data.read(got, order)["classes"], data.read(want, order)["classes"])
@@ -242,7 +242,7 @@ def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
   reading.run_prepare(folder.changed(data__broken="skip"), tmp_path / "packed")
   printed = capsys.readouterr().out
   assert printed.count("cat/1.jpg") == printed.count("dog/0.png") == 1
-  assert list(data.PackedSource(tmp_path / "packed").labels) == [0, 0, 1, 1]
+  assert list(data.PackedSource(tmp_path / "packed").classes) == [0, 0, 1, 1]
 
 
 def test_other_shapes_settings_and_versions_are_refused(tmp_path):
@@ -265,8 +265,8 @@ def test_other_shapes_settings_and_versions_are_refused(tmp_path):
 @pytest.mark.parametrize(
   ("file", "place", "message"),
   [
-    ("labels.npy", -3, r"Cannot read the labels .*labels\.npy: they are not what was written"),
-    ("labels.npy", 60, r"Cannot read the labels .*labels\.npy"),
+    ("classes.npy", -3, r"Cannot read the classes .*classes\.npy: they are not what was written"),
+    ("classes.npy", 60, r"Cannot read the classes .*classes\.npy"),
     ("index.json", 20, r"holds no packed images \(it"),
     ("images-00000.array_record", 300, r"Cannot read .*images-00000\.array_record"),
   ],
@@ -288,15 +288,15 @@ def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
     return data.Splits(*(data.ArraySource(part, np.arange(len(part))) for part in (images[:first], images[first:])))
 
   fit = data.Fit((6, 4), 5)
-  data.prepare(mine, {"first": 3}, fit, tmp_path / "packed", check=data.labels_below(3))
+  data.prepare(mine, {"first": 3}, fit, tmp_path / "packed", check=data.classes_below(3))
   assert "learn: 3 of 6x4x5 packed, 0 left out" in capsys.readouterr().out
   train, held_out = data.packed(fit, str(tmp_path / "packed"), "learn", "judge")
   np.testing.assert_array_equal(data.read(train, [0, 1, 2])["image"], images[:3])
   np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])
   with pytest.raises(ValueError, match=r"data.source=mine: missing a required argument: 'first'"):
     data.prepare(mine, {}, fit, tmp_path / "other")
-  with pytest.raises(ValueError, match="labels 0 to 2 for model.conditions.classes.number=2"):
-    data.prepare(mine, {"first": 3}, fit, tmp_path / "other", check=data.labels_below(2))
+  with pytest.raises(ValueError, match="classes 0 to 2 for model.conditions.classes.number=2"):
+    data.prepare(mine, {"first": 3}, fit, tmp_path / "other", check=data.classes_below(2))
   assert not (tmp_path / "other").exists()
 
 

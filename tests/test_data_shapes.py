@@ -216,8 +216,8 @@ def test_labels_are_checked_by_a_function(tmp_path):
   train, held_out = data.load(splits, hold_out=100, check=lambda source, labels: seen.append(len(labels)))
   assert sorted(set(seen)) == [100, 1697, 1797]
   assert (len(train), len(held_out)) == (1697, 100)
-  with pytest.raises(ValueError, match="labels 0 to 9 for conditions.classes.number=9; expected labels from 0 to 8"):
-    data.load(splits, check=data.labels_below(9, "conditions.classes.number"))
+  with pytest.raises(ValueError, match="classes 0 to 9 for conditions.classes.number=9; expected classes from 0 to 8"):
+    data.load(splits, check=data.classes_below(9, "conditions.classes.number"))
 
 
 # Images and masks to edit.

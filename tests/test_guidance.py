@@ -34,7 +34,7 @@ def component(index, mixture=MIXTURE):
 
 
 def conditional(process, mixture=MIXTURE):
-  """Component c for the condition c, the whole mixture for the label that stands for none."""
+  """Component c for the condition c, the whole mixture for the class that stands for none."""
   choices = [component(c, mixture).denoise(process) for c in range(len(mixture.weights))] + [mixture.denoise(process)]
 
   def denoise(x_t, t, classes):
@@ -273,12 +273,12 @@ def test_a_learned_variance_is_the_conditional_ones():
   process = processes.discrete(np.linspace(1e-4, 0.02, 100))
   prediction = predictions.learned_range(predictions.EPS)
 
-  def apply(x_t, label, classes):
-    del label
+  def apply(x_t, time, classes):
+    del time
     return jnp.concatenate([0.1 * x_t, 0.2 * classes[:, None, None, None] + 0 * x_t], axis=-1)
 
   def model(x_t, t, classes):
-    return predictions.denoiser(lambda x, label: apply(x, label, classes), process, prediction)(x_t, t)
+    return predictions.denoiser(lambda x, time: apply(x, time, classes), process, prediction)(x_t, t)
 
   x = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
   denoise = guidance.classifier_free(model, labels(3, 4), labels(0, 4), 2.0, rescale=0.3)

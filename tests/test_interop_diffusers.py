@@ -84,9 +84,9 @@ def test_a_model_conditioned_on_an_image(tmp_path):
 
 def test_the_image_is_centered_with_the_input(tmp_path):
   model, params = interop.diffusers.load(write(tmp_path, in_channels=5, center_input_sample=True))
-  x, image, label = start(), np.ones((5, 8, 8, 2), np.float32), np.ones(5, np.float32)
-  joined = model.network.module.apply({"params": params}, np.concatenate([x, image], -1), label)
-  np.testing.assert_allclose(model.network.apply(params, x, label, {"hint": image}), joined, atol=1e-5)
+  x, image, time = start(), np.ones((5, 8, 8, 2), np.float32), np.ones(5, np.float32)
+  joined = model.network.module.apply({"params": params}, np.concatenate([x, image], -1), time)
+  np.testing.assert_allclose(model.network.apply(params, x, time, {"hint": image}), joined, atol=1e-5)
 
 
 CONDITIONED = {

@@ -170,8 +170,8 @@ def test_the_process_is_the_peer_s(name, tmp_path):
   step = np.arange(1, steps + 1)
   t = (step / steps).astype(np.float32)
   np.testing.assert_allclose(model.process.alpha(t), theirs.sqrt_alphas_cumprod, rtol=1e-4, atol=1e-6)
-  label = (model.time_input or model.process.label)(t)
-  np.testing.assert_allclose(label, theirs._scale_timesteps(torch.tensor(step - 1)).numpy(), rtol=1e-5, atol=1e-3)
+  time = (model.time_input or model.process.time_input)(t)
+  np.testing.assert_allclose(time, theirs._scale_timesteps(torch.tensor(step - 1)).numpy(), rtol=1e-5, atol=1e-3)
   # Clipped, as the scripts sample.
   x, n = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32), steps // 2
   with torch.no_grad():

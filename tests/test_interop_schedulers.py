@@ -123,14 +123,14 @@ def test_schedules_come_back(name, clip):
   np.testing.assert_allclose(alpha_bar, np.asarray(process.alpha(times.astype(np.float32))) ** 2, rtol=2e-3, atol=1e-6)
 
 
-def test_a_continuous_model_becomes_a_table_at_its_labels():
-  """Between one label and the next, the discrete model has the log-SNR of the continuous one."""
+def test_a_continuous_model_becomes_a_table_at_its_time_inputs():
+  """Between one time input and the next, the discrete model has the log-SNR of the continuous one."""
   process = processes.vp()
   discrete = schedulers.read(schedulers.config_of(process, predictions.EPS)).process()
   steps = np.arange(1, 1001)
-  labels = np.asarray(discrete.label(steps / 1000))
-  np.testing.assert_allclose(labels, steps - 1, atol=1e-3)
-  times = np.maximum(labels / 999, 1e-3)
+  inputs = np.asarray(discrete.time_input(steps / 1000))
+  np.testing.assert_allclose(inputs, steps - 1, atol=1e-3)
+  times = np.maximum(inputs / 999, 1e-3)
   np.testing.assert_allclose(discrete.log_snr(steps / 1000), process.log_snr(times), rtol=1e-4, atol=1e-4)
 
 

@@ -156,17 +156,17 @@ def theirs(model, x, t, classes, weight):
 
 def ours(network, params, x, t, classes, weight):
   """Return the output, and the gradient unless `weight` is None."""
-  label = jnp.log(t) if network.time_embedding == "fourier" else t
+  time = jnp.log(t) if network.time_embedding == "fourier" else t
   conditions = {"vector" if network.vector_embedding else "classes": classes}
 
   @jax.jit
   def run(params, x):
     def loss(x):
-      output = network.apply({"params": params}, x, label, **conditions)
+      output = network.apply({"params": params}, x, time, **conditions)
       return jnp.sum(output * weight), output
 
     if weight is None:
-      return [network.apply({"params": params}, x, label, **conditions)]
+      return [network.apply({"params": params}, x, time, **conditions)]
     slope, output = jax.grad(loss, has_aux=True)(x)
     return [output, slope]
 
@@ -267,7 +267,7 @@ def test_unsupported_options_are_named(changes, message):
 @pytest.mark.parametrize(
   ("network", "message"),
   [
-    (UNet(song=True), "song=True"),
+    (UNet(score_sde=True), "score_sde=True"),
     (UNet(progressive_input=True), "progressive_input=True"),
     (UNet(dimensions=1), "dimensions=1"),
     (UNet(augmentation_features=9), "augmentation_features=9"),

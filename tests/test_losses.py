@@ -77,7 +77,7 @@ def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_po
         return (1 + change[0]) * exact(x, t) + change[1]
 
       apply = network_of(process, prediction, denoise)
-      kwargs = {"times": losses.uniform(process), "label": lambda t: t, "weighting": weigh}
+      kwargs = {"times": losses.uniform(process), "time_input": lambda t: t, "weighting": weigh}
       with jax.numpy_rank_promotion("allow"):  # of weights [W, B]
         details = losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
       return details["loss"][0], details

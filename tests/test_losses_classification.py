@@ -46,7 +46,7 @@ def test_the_exact_posterior_has_the_conditional_entropy_as_its_loss_and_none_ha
       def times(keys):
         return jnp.resize(levels, keys.shape), jnp.ones(keys.shape)
 
-      kwargs = {"times": times, "label": lambda t: t}
+      kwargs = {"times": times, "time_input": lambda t: t}
       return losses.classification_loss(jax.random.key(2), apply, process, x_0, classes, **kwargs)[1]["loss"]
 
     return jax.lax.map(jax.jacfwd(lambda change: (details(change),) * 2, has_aux=True), changes)
@@ -88,7 +88,7 @@ def test_a_sample_depends_on_its_key_alone():
 
   @jax.jit
   def details(keys, x_0, classes):
-    kwargs = {"times": losses.uniform(process), "label": lambda t: t}
+    kwargs = {"times": losses.uniform(process), "time_input": lambda t: t}
     return losses.classification_loss(keys, exact, process, x_0.astype(jnp.float32), classes, **kwargs)[1]
 
   whole, half = details(keys, x_0, classes), details(keys[4:], x_0[4:], classes[4:])
@@ -98,7 +98,7 @@ def test_a_sample_depends_on_its_key_alone():
 
 def test_log_probabilities_at_one_time_or_many_and_their_slope():
   process = PROCESSES["vp"]
-  log_probs = predictions.classifier(CLASSES.classify(process), process, label=lambda t: t)
+  log_probs = predictions.classifier(CLASSES.classify(process), process, time_input=lambda t: t)
 
   @jax.jit
   def run(x):
@@ -121,13 +121,13 @@ def test_the_input_is_scaled_as_the_denoiser_s_is():
   process, prediction = PROCESSES["edm"], predictions.edm(0.5)
   seen = []
 
-  def apply(x, label):
+  def apply(x, time):
     seen.append(x)
     return jnp.zeros((2, 3))
 
   x, t = jnp.ones((2, 4)), jnp.array([0.5, 2.0])
   predictions.classifier(apply, process, input_scale=prediction.input_scale)(x, t)
-  predictions.denoiser(lambda x, label: seen.append(x) or x, process, prediction)(x, t)
+  predictions.denoiser(lambda x, time: seen.append(x) or x, process, prediction)(x, t)
   np.testing.assert_array_equal(*seen)
   assert not np.allclose(seen[0], x)
 

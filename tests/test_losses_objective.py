@@ -77,7 +77,7 @@ def test_denoising_takes_times_a_weighting_and_the_network_s_own_time():
   objective = losses.denoising(apply, process, predictions.EPS, time_input=jnp.log, **options)
 
   def loss(keys, network):
-    return losses.denoising_loss(keys, network, process, predictions.EPS, x_0, label=jnp.log, **options)
+    return losses.denoising_loss(keys, network, process, predictions.EPS, x_0, time_input=jnp.log, **options)
 
   assert_is(objective, weights(), loss)
 

@@ -128,7 +128,7 @@ def test_a_network_has_no_negative_number_of_anything(options):
 def test_the_least_size_of_a_network_is_no_more_than_its_size(monkeypatch):
   found = []
   monkeypatch.setattr(memory, "check", lambda what, needed, *_: found.append(needed))
-  for options in ({}, {"num_classes": 5000, "song": True}, {"num_classes": 5000}, {"embedding_features": 4096}):
+  for options in ({}, {"num_classes": 5000, "score_sde": True}, {"num_classes": 5000}, {"embedding_features": 4096}):
     network = UNet(channels=32, multipliers=(1, 2), attention_levels=(), blocks=1, **options)
     found.clear()
     network.check_input((8, 8, 3))

@@ -260,7 +260,7 @@ def test_denoise_is_the_network_s_output_read_by_the_prediction(prediction):
   }[prediction]
   np.testing.assert_allclose(predictions.x_0_of(found), wanted, rtol=1e-4, atol=1e-5)
   hand = predictions.denoiser(
-    lambda x, time: model.network.apply(params, x, time, given), PROCESS, meaning, label=lambda t: 7 * t
+    lambda x, time: model.network.apply(params, x, time, given), PROCESS, meaning, time_input=lambda t: 7 * t
   )
   jax.tree.map(np.testing.assert_array_equal, found, hand(x, t))
   jax.tree.map(np.testing.assert_array_equal, found, model.conditional(params)(x, t, given))
@@ -282,7 +282,7 @@ def test_guidance_by_two_conditions():
   x, t = jnp.asarray(batch_of(3)["image"]), 0.5
   conditional = model.conditional(params)
   found = guidance.classifier_free(conditional, given, none, 3.0)(x, t)
-  c, u = (model.network.apply(params, x, jnp.full(3, PROCESS.label(t)), values) for values in (given, none))
+  c, u = (model.network.apply(params, x, jnp.full(3, PROCESS.time_input(t)), values) for values in (given, none))
   np.testing.assert_allclose(found, u + 3 * (c - u), rtol=1e-4, atol=1e-4)
   one = model.without(given, names=["vector"])
   np.testing.assert_array_equal(one["classes"], given["classes"])
@@ -404,7 +404,7 @@ def test_a_classifier_is_a_model_too():
   assert model.outputs() == 5
   params, x, t = model.init(jax.random.key(0)), jnp.asarray(batch_of(3)["image"]), 0.5
   scale = predictions.edm(0.5).input_scale(PROCESS.alpha(t), PROCESS.sigma(t))
-  logits = (scale * x).reshape(3, -1) @ params["kernel"] + PROCESS.label(jnp.float32(t))
+  logits = (scale * x).reshape(3, -1) @ params["kernel"] + PROCESS.time_input(jnp.float32(t))
   np.testing.assert_allclose(model.classify(params)(x, t), jax.nn.log_softmax(logits), rtol=1e-4, atol=1e-4)
   assert make().outputs() == 1
 

@@ -42,9 +42,9 @@ def apply(network, params, *args, **kwargs):
 def test_shapes_and_types(size, channels, changes):
   network, params = build(size, channels, **changes)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-  x, label = jax.random.normal(jax.random.key(1), (3, *size, channels)), jnp.array([0.0, 10.0, 999.0])
+  x, time = jax.random.normal(jax.random.key(1), (3, *size, channels)), jnp.array([0.0, 10.0, 999.0])
   classes = jnp.array([0, 1, 2]) if network.num_classes else None
-  compiled = jax.jit(lambda params: network.apply({"params": params}, x, label, classes))
+  compiled = jax.jit(lambda params: network.apply({"params": params}, x, time, classes))
   output = compiled(params)
   assert output.shape == x.shape
   assert output.dtype == jnp.float32
@@ -63,20 +63,20 @@ def test_a_fresh_network_gives_zeros():
 def test_output_depends_on_time_and_class_and_not_on_the_rest_of_the_batch():
   network, params = build(num_classes=3)
   x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 8, 8, 1)), (4, 8, 8, 1))
-  label, classes = jnp.array([5.0, 5.0, 6.0, 5.0]), jnp.array([0, 0, 0, 2])
-  output = apply(network, params, x, label, classes)
+  time, classes = jnp.array([5.0, 5.0, 6.0, 5.0]), jnp.array([0, 0, 0, 2])
+  output = apply(network, params, x, time, classes)
   np.testing.assert_allclose(output[0], output[1], atol=1e-6)
   assert jnp.max(jnp.abs(output[0] - output[2])) > 1e-3
   assert jnp.max(jnp.abs(output[0] - output[3])) > 1e-3
-  np.testing.assert_allclose(apply(network, params, x[2:3], label[2:3], classes[2:3])[0], output[2], atol=1e-5)
+  np.testing.assert_allclose(apply(network, params, x[2:3], time[2:3], classes[2:3])[0], output[2], atol=1e-5)
 
 
 def test_every_parameter_has_a_gradient():
   network, params = build(num_classes=3, blocks=2)
-  x, label = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.array([1.0, 2.0, 3.0])
+  x, time = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jnp.array([1.0, 2.0, 3.0])
 
   def loss(params):
-    return jnp.sum(network.apply({"params": params}, x, label, jnp.arange(3)) ** 2)
+    return jnp.sum(network.apply({"params": params}, x, time, jnp.arange(3)) ** 2)
 
   slopes = jax.jit(jax.grad(loss))(params)
   silent = [
@@ -173,5 +173,5 @@ def test_classes_go_with_a_conditional_network_only():
   with pytest.raises(ValueError, match="num_classes=0"):
     apply(network, params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
   network, params = build(num_classes=2)
-  with pytest.raises(ValueError, match="Got no labels"):
+  with pytest.raises(ValueError, match="Got no classes"):
     apply(network, params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))

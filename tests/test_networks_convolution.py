@@ -101,13 +101,13 @@ SMALL = {"channels": 4, "multipliers": (1, 2), "blocks": 1, "attention_levels": 
 def test_of_whole_networks(kind, size):
   """Every parameter random, so that no path is cut by the zeros of a fresh network."""
   network = kind(out_channels=3, **SMALL)
-  x, label = jax.random.normal(jax.random.key(1), (2, *size, 3)), jnp.array([3.0, 700.0])
-  shapes = jax.eval_shape(network.init, jax.random.key(0), x, label)["params"]
+  x, time = jax.random.normal(jax.random.key(1), (2, *size, 3)), jnp.array([3.0, 700.0])
+  shapes = jax.eval_shape(network.init, jax.random.key(0), x, time)["params"]
   generator = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: generator.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 
   def total(x, params, kernels):
-    return jnp.sum(jnp.sin(network.clone(kernels=kernels).apply({"params": params}, x, label)))
+    return jnp.sum(jnp.sin(network.clone(kernels=kernels).apply({"params": params}, x, time)))
 
   def traced(kernels):
     return str(jax.make_jaxpr(functools.partial(total, kernels=kernels))(x, params))
@@ -272,7 +272,7 @@ WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strid
     ("SAME", {"dtype": jnp.bfloat16}, False),
   ],
 )
-def test_which_go_by_tiles(padding, change, wanted):
+def test_which_go_by_tiles(padding, change, expected):
   """Those with as good a result and enough to gain, in programs of one device."""
   case = WIDE | change
   x = jax.ShapeDtypeStruct((4, *case["space"], case["channels"]), case["dtype"])
@@ -282,7 +282,7 @@ def test_which_go_by_tiles(padding, change, wanted):
     traced = jax.jit(lambda x, kernel: convolve(x, kernel, case["strides"], padding, kernels)).trace(x, kernel)
     return "_by_tiles" in str(traced.jaxpr)
 
-  assert by_tiles("alone") == wanted
+  assert by_tiles("alone") == expected
   assert not any(map(by_tiles, ("tuned", "looped", "plain")))
 
 

@@ -19,7 +19,7 @@ from tests.parameters import random_like
 from tests.test_networks import SMALL
 
 FIR = (1, 3, 3, 1)
-SONG = {"song": True, "downsample": "residual", "upsample": "residual"}
+SONG = {"score_sde": True, "downsample": "residual", "upsample": "residual"}
 NCSNPP = SONG | {"filter": FIR, "progressive_input": True, "time_embedding": "fourier"}
 ADM = {"scale_shift": True, "downsample": "residual", "upsample": "residual", "head_channels": 4}
 
@@ -72,7 +72,7 @@ def test_the_block_of_ncsnpp_is_the_peer_s(resample):
     **{resample: True},
   )
   x, embedding = noise(2, 8, 8, 8), noise(2, 6, seed=1)
-  block = layers.ResidualBlock(8, UNet(groups=4, song=True, filter=FIR)._style, resample)
+  block = layers.ResidualBlock(8, UNet(groups=4, score_sde=True, filter=FIR)._style, resample)
 
   def ours(name):
     module = getattr(peer, name)
@@ -122,10 +122,10 @@ def test_groups_that_do_not_divide_the_features_are_an_error():
     UNet(**(SMALL | {"groups": -1})).check_input((8, 8, 3))
 
 
-@pytest.mark.parametrize(("song", "variance"), [(True, 0.1), (False, 1.0)])
-def test_queries_keys_and_values_start_as_in_the_papers_code(song, variance):
+@pytest.mark.parametrize(("score_sde", "variance"), [(True, 0.1), (False, 1.0)])
+def test_queries_keys_and_values_start_as_in_the_papers_code(score_sde, variance):
   """Uniform, of variance 1 / C (Ho et al.), or 0.1 / C (Song et al., Karras et al.: sqrt(0.2) on 3 C outputs of C inputs)."""
-  block = layers.AttentionBlock(1, UNet(groups=1, song=song)._style)
+  block = layers.AttentionBlock(1, UNet(groups=1, score_sde=score_sde)._style)
   params = jax.jit(lambda key: block.init(key, jnp.zeros((1, 2, 2, 64)))["params"])(jax.random.key(0))
   for name in ("to_q", "to_k", "to_v"):
     kernel = np.asarray(params[name]["kernel"])
@@ -152,8 +152,8 @@ def init(network, space, channels, **conditions):
   return random_like(shapes["params"])
 
 
-def run(network, params, x, label, **conditions):
-  return jax.jit(lambda params: network.apply({"params": params}, x, label, **conditions))(params)
+def run(network, params, x, time, **conditions):
+  return jax.jit(lambda params: network.apply({"params": params}, x, time, **conditions))(params)
 
 
 @pytest.mark.parametrize("name", ["ddpm++", "ncsn++"])
@@ -162,10 +162,10 @@ def test_every_parameter_matters(name):
   options = NCSNPP if name == "ncsn++" else SONG | {"augmentation_features": 5, "num_classes": 3}
   conditions = {} if name == "ncsn++" else {"classes": jnp.array([0, 2]), "augmentation": noise(2, 5)}
   network = UNet(out_channels=2, **(SMALL | options))
-  x, label = noise(2, 8, 8, 2), jnp.array([0.3, 2.0])
-  shapes = jax.eval_shape(lambda key: network.init(key, x, label, **conditions), jax.random.key(0))
+  x, time = noise(2, 8, 8, 2), jnp.array([0.3, 2.0])
+  shapes = jax.eval_shape(lambda key: network.init(key, x, time, **conditions), jax.random.key(0))
   params = random_like(shapes["params"])
-  loss = jax.jit(jax.grad(lambda params: jnp.sum(network.apply({"params": params}, x, label, **conditions) ** 2)))
+  loss = jax.jit(jax.grad(lambda params: jnp.sum(network.apply({"params": params}, x, time, **conditions) ** 2)))
   slopes = jax.tree_util.tree_leaves_with_path(loss(params))
   silent = [jax.tree_util.keystr(path) for path, leaf in slopes if not jnp.any(leaf)]
   assert silent == (["['time_frequencies']"] if name == "ncsn++" else [])
@@ -194,10 +194,10 @@ def test_an_axis_of_length_one_changes_nothing(axes):
     return jnp.pad(leaf[None], [((leaf.shape[0] - 1) // 2,) * 2] + [(0, 0)] * leaf.ndim)
 
   large = jax.tree_util.tree_map_with_path(widen, params)
-  x, label = noise(2, *(4, 5)[: axes - 1], 2), jnp.array([3.0, 700.0])
+  x, time = noise(2, *(4, 5)[: axes - 1], 2), jnp.array([3.0, 700.0])
   wide = UNet(out_channels=2, **options, dimensions=axes)
-  got = run(wide, large, x[:, None], label)[:, 0]
-  np.testing.assert_allclose(got, run(small, params, x, label), atol=2e-5)
+  got = run(wide, large, x[:, None], time)[:, 0]
+  np.testing.assert_allclose(got, run(small, params, x, time), atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_conditions_act_each_on_its_own_sample(options, given):
 def test_the_output_is_divided_by_sigma_where_asked():
   options = SMALL | {"time_embedding": "fourier"}
   plain, divided = (UNet(out_channels=1, **options, divide_by_sigma=value) for value in (False, True))
-  params, x, label = init(plain, (8, 8), 1), noise(2, 8, 8, 1), jnp.log(jnp.array([0.5, 20.0]))
-  wanted = run(plain, params, x, label) / jnp.array([0.5, 20.0])[:, None, None, None]
-  np.testing.assert_allclose(run(divided, params, x, label), wanted, rtol=1e-5)
+  params, x, time = init(plain, (8, 8), 1), noise(2, 8, 8, 1), jnp.log(jnp.array([0.5, 20.0]))
+  wanted = run(plain, params, x, time) / jnp.array([0.5, 20.0])[:, None, None, None]
+  np.testing.assert_allclose(run(divided, params, x, time), wanted, rtol=1e-5)
 
 
 def test_the_classifier_gives_logits():
@@ -251,10 +251,10 @@ def test_in_bfloat16_parameters_statistics_and_softmax_are_float32(options):
   network = UNet(out_channels=1, **(SMALL | options), dtype=jnp.bfloat16)
   params = init(network, (8, 8), 1)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-  x, label = noise(2, 8, 8, 1), jnp.array([0.5, 2.0])
+  x, time = noise(2, 8, 8, 1), jnp.array([0.5, 2.0])
 
   def apply(params, x):
-    return network.apply({"params": params}, x, label)
+    return network.apply({"params": params}, x, time)
 
   found = list(equations(jax.make_jaxpr(apply)(params, x).jaxpr))
   for name in ("reduce_sum", "reduce_max", "exp", "rsqrt"):
@@ -262,19 +262,19 @@ def test_in_bfloat16_parameters_statistics_and_softmax_are_float32(options):
   kinds = {e.outvars[0].aval.dtype for e in found if e.primitive.name == "conv_general_dilated"}
   assert kinds == {jnp.dtype("bfloat16")}
   exact = network.clone(dtype=jnp.float32)
-  got, wanted = run(network, params, x, label), run(exact, params, x, label)
+  got, wanted = run(network, params, x, time), run(exact, params, x, time)
   assert got.dtype == jnp.float32
   assert jnp.sqrt(jnp.mean((got - wanted) ** 2)) < 0.05 * jnp.std(wanted)
 
 
 def test_rematerialization_changes_memory_and_not_gradients():
   plain = UNet(out_channels=1, **(SMALL | {"multipliers": (1,), "attention_levels": (0,), "dropout": 0.2}))
-  params, x, label = init(plain, (8, 8), 1), noise(8, 8, 8, 1), jnp.arange(8.0)
+  params, x, time = init(plain, (8, 8), 1), noise(8, 8, 8, 1), jnp.arange(8.0)
 
   def loss_of(network):
     def loss(params):
       rngs = {"dropout": jax.random.key(0)}
-      return jnp.sum(network.apply({"params": params}, x, label, train=True, rngs=rngs) ** 2)
+      return jnp.sum(network.apply({"params": params}, x, time, train=True, rngs=rngs) ** 2)
 
     return loss
 
@@ -329,7 +329,7 @@ def test_impossible_options_are_errors(options, message):
 
 
 def test_conditions_that_do_not_fit_are_errors():
-  x, label, key = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), jax.random.key(0)
+  x, time, key = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), jax.random.key(0)
   for options, conditions, message in (
     ({}, {"vector": jnp.zeros((2, 3))}, "Got a vector"),
     ({"vector_embedding": "dense"}, {}, "Got no vector"),
@@ -341,4 +341,4 @@ def test_conditions_that_do_not_fit_are_errors():
   ):
     network = UNet(out_channels=1, **(SMALL | options))
     with pytest.raises(ValueError, match=message):
-      jax.eval_shape(lambda key, n=network, c=conditions: n.init(key, x, label, **c), key)
+      jax.eval_shape(lambda key, n=network, c=conditions: n.init(key, x, time, **c), key)

@@ -82,7 +82,13 @@ def test_a_tpu_attends_in_parts_of_the_batch(on_tpu, monkeypatch, batch):
 
 OPTIONS = {
   "ddpm": {"attention_levels": (1,), "dropout": 0.2},
-  "ncsn++": {"song": True, "filter": FIR, "downsample": "residual", "upsample": "residual", "progressive_input": True},
+  "ncsn++": {
+    "score_sde": True,
+    "filter": FIR,
+    "downsample": "residual",
+    "upsample": "residual",
+    "progressive_input": True,
+  },
   "adm": {"downsample": "residual", "upsample": "residual", "scale_shift": True, "remat": "blocks"},
 }
 

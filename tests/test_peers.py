@@ -191,7 +191,7 @@ def test_singlestep(build, dtype, sampler, order, algorithm):
   log_snr = np.interp(np.arange(5 * order + 1) / order, np.arange(6), DISCRETE.log_snr(times))
   inner = np.array(time_of(np.resize(log_snr, 16)))[: len(log_snr)]  # one program for all orders
   peer.set_timesteps(5 * order)
-  peer.timesteps = torch.tensor(np.asarray(DISCRETE.label(inner[:-1])))
+  peer.timesteps = torch.tensor(np.asarray(DISCRETE.time_input(inner[:-1])))
   peer.sigmas = torch.tensor(np.exp(-log_snr / 2).astype(dtype))
   x = start(DISCRETE, times[0], dtype)
   theirs = run_diffusers(peer, DISCRETE, eps_network(), x, inner[:-1], before=before)[::order]

@@ -36,7 +36,7 @@ def test_target_and_back_is_the_identity(name, coefficients):
 def test_denoiser_is_the_same_function_from_any_prediction(name, process):
   process, prediction = below_zero_snr(PROCESSES[process]), PREDICTIONS[name]
   exact = MIXTURE.denoise(process)
-  denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, label=lambda t: t)
+  denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, time_input=lambda t: t)
   x = process.prior(jax.random.key(1), (5, 2), jnp.float64)
   for t in (0.4 * process.t_max, jnp.linspace(0.1, 0.9, 5) * process.t_max, process.t_max):
     np.testing.assert_allclose(denoise(x, t), exact(x, t), rtol=1e-6, atol=1e-8)
@@ -48,7 +48,7 @@ def test_denoiser_is_the_same_function_from_any_prediction(name, process):
 def test_denoiser_where_no_data_is_left(name, process):
   process, prediction = PROCESSES[process], PREDICTIONS[name]
   exact = MIXTURE.denoise(process)
-  denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, label=lambda t: t)
+  denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, time_input=lambda t: t)
   x = process.prior(jax.random.key(1), (5, 2), jnp.float64)
   np.testing.assert_allclose(denoise(x, 1.0), exact(x, 1.0), rtol=1e-9)
 
@@ -60,8 +60,8 @@ def test_edm_is_preconditioned_as_printed():
   x = np.array([[0.3], [-0.2], [5.0]])
   seen = []
 
-  def network(scaled, label):
-    seen.append((scaled, label))
+  def network(scaled, time):
+    seen.append((scaled, time))
     return jnp.cos(scaled)
 
   got = predictions.denoiser(network, processes.edm(), predictions.edm(data))(jnp.asarray(x), sigma)
@@ -95,8 +95,8 @@ def test_default_labels():
   """A discrete network gets n - 1, exact integers; the continuous one 999 t."""
   seen = []
 
-  def apply(x, label):
-    seen.append(np.asarray(label))
+  def apply(x, time):
+    seen.append(np.asarray(time))
     return x
 
   process = PROCESSES["discrete_linear"]
@@ -110,7 +110,7 @@ def test_default_labels():
 @pytest.mark.parametrize("process", PROCESSES)
 def test_labels_are_finite_at_every_time(process):
   process = PROCESSES[process]
-  assert jnp.all(jnp.isfinite(process.label(jnp.linspace(0, 1, 11) * process.t_max)))
+  assert jnp.all(jnp.isfinite(process.time_input(jnp.linspace(0, 1, 11) * process.t_max)))
 
 
 def test_a_learned_schedule_can_be_trained_under_jit():

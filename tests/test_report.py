@@ -147,7 +147,7 @@ def test_what_is_absent_is_left_out_and_named():
   assert parsed.sections() == ["provenance"]
   for reason in ("no trajectory was recorded", "none were searched", "no metrics.jsonl was found"):
     assert reason in parsed.text
-  absent = {"denoising": None, "denoising_times": None, "labels": None, "neighbors": None, "metrics": []}
+  absent = {"denoising": None, "denoising_times": None, "classes": None, "neighbors": None, "metrics": []}
   content = reports.content(**absent, schedule=None, bound_terms=None)
   for key in ("curve", "likelihood"):
     del content.evaluation[key]
@@ -181,7 +181,7 @@ def test_a_page_is_light(tmp_path):
     return rng.integers(0, 256, (*shape, 32, 32, 3), dtype=np.uint8)
 
   neighbors = report.Neighbors(noise(16), noise(16, 5), rng.uniform(1, 2, (16, 5)), np.ones(9))
-  content = reports.content(samples=noise(500), labels=None, neighbors=neighbors, metrics=reports.metrics(20_000))
+  content = reports.content(samples=noise(500), classes=None, neighbors=neighbors, metrics=reports.metrics(20_000))
   report.write(tmp_path / "r.html", content._replace(denoising=noise(100, 16), denoising_times=np.linspace(1, 0, 100)))
   assert (tmp_path / "r.html").stat().st_size - len(get_plotlyjs()) < 2e6
 
@@ -210,7 +210,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
       r"samples of shape \(4, 8, 8, 1\) and dtype float64; expected uint8 \[N, H, W, C\]",
     ),
     ({"samples": np.zeros((8, 8, 1), np.uint8)}, r"samples of shape \(8, 8, 1\)"),
-    ({"labels": np.zeros(3)}, "for 500 samples; expected one label a sample"),
+    ({"classes": np.zeros(3)}, "for 500 samples; expected one class a sample"),
     ({"denoising_times": None}, "denoising_times of shape None for 9 frames"),
     ({"denoising_times": np.zeros(4)}, r"shape \(4,\) for 9 frames"),
     ({"schedule": {"t": np.zeros(3), "alpha": np.zeros(3)}}, "expected t, alpha, sigma and log_snr"),
@@ -253,7 +253,7 @@ def test_a_page_of_images_of_any_shape(shape):
   found, samples = reports.neighbors(), noise(40)
   content = reports.bare()._replace(
     samples=samples,
-    labels=np.arange(40) % 2,
+    classes=np.arange(40) % 2,
     denoising=noise(9, 3),
     denoising_times=np.linspace(1, 0, 9),
     neighbors=found._replace(samples=noise(8), nearest=noise(8, 3)),
@@ -363,8 +363,8 @@ def test_noise_levels_are_in_order():
     (500, 0.0, ("500", "")),
   ],
 )
-def test_errors_decide_how_many_digits_are_shown(value, error, wanted):
-  assert words.with_error(value, error) == wanted
+def test_errors_decide_how_many_digits_are_shown(value, error, expected):
+  assert words.with_error(value, error) == expected
 
 
 def variables():

@@ -16,7 +16,7 @@ def open_rows(path, identity=1, shape=WHOLE.shape, dtype=np.uint8):
 def finished(path):
   rows = open_rows(path)
   rows.write(WHOLE, {"most": 5})
-  rows.finish(labels=np.arange(10))
+  rows.finish(classes=np.arange(10))
   return path / "rows.npz"
 
 
@@ -30,7 +30,7 @@ def test_an_interrupted_array_is_gone_on_with(tmp_path):
   # More than there is room for, as the last batch is.
   again = open_rows(tmp_path)
   again.write(np.concatenate([WHOLE[8:], WHOLE]), {"most": 5})
-  np.testing.assert_array_equal(again.finish(labels=np.arange(10)), WHOLE)
+  np.testing.assert_array_equal(again.finish(classes=np.arange(10)), WHOLE)
   assert [path.name for path in tmp_path.iterdir()] == ["rows.npz"]
   with np.load(tmp_path / "rows.npz") as file:
     np.testing.assert_array_equal(file["images"], WHOLE)

@@ -222,13 +222,13 @@ def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys
   """Of data without one of the classes, which is said."""
   labels = np.repeat([0, 1, 3], [300, 100, 100])
   np.random.default_rng(0).shuffle(labels)
-  np.savez(tmp_path / "data.npz", images=np.zeros((500, 8, 8, 1), np.uint8), labels=labels)
+  np.savez(tmp_path / "data.npz", images=np.zeros((500, 8, 8, 1), np.uint8), classes=labels)
   config = config_of()
   config.data.source = spec("data.arrays", path=str(tmp_path / "data.npz"))
   config.model.conditions.classes = spec("conditions.classes", number=4)
   write_run(config, tmp_path / "run")
   train(config, tmp_path / "run")
-  counts = json.loads((tmp_path / "run" / "labels.json").read_text())["counts"]
+  counts = json.loads((tmp_path / "run" / "classes.json").read_text())["counts"]
   output = capsys.readouterr()
   assert f"4 classes, 0 to {max(counts)} images each" in output.out
   assert "1 of 4 classes have no image to learn from: 2" in output.err

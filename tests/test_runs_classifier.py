@@ -62,7 +62,7 @@ def test_it_learns_what_can_be_seen(finished):
   assert report["step"] == 400
   assert report["weights"] == "EMA"
   assert report["num_samples"] == 40
-  assert sum(json.loads((finished / "labels.json").read_text())["counts"]) == 1697
+  assert sum(json.loads((finished / "classes.json").read_text())["counts"]) == 1697
   assert not (finished / "samples").exists()
 
 
@@ -119,7 +119,7 @@ def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path
 def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
   for keys, message in (
     ({"model__network__out_channels": 1}, "out_channels=1; expected 2 or more classes"),
-    ({"model__network__out_channels": 9}, "labels 0 to 9 for model.network.out_channels=9"),
+    ({"model__network__out_channels": 9}, "classes 0 to 9 for model.network.out_channels=9"),
     ({"evaluation__num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
     (
       {"init_from": "somewhere"},

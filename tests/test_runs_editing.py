@@ -44,7 +44,7 @@ def place(tmp_path_factory):
   """
   place, generator = tmp_path_factory.mktemp("editing"), np.random.default_rng(0)
   images, labels = generator.integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
-  np.savez(place / "data.npz", images=images, labels=labels)
+  np.savez(place / "data.npz", images=images, classes=labels)
   gray, color = config_of(10, dropout=0.1), config_of(2)
   color.data.source = spec("data.arrays", path=str(place / "data.npz"))
   color.data.update({"channels": 3, "hold_out": 10})

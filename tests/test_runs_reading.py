@@ -60,7 +60,7 @@ def test_held_out_classes_have_the_numbers_of_the_training_split(tmp_path, packe
   assert labels_of(held_out) == [1, 2, 2]
   _, on_disk = reading.read_sources(found)
   assert on_disk.classes == ["cat", "dog", "emu"]
-  assert list(on_disk.labels) == [1, 2, 2]
+  assert list(on_disk.classes) == [1, 2, 2]
   np.testing.assert_array_equal(data.read(on_disk, [2, 0])["classes"], [2, 1])
 
 

@@ -130,7 +130,7 @@ def test_a_batch_is_what_the_conditions_of_a_model_read():
   shapes = stepping.batch_shapes(experiment, 4)
   digits = data.read_digits()
   source = data.ArraySource(
-    digits.images[:20], digits.labels[:20], vector=np.zeros((20, 3)), sketch=np.zeros((20, 8, 8, 2), np.float16)
+    digits.images[:20], digits.classes[:20], vector=np.zeros((20, 3)), sketch=np.zeros((20, 8, 8, 2), np.float16)
   )
   assert stepping.batch_shapes(experiment, 4, source) == shapes
   assert {name: leaf.shape for name, leaf in shapes.items()} == {

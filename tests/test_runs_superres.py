@@ -179,7 +179,7 @@ def test_wrong_settings_are_errors_when_built(condition, message):
 
 def test_a_classifier_enlarges_nothing(tmp_path):
   config = large_of(tmp_path, task="classify", objective="classification")
-  np.savez(tmp_path / "data.npz", images=np.zeros((20, 16, 16, 1), np.uint8), labels=np.arange(20) % 10)
+  np.savez(tmp_path / "data.npz", images=np.zeros((20, 16, 16, 1), np.uint8), classes=np.arange(20) % 10)
   with pytest.raises(ValueError, match="task='classify' with the conditions low; expected none"):
     runs.run_train(tree_of(config), tmp_path / "none")
   assert not (tmp_path / "none").exists()

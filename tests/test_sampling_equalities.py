@@ -39,7 +39,9 @@ def test_samples_do_not_depend_on_the_prediction(process, name):
   x, sampler = process.prior(jax.random.key(1), (5, 2), jnp.float64), SAMPLERS[name](process)
 
   def samples(prediction):
-    denoise = predictions.denoiser(network_of(process, prediction, estimate), process, prediction, label=lambda t: t)
+    denoise = predictions.denoiser(
+      network_of(process, prediction, estimate), process, prediction, time_input=lambda t: t
+    )
     return run_uncompiled(sampler, denoise, x, times)
 
   first, *others = map(samples, PREDICTIONS.values())

@@ -39,7 +39,7 @@ def test_a_run_of_one_setting_is_sampled_scored_and_resumed_under_the_other(trai
   assert steps == [2, 4]
 
 
-SONG = {"time_embedding": "fourier", "song": True, "augmentation_features": 4}
+SONG = {"time_embedding": "fourier", "score_sde": True, "augmentation_features": 4}
 PROGRESSIVE = {"progressive_input": True, "downsample": "residual", "upsample": "residual", "filter": (1, 3, 3, 1)}
 
 

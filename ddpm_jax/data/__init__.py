@@ -4,7 +4,7 @@ from ddpm_jax.data.choices import Place, Splits, arrays, digits, folder, mnist, 
 from ddpm_jax.data.fitting import RESIZES, Fit, check_space, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
-from ddpm_jax.data.loading import Check, check_labels_of, labels_below, load
+from ddpm_jax.data.loading import Check, check_classes_of, classes_below, load
 from ddpm_jax.data.packing import PackedSource, pack
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
 from ddpm_jax.data.preparing import prepare
@@ -15,12 +15,12 @@ from ddpm_jax.data.sources import (
   BrokenImage,
   SkipBroken,
   Source,
+  class_counts,
   hold_out,
   images_in_parts,
   in_memory,
   in_proportion,
-  known_labels,
-  label_counts,
+  known_classes,
   read,
   read_arrays,
   read_digits,
@@ -49,8 +49,10 @@ __all__ = [
   "WorkerDied",
   "arrays",
   "batches",
-  "check_labels_of",
+  "check_classes_of",
   "check_space",
+  "class_counts",
+  "classes_below",
   "digits",
   "fit",
   "folder",
@@ -58,9 +60,7 @@ __all__ = [
   "images_in_parts",
   "in_memory",
   "in_proportion",
-  "known_labels",
-  "label_counts",
-  "labels_below",
+  "known_classes",
   "load",
   "mnist",
   "pack",

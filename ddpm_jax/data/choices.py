@@ -64,7 +64,7 @@ def mnist(fit: Fit) -> Splits:
 
 @check_kinds
 def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
-  """Read images of any number of channels, and their labels, from an .npz file (see `read_arrays` for the names of the arrays).
+  """Read images of any number of channels, and their classes, from an .npz file (see `read_arrays` for the names of the arrays).
 
   Args:
     fit: the shape that the images must have.
@@ -193,7 +193,7 @@ def _in_folders(root: Path, names: tuple[str, str], make: Make) -> Splits:
   found = [split for split in splits if (root / split).is_dir()]
   if not found or (len(found) == 1 and make is not PackedSource):
     whole = make(root, None)
-    if not isinstance(whole, FolderSource) or _holds_classes(root, whole.classes, splits, found):
+    if not isinstance(whole, FolderSource) or _holds_classes(root, whole.class_names, splits, found):
       return Splits(whole)
   if found != splits or not train_split:
     missing = next((split for split in splits if split not in found), "train")
@@ -205,7 +205,7 @@ def _in_folders(root: Path, names: tuple[str, str], make: Make) -> Splits:
   train = make(root / train_split, None)
   if isinstance(train, FolderSource):
     _report_beside(root, splits)
-  return Splits(train, make(root / eval_split, train.classes) if eval_split else None)
+  return Splits(train, make(root / eval_split, train.class_names) if eval_split else None)
 
 
 def _check_splits(splits: Sequence[str]) -> None:

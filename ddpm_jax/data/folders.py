@@ -31,7 +31,7 @@ class FolderSource:
 
   Attributes:
     classes: names of the classes.
-    labels: [N] int32; `NO_CLASS` for an image beside the sub-folders, or in one that is not among the classes.
+    classes: [N] int32; `NO_CLASS` for an image beside the sub-folders, or in one that is not among the classes.
 
   Raises:
     ValueError: if the folder is missing, unreadable or holds no image; on reading, if a file cannot be decoded (BrokenImage, which
@@ -56,9 +56,9 @@ class FolderSource:
     counts = np.array([names.count(b"\0") for names in folders.values()])
     self._last = np.cumsum(counts)
     tops = [name.split(b"/")[0] for name in self._folders]
-    self.classes = [os.fsdecode(top) for top in sorted(set(tops) - {b""})] if classes is None else list(classes)
-    numbers = {os.fsencode(name): number for number, name in enumerate(self.classes)}
-    self.labels = np.repeat(np.array([numbers.get(top, NO_CLASS) for top in tops], np.int32), counts)
+    self.class_names = [os.fsdecode(top) for top in sorted(set(tops) - {b""})] if classes is None else list(classes)
+    numbers = {os.fsencode(name): number for number, name in enumerate(self.class_names)}
+    self.classes = np.repeat(np.array([numbers.get(top, NO_CLASS) for top in tops], np.int32), counts)
 
   def __len__(self) -> int:
     return len(self._ends)
@@ -73,7 +73,7 @@ class FolderSource:
     path = self.file(index)
     image = decode(path)
     try:
-      return {"image": fit_to(image, self._fit), "classes": int(self.labels[index])}
+      return {"image": fit_to(image, self._fit), "classes": int(self.classes[index])}
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 

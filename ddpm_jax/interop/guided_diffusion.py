@@ -136,8 +136,8 @@ def _process(
     raise ValueError(
       "Got rescale_timesteps=True with a continuous process; expected a discrete one, whose steps are counted."
     )
-  label, scale = process.label, 1000 / process.num_steps
-  return process, lambda t: label(t) * scale
+  own, scale = process.time_input, 1000 / process.num_steps
+  return process, lambda t: own(t) * scale
 
 
 def _conditions(

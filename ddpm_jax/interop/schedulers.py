@@ -286,10 +286,10 @@ def config_of(
 ) -> Config:
   """The DDPMScheduler config of a process and what its network gives; the inverse of `read`.
 
-  A continuous variance-preserving process becomes the table of its alpha at the 1000 labels 0..999 that its network knows.
+  A continuous variance-preserving process becomes the table of its alpha at the 1000 time inputs 0..999 that its network knows.
 
   Args:
-    process: a discrete process, or a continuous one with alpha^2 + sigma^2 = 1 and a label that is linear in t.
+    process: a discrete process, or a continuous one with alpha^2 + sigma^2 = 1 and a time input that is linear in t.
     prediction: EPS, X0 or V, with or without learned variance.
     clip: the largest magnitude of an estimate of x_0; None for no clipping.
     variance: of ancestral sampling, "small", "large" or "learned".
@@ -332,20 +332,20 @@ def config_of(
 
 
 def betas_of(process: Process) -> np.ndarray:
-  """The betas [N], float64, of the discrete model that a variance-preserving process is, or is at the labels 0..999.
+  """The betas [N], float64, of the discrete model that a variance-preserving process is, or is at the time inputs 0..999.
 
   Raises:
-    ValueError: if the process is not variance-preserving, or its label is not linear in t from 0.
+    ValueError: if the process is not variance-preserving, or its time input is not linear in t from 0.
   """
   with jax.enable_x64(True):
     if process.num_steps:
       times = np.arange(1, process.num_steps + 1) / process.num_steps
     else:
-      labels = np.asarray(process.label(jnp.linspace(0, process.t_max, 11)), np.float64)
-      if not np.allclose(labels, np.linspace(0, labels[-1], 11)) or not 100 <= labels[-1] <= 2000:
-        raise _not_discrete("its label does not count steps")
-      # At label 0 there is no noise at all, which no discrete model knows: the smallest time that makes sense stands for it.
-      times = np.maximum(np.arange(round(labels[-1]) + 1) / labels[-1] * process.t_max, process.t_min)
+      inputs = np.asarray(process.time_input(jnp.linspace(0, process.t_max, 11)), np.float64)
+      if not np.allclose(inputs, np.linspace(0, inputs[-1], 11)) or not 100 <= inputs[-1] <= 2000:
+        raise _not_discrete("its time input does not count steps")
+      # At time input 0 there is no noise at all, which no discrete model knows: the smallest time that makes sense stands for it.
+      times = np.maximum(np.arange(round(inputs[-1]) + 1) / inputs[-1] * process.t_max, process.t_min)
     alpha, sigma = (np.asarray(value(jnp.asarray(times)), np.float64) for value in (process.alpha, process.sigma))
   if not np.allclose(alpha**2 + sigma**2, 1, atol=1e-6):
     raise _not_discrete("alpha^2 + sigma^2 is not 1")

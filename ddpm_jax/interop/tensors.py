@@ -351,5 +351,5 @@ def leaf_name(path: str) -> str:
 
 def abstract_params(network: Any, shape: tuple[int, ...], **conditions: Any) -> PyTree:
   """Shapes of the parameters of a Flax network for data of `shape` [*space, C]."""
-  x, label = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-  return jax.eval_shape(network.init, jax.random.key(0), x, label, **conditions)["params"]
+  x, time = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+  return jax.eval_shape(network.init, jax.random.key(0), x, time, **conditions)["params"]

@@ -95,7 +95,7 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 def unet_of(given: Mapping[str, Any]) -> UNet:
   """Our U-Net for the config of a `UNet2DModel`; keys that are left out have the class's defaults.
 
-  The label of a network with time_embedding_type "fourier" is log(t), since diffusers takes the logarithm inside.
+  The time input of a network with time_embedding_type "fourier" is log(t), since diffusers takes the logarithm inside.
 
   Raises:
     ValueError: if an option has no counterpart; it names it.
@@ -158,7 +158,7 @@ def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
     ValueError: if `UNet2DModel` cannot; it names the option.
   """
   n, defaults = network, UNet()
-  for name in ("song", "progressive_input", "augmentation_features", "dimensions"):
+  for name in ("score_sde", "progressive_input", "augmentation_features", "dimensions"):
     if getattr(n, name) != getattr(defaults, name):
       raise ValueError(f"Got a network with {name}={getattr(n, name)!r}, which diffusers' UNet2DModel cannot compute.")
   if not n.groups:

@@ -23,7 +23,7 @@ def classification_loss(
   classes: Array,
   *,
   times: TimeDistribution,
-  label: Callable[[Array], Array] | None = None,
+  time_input: Callable[[Array], Array] | None = None,
   input_scale: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Cross-entropy of the class given x_t, at random times, in nats: a mean over the batch (Dhariwal and Nichol 2021, section 4).
@@ -32,12 +32,12 @@ def classification_loss(
 
   Args:
     key: one key, or one a sample [B].
-    apply: `apply(x_t, label) -> logits` [B, K], as for `predictions.classifier`.
+    apply: `apply(x_t, time) -> logits` [B, K], as for `predictions.classifier`.
     process: the forward process.
     x_0: clean data [B, ...], in [-1, 1] by convention.
     classes: the class of each sample [B], integers in [0, K).
     times: draws the times, such as `uniform(process)`.
-    label: maps time [B] to the network's time input; by default the process's own.
+    time_input: maps time [B] to the network's time input; by default the process's own.
     input_scale: the factor on x_t before the network sees it, as for `predictions.classifier`.
 
   Returns:
@@ -53,7 +53,7 @@ def classification_loss(
       f" {x_0.shape[:1]}."
     )
   t, importance, _, x_t = perturbed(key, process, x_0, times)
-  log_probs = predictions.classifier(apply, process, label=label, input_scale=input_scale)(x_t, t)
+  log_probs = predictions.classifier(apply, process, time_input=time_input, input_scale=input_scale)(x_t, t)
   loss = -jnp.take_along_axis(log_probs, classes[:, None], axis=1)[:, 0]
   likeliest = jnp.argmax(log_probs, axis=1)
   correct = (likeliest == classes.astype(likeliest.dtype)).astype(loss.dtype)

@@ -153,7 +153,7 @@ def denoising(
 
   def loss(trained, context, keys, batch):
     network, drawn = _network(apply, trained, keys, batch), _times(times, context, batch)
-    options = {"times": drawn, "weighting": weighting, "label": time_input}
+    options = {"times": drawn, "weighting": weighting, "time_input": time_input}
     return function(keys, network, process, prediction, _item(batch, "x"), **options)
 
   return _at_times(loss, process, times)
@@ -184,7 +184,9 @@ def classification(
   def loss(trained, context, keys, batch):
     network, drawn = _network(apply, trained, keys, batch), _times(times, context, batch)
     x_0, classes, scale = _item(batch, "x"), _item(batch, target), prediction.input_scale
-    return classification_loss(keys, network, process, x_0, classes, times=drawn, label=time_input, input_scale=scale)
+    return classification_loss(
+      keys, network, process, x_0, classes, times=drawn, time_input=time_input, input_scale=scale
+    )
 
   return _at_times(loss, process, times)
 

@@ -59,7 +59,7 @@ def draw(
   x_0: Array,
   *,
   times: TimeDistribution,
-  label: Callable[[Array], Array] | None = None,
+  time_input: Callable[[Array], Array] | None = None,
 ) -> Draw:
   """Evaluate a network at a random time and with random noise for each sample, for a loss to compare its output with the target.
 
@@ -67,7 +67,7 @@ def draw(
   """
   check_readable(process, prediction)
   t, importance, eps, x_t = perturbed(key, process, x_0, times)
-  output, variance = read_network(apply, process, prediction, x_t, t, label)
+  output, variance = read_network(apply, process, prediction, x_t, t, time_input)
   target = prediction.target(*widen(x_0, eps, *coefficients(process, prediction, t, x_0)))
   return Draw(t, importance, x_t, target, output, variance)
 
@@ -93,19 +93,19 @@ def denoising_loss(
   *,
   times: TimeDistribution,
   weighting: Weighting = simple,
-  label: Callable[[Array], Array] | None = None,
+  time_input: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Squared error of the denoiser at random times: the mean over dimensions, then over the batch.
 
   Args:
     key: one key, or one a sample [B].
-    apply: `apply(x_t, label) -> output`, as for `predictions.denoiser`.
+    apply: `apply(x_t, time) -> output`, as for `predictions.denoiser`.
     process: the forward process.
     prediction: what the output means. A learned variance is not trained by this loss: see `hybrid_loss`.
     x_0: clean data [B, ...], in [-1, 1] by convention.
     times: draws the times, such as `uniform(process)`.
     weighting: w(log-SNR), in terms of the noise error.
-    label: maps time [B] to the network's time input; by default the process's own.
+    time_input: maps time [B] to the network's time input; by default the process's own.
 
   Returns:
     The loss, a float32 scalar, and a dict with `t` and the loss of each sample at its time (before importance weights), both [B].
@@ -113,6 +113,6 @@ def denoising_loss(
   Raises:
     ValueError: if the output does not have the shape of the data, or the prediction says nothing about it at t_max.
   """
-  drawn = draw(key, apply, process, prediction, x_0, times=times, label=label)
+  drawn = draw(key, apply, process, prediction, x_0, times=times, time_input=time_input)
   loss = squared_error(drawn, process, prediction, weighting)
   return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {"t": drawn.t, "loss": loss}

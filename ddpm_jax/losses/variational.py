@@ -115,7 +115,7 @@ def hybrid_loss(
   *,
   times: TimeDistribution,
   weighting: Weighting = simple,
-  label: Callable[[Array], Array] | None = None,
+  time_input: Callable[[Array], Array] | None = None,
   vlb_weight: float = 0.001,
 ) -> tuple[Array, dict[str, Array]]:
   """The denoising loss plus `vlb_weight` times the bound in bits per dimension (Nichol and Dhariwal 2021, equation 16).
@@ -125,13 +125,13 @@ def hybrid_loss(
 
   Args:
     key: one key, or one a sample [B].
-    apply: `apply(x_t, label) -> output` with twice the channels of the data.
+    apply: `apply(x_t, time) -> output` with twice the channels of the data.
     process: a discrete process.
     prediction: a `predictions.learned_range`.
     x_0: data [B, ...] on 256 levels in [-1, 1].
     times: draws the steps.
     weighting: of the denoising loss.
-    label: maps time [B] to the network's time input; by default the process's own.
+    time_input: maps time [B] to the network's time input; by default the process's own.
     vlb_weight: lambda in the paper.
 
   Returns:
@@ -147,7 +147,7 @@ def hybrid_loss(
       "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; expected"
       " processes.discrete(betas) and predictions.learned_range(EPS), X0 or V."
     )
-  drawn = draw(key, apply, process, prediction, x_0, times=times, label=label)
+  drawn = draw(key, apply, process, prediction, x_0, times=times, time_input=time_input)
   error = squared_error(drawn, process, prediction, weighting)
   mean = prediction.to_x0(*widen(drawn.output, drawn.x_t, *coefficients(process, prediction, drawn.t, x_0)))
   assert drawn.variance is not None

@@ -30,31 +30,31 @@ _SCALED = 2048
 
 
 def train_classifier(
-  images: np.ndarray, labels: np.ndarray, num_classes: int, *, steps: int = 600, seed: int = 0, quiet: bool = False
+  images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int = 600, seed: int = 0, quiet: bool = False
 ) -> PyTree:
   """Parameters of a classifier of real images, on one device: the same ones wherever the images and the seed are.
 
   Args:
     images: uint8 [N, H, W, C].
-    labels: [N] integers in [0, num_classes).
+    classes: [N] integers in [0, num_classes).
     num_classes: how many classes there are.
     steps: of Adam, over batches of 64.
     seed: of the parameters and the order.
     quiet: whether to show no progress.
 
   Raises:
-    ValueError: if there are no images, labels do not match them or are no integers, or there are fewer than two classes.
+    ValueError: if there are no images, classes do not match them or are no integers, or there are fewer than two classes.
   """
-  labels = np.asarray(labels)
-  if images.ndim != 4 or images.dtype != np.uint8 or not images.size or labels.shape != (len(images),):
+  classes = np.asarray(classes)
+  if images.ndim != 4 or images.dtype != np.uint8 or not images.size or classes.shape != (len(images),):
     raise ValueError(
-      f"Got images of shape {images.shape} and type {images.dtype} with labels {labels.shape}; expected uint8 [N, H, W, C] and [N]."
+      f"Got images of shape {images.shape} and type {images.dtype} with classes {classes.shape}; expected uint8 [N, H, W, C] and [N]."
     )
-  if labels.dtype.kind not in "iu":
-    raise ValueError(f"Got labels of type {labels.dtype}; expected integers.")
-  if num_classes < 2 or labels.min() < 0 or labels.max() >= num_classes or steps < 1:
+  if classes.dtype.kind not in "iu":
+    raise ValueError(f"Got classes of type {classes.dtype}; expected integers.")
+  if num_classes < 2 or classes.min() < 0 or classes.max() >= num_classes or steps < 1:
     raise ValueError(
-      f"Got labels {labels.min()} to {labels.max()} of {num_classes} classes and {steps} steps; expected two classes or more, labels"
+      f"Got classes {classes.min()} to {classes.max()} of {num_classes} classes and {steps} steps; expected two classes or more, classes"
       " from 0 on, and a step or more."
     )
   network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
@@ -84,7 +84,7 @@ def train_classifier(
     ) as bar:
       for _ in bar:
         rows = np.array([next(order) for _ in range(_BATCH)])
-        params, state, _ = step(params, state, from_uint8(images[rows]), labels[rows].astype(np.int32))
+        params, state, _ = step(params, state, from_uint8(images[rows]), classes[rows].astype(np.int32))
     # Of unit variance on average, so that the kernel distance's cubes are of the order of 1, as they are of Inception features.
     chosen = np.random.default_rng(seed).permutation(len(images))[:_SCALED]
     features = np.concatenate(
@@ -142,21 +142,21 @@ def pixel_space() -> FeatureSpace:
 
 
 def kept_classifier(
-  path: Path, images: np.ndarray, labels: np.ndarray, num_classes: int, *, steps: int, main: bool = True
+  path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, main: bool = True
 ) -> PyTree:
   """Return what `train_classifier` gives, from a file if it was trained before on the same images in the same way.
 
   Args:
     path: the file; one that is damaged is moved into `damaged` beside it.
     images: as for `train_classifier`.
-    labels: as well.
+    classes: as well.
     num_classes: as well.
     steps: as well.
     main: whether this process writes and speaks.
   """
   about = {
     "kind": "classifier of real images",
-    "images": sealed.digest(images, labels),
+    "images": sealed.digest(images, classes),
     "classes": str(num_classes),
     "steps": str(steps),
   }
@@ -167,7 +167,7 @@ def kept_classifier(
     if main:
       sealed.set_aside(path, path.parent / "damaged", error)
   if params is None:
-    params = train_classifier(images, labels, num_classes, steps=steps, quiet=not main)
+    params = train_classifier(images, classes, num_classes, steps=steps, quiet=not main)
     if main:
       save_classifier(path, params, about)
   return params

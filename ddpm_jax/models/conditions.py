@@ -104,7 +104,7 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
     number=number + 1 if dropout else number,
     parse=parse,
     default=lambda count: np.resize(np.arange(number, dtype=np.int32), count),
-    check=data.labels_below(number, f"model.conditions.{name}.number"),
+    check=data.classes_below(number, f"model.conditions.{name}.number"),
   )
 
 

@@ -196,7 +196,7 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = AL
     if own is not None and own.choices != known:
       raise ValueError(f"Got a classifier of {known} classes for a model of {own.choices}; expected the same classes.")
   if guides.weak is not None:
-    _check_same_noise("--weak", model, guides.weak, label=False)
+    _check_same_noise("--weak", model, guides.weak, time_input=False)
     if jax.tree.map(_shape, _shapes(model)) != jax.tree.map(_shape, _shapes(guides.weak)) or _numbers(
       model
     ) != _numbers(guides.weak):
@@ -214,7 +214,7 @@ def check_sampler(model: Model, sampler: sampling.Sampler, times: Any) -> None:
     def apply(x, time):
       return jnp.zeros((*x.shape[:-1], twice * x.shape[-1]), x.dtype)
 
-    denoise = predictions.denoiser(apply, model.process, model.prediction, label=model.time_input)
+    denoise = predictions.denoiser(apply, model.process, model.prediction, time_input=model.time_input)
     return sampling.solve(key[None], sampler, denoise, jnp.zeros((1, *model.shape)), times)
 
   jax.eval_shape(draw, jax.random.key(0))
@@ -257,7 +257,7 @@ def _shown(rule: Callable) -> str:
   )
 
 
-def _check_same_noise(flag: str, model: Model, other: Model, *, label: bool = True) -> None:
+def _check_same_noise(flag: str, model: Model, other: Model, *, time_input: bool = True) -> None:
   """Raise a ValueError unless a guide knows the noisy data that the model makes."""
   if model.shape != other.shape:
     raise ValueError(
@@ -267,7 +267,7 @@ def _check_same_noise(flag: str, model: Model, other: Model, *, label: bool = Tr
   same = math.isclose(a.t_max, b.t_max)
   with jax.ensure_compile_time_eval():
     times = jnp.linspace(0.0, a.t_max, 21)[1:]
-    for name in ("alpha", "sigma", "label") if label else ("alpha", "sigma"):
+    for name in ("alpha", "sigma", "time_input") if time_input else ("alpha", "sigma"):
       first, second = (np.asarray(getattr(process, name)(times)) for process in (a, b))
       same = same and np.allclose(first, second, rtol=1e-3, atol=1e-4)
   if not same:

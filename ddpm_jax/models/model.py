@@ -119,7 +119,7 @@ class Model(NamedTuple):
       def apply(x, time):
         return self.network.apply(params, x, time, given)
 
-      return predictions.denoiser(apply, self.process, self.prediction, label=self.time_input)(x_t, t)
+      return predictions.denoiser(apply, self.process, self.prediction, time_input=self.time_input)(x_t, t)
 
     return conditional
 
@@ -149,7 +149,7 @@ class Model(NamedTuple):
       return self.network.apply(params, x, time, {})
 
     scale = self.prediction.input_scale
-    return predictions.classifier(apply, self.process, label=self.time_input, input_scale=scale)
+    return predictions.classifier(apply, self.process, time_input=self.time_input, input_scale=scale)
 
   def outputs(self) -> int:
     """Return the size of the network's last axis: of a classifier, how many classes it knows."""

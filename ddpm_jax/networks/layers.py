@@ -26,7 +26,7 @@ Array = jax.Array
 INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZEROS = nn.initializers.zeros
 # Song et al.'s and Karras et al.'s of queries, keys and values: a tenth of the variance.
-SONG_ATTENTION = nn.initializers.variance_scaling(0.1, "fan_avg", "uniform")
+SCORE_SDE_ATTENTION = nn.initializers.variance_scaling(0.1, "fan_avg", "uniform")
 
 
 class Style(NamedTuple):
@@ -37,7 +37,7 @@ class Style(NamedTuple):
     epsilon: added to the variance in every normalization.
     dropout: the dropout rate inside residual blocks, in training.
     scale_shift: whether the embedding scales and shifts the second normalization, or is added before it.
-    song: whether sums are divided by sqrt(2), and a 1x1 convolution stands beside every block that resamples.
+    score_sde: whether sums are divided by sqrt(2), and a 1x1 convolution stands beside every block that resamples.
     filter: weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
     attention: the implementation for `attention.attend`.
     dtype: of the computation.
@@ -48,7 +48,7 @@ class Style(NamedTuple):
   epsilon: float
   dropout: float
   scale_shift: bool
-  song: bool
+  score_sde: bool
   filter: Sequence[float]
   attention: Literal["xla", "cudnn"] | None
   dtype: Any
@@ -60,7 +60,7 @@ class Style(NamedTuple):
 
   def join(self, x: Array, branch: Array) -> Array:
     """A residual sum."""
-    return (x + branch) * math.sqrt(0.5) if self.song else x + branch
+    return (x + branch) * math.sqrt(0.5) if self.score_sde else x + branch
 
 
 def groups_of(features: int) -> int:
@@ -92,10 +92,8 @@ def trainable(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in CONSTANTS, params)
 
 
-def sinusoidal_embedding(
-  label: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0
-) -> Array:
-  """Sines and cosines [B, features] of labels [B], at frequencies 10000^(-i / (features / 2 - frequency_shift)).
+def sinusoidal_embedding(time: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0) -> Array:
+  """Sines and cosines [B, features] of times [B], at frequencies 10000^(-i / (features / 2 - frequency_shift)).
 
   The defaults are Ho et al.'s (2020); Nichol and Dhariwal (2021) put cosines first and shift by 0.
 
@@ -106,14 +104,14 @@ def sinusoidal_embedding(
     raise ValueError(f"Got {features} features for a sinusoidal embedding; expected an even number, 4 or more.")
   half = features // 2
   frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - frequency_shift))
-  angles = label.astype(jnp.float32)[:, None] * frequencies[None]
+  angles = time.astype(jnp.float32)[:, None] * frequencies[None]
   waves = [jnp.sin(angles), jnp.cos(angles)]
   return jnp.concatenate(waves[::-1] if cos_first else waves, axis=-1)
 
 
-def fourier_embedding(label: Array, frequencies: Array) -> Array:
-  """Sines, then cosines [B, 2F] of labels [B] at random frequencies [F] (Song et al. 2021)."""
-  angles = 2 * math.pi * label.astype(jnp.float32)[:, None] * frequencies[None]
+def fourier_embedding(time: Array, frequencies: Array) -> Array:
+  """Sines, then cosines [B, 2F] of times [B] at random frequencies [F] (Song et al. 2021)."""
+  angles = 2 * math.pi * time.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -332,7 +330,7 @@ class ResidualBlock(nn.Module):
     h = drop(nn.swish(h), style.dropout, keys, self.name or "")
     # Zero at the start, as every residual branch: the first gradients are not drowned in random output.
     h = conv(h, self.features, "conv2", dtype, kernel_init=ZEROS, kernels=kernels)
-    if not isinstance(x, Array) or x.shape[-1] != self.features or (self.resample and style.song):
+    if not isinstance(x, Array) or x.shape[-1] != self.features or (self.resample and style.score_sde):
       x = conv(x, self.features, "conv_shortcut", dtype, size=1, kernels=kernels)
     return style.join(x, h)
 
@@ -350,7 +348,7 @@ class AttentionBlock(nn.Module):
     features, style = x.shape[-1], self.style
     h = style.norm("group_norm")(x) if self.norm else x
     h = h.reshape(x.shape[0], -1, features)
-    init = SONG_ATTENTION if style.song else INIT
+    init = SCORE_SDE_ATTENTION if style.score_sde else INIT
     q, k, v = (heads_of(h, self.heads, name, style, init) for name in ("to_q", "to_k", "to_v"))
     h = attend(q, k, v, style.attention, style.kernels).reshape(x.shape)
     return style.join(x, Dense(features, style.dtype, ZEROS, kernels=style.kernels, name="to_out")(h))

@@ -43,10 +43,10 @@ class Backbone(nn.Module):
     upsample: the same on the way up, a word for the level that is doubled to.
     symmetric_padding: whether strided convolutions pad both ends (ADM) or the far one (DDPM).
     filter: the filter of residual resampling, (1, 1) or, in NCSN++, (1, 3, 3, 1).
-    song: the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022): sums divided by sqrt(2), 1x1 convolutions
+    score_sde: the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022): sums divided by sqrt(2), 1x1 convolutions
       beside resampling, attention on the way up after the last block of a level only, queries, keys and values that start with
       a tenth of the variance, and labels added to the features of time, before the dense layers, as one-hot vectors times
-      sqrt(num_classes). With label dropout `num_classes` counts the class that stands for none, so of K classes the factor is
+      sqrt(num_classes). With class dropout `num_classes` counts the class that stands for none, so of K classes the factor is
       sqrt(K + 1); EDM's code has sqrt(K), and zeros for none.
     progressive_input: whether the input, halved again and again, joins each level (NCSN++'s "residual").
     num_classes: the number of classes of a conditional network; 0 for an unconditional one.
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
       its length; "time", one number, embedded as time is; "identity", added to the embedding, whose length it has.
     augmentation_features: length of augmentation labels (Karras et al. 2022, appendix F.2); 0 for none.
     center_input: whether the input, its condition included, is mapped from [0, 1] to [-1, 1] first.
-    divide_by_sigma: whether the output is divided by exp(label), the label being log(sigma), as by Song et al.
+    divide_by_sigma: whether the output is divided by exp(time), the time being log(sigma), as by Song et al.
     dimensions: spatial axes of the data: 1 (audio), 2 (images), 3 (volumes, video).
     dtype: the type of the computation; parameters, statistics, softmax and the output are float32.
     remat: what the backward pass computes again, to save memory: "none"; "blocks", the insides of every block, so that only
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
   upsample: str | Sequence[str] = "conv"
   symmetric_padding: bool = False
   filter: Sequence[float] = (1, 1)
-  song: bool = False
+  score_sde: bool = False
   progressive_input: bool = False
   num_classes: int = 0
   vector_embedding: str = ""
@@ -139,8 +139,8 @@ class Backbone(nn.Module):
     self.check_input(x.shape)
     if (classes is None) != (self.num_classes == 0):
       raise ValueError(
-        f"Got {'no' if classes is None else 'class'} labels for a network with num_classes={self.num_classes};"
-        " expected labels if and only if num_classes is above 0."
+        f"Got {'no' if classes is None else 'some'} classes for a network with num_classes={self.num_classes};"
+        " expected classes if and only if num_classes is above 0."
       )
     if (vector is None) != (not self.vector_embedding):
       raise ValueError(
@@ -168,7 +168,7 @@ class Backbone(nn.Module):
       self.epsilon,
       self.dropout,
       self.scale_shift,
-      self.song,
+      self.score_sde,
       tuple(self.filter),
       cast(Any, self.attention or None),
       self.dtype,
@@ -197,25 +197,25 @@ class Backbone(nn.Module):
     cos_first, shift = self.time_embedding == "cos_sin", self.frequency_shift
     return partial(layers.sinusoidal_embedding, features=features, cos_first=cos_first, frequency_shift=shift)
 
-  def _embed(self, label: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
+  def _embed(self, time: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
     """What every block receives [B, embedding_features]."""
     width, embed_time = self.embedding_features or 4 * self.channels, self._embedding_of_time()
-    embedding = embed_time(label)
+    embedding = embed_time(time)
     features = embedding.shape[-1]
 
     def two_layers(x, name):
       return self._dense(nn.swish(self._dense(x, width, f"{name}_1")), width, f"{name}_2")
 
-    if self.num_classes and self.song:
+    if self.num_classes and self.score_sde:
       # At unit variance, however many classes there are.
       one_hot = jax.nn.one_hot(classes, self.num_classes) * self.num_classes**0.5
       embedding += self._dense(one_hot, features, "classes")
     if self.augmentation_features:
       if augmentation is None:
-        augmentation = jnp.zeros((label.shape[0], self.augmentation_features))
+        augmentation = jnp.zeros((time.shape[0], self.augmentation_features))
       embedding += self._dense(augmentation, features, "augmentation", bias=False)
     embedding = two_layers(embedding, "time")
-    if self.num_classes and not self.song:
+    if self.num_classes and not self.score_sde:
       # In float32, in which the gradients of one class are then summed.
       embedding += nn.Embed(self.num_classes, width, name="classes")(classes).astype(self.dtype)
     if vector is not None:
@@ -294,7 +294,7 @@ class UNet(Backbone):
   def __call__(
     self,
     x: Array,
-    label: Array,
+    time: Array,
     classes: Array | None = None,
     *,
     vector: Array | None = None,
@@ -307,8 +307,8 @@ class UNet(Backbone):
 
     Args:
       x: the data [B, *space, C], every side divisible by 2^(levels - 1).
-      label: the time input [B], such as the step 0..N-1.
-      classes: integer class labels [B] in [0, num_classes), for a conditional network.
+      time: the time input [B], such as the step 0..N-1.
+      classes: integers [B] in [0, num_classes), for a conditional network.
       vector: a continuous condition, [B, D] or, if `vector_embedding` is "time", [B].
       image: a condition [B, *space, C'] that is joined to the input, as for super-resolution; given at `init`, it must be given
         ever after.
@@ -324,7 +324,7 @@ class UNet(Backbone):
         augmentation labels are given to a network that knows none, or classes or a vector are not given to one that does.
     """
     self._check_call(x, classes, vector, image, augmentation)
-    embedding = self._embed(label, classes, vector, augmentation)
+    embedding = self._embed(time, classes, vector, augmentation)
     keys = self._dropout_keys(x, train, keys)
     h, skips = self._way_down(x, image, embedding, keys)
     h = self._middle(h, embedding, keys)
@@ -339,14 +339,14 @@ class UNet(Backbone):
     h = nn.swish(self._style.norm("norm_out")(h))
     h = self._conv(h, self.out_channels, "conv_out", kernel_init=layers.ZEROS).astype(jnp.float32)
     if self.divide_by_sigma:
-      h /= jnp.exp(label.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
+      h /= jnp.exp(time.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
     return h
 
   def _rise(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
     """A level of the way up, given what it takes from the way down."""
     for block, skip in enumerate(skips):
       h = self._residual([h, skip], embedding, self.features_of(level), keys, f"up_{level}_{block}")
-      if level in self.attention_levels and (block == self.blocks or not self.song):
+      if level in self.attention_levels and (block == self.blocks or not self.score_sde):
         h = self._attend(h, f"up_{level}_{block}_attention")
     if level > 0:
       way = per_level(self.upsample, len(self.multipliers) - 1)[level - 1]
@@ -361,14 +361,14 @@ class Classifier(Backbone):
   """
 
   @nn.compact
-  def __call__(self, x: Array, label: Array, *, train: bool = False, keys: Array | None = None) -> Array:
+  def __call__(self, x: Array, time: Array, *, train: bool = False, keys: Array | None = None) -> Array:
     """The logits [B, out_channels], in float32, of data [B, *space, C] at time inputs [B]; dropout as in `UNet`.
 
     Raises:
       ValueError: if the size cannot be halved often enough.
     """
     self._check_call(x)
-    embedding, keys = self._embed(label, None, None, None), self._dropout_keys(x, train, keys)
+    embedding, keys = self._embed(time, None, None, None), self._dropout_keys(x, train, keys)
     h, _ = self._way_down(x, None, embedding, keys)
     h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, keys)))
     pool = layers.AttentionPool(self.out_channels, self.heads_of(h.shape[-1]), self._style, name="pool")

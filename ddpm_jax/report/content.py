@@ -33,7 +33,7 @@ class Content(NamedTuple):
     evaluation: eval.json: `scores` (`generated`, `floor`), `curve`, `likelihood`, `features`, ...; other keys are shown as provenance.
     config: nested values by name.
     samples: uint8 [N, H, W, C].
-    labels: the classes [N] of the samples.
+    classes: the classes [N] of the samples.
     denoising: uint8 [frames, K, H, W, C], a few samples on their way from noise to data.
     denoising_times: [frames], the time of each frame.
     metrics: the lines of metrics.jsonl, each with its `step`.
@@ -47,7 +47,7 @@ class Content(NamedTuple):
   evaluation: Mapping[str, Any]
   config: Mapping[str, Any]
   samples: np.ndarray
-  labels: np.ndarray | None = None
+  classes: np.ndarray | None = None
   denoising: np.ndarray | None = None
   denoising_times: np.ndarray | None = None
   metrics: Sequence[Mapping[str, Any]] = ()
@@ -59,9 +59,9 @@ class Content(NamedTuple):
 def check(content: Content) -> None:
   """Raises a ValueError unless the arrays of a report have shapes that fit together."""
   _check_images("samples", content.samples, "[N, H, W, C]")
-  if content.labels is not None and np.shape(content.labels) != content.samples.shape[:1]:
+  if content.classes is not None and np.shape(content.classes) != content.samples.shape[:1]:
     raise ValueError(
-      f"Got labels of shape {np.shape(content.labels)} for {len(content.samples)} samples; expected one label a sample, or None."
+      f"Got classes of shape {np.shape(content.classes)} for {len(content.samples)} samples; expected one class a sample, or None."
     )
   if content.denoising is not None:
     _check_images("denoising", content.denoising, "[frames, K, H, W, C]")

@@ -80,7 +80,7 @@ def _sections(content: Content) -> dict[str, Any]:
   evaluation = content.evaluation
   scores = {name: row for name, row in (evaluation.get("scores") or {}).items() if isinstance(row, Mapping)}
   curve, likelihood = evaluation.get("curve") or [], evaluation.get("likelihood") or {}
-  groups = pictures.by_class(content.samples, content.labels) if len(content.samples) else []
+  groups = pictures.by_class(content.samples, content.classes) if len(content.samples) else []
   main, small = training.curves(content.metrics)
   sections = {
     "columns": [_column(name) for name in _columns(scores)],

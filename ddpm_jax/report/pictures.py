@@ -73,21 +73,21 @@ def data_uri(image: np.ndarray) -> str:
   return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def by_class(samples: np.ndarray, labels: np.ndarray | None, most_classes: int = 20) -> list[Group]:
-  """Samples [N, H, W, C] in a group a class, or in one of no label if there are no classes or too many to tell apart."""
+def by_class(samples: np.ndarray, classes: np.ndarray | None, most_classes: int = 20) -> list[Group]:
+  """Put samples [N, H, W, C] into one group a class, or into one without a label if there are no classes or too many to tell apart."""
   samples = _reduced(drawable(samples), 256)
   most = int(np.clip(_SAMPLES // samples[0].size, 24, 240)) if len(samples) else 0
-  classes = [] if labels is None else np.unique(labels).tolist()
+  kinds = [] if classes is None else np.unique(classes).tolist()
   # Whole rows of a wide page, which has room for some 970 pixels beside a label.
   width = tile_of(samples).width + 3
-  if not 1 < len(classes) <= most_classes:
+  if not 1 < len(kinds) <= most_classes:
     row = 1010 // width
     return [Group("", [data_uri(image) for image in samples[: most // row * row]], len(samples))]
-  row, each = 970 // width, max(1, most // len(classes))
+  row, each = 970 // width, max(1, most // len(kinds))
   each = each // row * row or each
   groups = []
-  for name in classes:
-    members = samples[np.asarray(labels) == name]
+  for name in kinds:
+    members = samples[np.asarray(classes) == name]
     groups.append(Group(str(name), [data_uri(image) for image in members[:each]], len(members)))
   return groups
 

@@ -52,7 +52,7 @@ def run_sample(
     model: a pretrained model, instead of the run's.
 
   Raises:
-    ValueError: if there is no checkpoint, or the config, the number of samples or the labels do not allow it.
+    ValueError: if there is no checkpoint, or the config, the number of samples or the classes do not allow it.
   """
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; expected at least 1.")
@@ -208,7 +208,7 @@ def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
 def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | None:
   """Return how many data of each class there are [number], or None if the task has no classes or it is not known."""
   condition = experiment.task.classes(experiment)
-  return None if condition is None else data.label_counts(source, condition.choices)
+  return None if condition is None else data.class_counts(source, condition.choices)
 
 
 def draw(

@@ -53,7 +53,7 @@ def run_edit(
   """Edit images with a run's model or a pretrained one, and write inputs and results into edits/ as an .npz and a picture.
 
   Raises:
-    ValueError: if the model, the images, the mask, the labels or the settings do not allow it.
+    ValueError: if the model, the images, the mask, the classes or the settings do not allow it.
   """
   if edit.results < 1:
     raise ValueError(f"Got --num_samples={edit.results}; expected at least 1.")

@@ -52,7 +52,7 @@ def read_sources(experiment: Experiment) -> data.Splits:
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
   splits = experiment.data.source(fit_of(experiment))
-  data.check_labels_of(splits, check_of(experiment))
+  data.check_classes_of(splits, check_of(experiment))
   return splits
 
 

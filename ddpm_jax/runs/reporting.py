@@ -85,7 +85,7 @@ def content(
     evaluation=report,
     config=json.loads(json.dumps(tree.values)),
     samples=samples,
-    labels=classes,
+    classes=classes,
     denoising=way[0],
     denoising_times=way[1],
     metrics=records.read(run.folder / "metrics.jsonl"),

@@ -89,15 +89,15 @@ def features_of(experiment: Experiment, source: data.Source) -> str:
     )
   if name == "classifier" and _num_classes(source) < 2:
     raise ValueError(
-      "Got config.evaluation.features='classifier' for images without labels of two classes or more to learn from; expected labels, or"
+      "Got config.evaluation.features='classifier' for images without two classes or more to learn from; expected classes, or"
       " other features: --config.evaluation.features=pixels, or inception with --inception_weights=<file>."
     )
   return name
 
 
 def _num_classes(source: data.Source) -> int:
-  labels = data.known_labels(source)
-  return 0 if labels is None else len(np.unique(labels))
+  classes = data.known_classes(source)
+  return 0 if classes is None else len(np.unique(classes))
 
 
 def build_space(experiment: Experiment, source: data.Source, held_out: data.Source | None, cache: Path) -> Space:
@@ -133,7 +133,7 @@ def _classifier(
   chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:_LEARNED_FROM])
   pixels = data.read_images(source, chosen)
   # Numbered without gaps: they may be as large as int32 allows.
-  numbers = np.asarray(data.known_labels(source))
+  numbers = np.asarray(data.known_classes(source))
   kinds = np.unique(numbers)
   classes, steps = np.searchsorted(kinds, numbers[chosen]).astype(np.int32), c.classifier_steps
   params = metrics.kept_classifier(cache, pixels, classes, len(kinds), steps=steps, main=parallel.is_main())

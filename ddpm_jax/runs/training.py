@@ -184,7 +184,7 @@ class _Trainer:
       if len(absent):
         names = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
         warn(f"{len(absent):,} of {len(counts):,} classes have no image to learn from: {names}")
-      workdir.write_labels(self.run.folder, counts.tolist())
+      workdir.write_classes(self.run.folder, counts.tolist())
     num_params = sum(leaf.size for leaf in jax.tree.leaves(self.template.params))
     say(f"{num_params:,} parameters on {parallel.describe(self.run.mesh)}")
     if experiment.init_from:

@@ -89,9 +89,9 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
   sealed.write_json(config_path(workdir), config, sort_keys=True)
 
 
-def write_labels(workdir: Path, counts: Sequence[int]) -> None:
-  """Write how many images of each class a run is trained on into labels.json, whole or not at all."""
-  files.write_text(workdir / "labels.json", json.dumps({"counts": list(counts)}, indent=2) + "\n")
+def write_classes(workdir: Path, counts: Sequence[int]) -> None:
+  """Write how many images of each class a run is trained on into classes.json, whole or not at all."""
+  files.write_text(workdir / "classes.json", json.dumps({"counts": list(counts)}, indent=2) + "\n")
 
 
 def start_folder(workdir: Path) -> Path:

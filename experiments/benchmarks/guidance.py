@@ -35,7 +35,7 @@ def main():
 
   def conditional(params):
     def denoise(x_t, t, classes):
-      apply = lambda x, label: network.apply(params, x, label, classes)  # noqa: E731
+      apply = lambda x, time: network.apply(params, x, time, classes)  # noqa: E731
       return predictions.denoiser(apply, process, predictions.V)(x_t, t)
 
     return denoise

@@ -38,21 +38,21 @@ def make_ours(made, dtype, rule, steps, batch):
   network, shape = made.network.clone(dtype=dtype), (batch, *made.shape)
   sampler, times = rule(process), sampling.grids.trailing(process, steps)
 
-  def apply(params, x, label):
-    return network.apply({"params": params}, x, label)
+  def apply(params, x, time):
+    return network.apply({"params": params}, x, time)
 
   def draw(params, key):
-    denoise = guidance.clip(predictions.denoiser(lambda x, label: apply(params, x, label), process, predictions.EPS))
+    denoise = guidance.clip(predictions.denoiser(lambda x, time: apply(params, x, time), process, predictions.EPS))
     x = process.prior(key, shape)
     return sampling.sample(key, sampler, denoise, x, times)
 
   drawn = jax.jit(draw, compiler_options=options)
   called = jax.jit(apply, compiler_options=options)
-  x, label = jnp.asarray(pair.batch_of(batch, made.shape)["x"]), jnp.full((batch,), 500.0)
+  x, time = jnp.asarray(pair.batch_of(batch, made.shape)["x"]), jnp.full((batch,), 500.0)
 
   def bare():
     for _ in range(sampling.nfe(sampler, process, times)):
-      y = called(made.params, x, label)
+      y = called(made.params, x, time)
     jax.block_until_ready(y)
 
   return lambda: np.asarray(drawn(made.params, jax.random.key(0))), bare

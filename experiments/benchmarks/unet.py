@@ -43,17 +43,17 @@ class Contender:
 def make_ours(made, batch, dtype, options):
   """Ours, and the FLOPs of both passes."""
   network = made.network.clone(dtype=dtype)
-  x, label, target = (jnp.asarray(batch[key], jnp.float32) for key in ("x", "t", "target"))
+  x, time, target = (jnp.asarray(batch[key], jnp.float32) for key in ("x", "t", "target"))
   optimizer = optax.adam(2e-4)
 
   def forward(params, x):
-    return network.apply({"params": params}, x, label)
+    return network.apply({"params": params}, x, time)
 
   def step(carry, x):
     params, state = carry
 
     def loss(params):
-      return jnp.mean((network.apply({"params": params}, x, label, train=True) - target) ** 2)
+      return jnp.mean((network.apply({"params": params}, x, time, train=True) - target) ** 2)
 
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return optax.apply_updates(params, updates), state

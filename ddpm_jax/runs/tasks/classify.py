@@ -51,7 +51,7 @@ class Classify(Task):
   def classes(self, experiment: Experiment) -> Condition:
     """Return the classes that the classifier tells apart."""
     number = self._number(experiment)
-    check = data.labels_below(number, "model.network.out_channels")
+    check = data.classes_below(number, "model.network.out_channels")
     return conditions.classes("classes", number)._replace(check=check)
 
   def judge(self, run: Run) -> "Judge":
