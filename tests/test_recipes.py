@@ -39,7 +39,10 @@ BROKEN = {
     "fails in line 2: .*RequiredValueError",
   ),
   "recurses": (MAKE + "  return get_config()\n", "fails in line 3: RecursionError"),
-  "imports what is not there": ("import no_such_module\n", "fails in line 1: ModuleNotFoundError"),
+  "imports what is not there": (
+    "import no_such_module\n",
+    "fails in line 1: ModuleNotFoundError: .*Install no_such_module, or correct the file",
+  ),
   "syntax": ("def get_config():\n  return (\n", "fails in line 2: SyntaxError"),
   "indentation": ("def get_config():\nreturn 1\n", "fails in line 2: IndentationError"),
   "no get_config": ("config = 1\n", r"no function get_config\(\)"),

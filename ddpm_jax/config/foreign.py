@@ -150,8 +150,9 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
   except BaseException as error:
     # Also of an error that cannot say what it is.
     text = " ".join(traceback.format_exception_only(error)[-1].split())[:_LONGEST]
+    advice = f"Install {error.name}, or correct the file." if isinstance(error, ImportError) else "Correct the file."
     raise ValueError(
-      f"Got {where}={path}, which fails{line_in(path.name, error) or line_of(function)}: {text}. Correct the file."
+      f"Got {where}={path}, which fails{line_in(path.name, error) or line_of(function)}: {text}. {advice}"
     ) from error
 
 
