@@ -81,15 +81,19 @@ def run_sample(
     arrays[f"stage_{number}"] = samples
     samples = stage.enlarge(samples, mesh, seed, guided.inputs)
   if parallel.is_main():
-    arrays = {"samples": samples, **arrays}
-    files.write_arrays(f"{path}.npz", arrays)
-    say(f"samples      {path}.npz")
-    for name, array in arrays.items():
-      if array.ndim == 4:  # not what they were asked to show
-        picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
-        images.save_samples(picture, array, arrays.get("classes"))
-        say(f"picture      {picture}")
+    _write(path, {"samples": samples, **arrays})
   parallel.wait_for_all("done")
+
+
+def _write(path: Path, arrays: Inputs) -> None:
+  """Write samples and what belongs to them into an .npz file, and a picture of each array of images beside it."""
+  files.write_arrays(f"{path}.npz", arrays)
+  say(f"samples      {path}.npz")
+  for name, array in arrays.items():
+    if array.ndim == 4:
+      picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
+      images.save_samples(picture, array, arrays.get("classes"))
+      say(f"picture      {picture}")
 
 
 def named(inputs: Inputs) -> Inputs:
