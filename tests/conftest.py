@@ -40,9 +40,9 @@ _count = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _forget_programs():
-  """Drop compiled programs now and then: hundreds of them would take gigabytes in each worker."""
+  """Drop compiled programs now and then: hundreds of tests would take gigabytes in each worker, and JAX keeps 8,192 calls at most."""
   yield
-  if next(_count) % 600 == 0:
+  if next(_count) % 400 == 0:
     gc.unfreeze()
     jax.clear_caches()
     gc.collect()

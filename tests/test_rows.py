@@ -34,7 +34,7 @@ def test_an_interrupted_array_is_gone_on_with(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["rows.npz"]
   with np.load(tmp_path / "rows.npz") as file:
     np.testing.assert_array_equal(file["images"], WHOLE)
-    np.testing.assert_array_equal(file["labels"], np.arange(10))
+    np.testing.assert_array_equal(file["classes"], np.arange(10))
   whole = open_rows(tmp_path)
   assert (whole.done, whole.notes) == (10, {"most": 5})
   np.testing.assert_array_equal(whole.finish(), WHOLE)
@@ -112,7 +112,7 @@ def test_a_part_that_is_damaged_is_set_aside_and_made_again(tmp_path, capsys, na
 
 ARCHIVE = {
   "a bit of a row": lambda path: flip(path, WHOLE.tobytes()),
-  "a bit of the labels": lambda path: flip(path, np.arange(10)[3:7].tobytes()),
+  "a bit of the classes": lambda path: flip(path, np.arange(10)[3:7].tobytes()),
   "a bit of the identity": lambda path: flip(path, '{"of": 1}'.encode("utf-32-le")),
   "a bit of the array's header": lambda path: flip(path, b"'shape': (10,"),
   "a bit of a member's name": lambda path: flip(path, b"images.npy"),

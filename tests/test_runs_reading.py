@@ -41,7 +41,7 @@ def experiment(path, classes=0, source="folder", *, data=None, **arguments):
   return experiment_of(config)
 
 
-def labels_of(source):
+def classes_of(source):
   return [int(source[index]["classes"]) for index in range(len(source))]
 
 
@@ -56,10 +56,10 @@ def test_held_out_classes_have_the_numbers_of_the_training_split(tmp_path, packe
       reading.run_prepare(alone, tmp_path / "b" / split)
     found = experiment(tmp_path / "b", 3, "packed")
   train, held_out = reading.read_data(found)
-  assert labels_of(train) == [0, 1, 1, 2]
-  assert labels_of(held_out) == [1, 2, 2]
+  assert classes_of(train) == [0, 1, 1, 2]
+  assert classes_of(held_out) == [1, 2, 2]
   _, on_disk = reading.read_sources(found)
-  assert on_disk.classes == ["cat", "dog", "emu"]
+  assert on_disk.class_names == ["cat", "dog", "emu"]
   assert list(on_disk.classes) == [1, 2, 2]
   np.testing.assert_array_equal(data.read(on_disk, [2, 0])["classes"], [2, 1])
 
@@ -83,14 +83,14 @@ def test_images_without_a_class_are_refused_by_a_model_with_classes(tmp_path, fo
     with pytest.raises(ValueError, match=message):
       make(experiment(tmp_path, 2))
   sources = reading.read_data(experiment(tmp_path))
-  assert data.NO_CLASS in [label for source in sources if source is not None for label in labels_of(source)]
+  assert data.NO_CLASS in [label for source in sources if source is not None for label in classes_of(source)]
   assert spaces.features_of(experiment(tmp_path), sources[0]) == "pixels"
 
 
 def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
   write(tmp_path / "a", **{"cat": 1, ".": 1})
   reading.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
-  assert labels_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
+  assert classes_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
   with pytest.raises(
     ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew.*conditions.classes=None"
   ):
@@ -109,7 +109,7 @@ def test_a_class_may_be_called_as_a_split(tmp_path, name, capsys):
   write(tmp_path, **{"bus": 1, "car": 1, name: 2})
   train, held_out = reading.read_data(experiment(tmp_path, 3))
   assert held_out is None
-  assert labels_of(train) == [0, 1, 2, 2]
+  assert classes_of(train) == [0, 1, 2, 2]
   assert (
     f"{name} is taken for a class, as bus, car beside it; if it is a split: --config.data.source.path={tmp_path / name}"
     in (capsys.readouterr().out)
@@ -123,7 +123,7 @@ def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
   assert f"passed over in {tmp_path}, beside train and test: bus\n" in capsys.readouterr().out
   train, held_out = reading.read_data(experiment(tmp_path, 3, train_split="", eval_split=""))
   assert held_out is None
-  assert labels_of(train) == [0, 1, 2]
+  assert classes_of(train) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ class Streamed:
 @pytest.mark.parametrize("broken", ["stop", "skip"])
 @pytest.mark.parametrize(
   ("label", "message"),
-  [(data.NO_CLASS, "without a class for .*classes.number=3"), (3, "labels 3 to 3 for .*classes.number=3")],
+  [(data.NO_CLASS, "without a class for .*classes.number=3"), (3, "classes 3 to 3 for .*classes.number=3")],
 )
 def test_labels_that_are_read_with_the_images_are_checked_then(monkeypatch, label, message, broken):
   labels = {"train": [0, 1, 2, label, 0, 1, 2, 0], "test": [0, label]}
