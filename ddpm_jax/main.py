@@ -16,10 +16,10 @@ def main() -> None:
   Raises:
     SystemExit: with code 1 after a fault of the program, 2 after one of its input, 128 and its number after a signal.
   """
-  # The folders of runs that are trained, for what an interrupt has to say.
+  # Holds the folder of the run that is trained, if one is: an interrupt says where it goes on.
   training: list[Path | None] = [None]
   with console.printing(), interrupts.ended_at_once(lambda: ending.interrupt(training[-1])):
-    details = any(word.lstrip("-").startswith("traceback") for word in sys.argv[1:])
+    details = bool({"--traceback", "--traceback=true"} & {*sys.argv})
     try:
       _run(sys.argv[1:], training)
     except Exception as error:
@@ -44,7 +44,7 @@ def _run(given: list[str], training: list[Path | None]) -> None:
 
 
 def _quiet(details: bool) -> None:
-  """Keep back what libraries narrate and log in full, which then ends in one message of ours."""
+  """Silence the logs of libraries, since every error ends in one message of ours."""
   from absl import logging
 
   logging.set_verbosity(logging.WARNING if details else logging.FATAL)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import ddpm_jax
-from ddpm_jax.commands import MODES, command, flags, line, parser
+from ddpm_jax.commands import MODES, command, flags, line, parser, starting
 from ddpm_jax.config import recipes
 from ddpm_jax.storage import places
 from tests import commands
@@ -82,6 +82,7 @@ WRONG = {
   "one mode's": ("--mode=eval --task=inpaint", "Got --task in mode eval; expected it in mode edit only"),
   "no run": ("--mode=prepare --workdir=/tmp/x", "Got --workdir in mode prepare; expected it in mode train, plan, "),
   "no mode": ("--mode=evaluate", "Got 'evaluate' as --mode; .*eval, .*Did you mean 'eval'"),
+  "an empty mode": ("--mode=", "Got '' as --mode"),
   "no mode, with help": ("--mode=smaple --help", "Did you mean 'sample'"),
   "no flag": ("--mode=sample --num_sample=3", "Got --num_sample; .*Did you mean --num_samples"),
   "part of a flag": ("--mode=sample --num=3", "Got --num; expected a flag of mode sample"),
@@ -146,3 +147,29 @@ def test_no_flag_has_two_meanings_of_its_value():
   several = {name for name, kinds in read.items() if len(kinds) > 1}
   assert several == {"sampler", "num_steps"}
   assert read["num_steps"] == {parser.count, parser.counts}
+
+
+MISTAKES = {
+  "--mode=train": "Got no --workdir",
+  "--mode=train --workdir=/tmp/x --resume=yes": "Got 'yes' as --resume",
+  "--mode=sample": "Got no --workdir",
+  "--mode=sample --workdir=/tmp/x --given=3": "Got --given 3; expected a condition",
+  "--mode=sample --workdir=/tmp/x --sampler=ddim --config.sampler=heun": "Got --sampler beside --config.sampler",
+  "--mode=edit --workdir=/tmp/x --task=img": "Got 'img' as --task; .*Did you mean 'img2img'",
+  "--mode=edit --workdir=/tmp/x --task=invert --strength=0.5": "Got --strength for the task 'invert'",
+  "--mode=eval --workdir=/tmp/x --num_steps=3 --config.sampling.num_steps=4": "Got --num_steps beside",
+  "--mode=export --workdir=/tmp/x": "Got no --output",
+  "--mode=stats --config=digits_vp": "Got no --output",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_no_device_is_taken_for_a_mistake_in_flags(words, monkeypatch):
+  def start(given):
+    raise AssertionError("A device was taken.")
+
+  monkeypatch.setattr(starting, "join_processes", start)
+  monkeypatch.setattr(starting, "start_devices", start)
+  given = line.parse(words.split())
+  with pytest.raises(ValueError, match=MISTAKES[words]):
+    command(given.mode).run(given)

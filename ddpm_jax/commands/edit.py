@@ -1,4 +1,4 @@
-"""Edit images with a run's model, or with a pretrained one.
+"""Edit images by a trained model.
 
 Tasks: inpaint, img2img, colorize, superres, restore, interpolate and invert. Inputs and results
 are written into the folder's edits/, as an array (.npz) and a picture.
@@ -15,7 +15,7 @@ EXAMPLES = (
 
 
 def _mask(value: str, name: str) -> str:
-  """Read an image's path, which is not made absolute: it may be the name of a half."""
+  """Read the path of a mask, or the name of a half."""
   return str(user_path(value, f"--{name}=")) if value else ""
 
 
@@ -35,10 +35,7 @@ FLAGS = (
       Flag("seed", seed, "The seed of sampling (0).", 0),
     ),
   ),
-  flags.SAMPLER,
-  flags.STEERING,
-  flags.WEIGHTS,
-  flags.PROCESSES,
+  *flags.DRAWING,
 )
 
 
@@ -48,8 +45,7 @@ def run(given: flags.Flags) -> None:
   from ddpm_jax.names import choose
   from ddpm_jax.runs import edits
 
-  starting.join_processes(given)
-  starting.start_devices(given)
+  folder = flags.folder_of(given)
   if given.strength is not None and given.task != "img2img":
     raise ValueError(f"Got --strength for the task {given.task!r}; expected it with --task=img2img only.")
   methods = edits.TASKS.get(given.task or "", {})
@@ -59,12 +55,15 @@ def run(given: flags.Flags) -> None:
   task = choose(given.task or "", tuple(edits.TASKS), "--task")
   edit = runs.Edit(task, given.input, given.mask or "", given.num_samples)
   steering = flags.steering(given)
+  # Flags first: no device is taken for a mistake in them.
+  starting.join_processes(given)
+  starting.start_devices(given)
   experiment, model = flags.experiment_of(given, keys)
   if task in ("invert", "interpolate") and not any(key.split(".")[0] == "sampler" for key in keys):
     experiment = runs.reversible(experiment)
   runs.run_edit(
     experiment,
-    flags.folder_of(given),
+    folder,
     edit,
     seed=given.seed,
     choice=flags.choice(given),

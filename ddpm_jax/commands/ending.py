@@ -20,7 +20,10 @@ _ENDING = threading.Lock()
 
 
 def report(error: Exception, *, details: bool) -> NoReturn:
-  """End the program with an error's message; an error that is none of the input's shows where it arose.
+  """End the program with an error's message.
+
+  The user caused a ValueError, a FloatingPointError or an OSError, and needs the message alone. Any other error is a fault of the program, and
+  its traceback is shown.
 
   Args:
     error: what went wrong.
@@ -62,7 +65,9 @@ def _leave(code: int) -> None:
 
 
 def interrupt(training: Path | None) -> NoReturn:
-  """End at once on Ctrl-C: what would run at a normal end may wait for a compiler that cannot be stopped, or fail in it.
+  """End the program at once on Ctrl-C.
+
+  A normal end would wait for a compilation, which nothing can stop.
 
   Args:
     training: the folder of the run that is trained, if one is.
@@ -92,7 +97,7 @@ def interrupt(training: Path | None) -> NoReturn:
 
 
 def _describe(error: Exception) -> str:
-  """Return an error's message; one of the system's own gets the name of its file and what to do."""
+  """Return an error's message; add the file and some advice to an error of the operating system."""
   if not isinstance(error, OSError) or error.errno is None:
     return str(error)
   said = f"Cannot use {error.filename}: {error.strerror}." if error.filename else f"{error}."

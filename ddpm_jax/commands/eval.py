@@ -35,11 +35,12 @@ def run(given: flags.Flags) -> None:
   from ddpm_jax import config, runs
 
   folder, variants = flags.folder_of(given), flags.variants(given)
-  starting.join_processes(given)
-  starting.start_devices(given)
   # The last variant is the headline.
   last = {"sampler": variants[-1].get("sampler"), "num_steps": variants[-1].get("sampling__num_steps")}
-  tree = flags.tree_of(given, flags.keys(given, num_samples=given.num_samples, **last))
+  keys = flags.keys(given, num_samples=given.num_samples, **last)
+  starting.join_processes(given)
+  starting.start_devices(given)
+  tree = flags.tree_of(given, keys)
   if given.guidance_scale is not None:
     tree = config.changed(tree, runs.steering.scale_key(tree), given.guidance_scale)
   experiment = runs.trained(tree, folder)

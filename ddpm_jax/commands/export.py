@@ -20,7 +20,8 @@ def run(given: flags.Flags) -> None:
   from ddpm_jax import runs
 
   folder, output = flags.folder_of(given), flags.output_of(given, "the model", "/tmp/model")
+  keys = flags.keys(given)
   starting.join_processes(given)
   starting.start_devices(given)
-  experiment = runs.trained(flags.tree_of(given, flags.keys(given)), folder)
+  experiment = runs.trained(flags.tree_of(given, keys), folder)
   runs.run_export(experiment, folder, output, flags.choice(given))

@@ -107,10 +107,12 @@ PROCESSES = Group(
     Flag("wait_seconds", integer, "How long to wait for all processes at the start (300).", 300),
   ),
 )
+# What every command that draws samples takes.
+DRAWING = (SAMPLER, STEERING, WEIGHTS, PROCESSES)
 
 
 def output(help: str, shown: str = "FOLDER") -> Group:
-  """Return the flag of the file or folder that a command writes."""
+  """Declare --output, the file or folder to write."""
   return Group("output", (Flag("output", path, help, shown=shown),))
 
 
@@ -137,7 +139,9 @@ def output_of(given: Flags, what: str, example: str) -> Path:
 
 
 def keys(given: Flags, **short: Any) -> dict[str, str]:
-  """Return the texts of the config's keys, those of flags that are short for one included.
+  """Return the texts of the config's keys, by their dotted names.
+
+  They come from --config.<key> flags and from flags that are short for a key, such as --sampler.
 
   Args:
     given: the flags.
@@ -159,7 +163,11 @@ def keys(given: Flags, **short: Any) -> dict[str, str]:
 
 
 def variants(given: Flags) -> list[dict[str, Any]]:
-  """Return each sampler with each number of steps that flags name, as changes of an experiment; one without changes if they name none."""
+  """Pair each sampler with each number of steps.
+
+  Returns:
+    Changes of an experiment, one dict a pair. Without such flags there is one pair, which changes nothing.
+  """
   samplers = list(itertools.chain(*(given.sampler or ())))
   choices = [
     [{name: value} for value in values] or [{}]
@@ -169,7 +177,7 @@ def variants(given: Flags) -> list[dict[str, Any]]:
 
 
 def tree_of(given: Flags, keys: Mapping[str, str]) -> "Tree":
-  """Return the config that a command line names: a recipe's, or else that of the run in the folder.
+  """Return the recipe's config, or without a recipe the config of the run in the folder.
 
   Raises:
     ValueError: if there is neither, or a key or its value is wrong.
@@ -180,7 +188,7 @@ def tree_of(given: Flags, keys: Mapping[str, str]) -> "Tree":
 
 
 def recipe_of(given: Flags, keys: Mapping[str, str]) -> "Tree":
-  """Return the config of a recipe, for a command that no run's config serves.
+  """Return the config of a recipe.
 
   Raises:
     ValueError: if there is none, or a key or its value is wrong.
@@ -193,7 +201,7 @@ def recipe_of(given: Flags, keys: Mapping[str, str]) -> "Tree":
 
 
 def experiment_of(given: Flags, keys: Mapping[str, str]) -> "tuple[Experiment, Pretrained | None]":
-  """Return what the run in the folder stands for, or with --pretrained a model in its place; and that model, or None.
+  """Return the experiment of the run in the folder, and the model of --pretrained, which takes the place of the run's.
 
   Raises:
     ValueError: if there is no such run or model, or a key or its value is wrong.
@@ -236,7 +244,7 @@ def steering(given: Flags) -> "Steering":
 
 
 def _by_name(flag: str, texts: list[str] | None, classes: list[str] | None) -> dict[str, list[str]]:
-  """Return the values of --given and its short form by the names of conditions; only those of classes are split at commas."""
+  """Collect the values of a flag and of its short form by the names of conditions. Only classes are split at commas."""
   found: dict[str, list[str]] = {"classes": list(classes)} if classes else {}
   for one in texts or ():
     name, equals, value = one.partition("=")

@@ -1,4 +1,4 @@
-"""Read a command line: its mode, its flags, the keys of its config, and what it asks to be told."""
+"""Read a command line, and answer one that asks for help."""
 
 import ast
 import textwrap
@@ -34,7 +34,7 @@ _EVERY = Group(
 
 
 def answer(given: Sequence[str]) -> str | None:
-  """Return the answer to a command line that asks for help, the version or the list of recipes; None if it asks for none."""
+  """Return the help, the version or the list of recipes, if a command line asks for it, else None."""
   if "--version" in given:
     return f"ddpm_jax {ddpm_jax.__version__}"
   if {"--help", "-h"} & {*given}:
@@ -46,13 +46,16 @@ def answer(given: Sequence[str]) -> str | None:
 
 
 def parse(given: Sequence[str]) -> Flags:
-  """Return the flags of a command line, its `mode` and the `keys` of its config among them.
+  """Return the flags of a command line.
+
+  `mode` and `keys`, the texts of the config's keys by their dotted names, are among them.
 
   Raises:
     ValueError: if there is no such mode, or it has no such flag or value.
   """
   found = words.split(given)
-  mode = choose(_mode(given) or "train", MODES, "--mode")
+  mode = _mode(given)
+  mode = "train" if mode is None else choose(mode, MODES, "--mode")
   reader = parser_of(mode)
   recipe = [] if found.recipe is None else [f"--config={found.recipe}"]
   flags, rest = reader.parse_known_args([*recipe, *found.rest])

@@ -37,7 +37,7 @@ class Group(NamedTuple):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-  """Help with room for the names of our flags."""
+  """Formats help with a wide column for the names of flags."""
 
   def __init__(self, prog: str):
     super().__init__(prog, max_help_position=32, width=100)
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _kind(flag: Flag) -> Callable[[str], Any]:
-  """Return what reads a flag's text as argparse wants it."""
+  """Return a function that reads a flag's text for argparse."""
 
   def kind(text: str) -> Any:
     try:

@@ -1,4 +1,4 @@
-"""Draw samples of a run's weights, or of a pretrained model.
+"""Draw samples of a trained model.
 
 They are written into the folder's samples/, as an array (.npz, uint8) and a picture. Sample i
 follows from the seed and i alone.
@@ -23,10 +23,7 @@ FLAGS = (
       Flag("upsampler", paths, "Folders of super-resolution runs that enlarge the samples, one after the other.", []),
     ),
   ),
-  flags.SAMPLER,
-  flags.STEERING,
-  flags.WEIGHTS,
-  flags.PROCESSES,
+  *flags.DRAWING,
 )
 
 
@@ -34,13 +31,14 @@ def run(given: flags.Flags) -> None:
   """Draw samples."""
   from ddpm_jax import runs
 
+  # Flags first: no device is taken for a mistake in them.
+  folder, steering, keys = flags.folder_of(given), flags.steering(given), flags.keys(given)
   starting.join_processes(given)
   starting.start_devices(given)
-  steering = flags.steering(given)
-  experiment, model = flags.experiment_of(given, flags.keys(given))
+  experiment, model = flags.experiment_of(given, keys)
   runs.run_sample(
     experiment,
-    flags.folder_of(given),
+    folder,
     num_samples=given.num_samples,
     seed=given.seed,
     choice=flags.choice(given),

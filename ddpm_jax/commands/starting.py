@@ -1,4 +1,4 @@
-"""How a command starts JAX: with its devices, the other processes of its run, and programs that were compiled before."""
+"""Start JAX for a command: join other processes, start the devices, and keep compiled programs."""
 
 import os
 

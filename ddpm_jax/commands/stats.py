@@ -23,6 +23,6 @@ def run(given: flags.Flags) -> None:
   """Write statistics."""
   from ddpm_jax import config, runs
 
-  output = flags.output_of(given, "the statistics", "/tmp/statistics.npz")
+  output, keys = flags.output_of(given, "the statistics", "/tmp/statistics.npz"), flags.keys(given)
   starting.start_devices(given)
-  runs.run_statistics(config.build(flags.recipe_of(given, flags.keys(given))), output)
+  runs.run_statistics(config.build(flags.recipe_of(given, keys)), output)

@@ -36,8 +36,8 @@ def run(given: flags.Flags) -> None:
   from ddpm_jax import runs
   from ddpm_jax.names import choose
 
-  folder = flags.folder_of(given)
+  folder, keys = flags.folder_of(given), flags.keys(given)
   choose(given.resume, _RESUME, "--resume")
   starting.join_processes(given)
   starting.start_devices(given)
-  runs.run_train(flags.tree_of(given, flags.keys(given)), folder, resume=given.resume, profile=given.profile)
+  runs.run_train(flags.tree_of(given, keys), folder, resume=given.resume, profile=given.profile)

@@ -1,4 +1,4 @@
-"""The words of a command line that are about the config, told apart from all others."""
+"""Separate the words of a command line that set the config from all other words."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Flags(NamedTuple):
 
 
 def split(words: Sequence[str]) -> Flags:
-  """Take the flags of the config out of a command line.
+  """Separate the flags of the config from the rest of a command line.
 
   Raises:
     ValueError: if one has no value.

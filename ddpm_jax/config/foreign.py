@@ -87,7 +87,7 @@ def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path
 
 
 def keep(name: str, digest: str, folder: Path) -> None:
-  """Copy the file of a component into a run's folder."""
+  """Copy a component's file into a run's folder."""
   target = _place(name.rpartition(":")[0], digest, folder)
   if digest in _LOADED and not target.exists():
     target.parent.mkdir(parents=True, exist_ok=True)

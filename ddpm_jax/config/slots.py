@@ -128,7 +128,7 @@ def use(component: Any, slot: Slot, *, own: bool = False) -> str:
     return ""
   functions = any(typing.get_origin(kind) is CALLABLE for kind in slot.kinds)
   if functions and not slot.later and typing.get_origin(result) is not CALLABLE:
-    # It takes what only the mathematics can give.
+    # A function with an argument that no config can give, such as an array, is used as it is.
     required = [one.name for one in parameters if one.default is MISSING and not is_offered(one, slot.offers)]
     if required if own else required == [slot.itself]:
       return "itself"
@@ -141,7 +141,10 @@ def is_of(value: Any, slot: Slot) -> bool:
 
 
 def is_offered(parameter: inspect.Parameter, offers: Iterable[Any]) -> bool:
-  """Return whether the program gives a parameter: by its name or its type, `None` beside it or not; by the name of a type if it has none."""
+  """Return whether the program fills in a parameter.
+
+  It does so by the parameter's name, by its type (also in a union with None), or, without an annotation, by the name of a type.
+  """
   kinds = [one for one in members(parameter.annotation) if one is not types.NoneType]
 
   def is_it(offer: Any) -> bool:
@@ -208,7 +211,7 @@ def _is_noun(kind: Any) -> bool:
 
 
 def _can_be_given(parameter: inspect.Parameter, slot: Slot) -> bool:
-  """Return whether the program, or else a config, can give an argument: no config can give an array or a function that makes nothing."""
+  """Return whether the program or a config can give an argument. A config cannot give an array."""
   if parameter.default is not MISSING or is_offered(parameter, slot.offers):
     return True
   kinds = members(parameter.annotation)

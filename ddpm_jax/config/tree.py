@@ -42,7 +42,7 @@ class Tree(NamedTuple):
     return components.arguments_of(self.at(path))
 
   def role(self, path: str) -> str:
-    """Return what a key is for; what is inside of a value is for the same as the value."""
+    """Return the role of a key. Keys inside a value have the role of that value."""
     while path and path not in self.places:
       path = path.rpartition(".")[0]
     return self.places[path].role

@@ -178,7 +178,7 @@ class Bounds:
 
 
 def read(text: str, kinds: Sequence[Any], path: str) -> Any:
-  """Return the value that a text of the command line stands for; one of another type comes back for `convert` to refuse.
+  """Return the value of a text from the command line. `convert` refuses a value of another type later.
 
   Raises:
     ValueError: if it must be a number and is not.

@@ -61,7 +61,7 @@ def asked(
 
 
 def _parsed(parse: Callable[[str], Any], name: str, text: str) -> Any:
-  """Return the item that a text stands for; whatever a user's own function raises is one message that names the flag."""
+  """Return the item that a text stands for. Any error of a user's own function becomes a ValueError that names the flag."""
   try:
     return parse(text)
   except Exception as error:

@@ -192,7 +192,7 @@ def fit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, sl
 
 
 def _scale(experiment: Experiment) -> Any:
-  """Return the scale of guidance, of an interval that inside of it; None if the rule has none."""
+  """Return the scale of guidance (of an interval, the one inside), or None if the rule has none."""
   *section, name = scale_key(experiment.tree).split("__")
   return experiment.tree.at(".".join(section)).get(name)
 

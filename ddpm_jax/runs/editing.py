@@ -98,7 +98,7 @@ def run_edit(
 
 
 def reversible(experiment: Experiment) -> Experiment:
-  """Return the experiment, with DDIM if its own sampler adds noise, which encodes nothing, as what samples best often does."""
+  """Return the experiment with a sampler that can encode images: its own, or DDIM if its own adds noise."""
   if experiment.sampler.reversible:
     return experiment
   say(f"to encode images: ddim in place of {experiment.sampler_name}")
@@ -144,7 +144,7 @@ def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> drawing.I
 def _steer(
   experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, results: int, scale: float | None
 ) -> Guided:
-  """Steer as in sampling, but take an image to be of no class unless somebody says so."""
+  """Steer as in sampling, but without a default class."""
   for field, kind in (("given", ""), ("negative", "negative ")):
     each: Any = {}
     for name, words in getattr(steering, field).items():
@@ -172,7 +172,7 @@ def _steer(
 def _write(
   experiment: Experiment, path: Path, edit: Edit, given: data.Inputs, inputs: drawing.Inputs, found: drawing.Inputs
 ) -> None:
-  """Write what went in and what came out, and a picture with a row for each image: the input, what is known of it, the results."""
+  """Write the arrays, and a picture with a row for each image: the input, what is known of it, the results."""
   output = images.to_uint8(found["output"])
   arrays = {
     "input": given.images,

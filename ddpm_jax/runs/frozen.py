@@ -56,7 +56,11 @@ def put(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
 
 
 def of_model(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
-  """Read the frozen parameters of a model, whole on each device; raise a ValueError if they are not those of the run in a folder."""
+  """Read the frozen parameters of a model onto every device.
+
+  Raises:
+    ValueError: if they are not those that the run in the folder was trained with.
+  """
   with _naming():
     found = jax.device_put(experiment.model.load_frozen(), parallel.replicated(mesh))
   if folder is not None:

@@ -44,7 +44,7 @@ class Drawn(NamedTuple):
 
 
 class Judge:
-  """Scores weights of a run's model; whatever cannot be done is refused when it is made.
+  """Scores the weights of a run's model. Making one checks that everything can be done.
 
   Args:
     run: whose model it is.
@@ -77,7 +77,7 @@ class Judge:
       )
 
   def check_best(self, metric: str) -> None:
-    """Raise a ValueError unless the metric is one of those that are taken while training goes on."""
+    """Raise a ValueError if training does not compute this metric."""
     # The classifier's scores have the names of those of pixels.
     space = self._space.made if self._space.name == "inception" else metrics.pixel_space()
     known = [f"eval/{name}" for name in evaluate.logged_names(self._quick_settings, evaluate.names_of(space))]
@@ -277,7 +277,7 @@ def _describe(reference: spaces.Reference, experiment: Experiment) -> str:
 
 
 def _names(variants: Sequence[Experiment], seed: int) -> list[str]:
-  """Return the name of each variant's samples: the last one's are the run's own, those alike but for arguments are numbered."""
+  """Return a file name for each variant's samples. The last one is the run's own; equal names are numbered."""
   names: list[str] = []
   for variant in variants[:-1]:
     name = f"eval_{variant.sampler_name}_{variant.sampling.num_steps}_seed{seed}"
@@ -287,7 +287,7 @@ def _names(variants: Sequence[Experiment], seed: int) -> list[str]:
 
 
 def _titles(curve: Sequence[dict[str, Any]]) -> list[str]:
-  """Return what rows of a table are called: by the sampler's arguments too, where two have nothing else to tell them apart."""
+  """Return the names of a table's rows, with the sampler's arguments where two would be equal."""
   titles = [f"{row['sampler']}, NFE {row['nfe']}" for row in curve]
   if len(set(titles)) == len(titles):
     return titles

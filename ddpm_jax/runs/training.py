@@ -28,7 +28,7 @@ _BEFORE_TRACE = 10
 
 
 class Stopped(SystemExit):
-  """A run was told to stop, and has saved all it had: ends the program as if the signal had, which schedulers know how to read."""
+  """Ends the program with the code of the signal that stopped a run, once its state is saved."""
 
   def __init__(self, number: int):
     super().__init__(128 + number)
@@ -98,7 +98,7 @@ def _resuming(folder: Path, resume: str) -> bool:
 
 
 def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
-  """Return the trainer of a run once all that it needs is checked; nothing is written but an empty folder."""
+  """Check all that a run needs, and return its trainer. Write nothing but an empty folder."""
   tree, start = (starts.same_start(tree, folder), None) if resuming else starts.starting_from(tree)
   config.check_same_run(folder, tree)
   experiment = config.build(tree, None if start is None else start.model)
@@ -191,7 +191,7 @@ class _Trainer:
       say(f"network, process and prediction from {experiment.init_from}")
 
   def begin(self, stack: contextlib.ExitStack, resuming: bool) -> training.TrainState:
-    """Return the state to start from, and set `self.checkpoints`, and `self.batches` to its place in the data."""
+    """Return the state to start from, with the checkpoints open and the batches at its step."""
     experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
     size, own = experiment.training.batch_size, experiment.data
     self.checkpoints = model.open_checkpoints(experiment, folder)
@@ -250,7 +250,7 @@ class _Trainer:
     self.damaged = problems
 
   def parameters(self, state: training.TrainState) -> Parameters:
-    """Return what samples follow from: without what the objective alone reads, such as a teacher."""
+    """Return the parameters that sampling needs. Those of the objective, such as a teacher's, are not among them."""
     own = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
     return Parameters(ema.ema_params(state.opt_state), own)
 
@@ -309,7 +309,7 @@ class _Work:
     self._flops = stepping.flops_per_image(experiment, one) if self._chip else 0.0
 
   def callbacks(self) -> list[training.Callback]:
-    """Return what is done when. The checkpoint last: a run that is killed in between does the others again."""
+    """Return the callbacks. The checkpoint is last, so that a run killed in between repeats the others."""
     experiment, folder = self._run.experiment, self._run.folder
     found = []
     if experiment.ema.snapshot_every:
@@ -322,7 +322,7 @@ class _Work:
     return [*found, training.Callback(experiment.training.checkpoint_every, self.keep)]
 
   def log(self, number: int, metrics: Metrics) -> None:
-    """Add to the loop's metrics what it cannot know, and write them down."""
+    """Add learning rate, memory and speed to the loop's metrics, and write them to the logs."""
     skipped = int(metrics.get("skipped", 0))
     if skipped > self._skipped:
       warn(
@@ -341,7 +341,7 @@ class _Work:
       self._writer.scalars(number, metrics)
 
   def keep(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
-    """Save a checkpoint, with the scores of its step if there are any: a run that is told to stop has none."""
+    """Save a checkpoint with the scores of its step, if there are any."""
     found = self._scores[1] if self._scores[0] == number else {}
     lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not found
     self.checkpoints.save(
@@ -349,7 +349,7 @@ class _Work:
     )
 
   def rescue(self, number: int, state: training.TrainState) -> None:
-    """Save what there is if no further batch comes."""
+    """Save the state when the next batch cannot be read."""
     # Several processes can save together only, and the others wait for this one's part of the next step.
     if jax.process_count() == 1:
       self.keep(number, state, {})

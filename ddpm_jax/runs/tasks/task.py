@@ -21,7 +21,7 @@ class Judge(Protocol):
     """Raise a ValueError if there is nothing to score against."""
 
   def check_best(self, metric: str) -> None:
-    """Raise a ValueError unless a metric is one of those that are taken while training goes on."""
+    """Raise a ValueError if training does not compute this metric."""
 
   def on_the_way(self, parameters: Parameters) -> dict[str, float]:
     """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
