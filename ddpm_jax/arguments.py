@@ -25,7 +25,7 @@ _EXAMPLES = {
 }
 
 
-def check_kinds(function: F) -> F:
+def check_types(function: F) -> F:
   """Let a function raise a ValueError where an argument is not of the kind that its annotation names.
 
   Nouns (named tuples such as `Process`), functions, arrays, numbers and strings are told apart; other annotations allow everything. An

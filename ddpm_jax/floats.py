@@ -23,7 +23,7 @@ def widen(*values: Any) -> tuple[Array, ...]:
   return tuple(jnp.asarray(value, dtype) for value in values)
 
 
-def promoting(function: Callable) -> Callable:
+def with_promotion(function: Callable) -> Callable:
   """Let a function of another library promote types and ranks implicitly, on which it may rely, whatever JAX's settings are."""
 
   @functools.wraps(function)

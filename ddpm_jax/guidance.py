@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
@@ -24,7 +24,7 @@ Schedule = Callable[[Array], Array]
 Scale = float | Schedule
 
 
-@check_kinds
+@check_types
 def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
   """Clips the estimate of x_0 to the data's range (Ho et al. 2020); all that follows from it, eps too, is consistent.
 
@@ -38,35 +38,35 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
   return lambda x_t, t: map_x_0(lambda x_0: jnp.clip(x_0, low, high), denoise(x_t, t))
 
 
-@check_kinds
-def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, least: float = 1.0) -> Denoise:
-  """Clips each sample to its own range [-s, s] and divides it by s (Saharia et al. 2022, section 2.3), in units of `least`.
+@check_types
+def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: float = 1.0) -> Denoise:
+  """Clips each sample to its own range [-s, s] and divides it by s (Saharia et al. 2022, section 2.3), in units of `data_max`.
 
-  s is the percentile of the sample's |x_0|, or `least` where that is more: what lies inside the data's range is left alone.
+  s is the percentile of the sample's |x_0|, or `data_max` where that is more: what lies inside the data's range is left alone.
 
   Args:
     denoise: the denoiser.
     percentile: a share of the sample's values, in (0, 1].
-    least: the data's largest absolute value, which the result keeps to.
+    data_max: the data's largest absolute value, which the result keeps to.
 
   Raises:
-    ValueError: if the percentile is outside (0, 1], or `least` is not positive.
+    ValueError: if the percentile is outside (0, 1], or `data_max` is not positive.
   """
-  if not 0 < percentile <= 1 or not 0 < least < math.inf:
+  if not 0 < percentile <= 1 or not 0 < data_max < math.inf:
     raise ValueError(
-      f"Got percentile={percentile}, least={least}; expected a share in (0, 1], such as 0.995, and a range above 0."
+      f"Got percentile={percentile}, data_max={data_max}; expected a share in (0, 1], such as 0.995, and a range above 0."
     )
 
   def threshold(x_0):
     wide = x_0.astype(widest(x_0))
     values = jnp.abs(wide).reshape(x_0.shape[0], -1)
-    bound = expand(jnp.maximum(jnp.quantile(values, percentile, axis=1), least), x_0)
-    return (jnp.clip(wide, -bound, bound) * (least / bound)).astype(x_0.dtype)
+    bound = expand(jnp.maximum(jnp.quantile(values, percentile, axis=1), data_max), x_0)
+    return (jnp.clip(wide, -bound, bound) * (data_max / bound)).astype(x_0.dtype)
 
   return lambda x_t, t: map_x_0(threshold, denoise(x_t, t))
 
 
-@check_kinds
+@check_types
 def classifier_free(
   conditional: Conditional, condition: PyTree, negative: PyTree, scale: Scale = 1.0, *, rescale: float = 0.0
 ) -> Denoise:
@@ -108,8 +108,8 @@ def classifier_free(
   )
 
 
-@check_kinds
-def plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, scale: float = 0.6) -> Denoise:
+@check_types
+def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, scale: float = 0.6) -> Denoise:
   """CFG++ (Chung et al. 2024, algorithm 2): data by an interpolation of both branches, noise by the unconditional one.
 
   The next state is made of two estimates, so it serves rules that take a step as data and noise, `sampling.ddim` and `euler`;
@@ -139,7 +139,7 @@ def plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, sca
   return denoise
 
 
-@check_kinds
+@check_types
 def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise:
   """Guides a model away from a weaker one: smaller, or trained for less long (Karras et al. 2024a, equation 3).
 
@@ -160,7 +160,7 @@ def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise
   return _scaled(guide, denoise, weak, scale)
 
 
-@check_kinds
+@check_types
 def classifier(
   denoise: Denoise, log_prob: Callable[[Array, Array], Array], process: Process, scale: Scale = 1.0
 ) -> Denoise:
@@ -218,7 +218,7 @@ def _no_slope(x_t: Array, t: Array) -> Array:
   return jnp.zeros_like(x_t)
 
 
-@check_kinds
+@check_types
 def interval(
   process: Process, scale: float, low: float = 0.0, high: float = math.inf, *, outside: float = 1.0
 ) -> Schedule:

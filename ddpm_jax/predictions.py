@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.processes import Process, as_time, expand
 
@@ -47,7 +47,7 @@ def x_0_of(denoised) -> Array:
   return denoised.x_0
 
 
-def eps_of(denoised, x_t: Array, alpha, sigma) -> tuple[Array, Array]:
+def x_0_and_eps(denoised, x_t: Array, alpha, sigma) -> tuple[Array, Array]:
   """The estimate of the data, and that of the noise, derived from the unguided one if there is one."""
   if isinstance(denoised, Denoised) and denoised.unguided is not None:
     return denoised.x_0, (x_t - alpha * denoised.unguided) / sigma
@@ -75,14 +75,14 @@ class Prediction(NamedTuple):
     target: `target(x_0, eps, alpha, sigma)`, what the network is trained to give.
     to_x0: `to_x0(output, x_t, alpha, sigma)`, the data that an output stands for; affine in the output.
     input_scale: `input_scale(alpha, sigma)`, the factor on x_t before the network sees it; None for 1.
-    slopes: whether `target` and `to_x0` take two more arguments, the time derivatives of alpha and sigma.
+    needs_slopes: whether `target` and `to_x0` take two more arguments, the time derivatives of alpha and sigma.
     learned_variance: whether the network's last axis holds twice the channels, the second half being the variance.
   """
 
   target: Callable[..., Array]
   to_x0: Callable[..., Array]
   input_scale: Callable[[Array, Array], Array] | None = None
-  slopes: bool = False
+  needs_slopes: bool = False
   learned_variance: bool = False
 
 
@@ -112,11 +112,11 @@ VELOCITY = Prediction(
   to_x0=lambda output, x_t, alpha, sigma, alpha_slope, sigma_slope: (
     (sigma_slope * x_t - sigma * output) / (alpha * sigma_slope - alpha_slope * sigma)
   ),
-  slopes=True,
+  needs_slopes=True,
 )
 
 
-@check_kinds
+@check_types
 def edm(sigma_data: float = 0.5) -> Prediction:
   """The preconditioned output F of Karras et al. 2022, table 1: unit variance in, out and on target; for any alpha.
 
@@ -143,7 +143,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
   )
 
 
-@check_kinds
+@check_types
 def learned_range(prediction: Prediction) -> Prediction:
   """The same prediction by a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
 
@@ -154,7 +154,7 @@ def learned_range(prediction: Prediction) -> Prediction:
 
 def coefficients(process: Process, prediction: Prediction, t: Array, x: Array) -> tuple[Array, ...]:
   """What `target` and `to_x0` take at times t [B] for x [B, ...]: alpha and sigma, and their slopes if they ask for them."""
-  slopes = process.slopes(t) if prediction.slopes else ()
+  slopes = process.slopes(t) if prediction.needs_slopes else ()
   values = (process.alpha(t), process.sigma(t), *slopes)
   return tuple(expand(value, x) for value in values)
 
@@ -167,7 +167,7 @@ def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
   return (scale * x_in).astype(x_t.dtype)
 
 
-def read_network(
+def apply_network(
   apply: Callable[..., Array], process: Process, prediction: Prediction, x_t: Array, t: Array, time_input
 ) -> tuple[Array, Array | None]:
   """The network's output [B, ...] at times t [B] and, if it was learned, the second half of its channels.
@@ -190,7 +190,7 @@ def read_network(
   return first, second
 
 
-def check_readable(process: Process, prediction: Prediction) -> None:
+def check_prediction(process: Process, prediction: Prediction) -> None:
   """Raises a ValueError if the prediction says nothing about the data at the process's t_max, where no data is left."""
   with jax.ensure_compile_time_eval():
     one, zero, t = jnp.ones((1,)), jnp.zeros((1,)), jnp.full((1,), process.t_max)
@@ -208,7 +208,7 @@ def _last_finite(process: Process) -> float:
   return process.t_max * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps)
 
 
-@check_kinds
+@check_types
 def denoiser(
   apply: Callable[..., Array],
   process: Process,
@@ -233,18 +233,18 @@ def denoiser(
     ValueError: if x_0 cannot be told from the prediction at the process's t_max; when called, if the network's output does
       not have the shape of its input.
   """
-  check_readable(process, prediction)
+  check_prediction(process, prediction)
 
   def denoise(x_t: Array, t):
     t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
-    output, variance = read_network(apply, process, prediction, x_t, t, time_input)
+    output, variance = apply_network(apply, process, prediction, x_t, t, time_input)
     x_0 = prediction.to_x0(*widen(output, x_t, *coefficients(process, prediction, t, x_t))).astype(x_t.dtype)
     return x_0 if variance is None else Denoised(x_0, ((variance + 1) / 2).astype(x_t.dtype))
 
   return denoise
 
 
-@check_kinds
+@check_types
 def classifier(
   apply: Callable[..., Array],
   process: Process,

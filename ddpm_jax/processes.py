@@ -15,7 +15,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from ddpm_jax import randomness, schedules
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen, widest
 
 Array = jax.Array
@@ -128,7 +128,7 @@ class Process(NamedTuple):
     """A draw of x_t [B, ...] given x_0; `key` is one key or one a sample."""
     return self.perturb(x_0, t, randomness.normal(key, x_0.shape, x_0.dtype))
 
-  def added(self, t, s) -> Array:
+  def added_share(self, t, s) -> Array:
     """1 - SNR(t) / SNR(s) for 0 <= s < t, the share of the noise at t that came after s; in float32 good to 1e-4 among 1000 steps."""
     t, s = as_time(t), as_time(s)
     ratio = self.alpha(t) / self.alpha(s) * (self.sigma(s) / self.sigma(t))
@@ -141,14 +141,14 @@ class Process(NamedTuple):
     starts from clean data it is x_0 with variance 0.
     """
     t, s = as_time(t), as_time(s)
-    sigma_s, added = self.sigma(s), self.added(t, s)
+    sigma_s, added = self.sigma(s), self.added_share(t, s)
     ratio = self.alpha(t) / self.alpha(s) * (sigma_s / self.sigma(t)) ** 2
     from_x_t, from_x_0, state, data = widen(expand(ratio, x_t), expand(self.alpha(s) * added, x_t), x_t, x_0)
     return (from_x_t * state + from_x_0 * data).astype(x_t.dtype), sigma_s**2 * added
 
   def step_variance(self, t, s) -> Array:
     """The variance of q(x_t | x_s), the noise that the forward process adds from s to t > s: beta_n between neighbors."""
-    return self.sigma(t) ** 2 * self.added(t, s)
+    return self.sigma(t) ** 2 * self.added_share(t, s)
 
   def prior(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """A draw [B, ...] from N(0, sigma(t_max)^2), where sampling starts; `key` is one key or one a sample."""
@@ -157,7 +157,7 @@ class Process(NamedTuple):
     return (sigma * noise).astype(dtype)
 
 
-@check_kinds
+@check_types
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   """The variance-preserving SDE with beta(t) linear on [0, 1] (Song et al. 2021, appendix C).
 
@@ -174,7 +174,7 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   )
 
 
-@check_kinds
+@check_types
 def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   """The sub-VP SDE: the alpha of `vp`, and sigma = 1 - alpha^2, which is below it (Song et al. 2021, equation 29).
 
@@ -191,7 +191,7 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
   )
 
 
-@check_kinds
+@check_types
 def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   """The variance-exploding SDE, sigma geometric on (0, 1] (Song et al. 2021, appendix C), for data in [-1, 1].
 
@@ -217,7 +217,7 @@ def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   )
 
 
-@check_kinds
+@check_types
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
   """Karras et al. 2022, table 1: alpha = 1 and t is sigma itself, from 0 to sigma_max; the time input is log(sigma) / 4.
 
@@ -252,7 +252,7 @@ def rectified_flow() -> Process:
   )
 
 
-@check_kinds
+@check_types
 def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
   """The continuous variance-preserving process of `schedules.cosine` (Nichol and Dhariwal 2021, equation 17).
 
@@ -300,7 +300,7 @@ def discrete(betas: schedules.Betas) -> Process:
     ValueError: if a beta is not inside (0, 1), but for the last of several, which may be 1; or if the table is empty or not
       one-dimensional.
   """
-  betas = schedules.table_of(betas)
+  betas = schedules.as_table(betas)
   if betas.ndim != 1 or betas.size == 0:
     raise ValueError(f"Got betas of shape {betas.shape}; expected a one-dimensional table with one beta a step.")
   n = betas.size
@@ -379,7 +379,7 @@ def _known(*values) -> bool:
   return not any(isinstance(value, jax.core.Tracer) for value in values)
 
 
-@check_kinds
+@check_types
 def last_step(process: Process) -> int:
   """The step n at the t_max of a discrete process, which may have been brought below 1.
 

@@ -10,7 +10,7 @@ __all__ = ["Betas", "cosine", "linear", "scaled_linear", "sigmoid", "zero_termin
 Betas = np.ndarray | Sequence[float]
 
 # The whole numbers that float32 holds.
-MOST_STEPS = 2**24
+MAX_STEPS = 2**24
 # Bytes a step: its beta, its sum and the four coefficients of a cubic, in float64.
 _TABLES = 48
 
@@ -94,7 +94,7 @@ def zero_terminal_snr(betas: Betas) -> np.ndarray:
   Raises:
     ValueError: if there are fewer than 2 betas, or one is not inside (0, 1).
   """
-  betas = table_of(betas)
+  betas = as_table(betas)
   if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):
     raise ValueError(
       f"Got betas of shape {betas.shape}; expected at least 2 of them, one-dimensional, each inside (0, 1)."
@@ -104,7 +104,7 @@ def zero_terminal_snr(betas: Betas) -> np.ndarray:
   return 1 - np.concatenate([root[:1], root[1:] / root[:-1]]) ** 2
 
 
-def table_of(betas) -> np.ndarray:
+def as_table(betas) -> np.ndarray:
   """Convert betas to float64.
 
   Raises:
@@ -122,8 +122,8 @@ def check_steps(num_steps: int) -> None:
   """Raise a ValueError unless a process, or a grid of times, can have so many steps."""
   if num_steps < 1:
     raise ValueError(f"Got a schedule of {num_steps} steps; expected at least 1.")
-  if num_steps > MOST_STEPS:
+  if num_steps > MAX_STEPS:
     raise ValueError(
       f"Got num_steps={num_steps}, whose tables take at least {_TABLES * num_steps / 1e9:,.3g} GB; expected at most"
-      f" {MOST_STEPS:,}: float32 cannot tell the times of more steps apart."
+      f" {MAX_STEPS:,}: float32 cannot tell the times of more steps apart."
     )

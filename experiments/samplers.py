@@ -29,7 +29,7 @@ samplers["ddim, corrected"] = sampling.with_langevin(sampling.ddim(process), pro
 times, x, results = sampling.grids.log_snr(process, 25), process.prior(jax.random.key(0), (1000, 2)), {}
 for name, rule in samplers.items():
   function, grid = (consistency, times[::8]) if name == "multistep_consistency" else (denoise, times)
-  grid = sampling.grids.suitable(rule, process, 25) if name == "ode" else grid
+  grid = sampling.grids.for_sampler(rule, process, 25) if name == "ode" else grid
   results[name] = sampling.solve(jax.random.key(1), rule, function, x, grid)
 for name, (samples, evaluations) in results.items():
   distance = jnp.min(jnp.linalg.norm(samples[:, None] - MEANS, axis=-1), axis=1)

@@ -74,16 +74,16 @@ class Mixture(NamedTuple):
     within = self.weights @ self.stds**2 * np.eye(self.means.shape[1])
     return mean, within + (self.means - mean).T @ (self.weights[:, None] * (self.means - mean))
 
-  def draw(self, rng, count):
-    return self.draw_labelled(rng, count)[0]
+  def sample(self, rng, count):
+    return self.sample_with_components(rng, count)[0]
 
-  def draw_labelled(self, rng, count):
+  def sample_with_components(self, rng, count):
     """Samples [count, D] and the component of each [count]."""
     which = rng.choice(len(self.weights), count, p=self.weights)
     return self.means[which] + self.stds[which, None] * rng.standard_normal((count, self.means.shape[1])), which
 
 
-def squash(process):
+def tanh_denoiser(process):
   """Return an estimate of few operations for rules that run uncompiled: of no data, but bent in x, and another at each noise level."""
 
   def denoise(x, t):

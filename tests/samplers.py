@@ -66,17 +66,17 @@ SECOND_ORDER_STOCHASTIC = (
   "langevin_heun_churn",
 )
 # Which `test_rules_that_are_one` shows to be another one on every process: the long laws leave them out.
-SAME = ("euler", "dpm_solver_1", "deis_1", "ddim_one", "euler_ancestral")
+DUPLICATES = ("euler", "dpm_solver_1", "deis_1", "ddim_one", "euler_ancestral")
 # `denoise` is here a consistency function, so the laws of the others do not apply to it; the contract does.
 SAMPLERS = (
   {name: make for name, (make, _) in ORDERS.items()}
   | STOCHASTIC
   | {"multistep_consistency": sampling.multistep_consistency}
 )
-DISTINCT = [name for name in SAMPLERS if name not in SAME]
+DISTINCT = [name for name in SAMPLERS if name not in DUPLICATES]
 # One process of each kind: tied alpha and sigma, a fixed alpha, a straight path, a table that ends at zero SNR.
 KINDS = ("vp", "edm", "rectified_flow", "zero_snr")
-FEW = ("ancestral", "heun", "dpmpp_3m", "unipc_3")
+REPRESENTATIVE = ("ancestral", "heun", "dpmpp_3m", "unipc_3")
 
 
 def rotate(names, processes):
@@ -95,9 +95,12 @@ def on_processes(names):
   The product has all rules on a process of each kind and a few rules on every process: a rule knows only alpha and sigma.
   By default each rule has one of the kinds, in rotation, and each other process has one of the few rules.
   """
-  few, others = [name for name in names if name in FEW], [process for process in PROCESSES if process not in KINDS]
+  few, others = (
+    [name for name in names if name in REPRESENTATIVE],
+    [process for process in PROCESSES if process not in KINDS],
+  )
   default = rotate(names, KINDS) | {(name, process) for process, name in rotate(others, few)}
-  pairs = [(name, process) for process in PROCESSES for name in names if process in KINDS or name in FEW]
+  pairs = [(name, process) for process in PROCESSES for name in names if process in KINDS or name in REPRESENTATIVE]
   return mark_slow(pairs, default)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import editing, guidance, likelihood, losses, predictions, processes, sampling, schedules
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 
 KEY, X, TIMES = jax.random.key(0), jnp.zeros((4, 2)), np.array([1.0, 0.5, 0.0])
 PROCESS = processes.vp()
@@ -137,7 +137,7 @@ WRONG = {
     "Got an array of shape (4, 2) as conditional of guidance.classifier_free; expected a function.",
   ),
   "scale for a condition": (lambda: guidance.classifier_free(denoise, CLASSES, 2.0), "Got 2.0 in a condition"),
-  "plus_plus": (lambda: guidance.plus_plus(denoise, denoise, 0.6), "in a condition"),
+  "cfg_plus_plus": (lambda: guidance.cfg_plus_plus(denoise, denoise, 0.6), "in a condition"),
   "scale's name": (
     lambda: guidance.classifier_free(denoise, CLASSES, CLASSES, "3"),
     "Got '3' as scale of guidance.classifier_free; expected a number or a function.",
@@ -169,16 +169,16 @@ def test_every_public_function_of_a_noun_checks_it():
     public = getattr(package, "__all__", None) or [
       name for name, value in vars(package).items() if getattr(value, "__module__", "") == package.__name__
     ]
-    internal = {"coefficients", "network_input", "read_network", "check_readable"}
+    internal = {"coefficients", "network_input", "apply_network", "check_prediction"}
     for name in {name for name in public if name[0] != "_"} - internal:
       function = getattr(package, name)
       kinds = getattr(function, "__annotations__", {})
       if callable(function) and not isinstance(function, type) and nouns & {*kinds.values()} - {kinds.get("return")}:
-        assert hasattr(function, "__wrapped__"), f"{package.__name__}.{name} lacks @check_kinds"
+        assert hasattr(function, "__wrapped__"), f"{package.__name__}.{name} lacks @check_types"
 
 
 def test_numbers_and_arrays_of_every_kind_pass():
-  @check_kinds
+  @check_types
   def function(process: processes.Process, x: jax.Array, eta: float = 0.0, t: float | None = None, name: str = ""):
     return eta
 

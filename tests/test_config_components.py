@@ -113,7 +113,7 @@ UNKNOWN = [
   ("objective.weighting", "losses.uniform", "the function uniform; expected a weighting"),
   ("objective.times", "losses.min_snr", "the function min_snr; expected a distribution of times"),
   ("objective.times", "losses.importance_times", "the function importance_times; expected a distribution of times"),
-  ("sampling.grid", "grids.last_time", "the function last_time; expected a grid of times"),
+  ("sampling.grid", "grids.default_t_min", "the function default_t_min; expected a grid of times"),
   ("sampling.clip", "guidance.classifier_free", "the function classifier_free; expected a rule that clips estimates"),
   ("guidance", "guidance.clip", "the function clip; expected a rule of guidance"),
   ("guidance", "guidance.interval", "the function interval; expected a rule of guidance"),

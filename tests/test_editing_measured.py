@@ -10,7 +10,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from ddpm_jax import editing, predictions, sampling
-from ddpm_jax.floats import promoting, widen
+from ddpm_jax.floats import widen, with_promotion
 from tests.conftest import ROOT
 from tests.oracles import PROCESSES, ZERO_SNR
 from tests.samplers import SAMPLERS, run
@@ -182,7 +182,7 @@ def test_samples_with_the_tweedie_covariance_are_those_of_the_posterior(process,
 
 def test_errors_of_the_methods_compare_as_their_theory_says(capsys):
   names = runpy.run_path(str(ROOT / "experiments" / "posterior_errors.py"))
-  errors = promoting(names["main"])(1000, 25, resamples=(2, 10), jumps=(2,), scales=(0.3,))
+  errors = with_promotion(names["main"])(1000, 25, resamples=(2, 10), jumps=(2,), scales=(0.3,))
   assert capsys.readouterr().out.count("\n") == 2 + len(errors)
   for problem in ("inpainting", "super-resolution"):
     mean, covariance = errors[problem, "Tweedie, ODE"]

@@ -66,7 +66,7 @@ def conditional(denoise):
 
 
 def wrapped_plus_plus(key, x, process):
-  denoise = guidance.plus_plus(conditional(MIXTURE.denoise(process)), CLASSES, CLASSES, 0.6)
+  denoise = guidance.cfg_plus_plus(conditional(MIXTURE.denoise(process)), CLASSES, CLASSES, 0.6)
   return sampling.sample(key, sampling.euler(process), denoise, x, sampling.grids.uniform(process, 3))
 
 
@@ -94,7 +94,7 @@ FUNCTIONS = {
       conditional(denoise), CLASSES, CLASSES, lambda t: jnp.linspace(0.0, 3.0, 4, dtype=jnp.float32)
     )
   ),
-  "plus_plus": wrapped_plus_plus,
+  "cfg_plus_plus": wrapped_plus_plus,
   "autoguidance": guided(lambda denoise, process: guidance.autoguidance(denoise, denoise)),
   "prior": lambda key, x, process: process.prior(key, x.shape, x.dtype),
   "posterior_of_a_step": lambda key, x, process: process.posterior(x, x, 0.5, 0.25)[0],

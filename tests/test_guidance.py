@@ -53,7 +53,7 @@ def log_posterior(process, c, x, t):
 def points(process, count=64):
   rng = np.random.default_rng(0)
   t = jnp.asarray(process.t_max * rng.uniform(0.05, 0.95, count))
-  return process.perturb(jnp.asarray(MIXTURE.draw(rng, count)), t, jnp.asarray(rng.standard_normal((count, 2)))), t
+  return process.perturb(jnp.asarray(MIXTURE.sample(rng, count)), t, jnp.asarray(rng.standard_normal((count, 2)))), t
 
 
 def labels(c, count):
@@ -337,7 +337,7 @@ WRONG = {
     lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0)(jnp.ones((3, 2)), 0.5),
     "for 3 samples",
   ),
-  "plus_plus": (lambda: guidance.plus_plus(bare, labels(0, 2), labels(1, 2), 3.0), "scale=3.0 for CFG"),
+  "cfg_plus_plus": (lambda: guidance.cfg_plus_plus(bare, labels(0, 2), labels(1, 2), 3.0), "scale=3.0 for CFG"),
   "autoguidance": (lambda: guidance.autoguidance(bare, bare, math.inf), "scale of inf"),
   "classifier": (lambda: guidance.classifier(bare, bare, processes.vp(), -2.0), "scale of -2.0"),
   "log_prob": (

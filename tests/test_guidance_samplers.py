@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import guidance, processes, sampling
-from tests.samplers import DISTINCT, FEW, SAMPLERS, run
+from tests.samplers import DISTINCT, REPRESENTATIVE, SAMPLERS, run
 from tests.test_guidance import NONE, component, conditional, labels, log_posterior
 from tests.test_sampling import TRACES
 
@@ -36,7 +36,7 @@ def test_plus_plus_is_the_papers_algorithm(scale, x64):
   x = jax.random.normal(jax.random.key(0), (40, 2), jnp.float64)
   times = sampling.grids.uniform(process, 12)
   model = conditional(process)
-  denoise = guidance.plus_plus(model, labels(0, 40), labels(NONE, 40), scale)
+  denoise = guidance.cfg_plus_plus(model, labels(0, 40), labels(NONE, 40), scale)
   wanted = cfg_plus_plus(process, model, x, times, 0, scale)
   for sampler in (sampling.ddim(process), sampling.euler(process)):
     np.testing.assert_allclose(run(sampler, denoise, x, times), wanted, rtol=1e-6, atol=1e-8)
@@ -59,7 +59,7 @@ def test_plus_plus_is_the_papers_algorithm(scale, x64):
 @pytest.mark.parametrize("name", ["ddim_half", "ancestral", "heun", "dpmpp_2m", "unipc_3", "deis_3", "langevin_heun"])
 def test_plus_plus_is_refused_where_its_noise_would_be_lost(name):
   process = processes.vp()
-  denoise = guidance.plus_plus(conditional(process), labels(0, 4), labels(NONE, 4), 0.5)
+  denoise = guidance.cfg_plus_plus(conditional(process), labels(0, 4), labels(NONE, 4), 0.5)
   times = sampling.grids.uniform(process, 4)
   if name == "ddim_half":
     assert np.all(np.isfinite(run(SAMPLERS[name](process), denoise, jnp.ones((4, 2)), times)))
@@ -96,7 +96,7 @@ WRAPPERS = ("classifier_free", "classifier", "autoguidance", "clip", "dynamic_th
 # Every rule with one wrapper, and every wrapper with several rules; the other pairs are slow.
 TURNS = {name: WRAPPERS[i % len(WRAPPERS)] for i, name in enumerate(DISTINCT)}
 # To a sampler one `denoise` is like another: all rules run with one wrapper, and these with all of them.
-RUN_WITH_ALL = (*FEW, "heun_churn")
+RUN_WITH_ALL = (*REPRESENTATIVE, "heun_churn")
 
 
 @pytest.mark.parametrize(

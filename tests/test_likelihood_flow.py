@@ -55,7 +55,7 @@ def test_the_exact_trace_gives_the_density_at_t_min(process):
 def test_the_flow_starts_near_enough_to_the_data_by_default(process):
   """In single precision, which resolves little of the noise there; of more dimensions than are taken at once."""
   process, data = PROCESSES[process], gaussian(0.0, STD, 70)
-  x = data.draw(np.random.default_rng(0), 3).astype(np.float32)
+  x = data.sample(np.random.default_rng(0), 3).astype(np.float32)
   found = jax.jit(lambda x: likelihood.ode_bits(KEY, process, data.denoise(process), x, exact=True, dequantize=False))(
     x
   )
@@ -65,7 +65,7 @@ def test_the_flow_starts_near_enough_to_the_data_by_default(process):
 @pytest.mark.usefixtures("x64")
 def test_the_joint_solution_is_scipy_s():
   """The same steps and the same log-density as by SciPy with the divergence written out; the flow's own density besides."""
-  process, x = PROCESSES["vp"], MIXTURE.draw(np.random.default_rng(1), 4)
+  process, x = PROCESSES["vp"], MIXTURE.sample(np.random.default_rng(1), 4)
   found = jax.jit(
     lambda x: likelihood.ode_bits(KEY, process, MIXTURE.denoise(process), x, exact=True, dequantize=False, t_min=1e-3)
   )(x)
@@ -100,7 +100,7 @@ def test_probes_have_no_bias():
 
 def test_signs_tell_the_trace_of_an_isotropic_flow_exactly():
   process, data = PROCESSES["cosine"], gaussian(MEAN, STD, 3)
-  x = data.draw(np.random.default_rng(0), 3).astype(np.float32)
+  x = data.sample(np.random.default_rng(0), 3).astype(np.float32)
   run = functools.partial(likelihood.ode_bits, KEY, process, data.denoise(process), probes=4, dequantize=False)
   signs, normals = jax.jit(lambda x: (run(x).by_probe, run(x, noise="gaussian").by_probe))(x)
   assert np.ptp(signs, axis=1).max() < 1e-4

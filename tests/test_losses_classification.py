@@ -32,7 +32,7 @@ def conditional_entropy(log_snr):
 def test_the_exact_posterior_has_the_conditional_entropy_as_its_loss_and_none_has_less(process):
   """Within five standard errors: the value at each noise level, and the slopes as the logits are scaled or shifted."""
   process, count = PROCESSES[process], 30_000
-  x_0, classes = CLASSES.draw_labelled(np.random.default_rng(0), count)
+  x_0, classes = CLASSES.sample_with_components(np.random.default_rng(0), count)
   exact = CLASSES.classify(process)
 
   @jax.jit
@@ -84,7 +84,7 @@ def test_the_loss_is_the_weighted_mean_of_its_details_and_counts_what_is_right()
 def test_a_sample_depends_on_its_key_alone():
   process, exact = PROCESSES["discrete_cosine"], CLASSES.classify(PROCESSES["discrete_cosine"])
   keys = jax.random.split(jax.random.key(0), 8)
-  x_0, classes = map(jnp.asarray, CLASSES.draw_labelled(np.random.default_rng(0), 8))
+  x_0, classes = map(jnp.asarray, CLASSES.sample_with_components(np.random.default_rng(0), 8))
 
   @jax.jit
   def details(keys, x_0, classes):

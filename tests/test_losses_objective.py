@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from ddpm_jax import losses, predictions, processes, randomness, training
-from ddpm_jax.floats import promoting
+from ddpm_jax.floats import with_promotion
 from ddpm_jax.training import optim
 from tests.oracles import PROCESSES
 
@@ -198,8 +198,8 @@ def test_a_plain_objective_compiles_to_no_more_than_its_formula():
       return losses.denoising_loss(keys, network, process, predictions.EPS, batch["x"], times=lambda _: times)[0]
 
     value, grads = jax.value_and_grad(loss)(state.params)
-    updates, opt_state = promoting(optimizer.update)(grads, state.opt_state, state.params)
-    params = promoting(optax.apply_updates)(state.params, updates)
+    updates, opt_state = with_promotion(optimizer.update)(grads, state.opt_state, state.params)
+    params = with_promotion(optax.apply_updates)(state.params, updates)
     metrics = {"loss": value, "grad_norm": optim.global_norm(grads)}
     metrics["skipped"], metrics["skipped_in_a_row"] = optim.skipped(opt_state)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -67,7 +67,7 @@ def test_a_container_s_limit_is_the_memory(tmp_path, monkeypatch):
 
 
 def test_steps_are_refused_where_float32_cannot_tell_them_apart():
-  most = schedules.MOST_STEPS
+  most = schedules.MAX_STEPS
   assert np.float32(most) - np.float32(most - 1) == 1
   assert np.float32(most + 1) == np.float32(most)
   for make in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid):

@@ -46,8 +46,8 @@ def free(scale=1.0, **options):
   return spec("guidance.classifier_free", scale=scale, **options)
 
 
-def plus_plus(scale=0.6, **options):
-  return spec("guidance.plus_plus", scale=scale, **options)
+def cfg_plus_plus(scale=0.6, **options):
+  return spec("guidance.cfg_plus_plus", scale=scale, **options)
 
 
 def away(scale=2.0):
@@ -124,39 +124,47 @@ WRONG = {
     "--classifier and --weak; expected one",
   ),
   "no classes": (plain(free(3.0)), {}, r"classifier_free \(scale=3.*a model that was trained without conditions"),
-  "no classes, plus_plus": (plain(plus_plus()), {}, "trained without conditions"),
+  "no classes, cfg_plus_plus": (plain(cfg_plus_plus()), {}, "trained without conditions"),
   "no dropout": (config_of(free(3.0), dropout=0.0), {}, "trained without dropout of a condition"),
-  "no dropout, plus_plus": (config_of(plus_plus(), dropout=0.0), {}, "trained without dropout of a condition"),
+  "no dropout, cfg_plus_plus": (config_of(cfg_plus_plus(), dropout=0.0), {}, "trained without dropout of a condition"),
   "a classifier for nothing": (
     config_of(free(rescale=0.5)),
     {"classifier": classifier_of()},
     "--classifier with config.guidance=classifier_free, which does not take log_prob",
   ),
   "a weak model for nothing": (
-    config_of(plus_plus(0.5)),
+    config_of(cfg_plus_plus(0.5)),
     {"weak": config_of()},
-    "--weak with config.guidance=plus_plus, which does not take weak",
+    "--weak with config.guidance=cfg_plus_plus, which does not take weak",
   ),
   "no classifier": (config_of(by_class(3.0)), {}, "guidance=classifier without --classifier; expected --classifier="),
   "no weak model": (config_of(away()), {}, "guidance=autoguidance without --weak; expected --weak="),
-  "plus_plus rescaled": (
-    config_of(plus_plus(rescale=0.5)),
+  "cfg_plus_plus rescaled": (
+    config_of(cfg_plus_plus(rescale=0.5)),
     {},
-    "'guidance.rescale' as a config key of guidance.plus_plus; expected one of guidance.scale",
+    "'guidance.rescale' as a config key of guidance.cfg_plus_plus; expected one of guidance.scale",
   ),
-  "plus_plus at times": (
-    config_of(plus_plus(interval(0.6, low=0.5))),
+  "cfg_plus_plus at times": (
+    config_of(cfg_plus_plus(interval(0.6, low=0.5))),
     {},
     "config.guidance.scale=.*interval.*expected a finite number",
   ),
-  "plus_plus, heun": (config_of(plus_plus(), sampler=spec("sampling.heun")), {}, "two estimates, .*--sampler=ddim"),
-  "plus_plus, ode": (config_of(plus_plus(), sampler=spec("sampling.ode")), {}, "two estimates, .*--sampler=ddim"),
-  "plus_plus, corrected": (
-    config_of(plus_plus(), sampler=spec("sampling.with_langevin", sampler=spec("sampling.ddim"))),
+  "cfg_plus_plus, heun": (
+    config_of(cfg_plus_plus(), sampler=spec("sampling.heun")),
+    {},
+    "two estimates, .*--sampler=ddim",
+  ),
+  "cfg_plus_plus, ode": (
+    config_of(cfg_plus_plus(), sampler=spec("sampling.ode")),
+    {},
+    "two estimates, .*--sampler=ddim",
+  ),
+  "cfg_plus_plus, corrected": (
+    config_of(cfg_plus_plus(), sampler=spec("sampling.with_langevin", sampler=spec("sampling.ddim"))),
     {},
     "two estimates, .*without corrector steps",
   ),
-  "plus_plus too strong": (config_of(plus_plus(1.5)), {}, r"scale=1.5 for CFG\+\+; expected it in \[0, 1\]"),
+  "cfg_plus_plus too strong": (config_of(cfg_plus_plus(1.5)), {}, r"scale=1.5 for CFG\+\+; expected it in \[0, 1\]"),
   "a negative scale": (config_of(free(-1.0)), {}, "guidance scale of -1"),
   "a scale of nan": (config_of(free(float("nan"))), {}, "config.guidance.scale=nan; expected .*a finite number"),
   "a scale of inf": (plain(by_class(float("inf"))), {"classifier": classifier_of()}, "guidance scale of inf"),
@@ -234,7 +242,7 @@ def test_a_rule_of_ones_own_is_known_by_what_it_takes_and_gives():
 
   def own(conditional, condition, negative):
     shapes.append((condition["classes"].shape, negative["classes"].shape))
-    return guidance.plus_plus(conditional, condition, negative, 0.5)
+    return guidance.cfg_plus_plus(conditional, condition, negative, 0.5)
 
   assert guided.gives_two(experiment.model, own)
   assert shapes == [((1,), (1,))]
@@ -281,8 +289,8 @@ def test_what_to_guide_away_from_belongs_to_classifier_free_guidance(config, oth
     ),
     (config_of(free(3.0)), {}, True),
     (config_of(free(3.0), dropout=0.0), {}, True),
-    (config_of(plus_plus()), {}, True),
-    (config_of(plus_plus(1.0), sampler=spec("sampling.euler")), {}, False),
+    (config_of(cfg_plus_plus()), {}, True),
+    (config_of(cfg_plus_plus(1.0), sampler=spec("sampling.euler")), {}, False),
     (plain(by_class()), {"classifier": classifier_of()}, False),
     (config_of(by_class(0.0), dropout=0.0), {"classifier": classifier_of()}, False),
     (plain(away()), {"weak": plain(model__network__channels=4)}, False),
@@ -323,7 +331,7 @@ def test_denoisers_are_guided_as_the_formulas_say(dense):
     own, wanted = (jnp.std(x, (1, 2, 3), keepdims=True) for x in (both, c))
     slope = (process.sigma(t) ** 2 / process.alpha(t))[:, None, None, None] * jax.grad(log_prob)(x_t)
     unwanted = {"classes": classes, "negative_classes": negative}
-    strong, against = found(plus_plus()), found(plus_plus(), unwanted)
+    strong, against = found(cfg_plus_plus()), found(cfg_plus_plus(), unwanted)
     return {
       "none": (found(free()), c),
       "unconditional": (found(free(0.0)), u),
@@ -331,9 +339,9 @@ def test_denoisers_are_guided_as_the_formulas_say(dense):
       "negative": (found(free(3.0), unwanted), n + 3 * (c - n)),
       "rescaled": (found(free(3.0, rescale=0.5)), both * (0.5 + 0.5 * wanted / own)),
       "interval": (found(free(interval(3.0, 0.5, 5.0))), jnp.where(inside, both, c)),
-      "plus_plus": (strong.x_0, u + 0.6 * (c - u)),
-      "noise of plus_plus": (strong.unguided, u),
-      "negative of plus_plus": (against.unguided, n),
+      "cfg_plus_plus": (strong.x_0, u + 0.6 * (c - u)),
+      "noise of cfg_plus_plus": (strong.unguided, u),
+      "negative of cfg_plus_plus": (against.unguided, n),
       "weak": (found(away(2.0), weak=model), weak + 2 * (c - weak)),
       "classifier": (found(by_class(4.0), classifier=judge), c + 4 * slope),
       # Elsewhere it does not guide, which of a classifier is a scale of 0.
@@ -365,7 +373,7 @@ def test_samples_are_those_of_the_guided_model_and_a_scale_of_one_changes_nothin
     denoise = guidance.classifier_free(model.conditional(params), given, none, 3.0)
     start, times = (
       process.prior(randomness.fold_in(keys, 0), (4, 8, 8, 1)),
-      sampling.grids.suitable(sampling.ddim(process), process, 3),
+      sampling.grids.for_sampler(sampling.ddim(process), process, 3),
     )
     return sampling.sample(randomness.fold_in(keys, 1), sampling.ddim(process), guidance.clip(denoise), start, times)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.floats import promoting
+from ddpm_jax.floats import with_promotion
 from ddpm_jax.networks.kernels.attention import attend
 
 # Queries, keys, heads, channels: rows that are halved to the end, halved once, odd, and one query alone.
@@ -29,7 +29,7 @@ def test_it_is_jax_s_own_and_so_are_its_derivatives(x64, case):
     pulled = pull(jnp.cos(jnp.arange(output.size, dtype=output.dtype)).reshape(output.shape))
     return output, *pulled, jax.jvp(function, tuple(values), tuple(map(np.sin, values)))[1]
 
-  for found, expected in zip(of(attend), of(promoting(jax.nn.dot_product_attention)), strict=True):
+  for found, expected in zip(of(attend), of(with_promotion(jax.nn.dot_product_attention)), strict=True):
     # JAX's own takes the softmax in float32, whatever the type.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
@@ -42,7 +42,7 @@ def test_it_is_exact_to_float32_s_rounding(x64):
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   wanted = np.swapaxes(weights @ v / weights.sum(-1, keepdims=True), 1, 2)
   single = [value.astype(np.float32) for value in values]
-  found, own = attend(*single), promoting(jax.nn.dot_product_attention)(*single)
+  found, own = attend(*single), with_promotion(jax.nn.dot_product_attention)(*single)
   assert found.dtype == jnp.float32
   assert np.abs(np.asarray(found) - wanted).max() < max(2 * np.abs(np.asarray(own) - wanted).max(), 1e-6)
   np.testing.assert_allclose(attend(*values), wanted, rtol=1e-12, atol=1e-12)
@@ -61,7 +61,7 @@ def test_the_result_has_the_data_s_type():
   half = [jnp.asarray(value, jnp.bfloat16) for value in inputs(64, 64, 2, 8, np.float32)]
   found = attend(*half)
   assert found.dtype == jnp.bfloat16
-  own = np.asarray(promoting(jax.nn.dot_product_attention)(*half), np.float32)
+  own = np.asarray(with_promotion(jax.nn.dot_product_attention)(*half), np.float32)
   np.testing.assert_allclose(np.asarray(found, np.float32), own, atol=0.02)
 
 

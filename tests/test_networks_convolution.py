@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from ddpm_jax.devices import costs
-from ddpm_jax.floats import promoting
+from ddpm_jax.floats import with_promotion
 from ddpm_jax.networks import Classifier, UNet, layers
 from ddpm_jax.networks.kernels import KERNELS, convolution, sums
 from ddpm_jax.networks.kernels.convolution import convolve
@@ -326,7 +326,7 @@ def test_statistics_of_16_bit_data_are_taken_in_32():
   ours = layers.GroupNorm(2, 1e-5, jnp.bfloat16)
   flax_s = nn.GroupNorm(num_groups=2, epsilon=1e-5, dtype=jnp.bfloat16)
   params = ours.init(jax.random.key(1), x)
-  found = [ours.apply(params, x), promoting(flax_s.apply)(params, x)]
+  found = [ours.apply(params, x), with_promotion(flax_s.apply)(params, x)]
   assert found[0].dtype == jnp.bfloat16
   np.testing.assert_allclose(*(leaf.astype(jnp.float32) for leaf in found), rtol=2**-7, atol=1e-3)
 

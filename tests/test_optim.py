@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from ddpm_jax import networks
-from ddpm_jax.floats import promoting
+from ddpm_jax.floats import with_promotion
 from ddpm_jax.training import ema, optim
 from tests.parameters import random_like
 
@@ -29,7 +29,7 @@ def run(optimizer, params, gradients):
 
 def of_optax(made):
   """Return a transform of optax, which relies on implicit promotion."""
-  return optax.GradientTransformation(promoting(made.init), promoting(made.update))
+  return optax.GradientTransformation(with_promotion(made.init), with_promotion(made.update))
 
 
 def gradients(count, seed=0):

@@ -13,7 +13,7 @@ from tests.oracles import MIXTURE, PREDICTIONS, PROCESSES, below_zero_snr, netwo
 def test_target_and_back_is_the_identity(name, coefficients):
   """For any alpha and sigma (and their slopes), not only where their squares add up to 1; and back again."""
   prediction, alpha, sigma = PREDICTIONS[name], *coefficients[:2]
-  given = coefficients if prediction.slopes else coefficients[:2]
+  given = coefficients if prediction.needs_slopes else coefficients[:2]
   x_0, eps = jax.random.normal(jax.random.key(0), (2, 7, 3))
   x_t = alpha * x_0 + sigma * eps
   output = prediction.target(x_0, eps, *given)

@@ -382,8 +382,8 @@ def test_wrong_folders_of_other_models(place, tmp_path):
     ),
     (judge, rescaled, "guidance=classifier_free with rescale and another guide"),
     (weak, rescaled, "guidance=classifier_free with rescale and another guide"),
-    (judge, {"guidance": "plus_plus(scale=0.5)"}, "guidance=plus_plus and another guide.*config.guidance="),
-    (weak, {"guidance": "plus_plus(scale=0.5)"}, "guidance=plus_plus and another guide.*config.guidance="),
+    (judge, {"guidance": "cfg_plus_plus(scale=0.5)"}, "guidance=cfg_plus_plus and another guide.*config.guidance="),
+    (weak, {"guidance": "cfg_plus_plus(scale=0.5)"}, "guidance=cfg_plus_plus and another guide.*config.guidance="),
     (judge | {"negative": classes_of([2])}, {"guidance__scale": 2.0}, "negative_classes.* without classifier-free"),
   ):
     with pytest.raises(ValueError, match=message):

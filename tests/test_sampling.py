@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from ddpm_jax import sampling
-from tests.oracles import MIXTURE, PROCESSES, gaussian, squash
+from tests.oracles import MIXTURE, PROCESSES, gaussian, tanh_denoiser
 from tests.samplers import (
   DISTINCT,
-  FEW,
   ORDERS,
+  REPRESENTATIVE,
   SAMPLERS,
   STOCHASTIC,
   jitted,
@@ -55,7 +55,7 @@ def in_precisions(cases):
 def test_finite_on_the_shortest_grids(name, process, precision):
   """One and two steps, from t_max or below, to 0 or above it. Step by step without compiling, which costs far more."""
   process, dtype = PROCESSES[process], PRECISIONS[precision]
-  sampler, denoise = SAMPLERS[name](process), squash(process)
+  sampler, denoise = SAMPLERS[name](process), tanh_denoiser(process)
   with jax.enable_x64(dtype == jnp.float64), jax.disable_jit():
     x = jnp.asarray([[0.3, -0.9], [1.5, 0.1]], dtype) * process.sigma(process.t_max).astype(dtype)
     for share in ([1.0, 0.0], [1.0, 0.5, 0.0], [0.7, 0.3]):
@@ -93,8 +93,8 @@ def test_nfe_is_the_number_of_calls(name, process):
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if "churn" not in name and "langevin" not in name])
 def test_the_step_to_0_is_the_denoised_mean(name):
   process, x = PROCESSES["vp"], jnp.array([[0.3, -0.2]])
-  got = run_uncompiled(SAMPLERS[name](process), squash(process), x, np.array([0.4, 0.0]))
-  np.testing.assert_allclose(got, squash(process)(x, 0.4), rtol=1e-5)
+  got = run_uncompiled(SAMPLERS[name](process), tanh_denoiser(process), x, np.array([0.4, 0.0]))
+  np.testing.assert_allclose(got, tanh_denoiser(process)(x, 0.4), rtol=1e-5)
 
 
 # How often a step names the network, where it is more than once; a corrector's steps are a loop.
@@ -123,7 +123,7 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
     traces.append(1)
     return exact(x, t)
 
-  sampler, exact, times = SAMPLERS[name](process), squash(process), np.linspace(1, 0, 11)
+  sampler, exact, times = SAMPLERS[name](process), tanh_denoiser(process), np.linspace(1, 0, 11)
   compiled, keys = jitted(sampler, denoise), jax.random.split(jax.random.key(0), 6)
   x = process.prior(keys, (6, 2))
   whole = compiled(keys, x, times)
@@ -140,11 +140,11 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in DISTINCT]
+  "name", [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.slow) for name in DISTINCT]
 )
 def test_pmap(name):
   process = PROCESSES["vp"]
-  sampler, denoise, times = SAMPLERS[name](process), squash(process), np.linspace(0.9, 0.0, 6)
+  sampler, denoise, times = SAMPLERS[name](process), tanh_denoiser(process), np.linspace(0.9, 0.0, 6)
   x, keys = jax.random.normal(jax.random.key(1), (4, 3, 2)), jax.random.split(jax.random.key(0), 4)
   one = jitted(sampler, denoise)
   each = np.stack([one(key, part, times) for key, part in zip(keys, x, strict=True)])
@@ -164,7 +164,7 @@ def test_pmap(name):
 def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
   """Compiled, from t_max, where rates may be infinite, to 0, where a variance is; the times between may be learned."""
   process = PROCESSES[process]
-  sampler, denoise = SAMPLERS[name](process), squash(process)
+  sampler, denoise = SAMPLERS[name](process), tanh_denoiser(process)
 
   def total(x, between):
     times = jnp.concatenate([jnp.ones(1), between, jnp.zeros(1)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import predictions, processes, sampling, schedules
-from tests.oracles import MIXTURE, PREDICTIONS, PROCESSES, below_zero_snr, network_of, squash
+from tests.oracles import MIXTURE, PREDICTIONS, PROCESSES, below_zero_snr, network_of, tanh_denoiser
 from tests.samplers import DISTINCT, SAMPLERS, grid_for, mark_slow, rotate, run, run_uncompiled
 
 
@@ -17,7 +17,7 @@ from tests.samplers import DISTINCT, SAMPLERS, grid_for, mark_slow, rotate, run,
 def test_rules_that_are_one(process):
   process = PROCESSES[process]
   x, times = process.prior(jax.random.key(1), (5, 2), jnp.float64), grid_for(process, 4)
-  denoise, s = squash(process), sampling
+  denoise, s = tanh_denoiser(process), sampling
   for group in (
     (s.ancestral(process), s.ddim(process, 1.0), s.euler_ancestral(process)),
     (s.ddim(process), s.euler(process), s.dpm_solver(process, 1), s.deis(process, 1)),
@@ -35,7 +35,7 @@ def test_rules_that_are_one(process):
 )
 def test_samples_do_not_depend_on_the_prediction(process, name):
   process = below_zero_snr(PROCESSES[process])
-  estimate, times = squash(process), grid_for(process, 3) * 0.999
+  estimate, times = tanh_denoiser(process), grid_for(process, 3) * 0.999
   x, sampler = process.prior(jax.random.key(1), (5, 2), jnp.float64), SAMPLERS[name](process)
 
   def samples(prediction):
@@ -72,9 +72,9 @@ def test_time_is_only_a_name_for_the_noise_level(name):
   sigmas = np.geomspace(80.0, 0.03, 5)
   times = np.log(sigmas / 0.02) / np.log(80.0 / 0.02)
   x = edm.prior(jax.random.key(1), (4, 2), jnp.float64)
-  make, denoise = SAMPLERS[name], squash(edm)
+  make, denoise = SAMPLERS[name], tanh_denoiser(edm)
   first = run_uncompiled(make(edm), denoise, x, sigmas)
-  np.testing.assert_allclose(run_uncompiled(make(ve), squash(ve), x, times), first, rtol=1e-6, atol=1e-8)
+  np.testing.assert_allclose(run_uncompiled(make(ve), tanh_denoiser(ve), x, times), first, rtol=1e-6, atol=1e-8)
   if "churn" not in name:  # whose range of sigmas is given
     double = make(processes.edm(0.004, 160.0))
     doubled = run_uncompiled(double, lambda x, t: 2 * denoise(x / 2, t / 2), 2 * x, 2 * sigmas)

@@ -123,10 +123,10 @@ def test_every_rule_has_the_grid_that_suits_it(process):
   for name, make in SAMPLERS.items():
     # A discrete model knows its own steps; DDIM takes them too.
     wanted = even if name in EVEN_IN_TIME or (name in DDIM and process.num_steps) else others
-    got = sampling.grids.suitable(make(process), process, 7)
+    got = sampling.grids.for_sampler(make(process), process, 7)
     np.testing.assert_array_equal(got, makers[wanted](process, 7), err_msg=name)
     short = name in EVEN_IN_TIME and not process.num_steps
-    assert sampling.grids.last_time(make(process), process) == (process.t_min if short else 0)
+    assert sampling.grids.default_t_min(make(process), process) == (process.t_min if short else 0)
 
 
 @pytest.mark.parametrize(("process", "last"), [("vp", 1e-3), ("ve", 1e-3), ("edm", 0.002), ("discrete_linear", 1e-3)])
@@ -134,8 +134,8 @@ def test_a_rule_that_chooses_its_own_steps_takes_the_ends(process, last):
   process = PROCESSES[process]
   rule = sampling.ode(process)
   for steps in (1, 1000):
-    np.testing.assert_array_equal(sampling.grids.suitable(rule, process, steps), [process.t_max, last, 0])
+    np.testing.assert_array_equal(sampling.grids.for_sampler(rule, process, steps), [process.t_max, last, 0])
   short = processes.discrete(np.array([0.5]))
-  np.testing.assert_array_equal(sampling.grids.suitable(sampling.ode(short), short, 5), [1, 0])
+  np.testing.assert_array_equal(sampling.grids.for_sampler(sampling.ode(short), short, 5), [1, 0])
   with pytest.raises(ValueError, match="spacing='even'; expected 'time', 'log_snr' or 'ends'"):
-    sampling.grids.suitable(rule._replace(spacing="even"), process, 5)
+    sampling.grids.for_sampler(rule._replace(spacing="even"), process, 5)

@@ -20,8 +20,8 @@ from tests.oracles import (
 )
 from tests.samplers import (
   DISTINCT,
+  DUPLICATES,
   ORDERS,
-  SAME,
   SAMPLERS,
   SECOND_ORDER_STOCHASTIC,
   STOCHASTIC,
@@ -51,7 +51,7 @@ def measured_orders(sampler, denoise, flow, grid, steps):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("name", "process"), on_processes([name for name in ORDERS if name not in SAME]))
+@pytest.mark.parametrize(("name", "process"), on_processes([name for name in ORDERS if name not in DUPLICATES]))
 def test_order_of_convergence_on_a_gaussian(name, process):
   """Against the exact flow, in equal steps of the log-SNR from -4 to 2, on every process."""
   process, (make, order) = PROCESSES[process], ORDERS[name]
@@ -278,7 +278,7 @@ def test_the_corrector_leaves_the_marginal_alone_and_repairs_another(process):
     np.testing.assert_allclose(end_mean, mean, atol=0.01 * std)
 
 
-@pytest.mark.parametrize("name", [name for name in ORDERS if name not in SAME])
+@pytest.mark.parametrize("name", [name for name in ORDERS if name not in DUPLICATES])
 def test_no_rule_forgets_what_a_wrapper_did(name):
   """After many Langevin steps the ends know nothing of the starts, under every rule, whatever it remembers.
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from ddpm_jax import editing, guidance, sampling
-from tests.oracles import MIXTURE, PROCESSES, gaussian, gaussian_flow, squash, vp_flow
+from tests.oracles import MIXTURE, PROCESSES, gaussian, gaussian_flow, tanh_denoiser, vp_flow
 from tests.samplers import KINDS, SAMPLERS
 
 VP = PROCESSES["vp"]
@@ -71,7 +71,7 @@ def test_calls_are_those_of_scipy_on_every_stretch_of_the_grid():
 def test_it_encodes_and_decodes_along_the_exact_flow(process):
   process = PROCESSES[process]
   denoise, solve = gaussian().denoise(process), solver(1e-8, gaussian().denoise(process), process)
-  times = sampling.grids.suitable(sampling.ode(process), process, 1)
+  times = sampling.grids.for_sampler(sampling.ode(process), process, 1)
   x = jnp.linspace(-2, 2, 5)[:, None] * process.sigma(process.t_max)
   low, _ = solve(keys_of(5), x, times[:2])
   exact = gaussian_flow(process, 0.3, 0.4, x, times[0], times[1])
@@ -102,9 +102,9 @@ def test_a_sample_depends_on_its_start_alone_and_little_on_the_grid():
   [("vp", "bfloat16"), ("edm", "float32"), ("rectified_flow", "bfloat16"), ("zero_snr", "float64")],
 )
 def test_it_is_finite_in_every_precision(process, dtype):
-  process, denoise = PROCESSES[process], squash(PROCESSES[process])
+  process, denoise = PROCESSES[process], tanh_denoiser(PROCESSES[process])
   rule = sampling.ode(process, rtol=1e-2, atol=1e-2)
-  times = sampling.grids.suitable(rule, process, 1)
+  times = sampling.grids.for_sampler(rule, process, 1)
   with jax.enable_x64(dtype == "float64"):
     x = jnp.asarray([[0.3, -0.9], [1.5, 0.1]], dtype) * process.sigma(process.t_max).astype(dtype)
     got, nfe = jax.jit(lambda x: sampling.solve(one_key(), rule, denoise, x, times))(x)
@@ -156,7 +156,7 @@ WRAPPED = {
 def test_the_calls_of_wrappers_are_counted_too(wrapper):
   rule = WRAPPED[wrapper](sampling.ode(VP, rtol=0.3, atol=0.3))
   times = np.array([1.0, 0.5, 0.0])
-  counted, seen = counted_by(rule, squash(VP), jnp.asarray(STARTS[2:3], jnp.float32), times)
+  counted, seen = counted_by(rule, tanh_denoiser(VP), jnp.asarray(STARTS[2:3], jnp.float32), times)
   assert counted == seen > 8
   assert rule.spacing == ("ends" if wrapper == "alone" else "log_snr"), "what is done at each time needs times"
   assert rule.reversible == (wrapper == "alone")
@@ -191,7 +191,7 @@ def test_the_corrected_flow_leaves_the_data_alone():
 def test_images_are_encoded_decoded_and_interpolated_each_by_itself():
   denoise = gaussian(dim=2).denoise(VP)
   rule = sampling.ode(VP, rtol=1e-8, atol=1e-8)
-  times = sampling.grids.suitable(rule, VP, 1)
+  times = sampling.grids.for_sampler(rule, VP, 1)
   a, b = jnp.asarray(STARTS) / 5, jnp.asarray(STARTS[::-1]) / 5
   invert = jax.jit(lambda x: editing.invert(rule, denoise, VP, x, times))
   noise = invert(a)
@@ -234,7 +234,7 @@ def test_image_to_image_walks_no_times_between():
 def test_solve_samples_as_sample_does_and_counts_as_nfe_does(name, process):
   """Grids from t_max and below it, to 0 and above it, known and traced."""
   process = PROCESSES[process]
-  rule, denoise, x = SAMPLERS[name](process), squash(process), jnp.ones((2, 1))
+  rule, denoise, x = SAMPLERS[name](process), tanh_denoiser(process), jnp.ones((2, 1))
   # By a function of few operations: the calls of a rule do not depend on it.
   traced = jax.jit(lambda key, times: sampling.solve(key, rule, denoise, x, times))
   for times in (np.linspace(1, 0, 4), np.linspace(0.9, 0.2, 4)):
@@ -260,7 +260,7 @@ def test_rules_of_no_process_are_counted_by_their_times():
 
 def test_two_estimates_are_known_by_the_rules_that_keep_both():
   """As the rules themselves refuse or take them."""
-  denoise = guidance.plus_plus(lambda x, t, c: c[:, None] * x, jnp.ones(2), jnp.zeros(2), 0.5)
+  denoise = guidance.cfg_plus_plus(lambda x, t, c: c[:, None] * x, jnp.ones(2), jnp.zeros(2), 0.5)
   rules = {**SAMPLERS, "ode": sampling.ode}
   wrapped = {f"{wrapper} of ddim": lambda _, w=wrapper: WRAPPED[w](sampling.ddim(VP)) for wrapper in WRAPPED}
   for name, make in {**rules, **wrapped}.items():

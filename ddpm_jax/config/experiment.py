@@ -148,7 +148,9 @@ def _sampler(tree: Tree, model: Model) -> Sampler:
 def _times(tree: Tree, model: Model, sampler: Sampler, section: Sampling) -> np.ndarray:
   if section.grid is None:
     own = tree.values["sampler"] is None
-    return model.times(section.num_steps) if own else sampling.grids.suitable(sampler, model.process, section.num_steps)
+    return (
+      model.times(section.num_steps) if own else sampling.grids.for_sampler(sampler, model.process, section.num_steps)
+    )
   return _made(tree, "sampling.grid", functools.partial(section.grid, num_steps=section.num_steps))
 
 

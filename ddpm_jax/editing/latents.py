@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time, check_floats
@@ -15,7 +15,7 @@ from ddpm_jax.sampling.core import check_times, estimate
 Array = jax.Array
 
 
-@check_kinds
+@check_types
 def img2img(
   key: Array, sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, times, strength: float
 ) -> Array:
@@ -56,7 +56,7 @@ def img2img(
   return sample(second, sampler, denoise, x, times)
 
 
-@check_kinds
+@check_types
 def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, times) -> Array:
   """Encode images as the noise that `sample` turns back into them, by any deterministic rule.
 
@@ -101,7 +101,7 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
   return sample(_keys(x_0), sampler, denoise, x_t, rising)
 
 
-@check_kinds
+@check_types
 def slerp(a: Array, b: Array, fraction) -> Array:
   """Spherical interpolation of each sample, over all of its axes (Shoemake 1985; Song et al. 2021a, appendix D.3).
 
@@ -145,7 +145,7 @@ def slerp(a: Array, b: Array, fraction) -> Array:
   return (weight(1 - fraction) * a + weight(fraction) * b).astype(dtype)
 
 
-@check_kinds
+@check_types
 def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, b: Array, times, fractions) -> Array:
   """Images between images: both encoded by `invert`, `slerp` between their noises, decoded (Song et al. 2021a, section 5.3).
 

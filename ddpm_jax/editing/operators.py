@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 
 Array = jax.Array
 Operator = Callable[[Array], Array]
@@ -19,7 +19,7 @@ Operator = Callable[[Array], Array]
 _LUMA = (0.299, 0.587, 0.114)
 
 
-@check_kinds
+@check_types
 def mask_operator(keep) -> Operator:
   """Known pixels as they are, 0 elsewhere: `y = where(keep, x, 0)`, of the shape of x.
 
@@ -33,7 +33,7 @@ def mask_operator(keep) -> Operator:
   return lambda x: jnp.where(keep, x, 0)
 
 
-@check_kinds
+@check_types
 def blur(std: float) -> Operator:
   """A Gaussian blur of height and width, cut off at 4 standard deviations; the shape stays.
 
@@ -65,7 +65,7 @@ def blur(std: float) -> Operator:
   return apply
 
 
-@check_kinds
+@check_types
 def downsample(factor: int) -> Operator:
   """The means of boxes of `factor` by `factor` pixels: y [B, H / factor, W / factor, C].
 
@@ -89,7 +89,7 @@ def downsample(factor: int) -> Operator:
   return apply
 
 
-@check_kinds
+@check_types
 def gray(x: Array) -> Array:
   """The luma of color images [B, H, W, 3], [B, H, W, 1], by the weights of Rec. 601.
 

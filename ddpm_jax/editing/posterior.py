@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.editing.operators import Operator, broadcasts, transpose
 from ddpm_jax.floats import widest
 from ddpm_jax.predictions import Denoise, Denoised, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, expand
 from ddpm_jax.sampling import Sampler
-from ddpm_jax.sampling.core import add_calls, in_steps, root
+from ddpm_jax.sampling.core import add_calls, safe_sqrt, with_many_steps
 
 Array = jax.Array
 
 
-@check_kinds
+@check_types
 def dps(sampler: Sampler, process: Process, operator: Operator, measurement, scale: float = 1.0) -> Sampler:
   """Diffusion posterior sampling (Chung et al. 2023, algorithm 1): after each step x moves towards the measurement.
 
@@ -45,7 +45,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
 
   def distance(x_0):
     squared = jnp.square(_residual(operator, measurement, x_0))
-    return jnp.sum(root(jnp.sum(squared, axis=tuple(range(1, squared.ndim)))))  # slope 0 at 0
+    return jnp.sum(safe_sqrt(jnp.sum(squared, axis=tuple(range(1, squared.ndim)))))  # slope 0 at 0
 
   def step(key, denoise, x_t, memory, t, s):
     x_0, pull_back, denoised = _with_derivative(denoise, x_t, t)
@@ -62,7 +62,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
     return dps(sampler.prepare(num_steps), process, operator, measurement, scale)  # type: ignore[misc]
 
   at_start = _calls_at_start(sampler, process)
-  wrapped = in_steps(sampler)._replace(
+  wrapped = with_many_steps(sampler)._replace(
     step=step,
     reversible=False,
     prepare=None if sampler.prepare is None else prepare,
@@ -71,7 +71,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   return add_calls(wrapped, int(not at_start))
 
 
-@check_kinds
+@check_types
 def posterior(
   denoise: Denoise,
   process: Process,

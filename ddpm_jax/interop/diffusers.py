@@ -112,7 +112,7 @@ def read(
   with jsonfiles.naming(scheduler_path):
     schedule = schedulers.read(scheduler_config)
     process, prediction = schedule.process(), schedule.meaning()
-    predictions.check_readable(process, prediction)
+    predictions.check_prediction(process, prediction)
   channels = _channels(folder, config, prediction)
   if network.time_embedding == "fourier":
     raise ValueError(

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import losses, randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen
 from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
 from ddpm_jax.predictions import Denoise, x_0_of
 from ddpm_jax.processes import Process, as_time, expand, last_step
-from ddpm_jax.sampling.core import checked
+from ddpm_jax.sampling.core import with_shape_check
 
 Array = jax.Array
 
@@ -42,7 +42,7 @@ class VariationalBound(NamedTuple):
   error: Array | None
 
 
-@check_kinds
+@check_types
 def variational_bound(
   key: Array, process: Process, denoise: Denoise, x_0: Array, *, variance: str = "small", draws: int | None = None
 ) -> VariationalBound:
@@ -71,7 +71,7 @@ def variational_bound(
   last, total_steps = last_step(process), process.num_steps
   assert total_steps is not None
   low, size = _all_steps(last) if draws is None else _ranges(process, last, draws)
-  network, count = checked(denoise), x_0.shape[0]
+  network, count = with_shape_check(denoise), x_0.shape[0]
 
   def term(_, drawn):
     index, low, size = drawn
@@ -111,7 +111,7 @@ class ContinuousBound(NamedTuple):
   error: Array
 
 
-@check_kinds
+@check_types
 def continuous_bound(
   key: Array, process: Process, denoise: Denoise, x_0: Array, *, draws: int = 128, t_min: float | None = None
 ) -> ContinuousBound:
@@ -148,7 +148,7 @@ def continuous_bound(
     check_t_min(process, t_min)
   low = jnp.maximum(process.log_snr(as_time(process.t_max)), _LEAST_LOG_SNR)
   width = (process.log_snr(start) - low) / (draws // 2)
-  network, count = checked(denoise), x_0.shape[0]
+  network, count = with_shape_check(denoise), x_0.shape[0]
 
   def integrand(index):
     keys = randomness.fold_in(key, index)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widest
 from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time
 from ddpm_jax.sampling import rk45
 from ddpm_jax.sampling.adaptive import flow
-from ddpm_jax.sampling.core import checked
+from ddpm_jax.sampling.core import with_shape_check
 
 Array = jax.Array
 
@@ -40,7 +40,7 @@ class OdeBits(NamedTuple):
   nfe: Array
 
 
-@check_kinds
+@check_types
 def ode_bits(
   key: Array,
   process: Process,
@@ -105,7 +105,7 @@ def ode_bits(
   if dequantize:
     level = jnp.round((x + 1) * (0.5 * (LEVELS - 1)))
     x = (level + randomness.uniform(randomness.fold_in(key, 0), shape, precision)) * (2 / LEVELS) - 1
-  network = checked(denoise)
+  network = with_shape_check(denoise)
   vectors = None if exact else _probes(randomness.fold_in(key, 1), probes, noise, shape, precision)
 
   def slope(t, state):

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.losses.cross_entropy import classification_loss
 from ddpm_jax.losses.squared_error import denoising_loss
 from ddpm_jax.losses.times import AdaptiveTimes, TimeDistribution, uniform
 from ddpm_jax.losses.variational import hybrid_loss
 from ddpm_jax.losses.weightings import Weighting, simple
-from ddpm_jax.predictions import Prediction, check_readable
+from ddpm_jax.predictions import Prediction, check_prediction
 from ddpm_jax.processes import Process
 
 Array = jax.Array
@@ -115,7 +115,7 @@ class Objective(NamedTuple):
   load: Callable[[], PyTree] | None = None
 
 
-@check_kinds
+@check_types
 def denoising(
   apply: Apply,
   process: Process,
@@ -140,7 +140,7 @@ def denoising(
   Raises:
     ValueError: if the prediction says nothing about the data at t_max, or has a learned variance on a continuous process.
   """
-  check_readable(process, prediction)
+  check_prediction(process, prediction)
   if prediction.learned_variance and process.num_steps is None:
     raise ValueError(
       "Got a prediction with a learned variance for a continuous process; expected a discrete one, whose steps have a variance to learn."
@@ -159,7 +159,7 @@ def denoising(
   return _at_times(loss, process, times)
 
 
-@check_kinds
+@check_types
 def classification(
   apply: Apply,
   process: Process,

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
-from ddpm_jax.predictions import Prediction, check_readable, coefficients, read_network
+from ddpm_jax.predictions import Prediction, apply_network, check_prediction, coefficients
 from ddpm_jax.processes import Process, check_batch
 
 Array = jax.Array
@@ -50,7 +50,7 @@ def perturbed(key: Array, process: Process, x_0: Array, times: TimeDistribution)
   return t, importance, eps, process.perturb(x_0, t, eps)
 
 
-@check_kinds
+@check_types
 def draw(
   key: Array,
   apply: Callable[..., Array],
@@ -65,9 +65,9 @@ def draw(
 
   Arguments and errors are those of `denoising_loss`. The same keys give every loss the same times and the same noise.
   """
-  check_readable(process, prediction)
+  check_prediction(process, prediction)
   t, importance, eps, x_t = perturbed(key, process, x_0, times)
-  output, variance = read_network(apply, process, prediction, x_t, t, time_input)
+  output, variance = apply_network(apply, process, prediction, x_t, t, time_input)
   target = prediction.target(*widen(x_0, eps, *coefficients(process, prediction, t, x_0)))
   return Draw(t, importance, x_t, target, output, variance)
 
@@ -83,7 +83,7 @@ def squared_error(drawn: Draw, process: Process, prediction: Prediction, weighti
   return scale * jnp.mean(error.reshape(error.shape[0], -1), axis=1)
 
 
-@check_kinds
+@check_types
 def denoising_loss(
   key: Array,
   apply: Callable[..., Array],

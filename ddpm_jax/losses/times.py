@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.processes import Process, last_step
 
 Array = jax.Array
 TimeDistribution = Callable[[Array], tuple[Array, Array]]
 
 
-@check_kinds
+@check_types
 def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
   """Times uniform over the steps 1..N of a discrete process, or over [t_min, t_max] of a continuous one.
 
@@ -33,7 +33,7 @@ def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
   return _unweighted(lambda keys: place(jax.vmap(jax.random.uniform)(keys)))
 
 
-@check_kinds
+@check_types
 def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistribution:
   """Uniform times spread evenly over the batch from one random offset, for a loss of less variance (Kingma et al. 2021, appendix I).
 
@@ -55,7 +55,7 @@ def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistrib
   return _unweighted(draw)
 
 
-@check_kinds
+@check_types
 def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDistribution:
   """log(sigma / alpha) normal (Karras et al. 2022, table 1), cut off at the process's t_min and t_max.
 
@@ -71,7 +71,7 @@ def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDi
   return _unweighted(lambda keys: _snap(process, process.time_of(-2 * (mean + std * _normals(keys)))))
 
 
-@check_kinds
+@check_types
 def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeDistribution:
   """t = t_max / (1 + exp(-z)) for normal z (Esser et al. 2024, section 3.1).
 
@@ -99,7 +99,7 @@ class LossMoments(NamedTuple):
   seen: Array
 
 
-@check_kinds
+@check_types
 def loss_moments(process: Process, size: int = 10) -> LossMoments:
   """The empty moments to start with, of `size` losses a step.
 
@@ -115,7 +115,7 @@ def loss_moments(process: Process, size: int = 10) -> LossMoments:
   return LossMoments(jnp.zeros((process.num_steps, size), jnp.float32), jnp.zeros((process.num_steps,), jnp.int32))
 
 
-@check_kinds
+@check_types
 def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
   """The moments after a batch, given its times and losses [B]: the `t` and `loss` that the losses return."""
   n, size = moments.history.shape
@@ -132,7 +132,7 @@ def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
   return LossMoments(history, jnp.minimum(moments.seen + count, size))
 
 
-@check_kinds
+@check_types
 def importance_times(process: Process, moments: LossMoments, uniform_share: float = 0.001) -> TimeDistribution:
   """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
 
@@ -180,7 +180,7 @@ class AdaptiveTimes(NamedTuple):
   update: Callable[[Any, Array, Array], Any]
 
 
-@check_kinds
+@check_types
 def importance(process: Process, *, size: int = 10, uniform_share: float = 0.001) -> AdaptiveTimes:
   """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
 

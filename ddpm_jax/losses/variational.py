@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen
 from ddpm_jax.losses.squared_error import draw, squared_error
 from ddpm_jax.losses.times import TimeDistribution
@@ -22,7 +22,7 @@ from ddpm_jax.processes import Process, expand
 Array = jax.Array
 
 
-@check_kinds
+@check_types
 def prior_bits(process: Process, x_0: Array) -> Array:
   """KL(q(x_T | x_0) || prior) in bits per dimension [B], for data [B, ...]: the bound's term that no network can lower."""
   t = jnp.asarray(process.t_max)
@@ -30,7 +30,7 @@ def prior_bits(process: Process, x_0: Array) -> Array:
   return mean_bits(0.5 * (ratio * data) ** 2)
 
 
-@check_kinds
+@check_types
 def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256) -> Array:
   """-log2 of the mass that a Gaussian puts on x_0's bin, per dimension [B] (Ho et al. 2020, equation 13).
 
@@ -53,7 +53,7 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
   return mean_bits(-log_upper - jnp.log(-jnp.expm1(gap)))
 
 
-@check_kinds
+@check_types
 def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, variance: str = "small") -> Array:
   """The bound's term of steps n = N t, in bits per dimension [B] (Ho et al. 2020, equation 5).
 
@@ -89,7 +89,7 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
   t, s = step / n, (step - 1) / n
   later_t, later_s = jnp.maximum(step, 2) / n, jnp.maximum(step - 1, 1) / n
   # log(sigma_s^2 * share), the posterior's variance.
-  added = process.added(later_t, later_s)
+  added = process.added_share(later_t, later_s)
   small = 2 * jnp.log(process.sigma(later_s)) + jnp.log(added)
   large = jnp.log(process.step_variance(t, s))
   small, large = expand(small, x_0), expand(large, x_0)
@@ -105,7 +105,7 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
   return jnp.where(step > 1, mean_bits(kl), decoder_bits(x_0, x_0_hat, model))
 
 
-@check_kinds
+@check_types
 def hybrid_loss(
   key: Array,
   apply: Callable[..., Array],
@@ -162,7 +162,7 @@ def hybrid_loss(
   }
 
 
-@check_kinds
+@check_types
 def mean_bits(nats: Array) -> Array:
   """Nats [B, ...] in bits per dimension [B], the mean over all dimensions."""
   return jnp.mean(nats.reshape(nats.shape[0], -1), axis=1) / math.log(2)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.processes import Process
 
 Array = jax.Array
 Weighting = Callable[[Array], Array]
 
 
-@check_kinds
+@check_types
 def on_x0(weighting: Weighting) -> Weighting:
   """The weighting that weighs the squared error of x_0 as `weighting` says: w / SNR on the error of eps."""
   return lambda log_snr: weighting(log_snr) * jnp.exp(-log_snr)
@@ -43,7 +43,7 @@ def truncated_snr(log_snr: Array) -> Array:
   return jnp.maximum(1, jnp.exp(-log_snr))
 
 
-@check_kinds
+@check_types
 def min_snr(gamma: float = 5.0) -> Weighting:
   """min(SNR, gamma) on the error of x_0 (Hang et al. 2023, section 3.3).
 
@@ -55,7 +55,7 @@ def min_snr(gamma: float = 5.0) -> Weighting:
   return lambda log_snr: jnp.minimum(1, gamma * jnp.exp(-log_snr))
 
 
-@check_kinds
+@check_types
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
   """1 / (k + SNR)^gamma on the error of eps (Choi et al. 2022, equation 8).
 
@@ -67,7 +67,7 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
   return lambda log_snr: (k + jnp.exp(log_snr)) ** -gamma
 
 
-@check_kinds
+@check_types
 def likelihood(process: Process) -> Weighting:
   """g^2 / 2 on the error of the score, g^2 / (2 sigma^2) on that of eps: under uniform times the variational bound in nats.
 
@@ -81,7 +81,7 @@ def likelihood(process: Process) -> Weighting:
   return weighting
 
 
-@check_kinds
+@check_types
 def edm(sigma_data: float = 0.5) -> Weighting:
   """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the error of x_0, sigma meaning sigma/alpha (Karras et al. 2022, table 1).
 
@@ -93,7 +93,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
   return lambda log_snr: 1 + jnp.exp(-log_snr) / sigma_data**2
 
 
-@check_kinds
+@check_types
 def sigmoid(bias: float = 2.0) -> Weighting:
   """1 / (1 + exp(log-SNR - bias)) on the error of eps (Kingma and Gao 2023, section 4; Hoogeboom et al. 2024).
 

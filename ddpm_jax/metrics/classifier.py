@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ddpm_jax.floats import promoting
+from ddpm_jax.floats import with_promotion
 from ddpm_jax.metrics.features import FeatureSpace
 from ddpm_jax.networks.recognition import Recognizer
 from ddpm_jax.storage import sealed
@@ -72,7 +72,7 @@ def train_classifier(
       return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     value, gradient = jax.value_and_grad(loss)(params)
-    updates, state = promoting(optimizer.update)(gradient, state)
+    updates, state = with_promotion(optimizer.update)(gradient, state)
     return optax.apply_updates(params, updates), state, value
 
   apply = jax.jit(lambda params, x: network.apply({"params": params}, x)[0])

@@ -64,7 +64,7 @@ def is_neutral(rule: Callable) -> bool:
 
 
 def gives_two(model: Model, rule: Callable) -> bool:
-  """Return whether a rule of guidance gives two estimates, of data and of noise, as `guidance.plus_plus` does.
+  """Return whether a rule of guidance gives two estimates, of data and of noise, as `guidance.cfg_plus_plus` does.
 
   Raises:
     ValueError: if the rule refuses its options.

@@ -111,7 +111,7 @@ class Model(NamedTuple):
     Raises:
       ValueError: if x_0 cannot be told from the prediction at the process's t_max; when called, if `given` does not fit the conditions.
     """
-    predictions.check_readable(self.process, self.prediction)
+    predictions.check_prediction(self.process, self.prediction)
 
     def conditional(x_t, t, given):
       conditions_module.check_given(self.conditions, given)

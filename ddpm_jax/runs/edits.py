@@ -14,7 +14,7 @@ from ddpm_jax.names import choose
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.runs import drawing, programs
 from ddpm_jax.runs.steering import Guided
-from ddpm_jax.sampling.core import in_steps
+from ddpm_jax.sampling.core import with_many_steps
 
 Array = jax.Array
 Images = Mapping[str, Array]
@@ -106,7 +106,7 @@ def _in_steps(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
   """Return the grid of a rule with which something is done at each step."""
   if experiment.sampling.grid is not None and sampler.spacing != "ends":
     return experiment.times
-  return sampling.grids.suitable(in_steps(sampler), experiment.model.process, experiment.sampling.num_steps)
+  return sampling.grids.for_sampler(with_many_steps(sampler), experiment.model.process, experiment.sampling.num_steps)
 
 
 def _encoded(experiment: Experiment, task: str, factor: int) -> Callable:

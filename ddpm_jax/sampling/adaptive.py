@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, x_0_of
 from ddpm_jax.processes import Process, as_time, check_floats, expand
@@ -47,11 +47,11 @@ class _Integration(NamedTuple):
   nfe: Array
 
 
-@check_kinds
+@check_types
 def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: int = 100_000) -> Sampler:
   """Follow the probability flow from each time of a grid to the next with adaptive steps (Song et al. 2021, equation 13).
 
-  The rule chooses its own steps, so its grid needs only the ends, as `grids.suitable` makes it; others hold it up at each of
+  The rule chooses its own steps, so its grid needs only the ends, as `grids.for_sampler` makes it; others hold it up at each of
   their times. The step to s = 0, where the flow's right side is 0/0, is the denoised mean. Reversible: a rising grid encodes data.
 
   With one key a sample, each sample has steps of its own and follows from its start alone, and the network is called with t of
@@ -91,12 +91,12 @@ def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: in
     step,
     process,
     reversible=True,
-    counted=lambda calls: calls,
+    count_calls=lambda calls: calls,
     spacing="ends",
   )
 
 
-@check_kinds
+@check_types
 def integrate(
   process: Process,
   denoise: Denoise,
@@ -164,7 +164,7 @@ def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
   return alpha_slope * x_0 + sigma_slope * eps
 
 
-@check_kinds
+@check_types
 def rk45(
   fun: Callable[[Array, Array], Array],
   x: Array,

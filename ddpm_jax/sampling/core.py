@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen, widest
 from ddpm_jax.predictions import Denoise, map_x_0, x_0_of
 from ddpm_jax.processes import Process, as_time, check_batch, check_floats, expand
@@ -28,11 +28,11 @@ class Sampler(NamedTuple):
     reversible: whether the rule also steps up, from data to noise: it solves an ODE and adds no noise.
     calls: how often a step calls the network: between noisy times, to clean data, and from or to where no data is left.
     prepare: `prepare(num_steps) -> Sampler`, of a rule that depends on the number of steps; `sample` calls it.
-    counted: `counted(memory)`, the network calls so far, an integer scalar or [B], of a rule that calls the network as
+    count_calls: `count_calls(memory)`, the network calls so far, an integer scalar or [B], of a rule that calls the network as
       often as the data need; `calls` means nothing then. None: `calls` says it.
-    spacing: how `grids.suitable` spaces the rule's times: "time", evenly, as the model was trained; "log_snr", evenly in
+    spacing: how `grids.for_sampler` spaces the rule's times: "time", evenly, as the model was trained; "log_snr", evenly in
       the log-SNR; "ends", only t_max, the last time above 0, and 0, of a rule that chooses its own steps in between.
-    two_estimates: whether the rule takes data and noise from two estimates, which `guidance.plus_plus` gives.
+    two_estimates: whether the rule takes data and noise from two estimates, which `guidance.cfg_plus_plus` gives.
   """
 
   init: Callable[[Array], Any]
@@ -41,7 +41,7 @@ class Sampler(NamedTuple):
   reversible: bool = False
   calls: tuple[int, int, int] = (1, 1, 1)
   prepare: Callable[[int], "Sampler"] | None = None
-  counted: Callable[[Any], Array] | None = None
+  count_calls: Callable[[Any], Array] | None = None
   spacing: str = "log_snr"
   two_estimates: bool = False
 
@@ -55,8 +55,8 @@ def add_calls(sampler: Sampler, calls: int) -> Sampler:
   """Count `calls` network calls more for each step of a rule, those that a wrapper makes itself."""
   between, to_data, at_zero_snr = (number + calls for number in sampler.calls)
   sampler = sampler._replace(calls=(between, to_data, at_zero_snr))
-  counted = sampler.counted
-  if counted is None or not calls:
+  count_calls = sampler.count_calls
+  if count_calls is None or not calls:
     return sampler
 
   def init(x):
@@ -67,10 +67,10 @@ def add_calls(sampler: Sampler, calls: int) -> Sampler:
     x_s, inner = sampler.step(key, denoise, x_t, inner, t, s)
     return x_s, (inner, own + calls)
 
-  return sampler._replace(init=init, step=step, counted=lambda memory: counted(memory[0]) + memory[1])
+  return sampler._replace(init=init, step=step, count_calls=lambda memory: count_calls(memory[0]) + memory[1])
 
 
-def in_steps(sampler: Sampler) -> Sampler:
+def with_many_steps(sampler: Sampler) -> Sampler:
   """Return the rule with a spacing of many steps, for what is done at each of them, also if it could do with one."""
   return sampler._replace(spacing="log_snr") if sampler.spacing == "ends" else sampler
 
@@ -81,7 +81,7 @@ def no_memory(x: Array) -> tuple[()]:
   return ()
 
 
-@check_kinds
+@check_types
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
   """Return what the network estimates at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`.
 
@@ -93,7 +93,7 @@ def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, 
   return x_0, (x_t - alpha * x_0) / sigma
 
 
-def checked(denoise: Denoise) -> Denoise:
+def with_shape_check(denoise: Denoise) -> Denoise:
   """`denoise`, whose estimate has the shape of x_t or is a ValueError."""
 
   def network(x_t: Array, t):
@@ -109,20 +109,20 @@ def checked(denoise: Denoise) -> Denoise:
   return network
 
 
-def root(variance) -> Array:
+def safe_sqrt(variance) -> Array:
   """The square root of a variance that may be 0, there with the slope 0 and not an infinite one."""
   positive = variance > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
 
-@check_kinds
+@check_types
 def nfe(sampler: Sampler, process: Process, times) -> int:
   """Count the network evaluations of `sample` on a grid whose values are known.
 
   Raises:
     ValueError: if the number depends on the data, as that of `ode`.
   """
-  if sampler.counted is not None:
+  if sampler.count_calls is not None:
     raise ValueError(
       "Got a rule that calls the network as often as the data need; expected one whose number of calls follows from the grid. Run"
       " sampling.solve, which returns the calls that were made."
@@ -179,7 +179,7 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
     )
 
 
-@check_kinds
+@check_types
 def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, return_trajectory: bool = False):
   """Take `x` along a grid of times, one compiled scan that traces the network once for each place a step calls it.
 
@@ -206,7 +206,7 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
   return jnp.concatenate([x[None], states]) if return_trajectory else x_end
 
 
-@check_kinds
+@check_types
 def solve(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times) -> tuple[Array, Array]:
   """Take `x` along a grid of times as `sample` does, and count the network calls, whatever the rule.
 
@@ -227,7 +227,7 @@ def solve(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times) -> tu
   check_batch(x)
   randomness.check_keys(key, x.shape[0])
   x_end, memory, _ = _walk(key, sampler, denoise, x, times, keep=False)
-  calls = _calls(sampler, sampler.process, times) if sampler.counted is None else sampler.counted(memory)
+  calls = _calls(sampler, sampler.process, times) if sampler.count_calls is None else sampler.count_calls(memory)
   calls = jnp.asarray(calls, jnp.int32)
   # With one key all samples of a batch have been taken together.
   return x_end, jnp.broadcast_to(calls, key.shape) if key.ndim else jnp.max(calls)
@@ -246,7 +246,7 @@ def _walk(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, ke
     sampler = sampler.prepare(times.shape[0] - 1)
 
   def network(x_t, t):
-    return map_x_0(lambda x_0: jnp.asarray(x_0, precision), checked(denoise)(x_t.astype(dtype), t))
+    return map_x_0(lambda x_0: jnp.asarray(x_0, precision), with_shape_check(denoise)(x_t.astype(dtype), t))
 
   def body(carry, step):
     x_t, memory = carry

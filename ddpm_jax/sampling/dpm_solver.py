@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
-from ddpm_jax.sampling.core import Sampler, estimate, no_memory, root
+from ddpm_jax.sampling.core import Sampler, estimate, no_memory, safe_sqrt
 from ddpm_jax.sampling.euler import check_eta, ddim, fresh_noise
-from ddpm_jax.sampling.exponential import Past, half_log_snr, infinite, integral_of_x_0
+from ddpm_jax.sampling.exponential import Past, half_log_snr, integral_of_x_0, is_singular
 
 
-@check_kinds
+@check_types
 def dpm_solver(process: Process, order: int = 3) -> Sampler:
   """DPM-Solver-1, -2 and -3, singlestep, on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2); order 1 is DDIM.
 
@@ -64,7 +64,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
 
     higher_order = second_order if order == 2 else third_order
     x_s = jax.lax.cond(
-      infinite(process, t, s),
+      is_singular(process, t, s),
       lambda: (process.alpha(s) * x_0 + process.sigma(s) * eps).astype(x_t.dtype),
       lambda: higher_order().astype(x_t.dtype),
     )
@@ -73,7 +73,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
   return Sampler(no_memory, step, process, reversible=True, calls=(order, 1, 1))
 
 
-@check_kinds
+@check_types
 def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
   """DPM-Solver++(2S): the estimate of x_0 half way in lambda (Lu et al. 2022b, algorithm 1); two network calls a step.
 
@@ -96,7 +96,7 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
       decay, pull = linear(process, t, u)
       return x_0_of(denoise((decay * x_t + pull * x_0).astype(x_t.dtype), u))
 
-    x_0 = jax.lax.cond(infinite(process, t, s), lambda x_t: x_0, half_way, x_t)
+    x_0 = jax.lax.cond(is_singular(process, t, s), lambda x_t: x_0, half_way, x_t)
     decay, pull = linear(process, t, s, down)
     x_s = decay * x_t + pull * x_0
     return x_s if eta == 0 else x_s + up * randomness.normal(key, x_t.shape, x_t.dtype), memory
@@ -104,7 +104,7 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
   return Sampler(no_memory, step, process, reversible=eta == 0, calls=(2, 1, 1))
 
 
-@check_kinds
+@check_types
 def dpmpp_2m(process: Process) -> Sampler:
   """DPM-Solver++(2M): x_0 extrapolated from this step's and the last's (Lu et al. 2022b, algorithm 2); one call a step."""
 
@@ -114,13 +114,13 @@ def dpmpp_2m(process: Process) -> Sampler:
     h = half_log_snr(process, s) - lambda_t
     r = (lambda_t - past.lambdas[0]) / h
     d = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * past.values[0]
-    d = jnp.where(infinite(process, t, s), x_0, d)
+    d = jnp.where(is_singular(process, t, s), x_0, d)
     return decay * x_t + pull * d, past.add(x_0, lambda_t)
 
   return Sampler(lambda x: Past.empty(x, 1), step, process, reversible=True)
 
 
-@check_kinds
+@check_types
 def dpmpp_3m(process: Process) -> Sampler:
   """DPM-Solver++(3M): x_0 as a parabola in lambda through this step's and the last two, integrated exactly; one call a step.
 
@@ -133,12 +133,12 @@ def dpmpp_3m(process: Process) -> Sampler:
     decay, pull = linear(process, t, s)
     h = half_log_snr(process, s) - lambda_t
     curve = process.alpha(s) * integral_of_x_0(h, (lambda_t, *past.lambdas), (x_0, *past.values))
-    return decay * x_t + jnp.where(infinite(process, t, s), pull * x_0, curve), past.add(x_0, lambda_t)
+    return decay * x_t + jnp.where(is_singular(process, t, s), pull * x_0, curve), past.add(x_0, lambda_t)
 
   return Sampler(lambda x: Past.empty(x, 2), step, process, reversible=True)
 
 
-@check_kinds
+@check_types
 def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
   """DPM-Solver++ on the reverse SDE, singlestep of order 2 (k-diffusion's `sample_dpmpp_sde`); two network calls a step.
 
@@ -166,11 +166,11 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
       decay, pull = linear(process, t, u, down_u)
       x_u = (decay * x_t + pull * x_0 + up_u * first).astype(x_t.dtype)
       carried = up_u * fresh_noise(process, u, s, eta)[0] / process.sigma(u)
-      noise = carried * first + root(up**2 - carried**2) * second
+      noise = carried * first + safe_sqrt(up**2 - carried**2) * second
       return x_0_of(denoise(x_u, u)), noise.astype(x_t.dtype)
 
     x_0, noise = jax.lax.cond(
-      infinite(process, t, s), lambda x_t: (x_0, (up * second).astype(x_t.dtype)), half_way, x_t
+      is_singular(process, t, s), lambda x_t: (x_0, (up * second).astype(x_t.dtype)), half_way, x_t
     )
     decay, pull = linear(process, t, s, down)
     return decay * x_t + pull * x_0 + noise, memory
@@ -178,7 +178,7 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
   return Sampler(no_memory, step, process, calls=(2, 1, 1))
 
 
-@check_kinds
+@check_types
 def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -> Sampler:
   """DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022b, appendix; k-diffusion's `sample_dpmpp_2m_sde`); one call a step.
 
@@ -199,10 +199,10 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
     r = (lambda_t - past.lambdas[0]) / h
     rate = (1 + eta) * h
     slope = -jnp.expm1(-rate) / 2 if solver == "midpoint" else 1 + jnp.expm1(-rate) / rate
-    slope = jnp.where(infinite(process, t, s), 0, slope / r)
+    slope = jnp.where(is_singular(process, t, s), 0, slope / r)
     d = -jnp.expm1(-rate) * x_0 + slope * (x_0 - past.values[0])
     x_s = process.sigma(s) / process.sigma(t) * jnp.exp(-eta * h) * x_t + process.alpha(s) * d
-    std = process.sigma(s) * root(-jnp.expm1(-2 * eta * h))
+    std = process.sigma(s) * safe_sqrt(-jnp.expm1(-2 * eta * h))
     return x_s + std * randomness.normal(key, x_t.shape, x_t.dtype), past.add(x_0, lambda_t)
 
   return Sampler(lambda x: Past.empty(x, 1), step, process)

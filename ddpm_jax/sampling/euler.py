@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
-from ddpm_jax.predictions import eps_of
+from ddpm_jax.arguments import check_types
+from ddpm_jax.predictions import x_0_and_eps
 from ddpm_jax.processes import Process
-from ddpm_jax.sampling.core import Sampler, estimate, no_memory, root
+from ddpm_jax.sampling.core import Sampler, estimate, no_memory, safe_sqrt
 
 
 def fresh_noise(process: Process, t, s, eta: float):
@@ -22,11 +22,11 @@ def fresh_noise(process: Process, t, s, eta: float):
 
   Song et al. 2021a, equation 16; k-diffusion's `get_ancestral_step`. With eta = 1 `up` is the posterior's deviation.
   """
-  added, sigma_s = process.added(t, s), process.sigma(s)
-  return sigma_s * root(1 - eta**2 * added), eta * sigma_s * root(added)
+  added, sigma_s = process.added_share(t, s), process.sigma(s)
+  return sigma_s * safe_sqrt(1 - eta**2 * added), eta * sigma_s * safe_sqrt(added)
 
 
-@check_kinds
+@check_types
 def ddim(process: Process, eta: float = 0.0) -> Sampler:
   """DDIM (Song et al. 2021a, equation 12): eta = 0 follows the probability flow, eta = 1 is the ancestral rule.
 
@@ -40,7 +40,7 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
   check_eta(eta)
 
   def step(key, denoise, x_t, memory, t, s):
-    x_0, eps = eps_of(denoise(x_t, t), x_t, process.alpha(t), process.sigma(t))
+    x_0, eps = x_0_and_eps(denoise(x_t, t), x_t, process.alpha(t), process.sigma(t))
     if eta == 0:
       return process.alpha(s) * x_0 + process.sigma(s) * eps, memory
     down, up = fresh_noise(process, t, s, eta)
@@ -51,7 +51,7 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
   return Sampler(no_memory, step, process, reversible=eta == 0, spacing=spacing, two_estimates=True)
 
 
-@check_kinds
+@check_types
 def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   """k-diffusion's Euler ancestral: an Euler step below s, then noise back up to it. It is `ddim` by its other name.
 
@@ -67,7 +67,7 @@ def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   return ddim(process, eta)._replace(spacing="time")
 
 
-@check_kinds
+@check_types
 def euler(
   process: Process, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
 ) -> Sampler:
@@ -87,7 +87,7 @@ def euler(
   return _churned(process, _euler_step, (1, 1, 1), True, s_churn, s_min, s_max, s_noise)
 
 
-@check_kinds
+@check_types
 def heun(
   process: Process, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
 ) -> Sampler:
@@ -99,7 +99,7 @@ def heun(
 
 
 def _euler_step(process, denoise, x_t, t, s):
-  x_0, eps = eps_of(denoise(x_t, t), x_t, process.alpha(t), process.sigma(t))
+  x_0, eps = x_0_and_eps(denoise(x_t, t), x_t, process.alpha(t), process.sigma(t))
   return process.alpha(s) * x_0 + process.sigma(s) * eps
 
 
@@ -145,7 +145,7 @@ def _churned(
       churned = (ratio >= s_min) & (ratio <= s_max) & (process.alpha(t) > 0)
       higher = process.time_of(jnp.clip(process.log_snr(t), -80, 80) - 2 * math.log1p(gamma))
       t_hat = jnp.where(churned, jnp.maximum(higher, t), t)
-      std = s_noise * root(jnp.where(churned, process.step_variance(t_hat, t), 0))
+      std = s_noise * safe_sqrt(jnp.where(churned, process.step_variance(t_hat, t), 0))
       noise = randomness.normal(key, x_t.shape, x_t.dtype)
       scale = jnp.where(churned, process.alpha(t_hat) / process.alpha(t), 1)
       x_hat = (scale * x_t + std * noise).astype(x_t.dtype)

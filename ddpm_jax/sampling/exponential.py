@@ -43,7 +43,7 @@ def half_log_snr(process: Process, t) -> Array:
   return 0.5 * jnp.clip(process.log_snr(as_time(t)), -2 * _BOUND, 2 * _BOUND)
 
 
-def infinite(process: Process, t, s) -> Array:
+def is_singular(process: Process, t, s) -> Array:
   """Whether a step begins or ends where alpha or sigma is 0: only the rule of order 1 has a limit there."""
   return (process.alpha(t) == 0) | (process.alpha(s) == 0) | (process.sigma(s) == 0)
 

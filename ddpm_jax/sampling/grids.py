@@ -3,7 +3,7 @@
 A grid is data. Any array that decreases will do; these are the ones that papers use. All take the process and the number
 of steps K, and raise a ValueError if a grid of K steps cannot be made: too few or too many, `t_max` (the first time) or
 `t_min` (the last before 0) outside its range, or a grid of discrete steps asked of a continuous process. A grid that
-starts below the process's t_max is for data that was noised only so far; `grid[:-1]` leaves the step to 0 out. `suitable`
+starts below the process's t_max is for data that was noised only so far; `grid[:-1]` leaves the step to 0 out. `for_sampler`
 chooses among them for a rule.
 """
 
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import schedules
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.processes import Process, last_step
 from ddpm_jax.sampling.core import Sampler
 
 
-@check_kinds
-def suitable(sampler: Sampler, process: Process, num_steps: int) -> np.ndarray:
+@check_types
+def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarray:
   """Make the grid of K = `num_steps` steps that suits a rule and a process, as the rule's `spacing` says.
 
   "ends" is [t_max, the larger of t_min and 1e-3, 0], whatever `num_steps`. "time" is `trailing` on discrete processes, and on
@@ -46,11 +46,11 @@ def suitable(sampler: Sampler, process: Process, num_steps: int) -> np.ndarray:
     return log_snr(process, num_steps)
   if process.num_steps:
     return trailing(process, num_steps)
-  return uniform(process, num_steps, t_min=last_time(sampler, process))
+  return uniform(process, num_steps, t_min=default_t_min(sampler, process))
 
 
-@check_kinds
-def last_time(sampler: Sampler, process: Process) -> float:
+@check_types
+def default_t_min(sampler: Sampler, process: Process) -> float:
   """Return the `t_min` of `uniform` and `quadratic` that suits a rule: the process's t_min, or 0 for no short step at the end.
 
   It serves the rules that are even in time on continuous processes, which add noise; from far above it, rules of high order
@@ -59,19 +59,19 @@ def last_time(sampler: Sampler, process: Process) -> float:
   return process.t_min if sampler.spacing == "time" and not process.num_steps else 0.0
 
 
-@check_kinds
+@check_types
 def uniform(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
   """Times equally spaced from t_max to `t_min`, then 0 if t_min is positive: `num_steps` steps in all."""
   return _spaced(process, num_steps, t_min, t_max, lambda t: t, lambda value: value)
 
 
-@check_kinds
+@check_types
 def quadratic(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
   """Times whose square roots are equally spaced, closer together near the data (Song et al. 2021a, appendix D.2)."""
   return _spaced(process, num_steps, t_min, t_max, np.sqrt, np.square)
 
 
-@check_kinds
+@check_types
 def log_snr(process: Process, num_steps: int, *, t_min: float | None = None, t_max: float | None = None) -> np.ndarray:
   """Times equally spaced in log-SNR from t_max to `t_min` (by default the process's), then 0 (Lu et al. 2022, section 3.3)."""
 
@@ -81,7 +81,7 @@ def log_snr(process: Process, num_steps: int, *, t_min: float | None = None, t_m
   return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, lambda v: _times_of_log_snr(process, v))
 
 
-@check_kinds
+@check_types
 def karras(
   process: Process, num_steps: int, *, rho: float = 7.0, t_min: float | None = None, t_max: float | None = None
 ) -> np.ndarray:
@@ -102,14 +102,14 @@ def karras(
   return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, time_of)
 
 
-@check_kinds
+@check_types
 def trailing(process: Process, num_steps: int) -> np.ndarray:
   """Steps n = N, N - N/K, ... of a discrete process, then 0; the first is always N (Lin et al. 2023; diffusers' "trailing")."""
   last, n = _discrete(process, num_steps, "trailing")
   return _steps(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n)
 
 
-@check_kinds
+@check_types
 def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """Steps n = 1, 1 + N//K, ..., backwards, then 0; the last steps of the process may be left out (diffusers' "leading").
 
@@ -121,7 +121,7 @@ def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.n
   return _steps((np.arange(num_steps) * (last // num_steps))[::-1] + 1, n)
 
 
-@check_kinds
+@check_types
 def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """K > 1 steps from N to 1, both included, as near to equal spacing as integers allow, then 0 (diffusers' "linspace").
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
-from ddpm_jax.sampling.core import Sampler, add_calls, in_steps
+from ddpm_jax.sampling.core import Sampler, add_calls, with_many_steps
 
 
-@check_kinds
+@check_types
 def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_steps: int = 1) -> Sampler:
   """Langevin steps at each time before the step of `sampler` (Song et al. 2021, algorithms 2 to 5).
 
@@ -56,5 +56,5 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
       return with_langevin(inner(count), process, snr=snr, num_steps=num_steps)
 
   # The score at x is of one estimate.
-  wrapped = in_steps(sampler)._replace(step=step, reversible=False, prepare=prepare, two_estimates=False)
+  wrapped = with_many_steps(sampler)._replace(step=step, reversible=False, prepare=prepare, two_estimates=False)
   return add_calls(wrapped, int(num_steps))

@@ -5,17 +5,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widest
 from ddpm_jax.predictions import x_0_of
 from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler, estimate
 from ddpm_jax.sampling.dpm_solver import linear
 from ddpm_jax.sampling.euler import ddim
-from ddpm_jax.sampling.exponential import Past, half_log_snr, infinite, integral_of_eps, integral_of_x_0
+from ddpm_jax.sampling.exponential import Past, half_log_snr, integral_of_eps, integral_of_x_0, is_singular
 
 
-@check_kinds
+@check_types
 def deis(process: Process, order: int = 3) -> Sampler:
   """DEIS: Adams-Bashforth on eps as a polynomial in log(sigma / alpha) (Zhang and Chen 2023, log-rho tAB).
 
@@ -35,7 +35,7 @@ def deis(process: Process, order: int = 3) -> Sampler:
     x_0, eps = estimate(process, denoise, x_t, t)
     lambda_t = half_log_snr(process, t)
     h = half_log_snr(process, s) - lambda_t
-    ends = infinite(process, t, s)
+    ends = is_singular(process, t, s)
     h = jnp.where(ends, 1, h)  # not taken, but kept finite
     growth = process.alpha(s) / jnp.where(ends, 1, process.alpha(t))
     curve = integral_of_eps(h, (lambda_t, *past.lambdas), (eps, *past.values))
@@ -63,7 +63,7 @@ class _Corrected(NamedTuple):
   steps: jax.Array
 
 
-@check_kinds
+@check_types
 def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
   """UniPC on x_0: each estimate first corrects the step that led to it, then predicts the next (Zhao et al. 2023).
 
@@ -93,11 +93,11 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
       curved = decay * memory.x + process.alpha(t) * integral_of_x_0(h, *nodes)
       x = jnp.where(memory.steps > 1, curved, x)
     # Added to x_t, not put in its place: a wrapper, such as a Langevin corrector, may have moved it since.
-    return jnp.where((memory.steps > 0) & ~infinite(process, memory.t, t), x_t + (x - memory.predicted), x_t)
+    return jnp.where((memory.steps > 0) & ~is_singular(process, memory.t, t), x_t + (x - memory.predicted), x_t)
 
   def predict(x, x_0, lambda_t, memory: _Corrected, t, s):
     """UniP: through this estimate and the last ones."""
-    past, ends = memory.past, infinite(process, t, s)
+    past, ends = memory.past, is_singular(process, t, s)
     decay, pull = linear(process, t, s)
     h = half_log_snr(process, s) - lambda_t
     first = decay * x + pull * x_0

@@ -3,13 +3,13 @@
 import jax.numpy as jnp
 
 from ddpm_jax import randomness
-from ddpm_jax.arguments import check_kinds
+from ddpm_jax.arguments import check_types
 from ddpm_jax.predictions import learned_fraction, x_0_of
 from ddpm_jax.processes import Process, expand
-from ddpm_jax.sampling.core import Sampler, no_memory, root
+from ddpm_jax.sampling.core import Sampler, no_memory, safe_sqrt
 
 
-@check_kinds
+@check_types
 def ancestral(process: Process, variance: str = "small") -> Sampler:
   """x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)) (Ho et al. 2020, algorithm 2, for any two times).
 
@@ -38,13 +38,13 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
       log_variance = log_small + denoised.fraction * (log_large - log_small)
       std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0)
     else:
-      std = expand(root(small if variance == "small" else large), x_t)
+      std = expand(safe_sqrt(small if variance == "small" else large), x_t)
     return mean + std * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process, spacing="time")
 
 
-@check_kinds
+@check_types
 def euler_maruyama(process: Process) -> Sampler:
   """One Euler-Maruyama step of the reverse SDE (Song et al. 2021, equation 6), and to s = 0 the denoised mean.
 
@@ -64,7 +64,7 @@ def euler_maruyama(process: Process) -> Sampler:
   return Sampler(no_memory, step, process, spacing="time")
 
 
-@check_kinds
+@check_types
 def reverse_diffusion(process: Process) -> Sampler:
   """The reverse diffusion rule: the forward step from s to t, mirrored (Song et al. 2021, equation 46).
 
@@ -77,7 +77,7 @@ def reverse_diffusion(process: Process) -> Sampler:
     score = (process.alpha(t) * x_0 - x_t) / process.sigma(t) ** 2
     z = randomness.normal(key, x_t.shape, x_t.dtype)
     variance = process.step_variance(t, s)
-    x_s = (2 - process.alpha(t) / process.alpha(s)) * x_t + variance * score + root(variance) * z
+    x_s = (2 - process.alpha(t) / process.alpha(s)) * x_t + variance * score + safe_sqrt(variance) * z
     return _at_ends(process, x_s, x_0, z, t, s), memory
 
   return Sampler(no_memory, step, process, spacing="time")
@@ -89,7 +89,7 @@ def _at_ends(process: Process, x_s, x_0, z, t, s):
   return jnp.where(s > 0, x_s, x_0)
 
 
-@check_kinds
+@check_types
 def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
   """Data by a consistency function, noised to s, and again (Song et al. 2023, algorithm 1).
 
@@ -114,6 +114,6 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
     later = jnp.maximum(s, end)
     variance = jnp.where(s > end, process.step_variance(later, end), 0)
     scale = process.alpha(later) / process.alpha(end)
-    return scale * x_end + root(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
+    return scale * x_end + safe_sqrt(variance) * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
   return Sampler(no_memory, step, process, spacing="time")

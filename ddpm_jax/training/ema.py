@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax.floats import promoting, widest
+from ddpm_jax.floats import widest, with_promotion
 
 Array = jax.Array
 PyTree = Any
@@ -54,7 +54,7 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
   def update(updates, state, params=None):
     if params is None:
       raise ValueError("Got no parameters; call update(updates, state, params), since the EMA averages them.")
-    new = promoting(optax.apply_updates)(params, updates)
+    new = with_promotion(optax.apply_updates)(params, updates)
     averages = tuple(
       _towards(average, new, 1 - decay(state.steps)) for decay, average in zip(decays, state.averages, strict=True)
     )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddpm_jax.floats import promoting, widen, widest
+from ddpm_jax.floats import widen, widest, with_promotion
 from ddpm_jax.names import hint
 from ddpm_jax.training import ema
 
@@ -133,7 +133,7 @@ def _tried(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.GradientTr
 
 
 def _promoting(made: optax.GradientTransformation) -> optax.GradientTransformation:
-  return optax.GradientTransformation(promoting(made.init), promoting(made.update))
+  return optax.GradientTransformation(with_promotion(made.init), with_promotion(made.update))
 
 
 def _works(name: str, rate: Rate, arguments: dict[str, Any]) -> bool:
@@ -291,7 +291,7 @@ def skip_nonfinite(
   optimizer = _promoting(optax.chain(*steps))
   once = jax.jit(optimizer.update, inline=True)  # traced once, and called twice
   whole = optimizer if averages is None else optax.chain(*steps, averages)
-  init_whole = promoting(whole.init)
+  init_whole = with_promotion(whole.init)
 
   def init(params):
     return SkipState(init_whole(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))

@@ -9,7 +9,7 @@ import optax
 
 from ddpm_jax import randomness
 from ddpm_jax.devices.parallel import GradientFn
-from ddpm_jax.floats import promoting
+from ddpm_jax.floats import with_promotion
 from ddpm_jax.losses import Context, Objective
 from ddpm_jax.training import ema, optim
 
@@ -68,7 +68,7 @@ def init_state(
   extra, memory = objective.init(jax.random.fold_in(key, 2), params, _own(objective, frozen))
   # Copies: a memory may begin as the parameters, and a buffer that served twice could not be donated.
   extra, memory = jax.tree.map(jnp.copy, (extra, memory))
-  opt_state = promoting(optimizer.init)(_joined(params, extra))
+  opt_state = with_promotion(optimizer.init)(_joined(params, extra))
   average = ema.ema_params(opt_state)
   structures: list[Any] = [jax.tree.structure(tree) for tree in (average, params)]
   if average is not None and structures[0] != structures[1]:
@@ -169,8 +169,10 @@ def train_step(
     loss, grads = jax.lax.pmean((loss, grads), axis_name)
     details = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis_name, tiled=True), details)
   before = _joined(state.params, state.extra)
-  updates, opt_state = promoting(optimizer.update)(_joined(grads["model"], grads["extra"]), state.opt_state, before)
-  after = promoting(optax.apply_updates)(before, updates)
+  updates, opt_state = with_promotion(optimizer.update)(
+    _joined(grads["model"], grads["extra"]), state.opt_state, before
+  )
+  after = with_promotion(optax.apply_updates)(before, updates)
   params, extra = (after, state.extra) if before is state.params else (after["model"], after["extra"])
   memory = objective.update(jax.random.fold_in(step_key, _UPDATE), state.memory, params, details)
   _check_memory(memory, state.memory)

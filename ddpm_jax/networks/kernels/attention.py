@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ddpm_jax.floats import promoting, widest
+from ddpm_jax.floats import widest, with_promotion
 
 Array = jax.Array
 
@@ -40,7 +40,7 @@ def attend(
     raise ValueError(
       f"Got queries of shape {q.shape}, keys of {k.shape} and values of {v.shape}; expected [B, N, heads, C] and twice [B, M, heads, C]."
     )
-  plainly = promoting(partial(jax.nn.dot_product_attention, implementation=implementation))
+  plainly = with_promotion(partial(jax.nn.dot_product_attention, implementation=implementation))
   if implementation is not None or kernels == "plain":
     return plainly(q, k, v)
   # Computed again in the backward pass by name, which XLA's elimination of common expressions undoes: what JAX keeps for it, and what a plan
