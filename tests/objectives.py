@@ -17,7 +17,7 @@ def two_layers(params, x):
   return jnp.tanh(x @ params["first"]) @ params["last"]
 
 
-def everything() -> losses.Objective:
+def full_objective() -> losses.Objective:
   def init(key, params, frozen):
     critic = 0.3 * jax.random.normal(key, (SIZE, SIZE))
     memory = {"target": params, "losses": jnp.zeros(BATCH), "offset": jnp.zeros(()), "key": key}
@@ -29,7 +29,7 @@ def everything() -> losses.Objective:
   def loss(trained, context, keys, batch):
     x, level = batch["x"], batch["level"][:, None]
     output = two_layers(trained["model"], x + level * randomness.normal(randomness.fold_in(keys, 1), x.shape))
-    wanted = sum(two_layers(params, x) for params in (context.frozen, context.average, context.memory["target"]))
+    wanted = sum(two_layers(params, x) for params in (context.frozen, context.ema, context.memory["target"]))
     critic, seen = x @ trained["extra"]["critic"], jax.lax.stop_gradient(output)
     scale = 1 / (1 + context.step.astype(x.dtype))
     error = scale * jnp.square(output - wanted) + jnp.square(critic - seen)
@@ -50,7 +50,7 @@ def encode(frozen, keys, batch):
   return {"x": batch["data"] @ frozen["codec"] + noise}
 
 
-def weights(seed):
+def random_params(seed):
   rng = np.random.default_rng(seed)
   shapes = {"first": (SIZE, HIDDEN), "last": (HIDDEN, SIZE)}
   return {name: jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32) for name, shape in shapes.items()}
@@ -58,19 +58,19 @@ def weights(seed):
 
 def frozen():
   rng = np.random.default_rng(1)
-  return {"codec": jnp.asarray(rng.normal(0, 0.5, (SIZE, SIZE)), jnp.float32), "objective": weights(2)}
+  return {"codec": jnp.asarray(rng.normal(0, 0.5, (SIZE, SIZE)), jnp.float32), "objective": random_params(2)}
 
 
 def optimizer():
   return optim.chain(0.01, averages=ema.params_ema(ema.fixed(0.9)), extra=optax.sgd(0.1))
 
 
-def start():
-  return training.init_state(jax.random.key(0), lambda key: weights(3), optimizer(), everything(), frozen())
+def init_state():
+  return training.init_state(jax.random.key(0), lambda key: random_params(3), optimizer(), full_objective(), frozen())
 
 
-def step(**options):
-  parts = {"objective": everything(), "optimizer": optimizer(), "encode": encode}
+def train_step(**options):
+  parts = {"objective": full_objective(), "optimizer": optimizer(), "encode": encode}
   return functools.partial(training.train_step, **(parts | options))
 
 
@@ -79,7 +79,7 @@ def batches(count):
   return [{"data": rng.normal(size=(BATCH, SIZE)).astype(np.float32)} for _ in range(count)]
 
 
-def values(tree):
+def leaf_values(tree):
   """The leaves as NumPy's, keys among them."""
 
   def data(leaf):

@@ -15,7 +15,7 @@ import torch
 
 from ddpm_jax import interop, losses, metrics, randomness
 from ddpm_jax.devices import hardware, heap, parallel
-from ddpm_jax.losses.squared_error import perturbed
+from ddpm_jax.losses.squared_error import sample_noisy
 from ddpm_jax.networks import UNet
 from ddpm_jax.runs import reading
 from ddpm_jax.training import ema
@@ -254,7 +254,7 @@ def test_fed_the_same_both_trainers_take_the_same_steps(script, tmp_path):
   theirs.optimizer.step()
   theirs.rate.step()
   state, key, start = ours.state, jnp.copy(ours.state.key), jax.tree.map(np.array, ours.state.params)
-  draw = jax.jit(perturbed, static_argnums=(1, 3))
+  draw = jax.jit(sample_noisy, static_argnums=(1, 3))
   times = losses.uniform(process)
   for step in range(20):
     batch = next(ours.batches)

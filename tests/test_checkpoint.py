@@ -71,11 +71,11 @@ def test_everything_comes_back(tmp_path, devices):
 def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, devices):
   """With all that an objective may remember and train beside the model; frozen parameters are not written."""
   mesh = parallel.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
-  shapes, given = jax.eval_shape(objectives.start), objectives.frozen()
+  shapes, given = jax.eval_shape(objectives.init_state), objectives.frozen()
   shardings = parallel.state_shardings(mesh, shapes)
-  state = jax.jit(objectives.start, out_shardings=shardings)()
+  state = jax.jit(objectives.init_state, out_shardings=shardings)()
   given = jax.device_put(given, parallel.state_shardings(mesh, given))
-  step = parallel.jit_step(objectives.step(distribute=parallel.over(mesh)), mesh, state, given)
+  step = parallel.jit_step(objectives.train_step(distribute=parallel.over(mesh)), mesh, state, given)
   checkpoints = checkpoint.Checkpoints(tmp_path)
   for number, batch in enumerate(objectives.batches(4), 1):
     state, _ = step(state, parallel.put_batch(mesh, batch, objectives.BATCH), given)

@@ -139,10 +139,10 @@ def test_losses_and_likelihoods_are_wide(prediction, dtype):
     lambda key, x: losses.denoising_loss(key, denoise, process, prediction, x, times=times)[0],
     lambda key, x: losses.hybrid_loss(key, doubled, process, learned, x, times=times)[0],
     lambda key, x: losses.classification_loss(key, denoise, process, x, CLASSES, times=times)[0],
-    lambda key, x: likelihood.variational_bound(key, process, denoise, x, draws=8).bits,
-    lambda key, x: likelihood.continuous_bound(key, process, denoise, x, draws=4).bits,
+    lambda key, x: likelihood.variational_bound(key, process, denoise, x, num_evaluations=8).bits,
+    lambda key, x: likelihood.continuous_bound(key, process, denoise, x, num_evaluations=4).bits,
     lambda key, x: likelihood.ode_bits(key, process, denoise, x).bits,
-    lambda key, x: likelihood.ode_bits(key, process, denoise, x, exact=True, reverse=True).bits,
+    lambda key, x: likelihood.ode_bits(key, process, denoise, x, exact_trace=True, reverse_mode=True).bits,
   ]
   for function in functions:
     assert jnp.finfo(type_of(function, dtype)).bits >= 32

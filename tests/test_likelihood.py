@@ -23,8 +23,12 @@ def on_levels(shape, seed=0):
 VP, STEPS = PROCESSES["vp"], processes.discrete(schedules.linear(10, 1e-2, 0.4))
 BOUNDS = {
   "variational": lambda *args, **options: likelihood.variational_bound(args[0], STEPS, *args[1:], **options),
-  "draws": lambda *args, **options: likelihood.variational_bound(args[0], STEPS, *args[1:], draws=6, **options),
-  "continuous": lambda *args, **options: likelihood.continuous_bound(args[0], VP, *args[1:], draws=4, **options),
+  "draws": lambda *args, **options: likelihood.variational_bound(
+    args[0], STEPS, *args[1:], num_evaluations=6, **options
+  ),
+  "continuous": lambda *args, **options: likelihood.continuous_bound(
+    args[0], VP, *args[1:], num_evaluations=4, **options
+  ),
   "ode": lambda *args, **options: likelihood.ode_bits(args[0], VP, *args[1:], rtol=1e-3, atol=1e-3, **options),
 }
 
@@ -62,17 +66,17 @@ def test_data_of_continuous_values_that_are_not_levels_are_refused():
 WRONG = [
   (likelihood.ode_bits, VP, {"probes": 0}, "probes=0"),
   (likelihood.ode_bits, VP, {"probes": 1.5}, "probes=1.5"),
-  (likelihood.ode_bits, VP, {"noise": "uniform"}, "'rademacher' or 'gaussian'"),
+  (likelihood.ode_bits, VP, {"probe_noise": "uniform"}, "'rademacher' or 'gaussian'"),
   (likelihood.ode_bits, VP, {"t_min": 0.0}, "t_min=0"),
   (likelihood.ode_bits, VP, {"t_min": 1.0}, "t_min=1"),
   (likelihood.ode_bits, VP, {"rtol": 0.0}, "above 0"),
-  (likelihood.continuous_bound, VP, {"draws": 3}, "even number"),
-  (likelihood.continuous_bound, VP, {"draws": 0}, "even number"),
+  (likelihood.continuous_bound, VP, {"num_evaluations": 3}, "even number"),
+  (likelihood.continuous_bound, VP, {"num_evaluations": 0}, "even number"),
   (likelihood.continuous_bound, VP, {"t_min": 2.0}, "t_min=2"),
   (likelihood.variational_bound, VP, {}, "continuous process"),
-  (likelihood.variational_bound, STEPS, {"draws": 5}, "from 4 to 20"),
-  (likelihood.variational_bound, STEPS, {"draws": 22}, "from 4 to 20"),
-  (likelihood.variational_bound, STEPS, {"draws": 2}, "from 4 to 20"),
+  (likelihood.variational_bound, STEPS, {"num_evaluations": 5}, "from 4 to 20"),
+  (likelihood.variational_bound, STEPS, {"num_evaluations": 22}, "from 4 to 20"),
+  (likelihood.variational_bound, STEPS, {"num_evaluations": 2}, "from 4 to 20"),
   (likelihood.variational_bound, STEPS, {"variance": "medium"}, "medium"),
   (likelihood.variational_bound, STEPS, {"variance": "learned"}, "learned_range"),
 ]
@@ -86,7 +90,7 @@ def test_wrong_options_are_errors(function, process, options, message):
 
 def test_what_would_cost_too_much_or_tells_no_spread_is_refused():
   with pytest.raises(ValueError, match="1025 dimensions"):
-    likelihood.ode_bits(KEY, VP, lambda x, t: x, on_levels((1, 1025)), exact=True)
+    likelihood.ode_bits(KEY, VP, lambda x, t: x, on_levels((1, 1025)), exact_trace=True)
   for values in (1.0, np.ones(1)):
     with pytest.raises(ValueError, match="2 or more"):
       likelihood.summary(values)

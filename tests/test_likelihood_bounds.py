@@ -60,7 +60,7 @@ def test_the_discrete_bound_is_the_closed_form():
   np.testing.assert_array_equal(found.decoder, found.terms[:, 0])
   np.testing.assert_array_equal(found.steps, np.tile(np.arange(1, 41), (count, 1)))
   np.testing.assert_allclose(found.bits, found.prior + found.terms.sum(1), rtol=1e-5)
-  assert found.error is None
+  assert found.standard_error is None
 
 
 def test_the_discrete_bound_of_a_known_error_is_exact():
@@ -91,21 +91,21 @@ def honest(bits, error, expected):
   np.testing.assert_allclose(np.mean(error**2), np.var(bits), rtol=0.25)
 
 
-@pytest.mark.parametrize("draws", [4, 30])
-def test_draws_estimate_the_sum_and_their_error(draws):
+@pytest.mark.parametrize("num_evaluations", [4, 30])
+def test_draws_estimate_the_sum_and_their_error(num_evaluations):
   betas, count = schedules.linear(30, 2e-3, 0.3), 4000
   process, x_0 = processes.discrete(betas), np.float32([-51, 101, 1, 25]) / 255
   found = jax.jit(
     lambda x: likelihood.variational_bound(
-      keys(count), process, gaussian(MEAN, STD, 4).denoise(process), x, draws=draws
+      keys(count), process, gaussian(MEAN, STD, 4).denoise(process), x, num_evaluations=num_evaluations
     )
   )(np.tile(x_0, (count, 1)))
   prior, decoder, terms = closed_bound(betas, x_0.astype(np.float64))
-  honest(found.bits, found.error, (prior + decoder + terms.sum(0)).mean())
-  assert abs(found.decoder.mean() - decoder.mean()) < 4 * likelihood.summary(found.decoder).error
-  assert found.steps.shape == (count, draws)
+  honest(found.bits, found.standard_error, (prior + decoder + terms.sum(0)).mean())
+  assert abs(found.decoder.mean() - decoder.mean()) < 4 * likelihood.summary(found.decoder).standard_error
+  assert found.steps.shape == (count, num_evaluations)
   assert set(np.unique(found.steps)) == set(range(1, 31))
-  np.testing.assert_array_equal(found.steps == 1, np.arange(draws) < np.full((count, 1), 2))
+  np.testing.assert_array_equal(found.steps == 1, np.arange(num_evaluations) < np.full((count, 1), 2))
 
 
 def closed_decoder(process, x_0, t):
@@ -135,12 +135,14 @@ def test_the_continuous_bound_is_the_closed_form(process):
   process, count = PROCESSES[process], 500
   x_0 = np.float32([-51, 101, 1, 25]) / 255
   found = jax.jit(
-    lambda x: likelihood.continuous_bound(keys(count), process, gaussian(MEAN, STD, 16).denoise(process), x, draws=32)
+    lambda x: likelihood.continuous_bound(
+      keys(count), process, gaussian(MEAN, STD, 16).denoise(process), x, num_evaluations=32
+    )
   )(np.tile(x_0, (count, 4)))
   start = max(float(process.time_of(13.3)), process.t_min if process.t_max > 1 else 0)
   values = x_0.astype(np.float64)
   expected = closed_diffusion(process, values, start) + closed_decoder(process, values, start)
-  honest(found.bits, found.error, expected.mean() + found.prior[0])
+  honest(found.bits, found.standard_error, expected.mean() + found.prior[0])
   assert abs(found.decoder.mean() - closed_decoder(process, values, start).mean()) < 0.01
   np.testing.assert_allclose(found.bits, found.prior + found.diffusion + found.decoder, rtol=1e-5)
 
@@ -151,7 +153,9 @@ def test_the_continuous_integral_of_a_known_error_is_exact(process):
   process, x_0 = PROCESSES[process], np.full((8, 2), 0.2, np.float32)
   t_min = float(process.time_of(2.0))
   found = jax.jit(
-    lambda x: likelihood.continuous_bound(keys(8), process, lambda x_t, t: x - 0.1, x, draws=2000, t_min=t_min)
+    lambda x: likelihood.continuous_bound(
+      keys(8), process, lambda x_t, t: x - 0.1, x, num_evaluations=2000, t_min=t_min
+    )
   )(x_0)
   expected = 0.5 * 0.1**2 * (np.exp(2.0) - np.exp(float(process.log_snr(process.t_max)))) / np.log(2)
   np.testing.assert_allclose(found.diffusion, expected, atol=1e-4)
@@ -175,13 +179,13 @@ def test_bounds_of_a_model_that_knows_the_levels_come_near_their_entropy():
   @jax.jit
   def run(x):
     return (
-      likelihood.continuous_bound(KEY, process, denoise(process), x, draws=64),
+      likelihood.continuous_bound(KEY, process, denoise(process), x, num_evaluations=64),
       likelihood.variational_bound(KEY, steps, denoise(steps), x),
     )
 
   continuous, discrete = run(np.float32(x_0)[None])
-  assert continuous.error[0] < 0.1
-  assert abs(continuous.bits[0] - entropy) < 4 * continuous.error[0] + 0.01
+  assert continuous.standard_error[0] < 0.1
+  assert abs(continuous.bits[0] - entropy) < 4 * continuous.standard_error[0] + 0.01
   assert discrete.bits[0] > entropy + 0.05
 
 

@@ -44,7 +44,7 @@ def test_the_exact_trace_gives_the_density_at_t_min(process):
   """That of the noisy data at t_min, which the flow of the exact denoiser ends at; with mean 0, as the prior has."""
   process, data = PROCESSES[process], gaussian(0.0, STD, 2)
   x, t_min = np.float32([[0.0, 0.5], [-0.2, 0.1], [0.9, 0.3]]), 0.01 * process.t_max
-  run = functools.partial(likelihood.ode_bits, exact=True, dequantize=False, t_min=t_min)
+  run = functools.partial(likelihood.ode_bits, exact_trace=True, dequantize=False, t_min=t_min)
   found = jax.jit(lambda x: run(KEY, process, data.denoise(process), x))(x)
   expected = -density(data, float(process.alpha(t_min)), float(process.sigma(t_min)), x) / 2 / np.log(2)
   np.testing.assert_allclose(found.bits, expected, atol=1e-3)
@@ -56,9 +56,9 @@ def test_the_flow_starts_near_enough_to_the_data_by_default(process):
   """In single precision, which resolves little of the noise there; of more dimensions than are taken at once."""
   process, data = PROCESSES[process], gaussian(0.0, STD, 70)
   x = data.sample(np.random.default_rng(0), 3).astype(np.float32)
-  found = jax.jit(lambda x: likelihood.ode_bits(KEY, process, data.denoise(process), x, exact=True, dequantize=False))(
-    x
-  )
+  found = jax.jit(
+    lambda x: likelihood.ode_bits(KEY, process, data.denoise(process), x, exact_trace=True, dequantize=False)
+  )(x)
   np.testing.assert_allclose(found.bits, -density(data, 1, 0, x) / 70 / np.log(2), atol=1e-3)
 
 
@@ -67,7 +67,9 @@ def test_the_joint_solution_is_scipy_s():
   """The same steps and the same log-density as by SciPy with the divergence written out; the flow's own density besides."""
   process, x = PROCESSES["vp"], MIXTURE.sample(np.random.default_rng(1), 4)
   found = jax.jit(
-    lambda x: likelihood.ode_bits(KEY, process, MIXTURE.denoise(process), x, exact=True, dequantize=False, t_min=1e-3)
+    lambda x: likelihood.ode_bits(
+      KEY, process, MIXTURE.denoise(process), x, exact_trace=True, dequantize=False, t_min=1e-3
+    )
   )(x)
   for row in range(4):
     ends = (1e-3, 1.0)
@@ -87,7 +89,11 @@ def test_probes_have_no_bias():
 
   @jax.jit
   def both(x):
-    options = ({"noise": "rademacher", "probes": 500}, {"noise": "gaussian", "probes": 500}, {"exact": True})
+    options = (
+      {"probe_noise": "rademacher", "probes": 500},
+      {"probe_noise": "gaussian", "probes": 500},
+      {"exact_trace": True},
+    )
     return [run(KEY, process, MIXTURE.denoise(process), x, **kwargs) for kwargs in options]
 
   *found, exact = both(x)
@@ -102,7 +108,7 @@ def test_signs_tell_the_trace_of_an_isotropic_flow_exactly():
   process, data = PROCESSES["cosine"], gaussian(MEAN, STD, 3)
   x = data.sample(np.random.default_rng(0), 3).astype(np.float32)
   run = functools.partial(likelihood.ode_bits, KEY, process, data.denoise(process), probes=4, dequantize=False)
-  signs, normals = jax.jit(lambda x: (run(x).by_probe, run(x, noise="gaussian").by_probe))(x)
+  signs, normals = jax.jit(lambda x: (run(x).by_probe, run(x, probe_noise="gaussian").by_probe))(x)
   assert np.ptp(signs, axis=1).max() < 1e-4
   assert np.ptp(normals, axis=1).min() > 1e-2
 
@@ -132,7 +138,7 @@ def test_derivatives_go_either_way():
 
       return likelihood.ode_bits(keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3, **options)
 
-    return run("tuned"), run("looped", reverse=True)
+    return run("tuned"), run("looped", reverse_mode=True)
 
   forward, backward = both(on_levels((2, 4, 4, 2)))
   # v^T J v is the same number from either end, but for rounding.

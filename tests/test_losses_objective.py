@@ -150,7 +150,7 @@ def test_importance_sampling_trains_and_draws_times_as_large_as_their_losses():
     found[name] = np.asarray(metrics["loss"][100:]), state
   memory = found["importance"][1].memory
   assert found["uniform"][1].memory == ()
-  assert np.all(memory.seen == size)
+  assert np.all(memory.counts == size)
   keys = jax.random.split(jax.random.key(1), 20_000)
   t, weight = jax.jit(lambda memory: times.times(memory)(keys))(memory)
   share = np.bincount(np.rint(np.asarray(t) * n).astype(int) - 1, minlength=n) / len(keys)
@@ -176,7 +176,7 @@ def test_moments_are_the_last_losses_of_each_step():
     moments = update(moments, jnp.asarray((steps + 1) / 5, jnp.float32), jnp.asarray(loss))
     for step, row in enumerate(rows):
       seen = min(len(row), size)
-      assert int(moments.seen[step]) == seen
+      assert int(moments.counts[step]) == seen
       np.testing.assert_array_equal(moments.history[step, size - seen :], np.asarray(row[-size:], np.float32))
 
 

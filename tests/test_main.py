@@ -139,7 +139,7 @@ def test_importance_sampling_of_times(tmp_path, dense):
   assert "resuming from the checkpoint of step 12" in output
   states = [saved_items(folder) for folder in folders]
   # Every step has the losses that it is drawn by.
-  np.testing.assert_array_equal(states[0].memory.seen, [2, 2, 2, 2])
+  np.testing.assert_array_equal(states[0].memory.counts, [2, 2, 2, 2])
   assert np.all(states[0].memory.history > 0)
   for a, b in zip(*map(jax.tree.leaves, states), strict=True):
     np.testing.assert_array_equal(a, b)

@@ -195,9 +195,9 @@ def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
 
 def everything_under_jit(mesh, accumulate=1):
   """Five steps of an objective that uses everything."""
-  step = objectives.step(distribute=parallel.over(mesh), accumulate=accumulate, unroll=True)
-  shapes, given = jax.eval_shape(objectives.start), objectives.frozen()
-  state = jax.jit(objectives.start, out_shardings=parallel.state_shardings(mesh, shapes))()
+  step = objectives.train_step(distribute=parallel.over(mesh), accumulate=accumulate, unroll=True)
+  shapes, given = jax.eval_shape(objectives.init_state), objectives.frozen()
+  state = jax.jit(objectives.init_state, out_shardings=parallel.state_shardings(mesh, shapes))()
   given = jax.device_put(given, parallel.state_shardings(mesh, given))
   compiled, found = parallel.jit_step(step, mesh, state, given), []
   for batch in objectives.batches(STEPS):
@@ -213,7 +213,7 @@ def everything_alone():
 
 def assert_same_everything(got, want):
   np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
-  for a, b in zip(objectives.values(got[0]), objectives.values(want[0]), strict=True):
+  for a, b in zip(objectives.leaf_values(got[0]), objectives.leaf_values(want[0]), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -232,13 +232,13 @@ def test_an_objective_with_everything_in_four_parts_gives_the_run_of_one(everyth
 
 
 def test_an_objective_with_everything_under_pmap_gives_the_run_of_one(everything_alone):
-  mapped = parallel.pmap_step(objectives.step(axis_name=parallel.DATA_AXIS))
-  state, given = map(parallel.replicate, (jax.jit(objectives.start)(), objectives.frozen()))
+  mapped = parallel.pmap_step(objectives.train_step(axis_name=parallel.DATA_AXIS))
+  state, given = map(parallel.replicate, (jax.jit(objectives.init_state)(), objectives.frozen()))
   found = []
   for batch in objectives.batches(STEPS):
     state, metrics = mapped(state, batch, given)
     found.append(float(metrics["loss"]))
-  for leaf in objectives.values(state):
+  for leaf in objectives.leaf_values(state):
     np.testing.assert_array_equal(leaf[0], leaf[-1])
   assert_same_everything((parallel.unreplicate(state), found), everything_alone)
 

@@ -237,52 +237,52 @@ def spoil(batch):
 
 
 def test_a_skipped_step_leaves_parameters_average_memory_and_extra_as_they_were():
-  step, given = jax.jit(objectives.step()), objectives.frozen()
+  step, given = jax.jit(objectives.train_step()), objectives.frozen()
   first, second = objectives.batches(2)
-  before, metrics = step(objectives.start(), first, given)
+  before, metrics = step(objectives.init_state(), first, given)
   assert int(metrics["skipped"]) == 0
   np.testing.assert_allclose(metrics["most"], np.max(before.memory["losses"]))
   after, metrics = step(before, spoil(second), given)
   assert int(after.step) == 2
   assert [int(metrics[name]) for name in ("skipped", "skipped_in_a_row")] == [1, 1]
   kept = [(state.params, state.extra, state.memory, ema.ema_params(state.opt_state)) for state in (before, after)]
-  for old, new in zip(*map(objectives.values, kept), strict=True):
+  for old, new in zip(*map(objectives.leaf_values, kept), strict=True):
     np.testing.assert_array_equal(new, old)
   after, _ = step(after, second, given)
   kept.append((after.params, after.extra, after.memory, ema.ema_params(after.opt_state)))
-  assert all(np.any(old != new) for old, new in zip(*map(objectives.values, kept[1:]), strict=True))
-  assert all(np.all(np.isfinite(leaf)) for leaf in objectives.values(kept[2]))
+  assert all(np.any(old != new) for old, new in zip(*map(objectives.leaf_values, kept[1:]), strict=True))
+  assert all(np.all(np.isfinite(leaf)) for leaf in objectives.leaf_values(kept[2]))
 
 
 def test_a_step_is_skipped_whole_if_only_what_is_beside_the_model_fails():
-  objective = objectives.everything()
+  objective = objectives.full_objective()
 
   def loss(trained, context, keys, batch):
     value, details = objective.loss(trained, context, keys, batch)
     return value + jnp.where(context.step == 1, jnp.inf, 0.0) * jnp.sum(trained["extra"]["critic"]), details
 
-  step, given = jax.jit(objectives.step(objective=objective._replace(loss=loss))), objectives.frozen()
+  step, given = jax.jit(objectives.train_step(objective=objective._replace(loss=loss))), objectives.frozen()
   first, second = objectives.batches(2)
-  before, _ = step(objectives.start(), first, given)
+  before, _ = step(objectives.init_state(), first, given)
   after, metrics = step(before, second, given)
   assert int(metrics["skipped"]) == 1
-  for old, new in zip(*(objectives.values((state.params, state.extra)) for state in (before, after)), strict=True):
+  for old, new in zip(*(objectives.leaf_values((state.params, state.extra)) for state in (before, after)), strict=True):
     np.testing.assert_array_equal(new, old)
 
 
 def test_the_memory_is_that_of_before_the_step_and_the_average_is_the_optimizer_s():
   """One step of the objective, written out."""
-  state, (batch,), given = objectives.start(), objectives.batches(1), objectives.frozen()
+  state, (batch,), given = objectives.init_state(), objectives.batches(1), objectives.frozen()
   # So that the three differ.
-  average = objectives.weights(5)
+  average = objectives.random_params(5)
   rest, _ = ema.split(state.opt_state)
-  memory = state.memory | {"target": objectives.weights(6), "offset": jnp.asarray(0.25)}
+  memory = state.memory | {"target": objectives.random_params(6), "offset": jnp.asarray(0.25)}
   state = state._replace(opt_state=ema.join(rest, (average,)), memory=memory, step=jnp.asarray(3, jnp.int32))
-  after, metrics = jax.jit(objectives.step())(state, batch, given)
+  after, metrics = jax.jit(objectives.train_step())(state, batch, given)
   step_key = jax.random.fold_in(state.key, 3)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(objectives.BATCH))
   context = losses.Context(state.step, given["objective"], average, memory)
-  objective = objectives.everything()
+  objective = objectives.full_objective()
   whole = objectives.encode(given, keys, batch) | objective.prepare(keys, memory)
   trained = {"model": state.params, "extra": state.extra}
   loss, details = objective.loss(trained, context, keys, whole)
@@ -293,18 +293,18 @@ def test_the_memory_is_that_of_before_the_step_and_the_average_is_the_optimizer_
 
 
 def test_frozen_parameters_are_arguments_of_the_compiled_step():
-  step, state, (batch,) = jax.jit(objectives.step()), objectives.start(), objectives.batches(1)
+  step, state, (batch,) = jax.jit(objectives.train_step()), objectives.init_state(), objectives.batches(1)
   given = objectives.frozen()
-  other = given | {"objective": objectives.weights(7)}
+  other = given | {"objective": objectives.random_params(7)}
   assert step(state, batch, given)[1]["loss"] != step(state, batch, other)[1]["loss"]
   assert step._cache_size() == 1
-  assert not jax.make_jaxpr(objectives.step())(state, batch, given).consts
+  assert not jax.make_jaxpr(objectives.train_step())(state, batch, given).consts
 
 
 def test_fit_hands_frozen_parameters_on():
-  step, given, logs = jax.jit(objectives.step()), objectives.frozen(), []
+  step, given, logs = jax.jit(objectives.train_step()), objectives.frozen(), []
   end = training.fit(
-    objectives.start(),
+    objectives.init_state(),
     step,
     objectives.batches(30),
     given,
@@ -318,9 +318,9 @@ def test_fit_hands_frozen_parameters_on():
 
 def test_an_objective_and_an_optimizer_that_do_not_fit_are_errors():
   def begin(optimizer, objective, frozen=None):
-    return training.init_state(jax.random.key(0), lambda key: objectives.weights(3), optimizer, objective, frozen)
+    return training.init_state(jax.random.key(0), lambda key: objectives.random_params(3), optimizer, objective, frozen)
 
-  everything, given = objectives.everything(), objectives.frozen()
+  everything, given = objectives.full_objective(), objectives.frozen()
   with pytest.raises(ValueError, match="average covers .*optim.chain"):
     begin(optim.adam(0.1), everything, given)
   with pytest.raises(ValueError, match="without a part 'model'.*Leave out"):
@@ -335,7 +335,7 @@ def test_an_objective_and_an_optimizer_that_do_not_fit_are_errors():
     step(state, batch, objective=everything)
   without_average = everything._replace(
     loss=lambda trained, context, keys, batch: everything.loss(
-      trained, context._replace(average=context.memory["target"]), keys, batch
+      trained, context._replace(ema=context.memory["target"]), keys, batch
     )
   )
   after, _ = step(state, batch, given, objective=without_average)

@@ -31,7 +31,7 @@ class VariationalBound(NamedTuple):
     decoder: the term of step 1, -log2 p(x_0 | x_1) [B].
     terms: the terms of the steps that were computed [B, K]; all of them: [B, N], column n - 1 for step n.
     steps: the numbers n of these steps, integers [B, K].
-    error: the standard error of `bits` by the draws [B]; None of all steps, where only the draw of each x_t is left to chance.
+    standard_error: the standard error of `bits` by the num_evaluations [B]; None of all steps, where only the draw of each x_t is left to chance.
   """
 
   bits: Array
@@ -39,12 +39,18 @@ class VariationalBound(NamedTuple):
   decoder: Array
   terms: Array
   steps: Array
-  error: Array | None
+  standard_error: Array | None
 
 
 @check_types
 def variational_bound(
-  key: Array, process: Process, denoise: Denoise, x_0: Array, *, variance: str = "small", draws: int | None = None
+  key: Array,
+  process: Process,
+  denoise: Denoise,
+  x_0: Array,
+  *,
+  variance: str = "small",
+  num_evaluations: int | None = None,
 ) -> VariationalBound:
   """-log2 p(x_0) per dimension at most (Ho et al. 2020, equation 5), of images on 256 levels.
 
@@ -52,8 +58,8 @@ def variational_bound(
 
   with t = n/N, s = (n-1)/N and one draw of x_t for each step; the last is the discretized Gaussian of `losses.decoder_bits`.
 
-  All N steps cost N network calls. `draws` of them estimate the sum without bias: two at step 1, and two in each of
-  draws/2 - 1 ranges of the others, which span as much log-SNR each; each step of a range is as likely as any other.
+  All N steps cost N network calls. `num_evaluations` of them estimate the sum without bias: two at step 1, and two in each of
+  num_evaluations/2 - 1 ranges of the others, which span as much log-SNR each; each step of a range is as likely as any other.
 
   Args:
     key: one key, or one a sample [B]: then image i's value follows from x_0[i] and key i alone.
@@ -61,16 +67,16 @@ def variational_bound(
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
     x_0: data [B, ...] on 256 levels in [-1, 1], as `images.from_uint8` gives.
     variance: of p(x_s | x_t), "small", "large" or "learned".
-    draws: how many steps an image, an even number from 4 to 2N; None for all.
+    num_evaluations: how many steps an image, an even number from 4 to 2N; None for all.
 
   Raises:
-    ValueError: if the process is continuous or has one step, the data are known not to lie on 256 levels, the keys do not fit, `draws` is
+    ValueError: if the process is continuous or has one step, the data are known not to lie on 256 levels, the keys do not fit, `num_evaluations` is
       out of range, the variance is of another name, or "learned" where `denoise` gives none.
   """
   check_data(key, x_0, on_levels=True)
   last, total_steps = last_step(process), process.num_steps
   assert total_steps is not None
-  low, size = _all_steps(last) if draws is None else _ranges(process, last, draws)
+  low, size = _all_steps(last) if num_evaluations is None else _ranges(process, last, num_evaluations)
   network, count = with_shape_check(denoise), x_0.shape[0]
 
   def term(_, drawn):
@@ -84,7 +90,7 @@ def variational_bound(
 
   _, (terms, steps) = jax.lax.scan(term, None, (jnp.arange(len(low)), jnp.asarray(low), jnp.asarray(size)))
   terms, prior = terms.T, losses.prior_bits(process, x_0).astype(terms.dtype)
-  if draws is None:
+  if num_evaluations is None:
     total, error, decoder = jnp.sum(terms, 1), None, terms[:, 0]
   else:
     pairs = terms.reshape(count, -1, 2)
@@ -101,19 +107,19 @@ class ContinuousBound(NamedTuple):
     prior: KL(q(x_T | x_0) || p(x_T)) [B].
     diffusion: the integral over the noise levels [B].
     decoder: -log2 p(x_0 | x at t_min) [B].
-    error: the standard error of `bits` by the draws of levels and noise [B].
+    standard_error: the standard error of `bits` by the num_evaluations of levels and noise [B].
   """
 
   bits: Array
   prior: Array
   diffusion: Array
   decoder: Array
-  error: Array
+  standard_error: Array
 
 
 @check_types
 def continuous_bound(
-  key: Array, process: Process, denoise: Denoise, x_0: Array, *, draws: int = 128, t_min: float | None = None
+  key: Array, process: Process, denoise: Denoise, x_0: Array, *, num_evaluations: int = 128, t_min: float | None = None
 ) -> ContinuousBound:
   """-log2 p(x_0) per dimension at most, of infinitely many steps and images on 256 levels (Kingma et al. 2021, equation 11).
 
@@ -123,7 +129,7 @@ def continuous_bound(
   which Song et al. 2021b (equation 8, with g^2 as the weight) train. It depends on the process by its two ends alone. The decoder is
   theirs too: each value's probability is as q(x_tmin | value), among the 256.
 
-  The noise levels are drawn evenly in l, two in each of draws/2 equal parts, so that the sum's error can be told.
+  The noise levels are drawn evenly in l, two in each of num_evaluations/2 equal parts, so that the sum's error can be told.
 
   A model that cannot tell the 256 values apart where the noise is less than their distance pays up to half a nat for each unit of l
   there: a later t_min may then give a lower bound, as it leaves that to the decoder.
@@ -133,21 +139,23 @@ def continuous_bound(
     process: the forward process; a discrete one is read between its steps, where its network was not trained.
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
     x_0: data [B, ...] on 256 levels in [-1, 1], as `images.from_uint8` gives.
-    draws: network calls an image, an even number of at least 2.
+    num_evaluations: network calls an image, an even number of at least 2.
     t_min: the time of the decoder, in (0, t_max); the bound holds for any. By default that of log-SNR 13.3, which is theirs, or the smallest
       that networks are trained at if it is later: 1e-5 of t_max, or `process.t_min` of discrete processes and of those whose t is sigma.
 
   Raises:
-    ValueError: if the data are known not to lie on 256 levels, the keys do not fit, or `draws` or `t_min` is out of range.
+    ValueError: if the data are known not to lie on 256 levels, the keys do not fit, or `num_evaluations` or `t_min` is out of range.
   """
   check_data(key, x_0, on_levels=True)
-  if draws != int(draws) or draws < 2 or draws % 2:
-    raise ValueError(f"Got draws={draws}; expected an even number of network calls an image, at least 2, such as 128.")
+  if num_evaluations != int(num_evaluations) or num_evaluations < 2 or num_evaluations % 2:
+    raise ValueError(
+      f"Got num_evaluations={num_evaluations}; expected an even number of network calls an image, at least 2, such as 128."
+    )
   start = as_time(t_min) if t_min is not None else jnp.maximum(process.time_of(_MOST_LOG_SNR), first_time(process))
   if t_min is not None:
     check_t_min(process, t_min)
   low = jnp.maximum(process.log_snr(as_time(process.t_max)), _LEAST_LOG_SNR)
-  width = (process.log_snr(start) - low) / (draws // 2)
+  width = (process.log_snr(start) - low) / (num_evaluations // 2)
   network, count = with_shape_check(denoise), x_0.shape[0]
 
   def integrand(index):
@@ -158,9 +166,9 @@ def continuous_bound(
     ratio, data, estimate = widen(expand(process.alpha(t) / process.sigma(t), x_0), x_0, x_0_of(network(x_t, t)))
     return losses.mean_bits(0.5 * (ratio * (data - estimate)) ** 2)
 
-  _, values = jax.lax.scan(lambda _, index: (None, integrand(index)), None, jnp.arange(draws))
+  _, values = jax.lax.scan(lambda _, index: (None, integrand(index)), None, jnp.arange(num_evaluations))
   diffusion, error = _sum_of_pairs(values.T.reshape(count, -1, 2), width)
-  keys = [randomness.fold_in(key, draws + i) for i in range(2)]
+  keys = [randomness.fold_in(key, num_evaluations + i) for i in range(2)]
   pair = jnp.stack([_level_bits(process, x_0, process.sample_marginal(k, x_0, start), start) for k in keys], -1)
   decoder, error_of_decoder = _sum_of_pairs(pair[:, None], 1.0)
   prior = losses.prior_bits(process, x_0)
@@ -179,7 +187,7 @@ def _level_bits(process: Process, x_0: Array, x_t: Array, t: Array) -> Array:
 
 
 def _sum_of_pairs(values: Array, widths) -> tuple[Array, Array]:
-  """The sum over strata of `widths` ([] or [1, H]) times their mean, from two draws in each [B, H, 2], and its standard error, both [B]."""
+  """The sum over strata of `widths` ([] or [1, H]) times their mean, from two num_evaluations in each [B, H, 2], and its standard error, both [B]."""
   total = jnp.sum(widths * jnp.mean(values, -1), 1)
   # Half the difference squared is the variance of the mean of two, without bias.
   return total, 0.5 * jnp.sqrt(jnp.sum((widths * (values[..., 0] - values[..., 1])) ** 2, 1))
@@ -189,13 +197,13 @@ def _all_steps(last: int) -> tuple[np.ndarray, np.ndarray]:
   return np.arange(1, last + 1, dtype=np.int32), np.ones(last, np.int32)
 
 
-def _ranges(process: Process, last: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of each draw the first step that it may take and how many there are [draws]: step 1 twice, then ranges of steps twice each."""
-  if draws != int(draws) or draws % 2 or not 4 <= draws <= 2 * last:
+def _ranges(process: Process, last: int, num_evaluations: int) -> tuple[np.ndarray, np.ndarray]:
+  """Of each draw the first step that it may take and how many there are [num_evaluations]: step 1 twice, then ranges of steps twice each."""
+  if num_evaluations != int(num_evaluations) or num_evaluations % 2 or not 4 <= num_evaluations <= 2 * last:
     raise ValueError(
-      f"Got draws={draws} for {last} steps; expected an even number from 4 to {2 * last}, or None for all steps."
+      f"Got num_evaluations={num_evaluations} for {last} steps; expected an even number from 4 to {2 * last}, or None for all steps."
     )
-  count = int(draws) // 2 - 1
+  count = int(num_evaluations) // 2 - 1
   with jax.ensure_compile_time_eval():
     log_snr = np.asarray(process.log_snr(jnp.linspace(process.t_max / last, process.t_max, last)), np.float64)
   passed = np.maximum.accumulate(log_snr[0] - np.maximum(log_snr, _LEAST_LOG_SNR))

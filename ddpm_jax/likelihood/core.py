@@ -20,11 +20,11 @@ class Summary(NamedTuple):
 
   Attributes:
     mean: of the values.
-    error: the standard deviation of the values over the square root of their number.
+    standard_error: the standard deviation of the values over the square root of their number.
   """
 
   mean: Array
-  error: Array
+  standard_error: Array
 
 
 def summary(bits, axis: int = 0) -> Summary:

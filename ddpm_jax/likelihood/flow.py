@@ -48,9 +48,9 @@ def ode_bits(
   x_0: Array,
   *,
   probes: int = 1,
-  noise: str = "rademacher",
-  exact: bool = False,
-  reverse: bool = False,
+  probe_noise: str = "rademacher",
+  exact_trace: bool = False,
+  reverse_mode: bool = False,
   dequantize: bool = True,
   t_min: float | None = None,
   rtol: float = 1e-5,
@@ -80,9 +80,9 @@ def ode_bits(
     denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t, called with t of shape [B]. Clipping makes it another flow.
     x_0: data [B, ...] in [-1, 1], of dimensions [D] taken together; on 256 levels to be dequantized, as `images.from_uint8` gives.
     probes: how many v an image.
-    noise: of v: "rademacher", signs, or "gaussian", which has the larger variance (Hutchinson 1990).
-    exact: whether the trace is computed, for at most 1024 dimensions; `probes` and `noise` then do not matter.
-    reverse: whether derivatives go backwards (`jax.vjp`): for networks that know no others, such as a `UNet` with the kernels "looped".
+    probe_noise: of v: "rademacher", signs, or "gaussian", which has the larger variance (Hutchinson 1990).
+    exact_trace: whether the trace is computed, for at most 1024 dimensions; `probes` and `probe_noise` then do not matter.
+    reverse_mode: whether derivatives go backwards (`jax.vjp`): for networks that know no others, such as a `UNet` with the kernels "looped".
       Forward ones need less memory.
     dequantize: whether x_0 are levels, and not continuous data.
     t_min: where the flow starts, in (0, t_max); by default 1e-5 of t_max, as Song et al. have, or `process.t_min` of discrete processes
@@ -97,7 +97,7 @@ def ode_bits(
   """
   check_data(key, x_0, on_levels=dequantize)
   shape, dimensions = x_0.shape, math.prod(x_0.shape[1:])
-  _check(probes, noise, exact, dimensions)
+  _check(probes, probe_noise, exact_trace, dimensions)
   t_min = first_time(process) if t_min is None else t_min
   check_t_min(process, t_min)
   precision = widest(x_0)
@@ -106,17 +106,17 @@ def ode_bits(
     level = jnp.round((x + 1) * (0.5 * (LEVELS - 1)))
     x = (level + randomness.uniform(randomness.fold_in(key, 0), shape, precision)) * (2 / LEVELS) - 1
   network = with_shape_check(denoise)
-  vectors = None if exact else _probes(randomness.fold_in(key, 1), probes, noise, shape, precision)
+  vectors = None if exact_trace else _probes(randomness.fold_in(key, 1), probes, probe_noise, shape, precision)
 
   def slope(t, state):
     def velocity(x):
       return flow(process, lambda x, t: network(x.astype(x_0.dtype), t), x, t).astype(x.dtype)
 
     x = state[:, :dimensions].reshape(shape)
-    value, divergences = _with_divergence(velocity, x, vectors, reverse=reverse)
+    value, divergences = _with_divergence(velocity, x, vectors, reverse_mode=reverse_mode)
     return jnp.concatenate([value.reshape(shape[0], -1), divergences], axis=1)
 
-  count = 1 if exact else probes
+  count = 1 if exact_trace else probes
   start = jnp.concatenate([x.reshape(shape[0], -1), jnp.zeros((shape[0], count), precision)], axis=1)
   end, nfe = rk45(slope, start, t_min, process.t_max, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=True)
   z, gained = end[:, :dimensions], end[:, dimensions:]
@@ -126,31 +126,31 @@ def ode_bits(
   return OdeBits(jnp.mean(by_probe, axis=1), by_probe, nfe)
 
 
-def _check(probes: int, noise: str, exact: bool, dimensions: int) -> None:
+def _check(probes: int, probe_noise: str, exact_trace: bool, dimensions: int) -> None:
   if probes != int(probes) or probes < 1:
     raise ValueError(f"Got probes={probes}; expected a whole number of at least 1.")
-  if noise not in _NOISES:
-    raise ValueError(f"Got noise={noise!r}; expected 'rademacher' or 'gaussian'.")
-  if exact and dimensions > _MOST_DIMENSIONS:
+  if probe_noise not in _NOISES:
+    raise ValueError(f"Got probe_noise={probe_noise!r}; expected 'rademacher' or 'gaussian'.")
+  if exact_trace and dimensions > _MOST_DIMENSIONS:
     raise ValueError(
-      f"Got exact=True for data of {dimensions} dimensions, which takes as many derivatives of the network at every time; expected at most"
+      f"Got exact_trace=True for data of {dimensions} dimensions, which takes as many derivatives of the network at every time; expected at most"
       f" {_MOST_DIMENSIONS}. Take probes instead, such as probes=4: their mean has no bias."
     )
 
 
-def _probes(key: Array, count: int, noise: str, shape: tuple[int, ...], dtype) -> Array:
+def _probes(key: Array, count: int, probe_noise: str, shape: tuple[int, ...], dtype) -> Array:
   """Vectors [count, B, ...], number p of an image the same however many there are."""
-  return jax.vmap(lambda p: _NOISES[noise](randomness.fold_in(key, p), shape, dtype))(jnp.arange(count))
+  return jax.vmap(lambda p: _NOISES[probe_noise](randomness.fold_in(key, p), shape, dtype))(jnp.arange(count))
 
 
 def _with_divergence(
-  velocity: Callable[[Array], Array], x: Array, vectors: Array | None, *, reverse: bool
+  velocity: Callable[[Array], Array], x: Array, vectors: Array | None, *, reverse_mode: bool
 ) -> tuple[Array, Array]:
   """velocity(x) [B, ...], and v^T J v [B, P] of the vectors [P, B, ...], or the trace of J [B, 1] if there are none."""
   axes = tuple(range(1, x.ndim))
 
   def product(v):  # v^T J v, and the value, which is the same for all v
-    if reverse:
+    if reverse_mode:
       value, pull_back = jax.vjp(velocity, x)
       slope = pull_back(v)[0]
     else:

@@ -2,7 +2,7 @@
 
 from ddpm_jax.losses.cross_entropy import classification_loss
 from ddpm_jax.losses.objective import Apply, Context, Mean, Objective, TimeInput, classification, denoising
-from ddpm_jax.losses.squared_error import Draw, denoising_loss, draw
+from ddpm_jax.losses.squared_error import Evaluation, denoising_loss, evaluate
 from ddpm_jax.losses.times import (
   AdaptiveTimes,
   LossMoments,
@@ -35,7 +35,7 @@ __all__ = [
   "AdaptiveTimes",
   "Apply",
   "Context",
-  "Draw",
+  "Evaluation",
   "LossMoments",
   "Mean",
   "Objective",
@@ -47,8 +47,8 @@ __all__ = [
   "decoder_bits",
   "denoising",
   "denoising_loss",
-  "draw",
   "edm",
+  "evaluate",
   "hybrid_loss",
   "importance",
   "importance_times",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ddpm_jax import predictions
 from ddpm_jax.arguments import check_types
-from ddpm_jax.losses.squared_error import perturbed
+from ddpm_jax.losses.squared_error import sample_noisy
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.processes import Process
 
@@ -52,7 +52,7 @@ def classification_loss(
       f"Got classes of shape {classes.shape} and type {classes.dtype} for data of shape {x_0.shape}; expected one integer a sample,"
       f" {x_0.shape[:1]}."
     )
-  t, importance, _, x_t = perturbed(key, process, x_0, times)
+  t, importance, _, x_t = sample_noisy(key, process, x_0, times)
   log_probs = predictions.classifier(apply, process, time_input=time_input, input_scale=input_scale)(x_t, t)
   loss = -jnp.take_along_axis(log_probs, classes[:, None], axis=1)[:, 0]
   likeliest = jnp.argmax(log_probs, axis=1)

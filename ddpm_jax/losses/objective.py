@@ -63,13 +63,13 @@ class Context(NamedTuple):
   Attributes:
     step: steps taken before this one, an int32 scalar.
     frozen: the objective's frozen parameters, what `Objective.load` returned; an empty tuple if there are none.
-    average: the first EMA of the model's parameters; None if the optimizer keeps none.
+    ema: the first EMA of the model's parameters; None if the optimizer keeps none.
     memory: the objective's memory before this step.
   """
 
   step: Array
   frozen: PyTree
-  average: PyTree
+  ema: PyTree
   memory: PyTree
 
 

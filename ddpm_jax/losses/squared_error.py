@@ -20,7 +20,7 @@ Array = jax.Array
 _LEAST_LOG_SNR = -40.0
 
 
-class Draw(NamedTuple):
+class Evaluation(NamedTuple):
   """A network's output at random times, and what it should be.
 
   Attributes:
@@ -40,7 +40,9 @@ class Draw(NamedTuple):
   variance: Array | None
 
 
-def perturbed(key: Array, process: Process, x_0: Array, times: TimeDistribution) -> tuple[Array, Array, Array, Array]:
+def sample_noisy(
+  key: Array, process: Process, x_0: Array, times: TimeDistribution
+) -> tuple[Array, Array, Array, Array]:
   """Times [B], their importance weights [B], noise [B, ...] and noisy data [B, ...], from one key or one a sample."""
   randomness.check_key(key)
   check_batch(x_0)
@@ -51,7 +53,7 @@ def perturbed(key: Array, process: Process, x_0: Array, times: TimeDistribution)
 
 
 @check_types
-def draw(
+def evaluate(
   key: Array,
   apply: Callable[..., Array],
   process: Process,
@@ -60,19 +62,19 @@ def draw(
   *,
   times: TimeDistribution,
   time_input: Callable[[Array], Array] | None = None,
-) -> Draw:
+) -> Evaluation:
   """Evaluate a network at a random time and with random noise for each sample, for a loss to compare its output with the target.
 
   Arguments and errors are those of `denoising_loss`. The same keys give every loss the same times and the same noise.
   """
   check_prediction(process, prediction)
-  t, importance, eps, x_t = perturbed(key, process, x_0, times)
+  t, importance, eps, x_t = sample_noisy(key, process, x_0, times)
   output, variance = apply_network(apply, process, prediction, x_t, t, time_input)
   target = prediction.target(*widen(x_0, eps, *coefficients(process, prediction, t, x_0)))
-  return Draw(t, importance, x_t, target, output, variance)
+  return Evaluation(t, importance, x_t, target, output, variance)
 
 
-def squared_error(drawn: Draw, process: Process, prediction: Prediction, weighting: Weighting) -> Array:
+def squared_error(drawn: Evaluation, process: Process, prediction: Prediction, weighting: Weighting) -> Array:
   """The weighted squared error of each sample [B], a mean over dimensions, without the importance weights."""
   # Outputs enter x_0 linearly, so an error d in the output is an error (alpha/sigma) slope d in the noise.
   _, sigma, *slopes = coefficients(process, prediction, drawn.t, drawn.t)
@@ -113,6 +115,6 @@ def denoising_loss(
   Raises:
     ValueError: if the output does not have the shape of the data, or the prediction says nothing about it at t_max.
   """
-  drawn = draw(key, apply, process, prediction, x_0, times=times, time_input=time_input)
+  drawn = evaluate(key, apply, process, prediction, x_0, times=times, time_input=time_input)
   loss = squared_error(drawn, process, prediction, weighting)
   return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {"t": drawn.t, "loss": loss}

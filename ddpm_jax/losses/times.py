@@ -92,11 +92,11 @@ class LossMoments(NamedTuple):
 
   Attributes:
     history: the losses [N, K], the newest last.
-    seen: how many of them are real [N], at most K.
+    counts: how many of them are real [N], at most K.
   """
 
   history: Array
-  seen: Array
+  counts: Array
 
 
 @check_types
@@ -129,7 +129,7 @@ def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
   moved = jnp.take_along_axis(moments.history, jnp.minimum(place, size - 1), axis=1)
   column = jnp.where(after < size, size - 1 - after, size)
   history = moved.at[step[order], column].set(loss[order].astype(moved.dtype), mode="drop")
-  return LossMoments(history, jnp.minimum(moments.seen + count, size))
+  return LossMoments(history, jnp.minimum(moments.counts + count, size))
 
 
 @check_types
@@ -153,7 +153,7 @@ def importance_times(process: Process, moments: LossMoments, uniform_share: floa
     )
   _check_share(uniform_share)
   reached = jnp.arange(n) < last_step(process)
-  ready = jnp.all((moments.seen == moments.history.shape[1]) | ~reached)
+  ready = jnp.all((moments.counts == moments.history.shape[1]) | ~reached)
   size = jnp.where(reached, jnp.sqrt(jnp.mean(jnp.square(moments.history), axis=1)), 0)
   total, last = jnp.sum(size), last_step(process)
   share = jnp.where(ready & (total > 0), size / jnp.where(total > 0, total, 1), 1 / last)

@@ -13,7 +13,7 @@ from jax.scipy.special import log_ndtr
 
 from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen
-from ddpm_jax.losses.squared_error import draw, squared_error
+from ddpm_jax.losses.squared_error import evaluate, squared_error
 from ddpm_jax.losses.times import TimeDistribution
 from ddpm_jax.losses.weightings import Weighting, simple
 from ddpm_jax.predictions import Denoised, Prediction, coefficients, learned_fraction, map_x_0, x_0_of
@@ -147,7 +147,7 @@ def hybrid_loss(
       "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; expected"
       " processes.discrete(betas) and predictions.learned_range(EPS), X0 or V."
     )
-  drawn = draw(key, apply, process, prediction, x_0, times=times, time_input=time_input)
+  drawn = evaluate(key, apply, process, prediction, x_0, times=times, time_input=time_input)
   error = squared_error(drawn, process, prediction, weighting)
   mean = prediction.to_x0(*widen(drawn.output, drawn.x_t, *coefficients(process, prediction, drawn.t, x_0)))
   assert drawn.variance is not None

@@ -126,15 +126,15 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
   def bound(keys, denoise, inputs, parameters):
     limited = programs.clipped(experiment, denoise)
     found = likelihood.variational_bound(
-      keys, process, limited, inputs["x_0"], variance=c.bound_variance, draws=c.bound_draws or None
+      keys, process, limited, inputs["x_0"], variance=c.bound_variance, num_evaluations=c.bound_draws or None
     )
     sums = jnp.stack([found.bits, found.prior, found.decoder], 1)
     return sums if c.bound_draws else jnp.concatenate([sums, found.terms], 1)
 
   def ode(keys, denoise, inputs, parameters):
     # Networks know backward derivatives alone on a CPU (`models.networks.of_linen`).
-    options: dict[str, Any] = {"exact": not c.probes, "probes": max(c.probes, 1), "noise": c.probe_noise}
-    options["reverse"] = jax.default_backend() == "cpu"
+    options: dict[str, Any] = {"exact_trace": not c.probes, "probes": max(c.probes, 1), "probe_noise": c.probe_noise}
+    options["reverse_mode"] = jax.default_backend() == "cpu"
     tolerance = c.likelihood_tolerance
     found = likelihood.ode_bits(keys, process, denoise, inputs["x_0"], rtol=tolerance, atol=tolerance, **options)
     return jnp.stack([found.bits, found.nfe.astype(jnp.float32)], 1)
