@@ -13,7 +13,7 @@ from tests.flags import COMPILE_SOON, PATIENT
 
 RECIPE = "--config=tests/recipes.py"
 # The same of a network that compiles at once.
-DENSE = "--config=tests/dense.py"
+DENSE = "--config=tests/dense_config.py"
 NOWHERE = "/proc/nowhere"
 
 

@@ -411,7 +411,8 @@ def test_what_must_be_given_may_come_later_but_must_come():
   ):
     configs.build(tree)
   assert (
-    configs.build(configs.changed(tree, "model.conditions.classes.number", 3)).model.conditions["classes"].number == 3
+    configs.build(configs.changed(tree, "model.conditions.classes.number", 3)).model.conditions["classes"].num_values
+    == 3
   )
 
 

@@ -104,7 +104,7 @@ UNKNOWN = [
   ("model.process", "predictions.EPS", "a value of type Prediction; expected a process"),
   ("model.process.betas", "processes.cosine", "the function cosine that makes a Process; expected a schedule"),
   ("model.prediction", "predictions.denoiser", "the function denoiser; expected a prediction"),
-  ("model.network", "networks.trainable", "the function trainable; expected a network"),
+  ("model.network", "networks.trainable_mask", "the function trainable_mask; expected a network"),
   ("model.codec", "conditions.classes", "makes a Condition; expected a codec"),
   ("model.conditions.classes", "codecs.pixels", "makes a Codec; expected a condition"),
   ("objective", "losses.min_snr", "the function min_snr; expected an objective"),
@@ -289,7 +289,7 @@ def test_a_condition_is_added_and_removed_by_a_flag():
   assert classes == {"component": "conditions.classes", "number": 10, "dropout": 0.1}
   made = configs.build(tree).model.conditions
   assert set(made) == {"classes", "size"}
-  assert (made["classes"].number, made["size"].shape.shape) == (11, (2,))
+  assert (made["classes"].num_values, made["size"].shape.shape) == (11, (2,))
   assert set(with_keys({"model.conditions.size": "None"}, tree).at("model.conditions")) == {"classes"}
   assert tree.role("model.conditions.classes.number") == "model"
 

@@ -196,7 +196,7 @@ def test_the_networks_have_the_channels_of_a_learned_variance(page, file):
   tree = config.changed(tree_of(tiny_config()), "model.prediction", "learned_range(prediction=V)")
   (name,) = re.findall(r"class (\w+)", (page.folder / file).read_text())
   model = config.build(config.changed(tree, "model.network", f"{file}:{name}(width=16, depth=1)")).model
-  assert model.outputs() == 2
+  assert model.output_channels() == 2
 
 
 def test_the_condition_reaches_the_network_and_is_hidden(page):
@@ -208,13 +208,14 @@ def test_the_condition_reaches_the_network_and_is_hidden(page):
   # Made of the data in training, and as it was asked for in sampling.
   means = jnp.mean(images, (1, 2, 3))
   for batch in ({"image": images}, {"brightness": means}):
-    value = model.given(keys, batch)["brightness"]
+    value = model.encode_conditions(keys, batch)["brightness"]
     np.testing.assert_allclose(value, jnp.stack([means, jnp.ones(6)], -1), atol=1e-6)
-  np.testing.assert_array_equal(model.without({"brightness": value})["brightness"], jnp.zeros((6, 2)))
+  np.testing.assert_array_equal(model.drop_conditions({"brightness": value})["brightness"], jnp.zeros((6, 2)))
   assert condition.parse("-0.2") == np.float32(-0.2)
   params = random_like(names["params"])
   one, other = (
-    model.denoise(params, model.given(keys, {"brightness": jnp.full(6, value)}))(images, 0.5) for value in (-0.5, 0.5)
+    model.denoise(params, model.encode_conditions(keys, {"brightness": jnp.full(6, value)}))(images, 0.5)
+    for value in (-0.5, 0.5)
   )
   assert not np.allclose(one, other)
   (drawn,) = (page.folder / "bright" / "samples").glob("*_nfe*.npz")
@@ -282,7 +283,7 @@ def test_the_recipe_of_all_goes_on_without_the_files(page, tmp_path, monkeypatch
   monkeypatch.chdir(tmp_path)
   model, params, frozen = page.load("mine")
   x = model.process.prior(jax.random.key(0), (2, *model.shape))
-  given = model.given(jax.random.split(jax.random.key(1), 2), {"brightness": jnp.zeros(2)}, frozen)
+  given = model.encode_conditions(jax.random.split(jax.random.key(1), 2), {"brightness": jnp.zeros(2)}, frozen)
   drawn = sampling.sample(jax.random.key(2), model.defaults.sampler, model.denoise(params, given), x, model.times(3))
   assert model.decode(drawn, frozen).shape == (2, 16, 16, 1)
 

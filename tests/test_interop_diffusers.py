@@ -57,7 +57,7 @@ def assert_same_tensors(first, second):
 def model_with(network, process, prediction, shape):
   """A model of pixels."""
   return models.Model(
-    network=models.networks.of_linen(network, {}),
+    network=models.networks.from_linen(network, {}),
     process=process,
     prediction=prediction,
     conditions={},
@@ -108,7 +108,7 @@ def test_conditions_are_what_the_peer_takes(name, tmp_path):
   diffusers.DDPMPipeline(peer, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
   model, params = interop.diffusers.load(tmp_path)
   assert list(model.conditions) == [name]
-  given = model.given(jax.random.split(jax.random.key(0), 5), batch)
+  given = model.encode_conditions(jax.random.split(jax.random.key(0), 5), batch)
   x, time = start(), np.linspace(3, 977, 5).astype(np.float32)
   found = jax.jit(model.network.apply)(params, x, time, given)
   with torch.no_grad():
@@ -132,8 +132,8 @@ def test_with_dropout_of_classes_the_last_one_stands_for_none(tmp_path):
   model, _ = interop.diffusers.load(tmp_path, class_dropout=0.1)
   plain = interop.diffusers.read(tmp_path)
   assert model.network.module == plain.network.module
-  assert [m.conditions["classes"].number for m in (model, plain)] == [4, 4]
-  np.testing.assert_array_equal(model.without({"classes": jnp.zeros(2, jnp.int32)})["classes"], [3, 3])
+  assert [m.conditions["classes"].num_values for m in (model, plain)] == [4, 4]
+  np.testing.assert_array_equal(model.drop_conditions({"classes": jnp.zeros(2, jnp.int32)})["classes"], [3, 3])
   assert model.conditions["classes"].dropout == 0.1
   for text, known in ((model, False), (plain, True)):
     if known:

@@ -126,7 +126,7 @@ def test_dequantized_bits_are_those_of_the_levels():
 
 
 def test_derivatives_go_either_way():
-  """Networks with the kernels "looped" know backward ones alone."""
+  """Networks with the kernels "loop" know backward ones alone."""
   process, kernel = PROCESSES["cosine"], 0.3 * jax.random.normal(KEY, (3, 3, 2, 2))
 
   @jax.jit
@@ -138,7 +138,7 @@ def test_derivatives_go_either_way():
 
       return likelihood.ode_bits(keys(2), process, denoise, x, probes=2, rtol=1e-3, atol=1e-3, **options)
 
-    return run("tuned"), run("looped", reverse_mode=True)
+    return run("tuned"), run("loop", reverse_mode=True)
 
   forward, backward = both(on_levels((2, 4, 4, 2)))
   # v^T J v is the same number from either end, but for rounding.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import data, guidance, models, predictions, processes, sampling, schedules
-from ddpm_jax.models import Codec, Condition, Defaults, Model, Network, codecs, conditions
+from ddpm_jax.models import Codec, Condition, SamplingDefaults, Model, Network, codecs, conditions
 
 PROCESS = processes.discrete(schedules.linear(20))
 CLASSES = conditions.classes("classes", 3, dropout=0.25)
@@ -67,7 +67,7 @@ def batch_of(count, seed=1):
 def test_a_share_of_the_conditions_is_hidden_in_training_and_none_in_sampling():
   model, count = make(), 20_000
   batch = batch_of(count)
-  given = jax.jit(lambda keys, batch: model.given(keys, batch, train=True))(keys(count), batch)
+  given = jax.jit(lambda keys, batch: model.encode_conditions(keys, batch, train=True))(keys(count), batch)
   hidden = {"classes": np.asarray(given["classes"] == 3), "vector": np.asarray(jnp.all(given["vector"] == 0, -1))}
   for name, condition in model.conditions.items():
     share = condition.dropout
@@ -79,7 +79,7 @@ def test_a_share_of_the_conditions_is_hidden_in_training_and_none_in_sampling():
   for value in range(3):
     rows = batch["classes"] == value
     assert abs(hidden["classes"][rows].mean() - 0.25) < 4 * (0.25 * 0.75 / rows.sum()) ** 0.5
-  shown = model.given(keys(count), batch)
+  shown = model.encode_conditions(keys(count), batch)
   jax.tree.map(np.testing.assert_array_equal, shown, {name: batch[name] for name in ("classes", "vector")})
 
 
@@ -104,7 +104,7 @@ def test_what_stands_for_none_fits_in_labels_of_eight_bits():
 
 def test_classes_without_dropout_have_no_class_for_none():
   plain = conditions.classes("classes", 3)
-  assert (plain.number, CLASSES.number) == (3, 4)
+  assert (plain.num_values, CLASSES.num_values) == (3, 4)
   assert plain.null is None
   np.testing.assert_array_equal(plain.default(7), [0, 1, 2, 0, 1, 2, 0])
   assert plain.parse(" 2 ") == 2
@@ -210,17 +210,17 @@ def test_noise_hides_the_low_resolution_image_as_much_as_the_network_is_told():
 def test_batches_that_do_not_fit_are_errors():
   model, batch = make(), batch_of(5)
   with pytest.raises(ValueError, match="a batch of classes, image for a model with the condition 'vector'"):
-    model.given(keys(5), {name: batch[name] for name in ("classes", "image")})
+    model.encode_conditions(keys(5), {name: batch[name] for name in ("classes", "image")})
   with pytest.raises(ValueError, match=r"vector of shape \(5, 1\); expected \[B, 2\]"):
-    model.given(keys(5), batch | {"vector": batch["vector"][:, :1]})
+    model.encode_conditions(keys(5), batch | {"vector": batch["vector"][:, :1]})
   with pytest.raises(ValueError, match="expected the same number"):
-    model.given(keys(5), batch | {"vector": batch["vector"][:4]})
+    model.encode_conditions(keys(5), batch | {"vector": batch["vector"][:4]})
 
 
 def test_given_that_does_not_fit_is_an_error():
   model = make()
   params, x = model.init(jax.random.key(0)), jnp.ones((2, *SHAPE))
-  given = model.given(keys(2), batch_of(2))
+  given = model.encode_conditions(keys(2), batch_of(2))
   for wrong, message in (
     ({"klasses": given["classes"], "vector": given["vector"]}, "'klasses'; expected .*Did you mean 'classes'"),
     ({"classes": given["classes"]}, "Got no vector"),
@@ -246,7 +246,7 @@ def test_denoise_is_the_network_s_output_read_by_the_prediction(prediction):
   }[prediction]
   learned = prediction == "learned"
   model = make(network=tables(1 + learned), prediction=meaning, time_input=lambda t: 7 * t)
-  params, given = model.init(jax.random.key(0)), model.given(keys(3), batch_of(3))
+  params, given = model.init(jax.random.key(0)), model.encode_conditions(keys(3), batch_of(3))
   x, t = jnp.asarray(batch_of(3)["image"]), jnp.array([0.1, 0.5, 0.9])
   found = model.denoise(params, given)(x, t)
   alpha, sigma = (value(t)[:, None, None, None] for value in (PROCESS.alpha, PROCESS.sigma))
@@ -275,8 +275,8 @@ def test_predictions_that_cannot_be_read_are_refused_before_any_call():
 def test_guidance_by_two_conditions():
   """`u + scale (c - u)`, away from none of both, and a scale of its own for each."""
   model = make(prediction=predictions.X0)
-  params, given = model.init(jax.random.key(0)), model.given(keys(3), batch_of(3))
-  none = model.without(given)
+  params, given = model.init(jax.random.key(0)), model.encode_conditions(keys(3), batch_of(3))
+  none = model.drop_conditions(given)
   np.testing.assert_array_equal(none["classes"], [3, 3, 3])
   np.testing.assert_array_equal(none["vector"], np.zeros((3, 2)))
   x, t = jnp.asarray(batch_of(3)["image"]), 0.5
@@ -284,7 +284,7 @@ def test_guidance_by_two_conditions():
   found = guidance.classifier_free(conditional, given, none, 3.0)(x, t)
   c, u = (model.network.apply(params, x, jnp.full(3, PROCESS.time_input(t)), values) for values in (given, none))
   np.testing.assert_allclose(found, u + 3 * (c - u), rtol=1e-4, atol=1e-4)
-  one = model.without(given, names=["vector"])
+  one = model.drop_conditions(given, names=["vector"])
   np.testing.assert_array_equal(one["classes"], given["classes"])
   np.testing.assert_array_equal(one["vector"], none["vector"])
   half = conditional(x, t, one)
@@ -295,16 +295,16 @@ def test_guidance_by_two_conditions():
 def test_what_cannot_stand_for_none_stays():
   fixed = conditions.vector("vector", 2)
   model = make(conditions={"classes": CLASSES, "vector": fixed})
-  given = model.given(keys(3), batch_of(3), train=True)
-  none = model.without(given)
+  given = model.encode_conditions(keys(3), batch_of(3), train=True)
+  none = model.drop_conditions(given)
   np.testing.assert_array_equal(none["vector"], batch_of(3)["vector"])
   np.testing.assert_array_equal(none["classes"], [3, 3, 3])
   with pytest.raises(ValueError, match="without dropout of a condition"):
-    model.without(given, names=["vector"])
+    model.drop_conditions(given, names=["vector"])
   with pytest.raises(ValueError, match="Did you mean 'vector'"):
-    model.without(given, names=["vektor"])
+    model.drop_conditions(given, names=["vektor"])
   with pytest.raises(ValueError, match="without dropout of a condition"):
-    make(conditions={"vector": fixed}).without({"vector": given["vector"]})
+    make(conditions={"vector": fixed}).drop_conditions({"vector": given["vector"]})
 
 
 def test_conditions_with_frozen_parameters_are_handed_their_own():
@@ -328,7 +328,7 @@ def test_conditions_with_frozen_parameters_are_handed_their_own():
   frozen = model.load_frozen()
   assert frozen.keys() == {"conditions"}
   batch = batch_of(50) | {"text": np.random.default_rng(0).integers(1, 5, (50, 3))}
-  given = model.given(keys(50), batch, frozen, train=True)
+  given = model.encode_conditions(keys(50), batch, frozen, train=True)
   table = frozen["conditions"]["text"]["table"]
   hidden = np.all(
     np.asarray(given["text"]["tokens"]) == np.asarray(null(frozen["conditions"]["text"])["tokens"]), (1, 2)
@@ -338,7 +338,7 @@ def test_conditions_with_frozen_parameters_are_handed_their_own():
   # Both parts of a sample are hidden, or neither.
   np.testing.assert_array_equal(given["text"]["pooled"][hidden], np.tile(table[0], (hidden.sum(), 1)))
   np.testing.assert_allclose(given["text"]["pooled"][~hidden], table[batch["text"]].mean(1)[~hidden], rtol=1e-6)
-  np.testing.assert_array_equal(model.without(given, frozen)["text"]["pooled"], np.tile(table[0], (50, 1)))
+  np.testing.assert_array_equal(model.drop_conditions(given, frozen)["text"]["pooled"], np.tile(table[0], (50, 1)))
 
 
 def halves():
@@ -377,7 +377,7 @@ def test_a_codec_lies_between_data_and_x():
 def test_models_say_how_they_are_sampled():
   clip = lambda denoise: guidance.clip(denoise, -0.5, 0.5)  # noqa: E731
   times = lambda steps: sampling.grids.trailing(PROCESS, steps)  # noqa: E731
-  defaults = Defaults("ddim", sampling.ddim(PROCESS), times, 5, clip)
+  defaults = SamplingDefaults("ddim", sampling.ddim(PROCESS), times, 5, clip)
   model = make(conditions={}, defaults=defaults)
   params = model.init(jax.random.key(0))
   np.testing.assert_array_equal(model.times(4), sampling.grids.trailing(PROCESS, 4))
@@ -401,12 +401,12 @@ def test_a_classifier_is_a_model_too():
     return x.reshape(x.shape[0], -1) @ params["kernel"] + time[:, None]
 
   model = make(network=Network(init, apply), conditions={}, prediction=predictions.edm(0.5))
-  assert model.outputs() == 5
+  assert model.output_channels() == 5
   params, x, t = model.init(jax.random.key(0)), jnp.asarray(batch_of(3)["image"]), 0.5
   scale = predictions.edm(0.5).input_scale(PROCESS.alpha(t), PROCESS.sigma(t))
   logits = (scale * x).reshape(3, -1) @ params["kernel"] + PROCESS.time_input(jnp.float32(t))
   np.testing.assert_allclose(model.classify(params)(x, t), jax.nn.log_softmax(logits), rtol=1e-4, atol=1e-4)
-  assert make().outputs() == 1
+  assert make().output_channels() == 1
 
 
 def test_all_nouns_come_by_name():

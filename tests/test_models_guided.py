@@ -244,9 +244,9 @@ def test_a_rule_of_ones_own_is_known_by_what_it_takes_and_gives():
     shapes.append((condition["classes"].shape, negative["classes"].shape))
     return guidance.cfg_plus_plus(conditional, condition, negative, 0.5)
 
-  assert guided.gives_two(experiment.model, own)
+  assert guided.has_two_estimates(experiment.model, own)
   assert shapes == [((1,), (1,))]
-  assert not guided.gives_two(experiment.model, experiment.guidance)
+  assert not guided.has_two_estimates(experiment.model, experiment.guidance)
   guided.check(experiment.model, own, two_estimates=True)
   with pytest.raises(ValueError, match="Got guidance by own, which takes data and noise from two estimates"):
     guided.check(experiment.model, own, two_estimates=False)

@@ -90,7 +90,7 @@ def inputs(count=4):
 
 
 def make(name, arguments=None, given=CONDITIONS):
-  return networks.of(LIBRARIES[name][0], {"width": WIDTH} if arguments is None else arguments, given)
+  return networks.from_component(LIBRARIES[name][0], {"width": WIDTH} if arguments is None else arguments, given)
 
 
 def with_weights(apply):
@@ -184,7 +184,7 @@ class Boxed(nn.Module):
 
 
 def test_names_of_axes_are_no_part_of_the_parameters():
-  network, x = networks.of(Boxed, {}, {}), jnp.ones((1, 2, 2, 1))
+  network, x = networks.from_component(Boxed, {}, {}), jnp.ones((1, 2, 2, 1))
   params = network.init(jax.random.key(0), x, jnp.ones(1), {})
   assert isinstance(params["scale"], jax.Array)
   np.testing.assert_array_equal(network.apply({"scale": 3 * params["scale"]}, x, jnp.ones(1), {}), 3 * x)
@@ -223,7 +223,7 @@ DROPOUT = {"linen": LinenDropout, "nnx": NnxDropout, "equinox": EquinoxDropout}
 
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout_is_on_in_training_alone_and_follows_from_the_keys(name):
-  network = networks.of(DROPOUT[name], {}, {})
+  network = networks.from_component(DROPOUT[name], {}, {})
   x, time = jnp.ones((2, 100, 100, 1)), jnp.ones(2)
   params = network.init(jax.random.key(0), x, time, {})
   np.testing.assert_array_equal(network.apply(params, x, time, {}), x)
@@ -268,7 +268,7 @@ class EquinoxNorm(equinox.Module):
 @pytest.mark.parametrize("component", [LinenNorm, NnxNorm, EquinoxNorm])
 def test_state_is_refused(component):
   with pytest.raises(ValueError, match=rf"Got {component.__name__} with .*; expected parameters alone.*GroupNorm"):
-    networks.of(component, {}, {}).init(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(1), {})
+    networks.from_component(component, {}, {}).init(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(1), {})
 
 
 def takes(parameters):
@@ -284,7 +284,7 @@ def takes(parameters):
 
 
 def call(parameters, given_conditions, given, **options):
-  network = networks.of_linen(takes(parameters)(), given_conditions)
+  network = networks.from_linen(takes(parameters)(), given_conditions)
   return network.apply({}, jnp.ones((2, 4, 4, 1)), jnp.ones(2), given, **options)
 
 
@@ -344,24 +344,24 @@ def test_conditions_that_a_network_does_not_take_are_errors(parameters, given, m
 
 
 def test_networks_cannot_be_told_a_level_and_a_vector():
-  facts = networks.facts(CONDITIONS, (4, 4, 1), 2)
+  facts = networks.derived_arguments(CONDITIONS, (4, 4, 1), 2)
   assert (facts["num_classes"], facts["vector_embedding"], facts["dimensions"], facts["out_channels"]) == (
     3,
     "dense",
     2,
     2,
   )
-  assert networks.facts(LEVEL, (4, 1), 1)["vector_embedding"] == "time"
+  assert networks.derived_arguments(LEVEL, (4, 1), 1)["vector_embedding"] == "time"
   with pytest.raises(ValueError, match="'level' and 'vector'"):
-    networks.facts(CONDITIONS | LEVEL, (4, 4, 1), 1)
+    networks.derived_arguments(CONDITIONS | LEVEL, (4, 4, 1), 1)
 
 
 def test_a_function_or_a_network_is_one_too():
   network = Network(lambda key, x, time, given: {}, lambda params, x, time, given, **_: x)
-  assert networks.of(network, {}, {}) is network
-  assert networks.of(lambda scale: network, {"scale": 2}, {}) is network
+  assert networks.from_component(network, {}, {}) is network
+  assert networks.from_component(lambda scale: network, {"scale": 2}, {}) is network
   module = Linen(WIDTH)
-  assert networks.of(module, {}, CONDITIONS).module is module
+  assert networks.from_component(module, {}, CONDITIONS).module is module
 
 
 @pytest.mark.parametrize(
@@ -381,11 +381,13 @@ def test_a_function_or_a_network_is_one_too():
 )
 def test_what_is_no_network_is_an_error(component, arguments, message):
   with pytest.raises(ValueError, match=message):
-    networks.of(component, arguments, {})
+    networks.from_component(component, arguments, {})
 
 
 def test_the_u_net_is_checked_before_it_is_traced():
-  network = networks.of(own.UNet, {"channels": 8, "groups": 4, "multipliers": (1, 1), "attention_levels": ()}, {})
+  network = networks.from_component(
+    own.UNet, {"channels": 8, "groups": 4, "multipliers": (1, 1), "attention_levels": ()}, {}
+  )
   network.check((8, 8, 3))
   with pytest.raises(ValueError, match="every side divisible by 2"):
     network.check((7, 7, 3))
@@ -395,7 +397,7 @@ def test_the_u_net_is_checked_before_it_is_traced():
 def test_other_libraries_are_imported_where_they_are_used():
   code = (
     "import sys; from ddpm_jax import models, networks\n"
-    "models.networks.of(networks.UNet, {}, {}); models.networks.of(lambda: models.Network(None, None), {}, {})\n"
+    "models.networks.from_component(networks.UNet, {}, {}); models.networks.from_component(lambda: models.Network(None, None), {}, {})\n"
     "print('equinox' in sys.modules)"
   )
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

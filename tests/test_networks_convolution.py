@@ -48,7 +48,7 @@ def test_gradients_are_jax_s_own(x64, size, window, strides, padding):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
   def ours(x, kernel):
-    return convolve(x, kernel, strides, padding, "looped")
+    return convolve(x, kernel, strides, padding, "loop")
 
   def both(x, kernel):
     results = []
@@ -69,7 +69,7 @@ def test_in_a_loop_and_where_the_kernel_alone_is_asked_for(x64):
   def total(x, kernel, inside):
     def once(h, _):
       own = functools.partial(lax.conv_general_dilated, dimension_numbers=numbers)
-      h = (functools.partial(convolve, kernels="looped") if inside else own)(h, kernel, (1, 1), "SAME")
+      h = (functools.partial(convolve, kernels="loop") if inside else own)(h, kernel, (1, 1), "SAME")
       return jnp.tanh(h), None
 
     return jnp.sum(lax.scan(once, x, length=3)[0] ** 2)
@@ -85,7 +85,7 @@ def test_only_what_is_for_loops_has_no_forward_derivatives():
   def run(x, kernels="tuned"):
     return convolve(x, kernel, (1, 1), "SAME", kernels)
 
-  looped = functools.partial(run, kernels="looped")
+  looped = functools.partial(run, kernels="loop")
   assert "custom_vjp" not in str(jax.make_jaxpr(run)(x))
   assert "custom_vjp" in str(jax.make_jaxpr(looped)(x))
   value, slope = jax.jvp(run, (x,), (x,))
@@ -112,7 +112,7 @@ def test_of_whole_networks(kind, size):
   def traced(kernels):
     return str(jax.make_jaxpr(functools.partial(total, kernels=kernels))(x, params))
 
-  assert "custom_vjp" in traced("looped")
+  assert "custom_vjp" in traced("loop")
   for mark in ("platform_index", "custom_vjp", "custom_jvp", "optimization_barrier"):
     assert mark not in traced("plain"), "no program but JAX's own"
   gradients = jax.jit(lambda x, params: [jax.grad(total, (0, 1))(x, params, kernels) for kernels in KERNELS])
@@ -282,8 +282,8 @@ def test_which_go_by_tiles(padding, change, expected):
     traced = jax.jit(lambda x, kernel: convolve(x, kernel, case["strides"], padding, kernels)).trace(x, kernel)
     return "_by_tiles" in str(traced.jaxpr)
 
-  assert by_tiles("alone") == expected
-  assert not any(map(by_tiles, ("tuned", "looped", "plain")))
+  assert by_tiles("single_device") == expected
+  assert not any(map(by_tiles, ("tuned", "loop", "plain")))
 
 
 @pytest.mark.parametrize(

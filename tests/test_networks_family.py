@@ -13,7 +13,7 @@ from diffusers.models.downsampling import downsample_2d
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import upsample_2d
 
-from ddpm_jax.networks import Classifier, UNet, layers, trainable
+from ddpm_jax.networks import Classifier, UNet, layers, trainable_mask
 from ddpm_jax.networks.kernels.resampling import double, halve
 from tests.parameters import random_like
 from tests.test_networks import SMALL
@@ -141,7 +141,9 @@ def test_a_vector_is_embedded_as_time_is_by_random_frequencies_too():
 
 def test_constants_are_those_that_are_not_trained():
   network = UNet(**SMALL, **NCSNPP)
-  silent = [path for path, trained in jax.tree.leaves_with_path(trainable(init(network, (8, 8), 3))) if not trained]
+  silent = [
+    path for path, trained in jax.tree.leaves_with_path(trainable_mask(init(network, (8, 8), 3))) if not trained
+  ]
   assert [jax.tree_util.keystr(path) for path in silent] == ["['time_frequencies']"]
 
 

@@ -331,7 +331,7 @@ def test_parameters_that_are_not_trained_stay_bit_for_bit(name):
   frequencies = params["time_frequencies"].copy()
   averages = ema.params_ema(ema.fixed(0.9), ema.power(0.1))
   chain = optim.chain(
-    0.05, name=name, arguments=DECAYING[name], clip_norm=None, averages=averages, trainable=networks.trainable
+    0.05, name=name, arguments=DECAYING[name], clip_norm=None, averages=averages, trainable=networks.trainable_mask
   )
   gradients = jax.tree.map(jnp.zeros_like, params)
   history, state = run(chain, params, [gradients] * 3)

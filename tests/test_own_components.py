@@ -12,7 +12,7 @@ from ddpm_jax import config as configs
 from ddpm_jax import runs, sampling
 from ddpm_jax.devices import parallel
 from ddpm_jax.runs import frozen, scoring, stepping
-from tests import own
+from tests import user_components
 from tests.conftest import ROOT
 from tests.recipes import saved_items, tiny_config, tree_of
 
@@ -52,7 +52,7 @@ def unscored(monkeypatch):
 @pytest.mark.parametrize("name", OWN)
 def test_a_run_goes_on_and_is_loaded_without_the_file(name, tmp_path, unscored):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   runs.run_train(tree_with(path, name), tmp_path / "whole")
   runs.run_train(tree_with(path, name, steps=4), tmp_path / "unbroken")
   path.unlink()
@@ -73,7 +73,7 @@ def test_a_run_goes_on_and_is_loaded_without_the_file(name, tmp_path, unscored):
 
 def test_each_argument_reaches_its_component(tmp_path):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   built = configs.build(tree_with(path, "linen"))
   assert built.model.network.module.width == 8
   assert configs.build(tree_with(path, "codec")).model.shape == (2, 2, 16)
@@ -88,7 +88,7 @@ def test_each_argument_reaches_its_component(tmp_path):
 
 def test_a_file_that_changed_is_refused_and_the_copy_serves(tmp_path, unscored):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   runs.run_train(tree_with(path, "weighting"), tmp_path / "run")
   path.write_text(path.read_text().replace("gamma * jnp.exp", "2 * gamma * jnp.exp"))
   with pytest.raises(ValueError, match=r"holds a run of another config:\n +objective.weighting.sha256"):
@@ -97,12 +97,12 @@ def test_a_file_that_changed_is_refused_and_the_copy_serves(tmp_path, unscored):
   weigh = configs.build(tree)
   assert weigh.tree.values["objective"]["weighting"]["sha256"] == tree.values["objective"]["weighting"]["sha256"]
   (kept,) = (tmp_path / "run" / "components").rglob("*.py")
-  assert kept.read_text() == (ROOT / "tests" / "own.py").read_text()
+  assert kept.read_text() == (ROOT / "tests" / "user_components.py").read_text()
 
 
 def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypatch):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   runs.run_train(tree_with(path, "codec"), tmp_path / "run")
   for step in (tmp_path / "run" / "checkpoints").iterdir():
     assert not list(step.rglob("*gain*"))
@@ -122,7 +122,7 @@ def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypa
 @pytest.mark.parametrize("size", [(), (2,)], ids=["another shape", "the same shape"])
 def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   tree = (
     tree_with(path, "codec")
     if not size
@@ -153,7 +153,7 @@ def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
 
 def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   tree = tree_with(path, "condition")
   runs.run_train(tree, tmp_path / "run")
   experiment, choice = configs.build(tree), runs.Choice()
@@ -174,7 +174,7 @@ def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
 
 def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_path, unscored):
   path, teacher = tmp_path / "mine.py", tmp_path / "teacher"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   runs.run_train(tree_with(path, "weighting"), teacher)
   tree = configs.changed(tree_with(path, "condition"), "objective", f"{path}:loss")
   experiment, reads = configs.build(tree), []
@@ -186,7 +186,7 @@ def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_pat
   def null(frozen):
     return frozen["none"]
 
-  bright = own.brightness("bright")._replace(null=null, load=lambda: {"none": np.zeros(1, np.float32)})
+  bright = user_components.brightness("bright")._replace(null=null, load=lambda: {"none": np.zeros(1, np.float32)})
   model = experiment.model._replace(conditions={"bright": bright})
   experiment = experiment._replace(model=model, objective=experiment.objective._replace(load=load))
   batch = stepping.batch_shapes(experiment, 1)
@@ -201,7 +201,7 @@ def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_pat
 
 def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   experiment, mesh = configs.build(tree_with(path, "loss")), parallel.make_mesh()
   for given in ({"a": 3, "b": np.arange(4), "key": jax.random.key(0)}, {}):
     one = experiment._replace(objective=experiment.objective._replace(load=lambda given=given: given))
@@ -212,7 +212,7 @@ def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
 
 def test_an_image_that_joins_x_has_its_space(tmp_path):
   path = tmp_path / "mine.py"
-  shutil.copy(own.__file__, path)
+  shutil.copy(user_components.__file__, path)
   tree = configs.changed(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
   with pytest.raises(ValueError, match=r"condition 'low', an image of shape \(8, 8, 1\), for x of shape \(2, 2, 16\)"):
     configs.build(tree)
@@ -220,7 +220,7 @@ def test_an_image_that_joins_x_has_its_space(tmp_path):
 
 def test_what_cannot_be_read_or_loaded_is_one_error(tmp_path, unscored):
   path = tmp_path / "mine.py"
-  text = (ROOT / "tests" / "own.py").read_text()
+  text = (ROOT / "tests" / "user_components.py").read_text()
   path.write_text(text.replace('{"gain": np.float32(0.9)}', "{}[0]").replace('{"scale": np.float32(2)}', "{}[1]"))
   for name, message in (
     ("codec", "config.model.codec=.*KeyError.*: 0"),

@@ -81,8 +81,8 @@ def score(config, folder, seed=0, **options):
 
 def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
   """One device without a break, against one device in a process that is killed on its way, and the eight of this process."""
-  recipe = "from tests import dense\nfrom tests.test_runs_evaluation import config_of, die_after\n\n\n"
-  recipe += "def get_config():\n  dense.get_config()\n"
+  recipe = "from tests import dense_config\nfrom tests.test_runs_evaluation import config_of, die_after\n\n\n"
+  recipe += "def get_config():\n  dense_config.get_config()\n"
   for name, first in (("dying", "  die_after(3)\n"), ("living", "")):
     (tmp_path / f"{name}.py").write_text(f"{recipe}{first}  return config_of(report=True)\n")
   arguments = ["--mode=eval", f"--workdir={copy}", "--seed=0"]

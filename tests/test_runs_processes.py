@@ -132,7 +132,7 @@ import os, signal
 import jax
 from ddpm_jax.storage import records
 from ddpm_jax.runs import scoring
-from tests import dense
+from tests import dense_config
 
 def get_config():
   own, scalars = scoring.Judge.score, records.Records.scalars
@@ -145,7 +145,7 @@ def get_config():
       os.kill(os.getpid(), signal.SIGTERM)
     scalars(self, number, values)
   {patch}
-  return dense.get_config()
+  return dense_config.get_config()
 """
 
 

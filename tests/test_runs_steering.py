@@ -5,7 +5,7 @@ import pytest
 
 from ddpm_jax import data, models
 from ddpm_jax.config import spec
-from ddpm_jax.models import asking
+from ddpm_jax.models import inputs
 from ddpm_jax.runs import drawing
 from tests.recipes import experiment_of, tiny_config
 
@@ -21,26 +21,26 @@ def of_classes(number):
 
 
 def test_classes_that_are_asked_for():
-  assert asking.asked(experiment().model.conditions, {}, 4) == {}
+  assert inputs.parse_inputs(experiment().model.conditions, {}, 4) == {}
   with pytest.raises(ValueError, match="trained without classes; expected a condition that it knows .none."):
-    asking.asked(experiment().model.conditions, {"classes": ["1"]}, 4)
+    inputs.parse_inputs(experiment().model.conditions, {"classes": ["1"]}, 4)
   conditions = of_classes(3).model.conditions
-  np.testing.assert_array_equal(asking.asked(conditions, {}, 4)["classes"], [0, 1, 2, 0])
-  np.testing.assert_array_equal(asking.asked(conditions, {"classes": ["2", "1"]}, 5)["classes"], [2, 1, 2, 1, 2])
+  np.testing.assert_array_equal(inputs.parse_inputs(conditions, {}, 4)["classes"], [0, 1, 2, 0])
+  np.testing.assert_array_equal(inputs.parse_inputs(conditions, {"classes": ["2", "1"]}, 5)["classes"], [2, 1, 2, 1, 2])
   for wrong in (["3"], ["-1"], ["one"]):
     with pytest.raises(ValueError, match="expected integers from 0 to 2"):
-      asking.asked(conditions, {"classes": wrong}, 4)
+      inputs.parse_inputs(conditions, {"classes": wrong}, 4)
   with pytest.raises(ValueError, match="no value of classes; expected one or more"):
-    asking.asked(conditions, {"classes": []}, 4)
+    inputs.parse_inputs(conditions, {"classes": []}, 4)
 
 
 def test_a_condition_of_ones_own_that_cannot_read_a_text_is_named():
   conditions = {"bright": models.conditions.vector("bright", 1)._replace(parse=np.float32)}
-  np.testing.assert_array_equal(asking.asked(conditions, {"bright": ["0.5"]}, 2)["bright"], [0.5, 0.5])
+  np.testing.assert_array_equal(inputs.parse_inputs(conditions, {"bright": ["0.5"]}, 2)["bright"], [0.5, 0.5])
   with pytest.raises(
     ValueError, match="Got --given bright=dark, which the condition cannot read .ValueError: .*'dark'"
   ):
-    asking.asked(conditions, {"bright": ["dark"]}, 2)
+    inputs.parse_inputs(conditions, {"bright": ["dark"]}, 2)
 
 
 def test_classes_in_the_data_s_proportions():
@@ -71,9 +71,9 @@ def test_evaluation_asks_for_classes_as_the_data_have_them():
   counts = drawing.class_counts(found, source())
   np.testing.assert_array_equal(counts, [9, 0, 3, 0])
   np.testing.assert_array_equal(
-    np.bincount(asking.inputs_of(found.model.conditions, 8, source(), counts)["classes"]), [6, 0, 2]
+    np.bincount(inputs.default_inputs(found.model.conditions, 8, source(), counts)["classes"]), [6, 0, 2]
   )
-  np.testing.assert_array_equal(asking.inputs_of(found.model.conditions, 8, source())["classes"], np.arange(8) % 4)
+  np.testing.assert_array_equal(inputs.default_inputs(found.model.conditions, 8, source())["classes"], np.arange(8) % 4)
 
 
 def test_what_has_no_default_is_that_of_real_data_all_of_one_item():
@@ -85,7 +85,7 @@ def test_what_has_no_default_is_that_of_real_data_all_of_one_item():
     sketch=spec("conditions.image", shape=(8, 8, 2)),
     low=spec("conditions.low_resolution", factor=2),
   )
-  asked = asking.inputs_of(found.model.conditions, 30, source(**items), np.array([9, 0, 3]))
+  asked = inputs.default_inputs(found.model.conditions, 30, source(**items), np.array([9, 0, 3]))
   assert set(asked) == {"classes", "vector", "sketch", "low"}
   number = asked["vector"][:, 0]
   assert set(number) == set(numbers)

@@ -98,7 +98,7 @@ def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
   smooth = jax.image.resize(small, (200, 16, 16, 1), "bicubic")
 
   def given(config, rows=np.s_[:]):
-    return experiment_of(config).model.given(keys[rows], {"image": image[rows]}, train=True)["low"]
+    return experiment_of(config).model.encode_conditions(keys[rows], {"image": image[rows]}, train=True)["low"]
 
   clean = given(config_of(low(noise=0.0, sample_noise=0.0)))
   np.testing.assert_allclose(clean["image"], smooth, atol=1e-5)
@@ -120,7 +120,7 @@ def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
 def test_the_condition_of_images_that_are_no_squares():
   experiment = experiment_of(config_of(low(noise=0.0, sample_noise=0.0), data__image_size=(4, 8)))
   keys, image = jax.random.split(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (3, 4, 8, 1))
-  found = experiment.model.given(keys, {"image": image}, train=True)["low"]["image"]
+  found = experiment.model.encode_conditions(keys, {"image": image}, train=True)["low"]["image"]
   small = np.asarray(image).reshape(3, 2, 2, 4, 2, 1).mean((2, 4))
   np.testing.assert_allclose(found, jax.image.resize(small, (3, 4, 8, 1), "bicubic"), atol=1e-5)
   assert drawing.low_shape(experiment, "low") == (2, 4, 1)

@@ -131,7 +131,7 @@ def _model(tree: Tree, data: Data) -> Model:
   with _naming(tree, "model.codec"):
     x_shape = codec.shape(data.shape)
   channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
-  network = make(tree, "model.network", models.networks.facts(conditions, x_shape, channels))
+  network = make(tree, "model.network", models.networks.derived_arguments(conditions, x_shape, channels))
   with _naming(tree, "model.network"):
     network.check(x_shape)
   return Model(network, process, prediction, conditions, codec, data.shape, x_shape)
@@ -175,7 +175,7 @@ def make(tree: Tree, path: str, offered: Mapping[Any, Any] | None = None) -> Any
       arguments[name] = own[0]
   call = functools.partial(component.itself, **arguments)
   if models.Network in component.slot.kinds:
-    call = functools.partial(models.networks.of, component.itself, arguments, offered["conditions"])
+    call = functools.partial(models.networks.from_component, component.itself, arguments, offered["conditions"])
   return call if component.slot.later else _made(tree, path, call)
 
 

@@ -127,7 +127,7 @@ def read(
   network = network.clone(dropout=dropout, dtype=_DTYPES[dtype], remat=remat, attention=attention)
   network.check_input(data_shape)
   return Model(
-    network=networks.of_linen(network, conditions),
+    network=networks.from_linen(network, conditions),
     process=process,
     prediction=prediction,
     conditions=conditions,

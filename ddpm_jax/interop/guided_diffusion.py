@@ -23,7 +23,7 @@ import numpy as np
 
 from ddpm_jax import guidance, predictions, processes, sampling, schedules
 from ddpm_jax.interop import tensors
-from ddpm_jax.models import Condition, Defaults, Model, codecs, conditions, networks
+from ddpm_jax.models import Condition, SamplingDefaults, Model, codecs, conditions, networks
 from ddpm_jax.networks import Classifier, UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
@@ -89,7 +89,7 @@ def load(
   process, time_input = _process(process, shape, rescale_timesteps)
   given = _conditions(file, network, shape, taken - shape[-1], factor)
   model = Model(
-    network=networks.of_linen(network, given),
+    network=networks.from_linen(network, given),
     process=process,
     prediction=prediction,
     conditions=given,
@@ -156,10 +156,10 @@ def _conditions(
   return found
 
 
-def _defaults(process: Process, variance: str) -> Defaults | None:
+def _defaults(process: Process, variance: str) -> SamplingDefaults | None:
   if not process.num_steps:
     return None
-  return Defaults(
+  return SamplingDefaults(
     name="ancestral",
     sampler=sampling.ancestral(process, variance),
     times=functools.partial(sampling.grids.linspace, process),
@@ -228,7 +228,7 @@ def load_classifier(
   template = tensors.abstract_params(network, shape)
   process, time_input = _process(process, shape, rescale_timesteps)
   model = Model(
-    network=networks.of_linen(network, {}),
+    network=networks.from_linen(network, {}),
     process=process,
     prediction=predictions.EPS,
     conditions={},
@@ -373,7 +373,7 @@ def _grammar(network: UNet | Classifier, new_order: bool) -> tensors.Grammar:
       if new_order or path.startswith("pool/"):
         value = value[index * width : (index + 1) * width]
       else:
-        heads = network.heads_of(width)
+        heads = network.num_heads(width)
         value = value.reshape(heads, 3, width // heads, *value.shape[1:])[:, index].reshape(width, *value.shape[1:])
     return tensors.to_ours(path, value)
 

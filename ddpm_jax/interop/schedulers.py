@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import guidance, predictions, processes, sampling, schedules
-from ddpm_jax.models import Defaults
+from ddpm_jax.models import SamplingDefaults
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 from ddpm_jax.storage import jsonfiles
@@ -165,12 +165,12 @@ class Schedule(NamedTuple):
       return make(process, self.variance)
     return make(process, self.order) if self.sampler in _OF_ANY_ORDER else make(process)
 
-  def defaults(self, process: Process) -> Defaults:
+  def defaults(self, process: Process) -> SamplingDefaults:
     """Return how the scheduler samples: all steps if they are those of DDPM, else 50."""
     n = len(self.betas)
     clip = None if self.clip is None else functools.partial(guidance.clip, low=-self.clip, high=self.clip)
     steps = n if self.sampler == "ancestral" else min(50, n)
-    return Defaults(self.sampler, self.rule(process), self.times(process), steps, clip)
+    return SamplingDefaults(self.sampler, self.rule(process), self.times(process), steps, clip)
 
 
 def read(config: Mapping[str, Any]) -> Schedule:

@@ -190,7 +190,7 @@ def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
   }
   heads = n.head_channels
   if not heads and n.heads > 1:
-    widths = {n.features_of(level) for level in (*n.attention_levels, *([last] if n.middle_attention else []))}
+    widths = {n.num_features(level) for level in (*n.attention_levels, *([last] if n.middle_attention else []))}
     if len(widths) > 1:
       raise ValueError(
         f"Got heads={n.heads} at levels of {sorted(widths)} features; diffusers' UNet2DModel counts heads by their features."
@@ -209,7 +209,7 @@ def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
     "flip_sin_to_cos": n.time_embedding == "cos_sin",
     "down_block_types": types["Down"],
     "up_block_types": types["Up"][::-1],
-    "block_out_channels": [n.features_of(level) for level in range(last + 1)],
+    "block_out_channels": [n.num_features(level) for level in range(last + 1)],
     "layers_per_block": n.blocks,
     "downsample_padding": int(n.symmetric_padding),
     "downsample_type": _type(n, downs, [level for level in n.attention_levels if level < last]),

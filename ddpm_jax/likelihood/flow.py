@@ -82,7 +82,7 @@ def ode_bits(
     probes: how many v an image.
     probe_noise: of v: "rademacher", signs, or "gaussian", which has the larger variance (Hutchinson 1990).
     exact_trace: whether the trace is computed, for at most 1024 dimensions; `probes` and `probe_noise` then do not matter.
-    reverse_mode: whether derivatives go backwards (`jax.vjp`): for networks that know no others, such as a `UNet` with the kernels "looped".
+    reverse_mode: whether derivatives go backwards (`jax.vjp`): for networks that know no others, such as a `UNet` with the kernels "loop".
       Forward ones need less memory.
     dequantize: whether x_0 are levels, and not continuous data.
     t_min: where the flow starts, in (0, t_max); by default 1e-5 of t_max, as Song et al. have, or `process.t_min` of discrete processes

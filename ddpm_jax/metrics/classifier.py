@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ddpm_jax.floats import with_promotion
 from ddpm_jax.metrics.features import FeatureSpace
-from ddpm_jax.networks.recognition import Recognizer
+from ddpm_jax.networks.image_classifier import ImageClassifier
 from ddpm_jax.storage import sealed
 from ddpm_jax.storage.images import from_uint8
 
@@ -57,7 +57,7 @@ def train_classifier(
       f"Got classes {classes.min()} to {classes.max()} of {num_classes} classes and {steps} steps; expected two classes or more, classes"
       " from 0 on, and a step or more."
     )
-  network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
+  network = ImageClassifier(num_classes, features=CLASSIFIER_FEATURES)
   optimizer = optax.adam(optax.cosine_decay_schedule(_PEAK_RATE, steps))
 
   @jax.jit
@@ -111,7 +111,7 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
   `prepare` raises a ValueError of images that have other channels than those that the classifier learned from.
   """
   channels = np.shape(params["conv_0"]["kernel"])[2]
-  network = Recognizer(num_classes, features=CLASSIFIER_FEATURES)
+  network = ImageClassifier(num_classes, features=CLASSIFIER_FEATURES)
 
   def prepare(images: np.ndarray) -> np.ndarray:
     if images.shape[-1] != channels:

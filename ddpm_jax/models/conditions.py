@@ -37,10 +37,10 @@ class Condition(NamedTuple):
       arrays [B, ...] by name: what the data source gives in training, what the user asks for in sampling. It holds the condition's name.
     null: `null(frozen) -> value of one sample` that stands for none; None for what both branches of guidance are given.
     dropout: the share of samples whose condition is hidden in training, which classifier-free guidance needs.
-    number: of a condition of kind "classes": how many values it has, the one for none included.
+    num_values: of a condition of kind "classes": how many values it has, the one for none included.
     parse: `parse(text) -> item`, for what a user may ask for on the command line; None if that cannot be typed.
     default: `default(count) -> items [count, ...]` for samples of which nobody says what they are to show; None if somebody must.
-    of_data: `of_data(batch) -> items` that stand in for it, made of data [B, ...] of the batch; None if `encode` needs its name in the batch.
+    from_data: `from_data(batch) -> items` that stand in for it, made of data [B, ...] of the batch; None if `encode` needs its name in the batch.
     check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are not allowed; None if all are.
     show: `show(item) -> str`, for reports.
     load: reads the frozen parameters from where they came from; None for a condition without any.
@@ -51,23 +51,23 @@ class Condition(NamedTuple):
   encode: Callable[[PyTree, Array, Mapping[str, Array], bool], PyTree]
   null: Callable[[PyTree], PyTree] | None = None
   dropout: float = 0.0
-  number: int = 0
+  num_values: int = 0
   parse: Callable[[str], Any] | None = None
   default: Callable[[int], np.ndarray] | None = None
-  of_data: Callable[[Mapping[str, Array]], Array] | None = None
+  from_data: Callable[[Mapping[str, Array]], Array] | None = None
   check: data.Check | None = None
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
 
   @property
-  def choices(self) -> int:
+  def num_choices(self) -> int:
     """How many values of a condition of kind "classes" somebody may ask for: all but the one for none; 0 of other kinds."""
-    return self.number - (self.number > 0 and self.null is not None)
+    return self.num_values - (self.num_values > 0 and self.null is not None)
 
   @property
-  def is_source(self) -> bool:
+  def is_source_image(self) -> bool:
     """Whether it is an image that samples are made of, such as a small one to enlarge: made of the data, and never typed."""
-    return self.of_data is not None and self.parse is None
+    return self.from_data is not None and self.parse is None
 
 
 def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
@@ -101,7 +101,7 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
     encode=lambda frozen, keys, batch, train: batch[name],
     null=(lambda frozen: jnp.asarray(number, jnp.int32)) if dropout else None,
     dropout=dropout,
-    number=number + 1 if dropout else number,
+    num_values=number + 1 if dropout else number,
     parse=parse,
     default=lambda count: np.resize(np.arange(number, dtype=np.int32), count),
     check=data.classes_below(number, f"model.conditions.{name}.number"),
@@ -144,7 +144,7 @@ def low_resolution(
     )
   shrink = editing.downsample(factor)
 
-  def of_data(batch):
+  def from_data(batch):
     return shrink(batch["image"])
 
   small = (*(side // factor for side in data_shape[:-1]), data_shape[-1])
@@ -165,7 +165,7 @@ def low_resolution(
 
   image = {"image": jax.ShapeDtypeStruct(data_shape, jnp.float32)}
   level = {"level": jax.ShapeDtypeStruct((), jnp.float32)} if noise else {}
-  return Condition({key: key for key in image | level}, image | level, encode, of_data=of_data)
+  return Condition({key: key for key in image | level}, image | level, encode, from_data=from_data)
 
 
 def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
@@ -280,11 +280,11 @@ def encode(
   for name, condition in conditions.items():
     # By the name, so that one more condition changes nothing in the others.
     own = randomness.fold_in(randomness.fold_in(keys, _FOLD), zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    if name not in batch and condition.of_data is None:
+    if name not in batch and condition.from_data is None:
       raise ValueError(
         f"Got a batch of {', '.join(sorted(batch)) or 'nothing'} for a model with the condition {name!r}; expected it in the batch."
       )
-    items = batch if name in batch else {**batch, name: _of_data(condition, batch)}
+    items = batch if name in batch else {**batch, name: _from_data(condition, batch)}
     value = _checked(name, condition, condition.encode(frozen.get(name), own, items, train))
     if train and condition.dropout:
       assert condition.null is not None
@@ -294,9 +294,9 @@ def encode(
   return given
 
 
-def _of_data(condition: Condition, batch: Mapping[str, Array]) -> Array:
-  assert condition.of_data is not None
-  return condition.of_data(batch)
+def _from_data(condition: Condition, batch: Mapping[str, Array]) -> Array:
+  assert condition.from_data is not None
+  return condition.from_data(batch)
 
 
 def _checked(name: str, condition: Condition, value: PyTree) -> PyTree:
@@ -321,7 +321,7 @@ def _hidden(value: PyTree, null: PyTree, keys: Array, share: float) -> PyTree:
   return jax.tree.map(hide, value, null)
 
 
-def without(
+def drop(
   conditions: Mapping[str, Condition],
   frozen: Mapping[str, PyTree],
   given: Mapping[str, PyTree],
@@ -361,7 +361,7 @@ def without(
   return result
 
 
-def none(conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree], count: int) -> dict[str, PyTree]:
+def null_values(conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree], count: int) -> dict[str, PyTree]:
   """Return what stands for none [count, ...] by the names of conditions that have it."""
 
   def repeated(like, value):
@@ -387,7 +387,7 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
   for name, condition in conditions.items():
     wanted, found = (str(jax.tree.structure(tree)) for tree in (condition.shape, given[name]))
     if wanted != found:
-      raise ValueError(f"Got {name} of the structure {found}; expected {wanted}, as model.given makes it.")
+      raise ValueError(f"Got {name} of the structure {found}; expected {wanted}, as model.encode_conditions makes it.")
     for like, leaf in zip(jax.tree.leaves(condition.shape), jax.tree.leaves(given[name]), strict=True):
       if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[1:] != tuple(like.shape):
         shape = ", ".join(map(str, ("B", *like.shape)))

@@ -19,7 +19,7 @@ Array = jax.Array
 PyTree = Any
 
 # Names of what is asked for, of samples that are to show something else than this.
-NEGATIVE = "negative_"
+NEGATIVE_PREFIX = "negative_"
 
 
 class Guides(NamedTuple):
@@ -35,7 +35,7 @@ class Guides(NamedTuple):
 
 
 # No other model guides.
-ALONE = Guides()
+NO_GUIDES = Guides()
 
 
 class Parameters(NamedTuple):
@@ -52,7 +52,7 @@ class Parameters(NamedTuple):
   guides: Mapping[str, tuple[PyTree, PyTree]] = {}
 
 
-def takes(rule: Callable) -> frozenset[str]:
+def argument_names(rule: Callable) -> frozenset[str]:
   """Return what a rule of guidance takes: names of `classifier_free` and the like, and of `classifier` or `autoguidance`."""
   return frozenset(inspect.signature(rule).parameters)
 
@@ -63,7 +63,7 @@ def is_neutral(rule: Callable) -> bool:
   return function is guidance.classifier_free and options.get("scale", 1.0) == 1
 
 
-def gives_two(model: Model, rule: Callable) -> bool:
+def has_two_estimates(model: Model, rule: Callable) -> bool:
   """Return whether a rule of guidance gives two estimates, of data and of noise, as `guidance.cfg_plus_plus` does.
 
   Raises:
@@ -79,7 +79,7 @@ def gives_two(model: Model, rule: Callable) -> bool:
 
   offered: dict[str, Any] = {"denoise": nothing, "conditional": nothing, "weak": nothing, "log_prob": log_prob}
   offered |= {"condition": given, "negative": given}
-  names = takes(rule)
+  names = argument_names(rule)
   made = rule(**{name: value for name, value in offered.items() if name in names})
   found = jax.eval_shape(made, jnp.zeros((1, *model.shape)), jnp.ones((1,)))
   return isinstance(found, Denoised) and found.unguided is not None
@@ -91,7 +91,7 @@ def denoise(
   keys: Array,
   batch: Mapping[str, Array],
   parameters: Parameters,
-  guides: Guides = ALONE,
+  guides: Guides = NO_GUIDES,
 ) -> Denoise:
   """Return the denoiser of a model, given its conditions and guided; its estimates are not clipped.
 
@@ -111,14 +111,16 @@ def denoise(
 
   if is_neutral(rule):
     return alone
-  names = takes(rule)
+  names = argument_names(rule)
   offered: dict[str, Any] = {"denoise": alone, "conditional": conditional, "condition": given}
   if "negative" in names:
-    unwanted = {name.removeprefix(NEGATIVE): value for name, value in batch.items() if name.startswith(NEGATIVE)}
+    unwanted = {
+      name.removeprefix(NEGATIVE_PREFIX): value for name, value in batch.items() if name.startswith(NEGATIVE_PREFIX)
+    }
     if unwanted:
       offered["negative"] = _given(model, keys, {**batch, **unwanted}, parameters.frozen)
     else:
-      offered["negative"] = model.without(given, parameters.frozen)
+      offered["negative"] = model.drop_conditions(given, parameters.frozen)
   if "weak" in names:
     assert guides.weak is not None
     params, frozen = parameters.guides["weak"]
@@ -140,15 +142,17 @@ def _given(model: Model, keys: Array, batch: Mapping[str, Array], frozen: Mappin
   missing = {
     name: one
     for name, one in model.conditions.items()
-    if name not in batch and not one.is_source and one.null is not None
+    if name not in batch and not one.is_source_image and one.null is not None
   }
   asked = {name: one for name, one in model.conditions.items() if name not in missing}
   own = frozen.get("conditions", {})
   found = conditions.encode(asked, own, keys, batch, train=False)
-  return found | conditions.none(missing, own, keys.shape[0])
+  return found | conditions.null_values(missing, own, keys.shape[0])
 
 
-def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = ALONE, *, negative: bool = False) -> None:
+def check(
+  model: Model, rule: Callable, two_estimates: bool, guides: Guides = NO_GUIDES, *, negative: bool = False
+) -> None:
   """Raise a ValueError unless a model can be guided by a rule.
 
   Args:
@@ -158,7 +162,7 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = AL
     guides: the other models.
     negative: whether something is asked to be guided away from.
   """
-  names, guided = takes(rule), not is_neutral(rule)
+  names, guided = argument_names(rule), not is_neutral(rule)
   if guides.classifier is not None and guides.weak is not None:
     raise ValueError("Got --classifier and --weak; expected one guide.")
   for flag, name, other in (("classifier", "log_prob", guides.classifier), ("weak", "weak", guides.weak)):
@@ -183,18 +187,20 @@ def check(model: Model, rule: Callable, two_estimates: bool, guides: Guides = AL
       )
     if not negative:
       given = conditions.example(model.conditions)
-      jax.eval_shape(lambda frozen: model.without(given, frozen), model.frozen_shapes())
+      jax.eval_shape(lambda frozen: model.drop_conditions(given, frozen), model.frozen_shapes())
   # Which lets the rule check its own options too.
-  if gives_two(model, rule) and not two_estimates:
+  if has_two_estimates(model, rule) and not two_estimates:
     raise ValueError(
       f"Got guidance by {_name(rule)}, which takes data and noise from two estimates, for a sampler that knows one; expected --sampler=ddim or"
       " another of sampling.Sampler with two_estimates, without corrector steps."
     )
   if guides.classifier is not None:
     _check_same_noise("--classifier", model, guides.classifier)
-    own, known = model.conditions.get("classes"), guides.classifier.outputs()
-    if own is not None and own.choices != known:
-      raise ValueError(f"Got a classifier of {known} classes for a model of {own.choices}; expected the same classes.")
+    own, known = model.conditions.get("classes"), guides.classifier.output_channels()
+    if own is not None and own.num_choices != known:
+      raise ValueError(
+        f"Got a classifier of {known} classes for a model of {own.num_choices}; expected the same classes."
+      )
   if guides.weak is not None:
     _check_same_noise("--weak", model, guides.weak, time_input=False)
     if jax.tree.map(_shape, _shapes(model)) != jax.tree.map(_shape, _shapes(guides.weak)) or _numbers(
@@ -226,7 +232,7 @@ def _is_shared(condition: Any) -> bool:
 
 
 def _numbers(model: Model) -> dict[str, int]:
-  return {name: condition.choices for name, condition in model.conditions.items()}
+  return {name: condition.num_choices for name, condition in model.conditions.items()}
 
 
 def _shapes(model: Model) -> dict[str, PyTree]:

@@ -20,7 +20,7 @@ Array = jax.Array
 PyTree = Any
 
 
-class Defaults(NamedTuple):
+class SamplingDefaults(NamedTuple):
   """How a model is sampled if nobody says otherwise.
 
   Attributes:
@@ -61,7 +61,7 @@ class Model(NamedTuple):
   data_shape: tuple[int, ...]
   shape: tuple[int, ...]
   time_input: Callable[[Array], Array] | None = None
-  defaults: Defaults | None = None
+  defaults: SamplingDefaults | None = None
 
   def init(self, key: Array) -> PyTree:
     """Return new parameters of the network."""
@@ -81,21 +81,21 @@ class Model(NamedTuple):
     found = {name: read(condition.load) for name, condition in self.conditions.items() if condition.load is not None}
     return frozen | ({"conditions": found} if found else {})
 
-  def given(
+  def encode_conditions(
     self, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree] | None = None, *, train: bool = False
   ) -> dict[str, PyTree]:
     """Return what the network is given for a batch (see `conditions.encode`)."""
     return conditions_module.encode(self.conditions, (frozen or {}).get("conditions", {}), keys, batch, train=train)
 
-  def without(
+  def drop_conditions(
     self,
     given: Mapping[str, PyTree],
     frozen: Mapping[str, PyTree] | None = None,
     *,
     names: Collection[str] | None = None,
   ) -> dict[str, PyTree]:
-    """Return `given` with conditions replaced by what stands for none (see `conditions.without`)."""
-    return conditions_module.without(self.conditions, (frozen or {}).get("conditions", {}), given, names)
+    """Return `given` with conditions replaced by what stands for none (see `conditions.drop`)."""
+    return conditions_module.drop(self.conditions, (frozen or {}).get("conditions", {}), given, names)
 
   def encode(self, keys: Array, data: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
     """Return x of data [B, ...], with a key for each sample [B]."""
@@ -151,7 +151,7 @@ class Model(NamedTuple):
     scale = self.prediction.input_scale
     return predictions.classifier(apply, self.process, time_input=self.time_input, input_scale=scale)
 
-  def outputs(self) -> int:
+  def output_channels(self) -> int:
     """Return the size of the network's last axis: of a classifier, how many classes it knows."""
 
     def call(key):

@@ -1,6 +1,6 @@
 """Networks of any library as two functions, `init` and `apply`, that take the conditions of a model by name.
 
-`of` makes one of what a user names: a class of Flax Linen, Flax NNX or Equinox, or a function. Each library is imported where it is used.
+`from_component` makes one of what a user names: a class of Flax Linen, Flax NNX or Equinox, or a function. Each library is imported where it is used.
 """
 
 import inspect
@@ -48,11 +48,11 @@ class Network(NamedTuple):
       check(shape)
 
 
-def of(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
+def from_component(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
   """Return the network that a component of a config or of a user stands for.
 
   Args:
-    component: a class of `flax.linen.Module` (see `of_linen`), `flax.nnx.Module` (`of_nnx`) or `equinox.Module` (`of_equinox`), a function
+    component: a class of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (`from_nnx`) or `equinox.Module` (`from_equinox`), a function
       that returns a `Network`; or a `Network` or a Linen module, which are made already and take no arguments.
     arguments: of the class or the function, by name.
     conditions: of the model, by name.
@@ -65,24 +65,24 @@ def of(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Co
     if arguments:
       kind = type(component).__name__
       raise ValueError(f"Got a {kind} with the arguments {', '.join(arguments)}; expected none: it is made already.")
-    return of_linen(component, conditions) if linen else component
+    return from_linen(component, conditions) if linen else component
   # Modules of the other libraries hold parameters, and each init makes new ones.
   if not callable(component) or _is_class(type(component), "flax.nnx") or _is_class(type(component), "equinox"):
     raise _unknown(component)
   _check_arguments(component, arguments)
   if _is_class(component, "flax.linen"):
-    return of_linen(component(**arguments), conditions)
+    return from_linen(component(**arguments), conditions)
   if _is_class(component, "flax.nnx"):
-    return of_nnx(component, arguments, conditions)
+    return from_nnx(component, arguments, conditions)
   if _is_class(component, "equinox"):
-    return of_equinox(component, arguments, conditions)
+    return from_equinox(component, arguments, conditions)
   made = component(**arguments)
   if not isinstance(made, Network):
     raise _unknown(made, f"{_name(component)}(...), which gave ")
   return made
 
 
-def of_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
+def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   """Return the network of a Flax Linen module.
 
   Its `__call__` takes x [B, ...], the time [B] and, by keyword, its conditions: under the condition's own name if it has a parameter of that
@@ -123,14 +123,14 @@ def _for_use(module: Any, train: bool) -> Any:
   if getattr(module, "kernels", "") != "tuned" or jax.default_backend() != "cpu":
     return module
   # Samplers are loops, in which gradients in x are slow otherwise.
-  kernels = "looped" if not train else "alone" if jax.device_count() == 1 else "tuned"
+  kernels = "loop" if not train else "single_device" if jax.device_count() == 1 else "tuned"
   return module.clone(kernels=kernels)
 
 
-def of_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
+def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
   """Return the network of a Flax NNX class, `component(**arguments, rngs=nnx.Rngs(key))`.
 
-  Its `__call__` takes what that of a Linen module does (see `of_linen`). Parameters are its `nnx.Param`, as dicts by name. In training it
+  Its `__call__` takes what that of a Linen module does (see `from_linen`). Parameters are its `nnx.Param`, as dicts by name. In training it
   is set to `train()`, else to `eval()`, and its streams of random numbers start from the first of the keys.
 
   Each trace makes the module anew, by a fixed key, and puts the parameters in: compilers drop what is not used of that. So arrays of the
@@ -185,14 +185,14 @@ def of_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str
   return Network(init, _applied(call, conditions, takes))
 
 
-def of_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
+def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
   """Return the network of an Equinox class, `component(**arguments, key=key)`.
 
-  As everywhere in Equinox its `__call__` takes one sample, x [*space, C] and the time [], and its conditions by keyword as `of_linen` says, each
+  As everywhere in Equinox its `__call__` takes one sample, x [*space, C] and the time [], and its conditions by keyword as `from_linen` says, each
   of one sample; it is vectorized here. If it takes `key`, it gets the sample's own in training. Parameters are its arrays of floats, as dicts
   by name; other arrays are constants. Layers such as Dropout are told by `equinox.nn.inference_mode`.
 
-  Each trace makes the module anew, as in `of_nnx`.
+  Each trace makes the module anew, as in `from_nnx`.
 
   Raises:
     ValueError: if the module has state, such as that of BatchNorm.
@@ -397,7 +397,9 @@ def _described(value: Any) -> str:
   return repr(value) if isinstance(value, (str, int, float)) or value is None else f"a {type(value).__name__}"
 
 
-def facts(conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_channels: int) -> dict[str, Any]:
+def derived_arguments(
+  conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_channels: int
+) -> dict[str, Any]:
   """Return what a network of a model must be like, by the names of the parameters that networks have for it.
 
   These are `out_channels`, `dimensions` (spatial axes), `num_classes` (values of the classes, the one for none included; 0: none),
@@ -421,7 +423,7 @@ def facts(conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_cha
   return {
     "out_channels": out_channels,
     "dimensions": len(x_shape) - 1,
-    "num_classes": sum(condition.number for condition in conditions.values()),
+    "num_classes": sum(condition.num_values for condition in conditions.values()),
     "vector_embedding": "time" if "level" in kinds else "dense" if "vector" in kinds else "",
     "shape": x_shape,
     "conditions": conditions,

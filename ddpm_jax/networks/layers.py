@@ -84,10 +84,10 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
   return jax.lax.stop_gradient(parameter(module, name, init, shape))
 
 
-def trainable(params: Any) -> Any:
+def trainable_mask(params: Any) -> Any:
   """Return a tree like `params`, or like their updates, of booleans: False for the parameters that are not trained.
 
-  Of optax's optimizers, `mask=networks.trainable` keeps weight decay off the others.
+  Of optax's optimizers, `mask=networks.trainable_mask` keeps weight decay off the others.
   """
   return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in CONSTANTS, params)
 

@@ -62,7 +62,7 @@ class Backbone(nn.Module):
       `jax.checkpoint_policies` without arguments, which chooses what to keep inside blocks.
     attention: "" takes the one for the platform (`attention.attend`); of `jax.nn.dot_product_attention` "xla", or "cudnn" (16-bit types,
       NVIDIA GPUs).
-    kernels: which programs operations may take: "tuned", "alone", "looped" or "plain" (`networks.kernels`).
+    kernels: which programs operations may take: "tuned", "single_device", "loop" or "plain" (`networks.kernels`).
   """
 
   out_channels: int = 3
@@ -175,11 +175,11 @@ class Backbone(nn.Module):
       self.kernels,
     )
 
-  def features_of(self, level: int) -> int:
+  def num_features(self, level: int) -> int:
     """Return how many features a level has."""
     return round(self.channels * self.multipliers[level])
 
-  def heads_of(self, features: int) -> int:
+  def num_heads(self, features: int) -> int:
     """Return how many heads attend to so many features."""
     return features // self.head_channels if self.head_channels else self.heads
 
@@ -255,7 +255,7 @@ class Backbone(nn.Module):
 
   def _attend(self, x: Array, name: str, norm: bool = True) -> Array:
     block = self._again(layers.AttentionBlock)
-    return block(self.heads_of(x.shape[-1]), self._style, norm, name=name)(x)
+    return block(self.num_heads(x.shape[-1]), self._style, norm, name=name)(x)
 
   def _way_down(self, x: Array, image: Array | None, embedding: Array, keys: Array | None) -> tuple[Array, list[Array]]:
     """The coarsest level, and what the way up takes from every level."""
@@ -266,7 +266,7 @@ class Backbone(nn.Module):
     ways = per_level(self.downsample, last)
     for level in range(last + 1):
       for block in range(self.blocks):
-        h = self._residual(h, embedding, self.features_of(level), keys, f"down_{level}_{block}")
+        h = self._residual(h, embedding, self.num_features(level), keys, f"down_{level}_{block}")
         if level in self.attention_levels:
           h = self._attend(h, f"down_{level}_{block}_attention")
         skips.append(h)
@@ -345,7 +345,7 @@ class UNet(Backbone):
   def _rise(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
     """A level of the way up, given what it takes from the way down."""
     for block, skip in enumerate(skips):
-      h = self._residual([h, skip], embedding, self.features_of(level), keys, f"up_{level}_{block}")
+      h = self._residual([h, skip], embedding, self.num_features(level), keys, f"up_{level}_{block}")
       if level in self.attention_levels and (block == self.blocks or not self.score_sde):
         h = self._attend(h, f"up_{level}_{block}_attention")
     if level > 0:
@@ -371,7 +371,7 @@ class Classifier(Backbone):
     embedding, keys = self._embed(time, None, None, None), self._dropout_keys(x, train, keys)
     h, _ = self._way_down(x, None, embedding, keys)
     h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, keys)))
-    pool = layers.AttentionPool(self.out_channels, self.heads_of(h.shape[-1]), self._style, name="pool")
+    pool = layers.AttentionPool(self.out_channels, self.num_heads(h.shape[-1]), self._style, name="pool")
     return pool(h).astype(jnp.float32)
 
   def attended_levels(self) -> set[int]:

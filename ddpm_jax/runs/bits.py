@@ -12,8 +12,8 @@ import ddpm_jax
 from ddpm_jax import data, likelihood, metrics
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices.progress import say
-from ddpm_jax.models.asking import of_data
-from ddpm_jax.models.guided import ALONE
+from ddpm_jax.models.inputs import inputs_from_data
+from ddpm_jax.models.guided import NO_GUIDES
 from ddpm_jax.names import choose
 from ddpm_jax.runs import drawing, programs
 from ddpm_jax.runs.model import Weights
@@ -89,7 +89,7 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
   experiment = run.experiment.changed(guidance="classifier_free", sampling__batch_size=size)
   chosen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:count])
   inputs: dict[str, np.ndarray] = {"x_0": images.as_floats(chosen["image"])}
-  inputs |= of_data(experiment.model.conditions, chosen | {"image": inputs["x_0"]})
+  inputs |= inputs_from_data(experiment.model.conditions, chosen | {"image": inputs["x_0"]})
   settings = [c.bound_draws, c.probes, c.probe_noise, c.likelihood_tolerance, c.bound_variance]
   same = {
     "seed": seed,
@@ -132,7 +132,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
     return sums if c.bound_draws else jnp.concatenate([sums, found.terms], 1)
 
   def ode(keys, denoise, inputs, parameters):
-    # Networks know backward derivatives alone on a CPU (`models.networks.of_linen`).
+    # Networks know backward derivatives alone on a CPU (`models.networks.from_linen`).
     options: dict[str, Any] = {"exact_trace": not c.probes, "probes": max(c.probes, 1), "probe_noise": c.probe_noise}
     options["reverse_mode"] = jax.default_backend() == "cpu"
     tolerance = c.likelihood_tolerance
@@ -146,7 +146,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
   steps = 0 if c.bound_draws else process.num_steps or 0
   functions = {"bound": (bound, 3 + steps), "ode": (ode, 2), "continuous": (continuous, 3)}
   draw, width = functions[kind]
-  return programs.compiled(experiment, mesh, ALONE, draw), width
+  return programs.compiled(experiment, mesh, NO_GUIDES, draw), width
 
 
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import patience, say
-from ddpm_jax.models.asking import inputs_of
-from ddpm_jax.models.guided import ALONE, NEGATIVE, Parameters, is_neutral
+from ddpm_jax.models.inputs import default_inputs
+from ddpm_jax.models.guided import NO_GUIDES, NEGATIVE_PREFIX, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
 from ddpm_jax.runs.model import Choice, load_weights, trained
 from ddpm_jax.runs.starts import Pretrained
@@ -72,7 +72,7 @@ def run_sample(
   samples, nfe = draw(experiment, generate, parameters, seed, num_samples, guided.inputs)
   guides, own_scale = not is_neutral(experiment.guidance), _scale(experiment)
   beside = ", of both branches" if guides and own_scale != 0 else ""
-  beside = beside if guided.guides == ALONE else ", and as many of what guides"
+  beside = beside if guided.guides == NO_GUIDES else ", and as many of what guides"
   say(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
   suffix = (f"_scale{own_scale:g}" if isinstance(own_scale, float) else "_guided") if guides else ""
   path = files.free_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")
@@ -98,7 +98,7 @@ def _write(path: Path, arrays: Inputs) -> None:
 
 def named(inputs: Inputs) -> Inputs:
   """Return what samples were asked to show as their file keeps it: the classes, and other numbers by their names."""
-  return {name: value for name, value in inputs.items() if not name.startswith(NEGATIVE) and np.ndim(value) <= 2}
+  return {name: value for name, value in inputs.items() if not name.startswith(NEGATIVE_PREFIX) and np.ndim(value) <= 2}
 
 
 def load_parameters(
@@ -138,15 +138,15 @@ class Stage(NamedTuple):
 
 def enlarged(experiment: Experiment) -> str | None:
   """Return the name of the image that a model enlarges, or None if it needs none."""
-  return next((name for name, one in experiment.model.conditions.items() if one.is_source), None)
+  return next((name for name, one in experiment.model.conditions.items() if one.is_source_image), None)
 
 
 def low_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
   """Return the shape of the images that a model enlarges."""
   batch = {"image": jax.ShapeDtypeStruct((1, *experiment.model.data_shape), np.float32)}
-  of_data = experiment.model.conditions[name].of_data
-  assert of_data is not None
-  return jax.eval_shape(of_data, batch).shape[1:]
+  from_data = experiment.model.conditions[name].from_data
+  assert from_data is not None
+  return jax.eval_shape(from_data, batch).shape[1:]
 
 
 def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[Path], count: int) -> list[Stage]:
@@ -171,9 +171,11 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
       )
     for name, condition in own.model.conditions.items():
       known = experiment.model.conditions.get(name)
-      if name != low and (known is None or known.shape != condition.shape or known.choices != condition.choices):
+      if name != low and (
+        known is None or known.shape != condition.shape or known.num_choices != condition.num_choices
+      ):
         raise ValueError(
-          f"Got --upsampler={folder}, a model that is given {name} ({condition.choices or 'no'} classes), for one that is not given the same;"
+          f"Got --upsampler={folder}, a model that is given {name} ({condition.num_choices or 'no'} classes), for one that is not given the same;"
           " expected the same conditions."
         )
     limits.check_images(own.model.data_shape, count, f"--num_samples={count}")
@@ -203,7 +205,7 @@ def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
   generate = programs.generate(quick, mesh)
 
   def run(parameters: Parameters) -> np.ndarray:
-    inputs = inputs_of(experiment.model.conditions, images.SHOWN, source)
+    inputs = default_inputs(experiment.model.conditions, images.SHOWN, source)
     return draw(quick, generate, parameters, experiment.seed, images.SHOWN, inputs)[0]
 
   return run
@@ -212,7 +214,7 @@ def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
 def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | None:
   """Return how many data of each class there are [number], or None if the task has no classes or it is not known."""
   condition = experiment.task.classes(experiment)
-  return None if condition is None else data.class_counts(source, condition.choices)
+  return None if condition is None else data.class_counts(source, condition.num_choices)
 
 
 def draw(

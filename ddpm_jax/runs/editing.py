@@ -11,7 +11,7 @@ from ddpm_jax import data, editing
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import say
-from ddpm_jax.models.asking import flag_of
+from ddpm_jax.models.inputs import condition_flag
 from ddpm_jax.models.guided import is_neutral
 from ddpm_jax.runs import drawing, edits, limits
 from ddpm_jax.runs.model import Choice
@@ -155,16 +155,17 @@ def _steer(
       each[name] = [word for word in words for _ in range(rows * results // len(words))]
     steering = steering._replace(given=each) if field == "given" else steering._replace(negative=each)
   conditions = experiment.model.conditions
-  missing = [name for name, one in conditions.items() if not one.is_source and name not in steering.given]
+  missing = [name for name, one in conditions.items() if not one.is_source_image and name not in steering.given]
   if steering.classifier is not None and "classes" not in steering.given:
     raise ValueError("Got --classifier without --classes; expected the class of each image, which it guides to.")
   if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
-    flag = flag_of(missing[0])
+    flag = condition_flag(missing[0])
     raise ValueError(f"Got guidance without {flag}; expected that of each image, such as {flag}=3.")
   for name in missing:
     if conditions[name].null is None:
       raise ValueError(
-        f"Got no {flag_of(name)} for a model that was trained with {name} for every image; expected one for each image, such as {flag_of(name)}=3."
+        f"Got no {condition_flag(name)} for a model that was trained with {name} for every image; expected one"
+        f" for each image, such as {condition_flag(name)}=3."
       )
   return steer(experiment, mesh, steering, rows * results, scale, only=bool(missing))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_jax import editing, randomness, sampling
 from ddpm_jax.config import Experiment
-from ddpm_jax.models.guided import Parameters, gives_two, takes
+from ddpm_jax.models.guided import Parameters, has_two_estimates, argument_names
 from ddpm_jax.names import choose
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.runs import drawing, programs
@@ -89,7 +89,7 @@ def edit(
   experiment, guides = guided.experiment, guided.guides
   model, rule = experiment.model, experiment.guidance
   method = experiment.tree.short_name("editing.method")
-  if gives_two(model, rule) and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
+  if has_two_estimates(model, rule) and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
     by = f" by {method}" if method != "none" else ""
     raise ValueError(
       f"Got guidance by {experiment.tree.short_name('guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
@@ -149,7 +149,7 @@ def _measured(experiment: Experiment, task: str, factor: int) -> Callable:
       f"Got the task {task!r} for a model of {model.shape} that encodes data of {model.data_shape} by a codec; expected a model of pixels, which"
       " are what is known of an image. Take --task=img2img, or a model of pixels."
     )
-  names = takes(method)
+  names = argument_names(method)
 
   def applied(denoise, batch):
     """Return the sampler and the denoiser that know the image."""

@@ -7,7 +7,7 @@ import jax
 
 from ddpm_jax import interop
 from ddpm_jax.devices import parallel
-from ddpm_jax.models import Defaults, Model
+from ddpm_jax.models import SamplingDefaults, Model
 from ddpm_jax.runs import model
 from ddpm_jax.storage import workdir
 from ddpm_jax.storage.places import user_path
@@ -56,7 +56,7 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
   experiment = model.trained(None, folder)
   choice = model.Choice(averaged, step="" if step is None else str(step))
   weights = model.load_weights(experiment, folder, parallel.make_mesh(devices=jax.devices()[:1]), choice, quiet=True)
-  defaults = Defaults(
+  defaults = SamplingDefaults(
     name=experiment.sampler_name,
     sampler=experiment.sampler,
     times=lambda num_steps: experiment.changed(sampling__num_steps=num_steps).times,

@@ -11,7 +11,7 @@ from ddpm_jax import randomness, sampling
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import guided
-from ddpm_jax.models.guided import ALONE, Guides, Parameters
+from ddpm_jax.models.guided import NO_GUIDES, Guides, Parameters
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import expand
 from ddpm_jax.runs import limits
@@ -33,7 +33,7 @@ def start(experiment: Experiment, keys: Array) -> Array:
 
 
 def generate(
-  experiment: Experiment, mesh: jax.sharding.Mesh, guides: Guides = ALONE, *, negative: bool = False
+  experiment: Experiment, mesh: jax.sharding.Mesh, guides: Guides = NO_GUIDES, *, negative: bool = False
 ) -> Callable[[Parameters, Any, Any, Arrays], tuple[Array, Array]]:
   """Return `generate(parameters, seed, first, batch) -> (data, NFE)`, compiled, the batch split over the mesh.
 
@@ -85,7 +85,7 @@ def denoising(
     data = jax.vmap(lambda x: experiment.model.decode(x, parameters.frozen))(scaled)
     return jnp.moveaxis(data, 0, 1)
 
-  return compiled(experiment, mesh, ALONE, draw), shown
+  return compiled(experiment, mesh, NO_GUIDES, draw), shown
 
 
 def compiled(
@@ -106,7 +106,7 @@ def compiled(
   def function(parameters, seed, first, batch):
     # Folded with 2: a training run of the same seed uses what 0 and 1 would give.
     key = jax.random.fold_in(jax.random.key(seed), 2)
-    if any(condition.is_source for condition in model.conditions.values()):
+    if any(condition.is_source_image for condition in model.conditions.values()):
       # Other noise than the model's that drew what is enlarged.
       key = jax.random.fold_in(key, model.data_shape[0])
     keys = randomness.sample_keys(key, first + jnp.arange(size))

@@ -77,7 +77,7 @@ def read_data(experiment: Experiment) -> data.Splits:
       "Got a model with the condition 'image', which is the name of the data themselves; expected another name, such as 'hint'."
     )
   for name, condition in conditions.items():
-    if condition.of_data is None and name not in item:
+    if condition.from_data is None and name not in item:
       raise ValueError(
         f"Got data with the items {', '.join(sorted(item))} for a model that is given {name}; expected {name!r} among them. Take another"
         f" config.data.source, or leave config.model.conditions.{name} out."

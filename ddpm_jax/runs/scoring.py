@@ -16,7 +16,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import say
 from ddpm_jax.metrics import evaluate
-from ddpm_jax.models.asking import inputs_of
+from ddpm_jax.models.inputs import default_inputs
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import bits, drawing, programs, reporting, spaces
 from ddpm_jax.runs.drawing import Inputs
@@ -115,7 +115,7 @@ class Judge:
     experiment, source, held_out = self._run.experiment, self._run.source, self._run.held_out
     # As common as in the data, with whose images the samples are compared.
     counts = drawing.class_counts(experiment, source)
-    return inputs_of(experiment.model.conditions, count, source if held_out is None else held_out, counts)
+    return default_inputs(experiment.model.conditions, count, source if held_out is None else held_out, counts)
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Write samples of some weights into samples/, and their scores into eval.json and report.html; the last variant is the headline."""

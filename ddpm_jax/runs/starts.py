@@ -100,10 +100,10 @@ def _check_conditions(tree: Tree, model: Model, what: str) -> None:
         f"Got config.model.conditions.{name}.dropout={node['dropout']} with {what}, a model whose {name} are always given; expected"
         f" {found.dropout:g}. Leave it out."
       )
-    if node.get("number", found.choices) != found.choices:
+    if node.get("number", found.num_choices) != found.num_choices:
       raise ValueError(
-        f"Got config.model.conditions.{name}.number={node['number']} with {what}, a model of {found.choices} {name}; expected as many. Set"
-        f" --config.model.conditions.{name}.number={found.choices}."
+        f"Got config.model.conditions.{name}.number={node['number']} with {what}, a model of {found.num_choices} {name}; expected as many. Set"
+        f" --config.model.conditions.{name}.number={found.num_choices}."
       )
 
 

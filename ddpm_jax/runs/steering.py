@@ -10,8 +10,8 @@ import numpy as np
 from ddpm_jax import config
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import guided
-from ddpm_jax.models.asking import asked
-from ddpm_jax.models.guided import ALONE, NEGATIVE, Guides
+from ddpm_jax.models.inputs import parse_inputs
+from ddpm_jax.models.guided import NO_GUIDES, NEGATIVE_PREFIX, Guides
 from ddpm_jax.runs.model import Choice, load_weights, trained
 
 PyTree = Any
@@ -53,7 +53,7 @@ class Guided(NamedTuple):
   @property
   def is_negative(self) -> bool:
     """Whether there is something to guide away from."""
-    return any(name.startswith(NEGATIVE) for name in self.inputs)
+    return any(name.startswith(NEGATIVE_PREFIX) for name in self.inputs)
 
 
 def steer(
@@ -94,9 +94,9 @@ def steer(
   if "classifier" in others and "classes" not in own:
     # The guide knows the classes where the model does not.
     known = {**own, "classes": others["classifier"].task.classes(others["classifier"])}
-  inputs = asked(known, steering.given, count, only=only)
-  unwanted = asked(own, steering.negative, count, only=True)
-  inputs |= {f"{NEGATIVE}{name}": value for name, value in unwanted.items()}
+  inputs = parse_inputs(known, steering.given, count, only=only)
+  unwanted = parse_inputs(own, steering.negative, count, only=True)
+  inputs |= {f"{NEGATIVE_PREFIX}{name}": value for name, value in unwanted.items()}
 
   def load() -> dict[str, tuple[PyTree, PyTree]]:
     choices = {"classifier": Choice(), "weak": Choice(step=steering.weak_step)}
@@ -109,7 +109,7 @@ def steer(
 def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> Experiment:
   """Return the experiment with the rule that its guides want, unless its own is of that kind."""
   wanted, takes = ("classifier", "log_prob") if guides.classifier else ("autoguidance", "weak")
-  if guides != ALONE and takes not in guided.takes(experiment.guidance):
+  if guides != NO_GUIDES and takes not in guided.argument_names(experiment.guidance):
     node, usual = (tree.values["guidance"] for tree in (experiment.tree, config.expand({})))
     lost = [name for name, value in node.items() if name != "scale" and value != usual.get(name)]
     if lost:

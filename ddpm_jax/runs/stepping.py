@@ -65,7 +65,7 @@ def optimizer(experiment: Experiment) -> optax.GradientTransformation:
     arguments=arguments,
     clip_norm=c.clip_norm or None,
     averages=averages(experiment),
-    trainable=networks.trainable,
+    trainable=networks.trainable_mask,
     extra=optim.optimizer(c.name, rate, arguments) if _trains_extra(experiment) else None,
   )
 
@@ -103,7 +103,10 @@ def averages(experiment: Experiment) -> optax.GradientTransformation:
 
 def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch: Batch) -> Batch:
   """Return a batch of training with `x` and `given` in it, as objectives take it."""
-  found = {"x": model.encode(keys, batch["image"], frozen), "given": model.given(keys, batch, frozen, train=True)}
+  found = {
+    "x": model.encode(keys, batch["image"], frozen),
+    "given": model.encode_conditions(keys, batch, frozen, train=True),
+  }
   return {name: leaf for name, leaf in batch.items() if name != "image"} | found
 
 
@@ -163,7 +166,7 @@ def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch
     }
   shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
   for name, condition in experiment.model.conditions.items():
-    if condition.of_data is None:
+    if condition.from_data is None:
       # What the data have by its name is one array, whatever the network is then given.
       leaf = jax.tree.leaves(condition.shape)[0]
       shapes[name] = jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype)

@@ -227,7 +227,7 @@ def hold(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
   """Keep parameters that are not trained as they are, bit by bit. Put it after the optimizer, whose weight decay would shrink them.
 
   Args:
-    trainable: `trainable(updates) -> booleans`, a tree of the same structure, such as `networks.trainable`.
+    trainable: `trainable(updates) -> booleans`, a tree of the same structure, such as `networks.trainable_mask`.
   """
 
   def update(updates, state, params=None):
@@ -347,7 +347,7 @@ def chain(
     arguments: of the optimizer.
     clip_norm: the largest global norm of a gradient; None for no clipping.
     averages: such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
-    trainable: which parameters are trained, as for `hold`, such as `networks.trainable`; None for all.
+    trainable: which parameters are trained, as for `hold`, such as `networks.trainable_mask`; None for all.
     extra: the optimizer of what an objective trains beside the model, such as `optax.adam(1e-4)`: then parameters are the dict
       `{"model": ..., "extra": ...}`, all else in this chain is the model's, and a step that is not finite in either is skipped in both.
       None where it trains nothing.

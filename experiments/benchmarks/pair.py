@@ -47,7 +47,7 @@ def make(name: str) -> Pair:
   keys = jax.random.split(jax.random.key(1), len(leaves))
   start = tree.unflatten([p + 0.02 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
   with tempfile.TemporaryDirectory() as folder:
-    model = Model(networks.of_linen(network, {}), process, predictions.EPS, {}, codecs.pixels(), shape, shape)
+    model = Model(networks.from_linen(network, {}), process, predictions.EPS, {}, codecs.pixels(), shape, shape)
     interop.diffusers.save(f"{folder}/model", model, start)
     theirs = UNet2DModel.from_pretrained(f"{folder}/model", subfolder="unet")
     network, params = interop.diffusers.load_unet(Path(folder) / "model")

@@ -3,9 +3,9 @@
 Every operation takes `kernels`, which says what programs it may take:
 
 - "tuned": the fastest on the platform that compiles it.
-- "alone": as "tuned", for programs that run on one device. On a CPU it adds a convolution that programs over several devices would hang in.
-- "looped": as "tuned", with gradients of convolutions that a CPU computes quickly inside loops. They have no forward-mode derivatives (`jax.jvp`).
+- "single_device": as "tuned", for programs that run on one device. On a CPU it adds a convolution that programs over several devices would hang in.
+- "loop": as "tuned", with gradients of convolutions that a CPU computes quickly inside loops. They have no forward-mode derivatives (`jax.jvp`).
 - "plain": the operation as JAX has it, on every platform: to compare with, and to plan the memory of other platforms on a CPU.
 """
 
-KERNELS = ("tuned", "alone", "looped", "plain")
+KERNELS = ("tuned", "single_device", "loop", "plain")

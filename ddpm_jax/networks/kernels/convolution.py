@@ -17,7 +17,7 @@ Array = jax.Array
 def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kernels: str = "tuned") -> Array:
   """Convolve x [B, *space, C] with a kernel [*window, C, C'].
 
-  On a CPU a gradient in x takes some 17 times as long inside a loop, such as `lax.scan`, as outside. With "looped" it takes about as long: guidance and
+  On a CPU a gradient in x takes some 17 times as long inside a loop, such as `lax.scan`, as outside. With "loop" it takes about as long: guidance and
   posterior sampling by a gradient need that.
 
   Args:
@@ -42,9 +42,9 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kern
   if len(strides) != axes or min(strides) < 1:
     raise ValueError(f"Got strides {strides}; expected {axes}, one for each spatial axis, of 1 or more.")
   pads = _pads(x, kernel, strides, padding)
-  if kernels == "looped":
+  if kernels == "loop":
     return _with_quick_gradient(x, kernel, tuple(strides), pads)
-  if kernels == "alone" and _gains_by_tiles(x, kernel, strides, pads):
+  if kernels == "single_device" and _gains_by_tiles(x, kernel, strides, pads):
     return _by_tiles_on_cpus(x, kernel)
   return _plainly(x, kernel, strides, pads)
 

@@ -46,7 +46,7 @@ class Classify(Task):
 
   def _number(self, experiment: Experiment) -> int:
     module = experiment.model.network.module
-    return getattr(module, "out_channels", None) or experiment.model.outputs()
+    return getattr(module, "out_channels", None) or experiment.model.output_channels()
 
   def classes(self, experiment: Experiment) -> Condition:
     """Return the classes that the classifier tells apart."""

@@ -11,7 +11,7 @@ from ddpm_jax.models.conditions import Condition
 from ddpm_jax.storage import images
 
 
-def asked(
+def parse_inputs(
   conditions: Mapping[str, Condition],
   texts: Mapping[str, Sequence[str]],
   count: int,
@@ -55,8 +55,8 @@ def asked(
       continue
     if condition.default is not None:
       found[name] = condition.default(count)
-    elif not condition.is_source:
-      raise ValueError(f"Got no {name} for a model that is given some; expected {flag_of(name)}=<value>.")
+    elif not condition.is_source_image:
+      raise ValueError(f"Got no {name} for a model that is given some; expected {condition_flag(name)}=<value>.")
   return found
 
 
@@ -72,20 +72,20 @@ def _parsed(parse: Callable[[str], Any], name: str, text: str) -> Any:
     ) from error
 
 
-def flag_of(name: str) -> str:
+def condition_flag(name: str) -> str:
   """Return the flag that gives a condition."""
   return "--classes" if name == "classes" else f"--given {name}"
 
 
-def of_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Return the items of real data that stand for conditions, of a batch whose images are in [-1, 1]."""
   return {
-    name: np.asarray(batch[name] if one.of_data is None or name in batch else one.of_data(batch))
+    name: np.asarray(batch[name] if one.from_data is None or name in batch else one.from_data(batch))
     for name, one in conditions.items()
   }
 
 
-def inputs_of(
+def default_inputs(
   conditions: Mapping[str, Condition], count: int, source: data.Source, counts: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
   """Return what samples are asked to show where no one asks, arrays [count, ...] by the names of conditions.
@@ -93,10 +93,10 @@ def inputs_of(
   That is the default of each condition, such as classes in turn or, if `counts` are given, as common as these say. If a condition has none, or is
   made of data, as a small image is, it is what the data of a source have.
   """
-  if any(one.of_data is not None or one.default is None for one in conditions.values()):
+  if any(one.from_data is not None or one.default is None for one in conditions.values()):
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-    return of_data(conditions, real | {"image": images.as_floats(real["image"])})
-  inputs = asked(conditions, {}, count)
+    return inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
+  inputs = parse_inputs(conditions, {}, count)
   if counts is not None and "classes" in inputs:
     inputs["classes"] = data.in_proportion(counts, count)
   return inputs

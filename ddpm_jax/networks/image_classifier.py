@@ -9,7 +9,7 @@ Array = jax.Array
 _SMALL = 16
 
 
-class Recognizer(nn.Module):
+class ImageClassifier(nn.Module):
   """Convolutions at three resolutions, mean and maximum over places, and one hidden layer, whose values are the features.
 
   Attributes:

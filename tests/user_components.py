@@ -94,7 +94,7 @@ def loss(apply: losses.Apply, process: Process, prediction: Prediction, factor: 
 def brightness(name: str, size: int = 1) -> models.Condition:
   """How bright an image is, in its own words."""
   made = models.conditions.vector(name, size, dropout=0.2)
-  return made._replace(of_data=lambda batch: jnp.mean(jnp.asarray(batch["image"]), axis=(1, 2)))
+  return made._replace(from_data=lambda batch: jnp.mean(jnp.asarray(batch["image"]), axis=(1, 2)))
 
 
 def patches(factor: int = 2) -> models.Codec:
