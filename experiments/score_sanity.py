@@ -49,7 +49,7 @@ def run(source, steps, spaces=("classifier", "pixels"), held_out=600):
     settings = evaluate.Settings(wanted, kernel_subsets=20, allow_singular=True)
     extract = metrics.extractor(space, 64)
     reference = evaluate.summarize(extract, [real["image"][:half]], half, settings)
-    names = evaluate.names_of(space)
+    names = evaluate.score_names(space)
     found[name] = {
       title: evaluate.score(evaluate.summarize(extract, [images], half, settings), reference, settings, names)
       for title, images in judged.items()

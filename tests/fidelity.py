@@ -34,7 +34,7 @@ def _torchvision():
         sys.modules[name] = module
 
 
-def load(name):
+def import_module(name):
   """A module of theirs."""
   with _torchvision():
     return importlib.import_module(name)
@@ -42,7 +42,7 @@ def load(name):
 
 def random_inception(path):
   """Their Inception network with random weights, which also lie in the file."""
-  module = load("torch_fidelity.feature_extractor_inceptionv3")
+  module = import_module("torch_fidelity.feature_extractor_inceptionv3")
   network_type = module.FeatureExtractorInceptionV3
   torch.manual_seed(0)
   taps = network_type.get_provided_features_list()

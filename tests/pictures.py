@@ -20,24 +20,24 @@ def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
       Image.fromarray(pixels).save(root / name / f"{index}.{suffix}")
 
 
-def age(root):
+def backdate(root):
   """Folders as if nothing had changed for an hour: what changed just now is listed again in any case."""
   for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
     old = path.stat().st_mtime_ns - 3600 * 10**9
     os.utime(path, ns=(old, old))
 
 
-def spoil(path):
+def truncate(path):
   """Cuts a picture's file off."""
   path.write_bytes(path.read_bytes()[:50])
 
 
-def pixels_of(index, size=6):
+def random_pixels(index, size=6):
   return np.random.default_rng(index).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
 def write_builder(path, name="Squares", count=7):
-  """A Python file with a TFDS builder, whose image i is `pixels_of(i)` and whose label is i."""
+  """A Python file with a TFDS builder, whose image i is `random_pixels(i)` and whose label is i."""
   path.write_text(
     textwrap.dedent(f"""\
       import numpy as np
@@ -77,7 +77,7 @@ def write_png(path, pixels, kind):
   path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
-def bomb(path, side):
+def write_bomb(path, side):
   """A PNG of a few hundred bytes that claims to be a huge image."""
   write_png(path, np.zeros((1, 1), np.uint16), 0)
   content = bytearray(path.read_bytes())

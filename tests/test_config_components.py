@@ -120,7 +120,7 @@ UNKNOWN = [
   ("guidance.scale", "guidance.clip", "the function clip; expected a function of time"),
   ("editing.method", "editing.invert", "the function invert; expected a method of editing"),
   ("editing.operator", "editing.repaint", "makes a Sampler; expected an operator"),
-  ("data.source", "data.settings_of", "the function settings_of; expected a source of data"),
+  ("data.source", "data.fit_settings", "the function fit_settings; expected a source of data"),
   ("task", "tasks.Classify", "the class Classify; expected a task, one of classify, denoise"),
 ]
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ddpm_jax import data
-from tests.pictures import spoil, write_folder
+from tests.pictures import truncate, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_arrays_without_labels_have_no_class(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4, 1), np.uint8))
   source = data.read_arrays(tmp_path / "a.npz")
   assert list(source.classes) == [data.NO_CLASS] * 2
-  assert data.known_classes(source) is None
+  assert data.complete_classes(source) is None
   with pytest.raises(ValueError, match="classes -1 to -1 for 3 classes"):
     data.class_counts(source, 3)
 
@@ -138,7 +138,7 @@ def test_folder_takes_classes_from_sub_folders(tmp_path):
   assert list(source.classes) == [0, 0, 0, 1, 1, 1]
   assert source[0]["image"].shape == (8, 8, 3)
   assert data.FolderSource(tmp_path, (4, 4), 1)[5]["image"].shape == (4, 4, 1)
-  memory = data.in_memory(source)
+  memory = data.cache_in_memory(source)
   for index in range(6):
     np.testing.assert_array_equal(memory[index]["image"], source[index]["image"])
     assert memory[index]["classes"] == source[index]["classes"]
@@ -215,14 +215,14 @@ def test_the_crop_comes_first_and_is_central():
 def write_broken(root, names=("cat/1.jpg", "dog/2.bmp")):
   write_folder(root)
   for name in names:
-    spoil(root / name)
+    truncate(root / name)
   return data.FolderSource(root, (8, 8))
 
 
 def test_broken_files_are_one_error_with_all_their_names(tmp_path):
   source = write_broken(tmp_path)
   with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat.1\.jpg.*dog.2\.bmp.*broken=skip"):
-    data.in_memory(source)
+    data.cache_in_memory(source)
   with pytest.raises(ValueError, match=r"cat.1\.jpg.*broken=skip"):
     data.read(source, [0, 1])
   with pytest.raises(ValueError, match="expected|decode"):
@@ -234,16 +234,16 @@ def test_broken_files_are_one_error_with_all_their_names(tmp_path):
 def test_many_broken_files_are_counted_and_ten_named(tmp_path):
   write_folder(tmp_path, count=15)
   for path in (tmp_path / "cat").iterdir():
-    spoil(path)
+    truncate(path)
   with pytest.raises(ValueError, match=r"15 of 30 images") as error:
-    data.in_memory(data.FolderSource(tmp_path, (8, 8)))
+    data.cache_in_memory(data.FolderSource(tmp_path, (8, 8)))
   assert str(error.value).count("/cat/") == 10
   assert "and 5 more" in str(error.value)
 
 
 def test_the_next_image_stands_in_for_a_broken_one(tmp_path, capsys):
   source = write_broken(tmp_path)
-  memory = data.in_memory(source, "skip")
+  memory = data.cache_in_memory(source, "skip")
   printed = capsys.readouterr().out
   assert "2 of 6" in printed
   assert printed.count("cat/1.jpg") == printed.count("dog/2.bmp") == 1

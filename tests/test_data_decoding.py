@@ -8,7 +8,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.data.decoding import decode
-from tests.pictures import bomb, pixels_of, write_png
+from tests.pictures import write_bomb, random_pixels, write_png
 
 LEVELS = np.arange(256).reshape(16, 16)
 
@@ -179,32 +179,32 @@ def test_other_malformed_tags_hide_no_orientation(tmp_path):
   # A negative width, which Pillow reads and cannot write.
   entries = struct.pack("<HHIi", 0x0100, 9, 1, -5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
   exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
-  Image.fromarray(pixels_of(0, 8)).save(tmp_path / "a.png", exif=exif)
-  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), np.rot90(pixels_of(0, 8), -1))
+  Image.fromarray(random_pixels(0, 8)).save(tmp_path / "a.png", exif=exif)
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), np.rot90(random_pixels(0, 8), -1))
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_there_is_not_turns_nothing(tmp_path, orientation):
-  oriented(tmp_path / "a.png", pixels_of(0, 8), orientation)
-  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), pixels_of(0, 8))
+  oriented(tmp_path / "a.png", random_pixels(0, 8), orientation)
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), random_pixels(0, 8))
 
 
 def test_damaged_exif_breaks_no_image(tmp_path):
-  Image.fromarray(pixels_of(0, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no such header")
-  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), pixels_of(0, 8))
+  Image.fromarray(random_pixels(0, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no such header")
+  np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), random_pixels(0, 8))
 
 
 def test_an_image_beyond_pillows_limit_is_one_broken_file(tmp_path, capsys):
   (tmp_path / "folder").mkdir()
   path = tmp_path / "folder" / "bomb.png"
-  bomb(path, 40_000)
+  write_bomb(path, 40_000)
   for index in range(2):
-    Image.fromarray(pixels_of(index, 8)).save(path.parent / f"{index}.png")
+    Image.fromarray(random_pixels(index, 8)).save(path.parent / f"{index}.png")
   message = r"bomb\.png: Image size \(1600000000 pixels\) exceeds limit"
   source = data.FolderSource(path.parent, (8, 8))
   with pytest.raises(ValueError, match=f"{message}.*broken=skip"):
-    data.in_memory(source)
-  np.testing.assert_array_equal(data.in_memory(source, "skip").images[2], pixels_of(0, 8))
+    data.cache_in_memory(source)
+  np.testing.assert_array_equal(data.cache_in_memory(source, "skip").images[2], random_pixels(0, 8))
   assert "bomb.png" in capsys.readouterr().out
   with pytest.raises(ValueError, match=f"Cannot decode the image .*{message}"):
     data.read_inputs(path, (8, 8), 3)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.data import listing
-from tests.pictures import age, write_folder
+from tests.pictures import backdate, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def listed(monkeypatch):
 
 @pytest.fixture
 def settled(monkeypatch):
-  """Take folders for settled at once: `age` cannot set the time of their last status change."""
+  """Take folders for settled at once: `backdate` cannot set the time of their last status change."""
   monkeypatch.setattr(listing, "_TICK_NS", -(10**18))
 
 
@@ -48,7 +48,7 @@ def names(root):
 
 def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed, settled):
   write_folder(tmp_path / "images")
-  age(tmp_path)
+  backdate(tmp_path)
   first = data.FolderSource(tmp_path / "images", (8, 8))
   assert listed == ["images", "cat", "dog"]
   second = data.FolderSource(tmp_path / "images", (8, 8))
@@ -62,7 +62,7 @@ def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed, settled):
 def test_changes_are_seen_and_only_changed_folders_listed(tmp_path, listed, settled):
   root = tmp_path / "images"
   write_folder(root)
-  age(root)
+  backdate(root)
   before = names(root)
   assert before == sorted(before)
   listed.clear()
@@ -97,7 +97,7 @@ def test_links_are_followed_once(tmp_path, settled):
   (root / "twice").symlink_to(root / "cat")
   for _ in range(2):
     assert [name.split("/")[0] for name in names(root)] == ["cat"] * 3 + ["dog"] * 3 + ["emu"] * 2
-    age(root)
+    backdate(root)
 
 
 @pytest.mark.parametrize("link", ["cat/more", "ant", "cat.png"])
@@ -143,7 +143,7 @@ def test_odd_names_survive_the_cache(tmp_path, settled):
   (root / "a b" / "0.png").rename(root / "a b" / "ö 'n\n.PNG")
   (root / "a b" / "notes.txt").write_text("no image")
   (root / "empty").mkdir()
-  age(root)
+  backdate(root)
   assert names(root) == names(root) == ["a b/ö 'n\n.PNG", "ü\nx/0.png"]
   assert data.FolderSource(root, (8, 8))[0]["image"].shape == (8, 8, 3)
 
@@ -185,7 +185,7 @@ def test_other_files_are_passed_over_with_a_word(tmp_path, capsys, settled):
   os.mkfifo(root / "dog" / "pipe.png")
   (root / "dog" / "link.png").symlink_to("pipe.png")
   for _ in range(2):  # also when the listing comes from the cache
-    assert len(data.in_memory(data.FolderSource(root, (8, 8)))) == 2
+    assert len(data.cache_in_memory(data.FolderSource(root, (8, 8)))) == 2
     said = "3 hidden or of the system, 2 .txt, 2 no regular file, 1 .heic, 1 without an ending"
     assert f"passed over in {root}, as no images: {said}\n" in capsys.readouterr().out
   for name in ("cat/0.png", "dog/0.png"):
@@ -247,7 +247,7 @@ def test_an_archive_is_to_be_unpacked(tmp_path):
 def test_a_replaced_folder_of_the_same_age_is_listed_again(tmp_path, how, name, settled):
   root = tmp_path / "images"
   write_folder(root)
-  age(tmp_path)
+  backdate(tmp_path)
   assert len(names(root)) == 6
   time.sleep(0.02)  # a tick of the file system's clock
   folder = root / name

@@ -58,7 +58,7 @@ def test_items_are_read_with_their_names_shapes_and_types():
 
 @pytest.mark.parametrize("broken", ["stop", "skip"])
 def test_items_are_the_same_in_memory(broken):
-  held = data.in_memory(Poses(), broken)
+  held = data.cache_in_memory(Poses(), broken)
   assert not isinstance(held, Poses)
   assert held[5].keys() == Poses()[5].keys(), "no class is made up"
   assert held.classes is None
@@ -67,7 +67,7 @@ def test_items_are_the_same_in_memory(broken):
 
 def test_all_of_the_next_item_stands_in_for_a_broken_image():
   stand_ins = {2: 4, 3: 4, 11: 0}
-  for source in (data.SkipBroken(Poses(broken=stand_ins)), data.in_memory(Poses(broken=stand_ins), "skip")):
+  for source in (data.SkipBroken(Poses(broken=stand_ins)), data.cache_in_memory(Poses(broken=stand_ins), "skip")):
     assert_items(data.read(source, np.arange(12)), range(12), stand_ins)
 
 
@@ -114,7 +114,7 @@ def test_batches_hold_all_items_and_flips_mirror_what_lies_on_the_pixels(workers
 
 
 def test_images_that_are_floats_stay_what_they_are():
-  for source in (Poses(floats=True), data.in_memory(Poses(floats=True))):
+  for source in (Poses(floats=True), data.cache_in_memory(Poses(floats=True))):
     batch = next(data.batches(source, 4, seed=0))
     wanted = [Poses(floats=True)[index]["image"].astype(np.float32) for index in batch["count"]]
     np.testing.assert_array_equal(batch["image"], wanted)
@@ -185,7 +185,7 @@ class Wrong(Poses):
 def test_an_item_unlike_the_others_is_an_error(changes, message, tmp_path):
   for use in (
     lambda source: data.read(source, [1, 3]),
-    data.in_memory,
+    data.cache_in_memory,
     lambda source: next(data.batches(source, 12, seed=0)),
     lambda source: data.pack(source, tmp_path / "pack", {}),
   ):
@@ -202,7 +202,7 @@ def test_an_item_unlike_the_others_is_an_error(changes, message, tmp_path):
   ],
 )
 def test_images_of_another_range_are_refused_at_once(monkeypatch, changes, message):
-  monkeypatch.setattr(data.sources, "in_memory", lambda source, broken: source)
+  monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
   with pytest.raises(ValueError, match=message):
     data.load(data.Splits(Wrong(0, **changes)))
 

@@ -16,7 +16,7 @@ import pytest
 from ddpm_jax import data
 from tests import forked
 from tests.conftest import ROOT
-from tests.pictures import spoil, write_folder
+from tests.pictures import truncate, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -118,12 +118,12 @@ def test_wrong_counts_are_errors(counts):
 
 def test_waiting_is_measured():
   batches = data.batches(numbered(), 5, seed=0, put=lambda batch: jax.block_until_ready(jax.device_put(batch)))
-  assert batches.wait == 0
+  assert batches.wait_seconds == 0
   next(batches)
-  first = batches.wait
+  first = batches.wait_seconds
   assert first > 0
   next(batches)
-  assert batches.wait > first
+  assert batches.wait_seconds > first
 
 
 def devices_of_this_process():
@@ -142,7 +142,7 @@ class Spy(data.ArraySource):
 
 def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp_path, capfd):
   write_folder(tmp_path, count=6)
-  spoil(tmp_path / "dog" / "3.png")
+  truncate(tmp_path / "dog" / "3.png")
   kwargs = {"seed": 3, "flip": True}
   source = data.SkipBroken(data.FolderSource(tmp_path, (8, 8)))
   threads = data.batches(source, 5, num_threads=3, **kwargs)
@@ -150,7 +150,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
     next(threads)
   state = json.loads(json.dumps(threads.state))
   want = [next(threads) for _ in range(6)]
-  assert threads.broken == 1
+  assert threads.num_broken == 1
   capfd.readouterr()
   again = data.SkipBroken(data.FolderSource(tmp_path, (8, 8)))
   workers = data.batches(again, 5, num_workers=2, **kwargs)
@@ -159,7 +159,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
     got = next(workers)
     np.testing.assert_array_equal(got["image"], batch["image"])
     np.testing.assert_array_equal(got["classes"], batch["classes"])
-  assert workers.broken == 1
+  assert workers.num_broken == 1
   assert capfd.readouterr().out.count("dog/3.png") == 1, "reported once, by the main process"
   assert workers.state["batch"] == 10
   workers.close()
@@ -172,7 +172,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
 
 def test_a_broken_file_stops_the_batches_by_name(tmp_path):
   write_folder(tmp_path)
-  spoil(tmp_path / "dog" / "0.png")
+  truncate(tmp_path / "dog" / "0.png")
   batches = data.batches(data.FolderSource(tmp_path, (8, 8)), 6, seed=0)
   with pytest.raises(ValueError, match=r"dog.0\.png.*broken=skip"):
     next(batches)
@@ -227,7 +227,7 @@ if __name__ == "__main__":
 def test_iteration_ends_instead_of_waiting_once_it_is_given_up():
   blocked = threading.Event()
   batches = data.batches(numbered(), 5, seed=0, put=lambda batch: blocked.wait(forked.PATIENCE))
-  threading.Timer(0.1, batches.give_up).start()
+  threading.Timer(0.1, batches.cancel).start()
   assert list(batches) == []
   batches.close()
   blocked.set()

@@ -15,7 +15,7 @@ from ddpm_jax.config import spec
 from ddpm_jax.runs import reading
 from ddpm_jax.storage import sealed
 from tests.conftest import ROOT
-from tests.pictures import pixels_of, spoil, write_builder, write_folder
+from tests.pictures import random_pixels, truncate, write_builder, write_folder
 from tests.recipes import experiment_of, tiny_config
 
 
@@ -50,14 +50,14 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
   train, held_out = reading.read_data(own)
   assert (len(train), len(held_out)) == (7, 2)
   for index in range(7):
-    np.testing.assert_array_equal(train[index]["image"], pixels_of(train[index]["classes"]))
+    np.testing.assert_array_equal(train[index]["image"], random_pixels(train[index]["classes"]))
   assert data.TfdsSource("own_squares", "train", (3, 3), 1, keys["path"])[0]["image"].shape == (3, 3, 1)
   reading.run_prepare(own, None)
   assert "prepared already" in capsys.readouterr().out
   reading.run_prepare(own, tmp_path / "packed")
   packed, _ = reading.read_sources(experiment("packed", path=str(tmp_path / "packed")))
   for index in range(7):
-    np.testing.assert_array_equal(packed[index]["image"], pixels_of(packed[index]["classes"]))
+    np.testing.assert_array_equal(packed[index]["image"], random_pixels(packed[index]["classes"]))
   assert "tensorflow" not in sys.modules
 
 
@@ -172,7 +172,7 @@ def test_lsun_is_read_without_tensorflow_io(tmp_path, monkeypatch):
   for split, count in (("train", 3), ("val", 1)):
     (tmp_path / split / f"bedroom_{split}_lmdb").mkdir(parents=True)
     for index in range(count):
-      Image.fromarray(pixels_of(index, 8)).save(
+      Image.fromarray(random_pixels(index, 8)).save(
         tmp_path / split / f"bedroom_{split}_lmdb" / str(index), "webp", lossless=True
       )
   fake = types.SimpleNamespace(open=lambda path, readonly, lock: Lmdb(path))
@@ -186,7 +186,7 @@ def test_lsun_is_read_without_tensorflow_io(tmp_path, monkeypatch):
   _, counts, _ = data.prepare_tfds("lsun/bedroom", str(tmp_path / "tfds"))
   assert counts == {"train": 3, "validation": 1}
   source = data.TfdsSource("lsun/bedroom", "train", (8, 8), 3, str(tmp_path / "tfds"))
-  wanted = {pixels_of(index, 8).tobytes() for index in range(3)}
+  wanted = {random_pixels(index, 8).tobytes() for index in range(3)}
   assert {source[index]["image"].tobytes() for index in range(3)} == wanted
 
 
@@ -233,7 +233,7 @@ def test_several_shards_read_as_one(tmp_path, monkeypatch):
 def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
   write_folder(tmp_path / "images")
   for name in ("cat/1.jpg", "dog/0.png"):
-    spoil(tmp_path / "images" / name)
+    truncate(tmp_path / "images" / name)
   folder = experiment("folder", path=str(tmp_path / "images"))
   with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat/1\.jpg.*dog/0\.png"):
     reading.run_prepare(folder, tmp_path / "packed")

@@ -121,11 +121,11 @@ def test_a_folder_and_its_pack(tmp_path, channels):
   folder = data.folder(fit, str(tmp_path / "images"))
   assert folder.held_out is None
   np.testing.assert_array_equal(images_of(folder.train), pixels[..., :channels])
-  data.pack(folder.train, tmp_path / "packed", data.settings_of(fit))
+  data.pack(folder.train, tmp_path / "packed", data.fit_settings(fit))
   packed = data.packed(fit, str(tmp_path / "packed")).train
   np.testing.assert_array_equal(images_of(packed), pixels[..., :channels])
   with pytest.raises(ValueError, match=rf"\(12, 8, {channels}\).*wants \(8, 12, {channels}\)"):
-    data.packed(fit._replace(space=(8, 12)), str(tmp_path / "packed"))
+    data.packed(fit._replace(image_size=(8, 12)), str(tmp_path / "packed"))
   with pytest.raises(ValueError, match="'crop': 0.*wants .*'crop': 4.*config.data.crop=0"):
     data.packed(fit._replace(crop=4), str(tmp_path / "packed"))
 
@@ -141,7 +141,7 @@ def test_arrays_of_any_number_of_channels(tmp_path, shape):
   assert (len(train), len(held_out)) == (7, 2)
   batch = next(data.batches(train, 4, seed=0, flip=True))["image"]
   assert batch.shape == (4, *shape)
-  other = fit._replace(space=shape[1::-1], channels=shape[2] + 1)
+  other = fit._replace(image_size=shape[1::-1], channels=shape[2] + 1)
   with pytest.raises(ValueError, match=r"Got images of shape .* from data.source=arrays; the config wants"):
     data.arrays(other, str(tmp_path / "a.npz"))
   with pytest.raises(ValueError, match="from the data; the config wants"):

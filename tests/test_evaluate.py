@@ -67,13 +67,13 @@ def test_only_what_was_asked_for_is_computed_under_the_names_of_the_space():
 
 def test_names_are_those_of_papers_only_in_the_published_network():
   space = metrics.pixel_space()
-  assert evaluate.names_of(space)["frechet"] == "frechet_distance"
+  assert evaluate.score_names(space)["frechet"] == "frechet_distance"
   inception = space._replace(name="inception", provenance={"published": True, "resize": "tf1"})
-  assert evaluate.names_of(inception)["frechet"] == "fid"
+  assert evaluate.score_names(inception)["frechet"] == "fid"
   assert (
-    evaluate.names_of(inception._replace(provenance={"published": True, "resize": "clean"}))["kernel"] == "clean_kid"
+    evaluate.score_names(inception._replace(provenance={"published": True, "resize": "clean"}))["kernel"] == "clean_kid"
   )
-  assert evaluate.names_of(inception._replace(provenance={"published": False}))["frechet"] == "frechet_distance"
+  assert evaluate.score_names(inception._replace(provenance={"published": False}))["frechet"] == "frechet_distance"
 
 
 def test_sets_of_two_sizes_are_compared_by_random_ones_of_the_smaller_not_by_the_first():
@@ -89,11 +89,11 @@ def test_sets_of_two_sizes_are_compared_by_random_ones_of_the_smaller_not_by_the
 
 def test_no_more_features_are_kept_than_settings_say():
   everything = images(0, 300)
-  summary = evaluate.summarize(extract, parts(everything, [100, 100]), 300, PAIRS._replace(most_kept=40))
-  assert summary.kept.shape == (40, 4)
-  assert len(np.unique(summary.kept, axis=0)) == 40
-  assert set(map(bytes, summary.kept)) <= set(map(bytes, extract(everything)["features"]))
-  assert evaluate.summarize(extract, [everything], 300, PAIRS._replace(scores=("frechet",))).kept is None
+  summary = evaluate.summarize(extract, parts(everything, [100, 100]), 300, PAIRS._replace(pairwise_samples=40))
+  assert summary.pairwise_features.shape == (40, 4)
+  assert len(np.unique(summary.pairwise_features, axis=0)) == 40
+  assert set(map(bytes, summary.pairwise_features)) <= set(map(bytes, extract(everything)["features"]))
+  assert evaluate.summarize(extract, [everything], 300, PAIRS._replace(scores=("frechet",))).pairwise_features is None
 
 
 def test_memory_does_not_grow_with_the_number_of_images():
@@ -102,7 +102,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
     return {"features": features, "spatial": features, "log_probs": features}
 
   def peak(count):
-    settings = ALL._replace(most_kept=100)
+    settings = ALL._replace(pairwise_samples=100)
     tracemalloc.start()
     evaluate.summarize(light, (images(first, 100) for first in range(0, count, 100)), count, settings)
     size = tracemalloc.get_traced_memory()[1]
@@ -135,7 +135,7 @@ def test_wrong_sets_are_errors():
 def test_scores_that_a_summary_does_not_allow_are_errors():
   full = evaluate.summarize(extract, [images(0, 20)], 20, ALL)
   statistics = metrics.Statistics(full.features, None, {})
-  known = evaluate.of_statistics(statistics)
+  known = evaluate.statistics_summary(statistics)
   assert known.count == 20
   assert evaluate.score(full, known, ALL._replace(scores=("frechet",)))["frechet"] < 1e-9
   for name, message in (
@@ -149,8 +149,8 @@ def test_scores_that_a_summary_does_not_allow_are_errors():
     evaluate.score(full._replace(classes=None), full, ALL._replace(scores=("class_score",)))
   with pytest.raises(ValueError, match=r"Got the scores \['fid'\]; expected some of frechet"):
     evaluate.score(full, full, ALL._replace(scores=("fid", "kernel")))
-  assert evaluate.available(spatial=False, classes=True, pairs=False) == ("frechet", "class_score")
-  assert evaluate.available(spatial=True, classes=True, pairs=True) == evaluate.SCORES
+  assert evaluate.available_scores(spatial=False, classes=True, pairs=False) == ("frechet", "class_score")
+  assert evaluate.available_scores(spatial=True, classes=True, pairs=True) == evaluate.SCORES
 
 
 def test_subsets_of_the_kernel_distance_are_halves_up_to_a_thousand():
@@ -158,7 +158,7 @@ def test_subsets_of_the_kernel_distance_are_halves_up_to_a_thousand():
 
 
 def test_a_table_has_a_row_a_set_and_a_column_a_score():
-  text = evaluate.table(
+  text = evaluate.format_table(
     {"samples": {"fid": 3.14159, "kid": 0.0123, "kid_std": 0.001}, "floor": {"fid": 1.0}, "none": None}
   )
   head, samples, floor, none = text.splitlines()

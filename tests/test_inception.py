@@ -75,10 +75,10 @@ def test_a_space_of_gray_and_color_images(peer, weights):
   wanted = torch.log_softmax(found["logits_unbiased"], 1).numpy()
   assert np.max(np.abs(taps["log_probs"] - wanted)) < 1e-4 * wanted.std()
   assert np.max(np.abs(taps["features"] - found["2048"].numpy())) < 1e-4 * found["2048"].numpy().std()
-  assert evaluate.names_of(space)["frechet"] == "frechet_distance", "random weights make no FID"
+  assert evaluate.score_names(space)["frechet"] == "frechet_distance", "random weights make no FID"
   published = metrics.inception_space(weights.params, resize="clean", published=True)
-  assert evaluate.names_of(published)["frechet"] == "clean_fid"
-  assert evaluate.names_of(published._replace(provenance={"published": True, "resize": "tf1"}))["frechet"] == "fid"
+  assert evaluate.score_names(published)["frechet"] == "clean_fid"
+  assert evaluate.score_names(published._replace(provenance={"published": True, "resize": "tf1"}))["frechet"] == "fid"
 
 
 def test_taps_that_are_not_asked_for_are_not_computed():
@@ -100,10 +100,12 @@ def test_taps_that_are_not_asked_for_are_not_computed():
 @pytest.mark.parametrize("name", SHAPES)
 def test_resizing_is_that_of_the_peers(name):
   images = images_of(SHAPES[name])
-  resize = fidelity.load("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
+  resize = fidelity.import_module(
+    "torch_fidelity.interpolate_compat_tensorflow"
+  ).interpolate_bilinear_2d_like_tensorflow1x
   wanted = resize(as_torch(images).float(), (299, 299), align_corners=False).numpy().transpose(0, 2, 3, 1)
   np.testing.assert_allclose(metrics.resize_tf1(images.astype(np.float32)), wanted, atol=1e-4)
-  clean = fidelity.load("cleanfid.resize").build_resizer("clean")
+  clean = fidelity.import_module("cleanfid.resize").build_resizer("clean")
   np.testing.assert_allclose(metrics.resize_clean(images), np.stack([clean(image) for image in images]), atol=1e-3)
 
 

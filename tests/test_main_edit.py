@@ -8,7 +8,7 @@ from PIL import Image
 from ddpm_jax import editing
 from ddpm_jax.storage import images
 from tests.commands import RECIPE, assert_refused, call
-from tests.pictures import bomb
+from tests.pictures import write_bomb
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def bad_files(folder):
   levels = np.arange(64, dtype=np.uint16).reshape(8, 8)
   Image.fromarray(levels.astype(np.float32)).save(folder / "floats.tif")
   Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(folder / "clear.png")
-  bomb(folder / "bomb.png", 40_000)
+  write_bomb(folder / "bomb.png", 40_000)
   return {"floats.tif": "its pixels are floats", "bomb.png": "exceeds limit", "clear.png": "with transparent pixels"}
 
 

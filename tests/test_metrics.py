@@ -27,7 +27,7 @@ def spectrum(seed, values):
 
 
 def theirs(a, b):
-  fid = fidelity.load("torch_fidelity.metric_fid")
+  fid = fidelity.import_module("torch_fidelity.metric_fid")
   statistics = [fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
   return fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
 
@@ -177,7 +177,7 @@ def test_too_few_samples_for_the_rank_are_an_error_that_says_how_many_do():
 def test_kernel_distance_is_torch_fidelitys_and_scikit_learns():
   a, b = features(0, 60), features(1, 70, shift=0.5)
   got = metrics.kernel_distance(a, b, subsets=7, size=20)
-  kid = fidelity.load("torch_fidelity.metric_kid").kid_features_to_metric(
+  kid = fidelity.import_module("torch_fidelity.metric_kid").kid_features_to_metric(
     torch.from_numpy(a), torch.from_numpy(b), kid_subsets=7, kid_subset_size=20, verbose=False
   )
   np.testing.assert_allclose(
@@ -221,7 +221,7 @@ def class_score(log_probs, splits, sizes):
 @pytest.mark.parametrize(("count", "splits", "sizes"), [(100, 10, []), (97, 10, [1, 60]), (53, 1, [20]), (5, 5, [2])])
 def test_inception_score_is_torch_fidelitys(count, splits, sizes):
   logits = 3 * np.random.default_rng(0).normal(size=(count, 7))
-  isc = fidelity.load("torch_fidelity.metric_isc").isc_features_to_metric(torch.from_numpy(logits), splits)
+  isc = fidelity.import_module("torch_fidelity.metric_isc").isc_features_to_metric(torch.from_numpy(logits), splits)
   expected = [isc["inception_score_mean"], isc["inception_score_std"]]
   log_probs = scipy.special.log_softmax(logits, axis=1)
   np.testing.assert_allclose(class_score(log_probs, splits, sizes), expected, rtol=1e-9, atol=1e-12)
@@ -256,5 +256,5 @@ def test_wrong_log_probabilities_are_errors():
 def test_importing_what_the_peers_need_leaves_nothing_behind():
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    fidelity.load("torch_fidelity.metric_fid")
+    fidelity.import_module("torch_fidelity.metric_fid")
   assert not any(name.startswith("torchvision") for name in sys.modules)

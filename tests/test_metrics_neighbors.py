@@ -28,7 +28,7 @@ def test_scores_are_the_authors_and_torch_fidelitys(generated, k):
   with contextlib.redirect_stdout(io.StringIO()):
     expected = compute_prdc(real, generated, k)
   np.testing.assert_allclose(got, [expected[name] for name in got._fields], rtol=1e-9)
-  prc = fidelity.load("torch_fidelity.metric_prc")
+  prc = fidelity.import_module("torch_fidelity.metric_prc")
   parts = prc.calculate_precision_recall_part(torch.from_numpy(generated), torch.from_numpy(real), k)
   # Theirs are means in float32.
   np.testing.assert_allclose(metrics.precision_recall(generated, real, k), parts, rtol=1e-6)

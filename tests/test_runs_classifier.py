@@ -155,4 +155,4 @@ def test_chance_knows_how_common_classes_are():
   known = evaluate.classification_scores(np.log(np.tile(shares, (4, 1))), classes)
   assert chance == pytest.approx(known)
   assert evaluate.chance_scores(np.arange(5), 5) == pytest.approx({"accuracy": 0.2, "cross_entropy": np.log(5)})
-  assert "chance" in evaluate.classification_table([{"log_snr": -2.0, **known}], chance)
+  assert "chance" in evaluate.format_classification([{"log_snr": -2.0, **known}], chance)

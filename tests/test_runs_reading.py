@@ -12,7 +12,7 @@ from ddpm_jax.config import spec
 from ddpm_jax.runs import reading, spaces
 from ddpm_jax.storage.places import user_path
 from tests.commands import DENSE, assert_refused, call
-from tests.pictures import spoil
+from tests.pictures import truncate
 from tests.recipes import experiment_of, tiny_config
 
 
@@ -208,7 +208,7 @@ def test_labels_that_are_read_with_the_images_are_checked_then(monkeypatch, labe
   labels = {"train": [0, 1, 2, label, 0, 1, 2, 0], "test": [0, label]}
   monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit: Streamed(labels[split]))
   # As sets of more than a gigabyte.
-  monkeypatch.setattr(data.sources, "in_memory", lambda source, broken: source)
+  monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
   train, held_out = reading.read_data(experiment("", 3, source="tfds", data={"broken": broken}))
   with pytest.raises(ValueError, match=f"image 1: .*{message}"):
     data.read(held_out, [1])
@@ -249,7 +249,7 @@ def test_inception_is_refused_channels_that_it_cannot_see_before_its_weights_are
 @pytest.mark.parametrize("spoiled", range(1, 6))
 def test_no_image_stands_in_for_a_broken_one_in_training_and_held_out(tmp_path, spoiled):
   write(tmp_path, a=1, b=1, c=1, d=1, e=1, f=1)
-  spoil(tmp_path / "abcdef"[spoiled] / "0.png")
+  truncate(tmp_path / "abcdef"[spoiled] / "0.png")
   sources = reading.read_data(experiment(tmp_path, data={"hold_out": 3, "broken": "skip"}))
   train, held_out = ({int(source[index]["image"][0, 0, 0]) for index in range(3)} for source in sources)
   assert not train & held_out

@@ -46,18 +46,18 @@ def test_a_condition_of_ones_own_that_cannot_read_a_text_is_named():
 def test_classes_in_the_data_s_proportions():
   """By largest remainder, and of any part of them each class has nearly its share."""
   counts = np.array([700, 200, 0, 97])
-  classes = data.in_proportion(counts, 100)
+  classes = data.proportional_classes(counts, 100)
   np.testing.assert_array_equal(np.bincount(classes, minlength=4), [70, 20, 0, 10])
   for first in range(0, 100, 10):
     part = np.bincount(classes[first : first + 10], minlength=4)
     assert np.all(np.abs(part - [7, 2, 0, 1]) <= 1)
   for count in (1, 2, 7, 33):
-    part = data.in_proportion(counts, count)
+    part = data.proportional_classes(counts, count)
     assert part.shape == (count,)
     assert part.dtype == np.int32
     assert np.all(np.abs(np.bincount(part, minlength=4) - count * counts / 997) < 1)
-  np.testing.assert_array_equal(data.in_proportion(np.full(4, 5), 6), [0, 1, 2, 3, 0, 1])
-  np.testing.assert_array_equal(data.in_proportion(np.full(4, 5), 8), [0, 1, 2, 3, 0, 1, 2, 3])
+  np.testing.assert_array_equal(data.proportional_classes(np.full(4, 5), 6), [0, 1, 2, 3, 0, 1])
+  np.testing.assert_array_equal(data.proportional_classes(np.full(4, 5), 8), [0, 1, 2, 3, 0, 1, 2, 3])
 
 
 def source(**items):

@@ -228,7 +228,7 @@ class Evaluation:
   scores: Sequence[str] = key(())  # some of evaluate.SCORES; empty: all that features, reference and samples allow
   allow_singular: bool = key(False)  # a Frechet distance of no more samples than the features have dimensions
   k: int = count(5)  # nearest neighbor of precision, recall, density and coverage
-  most_kept: int = count(10_000)  # features for the scores that compare pairs
+  pairwise_samples: int = count(10_000)  # features for the scores that compare pairs
   kernel_subsets: int = count(100)
   kernel_size: int = key(0)  # of a subset; 0: 1,000, or half of what is kept
   splits: int = count(10)  # of the Inception Score

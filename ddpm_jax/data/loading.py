@@ -39,13 +39,13 @@ def load(
   if broken not in ("stop", "skip"):
     raise ValueError(f"Got broken={broken!r}; expected 'stop' or 'skip'. Set --config.data.broken.")
   train, held_out = splits
-  check_classes_of(splits, check)
+  check_split_classes(splits, check)
   if held_out is None and hold_out:
     # First, so that no image stands in for a broken one on the other side.
     train, held_out = sources.hold_out(train, hold_out)
 
   def finish(source: Source) -> Source:
-    kept = sources.in_memory(source, broken)
+    kept = sources.cache_in_memory(source, broken)
     first = sources.read(SkipBroken(kept) if broken == "skip" else kept, [0])
     _check_item(first)
     _check_shape(first["image"].shape[1:], shape)
@@ -99,7 +99,7 @@ def _leave_out(key: str) -> str:
   return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""
 
 
-def check_classes_of(splits: Splits, check: Check | None) -> None:
+def check_split_classes(splits: Splits, check: Check | None) -> None:
   """Check the classes of all splits that know theirs without reading images."""
   for source in splits:
     if check is not None and source is not None and (known := _labels(source)) is not None:

@@ -31,7 +31,7 @@ class Batches:
   """Endless batches, the next one on its way to the device while the current one is used; resumable by `state`.
 
   Attributes:
-    wait: seconds that `next` has taken so far, all of it together: what training has waited for its input.
+    wait_seconds: seconds that `next` has taken so far, all of it together: what training has waited for its input.
   """
 
   def __init__(
@@ -46,7 +46,7 @@ class Batches:
     self._ahead: Future | None = None
     self._workers: set[int] = set()
     self._given_up = False
-    self.wait = 0.0
+    self.wait_seconds = 0.0
     # Before multiprocessing ends its children in an order of its own, which can take a minute.
     atexit.register(_close, weakref.ref(self))
 
@@ -60,7 +60,7 @@ class Batches:
     batch = self._await(self._ahead)
     self._ahead = self._submit()
     self._position = {**self._position, "batch": self._position["batch"] + 1}
-    self.wait += time.perf_counter() - since
+    self.wait_seconds += time.perf_counter() - since
     return batch
 
   def _submit(self) -> Future:
@@ -116,7 +116,7 @@ class Batches:
     return self._put(batch)
 
   @property
-  def broken(self) -> int:
+  def num_broken(self) -> int:
     """How many images have been found broken so far, and replaced."""
     return len(self._source.broken) if isinstance(self._source, SkipBroken) else 0
 
@@ -150,7 +150,7 @@ class Batches:
     self.close()
     self._position = dict(state)
 
-  def give_up(self) -> None:
+  def cancel(self) -> None:
     """Let iteration end instead of waiting for a batch any longer, as when the program is told to stop."""
     self._given_up = True
 
@@ -247,10 +247,10 @@ def batches(
 
 def _mirrored(batch: Batch, chosen: np.ndarray) -> Batch:
   """Return a batch in which the chosen images [b] are mirrored left to right, with all that lies on their pixels."""
-  space = batch["image"].shape[1:3]
+  image_size = batch["image"].shape[1:3]
 
   def mirror(array: np.ndarray) -> np.ndarray:
-    if array.shape[1:3] != space:
+    if array.shape[1:3] != image_size:
       return array
     return np.where(chosen.reshape(-1, *(1,) * (array.ndim - 1)), array[:, :, ::-1], array)
 

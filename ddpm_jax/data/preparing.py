@@ -7,9 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpm_jax.data.choices import Splits, arrays, digits, mnist, packed, settings_of, tfds
+from ddpm_jax.data.choices import Splits, arrays, digits, mnist, packed, fit_settings, tfds
 from ddpm_jax.data.fitting import Fit
-from ddpm_jax.data.loading import Check, check_classes_of
+from ddpm_jax.data.loading import Check, check_split_classes
 from ddpm_jax.data.packing import pack
 from ddpm_jax.data.tfds_records import prepare_tfds
 from ddpm_jax.storage import files
@@ -65,12 +65,12 @@ def prepare(
     raise ValueError("Got no --output; expected a new folder for the packed images, such as --output=/data/packed.")
   with files.new_folder(output) as temporary:
     train, held_out = splits = source(*bound.args, **bound.kwargs)
-    check_classes_of(splits, check)
+    check_split_classes(splits, check)
     # A split has a folder of its own, as in a folder of images.
     names = [str(known.get("train_split", "train")), str(known.get("eval_split", "test"))]
     splits_by_name = {"": train} if held_out is None else dict(zip(names, (train, held_out), strict=True))
     for name, images in splits_by_name.items():
-      count, left_out = pack(images, temporary / name, settings_of(fit), broken)
+      count, left_out = pack(images, temporary / name, fit_settings(fit), broken)
       size = "x".join(map(str, fit.shape))
       tqdm.write(f"{name or 'images'}: {count:,} of {size} packed, {len(left_out):,} left out as broken")
   tqdm.write(f"packed       {output}\nto use them  --config.data.source=packed --config.data.source.path={output}")

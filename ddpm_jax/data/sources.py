@@ -22,7 +22,7 @@ NO_CLASS = -1
 # In place of a number of images to hold out.
 A_TENTH = -1
 _MOST_OF_A_TENTH = 500
-# What `in_memory` is willing to hold.
+# What `cache_in_memory` is willing to hold.
 _MEMORY_LIMIT = 2**30
 _LARGEST_CLASS = 2**31 - 1
 # Images that are read at a time where there are many.
@@ -55,7 +55,7 @@ def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarr
   return as_uint8(read(source, indices)["image"])
 
 
-def images_in_parts(source: Source, indices: np.ndarray) -> Iterator[np.ndarray]:
+def image_chunks(source: Source, indices: np.ndarray) -> Iterator[np.ndarray]:
   """Yield what `read_images` returns, a part at a time."""
   for first in range(0, len(indices), _PART):
     yield read_images(source, indices[first : first + _PART])
@@ -157,7 +157,7 @@ def check_classes(classes: np.ndarray) -> np.ndarray:
   return classes.astype(np.int32)
 
 
-def known_classes(source: Source) -> np.ndarray | None:
+def complete_classes(source: Source) -> np.ndarray | None:
   """Return the classes [N], or None if an image has none, or they would have to be read with the images."""
   classes = getattr(source, "classes", None)
   return None if classes is None or np.min(classes) == NO_CLASS else classes
@@ -179,7 +179,7 @@ def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
   return np.bincount(classes, minlength=num_classes)
 
 
-def in_proportion(counts: np.ndarray, count: int) -> np.ndarray:
+def proportional_classes(counts: np.ndarray, count: int) -> np.ndarray:
   """Return classes [count] as common as `counts` [number] says, by largest remainder, each spread evenly."""
   quotas = count * counts / np.sum(counts)
   shares = np.floor(quotas).astype(int)
@@ -364,7 +364,7 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
   return _Subset(source, np.sort(order[count:])), _Subset(source, np.sort(order[:count]))
 
 
-def in_memory(source: Source, broken: str = "stop") -> Source:
+def cache_in_memory(source: Source, broken: str = "stop") -> Source:
   """Decode a source into memory if it takes at most 1 GiB there, else return it as it is.
 
   So all broken files of a small set show at once.

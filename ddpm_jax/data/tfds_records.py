@@ -24,10 +24,10 @@ class TfdsSource:
   Args:
     name: its TFDS name, such as "cifar10".
     split: a TFDS split, such as "train" or "train[:90%]".
-    space: height and width in pixels; images of another size are brought to it as `fitting.fit` does.
+    image_size: height and width in pixels; images of another size are brought to it as `fitting.fit` does.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
     data_dir: the TFDS folder; its default when empty.
-    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `space`; 0 for none.
+    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `image_size`; 0 for none.
     resize: bicubic, box or adm.
 
   Raises:
@@ -38,7 +38,7 @@ class TfdsSource:
     self,
     name: str,
     split: str,
-    space: tuple[int, int],
+    image_size: tuple[int, int],
     channels: int = 3,
     data_dir: str = "",
     crop: int = 0,
@@ -46,7 +46,7 @@ class TfdsSource:
   ):
     import tensorflow_datasets as tfds
 
-    self._fit = check_fit(space, channels, crop, resize)
+    self._fit = check_fit(image_size, channels, crop, resize)
     self._where = {"name": name, "split": split, "data_dir": data_dir or None}
     try:
       self.records: Any = tfds.data_source(**self._where, download=False)

@@ -4,7 +4,7 @@ from ddpm_jax.metrics.classes import ClassStatistics, class_statistics, inceptio
 from ddpm_jax.metrics.classifier import (
   CLASSIFIER_FEATURES,
   classifier_space,
-  kept_classifier,
+  cached_classifier,
   load_classifier,
   pixel_space,
   save_classifier,
@@ -41,7 +41,7 @@ __all__ = [
   "gaussian",
   "inception_score",
   "inception_space",
-  "kept_classifier",
+  "cached_classifier",
   "kernel_distance",
   "load_classifier",
   "load_statistics",

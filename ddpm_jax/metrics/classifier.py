@@ -141,7 +141,7 @@ def pixel_space() -> FeatureSpace:
   return FeatureSpace("pixels", {}, prepare, lambda params, x: {"features": x}, {"range": "[-1, 1]"})
 
 
-def kept_classifier(
+def cached_classifier(
   path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, main: bool = True
 ) -> PyTree:
   """Return what `train_classifier` gives, from a file if it was trained before on the same images in the same way.

@@ -22,7 +22,7 @@ class Settings(NamedTuple):
   Attributes:
     scores: of `SCORES`.
     k: the neighbor that sets a ball's width.
-    most_kept: features of a set that are kept for the scores of pairs; of a larger set, so many at random.
+    pairwise_samples: features of a set that are kept for the scores of pairs; of a larger set, so many at random.
     kernel_subsets: random subsets of the kernel distance.
     kernel_size: features in each; 0: the smaller of 1,000 and half of what is kept.
     splits: of the class score.
@@ -31,7 +31,7 @@ class Settings(NamedTuple):
 
   scores: tuple[str, ...]
   k: int = 5
-  most_kept: int = 10_000
+  pairwise_samples: int = 10_000
   kernel_subsets: int = 100
   kernel_size: int = 0
   splits: int = 10
@@ -46,14 +46,14 @@ class Summary(NamedTuple):
     features: the Gaussian of their features.
     spatial: that of their features of places, where the space has any.
     classes: statistics of their classes, where the space has any.
-    kept: features for the scores of pairs [n, D]; None where only moments are known.
+    pairwise_features: features for the scores of pairs [n, D]; None where only moments are known.
   """
 
   count: int  # type: ignore[assignment]  # hides tuple.count
   features: metrics.Gaussian
   spatial: metrics.Gaussian | None = None
   classes: metrics.ClassStatistics | None = None
-  kept: np.ndarray | None = None
+  pairwise_features: np.ndarray | None = None
 
 
 def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, settings: Settings) -> Summary:
@@ -67,7 +67,7 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
       f"Got {total} image(s) to take statistics of; expected two or more: the set is empty, or nearly so."
     )
   features, spatial, classes = metrics.MomentSum(), None, None
-  wanted, kept, first = _kept(total, settings.most_kept), [], 0
+  wanted, kept, first = _kept(total, settings.pairwise_samples), [], 0
   for images in batches:
     if first + len(images) > total:
       raise ValueError(f"Got {first + len(images):,} images or more where {total:,} were announced; expected as many.")
@@ -100,12 +100,12 @@ def _kept(total: int, most: int) -> np.ndarray:
   return mask
 
 
-def of_statistics(statistics: metrics.Statistics) -> Summary:
+def statistics_summary(statistics: metrics.Statistics) -> Summary:
   """The summary of a reference of which only statistics are known."""
   return Summary(statistics.features.count or 0, statistics.features, statistics.spatial)
 
 
-def available(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str, ...]:
+def available_scores(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str, ...]:
   """The scores that a space and a reference allow."""
   allowed = {"spatial_frechet": spatial, "class_score": classes} | dict.fromkeys(PAIRWISE, pairs)
   return tuple(name for name in SCORES if allowed.get(name, True))
@@ -122,11 +122,11 @@ def check_counts(settings: Settings, generated: int, real: int | None) -> int:
   Raises:
     ValueError: if there are too few for the scores.
   """
-  most = min(generated, real or generated, settings.most_kept)
+  most = min(generated, real or generated, settings.pairwise_samples)
   pairs = bool(set(settings.scores) & set(PAIRWISE))
   if pairs and most <= settings.k:
     raise ValueError(
-      f"Got evaluation.num_samples={generated} (and {real} reference images, most_kept={settings.most_kept}) with evaluation.k={settings.k};"
+      f"Got evaluation.num_samples={generated} (and {real} reference images, pairwise_samples={settings.pairwise_samples}) with evaluation.k={settings.k};"
       " expected more of each than k. Set --config.evaluation.k."
     )
   if settings.kernel_size > most or ("class_score" in settings.scores and settings.splits > generated):
@@ -144,7 +144,7 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
     generated: of the images to judge.
     reference: of the real images.
     settings: which scores, and how; its `scores` may be empty.
-    names: what they are called in this space (`names_of`), by the names of `SCORES`.
+    names: what they are called in this space (`score_names`), by the names of `SCORES`.
 
   Raises:
     ValueError: if a score is not known or needs what a summary lacks, or there are too few samples for it.
@@ -169,7 +169,7 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
       raise _lacking("class_score", "a space with classes")
     name = called["class_score"]
     scores[name], scores[f"{name}_std"] = metrics.inception_score(generated.classes)
-  return scores | _of_pairs(generated.kept, reference.kept, settings, called)
+  return scores | _of_pairs(generated.pairwise_features, reference.pairwise_features, settings, called)
 
 
 def _of_pairs(
@@ -208,7 +208,7 @@ def _lacking(name: str, what: str) -> ValueError:
   return ValueError(f"Got the score {name!r}, which needs {what}; leave it out of config.evaluation.scores.")
 
 
-def names_of(space: metrics.FeatureSpace) -> dict[str, str]:
+def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
   """What the scores are called in a space: FID and its kin only in the published Inception network's features."""
   if space.name == "inception" and space.provenance.get("published"):
     names = {"frechet": "fid", "spatial_frechet": "sfid", "kernel": "kid", "class_score": "inception_score"}
@@ -233,7 +233,7 @@ def higher_is_better(name: str) -> bool:
   return name.endswith(("precision", "recall", "density", "coverage", "_score", "accuracy"))
 
 
-def table(rows: dict[str, Scores | None]) -> str:
+def format_table(rows: dict[str, Scores | None]) -> str:
   """Scores for people to read: a row a set of images, a column a score; deviations stand behind a sign."""
   columns = list(dict.fromkeys(name for row in rows.values() for name in row or {} if not name.endswith("_std")))
   lines = [["", *(name.replace("_", " ") for name in columns)]]
@@ -272,7 +272,7 @@ def chance_scores(classes: np.ndarray, num_classes: int) -> Scores:
   return {"accuracy": float(np.max(shares)), "cross_entropy": float(-np.sum(present * np.log(present)))}
 
 
-def classification_table(levels: list[Scores], chance: Scores) -> str:
+def format_classification(levels: list[Scores], chance: Scores) -> str:
   """The scores by noise level, each with its `log_snr`, for people to read."""
   rows = [("log-SNR", "accuracy", "cross-entropy")]
   rows += [

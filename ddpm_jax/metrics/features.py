@@ -94,5 +94,5 @@ def check_memory(dimensions: int, kept: int, covariance: bool) -> None:
   """Raise a ValueError if features and their covariance do not fit into the memory of this machine."""
   needed = 8 * (dimensions**2 if covariance else 0) + 4 * dimensions * kept
   what = f"features of {dimensions:,} dimensions, {kept:,} of them kept{' and their covariance' if covariance else ''}"
-  advice = "Set --config.evaluation.features=inception, lower --config.evaluation.most_kept, or name other --config.evaluation.scores."
+  advice = "Set --config.evaluation.features=inception, lower --config.evaluation.pairwise_samples, or name other --config.evaluation.scores."
   memory.check(what, needed, memory.of_host(), advice)

@@ -98,5 +98,5 @@ def default_inputs(
     return inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
   inputs = parse_inputs(conditions, {}, count)
   if counts is not None and "classes" in inputs:
-    inputs["classes"] = data.in_proportion(counts, count)
+    inputs["classes"] = data.proportional_classes(counts, count)
   return inputs

@@ -35,7 +35,9 @@ class Run(NamedTuple):
 def fit_of(experiment: Experiment) -> data.Fit:
   """Return how images are made to fit."""
   c = experiment.data
-  return data.Fit(data.check_space(c.space), c.channels, c.crop, choose(c.resize, data.RESIZES, "config.data.resize"))
+  return data.Fit(
+    data.check_image_size(c.space), c.channels, c.crop, choose(c.resize, data.RESIZES, "config.data.resize")
+  )
 
 
 def check_of(experiment: Experiment) -> data.Check | None:
@@ -52,7 +54,7 @@ def read_sources(experiment: Experiment) -> data.Splits:
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
   splits = experiment.data.source(fit_of(experiment))
-  data.check_classes_of(splits, check_of(experiment))
+  data.check_split_classes(splits, check_of(experiment))
   return splits
 
 

@@ -47,7 +47,7 @@ def neighbors(
   chosen = samples[:_COMPARED]
   count = len(chosen)
   queries = extract(np.concatenate([chosen, data.read_images(held_out, usual)]))["features"]
-  features = (extract(part)["features"] for part in data.images_in_parts(source, searched))
+  features = (extract(part)["features"] for part in data.image_chunks(source, searched))
   numbers, distances = metrics.nearest(queries, features, _NEAREST)
   found = data.read_images(source, searched[numbers[:count].ravel()])
   nearest = found.reshape(*numbers[:count].shape, *found.shape[1:])

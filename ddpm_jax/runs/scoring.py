@@ -80,7 +80,7 @@ class Judge:
     """Raise a ValueError if training does not compute this metric."""
     # The classifier's scores have the names of those of pixels.
     space = self._space.made if self._space.name == "inception" else metrics.pixel_space()
-    known = [f"eval/{name}" for name in evaluate.logged_names(self._quick_settings, evaluate.names_of(space))]
+    known = [f"eval/{name}" for name in evaluate.logged_names(self._quick_settings, evaluate.score_names(space))]
     if metric not in known:
       raise ValueError(f"Got config.training.best_metric={metric!r}; expected one of {', '.join(known)}.")
 
@@ -90,7 +90,7 @@ class Judge:
     reference = self._reference
     assert reference is not None
     if reference.statistics is not None:
-      return evaluate.of_statistics(reference.statistics)
+      return evaluate.statistics_summary(reference.statistics)
     assert reference.images is not None
     count = len(reference.images)
     say(f"{self._space.name} features of {count:,} reference images ...")
@@ -98,7 +98,7 @@ class Judge:
 
   def _compared(self, summary: evaluate.Summary, settings: evaluate.Settings) -> evaluate.Scores:
     """Return the scores of images against the reference."""
-    return evaluate.score(summary, self._real, settings, evaluate.names_of(self._space.made))
+    return evaluate.score(summary, self._real, settings, evaluate.score_names(self._space.made))
 
   def _scores(self, samples: np.ndarray, settings: evaluate.Settings) -> evaluate.Scores:
     """Return the scores of samples uint8 [N, H, W, C]."""
@@ -209,8 +209,10 @@ class Judge:
     ]
     floor, number, why = self._floor(reference)
     kernel_size = None
-    if self._real.kept is not None:
-      kernel_size = c.kernel_size or evaluate.kernel_size(len(self._real.kept), min(self._count, c.most_kept))
+    if self._real.pairwise_features is not None:
+      kernel_size = c.kernel_size or evaluate.kernel_size(
+        len(self._real.pairwise_features), min(self._count, c.pairwise_samples)
+      )
     report |= {
       "scores": {"generated": curve[-1]["scores"], "floor": floor},
       "floor_num": number,
@@ -247,7 +249,7 @@ class Judge:
       table = {title: row["scores"] for title, row in zip(_titles(curve), curve, strict=True)}
       table = table or {"generated": report["scores"]["generated"]}
       say(f"\n{self._space.name} features, {self._count:,} samples against {report['reference']}")
-      say(evaluate.table(table | {"real images (floor)": report["scores"]["floor"]}))
+      say(evaluate.format_table(table | {"real images (floor)": report["scores"]["floor"]}))
       if "frechet" not in self._settings.scores and not self._run.experiment.evaluation.scores:
         say(
           f"no Frechet distance: {self._space.dimensions:,} dimensions want more samples and reference images than that"

@@ -48,7 +48,7 @@ class Space:
 
   def summary(self, source: data.Source, chosen: np.ndarray, settings: evaluate.Settings) -> evaluate.Summary:
     """Return the summary of the images of a source at some places."""
-    return evaluate.summarize(self.extract, data.images_in_parts(source, chosen), len(chosen), settings)
+    return evaluate.summarize(self.extract, data.image_chunks(source, chosen), len(chosen), settings)
 
 
 class Reference(NamedTuple):
@@ -96,7 +96,7 @@ def features_of(experiment: Experiment, source: data.Source) -> str:
 
 
 def _num_classes(source: data.Source) -> int:
-  classes = data.known_classes(source)
+  classes = data.complete_classes(source)
   return 0 if classes is None else len(np.unique(classes))
 
 
@@ -133,10 +133,10 @@ def _classifier(
   chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:_LEARNED_FROM])
   pixels = data.read_images(source, chosen)
   # Numbered without gaps: they may be as large as int32 allows.
-  numbers = np.asarray(data.known_classes(source))
+  numbers = np.asarray(data.complete_classes(source))
   kinds = np.unique(numbers)
   classes, steps = np.searchsorted(kinds, numbers[chosen]).astype(np.int32), c.classifier_steps
-  params = metrics.kept_classifier(cache, pixels, classes, len(kinds), steps=steps, main=parallel.is_main())
+  params = metrics.cached_classifier(cache, pixels, classes, len(kinds), steps=steps, main=parallel.is_main())
   provenance: dict[str, Any] = {
     "network": f"a classifier of {len(kinds)} classes, trained for {steps} steps on {len(chosen):,} of the training images",
     "sha256": metrics.digest(*(params[layer][leaf] for layer in sorted(params) for leaf in sorted(params[layer]))),
@@ -223,7 +223,7 @@ def build_settings(experiment: Experiment, space: Space, reference: Reference, c
   """
   c, statistics, number = experiment.evaluation, reference.statistics, reference.number
   spatial = space.name == "inception" and (statistics is None or statistics.spatial is not None)
-  possible = evaluate.available(spatial=spatial, classes=space.name != "pixels", pairs=statistics is None)
+  possible = evaluate.available_scores(spatial=spatial, classes=space.name != "pixels", pairs=statistics is None)
   scores = tuple(choose(name, evaluate.SCORES, "a score") for name in c.scores) or possible
   enough = c.allow_singular or all(size is None or size > space.dimensions for size in (count, number))
   if not c.scores and space.name != "inception" and not enough:

@@ -271,7 +271,7 @@ class _Trainer:
       last.callback(self.checkpoints.wait)
       last.callback(trace.close)
       work = _Work(self, writer, _skipped(state))
-      signals = last.enter_context(watching.Signals(self.batches.give_up))
+      signals = last.enter_context(watching.Signals(self.batches.cancel))
       state = training.fit(
         state,
         program,
@@ -282,7 +282,7 @@ class _Trainer:
         log_every=c.log_every,
         callbacks=work.callbacks(),
         max_skipped=c.max_skipped,
-        watch=training.Watch(lambda: self.batches.wait, signals.asked, trace.before_step),
+        watch=training.Watch(lambda: self.batches.wait_seconds, signals.asked, trace.before_step),
         rescue=work.rescue,
         quiet=not parallel.is_main(),
       )
@@ -332,8 +332,8 @@ class _Work:
     # They do not count for the schedule.
     metrics["learning_rate"] = float(self._rate(number - 1 - skipped))
     metrics["memory_gb"] = parallel.memory_in_use() / 1e9
-    if self._trainer.batches.broken:
-      metrics["broken_files"] = self._trainer.batches.broken
+    if self._trainer.batches.num_broken:
+      metrics["broken_files"] = self._trainer.batches.num_broken
     if self._chip is not None:
       speed, dtype = metrics["images_per_second"] * self._flops, scoring.dtype_of(self._run.experiment)
       metrics["flop_utilization"] = hardware.utilization(speed, self._chip, self._run.mesh.size, dtype)

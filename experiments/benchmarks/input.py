@@ -6,7 +6,7 @@ The images are crops of the two photographs that scikit-learn ships, written on 
 memory, folders of PNG and JPEG, packed records (--mode=prepare --output), and TFDS as ArrayRecord (PNG). Each is read by
 `data.batches`, shuffled, flipped and scaled, by threads and by worker processes.
 
-The wait is `Batches.wait` over wall-clock time, with batches of 128 of 32x32x3: once against a step that leaves the cores alone, as an
+The wait is `Batches.wait_seconds` over wall-clock time, with batches of 128 of 32x32x3: once against a step that leaves the cores alone, as an
 accelerator does (a sleep of 50 ms, about what DDPM's U-Net takes on a fast GPU), and once against a real train step of a small U-Net on
 the same cores. Ends with an error if a share is above the limit.
 """
@@ -126,11 +126,11 @@ def share_of_wait(batches: data.Batches, step, steps: int) -> tuple[float, float
   """Time in `next` over all time, and seconds a step."""
   for _ in range(3):
     step(next(batches))
-  waited, start = batches.wait, time.perf_counter()
+  waited, start = batches.wait_seconds, time.perf_counter()
   for _ in range(steps):
     step(next(batches))
   elapsed = time.perf_counter() - start
-  share = (batches.wait - waited) / elapsed
+  share = (batches.wait_seconds - waited) / elapsed
   batches.close()
   return share, elapsed / steps
 

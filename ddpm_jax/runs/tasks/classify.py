@@ -134,7 +134,7 @@ class Judge:
     report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     if parallel.is_main():
       scores.write(run.folder, report, time.perf_counter() - start)
-      say(f"\n{evaluate.classification_table(levels, chance)}\n\nscores       {scores.path_of(run.folder)}")
+      say(f"\n{evaluate.format_classification(levels, chance)}\n\nscores       {scores.path_of(run.folder)}")
 
 
 def noise_levels(process: Process) -> np.ndarray:
