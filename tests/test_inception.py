@@ -61,7 +61,7 @@ def test_all_taps_are_those_of_torch_fidelity(peer, weights):
 
 def test_a_space_of_gray_and_color_images(peer, weights):
   """Gray ones are color ones of three equal channels."""
-  space = metrics.inception_space(weights.params, sha256=weights.sha256, published=weights.published)
+  space = metrics.inception_space(weights.params, sha256=weights.sha256, published=weights.is_published)
   extract = metrics.extractor(space, 1, jax.devices()[:1])
   gray = images_of((1, 32, 32, 1))
   taps = extract(gray)
@@ -125,7 +125,7 @@ def test_converted_weights_are_the_same_and_say_where_they_come_from(peer, weigh
   inception.convert(path, output, sha256_prefix="")
   again = inception.load(output, sha256_prefix="")
   assert again.sha256 == weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-  assert not again.published
+  assert not again.is_published
   assert [file.name for file in output.parent.iterdir()] == [output.name]
   for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(weights.params), strict=True):
     np.testing.assert_array_equal(a, b)

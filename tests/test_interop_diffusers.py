@@ -21,21 +21,21 @@ from ddpm_jax import guidance, interop, models, predictions, processes, sampling
 from ddpm_jax.models import codecs
 from ddpm_jax.networks import UNet
 from tests.conftest import ROOT
-from tests.test_interop_unet import model_of
+from tests.test_interop_unet import random_unet
 
 SHAPE = (5, 8, 8, 3)
 
 
-def write(folder, scheduler=None, **changes):
+def write_pipeline(folder, scheduler=None, **changes):
   scheduler = scheduler or diffusers.DDPMScheduler()
-  diffusers.DDPMPipeline(model_of({"sample_size": 8} | changes), scheduler).save_pretrained(folder)
+  diffusers.DDPMPipeline(random_unet({"sample_size": 8} | changes), scheduler).save_pretrained(folder)
   return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A pipeline as save_pretrained writes it; never to be changed."""
-  return write(tmp_path_factory.mktemp("pipeline"))
+  return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def copy(folder, tmp_path):
   return shutil.copytree(folder, tmp_path / "copy")
 
 
-def start():
+def initial_noise():
   return np.asarray(jax.random.normal(jax.random.key(1), SHAPE))
 
 
@@ -69,10 +69,10 @@ def model_with(network, process, prediction, shape):
 
 def test_a_model_conditioned_on_an_image(tmp_path):
   """More channels in than out, as for super-resolution: the image is a condition. No pipeline takes one, so none is written."""
-  model, params = interop.diffusers.load(write(tmp_path / "a", in_channels=5))
+  model, params = interop.diffusers.load(write_pipeline(tmp_path / "a", in_channels=5))
   assert model.shape == model.data_shape == (8, 8, 3)
   assert {name: condition.shape.shape for name, condition in model.conditions.items()} == {"hint": (8, 8, 2)}
-  x, image = start(), np.ones((5, 8, 8, 2), np.float32)
+  x, image = initial_noise(), np.ones((5, 8, 8, 2), np.float32)
   denoise = jax.jit(lambda image: model.denoise(params, {"hint": image})(x, 0.5))
   a, b = denoise(0 * image), denoise(image)
   assert a.shape == x.shape
@@ -83,8 +83,8 @@ def test_a_model_conditioned_on_an_image(tmp_path):
 
 
 def test_the_image_is_centered_with_the_input(tmp_path):
-  model, params = interop.diffusers.load(write(tmp_path, in_channels=5, center_input_sample=True))
-  x, image, time = start(), np.ones((5, 8, 8, 2), np.float32), np.ones(5, np.float32)
+  model, params = interop.diffusers.load(write_pipeline(tmp_path, in_channels=5, center_input_sample=True))
+  x, image, time = initial_noise(), np.ones((5, 8, 8, 2), np.float32), np.ones(5, np.float32)
   joined = model.network.module.apply({"params": params}, np.concatenate([x, image], -1), time)
   np.testing.assert_allclose(model.network.apply(params, x, time, {"hint": image}), joined, atol=1e-5)
 
@@ -104,12 +104,12 @@ def test_conditions_are_what_the_peer_takes(name, tmp_path):
   """By name, and with the same effect as diffusers' class labels."""
   changes, batch = CONDITIONED[name]
   # Groups of several channels: one alone loses what is added to it.
-  peer = model_of({"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 2} | changes)
+  peer = random_unet({"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 2} | changes)
   diffusers.DDPMPipeline(peer, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
   model, params = interop.diffusers.load(tmp_path)
   assert list(model.conditions) == [name]
   given = model.encode_conditions(jax.random.split(jax.random.key(0), 5), batch)
-  x, time = start(), np.linspace(3, 977, 5).astype(np.float32)
+  x, time = initial_noise(), np.linspace(3, 977, 5).astype(np.float32)
   found = jax.jit(model.network.apply)(params, x, time, given)
   with torch.no_grad():
     labels = torch.tensor(batch[name])
@@ -128,7 +128,7 @@ def test_conditions_are_what_the_peer_takes(name, tmp_path):
 
 
 def test_with_dropout_of_classes_the_last_one_stands_for_none(tmp_path):
-  write(tmp_path, num_class_embeds=4)
+  write_pipeline(tmp_path, num_class_embeds=4)
   model, _ = interop.diffusers.load(tmp_path, class_dropout=0.1)
   plain = interop.diffusers.read(tmp_path)
   assert model.network.module == plain.network.module
@@ -142,11 +142,11 @@ def test_with_dropout_of_classes_the_last_one_stands_for_none(tmp_path):
       with pytest.raises(ValueError, match="from 0 to 2"):
         text.conditions["classes"].parse("3")
   with pytest.raises(ValueError, match="class_dropout=0.1 for a model with num_class_embeds=None"):
-    interop.diffusers.read(write(tmp_path / "plain"), class_dropout=0.1)
+    interop.diffusers.read(write_pipeline(tmp_path / "plain"), class_dropout=0.1)
 
 
 def test_images_without_a_size_need_one(tmp_path):
-  folder = write(tmp_path, sample_size=None)
+  folder = write_pipeline(tmp_path, sample_size=None)
   with pytest.raises(ValueError, match=r"config.json: Got sample_size=null, .*pass shape=\(height, width, 3\)"):
     interop.diffusers.load(folder)
   model, params = interop.diffusers.load(folder, shape=(16, 8, 3))
@@ -163,7 +163,7 @@ def test_images_without_a_size_need_one(tmp_path):
 
 
 def test_images_need_not_be_square(tmp_path):
-  model, params = interop.diffusers.load(write(tmp_path / "a", sample_size=(16, 8)))
+  model, params = interop.diffusers.load(write_pipeline(tmp_path / "a", sample_size=(16, 8)))
   assert model.shape == (16, 8, 3)
   resave(model, params, tmp_path / "b")
   assert interop.diffusers.read(tmp_path / "b").shape == (16, 8, 3)
@@ -217,13 +217,13 @@ RULES = {
 def test_defaults_are_the_scheduler_s(name, tmp_path):
   """The same steps of the same rule on the scheduler's grid, and its range of x_0."""
   scheduler, sampler, steps = DEFAULTS[name]
-  model = interop.diffusers.read(write(tmp_path, scheduler))
+  model = interop.diffusers.read(write_pipeline(tmp_path, scheduler))
   defaults = model.defaults
   assert (defaults.name, defaults.steps) == (sampler, steps)
   times = model.times(5)
   np.testing.assert_array_equal(times, schedule_of(tmp_path).times(model.process)(5))
   denoise = lambda x_t, t: jnp.tanh(x_t) * 1.5  # noqa: E731
-  x = start()
+  x = initial_noise()
   wanted, found = (
     jax.jit(lambda x, rule=rule: sampling.sample(jax.random.key(0), rule, denoise, x, times))(x)
     for rule in (RULES[name](model.process), defaults.sampler)
@@ -243,7 +243,7 @@ def test_channels_that_do_not_go_together_are_errors(tmp_path):
     ]
   ):
     with pytest.raises(ValueError, match=message):
-      interop.diffusers.load(write(tmp_path / str(index), **changes))
+      interop.diffusers.load(write_pipeline(tmp_path / str(index), **changes))
 
 
 def contents(file):
@@ -251,13 +251,13 @@ def contents(file):
     return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
-def weights(folder):
+def weights_path(folder):
   return folder / "unet" / "diffusion_pytorch_model.safetensors"
 
 
 def schedule_of(folder):
   """What a folder's scheduler says."""
-  return interop.schedulers.read(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+  return interop.schedulers.from_config(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
 
 
 def resave(model, params, path, schedule=None, **options):
@@ -273,7 +273,7 @@ def test_round_trips_are_bit_exact(folder, tmp_path):
   model, params = interop.diffusers.load(folder)
   schedule = schedule_of(folder)
   resave(model, params, tmp_path / "again", schedule, scores={"frechet_distance": 1.25}, config={"seed": 3})
-  assert_same_tensors(weights(folder), weights(tmp_path / "again"))
+  assert_same_tensors(weights_path(folder), weights_path(tmp_path / "again"))
   for part in ("unet/config.json", "scheduler/scheduler_config.json"):
     before, after = (json.loads((path / part).read_text()) for path in (folder, tmp_path / "again"))
     assert {key: value for key, value in before.items() if after.get(key, value) != value and key[0] != "_"} == {}
@@ -284,7 +284,7 @@ def test_round_trips_are_bit_exact(folder, tmp_path):
   assert_same_schedule(folder, tmp_path / "again")
   for pipeline in (diffusers.DDPMPipeline, diffusers.DDIMPipeline):
     opened = pipeline.from_pretrained(tmp_path / "again").unet.state_dict()
-    for name, tensor in contents(weights(folder)).items():
+    for name, tensor in contents(weights_path(folder)).items():
       np.testing.assert_array_equal(opened[name].numpy(), tensor)
   card = (tmp_path / "again" / "README.md").read_text()
   assert "1.25" in card
@@ -342,8 +342,8 @@ def legacy(copy):
 
 
 def half(copy):
-  state = safetensors.torch.load_file(weights(copy))
-  safetensors.torch.save_file({name: value.bfloat16() for name, value in state.items()}, weights(copy))
+  state = safetensors.torch.load_file(weights_path(copy))
+  safetensors.torch.save_file({name: value.bfloat16() for name, value in state.items()}, weights_path(copy))
   return copy
 
 
@@ -378,17 +378,17 @@ def edit(file, change):
 
 
 BROKEN = {
-  "missing": (lambda f: edit(weights(f), lambda s: s.pop("conv_in.bias")), r"1 missing: conv_in\.bias"),
-  "extra": (lambda f: edit(weights(f), lambda s: s.update(more=torch.zeros(2))), "1 extra: more"),
+  "missing": (lambda f: edit(weights_path(f), lambda s: s.pop("conv_in.bias")), r"1 missing: conv_in\.bias"),
+  "extra": (lambda f: edit(weights_path(f), lambda s: s.update(more=torch.zeros(2))), "1 extra: more"),
   "shape": (
-    lambda f: edit(weights(f), lambda s: s.update({"conv_out.bias": torch.zeros(4)})),
+    lambda f: edit(weights_path(f), lambda s: s.update({"conv_out.bias": torch.zeros(4)})),
     r"1 of another shape: conv_out\.bias \(4,\) instead of \(3,\)",
   ),
-  "truncated": (lambda f: os.truncate(weights(f), weights(f).stat().st_size - 100), "cut short, damaged"),
-  "empty": (lambda f: os.truncate(weights(f), 0), "cut short, damaged"),
-  "no safetensors": (lambda f: weights(f).write_bytes(b"<html>not found</html>" * 20), "another kind of file"),
-  "a pickle": (lambda f: weights(f).write_bytes(pickle.dumps({"a": 1})), "another kind of file"),
-  "no weights": (lambda f: weights(f).unlink(), "holds no weights"),
+  "truncated": (lambda f: os.truncate(weights_path(f), weights_path(f).stat().st_size - 100), "cut short, damaged"),
+  "empty": (lambda f: os.truncate(weights_path(f), 0), "cut short, damaged"),
+  "no safetensors": (lambda f: weights_path(f).write_bytes(b"<html>not found</html>" * 20), "another kind of file"),
+  "a pickle": (lambda f: weights_path(f).write_bytes(pickle.dumps({"a": 1})), "another kind of file"),
+  "no weights": (lambda f: weights_path(f).unlink(), "holds no weights"),
   "no config": (
     lambda f: (f / "unet" / "config.json").unlink(),
     r"unet/config\.json, the config of the network, is missing",
@@ -425,7 +425,7 @@ class Bomb:
 )
 def test_pickles_that_hold_more_than_tensors_are_refused(content, message, copy, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  weights(copy).unlink()
+  weights_path(copy).unlink()
   file = copy / "unet" / "diffusion_pytorch_model.bin"
   if content == "noise":
     file.write_bytes(b"garbage" * 100)
@@ -492,7 +492,7 @@ def test_cards_show_what_works(folder, tmp_path):
     ("level", {"class_embed_type": "timestep"}, set()),
   ):
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range") if name == "learned" else None
-    resave(*interop.diffusers.load(write(tmp_path / name, scheduler, **changes)), tmp_path / f"{name}2")
+    resave(*interop.diffusers.load(write_pipeline(tmp_path / name, scheduler, **changes)), tmp_path / f"{name}2")
     card = (tmp_path / f"{name}2" / "README.md").read_text()
     assert {kind for kind in ("DDPMPipeline", "DDIMPipeline") if f"{kind}.from_pretrained" in card} == shown
 
@@ -543,9 +543,9 @@ def test_memory_while_loading_stays_below_twice_the_parameters(folder, tmp_path)
   process = processes.discrete(schedules.linear(1000))
   interop.diffusers.save(tmp_path / "safe", model_with(network, process, predictions.EPS, (32, 32, 3)), params)
   shutil.copytree(tmp_path / "safe", tmp_path / "pickled")
-  state = safetensors.torch.load_file(weights(tmp_path / "safe"))
+  state = safetensors.torch.load_file(weights_path(tmp_path / "safe"))
   torch.save(state, tmp_path / "pickled/unet/diffusion_pytorch_model.bin")
-  weights(tmp_path / "pickled").unlink()
+  weights_path(tmp_path / "pickled").unlink()
   command = [sys.executable, "-c", MEMORY, folder, tmp_path / "safe", tmp_path / "pickled"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

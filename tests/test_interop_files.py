@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 
 from ddpm_jax import interop
-from tests.test_interop_diffusers import weights, write
+from tests.test_interop_diffusers import weights_path, write_pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """A pipeline as save_pretrained writes it; never to be changed."""
-  return write(tmp_path_factory.mktemp("pipeline"))
+  return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ WRAPPED = {
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_the_network_is_found_in_a_checkpoint(name, folder, copy):
-  state = safetensors.torch.load_file(weights(copy))
-  weights(copy).unlink()
+  state = safetensors.torch.load_file(weights_path(copy))
+  weights_path(copy).unlink()
   put("diffusion_pytorch_model.bin", WRAPPED[name](state), copy)
   jax.tree.map(np.testing.assert_array_equal, interop.diffusers.load(copy)[1], interop.diffusers.load(folder)[1])
 
@@ -77,8 +77,8 @@ UNCLEAR = {
 
 def assert_refused_as(folder, make, message):
   """Assert that a checkpoint made of a folder's parameters is refused by the name of its file."""
-  state = safetensors.torch.load_file(weights(folder))
-  weights(folder).unlink()
+  state = safetensors.torch.load_file(weights_path(folder))
+  weights_path(folder).unlink()
   put("diffusion_pytorch_model.bin", make(state), folder)
   with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
     interop.diffusers.load(folder)
@@ -120,7 +120,7 @@ def test_tensors_that_are_no_parameters_are_named(name, copy):
 
 
 def test_safetensors_of_8_bits_are_named(copy):
-  state = with_first(lambda t: t.to(torch.float8_e4m3fn))(safetensors.torch.load_file(weights(copy)))
+  state = with_first(lambda t: t.to(torch.float8_e4m3fn))(safetensors.torch.load_file(weights_path(copy)))
   put("diffusion_pytorch_model.safetensors", state, copy)
   with pytest.raises(
     ValueError, match=r"\.safetensors, whose conv_in\.weight is of the type F8_E4M3; expected float16"
@@ -130,8 +130,8 @@ def test_safetensors_of_8_bits_are_named(copy):
 
 @pytest.mark.parametrize("name", ["holds itself", "twice the same"])
 def test_entries_that_refer_to_each_other_are_read_once(name, folder, copy):
-  state = safetensors.torch.load_file(weights(copy))
-  weights(copy).unlink()
+  state = safetensors.torch.load_file(weights_path(copy))
+  weights_path(copy).unlink()
   put("diffusion_pytorch_model.bin", holds_itself(state) if name == "holds itself" else {"a": state, "b": state}, copy)
   jax.tree.map(np.testing.assert_array_equal, interop.diffusers.load(copy)[1], interop.diffusers.load(folder)[1])
 
@@ -166,8 +166,8 @@ FORMS = {
 
 def reform(folder, files, prefix=""):
   """Write the weights of a folder as other files, with an index if there are several."""
-  state = {prefix + name: value for name, value in safetensors.torch.load_file(weights(folder)).items()}
-  weights(folder).unlink()
+  state = {prefix + name: value for name, value in safetensors.torch.load_file(weights_path(folder)).items()}
+  weights_path(folder).unlink()
   where = {name: files[i % len(files)] for i, name in enumerate(sorted(state))}
   for file in files:
     put(file, {name: state[name].clone() for name in state if where[name] == file}, folder)
@@ -222,7 +222,7 @@ BROKEN_SHARDS = {
   "numbers": (change_index(lambda c, index: c.update(weight_map={"conv_in.bias": 3})), r"index\.json with weight_map="),
   "two variants": (
     lambda f: (
-      [put(f"diffusion_pytorch_model.{name}.bin", {}, f) for name in ("fp16", "non_ema")] and weights(f).unlink()
+      [put(f"diffusion_pytorch_model.{name}.bin", {}, f) for name in ("fp16", "non_ema")] and weights_path(f).unlink()
     ),
     "expected one of them",
   ),

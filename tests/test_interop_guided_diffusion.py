@@ -228,7 +228,7 @@ def test_published_sizes():
         image_size=size, attention_resolutions=[size // at for at in (32, 16, 8)], num_classes=1000, **adm, **changes
       )
     state = model.state_dict()
-    file = interop.tensors.Tensors.__new__(interop.tensors.Tensors)
+    file = interop.tensors.TensorFile.__new__(interop.tensors.TensorFile)
     file.path, file.shapes = f"{size}.pt", {name: tuple(value.shape) for name, value in state.items()}
     network, template = interop.guided_diffusion.network_of(file, head_channels=64)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(template))

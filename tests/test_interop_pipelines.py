@@ -13,7 +13,7 @@ from diffusers.schedulers import scheduling_ddpm
 
 from ddpm_jax import interop, randomness, sampling
 from ddpm_jax.storage import images
-from tests.test_interop_diffusers import SHAPE, start, write
+from tests.test_interop_diffusers import SHAPE, initial_noise, write_pipeline
 from tests.test_interop_unet import DOWN, levels
 
 # A network that is quick to call a thousand times.
@@ -27,7 +27,7 @@ def as_torch(x):
 def ours(model, params, sampler, num_steps):
   denoise, times = model.denoise(params), model.times(num_steps)
   run = jax.jit(lambda x: sampling.sample(jax.random.key(2), sampler, denoise, x, times))
-  return images.to_uint8(run(start()))
+  return images.to_uint8(run(initial_noise()))
 
 
 def clipped(model):
@@ -40,7 +40,7 @@ def clipped(model):
 
 def theirs(pipeline, **options):
   pipeline.set_progress_bar_config(disable=True)
-  pictures = pipeline(batch_size=len(start()), output_type="np", **options).images
+  pictures = pipeline(batch_size=len(initial_noise()), output_type="np", **options).images
   return np.round(pictures * 255).astype(np.uint8)
 
 
@@ -56,12 +56,12 @@ def assert_one_gray_level(a, b):
 )
 def test_all_steps_of_ddpm_are_the_pipeline_s(variance, steps, tmp_path, monkeypatch):
   learned = {"out_channels": 6} if variance == "learned_range" else {}
-  write(tmp_path, diffusers.DDPMScheduler(steps, variance_type=variance), **PLAIN, **learned)
+  write_pipeline(tmp_path, diffusers.DDPMScheduler(steps, variance_type=variance), **PLAIN, **learned)
   model, params = interop.diffusers.load(tmp_path)
   assert (model.shape, clipped(model)) == ((8, 8, 3), (-1, 1))
   draw = jax.jit(lambda i: randomness.normal(jax.random.fold_in(jax.random.key(2), i), SHAPE, np.float32))
   draws = (as_torch(draw(i)) for i in itertools.count())
-  monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(initial_noise()))
   monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(draws))
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
   defaults = model.defaults
@@ -74,9 +74,9 @@ def test_fifty_steps_of_ddim_are_the_pipeline_s(prediction, spacing, tmp_path, m
   scheduler = diffusers.DDIMScheduler(
     timestep_spacing=spacing, prediction_type=prediction, beta_schedule="scaled_linear"
   )
-  write(tmp_path, scheduler)
+  write_pipeline(tmp_path, scheduler)
   model, params = interop.diffusers.load(tmp_path)
-  monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(initial_noise()))
   pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
   # The noise follows from the clipped estimate, here always, in diffusers where it is asked for.
   mine = ours(model, params, sampling.ddim(model.process), 50)
@@ -84,21 +84,21 @@ def test_fifty_steps_of_ddim_are_the_pipeline_s(prediction, spacing, tmp_path, m
 
 
 def test_ddim_without_clipping_is_the_pipeline_s_as_it_is(tmp_path, monkeypatch):
-  write(
+  write_pipeline(
     tmp_path, diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing")
   )
   model, params = interop.diffusers.load(tmp_path)
   assert clipped(model) is None
-  monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *args, **kwargs: as_torch(initial_noise()))
   pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
   assert_one_gray_level(ours(model, params, sampling.ddim(model.process), 50), theirs(pipeline, num_inference_steps=50))
 
 
 def test_twenty_steps_of_a_solver_are_the_pipeline_s(tmp_path, monkeypatch):
-  write(tmp_path, diffusers.DPMSolverMultistepScheduler(prediction_type="v_prediction"))
+  write_pipeline(tmp_path, diffusers.DPMSolverMultistepScheduler(prediction_type="v_prediction"))
   model, params = interop.diffusers.load(tmp_path)
   assert (model.defaults.name, clipped(model)) == ("dpmpp_2m", None)
-  monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(start()))
+  monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *args, **kwargs: as_torch(initial_noise()))
   pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
   mine = ours(model, params, model.defaults.sampler, 20)
   assert_one_gray_level(mine, theirs(pipeline, num_inference_steps=20))

@@ -37,7 +37,7 @@ from ddpm_jax.interop import schedulers
 )
 def test_schedulers_without_a_counterpart_are_named(config, message):
   with pytest.raises(ValueError, match=message):
-    schedulers.read(config)
+    schedulers.from_config(config)
 
 
 CLASSES = {
@@ -57,7 +57,7 @@ def test_the_process_has_the_scheduler_s_betas(name):
   scheduler = getattr(diffusers, name)(**CLASSES[name])
   bare = {key: value for key, value in scheduler.config.items() if key in CLASSES[name] or key[0] == "_"}
   for config in (json.loads(scheduler.to_json_string()), {"_class_name": name, **bare}):
-    schedule = schedulers.read(config)
+    schedule = schedulers.from_config(config)
     np.testing.assert_allclose(schedule.betas, scheduler.betas.numpy(), rtol=1e-4, atol=3e-7)
     n = len(schedule.betas)
     alpha_bar = np.asarray(schedule.process().alpha(np.arange(1, n + 1) / n)) ** 2
@@ -82,7 +82,7 @@ def test_the_process_has_the_scheduler_s_betas(name):
 def test_the_sampler_and_its_grid_are_the_scheduler_s(name, options, sampler, spacing):
   """The noise levels of the grid are those that the peer steps through."""
   scheduler = getattr(diffusers, name)(**options)
-  schedule = schedulers.read(json.loads(scheduler.to_json_string()))
+  schedule = schedulers.from_config(json.loads(scheduler.to_json_string()))
   assert (schedule.sampler, schedule.spacing) == (sampler, spacing)
   scheduler.set_timesteps(10)
   process = schedule.process()
@@ -107,8 +107,8 @@ PROCESSES = {
 @pytest.mark.parametrize("clip", [None, 1.0, 2.0])
 def test_schedules_come_back(name, clip):
   process = PROCESSES[name]()
-  config = schedulers.config_of(process, predictions.V, clip=clip, variance="small")
-  again = schedulers.read(config)
+  config = schedulers.to_config(process, predictions.V, clip=clip, variance="small")
+  again = schedulers.from_config(config)
   with jax.enable_x64(True):
     times = np.arange(1, process.num_steps + 1) / process.num_steps
     np.testing.assert_allclose(again.process().alpha(times), process.alpha(times), rtol=1e-9, atol=1e-12)
@@ -126,7 +126,7 @@ def test_schedules_come_back(name, clip):
 def test_a_continuous_model_becomes_a_table_at_its_time_inputs():
   """Between one time input and the next, the discrete model has the log-SNR of the continuous one."""
   process = processes.vp()
-  discrete = schedulers.read(schedulers.config_of(process, predictions.EPS)).process()
+  discrete = schedulers.from_config(schedulers.to_config(process, predictions.EPS)).process()
   steps = np.arange(1, 1001)
   inputs = np.asarray(discrete.time_input(steps / 1000))
   np.testing.assert_allclose(inputs, steps - 1, atol=1e-3)
@@ -137,4 +137,4 @@ def test_a_continuous_model_becomes_a_table_at_its_time_inputs():
 @pytest.mark.parametrize("process", [processes.ve(), processes.edm(), processes.rectified_flow(), processes.sub_vp()])
 def test_processes_that_diffusers_lacks_are_errors(process):
   with pytest.raises(ValueError, match="cannot sample"):
-    schedulers.config_of(process, predictions.EPS)
+    schedulers.to_config(process, predictions.EPS)

@@ -113,7 +113,7 @@ CONFIGS = {
 }
 
 
-def model_of(changes, seed=0):
+def random_unet(changes, seed=0):
   """A peer whose every parameter matters: none is zero or one, as new norms and biases are."""
   torch.manual_seed(seed)
   model = UNet2DModel(**(SMALL | changes)).eval()
@@ -184,7 +184,7 @@ def ours(network, params, x, t, classes, weight):
 )
 def test_outputs_and_input_gradients_are_the_peer_s(name, gradients, tmp_path):
   size, batch, changes = CONFIGS[name]
-  model = model_of(changes)
+  model = random_unet(changes)
   model.save_pretrained(tmp_path)
   network, params = interop.diffusers.load_unet(tmp_path)
   rng = np.random.default_rng(1)
@@ -204,25 +204,26 @@ def test_outputs_and_input_gradients_are_the_peer_s(name, gradients, tmp_path):
 def test_configs_come_back(name):
   """The config that we write for our network makes the same model of the peer."""
   size, _, changes = CONFIGS[name]
-  model = model_of(changes)
-  network = unet2d.unet_of(model.config)
-  again = unet2d.config_of(network, (*size, model.config.in_channels))
-  assert unet2d.unet_of(again) == network
+  model = random_unet(changes)
+  network = unet2d.from_config(model.config)
+  again = unet2d.to_config(network, (*size, model.config.in_channels))
+  assert unet2d.from_config(again) == network
   shapes = {key: value.shape for key, value in UNet2DModel(**again).state_dict().items()}
   assert shapes == {key: value.shape for key, value in model.state_dict().items()}
 
 
 def test_the_default_network_is_google_ddpm_cifar10_32():
   """In the same tensors, name for name and shape for shape."""
-  config = unet2d.config_of(UNet(), (32, 32, 3))
+  config = unet2d.to_config(UNet(), (32, 32, 3))
   assert config["attention_head_dim"] is None
   assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
   with torch.device("meta"):
     wanted = {key: tuple(value.shape) for key, value in UNet2DModel(**config).state_dict().items()}
   template = interop.tensors.abstract_params(UNet(), (32, 32, 3))
-  name = unet2d.grammar(4).name_of
+  name = unet2d.layout(4).name_of
   got = {
-    name(path): interop.tensors.theirs(path, leaf.shape) for path, leaf in interop.tensors.flatten(template).items()
+    name(path): interop.tensors.torch_shape(path, leaf.shape)
+    for path, leaf in interop.tensors.flatten(template).items()
   }
   assert got == wanted
   assert len(got) == 328
@@ -261,7 +262,7 @@ def test_the_default_network_is_google_ddpm_cifar10_32():
 )
 def test_unsupported_options_are_named(changes, message):
   with pytest.raises(ValueError, match=message):
-    unet2d.unet_of(SMALL | changes)
+    unet2d.from_config(SMALL | changes)
 
 
 @pytest.mark.parametrize(
@@ -282,4 +283,4 @@ def test_unsupported_options_are_named(changes, message):
 )
 def test_networks_that_the_peer_cannot_be_are_errors(network, message):
   with pytest.raises(ValueError, match=message):
-    unet2d.config_of(network, (32, 32, 3))
+    unet2d.to_config(network, (32, 32, 3))

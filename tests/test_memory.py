@@ -16,7 +16,7 @@ from ddpm_jax.runs import limits
 from tests.commands import DENSE, RECIPE, assert_refused, call
 from tests.parameters import write_run
 from tests.recipes import experiment_of, tiny_config, tree_of
-from tests.test_interop_diffusers import write
+from tests.test_interop_diffusers import write_pipeline
 
 BYTES = r"at least [\d.e+]+ [GTPEZY]B"
 
@@ -269,7 +269,7 @@ FOREIGN = {
 
 
 def change(folder, part, **values):
-  file = write(folder) / part
+  file = write_pipeline(folder) / part
   file.write_text(json.dumps(json.loads(file.read_text()) | values))
   return file
 

@@ -319,10 +319,10 @@ def test_samples_far_nearer_than_typical_are_named():
     assert ("0.05\N{MULTIPLICATION SIGN}" in parsed.text) == (copied > 0)
   # As near as real images are.
   usual = np.repeat([0.1, 2.0], [49, 51])
-  parsed = Parsed(page.render(reports.bare()._replace(neighbors=reports.neighbors(4)._replace(usual=usual))))
+  parsed = Parsed(page.render(reports.bare()._replace(neighbors=reports.neighbors(4)._replace(real_distances=usual))))
   assert "No sign of copies: 4 of 8 samples (50.0%) are nearer" in parsed.text
   assert "49.0% of which are as near" in parsed.text
-  unknown = reports.neighbors(2)._replace(usual=np.zeros(0))
+  unknown = reports.neighbors(2)._replace(real_distances=np.zeros(0))
   parsed = Parsed(page.render(reports.bare()._replace(neighbors=unknown)))
   assert "none can be told to be a copy" in parsed.text
 

@@ -292,7 +292,7 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
   with pytest.raises(ValueError, match=f"{home}/weights"):
     interop.inception.load("~/weights.safetensors")
   (home / "model").mkdir()
-  assert interop.diffusers.find("~/model") == home / "model"
+  assert interop.diffusers.find_folder("~/model") == home / "model"
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
     lambda path: reading.read_data(experiment(path)),
     lambda path: reading.read_data(experiment(path, source="packed")),
     lambda path: reading.read_data(experiment(path, source="arrays")),
-    lambda path: interop.diffusers.find(path),
+    lambda path: interop.diffusers.find_folder(path),
     lambda path: interop.inception.load(path),
     lambda path: data.read_inputs(user_path(path), (8, 8), 1),
     lambda path: data.prepare_tfds("squares", "", f"{path}.py"),

@@ -18,7 +18,7 @@ from ddpm_jax.runs import starts
 from tests.commands import RECIPE, assert_refused, call
 from tests.parameters import write_run
 from tests.recipes import LEVELS, tiny_config, tree_of
-from tests.test_interop_diffusers import write
+from tests.test_interop_diffusers import write_pipeline
 from tests.test_interop_pipelines import assert_one_gray_level
 
 DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16", "--seed=3")
@@ -93,7 +93,7 @@ def test_raw_weights_are_others(run, exported, tmp_path):
 
 
 def test_a_folder_is_sampled_as_its_scheduler_says_or_as_flags_say(tmp_path):
-  write(tmp_path / "model", diffusers.DDIMScheduler(timestep_spacing="leading"))
+  write_pipeline(tmp_path / "model", diffusers.DDIMScheduler(timestep_spacing="leading"))
   common = ("--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path}", "--num_samples=3")
   code, output = call(*common)
   assert code == 0, output
@@ -105,7 +105,7 @@ def test_a_folder_is_sampled_as_its_scheduler_says_or_as_flags_say(tmp_path):
 
 
 def test_samples_that_are_not_finite_are_an_error(tmp_path):
-  write(tmp_path / "model", diffusers.DDIMScheduler(clip_sample=False))
+  write_pipeline(tmp_path / "model", diffusers.DDIMScheduler(clip_sample=False))
   model, params = interop.diffusers.load(tmp_path / "model")
   params["conv_out"]["bias"] = np.full(3, 3e38, np.float32)  # finite; what is divided by a small alpha is not
   interop.diffusers.save(tmp_path / "nan", model, params, clip=None)
@@ -200,7 +200,7 @@ def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
 def test_bad_folders_end_at_once(run, exported, tmp_path):
   code, output = call("--mode=export", f"--workdir={run}", f"--output={exported}")
   assert_refused(code, output, "exists and is not empty")
-  write(tmp_path / "color")
+  write_pipeline(tmp_path / "color")
   code, output = call(RECIPE, f"--config.init_from={tmp_path / 'color'}", f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, r"a model of images of \(8, 8, 3\), and data of \(8, 8, 1\)")
   assert not (tmp_path / "work").exists()
@@ -227,7 +227,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", ADOPTED)
 def test_a_config_says_all_that_a_folder_says(name, tmp_path):
   """From the config alone the same network, process and grid are built, with the clipping of the folder."""
-  write(tmp_path, SCHEDULERS[name], **ADOPTED[name])
+  write_pipeline(tmp_path, SCHEDULERS[name], **ADOPTED[name])
   model, _ = interop.diffusers.load(tmp_path)
   tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False)
   experiment = configs.build(tree)
@@ -244,7 +244,7 @@ def test_a_config_says_all_that_a_folder_says(name, tmp_path):
 
 
 def test_another_sampler_has_its_own_defaults(tmp_path):
-  write(tmp_path, diffusers.UniPCMultistepScheduler())
+  write_pipeline(tmp_path, diffusers.UniPCMultistepScheduler())
 
   def experiment(sampler):
     keys = {} if sampler is None else {"sampler": sampler}
@@ -273,14 +273,14 @@ def test_classes_that_the_model_lacks_are_an_error(exported, tmp_path):
     RECIPE, f"--config.init_from={exported}", classes(number=10, dropout=0.1), f"--workdir={tmp_path / 'a'}"
   )
   assert_refused(code, output, "class_dropout=0.1 for a model with num_class_embeds=None")
-  write(tmp_path / "four", num_class_embeds=4)
+  write_pipeline(tmp_path / "four", num_class_embeds=4)
   start = f"--pretrained={tmp_path / 'four'}"
   code, output = call("--mode=sample", RECIPE, start, classes(number=5), f"--workdir={tmp_path / 'a'}")
   assert_refused(code, output, "classes.number=5 with --pretrained, a model of 4 classes; expected as many")
 
 
 def test_the_last_class_of_a_folder_stands_for_none_where_classes_are_hidden(tmp_path):
-  write(tmp_path, num_class_embeds=11, in_channels=1, out_channels=1)
+  write_pipeline(tmp_path, num_class_embeds=11, in_channels=1, out_channels=1)
   config = tiny_config()
   config.init_from = str(tmp_path)
   config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.2)
@@ -292,7 +292,7 @@ def test_the_last_class_of_a_folder_stands_for_none_where_classes_are_hidden(tmp
 
 
 def test_a_folder_without_a_size_takes_the_data_s(tmp_path):
-  write(tmp_path, in_channels=1, out_channels=1)
+  write_pipeline(tmp_path, in_channels=1, out_channels=1)
   file = tmp_path / "unet" / "config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
   config = tiny_config()
@@ -350,13 +350,13 @@ SMALL = {"block_out_channels": (8, 8), "norm_num_groups": 2}
 
 
 def test_a_model_of_images_that_are_no_squares_is_sampled(tmp_path):
-  write(tmp_path, None, sample_size=(8, 16), **SMALL)
+  write_pipeline(tmp_path, None, sample_size=(8, 16), **SMALL)
   assert sample(tmp_path)["samples"].shape == (2, 8, 16, 3)
 
 
 def test_another_range_of_clipping_is_the_folder_s(tmp_path):
   """The estimates of x_0 go as far as the scheduler lets them, and samples, which are pixels, to -1 and 1."""
-  write(tmp_path, diffusers.DDIMScheduler(clip_sample_range=2.0), **SMALL)
+  write_pipeline(tmp_path, diffusers.DDIMScheduler(clip_sample_range=2.0), **SMALL)
   tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False)
   assert tree.values["sampling"]["clip"] == {"component": "guidance.clip", "low": -2.0, "high": 2.0}
   clipped = configs.build(tree, found.model).sampling.clip(denoise=lambda x_t, t: x_t)
@@ -375,7 +375,7 @@ CONDITIONED = {
 def test_conditions_of_a_folder_are_given_by_the_command_line(name, tmp_path):
   changes, first, second = CONDITIONED[name]
   # Estimates of x_0 themselves: those that follow from noise are black or white at so few steps.
-  write(tmp_path, diffusers.DDIMScheduler(prediction_type="sample"), **SMALL | changes)
+  write_pipeline(tmp_path, diffusers.DDIMScheduler(prediction_type="sample"), **SMALL | changes)
   one, other = (sample(tmp_path, f"--given={name}={value}") for value in (first, second))
   assert np.any(one["samples"] != other["samples"])
   both = sample(tmp_path, f"--given={name}={first}", f"--given={name}={second}")
@@ -388,7 +388,7 @@ def test_conditions_of_a_folder_are_given_by_the_command_line(name, tmp_path):
 
 
 def test_an_image_that_a_folder_takes_beside_the_input_is_given_by_its_file(tmp_path):
-  write(tmp_path / "model", in_channels=4, **SMALL)
+  write_pipeline(tmp_path / "model", in_channels=4, **SMALL)
   levels = (0, 255)
   for level in levels:
     Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / f"{level}.png")
@@ -409,7 +409,7 @@ def test_an_image_that_a_folder_takes_beside_the_input_is_given_by_its_file(tmp_
 def test_training_goes_on_with_the_conditions_of_a_folder(tmp_path):
   """An image beside the input and a vector, from data of the same names."""
   changes = {"in_channels": 3, "out_channels": 1, "class_embed_type": "identity"}
-  write(tmp_path / "model", **SMALL | changes)
+  write_pipeline(tmp_path / "model", **SMALL | changes)
   rng = np.random.default_rng(0)
   items = {"images": rng.integers(0, 256, (20, 8, 8, 1), np.uint8), "hint": rng.normal(size=(20, 8, 8, 2))}
   np.savez(tmp_path / "data.npz", **items, vector=rng.normal(size=(20, 32)))

@@ -66,7 +66,7 @@ def load(
     ValueError: if there is no such model, it has an option that is not supported, or its weights do not fit its config or
       cannot be read; the message names what is wrong. Or if an argument does not fit it.
   """
-  folder = find(path)
+  folder = find_folder(path)
   model = read(
     folder,
     shape=shape,
@@ -104,13 +104,13 @@ def read(
   Raises:
     ValueError: as `load`.
   """
-  folder = find(path, weights=False)
+  folder = find_folder(path, weights=False)
   unet_path, scheduler_path = config_paths(folder)
   unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
   with jsonfiles.naming(unet_path):
-    network, config = unet2d.unet_of(unet_config), unet2d.complete(unet_config)
+    network, config = unet2d.from_config(unet_config), unet2d.with_defaults(unet_config)
   with jsonfiles.naming(scheduler_path):
-    schedule = schedulers.read(scheduler_config)
+    schedule = schedulers.from_config(scheduler_config)
     process, prediction = schedule.process(), schedule.meaning()
     predictions.check_prediction(process, prediction)
   channels = _channels(folder, config, prediction)
@@ -149,7 +149,7 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
     ValueError: if there is no such model.
     WriteError: if they cannot be written.
   """
-  for source, place in zip(config_paths(find(path, weights=False)), _CONFIGS, strict=True):
+  for source, place in zip(config_paths(find_folder(path, weights=False)), _CONFIGS, strict=True):
     target = user_path(folder) / place
     with files.naming(target):
       target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
 
 def has_size(path: str | Path) -> bool:
   """Return whether the config of a model says the size of its images, so that `load` needs no `shape`."""
-  config = jsonfiles.read(config_paths(find(path, weights=False))[0])
+  config = jsonfiles.read(config_paths(find_folder(path, weights=False))[0])
   return config.get("sample_size") is not None
 
 
@@ -181,7 +181,7 @@ def _data_shape(config: dict[str, Any], channels: int, shape: tuple[int, int, in
       raise ValueError(
         f"Got sample_size=null, so the size of the images is not known; pass shape=(height, width, {channels})."
       )
-    height, width = unet2d.space_of(config)
+    height, width = unet2d.image_size(config)
     return height, width, channels
   if len(shape) != 3 or min(shape) < 1 or shape[2] != channels:
     raise ValueError(f"Got shape={tuple(shape)} for a model of {channels} channels; pass (height, width, {channels}).")
@@ -223,11 +223,11 @@ def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
   Raises:
     ValueError: as `load`.
   """
-  folder = find(path)
+  folder = find_folder(path)
   folder = folder / "unet" if (folder / "unet").is_dir() else folder
   config = jsonfiles.read(folder / "config.json")
   with jsonfiles.naming(folder / "config.json"):
-    network, complete = unet2d.unet_of(config), unet2d.complete(config)
+    network, complete = unet2d.from_config(config), unet2d.with_defaults(config)
   return network, _load_params(folder, network, complete["in_channels"])
 
 
@@ -271,7 +271,7 @@ def _parts(index: Mapping[str, Any]) -> list[str]:
   return sorted(parts)
 
 
-def find(path: str | Path, *, weights: bool = True) -> Path:
+def find_folder(path: str | Path, *, weights: bool = True) -> Path:
   """Return the folder of that path, or of that name on the hub, fetched if need be: with weights, or the configs alone.
 
   Raises:
@@ -312,13 +312,13 @@ def find(path: str | Path, *, weights: bool = True) -> Path:
 
 def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
   path = _weights(folder)
-  file = (tensors.Sharded if path.suffix == ".json" else tensors.Tensors)(
+  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
     path, "conv_in.weight", "UNet2DModel of diffusers"
   )
   return tensors.load(
     file,
     _template(network, channels),
-    unet2d.grammar(len(network.multipliers)),
+    unet2d.layout(len(network.multipliers)),
     unet2d.modern_names(file.shapes),
   )
 
@@ -403,8 +403,8 @@ def save(
       f"Got a network of out_channels={network.out_channels} for images of {shape}; expected {wanted}"
       f"{', twice the channels, for a learned variance' if prediction.learned_variance else ''}."
     )
-  unet_config = unet2d.config_of(network, (shape[0], shape[1], shape[2]))
-  scheduler_config = schedulers.config_of(model.process, prediction, clip=clip, variance=variance, spacing=spacing)
+  unet_config = unet2d.to_config(network, (shape[0], shape[1], shape[2]))
+  scheduler_config = schedulers.to_config(model.process, prediction, clip=clip, variance=variance, spacing=spacing)
   version = {"_diffusers_version": _VERSION}
   index = {
     "_class_name": "DDPMPipeline",
@@ -414,7 +414,7 @@ def save(
   }
   with files.new_folder(path) as folder:
     _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
-    tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.grammar(len(network.multipliers)))
+    tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.layout(len(network.multipliers)))
     _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
     files.write_text(folder / "README.md", model_card(network, params, shape, scheduler_config, config, scores))
     # Last: without it the folder is no pipeline, and nobody opens half a model.

@@ -74,7 +74,7 @@ def load(
   Raises:
     ValueError: if the file cannot be read, is of no such model, or an argument is missing or does not fit it.
   """
-  file = tensors.Tensors(path, _ANCHOR, _WHAT)
+  file = tensors.TensorFile(path, _ANCHOR, _WHAT)
   network, template = network_of(file, heads=heads, head_channels=head_channels)
   taken = _shape(file, "input_blocks.0.0.weight")[1]
   if shape is None:
@@ -99,10 +99,10 @@ def load(
     time_input=time_input,
     defaults=_defaults(process, "learned" if learned else "large"),
   )
-  return model, tensors.load(file, template, _grammar(network, new_attention_order))
+  return model, tensors.load(file, template, _layout(network, new_attention_order))
 
 
-def _learned(file: tensors.Tensors, network: UNet, shape: tuple[int, ...]) -> bool:
+def _learned(file: tensors.TensorFile, network: UNet, shape: tuple[int, ...]) -> bool:
   """Return whether a network learned the variance, by its channels."""
   if len(shape) != network.dimensions + 1 or network.out_channels not in (shape[-1], 2 * shape[-1]):
     raise ValueError(
@@ -141,7 +141,7 @@ def _process(
 
 
 def _conditions(
-  file: tensors.Tensors, network: UNet, shape: tuple[int, ...], extra: int, factor: int
+  file: tensors.TensorFile, network: UNet, shape: tuple[int, ...], extra: int, factor: int
 ) -> dict[str, Condition]:
   found: dict[str, Condition] = {}
   if network.num_classes:
@@ -169,7 +169,7 @@ def _defaults(process: Process, variance: str) -> SamplingDefaults | None:
 
 
 def network_of(
-  file: tensors.Tensors, *, heads: int | None = None, head_channels: int | None = None
+  file: tensors.TensorFile, *, heads: int | None = None, head_channels: int | None = None
 ) -> tuple[UNet, PyTree]:
   """Return the U-Net of a checkpoint, from the shapes of its tensors, and the shapes of our parameters."""
   levels, blocks = _levels_of_unet(file)
@@ -212,7 +212,7 @@ def load_classifier(
   Raises:
     ValueError: as `load`.
   """
-  file = tensors.Tensors(path, _ANCHOR, _WHAT)
+  file = tensors.TensorFile(path, _ANCHOR, _WHAT)
   if "out.2.positional_embedding" not in file.shapes:
     raise ValueError(
       f"Got {file.path}, which has no out.2.positional_embedding; expected a classifier with --classifier_pool attention."
@@ -237,27 +237,27 @@ def load_classifier(
     shape=shape,
     time_input=time_input,
   )
-  return model, tensors.load(file, template, _grammar(network, new_attention_order))
+  return model, tensors.load(file, template, _layout(network, new_attention_order))
 
 
-def _shape(file: tensors.Tensors, name: str) -> tuple[int, ...]:
+def _shape(file: tensors.TensorFile, name: str) -> tuple[int, ...]:
   if name not in file.shapes:
     raise ValueError(f"Got {file.path}, which has no {name}; expected a {_WHAT}.")
   return file.shapes[name]
 
 
-def _count(file: tensors.Tensors, part: str) -> int:
+def _count(file: tensors.TensorFile, part: str) -> int:
   indices = [int(match[1]) for name in file.shapes if (match := re.match(rf"{part}\.(\d+)\.", name))]
   if not indices:
     raise ValueError(f"Got {file.path}, which has no {part}; expected a {_WHAT}.")
   return max(indices) + 1
 
 
-def _has(file: tensors.Tensors, prefix: str) -> bool:
+def _has(file: tensors.TensorFile, prefix: str) -> bool:
   return any(name.startswith(prefix) for name in file.shapes)
 
 
-def _levels_of_unet(file: tensors.Tensors) -> tuple[int, int]:
+def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
   """The levels and the residual blocks of each: every level but one ends with a step up, by which levels are counted."""
   total = _count(file, "output_blocks")
   ups = sum(
@@ -273,7 +273,7 @@ def _levels_of_unet(file: tensors.Tensors) -> tuple[int, int]:
   return ups + 1, total // (ups + 1) - 1
 
 
-def _levels_of_encoder(file: tensors.Tensors, blocks: int | None) -> tuple[int, int]:
+def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """The same from the way down alone, on which a residual block that halves looks like any other."""
   total = _count(file, "input_blocks")
   wide = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
@@ -300,14 +300,14 @@ def _levels_of_encoder(file: tensors.Tensors, blocks: int | None) -> tuple[int, 
   return total // lengths[0], lengths[0] - 1
 
 
-def _up(file: tensors.Tensors, level: int, levels: int, blocks: int) -> str:
+def _up(file: tensors.TensorFile, level: int, levels: int, blocks: int) -> str:
   """How the way up goes from `level` to the next finer one."""
   last = (levels - 1 - level) * (blocks + 1) + blocks
   return "residual" if any(_has(file, f"output_blocks.{last}.{j}.in_layers.") for j in (1, 2)) else "conv"
 
 
 def _options(
-  file: tensors.Tensors, levels: int, blocks: int, heads: int | None, head_channels: int | None
+  file: tensors.TensorFile, levels: int, blocks: int, heads: int | None, head_channels: int | None
 ) -> dict[str, Any]:
   """What U-Net and classifier have in common."""
   channels, _, *kernel = _shape(file, "input_blocks.0.0.weight")
@@ -350,11 +350,11 @@ def _options(
   }
 
 
-def _grammar(network: UNet | Classifier, new_order: bool) -> tensors.Grammar:
+def _layout(network: UNet | Classifier, new_order: bool) -> tensors.Layout:
   """Return how parameters of ours are named and laid out there."""
 
-  def theirs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = tensors.theirs(path, shape)
+  def shape_of(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = tensors.torch_shape(path, shape)
     if path.endswith("positions"):
       return shape[::-1]
     if _fused(path) is not None:
@@ -362,7 +362,7 @@ def _grammar(network: UNet | Classifier, new_order: bool) -> tensors.Grammar:
     # Projections of attention are convolutions of size 1 there.
     return (*shape, 1) if _attends(path) and len(shape) == 2 else shape
 
-  def to_ours(path: str, value: np.ndarray) -> np.ndarray:
+  def from_file(path: str, value: np.ndarray) -> np.ndarray:
     if path.endswith("positions"):
       return value.T
     if _attends(path) and value.ndim == 3:
@@ -375,9 +375,9 @@ def _grammar(network: UNet | Classifier, new_order: bool) -> tensors.Grammar:
       else:
         heads = network.num_heads(width)
         value = value.reshape(heads, 3, width // heads, *value.shape[1:])[:, index].reshape(width, *value.shape[1:])
-    return tensors.to_ours(path, value)
+    return tensors.from_torch(path, value)
 
-  return tensors.Grammar(_names(network), theirs, to_ours)
+  return tensors.Layout(_names(network), shape_of, from_file)
 
 
 def _names(network: UNet | Classifier) -> Callable[[str], str]:

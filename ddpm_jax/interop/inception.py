@@ -30,12 +30,12 @@ class InceptionWeights(NamedTuple):
   Attributes:
     params: for all taps, float32.
     sha256: of the file they come from, the PyTorch one if ours was made from it.
-    published: whether that is the published file.
+    is_published: whether that is the published file.
   """
 
   params: PyTree
   sha256: str
-  published: bool
+  is_published: bool
 
 
 def load(path: str | Path, *, sha256_prefix: str = PUBLISHED) -> InceptionWeights:
@@ -76,7 +76,7 @@ def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLIS
   output = user_path(output)
   files.check_new_file(output, ".safetensors")
   raw, sha256 = _read_checked(path, sha256_prefix)
-  arrays = {_name(key): tensors.to_theirs(key, value) for key, value in raw.items()}
+  arrays = {_name(key): tensors.to_torch(key, value) for key, value in raw.items()}
   sealed.save_tensors(output, arrays, {"format": "pt", _SOURCE: sha256})
 
 
@@ -160,9 +160,11 @@ def _name(path: str) -> str:
 def _read(path: Path) -> dict[str, np.ndarray]:
   shapes = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in _raw_shapes().items()}
   # Counters of training steps, which nothing here needs.
-  grammar = tensors.Grammar(_name, ignored=lambda name: name.endswith(".num_batches_tracked"))
+  layout = tensors.Layout(_name, is_ignored=lambda name: name.endswith(".num_batches_tracked"))
   tree = tensors.load(
-    tensors.Tensors(path, "fc.weight", "FID Inception network"), traverse_util.unflatten_dict(shapes, sep="/"), grammar
+    tensors.TensorFile(path, "fc.weight", "FID Inception network"),
+    traverse_util.unflatten_dict(shapes, sep="/"),
+    layout,
   )
   return {key: np.asarray(value) for key, value in tensors.flatten(tree).items()}
 

@@ -173,7 +173,7 @@ class Schedule(NamedTuple):
     return SamplingDefaults(self.sampler, self.rule(process), self.times(process), steps, clip)
 
 
-def read(config: Mapping[str, Any]) -> Schedule:
+def from_config(config: Mapping[str, Any]) -> Schedule:
   """The schedule that a scheduler config stands for; keys that are left out have the class's defaults.
 
   Raises:
@@ -276,7 +276,7 @@ def named_betas(schedule: str, n: int, ends: tuple[float, float]) -> np.ndarray:
   return (schedules.linear if schedule == "linear" else schedules.scaled_linear)(n, *ends)
 
 
-def config_of(
+def to_config(
   process: Process,
   prediction: Prediction,
   *,
@@ -284,7 +284,7 @@ def config_of(
   variance: str = "large",
   spacing: str = "trailing",
 ) -> Config:
-  """The DDPMScheduler config of a process and what its network gives; the inverse of `read`.
+  """The DDPMScheduler config of a process and what its network gives; the inverse of `from_config`.
 
   A continuous variance-preserving process becomes the table of its alpha at the 1000 time inputs 0..999 that its network knows.
 

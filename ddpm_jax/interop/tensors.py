@@ -25,7 +25,7 @@ _REOPEN_EVERY = 32 * 2**20
 _FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
-class Tensors:
+class TensorFile:
   """The tensors of a network in a file: their shapes at once, their values when asked for.
 
   The names of the network may stand behind a prefix, such as "module." or "state_dict.model.", and beside other entries of a checkpoint.
@@ -109,13 +109,13 @@ class Tensors:
         return np.asarray(other.get_tensor(name), np.float32)
 
 
-class Sharded:
-  """The tensors of several files, of which an index (*.index.json) says what lies where; otherwise as `Tensors`.
+class ShardedFile:
+  """The tensors of several files, of which an index (*.index.json) says what lies where; otherwise as `TensorFile`.
 
   Args:
     path: the index.
-    anchor: as in `Tensors`.
-    what: as in `Tensors`.
+    anchor: as in `TensorFile`.
+    what: as in `TensorFile`.
 
   Raises:
     ValueError: if the index is malformed, a file is missing or broken, or the files do not hold what the index says.
@@ -129,7 +129,7 @@ class Sharded:
       raise ValueError(
         f"Got {self.path} with weight_map={jsonfiles.show(where)}; expected an object that names the file of each tensor. Fetch it again."
       )
-    self._files = {name: Tensors(self.path.parent / name) for name in sorted(set(where.values()))}
+    self._files = {name: TensorFile(self.path.parent / name) for name in sorted(set(where.values()))}
     shapes: Shapes = {}
     for name, file in self._files.items():
       told = {tensor for tensor, place in where.items() if place == name}
@@ -231,47 +231,47 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
   return ValueError(f"Cannot read {path} as a state dict of tensors: {why}, or use a .safetensors file.")
 
 
-def theirs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape that PyTorch gives a parameter of ours."""
   return (shape[-1], shape[-2], *shape[:-2]) if path.endswith("/kernel") else shape
 
 
-def to_ours(path: str, value: np.ndarray) -> np.ndarray:
+def from_torch(path: str, value: np.ndarray) -> np.ndarray:
   """PyTorch's [out, in, *space] to our [*space, in, out]; other parameters are the same."""
   return np.moveaxis(value, (1, 0), (-2, -1)) if path.endswith("/kernel") else value
 
 
-def to_theirs(path: str, value: np.ndarray) -> np.ndarray:
-  """The inverse of `to_ours`."""
+def to_torch(path: str, value: np.ndarray) -> np.ndarray:
+  """The inverse of `from_torch`."""
   return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("/kernel") else value
 
 
-class Grammar(NamedTuple):
+class Layout(NamedTuple):
   """How a kind of file holds our parameters, which are named by paths such as "down_0_0/conv1/kernel".
 
   Attributes:
     name_of: `name_of(path)`, the name in the file; several paths may share one.
-    theirs: `theirs(path, shape)`, the shape in the file.
-    to_ours: `to_ours(path, value)`, the parameter from the file's tensor.
-    ignored: `ignored(name)`, whether a tensor of the file is none of the network's.
+    shape_of: `shape_of(path, shape)`, the shape in the file.
+    from_file: `from_file(path, value)`, the parameter from the file's tensor.
+    is_ignored: `is_ignored(name)`, whether a tensor of the file is none of the network's.
   """
 
   name_of: Callable[[str], str]
-  theirs: Callable[[str, tuple[int, ...]], tuple[int, ...]] = theirs
-  to_ours: Callable[[str, np.ndarray], np.ndarray] = to_ours
-  ignored: Callable[[str], bool] = lambda name: False
+  shape_of: Callable[[str, tuple[int, ...]], tuple[int, ...]] = torch_shape
+  from_file: Callable[[str, np.ndarray], np.ndarray] = from_torch
+  is_ignored: Callable[[str], bool] = lambda name: False
 
 
 def load(
-  tensors: Tensors | Sharded, template: PyTree, grammar: Grammar, rename: Mapping[str, str] | None = None
+  tensors: TensorFile | ShardedFile, template: PyTree, layout: Layout, rename: Mapping[str, str] | None = None
 ) -> PyTree:
   """The parameters of a network from a file, in float32; the memory for one tensor more than them is needed.
 
   Args:
     tensors: the file.
     template: the network's parameters, or their shapes (`jax.eval_shape`).
-    grammar: how the file holds them.
-    rename: the file's own names to those of the grammar, where they differ.
+    layout: how the file holds them.
+    rename: the file's own names to those of the layout, where they differ.
 
   Raises:
     ValueError: if names are missing or extra, or shapes differ; it lists them. Or if the file has the digest of its tensors, as those
@@ -280,10 +280,10 @@ def load(
   wanted: dict[str, list[str]] = {}
   shapes: Shapes = {}
   for path, leaf in flatten(template).items():
-    name = grammar.name_of(path)
+    name = layout.name_of(path)
     wanted.setdefault(name, []).append(path)
-    shapes[name] = grammar.theirs(path, tuple(leaf.shape))
-  given = {name: (rename or {}).get(name, name) for name in tensors.shapes if not grammar.ignored(name)}
+    shapes[name] = layout.shape_of(path, tuple(leaf.shape))
+  given = {name: (rename or {}).get(name, name) for name in tensors.shapes if not layout.is_ignored(name)}
   _check(tensors.path, shapes, {name: tensors.shapes[name] for name in given}, given)
   params, sums, infinite = {}, {}, []
   for name, value in tensors.items(given):
@@ -293,7 +293,7 @@ def load(
       infinite.append(name)
     for path in wanted[given[name]]:
       # A copy, so that nothing keeps the file's own memory.
-      params[path] = jnp.array(grammar.to_ours(path, value))
+      params[path] = jnp.array(layout.from_file(path, value))
   try:
     sealed.check_tensors(sums, tensors.metadata)
   except sealed.DamagedError as error:
@@ -333,9 +333,9 @@ def _some(names: list[str]) -> str:
   return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def save(path: str | Path, params: PyTree, grammar: Grammar) -> None:
-  """Write parameters as safetensors, float32, each under the grammar's name for its path; whole or not at all."""
-  arrays = {grammar.name_of(key): to_theirs(key, np.asarray(leaf, np.float32)) for key, leaf in flatten(params).items()}
+def save(path: str | Path, params: PyTree, layout: Layout) -> None:
+  """Write parameters as safetensors, float32, each under the layout's name for its path; whole or not at all."""
+  arrays = {layout.name_of(key): to_torch(key, np.asarray(leaf, np.float32)) for key, leaf in flatten(params).items()}
   sealed.save_tensors(Path(path), arrays, {"format": "pt"})
 
 

@@ -92,7 +92,7 @@ _COUNTS = (
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def unet_of(given: Mapping[str, Any]) -> UNet:
+def from_config(given: Mapping[str, Any]) -> UNet:
   """Our U-Net for the config of a `UNet2DModel`; keys that are left out have the class's defaults.
 
   The time input of a network with time_embedding_type "fourier" is log(t), since diffusers takes the logarithm inside.
@@ -100,7 +100,7 @@ def unet_of(given: Mapping[str, Any]) -> UNet:
   Raises:
     ValueError: if an option has no counterpart; it names it.
   """
-  c = complete(given)
+  c = with_defaults(given)
   channels, levels = c["block_out_channels"], len(c["block_out_channels"])
   downs, ups = ([_kind(name) for name in c[key]] for key in ("down_block_types", "up_block_types"))
   if not len(downs) == len(ups) == levels:
@@ -147,12 +147,12 @@ def unet_of(given: Mapping[str, Any]) -> UNet:
     center_input=c["center_input_sample"],
     divide_by_sigma=fourier,
   )
-  network.check_input((*space_of(c), c["in_channels"]))
+  network.check_input((*image_size(c), c["in_channels"]))
   return network
 
 
-def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
-  """The config of the `UNet2DModel` that computes what our network does on an input [H, W, C]; the inverse of `unet_of`.
+def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
+  """The config of the `UNet2DModel` that computes what our network does on an input [H, W, C]; the inverse of `from_config`.
 
   Raises:
     ValueError: if `UNet2DModel` cannot; it names the option.
@@ -226,7 +226,7 @@ def config_of(network: UNet, shape: tuple[int, int, int]) -> Config:
   }
 
 
-def complete(given: Mapping[str, Any]) -> Config:
+def with_defaults(given: Mapping[str, Any]) -> Config:
   """The config with the class's defaults for keys that are left out.
 
   Raises:
@@ -251,7 +251,7 @@ def complete(given: Mapping[str, Any]) -> Config:
   return DEFAULTS | {key: value for key, value in given.items() if key in DEFAULTS}
 
 
-def space_of(config: Config) -> tuple[int, int]:
+def image_size(config: Config) -> tuple[int, int]:
   """[H, W] of the images that a model was made for; the smallest that it takes if its config does not say."""
   size = config["sample_size"]
   if size is None:
@@ -259,7 +259,7 @@ def space_of(config: Config) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def grammar(levels: int) -> tensors.Grammar:
+def layout(levels: int) -> tensors.Layout:
   """The names in a file for our parameters, of a network of that many levels."""
 
   def block(match: re.Match) -> str:
@@ -290,7 +290,7 @@ def grammar(levels: int) -> tensors.Grammar:
     inner = ["to_out.0" if part == "to_out" else part for part in parts[:-1]]
     return ".".join([start, *inner, tensors.leaf_name(path)])
 
-  return tensors.Grammar(name)
+  return tensors.Layout(name)
 
 
 def modern_names(names) -> dict[str, str]:

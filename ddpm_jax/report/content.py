@@ -15,13 +15,13 @@ class Neighbors(NamedTuple):
     samples: uint8 [K, H, W, C].
     nearest: uint8 [K, M, H, W, C], nearest first.
     distances: [K, M] in the feature space.
-    usual: the distances [R] of held-out real images to their nearest training images: what is not memorized looks like. Empty if not known.
+    real_distances: the distances [R] of held-out real images to their nearest training images: what is not memorized looks like. Empty if not known.
   """
 
   samples: np.ndarray
   nearest: np.ndarray
   distances: np.ndarray
-  usual: np.ndarray
+  real_distances: np.ndarray
 
 
 class Content(NamedTuple):

@@ -167,7 +167,7 @@ def _neighbors(neighbors: Neighbors | None, most: int = 12, each: int = 3) -> di
   """The samples that are nearest to a training image, nearest first, and in words how many are nearer than real ones."""
   if neighbors is None or not len(neighbors.samples):
     return None
-  distances, usual = (np.asarray(values, np.float64) for values in (neighbors.distances, neighbors.usual))
+  distances, usual = (np.asarray(values, np.float64) for values in (neighbors.distances, neighbors.real_distances))
   typical = float(np.median(usual)) if len(usual) else 0.0
   known = math.isfinite(typical) and typical > 0
   relative = distances / typical if known else distances

@@ -118,7 +118,9 @@ def build_space(experiment: Experiment, source: data.Source, held_out: data.Sour
   if name == "inception":
     metrics.check_colors(experiment.data.channels)
     weights = interop.inception.load(c.inception_weights, sha256_prefix=c.inception_sha256)
-    space = metrics.inception_space(weights.params, resize=resize, sha256=weights.sha256, published=weights.published)
+    space = metrics.inception_space(
+      weights.params, resize=resize, sha256=weights.sha256, published=weights.is_published
+    )
     dimensions, make = 2048, lambda: space
   if name == "classifier":
     dimensions, make = metrics.CLASSIFIER_FEATURES, lambda: _classifier(experiment, source, held_out, cache)
