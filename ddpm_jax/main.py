@@ -18,7 +18,7 @@ def main() -> None:
   """
   # Holds the folder of the run that is trained, if one is: an interrupt says where it goes on.
   training: list[Path | None] = [None]
-  with console.printing(), interrupts.ended_at_once(lambda: ending.interrupt(training[-1])):
+  with console.printing(), interrupts.exit_on_interrupt(lambda: ending.interrupt(training[-1])):
     details = bool({"--traceback", "--traceback=true"} & {*sys.argv})
     try:
       _run(sys.argv[1:], training)
@@ -38,8 +38,8 @@ def _run(given: list[str], training: list[Path | None]) -> None:
     training.append(folder)
   # The first line comes before JAX and the rest are imported.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {flags.mode}, workdir {folder}", flush=True)
-  heap.keep()
-  heap.collect_rarely()
+  heap.keep_freed_memory()
+  heap.raise_gc_threshold()
   command(flags.mode).run(flags)
 
 

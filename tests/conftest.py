@@ -23,7 +23,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # As the command line does: most of the time programs are traced.
-heap.collect_rarely()
+heap.raise_gc_threshold()
 
 
 def pytest_collection_finish():

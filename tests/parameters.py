@@ -55,7 +55,7 @@ def write_run(config, folder, seed=0, scale=0.2, averages_seed=None):
   source, _ = reading.read_data(experiment)
   batches = data.batches(source, config.training.batch_size, seed=config.seed, flip=False, put=lambda batch: batch)
   checkpoints = model.open_checkpoints(experiment, folder)
-  items = jax.device_put(training.items_of(state), mesh.devices.flat[0])
+  items = jax.device_put(training.state_to_items(state), mesh.devices.flat[0])
   checkpoints.save(config.training.steps, items, batches.state | {"batch": config.training.steps}, {"loss": 1.0})
   checkpoints.close()
   batches.close()

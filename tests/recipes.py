@@ -75,7 +75,7 @@ def _die(step, path):
       os.kill(os.getpid(), signal.SIGKILL)
     own(self, number, values)
 
-  own, records.Records.scalars = records.Records.scalars, scalars
+  own, records.MetricLog.scalars = records.MetricLog.scalars, scalars
 
 
 def saved_items(folder):
@@ -90,7 +90,7 @@ def saved_items(folder):
   _, template = model.make_state(experiment, mesh, frozen.shapes(experiment, mesh))
   checkpoints = model.open_checkpoints(experiment, folder)
   try:
-    state = training.state_of(checkpoints.restore(training.items_of(template)).items)
+    state = training.items_to_state(checkpoints.restore(training.state_to_items(template)).items)
   finally:
     checkpoints.close()
   return jax.device_get(state._replace(key=jax.random.key_data(state.key)))

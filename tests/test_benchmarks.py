@@ -31,7 +31,7 @@ def script(monkeypatch):
   """A benchmark as a module, beside those that it imports."""
   monkeypatch.syspath_prepend(str(FOLDER))
   # It would change how this process allocates and runs what comes after.
-  monkeypatch.setattr(heap, "keep", lambda: False)
+  monkeypatch.setattr(heap, "keep_freed_memory", lambda: False)
   return importlib.import_module
 
 

@@ -75,16 +75,16 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, devices):
   shardings = parallel.state_shardings(mesh, shapes)
   state = jax.jit(objectives.init_state, out_shardings=shardings)()
   given = jax.device_put(given, parallel.state_shardings(mesh, given))
-  step = parallel.jit_step(objectives.train_step(distribute=parallel.over(mesh)), mesh, state, given)
+  step = parallel.jit_step(objectives.train_step(distribute=parallel.shard_gradient(mesh)), mesh, state, given)
   checkpoints = checkpoint.Checkpoints(tmp_path)
   for number, batch in enumerate(objectives.batches(4), 1):
     state, _ = step(state, parallel.put_batch(mesh, batch, objectives.BATCH), given)
     if number == 2:
-      checkpoints.save(2, training.items_of(state), {})
+      checkpoints.save(2, training.state_to_items(state), {})
       checkpoints.wait()
-  restored = checkpoints.restore(training.items_of(parallel.abstract(shapes, shardings)))
+  restored = checkpoints.restore(training.state_to_items(parallel.abstract(shapes, shardings)))
   checkpoints.close()
-  again = training.state_of(restored.items)
+  again = training.items_to_state(restored.items)
   assert int(again.step) == 2
   for batch in objectives.batches(4)[2:]:
     again, _ = step(again, parallel.put_batch(mesh, batch, objectives.BATCH), given)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_jax import data, interop, metrics, report
 from ddpm_jax.storage import files, images, records, sealed
-from ddpm_jax.storage.rows import Rows
+from ddpm_jax.storage.rows import ResumableArray
 from tests import reports
 from tests.parameters import random_params
 from tests.recipes import experiment_of, tiny_config
@@ -43,12 +43,12 @@ def export(path):
 
 def pack(path):
   settings = {"crop": 0}
-  with files.new_folder(path / "packed") as folder:
+  with files.atomic_folder(path / "packed") as folder:
     data.pack(data.ArraySource(NOISE, np.zeros(len(NOISE), np.int32)), folder, settings)
 
 
 def write_rows(path):
-  Rows(path / "rows", {}, "rows", (99, 99), np.float64, damaged=path)
+  ResumableArray(path / "rows", {}, "rows", (99, 99), np.float64, damaged=path)
 
 
 WRITERS = {
@@ -95,9 +95,9 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, name):
 
 
 def test_what_else_goes_wrong_stays_what_it_is(tmp_path):
-  with pytest.raises(ZeroDivisionError), files.writing(tmp_path / "a") as path:
+  with pytest.raises(ZeroDivisionError), files.atomic_file(tmp_path / "a") as path:
     path.write_text(f"{1 / 0}")
-  with pytest.raises(FileNotFoundError), files.new_folder(tmp_path / "a"):
+  with pytest.raises(FileNotFoundError), files.atomic_folder(tmp_path / "a"):
     (tmp_path / "missing").read_text()
   assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +109,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "folder").mkdir()
   with pytest.raises(files.WriteError, match=r"Cannot write .*folder: Is a directory"):
     files.write_text(tmp_path / "folder", "x")
-  with pytest.raises(files.WriteError, match=r"Cannot write .*file/a"), files.new_folder(tmp_path / "file" / "a"):
+  with pytest.raises(files.WriteError, match=r"Cannot write .*file/a"), files.atomic_folder(tmp_path / "file" / "a"):
     pass
   assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
@@ -139,7 +139,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
 
 
 def test_a_folder_appears_at_once(tmp_path):
-  with files.new_folder(tmp_path / "new" / "folder") as folder:
+  with files.atomic_folder(tmp_path / "new" / "folder") as folder:
     (folder / "part").mkdir()
     (folder / "part" / "a").write_text("a")
     assert not (tmp_path / "new" / "folder").exists()
@@ -152,10 +152,10 @@ def test_an_empty_folder_that_is_there_keeps_its_place(tmp_path):
   (tmp_path / "real").mkdir()
   (tmp_path / "link").symlink_to("real")
   inode = (tmp_path / "real").stat().st_ino
-  with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "link") as folder:
+  with pytest.raises(ZeroDivisionError), files.atomic_folder(tmp_path / "link") as folder:
     (folder / "a").write_text(f"{1 / 0}")
   assert list((tmp_path / "real").iterdir()) == []
-  with files.new_folder(tmp_path / "link") as folder:
+  with files.atomic_folder(tmp_path / "link") as folder:
     (folder / "a").write_text("a")
   assert (tmp_path / "link").is_symlink()
   assert (tmp_path / "real").stat().st_ino == inode
@@ -165,7 +165,7 @@ def test_an_empty_folder_that_is_there_keeps_its_place(tmp_path):
 def test_what_a_killed_process_left_in_a_folder_is_in_nobody_s_way(tmp_path):
   (tmp_path / ".unfinished-1-0").mkdir()
   (tmp_path / ".unfinished-1-0" / "half").write_text("")
-  with files.new_folder(tmp_path) as folder:
+  with files.atomic_folder(tmp_path) as folder:
     (folder / "a").write_text("a")
   assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -183,7 +183,7 @@ def test_a_place_that_is_taken_is_refused(tmp_path, kind):
   before = sorted(tmp_path.rglob("*"))
   with (
     pytest.raises(ValueError, match=r"Got the output .*place, .*expected a new or an empty folder"),
-    files.new_folder(path),
+    files.atomic_folder(path),
   ):
     pass
   assert sorted(tmp_path.rglob("*")) == before
@@ -195,7 +195,7 @@ def test_pictures_keep_their_kind(tmp_path):
 
 
 def test_a_log_on_a_full_disk_keeps_whole_lines(tmp_path):
-  log = records.Records(tmp_path, 0)
+  log = records.MetricLog(tmp_path, 0)
   log.scalars(1, {"loss": 0.5})
   with small_files(os.path.getsize(tmp_path / "metrics.jsonl") + 10):
     with pytest.raises(files.WriteError, match=r"Cannot write .*metrics\.jsonl: File too large"):
@@ -229,10 +229,10 @@ def _name(node):
 
 
 def writes(tree):
-  """Yield the calls in a module that write files outside of `with files.writing(...)`."""
+  """Yield the calls in a module that write files outside of `with files.atomic_file(...)`."""
   guarded = set()
   for block in ast.walk(tree):
-    if isinstance(block, ast.With) and any("files.writing(" in ast.unparse(item) for item in block.items):
+    if isinstance(block, ast.With) and any("files.atomic_file(" in ast.unparse(item) for item in block.items):
       guarded |= set(ast.walk(block))
   for call in ast.walk(tree):
     if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call not in guarded:
@@ -258,5 +258,5 @@ def test_the_package_writes_through_files_alone():
 
 def test_writes_are_found():
   """By the rule above, so that the test before is not an empty one."""
-  text = "np.savez(a)\nPath(a).write_text(b)\nos.replace(a, b)\nopen_.open('wb')\nwith files.writing(a) as t:\n  np.save(t, b)\n"
+  text = "np.savez(a)\nPath(a).write_text(b)\nos.replace(a, b)\nopen_.open('wb')\nwith files.atomic_file(a) as t:\n  np.save(t, b)\n"
   assert len(list(writes(ast.parse(text)))) == 4

@@ -14,7 +14,7 @@ PROGRAM = """
 import resource, sys
 from ddpm_jax.devices import heap
 assert "jax" not in sys.modules
-kept = heap.keep()
+kept = heap.keep_freed_memory()
 import numpy as np
 def faults():
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,7 +28,7 @@ print(kept, faults() - before)
 STEP = """
 import resource
 from ddpm_jax.devices import heap
-kept = heap.keep()
+kept = heap.keep_freed_memory()
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
 barrier = jax.lax.optimization_barrier
@@ -91,7 +91,7 @@ searches = []
 gc.callbacks.append(lambda phase, info: searches.append(phase))
 before = [[] for _ in range(50_000)]
 default = len(searches)
-heap.collect_rarely()
+heap.raise_gc_threshold()
 after = [[] for _ in range(50_000)]
 print(default, len(searches) - default)
 """

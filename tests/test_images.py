@@ -45,7 +45,7 @@ def factor(shape):
 @pytest.mark.parametrize(("channels", "columns"), [(2, 2), (5, 3), (16, 4)])
 def test_other_channels_are_planes_in_order(tmp_path, channels, columns):
   tiles = np.random.default_rng(0).integers(0, 256, (2, 8, 6, channels), np.uint8)
-  drawn = images.drawable(tiles)
+  drawn = images.displayable(tiles)
   assert drawn.shape == (2, -(-channels // columns) * 9 - 1, columns * 7 - 1, 1)
   for channel in range(channels):
     top, left = channel // columns * 9, channel % columns * 7

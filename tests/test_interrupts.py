@@ -35,7 +35,7 @@ def run(program):
 
 def test_native_code_does_not_keep_the_program_from_ending():
   code, output = run("""
-with interrupts.ended_at_once(end):
+with interrupts.exit_on_interrupt(end):
   threading.Timer(0.1, interrupt).start()
   stuck()
 """)
@@ -44,7 +44,7 @@ with interrupts.ended_at_once(end):
 
 def test_the_main_thread_acts_first_where_it_can():
   code, output = run("""
-with interrupts.ended_at_once(end):
+with interrupts.exit_on_interrupt(end):
   try:
     threading.Timer(0.1, interrupt).start()
     time.sleep(3600)
@@ -58,7 +58,7 @@ def test_no_callback_loses_an_interrupt():
   """As JAX's own, after each search for garbage: what it raises is printed and forgotten."""
   code, output = run("""
 import gc
-with interrupts.ended_at_once(end):
+with interrupts.exit_on_interrupt(end):
   gc.callbacks.append(lambda *_: interrupt())
   gc.collect()
   time.sleep(3600)
@@ -70,8 +70,8 @@ with interrupts.ended_at_once(end):
 def test_a_handler_may_take_its_time_for_the_first_signal_only(first):
   code, output = run(f"""
 heard = threading.Event()
-with interrupts.ended_at_once(end):
-  with interrupts.answered():
+with interrupts.exit_on_interrupt(end):
+  with interrupts.defer_interrupt():
     signal.signal(signal.{first}, lambda *_: heard.set())
     os.kill(os.getpid(), signal.{first})
     # Longer than a signal that nobody answers is given.
@@ -109,14 +109,14 @@ import os, signal, threading
 from ddpm_jax.devices import progress
 from tests import recipes
 
-def compile_aloud(what, lower):
+def compile_with_progress(what, lower):
   lowered = lower()
   threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
   lowered.compile()
   raise AssertionError("It compiled in less than 0.3 s.")
 
 def get_config():
-  progress.compile_aloud = compile_aloud
+  progress.compile_with_progress = compile_with_progress
   return recipes.get_config()
 """
 

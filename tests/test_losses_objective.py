@@ -201,7 +201,7 @@ def test_a_plain_objective_compiles_to_no_more_than_its_formula():
     updates, opt_state = with_promotion(optimizer.update)(grads, state.opt_state, state.params)
     params = with_promotion(optax.apply_updates)(state.params, updates)
     metrics = {"loss": value, "grad_norm": optim.global_norm(grads)}
-    metrics["skipped"], metrics["skipped_in_a_row"] = optim.skipped(opt_state)
+    metrics["skipped"], metrics["skipped_in_a_row"] = optim.skip_counts(opt_state)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   def instructions(step):

@@ -26,7 +26,7 @@ BYTES = r"at least [\d.e+]+ [GTPEZY]B"
   [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2**40, "1.1 TB"), (4e18, "4 EB"), (4e30, "4e+06 YB")],
 )
 def test_bytes_are_shown_with_a_unit(count, text):
-  assert memory.show(count) == text
+  assert memory.format_bytes(count) == text
 
 
 def test_only_what_does_not_fit_is_refused():
@@ -35,9 +35,9 @@ def test_only_what_does_not_fit_is_refused():
     ValueError, match=r"Got x: at least 101 B of memory, more than the 100 B that there are\. Do this\."
   ):
     memory.check("x", 101, 100, "Do this.")
-  memory.check("x", memory.MOST, None, "")
+  memory.check("x", memory.MAX_BYTES, None, "")
   with pytest.raises(ValueError, match="more than any machine has"):
-    memory.check("x", memory.MOST + 1, None, "")
+    memory.check("x", memory.MAX_BYTES + 1, None, "")
 
 
 def device(platform, kind="", **stats):
@@ -45,12 +45,12 @@ def device(platform, kind="", **stats):
 
 
 def test_devices_have_their_own_memory_but_on_a_cpu():
-  assert memory.of_devices(jax.devices()) == memory.of_host()
-  assert memory.of_devices([device("gpu", "NVIDIA H100 80GB HBM3")] * 4) == 4 * 80e9
-  assert memory.of_devices([device("gpu", "a new one", bytes_limit=5e9)] * 2) == 1e10
+  assert memory.device_bytes(jax.devices()) == memory.host_bytes()
+  assert memory.device_bytes([device("gpu", "NVIDIA H100 80GB HBM3")] * 4) == 4 * 80e9
+  assert memory.device_bytes([device("gpu", "a new one", bytes_limit=5e9)] * 2) == 1e10
   # One sold with 80 GB has 80 GiB, and may be told to leave some of it alone.
-  assert memory.of_devices([device("gpu", "NVIDIA H100 80GB HBM3", bytes_limit=85e9)] * 2) == 170e9
-  assert memory.of_devices([device("gpu", "a new one")]) is None
+  assert memory.device_bytes([device("gpu", "NVIDIA H100 80GB HBM3", bytes_limit=85e9)] * 2) == 170e9
+  assert memory.device_bytes([device("gpu", "a new one")]) is None
 
 
 def test_the_largest_slice_of_tpus_is_a_machine():
@@ -59,11 +59,11 @@ def test_the_largest_slice_of_tpus_is_a_machine():
 
 
 def test_a_container_s_limit_is_the_memory(tmp_path, monkeypatch):
-  whole = memory.of_host()
+  whole = memory.host_bytes()
   for content, wanted in (("1000000\n", 1_000_000), ("max\n", whole), ("", whole)):
     (tmp_path / "max").write_text(content)
     monkeypatch.setattr(memory, "_LIMIT", tmp_path / "max")
-    assert memory.of_host() == (wanted if content[0:1] == "1" else max(whole, memory.of_host()))
+    assert memory.host_bytes() == (wanted if content[0:1] == "1" else max(whole, memory.host_bytes()))
 
 
 def test_steps_are_refused_where_float32_cannot_tell_them_apart():
@@ -159,8 +159,8 @@ TRAINING = {
 @pytest.mark.parametrize("key", TRAINING)
 def test_training_is_refused_with_the_bytes_it_would_take(key, tmp_path, monkeypatch):
   # Whatever machine this is.
-  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
-  monkeypatch.setattr(memory, "of_disk", lambda folder: 10**9)
+  monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
+  monkeypatch.setattr(memory, "disk_bytes", lambda folder: 10**9)
   config = tiny_config()
   section, name = key.split(".")
   config[section][name] = TRAINING[key]
@@ -181,7 +181,7 @@ def test_images_that_programs_cannot_count_are_refused_by_their_key(tmp_path):
 
 @pytest.mark.usefixtures("on_one_device")
 def test_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
+  monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
   config = tiny_config()
   config.model.network.update({"channels": 4096, "groups": 32})
   with pytest.raises(ValueError, match=f"the state of this network and its optimizer: {BYTES}"):
@@ -190,7 +190,7 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch):
 
 
 def test_features_whose_covariance_does_not_fit_are_refused(monkeypatch):
-  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
+  monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
   metrics.check_memory(3 * 64**2, 0, False)
   with pytest.raises(ValueError, match=f"features of 196,608 dimensions, .*covariance: {BYTES}.*features=inception"):
     metrics.check_memory(3 * 256**2, 0, True)
@@ -224,7 +224,7 @@ def test_a_plan_for_other_machines_is_not_refused(monkeypatch):
   config = tiny_config()
   config.training.batch_size = 2**24
   config.model.network.channels = 1024
-  monkeypatch.setattr(memory, "of_host", lambda: 1)
+  monkeypatch.setattr(memory, "host_bytes", lambda: 1)
   mesh, _, batch, _ = runs.plan._layout(experiment_of(config), jax.devices())
   assert batch["image"].shape[0] == 2**24
   assert mesh.size == 8
@@ -235,7 +235,7 @@ def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, 
   folder, config = tmp_path / "run", tiny_config()
   folder.mkdir()
   write_run(config, folder)
-  monkeypatch.setattr(memory, "of_host", lambda: 10**9)
+  monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
   before = sorted(folder.rglob("*"))
   Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
   (tmp_path / "two").mkdir()

@@ -195,7 +195,7 @@ def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
 
 def everything_under_jit(mesh, accumulate=1):
   """Five steps of an objective that uses everything."""
-  step = objectives.train_step(distribute=parallel.over(mesh), accumulate=accumulate, unroll=True)
+  step = objectives.train_step(distribute=parallel.shard_gradient(mesh), accumulate=accumulate, unroll=True)
   shapes, given = jax.eval_shape(objectives.init_state), objectives.frozen()
   state = jax.jit(objectives.init_state, out_shardings=parallel.state_shardings(mesh, shapes))()
   given = jax.device_put(given, parallel.state_shardings(mesh, given))

@@ -64,7 +64,7 @@ def test_a_run_goes_on_after_bad_lines_and_keeps_them_aside(tmp_path, capsys):
   path = tmp_path / "metrics.jsonl"
   before = b"\n".join([GOOD[0], *BAD.values(), *GOOD[1:]])
   path.write_bytes(before)
-  log = records.Records(tmp_path, 2)
+  log = records.MetricLog(tmp_path, 2)
   log.scalars(3, {"loss": 0.25})
   log.close()
   error = capsys.readouterr().err

@@ -14,7 +14,7 @@ from tests.test_runs_processes import port
 
 def meet(place, number, of, seconds=forked.PATIENCE, said=None, host="localhost"):
   said = [] if said is None else said
-  return rendezvous.meet(f"{host}:{place}", of, number, seconds=seconds, say=said.append)
+  return rendezvous.wait_for_processes(f"{host}:{place}", of, number, seconds=seconds, log=said.append)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from ddpm_jax.storage.files import WriteError
-from ddpm_jax.storage.rows import Rows
+from ddpm_jax.storage.rows import ResumableArray
 
 WHOLE = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3)
 
 
 def open_rows(path, identity=1, shape=WHOLE.shape, dtype=np.uint8):
-  return Rows(path / "rows", {"of": identity}, "images", shape, dtype, damaged=path / "damaged")
+  return ResumableArray(path / "rows", {"of": identity}, "images", shape, dtype, damaged=path / "damaged")
 
 
 def finished(path):

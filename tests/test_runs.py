@@ -260,7 +260,7 @@ def test_wandb_gets_what_the_others_get(tmp_path, monkeypatch):
     __spec__=object(),
   )
   monkeypatch.setitem(__import__("sys").modules, "wandb", stand_in)
-  writer = records.Records(tmp_path / "run", 0, wandb="digits", config={"seed": 0})
+  writer = records.MetricLog(tmp_path / "run", 0, wandb="digits", config={"seed": 0})
   writer.scalars(3, {"loss": 0.5})
   writer.image(3, "samples", np.zeros((4, 4, 1), np.uint8))
   writer.close()
@@ -290,20 +290,20 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
 
 def test_items_are_the_state_taken_apart():
   _, template = model.make_state(experiment_of(config_of()), parallel.make_mesh())
-  items = training.items_of(template)
+  items = training.state_to_items(template)
   assert set(items) == {"params", "ema", "training"}
-  assert jax.tree.structure(training.state_of(items)) == jax.tree.structure(template)
+  assert jax.tree.structure(training.items_to_state(items)) == jax.tree.structure(template)
   rest = sum(leaf.size for leaf in jax.tree.leaves(items["training"]["opt_state"]))
   params = sum(leaf.size for leaf in jax.tree.leaves(items["params"]))
   assert 2 * params <= rest < 2 * params + 20, "two moments, and no average"
-  assert ema.ema_params(training.state_of(items).opt_state) is not None
+  assert ema.ema_params(training.items_to_state(items).opt_state) is not None
 
 
 def test_what_takes_long_says_that_it_lives(monkeypatch, capsys):
   said = threading.Event()
   monkeypatch.setattr(progress, "_NEWS", 0.01)
-  say = progress.say
-  monkeypatch.setattr(progress, "say", lambda text: (say(text), said.set()))
-  with progress.patience("compiling the train step"):
+  say = progress.print_line
+  monkeypatch.setattr(progress, "print_line", lambda text: (say(text), said.set()))
+  with progress.heartbeat("compiling the train step"):
     assert said.wait(PATIENCE)
   assert re.search(r"compiling the train step: 0 s so far; a large network takes minutes", capsys.readouterr().out)

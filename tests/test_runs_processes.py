@@ -135,7 +135,7 @@ from ddpm_jax.runs import scoring
 from tests import dense_config
 
 def get_config():
-  own, scalars = scoring.Judge.score, records.Records.scalars
+  own, scalars = scoring.Judge.score, records.MetricLog.scalars
   def run(*arguments):
     if jax.process_index() == 0:
       os.kill(os.getpid(), signal.SIGTERM)
@@ -157,7 +157,7 @@ def terminated(folder, patch, **kwargs):
 
 
 def test_sigterm_at_the_last_step_stops_all_before_they_score(tmp_path):
-  codes, outputs = finish(*terminated(tmp_path, "records.Records.scalars = write"))
+  codes, outputs = finish(*terminated(tmp_path, "records.MetricLog.scalars = write"))
   assert codes == (143, 143), outputs
   assert f"saved at step {STEPS}" in outputs[0]
   assert not (tmp_path / "run" / "eval.json").exists()

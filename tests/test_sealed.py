@@ -37,7 +37,7 @@ def test_json_comes_back_or_is_noticed(tmp_path):
     try:
       # NaN is not itself.
       assert str(sealed.read_json(path)) == str(CONTENT)
-    except sealed.DamagedError:
+    except sealed.DamagedFileError:
       noticed += 1
   # A change of white space is none.
   assert noticed > 200
@@ -47,21 +47,21 @@ def test_json_comes_back_or_is_noticed(tmp_path):
 def test_what_is_no_sealed_json_is_damaged(tmp_path, content):
   path = tmp_path / "a.json"
   path.write_bytes(content)
-  with pytest.raises(sealed.DamagedError, match=r"it is not (JSON|an object with the digest)"):
+  with pytest.raises(sealed.DamagedFileError, match=r"it is not (JSON|an object with the digest)"):
     sealed.read_json(path)
 
 
 def test_a_key_apart_may_differ_and_a_digest_may_be_missing_where_a_person_writes(tmp_path):
   paths = [tmp_path / f"{number}.json" for number in range(2)]
   for number, path in enumerate(paths):
-    sealed.write_json(path, {"a": 1, "times": number}, apart="times")
-    assert sealed.read_json(path, apart="times") == {"a": 1, "times": number}
+    sealed.write_json(path, {"a": 1, "times": number}, exclude="times")
+    assert sealed.read_json(path, exclude="times") == {"a": 1, "times": number}
   first, second = (json.loads(path.read_text())["sha256"] for path in paths)
   assert first == second
   paths[0].write_text('{"a": 1}')
   assert sealed.read_json(paths[0], required=False) == {"a": 1}
   paths[0].write_text(json.dumps({"a": 2, "sha256": first}))
-  with pytest.raises(sealed.DamagedError, match="not what was written"):
+  with pytest.raises(sealed.DamagedFileError, match="not what was written"):
     sealed.read_json(paths[0], required=False)
 
 
@@ -73,13 +73,13 @@ def test_tensors_come_back_or_are_noticed(tmp_path):
   for name, array in TENSORS.items():
     np.testing.assert_array_equal(tensors[name], array, strict=True)
   for _ in flips(path):
-    with pytest.raises(sealed.DamagedError):
+    with pytest.raises(sealed.DamagedFileError):
       sealed.load_tensors(path)
   path.write_bytes(path.read_bytes()[:-4])
-  with pytest.raises(sealed.DamagedError, match="it is not safetensors"):
+  with pytest.raises(sealed.DamagedFileError, match="it is not safetensors"):
     sealed.load_tensors(path)
   safetensors.numpy.save_file(TENSORS, path, about)
-  with pytest.raises(sealed.DamagedError, match="no digest"):
+  with pytest.raises(sealed.DamagedFileError, match="no digest"):
     sealed.load_tensors(path)
   with pytest.raises(FileNotFoundError):
     sealed.load_tensors(tmp_path / "missing")

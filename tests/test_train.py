@@ -154,10 +154,10 @@ def test_parameters_that_are_lost_are_never_handed_to_a_callback():
 def test_fit_asks_whether_to_stop_and_says_when_a_step_begins():
   state, step = linear_problem(optim.adam(0.05))
   begun, waited = [], itertools.count(0.0, 1e-3)
-  watch = training.Watch(lambda: next(waited), lambda number: number == 4, begun.append)
+  hooks = training.Hooks(lambda: next(waited), lambda number: number == 4, begun.append)
   logs = []
   end = training.fit(
-    state, step, batches(), num_steps=20, log=lambda number, values: logs.append(values), log_every=2, watch=watch
+    state, step, batches(), num_steps=20, log=lambda number, values: logs.append(values), log_every=2, hooks=hooks
   )
   assert int(end.step) == 4
   assert begun == [1, 2, 3, 4]

@@ -113,13 +113,13 @@ def test_the_command_line_names_a_damaged_config(flags, old, new, message, tmp_p
 def test_records_go_on_where_the_checkpoint_stands(tmp_path):
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-  first = records.Records(tmp_path, 0)
+  first = records.MetricLog(tmp_path, 0)
   for step in (10, 20, 30):
     first.scalars(step, {"loss": 1.0 / step})
   first.close()
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 40, "lo')
-  second = records.Records(tmp_path, 20)
+  second = records.MetricLog(tmp_path, 20)
   second.scalars(30, {"loss": 0.5})
   second.close()
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -71,7 +71,7 @@ def test_no_leaf_of_a_state_has_another_type(task, options, classes):
   def types():
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
     _, template = model.make_state(experiment_of(config), mesh)
-    return jax.tree.map(lambda leaf: leaf.dtype, training.items_of(template))
+    return jax.tree.map(lambda leaf: leaf.dtype, training.state_to_items(template))
 
   narrow = types()
   with jax.enable_x64(True):

@@ -18,8 +18,8 @@ FLAGS = (
 def run(given: flags.Flags) -> None:
   """Convert weights."""
   from ddpm_jax import interop
-  from ddpm_jax.devices.progress import say
+  from ddpm_jax.devices.progress import print_line
 
   output = flags.output_of(given, "the weights", "/tmp/inception.safetensors")
   interop.inception.convert(given.inception_weights or "", output)
-  say(f"weights      {output}\nuse them by --inception_weights={output}")
+  print_line(f"weights      {output}\nuse them by --inception_weights={output}")

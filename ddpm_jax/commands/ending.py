@@ -59,7 +59,7 @@ def _leave(code: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   # It joined the others by that module, whose import an interrupt may have ended halfway.
-  leave = getattr(sys.modules.get("ddpm_jax.devices.parallel"), "leave", None)
+  leave = getattr(sys.modules.get("ddpm_jax.devices.parallel"), "exit_distributed", None)
   if leave is not None:
     leave(code)
 
@@ -86,7 +86,7 @@ def interrupt(training: Path | None) -> NoReturn:
       )
   code = 128 + signal.SIGINT
   try:
-    files.abandon()
+    files.remove_unfinished()
     print(f"\nerror: interrupted{consequence}", file=sys.stderr, flush=True)
     _leave(code)
   except RuntimeError:

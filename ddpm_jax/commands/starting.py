@@ -35,7 +35,7 @@ def start_devices(given: Flags) -> None:
   startup.start_devices(quiet=not given.traceback)
   cache_compilations()
   if given.mode != "train":
-    startup.end_on_sigterm()
+    startup.exit_on_sigterm()
 
 
 def cache_compilations() -> None:

@@ -86,7 +86,7 @@ def saved(folder: Path) -> Tree | None:
   values = workdir.read_config(folder)
   if values is None:
     return None
-  with jsonfiles.naming(workdir.config_path(folder)):
+  with jsonfiles.named_errors(workdir.config_path(folder)):
     return expand(_moved(values, _HERE, f"{folder}/"), folder, complete=False)
 
 

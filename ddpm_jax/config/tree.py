@@ -95,7 +95,7 @@ class _Expander:
     keys = {parameter.name: parameter for parameter in keys_of(kind)}
     if not isinstance(given, Mapping):
       raise ValueError(
-        f"Got config.{path}={jsonfiles.show(given)}; expected a section with the keys {', '.join(keys)}."
+        f"Got config.{path}={jsonfiles.shorten(given)}; expected a section with the keys {', '.join(keys)}."
       )
     for name in given:
       if name not in keys:
@@ -129,7 +129,7 @@ class _Expander:
     assert parameter.slot is not None
     if not isinstance(given, Mapping) or components.is_node(given):
       raise ValueError(
-        f"Got config.{path}={jsonfiles.show(given)}; expected components by name, such as"
+        f"Got config.{path}={jsonfiles.shorten(given)}; expected components by name, such as"
         f" --config.{path}.classes='{parameter.slot.example}'."
       )
     found = {}

@@ -87,7 +87,7 @@ def convert(value: Any, kinds: Sequence[Any], path: str, instead: str = "") -> A
 
 
 def _refusal(value: Any, path: str, expected: str) -> ValueError:
-  return ValueError(f"Got config.{path}={jsonfiles.show(value)}; expected {expected}. Set --config.{path}.")
+  return ValueError(f"Got config.{path}={jsonfiles.shorten(value)}; expected {expected}. Set --config.{path}.")
 
 
 def _first(value: Any, kinds: Sequence[Any]) -> Any:
@@ -169,7 +169,7 @@ class Bounds:
       if isinstance(number, float) and not math.isfinite(number):
         raise _refusal(value, path, jsonfiles.kind_name(float))
       if isinstance(number, int) and number > self.most:
-        size = f". An array of so many floats takes {memory.show(4 * number)}" if self.counts else ""
+        size = f". An array of so many floats takes {memory.format_bytes(4 * number)}" if self.counts else ""
         raise _refusal(value, path, f"at most {self.most}: programs hold it in 32 bits{size}")
       if self.above is not None and number <= self.above:
         raise _refusal(value, path, f"above {self.above}, such as {default}")

@@ -213,5 +213,5 @@ def _save(cache: Path, found: dict[bytes, Folder]) -> None:
     "names_size": [len(folder.names) for folder in folders],
     "others_size": [len(folder.others) for folder in folders],
   }
-  with contextlib.suppress(files.WriteError), files.writing(cache) as temporary:
+  with contextlib.suppress(files.WriteError), files.atomic_file(cache) as temporary:
     np.savez(temporary, **{key: np.frombuffer(text, np.uint8) for key, text in texts.items()}, **numbers)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ class PackedSource:
     self._path = Path(path)
     try:
       index = sealed.read_json(self._path / _INDEX)
-    except (OSError, sealed.DamagedError) as error:
+    except (OSError, sealed.DamagedFileError) as error:
       raise ValueError(
         f"Got the folder {str(path)!r}, which holds no packed images ({error}); expected one that was written by"
         " --mode=prepare --config=<file> --output=<folder>. Set --config.data.source.path."
@@ -60,7 +60,7 @@ class PackedSource:
     try:
       self.classes = np.load(self._path / _CLASSES)
       if sealed.digest(self.classes) != index["classes_sha256"]:
-        raise sealed.DamagedError("they are not what was written")
+        raise sealed.DamagedFileError("they are not what was written")
     except Exception as error:
       raise ValueError(
         f"Cannot read the classes {self._path / _CLASSES}: {error}. Copy the file again, or pack again by --mode=prepare."
@@ -168,7 +168,7 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   if names:
     report_broken(errors, len(source), "left out")
   kept = np.array(classes, np.int32)
-  with files.writing(path / _CLASSES) as temporary:
+  with files.atomic_file(path / _CLASSES) as temporary:
     np.save(temporary, kept)
   index = {
     "version": _VERSION,

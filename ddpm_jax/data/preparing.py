@@ -63,7 +63,7 @@ def prepare(
     )
   elif output is None:
     raise ValueError("Got no --output; expected a new folder for the packed images, such as --output=/data/packed.")
-  with files.new_folder(output) as temporary:
+  with files.atomic_folder(output) as temporary:
     train, held_out = splits = source(*bound.args, **bound.kwargs)
     check_split_classes(splits, check)
     # A split has a folder of its own, as in a folder of images.

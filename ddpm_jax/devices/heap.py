@@ -12,7 +12,7 @@ _KEPT = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/dxg")
 
 
-def keep() -> bool:
+def keep_freed_memory() -> bool:
   """Has glibc keep what is freed, if JAX is to compute on a CPU; the process then holds what it needed at most. Call it before JAX starts.
 
   A compiled program allocates its temporaries anew each time it runs. As they come, the kernel has every page to fill with zeros first: a
@@ -39,7 +39,7 @@ def keep() -> bool:
   return True
 
 
-def collect_rarely() -> None:
+def raise_gc_threshold() -> None:
   """Has Python look for garbage in cycles once in 100,000 new objects, not in 700 (3.12 and before) or 2,000.
 
   Tracing makes millions of objects that stay, and each search goes through those not seen before: a tenth to a quarter of the time that a

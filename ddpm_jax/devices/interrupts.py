@@ -17,7 +17,7 @@ _patient = threading.Event()
 
 
 @contextlib.contextmanager
-def ended_at_once(end: Callable[[], object]) -> Iterator[None]:
+def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
   """Call `end` on Ctrl-C: in the main thread, or in another if the main thread does not get there within a second.
 
   `end` must end the process. Enter this in the main thread.
@@ -52,7 +52,7 @@ def ended_at_once(end: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
+def defer_interrupt() -> Iterator[None]:
   """Leave the next signal to a handler that may take its time, such as one that saves after this step."""
   _patient.set()
   try:

@@ -9,12 +9,12 @@ from typing import Any
 from ddpm_jax.devices import hardware
 
 # More than any machine has: the largest slice of TPUs, 9,216 chips of 192 GiB, has less than half.
-MOST = 2**52
+MAX_BYTES = 2**52
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def of_host() -> int:
+def host_bytes() -> int:
   """Return the bytes of memory of this machine, or of the container that this process runs in."""
   total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   try:
@@ -23,13 +23,13 @@ def of_host() -> int:
     return total
 
 
-def of_devices(devices: Sequence[Any]) -> float | None:
+def device_bytes(devices: Sequence[Any]) -> float | None:
   """Return the bytes that devices have together; None if that is not known. Devices of a CPU share the memory of their host."""
   import jax
 
   first = devices[0]
   if first.platform == "cpu":
-    return of_host() * jax.process_count()
+    return host_bytes() * jax.process_count()
   local = [device for device in devices if device.process_index == jax.process_index()]
   stats = local[0].memory_stats() if local else None
   if stats and "bytes_limit" in stats:
@@ -38,7 +38,7 @@ def of_devices(devices: Sequence[Any]) -> float | None:
   return None if chip is None else chip.memory * len(devices)
 
 
-def of_disk(folder: Path) -> int:
+def disk_bytes(folder: Path) -> int:
   """Return the size in bytes of the disk for a folder, which need not exist yet.
 
   Not its free bytes: an interrupted run may already hold some of those that it needs.
@@ -56,13 +56,13 @@ def check(what: str, needed: float, available: float | None, advice: str, where:
     advice: what the user can do.
     where: where the bytes lie.
   """
-  limit = MOST if available is None else min(available, MOST)
+  limit = MAX_BYTES if available is None else min(available, MAX_BYTES)
   if needed > limit:
-    have = "than any machine has" if limit == MOST else f"than the {show(limit)} that there are"
-    raise ValueError(f"Got {what}: at least {show(needed)} of {where}, more {have}. {advice}")
+    have = "than any machine has" if limit == MAX_BYTES else f"than the {format_bytes(limit)} that there are"
+    raise ValueError(f"Got {what}: at least {format_bytes(needed)} of {where}, more {have}. {advice}")
 
 
-def show(count: float) -> str:
+def format_bytes(count: float) -> str:
   """Return a number of bytes with a unit, such as 1.2 TB."""
   unit = 0
   while count >= 1000 and unit < len(_UNITS) - 1:

@@ -63,7 +63,7 @@ def describe(mesh: Mesh) -> str:
   return f"{mesh.size} {mesh.devices.flat[0].platform} device(s){processes}{f' ({axes})' if mesh.size > 1 else ''}"
 
 
-def split(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch [B, ...]: its first axis over all devices."""
   return NamedSharding(mesh, PartitionSpec(_BOTH))
 
@@ -102,7 +102,7 @@ def abstract(state: PyTree, shardings: PyTree) -> PyTree:
   )
 
 
-def over(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
+def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   """Makes a function of a share's gradients one of the whole batch's, for `training.train_step` under `jit`.
 
   Each device computes the gradients of its share of the batch, which are then averaged once, however many parts the
@@ -159,7 +159,7 @@ def over(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   return distribute
 
 
-def shares(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
+def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
   """`function(whole, batch)` of arrays [B, ...], each device doing its share of the batch as a program of its own.
 
   What it gives, arrays [B, ...] too, is the same to the last bit on any number of devices of a kind whose shares are as large: a
@@ -204,7 +204,7 @@ def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTr
   """Compiles `step(state, batch) -> (state, metrics)` over a mesh: batch split, state laid out as `state_shardings`, donated.
 
   Args:
-    step: the step, such as `training.train_step` with `distribute=over(mesh)`.
+    step: the step, such as `training.train_step` with `distribute=shard_gradient(mesh)`.
     mesh: the mesh.
     state: a state, or its shapes.
     frozen: parameters that never change, or their shapes; then the step is `step(state, batch, frozen)`, and they lie as
@@ -214,7 +214,7 @@ def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTr
   given = () if frozen is None else (state_shardings(mesh, frozen),)
   return jax.jit(
     step,
-    in_shardings=(shardings, split(mesh), *given),
+    in_shardings=(shardings, batch_sharding(mesh), *given),
     out_shardings=(shardings, replicated(mesh)),
     donate_argnums=0,
     compiler_options=compiler_options(mesh),
@@ -260,7 +260,7 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def of_main(value: int) -> int:
+def broadcast(value: int) -> int:
   """The number, or truth, that the first process has, in every process."""
   if jax.process_count() == 1:
     return value
@@ -269,7 +269,7 @@ def of_main(value: int) -> int:
   return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
-def leave(code: int) -> None:
+def exit_distributed(code: int) -> None:
   """Ends this process, if it is one of several, at once: the others, who may be waiting for it, notice within the heartbeat."""
   if not jax.distributed.is_initialized():
     return
@@ -290,27 +290,27 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def memory_in_use() -> int:
+def peak_memory() -> int:
   """The most bytes that one of this process's devices has held so far; on a CPU, that the process has."""
   held = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
   # Linux counts in units of 1024 bytes.
   return max(held) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def whole(mesh: Mesh, tree: PyTree) -> PyTree:
+def gather(mesh: Mesh, tree: PyTree) -> PyTree:
   """Arrays laid out whole on every device, however they lay before."""
   return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """The rows of a batch, in rising order, that lie on this process's devices: those that it must read."""
-  indices = split(mesh).addressable_devices_indices_map((batch_size,))
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
 
 
 def put_batch(mesh: Mesh, batch: PyTree, batch_size: int) -> PyTree:
   """Sends this process's rows (`local_rows`) of a batch to its devices: arrays [batch_size, ...], split over all devices."""
-  sharding = split(mesh)
+  sharding = batch_sharding(mesh)
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
   rows = local_rows(mesh, batch_size)

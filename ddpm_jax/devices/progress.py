@@ -15,7 +15,7 @@ from ddpm_jax.devices import parallel
 _NEWS = 20.0
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
   """Print a line above the progress bar, if there is one; the first of several processes speaks for all."""
   if parallel.is_main():
     tqdm.write(text)
@@ -28,13 +28,13 @@ def warn(text: str) -> None:
 
 
 @contextlib.contextmanager
-def patience(what: str) -> Iterator[None]:
+def heartbeat(what: str) -> Iterator[None]:
   """Say now and then that what is done here lives, such as a compilation, which shows no progress by itself."""
   done, start = threading.Event(), time.perf_counter()
 
   def speak() -> None:
     while not done.wait(_NEWS):
-      say(f"{what}: {time.perf_counter() - start:,.0f} s so far; a large network takes minutes ...")
+      print_line(f"{what}: {time.perf_counter() - start:,.0f} s so far; a large network takes minutes ...")
 
   threading.Thread(target=speak, daemon=True).start()
   try:
@@ -43,11 +43,11 @@ def patience(what: str) -> Iterator[None]:
     done.set()
 
 
-def compile_aloud(what: str, lower: Callable[[], Any]) -> Any:
+def compile_with_progress(what: str, lower: Callable[[], Any]) -> Any:
   """Compile what `lower` gives, and say before, meanwhile and after how long both take."""
-  say(f"compiling {what} (of a large network this takes minutes, once: later runs read it from the cache) ...")
+  print_line(f"compiling {what} (of a large network this takes minutes, once: later runs read it from the cache) ...")
   start = time.perf_counter()
-  with patience(f"compiling {what}"):
+  with heartbeat(f"compiling {what}"):
     compiled = lower().compile()
-  say(f"compiled {what} in {time.perf_counter() - start:.1f} s")
+  print_line(f"compiled {what} in {time.perf_counter() - start:.1f} s")
   return compiled

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 _NEWS, _LOOK = 10.0, 0.5
 
 
-def meet(
-  coordinator: str, num_processes: int, process_id: int, *, seconds: float, say: Callable[[str], None] = print
+def wait_for_processes(
+  coordinator: str, num_processes: int, process_id: int, *, seconds: float, log: Callable[[str], None] = print
 ) -> None:
   """Return once all processes of a run have called this, and say meanwhile how many are missing.
 
@@ -23,13 +23,13 @@ def meet(
     num_processes: how many processes there are.
     process_id: which this is, from 0.
     seconds: how long to wait.
-    say: takes a line of text.
+    log: takes a line of text.
 
   Raises:
     ValueError: if some do not come in time, two have one id, the processes differ in their number, or the port is taken.
   """
   host, _, port = coordinator.rpartition(":")
-  news = _News(seconds, say)
+  news = _News(seconds, log)
   if process_id == 0:
     _receive(int(port), num_processes, news)
   else:
@@ -39,8 +39,8 @@ def meet(
 class _News:
   """Says now and then what is waited for, and raises when it has been waited for too long."""
 
-  def __init__(self, seconds: float, say: Callable[[str], None]):
-    self._seconds, self._say, self._start = seconds, say, time.monotonic()
+  def __init__(self, seconds: float, log: Callable[[str], None]):
+    self._seconds, self._log, self._start = seconds, log, time.monotonic()
     self._next = _LOOK
 
   def waiting(self, missing: str, advice: str) -> None:
@@ -48,7 +48,7 @@ class _News:
     if waited >= self._seconds:
       raise ValueError(f"Waited {waited:.0f} seconds in vain for {missing}. {advice}")
     if waited >= self._next:
-      self._say(f"waiting for {missing} ...")
+      self._log(f"waiting for {missing} ...")
       self._next = waited + _NEWS
 
 
@@ -145,9 +145,9 @@ def _report(host: str, port: int, report: dict[str, int], news: _News) -> None:
 
 
 @contextlib.contextmanager
-def watched(num_processes: int, *, seconds: float, say: Callable[[str], None] = print) -> Iterator[None]:
+def startup_timeout(num_processes: int, *, seconds: float, log: Callable[[str], None] = print) -> Iterator[None]:
   """Say what is waited for while JAX's service starts, and end this process with a message if that takes longer."""
-  done, news = threading.Event(), _News(seconds, say)
+  done, news = threading.Event(), _News(seconds, log)
 
   def watch() -> None:
     while not done.wait(_LOOK):

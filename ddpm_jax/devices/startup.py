@@ -47,11 +47,11 @@ def connect(
   if coordinator is not None:
     assert num_processes is not None
     assert process_id is not None
-    rendezvous.meet(coordinator, num_processes, process_id, seconds=wait_seconds, say=_say)
+    rendezvous.wait_for_processes(coordinator, num_processes, process_id, seconds=wait_seconds, log=_say)
   if jax.config.values.get("jax_platforms") == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    with rendezvous.watched(num_processes or environment_processes(), seconds=wait_seconds, say=_say):
+    with rendezvous.startup_timeout(num_processes or environment_processes(), seconds=wait_seconds, log=_say):
       # Longer than we watch: where JAX waits in vain, it aborts.
       jax.distributed.initialize(
         coordinator,
@@ -146,7 +146,7 @@ def _without_output() -> Iterator[None]:
       os.close(before[number])
 
 
-def end_on_sigterm() -> None:
+def exit_on_sigterm() -> None:
   """Let SIGTERM end this process at once, which JAX's service for several processes keeps it from doing."""
   if jax.distributed.is_initialized():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

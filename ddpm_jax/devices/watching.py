@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ddpm_jax.devices import interrupts
-from ddpm_jax.devices.progress import say
+from ddpm_jax.devices.progress import print_line
 
 # JAX's service looks for a SIGTERM once a second, and then asks all processes for their step: three seconds in all.
 _TOLD_SECONDS, _QUESTIONS = 0.1, 30
@@ -20,20 +20,20 @@ class Signals:
   """Turn SIGTERM and SIGINT into a wish to stop, which all processes hear of at the same step. A second one ends at once.
 
   Args:
-    heard: called when one process of one is told to stop, such as to give up waiting for data.
+    on_signal: called when one process of one is told to stop, such as to give up waiting for data.
   """
 
   _WATCHED = (signal.SIGTERM, signal.SIGINT)
 
-  def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
-    self.number, self._heard = 0, heard
+  def __init__(self, on_signal: Callable[[], None] = lambda: None) -> None:
+    self.number, self._on_signal = 0, on_signal
 
   def __enter__(self) -> "Signals":
     # Several processes: JAX's own service watches SIGTERM, and agrees on the step.
     watched = self._WATCHED if jax.process_count() == 1 else ()
     self._stack = contextlib.ExitStack()
     if watched:
-      self._stack.enter_context(interrupts.answered())
+      self._stack.enter_context(interrupts.defer_interrupt())
     self._before = {number: signal.signal(number, self._hear) for number in watched}
     return self
 
@@ -46,10 +46,10 @@ class Signals:
     self.number = number
     for watched, handler in self._before.items():
       signal.signal(watched, handler)
-    say(f"{signal.Signals(number).name}: saving after this step ...")
-    self._heard()
+    print_line(f"{signal.Signals(number).name}: saving after this step ...")
+    self._on_signal()
 
-  def asked(self, step: int) -> bool:
+  def should_stop(self, step: int) -> bool:
     """Return whether to stop after step `step`, the same on every process."""
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
@@ -58,12 +58,12 @@ class Signals:
         self.number = signal.SIGTERM
     return bool(self.number)
 
-  def asked_after(self, step: int) -> bool:
+  def stopped_late(self, step: int) -> bool:
     """Return whether a stop was asked for too late for a step to agree on, the same on every process."""
     if jax.process_count() > 1 and not self.number:
       # No number may be left out: they may have agreed on the next one, which the loop no longer asks about.
       for question in range(_QUESTIONS):
-        if self.asked(step + question):
+        if self.should_stop(step + question):
           break
         time.sleep(_TOLD_SECONDS)
     return bool(self.number)
@@ -88,4 +88,4 @@ class Trace:
     if self._open:
       jax.profiler.stop_trace()
       self._open = False
-      say(f"trace of {self._count} steps  {self._folder}")
+      print_line(f"trace of {self._count} steps  {self._folder}")

@@ -107,9 +107,9 @@ def read(
   folder = find_folder(path, weights=False)
   unet_path, scheduler_path = config_paths(folder)
   unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
-  with jsonfiles.naming(unet_path):
+  with jsonfiles.named_errors(unet_path):
     network, config = unet2d.from_config(unet_config), unet2d.with_defaults(unet_config)
-  with jsonfiles.naming(scheduler_path):
+  with jsonfiles.named_errors(scheduler_path):
     schedule = schedulers.from_config(scheduler_config)
     process, prediction = schedule.process(), schedule.meaning()
     predictions.check_prediction(process, prediction)
@@ -119,7 +119,7 @@ def read(
       f"Got {folder}, with time_embedding_type='fourier', which is not finite at step 0 of a {scheduler_config.get('_class_name')};"
       " load_unet reads the network alone, whose time input is the logarithm of the noise level."
     )
-  with jsonfiles.naming(unet_path):
+  with jsonfiles.named_errors(unet_path):
     data_shape = _data_shape(config, channels, shape)
     conditions = _conditions(network, config["in_channels"] - channels, data_shape, class_dropout)
   if dtype not in _DTYPES:
@@ -151,9 +151,9 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
   """
   for source, place in zip(config_paths(find_folder(path, weights=False)), _CONFIGS, strict=True):
     target = user_path(folder) / place
-    with files.naming(target):
+    with files.named_errors(target):
       target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(target, jsonfiles.text_of(source))
+    files.write_text(target, jsonfiles.read_text(source))
 
 
 def has_size(path: str | Path) -> bool:
@@ -226,7 +226,7 @@ def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
   folder = find_folder(path)
   folder = folder / "unet" if (folder / "unet").is_dir() else folder
   config = jsonfiles.read(folder / "config.json")
-  with jsonfiles.naming(folder / "config.json"):
+  with jsonfiles.named_errors(folder / "config.json"):
     network, complete = unet2d.from_config(config), unet2d.with_defaults(config)
   return network, _load_params(folder, network, complete["in_channels"])
 
@@ -240,7 +240,7 @@ def config_paths(folder: Path) -> tuple[Path, Path]:
   index = folder / "model_index.json"
   if index.is_file():
     content = jsonfiles.read(index)
-    with jsonfiles.naming(index):
+    with jsonfiles.named_errors(index):
       parts = _parts(content)
     if not {"unet", "scheduler"} >= set(parts):
       raise ValueError(
@@ -266,7 +266,7 @@ def _parts(index: Mapping[str, Any]) -> list[str]:
   odd = [name for name in parts if len(index[name]) != 2]
   if odd:
     raise ValueError(
-      f"Got a pipeline with {odd[0]}={jsonfiles.show(index[odd[0]])}; expected the names of a library and of a class. Correct the file."
+      f"Got a pipeline with {odd[0]}={jsonfiles.shorten(index[odd[0]])}; expected the names of a library and of a class. Correct the file."
     )
   return sorted(parts)
 
@@ -412,7 +412,7 @@ def save(
     "scheduler": ["diffusers", "DDPMScheduler"],
     "unet": ["diffusers", "UNet2DModel"],
   }
-  with files.new_folder(path) as folder:
+  with files.atomic_folder(path) as folder:
     _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
     tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.layout(len(network.multipliers)))
     _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})

@@ -378,6 +378,6 @@ def _name(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
 
 def _unsupported(name: str, key: str, value: Any, *known: Any) -> ValueError:
   return ValueError(
-    f"Got a {name} with {key}={jsonfiles.show(value)}, which has no counterpart here; expected {' or '.join(map(repr, known))}. Change it in"
+    f"Got a {name} with {key}={jsonfiles.shorten(value)}, which has no counterpart here; expected {' or '.join(map(repr, known))}. Change it in"
     " scheduler_config.json if the model does without."
   )

@@ -127,7 +127,7 @@ class ShardedFile:
     where = index.get("weight_map")
     if not isinstance(where, dict) or not where or not all(_is_plain(name) for name in where.values()):
       raise ValueError(
-        f"Got {self.path} with weight_map={jsonfiles.show(where)}; expected an object that names the file of each tensor. Fetch it again."
+        f"Got {self.path} with weight_map={jsonfiles.shorten(where)}; expected an object that names the file of each tensor. Fetch it again."
       )
     self._files = {name: TensorFile(self.path.parent / name) for name in sorted(set(where.values()))}
     shapes: Shapes = {}
@@ -296,7 +296,7 @@ def load(
       params[path] = jnp.array(layout.from_file(path, value))
   try:
     sealed.check_tensors(sums, tensors.metadata)
-  except sealed.DamagedError as error:
+  except sealed.DamagedFileError as error:
     raise ValueError(
       f"Got the weights {tensors.path}, which are damaged: {error}. Make or fetch the file again."
     ) from error

@@ -240,7 +240,7 @@ def with_defaults(given: Mapping[str, Any]) -> Config:
     value = given.get(key)
     values = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if any(item < 1 for item in values) or (values is value and not values):
-      raise ValueError(f"Got a UNet2DModel with {key}={jsonfiles.show(value)}; expected at least 1.")
+      raise ValueError(f"Got a UNet2DModel with {key}={jsonfiles.shorten(value)}; expected at least 1.")
   size = given.get("sample_size")
   if isinstance(size, list | tuple) and len(size) != 2:
     raise ValueError(f"Got a UNet2DModel with sample_size={size!r}; expected one number, or height and width.")
@@ -347,5 +347,5 @@ def _supported(config: Config, key: str, *known: Any) -> None:
 
 def _unsupported(key: str, value: Any, known: str) -> ValueError:
   return ValueError(
-    f"Got a UNet2DModel with {key}={jsonfiles.show(value)}, which is not supported; supported: {known}."
+    f"Got a UNet2DModel with {key}={jsonfiles.shorten(value)}, which is not supported; supported: {known}."
   )

@@ -163,7 +163,7 @@ def cached_classifier(
   params = None
   try:
     params = load_classifier(path, about)
-  except sealed.DamagedError as error:
+  except sealed.DamagedFileError as error:
     if main:
       sealed.set_aside(path, path.parent / "damaged", error)
   if params is None:
@@ -183,7 +183,7 @@ def load_classifier(path: str | Path, about: dict[str, str]) -> PyTree | None:
   """Return the parameters in a file, or None if there is no file or it was written with another `about`.
 
   Raises:
-    DamagedError: if the file does not hold what was written.
+    DamagedFileError: if the file does not hold what was written.
   """
   try:
     arrays, found = sealed.load_tensors(Path(path))

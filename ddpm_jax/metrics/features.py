@@ -47,10 +47,10 @@ def extractor(
   if batch_size < 1:
     raise ValueError(f"Got a batch of {batch_size} images on each device; expected one or more.")
   mesh = parallel.make_mesh(devices=jax.local_devices() if devices is None else devices)
-  split, whole = parallel.split(mesh), parallel.replicated(mesh)
+  split, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
   params = jax.device_put(space.params, whole)
   apply = jax.jit(
-    parallel.shares(mesh, space.apply),
+    parallel.map_shards(mesh, space.apply),
     in_shardings=(whole, split),
     out_shardings=split,
     compiler_options=parallel.compiler_options(mesh),
@@ -95,4 +95,4 @@ def check_memory(dimensions: int, kept: int, covariance: bool) -> None:
   needed = 8 * (dimensions**2 if covariance else 0) + 4 * dimensions * kept
   what = f"features of {dimensions:,} dimensions, {kept:,} of them kept{' and their covariance' if covariance else ''}"
   advice = "Set --config.evaluation.features=inception, lower --config.evaluation.pairwise_samples, or name other --config.evaluation.scores."
-  memory.check(what, needed, memory.of_host(), advice)
+  memory.check(what, needed, memory.host_bytes(), advice)

@@ -41,7 +41,7 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
     one = getattr(statistics, name)
     if one is not None:
       arrays |= {mu: one.mean, sigma: one.covariance}
-  with files.writing(path) as temporary:
+  with files.atomic_file(path) as temporary:
     np.savez(temporary, **arrays)
 
 

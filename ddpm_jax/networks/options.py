@@ -117,7 +117,7 @@ def check_space(space: Sequence[int], channels: int) -> None:
   places = math.prod(space)
   if places >= 2**31:
     raise ValueError(
-      f"Got data of {'x'.join(map(str, space))} with {channels} channels, each of which takes {memory.show(4 * places * channels)}; expected"
+      f"Got data of {'x'.join(map(str, space))} with {channels} channels, each of which takes {memory.format_bytes(4 * places * channels)}; expected"
       f" fewer than {2**31:,} places. Set a smaller size."
     )
 
@@ -134,7 +134,7 @@ def _check_size(network: Any) -> None:
   blocks = n.blocks * len(widths)
   if blocks > _MOST_BLOCKS:
     raise ValueError(
-      f"Got blocks={n.blocks} at each of {len(widths)} levels, whose parameters take at least {memory.show(4 * count)}; expected at most"
+      f"Got blocks={n.blocks} at each of {len(widths)} levels, whose parameters take at least {memory.format_bytes(4 * count)}; expected at most"
       f" {_MOST_BLOCKS:,} blocks in all: each is compiled on its own. Set fewer blocks, and more channels instead."
     )
   advice = "Set fewer channels, embedding_features, time_features, augmentation_features or classes."

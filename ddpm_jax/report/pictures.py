@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.storage.images import drawable, grid
+from ddpm_jax.storage.images import displayable, grid
 
 # Bytes before compression, and noise does not compress. Together they are below two megabytes as text.
 _SAMPLES, _FRAMES = 550_000, 500_000
@@ -45,7 +45,7 @@ class Film(NamedTuple):
 
 def tile_of(images: np.ndarray, largest: int = 128) -> Tile:
   """Return the size of images [..., H, W, C] on the page: about 64 pixels, `largest` at most."""
-  height, width = drawable(images[:1]).shape[-3:-1]
+  height, width = displayable(images[:1]).shape[-3:-1]
   side = max(height, width)
 
   def factor(wanted: int, most: int) -> float:
@@ -62,10 +62,10 @@ def tile_of(images: np.ndarray, largest: int = 128) -> Tile:
 
 
 def data_uri(image: np.ndarray) -> str:
-  """Return an image [H, W, C] uint8 as a PNG in text, drawn as `images.drawable` says."""
+  """Return an image [H, W, C] uint8 as a PNG in text, drawn as `images.displayable` says."""
   from PIL import Image
 
-  image = drawable(image)
+  image = displayable(image)
   if image.shape[-1] == 1:
     image = image[..., 0]
   file = io.BytesIO()
@@ -75,7 +75,7 @@ def data_uri(image: np.ndarray) -> str:
 
 def by_class(samples: np.ndarray, classes: np.ndarray | None, most_classes: int = 20) -> list[Group]:
   """Put samples [N, H, W, C] into one group a class, or into one without a label if there are no classes or too many to tell apart."""
-  samples = _reduced(drawable(samples), 256)
+  samples = _reduced(displayable(samples), 256)
   most = int(np.clip(_SAMPLES // samples[0].size, 24, 240)) if len(samples) else 0
   kinds = [] if classes is None else np.unique(classes).tolist()
   # Whole rows of a wide page, which has room for some 970 pixels beside a label.
@@ -95,7 +95,7 @@ def by_class(samples: np.ndarray, classes: np.ndarray | None, most_classes: int 
 def film(denoising: np.ndarray, times: np.ndarray) -> Film:
   """The frames [frames, K, H, W, C] as a film: some samples, and as many frames, first and last included, as the budget allows."""
   frames = len(denoising)
-  denoising = _reduced(drawable(denoising), 64)
+  denoising = _reduced(displayable(denoising), 64)
   few = denoising[:, : min(denoising.shape[1], 8)]
   # More would pass before anybody sees them, in a picture higher than browsers draw.
   most = int(np.clip(_FRAMES // max(1, few[0].size), 8, 60))
@@ -120,7 +120,7 @@ def film(denoising: np.ndarray, times: np.ndarray) -> Film:
 
 def thumbnails(images: np.ndarray) -> list[str]:
   """Images [N, H, W, C] as data URIs, none above 128 pixels."""
-  return [data_uri(image) for image in _reduced(drawable(images), 128)]
+  return [data_uri(image) for image in _reduced(displayable(images), 128)]
 
 
 def _reduced(images: np.ndarray, side: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import ddpm_jax
 from ddpm_jax import data, likelihood, metrics
 from ddpm_jax.config import Experiment
-from ddpm_jax.devices.progress import say
+from ddpm_jax.devices.progress import print_line
 from ddpm_jax.models.inputs import inputs_from_data
 from ddpm_jax.models.guided import NO_GUIDES
 from ddpm_jax.names import choose
@@ -104,7 +104,7 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
     function, width = _function(experiment, run.mesh, kind)
 
     def parts(done: int, notes: dict[str, Any]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-      say(f"{_TITLES[kind]} of {count:,} held-out images by the {weights.name} weights ...")
+      print_line(f"{_TITLES[kind]} of {count:,} held-out images by the {weights.name} weights ...")
       what = f"likelihood ({kind})"
       for values in drawing.in_batches(
         experiment, function, weights.parameters, seed, count, inputs, start=done, what=what

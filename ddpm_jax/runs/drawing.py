@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.devices.progress import patience, say
+from ddpm_jax.devices.progress import heartbeat, print_line
 from ddpm_jax.models.inputs import default_inputs
 from ddpm_jax.models.guided import NO_GUIDES, NEGATIVE_PREFIX, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
@@ -68,14 +68,14 @@ def run_sample(
   experiment = fit_batch(guided.experiment, mesh, num_samples, slow=model is not None)
   generate = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
   parameters = load_parameters(guided, folder, mesh, choice, model)
-  say(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
+  print_line(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
   samples, nfe = draw(experiment, generate, parameters, seed, num_samples, guided.inputs)
   guides, own_scale = not is_neutral(experiment.guidance), _scale(experiment)
   beside = ", of both branches" if guides and own_scale != 0 else ""
   beside = beside if guided.guides == NO_GUIDES else ", and as many of what guides"
-  say(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
+  print_line(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
   suffix = (f"_scale{own_scale:g}" if isinstance(own_scale, float) else "_guided") if guides else ""
-  path = files.free_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")
+  path = files.unused_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")
   arrays = named(guided.inputs)
   for number, stage in enumerate(stages):
     arrays[f"stage_{number}"] = samples
@@ -88,12 +88,12 @@ def run_sample(
 def _write(path: Path, arrays: Inputs) -> None:
   """Write samples and what belongs to them into an .npz file, and a picture of each array of images beside it."""
   files.write_arrays(f"{path}.npz", arrays)
-  say(f"samples      {path}.npz")
+  print_line(f"samples      {path}.npz")
   for name, array in arrays.items():
     if array.ndim == 4:
       picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
       images.save_samples(picture, array, arrays.get("classes"))
-      say(f"picture      {picture}")
+      print_line(f"picture      {picture}")
 
 
 def named(inputs: Inputs) -> Inputs:
@@ -110,7 +110,7 @@ def load_parameters(
     parameters = load_weights(guided.experiment, folder, mesh, choice).parameters
   else:
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    say(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
+    print_line(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
     parameters = Parameters(model.params, frozen.of_model(guided.experiment, None, mesh))
   return parameters._replace(guides=guided.load())
 
@@ -127,12 +127,12 @@ class Stage(NamedTuple):
     """Return samples (uint8) enlarged; `inputs` are what they were asked to show."""
     own = self.experiment
     height, width = own.model.data_shape[:2]
-    say(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
+    print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
     parameters = load_weights(own, self.folder, mesh, Choice()).parameters
     inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
     inputs[self.low] = images.from_uint8(samples)
     samples, nfe = draw(own, self.generate, parameters, seed, len(samples), inputs)
-    say(f"{nfe:,} network evaluations each")
+    print_line(f"{nfe:,} network evaluations each")
     return samples
 
 
@@ -254,7 +254,7 @@ def in_batches(
     for first in range(start, count, size):
       numbers = np.minimum(np.arange(first, first + size), count - 1)
       batch = inputs(numbers) if callable(inputs) else {name: value[numbers] for name, value in inputs.items()}
-      with patience(f"{what}, compiled and run for the first time") if first == start else contextlib.nullcontext():
+      with heartbeat(f"{what}, compiled and run for the first time") if first == start else contextlib.nullcontext():
         found = jax.device_get(function(parameters, np.uint32(seed), np.int32(first), batch))
       # The last batch is filled up, so that there is one program.
       kept = min(size, count - first)
@@ -269,7 +269,7 @@ def in_rows(
   name: str,
   like: tuple[tuple[int, ...], Any],
   parts: Callable[[int, dict[str, Any]], Iterable[tuple[np.ndarray, dict[str, Any]]]],
-) -> rows.Rows | None:
+) -> rows.ResumableArray | None:
   """Return rows that a run's folder keeps, and compute those that are missing; None but in the first process.
 
   Args:
@@ -280,8 +280,12 @@ def in_rows(
     like: its shape and type.
     parts: `parts(done, notes)` yields the rows after the first `done`, and the notes that belong to them and to all before.
   """
-  kept = rows.Rows(path, identity, name, *like, damaged=workdir.damaged_folder(folder)) if parallel.is_main() else None
-  done = parallel.of_main(0 if kept is None else kept.done)
+  kept = (
+    rows.ResumableArray(path, identity, name, *like, damaged=workdir.damaged_folder(folder))
+    if parallel.is_main()
+    else None
+  )
+  done = parallel.broadcast(0 if kept is None else kept.done)
   if done < like[0][0]:
     for values, notes in parts(done, {} if kept is None else kept.notes):
       if kept is not None:

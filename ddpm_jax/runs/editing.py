@@ -10,7 +10,7 @@ import numpy as np
 from ddpm_jax import data, editing
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.devices.progress import say
+from ddpm_jax.devices.progress import print_line
 from ddpm_jax.models.inputs import condition_flag
 from ddpm_jax.models.guided import is_neutral
 from ddpm_jax.runs import drawing, edits, limits
@@ -86,13 +86,13 @@ def run_edit(
   parameters = drawing.load_parameters(guided, folder, mesh, choice, model)
   method = method if drawing.enlarged(experiment) is None else ""
   how = f" by {method}" if method else ""
-  say(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
+  print_line(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
   inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
   parts = list(drawing.in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
   found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   drawing.check_finite(experiment, found["output"])
   if parallel.is_main():
-    path = files.free_path(folder / "edits" / f"{edit.task}{f'_{method}' if method else ''}_seed{seed}", ".npz")
+    path = files.unused_path(folder / "edits" / f"{edit.task}{f'_{method}' if method else ''}_seed{seed}", ".npz")
     _write(experiment, path, edit, given, inputs, found)
   parallel.wait_for_all("done")
 
@@ -101,7 +101,7 @@ def reversible(experiment: Experiment) -> Experiment:
   """Return the experiment with a sampler that can encode images: its own, or DDIM if its own adds noise."""
   if experiment.sampler.reversible:
     return experiment
-  say(f"to encode images: ddim in place of {experiment.sampler_name}")
+  print_line(f"to encode images: ddim in place of {experiment.sampler_name}")
   return experiment.changed(sampler="ddim")
 
 
@@ -115,7 +115,9 @@ def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
   given = data.read_inputs(edit.source, space, channels)
   high, wide = given.images.shape[1:3]
   if given.resized:
-    say(f"{given.resized:,} of {len(given.images):,} images were not of {wide}x{high}, and were resized and cropped")
+    print_line(
+      f"{given.resized:,} of {len(given.images):,} images were not of {wide}x{high}, and were resized and cropped"
+    )
   factor = height // high
   if edit.task == "superres" and (factor < 2 or (high * factor, wide * factor) != (height, width)):
     such = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
@@ -204,6 +206,6 @@ def _write(
     columns += [output[i :: edit.results] for i in range(edit.results)]
   rows = np.stack(columns, 1)[:_ROWS]
   images.save_grid(f"{path}.png", np.concatenate(rows), len(columns))
-  say(f"arrays       {path}.npz\npicture      {path}.png")
+  print_line(f"arrays       {path}.npz\npicture      {path}.png")
   if len(output) // edit.results > _ROWS:
-    say(f"the picture shows the first {_ROWS} images")
+    print_line(f"the picture shows the first {_ROWS} images")

@@ -8,7 +8,7 @@ import numpy as np
 from ddpm_jax import metrics
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.devices.progress import say
+from ddpm_jax.devices.progress import print_line
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.runs import limits, model, reading, scoring, spaces
 from ddpm_jax.storage import files, workdir
@@ -64,7 +64,7 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
   count = len(reference.images)
   if not c.allow_singular:
     metrics.check_rank(count, space.dimensions)
-  say(f"{space.name} features of {count:,} images ({reference.name}) ...")
+  print_line(f"{space.name} features of {count:,} images ({reference.name}) ...")
   summary = space.summary(reference.images, np.arange(count), evaluate.Settings(("frechet",)))
   provenance = space.made.provenance
   about = spaces.describe_space(experiment, space.name, provenance) | {
@@ -74,4 +74,4 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
   }
   if parallel.is_main():
     metrics.save_statistics(output, metrics.Statistics(summary.features, summary.spatial, about))
-  say(f"statistics   {output}\nscore against it by --config.evaluation.reference={output}")
+  print_line(f"statistics   {output}\nscore against it by --config.evaluation.reference={output}")

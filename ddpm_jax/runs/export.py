@@ -5,7 +5,7 @@ from pathlib import Path
 from ddpm_jax import guidance, interop
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.devices.progress import say
+from ddpm_jax.devices.progress import print_line
 from ddpm_jax.runs import model
 from ddpm_jax.storage import scores
 
@@ -35,7 +35,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,
       scores={key: found[key] for key in _SCORES} if found and "scores" in found else None,
     )
-  say(
+  print_line(
     f"model        {output} ({weights.name} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}"
   )
   parallel.wait_for_all("done")

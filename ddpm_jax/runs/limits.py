@@ -26,13 +26,13 @@ def check_training(experiment: Experiment, devices: Sequence[Any]) -> None:
   advice = "Lower the batch size, the image size or the network's channels, or take more devices."
   needed = c.batch_size * math.prod(shape) * _FLOAT + c.batch_size / c.accumulate * _features(experiment)
   what = f"config.training.batch_size={c.batch_size} {_of(shape)}"
-  memory.check(f"{what}{_channels(experiment)}", needed, memory.of_devices(devices), advice)
+  memory.check(f"{what}{_channels(experiment)}", needed, memory.device_bytes(devices), advice)
   images = c.batch_size / jax.process_count() * math.prod(shape)
-  memory.check(what, images, memory.of_host(), advice)
+  memory.check(what, images, memory.host_bytes(), advice)
   d = experiment.data
   workers = d.num_threads * _THREAD + d.num_workers * _PROCESS
   what = f"config.data.num_threads={d.num_threads} and num_workers={d.num_workers}"
-  memory.check(what, workers, memory.of_host(), "Take as many as there are cores.")
+  memory.check(what, workers, memory.host_bytes(), "Take as many as there are cores.")
 
 
 def check_batch(experiment: Experiment, size: int, devices: Sequence[Any], name: str) -> None:
@@ -41,7 +41,7 @@ def check_batch(experiment: Experiment, size: int, devices: Sequence[Any], name:
   needed = size * (math.prod(shape) * _FLOAT + _features(experiment))
   section, key = name.split(".")
   what = f"config.{name}={getattr(getattr(experiment, section), key)} {_of(shape)}{_channels(experiment)}"
-  memory.check(what, needed, memory.of_devices(devices), f"Lower --config.{name}, or the size of the images.")
+  memory.check(what, needed, memory.device_bytes(devices), f"Lower --config.{name}, or the size of the images.")
 
 
 def check_evaluation(experiment: Experiment, devices: Sequence[Any], folder: Path) -> None:
@@ -57,13 +57,13 @@ def check_evaluation(experiment: Experiment, devices: Sequence[Any], folder: Pat
     f"config.evaluation.num_samples={c.num_samples} {_of(shape)}",
     "Lower it, or use a --workdir on a larger disk.",
   )
-  memory.check(what, c.num_samples * math.prod(shape), memory.of_disk(folder), advice, where="disk")
+  memory.check(what, c.num_samples * math.prod(shape), memory.disk_bytes(folder), advice, where="disk")
 
 
 def check_images(shape: Sequence[int], count: float, what: str) -> None:
   """Raise a ValueError if so many images, a byte a value, do not fit into the memory of this machine."""
   advice = "Lower it, or the size of the images."
-  memory.check(f"{what} {_of(shape)}", count * math.prod(shape), memory.of_host(), advice)
+  memory.check(f"{what} {_of(shape)}", count * math.prod(shape), memory.host_bytes(), advice)
 
 
 def _of(shape: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ import jax
 from ddpm_jax import config, training
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.devices.progress import say, warn
+from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import frozen as frozen_module
@@ -89,7 +89,7 @@ def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpo
     keep_every=c.keep_every,
     keep_best=c.keep_best,
     metric=c.best_metric,
-    highest=evaluate.higher_is_better(c.best_metric.partition("_by_log_snr")[0]),
+    higher_is_better=evaluate.higher_is_better(c.best_metric.partition("_by_log_snr")[0]),
   )
 
 
@@ -120,7 +120,7 @@ def load_weights(
   for problem in restored.damaged:
     warn(f"a damaged checkpoint was passed over: {problem}")
   if not quiet:
-    say(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
+    print_line(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
   params = restored.items[name]
   return Weights(Parameters(params[0] if choice.averaged else params, frozen), restored.step, str(choice))
 
@@ -156,7 +156,7 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
     raise ValueError(f"Got --step={choice.step} with --ema_length; expected a step that comes after a snapshot.")
   with contextlib.closing(open_snapshots(folder)) as snapshots:
     params, last, count = training.reconstruct(snapshots, items, steps, tuple(experiment.ema.stds), length)
-  say(f"an average of relative width {length:g} at step {last:,} from {count} snapshots in {snapshots.folder}")
+  print_line(f"an average of relative width {length:g} at step {last:,} from {count} snapshots in {snapshots.folder}")
   return params, last
 
 

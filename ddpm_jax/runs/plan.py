@@ -7,7 +7,7 @@ import jax
 from ddpm_jax import config, training
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import parallel, plan, startup, topology
-from ddpm_jax.devices.progress import patience, say
+from ddpm_jax.devices.progress import heartbeat, print_line
 from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
@@ -39,8 +39,8 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
   mesh, shapes, batch, fixed = _layout(experiment, devices)
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, fixed)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-  say(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
-  with patience("compiling the train step"):
+  print_line(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
+  with heartbeat("compiling the train step"):
     traced = step.trace(shapes, batch, *(() if fixed is None else (fixed,)))
     compiled = plan.compile_step(traced, devices)
   found = plan.make_plan(
@@ -52,7 +52,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
     devices=devices,
     dtype=scoring.dtype_of(experiment),
   )
-  say(f"\n{plan.table(found)}")
+  print_line(f"\n{plan.table(found)}")
   return found
 
 

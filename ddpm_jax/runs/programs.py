@@ -110,6 +110,6 @@ def compiled(
       # Other noise than the model's that drew what is enlarged.
       key = jax.random.fold_in(key, model.data_shape[0])
     keys = randomness.sample_keys(key, first + jnp.arange(size))
-    return parallel.shares(mesh, of_share)(parameters, (keys, batch))
+    return parallel.map_shards(mesh, of_share)(parameters, (keys, batch))
 
   return jax.jit(function, out_shardings=parallel.replicated(mesh), compiler_options=parallel.compiler_options(mesh))

@@ -14,7 +14,7 @@ from ddpm_jax import metrics
 from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.devices.progress import say
+from ddpm_jax.devices.progress import print_line
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.models.inputs import default_inputs
 from ddpm_jax.models.guided import Parameters
@@ -93,7 +93,7 @@ class Judge:
       return evaluate.statistics_summary(reference.statistics)
     assert reference.images is not None
     count = len(reference.images)
-    say(f"{self._space.name} features of {count:,} reference images ...")
+    print_line(f"{self._space.name} features of {count:,} reference images ...")
     return self._space.summary(reference.images, np.arange(count), self._settings)
 
   def _compared(self, summary: evaluate.Summary, settings: evaluate.Settings) -> evaluate.Scores:
@@ -121,7 +121,7 @@ class Judge:
     """Write samples of some weights into samples/, and their scores into eval.json and report.html; the last variant is the headline."""
     start, run = time.perf_counter(), self._run
     variants = list(variants) or [run.experiment]
-    parameters = parallel.whole(run.mesh, weights.parameters)
+    parameters = parallel.gather(run.mesh, weights.parameters)
     # Of the frozen ones too: samples follow from them as well.
     sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get(parameters))))
     weights = weights._replace(parameters=parameters, sha256=sha256)
@@ -140,7 +140,7 @@ class Judge:
     samples, classes = found[-1].samples, inputs.get("classes")
     picture = run.folder / "samples" / "final.png"
     images.save_samples(picture, samples, classes)
-    say(f"picture      {picture}")
+    print_line(f"picture      {picture}")
     report = self._report(found, classes is not None, likelihood, weights)
     report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     report = scores.write(run.folder, report, time.perf_counter() - start)
@@ -151,7 +151,7 @@ class Judge:
       shown = reporting.content(run, report, samples, classes, way, terms, nearest)
       path = run.folder / "report.html"
       page.write(path, shown)
-      say(f"report       {path}")
+      print_line(f"report       {path}")
 
   def _draw(self, variant: Experiment, weights: Weights, seed: int, name: str, inputs: Inputs) -> Drawn | None:
     """Draw samples of a variant into samples/, or read those that are there."""
@@ -163,12 +163,12 @@ class Judge:
 
     def parts(done: int, notes: dict[str, int]) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
       nfe, rest = notes.get("nfe", 0), f", {count - done:,} of them left" if done else ""
-      say(f"sampling {count:,} images from the {weights.name} weights with {experiment.sampler_name}{rest} ...")
+      print_line(f"sampling {count:,} images from the {weights.name} weights with {experiment.sampler_name}{rest} ...")
       for x, calls in drawing.in_batches(experiment, generate, weights.parameters, seed, count, inputs, start=done):
         drawing.check_finite(experiment, x)
         nfe = max(nfe, int(calls.max()))
         yield images.to_uint8(x), {"nfe": nfe}
-      say(f"{nfe:,} network evaluations each")
+      print_line(f"{nfe:,} network evaluations each")
 
     path = run.folder / "samples" / name
     like = (count, *experiment.model.data_shape), np.uint8
@@ -177,7 +177,7 @@ class Judge:
     if rows is None:
       return None
     samples = rows.finish(**drawing.named(inputs))
-    say(f"samples      {path}.npz")
+    print_line(f"samples      {path}.npz")
     return Drawn(experiment, samples, rows.notes["nfe"])
 
   def _report(
@@ -243,19 +243,19 @@ class Judge:
   def _say(self, report: dict[str, Any], likelihood: dict[str, Any]) -> None:
     """Print the scores as tables."""
     if self._reference is None:
-      say("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
+      print_line("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
     else:
       curve = report.get("curve", [])
       table = {title: row["scores"] for title, row in zip(_titles(curve), curve, strict=True)}
       table = table or {"generated": report["scores"]["generated"]}
-      say(f"\n{self._space.name} features, {self._count:,} samples against {report['reference']}")
-      say(evaluate.format_table(table | {"real images (floor)": report["scores"]["floor"]}))
+      print_line(f"\n{self._space.name} features, {self._count:,} samples against {report['reference']}")
+      print_line(evaluate.format_table(table | {"real images (floor)": report["scores"]["floor"]}))
       if "frechet" not in self._settings.scores and not self._run.experiment.evaluation.scores:
-        say(
+        print_line(
           f"no Frechet distance: {self._space.dimensions:,} dimensions want more samples and reference images than that"
           " (config.evaluation.num_samples, allow_singular), or other features"
         )
-    say(bits.table(likelihood) + f"\nscores       {scores.path_of(self._run.folder)}")
+    print_line(bits.table(likelihood) + f"\nscores       {scores.path_of(self._run.folder)}")
 
 
 def dtype_of(experiment: Experiment) -> str:

@@ -121,7 +121,7 @@ def step(
     encode=partial(encode, experiment.model),
     accumulate=experiment.training.accumulate,
     unroll=mesh.devices.flat[0].platform == "cpu",
-    distribute=parallel.over(mesh),
+    distribute=parallel.shard_gradient(mesh),
   )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ddpm_jax import config, data, training
 from ddpm_jax.config import Tree
 from ddpm_jax.devices import hardware, memory, parallel, plan, progress, startup, watching
-from ddpm_jax.devices.progress import say, warn
+from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.names import choose
 from ddpm_jax.runs import drawing, frozen, limits, model, reading, scoring, starts, stepping
@@ -57,7 +57,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
       stack.enter_context(workdir.locked(folder))
     parallel.wait_for_all("locked")
     # What another process did until it let go of the folder, and what another host sees of it, may differ.
-    if parallel.of_main(bool(workdir.checkpoint_steps(folder))) != resuming:
+    if parallel.broadcast(bool(workdir.checkpoint_steps(folder))) != resuming:
       raise ValueError(
         f"Got --workdir={folder}, in which another process wrote a checkpoint since this one began; expected it at rest. The same"
         " command goes on from there."
@@ -67,13 +67,13 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     if int(state.step) < trainer.run.experiment.training.steps:
       state = trainer.train(state, profile)
     else:
-      say(f"training is complete at step {int(state.step):,}")
+      print_line(f"training is complete at step {int(state.step):,}")
     trainer.checkpoints.close()
     # What follows can be done again: nothing is left to save.
-    startup.end_on_sigterm()
+    startup.exit_on_sigterm()
     weights = model.Weights(trainer.parameters(state), int(state.step), str(model.Choice()))
     trainer.judge.score(weights, trainer.run.experiment.seed)
-    say(
+    print_line(
       f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
       f"metrics      {folder / 'metrics.jsonl'}\nTensorBoard  {folder / 'tensorboard'}"
     )
@@ -119,7 +119,7 @@ def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   # The devices must hold the state and, beside it, the gradients and the frozen parameters.
   needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, fixed)))
   advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
-  memory.check("the state of this network and its optimizer", needed, memory.of_devices(devices), advice)
+  memory.check("the state of this network and its optimizer", needed, memory.device_bytes(devices), advice)
   batch = stepping.batch_shapes(experiment, c.batch_size, run.source)
   trainer = _Trainer(run, judge, preview, step, init, template, batch, fixed)
   trainer.check_best()
@@ -176,19 +176,19 @@ class _Trainer:
     """Say what is trained on which data and devices, and write down how many images each class has, if it is known."""
     experiment, source = self.run.experiment, self.run.source
     shape = "x".join(map(str, experiment.data.shape))
-    say(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
+    print_line(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
     counts = drawing.class_counts(experiment, source)
     if counts is not None and parallel.is_main():
-      say(f"{len(counts):,} classes, {np.min(counts):,} to {np.max(counts):,} images each")
+      print_line(f"{len(counts):,} classes, {np.min(counts):,} to {np.max(counts):,} images each")
       absent = np.flatnonzero(counts == 0)
       if len(absent):
         names = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
         warn(f"{len(absent):,} of {len(counts):,} classes have no image to learn from: {names}")
       workdir.write_classes(self.run.folder, counts.tolist())
     num_params = sum(leaf.size for leaf in jax.tree.leaves(self.template.params))
-    say(f"{num_params:,} parameters on {parallel.describe(self.run.mesh)}")
+    print_line(f"{num_params:,} parameters on {parallel.describe(self.run.mesh)}")
     if experiment.init_from:
-      say(f"network, process and prediction from {experiment.init_from}")
+      print_line(f"network, process and prediction from {experiment.init_from}")
 
   def begin(self, stack: contextlib.ExitStack, resuming: bool) -> training.TrainState:
     """Return the state to start from, with the checkpoints open and the batches at its step."""
@@ -207,16 +207,16 @@ class _Trainer:
     )
     stack.callback(self.batches.close)
     if resuming:
-      restored = self.checkpoints.restore(training.items_of(self.template))
+      restored = self.checkpoints.restore(training.state_to_items(self.template))
       self._set_aside(restored)
       self.batches.restore(restored.data)
-      state = training.state_of(restored.items)
-      say(f"resuming from the checkpoint of step {restored.step:,}")
+      state = training.items_to_state(restored.items)
+      print_line(f"resuming from the checkpoint of step {restored.step:,}")
     else:
       self._set_aside(None)
-      with progress.patience("making the first parameters"):
+      with progress.heartbeat("making the first parameters"):
         state = jax.block_until_ready(self.init())
-      say("starting a new run")
+      print_line("starting a new run")
     # Only now: what may have changed in the config holds from here on.
     if parallel.is_main():
       config.write(folder, starts.keep(experiment.tree, folder))
@@ -260,10 +260,10 @@ class _Trainer:
     c, first = experiment.training, int(state.step)
     jitted = parallel.jit_step(self.step, mesh, state, self.frozen)
     given = (self.batch,) if self.frozen is None else (self.batch, self.frozen)
-    program = progress.compile_aloud("the train step", lambda: jitted.lower(self.template, *given))
+    program = progress.compile_with_progress("the train step", lambda: jitted.lower(self.template, *given))
     writer = None
     if parallel.is_main():
-      writer = records.Records(folder, first, wandb=c.wandb, config=experiment.tree.values)
+      writer = records.MetricLog(folder, first, wandb=c.wandb, config=experiment.tree.values)
     trace = watching.Trace(folder / "profile", first + _BEFORE_TRACE, profile)
     with contextlib.ExitStack() as last:
       if writer is not None:
@@ -282,16 +282,16 @@ class _Trainer:
         log_every=c.log_every,
         callbacks=work.callbacks(),
         max_skipped=c.max_skipped,
-        watch=training.Watch(lambda: self.batches.wait_seconds, signals.asked, trace.before_step),
+        hooks=training.Hooks(lambda: self.batches.wait_seconds, signals.should_stop, trace.before_step),
         rescue=work.rescue,
         quiet=not parallel.is_main(),
       )
-      if signals.asked_after(c.steps):
+      if signals.stopped_late(c.steps):
         stopped = int(state.step)
         work.keep(stopped, state, {})
         self.checkpoints.wait()
         name = signal.Signals(signals.number).name
-        say(f"told to stop ({name}); saved at step {stopped:,}, from which the same command goes on")
+        print_line(f"told to stop ({name}); saved at step {stopped:,}, from which the same command goes on")
         raise Stopped(signals.number)
     return state
 
@@ -299,7 +299,7 @@ class _Trainer:
 class _Work:
   """What is done between steps: logs, pictures, scores, snapshots and checkpoints."""
 
-  def __init__(self, trainer: _Trainer, writer: records.Records | None, skipped: int):
+  def __init__(self, trainer: _Trainer, writer: records.MetricLog | None, skipped: int):
     self._trainer, self._run, self.checkpoints = trainer, trainer.run, trainer.checkpoints
     self._writer, self._skipped = writer, skipped
     self._scores: tuple[int, Metrics] = (-1, {})
@@ -331,7 +331,7 @@ class _Work:
     self._skipped = skipped
     # They do not count for the schedule.
     metrics["learning_rate"] = float(self._rate(number - 1 - skipped))
-    metrics["memory_gb"] = parallel.memory_in_use() / 1e9
+    metrics["memory_gb"] = parallel.peak_memory() / 1e9
     if self._trainer.batches.num_broken:
       metrics["broken_files"] = self._trainer.batches.num_broken
     if self._chip is not None:
@@ -345,7 +345,7 @@ class _Work:
     found = self._scores[1] if self._scores[0] == number else {}
     lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not found
     self.checkpoints.save(
-      number, training.items_of(state), self._trainer.batches.state, {} if lacks_best else metrics | found
+      number, training.state_to_items(state), self._trainer.batches.state, {} if lacks_best else metrics | found
     )
 
   def rescue(self, number: int, state: training.TrainState) -> None:
@@ -354,12 +354,12 @@ class _Work:
     if jax.process_count() == 1:
       self.keep(number, state, {})
       self.checkpoints.wait()
-      say(f"no further batch; saved at step {number:,}, from which the same command goes on")
+      print_line(f"no further batch; saved at step {number:,}, from which the same command goes on")
 
   def _score(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
     found = self._trainer.judge.on_the_way(self._trainer.parameters(state))
     self._scores = (number, found)
-    say(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    print_line(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     if self._writer is not None:
       self._writer.scalars(number, found)
 
@@ -367,7 +367,7 @@ class _Work:
     # One after the other: orbax's barriers between processes do not tell two folders apart.
     self.checkpoints.wait()
     # A step that was skipped is no step of the average.
-    self.snapshots.save(number, {"ema": training.items_of(state)["ema"]}, {"steps": number - _skipped(state)})
+    self.snapshots.save(number, {"ema": training.state_to_items(state)["ema"]}, {"steps": number - _skipped(state)})
     self.snapshots.wait()
 
   def _draw(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
@@ -379,4 +379,4 @@ class _Work:
 
 
 def _skipped(state: training.TrainState) -> int:
-  return int((optim.skipped(state.opt_state) or (0,))[0])
+  return int((optim.skip_counts(state.opt_state) or (0,))[0])

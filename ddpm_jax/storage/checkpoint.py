@@ -80,7 +80,7 @@ class Checkpoints:
     keep_every: those of every so many steps are kept for good; 0 for none.
     keep_best: how many of the best to keep, by `metric`.
     metric: a name in the metrics given to `save`. A checkpoint without it is none of the best.
-    highest: whether the highest is the best, and not the lowest.
+    higher_is_better: whether the highest is the best, and not the lowest.
   """
 
   def __init__(
@@ -91,9 +91,9 @@ class Checkpoints:
     keep_every: int = 0,
     keep_best: int = 0,
     metric: str = "loss",
-    highest: bool = False,
+    higher_is_better: bool = False,
   ):
-    self.folder, self._sign = check_folder(folder), -1 if highest else 1
+    self.folder, self._sign = check_folder(folder), -1 if higher_is_better else 1
     self._metric, self._keep_best, self._saving = metric, keep_best, 0
     policies: list[Any] = [preservation_policy.LatestN(keep)]
     if keep_every:
@@ -165,7 +165,7 @@ class Checkpoints:
       step: the step to restore, and no other; the newest by default.
 
     Raises:
-      DamagedError: if there is none but damaged ones.
+      DamagedCheckpointError: if there is none but damaged ones.
       ValueError: if there is no checkpoint, it was written by a newer version, or it holds other shapes.
     """
     steps = self.steps(self.folder)
@@ -179,12 +179,12 @@ class Checkpoints:
           content = self._content(candidate)
           _check_same_shapes(path, content, templates)
           items = self._read(candidate, content, templates)
-        except _DamagedError as error:
+        except _UnusableError as error:
           damaged.append(f"{path}: {error}")
           continue
         return Restored(candidate, items, content["data"], damaged)
     if damaged:
-      raise DamagedError(
+      raise DamagedCheckpointError(
         "Got no checkpoint that can be used; each is damaged:\n  "
         + "\n  ".join(damaged)
         + "\nRestore one from a copy, or start a new run in another --workdir."
@@ -207,7 +207,7 @@ class Checkpoints:
         # From our own descriptions: a damaged file of orbax's metrics would keep its manager from starting.
         try:
           self._scores[step] = self._score(self._content(step)["metrics"])
-        except (_DamagedError, ValueError):
+        except (_UnusableError, ValueError):
           self._scores[step] = math.inf
     known = [step for step in steps if self._scores[step] < math.inf]
     return sorted(known, key=lambda step: (self._scores[step], -step))[: self._keep_best if count is None else count]
@@ -218,7 +218,7 @@ class Checkpoints:
         epath.Path(self.folder / str(step) / "meta"), args=ocp.args.JsonRestore()
       )
       if meta["sha256"] != sealed.digest_json(meta["content"]):
-        raise _DamagedError("its description is not what was saved")
+        raise _UnusableError("its description is not what was saved")
       version = int(meta["content"]["format_version"])
     if version != FORMAT_VERSION:
       raise ValueError(
@@ -239,7 +239,7 @@ class Checkpoints:
       # Of a random key whose description is lost, the bits alone come back.
       changed = [leaf for leaf in wanted if wanted[leaf] != found[leaf]]
       if changed:
-        raise _DamagedError(
+        raise _UnusableError(
           f"{len(changed)} of {len(wanted)} leaves are not what was saved, {name}{changed[0]} among them"
         )
     return items
@@ -260,7 +260,7 @@ class Checkpoints:
         if target is None:
           shutil.rmtree(path)
         else:
-          shutil.move(path, sealed.free_place(path, target))
+          shutil.move(path, sealed.unused_path(path, target))
       else:
         continue
       passed_over.append(path)
@@ -305,11 +305,11 @@ class _Chosen:
     return [checkpoint.step in chosen for checkpoint in checkpoints]
 
 
-class DamagedError(ValueError):
+class DamagedCheckpointError(ValueError):
   """All that might have been restored is damaged."""
 
 
-class _DamagedError(Exception):
+class _UnusableError(Exception):
   """A checkpoint that is not what was saved."""
 
 
@@ -332,14 +332,14 @@ def _collecting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(what: str) -> Iterator[None]:
-  """Turns what goes wrong with a file into a `_DamagedError`, in all processes if in one: they must go on together.
+  """Turns what goes wrong with a file into a `_UnusableError`, in all processes if in one: they must go on together.
 
   What says nothing of the file, such as too little memory, stays as it is.
   """
   problem, failure = "", cast(Exception | None, None)
   try:
     yield
-  except _DamagedError as error:
+  except _UnusableError as error:
     problem, failure = str(error), error
   except (MemoryError, PermissionError):
     raise
@@ -353,7 +353,7 @@ def _reading(what: str) -> Iterator[None]:
     well = bool(np.all(multihost_utils.process_allgather(np.array(not problem))))
     problem = problem or ("" if well else f"{what} (by another process)")
   if problem:
-    raise _DamagedError(problem) from failure
+    raise _UnusableError(problem) from failure
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
@@ -366,7 +366,7 @@ def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:
   paths, leaves = (
     zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True) if jax.tree.leaves(tree) else ((), ())
   )
-  sums = digests.of(leaves)
+  sums = digests.compute(leaves)
   return {
     jax.tree_util.keystr(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
     for path, leaf, digest in zip(paths, leaves, sums, strict=True)

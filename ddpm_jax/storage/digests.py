@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def of(leaves: Sequence[Any]) -> list[str]:
+def compute(leaves: Sequence[Any]) -> list[str]:
   """A digest of each array, computed where it lies: the same however it is split over devices.
 
   Args:

@@ -30,7 +30,7 @@ class WriteError(OSError):
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
   """Yield a path to write a file to, which becomes `path` at the end of the block.
 
   Missing folders are made. If the block raises, `path` is as it was before.
@@ -55,7 +55,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     # Before the free space is looked up.
     _remove(temporary)
     if isinstance(error, OSError) or _is_full(error):
-      raise unwritten(path, error) from error
+      raise write_error(path, error) from error
     raise
   finally:
     _remove(temporary)
@@ -64,7 +64,7 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
   """Write a file of bytes, whole or not at all; a `WriteError` if that fails."""
-  with writing(path) as temporary:
+  with atomic_file(path) as temporary:
     temporary.write_bytes(content)
 
 
@@ -78,25 +78,25 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
   """Write arrays by name into a compressed .npz file, whole or not at all."""
   import numpy as np
 
-  with writing(path) as temporary:
+  with atomic_file(path) as temporary:
     np.savez_compressed(temporary, **arrays)
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def named_errors(path: str | Path) -> Iterator[None]:
   """Let what the system refuses within the block be a `WriteError` that names `path`."""
   try:
     yield
   except WriteError:
     raise
   except OSError as error:
-    raise unwritten(path, error) from error
+    raise write_error(path, error) from error
 
 
 def append_line(path: str | Path, line: str) -> None:
   """Append a line to a file, whole or not at all; a `WriteError` if that fails."""
   rest = line.encode("utf-8", "backslashreplace") + b"\n"
-  with naming(path), open(path, "ab", buffering=0) as file:
+  with named_errors(path), open(path, "ab", buffering=0) as file:
     size = file.tell()
     try:
       while rest:
@@ -107,7 +107,7 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
   """Yield a temporary folder, and move what it holds to the folder `path` at the end of the block.
 
   If the block raises, nothing of it stays.
@@ -121,7 +121,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
   # An empty folder that exists keeps its place: it may be mounted, a link, or all that may be written to.
   exists = path.is_dir()
   temporary = (path if exists else path.parent) / _unfinished()
-  with naming(path):
+  with named_errors(path):
     # What a killed process left.
     for left in path.glob(f"{_UNFINISHED}*"):
       shutil.rmtree(left)
@@ -143,13 +143,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     # Other errors may come from what the block reads.
     if isinstance(error, WriteError) or _is_full(error):
-      raise unwritten(path, error) from error
+      raise write_error(path, error) from error
     raise
   finally:
     _begun.discard(temporary)
 
 
-def abandon() -> None:
+def remove_unfinished() -> None:
   """Remove the files and folders that are being written, as before the program ends in the middle of it."""
   for temporary in list(_begun):
     if temporary.is_dir():
@@ -192,7 +192,7 @@ def check_new_file(path: str | Path, suffix: str) -> None:
   check_place(path)
 
 
-def free_path(path: Path, suffix: str) -> Path:
+def unused_path(path: Path, suffix: str) -> Path:
   """Return the path if no file has it with this suffix, else the first free one of path_2, path_3, ..."""
   names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
   return next(name for name in names if not Path(f"{name}{suffix}").exists())
@@ -201,11 +201,11 @@ def free_path(path: Path, suffix: str) -> Path:
 def check_place(path: str | Path) -> None:
   """Raise a WriteError unless files can be made in the nearest folder of a path that exists."""
   path = Path(path).absolute()
-  with naming(path), tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
+  with named_errors(path), tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
     pass
 
 
-def unwritten(path: str | Path, error: BaseException) -> WriteError:
+def write_error(path: str | Path, error: BaseException) -> WriteError:
   """Return the error that says which file could not be written, why, and what to do."""
   if isinstance(error, WriteError) and error.__cause__ is not None:
     # Its file was in a folder that is gone by now.

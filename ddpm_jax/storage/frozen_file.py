@@ -12,7 +12,7 @@ PyTree = Any
 
 def _digests(frozen: PyTree | None) -> dict[str, list[str]]:
   """Return the digest of each array by the name of its part, such as "codec"."""
-  return {name: digests.of(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
+  return {name: digests.compute(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
 
 
 def check(folder: Path, frozen: PyTree | None) -> None:
@@ -22,7 +22,7 @@ def check(folder: Path, frozen: PyTree | None) -> None:
     return
   try:
     before = sealed.read_json(path)
-  except sealed.DamagedError as error:
+  except sealed.DamagedFileError as error:
     raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or start a new run.") from error
   for name, found in _digests(frozen).items():
     if name in before and before[name] != found:

@@ -37,7 +37,7 @@ def as_uint8(x: np.ndarray) -> np.ndarray:
   return x if x.dtype == np.uint8 else to_uint8(x)
 
 
-def drawable(images: np.ndarray) -> np.ndarray:
+def displayable(images: np.ndarray) -> np.ndarray:
   """Return images [..., H, W, C] uint8 with channels that a picture can have: 1 (gray), 3 (RGB) or 4 (RGB with opacity).
 
   Two channels, or more than four, become gray planes of one image, row by row in the order of the channels, in as many columns as make it
@@ -61,13 +61,13 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
   Args:
     images: uint8 [N, h, w, C].
     columns: how many lie beside each other; by default as many as below each other.
-    tile: an image that is smaller is enlarged by a whole factor to about so many pixels, or of several planes (see `drawable`) each plane.
+    tile: an image that is smaller is enlarged by a whole factor to about so many pixels, or of several planes (see `displayable`) each plane.
 
   Returns:
     uint8 [H, W, 1, 3 or 4].
   """
   factor = max(1, tile // max(images.shape[1:3]))
-  images = drawable(images)
+  images = displayable(images)
   count, height, width, channels = images.shape
   columns = math.ceil(math.sqrt(count)) if columns is None else columns
   rows = math.ceil(count / columns)
@@ -88,7 +88,7 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) 
   from PIL import Image
 
   picture = grid(images, columns)
-  with files.writing(path) as temporary:
+  with files.atomic_file(path) as temporary:
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)
 
 

@@ -31,10 +31,10 @@ def read(path: Path) -> dict[str, Any]:
   Raises:
     ValueError: if the file cannot be read, or holds no JSON object.
   """
-  return _object(text_of(path), f"{path}")
+  return _object(read_text(path), f"{path}")
 
 
-def text_of(path: Path) -> str:
+def read_text(path: Path) -> str:
   """Read the text of a file; a ValueError if that cannot be done."""
   try:
     return path.read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise ValueError(f"Cannot read {where} as JSON: {error}. Restore the file.") from error
   if not isinstance(value, dict):
-    raise ValueError(f"Got {where} which holds {show(value)}; expected a JSON object with keys. Restore the file.")
+    raise ValueError(f"Got {where} which holds {shorten(value)}; expected a JSON object with keys. Restore the file.")
   return value
 
 
@@ -71,7 +71,7 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], what: st
   for key, allowed in kinds.items():
     if key in content and not any(matches(content[key], kind) for kind in allowed):
       expected = " or ".join(map(kind_name, allowed))
-      raise ValueError(f"Got a {what} with {key}={show(content[key])}; expected {expected}. Correct the file.")
+      raise ValueError(f"Got a {what} with {key}={shorten(content[key])}; expected {expected}. Correct the file.")
 
 
 def matches(value: Any, kind: Any) -> bool:
@@ -95,13 +95,13 @@ def kind_name(kind: Any, *, several: bool = False) -> str:
   return _NAMES[kind][several]
 
 
-def show(value: Any) -> str:
+def shorten(value: Any) -> str:
   """Return a value in short for a message, however large it is or deeply nested."""
   return _SHOWN.repr(value)
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
   """Name a file in each ValueError that its content causes."""
   try:
     yield

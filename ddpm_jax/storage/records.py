@@ -14,7 +14,7 @@ import numpy as np
 from ddpm_jax.storage import files, sealed, workdir
 
 
-class Records:
+class MetricLog:
   """Metrics of a run in a folder. A resumed run continues where its checkpoint stands; what came after is dropped.
 
   Args:
@@ -54,14 +54,14 @@ class Records:
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Write one line, and one point a curve."""
     files.append_line(self._path, json.dumps({"step": step, **values}))
-    with files.naming(self._folder):
+    with files.named_errors(self._folder):
       self._board.scalars(step, values)
     if self._wandb is not None:
       self._wandb.log(values, step=step)
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Writes a picture [H, W, C] uint8 for TensorBoard."""
-    with files.naming(self._folder):
+    with files.named_errors(self._folder):
       self._board.image(step, name, picture)
     if self._wandb is not None:
       import wandb as service
@@ -70,7 +70,7 @@ class Records:
 
   def close(self) -> None:
     """Writes out what is still in memory."""
-    with files.naming(self._folder):
+    with files.named_errors(self._folder):
       self._board.close()
     if self._wandb is not None:
       self._wandb.finish()

@@ -15,7 +15,7 @@ from ddpm_jax.storage import files, sealed
 _HASHED = 2**26
 
 
-class Rows:
+class ResumableArray:
   """Rows of one array in `<path>.partial.npy`, and how many are done in `<path>.partial.json`; a whole one in `<path>.npz`.
 
   A file that is damaged is moved to the folder `damaged`, with a warning, and the rows are made again.
@@ -55,13 +55,13 @@ class Rows:
           return
       except FileNotFoundError:
         continue
-      except sealed.DamagedError as error:
+      except sealed.DamagedFileError as error:
         for one in filter(Path.exists, paths):
           sealed.set_aside(one, damaged, error)
     self._begin()
 
   def _begin(self) -> None:
-    with files.naming(self._array_path):
+    with files.named_errors(self._array_path):
       self.path.parent.mkdir(parents=True, exist_ok=True)
       self._notes_path.unlink(missing_ok=True)
       try:
@@ -82,7 +82,7 @@ class Rows:
         return False
       array = _mapped(self._whole_path, self._name)
     except Exception as error:
-      raise sealed.DamagedError(f"it is not an archive of {self._name}: {error}") from error
+      raise sealed.DamagedFileError(f"it is not an archive of {self._name}: {error}") from error
     self._check_kind(array)
     self._array, self.done, self.notes, self._is_whole = array, self._shape[0], notes, True
     return True
@@ -96,7 +96,7 @@ class Rows:
       self._check_kind(np.load(self._array_path, mmap_mode="r"))
     # A damaged header raises whatever its parser stumbles over.
     except Exception as error:
-      raise sealed.DamagedError(f"the array is cut, garbled or missing: {error}") from error
+      raise sealed.DamagedFileError(f"the array is cut, garbled or missing: {error}") from error
     array = np.lib.format.open_memmap(self._array_path, mode="r+")
     done = content["done"]
     # A part at a time, which may be larger than the memory.
@@ -105,13 +105,13 @@ class Rows:
       self._sum.update(np.ascontiguousarray(array[first : min(first + step, done)]).data)
     if self._sum.hexdigest() != content["rows"]:
       self._sum = hashlib.sha256()
-      raise sealed.DamagedError("its rows are not what was written")
+      raise sealed.DamagedFileError("its rows are not what was written")
     self._array, self.done, self.notes = array, done, content["notes"]
     return True
 
   def _check_kind(self, array: np.ndarray) -> None:
     if (array.shape, array.dtype) != (self._shape, self._dtype):
-      raise sealed.DamagedError(
+      raise sealed.DamagedFileError(
         f"it holds {array.dtype}{list(array.shape)} instead of {self._dtype}{list(self._shape)}"
       )
 
@@ -140,7 +140,7 @@ class Rows:
     if self._is_whole:
       return self._array
     about = {"identity": np.array(self._identity), "notes": np.array(json.dumps(self.notes))}
-    with files.writing(self._whole_path) as temporary:
+    with files.atomic_file(self._whole_path) as temporary:
       np.savez(temporary, **{self._name: self._array}, **beside, **about)  # type: ignore[arg-type]
     # Mapped, it can be read when its name is gone.
     self._array, self._is_whole = np.load(self._array_path, mmap_mode="r"), True

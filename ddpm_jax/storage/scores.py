@@ -24,10 +24,10 @@ def read(folder: Path) -> dict[str, Any] | None:
   """Return what `write` wrote, or None if there is no such file; a damaged one is set aside, with a warning."""
   path = path_of(folder)
   try:
-    return sealed.read_json(path, apart=_APART)
+    return sealed.read_json(path, exclude=_APART)
   except FileNotFoundError:
     return None
-  except sealed.DamagedError as error:
+  except sealed.DamagedFileError as error:
     sealed.set_aside(path, workdir.damaged_folder(folder), error, "Evaluate again to make it anew: --mode=eval.")
     return None
 
@@ -48,7 +48,7 @@ def write(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any
     "commit": _commit(),
     "times": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1)},
   }
-  sealed.write_json(path_of(folder), report, apart=_APART)
+  sealed.write_json(path_of(folder), report, exclude=_APART)
   return report
 
 

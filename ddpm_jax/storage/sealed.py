@@ -23,11 +23,11 @@ from ddpm_jax.storage import files
 KEY = "sha256"
 
 
-class DamagedError(ValueError):
+class DamagedFileError(ValueError):
   """A file does not hold what was written."""
 
 
-class ChangedError(DamagedError):
+class ChangedError(DamagedFileError):
   """A file can be read, but holds something else than what was written."""
 
 
@@ -40,29 +40,29 @@ def digest(*arrays: np.ndarray) -> str:
   return total.hexdigest()
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, apart: str = "", sort_keys: bool = False) -> None:
+def write_json(path: Path, content: Mapping[str, Any], *, exclude: str = "", sort_keys: bool = False) -> None:
   """Write a JSON object with its digest under "sha256", whole or not at all.
 
   Args:
     path: the file.
     content: the object.
-    apart: a key that the digest leaves out, because its value differs each time.
+    exclude: a key that the digest leaves out, because its value differs each time.
     sort_keys: whether to sort the keys.
   """
-  whole = {**content, KEY: digest_json(content, apart)}
+  whole = {**content, KEY: digest_json(content, exclude)}
   files.write_text(path, json.dumps(whole, indent=2, sort_keys=sort_keys) + "\n")
 
 
-def read_json(path: Path, *, apart: str = "", required: bool = True) -> dict[str, Any]:
+def read_json(path: Path, *, exclude: str = "", required: bool = True) -> dict[str, Any]:
   """Return the object that `write_json` wrote, without its digest.
 
   Args:
     path: the file.
-    apart: as it was written.
+    exclude: as it was written.
     required: whether there must be a digest; one that is there is always checked.
 
   Raises:
-    DamagedError: if the file is not JSON, or its content is not what was written.
+    DamagedFileError: if the file is not JSON, or its content is not what was written.
     OSError: if it cannot be opened.
   """
   text = path.read_bytes()
@@ -70,10 +70,10 @@ def read_json(path: Path, *, apart: str = "", required: bool = True) -> dict[str
     content = json.loads(text.decode("utf-8"))
     found = content.pop(KEY) if required else content.pop(KEY, None)
   except (ValueError, RecursionError) as error:
-    raise DamagedError(f"it is not JSON: {error}") from error
+    raise DamagedFileError(f"it is not JSON: {error}") from error
   except (AttributeError, TypeError, KeyError) as error:
-    raise DamagedError("it is not an object with the digest of its content") from error
-  if found is not None and found != digest_json(content, apart):
+    raise DamagedFileError("it is not an object with the digest of its content") from error
+  if found is not None and found != digest_json(content, exclude):
     raise ChangedError("its content is not what was written")
   return content
 
@@ -85,7 +85,7 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[s
   # safetensors writes an array's memory as it lies.
   arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
   sums = {name: digest(array) for name, array in arrays.items()}
-  with files.writing(path) as temporary:
+  with files.atomic_file(path) as temporary:
     safetensors.numpy.save_file(arrays, temporary, {**about, KEY: _digest_tensors(sums, about)})
 
 
@@ -93,7 +93,7 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Return the tensors and the `about` of a file that `save_tensors` wrote.
 
   Raises:
-    DamagedError: if they are not what was written.
+    DamagedFileError: if they are not what was written.
     OSError: if the file cannot be opened.
   """
   import safetensors
@@ -106,22 +106,22 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   # A damaged header makes the library stumble over anything.
   except Exception as error:
-    raise DamagedError(f"it is not safetensors: {error}") from error
+    raise DamagedFileError(f"it is not safetensors: {error}") from error
   if KEY not in metadata:
-    raise DamagedError("it has no digest of its content")
+    raise DamagedFileError("it has no digest of its content")
   check_tensors({name: digest(array) for name, array in arrays.items()}, metadata)
   return arrays, {key: value for key, value in metadata.items() if key != KEY}
 
 
 def check_tensors(sums: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-  """Raise a DamagedError unless the digests of tensors by name are those in their file's metadata, if it has any."""
+  """Raise a DamagedFileError unless the digests of tensors by name are those in their file's metadata, if it has any."""
   about = {key: value for key, value in metadata.items() if key != KEY}
   if KEY in metadata and metadata[KEY] != _digest_tensors(sums, about):
-    raise DamagedError("its tensors are not what was written")
+    raise DamagedFileError("its tensors are not what was written")
 
 
 def check_archive(path: Path) -> None:
-  """Raise a DamagedError if a member of an .npz file does not match its checksum.
+  """Raise a DamagedFileError if a member of an .npz file does not match its checksum.
 
   Raises:
     OSError: if the file cannot be opened.
@@ -132,14 +132,14 @@ def check_archive(path: Path) -> None:
         broken = file.testzip()
     # A damaged archive raises whatever the code that unpacks it stumbles over.
     except Exception as error:
-      raise DamagedError(f"it is not a whole archive: {error}") from error
+      raise DamagedFileError(f"it is not a whole archive: {error}") from error
   if broken is not None:
-    raise DamagedError(f"the checksum of {broken} does not match")
+    raise DamagedFileError(f"the checksum of {broken} does not match")
 
 
 def set_aside(path: Path, folder: Path, reason: object, then: str = "It is made again.") -> None:
   """Move a damaged file into a folder, beside those that are there, and warn."""
-  place = free_place(path, folder)
+  place = unused_path(path, folder)
   with contextlib.suppress(FileNotFoundError):
     os.rename(path, place)
   warn(f"{path} is damaged: {reason}. It was moved to {place}. {then}")
@@ -147,12 +147,12 @@ def set_aside(path: Path, folder: Path, reason: object, then: str = "It is made 
 
 def copy_aside(path: Path, folder: Path) -> Path:
   """Copy a file that is partly damaged into a folder, beside those that are there, and return the copy's path."""
-  place = free_place(path, folder)
+  place = unused_path(path, folder)
   files.write_bytes(place, path.read_bytes())
   return place
 
 
-def free_place(path: Path, folder: Path) -> Path:
+def unused_path(path: Path, folder: Path) -> Path:
   """Make a folder and return a path in it that nothing has yet, named after another path."""
   folder.mkdir(parents=True, exist_ok=True)
   names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))
@@ -164,9 +164,9 @@ def warn(text: str) -> None:
   tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def digest_json(content: Mapping[str, Any], apart: str = "") -> str:
-  """Return the SHA-256 of an object as JSON, without the value of the key `apart`."""
-  content = {key: value for key, value in json.loads(json.dumps(content)).items() if key != apart}
+def digest_json(content: Mapping[str, Any], exclude: str = "") -> str:
+  """Return the SHA-256 of an object as JSON, without the value of the key `exclude`."""
+  content = {key: value for key, value in json.loads(json.dumps(content)).items() if key != exclude}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

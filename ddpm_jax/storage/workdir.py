@@ -47,7 +47,7 @@ def locked(workdir: Path) -> Iterator[None]:
     ValueError: if a live process trains there.
   """
   path = workdir / ".lock"
-  with contextlib.ExitStack() as stack, files.naming(path):
+  with contextlib.ExitStack() as stack, files.named_errors(path):
     file = stack.enter_context(path.open("a+"))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +80,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     return sealed.read_json(path, required=False)
   except sealed.ChangedError as error:
     raise ValueError(f"Cannot use {path}: {error}. {_EDITED}") from error
-  except (OSError, sealed.DamagedError) as error:
+  except (OSError, sealed.DamagedFileError) as error:
     raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or use another --workdir.") from error
 
 

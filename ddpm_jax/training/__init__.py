@@ -1,7 +1,7 @@
 """Training: the state, the pure step, the loop around it, optimizers and averages of the parameters."""
 
 from ddpm_jax.training import ema, optim
-from ddpm_jax.training.loop import Callback, Watch, fit
+from ddpm_jax.training.loop import Callback, Hooks, fit
 from ddpm_jax.training.snapshots import reconstruct
 from ddpm_jax.training.step import (
   Frozen,
@@ -9,8 +9,8 @@ from ddpm_jax.training.step import (
   TrainState,
   check_accumulate,
   init_state,
-  items_of,
-  state_of,
+  state_to_items,
+  items_to_state,
   train_step,
 )
 
@@ -19,14 +19,14 @@ __all__ = [
   "Frozen",
   "Metrics",
   "TrainState",
-  "Watch",
+  "Hooks",
   "check_accumulate",
   "ema",
   "fit",
   "init_state",
-  "items_of",
+  "state_to_items",
   "optim",
   "reconstruct",
-  "state_of",
+  "items_to_state",
   "train_step",
 ]

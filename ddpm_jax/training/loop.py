@@ -23,17 +23,17 @@ class Callback(NamedTuple):
   run: Callable[[int, TrainState, dict[str, float]], None]
 
 
-class Watch(NamedTuple):
+class Hooks(NamedTuple):
   """What the loop asks about from outside.
 
   Attributes:
-    waited: seconds spent waiting for data so far.
-    stop: whether to stop after this step (its number), as when the machine is about to be taken away.
+    wait_seconds: seconds spent waiting for data so far.
+    should_stop: whether to stop after this step (its number), as when the machine is about to be taken away.
     before_step: called with a step's number before it is taken, as to begin a trace.
   """
 
-  waited: Callable[[], float] = lambda: 0.0
-  stop: Callable[[int], bool] = lambda step: False
+  wait_seconds: Callable[[], float] = lambda: 0.0
+  should_stop: Callable[[int], bool] = lambda step: False
   before_step: Callable[[int], None] = lambda step: None
 
 
@@ -48,7 +48,7 @@ def fit(
   log_every: int = 100,
   callbacks: Sequence[Callback] = (),
   max_skipped: int = 10,
-  watch: Watch = Watch(),  # noqa: B008, a constant
+  hooks: Hooks = Hooks(),  # noqa: B008, a constant
   rescue: Callable[[int, TrainState], None] = lambda number, state: None,
   quiet: bool = False,
 ) -> TrainState:
@@ -66,7 +66,7 @@ def fit(
     log_every: steps between two logs.
     callbacks: what else to do on the way, in order.
     max_skipped: how many steps in a row may be skipped for gradients that are not finite.
-    watch: what the loop asks about from outside.
+    hooks: what the loop asks about from outside.
     rescue: called with the last step and its state if the next batch cannot be had, before the error is raised.
     quiet: whether there is no progress bar.
 
@@ -78,12 +78,12 @@ def fit(
   """
   given = () if frozen is None else (frozen,)
   number = start = int(state.step)
-  window = _Window(watch.waited)
+  window = _Window(hooks.wait_seconds)
   iterator: Iterator[PyTree] = iter(batches)
   last: dict[str, float] = {}
   before: Metrics | None = None
   with _progress(num_steps, start, quiet) as bar:
-    while number < num_steps and not watch.stop(number):
+    while number < num_steps and not hooks.should_stop(number):
       try:
         batch = next(iterator, None)
       except Exception:
@@ -95,7 +95,7 @@ def fit(
       if batch is None:
         break
       number += 1
-      watch.before_step(number)
+      hooks.before_step(number)
       state, metrics = step(state, batch, *given)
       jax.tree.map(lambda leaf: leaf.copy_to_host_async(), metrics)
       # At most one step ahead of the device: enough to hide the host, without a queue that holds memory.

@@ -223,7 +223,7 @@ def clip_by_global_norm(highest: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def hold(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+def freeze_untrained(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
   """Keep parameters that are not trained as they are, bit by bit. Put it after the optimizer, whose weight decay would shrink them.
 
   Args:
@@ -239,7 +239,7 @@ def hold(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def part(name: str, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+def apply_to_part(name: str, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
   """Apply a transformation to one part of the parameters, a dict, and let the others pass.
 
   Its state is as if there were no other part.
@@ -321,7 +321,7 @@ def skip_nonfinite(
   return optax.GradientTransformation(init, update)
 
 
-def skipped(opt_state: PyTree) -> tuple[Array, Array] | None:
+def skip_counts(opt_state: PyTree) -> tuple[Array, Array] | None:
   """The steps that `skip_nonfinite` skipped in all, and since the last good one, int32 scalars; None of a state without it."""
   nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SkipState))
   return next(((node.skipped, node.in_a_row) for node in nodes if isinstance(node, SkipState)), None)
@@ -356,12 +356,12 @@ def chain(
     ValueError: if a value is out of its range, or a name is unknown.
   """
   clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
-  held = [] if trainable is None else [hold(trainable)]
+  held = [] if trainable is None else [freeze_untrained(trainable)]
   made = optimizer(name, rate, arguments or {})
   steps, finite = [*clip, made, *held], _keeps_finite(name, arguments or {})
   if extra is not None:
-    steps, finite = [*(part("model", step) for step in steps), part("extra", extra)], False
-    averages = None if averages is None else part("model", averages)
+    steps, finite = [*(apply_to_part("model", step) for step in steps), apply_to_part("extra", extra)], False
+    averages = None if averages is None else apply_to_part("model", averages)
   return skip_nonfinite(*steps, averages=averages, check_updates=not finite)
 
 

@@ -39,7 +39,7 @@ def reconstruct(
   for step in steps:
     try:
       counts[step] = snapshots.restore(templates, step).data["steps"]
-    except checkpoint.DamagedError as error:
+    except checkpoint.DamagedCheckpointError as error:
       warn(f"a damaged snapshot was passed over, so the average is less exact: {error}")
   if not counts:
     raise ValueError(

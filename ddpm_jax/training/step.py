@@ -79,15 +79,15 @@ def init_state(
   return TrainState(jnp.zeros((), jnp.int32), params, extra, memory, opt_state, train_key)
 
 
-def items_of(state: TrainState) -> dict[str, PyTree]:
+def state_to_items(state: TrainState) -> dict[str, PyTree]:
   """Return a state as a checkpoint keeps it: what only training needs is apart, so that sampling does not read it."""
   rest, averages = ema.split(state.opt_state)
   own = {"step": state.step, "extra": state.extra, "memory": state.memory, "opt_state": rest, "key": state.key}
   return {"params": state.params, "ema": averages, "training": own}
 
 
-def state_of(items: Mapping[str, PyTree]) -> TrainState:
-  """Return the state that `items_of` took apart."""
+def items_to_state(items: Mapping[str, PyTree]) -> TrainState:
+  """Return the state that `state_to_items` took apart."""
   own = dict(items["training"])
   return TrainState(params=items["params"], opt_state=ema.join(own.pop("opt_state"), items["ema"]), **own)
 
@@ -138,7 +138,7 @@ def train_step(
     accumulate: parts into which each device's share is split, one after the other, to save memory. The gradient is that of
       the whole.
     unroll: whether these parts are written out instead of looped over. On a CPU, gradients inside a loop are many times slower.
-    distribute: makes a function of a share's gradients one of the batch's, under `jit`: `parallel.over(mesh)`.
+    distribute: makes a function of a share's gradients one of the batch's, under `jit`: `parallel.shard_gradient(mesh)`.
     axis_name: the mapped axis over which gradients are averaged, under `pmap`; None under `jit`.
 
   Returns:
@@ -177,7 +177,7 @@ def train_step(
   memory = objective.update(jax.random.fold_in(step_key, _UPDATE), state.memory, params, details)
   _check_memory(memory, state.memory)
   metrics = {"loss": loss, "grad_norm": optim.global_norm(grads)} | objective.summarize(details)
-  skipped = optim.skipped(opt_state)
+  skipped = optim.skip_counts(opt_state)
   if skipped is not None:
     metrics["skipped"], metrics["skipped_in_a_row"] = skipped
     memory = jax.tree.map(lambda new, old: jnp.where(skipped[1] == 0, new, old), memory, state.memory)

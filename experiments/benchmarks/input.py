@@ -180,7 +180,7 @@ def main():
       jax.block_until_ready(metrics)
 
     def put(batch):
-      return jax.device_put(batch, parallel.split(mesh))
+      return jax.device_put(batch, parallel.batch_sharding(mesh))
 
     shares = {}
     for name in ("in memory", "packed records", "folder, PNG"):

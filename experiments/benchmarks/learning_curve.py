@@ -300,8 +300,8 @@ def main():
   parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
   args = parser.parse_args()
   # As the command line does; it is PyTorch's too.
-  heap.keep()
-  heap.collect_rarely()
+  heap.keep_freed_memory()
+  heap.raise_gc_threshold()
   device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
   changes = {"model__network__dtype": "bfloat16"} if device == "cuda" else {}
   if args.data:

@@ -78,7 +78,7 @@ def main():
   parser.add_argument("--compile", action="store_true", help="PyTorch compiled too, on a CPU")
   args = parser.parse_args()
   # As the command line does; on a CPU it is PyTorch's too.
-  heap.keep()
+  heap.keep_freed_memory()
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
   made = pair.make(args.model)

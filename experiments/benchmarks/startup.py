@@ -54,7 +54,7 @@ def first_step(config, folder, cache):
 
 def compile_here(config):
   """Prints seconds of tracing, lowering and compiling as JSON; for a process of its own."""
-  heap.collect_rarely()  # as the command line does
+  heap.raise_gc_threshold()  # as the command line does
   import jax
 
   experiment = load(config)

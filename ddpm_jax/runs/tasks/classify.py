@@ -10,7 +10,7 @@ import numpy as np
 from ddpm_jax import data, randomness
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.devices.progress import say
+from ddpm_jax.devices.progress import print_line
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.models import Condition, conditions
 from ddpm_jax.models.guided import Parameters
@@ -115,11 +115,11 @@ class Judge:
     del variants
     start, run = time.perf_counter(), self._run
     if run.held_out is None:
-      say("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
+      print_line("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
       return
     count, process = run.experiment.evaluation.num_samples, run.experiment.model.process
     times = noise_levels(process)
-    say(f"classifying {count:,} held-out images at {len(times)} noise levels by the {weights.name} weights ...")
+    print_line(f"classifying {count:,} held-out images at {len(times)} noise levels by the {weights.name} weights ...")
     log_probs, classes = _classify(run.experiment, run.mesh, run.held_out, weights, times, seed)
     levels = [
       {"log_snr": round(float(process.log_snr(t)), 6), "t": float(t)} | evaluate.classification_scores(part, classes)
@@ -134,7 +134,7 @@ class Judge:
     report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     if parallel.is_main():
       scores.write(run.folder, report, time.perf_counter() - start)
-      say(f"\n{evaluate.format_classification(levels, chance)}\n\nscores       {scores.path_of(run.folder)}")
+      print_line(f"\n{evaluate.format_classification(levels, chance)}\n\nscores       {scores.path_of(run.folder)}")
 
 
 def noise_levels(process: Process) -> np.ndarray:
@@ -153,7 +153,7 @@ def _classify(
   """
   model, count = experiment.model, experiment.evaluation.num_samples
   chosen = np.random.default_rng(0).permutation(len(held_out))[:count]
-  split, whole = parallel.split(mesh), parallel.replicated(mesh)
+  split, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
 
   def classify(parameters, seed, first, x_0, level, t):
     keys = jax.random.fold_in(jax.random.key(seed), 2)
