@@ -9,7 +9,7 @@ import time
 
 from tests import forked
 from tests.conftest import CACHE, ROOT
-from tests.flags import COMPILE_SOON, PATIENT
+from tests.flags import FAST_COMPILE, LONG_TIMEOUTS
 
 RECIPE = "--config=tests/recipes.py"
 # The same of a network that compiles at once.
@@ -17,18 +17,18 @@ DENSE = "--config=tests/dense_config.py"
 NOWHERE = "/proc/nowhere"
 
 
-def surroundings(devices):
+def environment_for(devices):
   """Return the environment of a command on so many simulated devices."""
-  flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_SOON} {PATIENT}"
+  flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE} {LONG_TIMEOUTS}"
   return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
 
 
-def program(*arguments):
+def run_process(*arguments):
   """Run `python -m ddpm_jax.main` and return its code and its output. It imports everything: a test that needs less takes `call`."""
   command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": forked.PATIENCE}
   # XLA cannot dump there, and logs an error for each program.
-  environment = surroundings(1)
+  environment = environment_for(1)
   environment["XLA_FLAGS"] += f" --xla_dump_to={NOWHERE}"
   del environment["TF_CPP_MIN_LOG_LEVEL"]  # which JAX sets in this process
   result = subprocess.run(command, cwd=ROOT, env=environment, check=False, **options)
@@ -37,13 +37,13 @@ def program(*arguments):
 
 def start(*arguments, devices=1, **environment):
   """Start a command in a process of its own."""
-  return forked.Command([*map(str, arguments)], surroundings(devices) | environment)
+  return forked.Command([*map(str, arguments)], environment_for(devices) | environment)
 
 
 @functools.cache
 def _server(devices, dense, environment):
   # One that has run DENSE keeps its network.
-  return forked.Server(surroundings(devices) | dict(environment))
+  return forked.Server(environment_for(devices) | dict(environment))
 
 
 def call(*arguments, devices=1, **environment):

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from ddpm_jax.devices import heap
-from tests.flags import COMPILE_SOON, PATIENT
+from tests.flags import FAST_COMPILE, LONG_TIMEOUTS
 
 # Before JAX starts. Most tests use the first device only. They compile hundreds of small programs and run each briefly.
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILE_SOON} {PATIENT}")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST_COMPILE} {LONG_TIMEOUTS}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Before PyTorch and scikit-learn start: there are as many workers as cores, and threads that wait for each other spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

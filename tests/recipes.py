@@ -45,7 +45,7 @@ def set_keys(config: ConfigDict, **keys) -> ConfigDict:
 
 def tree_of(config: ConfigDict) -> configs.Tree:
   """Return the whole tree of a config, as the command line makes it."""
-  return configs.of_config(config)
+  return configs.to_tree(config)
 
 
 def experiment_of(config: ConfigDict) -> configs.Experiment:
@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
   return tiny_config()
 
 
-def dying(path, step):
+def kill_environment(path, step):
   """Return the environment in which a run of `get_config` kills itself: when it logs this step, once a path exists."""
   return {"DIE_AFTER_STEP": str(step), "DIE_ONCE_EXISTS": str(path)}
 
@@ -78,7 +78,7 @@ def _die(step, path):
   own, records.MetricLog.scalars = records.MetricLog.scalars, scalars
 
 
-def saved_items(folder):
+def newest_state(folder):
   """Every leaf of a run's newest checkpoint, keys as numbers, whole on one device."""
   import jax
 
@@ -86,7 +86,7 @@ def saved_items(folder):
   from ddpm_jax.devices import parallel
   from ddpm_jax.runs import frozen, model
 
-  experiment, mesh = configs.build(configs.of_run(folder)), parallel.make_mesh(devices=jax.devices()[:1])
+  experiment, mesh = configs.build(configs.read_run(folder)), parallel.make_mesh(devices=jax.devices()[:1])
   _, template = model.make_state(experiment, mesh, frozen.shapes(experiment, mesh))
   checkpoints = model.open_checkpoints(experiment, folder)
   try:

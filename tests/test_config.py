@@ -87,16 +87,16 @@ def test_flags_that_are_no_numbers_are_refused(flag, expected, tmp_path):
 
 
 def test_the_config_of_a_run_needs_one(tmp_path):
-  assert configs.saved(tmp_path) is None
+  assert configs.find_run(tmp_path) is None
   with pytest.raises(ValueError, match="holds no run"):
-    configs.of_run(tmp_path)
+    configs.read_run(tmp_path)
   with pytest.raises(ValueError, match="a config of type dict"):
-    configs.of_config({})
+    configs.to_tree({})
   with pytest.raises(ValueError, match="'a' as a config key"):
-    configs.of_config(ConfigDict({"a": 1}))
+    configs.to_tree(ConfigDict({"a": 1}))
   config = tiny_config()
   before = config.to_dict()
-  configs.of_config(config).values["seed"] = 3
+  configs.to_tree(config).values["seed"] = 3
   assert config.to_dict() == before
 
 
@@ -250,7 +250,7 @@ def test_a_saved_config_is_checked_and_named(tmp_path):
       )
     workdir.write_config(tmp_path, tree)
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}|{message}.*config.json"):
-      configs.of_run(tmp_path)
+      configs.read_run(tmp_path)
 
 
 def test_a_config_comes_back_from_a_run(tmp_path):
@@ -265,13 +265,13 @@ def test_a_config_comes_back_from_a_run(tmp_path):
   assert tree.values["sampler"]["sampler"]["s_max"] == math.inf
   configs.write(tmp_path, tree)
   assert f'"init_from": "{tmp_path}' not in (tmp_path / "config.json").read_text()
-  assert configs.of_run(tmp_path).values == tree.values
+  assert configs.read_run(tmp_path).values == tree.values
   for path in trees.leaves(tree.values):
-    assert configs.of_run(tmp_path).role(path) == tree.role(path)
+    assert configs.read_run(tmp_path).role(path) == tree.role(path)
   # The folder may move.
   moved = tmp_path.parent / "moved"
   tmp_path.rename(moved)
-  assert configs.of_run(moved).values["init_from"] == f"{moved}/start"
+  assert configs.read_run(moved).values["init_from"] == f"{moved}/start"
 
 
 ROLES = {
@@ -301,7 +301,7 @@ def test_each_key_is_for_what_its_section_or_itself_says(key):
 
 def test_every_value_has_a_role():
   assert {TREE.role(path) for path in trees.leaves(TREE.values)} <= set(components.ROLES)
-  assert TREE.of_roles(*components.ROLES) == trees.leaves(TREE.values)
+  assert TREE.with_roles(*components.ROLES) == trees.leaves(TREE.values)
 
 
 @pytest.fixture
@@ -378,9 +378,9 @@ def test_a_run_without_a_checkpoint_starts_anew_with_any_config(tmp_path):
 
 def test_values_and_components_are_changed_by_their_names():
   tree = tree_of(tiny_config())
-  assert configs.changed(tree, "seed", 3).at("seed") == 3
+  assert configs.replace(tree, "seed", 3).at("seed") == 3
   assert tree.at("seed") == 0
-  other = configs.changed(tree, "sampler", "heun(s_churn=40)")
+  other = configs.replace(tree, "sampler", "heun(s_churn=40)")
   assert other.at("sampler") == {
     "component": "sampling.heun",
     "s_churn": 40.0,
@@ -388,18 +388,18 @@ def test_values_and_components_are_changed_by_their_names():
     "s_max": math.inf,
     "s_noise": 1.0,
   }
-  assert configs.changed(other, "sampler.s_churn", 3).at("sampler.s_churn") == 3.0
+  assert configs.replace(other, "sampler.s_churn", 3).at("sampler.s_churn") == 3.0
   with pytest.raises(ValueError, match="Got 'sampler.eta' as a config key of sampling.heun"):
-    configs.changed(other, "sampler.eta", 3)
+    configs.replace(other, "sampler.eta", 3)
   with pytest.raises(ValueError, match="Got config.seed='x'"):
-    configs.changed(tree, "seed", "x")
+    configs.replace(tree, "seed", "x")
   experiment = configs.build(tree)
-  changed = experiment.changed(sampling__num_steps=3, sampler="heun")
+  changed = experiment.replace(sampling__num_steps=3, sampler="heun")
   assert (len(changed.times), changed.sampler_name) == (4, "heun")
   # What is already there stays: its parameters fit it.
   assert changed.model is experiment.model
   with pytest.raises(ValueError, match="Got config.sampling.num_steps=0"):
-    experiment.changed(sampling__num_steps=0)
+    experiment.replace(sampling__num_steps=0)
 
 
 def test_what_must_be_given_may_come_later_but_must_come():
@@ -411,7 +411,7 @@ def test_what_must_be_given_may_come_later_but_must_come():
   ):
     configs.build(tree)
   assert (
-    configs.build(configs.changed(tree, "model.conditions.classes.number", 3)).model.conditions["classes"].num_values
+    configs.build(configs.replace(tree, "model.conditions.classes.number", 3)).model.conditions["classes"].num_values
     == 3
   )
 
@@ -423,7 +423,7 @@ def test_every_place_names_its_components_and_its_example_is_one(key):
   if ":" in name:
     return
   assert name in slots.names(slot)
-  tree = configs.changed(TREE, key, slot.example)
+  tree = configs.replace(TREE, key, slot.example)
   assert tree.at(key)[components.KEY] == f"{slot.home}.{name}"
 
 
@@ -495,4 +495,4 @@ def test_a_key_needs_a_config(tmp_path):
 def test_names_of_conditions_are_words_and_no_negatives():
   for name, message in (("negative_hue", "begins with 'negative_'"), ("2d", "expected a word")):
     with pytest.raises(ValueError, match=message):
-      configs.changed(tree_of(tiny_config()), "model.conditions", {name: "classes(number=2)"})
+      configs.replace(tree_of(tiny_config()), "model.conditions", {name: "classes(number=2)"})

@@ -129,7 +129,7 @@ UNKNOWN = [
 def test_what_does_not_fit_a_place_is_refused(key, name, message):
   for value in (name, {"component": name}):
     with pytest.raises(ValueError, match=message):
-      configs.changed(TREE, key, value)
+      configs.replace(TREE, key, value)
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,9 @@ def test_the_order_of_conditions_does_not_depend_on_who_wrote_them(tmp_path):
   """Networks join those of one kind in their order, which a run's file would change."""
   config = configs.default_config()
   config.model.conditions = {"z": spec("conditions.vector", size=2), "b": spec("conditions.vector", size=3)}
-  tree = configs.changed(tree_of(config), "model.conditions.a", "vector(size=4)")
+  tree = configs.replace(tree_of(config), "model.conditions.a", "vector(size=4)")
   configs.write(tmp_path, tree)
-  for one in (tree, configs.of_run(tmp_path)):
+  for one in (tree, configs.read_run(tmp_path)):
     assert list(one.values["model"]["conditions"]) == ["a", "b", "z"]
 
 

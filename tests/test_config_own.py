@@ -144,8 +144,8 @@ def test_every_place_takes_a_user_s_own(own):
   assert made.model.prediction is predictions.EPS
   np.testing.assert_allclose(made.times, np.linspace(1, 0, 5) ** 3)
   assert tree.short_name("sampler") == "sampler"
-  assert tree.is_own("sampler")
-  assert not TREE.is_own("sampler")
+  assert tree.is_custom("sampler")
+  assert not TREE.is_custom("sampler")
   assert made.guidance(denoise=lambda x_t, t: x_t)(2, 0) == 4
   fit = data.Fit((8, 8), 1)
   assert made.data.source(fit).train == (fit, "there", {"other": 3})
@@ -318,7 +318,7 @@ def test_a_run_keeps_a_copy_of_a_component_file(own, run_of_own):
   assert (copy.name, copy.read_text()) == ("own.py", OWN)
   shutil.rmtree(own.parent)
   forget()
-  tree = configs.of_run(run_of_own)
+  tree = configs.read_run(run_of_own)
   assert tree.at("objective.weighting.power") == 3.0
   configs.build(tree)
   # Another run that goes on from this one's config keeps it too.
@@ -327,10 +327,10 @@ def test_a_run_keeps_a_copy_of_a_component_file(own, run_of_own):
 
 
 def test_a_run_goes_on_with_what_a_component_file_held(own, run_of_own):
-  before = configs.of_run(run_of_own)
+  before = configs.read_run(run_of_own)
   own.write_text(OWN.replace("log_snr**power", "power + 0 * log_snr"))
   forget()
-  tree = configs.of_run(run_of_own)
+  tree = configs.read_run(run_of_own)
   assert tree.at("objective.weighting") == before.at("objective.weighting")
   slot = tree.places["objective.weighting"].slot
   assert components.find(tree.at("objective.weighting"), slot, "", run_of_own).itself(3.0)(3.0) == 27
@@ -340,7 +340,7 @@ def test_a_run_goes_on_with_what_a_component_file_held(own, run_of_own):
   with pytest.raises(
     ValueError, match="another config:\n  objective.weighting.sha256: [0-9a-f]{64} in the folder, [0-9a-f]{64} now\nUse"
   ):
-    configs.check_same_run(run_of_own, configs.of_config(config, run_of_own))
+    configs.check_same_run(run_of_own, configs.to_tree(config, run_of_own))
 
 
 def test_a_component_file_that_moved_is_the_same(own, run_of_own, tmp_path):
@@ -349,7 +349,7 @@ def test_a_component_file_that_moved_is_the_same(own, run_of_own, tmp_path):
   shutil.move(own, moved)
   config = tiny_config()
   config.objective.weighting = spec(f"{moved}:made_weighting", power=3.0)
-  configs.check_same_run(run_of_own, configs.of_config(config, run_of_own))
+  configs.check_same_run(run_of_own, configs.to_tree(config, run_of_own))
 
 
 def test_a_changed_file_without_a_copy_is_refused(own, run_of_own):
@@ -360,10 +360,10 @@ def test_a_changed_file_without_a_copy_is_refused(own, run_of_own):
     ValueError,
     match=r"config\.json.*own.py has changed since the run began with it; restore the file, or start a new run",
   ):
-    configs.of_run(run_of_own)
+    configs.read_run(run_of_own)
   own.unlink()
   with pytest.raises(ValueError, match=r"config\.json.*a file that does not exist"):
-    configs.of_run(run_of_own)
+    configs.read_run(run_of_own)
 
 
 def test_a_damaged_copy_is_not_taken_for_the_file(own, run_of_own):
@@ -372,13 +372,13 @@ def test_a_damaged_copy_is_not_taken_for_the_file(own, run_of_own):
   own.unlink()
   forget()
   with pytest.raises(ValueError, match="a file that does not exist"):
-    configs.of_run(run_of_own)
+    configs.read_run(run_of_own)
 
 
 def test_what_a_process_has_read_stays_while_its_file_changes(own, tmp_path):
   tree = with_keys({"model.process": f"{own}:process"})
   own.write_text("1 / 0\n")
-  configs.build(tree).changed(seed=3)
+  configs.build(tree).replace(seed=3)
   configs.write(tmp_path, tree)
   (copy,) = (tmp_path / "components").rglob("*.py")
   assert copy.read_text() == OWN
@@ -412,4 +412,4 @@ def test_sections_of_a_component_of_any_arguments_are_for_what_it_is_for(own, tm
   tree = tree_of(config)
   configs.write(tmp_path, tree)
   assert json.loads((tmp_path / "config.json").read_text())["data"]["source"]["other"] == {"a": {"b": 1}}
-  assert tree.of_roles("run")["data.source.other.a.b"] == 1
+  assert tree.with_roles("run")["data.source.other.a.b"] == 1

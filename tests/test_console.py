@@ -29,7 +29,7 @@ with console.printing():
 
 def run(script, *, stdout=subprocess.PIPE, **environment):
   options = {"stdout": stdout, "stderr": subprocess.PIPE, "timeout": PATIENCE, "check": False, "cwd": ROOT}
-  return subprocess.run([sys.executable, "-c", script], env=commands.surroundings(1) | environment, **options)
+  return subprocess.run([sys.executable, "-c", script], env=commands.environment_for(1) | environment, **options)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_any_text_goes_to_any_stream(encoding, first, second):
 def test_streams_that_are_closed_or_full_take_all(streams, tmp_path):
   script = f"{PRINTS}\nopen({str(tmp_path / 'done')!r}, 'w')"
   command = f"exec {shlex.join([sys.executable, '-c', script])} {streams}"
-  assert subprocess.run(command, shell=True, env=commands.surroundings(1), cwd=ROOT, check=False).returncode == 0
+  assert subprocess.run(command, shell=True, env=commands.environment_for(1), cwd=ROOT, check=False).returncode == 0
   assert (tmp_path / "done").exists()
 
 
 def read_one_line(command):
   """Return the first line of a command, its exit code once nobody reads on, and what it complains about."""
   options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
-  options["env"] = commands.surroundings(1) | {"PYTHONUNBUFFERED": ""}
+  options["env"] = commands.environment_for(1) | {"PYTHONUNBUFFERED": ""}
   with subprocess.Popen([sys.executable, *command], **options) as process:
     line = process.stdout.readline()
     process.stdout.close()
@@ -100,7 +100,7 @@ def test_the_command_line_ends_quietly_where_nobody_reads_on(tmp_path):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     cwd=ROOT,
-    env=commands.surroundings(1),
+    env=commands.environment_for(1),
   )
   process.stdout.close()
   with process:
@@ -114,7 +114,7 @@ def test_an_evaluation_is_written_and_shown_on_a_terminal_of_ascii(tmp_path, den
   arguments = [commands.DENSE, "--mode=eval", f"--workdir={tmp_path}", "--config.evaluation.report=true"]
   arguments += ["--config.evaluation.likelihood=('continuous',)", "--config.evaluation.likelihood_images=6"]
   command = [sys.executable, "-m", "ddpm_jax.main", *arguments]
-  environment = commands.surroundings(1) | {"PYTHONIOENCODING": "ascii"}
+  environment = commands.environment_for(1) | {"PYTHONIOENCODING": "ascii"}
   result = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False, cwd=ROOT, env=environment)
   assert result.returncode == 0, result.stderr
   assert b" +- " in result.stdout

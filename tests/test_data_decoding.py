@@ -8,7 +8,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.data.decoding import decode
-from tests.pictures import write_bomb, random_pixels, write_png
+from tests.pictures import random_pixels, write_bomb, write_png
 
 LEVELS = np.arange(256).reshape(16, 16)
 

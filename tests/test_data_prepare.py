@@ -239,7 +239,7 @@ def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
     reading.run_prepare(folder, tmp_path / "packed")
   assert [path.name for path in tmp_path.iterdir()] == ["images"]
   capsys.readouterr()
-  reading.run_prepare(folder.changed(data__broken="skip"), tmp_path / "packed")
+  reading.run_prepare(folder.replace(data__broken="skip"), tmp_path / "packed")
   printed = capsys.readouterr().out
   assert printed.count("cat/1.jpg") == printed.count("dog/0.png") == 1
   assert list(data.PackedSource(tmp_path / "packed").classes) == [0, 0, 1, 1]

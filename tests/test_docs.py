@@ -103,7 +103,7 @@ def test_every_command_has_flags_and_keys_that_there_are(path, beside):
     short = {"sampler": None, "num_steps": None} if found.mode == "eval" else {}
     tree = config.read(recipe if known else "digits_cond", flags.keys(found, **short))
     for change in changes:
-      config.build(tree).changed(**change)
+      config.build(tree).replace(**change)
 
 
 def known_keys():
@@ -114,7 +114,7 @@ def known_keys():
     known |= {*tree.places, *trees.leaves(tree.values)}
     for place, one in tree.places.items():
       for name in slots.names(one.slot) if one.slot is not None and place != "model.conditions" else ():
-        known |= {*config.changed(tree, place, name).places}
+        known |= {*config.replace(tree, place, name).places}
   return known | {"parallel", "sampling", "evaluation", "editing", "training"}
 
 
@@ -206,14 +206,14 @@ def test_keys_may_change_as_the_page_of_configs_says(beside, tmp_path, monkeypat
     ("data.num_threads", 1, "speed"),
     ("model.network.remat", "blocks", "speed"),
   ):
-    other = config.changed(tree, key, value)
+    other = config.replace(tree, key, value)
     assert other.role(key) == role
     if role in ("model", "run"):
       with pytest.raises(ValueError, match=re.escape(f"{key}: ")):
         config.check_same_run(folder, other)
     else:
       config.check_same_run(folder, other)
-  falling = config.changed(tree, "optimizer.schedule", "cosine")
+  falling = config.replace(tree, "optimizer.schedule", "cosine")
   config.write(tmp_path / "falling", falling)
   with pytest.raises(ValueError, match="training.steps: 2000 in the folder, 7 now"):
-    config.check_same_run(tmp_path / "falling", config.changed(falling, "training.steps", 7))
+    config.check_same_run(tmp_path / "falling", config.replace(falling, "training.steps", 7))

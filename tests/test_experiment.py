@@ -82,9 +82,9 @@ def test_the_tiny_config_is_sound():
 
 def test_a_change_makes_a_model_anew_only_if_it_is_one_of_the_model():
   experiment = experiment_of(tiny_config())
-  assert experiment.changed(sampling__num_steps=3).model is experiment.model
-  assert experiment.changed(data__image_size=(8, 16)).model.shape == (8, 16, 1)
-  assert experiment.changed(model__process="vp").model.process.num_steps is None
+  assert experiment.replace(sampling__num_steps=3).model is experiment.model
+  assert experiment.replace(data__image_size=(8, 16)).model.shape == (8, 16, 1)
+  assert experiment.replace(model__process="vp").model.process.num_steps is None
 
 
 def test_data_with_more_classes_than_the_network_is_an_error():

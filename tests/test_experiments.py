@@ -17,7 +17,7 @@ from PIL import Image
 
 from ddpm_jax import data, sampling
 from tests.conftest import CACHE, ROOT
-from tests.flags import COMPILE_SOON
+from tests.flags import FAST_COMPILE
 
 
 def test_the_mixture_script_samples_the_mixture(capsys):
@@ -69,7 +69,7 @@ def test_the_notebook_runs_from_start_to_end():
     "DDPM_JAX_NOTEBOOK_STEPS": "30",
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": COMPILE_SOON,
+    "XLA_FLAGS": FAST_COMPILE,
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
   }
   source = (ROOT / "experiments" / "colab_quickstart.ipynb").read_text()

@@ -193,9 +193,9 @@ def test_the_networks_of_three_libraries_are_trained(page):
 
 @pytest.mark.parametrize("file", ["my_linen.py", "my_nnx.py", "my_equinox.py"])
 def test_the_networks_have_the_channels_of_a_learned_variance(page, file):
-  tree = config.changed(tree_of(tiny_config()), "model.prediction", "learned_range(prediction=V)")
+  tree = config.replace(tree_of(tiny_config()), "model.prediction", "learned_range(prediction=V)")
   (name,) = re.findall(r"class (\w+)", (page.folder / file).read_text())
-  model = config.build(config.changed(tree, "model.network", f"{file}:{name}(width=16, depth=1)")).model
+  model = config.build(config.replace(tree, "model.network", f"{file}:{name}(width=16, depth=1)")).model
   assert model.output_channels() == 2
 
 
@@ -314,7 +314,7 @@ def test_a_file_and_an_export_add_a_component_to_the_package(page, component, mo
   monkeypatch.setattr(module, name, made, raising=False)
   if hasattr(module, "__all__"):
     monkeypatch.setattr(module, "__all__", [*module.__all__, name])
-  changed = config.changed(tree, place, name)
+  changed = config.replace(tree, place, name)
   assert changed.at(place)["component"] == f"{home}.{name}"
   config.build(changed)
   slot = changed.places[place].slot

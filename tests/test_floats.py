@@ -168,7 +168,7 @@ def test_a_run_under_the_strict_settings(tmp_path):
     "--config.evaluation.classifier_steps=2",
     f"--config.evaluation.likelihood={likelihoods}",
     "--config.evaluation.likelihood_images=2",
-    "--config.evaluation.bound_draws=4",
+    "--config.evaluation.bound_steps=4",
     "--config.evaluation.likelihood_tolerance=0.1",
     "--config.sampler=unipc",
   )

@@ -15,14 +15,14 @@ from PIL import Image
 from ddpm_jax.storage import workdir
 from tests import commands
 from tests.commands import DENSE, RECIPE, assert_refused, call, start
-from tests.recipes import dying, saved_items
+from tests.recipes import kill_environment, newest_state
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """A finished run of the tiny recipe, and what it printed."""
   folder = tmp_path_factory.mktemp("run")
-  code, output = commands.program(RECIPE, f"--workdir={folder}", "--config.evaluation.report=true")
+  code, output = commands.run_process(RECIPE, f"--workdir={folder}", "--config.evaluation.report=true")
   assert code == 0, output
   return folder, output
 
@@ -137,7 +137,7 @@ def test_importance_sampling_of_times(tmp_path, dense):
     code, output = call(DENSE, f"--workdir={folder}", *options, f"--config.training.steps={steps}")
     assert code == 0, output
   assert "resuming from the checkpoint of step 12" in output
-  states = [saved_items(folder) for folder in folders]
+  states = [newest_state(folder) for folder in folders]
   # Every step has the losses that it is drawn by.
   np.testing.assert_array_equal(states[0].memory.counts, [2, 2, 2, 2])
   assert np.all(states[0].memory.history > 0)
@@ -154,7 +154,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, dense):
     "--config.training.sample_every=1000",
   ]
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  process = start(DENSE, f"--workdir={broken}", *options, **dying(broken / "checkpoints" / "8", step=15))
+  process = start(DENSE, f"--workdir={broken}", *options, **kill_environment(broken / "checkpoints" / "8", step=15))
   code, output = process.finish()
   assert code == -signal.SIGKILL, output
   assert not (broken / "eval.json").exists()
@@ -163,7 +163,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, dense):
   assert "resuming from the checkpoint of step" in output
   code, output = call(DENSE, f"--workdir={whole}", *options)
   assert code == 0, output
-  for a, b in zip(*(jax.tree.leaves(saved_items(folder)) for folder in (whole, broken)), strict=True):
+  for a, b in zip(*(jax.tree.leaves(newest_state(folder)) for folder in (whole, broken)), strict=True):
     np.testing.assert_array_equal(a, b)
 
   def metrics(folder):
@@ -436,7 +436,7 @@ def test_a_worker_that_is_killed_ends_the_run_which_goes_on_exactly(tmp_path, de
   for folder in (broken, whole):
     code, output = call(DENSE, f"--workdir={folder}", *every, f"--config.training.steps={step + 5}")
     assert code == 0, output
-  for a, b in zip(*(jax.tree.leaves(saved_items(folder)) for folder in (whole, broken)), strict=True):
+  for a, b in zip(*(jax.tree.leaves(newest_state(folder)) for folder in (whole, broken)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import data, guidance, models, predictions, processes, sampling, schedules
-from ddpm_jax.models import Codec, Condition, SamplingDefaults, Model, Network, codecs, conditions
+from ddpm_jax.models import Codec, Condition, Model, Network, SamplingDefaults, codecs, conditions
 
 PROCESS = processes.discrete(schedules.linear(20))
 CLASSES = conditions.classes("classes", 3, dropout=0.25)

@@ -14,7 +14,7 @@ from ddpm_jax.devices import parallel
 from ddpm_jax.runs import frozen, scoring, stepping
 from tests import user_components
 from tests.conftest import ROOT
-from tests.recipes import saved_items, tiny_config, tree_of
+from tests.recipes import newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
@@ -40,7 +40,7 @@ def tree_with(path, name, **training):
   if name == "condition":
     # `dense_network` is given no vectors.
     config.model.network = f"{path}:Linen"
-  return configs.changed(tree_of(config), key, f"{path}:{text}" if "/" in str(path) else text)
+  return configs.replace(tree_of(config), key, f"{path}:{text}" if "/" in str(path) else text)
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_a_run_goes_on_and_is_loaded_without_the_file(name, tmp_path, unscored):
   runs.run_train(tree_with(path, name, steps=4), tmp_path / "unbroken")
   path.unlink()
   # From the run's own config.
-  tree = configs.changed(configs.of_run(tmp_path / "whole"), "training.steps", 4)
+  tree = configs.replace(configs.read_run(tmp_path / "whole"), "training.steps", 4)
   runs.run_train(tree, tmp_path / "whole")
-  found, expected = (saved_items(tmp_path / folder) for folder in ("whole", "unbroken"))
+  found, expected = (newest_state(tmp_path / folder) for folder in ("whole", "unbroken"))
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_array_equal(one, other)
   model, params, frozen = ddpm_jax.load(tmp_path / "whole")
@@ -93,7 +93,7 @@ def test_a_file_that_changed_is_refused_and_the_copy_serves(tmp_path, unscored):
   path.write_text(path.read_text().replace("gamma * jnp.exp", "2 * gamma * jnp.exp"))
   with pytest.raises(ValueError, match=r"holds a run of another config:\n +objective.weighting.sha256"):
     runs.run_train(tree_with(path, "weighting", steps=4), tmp_path / "run")
-  tree = configs.of_run(tmp_path / "run")
+  tree = configs.read_run(tmp_path / "run")
   weigh = configs.build(tree)
   assert weigh.tree.values["objective"]["weighting"]["sha256"] == tree.values["objective"]["weighting"]["sha256"]
   (kept,) = (tmp_path / "run" / "components").rglob("*.py")
@@ -106,7 +106,7 @@ def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypa
   runs.run_train(tree_with(path, "codec"), tmp_path / "run")
   for step in (tmp_path / "run" / "checkpoints").iterdir():
     assert not list(step.rglob("*gain*"))
-  tree = configs.changed(configs.of_run(tmp_path / "run"), "training.steps", 4)
+  tree = configs.replace(configs.read_run(tmp_path / "run"), "training.steps", 4)
   experiment = configs.build(tree)
   other = experiment.model._replace(codec=experiment.model.codec._replace(load=lambda: {"gain": np.float32(0.8)}))
   monkeypatch.setattr(configs, "build", lambda *_: experiment._replace(model=other))
@@ -126,9 +126,9 @@ def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
   tree = (
     tree_with(path, "codec")
     if not size
-    else configs.changed(tree_with(path, "sampler"), "model.codec", f"{path}:patches(factor=1)")
+    else configs.replace(tree_with(path, "sampler"), "model.codec", f"{path}:patches(factor=1)")
   )
-  tree = configs.changed(tree, "sampler", "ddim")
+  tree = configs.replace(tree, "sampler", "ddim")
   runs.run_train(tree, tmp_path / "run")
   np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
   Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "mask.png")
@@ -148,7 +148,7 @@ def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
   with pytest.raises(
     ValueError, match=r"evaluation.likelihood for a model of .* by a codec; expected a model of pixels"
   ):
-    runs.run_eval(experiment.changed(evaluation__likelihood=("ode",)), tmp_path / "run", seed=0, choice=runs.Choice())
+    runs.run_eval(experiment.replace(evaluation__likelihood=("ode",)), tmp_path / "run", seed=0, choice=runs.Choice())
 
 
 def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
@@ -176,7 +176,7 @@ def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_pat
   path, teacher = tmp_path / "mine.py", tmp_path / "teacher"
   shutil.copy(user_components.__file__, path)
   runs.run_train(tree_with(path, "weighting"), teacher)
-  tree = configs.changed(tree_with(path, "condition"), "objective", f"{path}:loss")
+  tree = configs.replace(tree_with(path, "condition"), "objective", f"{path}:loss")
   experiment, reads = configs.build(tree), []
 
   def load():
@@ -213,7 +213,7 @@ def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
 def test_an_image_that_joins_x_has_its_space(tmp_path):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
-  tree = configs.changed(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
+  tree = configs.replace(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
   with pytest.raises(ValueError, match=r"condition 'low', an image of shape \(8, 8, 1\), for x of shape \(2, 2, 16\)"):
     configs.build(tree)
 

@@ -43,7 +43,7 @@ def initial(experiment):
 
 
 def compiled_step(config, mesh, accumulate=1):
-  experiment = experiment_of(config).changed(training__accumulate=accumulate)
+  experiment = experiment_of(config).replace(training__accumulate=accumulate)
   shapes = jax.eval_shape(lambda: initial(experiment))
   template = parallel.abstract(shapes, parallel.state_shardings(mesh, shapes))
   batch = stepping.batch_shapes(experiment, BATCH)

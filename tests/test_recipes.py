@@ -6,7 +6,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ddpm_jax.config import of_config, recipes
+from ddpm_jax.config import recipes, to_tree
 from tests.commands import assert_refused, call, start
 
 HEAD = "from ml_collections import ConfigDict, FrozenConfigDict\n"
@@ -133,7 +133,7 @@ def test_a_file_may_use_dataclasses_and_numpy_s_numbers(tmp_path):
     "  config.model.process = spec('processes.discrete', betas=betas)\n  return config\n"
   )
   config = recipes.read(str(tmp_path / "mine.py"))
-  tree = of_config(config)
+  tree = to_tree(config)
   held = json.loads(json.dumps(tree.values))
   assert held["model"]["network"]["multipliers"] == [1, 2]
   assert held["model"]["process"]["betas"] == [0.25, 0.5]

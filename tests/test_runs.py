@@ -19,7 +19,7 @@ from ddpm_jax.storage import checkpoint, files, records, workdir
 from ddpm_jax.training import ema
 from tests.forked import PATIENCE
 from tests.parameters import one_device, write_run
-from tests.recipes import experiment_of, saved_items, tiny_config, tree_of
+from tests.recipes import experiment_of, newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
@@ -62,7 +62,7 @@ def copy(finished, tmp_path):
 def sampled(folder, **choice):
   """What the chosen weights draw."""
   before = set((folder / "samples").glob("*.npz"))
-  experiment = runs.trained(configs.of_run(folder), folder)
+  experiment = runs.trained(configs.read_run(folder), folder)
   runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=runs.Choice(**choice))
   with np.load((set((folder / "samples").glob("*.npz")) - before).pop()) as file:
     return file["samples"]
@@ -160,7 +160,7 @@ def remove_checkpoints(folder, *steps):
 
 
 def assert_same_ends(folder, other):
-  for a, b in zip(jax.tree.leaves(saved_items(folder)), jax.tree.leaves(saved_items(other)), strict=True):
+  for a, b in zip(jax.tree.leaves(newest_state(folder)), jax.tree.leaves(newest_state(other)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -190,7 +190,7 @@ def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path)
   config.optimizer.update({"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0, "name": "sgd"})
   with pytest.raises(FloatingPointError, match="3 steps in a row"):
     train(config, tmp_path)
-  for leaf in jax.tree.leaves(saved_items(tmp_path)):
+  for leaf in jax.tree.leaves(newest_state(tmp_path)):
     assert np.all(np.isfinite(leaf))
 
 

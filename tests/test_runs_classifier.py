@@ -17,7 +17,7 @@ from ddpm_jax.storage import checkpoint
 from ddpm_jax.training import ema
 from tests.oracles import PROCESSES
 from tests.parameters import one_device
-from tests.recipes import saved_items, set_keys, tiny_config, tree_of
+from tests.recipes import newest_state, set_keys, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
@@ -72,7 +72,7 @@ def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
   (copy / "eval.json").unlink()
   runs.run_train(tree_of(config_of()), copy, resume="must")
   assert checkpoint.Checkpoints.steps(copy / "checkpoints") == [350, 400]
-  for a, b in zip(jax.tree.leaves(saved_items(finished)), jax.tree.leaves(saved_items(copy)), strict=True):
+  for a, b in zip(jax.tree.leaves(newest_state(finished)), jax.tree.leaves(newest_state(copy)), strict=True):
     np.testing.assert_array_equal(a, b)
   lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(50, 401, 50))
@@ -87,7 +87,7 @@ def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilitie
   for a, b in zip(before["by_log_snr"], after["by_log_snr"], strict=True):
     assert a == pytest.approx(b, rel=1e-3)
   # Nearly clean data have nearly no noise.
-  params = ema.ema_params(saved_items(finished).opt_state)
+  params = ema.ema_params(newest_state(finished).opt_state)
   _, held_out = reading.read_data(experiment)
   chosen = np.random.default_rng(0).permutation(100)[:40]
   batch = [held_out[int(index)] for index in chosen]

@@ -68,8 +68,8 @@ def place(tmp_path_factory):
 
 def experiment_of(place, run, keys):
   """Return what a run's config stands for with other values, where `editing__strength=1.0` stands for editing.strength."""
-  experiment = runs.trained(configs.of_run(place / run), place / run)
-  return experiment.changed(**keys)
+  experiment = runs.trained(configs.read_run(place / run), place / run)
+  return experiment.replace(**keys)
 
 
 def edit(place, task, source="two.npz", *, run="gray", mask="", results=1, seed=0, steering=None, scale=None, **keys):
@@ -389,7 +389,7 @@ def test_wrong_folders_of_other_models(place, tmp_path):
     with pytest.raises(ValueError, match=message):
       edit(place, "img2img", steering=steering, **keys)
   with pytest.raises(ValueError, match="which holds no checkpoint; expected the folder of a run"):
-    runs.trained(configs.of_run(place / "gray"), tmp_path)
+    runs.trained(configs.read_run(place / "gray"), tmp_path)
   assert state_of(place) == before
   assert not list(tmp_path.iterdir())
 

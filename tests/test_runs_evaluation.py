@@ -133,7 +133,7 @@ def test_a_garbled_log_keeps_no_run_from_its_report_nor_from_going_on(on_one_dev
 def test_several_samplers_and_steps_give_a_curve(on_one_device, copy):
   experiment = experiment_of(config_of())
   named = (("heun", 2), ("ddim", 2), ("ddim", 4))
-  variants = [experiment.changed(sampler=sampler, sampling__num_steps=steps) for sampler, steps in named]
+  variants = [experiment.replace(sampler=sampler, sampling__num_steps=steps) for sampler, steps in named]
   score(config_of(), copy, variants=variants)
   report = report_of(copy)
   assert [(row["sampler"], row["num_steps"], row["nfe"]) for row in report["curve"]] == [
@@ -217,7 +217,7 @@ def test_features_of_a_classifier_of_the_data_are_called_by_their_name(on_one_de
 
 
 def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
-  config = config_of(every=2, every_samples=20)
+  config = config_of(every=2, interim_samples=20)
   config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
   config.training.best_metric = "eval/coverage"
   train(config, tmp_path)

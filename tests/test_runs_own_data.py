@@ -176,7 +176,7 @@ def test_fit_needs_no_annotation(own):
 )
 def test_wrong_sources_of_ones_own_are_errors(own, component, message):
   def read():
-    tree = configs.changed(configs.of_config(tiny_config()), "data.source", f"{own}/{component}")
+    tree = configs.replace(configs.to_tree(tiny_config()), "data.source", f"{own}/{component}")
     return reading.read_sources(configs.build(tree))
 
   with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from ddpm_jax.storage import checkpoint
 from tests import commands
 from tests.commands import DENSE, RECIPE
 from tests.parameters import use_dense
-from tests.recipes import saved_items
+from tests.recipes import newest_state
 
 STEPS = 10
 OPTIONS = [
@@ -68,7 +68,7 @@ def test_two_processes_give_the_parameters_of_one(config, tmp_path, monkeypatch)
   assert (together / "samples" / "final.png").exists()
   if config == DENSE:
     use_dense(monkeypatch)
-  assert_close(saved_items(together), saved_items(alone))
+  assert_close(newest_state(together), newest_state(alone))
 
 
 # From here on the network is of no interest.
@@ -109,7 +109,7 @@ def test_one_goes_on_with_what_two_saved_and_damage_that_one_sees_makes_both_fal
   assert f"damaged checkpoint was passed over: {damaged / 'checkpoints' / str(newest)}" in outputs[0], outputs
   assert f"resuming from the checkpoint of step {before:,}" in outputs[0]
   use_dense(monkeypatch)
-  assert_close(saved_items(damaged), saved_items(whole))
+  assert_close(newest_state(damaged), newest_state(whole))
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):

@@ -48,7 +48,7 @@ def test_from_training_to_the_report_and_edits(tmp_path, monkeypatch):
   config, folder, choice = config_of(tmp_path / "data.npz", (height, width), channels), tmp_path / "run", runs.Choice()
   runs.run_train(tree_of(config), folder)
   # As it was saved: a list in JSON.
-  tree = configs.of_run(folder)
+  tree = configs.read_run(folder)
   runs.run_train(tree, folder)
   experiment = runs.trained(tree, folder)
   runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=choice)
@@ -74,7 +74,7 @@ def test_from_training_to_the_report_and_edits(tmp_path, monkeypatch):
   ):
     method = {"inpaint": "repaint(resamples=2)", "superres": "posterior(noise_std=0.02, iterations=2)"}.get(task)
     edit = runs.Edit(task, tmp_path / f"{source}.npz", painted)
-    runs.run_edit(experiment.changed(editing__method=method), folder, edit, seed=0, choice=choice)
+    runs.run_edit(experiment.replace(editing__method=method), folder, edit, seed=0, choice=choice)
     found, _ = newest(folder / "edits", task)
     assert found["output"].shape[-3:] == shape
     if task == "inpaint":

@@ -138,7 +138,7 @@ def test_training_starts_from_a_folder_and_goes_on_without_it(tmp_path):
   # What the run is of, is what the folder holds, of which the run has what it needs.
   saved = json.loads((run / "config.json").read_text())
   assert (saved["model"]["component"], saved["model"]["path"]) == ("diffusers.read", "<workdir>/start")
-  built, (model, before) = configs.build(configs.of_run(run)).model, interop.diffusers.load(source)
+  built, (model, before) = configs.build(configs.read_run(run)).model, interop.diffusers.load(source)
   assert built.network.module == model.network.module
   assert built.network.module.channels == 8
   assert built.prediction == model.prediction
@@ -318,15 +318,15 @@ def test_options_that_change_are_seen_where_a_run_goes_on(exported, tmp_path):
   configs.write(tmp_path / "run", starts.keep(tree, tmp_path / "run"))
   config.model.network.update({"dropout": 0.3, "remat": "blocks"})
   found = starts.same_start(tree_of(config), tmp_path / "run").values["model"]
-  saved = configs.of_run(tmp_path / "run")
+  saved = configs.read_run(tmp_path / "run")
   assert found == saved.values["model"] | {"dropout": 0.3, "remat": "blocks"}
-  changed = configs.changed(saved, "model.remat", "blocks")
+  changed = configs.replace(saved, "model.remat", "blocks")
   assert starts.same_start(changed, tmp_path / "run").values == changed.values
 
 
 def test_keys_beside_a_model_from_elsewhere_stay(exported):
-  tree = configs.changed(configs.expand({}), "sampling.num_steps", 5)
-  tree = configs.changed(tree, "sampler", "heun(s_churn=4)")
+  tree = configs.replace(configs.expand({}), "sampling.num_steps", 5)
+  tree = configs.replace(tree, "sampler", "heun(s_churn=4)")
   tree, _ = starts.pretrained(str(exported), tree, recipe=False, keys=("sampling.num_steps", "sampler.s_churn"))
   assert (tree.values["sampling"]["num_steps"], tree.values["sampler"]["s_churn"]) == (5, 4.0)
 

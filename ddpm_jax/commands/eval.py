@@ -42,12 +42,12 @@ def run(given: flags.Flags) -> None:
   starting.start_devices(given)
   tree = flags.tree_of(given, keys)
   if given.guidance_scale is not None:
-    tree = config.changed(tree, runs.steering.scale_key(tree), given.guidance_scale)
+    tree = config.replace(tree, runs.steering.scale_key(tree), given.guidance_scale)
   experiment = runs.trained(tree, folder)
   runs.run_eval(
     experiment,
     folder,
     seed=experiment.seed if given.seed is None else given.seed,
     choice=flags.choice(given),
-    variants=[experiment.changed(**variant) for variant in variants],
+    variants=[experiment.replace(**variant) for variant in variants],
   )

@@ -5,22 +5,22 @@ A recipe starts from `default_config()` and names components by `spec`; `build` 
 
 from ddpm_jax.config.components import spec
 from ddpm_jax.config.experiment import Experiment, build, make
-from ddpm_jax.config.files import check_same_run, of_config, of_run, read, saved, write
-from ddpm_jax.config.tree import Tree, changed, default_config, expand
+from ddpm_jax.config.files import check_same_run, find_run, read, read_run, to_tree, write
+from ddpm_jax.config.tree import Tree, default_config, expand, replace
 
 __all__ = [
   "Experiment",
   "Tree",
   "build",
-  "changed",
   "check_same_run",
   "default_config",
   "expand",
+  "find_run",
   "make",
-  "of_config",
-  "of_run",
   "read",
-  "saved",
+  "read_run",
+  "replace",
   "spec",
+  "to_tree",
   "write",
 ]

@@ -58,7 +58,7 @@ class Experiment(NamedTuple):
     suits = self.model.defaults
     return suits.name if self.tree.values["sampler"] is None and suits else self.tree.short_name("sampler")
 
-  def changed(self, **changes: Any) -> "Experiment":
+  def replace(self, **changes: Any) -> "Experiment":
     """Return the experiment with other values, by their dotted names with __ for each dot; only parts that change make a new model.
 
     Raises:
@@ -66,7 +66,7 @@ class Experiment(NamedTuple):
     """
     tree = self.tree
     for name, value in changes.items():
-      tree = trees.changed(tree, name.replace("__", "."), value)
+      tree = trees.replace(tree, name.replace("__", "."), value)
     # All that a model follows from.
     same = all(tree.at(path) == self.tree.at(path) for path in ("model", "data.image_size", "data.channels"))
     return build(tree, self.model if same else None)

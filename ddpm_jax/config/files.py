@@ -29,15 +29,15 @@ def read(
     ValueError: if the recipe or the run cannot be read, or a key or its value is wrong.
   """
   if recipe is not None:
-    tree = of_config(recipes.read(recipe), folder)
+    tree = to_tree(recipes.read(recipe), folder)
   elif otherwise is not None and (folder is None or workdir.read_config(folder) is None):
     tree = expand(otherwise)
   else:
-    tree = of_run(Path.cwd() if folder is None else folder)
+    tree = read_run(Path.cwd() if folder is None else folder)
   return flags.apply(tree, keys)
 
 
-def of_config(config: Any, folder: Path | None = None) -> Tree:
+def to_tree(config: Any, folder: Path | None = None) -> Tree:
   """Return the whole tree of a recipe's config.
 
   Args:
@@ -65,19 +65,19 @@ def _holds_itself(section: Mapping[str, Any], above: tuple[Any, ...] = ()) -> bo
   return any(any(value is one for one in above) or _holds_itself(value, above) for value in inner)
 
 
-def of_run(folder: Path) -> Tree:
+def read_run(folder: Path) -> Tree:
   """Return the config of the run in a folder.
 
   Raises:
     ValueError: if there is none.
   """
-  found = saved(folder)
+  found = find_run(folder)
   if found is None:
     raise ValueError(f"Got no --config, and {folder} holds no run; expected a recipe, such as --config=digits_vp.")
   return found
 
 
-def saved(folder: Path) -> Tree | None:
+def find_run(folder: Path) -> Tree | None:
   """Return the config of the run in a folder, or None if it holds none.
 
   Raises:
@@ -114,7 +114,7 @@ def check_same_run(folder: Path, tree: Tree) -> None:
   """
   if not workdir.checkpoint_steps(folder):
     return
-  old = saved(folder)
+  old = find_run(folder)
   if old is None:
     raise ValueError(
       f"Got --workdir={folder}, which has checkpoints but no config.json that says what they are; expected both."
@@ -134,7 +134,7 @@ def check_same_run(folder: Path, tree: Tree) -> None:
 
 def _fixed(tree: Tree) -> dict[str, Any]:
   """Return the keys that must stay the same when a run is resumed."""
-  found = tree.of_roles("model", "run")
+  found = tree.with_roles("model", "run")
   optimizer = tree.values["optimizer"]
   if optimizer["schedule"] in ("cosine", "linear") and not optimizer["decay_steps"]:
     # The rate falls until the last step, so another last step means other rates on the way.

@@ -15,7 +15,7 @@ def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
     ValueError: if there is no such key, or its value cannot be read.
   """
   for path in sorted(keys, key=lambda path: path.count(".")):
-    config = tree.changed(config, path, _read(config, path, keys[path]))
+    config = tree.replace(config, path, _read(config, path, keys[path]))
   return config
 
 

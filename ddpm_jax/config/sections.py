@@ -234,14 +234,14 @@ class Evaluation:
   splits: int = count(10)  # of the Inception Score
   likelihood: Sequence[str] = key(())  # some of bound, ode and continuous: bits per dimension of held-out images
   likelihood_images: int = key(0)  # of how many; 0: all
-  bound_draws: int = key(0)  # steps of the bound for each image; 0: all
+  bound_steps: int = key(0)  # steps of the bound for each image; 0: all
   bound_variance: str = key("large")  # of the bound: small, large or learned
   probes: int = key(1)  # of the ODE's trace; 0: exactly, for small images
   probe_noise: str = key("rademacher")  # or gaussian
   likelihood_tolerance: float = key(1e-5, bounds=_POSITIVE)  # of the ODE
   report: bool = key(True)  # write report.html
   every: int = key(0)  # training steps between scores on the way; 0: none
-  every_samples: int = key(0)  # samples for each; 0: num_samples
+  interim_samples: int = key(0)  # samples for each; 0: num_samples
 
 
 @dataclasses.dataclass(frozen=True)

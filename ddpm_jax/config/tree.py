@@ -47,7 +47,7 @@ class Tree(NamedTuple):
       path = path.rpartition(".")[0]
     return self.places[path].role
 
-  def of_roles(self, *roles: str) -> dict[str, Any]:
+  def with_roles(self, *roles: str) -> dict[str, Any]:
     """Return the keys that are for one of some roles, by their dotted names.
 
     The file of a component of the user's own is known by its name and its digest, wherever it lies.
@@ -60,7 +60,7 @@ class Tree(NamedTuple):
     """Return the name of the component at a place, without its module; "none" if there is none."""
     return components.last_name(self.components[path].name) if path in self.components else "none"
 
-  def is_own(self, path: str) -> bool:
+  def is_custom(self, path: str) -> bool:
     """Return whether the component at a place is a user's own."""
     return path in self.components and self.components[path].digest != ""
 
@@ -192,7 +192,7 @@ def leaves(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def changed(tree: Tree, path: str, value: Any) -> Tree:
+def replace(tree: Tree, path: str, value: Any) -> Tree:
   """Return the tree with another value, or another component, at a dotted name."""
   value = value.to_dict() if isinstance(value, ConfigDict) else value
   return expand(_with(tree.values, path.split("."), value), tree.folder, complete=False)

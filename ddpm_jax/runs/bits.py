@@ -86,15 +86,15 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
   count = _count(run.experiment, held_out)
   size = min(c.batch_size, count) * run.mesh.size
   # Of the model itself, not of what steers it.
-  experiment = run.experiment.changed(guidance="classifier_free", sampling__batch_size=size)
+  experiment = run.experiment.replace(guidance="classifier_free", sampling__batch_size=size)
   chosen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:count])
   inputs: dict[str, np.ndarray] = {"x_0": images.as_floats(chosen["image"])}
   inputs |= inputs_from_data(experiment.model.conditions, chosen | {"image": inputs["x_0"]})
-  settings = [c.bound_draws, c.probes, c.probe_noise, c.likelihood_tolerance, c.bound_variance]
+  settings = [c.bound_steps, c.probes, c.probe_noise, c.likelihood_tolerance, c.bound_variance]
   same = {
     "seed": seed,
     "settings": [*settings, experiment.tree.values["sampling"]["clip"]],
-    "model": json.loads(json.dumps(experiment.tree.of_roles("model"))),
+    "model": json.loads(json.dumps(experiment.tree.with_roles("model"))),
     # With their classes: these follow from the names of folders, which may change.
     "images": metrics.digest(*inputs.values()),
     "version": ddpm_jax.__version__,
@@ -126,10 +126,10 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
   def bound(keys, denoise, inputs, parameters):
     limited = programs.clipped(experiment, denoise)
     found = likelihood.variational_bound(
-      keys, process, limited, inputs["x_0"], variance=c.bound_variance, num_evaluations=c.bound_draws or None
+      keys, process, limited, inputs["x_0"], variance=c.bound_variance, num_evaluations=c.bound_steps or None
     )
     sums = jnp.stack([found.bits, found.prior, found.decoder], 1)
-    return sums if c.bound_draws else jnp.concatenate([sums, found.terms], 1)
+    return sums if c.bound_steps else jnp.concatenate([sums, found.terms], 1)
 
   def ode(keys, denoise, inputs, parameters):
     # Networks know backward derivatives alone on a CPU (`models.networks.from_linen`).
@@ -143,7 +143,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
     found = likelihood.continuous_bound(keys, process, denoise, inputs["x_0"])
     return jnp.stack([found.bits, found.prior, found.decoder], 1)
 
-  steps = 0 if c.bound_draws else process.num_steps or 0
+  steps = 0 if c.bound_steps else process.num_steps or 0
   functions = {"bound": (bound, 3 + steps), "ode": (ode, 2), "continuous": (continuous, 3)}
   draw, width = functions[kind]
   return programs.compiled(experiment, mesh, NO_GUIDES, draw), width
@@ -174,8 +174,8 @@ def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str,
   else:
     found |= {"prior": float(values[:, 1].mean()), "decoder": float(values[:, 2].mean())}
   if kind == "bound":
-    found |= {"variance": c.bound_variance, "draws": c.bound_draws or "all"}
-    if not c.bound_draws:
+    found |= {"variance": c.bound_variance, "draws": c.bound_steps or "all"}
+    if not c.bound_steps:
       found["terms"] = values[:, 3:].mean(0)
   return found
 

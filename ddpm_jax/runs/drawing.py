@@ -190,7 +190,7 @@ def fit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, sl
   most = -(-count // mesh.size) * mesh.size
   if slow and jax.default_backend() == "cpu":
     most = min(most, _CPU_BATCH * mesh.size)
-  return experiment.changed(sampling__batch_size=min(experiment.sampling.batch_size, most))
+  return experiment.replace(sampling__batch_size=min(experiment.sampling.batch_size, most))
 
 
 def _scale(experiment: Experiment) -> Any:

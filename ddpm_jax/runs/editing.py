@@ -102,7 +102,7 @@ def reversible(experiment: Experiment) -> Experiment:
   if experiment.sampler.reversible:
     return experiment
   print_line(f"to encode images: ddim in place of {experiment.sampler_name}")
-  return experiment.changed(sampler="ddim")
+  return experiment.replace(sampler="ddim")
 
 
 def _read(experiment: Experiment, edit: Edit) -> data.Inputs:

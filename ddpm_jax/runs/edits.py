@@ -59,9 +59,9 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
     )
   if c.method is None:
     default = next(iter(methods), "")
-    return (experiment.changed(editing__method=methods[default]) if methods else experiment), default
+    return (experiment.replace(editing__method=methods[default]) if methods else experiment), default
   name = experiment.tree.short_name("editing.method")
-  if name not in methods and (not methods or not experiment.tree.is_own("editing.method")):
+  if name not in methods and (not methods or not experiment.tree.is_custom("editing.method")):
     raise ValueError(
       f"Got --method={name} for the task {task!r}; expected {'one of ' + ', '.join(methods) if methods else 'none: there is one way'}."
     )

@@ -54,7 +54,7 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
   space = spaces.build_space(experiment, source, held_out, output.with_suffix(".classifier.safetensors"))
   reference = spaces.build_reference(experiment, space, source, held_out)
   # Without a model there is nothing to hold images back from.
-  of_train = experiment.changed(evaluation__reference="train")
+  of_train = experiment.replace(evaluation__reference="train")
   reference = reference or spaces.build_reference(of_train, space, source, held_out)
   assert reference is not None
   if reference.images is None:

@@ -59,7 +59,7 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
   defaults = SamplingDefaults(
     name=experiment.sampler_name,
     sampler=experiment.sampler,
-    times=lambda num_steps: experiment.changed(sampling__num_steps=num_steps).times,
+    times=lambda num_steps: experiment.replace(sampling__num_steps=num_steps).times,
     steps=experiment.sampling.num_steps,
     clip=experiment.sampling.clip,
   )

@@ -170,6 +170,6 @@ def trained(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Ex
     raise ValueError(
       f"Got --{flag}={folder}, which holds no checkpoint; expected the folder of a run. Train first: --mode=train."
     )
-  tree = starts.same_start(config.of_run(folder) if tree is None else tree, folder)
+  tree = starts.same_start(config.read_run(folder) if tree is None else tree, folder)
   config.check_same_run(folder, tree)
   return config.build(tree)

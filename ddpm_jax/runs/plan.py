@@ -33,7 +33,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
     devices = jax.devices()
   if devices[0].platform == "cpu" and "model.network.kernels" in tree.places:
     # A CPU stands for other platforms, to whose memory its own programs say nothing.
-    tree = config.changed(tree, "model.network.kernels", "plain")
+    tree = config.replace(tree, "model.network.kernels", "plain")
   # Only now: what is built of a config starts JAX.
   experiment = config.build(tree)
   mesh, shapes, batch, fixed = _layout(experiment, devices)

@@ -62,7 +62,7 @@ def generate(
 def of_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:
   """Return the experiment with the sampler of previews, a few steps of DDIM, and a batch of `count` samples."""
   steps, size = experiment.sampling.preview_steps, -(-count // mesh.size) * mesh.size
-  return experiment.changed(sampler="ddim", sampling__grid=None, sampling__num_steps=steps, sampling__batch_size=size)
+  return experiment.replace(sampler="ddim", sampling__grid=None, sampling__num_steps=steps, sampling__batch_size=size)
 
 
 def denoising(

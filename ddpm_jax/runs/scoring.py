@@ -64,7 +64,7 @@ class Judge:
     if c.every:
       self.check_scores()
       assert self._reference is not None
-      self._quick_count = c.every_samples or self._count
+      self._quick_count = c.interim_samples or self._count
       self._quick_settings = spaces.build_settings(experiment, self._space, self._reference, self._quick_count)
       self._quick = programs.generate(experiment, run.mesh)
 
@@ -158,7 +158,7 @@ class Judge:
     run, count, mesh = self._run, self._count, self._run.mesh
     # The same on each device however many there are, so that the samples are the same numbers.
     size = min(run.experiment.evaluation.batch_size, count) * mesh.size
-    experiment = variant.changed(sampling__batch_size=size)
+    experiment = variant.replace(sampling__batch_size=size)
     generate = programs.generate(experiment, mesh)
 
     def parts(done: int, notes: dict[str, int]) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
@@ -303,4 +303,4 @@ def _identity(experiment: Experiment, sha256: str, seed: int, count: int, inputs
   """Return all that samples follow from, as JSON."""
   given = {name: metrics.digest(value) for name, value in inputs.items()}
   identity = {"weights": sha256, "seed": seed, "count": count, "inputs": given, "version": ddpm_jax.__version__}
-  return json.loads(json.dumps(identity | {"config": experiment.tree.of_roles("model", "sampling")}))
+  return json.loads(json.dumps(identity | {"config": experiment.tree.with_roles("model", "sampling")}))

@@ -40,7 +40,7 @@ def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
 
 def _with_model(tree: Tree, path: str) -> Tree:
   """Return a config whose model is the one of diffusers at a path."""
-  return config.changed(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
+  return config.replace(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
 
 
 def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
@@ -68,7 +68,7 @@ def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = (
   clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
     if not is_given(key):
-      tree = config.changed(tree, key, value)
+      tree = config.replace(tree, key, value)
   return tree, found
 
 
@@ -123,12 +123,12 @@ def keep(tree: Tree, folder: Path) -> Tree:
   place = workdir.start_folder(folder)
   if not place.exists():
     interop.diffusers.copy_config(tree.values["init_from"], place)
-  return config.changed(tree, "model.path", str(place))
+  return config.replace(tree, "model.path", str(place))
 
 
 def same_start(tree: Tree, folder: Path) -> Tree:
   """Return a config with the model that the run in a folder started from, if the config starts from it too."""
-  old = config.saved(folder) if tree.values["init_from"] else None
+  old = config.find_run(folder) if tree.values["init_from"] else None
   if old is None or old.values["init_from"] != tree.values["init_from"]:
     return tree
   # With its own options: those that have changed are seen, and those of speed hold.

@@ -118,8 +118,8 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
         f"Got config.guidance={experiment.tree.short_name('guidance')}{of_usual and f' with {of_usual}'} and another guide, whose rule takes"
         f" its place with its scale alone; expected a rule for that guide. Set --config.guidance={wanted}."
       )
-    experiment = experiment.changed(guidance={"component": f"guidance.{wanted}", "scale": node.get("scale", 1.0)})
-  return experiment if scale is None else experiment.changed(**{scale_key(experiment.tree): float(scale)})
+    experiment = experiment.replace(guidance={"component": f"guidance.{wanted}", "scale": node.get("scale", 1.0)})
+  return experiment if scale is None else experiment.replace(**{scale_key(experiment.tree): float(scale)})
 
 
 def scale_key(tree: config.Tree) -> str:

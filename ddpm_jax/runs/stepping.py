@@ -136,7 +136,7 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
   """
   module = experiment.model.network.module
   if getattr(module, "remat", "none") != "none" and "model.network.remat" in experiment.tree.places:
-    experiment = config.build(config.changed(experiment.tree, "model.network.remat", "none"))
+    experiment = config.build(config.replace(experiment.tree, "model.network.remat", "none"))
   model, objective = experiment.model, experiment.objective
   key = jax.eval_shape(jax.random.key, 0)
   frozen = frozen_module.bare_shapes(experiment)

@@ -318,7 +318,7 @@ def main():
   results, shown = [], {}
   for seed in range(experiment.seed, experiment.seed + args.seeds):
     print(f"seed {seed} ...", flush=True)
-    one = experiment.changed(seed=seed)
+    one = experiment.replace(seed=seed)
     result, samples = take_turns(one, source, judge, device, args.steps, args.parts, args.compile)
     results.append(result)
     shown = shown or {name: samples[name] for name in COLORS}

@@ -33,9 +33,9 @@ def load(path: Path, **changes: Any) -> Experiment:
     path: the recipe.
     **changes: other values of its keys, with two underscores in the place of each dot.
   """
-  tree = config.of_config(read(path))
+  tree = config.to_tree(read(path))
   for name, value in changes.items():
-    tree = config.changed(tree, name.replace("__", "."), value)
+    tree = config.replace(tree, name.replace("__", "."), value)
   return config.build(tree)
 
 

@@ -60,7 +60,7 @@ def compile_here(config):
   experiment = load(config)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if jax.default_backend() == "cpu":
-    experiment = experiment.changed(training__batch_size=min(experiment.training.batch_size, BATCH_ON_CPU))
+    experiment = experiment.replace(training__batch_size=min(experiment.training.batch_size, BATCH_ON_CPU))
   devices = jax.devices()[:1]
   times = [time.perf_counter()]
   _, traced = trace_step(experiment, devices)

@@ -70,7 +70,7 @@ class Task(Protocol):
 def check_objective(experiment: Experiment, task: str, known: Sequence[str]) -> None:
   """Raise a ValueError if an objective of the package is none of those that a task knows; a user's own is taken at its word."""
   name = experiment.tree.short_name("objective")
-  if name not in known and not experiment.tree.is_own("objective"):
+  if name not in known and not experiment.tree.is_custom("objective"):
     raise ValueError(
       f"Got config.objective={name} with config.task={task!r}; expected {' or '.join(known)}. Set --config.objective={known[0]}, or another"
       " --config.task."
