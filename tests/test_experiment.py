@@ -142,11 +142,11 @@ def test_the_classifier_of_a_config_is_sound():
 
 def test_a_classifier_draws_nothing_and_a_denoiser_classifies_nothing():
   with pytest.raises(ValueError, match="task='classify'; expected a run that denoises.*a classifier draws nothing"):
-    experiment_of(classifier_config()).task.check_draws("the model")
+    experiment_of(classifier_config()).task.check_can_sample("the model")
   with pytest.raises(
     ValueError, match="task='denoise'; expected a model that tells classes apart: a run of task='classify'"
   ):
-    experiment_of(tiny_config()).task.check_classifies("--classifier")
+    experiment_of(tiny_config()).task.check_can_classify("--classifier")
 
 
 @pytest.mark.parametrize("prediction", ["V", "edm"])

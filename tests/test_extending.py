@@ -52,7 +52,7 @@ class Page:
       found.num_samples = 2
     with pytest.MonkeyPatch.context() as patch:
       if found.mode == "train" and found.workdir.name not in SCORED:
-        patch.setattr(scoring.Judge, "score", lambda *_: None)
+        patch.setattr(scoring.Scorer, "score", lambda *_: None)
       commands.command(found.mode).run(found)
 
   def play(self, section):

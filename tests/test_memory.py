@@ -242,18 +242,20 @@ def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, 
   for name in "ab":
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "two" / f"{name}.png")
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for images of 8x8x1: {BYTES}"):
-    runs.run_sample(experiment_of(config), folder, num_samples=10**12, seed=0, choice=runs.Choice())
+    runs.run_sample(experiment_of(config), folder, num_samples=10**12, seed=0, choice=runs.WeightsChoice())
   edit = runs.Edit("img2img", tmp_path / "a.png", results=10**12)
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for each of 1 inputs .*{BYTES}"):
-    runs.run_edit(experiment_of(config), folder, edit, seed=0, choice=runs.Choice())
+    runs.run_edit(experiment_of(config), folder, edit, seed=0, choice=runs.WeightsChoice())
   many = tiny_config()
   many.editing.frames = 2**31 - 1
   with pytest.raises(ValueError, match=f"frames=2147483647 .*{BYTES}"):
-    runs.run_edit(experiment_of(many), folder, runs.Edit("interpolate", tmp_path / "two"), seed=0, choice=runs.Choice())
+    runs.run_edit(
+      experiment_of(many), folder, runs.Edit("interpolate", tmp_path / "two"), seed=0, choice=runs.WeightsChoice()
+    )
   many.evaluation.num_samples = 2**31 - 1
   many.evaluation.batch_size = 2**31 - 1
   with pytest.raises(ValueError, match=f"config.evaluation.batch_size=2147483647 .*{BYTES}"):
-    runs.run_eval(experiment_of(many), folder, seed=0, choice=runs.Choice())
+    runs.run_eval(experiment_of(many), folder, seed=0, choice=runs.WeightsChoice())
   assert sorted(folder.rglob("*")) == before
 
 

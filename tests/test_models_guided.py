@@ -394,7 +394,7 @@ def test_estimates_are_clipped_or_thresholded_last():
   x = 3 * jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
 
   def bounded(**keys):
-    return programs.clipped(experiment_of(config_of(**keys)), lambda x, t: x)(x, 0.5)
+    return programs.clip_estimates(experiment_of(config_of(**keys)), lambda x, t: x)(x, 0.5)
 
   np.testing.assert_array_equal(bounded(), jnp.clip(x, -1, 1))
   np.testing.assert_array_equal(bounded(sampling__clip=None), x)

@@ -46,7 +46,7 @@ def tree_with(path, name, **training):
 @pytest.fixture
 def unscored(monkeypatch):
   """Let runs end with their last step."""
-  monkeypatch.setattr(scoring.Judge, "score", lambda *_: None)
+  monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -114,7 +114,7 @@ def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypa
   with changed:
     runs.run_train(tree, tmp_path / "run")
   with changed:
-    runs.run_eval(configs.build(tree), tmp_path / "run", seed=0, choice=runs.Choice())
+    runs.run_eval(configs.build(tree), tmp_path / "run", seed=0, choice=runs.WeightsChoice())
   with changed:
     ddpm_jax.load(tmp_path / "run")
 
@@ -136,7 +136,11 @@ def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
 
   def edit(task, **options):
     runs.run_edit(
-      experiment, tmp_path / "run", runs.Edit(task, tmp_path / "images.npz", **options), seed=0, choice=runs.Choice()
+      experiment,
+      tmp_path / "run",
+      runs.Edit(task, tmp_path / "images.npz", **options),
+      seed=0,
+      choice=runs.WeightsChoice(),
     )
 
   edit("invert")
@@ -148,7 +152,9 @@ def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
   with pytest.raises(
     ValueError, match=r"evaluation.likelihood for a model of .* by a codec; expected a model of pixels"
   ):
-    runs.run_eval(experiment.replace(evaluation__likelihood=("ode",)), tmp_path / "run", seed=0, choice=runs.Choice())
+    runs.run_eval(
+      experiment.replace(evaluation__likelihood=("ode",)), tmp_path / "run", seed=0, choice=runs.WeightsChoice()
+    )
 
 
 def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
@@ -156,7 +162,7 @@ def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
   shutil.copy(user_components.__file__, path)
   tree = tree_with(path, "condition")
   runs.run_train(tree, tmp_path / "run")
-  experiment, choice = configs.build(tree), runs.Choice()
+  experiment, choice = configs.build(tree), runs.WeightsChoice()
 
   def sample(**given):
     steering = runs.Steering(given=given)
@@ -205,7 +211,7 @@ def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
   experiment, mesh = configs.build(tree_with(path, "loss")), parallel.make_mesh()
   for given in ({"a": 3, "b": np.arange(4), "key": jax.random.key(0)}, {}):
     one = experiment._replace(objective=experiment.objective._replace(load=lambda given=given: given))
-    found, shapes = frozen.put(one, mesh), frozen.shapes(one, mesh)
+    found, shapes = frozen.load_sharded(one, mesh), frozen.shapes(one, mesh)
     assert jax.tree.structure(found) == jax.tree.structure({"objective": given}) == jax.tree.structure(shapes)
     assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(shapes)]
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 @pytest.fixture
 def unscored(monkeypatch):
   """Let runs end with their last step, where neither samples nor scores are looked at."""
-  monkeypatch.setattr(scoring.Judge, "score", lambda *_: None)
+  monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
 
 
 def config_of(**training):
@@ -62,8 +62,8 @@ def copy(finished, tmp_path):
 def sampled(folder, **choice):
   """What the chosen weights draw."""
   before = set((folder / "samples").glob("*.npz"))
-  experiment = runs.trained(configs.read_run(folder), folder)
-  runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=runs.Choice(**choice))
+  experiment = runs.load_experiment(configs.read_run(folder), folder)
+  runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=runs.WeightsChoice(**choice))
   with np.load((set((folder / "samples").glob("*.npz")) - before).pop()) as file:
     return file["samples"]
 
@@ -102,7 +102,7 @@ def test_the_newest_the_fourth_and_the_best_are_kept(finished):
 
 
 def test_averages_raw_weights_and_any_length_are_sampled(copy):
-  averaged, raw, long = sampled(copy), sampled(copy, averaged=False), sampled(copy, length=0.1)
+  averaged, raw, long = sampled(copy), sampled(copy, ema=False), sampled(copy, ema_length=0.1)
   assert not np.array_equal(averaged, raw)
   assert not np.array_equal(averaged, long)
   # The stored length itself, put together from snapshots, is that average.
@@ -113,14 +113,14 @@ def test_averages_raw_weights_and_any_length_are_sampled(copy):
   with pytest.raises(ValueError, match="--step=x7"):
     sampled(copy, step="x7")
   with pytest.raises(ValueError, match="--ema=false with --ema_length"):
-    sampled(copy, averaged=False, length=0.1)
+    sampled(copy, ema=False, ema_length=0.1)
 
 
 def test_samples_are_named_by_their_evaluations_not_by_their_steps(copy):
   config = config_of()
   config.sampler = spec("sampling.heun")
   config.sampling.num_steps = 3
-  runs.run_sample(experiment_of(config), copy, num_samples=4, seed=5, choice=runs.Choice())
+  runs.run_sample(experiment_of(config), copy, num_samples=4, seed=5, choice=runs.WeightsChoice())
   assert {path.name for path in (copy / "samples").glob("heun*")} == {"heun_nfe5_seed5.npz", "heun_nfe5_seed5.png"}
 
 
@@ -214,7 +214,7 @@ def test_samples_on_a_full_disk_are_an_error_that_names_them(finished, monkeypat
   with pytest.raises(
     files.WriteError, match=r"Cannot write .*samples/ddim_nfe4_seed\d\.npz: No space left .* Make room"
   ):
-    runs.run_sample(experiment_of(config_of()), finished, num_samples=2, seed=7, choice=runs.Choice())
+    runs.run_sample(experiment_of(config_of()), finished, num_samples=2, seed=7, choice=runs.WeightsChoice())
   assert sorted(finished.rglob("*")) == before
 
 

@@ -81,8 +81,8 @@ def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
 
 def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilities(finished):
   before = scores_of(finished)["scores"]
-  experiment = runs.trained(tree_of(set_keys(config_of(), sampling__batch_size=40)), finished)
-  runs.run_eval(experiment, finished, seed=experiment.seed, choice=runs.Choice())
+  experiment = runs.load_experiment(tree_of(set_keys(config_of(), sampling__batch_size=40)), finished)
+  runs.run_eval(experiment, finished, seed=experiment.seed, choice=runs.WeightsChoice())
   after = scores_of(finished)["scores"]
   for a, b in zip(before["by_log_snr"], after["by_log_snr"], strict=True):
     assert a == pytest.approx(b, rel=1e-3)
@@ -95,13 +95,13 @@ def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilitie
   log_probs = experiment.model.classify(params)(x_0, 1 / 1000)
   direct = evaluate.classification_scores(np.asarray(log_probs), np.array([item["classes"] for item in batch]))
   assert after["by_log_snr"][-1]["cross_entropy"] == pytest.approx(direct["cross_entropy"], rel=0.1)
-  runs.run_eval(experiment, finished, seed=1, choice=runs.Choice(averaged=False))
+  runs.run_eval(experiment, finished, seed=1, choice=runs.WeightsChoice(ema=False))
   assert scores_of(finished)["weights"] == "raw"
   assert scores_of(finished)["scores"]["by_log_snr"] != after["by_log_snr"]
 
 
 def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path, capsys):
-  experiment, choice = runs.trained(tree_of(config_of()), finished), runs.Choice()
+  experiment, choice = runs.load_experiment(tree_of(config_of()), finished), runs.WeightsChoice()
   drawing_nothing = "config.task='classify'; expected a run that denoises, .*: a classifier draws nothing"
   with pytest.raises(ValueError, match=drawing_nothing):
     runs.run_sample(experiment, finished, num_samples=4, seed=0, choice=choice)
@@ -113,7 +113,7 @@ def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path
   other = config_of()
   other.task = "denoise"
   with pytest.raises(ValueError, match="task.component: tasks.classify in the folder, tasks.denoise now"):
-    runs.trained(tree_of(other), finished)
+    runs.load_experiment(tree_of(other), finished)
 
 
 def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):

@@ -68,7 +68,7 @@ def place(tmp_path_factory):
 
 def experiment_of(place, run, keys):
   """Return what a run's config stands for with other values, where `editing__strength=1.0` stands for editing.strength."""
-  experiment = runs.trained(configs.read_run(place / run), place / run)
+  experiment = runs.load_experiment(configs.read_run(place / run), place / run)
   return experiment.replace(**keys)
 
 
@@ -79,7 +79,12 @@ def edit(place, task, source="two.npz", *, run="gray", mask="", results=1, seed=
   experiment, folder = experiment_of(place, run, keys), place / run / "edits"
   before = set(folder.glob("*"))
   wanted = runs.Edit(task, None if source is None else place / source, mask, results)
-  options = {"seed": seed, "choice": runs.Choice(), "steering": runs.Steering(**(steering or {})), "scale": scale}
+  options = {
+    "seed": seed,
+    "choice": runs.WeightsChoice(),
+    "steering": runs.Steering(**(steering or {})),
+    "scale": scale,
+  }
   runs.run_edit(experiment, place / run, wanted, **options)
   arrays, picture = sorted(set(folder.glob("*")) - before, key=lambda path: path.suffix)
   assert (arrays.suffix, picture.suffix) == (".npz", ".png")
@@ -102,7 +107,7 @@ def drawn(place, classes, seed, sampler=None, scale=None, **steering):
   experiment, folder = experiment_of(place, "gray", sampler or {}), place / "gray" / "samples"
   wanted = runs.Steering(classes_of(classes), **steering)
   before = set(folder.glob("*.npz"))
-  options = {"seed": seed, "choice": runs.Choice(), "steering": wanted, "scale": scale}
+  options = {"seed": seed, "choice": runs.WeightsChoice(), "steering": wanted, "scale": scale}
   runs.run_sample(experiment, place / "gray", num_samples=len(classes), **options)
   (path,) = set(folder.glob("*.npz")) - before
   assert ("_scale3" in path.name) == (scale == 3)
@@ -389,7 +394,7 @@ def test_wrong_folders_of_other_models(place, tmp_path):
     with pytest.raises(ValueError, match=message):
       edit(place, "img2img", steering=steering, **keys)
   with pytest.raises(ValueError, match="which holds no checkpoint; expected the folder of a run"):
-    runs.trained(configs.read_run(place / "gray"), tmp_path)
+    runs.load_experiment(configs.read_run(place / "gray"), tmp_path)
   assert state_of(place) == before
   assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,7 @@ from ddpm_jax import data, metrics, runs
 from ddpm_jax.config import spec
 from ddpm_jax.devices import parallel
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import bits, drawing, model, scoring
+from ddpm_jax.runs import generation, likelihoods, model, scoring
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import scores
 from tests import commands
@@ -56,7 +56,7 @@ def copy(finished, tmp_path):
 
 def die_after(batches):
   """Kill this process once it has drawn so many batches."""
-  in_batches = drawing.in_batches
+  in_batches = generation.run_in_batches
 
   def dying(*arguments, **options):
     for index, values in enumerate(in_batches(*arguments, **options)):
@@ -64,7 +64,7 @@ def die_after(batches):
         os.kill(os.getpid(), signal.SIGKILL)
       yield values
 
-  drawing.in_batches = dying
+  generation.run_in_batches = dying
 
 
 def report_of(folder):
@@ -76,7 +76,7 @@ def without_times(folder):
 
 
 def score(config, folder, seed=0, **options):
-  runs.run_eval(experiment_of(config), folder, seed=seed, choice=runs.Choice(), **options)
+  runs.run_eval(experiment_of(config), folder, seed=seed, choice=runs.WeightsChoice(), **options)
 
 
 def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
@@ -105,9 +105,9 @@ def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(fini
 def test_samples_of_other_weights_or_settings_are_not_taken(on_one_device, copy, monkeypatch):
   score(config_of(), copy)
   drawn = []
-  in_batches = drawing.in_batches
+  in_batches = generation.run_in_batches
   monkeypatch.setattr(
-    drawing, "in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampler_name)) or in_batches(*a, **k)
+    generation, "run_in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampler_name)) or in_batches(*a, **k)
   )
   first = without_times(copy)
   score(config_of(), copy)
@@ -256,7 +256,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_bad_input_is_refused_before_anything_is_drawn(name, finished, monkeypatch):
   settings, message = WRONG[name]
-  monkeypatch.setattr(drawing, "in_batches", None)
+  monkeypatch.setattr(generation, "run_in_batches", None)
   before = {path: path.stat().st_mtime_ns for path in sorted(finished.rglob("*"))}
   with pytest.raises(ValueError, match=message):
     score(config_of(**settings), finished)
@@ -278,7 +278,7 @@ def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
 
 
 def test_images_that_are_not_finite_are_counted_and_refused(on_one_device, copy, monkeypatch):
-  in_batches = drawing.in_batches
+  in_batches = generation.run_in_batches
 
   def broken(*arguments, **options):
     for x, nfe in in_batches(*arguments, **options):
@@ -286,7 +286,7 @@ def test_images_that_are_not_finite_are_counted_and_refused(on_one_device, copy,
       x[[1, 3]] = np.nan
       yield x, nfe
 
-  monkeypatch.setattr(drawing, "in_batches", broken)
+  monkeypatch.setattr(generation, "run_in_batches", broken)
   with pytest.raises(FloatingPointError, match="2 of 5 samples are not finite"):
     score(config_of(), copy)
   assert not (copy / "eval.json").exists()
@@ -298,7 +298,7 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   )
   config.sampler = spec("sampling.ode")
   computed = []
-  in_batches = drawing.in_batches
+  in_batches = generation.run_in_batches
 
   def interrupted(*arguments, **options):
     computed.append(options.get("what"))
@@ -307,7 +307,7 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
         raise KeyboardInterrupt
       yield values
 
-  monkeypatch.setattr(drawing, "in_batches", interrupted)
+  monkeypatch.setattr(generation, "run_in_batches", interrupted)
   with pytest.raises(KeyboardInterrupt):
     score(config, copy)
   assert computed == [None, "likelihood (bound)", "likelihood (ode)"]
@@ -332,13 +332,13 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
 
 def test_likelihoods_of_other_classes_are_computed_anew(on_one_device, tmp_path, monkeypatch):
   identities = []
-  monkeypatch.setattr(drawing, "in_rows", lambda *arguments: identities.append(arguments[2]))
+  monkeypatch.setattr(generation, "cached_rows", lambda *arguments: identities.append(arguments[2]))
   config = config_of(likelihood=("bound",))
   config.model.conditions.classes = spec("conditions.classes", number=10)
   experiment, weights = experiment_of(config), model.Weights(Parameters(None), 4, "EMA")
   for classes in ([3, 4], [4, 3], [4, 3]):
     held_out = data.ArraySource(np.zeros((2, 8, 8, 1), np.uint8), np.array(classes))
-    bits.evaluate(Run(experiment, tmp_path, parallel.make_mesh(), held_out, held_out), weights, 0)
+    likelihoods.evaluate(Run(experiment, tmp_path, parallel.make_mesh(), held_out, held_out), weights, 0)
   assert identities[0] != identities[1] == identities[2]
 
 

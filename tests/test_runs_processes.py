@@ -135,7 +135,7 @@ from ddpm_jax.runs import scoring
 from tests import dense_config
 
 def get_config():
-  own, scalars = scoring.Judge.score, records.MetricLog.scalars
+  own, scalars = scoring.Scorer.score, records.MetricLog.scalars
   def run(*arguments):
     if jax.process_index() == 0:
       os.kill(os.getpid(), signal.SIGTERM)
@@ -164,7 +164,7 @@ def test_sigterm_at_the_last_step_stops_all_before_they_score(tmp_path):
 
 
 def test_sigterm_while_scoring_ends_the_process_and_then_the_others(tmp_path):
-  codes, outputs = finish(*terminated(tmp_path, "scoring.Judge.score = run", heartbeat=10))
+  codes, outputs = finish(*terminated(tmp_path, "scoring.Scorer.score = run", heartbeat=10))
   assert codes[0] == -signal.SIGTERM, outputs
   assert codes[1] != 0, outputs
   assert checkpoint.Checkpoints.steps(tmp_path / "run" / "checkpoints")[-1] == STEPS

@@ -84,7 +84,7 @@ def test_images_without_a_class_are_refused_by_a_model_with_classes(tmp_path, fo
       make(experiment(tmp_path, 2))
   sources = reading.read_data(experiment(tmp_path))
   assert data.NO_CLASS in [label for source in sources if source is not None for label in classes_of(source)]
-  assert spaces.features_of(experiment(tmp_path), sources[0]) == "pixels"
+  assert spaces.choose_features(experiment(tmp_path), sources[0]) == "pixels"
 
 
 def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
@@ -233,7 +233,7 @@ def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch
   config.evaluation.features = "classifier"
   source = data.ArraySource(np.zeros((4, 8, 8, 1), np.uint8), labels)
   with pytest.raises(Learned) as error:
-    _ = spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").made
+    _ = spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").feature_space
   assert error.value.args == ([0, 2, 0, 1], 3)
 
 

@@ -45,12 +45,16 @@ def test_from_training_to_the_report_and_edits(tmp_path, monkeypatch):
   use_dense(monkeypatch)
   height, width, channels = shape = (12, 8, 5)
   write(tmp_path / "data.npz", 40, *shape)
-  config, folder, choice = config_of(tmp_path / "data.npz", (height, width), channels), tmp_path / "run", runs.Choice()
+  config, folder, choice = (
+    config_of(tmp_path / "data.npz", (height, width), channels),
+    tmp_path / "run",
+    runs.WeightsChoice(),
+  )
   runs.run_train(tree_of(config), folder)
   # As it was saved: a list in JSON.
   tree = configs.read_run(folder)
   runs.run_train(tree, folder)
-  experiment = runs.trained(tree, folder)
+  experiment = runs.load_experiment(tree, folder)
   runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=choice)
   found, size = newest(folder / "samples", "ddim")
   assert found["samples"].shape == (4, *shape)
@@ -89,8 +93,8 @@ def test_enlarging_images_that_are_no_squares(tmp_path, monkeypatch):
   config, folder = config_of(tmp_path / "data.npz", (8, 16), 3, model__conditions=conditions), tmp_path / "run"
   runs.run_train(tree_of(config), folder)
   low = write(tmp_path / "low.npz", 2, 4, 8, 3)
-  experiment, edit = runs.trained(tree_of(config), folder), runs.Edit("superres", tmp_path / "low.npz")
-  runs.run_edit(experiment, folder, edit, seed=0, choice=runs.Choice())
+  experiment, edit = runs.load_experiment(tree_of(config), folder), runs.Edit("superres", tmp_path / "low.npz")
+  runs.run_edit(experiment, folder, edit, seed=0, choice=runs.WeightsChoice())
   found, _ = newest(folder / "edits", "superres")
   assert found["output"].shape == (2, 1, 8, 16, 3)
   np.testing.assert_array_equal(found["input"], low)

@@ -6,7 +6,7 @@ import pytest
 from ddpm_jax import data, models
 from ddpm_jax.config import spec
 from ddpm_jax.models import inputs
-from ddpm_jax.runs import drawing
+from ddpm_jax.runs import generation
 from tests.recipes import experiment_of, tiny_config
 
 
@@ -68,7 +68,7 @@ def source(**items):
 
 def test_evaluation_asks_for_classes_as_the_data_have_them():
   found = of_classes(4)
-  counts = drawing.class_counts(found, source())
+  counts = generation.class_counts(found, source())
   np.testing.assert_array_equal(counts, [9, 0, 3, 0])
   np.testing.assert_array_equal(
     np.bincount(inputs.default_inputs(found.model.conditions, 8, source(), counts)["classes"]), [6, 0, 2]

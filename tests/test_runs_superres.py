@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_jax import losses, runs
 from ddpm_jax.config import spec
-from ddpm_jax.runs import drawing, stepping
+from ddpm_jax.runs import generation, stepping
 from tests.parameters import one_device, random_params, use_dense, write_run
 from tests.recipes import experiment_of, set_keys, tiny_config, tree_of
 
@@ -44,7 +44,7 @@ def base_of():
 
 def run_of(config, folder):
   """Return what the config of a finished run stands for."""
-  return runs.trained(tree_of(config), folder)
+  return runs.load_experiment(tree_of(config), folder)
 
 
 @pytest.fixture(scope="module", params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
@@ -123,7 +123,7 @@ def test_the_condition_of_images_that_are_no_squares():
   found = experiment.model.encode_conditions(keys, {"image": image}, train=True)["low"]["image"]
   small = np.asarray(image).reshape(3, 2, 2, 4, 2, 1).mean((2, 4))
   np.testing.assert_allclose(found, jax.image.resize(small, (3, 4, 8, 1), "bicubic"), atol=1e-5)
-  assert drawing.low_shape(experiment, "low") == (2, 4, 1)
+  assert generation.low_res_shape(experiment, "low") == (2, 4, 1)
   with pytest.raises(ValueError, match="factor=8 of low for data of 4x8; expected a divisor of both sides"):
     experiment_of(config_of(low(factor=8), data__image_size=(4, 8)))
 
@@ -188,10 +188,10 @@ def test_a_classifier_enlarges_nothing(tmp_path):
 def test_a_cascade(trained, tmp_path, network):
   """What the base drew is enlarged, and recorded as it was."""
   base = run_of(base_of(), trained / "base")
-  runs.run_sample(base, trained / "base", num_samples=5, seed=3, choice=runs.Choice())
+  runs.run_sample(base, trained / "base", num_samples=5, seed=3, choice=runs.WeightsChoice())
   alone = arrays_of_and_clear(trained / "base" / "samples")
   upsamplers = [trained / "large"]
-  options = {"seed": 3, "choice": runs.Choice(), "upsamplers": upsamplers}
+  options = {"seed": 3, "choice": runs.WeightsChoice(), "upsamplers": upsamplers}
   runs.run_sample(base, trained / "base", num_samples=5, **options)
   found = arrays_of_and_clear(trained / "base" / "samples")
   assert found["samples"].shape == (5, 16, 16, 1)
@@ -203,7 +203,7 @@ def test_a_cascade(trained, tmp_path, network):
   def enlarge(images, name):
     np.savez(tmp_path / name, images=images)
     edit = runs.Edit("superres", tmp_path / name)
-    runs.run_edit(large, trained / "large", edit, seed=3, choice=runs.Choice())
+    runs.run_edit(large, trained / "large", edit, seed=3, choice=runs.WeightsChoice())
     arrays = arrays_of(trained / "large" / "edits")
     shutil.rmtree(trained / "large" / "edits")
     return arrays
@@ -217,7 +217,7 @@ def test_a_cascade(trained, tmp_path, network):
 
 def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, network, capsys):
   base, large = trained / "base", trained / "large"
-  drawn, enlarging, choice = run_of(base_of(), base), run_of(large_of(trained), large), runs.Choice()
+  drawn, enlarging, choice = run_of(base_of(), base), run_of(large_of(trained), large), runs.WeightsChoice()
   for upsamplers, message in (
     ([large, large], "--upsampler=.*large, which enlarges images of 8x8x1, for images of 16x16x1; expected them alike"),
     ([base], "--upsampler=.*base, a model that enlarges nothing; expected one for super-resolution"),

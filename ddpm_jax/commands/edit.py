@@ -43,16 +43,16 @@ def run(given: flags.Flags) -> None:
   """Edit images."""
   from ddpm_jax import runs
   from ddpm_jax.names import choose
-  from ddpm_jax.runs import edits
+  from ddpm_jax.runs import edit_methods
 
   folder = flags.folder_of(given)
   if given.strength is not None and given.task != "img2img":
     raise ValueError(f"Got --strength for the task {given.task!r}; expected it with --task=img2img only.")
-  methods = edits.TASKS.get(given.task or "", {})
+  methods = edit_methods.TASKS.get(given.task or "", {})
   # By its name alone a method has the arguments that suit the task.
   short = {} if given.method is None else {"method": methods.get(given.method, given.method)}
   keys = flags.keys(given, **short)
-  task = choose(given.task or "", tuple(edits.TASKS), "--task")
+  task = choose(given.task or "", tuple(edit_methods.TASKS), "--task")
   edit = runs.Edit(task, given.input, given.mask or "", given.num_samples)
   steering = flags.steering(given)
   # Flags first: no device is taken for a mistake in them.
@@ -60,7 +60,7 @@ def run(given: flags.Flags) -> None:
   starting.start_devices(given)
   experiment, model = flags.experiment_of(given, keys)
   if task in ("invert", "interpolate") and not any(key.split(".")[0] == "sampler" for key in keys):
-    experiment = runs.reversible(experiment)
+    experiment = runs.with_reversible_sampler(experiment)
   runs.run_edit(
     experiment,
     folder,

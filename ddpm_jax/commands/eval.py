@@ -43,7 +43,7 @@ def run(given: flags.Flags) -> None:
   tree = flags.tree_of(given, keys)
   if given.guidance_scale is not None:
     tree = config.replace(tree, runs.steering.scale_key(tree), given.guidance_scale)
-  experiment = runs.trained(tree, folder)
+  experiment = runs.load_experiment(tree, folder)
   runs.run_eval(
     experiment,
     folder,

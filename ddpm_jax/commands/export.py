@@ -23,5 +23,5 @@ def run(given: flags.Flags) -> None:
   keys = flags.keys(given)
   starting.join_processes(given)
   starting.start_devices(given)
-  experiment = runs.trained(flags.tree_of(given, keys), folder)
+  experiment = runs.load_experiment(flags.tree_of(given, keys), folder)
   runs.run_export(experiment, folder, output, flags.choice(given))

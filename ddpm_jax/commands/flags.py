@@ -14,8 +14,8 @@ from ddpm_jax.storage.places import user_path
 
 if TYPE_CHECKING:
   from ddpm_jax.config import Experiment, Tree
-  from ddpm_jax.runs import Choice, Steering
-  from ddpm_jax.runs.starts import Pretrained
+  from ddpm_jax.runs import Steering, WeightsChoice
+  from ddpm_jax.runs.pretrained import Pretrained
 
 Flags = argparse.Namespace
 # Flags that are short for keys of the config.
@@ -210,21 +210,21 @@ def experiment_of(given: Flags, keys: Mapping[str, str]) -> "tuple[Experiment, P
 
   folder = folder_of(given)
   if given.pretrained is None:
-    return runs.trained(tree_of(given, keys), folder), None
+    return runs.load_experiment(tree_of(given, keys), folder), None
   if not given.ema is given.ema_length is given.step is None:
     raise ValueError(
       "Got --ema, --ema_length or --step with --pretrained, which has one set of weights; leave them out."
     )
   tree = config.read(given.config, keys, folder, otherwise={})
-  tree, model = runs.starts.pretrained(given.pretrained, tree, recipe=given.config is not None, keys=keys)
+  tree, model = runs.pretrained.replace_model(given.pretrained, tree, recipe=given.config is not None, keys=keys)
   return config.build(tree, model.model), model
 
 
-def choice(given: Flags) -> "Choice":
+def choice(given: Flags) -> "WeightsChoice":
   """Return which of a run's weights to take."""
   from ddpm_jax import runs
 
-  return runs.Choice(given.ema is not False, given.ema_length, given.step or "")
+  return runs.WeightsChoice(given.ema is not False, given.ema_length, given.step or "")
 
 
 def steering(given: Flags) -> "Steering":

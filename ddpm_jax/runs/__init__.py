@@ -3,23 +3,24 @@
 Each first builds and checks all that the config names, and writes nothing until that has gone well.
 """
 
-from ddpm_jax.runs import starts
-from ddpm_jax.runs.drawing import run_sample
-from ddpm_jax.runs.editing import Edit, reversible, run_edit
+from ddpm_jax.runs import pretrained
+from ddpm_jax.runs.editing import Edit, run_edit, with_reversible_sampler
 from ddpm_jax.runs.evaluation import run_eval, run_statistics
 from ddpm_jax.runs.export import run_export
-from ddpm_jax.runs.model import Choice, trained
+from ddpm_jax.runs.generation import run_sample
+from ddpm_jax.runs.model import WeightsChoice, load_experiment
 from ddpm_jax.runs.plan import run_plan
 from ddpm_jax.runs.reading import run_prepare
 from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
 
 __all__ = [
-  "Choice",
   "Edit",
   "Steering",
   "Stopped",
-  "reversible",
+  "WeightsChoice",
+  "load_experiment",
+  "pretrained",
   "run_edit",
   "run_eval",
   "run_export",
@@ -28,6 +29,5 @@ __all__ = [
   "run_sample",
   "run_statistics",
   "run_train",
-  "starts",
-  "trained",
+  "with_reversible_sampler",
 ]

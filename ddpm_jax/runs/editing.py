@@ -11,11 +11,11 @@ from ddpm_jax import data, editing
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
-from ddpm_jax.models.inputs import condition_flag
 from ddpm_jax.models.guided import is_neutral
-from ddpm_jax.runs import drawing, edits, limits
-from ddpm_jax.runs.model import Choice
-from ddpm_jax.runs.starts import Pretrained
+from ddpm_jax.models.inputs import condition_flag
+from ddpm_jax.runs import edit_methods, generation, limits
+from ddpm_jax.runs.model import WeightsChoice
+from ddpm_jax.runs.pretrained import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, steer
 from ddpm_jax.storage import files, images
 
@@ -27,7 +27,7 @@ class Edit(NamedTuple):
   """What to do to which images.
 
   Attributes:
-    task: one of `edits.TASKS`.
+    task: one of `edit_methods.TASKS`.
     source: an image, a folder of images or an .npz file.
     mask: to inpaint: an image that is white where it is to be painted.
     results: how many each image gets.
@@ -45,7 +45,7 @@ def run_edit(
   edit: Edit,
   *,
   seed: int,
-  choice: Choice,
+  choice: WeightsChoice,
   steering: Steering = Steering(),  # noqa: B008, a constant
   scale: float | None = None,
   model: Pretrained | None = None,
@@ -69,7 +69,7 @@ def run_edit(
       " to be painted, and none for other tasks."
     )
   mesh = parallel.make_mesh()
-  experiment, method = edits.with_method(experiment, edit.task)
+  experiment, method = edit_methods.with_method(experiment, edit.task)
   given = _read(experiment, edit)
   inputs = _inputs(experiment, edit, given)
   rows = len(inputs["image"])
@@ -79,25 +79,25 @@ def run_edit(
   # Results are kept in float32.
   limits.check_images(experiment.model.data_shape, 4 * total * frames, many)
   guided = _steer(experiment, mesh, steering, rows, edit.results, scale)
-  experiment = drawing.fit_batch(guided.experiment, mesh, total, slow=model is not None)
+  experiment = generation.limit_batch(guided.experiment, mesh, total, slow=model is not None)
   guided = guided._replace(experiment=experiment)
   factor = experiment.model.data_shape[0] // given.images.shape[1]
-  function = edits.edit(guided, mesh, edit.task, factor)
-  parameters = drawing.load_parameters(guided, folder, mesh, choice, model)
-  method = method if drawing.enlarged(experiment) is None else ""
+  function = edit_methods.compile_edit(guided, mesh, edit.task, factor)
+  parameters = generation.load_parameters(guided, folder, mesh, choice, model)
+  method = method if generation.low_res_name(experiment) is None else ""
   how = f" by {method}" if method else ""
   print_line(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
   inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
-  parts = list(drawing.in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
+  parts = list(generation.run_in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
   found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-  drawing.check_finite(experiment, found["output"])
+  generation.check_finite(experiment, found["output"])
   if parallel.is_main():
     path = files.unused_path(folder / "edits" / f"{edit.task}{f'_{method}' if method else ''}_seed{seed}", ".npz")
     _write(experiment, path, edit, given, inputs, found)
   parallel.wait_for_all("done")
 
 
-def reversible(experiment: Experiment) -> Experiment:
+def with_reversible_sampler(experiment: Experiment) -> Experiment:
   """Return the experiment with a sampler that can encode images: its own, or DDIM if its own adds noise."""
   if experiment.sampler.reversible:
     return experiment
@@ -109,8 +109,8 @@ def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
   height, width, channels = experiment.model.data_shape
   space: Any = (height, width)
   if edit.task == "superres":
-    low = drawing.enlarged(experiment)
-    space = None if low is None else drawing.low_shape(experiment, low)[:2]
+    low = generation.low_res_name(experiment)
+    space = None if low is None else generation.low_res_shape(experiment, low)[:2]
   assert edit.source is not None
   given = data.read_inputs(edit.source, space, channels)
   high, wide = given.images.shape[1:3]
@@ -130,8 +130,8 @@ def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
   return given
 
 
-def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> drawing.Inputs:
-  x, low = images.from_uint8(given.images), drawing.enlarged(experiment)
+def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> generation.Inputs:
+  x, low = images.from_uint8(given.images), generation.low_res_name(experiment)
   if edit.task == "inpaint":
     height, width = experiment.model.data_shape[:2]
     painted = data.read_mask(edit.mask, (height, width))
@@ -173,7 +173,12 @@ def _steer(
 
 
 def _write(
-  experiment: Experiment, path: Path, edit: Edit, given: data.Inputs, inputs: drawing.Inputs, found: drawing.Inputs
+  experiment: Experiment,
+  path: Path,
+  edit: Edit,
+  given: data.Inputs,
+  inputs: generation.Inputs,
+  found: generation.Inputs,
 ) -> None:
   """Write the arrays, and a picture with a row for each image: the input, what is known of it, the results."""
   output = images.to_uint8(found["output"])

@@ -15,7 +15,7 @@ from ddpm_jax.storage import files, workdir
 
 
 def run_eval(
-  experiment: Experiment, folder: Path, *, seed: int, choice: model.Choice, variants: Sequence[Experiment] = ()
+  experiment: Experiment, folder: Path, *, seed: int, choice: model.WeightsChoice, variants: Sequence[Experiment] = ()
 ) -> None:
   """Score a run's weights into eval.json, and report the scores; what was interrupted goes on.
 
@@ -33,10 +33,10 @@ def run_eval(
   for variant in variants or (experiment,):
     task.check(variant, mesh)
   limits.check_evaluation(experiment, list(mesh.devices.flat), folder)
-  judge = task.judge(reading.Run(experiment, folder, mesh, *reading.read_data(experiment)))
-  judge.check_scores()
+  scorer = task.scorer(reading.Run(experiment, folder, mesh, *reading.read_data(experiment)))
+  scorer.check_scores()
   workdir.check_writable(folder)
-  judge.score(model.load_weights(experiment, folder, mesh, choice), seed, variants)
+  scorer.score(model.load_weights(experiment, folder, mesh, choice), seed, variants)
   parallel.wait_for_all("done")
 
 
@@ -66,7 +66,7 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
     metrics.check_rank(count, space.dimensions)
   print_line(f"{space.name} features of {count:,} images ({reference.name}) ...")
   summary = space.summary(reference.images, np.arange(count), evaluate.Settings(("frechet",)))
-  provenance = space.made.provenance
+  provenance = space.feature_space.provenance
   about = spaces.describe_space(experiment, space.name, provenance) | {
     "split": reference.name,
     "data": scoring.describe_data(experiment),

@@ -13,13 +13,13 @@ from ddpm_jax.storage import scores
 _SCORES = ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
 
 
-def run_export(experiment: Experiment, folder: Path, output: Path, choice: model.Choice) -> None:
+def run_export(experiment: Experiment, folder: Path, output: Path, choice: model.WeightsChoice) -> None:
   """Write the model of a run as a folder that diffusers opens, with its config and its scores on the model card.
 
   Raises:
     ValueError: if diffusers cannot express the model, or the output folder is not empty.
   """
-  experiment.task.check_draws("the model")
+  experiment.task.check_can_sample("the model")
   interop.diffusers.check_exportable(experiment.model)
   interop.diffusers.check_output(output)
   clip = _clip(experiment)

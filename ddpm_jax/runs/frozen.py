@@ -36,7 +36,7 @@ def _naming() -> Iterator[None]:
     ) from error
 
 
-def bare_shapes(experiment: Experiment) -> dict[str, PyTree]:
+def unsharded_shapes(experiment: Experiment) -> dict[str, PyTree]:
   """Return the shapes of what `load` reads."""
   with _naming():
     found, load = experiment.model.frozen_shapes(), experiment.objective.load
@@ -45,17 +45,17 @@ def bare_shapes(experiment: Experiment) -> dict[str, PyTree]:
 
 def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
   """Return the shapes and the layout of all frozen parameters; None if there are none."""
-  found = bare_shapes(experiment)
+  found = unsharded_shapes(experiment)
   return parallel.abstract(found, parallel.state_shardings(mesh, found)) if found else None
 
 
-def put(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
+def load_sharded(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
   """Read all frozen parameters and lay them out on the devices; None if there are none."""
-  found = bare_shapes(experiment)
+  found = unsharded_shapes(experiment)
   return jax.device_put(load(experiment), parallel.state_shardings(mesh, found)) if found else None
 
 
-def of_model(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
+def load_replicated(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
   """Read the frozen parameters of a model onto every device.
 
   Raises:

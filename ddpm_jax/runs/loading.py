@@ -7,7 +7,7 @@ import jax
 
 from ddpm_jax import interop
 from ddpm_jax.devices import parallel
-from ddpm_jax.models import SamplingDefaults, Model
+from ddpm_jax.models import Model, SamplingDefaults
 from ddpm_jax.runs import model
 from ddpm_jax.storage import workdir
 from ddpm_jax.storage.places import user_path
@@ -29,12 +29,12 @@ class Loaded(NamedTuple):
   frozen: dict[str, PyTree]
 
 
-def load(path: str | Path, *, averaged: bool = True, step: int | str | None = None) -> Loaded:
+def load(path: str | Path, *, ema: bool = True, step: int | str | None = None) -> Loaded:
   """Load a model for `sampling.sample(key, sampler, model.denoise(params, given), x, times)`.
 
   Args:
     path: a run's folder, a folder of diffusers, or a name on the Hugging Face hub such as "google/ddpm-cifar10-32".
-    averaged: whether to take a run's averaged parameters (EMA), or the raw ones.
+    ema: whether to take a run's averaged parameters (EMA), or the raw ones.
     step: of a run's checkpoint; "best" for the best one; None for the newest.
 
   Returns:
@@ -45,16 +45,16 @@ def load(path: str | Path, *, averaged: bool = True, step: int | str | None = No
   """
   folder = user_path(path)
   if not workdir.config_path(folder).exists():
-    if not averaged or step is not None:
-      raise ValueError(f"Got averaged={averaged} and step={step} for {path}, which holds no run; leave them out.")
+    if not ema or step is not None:
+      raise ValueError(f"Got ema={ema} and step={step} for {path}, which holds no run; leave them out.")
     found, params = interop.diffusers.load(path)
     return Loaded(found, params, found.load_frozen())
   if not workdir.checkpoint_steps(folder):
     raise ValueError(
       f"Got {path}, the folder of a run that has saved no checkpoint; train it first: --mode=train --workdir={path}."
     )
-  experiment = model.trained(None, folder)
-  choice = model.Choice(averaged, step="" if step is None else str(step))
+  experiment = model.load_experiment(None, folder)
+  choice = model.WeightsChoice(ema, step="" if step is None else str(step))
   weights = model.load_weights(experiment, folder, parallel.make_mesh(devices=jax.devices()[:1]), choice, quiet=True)
   defaults = SamplingDefaults(
     name=experiment.sampler_name,

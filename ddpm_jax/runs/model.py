@@ -15,30 +15,30 @@ from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import frozen as frozen_module
-from ddpm_jax.runs import starts, stepping
+from ddpm_jax.runs import pretrained, stepping
 from ddpm_jax.storage import checkpoint, workdir
 from ddpm_jax.training import ema
 
 PyTree = Any
 
 
-class Choice(NamedTuple):
+class WeightsChoice(NamedTuple):
   """Which of a run's weights to take.
 
   Attributes:
-    averaged: the EMA (True), or the raw parameters.
-    length: the relative width of an EMA to be put together from stored snapshots; None for the one that was kept.
+    ema: the EMA (True), or the raw parameters.
+    ema_length: the relative width of an EMA to be put together from stored snapshots; None for the one that was kept.
     step: the step of the checkpoint, a number or "best"; empty for the newest.
   """
 
-  averaged: bool = True
-  length: float | None = None
+  ema: bool = True
+  ema_length: float | None = None
   step: str = ""
 
   def __str__(self) -> str:
-    if self.length is not None:
-      return f"EMA of relative width {self.length:g}"
-    return "EMA" if self.averaged else "raw"
+    if self.ema_length is not None:
+      return f"EMA of relative width {self.ema_length:g}"
+    return "EMA" if self.ema else "raw"
 
 
 class Weights(NamedTuple):
@@ -99,22 +99,22 @@ def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
 
 
 def load_weights(
-  experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, *, quiet: bool = False
+  experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: WeightsChoice, *, quiet: bool = False
 ) -> Weights:
   """Read the chosen parameters of a run and its frozen ones, whole on every device.
 
   Raises:
     ValueError: if there are none such, the choice contradicts itself, or the frozen ones are not those that the run was trained with.
   """
-  frozen = frozen_module.of_model(experiment, folder, mesh)
+  frozen = frozen_module.load_replicated(experiment, folder, mesh)
   # Of all that training carries on with these alone: what the objective had need not be there.
   shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
   _, averages = ema.split(jax.eval_shape(stepping.averages(experiment).init, shapes))
   items = parallel.abstract({"params": shapes, "ema": averages}, parallel.replicated(mesh))
-  if choice.length is not None:
+  if choice.ema_length is not None:
     params, step = _reconstructed(experiment, folder, {"ema": items["ema"]}, choice)
     return Weights(Parameters(params, frozen), step, str(choice))
-  name = "ema" if choice.averaged else "params"
+  name = "ema" if choice.ema else "params"
   with contextlib.closing(open_checkpoints(experiment, folder)) as checkpoints:
     restored = checkpoints.restore({name: items[name]}, _step(checkpoints, choice.step))
   for problem in restored.damaged:
@@ -122,7 +122,7 @@ def load_weights(
   if not quiet:
     print_line(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
   params = restored.items[name]
-  return Weights(Parameters(params[0] if choice.averaged else params, frozen), restored.step, str(choice))
+  return Weights(Parameters(params[0] if choice.ema else params, frozen), restored.step, str(choice))
 
 
 def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
@@ -137,11 +137,11 @@ def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
   return int(text) if text else None
 
 
-def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: Choice) -> tuple[PyTree, int]:
+def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: WeightsChoice) -> tuple[PyTree, int]:
   """Return an average of any length, as a weighted sum of stored snapshots (Karras et al. 2024, section 3.2), and its step."""
-  length = choice.length
+  length = choice.ema_length
   assert length is not None
-  if not choice.averaged:
+  if not choice.ema:
     raise ValueError(f"Got --ema=false with --ema_length={length}; expected one of them.")
   steps = checkpoint.Checkpoints.steps(workdir.snapshot_folder(folder))
   if experiment.ema.kind != "power" or not steps:
@@ -160,7 +160,7 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
   return params, last
 
 
-def trained(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Experiment:
+def load_experiment(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Experiment:
   """Return what a config, by default the run's own, stands for, of the finished or unfinished run in the folder that a flag names.
 
   Raises:
@@ -170,6 +170,6 @@ def trained(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Ex
     raise ValueError(
       f"Got --{flag}={folder}, which holds no checkpoint; expected the folder of a run. Train first: --mode=train."
     )
-  tree = starts.same_start(config.read_run(folder) if tree is None else tree, folder)
+  tree = pretrained.restore_init_from(config.read_run(folder) if tree is None else tree, folder)
   config.check_same_run(folder, tree)
   return config.build(tree)

@@ -21,13 +21,13 @@ PyTree = Any
 Arrays = Mapping[str, Array]
 
 
-def clipped(experiment: Experiment, denoise: Denoise) -> Denoise:
+def clip_estimates(experiment: Experiment, denoise: Denoise) -> Denoise:
   """Return a denoiser whose estimates are clipped as the experiment says: last of all, so that no gradient is lost in it."""
   clip = experiment.sampling.clip
   return denoise if clip is None else clip(denoise=denoise)
 
 
-def start(experiment: Experiment, keys: Array) -> Array:
+def initial_noise(experiment: Experiment, keys: Array) -> Array:
   """Return noise to start from [B, ...], with a key for each sample [B]."""
   return experiment.model.process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *experiment.model.shape))
 
@@ -50,22 +50,22 @@ def generate(
     x, nfe = sampling.solve(
       randomness.fold_in(keys, 1),
       experiment.sampler,
-      clipped(experiment, denoise),
-      start(experiment, keys),
+      clip_estimates(experiment, denoise),
+      initial_noise(experiment, keys),
       experiment.times,
     )
     return experiment.model.decode(x, parameters.frozen), jnp.broadcast_to(nfe, keys.shape)
 
-  return compiled(experiment, mesh, guides, draw)
+  return compile_sampler(experiment, mesh, guides, draw)
 
 
-def of_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:
+def for_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:
   """Return the experiment with the sampler of previews, a few steps of DDIM, and a batch of `count` samples."""
   steps, size = experiment.sampling.preview_steps, -(-count // mesh.size) * mesh.size
   return experiment.replace(sampler="ddim", sampling__grid=None, sampling__num_steps=steps, sampling__batch_size=size)
 
 
-def denoising(
+def denoising_frames(
   experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
   """Return a function that draws samples on their way to data, and the times of what it shows.
@@ -79,16 +79,18 @@ def denoising(
   shown = np.asarray(times)[kept]
 
   def draw(keys, denoise, batch, parameters):
-    x, keys = start(experiment, keys), randomness.fold_in(keys, 1)
-    states = sampling.sample(keys, experiment.sampler, clipped(experiment, denoise), x, times, return_trajectory=True)
+    x, keys = initial_noise(experiment, keys), randomness.fold_in(keys, 1)
+    states = sampling.sample(
+      keys, experiment.sampler, clip_estimates(experiment, denoise), x, times, return_trajectory=True
+    )
     scaled = states[kept] / expand(jnp.maximum(process.sigma(shown), 1), states)
     data = jax.vmap(lambda x: experiment.model.decode(x, parameters.frozen))(scaled)
     return jnp.moveaxis(data, 0, 1)
 
-  return compiled(experiment, mesh, NO_GUIDES, draw), shown
+  return compile_sampler(experiment, mesh, NO_GUIDES, draw), shown
 
 
-def compiled(
+def compile_sampler(
   experiment: Experiment,
   mesh: jax.sharding.Mesh,
   guides: Guides,

@@ -12,7 +12,7 @@ from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
 from ddpm_jax.metrics import evaluate
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import drawing, programs
+from ddpm_jax.runs import generation, programs
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import images, records
 
@@ -27,12 +27,12 @@ _CURVE = 400
 
 
 def denoising(
-  experiment: Experiment, mesh: jax.sharding.Mesh, parameters: Parameters, inputs: drawing.Inputs, seed: int
+  experiment: Experiment, mesh: jax.sharding.Mesh, parameters: Parameters, inputs: generation.Inputs, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Return how the first samples of a seed come about by the sampler of previews: uint8 [frames, K, H, W, C], and the times of the frames."""
-  experiment = programs.of_previews(experiment, mesh, SHOWN)
-  function, times = programs.denoising(experiment, mesh, _FRAMES)
-  parts = [np.asarray(x) for x in drawing.in_batches(experiment, function, parameters, seed, SHOWN, inputs)]
+  experiment = programs.for_previews(experiment, mesh, SHOWN)
+  function, times = programs.denoising_frames(experiment, mesh, _FRAMES)
+  parts = [np.asarray(x) for x in generation.run_in_batches(experiment, function, parameters, seed, SHOWN, inputs)]
   return images.to_uint8(np.moveaxis(np.concatenate(parts), 1, 0)), times
 
 

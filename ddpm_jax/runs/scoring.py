@@ -16,10 +16,10 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.metrics import evaluate
-from ddpm_jax.models.inputs import default_inputs
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import bits, drawing, programs, reporting, spaces
-from ddpm_jax.runs.drawing import Inputs
+from ddpm_jax.models.inputs import default_inputs
+from ddpm_jax.runs import generation, likelihoods, programs, reporting, spaces
+from ddpm_jax.runs.generation import Inputs
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import images, scores
@@ -28,7 +28,7 @@ from ddpm_jax.storage import images, scores
 _PART = 512
 
 
-class Drawn(NamedTuple):
+class SampleSet(NamedTuple):
   """Samples of a variant, uint8 [N, H, W, C], and network evaluations of each at most."""
 
   experiment: Experiment
@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
     return {"sampler": self.experiment.sampler_name, "arguments": arguments}
 
 
-class Judge:
+class Scorer:
   """Scores the weights of a run's model. Making one checks that everything can be done.
 
   Args:
@@ -56,7 +56,7 @@ class Judge:
   def __init__(self, run: Run):
     experiment, c, sources = run.experiment, run.experiment.evaluation, (run.source, run.held_out)
     self._run, self._count = run, c.num_samples
-    bits.check(experiment, run.held_out)
+    likelihoods.check(experiment, run.held_out)
     self._space = spaces.build_space(experiment, *sources, run.folder / "classifier.safetensors")
     self._reference = spaces.build_reference(experiment, self._space, *sources)
     if self._reference is not None:
@@ -76,10 +76,10 @@ class Judge:
         " images: --config.evaluation.reference=train."
       )
 
-  def check_best(self, metric: str) -> None:
+  def check_best_metric(self, metric: str) -> None:
     """Raise a ValueError if training does not compute this metric."""
     # The classifier's scores have the names of those of pixels.
-    space = self._space.made if self._space.name == "inception" else metrics.pixel_space()
+    space = self._space.feature_space if self._space.name == "inception" else metrics.pixel_space()
     known = [f"eval/{name}" for name in evaluate.logged_names(self._quick_settings, evaluate.score_names(space))]
     if metric not in known:
       raise ValueError(f"Got config.training.best_metric={metric!r}; expected one of {', '.join(known)}.")
@@ -98,23 +98,25 @@ class Judge:
 
   def _compared(self, summary: evaluate.Summary, settings: evaluate.Settings) -> evaluate.Scores:
     """Return the scores of images against the reference."""
-    return evaluate.score(summary, self._real, settings, evaluate.score_names(self._space.made))
+    return evaluate.score(summary, self._real, settings, evaluate.score_names(self._space.feature_space))
 
   def _scores(self, samples: np.ndarray, settings: evaluate.Settings) -> evaluate.Scores:
     """Return the scores of samples uint8 [N, H, W, C]."""
     parts = (samples[first : first + _PART] for first in range(0, len(samples), _PART))
     return self._compared(evaluate.summarize(self._space.extract, parts, len(samples), settings), settings)
 
-  def on_the_way(self, parameters: Parameters) -> evaluate.Scores:
+  def training_scores(self, parameters: Parameters) -> evaluate.Scores:
     """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
     count, experiment = self._quick_count, self._run.experiment
-    samples, _ = drawing.draw(experiment, self._quick, parameters, experiment.seed, count, self._inputs(count))
+    samples, _ = generation.generate_samples(
+      experiment, self._quick, parameters, experiment.seed, count, self._inputs(count)
+    )
     return {f"eval/{name}": value for name, value in self._scores(samples, self._quick_settings).items()}
 
   def _inputs(self, count: int) -> Inputs:
     experiment, source, held_out = self._run.experiment, self._run.source, self._run.held_out
     # As common as in the data, with whose images the samples are compared.
-    counts = drawing.class_counts(experiment, source)
+    counts = generation.class_counts(experiment, source)
     return default_inputs(experiment.model.conditions, count, source if held_out is None else held_out, counts)
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
@@ -128,7 +130,7 @@ class Judge:
     inputs = self._inputs(self._count)
     named = zip(variants, _names(variants, seed), strict=True)
     drawn = [self._draw(variant, weights, seed, name, inputs) for variant, name in named]
-    likelihood = bits.evaluate(run, weights, seed)
+    likelihood = likelihoods.evaluate(run, weights, seed)
     way = None
     if run.experiment.evaluation.report:
       asked = self._inputs(reporting.SHOWN)
@@ -153,7 +155,7 @@ class Judge:
       page.write(path, shown)
       print_line(f"report       {path}")
 
-  def _draw(self, variant: Experiment, weights: Weights, seed: int, name: str, inputs: Inputs) -> Drawn | None:
+  def _draw(self, variant: Experiment, weights: Weights, seed: int, name: str, inputs: Inputs) -> SampleSet | None:
     """Draw samples of a variant into samples/, or read those that are there."""
     run, count, mesh = self._run, self._count, self._run.mesh
     # The same on each device however many there are, so that the samples are the same numbers.
@@ -164,8 +166,10 @@ class Judge:
     def parts(done: int, notes: dict[str, int]) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
       nfe, rest = notes.get("nfe", 0), f", {count - done:,} of them left" if done else ""
       print_line(f"sampling {count:,} images from the {weights.name} weights with {experiment.sampler_name}{rest} ...")
-      for x, calls in drawing.in_batches(experiment, generate, weights.parameters, seed, count, inputs, start=done):
-        drawing.check_finite(experiment, x)
+      for x, calls in generation.run_in_batches(
+        experiment, generate, weights.parameters, seed, count, inputs, start=done
+      ):
+        generation.check_finite(experiment, x)
         nfe = max(nfe, int(calls.max()))
         yield images.to_uint8(x), {"nfe": nfe}
       print_line(f"{nfe:,} network evaluations each")
@@ -173,15 +177,15 @@ class Judge:
     path = run.folder / "samples" / name
     like = (count, *experiment.model.data_shape), np.uint8
     identity = _identity(experiment, weights.sha256, seed, count, inputs)
-    rows = drawing.in_rows(run.folder, path, identity, "samples", like, parts)
+    rows = generation.cached_rows(run.folder, path, identity, "samples", like, parts)
     if rows is None:
       return None
-    samples = rows.finish(**drawing.named(inputs))
+    samples = rows.finish(**generation.saved_inputs(inputs))
     print_line(f"samples      {path}.npz")
-    return Drawn(experiment, samples, rows.notes["nfe"])
+    return SampleSet(experiment, samples, rows.notes["nfe"])
 
   def _report(
-    self, drawn: list[Drawn], has_classes: bool, likelihood: dict[str, Any], weights: Weights
+    self, drawn: list[SampleSet], has_classes: bool, likelihood: dict[str, Any], weights: Weights
   ) -> dict[str, Any]:
     """Return all that eval.json says of samples."""
     experiment, last, reference = self._run.experiment, drawn[-1], self._reference
@@ -217,7 +221,7 @@ class Judge:
       "scores": {"generated": curve[-1]["scores"], "floor": floor},
       "floor_num": number,
       "features": self._space.name,
-      "feature_space": self._space.made.provenance,
+      "feature_space": self._space.feature_space.provenance,
       "reference": _describe(reference, experiment),
       "reference_num": self._real.count,
       "neighbor": c.k,
@@ -255,7 +259,7 @@ class Judge:
           f"no Frechet distance: {self._space.dimensions:,} dimensions want more samples and reference images than that"
           " (config.evaluation.num_samples, allow_singular), or other features"
         )
-    print_line(bits.table(likelihood) + f"\nscores       {scores.path_of(self._run.folder)}")
+    print_line(likelihoods.table(likelihood) + f"\nscores       {scores.path_of(self._run.folder)}")
 
 
 def dtype_of(experiment: Experiment) -> str:
@@ -273,7 +277,7 @@ def _describe(reference: spaces.Reference, experiment: Experiment) -> str:
   if reference.statistics is not None:
     return f"statistics of {reference.statistics.features.count or 'an unknown number of'} images in {reference.name}"
   kind = "training" if reference.name == "train" else "held-out"
-  low = drawing.enlarged(experiment)
+  low = generation.low_res_name(experiment)
   small = "; the samples are those held-out images made small and enlarged" if low is not None else ""
   return f"{len(reference.images or ()):,} {kind} images{small}"
 

@@ -37,14 +37,14 @@ class Space:
     self.name, self.dimensions, self._batch_size, self._make = name, dimensions, batch_size, make
 
   @functools.cached_property
-  def made(self) -> metrics.FeatureSpace:
+  def feature_space(self) -> metrics.FeatureSpace:
     """The space itself."""
     return self._make()
 
   @functools.cached_property
   def extract(self) -> evaluate.Extract:
     """The function from images to features, over this process's devices."""
-    return metrics.extractor(self.made, self._batch_size)
+    return metrics.extractor(self.feature_space, self._batch_size)
 
   def summary(self, source: data.Source, chosen: np.ndarray, settings: evaluate.Settings) -> evaluate.Summary:
     """Return the summary of the images of a source at some places."""
@@ -72,7 +72,7 @@ class Reference(NamedTuple):
     return len(self.images or ()) if self.statistics is None else self.statistics.features.count
 
 
-def features_of(experiment: Experiment, source: data.Source) -> str:
+def choose_features(experiment: Experiment, source: data.Source) -> str:
   """Return the name of the features that an experiment's images are scored in; raise a ValueError if they cannot be had."""
   c = experiment.evaluation
   if c.features:
@@ -112,7 +112,7 @@ def build_space(experiment: Experiment, source: data.Source, held_out: data.Sour
   Raises:
     ValueError: if the features cannot be had, or the weights are missing or others.
   """
-  c, name = experiment.evaluation, features_of(experiment, source)
+  c, name = experiment.evaluation, choose_features(experiment, source)
   resize = choose(c.resize, ("tf1", "clean"), "config.evaluation.resize")
   dimensions, make = math.prod(experiment.data.shape), metrics.pixel_space
   if name == "inception":
@@ -205,7 +205,7 @@ def _check_statistics(experiment: Experiment, space: Space, path: str, statistic
       " statistics of the same features. Make them by --mode=stats, or name the features: --config.evaluation.features."
     )
   # What is known of the space first: its classifier may have to be trained.
-  for provenance in (dict, lambda: space.made.provenance) if about else ():
+  for provenance in (dict, lambda: space.feature_space.provenance) if about else ():
     for key, value in describe_space(experiment, space.name, provenance()).items():
       if about.get(key, value) != value:
         raise ValueError(

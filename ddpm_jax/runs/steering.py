@@ -10,9 +10,9 @@ import numpy as np
 from ddpm_jax import config
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import guided
+from ddpm_jax.models.guided import NEGATIVE_PREFIX, NO_GUIDES, Guides
 from ddpm_jax.models.inputs import parse_inputs
-from ddpm_jax.models.guided import NO_GUIDES, NEGATIVE_PREFIX, Guides
-from ddpm_jax.runs.model import Choice, load_weights, trained
+from ddpm_jax.runs.model import WeightsChoice, load_experiment, load_weights
 
 PyTree = Any
 
@@ -80,13 +80,13 @@ def steer(
   """
   asked_folders = {"classifier": steering.classifier, "weak": steering.weak}
   folders = {name: folder for name, folder in asked_folders.items() if folder is not None}
-  others = {name: trained(None, folder, name) for name, folder in folders.items()}
+  others = {name: load_experiment(None, folder, name) for name, folder in folders.items()}
   guides = Guides(**{name: one.model for name, one in others.items()})
-  experiment.task.check_draws("the model")
+  experiment.task.check_can_sample("the model")
   if "classifier" in others:
-    others["classifier"].task.check_classifies("--classifier")
+    others["classifier"].task.check_can_classify("--classifier")
   if "weak" in others:
-    others["weak"].task.check_draws("--weak")
+    others["weak"].task.check_can_sample("--weak")
   experiment = _with_rule(experiment, guides, scale)
   two, is_negative = experiment.sampler.two_estimates, bool(steering.negative)
   guided.check(experiment.model, experiment.guidance, two, guides, negative=is_negative)
@@ -99,7 +99,7 @@ def steer(
   inputs |= {f"{NEGATIVE_PREFIX}{name}": value for name, value in unwanted.items()}
 
   def load() -> dict[str, tuple[PyTree, PyTree]]:
-    choices = {"classifier": Choice(), "weak": Choice(step=steering.weak_step)}
+    choices = {"classifier": WeightsChoice(), "weak": WeightsChoice(step=steering.weak_step)}
     found = {name: load_weights(one, folders[name], mesh, choices[name]) for name, one in others.items()}
     return {name: weights.parameters[:2] for name, weights in found.items()}
 

@@ -79,7 +79,7 @@ def _trains_extra(experiment: Experiment) -> bool:
   def extra(key, frozen):
     return init(key, experiment.model.init(key), frozen.get("objective", ()))[0]
 
-  found = jax.eval_shape(extra, jax.random.key(0), frozen_module.bare_shapes(experiment))
+  found = jax.eval_shape(extra, jax.random.key(0), frozen_module.unsharded_shapes(experiment))
   return bool(jax.tree.leaves(found))
 
 
@@ -139,7 +139,7 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
     experiment = config.build(config.replace(experiment.tree, "model.network.remat", "none"))
   model, objective = experiment.model, experiment.objective
   key = jax.eval_shape(jax.random.key, 0)
-  frozen = frozen_module.bare_shapes(experiment)
+  frozen = frozen_module.unsharded_shapes(experiment)
 
   def gradient(params, key, batch, frozen):
     keys = key[None]

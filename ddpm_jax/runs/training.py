@@ -16,7 +16,7 @@ from ddpm_jax.devices import hardware, memory, parallel, plan, progress, startup
 from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.names import choose
-from ddpm_jax.runs import drawing, frozen, limits, model, reading, scoring, starts, stepping
+from ddpm_jax.runs import frozen, generation, limits, model, pretrained, reading, scoring, stepping
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import checkpoint, frozen_file, images, records, workdir
 from ddpm_jax.training import ema, optim
@@ -71,8 +71,8 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     trainer.checkpoints.close()
     # What follows can be done again: nothing is left to save.
     startup.exit_on_sigterm()
-    weights = model.Weights(trainer.parameters(state), int(state.step), str(model.Choice()))
-    trainer.judge.score(weights, trainer.run.experiment.seed)
+    weights = model.Weights(trainer.parameters(state), int(state.step), str(model.WeightsChoice()))
+    trainer.scorer.score(weights, trainer.run.experiment.seed)
     print_line(
       f"\nconfig       {workdir.config_path(folder)}\ncheckpoints  {workdir.checkpoint_folder(folder)}\n"
       f"metrics      {folder / 'metrics.jsonl'}\nTensorBoard  {folder / 'tensorboard'}"
@@ -99,10 +99,10 @@ def _resuming(folder: Path, resume: str) -> bool:
 
 def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   """Check all that a run needs, and return its trainer. Write nothing but an empty folder."""
-  tree, start = (starts.same_start(tree, folder), None) if resuming else starts.starting_from(tree)
+  tree, start = (pretrained.restore_init_from(tree, folder), None) if resuming else pretrained.load_init_from(tree)
   config.check_same_run(folder, tree)
   experiment = config.build(tree, None if start is None else start.model)
-  starts.check_start(experiment)
+  pretrained.check_shape(experiment)
   c, mesh = experiment.training, stepping.mesh_of(experiment)
   devices = list(mesh.devices.flat)
   limits.check_training(experiment, devices)
@@ -111,8 +111,8 @@ def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   task.check(experiment, mesh)
   run = Run(experiment, folder, mesh, *reading.read_data(experiment))
   preview = task.preview(experiment, mesh, run.held_out or run.source)
-  judge = task.judge(run)
-  fixed = frozen.put(experiment, mesh)
+  scorer = task.scorer(run)
+  fixed = frozen.load_sharded(experiment, mesh)
   if resuming:
     frozen_file.check(folder, fixed)
   init, template = model.make_state(experiment, mesh, fixed, None if start is None else start.params)
@@ -121,8 +121,8 @@ def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
   memory.check("the state of this network and its optimizer", needed, memory.device_bytes(devices), advice)
   batch = stepping.batch_shapes(experiment, c.batch_size, run.source)
-  trainer = _Trainer(run, judge, preview, step, init, template, batch, fixed)
-  trainer.check_best()
+  trainer = _Trainer(run, scorer, preview, step, init, template, batch, fixed)
+  trainer.check_best_metric()
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
   return trainer
@@ -134,7 +134,7 @@ class _Trainer:
 
   Attributes:
     run: the run.
-    judge: scores it.
+    scorer: scores it.
     preview: what is shown on the way, if anything is (`Task.preview`).
     step: the train step.
     init: makes the first state.
@@ -145,7 +145,7 @@ class _Trainer:
   """
 
   run: Run
-  judge: Any
+  scorer: Any
   preview: Callable[[Parameters], np.ndarray] | None
   step: Callable
   init: Callable[[], training.TrainState]
@@ -154,7 +154,7 @@ class _Trainer:
   frozen: PyTree | None
   damaged: list[str] = dataclasses.field(default_factory=list)
 
-  def check_best(self) -> None:
+  def check_best_metric(self) -> None:
     """Raise a ValueError if no checkpoint will have the metric by which the best are kept."""
     c, every = self.run.experiment.training, self.run.experiment.evaluation.every
     if not c.best_metric.startswith("eval/"):
@@ -170,14 +170,14 @@ class _Trainer:
         " --config.evaluation.every to checkpoint_every, or to a divisor of it."
       )
     if every:
-      self.judge.check_best(c.best_metric)
+      self.scorer.check_best_metric(c.best_metric)
 
   def describe(self) -> None:
     """Say what is trained on which data and devices, and write down how many images each class has, if it is known."""
     experiment, source = self.run.experiment, self.run.source
     shape = "x".join(map(str, experiment.data.shape))
     print_line(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
-    counts = drawing.class_counts(experiment, source)
+    counts = generation.class_counts(experiment, source)
     if counts is not None and parallel.is_main():
       print_line(f"{len(counts):,} classes, {np.min(counts):,} to {np.max(counts):,} images each")
       absent = np.flatnonzero(counts == 0)
@@ -219,7 +219,7 @@ class _Trainer:
       print_line("starting a new run")
     # Only now: what may have changed in the config holds from here on.
     if parallel.is_main():
-      config.write(folder, starts.keep(experiment.tree, folder))
+      config.write(folder, pretrained.copy_config(experiment.tree, folder))
     if not resuming:
       frozen_file.write(folder, self.frozen)
     return state
@@ -357,7 +357,7 @@ class _Work:
       print_line(f"no further batch; saved at step {number:,}, from which the same command goes on")
 
   def _score(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
-    found = self._trainer.judge.on_the_way(self._trainer.parameters(state))
+    found = self._trainer.scorer.training_scores(self._trainer.parameters(state))
     self._scores = (number, found)
     print_line(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     if self._writer is not None:

@@ -2,6 +2,6 @@
 
 from ddpm_jax.runs.tasks.classify import Classify, classify
 from ddpm_jax.runs.tasks.denoise import Denoise, denoise
-from ddpm_jax.runs.tasks.task import Judge, Task
+from ddpm_jax.runs.tasks.task import Scorer, Task
 
-__all__ = ["Classify", "Denoise", "Judge", "Task", "classify", "denoise"]
+__all__ = ["Classify", "Denoise", "Scorer", "Task", "classify", "denoise"]

@@ -15,7 +15,7 @@ from ddpm_jax.metrics import evaluate
 from ddpm_jax.models import Condition, conditions
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.processes import Process
-from ddpm_jax.runs import drawing
+from ddpm_jax.runs import generation
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.runs.tasks.task import Task, check_objective
@@ -54,11 +54,11 @@ class Classify(Task):
     check = data.classes_below(number, "model.network.out_channels")
     return conditions.classes("classes", number)._replace(check=check)
 
-  def judge(self, run: Run) -> "Judge":
+  def scorer(self, run: Run) -> "Scorer":
     """Return what scores the classifier."""
-    return Judge(run, self._number(run.experiment))
+    return Scorer(run, self._number(run.experiment))
 
-  def check_draws(self, what: str) -> None:
+  def check_can_sample(self, what: str) -> None:
     """Raise a ValueError."""
     raise ValueError(
       f"Got {what} of config.task='classify'; expected a run that denoises, as that of configs/digits_vp.py: a classifier draws nothing."
@@ -70,7 +70,7 @@ def classify() -> Classify:
   return Classify()
 
 
-class Judge:
+class Scorer:
   """Scores a classifier's weights.
 
   Args:
@@ -100,13 +100,13 @@ class Judge:
         "Got no held-out images to score against; set --config.data.source.eval_split or --config.data.hold_out."
       )
 
-  def check_best(self, metric: str) -> None:
+  def check_best_metric(self, metric: str) -> None:
     """Raise a ValueError: there are no scores on the way."""
     raise ValueError(
       f"Got config.training.best_metric={metric!r} for a classifier; expected a metric of training, such as loss."
     )
 
-  def on_the_way(self, parameters: Parameters) -> dict[str, float]:
+  def training_scores(self, parameters: Parameters) -> dict[str, float]:
     """Return nothing: accuracies are logged in any case."""
     return {}
 
@@ -174,6 +174,8 @@ def _classify(
   def read(rows):
     return data.read(held_out, chosen[rows])
 
-  parts = list(drawing.in_batches(experiment, at_all_levels, weights.parameters, seed, count, read, what="classifying"))
+  parts = list(
+    generation.run_in_batches(experiment, at_all_levels, weights.parameters, seed, count, read, what="classifying")
+  )
   log_probs, classes = (np.concatenate(part) for part in zip(*parts, strict=True))
   return np.moveaxis(log_probs, 1, 0), classes

@@ -9,7 +9,7 @@ from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
-from ddpm_jax.runs import drawing, programs, scoring
+from ddpm_jax.runs import generation, programs, scoring
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.runs.tasks.task import Task, check_objective
 
@@ -30,13 +30,13 @@ class Denoise(Task):
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
   ) -> Callable[[Parameters], np.ndarray] | None:
     """Return a function from parameters to a few samples."""
-    return drawing.preview(experiment, mesh, source)
+    return generation.preview(experiment, mesh, source)
 
-  def judge(self, run: Run) -> scoring.Judge:
+  def scorer(self, run: Run) -> scoring.Scorer:
     """Return what scores samples."""
-    return scoring.Judge(run)
+    return scoring.Scorer(run)
 
-  def check_classifies(self, what: str) -> None:
+  def check_can_classify(self, what: str) -> None:
     """Raise a ValueError."""
     raise ValueError(
       f"Got {what} of config.task='denoise'; expected a model that tells classes apart: a run of task='classify', as that of"

@@ -1,4 +1,4 @@
-"""`Task`: what a run does with its objective, and `Judge`, which scores what it leads to."""
+"""`Task`: what a run does with its objective, and `Scorer`, which scores what it leads to."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
@@ -14,16 +14,16 @@ from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
 
 
-class Judge(Protocol):
+class Scorer(Protocol):
   """Scores weights; whatever cannot be done is refused when it is made."""
 
   def check_scores(self) -> None:
     """Raise a ValueError if there is nothing to score against."""
 
-  def check_best(self, metric: str) -> None:
+  def check_best_metric(self, metric: str) -> None:
     """Raise a ValueError if training does not compute this metric."""
 
-  def on_the_way(self, parameters: Parameters) -> dict[str, float]:
+  def training_scores(self, parameters: Parameters) -> dict[str, float]:
     """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
@@ -55,14 +55,14 @@ class Task(Protocol):
     """Return a function from parameters to pictures uint8 [N, H, W, C], for training; None if there is nothing to see."""
     return None
 
-  def judge(self, run: Run) -> Judge:
+  def scorer(self, run: Run) -> Scorer:
     """Return what scores the weights of a run and reports them."""
 
-  def check_draws(self, what: str) -> None:
+  def check_can_sample(self, what: str) -> None:
     """Raise a ValueError, in which `what` names the model, unless samples can be drawn of it."""
     return
 
-  def check_classifies(self, what: str) -> None:
+  def check_can_classify(self, what: str) -> None:
     """Raise a ValueError, in which `what` names the model, unless it tells classes of noisy data apart."""
     return
 

@@ -43,7 +43,7 @@ def _with_model(tree: Tree, path: str) -> Tree:
   return config.replace(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
 
 
-def pretrained(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
+def replace_model(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
   """Return the config with a model from elsewhere in place of its own, and the model.
 
   Args:
@@ -107,16 +107,16 @@ def _check_conditions(tree: Tree, model: Model, what: str) -> None:
       )
 
 
-def starting_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
+def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
   """Return the config of a new run that starts from `init_from`, whose model takes the place of the config's; and that model."""
   path = tree.values["init_from"]
   if not path:
     return tree, None
-  config.make(tree, "task").check_draws(f"config.init_from={path!r} in a run")
+  config.make(tree, "task").check_can_sample(f"config.init_from={path!r} in a run")
   return _read(tree, path, f"config.init_from={path!r}")
 
 
-def keep(tree: Tree, folder: Path) -> Tree:
+def copy_config(tree: Tree, folder: Path) -> Tree:
   """Copy the config files of the model that a run starts from into its folder, and return the config that names the copy."""
   if not tree.values["init_from"]:
     return tree
@@ -126,7 +126,7 @@ def keep(tree: Tree, folder: Path) -> Tree:
   return config.replace(tree, "model.path", str(place))
 
 
-def same_start(tree: Tree, folder: Path) -> Tree:
+def restore_init_from(tree: Tree, folder: Path) -> Tree:
   """Return a config with the model that the run in a folder started from, if the config starts from it too."""
   old = config.find_run(folder) if tree.values["init_from"] else None
   if old is None or old.values["init_from"] != tree.values["init_from"]:
@@ -135,7 +135,7 @@ def same_start(tree: Tree, folder: Path) -> Tree:
   return _with_model(tree, old.values["model"]["path"])
 
 
-def check_start(experiment: Experiment) -> None:
+def check_shape(experiment: Experiment) -> None:
   """Raise a ValueError unless the data have the shape that a model from elsewhere takes."""
   found, shape = experiment.data.shape, experiment.model.data_shape
   if experiment.init_from and found != shape:

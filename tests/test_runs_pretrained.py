@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm_jax import config as configs
 from ddpm_jax import interop, processes, randomness
 from ddpm_jax.config import spec
-from ddpm_jax.runs import starts
+from ddpm_jax.runs import pretrained
 from tests.commands import RECIPE, assert_refused, call
 from tests.parameters import write_run
 from tests.recipes import LEVELS, tiny_config, tree_of
@@ -229,7 +229,7 @@ def test_a_config_says_all_that_a_folder_says(name, tmp_path):
   """From the config alone the same network, process and grid are built, with the clipping of the folder."""
   write_pipeline(tmp_path, SCHEDULERS[name], **ADOPTED[name])
   model, _ = interop.diffusers.load(tmp_path)
-  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False)
+  tree, found = pretrained.replace_model(str(tmp_path), configs.expand({}), recipe=False)
   experiment = configs.build(tree)
   assert experiment.model.network.module == model.network.module.clone(dropout=0.1)
   assert found.model.network.module == experiment.model.network.module
@@ -249,7 +249,7 @@ def test_another_sampler_has_its_own_defaults(tmp_path):
   def experiment(sampler):
     keys = {} if sampler is None else {"sampler": sampler}
     tree = configs.read(None, keys, tmp_path, otherwise={})
-    tree, found = starts.pretrained(str(tmp_path), tree, recipe=False, keys=keys)
+    tree, found = pretrained.replace_model(str(tmp_path), tree, recipe=False, keys=keys)
     return configs.build(tree, found.model)
 
   own, other = experiment(None), experiment("deis")
@@ -284,7 +284,7 @@ def test_the_last_class_of_a_folder_stands_for_none_where_classes_are_hidden(tmp
   config = tiny_config()
   config.init_from = str(tmp_path)
   config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.2)
-  tree, found = starts.starting_from(tree_of(config))
+  tree, found = pretrained.load_init_from(tree_of(config))
   experiment = configs.build(tree)
   for condition in (experiment.model.conditions["classes"], found.model.conditions["classes"]):
     assert (condition.number, condition.dropout) == (11, 0.2)
@@ -297,15 +297,15 @@ def test_a_folder_without_a_size_takes_the_data_s(tmp_path):
   file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
   config = tiny_config()
   config.init_from = str(tmp_path)
-  tree, found = starts.starting_from(tree_of(config))
+  tree, found = pretrained.load_init_from(tree_of(config))
   experiment = configs.build(tree)
-  starts.check_start(experiment)
+  pretrained.check_shape(experiment)
   assert experiment.model.data_shape == found.model.data_shape == (8, 8, 1)
   assert experiment.model.network.module.channels == found.model.network.module.channels == 16
   config.data.image_size = (16, 8)
-  tree, found = starts.starting_from(tree_of(config))
+  tree, found = pretrained.load_init_from(tree_of(config))
   assert found.model.data_shape == (16, 8, 1)
-  tree, found = starts.pretrained(str(tmp_path), tree_of(config), recipe=False)
+  tree, found = pretrained.replace_model(str(tmp_path), tree_of(config), recipe=False)
   assert found.model.data_shape == configs.build(tree).model.data_shape == (16, 8, 1)
 
 
@@ -313,21 +313,21 @@ def test_options_that_change_are_seen_where_a_run_goes_on(exported, tmp_path):
   config = tiny_config()
   config.init_from = str(exported)
   config.model.network.dropout = 0.1
-  tree, _ = starts.starting_from(tree_of(config))
+  tree, _ = pretrained.load_init_from(tree_of(config))
   tmp_path.joinpath("run").mkdir()
-  configs.write(tmp_path / "run", starts.keep(tree, tmp_path / "run"))
+  configs.write(tmp_path / "run", pretrained.copy_config(tree, tmp_path / "run"))
   config.model.network.update({"dropout": 0.3, "remat": "blocks"})
-  found = starts.same_start(tree_of(config), tmp_path / "run").values["model"]
+  found = pretrained.restore_init_from(tree_of(config), tmp_path / "run").values["model"]
   saved = configs.read_run(tmp_path / "run")
   assert found == saved.values["model"] | {"dropout": 0.3, "remat": "blocks"}
   changed = configs.replace(saved, "model.remat", "blocks")
-  assert starts.same_start(changed, tmp_path / "run").values == changed.values
+  assert pretrained.restore_init_from(changed, tmp_path / "run").values == changed.values
 
 
 def test_keys_beside_a_model_from_elsewhere_stay(exported):
   tree = configs.replace(configs.expand({}), "sampling.num_steps", 5)
   tree = configs.replace(tree, "sampler", "heun(s_churn=4)")
-  tree, _ = starts.pretrained(str(exported), tree, recipe=False, keys=("sampling.num_steps", "sampler.s_churn"))
+  tree, _ = pretrained.replace_model(str(exported), tree, recipe=False, keys=("sampling.num_steps", "sampler.s_churn"))
   assert (tree.values["sampling"]["num_steps"], tree.values["sampler"]["s_churn"]) == (5, 4.0)
 
 
@@ -357,7 +357,7 @@ def test_a_model_of_images_that_are_no_squares_is_sampled(tmp_path):
 def test_another_range_of_clipping_is_the_folder_s(tmp_path):
   """The estimates of x_0 go as far as the scheduler lets them, and samples, which are pixels, to -1 and 1."""
   write_pipeline(tmp_path, diffusers.DDIMScheduler(clip_sample_range=2.0), **SMALL)
-  tree, found = starts.pretrained(str(tmp_path), configs.expand({}), recipe=False)
+  tree, found = pretrained.replace_model(str(tmp_path), configs.expand({}), recipe=False)
   assert tree.values["sampling"]["clip"] == {"component": "guidance.clip", "low": -2.0, "high": 2.0}
   clipped = configs.build(tree, found.model).sampling.clip(denoise=lambda x_t, t: x_t)
   np.testing.assert_array_equal(clipped(np.float32([-9, -1.5, 1.5, 9]), 0.5), [-2, -1.5, 1.5, 2])

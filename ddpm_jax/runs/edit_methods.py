@@ -9,10 +9,10 @@ import numpy as np
 
 from ddpm_jax import editing, randomness, sampling
 from ddpm_jax.config import Experiment
-from ddpm_jax.models.guided import Parameters, has_two_estimates, argument_names
+from ddpm_jax.models.guided import Parameters, argument_names, has_two_estimates
 from ddpm_jax.names import choose
 from ddpm_jax.predictions import Denoise
-from ddpm_jax.runs import drawing, programs
+from ddpm_jax.runs import generation, programs
 from ddpm_jax.runs.steering import Guided
 from ddpm_jax.sampling.core import with_many_steps
 
@@ -38,7 +38,7 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   Raises:
     ValueError: if the task, the method or its settings are wrong.
   """
-  experiment.task.check_draws("the model")
+  experiment.task.check_can_sample("the model")
   c, methods = experiment.editing, choose(task, TASKS, "--task")
   if not 0 <= c.strength <= 1:
     raise ValueError(f"Got --strength={c.strength:g}; expected it in [0, 1]: 0 gives back the input, 1 a fresh sample.")
@@ -53,7 +53,7 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
       f"Got the task {task!r} {'without' if c.operator is None else 'with'} config.editing.operator; expected it with the task 'restore': what"
       " was done to the images, such as --config.editing.operator='blur(std=2)'."
     )
-  if drawing.enlarged(experiment) is not None and task != "superres":
+  if generation.low_res_name(experiment) is not None and task != "superres":
     raise ValueError(
       f"Got the task {task!r} for a model that enlarges images; expected --task=superres, or another model."
     )
@@ -68,10 +68,10 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   return experiment, name
 
 
-def edit(
+def compile_edit(
   guided: Guided, mesh: jax.sharding.Mesh, task: str, factor: int = 0
 ) -> Callable[[Parameters, Any, Any, Images], Images]:
-  """Return `edit(parameters, seed, first, batch) -> images by name`, called as `programs.generate` says.
+  """Return `compile_edit(parameters, seed, first, batch) -> images by name`, called as `programs.generate` says.
 
   The batch also holds `image` [B, ...] in [-1, 1] and, to inpaint, `keep` [B, H, W, 1], whose True pixels stay; to colorize, enlarge or restore,
   `image` is what was measured; to interpolate there is `other`. A super-resolution model takes its small image by its name instead.
@@ -95,11 +95,11 @@ def edit(
       f"Got guidance by {experiment.tree.short_name('guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
       " a rule that gives one, such as classifier_free."
     )
-  if task == "superres" and drawing.enlarged(experiment) is not None:
+  if task == "superres" and generation.low_res_name(experiment) is not None:
     generate = programs.generate(experiment, mesh, guides, negative=guided.is_negative)
     return lambda *arguments: {"output": generate(*arguments)[0]}
   draw = _encoded if task in ("img2img", "invert", "interpolate") else _measured
-  return programs.compiled(experiment, mesh, guides, draw(experiment, task, factor))
+  return programs.compile_sampler(experiment, mesh, guides, draw(experiment, task, factor))
 
 
 def _in_steps(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
@@ -127,7 +127,7 @@ def _encoded(experiment: Experiment, task: str, factor: int) -> Callable:
     def decode(x):
       return model.decode(x, parameters.frozen)
 
-    denoise, image = programs.clipped(experiment, denoise), encode("image")
+    denoise, image = programs.clip_estimates(experiment, denoise), encode("image")
     if task == "img2img":
       return {"output": decode(editing.img2img(keys, sampler, denoise, model.process, image, times, c.strength))}
     if task == "invert":
@@ -174,8 +174,8 @@ def _measured(experiment: Experiment, task: str, factor: int) -> Callable:
   def draw(keys, denoise, batch, parameters):
     sampler, informed = applied(denoise, batch)
     held = is_moved and "denoise" not in names and "measurement" in names
-    told = _held(experiment, denoise) if held else programs.clipped(experiment, informed)
-    x = sampling.sample(randomness.fold_in(keys, 1), sampler, told, programs.start(experiment, keys), times)
+    told = _held(experiment, denoise) if held else programs.clip_estimates(experiment, informed)
+    x = sampling.sample(randomness.fold_in(keys, 1), sampler, told, programs.initial_noise(experiment, keys), times)
     return {"output": jnp.where(batch["keep"], batch["image"], x) if task == "inpaint" else x}
 
   return draw
@@ -186,7 +186,7 @@ def _held(experiment: Experiment, denoise: Denoise) -> Denoise:
 
   def held(x_t, t):
     free = denoise(x_t, t)
-    inside = programs.clipped(experiment, lambda x_t, t: free)(x_t, t)
+    inside = programs.clip_estimates(experiment, lambda x_t, t: free)(x_t, t)
     return jax.tree.map(lambda a, b: a + jax.lax.stop_gradient(b - a), free, inside)
 
   return held

@@ -12,10 +12,10 @@ import ddpm_jax
 from ddpm_jax import data, likelihood, metrics
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices.progress import print_line
-from ddpm_jax.models.inputs import inputs_from_data
 from ddpm_jax.models.guided import NO_GUIDES
+from ddpm_jax.models.inputs import inputs_from_data
 from ddpm_jax.names import choose
-from ddpm_jax.runs import drawing, programs
+from ddpm_jax.runs import generation, programs
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import images
@@ -45,7 +45,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
     raise ValueError(
       f"Got config.evaluation.likelihood of {_count(experiment, held_out)} held-out image(s); expected two or more, for an error bar."
     )
-  if drawing.enlarged(experiment) is not None:
+  if generation.low_res_name(experiment) is not None:
     raise ValueError(
       "Got config.evaluation.likelihood for a model that enlarges images, which has none here; leave it out."
     )
@@ -106,13 +106,13 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
     def parts(done: int, notes: dict[str, Any]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
       print_line(f"{_TITLES[kind]} of {count:,} held-out images by the {weights.name} weights ...")
       what = f"likelihood ({kind})"
-      for values in drawing.in_batches(
+      for values in generation.run_in_batches(
         experiment, function, weights.parameters, seed, count, inputs, start=done, what=what
       ):
         yield np.asarray(values), {}
 
     identity, path = {"weights": weights.sha256, "kind": kind, **same}, run.folder / "likelihood" / kind
-    rows = drawing.in_rows(run.folder, path, identity, "rows", ((count, width), np.float32), parts)
+    rows = generation.cached_rows(run.folder, path, identity, "rows", ((count, width), np.float32), parts)
     return None if rows is None else _summary(experiment, kind, rows.finish())
 
   found = {kind: summary(kind) for kind in c.likelihood}
@@ -124,7 +124,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
   c, process = experiment.evaluation, experiment.model.process
 
   def bound(keys, denoise, inputs, parameters):
-    limited = programs.clipped(experiment, denoise)
+    limited = programs.clip_estimates(experiment, denoise)
     found = likelihood.variational_bound(
       keys, process, limited, inputs["x_0"], variance=c.bound_variance, num_evaluations=c.bound_steps or None
     )
@@ -146,7 +146,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
   steps = 0 if c.bound_steps else process.num_steps or 0
   functions = {"bound": (bound, 3 + steps), "ode": (ode, 2), "continuous": (continuous, 3)}
   draw, width = functions[kind]
-  return programs.compiled(experiment, mesh, NO_GUIDES, draw), width
+  return programs.compile_sampler(experiment, mesh, NO_GUIDES, draw), width
 
 
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import heartbeat, print_line
+from ddpm_jax.models.guided import NEGATIVE_PREFIX, NO_GUIDES, Parameters, is_neutral
 from ddpm_jax.models.inputs import default_inputs
-from ddpm_jax.models.guided import NO_GUIDES, NEGATIVE_PREFIX, Parameters, is_neutral
 from ddpm_jax.runs import frozen, limits, programs
-from ddpm_jax.runs.model import Choice, load_weights, trained
-from ddpm_jax.runs.starts import Pretrained
+from ddpm_jax.runs.model import WeightsChoice, load_experiment, load_weights
+from ddpm_jax.runs.pretrained import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, scale_key, steer
 from ddpm_jax.storage import files, images, rows, workdir
 
@@ -32,7 +32,7 @@ def run_sample(
   *,
   num_samples: int,
   seed: int,
-  choice: Choice,
+  choice: WeightsChoice,
   steering: Steering = Steering(),  # noqa: B008, a constant
   scale: float | None = None,
   upsamplers: Sequence[Path] = (),
@@ -57,7 +57,7 @@ def run_sample(
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; expected at least 1.")
   mesh = parallel.make_mesh()
-  if enlarged(experiment) is not None:
+  if low_res_name(experiment) is not None:
     raise ValueError(
       f"Got {folder}, a model that enlarges images, to sample from; expected one that needs none, with --upsampler={folder}. Or give"
       " it images: --mode=edit --task=superres --input=<image, folder or .npz>."
@@ -65,18 +65,18 @@ def run_sample(
   limits.check_images(experiment.model.data_shape, num_samples, f"--num_samples={num_samples}")
   guided = steer(experiment, mesh, steering, num_samples, scale)
   stages = cascade(guided.experiment, mesh, upsamplers, num_samples)
-  experiment = fit_batch(guided.experiment, mesh, num_samples, slow=model is not None)
+  experiment = limit_batch(guided.experiment, mesh, num_samples, slow=model is not None)
   generate = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
   parameters = load_parameters(guided, folder, mesh, choice, model)
   print_line(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
-  samples, nfe = draw(experiment, generate, parameters, seed, num_samples, guided.inputs)
+  samples, nfe = generate_samples(experiment, generate, parameters, seed, num_samples, guided.inputs)
   guides, own_scale = not is_neutral(experiment.guidance), _scale(experiment)
   beside = ", of both branches" if guides and own_scale != 0 else ""
   beside = beside if guided.guides == NO_GUIDES else ", and as many of what guides"
   print_line(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
   suffix = (f"_scale{own_scale:g}" if isinstance(own_scale, float) else "_guided") if guides else ""
   path = files.unused_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")
-  arrays = named(guided.inputs)
+  arrays = saved_inputs(guided.inputs)
   for number, stage in enumerate(stages):
     arrays[f"stage_{number}"] = samples
     samples = stage.enlarge(samples, mesh, seed, guided.inputs)
@@ -96,13 +96,13 @@ def _write(path: Path, arrays: Inputs) -> None:
       print_line(f"picture      {picture}")
 
 
-def named(inputs: Inputs) -> Inputs:
+def saved_inputs(inputs: Inputs) -> Inputs:
   """Return what samples were asked to show as their file keeps it: the classes, and other numbers by their names."""
   return {name: value for name, value in inputs.items() if not name.startswith(NEGATIVE_PREFIX) and np.ndim(value) <= 2}
 
 
 def load_parameters(
-  guided: Guided, folder: Path, mesh: jax.sharding.Mesh, choice: Choice, model: Pretrained | None
+  guided: Guided, folder: Path, mesh: jax.sharding.Mesh, choice: WeightsChoice, model: Pretrained | None
 ) -> Parameters:
   """Read the parameters of a run that can be written to, or take those of a pretrained model in its place; and those of its guides."""
   workdir.check_writable(folder)
@@ -111,7 +111,7 @@ def load_parameters(
   else:
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     print_line(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
-    parameters = Parameters(model.params, frozen.of_model(guided.experiment, None, mesh))
+    parameters = Parameters(model.params, frozen.load_replicated(guided.experiment, None, mesh))
   return parameters._replace(guides=guided.load())
 
 
@@ -128,20 +128,20 @@ class Stage(NamedTuple):
     own = self.experiment
     height, width = own.model.data_shape[:2]
     print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
-    parameters = load_weights(own, self.folder, mesh, Choice()).parameters
+    parameters = load_weights(own, self.folder, mesh, WeightsChoice()).parameters
     inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
     inputs[self.low] = images.from_uint8(samples)
-    samples, nfe = draw(own, self.generate, parameters, seed, len(samples), inputs)
+    samples, nfe = generate_samples(own, self.generate, parameters, seed, len(samples), inputs)
     print_line(f"{nfe:,} network evaluations each")
     return samples
 
 
-def enlarged(experiment: Experiment) -> str | None:
+def low_res_name(experiment: Experiment) -> str | None:
   """Return the name of the image that a model enlarges, or None if it needs none."""
   return next((name for name, one in experiment.model.conditions.items() if one.is_source_image), None)
 
 
-def low_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
+def low_res_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
   """Return the shape of the images that a model enlarges."""
   batch = {"image": jax.ShapeDtypeStruct((1, *experiment.model.data_shape), np.float32)}
   from_data = experiment.model.conditions[name].from_data
@@ -157,16 +157,16 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
   """
   stages, shape = [], experiment.model.data_shape
   for folder in folders:
-    own = trained(None, folder, "upsampler")
-    low = enlarged(own)
+    own = load_experiment(None, folder, "upsampler")
+    low = low_res_name(own)
     if low is None:
       raise ValueError(
         f"Got --upsampler={folder}, a model that enlarges nothing; expected one for super-resolution, trained with the condition"
         " low_resolution as configs/mnist_superres.py is."
       )
-    if low_shape(own, low) != shape:
+    if low_res_shape(own, low) != shape:
       raise ValueError(
-        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_shape(own, low)))}, for images of"
+        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_res_shape(own, low)))}, for images of"
         f" {'x'.join(map(str, shape))}; expected them alike."
       )
     for name, condition in own.model.conditions.items():
@@ -179,13 +179,13 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
           " expected the same conditions."
         )
     limits.check_images(own.model.data_shape, count, f"--num_samples={count}")
-    own = fit_batch(own, mesh, count)
+    own = limit_batch(own, mesh, count)
     stages.append(Stage(own, folder, programs.generate(own, mesh), low))
     shape = own.model.data_shape
   return stages
 
 
-def fit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> Experiment:
+def limit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> Experiment:
   """Return the experiment with a sampling batch of no more than `count`: a sample does not depend on it."""
   most = -(-count // mesh.size) * mesh.size
   if slow and jax.default_backend() == "cpu":
@@ -201,12 +201,12 @@ def _scale(experiment: Experiment) -> Any:
 
 def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[Parameters], np.ndarray]:
   """Return a function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
-  quick = programs.of_previews(experiment, mesh, images.SHOWN)
+  quick = programs.for_previews(experiment, mesh, images.SHOWN)
   generate = programs.generate(quick, mesh)
 
   def run(parameters: Parameters) -> np.ndarray:
     inputs = default_inputs(experiment.model.conditions, images.SHOWN, source)
-    return draw(quick, generate, parameters, experiment.seed, images.SHOWN, inputs)[0]
+    return generate_samples(quick, generate, parameters, experiment.seed, images.SHOWN, inputs)[0]
 
   return run
 
@@ -217,7 +217,7 @@ def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | No
   return None if condition is None else data.class_counts(source, condition.num_choices)
 
 
-def draw(
+def generate_samples(
   experiment: Experiment, generate: Callable, parameters: Parameters, seed: int, count: int, inputs: Inputs
 ) -> tuple[np.ndarray, int]:
   """Return `count` samples (uint8) and the most network evaluations that one of them took. `inputs` are arrays [count, ...].
@@ -225,14 +225,14 @@ def draw(
   Sample i follows from the seed, its inputs and i alone.
   """
   parts, most = [], 0
-  for x, nfe in in_batches(experiment, generate, parameters, seed, count, inputs):
+  for x, nfe in run_in_batches(experiment, generate, parameters, seed, count, inputs):
     check_finite(experiment, x)
     parts.append(images.to_uint8(x))
     most = max(most, int(nfe.max()))
   return np.concatenate(parts), most
 
 
-def in_batches(
+def run_in_batches(
   experiment: Experiment,
   function: Callable,
   parameters: Parameters,
@@ -262,7 +262,7 @@ def in_batches(
       bar.update(kept)
 
 
-def in_rows(
+def cached_rows(
   folder: Path,
   path: Path,
   identity: dict[str, Any],
