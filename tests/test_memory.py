@@ -140,7 +140,7 @@ def test_the_least_size_of_a_network_is_no_more_than_its_size(monkeypatch):
 
 @pytest.mark.parametrize(("space", "channels"), [((2**40, 2**40), 3), ((2**16, 2**16), 3), ((50_000, 50_000), 1)])
 def test_images_that_programs_cannot_count_are_refused(space, channels):
-  with pytest.raises(ValueError, match=r"takes [\d.e+]+ [GEY]B; expected fewer than 2,147,483,648 places"):
+  with pytest.raises(ValueError, match=r"takes [\d.e+]+ [GEY]B; expected fewer than 2,147,483,648 positions"):
     UNet(multipliers=(1,), attention_levels=()).check_input((*space, channels))
 
 

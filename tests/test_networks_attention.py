@@ -97,7 +97,7 @@ def test_its_backward_pass_keeps_the_inputs_and_what_jax_s_own_does():
   [((8, 4, 8), (8, 2, 8), (8, 2, 8)), ((8, 2, 8), (8, 2, 4), (8, 2, 4)), ((8, 2, 8), (9, 2, 8), (8, 2, 8))],
 )
 def test_shapes_that_do_not_fit_are_an_error(sizes):
-  with pytest.raises(ValueError, match=r"Got queries of shape \(2, 8, .*expected \[B, N, heads, C\]"):
+  with pytest.raises(ValueError, match=r"Got queries of shape \(2, 8, .*expected queries \[B, N, heads, C\]"):
     attend(*(jnp.zeros((2, *size)) for size in sizes))
 
 

@@ -14,7 +14,7 @@ from ddpm_jax.floats import with_promotion
 from ddpm_jax.networks import Classifier, UNet, layers
 from ddpm_jax.networks.kernels import KERNELS, convolution, sums
 from ddpm_jax.networks.kernels.convolution import convolve
-from ddpm_jax.networks.kernels.resampling import convolve_doubled, double
+from ddpm_jax.networks.kernels.resampling import double, double_and_convolve
 
 LETTERS = "DHW"
 
@@ -132,7 +132,7 @@ def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
     return convolve(double(x), kernel, (1,) * len(space), "SAME")
 
   def ours(x, kernel):
-    return convolve_doubled(x, kernel)
+    return double_and_convolve(x, kernel)
 
   expected, pull = jax.vjp(plainly, x, kernel)
   found, ours_pull = jax.vjp(ours, x, kernel)
@@ -145,14 +145,14 @@ def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
 
 def test_doubled_data_want_a_kernel_of_three_rows():
   with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* expected 3 rows along each of 2"):
-    convolve_doubled(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)))
+    double_and_convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)))
 
 
 def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
   """And their products are those that are counted on every platform."""
 
   def run(x, kernel):
-    return convolve_doubled(x, kernel)
+    return double_and_convolve(x, kernel)
 
   traced = jax.jit(run).trace(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))
   count = {
@@ -202,7 +202,7 @@ def random_images(*shape, out, dtype=jnp.float32):
 def test_by_tiles_is_the_plain_one(x64, space):
   x, kernel, weights = random_images(2, *space, 3, out=5, dtype=jnp.float64)
   moved = []
-  for function in (convolution._by_tiles_on_cpus, plain):
+  for function in (convolution._convolve_tuned_single_device, plain):
     value, pull = jax.vjp(function, x, kernel)
     slope = jax.jvp(function, (x, kernel), (jnp.cos(x), jnp.sin(kernel)))[1]
     second = jax.grad(lambda x, f=function: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(f(x, kernel))))(x) ** 2))(x)
@@ -223,7 +223,7 @@ def test_by_tiles_rounds_little_more_than_the_plain_one():
     value, pull = jax.vjp(plain, *(jnp.asarray(array, jnp.float64) for array in arrays[:2]))
     exact = [np.asarray(leaf) for leaf in (value, *pull(jnp.asarray(arrays[2], jnp.float64)))]
   sizes = [np.sqrt(np.mean(leaf**2)) for leaf in exact]
-  ours, theirs = errors(convolution._by_tiles_on_cpus), errors(plain)
+  ours, theirs = errors(convolution._convolve_tuned_single_device), errors(plain)
   for a, b, size in zip(ours, theirs, sizes, strict=True):
     assert a < max(3 * b, 1e-6 * size)
     assert a < 2e-6 * size
@@ -233,7 +233,7 @@ def test_by_tiles_is_for_cpus_in_one_call_and_counted_as_the_plain_one():
   x, kernel, weights = random_images(2, 8, 8, 4, out=4)
 
   def gradients(x, kernel):
-    return jax.vjp(convolution._by_tiles_on_cpus, x, kernel)[1](weights)
+    return jax.vjp(convolution._convolve_tuned_single_device, x, kernel)[1](weights)
 
   traced = jax.jit(gradients).trace(x, kernel)
   texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
@@ -245,7 +245,7 @@ def test_by_tiles_is_for_cpus_in_one_call_and_counted_as_the_plain_one():
     jax.make_jaxpr(lambda x, kernel: jax.vjp(plain, x, kernel)[1](weights))(x, kernel)
   )
   # In memory between the forward pass and the backward one: what came in, and which platform it is, but no sums.
-  kept = jax.tree.leaves(jax.vjp(convolution._by_tiles_on_cpus, x, kernel)[1])
+  kept = jax.tree.leaves(jax.vjp(convolution._convolve_tuned_single_device, x, kernel)[1])
   assert sum(leaf.size for leaf in kept) == x.size + kernel.size + 1
 
 
@@ -280,7 +280,7 @@ def test_which_go_by_tiles(padding, change, expected):
 
   def by_tiles(kernels):
     traced = jax.jit(lambda x, kernel: convolve(x, kernel, case["strides"], padding, kernels)).trace(x, kernel)
-    return "_by_tiles" in str(traced.jaxpr)
+    return "_convolve_by_tiles" in str(traced.jaxpr)
 
   assert by_tiles("single_device") == expected
   assert not any(map(by_tiles, ("tuned", "loop", "plain")))
@@ -346,8 +346,8 @@ def assert_same_with_gradients(ours, other, params, x):
 def test_what_is_summed_is_in_memory_on_a_cpu_alone(platform):
   """Both in a sum and in the gradient of what is repeated."""
   x, v = jnp.ones((2, 16, 4)), jnp.ones((2, 4))
-  for function in (sums.total, jax.grad(lambda v: jnp.sum(x * sums.spread(v, x.shape)))):
-    text = jax.jit(function).trace(x if function is sums.total else v).lower(lowering_platforms=(platform,)).as_text()
+  for function in (sums.sum_positions, jax.grad(lambda v: jnp.sum(x * sums.repeat_positions(v, x.shape)))):
+    text = jax.jit(function).trace(x if function is sums.sum_positions else v).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.optimization_barrier" in text) == (platform == "cpu")
 
 
@@ -359,12 +359,12 @@ def test_sums_and_what_is_repeated_are_each_other_s_adjoints(space, samples):
   x, v = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (2, 4) if samples == "each" else (4,))
   axes = tuple(range(1 if samples == "each" else 0, len(shape) - 1))
   expected = np.asarray(x, np.float64).sum(axes)
-  repeated, gather = jax.vjp(lambda v: sums.spread(v, shape), v)
+  repeated, gather = jax.vjp(lambda v: sums.repeat_positions(v, shape), v)
   np.testing.assert_allclose(gather(x)[0], expected, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(repeated, np.broadcast_to(np.expand_dims(v, axes), shape))
-  np.testing.assert_array_equal(jax.jvp(lambda v: sums.spread(v, shape), (v,), (v,))[1], repeated)
+  np.testing.assert_array_equal(jax.jvp(lambda v: sums.repeat_positions(v, shape), (v,), (v,))[1], repeated)
   if samples == "each":
-    summed, pull = jax.vjp(sums.total, x)
+    summed, pull = jax.vjp(sums.sum_positions, x)
     np.testing.assert_allclose(summed, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(pull(v)[0], repeated)
-    np.testing.assert_allclose(jax.jvp(sums.total, (x,), (x,))[1], summed, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jvp(sums.sum_positions, (x,), (x,))[1], summed, rtol=1e-5, atol=1e-5)

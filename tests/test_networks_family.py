@@ -72,7 +72,7 @@ def test_the_block_of_ncsnpp_is_the_peer_s(resample):
     **{resample: True},
   )
   x, embedding = noise(2, 8, 8, 8), noise(2, 6, seed=1)
-  block = layers.ResidualBlock(8, UNet(groups=4, score_sde=True, filter=FIR)._style, resample)
+  block = layers.ResidualBlock(8, UNet(groups=4, score_sde=True, filter=FIR)._block_options, resample)
 
   def ours(name):
     module = getattr(peer, name)
@@ -125,7 +125,7 @@ def test_groups_that_do_not_divide_the_features_are_an_error():
 @pytest.mark.parametrize(("score_sde", "variance"), [(True, 0.1), (False, 1.0)])
 def test_queries_keys_and_values_start_as_in_the_papers_code(score_sde, variance):
   """Uniform, of variance 1 / C (Ho et al.), or 0.1 / C (Song et al., Karras et al.: sqrt(0.2) on 3 C outputs of C inputs)."""
-  block = layers.AttentionBlock(1, UNet(groups=1, score_sde=score_sde)._style)
+  block = layers.AttentionBlock(1, UNet(groups=1, score_sde=score_sde)._block_options)
   params = jax.jit(lambda key: block.init(key, jnp.zeros((1, 2, 2, 64)))["params"])(jax.random.key(0))
   for name in ("to_q", "to_k", "to_v"):
     kernel = np.asarray(params[name]["kernel"])
@@ -309,13 +309,13 @@ def test_attention_by_name_is_attention():
   [
     ({"attention_levels": (2,)}, "levels from 0 .* to 1"),
     ({"downsample": "avg"}, "downsample='avg'; expected one of 'conv', 'residual'"),
-    ({"upsample": ("conv", "conv")}, "1 of them or a single one"),
+    ({"upsample": ("conv", "conv")}, "or 1 of them"),
     ({"filter": (1, 2, 1)}, r"filter=\(1, 2, 1\)"),
     ({"time_embedding": "learned"}, "time_embedding='learned'"),
     ({"vector_embedding": "clip"}, "vector_embedding='clip'"),
     ({"dimensions": 4}, "dimensions=4"),
     ({"attention": "flash"}, "attention='flash'"),
-    ({"attention": "cudnn"}, "expected bfloat16"),
+    ({"attention": "cudnn"}, "expected dtype=bfloat16"),
     ({"remat": "some"}, "remat='some'"),
     ({"epsilon": 0.0}, "epsilon=0"),
     ({"head_channels": 3}, "head_channels=3"),

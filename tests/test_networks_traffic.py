@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from ddpm_jax.devices import costs, plan, topology
 from ddpm_jax.networks import UNet, layers, unet
 from ddpm_jax.networks.kernels import attention, convolution, resampling, sums
-from ddpm_jax.networks.kernels.resampling import convolve_doubled, double, halve
+from ddpm_jax.networks.kernels.resampling import double, double_and_convolve, halve
 from tests.parameters import random_like
 
 FIR = (1, 3, 3, 1)
@@ -53,7 +53,7 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize(
   "change",
   [
-    lambda x, kernel: convolve_doubled(x, kernel),
+    lambda x, kernel: double_and_convolve(x, kernel),
     lambda x, kernel: halve(double(x), (1, 1)),
     lambda x, kernel: halve(double(x, FIR), FIR),
     lambda x, kernel: halve(double(x), FIR, padded=True),
@@ -72,8 +72,8 @@ def test_a_tpu_attends_in_parts_of_the_batch(on_tpu, monkeypatch, batch):
   shapes = [(batch, 5, 2, 4), (batch, 7, 2, 4), (batch, 7, 2, 4)]
   values = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
   one = 4 * 2 * 5 * 7
-  monkeypatch.setattr(attention, "_ALL", 4 * one)
-  monkeypatch.setattr(attention, "_PART", 4 * one)
+  monkeypatch.setattr(attention, "_MAX_SCORE_BYTES", 4 * one)
+  monkeypatch.setattr(attention, "_PART_BYTES", 4 * one)
   expected = with_gradients(attention.attend, *values)
   assert_close(on_tpu(with_gradients, attention.attend, *values), expected, 1e-5)
   text = on_tpu(lambda: str(jax.make_jaxpr(lambda *values: attention.attend(*values))(*values)))
@@ -118,7 +118,7 @@ def test_sums_of_16_bit_numbers_are_in_float32(platform):
   """Of 8,192 ones, which stay at 1,024 or less in bfloat16."""
 
   def gradient(vector):
-    return jax.grad(lambda vector: jnp.sum(sums.spread(vector, (2, 64, 64, 4)).astype(jnp.float32)))(vector)
+    return jax.grad(lambda vector: jnp.sum(sums.repeat_positions(vector, (2, 64, 64, 4)).astype(jnp.float32)))(vector)
 
   zeros = jnp.zeros(4, jnp.bfloat16)
   assert (gradient(zeros) == 8192).all()
@@ -172,7 +172,7 @@ class Ours(nn.Module):
 
   @nn.compact
   def __call__(self, x, embedding):
-    style = UNet(dtype=self.dtype)._style
+    style = UNet(dtype=self.dtype)._block_options
     if self.part == "attention":
       return layers.AttentionBlock(1, style, name="attention")(x)
     h = layers.ResidualBlock(CHANNELS, style, name="first")(x, embedding, None)

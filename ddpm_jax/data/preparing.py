@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpm_jax.data.choices import Splits, arrays, digits, mnist, packed, fit_settings, tfds
+from ddpm_jax.data.choices import Splits, arrays, digits, fit_settings, mnist, packed, tfds
 from ddpm_jax.data.fitting import Fit
 from ddpm_jax.data.loading import Check, check_split_classes
 from ddpm_jax.data.packing import pack

@@ -23,7 +23,7 @@ import numpy as np
 
 from ddpm_jax import guidance, predictions, processes, sampling, schedules
 from ddpm_jax.interop import tensors
-from ddpm_jax.models import Condition, SamplingDefaults, Model, codecs, conditions, networks
+from ddpm_jax.models import Condition, Model, SamplingDefaults, codecs, conditions, networks
 from ddpm_jax.networks import Classifier, UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process

@@ -3,8 +3,8 @@
 from ddpm_jax.metrics.classes import ClassStatistics, class_statistics, inception_score, merge_classes
 from ddpm_jax.metrics.classifier import (
   CLASSIFIER_FEATURES,
-  classifier_space,
   cached_classifier,
+  classifier_space,
   load_classifier,
   pixel_space,
   save_classifier,

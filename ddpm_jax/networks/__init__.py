@@ -1,4 +1,7 @@
-"""Networks in Flax Linen. Nothing outside this package needs Flax to know what a network is: `apply` is a function."""
+"""Provide networks in Flax Linen.
+
+Other packages see a network only as its functions `init` and `apply`, so they need no Flax.
+"""
 
 from ddpm_jax.networks.layers import trainable_mask
 from ddpm_jax.networks.unet import Classifier, UNet

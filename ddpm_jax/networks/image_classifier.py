@@ -1,21 +1,24 @@
-"""A small network that tells clean images apart, whose features scores may compare where no published network fits."""
+"""Define a small classifier of clean images.
+
+Scores compare its features where no published network fits the data.
+"""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-# Images of fewer rows or columns keep them all at the first level.
-_SMALL = 16
+# The first level does not downsample images with fewer rows or columns.
+_MIN_DOWNSAMPLED_SIZE = 16
 
 
 class ImageClassifier(nn.Module):
-  """Convolutions at three resolutions, mean and maximum over places, and one hidden layer, whose values are the features.
+  """Classify images by convolutions at three resolutions, mean and maximum pooling, and one hidden layer.
 
   Attributes:
-    num_classes: classes to tell apart.
-    width: channels of the first level; the others have twice as many.
-    features: of the hidden layer.
+    num_classes: The number of classes.
+    width: The channels of the first level. The other levels have twice as many.
+    features: The size of the hidden layer, before its activation function. Its values are the features.
   """
 
   num_classes: int
@@ -24,10 +27,10 @@ class ImageClassifier(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, Array]:
-    """Features [B, F] and logits [B, K] of images [B, H, W, C] in [-1, 1]."""
-    first = 1 if min(x.shape[1:3]) < _SMALL else 2
+    """Return the features [B, F] and the logits [B, K] of images [B, H, W, C] in [-1, 1]."""
+    first_stride = 1 if min(x.shape[1:3]) < _MIN_DOWNSAMPLED_SIZE else 2
     for level, channels in enumerate((self.width, 2 * self.width, 2 * self.width)):
-      x = nn.Conv(channels, (3, 3), strides=first if level == 0 else 2, name=f"conv_{level}")(x)
+      x = nn.Conv(channels, (3, 3), strides=first_stride if level == 0 else 2, name=f"conv_{level}")(x)
       x = nn.silu(nn.GroupNorm(8, name=f"norm_{level}")(x))
     features = nn.Dense(self.features, name="hidden")(jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1))
     return features, nn.Dense(self.num_classes, name="logits")(nn.silu(features))

@@ -1,7 +1,8 @@
-"""The Inception network of 2015 in whose features FID is measured (Szegedy et al. 2016; Heusel et al. 2017), for inference only.
+"""Define the Inception network of 2015 for inference. FID compares its features.
 
-It is the graph of TensorFlow's file of 2015-12-05, not that of later versions: averages leave padding out, the last block has a
-maximum in place of an average, and there are 1008 classes. Batch normalization is part of the convolutions' weights.
+(Szegedy et al. 2016; Heusel et al. 2017.) The network is the graph in TensorFlow's file of 2015-12-05. It differs
+from later versions: averages exclude padding, the last block has a maximum in place of an average, and there are 1008
+classes. Batch normalization is folded into the weights of the convolutions.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ Array = jax.Array
 
 SIZE = 299
 CLASSES = 1008
-# Channels of `Mixed_6d` whose values at all places are the spatial features (Nash et al. 2021). They are the first of its first
-# branch, after the ReLU: in the original graph `mixed_6/conv` names the last node of that layer, and `mixed_6/conv/Conv2D` the
-# convolution.
-SPATIAL = 7
-# Convolutions of 1x1 of a block that see one input are one matrix product. By their published names, with their channels.
+# The spatial features are the first 7 channels of `Mixed_6d` at all positions (Nash et al. 2021). These channels
+# belong to its first branch, after the ReLU: in the original graph, `mixed_6/conv` is that layer's last node and
+# `mixed_6/conv/Conv2D` is the convolution.
+SPATIAL_CHANNELS = 7
+# For each block, the 1x1 convolutions of the block's input, by their published names, with their channels. They are
+# computed as one matrix product.
 SHARED = {
   f"Mixed_5{block}": {"branch1x1": 64, "branch5x5_1": 48, "branch3x3dbl_1": 64, "branch_pool": pooled}
   for block, pooled in (("b", 32), ("c", 64), ("d", 64))
@@ -37,60 +39,64 @@ TAPS = ("64", "192", "spatial", "768", "2048", "logits_unbiased", "logits")
 
 
 class Inception(nn.Module):
-  """Images to features.
+  """Map images to features.
 
   Attributes:
-    taps: what to give, of `TAPS`: means over places of 64, 192, 768 and 2048 channels, `spatial`, and the classifier's logits
-      with and without its bias. What is not asked for is not computed.
+    taps: The features to return, names from `TAPS`: means over positions of 64, 192, 768 and 2048 channels,
+      `spatial`, and the classifier's logits with and without its bias. The network computes only the layers that
+      these need.
   """
 
   taps: Sequence[str] = ("2048",)
 
   @nn.compact
   def __call__(self, x: Array) -> dict[str, Array]:
-    """Taps [B, ...] of images [B, 299, 299, 3], scaled as (x - 128) / 128.
+    """Return the taps [B, ...] of images [B, 299, 299, 3], scaled as (x - 128) / 128.
 
     Raises:
-      ValueError: if a tap is unknown, there are none, or the images are of another shape.
+      ValueError: If a tap is unknown, there are no taps, or the images have another shape.
     """
     unknown = set(self.taps) - set(TAPS)
     if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):
       raise ValueError(
-        f"Got the taps {', '.join(self.taps) or '(none)'} of images {x.shape}; expected some of {', '.join(TAPS)}, of [B, {SIZE}, {SIZE}, 3]."
+        f"Got the taps {', '.join(self.taps) or '(none)'} of images of shape {x.shape}; expected some of {', '.join(TAPS)}, and images"
+        f" of shape [B, {SIZE}, {SIZE}, 3]."
       )
-    found: dict[str, Array] = {}
+    outputs: dict[str, Array] = {}
     last = max(TAPS.index(tap) for tap in self.taps)
     for stage, tap in ((self._first, "64"), (self._second, "192"), (self._sixth, "768"), (self._seventh, "2048")):
-      x = stage(x, found)
-      found[tap] = jnp.mean(x, axis=(1, 2))
+      x = stage(x, outputs)
+      outputs[tap] = jnp.mean(x, axis=(1, 2))
       if TAPS.index(tap) >= last:
         break
     if last > TAPS.index("2048"):
       dense = nn.Dense(CLASSES, use_bias=False, precision="highest", name="fc")
-      found["logits_unbiased"] = dense(found["2048"])
-      found["logits"] = found["logits_unbiased"] + self.param("fc_bias", nn.initializers.zeros, (CLASSES,), jnp.float32)
-    return {tap: found[tap] for tap in self.taps}
+      outputs["logits_unbiased"] = dense(outputs["2048"])
+      outputs["logits"] = outputs["logits_unbiased"] + self.param(
+        "fc_bias", nn.initializers.zeros, (CLASSES,), jnp.float32
+      )
+    return {tap: outputs[tap] for tap in self.taps}
 
-  def _first(self, x: Array, found: dict[str, Array]) -> Array:
+  def _first(self, x: Array, outputs: dict[str, Array]) -> Array:
     x = _conv(x, 32, (3, 3), "Conv2d_1a_3x3", stride=2)
     x = _conv(x, 32, (3, 3), "Conv2d_2a_3x3", padding="VALID")
     return _max(_conv(x, 64, (3, 3), "Conv2d_2b_3x3"))
 
-  def _second(self, x: Array, found: dict[str, Array]) -> Array:
+  def _second(self, x: Array, outputs: dict[str, Array]) -> Array:
     x = nn.relu(_dense(x, 80, "Conv2d_3b_1x1"))
     return _max(_conv(x, 192, (3, 3), "Conv2d_4a_3x3", padding="VALID"))
 
-  def _sixth(self, x: Array, found: dict[str, Array]) -> Array:
+  def _sixth(self, x: Array, outputs: dict[str, Array]) -> Array:
     for block in "bcd":
       x = _BlockA(name=f"Mixed_5{block}")(x)
     x = _BlockB(name="Mixed_6a")(x)
     for block in "bcde":
       x = _BlockC(name=f"Mixed_6{block}")(x)
       if block == "d":
-        found["spatial"] = x[..., :SPATIAL].reshape(len(x), -1)
+        outputs["spatial"] = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
     return x
 
-  def _seventh(self, x: Array, found: dict[str, Array]) -> Array:
+  def _seventh(self, x: Array, outputs: dict[str, Array]) -> Array:
     x = _BlockD(name="Mixed_7a")(x)
     x = _BlockE(name="Mixed_7b")(x)
     return _BlockE(name="Mixed_7c")(x)
@@ -146,11 +152,12 @@ class _BlockE(nn.Module):
 
 
 def _shared(x: Array, block: str | None) -> list[Array]:
-  """The outputs of a block's 1x1 convolutions of its input; the pooled one last, if there is one."""
+  """Return the outputs of a block's 1x1 convolutions of its input. The pooled branch, if the block has one, is last."""
   widths = SHARED[block or ""]
   outputs = _dense(x, sum(widths.values()), "shared")
   parts = jnp.split(outputs, np.cumsum(list(widths.values()))[:-1], axis=-1)
-  # An average commutes with a 1x1 convolution, whose outputs are fewer than its inputs.
+  # An average commutes with a 1x1 convolution. The convolution comes first because its outputs are fewer than its
+  # inputs.
   return [nn.relu(_mean(part) if name == "branch_pool" else part) for name, part in zip(widths, parts, strict=True)]
 
 
@@ -159,8 +166,8 @@ def _conv(
 ) -> Array:
   if stride == 1 and padding == "SAME":
     return nn.relu(nn.Conv(features, size, precision="highest", name=name)(x))
-  # What is not padded at all, XLA's CPU back end hands to a library that takes up to four times as long. One row and column of
-  # zeros at the end change none of the outputs that are kept.
+  # XLA's CPU backend passes convolutions without padding to a library that takes up to four times as long. A row and
+  # a column of zeros at the end avoid that and do not change the outputs that the slice below keeps.
   outputs = nn.Conv(features, size, stride, [(0, 1), (0, 1)], precision="highest", name=name)(x)
   height, width = ((length - extent) // stride + 1 for length, extent in zip(x.shape[1:3], size, strict=True))
   return nn.relu(outputs[:, :height, :width])
@@ -171,7 +178,7 @@ def _dense(x: Array, features: int, name: str) -> Array:
 
 
 def _max(x: Array, *, stride: int = 2, padded: bool = False) -> Array:
-  """The maximum of 3x3 places."""
+  """Return the maximum over windows of 3x3."""
   if padded:
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
   for axis in (1, 2):
@@ -181,7 +188,7 @@ def _max(x: Array, *, stride: int = 2, padded: bool = False) -> Array:
 
 
 def _mean(x: Array) -> Array:
-  """The mean of 3x3 places, of fewer at the borders."""
+  """Return the mean over windows of 3x3, excluding padding at the borders."""
   rows, columns = (np.convolve(np.ones(size), np.ones(3), "same") for size in x.shape[1:3])
   scale = np.asarray(1 / (rows[:, None, None] * columns[:, None]), np.float32)
   for axis in (1, 2):
@@ -193,6 +200,9 @@ def _mean(x: Array) -> Array:
 
 
 def _windows(x: Array, axis: int, stride: int) -> list[Array]:
-  """What each of the three places of a window along an axis sees: on a CPU much quicker to reduce than `lax.reduce_window`."""
+  """Return, for each of the three places of a window along an axis, the values that it covers.
+
+  On a CPU, reducing these arrays is much faster than `lax.reduce_window`.
+  """
   last = (x.shape[axis] - 3) // stride * stride + 1
   return [jax.lax.slice_in_dim(x, place, place + last, stride, axis) for place in range(3)]

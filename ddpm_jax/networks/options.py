@@ -1,4 +1,4 @@
-"""What a U-Net's options may be, checked when it is made, before anything is compiled."""
+"""Check the options of a U-Net when a model is built, before anything compiles."""
 
 import math
 from collections.abc import Sequence
@@ -9,27 +9,32 @@ import jax.numpy as jnp
 from ddpm_jax.devices import memory
 from ddpm_jax.names import hint
 from ddpm_jax.networks.kernels import KERNELS
-from ddpm_jax.networks.layers import groups_of
+from ddpm_jax.networks.layers import default_groups
 
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
-# Of something, of which there may be none.
+# Numbers that may be 0.
 _COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes", "augmentation_features")
-# Residual blocks on the way down. Each is traced and compiled on its own: a program of more takes hours to make.
-_MOST_BLOCKS = 1000
-# Doubles for measurements.
+# The maximum number of residual blocks on the way down. Each is traced and compiled on its own, so more blocks take
+# hours.
+_MAX_BLOCKS = 1000
+# float64 is for measurements, so error messages do not offer it.
 _TYPES = ("float32", "bfloat16", "float64")
 _VECTORS = ("", "dense", "time", "identity")
 
 
 def check(network: Any) -> None:
-  """Raises a ValueError if an option of a `Backbone` is none that it knows, or options do not go together."""
+  """Check that the options of a `Backbone` are valid and compatible with each other.
+
+  Raises:
+    ValueError: If they are not.
+  """
   _check_values(network)
   _check_features(network)
   _check_size(network)
 
 
 def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
-  """One way of resampling for each of `count` levels."""
+  """Return the way of resampling, "conv" or "residual", of each of `count` levels."""
   return (ways,) * count if isinstance(ways, str) else tuple(ways)
 
 
@@ -41,7 +46,9 @@ def _check_values(network: Any) -> None:
       raise ValueError(f"Got {name}={getattr(n, name)}; expected finite numbers.")
   for name in _COUNTS:
     if getattr(n, name) < 0:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected 0, for none or the default, or more.")
+      raise ValueError(
+        f"Got {name}={getattr(n, name)}; expected an integer of 0 or more. Set 0 for none or the default."
+      )
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
       f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one level,"
@@ -49,15 +56,15 @@ def _check_values(network: Any) -> None:
     )
   if n.groups < 0 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
     raise ValueError(
-      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups at least 0, 1 head or more,"
-      " dropout in [0, 1) and epsilon above 0."
+      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups of 0 or more, heads of 1 or"
+      " more, dropout in [0, 1) and epsilon above 0."
     )
   last = len(n.multipliers) - 1
   if any(not 0 <= level <= last for level in n.attention_levels):
     raise ValueError(
       f"Got attention_levels={tuple(n.attention_levels)} for {last + 1} levels; expected levels from 0 (the finest) to {last}."
     )
-  for name, given, known in (
+  for name, values, choices in (
     ("time_embedding", (n.time_embedding,), _EMBEDDINGS),
     ("vector_embedding", (n.vector_embedding,), _VECTORS),
     ("downsample", per_level(n.downsample, last), ("conv", "residual")),
@@ -67,20 +74,25 @@ def _check_values(network: Any) -> None:
     ("attention", (n.attention,), ("", "xla", "cudnn")),
     ("kernels", (n.kernels,), KERNELS),
   ):
-    wrong = [value for value in given if value not in known]
-    if wrong or (name in ("downsample", "upsample") and len(given) != last):
-      count = f", {last} of them or a single one" if name in ("downsample", "upsample") else ""
-      raise ValueError(f"Got {name}={getattr(n, name)!r}; expected one of {', '.join(map(repr, known))}{count}.")
+    is_per_level = name in ("downsample", "upsample")
+    if any(value not in choices for value in values) or (is_per_level and len(values) != last):
+      count = f", or {last} of them, one for each level but the last" if is_per_level else ""
+      raise ValueError(f"Got {name}={getattr(n, name)!r}; expected one of {', '.join(map(repr, choices))}{count}.")
   _check_dtype(n.dtype)
   if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
-    raise ValueError(f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; expected bfloat16, which it needs.")
-  plain = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
-  if n.remat not in ("none", "blocks", "everything", *plain):
-    raise ValueError(f"Got remat={n.remat!r}; expected 'none', 'blocks', 'everything' or one of {', '.join(plain)}.")
+    raise ValueError(
+      f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; expected dtype=bfloat16. Set it, or leave attention empty."
+    )
+  policies = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+  if n.remat not in ("none", "blocks", "everything", *policies):
+    raise ValueError(f"Got remat={n.remat!r}; expected 'none', 'blocks', 'everything' or one of {', '.join(policies)}.")
 
 
 def _check_dtype(dtype: Any) -> None:
-  """Raise a ValueError unless a network computes in this type; float16 is too narrow for gradients."""
+  """Raise a ValueError unless a network can compute in `dtype`.
+
+  The range of float16 is too small for gradients.
+  """
   try:
     name = jnp.dtype(dtype).name
   except TypeError:
@@ -99,12 +111,12 @@ def _check_features(network: Any) -> None:
     if (
       features < 1
       or abs(features - round(features)) > 1e-6
-      or round(features) % (n.groups or groups_of(round(features)))
+      or round(features) % (n.groups or default_groups(round(features)))
       or uneven
     ):
       raise ValueError(
-        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; expected a whole"
-        " number that groups divide and, where there is attention, heads too. Change channels, multipliers, groups or heads."
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; expected an"
+        " integer that groups divides, and that heads divides at levels with attention. Change channels, multipliers, groups or heads."
       )
   features = n.time_features or n.channels
   if features % 2 or features < 4:
@@ -113,12 +125,12 @@ def _check_features(network: Any) -> None:
 
 
 def check_space(space: Sequence[int], channels: int) -> None:
-  """Raise a ValueError if an image or volume has more places than 32 bits count."""
-  places = math.prod(space)
-  if places >= 2**31:
+  """Raise a ValueError if an image or volume has more positions than a 32-bit integer can count."""
+  positions = math.prod(space)
+  if positions >= 2**31:
     raise ValueError(
-      f"Got data of {'x'.join(map(str, space))} with {channels} channels, each of which takes {memory.format_bytes(4 * places * channels)}; expected"
-      f" fewer than {2**31:,} places. Set a smaller size."
+      f"Got data of {'x'.join(map(str, space))} with {channels} channels, where one sample takes"
+      f" {memory.format_bytes(4 * positions * channels)}; expected fewer than {2**31:,} positions. Set a smaller size."
     )
 
 
@@ -126,16 +138,16 @@ def _check_size(network: Any) -> None:
   n = network
   widths = [round(n.channels * multiplier) for multiplier in n.multipliers]
   embedding = n.embedding_features or 4 * n.channels
-  # One convolution of each block, and what the embeddings multiply: a lower bound.
+  # A lower bound: one convolution for each block, and the layers of the embeddings.
   count = n.blocks * sum(3**n.dimensions * width**2 for width in widths)
   count += (
     embedding * (embedding + (n.time_features or n.channels)) + (n.num_classes + n.augmentation_features) * n.channels
   )
   blocks = n.blocks * len(widths)
-  if blocks > _MOST_BLOCKS:
+  if blocks > _MAX_BLOCKS:
     raise ValueError(
-      f"Got blocks={n.blocks} at each of {len(widths)} levels, whose parameters take at least {memory.format_bytes(4 * count)}; expected at most"
-      f" {_MOST_BLOCKS:,} blocks in all: each is compiled on its own. Set fewer blocks, and more channels instead."
+      f"Got blocks={n.blocks} at each of {len(widths)} levels, with parameters of at least {memory.format_bytes(4 * count)}; expected at most"
+      f" {_MAX_BLOCKS:,} blocks in total, because each compiles on its own. Set fewer blocks and more channels."
     )
   advice = "Set fewer channels, embedding_features, time_features, augmentation_features or classes."
   memory.check(f"a network of channels={n.channels} and num_classes={n.num_classes}", 4 * count, None, advice)

@@ -1,4 +1,4 @@
-"""The U-Net of the diffusion papers, and its first half as a classifier, for data of one, two or three axes."""
+"""Define the U-Net of the diffusion papers, and a classifier from its first half, for one to three spatial axes."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,53 +16,62 @@ Array = jax.Array
 
 
 class Backbone(nn.Module):
-  """What the U-Net and the classifier share: the embedding, the way down and the middle.
+  """Hold the options and layers that the U-Net and the classifier share.
 
-  The defaults are DDPM's (Ho et al. 2020). In the recipes, `configs/`, stand the settings of the other papers.
+  They share the embedding, the downward path and the middle.
+
+  The defaults are those of DDPM (Ho et al. 2020). The recipes in `configs/` have the settings of other papers.
 
   Attributes:
-    out_channels: channels of the output; of a classifier, the number of classes it tells apart.
-    channels: features of the first convolution.
-    multipliers: features of each level, as multiples of `channels`; one level an entry, each half the size of the last.
-    blocks: residual blocks a level on the way down; one more on the way up.
-    attention_levels: levels, 0 being the finest, that have self-attention after every block.
-    middle_attention: whether the middle has self-attention.
-    middle_attention_norm: whether that is normalized first (diffusers leaves it out of some models).
-    heads: attention heads.
-    head_channels: if above 0, the features of a head, of which there are then as many as fit.
-    dropout: the dropout rate inside residual blocks, in training.
-    groups: groups of every normalization; 0: min(32, C / 4) of C features, as in EDM's networks (Karras et al. 2022).
-    epsilon: added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
-    time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier", of random frequencies (NCSN++).
-    time_features: features of that embedding; 0: as many as `channels`.
-    embedding_features: features of the embedding that all blocks receive; 0: four times `channels`.
-    frequency_shift: 1 (DDPM) or 0 (ADM): see `layers.sinusoidal_embedding`.
-    scale_shift: whether the embedding scales and shifts normalized features (improved DDPM, ADM) or is added to them.
-    downsample: "conv" or "residual" (ADM, DDPM++, NCSN++): how a level is halved; one word for all levels, or one for each
-      but the last.
-    upsample: the same on the way up, a word for the level that is doubled to.
-    symmetric_padding: whether strided convolutions pad both ends (ADM) or the far one (DDPM).
-    filter: the filter of residual resampling, (1, 1) or, in NCSN++, (1, 3, 3, 1).
-    score_sde: the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022): sums divided by sqrt(2), 1x1 convolutions
-      beside resampling, attention on the way up after the last block of a level only, queries, keys and values that start with
-      a tenth of the variance, and labels added to the features of time, before the dense layers, as one-hot vectors times
-      sqrt(num_classes). With class dropout `num_classes` counts the class that stands for none, so of K classes the factor is
-      sqrt(K + 1); EDM's code has sqrt(K), and zeros for none.
-    progressive_input: whether the input, halved again and again, joins each level (NCSN++'s "residual").
-    num_classes: the number of classes of a conditional network; 0 for an unconditional one.
-    vector_embedding: how a continuous vector conditions the network: "" none; "dense", by two layers of its own, whatever
-      its length; "time", one number, embedded as time is; "identity", added to the embedding, whose length it has.
-    augmentation_features: length of augmentation labels (Karras et al. 2022, appendix F.2); 0 for none.
-    center_input: whether the input, its condition included, is mapped from [0, 1] to [-1, 1] first.
-    divide_by_sigma: whether the output is divided by exp(time), the time being log(sigma), as by Song et al.
-    dimensions: spatial axes of the data: 1 (audio), 2 (images), 3 (volumes, video).
-    dtype: the type of the computation; parameters, statistics, softmax and the output are float32.
-    remat: what the backward pass computes again, to save memory: "none"; "blocks", the insides of every block, so that only
-      what goes from block to block is kept; "everything", of the way up only what enters a level; or the name of one of
-      `jax.checkpoint_policies` without arguments, which chooses what to keep inside blocks.
-    attention: "" takes the one for the platform (`attention.attend`); of `jax.nn.dot_product_attention` "xla", or "cudnn" (16-bit types,
-      NVIDIA GPUs).
-    kernels: which programs operations may take: "tuned", "single_device", "loop" or "plain" (`networks.kernels`).
+    out_channels: The number of output channels. For a classifier, the number of classes.
+    channels: The features of the first convolution.
+    multipliers: The features of each level, as multiples of `channels`. Each level has half the size of the previous
+      one.
+    blocks: The number of residual blocks per level on the downward path. The upward path has one more.
+    attention_levels: The levels with self-attention after every block. Level 0 is the finest.
+    middle_attention: Whether the middle has self-attention.
+    middle_attention_norm: Whether the middle attention normalizes its input. Some diffusers models do not.
+    heads: The number of attention heads, unless `head_channels` is set.
+    head_channels: The features of each attention head. The number of heads follows from it. 0 uses `heads` instead.
+    dropout: The dropout rate inside residual blocks during training.
+    groups: The number of groups in every normalization. 0 selects min(32, C / 4) for C features, as in EDM's networks
+      (Karras et al. 2022).
+    epsilon: The constant added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
+    time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier" with random frequencies (NCSN++).
+    time_features: The features of the time embedding before its dense layers. 0 uses `channels`.
+    embedding_features: The features of the embedding that all blocks receive. 0 uses four times `channels`.
+    frequency_shift: 1 (DDPM) or 0 (ADM). See `layers.sinusoidal_embedding`.
+    scale_shift: Whether the embedding scales and shifts normalized features (improved DDPM, ADM). Otherwise it is
+      added to them.
+    downsample: How a level is halved: "conv", or "residual" (ADM, DDPM++, NCSN++). One word applies to all levels. A
+      sequence has one word for each level but the last.
+    upsample: The same for the upward path. A sequence has one word for each level that results from doubling.
+    symmetric_padding: Whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad the far end
+      (DDPM).
+    filter: The filter of residual resampling: (1, 1), or (1, 3, 3, 1) in NCSN++.
+    score_sde: Whether to use the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022). Residual sums
+      are divided by sqrt(2). Shortcuts have 1x1 convolutions where blocks resample. The upward path has attention
+      only after a level's last block. Queries, keys and values start with a tenth of the variance. Classes are added
+      to the time features before the dense layers, as one-hot vectors times sqrt(num_classes). With class dropout,
+      `num_classes` includes the null class, so for K classes the factor is sqrt(K + 1). EDM's code uses sqrt(K), and
+      zeros for no class.
+    progressive_input: Whether each level also receives the input, halved repeatedly ("residual" in NCSN++).
+    num_classes: The number of classes of a conditional network. 0 for an unconditional network.
+    vector_embedding: How a continuous vector conditions the network. "": not at all. "dense": by two dense layers,
+      for any length. "time": one number, embedded like the time. "identity": added to the embedding, so it must have
+      the same length.
+    augmentation_features: The length of augmentation labels (Karras et al. 2022, appendix F.2). 0 for none.
+    center_input: Whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
+    divide_by_sigma: Whether the output is divided by exp(time), where the time is log(sigma), as in Song et al.
+    dimensions: The number of spatial axes of the data: 1 (audio), 2 (images) or 3 (volumes, video).
+    dtype: The type of the computation. Parameters, statistics, the softmax and the output are float32.
+    remat: Which values the backward pass recomputes to save memory. "none": no values. "blocks": the values inside
+      blocks, so only values passed between blocks are saved. "everything": on the upward path also those, so only the
+      inputs of each level are saved. The name of a `jax.checkpoint_policies` entry without arguments: the values
+      inside blocks that this policy does not save.
+    attention: The implementation of attention. "" selects the form tuned for the platform (see `attention.attend`).
+      "xla" and "cudnn" are those of `jax.nn.dot_product_attention`. "cudnn" requires a 16-bit type and an NVIDIA GPU.
+    kernels: The allowed forms of operations: "tuned", "single_device", "loop" or "plain" (see `networks.kernels`).
   """
 
   out_channels: int = 3
@@ -100,7 +109,11 @@ class Backbone(nn.Module):
   kernels: Annotated[str, "speed"] = "tuned"
 
   def check_input(self, shape: Sequence[int]) -> None:
-    """Raises a ValueError if the network cannot be built, or cannot take data of `shape` [..., *space, C]."""
+    """Check that the network can be built and accepts data of `shape` [..., *space, C].
+
+    Raises:
+      ValueError: If it cannot.
+    """
     options.check(self)
     if len(shape) < self.dimensions + 1:
       raise ValueError(
@@ -111,16 +124,17 @@ class Backbone(nn.Module):
     options.check_space(space, shape[-1])
     levels = len(self.multipliers)
     if any(size % 2 ** (levels - 1) or size < 1 for size in space):
-      most = 1
-      while not any(size % 2**most or size < 1 for size in space):
-        most += 1
+      max_levels = 1
+      while not any(size % 2**max_levels or size < 1 for size in space):
+        max_levels += 1
       raise ValueError(
-        f"Got images of {'x'.join(map(str, space))} for a network of {levels} levels, which halves them {levels - 1} times;"
-        f" expected every side divisible by {2 ** (levels - 1)}. Use at most {most} multipliers, or resize the images."
+        f"Got images of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
+        f" {2 ** (levels - 1)}, because the network halves it {levels - 1} times. Set at most {max_levels} multipliers, or"
+        " resize the images."
       )
 
   def attended_levels(self) -> set[int]:
-    """The levels whose features are split into heads."""
+    """Return the levels whose features are split into heads."""
     return {*self.attention_levels, *([len(self.multipliers) - 1] if self.middle_attention else [])}
 
   def _check_call(
@@ -145,7 +159,7 @@ class Backbone(nn.Module):
     if (vector is None) != (not self.vector_embedding):
       raise ValueError(
         f"Got {'no' if vector is None else 'a'} vector for a network with vector_embedding={self.vector_embedding!r};"
-        " expected a vector if and only if the network embeds one."
+        " expected a vector if and only if vector_embedding is not empty."
       )
     width = self.embedding_features or 4 * self.channels
     if vector is not None and self.vector_embedding == "identity" and vector.shape[-1] != width:
@@ -157,13 +171,13 @@ class Backbone(nn.Module):
       )
     if image is not None and image.shape[:-1] != x.shape[:-1]:
       raise ValueError(
-        f"Got an image of shape {image.shape} to condition data of shape {x.shape}; expected the same but for the channels."
-        " Resize it first."
+        f"Got an image of shape {image.shape} to condition data of shape {x.shape}; expected equal shapes except for the"
+        " channels. Resize the image first."
       )
 
   @property
-  def _style(self) -> layers.Style:
-    return layers.Style(
+  def _block_options(self) -> layers.BlockOptions:
+    return layers.BlockOptions(
       self.groups,
       self.epsilon,
       self.dropout,
@@ -176,11 +190,11 @@ class Backbone(nn.Module):
     )
 
   def num_features(self, level: int) -> int:
-    """Return how many features a level has."""
+    """Return the number of features of a level."""
     return round(self.channels * self.multipliers[level])
 
   def num_heads(self, features: int) -> int:
-    """Return how many heads attend to so many features."""
+    """Return the number of attention heads for a number of features."""
     return features // self.head_channels if self.head_channels else self.heads
 
   def _dense(self, x: Array, features: int, name: str, bias: bool = True) -> Array:
@@ -189,7 +203,7 @@ class Backbone(nn.Module):
   def _conv(self, x: Array, features: int, name: str, **options: Any) -> Array:
     return layers.conv(x, features, name, self.dtype, kernels=self.kernels, **options)
 
-  def _embedding_of_time(self) -> Callable[[Array], Array]:
+  def _time_embedding_function(self) -> Callable[[Array], Array]:
     features = self.time_features or self.channels
     if self.time_embedding == "fourier":
       frequencies = layers.constant(self, "time_frequencies", nn.initializers.normal(16.0), (features // 2,))
@@ -198,8 +212,8 @@ class Backbone(nn.Module):
     return partial(layers.sinusoidal_embedding, features=features, cos_first=cos_first, frequency_shift=shift)
 
   def _embed(self, time: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
-    """What every block receives [B, embedding_features]."""
-    width, embed_time = self.embedding_features or 4 * self.channels, self._embedding_of_time()
+    """Return the embedding that every block receives [B, embedding_features]."""
+    width, embed_time = self.embedding_features or 4 * self.channels, self._time_embedding_function()
     embedding = embed_time(time)
     features = embedding.shape[-1]
 
@@ -207,7 +221,7 @@ class Backbone(nn.Module):
       return self._dense(nn.swish(self._dense(x, width, f"{name}_1")), width, f"{name}_2")
 
     if self.num_classes and self.score_sde:
-      # At unit variance, however many classes there are.
+      # The factor gives unit variance for any number of classes.
       one_hot = jax.nn.one_hot(classes, self.num_classes) * self.num_classes**0.5
       embedding += self._dense(one_hot, features, "classes")
     if self.augmentation_features:
@@ -216,7 +230,7 @@ class Backbone(nn.Module):
       embedding += self._dense(augmentation, features, "augmentation", bias=False)
     embedding = two_layers(embedding, "time")
     if self.num_classes and not self.score_sde:
-      # In float32, in which the gradients of one class are then summed.
+      # Embed in float32, so that the gradients of each class are summed in float32.
       embedding += nn.Embed(self.num_classes, width, name="classes")(classes).astype(self.dtype)
     if vector is not None:
       if self.vector_embedding == "time":
@@ -230,17 +244,19 @@ class Backbone(nn.Module):
     if keys is None:
       return jax.random.split(self.make_rng("dropout"), x.shape[0])
     if keys.shape != x.shape[:1]:
-      raise ValueError(f"Got keys of shape {keys.shape} for {x.shape[0]} samples; expected a typed key for each.")
+      raise ValueError(
+        f"Got keys of shape {keys.shape} for {x.shape[0]} samples; expected one typed key for each sample."
+      )
     return keys
 
   def _residual(
     self, x: layers.Data, embedding: Array, features: int, keys: Array | None, name: str, resample: str = ""
   ) -> Array:
-    block = self._again(layers.ResidualBlock)
-    return block(features, self._style, resample, name=name)(x, embedding, keys)
+    block = self._rematerialized(layers.ResidualBlock)
+    return block(features, self._block_options, resample, name=name)(x, embedding, keys)
 
-  def _again(self, block: Any) -> Any:
-    """The block, or what computes it again in the backward pass."""
+  def _rematerialized(self, block: Any) -> Any:
+    """Return the block, wrapped so that the backward pass recomputes it if `remat` says so."""
     if self.remat == "none":
       return block
     policy = None if self.remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, self.remat)
@@ -254,11 +270,13 @@ class Backbone(nn.Module):
     return layers.Upsample(self.dtype, self.kernels, name=name)(h)
 
   def _attend(self, x: Array, name: str, norm: bool = True) -> Array:
-    block = self._again(layers.AttentionBlock)
-    return block(self.num_heads(x.shape[-1]), self._style, norm, name=name)(x)
+    block = self._rematerialized(layers.AttentionBlock)
+    return block(self.num_heads(x.shape[-1]), self._block_options, norm, name=name)(x)
 
-  def _way_down(self, x: Array, image: Array | None, embedding: Array, keys: Array | None) -> tuple[Array, list[Array]]:
-    """The coarsest level, and what the way up takes from every level."""
+  def _downward_path(
+    self, x: Array, image: Array | None, embedding: Array, keys: Array | None
+  ) -> tuple[Array, list[Array]]:
+    """Return the features of the coarsest level, and the skip connections to the upward path."""
     x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], axis=-1)
     x = (2 * x - 1 if self.center_input else x).astype(self.dtype)
     h = self._conv(x, self.channels, "conv_in")
@@ -275,8 +293,8 @@ class Backbone(nn.Module):
         if self.progressive_input:
           margin = len(self.filter) // 2
           x = self._conv(x, h.shape[-1], f"down_{level}_input", padding=margin)
-          # What the next level down joins in turn is the sum.
-          h = x = self._style.join(h, halve(x, self.filter, padded=True, kernels=self.kernels))
+          # The next level receives this sum as its input.
+          h = x = self._block_options.join(h, halve(x, self.filter, padded=True, kernels=self.kernels))
         skips.append(h)
     return h, skips
 
@@ -288,7 +306,10 @@ class Backbone(nn.Module):
 
 
 class UNet(Backbone):
-  """Residual blocks on the way down and up, joined level by level, with self-attention at chosen levels (see `Backbone`)."""
+  """Apply residual blocks on a downward and an upward path with skip connections, and attention at some levels.
+
+  `Backbone` describes the options.
+  """
 
   @nn.compact
   def __call__(
@@ -303,47 +324,48 @@ class UNet(Backbone):
     train: bool = False,
     keys: Array | None = None,
   ) -> Array:
-    """The network's output at noisy data.
+    """Return the network's output for noisy data.
 
     Args:
-      x: the data [B, *space, C], every side divisible by 2^(levels - 1).
-      time: the time input [B], such as the step 0..N-1.
-      classes: integers [B] in [0, num_classes), for a conditional network.
-      vector: a continuous condition, [B, D] or, if `vector_embedding` is "time", [B].
-      image: a condition [B, *space, C'] that is joined to the input, as for super-resolution; given at `init`, it must be given
-        ever after.
-      augmentation: augmentation labels [B, augmentation_features]; None for zeros, plain data.
-      train: whether dropout is on; it then needs `keys` or an rng named "dropout".
-      keys: a key for each sample [B], which then has its own masks, however a batch is split.
+      x: The data [B, *space, C], with every side divisible by 2^(levels - 1).
+      time: The time input [B], such as the step 0..N-1.
+      classes: Integers [B] in [0, num_classes), for a conditional network.
+      vector: A continuous condition [B, D], or [B] if `vector_embedding` is "time".
+      image: A condition [B, *space, C'] that is concatenated with the input, for example for super-resolution. A
+        network initialized with an image requires one in every call.
+      augmentation: Augmentation labels [B, augmentation_features]. None uses zeros, the labels of plain data.
+      train: Whether dropout is on. Dropout needs `keys` or an rng named "dropout".
+      keys: A key for each sample [B]. A sample's dropout masks depend only on its key, not on the batch.
 
     Returns:
-      [B, *space, out_channels] in float32.
+      An array [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: if the size cannot be halved often enough, a condition or `keys` are of the wrong shape, or classes, a vector or
-        augmentation labels are given to a network that knows none, or classes or a vector are not given to one that does.
+      ValueError: If the sides cannot be halved often enough, a condition or `keys` have the wrong shape, the network
+        does not support the classes, the vector or the augmentation labels, or the network needs classes or a vector
+        and gets none.
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(time, classes, vector, augmentation)
     keys = self._dropout_keys(x, train, keys)
-    h, skips = self._way_down(x, image, embedding, keys)
+    h, skips = self._downward_path(x, image, embedding, keys)
     h = self._middle(h, embedding, keys)
     for level in reversed(range(len(self.multipliers))):
-      taken = [skips.pop() for _ in range(self.blocks + 1)]
+      level_skips = [skips.pop() for _ in range(self.blocks + 1)]
 
-      def rise(network, h, taken, embedding, level=level):
-        return network._rise(h, taken, embedding, keys, level)
+      def upward_level(network, h, skips, embedding, level=level):
+        return network._upward_level(h, skips, embedding, keys, level)
 
-      again = nn.remat(rise, policy=None) if self.remat == "everything" else rise
-      h = again(self, h, taken, embedding)
-    h = nn.swish(self._style.norm("norm_out")(h))
+      function = nn.remat(upward_level, policy=None) if self.remat == "everything" else upward_level
+      h = function(self, h, level_skips, embedding)
+    h = nn.swish(self._block_options.norm("norm_out")(h))
     h = self._conv(h, self.out_channels, "conv_out", kernel_init=layers.ZEROS).astype(jnp.float32)
     if self.divide_by_sigma:
       h /= jnp.exp(time.astype(jnp.float32)).reshape(-1, *(1,) * (h.ndim - 1))
     return h
 
-  def _rise(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
-    """A level of the way up, given what it takes from the way down."""
+  def _upward_level(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
+    """Apply a level of the upward path to h and the skip connections of this level."""
     for block, skip in enumerate(skips):
       h = self._residual([h, skip], embedding, self.num_features(level), keys, f"up_{level}_{block}")
       if level in self.attention_levels and (block == self.blocks or not self.score_sde):
@@ -355,25 +377,28 @@ class UNet(Backbone):
 
 
 class Classifier(Backbone):
-  """The U-Net's way down and its middle, then attention pooling: tells the class of noisy data.
+  """Classify noisy data by the U-Net's downward path, its middle, and attention pooling.
 
-  The noisy classifier of Dhariwal and Nichol 2021, section 4. It takes data of the size it was made for.
+  This is the noisy classifier of Dhariwal and Nichol 2021, section 4. It accepts only data of the size it was
+  initialized with.
   """
 
   @nn.compact
   def __call__(self, x: Array, time: Array, *, train: bool = False, keys: Array | None = None) -> Array:
-    """The logits [B, out_channels], in float32, of data [B, *space, C] at time inputs [B]; dropout as in `UNet`.
+    """Return the float32 logits [B, out_channels] of data [B, *space, C] at time inputs [B].
+
+    `train` and `keys` control dropout as in `UNet`.
 
     Raises:
-      ValueError: if the size cannot be halved often enough.
+      ValueError: If the sides cannot be halved often enough, or `keys` have the wrong shape.
     """
     self._check_call(x)
     embedding, keys = self._embed(time, None, None, None), self._dropout_keys(x, train, keys)
-    h, _ = self._way_down(x, None, embedding, keys)
-    h = nn.swish(self._style.norm("norm_out")(self._middle(h, embedding, keys)))
-    pool = layers.AttentionPool(self.out_channels, self.num_heads(h.shape[-1]), self._style, name="pool")
+    h, _ = self._downward_path(x, None, embedding, keys)
+    h = nn.swish(self._block_options.norm("norm_out")(self._middle(h, embedding, keys)))
+    pool = layers.AttentionPool(self.out_channels, self.num_heads(h.shape[-1]), self._block_options, name="pool")
     return pool(h).astype(jnp.float32)
 
   def attended_levels(self) -> set[int]:
-    """The levels whose features are split into heads: here the pooled one too."""
+    """Return the levels whose features are split into heads, including the level that is pooled."""
     return super().attended_levels() | {len(self.multipliers) - 1}

@@ -9,8 +9,8 @@ from ddpm_jax.training.step import (
   TrainState,
   check_accumulate,
   init_state,
-  state_to_items,
   items_to_state,
+  state_to_items,
   train_step,
 )
 

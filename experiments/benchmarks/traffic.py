@@ -49,7 +49,7 @@ class Part(nn.Module):
   @nn.compact
   def __call__(self, embedding, keys, *data):
     """The function's result, in one array."""
-    style = networks.UNet(dtype=self.dtype)._style
+    style = networks.UNet(dtype=self.dtype)._block_options
     return self.function(style, embedding, jax.random.wrap_key_data(keys), *data)
 
 

@@ -1,4 +1,4 @@
-"""Convolution, as JAX has it, by tiles, and with a gradient that is quick inside loops."""
+"""Convolve: the plain form, a CPU form that works by tiles, and a form with gradients that are fast inside loops."""
 
 import math
 from collections.abc import Sequence
@@ -12,26 +12,31 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 Array = jax.Array
+Pads = Sequence[tuple[int, int]]
+
+
+def _convolve_plain(x: Array, kernel: Array, strides: Sequence[int], pads: Pads) -> Array:
+  return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=dimension_numbers(x, kernel))
 
 
 def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kernels: str = "tuned") -> Array:
   """Convolve x [B, *space, C] with a kernel [*window, C, C'].
 
-  On a CPU a gradient in x takes some 17 times as long inside a loop, such as `lax.scan`, as outside. With "loop" it takes about as long: guidance and
-  posterior sampling by a gradient need that.
+  On a CPU, the gradient in x takes about 17 times as long inside a loop (`lax.scan`) as outside. With "loop" it takes
+  about the same time. Guidance and posterior sampling compute this gradient inside loops.
 
   Args:
-    x: the data, of one to three spatial axes.
-    kernel: the weights, of the type of x.
-    strides: one for each spatial axis, 1 or more.
-    padding: "SAME", "VALID", one number for both ends of every axis, or a pair for each axis.
-    kernels: which programs it may take.
+    x: The data, with one to three spatial axes.
+    kernel: The weights, of the type of x.
+    strides: One stride for each spatial axis, 1 or more.
+    padding: "SAME", "VALID", one number for both ends of every axis, or a pair (low, high) for each axis.
+    kernels: The allowed forms (see `networks.kernels`).
 
   Returns:
-    [B, *space, C'], of the type of x, its sides by strides and padding.
+    An array [B, *space, C'] of the type of x. The strides and the padding set its sides.
 
   Raises:
-    ValueError: if shapes, types, strides or padding do not fit.
+    ValueError: If the shapes, types, strides or padding do not fit each other.
   """
   axes = x.ndim - 2
   if not (1 <= axes <= 3 and kernel.ndim == x.ndim and kernel.shape[-2] == x.shape[-1] and kernel.dtype == x.dtype):
@@ -43,24 +48,20 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kern
     raise ValueError(f"Got strides {strides}; expected {axes}, one for each spatial axis, of 1 or more.")
   pads = _pads(x, kernel, strides, padding)
   if kernels == "loop":
-    return _with_quick_gradient(x, kernel, tuple(strides), pads)
-  if kernels == "single_device" and _gains_by_tiles(x, kernel, strides, pads):
-    return _by_tiles_on_cpus(x, kernel)
-  return _plainly(x, kernel, strides, pads)
-
-
-def _plainly(x: Array, kernel: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]) -> Array:
-  return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=dimension_numbers(x, kernel))
+    return _convolve_tuned_loop(x, kernel, tuple(strides), pads)
+  if kernels == "single_device" and _is_faster_by_tiles(x, kernel, strides, pads):
+    return _convolve_tuned_single_device(x, kernel)
+  return _convolve_plain(x, kernel, strides, pads)
 
 
 def dimension_numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
-  """Name the axes of data [B, *space, C] and of a kernel [*window, C, C']."""
+  """Return JAX's description of the axes of data [B, *space, C] and a kernel [*window, C, C']."""
   space = "DHW"[5 - x.ndim :]
   return lax.conv_dimension_numbers(x.shape, kernel.shape, (f"N{space}C", f"{space}IO", f"N{space}C"))
 
 
 def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tuple[tuple[int, int], ...]:
-  """Return how many zeros come before and after the data along each axis."""
+  """Return the numbers of zeros before and after the data along each axis."""
   axes = x.ndim - 2
   if isinstance(padding, int):
     return ((padding, padding),) * axes
@@ -73,10 +74,11 @@ def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tupl
   return tuple((low, high) for low, high in padding)
 
 
-def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: tuple[tuple[int, int], ...]) -> bool:
-  """Return whether `_by_tiles` fits and takes less time: it has fewer products, but writes and reads four times the data.
+def _is_faster_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: Pads) -> bool:
+  """Return whether `_convolve_by_tiles` supports the arguments and takes less time than the plain form.
 
-  The least numbers of channels and positions were measured.
+  It computes fewer products but writes and reads four times the data. The minimum numbers of channels and positions
+  come from measurements.
   """
   batch, *space, channels = x.shape
   return (
@@ -91,76 +93,79 @@ def _gains_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: tuple
 
 
 @jax.jit
-def _by_tiles_on_cpus(x: Array, kernel: Array) -> Array:
-  plainly = partial(_plainly, strides=(1, 1), pads=((1, 1), (1, 1)))
-  # The sums of x, four times its size, are not kept for the backward pass.
-  return lax.platform_dependent(x, kernel, cpu=jax.checkpoint(_by_tiles), default=plainly)
+def _convolve_tuned_single_device(x: Array, kernel: Array) -> Array:
+  plain = partial(_convolve_plain, strides=(1, 1), pads=((1, 1), (1, 1)))
+  # The checkpoint discards the sums of x, four times its size, before the backward pass.
+  return lax.platform_dependent(x, kernel, cpu=jax.checkpoint(_convolve_by_tiles), default=plain)
 
 
-# A call that XLA does not inline, so that its inputs and results are in memory. Inlined, each of the 16 sums that read an input would compute it again.
-# XLA may put collectives into the call; on several devices of a CPU these and those outside of it wait for each other.
+# XLA must not inline this call, so that its inputs and results are stored in memory. Otherwise each of the 16 sums
+# that read an input would recompute it. XLA may move collectives into the call. On several CPU devices, collectives
+# inside and outside the call would wait for each other forever, hence "single_device".
 @set_xla_metadata(inlineable="false")
 @jax.jit
-def _by_tiles(x: Array, kernel: Array) -> Array:
-  """Convolve data of even sides with a kernel of 3x3, by 4/9 of the products (Winograd's F(2x2, 3x3): Lavin and Gray 2016, section 4.1).
+def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
+  """Convolve data with even sides and a 3x3 kernel, with 4/9 of the products.
 
-  Each tile has 4x4 numbers, of which it shares half with its neighbors. 16 sums of a tile are multiplied with 16 sums of the kernel, each by a matrix
-  product, and sums of the 16 products are the 2x2 results in the middle of the tile. The functions below make the sums along one axis.
+  This is Winograd's F(2x2, 3x3) (Lavin and Gray 2016, section 4.1). A tile has 4x4 numbers and overlaps its neighbors
+  by half. 16 sums of a tile and 16 sums of the kernel are multiplied pairwise, each pair by a matrix product. Sums of
+  the 16 products are the 2x2 results in the middle of the tile. The functions below compute these sums along one
+  axis.
   """
   batch, height, width, channels = x.shape
   h, w = height // 2, width // 2
 
-  def of_data(even: Array, odd: Array, axis: int) -> list[Array]:
+  def data_sums(even: Array, odd: Array, axis: int) -> list[Array]:
     first, third = (lax.slice_in_dim(even, k, k + even.shape[axis] - 1, axis=axis) for k in (0, 1))
     second, fourth = (lax.slice_in_dim(odd, k, k + odd.shape[axis] - 1, axis=axis) for k in (0, 1))
     return [first - third, second + third, third - second, second - fourth]
 
-  def of_kernel(first: Array, second: Array, third: Array) -> list[Array]:
+  def kernel_sums(first: Array, second: Array, third: Array) -> list[Array]:
     return [first, (first + second + third) / 2, (first - second + third) / 2, third]
 
-  def of_products(first: Array, second: Array, third: Array, fourth: Array) -> list[Array]:
+  def product_sums(first: Array, second: Array, third: Array, fourth: Array) -> list[Array]:
     return [first + second + third, second - third - fourth]
 
-  wide = lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)])
-  split = wide.reshape(batch, h + 1, 2, w + 1, 2, channels)
-  columns = [of_data(split[:, :, 0, :, j], split[:, :, 1, :, j], axis=1) for j in range(2)]
-  tiles = [tile for even, odd in zip(*columns, strict=True) for tile in of_data(even, odd, axis=2)]
+  padded = lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)])
+  split = padded.reshape(batch, h + 1, 2, w + 1, 2, channels)
+  columns = [data_sums(split[:, :, 0, :, j], split[:, :, 1, :, j], axis=1) for j in range(2)]
+  tiles = [tile for even, odd in zip(*columns, strict=True) for tile in data_sums(even, odd, axis=2)]
   weights = [
-    weight for row in zip(*(of_kernel(*kernel[:, j]) for j in range(3)), strict=True) for weight in of_kernel(*row)
+    weight for row in zip(*(kernel_sums(*kernel[:, j]) for j in range(3)), strict=True) for weight in kernel_sums(*row)
   ]
   products = [
     (tile.reshape(-1, channels) @ weight).reshape(batch, h, w, -1) for tile, weight in zip(tiles, weights, strict=True)
   ]
-  rows = zip(*(of_products(*products[j::4]) for j in range(4)), strict=True)
-  y = jnp.stack([jnp.stack(of_products(*row), axis=3) for row in rows], axis=2)
+  rows = zip(*(product_sums(*products[j::4]) for j in range(4)), strict=True)
+  y = jnp.stack([jnp.stack(product_sums(*row), axis=3) for row in rows], axis=2)
   return y.reshape(batch, height, width, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _with_quick_gradient(x: Array, kernel: Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]) -> Array:
-  return _plainly(x, kernel, strides, pads)
+def _convolve_tuned_loop(x: Array, kernel: Array, strides: Sequence[int], pads: Pads) -> Array:
+  return _convolve_plain(x, kernel, strides, pads)
 
 
 def _forward(x: Array, kernel: Array, strides, pads):
-  return _plainly(x, kernel, strides, pads), (x, kernel)
+  return _convolve_plain(x, kernel, strides, pads), (x, kernel)
 
 
 def _backward(strides, pads, saved, gradient: Array):
   x, kernel = saved
   axes = tuple(range(kernel.ndim - 2))
-  # The adjoint, written as a convolution with the kernel turned around. The barrier keeps XLA from rewriting it into the form that
-  # has no quick program inside a loop.
-  turned = lax.optimization_barrier(jnp.swapaxes(jnp.flip(kernel, axes), -1, -2))
+  # The gradient in x is a convolution with the reversed kernel. The barrier keeps XLA from rewriting it into a form
+  # that is slow inside loops.
+  reversed_kernel = lax.optimization_barrier(jnp.swapaxes(jnp.flip(kernel, axes), -1, -2))
   widths = [(0, 0, 0)]
   for axis in axes:
     low = kernel.shape[axis] - 1 - pads[axis][0]
     high = x.shape[axis + 1] + pads[axis][0] - (gradient.shape[axis + 1] - 1) * strides[axis] - 1
     widths.append((low, high, strides[axis] - 1))
-  wide = lax.pad(gradient, np.zeros((), gradient.dtype), [*widths, (0, 0, 0)])
-  to_x = _plainly(wide, turned, (1,) * len(axes), ((0, 0),) * len(axes))
-  # Guidance does not ask for this one, which is then not computed.
-  _, by_kernel = jax.vjp(lambda kernel: _plainly(x, kernel, strides, pads), kernel)
-  return to_x, by_kernel(gradient)[0]
+  padded = lax.pad(gradient, np.zeros((), gradient.dtype), [*widths, (0, 0, 0)])
+  x_gradient = _convolve_plain(padded, reversed_kernel, (1,) * len(axes), ((0, 0),) * len(axes))
+  # Guidance ignores the gradient in the kernel, and XLA then drops its computation.
+  _, kernel_vjp = jax.vjp(lambda kernel: _convolve_plain(x, kernel, strides, pads), kernel)
+  return x_gradient, kernel_vjp(gradient)[0]
 
 
-_with_quick_gradient.defvjp(_forward, _backward)
+_convolve_tuned_loop.defvjp(_forward, _backward)
