@@ -1,4 +1,4 @@
-"""Models as values: conditions, codecs, and what a model makes of its network."""
+"""Test conditions, codecs and the functions of a model."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def keys(count, seed=0):
   return jax.random.split(jax.random.key(seed), count)
 
 
-def tables(out_channels=1):
-  """A network whose output is a sum of what it is given, each part times parameters of its own."""
+def table_network(out_channels=1):
+  """Return a network that sums its inputs, each multiplied by separate parameters."""
 
   def init(key, x, time, given):
     del key, x, time
@@ -42,9 +42,9 @@ def tables(out_channels=1):
   return Network(init, apply)
 
 
-def make(**changes):
+def make_model(**changes):
   parts = {
-    "network": tables(),
+    "network": table_network(),
     "process": PROCESS,
     "prediction": predictions.EPS,
     "conditions": {"classes": CLASSES, "vector": VECTOR},
@@ -64,45 +64,45 @@ def batch_of(count, seed=1):
   }
 
 
-def test_a_share_of_the_conditions_is_hidden_in_training_and_none_in_sampling():
-  model, count = make(), 20_000
+def test_training_drops_a_share_of_the_conditions_and_sampling_drops_none():
+  model, count = make_model(), 20_000
   batch = batch_of(count)
   given = jax.jit(lambda keys, batch: model.encode_conditions(keys, batch, train=True))(keys(count), batch)
-  hidden = {"classes": np.asarray(given["classes"] == 3), "vector": np.asarray(jnp.all(given["vector"] == 0, -1))}
+  is_dropped = {"classes": np.asarray(given["classes"] == 3), "vector": np.asarray(jnp.all(given["vector"] == 0, -1))}
   for name, condition in model.conditions.items():
     share = condition.dropout
-    assert abs(hidden[name].mean() - share) < 4 * (share * (1 - share) / count) ** 0.5
-    np.testing.assert_array_equal(given[name][~hidden[name]], batch[name][~hidden[name]])
-  # Independent of each other, and of the class.
-  both = hidden["classes"] & hidden["vector"]
+    assert abs(is_dropped[name].mean() - share) < 4 * (share * (1 - share) / count) ** 0.5
+    np.testing.assert_array_equal(given[name][~is_dropped[name]], batch[name][~is_dropped[name]])
+  # The two conditions are dropped independently of each other and of the class.
+  both = is_dropped["classes"] & is_dropped["vector"]
   assert abs(both.mean() - 0.125) < 4 * (0.125 * 0.875 / count) ** 0.5
   for value in range(3):
     rows = batch["classes"] == value
-    assert abs(hidden["classes"][rows].mean() - 0.25) < 4 * (0.25 * 0.75 / rows.sum()) ** 0.5
+    assert abs(is_dropped["classes"][rows].mean() - 0.25) < 4 * (0.25 * 0.75 / rows.sum()) ** 0.5
   shown = model.encode_conditions(keys(count), batch)
   jax.tree.map(np.testing.assert_array_equal, shown, {name: batch[name] for name in ("classes", "vector")})
 
 
-def test_one_more_condition_changes_nothing_in_the_others():
+def test_adding_a_condition_does_not_change_the_others():
   batch = batch_of(200)
   alone = conditions.encode({"classes": CLASSES}, {}, keys(200), batch, train=True)
   both = conditions.encode({"vector": VECTOR, "classes": CLASSES}, {}, keys(200), batch, train=True)
   np.testing.assert_array_equal(alone["classes"], both["classes"])
   assert np.any(np.asarray(alone["classes"]) == 3)
-  # Sample i follows from key i alone.
+  # Sample i depends only on key i.
   few = {name: value[50:60] for name, value in batch.items()}
   part = conditions.encode({"classes": CLASSES}, {}, keys(200)[50:60], few, train=True)
   np.testing.assert_array_equal(part["classes"], both["classes"][50:60])
 
 
-def test_what_stands_for_none_fits_in_labels_of_eight_bits():
+def test_the_null_class_does_not_overflow_8_bit_classes():
   many = conditions.classes("classes", 256, dropout=0.9)
-  labels = {"classes": np.arange(100, dtype=np.uint8)}
-  given = conditions.encode({"classes": many}, {}, keys(100), labels, train=True)
+  batch = {"classes": np.arange(100, dtype=np.uint8)}
+  given = conditions.encode({"classes": many}, {}, keys(100), batch, train=True)
   assert set(np.asarray(given["classes"])) - set(range(100)) == {256}
 
 
-def test_classes_without_dropout_have_no_class_for_none():
+def test_classes_without_dropout_have_no_null_class():
   plain = conditions.classes("classes", 3)
   assert (plain.num_values, CLASSES.num_values) == (3, 4)
   assert plain.null is None
@@ -117,16 +117,16 @@ def test_classes_without_dropout_have_no_class_for_none():
     plain.check(source, np.array([3]))
 
 
-def test_a_hidden_image_is_zeros():
+def test_a_dropped_image_is_zeros():
   sketch = conditions.image("sketch", (2, 2, 1), dropout=0.5)
   batch = {"sketch": np.random.default_rng(0).standard_normal((100, 2, 2, 1)).astype(np.float32)}
   given = np.asarray(conditions.encode({"sketch": sketch}, {}, keys(100), batch, train=True)["sketch"])
-  hidden = np.all(given == 0, (1, 2, 3))
-  assert 25 < hidden.sum() < 75
-  np.testing.assert_array_equal(given[~hidden], batch["sketch"][~hidden])
+  is_dropped = np.all(given == 0, (1, 2, 3))
+  assert 25 < is_dropped.sum() < 75
+  np.testing.assert_array_equal(given[~is_dropped], batch["sketch"][~is_dropped])
 
 
-def test_vectors_and_levels_are_read_from_text():
+def test_vectors_and_levels_are_parsed_from_text():
   np.testing.assert_array_equal(VECTOR.parse("1,-2.5"), np.float32([1, -2.5]))
   assert conditions.level("level").parse("0.25") == 0.25
   for condition, text in ((VECTOR, "1"), (VECTOR, "1,x"), (VECTOR, "1,inf"), (conditions.level("level"), "1,2")):
@@ -153,8 +153,8 @@ def test_conditions_out_of_range_are_errors(call, message):
     call()
 
 
-def weights_of(size, factor, method):
-  """How enlarging along one axis sums the small image [size * factor, size], written out from the kernels' definition."""
+def interpolation_matrix(size, factor, method):
+  """Return the interpolation matrix [size * factor, size] along one axis, from the definition of the kernels."""
   matrix = np.zeros((size * factor, size))
   for i in range(size * factor):
     place = (i + 0.5) / factor - 0.5
@@ -173,21 +173,23 @@ def weights_of(size, factor, method):
 
 
 @pytest.mark.parametrize("method", ["bicubic", "bilinear"])
-def test_the_low_resolution_image_is_made_of_the_data_and_enlarged(method):
-  """Means of boxes, enlarged by a separable kernel."""
+def test_the_low_resolution_image_is_computed_from_the_data_and_enlarged(method):
+  """The condition equals means over boxes, enlarged by a separable kernel."""
   image = np.random.default_rng(0).standard_normal((3, 8, 12, 2)).astype(np.float32)
   low = conditions.low_resolution("low", (8, 12, 2), 2, method=method)
   small = image.reshape(3, 4, 2, 6, 2, 2).mean((2, 4))
-  wanted = np.einsum("ih,jw,bhwc->bijc", weights_of(4, 2, method), weights_of(6, 2, method), small)
+  expected = np.einsum(
+    "ih,jw,bhwc->bijc", interpolation_matrix(4, 2, method), interpolation_matrix(6, 2, method), small
+  )
   for batch in ({"image": image}, {"low": small}):
     given = conditions.encode({"low": low}, {}, keys(3), batch, train=True)
     assert given["low"].keys() == {"image"}
-    np.testing.assert_allclose(given["low"]["image"], wanted, atol=1e-5)
+    np.testing.assert_allclose(given["low"]["image"], expected, atol=1e-5)
   with pytest.raises(ValueError, match=r"Got low of shape \(3, 8, 12, 2\)"):
     conditions.encode({"low": low}, {}, keys(3), {"low": image}, train=False)
 
 
-def test_noise_hides_the_low_resolution_image_as_much_as_the_network_is_told():
+def test_the_noise_of_a_low_resolution_image_has_the_level_that_the_network_receives():
   count, data = 4000, (4, 4, 1)
   low = conditions.low_resolution("low", data, 2, noise=0.6, sample_noise=0.25)
   plain = conditions.low_resolution("low", data, 2)
@@ -199,16 +201,16 @@ def test_noise_hides_the_low_resolution_image_as_much_as_the_network_is_told():
     noise = np.asarray(given["image"] - clean) / std[:, None, None, None]
     assert abs(noise.mean()) < 4 / noise.size**0.5
     assert abs(noise.var() - 1) < 4 * (2 / noise.size) ** 0.5
-    # Uniform up to the largest in training; what is asked for in sampling.
+    # The standard deviation is uniform in training and fixed in sampling.
     mean, variance = (0.3, 0.6**2 / 12) if train else (0.25, 0)
     assert abs(std.mean() - mean) < 4 * (variance / count) ** 0.5 + 1e-6
     assert abs(std.var() - variance) < 0.002
-    # Neither says anything of the other.
+    # The standard deviation and the noise are independent.
     assert abs(np.corrcoef(std, noise[:, 0, 0, 0])[0, 1] if train else 0) < 4 / count**0.5
 
 
-def test_batches_that_do_not_fit_are_errors():
-  model, batch = make(), batch_of(5)
+def test_batches_of_wrong_names_or_shapes_are_errors():
+  model, batch = make_model(), batch_of(5)
   with pytest.raises(ValueError, match="a batch of classes, image for a model with the condition 'vector'"):
     model.encode_conditions(keys(5), {name: batch[name] for name in ("classes", "image")})
   with pytest.raises(ValueError, match=r"vector of shape \(5, 1\); expected \[B, 2\]"):
@@ -217,8 +219,8 @@ def test_batches_that_do_not_fit_are_errors():
     model.encode_conditions(keys(5), batch | {"vector": batch["vector"][:4]})
 
 
-def test_given_that_does_not_fit_is_an_error():
-  model = make()
+def test_conditions_of_wrong_names_or_shapes_are_errors():
+  model = make_model()
   params, x = model.init(jax.random.key(0)), jnp.ones((2, *SHAPE))
   given = model.encode_conditions(keys(2), batch_of(2))
   for wrong, message in (
@@ -232,12 +234,12 @@ def test_given_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match=message):
       model.conditional(params)(x, 0.5, wrong)
   with pytest.raises(ValueError, match="a model without conditions"):
-    make(conditions={}).denoise(params, given)
+    make_model(conditions={}).denoise(params, given)
 
 
 @pytest.mark.parametrize("prediction", ["EPS", "V", "edm", "learned"])
-def test_denoise_is_the_network_s_output_read_by_the_prediction(prediction):
-  """x_0 of the output, with the network's input scaled and its time input as the model says."""
+def test_denoise_converts_the_output_by_the_prediction(prediction):
+  """The estimate follows from the output, for the scaled input and the model's time input."""
   meaning = {
     "EPS": predictions.EPS,
     "V": predictions.V,
@@ -245,70 +247,72 @@ def test_denoise_is_the_network_s_output_read_by_the_prediction(prediction):
     "learned": predictions.learned_range(predictions.EPS),
   }[prediction]
   learned = prediction == "learned"
-  model = make(network=tables(1 + learned), prediction=meaning, time_input=lambda t: 7 * t)
+  model = make_model(network=table_network(1 + learned), prediction=meaning, time_input=lambda t: 7 * t)
   params, given = model.init(jax.random.key(0)), model.encode_conditions(keys(3), batch_of(3))
   x, t = jnp.asarray(batch_of(3)["image"]), jnp.array([0.1, 0.5, 0.9])
-  found = model.denoise(params, given)(x, t)
+  estimate = model.denoise(params, given)(x, t)
   alpha, sigma = (value(t)[:, None, None, None] for value in (PROCESS.alpha, PROCESS.sigma))
   scale = 1 / jnp.sqrt(0.25 * alpha**2 + sigma**2) if prediction == "edm" else 1.0
   output = model.network.apply(params, scale * x, 7 * t, given)[..., :1]
-  wanted = {
+  expected = {
     "EPS": (x - sigma * output) / alpha,
     "V": alpha * x - sigma * output,
     "edm": 0.25 * alpha * scale**2 * x + sigma * 0.5 * scale * output,
     "learned": (x - sigma * output) / alpha,
   }[prediction]
-  np.testing.assert_allclose(predictions.x_0_of(found), wanted, rtol=1e-4, atol=1e-5)
-  hand = predictions.denoiser(
+  np.testing.assert_allclose(predictions.x_0_of(estimate), expected, rtol=1e-4, atol=1e-5)
+  direct = predictions.denoiser(
     lambda x, time: model.network.apply(params, x, time, given), PROCESS, meaning, time_input=lambda t: 7 * t
   )
-  jax.tree.map(np.testing.assert_array_equal, found, hand(x, t))
-  jax.tree.map(np.testing.assert_array_equal, found, model.conditional(params)(x, t, given))
+  jax.tree.map(np.testing.assert_array_equal, estimate, direct(x, t))
+  jax.tree.map(np.testing.assert_array_equal, estimate, model.conditional(params)(x, t, given))
 
 
-def test_predictions_that_cannot_be_read_are_refused_before_any_call():
-  model = make(process=processes.discrete(schedules.zero_terminal_snr(schedules.linear(20))))
+def test_a_prediction_without_an_x_0_estimate_is_refused_before_any_call():
+  model = make_model(process=processes.discrete(schedules.zero_terminal_snr(schedules.linear(20))))
   with pytest.raises(ValueError, match="x_0 cannot be told"):
     model.denoise({}, {})
 
 
-def test_guidance_by_two_conditions():
-  """`u + scale (c - u)`, away from none of both, and a scale of its own for each."""
-  model = make(prediction=predictions.X0)
+def test_guidance_combines_two_conditions():
+  """Guidance computes `u + scale (c - u)`, for both conditions together and for one of them."""
+  model = make_model(prediction=predictions.X0)
   params, given = model.init(jax.random.key(0)), model.encode_conditions(keys(3), batch_of(3))
-  none = model.drop_conditions(given)
-  np.testing.assert_array_equal(none["classes"], [3, 3, 3])
-  np.testing.assert_array_equal(none["vector"], np.zeros((3, 2)))
+  unconditional = model.drop_conditions(given)
+  np.testing.assert_array_equal(unconditional["classes"], [3, 3, 3])
+  np.testing.assert_array_equal(unconditional["vector"], np.zeros((3, 2)))
   x, t = jnp.asarray(batch_of(3)["image"]), 0.5
   conditional = model.conditional(params)
-  found = guidance.classifier_free(conditional, given, none, 3.0)(x, t)
-  c, u = (model.network.apply(params, x, jnp.full(3, PROCESS.time_input(t)), values) for values in (given, none))
-  np.testing.assert_allclose(found, u + 3 * (c - u), rtol=1e-4, atol=1e-4)
-  one = model.drop_conditions(given, names=["vector"])
-  np.testing.assert_array_equal(one["classes"], given["classes"])
-  np.testing.assert_array_equal(one["vector"], none["vector"])
-  half = conditional(x, t, one)
-  both = half + 2 * (guidance.classifier_free(conditional, given, one, 1.0)(x, t) - half)
+  estimate = guidance.classifier_free(conditional, given, unconditional, 3.0)(x, t)
+  c, u = (
+    model.network.apply(params, x, jnp.full(3, PROCESS.time_input(t)), values) for values in (given, unconditional)
+  )
+  np.testing.assert_allclose(estimate, u + 3 * (c - u), rtol=1e-4, atol=1e-4)
+  without_vector = model.drop_conditions(given, names=["vector"])
+  np.testing.assert_array_equal(without_vector["classes"], given["classes"])
+  np.testing.assert_array_equal(without_vector["vector"], unconditional["vector"])
+  half = conditional(x, t, without_vector)
+  both = half + 2 * (guidance.classifier_free(conditional, given, without_vector, 1.0)(x, t) - half)
   np.testing.assert_allclose(both, half + 2 * (c - half), rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_stand_for_none_stays():
+def test_conditions_without_a_null_value_are_not_dropped():
   fixed = conditions.vector("vector", 2)
-  model = make(conditions={"classes": CLASSES, "vector": fixed})
+  model = make_model(conditions={"classes": CLASSES, "vector": fixed})
   given = model.encode_conditions(keys(3), batch_of(3), train=True)
-  none = model.drop_conditions(given)
-  np.testing.assert_array_equal(none["vector"], batch_of(3)["vector"])
-  np.testing.assert_array_equal(none["classes"], [3, 3, 3])
+  unconditional = model.drop_conditions(given)
+  np.testing.assert_array_equal(unconditional["vector"], batch_of(3)["vector"])
+  np.testing.assert_array_equal(unconditional["classes"], [3, 3, 3])
   with pytest.raises(ValueError, match="without dropout of a condition"):
     model.drop_conditions(given, names=["vector"])
   with pytest.raises(ValueError, match="Did you mean 'vector'"):
     model.drop_conditions(given, names=["vektor"])
   with pytest.raises(ValueError, match="without dropout of a condition"):
-    make(conditions={"vector": fixed}).drop_conditions({"vector": given["vector"]})
+    make_model(conditions={"vector": fixed}).drop_conditions({"vector": given["vector"]})
 
 
-def test_conditions_with_frozen_parameters_are_handed_their_own():
-  """Tokens and a vector of one text, as SDXL has, by a frozen table."""
+def test_conditions_receive_their_own_frozen_parameters():
+  """A frozen table encodes one text as tokens and a vector, like in SDXL."""
 
   def encode(frozen, keys, batch, train):
     return {"tokens": frozen["table"][batch["text"]], "pooled": frozen["table"][batch["text"]].mean(1)}
@@ -324,25 +328,25 @@ def test_conditions_with_frozen_parameters_are_handed_their_own():
     dropout=0.5,
     load=lambda: {"table": jnp.arange(20.0).reshape(5, 4)},
   )
-  model = make(conditions={"text": text, "classes": CLASSES})
+  model = make_model(conditions={"text": text, "classes": CLASSES})
   frozen = model.load_frozen()
   assert frozen.keys() == {"conditions"}
   batch = batch_of(50) | {"text": np.random.default_rng(0).integers(1, 5, (50, 3))}
   given = model.encode_conditions(keys(50), batch, frozen, train=True)
   table = frozen["conditions"]["text"]["table"]
-  hidden = np.all(
+  is_dropped = np.all(
     np.asarray(given["text"]["tokens"]) == np.asarray(null(frozen["conditions"]["text"])["tokens"]), (1, 2)
   )
-  assert 10 < hidden.sum() < 40
-  np.testing.assert_array_equal(given["text"]["tokens"][~hidden], table[batch["text"]][~hidden])
-  # Both parts of a sample are hidden, or neither.
-  np.testing.assert_array_equal(given["text"]["pooled"][hidden], np.tile(table[0], (hidden.sum(), 1)))
-  np.testing.assert_allclose(given["text"]["pooled"][~hidden], table[batch["text"]].mean(1)[~hidden], rtol=1e-6)
+  assert 10 < is_dropped.sum() < 40
+  np.testing.assert_array_equal(given["text"]["tokens"][~is_dropped], table[batch["text"]][~is_dropped])
+  # Both parts of a sample are dropped, or neither part.
+  np.testing.assert_array_equal(given["text"]["pooled"][is_dropped], np.tile(table[0], (is_dropped.sum(), 1)))
+  np.testing.assert_allclose(given["text"]["pooled"][~is_dropped], table[batch["text"]].mean(1)[~is_dropped], rtol=1e-6)
   np.testing.assert_array_equal(model.drop_conditions(given, frozen)["text"]["pooled"], np.tile(table[0], (50, 1)))
 
 
-def halves():
-  """A codec that joins rows of two and scales by frozen numbers."""
+def pair_codec():
+  """Return a codec that moves pairs of rows into channels and multiplies by a frozen scale."""
 
   def encode(frozen, keys, data):
     noise = jax.vmap(jax.random.normal)(keys)
@@ -355,13 +359,13 @@ def halves():
   return Codec(encode, decode, load=lambda: {"scale": jnp.float32(3)})
 
 
-def test_a_codec_lies_between_data_and_x():
-  codec = halves()
+def test_a_codec_converts_data_to_x_and_back():
+  codec = pair_codec()
   shape = codec.shape((4, 6, 1))
   assert shape == (2, 6, 2)
   assert codec.shape((4, 6, 1), {"scale": jax.ShapeDtypeStruct((), jnp.float32)}) == shape
   assert codecs.pixels().shape(SHAPE) == SHAPE
-  model = make(codec=codec, data_shape=(4, 6, 1), shape=shape, conditions={})
+  model = make_model(codec=codec, data_shape=(4, 6, 1), shape=shape, conditions={})
   frozen = model.load_frozen()
   assert frozen == {"codec": {"scale": 3}}
   data = np.random.default_rng(0).uniform(-1, 1, (3, 4, 6, 1)).astype(np.float32)
@@ -369,16 +373,16 @@ def test_a_codec_lies_between_data_and_x():
   np.testing.assert_allclose(x, 3 * data.reshape(3, 2, 6, 2), rtol=1e-6)
   np.testing.assert_allclose(model.decode(x, frozen), data, rtol=1e-6)
   assert model.decode(x, frozen).shape == (3, 4, 6, 1)
-  # Not equal to another one, by which export tells pixels apart.
+  # Export recognizes pixel models by this equality.
   assert codecs.pixels() == codecs.pixels() != codec
-  assert make(conditions={}).load_frozen() == {}
+  assert make_model(conditions={}).load_frozen() == {}
 
 
-def test_models_say_how_they_are_sampled():
+def test_a_model_has_default_times_and_clipping():
   clip = lambda denoise: guidance.clip(denoise, -0.5, 0.5)  # noqa: E731
   times = lambda steps: sampling.grids.trailing(PROCESS, steps)  # noqa: E731
   defaults = SamplingDefaults("ddim", sampling.ddim(PROCESS), times, 5, clip)
-  model = make(conditions={}, defaults=defaults)
+  model = make_model(conditions={}, defaults=defaults)
   params = model.init(jax.random.key(0))
   np.testing.assert_array_equal(model.times(4), sampling.grids.trailing(PROCESS, 4))
   x = jnp.asarray(batch_of(3)["image"])
@@ -387,12 +391,12 @@ def test_models_say_how_they_are_sampled():
   assert jnp.any(clipped != plain)
   samples = sampling.sample(jax.random.key(0), defaults.sampler, model.denoise(params), x, model.times(defaults.steps))
   assert jnp.all(jnp.abs(samples) <= 0.5)
-  with pytest.raises(ValueError, match="without a grid of its own"):
-    make().times(4)
+  with pytest.raises(ValueError, match="a model without defaults"):
+    make_model().times(4)
 
 
-def test_a_classifier_is_a_model_too():
-  """Its outputs are counted without running it, and its input is scaled as the prediction says."""
+def test_a_classifier_is_a_model():
+  """The model counts the classifier's outputs without running it, and scales its input by the prediction's factor."""
 
   def init(key, x, time, given):
     return {"kernel": jax.random.normal(key, (x[0].size, 5))}
@@ -400,14 +404,14 @@ def test_a_classifier_is_a_model_too():
   def apply(params, x, time, given, *, train=False, keys=None):
     return x.reshape(x.shape[0], -1) @ params["kernel"] + time[:, None]
 
-  model = make(network=Network(init, apply), conditions={}, prediction=predictions.edm(0.5))
+  model = make_model(network=Network(init, apply), conditions={}, prediction=predictions.edm(0.5))
   assert model.output_channels() == 5
   params, x, t = model.init(jax.random.key(0)), jnp.asarray(batch_of(3)["image"]), 0.5
   scale = predictions.edm(0.5).input_scale(PROCESS.alpha(t), PROCESS.sigma(t))
   logits = (scale * x).reshape(3, -1) @ params["kernel"] + PROCESS.time_input(jnp.float32(t))
   np.testing.assert_allclose(model.classify(params)(x, t), jax.nn.log_softmax(logits), rtol=1e-4, atol=1e-4)
-  assert make().output_channels() == 1
+  assert make_model().output_channels() == 1
 
 
-def test_all_nouns_come_by_name():
+def test_the_package_exports_its_nouns():
   assert {models.Model, models.Condition, models.Codec, models.Network} == {Model, Condition, Codec, Network}

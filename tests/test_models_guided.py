@@ -1,4 +1,4 @@
-"""Classes hidden in training, and guidance from a config: what is refused, and that the rest is what the formulas say."""
+"""Test class dropout in training, and guidance from a config against its formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ from tests.recipes import experiment_of, set_keys, tiny_config
 
 
 def config_of(rule=None, *, classes=3, dropout=0.1, **keys):
-  """Of a model of three classes; `rule` is config.guidance, `sampling__num_steps=3` stands for sampling.num_steps."""
+  """Return the config of a model of three classes.
+
+  `rule` is config.guidance. A keyword such as `sampling__num_steps=3` sets config.sampling.num_steps.
+  """
   config = tiny_config()
   if classes:
     config.model.conditions = {"classes": spec("conditions.classes", number=classes, dropout=dropout)}
@@ -28,7 +31,7 @@ def config_of(rule=None, *, classes=3, dropout=0.1, **keys):
 
 
 def plain(rule=None, **keys):
-  """Of a model without classes."""
+  """Return the config of a model without classes."""
   return config_of(rule, classes=0, **keys)
 
 
@@ -42,7 +45,7 @@ def classifier_of(classes=3, **keys):
   return config
 
 
-def free(scale=1.0, **options):
+def classifier_free(scale=1.0, **options):
   return spec("guidance.classifier_free", scale=scale, **options)
 
 
@@ -50,11 +53,11 @@ def cfg_plus_plus(scale=0.6, **options):
   return spec("guidance.cfg_plus_plus", scale=scale, **options)
 
 
-def away(scale=2.0):
+def autoguidance(scale=2.0):
   return spec("guidance.autoguidance", scale=scale)
 
 
-def by_class(scale=1.0):
+def classifier(scale=1.0):
   return spec("guidance.classifier", scale=scale)
 
 
@@ -66,7 +69,7 @@ def discrete(schedule):
   return spec("processes.discrete", betas=spec(f"schedules.{schedule}"))
 
 
-def guides(**configs):
+def guides_of(**configs):
   return Guides(**{name: experiment_of(config).model for name, config in configs.items()})
 
 
@@ -74,8 +77,8 @@ def mesh():
   return parallel.make_mesh(devices=jax.devices()[:1])
 
 
-def test_hidden_classes_are_a_share_whatever_the_batch():
-  """The embedding of the last class, which stands for none, is made not a number: whose class is hidden has no loss."""
+def test_the_share_of_dropped_classes_does_not_depend_on_the_batch():
+  """The embedding of the null class is set to NaN, so the loss of a sample is NaN if its class is dropped."""
   config, count = config_of(dropout=0.3), 600
   params, experiment = random_params(config), experiment_of(config)
   assert params["classes"]["embedding"].shape[0] == 4
@@ -90,13 +93,13 @@ def test_hidden_classes_are_a_share_whatever_the_batch():
     batch = stepping.encode(experiment.model, None, keys, batch)
     return experiment.objective.loss({"model": params, "extra": ()}, context, keys, batch)[1]["loss"]
 
-  def hidden(rows, shift):
+  def is_dropped(rows, shift):
     batch = {"image": x_0[rows], "classes": (jnp.arange(count) + shift)[rows] % 3}
     return np.isnan(losses(params, keys[rows], batch))
 
-  whole = hidden(np.s_[:], 0)
-  assert abs(np.mean(whole) - 0.3) < 4 * (0.3 * 0.7 / count) ** 0.5
-  np.testing.assert_array_equal(hidden(np.s_[100:130], 1), whole[100:130])
+  all_rows = is_dropped(np.s_[:], 0)
+  assert abs(np.mean(all_rows) - 0.3) < 4 * (0.3 * 0.7 / count) ** 0.5
+  np.testing.assert_array_equal(is_dropped(np.s_[100:130], 1), all_rows[100:130])
 
 
 @pytest.mark.parametrize(
@@ -119,26 +122,30 @@ def test_wrong_dropout_of_classes_is_an_error(options, message):
 
 WRONG = {
   "two guides": (
-    config_of(by_class(3.0)),
+    config_of(classifier(3.0)),
     {"classifier": classifier_of(), "weak": config_of()},
     "--classifier and --weak; expected one",
   ),
-  "no classes": (plain(free(3.0)), {}, r"classifier_free \(scale=3.*a model that was trained without conditions"),
+  "no classes": (
+    plain(classifier_free(3.0)),
+    {},
+    r"classifier_free \(scale=3.*a model that was trained without conditions",
+  ),
   "no classes, cfg_plus_plus": (plain(cfg_plus_plus()), {}, "trained without conditions"),
-  "no dropout": (config_of(free(3.0), dropout=0.0), {}, "trained without dropout of a condition"),
+  "no dropout": (config_of(classifier_free(3.0), dropout=0.0), {}, "trained without dropout of a condition"),
   "no dropout, cfg_plus_plus": (config_of(cfg_plus_plus(), dropout=0.0), {}, "trained without dropout of a condition"),
   "a classifier for nothing": (
-    config_of(free(rescale=0.5)),
+    config_of(classifier_free(rescale=0.5)),
     {"classifier": classifier_of()},
-    "--classifier with config.guidance=classifier_free, which does not take log_prob",
+    "--classifier with config.guidance=classifier_free, a rule without the argument 'log_prob'",
   ),
   "a weak model for nothing": (
     config_of(cfg_plus_plus(0.5)),
     {"weak": config_of()},
-    "--weak with config.guidance=cfg_plus_plus, which does not take weak",
+    "--weak with config.guidance=cfg_plus_plus, a rule without the argument 'weak'",
   ),
-  "no classifier": (config_of(by_class(3.0)), {}, "guidance=classifier without --classifier; expected --classifier="),
-  "no weak model": (config_of(away()), {}, "guidance=autoguidance without --weak; expected --weak="),
+  "no classifier": (config_of(classifier(3.0)), {}, "guidance=classifier without --classifier; expected --classifier="),
+  "no weak model": (config_of(autoguidance()), {}, "guidance=autoguidance without --weak; expected --weak="),
   "cfg_plus_plus rescaled": (
     config_of(cfg_plus_plus(rescale=0.5)),
     {},
@@ -165,54 +172,58 @@ WRONG = {
     "two estimates, .*without corrector steps",
   ),
   "cfg_plus_plus too strong": (config_of(cfg_plus_plus(1.5)), {}, r"scale=1.5 for CFG\+\+; expected it in \[0, 1\]"),
-  "a negative scale": (config_of(free(-1.0)), {}, "guidance scale of -1"),
-  "a scale of nan": (config_of(free(float("nan"))), {}, "config.guidance.scale=nan; expected .*a finite number"),
-  "a scale of inf": (plain(by_class(float("inf"))), {"classifier": classifier_of()}, "guidance scale of inf"),
-  "rescale": (config_of(free(2.0, rescale=1.5)), {}, "rescale=1.5"),
+  "a negative scale": (config_of(classifier_free(-1.0)), {}, "guidance scale of -1"),
+  "a scale of nan": (
+    config_of(classifier_free(float("nan"))),
+    {},
+    "config.guidance.scale=nan; expected .*a finite number",
+  ),
+  "a scale of inf": (plain(classifier(float("inf"))), {"classifier": classifier_of()}, "guidance scale of inf"),
+  "rescale": (config_of(classifier_free(2.0, rescale=1.5)), {}, "rescale=1.5"),
   "percentile": (
     config_of(sampling__clip=spec("guidance.dynamic_threshold", percentile=1.5)),
     {},
     "config.sampling.clip=guidance.dynamic_threshold: Got percentile=1.5",
   ),
-  "an interval from below 0": (config_of(free(interval(2.0, low=-1.0))), {}, "expected 0 <= low < high"),
-  "an empty interval": (config_of(free(interval(2.0, 3.0, 2.0))), {}, "sigma/alpha=3.0 and 2.0"),
+  "an interval from below 0": (config_of(classifier_free(interval(2.0, low=-1.0))), {}, "expected 0 <= low < high"),
+  "an empty interval": (config_of(classifier_free(interval(2.0, 3.0, 2.0))), {}, "sigma/alpha=3.0 and 2.0"),
   "a weak model at 1": (
-    config_of(away(1.0)),
+    config_of(autoguidance(1.0)),
     {"weak": config_of()},
-    "--weak with a guidance scale of 1, which does not",
+    "--weak with a guidance scale of 1, which has no effect",
   ),
   "another size": (
-    config_of(by_class()),
+    config_of(classifier()),
     {"classifier": classifier_of(data__image_size=16)},
-    r"--classifier, a model of data of shape \(16, 16, 1\), for one of \(8, 8, 1\)",
+    r"--classifier, a model of data of shape \(16, 16, 1\), for a model of shape \(8, 8, 1\)",
   ),
   "other classes": (
-    config_of(by_class()),
+    config_of(classifier()),
     {"classifier": classifier_of(10)},
     "a classifier of 10 classes for a model of 3",
   ),
   "another schedule": (
-    plain(by_class()),
+    plain(classifier()),
     {"classifier": classifier_of(model__process=discrete("cosine"))},
-    r"--classifier, a model trained on another process \(.*1000 steps\), for one trained on .*1000 steps; .*model\.process",
+    r"--classifier, a model trained on another process \(.*1000 steps\), for a model trained on .*1000 steps; .*model\.process",
   ),
   "another process": (
-    config_of(by_class(), model__process=spec("processes.vp")),
+    config_of(classifier(), model__process=spec("processes.vp")),
     {"classifier": classifier_of(model__process=spec("processes.rectified_flow"))},
-    r"another process \(log-SNR 0 halfway and -inf at the end\), for one trained on log-SNR -",
+    r"another process \(log-SNR 0 halfway and -inf at the end\), for a model trained on log-SNR -",
   ),
   "another process of the weak model": (
-    config_of(away()),
+    config_of(autoguidance()),
     {"weak": config_of(model__process=spec("processes.edm"))},
     "--weak, a model trained on another process",
   ),
   "other classes of the weak model": (
-    config_of(away()),
+    config_of(autoguidance()),
     {"weak": config_of(classes=4)},
-    r"--weak, a model of the conditions classes \(4\), for one of classes \(3\); expected one that takes the same",
+    r"--weak, a model of the conditions classes \(4\), for a model of classes \(3\); expected a weak model with the same",
   ),
   "another condition of the weak model": (
-    config_of(away()),
+    config_of(autoguidance()),
     {
       "weak": config_of(
         model__conditions={
@@ -221,7 +232,7 @@ WRONG = {
         }
       )
     },
-    r"conditions classes \(3\), low, for one of classes \(3\); expected one that takes the same",
+    r"conditions classes \(3\), low, for a model of classes \(3\); expected a weak model with the same",
   ),
 }
 
@@ -230,29 +241,29 @@ WRONG = {
 def test_wrong_guidance_is_an_error(name):
   config, others, message = WRONG[name]
   with pytest.raises(ValueError, match=message):
-    checked(config, guides(**others))
+    check_guidance(config, guides_of(**others))
   with pytest.raises(ValueError, match=message):
-    programs.generate(experiment_of(config), mesh(), guides(**others))
+    programs.generate(experiment_of(config), mesh(), guides_of(**others))
 
 
-def test_a_rule_of_ones_own_is_known_by_what_it_takes_and_gives():
-  """It sees the conditions of a model before there are samples, and two estimates go to samplers that take two alone."""
+def test_a_custom_rule_is_recognized_by_its_arguments_and_estimates():
+  """The check calls the rule with example conditions, and allows two estimates only for samplers that support them."""
   experiment = experiment_of(config_of())
   shapes = []
 
-  def own(conditional, condition, negative):
+  def custom(conditional, condition, negative):
     shapes.append((condition["classes"].shape, negative["classes"].shape))
     return guidance.cfg_plus_plus(conditional, condition, negative, 0.5)
 
-  assert guided.has_two_estimates(experiment.model, own)
+  assert guided.has_two_estimates(experiment.model, custom)
   assert shapes == [((1,), (1,))]
   assert not guided.has_two_estimates(experiment.model, experiment.guidance)
-  guided.check(experiment.model, own, two_estimates=True)
-  with pytest.raises(ValueError, match="Got guidance by own, which takes data and noise from two estimates"):
-    guided.check(experiment.model, own, two_estimates=False)
+  guided.check(experiment.model, custom, two_estimates=True)
+  with pytest.raises(ValueError, match="Got guidance by custom, which takes data and noise from two estimates"):
+    guided.check(experiment.model, custom, two_estimates=False)
 
 
-def checked(config, others, *, negative=False):
+def check_guidance(config, others, *, negative=False):
   experiment = experiment_of(config)
   guided.check(experiment.model, experiment.guidance, experiment.sampler.two_estimates, others, negative=negative)
 
@@ -261,16 +272,16 @@ def checked(config, others, *, negative=False):
   ("config", "others"),
   [
     (config_of(), {}),
-    (config_of(away()), {"weak": config_of()}),
-    (config_of(by_class()), {"classifier": classifier_of()}),
-    (plain(free(3.0)), {}),
+    (config_of(autoguidance()), {"weak": config_of()}),
+    (config_of(classifier()), {"classifier": classifier_of()}),
+    (plain(classifier_free(3.0)), {}),
   ],
 )
-def test_what_to_guide_away_from_belongs_to_classifier_free_guidance(config, others):
+def test_negative_conditions_need_classifier_free_guidance(config, others):
   with pytest.raises(
     ValueError, match=r"\(--negative_classes\) without classifier-free guidance|without conditions to"
   ):
-    checked(config, guides(**others), negative=True)
+    check_guidance(config, guides_of(**others), negative=True)
 
 
 @pytest.mark.parametrize(
@@ -278,38 +289,38 @@ def test_what_to_guide_away_from_belongs_to_classifier_free_guidance(config, oth
   [
     (plain(), {}, False),
     (config_of(dropout=0.0), {}, False),
-    (config_of(free(0.0)), {}, False),
+    (config_of(classifier_free(0.0)), {}, False),
     (
       config_of(
-        free(interval(3.0, 0.3, 5.0), rescale=0.7),
+        classifier_free(interval(3.0, 0.3, 5.0), rescale=0.7),
         sampling__clip=spec("guidance.dynamic_threshold", percentile=0.99),
       ),
       {},
       False,
     ),
-    (config_of(free(3.0)), {}, True),
-    (config_of(free(3.0), dropout=0.0), {}, True),
+    (config_of(classifier_free(3.0)), {}, True),
+    (config_of(classifier_free(3.0), dropout=0.0), {}, True),
     (config_of(cfg_plus_plus()), {}, True),
     (config_of(cfg_plus_plus(1.0), sampler=spec("sampling.euler")), {}, False),
-    (plain(by_class()), {"classifier": classifier_of()}, False),
-    (config_of(by_class(0.0), dropout=0.0), {"classifier": classifier_of()}, False),
-    (plain(away()), {"weak": plain(model__network__channels=4)}, False),
-    (config_of(away(interval(2.0, high=5.0))), {"weak": config_of(model__network__channels=4)}, False),
+    (plain(classifier()), {"classifier": classifier_of()}, False),
+    (config_of(classifier(0.0), dropout=0.0), {"classifier": classifier_of()}, False),
+    (plain(autoguidance()), {"weak": plain(model__network__channels=4)}, False),
+    (config_of(autoguidance(interval(2.0, high=5.0))), {"weak": config_of(model__network__channels=4)}, False),
   ],
 )
-def test_what_fits_passes(config, others, negative):
-  others = guides(**others)
-  checked(config, others, negative=negative)
+def test_valid_guidance_passes(config, others, negative):
+  others = guides_of(**others)
+  check_guidance(config, others, negative=negative)
   programs.generate(experiment_of(config), mesh(), others, negative=negative)
 
 
-def test_denoisers_are_guided_as_the_formulas_say(dense):
-  """All of them in one program: the estimate of x_0 by `guided.denoise`, and by what the model alone and its guides give."""
+def test_guided_denoisers_match_their_formulas(dense):
+  """One program compares the estimates of `guided.denoise` with formulas of the unguided model and the guides."""
   config, keys = config_of(), jax.random.split(jax.random.key(0), 4)
   params, weak_params, probs_params = (random_params(c, i) for i, c in enumerate((config, config, classifier_of())))
   model, judge = experiment_of(config).model, experiment_of(classifier_of()).model
   process, t = model.process, jnp.array([0.2, 0.5, 0.7, 0.9])
-  classes, negative, none = jnp.array([0, 1, 2, 0]), jnp.array([1, 2, 0, 2]), jnp.full(4, 3)
+  classes, negative, null_classes = jnp.array([0, 1, 2, 0]), jnp.array([1, 2, 0, 2]), jnp.full(4, 3)
   inputs = {"classes": classes}
 
   def run(x_t, params, weak_params, probs_params):
@@ -319,108 +330,108 @@ def test_denoisers_are_guided_as_the_formulas_say(dense):
     def log_prob(x):
       return jnp.sum(judge.classify(probs_params)(x, t)[jnp.arange(4), classes])
 
-    def found(rule, inputs=inputs, **others):
+    def result(rule, inputs=inputs, **others):
       parameters = Parameters(params, guides={"classifier": (probs_params, {}), "weak": (weak_params, {})})
       experiment = experiment_of(config_of(rule))
       return guided.denoise(model, experiment.guidance, keys, inputs, parameters, Guides(**others))(x_t, t)
 
-    c, u, n, weak = of(classes), of(none), of(negative), of(classes, weak_params)
+    c, u, n, weak = of(classes), of(null_classes), of(negative), of(classes, weak_params)
     noise = (process.sigma(t) / process.alpha(t))[:, None, None, None]
     inside = (noise >= 0.5) & (noise <= 5)
     both = u + 3 * (c - u)
-    own, wanted = (jnp.std(x, (1, 2, 3), keepdims=True) for x in (both, c))
+    guided_std, conditional_std = (jnp.std(x, (1, 2, 3), keepdims=True) for x in (both, c))
     slope = (process.sigma(t) ** 2 / process.alpha(t))[:, None, None, None] * jax.grad(log_prob)(x_t)
-    unwanted = {"classes": classes, "negative_classes": negative}
-    strong, against = found(cfg_plus_plus()), found(cfg_plus_plus(), unwanted)
+    negative_inputs = {"classes": classes, "negative_classes": negative}
+    estimates, negative_estimates = result(cfg_plus_plus()), result(cfg_plus_plus(), negative_inputs)
     return {
-      "none": (found(free()), c),
-      "unconditional": (found(free(0.0)), u),
-      "classifier-free": (found(free(3.0)), both),
-      "negative": (found(free(3.0), unwanted), n + 3 * (c - n)),
-      "rescaled": (found(free(3.0, rescale=0.5)), both * (0.5 + 0.5 * wanted / own)),
-      "interval": (found(free(interval(3.0, 0.5, 5.0))), jnp.where(inside, both, c)),
-      "cfg_plus_plus": (strong.x_0, u + 0.6 * (c - u)),
-      "noise of cfg_plus_plus": (strong.unguided, u),
-      "negative of cfg_plus_plus": (against.unguided, n),
-      "weak": (found(away(2.0), weak=model), weak + 2 * (c - weak)),
-      "classifier": (found(by_class(4.0), classifier=judge), c + 4 * slope),
-      # Elsewhere it does not guide, which of a classifier is a scale of 0.
+      "none": (result(classifier_free()), c),
+      "unconditional": (result(classifier_free(0.0)), u),
+      "classifier-free": (result(classifier_free(3.0)), both),
+      "negative": (result(classifier_free(3.0), negative_inputs), n + 3 * (c - n)),
+      "rescaled": (result(classifier_free(3.0, rescale=0.5)), both * (0.5 + 0.5 * conditional_std / guided_std)),
+      "interval": (result(classifier_free(interval(3.0, 0.5, 5.0))), jnp.where(inside, both, c)),
+      "cfg_plus_plus": (estimates.x_0, u + 0.6 * (c - u)),
+      "noise of cfg_plus_plus": (estimates.unguided, u),
+      "negative of cfg_plus_plus": (negative_estimates.unguided, n),
+      "weak": (result(autoguidance(2.0), weak=model), weak + 2 * (c - weak)),
+      "classifier": (result(classifier(4.0), classifier=judge), c + 4 * slope),
+      # Outside the interval the classifier does not guide, so its scale is 0.
       "classifier at times": (
-        found(by_class(interval(4.0, 0.5, 5.0)), classifier=judge),
+        result(classifier(interval(4.0, 0.5, 5.0)), classifier=judge),
         jnp.where(inside, c + 4 * slope, c),
       ),
     }, {"u": u, "n": n, "weak": weak, "slope": c + slope, "inside": jnp.where(inside, both, c), "guided": both}
 
   x_t = jax.random.normal(jax.random.key(3), (4, 8, 8, 1))
   pairs, others = jax.jit(run)(x_t, params, weak_params, probs_params)
-  for name, (found, expected) in pairs.items():
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.std(expected), err_msg=name)
+  for name, (result, expected) in pairs.items():
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3 * np.std(expected), err_msg=name)
   c = pairs["none"][1]
   for name, other in others.items():
-    assert np.max(np.abs(other - c)) > 0.01 * np.std(c), f"{name} makes a difference that can be seen"
+    assert np.max(np.abs(other - c)) > 0.01 * np.std(c), f"{name} makes a visible difference"
   assert np.max(np.abs(others["inside"] - others["guided"])) > 0.01 * np.std(c)
 
 
-def test_samples_are_those_of_the_guided_model_and_a_scale_of_one_changes_nothing(dense):
-  config = config_of(free(3.0))
+def test_samples_follow_the_guided_model_and_a_scale_of_one_changes_nothing(dense):
+  config = config_of(classifier_free(3.0))
   params, classes, experiment = random_params(config), jnp.array([0, 1, 2, 0]), experiment_of(config)
-  found, nfe = programs.generate(experiment, mesh())(Parameters(params), 5, 4, {"classes": classes})
+  result, nfe = programs.generate(experiment, mesh())(Parameters(params), 5, 4, {"classes": classes})
   model, process = experiment.model, experiment.model.process
 
   def direct(params):
     keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(5), 2), 4 + jnp.arange(4))
-    given, none = {"classes": classes}, {"classes": jnp.full(4, 3)}
-    denoise = guidance.classifier_free(model.conditional(params), given, none, 3.0)
+    given, null_classes = {"classes": classes}, {"classes": jnp.full(4, 3)}
+    denoise = guidance.classifier_free(model.conditional(params), given, null_classes, 3.0)
     start, times = (
       process.prior(randomness.fold_in(keys, 0), (4, 8, 8, 1)),
       sampling.grids.for_sampler(sampling.ddim(process), process, 3),
     )
     return sampling.sample(randomness.fold_in(keys, 1), sampling.ddim(process), guidance.clip(denoise), start, times)
 
-  np.testing.assert_allclose(found, jax.jit(direct)(params), atol=1e-4)
+  np.testing.assert_allclose(result, jax.jit(direct)(params), atol=1e-4)
   assert np.all(nfe == 3)
   one, ones, unguided = (
     programs.generate(experiment_of(config_of(rule)), mesh())
-    for rule in (free(1.0, rescale=0.7), free(interval(1.0, low=0.5)), None)
+    for rule in (classifier_free(1.0, rescale=0.7), classifier_free(interval(1.0, low=0.5)), None)
   )
   for given in ({"classes": classes}, {"classes": jnp.array([2, 2, 3, 3])}):
     expected = unguided(Parameters(params), 5, 4, given)[0]
     np.testing.assert_array_equal(one(Parameters(params), 5, 4, given)[0], expected)
     np.testing.assert_allclose(ones(Parameters(params), 5, 4, given)[0], expected, atol=1e-5)
-  assert np.max(np.abs(found - unguided(Parameters(params), 5, 4, {"classes": classes})[0])) > 0.01
+  assert np.max(np.abs(result - unguided(Parameters(params), 5, 4, {"classes": classes})[0])) > 0.01
 
 
 def test_estimates_are_clipped_or_thresholded_last():
   x = 3 * jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
 
-  def bounded(**keys):
+  def clipped(**keys):
     return programs.clip_estimates(experiment_of(config_of(**keys)), lambda x, t: x)(x, 0.5)
 
-  np.testing.assert_array_equal(bounded(), jnp.clip(x, -1, 1))
-  np.testing.assert_array_equal(bounded(sampling__clip=None), x)
-  found = bounded(sampling__clip=spec("guidance.dynamic_threshold", percentile=0.5))
+  np.testing.assert_array_equal(clipped(), jnp.clip(x, -1, 1))
+  np.testing.assert_array_equal(clipped(sampling__clip=None), x)
+  result = clipped(sampling__clip=spec("guidance.dynamic_threshold", percentile=0.5))
   median = np.median(np.abs(x), (1, 2, 3), keepdims=True)
-  np.testing.assert_allclose(found, np.clip(x / median, -1, 1), rtol=1e-5)
+  np.testing.assert_allclose(result, np.clip(x / median, -1, 1), rtol=1e-5)
 
 
-def test_a_condition_that_nobody_asks_for_stands_for_none():
-  """What stands for none is a value as the network takes it, not an item that `encode` is still to read."""
-  own = experiment_of(config_of())
+def test_a_missing_condition_gets_its_null_value():
+  """The null value goes to the network directly, because it is not an item for `encode`."""
+  experiment = experiment_of(config_of())
   shape = jax.ShapeDtypeStruct((), jnp.int32)
-  kept = conditions.Condition(
+  condition = conditions.Condition(
     "classes", shape, lambda *args: args[2]["classes"] + 1, lambda frozen: frozen["null"], 0.5, 4
   )
-  seen = []
+  received = []
 
   def apply(params, x, time, given, **options):
-    seen.append(np.asarray(given["classes"]))
+    received.append(np.asarray(given["classes"]))
     return x
 
-  model = own.model._replace(
-    conditions={"classes": kept}, network=own.model.network._replace(apply=apply), prediction=predictions.X0
+  model = experiment.model._replace(
+    conditions={"classes": condition}, network=experiment.model.network._replace(apply=apply), prediction=predictions.X0
   )
   keys = randomness.sample_keys(jax.random.key(0), np.arange(2))
   parameters = Parameters({}, {"conditions": {"classes": {"null": jnp.int32(3)}}})
   for batch, values in (({}, [3, 3]), ({"classes": np.int32([0, 1])}, [1, 2])):
-    guided.denoise(model, own.guidance, keys, batch, parameters)(jnp.zeros((2, 8, 8, 1)), 0.5)
-    np.testing.assert_array_equal(seen.pop(), values)
+    guided.denoise(model, experiment.guidance, keys, batch, parameters)(jnp.zeros((2, 8, 8, 1)), 0.5)
+    np.testing.assert_array_equal(received.pop(), values)

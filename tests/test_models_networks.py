@@ -1,4 +1,4 @@
-"""Networks of Flax Linen, Flax NNX and Equinox as the same two functions, and how they take conditions."""
+"""Test networks of Flax Linen, Flax NNX and Equinox as two functions, and their conditions."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ddpm_jax import networks as own
+from ddpm_jax import networks as flax_networks
 from ddpm_jax.models import Network, conditions, networks
 from tests.conftest import ROOT
 
@@ -33,7 +33,7 @@ class Nnx(nnx.Module):
   def __init__(self, width, *, rngs):
     self.first, self.last = nnx.Linear(1, width, rngs=rngs), nnx.Linear(width, 1, rngs=rngs)
     self.conditions = nnx.List([nnx.Embed(3, width, rngs=rngs), nnx.Linear(2, width, rngs=rngs)])
-    # A constant, and no parameter.
+    # A constant, not a parameter.
     self.scale = jnp.ones(())
 
   def __call__(self, x, time, classes, vector):
@@ -46,17 +46,17 @@ class Equinox(equinox.Module):
   first: equinox.nn.Linear
   conditions: list
   last: equinox.nn.Linear
-  one: jax.Array
+  constant: jax.Array
 
   def __init__(self, width, *, key):
     first, classes, vector, last = jax.random.split(key, 4)
     self.first, self.last = equinox.nn.Linear(1, width, key=first), equinox.nn.Linear(width, 1, key=last)
     self.conditions = [equinox.nn.Embedding(3, width, key=classes), equinox.nn.Linear(2, width, key=vector)]
-    self.one = jnp.ones((), jnp.int32)
+    self.constant = jnp.ones((), jnp.int32)
 
   def __call__(self, x, time, classes, vector):
     h = jax.vmap(jax.vmap(self.first))(x) + self.conditions[0](classes)[None, None]
-    h += self.conditions[1](vector)[None, None] + self.one.astype(x.dtype) * time
+    h += self.conditions[1](vector)[None, None] + self.constant.astype(x.dtype) * time
     return jax.vmap(jax.vmap(self.last))(jnp.tanh(h))
 
 
@@ -89,7 +89,7 @@ def inputs(count=4):
   return jnp.asarray(x), jnp.asarray(time), jax.tree.map(jnp.asarray, given)
 
 
-def make(name, arguments=None, given=CONDITIONS):
+def make_network(name, arguments=None, given=CONDITIONS):
   return networks.from_component(LIBRARIES[name][0], {"width": WIDTH} if arguments is None else arguments, given)
 
 
@@ -106,31 +106,31 @@ def with_weights(apply):
 
 def test_one_network_in_three_libraries_has_the_same_outputs_and_gradients():
   x, time, given = inputs()
-  start = make("linen").init(jax.random.key(1), x, time, given)
+  start = make_network("linen").init(jax.random.key(1), x, time, given)
   start = jax.tree.map(
     lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), start
   )
-  wanted, by_x, output = None, None, None
+  expected, expected_by_x, output = None, None, None
   for name, (_, convert) in LIBRARIES.items():
-    network, params = make(name), convert(start)
-    made = network.init(jax.random.key(0), x, time, given)
-    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
-    (slope, slope_x), found = with_weights(network.apply)(params, x)
-    # Outside of any program as inside.
-    np.testing.assert_allclose(network.apply(params, x, time, given), found, rtol=1e-5, atol=1e-6)
-    if wanted is None:
-      wanted, by_x, output = slope, slope_x, found
+    network, params = make_network(name), convert(start)
+    fresh = network.init(jax.random.key(0), x, time, given)
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+    (gradient, gradient_x), result = with_weights(network.apply)(params, x)
+    # The result is the same outside jit.
+    np.testing.assert_allclose(network.apply(params, x, time, given), result, rtol=1e-5, atol=1e-6)
+    if expected is None:
+      expected, expected_by_x, output = gradient, gradient_x, result
       assert float(jnp.std(output)) > 0.1
-      assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(slope))
-    np.testing.assert_allclose(found, output, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(slope_x, by_x, rtol=1e-4, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), slope, convert(wanted))
+      assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(result, output, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient_x, expected_by_x, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, convert(expected))
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_parameters_are_dicts_of_arrays_that_follow_from_the_key(name):
+def test_parameters_are_dicts_of_arrays_that_depend_on_the_key(name):
   x, time, given = inputs()
-  network = make(name)
+  network = make_network(name)
   first, again, other = (network.init(jax.random.key(seed), x, time, given) for seed in (0, 0, 1))
 
   def check(node):
@@ -145,7 +145,7 @@ def test_parameters_are_dicts_of_arrays_that_follow_from_the_key(name):
   check(first)
   jax.tree.map(np.testing.assert_array_equal, first, again)
   assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
-  # The making of a module leaves nothing in the program of its call.
+  # Creating the module leaves nothing in the compiled program.
   if name != "linen":
     text = jax.jit(network.apply).lower(first, x, time, given).compile().as_text()
     assert "threefry" not in text
@@ -157,17 +157,17 @@ def test_parameters_are_dicts_of_arrays_that_follow_from_the_key(name):
 @pytest.mark.parametrize("name", ["nnx", "equinox"])
 def test_parameters_of_another_network_are_an_error(name):
   x, time, given = inputs()
-  params = make(name).init(jax.random.key(0), x, time, given)
+  params = make_network(name).init(jax.random.key(0), x, time, given)
   del params["last"]
   with pytest.raises(ValueError, match=f"parameters without last/.* for {LIBRARIES[name][0].__name__}"):
-    make(name).apply(params, x, time, given)
+    make_network(name).apply(params, x, time, given)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_networks_run_on_several_devices(name):
-  """Parameters are whole on each device, and samples split."""
+  """Parameters are replicated, and samples are split between devices."""
   x, time, given = inputs(8)
-  network = make(name)
+  network = make_network(name)
   params = network.init(jax.random.key(0), x, time, given)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   P = jax.P
@@ -183,7 +183,7 @@ class Boxed(nn.Module):
     return x * self.param("scale", nn.with_partitioning(nn.initializers.ones, ("model",)), (1,))[0]
 
 
-def test_names_of_axes_are_no_part_of_the_parameters():
+def test_parameters_contain_no_axis_names():
   network, x = networks.from_component(Boxed, {}, {}), jnp.ones((1, 2, 2, 1))
   params = network.init(jax.random.key(0), x, jnp.ones(1), {})
   assert isinstance(params["scale"], jax.Array)
@@ -222,7 +222,7 @@ DROPOUT = {"linen": LinenDropout, "nnx": NnxDropout, "equinox": EquinoxDropout}
 
 
 @pytest.mark.parametrize("name", DROPOUT)
-def test_dropout_is_on_in_training_alone_and_follows_from_the_keys(name):
+def test_dropout_acts_only_in_training_and_depends_on_the_keys(name):
   network = networks.from_component(DROPOUT[name], {}, {})
   x, time = jnp.ones((2, 100, 100, 1)), jnp.ones(2)
   params = network.init(jax.random.key(0), x, time, {})
@@ -232,7 +232,7 @@ def test_dropout_is_on_in_training_alone_and_follows_from_the_keys(name):
   first, again, other = (run(jax.random.split(jax.random.key(seed), 2)) for seed in (1, 1, 2))
   np.testing.assert_array_equal(first, again)
   assert jnp.any(first != other)
-  # Two masks that are not the same one: a quarter is left, four times as large.
+  # Two different masks keep a quarter of the values, four times as large.
   assert set(np.unique(first)) == {0, 4}
   assert abs(float(jnp.mean(first > 0)) - 0.25) < 4 * (0.25 * 0.75 / x.size) ** 0.5
   assert jnp.any(first[0] != first[1])
@@ -267,24 +267,24 @@ class EquinoxNorm(equinox.Module):
 
 @pytest.mark.parametrize("component", [LinenNorm, NnxNorm, EquinoxNorm])
 def test_state_is_refused(component):
-  with pytest.raises(ValueError, match=rf"Got {component.__name__} with .*; expected parameters alone.*GroupNorm"):
+  with pytest.raises(ValueError, match=rf"Got {component.__name__} with .*; expected only parameters.*GroupNorm"):
     networks.from_component(component, {}, {}).init(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones(1), {})
 
 
-def takes(parameters):
-  """A Linen class whose call has these parameters, and gives what it is called with."""
+def echo_class(parameters):
+  """Return a Linen class with a call of these parameters that returns its arguments."""
   scope = {"nn": nn}
   exec(
-    "class Given(nn.Module):\n"
+    "class Echo(nn.Module):\n"
     f"  def __call__(self, x, time, {parameters}):\n"
     "    return {k: v for k, v in locals().items() if k not in ('self', 'x', 'time')}\n",
     scope,
   )
-  return scope["Given"]
+  return scope["Echo"]
 
 
 def call(parameters, given_conditions, given, **options):
-  network = networks.from_linen(takes(parameters)(), given_conditions)
+  network = networks.from_linen(echo_class(parameters)(), given_conditions)
   return network.apply({}, jnp.ones((2, 4, 4, 1)), jnp.ones(2), given, **options)
 
 
@@ -292,10 +292,10 @@ IMAGES = {"sketch": conditions.image("sketch", (4, 4, 2)), "mask": conditions.im
 LEVEL = {"level": conditions.level("level")}
 
 
-def test_conditions_come_by_their_own_name_before_their_kind():
+def test_arguments_match_condition_names_before_kinds():
   given = {"sketch": jnp.ones((2, 4, 4, 2)), "mask": jnp.zeros((2, 4, 4, 1))}
-  joined = call("image", IMAGES, given)
-  np.testing.assert_array_equal(joined["image"], jnp.concatenate([given["sketch"], given["mask"]], -1))
+  concatenated = call("image", IMAGES, given)
+  np.testing.assert_array_equal(concatenated["image"], jnp.concatenate([given["sketch"], given["mask"]], -1))
   named = call("image, mask", IMAGES, given)
   np.testing.assert_array_equal(named["image"], given["sketch"])
   np.testing.assert_array_equal(named["mask"], given["mask"])
@@ -304,27 +304,27 @@ def test_conditions_come_by_their_own_name_before_their_kind():
 @pytest.mark.parametrize(
   ("parameters", "argument"), [("vector", "vector"), ("level", "level"), ("vector, level", "level")]
 )
-def test_a_level_is_a_vector_for_a_network_that_knows_no_level(parameters, argument):
+def test_a_network_without_a_level_receives_it_as_a_vector(parameters, argument):
   parameters = parameters.replace("vector,", "vector=None,") if "," in parameters else parameters
-  found = call(f"*, {parameters}", LEVEL, {"level": jnp.ones(2)})
-  np.testing.assert_array_equal(found[argument], jnp.ones(2))
+  result = call(f"*, {parameters}", LEVEL, {"level": jnp.ones(2)})
+  np.testing.assert_array_equal(result[argument], jnp.ones(2))
 
 
-def test_tokens_are_joined_along_their_length():
+def test_tokens_are_concatenated_along_their_length():
   def tokens(length):
     shape = jax.ShapeDtypeStruct((length, 5), jnp.float32)
     return conditions.Condition("tokens", shape, lambda frozen, keys, batch, train: None)
 
   given = {"text": jnp.ones((2, 3, 5)), "style": jnp.zeros((2, 2, 5))}
-  found = call("tokens", {"text": tokens(3), "style": tokens(2)}, given)
-  np.testing.assert_array_equal(found["tokens"], jnp.concatenate([given["text"], given["style"]], 1))
+  result = call("tokens", {"text": tokens(3), "style": tokens(2)}, given)
+  np.testing.assert_array_equal(result["tokens"], jnp.concatenate([given["text"], given["style"]], 1))
 
 
-def test_networks_are_told_of_training_if_they_ask():
+def test_networks_receive_train_and_keys_if_they_accept_them():
   keys = jax.random.split(jax.random.key(0), 2)
-  found = call("*, train, keys", {}, {}, train=True, keys=keys)
-  assert found["train"] is True
-  assert found["keys"] is keys
+  result = call("*, train, keys", {}, {}, train=True, keys=keys)
+  assert result["train"] is True
+  assert result["keys"] is keys
   assert call("**options", {}, {}, train=True)["options"] == {"train": True, "keys": None}
 
 
@@ -337,15 +337,15 @@ def test_networks_are_told_of_training_if_they_ask():
     ("vector", LEVEL | {"vector": conditions.vector("vector", 2)}, "Got 2 conditions .* as 'vector'"),
   ],
 )
-def test_conditions_that_a_network_does_not_take_are_errors(parameters, given, message):
+def test_conditions_without_a_matching_argument_are_errors(parameters, given, message):
   values = jax.tree.map(lambda like: jnp.zeros((2, *like.shape), like.dtype), {k: v.shape for k, v in given.items()})
   with pytest.raises(ValueError, match=message):
     call(f"*, {parameters}", given, values)
 
 
-def test_networks_cannot_be_told_a_level_and_a_vector():
-  facts = networks.derived_arguments(CONDITIONS, (4, 4, 1), 2)
-  assert (facts["num_classes"], facts["vector_embedding"], facts["dimensions"], facts["out_channels"]) == (
+def test_a_level_and_a_vector_together_are_an_error():
+  derived = networks.derived_arguments(CONDITIONS, (4, 4, 1), 2)
+  assert (derived["num_classes"], derived["vector_embedding"], derived["dimensions"], derived["out_channels"]) == (
     3,
     "dense",
     2,
@@ -356,7 +356,7 @@ def test_networks_cannot_be_told_a_level_and_a_vector():
     networks.derived_arguments(CONDITIONS | LEVEL, (4, 4, 1), 1)
 
 
-def test_a_function_or_a_network_is_one_too():
+def test_a_function_or_a_network_is_a_valid_component():
   network = Network(lambda key, x, time, given: {}, lambda params, x, time, given, **_: x)
   assert networks.from_component(network, {}, {}) is network
   assert networks.from_component(lambda scale: network, {"scale": 2}, {}) is network
@@ -370,8 +370,8 @@ def test_a_function_or_a_network_is_one_too():
     (Linen, {"widht": 8}, "Got widht for Linen; expected width.* Did you mean width"),
     (Nnx, {"channels": 8}, "Got channels for Nnx; expected width"),
     (Equinox, {}, "Got no width for Equinox"),
-    (lambda: 3, {}, "which gave 3 as a network"),
-    (dict, {}, "which gave a dict as a network"),
+    (lambda: 3, {}, "which returned 3 as a network"),
+    (dict, {}, "which returned a dict as a network"),
     ("unet", {}, "Got 'unet' as a network; expected a class of flax.linen.Module"),
     (Network(None, None), {"width": 8}, "a Network with the arguments width"),
     (Linen(8), {"width": 8}, "a Linen with the arguments width"),
@@ -379,22 +379,22 @@ def test_a_function_or_a_network_is_one_too():
     (NnxDropout(rngs=nnx.Rngs(0)), {}, "Got a NnxDropout as a network; expected a class"),
   ],
 )
-def test_what_is_no_network_is_an_error(component, arguments, message):
+def test_other_components_are_errors(component, arguments, message):
   with pytest.raises(ValueError, match=message):
     networks.from_component(component, arguments, {})
 
 
-def test_the_u_net_is_checked_before_it_is_traced():
+def test_the_u_net_is_checked_before_tracing():
   network = networks.from_component(
-    own.UNet, {"channels": 8, "groups": 4, "multipliers": (1, 1), "attention_levels": ()}, {}
+    flax_networks.UNet, {"channels": 8, "groups": 4, "multipliers": (1, 1), "attention_levels": ()}, {}
   )
   network.check((8, 8, 3))
   with pytest.raises(ValueError, match="every side divisible by 2"):
     network.check((7, 7, 3))
-  make("nnx").check((7, 7, 3))
+  make_network("nnx").check((7, 7, 3))
 
 
-def test_other_libraries_are_imported_where_they_are_used():
+def test_other_libraries_are_imported_only_where_they_are_used():
   code = (
     "import sys; from ddpm_jax import models, networks\n"
     "models.networks.from_component(networks.UNet, {}, {}); models.networks.from_component(lambda: models.Network(None, None), {}, {})\n"

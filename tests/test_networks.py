@@ -13,7 +13,7 @@ SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": 
 
 
 def build(size=(8, 8), channels=1, seed=0, **changes):
-  """Return a network and random parameters, so that every path acts on the output."""
+  """Return a network and random parameters, with which every path affects the output."""
   network = UNet(out_channels=channels, **(SMALL | changes))
   return network, random_like(jax.eval_shape(functools.partial(init, network, size, channels), seed), seed)
 
@@ -51,10 +51,10 @@ def test_shapes_and_types(size, channels, changes):
   assert jnp.all(jnp.std(output, (1, 2, 3)) > 0)
 
 
-def test_a_fresh_network_gives_zeros():
-  """By its last convolution."""
+def test_a_fresh_network_returns_zeros():
+  """The last convolution starts at zero."""
   network, random = build()
-  # Under jit: op by op, a network costs a compilation an operation.
+  # Outside jit, every operation would compile separately.
   params = jax.jit(functools.partial(init, network, (8, 8), 1))()
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, random)
   assert jnp.all(apply(network, params, jnp.ones((2, 8, 8, 1)), jnp.ones(2)) == 0)
@@ -78,15 +78,15 @@ def test_every_parameter_has_a_gradient():
   def loss(params):
     return jnp.sum(network.apply({"params": params}, x, time, jnp.arange(3)) ** 2)
 
-  slopes = jax.jit(jax.grad(loss))(params)
-  silent = [
-    jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(slopes) if not jnp.any(leaf)
+  gradients = jax.jit(jax.grad(loss))(params)
+  without_gradient = [
+    jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(gradients) if not jnp.any(leaf)
   ]
-  assert not silent
+  assert not without_gradient
 
 
 def test_attention_is_softmax_of_products():
-  """The block against the formula, written out with NumPy, heads and all."""
+  """The block equals the formula with heads in NumPy."""
   block = AttentionBlock(heads=2, options=UNet(groups=1)._block_options)
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
   params = random_like(jax.eval_shape(block.init, jax.random.key(1), x)["params"])
@@ -103,13 +103,13 @@ def test_attention_is_softmax_of_products():
   np.testing.assert_allclose(block.apply({"params": params}, x).reshape(6, 4), expected, atol=1e-5)
 
 
-def test_attention_stands_where_it_is_asked_for():
+def test_attention_is_at_the_configured_levels():
   _, params = build((16, 16), multipliers=(1, 1, 1), attention_levels=(1,), middle_attention=False)
   with_attention = {name for name in params if "attention" in name}
   assert with_attention == {"down_1_0_attention", "up_1_0_attention", "up_1_1_attention"}
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_only_in_training():
   network, params = build(dropout=0.5)
   x = jnp.ones((2, 8, 8, 1))
 
@@ -120,8 +120,8 @@ def test_dropout_acts_in_training_only():
   np.testing.assert_array_equal(run(0, False), run(1, False))
 
 
-def test_dropout_by_a_key_for_each_sample_knows_no_batch():
-  """Each sample and each block has masks of its own, of the asked rate, whatever else is in the batch."""
+def test_dropout_with_a_key_per_sample_does_not_depend_on_the_batch():
+  """Each sample and each block has its own masks of the configured rate, whatever the rest of the batch is."""
   network, params = build(dropout=0.25)
   x, keys = jnp.ones((4, 8, 8, 1)), jax.random.split(jax.random.key(0), 4)
 
@@ -129,9 +129,9 @@ def test_dropout_by_a_key_for_each_sample_knows_no_batch():
     keep = jnp.array(rows)
     return apply(network, params, x[keep], jnp.ones(len(rows)), train=True, keys=keys[keep])
 
-  whole = run([0, 1, 2, 3])
-  np.testing.assert_allclose(run([2, 1]), whole[jnp.array([2, 1])], rtol=1e-4, atol=1e-5)
-  assert all(jnp.any(whole[0] != other) for other in whole[1:])
+  all_rows = run([0, 1, 2, 3])
+  np.testing.assert_allclose(run([2, 1]), all_rows[jnp.array([2, 1])], rtol=1e-4, atol=1e-5)
+  assert all(jnp.any(all_rows[0] != other) for other in all_rows[1:])
   with pytest.raises(ValueError, match=r"keys of shape \(1,\) for 4 samples"):
     apply(network, params, x, jnp.ones(4), train=True, keys=keys[:1])
   many = jax.random.split(jax.random.key(1), 500)
@@ -141,11 +141,13 @@ def test_dropout_by_a_key_for_each_sample_knows_no_batch():
   np.testing.assert_allclose(jnp.mean(first), 1, atol=0.01)
 
 
-def test_sinusoidal_embedding_is_ho_et_al_s():
-  got = sinusoidal_embedding(jnp.array([0.0, 3.0]), 8)
+def test_the_sinusoidal_embedding_matches_ho_et_al():
+  embedding = sinusoidal_embedding(jnp.array([0.0, 3.0]), 8)
   frequencies = 10_000.0 ** (-np.arange(4) / 3)
-  np.testing.assert_allclose(got[1], np.concatenate([np.sin(3 * frequencies), np.cos(3 * frequencies)]), rtol=1e-5)
-  np.testing.assert_allclose(got[0], [0, 0, 0, 0, 1, 1, 1, 1])
+  np.testing.assert_allclose(
+    embedding[1], np.concatenate([np.sin(3 * frequencies), np.cos(3 * frequencies)]), rtol=1e-5
+  )
+  np.testing.assert_allclose(embedding[0], [0, 0, 0, 0, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_impossible_networks_are_errors(size, changes, message):
     )
 
 
-def test_classes_go_with_a_conditional_network_only():
+def test_only_a_conditional_network_accepts_classes():
   network, params = build()
   with pytest.raises(ValueError, match="num_classes=0"):
     apply(network, params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))

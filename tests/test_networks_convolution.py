@@ -1,4 +1,4 @@
-"""Convolutions, normalization and sums against JAX's and Flax's own, values and gradients, in all programs."""
+"""Test all forms of convolutions, normalization and sums against JAX and Flax: values and gradients."""
 
 import functools
 
@@ -19,12 +19,12 @@ from ddpm_jax.networks.kernels.resampling import double, double_and_convolve
 LETTERS = "DHW"
 
 
-def numbers_of(x, kernel):
+def dimension_numbers(x, kernel):
   space = LETTERS[-(x.ndim - 2) :]
   return lax.conv_dimension_numbers(x.shape, kernel.shape, (f"N{space}C", f"{space}IO", f"N{space}C"))
 
 
-# Sizes of the data and of the kernel, strides, padding.
+# The sizes of the data and the kernel, the strides and the padding.
 CASES = [
   ((8,), (3,), (1,), "SAME"),
   ((7,), (4,), (2,), "SAME"),
@@ -39,47 +39,47 @@ CASES = [
 
 
 @pytest.mark.parametrize(("size", "window", "strides", "padding"), CASES)
-def test_gradients_are_jax_s_own(x64, size, window, strides, padding):
+def test_gradients_match_jax(x64, size, window, strides, padding):
   generator = np.random.default_rng(0)
   x, kernel = generator.normal(size=(2, *size, 3)), generator.normal(size=(*window, 3, 4))
-  numbers = numbers_of(x, kernel)
+  dimensions = dimension_numbers(x, kernel)
 
-  def own(x, kernel):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+  def jax_convolve(x, kernel):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
 
   def ours(x, kernel):
     return convolve(x, kernel, strides, padding, "loop")
 
   def both(x, kernel):
     results = []
-    for function in (ours, own):
+    for function in (ours, jax_convolve):
       output, pull = jax.vjp(function, x, kernel)
       results.append((output, *pull(jnp.cos(jnp.arange(output.size, dtype=x.dtype)).reshape(output.shape))))
     return results
 
-  for found, expected in zip(*jax.jit(both)(x, kernel), strict=True):
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+  for result, expected in zip(*jax.jit(both)(x, kernel), strict=True):
+    assert result.shape == expected.shape
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_in_a_loop_and_where_the_kernel_alone_is_asked_for(x64):
+def test_gradients_match_in_a_loop_and_for_the_kernel_alone(x64):
   x, kernel = jax.random.normal(jax.random.key(0), (2, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 3))
-  numbers = numbers_of(x, kernel)
+  dimensions = dimension_numbers(x, kernel)
 
   def total(x, kernel, inside):
-    def once(h, _):
-      own = functools.partial(lax.conv_general_dilated, dimension_numbers=numbers)
-      h = (functools.partial(convolve, kernels="loop") if inside else own)(h, kernel, (1, 1), "SAME")
+    def step(h, _):
+      jax_convolve = functools.partial(lax.conv_general_dilated, dimension_numbers=dimensions)
+      h = (functools.partial(convolve, kernels="loop") if inside else jax_convolve)(h, kernel, (1, 1), "SAME")
       return jnp.tanh(h), None
 
-    return jnp.sum(lax.scan(once, x, length=3)[0] ** 2)
+    return jnp.sum(lax.scan(step, x, length=3)[0] ** 2)
 
   for index in (0, 1):
     gradient = jax.jit(jax.grad(total, index), static_argnums=2)
     np.testing.assert_allclose(gradient(x, kernel, True), gradient(x, kernel, False), rtol=1e-10, atol=1e-10)
 
 
-def test_only_what_is_for_loops_has_no_forward_derivatives():
+def test_only_the_loop_form_has_no_forward_derivatives():
   x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 2))
 
   def run(x, kernels="tuned"):
@@ -97,10 +97,10 @@ def test_only_what_is_for_loops_has_no_forward_derivatives():
 SMALL = {"channels": 4, "multipliers": (1, 2), "blocks": 1, "attention_levels": (1,), "groups": 2, "dropout": 0.0}
 
 
-@pytest.mark.parametrize(("kind", "size"), [(UNet, (4, 6)), (Classifier, (4, 4))])
-def test_of_whole_networks(kind, size):
-  """Every parameter random, so that no path is cut by the zeros of a fresh network."""
-  network = kind(out_channels=3, **SMALL)
+@pytest.mark.parametrize(("network_class", "size"), [(UNet, (4, 6)), (Classifier, (4, 4))])
+def test_all_forms_of_a_network_have_equal_gradients(network_class, size):
+  """All parameters are random, because the zeros of a fresh network would disable paths."""
+  network = network_class(out_channels=3, **SMALL)
   x, time = jax.random.normal(jax.random.key(1), (2, *size, 3)), jnp.array([3.0, 700.0])
   shapes = jax.eval_shape(network.init, jax.random.key(0), x, time)["params"]
   generator = np.random.default_rng(0)
@@ -114,42 +114,42 @@ def test_of_whole_networks(kind, size):
 
   assert "custom_vjp" in traced("loop")
   for mark in ("platform_index", "custom_vjp", "custom_jvp", "optimization_barrier"):
-    assert mark not in traced("plain"), "no program but JAX's own"
+    assert mark not in traced("plain"), "the plain forms call JAX directly"
   gradients = jax.jit(lambda x, params: [jax.grad(total, (0, 1))(x, params, kernels) for kernels in KERNELS])
   *tuned, expected = gradients(x, params)
   assert jnp.any(expected[0] != 0)
-  for found in tuned:
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+  for result in tuned:
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-5)
 
 
 @pytest.mark.parametrize("space", [(4,), (3, 5), (2, 3, 2)])
-def test_of_doubled_data_by_parity_is_the_plain_one(x64, space):
+def test_doubling_and_convolving_matches_the_plain_form(x64, space):
   keys = jax.random.split(jax.random.key(0), 3)
   x, kernel = jax.random.normal(keys[0], (2, *space, 3)), jax.random.normal(keys[1], (3,) * len(space) + (3, 4))
 
-  def plainly(x, kernel):
+  def plain_form(x, kernel):
     return convolve(double(x), kernel, (1,) * len(space), "SAME")
 
   def ours(x, kernel):
     return double_and_convolve(x, kernel)
 
-  expected, pull = jax.vjp(plainly, x, kernel)
-  found, ours_pull = jax.vjp(ours, x, kernel)
+  expected, pull = jax.vjp(plain_form, x, kernel)
+  result, ours_pull = jax.vjp(ours, x, kernel)
   weights = jax.random.normal(keys[2], expected.shape)
-  for a, b in zip((found, *ours_pull(weights)), (expected, *pull(weights)), strict=True):
+  for a, b in zip((result, *ours_pull(weights)), (expected, *pull(weights)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-  moved = [jax.jvp(function, (x, kernel), (x, jnp.sin(kernel)))[1] for function in (ours, plainly)]
-  np.testing.assert_allclose(*moved, rtol=1e-12, atol=1e-12)
+  results = [jax.jvp(function, (x, kernel), (x, jnp.sin(kernel)))[1] for function in (ours, plain_form)]
+  np.testing.assert_allclose(*results, rtol=1e-12, atol=1e-12)
 
 
-def test_doubled_data_want_a_kernel_of_three_rows():
+def test_doubling_and_convolving_needs_a_kernel_of_three_rows():
   with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* expected 3 rows along each of 2"):
     double_and_convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)))
 
 
-def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
-  """And their products are those that are counted on every platform."""
+def test_each_platform_compiles_its_form_of_doubling_and_convolving():
+  """The FLOP count is also the same on every platform."""
 
   def run(x, kernel):
     return double_and_convolve(x, kernel)
@@ -160,7 +160,7 @@ def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
     for platform in ("cpu", "tpu")
   }
   assert count == {"cpu": 4, "tpu": 1}
-  # 8 rows of a result, whose first and last meet two rows of data.
+  # Of 8 output rows, the first and the last overlap only two rows of the data.
   assert costs.matmul_flops(traced.jaxpr) == 2 * 2 * 2 * (3 * 8 - 2) ** 2
 
 
@@ -180,7 +180,7 @@ def test_on_other_platforms_doubled_data_are_convolved_as_they_are():
   ],
 )
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_what_does_not_fit_is_an_error(change, message, kernels):
+def test_mismatched_arguments_are_errors(change, message, kernels):
   case = {"x": (4, 16, 16, 192), "kernel": (3, 3, 192, 192), "dtype": jnp.float32, "strides": (1, 1), "padding": "SAME"}
   case |= change
   with pytest.raises(ValueError, match=message):
@@ -188,31 +188,31 @@ def test_what_does_not_fit_is_an_error(change, message, kernels):
 
 
 def plain(x, kernel):
-  return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers_of(x, kernel))
+  return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimension_numbers(x, kernel))
 
 
 def random_images(*shape, out, dtype=jnp.float32):
-  """Data, a kernel of 3x3 for `out` channels, and weights of the results."""
+  """Return data, a 3x3 kernel for `out` channels, and weights for the outputs."""
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = shape, (3, 3, shape[-1], out), (*shape[:-1], out)
   return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 @pytest.mark.parametrize("space", [(2, 2), (4, 6), (8, 2)])
-def test_by_tiles_is_the_plain_one(x64, space):
+def test_the_form_by_tiles_matches_the_plain_form(x64, space):
   x, kernel, weights = random_images(2, *space, 3, out=5, dtype=jnp.float64)
-  moved = []
+  results = []
   for function in (convolution._convolve_tuned_single_device, plain):
     value, pull = jax.vjp(function, x, kernel)
     slope = jax.jvp(function, (x, kernel), (jnp.cos(x), jnp.sin(kernel)))[1]
     second = jax.grad(lambda x, f=function: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(f(x, kernel))))(x) ** 2))(x)
-    moved.append((value, *pull(weights), slope, second, jax.vmap(function, (0, None))(x[:, None], kernel)))
-  for found, expected in zip(*moved, strict=True):
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+    results.append((value, *pull(weights), slope, second, jax.vmap(function, (0, None))(x[:, None], kernel)))
+  for result, expected in zip(*results, strict=True):
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
 
 
-def test_by_tiles_rounds_little_more_than_the_plain_one():
-  """Both against float64: the root mean square of the error, of the values and of both gradients."""
+def test_the_form_by_tiles_rounds_little_more_than_the_plain_form():
+  """Compare the root mean square errors against float64, for the values and both gradients."""
   arrays = random_images(2, 16, 16, 192, out=192)
 
   def errors(function):
@@ -229,7 +229,7 @@ def test_by_tiles_rounds_little_more_than_the_plain_one():
     assert a < 2e-6 * size
 
 
-def test_by_tiles_is_for_cpus_in_one_call_and_counted_as_the_plain_one():
+def test_the_form_by_tiles_is_one_call_on_cpus_and_has_the_plain_flop_count():
   x, kernel, weights = random_images(2, 8, 8, 4, out=4)
 
   def gradients(x, kernel):
@@ -244,9 +244,9 @@ def test_by_tiles_is_for_cpus_in_one_call_and_counted_as_the_plain_one():
   assert costs.matmul_flops(traced.jaxpr) == costs.matmul_flops(
     jax.make_jaxpr(lambda x, kernel: jax.vjp(plain, x, kernel)[1](weights))(x, kernel)
   )
-  # In memory between the forward pass and the backward one: what came in, and which platform it is, but no sums.
-  kept = jax.tree.leaves(jax.vjp(convolution._convolve_tuned_single_device, x, kernel)[1])
-  assert sum(leaf.size for leaf in kept) == x.size + kernel.size + 1
+  # The forward pass saves its inputs and the platform index for the backward pass, but no sums.
+  residuals = jax.tree.leaves(jax.vjp(convolution._convolve_tuned_single_device, x, kernel)[1])
+  assert sum(leaf.size for leaf in residuals) == x.size + kernel.size + 1
 
 
 WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strides": (1, 1), "dtype": jnp.float32}
@@ -272,8 +272,8 @@ WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strid
     ("SAME", {"dtype": jnp.bfloat16}, False),
   ],
 )
-def test_which_go_by_tiles(padding, change, expected):
-  """Those with as good a result and enough to gain, in programs of one device."""
+def test_the_form_by_tiles_is_used_where_it_is_faster(padding, change, expected):
+  """It is used in programs of one device if the result is as exact and the form is faster."""
   case = WIDE | change
   x = jax.ShapeDtypeStruct((4, *case["space"], case["channels"]), case["dtype"])
   kernel = jax.ShapeDtypeStruct((*case["window"], case["channels"], case["out"]), case["dtype"])
@@ -289,71 +289,76 @@ def test_which_go_by_tiles(padding, change, expected):
 @pytest.mark.parametrize(
   ("size", "strides", "padding"), [(3, 1, "SAME"), (1, 1, "SAME"), (3, 2, ((0, 1), (0, 1))), (3, 1, 2)]
 )
-def test_the_layer_is_flax_s(size, strides, padding):
+def test_the_layer_matches_flax(size, strides, padding):
   x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
   ours = layers.Conv(5, jnp.float32, size=size, strides=strides, padding=padding)
-  flax_s = nn.Conv(5, (size, size), strides, padding, kernel_init=layers.INIT)
+  flax = nn.Conv(5, (size, size), strides, padding, kernel_init=layers.INIT)
   params = ours.init(jax.random.key(1), x)
-  jax.tree.map(np.testing.assert_array_equal, params, flax_s.init(jax.random.key(1), x))
+  jax.tree.map(np.testing.assert_array_equal, params, flax.init(jax.random.key(1), x))
   params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-  assert_same_with_gradients(ours, flax_s, params, x)
+  assert_same_with_gradients(ours, flax, params, x)
 
 
-def test_a_dense_layer_is_flax_s():
+def test_a_dense_layer_matches_flax():
   x = jax.random.normal(jax.random.key(0), (2, 6, 3))
-  ours, flax_s = layers.Dense(5, jnp.float32), nn.Dense(5, kernel_init=layers.INIT)
+  ours, flax = layers.Dense(5, jnp.float32), nn.Dense(5, kernel_init=layers.INIT)
   params = jax.tree.map(lambda leaf: leaf + 0.1, ours.init(jax.random.key(1), x))
-  assert_same_with_gradients(ours, flax_s, params, x)
+  assert_same_with_gradients(ours, flax, params, x)
 
 
 @pytest.mark.parametrize("space", [(64,), (6, 7), (3, 4, 2)])
-def test_group_normalization_is_flax_s_and_may_be_scaled_and_shifted(space):
+def test_group_normalization_matches_flax_and_accepts_a_scale_and_a_shift(space):
   keys = jax.random.split(jax.random.key(0), 4)
   x = 3 + 2 * jax.random.normal(keys[0], (2, *space, 12))
-  ours, flax_s = layers.GroupNorm(4, 1e-5, jnp.float32), nn.GroupNorm(4, epsilon=1e-5)
+  ours, flax = layers.GroupNorm(4, 1e-5, jnp.float32), nn.GroupNorm(4, epsilon=1e-5)
   params = {"params": {"scale": jnp.linspace(0.5, 2, 12), "bias": jnp.linspace(-1, 1, 12)}}
-  jax.tree.map(np.testing.assert_array_equal, ours.init(keys[1], x), flax_s.init(keys[1], x))
-  assert_same_with_gradients(ours, flax_s, params, x)
+  jax.tree.map(np.testing.assert_array_equal, ours.init(keys[1], x), flax.init(keys[1], x))
+  assert_same_with_gradients(ours, flax, params, x)
   scale, shift = jax.random.normal(keys[2], (2, 12)), jax.random.normal(keys[3], (2, 12))
-  wanted = flax_s.apply(params, x) * (1 + jnp.expand_dims(scale, range(1, x.ndim - 1))) + jnp.expand_dims(
+  expected = flax.apply(params, x) * (1 + jnp.expand_dims(scale, range(1, x.ndim - 1))) + jnp.expand_dims(
     shift, range(1, x.ndim - 1)
   )
-  np.testing.assert_allclose(ours.apply(params, x, scale, shift), wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(ours.apply(params, x, scale, shift), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_of_16_bit_data_are_taken_in_32():
+def test_statistics_of_16_bit_data_are_float32():
   x = jax.random.normal(jax.random.key(0), (2, 32, 32, 8)).astype(jnp.bfloat16)
   ours = layers.GroupNorm(2, 1e-5, jnp.bfloat16)
-  flax_s = nn.GroupNorm(num_groups=2, epsilon=1e-5, dtype=jnp.bfloat16)
+  flax = nn.GroupNorm(num_groups=2, epsilon=1e-5, dtype=jnp.bfloat16)
   params = ours.init(jax.random.key(1), x)
-  found = [ours.apply(params, x), with_promotion(flax_s.apply)(params, x)]
-  assert found[0].dtype == jnp.bfloat16
-  np.testing.assert_allclose(*(leaf.astype(jnp.float32) for leaf in found), rtol=2**-7, atol=1e-3)
+  result = [ours.apply(params, x), with_promotion(flax.apply)(params, x)]
+  assert result[0].dtype == jnp.bfloat16
+  np.testing.assert_allclose(*(leaf.astype(jnp.float32) for leaf in result), rtol=2**-7, atol=1e-3)
 
 
 def assert_same_with_gradients(ours, other, params, x):
-  """Values, and gradients in parameters and data, to float32's rounding; forward mode too."""
+  """Assert equal values, gradients in parameters and data, and forward-mode derivatives, to float32 rounding."""
   results = []
   for layer in (ours, other):
     value, pull = jax.vjp(layer.apply, params, x)
     weights = jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape)
     results.append((value, *pull(weights), jax.jvp(layer.apply, (params, x), (params, jnp.sin(x)))[1]))
-  for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+  for result, expected in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(result, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_what_is_summed_is_in_memory_on_a_cpu_alone(platform):
-  """Both in a sum and in the gradient of what is repeated."""
+def test_only_a_cpu_stores_the_operand_of_a_sum(platform):
+  """The barrier is in a sum and in the gradient of repeated values."""
   x, v = jnp.ones((2, 16, 4)), jnp.ones((2, 4))
   for function in (sums.sum_positions, jax.grad(lambda v: jnp.sum(x * sums.repeat_positions(v, x.shape)))):
-    text = jax.jit(function).trace(x if function is sums.sum_positions else v).lower(lowering_platforms=(platform,)).as_text()
+    text = (
+      jax.jit(function)
+      .trace(x if function is sums.sum_positions else v)
+      .lower(lowering_platforms=(platform,))
+      .as_text()
+    )
     assert ("stablehlo.optimization_barrier" in text) == (platform == "cpu")
 
 
 @pytest.mark.parametrize("space", [(), (1,), (16,), (5, 200)])
 @pytest.mark.parametrize("samples", ["each", "all"])
-def test_sums_and_what_is_repeated_are_each_other_s_adjoints(space, samples):
+def test_sums_and_repeated_values_are_adjoint(space, samples):
   keys = jax.random.split(jax.random.key(0), 2)
   shape = (2, *space, 4)
   x, v = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (2, 4) if samples == "each" else (4,))

@@ -1,6 +1,7 @@
-"""What the papers' networks add to DDPM's: resampling, filters, conditions, audio and volumes, 16 bits, rematerialization.
+"""Test the options of other papers' networks.
 
-The ADM U-Net as a whole stands against its own code in test_interop_guided_diffusion, UNet2DModel in test_interop_unet.
+test_interop_guided_diffusion compares complete ADM U-Nets with their original code, and test_interop_unet compares
+UNet2DModel.
 """
 
 import jax
@@ -19,8 +20,8 @@ from tests.parameters import random_like
 from tests.test_networks import SMALL
 
 FIR = (1, 3, 3, 1)
-SONG = {"score_sde": True, "downsample": "residual", "upsample": "residual"}
-NCSNPP = SONG | {"filter": FIR, "progressive_input": True, "time_embedding": "fourier"}
+DDPMPP = {"score_sde": True, "downsample": "residual", "upsample": "residual"}
+NCSNPP = DDPMPP | {"filter": FIR, "progressive_input": True, "time_embedding": "fourier"}
 ADM = {"scale_shift": True, "downsample": "residual", "upsample": "residual", "head_channels": 4}
 
 
@@ -37,7 +38,7 @@ def noise(*shape, seed=0):
 
 
 @pytest.mark.parametrize("weights", [(1, 1), FIR])
-def test_filters_are_the_peer_s(weights):
+def test_filters_match_diffusers(weights):
   x = noise(2, 8, 6, 3)
   kwargs = {"kernel": weights, "factor": 2}
   np.testing.assert_allclose(halve(x, weights), from_torch(downsample_2d(to_torch(x), **kwargs)), atol=1e-6)
@@ -45,7 +46,7 @@ def test_filters_are_the_peer_s(weights):
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_resampling_of_audio_images_and_volumes_is_torch_s(axes):
+def test_resampling_of_audio_images_and_volumes_matches_torch(axes):
   x = noise(2, *(6, 4, 8)[:axes], 3)
   pool = getattr(torch.nn.functional, f"avg_pool{axes}d")
   np.testing.assert_allclose(halve(x, (1, 1)), from_torch(pool(to_torch(x), 2)), atol=1e-6)
@@ -54,13 +55,13 @@ def test_resampling_of_audio_images_and_volumes_is_torch_s(axes):
   conv = getattr(torch.nn, f"Conv{axes}d")(3, 3, 3, stride=2, padding=1)
   kernel = np.moveaxis(conv.weight.detach().numpy(), (0, 1), (-1, -2))
   params = {"conv": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(conv.bias.detach().numpy())}}
-  got = layers.Downsample(True, jnp.float32).apply({"params": params}, x)
-  np.testing.assert_allclose(got, from_torch(conv(to_torch(x))), atol=1e-5)
+  result = layers.Downsample(True, jnp.float32).apply({"params": params}, x)
+  np.testing.assert_allclose(result, from_torch(conv(to_torch(x))), atol=1e-5)
 
 
 @pytest.mark.parametrize("resample", ["down", "up"])
-def test_the_block_of_ncsnpp_is_the_peer_s(resample):
-  """With the filter, the 1x1 convolution beside it and the sum divided by sqrt(2), as in Song et al.'s networks."""
+def test_the_block_of_ncsnpp_matches_diffusers(resample):
+  """It has the filter, the 1x1 shortcut convolution and the sum divided by sqrt(2) of Song et al.'s networks."""
   peer = ResnetBlock2D(
     in_channels=8,
     temb_channels=6,
@@ -82,33 +83,33 @@ def test_the_block_of_ncsnpp_is_the_peer_s(resample):
     return {"kernel": np.moveaxis(weight, (0, 1), (-1, -2)), "bias": bias}
 
   names = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
-  got = block.apply({"params": {name: ours(name) for name in names}}, x, embedding, None)
-  wanted = from_torch(peer(to_torch(x), torch.tensor(np.asarray(embedding))))
-  np.testing.assert_allclose(got, wanted, atol=1e-5)
+  result = block.apply({"params": {name: ours(name) for name in names}}, x, embedding, None)
+  expected = from_torch(peer(to_torch(x), torch.tensor(np.asarray(embedding))))
+  np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [(1, 1), FIR])
-def test_the_progressive_input_is_convolved_beyond_the_edge_and_then_filtered(weights):
-  """What Karras et al.'s code fuses: the convolution also sees the margin that the filter needs."""
+def test_the_progressive_input_is_convolved_with_a_margin_and_then_filtered(weights):
+  """The convolution also covers the margin of the filter, as in the fused operation of Karras et al.'s code."""
   network = UNet(**SMALL, **(NCSNPP | {"filter": weights}))
   x, kernel = noise(1, 8, 8, 3), noise(3, 3, 3, 8, seed=1)
   margin, f = len(weights) // 2, torch.tensor(weights, dtype=torch.float32) / sum(weights)
   wide = torch.nn.functional.conv2d(to_torch(x), torch.tensor(np.asarray(kernel).transpose(3, 2, 0, 1)), padding=margin)
-  wanted = torch.nn.functional.conv2d(wide, torch.outer(f, f).tile(8, 1, 1, 1), stride=2, groups=8)
+  expected = torch.nn.functional.conv2d(wide, torch.outer(f, f).tile(8, 1, 1, 1), stride=2, groups=8)
   joined = jax.lax.conv_general_dilated(
     x, kernel, (1, 1), [(margin, margin)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
-  np.testing.assert_allclose(halve(joined, weights, padded=True), from_torch(wanted), atol=1e-5)
+  np.testing.assert_allclose(halve(joined, weights, padded=True), from_torch(expected), atol=1e-5)
   params = init(network, (8, 8), 3)
   assert params["down_0_input"]["kernel"].shape == (3, 3, 3, 8)
 
 
 @pytest.mark.parametrize(("features", "groups"), [(2, 1), (4, 1), (12, 3), (128, 32), (256, 32)])
-def test_groups_are_those_of_karras_et_al(features, groups):
-  """min(32, C / 4), which differs from level to level."""
+def test_default_groups_match_karras_et_al(features, groups):
+  """The number is min(32, C / 4), so it differs between levels."""
   x, params = noise(2, 3, 3, features), {"params": {"scale": jnp.ones(features), "bias": jnp.zeros(features)}}
-  got, wanted = (layers.GroupNorm(count, 1e-5, jnp.float32).apply(params, x) for count in (0, groups))
-  np.testing.assert_array_equal(got, wanted)
+  result, expected = (layers.GroupNorm(count, 1e-5, jnp.float32).apply(params, x) for count in (0, groups))
+  np.testing.assert_array_equal(result, expected)
 
 
 def test_groups_that_do_not_divide_the_features_are_an_error():
@@ -123,8 +124,11 @@ def test_groups_that_do_not_divide_the_features_are_an_error():
 
 
 @pytest.mark.parametrize(("score_sde", "variance"), [(True, 0.1), (False, 1.0)])
-def test_queries_keys_and_values_start_as_in_the_papers_code(score_sde, variance):
-  """Uniform, of variance 1 / C (Ho et al.), or 0.1 / C (Song et al., Karras et al.: sqrt(0.2) on 3 C outputs of C inputs)."""
+def test_queries_keys_and_values_are_initialized_as_in_the_papers_code(score_sde, variance):
+  """The distribution is uniform with variance 1 / C (Ho et al.) or 0.1 / C (Song et al., Karras et al.).
+
+  Karras et al.'s code reaches 0.1 / C by a factor of sqrt(0.2) for 3 C outputs of C inputs.
+  """
   block = layers.AttentionBlock(1, UNet(groups=1, score_sde=score_sde)._block_options)
   params = jax.jit(lambda key: block.init(key, jnp.zeros((1, 2, 2, 64)))["params"])(jax.random.key(0))
   for name in ("to_q", "to_k", "to_v"):
@@ -133,18 +137,18 @@ def test_queries_keys_and_values_start_as_in_the_papers_code(score_sde, variance
     np.testing.assert_allclose(np.max(np.abs(kernel)), (3 * variance / 64) ** 0.5, rtol=0.01)
 
 
-def test_a_vector_is_embedded_as_time_is_by_random_frequencies_too():
+def test_a_vector_and_the_time_share_random_frequencies():
   network = UNet(**SMALL, time_embedding="fourier", vector_embedding="time")
   params = init(network, (8, 8), 3, vector=jnp.zeros(1))
   assert [name for name in params if "frequencies" in name] == ["time_frequencies"]
 
 
-def test_constants_are_those_that_are_not_trained():
+def test_only_constants_are_not_trained():
   network = UNet(**SMALL, **NCSNPP)
-  silent = [
+  constants = [
     path for path, trained in jax.tree.leaves_with_path(trainable_mask(init(network, (8, 8), 3))) if not trained
   ]
-  assert [jax.tree_util.keystr(path) for path in silent] == ["['time_frequencies']"]
+  assert [jax.tree_util.keystr(path) for path in constants] == ["['time_frequencies']"]
 
 
 def init(network, space, channels, **conditions):
@@ -159,18 +163,18 @@ def run(network, params, x, time, **conditions):
 
 
 @pytest.mark.parametrize("name", ["ddpm++", "ncsn++"])
-def test_every_parameter_matters(name):
-  """It has a gradient; random frequencies, which are not trained, have none."""
-  options = NCSNPP if name == "ncsn++" else SONG | {"augmentation_features": 5, "num_classes": 3}
+def test_every_trained_parameter_has_a_gradient(name):
+  """Every parameter has a gradient, except the random frequencies, which are not trained."""
+  options = NCSNPP if name == "ncsn++" else DDPMPP | {"augmentation_features": 5, "num_classes": 3}
   conditions = {} if name == "ncsn++" else {"classes": jnp.array([0, 2]), "augmentation": noise(2, 5)}
   network = UNet(out_channels=2, **(SMALL | options))
   x, time = noise(2, 8, 8, 2), jnp.array([0.3, 2.0])
   shapes = jax.eval_shape(lambda key: network.init(key, x, time, **conditions), jax.random.key(0))
   params = random_like(shapes["params"])
   loss = jax.jit(jax.grad(lambda params: jnp.sum(network.apply({"params": params}, x, time, **conditions) ** 2)))
-  slopes = jax.tree_util.tree_leaves_with_path(loss(params))
-  silent = [jax.tree_util.keystr(path) for path, leaf in slopes if not jnp.any(leaf)]
-  assert silent == (["['time_frequencies']"] if name == "ncsn++" else [])
+  gradients = jax.tree_util.tree_leaves_with_path(loss(params))
+  constants = [jax.tree_util.keystr(path) for path, leaf in gradients if not jnp.any(leaf)]
+  assert constants == (["['time_frequencies']"] if name == "ncsn++" else [])
 
 
 @pytest.mark.parametrize(("space", "options"), [((16,), {}), ((4, 4, 8), ADM), ((8, 4, 4), NCSNPP)])
@@ -184,7 +188,7 @@ def test_audio_and_volumes_keep_their_shape(space, options):
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_an_axis_of_length_one_changes_nothing(axes):
-  """A network of one more axis whose kernels' middle is the smaller network's."""
+  """A network with one more axis, and kernels that are zero except in the middle, matches the smaller network."""
   options = SMALL | {"multipliers": (2,), "attention_levels": (0,)}
   small = UNet(out_channels=2, **options, dimensions=axes - 1)
   params = init(small, (4, 5)[: axes - 1], 2)
@@ -198,41 +202,41 @@ def test_an_axis_of_length_one_changes_nothing(axes):
   large = jax.tree_util.tree_map_with_path(widen, params)
   x, time = noise(2, *(4, 5)[: axes - 1], 2), jnp.array([3.0, 700.0])
   wide = UNet(out_channels=2, **options, dimensions=axes)
-  got = run(wide, large, x[:, None], time)[:, 0]
-  np.testing.assert_allclose(got, run(small, params, x, time), atol=2e-5)
+  result = run(wide, large, x[:, None], time)[:, 0]
+  np.testing.assert_allclose(result, run(small, params, x, time), atol=2e-5)
 
 
 @pytest.mark.parametrize(
-  ("options", "given"),
+  ("options", "name"),
   [
     ({"vector_embedding": "dense"}, "vector"),
     ({"augmentation_features": 7}, "augmentation"),
     ({}, "image"),
   ],
 )
-def test_conditions_act_each_on_its_own_sample(options, given):
+def test_a_condition_affects_only_its_own_sample(options, name):
   network = UNet(out_channels=1, **(SMALL | options))
-  shape = (8, 8, 2) if given == "image" else (7,)
-  params = init(network, (8, 8), 1, **{given: jnp.zeros((1, *shape))})
+  shape = (8, 8, 2) if name == "image" else (7,)
+  params = init(network, (8, 8), 1, **{name: jnp.zeros((1, *shape))})
   x = jnp.broadcast_to(noise(1, 8, 8, 1), (3, 8, 8, 1))
   condition = noise(3, *shape, seed=1).at[1].set(0)
-  output = run(network, params, x, jnp.ones(3), **{given: condition})
+  output = run(network, params, x, jnp.ones(3), **{name: condition})
   assert jnp.max(jnp.abs(output[0] - output[1])) > 1e-3
-  alone = run(network, params, x[:1], jnp.ones(1), **{given: condition[2:]})
+  alone = run(network, params, x[:1], jnp.ones(1), **{name: condition[2:]})
   np.testing.assert_allclose(alone[0], output[2], atol=1e-5)
-  if given == "augmentation":
+  if name == "augmentation":
     np.testing.assert_allclose(run(network, params, x, jnp.ones(3))[0], output[1], atol=1e-5)
 
 
-def test_the_output_is_divided_by_sigma_where_asked():
+def test_divide_by_sigma_divides_the_output():
   options = SMALL | {"time_embedding": "fourier"}
   plain, divided = (UNet(out_channels=1, **options, divide_by_sigma=value) for value in (False, True))
   params, x, time = init(plain, (8, 8), 1), noise(2, 8, 8, 1), jnp.log(jnp.array([0.5, 20.0]))
-  wanted = run(plain, params, x, time) / jnp.array([0.5, 20.0])[:, None, None, None]
-  np.testing.assert_allclose(run(divided, params, x, time), wanted, rtol=1e-5)
+  expected = run(plain, params, x, time) / jnp.array([0.5, 20.0])[:, None, None, None]
+  np.testing.assert_allclose(run(divided, params, x, time), expected, rtol=1e-5)
 
 
-def test_the_classifier_gives_logits():
+def test_the_classifier_returns_logits():
   network = Classifier(out_channels=5, **(SMALL | ADM))
   params = init(network, (8, 8), 3)
   logits = run(network, params, noise(4, 8, 8, 3), jnp.arange(4.0))
@@ -258,18 +262,18 @@ def test_in_bfloat16_parameters_statistics_and_softmax_are_float32(options):
   def apply(params, x):
     return network.apply({"params": params}, x, time)
 
-  found = list(equations(jax.make_jaxpr(apply)(params, x).jaxpr))
+  operations = list(equations(jax.make_jaxpr(apply)(params, x).jaxpr))
   for name in ("reduce_sum", "reduce_max", "exp", "rsqrt"):
-    assert {e.invars[0].aval.dtype for e in found if e.primitive.name == name} == {jnp.dtype("float32")}, name
-  kinds = {e.outvars[0].aval.dtype for e in found if e.primitive.name == "conv_general_dilated"}
+    assert {e.invars[0].aval.dtype for e in operations if e.primitive.name == name} == {jnp.dtype("float32")}, name
+  kinds = {e.outvars[0].aval.dtype for e in operations if e.primitive.name == "conv_general_dilated"}
   assert kinds == {jnp.dtype("bfloat16")}
   exact = network.clone(dtype=jnp.float32)
-  got, wanted = run(network, params, x, time), run(exact, params, x, time)
-  assert got.dtype == jnp.float32
-  assert jnp.sqrt(jnp.mean((got - wanted) ** 2)) < 0.05 * jnp.std(wanted)
+  result, expected = run(network, params, x, time), run(exact, params, x, time)
+  assert result.dtype == jnp.float32
+  assert jnp.sqrt(jnp.mean((result - expected) ** 2)) < 0.05 * jnp.std(expected)
 
 
-def test_rematerialization_changes_memory_and_not_gradients():
+def test_rematerialization_saves_memory_and_keeps_gradients():
   plain = UNet(out_channels=1, **(SMALL | {"multipliers": (1,), "attention_levels": (0,), "dropout": 0.2}))
   params, x, time = init(plain, (8, 8), 1), noise(8, 8, 8, 1), jnp.arange(8.0)
 
@@ -280,24 +284,24 @@ def test_rematerialization_changes_memory_and_not_gradients():
 
     return loss
 
-  def kept(network):
-    """Return the bytes that the forward pass leaves for the backward pass."""
+  def saved_bytes(network):
+    """Return the bytes that the forward pass saves for the backward pass."""
     residuals = jax.eval_shape(lambda params: jax.vjp(loss_of(network), params)[1], params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
-  before, kept_before = jax.jit(jax.grad(loss_of(plain)))(params), kept(plain)
+  before, saved_before = jax.jit(jax.grad(loss_of(plain)))(params), saved_bytes(plain)
   for policy, share in (("blocks", 0.3), ("everything", 0.2), ("dots_saveable", 0.6)):
     changed = plain.clone(remat=policy)
     after = jax.jit(jax.grad(loss_of(changed)))(params)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-      # Softmax knows no bias of keys: its gradient is rounding alone, up to 1e-6 beside a loss of 130.
+      # The softmax does not depend on the bias of keys, so its gradient is only rounding: 1e-6 for a loss of 130.
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 2e-6, err_msg=policy)
-    # Attention's weights, the largest of all, are among what is not kept.
-    assert kept(changed) < share * kept_before, policy
+    # The largest arrays, the attention weights, are not saved.
+    assert saved_bytes(changed) < share * saved_before, policy
     assert jax.tree.structure(init(changed, (8, 8), 1)) == jax.tree.structure(params)
 
 
-def test_attention_by_name_is_attention():
+def test_a_named_attention_implementation_gives_the_same_output():
   network = UNet(out_channels=1, **SMALL)
   params, x = init(network, (8, 8), 1), noise(2, 8, 8, 1)
   named = run(network.clone(attention="xla"), params, x, jnp.ones(2))
@@ -330,7 +334,7 @@ def test_impossible_options_are_errors(options, message):
     UNet(out_channels=1, **(SMALL | options)).check_input((8, 7, 1) if options == {"dimensions": 1} else (8, 8, 1))
 
 
-def test_conditions_that_do_not_fit_are_errors():
+def test_mismatched_conditions_are_errors():
   x, time, key = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), jax.random.key(0)
   for options, conditions, message in (
     ({}, {"vector": jnp.zeros((2, 3))}, "Got a vector"),

@@ -1,4 +1,4 @@
-"""Networks as a TPU computes them: with the values and gradients of a CPU, and in no more bytes than plain Flax."""
+"""Test that networks on a TPU match those on a CPU, and move no more bytes than plain Flax."""
 
 import re
 
@@ -22,15 +22,15 @@ FIR = (1, 3, 3, 1)
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-  """Call a function with a TPU's programs, run on this machine."""
+  """Return a function that calls another one with the TPU forms, run on this machine."""
 
-  def chosen(*args, tpu=None, default=None, **others):
+  def choose_tpu(*args, tpu=None, default=None, **others):
     return (tpu or default)(*args)
 
   def call(function, *args):
     with monkeypatch.context() as context:
-      context.setattr(lax, "platform_dependent", chosen)
-      # What is traced once was traced for this machine.
+      context.setattr(lax, "platform_dependent", choose_tpu)
+      # Traces in the cache are for this machine.
       jax.clear_caches()
       return function(*args)
 
@@ -44,14 +44,14 @@ def with_gradients(function, *args):
   return value, pull(weights)
 
 
-def assert_close(found, expected, tolerance):
-  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+def assert_close(result, expected, tolerance):
+  for a, b in zip(*map(jax.tree.leaves, (result, expected)), strict=True):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(jnp.max(jnp.abs(b))), 1e-3))
 
 
 @pytest.mark.parametrize("space", [(4,), (3, 5), (2, 3, 2)])
 @pytest.mark.parametrize(
-  "change",
+  "resample",
   [
     lambda x, kernel: double_and_convolve(x, kernel),
     lambda x, kernel: halve(double(x), (1, 1)),
@@ -60,20 +60,20 @@ def assert_close(found, expected, tolerance):
   ],
   ids=["convolved", "repeated", "filtered", "padded"],
 )
-def test_a_tpu_halves_and_doubles_as_others_do(x64, on_tpu, space, change):
+def test_the_tpu_forms_halve_and_double_like_the_others(x64, on_tpu, space, resample):
   generator = np.random.default_rng(0)
   x, kernel = generator.normal(size=(2, *space, 3)), generator.normal(size=(3,) * len(space) + (3, 4))
-  assert_close(on_tpu(with_gradients, change, x, kernel), with_gradients(change, x, kernel), 1e-12)
+  assert_close(on_tpu(with_gradients, resample, x, kernel), with_gradients(resample, x, kernel), 1e-12)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 6])
-def test_a_tpu_attends_in_parts_of_the_batch(on_tpu, monkeypatch, batch):
-  """Of 6 in parts of 3: a part's scores may take as much as four samples' do."""
+def test_the_tpu_form_of_attention_splits_the_batch(on_tpu, monkeypatch, batch):
+  """A batch of 6 has parts of 3, because a part's scores may take the memory of four samples."""
   shapes = [(batch, 5, 2, 4), (batch, 7, 2, 4), (batch, 7, 2, 4)]
   values = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-  one = 4 * 2 * 5 * 7
-  monkeypatch.setattr(attention, "_MAX_SCORE_BYTES", 4 * one)
-  monkeypatch.setattr(attention, "_PART_BYTES", 4 * one)
+  sample_bytes = 4 * 2 * 5 * 7
+  monkeypatch.setattr(attention, "_MAX_SCORE_BYTES", 4 * sample_bytes)
+  monkeypatch.setattr(attention, "_PART_BYTES", 4 * sample_bytes)
   expected = with_gradients(attention.attend, *values)
   assert_close(on_tpu(with_gradients, attention.attend, *values), expected, 1e-5)
   text = on_tpu(lambda: str(jax.make_jaxpr(lambda *values: attention.attend(*values))(*values)))
@@ -94,7 +94,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_networks_of_a_tpu_are_those_of_a_cpu(on_tpu, name):
+def test_networks_match_between_tpu_and_cpu(on_tpu, name):
   network = UNet(
     out_channels=2, channels=8, multipliers=(1, 2), blocks=1, groups=4, **{"attention_levels": (), **OPTIONS[name]}
   )
@@ -105,17 +105,17 @@ def test_networks_of_a_tpu_are_those_of_a_cpu(on_tpu, name):
   def run(params, x):
     return network.apply(params, x, time, train=True, keys=keys)
 
-  # Apart: jit would find what was compiled for this machine.
-  found, expected = (
+  # Use two jitted functions: one would reuse the program compiled for this machine.
+  result, expected = (
     on_tpu(jax.jit(lambda *args: with_gradients(run, *args)), params, x),
     jax.jit(lambda *args: with_gradients(run, *args))(params, x),
   )
-  assert_close(found, expected, 2e-4)
+  assert_close(result, expected, 2e-4)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_sums_of_16_bit_numbers_are_in_float32(platform):
-  """Of 8,192 ones, which stay at 1,024 or less in bfloat16."""
+  """A sum of 8,192 ones in bfloat16 would stay at 1,024 or less."""
 
   def gradient(vector):
     return jax.grad(lambda vector: jnp.sum(sums.repeat_positions(vector, (2, 64, 64, 4)).astype(jnp.float32)))(vector)
@@ -128,8 +128,11 @@ def test_sums_of_16_bit_numbers_are_in_float32(platform):
   assert "bf16" not in reduced
 
 
-def test_masks_of_dropout_are_drawn_once():
-  """Drawn in each of the convolutions that read the result, forward and backward, they take half of a TPU's step to compile and a tenth to run."""
+def test_dropout_masks_are_sampled_once():
+  """Without the barrier, every convolution that reads the result would sample the mask again, forward and backward.
+
+  That takes half of the compilation time and a tenth of the run time of a TPU's step.
+  """
   keys = jax.random.split(jax.random.key(0), 2)
   text = (
     jax.jit(lambda x: layers.drop(x, 0.1, keys, "block"))
@@ -141,8 +144,8 @@ def test_masks_of_dropout_are_drawn_once():
   assert "2x4x4x8xi1" in barrier
 
 
-def test_no_function_of_ours_is_a_call_in_a_tpu_s_program():
-  """What a gradient keeps would cross it: a TPU's compiler then stores whole activations in float32, and so twice the bytes of a step."""
+def test_no_function_of_this_package_is_a_call_in_a_tpu_program():
+  """A TPU stores saved arrays that cross a call in float32, which doubles the bytes of a step in bfloat16."""
   network = UNet(
     channels=8, multipliers=(1, 2), blocks=1, groups=4, attention_levels=(1,), dropout=0.1, dtype=jnp.bfloat16
   )
@@ -152,11 +155,11 @@ def test_no_function_of_ours_is_a_call_in_a_tpu_s_program():
   def loss(params):
     return jnp.mean(network.apply(params, x, time, train=True, keys=keys) ** 2)
 
-  # JAX lowers its own attention in 16 bits by implicit promotion.
+  # JAX lowers its 16-bit attention by implicit promotion.
   with jax.numpy_dtype_promotion("standard"):
     text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("tpu",)).as_text()
   called = {re.sub(r"_\d+$", "", name) for name in re.findall(r"call @([\w.]+)", text)}
-  assert called, "JAX's own functions are"
+  assert called, "JAX's functions are calls"
   modules = (attention, convolution, layers, resampling, sums, unet)
   assert not called & {name for module in modules for name in vars(module)}
 
@@ -165,22 +168,22 @@ BATCH, SIDE, CHANNELS = 32, 16, 128
 
 
 class Ours(nn.Module):
-  """Two residual blocks, the second of joined data, or attention and dense layers."""
+  """Apply two residual blocks, the second to split data, or an attention block."""
 
   part: str
   dtype: type
 
   @nn.compact
   def __call__(self, x, embedding):
-    style = UNet(dtype=self.dtype)._block_options
+    options = UNet(dtype=self.dtype)._block_options
     if self.part == "attention":
-      return layers.AttentionBlock(1, style, name="attention")(x)
-    h = layers.ResidualBlock(CHANNELS, style, name="first")(x, embedding, None)
-    return layers.ResidualBlock(CHANNELS, style, name="last")([h, x], embedding, None)
+      return layers.AttentionBlock(1, options, name="attention")(x)
+    h = layers.ResidualBlock(CHANNELS, options, name="first")(x, embedding, None)
+    return layers.ResidualBlock(CHANNELS, options, name="last")([h, x], embedding, None)
 
 
 class Plain(nn.Module):
-  """The same of Flax's layers."""
+  """Apply the same blocks, built from Flax layers."""
 
   part: str
   dtype: type
@@ -206,18 +209,18 @@ class Plain(nn.Module):
     return residual(jnp.concatenate([residual(x), x], axis=-1))
 
 
-def compiled(network, device):
-  """The network's loss and gradients in parameters and data, for a TPU."""
+def compile_gradients(network, device):
+  """Compile the loss of a network and its gradients in parameters and data, for a TPU."""
   shapes = [jax.ShapeDtypeStruct(shape, network.dtype) for shape in ((BATCH, SIDE, SIDE, CHANNELS), (BATCH, 64))]
   params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), *shapes)
 
   def loss(params, x, embedding):
     return jnp.mean(jnp.square(network.apply(params, x, embedding)).astype(jnp.float32))
 
-  # Laid out as the program wants them, as inside a network.
-  best = Format(Layout.AUTO, SingleDeviceSharding(device))
-  gradients = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=best, out_shardings=best)
-  # Which keeps it out of the compilation cache, from which no program for other devices can be read.
+  # Let the compiler choose the layouts, as inside a network.
+  layout = Format(Layout.AUTO, SingleDeviceSharding(device))
+  gradients = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=layout, out_shardings=layout)
+  # `plan.compile_step` does not use the compilation cache, which cannot load programs for other devices.
   return plan.compile_step(gradients.trace(params, *shapes), [device])
 
 
@@ -233,11 +236,12 @@ def compiled(network, device):
 def test_blocks_move_no_more_bytes_than_plain_ones(part, dtype):
   (device,) = topology.topology_devices("v5e:1x1")
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    ours, plain = (compiled(network(part, dtype), device) for network in (Ours, Plain))
+    ours, plain = (compile_gradients(network(part, dtype), device) for network in (Ours, Plain))
   for count in (
     lambda program: program.cost_analysis()["bytes accessed"],
     lambda program: sum(operation.bytes for operation in costs.operations(program.as_text())),
     lambda program: program.memory_analysis().temp_size_in_bytes,
   ):
-    # Attention's weights are computed again, and a sum of two convolutions is written once more than one of joined data.
+    # Attention recomputes its weights, and a sum of two convolutions is written once more than a convolution of
+    # joined data.
     assert count(ours) <= 1.1 * count(plain)

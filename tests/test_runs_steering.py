@@ -22,7 +22,7 @@ def of_classes(number):
 
 def test_classes_that_are_asked_for():
   assert inputs.parse_inputs(experiment().model.conditions, {}, 4) == {}
-  with pytest.raises(ValueError, match="trained without classes; expected a condition that it knows .none."):
+  with pytest.raises(ValueError, match="trained without classes; expected a condition of the model .none."):
     inputs.parse_inputs(experiment().model.conditions, {"classes": ["1"]}, 4)
   conditions = of_classes(3).model.conditions
   np.testing.assert_array_equal(inputs.parse_inputs(conditions, {}, 4)["classes"], [0, 1, 2, 0])
@@ -38,7 +38,7 @@ def test_a_condition_of_ones_own_that_cannot_read_a_text_is_named():
   conditions = {"bright": models.conditions.vector("bright", 1)._replace(parse=np.float32)}
   np.testing.assert_array_equal(inputs.parse_inputs(conditions, {"bright": ["0.5"]}, 2)["bright"], [0.5, 0.5])
   with pytest.raises(
-    ValueError, match="Got --given bright=dark, which the condition cannot read .ValueError: .*'dark'"
+    ValueError, match="Got --given bright=dark, which the condition cannot parse .ValueError: .*'dark'"
   ):
     inputs.parse_inputs(conditions, {"bright": ["dark"]}, 2)
 

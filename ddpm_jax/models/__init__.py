@@ -1,4 +1,4 @@
-"""Models as values: a network with the process, the meaning of its output, its conditions and its codec."""
+"""Define `Model`: a network with its process, prediction, conditions and codec."""
 
 from ddpm_jax.models import codecs, conditions, networks
 from ddpm_jax.models.codecs import Codec
@@ -6,4 +6,4 @@ from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.model import Model, SamplingDefaults
 from ddpm_jax.models.networks import Network
 
-__all__ = ["Codec", "Condition", "SamplingDefaults", "Model", "Network", "codecs", "conditions", "networks"]
+__all__ = ["Codec", "Condition", "Model", "Network", "SamplingDefaults", "codecs", "conditions", "networks"]

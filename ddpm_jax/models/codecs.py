@@ -1,4 +1,4 @@
-"""Codecs: what lies between data and the x that a process adds noise to."""
+"""Define codecs: conversions between data and x, the array to which a process adds noise."""
 
 import functools
 from collections.abc import Callable
@@ -13,18 +13,18 @@ PyTree = Any
 
 @functools.lru_cache(maxsize=32)
 def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
-  """Return the shapes of the frozen parameters that `load` reads; read once, however often they are asked for."""
-  # Not under `jax.eval_shape`: what reads a checkpoint, or computes what it gives, needs values.
+  """Return the shapes of the frozen parameters that `load` reads. A cache reads them only once."""
+  # Call `load` outside `jax.eval_shape`: it may read a checkpoint or compute with values.
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
 
 
 class Codec(NamedTuple):
-  """A pair of functions from data to x and back.
+  """Hold a pair of functions that convert data to x and back.
 
   Attributes:
-    encode: `encode(frozen, keys, data) -> x` of data [B, ...] in [-1, 1], with a key for each sample [B].
+    encode: `encode(frozen, keys, data) -> x` for data [B, ...] in [-1, 1], with a key for each sample [B].
     decode: `decode(frozen, x) -> data`.
-    load: reads the frozen parameters from where they came from; None for a codec without any.
+    load: Reads the frozen parameters from their source. None if the codec has none.
   """
 
   encode: Callable[[PyTree, Array, Array], Array]
@@ -33,15 +33,15 @@ class Codec(NamedTuple):
 
   @property
   def is_pixels(self) -> bool:
-    """Whether x is the data themselves."""
-    return (self.encode, self.decode) == (_as_it_is, _back_as_it_is)
+    """Return whether x equals the data."""
+    return (self.encode, self.decode) == (_encode_pixels, _decode_pixels)
 
   def shape(self, data_shape: tuple[int, ...], frozen: PyTree = None) -> tuple[int, ...]:
-    """Return the shape of x for one sample of data of this shape.
+    """Return the shape of x for one sample.
 
     Args:
-      data_shape: of one sample of data, such as [H, W, C].
-      frozen: the frozen parameters, or their shapes; None reads them, if the codec has any.
+      data_shape: The shape of one sample of data, such as [H, W, C].
+      frozen: The frozen parameters, or their shapes. None reads them if the codec has any.
     """
     if frozen is None and self.load is not None:
       frozen = frozen_shapes(self.load)
@@ -51,15 +51,15 @@ class Codec(NamedTuple):
 
 
 def pixels() -> Codec:
-  """Return the codec of models of pixels: x is the data. It equals every other one of them."""
-  return Codec(_as_it_is, _back_as_it_is)
+  """Return the codec of pixel models, for which x equals the data. All results of this function compare equal."""
+  return Codec(_encode_pixels, _decode_pixels)
 
 
-def _as_it_is(frozen: PyTree, keys: Array, data: Array) -> Array:
+def _encode_pixels(frozen: PyTree, keys: Array, data: Array) -> Array:
   del frozen, keys
   return data
 
 
-def _back_as_it_is(frozen: PyTree, x: Array) -> Array:
+def _decode_pixels(frozen: PyTree, x: Array) -> Array:
   del frozen
   return x

@@ -1,6 +1,7 @@
-"""Conditions: what a model can be given beside noisy data, each a value with all that training and sampling do with it.
+"""Define conditions: the inputs of a model other than noisy data and time.
 
-Conditions travel by name: the item of a data source, the batch, `given`, and what the network takes all use the same one.
+A `Condition` holds all functions that training and sampling need for one input. Conditions are identified by name. The
+items of a data source, the batch, `given` and the arguments of a network all use the same name.
 """
 
 import zlib
@@ -20,30 +21,37 @@ from ddpm_jax.storage.places import user_path
 Array = jax.Array
 PyTree = Any
 
-# Standard deviations in [0, 1] are embedded as times are, whose labels go up to about this.
+# Networks embed standard deviations in [0, 1] like times, so scale them to the range of time inputs.
 _LEVEL_SCALE = 1000.0
-# What a sample's key is folded with for its conditions; 0 to 2 are its time, its noise and its dropout masks.
+# The number folded into a sample's key for its conditions. 0 to 2 are for its time, its noise and its dropout masks.
 _FOLD = 3
 
 
 class Condition(NamedTuple):
-  """One thing that a model can be given.
+  """Describe one input of a model other than noisy data and time.
 
   Attributes:
-    kind: how the network takes it, a pytree like `shape`: "classes" (an integer, embedded), "vector" (joins the embedding of time), "level"
-      (a number, embedded as time is), "image" (joins x) or "tokens" (attended to).
-    shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
-    encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, like `shape`, with a key for each sample [B]. The batch is a dict of
-      arrays [B, ...] by name: what the data source gives in training, what the user asks for in sampling. It holds the condition's name.
-    null: `null(frozen) -> value of one sample` that stands for none; None for what both branches of guidance are given.
-    dropout: the share of samples whose condition is hidden in training, which classifier-free guidance needs.
-    num_values: of a condition of kind "classes": how many values it has, the one for none included.
-    parse: `parse(text) -> item`, for what a user may ask for on the command line; None if that cannot be typed.
-    default: `default(count) -> items [count, ...]` for samples of which nobody says what they are to show; None if somebody must.
-    from_data: `from_data(batch) -> items` that stand in for it, made of data [B, ...] of the batch; None if `encode` needs its name in the batch.
-    check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are not allowed; None if all are.
+    kind: How the network receives it, a pytree like `shape`: "classes" (an integer, embedded), "vector" (added to the
+      time embedding), "level" (a number, embedded like the time), "image" (concatenated with x) or "tokens" (for
+      attention).
+    shape: The shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
+    encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
+      [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
+      sampling. It contains the condition's name.
+    null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance
+      receive the same value.
+    dropout: The share of samples for which training replaces the condition by its null value. Classifier-free guidance
+      needs it.
+    num_values: For the kind "classes", the number of values, including the null value.
+    parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
+    default: `default(count) -> items [count, ...]`, for samples without a condition from the user. None if the user
+      must choose one.
+    from_data: `from_data(batch) -> items`, computed from the data [B, ...] of the batch. None if the batch must
+      contain the condition's name.
+    check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are invalid. None accepts all
+      items.
     show: `show(item) -> str`, for reports.
-    load: reads the frozen parameters from where they came from; None for a condition without any.
+    load: Reads the frozen parameters from their source. None if the condition has none.
   """
 
   kind: PyTree
@@ -61,27 +69,27 @@ class Condition(NamedTuple):
 
   @property
   def num_choices(self) -> int:
-    """How many values of a condition of kind "classes" somebody may ask for: all but the one for none; 0 of other kinds."""
+    """Return the number of classes, without the null value. 0 for other kinds."""
     return self.num_values - (self.num_values > 0 and self.null is not None)
 
   @property
   def is_source_image(self) -> bool:
-    """Whether it is an image that samples are made of, such as a small one to enlarge: made of the data, and never typed."""
+    """Return whether the condition is an image computed from the data, such as a small image to enlarge."""
     return self.from_data is not None and self.parse is None
 
 
 def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   """Return the condition of integer classes from 0 to `number - 1`.
 
-  With dropout a network has one more class, `number`, which stands for none.
+  With dropout, a network has one more class. The integer `number` is the null value.
 
   Args:
-    name: of the condition.
-    number: how many classes there are.
-    dropout: the share of samples that are trained without their class, in [0, 1) (Ho and Salimans 2022, algorithm 1).
+    name: The condition's name.
+    number: The number of classes.
+    dropout: The share of samples trained without their class, in [0, 1) (Ho and Salimans 2022, algorithm 1).
 
   Raises:
-    ValueError: if there is no class, or the share is outside [0, 1).
+    ValueError: If `number` is below 1, or `dropout` is outside [0, 1).
   """
   if number < 1:
     raise ValueError(f"Got number={number} of {name}; expected 1 or more classes.")
@@ -89,7 +97,7 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   example = "--classes=0" if name == "classes" else f"--given {name}=0"
 
   def parse(text: str) -> int:
-    # The length first: Python turns no text of thousands of digits into a number.
+    # Check the length first: Python refuses to convert thousands of digits.
     digits = text.strip()
     if not digits.isdecimal() or len(digits) > 18 or int(digits) >= number:
       raise ValueError(f"Got {name} {text!r}; expected integers from 0 to {number - 1}, such as {example}.")
@@ -116,27 +124,30 @@ def low_resolution(
   sample_noise: Annotated[float, "sampling"] = 0.0,
   method: str = "bicubic",
 ) -> Condition:
-  """Return the condition of a smaller image, which the model enlarges (SR3, Saharia et al. 2021).
+  """Return the condition of a small image for a model that enlarges it (SR3, Saharia et al. 2021).
 
-  The image is enlarged and noised (Ho et al. 2022, section 4.2): noise hides fine detail more than what the small image says. In training
-  it is made of the data.
+  The image is enlarged by interpolation, and noise is added (Ho et al. 2022, section 4.2). The noise hides the fine
+  detail of the interpolation more than the content of the small image. Training computes the small image from the
+  data.
 
   Args:
-    name: of the condition.
-    data_shape: [H, W, C] of the data.
-    factor: how many times smaller its sides are.
-    noise: the largest standard deviation of the noise in training, in [0, 1]; the network is told how much there is.
-    sample_noise: the standard deviation of the noise in sampling, in [0, noise].
-    method: how it is enlarged: "bicubic" or "bilinear".
+    name: The condition's name.
+    data_shape: The shape [H, W, C] of the data.
+    factor: The ratio of the data's sides to the small image's sides.
+    noise: The maximum standard deviation of the noise in training, in [0, 1]. The network receives the standard
+      deviation.
+    sample_noise: The standard deviation of the noise in sampling, in [0, noise].
+    method: The interpolation, "bicubic" or "bilinear".
 
   Raises:
-    ValueError: if the factor does not divide the sides of the data, the noise is out of range or there is no such method.
+    ValueError: If the factor does not divide the sides of the data, the noise is out of range, or the method is
+      unknown.
   """
   if method not in ("bicubic", "bilinear"):
     raise ValueError(f"Got method={method!r} of {name}; expected 'bicubic' or 'bilinear'.")
   if factor < 2 or any(side % factor for side in data_shape[:-1]):
     raise ValueError(
-      f"Got factor={factor} of {name} for data of {'x'.join(map(str, data_shape[:-1]))}; expected a divisor of both sides above 1, such as 2."
+      f"Got factor={factor} of {name} for data of {'x'.join(map(str, data_shape[:-1]))}; expected a divisor of both sides, 2 or more."
     )
   if not 0 <= sample_noise <= noise <= 1:
     raise ValueError(
@@ -153,7 +164,7 @@ def low_resolution(
     low = jnp.asarray(batch[name])
     if low.shape[1:] != small:
       raise ValueError(
-        f"Got {name} of shape {low.shape}; expected {('B', *small)}, which becomes {factor} times as large."
+        f"Got {name} of shape {low.shape}; expected {('B', *small)}, {factor} times smaller than the data."
       )
     image = jax.image.resize(low, (low.shape[0], *data_shape), method)
     if not noise:
@@ -169,29 +180,32 @@ def low_resolution(
 
 
 def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
-  """Return the condition of an image that joins x, such as a sketch or a mask, for which zeros stand for none.
+  """Return the condition of an image that is concatenated with x, such as a sketch or a mask.
 
-  On the command line it is the path of an image, which is scaled to [-1, 1].
+  The null value is zeros. On the command line, the condition is the path of an image file, and its values are scaled to
+  [-1, 1].
 
   Args:
-    name: of the condition.
-    shape: [*space, C'], the space that of x.
-    dropout: the share of samples that are trained without it, in [0, 1).
+    name: The condition's name.
+    shape: The shape [*space, C'], with the spatial axes of x.
+    dropout: The share of samples trained without the image, in [0, 1).
 
   Raises:
-    ValueError: if a side is below 1, or the share is outside [0, 1).
+    ValueError: If `shape` has fewer than two axes or a side below 1, or `dropout` is outside [0, 1).
   """
   shape = tuple(shape)
   if len(shape) < 2 or min(shape) < 1:
-    raise ValueError(f"Got shape={shape} of {name}; expected [*space, channels] of an image, such as (32, 32, 1).")
+    raise ValueError(
+      f"Got shape={shape} of {name}; expected the shape [*space, channels] of an image, such as (32, 32, 1)."
+    )
   check_dropout(dropout, name)
 
   def parse(text: str) -> np.ndarray:
     flag = f"--given {name}"
-    found = data.read_inputs(user_path(text, f"{flag}="), (shape[0], shape[1]), shape[2], flag=flag).images
-    if len(found) != 1:
-      raise ValueError(f"Got {flag}={text}, {len(found)} images; expected one. Repeat the flag for others.")
-    return images.as_floats(found[0])
+    loaded = data.read_inputs(user_path(text, f"{flag}="), (shape[0], shape[1]), shape[2], flag=flag).images
+    if len(loaded) != 1:
+      raise ValueError(f"Got {flag}={text} with {len(loaded)} images; expected one. Repeat the flag for more images.")
+    return images.as_floats(loaded[0])
 
   return Condition(
     kind="image",
@@ -204,7 +218,10 @@ def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
 
 
 def level(name: str) -> Condition:
-  """Return the condition of one number, which the network embeds as it does the time, so in the range of its time input."""
+  """Return the condition of one number that the network embeds like the time.
+
+  So the number must be in the range of the time input.
+  """
 
   def parse(text: str) -> float:
     return float(_numbers(name, text, 1)[0])
@@ -218,10 +235,12 @@ def level(name: str) -> Condition:
 
 
 def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
-  """Return the condition of a vector of `size` numbers, for which zeros stand for none.
+  """Return the condition of a vector of `size` numbers.
+
+  The null value is zeros. `dropout` is the share of samples trained without the vector.
 
   Raises:
-    ValueError: if the size is below 1, or the share of samples trained without it is outside [0, 1).
+    ValueError: If `size` is below 1, or `dropout` is outside [0, 1).
   """
   if size < 1:
     raise ValueError(f"Got size={size} of {name}; expected 1 or more numbers.")
@@ -238,18 +257,18 @@ def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
 
 
 def _numbers(name: str, text: str, count: int) -> np.ndarray:
-  expected = "a number" if count == 1 else f"{count} numbers with commas between them"
+  expected = "a number" if count == 1 else f"{count} numbers separated by commas"
   try:
     values = np.array([float(word) for word in text.split(",")], np.float32)
   except ValueError as error:
     raise ValueError(f"Got {name} {text!r}; expected {expected}.") from error
   if values.size != count or not np.isfinite(values).all():
-    raise ValueError(f"Got {name} {text!r}, {values.size} numbers; expected {expected}, all finite.")
+    raise ValueError(f"Got {name} {text!r} with {values.size} numbers; expected {expected}, all finite.")
   return values
 
 
 def check_dropout(dropout: float, name: str) -> None:
-  """Raise a ValueError unless a share of hidden conditions is in [0, 1)."""
+  """Raise a ValueError unless the dropout rate of a condition is in [0, 1)."""
   if not 0 <= dropout < 1:
     raise ValueError(f"Got dropout={dropout} of {name}; expected a share in [0, 1), such as 0.1.")
 
@@ -262,33 +281,36 @@ def encode(
   *,
   train: bool,
 ) -> dict[str, PyTree]:
-  """Return what a network is given for a batch: each condition encoded and, in training, hidden from a share of the samples.
+  """Encode the conditions of a batch, and return them by name.
 
-  What one condition draws depends on its name and the keys alone, not on the other conditions.
+  Training replaces each condition by its null value for a share of the samples. The random numbers of a condition
+  depend only on its name and the keys, not on the other conditions.
 
   Args:
-    conditions: by name.
-    frozen: their frozen parameters by name, of those that have any.
-    keys: a key for each sample [B], or one key.
-    batch: arrays [B, ...] by name.
-    train: whether conditions are hidden and noised as in training.
+    conditions: The conditions by name.
+    frozen: The frozen parameters by name, for each condition that has any.
+    keys: A key for each sample [B], or one key.
+    batch: Arrays [B, ...] by name.
+    train: Whether to drop conditions and add noise to them as in training.
 
   Raises:
-    ValueError: if the batch lacks a condition that is not made of data, or has one of another shape.
+    ValueError: If the batch lacks a condition that cannot be computed from the data, or has one of the wrong shape.
   """
   given = {}
   for name, condition in conditions.items():
-    # By the name, so that one more condition changes nothing in the others.
-    own = randomness.fold_in(randomness.fold_in(keys, _FOLD), zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    # Fold in the name, so that adding a condition does not change the random numbers of the others.
+    condition_keys = randomness.fold_in(randomness.fold_in(keys, _FOLD), zlib.crc32(name.encode()) & 0x7FFFFFFF)
     if name not in batch and condition.from_data is None:
       raise ValueError(
-        f"Got a batch of {', '.join(sorted(batch)) or 'nothing'} for a model with the condition {name!r}; expected it in the batch."
+        f"Got a batch of {', '.join(sorted(batch)) or 'nothing'} for a model with the condition {name!r}; expected {name!r} in the batch."
       )
     items = batch if name in batch else {**batch, name: _from_data(condition, batch)}
-    value = _checked(name, condition, condition.encode(frozen.get(name), own, items, train))
+    value = _check_values(name, condition, condition.encode(frozen.get(name), condition_keys, items, train))
     if train and condition.dropout:
       assert condition.null is not None
-      value = _hidden(value, condition.null(frozen.get(name)), randomness.fold_in(own, 0), condition.dropout)
+      value = _drop_randomly(
+        value, condition.null(frozen.get(name)), randomness.fold_in(condition_keys, 0), condition.dropout
+      )
     given[name] = value
   check_given(conditions, given)
   return given
@@ -299,8 +321,11 @@ def _from_data(condition: Condition, batch: Mapping[str, Array]) -> Array:
   return condition.from_data(batch)
 
 
-def _checked(name: str, condition: Condition, value: PyTree) -> PyTree:
-  """Return a condition's values as arrays, integers in the type that the condition says, in which what stands for none fits."""
+def _check_values(name: str, condition: Condition, value: PyTree) -> PyTree:
+  """Check a condition's values, and return them as arrays.
+
+  Integers get the type of the condition's shape, so that the null value fits into it.
+  """
   check_given({name: condition}, {name: value})
 
   def convert(leaf, like):
@@ -310,15 +335,15 @@ def _checked(name: str, condition: Condition, value: PyTree) -> PyTree:
   return jax.tree.map(convert, value, condition.shape)
 
 
-def _hidden(value: PyTree, null: PyTree, keys: Array, share: float) -> PyTree:
-  """Return values [B, ...] with what stands for none in the place of a share of them."""
+def _drop_randomly(value: PyTree, null: PyTree, keys: Array, share: float) -> PyTree:
+  """Replace a random share of values [B, ...] by the null value."""
   count = jax.tree.leaves(value)[0].shape[0]
-  hidden = randomness.uniform(keys, (count,)) < share
+  is_dropped = randomness.uniform(keys, (count,)) < share
 
-  def hide(leaf, none):
-    return jnp.where(expand(hidden, leaf), jnp.asarray(none).astype(leaf.dtype)[None], leaf)
+  def replace(leaf, null_leaf):
+    return jnp.where(expand(is_dropped, leaf), jnp.asarray(null_leaf).astype(leaf.dtype)[None], leaf)
 
-  return jax.tree.map(hide, value, null)
+  return jax.tree.map(replace, value, null)
 
 
 def drop(
@@ -327,34 +352,36 @@ def drop(
   given: Mapping[str, PyTree],
   names: Collection[str] | None = None,
 ) -> dict[str, PyTree]:
-  """Return `given` with each condition that can stand for none doing so: what classifier-free guidance guides away from.
+  """Return `given` with conditions replaced by their null values, for the unconditional branch of guidance.
 
   Args:
-    conditions: by name.
-    frozen: their frozen parameters by name, of those that have any.
-    given: their values by name.
-    names: the conditions to take away, for a scale of its own for each; None for all that can stand for none.
+    conditions: The conditions by name.
+    frozen: The frozen parameters by name, for each condition that has any.
+    given: The values of the conditions by name.
+    names: The conditions to drop, for a separate guidance scale for each. None drops every condition that has a null
+      value.
 
   Raises:
-    ValueError: if none of them can, or one of `names` cannot.
+    ValueError: If no condition has a null value, or one of `names` has none.
   """
   check_given(conditions, given)
   for name in names or ():
     _check_name(conditions, name)
-  taken = [
+  dropped = [
     name for name, condition in conditions.items() if (condition.null is not None if names is None else name in names)
   ]
-  if not taken or any(conditions[name].null is None for name in taken):
+  if not dropped or any(conditions[name].null is None for name in dropped):
     raise ValueError(
-      "Got a model that was trained without dropout of a condition, so it has no unconditional half to guide away from; expected one trained"
-      " with --config.model.conditions.classes.dropout=0.1 or so, as the recipe digits_cond has it. Or leave the guidance scale at 1."
+      "Got a model that was trained without dropout of a condition, so guidance has no unconditional branch; expected a model"
+      " trained with dropout, such as --config.model.conditions.classes.dropout=0.1 (see the recipe digits_cond). Train such a"
+      " model, or leave the guidance scale at 1."
     )
   result = dict(given)
-  for name in taken:
+  for name in dropped:
     null = conditions[name].null
     assert null is not None
     result[name] = jax.tree.map(
-      lambda leaf, none: jnp.broadcast_to(jnp.asarray(none), jnp.shape(leaf)).astype(jnp.asarray(leaf).dtype),
+      lambda leaf, value: jnp.broadcast_to(jnp.asarray(value), jnp.shape(leaf)).astype(jnp.asarray(leaf).dtype),
       given[name],
       null(frozen.get(name)),
     )
@@ -362,20 +389,24 @@ def drop(
 
 
 def null_values(conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree], count: int) -> dict[str, PyTree]:
-  """Return what stands for none [count, ...] by the names of conditions that have it."""
+  """Return the null values [count, ...] of conditions by name. Each condition must have a null value."""
 
-  def repeated(like, value):
+  def repeat(like, value):
     return jnp.broadcast_to(jnp.asarray(value, like.dtype), (count, *like.shape))
 
-  found = {}
+  values = {}
   for name, condition in conditions.items():
     assert condition.null is not None
-    found[name] = jax.tree.map(repeated, condition.shape, condition.null(frozen.get(name)))
-  return found
+    values[name] = jax.tree.map(repeat, condition.shape, condition.null(frozen.get(name)))
+  return values
 
 
 def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]) -> None:
-  """Raise a ValueError unless `given` holds a value of the right structure and shape for each condition, and nothing else."""
+  """Check that `given` has a value of the right structure and shape for each condition, and no other entries.
+
+  Raises:
+    ValueError: If it does not.
+  """
   for name in given:
     _check_name(conditions, name)
   missing = [name for name in conditions if name not in given]
@@ -385,29 +416,31 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
     )
   sizes = {}
   for name, condition in conditions.items():
-    wanted, found = (str(jax.tree.structure(tree)) for tree in (condition.shape, given[name]))
-    if wanted != found:
-      raise ValueError(f"Got {name} of the structure {found}; expected {wanted}, as model.encode_conditions makes it.")
+    expected, actual = (str(jax.tree.structure(tree)) for tree in (condition.shape, given[name]))
+    if expected != actual:
+      raise ValueError(
+        f"Got {name} of the structure {actual}; expected {expected}. Use the values that model.encode_conditions returns."
+      )
     for like, leaf in zip(jax.tree.leaves(condition.shape), jax.tree.leaves(given[name]), strict=True):
       if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[1:] != tuple(like.shape):
         shape = ", ".join(map(str, ("B", *like.shape)))
-        raise ValueError(f"Got {name} of shape {jnp.shape(leaf)}; expected [{shape}], one for each sample.")
+        raise ValueError(f"Got {name} of shape {jnp.shape(leaf)}; expected [{shape}], one value for each sample.")
       sizes[name] = jnp.shape(leaf)[0]
   if len(set(sizes.values())) > 1:
-    raise ValueError(f"Got conditions of {sizes} samples; expected the same number of each.")
+    raise ValueError(f"Got conditions of {sizes} samples; expected the same number for each condition.")
 
 
 def _check_name(conditions: Mapping[str, Condition], name: str) -> None:
   if name in conditions:
     return
   if not conditions:
-    raise ValueError(f"Got the condition {name!r} for a model without conditions; leave it out.")
-  known = " or ".join(map(repr, conditions))
-  raise ValueError(f"Got the condition {name!r}; expected {known}.{hint(name, conditions)}")
+    raise ValueError(f"Got the condition {name!r} for a model without conditions; expected none. Leave it out.")
+  names = " or ".join(map(repr, conditions))
+  raise ValueError(f"Got the condition {name!r}; expected {names}.{hint(name, conditions)}")
 
 
 def example(conditions: Mapping[str, Condition]) -> dict[str, PyTree]:
-  """Return a condition of one sample [1, ...] of zeros, for the shapes of a network's parameters."""
+  """Return zeros [1, ...] for each condition by name, to initialize a network."""
   return {
     name: jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), condition.shape)
     for name, condition in conditions.items()

@@ -1,4 +1,4 @@
-"""`Model`: all that a diffusion model is, as one value that is made once and passed on."""
+"""Define `Model`, which collects all parts of a diffusion model in one value."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ PyTree = Any
 
 
 class SamplingDefaults(NamedTuple):
-  """How a model is sampled if nobody says otherwise.
+  """Hold the default sampler of a model and its settings.
 
   Attributes:
-    name: of the sampler, for people to read.
-    sampler: the step rule.
+    name: The sampler's name, for messages and reports.
+    sampler: The step rule.
     times: `times(num_steps) -> grid` [num_steps + 1].
-    steps: how many.
-    clip: wraps the denoiser, such as `guidance.clip`; None for nothing.
+    steps: The number of steps.
+    clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves them unchanged.
   """
 
   name: str
@@ -39,18 +39,18 @@ class SamplingDefaults(NamedTuple):
 
 
 class Model(NamedTuple):
-  """A diffusion model: its functions, and all that belongs to them.
+  """Hold a diffusion model: its network and everything needed to train and sample it, except parameters.
 
   Attributes:
-    network: its functions.
-    process: the forward process.
-    prediction: what the network's output means.
-    conditions: what it can be given, by name.
-    codec: what lies between data and x.
-    data_shape: of one sample of data, such as [H, W, C].
-    shape: of one sample of x.
-    time_input: what the network is told of a time; None for the process's own.
-    defaults: how it is sampled if nobody says otherwise; None if it says nothing of that.
+    network: The functions of the network.
+    process: The forward process.
+    prediction: The meaning of the network's output.
+    conditions: The conditions by name.
+    codec: The conversion between data and x.
+    data_shape: The shape of one sample of data, such as [H, W, C].
+    shape: The shape of one sample of x.
+    time_input: A function from times to the network's time input. None uses the process's function.
+    defaults: The default sampler and its settings. None if the model has no defaults.
   """
 
   network: Network
@@ -64,27 +64,31 @@ class Model(NamedTuple):
   defaults: SamplingDefaults | None = None
 
   def init(self, key: Array) -> PyTree:
-    """Return new parameters of the network."""
+    """Initialize the parameters of the network."""
     x, time = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
     return self.network.init(key, x, time, conditions_module.example(self.conditions))
 
   def load_frozen(self) -> dict[str, PyTree]:
-    """Read the frozen parameters of the codec and the conditions from where they came from: `{"codec": ..., "conditions": {name: ...}}`."""
-    return self._frozen(lambda load: load())
+    """Read the frozen parameters of the codec and the conditions from their sources.
+
+    Returns:
+      A dict `{"codec": ..., "conditions": {name: ...}}`, without entries that have no parameters.
+    """
+    return self._read_frozen(lambda load: load())
 
   def frozen_shapes(self) -> dict[str, PyTree]:
-    """Return the shapes of what `load_frozen` reads."""
-    return self._frozen(frozen_shapes)
+    """Return the shapes of the parameters that `load_frozen` reads."""
+    return self._read_frozen(frozen_shapes)
 
-  def _frozen(self, read: Callable[[Callable[[], PyTree]], PyTree]) -> dict[str, PyTree]:
+  def _read_frozen(self, read: Callable[[Callable[[], PyTree]], PyTree]) -> dict[str, PyTree]:
     frozen = {} if self.codec.load is None else {"codec": read(self.codec.load)}
-    found = {name: read(condition.load) for name, condition in self.conditions.items() if condition.load is not None}
-    return frozen | ({"conditions": found} if found else {})
+    by_name = {name: read(condition.load) for name, condition in self.conditions.items() if condition.load is not None}
+    return frozen | ({"conditions": by_name} if by_name else {})
 
   def encode_conditions(
     self, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree] | None = None, *, train: bool = False
   ) -> dict[str, PyTree]:
-    """Return what the network is given for a batch (see `conditions.encode`)."""
+    """Encode the conditions of a batch, and return them by name (see `conditions.encode`)."""
     return conditions_module.encode(self.conditions, (frozen or {}).get("conditions", {}), keys, batch, train=train)
 
   def drop_conditions(
@@ -94,22 +98,23 @@ class Model(NamedTuple):
     *,
     names: Collection[str] | None = None,
   ) -> dict[str, PyTree]:
-    """Return `given` with conditions replaced by what stands for none (see `conditions.drop`)."""
+    """Return `given` with conditions replaced by their null values (see `conditions.drop`)."""
     return conditions_module.drop(self.conditions, (frozen or {}).get("conditions", {}), given, names)
 
   def encode(self, keys: Array, data: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
-    """Return x of data [B, ...], with a key for each sample [B]."""
+    """Convert data [B, ...] to x, with a key for each sample [B]."""
     return self.codec.encode((frozen or {}).get("codec"), keys, data)
 
   def decode(self, x: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
-    """Return the data of x [B, ...]."""
+    """Convert x [B, ...] to data."""
     return self.codec.decode((frozen or {}).get("codec"), x)
 
   def conditional(self, params: PyTree) -> guidance.Conditional:
-    """Return `conditional(x_t, t, given) -> x_0 estimate`, which guidance takes.
+    """Return `conditional(x_t, t, given) -> x_0 estimate`, for rules of guidance.
 
     Raises:
-      ValueError: if x_0 cannot be told from the prediction at the process's t_max; when called, if `given` does not fit the conditions.
+      ValueError: If x_0 cannot be computed from the prediction at the process's t_max. The returned function raises
+        it if `given` does not match the conditions.
     """
     predictions.check_prediction(self.process, self.prediction)
 
@@ -124,15 +129,15 @@ class Model(NamedTuple):
     return conditional
 
   def denoise(self, params: PyTree, given: Mapping[str, PyTree] | None = None, *, clip: bool = True) -> Denoise:
-    """Return `denoise(x_t, t) -> x_0 estimate`, which samplers take.
+    """Return `denoise(x_t, t) -> x_0 estimate`, for samplers.
 
     Args:
-      params: of the network.
-      given: its conditions by name, arrays [B, ...].
-      clip: whether estimates are clipped as the model's defaults say.
+      params: The parameters of the network.
+      given: The values of the conditions by name, arrays [B, ...].
+      clip: Whether to clip estimates by the model's default clipping.
 
     Raises:
-      ValueError: if `given` does not fit the conditions; otherwise as `conditional`.
+      ValueError: If `given` does not match the conditions, or x_0 cannot be computed from the prediction at t_max.
     """
     conditional, values = self.conditional(params), dict(given or {})
     conditions_module.check_given(self.conditions, values)
@@ -143,7 +148,7 @@ class Model(NamedTuple):
     return self.defaults.clip(denoise) if clip and self.defaults and self.defaults.clip else denoise
 
   def classify(self, params: PyTree) -> Callable[[Array, Array], Array]:
-    """Return `log_probs(x_t, t) -> log p(class | x_t)` [B, K] of a network that tells classes apart."""
+    """Return `log_probs(x_t, t) -> log p(class | x_t)` [B, K] of a network that classifies noisy data."""
 
     def apply(x, time):
       return self.network.apply(params, x, time, {})
@@ -152,7 +157,7 @@ class Model(NamedTuple):
     return predictions.classifier(apply, self.process, time_input=self.time_input, input_scale=scale)
 
   def output_channels(self) -> int:
-    """Return the size of the network's last axis: of a classifier, how many classes it knows."""
+    """Return the size of the last axis of the network's output. For a classifier, it is the number of classes."""
 
     def call(key):
       x, time, given = jnp.zeros((1, *self.shape)), jnp.zeros((1,)), conditions_module.example(self.conditions)
@@ -161,11 +166,13 @@ class Model(NamedTuple):
     return jax.eval_shape(call, jax.random.key(0)).shape[-1]
 
   def times(self, num_steps: int) -> np.ndarray:
-    """Return the grid of times [num_steps + 1] that suits the model.
+    """Return the model's default grid of times [num_steps + 1].
 
     Raises:
-      ValueError: if the model says nothing of that.
+      ValueError: If the model has no defaults.
     """
     if self.defaults is None:
-      raise ValueError("Got a model without a grid of its own; take one of sampling.grids.")
+      raise ValueError(
+        "Got a model without defaults; expected a model with a default grid. Use a grid of sampling.grids instead."
+      )
     return self.defaults.times(num_steps)

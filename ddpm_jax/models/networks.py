@@ -1,6 +1,7 @@
-"""Networks of any library as two functions, `init` and `apply`, that take the conditions of a model by name.
+"""Wrap networks of any library as two functions, `init` and `apply`, that accept the conditions of a model by name.
 
-`from_component` makes one of what a user names: a class of Flax Linen, Flax NNX or Equinox, or a function. Each library is imported where it is used.
+`from_component` wraps a user's class of Flax Linen, Flax NNX or Equinox, or a user's function. Each library is imported
+only where it is used.
 """
 
 import inspect
@@ -18,23 +19,25 @@ from ddpm_jax.names import hint
 
 Array = jax.Array
 PyTree = Any
-# Parameters by their path, such as ("layers", "0", "kernel").
+# Parameters by path, such as ("layers", "0", "kernel").
 _Leaves = dict[tuple[str, ...], Any]
 
 KINDS = ("classes", "vector", "level", "image", "tokens")
-# Under which name a network takes a kind, where it has no parameter of the kind's own name.
-_ARGUMENTS = {"level": "vector"}
-# Of a network's call: no conditions.
+# The argument for a kind of condition if the network has no argument with the kind's name.
+_FALLBACK_ARGUMENTS = {"level": "vector"}
+# Arguments of a network's call that are not conditions.
 _OPTIONS = ("train", "keys", "key")
 
 
 class Network(NamedTuple):
-  """A network as pure functions.
+  """Hold a network as pure functions.
 
   Attributes:
-    init: `init(key, x, time, given) -> params` for x [B, ...], time [B] and the conditions by name; a pytree of arrays of floats.
-    apply: `apply(params, x, time, given, *, train=False, keys=None) -> output` [B, ...]; `keys` are one a sample [B], for dropout.
-    module: what the functions were made of, such as a `networks.UNet`; None if it does not matter to anybody.
+    init: `init(key, x, time, given) -> params` for x [B, ...], time [B] and the conditions by name. Parameters are a
+      pytree of float arrays.
+    apply: `apply(params, x, time, given, *, train=False, keys=None) -> output` [B, ...]. `keys` has a dropout key for
+      each sample [B].
+    module: The module that the functions call, such as a `networks.UNet`. None if no caller needs it.
   """
 
   init: Callable[[Array, Array, Array, Mapping[str, PyTree]], PyTree]
@@ -42,33 +45,36 @@ class Network(NamedTuple):
   module: Any = None
 
   def check(self, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError if the network cannot take x of this shape, as far as it can say so before it is traced."""
+    """Raise a ValueError if the module has a method `check_input` and this method rejects x of this shape."""
     check = getattr(self.module, "check_input", None)
     if check is not None:
       check(shape)
 
 
 def from_component(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
-  """Return the network that a component of a config or of a user stands for.
+  """Return the network of a component from a config or a user.
 
   Args:
-    component: a class of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (`from_nnx`) or `equinox.Module` (`from_equinox`), a function
-      that returns a `Network`; or a `Network` or a Linen module, which are made already and take no arguments.
-    arguments: of the class or the function, by name.
-    conditions: of the model, by name.
+    component: A class of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (see `from_nnx`) or
+      `equinox.Module` (see `from_equinox`), or a function that returns a `Network`. Also a `Network` or a Linen
+      module, without arguments.
+    arguments: The arguments of the class or the function, by name.
+    conditions: The conditions of the model, by name.
 
   Raises:
-    ValueError: if the component is none of these, or has no parameter of an argument's name.
+    ValueError: If the component has another type, or does not accept an argument.
   """
   linen = _is_class(type(component), "flax.linen")
   if isinstance(component, Network) or linen:
     if arguments:
       kind = type(component).__name__
-      raise ValueError(f"Got a {kind} with the arguments {', '.join(arguments)}; expected none: it is made already.")
+      raise ValueError(
+        f"Got a {kind} with the arguments {', '.join(arguments)}; expected none, because it already exists."
+      )
     return from_linen(component, conditions) if linen else component
-  # Modules of the other libraries hold parameters, and each init makes new ones.
+  # Modules of the other libraries contain parameters, so `init` could not create new ones.
   if not callable(component) or _is_class(type(component), "flax.nnx") or _is_class(type(component), "equinox"):
-    raise _unknown(component)
+    raise _unsupported(component)
   _check_arguments(component, arguments)
   if _is_class(component, "flax.linen"):
     return from_linen(component(**arguments), conditions)
@@ -76,53 +82,58 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
     return from_nnx(component, arguments, conditions)
   if _is_class(component, "equinox"):
     return from_equinox(component, arguments, conditions)
-  made = component(**arguments)
-  if not isinstance(made, Network):
-    raise _unknown(made, f"{_name(component)}(...), which gave ")
-  return made
+  network = component(**arguments)
+  if not isinstance(network, Network):
+    raise _unsupported(network, f"{_name(component)}(...), which returned ")
+  return network
 
 
 def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   """Return the network of a Flax Linen module.
 
-  Its `__call__` takes x [B, ...], the time [B] and, by keyword, its conditions: under the condition's own name if it has a parameter of that
-  name, else by kind: `classes` [B], `vector` [B, D], `level` [B] (or as `vector`), `image` [B, *space, C], several of which are joined. If it
-  has parameters `train` and `keys`, it is told of training and gets a key for each sample; else dropout draws from the rng "dropout".
+  Its `__call__` receives x [B, ...], the time [B] and, by keyword, the conditions. An argument with the condition's
+  name comes first. Otherwise the argument has the name of the kind: `classes` [B], `vector` [B, D], `level` [B] (or
+  `vector`), or `image` [B, *space, C]. Several images, vectors or token arrays for one argument are concatenated. The
+  arguments `train` and `keys`, if the module has them, receive whether this is training and a key for each sample.
+  Without `keys`, dropout uses the rng "dropout".
 
   Raises:
-    ValueError: from `init`, if the module has variables other than parameters, such as the statistics of BatchNorm.
+    ValueError: `init` raises it if the module has variables other than parameters, such as the statistics of BatchNorm.
   """
-  takes = _takes(type(module).__call__)
+  accepted = _accepted_arguments(type(module).__call__)
 
   def init(key, x, time, given):
-    options = keywords(conditions, given, takes)
-    if takes is not None:
-      options |= {name: value for name, value in (("train", False), ("keys", None)) if name in takes}
+    options = keywords(conditions, given, accepted)
+    if accepted is not None:
+      options |= {name: value for name, value in (("train", False), ("keys", None)) if name in accepted}
     variables = module.init(key, x, time, **options)
-    others = sorted(variables.keys() - {"params"})
-    if others:
-      raise _stateful(_name(type(module)), f"variables of {', '.join(others)}")
-    # Without their boxes of names for axes: arrays are what is averaged and saved.
+    stateful = sorted(variables.keys() - {"params"})
+    if stateful:
+      raise _stateful(_name(type(module)), f"variables of {', '.join(stateful)}")
+    # Remove the boxes that hold axis names: EMA and checkpoints need arrays.
     return meta.unbox(variables.get("params", {}))
 
   def apply(params, x, time, given, *, train=False, keys=None):
-    options = keywords(conditions, given, takes)
-    if takes is None or "train" in takes:
+    options = keywords(conditions, given, accepted)
+    if accepted is None or "train" in accepted:
       options["train"] = train
-    if takes is None or "keys" in takes:
+    if accepted is None or "keys" in accepted:
       options["keys"] = keys
     elif train and keys is not None:
       options["rngs"] = {"dropout": _first(keys)}
-    return _for_use(module, train).apply({"params": params}, x, time, **options)
+    return _with_kernels(module, train).apply({"params": params}, x, time, **options)
 
   return Network(init, apply, module)
 
 
-def _for_use(module: Any, train: bool) -> Any:
-  """Return one of our networks with the kernels that suit its use on a CPU, unless its own are chosen; any other as it is."""
+def _with_kernels(module: Any, train: bool) -> Any:
+  """Select the kernels of this package's networks for training or sampling on a CPU.
+
+  Other modules, and networks with explicit kernels, do not change.
+  """
   if getattr(module, "kernels", "") != "tuned" or jax.default_backend() != "cpu":
     return module
-  # Samplers are loops, in which gradients in x are slow otherwise.
+  # Samplers are loops. The other kernels compute gradients in x slowly inside loops.
   kernels = "loop" if not train else "single_device" if jax.device_count() == 1 else "tuned"
   return module.clone(kernels=kernels)
 
@@ -130,29 +141,31 @@ def _for_use(module: Any, train: bool) -> Any:
 def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
   """Return the network of a Flax NNX class, `component(**arguments, rngs=nnx.Rngs(key))`.
 
-  Its `__call__` takes what that of a Linen module does (see `from_linen`). Parameters are its `nnx.Param`, as dicts by name. In training it
-  is set to `train()`, else to `eval()`, and its streams of random numbers start from the first of the keys.
+  Its `__call__` receives the same arguments as a Linen module (see `from_linen`). Parameters are its `nnx.Param`
+  variables, as nested dicts by name. The module is set to `train()` in training and to `eval()` otherwise. In
+  training, its streams of random numbers start from the first key.
 
-  Each trace makes the module anew, by a fixed key, and puts the parameters in: compilers drop what is not used of that. So arrays of the
-  module that are no variables are constants.
+  Each trace creates the module with a fixed key and then sets its parameters. Compilers remove the unused initial
+  values. Arrays of the module that are not variables become constants.
 
   Raises:
-    ValueError: if the module has variables that are neither parameters nor random, such as the statistics of BatchNorm.
+    ValueError: If the module has variables that are neither parameters nor random states, such as the statistics of
+      BatchNorm.
   """
   from flax import nnx
 
-  takes = _takes(component.__call__)
+  accepted = _accepted_arguments(component.__call__)
 
   def make(key):
-    rngs = {"rngs": nnx.Rngs(key)} if _has(component, "rngs") else {}
+    rngs = {"rngs": nnx.Rngs(key)} if _accepts(component, "rngs") else {}
     return component(**arguments, **rngs)
 
   def variables(module) -> list[tuple[tuple[str, ...], Any]]:
-    found = [(tuple(map(str, path)), node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)]
-    others = {type(node).__name__ for _, node in found if not isinstance(node, (nnx.Param, nnx.RngState))}
-    if others:
-      raise _stateful(_name(component), f"variables of {', '.join(sorted(others))}")
-    return found
+    nodes = [(tuple(map(str, path)), node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)]
+    stateful = {type(node).__name__ for _, node in nodes if not isinstance(node, (nnx.Param, nnx.RngState))}
+    if stateful:
+      raise _stateful(_name(component), f"variables of {', '.join(sorted(stateful))}")
+    return nodes
 
   def init(key, x, time, given):
     del x, time
@@ -168,41 +181,42 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
       elif isinstance(node, nnx.RngKey) and train:
         if keys is None:
           raise ValueError(
-            f"Got train=True without keys for {_name(component)}, which draws random numbers; pass keys=."
+            f"Got train=True without keys for {_name(component)}, a module with random numbers; expected a key for each sample. Pass keys=..."
           )
-        # One of its own for each stream: layers of the same shape would have the same masks.
-        own, shape = jax.random.fold_in(_first(keys), streams), node.get_value().shape
-        node.set_value(jax.random.split(own, shape) if shape else own)
+        # Each stream needs its own key. Otherwise layers of the same shape would have the same masks.
+        key, shape = jax.random.fold_in(_first(keys), streams), node.get_value().shape
+        node.set_value(jax.random.split(key, shape) if shape else key)
         streams += 1
     (module.train if train else module.eval)()
-    if takes is None or "train" in takes:
+    if accepted is None or "train" in accepted:
       options = {**options, "train": train}
-    if takes is None or "keys" in takes:
+    if accepted is None or "keys" in accepted:
       options = {**options, "keys": keys}
     return module(x, time, **options)
 
   jax.eval_shape(lambda key: {path: node.get_value() for path, node in variables(make(key))}, jax.random.key(0))
-  return Network(init, _applied(call, conditions, takes))
+  return Network(init, _make_apply(call, conditions, accepted))
 
 
 def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
   """Return the network of an Equinox class, `component(**arguments, key=key)`.
 
-  As everywhere in Equinox its `__call__` takes one sample, x [*space, C] and the time [], and its conditions by keyword as `from_linen` says, each
-  of one sample; it is vectorized here. If it takes `key`, it gets the sample's own in training. Parameters are its arrays of floats, as dicts
-  by name; other arrays are constants. Layers such as Dropout are told by `equinox.nn.inference_mode`.
+  As usual in Equinox, its `__call__` receives one sample: x [*space, C], the time [], and the conditions of one
+  sample by keyword (see `from_linen` for the names). This function vectorizes the call. An argument `key`, if the
+  module has it, receives the sample's key in training and None otherwise. Parameters are the module's float arrays,
+  as nested dicts by name. Other arrays are constants. `equinox.nn.inference_mode` switches layers such as Dropout.
 
-  Each trace makes the module anew, as in `from_nnx`.
+  Each trace creates the module again, as in `from_nnx`.
 
   Raises:
-    ValueError: if the module has state, such as that of BatchNorm.
+    ValueError: If the module has state, such as BatchNorm.
   """
   import equinox
 
-  takes = _takes(component.__call__)
+  accepted = _accepted_arguments(component.__call__)
 
   def make(key):
-    return component(**arguments, **({"key": key} if _has(component, "key") else {}))
+    return component(**arguments, **({"key": key} if _accepts(component, "key") else {}))
 
   def params_of(module) -> _Leaves:
     params = equinox.filter(module, equinox.is_inexact_array)
@@ -216,97 +230,102 @@ def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mappi
 
   def call(params, x, time, options, keys, train):
     module, leaves = make(jax.random.key(0)), traverse_util.flatten_dict(params)
-    old, rest = equinox.partition(module, equinox.is_inexact_array)
-    new = [_leaf(_name(component), leaves, path) for path in params_of(module)]
-    module = equinox.combine(jax.tree.unflatten(jax.tree.structure(old), new), rest)
+    old_params, static = equinox.partition(module, equinox.is_inexact_array)
+    new_leaves = [_leaf(_name(component), leaves, path) for path in params_of(module)]
+    module = equinox.combine(jax.tree.unflatten(jax.tree.structure(old_params), new_leaves), static)
     module = equinox.nn.inference_mode(module, value=not train)
 
-    def one(x, time, options, key):
+    def call_one(x, time, options, key):
       options = dict(options)
-      if takes is None or "key" in takes:
+      if accepted is None or "key" in accepted:
         options["key"] = key
-      if takes is None or "train" in takes:
+      if accepted is None or "train" in accepted:
         options["train"] = train
       return module(x, time, **options)
 
-    return jax.vmap(one)(x, time, options, keys if train else None)
+    return jax.vmap(call_one)(x, time, options, keys if train else None)
 
-  # With the statics in place of arrays: where a module keeps state, and whether it can be made of these arguments.
+  # Create the module with shapes in place of arrays. This finds invalid arguments, and a module's state.
   module = equinox.filter_eval_shape(make, jax.random.key(0))
   index = equinox.nn.StateIndex
   if any(isinstance(node, index) for node in jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, index))):
     raise _stateful(_name(component), "an equinox.nn.State")
-  return Network(init, _applied(call, conditions, takes))
+  return Network(init, _make_apply(call, conditions, accepted))
 
 
-def _applied(
-  call: Callable[..., Array], conditions: Mapping[str, Condition], takes: frozenset[str] | None
+def _make_apply(
+  call: Callable[..., Array], conditions: Mapping[str, Condition], accepted: frozenset[str] | None
 ) -> Callable[..., Array]:
-  """Return `apply` of `call(params, x, time, options, keys, train)`, which makes a module and calls it."""
-  # Compiled, so that a call outside of any program does not compute what it drops; inlined, so that it is no call inside of one.
+  """Return the `apply` of a network from `call(params, x, time, options, keys, train)`.
+
+  `call` creates a module and calls it.
+  """
+  # Compile, so that a call outside jit does not compute unused initial values. Inline, so that programs contain no
+  # call.
   compiled = jax.jit(call, static_argnames="train", inline=True)
 
   def apply(params, x, time, given, *, train=False, keys=None):
-    return compiled(params, x, time, keywords(conditions, given, takes), keys, train=train)
+    return compiled(params, x, time, keywords(conditions, given, accepted), keys, train=train)
 
   return apply
 
 
 def keywords(
-  conditions: Mapping[str, Condition], given: Mapping[str, PyTree], takes: frozenset[str] | None
+  conditions: Mapping[str, Condition], given: Mapping[str, PyTree], accepted: frozenset[str] | None
 ) -> dict[str, Any]:
-  """Return the arguments by which a network takes its conditions.
+  """Return the keyword arguments that pass conditions to a network.
 
   Args:
-    conditions: of the model, by name.
-    given: their values, by name.
-    takes: the names of the network's parameters; None if it takes any.
+    conditions: The conditions of the model, by name.
+    given: The values of the conditions, by name.
+    accepted: The names of the network's arguments. None if it accepts any keyword.
 
   Raises:
-    ValueError: if the network takes no such condition, or `given` does not fit the conditions.
+    ValueError: If the network has no argument for a condition, or `given` does not match the conditions.
   """
   check_given(conditions, given)
   values: dict[str, list[Any]] = {}
   for name, condition in conditions.items():
-    if takes is not None and name in takes and name not in (*KINDS, *_OPTIONS):
+    if accepted is not None and name in accepted and name not in (*KINDS, *_OPTIONS):
       values[name] = [given[name]]
       continue
     for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(given[name]), strict=True):
-      values.setdefault(_argument(name, kind, takes), []).append(leaf)
-  return {argument: _joined(argument, leaves) for argument, leaves in values.items()}
+      values.setdefault(_argument(name, kind, accepted), []).append(leaf)
+  return {argument: _concatenate(argument, leaves) for argument, leaves in values.items()}
 
 
-def _argument(name: str, kind: str, takes: frozenset[str] | None) -> str:
-  other = _ARGUMENTS.get(kind, kind)
-  if takes is None:
-    return other
-  found = [argument for argument in (kind, other) if argument in takes]
-  if found:
-    return found[0]
-  near = hint(name, sorted(takes - set(_OPTIONS)), "its parameter {!r}".format)
+def _argument(name: str, kind: str, accepted: frozenset[str] | None) -> str:
+  fallback = _FALLBACK_ARGUMENTS.get(kind, kind)
+  if accepted is None:
+    return fallback
+  matches = [argument for argument in (kind, fallback) if argument in accepted]
+  if matches:
+    return matches[0]
+  near = hint(name, sorted(accepted - set(_OPTIONS)), "its parameter {!r}".format)
   raise ValueError(
-    f"Got the condition {name!r} of kind {kind!r} for a network that has no parameter {' or '.join(map(repr, dict.fromkeys((name, kind, other))))};"
-    f" expected one of these in its __call__, or a model without the condition.{near}"
+    f"Got the condition {name!r} of kind {kind!r} for a network that has no parameter"
+    f" {' or '.join(map(repr, dict.fromkeys((name, kind, fallback))))}; expected one of these in its __call__, or a model without the"
+    f" condition.{near}"
   )
 
 
-def _joined(argument: str, leaves: list[Any]) -> Any:
+def _concatenate(argument: str, leaves: list[Any]) -> Any:
   if len(leaves) == 1:
     return leaves[0]
   if argument not in ("image", "vector", "tokens") or any(leaf.ndim < 2 for leaf in leaves):
     raise ValueError(
-      f"Got {len(leaves)} conditions that a network takes as {argument!r}; expected one, or a network with parameters of the conditions'"
-      " names."
+      f"Got {len(leaves)} conditions that a network receives as {argument!r}; expected one condition, or a network with parameters"
+      " of the conditions' names."
     )
   return jnp.concatenate(leaves, axis=1 if argument == "tokens" else -1)
 
 
-def _takes(function: Any) -> frozenset[str] | None:
-  """Return the names of the parameters of a network's call but for x and the time, or None if it takes any keyword."""
+def _accepted_arguments(function: Any) -> frozenset[str] | None:
+  """Return the argument names of a network's call except x and the time, or None if it accepts any keyword."""
   parameters = list(inspect.signature(function).parameters.values())
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return None
-  # self, x and the time.
+  # Skip self, x and the time.
   return frozenset(parameter.name for parameter in parameters[3:])
 
 
@@ -315,7 +334,7 @@ def _first(keys: Array) -> Array:
 
 
 def _part(key: Any) -> str:
-  """Return what one step of a path in a pytree is called."""
+  """Return the name of one step of a path in a pytree."""
   for name in ("name", "idx", "key"):
     if hasattr(key, name):
       return str(getattr(key, name))
@@ -323,29 +342,29 @@ def _part(key: Any) -> str:
 
 
 def _nested(name: str, leaves: _Leaves) -> PyTree:
-  integers = sorted("/".join(path) for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating))
-  if integers:
-    raise ValueError(
-      f"Got {name} with the parameters {', '.join(integers)} that are no floats; expected arrays of floats."
-    )
+  non_floats = sorted("/".join(path) for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating))
+  if non_floats:
+    raise ValueError(f"Got {name} with the non-float parameters {', '.join(non_floats)}; expected float arrays.")
   return traverse_util.unflatten_dict(leaves)
 
 
 def _leaf(name: str, leaves: _Leaves, path: tuple[str, ...]) -> Array:
   if path not in leaves:
-    raise ValueError(f"Got parameters without {'/'.join(path)} for {name}; expected those that its init makes.")
+    raise ValueError(
+      f"Got parameters without {'/'.join(path)} for {name}; expected all parameters that its init returns."
+    )
   return leaves[path]
 
 
-def _stateful(name: str, what: str) -> ValueError:
+def _stateful(name: str, state: str) -> ValueError:
   return ValueError(
-    f"Got {name} with {what}; expected parameters alone: a network is a pure function of them. Use normalization without statistics, such as"
-    " GroupNorm or LayerNorm."
+    f"Got {name} with {state}; expected only parameters, because a network is a pure function. Use normalization without"
+    " running statistics, such as GroupNorm or LayerNorm."
   )
 
 
 def _is_class(component: Any, library: str) -> bool:
-  # Whoever wrote a class of a library has imported it.
+  # If the class belongs to a library, that library has been imported.
   module = sys.modules.get(library)
   return inspect.isclass(component) and module is not None and issubclass(component, module.Module)
 
@@ -355,19 +374,19 @@ def _name(component: Any) -> str:
 
 
 def _parameters(component: Any) -> Mapping[str, inspect.Parameter] | None:
-  """Return the parameters of a function or of the making of a class, or None if it takes any keyword."""
-  # Not those of the class as it is called: NNX lets it take anything.
-  own = inspect.isclass(component) and component.__init__ is not object.__init__
+  """Return the parameters of a function or a class's `__init__`, or None if it accepts any keyword."""
+  # Inspect `__init__` rather than the class: the signature of an NNX class accepts any argument.
+  has_init = inspect.isclass(component) and component.__init__ is not object.__init__
   try:
-    found = list(inspect.signature(component.__init__ if own else component).parameters.values())[own:]
-  except ValueError:  # of a class that is not written in Python
+    parameters = list(inspect.signature(component.__init__ if has_init else component).parameters.values())[has_init:]
+  except ValueError:  # a class that is not written in Python
     return None
-  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found):
+  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return None
-  return {parameter.name: parameter for parameter in found}
+  return {parameter.name: parameter for parameter in parameters}
 
 
-def _has(component: Any, parameter: str) -> bool:
+def _accepts(component: Any, parameter: str) -> bool:
   parameters = _parameters(component)
   return parameters is None or parameter in parameters
 
@@ -376,49 +395,50 @@ def _check_arguments(component: Any, arguments: Mapping[str, Any]) -> None:
   parameters = _parameters(component)
   if parameters is None:
     return
-  known = [name for name in parameters if name not in ("rngs", "key", "parent", "name")]
+  names = [name for name in parameters if name not in ("rngs", "key", "parent", "name")]
   for name in arguments:
-    if name not in known:
-      expected = ", ".join(known) or "no argument"
-      raise ValueError(f"Got {name} for {_name(component)}; expected {expected}.{hint(name, known, str)}")
-  required = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in arguments]
+    if name not in names:
+      expected = ", ".join(names) or "no argument"
+      raise ValueError(f"Got {name} for {_name(component)}; expected {expected}.{hint(name, names, str)}")
+  required = [name for name in names if parameters[name].default is inspect.Parameter.empty and name not in arguments]
   if required:
-    raise ValueError(f"Got no {', '.join(required)} for {_name(component)}; expected a value of each.")
+    raise ValueError(f"Got no {', '.join(required)} for {_name(component)}; expected a value for each.")
 
 
-def _unknown(component: Any, origin: str = "") -> ValueError:
+def _unsupported(component: Any, origin: str = "") -> ValueError:
   return ValueError(
-    f"Got {origin}{_described(component)} as a network; expected a class of flax.linen.Module, flax.nnx.Module or equinox.Module, a function that"
+    f"Got {origin}{_describe(component)} as a network; expected a class of flax.linen.Module, flax.nnx.Module or equinox.Module, a function that"
     " returns a models.Network, or a models.Network."
   )
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
   return repr(value) if isinstance(value, (str, int, float)) or value is None else f"a {type(value).__name__}"
 
 
 def derived_arguments(
   conditions: Mapping[str, Condition], x_shape: tuple[int, ...], out_channels: int
 ) -> dict[str, Any]:
-  """Return what a network of a model must be like, by the names of the parameters that networks have for it.
+  """Return the arguments of a network that follow from its model, by name.
 
-  These are `out_channels`, `dimensions` (spatial axes), `num_classes` (values of the classes, the one for none included; 0: none),
-  `vector_embedding` ("time" for a level, "dense" for a vector, else ""), `shape` (of x) and `conditions`.
+  They are `out_channels`, `dimensions` (the number of spatial axes), `num_classes` (including the null value, 0
+  without classes), `vector_embedding` ("time" for a level, "dense" for a vector, otherwise ""), `shape` (of x) and
+  `conditions`.
 
   Raises:
-    ValueError: if there are a level and a vector, of which networks take one, or an image is not of the space of x.
+    ValueError: If the conditions include both a level and a vector, or an image with other spatial axes than x.
   """
   for name, condition in conditions.items():
     for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(condition.shape), strict=True):
       if kind == "image" and tuple(leaf.shape[:-1]) != tuple(x_shape[:-1]):
         raise ValueError(
-          f"Got the condition {name!r}, an image of shape {tuple(leaf.shape)}, for x of shape {tuple(x_shape)}; expected an image of the space"
-          f" {tuple(x_shape[:-1])}, since it joins x. Set its shape, or leave model.codec out."
+          f"Got the condition {name!r}, an image of shape {tuple(leaf.shape)}, for x of shape {tuple(x_shape)}; expected the"
+          f" spatial shape {tuple(x_shape[:-1])}, because the image is concatenated with x. Set its shape, or leave model.codec out."
         )
   kinds = [kind for condition in conditions.values() for kind in jax.tree.leaves(condition.kind)]
   if "level" in kinds and "vector" in kinds:
     raise ValueError(
-      "Got conditions of the kinds 'level' and 'vector'; expected one of them: networks take one vector."
+      "Got conditions of the kinds 'level' and 'vector'; expected one of them, because networks accept one vector. Leave one out."
     )
   return {
     "out_channels": out_channels,
