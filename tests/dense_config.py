@@ -1,4 +1,4 @@
-"""The tiny config with a network that compiles at once, for commands whose subject is not the network."""
+"""Provide the tiny config with a dense network that compiles fast, for tests of commands."""
 
 from ml_collections import ConfigDict
 
@@ -8,6 +8,6 @@ from tests.parameters import dense_network
 
 
 def get_config() -> ConfigDict:
-  """So that the command line can name this file; the process that reads it has this network from then on."""
+  """Return the config, and replace the U-Net by the dense network in this process."""
   networks.UNet = dense_network
   return recipes.get_config()

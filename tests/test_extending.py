@@ -1,4 +1,4 @@
-"""The page about components of a user's own: every file, example and command of it is run, and each component keeps its law."""
+"""Run every file, example and command of docs/extending.md, and test the law of each component."""
 
 import math
 import re
@@ -23,42 +23,42 @@ pytestmark = pytest.mark.usefixtures("dense_module")
 
 TEXT = (ROOT / "docs" / "extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
-# What makes a command of the page cheap.
+# Config values that make the page's commands fast.
 TRAINING = {"training.steps": 2, "training.batch_size": 4, "training.checkpoint_every": 2, "training.sample_every": 2}
 TRAINING |= {"training.log_every": 1, "data.hold_out": 20, "sampling.preview_steps": 2, "sampling.num_steps": 4}
 SCORES = {"evaluation.num_samples": 8, "sampling.batch_size": 8, "evaluation.features": "pixels"}
 SCORES |= {"evaluation.reference": "held_out", "evaluation.allow_singular": "true", "evaluation.k": 2}
 SCORES |= {"evaluation.kernel_subsets": 2, "evaluation.report": "false"}
-# The runs that are scored at their end: that of the package's own components, and that of one of every kind.
+# Only these runs are scored when they end: the run of built-in components and the run with a component of every kind.
 SCORED = ("digits", "mine")
 CHEAP = {"train": TRAINING | SCORES, "eval": SCORES, "sample": {}}
 
 
 class Page:
-  """The page in a folder of its own: files saved, /tmp replaced, and each section run once, in its order."""
+  """Run the page in a temporary folder that has its files and replaces /tmp. Each section runs once."""
 
   def __init__(self, folder):
-    self.folder, self._played = folder, {}
+    self.folder, self._names = folder, {}
     for name, text in saved_files(TEXT).items():
       (folder / name).write_text(text)
     (folder / "configs").symlink_to(ROOT / "configs")
 
   def run(self, words):
-    """Run a command in this process, in small."""
-    found = line.parse([word.replace("=/tmp/", f"={self.folder}/") for word in words])
-    cheap = {key: str(value) for key, value in CHEAP[found.mode].items()}
-    found.keys = found.keys | cheap
-    if found.mode == "sample":
-      found.num_samples = 2
+    """Run a command in this process with fast settings."""
+    flags = line.parse([word.replace("=/tmp/", f"={self.folder}/") for word in words])
+    cheap = {key: str(value) for key, value in CHEAP[flags.mode].items()}
+    flags.keys = flags.keys | cheap
+    if flags.mode == "sample":
+      flags.num_samples = 2
     with pytest.MonkeyPatch.context() as patch:
-      if found.mode == "train" and found.workdir.name not in SCORED:
+      if flags.mode == "train" and flags.workdir.name not in SCORED:
         patch.setattr(scoring.Scorer, "score", lambda *_: None)
-      commands.command(found.mode).run(found)
+      commands.command(flags.mode).run(flags)
 
   def play(self, section):
     """Run a section's examples and commands, and return the names that its examples define."""
-    if section not in self._played:
-      names = self._played[section] = {}
+    if section not in self._names:
+      names = self._names[section] = {}
       text = TEXT.partition("\n## ")[0] if section == "" else SECTIONS[section]
       for saved, language, block in re.findall(
         r"(as\s+`\w+\.py`:\n\n)?^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
@@ -70,89 +70,89 @@ class Page:
           exec(compile(block.replace('"/tmp/', f'"{self.folder}/'), section, "exec"), names)
           if "batches" in names:
             names["batches"].close()
-    return self._played[section]
+    return self._names[section]
 
   def load(self, run):
-    """Return the model of a run."""
+    """Load the model, the parameters and the frozen parameters of a run."""
     return ddpm_jax.load(self.folder / run)
 
-  def own(self, file):
+  def module_of(self, file):
     """Return the names that a file of the page defines."""
     return vars(foreign.load_module(self.folder / file, f"page_{file[:-3]}", (self.folder / file).read_bytes()))
 
 
-def package():
+def package_files():
   """Return the content of each file of the package."""
   return {path: path.read_bytes() for path in (ROOT / "ddpm_jax").rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-  before = package()
+  before = package_files()
   with pytest.MonkeyPatch.context() as patch, one_device():
     patch.setattr(starting, "join_processes", lambda given: None)
     patch.setattr(starting, "start_devices", lambda given: None)
-    made = Page(tmp_path_factory.mktemp("page"))
-    patch.chdir(made.folder)
-    patch.syspath_prepend(str(made.folder))
-    yield made
-  # Whatever was run here: a user's own component touches no file of the package.
-  assert package() == before
+    test_page = Page(tmp_path_factory.mktemp("page"))
+    patch.chdir(test_page.folder)
+    patch.syspath_prepend(str(test_page.folder))
+    yield test_page
+  # A user's component changes no file of the package.
+  assert package_files() == before
 
 
 @pytest.fixture
 def sampler_order():
-  """The order of a rule's error on Gaussian data, from two numbers of steps."""
+  """Return a function that measures the order of a sampler's error on Gaussian data, from two numbers of steps."""
 
   def measure(sampler):
     process, x = sampler.process, jnp.linspace(-2, 2, 20)[:, None]
     denoise, errors = gaussian().denoise(process), []
     for steps in (40, 80):
       times = np.linspace(process.t_max, 0.1 * process.t_max, steps + 1)
-      drawn = sampling.sample(jax.random.key(0), sampler, denoise, x, times)
-      errors.append(float(jnp.max(jnp.abs(drawn - gaussian_flow(process, 0.3, 0.4, x, times[0], times[-1])))))
+      samples = sampling.sample(jax.random.key(0), sampler, denoise, x, times)
+      errors.append(float(jnp.max(jnp.abs(samples - gaussian_flow(process, 0.3, 0.4, x, times[0], times[-1])))))
     return math.log2(errors[0] / errors[1])
 
   return measure
 
 
-def test_every_kind_is_in_the_table_and_has_its_section():
+def test_every_kind_is_in_the_table_and_has_a_section():
   linked = re.findall(r"^\| \[[\w ]+\]\(#([\w-]+)\) \|", TEXT, re.MULTILINE)
   assert linked == [name.lower().replace(" ", "-") for name in SECTIONS if re.match("An? ", name)]
   for file, text in saved_files(TEXT).items():
     assert len(text.splitlines()) < 40, file
 
 
-def test_the_sampler_has_its_order(page, x64, sampler_order):
-  adams = page.own("my_sampler.py")["adams"]
+def test_the_sampler_has_its_documented_order(page, x64, sampler_order):
+  adams = page.module_of("my_sampler.py")["adams"]
   for process in (processes.vp(), processes.rectified_flow()):
     assert sampler_order(adams(process)) == pytest.approx(2, abs=0.15)
   assert sampler_order(adams(process, 0.0)) == pytest.approx(1, abs=0.1)
 
 
-def test_the_sampler_without_its_line_is_ddim_and_draws_from_a_run(page):
+def test_the_sampler_of_weight_0_is_ddim_and_samples_a_run(page):
   page.play("")
   names = page.play("A sampler")
-  # The standard deviation of 1000 draws.
+  # The standard deviation of 1000 samples.
   assert jnp.std(names["samples"]) == pytest.approx(0.5, abs=0.05)
-  adams, process = page.own("my_sampler.py")["adams"], names["process"]
+  adams, process = page.module_of("my_sampler.py")["adams"], names["process"]
   x, times = names["x"][:8], names["times"]
-  found, expected = (
+  result, expected = (
     sampling.sample(jax.random.key(0), rule, names["denoise"], x, times)
     for rule in (adams(process, 0.0), sampling.ddim(process))
   )
-  np.testing.assert_allclose(found, expected, atol=1e-5)
-  drawn = {path.name for path in (page.folder / "digits" / "samples").glob("*.npz")}
-  assert drawn >= {"adams_nfe20_seed0.npz", "eval_ddim_20_seed0.npz", "eval_adams_10_seed0.npz"}
+  np.testing.assert_allclose(result, expected, atol=1e-5)
+  file_names = {path.name for path in (page.folder / "digits" / "samples").glob("*.npz")}
+  assert file_names >= {"adams_nfe20_seed0.npz", "eval_ddim_20_seed0.npz", "eval_adams_10_seed0.npz"}
 
 
-def test_the_process_is_what_it_says(page):
+def test_the_process_matches_its_formula(page):
   names = page.play("A process")
   for shift in (0.25, 1.0):
-    process = page.own("my_process.py")["shifted_cosine"](shift)
+    process = page.module_of("my_process.py")["shifted_cosine"](shift)
     t = jnp.linspace(0.01, 1, 100)
     np.testing.assert_allclose(process.alpha(t) ** 2 + process.sigma(t) ** 2, 1, atol=1e-5)
-    # The shift moves the log-SNR of all times alike, and the angle runs to where it is -15 without one.
+    # The shift changes the log-SNR equally at all times. Without a shift, the log-SNR at the last angle is -15.
     angle = jnp.arctan(jnp.exp(7.5)) * t
     np.testing.assert_allclose(process.log_snr(t), 2 * jnp.log(shift / jnp.tan(angle)), atol=1e-2)
     assert process.log_snr(1.0) == pytest.approx(-15 + 2 * math.log(shift), abs=1e-2)
@@ -164,16 +164,16 @@ def test_the_process_is_what_it_says(page):
 
 def test_the_weighting_is_a_soft_minimum(page):
   names = page.play("A weighting")
-  soft, log_snr = page.own("my_weighting.py")["soft_min_snr"](4.0), jnp.linspace(-10, 10, 50)
+  soft, log_snr = page.module_of("my_weighting.py")["soft_min_snr"](4.0), jnp.linspace(-10, 10, 50)
   hard = losses.min_snr(4.0)
   assert jnp.all((soft(log_snr) <= hard(log_snr)) & (soft(log_snr) >= 0.5 * hard(log_snr) - 1e-7))
-  # On the error of the data half the harmonic mean of SNR and gamma.
+  # As a weight of the error in x_0, it is half the harmonic mean of the SNR and gamma.
   np.testing.assert_allclose(1 / (jnp.exp(log_snr) * soft(log_snr)), 1 / jnp.exp(log_snr) + 1 / 4.0, rtol=1e-5)
   assert names["loss"] > 0
   assert page.load("weighted").params
 
 
-def test_the_networks_of_three_libraries_are_trained(page):
+def test_the_networks_of_three_libraries_train(page):
   names = page.play("A network")
   assert [output.shape for output in names["outputs"]] == [(2, 8, 8, 1)] * 3
   for run, width, text in (("linen", 32, "my_linen"), ("nnx", 32, "my_nnx"), ("equinox", 128, "my_equinox")):
@@ -185,27 +185,27 @@ def test_the_networks_of_three_libraries_are_trained(page):
     outputs = [model.network.apply(random, x, jnp.full((4,), time), given) for time in (10.0, 90.0)]
     assert outputs[0].shape == x.shape, text
     assert not np.allclose(*outputs)
-    # Same data and times: only the class tells the samples apart.
+    # The data and times are equal, so samples differ only if the network receives the class.
     assert np.allclose(outputs[0], outputs[0][:1], atol=1e-5) == (run != "linen")
   embedded = page.load("linen").params["Embed_0"]["embedding"]
   assert embedded.shape == (11, 32)
 
 
 @pytest.mark.parametrize("file", ["my_linen.py", "my_nnx.py", "my_equinox.py"])
-def test_the_networks_have_the_channels_of_a_learned_variance(page, file):
+def test_the_networks_have_channels_for_a_learned_variance(page, file):
   tree = config.replace(tree_of(tiny_config()), "model.prediction", "learned_range(prediction=V)")
   (name,) = re.findall(r"class (\w+)", (page.folder / file).read_text())
   model = config.build(config.replace(tree, "model.network", f"{file}:{name}(width=16, depth=1)")).model
   assert model.output_channels() == 2
 
 
-def test_the_condition_reaches_the_network_and_is_hidden(page):
+def test_the_condition_reaches_the_network_and_can_be_dropped(page):
   names = page.play("A condition")
   model = names["model"]
   condition = model.conditions["brightness"]
   images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 1), minval=-1, maxval=1)
   keys = jax.random.split(jax.random.key(1), 6)
-  # Made of the data in training, and as it was asked for in sampling.
+  # Training computes the condition from the data. Sampling uses the user's value.
   means = jnp.mean(images, (1, 2, 3))
   for batch in ({"image": images}, {"brightness": means}):
     value = model.encode_conditions(keys, batch)["brightness"]
@@ -218,77 +218,77 @@ def test_the_condition_reaches_the_network_and_is_hidden(page):
     for value in (-0.5, 0.5)
   )
   assert not np.allclose(one, other)
-  (drawn,) = (page.folder / "bright" / "samples").glob("*_nfe*.npz")
-  with np.load(drawn) as found:
-    np.testing.assert_allclose(found["brightness"], -0.2)
+  (samples,) = (page.folder / "bright" / "samples").glob("*_nfe*.npz")
+  with np.load(samples) as arrays:
+    np.testing.assert_allclose(arrays["brightness"], -0.2)
   assert names["samples"].shape == (16, 8, 8, 1)
 
 
-def test_the_data_know_their_direction(page):
+def test_the_data_have_their_stated_direction(page):
   names = page.play("A data source")
   assert names["batch"]["image"].shape == (32, 16, 16, 1)
   assert (len(names["train"]), len(names["held_out"])) == (450, 50)
-  items = data.read(page.own("my_data.py")["gratings"](data.Fit((32, 32), 1), count=20).train, range(20))
-  # The gradient's direction, of which both signs are one: as an angle twice as large.
+  items = data.read(page.module_of("my_data.py")["gratings"](data.Fit((32, 32), 1), count=20).train, range(20))
+  # The direction of the image gradient, ignoring its sign, so as the doubled angle.
   rows, columns = np.gradient(items["image"][..., 0], axis=(1, 2))
-  found = np.stack([columns**2 - rows**2, 2 * rows * columns], -1).sum((1, 2))
-  found /= np.linalg.norm(found, axis=-1, keepdims=True)
-  assert np.all(np.sum(found * items["direction"], -1) > 0.9)
+  direction = np.stack([columns**2 - rows**2, 2 * rows * columns], -1).sum((1, 2))
+  direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
+  assert np.all(np.sum(direction * items["direction"], -1) > 0.9)
   assert np.abs(items["image"]).max() <= 1
-  with np.load(next((page.folder / "gratings" / "samples").glob("*_nfe*.npz"))) as drawn:
-    np.testing.assert_array_equal(drawn["direction"], [[1, 0]] * 2)
+  with np.load(next((page.folder / "gratings" / "samples").glob("*_nfe*.npz"))) as samples:
+    np.testing.assert_array_equal(samples["direction"], [[1, 0]] * 2)
 
 
-def test_the_codec_loses_nothing(page):
+def test_the_codec_is_lossless(page):
   names = page.play("A codec")
   np.testing.assert_array_equal(names["again"], names["images"])
-  # The first place of x holds the first square.
+  # The first position of x contains the first square.
   np.testing.assert_array_equal(np.sort(names["x"][0, 0, 0]), np.sort(np.asarray(names["images"][0, :2, :2]).ravel()))
   model, _, frozen = page.load("squares")
   assert (model.shape, model.data_shape) == ((4, 4, 4), (8, 8, 1))
   assert model.decode(jnp.ones((2, 4, 4, 4)), frozen).shape == (2, 8, 8, 1)
 
 
-def test_the_objective_is_squared_or_absolute_error_at_its_ends(page):
+def test_the_objective_approaches_squared_and_absolute_error(page):
   names = page.play("An objective")
-  apply, huber = names["network"].apply, page.own("my_objective.py")["huber"]
+  apply, huber = names["network"].apply, page.module_of("my_objective.py")["huber"]
   process, keys = processes.vp(), jax.random.split(jax.random.key(0), 32)
-  items = data.read(page.own("my_data.py")["gratings"](data.Fit((8, 8), 1)).train, range(32))
+  items = data.read(page.module_of("my_data.py")["gratings"](data.Fit((8, 8), 1)).train, range(32))
   batch = {"x": jnp.asarray(items["image"]), "given": {}}
 
   def value(objective, params):
     return float(objective.loss({"model": params}, None, keys, batch | objective.prepare(keys, ()))[0])
 
-  params, nothing = names["state"].params, jax.tree.map(jnp.zeros_like, names["state"].params)
+  params, zeros = names["state"].params, jax.tree.map(jnp.zeros_like, names["state"].params)
   plain = losses.denoising(apply, process, predictions.V, weighting=losses.snr_plus_one)
   squared, smooth = value(plain, params), value(huber(apply, process, predictions.V), params)
   assert value(huber(apply, process, predictions.V, math.inf), params) == pytest.approx(squared, rel=1e-4)
   assert smooth < squared
-  # Far below every error it is their absolute value, in which c is a factor.
+  # If c is far below every error, the loss is c times the absolute error.
   ends = [value(huber(apply, process, predictions.V, c), params) / (2 * c) for c in (1e-4, 1e-5)]
   assert ends[0] == pytest.approx(ends[1], rel=1e-2)
-  # The loop of the page has learned something: a network of zeros says nothing.
-  assert smooth < 0.9 * value(names["objective"], nothing)
+  # The page's training loop improved the network: the loss is below that of zero parameters.
+  assert smooth < 0.9 * value(names["objective"], zeros)
   assert page.load("huber").params
 
 
-def test_the_recipe_of_all_goes_on_without_the_files(page, tmp_path, monkeypatch):
+def test_the_recipe_with_all_kinds_loads_without_the_files(page, tmp_path, monkeypatch):
   page.play("All of them in a recipe")
   files = {*saved_files(TEXT)} - {"my_nnx.py", "my_equinox.py", "my_objective.py", "my_experiment.py"}
-  kept = {path.name: path.read_text() for path in (page.folder / "mine" / "components").rglob("*.py")}
-  assert kept == {name: saved_files(TEXT)[name] for name in files}
+  copies = {path.name: path.read_text() for path in (page.folder / "mine" / "components").rglob("*.py")}
+  assert copies == {name: saved_files(TEXT)[name] for name in files}
   assert "my_objective.py" in {path.name for path in (page.folder / "mine_2" / "components").rglob("*.py")}
-  # A new process in another folder, from which no path of the recipe leads to a file.
+  # Simulate a new process in another folder, where the recipe's relative paths name no files.
   monkeypatch.setattr(foreign, "_LOADED", {})
   monkeypatch.chdir(tmp_path)
   model, params, frozen = page.load("mine")
   x = model.process.prior(jax.random.key(0), (2, *model.shape))
   given = model.encode_conditions(jax.random.split(jax.random.key(1), 2), {"brightness": jnp.zeros(2)}, frozen)
-  drawn = sampling.sample(jax.random.key(2), model.defaults.sampler, model.denoise(params, given), x, model.times(3))
-  assert model.decode(drawn, frozen).shape == (2, 16, 16, 1)
+  samples = sampling.sample(jax.random.key(2), model.defaults.sampler, model.denoise(params, given), x, model.times(3))
+  assert model.decode(samples, frozen).shape == (2, 16, 16, 1)
 
 
-# The module, as configs call it, in which the package would have each component of the page, and its place.
+# For each component of the page: the module that would contain it in the package, and its config key.
 PLACES = {
   "my_sampler.py:adams": ("sampling", "sampler"),
   "my_process.py:shifted_cosine": ("processes", "model.process"),
@@ -306,16 +306,16 @@ PLACES = {
 @pytest.mark.parametrize("component", PLACES)
 def test_a_file_and_an_export_add_a_component_to_the_package(page, component, monkeypatch):
   file, _, name = component.partition(":")
-  home, place = PLACES[component]
-  module, tree = slots.module(home), tree_of(tiny_config())
+  module_name, config_key = PLACES[component]
+  module, tree = slots.module(module_name), tree_of(tiny_config())
   added = foreign.load_module(page.folder / file, "page_added", (page.folder / file).read_bytes())
-  made = getattr(added, name)
-  made.__module__ = module.__name__
-  monkeypatch.setattr(module, name, made, raising=False)
+  custom = getattr(added, name)
+  custom.__module__ = module.__name__
+  monkeypatch.setattr(module, name, custom, raising=False)
   if hasattr(module, "__all__"):
     monkeypatch.setattr(module, "__all__", [*module.__all__, name])
-  changed = config.replace(tree, place, name)
-  assert changed.at(place)["component"] == f"{home}.{name}"
+  changed = config.replace(tree, config_key, name)
+  assert changed.at(config_key)["component"] == f"{module_name}.{name}"
   config.build(changed)
-  slot = changed.places[place].slot
+  slot = changed.places[config_key].slot
   assert name in slots.names(slot)

@@ -1,4 +1,4 @@
-"""The FID Inception network, its resizing and its weights, against torch-fidelity and clean-fid."""
+"""Test the FID Inception network, its resizing and its weights against torch-fidelity and clean-fid."""
 
 import hashlib
 
@@ -28,7 +28,7 @@ def as_torch(images):
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-  """Their network, and the file of its random weights."""
+  """Return torch-fidelity's network and the file of its random weights."""
   path = tmp_path_factory.mktemp("weights") / "random.pth"
   return fidelity.random_inception(path), path
 
@@ -38,29 +38,30 @@ def weights(peer):
   return inception.load(peer[1], sha256_prefix="")
 
 
-def test_all_taps_are_those_of_torch_fidelity(peer, weights):
+def test_all_taps_match_torch_fidelity(peer, weights):
   network, _ = peer
   inner = {}
-  handle = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, found: inner.update(branch=found))
+  handle = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, result: inner.update(branch=result))
   images = images_of(SHAPES["small"])
   with torch.no_grad():
-    wanted = dict(zip(network.features_list, map(np.asarray, network(as_torch(images))), strict=True))
+    expected = dict(zip(network.features_list, map(np.asarray, network(as_torch(images))), strict=True))
   handle.remove()
-  # guided-diffusion's evaluator: the first channels of 'mixed_6/conv:0', which is the ReLU's output, at all places, channels last.
-  wanted["spatial"] = inner["branch"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1).numpy()
-  assert set(wanted) == set(TAPS)
+  # guided-diffusion's evaluator uses the first channels of 'mixed_6/conv:0', the output of the ReLU, with channels
+  # last.
+  expected["spatial"] = inner["branch"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1).numpy()
+  assert set(expected) == set(TAPS)
 
   def apply(params, x):
     return Inception(taps=TAPS).apply({"params": params}, (metrics.resize_tf1(x) - 128) / 128)
 
-  found = jax.jit(apply)(weights.params, images.astype(np.float32))
+  result = jax.jit(apply)(weights.params, images.astype(np.float32))
   for tap in TAPS:
-    assert found[tap].shape == wanted[tap].shape
-    assert np.max(np.abs(found[tap] - wanted[tap])) < 1e-4 * wanted[tap].std(), tap
+    assert result[tap].shape == expected[tap].shape
+    assert np.max(np.abs(result[tap] - expected[tap])) < 1e-4 * expected[tap].std(), tap
 
 
-def test_a_space_of_gray_and_color_images(peer, weights):
-  """Gray ones are color ones of three equal channels."""
+def test_a_feature_space_accepts_gray_and_color_images(peer, weights):
+  """Gray images have the features of color images with three equal channels."""
   space = metrics.inception_space(weights.params, sha256=weights.sha256, published=weights.is_published)
   extract = metrics.extractor(space, 1, jax.devices()[:1])
   gray = images_of((1, 32, 32, 1))
@@ -71,17 +72,17 @@ def test_a_space_of_gray_and_color_images(peer, weights):
     "spatial": (1, 2023),
   }
   with torch.no_grad():
-    found = dict(zip(peer[0].features_list, peer[0](as_torch(np.repeat(gray, 3, -1))), strict=True))
-  wanted = torch.log_softmax(found["logits_unbiased"], 1).numpy()
-  assert np.max(np.abs(taps["log_probs"] - wanted)) < 1e-4 * wanted.std()
-  assert np.max(np.abs(taps["features"] - found["2048"].numpy())) < 1e-4 * found["2048"].numpy().std()
-  assert evaluate.score_names(space)["frechet"] == "frechet_distance", "random weights make no FID"
+    result = dict(zip(peer[0].features_list, peer[0](as_torch(np.repeat(gray, 3, -1))), strict=True))
+  expected = torch.log_softmax(result["logits_unbiased"], 1).numpy()
+  assert np.max(np.abs(taps["log_probs"] - expected)) < 1e-4 * expected.std()
+  assert np.max(np.abs(taps["features"] - result["2048"].numpy())) < 1e-4 * result["2048"].numpy().std()
+  assert evaluate.score_names(space)["frechet"] == "frechet_distance", "random weights do not compute an FID"
   published = metrics.inception_space(weights.params, resize="clean", published=True)
   assert evaluate.score_names(published)["frechet"] == "clean_fid"
   assert evaluate.score_names(published._replace(provenance={"published": True, "resize": "tf1"}))["frechet"] == "fid"
 
 
-def test_taps_that_are_not_asked_for_are_not_computed():
+def test_only_requested_taps_are_computed():
   x = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
 
   def size(taps):
@@ -98,18 +99,18 @@ def test_taps_that_are_not_asked_for_are_not_computed():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_resizing_is_that_of_the_peers(name):
+def test_resizing_matches_the_peers(name):
   images = images_of(SHAPES[name])
   resize = fidelity.import_module(
     "torch_fidelity.interpolate_compat_tensorflow"
   ).interpolate_bilinear_2d_like_tensorflow1x
-  wanted = resize(as_torch(images).float(), (299, 299), align_corners=False).numpy().transpose(0, 2, 3, 1)
-  np.testing.assert_allclose(metrics.resize_tf1(images.astype(np.float32)), wanted, atol=1e-4)
+  expected = resize(as_torch(images).float(), (299, 299), align_corners=False).numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(metrics.resize_tf1(images.astype(np.float32)), expected, atol=1e-4)
   clean = fidelity.import_module("cleanfid.resize").build_resizer("clean")
   np.testing.assert_allclose(metrics.resize_clean(images), np.stack([clean(image) for image in images]), atol=1e-3)
 
 
-def test_images_of_other_kinds_are_refused(weights):
+def test_images_of_other_channels_or_types_are_refused(weights):
   space = metrics.inception_space(weights.params)
   with pytest.raises(ValueError, match="2 channels"):
     space.prepare(images_of((1, 8, 8, 2)))
@@ -119,15 +120,15 @@ def test_images_of_other_kinds_are_refused(weights):
     metrics.inception_space(weights.params, resize="bilinear")
 
 
-def test_converted_weights_are_the_same_and_say_where_they_come_from(peer, weights, tmp_path):
+def test_converted_weights_are_equal_and_keep_their_hash(peer, weights, tmp_path):
   _, path = peer
   output = tmp_path / "new" / "inception.safetensors"
   inception.convert(path, output, sha256_prefix="")
-  again = inception.load(output, sha256_prefix="")
-  assert again.sha256 == weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-  assert not again.is_published
+  converted = inception.load(output, sha256_prefix="")
+  assert converted.sha256 == weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+  assert not converted.is_published
   assert [file.name for file in output.parent.iterdir()] == [output.name]
-  for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(weights.params), strict=True):
+  for a, b in zip(jax.tree.leaves(converted.params), jax.tree.leaves(weights.params), strict=True):
     np.testing.assert_array_equal(a, b)
   with pytest.raises(ValueError, match="which exists"):
     inception.convert(path, output, sha256_prefix="")
@@ -149,10 +150,10 @@ def test_converted_weights_are_the_same_and_say_where_they_come_from(peer, weigh
     inception.load(output, sha256_prefix="")
 
 
-def test_paths_may_begin_with_home_and_a_failed_write_leaves_nothing(peer, tmp_path, monkeypatch):
+def test_paths_may_start_with_a_tilde_and_a_failed_write_leaves_no_file(peer, tmp_path, monkeypatch):
   _, path = peer
   monkeypatch.setenv("HOME", str(path.parent))
-  # A shell leaves the tilde of --output=~/... as it is.
+  # A shell does not expand the tilde in --output=~/... .
   inception.convert(f"~/{path.name}", "~/new/inception.safetensors", sha256_prefix="")
   assert (path.parent / "new" / "inception.safetensors").is_file()
 
@@ -166,20 +167,20 @@ def test_paths_may_begin_with_home_and_a_failed_write_leaves_nothing(peer, tmp_p
   assert not list(tmp_path.iterdir())
 
 
-def test_weights_are_found_behind_a_prefix(peer, weights, tmp_path):
+def test_weights_with_a_name_prefix_load(peer, weights, tmp_path):
   state = torch.load(peer[1], weights_only=True)
   torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, tmp_path / "a.pth")
-  found = inception.load(tmp_path / "a.pth", sha256_prefix="")
-  jax.tree.map(np.testing.assert_array_equal, found.params, weights.params)
+  result = inception.load(tmp_path / "a.pth", sha256_prefix="")
+  jax.tree.map(np.testing.assert_array_equal, result.params, weights.params)
 
 
 def test_other_files_are_refused_with_their_hash(peer, tmp_path):
   _, path = peer
-  for wanted in ("", tmp_path / "none.pth"):
+  for expected in ("", tmp_path / "none.pth"):
     with pytest.raises(
       ValueError, match=r"expected the published file: pt_inception-2015-12-05-6726825d.pth.*--inception_weights"
     ):
-      inception.load(wanted)
+      inception.load(expected)
   with pytest.raises(ValueError, match=hashlib.sha256(path.read_bytes()).hexdigest()):
     inception.load(path)
   page = tmp_path / "page.pth"

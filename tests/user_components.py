@@ -1,4 +1,7 @@
-"""One component of each kind, as a user has them in a file outside of the package. The tests copy this file, and delete the copy."""
+"""Define one component of each kind, like a user's file outside the package.
+
+Tests copy this file and delete the copy.
+"""
 
 import equinox as eqx
 import flax.linen as nn
@@ -17,7 +20,7 @@ def _waves(time):
 
 
 class Linen(nn.Module):
-  """A network of Flax Linen, which may be given a vector."""
+  """Define a network in Flax Linen with an optional vector."""
 
   out_channels: int
   width: int = 16
@@ -31,7 +34,7 @@ class Linen(nn.Module):
 
 
 class Nnx(nnx.Module):
-  """A network of Flax NNX."""
+  """Define a network in Flax NNX."""
 
   def __init__(self, shape, width: int = 16, *, rngs):
     size = int(np.prod(shape))
@@ -44,7 +47,7 @@ class Nnx(nnx.Module):
 
 
 class Equinox(eqx.Module):
-  """A network of Equinox, of one sample."""
+  """Define a network in Equinox for one sample."""
 
   inner: eqx.nn.Linear
   outer: eqx.nn.Linear
@@ -58,30 +61,30 @@ class Equinox(eqx.Module):
 
 
 def sampler(process: Process, eta: float = 0.5) -> sampling.Sampler:
-  """DDIM by another name."""
+  """Return DDIM under another name."""
   return sampling.ddim(process, eta)
 
 
 def weighting(gamma: float = 2.0) -> losses.Weighting:
-  """Min-SNR by another name."""
+  """Return the Min-SNR weighting under another name."""
   return lambda log_snr: jnp.minimum(1.0, gamma * jnp.exp(-log_snr))
 
 
 def plain_weighting(log_snr):
-  """A weighting as it is, without annotations."""
+  """Weight all times equally. This weighting has no annotations."""
   return jnp.ones_like(log_snr)
 
 
 def loss(apply: losses.Apply, process: Process, prediction: Prediction, factor: float = 1.0) -> losses.Objective:
-  """The denoising loss times a factor that grows with the steps, with a memory of its own and frozen parameters."""
+  """Return the denoising loss times a factor that grows with the step, with a memory and frozen parameters."""
   times = losses.uniform(process)
 
   def value(trained, context, keys, batch):
     def network(x, time):
       return apply(trained["model"], x, time, batch["given"], train=True, keys=keys)
 
-    found, details = losses.denoising_loss(keys, network, process, prediction, batch["x"], times=times)
-    return found * factor * context.frozen["scale"] * (1 + 0.01 * context.step + 0 * context.memory), details
+    result, details = losses.denoising_loss(keys, network, process, prediction, batch["x"], times=times)
+    return result * factor * context.frozen["scale"] * (1 + 0.01 * context.step + 0 * context.memory), details
 
   def update(key, memory, params, details):
     return 0.9 * memory + 0.1 * jnp.mean(details["loss"])
@@ -92,13 +95,13 @@ def loss(apply: losses.Apply, process: Process, prediction: Prediction, factor: 
 
 
 def brightness(name: str, size: int = 1) -> models.Condition:
-  """How bright an image is, in its own words."""
-  made = models.conditions.vector(name, size, dropout=0.2)
-  return made._replace(from_data=lambda batch: jnp.mean(jnp.asarray(batch["image"]), axis=(1, 2)))
+  """Return a condition of the mean brightness of an image."""
+  condition = models.conditions.vector(name, size, dropout=0.2)
+  return condition._replace(from_data=lambda batch: jnp.mean(jnp.asarray(batch["image"]), axis=(1, 2)))
 
 
 def patches(factor: int = 2) -> models.Codec:
-  """Patches of pixels as channels, with a frozen gain."""
+  """Return a codec that moves patches of pixels into channels and multiplies by a frozen gain."""
 
   def encode(frozen, keys, x):
     b, h, w, c = x.shape
@@ -114,6 +117,6 @@ def patches(factor: int = 2) -> models.Codec:
 
 
 def source(fit: data.Fit, count: int = 150) -> data.Splits:
-  """Noise to train on."""
+  """Return random images as training data."""
   images = np.random.default_rng(0).integers(0, 256, (count, *fit.shape), np.uint8)
   return data.Splits(data.ArraySource(images))
