@@ -1,4 +1,4 @@
-"""Test the CPU form of attention against JAX: values, gradients and forward-mode derivatives."""
+"""Test values, gradients and forward-mode derivatives of the CPU form of attention against JAX."""
 
 import re
 

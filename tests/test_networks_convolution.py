@@ -1,4 +1,4 @@
-"""Test all forms of convolutions, normalization and sums against JAX and Flax: values and gradients."""
+"""Test values and gradients of all forms of convolutions, normalization and sums against JAX and Flax."""
 
 import functools
 

@@ -71,7 +71,7 @@ def weighting(gamma: float = 2.0) -> losses.Weighting:
 
 
 def plain_weighting(log_snr):
-  """Weight all times equally. This weighting has no annotations."""
+  """Return equal weights for all times. This function has no annotations."""
   return jnp.ones_like(log_snr)
 
 

@@ -1,4 +1,4 @@
-"""Define `Model`: a network with its process, prediction, conditions and codec."""
+"""Define `Model`, a network with its process, prediction, conditions and codec."""
 
 from ddpm_jax.models import codecs, conditions, networks
 from ddpm_jax.models.codecs import Codec

@@ -1,4 +1,7 @@
-"""Define codecs: conversions between data and x, the array to which a process adds noise."""
+"""Define codecs, the conversions between data and x.
+
+A process adds noise to x.
+"""
 
 import functools
 from collections.abc import Callable

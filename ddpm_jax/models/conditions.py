@@ -1,7 +1,8 @@
-"""Define conditions: the inputs of a model other than noisy data and time.
+"""Define conditions, the inputs of a model other than noisy data and time.
 
-A `Condition` holds all functions that training and sampling need for one input. Conditions are identified by name. The
-items of a data source, the batch, `given` and the arguments of a network all use the same name.
+A `Condition` holds all functions that training and sampling need for one input. Its items are its raw values, from a
+data source or the command line. `encode` converts items to the values that a network receives. Data sources, batches,
+`given` and the arguments of networks use the same name for a condition.
 """
 
 import zlib
@@ -405,14 +406,14 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
   """Check that `given` has a value of the right structure and shape for each condition, and no other entries.
 
   Raises:
-    ValueError: If it does not.
+    ValueError: If an entry is missing, unknown or has the wrong structure, shape or number of samples.
   """
   for name in given:
     _check_name(conditions, name)
   missing = [name for name in conditions if name not in given]
   if missing:
     raise ValueError(
-      f"Got no {', '.join(missing)} for a model with the conditions {', '.join(conditions)}; expected each: given={{{missing[0]!r}: ...}}."
+      f"Got no {', '.join(missing)} for a model with the conditions {', '.join(conditions)}; expected a value for each. Pass given={{{missing[0]!r}: ...}}."
     )
   sizes = {}
   for name, condition in conditions.items():

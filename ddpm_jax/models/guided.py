@@ -23,7 +23,7 @@ NEGATIVE_PREFIX = "negative_"
 
 
 class Guides(NamedTuple):
-  """Hold the other model that guides, at most one.
+  """Hold another model that guides. At most one field is set.
 
   Attributes:
     classifier: A classifier of noisy data.
@@ -141,11 +141,11 @@ def _encode_batch(
 ) -> dict[str, PyTree]:
   """Encode the conditions of a batch. A missing condition gets its null value if it has one."""
   missing = {
-    name: one
-    for name, one in model.conditions.items()
-    if name not in batch and not one.is_source_image and one.null is not None
+    name: condition
+    for name, condition in model.conditions.items()
+    if name not in batch and not condition.is_source_image and condition.null is not None
   }
-  present = {name: one for name, one in model.conditions.items() if name not in missing}
+  present = {name: condition for name, condition in model.conditions.items() if name not in missing}
   condition_params = frozen.get("conditions", {})
   given = conditions.encode(present, condition_params, keys, batch, train=False)
   return given | conditions.null_values(missing, condition_params, keys.shape[0])
@@ -164,7 +164,7 @@ def check(
     negative: Whether the user gives conditions to guide away from.
 
   Raises:
-    ValueError: If it cannot.
+    ValueError: If they do not fit each other, or a required model or condition is missing.
   """
   names, is_guided = argument_names(rule), not is_neutral(rule)
   if guides.classifier is not None and guides.weak is not None:
@@ -174,7 +174,8 @@ def check(
       raise ValueError(f"Got config.guidance={_name(rule)} without --{flag}; expected --{flag}=<run folder>.")
     if name not in names and other is not None:
       raise ValueError(
-        f"Got --{flag} with config.guidance={_name(rule)}, a rule without the argument {name!r}; expected a rule with it."
+        f"Got --{flag} with config.guidance={_name(rule)}, a rule without the argument {name!r}; expected a rule with it. Set another rule,"
+        f" or leave --{flag} out."
       )
   if guides.weak is not None and _options(rule).get("scale") == 1:
     raise ValueError(
@@ -188,8 +189,8 @@ def check(
   if "negative" in names and is_guided:
     if not model.conditions or all(_is_shared(condition) for condition in model.conditions.values()):
       raise ValueError(
-        f"Got guidance by {_name(rule)} ({_format_options(rule)}) for a model that was trained without conditions to guide by; expected a model"
-        " of a recipe configs/*_cond.py, or a guide. Set --classifier=<run folder> or --weak=<run folder>."
+        f"Got guidance by {_name(rule)} ({_format_options(rule)}) for a model that was trained without"
+        " conditions to guide by; expected a model of a recipe configs/*_cond.py, or a guide. Set --classifier=<run folder> or --weak=<run folder>."
       )
     if not negative:
       given = conditions.example(model.conditions)
@@ -213,8 +214,8 @@ def check(
       model
     ) != _num_choices(guides.weak):
       raise ValueError(
-        f"Got --weak, a model of the conditions {_format_conditions(guides.weak)}, for a model of {_format_conditions(model)}; expected a"
-        " weak model with the same conditions."
+        f"Got --weak, a model of the conditions {_format_conditions(guides.weak)}, for a model of {_format_conditions(model)};"
+        " expected a weak model with the same conditions."
       )
 
 

@@ -22,9 +22,9 @@ def parse_inputs(
 
   Args:
     conditions: The model's conditions by name.
-    texts: The texts by name. They are repeated to the number of samples.
+    texts: The texts by name. If there are fewer texts than samples, they are repeated.
     count: The number of samples.
-    only: Whether to leave conditions without text out. Otherwise they get their default.
+    only: Whether to omit conditions without text. Otherwise they get their default.
 
   Raises:
     ValueError: If the model lacks a condition, a text is invalid, there are more texts than samples, or a condition has
@@ -38,7 +38,8 @@ def parse_inputs(
       advice = "Leave it out, or set --classifier=<run folder>." if name == "classes" else "Leave it out."
       hint = f"Did you mean {near[0]!r}?" if near else advice
       raise ValueError(
-        f"Got {name} {','.join(words)} for a model that was trained without {name}; expected a condition of the model ({names}). {hint}"
+        f"Got {name} {','.join(words)} for a model that was trained without {name}; expected a condition of the"
+        f" model ({names}). {hint}"
       )
     if condition.parse is None:
       raise ValueError(
@@ -84,8 +85,8 @@ def condition_flag(name: str) -> str:
 def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Return the items of conditions by name, from a batch of real data with images in [-1, 1]."""
   return {
-    name: np.asarray(batch[name] if one.from_data is None or name in batch else one.from_data(batch))
-    for name, one in conditions.items()
+    name: np.asarray(batch[name] if condition.from_data is None or name in batch else condition.from_data(batch))
+    for name, condition in conditions.items()
   }
 
 
@@ -103,7 +104,7 @@ def default_inputs(
     source: The real data.
     counts: The number of real samples of each class. If set, the classes have the same proportions.
   """
-  if any(one.from_data is not None or one.default is None for one in conditions.values()):
+  if any(condition.from_data is not None or condition.default is None for condition in conditions.values()):
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
     return inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
   inputs = parse_inputs(conditions, {}, count)

@@ -39,7 +39,7 @@ class SamplingDefaults(NamedTuple):
 
 
 class Model(NamedTuple):
-  """Hold a diffusion model: its network and everything needed to train and sample it, except parameters.
+  """Hold everything that defines a diffusion model, except its parameters.
 
   Attributes:
     network: The functions of the network.

@@ -91,11 +91,13 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
 def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   """Return the network of a Flax Linen module.
 
-  Its `__call__` receives x [B, ...], the time [B] and, by keyword, the conditions. An argument with the condition's
-  name comes first. Otherwise the argument has the name of the kind: `classes` [B], `vector` [B, D], `level` [B] (or
-  `vector`), or `image` [B, *space, C]. Several images, vectors or token arrays for one argument are concatenated. The
-  arguments `train` and `keys`, if the module has them, receive whether this is training and a key for each sample.
-  Without `keys`, dropout uses the rng "dropout".
+  Its `__call__` receives x [B, ...], the time [B] and, by keyword, the conditions. A condition is passed as the
+  argument with the condition's name if the module has it. Otherwise it is passed as the argument named after its
+  kind: `classes` [B], `vector` [B, D], `level` [B] (or `vector`), `image` [B, *space, C] or `tokens`. Several images,
+  vectors or token arrays for one argument are concatenated.
+
+  Two more arguments are passed if the module has them: `train`, whether this is training, and `keys`, a key for each
+  sample. Without `keys`, dropout uses the rng "dropout".
 
   Raises:
     ValueError: `init` raises it if the module has variables other than parameters, such as the statistics of BatchNorm.

@@ -66,7 +66,7 @@ class BlockOptions(NamedTuple):
 
 
 def default_groups(features: int) -> int:
-  """Return the number of groups that Karras et al. 2022 use: at most 32, each with at least four features."""
+  """Return the number of groups of Karras et al. 2022, at most 32 groups of at least four features."""
   return max(min(32, features // 4), 1)
 
 
@@ -96,9 +96,10 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
 
 
 def trainable_mask(params: Any) -> Any:
-  """Return a tree of booleans like `params` or like their updates: True for each parameter that is trained.
+  """Return a tree of booleans that are True for trained parameters.
 
-  For an optax optimizer, `mask=networks.trainable_mask` excludes the other parameters from weight decay.
+  `params` are parameters or their updates, and the result has their structure. For an optax optimizer,
+  `mask=networks.trainable_mask` excludes the other parameters from weight decay.
   """
   return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in CONSTANTS, params)
 

@@ -14,8 +14,8 @@ from ddpm_jax.networks.layers import default_groups
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
 # Numbers that may be 0.
 _COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes", "augmentation_features")
-# The maximum number of residual blocks on the way down. Each is traced and compiled on its own, so more blocks take
-# hours.
+# The maximum number of residual blocks on the downward path. Each is traced and compiled on its own, so more blocks
+# take hours.
 _MAX_BLOCKS = 1000
 # float64 is for measurements, so error messages do not offer it.
 _TYPES = ("float32", "bfloat16", "float64")
@@ -26,7 +26,7 @@ def check(network: Any) -> None:
   """Check that the options of a `Backbone` are valid and compatible with each other.
 
   Raises:
-    ValueError: If they are not.
+    ValueError: If an option is invalid or conflicts with another one.
   """
   _check_values(network)
   _check_features(network)
@@ -107,16 +107,17 @@ def _check_features(network: Any) -> None:
   for level, multiplier in enumerate((1, *n.multipliers), -1):
     features = n.channels * multiplier
     heads = f"head_channels={n.head_channels}" if n.head_channels else f"heads={n.heads}"
-    uneven = level in attended and round(features) % (n.head_channels or n.heads)
+    splits_unevenly = level in attended and round(features) % (n.head_channels or n.heads)
     if (
       features < 1
       or abs(features - round(features)) > 1e-6
       or round(features) % (n.groups or default_groups(round(features)))
-      or uneven
+      or splits_unevenly
     ):
       raise ValueError(
         f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; expected an"
-        " integer that groups divides, and that heads divides at levels with attention. Change channels, multipliers, groups or heads."
+        " integer divisible by groups and, at levels with attention, by heads or head_channels. Change channels, multipliers, groups"
+        " or heads."
       )
   features = n.time_features or n.channels
   if features % 2 or features < 4:

@@ -39,7 +39,7 @@ class Backbone(nn.Module):
     epsilon: The constant added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
     time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier" with random frequencies (NCSN++).
     time_features: The features of the time embedding before its dense layers. 0 uses `channels`.
-    embedding_features: The features of the embedding that all blocks receive. 0 uses four times `channels`.
+    embedding_features: The features of the embedding that every block receives. 0 uses four times `channels`.
     frequency_shift: 1 (DDPM) or 0 (ADM). See `layers.sinusoidal_embedding`.
     scale_shift: Whether the embedding scales and shifts normalized features (improved DDPM, ADM). Otherwise it is
       added to them.
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
     """Check that the network can be built and accepts data of `shape` [..., *space, C].
 
     Raises:
-      ValueError: If it cannot.
+      ValueError: If an option is invalid, or the network does not support the shape.
     """
     options.check(self)
     if len(shape) < self.dimensions + 1:
@@ -256,7 +256,7 @@ class Backbone(nn.Module):
     return block(features, self._block_options, resample, name=name)(x, embedding, keys)
 
   def _rematerialized(self, block: Any) -> Any:
-    """Return the block, wrapped so that the backward pass recomputes it if `remat` says so."""
+    """Return the block, wrapped so that the backward pass recomputes it if `remat` requires that."""
     if self.remat == "none":
       return block
     policy = None if self.remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, self.remat)

@@ -1,4 +1,4 @@
-"""Compute attention: the plain form, a CPU form that works by heads, and a TPU form that splits the batch."""
+"""Compute attention in a plain form, a CPU form that works by heads, and a TPU form that splits the batch."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Convolve: the plain form, a CPU form that works by tiles, and a form with gradients that are fast inside loops."""
+"""Convolve in a plain form, a CPU form that works by tiles, and a form with fast gradients inside loops."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Halve and double every spatial axis: the plain forms use slices, and the TPU forms use convolutions."""
+"""Halve and double every spatial axis, by slices in the plain forms and by convolutions on a TPU."""
 
 import itertools
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ def halve(x: Array, weights: Sequence[float], *, padded: bool = False, kernels: 
   """Filter and halve every spatial axis, [B, *space, C] -> [B, *space / 2, C].
 
   Args:
-    x: The data. Zeros pad their edges.
+    x: The data. Zeros are added at the edges unless `padded` is set.
     weights: The filter's weights along an axis, an even number of them. They are scaled to sum to 1.
-    padded: Whether x already includes the filter's margin, half the filter's length less one, at every edge.
+    padded: Whether x already includes the filter's margin at every edge: half the filter's length minus one.
     kernels: The allowed forms (see `networks.kernels`).
   """
   margin = 0 if padded else len(weights) // 2 - 1

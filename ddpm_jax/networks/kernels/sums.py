@@ -1,4 +1,6 @@
-"""Sum over positions, and repeat values at positions: each is the adjoint of the other.
+"""Sum over positions, and repeat values at positions.
+
+These two operations are adjoint to each other.
 
 On a CPU, XLA fuses a sum into the computation of its operand and then adds one number after another. A barrier stores
 the operand first and makes the sum many times faster. The gradient of a repeated value is also such a sum.
@@ -59,7 +61,7 @@ def _sum_tangent(x: Array) -> Array:
 
 
 def _flatten(x: Array) -> Array:
-  """Join the spatial axes: [B, *space, C] -> [B, N, C]."""
+  """Join the spatial axes, [B, *space, C] -> [B, N, C]."""
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
