@@ -261,8 +261,8 @@ def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, 
 
 FOREIGN = {
   "layers": ("unet/config.json", "layers_per_block", 100_000, "blocks=100000 .*at least"),
-  "size": ("unet/config.json", "sample_size", 2**40, "places"),
-  "width and height": ("unet/config.json", "sample_size", [2**20, 2**20], "places"),
+  "size": ("unet/config.json", "sample_size", 2**40, "positions"),
+  "width and height": ("unet/config.json", "sample_size", [2**20, 2**20], "positions"),
   "channels": ("unet/config.json", "block_out_channels", [2**30, 2**30], BYTES),
   "classes": ("unet/config.json", "num_class_embeds", 2**60, BYTES),
   "embedding": ("unet/config.json", "time_embedding_dim", 2**40, BYTES),

@@ -403,7 +403,7 @@ def test_an_image_that_a_folder_takes_beside_the_input_is_given_by_its_file(tmp_
   assert_refused(code, output, "Got --given hint=.*none.png, which does not exist")
   shutil.rmtree(tmp_path / "model")
   code, output = call(*where, f"--given=hint={tmp_path}")
-  assert_refused(code, output, "Got --given hint=.*, 2 images; expected one. Repeat the flag")
+  assert_refused(code, output, "Got --given hint=.* with 2 images; expected one. Repeat the flag")
 
 
 def test_training_goes_on_with_the_conditions_of_a_folder(tmp_path):

@@ -163,7 +163,7 @@ def test_the_condition_enters_the_network_and_the_loss():
   ("condition", "message"),
   [
     (low(factor=1), "factor=1 of low for data of 16x16"),
-    (low(factor=3), "factor=3 of low for data of 16x16; expected a divisor of both sides above 1"),
+    (low(factor=3), "factor=3 of low for data of 16x16; expected a divisor of both sides, 2 or more"),
     (low(factor=-2), "factor=-2"),
     (low(factor=0), "factor=0 of low"),
     (low(noise=0.05), "noise=0.05 and sample_noise=0.1 of low; expected 0 <= sample_noise <= noise <= 1"),
