@@ -384,7 +384,7 @@ def test_conditions_of_a_folder_are_given_by_the_command_line(name, tmp_path):
   np.testing.assert_array_equal(both[name], wanted if name == "vector" else wanted[:, 0])
   if name != "classes":
     code, output = call("--mode=sample", f"--pretrained={tmp_path}", f"--workdir={tmp_path}")
-    assert_refused(code, output, f"Got no {name} .*expected --given {name}=<value>")
+    assert_refused(code, output, f"Got no {name} .*Set --given {name}=<value>")
 
 
 def test_an_image_that_a_folder_takes_beside_the_input_is_given_by_its_file(tmp_path):
