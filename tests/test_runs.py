@@ -106,7 +106,7 @@ def test_averages_raw_weights_and_any_length_are_sampled(copy):
   assert not np.array_equal(averaged, raw)
   assert not np.array_equal(averaged, long)
   # The stored length itself, put together from snapshots, is that average.
-  again = sampled(copy, length=0.05)
+  again = sampled(copy, ema_length=0.05)
   assert np.max(np.abs(again.astype(int) - averaged)) <= 1
   assert sampled(copy, step="8").shape == averaged.shape
   assert sampled(copy, step="best").shape == averaged.shape
@@ -133,7 +133,7 @@ def test_sampling_does_not_read_what_only_training_needs(copy):
 def test_a_length_without_snapshots_is_an_error(copy):
   shutil.rmtree(copy / "ema_snapshots")
   with pytest.raises(ValueError, match="run without stored averages"):
-    sampled(copy, length=0.07)
+    sampled(copy, ema_length=0.07)
 
 
 def test_resume_must_and_never(copy, tmp_path):
