@@ -6,6 +6,8 @@ import itertools
 import re
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 
 from ddpm_jax import config, models
@@ -189,6 +191,20 @@ def test_the_examples_of_the_page_of_configs_run(beside):
   exec(compile(example, "config.md", "exec"), names)
   assert len(names["times"]) == 11
   assert len(names["slower"].times) == 51
+
+
+def test_the_page_that_explains_diffusion_runs(tmp_path, monkeypatch):
+  """Run the page with a twentieth of the training."""
+  matplotlib.use("agg")
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  for block in blocks(ROOT / "docs" / "diffusion.md", "python"):
+    exec(compile(block.replace("4000", "200"), "diffusion.md", "exec"), names)
+  assert names["history"][-50:].mean() < names["history"][:50].mean()
+  np.testing.assert_allclose(names["again"], names["x"], atol=1e-3)  # the loop on the page is DDIM
+  assert {name: nfe for name, (_, nfe) in names["results"].items()}["ancestral, long"] == 250
+  pictures = {path.name for path in tmp_path.glob("*.png")}
+  assert pictures == {path.name for path in (ROOT / "docs" / "figures").glob("diffusion_*.png")}
 
 
 def test_keys_may_change_as_the_page_of_configs_says(beside, tmp_path, monkeypatch):
