@@ -273,7 +273,7 @@ def test_the_objective_is_squared_or_absolute_error_at_its_ends(page):
 
 
 def test_the_recipe_of_all_goes_on_without_the_files(page, tmp_path, monkeypatch):
-  page.play("All of them in a recipe")
+  page.play("All in one recipe")
   files = {*saved_files(TEXT)} - {"my_nnx.py", "my_equinox.py", "my_objective.py", "my_experiment.py"}
   kept = {path.name: path.read_text() for path in (page.folder / "mine" / "components").rglob("*.py")}
   assert kept == {name: saved_files(TEXT)[name] for name in files}
