@@ -230,7 +230,7 @@ def test_published_sizes():
     state = model.state_dict()
     file = interop.tensors.TensorFile.__new__(interop.tensors.TensorFile)
     file.path, file.shapes = f"{size}.pt", {name: tuple(value.shape) for name, value in state.items()}
-    network, template = interop.guided_diffusion.network_of(file, head_channels=64)
+    network, template = interop.guided_diffusion.infer_network(file, head_channels=64)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(template))
     assert count == sum(value.numel() for value in state.values())
     assert round(count / 1e6) == millions, network

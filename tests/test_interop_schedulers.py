@@ -60,7 +60,7 @@ def test_the_process_has_the_scheduler_s_betas(name):
     schedule = schedulers.from_config(config)
     np.testing.assert_allclose(schedule.betas, scheduler.betas.numpy(), rtol=1e-4, atol=3e-7)
     n = len(schedule.betas)
-    alpha_bar = np.asarray(schedule.process().alpha(np.arange(1, n + 1) / n)) ** 2
+    alpha_bar = np.asarray(schedule.make_process().alpha(np.arange(1, n + 1) / n)) ** 2
     np.testing.assert_allclose(alpha_bar, scheduler.alphas_cumprod.numpy(), rtol=1e-3, atol=2e-7)
 
 
@@ -85,7 +85,7 @@ def test_the_sampler_and_its_grid_are_the_scheduler_s(name, options, sampler, sp
   schedule = schedulers.from_config(json.loads(scheduler.to_json_string()))
   assert (schedule.sampler, schedule.spacing) == (sampler, spacing)
   scheduler.set_timesteps(10)
-  process = schedule.process()
+  process = schedule.make_process()
   t = schedule.times(process)(10)[:-1]
   got = np.asarray(process.sigma(t)) / np.asarray(process.alpha(t))
   # Solvers list a step's evaluations one by one; ours may make several at one entry of the grid.
@@ -111,8 +111,8 @@ def test_schedules_come_back(name, clip):
   again = schedulers.from_config(config)
   with jax.enable_x64(True):
     times = np.arange(1, process.num_steps + 1) / process.num_steps
-    np.testing.assert_allclose(again.process().alpha(times), process.alpha(times), rtol=1e-9, atol=1e-12)
-  assert again.meaning() == predictions.V
+    np.testing.assert_allclose(again.make_process().alpha(times), process.alpha(times), rtol=1e-9, atol=1e-12)
+  assert again.make_prediction() == predictions.V
   assert again.clip == clip
   assert (config["trained_betas"] is None) == (name != "table")
   if name in ("linear", "scaled_linear", "squaredcos_cap_v2"):
@@ -126,7 +126,7 @@ def test_schedules_come_back(name, clip):
 def test_a_continuous_model_becomes_a_table_at_its_time_inputs():
   """Between one time input and the next, the discrete model has the log-SNR of the continuous one."""
   process = processes.vp()
-  discrete = schedulers.from_config(schedulers.to_config(process, predictions.EPS)).process()
+  discrete = schedulers.from_config(schedulers.to_config(process, predictions.EPS)).make_process()
   steps = np.arange(1, 1001)
   inputs = np.asarray(discrete.time_input(steps / 1000))
   np.testing.assert_allclose(inputs, steps - 1, atol=1e-3)
