@@ -53,7 +53,7 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[Figure], li
     name = score_name if is_score else _AXIS_LABELS.get(key, formatting.to_words(key))
     title = f"{name} during training" if is_score else name[0].upper() + name[1:]
     trace = figures.line(name, x, y, figures.line_color(0)).update(line_width=1.5)
-    # By default plotly shows a constant y from y - 1 to y + 1, and a small value looks like zero. Start at zero instead.
+    # By default plotly shows a constant y from y - 1 to y + 1, where a small value looks like 0. Start at 0 instead.
     axis_range: dict[str, Any] = {"yaxis_range": [0, 2 * y[0]]} if len(y) and y[0] > 0 and np.ptp(y) == 0 else {}
     small.append(figures.figure(title, [trace], "step", "", alt=f"{name} against the step.", height=230, **axis_range))
   return large, small
