@@ -30,7 +30,7 @@ class View(NamedTuple):
   requests: list[str]
 
   def run(self, script):
-    """Return the value of a JavaScript expression. A promise is awaited."""
+    """Return the value of a JavaScript expression, after awaiting a promise."""
     return self.page.evaluate(script)
 
   def wait(self, script):
@@ -49,7 +49,7 @@ class View(NamedTuple):
 
 
 def find_browser():
-  """Return the path of the system's Chromium or Chrome. Skip the test if neither is installed."""
+  """Return the path of the system's Chromium or Chrome, or skip the test if neither is installed."""
   path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
   if path is None:
     pytest.skip("No Chromium or Chrome on this machine; install one: apt-get install chromium")

@@ -35,7 +35,7 @@ def write_pipeline(folder, scheduler=None, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Write a pipeline that all tests share. Tests must not change it."""
+  """Write a pipeline that all tests share and must not change."""
   return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
@@ -317,7 +317,10 @@ def flatten(copy):
 
 
 def legacy(copy):
-  """Rewrite a pipeline like one of 2022: flat, a pickle of tensors, old names of tensors, blocks and keys."""
+  """Convert a pipeline to the files that diffusers wrote in 2022.
+
+  They are flat, with a pickle of tensors, and with old names of tensors, blocks and keys.
+  """
   folder = flatten(copy)
   old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
   state = safetensors.torch.load_file(folder / "diffusion_pytorch_model.safetensors")

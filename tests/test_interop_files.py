@@ -1,4 +1,4 @@
-"""Test files of models from other libraries: all forms of weights, and damaged weights and JSON."""
+"""Test how the weights and JSON files of other libraries are read, including damaged ones."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from tests.test_interop_diffusers import weights_path, write_pipeline
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Write a pipeline that all tests share. Tests must not change it."""
+  """Write a pipeline that all tests share and must not change."""
   return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
@@ -171,7 +171,7 @@ FORMS = {
 
 
 def rewrite_weights(folder, files, prefix=""):
-  """Rewrite the weights of a folder to other files, and return the index if there are several."""
+  """Replace the weights of a folder by other files, and return the index if there are several."""
   state = {prefix + name: value for name, value in safetensors.torch.load_file(weights_path(folder)).items()}
   weights_path(folder).unlink()
   file_names = {name: files[i % len(files)] for i, name in enumerate(sorted(state))}

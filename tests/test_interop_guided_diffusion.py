@@ -1,4 +1,4 @@
-"""Compare checkpoints of guided-diffusion with the original code: outputs of the U-Net and of the noisy classifier."""
+"""Compare our outputs for checkpoints of guided-diffusion with those of the original code."""
 
 import warnings
 

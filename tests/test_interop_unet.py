@@ -1,4 +1,4 @@
-"""Compare our U-Net with diffusers' `UNet2DModel`: outputs and input gradients, with random weights."""
+"""Compare outputs and input gradients of our U-Net and diffusers' `UNet2DModel` with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ CONFIGS = {
 
 
 def random_unet(changes, seed=0):
-  """Return a `UNet2DModel` with random parameters, including biases and norms, which start at zero and one."""
+  """Return a `UNet2DModel` with all parameters random, even biases and norms, so that each affects the output."""
   torch.manual_seed(seed)
   model = UNet2DModel(**(SMALL | changes)).eval()
   with torch.no_grad():

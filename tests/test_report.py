@@ -276,7 +276,7 @@ def test_images_of_any_shape_are_shown(shape):
 
 def test_samples_are_grouped_by_class():
   samples, classes = reports.digits()
-  groups = pictures.by_class(samples, classes)
+  groups = pictures.group_by_class(samples, classes)
   assert [group.caption for group in groups] == [str(digit) for digit in range(10)]
   for digit, group in enumerate(groups):
     members = samples[classes == digit]
@@ -285,19 +285,19 @@ def test_samples_are_grouped_by_class():
   assert sum(len(group.pictures) for group in groups) <= 300
   # With too many classes, or only one, there are no groups.
   for ungrouped in (np.arange(len(samples)), np.zeros(len(samples)), None):
-    (group,) = pictures.by_class(samples, ungrouped)
+    (group,) = pictures.group_by_class(samples, ungrouped)
     assert group.caption == ""
     assert 100 < len(group.pictures) <= 300
 
 
 def test_a_film_includes_the_first_and_the_last_frame():
   frames, times = reports.denoising(frames=900)
-  film = pictures.film(frames, times)
+  film = pictures.render_film(frames, times)
   sprite = decode_png(film.sprite)
-  assert 8 < film.frames < 100
-  assert sprite.shape == (film.height * film.frames, film.width)
+  assert 8 < film.num_frames < 100
+  assert sprite.shape == (film.height * film.num_frames, film.width)
   assert (film.times[0], film.times[-1]) == ("1", "0")
-  for index, original in ((0, 0), (film.frames - 1, 899)):
+  for index, original in ((0, 0), (film.num_frames - 1, 899)):
     frame = images.grid(frames[original], 6, tile=64)[..., 0]
     np.testing.assert_array_equal(sprite[index * film.height :][: film.height], frame)
 

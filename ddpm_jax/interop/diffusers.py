@@ -165,7 +165,10 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
 
 
 def has_size(path: str | Path) -> bool:
-  """Return whether the config of a model contains the image size. Without it, `load` needs `shape`."""
+  """Return whether the config of a model contains the image size.
+
+  Without it, `load` needs `shape`.
+  """
   config = jsonfiles.read(config_paths(find_folder(path, weights=False))[0])
   return config.get("sample_size") is not None
 
@@ -203,7 +206,10 @@ def _data_shape(config: dict[str, Any], channels: int, shape: tuple[int, int, in
 def _conditions(
   network: UNet, extra: int, data_shape: tuple[int, int, int], class_dropout: float
 ) -> dict[str, Condition]:
-  """Return the conditions of a network: those of its embedding, and an image if it has `extra` input channels."""
+  """Return the conditions of a network by name.
+
+  They are the input of its embedding, and an image if the network takes `extra` input channels.
+  """
   by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:
     raise ValueError(

@@ -36,7 +36,7 @@ _EPSILON = 1e-5
 _MAX_COSINE_SIZE = 64
 # The number of sampling steps in the papers, out of 1000 or 4000 training steps.
 _STEPS = 250
-# A tensor that all of these models contain, and what error messages call the models.
+# The name of a tensor in all of these models, and a description of the models for error messages.
 _ANCHOR, _DESCRIPTION = "input_blocks.0.0.weight", "model of improved-diffusion or guided-diffusion"
 
 
@@ -285,10 +285,10 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
 
 
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
-  """Return the same numbers for a classifier, which only has a way down.
+  """Return the number of levels and the number of residual blocks per level of a classifier.
 
-  A residual block that downsamples has the same tensors as any other residual block. So test each number of blocks, and
-  keep the numbers that are consistent with the file.
+  A classifier has only a way down. There, a residual block that downsamples has the same tensors as any other.
+  So test each number of blocks, and keep the numbers that are consistent with the file.
   """
   total = _count(file, "input_blocks")
   widens = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]

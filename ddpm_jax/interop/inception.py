@@ -19,7 +19,7 @@ from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 
-# The first digits of the published file's SHA-256, which are part of its name.
+# The first digits of the published file's SHA-256. They are part of its name.
 PUBLISHED = "6726825d"
 _FILES = "pt_inception-2015-12-05-6726825d.pth of pytorch-fid (its release fid_weights), or weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
 _EPSILON = 1e-3

@@ -28,7 +28,7 @@ Config = dict[str, Any]
 
 
 class _Kind(NamedTuple):
-  """Describe a scheduler class: the matching sampler, and the defaults that differ from those of DDPMScheduler.
+  """Describe a scheduler class by its matching sampler and its defaults.
 
   Attributes:
     sampler: the name of our sampler.
@@ -188,7 +188,9 @@ class Schedule(NamedTuple):
 
 
 def from_config(config: Mapping[str, Any]) -> Schedule:
-  """Parse a scheduler config. Omitted keys have the defaults of the scheduler class.
+  """Parse a scheduler config.
+
+  Omitted keys have the defaults of the scheduler class.
 
   Raises:
     ValueError: if the class or an option is not supported here. The message names the class or option.

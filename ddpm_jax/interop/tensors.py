@@ -120,7 +120,7 @@ class TensorFile:
 class ShardedFile:
   """Read the tensors of one network from several files, listed in an index (*.index.json).
 
-  The interface is the same as that of `TensorFile`.
+  It has the same interface as `TensorFile`.
 
   Args:
     path: the index file.
@@ -204,7 +204,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
       " .safetensors file."
     ) from error
   try:
-    # Do not map the file into memory: a mapping is only released as a whole, separate tensors are released one by one.
+    # Do not map the file into memory. Separate tensors can be released one by one, a mapping only as a whole.
     loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     raise _unreadable(path, error) from error
@@ -243,7 +243,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
   message = str(error).rpartition("WeightsUnpickler error:")[2]
   unsafe = re.search(r"\bGLOBAL (\S+)", message)
   if unsafe:
-    reason = f"it contains {unsafe[1]}, which needs code to load, and code in a file never runs here. Where you trust the file, save model.state_dict() alone"
+    reason = f"it contains {unsafe[1]}, which needs code to load, and code in a file never runs here. If you trust the file, save model.state_dict() alone"
   else:
     reason = f"it is damaged or has another format ({first_line(message)}). Download it again"
   return ValueError(f"Cannot read {path} as a state dict of tensors: {reason}, or use a .safetensors file.")
@@ -376,7 +376,7 @@ def flatten(params: PyTree) -> dict[str, Any]:
 
 
 def leaf_name(path: str) -> str:
-  """Return PyTorch's name for the last part of a path: "weight" or "bias"."""
+  """Return PyTorch's name for the last part of a path, "weight" or "bias"."""
   return "bias" if path.endswith("bias") else "weight"
 
 

@@ -1,4 +1,4 @@
-"""Convert between the config of diffusers' `UNet2DModel` and our U-Net, and name the parameters as diffusers does."""
+"""Convert between the config of diffusers' `UNet2DModel` and our U-Net, and map names of parameters."""
 
 import re
 from collections.abc import Mapping

@@ -1,14 +1,14 @@
-"""Write one HTML file that shows an evaluation: scores, samples, nearest training images, curves and provenance.
+"""Write one HTML file that shows an evaluation.
 
-The page loads nothing from the network. This package only presents arrays and dicts. It does not depend on configs,
-processes or runs.
+The page shows scores, samples, nearest training images, curves and provenance. It loads nothing from the network. This
+package only presents arrays and dicts. It does not depend on configs, processes or runs.
 """
 
 from pathlib import Path
 
 from ddpm_jax.report.content import Content as Content
 from ddpm_jax.report.content import Neighbors as Neighbors
-from ddpm_jax.report.content import check
+from ddpm_jax.report.content import check_content
 from ddpm_jax.storage import files
 
 
@@ -26,7 +26,7 @@ def write(path: str | Path, content: Content) -> None:
     ValueError: if the shapes in `content` are not consistent.
     WriteError: if the file cannot be written.
   """
-  check(content)
+  check_content(content)
   # Import plotly late, because the import takes half a second.
   from ddpm_jax.report import page
 

@@ -26,7 +26,9 @@ class Neighbors(NamedTuple):
 
 
 class Content(NamedTuple):
-  """Hold everything that a report shows. Sections with None or empty content are left out.
+  """Hold everything that a report shows.
+
+  Sections with None or empty content are left out.
 
   Attributes:
     title: the title of the page.
@@ -58,7 +60,7 @@ class Content(NamedTuple):
   bound_terms: np.ndarray | None = None
 
 
-def check(content: Content) -> None:
+def check_content(content: Content) -> None:
   """Check that the arrays of a report have consistent shapes.
 
   Raises:

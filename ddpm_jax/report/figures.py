@@ -1,6 +1,6 @@
 """Create the plots of a report as plotly figures.
 
-Colors are names of CSS variables. The script of the page replaces them by the colors of the style sheet.
+Colors are names of CSS variables. The script of the page replaces them with the colors of the style sheet.
 """
 
 import html
@@ -101,7 +101,10 @@ def figure(
 def line(
   name: str, x: Any, y: Any, color: str, *, markers: bool | None = None, dash: str | None = None, **options: Any
 ) -> go.Scatter:
-  """Create a line. By default it has markers if it has at most 12 points. Values that are not finite leave a gap."""
+  """Create a line through points.
+
+  By default the line has markers if it has at most 12 points. Values that are not finite leave a gap.
+  """
   y = np.where(np.isfinite(np.asarray(y, np.float64)), y, np.nan).astype(np.float32)
   markers = len(y) <= 12 if markers is None else markers
   return go.Scatter(
@@ -117,7 +120,10 @@ def line(
 
 
 def needs_log_axis(values: Any) -> bool:
-  """Return whether a logarithmic axis suits values: all are positive, and they span more than a factor of ten."""
+  """Return whether values suit a logarithmic axis.
+
+  They do if all are positive and they span more than a factor of ten.
+  """
   values = np.asarray(values, np.float64)
   values = values[np.isfinite(values)]
   return bool(values.size) and bool(values.min() > 0) and bool(values.max() > 10 * values.min())

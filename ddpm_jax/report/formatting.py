@@ -1,4 +1,4 @@
-"""Format scores and numbers for readers: names of scores, which direction is better, and how to write values."""
+"""Format scores, numbers and other values for readers, and describe each score."""
 
 import math
 from collections.abc import Mapping
@@ -48,7 +48,10 @@ _SCORES = {
 
 
 def describe_score(key: str) -> Score:
-  """Return the description of a score. An unknown score keeps its key as its name."""
+  """Return the description of a score.
+
+  An unknown score keeps its key as its name.
+  """
   if key.startswith("clean_") and key[6:] in _SCORES:
     score = _SCORES[key[6:]]
     return score._replace(name=f"clean-{score.name}", meaning=f"{score.meaning}, with clean-fid's resizing")
@@ -56,9 +59,9 @@ def describe_score(key: str) -> Score:
 
 
 def sort_scores(keys: list[str]) -> list[str]:
-  """Return the keys of scores in the order to show them: known scores first.
+  """Return the keys of scores in the order to show them.
 
-  `x_std` is left out if `x` is present, because it is shown as the error of `x`.
+  Scores with a description come first. `x_std` is left out if `x` is present, because it is shown as the error of `x`.
   """
   known = [key for key in _SCORES if key in keys]
   unknown = [key for key in keys if key not in _SCORES and not (key.endswith("_std") and key[:-4] in keys)]
@@ -66,7 +69,10 @@ def sort_scores(keys: list[str]) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-  """Return whether a value can be plotted and rounded. Booleans cannot."""
+  """Return whether a value can be plotted and rounded.
+
+  Booleans cannot.
+  """
   return hasattr(value, "__float__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
 
 
@@ -127,10 +133,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def to_words(key: str) -> str:
-  """Return a key with spaces: "images_per_second" becomes "images per second"."""
+  """Return a key with spaces instead of underscores, such as "images per second"."""
   return key.replace("_", " ")
 
 
 def use_minus_sign(number: str) -> str:
-  """Replace the hyphen before a negative number by a minus sign, which is as wide as a digit."""
+  """Replace the hyphen before a negative number by a minus sign.
+
+  A minus sign is as wide as a digit, so numbers line up in tables.
+  """
   return number.replace("-", "\N{MINUS SIGN}") if number.startswith("-") else number

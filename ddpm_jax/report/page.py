@@ -24,10 +24,10 @@ _ESTIMATES = {
   "ode": "Probability-flow ODE",
   "continuous": "Bound in continuous time",
 }
-# Names of the columns of likelihood estimates that are not just their key with spaces.
-_COLUMNS = {"nfe": "NFE"}
+# Display names for details of a likelihood estimate. Other details are shown by their key, with spaces.
+_DETAIL_NAMES = {"nfe": "NFE"}
 # Keys of an evaluation that have their own section.
-_WITH_SECTION = ("scores", "curve", "likelihood")
+_SECTION_KEYS = ("scores", "curve", "likelihood")
 
 
 class Row(NamedTuple):
@@ -48,12 +48,12 @@ class Match(NamedTuple):
   Attributes:
     sample: the sample, as a data URI.
     nearest: the nearest training images as data URIs, each with its formatted distance.
-    near: whether the sample may be a copy of the nearest one.
+    is_near: whether the sample may be a copy of the nearest one.
   """
 
   sample: str
   nearest: list[tuple[str, str]]
-  near: bool
+  is_near: bool
 
 
 def render(content: Content) -> str:
@@ -89,18 +89,21 @@ def render(content: Content) -> str:
 
 
 def _sections(content: Content) -> dict[str, Any]:
-  """Return the variables of the template. Variables without content are None or empty."""
+  """Return the variables of the template.
+
+  A variable without content is None or empty.
+  """
   evaluation = content.evaluation
   scores = {name: row for name, row in (evaluation.get("scores") or {}).items() if isinstance(row, Mapping)}
   curve, likelihood = evaluation.get("curve") or [], evaluation.get("likelihood") or {}
-  groups = pictures.by_class(content.samples, content.classes) if len(content.samples) else []
+  groups = pictures.group_by_class(content.samples, content.classes) if len(content.samples) else []
   large, small = training.plot_metrics(content.metrics)
   sections = {
     "columns": [_column_title(name) for name in _columns(scores)],
     "rows": _rows(scores),
     "basis": _basis(evaluation),
     "groups": groups,
-    "tile": pictures.tile_of(content.samples) if groups else None,
+    "tile": pictures.tile_size(content.samples) if groups else None,
     "shown": sum(len(group.pictures) for group in groups),
     "total": len(content.samples),
     "film": _film(content),
@@ -113,7 +116,7 @@ def _sections(content: Content) -> dict[str, Any]:
     "bound": _bound(content.bound_terms),
     "likelihood": _likelihood(likelihood),
     "config": _config(content.config),
-    "provenance": formatting.flatten({key: value for key, value in evaluation.items() if key not in _WITH_SECTION}),
+    "provenance": formatting.flatten({key: value for key, value in evaluation.items() if key not in _SECTION_KEYS}),
   }
   return sections | {"missing": _missing(sections)}
 
@@ -177,7 +180,7 @@ def _basis(evaluation: Mapping[str, Any]) -> str:
 def _film(content: Content) -> pictures.Film | None:
   if content.denoising is None or not content.denoising.size or content.denoising_times is None:
     return None
-  return pictures.film(content.denoising, np.asarray(content.denoising_times, np.float64))
+  return pictures.render_film(content.denoising, np.asarray(content.denoising_times, np.float64))
 
 
 def _neighbors(neighbors: Neighbors | None, max_samples: int = 12, max_images: int = 3) -> dict[str, Any] | None:
@@ -200,18 +203,18 @@ def _neighbors(neighbors: Neighbors | None, max_samples: int = 12, max_images: i
       f"{value:.2f}\N{MULTIPLICATION SIGN}" if has_reference else formatting.format_number(value)
       for value in relative[index, :max_images]
     ]
-    near = has_reference and bool(relative[index, 0] < NEAR)
+    is_near = has_reference and bool(relative[index, 0] < NEAR)
     sample = pictures.thumbnails(neighbors.samples[index : index + 1])[0]
-    matches.append(Match(sample, list(zip(thumbnails, captions, strict=True)), near))
+    matches.append(Match(sample, list(zip(thumbnails, captions, strict=True)), is_near))
   num_near = int(np.sum(relative[:, 0] < NEAR)) if has_reference else 0
   real_share = float(np.mean(real_distances < NEAR * typical)) if has_reference else 0.0
   expected = real_share * len(distances)
   return {
     "matches": matches,
-    "tile": pictures.tile_of(neighbors.samples, max_side=108),  # so that two fit side by side
-    "near": num_near,
+    "tile": pictures.tile_size(neighbors.samples, max_side=108),  # so that two fit side by side
+    "num_near": num_near,
     # Warn if the number exceeds the expected one by more than two standard deviations.
-    "alarm": has_reference and num_near > expected + 2 * math.sqrt(max(expected, 1)),
+    "warn": has_reference and num_near > expected + 2 * math.sqrt(max(expected, 1)),
     "real_share": f"{real_share:.1%}",
     "share": f"{num_near / len(distances):.1%}",
     "total": len(distances),
@@ -253,7 +256,7 @@ def _likelihood(likelihood: Mapping[str, Any]) -> dict[str, Any] | None:
   rows = []
   for key, row in estimates.items():
     details = ", ".join(
-      f"{_COLUMNS.get(name, formatting.to_words(name))} {formatting.format_number(value)}"
+      f"{_DETAIL_NAMES.get(name, formatting.to_words(name))} {formatting.format_number(value)}"
       for name, value in row.items()
       if name not in ("bits", "standard_error", "num_images")
     )
@@ -263,7 +266,10 @@ def _likelihood(likelihood: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _config(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-  """Return the config as pairs of a section name and its keys. Top-level keys come first, under the name ""."""
+  """Return the config as pairs of a section name and its keys.
+
+  Top-level keys come first, under the name "".
+  """
   top = formatting.flatten({key: value for key, value in config.items() if not isinstance(value, Mapping)})
   nested = [(key, formatting.flatten(value)) for key, value in config.items() if isinstance(value, Mapping)]
   return ([("", top)] if top else []) + nested
@@ -276,7 +282,7 @@ def _all_figures(sections: Mapping[str, Any]) -> list[Figure]:
 
 
 def _inline(code: str) -> str:
-  """Escape a script so that it cannot close its <script> element.
+  """Make a script safe to embed, so that no text in it closes the <script> element.
 
   Line ends and null characters are replaced too, because a browser would change them and then compute another hash.
   """
@@ -284,7 +290,7 @@ def _inline(code: str) -> str:
 
 
 def _inline_json(value: Any) -> str:
-  """Return a value as JSON without markup. The characters `<`, `>` and `&` are escaped."""
+  """Return a value as JSON with the characters `<`, `>` and `&` escaped."""
   text = json.dumps(value, allow_nan=False, separators=(",", ":"))
   return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

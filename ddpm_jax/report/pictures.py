@@ -8,8 +8,8 @@ import numpy as np
 
 from ddpm_jax.storage.images import displayable, grid
 
-# The maximum number of bytes before compression, because noise does not compress. In base64, both are below two
-# megabytes.
+# Limits on the bytes before compression, because noise does not compress. As base64, samples and film together take
+# less than two megabytes.
 _SAMPLE_BYTES, _FILM_BYTES = 550_000, 500_000
 
 
@@ -54,8 +54,8 @@ class Film(NamedTuple):
     height: the height of a frame in pixels.
     shown_width: the width of a frame on the page, in CSS pixels.
     times: the formatted time of each frame.
-    samples: the number of samples in a frame.
-    frames: the number of frames.
+    num_samples: the number of samples in a frame.
+    num_frames: the number of frames.
     last: the last frame, as a data URI.
   """
 
@@ -64,15 +64,15 @@ class Film(NamedTuple):
   height: int
   shown_width: int
   times: list[str]
-  samples: int
-  frames: int
+  num_samples: int
+  num_frames: int
   last: str
 
 
-def tile_of(images: np.ndarray, max_side: int = 128) -> Tile:
-  """Return the size of images [..., H, W, C] on the page: about 64 pixels, and at most `max_side`.
+def tile_size(images: np.ndarray, max_side: int = 128) -> Tile:
+  """Return the size of images [..., H, W, C] on the page.
 
-  Small images are enlarged by an integer factor.
+  The longer side has about 64 pixels, and at most `max_side`. Small images are enlarged by an integer factor.
   """
   height, width = displayable(images[:1]).shape[-3:-1]
   side = max(height, width)
@@ -105,7 +105,7 @@ def data_uri(image: np.ndarray) -> str:
   return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes: int = 20) -> list[Group]:
+def group_by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes: int = 20) -> list[Group]:
   """Group samples [N, H, W, C] by class.
 
   With no classes, one class, or more than `max_classes`, all samples are in one group without a caption. Groups are cut
@@ -115,7 +115,7 @@ def by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes: int =
   max_images = int(np.clip(_SAMPLE_BYTES // samples[0].size, 24, 240)) if len(samples) else 0
   names = [] if classes is None else np.unique(classes).tolist()
   # A row of a wide page has 1010 pixels for images, or 970 if there is a caption.
-  width = tile_of(samples).width + 3
+  width = tile_size(samples).width + 3
   if not 1 < len(names) <= max_classes:
     row = 1010 // width
     return [Group("", [data_uri(image) for image in samples[: max_images // row * row]], len(samples))]
@@ -128,7 +128,7 @@ def by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes: int =
   return groups
 
 
-def film(denoising: np.ndarray, times: np.ndarray) -> Film:
+def render_film(denoising: np.ndarray, times: np.ndarray) -> Film:
   """Return an animation of at most 8 samples.
 
   It includes the first and the last frame, and frames evenly spaced between them, as many as the size limit allows.
@@ -155,8 +155,8 @@ def film(denoising: np.ndarray, times: np.ndarray) -> Film:
     height=height,
     shown_width=width * max(1, 560 // width),
     times=[f"{times[index]:.4g}" for index in indices],
-    samples=samples.shape[1],
-    frames=len(indices),
+    num_samples=samples.shape[1],
+    num_frames=len(indices),
     last=data_uri(pictures[-1]),
   )
 

@@ -10,7 +10,7 @@ import numpy as np
 from ddpm_jax.report import figures, formatting
 from ddpm_jax.report.figures import Figure
 
-# The maximum number of points of a curve, which is enough for any screen.
+# The maximum number of points of a curve. This is enough for any screen.
 _MAX_POINTS = 800
 _BY_LEVEL = "_by_log_snr/"
 _AXIS_LABELS = {
@@ -91,7 +91,10 @@ def _by_level(measure: str, keys: list[str], metrics: Sequence[Mapping[str, Any]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """Return the steps and the values of a metric, averaged over adjacent lines if there are more than `_MAX_POINTS`."""
+  """Return the steps and the values of a metric.
+
+  If there are more than `_MAX_POINTS`, adjacent points are averaged.
+  """
   pairs = [(line["step"], line[key]) for line in metrics if formatting.is_number(line.get(key))]
   x, y = np.array(pairs, np.float64).reshape(-1, 2).T
   if len(x) > _MAX_POINTS:
