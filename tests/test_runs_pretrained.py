@@ -287,7 +287,7 @@ def test_the_last_class_of_a_folder_stands_for_none_where_classes_are_hidden(tmp
   tree, found = pretrained.load_init_from(tree_of(config))
   experiment = configs.build(tree)
   for condition in (experiment.model.conditions["classes"], found.model.conditions["classes"]):
-    assert (condition.number, condition.dropout) == (11, 0.2)
+    assert (condition.num_values, condition.dropout) == (11, 0.2)
     assert condition.null(None) == 10
 
 
