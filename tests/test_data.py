@@ -87,7 +87,7 @@ def test_an_archive_of_image_files_is_to_be_unpacked(tmp_path):
     for index in range(3000):
       file.writestr(f"cat/{index:04d}.png", b"")
   names = ", ".join(f"cat/{index:04d}.png" for index in range(5))
-  with pytest.raises(ValueError, match=rf"a\.npz, which holds {names} and 2,995 more; expected .*unpack an archive"):
+  with pytest.raises(ValueError, match=rf"a\.npz, which contains {names} and 2,995 more; expected .*archive of image files, unpack it"):
     data.read_arrays(tmp_path / "a.npz")
 
 
@@ -101,7 +101,7 @@ def test_two_arrays_for_one_thing_are_an_error(tmp_path, names):
   content = {"images": np.zeros((2, 4, 4, 1), np.uint8), "samples": np.ones((2, 4, 4, 1), np.uint8)}
   content = {name: content.get(name, np.zeros(2, int)) for name in {"images", *names}}
   np.savez(tmp_path / "a.npz", **content)
-  with pytest.raises(ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected one of them"):
+  with pytest.raises(ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected only one of them"):
     data.read_arrays(tmp_path / "a.npz")
 
 
@@ -127,7 +127,7 @@ def test_wrong_array_files_are_errors(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
       data.read_arrays(tmp_path / "wrong.npz")
   np.savez(tmp_path / "labels.npz", images=np.zeros((2, 4, 4, 1), np.uint8), classes=np.zeros(3, int))
-  with pytest.raises(ValueError, match="one integer an image"):
+  with pytest.raises(ValueError, match="one integer per image"):
     data.read_arrays(tmp_path / "labels.npz")
 
 
@@ -154,7 +154,7 @@ def test_folder_crops_the_center(tmp_path):
 def test_wrong_folders_are_errors(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
     data.FolderSource(tmp_path / "none", (8, 8))
-  with pytest.raises(ValueError, match="holds no image"):
+  with pytest.raises(ValueError, match="contains no images"):
     data.FolderSource(tmp_path, (8, 8))
   write_folder(tmp_path)
   with pytest.raises(ValueError, match="channels=2"):
@@ -278,7 +278,7 @@ def test_a_tenth_is_held_out_of_any_number(number, held):
 
 
 def test_one_image_cannot_be_held_out():
-  with pytest.raises(ValueError, match="Got one image.*expected two or more.*hold_out=0"):
+  with pytest.raises(ValueError, match="Got only one image.*expected two or more.*hold_out=0"):
     data.hold_out(data.ArraySource(np.zeros((1, 1, 1, 1), np.uint8)), data.A_TENTH)
 
 

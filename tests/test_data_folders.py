@@ -125,7 +125,7 @@ def test_a_link_that_may_have_been_a_class_is_refused(tmp_path, target):
   write_folder(tmp_path, count=1, classes=("dog",))
   (tmp_path / "cat").symlink_to(target)
   for read in (lambda: data.FolderSource(tmp_path, (8, 8)), lambda: data.read_inputs(tmp_path, (8, 8), 3)):
-    with pytest.raises(ValueError, match=rf"Got the link {tmp_path}/cat, which leads nowhere; .*Mount or restore"):
+    with pytest.raises(ValueError, match=rf"Got the link {tmp_path}/cat, but its target does not exist; .*Mount or restore"):
       read()
 
 
@@ -174,7 +174,7 @@ def test_hidden_folders_are_no_classes(tmp_path, name, capsys):
   source = data.FolderSource(tmp_path / "images", (8, 8))
   assert source.class_names == ["cat", "dog"]
   assert list(source.classes) == [0, 1]
-  assert "2 hidden or of the system" in capsys.readouterr().out
+  assert "2 hidden or system" in capsys.readouterr().out
 
 
 def test_other_files_are_passed_over_with_a_word(tmp_path, capsys, settled):
@@ -186,18 +186,18 @@ def test_other_files_are_passed_over_with_a_word(tmp_path, capsys, settled):
   (root / "dog" / "link.png").symlink_to("pipe.png")
   for _ in range(2):  # also when the listing comes from the cache
     assert len(data.cache_in_memory(data.FolderSource(root, (8, 8)))) == 2
-    said = "3 hidden or of the system, 2 .txt, 2 no regular file, 1 .heic, 1 without an ending"
-    assert f"passed over in {root}, as no images: {said}\n" in capsys.readouterr().out
+    counts = "3 hidden or system, 2 .txt, 2 not regular files, 1 .heic, 1 without extension"
+    assert f"skipped files in {root} that are not images: {counts}\n" in capsys.readouterr().out
   for name in ("cat/0.png", "dog/0.png"):
     (root / name).unlink()
-  with pytest.raises(ValueError, match=r"holds no image \(3 hidden.*1 \.heic.*expected image files"):
+  with pytest.raises(ValueError, match=r"contains no images \(3 hidden.*1 \.heic.*expected image files"):
     data.FolderSource(root, (8, 8))
 
 
 def test_a_folder_of_images_alone_says_nothing(tmp_path, capsys):
   write_folder(tmp_path)
   data.FolderSource(tmp_path, (8, 8))
-  assert "passed over" not in capsys.readouterr().out
+  assert "skipped" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_replaced_folder_of_the_same_age_is_listed_again(tmp_path, how, name, 
 def test_other_formats_of_pillow_are_listed_again(tmp_path, settled, monkeypatch):
   write(tmp_path / "images" / "a.png")
   write(tmp_path / "images" / "b.tga")
-  monkeypatch.setattr(listing, "extensions", lambda: (".png",))
+  monkeypatch.setattr(listing.decoding, "extensions", lambda: (".png",))
   assert names(tmp_path / "images") == ["a.png"]
   monkeypatch.undo()
   assert names(tmp_path / "images") == ["a.png", "b.tga"]

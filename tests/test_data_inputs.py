@@ -39,7 +39,7 @@ def test_a_folder_is_searched_in_order_and_its_images_resized(tmp_path, capsys):
   for name in ("notes.txt", "._b.png"):
     (tmp_path / name).write_text("not an image")
   found = data.read_inputs(tmp_path, (8, 8), 1)
-  assert f"passed over in {tmp_path}, as no images: 2 hidden or of the system, 1 .txt\n" in capsys.readouterr().out
+  assert f"skipped files in {tmp_path} that are not images: 2 hidden or system, 1 .txt\n" in capsys.readouterr().out
   assert found.names == ["z.JPG", "b.png", "c.png"]
   assert found.resized == 2
   assert found.images.shape == (3, 8, 8, 1)
@@ -91,18 +91,18 @@ def wrong_inputs(tmp_path):
       "empty",
       8,
       3,
-      r"--input=.*empty, a folder that holds no image \(no file at all\); expected image files, such as \.png",
+      r"--input=.*empty, a folder that contains no images \(no files at all\); expected image files, such as \.png",
     ),
-    ("broken.png", 8, 3, r"Cannot decode the image .*broken\.png: .*Replace it, or save it anew as PNG"),
+    ("broken.png", 8, 3, r"Cannot decode the image .*broken\.png: .*Replace it, or save it again as PNG"),
     ("cut.png", 8, 3, r"Cannot decode the image .*cut\.png"),
     ("mixed", 0, 3, r"images of shapes \[\(4, 4, 3\), \(8, 8, 3\)\].*expected one shape"),
-    ("wide.npz", 0, 3, r"shape \(2, 8, 4, 2\); expected \[N, H, W, 3\]"),
-    ("high.npz", 8, 1, r"shape \(2, 8, 4, 1\); expected \[N, 8, 8, 1\]"),
-    ("square.npz", 16, 1, r"shape \(2, 8, 8, 1\); expected \[N, 16, 16, 1\]"),
-    ("colors.npz", 8, 1, r"shape \(2, 8, 8, 3\); expected \[N, 8, 8, 1\]"),
+    ("wide.npz", 0, 3, r"shape \(2, 8, 4, 2\); expected uint8 \[N, H, W, 3\]"),
+    ("high.npz", 8, 1, r"shape \(2, 8, 4, 1\); expected uint8 \[N, 8, 8, 1\]"),
+    ("square.npz", 16, 1, r"shape \(2, 8, 8, 1\); expected uint8 \[N, 16, 16, 1\]"),
+    ("colors.npz", 8, 1, r"shape \(2, 8, 8, 3\); expected uint8 \[N, 8, 8, 1\]"),
     ("none.npz", 8, 1, "expected at least one"),
     ("float.npz", 8, 1, "uint8"),
-    ("other.npz", 8, 1, "which holds pictures; expected the array 'images'"),
+    ("other.npz", 8, 1, "which contains pictures; expected the array 'images'"),
   ]
 
 
@@ -113,7 +113,7 @@ def test_the_ending_of_arrays_may_be_in_capitals(tmp_path):
 
 def test_a_pipe_is_no_input(tmp_path):
   os.mkfifo(tmp_path / "a.png")
-  with pytest.raises(ValueError, match=r"--input=.*a\.png, which is no file; expected an image"):
+  with pytest.raises(ValueError, match=r"--input=.*a\.png, which is not a file; expected an image"):
     data.read_inputs(tmp_path / "a.png", (8, 8), 3)
 
 
@@ -162,7 +162,7 @@ def test_wrong_masks_are_errors(tmp_path):
     ("gone.png", r"--mask=.*gone\.png, which does not exist; expected .* or one of lower, upper, left, right, center"),
     ("small.png", "of 4x2 for images of 8x8; expected the same size"),
     ("black.png", "which is all black; expected white"),
-    ("gray.png", "neither black nor white, such as of level 90; expected white"),
+    ("gray.png", "neither black nor white, such as 90; expected white"),
     ("broken.png", r"Cannot decode --mask=.*broken\.png"),
   ):
     with pytest.raises(ValueError, match=message):

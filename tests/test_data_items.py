@@ -138,7 +138,7 @@ def test_arrays_of_a_file_that_belong_to_the_images(tmp_path):
   assert batch.keys() == {"image", "classes", "pose"}
   np.testing.assert_array_equal(batch["pose"], [[8, 9], [2, 3]])
   for items, message in (
-    (["poise"], "which holds classes, images, other, pose; expected poise too"),
+    (["poise"], "which contains classes, images, other, pose; expected poise too"),
     (["other"], "a.npz: Got other of shape"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -153,7 +153,7 @@ def test_images_of_floats_from_a_file_are_from_black_to_white(tmp_path):
   found = data.read_inputs(tmp_path / "a.npz", SHAPE[:2], 1).images
   np.testing.assert_array_equal(found, np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8))
   np.savez(tmp_path / "b.npz", images=(images + 1) / 2)
-  with pytest.raises(ValueError, match=r"b.npz: Got images of floats from 0 to 1; expected -1 to 1.*2 \* images - 1"):
+  with pytest.raises(ValueError, match=r"b.npz: Got float images from 0 to 1; expected -1 to 1.*2 \* images - 1"):
     data.arrays(fit, str(tmp_path / "b.npz"))
 
 
@@ -174,12 +174,12 @@ class Wrong(Poses):
   [
     (
       {"pose": np.zeros(4)},
-      r"pose float32 \(4,\).*beside one of .*pose float32 \(3,\).*expected the same names, types and shapes",
+      r"pose float32 \(4,\).*after an item of .*pose float32 \(3,\).*expected the same names, types and shapes",
     ),
-    ({"more": 1.0}, r"more float32 \(\).*beside one of"),
-    ({"image": np.zeros(SHAPE)}, r"image float32 .*beside one of .*image uint8"),
-    ({"pose": "left"}, "the item 'pose' of type <U4; expected numbers.*leave it out"),
-    ({"count": 2**40}, "'count' of integers from 1099511627776 to 1099511627776; expected what int32 holds"),
+    ({"more": 1.0}, r"more float32 \(\).*after an item of"),
+    ({"image": np.zeros(SHAPE)}, r"image float32 .*after an item of .*image uint8"),
+    ({"pose": "left"}, "the item 'pose' of type <U4; expected numbers.*remove it"),
+    ({"count": 2**40}, "'count' of integers from 1099511627776 to 1099511627776; expected values that fit int32"),
   ],
 )
 def test_an_item_unlike_the_others_is_an_error(changes, message, tmp_path):
@@ -217,7 +217,7 @@ def test_data_without_images_or_without_classes_are_refused_where_they_are_neede
   train, _ = data.load(data.Splits(Poses()), hold_out=2)
   assert data.class_counts(train, 3) is None
   with pytest.raises(
-    ValueError, match="the items count, image, .* for a model of classes; expected 'classes' among them"
+    ValueError, match="the items count, image, .* for a class-conditional model; expected an integer 'classes' among them"
   ):
     data.load(data.Splits(Poses()), check=data.classes_below(3))
 
@@ -227,9 +227,9 @@ def test_arrays_that_do_not_match_the_images_are_errors():
   for use, message in (
     (
       lambda: data.ArraySource(images, pose=np.zeros((2, 3))),
-      r"pose of shape \(2, 3\) for 3 images; expected one entry an image",
+      r"pose of shape \(2, 3\) for 3 images; expected one entry per image",
     ),
-    (lambda: data.ArraySource(images, image=images), "the item .image. beside images"),
+    (lambda: data.ArraySource(images, image=images), "an item named 'image'"),
     (lambda: data.ArraySource(images.astype(float) + 2), r"from 2 to 2; expected floats in \[-1, 1\]"),
     (lambda: data.ArraySource(images.astype(int)), "type int64; expected .*uint8 .*or floats"),
   ):

@@ -83,9 +83,9 @@ def test_other_data_is_refused_on_resuming():
 def test_another_batch_size_or_seed_is_refused_on_resuming():
   state = data.batches(numbered(), 7, seed=3).state
   assert state == {"batch": 0, "num_images": 30, "batch_size": 7, "seed": 3}
-  with pytest.raises(ValueError, match="batch size of 8 to resume data at 7"):
+  with pytest.raises(ValueError, match="batch size of 8 to resume data with 7"):
     data.batches(numbered(), 8, seed=3).restore(state)
-  with pytest.raises(ValueError, match="seed of 4 to resume data at 3"):
+  with pytest.raises(ValueError, match="seed of 4 to resume data with 3"):
     data.batches(numbered(), 7, seed=4).restore(state)
   with pytest.raises(ValueError, match="another release"):
     data.batches(numbered(), 7, seed=3).restore({"iterator": {}, "num_images": 30})
@@ -243,6 +243,6 @@ def test_a_worker_that_has_ended_is_an_error(stuck, monkeypatch):
     batches._ahead.result()
     monkeypatch.setattr(batches, "_fetch", threading.Event().wait)
   os.kill(worker, signal.SIGKILL)
-  with pytest.raises(data.WorkerDied, match=r"has ended; .*num_workers"):
+  with pytest.raises(data.WorkerDied, match=r"has died.*num_workers"):
     list(batches)
   batches.close()

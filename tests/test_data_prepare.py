@@ -143,7 +143,7 @@ def test_a_public_data_set_without_tensorflow_names_the_extra_before_any_downloa
 
   monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", never)
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"'cifar10' takes tensorflow.*ddpm_jax\[prepare\]"):
+  with pytest.raises(ValueError, match=r"'cifar10' needs tensorflow.*ddpm_jax\[prepare\]"):
     data.prepare_tfds("cifar10", str(tmp_path))
 
 
@@ -198,7 +198,7 @@ def test_a_pack_reads_as_its_folder(tmp_path, capsys):
   write_folder(tmp_path / "images" / "test", count=2)
   folder = experiment("folder", path=str(tmp_path / "images"))
   reading.run_prepare(folder, tmp_path / "packed")
-  assert "10 of 6x6x3 packed, 0 left out" in capsys.readouterr().out
+  assert "10 of 6x6x3 packed, 0 omitted" in capsys.readouterr().out
   assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "packed"]
   for want, got in zip(
     reading.read_sources(folder),
@@ -226,7 +226,7 @@ def test_several_shards_read_as_one(tmp_path, monkeypatch):
   order = np.random.default_rng(0).permutation(10)
   np.testing.assert_array_equal(data.read(read, order)["image"], data.read(source, order)["image"])
   (tmp_path / "packed" / "images-00002.array_record").unlink()
-  with pytest.raises(ValueError, match=r"not whole.*images-00002"):
+  with pytest.raises(ValueError, match=r"incomplete packed images.*images-00002"):
     data.PackedSource(tmp_path / "packed")
 
 
@@ -250,24 +250,24 @@ def test_other_shapes_settings_and_versions_are_refused(tmp_path):
   reading.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
   keys = {"source": "packed", "path": str(tmp_path / "packed"), "eval_split": ""}
   assert len(reading.read_data(experiment(**keys))[0]) == 6
-  with pytest.raises(ValueError, match=r"\(6, 6, 3\).*wants \(8, 8, 3\)"):
+  with pytest.raises(ValueError, match=r"\(6, 6, 3\).*expected \(8, 8, 3\)"):
     reading.read_data(experiment(**keys, data={"image_size": 8}))
-  with pytest.raises(ValueError, match=r"bicubic.*wants.*'adm'"):
+  with pytest.raises(ValueError, match=r"bicubic.*expected.*'adm'"):
     reading.read_data(experiment(**keys, data={"resize": "adm"}))
   index = tmp_path / "packed" / "index.json"
   sealed.write_json(index, {**sealed.read_json(index), "version": 2})
   with pytest.raises(ValueError, match="version 2"):
     data.PackedSource(tmp_path / "packed")
-  with pytest.raises(ValueError, match="holds no packed images"):
+  with pytest.raises(ValueError, match="contains no packed images"):
     data.PackedSource(tmp_path / "images")
 
 
 @pytest.mark.parametrize(
   ("file", "place", "message"),
   [
-    ("classes.npy", -3, r"Cannot read the classes .*classes\.npy: they are not what was written"),
+    ("classes.npy", -3, r"Cannot read the classes .*classes\.npy: the checksum does not match"),
     ("classes.npy", 60, r"Cannot read the classes .*classes\.npy"),
-    ("index.json", 20, r"holds no packed images \(it"),
+    ("index.json", 20, r"contains no packed images \(it"),
     ("images-00000.array_record", 300, r"Cannot read .*images-00000\.array_record"),
   ],
 )
@@ -289,7 +289,7 @@ def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
 
   fit = data.Fit((6, 4), 5)
   data.prepare(mine, {"first": 3}, fit, tmp_path / "packed", check=data.classes_below(3))
-  assert "learn: 3 of 6x4x5 packed, 0 left out" in capsys.readouterr().out
+  assert "learn: 3 of 6x4x5 packed, 0 omitted" in capsys.readouterr().out
   train, held_out = data.packed(fit, str(tmp_path / "packed"), "learn", "judge")
   np.testing.assert_array_equal(data.read(train, [0, 1, 2])["image"], images[:3])
   np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])

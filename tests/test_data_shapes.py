@@ -71,7 +71,7 @@ def test_the_crop_is_a_centered_box_of_the_ratio(space, crop, box):
 
 
 def test_an_image_smaller_than_the_crop_is_an_error():
-  with pytest.raises(ValueError, match="30x20 for data.crop=12, a box of 12x24; expected one no smaller"):
+  with pytest.raises(ValueError, match="30x20 for data.crop=12, a box of 12x24; expected an image at least as large"):
     data.fit(Image.fromarray(pixels_of(20, 30)), (16, 8), 3, crop=12)
 
 
@@ -124,9 +124,9 @@ def test_a_folder_and_its_pack(tmp_path, channels):
   data.pack(folder.train, tmp_path / "packed", data.fit_settings(fit))
   packed = data.packed(fit, str(tmp_path / "packed")).train
   np.testing.assert_array_equal(images_of(packed), pixels[..., :channels])
-  with pytest.raises(ValueError, match=rf"\(12, 8, {channels}\).*wants \(8, 12, {channels}\)"):
+  with pytest.raises(ValueError, match=rf"\(12, 8, {channels}\).*expected \(8, 12, {channels}\)"):
     data.packed(fit._replace(image_size=(8, 12)), str(tmp_path / "packed"))
-  with pytest.raises(ValueError, match="'crop': 0.*wants .*'crop': 4.*config.data.crop=0"):
+  with pytest.raises(ValueError, match="'crop': 0.*expected .*'crop': 4.*config.data.crop=0"):
     data.packed(fit._replace(crop=4), str(tmp_path / "packed"))
 
 
@@ -142,9 +142,9 @@ def test_arrays_of_any_number_of_channels(tmp_path, shape):
   batch = next(data.batches(train, 4, seed=0, flip=True))["image"]
   assert batch.shape == (4, *shape)
   other = fit._replace(image_size=shape[1::-1], channels=shape[2] + 1)
-  with pytest.raises(ValueError, match=r"Got images of shape .* from data.source=arrays; the config wants"):
+  with pytest.raises(ValueError, match=r"Got images of shape .* from data.source=arrays; expected"):
     data.arrays(other, str(tmp_path / "a.npz"))
-  with pytest.raises(ValueError, match="from the data; the config wants"):
+  with pytest.raises(ValueError, match="from the data; expected"):
     data.load(splits, shape=other.shape)
 
 
@@ -157,7 +157,7 @@ def test_mnist_of_other_sides(space):
   for axis, side in enumerate(space, 1):
     wanted = np.stack([part.mean(axis) for part in np.split(wanted, side, axis)], axis)
   np.testing.assert_allclose(found, wanted, atol=0.5)
-  with pytest.raises(ValueError, match=r"data.image_size=\(28, 20\); expected 28, or 32, 16 or 8"):
+  with pytest.raises(ValueError, match=r"data.image_size=\(28, 20\) for MNIST digits; expected 28, 32, 16 or 8"):
     data.mnist(data.Fit((28, 20), 1))
 
 
@@ -186,7 +186,7 @@ def test_tfds_records(monkeypatch, channels):
     np.testing.assert_allclose(train[0]["image"], means, atol=1)
   assert train[0]["image"].shape == (12, 8, channels)
   assert data.tfds(fit, "squares", "", "a", "").held_out is None
-  with pytest.raises(ValueError, match="Got no split of squares to train on"):
+  with pytest.raises(ValueError, match="Got no training split of squares"):
     data.tfds(fit, "squares", train_split="")
 
 
@@ -199,7 +199,7 @@ def test_data_sets_say_what_they_lack():
     (lambda: data.packed(data.Fit((8, 8)), ""), "expected a folder of packed images. Set --config.data.source.path"),
     (lambda: data.arrays(data.Fit((8, 8)), ""), "expected an .npz file. Set --config.data.source.path=<file>"),
     (lambda: data.folder((8, 8), "photos"), "Got a tuple as fit of data.folder; expected a Fit, such as data.Fit"),
-    (lambda: data.digits(data.Fit((8, 8), 3)), r"\(8, 8, 1\) from data.source=digits; the config wants \(8, 8, 3\)"),
+    (lambda: data.digits(data.Fit((8, 8), 3)), r"\(8, 8, 1\) from data.source=digits; expected \(8, 8, 3\)"),
     (lambda: data.folder(data.Fit((8, 8), 2), "/"), "channels=2 for image files .* --config.data.source=arrays"),
     (
       lambda: data.load(data.digits(data.Fit((8, 8), 1)), broken="ignore"),
@@ -233,9 +233,9 @@ def test_inputs_that_are_no_squares(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 8, 5), np.uint8))
   for space in ((12, 8), None):
     assert data.read_inputs(tmp_path / "a.npz", space, 5).images.shape == (2, 12, 8, 5)
-  with pytest.raises(ValueError, match=r"shape \(2, 12, 8, 5\); expected \[N, 8, 12, 5\]"):
+  with pytest.raises(ValueError, match=r"shape \(2, 12, 8, 5\); expected uint8 \[N, 8, 12, 5\]"):
     data.read_inputs(tmp_path / "a.npz", (8, 12), 5)
-  with pytest.raises(ValueError, match=r"a\.png, image files, for a model of 5 channels; expected an \.npz file"):
+  with pytest.raises(ValueError, match=r"a\.png, image files, for a model with 5 channels; expected an \.npz file"):
     data.read_inputs(tmp_path / "a.png", (12, 8), 5)
 
 
@@ -254,5 +254,5 @@ def test_masks_that_are_no_squares(tmp_path):
     ("center", (rows >= 3) & (rows < 9) & (columns >= 2) & (columns < 6)),
   ):
     np.testing.assert_array_equal(data.read_mask(word, (12, 8))[..., 0], np.broadcast_to(part, (12, 8)))
-  with pytest.raises(ValueError, match="--mask=upper for images of 8x1, of which it paints nothing"):
+  with pytest.raises(ValueError, match="--mask=upper, which is empty for images of 8x1"):
     data.read_mask("upper", (1, 8))
