@@ -87,7 +87,9 @@ def test_an_archive_of_image_files_is_to_be_unpacked(tmp_path):
     for index in range(3000):
       file.writestr(f"cat/{index:04d}.png", b"")
   names = ", ".join(f"cat/{index:04d}.png" for index in range(5))
-  with pytest.raises(ValueError, match=rf"a\.npz, which contains {names} and 2,995 more; expected .*archive of image files, unpack it"):
+  with pytest.raises(
+    ValueError, match=rf"a\.npz, which contains {names} and 2,995 more; expected .*archive of image files, unpack it"
+  ):
     data.read_arrays(tmp_path / "a.npz")
 
 
@@ -101,7 +103,9 @@ def test_two_arrays_for_one_thing_are_an_error(tmp_path, names):
   content = {"images": np.zeros((2, 4, 4, 1), np.uint8), "samples": np.ones((2, 4, 4, 1), np.uint8)}
   content = {name: content.get(name, np.zeros(2, int)) for name in {"images", *names}}
   np.savez(tmp_path / "a.npz", **content)
-  with pytest.raises(ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected only one of them"):
+  with pytest.raises(
+    ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected only one of them"
+  ):
     data.read_arrays(tmp_path / "a.npz")
 
 

@@ -102,9 +102,7 @@ def test_16_bits_of_measured_values_are_refused(tmp_path):
 def test_what_is_called_an_image_is_of_a_known_format(tmp_path, content):
   """Pillow would hand PostScript to another program, whatever the file's name."""
   (tmp_path / "a.png").write_bytes(content)
-  with pytest.raises(
-    ValueError, match=r"Cannot decode the image .*a\.png: unknown format or pixel type\. Replace"
-  ):
+  with pytest.raises(ValueError, match=r"Cannot decode the image .*a\.png: unknown format or pixel type\. Replace"):
     data.read_inputs(tmp_path / "a.png", (16, 16), 1)
 
 

@@ -153,7 +153,9 @@ def test_images_of_floats_from_a_file_are_from_black_to_white(tmp_path):
   found = data.read_inputs(tmp_path / "a.npz", SHAPE[:2], 1).images
   np.testing.assert_array_equal(found, np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8))
   np.savez(tmp_path / "b.npz", images=(images + 1) / 2)
-  with pytest.raises(ValueError, match=r"b.npz: Got float images from 0 to 1; expected -1 to 1.*2 \* images - 1"):
+  with pytest.raises(
+    ValueError, match=r"b.npz: Got float images from 0 to 1; expected -1 .black. to 1 .*2 \* images - 1"
+  ):
     data.arrays(fit, str(tmp_path / "b.npz"))
 
 
@@ -217,7 +219,8 @@ def test_data_without_images_or_without_classes_are_refused_where_they_are_neede
   train, _ = data.load(data.Splits(Poses()), hold_out=2)
   assert data.class_counts(train, 3) is None
   with pytest.raises(
-    ValueError, match="the items count, image, .* for a class-conditional model; expected an integer 'classes' among them"
+    ValueError,
+    match="the items count, image, .* for a class-conditional model; expected an integer 'classes' among them",
   ):
     data.load(data.Splits(Poses()), check=data.classes_below(3))
 

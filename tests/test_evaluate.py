@@ -120,9 +120,9 @@ def test_wrong_sets_are_errors():
     with pytest.raises(ValueError, match=f"Got {count} image"):
       evaluate.summarize(extract, [images(0, 5)], count, ALL)
   for scores in (ALL, PAIRS, PAIRS._replace(scores=("frechet",))):
-    with pytest.raises(ValueError, match="Got 12 images or more where 10 were announced"):
+    with pytest.raises(ValueError, match="Got 12 images or more; expected 10"):
       evaluate.summarize(extract, parts(images(0, 20), [6, 6, 4]), 10, scores)
-    with pytest.raises(ValueError, match="Got 20 images where 30 were announced"):
+    with pytest.raises(ValueError, match="Got 20 images; expected 30"):
       evaluate.summarize(extract, [images(0, 20)], 30, scores)
   broken = np.zeros((20, 2, 2, 1), np.float32)
   broken[3:5] = np.nan
@@ -139,9 +139,9 @@ def test_scores_that_a_summary_does_not_allow_are_errors():
   assert known.count == 20
   assert evaluate.score(full, known, ALL._replace(scores=("frechet",)))["frechet"] < 1e-9
   for name, message in (
-    ("spatial_frechet", "features of places"),
-    ("kernel", "images, not only statistics"),
-    ("density_coverage", "images, not only statistics"),
+    ("spatial_frechet", "spatial features"),
+    ("kernel", "a reference with images, not only statistics"),
+    ("density_coverage", "a reference with images, not only statistics"),
   ):
     with pytest.raises(ValueError, match=f"{name}', which needs {message}"):
       evaluate.score(full, known, ALL._replace(scores=(name,)))

@@ -150,7 +150,7 @@ def test_wrong_features_are_errors():
     metrics.merge(metrics.moments(good), metrics.moments(good[:, 1:]))
   total = metrics.MomentSum()
   total.add(good)
-  with pytest.raises(ValueError, match="Got features of 5 dimensions after some of 6"):
+  with pytest.raises(ValueError, match="Got features of 5 dimensions after features of 6"):
     total.add(good[:, 1:])
   for wrong in (good[0], good[:, :0], good[None], 3.0):
     with pytest.raises(ValueError, match=r"expected \[N, D\]"):
@@ -166,7 +166,7 @@ def test_wrong_features_are_errors():
 
 
 def test_too_few_samples_for_the_rank_are_an_error_that_says_how_many_do():
-  with pytest.raises(ValueError, match=r"Got 6 samples .* 6 dimensions: .* a rank of 5 .*Wanted 7 samples or more"):
+  with pytest.raises(ValueError, match=r"Got 6 samples .* 6 dimensions; expected 7 or more.*rank .* is at most 5"):
     metrics.frechet_distance(features(0, 6), features(1))
   metrics.frechet_distance(features(0, 7), features(1))
   metrics.frechet_distance(features(0, 6), features(1), allow_singular=True)
@@ -244,7 +244,7 @@ def test_wrong_log_probabilities_are_errors():
     metrics.class_statistics(log_probs, 5, 10, 2)
   with pytest.raises(ValueError, match="in 11 splits"):
     metrics.class_statistics(log_probs, 0, 10, 11)
-  with pytest.raises(ValueError, match="expected samples in each"):
+  with pytest.raises(ValueError, match="expected at least one sample in each"):
     metrics.inception_score(metrics.class_statistics(log_probs, 0, 200))
   with pytest.raises(ValueError, match="expected the same splits and classes"):
     metrics.merge_classes(*(metrics.class_statistics(log_probs, 0, 10, splits) for splits in (1, 2)))

@@ -64,7 +64,7 @@ def test_wrong_images_are_errors(params):
       extract(wrong)
   with pytest.raises(ValueError, match="Got a batch of 0"):
     metrics.extractor(metrics.pixel_space(), 0)
-  with pytest.raises(ValueError, match="Got images of 3 channels for a classifier of images of 1"):
+  with pytest.raises(ValueError, match=r"Got images with 3 channel\(s\); expected 1"):
     metrics.extractor(metrics.classifier_space(params, 10), 4)(np.repeat(IMAGES[:4], 3, -1))
   unnamed = metrics.pixel_space()._replace(apply=lambda params, x: {"values": x})
   with pytest.raises(ValueError, match=r"Got the taps \['values'\] .*expected 'features'"):

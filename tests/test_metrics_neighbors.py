@@ -116,7 +116,7 @@ def test_wrong_points_are_errors():
   for call in (lambda: metrics.neighborhoods(broken, real), lambda: metrics.nearest(real, [real, broken])):
     with pytest.raises(ValueError, match="Got 1 of 20 feature vectors that are not finite"):
       call()
-  with pytest.raises(ValueError, match="Got 3 features among which to find 5"):
+  with pytest.raises(ValueError, match="Got 3 features to find 5 neighbors"):
     metrics.nearest(real, [real[:3]])
-  with pytest.raises(ValueError, match="Got 0 neighbors of 20"):
+  with pytest.raises(ValueError, match="Got 0 neighbors to find for 20"):
     metrics.nearest(real, [real], 0)

@@ -35,8 +35,8 @@ class TfdsSource:
     resize: "bicubic", "box" or "adm".
 
   Raises:
-    ValueError: if the data set is unknown, not prepared, or has no images. When an image is read: if it cannot be decoded
-      (BrokenImage).
+    ValueError: if the data set is unknown, not prepared, or has no images. When an image is read: if it cannot be
+      decoded (BrokenImage).
   """
 
   def __init__(
