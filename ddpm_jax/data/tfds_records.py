@@ -97,9 +97,9 @@ class TfdsSource:
 
 
 def _class_of(record: dict[str, Any]) -> int:
-  label = np.asarray(record.get("label", NO_CLASS))
+  value = np.asarray(record.get("label", NO_CLASS))
   # Regression targets and multi-label targets are not classes.
-  return int(check_classes(label)) if label.shape == () and np.issubdtype(label.dtype, np.integer) else NO_CLASS
+  return int(check_classes(value)) if value.shape == () and np.issubdtype(value.dtype, np.integer) else NO_CLASS
 
 
 def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, dict[str, int], bool]:

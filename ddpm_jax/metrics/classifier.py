@@ -158,7 +158,9 @@ def pixel_space() -> FeatureSpace:
 def cached_classifier(
   path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, main: bool = True
 ) -> PyTree:
-  """Load a classifier from a file if it was trained on the same images with the same arguments; otherwise train it.
+  """Load a trained classifier from a file, or train it and save it.
+
+  The file is used only if its classifier was trained on the same images with the same arguments.
 
   Args:
     path: the file. A damaged file is moved into the folder `damaged` next to it.
