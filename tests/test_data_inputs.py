@@ -20,9 +20,9 @@ def picture(path, size, value=None, mode="RGB", seed=0):
 
 def test_an_image_of_the_right_size_is_not_changed(tmp_path):
   pixels = picture(tmp_path / "a.png", (8, 8))
-  found = data.read_inputs(tmp_path / "a.png", (8, 8), 3)
-  np.testing.assert_array_equal(found.images, pixels[None])
-  assert (found.images.dtype, found.names, found.resized) == (np.uint8, ["a.png"], 0)
+  inputs = data.read_inputs(tmp_path / "a.png", (8, 8), 3)
+  np.testing.assert_array_equal(inputs.images, pixels[None])
+  assert (inputs.images.dtype, inputs.names, inputs.resized) == (np.uint8, ["a.png"], 0)
   assert data.read_inputs(tmp_path / "a.png", None, 3).images.shape == (1, 8, 8, 3), "its own size"
   gray = data.read_inputs(str(tmp_path / "a.png"), (8, 8), 1).images
   assert gray.shape == (1, 8, 8, 1)
@@ -38,14 +38,14 @@ def test_a_folder_is_searched_in_order_and_its_images_resized(tmp_path, capsys):
   picture(tmp_path / ".thumbnails" / "a.png", (8, 8))
   for name in ("notes.txt", "._b.png"):
     (tmp_path / name).write_text("not an image")
-  found = data.read_inputs(tmp_path, (8, 8), 1)
+  inputs = data.read_inputs(tmp_path, (8, 8), 1)
   assert f"skipped files in {tmp_path} that are not images: 2 hidden or system, 1 .txt\n" in capsys.readouterr().out
-  assert found.names == ["z.JPG", "b.png", "c.png"]
-  assert found.resized == 2
-  assert found.images.shape == (3, 8, 8, 1)
-  assert np.all(found.images[1] == 200)
-  assert np.all(np.abs(found.images[0].astype(int) - 100) <= 2)
-  assert np.all(found.images[2] >= 200), "the image covers the target, and the black sides are cropped"
+  assert inputs.names == ["z.JPG", "b.png", "c.png"]
+  assert inputs.resized == 2
+  assert inputs.images.shape == (3, 8, 8, 1)
+  assert np.all(inputs.images[1] == 200)
+  assert np.all(np.abs(inputs.images[0].astype(int) - 100) <= 2)
+  assert np.all(inputs.images[2] >= 200), "the image covers the target, and the black sides are cropped"
 
 
 def test_exif_rotates_an_image(tmp_path):
@@ -54,18 +54,18 @@ def test_exif_rotates_an_image(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # Rotate by 90 degrees.
   Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-  found = data.read_inputs(tmp_path / "a.png", (8, 8), 1).images[0, ..., 0]
-  np.testing.assert_array_equal(found, np.rot90(pixels[..., 0], -1))
+  image = data.read_inputs(tmp_path / "a.png", (8, 8), 1).images[0, ..., 0]
+  np.testing.assert_array_equal(image, np.rot90(pixels[..., 0], -1))
 
 
 def test_arrays_are_not_resized(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
   np.savez(tmp_path / "a.npz", samples=images)
   for image_size in (None, (8, 8)):
-    found = data.read_inputs(tmp_path / "a.npz", image_size, 1)
-    np.testing.assert_array_equal(found.images, images[..., None])
-    assert found.names == ["a.npz[0]", "a.npz[1]", "a.npz[2]"]
-    assert found.resized == 0
+    inputs = data.read_inputs(tmp_path / "a.npz", image_size, 1)
+    np.testing.assert_array_equal(inputs.images, images[..., None])
+    assert inputs.names == ["a.npz[0]", "a.npz[1]", "a.npz[2]"]
+    assert inputs.resized == 0
 
 
 def wrong_inputs(tmp_path):
@@ -119,9 +119,9 @@ def test_a_pipe_is_not_an_input(tmp_path):
 
 def test_wrong_inputs_are_errors(tmp_path):
   for name, size, channels, message in wrong_inputs(tmp_path):
-    with pytest.raises(ValueError, match=message) as found:
+    with pytest.raises(ValueError, match=message) as error:
       data.read_inputs(tmp_path / name, (size, size) if size else None, channels)
-    assert "data.broken" not in str(found.value), "this key is only for training"
+    assert "data.broken" not in str(error.value), "this key is only for training"
 
 
 def test_a_mask_is_true_where_it_is_white(tmp_path):

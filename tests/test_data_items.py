@@ -89,9 +89,9 @@ def test_a_pack_keeps_all_items(tmp_path):
     assert list(read.classes) == [data.NO_CLASS] * 12
     order = np.random.default_rng(0).permutation(12)
     for name, array in data.read(source, order).items():
-      found = data.read(read, order)[name]
-      assert found.dtype == array.dtype
-      np.testing.assert_array_equal(found, array)
+      got = data.read(read, order)[name]
+      assert got.dtype == array.dtype
+      np.testing.assert_array_equal(got, array)
       np.testing.assert_array_equal(read[3][name], data.read(source, [3])[name][0])
 
 
@@ -153,8 +153,8 @@ def test_float_images_of_a_file_are_in_minus_1_to_1(tmp_path):
   np.savez(tmp_path / "a.npz", images=images)
   fit = data.Fit(SHAPE[:2], 1)
   np.testing.assert_array_equal(data.arrays(fit, str(tmp_path / "a.npz")).train.images, images.astype(np.float32))
-  found = data.read_inputs(tmp_path / "a.npz", SHAPE[:2], 1).images
-  np.testing.assert_array_equal(found, np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8))
+  got = data.read_inputs(tmp_path / "a.npz", SHAPE[:2], 1).images
+  np.testing.assert_array_equal(got, np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8))
   np.savez(tmp_path / "b.npz", images=(images + 1) / 2)
   with pytest.raises(
     ValueError, match=r"b.npz: Got float images from 0 to 1; expected -1 .black. to 1 .*2 \* images - 1"

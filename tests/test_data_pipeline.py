@@ -68,10 +68,10 @@ def test_resumes_exactly_through_json(steps):
   resumed = data.batches(numbered(), 7, seed=3, flip=True)
   next(resumed)
   resumed.restore(state)
-  for want in expected:
+  for batch in expected:
     got = next(resumed)
-    np.testing.assert_array_equal(got["image"], want["image"])
-    np.testing.assert_array_equal(got["classes"], want["classes"])
+    np.testing.assert_array_equal(got["image"], batch["image"])
+    np.testing.assert_array_equal(got["classes"], batch["classes"])
 
 
 def test_resuming_with_other_data_is_an_error():
@@ -96,11 +96,11 @@ def test_the_rows_of_all_processes_form_the_batch(parts):
   reference = data.batches(numbered(), 7, seed=3, flip=True)
   readers = [data.batches(numbered(), 7, seed=3, flip=True, rows=np.array(rows)) for rows in parts]
   for _ in range(9):
-    want = next(reference)
+    expected = next(reference)
     for rows, reader in zip(parts, readers, strict=True):
       got = next(reader)
-      np.testing.assert_array_equal(got["image"], want["image"][rows])
-      np.testing.assert_array_equal(got["classes"], want["classes"][rows])
+      np.testing.assert_array_equal(got["image"], expected["image"][rows])
+      np.testing.assert_array_equal(got["classes"], expected["classes"][rows])
   assert reference.state == readers[0].state == {"batch": 9, "num_images": 30, "batch_size": 7, "seed": 3}
 
 
@@ -149,13 +149,13 @@ def test_workers_return_the_same_batches_and_start_no_device(tmp_path, capfd):
   for _ in range(4):
     next(threads)
   state = json.loads(json.dumps(threads.state))
-  want = [next(threads) for _ in range(6)]
+  expected = [next(threads) for _ in range(6)]
   assert threads.num_broken == 1
   capfd.readouterr()
   again = data.SkipBroken(data.FolderSource(tmp_path, (8, 8)))
   workers = data.batches(again, 5, num_workers=2, **kwargs)
   workers.restore(state)
-  for batch in want:
+  for batch in expected:
     got = next(workers)
     np.testing.assert_array_equal(got["image"], batch["image"])
     np.testing.assert_array_equal(got["classes"], batch["classes"])

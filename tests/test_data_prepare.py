@@ -200,18 +200,18 @@ def test_a_pack_has_the_images_of_its_folder(tmp_path, capsys):
   reading.run_prepare(folder, tmp_path / "packed")
   assert "10 of 6x6x3 packed, 0 omitted" in capsys.readouterr().out
   assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "packed"]
-  for want, got in zip(
+  for expected, got in zip(
     reading.read_sources(folder),
     reading.read_sources(experiment("packed", path=str(tmp_path / "packed"))),
     strict=True,
   ):
-    assert len(want) == len(got)
-    assert want.class_names == got.class_names
-    np.testing.assert_array_equal(want.classes, got.classes)
-    order = np.random.default_rng(0).permutation(len(want))
-    np.testing.assert_array_equal(data.read(got, order)["image"], data.read(want, order)["image"])
-    np.testing.assert_array_equal(data.read(got, order)["classes"], data.read(want, order)["classes"])
-    assert got[1]["classes"] == want[1]["classes"]
+    assert len(expected) == len(got)
+    assert expected.class_names == got.class_names
+    np.testing.assert_array_equal(expected.classes, got.classes)
+    order = np.random.default_rng(0).permutation(len(expected))
+    np.testing.assert_array_equal(data.read(got, order)["image"], data.read(expected, order)["image"])
+    np.testing.assert_array_equal(data.read(got, order)["classes"], data.read(expected, order)["classes"])
+    assert got[1]["classes"] == expected[1]["classes"]
 
 
 def test_several_shards_form_one_source(tmp_path, monkeypatch):

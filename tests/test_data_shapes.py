@@ -78,10 +78,10 @@ def test_an_image_smaller_than_the_crop_is_an_error():
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "L", "P", "LA"])
 def test_four_channels_keep_opacity(mode):
   image = Image.fromarray(random_pixels(12, 8, 4)).convert(mode)
-  found = data.fit(image, (12, 8), 4)
-  np.testing.assert_array_equal(found, np.asarray(image.convert("RGBA")))
+  got = data.fit(image, (12, 8), 4)
+  np.testing.assert_array_equal(got, np.asarray(image.convert("RGBA")))
   if mode in ("RGB", "L"):
-    assert np.all(found[..., 3] == 255)
+    assert np.all(got[..., 3] == 255)
   small = np.asarray(image.convert("RGBA").resize((4, 6), Image.Resampling.BICUBIC))
   np.testing.assert_allclose(data.fit(image, (6, 4), 4).astype(int), small, atol=1)
 
@@ -150,13 +150,13 @@ def test_arrays_of_any_number_of_channels(tmp_path, shape):
 
 @pytest.mark.parametrize("image_size", [(28, 32), (8, 28), (16, 8), (32, 32)])
 def test_mnist_of_other_sides(image_size):
-  found = data.mnist(data.Fit(image_size, 1)).train.images
+  got = data.mnist(data.Fit(image_size, 1)).train.images
   # Each axis is unchanged, or padded by 2 and averaged over boxes.
   original = data.read_mnist((28, 28)).images.astype(float)
   expected = np.pad(original, ((0, 0), *((0, 0) if side == 28 else (2, 2) for side in image_size), (0, 0)))
   for axis, side in enumerate(image_size, 1):
     expected = np.stack([part.mean(axis) for part in np.split(expected, side, axis)], axis)
-  np.testing.assert_allclose(found, expected, atol=0.5)
+  np.testing.assert_allclose(got, expected, atol=0.5)
   with pytest.raises(ValueError, match=r"data.image_size=\(28, 20\) for MNIST digits; expected 28, 32, 16 or 8"):
     data.mnist(data.Fit((28, 20), 1))
 
@@ -226,9 +226,9 @@ def test_a_function_checks_classes(tmp_path):
 def test_inputs_that_are_not_square(tmp_path):
   Image.fromarray(random_pixels(12, 8)).save(tmp_path / "a.png")
   for image_size in ((12, 8), None):
-    found = data.read_inputs(tmp_path / "a.png", image_size, 3)
-    np.testing.assert_array_equal(found.images[0], random_pixels(12, 8))
-    assert found.resized == 0
+    inputs = data.read_inputs(tmp_path / "a.png", image_size, 3)
+    np.testing.assert_array_equal(inputs.images[0], random_pixels(12, 8))
+    assert inputs.resized == 0
   assert data.read_inputs(tmp_path / "a.png", (8, 12), 3).resized == 1
   np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 8, 5), np.uint8))
   for image_size in ((12, 8), None):

@@ -28,7 +28,8 @@ Place = Annotated[str, "place"]
 # Folders with these names are splits, not classes, unless the parent folder also holds folders with other names.
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
-# Creates a source from a folder and, optionally, the names of the classes in the order of their numbers.
+# A function that creates a source from a folder and, optionally, the names of the classes in the order of their
+# numbers.
 MakeSource = Callable[[Path, Sequence[str] | None], FolderSource | PackedSource]
 
 

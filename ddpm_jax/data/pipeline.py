@@ -27,7 +27,7 @@ _CHECK_SECONDS = 0.5
 
 
 class WorkerDied(RuntimeError):
-  """Report that a worker process which decodes images has died.
+  """Report that a worker process has died.
 
   The process may have died while it owned locks, so the program should exit without cleaning up.
   """
@@ -55,7 +55,7 @@ class Batches:
     self._workers: set[int] = set()
     self._is_canceled = False
     self.wait_seconds = 0.0
-    # Close before multiprocessing ends its child processes. Its order of ending them can take a minute.
+    # Stop the workers before multiprocessing does so at exit, which can take a minute.
     atexit.register(_close, weakref.ref(self))
 
   def __iter__(self) -> "Batches":

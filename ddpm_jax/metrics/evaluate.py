@@ -164,13 +164,13 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
     )
   if "spatial_frechet" in settings.scores:
     if generated.spatial is None or reference.spatial is None:
-      raise _lacking("spatial_frechet", "spatial features (mu_s and sigma_s of a statistics file)")
+      raise _missing_data("spatial_frechet", "spatial features (mu_s and sigma_s of a statistics file)")
     scores[names["spatial_frechet"]] = metrics.frechet_distance(
       generated.spatial, reference.spatial, allow_singular=settings.allow_singular
     )
   if "class_score" in settings.scores:
     if generated.classes is None:
-      raise _lacking("class_score", "a space with classes")
+      raise _missing_data("class_score", "a space with classes")
     name = names["class_score"]
     scores[name], scores[f"{name}_std"] = metrics.inception_score(generated.classes)
   return scores | _pairwise_scores(generated.pairwise_features, reference.pairwise_features, settings, names)
@@ -183,7 +183,7 @@ def _pairwise_scores(
   if not selected:
     return {}
   if generated is None or reference is None:
-    raise _lacking(selected[0], "a reference with images, not only statistics")
+    raise _missing_data(selected[0], "a reference with images, not only statistics")
   scores: Scores = {}
   if "kernel" in selected:
     size = settings.kernel_size or kernel_size(len(generated), len(reference))
@@ -210,8 +210,8 @@ def kernel_size(generated: int, reference: int) -> int:
   return min(_KERNEL_SIZE, max(2, min(generated, reference) // 2))
 
 
-def _lacking(name: str, what: str) -> ValueError:
-  return ValueError(f"Got the score {name!r}, which needs {what}; leave it out of config.evaluation.scores.")
+def _missing_data(name: str, needed: str) -> ValueError:
+  return ValueError(f"Got the score {name!r}, which needs {needed}; remove it from config.evaluation.scores.")
 
 
 def score_names(space: metrics.FeatureSpace) -> dict[str, str]:

@@ -117,15 +117,15 @@ def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
   return radii * (1 + _SLACK_RADIUS) + _SLACK_NORM * np.sum(points**2, 1)
 
 
-def _blocks(points: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yield the squared distances from a block of `points` to all of `others`.
+def _blocks(points: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yield the squared distances from a block of `points` to all `targets`, block by block.
 
   Blocks limit the memory.
   """
-  size = max(1, _BLOCK // len(others))
+  size = max(1, _BLOCK // len(targets))
   for first in range(0, len(points), size):
     rows = slice(first, first + size)
-    yield rows, _squares(points[rows], others)
+    yield rows, _squares(points[rows], targets)
 
 
 def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
