@@ -243,7 +243,7 @@ def test_an_archive_is_an_error(tmp_path):
     ValueError, match=r"images\.zip', which is a file; expected a folder of images\..*Unpack an archive first"
   ):
     data.FolderSource(tmp_path / "images.zip", (8, 8))
-  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*unpack"):
+  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*Unpack"):
     data.read_inputs(tmp_path / "images.zip", (8, 8), 3)
 
 

@@ -212,9 +212,8 @@ def batches(
       affect which images and flips a row gets.
 
   Returns:
-    Batches as `put` returns them. `put` receives the arrays of the items by name: `image` float32 [b, H, W, C] in [-1,
-      1], and the
-    others [b, ...] with the types of `read`, such as `classes` int32 [b].
+    Batches as `put` returns them. `put` receives the arrays of the items by name. `image` is float32 [b, H, W, C] in
+    [-1, 1]. The other arrays [b, ...] have the types of `read`, such as `classes` int32 [b].
 
   Raises:
     ValueError: if `batch_size`, `num_threads`, `num_workers` or `rows` is out of range.

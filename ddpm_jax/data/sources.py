@@ -8,8 +8,8 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 
 All items of a source have the same names, and each name has the same shape in all items.
 
-A source that can read many items at once also has `__getitems__(indices)`, which returns a batch: the same arrays [B,
-...] by name. A source that knows all classes without reading images has an attribute `classes` [N].
+A source that can read many items at once also has `__getitems__(indices)`. It returns a batch of arrays [B, ...] with
+the same names. A source that knows all classes without reading images has an attribute `classes` [N].
 """
 
 from collections.abc import Iterator, Sequence
@@ -207,8 +207,8 @@ def proportional_classes(counts: np.ndarray, count: int) -> np.ndarray:
   by_remainder = np.argsort(shares - quotas, kind="stable")
   shares[by_remainder[: count - np.sum(shares)]] += 1
   classes = np.repeat(np.arange(len(counts), dtype=np.int32), shares)
-  places = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
-  return classes[np.argsort(places, kind="stable")]
+  positions = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+  return classes[np.argsort(positions, kind="stable")]
 
 
 class SkipBroken:

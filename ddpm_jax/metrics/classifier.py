@@ -156,7 +156,7 @@ def pixel_space() -> FeatureSpace:
 
 
 def cached_classifier(
-  path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, main: bool = True
+  path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, is_main: bool = True
 ) -> PyTree:
   """Load a trained classifier from a file, or train it and save it.
 
@@ -168,7 +168,7 @@ def cached_classifier(
     classes: classes for `train_classifier`.
     num_classes: number of classes for `train_classifier`.
     steps: steps for `train_classifier`.
-    main: whether this process writes the file and prints messages.
+    is_main: whether this process writes the file and prints messages.
   """
   about = {
     "kind": "classifier of real images",
@@ -180,11 +180,11 @@ def cached_classifier(
   try:
     params = load_classifier(path, about)
   except sealed.DamagedFileError as error:
-    if main:
+    if is_main:
       sealed.set_aside(path, path.parent / "damaged", error)
   if params is None:
-    params = train_classifier(images, classes, num_classes, steps=steps, quiet=not main)
-    if main:
+    params = train_classifier(images, classes, num_classes, steps=steps, quiet=not is_main)
+    if is_main:
       save_classifier(path, params, about)
   return params
 

@@ -67,7 +67,9 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
       finite.
   """
   if total < 2:
-    raise ValueError(f"Got {total} image(s) to compute statistics from; expected two or more.")
+    raise ValueError(
+      f"Got {total} image(s) to compute statistics from; expected two or more. Check that the set is not empty."
+    )
   features, spatial, classes = metrics.MomentSum(), None, None
   is_stored, stored, first = _sample_mask(total, settings.pairwise_samples), [], 0
   for images in batches:
@@ -108,7 +110,13 @@ def statistics_summary(statistics: metrics.Statistics) -> Summary:
 
 
 def available_scores(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str, ...]:
-  """Return the scores that a feature space and a reference allow."""
+  """Return the scores that a feature space and a reference allow.
+
+  Args:
+    spatial: whether both have spatial features.
+    classes: whether the space has classes.
+    pairs: whether the reference has images, for pairwise scores.
+  """
   allowed = {"spatial_frechet": spatial, "class_score": classes} | dict.fromkeys(PAIRWISE, pairs)
   return tuple(name for name in SCORES if allowed.get(name, True))
 

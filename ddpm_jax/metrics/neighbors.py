@@ -35,8 +35,8 @@ def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighb
 
   - Precision is the fraction of generated points inside at least one real ball (Kynkaanniemi et al. 2019, equation 1).
   - Recall is the fraction of real points inside at least one generated ball (same equation).
-  - Density is the mean number of real balls that contain a generated point, divided by k (Naeem et al. 2020, section
-    3). It may exceed 1.
+  - Density is the mean number of real balls that contain a generated point, divided by k. It may exceed 1 (Naeem et
+    al. 2020, section 3).
   - Coverage is the fraction of real balls that contain at least one generated point (same section).
 
   Args:
