@@ -429,7 +429,7 @@ def test_a_worker_that_is_killed_ends_the_run_which_goes_on_exactly(tmp_path, de
   os.kill(int(workers[-1]), signal.SIGKILL)
   code, output = process.finish()
   assert code == 2, output
-  assert re.search(r"error: A worker that decodes images .* has ended; .*num_workers", output), output
+  assert re.search(r"error: A worker process that decodes images .* has died.*num_workers", output), output
   assert "Traceback" not in output
   step = int(re.search(r"saved at step ([\d,]+), from which the same command goes on", output)[1].replace(",", ""))
   assert workdir.checkpoint_steps(broken) == [step]
@@ -448,7 +448,7 @@ def test_bad_folders(tmp_path):
   empty = tmp_path / "empty"
   empty.mkdir()
   code, output = call(*folder[:2], f"--config.data.source.path={empty}", f"--workdir={tmp_path / 'a'}")
-  assert_refused(code, output, "holds no image")
+  assert_refused(code, output, "contains no images")
   assert not (tmp_path / "a").exists()
 
 

@@ -192,9 +192,9 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch):
 def test_features_whose_covariance_does_not_fit_are_refused(monkeypatch):
   monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
   metrics.check_memory(3 * 64**2, 0, False)
-  with pytest.raises(ValueError, match=f"features of 196,608 dimensions, .*covariance: {BYTES}.*features=inception"):
+  with pytest.raises(ValueError, match=rf"features of 196,608 dimensions .*covariance\): {BYTES}.*features=inception"):
     metrics.check_memory(3 * 256**2, 0, True)
-  with pytest.raises(ValueError, match=f"10,000 of them kept: {BYTES}"):
+  with pytest.raises(ValueError, match=rf"\(10,000 stored\): {BYTES}"):
     metrics.check_memory(3 * 256**2, 10_000, False)
 
 

@@ -241,7 +241,7 @@ WRONG = {
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
   "score": ({"scores": ("fid",)}, "as a score; expected one of"),
   "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; expected some of"),
-  "neighbor": ({"k": 40}, "more of each than k"),
+  "neighbor": ({"k": 40}, "more than k of each"),
   "reference": ({"reference": "test"}, "expected train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),
