@@ -332,7 +332,7 @@ WRONG = {
   ),
   "nan": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), math.nan), "scale of nan"),
   "rescale": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0, rescale=1.5), "rescale=1.5"),
-  "conditions": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 3), 2.0), "expected them alike"),
+  "conditions": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 3), 2.0), "expected equal shapes"),
   "count": (
     lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0)(jnp.ones((3, 2)), 0.5),
     "for 3 samples",
