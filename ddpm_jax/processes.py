@@ -224,8 +224,9 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
 def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   """Build the variance-exploding SDE with sigma geometric on (0, 1] (Song et al. 2021, appendix C).
 
-  The defaults are for data in [-1, 1]. Song et al. use data in [0, 1] and half these sigmas. Sigma is 0 at t = 0 and nowhere else, so the last step of a grid
-  goes from sigma_min to clean data. The time input is log(sigma / 2), the logarithm of the paper's sigma.
+  The defaults are for data in [-1, 1]. Song et al. use data in [0, 1] and half these sigmas. Sigma is 0 at t = 0 and
+  nowhere else, so the last step of a grid goes from sigma_min to clean data. The time input is log(sigma / 2), the
+  logarithm of the paper's sigma.
 
   Raises:
     ValueError: unless 0 < sigma_min < sigma_max.

@@ -160,7 +160,7 @@ def test_the_calls_of_wrappers_are_counted_too(wrapper):
   assert counted == seen > 8
   assert rule.spacing == ("ends" if wrapper == "alone" else "log_snr"), "what is done at each time needs times"
   assert rule.reversible == (wrapper == "alone")
-  with pytest.raises(ValueError, match=r"as often as the data need.*sampling\.solve"):
+  with pytest.raises(ValueError, match=r"data-dependent number of network calls.*sampling\.solve"):
     sampling.nfe(rule, VP, times)
 
 
