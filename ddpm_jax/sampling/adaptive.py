@@ -202,9 +202,9 @@ def rk45(
   _check_tolerances(rtol, atol)
   t, end = as_time(t), as_time(end)
   dtype, precision = x.dtype, widest(x, t, end)
-  # Times, step sizes and errors have the shape `lead`: one value for the whole state, or one value per row.
-  lead, axes = (x.shape[:1], tuple(range(1, x.ndim))) if per_sample else ((), None)
-  x, t, end = x.astype(precision), jnp.full(lead, t, precision), end.astype(precision)
+  # Times, step sizes and errors have `batch_shape`: one value for the whole state, or one value per row.
+  batch_shape, axes = (x.shape[:1], tuple(range(1, x.ndim))) if per_sample else ((), None)
+  x, t, end = x.astype(precision), jnp.full(batch_shape, t, precision), end.astype(precision)
   direction = jnp.sign(end - t)
   c, a, e = (jnp.asarray(table, precision) for table in (_C, _A, _E))
 
@@ -270,6 +270,6 @@ def rk45(
     return jax.tree.map(lambda after, before: jnp.where(expand(is_active, after), after, before), new, state)
 
   slope = evaluate(t, x)
-  start = _Integration(t, x, slope, first_step(slope), jnp.zeros(lead, bool), jnp.full(lead, 2))
+  start = _Integration(t, x, slope, first_step(slope), jnp.zeros(batch_shape, bool), jnp.full(batch_shape, 2))
   final = jax.lax.while_loop(lambda state: jnp.any(is_unfinished(state)), advance, start)
   return jnp.where(expand(final.t == end, x), final.x, jnp.nan).astype(dtype), final.nfe
