@@ -17,7 +17,8 @@ def main() -> None:
     SystemExit: with code 1 after a program error, 2 after an input error, and 128 plus the signal number after a
       signal.
   """
-  # The last entry is the run folder of the training, if there is one. An interrupt message tells how to resume it.
+  # The last entry is the folder of the training run, if there is one. The message of an interrupt tells how to resume
+  # it.
   training: list[Path | None] = [None]
   with console.printing(), interrupts.exit_on_interrupt(lambda: ending.interrupt(training[-1])):
     details = bool({"--traceback", "--traceback=true"} & {*sys.argv})

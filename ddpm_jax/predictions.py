@@ -1,4 +1,4 @@
-"""Define what a network's output means, and turn a network into a function `denoise(x_t, t) -> x_0`."""
+"""Define the meaning of a network's output, and turn a network into a function `denoise(x_t, t) -> x_0`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ class Denoised(NamedTuple):
 
   Attributes:
     x_0: the estimate of the data [B, ...].
-    fraction: the learned log-variance of the reverse step [B, ...], relative to the log-variance of the posterior (0)
-      and the log-variance of the forward step (1). None if the network did not learn it.
-    unguided: a second estimate of the data [B, ...], from which to derive the noise (CFG++). None for `x_0`.
+    fraction: the position of the learned log-variance of the reverse step between the log-variance of the posterior (0)
+      and the log-variance of the forward step (1), [B, ...]. None if the variance is not learned.
+    unguided: a second estimate of the data [B, ...], from which to derive the noise (CFG++). None if the noise is also
+      derived from `x_0`.
   """
 
   x_0: Array
@@ -164,7 +165,7 @@ def learned_range(prediction: Prediction) -> Prediction:
 def coefficients(process: Process, prediction: Prediction, t: Array, x: Array) -> tuple[Array, ...]:
   """Return the arguments alpha and sigma of `target` and `to_x0` at times t [B], expanded to the rank of x [B, ...].
 
-  Their slopes follow if the prediction needs them.
+  If the prediction needs the slopes of alpha and sigma, they are also returned.
   """
   slopes = process.slopes(t) if prediction.needs_slopes else ()
   values = (process.alpha(t), process.sigma(t), *slopes)
@@ -220,11 +221,11 @@ def check_prediction(process: Process, prediction: Prediction) -> None:
   raise ValueError(
     f"Got a prediction that does not determine x_0 at t_max={process.t_max}, where alpha is 0 (zero terminal SNR), such as"
     " EPS or SCORE; expected V, X0, VELOCITY or edm. To keep the prediction, end the process earlier with"
-    f" process._replace(t_max={_last_finite(process):g})."
+    f" process._replace(t_max={_last_time_with_data(process):g})."
   )
 
 
-def _last_finite(process: Process) -> float:
+def _last_time_with_data(process: Process) -> float:
   return process.t_max * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps)
 
 
@@ -284,7 +285,7 @@ def classifier(
     process: the forward process.
     time_input: a function from time [B] to the network's time input. The default is the process's own.
     input_scale: `input_scale(alpha, sigma)` returns the factor on x_t at the network's input. None for a factor of 1.
-      Use the `input_scale` of the `Prediction` that was set when the classifier was trained.
+      Use the `input_scale` of the `Prediction` in the classifier's training.
 
   Returns:
     `log_probs(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result is float32 or wider.

@@ -76,7 +76,7 @@ class Process(NamedTuple):
     sigma: the standard deviation of the noise, a function of time. It is 0 at t = 0 if the process starts from clean
       data.
     t_max: the time of the prior.
-    t_min: the smallest time for training, and the last time above 0 for a solver.
+    t_min: the smallest useful time for training, and the last useful time above 0 for a solver.
     time_input: a function from time to the network's default time input.
     num_steps: the number N of steps of a discrete process, with step n at t = n/N. None for a continuous process.
   """
@@ -96,7 +96,7 @@ class Process(NamedTuple):
     """Return the time [] or [B] in [0, t_max] with a given log-SNR.
 
     The log-SNR decreases with time. A value outside its range gives the nearest end, 0 or t_max. The method evaluates
-    `alpha` and `sigma` to search for the time. The result is accurate to 1e-11 of t_max or to float precision, and
+    `alpha` and `sigma` to search for the time. The result is accurate to 1e-11 t_max or to float precision, and
     differentiable in `log_snr`.
     """
     log_snr = as_time(log_snr)
@@ -178,7 +178,10 @@ class Process(NamedTuple):
     return self.sigma(t) ** 2 * self.added_share(t, s)
 
   def prior(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Sample the start of sampling [B, ...] from N(0, sigma(t_max)^2) with one key, or with one key per sample."""
+    """Sample the prior N(0, sigma(t_max)^2), the start of sampling, with one key, or with one key per sample.
+
+    The result has the shape `shape` [B, ...].
+    """
     noise = randomness.normal(key, shape, dtype)
     sigma, noise = widen(self.sigma(as_time(self.t_max)), noise)
     return (sigma * noise).astype(dtype)

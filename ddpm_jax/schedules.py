@@ -12,7 +12,7 @@ __all__ = ["Betas", "cosine", "linear", "scaled_linear", "sigmoid", "zero_termin
 # A table [N] of numbers in (0, 1].
 Betas = np.ndarray | Sequence[float]
 
-# Float32 represents every integer up to this one.
+# Float32 represents every integer up to this one, so it can distinguish all steps.
 MAX_STEPS = 2**24
 # A beta, a cumulative sum and the four coefficients of a cubic, in float64.
 _BYTES_PER_STEP = 48
@@ -68,7 +68,7 @@ def sigmoid(
 ) -> np.ndarray:
   """Return betas [num_steps] so that alpha_bar follows a sigmoid from 1 to 0 (Jabri et al. 2023, appendix B).
 
-  The paper calls this schedule `sigmoid_schedule`:
+  The paper calls this schedule `sigmoid_schedule`. It is
   alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)), with S(x) = 1 / (1 + exp(-x / tau)).
 
   Args:

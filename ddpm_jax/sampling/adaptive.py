@@ -202,7 +202,7 @@ def rk45(
   _check_tolerances(rtol, atol)
   t, end = as_time(t), as_time(end)
   dtype, precision = x.dtype, widest(x, t, end)
-  # Times, step sizes and errors have `batch_shape`: one value for the whole state, or one value per row.
+  # Times, step sizes and errors have `batch_shape`: one value for the entire state, or one value per row.
   batch_shape, axes = (x.shape[:1], tuple(range(1, x.ndim))) if per_sample else ((), None)
   x, t, end = x.astype(precision), jnp.full(batch_shape, t, precision), end.astype(precision)
   direction = jnp.sign(end - t)

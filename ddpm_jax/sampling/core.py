@@ -135,7 +135,7 @@ def nfe(sampler: Sampler, process: Process, times) -> int:
   if sampler.count_calls is not None:
     raise ValueError(
       "Got a rule with a data-dependent number of network calls; expected a rule with a fixed number of calls on a grid."
-      " Use sampling.solve, which also returns the number of calls."
+      " Use sampling.solve. It also returns the number of calls."
     )
   with jax.ensure_compile_time_eval():
     return int(_calls(sampler, process, times))
@@ -199,9 +199,9 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
 def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, return_trajectory: bool = False):
   """Sample by stepping `x` along a grid of times.
 
-  The loop is one scan. It traces the network once for each call in the step rule. Call this function inside `jax.jit`:
-  outside, every call compiles again. The state and the times have the dtype of `x`, but at least float32, because
-  bfloat16 would round away the change in a small step. The network is called in the dtype of `x`.
+  The loop is one scan. It traces the network once for each call site in the step rule. Call this function inside
+  `jax.jit`: outside, every call compiles again. The state and the times have the dtype of `x`, but at least float32,
+  because bfloat16 would round away the change in a small step. The network is called in the dtype of `x`.
 
   Args:
     key: one key, or one key per sample [B]. With one key per sample, sample i depends on x[i] and key i alone.
@@ -221,7 +221,7 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
       sampler that adds noise. Also if `key` is not a typed key, `x` is not an array of floats, or `denoise` changes the
       shape.
   """
-  x_end, _, states = _walk(key, sampler, denoise, x, times, keep_states=return_trajectory)
+  x_end, _, states = _run_loop(key, sampler, denoise, x, times, keep_states=return_trajectory)
   return jnp.concatenate([x[None], states]) if return_trajectory else x_end
 
 
@@ -241,18 +241,19 @@ def solve(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times) -> tu
     one key, and [B] for one key per sample. Each entry is the number of calls that the sample would need alone.
 
   Raises:
-    ValueError: in the cases of `sample`, if the batch is empty, or if the number of keys is not 1 or B.
+    ValueError: in the cases of `sample`, if the batch is empty, or if `key` is an array of keys with a length other
+      than B.
   """
   check_batch(x)
   randomness.check_keys(key, x.shape[0])
-  x_end, memory, _ = _walk(key, sampler, denoise, x, times, keep_states=False)
+  x_end, memory, _ = _run_loop(key, sampler, denoise, x, times, keep_states=False)
   calls = _calls(sampler, sampler.process, times) if sampler.count_calls is None else sampler.count_calls(memory)
   calls = jnp.asarray(calls, jnp.int32)
   # With one key, the samples of a batch share their network calls.
   return x_end, jnp.broadcast_to(calls, key.shape) if key.ndim else jnp.max(calls)
 
 
-def _walk(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, keep_states: bool):
+def _run_loop(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, keep_states: bool):
   """Run the loop, and return the last state [B, ...], the rule's memory, and the states [K, B, ...] or None.
 
   The third value has the state after each step if `keep_states` is true.

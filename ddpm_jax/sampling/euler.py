@@ -81,7 +81,7 @@ def euler(
 
   Args:
     process: the forward process.
-    s_churn: the total amount of noise, which is added in equal parts before the steps. 0 adds none. Noise never moves x
+    s_churn: the total amount of noise. Equal parts of it are added before the steps. 0 adds none. Noise never moves x
       past t_max, so a step from t_max adds none.
     s_min: the smallest sigma/alpha at which noise is added.
     s_max: the largest sigma/alpha at which noise is added.
@@ -99,7 +99,7 @@ def heun(
 ) -> Sampler:
   """Build Heun's rule of order 2 with EDM's churn (Karras et al. 2022, algorithms 1 and 2).
 
-  A step calls the network twice, and the step to s = 0 calls it once. The arguments and errors are those of `euler`.
+  A step calls the network twice, and the step to s = 0 calls it once. The arguments and errors are the same as in `euler`.
   """
   return _with_churn(process, _heun_step, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
 

@@ -27,9 +27,11 @@ def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarra
   """Make a grid of K = `num_steps` steps for a rule and a process, according to the rule's `spacing`.
 
   - "ends" gives [t_max, max(t_min, 1e-3), 0] for any `num_steps`.
-  - "time" gives `trailing` on discrete processes, and `uniform` with a short last step from t_min on continuous
-  processes. - "log_snr" gives `log_snr`. If no data is left at t_max, the log-SNR is infinite there, and the grid is
-  `trailing` on
+  - "time" gives `trailing` on discrete processes. On continuous processes it gives `uniform`, with a short last step
+  from
+    t_min.
+  - "log_snr" gives `log_snr`. If no data is left at t_max, the log-SNR is infinite there. The grid is then `trailing`
+  on
     discrete processes and `uniform` on continuous processes.
 
   On processes with t = sigma (t_max > 1), "time" and "log_snr" both give `karras`. Even steps in sigma would use almost

@@ -51,7 +51,7 @@ def euler_maruyama(process: Process) -> Sampler:
 
   The variance of the noise, g(t)^2 (t - s), approximates the integral of g^2, so steps must be small where g varies.
   The step to s = 0 returns the denoised mean. Where alpha_t is 0, the SDE's rates are infinite. There the step samples
-  the posterior, which is exact.
+  the exact posterior instead.
   """
 
   def step(key, denoise, x_t, memory, t, s):
