@@ -326,7 +326,7 @@ def test_guidance_of_a_sharded_batch_is_the_same_without_communication():
   assert t.shape == (64,)
 
 
-def identity(x_t, t, *rest):
+def identity(x_t, t, *condition):
   return x_t
 
 
