@@ -99,7 +99,8 @@ def heun(
 ) -> Sampler:
   """Build Heun's rule of order 2 with EDM's churn (Karras et al. 2022, algorithms 1 and 2).
 
-  A step calls the network twice, and the step to s = 0 calls it once. The arguments and errors are the same as in `euler`.
+  A step calls the network twice, and the step to s = 0 calls it once. The arguments and errors are the same as in
+  `euler`.
   """
   return _with_churn(process, _heun_step, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
 
