@@ -308,7 +308,7 @@ def test_the_dynamic_threshold_is_a_percentile_of_each_sample(percentile):
   for sample, result in zip(x, got, strict=True):
     limit = max(1.0, np.quantile(np.abs(sample), percentile))
     np.testing.assert_allclose(result, np.clip(sample, -limit, limit) / limit, rtol=1e-5)
-  np.testing.assert_array_equal(got[0], x[0].astype(np.float32)), "values in range are unchanged"
+  np.testing.assert_array_equal(got[0], x[0].astype(np.float32))  # values in range are unchanged
   assert np.abs(got - np.clip(x, -1, 1)).max() > 0.1, "it is not static clipping"
 
 
