@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import ddpm_jax
-from ddpm_jax.commands import command, console, ending, line
+from ddpm_jax.commands import command, command_line, console, shutdown
 from ddpm_jax.devices import heap, interrupts
 
 
@@ -18,20 +18,20 @@ def main() -> None:
   """
   # Holds the folder of the run that is trained, if one is: an interrupt says where it goes on.
   training: list[Path | None] = [None]
-  with console.printing(), interrupts.exit_on_interrupt(lambda: ending.interrupt(training[-1])):
+  with console.safe_output(), interrupts.exit_on_interrupt(lambda: shutdown.interrupt(training[-1])):
     details = bool({"--traceback", "--traceback=true"} & {*sys.argv})
     try:
       _run(sys.argv[1:], training)
     except Exception as error:
-      ending.report(error, details=details)
+      shutdown.report(error, details=details)
 
 
 def _run(given: list[str], training: list[Path | None]) -> None:
-  answer = line.answer(given)
+  answer = command_line.answer(given)
   if answer is not None:
     print(answer)
     return
-  flags = line.parse(given)
+  flags = command_line.parse(given)
   _quiet(flags.traceback)
   folder = getattr(flags, "workdir", None)
   if flags.mode == "train":
@@ -54,7 +54,7 @@ def _quiet(details: bool) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     # Python's own tracker of shared memory, a process, cleans up after one that was killed.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # What Python raises is shown by `ending`. Only native code gets here, such as writes to a full disk after the first that failed.
+    # What Python raises is shown by `shutdown`. Only native code gets here, such as writes to a full disk after the first that failed.
     sys.excepthook = lambda *_: None
 
 

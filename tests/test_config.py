@@ -27,7 +27,7 @@ KEYS |= {"sampling.grid": None, "editing.method": None, "editing.operator": None
 NUMBERS = [key for key, value in KEYS.items() if isinstance(value, int | float) and not isinstance(value, bool)]
 FLOATS = [key for key in NUMBERS if isinstance(KEYS[key], float)]
 TUPLES = [key for key, value in KEYS.items() if isinstance(value, tuple)]
-COMPONENTS = [path for path, place in TREE.places.items() if place.slot is not None and not place.many]
+COMPONENTS = [path for path, place in TREE.parameters.items() if place.slot is not None and not place.is_mapping]
 
 
 def changed(key, value):
@@ -72,11 +72,11 @@ def test_an_empty_config_is_the_default():
 @pytest.mark.parametrize(
   ("flag", "expected"),
   [
-    ("--config.model.process.betas.num_steps=1e9", "an integer, in digits alone"),
-    ("--config.seed=x", "an integer, in digits alone"),
+    ("--config.model.process.betas.num_steps=1e9", "an integer in decimal digits"),
+    ("--config.seed=x", "an integer in decimal digits"),
     ("--config.optimizer.learning_rate=fast", "a number"),
     ("--config.data.flip=maybe", "true or false"),
-    ("--profile=many", "an integer, in digits alone"),
+    ("--profile=many", "an integer in decimal digits"),
   ],
 )
 def test_flags_that_are_no_numbers_are_refused(flag, expected, tmp_path):
@@ -149,11 +149,11 @@ def test_what_is_no_component_is_refused_where_one_is_expected(key):
 
 def test_keys_that_have_no_default_of_their_own_are_few():
   """So that the lists above hold all keys."""
-  several = {path for path, place in TREE.places.items() if place.many}
+  several = {path for path, place in TREE.parameters.items() if place.is_mapping}
   assert several == {"model.conditions"}
-  sections = {path for path in TREE.places if isinstance(TREE.at(path), Mapping)}
+  sections = {path for path in TREE.parameters if isinstance(TREE.at(path), Mapping)}
   assert set(KEYS) | sections | several == {
-    path for path in TREE.places if path in sections or not components.is_node(TREE.at(path.rpartition(".")[0]))
+    path for path in TREE.parameters if path in sections or not components.is_node(TREE.at(path.rpartition(".")[0]))
   }
 
 
@@ -174,7 +174,7 @@ def test_an_unknown_key_is_shown_with_those_beside_it():
 def test_a_seed_may_be_all_that_flags_take():
   check("seed", 2**32 - 1)
   with pytest.raises(
-    ValueError, match=r"config.seed=4294967296; expected at most 4294967295: programs hold it in 32 bits\. Set"
+    ValueError, match=r"config.seed=4294967296; expected at most 4294967295, because programs store it in 32 bits\. Set"
   ):
     check("seed", 2**32)
 
@@ -238,7 +238,7 @@ def test_a_saved_config_is_checked_and_named(tmp_path):
       "'sampler.churn' as a config key of sampling.heun.*'sampler.s_churn'",
     ),
     ({"sampler": {"component": 3}}, "config.sampler=3; expected the name of a component"),
-    ({"sampler": {}}, "config.sampler without its component; expected a sampler"),
+    ({"sampler": {}}, "config.sampler without the key .component.; expected a sampler"),
     ({"model": 3}, "Got config.model=3; expected a section"),
     ({"model": {"conditions": 3}}, "Got config.model.conditions=3; expected components by name"),
     ({"model": {"conditions": {"a b": {}}}}, "Got 'a b' as a name in config.model.conditions"),
@@ -407,7 +407,7 @@ def test_what_must_be_given_may_come_later_but_must_come():
   assert tree.at("model.conditions.classes") == {"component": "conditions.classes", "dropout": 0.0}
   with pytest.raises(
     ValueError,
-    match=r"config.model.conditions.classes=conditions.classes without number; expected it. Set --config.model.conditions.classes.number=<value>",
+    match=r"config.model.conditions.classes=conditions.classes without its required argument number. Set --config.model.conditions.classes.number=<value>",
   ):
     configs.build(tree)
   assert (
@@ -416,15 +416,15 @@ def test_what_must_be_given_may_come_later_but_must_come():
   )
 
 
-@pytest.mark.parametrize("key", [key for key in COMPONENTS if slots.names(TREE.places[key].slot)])
+@pytest.mark.parametrize("key", [key for key in COMPONENTS if slots.names(TREE.parameters[key].slot)])
 def test_every_place_names_its_components_and_its_example_is_one(key):
-  slot = TREE.places[key].slot
+  slot = TREE.parameters[key].slot
   name = components.parse(slot.example, key)[components.KEY]
   if ":" in name:
     return
   assert name in slots.names(slot)
   tree = configs.replace(TREE, key, slot.example)
-  assert tree.at(key)[components.KEY] == f"{slot.home}.{name}"
+  assert tree.at(key)[components.KEY] == f"{slot.module}.{name}"
 
 
 @pytest.mark.parametrize(
@@ -493,6 +493,6 @@ def test_a_key_needs_a_config(tmp_path):
 
 
 def test_names_of_conditions_are_words_and_no_negatives():
-  for name, message in (("negative_hue", "begins with 'negative_'"), ("2d", "expected a word")):
+  for name, message in (("negative_hue", "does not start with 'negative_'"), ("2d", "expected a word")):
     with pytest.raises(ValueError, match=message):
       configs.replace(tree_of(tiny_config()), "model.conditions", {name: "classes(number=2)"})

@@ -48,8 +48,8 @@ def needs_nothing(name, slot):
 
 def everything():
   """Each component of the package in each place that it may have: none is listed here."""
-  for path, place in TREE.places.items():
-    key = f"{path}.some" if place.many else path
+  for path, place in TREE.parameters.items():
+    key = f"{path}.some" if place.is_mapping else path
     for name in slots.names(place.slot) if place.slot else ():
       yield pytest.param(key, place.slot, name, id=f"{key}-{name}")
 
@@ -67,9 +67,9 @@ def arguments_of(whole, component, tree, key, monkeypatch):
 
   home, _, name = whole.rpartition(".")
   if inspect.isclass(component):
-    monkeypatch.setattr(models.networks, "of", lambda component, arguments, conditions: raises(**arguments))
+    monkeypatch.setattr(models.networks, "from_component", lambda component, arguments, conditions: raises(**arguments))
   else:
-    monkeypatch.setattr(slots.module(home), name, raises)
+    monkeypatch.setattr(slots.import_module(home), name, raises)
   try:
     made = configs.build(tree)
     # What is made for each batch has its arguments from then on.
@@ -84,14 +84,14 @@ def arguments_of(whole, component, tree, key, monkeypatch):
 @pytest.mark.parametrize(("key", "slot", "name"), everything())
 def test_every_argument_is_a_key_whose_value_reaches_its_component(key, slot, name, monkeypatch):
   found = components.find({"component": name}, slot, key)
-  whole, component, signature = found.name, found.itself, found.declared
+  whole, component, signature = found.name, found.value, found.signature
   if found.keys is None:
     # A value, or a function that is used as it is.
-    assert slots.use(component, slot) == "itself"
+    assert slots.use(component, slot) == "direct"
     assert with_keys({key: name}).at(key) == {"component": whole}
     return
   declared = list(found.keys.values())
-  offered = {name for name, parameter in signature.items() if slots.is_offered(parameter, slot.offers)}
+  offered = {name for name, parameter in signature.items() if slots.is_supplied(parameter, slot.supplied)}
   assert offered | {parameter.name for parameter in declared} == set(signature)
   texts = {parameter.name: flag_of(parameter, number) for number, parameter in enumerate(declared)}
   tree = with_keys({key: name} | {f"{key}.{argument}": text for argument, (text, _) in texts.items()})
@@ -115,8 +115,10 @@ def test_every_argument_is_a_key_whose_value_reaches_its_component(key, slot, na
 
 def test_every_public_noun_has_a_place():
   """Functions of the package that make a process, a sampler and so on, and values that are one, can be named in a config."""
-  nouns = [kind for place in TREE.places.values() if place.slot for kind in place.slot.kinds if inspect.isclass(kind)]
-  placed = {id(components.find({"component": one.values[2]}, one.values[1], "").itself) for one in everything()}
+  nouns = [
+    kind for place in TREE.parameters.values() if place.slot for kind in place.slot.kinds if inspect.isclass(kind)
+  ]
+  placed = {id(components.find({"component": one.values[2]}, one.values[1], "").value) for one in everything()}
   missing = []
   for home in slots.MODULES:
     for name, component in slots.exports(home).items():

@@ -10,7 +10,7 @@ import pytest
 
 from ddpm_jax import config as configs
 from ddpm_jax import data, predictions, processes
-from ddpm_jax.config import components, foreign, spec
+from ddpm_jax.config import components, custom, spec
 from tests.commands import RECIPE, assert_refused, call
 from tests.parameters import write_run
 from tests.recipes import tiny_config, tree_of
@@ -178,7 +178,7 @@ def test_a_function_is_taken_as_it_is_or_called_by_what_it_needs(own, tmp_path):
 def test_a_user_s_own_module(own, monkeypatch):
   monkeypatch.syspath_prepend(str(own.parent))
   tree = with_keys({"sampler": "own:sampler(eta=0.25)"})
-  assert tree.at("sampler") == {"component": "own:sampler", "sha256": foreign._digest(OWN.encode()), "eta": 0.25}
+  assert tree.at("sampler") == {"component": "own:sampler", "sha256": custom._digest(OWN.encode()), "eta": 0.25}
   configs.build(tree)
   package = own.parent / "my_package"
   package.mkdir()
@@ -272,8 +272,11 @@ def test_the_command_line_shows_one_message_of_a_component_file(name, own, tmp_p
       "'sampler.s_chrn' as a config key of sampling.heun.*Did you mean 'sampler.s_churn'",
     ),
     ("--config.sampler=heun(s_churn=x)", "Got config.sampler.s_churn='x'; expected a finite number"),
-    ("--config.sampler=heun(3)", "arguments are given by name"),
-    ("--config.data.source=folder(path=/x)", "cannot be read .*put quotes around words with signs, such as paths"),
+    ("--config.sampler=heun(3)", "every argument needs a name"),
+    (
+      "--config.data.source=folder(path=/x)",
+      "cannot be parsed .*put quotes around text with special characters, such as a path",
+    ),
     ("--config.sampler=heun(", "expected a name and its arguments"),
     ("--config.sampler=heun(s_churn=-3)", "In config.sampler=sampling.heun"),
     ("--config.sampler.eta=x", "Got --config.sampler.eta=x; expected a number"),
@@ -281,7 +284,7 @@ def test_the_command_line_shows_one_message_of_a_component_file(name, own, tmp_p
     ("--config.model.process.betas=(0.1, 2)", "In config.model.process=processes.discrete"),
     (
       "--config.model.conditions.classes=classes",
-      "without number; expected it. Set --config.model.conditions.classes.number",
+      "without its required argument number. Set --config.model.conditions.classes.number",
     ),
     ("--config.objective.weighting=heun", "Got config.objective.weighting='heun'; expected a weighting"),
     (
@@ -289,7 +292,7 @@ def test_the_command_line_shows_one_message_of_a_component_file(name, own, tmp_p
       "Got config.data.source='floder'; expected a source of data.*Did you mean 'folder'",
     ),
     ("--config.task=paint", "Got config.task='paint'; expected a task"),
-    ("--config.model=read", "without path; expected it. Set --config.model.path"),
+    ("--config.model=read", "without its required argument path. Set --config.model.path"),
   ],
 )
 def test_wrong_components_on_the_command_line_are_one_message(flag, message, tmp_path):
@@ -310,7 +313,7 @@ def run_of_own(own, tmp_path):
 
 def forget():
   """Forget what was read, as a new process does."""
-  foreign._LOADED.clear()
+  custom._LOADED.clear()
 
 
 def test_a_run_keeps_a_copy_of_a_component_file(own, run_of_own):
@@ -332,8 +335,8 @@ def test_a_run_goes_on_with_what_a_component_file_held(own, run_of_own):
   forget()
   tree = configs.read_run(run_of_own)
   assert tree.at("objective.weighting") == before.at("objective.weighting")
-  slot = tree.places["objective.weighting"].slot
-  assert components.find(tree.at("objective.weighting"), slot, "", run_of_own).itself(3.0)(3.0) == 27
+  slot = tree.parameters["objective.weighting"].slot
+  assert components.find(tree.at("objective.weighting"), slot, "", run_of_own).value(3.0)(3.0) == 27
   # A recipe names what the file holds now, which is another run.
   config = tiny_config()
   config.objective.weighting = spec(f"{own}:made_weighting", power=3.0)
@@ -358,7 +361,7 @@ def test_a_changed_file_without_a_copy_is_refused(own, run_of_own):
   forget()
   with pytest.raises(
     ValueError,
-    match=r"config\.json.*own.py has changed since the run began with it; restore the file, or start a new run",
+    match=r"config\.json.*own.py has changed since the run began; restore the file, or start a new run",
   ):
     configs.read_run(run_of_own)
   own.unlink()
@@ -402,7 +405,7 @@ def test_a_value_that_no_file_holds_is_refused(own):
   for value in (lambda: 3, object(), {1: 2}, [object()], 1j):
     config = tiny_config()
     config.data.source = spec(f"{own}:source", other=value)
-    with pytest.raises(ValueError, match=r"Got config\.data\.source\.other=.*; expected a value that a file can hold"):
+    with pytest.raises(ValueError, match=r"Got config\.data\.source\.other=.*; expected a value that JSON can store"):
       tree_of(config)
 
 

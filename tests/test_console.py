@@ -17,7 +17,7 @@ PRINTS = """
 import sys, warnings
 from tqdm import tqdm
 from ddpm_jax.commands import console
-with console.printing():
+with console.safe_output():
   for stream in (sys.stdout, sys.stderr):
     print("0.5 ± 0.1 \\udcff 中", file=stream)
     tqdm.write("1 \\N{MINUS SIGN} 2 \\N{MULTIPLICATION SIGN} 3", file=stream)
@@ -79,13 +79,13 @@ def read_one_line(command):
   ],
 )
 def test_a_reader_that_leaves_ends_it_quietly(rest, code):
-  script = f"import sys\nfrom tqdm import tqdm\nfrom ddpm_jax.commands import console\nwith console.printing():\n  print(1, flush=True)\n  {rest}"
+  script = f"import sys\nfrom tqdm import tqdm\nfrom ddpm_jax.commands import console\nwith console.safe_output():\n  print(1, flush=True)\n  {rest}"
   assert read_one_line(["-c", script]) == (b"1\n", code, b"")
 
 
 def test_another_broken_pipe_is_an_error():
   result = run(
-    "from ddpm_jax.commands import console\nwith console.printing():\n  raise BrokenPipeError('of a server')"
+    "from ddpm_jax.commands import console\nwith console.safe_output():\n  raise BrokenPipeError('of a server')"
   )
   assert result.returncode == 1
   assert b"BrokenPipeError: of a server" in result.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_jax import config, models
-from ddpm_jax.commands import MODES, flags, line
+from ddpm_jax.commands import MODES, command_line, flags
 from ddpm_jax.config import sections, slots
 from ddpm_jax.config import tree as trees
 from ddpm_jax.storage import places
@@ -72,9 +72,9 @@ def test_the_page_of_configs_lists_every_key_with_its_default_and_its_role():
 
 
 def test_the_page_of_configs_lists_every_component_of_the_package():
-  places = {path: one.slot for path, one in config.expand({}).places.items() if one.slot is not None}
+  places = {path: one.slot for path, one in config.expand({}).parameters.items() if one.slot is not None}
   wanted = [
-    [f"`{path}`", f"`{slot.home}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
+    [f"`{path}`", f"`{slot.module}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
     for path, slot in places.items()
   ]
   assert rows(between(CONFIG_PAGE.read_text(), "components")) == wanted
@@ -94,14 +94,14 @@ def beside(tmp_path, monkeypatch):
 def test_every_command_has_flags_and_keys_that_there_are(path, beside):
   del beside
   for command in commands(path):
-    if line.answer(command) is not None:
+    if command_line.answer(command) is not None:
       continue
-    found = line.parse(command)
+    found = command_line.parse(command)
     recipe = getattr(found, "config", None)
     known = recipe and (Path(recipe).is_file() or recipe in places.recipes())
     changes = flags.variants(found) if found.mode == "eval" else [{}]
     short = {"sampler": None, "num_steps": None} if found.mode == "eval" else {}
-    tree = config.read(recipe if known else "digits_cond", flags.keys(found, **short))
+    tree = config.read(recipe if known else "digits_cond", flags.config_keys(found, **short))
     for change in changes:
       config.build(tree).replace(**change)
 
@@ -111,10 +111,10 @@ def known_keys():
   known = set()
   for recipe in ("digits_classifier", "cifar10_iddpm", "mnist_superres", "digits_cond"):
     tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
-    known |= {*tree.places, *trees.leaves(tree.values)}
-    for place, one in tree.places.items():
+    known |= {*tree.parameters, *trees.leaves(tree.values)}
+    for place, one in tree.parameters.items():
       for name in slots.names(one.slot) if one.slot is not None and place != "model.conditions" else ():
-        known |= {*config.replace(tree, place, name).places}
+        known |= {*config.replace(tree, place, name).parameters}
   return known | {"parallel", "sampling", "evaluation", "editing", "training"}
 
 
@@ -164,7 +164,7 @@ def test_every_key_and_every_name_in_the_text_is_there():
 
 def test_every_flag_in_the_text_is_there():
   scripts = "".join(path.read_text() for path in sorted((ROOT / "experiments").rglob("*.py")))
-  known = {*itertools.chain(*(line.parser_of(mode).names for mode in MODES)), *re.findall(r'"--([a-z_-]+)"', scripts)}
+  known = {*itertools.chain(*(command_line.make_parser(mode).names for mode in MODES)), *re.findall(r'"--([a-z_-]+)"', scripts)}
   for path in PAGES:
     assert {*re.findall(r"`--([a-z_]+)[=` ]", path.read_text())} <= known, path.name
 

@@ -1,4 +1,4 @@
-"""Files of foreign models: weights in every form and place, and JSON of every kind of damage."""
+"""Files of custom models: weights in every form and place, and JSON of every kind of damage."""
 
 import argparse
 import json

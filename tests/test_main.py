@@ -268,27 +268,27 @@ WRONG = {
   "seed": ([RECIPE, "--seed=3"], "--seed in mode train; expected it in mode sample, edit or eval only"),
   "two_samplers": (
     [RECIPE, "--mode=sample", "--sampler=heun", "--config.sampler=ddim"],
-    "Got --sampler beside --config.sampler; expected one of them",
+    "Got --sampler and --config.sampler; expected only one of them",
   ),
   "a_sampler_and_its_key": (
     [RECIPE, "--mode=sample", "--sampler=heun", "--config.sampler.eta=0.5"],
-    "Got --sampler beside --config.sampler.eta; expected one of them",
+    "Got --sampler and --config.sampler.eta; expected only one of them",
   ),
   "two_numbers_of_steps": (
     [RECIPE, "--mode=sample", "--num_steps=3", "--config.sampling.num_steps=4"],
-    "Got --num_steps beside --config.sampling.num_steps",
+    "Got --num_steps and --config.sampling.num_steps",
   ),
   "two_scales": (
     [RECIPE, "--mode=sample", "--guidance_scale=3", "--config.guidance.scale=4"],
-    "Got --guidance_scale beside --config.guidance.scale",
+    "Got --guidance_scale and --config.guidance.scale",
   ),
   "two_strengths": (
     [RECIPE, "--mode=edit", "--task=img2img", "--strength=0.5", "--config.editing.strength=0.7"],
-    "Got --strength beside --config.editing.strength",
+    "Got --strength and --config.editing.strength",
   ),
   "two_numbers_of_samples": (
     [RECIPE, "--mode=eval", "--num_samples=20", "--config.evaluation.num_samples=30"],
-    "Got --num_samples beside --config.evaluation.num_samples",
+    "Got --num_samples and --config.evaluation.num_samples",
   ),
   "sampler_of_a_plan": (
     [RECIPE, "--mode=plan", "--sampler=heun"],
@@ -354,7 +354,7 @@ def test_a_path_that_checkpoints_cannot_be_read_from_is_refused_before_training(
 def test_what_the_system_refuses_is_named(tmp_path):
   folder = tmp_path / ("x" * 300)
   code, output = call(DENSE, f"--workdir={folder}")
-  assert_refused(code, output, f"error: Cannot use {folder}/checkpoints: File name too long. Check what lies there")
+  assert_refused(code, output, f"error: Cannot use {folder}/checkpoints: File name too long. Check that it exists")
   (tmp_path / ".lock").mkdir()
   code, output = call(DENSE, f"--workdir={tmp_path}")
   assert_refused(code, output, f"error: Cannot write {tmp_path}/.lock: Is a directory. Make it writable")

@@ -41,7 +41,7 @@ BROKEN = {
   "recurses": (MAKE + "  return get_config()\n", "fails in line 3: RecursionError"),
   "imports what is not there": (
     "import no_such_module\n",
-    "fails in line 1: ModuleNotFoundError: .*Install no_such_module, or correct the file",
+    "fails in line 1: ModuleNotFoundError: .*Install no_such_module, or fix the file",
   ),
   "syntax": ("def get_config():\n  return (\n", "fails in line 2: SyntaxError"),
   "indentation": ("def get_config():\nreturn 1\n", "fails in line 2: IndentationError"),
@@ -83,7 +83,7 @@ def test_a_config_that_holds_itself_is_one_message(tmp_path):
   path = tmp_path / "broken.py"
   path.write_text(MAKE + "  c = ConfigDict({'a': 1})\n  c.b = c\n  return c\n")
   code, output = call(f"--config={path}", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, "a section that holds itself")
+  assert_refused(code, output, "a section that contains itself")
 
 
 def test_what_is_no_file(tmp_path):

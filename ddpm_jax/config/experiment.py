@@ -156,7 +156,11 @@ def _sampler(tree: Tree, model: Model) -> Sampler:
 def _times(tree: Tree, model: Model, sampler: Sampler, section: Sampling) -> np.ndarray:
   if section.grid is None:
     is_default = tree.values["sampler"] is None
-    return model.times(section.num_steps) if is_default else sampling.grids.for_sampler(sampler, model.process, section.num_steps)
+    return (
+      model.times(section.num_steps)
+      if is_default
+      else sampling.grids.for_sampler(sampler, model.process, section.num_steps)
+    )
   return _call(tree, "sampling.grid", functools.partial(section.grid, num_steps=section.num_steps))
 
 

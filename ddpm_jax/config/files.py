@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import flags, custom, recipes
+from ddpm_jax.config import custom, flags, recipes
 from ddpm_jax.config.tree import Tree, expand
 from ddpm_jax.storage import jsonfiles, workdir
 
@@ -111,8 +111,7 @@ def _replace_prefix(value: Any, before: str, after: str) -> Any:
 def check_same_run(folder: Path, tree: Tree) -> None:
   """Raise a ValueError if a folder holds checkpoints of a run with another config.
 
-  The message lists the differences. Without checkpoints, training starts from the first step, so the old config does not
-  matter.
+  The message lists the differences. Without checkpoints training starts from the first step, so any config is allowed.
   """
   if not workdir.checkpoint_steps(folder):
     return

@@ -14,7 +14,8 @@ def read(value: str) -> ConfigDict:
   """Run a recipe and return the config of its `get_config()`.
 
   Args:
-    value: the path of a Python file, or the name of a recipe of the package. Text after a colon is passed to `get_config`.
+    value: the path of a Python file, or the name of a recipe of the package. Text after a colon is the argument of
+      `get_config`.
 
   Raises:
     ValueError: if the file does not exist, raises an error, or returns no ConfigDict.

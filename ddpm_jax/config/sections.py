@@ -54,7 +54,12 @@ _OBJECTIVE = Slot(
 )
 _SAMPLER = slots.slot_of(sampling.Sampler, supplied=(processes.Process,))
 _GRID = Slot(
-  "a grid of times", (np.ndarray,), "grids", "karras(rho=7)", supplied=(processes.Process, "num_steps"), is_deferred=True
+  "a grid of times",
+  (np.ndarray,),
+  "grids",
+  "karras(rho=7)",
+  supplied=(processes.Process, "num_steps"),
+  is_deferred=True,
 )
 _CLIP = Slot(
   "a rule that clips estimates",
