@@ -1,4 +1,4 @@
-"""Train a class-conditional DDPM on CIFAR-10 for classifier-free guidance (Ho et al. 2020; Ho and Salimans 2022).
+"""Train a class-conditional DDPM on CIFAR-10 for classifier-free guidance (Ho et al. 2020, Ho and Salimans 2022).
 
 python -m ddpm_jax.main --mode=prepare --config=configs/cifar10_cond.py
 python -m ddpm_jax.main --config=configs/cifar10_cond.py --workdir=/tmp/cifar10_cond

@@ -1,4 +1,4 @@
-"""Train SR3 for color images from 16x16 to 32x32, with conditioning augmentation (Saharia et al. 2021; Ho et al. 2022).
+"""Train SR3 for color images from 16x16 to 32x32, with conditioning augmentation (Saharia et al. 2021, Ho et al. 2022).
 
 python -m ddpm_jax.main --config=configs/cifar_superres.py --workdir=/tmp/cifar_superres \
   --config.data.source.path=<folder>

@@ -1,4 +1,4 @@
-"""Train a discrete DDPM on any folder of images at 64x64 (Ho et al. 2020; Nichol and Dhariwal 2021).
+"""Train a discrete DDPM on any folder of images at 64x64 (Ho et al. 2020, Nichol and Dhariwal 2021).
 
 python -m ddpm_jax.main --config=configs/folder.py --workdir=/tmp/folder --config.data.source.path=<folder>
 

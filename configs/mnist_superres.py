@@ -1,4 +1,4 @@
-"""Train SR3 for MNIST digits from 8x8 to 32x32, with conditioning augmentation (Saharia et al. 2021; Ho et al. 2022).
+"""Train SR3 for MNIST digits from 8x8 to 32x32, with conditioning augmentation (Saharia et al. 2021, Ho et al. 2022).
 
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_superres.py --workdir=/tmp/mnist_superres

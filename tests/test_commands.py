@@ -1,4 +1,4 @@
-"""Help, versions, recipes by name, and flags that are refused, of every mode."""
+"""Test help, recipe names and flags of every mode."""
 
 import os
 import shlex
@@ -25,9 +25,9 @@ def test_help_shows_what_a_mode_does_its_flags_and_two_examples(mode):
   assert len(module.EXAMPLES) == 2
   for example in module.EXAMPLES:
     assert f"ddpm-jax {example}" in text
-    given = command_line.parse(shlex.split(example))
-    if getattr(given, "config", None):
-      assert given.config in places.recipes()
+    args = command_line.parse(shlex.split(example))
+    if getattr(args, "config", None):
+      assert args.config in places.recipes()
   assert any(command_line.parse(shlex.split(example)).mode == mode for example in module.EXAMPLES)
 
 
@@ -49,7 +49,7 @@ def test_the_list_of_recipes_has_a_line_for_each():
 
 @pytest.mark.parametrize("flag", ["--help", "--version", "--config=list", "--mode=plan --help"])
 def test_each_way_to_start_the_program_is_the_same(flag):
-  """Without JAX, which takes a second to import."""
+  """Starting must not import JAX, which takes a second."""
   forms = [["-m", "ddpm_jax"], ["-m", "ddpm_jax.main"], ["-c", "from ddpm_jax.main import main; main()"]]
   environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
   outputs = []
@@ -64,7 +64,7 @@ def test_each_way_to_start_the_program_is_the_same(flag):
 def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_vp.py"))
-  # A file comes before a recipe.
+  # A file takes precedence over a recipe.
   (tmp_path / "digits_vp").write_text((ROOT / "configs" / "digits_sde.py").read_text())
   assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_sde.py"))
   for wrong, message in (
@@ -100,9 +100,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_flags_are_refused(name):
-  given, message = WRONG[name]
+  words, message = WRONG[name]
   with pytest.raises(ValueError, match=message):
-    command_line.answer(given.split()) or command_line.parse(given.split())
+    command_line.answer(words.split()) or command_line.parse(words.split())
 
 
 def test_a_mistake_ends_the_program_with_code_2():
@@ -113,12 +113,12 @@ def test_a_mistake_ends_the_program_with_code_2():
     assert "Traceback" not in output
 
 
-def test_flags_have_their_forms():
-  given = command_line.parse(
+def test_all_forms_of_flags_are_parsed():
+  args = command_line.parse(
     ["--mode", "sample", "--seed", "3", "--ema", "--given=a=1", "--given", "b=x,y", "--classes=3,7", "--workdir="]
   )
-  assert (given.mode, given.seed, given.ema, given.classes, given.workdir) == ("sample", 3, True, ["3", "7"], None)
-  steering = flags.steering(given)
+  assert (args.mode, args.seed, args.ema, args.classes, args.workdir) == ("sample", 3, True, ["3", "7"], None)
+  steering = flags.steering(args)
   assert steering.given == {"classes": ["3", "7"], "a": ["1"], "b": ["x,y"]}
   assert command_line.parse(["--mode=sample", "--ema=false"]).ema is False
   compared = command_line.parse(
@@ -128,25 +128,27 @@ def test_flags_have_their_forms():
   assert flags.variants(compared) == [{"sampler": name, "sampling__num_steps": n} for name in names for n in (5, 9)]
 
 
-def test_flags_that_are_short_for_keys():
-  given = command_line.parse(["--mode=edit", "--sampler=heun", "--strength=0.5", "--guidance_scale=2", "--config.seed=3"])
-  assert flags.config_keys(given) == {"seed": "3", "sampler": "heun", "editing.strength": "0.5"}
+def test_short_forms_set_config_keys():
+  args = command_line.parse(
+    ["--mode=edit", "--sampler=heun", "--strength=0.5", "--guidance_scale=2", "--config.seed=3"]
+  )
+  assert flags.config_keys(args) == {"seed": "3", "sampler": "heun", "editing.strength": "0.5"}
   for key in ("sampler", "sampler.s_churn", "guidance.scale", "editing.strength"):
-    given.keys = {key: "1"}
+    args.keys = {key: "1"}
     with pytest.raises(ValueError, match=rf"and --config\.{key}; expected only one of them"):
-      flags.config_keys(given)
+      flags.config_keys(args)
 
 
-def test_no_flag_has_two_meanings_of_its_value():
-  """A flag of one name is read alike in all modes, but for those that compare several values."""
-  read: dict[str, set] = {}
+def test_flags_of_one_name_are_parsed_alike():
+  """A flag is parsed in the same way in all modes, except for flags that accept several values in one mode."""
+  parsers: dict[str, set] = {}
   for mode in MODES:
     for group in command(mode).FLAGS:
       for flag in group.flags:
-        read.setdefault(flag.name, set()).add(flag.parse)
-  several = {name for name, kinds in read.items() if len(kinds) > 1}
-  assert several == {"sampler", "num_steps"}
-  assert read["num_steps"] == {parser.count, parser.counts}
+        parsers.setdefault(flag.name, set()).add(flag.parse)
+  different = {name for name, functions in parsers.items() if len(functions) > 1}
+  assert different == {"sampler", "num_steps"}
+  assert parsers["num_steps"] == {parser.count, parser.counts}
 
 
 MISTAKES = {
@@ -164,12 +166,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_no_device_is_taken_for_a_mistake_in_flags(words, monkeypatch):
-  def start(given):
-    raise AssertionError("A device was taken.")
+def test_flags_are_checked_before_devices_are_initialized(words, monkeypatch):
+  def start(args):
+    raise AssertionError("Devices were initialized.")
 
   monkeypatch.setattr(jax_setup, "join_processes", start)
   monkeypatch.setattr(jax_setup, "start_devices", start)
-  given = command_line.parse(words.split())
+  args = command_line.parse(words.split())
   with pytest.raises(ValueError, match=MISTAKES[words]):
-    command(given.mode).run(given)
+    command(args.mode).run(args)

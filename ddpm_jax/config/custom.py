@@ -57,7 +57,7 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
 
 
 def _pickle_by_value(names: set[str], folders: list[Path]) -> None:
-  """Pickle objects of custom modules by value, because worker processes cannot import these modules."""
+  """Send objects of custom modules to worker processes by value, because workers cannot import these modules."""
   import cloudpickle
 
   custom_folders = {folder.absolute() for folder in folders}
