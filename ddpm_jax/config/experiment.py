@@ -99,7 +99,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   }
   sampler = _sampler(tree, model)
   if parts["sampling"].clip is not None:
-    # The rule checks its arguments when it is called, so call it once before sampling needs it.
+    # Call the rule once, because it checks its arguments only when it is called.
     with _named_errors(tree, "sampling.clip"):
       parts["sampling"].clip(denoise=lambda x_t, t: x_t)
   model_parts = {Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}

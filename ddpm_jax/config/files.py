@@ -11,7 +11,7 @@ from ddpm_jax.config.tree import Tree, expand
 from ddpm_jax.storage import jsonfiles, workdir
 
 # Replaces the run's folder in config.json, so that the folder may move.
-_HERE = "<workdir>/"
+_RUN_FOLDER = "<workdir>/"
 
 
 def read(
@@ -88,7 +88,7 @@ def find_run(folder: Path) -> Tree | None:
   if values is None:
     return None
   with jsonfiles.named_errors(workdir.config_path(folder)):
-    return expand(_replace_prefix(values, _HERE, f"{folder}/"), folder, complete=False)
+    return expand(_replace_prefix(values, _RUN_FOLDER, f"{folder}/"), folder, complete=False)
 
 
 def write(folder: Path, tree: Tree) -> None:
@@ -96,7 +96,7 @@ def write(folder: Path, tree: Tree) -> None:
   for component in tree.components.values():
     if component.digest:
       custom.save_copy(component.name, component.digest, folder)
-  workdir.write_config(folder, _replace_prefix(tree.values, f"{folder}/", _HERE))
+  workdir.write_config(folder, _replace_prefix(tree.values, f"{folder}/", _RUN_FOLDER))
 
 
 def _replace_prefix(value: Any, before: str, after: str) -> Any:

@@ -30,7 +30,7 @@ def _read(config: Tree, path: str, text: str) -> Any:
   parameter = config.parameters.get(path) or _new_parameter(config, path)
   if parameter.slot is not None and isinstance(values.literal(text), str):
     return components.parse(text, f"config.{path}")
-  # Also parse a value that no component may be replaced by. `convert` refuses it later, with a better message.
+  # Also parse values that may not replace a component. `convert` refuses them later, with a better message.
   return values.read(text, parameter.kinds, path)
 
 

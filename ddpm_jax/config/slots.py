@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ddpm_jax import editing, guidance, losses, models, predictions, processes, sampling, schedules
 from ddpm_jax.config.values import CALLABLE, MISSING, SEQUENCE, is_literal, members, plain
 
-# Modules of components: their names in configs, and in the package.
+# The modules that hold components: their names in configs and in the package.
 MODULES = {
   "codecs": "models.codecs",
   "conditions": "models.conditions",
@@ -41,13 +41,14 @@ class Slot(NamedTuple):
     description: the slot in words, for error messages: "a sampler".
     kinds: the types of the built values, as classes or types of functions. A string names a class of `module` that this
       package may not import.
-    module: the module to search for names without a module, as configs call it.
+    module: the module to search for names without a module, by its name in `MODULES`.
     example: a component that fits, for error messages.
     supplied: the arguments that the builder supplies, by type or name. They are not config keys.
     must_take: names of parameters. A function of the package fits only if it has one of them. They separate functions
       of equal types that belong to different slots.
     direct_parameter: the only required parameter of functions that fill the slot without a call, such as `log_snr`.
-    is_deferred: whether the supplied arguments are known only at run time. The builder then makes a function of them.
+    is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function that
+      takes them.
   """
 
   description: str
@@ -96,7 +97,7 @@ def import_module(name: str) -> types.ModuleType:
 def exports(module_name: str) -> Mapping[str, Any]:
   """Return the public functions, classes and values of a module of `MODULES` by name."""
   module = import_module(module_name)
-  # Values such as predictions.EPS count too: their class is defined in the same module.
+  # This includes values such as predictions.EPS, because their class is defined in the same module.
   defined = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
   names = getattr(module, "__all__", None) or [name for name in defined if not name.startswith("_")]
   return {name: getattr(module, name) for name in names}

@@ -18,7 +18,7 @@ from ddpm_jax.storage import jsonfiles
 MISSING = inspect.Parameter.empty
 CALLABLE = typing.get_origin(Callable[[int], int])
 SEQUENCE = typing.get_origin(Sequence[int])
-# Words that components and flags use for values.
+# Values that components and flags write as words.
 CONSTANTS = {"true": True, "false": False, "inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _NUMBERS = {int: "an integer in decimal digits", float: "a number", bool: "true or false"}
 
@@ -61,8 +61,8 @@ def as_json(value: Any) -> Any:
     is_valid = all(isinstance(name, str) and item is not MISSING for name, item in items.items())
     return items if is_valid else MISSING
   if isinstance(value, Sequence) and not isinstance(value, str) and not hasattr(value, "_fields"):
-    items = tuple(as_json(item) for item in value)
-    return MISSING if any(item is MISSING for item in items) else items
+    elements = tuple(as_json(item) for item in value)
+    return MISSING if any(element is MISSING for element in elements) else elements
   return value if value is None or isinstance(value, str | bool | int | float) else MISSING
 
 
@@ -186,7 +186,7 @@ def read(text: str, kinds: Sequence[Any], path: str) -> Any:
     path: the dotted name of the key.
 
   Raises:
-    ValueError: if the only allowed type is a number or a bool, and the text is none.
+    ValueError: if a number or a bool is the only allowed type, and the text is not one.
   """
   stripped = text.strip()
   if str in kinds and (len(kinds) == 1 or not stripped.startswith(("(", "["))):
