@@ -192,7 +192,7 @@ def test_a_custom_module(source_file, monkeypatch):
 
 def test_a_custom_file_imports_modules_in_its_folder(source_file):
   (source_file.parent / "component_helper.py").write_text("BETA = 3.0\n")
-  path = source_file.parent / "beside.py"
+  path = source_file.parent / "uses_helper.py"
   path.write_text(
     "import component_helper\nfrom ddpm_jax import processes\ndef make():\n  return processes.vp(0.1, component_helper.BETA)\n"
   )
@@ -200,7 +200,7 @@ def test_a_custom_file_imports_modules_in_its_folder(source_file):
 
 
 BROKEN = {
-  "is not there": (None, "process", "a file that does not exist; expected my_file.py:my_function"),
+  "does not exist": (None, "process", "a file that does not exist; expected my_file.py:my_function"),
   "lacks the name": (
     SOURCE,
     "proces",
@@ -208,12 +208,12 @@ BROKEN = {
   ),
   "lacks any name": (SOURCE, "", "own.py has no ''; expected a name"),
   "is of another kind": (SOURCE, "other_kind", "makes a Sampler; expected it to make a process"),
-  "says another kind": (
+  "declares another kind": (
     SOURCE + "def other() -> predictions.Prediction: ...\n",
     "other",
     "the function other that makes a Prediction; expected a process",
   ),
-  "says another kind in text": (
+  "declares another kind in a string": (
     f"from __future__ import annotations\n{SOURCE}def other() -> predictions.Prediction: ...\n",
     "other",
     "the function other that makes a Prediction; expected a process",
@@ -231,12 +231,12 @@ BROKEN = {
     "process(beta=x)",
     "Got config.model.process.beta='x'; expected a finite number",
   ),
-  "is no Python": ("def process(:\n", "process", "which fails in line 1: SyntaxError"),
+  "is not Python": ("def process(:\n", "process", "which fails in line 1: SyntaxError"),
   "is not text": ("\udcff\udcfe", "process", "which fails.*: (SyntaxError|UnicodeDecodeError)"),
   "holds zeros": ("\0\0", "process", "which fails.*: (SyntaxError|ValueError)"),
   "raises": ("x = 1\nraise KeyError('no')\n", "process", "which fails in line 2: KeyError: 'no'"),
   "ends the program": ("import sys\nsys.exit(3)\n", "process", "which fails in line 2: SystemExit: 3"),
-  "imports what is not there": ("import no_such_module\n", "process", "which fails in line 1: ModuleNotFoundError"),
+  "imports a missing module": ("import no_such_module\n", "process", "which fails in line 1: ModuleNotFoundError"),
 }
 
 
@@ -252,7 +252,7 @@ def test_a_broken_component_file_is_one_message(name, source_file):
 
 @pytest.mark.parametrize(
   "name",
-  ["is not there", "lacks the name", "is of another kind", "fails", "is no Python", "raises", "ends the program"],
+  ["does not exist", "lacks the name", "is of another kind", "fails", "is not Python", "raises", "ends the program"],
 )
 def test_the_command_line_shows_one_message_of_a_component_file(name, source_file, tmp_path):
   content, component, message = BROKEN[name]

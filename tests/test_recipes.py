@@ -39,7 +39,7 @@ BROKEN = {
     "fails in line 2: .*RequiredValueError",
   ),
   "recurses": (MAKE + "  return get_config()\n", "fails in line 3: RecursionError"),
-  "imports what is not there": (
+  "imports a missing module": (
     "import no_such_module\n",
     "fails in line 1: ModuleNotFoundError: .*Install no_such_module, or fix the file",
   ),

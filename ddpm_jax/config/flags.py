@@ -11,7 +11,7 @@ from ddpm_jax.config.tree import Tree
 def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
   """Return a copy of a config with the values of flags.
 
-  Components are replaced before their arguments are set, whatever the order of the flags.
+  Flags of components apply before flags of their arguments, in any order on the command line.
 
   Args:
     config: the config.
