@@ -207,7 +207,7 @@ BROKEN = {
     "own.py has no 'proces'; expected a name that it defines.*Did you mean 'process'",
   ),
   "lacks any name": (SOURCE, "", "own.py has no ''; expected a name"),
-  "is of another kind": (SOURCE, "other_kind", "makes a Sampler; expected it to make a process"),
+  "is of another kind": (SOURCE, "other_kind", "returns a value of type Sampler; expected it to return a process"),
   "declares another kind": (
     SOURCE + "def other() -> predictions.Prediction: ...\n",
     "other",
@@ -219,7 +219,7 @@ BROKEN = {
     "the function other that makes a Prediction; expected a process",
   ),
   "is a value": (SOURCE, "NUMBER", "a value of type int; expected a process"),
-  "makes something else": (SOURCE, "wrong", "which makes a int; expected it to make a process"),
+  "returns another type": (SOURCE, "wrong", "which returns a value of type int; expected it to return a process"),
   "fails": (SOURCE, "fails", f"own.py:fails: ZeroDivisionError in line {FAILING_LINE}: division by zero"),
   "has other arguments": (
     SOURCE,

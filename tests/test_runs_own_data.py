@@ -166,7 +166,7 @@ def test_fit_needs_no_annotation(own):
   [
     (
       "mine.py:nothing",
-      "config.data.source=.*mine.py:nothing, which makes a list; expected it to make a source of data .data.Splits",
+      "config.data.source=.*mine.py:nothing, which returns a value of type list; expected it to return a source of data .data.Splits",
     ),
     ("mine.py:my_dat", "has no 'my_dat'.*Did you mean 'my_data'"),
     ("none.py:my_data", "none.py:my_data', a file that does not exist"),

@@ -211,7 +211,7 @@ def _call(tree: Tree, path: str, call: Callable[[], Any]) -> Any:
     value = call()
   if not slots.is_of(value, component.slot):
     raise ValueError(
-      f"Got config.{path}={component.name}, which makes a {type(value).__name__}; expected it to make"
+      f"Got config.{path}={component.name}, which returns a value of type {type(value).__name__}; expected it to return"
       f" {component.slot.description}."
     )
   return value
