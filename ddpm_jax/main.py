@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import ddpm_jax
-from ddpm_jax.commands import command, console, ending, line
+from ddpm_jax.commands import command, command_line, console, shutdown
 from ddpm_jax.devices import heap, interrupts
 
 
@@ -20,20 +20,20 @@ def main() -> None:
   # The last entry is the folder of the training run, if there is one. The message of an interrupt tells how to resume
   # it.
   training: list[Path | None] = [None]
-  with console.printing(), interrupts.exit_on_interrupt(lambda: ending.interrupt(training[-1])):
+  with console.safe_output(), interrupts.exit_on_interrupt(lambda: shutdown.interrupt(training[-1])):
     details = bool({"--traceback", "--traceback=true"} & {*sys.argv})
     try:
       _run(sys.argv[1:], training)
     except Exception as error:
-      ending.report(error, details=details)
+      shutdown.report(error, details=details)
 
 
 def _run(arguments: list[str], training: list[Path | None]) -> None:
-  answer = line.answer(arguments)
+  answer = command_line.answer(arguments)
   if answer is not None:
     print(answer)
     return
-  flags = line.parse(arguments)
+  flags = command_line.parse(arguments)
   _quiet(flags.traceback)
   folder = getattr(flags, "workdir", None)
   if flags.mode == "train":
@@ -56,7 +56,7 @@ def _quiet(details: bool) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     # Python's resource tracker warns when it frees the shared memory of a killed process.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # `ending` reports Python exceptions. Only errors from native code get here, such as repeated writes to a full disk.
+    # `shutdown` reports Python exceptions. Only errors from native code get here, such as repeated writes to a full disk.
     sys.excepthook = lambda *_: None
 
 

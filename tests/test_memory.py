@@ -216,7 +216,7 @@ def test_the_command_line_shows_one_message(key, tmp_path):
 @pytest.mark.parametrize("value", [2**31, 2**40])
 def test_what_programs_cannot_count_is_refused(value, tmp_path):
   code, output = call(DENSE, f"--config.data.image_size={value}", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, rf"config.data.image_size={value}; expected at most 2147483647: .* takes [\d.]+ [GT]B")
+  assert_refused(code, output, rf"config.data.image_size={value}; expected at most 2147483647, .* takes [\d.]+ [GT]B")
 
 
 def test_a_plan_for_other_machines_is_not_refused(monkeypatch):

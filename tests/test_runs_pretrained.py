@@ -248,7 +248,7 @@ def test_another_sampler_has_its_own_defaults(tmp_path):
 
   def experiment(sampler):
     keys = {} if sampler is None else {"sampler": sampler}
-    tree = configs.read(None, keys, tmp_path, otherwise={})
+    tree = configs.read(None, keys, tmp_path, default={})
     tree, found = pretrained.replace_model(str(tmp_path), tree, recipe=False, keys=keys)
     return configs.build(tree, found.model)
 
