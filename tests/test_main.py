@@ -195,7 +195,7 @@ def test_a_folder_in_use_is_refused_while_the_process_lives(tmp_path):
   process = start(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
   commands.wait_for(tmp_path / "checkpoints" / "4", process)
   code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
-  assert_refused(code, output, f"in which process {process.pid} on .* trains")
+  assert_refused(code, output, f"but process {process.pid} on .* trains in this folder")
   process.send_signal(signal.SIGKILL)
   process.finish()
   code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=4")
@@ -347,7 +347,7 @@ def test_a_uri_is_no_workdir(uri, mode):
 def test_a_path_that_checkpoints_cannot_be_read_from_is_refused_before_training(name, tmp_path):
   workdir = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
   code, output = call(DENSE, f"--workdir={os.fsdecode(workdir)}")
-  assert_refused(code, output, "as a folder of checkpoints, .*Rename the folder")
+  assert_refused(code, output, "as the checkpoint folder, .*Rename the folder")
   assert not os.listdir(tmp_path)
 
 
@@ -378,7 +378,7 @@ def test_what_native_code_reports_on_its_own_is_kept_out(tmp_path):
 def test_a_path_that_orbax_takes_for_a_bucket_is_refused_before_training(folder, tmp_path):
   workdir = tmp_path / folder
   code, output = call(DENSE, f"--workdir={workdir}")
-  assert_refused(code, output, "which orbax takes for a bucket.*Use another --workdir")
+  assert_refused(code, output, "orbax reads this path as a bucket.*Set another --workdir")
   assert not workdir.exists()
 
 
@@ -461,7 +461,7 @@ def test_bad_workdirs(run, tmp_path):
   assert "seed: 0 in the folder, 3 now" in output
   assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
   code, output = call(RECIPE, f"--workdir={folder / 'eval.json'}")
-  assert_refused(code, output, "cannot be written to")
+  assert_refused(code, output, "is not writable")
   code, output = call(RECIPE, "--config.training.batch_size=12", f"--workdir={tmp_path / 'a'}", devices=8)
   assert_refused(code, output, "batch size of 12 on 8 devices")
   code, output = call(RECIPE)
