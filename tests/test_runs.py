@@ -301,7 +301,7 @@ def test_items_are_the_state_taken_apart():
 
 def test_what_takes_long_says_that_it_lives(monkeypatch, capsys):
   said = threading.Event()
-  monkeypatch.setattr(progress, "_NEWS", 0.01)
+  monkeypatch.setattr(progress, "_INTERVAL", 0.01)
   say = progress.print_line
   monkeypatch.setattr(progress, "print_line", lambda text: (say(text), said.set()))
   with progress.heartbeat("compiling the train step"):

@@ -287,7 +287,7 @@ class Checkpoints:
     return removed
 
   def reload(self) -> None:
-    """Read the folder again; call it on every process after `discard`."""
+    """Read the folder again after `discard`, on every process."""
     self._manager.reload()
 
   def wait(self) -> None:

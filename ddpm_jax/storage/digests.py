@@ -59,7 +59,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 def _mix(words: jax.Array) -> jax.Array:
-  """Scramble 32-bit words one-to-one with the finalizer of MurmurHash3."""
+  """Hash 32-bit words one-to-one with the finalizer of MurmurHash3."""
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     words = (words ^ (words >> shift)) * np.uint32(factor)
   return words ^ (words >> 16)

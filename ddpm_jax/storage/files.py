@@ -18,7 +18,9 @@ _unfinished: set[Path] = set()
 
 
 class WriteError(OSError):
-  """Report a file or folder that could not be written; an existing file is unchanged.
+  """Report a file or folder that could not be written.
+
+  An existing file is unchanged.
 
   Attributes:
     is_full: whether the disk is full.
@@ -162,7 +164,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-  """Remove temporary files and folders; call it when the program ends while it writes."""
+  """Remove temporary files and folders before the program ends during a write."""
   for temporary in list(_unfinished):
     if temporary.is_dir():
       shutil.rmtree(temporary, ignore_errors=True)
@@ -205,7 +207,10 @@ def check_new_file(path: str | Path, suffix: str) -> None:
 
 
 def unused_path(path: Path, suffix: str) -> Path:
-  """Return the first of path, path_2, path_3, ... that does not exist with this suffix; the result has no suffix."""
+  """Return the first of path, path_2, path_3, ... that does not exist with a suffix.
+
+  The returned path has no suffix.
+  """
   candidates = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
   return next(candidate for candidate in candidates if not Path(f"{candidate}{suffix}").exists())
 

@@ -45,9 +45,9 @@ def as_uint8(x: np.ndarray) -> np.ndarray:
 def displayable(images: np.ndarray) -> np.ndarray:
   """Return images [..., H, W, C] uint8 with a number of channels that a picture can show.
 
-  A picture has 1 (gray), 3 (RGB) or 4 (RGB with opacity) channels. For any other number, each channel becomes a gray tile
-  of one larger image. The tiles are arranged row by row in an approximately square grid, with a dark line of one pixel
-  between them. For example, 8x8x5 becomes 17x26x1: three tiles above two.
+  A picture has 1 (gray), 3 (RGB) or 4 (RGB with opacity) channels. For any other number, each channel becomes a gray
+  tile of one larger image. The tiles are arranged row by row in an approximately square grid, with a dark line of one
+  pixel between them. For example, 8x8x5 becomes 17x26x1: three tiles above two.
   """
   height, width, channels = images.shape[-3:]
   if channels in (1, 3, 4):

@@ -154,7 +154,7 @@ def _split(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-  """Return a parsed line, or None if it is not an object with a step (an integer of at least 0) and numbers."""
+  """Return a parsed line, or None if it is not an object with numbers and a step of at least 0."""
   try:
     content = json.loads(line.decode("utf-8"))
     for value in content.values():

@@ -1,4 +1,4 @@
-"""Locate the files of a run in its folder, lock the folder, and read and write the config."""
+"""Lock a run's folder, return the paths of its files, and read and write its config."""
 
 import contextlib
 import fcntl
