@@ -131,8 +131,8 @@ def check_wandb(project: str) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
   """Return the lines of a metrics.jsonl file, each with a step and numbers by name.
 
-  A damaged log must not stop a run. A missing file gives an empty list, and incomplete or damaged lines are skipped with
-  one warning.
+  A damaged log must not stop a run. A missing file gives an empty list, and incomplete or damaged lines are skipped
+  with one warning.
   """
   try:
     lines, skipped = _split(path.read_bytes())
