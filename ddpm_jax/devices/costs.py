@@ -21,7 +21,7 @@ def matmul_flops(jaxpr: Any) -> float:
 
   - Recomputation (rematerialization) counts again.
   - Products with zeros of padding and dilation do not count, as in XLA's own count.
-  - The body of `lax.scan` counts once for each iteration, and that of `lax.while_loop` once.
+  - The body of `lax.scan` counts once for each iteration. The body of `lax.while_loop` counts once.
   - `lax.cond` counts its most expensive branch, and `lax.platform_dependent` its default.
   - Custom kernels (Pallas, cuDNN) do not count.
 

@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
   """Make glibc keep freed memory if JAX computes on a CPU. Call it before JAX starts.
 
   A compiled program allocates its temporaries again in each run. By default, glibc returns them to the kernel, and the
-  kernel fills every new page with zeros. This takes a sixth of the train step of a small network on a CPU, and a tenth
-  of that of a large one. With this setting, the process never uses less memory than at its peak.
+  kernel fills every new page with zeros. This takes a sixth of the time of a train step of a small
+  network on a CPU, and a tenth for a large network. With this setting, the process keeps its peak memory until it ends.
 
   Only the heap of the main thread can hold large blocks. Therefore JAX is also configured to run programs in the
   calling thread instead of its own.

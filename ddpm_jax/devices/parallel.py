@@ -67,7 +67,7 @@ def check_batch(batch_size: int, num_devices: int, name: str = "batch size") -> 
 
 
 def describe(mesh: Mesh) -> str:
-  """Describe a mesh for the user: the number of devices and processes, and the sizes of its axes."""
+  """Describe the devices, processes and axes of a mesh in one line for the user."""
   processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   return f"{mesh.size} {mesh.devices.flat[0].platform} device(s){processes}{f' ({axes})' if mesh.size > 1 else ''}"
@@ -229,10 +229,10 @@ def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTr
       `step(state, batch, frozen)`. None for a step without frozen parameters.
   """
   shardings = state_shardings(mesh, state)
-  given = () if frozen is None else (state_shardings(mesh, frozen),)
+  frozen_shardings = () if frozen is None else (state_shardings(mesh, frozen),)
   return jax.jit(
     step,
-    in_shardings=(shardings, batch_sharding(mesh), *given),
+    in_shardings=(shardings, batch_sharding(mesh), *frozen_shardings),
     out_shardings=(shardings, replicated(mesh)),
     donate_argnums=0,
     compiler_options=compiler_options(mesh),

@@ -145,7 +145,7 @@ def make_plan(
     batch_size: images in a step, over all devices.
     devices: the devices that the step is compiled for.
     dtype: the dtype that the network computes in. It determines the peak FLOP/s.
-    chip: the chip; None for that of the devices.
+    chip: the chip; None for the chip of the devices.
 
   Raises:
     ValueError: if there are no devices, or the batch is empty.

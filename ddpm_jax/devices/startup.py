@@ -132,7 +132,7 @@ def _has_tpu() -> bool:
 
 @contextlib.contextmanager
 def _without_output() -> Iterator[None]:
-  """Suppress all output, including that of native code, which Python's own streams cannot redirect."""
+  """Suppress all output of this process, including output of native code that Python cannot redirect."""
   streams = {1: sys.stdout, 2: sys.stderr}
   originals = {}
   with open(os.devnull, "w") as null:

@@ -82,7 +82,7 @@ class Checkpoints:
   Args:
     folder: the folder of all checkpoints; it is created if missing.
     keep: how many of the newest checkpoints to keep.
-    keep_every: keep each checkpoint whose step is a multiple of this number; 0 for none.
+    keep_every: keep checkpoints at multiples of this number of steps; 0 for none.
     keep_best: how many of the best checkpoints to keep, ranked by `metric`.
     metric: the name of a metric passed to `save`. A checkpoint without this metric is never one of the best.
     higher_is_better: whether the highest value of the metric is the best; otherwise the lowest is.
@@ -357,8 +357,8 @@ def _collect_readers() -> Iterator[None]:
 def _report_damage(message: str) -> Iterator[None]:
   """Convert an error about a file into a `_UnusableError` on all processes.
 
-  If one process cannot read the checkpoint, all of them must pass over it. Errors that say nothing about the file, such
-  as too little memory, are raised unchanged.
+  If one process cannot read the checkpoint, all processes must skip it. Errors unrelated to the file, such as too
+  little memory, are raised unchanged.
   """
   problem, failure = "", cast(Exception | None, None)
   try:
@@ -402,7 +402,7 @@ def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[s
   differences = []
   for name, tree in templates.items():
     if name not in content["leaves"]:
-      raise ValueError(f"Got {path}, which holds {', '.join(content['leaves'])}; expected it to hold {name!r}.")
+      raise ValueError(f"Got {path}, which holds {', '.join(content['leaves'])}; expected a checkpoint with {name!r}.")
     saved = {leaf: f"{entry['dtype']}{entry['shape']}" for leaf, entry in content["leaves"][name].items()}
     expected = {
       jax.tree_util.keystr(leaf): f"{entry.dtype}{list(entry.shape)}"

@@ -64,7 +64,7 @@ def init_state(
   """
   init_key, train_key = jax.random.split(key)
   params = init(init_key)
-  # Fold in a number that differs from those of the two keys above.
+  # Use 2, because the split above may use 0 and 1.
   extra, memory = objective.init(jax.random.fold_in(key, 2), params, _objective_frozen(objective, frozen))
   # Copy them, because a memory may start as the parameters, and a buffer that is used twice cannot be donated.
   extra, memory = jax.tree.map(jnp.copy, (extra, memory))
@@ -82,7 +82,7 @@ def init_state(
 def state_to_items(state: TrainState) -> dict[str, PyTree]:
   """Convert a state to the items of a checkpoint.
 
-  Parameters, averages, and everything else are separate items, so that sampling does not read what only training needs.
+  Parameters, averages, and everything else are separate items, so that sampling does not read training-only data.
   """
   opt_state, averages = ema.split(state.opt_state)
   remaining = {
