@@ -415,7 +415,7 @@ def test_a_run_that_saved_nothing_starts_anew(left, tmp_path):
 
 def test_a_platform_that_is_not_here_is_refused(tmp_path):
   code, output = start(DENSE, f"--workdir={tmp_path / 'run'}", JAX_PLATFORMS="cuda").finish()
-  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, with which JAX finds no device.*Unset JAX_PLATFORMS")
+  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, but JAX finds no device.*Unset JAX_PLATFORMS")
 
 
 def test_a_worker_that_is_killed_ends_the_run_which_goes_on_exactly(tmp_path, dense):

@@ -82,7 +82,10 @@ def dense_on_one_device(config, batches):
 
 @pytest.fixture(params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
 def on_one_device(request, monkeypatch):
-  """Return a run on one device of the dense network, which the test then uses too, or of the U-Net."""
+  """Return a one-device run of the dense network or of the U-Net.
+
+  For the dense network, the test itself uses this network too.
+  """
   if request.param == "unet":
     return request.getfixturevalue("unet_on_one_device")
   use_dense(monkeypatch)

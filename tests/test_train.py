@@ -114,7 +114,9 @@ def test_too_many_consecutive_skipped_steps_stop_training():
   state, step = linear_problem(optim.adam(0.05))
   saved = []
   callback = training.Callback(2, lambda number, state, metrics: saved.append(jax.device_get(state.params)))
-  with pytest.raises(FloatingPointError, match=r"4 steps in a row, 6 to 9, .*last loss is nan.*5 were skipped in all.*max_skipped"):
+  with pytest.raises(
+    FloatingPointError, match=r"4 steps in a row, 6 to 9, .*last loss is nan.*5 were skipped in all.*max_skipped"
+  ):
     training.fit(
       state,
       step,

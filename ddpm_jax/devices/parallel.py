@@ -171,7 +171,7 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
 
 
 def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
-  """Run `function(replicated, batch)` on each device with its own shard of the batch.
+  """Return a function that runs `function(replicated, batch)` on each device with its shard of the batch.
 
   The batch and the result consist of arrays [B, ...]. The result is bit-identical on any number of devices of one kind,
   if the shards have the same size. A program that the compiler splits over devices would round differently.
