@@ -110,7 +110,9 @@ def test_infinite_and_huge_numbers_are_refused(key):
 @pytest.mark.parametrize("key", FLOATS)
 def test_numbers_beyond_float32_are_refused(key):
   for value in (1e-50, 1e-44, 1e39):
-    with pytest.raises(ValueError, match=rf"Got config.{key}=1e[-+]?\d+; expected a finite number that float32 holds"):
+    with pytest.raises(
+      ValueError, match=rf"Got config.{key}=1e[-+]?\d+; expected a finite number in the range of float32"
+    ):
       check(key, value)
 
 
@@ -183,7 +185,7 @@ def test_seeds_have_32_bits():
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("ema.stds", (float("nan"),), "a list of finite numbers that float32 holds"),
+    ("ema.stds", (float("nan"),), "a list of finite numbers in the range of float32"),
     ("model.network.attention_levels", (0.5,), "a list of integers of at most 64 bits"),
     ("evaluation.scores", (3,), "a list of strings"),
     ("seed", 2**70, "an integer of at most 64 bits"),
@@ -194,12 +196,12 @@ def test_seeds_have_32_bits():
     (
       "model.process.betas",
       3,
-      r"a schedule, such as cosine\(num_steps=1000\), or a list of finite numbers that float32 holds",
+      r"a schedule, such as cosine\(num_steps=1000\), or a list of finite numbers in the range of float32",
     ),
     (
       "guidance.scale",
       None,
-      r"a function of time, such as interval\(scale=3, low=0\.3, high=5\), or a finite number that float32 holds",
+      r"a function of time, such as interval\(scale=3, low=0\.3, high=5\), or a finite number in the range of float32",
     ),
   ],
 )

@@ -110,7 +110,7 @@ def test_changed_frozen_parameters_are_refused(tmp_path, unscored, monkeypatch):
   experiment = configs.build(tree)
   other = experiment.model._replace(codec=experiment.model.codec._replace(load=lambda: {"gain": np.float32(0.8)}))
   monkeypatch.setattr(configs, "build", lambda *_: experiment._replace(model=other))
-  raises_changed = pytest.raises(ValueError, match=r"frozen parameters \(codec\) other than those")
+  raises_changed = pytest.raises(ValueError, match=r"frozen parameters \(codec\) that differ from those")
   with raises_changed:
     runs.run_train(tree, tmp_path / "run")
   with raises_changed:

@@ -141,7 +141,7 @@ def test_converted_weights_are_the_same_and_say_where_they_come_from(peer, weigh
   damaged[-40] ^= 1
   output.write_bytes(damaged)
   with pytest.raises(
-    ValueError, match=r"inception\.safetensors, which is damaged: its tensors are not what was written"
+    ValueError, match=r"inception\.safetensors, which is damaged: its tensors were changed after they were written"
   ):
     inception.load(output, sha256_prefix="")
   output.write_bytes(bytes(damaged[:1000]))

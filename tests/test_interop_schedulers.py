@@ -28,7 +28,7 @@ from ddpm_jax.interop import schedulers
     ({"_class_name": "DPMSolverSinglestepScheduler"}, "class DPMSolverSinglestepScheduler"),
     ({"new_option": "on"}, "new_option='on'"),
     ({"num_train_timesteps": None}, "num_train_timesteps=None; expected an integer"),
-    ({"beta_start": "low"}, "beta_start='low'; expected a finite number that float32 holds"),
+    ({"beta_start": "low"}, "beta_start='low'; expected a finite number in the range of float32"),
     ({"clip_sample_range": None}, "clip_sample_range=None"),
     ({"variance_type": 1}, "variance_type=1"),
     ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one=False"),

@@ -250,7 +250,7 @@ def test_the_default_network_is_google_ddpm_cifar10_32():
     ({"attention_head_dim": 5}, "head_channels=5"),
     ({"attention_head_dim": [8, 8]}, r"attention_head_dim=\[8, 8\]; expected an integer of at most 64 bits or null"),
     ({"norm_num_groups": None}, "norm_num_groups=None; expected an integer"),
-    ({"dropout": None}, "dropout=None; expected a finite number that float32 holds"),
+    ({"dropout": None}, "dropout=None; expected a finite number in the range of float32"),
     ({"layers_per_block": True}, "layers_per_block=True"),
     ({"sample_size": [8]}, r"sample_size=\[8\]; expected one number"),
     ({"sample_size": 8.0}, "sample_size=8.0"),

@@ -195,7 +195,7 @@ def test_a_folder_in_use_is_refused_while_its_process_is_alive(tmp_path):
   process = start(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
   commands.wait_for(tmp_path / "checkpoints" / "4", process)
   code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
-  assert_refused(code, output, f"in which process {process.pid} on .* trains")
+  assert_refused(code, output, f"but process {process.pid} on .* trains in this folder")
   process.send_signal(signal.SIGKILL)
   process.finish()
   code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=4")
@@ -347,7 +347,7 @@ def test_a_uri_is_refused_as_workdir(uri, mode):
 def test_a_path_that_orbax_cannot_read_is_refused_before_training(name, tmp_path):
   workdir = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
   code, output = call(DENSE, f"--workdir={os.fsdecode(workdir)}")
-  assert_refused(code, output, "as a folder of checkpoints, .*Rename the folder")
+  assert_refused(code, output, "as the checkpoint folder, .*Rename the folder")
   assert not os.listdir(tmp_path)
 
 
@@ -378,7 +378,7 @@ def test_errors_that_native_code_prints_itself_are_silenced(tmp_path):
 def test_a_path_that_orbax_takes_for_a_bucket_is_refused_before_training(folder, tmp_path):
   workdir = tmp_path / folder
   code, output = call(DENSE, f"--workdir={workdir}")
-  assert_refused(code, output, "which orbax takes for a bucket.*Use another --workdir")
+  assert_refused(code, output, "orbax reads this path as a bucket.*Set another --workdir")
   assert not workdir.exists()
 
 
@@ -415,7 +415,7 @@ def test_a_run_without_a_checkpoint_restarts(state, tmp_path):
 
 def test_a_missing_platform_is_refused(tmp_path):
   code, output = start(DENSE, f"--workdir={tmp_path / 'run'}", JAX_PLATFORMS="cuda").finish()
-  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, with which JAX finds no device.*Unset JAX_PLATFORMS")
+  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, but JAX finds no device.*Unset JAX_PLATFORMS")
 
 
 def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(tmp_path, dense):
@@ -461,7 +461,7 @@ def test_invalid_workdirs(run, tmp_path):
   assert "seed: 0 in the folder, 3 now" in output
   assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
   code, output = call(RECIPE, f"--workdir={folder / 'eval.json'}")
-  assert_refused(code, output, "cannot be written to")
+  assert_refused(code, output, "is not writable")
   code, output = call(RECIPE, "--config.training.batch_size=12", f"--workdir={tmp_path / 'a'}", devices=8)
   assert_refused(code, output, "batch size of 12 on 8 devices")
   code, output = call(RECIPE)

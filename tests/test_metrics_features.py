@@ -126,7 +126,7 @@ def test_a_classifier_can_be_saved_and_loaded(params, tmp_path):
   assert metrics.load_classifier(path, {"steps": "81"}) is None
   assert metrics.load_classifier(tmp_path / "missing", about) is None
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(sealed.DamagedFileError, match="it is not safetensors"):
+  with pytest.raises(sealed.DamagedFileError, match="it is not a safetensors file"):
     metrics.load_classifier(path, about)
 
 

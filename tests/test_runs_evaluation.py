@@ -390,7 +390,7 @@ def test_what_is_damaged_is_named_set_aside_and_made_again(on_one_device, scored
   warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
   assert len(warnings) == 1
   assert warnings[0].startswith(f"warning: {path} is damaged: ")
-  assert warnings[0].endswith(f"It was moved to {place}. It is made again.")
+  assert warnings[0].endswith(f"It was moved to {place}. It will be created again.")
   score(CLASSIFIED, folder)
   assert "warning" not in capsys.readouterr().err
 
@@ -407,7 +407,7 @@ def test_a_sample_set_that_is_cut_on_its_way_is_drawn_again(on_one_device, score
   os.truncate(folder / "samples" / "final.partial.npy", 1000)
   score(CLASSIFIED, folder)
   assert without_times(folder) == without_times(scored)
-  assert "final.partial.npy is damaged: the array is cut" in capsys.readouterr().err
+  assert "final.partial.npy is damaged: the array is truncated" in capsys.readouterr().err
   assert {path.name for path in (folder / "damaged").iterdir()} == {"final.partial.npy", "final.partial.json"}
 
 

@@ -307,7 +307,7 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
   ],
 )
 def test_a_home_that_is_not_there_is_refused(use):
-  with pytest.raises(ValueError, match=r"~nobody_here/a.*no home folder ~nobody_here.*Write the path in full"):
+  with pytest.raises(ValueError, match=r"~nobody_here/a.*no home folder ~nobody_here.*Write the full path"):
     use("~nobody_here/a")
 
 

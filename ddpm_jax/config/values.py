@@ -139,7 +139,7 @@ def _name(kind: Any) -> str:
     inner = [one for one in typing.get_args(kind) if one is not Ellipsis]
     is_simple = bool(inner) and inner[0] in (int, float, str, bool)
     count = f"{len(inner)} " if len(inner) > 1 else ""
-    return f"a list of {count}{jsonfiles.kind_name(inner[0], several=True)}" if is_simple else "a list"
+    return f"a list of {count}{jsonfiles.kind_name(inner[0], plural=True)}" if is_simple else "a list"
   if kind in (int, float, str, bool):
     return jsonfiles.kind_name(kind)
   return f"a {getattr(kind, '__name__', kind)}"
