@@ -29,7 +29,7 @@ def sets(images, classes, rng):
     "noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
     "blurred": np.rint(blurred).astype(np.uint8),
     "three classes of ten": few,
-    "a tenth of them, over and over": copies,
+    "a tenth, repeated": copies,
   }
 
 

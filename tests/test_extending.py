@@ -10,8 +10,8 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import commands, config, data, losses, predictions, processes, sampling
-from ddpm_jax.commands import line, starting
-from ddpm_jax.config import foreign, slots
+from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax.config import custom, slots
 from ddpm_jax.runs import scoring
 from tests.conftest import ROOT
 from tests.oracles import gaussian, gaussian_flow
@@ -45,7 +45,7 @@ class Page:
 
   def run(self, words):
     """Run a command in this process with fast settings."""
-    flags = line.parse([word.replace("=/tmp/", f"={self.folder}/") for word in words])
+    flags = command_line.parse([word.replace("=/tmp/", f"={self.folder}/") for word in words])
     cheap = {key: str(value) for key, value in CHEAP[flags.mode].items()}
     flags.keys = flags.keys | cheap
     if flags.mode == "sample":
@@ -78,7 +78,7 @@ class Page:
 
   def module_of(self, file):
     """Return the names that a file of the page defines."""
-    return vars(foreign.load_module(self.folder / file, f"page_{file[:-3]}", (self.folder / file).read_bytes()))
+    return vars(custom.load_module(self.folder / file, f"page_{file[:-3]}", (self.folder / file).read_bytes()))
 
 
 def package_files():
@@ -90,8 +90,8 @@ def package_files():
 def page(tmp_path_factory):
   before = package_files()
   with pytest.MonkeyPatch.context() as patch, one_device():
-    patch.setattr(starting, "join_processes", lambda given: None)
-    patch.setattr(starting, "start_devices", lambda given: None)
+    patch.setattr(jax_setup, "join_processes", lambda given: None)
+    patch.setattr(jax_setup, "start_devices", lambda given: None)
     test_page = Page(tmp_path_factory.mktemp("page"))
     patch.chdir(test_page.folder)
     patch.syspath_prepend(str(test_page.folder))
@@ -273,13 +273,13 @@ def test_the_objective_approaches_squared_and_absolute_error(page):
 
 
 def test_the_recipe_with_all_kinds_loads_without_the_files(page, tmp_path, monkeypatch):
-  page.play("All of them in a recipe")
+  page.play("All in one recipe")
   files = {*saved_files(TEXT)} - {"my_nnx.py", "my_equinox.py", "my_objective.py", "my_experiment.py"}
   copies = {path.name: path.read_text() for path in (page.folder / "mine" / "components").rglob("*.py")}
   assert copies == {name: saved_files(TEXT)[name] for name in files}
   assert "my_objective.py" in {path.name for path in (page.folder / "mine_2" / "components").rglob("*.py")}
   # Simulate a new process in another folder, where the recipe's relative paths name no files.
-  monkeypatch.setattr(foreign, "_LOADED", {})
+  monkeypatch.setattr(custom, "_LOADED", {})
   monkeypatch.chdir(tmp_path)
   model, params, frozen = page.load("mine")
   x = model.process.prior(jax.random.key(0), (2, *model.shape))
@@ -307,15 +307,15 @@ PLACES = {
 def test_a_file_and_an_export_add_a_component_to_the_package(page, component, monkeypatch):
   file, _, name = component.partition(":")
   module_name, config_key = PLACES[component]
-  module, tree = slots.module(module_name), tree_of(tiny_config())
-  added = foreign.load_module(page.folder / file, "page_added", (page.folder / file).read_bytes())
-  custom = getattr(added, name)
-  custom.__module__ = module.__name__
-  monkeypatch.setattr(module, name, custom, raising=False)
+  module, tree = slots.import_module(module_name), tree_of(tiny_config())
+  added = custom.load_module(page.folder / file, "page_added", (page.folder / file).read_bytes())
+  component_function = getattr(added, name)
+  component_function.__module__ = module.__name__
+  monkeypatch.setattr(module, name, component_function, raising=False)
   if hasattr(module, "__all__"):
     monkeypatch.setattr(module, "__all__", [*module.__all__, name])
   changed = config.replace(tree, config_key, name)
   assert changed.at(config_key)["component"] == f"{module_name}.{name}"
   config.build(changed)
-  slot = changed.places[config_key].slot
+  slot = changed.parameters[config_key].slot
   assert name in slots.names(slot)

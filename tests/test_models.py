@@ -270,7 +270,7 @@ def test_denoise_converts_the_output_by_the_prediction(prediction):
 
 def test_a_prediction_without_an_x_0_estimate_is_refused_before_any_call():
   model = make_model(process=processes.discrete(schedules.zero_terminal_snr(schedules.linear(20))))
-  with pytest.raises(ValueError, match="x_0 cannot be told"):
+  with pytest.raises(ValueError, match="does not determine x_0"):
     model.denoise({}, {})
 
 

@@ -111,7 +111,7 @@ def test_the_share_of_dropped_classes_does_not_depend_on_the_batch():
     ({"model__conditions": {"classes": spec("conditions.classes", number=0, dropout=0.1)}}, "number=0 of classes"),
     (
       {"model__conditions": {"classes": spec("conditions.classes", dropout=0.1)}},
-      "classes without number; expected it",
+      "classes without its required argument number",
     ),
   ],
 )

@@ -106,7 +106,7 @@ def test_averages_raw_weights_and_any_length_are_sampled(copy):
   assert not np.array_equal(averaged, raw)
   assert not np.array_equal(averaged, long)
   # The stored length itself, put together from snapshots, is that average.
-  again = sampled(copy, length=0.05)
+  again = sampled(copy, ema_length=0.05)
   assert np.max(np.abs(again.astype(int) - averaged)) <= 1
   assert sampled(copy, step="8").shape == averaged.shape
   assert sampled(copy, step="best").shape == averaged.shape
@@ -133,7 +133,7 @@ def test_sampling_does_not_read_what_only_training_needs(copy):
 def test_a_length_without_snapshots_is_an_error(copy):
   shutil.rmtree(copy / "ema_snapshots")
   with pytest.raises(ValueError, match="run without stored averages"):
-    sampled(copy, length=0.07)
+    sampled(copy, ema_length=0.07)
 
 
 def test_resume_must_and_never(copy, tmp_path):
@@ -145,7 +145,7 @@ def test_resume_must_and_never(copy, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-  with workdir.locked(tmp_path), pytest.raises(ValueError, match=r"in which process \d+ on .* trains"):
+  with workdir.locked(tmp_path), pytest.raises(ValueError, match=r"but process \d+ on .* trains in this folder"):
     train(config_of(), tmp_path)
   assert not (tmp_path / "config.json").exists()
 
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(finished, copy, unscored, cap
 def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(copy):
   remove_checkpoints(copy, *steps_of(copy) - {10})
   (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
-  with pytest.raises(ValueError, match="each is damaged"):
+  with pytest.raises(ValueError, match="Got damaged checkpoints only"):
     train(config_of(), copy)
   assert steps_of(copy) == {10}
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished
   remove_checkpoints(copy, *steps_of(copy) - {4})
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
-    with pytest.raises(OSError, match=r"step 6 into .*Make room.*up to step 4 stands"):
+    with pytest.raises(OSError, match=r"step 6 to .*Make room.*up to step 4 are intact"):
       train(config_of(steps=6), copy)
   train(config_of(), copy)
   assert_same_ends(copy, finished)
@@ -301,7 +301,7 @@ def test_items_are_the_state_taken_apart():
 
 def test_what_takes_long_says_that_it_lives(monkeypatch, capsys):
   said = threading.Event()
-  monkeypatch.setattr(progress, "_NEWS", 0.01)
+  monkeypatch.setattr(progress, "_INTERVAL", 0.01)
   say = progress.print_line
   monkeypatch.setattr(progress, "print_line", lambda text: (say(text), said.set()))
   with progress.heartbeat("compiling the train step"):

@@ -241,7 +241,7 @@ WRONG = {
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
   "score": ({"scores": ("fid",)}, "as a score; expected one of"),
   "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; expected some of"),
-  "neighbor": ({"k": 40}, "more of each than k"),
+  "neighbor": ({"k": 40}, "more than k of each"),
   "reference": ({"reference": "test"}, "expected train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),
@@ -272,9 +272,9 @@ def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
     )
     with pytest.raises(ValueError, match=f"of {key}="):
       score(config_of(reference=str(path)), finished)
-  np.savez(tmp_path / "foreign.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+  np.savez(tmp_path / "custom.npz", mu=np.zeros(2048), sigma=np.eye(2048))
   with pytest.raises(ValueError, match="statistics of 2,048 dimensions, for features \\(pixels\\) of 64"):
-    score(config_of(reference=str(tmp_path / "foreign.npz")), finished)
+    score(config_of(reference=str(tmp_path / "custom.npz")), finished)
 
 
 def test_images_that_are_not_finite_are_counted_and_refused(on_one_device, copy, monkeypatch):
@@ -390,7 +390,7 @@ def test_what_is_damaged_is_named_set_aside_and_made_again(on_one_device, scored
   warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
   assert len(warnings) == 1
   assert warnings[0].startswith(f"warning: {path} is damaged: ")
-  assert warnings[0].endswith(f"It was moved to {place}. It is made again.")
+  assert warnings[0].endswith(f"It was moved to {place}. It will be created again.")
   score(CLASSIFIED, folder)
   assert "warning" not in capsys.readouterr().err
 
@@ -407,7 +407,7 @@ def test_a_sample_set_that_is_cut_on_its_way_is_drawn_again(on_one_device, score
   os.truncate(folder / "samples" / "final.partial.npy", 1000)
   score(CLASSIFIED, folder)
   assert without_times(folder) == without_times(scored)
-  assert "final.partial.npy is damaged: the array is cut" in capsys.readouterr().err
+  assert "final.partial.npy is damaged: the array is truncated" in capsys.readouterr().err
   assert {path.name for path in (folder / "damaged").iterdir()} == {"final.partial.npy", "final.partial.json"}
 
 
