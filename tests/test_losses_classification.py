@@ -141,7 +141,7 @@ def test_wrong_input_is_an_error():
 
   loss(jnp.zeros(4, jnp.int32))
   for classes in (jnp.zeros(3, jnp.int32), jnp.zeros((4, 1), jnp.int32), jnp.zeros(4)):
-    with pytest.raises(ValueError, match="expected one integer a sample"):
+    with pytest.raises(ValueError, match="expected one integer per sample"):
       loss(classes)
   for shape in ((4,), (1, 3), (4, 2, 3)):
     with pytest.raises(ValueError, match="expected logits"):

@@ -231,8 +231,8 @@ def test_what_cannot_be_trained_is_an_error():
     losses.denoising(apply, vp, predictions.EPS, times=0.5)
   data = {name: leaf for name, leaf in batch().items() if name != "x"}
   objective = losses.denoising(apply, vp, predictions.EPS)
-  with pytest.raises(ValueError, match="Got a batch of classes, given; expected 'x' in it"):
+  with pytest.raises(ValueError, match="Got a batch with the keys classes, given; expected 'x' among them"):
     objective.loss({"model": weights(), "extra": ()}, CONTEXT, KEYS, data)
   objective = losses.classification(apply, vp, predictions.EPS, target="digit")
-  with pytest.raises(ValueError, match="expected 'digit' in it"):
+  with pytest.raises(ValueError, match="expected 'digit' among them"):
     objective.loss({"model": weights(3), "extra": ()}, CONTEXT, KEYS, batch())
