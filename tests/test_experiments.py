@@ -23,7 +23,7 @@ from tests.flags import FAST_COMPILE
 def test_the_mixture_script_samples_the_mixture(capsys):
   names = runpy.run_path(str(ROOT / "experiments" / "gaussian_mixture.py"))
   results = names["main"](5000)
-  assert "spread" in capsys.readouterr().out
+  assert "standard deviations" in capsys.readouterr().out
   assert len(results) == 5
   for samples in results.values():
     nearest = np.argmin(np.linalg.norm(np.asarray(samples)[:, None] - names["MEANS"], axis=-1), axis=1)

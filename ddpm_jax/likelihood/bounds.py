@@ -66,8 +66,7 @@ def variational_bound(
   equal intervals of log-SNR, and the steps of a range are equally likely.
 
   Args:
-    key: one key, or one key per sample [B]. With one key per sample, the bits of image i depend only on x_0[i] and key
-      i.
+    key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
     process: a discrete process. The bound applies to its chain of N steps. A chain with fewer steps is another model.
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
     x_0: data [B, ...] on 256 levels in [-1, 1], as from `images.from_uint8`.
@@ -143,8 +142,7 @@ def continuous_bound(
   half a nat per unit of l. A larger t_min can then give a smaller bound, because the decoder covers this range instead.
 
   Args:
-    key: one key, or one key per sample [B]. With one key per sample, the bits of image i depend only on x_0[i] and key
-      i.
+    key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
     process: the forward process. A discrete process is evaluated between its steps, where its network was not trained.
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
     x_0: data [B, ...] on 256 levels in [-1, 1], as from `images.from_uint8`.

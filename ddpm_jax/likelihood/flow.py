@@ -79,8 +79,7 @@ def ode_bits(
   2.7 times as long as the value alone, both inside and outside a loop.
 
   Args:
-    key: one key, or one key per sample [B]. With one key per sample, the bits of image i depend only on x_0[i] and key
-      i.
+    key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
     process: the forward process. A discrete process is evaluated between its steps.
     denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t, called with t of shape [B]. A clipped estimate
       defines another flow.
