@@ -2,9 +2,9 @@
 
 python experiments/posterior_errors.py
 
-The images have 2 by 4 correlated pixels. The measurement is the left half (inpainting) or the mean of each block of 2 by
-2 pixels (super-resolution), with noise of standard deviation 0.02. The table lists errors of the mean and covariance of
-the samples, relative to the errors of the prior: 0 is exact, and 1 is as bad as no measurement.
+The images have 2 by 4 correlated pixels. The measurement is the left half (inpainting) or the mean of each block of 2
+by 2 pixels (super-resolution), with noise of standard deviation 0.02. The table lists errors of the mean and covariance
+of the samples, relative to the errors of the prior: 0 is exact, and 1 is as bad as no measurement.
 """
 
 import jax

@@ -89,9 +89,7 @@ SINGLESTEP = {
     "The basic rule. Same as `euler` and as order 1 of `dpm_solver` and `deis`",
   ),
   "heun": Entry(sampling.heun, 2, "#d62728", "Standard in EDM and flow matching, no memory; 20 NFE and more"),
-  "dpm_solver(order=2)": Entry(
-    lambda p: sampling.dpm_solver(p, 2), 2, "#5a9bd4", "No memory; fails below 10 NFE"
-  ),
+  "dpm_solver(order=2)": Entry(lambda p: sampling.dpm_solver(p, 2), 2, "#5a9bd4", "No memory; fails below 10 NFE"),
   "dpm_solver(order=3)": Entry(
     sampling.dpm_solver, 3, "#08519c", "No memory; small errors from 30 NFE, fails below 15 NFE"
   ),
