@@ -250,7 +250,8 @@ def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
   ours, process = curve.Ours(experiment, source), experiment.model.process
   interop.diffusers.save(tmp_path, experiment.model, ours.state.params)
   theirs = curve.Theirs(experiment, source, tmp_path, "cpu", False)
-  # Their first step has learning rate 0, and ours has the first value of the warm-up. Skip theirs, without gradients.
+  # Their first step has learning rate 0, ours has the first value of the warm-up. A step without gradients advances
+  # their schedule and changes no weights.
   theirs.optimizer.step()
   theirs.rate.step()
   state, key, start = ours.state, jnp.copy(ours.state.key), jax.tree.map(np.array, ours.state.params)
@@ -261,10 +262,10 @@ def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
     image = np.asarray(batch["image"])
     keys = randomness.sample_keys(jax.random.fold_in(key, step), jnp.arange(len(image)))
     t, _, noise, _ = sample(keys, process, image, times)
-    state, metrics = ours.step(state, batch)
+    state, step_metrics = ours.step(state, batch)
     step_index = torch.tensor(np.rint(np.asarray(t) * 1000).astype(int) - 1)
     loss = theirs.step(*(torch.tensor(np.moveaxis(np.asarray(value), -1, 1)) for value in (image, noise)), step_index)
-    np.testing.assert_allclose(metrics["loss"], float(loss), rtol=2e-5)
+    np.testing.assert_allclose(step_metrics["loss"], float(loss), rtol=2e-5)
   averages = theirs.params()
   jax.tree.map(
     lambda actual, expected: np.testing.assert_allclose(actual, expected, atol=1e-5),

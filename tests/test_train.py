@@ -241,7 +241,7 @@ def test_a_skipped_step_leaves_parameters_average_memory_and_extra_as_they_were(
   first, second = objectives.batches(2)
   before, metrics = step(objectives.init_state(), first, given)
   assert int(metrics["skipped"]) == 0
-  np.testing.assert_allclose(metrics["most"], np.max(before.memory["losses"]))
+  np.testing.assert_allclose(metrics["max_loss"], np.max(before.memory["losses"]))
   after, metrics = step(before, spoil(second), given)
   assert int(after.step) == 2
   assert [int(metrics[name]) for name in ("skipped", "skipped_in_a_row")] == [1, 1]
