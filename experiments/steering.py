@@ -82,7 +82,7 @@ def score_guidance(args, classifier, held_out, flags):
 
 
 def score_inpainting(args, classifier, held_out, flags):
-  """Inpaint the lower half of held-out digits, and return class agreement, precision and recall of each method."""
+  """Return class agreement, precision and recall after each method inpaints the lower half of held-out digits."""
   count, rows = min(args.count, len(held_out["image"])), []
   # Use only digits that the classifier recognizes before inpainting.
   is_correct = classifier.predict(deslant(held_out["image"])) == held_out["classes"]

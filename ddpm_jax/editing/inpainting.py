@@ -1,4 +1,4 @@
-"""Inpaint by replacing the known pixels of x_t with new noisy samples at every step.
+"""Replace the known pixels of x_t with new noisy samples at every step, for inpainting.
 
 Neither wrapper samples the exact posterior. The network sees the known pixels only with noise, and a step does not take
 into account the pixels that later steps will replace. `editing.posterior` with `mask_operator(keep)` is more accurate,
@@ -19,10 +19,11 @@ from ddpm_jax.sampling.core import safe_sqrt, with_many_steps
 
 @check_types
 def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
-  """Inpaint by replacement (Song et al. 2021, appendix I.2; Lugmayr et al. 2022, equation 8).
+  """Replace the known pixels of x_t before each step.
 
   Each step first replaces the known pixels of x_t with a new sample of q(x_t | x_0) for the known x_0. After a step to
-  clean data, the known pixels equal those of the image, bit for bit.
+  clean data, the known pixels equal those of the image, bit for bit. Source: Song et al. 2021, appendix I.2; Lugmayr et
+  al. 2022, equation 8.
 
   Args:
     sampler: the step rule.
@@ -57,7 +58,7 @@ def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
 
 @check_types
 def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10, jump: int = 1) -> Sampler:
-  """Inpaint with repeated steps (RePaint, Lugmayr et al. 2022, algorithm 1).
+  """Repeat the steps of inpainting (RePaint, Lugmayr et al. 2022, algorithm 1).
 
   Repeating a step lets the unknown pixels adapt to the known ones. The wrapper takes each step from t to s `resamples`
   times and replaces known pixels like `replace`. Between repetitions it returns from s to t with a sample of

@@ -111,11 +111,12 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
 
 @check_types
 def slerp(a: Array, b: Array, fraction) -> Array:
-  """Interpolate spherically between samples (Shoemake 1985; Song et al. 2021a, appendix D.3).
+  """Interpolate spherically between samples.
 
   The result is `sin((1 - f) angle) / sin(angle) a + sin(f angle) / sin(angle) b`. The angle and norms extend over all
   axes of a sample. Between two samples of noise the norm stays the same, while on a straight line it would be smaller.
-  Interpolation is linear where the angle is close to 0 or 180 degrees or a sample is 0.
+  Interpolation is linear where the angle is close to 0 or 180 degrees or a sample is 0. Source: Shoemake 1985; Song et
+  al. 2021a, appendix D.3.
 
   Args:
     a: array [B, ...], the exact result at fraction 0.

@@ -86,7 +86,7 @@ def posterior(
   covariance: str = "tweedie",
   iterations: int = 5,
 ) -> Denoise:
-  """Condition `denoise` on a measurement y = A x_0 + noise_std * noise.
+  """Make `denoise` conditional on a measurement y = A x_0 + noise_std * noise.
 
   The result estimates E[x_0 | x_t, y] and works with any sampler. For a Gaussian p(x_0 | x_t) with the mean x_0 and the
   covariance C,

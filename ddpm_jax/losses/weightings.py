@@ -1,4 +1,4 @@
-"""Weight the denoising loss as a function of the log-SNR.
+"""Define weightings of the denoising loss as functions of the log-SNR.
 
 The loss is `w(log-SNR) * |eps - eps_hat|^2` for every prediction. The estimate eps_hat follows from the network's
 output. Because |eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2, use `on_x0(w)` for a weighting w of the error of x_0.
@@ -28,12 +28,12 @@ def on_x0(weighting: Weighting) -> Weighting:
 
 
 def simple(log_snr: Array) -> Array:
-  """Weight the error of eps by 1, the simple loss (Ho et al. 2020, equation 14)."""
+  """Multiply the error of eps by 1, the simple loss (Ho et al. 2020, equation 14)."""
   return jnp.ones_like(log_snr)
 
 
 def snr(log_snr: Array) -> Array:
-  """Weight the error of x_0 by the SNR (Salimans and Ho 2022, section 4).
+  """Multiply the error of x_0 by the SNR (Salimans and Ho 2022, section 4).
 
   This is the same loss as `simple`.
   """
@@ -41,18 +41,18 @@ def snr(log_snr: Array) -> Array:
 
 
 def snr_plus_one(log_snr: Array) -> Array:
-  """Weight the error of x_0 by SNR + 1, the squared error of v (Salimans and Ho 2022, section 4)."""
+  """Multiply the error of x_0 by SNR + 1, the squared error of v (Salimans and Ho 2022, section 4)."""
   return 1 + jnp.exp(-log_snr)
 
 
 def truncated_snr(log_snr: Array) -> Array:
-  """Weight the error of x_0 by max(SNR, 1) (Salimans and Ho 2022, section 4)."""
+  """Multiply the error of x_0 by max(SNR, 1) (Salimans and Ho 2022, section 4)."""
   return jnp.maximum(1, jnp.exp(-log_snr))
 
 
 @check_types
 def min_snr(gamma: float = 5.0) -> Weighting:
-  """Weight the error of x_0 by min(SNR, gamma) (Hang et al. 2023, section 3.3).
+  """Multiply the error of x_0 by min(SNR, gamma) (Hang et al. 2023, section 3.3).
 
   Raises:
     ValueError: if gamma is not positive.
@@ -64,7 +64,7 @@ def min_snr(gamma: float = 5.0) -> Weighting:
 
 @check_types
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
-  """Weight the error of eps by 1 / (k + SNR)^gamma (Choi et al. 2022, equation 8).
+  """Multiply the error of eps by 1 / (k + SNR)^gamma (Choi et al. 2022, equation 8).
 
   Raises:
     ValueError: if gamma is negative or k is not positive.
@@ -76,7 +76,7 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 
 @check_types
 def likelihood(process: Process) -> Weighting:
-  """Weight the loss to equal the variational bound in nats under uniform times (Song et al. 2021b, theorem 1).
+  """Make the loss equal to the variational bound in nats under uniform times (Song et al. 2021b, theorem 1).
 
   The weight is g^2 / 2 on the error of the score, and g^2 / (2 sigma^2) on the error of eps. This is half the rate at
   which the log-SNR decreases with time.
@@ -91,7 +91,7 @@ def likelihood(process: Process) -> Weighting:
 
 @check_types
 def edm(sigma_data: float = 0.5) -> Weighting:
-  """Weight the error of x_0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
+  """Multiply the error of x_0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
 
   Here sigma is the ratio sigma / alpha of the process.
 
@@ -105,7 +105,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 
 @check_types
 def sigmoid(bias: float = 2.0) -> Weighting:
-  """Weight the error of eps by 1 / (1 + exp(log-SNR - bias)).
+  """Multiply the error of eps by 1 / (1 + exp(log-SNR - bias)).
 
   Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers apply the weight to the variational bound.
   With uniform times, their weighting is `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.

@@ -1,4 +1,4 @@
-"""Time the Frechet distance of feature sets, ours against NumPy and SciPy.
+"""Measure the time of the Frechet distance of feature sets, ours against NumPy and SciPy.
 
 python experiments/benchmarks/distances.py [--count=10000] [--dimensions=2048] [--rounds=3] [--json=<file>]
 

@@ -1,4 +1,4 @@
-"""Time the Inception network for FID, ours against torch-fidelity in PyTorch.
+"""Measure the speed of the Inception network for FID, ours against torch-fidelity in PyTorch.
 
 pip install '.[peers]' && pip install --no-deps torch-fidelity==0.4.0
 python experiments/benchmarks/features.py [--batch=16] [--size=32] [--rounds=5] [--json=<file>]

@@ -110,7 +110,7 @@ class Ours:
     self.seconds += time.perf_counter() - start
 
   def params(self):
-    """The averaged parameters, as our network takes them."""
+    """Return the EMA parameters in the format of our network."""
     return ema.ema_params(self.state.opt_state)
 
 
@@ -174,7 +174,7 @@ class Theirs:
     self.seconds += time.perf_counter() - start
 
   def params(self):
-    """The averaged parameters, as our network takes them."""
+    """Return the EMA parameters in the format of our network."""
     averaged = diffusers.UNet2DModel.from_config(self.model.config)
     self.ema.copy_to(averaged.parameters())
     with tempfile.TemporaryDirectory() as folder:

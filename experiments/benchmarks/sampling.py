@@ -1,4 +1,4 @@
-"""Time sampling, ours against diffusers' pipelines in PyTorch and against bare network calls.
+"""Measure the time of sampling, ours against diffusers' pipelines in PyTorch and against bare network calls.
 
 pip install '.[peers]'
 python experiments/benchmarks/sampling.py [--model=ddpm] [--batches=1,16] [--rounds=1] [--compile] [--json=<file>]

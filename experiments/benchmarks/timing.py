@@ -1,4 +1,4 @@
-"""Time functions, describe the machine, and report results, for all benchmarks in this folder."""
+"""Measure times, describe the machine, and report results, for all benchmarks in this folder."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ def time_alternately(
   warm_up: bool = True,
   quiet: bool = False,
 ) -> Times:
-  """Time several functions in alternation.
+  """Measure the time of several functions in alternation.
 
   Each round runs all functions in order and then in reverse order, so a drift of the machine's speed affects all of
   them equally. One untimed call of each function precedes the first round.
