@@ -86,7 +86,9 @@ def state(folder):
   path = folder / "checkpoints"
   content = json.loads((path / str(STEPS) / "meta" / "metadata").read_text())["content"]
   losses = [(line["step"], line["loss"]) for line in records.read(folder / "metrics.jsonl")]
-  digests = {(name, leaf): of["digest"] for name, leaves in content["leaves"].items() for leaf, of in leaves.items()}
+  digests = {
+    (name, leaf): entry["digest"] for name, leaves in content["leaves"].items() for leaf, entry in leaves.items()
+  }
   return digests, content["data"], losses
 
 

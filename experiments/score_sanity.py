@@ -30,7 +30,7 @@ def degraded(images, classes, rng):
     "noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
     "blurred": np.rint(blurred).astype(np.uint8),
     "three classes of ten": few,
-    "copies of a tenth": copies,
+    "a tenth, repeated": copies,
   }
 
 

@@ -143,7 +143,7 @@ def test_a_wrapped_sample_depends_only_on_its_key_and_start_and_has_derivatives(
 def test_an_increasing_grid_is_an_error_for_wrapped_rules(wrapper):
   process = PROCESSES["vp"]
   sampler = WRAPPERS[wrapper](sampling.ddim(process), process)
-  with pytest.raises(ValueError, match="expected them strictly decreasing"):
+  with pytest.raises(ValueError, match="expected strictly decreasing"):
     sampling.sample(jax.random.key(0), sampler, MIXTURE.denoise(process), jnp.ones((3, 2)), np.array([0.1, 0.5]))
 
 

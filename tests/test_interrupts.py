@@ -127,7 +127,7 @@ def test_ctrl_c_while_the_step_compiles_ends_with_what_is_true(tmp_path):
   process = commands.start(f"--config={config}", f"--workdir={workdir}", JAX_COMPILATION_CACHE_DIR=str(tmp_path))
   code, output = process.finish()
   assert code == 128 + signal.SIGINT, output
-  assert output.endswith("error: interrupted before the first checkpoint; the same command starts anew\n"), output
+  assert output.endswith("error: interrupted before the first checkpoint; run the same command again to restart\n"), output
   code, output = commands.call(commands.DENSE, f"--workdir={workdir}", "--config.training.steps=4")
   assert code == 0, output
   assert "starting a new run" in output

@@ -241,7 +241,7 @@ WRONG = {
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
   "score": ({"scores": ("fid",)}, "as a score; expected one of"),
   "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; expected some of"),
-  "neighbor": ({"k": 40}, "more of each than k"),
+  "neighbor": ({"k": 40}, "more than k of each"),
   "reference": ({"reference": "test"}, "expected train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),
@@ -272,9 +272,9 @@ def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
     )
     with pytest.raises(ValueError, match=f"of {key}="):
       score(config_of(reference=str(path)), finished)
-  np.savez(tmp_path / "foreign.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+  np.savez(tmp_path / "custom.npz", mu=np.zeros(2048), sigma=np.eye(2048))
   with pytest.raises(ValueError, match="statistics of 2,048 dimensions, for features \\(pixels\\) of 64"):
-    score(config_of(reference=str(tmp_path / "foreign.npz")), finished)
+    score(config_of(reference=str(tmp_path / "custom.npz")), finished)
 
 
 def test_images_that_are_not_finite_are_counted_and_refused(on_one_device, copy, monkeypatch):

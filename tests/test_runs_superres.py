@@ -227,7 +227,7 @@ def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained
       runs.run_sample(drawn, base, num_samples=2, seed=0, choice=choice, upsamplers=upsamplers)
   with pytest.raises(ValueError, match="large, a model that enlarges images, to sample from; expected .* --upsampler="):
     runs.run_sample(enlarging, large, num_samples=2, seed=0, choice=choice)
-  with pytest.raises(ValueError, match=r"condition 'low', an image that it takes beside .*no pipeline"):
+  with pytest.raises(ValueError, match=r"the image condition 'low', which no pixel pipeline"):
     runs.run_export(enlarging, large, tmp_path / "out", choice)
   edit = runs.Edit("img2img", trained / "data.npz")
   with pytest.raises(ValueError, match="'img2img' for a model that enlarges images; expected --task=superres"):

@@ -31,7 +31,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
   else:
     startup.start_devices()
     devices = jax.devices()
-  if devices[0].platform == "cpu" and "model.network.kernels" in tree.places:
+  if devices[0].platform == "cpu" and "model.network.kernels" in tree.parameters:
     # A CPU stands for other platforms, to whose memory its own programs say nothing.
     tree = config.replace(tree, "model.network.kernels", "plain")
   # Only now: what is built of a config starts JAX.
