@@ -57,7 +57,7 @@ def constant_noise(monkeypatch):
   )
 
 
-# The contract of the wrappers.
+# Contract of the wrappers.
 
 
 @pytest.mark.parametrize(("wrapper", "name"), one_wrapper_each(WRAPPED))

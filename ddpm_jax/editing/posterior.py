@@ -214,7 +214,7 @@ def _calls_at_start(sampler: Sampler, process: Process) -> bool:
     return rule.step(jax.random.key(0), denoise, x, rule.init(x), t, s)[0]
 
   try:
-    with jax.disable_jit(False):  # without jit, loops would run in Python and could pass the same object again
+    with jax.disable_jit(False):  # force jit: a loop in Python could pass the same object more than once
       jax.eval_shape(step, jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32))
   except ValueError:  # `replace` rejects this shape, and it moves x before it calls the network
     return False

@@ -55,7 +55,7 @@ def first_step(config, folder, cache):
 
 def compile_here(config):
   """Print the seconds of tracing, lowering and compiling as JSON, in a new process."""
-  heap.raise_gc_threshold()  # as the command line does
+  heap.raise_gc_threshold()  # same setting as on the command line
   import jax
 
   experiment = load(config)
