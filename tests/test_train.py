@@ -249,7 +249,7 @@ def test_a_skipped_step_does_not_change_parameters_average_memory_and_extra():
   first, second = objectives.batches(2)
   before, metrics = step(objectives.init_state(), first, given)
   assert int(metrics["skipped"]) == 0
-  np.testing.assert_allclose(metrics["most"], np.max(before.memory["losses"]))
+  np.testing.assert_allclose(metrics["max_loss"], np.max(before.memory["losses"]))
   after, metrics = step(before, make_nan(second), given)
   assert int(after.step) == 2
   assert [int(metrics[name]) for name in ("skipped", "skipped_in_a_row")] == [1, 1]

@@ -84,8 +84,8 @@ _METHOD = Slot(
   (sampling.Sampler, predictions.Denoise),
   "editing",
   "repaint(resamples=10)",
-  supplied=("sampler", "denoise", "known", "keep", "operator", "measurement", processes.Process),
-  must_take=("known", "measurement"),
+  supplied=("sampler", "denoise", "image", "keep", "operator", "measurement", processes.Process),
+  must_take=("image", "measurement"),
   is_deferred=True,
 )
 _OPERATOR = slots.slot_of(editing.Operator)

@@ -157,7 +157,7 @@ def _measured(experiment: Experiment, task: str, factor: int) -> Callable:
     offered: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
     if task == "inpaint":
       operator = editing.mask_operator(batch["keep"])
-      offered |= {"operator": operator, "known": image, "keep": batch["keep"], "measurement": operator(image)}
+      offered |= {"operator": operator, "image": image, "keep": batch["keep"], "measurement": operator(image)}
     else:
       operators = {"colorize": editing.gray, "restore": experiment.editing.operator}
       offered["operator"] = operators[task] if task in operators else editing.downsample(factor)
