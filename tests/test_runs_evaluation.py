@@ -107,7 +107,7 @@ def test_samples_of_other_weights_or_settings_are_not_taken(on_one_device, copy,
   drawn = []
   in_batches = generation.run_in_batches
   monkeypatch.setattr(
-    generation, "run_in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampler_name)) or in_batches(*a, **k)
+    generation, "run_in_batches", lambda *a, **k: drawn.append(k.get("activity", a[0].sampler_name)) or in_batches(*a, **k)
   )
   first = without_times(copy)
   score(config_of(), copy)
@@ -301,9 +301,9 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   in_batches = generation.run_in_batches
 
   def interrupted(*arguments, **options):
-    computed.append(options.get("what"))
+    computed.append(options.get("activity"))
     for index, values in enumerate(in_batches(*arguments, **options)):
-      if options.get("what") == "likelihood (ode)" and index == 1 and len(computed) < 4:
+      if options.get("activity") == "likelihood (ode)" and index == 1 and len(computed) < 4:
         raise KeyboardInterrupt
       yield values
 

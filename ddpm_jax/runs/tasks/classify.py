@@ -175,7 +175,7 @@ def _classify(
     return data.read(held_out, chosen[rows])
 
   parts = list(
-    generation.run_in_batches(experiment, at_all_levels, weights.parameters, seed, count, read, what="classifying")
+    generation.run_in_batches(experiment, at_all_levels, weights.parameters, seed, count, read, activity="classifying")
   )
   log_probs, classes = (np.concatenate(part) for part in zip(*parts, strict=True))
   return np.moveaxis(log_probs, 1, 0), classes
