@@ -42,7 +42,9 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   experiment.task.check_can_sample("the model")
   c, methods = experiment.editing, choose(task, TASKS, "--task")
   if not 0 <= c.strength <= 1:
-    raise ValueError(f"Got --strength={c.strength:g}; expected a number in [0, 1]: 0 returns the input, 1 a new sample.")
+    raise ValueError(
+      f"Got --strength={c.strength:g}; expected a number in [0, 1]: 0 returns the input, 1 a new sample."
+    )
   if c.frames < 2:
     raise ValueError(f"Got config.editing.frames={c.frames}; expected 2 or more, including both ends.")
   if task == "colorize" and experiment.model.data_shape[-1] != 3:

@@ -162,7 +162,7 @@ def _inputs(experiment: Experiment, edit: Edit, user_images: data.Inputs) -> gen
 def _steer(
   experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, results: int, scale: float | None
 ) -> Guided:
-  """Steer the results as samples are steered, but without default values for missing conditions."""
+  """Return the edit's guides and inputs, without default values for missing conditions."""
   for field, kind in (("given", ""), ("negative", "negative ")):
     repeated: Any = {}
     for name, values in getattr(steering, field).items():
@@ -174,9 +174,7 @@ def _steer(
     steering = steering._replace(given=repeated) if field == "given" else steering._replace(negative=repeated)
   conditions = experiment.model.conditions
   missing = [
-    name
-    for name, condition in conditions.items()
-    if not condition.is_source_image and name not in steering.given
+    name for name, condition in conditions.items() if not condition.is_source_image and name not in steering.given
   ]
   if steering.classifier is not None and "classes" not in steering.given:
     raise ValueError("Got --classifier without --classes; expected a class for each image, to guide towards.")

@@ -19,7 +19,7 @@ PyTree = Any
 
 
 def load(experiment: Experiment) -> dict[str, PyTree]:
-  """Load the frozen parameters of the codec ("codec"), the conditions ("conditions") and the objective ("objective")."""
+  """Load the frozen parameters under the names "codec", "conditions" and "objective"."""
   with _as_value_error():
     frozen = experiment.model.load_frozen()
     return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}

@@ -308,7 +308,7 @@ def cached_rows(
     identity: everything that determines the rows, as JSON values.
     name: the name of the array in its file.
     shape_dtype: the shape and the dtype of the array.
-    compute: `compute(done, notes)` yields the rows after the first `done`, each time with notes about all rows so far.
+    compute: `compute(done, notes)` yields blocks of rows after the first `done`, with notes about all rows so far.
 
   Returns:
     The array in the main process, None in other processes.

@@ -117,7 +117,9 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
     function, width = _function(experiment, run.mesh, kind)
 
     def compute(done: int, notes: dict[str, Any]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-      print_line(f"computing the likelihood ({_TITLES[kind]}) of {count:,} held-out images with the {weights.name} weights ...")
+      print_line(
+        f"computing the likelihood ({_TITLES[kind]}) of {count:,} held-out images with the {weights.name} weights ..."
+      )
       activity = f"likelihood ({kind})"
       for values in generation.run_in_batches(
         experiment, function, weights.parameters, seed, count, inputs, start=done, activity=activity

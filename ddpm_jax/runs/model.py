@@ -117,7 +117,7 @@ def load_weights(
   frozen = frozen_module.load_replicated(experiment, folder, mesh)
   # Restore the model's parameters only. The objective's state may be missing.
   shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
-  _, averages = ema.split(jax.eval_shape(stepping.averages(experiment).init, shapes))
+  _, averages = ema.split(jax.eval_shape(stepping.params_ema(experiment).init, shapes))
   items = parallel.abstract({"params": shapes, "ema": averages}, parallel.replicated(mesh))
   if choice.ema_length is not None:
     params, step = _reconstructed(experiment, folder, {"ema": items["ema"]}, choice)
@@ -134,11 +134,13 @@ def load_weights(
 
 
 def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
-  """Parse the value of --step; return None for the newest checkpoint."""
+  """Return the step in the value of --step, or None for the newest checkpoint."""
   if text == "best":
     best = checkpoints.best_step()
     if best is None:
-      raise ValueError("Got --step=best for checkpoints without metrics; expected the step of a checkpoint. Leave it out for the newest.")
+      raise ValueError(
+        "Got --step=best for checkpoints without metrics; expected the step of a checkpoint. Leave it out for the newest."
+      )
     return best
   if text and not text.isdigit():
     raise ValueError(f"Got --step={text}; expected the step of a checkpoint, or best.")
@@ -158,7 +160,9 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
       " --config.ema.snapshot_every above 0."
     )
   if choice.step and not choice.step.isdigit():
-    raise ValueError(f"Got --step={choice.step} with --ema_length={length}; expected a number. Leave --step out for the newest.")
+    raise ValueError(
+      f"Got --step={choice.step} with --ema_length={length}; expected a number. Leave --step out for the newest."
+    )
   steps = [step for step in steps if not choice.step or step <= int(choice.step)]
   if not steps:
     raise ValueError(
@@ -166,7 +170,9 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
     )
   with contextlib.closing(open_snapshots(folder)) as snapshots:
     params, last, count = training.reconstruct(snapshots, items, steps, tuple(experiment.ema.stds), length)
-  print_line(f"reconstructed an EMA of relative width {length:g} at step {last:,} from {count} snapshots in {snapshots.folder}")
+  print_line(
+    f"reconstructed an EMA of relative width {length:g} at step {last:,} from {count} snapshots in {snapshots.folder}"
+  )
   return params, last
 
 

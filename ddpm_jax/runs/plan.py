@@ -58,7 +58,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
 
 def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, training.TrainState, Any, Any]:
   """Return the mesh, and the shapes and shardings of a state, a batch and the frozen parameters."""
-  mesh = stepping.mesh_of(experiment, devices)
+  mesh = stepping.training_mesh(experiment, devices)
   frozen_shapes = frozen.shapes(experiment, mesh)
   _, shapes = model.make_state(experiment, mesh, frozen_shapes)
   return mesh, shapes, stepping.batch_shapes(experiment, experiment.training.batch_size), frozen_shapes

@@ -241,9 +241,7 @@ class Scorer:
     floor, num_floor, problem = self._floor(reference)
     kernel_size, reference_features = None, self._reference_summary.pairwise_features
     if reference_features is not None:
-      kernel_size = c.kernel_size or evaluate.kernel_size(
-        len(reference_features), min(self._count, c.pairwise_samples)
-      )
+      kernel_size = c.kernel_size or evaluate.kernel_size(len(reference_features), min(self._count, c.pairwise_samples))
     report |= {
       "scores": {"generated": curve[-1]["scores"], "floor": floor},
       "floor_num": num_floor,
