@@ -184,7 +184,7 @@ def test_sigterm_saves_at_once_and_ends_with_its_code(tmp_path):
   process.send_signal(signal.SIGTERM)
   code, output = process.finish()
   assert code == 128 + signal.SIGTERM, output
-  step = int(re.search(r"saved at step ([\d,]+), from which the same command goes on", output)[1].replace(",", ""))
+  step = int(re.search(r"saved at step ([\d,]+); run the same command again", output)[1].replace(",", ""))
   assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
   code, output = call(DENSE, f"--workdir={tmp_path}", f"--config.training.steps={step + 2}", "--resume=must")
   assert code == 0, output
@@ -431,7 +431,7 @@ def test_a_worker_that_is_killed_ends_the_run_which_goes_on_exactly(tmp_path, de
   assert code == 2, output
   assert re.search(r"error: A worker that decodes images .* has ended; .*num_workers", output), output
   assert "Traceback" not in output
-  step = int(re.search(r"saved at step ([\d,]+), from which the same command goes on", output)[1].replace(",", ""))
+  step = int(re.search(r"saved at step ([\d,]+); run the same command again", output)[1].replace(",", ""))
   assert workdir.checkpoint_steps(broken) == [step]
   for folder in (broken, whole):
     code, output = call(DENSE, f"--workdir={folder}", *every, f"--config.training.steps={step + 5}")

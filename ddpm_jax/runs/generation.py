@@ -269,7 +269,7 @@ def run_in_batches(
 
   Args:
     experiment: the experiment with the batch size.
-    function: called as `function(parameters, seed, first, inputs)`, where `first` is the index of the batch's first item.
+    function: called as `function(parameters, seed, first, inputs)`, with the index `first` of the batch's first item.
     parameters: the parameters.
     seed: the seed.
     count: the number of items.
