@@ -140,7 +140,7 @@ def test_resume_must_and_never(copy, tmp_path):
   with pytest.raises(ValueError, match="--resume=must.*holds no checkpoint"):
     train(config_of(), tmp_path / "none", resume="must")
   assert not (tmp_path / "none").exists()
-  with pytest.raises(ValueError, match="--resume=never.*holds a run"):
+  with pytest.raises(ValueError, match="--resume=never.*holds a checkpoint"):
     train(config_of(), copy, resume="never")
 
 

@@ -99,8 +99,8 @@ def compile_edit(
   if has_two_estimates(model, rule) and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
     option = f" --method={method}" if method != "none" else ""
     raise ValueError(
-      f"Got config.guidance={experiment.tree.short_name('guidance')}, which returns two estimates of the data, with --task={task}{option};"
-      " expected a rule with one estimate, such as --config.guidance=classifier_free."
+      f"Got config.guidance={experiment.tree.short_name('guidance')}, which returns separate estimates of the data and the noise, with"
+      f" --task={task}{option}; expected a rule that returns one estimate, such as --config.guidance=classifier_free."
     )
   if task == "superres" and generation.low_res_name(experiment) is not None:
     generate = programs.generate(experiment, mesh, guides, negative=guided.is_negative)
@@ -117,7 +117,7 @@ def _many_step_times(experiment: Experiment, sampler: sampling.Sampler) -> np.nd
 
 
 def _edit_by_encoding(experiment: Experiment, task: str, factor: int) -> Callable:
-  """Return a function that encodes images as noise, and generates the results from it."""
+  """Return a function that adds noise to images or encodes them, and generates the results from there."""
   model, sampler, times, c = experiment.model, experiment.sampler, experiment.times, experiment.editing
   if task == "img2img":
     times = _many_step_times(experiment, sampler)

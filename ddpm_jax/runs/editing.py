@@ -113,7 +113,7 @@ def with_reversible_sampler(experiment: Experiment) -> Experiment:
   """Return the experiment with DDIM in place of a sampler that adds noise and so cannot encode images."""
   if experiment.sampler.reversible:
     return experiment
-  print_line(f"{experiment.sampler_name} cannot encode images; using ddim")
+  print_line(f"{experiment.sampler_name} adds noise and cannot encode images; using ddim instead")
   return experiment.replace(sampler="ddim")
 
 

@@ -61,7 +61,7 @@ def run_sample(
   mesh = parallel.make_mesh()
   if low_res_name(experiment) is not None:
     raise ValueError(
-      f"Got {folder}, the run of a super-resolution model; expected a model that needs no input image. To enlarge that model's samples,"
+      f"Got --workdir={folder}, the run of a super-resolution model; expected a model that needs no input image. To enlarge that model's samples,"
       f" add --upsampler={folder}. To enlarge images, use --mode=edit --task=superres --input=<image, folder or .npz>."
     )
   limits.check_images(experiment.model.data_shape, num_samples, f"--num_samples={num_samples}")
@@ -72,11 +72,11 @@ def run_sample(
   parameters = load_parameters(guided, folder, mesh, choice, model)
   print_line(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
   samples, nfe = generate_samples(experiment, generate, parameters, seed, num_samples, guided.inputs)
-  guides, own_scale = not is_neutral(experiment.guidance), _scale(experiment)
-  note = ", on both guidance branches" if guides and own_scale != 0 else ""
+  guides, guidance_scale = not is_neutral(experiment.guidance), _scale(experiment)
+  note = ", on both guidance branches" if guides and guidance_scale != 0 else ""
   note = note if guided.guides == NO_GUIDES else ", plus the same number of the guiding model"
   print_line(f"{num_samples:,} samples, {nfe:,} network evaluations each{note}")
-  suffix = (f"_scale{own_scale:g}" if isinstance(own_scale, float) else "_guided") if guides else ""
+  suffix = (f"_scale{guidance_scale:g}" if isinstance(guidance_scale, float) else "_guided") if guides else ""
   path = files.unused_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")
   arrays = saved_inputs(guided.inputs)
   for number, stage in enumerate(stages):
@@ -140,13 +140,13 @@ class Stage(NamedTuple):
 
   def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
     """Enlarge samples (uint8) under the inputs that this model also takes."""
-    own = self.experiment
-    height, width = own.model.data_shape[:2]
-    print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
-    parameters = load_weights(own, self.folder, mesh, WeightsChoice()).parameters
-    inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
+    experiment = self.experiment
+    height, width = experiment.model.data_shape[:2]
+    print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {experiment.sampler_name} ...")
+    parameters = load_weights(experiment, self.folder, mesh, WeightsChoice()).parameters
+    inputs = {name: value for name, value in inputs.items() if name in experiment.model.conditions}
     inputs[self.low_res] = images.from_uint8(samples)
-    samples, nfe = generate_samples(own, self.generate, parameters, seed, len(samples), inputs)
+    samples, nfe = generate_samples(experiment, self.generate, parameters, seed, len(samples), inputs)
     print_line(f"{nfe:,} network evaluations each")
     return samples
 
@@ -173,19 +173,19 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
   """
   stages, shape = [], experiment.model.data_shape
   for folder in folders:
-    own = load_experiment(None, folder, "upsampler")
-    low_res = low_res_name(own)
+    upsampler = load_experiment(None, folder, "upsampler")
+    low_res = low_res_name(upsampler)
     if low_res is None:
       raise ValueError(
         f"Got --upsampler={folder}, a model that takes no image to enlarge; expected a super-resolution model. Train one with the condition"
         " low_resolution, like configs/mnist_superres.py."
       )
-    if low_res_shape(own, low_res) != shape:
+    if low_res_shape(upsampler, low_res) != shape:
       raise ValueError(
-        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_res_shape(own, low_res)))}, for images of"
+        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_res_shape(upsampler, low_res)))}, for images of"
         f" {'x'.join(map(str, shape))}; expected the same shape."
       )
-    for name, condition in own.model.conditions.items():
+    for name, condition in upsampler.model.conditions.items():
       base = experiment.model.conditions.get(name)
       if name != low_res and (
         base is None or base.shape != condition.shape or base.num_choices != condition.num_choices
@@ -194,10 +194,10 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
           f"Got --upsampler={folder}, a model with the condition {name} ({condition.num_choices or 'no'} classes), which the base model"
           " does not share; expected the same condition in both models."
         )
-    limits.check_images(own.model.data_shape, count, f"--num_samples={count}")
-    own = limit_batch(own, mesh, count)
-    stages.append(Stage(own, folder, programs.generate(own, mesh), low_res))
-    shape = own.model.data_shape
+    limits.check_images(upsampler.model.data_shape, count, f"--num_samples={count}")
+    upsampler = limit_batch(upsampler, mesh, count)
+    stages.append(Stage(upsampler, folder, programs.generate(upsampler, mesh), low_res))
+    shape = upsampler.model.data_shape
   return stages
 
 

@@ -181,13 +181,13 @@ def build_reference(
           " --config.data.hold_out, or use --config.evaluation.reference=train."
         )
       return None
-    own, other = (source, held_out) if name == "train" else (held_out, source)
-    if own is None or len(own) < 2:
+    reference_images, floor_images = (source, held_out) if name == "train" else (held_out, source)
+    if reference_images is None or len(reference_images) < 2:
       raise ValueError(
-        f"Got {len(own or ())} image(s) in the split {name!r} to score against; expected two or more. Add images, or train"
+        f"Got {len(reference_images or ())} image(s) in the split {name!r} to score against; expected two or more. Add images, or train"
         " without scores by --config.data.hold_out=0 --config.data.source.eval_split=''."
       )
-    return Reference(name, own, None, other)
+    return Reference(name, reference_images, None, floor_images)
   if not name.endswith(".npz"):
     raise ValueError(
       f"Got config.evaluation.reference={name!r}; expected train, held_out, or an .npz file with mu and sigma. To make one, use --mode=stats."

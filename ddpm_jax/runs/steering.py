@@ -93,13 +93,13 @@ def steer(
   experiment = _with_rule(experiment, guides, scale)
   two, is_negative = experiment.sampler.two_estimates, bool(steering.negative)
   guided.check(experiment.model, experiment.guidance, two, guides, negative=is_negative)
-  conditions = own = experiment.model.conditions
-  if "classifier" in guide_experiments and "classes" not in own:
+  conditions = model_conditions = experiment.model.conditions
+  if "classifier" in guide_experiments and "classes" not in model_conditions:
     # The model has no classes, but its classifier does.
     classifier = guide_experiments["classifier"]
-    conditions = {**own, "classes": classifier.task.classes(classifier)}
+    conditions = {**model_conditions, "classes": classifier.task.classes(classifier)}
   inputs = parse_inputs(conditions, steering.given, count, only=only)
-  negative = parse_inputs(own, steering.negative, count, only=True)
+  negative = parse_inputs(model_conditions, steering.negative, count, only=True)
   inputs |= {f"{NEGATIVE_PREFIX}{name}": value for name, value in negative.items()}
 
   def load() -> dict[str, tuple[PyTree, PyTree]]:
@@ -122,7 +122,7 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
     if lost:
       options = ", ".join(name for name in lost if name in default) if node["component"] == default["component"] else ""
       raise ValueError(
-        f"Got config.guidance={experiment.tree.short_name('guidance')}{options and f' with {options}'} with"
+        f"Got config.guidance={experiment.tree.short_name('guidance')}{options and f' (with {options})'} and"
         f" --{'classifier' if guides.classifier else 'weak'}; expected a guidance rule for that guide, because only the scale would"
         f" carry over. Set --config.guidance={rule}."
       )

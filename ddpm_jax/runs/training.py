@@ -30,8 +30,8 @@ _STEPS_BEFORE_TRACE = 10
 class Stopped(SystemExit):
   """Exit the program with the code of the signal that stopped the run, after the state is saved."""
 
-  def __init__(self, number: int):
-    super().__init__(128 + number)
+  def __init__(self, signal_number: int):
+    super().__init__(128 + signal_number)
 
 
 def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
@@ -331,16 +331,16 @@ class _Work:
       callbacks.append(training.Callback(experiment.training.sample_every, self._save_preview))
     return [*callbacks, training.Callback(experiment.training.checkpoint_every, self.save)]
 
-  def log(self, number: int, metrics: Metrics) -> None:
+  def log(self, step: int, metrics: Metrics) -> None:
     """Add the learning rate, the memory and the speed to the loop's metrics, and log them."""
     skipped = int(metrics.get("skipped", 0))
     if skipped > self._skipped:
       warn(
-        f"skipped {skipped - self._skipped} steps before step {number:,} because of gradients that are not finite ({skipped:,} in total)"
+        f"skipped {skipped - self._skipped} steps before step {step:,} because of gradients that are not finite ({skipped:,} in total)"
       )
     self._skipped = skipped
     # Skipped steps do not advance the schedule.
-    metrics["learning_rate"] = float(self._rate(number - 1 - skipped))
+    metrics["learning_rate"] = float(self._rate(step - 1 - skipped))
     metrics["memory_gb"] = parallel.peak_memory() / 1e9
     if self._trainer.batches.num_broken:
       metrics["broken_files"] = self._trainer.batches.num_broken
@@ -348,45 +348,45 @@ class _Work:
       speed, dtype = metrics["images_per_second"] * self._flops, scoring.dtype_of(self._run.experiment)
       metrics["flop_utilization"] = hardware.utilization(speed, self._chip, self._run.mesh.size, dtype)
     if self._writer is not None:
-      self._writer.scalars(number, metrics)
+      self._writer.scalars(step, metrics)
 
-  def save(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
+  def save(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     """Save a checkpoint, with the scores of its step if there are any."""
-    scores = self._scores[1] if self._scores[0] == number else {}
+    scores = self._scores[1] if self._scores[0] == step else {}
     # Without the metric of the best checkpoints, save no metrics: the checkpoint cannot be compared.
     lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not scores
     self.checkpoints.save(
-      number, training.state_to_items(state), self._trainer.batches.state, {} if lacks_best else metrics | scores
+      step, training.state_to_items(state), self._trainer.batches.state, {} if lacks_best else metrics | scores
     )
 
-  def rescue(self, number: int, state: training.TrainState) -> None:
+  def rescue(self, step: int, state: training.TrainState) -> None:
     """Save the state when the next batch cannot be read."""
     # With several processes, a save needs all of them, but the other processes already wait inside the next step.
     if jax.process_count() == 1:
-      self.save(number, state, {})
+      self.save(step, state, {})
       self.checkpoints.wait()
-      print_line(f"the next batch cannot be read; saved at step {number:,}; run the same command again to resume")
+      print_line(f"the next batch cannot be read; saved at step {step:,}; run the same command again to resume")
 
-  def _score(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
+  def _score(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     scores = self._trainer.scorer.training_scores(self._trainer.parameters(state))
-    self._scores = (number, scores)
-    print_line(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    self._scores = (step, scores)
+    print_line(f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     if self._writer is not None:
-      self._writer.scalars(number, scores)
+      self._writer.scalars(step, scores)
 
-  def _snapshot(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
+  def _snapshot(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     # Save one folder at a time: orbax's barriers between processes do not distinguish two folders.
     self.checkpoints.wait()
     # The average is not updated in skipped steps, so they do not count.
-    self.snapshots.save(number, {"ema": training.state_to_items(state)["ema"]}, {"steps": number - _num_skipped(state)})
+    self.snapshots.save(step, {"ema": training.state_to_items(state)["ema"]}, {"steps": step - _num_skipped(state)})
     self.snapshots.wait()
 
-  def _save_preview(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
+  def _save_preview(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     assert self._trainer.preview is not None
     picture = self._trainer.preview(self._trainer.parameters(state))
     if self._writer is not None:
-      images.save_grid(self._run.folder / "samples" / f"step_{number:07d}.png", picture)
-      self._writer.image(number, "samples", images.grid(picture))
+      images.save_grid(self._run.folder / "samples" / f"step_{step:07d}.png", picture)
+      self._writer.image(step, "samples", images.grid(picture))
 
 
 def _num_skipped(state: training.TrainState) -> int:
