@@ -57,7 +57,7 @@ def run_edit(
     folder: the run's folder.
     edit: the edit and its images.
     seed: the seed of the results.
-    choice: the choice among the run's weights.
+    choice: which of the run's weights to use.
     steering: the conditions of the results, and the runs that guide them.
     scale: the guidance scale; None for the experiment's.
     model: a pretrained model to use in place of the run's weights.
@@ -198,7 +198,10 @@ def _write(
   inputs: generation.Inputs,
   results: generation.Inputs,
 ) -> None:
-  """Save the arrays, and a picture with a row for each image: the input, its measurement or latent, the results."""
+  """Save the arrays and a picture.
+
+  The picture has a row for each image with the input, its measurement or latent if there is one, and the results.
+  """
   output = images.to_uint8(results["output"])
   arrays = {
     "input": user_images.images,

@@ -25,7 +25,7 @@ def run_eval(
     experiment: the run's experiment.
     folder: the run's folder.
     seed: the seed of the samples and of other random numbers.
-    choice: the choice among the run's weights.
+    choice: which of the run's weights to use.
     variants: the experiment with other samplers and numbers of steps. The last one gives the main scores. By default
       there is one variant, the experiment itself.
 

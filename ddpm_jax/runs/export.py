@@ -20,7 +20,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
     experiment: the run's experiment.
     folder: the run's folder.
     output: the folder to write: new or empty.
-    choice: the choice among the run's weights.
+    choice: which of the run's weights to use.
 
   Raises:
     ValueError: if diffusers cannot express the model, or the output folder is not empty.

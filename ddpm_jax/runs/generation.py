@@ -47,7 +47,7 @@ def run_sample(
     folder: the run's folder.
     num_samples: the number of samples.
     seed: the seed of the samples.
-    choice: the choice among the run's weights.
+    choice: which of the run's weights to use.
     steering: the conditions of the samples, and the runs that guide them.
     scale: the guidance scale; None for the experiment's.
     upsamplers: folders of super-resolution runs. Each one enlarges the samples of the model before it.
@@ -99,9 +99,9 @@ def _write(path: Path, arrays: Inputs) -> None:
 
 
 def saved_inputs(inputs: Inputs) -> Inputs:
-  """Return the inputs to save with samples: classes and other arrays of at most two dimensions.
+  """Return the inputs to save with samples.
 
-  Images and negative inputs are left out.
+  These are classes and other arrays of at most two dimensions. Images and negative inputs are left out.
   """
   return {name: value for name, value in inputs.items() if not name.startswith(NEGATIVE_PREFIX) and np.ndim(value) <= 2}
 
@@ -139,7 +139,7 @@ class Stage(NamedTuple):
   low_res: str
 
   def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
-    """Enlarge samples (uint8) under the inputs that this model also takes."""
+    """Enlarge samples (uint8), conditioned on the inputs that this model shares."""
     experiment = self.experiment
     height, width = experiment.model.data_shape[:2]
     print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {experiment.sampler_name} ...")
@@ -275,7 +275,7 @@ def run_in_batches(
     count: the number of items.
     inputs: arrays [count, ...] by name, or a function that reads the rows at some indices [B].
     start: the index of the first item to compute.
-    activity: the text at the progress bar.
+    activity: the text of the progress bar.
   """
   size = experiment.sampling.batch_size
   quiet = count - start <= size or not parallel.is_main()

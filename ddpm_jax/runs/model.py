@@ -94,7 +94,7 @@ def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpo
 
 
 def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
-  """Open the run's snapshots of the averages. None is ever deleted for being old."""
+  """Open the run's snapshots of the averages. Old snapshots are never deleted."""
   return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
 
 
@@ -107,7 +107,7 @@ def load_weights(
     experiment: the run's experiment.
     folder: the run's folder.
     mesh: the devices.
-    choice: the choice among the run's weights.
+    choice: which of the run's weights to use.
     quiet: whether not to print the step of the checkpoint.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Plan training on devices that need not be present: its memory and its cost."""
+"""Plan the memory and the cost of training on devices that need not be present."""
 
 from typing import Any
 

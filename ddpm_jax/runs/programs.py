@@ -82,7 +82,7 @@ def for_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) ->
 def denoising_frames(
   experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
-  """Return a compiled function that samples with intermediate states as frames, and the times of the frames.
+  """Return a compiled function that generates samples at intermediate times, and these times.
 
   Args:
     experiment: the experiment with the model and the sampler.

@@ -47,7 +47,8 @@ def neighbors(
 ) -> page.Neighbors | None:
   """Find the nearest training images of some samples and of held-out images in a feature space.
 
-  Distances of held-out images show which distances are typical. Returns None if there are no held-out images.
+  Distances of held-out images show which distances are typical. Returns None if there are no held-out images or too
+  few training images.
   """
   if held_out is None or len(source) < _NUM_NEIGHBORS:
     return None

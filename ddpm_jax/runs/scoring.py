@@ -1,4 +1,4 @@
-"""Score a diffusion model: generate samples, compare them with real images, and report the scores.
+"""Generate samples of a diffusion model, compare them with real images, and report the scores.
 
 An interrupted evaluation resumes.
 """

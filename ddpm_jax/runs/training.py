@@ -303,7 +303,7 @@ class _Trainer:
 
 
 class _Work:
-  """Do the work between steps: logs, pictures, scores, snapshots and checkpoints."""
+  """Log metrics, and save previews, scores, snapshots and checkpoints between training steps."""
 
   def __init__(self, trainer: _Trainer, writer: records.MetricLog | None, skipped: int):
     self._trainer, self._run, self.checkpoints = trainer, trainer.run, trainer.checkpoints

@@ -1,4 +1,4 @@
-"""Define the task of diffusion models: their samples are previewed, scored and reported."""
+"""Define the task of diffusion models, with previews, scores and a report of their samples."""
 
 from collections.abc import Callable
 

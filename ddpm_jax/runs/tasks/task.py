@@ -45,7 +45,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-  """Define what a run does besides training: its checks, previews, scores and reports.
+  """Define the checks, previews, scores and reports of a run.
 
   In a config, a task is a function without arguments that returns a `Task`. A user's own task may inherit from this
   class. The inherited methods make no previews and accept all models.
