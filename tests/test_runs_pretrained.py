@@ -118,7 +118,7 @@ def test_samples_that_are_not_finite_are_an_error(tmp_path):
     "--sampler=ddim",
   )
   assert code == 2, output
-  assert "samples are not finite" in output
+  assert "NaN or infinite values in 2 of 2 samples" in output
   assert "Traceback" not in output
   assert not (tmp_path / "samples").exists()
 
@@ -289,7 +289,7 @@ def test_with_dropout_the_last_class_of_a_folder_means_no_class(tmp_path):
   tree, loaded = pretrained.load_init_from(tree_of(config))
   experiment = configs.build(tree)
   for condition in (experiment.model.conditions["classes"], loaded.model.conditions["classes"]):
-    assert (condition.number, condition.dropout) == (11, 0.2)
+    assert (condition.num_values, condition.dropout) == (11, 0.2)
     assert condition.null(None) == 10
 
 
