@@ -1,13 +1,13 @@
-"""Class-conditional DDPM on CIFAR-10 with label dropout, for classifier-free guidance (Ho et al. 2020; Ho and Salimans 2022).
+"""Train a class-conditional DDPM on CIFAR-10 for classifier-free guidance (Ho et al. 2020, Ho and Salimans 2022).
 
 python -m ddpm_jax.main --mode=prepare --config=configs/cifar10_cond.py
 python -m ddpm_jax.main --config=configs/cifar10_cond.py --workdir=/tmp/cifar10_cond
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar10_cond --num_samples=100 --guidance_scale=3
 
-The data are prepared, or taken from a folder of images, as for configs/cifar10_vp.py.
+Training drops 10% of the classes. To prepare the data, or to train on a folder of images, see configs/cifar10_vp.py.
 
 Hardware: one GPU or a TPU slice. On a CPU a step takes a minute.
-Score: not yet run in full.
+Score: not yet trained in full.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -1,11 +1,13 @@
-"""EDM on CIFAR-10 with the DDPM++ network (Karras et al. 2022, table 1 and appendix F): 55,733,891 parameters.
+"""Train EDM on CIFAR-10 with the DDPM++ network (Karras et al. 2022, table 1 and appendix F).
 
 python -m ddpm_jax.main --config=configs/cifar10_ddpmpp.py --workdir=/tmp/cifar10_ddpmpp
 
-Data as in cifar10_vp.py, prepared once by --mode=prepare. The network takes the paper's augmentation labels (9 of its 55.7M
-parameters' inputs); this recipe trains on plain and flipped images, for which they are zeros.
-Hardware: one GPU or a TPU slice; the paper trained on 200 million images, 390,625 steps of 512.
-Score: FID 1.97 in the paper with augmentation, by 18 steps of Heun (35 evaluations); not yet repeated with this code.
+Network: 55,733,891 parameters. It has the paper's 9 inputs for augmentations. This recipe trains without these
+augmentations, on plain and flipped images, so the inputs are zero.
+Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
+Hardware: one GPU or a TPU slice. The paper trained on 200 million images, 390,625 steps with 512 images each.
+Score: in the paper, FID 1.97 with augmentation and 18 steps of Heun (35 evaluations). Not yet reproduced with this
+code.
 """
 
 from ddpm_jax.config import default_config, spec

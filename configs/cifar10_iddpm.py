@@ -1,11 +1,13 @@
-"""Improved DDPM on CIFAR-10 (Nichol and Dhariwal 2021): cosine schedule of 4000 steps, learned variance, hybrid loss.
+"""Train Improved DDPM on CIFAR-10, with learned variance and the hybrid loss (Nichol and Dhariwal 2021).
 
 python -m ddpm_jax.main --config=configs/cifar10_iddpm.py --workdir=/tmp/cifar10_iddpm
 
-Data as in cifar10_vp.py, prepared once by --mode=prepare. 52.5M parameters, time by scale and shift, attention of 4 heads at
-16x16 and 8x8.
-Hardware: one GPU or a TPU slice; the paper trained 500,000 steps of 128 images.
-Score: FID 3.19 in the paper, with 50,000 samples against the training set by 4000 steps; not yet repeated with this code.
+Network: 52.5M parameters. Time scales and shifts the features, and attention has 4 heads at 16x16 and 8x8.
+Process: the cosine schedule with 4000 steps.
+Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
+Hardware: one GPU or a TPU slice. The paper trained 500,000 steps with 128 images each.
+Score: in the paper, FID 3.19 of 50,000 samples against the training set, with 4000 steps. Not yet reproduced with this
+code.
 """
 
 from ddpm_jax.config import default_config, spec

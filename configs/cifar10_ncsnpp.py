@@ -1,11 +1,14 @@
-"""EDM on CIFAR-10 with the NCSN++ network (Karras et al. 2022, table 1 and appendix F): 56.4 million parameters.
+"""Train EDM on CIFAR-10 with the NCSN++ network (Karras et al. 2022, table 1 and appendix F).
 
 python -m ddpm_jax.main --config=configs/cifar10_ncsnpp.py --workdir=/tmp/cifar10_ncsnpp
 
-As cifar10_ddpmpp.py, with Fourier features of the noise level, the filter (1, 3, 3, 1) where it resamples, and the input joined
-to every level on the way down (Song et al. 2021, appendix H). Data as in cifar10_vp.py, prepared once by --mode=prepare.
-Hardware: one GPU or a TPU slice; the paper trained on 200 million images, 390,625 steps of 512.
-Score: FID 1.98 in the paper with augmentation, by 18 steps of Heun (35 evaluations); not yet repeated with this code.
+Network: 56.4M parameters. It differs from configs/cifar10_ddpmpp.py in three ways: it embeds the noise level with
+Fourier features, resamples with the filter (1, 3, 3, 1), and adds the input to every level of the encoder (Song et al.
+2021, appendix H).
+Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
+Hardware: one GPU or a TPU slice. The paper trained on 200 million images, 390,625 steps with 512 images each.
+Score: in the paper, FID 1.98 with augmentation and 18 steps of Heun (35 evaluations). Not yet reproduced with this
+code.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -1,12 +1,11 @@
-"""Continuous VP SDE on CIFAR-10 with the settings of Song et al. 2021, sampled by the probability-flow ODE.
-
-The network is DDPM's, trained on the continuous-time loss: the paper's "DDPM cont. (VP)", table 2. Data as for
-configs/cifar10_vp.py, prepared once by --mode=prepare.
+"""Train the continuous VP SDE on CIFAR-10, and sample with the probability-flow ODE (Song et al. 2021).
 
 python -m ddpm_jax.main --config=configs/cifar10_sde.py --workdir=/tmp/cifar10_sde
 
-Hardware: one GPU or a TPU slice; on a CPU a step takes a minute.
-Score: FID 3.69 in the paper by its probability-flow sampler; not yet repeated with this code.
+Network: DDPM's, trained on the continuous-time loss. This is "DDPM cont. (VP)" in table 2 of the paper.
+Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
+Hardware: one GPU or a TPU slice. On a CPU a step takes a minute.
+Score: in the paper, FID 3.69 with the probability-flow sampler. Not yet reproduced with this code.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -1,14 +1,17 @@
-"""The base of a color cascade: class-conditional DDPM on CIFAR-10 made small, 16x16, from a folder of its images (Ho et al. 2022).
+"""Train the base model of a color cascade, a class-conditional DDPM on CIFAR-10 at 16x16 (Ho et al. 2022).
 
 python -m ddpm_jax.main --config=configs/cifar16_cond.py --workdir=/tmp/cifar16_cond --config.data.source.path=<folder>
 
-The folder has train/<class>/ and test/<class>/; or take CIFAR-10 by TFDS, prepared as for configs/cifar10_vp.py:
---config.data.source=tfds. `configs/cifar_superres.py` enlarges what it draws to 32x32.
+The folder has train/<class>/ and test/<class>/ with the images of CIFAR-10. To read CIFAR-10 from TFDS instead, prepare
+it as in configs/cifar10_vp.py and add --config.data.source=tfds. `configs/cifar_superres.py` enlarges the samples to
+32x32.
 
-Hardware: 2 CPU cores for a first look, one GPU for pictures to keep (more --config.training.steps and --config.model.network.channels).
-Time: 20 minutes, beside other trainings. With the images of CIFAR-10 re-encoded as JPEG:
-Score: Frechet distance in pixel space 28 (floor 30), precision 0.84 (0.81), recall 0.73 (0.71), of 200 samples by 50 steps of DDIM.
-Pixels tell little of color images: what is drawn has the colors and the layout of its class, and no detail yet.
+Hardware: 2 CPU cores for a first look. For good pictures use a GPU, with more --config.training.steps and
+--config.model.network.channels.
+Time: 20 minutes, while other runs trained on the same cores.
+Score: Frechet distance in pixel space 28 (floor 30), precision 0.84 (0.81), recall 0.73 (0.71), for 200 samples with 50
+steps of DDIM. The images of CIFAR-10 were re-encoded as JPEG. Pixel space says little about color images: samples have
+the colors and the layout of their class, but no detail yet.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -16,7 +19,7 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # --config.data.source.path=<folder> says where it lies; --mode=plan needs none.
+  # Set the path with --config.data.source.path=<folder>. --mode=plan needs no path.
   config.data.source = spec("data.folder", path="")
   config.data.update({"image_size": 16, "resize": "box"})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
@@ -40,6 +43,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 50, "batch_size": 100})
-  # As the scores above were taken; of so few samples they compare only with each other.
+  # The settings of the scores above. With so few samples, compare scores only with each other.
   config.evaluation.update({"num_samples": 200, "features": "pixels", "allow_singular": True})
   return config

@@ -1,14 +1,16 @@
-"""Super-resolution of color images, 16x16 to 32x32, as a conditional model (SR3, Saharia et al. 2021), its condition noised (Ho et al. 2022).
+"""Train SR3 for color images from 16x16 to 32x32, with conditioning augmentation (Saharia et al. 2021, Ho et al. 2022).
 
-python -m ddpm_jax.main --config=configs/cifar_superres.py --workdir=/tmp/cifar_superres --config.data.source.path=<folder>
-python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar16_cond --upsampler=/tmp/cifar_superres --num_samples=60 --guidance_scale=3
+python -m ddpm_jax.main --config=configs/cifar_superres.py --workdir=/tmp/cifar_superres \
+  --config.data.source.path=<folder>
+python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar16_cond --upsampler=/tmp/cifar_superres \
+  --num_samples=60 --guidance_scale=3
 
-The folder, or CIFAR-10 by TFDS, as for configs/cifar16_cond.py.
-
-Hardware: 2 CPU cores for a first look, one GPU for pictures to keep.
-Time: 8 minutes, beside other work. With the images of CIFAR-10 re-encoded as JPEG:
-Score: Frechet distance in pixel space 50 (floor 178), precision 1.0 (0.75), recall 1.0 (0.67), of 200 held-out images made small and
-enlarged again by 30 steps of DDIM: they are compared with themselves, so the floor is no bound.
+Data: the folder, or CIFAR-10 from TFDS, as in configs/cifar16_cond.py.
+Hardware: 2 CPU cores for a first look, one GPU for good pictures.
+Time: 8 minutes, while other programs ran on the same cores.
+Score: Frechet distance in pixel space 50 (floor 178), precision 1.0 (0.75), recall 1.0 (0.67), for 200 held-out images
+that were downsampled and enlarged again with 30 steps of DDIM. The images of CIFAR-10 were re-encoded as JPEG. Results
+are compared with the same images, so they may score better than the floor.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -16,7 +18,7 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # --config.data.source.path=<folder> says where it lies; --mode=plan needs none.
+  # Set the path with --config.data.source.path=<folder>. --mode=plan needs no path.
   config.data.source = spec("data.folder", path="")
   config.data.update({"image_size": 32})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
@@ -41,6 +43,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 30, "batch_size": 100})
-  # As the scores above were taken; of so few samples they compare only with each other.
+  # The settings of the scores above. With so few samples, compare scores only with each other.
   config.evaluation.update({"num_samples": 200, "features": "pixels", "allow_singular": True})
   return config

@@ -1,11 +1,13 @@
-"""Noise-aware classifier of the 8x8 digits, for classifier guidance of configs/digits_vp.py (Dhariwal and Nichol 2021, section 4).
+"""Train a noise-aware classifier of 8x8 digits, to guide configs/digits_vp.py (Dhariwal and Nichol 2021, section 4).
 
 python -m ddpm_jax.main --config=configs/digits_classifier.py --workdir=/tmp/digits_classifier
 
-Hardware: 2 CPU cores. Time: 2 minutes, compilation and scoring included.
-Score: accuracy on the 500 held-out digits 0.99 at log-SNR 4, 0.98 at 2, 0.79 at 0, 0.36 at -2, 0.17 at -4 (chance 0.13); cross-entropy
-0.02, 0.07, 0.58, 1.86, 2.25 nats (2.30). A Parzen estimate from the training digits, its width chosen on the held-out ones, has 0.07,
-0.11, 0.56, 1.86, 2.25.
+Hardware: 2 CPU cores. Time: 2 minutes, including compilation and scoring.
+Score: on the 500 held-out digits at log-SNR 4, 2, 0, -2 and -4,
+accuracy 0.99, 0.98, 0.79, 0.36, 0.17 (chance 0.13);
+cross-entropy 0.02, 0.07, 0.58, 1.86, 2.25 nats (chance 2.30).
+A Parzen estimate from the training digits has a cross-entropy of 0.07, 0.11, 0.56, 1.86, 2.25 nats. Its width was
+chosen on the held-out digits.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -15,7 +17,7 @@ def get_config():
   config = default_config()
   config.task = "classify"
   config.objective = "classification"
-  # The data and the process of the model to be guided, so that the classifier knows its noise and has not seen more images.
+  # The same data and process as the model to guide: the same noise levels and the same held-out images.
   config.data.source = spec("data.digits")
   config.data.update({"image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
@@ -31,7 +33,7 @@ def get_config():
     heads=4,
     dropout=0.3,
   )
-  # A small net, dropout and decay: 1,297 images are soon known by heart.
+  # A small network, dropout and weight decay, because 1,297 images are easily memorized.
   config.optimizer.update(
     {"name": "adamw", "arguments": "weight_decay=0.05", "learning_rate": 1e-3, "warmup_steps": 50}
   )

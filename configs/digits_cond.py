@@ -1,12 +1,13 @@
-"""Class-conditional DDPM on scikit-learn's 8x8 digits, with label dropout for classifier-free guidance (Ho and Salimans 2022).
+"""Train a class-conditional DDPM on 8x8 digits for classifier-free guidance (Ho and Salimans 2022).
 
 python -m ddpm_jax.main --config=configs/digits_cond.py --workdir=/tmp/digits_cond
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/digits_cond --num_samples=100 --guidance_scale=3
 
-Hardware: 2 CPU cores. Time: 4 minutes, compilation and scoring included.
-Score: Frechet distance in pixel space 0.67 (floor 0.45), precision 0.98 (0.98), recall 0.86 (0.97), of 500 samples by 100
-ancestral steps. By 50 steps of DDIM a nearest-neighbor classifier of real digits finds the class that was asked for in 0.988 of 500
-samples at a scale of 1, in all at 3 (docs/guidance.md).
+Data: 1,797 digits of scikit-learn. Training drops 10% of the classes.
+Hardware: 2 CPU cores. Time: 4 minutes, including compilation and scoring.
+Score: Frechet distance in pixel space 0.67 (floor 0.45), precision 0.98 (0.98), recall 0.86 (0.97), for 500 samples
+with 100 ancestral steps. With 50 steps of DDIM, a nearest-neighbor classifier of real digits recognizes the requested
+class in 98.8% of 500 samples at a guidance scale of 1, and in all samples at 3 (docs/guidance.md).
 """
 
 from ddpm_jax.config import default_config, spec
@@ -43,6 +44,6 @@ def get_config():
     }
   )
   config.sampling.update({"num_steps": 100, "batch_size": 128})
-  # As the scores above were taken.
+  # The settings of the scores above.
   config.evaluation.update({"num_samples": 500, "features": "pixels"})
   return config

@@ -1,15 +1,18 @@
-"""Any folder of images: a discrete DDPM with the cosine schedule and v-prediction, at 64x64 (Ho et al. 2020; Nichol and Dhariwal 2021).
+"""Train a discrete DDPM on any folder of images at 64x64 (Ho et al. 2020, Nichol and Dhariwal 2021).
 
 python -m ddpm_jax.main --config=configs/folder.py --workdir=/tmp/folder --config.data.source.path=<folder>
 
-The folder is searched to any depth; images of any size are resized and cropped. With train/ and test/ in it the latter are held
-out, otherwise a tenth of the images is, at most 500 (--config.data.hold_out=<count>, 0 for none and no scores). Another size:
---config.data.image_size.
-A large folder decodes once into records: --mode=prepare --config=configs/folder.py --config.data.source.path=<folder> --output=<new folder>,
-then --config.data.source=packed --config.data.source.path=<new folder>.
+The model has the cosine schedule and v-prediction. The folder may have subfolders of any depth. Images are resized and
+cropped to 64x64; set --config.data.image_size for another size. If the folder has train/ and test/, the images in test/
+are held out for evaluation. Otherwise a tenth of the images is held out, at most 500. To hold out another number, set
+--config.data.hold_out=<count>; 0 holds out no images and disables scores.
+A large folder is best decoded once into records:
+python -m ddpm_jax.main --mode=prepare --config=configs/folder.py \
+  --config.data.source.path=<folder> --output=<new folder>
+Then train with --config.data.source=packed --config.data.source.path=<new folder>.
 
-Hardware: one GPU. On a CPU a step takes seconds; try --config.data.image_size=16 --config.model.network.channels=32 there.
-Score: depends on the folder; the run prints it beside its floor.
+Hardware: one GPU. On a CPU a step takes seconds; try --config.data.image_size=16 --config.model.network.channels=32.
+Score: depends on the folder. The run prints it next to its floor.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -17,7 +20,7 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # --config.data.source.path=<folder> says where it lies; --mode=plan needs none.
+  # Set the path with --config.data.source.path=<folder>. --mode=plan needs no path.
   config.data.source = spec("data.folder", path="")
   config.data.update({"image_size": 64, "channels": 3, "hold_out": -1, "broken": "skip"})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
@@ -28,7 +31,7 @@ def get_config():
       "channels": 64,
       "multipliers": (1, 2, 2, 4),
       "blocks": 2,
-      # None but in the middle, which is small whatever the size.
+      # Attention only in the middle block, where images are small.
       "attention_levels": (),
       "dropout": 0.1,
     }

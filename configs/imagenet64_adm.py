@@ -1,18 +1,22 @@
-"""ADM on class-conditional ImageNet 64x64 (Dhariwal and Nichol 2021, table 11): 296M parameters.
+"""Train ADM on class-conditional ImageNet 64x64 (Dhariwal and Nichol 2021, table 11).
 
-python -m ddpm_jax.main --mode=prepare --config=configs/imagenet64_adm.py --config.data.source.path=<folder> --output=<new folder>
+python -m ddpm_jax.main --mode=prepare --config=configs/imagenet64_adm.py \
+  --config.data.source.path=<folder> --output=<new folder>
 python -m ddpm_jax.main --config=configs/imagenet64_adm.py --workdir=/tmp/imagenet64_adm \
   --config.data.source=packed --config.data.source.path=<new folder>
 
-The folder has train/<class>/ and val/<class>/ with the images as ImageNet gives them. They are halved by box filters, then resized
-by bicubic and cropped, as the paper's code does (data.resize=adm), once: the packed images take 14 GB, and no JPEG is decoded in
-training. Without the first line the folder itself will do, at the rate at which the host decodes JPEG.
-The same by TFDS, whose imagenet2012 wants ILSVRC2012_img_train.tar and _val.tar in its downloads/manual folder: in both
-commands --config.data.source="tfds(name='imagenet2012', eval_split='validation')" in place of the folder.
-For the down-sampled ImageNet of Chrabaszcz et al. 2017: --config.data.resize=box.
-Hardware: a TPU slice or 8 GPUs; the paper trained 540,000 steps of 2048 images. Activations are computed again in the backward
-pass (model.network.remat) and in bfloat16.
-Score: FID 2.07 in the paper without guidance, with 50,000 samples by 250 steps; not yet repeated with this code.
+Network: 296M parameters. It computes in bfloat16, and recomputes activations in the backward pass
+(model.network.remat).
+Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. They are halved repeatedly
+with box filters, then resized with bicubic interpolation and cropped, as in the paper's code (data.resize=adm). Packed
+images take 14 GB, and training decodes no JPEG. Training also works on the folder itself, but only as fast as the host
+decodes JPEG.
+To read imagenet2012 from TFDS instead, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into its
+downloads/manual folder. In both commands, replace the flags for the folder by
+--config.data.source="tfds(name='imagenet2012', eval_split='validation')".
+For the down-sampled ImageNet of Chrabaszcz et al. 2017, add --config.data.resize=box.
+Hardware: a TPU slice or 8 GPUs. The paper trained 540,000 steps with 2048 images each.
+Score: in the paper, FID 2.07 without guidance, for 50,000 samples with 250 steps. Not yet reproduced with this code.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -20,7 +24,7 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # --config.data.source.path=<folder> says where it lies; --mode=plan needs none.
+  # Set the path with --config.data.source.path=<folder>. --mode=plan needs no path.
   config.data.source = spec("data.folder", path="", train_split="train", eval_split="val")
   config.data.update(
     {

@@ -1,14 +1,16 @@
-"""DDPM on LSUN Bedroom 256x256 with the settings of Ho et al. 2020 (113.7M parameters, 2.4 million steps of 64 images).
+"""Train DDPM on LSUN Bedroom 256x256 with the settings of Ho et al. 2020.
 
 pip install '.[prepare]'
 python -m ddpm_jax.main --mode=prepare --config=configs/lsun_bedroom_vp.py
 python -m ddpm_jax.main --config=configs/lsun_bedroom_vp.py --workdir=/tmp/lsun_bedroom_vp
 
-TFDS's lsun/bedroom: 3 million images (43 GB) whose smaller side is 256, cropped to their center; they are decoded as
-training goes, in worker processes (data.num_workers). Its validation split has 300 images, too few for scores: 2,000
-training images are held out instead. Other categories: --config.data.source.name=lsun/church_outdoor or lsun/cat.
-Hardware: a TPU slice or several GPUs; the paper trained on a TPU v3-8 at 2.2 steps a second.
-Score: FID 6.36 in the paper, with 50,000 samples by 1000 ancestral steps; not yet repeated with this code.
+Network: 113.7M parameters, trained for 2.4 million steps with 64 images each.
+Data: lsun/bedroom of TFDS, 3 million images (43 GB) with a smaller side of 256, cropped at the center. Worker processes
+decode them during training (data.num_workers). The validation split has 300 images, too few for scores, so 2,000
+training images are held out instead. For other categories, set --config.data.source.name=lsun/church_outdoor or
+lsun/cat.
+Hardware: a TPU slice or several GPUs. The paper trained on a TPU v3-8 at 2.2 steps per second.
+Score: in the paper, FID 6.36 of 50,000 samples with 1000 ancestral steps. Not yet reproduced with this code.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -16,7 +18,7 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # The one set that the paper does not flip.
+  # The only data set that the paper does not flip.
   config.data.source = spec("data.tfds", name="lsun/bedroom", eval_split="")
   config.data.update({"image_size": 256, "flip": False})
   config.data.update({"hold_out": 2000, "num_workers": 8})

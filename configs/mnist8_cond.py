@@ -1,13 +1,13 @@
-"""The base of a cascade: class-conditional DDPM on MNIST digits made small, 8x8 (Ho et al. 2022).
+"""Train the base model of a cascade, a class-conditional DDPM on MNIST digits at 8x8 (Ho et al. 2022).
 
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist8_cond.py --workdir=/tmp/mnist8_cond
 
-`configs/mnist_superres.py` enlarges what it draws to 32x32.
+`configs/mnist_superres.py` enlarges the samples to 32x32.
 
-Hardware: 2 CPU cores. Time: 6 minutes, beside other work.
-Score: Frechet distance in pixel space 0.16 (floor 0.12), precision 0.95 (0.97), recall 0.90 (0.95), of 500 samples by 50 steps of
-DDIM.
+Hardware: 2 CPU cores. Time: 6 minutes, while other programs ran on the same cores.
+Score: Frechet distance in pixel space 0.16 (floor 0.12), precision 0.95 (0.97), recall 0.90 (0.95), for 500 samples
+with 50 steps of DDIM.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -15,7 +15,7 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # Boxes of 4x4 pixels averaged, of the digits of 28x28 with a margin of 2.
+  # Digits of 28x28 are padded by 2 pixels, then averaged over boxes of 4x4 pixels.
   config.data.source = spec("data.mnist")
   config.data.update({"image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
@@ -40,6 +40,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 50, "batch_size": 125})
-  # As the scores above were taken.
+  # The settings of the scores above.
   config.evaluation.update({"num_samples": 500, "features": "pixels"})
   return config

@@ -1,11 +1,12 @@
-"""Noise-aware classifier of 28x28 MNIST digits, for classifier guidance of configs/mnist_vp.py (Dhariwal and Nichol 2021, section 4).
+"""Train a noise-aware classifier of MNIST digits, to guide configs/mnist_vp.py (Dhariwal and Nichol 2021, section 4).
 
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_classifier.py --workdir=/tmp/mnist_classifier
 
-Hardware: 2 CPU cores. Time: 13 minutes beside another training on the same cores.
-Score: accuracy on the 500 held-out digits 0.98 at log-SNR 4 to 0, 0.72 at -2, 0.33 at -4, 0.16 at -6 (chance 0.12);
-cross-entropy 0.05 at 4, 0.09 at 0, 0.84, 1.94, 2.26 nats (2.30).
+Hardware: 2 CPU cores. Time: 13 minutes, while another run trained on the same cores.
+Score: on the 500 held-out digits,
+accuracy 0.98 at log-SNR 4 to 0, 0.72 at -2, 0.33 at -4, 0.16 at -6 (chance 0.12);
+cross-entropy 0.05 nats at 4, 0.09 at 0, 0.84 at -2, 1.94 at -4, 2.26 at -6 (chance 2.30).
 """
 
 from ddpm_jax.config import default_config, spec
@@ -15,7 +16,7 @@ def get_config():
   config = default_config()
   config.task = "classify"
   config.objective = "classification"
-  # The data and the process of the model to be guided, so that the classifier knows its noise and has not seen more images.
+  # The same data and process as the model to guide: the same noise levels and the same held-out images.
   config.data.source = spec("data.mnist")
   config.data.update({"image_size": 28, "channels": 1, "flip": False, "hold_out": 500})
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))

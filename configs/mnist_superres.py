@@ -1,12 +1,14 @@
-"""Super-resolution of MNIST digits, 8x8 to 32x32, as a conditional model (SR3, Saharia et al. 2021), its condition noised (Ho et al. 2022).
+"""Train SR3 for MNIST digits from 8x8 to 32x32, with conditioning augmentation (Saharia et al. 2021, Ho et al. 2022).
 
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_superres.py --workdir=/tmp/mnist_superres
-python -m ddpm_jax.main --mode=sample --workdir=/tmp/mnist8_cond --upsampler=/tmp/mnist_superres --num_samples=100 --guidance_scale=2
+python -m ddpm_jax.main --mode=sample --workdir=/tmp/mnist8_cond --upsampler=/tmp/mnist_superres \
+  --num_samples=100 --guidance_scale=2
 
-Hardware: 2 CPU cores. Time: 15 minutes, beside another training.
-Score: Frechet distance in pixel space 12.8 (floor 22.9), precision 1.0 (0.96), recall 1.0 (0.95), of 500 held-out digits made small and
-enlarged again by 30 steps of DDIM: they are compared with themselves, so the floor is no bound.
+Hardware: 2 CPU cores. Time: 15 minutes, while another run trained on the same cores.
+Score: Frechet distance in pixel space 12.8 (floor 22.9), precision 1.0 (0.96), recall 1.0 (0.95), for 500 held-out
+digits that were downsampled and enlarged again with 30 steps of DDIM. Results are compared with the same digits, so
+they may score better than the floor.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -19,7 +21,7 @@ def get_config():
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
   config.model.prediction = spec("predictions.V")
   config.objective = spec("losses.denoising", weighting=spec("losses.snr_plus_one"))
-  # What the base draws is not what real digits made small are: noise hides some of the difference.
+  # Samples of the base model differ from downsampled real digits. Noise hides a part of the difference.
   config.model.conditions.low = spec("conditions.low_resolution", factor=4, noise=0.4, sample_noise=0.1)
   config.model.network.update(
     {
@@ -39,6 +41,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 30, "batch_size": 125})
-  # As the scores above were taken; of so few samples they compare only with each other.
+  # The settings of the scores above. With so few samples, compare scores only with each other.
   config.evaluation.update({"num_samples": 500, "features": "pixels", "allow_singular": True})
   return config

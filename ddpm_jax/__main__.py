@@ -1,4 +1,4 @@
-"""`python -m ddpm_jax`: the command line."""
+"""Run the command line with `python -m ddpm_jax`."""
 
 from ddpm_jax.main import main
 

@@ -1,4 +1,7 @@
-"""Arguments checked by the annotations of public functions, so that a wrong kind is one message and not an error from inside."""
+"""Check the arguments of public functions against their annotations.
+
+An argument of a wrong type gives one clear message instead of an error inside the function.
+"""
 
 import collections.abc
 import functools
@@ -14,7 +17,7 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Of the library's nouns, what to give.
+# An example of each noun for the error messages.
 _EXAMPLES = {
   "AdaptiveTimes": "losses.importance(process)",
   "Fit": "data.Fit((32, 32), channels=3)",
@@ -26,40 +29,42 @@ _EXAMPLES = {
 
 
 def check_types(function: F) -> F:
-  """Let a function raise a ValueError where an argument is not of the kind that its annotation names.
+  """Make a function raise a ValueError if an argument does not match its annotation.
 
-  Nouns (named tuples such as `Process`), functions, arrays, numbers and strings are told apart; other annotations allow everything. An
-  array may be NumPy's, and a number may be an array without axes, traced or not.
+  The check distinguishes nouns (named tuples such as `Process`), functions, arrays, numbers and strings. Other
+  annotations accept every value. An array may be a NumPy array, and a number may be a scalar array, traced or not.
   """
   signature = inspect.signature(function)
-  kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+  annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
   @functools.wraps(function)
   def call(*arguments, **options):
     try:
-      given = signature.bind(*arguments, **options).arguments
+      arguments_by_name = signature.bind(*arguments, **options).arguments
     except TypeError:
-      return function(*arguments, **options)  # Python's own error, which names the function
-    for name, value in given.items():
-      if not _is(value, kinds[name]):
+      return function(*arguments, **options)  # raises Python's own error with the function's name
+    for name, value in arguments_by_name.items():
+      kind = annotations[name]
+      if not _matches(value, kind):
         raise ValueError(
-          f"Got {_described(value)} as {name} of {_name(function)}; expected {_wanted(kinds[name], name)}.{_hint(value, kinds[name], function)}"
+          f"Got {_describe_value(value)} as {name} of {_name(function)}; expected {_describe_type(kind, name)}."
+          f"{_hint(value, kind, function)}"
         )
     return function(*arguments, **options)
 
   return typing.cast(F, call)
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _matches(value: Any, kind: Any) -> bool:
   if isinstance(kind, types.UnionType):
-    return any(_is(value, one) for one in typing.get_args(kind))
+    return any(_matches(value, one) for one in typing.get_args(kind))
   if kind is None or kind is types.NoneType:
     return value is None
   if _is_function(kind):
-    # A noun is no function, though it holds some.
+    # A noun holds functions, but it is not callable.
     return callable(value)
   if kind is jax.Array:
-    # A number passes: functions that need axes say so.
+    # Numbers are accepted: functions that need axes check for them.
     return hasattr(value, "dtype") or isinstance(value, (int, float))
   if kind in (int, float):
     return not isinstance(value, str) and not callable(value) and value is not None and np.ndim(value) == 0
@@ -77,7 +82,7 @@ def _is_noun(kind: Any) -> bool:
   return inspect.isclass(kind) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def _described(value: Any) -> str:
+def _describe_value(value: Any) -> str:
   if inspect.isroutine(value):
     return f"the function {_name(value)}"
   if isinstance(value, str) or (isinstance(value, (int, float)) and np.ndim(value) == 0) or value is None:
@@ -87,9 +92,9 @@ def _described(value: Any) -> str:
   return f"a {type(value).__name__}"
 
 
-def _wanted(kind: Any, name: str) -> str:
+def _describe_type(kind: Any, name: str) -> str:
   if isinstance(kind, types.UnionType):
-    return " or ".join(_wanted(one, name) for one in typing.get_args(kind))
+    return " or ".join(_describe_type(one, name) for one in typing.get_args(kind))
   if _is_function(kind):
     return "a function"
   if kind is jax.Array:
@@ -110,7 +115,7 @@ def _hint(value: Any, kind: Any, function: Any) -> str:
 
 
 def _name(function: Any) -> str:
-  """The name under which a user finds a function: that of its package, if it exports it."""
+  """Return a function's public name, qualified by its package if the package exports it."""
   module, name = getattr(function, "__module__", None) or "", function.__qualname__
   if not module.startswith("ddpm_jax."):
     return function.__name__

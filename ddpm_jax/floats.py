@@ -1,4 +1,7 @@
-"""Explicit types of floats: no function relies on JAX's implicit promotion, which `jax_numpy_dtype_promotion="strict"` forbids."""
+"""Promote float dtypes explicitly.
+
+JAX's setting `jax_numpy_dtype_promotion="strict"` forbids implicit promotion. No function of this package needs it.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,20 +14,20 @@ Array = jax.Array
 
 
 def widest(*values: Any) -> Any:
-  """Return the widest type of numbers and arrays, a float type of at least 32 bits."""
+  """Return the widest dtype of numbers and arrays, a float of at least 32 bits."""
   types = [jnp.asarray(value).dtype for value in values]
   with jax.numpy_dtype_promotion("standard"):
     return jnp.result_type(jnp.float32, *types)
 
 
 def widen(*values: Any) -> tuple[Array, ...]:
-  """Convert numbers and arrays to their `widest` type."""
+  """Convert numbers and arrays to their `widest` dtype."""
   dtype = widest(*values)
   return tuple(jnp.asarray(value, dtype) for value in values)
 
 
 def with_promotion(function: Callable) -> Callable:
-  """Let a function of another library promote types and ranks implicitly, on which it may rely, whatever JAX's settings are."""
+  """Let a function of another library promote dtypes and ranks implicitly, whatever JAX's settings are."""
 
   @functools.wraps(function)
   def call(*arguments, **options):

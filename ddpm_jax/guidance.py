@@ -1,7 +1,10 @@
-"""Wrappers `denoise -> denoise`: they steer what the denoiser says, and know neither networks nor samplers.
+"""Wrap denoisers to clip or guide their estimates.
 
-A conditional model is a function `conditional(x_t, t, condition) -> x_0 estimate`, the condition any pytree of arrays [B, ...].
-Scales follow one convention: 1 is the conditional model itself, 0 the unconditional one, above 1 is guidance.
+Each wrapper returns a new function `denoise`. Wrappers do not depend on networks or samplers.
+
+A conditional model is a function `conditional(x_t, t, condition) -> x_0 estimate`. The condition is any pytree of
+arrays [B, ...]. All scales follow one convention: 0 is the unconditional model, 1 is the conditional model, and a scale
+above 1 is guidance.
 """
 
 import math
@@ -26,12 +29,12 @@ Scale = float | Schedule
 
 @check_types
 def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
-  """Clips the estimate of x_0 to the data's range (Ho et al. 2020); all that follows from it, eps too, is consistent.
+  """Clip the estimate of x_0 to the data's range (Ho et al. 2020).
 
-  A learned variance passes through.
+  Samplers derive eps from the clipped estimate, so both stay consistent. A learned variance stays unchanged.
 
   Raises:
-    ValueError: if the range is empty.
+    ValueError: unless low < high.
   """
   if not low < high:
     raise ValueError(f"Got the range [{low}, {high}]; expected low < high.")
@@ -40,28 +43,29 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
 
 @check_types
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: float = 1.0) -> Denoise:
-  """Clips each sample to its own range [-s, s] and divides it by s (Saharia et al. 2022, section 2.3), in units of `data_max`.
+  """Clip each sample to a range from its own percentile, and rescale it (Saharia et al. 2022, section 2.3).
 
-  s is the percentile of the sample's |x_0|, or `data_max` where that is more: what lies inside the data's range is left alone.
+  The range is [-s, s]. Here s is the percentile of the sample's |x_0|, but at least `data_max`. The clipped sample is
+  multiplied by data_max / s. Samples within the data's range therefore stay unchanged.
 
   Args:
     denoise: the denoiser.
-    percentile: a share of the sample's values, in (0, 1].
-    data_max: the data's largest absolute value, which the result keeps to.
+    percentile: the percentile as a fraction in (0, 1].
+    data_max: the largest absolute value of the data. It also limits the result.
 
   Raises:
-    ValueError: if the percentile is outside (0, 1], or `data_max` is not positive.
+    ValueError: if the percentile is outside (0, 1], or `data_max` is not positive and finite.
   """
   if not 0 < percentile <= 1 or not 0 < data_max < math.inf:
     raise ValueError(
-      f"Got percentile={percentile}, data_max={data_max}; expected a share in (0, 1], such as 0.995, and a range above 0."
+      f"Got percentile={percentile}, data_max={data_max}; expected percentile in (0, 1], such as 0.995, and data_max above 0."
     )
 
   def threshold(x_0):
     wide = x_0.astype(widest(x_0))
     values = jnp.abs(wide).reshape(x_0.shape[0], -1)
-    bound = expand(jnp.maximum(jnp.quantile(values, percentile, axis=1), data_max), x_0)
-    return (jnp.clip(wide, -bound, bound) * (data_max / bound)).astype(x_0.dtype)
+    limit = expand(jnp.maximum(jnp.quantile(values, percentile, axis=1), data_max), x_0)
+    return (jnp.clip(wide, -limit, limit) * (data_max / limit)).astype(x_0.dtype)
 
   return lambda x_t, t: map_x_0(threshold, denoise(x_t, t))
 
@@ -70,37 +74,41 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: flo
 def classifier_free(
   conditional: Conditional, condition: PyTree, negative: PyTree, scale: Scale = 1.0, *, rescale: float = 0.0
 ) -> Denoise:
-  """Classifier-free guidance: `u + scale (c - u)`, both branches in one call of the doubled batch (Ho and Salimans 2022, equation 6).
+  """Apply classifier-free guidance, `u + scale (c - u)` (Ho and Salimans 2022, equation 6).
 
-  At a scale of 1 or 0 only one branch is called, alone: c at 1, u at 0. A learned variance is that of c.
+  Here c is the estimate with the condition and u the estimate with the negative condition. One call with a doubled
+  batch computes both. At a scale of 1 only c is computed, and at a constant scale of 0 only u. A learned variance comes
+  from c.
 
   Args:
     conditional: `conditional(x_t, t, condition) -> x_0 estimate`.
-    condition: what to guide to, arrays [B, ...].
-    negative: what to guide away from, as `condition`: the class that stands for none, or one that is unwanted.
-    scale: 1 for no guidance; or a function of time, as `interval` makes, which may say 1 at some times.
-    rescale: how much of the standard deviation of c, that of each sample, to give back to the result, in [0, 1] (Lin et al. 2024,
-      equations 15 and 16, here of x_0).
+    condition: the condition to guide toward, arrays [B, ...].
+    negative: the condition to guide away from, with the structure of `condition`. It is the null class, so
+      that u is the unconditional estimate, or an unwanted class.
+    scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
+    rescale: how far to rescale each sample to the standard deviation of its c, from 0 (not at all) to 1 (Lin et al.
+      2024, equations 15 and 16, applied to x_0).
 
   Raises:
-    ValueError: if the scale is negative or not finite, `rescale` is outside [0, 1], or, when called, the conditions do not fit
-      each other or the batch.
+    ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], or if the conditions have
+      different shapes. When called, if the conditions do not match the batch.
   """
   _check_scale(scale)
   _check_conditions(condition, negative)
   if not 0 <= rescale <= 1:
-    raise ValueError(f"Got rescale={rescale}; expected it in [0, 1]: 0 for none of it.")
+    raise ValueError(f"Got rescale={rescale}; expected a number in [0, 1], 0 for no rescaling.")
 
   def guide(x_t, t, w):
-    given, against = _both(conditional, x_t, t, condition, negative)
-    x_0, c = _between(x_0_of(against), x_0_of(given), w), x_0_of(given)
+    denoised, against = _both_branches(conditional, x_t, t, condition, negative)
+    c = x_0_of(denoised)
+    x_0 = _interpolate(x_0_of(against), c, w)
     if rescale:
       axes = tuple(range(1, c.ndim))
-      own, wanted = (jnp.std(value, axes, keepdims=True) for value in (x_0, c))
-      x_0 = x_0 * (1 + rescale * (wanted / jnp.where(own > 0, own, 1) - 1))
-    return map_x_0(lambda _: x_0.astype(c.dtype), given)
+      std, target_std = (jnp.std(value, axes, keepdims=True) for value in (x_0, c))
+      x_0 = x_0 * (1 + rescale * (target_std / jnp.where(std > 0, std, 1) - 1))
+    return map_x_0(lambda _: x_0.astype(c.dtype), denoised)
 
-  return _scaled(
+  return _with_scale(
     guide,
     lambda x_t, t: conditional(x_t, t, condition),
     lambda x_t, t: conditional(x_t, t, negative),
@@ -110,43 +118,45 @@ def classifier_free(
 
 @check_types
 def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, scale: float = 0.6) -> Denoise:
-  """CFG++ (Chung et al. 2024, algorithm 2): data by an interpolation of both branches, noise by the unconditional one.
+  """Apply CFG++ guidance (Chung et al. 2024, algorithm 2).
 
-  The next state is made of two estimates, so it serves rules that take a step as data and noise, `sampling.ddim` and `euler`;
-  others refuse it.
+  The estimate of the data interpolates both branches. The noise is derived from the unconditional branch. Only the
+  rules `sampling.ddim` and `sampling.euler` can use two estimates. Other rules raise an error.
 
   Args:
-    conditional: as for `classifier_free`, like the conditions.
-    condition: what to guide to.
-    negative: what to guide away from, and what noise is derived from.
-    scale: the paper's lambda in [0, 1]; 0.6 is about a scale of 7.5 to 9 of `classifier_free`.
+    conditional: the conditional model. It and its conditions are the same as in `classifier_free`.
+    condition: the condition to guide toward.
+    negative: the condition to guide away from. The noise is derived from its branch.
+    scale: the paper's lambda in [0, 1]. A value of 0.6 corresponds to a scale of 7.5 to 9 in `classifier_free`.
 
   Raises:
-    ValueError: if the scale is outside [0, 1]; otherwise as `classifier_free`.
+    ValueError: if the scale is outside [0, 1]. Other errors are the same as in `classifier_free`.
   """
   if not 0 <= scale <= 1:
-    raise ValueError(f"Got scale={scale} for CFG++; expected it in [0, 1], such as 0.6, which is strong guidance.")
+    raise ValueError(f"Got scale={scale} for CFG++; expected it in [0, 1], such as 0.6 for strong guidance.")
   _check_conditions(condition, negative)
 
   def denoise(x_t, t):
     if scale == 0:
       u = x_0_of(conditional(x_t, t, negative))
       return Denoised(u, unguided=u)
-    given, against = _both(conditional, x_t, t, condition, negative)
+    denoised, against = _both_branches(conditional, x_t, t, condition, negative)
     u = x_0_of(against)
-    return Denoised(_between(u, x_0_of(given), scale), unguided=u)
+    return Denoised(_interpolate(u, x_0_of(denoised), scale), unguided=u)
 
   return denoise
 
 
 @check_types
 def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise:
-  """Guides a model away from a weaker one: smaller, or trained for less long (Karras et al. 2024a, equation 3).
+  """Guide a model away from a weaker model (Karras et al. 2024a, equation 3).
+
+  The weaker model is smaller, or was trained for fewer steps.
 
   Args:
-    denoise: the model; a learned variance is its own.
-    weak: the weaker model of the same data and condition.
-    scale: 1 for no guidance, and one call only; or a function of time.
+    denoise: the model. A learned variance comes from it.
+    weak: the weaker model, for the same data and condition.
+    scale: 1 for no guidance, and then only `denoise` is called. It may be a function of time.
 
   Raises:
     ValueError: if the scale is negative or not finite.
@@ -154,33 +164,37 @@ def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise
   _check_scale(scale)
 
   def guide(x_t, t, w):
-    good = denoise(x_t, t)
-    return map_x_0(lambda x_0: _between(x_0_of(weak(x_t, t)), x_0, w), good)
+    denoised = denoise(x_t, t)
+    return map_x_0(lambda x_0: _interpolate(x_0_of(weak(x_t, t)), x_0, w), denoised)
 
-  return _scaled(guide, denoise, weak, scale)
+  return _with_scale(guide, denoise, weak, scale)
 
 
 @check_types
 def classifier(
   denoise: Denoise, log_prob: Callable[[Array, Array], Array], process: Process, scale: Scale = 1.0
 ) -> Denoise:
-  """Classifier guidance: the score gains `scale` times the gradient of log p(y | x_t) (Dhariwal and Nichol 2021, algorithm 2).
+  """Apply classifier guidance (Dhariwal and Nichol 2021, algorithm 2).
 
-  In terms of data, x_0 gains `scale sigma^2 / alpha` times the gradient. Of an unconditional model and the exact posterior, a scale of
-  1 is the conditional model. A learned variance passes through.
+  It adds `scale` times the gradient of log p(y | x_t) to the score. In terms of data, it adds `scale sigma^2 / alpha`
+  times the gradient to x_0. For an unconditional model and the exact posterior, a scale of 1 gives the conditional
+  model. A learned variance stays unchanged.
 
-  With `sampling.ancestral` this is not the paper's algorithm 1. Algorithm 1 moves the mean of a step by `scale` times the variance of its
-  noise times the gradient. This moves it by `scale alpha_s / alpha_t step_variance(t, s)` times the gradient, whatever the noise: alpha_s /
-  alpha_t times as far as algorithm 1 with variance="large", and (alpha_s / alpha_t) (sigma_t / sigma_s)^2 times as far with "small".
+  With `sampling.ancestral` the result differs from the paper's algorithm 1. Algorithm 1 moves the mean of a step by
+  `scale` times the variance of its noise times the gradient. This function moves the mean by
+  `scale alpha_s / alpha_t step_variance(t, s)` times the gradient, for any variance of the noise. The ratio to the move
+  of algorithm 1 is alpha_s / alpha_t with variance="large", and (alpha_s / alpha_t) (sigma_t / sigma_s)^2 with
+  variance="small".
 
   Args:
-    denoise: the denoiser, unconditional or not.
-    log_prob: `log_prob(x_t, t) -> [B]`, differentiable in x_t: log p(y | x_t) of the classes wanted, up to a constant.
-    process: the process of both.
-    scale: 0 for no guidance, when `log_prob` is not called; or a function of time.
+    denoise: the denoiser, conditional or unconditional.
+    log_prob: `log_prob(x_t, t) -> [B]`, differentiable in x_t. It returns log p(y | x_t) of each sample's target class,
+      up to a constant.
+    process: the forward process of the denoiser and the classifier.
+    scale: 0 for no guidance, and then `log_prob` is not called. It may be a function of time.
 
   Raises:
-    ValueError: if the scale is negative or not finite; when called, if `log_prob` gives another shape than [B].
+    ValueError: if the scale is negative or not finite. When called, if the shape of `log_prob`'s result is not [B].
   """
   _check_scale(scale)
   if not callable(scale) and scale == 0:
@@ -191,7 +205,7 @@ def classifier(
       values = log_prob(x, jnp.broadcast_to(t, x.shape[:1]))
       if jnp.shape(values) != x.shape[:1]:
         raise ValueError(
-          f"Got log_prob of shape {jnp.shape(values)} for {x.shape[0]} samples; expected one number each, [B]: that of the class expected."
+          f"Got log_prob of shape {jnp.shape(values)} for {x.shape[0]} samples; expected one log-probability per sample, [B]."
         )
       return jnp.sum(values)
 
@@ -200,10 +214,10 @@ def classifier(
   def guided(x_t, t):
     t = as_time(t)
     alpha, w = process.alpha(t), scale(t) if callable(scale) else scale
-    # Where no data is left there is nothing to tell a class from.
+    # Where alpha is 0, x_t contains no data and does not depend on the class.
     size = jnp.where(alpha > 0, w * process.sigma(t) ** 2 / jnp.where(alpha > 0, alpha, 1), 0)
-    sometimes = callable(scale) and jnp.ndim(size) == 0
-    gradient = jax.lax.cond(size > 0, slope, _no_slope, x_t, t) if sometimes else slope(x_t, t)
+    may_skip = callable(scale) and jnp.ndim(size) == 0
+    gradient = jax.lax.cond(size > 0, slope, _zero_gradient, x_t, t) if may_skip else slope(x_t, t)
 
     def shifted(x_0):
       factor, slope_of_x, wide = widen(expand(size, x_t), gradient, x_0)
@@ -214,7 +228,7 @@ def classifier(
   return guided
 
 
-def _no_slope(x_t: Array, t: Array) -> Array:
+def _zero_gradient(x_t: Array, t: Array) -> Array:
   return jnp.zeros_like(x_t)
 
 
@@ -222,17 +236,17 @@ def _no_slope(x_t: Array, t: Array) -> Array:
 def interval(
   process: Process, scale: float, low: float = 0.0, high: float = math.inf, *, outside: float = 1.0
 ) -> Schedule:
-  """A scale that holds for some noise levels only (Kynkaanniemi et al. 2024).
+  """Return a scale that guides only in an interval of noise levels (Kynkaanniemi et al. 2024).
 
   Args:
     process: the forward process.
-    scale: the scale inside.
-    low: the smallest sigma/alpha at which it holds.
-    high: the largest.
-    outside: the scale at other noise levels, that of no guidance: 1, or 0 for a classifier.
+    scale: the scale inside the interval.
+    low: the smallest sigma/alpha of the interval.
+    high: the largest sigma/alpha of the interval.
+    outside: the scale outside the interval. No guidance is 1, or 0 for `classifier`.
 
   Raises:
-    ValueError: if a scale is negative or not finite, or not 0 <= low < high.
+    ValueError: if a scale is negative or not finite, or unless 0 <= low < high.
   """
   _check_scale(scale)
   _check_scale(outside)
@@ -251,8 +265,8 @@ def interval(
 def _check_scale(scale: Scale) -> None:
   if not callable(scale) and not 0 <= scale < math.inf:
     raise ValueError(
-      f"Got a guidance scale of {scale}; expected a number, 0 or more: 1 is the conditional model, 0 the unconditional one. To go"
-      " away from a class, give it as the negative condition."
+      f"Got a guidance scale of {scale}; expected a number of at least 0: 0 is the unconditional model, 1 the conditional model. To guide"
+      " away from a class, pass it as the negative condition."
     )
 
 
@@ -265,14 +279,22 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
       )
   shapes = [jax.tree.map(jnp.shape, tree) for tree in (condition, negative)]
   if shapes[0] != shapes[1]:
-    raise ValueError(f"Got a condition of shape {shapes[0]} and a negative one of {shapes[1]}; expected them alike.")
+    raise ValueError(
+      f"Got a condition of shape {shapes[0]} and a negative condition of shape {shapes[1]}; expected equal shapes."
+    )
 
 
-def _both(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: PyTree) -> tuple[Any, Any]:
-  """Both branches by one call, each sample's rows side by side: a batch that is split over devices stays where it is."""
+def _both_branches(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: PyTree) -> tuple[Any, Any]:
+  """Compute both branches in one call.
+
+  The two rows of a sample are adjacent in the doubled batch. A batch that is sharded over devices therefore stays in
+  place.
+  """
   for leaf in jax.tree.leaves(condition):
     if jnp.shape(leaf)[:1] != x_t.shape[:1]:
-      raise ValueError(f"Got a condition of shape {jnp.shape(leaf)} for {x_t.shape[0]} samples; expected one for each.")
+      raise ValueError(
+        f"Got a condition of shape {jnp.shape(leaf)} for {x_t.shape[0]} samples; expected one condition per sample."
+      )
 
   def pair(a, b):
     return jnp.stack([a, b], axis=1).reshape(-1, *jnp.shape(a)[1:])
@@ -283,17 +305,17 @@ def _both(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: 
   return jax.tree.map(lambda leaf: leaf[:, 0], parts), jax.tree.map(lambda leaf: leaf[:, 1], parts)
 
 
-def _between(u: Array, c: Array, w) -> Array:
-  """u + w (c - u), exactly u at 0 and exactly c at 1."""
+def _interpolate(u: Array, c: Array, w) -> Array:
+  """Return u + w (c - u), exactly u at w = 0 and exactly c at w = 1."""
   dtype, (w, u, c) = c.dtype, widen(expand(w, c), u, c)
   return jnp.where(w < 0.5, u + w * (c - u), c + (w - 1) * (c - u)).astype(dtype)
 
 
-def _scaled(guide: Callable[[Array, Array, Any], Any], given: Denoise, against: Denoise, scale: Scale) -> Denoise:
-  """`guide(x_t, t, w)`, or what needs no second branch at the scales 1 and 0."""
+def _with_scale(guide: Callable[[Array, Array, Any], Any], toward: Denoise, against: Denoise, scale: Scale) -> Denoise:
+  """Return `guide(x_t, t, w)`, or a single branch at a scale of 1 or 0."""
   if not callable(scale):
     if scale in (0, 1):
-      return given if scale == 1 else against
+      return toward if scale == 1 else against
     return lambda x_t, t: guide(x_t, t, scale)
 
   def denoise(x_t, t):
@@ -301,6 +323,6 @@ def _scaled(guide: Callable[[Array, Array, Any], Any], given: Denoise, against: 
     w = scale(t)
     if jnp.ndim(w):
       return guide(x_t, t, w)
-    return jax.lax.cond(w == 1, given, lambda x_t, t: guide(x_t, t, w), x_t, t)
+    return jax.lax.cond(w == 1, toward, lambda x_t, t: guide(x_t, t, w), x_t, t)
 
   return denoise

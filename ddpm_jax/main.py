@@ -1,4 +1,4 @@
-"""The command line: `ddpm-jax --config=digits_vp --workdir=<folder>`, or `python -m ddpm_jax`."""
+"""Run the command line, `ddpm-jax --config=digits_vp --workdir=<folder>` or `python -m ddpm_jax`."""
 
 import logging as standard_logging
 import os
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import ddpm_jax
-from ddpm_jax.commands import command, console, ending, line
+from ddpm_jax.commands import command, command_line, console, shutdown
 from ddpm_jax.devices import heap, interrupts
 
 
@@ -14,29 +14,31 @@ def main() -> None:
   """Run the command that the command line names.
 
   Raises:
-    SystemExit: with code 1 after a fault of the program, 2 after one of its input, 128 and its number after a signal.
+    SystemExit: with code 1 after a program error, 2 after an input error, and 128 plus the signal number after a
+      signal.
   """
-  # Holds the folder of the run that is trained, if one is: an interrupt says where it goes on.
+  # The last entry is the folder of the training run, if there is one. The message of an interrupt tells how to resume
+  # it.
   training: list[Path | None] = [None]
-  with console.printing(), interrupts.exit_on_interrupt(lambda: ending.interrupt(training[-1])):
+  with console.safe_output(), interrupts.exit_on_interrupt(lambda: shutdown.interrupt(training[-1])):
     details = bool({"--traceback", "--traceback=true"} & {*sys.argv})
     try:
       _run(sys.argv[1:], training)
     except Exception as error:
-      ending.report(error, details=details)
+      shutdown.report(error, details=details)
 
 
-def _run(given: list[str], training: list[Path | None]) -> None:
-  answer = line.answer(given)
+def _run(arguments: list[str], training: list[Path | None]) -> None:
+  answer = command_line.answer(arguments)
   if answer is not None:
     print(answer)
     return
-  flags = line.parse(given)
+  flags = command_line.parse(arguments)
   _quiet(flags.traceback)
   folder = getattr(flags, "workdir", None)
   if flags.mode == "train":
     training.append(folder)
-  # The first line comes before JAX and the rest are imported.
+  # Print the first line before the slow import of JAX.
   print(f"ddpm_jax {ddpm_jax.__version__}, mode {flags.mode}, workdir {folder}", flush=True)
   heap.keep_freed_memory()
   heap.raise_gc_threshold()
@@ -44,17 +46,17 @@ def _run(given: list[str], training: list[Path | None]) -> None:
 
 
 def _quiet(details: bool) -> None:
-  """Silence the logs of libraries, since every error ends in one message of ours."""
+  """Silence the logs of libraries, because the command line reports every error in one message."""
   from absl import logging
 
   logging.set_verbosity(logging.WARNING if details else logging.FATAL)
   if not details:
-    # XLA reads this when it is loaded. It takes a compilation of some minutes for a bug to report.
+    # XLA reads this variable when it is loaded. Without it, XLA reports a compilation of some minutes as a bug.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
-    # Python's own tracker of shared memory, a process, cleans up after one that was killed.
+    # Python's resource tracker warns when it frees the shared memory of a killed process.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # What Python raises is shown by `ending`. Only native code gets here, such as writes to a full disk after the first that failed.
+    # `shutdown` reports Python exceptions. Only errors from native code get here, such as repeated writes to a full disk.
     sys.excepthook = lambda *_: None
 
 

@@ -1,4 +1,4 @@
-"""Names that a user gives, each one of several."""
+"""Look up names from the user, and suggest the closest valid name."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
@@ -6,28 +6,28 @@ from typing import Any
 
 
 def hint(name: str, options: Iterable[str], shown: Callable[[str], str] = repr) -> str:
-  """Return " Did you mean 'x'?" with the option nearest to a name, or nothing if none is near.
+  """Return " Did you mean 'x'?" with the option closest to a name, or an empty string if no option is close.
 
   Args:
-    name: as the user gave it.
-    options: the names that there are.
-    shown: how the message shows an option.
+    name: the user's input.
+    options: the valid names.
+    shown: a function that formats an option for the message.
   """
-  near = difflib.get_close_matches(str(name), list(options), 1)
-  return f" Did you mean {shown(near[0])}?" if near else ""
+  closest = difflib.get_close_matches(str(name), list(options), 1)
+  return f" Did you mean {shown(closest[0])}?" if closest else ""
 
 
-def choose(name: str, options, what: str) -> Any:
-  """Return the option of that name.
+def choose(name: str, options, source: str) -> Any:
+  """Return the option with a name.
 
   Args:
-    name: as the user gave it.
-    options: a mapping by name, or the names.
-    what: the key or flag, for the message.
+    name: the user's input.
+    options: a mapping from names to values, or a collection of names.
+    source: the config key or flag with the input, for the message.
 
   Raises:
-    ValueError: if there is no such option; it names the nearest one.
+    ValueError: if no option has this name. The message suggests the closest name.
   """
   if name in options:
     return options[name] if isinstance(options, Mapping) else name
-  raise ValueError(f"Got {name!r} as {what}; expected one of {', '.join(sorted(options))}.{hint(name, options)}")
+  raise ValueError(f"Got {name!r} as {source}; expected one of {', '.join(sorted(options))}.{hint(name, options)}")

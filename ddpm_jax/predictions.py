@@ -1,4 +1,4 @@
-"""What a network's output means, and the bridge from a network to the function `denoise(x_t, t) -> x_0`."""
+"""Define the meaning of a network's output, and turn a network into a function `denoise(x_t, t) -> x_0`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,13 +14,14 @@ Array = jax.Array
 
 
 class Denoised(NamedTuple):
-  """What `denoise` gives where there is more to say than the estimate of the data.
+  """Hold the output of `denoise` if it is more than an estimate of the data.
 
   Attributes:
     x_0: the estimate of the data [B, ...].
-    fraction: of a network that learned the variance of the reverse step: where the log-variance lies between that of the
-      posterior (0) and that of the forward step (1), [B, ...].
-    unguided: the estimate of the data that noise is to be derived from, where that is another (CFG++), [B, ...].
+    fraction: the position of the learned log-variance of the reverse step between the log-variance of the posterior (0)
+      and the log-variance of the forward step (1), [B, ...]. None if the variance is not learned.
+    unguided: a second estimate of the data [B, ...], from which to derive the noise (CFG++). None if the noise is also
+      derived from `x_0`.
   """
 
   x_0: Array
@@ -32,23 +33,26 @@ Denoise = Callable[[Array, Array], Any]
 
 
 def x_0_of(denoised) -> Array:
-  """The estimate of the data, of a `denoise` that says no more or one that does.
+  """Return the estimate of the data from the output of `denoise`, an array or a `Denoised`.
 
   Raises:
-    ValueError: if noise is to be derived from another one, which is lost here.
+    ValueError: if `denoised` has a second estimate for the noise (CFG++), because it would be lost.
   """
   if not isinstance(denoised, Denoised):
     return denoised
   if denoised.unguided is not None:
     raise ValueError(
-      "Got a denoise guided by CFG++, whose data and noise come from two estimates, for a rule that knows one; expected"
-      " sampling.ddim or sampling.euler. Or guide by guidance.classifier_free, which serves every rule."
+      "Got a denoiser guided by CFG++, with two estimates for data and noise, for a rule that uses one estimate; expected"
+      " the rule sampling.ddim or sampling.euler. For other rules, guide with guidance.classifier_free."
     )
   return denoised.x_0
 
 
 def x_0_and_eps(denoised, x_t: Array, alpha, sigma) -> tuple[Array, Array]:
-  """The estimate of the data, and that of the noise, derived from the unguided one if there is one."""
+  """Return the estimates of the data and the noise.
+
+  The noise is derived from the unguided estimate, if there is one.
+  """
   if isinstance(denoised, Denoised) and denoised.unguided is not None:
     return denoised.x_0, (x_t - alpha * denoised.unguided) / sigma
   x_0 = x_0_of(denoised)
@@ -56,12 +60,15 @@ def x_0_and_eps(denoised, x_t: Array, alpha, sigma) -> tuple[Array, Array]:
 
 
 def learned_fraction(denoised) -> Array | None:
-  """The learned variance of the reverse step, or None."""
+  """Return the learned variance of the reverse step, or None."""
   return denoised.fraction if isinstance(denoised, Denoised) else None
 
 
 def map_x_0(function: Callable[[Array], Array], denoised):
-  """`function` of the estimates of the data; a learned variance passes through."""
+  """Apply a function to the estimates of the data.
+
+  A learned variance stays unchanged.
+  """
   if not isinstance(denoised, Denoised):
     return function(denoised)
   unguided = None if denoised.unguided is None else function(denoised.unguided)
@@ -69,14 +76,14 @@ def map_x_0(function: Callable[[Array], Array], denoised):
 
 
 class Prediction(NamedTuple):
-  """The meaning of a network's output at `x_t = alpha x_0 + sigma eps`.
+  """Define the meaning of a network's output at `x_t = alpha x_0 + sigma eps`.
 
   Attributes:
-    target: `target(x_0, eps, alpha, sigma)`, what the network is trained to give.
-    to_x0: `to_x0(output, x_t, alpha, sigma)`, the data that an output stands for; affine in the output.
-    input_scale: `input_scale(alpha, sigma)`, the factor on x_t before the network sees it; None for 1.
+    target: `target(x_0, eps, alpha, sigma)` returns the network's regression target.
+    to_x0: `to_x0(output, x_t, alpha, sigma)` returns the estimate of the data. It is affine in the output.
+    input_scale: `input_scale(alpha, sigma)` returns the factor on x_t at the network's input. None for a factor of 1.
     needs_slopes: whether `target` and `to_x0` take two more arguments, the time derivatives of alpha and sigma.
-    learned_variance: whether the network's last axis holds twice the channels, the second half being the variance.
+    learned_variance: whether the network's last axis has twice the channels. The second half is the variance.
   """
 
   target: Callable[..., Array]
@@ -101,12 +108,13 @@ V = Prediction(
   target=lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,
   to_x0=lambda output, x_t, alpha, sigma: (alpha * x_t - sigma * output) / (alpha**2 + sigma**2),
 )
-# The score of q(x_t) (Song et al. 2021): its regression target is that of q(x_t | x_0), -eps / sigma.
+# The score of q(x_t) (Song et al. 2021). Its regression target is the score of q(x_t | x_0), -eps / sigma.
 SCORE = Prediction(
   target=lambda x_0, eps, alpha, sigma: -eps / sigma,
   to_x0=lambda output, x_t, alpha, sigma: (x_t + sigma**2 * output) / alpha,
 )
-# The velocity dx/dt = alpha' x_0 + sigma' eps of the probability flow (Lipman et al. 2023; for rectified flow eps - x_0).
+# The velocity dx/dt = alpha' x_0 + sigma' eps of the probability flow (Lipman et al. 2023). It is eps - x_0 for
+# rectified flow.
 VELOCITY = Prediction(
   target=lambda x_0, eps, alpha, sigma, alpha_slope, sigma_slope: alpha_slope * x_0 + sigma_slope * eps,
   to_x0=lambda output, x_t, alpha, sigma, alpha_slope, sigma_slope: (
@@ -118,7 +126,9 @@ VELOCITY = Prediction(
 
 @check_types
 def edm(sigma_data: float = 0.5) -> Prediction:
-  """The preconditioned output F of Karras et al. 2022, table 1: unit variance in, out and on target; for any alpha.
+  """Return the preconditioned prediction F of EDM (Karras et al. 2022, table 1), generalized to any alpha.
+
+  The network's input, output and target have unit variance.
 
   Args:
     sigma_data: the standard deviation of the data.
@@ -127,7 +137,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     ValueError: if sigma_data is not positive.
   """
   if not sigma_data > 0:
-    raise ValueError(f"Got sigma_data={sigma_data}; expected the data's standard deviation, above 0, such as 0.5.")
+    raise ValueError(f"Got sigma_data={sigma_data}; expected the standard deviation of the data, above 0, such as 0.5.")
 
   def spread(alpha, sigma):  # of x_t
     return jnp.sqrt(alpha**2 * sigma_data**2 + sigma**2)
@@ -145,22 +155,28 @@ def edm(sigma_data: float = 0.5) -> Prediction:
 
 @check_types
 def learned_range(prediction: Prediction) -> Prediction:
-  """The same prediction by a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
+  """Return the same prediction for a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
 
-  The network gives twice the channels: the output, then v, where (v + 1) / 2 is the `fraction` of `Denoised`.
+  The network returns twice the channels: first the output, then v. The `fraction` of `Denoised` is (v + 1) / 2.
   """
   return prediction._replace(learned_variance=True)
 
 
 def coefficients(process: Process, prediction: Prediction, t: Array, x: Array) -> tuple[Array, ...]:
-  """What `target` and `to_x0` take at times t [B] for x [B, ...]: alpha and sigma, and their slopes if they ask for them."""
+  """Return the arguments alpha and sigma of `target` and `to_x0` at times t [B], expanded to the rank of x [B, ...].
+
+  If the prediction needs the slopes of alpha and sigma, they are also returned.
+  """
   slopes = process.slopes(t) if prediction.needs_slopes else ()
   values = (process.alpha(t), process.sigma(t), *slopes)
   return tuple(expand(value, x) for value in values)
 
 
 def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
-  """x_t [B, ...] at times t [B] as the network sees it, in the dtype of `x_t`; `input_scale` as in `Prediction`."""
+  """Scale x_t [B, ...] at times t [B] for the network's input, in the dtype of `x_t`.
+
+  `input_scale` has the same meaning as in `Prediction`.
+  """
   if input_scale is None:
     return x_t
   scale, x_in = widen(input_scale(expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)), x_t)
@@ -170,10 +186,12 @@ def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
 def apply_network(
   apply: Callable[..., Array], process: Process, prediction: Prediction, x_t: Array, t: Array, time_input
 ) -> tuple[Array, Array | None]:
-  """The network's output [B, ...] at times t [B] and, if it was learned, the second half of its channels.
+  """Return the network's output [B, ...] at times t [B], and the learned variance or None.
+
+  The learned variance is the second half of the network's channels.
 
   Raises:
-    ValueError: if the output's shape does not fit the input's.
+    ValueError: if the output's shape does not match the input's shape.
   """
   x_in = network_input(process, prediction.input_scale, x_t, t)
   output = apply(x_in, (process.time_input if time_input is None else time_input)(t))
@@ -181,7 +199,7 @@ def apply_network(
   if output.shape != (*x_t.shape[:-1], channels):
     learned = ", twice the channels for a learned variance" if prediction.learned_variance else ""
     raise ValueError(
-      f"The network gave an output of shape {output.shape} for an input of shape {x_t.shape};"
+      f"Got a network output of shape {output.shape} for an input of shape {x_t.shape};"
       f" expected {(*x_t.shape[:-1], channels)}{learned}."
     )
   if not prediction.learned_variance:
@@ -191,20 +209,23 @@ def apply_network(
 
 
 def check_prediction(process: Process, prediction: Prediction) -> None:
-  """Raises a ValueError if the prediction says nothing about the data at the process's t_max, where no data is left."""
+  """Raise a ValueError if the prediction does not determine x_0 at the process's t_max.
+
+  This happens at zero terminal SNR, where alpha is 0.
+  """
   with jax.ensure_compile_time_eval():
     one, zero, t = jnp.ones((1,)), jnp.zeros((1,)), jnp.full((1,), process.t_max)
-    readable = jnp.all(jnp.isfinite(prediction.to_x0(one, zero, *coefficients(process, prediction, t, one))))
-  if isinstance(readable, jax.core.Tracer) or readable:  # a learned schedule is not known yet
+    is_finite = jnp.all(jnp.isfinite(prediction.to_x0(one, zero, *coefficients(process, prediction, t, one))))
+  if isinstance(is_finite, jax.core.Tracer) or is_finite:  # the values of a learned schedule are traced
     return
   raise ValueError(
-    f"Got a prediction from which x_0 cannot be told at t_max={process.t_max}, where alpha is 0 (zero terminal SNR), as"
-    " from EPS or SCORE; expected V, X0, VELOCITY or edm there. Or end the process earlier:"
-    f" process._replace(t_max={_last_finite(process):g})."
+    f"Got a prediction that does not determine x_0 at t_max={process.t_max}, where alpha is 0 (zero terminal SNR), such as"
+    " EPS or SCORE; expected V, X0, VELOCITY or edm. To keep the prediction, end the process earlier with"
+    f" process._replace(t_max={_last_time_with_data(process):g})."
   )
 
 
-def _last_finite(process: Process) -> float:
+def _last_time_with_data(process: Process) -> float:
   return process.t_max * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps)
 
 
@@ -216,22 +237,23 @@ def denoiser(
   *,
   time_input: Callable[[Array], Array] | None = None,
 ) -> Denoise:
-  """Turns a network into `denoise(x_t, t) -> x_0 estimate`, which samplers, guidance and likelihoods take.
+  """Turn a network into `denoise(x_t, t) -> x_0 estimate` for samplers, guidance and likelihoods.
 
   Args:
-    apply: `apply(x_t, time) -> output`, both outputs and inputs [B, ...], time [B]. Any callable: a Flax network with
-      its parameters bound, Equinox, a closed form.
+    apply: `apply(x_t, time) -> output`, with input and output [B, ...] and time [B]. Any callable works: a Flax network
+      with its parameters, an Equinox module, or a closed form.
     process: the forward process.
-    prediction: what the output means.
-    time_input: maps time [B] to the network's time input; by default the process's own.
+    prediction: the meaning of the output.
+    time_input: a function from time [B] to the network's time input. The default is the process's own.
 
   Returns:
-    `denoise(x_t, t)`, for `x_t` [B, ...] and `t` a scalar or [B]; the result has the shape and dtype of `x_t`. If the
-    prediction has a learned variance, a `Denoised`, whose fraction `sampling.ancestral` and the variational bound read.
+    `denoise(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result has the shape and dtype of `x_t`. If the
+    prediction has a learned variance, the result is a `Denoised`. Its `fraction` is used by `sampling.ancestral` and
+    the variational bound.
 
   Raises:
-    ValueError: if x_0 cannot be told from the prediction at the process's t_max; when called, if the network's output does
-      not have the shape of its input.
+    ValueError: if the prediction does not determine x_0 at the process's t_max. When called, if the shape of the
+      network's output does not match its input.
   """
   check_prediction(process, prediction)
 
@@ -252,22 +274,24 @@ def classifier(
   time_input: Callable[[Array], Array] | None = None,
   input_scale: Callable[[Array, Array], Array] | None = None,
 ) -> Callable[[Array, Array], Array]:
-  """Turns a network that tells classes of noisy data apart into `log_probs(x_t, t) -> log p(class | x_t)` [B, K].
+  """Turn a classifier of noisy data into `log_probs(x_t, t) -> log p(class | x_t)` [B, K].
 
-  The slope of a column in x_t is what classifier guidance adds to the score (Dhariwal and Nichol 2021, section 4.1).
+  Classifier guidance adds the gradient of one column with respect to x_t to the score (Dhariwal and Nichol 2021,
+  section 4.1).
 
   Args:
-    apply: `apply(x_t, time) -> logits`, inputs [B, ...], time [B], logits [B, K]. Any callable, as for `denoiser`.
+    apply: `apply(x_t, time) -> logits`, with input [B, ...], time [B] and logits [B, K]. Any callable works, as in
+      `denoiser`.
     process: the forward process.
-    time_input: maps time [B] to the network's time input; by default the process's own.
-    input_scale: `input_scale(alpha, sigma)`, the factor on x_t before the network sees it, that of the `Prediction` it was
-      trained beside; None for 1.
+    time_input: a function from time [B] to the network's time input. The default is the process's own.
+    input_scale: `input_scale(alpha, sigma)` returns the factor on x_t at the network's input. None for a factor of 1.
+      Use the `input_scale` of the `Prediction` in the classifier's training.
 
   Returns:
-    `log_probs(x_t, t)`, for `x_t` [B, ...] and `t` a scalar or [B]; in float32 at least.
+    `log_probs(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result is float32 or wider.
 
   Raises:
-    ValueError: when called, if the logits are not [B, K].
+    ValueError: when called, if the shape of the logits is not [B, K].
   """
 
   def log_probs(x_t: Array, t):
@@ -277,7 +301,7 @@ def classifier(
     )
     if logits.ndim != 2 or logits.shape[0] != x_t.shape[0]:
       raise ValueError(
-        f"The classifier gave an output of shape {logits.shape} for an input of shape {x_t.shape}; expected logits [B, K], a row for each of"
+        f"Got a classifier output of shape {logits.shape} for an input of shape {x_t.shape}; expected logits [B, K], one row for each of"
         f" {x_t.shape[0]} samples."
       )
     return jax.nn.log_softmax(logits.astype(widest(logits)), axis=-1)

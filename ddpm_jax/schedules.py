@@ -1,4 +1,7 @@
-"""Noise schedules of discrete models: betas in float64, so that nothing is lost before a table is built."""
+"""Compute noise schedules, the betas of discrete processes.
+
+All schedules are float64, so that no precision is lost before `processes.discrete` builds its tables.
+"""
 
 from collections.abc import Sequence
 
@@ -6,30 +9,32 @@ import numpy as np
 
 __all__ = ["Betas", "cosine", "linear", "scaled_linear", "sigmoid", "zero_terminal_snr"]
 
-# A table [N], each in (0, 1].
+# A table [N] of numbers in (0, 1].
 Betas = np.ndarray | Sequence[float]
 
-# The whole numbers that float32 holds.
+# Float32 represents every integer up to this one, so it can distinguish all steps.
 MAX_STEPS = 2**24
-# Bytes a step: its beta, its sum and the four coefficients of a cubic, in float64.
-_TABLES = 48
+# A beta, a cumulative sum and the four coefficients of a cubic, in float64.
+_BYTES_PER_STEP = 48
 
 
 def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-  """Betas [num_steps] that rise linearly (Ho et al. 2020, section 4).
+  """Return betas [num_steps] that rise linearly (Ho et al. 2020, section 4).
 
   Raises:
-    ValueError: if there are no steps.
+    ValueError: unless 1 <= num_steps <= 2^24.
   """
   check_steps(num_steps)
   return np.linspace(beta_start, beta_end, num_steps, dtype=np.float64)
 
 
 def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
-  """Betas [num_steps] whose square roots rise linearly (latent diffusion, Rombach et al. 2022; diffusers' name).
+  """Return betas [num_steps] with linearly rising square roots, for latent diffusion (Rombach et al. 2022).
+
+  The name is from diffusers.
 
   Raises:
-    ValueError: if there are no steps.
+    ValueError: unless 1 <= num_steps <= 2^24, or if `beta_start` or `beta_end` is negative.
   """
   check_steps(num_steps)
   if not (beta_start >= 0 and beta_end >= 0):
@@ -40,19 +45,19 @@ def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: 
 
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
-  """Betas [num_steps] whose alpha_bar follows a squared cosine (Nichol and Dhariwal 2021, equation 17).
+  """Return betas [num_steps] so that alpha_bar follows a squared cosine (Nichol and Dhariwal 2021, equation 17).
 
   Args:
     num_steps: the number N of diffusion steps.
-    offset: the paper's `s`, which keeps the first betas away from 0.
-    max_beta: the bound on every beta; it acts on the last steps, where alpha_bar goes to 0.
+    offset: the paper's `s`. It keeps the first betas away from 0.
+    max_beta: the upper limit of every beta. It affects only the last steps, where alpha_bar goes to 0.
 
   Raises:
-    ValueError: if there are no steps, or the offset is negative.
+    ValueError: unless 1 <= num_steps <= 2^24, or if the offset is negative.
   """
   check_steps(num_steps)
   if not 0 <= offset < np.inf:
-    raise ValueError(f"Got offset={offset}; expected it at least 0, such as 0.008.")
+    raise ValueError(f"Got offset={offset}; expected a number of at least 0, such as 0.008.")
   t = np.arange(num_steps + 1, dtype=np.float64) / num_steps
   alpha_bar = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
@@ -61,19 +66,20 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
 def sigmoid(
   num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
 ) -> np.ndarray:
-  """Betas [num_steps] whose alpha_bar follows a sigmoid from 1 to 0 (Jabri et al. 2023, appendix B, `sigmoid_schedule`).
+  """Return betas [num_steps] so that alpha_bar follows a sigmoid from 1 to 0 (Jabri et al. 2023, appendix B).
 
+  The paper calls this schedule `sigmoid_schedule`. It is
   alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)), with S(x) = 1 / (1 + exp(-x / tau)).
 
   Args:
     num_steps: the number N of diffusion steps.
-    start: where on the sigmoid t = 0 sits.
-    end: where t = 1 sits.
-    tau: the temperature: a small one makes the middle steeper.
-    max_beta: the bound on every beta; it acts on the last steps, where alpha_bar goes to 0.
+    start: the position of t = 0 on the sigmoid.
+    end: the position of t = 1 on the sigmoid.
+    tau: the temperature. A lower temperature makes the middle steeper.
+    max_beta: the upper limit of every beta. It affects only the last steps, where alpha_bar goes to 0.
 
   Raises:
-    ValueError: if there are no steps, or not start < end, tau > 0.
+    ValueError: unless 1 <= num_steps <= 2^24, start < end and tau > 0.
   """
   check_steps(num_steps)
   if not (start < end and tau > 0):
@@ -86,18 +92,18 @@ def sigmoid(
 
 
 def zero_terminal_snr(betas: Betas) -> np.ndarray:
-  """The same betas [N] rescaled so that no data is left at step N: the last is 1 (Lin et al. 2024, algorithm 1).
+  """Rescale betas [N] so that no data is left at step N and the last beta is 1 (Lin et al. 2024, algorithm 1).
 
-  sqrt(alpha_bar) is shifted to end at 0 and scaled to begin where it did. A model on such a table must predict V, X0 or
-  VELOCITY: at step N an eps prediction says nothing about the data.
+  The function shifts sqrt(alpha_bar) to end at 0, and scales it to keep its first value. A model with the rescaled
+  betas must predict V, X0 or VELOCITY, because an eps prediction does not determine the data at step N.
 
   Raises:
-    ValueError: if there are fewer than 2 betas, or one is not inside (0, 1).
+    ValueError: if there are fewer than 2 betas, or a beta is outside (0, 1).
   """
   betas = as_table(betas)
   if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):
     raise ValueError(
-      f"Got betas of shape {betas.shape}; expected at least 2 of them, one-dimensional, each inside (0, 1)."
+      f"Got betas of shape {betas.shape}; expected a one-dimensional table of at least 2 betas, each inside (0, 1)."
     )
   root = np.sqrt(np.cumprod(1 - betas))
   root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -105,25 +111,25 @@ def zero_terminal_snr(betas: Betas) -> np.ndarray:
 
 
 def as_table(betas) -> np.ndarray:
-  """Convert betas to float64.
+  """Convert betas to a float64 array.
 
   Raises:
-    ValueError: if they are no numbers, such as a schedule that was not called.
+    ValueError: if the betas are not numbers, for example a schedule that was not called.
   """
   if callable(betas) or isinstance(betas, str):
-    given = f"the function {getattr(betas, '__name__', betas)}" if callable(betas) else repr(betas)
+    description = f"the function {getattr(betas, '__name__', betas)}" if callable(betas) else repr(betas)
     raise ValueError(
-      f"Got {given} as betas; expected a table of numbers, such as schedules.linear(1000). Call the schedule."
+      f"Got {description} as betas; expected a table of numbers, such as schedules.linear(1000). Call the schedule."
     )
   return np.asarray(betas, np.float64)
 
 
 def check_steps(num_steps: int) -> None:
-  """Raise a ValueError unless a process, or a grid of times, can have so many steps."""
+  """Raise a ValueError unless a process or a grid of times can have this number of steps."""
   if num_steps < 1:
     raise ValueError(f"Got a schedule of {num_steps} steps; expected at least 1.")
   if num_steps > MAX_STEPS:
     raise ValueError(
-      f"Got num_steps={num_steps}, whose tables take at least {_TABLES * num_steps / 1e9:,.3g} GB; expected at most"
-      f" {MAX_STEPS:,}: float32 cannot tell the times of more steps apart."
+      f"Got num_steps={num_steps}; expected at most {MAX_STEPS:,}. The tables take at least"
+      f" {_BYTES_PER_STEP * num_steps / 1e9:,.3g} GB, and float32 cannot distinguish the times of more steps."
     )

@@ -1,4 +1,4 @@
-"""Samples a Gaussian mixture with its closed-form denoiser: no network, no config, only the public functions.
+"""Sample a Gaussian mixture with its exact denoiser, without a network or a config.
 
 python experiments/gaussian_mixture.py
 """
@@ -14,7 +14,7 @@ STD = 0.1
 
 
 def exact_denoiser(process):
-  """E[x_0 | x_t] under the mixture, the function that a network would learn."""
+  """Return the function E[x_0 | x_t] of the mixture, in place of a trained network."""
 
   def denoise(x, t):
     alpha, sigma = process.alpha(t), process.sigma(t)
@@ -27,7 +27,7 @@ def exact_denoiser(process):
 
 
 def main(count: int = 20_000) -> dict[str, jax.Array]:
-  """Prints, for each sampler, the share, mean and spread of the samples of each component; returns the samples."""
+  """Print the weight, mean and standard deviation of each component for every sampler, and return the samples."""
   vp, ddpm = processes.vp(), processes.discrete(schedules.linear(1000))
   grids = sampling.grids
   runs = {
@@ -44,12 +44,12 @@ def main(count: int = 20_000) -> dict[str, jax.Array]:
   x, nfe = sampling.integrate(vp, exact_denoiser(vp), vp.prior(jax.random.key(0), (count, 2)), vp.t_max, vp.t_min)
   results[f"adaptive ODE, {nfe} calls"] = exact_denoiser(vp)(x, vp.t_min)
 
-  print(f"{'truth':<28}{'shares':<20}{'means':<50}spread")
-  describe("", WEIGHTS, MEANS, jnp.full(3, STD))
+  print(f"{'exact values':<28}{'weights':<20}{'means':<50}standard deviations")
+  print_row("", WEIGHTS, MEANS, jnp.full(3, STD))
   for name, x in results.items():
     nearest = jnp.argmin(jnp.linalg.norm(x[:, None] - MEANS, axis=-1), axis=1)
     groups = [x[nearest == k] for k in range(3)]
-    describe(
+    print_row(
       name,
       jnp.array([len(group) / count for group in groups]),
       jnp.stack([group.mean(0) for group in groups]),
@@ -58,11 +58,10 @@ def main(count: int = 20_000) -> dict[str, jax.Array]:
   return results
 
 
-def describe(name, shares, means, spread):
-  columns = ("  ".join(f"{value:.3f}" for value in values) for values in (shares, spread))
-  shares, spread = columns
-  centers = "  ".join(f"({a:+.2f}, {b:+.2f})" for a, b in means.tolist())
-  print(f"{name:<28}{shares:<20}{centers:<50}{spread}")
+def print_row(name, weights, means, stds):
+  weights, stds = ("  ".join(f"{value:.3f}" for value in values) for values in (weights, stds))
+  means = "  ".join(f"({a:+.2f}, {b:+.2f})" for a, b in means.tolist())
+  print(f"{name:<28}{weights:<20}{means:<50}{stds}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How far samples of each restoration method are from the true posterior, of Gaussian data, where it is known.
+"""Measure the error of each restoration method against the exact posterior of Gaussian data.
 
 python experiments/posterior_errors.py
 
-Images of 2 by 4 correlated pixels; the left half is known (inpainting), or the means of boxes of 2 by 2
-(super-resolution), with noise of standard deviation 0.02. Errors are those of the posterior's mean and covariance, as shares
-of what the prior's are off: 0 is exact, and 1 is as bad as no measurement at all.
+The images have 2 by 4 correlated pixels. The measurement is the left half (inpainting) or the mean of each block of 2
+by 2 pixels (super-resolution), with noise of standard deviation 0.02. The table lists errors of the mean and covariance
+of the samples, relative to the errors of the prior: 0 is exact, and 1 is as bad as no measurement.
 """
 
 import jax
@@ -23,7 +23,7 @@ TRUTH = np.array([[0.5, 0.3, 0.1, -0.5], [0.2, 0.6, 0.4, 0.1]]).reshape(1, *SHAP
 
 
 def denoise(x, t):
-  """E[x_0 | x_t], the function that a network would learn."""
+  """Compute E[x_0 | x_t], in place of a trained network."""
   values, vectors = np.linalg.eigh(COVARIANCE)
   alpha, sigma = PROCESS.alpha(t), PROCESS.sigma(t)
   shrink = alpha * values / (alpha**2 * values + sigma**2)
@@ -32,7 +32,7 @@ def denoise(x, t):
 
 
 def exact_posterior(operator):
-  """The mean and covariance of x_0 given y = A x_0 + noise, and y [1, ...]."""
+  """Return the mean and covariance of x_0 given y = A x_0 + noise, and y [1, ...]."""
   matrix = np.asarray(operator(jnp.eye(8).reshape(8, *SHAPE)), np.float64).reshape(8, -1).T
   y = matrix @ TRUTH.ravel()
   gain = COVARIANCE @ matrix.T @ np.linalg.inv(matrix @ COVARIANCE @ matrix.T + NOISE_STD**2 * np.eye(len(y)))
@@ -41,46 +41,49 @@ def exact_posterior(operator):
 
 
 def methods(operator, y, inpainting, resamples=(2, 5, 10, 20), jumps=(5,), scales=(0.03, 0.1, 0.3, 1.0)):
-  """Name -> (sampler, denoise). The rules are of order 2, so that what is seen is the methods' error and not the steps'."""
+  """Return (sampler, denoise) of each method by name.
+
+  All step rules have order 2, so their errors are small compared to the errors of the methods.
+  """
   rule, flow = sampling.dpmpp_sde(PROCESS), sampling.heun(PROCESS)
-  known = jnp.asarray(TRUTH, jnp.float32)
-  found = {"no measurement": (rule, denoise)}
+  image = jnp.asarray(TRUTH, jnp.float32)
+  samplers = {"no measurement": (rule, denoise)}
   if inpainting:
-    found["replacement"] = (editing.replace(rule, PROCESS, known, KEEP), denoise)
+    samplers["replacement"] = (editing.replace(rule, PROCESS, image, KEEP), denoise)
     for count in resamples:
-      found[f"RePaint, {count} resamples"] = (editing.repaint(rule, PROCESS, known, KEEP, count), denoise)
+      samplers[f"RePaint, {count} resamples"] = (editing.repaint(rule, PROCESS, image, KEEP, count), denoise)
     for jump in jumps:
-      found[f"RePaint, 5 resamples, jump {jump}"] = (editing.repaint(rule, PROCESS, known, KEEP, 5, jump), denoise)
+      samplers[f"RePaint, 5 resamples, jump {jump}"] = (editing.repaint(rule, PROCESS, image, KEEP, 5, jump), denoise)
   for scale in scales:
-    found[f"DPS, scale {scale:g}"] = (editing.dps(rule, PROCESS, operator, y, scale), denoise)
+    samplers[f"DPS, scale {scale:g}"] = (editing.dps(rule, PROCESS, operator, y, scale), denoise)
   for name, covariance in (("PiGDM", "isotropic"), ("Tweedie", "tweedie")):
     wrapped = editing.posterior(denoise, PROCESS, operator, y, NOISE_STD, covariance)
-    found[f"{name}, SDE"], found[f"{name}, ODE"] = (rule, wrapped), (flow, wrapped)
-  return found
+    samplers[f"{name}, SDE"], samplers[f"{name}, ODE"] = (rule, wrapped), (flow, wrapped)
+  return samplers
 
 
-def errors(sampler, function, mean, covariance, count, times):
-  """Of the samples' mean and covariance, as shares of the prior's."""
+def errors(sampler, denoiser, mean, covariance, count, times):
+  """Return the errors of the mean and covariance of samples, relative to the errors of the prior."""
   x = PROCESS.prior(jax.random.key(0), (count, *SHAPE))
-  run = jax.jit(lambda x: sampling.sample(jax.random.key(1), sampler, function, x, times))
-  got = np.asarray(run(x), np.float64).reshape(count, 8)
+  run = jax.jit(lambda x: sampling.sample(jax.random.key(1), sampler, denoiser, x, times))
+  samples = np.asarray(run(x), np.float64).reshape(count, 8)
   norm = np.linalg.norm
   return (
-    norm(got.mean(0) - mean) / norm(MEAN - mean),
-    norm(np.cov(got.T) - covariance) / norm(COVARIANCE - covariance),
+    norm(samples.mean(0) - mean) / norm(MEAN - mean),
+    norm(np.cov(samples.T) - covariance) / norm(COVARIANCE - covariance),
   )
 
 
 def main(count: int = 20_000, steps: int = 50, **kwargs) -> dict[tuple[str, str], tuple[float, float]]:
-  """Prints a table; returns the errors of mean and covariance by problem and method."""
+  """Print a table, and return the errors of the mean and covariance by problem and method."""
   times, results = sampling.grids.log_snr(PROCESS, steps), {}
   print(
-    "| problem | method | network calls | error of the mean | of the covariance |\n| --- | --- | ---: | ---: | ---: |"
+    "| problem | method | network calls | error of the mean | error of the covariance |\n| --- | --- | ---: | ---: | ---: |"
   )
   for problem, operator in (("inpainting", editing.mask_operator(KEEP)), ("super-resolution", editing.downsample(2))):
     mean, covariance, y = exact_posterior(operator)
-    for name, (sampler, function) in methods(operator, y, problem == "inpainting", **kwargs).items():
-      results[problem, name] = errors(sampler, function, mean, covariance, count, times)
+    for name, (sampler, denoiser) in methods(operator, y, problem == "inpainting", **kwargs).items():
+      results[problem, name] = errors(sampler, denoiser, mean, covariance, count, times)
       calls = sampling.nfe(sampler, PROCESS, times)
       print(
         f"| {problem} | {name} | {calls} | {results[problem, name][0]:.3f} | {results[problem, name][1]:.3f} |",

@@ -1,11 +1,11 @@
-"""Kills a training run again and again, at random moments and while it saves, and checks that nothing is lost.
+"""Check that a training run that is killed many times gives the same result as an uninterrupted run.
 
 python experiments/resume.py [--kills=20] [--seed=0] [--folder=/tmp/resume]
 
-A small model of digits is trained twice from the command line: once from start to end, and once killed (SIGKILL) after a
-random time, or as soon as a checkpoint is being written, and started again, until it has ended. Then every leaf of
-parameters, optimizer, EMA and key, and the position in the data, must be the same bit for bit, and the two logs must hold the same
-losses. Exits with 1 if they do not.
+The script trains a small model of digits twice from the command line. The first run is not interrupted. The second run
+is killed (SIGKILL) and resumed many times, alternately at a random time and while it writes a checkpoint. At the end,
+the parameters, the optimizer state, the EMA, the key and the data position must agree bit for bit, and both logs must
+cover the same steps. Otherwise the exit code is 1.
 """
 
 import argparse
@@ -37,84 +37,96 @@ OPTIONS = [
 
 
 def start(folder):
-  # A cache of its own keeps starts short.
+  # A compilation cache makes restarts fast.
   environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
   command = [sys.executable, "-m", "ddpm_jax.main", *OPTIONS, f"--workdir={folder}"]
   log = (folder.parent / f"{folder.name}.log").open("a")
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def half_written(folder):
-  """The checkpoints being written, or left so by an earlier kill, told apart by when they were begun."""
-  found = set()
+def unfinished_checkpoints(folder):
+  """Return the unfinished checkpoints, each as its name and inode.
+
+  The inode distinguishes a checkpoint in progress from one that an earlier kill interrupted.
+  """
+  unfinished = set()
   for path in folder.glob("checkpoints/*.orbax-checkpoint-tmp*"):
     with contextlib.suppress(FileNotFoundError):
-      found.add((path.name, path.stat().st_ino))
-  return found
+      unfinished.add((path.name, path.stat().st_ino))
+  return unfinished
 
 
 def kill(folder, rng, while_saving):
-  """Starts the run and kills it at some moment after it began to train: says when, or None if it ended before."""
-  left, process = half_written(folder), start(folder)
+  """Start the run and kill it during training.
+
+  Returns:
+    "while saving" or "between saves", or None if the run ended before the kill.
+  """
+  old, process = unfinished_checkpoints(folder), start(folder)
   latest = max(checkpoint.Checkpoints.steps(folder / "checkpoints"), default=0)
   deadline = time.time() + 300
-  # It trains once there is a newer checkpoint, or one is being written.
+  # A newer checkpoint shows that training has started.
   while process.poll() is None and time.time() < deadline:
-    if while_saving and half_written(folder) - left:
+    if while_saving and unfinished_checkpoints(folder) - old:
       break
     if not while_saving and max(checkpoint.Checkpoints.steps(folder / "checkpoints"), default=0) > latest:
       time.sleep(rng.uniform(0, 1))
       break
     time.sleep(0.0005 if while_saving else 0.02)
-  caught = half_written(folder) - left
+  is_saving = unfinished_checkpoints(folder) - old
   if process.poll() is not None:
     return None
   process.send_signal(signal.SIGKILL)
   process.wait()
-  return "while saving" if caught else "between saves"
+  return "while saving" if is_saving else "between saves"
 
 
 def state(folder):
-  """Every leaf of the last checkpoint, the position in the data, and the losses that were logged."""
+  """Return the digests of all leaves of the last checkpoint, the data position, and the logged losses."""
   path = folder / "checkpoints"
   content = json.loads((path / str(STEPS) / "meta" / "metadata").read_text())["content"]
   losses = [(line["step"], line["loss"]) for line in records.read(folder / "metrics.jsonl")]
-  digests = {(name, leaf): of["digest"] for name, leaves in content["leaves"].items() for leaf, of in leaves.items()}
+  digests = {
+    (name, leaf): entry["digest"] for name, leaves in content["leaves"].items() for leaf, entry in leaves.items()
+  }
   return digests, content["data"], losses
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--kills", type=int, default=20, help="how often to kill it")
-  parser.add_argument("--seed", type=int, default=0, help="of the moments")
-  parser.add_argument("--folder", type=Path, default=Path("/tmp/resume"), help="emptied first")
+  parser.add_argument("--kills", type=int, default=20, help="number of kills")
+  parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+  parser.add_argument(
+    "--folder", type=Path, default=Path("/tmp/resume"), help="folder for the runs; its contents are deleted"
+  )
   args = parser.parse_args()
   shutil.rmtree(args.folder, ignore_errors=True)
   args.folder.mkdir(parents=True)
   rng = random.Random(args.seed)
-  whole, broken = args.folder / "whole", args.folder / "broken"
-  print("training from start to end ...", flush=True)
-  if start(whole).wait():
-    raise SystemExit(f"training failed; see {args.folder / 'whole.log'}")
+  reference, killed = args.folder / "reference", args.folder / "killed"
+  print("training without interruption ...", flush=True)
+  if start(reference).wait():
+    raise SystemExit(f"Training failed. See {args.folder / 'reference.log'}.")
   moments = []
   while len(moments) < args.kills:
-    moment = kill(broken, rng, while_saving=len(moments) % 2 == 1)
+    moment = kill(killed, rng, while_saving=len(moments) % 2 == 1)
     if moment is None:
-      raise SystemExit(f"the run ended, or failed, after {len(moments)} kills; see {args.folder / 'broken.log'}")
+      raise SystemExit(f"The run ended or failed after {len(moments)} kills. See {args.folder / 'killed.log'}.")
     moments.append(moment)
-    steps = checkpoint.Checkpoints.steps(broken / "checkpoints")
+    steps = checkpoint.Checkpoints.steps(killed / "checkpoints")
     print(f"kill {len(moments)} of {args.kills}, {moment}; newest checkpoint: {max(steps, default=0)}", flush=True)
-  if start(broken).wait():
-    raise SystemExit(f"resuming failed; see {args.folder / 'broken.log'}")
-  (digests, data, losses), (digests_b, data_b, losses_b) = state(whole), state(broken)
-  different = [name for name in digests if digests[name] != digests_b[name]]
+  if start(killed).wait():
+    raise SystemExit(f"Resuming failed. See {args.folder / 'killed.log'}.")
+  (digests, data, losses), (killed_digests, killed_data, killed_losses) = state(reference), state(killed)
+  different = [name for name in digests if digests[name] != killed_digests[name]]
   print(
-    f"\n{len(moments)} kills, {moments.count('while saving')} of them while a checkpoint was being written\n"
-    f"{len(digests) - len(different)} of {len(digests)} leaves bit-identical; data position {'the same' if data == data_b else 'DIFFERENT'};"
-    f" {sum(a == b for a, b in zip(losses, losses_b, strict=False))} of {len(losses)} logged losses the same, {len(losses_b)} lines in"
-    " the killed run's log"
+    f"\n{len(moments)} kills, {moments.count('while saving')} of them while saving a checkpoint\n"
+    f"{len(digests) - len(different)} of {len(digests)} leaves identical;"
+    f" data position {'identical' if data == killed_data else 'DIFFERENT'};"
+    f" {sum(a == b for a, b in zip(losses, killed_losses, strict=False))} of {len(losses)} logged losses identical;"
+    f" {len(killed_losses)} lines in the log of the killed run"
   )
-  if different or data != data_b or [step for step, _ in losses] != [step for step, _ in losses_b]:
+  if different or data != killed_data or [step for step, _ in losses] != [step for step, _ in killed_losses]:
     raise SystemExit(f"DIFFERENT: {different}")
 
 

@@ -1,4 +1,4 @@
-"""What sampler_orders.py draws: a mixture in the plane with its exact denoiser, every sampler, their errors and paths."""
+"""Measure the errors and paths of every sampler on a two-dimensional mixture with an exact denoiser."""
 
 import functools
 import math
@@ -14,11 +14,17 @@ from ddpm_jax import processes, sampling
 
 VP, FLOW = processes.vp(), processes.rectified_flow()
 GRAY = "0.5"
-WATCHED = 12
+NUM_PATHS = 12
 
 
 class Mixture(NamedTuple):
-  """Isotropic Gaussians in the plane: weights [K], means [K, 2], standard deviations [K]."""
+  """Describe a mixture of isotropic Gaussians in the plane.
+
+  Attributes:
+    weights: weights [K].
+    means: means [K, 2].
+    stds: standard deviations [K].
+  """
 
   weights: np.ndarray
   means: np.ndarray
@@ -31,7 +37,7 @@ DATA = Mixture(
 
 
 def denoiser(process, data):
-  """E[x_0 | x_t], the function that a network would learn."""
+  """Return the function E[x_0 | x_t] of the mixture, in place of a trained network."""
 
   def denoise(x, t):
     weights, means, stds = (jnp.asarray(value, x.dtype) for value in data)
@@ -39,14 +45,14 @@ def denoiser(process, data):
     variance = alpha**2 * stds**2 + sigma**2
     difference = x[:, None] - alpha * means
     logits = jnp.log(weights) - jnp.log(variance) - 0.5 * jnp.sum(difference**2, -1) / variance
-    each = means + (alpha * stds**2 / variance)[:, None] * difference
-    return jnp.sum(jax.nn.softmax(logits)[..., None] * each, 1)
+    estimates = means + (alpha * stds**2 / variance)[:, None] * difference
+    return jnp.sum(jax.nn.softmax(logits)[..., None] * estimates, 1)
 
   return denoise
 
 
 def consistency_function(process, data, steps=32):
-  """The end of the probability flow through x_t, the function that a consistency model would learn."""
+  """Return the function from x_t to the end of its probability flow, in place of a trained consistency model."""
 
   def end(x, t):
     levels = jnp.linspace(process.log_snr(t), process.log_snr(process.t_min), steps)
@@ -57,7 +63,15 @@ def consistency_function(process, data, steps=32):
 
 
 class Entry(NamedTuple):
-  """A sampler as figures and tables show it: the order that it claims, its color, and when to use it."""
+  """Describe a sampler for the figures and tables.
+
+  Attributes:
+    make: `make(process) -> Sampler`, or None for the adaptive solver.
+    order: the nominal order.
+    color: the color in the figures.
+    use: when to use it.
+    model: `model(process, data)` returns the function for the sampler, a denoiser or a consistency function.
+  """
 
   make: Callable | None
   order: int
@@ -72,72 +86,73 @@ SINGLESTEP = {
     sampling.ddim,
     1,
     "black",
-    "The plain rule; `euler`, and order 1 of `dpm_solver` and `deis`, are the same",
+    "The basic rule. Same as `euler` and as order 1 of `dpm_solver` and `deis`",
   ),
-  "heun": Entry(sampling.heun, 2, "#d62728", "EDM's and flow matching's own, no memory; from 20 NFE on"),
-  "dpm_solver(order=2)": Entry(
-    lambda p: sampling.dpm_solver(p, 2), 2, "#5a9bd4", "No memory; breaks down below 10 NFE"
-  ),
+  "heun": Entry(sampling.heun, 2, "#d62728", "Standard in EDM and flow matching, no memory; 20 NFE and more"),
+  "dpm_solver(order=2)": Entry(lambda p: sampling.dpm_solver(p, 2), 2, "#5a9bd4", "No memory; fails below 10 NFE"),
   "dpm_solver(order=3)": Entry(
-    sampling.dpm_solver, 3, "#08519c", "No memory; small errors from 30 NFE on, breaks down below 15"
+    sampling.dpm_solver, 3, "#08519c", "No memory; small errors from 30 NFE, fails below 15 NFE"
   ),
-  "dpmpp_2s": Entry(sampling.dpmpp_2s, 2, "#9467bd", "No memory; at equal NFE `dpmpp_2m` is better"),
+  "dpmpp_2s": Entry(sampling.dpmpp_2s, 2, "#9467bd", "No memory; less accurate than `dpmpp_2m` at equal NFE"),
 }
 MULTISTEP = {
   "dpmpp_2m": Entry(sampling.dpmpp_2m, 2, "#5fb562", "**The default**, 10 to 50 NFE"),
   "dpmpp_3m": Entry(
-    sampling.dpmpp_3m, 3, "#006d2c", "A third of the default's error from 10 NFE on, but not on rectified flow"
+    sampling.dpmpp_3m, 3, "#006d2c", "A third of the error of the default from 10 NFE, but not on rectified flow"
   ),
   "deis(order=2)": Entry(lambda p: sampling.deis(p, 2), 2, "#f0a050", "Between `ddim` and order 3"),
-  "deis(order=3)": Entry(sampling.deis, 3, "#d94801", "Under 10 NFE, and rectified flow"),
-  "unipc(order=1)": Entry(lambda p: sampling.unipc(p, 1), 2, "#d987b9", "Order 2 that looks back one step only"),
+  "deis(order=3)": Entry(sampling.deis, 3, "#d94801", "Below 10 NFE, and rectified flow"),
+  "unipc(order=1)": Entry(lambda p: sampling.unipc(p, 1), 2, "#d987b9", "Order 2 with a memory of one step"),
   "unipc(order=2)": Entry(
     lambda p: sampling.unipc(p, 2),
     3,
     "#c51b8a",
-    "**Less error than the default**, the more so the more steps, on rectified flow too",
+    "**Smaller errors than the default**, especially with many steps; also on rectified flow",
   ),
-  "unipc(order=3)": Entry(
-    sampling.unipc, 4, "#7a0177", "The smallest errors from 20 NFE on, but not on rectified flow"
-  ),
+  "unipc(order=3)": Entry(sampling.unipc, 4, "#7a0177", "The smallest errors from 20 NFE, but not on rectified flow"),
 }
-ODE = Entry(None, 5, GRAY, "The flow to a tolerance: likelihoods, encoding, references")
+ODE = Entry(None, 5, GRAY, "The probability flow to a tolerance, for likelihoods, encoding and references")
 DETERMINISTIC = SINGLESTEP | MULTISTEP
 FIRST_ORDER = {
   "ancestral": Entry(
-    sampling.ancestral, 1, "#1f77b4", "DDPM, 100 NFE and more. `ddim(eta=1)` and `euler_ancestral` are the same"
+    sampling.ancestral, 1, "#1f77b4", "DDPM, 100 NFE and more. Same as `ddim(eta=1)` and `euler_ancestral`"
   ),
   'ancestral(variance="large")': Entry(
-    lambda p: sampling.ancestral(p, "large"), 1, "#0e9aa7", "DDPM's other variance, for all 1000 steps"
+    lambda p: sampling.ancestral(p, "large"), 1, "#0e9aa7", "DDPM with the large variance, for all 1000 steps"
   ),
   "ddim(eta=0.5)": Entry(lambda p: sampling.ddim(p, 0.5), 1, "#7f8fd0", "Between `ddim` and `ancestral`"),
-  "euler_maruyama": Entry(sampling.euler_maruyama, 1, "#ff7f0e", "score_sde's reverse SDE, hundreds of steps"),
-  "reverse_diffusion": Entry(sampling.reverse_diffusion, 1, "#8c564b", "score_sde's predictor, hundreds of steps"),
-  "euler(s_churn=20)": Entry(lambda p: sampling.euler(p, **CHURN), 1, "#d65fae", "To compare with `heun` and churn"),
+  "euler_maruyama": Entry(sampling.euler_maruyama, 1, "#ff7f0e", "Reverse SDE of score_sde, hundreds of steps"),
+  "reverse_diffusion": Entry(sampling.reverse_diffusion, 1, "#8c564b", "Predictor of score_sde, hundreds of steps"),
+  "euler(s_churn=20)": Entry(
+    lambda p: sampling.euler(p, **CHURN), 1, "#d65fae", "For comparison with `heun(s_churn=20)`"
+  ),
   "with_langevin(ancestral)": Entry(
-    lambda p: sampling.with_langevin(sampling.ancestral(p), p), 1, "#2ca02c", "score_sde's predictor and corrector"
+    lambda p: sampling.with_langevin(sampling.ancestral(p), p), 1, "#2ca02c", "Predictor and corrector of score_sde"
   ),
 }
 HIGHER_ORDER = {
   "heun(s_churn=20)": Entry(
-    lambda p: sampling.heun(p, **CHURN), 2, "#d62728", "EDM's stochastic sampler, 50 NFE and more"
+    lambda p: sampling.heun(p, **CHURN), 2, "#d62728", "Stochastic sampler of EDM, 50 NFE and more"
   ),
-  "dpmpp_2s(eta=1)": Entry(lambda p: sampling.dpmpp_2s(p, 1.0), 2, "#9467bd", "k-diffusion's `dpmpp_2s_ancestral`"),
+  "dpmpp_2s(eta=1)": Entry(lambda p: sampling.dpmpp_2s(p, 1.0), 2, "#9467bd", "`dpmpp_2s_ancestral` of k-diffusion"),
   "dpmpp_sde": Entry(sampling.dpmpp_sde, 2, "#8c6d31", "The reverse SDE without memory, 50 NFE and more"),
   "dpmpp_2m_sde": Entry(sampling.dpmpp_2m_sde, 2, "#31a354", "**The default with noise**, 20 NFE and more"),
   "with_langevin(heun)": Entry(
-    lambda p: sampling.with_langevin(sampling.heun(p), p), 2, "#e07b45", "Langevin steps before another rule's"
+    lambda p: sampling.with_langevin(sampling.heun(p), p),
+    2,
+    "#e07b45",
+    "Langevin steps before the steps of another rule",
   ),
   "multistep_consistency": Entry(
     sampling.multistep_consistency,
     0,
     "#0868ac",
-    "1 to 4 NFE, if the network is a consistency model; here it is an exact one",
+    "1 to 4 NFE with a consistency model; the errors here are for an exact one",
     consistency_function,
   ),
 }
 STOCHASTIC = FIRST_ORDER | HIGHER_ORDER
-EVERY = DETERMINISTIC | STOCHASTIC
+ALL = DETERMINISTIC | STOCHASTIC
 GRIDS = {
   "uniform": functools.cache(lambda steps: sampling.grids.uniform(VP, steps)),
   "quadratic": functools.cache(lambda steps: sampling.grids.quadratic(VP, steps)),
@@ -147,19 +162,19 @@ GRIDS = {
 
 
 def grid_for(name, grid):
-  """The grid of a sampler: the given one, but consistency models step evenly in time."""
+  """Return the grid of a sampler, which is uniform in time for consistency models and `grid` otherwise."""
   return functools.partial(sampling.grids.uniform, VP) if name == "multistep_consistency" else grid
 
 
 @functools.cache
 def sampler_for(name, process):
-  return EVERY[name].make(process)
+  return ALL[name].make(process)
 
 
-def progress(names, label):
+def with_progress(names, title):
   names = list(names)
   for index, name in enumerate(names):
-    print(f"{label}, {index + 1} of {len(names)}: {name}", flush=True)
+    print(f"{title}, {index + 1} of {len(names)}: {name}", flush=True)
     yield name
 
 
@@ -167,40 +182,48 @@ def progress(names, label):
 
 
 def starts(process, count):
-  """Draws [count, 2] from the prior, but the first lie on a circle: their paths are watched."""
-  angles = 2 * np.pi * (np.arange(WATCHED) + 0.35) / WATCHED
+  """Return samples of the prior [count, 2], with the first `NUM_PATHS` on a circle so that their paths spread out."""
+  angles = 2 * np.pi * (np.arange(NUM_PATHS) + 0.35) / NUM_PATHS
   circle = 1.9 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * process.sigma(process.t_max)
-  return process.prior(jax.random.key(0), (count, 2), jnp.asarray(0.0).dtype).at[:WATCHED].set(circle)
+  return process.prior(jax.random.key(0), (count, 2), jnp.asarray(0.0).dtype).at[:NUM_PATHS].set(circle)
 
 
-def walk(name, process, states, times, data=DATA):
-  """The end [B, 2] of a grid of times, and the paths [K + 1, WATCHED, 2] to it, from the first state.
+def run_sampler(name, process, states, times, data=DATA):
+  """Run a sampler on a grid of K steps and record paths.
 
-  Further exact `states` [k, B, 2] only fill a rule's memory.
+  Args:
+    name: the sampler.
+    process: the forward process.
+    states: the start [1, B, 2]. Up to two further exact states [k, B, 2] fill the memory of a multistep rule.
+    times: the grid [K + 1].
+    data: the mixture.
+
+  Returns:
+    The final samples [B, 2] and the paths of the first samples [K + 1, NUM_PATHS, 2].
   """
   sampler, steps = sampler_for(name, process), len(times) - 1
   if sampler.prepare is not None:
     sampler = sampler.prepare(steps)
-  # Padded to one size: one program serves every number of steps.
-  known = jnp.concatenate([states, jnp.repeat(states[-1:], 3 - len(states), axis=0)])
+  # Padding to a fixed size lets one compiled program serve every number of steps.
+  padded = jnp.concatenate([states, jnp.repeat(states[-1:], 3 - len(states), axis=0)])
   times = jnp.pad(jnp.asarray(times), (0, 257 - len(times)))
-  end, paths = _walk(sampler, process, EVERY[name].model, data, known, len(states), times, steps)
+  end, paths = _run(sampler, process, ALL[name].model, data, padded, len(states), times, steps)
   return end, np.asarray(paths[: steps + 1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _walk(sampler, process, model, data, states, known, times, steps):
+def _run(sampler, process, model, data, states, num_exact, times, steps):
   denoise, key = model(process, data), jax.random.key(1)
 
   def body(k, carry):
     x, memory, paths = carry
-    x = jnp.where(k < known, states[jnp.minimum(k, 2)], x)
-    if hasattr(memory, "predicted"):  # UniPC corrects its own prediction, for which an exact state may stand here
+    x = jnp.where(k < num_exact, states[jnp.minimum(k, 2)], x)
+    if hasattr(memory, "predicted"):  # UniPC corrects its last prediction, so replace that by the exact state too
       memory = memory._replace(predicted=x)
     x, memory = sampler.step(jax.random.fold_in(key, k), denoise, x, memory, times[k], times[k + 1])
-    return x, memory, paths.at[k + 1].set(x[:WATCHED])
+    return x, memory, paths.at[k + 1].set(x[:NUM_PATHS])
 
-  paths = jnp.broadcast_to(states[0, :WATCHED], (len(times), WATCHED, 2))
+  paths = jnp.broadcast_to(states[0, :NUM_PATHS], (len(times), NUM_PATHS, 2))
   end, _, paths = jax.lax.fori_loop(0, steps, body, (states[0], sampler.init(states[0]), paths))
   return end, paths
 
@@ -209,47 +232,57 @@ def rms(difference):
   return float(jnp.sqrt(jnp.mean(difference**2)))
 
 
-def grid_within(sampler, process, grid, budget):
-  """The grid of the most steps that call the network at most `budget` times, and how often they do."""
-  spare = 2 if min(sampler.calls) < sampler.calls[0] else 0  # steps at the ends may cost less
-  for steps in range(budget // sampler.calls[0] + spare, 0, -1):
+def longest_grid(sampler, process, grid, budget):
+  """Return the longest grid that calls the network at most `budget` times, and its number of calls."""
+  extra = 2 if min(sampler.calls) < sampler.calls[0] else 0  # the first and last steps may take fewer calls
+  for steps in range(budget // sampler.calls[0] + extra, 0, -1):
     times = grid(steps)
     calls = sampling.nfe(sampler, process, times)
     if calls <= budget:
       return times, calls
-  raise ValueError(f"Got a budget of {budget} calls; expected enough for one step.")
+  raise ValueError(f"Got a budget of {budget} calls; expected enough calls for one step.")
 
 
 def flow_errors(process, grid, end, budgets, points, tolerances):
-  """{sampler: {NFE: RMS distance from the exact probability flow at time `end`}} of the deterministic rules, in float64."""
+  """Measure the errors of the deterministic samplers against the exact probability flow.
+
+  The distances are root mean squares at the time `end`. Run it in float64.
+
+  Returns:
+    `{sampler: {NFE: distance}}`.
+  """
   x = starts(process, points)
 
   def solve(tolerance):
-    # To 0 by one last call, from so near that nothing is lost.
+    # For end=0, stop close to 0 and take one denoising step. Its error is negligible.
     last, denoise = end or 1e-5, denoiser(process, DATA)
     state, calls = sampling.integrate(process, denoise, x, process.t_max, last, rtol=tolerance, atol=tolerance)
     return (state, int(calls)) if end else (denoise(state, last), int(calls) + 1)
 
   (exact, _), errors = solve(1e-12), {}
-  for name in progress(DETERMINISTIC, "error against NFE"):
+  for name in with_progress(DETERMINISTIC, "error against NFE"):
     errors[name] = {}
     for budget in budgets:
-      times, calls = grid_within(sampler_for(name, process), process, grid, budget)
+      times, calls = longest_grid(sampler_for(name, process), process, grid, budget)
       if len(times) > 2:
-        errors[name][calls] = rms(walk(name, process, x[None], times)[0] - exact)
+        errors[name][calls] = rms(run_sampler(name, process, x[None], times)[0] - exact)
   errors["ode"] = {calls: rms(state - exact) for state, calls in map(solve, tolerances) if calls <= 200}
   return errors
 
 
 def measured_orders(points):
-  """{sampler: log2 of the ratio of its errors in 128 and 256 steps}: N(0.3, 0.4^2) data, t from 0.9 to 0.1 on VP.
+  """Measure the orders of the deterministic samplers.
 
-  A multistep rule starts from exact values, for that is how its order is defined.
+  An order is log2 of the ratio of the errors with 128 and 256 steps, for N(0.3, 0.4^2) data on VP from t = 0.9 to 0.1.
+  Multistep rules start from exact values, as in the definition of their order.
+
+  Returns:
+    `{sampler: order}`.
   """
   mean, std, start, end = 0.3, 0.4, 0.9, 0.1
 
   def flow(x, t):
-    """Quantiles are carried along."""
+    """Move x along the exact probability flow, which preserves quantiles."""
     old, new = (jnp.sqrt(VP.alpha(u) ** 2 * std**2 + VP.sigma(u) ** 2) for u in (start, t))
     return VP.alpha(t) * mean + new / old * (x - VP.alpha(start) * mean)
 
@@ -257,16 +290,20 @@ def measured_orders(points):
   x = jnp.linspace(-2, 2, 2 * points).reshape(points, 2)
   grids = [sampling.grids.log_snr(VP, steps + 1, t_min=end, t_max=start)[:-1] for steps in (128, 256)]
   orders = {}
-  for name in progress(DETERMINISTIC, "order"):
+  for name in with_progress(DETERMINISTIC, "order"):
     errors = [
-      rms(walk(name, VP, jnp.stack([flow(x, t) for t in times[:3]]), times, data)[0] - flow(x, end)) for times in grids
+      rms(run_sampler(name, VP, jnp.stack([flow(x, t) for t in times[:3]]), times, data)[0] - flow(x, end))
+      for times in grids
     ]
     orders[name] = math.log2(errors[0] / errors[1])
   return orders
 
 
-class Truth:
-  """Projections of the mixture on eight directions: their quantiles are known, so that samples alone bring noise."""
+class ExactQuantiles:
+  """Store the exact quantiles of the mixture projected on eight directions.
+
+  Distances to samples thus have no random error from a reference set.
+  """
 
   def __init__(self, count):
     angles = np.arange(8) * np.pi / 8
@@ -278,43 +315,46 @@ class Truth:
     ]
 
   def distance(self, x):
-    """The sliced Wasserstein-1 distance of samples [count, 2] from the mixture."""
+    """Return the sliced Wasserstein-1 distance of samples [count, 2] from the mixture."""
     pairs = zip(self.directions, self.quantiles, strict=True)
     return float(np.mean([np.abs(np.sort(np.asarray(x) @ direction) - exact).mean() for direction, exact in pairs]))
 
   def floor(self, repeats=20):
-    """The distances of as many exact draws."""
+    """Return distances of exact samples of the same number."""
     rng, count = np.random.default_rng(0), len(self.quantiles[0])
-    which = rng.choice(len(DATA.weights), (repeats, count), p=DATA.weights)
-    return [self.distance(DATA.means[k] + DATA.stds[k, None] * rng.standard_normal((count, 2))) for k in which]
+    components = rng.choice(len(DATA.weights), (repeats, count), p=DATA.weights)
+    return [self.distance(DATA.means[k] + DATA.stds[k, None] * rng.standard_normal((count, 2))) for k in components]
 
 
-def distances(truth, names, grid, budgets):
-  """{sampler: {NFE: distance of its samples from the data}}, VP process."""
-  x = starts(VP, len(truth.quantiles[0]))
+def distances(exact, names, grid, budgets):
+  """Return `{sampler: {NFE: distance of its samples from the mixture}}` for the VP process."""
+  x = starts(VP, len(exact.quantiles[0]))
   curves = {}
-  for name in progress(names, "distance against NFE"):
+  for name in with_progress(names, "distance against NFE"):
     curves[name] = {}
-    # One call of an exact consistency function here is 32 of the network.
+    # An exact consistency function takes 32 calls of the denoiser, so use small budgets.
     for budget in [1, 2, 5, *budgets[:3]] if name == "multistep_consistency" else budgets:
-      times, calls = grid_within(sampler_for(name, VP), VP, grid_for(name, grid), budget)
-      curves[name][calls] = truth.distance(walk(name, VP, x[None], times)[0])
+      times, calls = longest_grid(sampler_for(name, VP), VP, grid_for(name, grid), budget)
+      curves[name][calls] = exact.distance(run_sampler(name, VP, x[None], times)[0])
   return curves
 
 
-def paths_of(names, count, budget):
-  """{sampler: (states [K + 1, WATCHED, 2], NFE)} on the VP process."""
+def sampler_paths(names, count, budget):
+  """Return `{sampler: (states [K + 1, NUM_PATHS, 2], NFE)}` for the VP process."""
   paths = {}
   for name in names:
     calls = 3 if name == "multistep_consistency" else budget
-    times, calls = grid_within(sampler_for(name, VP), VP, grid_for(name, GRIDS["log_snr"]), calls)
-    paths[name] = walk(name, VP, starts(VP, count)[None], times)[1], calls
+    times, calls = longest_grid(sampler_for(name, VP), VP, grid_for(name, GRIDS["log_snr"]), calls)
+    paths[name] = run_sampler(name, VP, starts(VP, count)[None], times)[1], calls
   return paths
 
 
 def ode_paths(tolerance=0.01):
-  """Those of the adaptive solver, which gives the end alone: drawn through the ends of ways that go further and further."""
-  x, times, denoise = starts(VP, WATCHED), GRIDS["log_snr"](20)[1:-1], denoiser(VP, DATA)
+  """Return the paths and the NFE of the adaptive solver.
+
+  The solver returns only final states, so each point of a path is the result of a separate integration to that time.
+  """
+  x, times, denoise = starts(VP, NUM_PATHS), GRIDS["log_snr"](20)[1:-1], denoiser(VP, DATA)
   solve = jax.jit(lambda s: sampling.integrate(VP, denoise, x, VP.t_max, s, rtol=tolerance, atol=tolerance))
   states, calls = zip(*map(solve, times), strict=True)
   return np.stack([x, *states, denoise(states[-1], VP.t_min)]), int(calls[-1]) + 1

@@ -1,10 +1,11 @@
-"""Draws what every sampler does: its error against the number of network evaluations (NFE), and the paths of its samples.
+"""Plot the error of every sampler against its number of network evaluations (NFE), and the paths of its samples.
 
 python experiments/sampler_orders.py --output=docs/figures
 
-Writes sampler_errors.png and sampler_trajectories.png into the folder, and the tables of samplers.md between that page's
-markers if it lies beside the folder. The data are a Gaussian mixture in the plane, whose denoiser has a closed form: all
-errors are the samplers' own. Four minutes on two CPU cores; --quick draws everything from fewer points in one.
+The script writes sampler_errors.png and sampler_trajectories.png to the folder. If the parent folder has a page
+samplers.md, it also updates the tables on that page. The data are a Gaussian mixture in the plane. Its denoiser has a
+closed form, so all errors come from the samplers. The script takes four minutes on two CPU cores, or one minute with
+--quick, which uses fewer samples.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 from sampler_errors import (
+  ALL,
   DATA,
   DETERMINISTIC,
-  EVERY,
   FIRST_ORDER,
   FLOW,
   GRAY,
@@ -33,28 +34,28 @@ from sampler_errors import (
   SINGLESTEP,
   STOCHASTIC,
   VP,
-  Truth,
+  ExactQuantiles,
   distances,
   flow_errors,
   measured_orders,
   ode_paths,
-  paths_of,
+  run_sampler,
   sampler_for,
+  sampler_paths,
   starts,
-  walk,
 )
 
 from ddpm_jax import sampling
 
 
-def draw_errors(results, path):
+def plot_errors(results, path):
   figure = Figure(figsize=(13, 14.5), layout="constrained")
   figure.get_layout_engine().set(hspace=0.05, wspace=0.02)
   axes = figure.subplots(3, 2)
   for column, (title, errors) in enumerate(results["flow"].items()):
     for row, (group, kind) in enumerate(((SINGLESTEP, "single-step rules"), (MULTISTEP, "multistep rules"))):
       names = [*group, "ode"] if row == 0 else ["ddim", *group]
-      draw_curves(axes[row, column], {name: (errors[name], EVERY.get(name, ODE)) for name in names}, (1, 2, 3, 4))
+      plot_curves(axes[row, column], {name: (errors[name], ALL.get(name, ODE)) for name in names}, (1, 2, 3, 4))
       axes[row, column].set_title(f"{title}: {kind}", loc="left")
       axes[row, column].set_ylabel("RMS distance from the exact flow")
   floor = results["floor"]
@@ -63,9 +64,9 @@ def draw_errors(results, path):
     for name in ("ddim", "dpmpp_2m"):
       curves[f"{name}, no noise"] = (results["distances"][name], ODE)
     panel.axhspan(min(floor), max(floor), color="0.88", zorder=0)
-    draw_curves(panel, curves, (1, 2))
+    plot_curves(panel, curves, (1, 2))
     style = {"transform": panel.get_yaxis_transform(), "va": "bottom", "color": "0.35"}
-    panel.text(0.01, 1.08 * min(floor), "exact draws", **style)
+    panel.text(0.01, 1.08 * min(floor), "exact samples", **style)
     panel.set_title(f"VP, log-SNR grid: rules with noise, {kind}", loc="left")
     panel.set_ylabel("sliced Wasserstein distance from the data")
     panel.set_xlabel("network evaluations (NFE)")
@@ -73,8 +74,8 @@ def draw_errors(results, path):
   save(figure, path)
 
 
-def draw_curves(panel, curves, slopes):
-  """Errors {name: ({NFE: error}, entry)} on logarithmic axes, every line named at its right end."""
+def plot_curves(panel, curves, slopes):
+  """Plot curves `{name: ({NFE: error}, entry)}` on logarithmic axes, with a name at the right end of each line."""
   panel.set(xscale="log", yscale="log")
   for curve, entry in curves.values():
     style = {"marker": {1: "o", 2: "s", 3: "^", 4: "D"}.get(entry.order, "."), "markersize": 4, "linewidth": 1.5}
@@ -88,7 +89,7 @@ def draw_curves(panel, curves, slopes):
   panel.set_axisbelow(True)
   panel.spines[["top", "right"]].set_visible(False)
   low, high = panel.get_ylim()
-  # A fan of slopes in the empty corner.
+  # Reference slopes in the empty corner.
   height = 0.38 if len(slopes) > 2 else 0.45
   corner = left * 1.05, low ** (1 - height) * high**height
   width = min(2.2, (high / low) ** ((0.9 if len(slopes) > 2 else 0.4) * height / max(slopes)))
@@ -97,11 +98,11 @@ def draw_curves(panel, curves, slopes):
     panel.plot(*zip(corner, end, strict=True), color="0.65", linewidth=1)
     panel.text(end[0] * 1.04, end[1], f"order {slope}" if slope == 1 else slope, color="0.4", fontsize=8, va="center")
   panel.set_ylim(low, high)
-  name_ends(panel, {name: (max(curve.items()), entry.color) for name, (curve, entry) in curves.items()})
+  annotate_ends(panel, {name: (max(curve.items()), entry.color) for name, (curve, entry) in curves.items()})
 
 
-def name_ends(panel, ends):
-  """Names beside the ends {name: ((x, y), color)} of lines, moved apart where they would overlap."""
+def annotate_ends(panel, ends):
+  """Write names next to the ends `{name: ((x, y), color)}` of lines, and move names apart that would overlap."""
   low, high = np.log(panel.get_ylim())
   names = sorted(ends, key=lambda name: ends[name][0][1])
   heights, gap = np.array([(np.log(ends[name][0][1]) - low) / (high - low) for name in names]), 0.055
@@ -127,7 +128,7 @@ def name_ends(panel, ends):
     )
 
 
-def draw_trajectories(paths, exact, path):
+def plot_trajectories(paths, exact, path):
   figure = Figure(figsize=(14, 9.3), layout="constrained")
   panels = figure.subplots(4, 7).ravel()
   size = 2.3
@@ -163,25 +164,25 @@ def draw_trajectories(paths, exact, path):
     Line2D([], [], color="0.2", marker="o", linestyle="", label="sample, t = 0"),
   ]
   panels[13].legend(
-    handles=handles, loc="center", frameon=False, fontsize=9, title="color: the mode\nthe exact flow reaches"
+    handles=handles, loc="center", frameon=False, fontsize=9, title="color: the final mode\nof the exact flow"
   )
   panels[27].text(
     0.5,
     0.5,
-    "With noise three\nof the starts,\npaler when earlier:\na sample may end\nin another mode.",
+    "With noise: three\nof the paths, lighter\nat earlier times.\nA sample may end\nin another mode.",
     ha="center",
     va="center",
     fontsize=9,
   )
   figure.suptitle(
-    "From noise to data under every sampler: without noise (above) along the flow, with noise (below) around it",
+    "From noise to data with every sampler: without noise (top) along the flow, with noise (bottom) around it",
     fontsize=14,
   )
   save(figure, path)
 
 
 def save(figure, path):
-  """As a PNG of 256 colors, a third of the size."""
+  """Save a figure as a PNG of 256 colors, a third of the usual size."""
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=110, format="png")
   Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -192,29 +193,29 @@ def save(figure, path):
 
 
 def tables(results):
-  """The Markdown tables of docs/samplers.md, by name."""
+  """Return the Markdown tables for docs/samplers.md by name."""
   budgets, (vp, flow), floor = (10, 20, 50), results["flow"].values(), results["floor"]
   plain = [
     ["sampler", "order", "measured", "calls a step", "10 NFE", "20 NFE", "50 NFE", "rectified flow, 20 NFE", "use"]
   ]
   for name, entry in DETERMINISTIC.items():
-    errors = [scientific(within(vp[name], budget)) for budget in budgets] + [scientific(within(flow[name], 20))]
+    errors = [scientific(error_within(vp[name], budget)) for budget in budgets] + [
+      scientific(error_within(flow[name], 20))
+    ]
     plain.append(
       [f"`{name}`", entry.order, f"{results['orders'][name]:.2f}", sampler_for(name, VP).calls[0], *errors, entry.use]
     )
-  plain.append(["`ode`", "5", "", "6, adaptive", "", "", scientific(within(vp["ode"], 50)), "", ODE.use])
+  plain.append(["`ode`", "5", "", "6, adaptive", "", "", scientific(error_within(vp["ode"], 50)), "", ODE.use])
 
   noisy = [["sampler", "order", "slope, 20 to 50 NFE", "calls a step", "10 NFE", "20 NFE", "50 NFE", "use"]]
   noisy.append(
-    ["exact draws", "", "", "", *[scientific(np.mean(floor))] * 3, "The floor: least noise of as many samples"]
+    ["exact samples", "", "", "", *[scientific(np.mean(floor))] * 3, "The floor due to the number of samples"]
   )
   for name, curve in results["distances"].items():
-    at = [within(curve, budget) for budget in budgets]
+    at = [error_within(curve, budget) for budget in budgets]
     slope = f"{math.log(at[1] / at[2]) / math.log(2.5):.1f}" if at[2] > 1.2 * max(floor) else ""
-    use = EVERY[name].use if name in STOCHASTIC else "Without noise, to compare"
-    noisy.append(
-      [f"`{name}`", EVERY[name].order or "", slope, sampler_for(name, VP).calls[0], *map(scientific, at), use]
-    )
+    use = ALL[name].use if name in STOCHASTIC else "Without noise, for comparison"
+    noisy.append([f"`{name}`", ALL[name].order or "", slope, sampler_for(name, VP).calls[0], *map(scientific, at), use])
 
   grids = [["sampler", *(f"`{grid}`" for grid in GRIDS)]]
   for name, errors in results["grids"].items():
@@ -223,8 +224,8 @@ def tables(results):
   return {"deterministic": markdown(plain), "stochastic": markdown(noisy), "grids": markdown(grids)}
 
 
-def within(curve, budget):
-  """The error at the most calls within a budget; NaN if there is none."""
+def error_within(curve, budget):
+  """Return the error at the largest NFE within the budget, or NaN."""
   return curve.get(max((calls for calls in curve if calls <= budget), default=None), math.nan)
 
 
@@ -238,20 +239,20 @@ def markdown(rows):
 
 
 def write_tables(page, texts):
-  """Puts each table into a page, between its markers `<!-- name -->` and `<!-- end -->`."""
+  """Write each table to a page, between its markers `<!-- name -->` and `<!-- end -->`."""
   text = page.read_text()
   for name, table in texts.items():
-    before, marker, rest = text.partition(f"<!-- {name} -->\n")
-    if not marker or "<!-- end -->" not in rest:
+    before, marker, after = text.partition(f"<!-- {name} -->\n")
+    if not marker or "<!-- end -->" not in after:
       raise ValueError(
-        f"Got {page} without <!-- {name} --> and <!-- end --> after it; expected both, around the table."
+        f"Got {page} without <!-- {name} --> or without <!-- end --> after it; expected both markers around the table."
       )
-    text = before + marker + f"\n{table}\n\n" + rest[rest.index("<!-- end -->") :]
+    text = before + marker + f"\n{table}\n\n" + after[after.index("<!-- end -->") :]
   page.write_text(text)
 
 
 def main(output: pathlib.Path, quick: bool = False) -> dict[str, str]:
-  """Draws both figures into `output`, prints the tables, renews the page beside it, and returns the tables."""
+  """Plot both figures, update the page next to the folder, and print and return the tables."""
   output.mkdir(parents=True, exist_ok=True)
   points, budgets = (40, (10, 20)) if quick else (400, (5, 6, 8, 10, 14, 20, 28, 40, 50, 70, 100, 140, 200))
   tolerances = (1e-1, 1e-3) if quick else 10.0 ** -np.arange(1, 8)
@@ -265,18 +266,18 @@ def main(output: pathlib.Path, quick: bool = False) -> dict[str, str]:
         FLOW, lambda steps: sampling.grids.uniform(FLOW, steps), 0, **settings
       ),
     }
-    paths = paths_of(DETERMINISTIC, points, 10 if quick else 8) | {"ode": ode_paths()}
-    exact = walk("dpmpp_3m", VP, starts(VP, points)[None], GRIDS["log_snr"](200))[1]
+    paths = sampler_paths(DETERMINISTIC, points, 10 if quick else 8) | {"ode": ode_paths()}
+    exact = run_sampler("dpmpp_3m", VP, starts(VP, points)[None], GRIDS["log_snr"](200))[1]
   count, budgets = (2000, (10, 20)) if quick else (100_000, (10, 20, 50, 6, 100, 200))
-  truth = Truth(count)
-  results["floor"] = truth.floor()
-  results["distances"] = distances(truth, ["ddim", "dpmpp_2m", *STOCHASTIC], GRIDS["log_snr"], budgets)
+  quantiles = ExactQuantiles(count)
+  results["floor"] = quantiles.floor()
+  results["distances"] = distances(quantiles, ["ddim", "dpmpp_2m", *STOCHASTIC], GRIDS["log_snr"], budgets)
   names = ("ddim", "heun", "dpmpp_2m", "unipc(order=2)", "ancestral", "euler_maruyama", "dpmpp_2m_sde")
-  curves = {grid: distances(truth, names, make, (20,)) for grid, make in GRIDS.items()}
-  results["grids"] = {name: {grid: within(curves[grid][name], 20) for grid in GRIDS} for name in names}
-  draw_errors(results, output / "sampler_errors.png")
-  draw_trajectories(
-    paths | paths_of(STOCHASTIC, count, 20 if quick else 50), exact, output / "sampler_trajectories.png"
+  curves = {grid: distances(quantiles, names, make, (20,)) for grid, make in GRIDS.items()}
+  results["grids"] = {name: {grid: error_within(curves[grid][name], 20) for grid in GRIDS} for name in names}
+  plot_errors(results, output / "sampler_errors.png")
+  plot_trajectories(
+    paths | sampler_paths(STOCHASTIC, count, 20 if quick else 50), exact, output / "sampler_trajectories.png"
   )
   texts = tables(results)
   print("\n\n".join(texts.values()))
@@ -287,7 +288,9 @@ def main(output: pathlib.Path, quick: bool = False) -> dict[str, str]:
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/figures"), help="folder of the figures")
-  parser.add_argument("--quick", action="store_true", help="fewer points and numbers of steps, for a test")
+  parser.add_argument(
+    "--output", type=pathlib.Path, default=pathlib.Path("docs/figures"), help="folder for the figures"
+  )
+  parser.add_argument("--quick", action="store_true", help="fewer samples and step counts, for a test")
   options = parser.parse_args()
   main(options.output, options.quick)

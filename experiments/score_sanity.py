@@ -1,10 +1,11 @@
-"""Which way every score moves: real images against others of them, and against noise, blurred ones, a few classes and copies.
+"""Check that every score gets worse for noise, blurred images, missing classes and copies.
 
 pip install '.[mnist]'
 python experiments/score_sanity.py [--data=digits,mnist] [--steps=600]
 
-One half of the held-out images is the reference; the other half is judged as it is, and after it was spoilt. Features are those of the small
-classifier, trained on the rest of the images, and pixels. Prints a table a data set and a space for docs/evaluation.md.
+One half of the held-out images is the reference. The script scores the other half and degraded versions of it. The
+features are those of a small classifier, trained on the remaining images, and pixels. For each data set and feature
+space it prints a table for docs/evaluation.md.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from ddpm_jax.metrics import evaluate
 SCORES = ("frechet", "kernel", "class_score", "precision_recall", "density_coverage")
 
 
-def sets(images, classes, rng):
-  """The other half, as it is and spoilt, by name."""
+def degraded(images, classes, rng):
+  """Return the images and degraded versions of them by name."""
   blurred = np.stack([gaussian_filter(image.astype(float), (0.8, 0.8, 0)) for image in images])
   few = np.resize(images[classes < 3], images.shape)
   copies = images.copy()
@@ -29,32 +30,31 @@ def sets(images, classes, rng):
     "noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
     "blurred": np.rint(blurred).astype(np.uint8),
     "three classes of ten": few,
-    "a tenth of them, over and over": copies,
+    "a tenth, repeated": copies,
   }
 
 
 def run(source, steps, spaces=("classifier", "pixels"), held_out=600):
-  """Scores of every set, by space and name."""
-  train, rest = data.hold_out(source, held_out)
-  seen, real = (data.read(of, np.arange(len(of))) for of in (train, rest))
+  """Return the scores of every image set by feature space and name."""
+  train, test = (data.read(part, np.arange(len(part))) for part in data.hold_out(source, held_out))
   half = held_out // 2
-  judged = sets(real["image"][half:], real["classes"][half:], np.random.default_rng(0))
-  found = {}
+  image_sets = degraded(test["image"][half:], test["classes"][half:], np.random.default_rng(0))
+  scores = {}
   for name in spaces:
     space = metrics.pixel_space()
     if name == "classifier":
-      params = metrics.train_classifier(seen["image"], seen["classes"], 10, steps=steps)
+      params = metrics.train_classifier(train["image"], train["classes"], 10, steps=steps)
       space = metrics.classifier_space(params, 10)
-    wanted = tuple(score for score in SCORES if name == "classifier" or score != "class_score")
-    settings = evaluate.Settings(wanted, kernel_subsets=20, allow_singular=True)
+    enabled = tuple(score for score in SCORES if name == "classifier" or score != "class_score")
+    settings = evaluate.Settings(enabled, kernel_subsets=20, allow_singular=True)
     extract = metrics.extractor(space, 64)
-    reference = evaluate.summarize(extract, [real["image"][:half]], half, settings)
+    reference = evaluate.summarize(extract, [test["image"][:half]], half, settings)
     names = evaluate.score_names(space)
-    found[name] = {
+    scores[name] = {
       title: evaluate.score(evaluate.summarize(extract, [images], half, settings), reference, settings, names)
-      for title, images in judged.items()
+      for title, images in image_sets.items()
     }
-  return found
+  return scores
 
 
 def table(rows):
@@ -66,8 +66,8 @@ def table(rows):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--data", default="digits,mnist", help="digits, mnist or both")
-  parser.add_argument("--steps", type=int, default=600, help="of training the classifier")
+  parser.add_argument("--data", default="digits,mnist", help="digits, mnist, or both, separated by a comma")
+  parser.add_argument("--steps", type=int, default=600, help="training steps of the classifier")
   args = parser.parse_args()
   for name in args.data.split(","):
     for space, rows in run({"digits": data.read_digits, "mnist": data.read_mnist}[name](), args.steps).items():

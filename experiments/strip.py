@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
-# Of each figure: the size of a tile in pixels with its margin, and how many columns and rows of tiles to show.
+# The tile size of each figure in pixels, including its margin, and the number of columns and rows of tiles to show.
 PANELS = {
   "guidance_digits": (50, 6, 6),
   "cascade_digits": (34, 6, 6),

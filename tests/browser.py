@@ -1,4 +1,4 @@
-"""The system's Chromium, driven by Playwright."""
+"""Control the system's Chromium with Playwright."""
 
 import contextlib
 import io
@@ -11,36 +11,45 @@ import playwright.sync_api as playwright
 import pytest
 from PIL import Image
 
-# Playwright's own limit is 30 s; a busy machine may draw a page of plots more slowly.
+# A busy machine may need more than Playwright's default limit of 30 s to render a page of plots.
 _PATIENCE_MS = 3_600_000
-_COMPLAINTS = ("error", "warning", "assert")
+_PROBLEMS = ("error", "warning", "assert")
 
 
 class View(NamedTuple):
-  """A page that a browser shows."""
+  """Hold a page that is open in a browser.
+
+  Attributes:
+    page: Playwright's page.
+    errors: the errors and warnings on the console.
+    requests: the URLs that the page requested.
+  """
 
   page: playwright.Page
-  errors: list[str]  # what the console complained of
-  requests: list[str]  # every address that the page asked for
+  errors: list[str]
+  requests: list[str]
 
   def run(self, script):
-    """Return the value of a JavaScript expression, of a promise once it is kept."""
+    """Return the value of a JavaScript expression, after awaiting a promise."""
     return self.page.evaluate(script)
 
   def wait(self, script):
-    """Return once an expression is true. Playwright's own wait evaluates text in the page, which our pages forbid."""
+    """Wait until a JavaScript expression is true.
+
+    Playwright's own wait evaluates text as code in the page, and our pages forbid that.
+    """
     deadline = time.monotonic() + _PATIENCE_MS / 1000
     while not self.run(script):
-      assert time.monotonic() < deadline, f"waited in vain for {script}"
+      assert time.monotonic() < deadline, f"never became true: {script}"
       self.page.wait_for_timeout(50)
 
-  def photograph(self):
-    """Return the window as an array [H, W, 3]."""
+  def screenshot(self):
+    """Return a screenshot of the window as an array [H, W, 3]."""
     return np.asarray(Image.open(io.BytesIO(self.page.screenshot())).convert("RGB"))
 
 
-def find():
-  """Return the path of the system's Chromium or Chrome. Skip the test where there is none."""
+def find_browser():
+  """Return the path of the system's Chromium or Chrome, or skip the test if neither is installed."""
   path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
   if path is None:
     pytest.skip("No Chromium or Chrome on this machine; install one: apt-get install chromium")
@@ -49,9 +58,9 @@ def find():
 
 @contextlib.contextmanager
 def launch():
-  """Start a browser and end it afterwards."""
-  path = find()
-  # Chromium's sandbox does not start for root, as which CI runs.
+  """Start a browser, and stop it at the end of the context."""
+  path = find_browser()
+  # CI runs as root, and Chromium's sandbox does not start for root.
   with (
     playwright.sync_playwright() as driver,
     driver.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=_PATIENCE_MS) as browser,
@@ -60,20 +69,20 @@ def launch():
 
 
 @contextlib.contextmanager
-def show(browser, path, size, *, scheme="light", motion="no-preference"):
-  """Open a file on a screen of this size, with these preferences."""
-  phone = size[0] < 500
+def open_page(browser, path, size, *, scheme="light", motion="no-preference"):
+  """Open a file in a window of a given size, with the user's preferences for colors and motion."""
+  is_phone = size[0] < 500
   with browser.new_context(
     viewport={"width": size[0], "height": size[1]},
-    is_mobile=phone,
-    has_touch=phone,
+    is_mobile=is_phone,
+    has_touch=is_phone,
     color_scheme=scheme,
     reduced_motion=motion,
   ) as context:
     page = context.new_page()
     page.set_default_timeout(_PATIENCE_MS)
     view = View(page, [], [])
-    page.on("console", lambda message: view.errors.append(message.text) if message.type in _COMPLAINTS else None)
+    page.on("console", lambda message: view.errors.append(message.text) if message.type in _PROBLEMS else None)
     page.on("pageerror", lambda error: view.errors.append(str(error)))
     page.on("request", lambda request: view.requests.append(request.url[:200]))
     page.goto(path.as_uri())

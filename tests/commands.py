@@ -1,4 +1,4 @@
-"""The command line as tests run it."""
+"""Run the command line in tests."""
 
 import functools
 import os
@@ -12,50 +12,53 @@ from tests.conftest import CACHE, ROOT
 from tests.flags import FAST_COMPILE, LONG_TIMEOUTS
 
 RECIPE = "--config=tests/recipes.py"
-# The same of a network that compiles at once.
+# The same recipe with a network that compiles at once.
 DENSE = "--config=tests/dense_config.py"
 NOWHERE = "/proc/nowhere"
 
 
 def environment_for(devices):
-  """Return the environment of a command on so many simulated devices."""
+  """Return the environment variables for a command on simulated devices."""
   flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE} {LONG_TIMEOUTS}"
   return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
 
 
 def run_process(*arguments):
-  """Run `python -m ddpm_jax.main` and return its code and its output. It imports everything: a test that needs less takes `call`."""
+  """Run `python -m ddpm_jax.main`, and return its exit code and output. `call` reuses processes, so it is faster."""
   command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": forked.PATIENCE}
-  # XLA cannot dump there, and logs an error for each program.
+  # XLA cannot write its dump there, so it logs an error for each program.
   environment = environment_for(1)
   environment["XLA_FLAGS"] += f" --xla_dump_to={NOWHERE}"
-  del environment["TF_CPP_MIN_LOG_LEVEL"]  # which JAX sets in this process
+  del environment["TF_CPP_MIN_LOG_LEVEL"]  # JAX sets it in this process
   result = subprocess.run(command, cwd=ROOT, env=environment, check=False, **options)
   return result.returncode, result.stdout
 
 
 def start(*arguments, devices=1, **environment):
-  """Start a command in a process of its own."""
+  """Start a command in a new process."""
   return forked.Command([*map(str, arguments)], environment_for(devices) | environment)
 
 
 @functools.cache
 def _server(devices, dense, environment):
-  # One that has run DENSE keeps its network.
+  # A process that has run DENSE keeps its network, so such commands need a separate one.
   return forked.Server(environment_for(devices) | dict(environment))
 
 
 def call(*arguments, devices=1, **environment):
-  """Run a command that ends by itself, in a process that serves all of the same environment. Return its code and its output."""
+  """Run a command to its end, and return its exit code and output.
+
+  Commands with the same environment share a process.
+  """
   if "--mode=plan" in arguments:
-    # It simulates devices, which a process that has used JAX cannot.
+    # This mode sets the number of simulated devices, which must happen before JAX starts.
     return start(*arguments, devices=devices, **environment).finish()
   return _server(devices, DENSE in arguments, tuple(sorted(environment.items()))).call([*map(str, arguments)])
 
 
 def wait_for(path, *commands):
-  """Return once a path exists, or a command has ended."""
+  """Wait until a path exists or one of the commands has ended."""
   deadline = time.monotonic() + forked.PATIENCE
   while not path.exists() and all(command.running() for command in commands):
     assert time.monotonic() < deadline, f"{path} did not appear."
@@ -63,7 +66,7 @@ def wait_for(path, *commands):
 
 
 def assert_refused(code, output, message):
-  """Assert that a command ended with one message, before anything was compiled."""
+  """Assert that a command ended with an error message before it compiled a program."""
   assert code in (1, 2), output
   assert re.search(message, output), output
   assert "Traceback" not in output, output

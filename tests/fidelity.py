@@ -1,4 +1,7 @@
-"""torch-fidelity and clean-fid, whose packages import torchvision, which has no CPU build, for what is not used here."""
+"""Import torch-fidelity and clean-fid without torchvision.
+
+Both packages import torchvision, but the tested functions do not use it. It has no CPU build.
+"""
 
 import contextlib
 import importlib
@@ -10,7 +13,7 @@ import torch
 _PARTS = ("", ".transforms", ".transforms.functional", ".datasets", ".models", ".io", ".ops")
 
 
-class _StandIn(types.ModuleType):
+class _FakeModule(types.ModuleType):
   __path__: list[str] = []
 
   def __getattr__(self, name):
@@ -22,12 +25,12 @@ class _StandIn(types.ModuleType):
 @contextlib.contextmanager
 def _torchvision():
   names = [f"torchvision{part}" for part in _PARTS]
-  before = {name: sys.modules.get(name) for name in names}
-  sys.modules.update({name: _StandIn(name) for name in names})
+  original_modules = {name: sys.modules.get(name) for name in names}
+  sys.modules.update({name: _FakeModule(name) for name in names})
   try:
     yield
   finally:
-    for name, module in before.items():
+    for name, module in original_modules.items():
       if module is None:
         del sys.modules[name]
       else:
@@ -35,23 +38,23 @@ def _torchvision():
 
 
 def import_module(name):
-  """A module of theirs."""
+  """Import a module of torch-fidelity or clean-fid."""
   with _torchvision():
     return importlib.import_module(name)
 
 
 def random_inception(path):
-  """Their Inception network with random weights, which also lie in the file."""
+  """Return the Inception network of torch-fidelity with random weights, and save the weights to a file."""
   module = import_module("torch_fidelity.feature_extractor_inceptionv3")
   network_type = module.FeatureExtractorInceptionV3
   torch.manual_seed(0)
   taps = network_type.get_provided_features_list()
-  own, network_type.load_state_dict = network_type.load_state_dict, lambda self, state: None
+  load_state_dict, network_type.load_state_dict = network_type.load_state_dict, lambda self, state: None
   fetch, module.load_state_dict_from_url = module.load_state_dict_from_url, lambda *_, **__: {}
   try:
     network = network_type("inception-v3-compat", list(taps))
   finally:
-    network_type.load_state_dict, module.load_state_dict_from_url = own, fetch
+    network_type.load_state_dict, module.load_state_dict_from_url = load_state_dict, fetch
   for layer in network.modules():
     if isinstance(layer, torch.nn.BatchNorm2d):
       layer.weight.uniform_(0.5, 1.5)

@@ -1,4 +1,7 @@
-"""The command line in forks of an interpreter that has imported its libraries, which takes longer than most commands."""
+"""Run the command line in forks of an interpreter that has already imported its libraries.
+
+Importing them takes longer than most commands.
+"""
 
 import atexit
 import contextlib
@@ -12,19 +15,19 @@ from pathlib import Path
 _LIBRARIES = ("ddpm_jax.main", "ddpm_jax.runs", "sklearn.metrics", "tensorboardX")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, *_LIBRARIES])
-# Only what hangs takes so long, on a machine of any pace.
+# A timeout in seconds. No command takes this long on any machine unless it hangs.
 PATIENCE = 3600
 
 
 class Command:
-  """One command in a process of its own. It may be sent signals, and ends as `python -m ddpm_jax.main` does."""
+  """Run one command in its own process, equivalent to `python -m ddpm_jax.main`."""
 
   def __init__(self, arguments, environment):
-    self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (it lives as long as the command)
-    self._process = _CONTEXT.Process(target=_alone, args=(arguments, environment, self._output.name))
+    self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (it must exist as long as the command)
+    self._process = _CONTEXT.Process(target=_run_once, args=(arguments, environment, self._output.name))
     self._process.start()
     self.pid = self._process.pid
-    # A test that fails leaves it behind, and this process would wait for it.
+    # Kill the command at exit. After a failed test it may still run, and this process would wait for it.
     atexit.register(self._process.kill)
 
   def running(self):
@@ -34,28 +37,31 @@ class Command:
     os.kill(self.pid, number)
 
   def finish(self):
-    """Wait for its end. Return its exit code, which is negative after a signal that it did not handle, and its output."""
+    """Wait until the command ends, and return its exit code and its output.
+
+    The exit code is negative if a signal ended the process.
+    """
     self._process.join(PATIENCE)
-    hung = self._process.is_alive()
-    if hung:
+    is_hung = self._process.is_alive()
+    if is_hung:
       self._process.kill()
       self._process.join()
     text = Path(self._output.name).read_text(errors="backslashreplace")
-    assert not hung, f"The command hung: {text}"
+    assert not is_hung, f"The command hung: {text}"
     return self._process.exitcode, text
 
 
 class Server:
-  """A process that runs one command after the other, so that JAX starts and compiles its small programs once for all of them."""
+  """Run commands one after the other in one process, so that JAX starts and compiles small programs only once."""
 
   def __init__(self, environment):
-    self._pipe, theirs = _CONTEXT.Pipe()
-    self._process = _CONTEXT.Process(target=_serve, args=(theirs, environment), daemon=True)
+    self._pipe, other_end = _CONTEXT.Pipe()
+    self._process = _CONTEXT.Process(target=_serve, args=(other_end, environment), daemon=True)
     self._process.start()
-    theirs.close()
+    other_end.close()
 
   def call(self, arguments):
-    """Return the exit code and the output of a command."""
+    """Run a command, and return its exit code and its output."""
     with tempfile.NamedTemporaryFile() as output:
       self._pipe.send((arguments, output.name))
       assert self._pipe.poll(PATIENCE), f"The command hung: {Path(output.name).read_text(errors='backslashreplace')}"
@@ -63,20 +69,20 @@ class Server:
       return code, Path(output.name).read_text(errors="backslashreplace")
 
 
-def _alone(arguments, environment, output):
-  _settle(environment)
+def _run_once(arguments, environment, output):
+  _apply_environment(environment)
   _redirect(output)
   try:
     _run(arguments)
   finally:
-    # Which a process that multiprocessing forks leaves out.
+    # A process forked by multiprocessing does not run these functions itself.
     atexit._run_exitfuncs()
 
 
 def _serve(pipe, environment):
   import jax
 
-  _settle(environment)
+  _apply_environment(environment)
   with contextlib.suppress(EOFError):
     for count in range(1, sys.maxsize):
       arguments, output = pipe.recv()
@@ -90,13 +96,13 @@ def _serve(pipe, environment):
       sys.stderr.flush()
       if count % 50 == 0:
         jax.clear_caches()
-      # As in conftest: what exists now need not be searched for garbage again.
+      # Exclude all existing objects from later garbage collections, as in conftest.
       gc.freeze()
       pipe.send(code)
 
 
-def _settle(environment):
-  """Become a process that was started in this environment."""
+def _apply_environment(environment):
+  """Set the environment, the working directory and the JAX options, as in a newly started process."""
   import jax
 
   gc.freeze()
@@ -104,10 +110,10 @@ def _settle(environment):
   os.environ.update(environment)
   os.chdir(Path(__file__).parents[1])
   for name, value in environment.items():
-    # JAX has read these when it was imported.
+    # JAX read these variables when it was imported, so update its config.
     if name.startswith("JAX_") and name.lower() in jax.config.values:
-      switch = isinstance(jax.config.values[name.lower()], bool)
-      jax.config.update(name.lower(), value == "1" if switch else value)
+      is_bool = isinstance(jax.config.values[name.lower()], bool)
+      jax.config.update(name.lower(), value == "1" if is_bool else value)
 
 
 def _redirect(output):
@@ -118,7 +124,7 @@ def _redirect(output):
 
 
 def _run(arguments):
-  """Run the program as `python -m` does."""
+  """Run the command line, equivalent to `python -m ddpm_jax.main`."""
   from ddpm_jax import main
 
   sys.argv = ["ddpm_jax.main", *arguments]

@@ -1,4 +1,4 @@
-"""An objective that uses all that one may: the step, frozen parameters, the average, a memory and parameters of its own."""
+"""Define an objective that uses the step, frozen parameters, the EMA, a memory and extra parameters."""
 
 import functools
 
@@ -29,19 +29,24 @@ def full_objective() -> losses.Objective:
   def loss(trained, context, keys, batch):
     x, level = batch["x"], batch["level"][:, None]
     output = two_layers(trained["model"], x + level * randomness.normal(randomness.fold_in(keys, 1), x.shape))
-    wanted = sum(two_layers(params, x) for params in (context.frozen, context.ema, context.memory["target"]))
-    critic, seen = x @ trained["extra"]["critic"], jax.lax.stop_gradient(output)
+    target = sum(two_layers(params, x) for params in (context.frozen, context.ema, context.memory["target"]))
+    critic, fixed_output = x @ trained["extra"]["critic"], jax.lax.stop_gradient(output)
     scale = 1 / (1 + context.step.astype(x.dtype))
-    error = scale * jnp.square(output - wanted) + jnp.square(critic - seen)
-    each = jnp.mean(error + 0.1 * jnp.square(output - jax.lax.stop_gradient(critic)), 1)
-    return jnp.mean(each), {"loss": each}
+    error = scale * jnp.square(output - target) + jnp.square(critic - fixed_output)
+    losses_by_sample = jnp.mean(error + 0.1 * jnp.square(output - jax.lax.stop_gradient(critic)), 1)
+    return jnp.mean(losses_by_sample), {"loss": losses_by_sample}
 
   def update(key, memory, params, details):
     target = jax.tree.map(lambda old, new: 0.7 * old + 0.3 * new, memory["target"], params)
     return {"target": target, "losses": details["loss"], "offset": jax.random.uniform(key), "key": key}
 
   return losses.Objective(
-    loss, init, prepare, update, lambda details: {"most": jnp.max(details["loss"])}, load=lambda: frozen()["objective"]
+    loss,
+    init,
+    prepare,
+    update,
+    lambda details: {"max_loss": jnp.max(details["loss"])},
+    load=lambda: frozen()["objective"],
   )
 
 
@@ -80,7 +85,7 @@ def batches(count):
 
 
 def leaf_values(tree):
-  """The leaves as NumPy's, keys among them."""
+  """Return the leaves of a tree as NumPy arrays, including keys."""
 
   def data(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

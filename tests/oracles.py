@@ -1,4 +1,4 @@
-"""Data whose denoiser, score and probability flow are known in closed form."""
+"""Provide data distributions with a denoiser, score and probability flow in closed form."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ PROCESSES = {
   "discrete_cosine": processes.discrete(schedules.cosine(1000)),
   "zero_snr": processes.discrete(schedules.zero_terminal_snr(schedules.scaled_linear(1000))),
 }
-# Those at whose t_max nothing is left of the data.
+# Processes without data at t_max.
 ZERO_SNR = ("rectified_flow", "zero_snr")
 PREDICTIONS = {
   "EPS": predictions.EPS,
@@ -33,19 +33,19 @@ PREDICTIONS = {
 
 
 def below_zero_snr(process):
-  """The process up to just before the time at which nothing is left of the data, for predictions that need some."""
+  """End a process just before alpha is 0, for predictions that need alpha above 0."""
   return process._replace(t_max=0.999) if float(process.alpha(process.t_max)) == 0 else process
 
 
 class Mixture(NamedTuple):
-  """A mixture of isotropic Gaussians: weights [K], means [K, D], standard deviations [K]."""
+  """Describe a mixture of isotropic Gaussians by weights [K], means [K, D] and standard deviations [K]."""
 
   weights: np.ndarray
   means: np.ndarray
   stds: np.ndarray
 
   def _posterior(self, process, x, t):
-    """log p(component | x_t) [B, K] but for a constant, and E[x_0 | x_t, component] [B, K, D]."""
+    """Return log p(component | x_t) [B, K] up to a constant, and E[x_0 | x_t, component] [B, K, D]."""
     t = jnp.broadcast_to(t, x.shape[:1])
     values = (value[None] for value in self)
     x, alpha, sigma, weights, means, stds = widen(x, process.alpha(t)[:, None], process.sigma(t)[:, None], *values)
@@ -56,7 +56,7 @@ class Mixture(NamedTuple):
     return log_posterior, means + (alpha * stds**2 / variance)[..., None] * difference
 
   def denoise(self, process):
-    """E[x_0 | x_t], the exact denoiser."""
+    """Return the exact denoiser E[x_0 | x_t]."""
 
     def denoise(x, t):
       log_posterior, x_0 = self._posterior(process, x, t)
@@ -65,11 +65,11 @@ class Mixture(NamedTuple):
     return denoise
 
   def classify(self, process):
-    """Logits of p(component | x_t) [B, K], the exact classifier."""
+    """Return the exact classifier, the logits of p(component | x_t) [B, K]."""
     return lambda x, t: self._posterior(process, x, t)[0]
 
   def moments(self):
-    """The mean [D] and the covariance [D, D]."""
+    """Return the mean [D] and the covariance [D, D]."""
     mean = self.weights @ self.means
     within = self.weights @ self.stds**2 * np.eye(self.means.shape[1])
     return mean, within + (self.means - mean).T @ (self.weights[:, None] * (self.means - mean))
@@ -78,13 +78,18 @@ class Mixture(NamedTuple):
     return self.sample_with_components(rng, count)[0]
 
   def sample_with_components(self, rng, count):
-    """Samples [count, D] and the component of each [count]."""
-    which = rng.choice(len(self.weights), count, p=self.weights)
-    return self.means[which] + self.stds[which, None] * rng.standard_normal((count, self.means.shape[1])), which
+    """Return samples [count, D] and the component of each sample [count]."""
+    components = rng.choice(len(self.weights), count, p=self.weights)
+    return self.means[components] + self.stds[components, None] * rng.standard_normal(
+      (count, self.means.shape[1])
+    ), components
 
 
 def tanh_denoiser(process):
-  """Return an estimate of few operations for rules that run uncompiled: of no data, but bent in x, and another at each noise level."""
+  """Return a cheap denoiser for rules that run uncompiled.
+
+  It belongs to no data, but it is nonlinear in x and depends on the noise level.
+  """
 
   def denoise(x, t):
     scale = jnp.broadcast_to(process.alpha(t) + process.sigma(t), x.shape[:1])
@@ -102,7 +107,10 @@ MIXTURE = Mixture(np.array([0.3, 0.7]), np.array([[-0.7, 0.2], [0.5, -0.4]]), np
 
 
 def gaussian_flow(process, mean, std, x, t, s):
-  """The exact probability flow of N(mean, std^2) data from time t to s: quantiles are carried along."""
+  """Return the exact probability flow of N(mean, std^2) data from time t to s.
+
+  The flow preserves quantiles.
+  """
 
   def marginal_std(u):
     return jnp.sqrt(process.alpha(u) ** 2 * std**2 + process.sigma(u) ** 2)
@@ -111,7 +119,7 @@ def gaussian_flow(process, mean, std, x, t, s):
 
 
 def vp_flow(denoise, shape):
-  """The right side of the probability-flow ODE of the VP SDE as Song et al. print it, for SciPy."""
+  """Return the right-hand side of the probability-flow ODE of the VP SDE (Song et al. 2021), for SciPy."""
 
   def slope(t, flat):
     state = flat.reshape(shape)
@@ -123,7 +131,10 @@ def vp_flow(denoise, shape):
 
 
 def network_of(process, prediction, denoise):
-  """The network whose output, read as `prediction`, is the given denoiser; its label is time itself."""
+  """Return a network with outputs of type `prediction` that represents a denoiser.
+
+  Its time input is t itself.
+  """
 
   def apply(x_in, t):
     coefficients = predictions.coefficients(process, prediction, t, x_in)

@@ -1,4 +1,4 @@
-"""Running diffusers and k-diffusion on the problems of `test_peers`: our denoiser, start, times and noise, in torch."""
+"""Run diffusers and k-diffusion on the problems of `test_peers` with our denoiser, start, times and noise."""
 
 import functools
 import importlib.util
@@ -21,7 +21,10 @@ EDM = processes.edm(0.002, 80.0)
 
 
 def load_k_diffusion():
-  """The file k_diffusion/sampling.py alone: its package imports torchvision and more, of which samplers use one function."""
+  """Load the file k_diffusion/sampling.py without its package.
+
+  The package imports torchvision and more, but the samplers use only one function of these imports.
+  """
   path = Path(importlib.util.find_spec("k_diffusion").origin).with_name("sampling.py")
   source = path.read_text()
   assert source.count("from . import utils") == 1
@@ -35,7 +38,7 @@ k_diffusion = load_k_diffusion()
 
 
 class Doubled:
-  """A module (torch or NumPy) whose `float32` is float64."""
+  """Wrap a module (torch or NumPy) so that its `float32` is float64."""
 
   def __init__(self, module):
     self._module = module
@@ -45,7 +48,10 @@ class Doubled:
 
 
 def noise(dtype, *indices):
-  """What our samplers draw in step i: the key folded with i (and again, by the rule that draws twice a step)."""
+  """Return the noise of our samplers for the indices that are folded into the key.
+
+  The first index is the step. A rule with two noises per step folds a second index.
+  """
   key = functools.reduce(jax.random.fold_in, indices, jax.random.key(SEED))
   return np.asarray(randomness.normal(key, SHAPE, dtype))
 
@@ -56,7 +62,7 @@ def start(process, t, dtype):
 
 
 def trajectory(sampler, process, x, times, data=MIXTURE):
-  """All our states [K + 1, B, D]."""
+  """Run our sampler, and return all its states [K + 1, B, D]."""
   denoise = data.denoise(process)
 
   def run(x):
@@ -66,7 +72,7 @@ def trajectory(sampler, process, x, times, data=MIXTURE):
 
 
 def as_torch(function):
-  """A JAX function of a state and a time as torch sees it."""
+  """Convert a JAX function of a state and a time into a function of torch tensors."""
   compiled = jax.jit(function)
   return lambda x, t: torch.tensor(np.asarray(compiled(x.numpy(), np.asarray(t, x.numpy().dtype))))
 
@@ -82,33 +88,39 @@ def k_model():
 
 
 def run_diffusers(scheduler, process, network, x, times, *, before=None, **options):
-  """The start and the state after each call of the network, which happen at `times`: those of the scheduler's labels."""
+  """Run a scheduler, and return the start and the state after each network call.
+
+  The calls must be at `times`, which must match the scheduler's timesteps.
+  """
   np.testing.assert_allclose(scheduler.timesteps, process.time_input(times), rtol=1e-5, atol=1e-3)
   scale = getattr(scheduler, "scale_model_input", lambda x, time: x)
   states = [torch.tensor(x)]
-  for i, (label, t) in enumerate(zip(scheduler.timesteps, times, strict=True)):
+  for i, (timestep, t) in enumerate(zip(scheduler.timesteps, times, strict=True)):
     if before is not None:
       before(i)
-    output = network(scale(states[-1], label), t)
-    states.append(scheduler.step(output, label, states[-1], return_dict=False, **options)[0])
+    output = network(scale(states[-1], timestep), t)
+    states.append(scheduler.step(output, timestep, states[-1], return_dict=False, **options)[0])
   return np.stack([state.numpy() for state in states])
 
 
-def whole_steps_of_heun(states):
-  """The states after both calls of each step; the last step, to 0, has one call."""
+def states_of_heun_steps(states):
+  """Keep the states after both network calls of each Heun step.
+
+  The last step, to 0, has one call.
+  """
   return np.concatenate([states[::2], states[-1:]])
 
 
-def run_k_diffusion(rule, x, sigmas, draws, **options):
-  """All states of the peer, which uses `draws` in turn.
+def run_k_diffusion(rule, x, sigmas, noises, **options):
+  """Run a rule of k-diffusion with the arrays `noises` in order, and return all its states.
 
-  The rules that may churn ask torch.randn_like for noise and show it the state; the others show it to a callback.
+  Rules with churn pass the state to torch.randn_like. The other rules pass the state to a callback.
   """
-  states, draws = [], iter([torch.tensor(draw) for draw in draws])
+  states, noises = [], iter([torch.tensor(array) for array in noises])
 
   def randn_like(x):
     states.append(x)
-    return next(draws)
+    return next(noises)
 
   with pytest.MonkeyPatch.context() as patch:
     if "s_churn" in inspect.signature(rule).parameters:
@@ -116,27 +128,31 @@ def run_k_diffusion(rule, x, sigmas, draws, **options):
     else:
       options["callback"] = lambda info: states.append(info["x"])
     if "noise_sampler" in inspect.signature(rule).parameters:
-      options["noise_sampler"] = lambda sigma, sigma_next: next(draws)
+      options["noise_sampler"] = lambda sigma, sigma_next: next(noises)
     end = rule(k_model(), torch.tensor(x), torch.tensor(sigmas), disable=True, **options)
   return np.stack([state.numpy() for state in (*states, end)])
 
 
-def draws_of_dpmpp_sde(sigmas, eta, dtype):
-  """What `dpmpp_sde` uses, at unit variance: the noise of the first half, and that of the whole step, which holds it."""
+def noise_of_dpmpp_sde(sigmas, eta, dtype):
+  """Yield the unit-variance noises of each `dpmpp_sde` step, for its first half and for the entire step.
+
+  The noise of the entire step contains the noise of its first half.
+  """
   step = k_diffusion.get_ancestral_step
   for i, (t, s) in enumerate(itertools.pairwise(sigmas[:-1].astype(np.float64))):
     first, second, u = noise(dtype, i, 0), noise(dtype, i, 1), (t * s) ** 0.5
-    up, carried = step(t, s, eta)[1], step(t, u, eta)[1] * step(u, s, eta)[0] / u
+    up, shared_std = step(t, s, eta)[1], step(t, u, eta)[1] * step(u, s, eta)[0] / u
     yield first
-    yield ((carried * first + (up**2 - carried**2) ** 0.5 * second) / up).astype(dtype)
+    yield ((shared_std * first + (up**2 - shared_std**2) ** 0.5 * second) / up).astype(dtype)
 
 
-def third_order_mended():
-  """k-diffusion's DPM-Solver++(3M) with the whole second difference.
+def fixed_dpmpp_3m():
+  """Return k-diffusion's DPM-Solver++(3M) with the correct factor 2 of the second difference.
 
-  With u from 0 to h in lambda, their x_0 is D(u) = D(0) + d1 u/h + d2 (u/h)^2: d2 is h^2 D''/2. The integral of
-  exp(u - h) (u/h)^2 is 1 - 2 phi_2 / h, which is -2 phi_3; they take -phi_3, as do diffusers' multistep rule and its source,
-  the authors' code, where the singlestep rule has the 2. What is missing is of order h^3 in each step.
+  With u from 0 to h in lambda, its x_0 is D(u) = D(0) + d1 u/h + d2 (u/h)^2, with d2 = h^2 D''/2. The integral of
+  exp(u - h) (u/h)^2 is 1 - 2 phi_2 / h = -2 phi_3. k-diffusion uses -phi_3 instead. So do diffusers' multistep rule and
+  its source, the authors' code. The authors' singlestep rule has the factor 2. The missing term is of order h^3 in each
+  step.
   """
   rule = k_diffusion.sample_dpmpp_3m_sde
   source, names = inspect.getsource(rule), dict(vars(k_diffusion))

@@ -1,4 +1,4 @@
-"""Small image data on disk, for the tests of data."""
+"""Write small image files for tests."""
 
 import os
 import struct
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
-  """Random pictures in a folder a class."""
+  """Write random images of every class into a folder per class."""
   rng = np.random.default_rng(0)
   for name in classes:
     (root / name).mkdir(parents=True)
@@ -21,14 +21,17 @@ def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
 
 
 def backdate(root):
-  """Folders as if nothing had changed for an hour: what changed just now is listed again in any case."""
+  """Set the modification times of all folders an hour back.
+
+  Folders that changed just now are always listed again.
+  """
   for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
     old = path.stat().st_mtime_ns - 3600 * 10**9
     os.utime(path, ns=(old, old))
 
 
 def truncate(path):
-  """Cuts a picture's file off."""
+  """Truncate an image file."""
   path.write_bytes(path.read_bytes()[:50])
 
 
@@ -37,7 +40,10 @@ def random_pixels(index, size=6):
 
 
 def write_builder(path, name="Squares", count=7):
-  """A Python file with a TFDS builder, whose image i is `random_pixels(i)` and whose label is i."""
+  """Write a Python file with a TFDS builder.
+
+  Its image i is `random_pixels(i)`, with label i.
+  """
   path.write_text(
     textwrap.dedent(f"""\
       import numpy as np
@@ -64,21 +70,24 @@ def write_builder(path, name="Squares", count=7):
   )
 
 
-def write_png(path, pixels, kind):
-  """A PNG of 16 bits a channel, of any color type: Pillow writes gray ones alone."""
+def write_png(path, pixels, color_type):
+  """Write a PNG with 16 bits per channel and any color type.
+
+  Pillow can write only gray ones.
+  """
 
   def chunk(name, content):
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
   height, width = pixels.shape[:2]
   rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-  header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+  header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
   parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
   path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def write_bomb(path, side):
-  """A PNG of a few hundred bytes that claims to be a huge image."""
+  """Write a PNG of a few hundred bytes with the header of a huge image."""
   write_png(path, np.zeros((1, 1), np.uint16), 0)
   content = bytearray(path.read_bytes())
   content[16:24] = struct.pack(">II", side, side)

@@ -1,4 +1,4 @@
-"""A config small enough to train in seconds."""
+"""Make a config that is small enough to train in seconds."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def tiny_config() -> ConfigDict:
   config.data.update({"image_size": 8, "channels": 1, "flip": False, "hold_out": 100})
   config.model.prediction = spec("predictions.V")
   config.objective.weighting = spec("losses.snr_plus_one")
-  # One level without attention compiles soonest; `LEVELS` adds both.
+  # One level without attention compiles fastest. `LEVELS` adds a level and attention.
   config.model.network.update({"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "dropout": 0.0})
   config.model.network.update({"attention_levels": (), "middle_attention": False})
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 5})
@@ -33,39 +33,42 @@ def tiny_config() -> ConfigDict:
 
 
 def set_keys(config: ConfigDict, **keys) -> ConfigDict:
-  """Set keys of a config, `sampling__num_steps=3` for sampling.num_steps, and return it; components and sections are replaced."""
+  """Set keys of a config and return it: `sampling__num_steps=3` sets sampling.num_steps.
+
+  A component or section is replaced as a unit.
+  """
   for name, value in keys.items():
     *path, last = name.split("__")
     section = config
-    for one in path:
-      section = section[one]
+    for key in path:
+      section = section[key]
     section[last] = value
   return config
 
 
 def tree_of(config: ConfigDict) -> configs.Tree:
-  """Return the whole tree of a config, as the command line makes it."""
+  """Expand a config into a tree."""
   return configs.to_tree(config)
 
 
 def experiment_of(config: ConfigDict) -> configs.Experiment:
-  """Return what a config stands for."""
+  """Build the experiment of a config."""
   return configs.build(tree_of(config))
 
 
 def get_config() -> ConfigDict:
-  """So that the command line can name this file."""
+  """Return the tiny config, so that this file is a recipe."""
   if "DIE_AFTER_STEP" in os.environ:
-    _die(int(os.environ["DIE_AFTER_STEP"]), Path(os.environ["DIE_ONCE_EXISTS"]))
+    _kill_after(int(os.environ["DIE_AFTER_STEP"]), Path(os.environ["DIE_ONCE_EXISTS"]))
   return tiny_config()
 
 
 def kill_environment(path, step):
-  """Return the environment in which a run of `get_config` kills itself: when it logs this step, once a path exists."""
+  """Return environment variables that make a run kill itself when it logs this step and a path exists."""
   return {"DIE_AFTER_STEP": str(step), "DIE_ONCE_EXISTS": str(path)}
 
 
-def _die(step, path):
+def _kill_after(step, path):
   from ddpm_jax.storage import records
 
   def scalars(self, number, values):
@@ -73,13 +76,13 @@ def _die(step, path):
       while not path.exists():
         time.sleep(0.01)
       os.kill(os.getpid(), signal.SIGKILL)
-    own(self, number, values)
+    original(self, number, values)
 
-  own, records.MetricLog.scalars = records.MetricLog.scalars, scalars
+  original, records.MetricLog.scalars = records.MetricLog.scalars, scalars
 
 
 def newest_state(folder):
-  """Every leaf of a run's newest checkpoint, keys as numbers, whole on one device."""
+  """Return the train state of a run's newest checkpoint on one device, with keys as numbers."""
   import jax
 
   from ddpm_jax import training

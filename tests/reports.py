@@ -1,4 +1,4 @@
-"""What a report of real digits shows, as full as it can be."""
+"""Build the content of a report of real digits, with every section."""
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -7,14 +7,14 @@ from ddpm_jax import report
 
 
 def digits():
-  """All of scikit-learn's digits as uint8 [N, 8, 8, 1], and their classes."""
+  """Return scikit-learn's digits as uint8 [N, 8, 8, 1], and their classes [N]."""
   data = load_digits()
   return np.rint(data.images / 16 * 255).astype(np.uint8)[..., None], data.target
 
 
 def scores(distance):
-  rest = {"precision": 0.97, "recall": 0.9, "density": 1.01, "coverage": 0.93, "odd_score": 4.0}
-  return {"frechet_distance": distance, "kid": 0.0031, "kid_std": 0.0011, **rest}
+  constant = {"precision": 0.97, "recall": 0.9, "density": 1.01, "coverage": 0.93, "odd_score": 4.0}
+  return {"frechet_distance": distance, "kid": 0.0031, "kid_std": 0.0011, **constant}
 
 
 def evaluation():
@@ -47,9 +47,9 @@ def metrics(count=120):
   for step in range(10, 10 * count + 1, 10):
     loss = (0.25 + np.exp(-step / 150)) * (1 + 0.05 * rng.normal())
     levels = {"above_5": 1.9, "-5_to_0": 0.8, "below_-5": 0.5, "0_to_5": 1.0}
-    line = {f"loss_by_log_snr/{name}": loss * share for name, share in levels.items()}
+    by_level = {f"loss_by_log_snr/{name}": loss * share for name, share in levels.items()}
     lines.append(
-      {"step": step, "loss": loss, "grad_norm": loss / 2, "learning_rate": 1e-3, "images_per_second": 330.0} | line
+      {"step": step, "loss": loss, "grad_norm": loss / 2, "learning_rate": 1e-3, "images_per_second": 330.0} | by_level
     )
   return [*lines, {"step": 10 * count, "eval/frechet_distance": 0.73}]
 
@@ -63,7 +63,10 @@ def schedule():
 
 
 def neighbors(copied=1):
-  """Real digits as samples, beside others of them; of the first `copied` the nearest is the same image."""
+  """Return digits as samples, with other digits as neighbors.
+
+  The first `copied` samples are equal to their nearest neighbor.
+  """
   images, _ = digits()
   distances = np.sort(np.random.default_rng(0).uniform(1.6, 3, (8, 3)), axis=1)
   distances[:copied, 0] = 0.1
@@ -81,7 +84,8 @@ def denoising(frames=9, count=6):
 
 
 def content(**changes):
-  images, labels = digits()
+  """Return content for every section, with some fields replaced."""
+  images, classes = digits()
   frames, times = denoising()
   source = {"component": "data.folder", "path": "/data/digits"}
   network = {"component": "networks.UNet", "multipliers": [1, 2, 2]}
@@ -91,7 +95,7 @@ def content(**changes):
     evaluation=evaluation(),
     config={"seed": 0, "data": {"source": source}, "model": {"network": network}, "sampler": None},
     samples=images[:500],
-    classes=labels[:500],
+    classes=classes[:500],
     denoising=frames,
     denoising_times=times,
     metrics=metrics(),
@@ -103,5 +107,5 @@ def content(**changes):
 
 
 def bare():
-  """The least that makes a page."""
+  """Return the minimal content of a page."""
   return report.Content("bare", [], {}, {}, np.zeros((0, 8, 8, 1), np.uint8))

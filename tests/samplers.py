@@ -1,4 +1,4 @@
-"""Every sampler under test: how it is made, the order it claims, and how the tests walk over them."""
+"""List all samplers under test with their orders, and provide helpers to run them."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ STOCHASTIC = {
     sampling.heun(process, s_churn=10.0), process, snr=0.05
   ),
 }
-# Rules of the second order in the network's estimate, which need fewer steps than the first.
+# Rules of second order in the network's estimate. They need fewer steps than rules of first order.
 SECOND_ORDER_STOCHASTIC = (
   "heun_churn",
   "dpmpp_2s_ancestral",
@@ -65,16 +65,17 @@ SECOND_ORDER_STOCHASTIC = (
   "langevin_unipc",
   "langevin_heun_churn",
 )
-# Which `test_rules_that_are_one` shows to be another one on every process: the long laws leave them out.
+# `test_equal_rules` shows that each of these equals another rule on every process. The long tests leave them out.
 DUPLICATES = ("euler", "dpm_solver_1", "deis_1", "ddim_one", "euler_ancestral")
-# `denoise` is here a consistency function, so the laws of the others do not apply to it; the contract does.
+# The `denoise` of multistep_consistency is a consistency function, so only the tests of the common contract apply to
+# it.
 SAMPLERS = (
   {name: make for name, (make, _) in ORDERS.items()}
   | STOCHASTIC
   | {"multistep_consistency": sampling.multistep_consistency}
 )
 DISTINCT = [name for name in SAMPLERS if name not in DUPLICATES]
-# One process of each kind: tied alpha and sigma, a fixed alpha, a straight path, a table that ends at zero SNR.
+# One process of each kind: variance-preserving, constant alpha, straight path, and a discrete process with zero SNR.
 KINDS = ("vp", "edm", "rectified_flow", "zero_snr")
 REPRESENTATIVE = ("ancestral", "heun", "dpmpp_3m", "unipc_3")
 
@@ -85,32 +86,31 @@ def rotate(names, processes):
 
 
 def mark_slow(pairs, default):
-  """Turn pairs (sampler, process) into parameters of a test, of which all outside `default` are slow."""
+  """Return test parameters for pairs (sampler, process), with all pairs outside `default` marked as slow."""
   return [pytest.param(*pair, id="-".join(pair), marks=() if pair in default else pytest.mark.slow) for pair in pairs]
 
 
 def on_processes(names):
-  """Pair samplers with processes, as parameters of a test: by default few pairs, and with `-m slow` the rest of the product.
+  """Pair samplers with processes as test parameters, most of them marked as slow.
 
-  The product has all rules on a process of each kind and a few rules on every process: a rule knows only alpha and sigma.
-  By default each rule has one of the kinds, in rotation, and each other process has one of the few rules.
+  The product has all rules on one process of each kind, and a few representative rules on every process. This is
+  enough, because a rule depends only on alpha and sigma. By default, each rule runs on one of the kinds in rotation,
+  and each other process runs one of the representative rules.
   """
-  few, others = (
-    [name for name in names if name in REPRESENTATIVE],
-    [process for process in PROCESSES if process not in KINDS],
-  )
-  default = rotate(names, KINDS) | {(name, process) for process, name in rotate(others, few)}
+  representative = [name for name in names if name in REPRESENTATIVE]
+  other_processes = [process for process in PROCESSES if process not in KINDS]
+  default = rotate(names, KINDS) | {(name, process) for process, name in rotate(other_processes, representative)}
   pairs = [(name, process) for process in PROCESSES for name in names if process in KINDS or name in REPRESENTATIVE]
   return mark_slow(pairs, default)
 
 
 def jitted(sampler, denoise, *, compiler_options=None, **kwargs):
-  """Return `sample` of one rule as a jitted function of (key, x, times), for calls that share the compiled program."""
+  """Return `sample` for one rule as a jitted function of (key, x, times), to share the compiled program."""
 
-  def draw(key, x, times):
+  def sample(key, x, times):
     return sampling.sample(key, sampler, denoise, x, times, **kwargs)
 
-  return jax.jit(draw, compiler_options=compiler_options)
+  return jax.jit(sample, compiler_options=compiler_options)
 
 
 def run(sampler, denoise, x, times, key=None, **kwargs):
@@ -119,41 +119,45 @@ def run(sampler, denoise, x, times, key=None, **kwargs):
 
 
 def run_many(*arguments):
-  """Run `sample` on so many samples or steps that optimizing the program pays."""
+  """Run `sample` with an optimized program, for many samples or steps."""
   return run(*arguments, compiler_options=OPTIMIZED)
 
 
 def run_uncompiled(sampler, denoise, x, times, key=None, **kwargs):
-  """Run `sample` one operation at a time: up to some twenty steps that costs less than compiling a program."""
+  """Run `sample` one operation at a time, without compiling.
+
+  This is faster than compiling for up to about twenty steps.
+  """
   with jax.disable_jit():
     return sampling.sample(jax.random.key(0) if key is None else key, sampler, denoise, x, times, **kwargs)
 
 
 def run_from_exact_start(sampler, denoise, states, times, steps):
-  """Take `steps` steps of a deterministic rule whose first steps are replaced by exact `states`, and return the last state.
+  """Take `steps` steps of a deterministic rule from exact first states, and return the last state.
 
-  That is how the order of a multistep rule is defined: its first steps, of lower order, would hide it. Only the start is
-  exact if `states` has one entry.
+  The entries of `states` replace the start and the results of the first steps. The order of a multistep rule is defined
+  this way, because its first steps have lower order and would dominate the error.
   """
   key = jax.random.key(0)
 
   def body(k, carry):
     x, memory = sampler.step(randomness.fold_in(key, k), denoise, *carry, times[k], times[k + 1])
     x = jnp.where(k + 1 < len(states), states[jnp.minimum(k + 1, len(states) - 1)], x)
-    if hasattr(memory, "predicted"):  # UniPC compares its prediction with where the next step starts
+    if hasattr(memory, "predicted"):  # UniPC compares its prediction with the start of the next step
       memory = memory._replace(predicted=x)
     return x, memory
 
-  # A loop of traced length: one program serves all numbers of steps.
+  # A loop of traced length lets all numbers of steps share one program.
   return jax.lax.fori_loop(0, steps, body, (states[0], sampler.init(states[0])))[0]
 
 
 def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3)):
-  """Return the mean and the variance after `steps` steps from a Gaussian, of a sampler of Gaussian data in one dimension.
+  """Return the mean and variance after `steps` steps of a sampler, for one-dimensional Gaussian data and start.
 
-  There a step is affine in the state and in each noise, so probes give both moments without any samples: one from the mean
-  without noise, one from a standard deviation away, and one with 1 in the place of each noise. A key is here the path of the
-  integers that were folded into it, each below a digit less 1: draws by one key are one noise, as they are in fact.
+  A step is then affine in the state and in each noise, so a few probe rows give both moments without sampling. The
+  first row starts at the mean without noise. The second row starts one standard deviation above it. Each further row
+  starts at the mean and sets one noise to 1. A key is represented by the tuple of integers that were folded into it, so
+  equal keys give equal noise. The integers at position i are below `digits[i] - 1`.
   """
   rows = jnp.arange(2 + (len(times) - 1) * math.prod(digits))
 
@@ -161,9 +165,9 @@ def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3))
     return (*key, data)
 
   def normal(key, shape, dtype):
-    index, *rest = key
-    assert len(rest) <= len(digits)
-    for digit, data in itertools.zip_longest(digits, rest, fillvalue=-1):
+    index, *folded = key
+    assert len(folded) <= len(digits)
+    for digit, data in itertools.zip_longest(digits, folded, fillvalue=-1):
       index = index * digit + data + 1
     return (rows == 2 + index).astype(dtype).reshape(shape)
 
@@ -179,12 +183,12 @@ def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3))
 
 
 def padded(times, size):
-  """Put a grid at the front of an array of a fixed size."""
+  """Pad a grid with zeros to a fixed size."""
   return jnp.pad(jnp.asarray(times), (0, size - len(times)))
 
 
 def grid_for(process, steps):
-  """Return a grid that suits every rule on a process: closer steps where its noise is small."""
+  """Return a grid for all rules on a process, with smaller steps at low noise."""
   if process.num_steps is None and process.t_max > 1:
     return sampling.grids.karras(process, steps)
   if float(process.alpha(process.t_max)) == 0:

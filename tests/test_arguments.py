@@ -1,4 +1,4 @@
-"""Arguments of a wrong kind: one message that says what was given, what is expected and what to do, before anything is traced."""
+"""Check that an argument of a wrong type gives one clear message before anything is traced."""
 
 import re
 
@@ -156,14 +156,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_kind_is_one_message(name):
+def test_an_argument_of_a_wrong_type_gives_one_message(name):
   call, message = WRONG[name]
   with pytest.raises(ValueError, match=re.escape(message)):
     call()
 
 
-def test_every_public_function_of_a_noun_checks_it():
-  """None is forgotten: all that take a process, a prediction or a sampler refuse a string in its place."""
+def test_every_public_function_with_a_noun_checks_its_arguments():
+  """All functions that take a process, a prediction or a sampler have the decorator."""
   nouns = {processes.Process, predictions.Prediction, sampling.Sampler}
   for package in (predictions, guidance, losses, sampling, sampling.grids, editing, likelihood):
     public = getattr(package, "__all__", None) or [
@@ -177,7 +177,7 @@ def test_every_public_function_of_a_noun_checks_it():
         assert hasattr(function, "__wrapped__"), f"{package.__name__}.{name} lacks @check_types"
 
 
-def test_numbers_and_arrays_of_every_kind_pass():
+def test_numbers_and_arrays_of_every_type_are_accepted():
   @check_types
   def function(process: processes.Process, x: jax.Array, eta: float = 0.0, t: float | None = None, name: str = ""):
     return eta

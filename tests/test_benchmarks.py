@@ -1,4 +1,4 @@
-"""The benchmarks: how they time and reckon, and all that compares with a peer from start to end, in small."""
+"""Test the timing code of the benchmarks, and run small versions of the benchmarks."""
 
 import functools
 import importlib
@@ -28,16 +28,16 @@ TINY = f"--config={FOLDER / 'tiny.py'}"
 
 @pytest.fixture
 def script(monkeypatch):
-  """A benchmark as a module, beside those that it imports."""
+  """Return a function that imports a benchmark as a module."""
   monkeypatch.syspath_prepend(str(FOLDER))
-  # It would change how this process allocates and runs what comes after.
+  # The real function would change the allocator of this process for later tests.
   monkeypatch.setattr(heap, "keep_freed_memory", lambda: False)
   return importlib.import_module
 
 
 @pytest.fixture
 def run(script, monkeypatch, capsys):
-  """What a benchmark prints that is called with these options, in this process."""
+  """Return a function that runs a benchmark in this process and returns its output."""
 
   def run(name, *options):
     monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
@@ -47,23 +47,23 @@ def run(script, monkeypatch, capsys):
   return run
 
 
-def test_contenders_run_there_and_back_each_after_a_call_that_is_not_timed(script):
+def test_functions_run_forward_and_backward_after_untimed_calls(script):
   timing, calls = script("timing"), []
-  times = timing.in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2, quiet=True)
+  times = timing.time_alternately({name: lambda name=name: calls.append(name) for name in "ab"}, 2, quiet=True)
   assert "".join(calls) == "ab" + 2 * "aabbbbaa"
   assert [len(values) for values in times.values()] == [2, 2]
   calls.clear()
-  timing.in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 1, settle=False, quiet=True)
+  timing.time_alternately({name: lambda name=name: calls.append(name) for name in "ab"}, 1, warm_up=False, quiet=True)
   assert "".join(calls) == "ab" + "abba"
 
 
-def test_the_ratio_is_that_of_neighbors(script):
-  # A machine that slows down to a tenth: each round still says 2.
+def test_the_ratio_compares_times_of_the_same_round(script):
+  # The machine slows down by a factor of ten, but the ratio is 2 in each round.
   times = {"ours": [2.0, 20.0, 4.0], "theirs": [1.0, 10.0, 2.0]}
   assert script("timing").ratio(times, "ours", "theirs") == (2.0, 2.0, 2.0)
 
 
-def test_communication_hides_from_the_batch_that_the_roofline_says(script):
+def test_computation_hides_communication_from_the_batch_size_of_the_roofline(script):
   scaling = script("scaling")
   work = scaling.work_of(scaling.load(ROOT / "configs" / "cifar10_vp.py"))
   alone, *rows = scaling.roofline(work, "v5e", 1024)
@@ -78,15 +78,15 @@ def test_communication_hides_from_the_batch_that_the_roofline_says(script):
     short = next(r for r in scaling.roofline(work, "v5e", batch - count) if r["chips"] == count)
     assert enough["computing_seconds"] >= enough["communication_seconds"]
     assert short["computing_seconds"] < short["communication_seconds"]
-  # While communication hides, a million images cost what they cost on one chip.
+  # While communication is hidden, a million images cost the same as on one chip.
   costs = [row["chip_seconds_per_million"] for row in (alone, *rows)]
   assert costs == sorted(costs)
   np.testing.assert_allclose(costs[1], costs[0])
 
 
 def test_devices_share_the_work(run, tmp_path):
-  text = run("scaling.py", "--devices=2", TINY, "--recipes=digits_vp.py", f"--json={tmp_path / 'figures.json'}")
-  rows = json.loads((tmp_path / "figures.json").read_text())["simulated"]
+  text = run("scaling.py", "--devices=2", TINY, "--recipes=digits_vp.py", f"--json={tmp_path / 'results.json'}")
+  rows = json.loads((tmp_path / "results.json").read_text())["simulated"]
   assert [(row["devices"], row["fsdp"]) for row in rows] == [(1, 1), (2, 1), (2, 2)]
   assert "2 | 2" in text
   assert rows[2]["state_bytes"] < 0.6 * rows[0]["state_bytes"]
@@ -95,28 +95,28 @@ def test_devices_share_the_work(run, tmp_path):
 
 @pytest.fixture
 def quick(script, run, tmp_path, monkeypatch):
-  """The figures of a benchmark as `gpu.py --quick` runs it."""
+  """Return a function that runs a benchmark of `gpu.py --quick` and returns its results."""
   monkeypatch.setattr(script("timing"), "matmul_peak", functools.partial(script("timing").matmul_peak, size=256))
 
   def quick(name):
     benchmark, *options = script("gpu").QUICK[name]
-    run(benchmark, *options, f"--json={tmp_path / 'figures.json'}")
-    return json.loads((tmp_path / "figures.json").read_text())
+    run(benchmark, *options, f"--json={tmp_path / 'results.json'}")
+    return json.loads((tmp_path / "results.json").read_text())
 
   return quick
 
 
-def test_networks_are_timed_beside_the_peer_s_after_their_outputs_are_compared(quick):
-  figures = quick("unet_ddpm")
-  assert [(row["pass"], row["batch"]) for row in figures["rows"]] == [
+def test_networks_are_compared_and_timed_with_the_peer(quick):
+  results = quick("unet_ddpm")
+  assert [(row["pass"], row["batch"]) for row in results["rows"]] == [
     (name, batch) for batch in (2, 4) for name in ("forward", "train step")
   ]
-  for row in figures["rows"]:
+  for row in results["rows"]:
     assert all(share > 0 for share in row["utilization"].values())
-  assert figures["machine"]["JAX"] == jax.__version__
+  assert results["machine"]["JAX"] == jax.__version__
 
 
-def test_sampling_is_timed_beside_the_peer_s(quick):
+def test_sampling_is_timed_with_the_peer(quick):
   rows = quick("sampling_ddpm")["rows"]
   assert [row["task"] for row in rows] == ["DDIM, 50 steps", "DPM-Solver++(2M), 20 steps"]
   assert all(row["ratio"]["eager"][1] > 0 for row in rows)
@@ -124,34 +124,34 @@ def test_sampling_is_timed_beside_the_peer_s(quick):
 
 @pytest.fixture
 def optimized(monkeypatch):
-  """Programs that XLA optimizes, for what trains longer than it compiles."""
-  own = parallel.compiler_options
-  monkeypatch.setattr(parallel, "compiler_options", lambda *args, **kwargs: own(*args, **kwargs) | OPTIMIZED)
+  """Let XLA optimize programs, for tests that train longer than they compile."""
+  original = parallel.compiler_options
+  monkeypatch.setattr(parallel, "compiler_options", lambda *args, **kwargs: original(*args, **kwargs) | OPTIMIZED)
 
 
 @pytest.fixture
 def smaller(script, monkeypatch):
-  """Has a benchmark of no particular network take the smallest."""
+  """Return a function that gives a benchmark a tiny network."""
 
   def smaller(name):
-    least = {"channels": 8, "groups": 8, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
-    monkeypatch.setattr(script(name), "UNet", lambda **options: UNet(**options | least))
+    tiny = {"channels": 8, "groups": 8, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
+    monkeypatch.setattr(script(name), "UNet", lambda **options: UNet(**options | tiny))
 
   return smaller
 
 
 def test_the_overhead_of_sampling_is_timed(quick, smaller):
   smaller("sampling_overhead")
-  figures = quick("overhead")
-  assert figures["evaluations"] == {"heun": 11}
-  assert figures["ratios"]["heun"][1] > 0
+  results = quick("overhead")
+  assert results["evaluations"] == {"heun": 11}
+  assert results["ratios"]["heun"][1] > 0
 
 
 def test_the_rates_and_the_wait_for_input_are_timed(quick, smaller, optimized):
   smaller("input")
-  figures = quick("input")
-  assert all(rate > 0 for of_source in figures["records_per_second"].values() for rate in of_source.values())
-  assert all(0 <= share <= 1 for share in figures["wait"].values())
+  results = quick("input")
+  assert all(rate > 0 for rates in results["records_per_second"].values() for rate in rates.values())
+  assert all(0 <= share <= 1 for share in results["wait"].values())
 
 
 def test_memory_is_compiled(quick, script, monkeypatch):
@@ -160,7 +160,7 @@ def test_memory_is_compiled(quick, script, monkeypatch):
   assert row["compiled"] > row["state"]
 
 
-def test_one_command_runs_every_benchmark_and_says_which_failed(script, run, tmp_path, monkeypatch):
+def test_one_command_runs_all_benchmarks_and_reports_failures(script, run, tmp_path, monkeypatch):
   gpu = script("gpu")
   assert set(gpu.QUICK) <= set(gpu.RUNS)
   (tmp_path / "good.py").write_text(
@@ -176,7 +176,7 @@ def test_one_command_runs_every_benchmark_and_says_which_failed(script, run, tmp
   }  # fmt: skip
 
 
-def test_the_gpu_benchmark_ends_in_time_with_what_it_has(script, run, tmp_path, monkeypatch):
+def test_the_gpu_benchmark_keeps_partial_results_at_the_time_limit(script, run, tmp_path, monkeypatch):
   gpu = script("gpu")
   (tmp_path / "long.py").write_text(
     "import sys, time; open(sys.argv[-1].partition('=')[2], 'w').write('1'); print('a row', flush=True); time.sleep(3600)"
@@ -184,18 +184,18 @@ def test_the_gpu_benchmark_ends_in_time_with_what_it_has(script, run, tmp_path, 
   monkeypatch.setattr(gpu, "HERE", tmp_path)
   monkeypatch.setattr(gpu, "QUICK", {"first": ("long.py",), "second": ("long.py",)})
   text = run("gpu.py", "--quick", f"--output={tmp_path / 'out'}", "--minutes=0.02")
-  assert "out of time, with the figures measured by then: first, second" in text
+  assert "stopped at the time limit, with partial results: first, second" in text
   assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
     "first.txt": "a row\n",
     "first.json": "1",
   }
-  with pytest.raises(SystemExit, match="Got --minutes=0; expected more than 0"):
+  with pytest.raises(SystemExit, match="Got --minutes=0; expected a number above 0"):
     run("gpu.py", f"--output={tmp_path / 'out'}", "--minutes=0")
 
 
 @pytest.mark.slow
-def test_what_the_gpu_benchmark_runs_runs_in_small(tmp_path):
-  """The same scripts, each in a process of its own, as a reader starts them."""
+def test_the_gpu_benchmark_runs_in_processes(tmp_path):
+  """The quick version runs every script in a new process, as on the command line."""
   environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
   command = [sys.executable, str(FOLDER / "gpu.py"), "--quick", f"--output={tmp_path}"]
   result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -222,19 +222,19 @@ def get_config():
 @pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script, run, optimized, tmp_path, monkeypatch):
   monkeypatch.setattr(script("learning_curve"), "LOG_EVERY", 20)
-  # Pixels in the place of the features of a classifier, which would have to be trained.
+  # Use pixels as features, to avoid training a classifier.
   monkeypatch.setattr(metrics, "train_classifier", lambda *args, **kwargs: None)
   monkeypatch.setattr(metrics, "classifier_space", lambda params, classes: metrics.pixel_space())
   (tmp_path / "tiny.py").write_text(SMALL_BATCHES)
   options = [f"--config={tmp_path / 'tiny.py'}", "--steps=40", "--parts=2", "--samples=100", f"--seeds={seeds}"]
-  run("learning_curve.py", *options, f"--output={tmp_path}", f"--json={tmp_path / 'figures.json'}")
-  runs = json.loads((tmp_path / "figures.json").read_text())["runs"]
+  run("learning_curve.py", *options, f"--output={tmp_path}", f"--json={tmp_path / 'results.json'}")
+  runs = json.loads((tmp_path / "results.json").read_text())["runs"]
   curves = [{name: np.array(points)[:, 2] for name, points in one["losses"].items()} for one in runs]
   assert len(curves) == seeds
-  # Another seed is another run.
+  # Another seed gives another run.
   assert all(not np.allclose(curves[0]["ddpm_jax"], other["ddpm_jax"], rtol=1e-3) for other in curves[1:])
   for one, by_name in zip(runs, curves, strict=True):
-    # Means of 20 steps of the same loss, of other noise.
+    # Both losses are means over 20 steps, with different noise.
     np.testing.assert_allclose(by_name["ddpm_jax"], by_name["diffusers"], rtol=0.1)
     for name, loss in by_name.items():
       assert loss[-1] < loss[0], name
@@ -242,57 +242,58 @@ def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script,
   assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
 
 
-def test_fed_the_same_both_trainers_take_the_same_steps(script, tmp_path):
-  """The same images, times and noise: the same losses, and in the end the same averages, to rounding."""
+def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
+  """With the same images, times and noise, losses and final EMA parameters agree up to rounding."""
   curve = script("learning_curve")
   experiment = curve.load(FOLDER / "tiny.py")
   source, _ = reading.read_data(experiment)
   ours, process = curve.Ours(experiment, source), experiment.model.process
   interop.diffusers.save(tmp_path, experiment.model, ours.state.params)
   theirs = curve.Theirs(experiment, source, tmp_path, "cpu", False)
-  # Its first step has a rate of 0, ours the first share of the warm-up. Without gradients nothing is changed.
+  # Their first step has learning rate 0, ours has the first value of the warm-up. A step without gradients advances
+  # their schedule and changes no weights.
   theirs.optimizer.step()
   theirs.rate.step()
   state, key, start = ours.state, jnp.copy(ours.state.key), jax.tree.map(np.array, ours.state.params)
-  draw = jax.jit(sample_noisy, static_argnums=(1, 3))
+  sample = jax.jit(sample_noisy, static_argnums=(1, 3))
   times = losses.uniform(process)
   for step in range(20):
     batch = next(ours.batches)
     image = np.asarray(batch["image"])
     keys = randomness.sample_keys(jax.random.fold_in(key, step), jnp.arange(len(image)))
-    t, _, noise, _ = draw(keys, process, image, times)
-    state, found = ours.step(state, batch)
-    label = torch.tensor(np.rint(np.asarray(t) * 1000).astype(int) - 1)
-    loss = theirs.step(*(torch.tensor(np.moveaxis(np.asarray(value), -1, 1)) for value in (image, noise)), label)
-    np.testing.assert_allclose(found["loss"], float(loss), rtol=2e-5)
+    t, _, noise, _ = sample(keys, process, image, times)
+    state, step_metrics = ours.step(state, batch)
+    step_index = torch.tensor(np.rint(np.asarray(t) * 1000).astype(int) - 1)
+    loss = theirs.step(*(torch.tensor(np.moveaxis(np.asarray(value), -1, 1)) for value in (image, noise)), step_index)
+    np.testing.assert_allclose(step_metrics["loss"], float(loss), rtol=2e-5)
   averages = theirs.params()
   jax.tree.map(
-    lambda found, wanted: np.testing.assert_allclose(found, wanted, atol=1e-5),
+    lambda actual, expected: np.testing.assert_allclose(actual, expected, atol=1e-5),
     ema.ema_params(state.opt_state),
     averages,
   )
-  # More than rounding of where they began.
-  moved = jax.tree.map(lambda found, wanted: np.abs(found - wanted).max(), averages, start)
-  assert max(jax.tree.leaves(moved)) > 5e-3
+  # The parameters have changed by more than rounding errors.
+  change = jax.tree.map(lambda end, start: np.abs(end - start).max(), averages, start)
+  assert max(jax.tree.leaves(change)) > 5e-3
 
 
-def test_traffic_of_a_part_and_of_a_recipe(run, tmp_path):
-  """On one chip of a TPU that is not there: the least bytes of a convolution, and no operation that is in no list."""
+def test_traffic_of_a_block_and_of_a_recipe(run, tmp_path):
+  """The minimum traffic of a convolution and of a recipe is correct on a simulated TPU chip."""
   text = run(
     "traffic.py", "--parts=convolution", "--types=bfloat16", "--images=2", "--operations=1", f"--json={tmp_path / 'a'}"
   )
   (row,) = json.loads((tmp_path / "a").read_text())["rows"]
   data, kernel = 2 * 16 * 16 * 256 * 2, (9 * 256 + 1) * 256 * 2
-  # The data, the result and both their gradients; the weights.
-  assert row["least"] == 4 * data + kernel
-  # The weights, read twice, and their gradients lie in memory in float32.
-  assert row["least"] < row["memory"] < row["least"] + 6 * kernel
+  # The input, the result, the gradients of both, and the weights.
+  assert row["minimum"] == 4 * data + kernel
+  # The program also reads the weights twice in float32 and writes their gradients.
+  assert row["minimum"] < row["memory"] < row["minimum"] + 6 * kernel
   assert row["xla"] >= row["memory"]
   assert "M cycles" in text
   run("traffic.py", "--types=float32", "--batch=8", str(FOLDER / "tiny.py"), f"--json={tmp_path / 'b'}")
   (row,) = json.loads((tmp_path / "b").read_text())["rows"]
-  assert row["what"] == "tiny.py"
-  # Of what a small network keeps, most stays on the chip.
+  assert row["program"] == "tiny.py"
+  # Most activations of a small network stay in on-chip memory.
   assert 0 < row["memory"] < row["xla"]
   with pytest.raises(SystemExit, match="Got --parts=nothing; expected some of normalization"):
     run("traffic.py", "--parts=nothing")

@@ -51,15 +51,15 @@ def save(folder, *steps, **options):
 
 def restore(folder, *, step=None, devices=1, names=("params", "training")):
   checkpoints = checkpoint.Checkpoints(folder)
-  wanted = template(make_items(), devices)
+  templates = template(make_items(), devices)
   try:
-    return checkpoints.restore({name: wanted[name] for name in names}, step)
+    return checkpoints.restore({name: templates[name] for name in names}, step)
   finally:
     checkpoints.close()
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_everything_comes_back(tmp_path, devices):
+def test_save_and_restore_round_trip(tmp_path, devices):
   save(tmp_path / "c", 5)
   restored = restore(tmp_path / "c", devices=devices)
   assert (restored.step, restored.data, restored.damaged) == (5, {"batch": 5}, [])
@@ -68,8 +68,8 @@ def test_everything_comes_back(tmp_path, devices):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, devices):
-  """With all that an objective may remember and train beside the model; frozen parameters are not written."""
+def test_resumed_training_is_bit_identical(tmp_path, devices):
+  """The objective here has a memory and trains extra parameters. Frozen parameters are not saved."""
   mesh = parallel.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
   shapes, given = jax.eval_shape(objectives.init_state), objectives.frozen()
   shardings = parallel.state_shardings(mesh, shapes)
@@ -91,48 +91,48 @@ def test_training_goes_on_from_a_checkpoint_to_the_last_bit(tmp_path, devices):
   assert_equal(again, state)
 
 
-def test_what_is_not_asked_for_is_not_read(tmp_path):
+def test_only_the_requested_trees_are_read(tmp_path):
   save(tmp_path, 5)
   shutil.rmtree(tmp_path / "5" / "training")
   restored = restore(tmp_path, names=("params",))
   assert_equal(restored.items, {"params": make_items(5)["params"]})
 
 
-def test_the_newest_the_n_th_and_the_best_are_kept(tmp_path):
+def test_newest_periodic_and_best_checkpoints_are_kept(tmp_path):
   save(tmp_path, *range(1, 10), keep=2, keep_every=4, keep_best=2)
   assert checkpoint.Checkpoints.steps(tmp_path) == [2, 3, 4, 8, 9]
-  again = checkpoint.Checkpoints(tmp_path, keep=1, keep_best=1)
-  assert again.best_step() == 2
-  again.save(10, make_items(), {}, {"loss": 9.0})
-  again.close()
-  assert checkpoint.Checkpoints.steps(tmp_path) == [2, 10], "scores outlive the process"
+  reopened = checkpoint.Checkpoints(tmp_path, keep=1, keep_best=1)
+  assert reopened.best_step() == 2
+  reopened.save(10, make_items(), {}, {"loss": 9.0})
+  reopened.close()
+  assert checkpoint.Checkpoints.steps(tmp_path) == [2, 10], "scores are read from the saved checkpoints"
 
 
-def test_a_step_of_choice(tmp_path):
+def test_restore_a_chosen_step(tmp_path):
   save(tmp_path, 1, 2, 3, keep=3)
   assert_equal(restore(tmp_path, step=2).items, make_items(2))
   with pytest.raises(ValueError, match="Got step 7 .*expected one of 1, 2, 3"):
     restore(tmp_path, step=7)
 
 
-def test_steps_touch_nothing(tmp_path):
+def test_listing_steps_changes_no_file(tmp_path):
   assert checkpoint.Checkpoints.steps(tmp_path / "none") == []
   assert not (tmp_path / "none").exists()
   (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
-  assert checkpoint.Checkpoints.steps(tmp_path) == [], "a save that was killed is no checkpoint"
+  assert checkpoint.Checkpoints.steps(tmp_path) == [], "an interrupted save is not a checkpoint"
 
 
-def test_no_checkpoint_and_a_newer_format_are_errors(tmp_path, monkeypatch):
+def test_no_checkpoint_or_a_newer_format_is_an_error(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="holds no checkpoint"):
     restore(tmp_path)
   monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
   save(tmp_path, 5)
   monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
-  with pytest.raises(ValueError, match="format 3.*reads format 2.*Upgrade"):
+  with pytest.raises(ValueError, match="format 3.*expected format 2.*Upgrade"):
     restore(tmp_path)
 
 
-def test_another_architecture_is_an_error_that_lists_names_and_shapes(tmp_path):
+def test_another_architecture_is_refused_with_names_and_shapes(tmp_path):
   save(tmp_path, 5)
   other = make_items()
   other["params"]["w"] = jnp.zeros((8, 4))
@@ -154,24 +154,24 @@ def test_another_architecture_is_an_error_that_lists_names_and_shapes(tmp_path):
   checkpoints.close()
 
 
-# Damage.
+# Damaged checkpoints.
 
 
 def files_of(folder):
   return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("harm", ["flipped bit", "no file"])
-def test_nothing_damaged_is_ever_used(harm, tmp_path):
-  """In each file in turn: either nothing that is restored changes, or the step before is used and the damage reported."""
+@pytest.mark.parametrize("damage", ["flipped bit", "no file"])
+def test_damaged_checkpoints_are_never_used(damage, tmp_path):
+  """One file is damaged at a time. Restored trees never change, or the previous step is restored."""
   save(tmp_path, 1, 2)
   rng = random.Random(0)
-  passed_over = 0
+  num_skipped = 0
   for path in files_of(tmp_path / "2"):
     content = path.read_bytes()
     broken = bytearray(content)
     broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
-    if harm == "no file":
+    if damage == "no file":
       path.unlink()
     else:
       path.write_bytes(broken)
@@ -179,27 +179,27 @@ def test_nothing_damaged_is_ever_used(harm, tmp_path):
     assert_equal(restored.items, make_items(restored.step))
     assert len(restored.damaged) == 2 - restored.step
     assert all(str(tmp_path / "2") in text for text in restored.damaged)
-    passed_over += restored.step == 1
+    num_skipped += restored.step == 1
     path.write_bytes(content)
-  assert passed_over > 5
+  assert num_skipped > 5
 
 
-@pytest.mark.parametrize("harm", ["truncated", "emptied", "removed"])
-def test_files_that_are_cut_short_are_noticed(tmp_path, harm):
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
+def test_truncated_files_are_detected(tmp_path, damage):
   save(tmp_path, 1, 2)
   for path in files_of(tmp_path / "2" / "params"):
-    if harm == "removed":
+    if damage == "removed":
       path.unlink()
     else:
-      path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2] if harm == "truncated" else b"")
+      path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2] if damage == "truncated" else b"")
   restored = restore(tmp_path)
   assert restored.step == 1
   assert "cannot be read" in restored.damaged[0]
   assert "bound method" not in restored.damaged[0]
 
 
-def test_a_digest_tells_what_orbax_does_not(tmp_path):
-  """Another value, written by orbax as if it were right."""
+def test_digests_detect_a_change_that_orbax_accepts(tmp_path):
+  """Orbax itself writes the changed value, so its own checks pass."""
   save(tmp_path, 1, 2)
   save(tmp_path / "other", 2)
   changed = make_items(2)
@@ -211,41 +211,41 @@ def test_a_digest_tells_what_orbax_does_not(tmp_path):
   shutil.copytree(tmp_path / "changed" / "2" / "params", tmp_path / "2" / "params")
   restored = restore(tmp_path)
   assert restored.step == 1
-  assert "1 of 2 leaves are not what was saved, params['w'] among them" in restored.damaged[0]
+  assert "1 of 2 leaves were changed after they were saved, such as params['w']" in restored.damaged[0]
 
 
-def test_where_all_are_damaged_all_are_named(tmp_path):
+def test_the_error_names_all_damaged_checkpoints(tmp_path):
   save(tmp_path, 1, 2)
   for step in (1, 2):
     (tmp_path / str(step) / "meta" / "metadata").write_text("{}")
-  with pytest.raises(ValueError, match="each is damaged") as error:
+  with pytest.raises(ValueError, match="Got damaged checkpoints only") as error:
     restore(tmp_path)
   assert str(tmp_path / "1") in str(error.value)
   assert str(tmp_path / "2") in str(error.value)
 
 
-def test_what_is_damaged_is_moved_and_what_is_half_written_deleted(tmp_path):
+def test_discard_moves_damaged_and_deletes_unfinished_checkpoints(tmp_path):
   folder = tmp_path / "checkpoints"
   save(folder, 1, 2, 3, keep=3)
   (folder / "4.orbax-checkpoint-tmp-7").mkdir()
   checkpoints = checkpoint.Checkpoints(folder)
-  passed_over = checkpoints.discard(2, tmp_path / "damaged")
+  removed = checkpoints.discard(2, tmp_path / "damaged")
   checkpoints.reload()
-  assert [path.name for path in passed_over] == ["3", "4.orbax-checkpoint-tmp-7"]
+  assert [path.name for path in removed] == ["3", "4.orbax-checkpoint-tmp-7"]
   assert os.listdir(tmp_path / "damaged") == ["3"]
   checkpoints.save(3, make_items(3), {}, {})
   checkpoints.close()
   assert checkpoint.Checkpoints.steps(folder) == [2, 3]
   assert checkpoints.discard(2, tmp_path / "damaged")
-  assert sorted(os.listdir(tmp_path / "damaged")) == ["3", "3_2"], "nothing is lost"
+  assert sorted(os.listdir(tmp_path / "damaged")) == ["3", "3_2"], "moved checkpoints do not overwrite each other"
 
 
-def test_a_disk_without_room_is_an_error_and_what_was_saved_stands(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_earlier_checkpoints_remain(tmp_path, monkeypatch):
   save(tmp_path, 1)
   checkpoints = checkpoint.Checkpoints(tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(OSError, match=r"step 2 into .*10 are free.*Make room.*up to step 1 stands"):
+    with pytest.raises(OSError, match=r"step 2 to .*10 are free.*Make room.*up to step 1 are intact"):
       checkpoints.save(2, make_items(2), {}, {})
   checkpoints.save(2, make_items(2), {"batch": 2}, {})
   checkpoints.close()
@@ -253,7 +253,7 @@ def test_a_disk_without_room_is_an_error_and_what_was_saved_stands(tmp_path, mon
 
 
 def test_checkpoints_of_the_first_release_are_read():
-  """Files that were written once and for all; the values are what `make_items(5)` gave then."""
+  """The fixture was written once and is never regenerated. Its values are those of `make_items(5)` at that time."""
   content = json.loads((FIXTURE / "5" / "meta" / "metadata").read_text())["content"]
   assert content["format_version"] == 2
   restored = restore(FIXTURE)

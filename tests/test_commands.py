@@ -1,4 +1,4 @@
-"""Help, versions, recipes by name, and flags that are refused, of every mode."""
+"""Test help, recipe names and flags of every mode."""
 
 import os
 import shlex
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import ddpm_jax
-from ddpm_jax.commands import MODES, command, flags, line, parser, starting
+from ddpm_jax.commands import MODES, command, command_line, flags, jax_setup, parser
 from ddpm_jax.config import recipes
 from ddpm_jax.storage import places
 from tests import commands
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 @pytest.mark.parametrize("mode", MODES)
 def test_help_shows_what_a_mode_does_its_flags_and_two_examples(mode):
-  module, text = command(mode), line.answer([f"--mode={mode}", "--help"])
+  module, text = command(mode), command_line.answer([f"--mode={mode}", "--help"])
   assert module.__doc__.partition("\n")[0] in text
   for group in module.FLAGS:
     for flag in group.flags:
@@ -25,23 +25,23 @@ def test_help_shows_what_a_mode_does_its_flags_and_two_examples(mode):
   assert len(module.EXAMPLES) == 2
   for example in module.EXAMPLES:
     assert f"ddpm-jax {example}" in text
-    given = line.parse(shlex.split(example))
-    if getattr(given, "config", None):
-      assert given.config in places.recipes()
-  assert any(line.parse(shlex.split(example)).mode == mode for example in module.EXAMPLES)
+    args = command_line.parse(shlex.split(example))
+    if getattr(args, "config", None):
+      assert args.config in places.recipes()
+  assert any(command_line.parse(shlex.split(example)).mode == mode for example in module.EXAMPLES)
 
 
 def test_help_lists_the_modes_in_one_line_each():
-  text = line.answer(["--help"])
+  text = command_line.answer(["--help"])
   for mode in MODES:
     assert f"\n  {mode:<9}{command(mode).__doc__.split()[0]}" in text
-  assert line.answer(["-h"]) == text
-  assert line.answer(["--version"]) == f"ddpm_jax {ddpm_jax.__version__}"
-  assert line.answer(["--config=digits_vp", "--workdir=/tmp/x"]) is None
+  assert command_line.answer(["-h"]) == text
+  assert command_line.answer(["--version"]) == f"ddpm_jax {ddpm_jax.__version__}"
+  assert command_line.answer(["--config=digits_vp", "--workdir=/tmp/x"]) is None
 
 
 def test_the_list_of_recipes_has_a_line_for_each():
-  listed = line.answer(["--config=list"]).splitlines()
+  listed = command_line.answer(["--config=list"]).splitlines()
   files = sorted((ROOT / "configs").glob("*.py"))
   assert [one.split()[0] for one in listed] == [path.stem for path in files]
   assert all(len(one.split()) > 3 for one in listed)
@@ -49,7 +49,7 @@ def test_the_list_of_recipes_has_a_line_for_each():
 
 @pytest.mark.parametrize("flag", ["--help", "--version", "--config=list", "--mode=plan --help"])
 def test_each_way_to_start_the_program_is_the_same(flag):
-  """Without JAX, which takes a second to import."""
+  """Starting must not import JAX, which takes a second."""
   forms = [["-m", "ddpm_jax"], ["-m", "ddpm_jax.main"], ["-c", "from ddpm_jax.main import main; main()"]]
   environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
   outputs = []
@@ -58,13 +58,13 @@ def test_each_way_to_start_the_program_is_the_same(flag):
     result = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     outputs.append(result.stdout)
     assert " jax\n" not in result.stderr
-  assert outputs == [line.answer(flag.split()) + "\n"] * 3
+  assert outputs == [command_line.answer(flag.split()) + "\n"] * 3
 
 
 def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_vp.py"))
-  # A file comes before a recipe.
+  # A file takes precedence over a recipe.
   (tmp_path / "digits_vp").write_text((ROOT / "configs" / "digits_sde.py").read_text())
   assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_sde.py"))
   for wrong, message in (
@@ -89,7 +89,7 @@ WRONG = {
   "no value": ("--mode=sample --seed", "Got --seed without a value; expected --seed=<value>"),
   "no number": ("--mode=sample --guidance_scale=much", "Got --guidance_scale=much; expected a number"),
   "no switch": ("--mode=sample --ema=no", "Got --ema=no; expected true or false"),
-  "a large seed": (f"--mode=sample --seed={2**32}", f"Got --seed={2**32}; expected 0 to {2**32 - 1}"),
+  "a large seed": (f"--mode=sample --seed={2**32}", f"Got --seed={2**32}; expected an integer from 0 to {2**32 - 1}"),
   "no count": ("--mode=sample --num_samples=0", "Got --num_samples=0; expected 1 or more"),
   "no counts": ("--mode=eval --num_steps=3,x", "Got --num_steps=3,x; expected integers of 1 or more"),
   "a list for one": ("--mode=sample --num_steps=3,4", "Got --num_steps=3,4; expected an integer"),
@@ -100,9 +100,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_flags_are_refused(name):
-  given, message = WRONG[name]
+  words, message = WRONG[name]
   with pytest.raises(ValueError, match=message):
-    line.answer(given.split()) or line.parse(given.split())
+    command_line.answer(words.split()) or command_line.parse(words.split())
 
 
 def test_a_mistake_ends_the_program_with_code_2():
@@ -113,40 +113,42 @@ def test_a_mistake_ends_the_program_with_code_2():
     assert "Traceback" not in output
 
 
-def test_flags_have_their_forms():
-  given = line.parse(
+def test_all_forms_of_flags_are_parsed():
+  args = command_line.parse(
     ["--mode", "sample", "--seed", "3", "--ema", "--given=a=1", "--given", "b=x,y", "--classes=3,7", "--workdir="]
   )
-  assert (given.mode, given.seed, given.ema, given.classes, given.workdir) == ("sample", 3, True, ["3", "7"], None)
-  steering = flags.steering(given)
+  assert (args.mode, args.seed, args.ema, args.classes, args.workdir) == ("sample", 3, True, ["3", "7"], None)
+  steering = flags.steering(args)
   assert steering.given == {"classes": ["3", "7"], "a": ["1"], "b": ["x,y"]}
-  assert line.parse(["--mode=sample", "--ema=false"]).ema is False
-  compared = line.parse(
+  assert command_line.parse(["--mode=sample", "--ema=false"]).ema is False
+  compared = command_line.parse(
     ["--mode=eval", "--sampler=heun(s_churn=40, s_noise=1),ddim", "--sampler=euler", "--num_steps=5,9"]
   )
   names = ["heun(s_churn=40, s_noise=1)", "ddim", "euler"]
   assert flags.variants(compared) == [{"sampler": name, "sampling__num_steps": n} for name in names for n in (5, 9)]
 
 
-def test_flags_that_are_short_for_keys():
-  given = line.parse(["--mode=edit", "--sampler=heun", "--strength=0.5", "--guidance_scale=2", "--config.seed=3"])
-  assert flags.keys(given) == {"seed": "3", "sampler": "heun", "editing.strength": "0.5"}
+def test_short_forms_set_config_keys():
+  args = command_line.parse(
+    ["--mode=edit", "--sampler=heun", "--strength=0.5", "--guidance_scale=2", "--config.seed=3"]
+  )
+  assert flags.config_keys(args) == {"seed": "3", "sampler": "heun", "editing.strength": "0.5"}
   for key in ("sampler", "sampler.s_churn", "guidance.scale", "editing.strength"):
-    given.keys = {key: "1"}
-    with pytest.raises(ValueError, match=rf"beside --config\.{key}; expected one of them"):
-      flags.keys(given)
+    args.keys = {key: "1"}
+    with pytest.raises(ValueError, match=rf"and --config\.{key}; expected only one of them"):
+      flags.config_keys(args)
 
 
-def test_no_flag_has_two_meanings_of_its_value():
-  """A flag of one name is read alike in all modes, but for those that compare several values."""
-  read: dict[str, set] = {}
+def test_flags_of_one_name_are_parsed_alike():
+  """A flag is parsed in the same way in all modes, except for flags that accept several values in one mode."""
+  parsers: dict[str, set] = {}
   for mode in MODES:
     for group in command(mode).FLAGS:
       for flag in group.flags:
-        read.setdefault(flag.name, set()).add(flag.read)
-  several = {name for name, kinds in read.items() if len(kinds) > 1}
-  assert several == {"sampler", "num_steps"}
-  assert read["num_steps"] == {parser.count, parser.counts}
+        parsers.setdefault(flag.name, set()).add(flag.parse)
+  different = {name for name, functions in parsers.items() if len(functions) > 1}
+  assert different == {"sampler", "num_steps"}
+  assert parsers["num_steps"] == {parser.count, parser.counts}
 
 
 MISTAKES = {
@@ -154,22 +156,22 @@ MISTAKES = {
   "--mode=train --workdir=/tmp/x --resume=yes": "Got 'yes' as --resume",
   "--mode=sample": "Got no --workdir",
   "--mode=sample --workdir=/tmp/x --given=3": "Got --given 3; expected a condition",
-  "--mode=sample --workdir=/tmp/x --sampler=ddim --config.sampler=heun": "Got --sampler beside --config.sampler",
+  "--mode=sample --workdir=/tmp/x --sampler=ddim --config.sampler=heun": "Got --sampler and --config.sampler",
   "--mode=edit --workdir=/tmp/x --task=img": "Got 'img' as --task; .*Did you mean 'img2img'",
-  "--mode=edit --workdir=/tmp/x --task=invert --strength=0.5": "Got --strength for the task 'invert'",
-  "--mode=eval --workdir=/tmp/x --num_steps=3 --config.sampling.num_steps=4": "Got --num_steps beside",
+  "--mode=edit --workdir=/tmp/x --task=invert --strength=0.5": "Got --strength with --task=invert",
+  "--mode=eval --workdir=/tmp/x --num_steps=3 --config.sampling.num_steps=4": "Got --num_steps and",
   "--mode=export --workdir=/tmp/x": "Got no --output",
   "--mode=stats --config=digits_vp": "Got no --output",
 }
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_no_device_is_taken_for_a_mistake_in_flags(words, monkeypatch):
-  def start(given):
-    raise AssertionError("A device was taken.")
+def test_flags_are_checked_before_devices_are_initialized(words, monkeypatch):
+  def start(args):
+    raise AssertionError("Devices were initialized.")
 
-  monkeypatch.setattr(starting, "join_processes", start)
-  monkeypatch.setattr(starting, "start_devices", start)
-  given = line.parse(words.split())
+  monkeypatch.setattr(jax_setup, "join_processes", start)
+  monkeypatch.setattr(jax_setup, "start_devices", start)
+  args = command_line.parse(words.split())
   with pytest.raises(ValueError, match=MISTAKES[words]):
-    command(given.mode).run(given)
+    command(args.mode).run(args)

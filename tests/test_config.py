@@ -1,4 +1,4 @@
-"""What a config may hold: every key, of its type and within bounds, what each key is for, and what a run's folder keeps of it."""
+"""Test the types, limits and roles of config keys, and the configs in run folders."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from tests.commands import DENSE, RECIPE, assert_refused, call
 from tests.recipes import tiny_config, tree_of
 
 TREE = configs.expand({})
-# The keys of sections alone, which have bounds: arguments of components check themselves.
+# The keys of sections have limits. Arguments are excluded, because components check them.
 KEYS = {
   path: value
   for path, value in trees.leaves(TREE.values).items()
@@ -27,11 +27,11 @@ KEYS |= {"sampling.grid": None, "editing.method": None, "editing.operator": None
 NUMBERS = [key for key, value in KEYS.items() if isinstance(value, int | float) and not isinstance(value, bool)]
 FLOATS = [key for key in NUMBERS if isinstance(KEYS[key], float)]
 TUPLES = [key for key, value in KEYS.items() if isinstance(value, tuple)]
-COMPONENTS = [path for path, place in TREE.places.items() if place.slot is not None and not place.many]
+COMPONENTS = [path for path, one in TREE.parameters.items() if one.slot is not None and not one.is_mapping]
 
 
-def changed(key, value):
-  """The tiny config with another value, of whatever type, as a file edited by hand has it."""
+def with_value(key, value):
+  """Return the tiny config as a dict with another value of any type."""
   tree = tiny_config().to_dict()
   node = tree
   *sections, name = key.split(".")
@@ -42,7 +42,7 @@ def changed(key, value):
 
 
 def check(key, value):
-  return configs.expand(changed(key, value))
+  return configs.expand(with_value(key, value))
 
 
 def test_keys_are_checked():
@@ -50,7 +50,7 @@ def test_keys_are_checked():
     check("training.step", 3)
   config = tiny_config()
   del config.training["steps"]
-  # What a config does not say has its default.
+  # A missing key has its default.
   assert tree_of(config).values["training"]["steps"] == 800_000
   for key, value in {
     "training.log_every": 0,
@@ -72,21 +72,21 @@ def test_an_empty_config_is_the_default():
 @pytest.mark.parametrize(
   ("flag", "expected"),
   [
-    ("--config.model.process.betas.num_steps=1e9", "an integer, in digits alone"),
-    ("--config.seed=x", "an integer, in digits alone"),
+    ("--config.model.process.betas.num_steps=1e9", "an integer in decimal digits"),
+    ("--config.seed=x", "an integer in decimal digits"),
     ("--config.optimizer.learning_rate=fast", "a number"),
     ("--config.data.flip=maybe", "true or false"),
-    ("--profile=many", "an integer, in digits alone"),
+    ("--profile=many", "an integer in decimal digits"),
   ],
 )
-def test_flags_that_are_no_numbers_are_refused(flag, expected, tmp_path):
+def test_flags_of_the_wrong_type_are_refused(flag, expected, tmp_path):
   code, output = call(DENSE, flag, f"--workdir={tmp_path / 'work'}")
   assert code == 2
   assert output.endswith(f"error: Got {flag}; expected {expected}.\n")
   assert not (tmp_path / "work").exists()
 
 
-def test_the_config_of_a_run_needs_one(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
   assert configs.find_run(tmp_path) is None
   with pytest.raises(ValueError, match="holds no run"):
     configs.read_run(tmp_path)
@@ -101,21 +101,23 @@ def test_the_config_of_a_run_needs_one(tmp_path):
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_no_number_is_infinite_or_none_at_all(key):
+def test_infinite_and_huge_numbers_are_refused(key):
   for value in (float("nan"), float("inf"), -float("inf"), 2**63, -(2**63)):
     with pytest.raises(ValueError, match=f"Got config.{key}="):
       check(key, value)
 
 
 @pytest.mark.parametrize("key", FLOATS)
-def test_no_number_is_rounded_to_0_or_infinity(key):
+def test_numbers_beyond_float32_are_refused(key):
   for value in (1e-50, 1e-44, 1e39):
-    with pytest.raises(ValueError, match=rf"Got config.{key}=1e[-+]?\d+; expected a finite number that float32 holds"):
+    with pytest.raises(
+      ValueError, match=rf"Got config.{key}=1e[-+]?\d+; expected a finite number in the range of float32"
+    ):
       check(key, value)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_what_counts_or_measures_is_not_negative(key):
+def test_negative_numbers_are_refused(key):
   if key == "data.hold_out":
     check(key, -1)
     return
@@ -125,8 +127,10 @@ def test_what_counts_or_measures_is_not_negative(key):
 
 @pytest.mark.parametrize("key", TUPLES)
 def test_elements_of_tuples_are_checked_too(key):
-  words = key in ("evaluation.scores", "evaluation.likelihood")
-  for value in [(3,), (None,)] if words else [("3",), (float("nan"),), (1, float("inf")), ((1,),), (1e-50,), (True,)]:
+  are_words = key in ("evaluation.scores", "evaluation.likelihood")
+  for value in (
+    [(3,), (None,)] if are_words else [("3",), (float("nan"),), (1, float("inf")), ((1,),), (1e-50,), (True,)]
+  ):
     with pytest.raises(ValueError, match=f"Got config.{key}="):
       check(key, value)
 
@@ -140,24 +144,23 @@ def test_values_of_another_type_are_refused(key):
 
 
 @pytest.mark.parametrize("key", COMPONENTS)
-def test_what_is_no_component_is_refused_where_one_is_expected(key):
-  # Numbers in place of a schedule are the schedule's own concern.
+def test_values_are_refused_in_slots(key):
+  # A table of numbers may replace a schedule.
   for value in (True, object(), float("nan"), {"a": 1}, len, *([()] if key != "model.process.betas" else [])):
     with pytest.raises(ValueError, match=rf"config\.{key}[ =].*; expected|Got .*; expected"):
       configs.expand(trees._with(TREE.values, key.split("."), value))
 
 
-def test_keys_that_have_no_default_of_their_own_are_few():
-  """So that the lists above hold all keys."""
-  several = {path for path, place in TREE.places.items() if place.many}
-  assert several == {"model.conditions"}
-  sections = {path for path in TREE.places if isinstance(TREE.at(path), Mapping)}
-  assert set(KEYS) | sections | several == {
-    path for path in TREE.places if path in sections or not components.is_node(TREE.at(path.rpartition(".")[0]))
+def test_the_lists_above_hold_all_keys():
+  mappings = {path for path, one in TREE.parameters.items() if one.is_mapping}
+  assert mappings == {"model.conditions"}
+  sections = {path for path in TREE.parameters if isinstance(TREE.at(path), Mapping)}
+  assert set(KEYS) | sections | mappings == {
+    path for path in TREE.parameters if path in sections or not components.is_node(TREE.at(path.rpartition(".")[0]))
   }
 
 
-def test_an_unknown_key_is_shown_with_those_beside_it():
+def test_the_error_of_an_unknown_key_lists_the_keys_of_its_section():
   for key, message in (
     (
       "model.network.chanels",
@@ -171,10 +174,10 @@ def test_an_unknown_key_is_shown_with_those_beside_it():
       check(key, 1)
 
 
-def test_a_seed_may_be_all_that_flags_take():
+def test_seeds_have_32_bits():
   check("seed", 2**32 - 1)
   with pytest.raises(
-    ValueError, match=r"config.seed=4294967296; expected at most 4294967295: programs hold it in 32 bits\. Set"
+    ValueError, match=r"config.seed=4294967296; expected at most 4294967295, because programs store it in 32 bits\. Set"
   ):
     check("seed", 2**32)
 
@@ -182,7 +185,7 @@ def test_a_seed_may_be_all_that_flags_take():
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("ema.stds", (float("nan"),), "a list of finite numbers that float32 holds"),
+    ("ema.stds", (float("nan"),), "a list of finite numbers in the range of float32"),
     ("model.network.attention_levels", (0.5,), "a list of integers of at most 64 bits"),
     ("evaluation.scores", (3,), "a list of strings"),
     ("seed", 2**70, "an integer of at most 64 bits"),
@@ -193,32 +196,32 @@ def test_a_seed_may_be_all_that_flags_take():
     (
       "model.process.betas",
       3,
-      r"a schedule, such as cosine\(num_steps=1000\), or a list of finite numbers that float32 holds",
+      r"a schedule, such as cosine\(num_steps=1000\), or a list of finite numbers in the range of float32",
     ),
     (
       "guidance.scale",
       None,
-      r"a function of time, such as interval\(scale=3, low=0\.3, high=5\), or a finite number that float32 holds",
+      r"a function of time, such as interval\(scale=3, low=0\.3, high=5\), or a finite number in the range of float32",
     ),
   ],
 )
-def test_messages_say_what_is_expected(key, value, message):
+def test_messages_describe_the_expected_value(key, value, message):
   with pytest.raises(ValueError, match=rf"Got config.{key}=.*; expected {message},?\. Set --config.{key}\.$"):
     check(key, value)
 
 
-def test_numbers_of_numpy_and_jax_are_numbers():
+def test_numpy_and_jax_numbers_are_accepted():
   config = tiny_config()
   config.seed = np.int64(3)
   config.optimizer.learning_rate = jnp.float32(0.5)
   config.model.network.dtype = jnp.bfloat16
   config.model.process = spec("processes.discrete", betas=np.linspace(0.25, 0.5, 2, dtype=np.float32))
-  found = tree_of(config).values
-  assert (found["seed"], found["optimizer"]["learning_rate"]) == (3, 0.5)
-  assert found["model"]["process"]["betas"] == (0.25, 0.5)
-  assert found["model"]["network"]["dtype"] == "bfloat16"
+  tree_values = tree_of(config).values
+  assert (tree_values["seed"], tree_values["optimizer"]["learning_rate"]) == (3, 0.5)
+  assert tree_values["model"]["process"]["betas"] == (0.25, 0.5)
+  assert tree_values["model"]["network"]["dtype"] == "bfloat16"
   config.model.process = spec("processes.discrete", betas=jnp.array([0.25, 0.5]))
-  assert tree_of(config).values == found
+  assert tree_of(config).values == tree_values
 
 
 def test_a_saved_config_is_checked_and_named(tmp_path):
@@ -238,7 +241,7 @@ def test_a_saved_config_is_checked_and_named(tmp_path):
       "'sampler.churn' as a config key of sampling.heun.*'sampler.s_churn'",
     ),
     ({"sampler": {"component": 3}}, "config.sampler=3; expected the name of a component"),
-    ({"sampler": {}}, "config.sampler without its component; expected a sampler"),
+    ({"sampler": {}}, "config.sampler without the key .component.; expected a sampler"),
     ({"model": 3}, "Got config.model=3; expected a section"),
     ({"model": {"conditions": 3}}, "Got config.model.conditions=3; expected components by name"),
     ({"model": {"conditions": {"a b": {}}}}, "Got 'a b' as a name in config.model.conditions"),
@@ -253,9 +256,9 @@ def test_a_saved_config_is_checked_and_named(tmp_path):
       configs.read_run(tmp_path)
 
 
-def test_a_config_comes_back_from_a_run(tmp_path):
+def test_a_config_is_restored_from_a_run_folder(tmp_path):
   config = tiny_config()
-  # Infinity, None, components in components, numbers in place of one, and the run's own folder.
+  # Test infinity, None, nested components, numbers instead of a component, and the run folder.
   config.sampler = spec("with_langevin", sampler=spec("heun"), snr=0.5)
   config.model.process = spec("processes.discrete", betas=(0.25, 0.5))
   config.model.conditions.classes = spec("classes", number=10)
@@ -295,7 +298,7 @@ ROLES = {
 
 
 @pytest.mark.parametrize("key", ROLES)
-def test_each_key_is_for_what_its_section_or_itself_says(key):
+def test_roles_come_from_keys_or_their_sections(key):
   assert TREE.role(key) == ROLES[key]
 
 
@@ -306,13 +309,13 @@ def test_every_value_has_a_role():
 
 @pytest.fixture
 def run_folder(tmp_path):
-  """The folder of a run of the tiny config that has saved a checkpoint."""
+  """Make the folder of a run of the tiny config with a checkpoint."""
   (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
   configs.write(tmp_path, tree_of(tiny_config()))
   return tmp_path
 
 
-def test_what_changes_no_parameter_may_change(run_folder):
+def test_keys_that_do_not_affect_parameters_may_change(run_folder):
   configs.check_same_run(run_folder, tree_of(tiny_config()))
   config = tiny_config()
   config.training.update({"steps": 99, "accumulate": 2, "log_every": 7})
@@ -325,7 +328,7 @@ def test_what_changes_no_parameter_may_change(run_folder):
   configs.check_same_run(run_folder, tree_of(config))
 
 
-def test_another_config_is_refused_with_its_differences(run_folder):
+def test_another_config_is_refused_with_a_list_of_differences(run_folder):
   config = tiny_config()
   config.seed = 1
   config.model.network.channels = 16
@@ -344,20 +347,20 @@ def test_another_config_is_refused_with_its_differences(run_folder):
   assert "multipliers" not in str(error.value)
 
 
-def test_the_last_step_may_not_change_where_the_rate_falls_until_it(tmp_path):
+def test_the_number_of_steps_is_fixed_if_the_learning_rate_depends_on_it(tmp_path):
   (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
 
   def config(steps, **optimizer):
-    made = tiny_config()
-    made.optimizer.update(optimizer)
-    made.training.steps = steps
-    return tree_of(made)
+    config = tiny_config()
+    config.optimizer.update(optimizer)
+    config.training.steps = steps
+    return tree_of(config)
 
-  for falling in ("cosine", "linear"):
-    configs.write(tmp_path, config(10, schedule=falling))
-    configs.check_same_run(tmp_path, config(10, schedule=falling))
+  for schedule in ("cosine", "linear"):
+    configs.write(tmp_path, config(10, schedule=schedule))
+    configs.check_same_run(tmp_path, config(10, schedule=schedule))
     with pytest.raises(ValueError, match="training.steps: 10 in the folder, 20 now"):
-      configs.check_same_run(tmp_path, config(20, schedule=falling))
+      configs.check_same_run(tmp_path, config(20, schedule=schedule))
   for optimizer in ({"schedule": "cosine", "decay_steps": 10}, {"schedule": "constant"}):
     configs.write(tmp_path, config(10, **optimizer))
     configs.check_same_run(tmp_path, config(20, **optimizer))
@@ -369,14 +372,14 @@ def test_checkpoints_without_a_config_are_refused(run_folder):
     configs.check_same_run(run_folder, tree_of(tiny_config()))
 
 
-def test_a_run_without_a_checkpoint_starts_anew_with_any_config(tmp_path):
+def test_a_run_without_a_checkpoint_accepts_any_config(tmp_path):
   configs.write(tmp_path, tree_of(tiny_config()))
   config = tiny_config()
   config.seed = 1
   configs.check_same_run(tmp_path, tree_of(config))
 
 
-def test_values_and_components_are_changed_by_their_names():
+def test_values_and_components_can_be_replaced():
   tree = tree_of(tiny_config())
   assert configs.replace(tree, "seed", 3).at("seed") == 3
   assert tree.at("seed") == 0
@@ -396,18 +399,18 @@ def test_values_and_components_are_changed_by_their_names():
   experiment = configs.build(tree)
   changed = experiment.replace(sampling__num_steps=3, sampler="heun")
   assert (len(changed.times), changed.sampler_name) == (4, "heun")
-  # What is already there stays: its parameters fit it.
+  # The model is not built again, because the changes do not affect it.
   assert changed.model is experiment.model
   with pytest.raises(ValueError, match="Got config.sampling.num_steps=0"):
     experiment.replace(sampling__num_steps=0)
 
 
-def test_what_must_be_given_may_come_later_but_must_come():
+def test_required_arguments_may_be_set_late():
   tree = tree_of(ConfigDict({"model": {"conditions": {"classes": {"component": "classes"}}}}))
   assert tree.at("model.conditions.classes") == {"component": "conditions.classes", "dropout": 0.0}
   with pytest.raises(
     ValueError,
-    match=r"config.model.conditions.classes=conditions.classes without number; expected it. Set --config.model.conditions.classes.number=<value>",
+    match=r"config.model.conditions.classes=conditions.classes without its required argument number. Set --config.model.conditions.classes.number=<value>",
   ):
     configs.build(tree)
   assert (
@@ -416,15 +419,15 @@ def test_what_must_be_given_may_come_later_but_must_come():
   )
 
 
-@pytest.mark.parametrize("key", [key for key in COMPONENTS if slots.names(TREE.places[key].slot)])
-def test_every_place_names_its_components_and_its_example_is_one(key):
-  slot = TREE.places[key].slot
+@pytest.mark.parametrize("key", [key for key in COMPONENTS if slots.names(TREE.parameters[key].slot)])
+def test_the_example_of_every_slot_fits(key):
+  slot = TREE.parameters[key].slot
   name = components.parse(slot.example, key)[components.KEY]
   if ":" in name:
     return
   assert name in slots.names(slot)
   tree = configs.replace(TREE, key, slot.example)
-  assert tree.at(key)[components.KEY] == f"{slot.home}.{name}"
+  assert tree.at(key)[components.KEY] == f"{slot.module}.{name}"
 
 
 @pytest.mark.parametrize(
@@ -453,7 +456,7 @@ def test_every_place_names_its_components_and_its_example_is_one(key):
     ("('conv', 'residual')", (str, list[str]), ("conv", "residual")),
   ],
 )
-def test_texts_of_flags_are_values(text, kinds, value):
+def test_texts_of_flags_are_parsed(text, kinds, value):
   found = values.read(text, kinds, "key")
   assert found == value
   assert type(found) is type(value)
@@ -478,11 +481,11 @@ WRONG = {
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_wrong_keys_on_the_command_line_are_one_message(flag, tmp_path):
-  # The network of DENSE takes any argument.
+  # Not DENSE, because its network takes any argument.
   code, output = call(RECIPE, flag, f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, WRONG[flag])
   assert code == 2
-  assert len(output.splitlines()) == 2  # the first says what is run
+  assert len(output.splitlines()) == 2  # the first line is the version and mode
   assert not (tmp_path / "work").exists()
 
 
@@ -492,7 +495,7 @@ def test_a_key_needs_a_config(tmp_path):
   assert not (tmp_path / "work").exists()
 
 
-def test_names_of_conditions_are_words_and_no_negatives():
-  for name, message in (("negative_hue", "begins with 'negative_'"), ("2d", "expected a word")):
+def test_invalid_names_of_conditions_are_refused():
+  for name, message in (("negative_hue", "does not start with 'negative_'"), ("2d", "expected a word")):
     with pytest.raises(ValueError, match=message):
       configs.replace(tree_of(tiny_config()), "model.conditions", {name: "classes(number=2)"})

@@ -1,4 +1,4 @@
-"""Components of a config: read, found and made."""
+"""Test parsing, finding and building the components of a config."""
 
 import math
 
@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_jax import config as configs
 from ddpm_jax import processes, schedules
-from ddpm_jax.commands import words
+from ddpm_jax.commands import config_flags
 from ddpm_jax.config import components, flags, spec
 from tests.commands import RECIPE
 from tests.parameters import write_run
@@ -18,7 +18,7 @@ TREE = configs.expand({})
 
 
 def with_keys(keys, tree=TREE):
-  """The tree after flags."""
+  """Return a tree with the values of flags."""
   return flags.apply(tree, keys)
 
 
@@ -55,28 +55,28 @@ def test_texts_are_components(text, node):
     ("(x=1)", "expected a name and its arguments"),
     ("heun(", "expected a name and its arguments"),
     ("heun(s_churn=40", "expected a name and its arguments"),
-    ("heun(40)", r"which cannot be read \(arguments are given by name\)"),
-    ("heun(*a)", "arguments are given by name"),
-    ("heun(**a)", "arguments are given by name"),
-    ("f(x=g(1))", "arguments are given by name"),
-    ("heun()(s_churn=1)", "more than one pair of brackets"),
-    ("heun(x=1) + (2)", "more than one pair of brackets"),
-    ("heun(s_churn=1, s_churn=2)", "s_churn is given twice"),
-    ("heun(component='ddim')", "component is no argument"),
-    ("heun(s_churn=1 2)", "cannot be read"),
-    ("heun(s_churn=)", "cannot be read"),
+    ("heun(40)", r"which cannot be parsed \(every argument needs a name\)"),
+    ("heun(*a)", "every argument needs a name"),
+    ("heun(**a)", "every argument needs a name"),
+    ("f(x=g(1))", "every argument needs a name"),
+    ("heun()(s_churn=1)", "more than one pair of parentheses"),
+    ("heun(x=1) + (2)", "more than one pair of parentheses"),
+    ("heun(s_churn=1, s_churn=2)", "s_churn occurs twice"),
+    ("heun(component='ddim')", "component is not an argument"),
+    ("heun(s_churn=1 2)", "cannot be parsed"),
+    ("heun(s_churn=)", "cannot be parsed"),
     ("heun(s_churn=1 + x)", r"1 \+ x is neither a value nor a component"),
     ("heun(s_churn=[x for x in y])", "is neither a value nor a component"),
-    ("f(x=" + "(" * 300 + ")" * 300 + ")", "cannot be read"),
-    ("f(x=\0)", "cannot be read"),
+    ("f(x=" + "(" * 300 + ")" * 300 + ")", "cannot be parsed"),
+    ("f(x=\0)", "cannot be parsed"),
   ],
 )
-def test_what_cannot_be_read_is_one_message(text, message):
+def test_texts_that_cannot_be_parsed_are_one_message(text, message):
   with pytest.raises(ValueError, match=f"Got key=.*{message}.*such as heun"):
     components.parse(text, "key")
 
 
-# Where each is looked for, what is written, and what the message says.
+# Keys, names of components that do not fit, and error messages.
 UNKNOWN = [
   (
     "sampler",
@@ -126,7 +126,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("key", "name", "message"), UNKNOWN)
-def test_what_does_not_fit_a_place_is_refused(key, name, message):
+def test_components_that_do_not_fit_a_slot_are_refused(key, name, message):
   for value in (name, {"component": name}):
     with pytest.raises(ValueError, match=message):
       configs.replace(TREE, key, value)
@@ -151,15 +151,15 @@ def test_what_does_not_fit_a_place_is_refused(key, name, message):
     ({"sampler": "ancestral(variance='huge')"}, "In config.sampler=sampling.ancestral: .*huge"),
     (
       {"sampler": "dpmpp_2m(order=2)"},
-      "'sampler.order' as a config key of sampling.dpmpp_2m; expected none: it has no arguments",
+      "'sampler.order' as a config key of sampling.dpmpp_2m; expected no keys, because it has no arguments",
     ),
     (
       {"sampler": "with_langevin"},
-      "config.sampler=sampling.with_langevin without sampler; expected it. Set --config.sampler.sampler=<value>",
+      "config.sampler=sampling.with_langevin without its required argument sampler. Set --config.sampler.sampler=<value>",
     ),
     ({"sampler": "with_langevin(sampler=heun(s_churn=-1))"}, "In config.sampler.sampler=sampling.heun: .*churn"),
     ({"sampler": "with_langevin(sampler=vp())"}, "config.sampler.sampler='vp'; expected a sampler"),
-    ({"model.process": "discrete"}, "without betas; expected it. Set --config.model.process.betas=<value>"),
+    ({"model.process": "discrete"}, "without its required argument betas. Set --config.model.process.betas=<value>"),
     (
       {"model.process": "discrete(betas=3)"},
       "config.model.process.betas=3; expected a schedule, such as .*, or a list of",
@@ -174,7 +174,7 @@ def test_what_does_not_fit_a_place_is_refused(key, name, message):
     ),
     ({"model.process": "None"}, "Got config.model.process=None; expected a process"),
     ({"model.prediction": "V()"}, ""),
-    ({"model.prediction": "V(x=1)"}, "'model.prediction.x' as a config key of predictions.V; expected none"),
+    ({"model.prediction": "V(x=1)"}, "'model.prediction.x' as a config key of predictions.V; expected no keys"),
     (
       {"model.prediction": "learned_range(prediction=vp)"},
       "config.model.prediction.prediction='vp'; expected a prediction",
@@ -189,11 +189,11 @@ def test_what_does_not_fit_a_place_is_refused(key, name, message):
       {"guidance.scale": "interval(scale=3, low=5, high=1)"},
       "In config.guidance.scale=guidance.interval: .*low < high",
     ),
-    ({"guidance.scale": "interval"}, "config.guidance.scale=guidance.interval without scale; expected it"),
+    ({"guidance.scale": "interval"}, "config.guidance.scale=guidance.interval without its required argument scale"),
     ({"guidance.scale": "strong"}, "config.guidance.scale='strong'; expected a function of time, one of interval"),
     ({"guidance": "None"}, "Got config.guidance=None; expected a rule of guidance"),
     ({"model.conditions": "classes(number=10)"}, "config.model.conditions=.*; expected components by name, such as"),
-    ({"model.conditions.classes": "classes"}, "conditions.classes without number"),
+    ({"model.conditions.classes": "classes"}, "conditions.classes without its required argument number"),
     (
       {"model.conditions.classes": "classes(number=0)"},
       "In config.model.conditions.classes=conditions.classes: .*number=0",
@@ -201,9 +201,9 @@ def test_what_does_not_fit_a_place_is_refused(key, name, message):
     ({"model.conditions.a-b": "level"}, "'a-b' as a name in config.model.conditions"),
     ({"model.network": "UNet(channels=wide)"}, "Got config.model.network.channels='wide'; expected an integer"),
     ({"model.network": "UNet(groups=7)"}, "In config.model.network=networks.UNet: .*groups"),
-    ({"data.source": "folder"}, "config.data.source=data.folder without path; expected it"),
+    ({"data.source": "folder"}, "config.data.source=data.folder without its required argument path"),
     ({"task": "paint"}, "config.task='paint'; expected a task, one of classify, denoise"),
-    ({"editing.operator": "blur"}, "config.editing.operator=editing.blur without std"),
+    ({"editing.operator": "blur"}, "config.editing.operator=editing.blur without its required argument std"),
     ({"editing.operator": "blur(std=-1)"}, "In config.editing.operator=editing.blur: .*std"),
   ],
 )
@@ -230,16 +230,16 @@ def test_components_nest():
       }
     )
   ).model
-  wanted = schedules.zero_terminal_snr(schedules.cosine(10))
+  betas = schedules.zero_terminal_snr(schedules.cosine(10))
   times = np.arange(1, 11) / 10
-  np.testing.assert_array_equal(made.process.alpha(times), processes.discrete(wanted).alpha(times))
+  np.testing.assert_array_equal(made.process.alpha(times), processes.discrete(betas).alpha(times))
   weighting = configs.build(with_keys({"objective.weighting": "on_x0(weighting=min_snr(gamma=3))"})).tree.at(
     "objective.weighting"
   )
   assert weighting == {"component": "losses.on_x0", "weighting": {"component": "losses.min_snr", "gamma": 3.0}}
 
 
-def test_numbers_and_tables_stand_in_place_of_components():
+def test_numbers_and_tables_may_replace_components():
   keys = {
     "model.process.betas": "(0.1, 0.2)",
     "guidance.scale": "3",
@@ -252,24 +252,24 @@ def test_numbers_and_tables_stand_in_place_of_components():
   made = configs.build(tree)
   assert made.model.process.num_steps == 2
   assert made.guidance.keywords["scale"] == 3.0
-  # And components in their place again.
-  again = with_keys(
+  # Components may replace the numbers again.
+  tree = with_keys(
     {"model.process.betas": "cosine(num_steps=5)", "guidance.scale": "interval(scale=3)", "objective.times": "uniform"},
     tree,
   )
-  made = configs.build(again)
+  made = configs.build(tree)
   assert made.model.process.num_steps == 5
   assert float(made.guidance.keywords["scale"](jnp.float32(0.5))) == 3.0
 
 
-def test_none_leaves_out_what_may_be_left_out():
+def test_none_removes_optional_components():
   made = configs.build(with_keys({"sampling.clip": "None", "sampling.grid": "None", "editing.method": "None"}))
   assert (made.sampling.clip, made.sampling.grid, made.editing.method) == (None, None, None)
-  with pytest.raises(ValueError, match="config.sampler=None for a model that has no sampler of its own"):
+  with pytest.raises(ValueError, match="config.sampler=None for a model without a default sampler"):
     configs.build(with_keys({"sampler": "None"}))
 
 
-def test_flags_replace_from_the_outside_in():
+def test_flags_set_components_before_their_arguments():
   keys = {
     "sampler.sampler.s_churn": "40",
     "sampler.sampler": "heun(s_churn=3, s_noise=2)",
@@ -294,8 +294,8 @@ def test_a_condition_is_added_and_removed_by_a_flag():
   assert tree.role("model.conditions.classes.number") == "model"
 
 
-def test_the_order_of_conditions_does_not_depend_on_who_wrote_them(tmp_path):
-  """Networks join those of one kind in their order, which a run's file would change."""
+def test_conditions_are_sorted(tmp_path):
+  """Networks concatenate conditions of one kind in order, so the order must survive saving a config."""
   config = configs.default_config()
   config.model.conditions = {"z": spec("conditions.vector", size=2), "b": spec("conditions.vector", size=3)}
   tree = configs.replace(tree_of(config), "model.conditions.a", "vector(size=4)")
@@ -324,16 +324,16 @@ def test_flags_with_and_without_equals_signs(tmp_path):
     "1,2",
     "-config.seed=3",
   ]
-  found = words.split(arguments)
-  assert found.rest == ["--mode=plan"]
-  tree = configs.read(found.recipe, found.keys)
+  parts = config_flags.split(arguments)
+  assert parts.remaining == ["--mode=plan"]
+  tree = configs.read(parts.recipe, parts.keys)
   assert (tree.at("sampler.s_churn"), tree.at("sampler.s_noise"), tree.at("data.hold_out")) == (40.0, 1.5, -1)
   assert (tree.at("data.flip"), tree.at("evaluation.allow_singular"), tree.at("seed")) == (True, False, 3)
   assert tree.at("model.network.multipliers") == (1.0, 2.0)
-  # The same of a run, without a recipe.
+  # Flags also apply to the config of a run.
   assert configs.read(None, {"sampler": "euler"}, folder).at("sampler.component") == "sampling.euler"
-  assert configs.read(None, {"seed": "3"}, tmp_path, otherwise={}).at("seed") == 3
+  assert configs.read(None, {"seed": "3"}, tmp_path, default={}).at("seed") == 3
   with pytest.raises(ValueError, match="Got no --config, and .* holds no run"):
     configs.read(None, {}, tmp_path)
   with pytest.raises(ValueError, match="--config without a value"):
-    words.split(["--config"])
+    config_flags.split(["--config"])

@@ -1,4 +1,4 @@
-"""Every recipe is sound: its keys, its parts, and the shapes of a training step."""
+"""Test that every recipe builds and that its train step has consistent shapes."""
 
 import importlib.util
 import re
@@ -15,16 +15,16 @@ from tests.conftest import ROOT
 from tests.recipes import experiment_of, tree_of
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-# Millions, as the papers say them (Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021).
+# Millions of parameters in the papers (Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021).
 PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.5", "imagenet64_adm": "295.9"}
 PARAMETERS |= {"celeba64_vp": "78.7", "lsun_bedroom_vp": "113.7"}
 
-# Heights at which levels have attention, as the papers say them (and Song et al. 2021, Karras et al. 2022).
-ATTENDED = {
+# Heights of the levels with attention in the papers (and in Song et al. 2021, Karras et al. 2022).
+ATTENTION_HEIGHTS = {
   name: {16}
   for name in ("cifar10_vp", "cifar10_sde", "celeba64_vp", "lsun_bedroom_vp", "cifar10_ncsnpp", "cifar10_ddpmpp")
 }
-ATTENDED |= {"cifar10_iddpm": {16, 8}, "imagenet64_adm": {32, 16, 8}}
+ATTENTION_HEIGHTS |= {"cifar10_iddpm": {16, 8}, "imagenet64_adm": {32, 16, 8}}
 
 
 def load(path):
@@ -34,21 +34,21 @@ def load(path):
   return module
 
 
-def test_the_recipes_are_there():
+def test_all_recipes_exist():
   assert {path.stem for path in RECIPES} >= {"digits_vp", "digits_sde", "mnist_vp", "cifar10_vp", "cifar10_sde"}
   assert {path.stem for path in RECIPES} >= {"digits_classifier", "mnist_classifier"}
   assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
 
 
-@pytest.mark.parametrize("name", ATTENDED)
-def test_attention_is_where_the_papers_have_it(name):
+@pytest.mark.parametrize("name", ATTENTION_HEIGHTS)
+def test_attention_is_at_the_heights_of_the_papers(name):
   config = load(ROOT / "configs" / f"{name}.py").get_config()
   levels = config.model.network.attention_levels
-  assert {config.data.image_size // 2**level for level in levels} == ATTENDED[name]
+  assert {config.data.image_size // 2**level for level in levels} == ATTENTION_HEIGHTS[name]
 
 
 def loss_of(experiment, params, keys, batch):
-  """The loss of one training step."""
+  """Compute the loss of one training step."""
   objective = experiment.objective
   extra, memory = objective.init(keys[0], params, ())
   batch = stepping.encode(experiment.model, None, keys, batch)
@@ -65,11 +65,11 @@ def test_recipe(path):
   config = module.get_config()
   experiment = experiment_of(config)
   experiment.task.check(experiment, parallel.make_mesh(devices=jax.devices()[:1]))
-  # Karras et al. clip no gradients.
+  # Karras et al. do not clip gradients.
   assert (config.optimizer.clip_norm == 0) == (config.model.prediction.component == "predictions.edm")
   key = jax.random.key(0)
   params = jax.eval_shape(experiment.model.init, key)
-  # Without the gradient, whose shapes are those of the parameters, and which takes most of the time to trace.
+  # Trace only the loss: the gradient has the shapes of the parameters, and takes long to trace.
   keys, batch = jax.eval_shape(lambda key: jax.random.split(key, 4), key), stepping.batch_shapes(experiment, 4)
   loss = jax.eval_shape(partial(loss_of, experiment), params, keys, batch)
   assert loss.shape == ()
@@ -84,7 +84,7 @@ def test_recipe(path):
   elif path.stem == "cifar10_ddpmpp":
     assert count == edm_parameters() == 55_733_891
   elif path.stem == "cifar10_ncsnpp":
-    # With the 128 random frequencies, which are not trained.
+    # Including the 128 random frequencies, which are not trained.
     assert count == edm_parameters(noise=256, residual=True) + 128
 
 
@@ -99,7 +99,10 @@ def test_a_classifier_has_the_data_and_the_process_of_the_model_it_guides(data):
 
 
 def edm_parameters(noise=128, residual=False):
-  """Karras et al. 2022, appendix F, counted layer by layer from table 7: 2, 2, 2 times 128 channels, 4 blocks a level."""
+  """Count the parameters of EDM's network layer by layer (Karras et al. 2022, appendix F, table 7).
+
+  It has three levels with 4 blocks and 2 * 128 channels.
+  """
 
   def conv(inputs, outputs, size):
     return inputs * outputs * size**2 + outputs

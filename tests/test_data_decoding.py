@@ -1,4 +1,4 @@
-"""Image files of every kind: depths, orientations, sizes."""
+"""Decode image files of all formats, bit depths, orientations and sizes."""
 
 import struct
 
@@ -14,7 +14,7 @@ LEVELS = np.arange(256).reshape(16, 16)
 
 
 def read_everywhere(path, size, channels=1):
-  """The image of a file as training and editing read it, which must agree."""
+  """Read a file like training and like editing, and check that both agree."""
   (path.parent / "folder").mkdir(exist_ok=True)
   copy = path.rename(path.parent / "folder" / path.name)
   trained = data.FolderSource(copy.parent, (size, size), channels)[0]["image"]
@@ -23,7 +23,7 @@ def read_everywhere(path, size, channels=1):
 
 
 def write_tiff(path, pixels, bits, white=1):
-  """A gray TIFF of fewer bits, or with another white, than Pillow writes."""
+  """Write a gray TIFF with a bit depth or a white level that Pillow cannot write."""
   content = pixels.astype(np.uint16).tobytes() if bits == 16 else pack_12_bits(pixels)
   tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, white), (273, 8 + 2 + 12 * 8 + 4), (278, 16)]
   tags.append((279, len(content)))
@@ -49,13 +49,13 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_16_bits_are_scaled_by_their_range(tmp_path, kind):
+def test_16_bits_are_scaled_to_8(tmp_path, kind):
   path = tmp_path / f"a.{kind}"
   WRITERS[kind](path)
   with Image.open(path) as opened:
     fitted = data.fit(opened, (16, 16), 1)
   error = np.abs(read_everywhere(path, 16)[..., 0].astype(int) - LEVELS)
-  assert error.max() <= (1 if kind == "10.pgm" else 0), "levels of 10 bits lie beside those of 8"
+  assert error.max() <= (1 if kind == "10.pgm" else 0), "10-bit levels differ slightly from 8-bit levels"
   assert np.max(np.abs(fitted[..., 0] - LEVELS)) == error.max()
 
 
@@ -67,68 +67,66 @@ def test_16_bits_are_scaled_by_their_range(tmp_path, kind):
     ("a.pfm", np.float32(LEVELS / 255), "floats"),
   ],
 )
-def test_pixels_without_a_range_are_refused_by_name(tmp_path, name, pixels, message):
+def test_pixels_of_unknown_range_are_errors(tmp_path, name, pixels, message):
   (tmp_path / "folder").mkdir()
   path = tmp_path / "folder" / name
   Image.fromarray(pixels).save(path)
-  message = rf"a\.\w+: its pixels are {message}, whose range is unknown; expected 8 or 16 bits"
+  message = rf"a\.\w+: its pixels are {message} of unknown range; expected 8 or 16 unsigned bits"
   with pytest.raises(data.BrokenImage, match=message):
     data.FolderSource(path.parent, (16, 16), 1)[0]
   with pytest.raises(ValueError, match=message):
     data.read_inputs(path, (16, 16), 1)
   with pytest.raises(ValueError, match=message):
     data.read_mask(path, (16, 16))
-  with pytest.raises(ValueError, match="whose range is unknown"):
+  with pytest.raises(ValueError, match="of unknown range"):
     data.fit(Image.fromarray(pixels), (16, 16), 1)
 
 
-def test_signed_tiffs_of_8_bits_are_refused(tmp_path):
+def test_signed_8_bit_tiffs_are_errors(tmp_path):
   Image.fromarray(LEVELS.astype(np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: 2})
-  with pytest.raises(ValueError, match=r"a\.tif: its pixels are signed or 32-bit integers, whose range is unknown"):
+  with pytest.raises(ValueError, match=r"a\.tif: its pixels are signed or 32-bit integers of unknown range"):
     data.read_inputs(tmp_path / "a.tif", (16, 16), 1)
 
 
-def test_16_bits_of_measured_values_are_refused(tmp_path):
+def test_16_bit_fits_files_are_errors(tmp_path):
   cards = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 16", "NAXIS2  = 16", "END"]
   header = "".join(card.ljust(80) for card in cards).ljust(2880)
   (tmp_path / "a.fits").write_bytes(header.encode() + (LEVELS - 128).astype(">i2").tobytes())
-  with pytest.raises(ValueError, match=r"a\.fits: its pixels are 16-bit integers of FITS, whose range is unknown"):
+  with pytest.raises(ValueError, match=r"a\.fits: its pixels are 16-bit integers of FITS of unknown range"):
     data.read_inputs(tmp_path / "a.fits", (16, 16), 1)
 
 
 @pytest.mark.parametrize(
   "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n", b"", b"text"]
 )
-def test_what_is_called_an_image_is_of_a_known_format(tmp_path, content):
-  """Pillow would hand PostScript to another program, whatever the file's name."""
+def test_the_content_decides_the_format(tmp_path, content):
+  """Pillow would run an external program on PostScript, even in a file called .png."""
   (tmp_path / "a.png").write_bytes(content)
-  with pytest.raises(
-    ValueError, match=r"Cannot decode the image .*a\.png: its format, or its kind of pixels, is unknown\. Replace"
-  ):
+  with pytest.raises(ValueError, match=r"Cannot decode the image .*a\.png: unknown format or pixel type\. Replace"):
     data.read_inputs(tmp_path / "a.png", (16, 16), 1)
 
 
-def test_transparency_of_a_palette_is_dropped_quietly(tmp_path):
+def test_transparency_of_a_palette_is_dropped_without_warning(tmp_path):
   image = Image.fromarray(LEVELS.astype(np.uint8)).convert("P")
   image.putpalette([255 - level for level in range(256) for _ in range(3)])
   image.save(tmp_path / "a.png", transparency=bytes(range(256)))
   np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 16)[..., 0], 255 - LEVELS)
 
 
-def test_a_tiff_of_16_bits_whose_white_is_0_is_refused(tmp_path):
+def test_a_16_bit_tiff_with_white_as_0_is_an_error(tmp_path):
   write_tiff(tmp_path / "a.tif", LEVELS * 257, 16, white=0)
-  with pytest.raises(ValueError, match=r"a\.tif: its white is 0"):
+  with pytest.raises(ValueError, match=r"a\.tif: it stores white as 0"):
     data.read_inputs(tmp_path / "a.tif", (16, 16), 1)
 
 
-def oriented(path, pixels, orientation):
+def save_oriented(path, pixels, orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
   Image.fromarray(pixels).save(path, exif=exif, **({"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {}))
 
 
-# How a viewer turns what is stored, by the numbers of the EXIF standard.
-TURNS = {
+# How a viewer transforms the stored pixels, by EXIF orientation.
+TRANSFORMS = {
   1: lambda x: x,
   2: lambda x: x[:, ::-1],
   3: lambda x: x[::-1, ::-1],
@@ -141,22 +139,22 @@ TURNS = {
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
-@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("orientation", TRANSFORMS)
 def test_photographs_are_upright_everywhere(tmp_path, suffix, orientation):
   pixels = np.zeros((8, 8, 3), np.uint8)
   pixels[:4, :6] = 255
   pixels[:2, :2] = 128
-  oriented(tmp_path / f"a.{suffix}", pixels, orientation)
+  save_oriented(tmp_path / f"a.{suffix}", pixels, orientation)
   got = read_everywhere(tmp_path / f"a.{suffix}", 8, 3)
-  np.testing.assert_allclose(got.astype(int), TURNS[orientation](pixels), atol=2)
+  np.testing.assert_allclose(got.astype(int), TRANSFORMS[orientation](pixels), atol=2)
 
 
-def test_a_mask_and_16_bits_are_turned_too(tmp_path):
+def test_masks_and_16_bit_images_are_rotated_too(tmp_path):
   pixels = np.zeros((8, 8), np.uint8)
   pixels[:4, :6] = 255
-  oriented(tmp_path / "mask.png", pixels, 6)
+  save_oriented(tmp_path / "mask.png", pixels, 6)
   np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", (8, 8))[..., 0], np.rot90(pixels, -1) > 0)
-  oriented(tmp_path / "deep.tif", pixels.astype(np.uint16) * 257, 8)
+  save_oriented(tmp_path / "deep.tif", pixels.astype(np.uint16) * 257, 8)
   np.testing.assert_array_equal(read_everywhere(tmp_path / "deep.tif", 8)[..., 0], np.rot90(pixels))
 
 
@@ -172,11 +170,11 @@ def test_raw_tiffs_that_are_not_square_are_upright(tmp_path, mode, orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
   image.save(tmp_path / "a.tif", exif=exif)
-  np.testing.assert_array_equal(decode(tmp_path / "a.tif").convert("L"), TURNS[orientation](pixels))
+  np.testing.assert_array_equal(decode(tmp_path / "a.tif").convert("L"), TRANSFORMS[orientation](pixels))
 
 
-def test_other_malformed_tags_hide_no_orientation(tmp_path):
-  # A negative width, which Pillow reads and cannot write.
+def test_the_orientation_is_used_despite_other_malformed_tags(tmp_path):
+  # Pillow can read a negative width, but cannot write it.
   entries = struct.pack("<HHIi", 0x0100, 9, 1, -5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
   exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
   Image.fromarray(random_pixels(0, 8)).save(tmp_path / "a.png", exif=exif)
@@ -184,17 +182,17 @@ def test_other_malformed_tags_hide_no_orientation(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_there_is_not_turns_nothing(tmp_path, orientation):
-  oriented(tmp_path / "a.png", random_pixels(0, 8), orientation)
+def test_an_unknown_orientation_is_ignored(tmp_path, orientation):
+  save_oriented(tmp_path / "a.png", random_pixels(0, 8), orientation)
   np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), random_pixels(0, 8))
 
 
-def test_damaged_exif_breaks_no_image(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
   Image.fromarray(random_pixels(0, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0no such header")
   np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), random_pixels(0, 8))
 
 
-def test_an_image_beyond_pillows_limit_is_one_broken_file(tmp_path, capsys):
+def test_an_image_above_pillows_size_limit_is_broken(tmp_path, capsys):
   (tmp_path / "folder").mkdir()
   path = tmp_path / "folder" / "bomb.png"
   write_bomb(path, 40_000)
@@ -212,15 +210,15 @@ def test_an_image_beyond_pillows_limit_is_one_broken_file(tmp_path, capsys):
     data.read_mask(path, (8, 8))
 
 
-@pytest.mark.parametrize("hidden", [0, 255])
+@pytest.mark.parametrize("level", [0, 255])
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
-def test_a_mask_with_transparent_pixels_is_refused(tmp_path, mode, hidden):
+def test_a_mask_with_transparent_pixels_is_an_error(tmp_path, mode, level):
   alpha = np.zeros((8, 8), np.uint8)
   alpha[:4] = 255
-  image = Image.fromarray(np.stack([np.full((8, 8), hidden, np.uint8)] * 3 + [alpha], -1))
+  image = Image.fromarray(np.stack([np.full((8, 8), level, np.uint8)] * 3 + [alpha], -1))
   if mode == "P":
     image = Image.fromarray(alpha // 255).convert("P")
-    image.putpalette([hidden] * 6)
+    image.putpalette([level] * 6)
     image.info["transparency"] = 0
   else:
     image = image.convert(mode)
@@ -231,8 +229,8 @@ def test_a_mask_with_transparent_pixels_is_refused(tmp_path, mode, hidden):
     data.read_mask(tmp_path / "mask.png", (8, 8))
 
 
-def test_an_opaque_alpha_channel_changes_no_mask(tmp_path):
-  wanted = np.random.default_rng(0).random((8, 8)) < 0.5
-  gray = np.where(wanted, 255, 0).astype(np.uint8)
+def test_a_mask_may_have_an_opaque_alpha_channel(tmp_path):
+  expected = np.random.default_rng(0).random((8, 8)) < 0.5
+  gray = np.where(expected, 255, 0).astype(np.uint8)
   Image.fromarray(np.stack([gray] * 3 + [np.full_like(gray, 255)], -1)).save(tmp_path / "mask.png")
-  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", (8, 8)), wanted[..., None])
+  np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", (8, 8)), expected[..., None])

@@ -1,4 +1,4 @@
-"""Folders of images: what is kept of their listing, and what is seen of their changes."""
+"""Test folders of images, and the cache of their lists of files."""
 
 import os
 import time
@@ -23,21 +23,24 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def listed(monkeypatch):
-  """Names of the folders that were listed, as they are."""
-  seen = []
+  """Return a list that records the names of listed folders."""
+  folders = []
 
-  def spy(path, *rest):
-    seen.append(path.decode().rsplit("/", 1)[1])
-    return original(path, *rest)
+  def spy(path, *arguments):
+    folders.append(path.decode().rsplit("/", 1)[1])
+    return original(path, *arguments)
 
   original = listing._list
   monkeypatch.setattr(listing, "_list", spy)
-  return seen
+  return folders
 
 
 @pytest.fixture
 def settled(monkeypatch):
-  """Take folders for settled at once: `backdate` cannot set the time of their last status change."""
+  """Let the cache accept folders that changed just now.
+
+  `backdate` cannot set the status change time.
+  """
   monkeypatch.setattr(listing, "_TICK_NS", -(10**18))
 
 
@@ -59,7 +62,7 @@ def test_an_unchanged_folder_is_not_listed_again(tmp_path, listed, settled):
   np.testing.assert_array_equal(first[4]["image"], second[4]["image"])
 
 
-def test_changes_are_seen_and_only_changed_folders_listed(tmp_path, listed, settled):
+def test_only_changed_folders_are_listed_again(tmp_path, listed, settled):
   root = tmp_path / "images"
   write_folder(root)
   backdate(root)
@@ -80,8 +83,8 @@ def test_changes_are_seen_and_only_changed_folders_listed(tmp_path, listed, sett
   assert len(names(root)) == 5
 
 
-def test_what_changed_just_now_is_listed_again(tmp_path, listed):
-  """Within a tick of the file system's clock a file more need not change the time of its folder."""
+def test_a_folder_that_changed_just_now_is_listed_again(tmp_path, listed):
+  """A change within one tick of the file system's clock may leave the modification time of the folder unchanged."""
   write_folder(tmp_path / "images")
   for _ in range(2):
     data.FolderSource(tmp_path / "images", (8, 8))
@@ -101,10 +104,10 @@ def test_links_are_followed_once(tmp_path, settled):
 
 
 @pytest.mark.parametrize("link", ["cat/more", "ant", "cat.png"])
-def test_images_belong_to_the_folder_they_lie_in_not_to_links(tmp_path, link, settled):
+def test_images_belong_to_their_folder_rather_than_to_a_link(tmp_path, link, settled):
   write_folder(tmp_path, count=1)
   (tmp_path / link).symlink_to(tmp_path / "dog")
-  for _ in range(2):  # also when the listing comes from the cache
+  for _ in range(2):  # The second time reads the cache.
     source = data.FolderSource(tmp_path, (8, 8))
     assert source.class_names == ["cat", "dog"]
     assert [source.file(index) for index in range(2)] == [f"{tmp_path}/cat/0.png", f"{tmp_path}/dog/0.png"]
@@ -121,23 +124,25 @@ def test_the_data_folder_and_all_classes_may_be_links(tmp_path, settled):
 
 
 @pytest.mark.parametrize("target", ["/nowhere/cat", "dog/../../cat", "cat"])
-def test_a_link_that_may_have_been_a_class_is_refused(tmp_path, target):
+def test_a_dangling_link_that_may_be_a_class_is_an_error(tmp_path, target):
   write_folder(tmp_path, count=1, classes=("dog",))
   (tmp_path / "cat").symlink_to(target)
   for read in (lambda: data.FolderSource(tmp_path, (8, 8)), lambda: data.read_inputs(tmp_path, (8, 8), 3)):
-    with pytest.raises(ValueError, match=rf"Got the link {tmp_path}/cat, which leads nowhere; .*Mount or restore"):
+    with pytest.raises(
+      ValueError, match=rf"Got the link {tmp_path}/cat, but its target does not exist; .*Mount or restore"
+    ):
       read()
 
 
 @pytest.mark.parametrize("target", ["nowhere.png", "1.png"])
-def test_a_link_to_no_image_is_one_broken_file(tmp_path, target):
+def test_a_dangling_link_to_an_image_is_a_broken_file(tmp_path, target):
   write_folder(tmp_path, count=1, classes=("dog",))
   (tmp_path / "dog" / "1.png").symlink_to(target)
   with pytest.raises(data.BrokenImage, match=r"1\.png: \[Errno \d+\]"):
     data.FolderSource(tmp_path, (8, 8))[1]
 
 
-def test_odd_names_survive_the_cache(tmp_path, settled):
+def test_unusual_names_can_be_cached(tmp_path, settled):
   root = tmp_path / "images"
   write_folder(root, classes=("a b", "ü\nx"), count=1)
   (root / "a b" / "0.png").rename(root / "a b" / "ö 'n\n.PNG")
@@ -153,7 +158,7 @@ def write(path, value=0, size=(4, 4)):
   Image.fromarray(np.full((*size, 3), value, np.uint8)).save(path)
 
 
-def test_an_image_beside_the_folders_has_no_class_and_shifts_none(tmp_path):
+def test_an_image_outside_the_class_folders_has_no_class(tmp_path):
   write_folder(tmp_path, count=1)
   write(tmp_path / "stray.png")
   source = data.FolderSource(tmp_path, (8, 8))
@@ -167,37 +172,37 @@ HIDDEN = [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "lost+found
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_hidden_folders_are_no_classes(tmp_path, name, capsys):
+def test_hidden_folders_are_not_classes(tmp_path, name, capsys):
   write_folder(tmp_path / "images", count=1)
   write(tmp_path / "images" / name / "a.png")
   write(tmp_path / "images" / "cat" / name / "b.png")
   source = data.FolderSource(tmp_path / "images", (8, 8))
   assert source.class_names == ["cat", "dog"]
   assert list(source.classes) == [0, 1]
-  assert "2 hidden or of the system" in capsys.readouterr().out
+  assert "2 hidden or system" in capsys.readouterr().out
 
 
-def test_other_files_are_passed_over_with_a_word(tmp_path, capsys, settled):
+def test_skipped_files_are_counted(tmp_path, capsys, settled):
   root = tmp_path / "images"
   write_folder(root, count=1)
   for name in ("cat/._0.png", ".DS_Store", "cat/Thumbs.db", "cat/0.txt", "dog/0.TXT", "dog/a.heic", "dog/LICENSE"):
     (root / name).write_bytes(b"no image")
   os.mkfifo(root / "dog" / "pipe.png")
   (root / "dog" / "link.png").symlink_to("pipe.png")
-  for _ in range(2):  # also when the listing comes from the cache
+  for _ in range(2):  # The second time reads the cache.
     assert len(data.cache_in_memory(data.FolderSource(root, (8, 8)))) == 2
-    said = "3 hidden or of the system, 2 .txt, 2 no regular file, 1 .heic, 1 without an ending"
-    assert f"passed over in {root}, as no images: {said}\n" in capsys.readouterr().out
+    counts = "3 hidden or system, 2 .txt, 2 not regular files, 1 .heic, 1 without extension"
+    assert f"skipped files in {root} that are not images: {counts}\n" in capsys.readouterr().out
   for name in ("cat/0.png", "dog/0.png"):
     (root / name).unlink()
-  with pytest.raises(ValueError, match=r"holds no image \(3 hidden.*1 \.heic.*expected image files"):
+  with pytest.raises(ValueError, match=r"contains no images \(3 hidden.*1 \.heic.*expected image files"):
     data.FolderSource(root, (8, 8))
 
 
-def test_a_folder_of_images_alone_says_nothing(tmp_path, capsys):
+def test_a_folder_with_only_images_prints_nothing(tmp_path, capsys):
   write_folder(tmp_path)
   data.FolderSource(tmp_path, (8, 8))
-  assert "passed over" not in capsys.readouterr().out
+  assert "skipped" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_a_folder_of_images_alone_says_nothing(tmp_path, capsys):
     ("ico", "ICO"),
   ],
 )
-def test_whatever_pillow_reads_is_an_image(tmp_path, ending, kind):
+def test_all_formats_of_pillow_are_images(tmp_path, ending, kind):
   Image.init()
   if kind not in Image.SAVE:
     pytest.skip(f"Pillow was built without {kind}")
@@ -225,26 +230,26 @@ def test_whatever_pillow_reads_is_an_image(tmp_path, ending, kind):
 
 
 @pytest.mark.parametrize("name", ["scene.pcd", "page.eps", "film.mpg", "features.h5", "flat.pdf"])
-def test_what_pillow_only_recognizes_is_no_image(tmp_path, name):
+def test_formats_that_pillow_cannot_decode_are_skipped(tmp_path, name):
   write(tmp_path / "images" / "a.png")
   (tmp_path / "images" / name).write_bytes(b"no image")
   assert len(data.FolderSource(tmp_path / "images", (8, 8))) == 1
 
 
-def test_an_archive_is_to_be_unpacked(tmp_path):
+def test_an_archive_is_an_error(tmp_path):
   with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
     file.writestr("a.png", b"")
   with pytest.raises(
-    ValueError, match=r"images\.zip', which is a file; expected a folder of images\. Unpack an archive first"
+    ValueError, match=r"images\.zip', which is a file; expected a folder of images\..*Unpack an archive first"
   ):
     data.FolderSource(tmp_path / "images.zip", (8, 8))
-  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*unpack"):
+  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*Unpack"):
     data.read_inputs(tmp_path / "images.zip", (8, 8), 3)
 
 
-@pytest.mark.parametrize("how", ["moved", "emptied"])
+@pytest.mark.parametrize("change", ["moved", "emptied"])
 @pytest.mark.parametrize("name", ["", "dog"])
-def test_a_replaced_folder_of_the_same_age_is_listed_again(tmp_path, how, name, settled):
+def test_a_replaced_folder_with_the_same_modification_time_is_listed_again(tmp_path, change, name, settled):
   root = tmp_path / "images"
   write_folder(root)
   backdate(tmp_path)
@@ -252,7 +257,7 @@ def test_a_replaced_folder_of_the_same_age_is_listed_again(tmp_path, how, name, 
   time.sleep(0.02)  # a tick of the file system's clock
   folder = root / name
   before = folder.stat()
-  if how == "moved":
+  if change == "moved":
     folder.rename(tmp_path / "old")
   else:
     for path in [*folder.glob("*/*"), *folder.iterdir()]:
@@ -263,17 +268,17 @@ def test_a_replaced_folder_of_the_same_age_is_listed_again(tmp_path, how, name, 
   assert names(root) == (["cat/0.png", "cat/1.jpg", "cat/2.bmp", "dog/new.png"] if name else ["new.png"])
 
 
-def test_other_formats_of_pillow_are_listed_again(tmp_path, settled, monkeypatch):
+def test_a_change_of_supported_formats_invalidates_the_cache(tmp_path, settled, monkeypatch):
   write(tmp_path / "images" / "a.png")
   write(tmp_path / "images" / "b.tga")
-  monkeypatch.setattr(listing, "extensions", lambda: (".png",))
+  monkeypatch.setattr(listing.decoding, "extensions", lambda: (".png",))
   assert names(tmp_path / "images") == ["a.png"]
   monkeypatch.undo()
   assert names(tmp_path / "images") == ["a.png", "b.tga"]
 
 
 @pytest.mark.parametrize("damage", ["broken", "cut", "inconsistent", "unwritable", "homeless"])
-def test_a_cache_that_fails_costs_time_only(tmp_path, cache, damage, settled, monkeypatch):
+def test_a_broken_cache_only_costs_time(tmp_path, cache, damage, settled, monkeypatch):
   root = tmp_path / "images"
   write_folder(root)
   names(root)

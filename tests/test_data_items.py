@@ -1,4 +1,4 @@
-"""Items of any names: read, held in memory, held out, packed and batched; images that are floats; and data sets without classes."""
+"""Test items with any names in all sources, float images, and data sets without classes."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,10 @@ SHAPE = (4, 6, 1)
 
 
 class Poses:
-  """Images of one level each, and arrays that tell the same level; a few may be broken."""
+  """Provide gradient images that start at a level equal to their index, and arrays with the same level.
+
+  Some images may be broken.
+  """
 
   def __init__(self, count=12, broken=(), floats=False):
     self._count, self._broken, self._floats = count, broken, floats
@@ -42,7 +45,7 @@ TYPES = {
 
 
 def assert_items(batch, indices, stand_ins=None):
-  """Assert that a batch of `Poses` holds these items, its images uint8."""
+  """Assert that a batch of `Poses` with uint8 images contains the items at these indices."""
   assert {name: array.dtype.type for name, array in batch.items() if name != "classes"} == TYPES
   for row, index in enumerate(indices):
     item = Poses()[index if stand_ins is None else stand_ins.get(index, index)]
@@ -50,7 +53,7 @@ def assert_items(batch, indices, stand_ins=None):
       np.testing.assert_array_equal(batch[name][row], value)
 
 
-def test_items_are_read_with_their_names_shapes_and_types():
+def test_items_keep_their_names_and_shapes():
   batch = data.read(Poses(), [3, 0, 11])
   assert "classes" not in batch
   assert_items(batch, [3, 0, 11])
@@ -58,20 +61,20 @@ def test_items_are_read_with_their_names_shapes_and_types():
 
 @pytest.mark.parametrize("broken", ["stop", "skip"])
 def test_items_are_the_same_in_memory(broken):
-  held = data.cache_in_memory(Poses(), broken)
-  assert not isinstance(held, Poses)
-  assert held[5].keys() == Poses()[5].keys(), "no class is made up"
-  assert held.classes is None
-  assert_items(data.read(held, np.arange(12)), range(12))
+  memory = data.cache_in_memory(Poses(), broken)
+  assert not isinstance(memory, Poses)
+  assert memory[5].keys() == Poses()[5].keys(), "no class is added"
+  assert memory.classes is None
+  assert_items(data.read(memory, np.arange(12)), range(12))
 
 
-def test_all_of_the_next_item_stands_in_for_a_broken_image():
+def test_the_complete_next_item_replaces_a_broken_one():
   stand_ins = {2: 4, 3: 4, 11: 0}
   for source in (data.SkipBroken(Poses(broken=stand_ins)), data.cache_in_memory(Poses(broken=stand_ins), "skip")):
     assert_items(data.read(source, np.arange(12)), range(12), stand_ins)
 
 
-def test_items_of_held_out_images_go_with_them():
+def test_held_out_images_keep_their_items():
   for part in data.hold_out(Poses(), 5):
     batch = data.read(part, np.arange(len(part)))
     assert_items(batch, batch["count"])
@@ -86,14 +89,14 @@ def test_a_pack_keeps_all_items(tmp_path):
     assert list(read.classes) == [data.NO_CLASS] * 12
     order = np.random.default_rng(0).permutation(12)
     for name, array in data.read(source, order).items():
-      found = data.read(read, order)[name]
-      assert found.dtype == array.dtype
-      np.testing.assert_array_equal(found, array)
+      got = data.read(read, order)[name]
+      assert got.dtype == array.dtype
+      np.testing.assert_array_equal(got, array)
       np.testing.assert_array_equal(read[3][name], data.read(source, [3])[name][0])
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_batches_hold_all_items_and_flips_mirror_what_lies_on_the_pixels(workers):
+def test_batches_have_all_items_and_flips_mirror_arrays_aligned_with_pixels(workers):
   batches = data.batches(data.SkipBroken(Poses()), 12, seed=0, flip=True, num_workers=workers)
   mirrored = 0
   for _ in range(3):
@@ -113,15 +116,15 @@ def test_batches_hold_all_items_and_flips_mirror_what_lies_on_the_pixels(workers
   assert 0 < mirrored < 36
 
 
-def test_images_that_are_floats_stay_what_they_are():
+def test_float_images_do_not_change():
   for source in (Poses(floats=True), data.cache_in_memory(Poses(floats=True))):
     batch = next(data.batches(source, 4, seed=0))
-    wanted = [Poses(floats=True)[index]["image"].astype(np.float32) for index in batch["count"]]
-    np.testing.assert_array_equal(batch["image"], wanted)
+    expected = [Poses(floats=True)[index]["image"].astype(np.float32) for index in batch["count"]]
+    np.testing.assert_array_equal(batch["image"], expected)
 
 
 @pytest.mark.parametrize("item", [{"process": 1.0}, {"broken": 1.0}, {"classes": 1}])
-def test_any_name_will_do(item):
+def test_items_may_have_any_name(item):
   source = data.ArraySource(np.zeros((4, *SHAPE), np.uint8), np.arange(4), process=np.arange(4.0), broken=np.ones(4))
   batch = next(data.batches(source, 4, seed=0))
   for name in item:
@@ -129,7 +132,7 @@ def test_any_name_will_do(item):
   np.testing.assert_array_equal(batch["process"], batch["classes"])
 
 
-def test_arrays_of_a_file_that_belong_to_the_images(tmp_path):
+def test_other_arrays_of_a_file_are_read(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), np.uint8)
   np.savez(tmp_path / "a.npz", images=images, classes=np.arange(5), pose=np.arange(10.0).reshape(5, 2), other=[1])
   fit = data.Fit(SHAPE[:2], 1)
@@ -138,27 +141,29 @@ def test_arrays_of_a_file_that_belong_to_the_images(tmp_path):
   assert batch.keys() == {"image", "classes", "pose"}
   np.testing.assert_array_equal(batch["pose"], [[8, 9], [2, 3]])
   for items, message in (
-    (["poise"], "which holds classes, images, other, pose; expected poise too"),
+    (["poise"], "which contains classes, images, other, pose; expected poise too"),
     (["other"], "a.npz: Got other of shape"),
   ):
     with pytest.raises(ValueError, match=message):
       data.arrays(fit, str(tmp_path / "a.npz"), items)
 
 
-def test_images_of_floats_from_a_file_are_from_black_to_white(tmp_path):
+def test_float_images_of_a_file_are_in_minus_1_to_1(tmp_path):
   images = np.linspace(-1, 1, 2 * 24).reshape(2, *SHAPE)
   np.savez(tmp_path / "a.npz", images=images)
   fit = data.Fit(SHAPE[:2], 1)
   np.testing.assert_array_equal(data.arrays(fit, str(tmp_path / "a.npz")).train.images, images.astype(np.float32))
-  found = data.read_inputs(tmp_path / "a.npz", SHAPE[:2], 1).images
-  np.testing.assert_array_equal(found, np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8))
+  got = data.read_inputs(tmp_path / "a.npz", SHAPE[:2], 1).images
+  np.testing.assert_array_equal(got, np.rint((images.astype(np.float32) + 1) * 127.5).astype(np.uint8))
   np.savez(tmp_path / "b.npz", images=(images + 1) / 2)
-  with pytest.raises(ValueError, match=r"b.npz: Got images of floats from 0 to 1; expected -1 to 1.*2 \* images - 1"):
+  with pytest.raises(
+    ValueError, match=r"b.npz: Got float images from 0 to 1; expected -1 .black. to 1 .*2 \* images - 1"
+  ):
     data.arrays(fit, str(tmp_path / "b.npz"))
 
 
 class Wrong(Poses):
-  """Poses of which one item is another."""
+  """Provide `Poses` with changes in one item."""
 
   def __init__(self, index, **changes):
     super().__init__()
@@ -174,15 +179,15 @@ class Wrong(Poses):
   [
     (
       {"pose": np.zeros(4)},
-      r"pose float32 \(4,\).*beside one of .*pose float32 \(3,\).*expected the same names, types and shapes",
+      r"pose float32 \(4,\).*after an item of .*pose float32 \(3,\).*expected the same names, types and shapes",
     ),
-    ({"more": 1.0}, r"more float32 \(\).*beside one of"),
-    ({"image": np.zeros(SHAPE)}, r"image float32 .*beside one of .*image uint8"),
-    ({"pose": "left"}, "the item 'pose' of type <U4; expected numbers.*leave it out"),
-    ({"count": 2**40}, "'count' of integers from 1099511627776 to 1099511627776; expected what int32 holds"),
+    ({"more": 1.0}, r"more float32 \(\).*after an item of"),
+    ({"image": np.zeros(SHAPE)}, r"image float32 .*after an item of .*image uint8"),
+    ({"pose": "left"}, "the item 'pose' of type <U4; expected numbers.*remove it"),
+    ({"count": 2**40}, "'count' of integers from 1099511627776 to 1099511627776; expected values that fit int32"),
   ],
 )
-def test_an_item_unlike_the_others_is_an_error(changes, message, tmp_path):
+def test_an_item_that_differs_from_the_first_is_an_error(changes, message, tmp_path):
   for use in (
     lambda source: data.read(source, [1, 3]),
     data.cache_in_memory,
@@ -201,23 +206,24 @@ def test_an_item_unlike_the_others_is_an_error(changes, message, tmp_path):
     ({"image": np.zeros(SHAPE, np.int64)}, "images of type int32 from the data; expected uint8"),
   ],
 )
-def test_images_of_another_range_are_refused_at_once(monkeypatch, changes, message):
+def test_images_of_wrong_range_or_type_are_errors_at_once(monkeypatch, changes, message):
   monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
   with pytest.raises(ValueError, match=message):
     data.load(data.Splits(Wrong(0, **changes)))
 
 
-def test_data_without_images_or_without_classes_are_refused_where_they_are_needed():
-  class Blind(Poses):
+def test_missing_images_or_required_classes_are_errors():
+  class NoImages(Poses):
     def __getitem__(self, index):
       return {"pose": np.zeros(3)}
 
   with pytest.raises(ValueError, match="the items pose; expected 'image' among them"):
-    data.load(data.Splits(Blind()))
+    data.load(data.Splits(NoImages()))
   train, _ = data.load(data.Splits(Poses()), hold_out=2)
   assert data.class_counts(train, 3) is None
   with pytest.raises(
-    ValueError, match="the items count, image, .* for a model of classes; expected 'classes' among them"
+    ValueError,
+    match="the items count, image, .* for a class-conditional model; expected an integer 'classes' among them",
   ):
     data.load(data.Splits(Poses()), check=data.classes_below(3))
 
@@ -227,9 +233,9 @@ def test_arrays_that_do_not_match_the_images_are_errors():
   for use, message in (
     (
       lambda: data.ArraySource(images, pose=np.zeros((2, 3))),
-      r"pose of shape \(2, 3\) for 3 images; expected one entry an image",
+      r"pose of shape \(2, 3\) for 3 images; expected one entry per image",
     ),
-    (lambda: data.ArraySource(images, image=images), "the item .image. beside images"),
+    (lambda: data.ArraySource(images, image=images), "an item named 'image'"),
     (lambda: data.ArraySource(images.astype(float) + 2), r"from 2 to 2; expected floats in \[-1, 1\]"),
     (lambda: data.ArraySource(images.astype(int)), "type int64; expected .*uint8 .*or floats"),
   ):

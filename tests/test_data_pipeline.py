@@ -1,4 +1,4 @@
-"""The pipeline: one order for any number of threads, worker processes and readers."""
+"""Test that batches do not depend on the number of threads, worker processes or reading processes."""
 
 import json
 import os
@@ -25,13 +25,13 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def numbered(count=30):
-  """Image i is the column [i, 0], so that a flip shows."""
+  """Return a source of images with the pixels [i, 0], which reveal a flip."""
   images = np.zeros((count, 1, 2, 1), np.uint8)
   images[:, 0, 0, 0] = np.arange(count)
   return data.ArraySource(images, np.arange(count))
 
 
-def test_each_epoch_is_another_permutation():
+def test_each_epoch_has_a_new_order():
   batches = data.batches(numbered(), 10, seed=0)
   epochs = [np.concatenate([next(batches)["classes"] for _ in range(3)]) for _ in range(3)]
   for epoch in epochs:
@@ -39,7 +39,7 @@ def test_each_epoch_is_another_permutation():
   assert list(epochs[0]) != list(epochs[1]) != list(epochs[2])
 
 
-def test_batches_are_scaled_and_agree_with_their_labels():
+def test_batches_are_scaled_and_match_their_classes():
   batch = next(data.batches(numbered(), 10, seed=0))
   assert batch["image"].dtype == np.float32
   np.testing.assert_allclose(batch["image"][:, 0, 0, 0], batch["classes"] / 127.5 - 1, atol=1e-6)
@@ -68,40 +68,40 @@ def test_resumes_exactly_through_json(steps):
   resumed = data.batches(numbered(), 7, seed=3, flip=True)
   next(resumed)
   resumed.restore(state)
-  for want in expected:
+  for batch in expected:
     got = next(resumed)
-    np.testing.assert_array_equal(got["image"], want["image"])
-    np.testing.assert_array_equal(got["classes"], want["classes"])
+    np.testing.assert_array_equal(got["image"], batch["image"])
+    np.testing.assert_array_equal(got["classes"], batch["classes"])
 
 
-def test_other_data_is_refused_on_resuming():
+def test_resuming_with_other_data_is_an_error():
   state = data.batches(numbered(30), 7, seed=3).state
   with pytest.raises(ValueError, match="29 images to resume a run on 30"):
     data.batches(numbered(29), 7, seed=3).restore(state)
 
 
-def test_another_batch_size_or_seed_is_refused_on_resuming():
+def test_resuming_with_another_batch_size_or_seed_is_an_error():
   state = data.batches(numbered(), 7, seed=3).state
   assert state == {"batch": 0, "num_images": 30, "batch_size": 7, "seed": 3}
-  with pytest.raises(ValueError, match="batch size of 8 to resume data at 7"):
+  with pytest.raises(ValueError, match="batch size of 8 to resume data with 7"):
     data.batches(numbered(), 8, seed=3).restore(state)
-  with pytest.raises(ValueError, match="seed of 4 to resume data at 3"):
+  with pytest.raises(ValueError, match="seed of 4 to resume data with 3"):
     data.batches(numbered(), 7, seed=4).restore(state)
   with pytest.raises(ValueError, match="another release"):
     data.batches(numbered(), 7, seed=3).restore({"iterator": {}, "num_images": 30})
 
 
 @pytest.mark.parametrize("parts", [[[0, 1, 2], [3, 4, 5, 6]], [[0, 2, 4, 6], [1, 3], [5]]])
-def test_the_rows_of_all_processes_are_the_whole_batch(parts):
-  whole = data.batches(numbered(), 7, seed=3, flip=True)
+def test_the_rows_of_all_processes_form_the_batch(parts):
+  reference = data.batches(numbered(), 7, seed=3, flip=True)
   readers = [data.batches(numbered(), 7, seed=3, flip=True, rows=np.array(rows)) for rows in parts]
   for _ in range(9):
-    want = next(whole)
+    expected = next(reference)
     for rows, reader in zip(parts, readers, strict=True):
       got = next(reader)
-      np.testing.assert_array_equal(got["image"], want["image"][rows])
-      np.testing.assert_array_equal(got["classes"], want["classes"][rows])
-  assert whole.state == readers[0].state == {"batch": 9, "num_images": 30, "batch_size": 7, "seed": 3}
+      np.testing.assert_array_equal(got["image"], expected["image"][rows])
+      np.testing.assert_array_equal(got["classes"], expected["classes"][rows])
+  assert reference.state == readers[0].state == {"batch": 9, "num_images": 30, "batch_size": 7, "seed": 3}
 
 
 @pytest.mark.parametrize("rows", [[], [2, 1], [0, 7], [-1, 0], [1, 1]])
@@ -133,14 +133,14 @@ def devices_of_this_process():
 
 
 class Spy(data.ArraySource):
-  """Says in its labels whether the process that reads it has started a device."""
+  """Return as class whether the reading process has started a device."""
 
   def __getitems__(self, indices):
     batch = super().__getitems__(indices)
     return {**batch, "classes": np.full(len(indices), len(devices_of_this_process()), np.int32)}
 
 
-def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp_path, capfd):
+def test_workers_return_the_same_batches_and_start_no_device(tmp_path, capfd):
   write_folder(tmp_path, count=6)
   truncate(tmp_path / "dog" / "3.png")
   kwargs = {"seed": 3, "flip": True}
@@ -149,13 +149,13 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
   for _ in range(4):
     next(threads)
   state = json.loads(json.dumps(threads.state))
-  want = [next(threads) for _ in range(6)]
+  expected = [next(threads) for _ in range(6)]
   assert threads.num_broken == 1
   capfd.readouterr()
   again = data.SkipBroken(data.FolderSource(tmp_path, (8, 8)))
   workers = data.batches(again, 5, num_workers=2, **kwargs)
   workers.restore(state)
-  for batch in want:
+  for batch in expected:
     got = next(workers)
     np.testing.assert_array_equal(got["image"], batch["image"])
     np.testing.assert_array_equal(got["classes"], batch["classes"])
@@ -170,7 +170,7 @@ def test_workers_give_the_same_batches_from_any_position_and_start_no_device(tmp
   spied.close()
 
 
-def test_a_broken_file_stops_the_batches_by_name(tmp_path):
+def test_a_broken_file_is_an_error_with_its_name(tmp_path):
   write_folder(tmp_path)
   truncate(tmp_path / "dog" / "0.png")
   batches = data.batches(data.FolderSource(tmp_path, (8, 8)), 6, seed=0)
@@ -178,7 +178,7 @@ def test_a_broken_file_stops_the_batches_by_name(tmp_path):
     next(batches)
 
 
-def test_the_next_batch_is_already_on_its_way():
+def test_the_next_batch_is_transferred_ahead():
   sent, second = [], threading.Event()
 
   def put(batch):
@@ -195,7 +195,7 @@ def test_the_next_batch_is_already_on_its_way():
 
 
 @pytest.mark.parametrize("ending", ["", "raise ValueError", "os.kill(os.getpid(), 9)"])
-def test_workers_end_with_the_program_however_it_ends(tmp_path, ending):
+def test_workers_exit_when_the_program_exits(tmp_path, ending):
   (tmp_path / "script.py").write_text(f"""
 import os
 import numpy as np
@@ -220,11 +220,11 @@ if __name__ == "__main__":
   assert (result.returncode == 0) == (not ending), result.stderr
   worker, deadline = Path("/proc") / result.stdout.strip(), time.monotonic() + forked.PATIENCE
   while worker.exists():
-    assert time.monotonic() < deadline, "the worker lives on"
+    assert time.monotonic() < deadline, "the worker did not exit"
     time.sleep(0.1)
 
 
-def test_iteration_ends_instead_of_waiting_once_it_is_given_up():
+def test_canceling_ends_the_iteration():
   blocked = threading.Event()
   batches = data.batches(numbered(), 5, seed=0, put=lambda batch: blocked.wait(forked.PATIENCE))
   threading.Timer(0.1, batches.cancel).start()
@@ -234,8 +234,8 @@ def test_iteration_ends_instead_of_waiting_once_it_is_given_up():
 
 
 @pytest.mark.parametrize("stuck", [False, True])
-def test_a_worker_that_has_ended_is_an_error(stuck, monkeypatch):
-  """Where the other end of its queue notices, or waits for ever for a lock or for the rest of a message."""
+def test_a_dead_worker_is_an_error(stuck, monkeypatch):
+  """The main process may notice the death from the queue, or be stuck waiting for a lock or an incomplete message."""
   batches = data.batches(numbered(), 5, seed=0, num_workers=1)
   next(batches)
   (worker,) = batches._workers
@@ -243,6 +243,6 @@ def test_a_worker_that_has_ended_is_an_error(stuck, monkeypatch):
     batches._ahead.result()
     monkeypatch.setattr(batches, "_fetch", threading.Event().wait)
   os.kill(worker, signal.SIGKILL)
-  with pytest.raises(data.WorkerDied, match=r"has ended; .*num_workers"):
+  with pytest.raises(data.WorkerDied, match=r"has died.*num_workers"):
     list(batches)
   batches.close()

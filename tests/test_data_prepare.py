@@ -1,4 +1,4 @@
-"""`--mode=prepare`: TFDS data sets of one's own and folders packed, and what is read back."""
+"""Test --mode=prepare with custom TFDS builders and folders, and reading the prepared data."""
 
 import pickle
 import subprocess
@@ -25,7 +25,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def experiment(source, *, classes=0, data=None, **arguments):
-  """Return the experiment of a data source with its arguments, and of other keys of the section `data`."""
+  """Return an experiment with a data source, its arguments, and other keys of the section `data`."""
   config = tiny_config()
   config.data.source = spec(f"data.{source}", **arguments)
   config.data.update({"image_size": 6, "channels": 3, "hold_out": 0} | (data or {}))
@@ -37,7 +37,7 @@ def experiment(source, *, classes=0, data=None, **arguments):
 # TFDS.
 
 
-def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
+def test_a_custom_builder_from_start_to_end(tmp_path, capsys):
   write_builder(tmp_path / "own_squares.py", "OwnSquares")
   keys = {"name": "own_squares", "path": str(tmp_path / "tfds")}
   with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.source\.module"):
@@ -62,13 +62,13 @@ def test_a_builder_of_ones_own_from_start_to_end(tmp_path, capsys):
 
 
 class Records(list):
-  """A TFDS data set as far as reading goes."""
+  """Simulate a TFDS data set for reading."""
 
   dataset_info = types.SimpleNamespace(features={"image": None})
 
 
 @pytest.mark.parametrize(
-  ("record", "level", "label"),
+  ("record", "level", "expected_class"),
   [
     ({"image": np.full((6, 6, 1), 200 * 257, np.uint16), "label": 3}, 200, 3),
     ({"image": np.full((6, 6, 1), 200, np.uint8)}, 200, data.NO_CLASS),
@@ -76,12 +76,12 @@ class Records(list):
     ({"image": np.full((6, 6, 3), 200, np.uint8), "label": np.array([1, 0])}, 200, data.NO_CLASS),
   ],
 )
-def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, record, level, label):
+def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, record, level, expected_class):
   monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
   item = data.TfdsSource("squares", "train", (6, 6), 1)[0]
   assert np.all(item["image"] == level)
-  assert item["classes"] == label
-  if label == data.NO_CLASS:
+  assert item["classes"] == expected_class
+  if expected_class == data.NO_CLASS:
     gray = {"channels": 1}
     assert len(reading.read_data(experiment("tfds", data=gray, eval_split=""))[0]) == 1
     with pytest.raises(ValueError, match=r"1 image\(s\) without a class for .*a class for each"):
@@ -95,7 +95,7 @@ def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, r
     ({"image": np.zeros((6, 6, 1), np.uint8), "label": 2**40}, "classes from 1099511627776"),
   ],
 )
-def test_records_without_a_range_are_refused(monkeypatch, record, message):
+def test_records_of_unknown_range_are_errors(monkeypatch, record, message):
   monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
   with pytest.raises(ValueError, match=message):
     data.TfdsSource("squares", "train", (6, 6), 1)[0]
@@ -104,7 +104,7 @@ def test_records_without_a_range_are_refused(monkeypatch, record, message):
 def test_reading_needs_neither_the_builder_nor_tensorflow(tmp_path):
   write_builder(tmp_path / "far_squares.py", "FarSquares")
   data.prepare_tfds("far_squares", str(tmp_path / "tfds"), str(tmp_path / "far_squares.py"))
-  # Opened here, where the builder is known, and sent to a process that knows none, as worker processes are.
+  # Open the source in this process, which has the builder, and read it in a process without the builder, like a worker.
   source = data.TfdsSource("far_squares", "train", (6, 6), 3, str(tmp_path / "tfds"))
   (tmp_path / "source").write_bytes(pickle.dumps(source))
   code = (
@@ -125,17 +125,17 @@ def test_wrong_modules_are_errors(tmp_path):
     data.prepare_tfds("squares", str(tmp_path), str(tmp_path / "json.py"))
 
 
-def test_an_unknown_name_gets_the_nearest(tmp_path):
+def test_an_unknown_name_gets_a_suggestion(tmp_path):
   with pytest.raises(ValueError, match=r"'cifar_10'.*Did you mean 'cifar10'"):
     data.prepare_tfds("cifar_10", str(tmp_path))
 
 
-def test_tfds_that_is_not_prepared_says_how(tmp_path):
+def test_the_error_for_unprepared_data_explains_how_to_prepare_it(tmp_path):
   with pytest.raises(ValueError, match=r"'cifar10'.*ddpm_jax\[prepare\].*--mode=prepare.*source=folder"):
     data.TfdsSource("cifar10", "train", (32, 32), 3, str(tmp_path))
 
 
-def test_a_public_data_set_without_tensorflow_names_the_extra_before_any_download(tmp_path, monkeypatch):
+def test_missing_tensorflow_is_an_error_before_the_download(tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 
   def never(*arguments, **kwargs):
@@ -143,12 +143,12 @@ def test_a_public_data_set_without_tensorflow_names_the_extra_before_any_downloa
 
   monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", never)
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"'cifar10' takes tensorflow.*ddpm_jax\[prepare\]"):
+  with pytest.raises(ValueError, match=r"'cifar10' needs tensorflow.*ddpm_jax\[prepare\]"):
     data.prepare_tfds("cifar10", str(tmp_path))
 
 
 class Lmdb:
-  """The package lmdb, as far as reading goes: a folder with a file a record."""
+  """Simulate the package lmdb with a folder that has a file per record."""
 
   def __init__(self, path):
     self.path = Path(path)
@@ -186,35 +186,35 @@ def test_lsun_is_read_without_tensorflow_io(tmp_path, monkeypatch):
   _, counts, _ = data.prepare_tfds("lsun/bedroom", str(tmp_path / "tfds"))
   assert counts == {"train": 3, "validation": 1}
   source = data.TfdsSource("lsun/bedroom", "train", (8, 8), 3, str(tmp_path / "tfds"))
-  wanted = {random_pixels(index, 8).tobytes() for index in range(3)}
-  assert {source[index]["image"].tobytes() for index in range(3)} == wanted
+  expected = {random_pixels(index, 8).tobytes() for index in range(3)}
+  assert {source[index]["image"].tobytes() for index in range(3)} == expected
 
 
 # Packing.
 
 
-def test_a_pack_reads_as_its_folder(tmp_path, capsys):
+def test_a_pack_has_the_images_of_its_folder(tmp_path, capsys):
   write_folder(tmp_path / "images" / "train", count=5)
   write_folder(tmp_path / "images" / "test", count=2)
   folder = experiment("folder", path=str(tmp_path / "images"))
   reading.run_prepare(folder, tmp_path / "packed")
-  assert "10 of 6x6x3 packed, 0 left out" in capsys.readouterr().out
+  assert "10 of 6x6x3 packed, 0 omitted" in capsys.readouterr().out
   assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "packed"]
-  for want, got in zip(
+  for expected, got in zip(
     reading.read_sources(folder),
     reading.read_sources(experiment("packed", path=str(tmp_path / "packed"))),
     strict=True,
   ):
-    assert len(want) == len(got)
-    assert want.class_names == got.class_names
-    np.testing.assert_array_equal(want.classes, got.classes)
-    order = np.random.default_rng(0).permutation(len(want))
-    np.testing.assert_array_equal(data.read(got, order)["image"], data.read(want, order)["image"])
-    np.testing.assert_array_equal(data.read(got, order)["classes"], data.read(want, order)["classes"])
-    assert got[1]["classes"] == want[1]["classes"]
+    assert len(expected) == len(got)
+    assert expected.class_names == got.class_names
+    np.testing.assert_array_equal(expected.classes, got.classes)
+    order = np.random.default_rng(0).permutation(len(expected))
+    np.testing.assert_array_equal(data.read(got, order)["image"], data.read(expected, order)["image"])
+    np.testing.assert_array_equal(data.read(got, order)["classes"], data.read(expected, order)["classes"])
+    assert got[1]["classes"] == expected[1]["classes"]
 
 
-def test_several_shards_read_as_one(tmp_path, monkeypatch):
+def test_several_shards_form_one_source(tmp_path, monkeypatch):
   from ddpm_jax.data import packing
 
   monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 6 * 6 * 3)
@@ -226,11 +226,11 @@ def test_several_shards_read_as_one(tmp_path, monkeypatch):
   order = np.random.default_rng(0).permutation(10)
   np.testing.assert_array_equal(data.read(read, order)["image"], data.read(source, order)["image"])
   (tmp_path / "packed" / "images-00002.array_record").unlink()
-  with pytest.raises(ValueError, match=r"not whole.*images-00002"):
+  with pytest.raises(ValueError, match=r"incomplete packed images.*images-00002"):
     data.PackedSource(tmp_path / "packed")
 
 
-def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
+def test_broken_files_stop_packing_or_are_omitted(tmp_path, capsys):
   write_folder(tmp_path / "images")
   for name in ("cat/1.jpg", "dog/0.png"):
     truncate(tmp_path / "images" / name)
@@ -245,43 +245,43 @@ def test_broken_files_leave_no_pack_or_are_left_out_by_name(tmp_path, capsys):
   assert list(data.PackedSource(tmp_path / "packed").classes) == [0, 0, 1, 1]
 
 
-def test_other_shapes_settings_and_versions_are_refused(tmp_path):
+def test_other_shapes_settings_and_versions_are_errors(tmp_path):
   write_folder(tmp_path / "images")
   reading.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
   keys = {"source": "packed", "path": str(tmp_path / "packed"), "eval_split": ""}
   assert len(reading.read_data(experiment(**keys))[0]) == 6
-  with pytest.raises(ValueError, match=r"\(6, 6, 3\).*wants \(8, 8, 3\)"):
+  with pytest.raises(ValueError, match=r"\(6, 6, 3\).*expected \(8, 8, 3\)"):
     reading.read_data(experiment(**keys, data={"image_size": 8}))
-  with pytest.raises(ValueError, match=r"bicubic.*wants.*'adm'"):
+  with pytest.raises(ValueError, match=r"bicubic.*expected.*'adm'"):
     reading.read_data(experiment(**keys, data={"resize": "adm"}))
   index = tmp_path / "packed" / "index.json"
   sealed.write_json(index, {**sealed.read_json(index), "version": 2})
   with pytest.raises(ValueError, match="version 2"):
     data.PackedSource(tmp_path / "packed")
-  with pytest.raises(ValueError, match="holds no packed images"):
+  with pytest.raises(ValueError, match="contains no packed images"):
     data.PackedSource(tmp_path / "images")
 
 
 @pytest.mark.parametrize(
-  ("file", "place", "message"),
+  ("file", "offset", "message"),
   [
-    ("classes.npy", -3, r"Cannot read the classes .*classes\.npy: they are not what was written"),
+    ("classes.npy", -3, r"Cannot read the classes .*classes\.npy: the checksum does not match"),
     ("classes.npy", 60, r"Cannot read the classes .*classes\.npy"),
-    ("index.json", 20, r"holds no packed images \(it"),
+    ("index.json", 20, r"contains no packed images \(it"),
     ("images-00000.array_record", 300, r"Cannot read .*images-00000\.array_record"),
   ],
 )
-def test_a_pack_with_a_flipped_bit_is_refused_by_name(tmp_path, file, place, message):
+def test_a_flipped_bit_in_a_pack_is_an_error(tmp_path, file, offset, message):
   write_folder(tmp_path / "images", count=5)
   data.pack(data.FolderSource(tmp_path / "images", (6, 6)), tmp_path / "packed", {})
   content = bytearray((tmp_path / "packed" / file).read_bytes())
-  content[place] ^= 1
+  content[offset] ^= 1
   (tmp_path / "packed" / file).write_bytes(content)
   with pytest.raises(ValueError, match=message):
     data.read(data.PackedSource(tmp_path / "packed"), np.arange(10))
 
 
-def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
+def test_a_custom_data_set_is_packed(tmp_path, capsys):
   images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 5), np.uint8)
 
   def mine(fit, first, train_split="learn", eval_split="judge"):
@@ -289,7 +289,7 @@ def test_a_data_set_of_ones_own_is_packed_by_its_arguments(tmp_path, capsys):
 
   fit = data.Fit((6, 4), 5)
   data.prepare(mine, {"first": 3}, fit, tmp_path / "packed", check=data.classes_below(3))
-  assert "learn: 3 of 6x4x5 packed, 0 left out" in capsys.readouterr().out
+  assert "learn: 3 of 6x4x5 packed, 0 omitted" in capsys.readouterr().out
   train, held_out = data.packed(fit, str(tmp_path / "packed"), "learn", "judge")
   np.testing.assert_array_equal(data.read(train, [0, 1, 2])["image"], images[:3])
   np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])

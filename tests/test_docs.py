@@ -1,4 +1,4 @@
-"""The documentation: the keys, the commands and the names in it are those of the code."""
+"""Test that the keys, commands and names in the documentation exist in the code."""
 
 import ast
 import importlib
@@ -6,10 +6,12 @@ import itertools
 import re
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 
 from ddpm_jax import config, models
-from ddpm_jax.commands import MODES, flags, line
+from ddpm_jax.commands import MODES, command_line, flags
 from ddpm_jax.config import sections, slots
 from ddpm_jax.config import tree as trees
 from ddpm_jax.storage import places
@@ -38,13 +40,13 @@ def between(text, name):
 
 
 def rows(text):
-  """The cells of all tables, without their heads."""
+  """Return the cells of all tables, without headers."""
   lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
   return [[cell.strip() for cell in line] for line in lines]
 
 
-def shown(default):
-  """A default as the page writes it."""
+def format_default(default):
+  """Format a default as on the page."""
   if isinstance(default, bool):
     return str(default).lower()
   if isinstance(default, str):
@@ -53,16 +55,16 @@ def shown(default):
 
 
 def keys():
-  """Every key of every section: its name, its default and its role."""
-  found = []
+  """Return the name, default and role of every key of every section."""
+  table = []
   roles = {name: role or "run" for name, role in ((one.name, one.role) for one in sections.keys_of(sections.Root))}
   for section, kind in SECTIONS.items():
     for one in sections.keys_of(kind):
       if one.section is None:
-        found.append(
-          [f"`{section}.{one.name}`".replace("`.", "`"), f"`{shown(one.default)}`", one.role or roles[section]]
+        table.append(
+          [f"`{section}.{one.name}`".replace("`.", "`"), f"`{format_default(one.default)}`", one.role or roles[section]]
         )
-  return found
+  return table
 
 
 def test_the_page_of_configs_lists_every_key_with_its_default_and_its_role():
@@ -72,17 +74,17 @@ def test_the_page_of_configs_lists_every_key_with_its_default_and_its_role():
 
 
 def test_the_page_of_configs_lists_every_component_of_the_package():
-  places = {path: one.slot for path, one in config.expand({}).places.items() if one.slot is not None}
-  wanted = [
-    [f"`{path}`", f"`{slot.home}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
-    for path, slot in places.items()
+  slots_by_key = {path: one.slot for path, one in config.expand({}).parameters.items() if one.slot is not None}
+  expected = [
+    [f"`{path}`", f"`{slot.module}`", ", ".join(f"`{name}`" for name in slots.names(slot))]
+    for path, slot in slots_by_key.items()
   ]
-  assert rows(between(CONFIG_PAGE.read_text(), "components")) == wanted
+  assert rows(between(CONFIG_PAGE.read_text(), "components")) == expected
 
 
 @pytest.fixture
-def beside(tmp_path, monkeypatch):
-  """A folder with the files that pages ask their readers to save, as the working folder."""
+def saved_page_files(tmp_path, monkeypatch):
+  """Save the files of all pages in a new working folder."""
   for page in PAGES:
     for name, text in saved_files(page.read_text()).items():
       (tmp_path / name).write_text(text)
@@ -91,46 +93,46 @@ def beside(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [*PAGES, *RECIPES], ids=lambda path: path.name)
-def test_every_command_has_flags_and_keys_that_there_are(path, beside):
-  del beside
+def test_every_command_has_valid_flags_and_keys(path, saved_page_files):
+  del saved_page_files
   for command in commands(path):
-    if line.answer(command) is not None:
+    if command_line.answer(command) is not None:
       continue
-    found = line.parse(command)
-    recipe = getattr(found, "config", None)
-    known = recipe and (Path(recipe).is_file() or recipe in places.recipes())
-    changes = flags.variants(found) if found.mode == "eval" else [{}]
-    short = {"sampler": None, "num_steps": None} if found.mode == "eval" else {}
-    tree = config.read(recipe if known else "digits_cond", flags.keys(found, **short))
+    args = command_line.parse(command)
+    recipe = getattr(args, "config", None)
+    exists = recipe and (Path(recipe).is_file() or recipe in places.recipes())
+    changes = flags.variants(args) if args.mode == "eval" else [{}]
+    short = {"sampler": None, "num_steps": None} if args.mode == "eval" else {}
+    tree = config.read(recipe if exists else "digits_cond", flags.config_keys(args, **short))
     for change in changes:
       config.build(tree).replace(**change)
 
 
-def known_keys():
-  """Every key that some choice of components has."""
-  known = set()
+def all_keys():
+  """Return the keys of all components."""
+  keys = set()
   for recipe in ("digits_classifier", "cifar10_iddpm", "mnist_superres", "digits_cond"):
     tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
-    known |= {*tree.places, *trees.leaves(tree.values)}
-    for place, one in tree.places.items():
+    keys |= {*tree.parameters, *trees.leaves(tree.values)}
+    for place, one in tree.parameters.items():
       for name in slots.names(one.slot) if one.slot is not None and place != "model.conditions" else ():
-        known |= {*config.replace(tree, place, name).places}
-  return known | {"parallel", "sampling", "evaluation", "editing", "training"}
+        keys |= {*config.replace(tree, place, name).parameters}
+  return keys | {"parallel", "sampling", "evaluation", "editing", "training"}
 
 
 def names_in(text):
-  """The dotted names that stand in backticks."""
+  """Return the dotted names in backticks."""
   return re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:[=(][^`]*)?`", text)
 
 
 def is_public(name):
-  """Whether a dotted name is one of the package's modules, functions or classes, or an attribute of a model."""
-  first, *rest = name.removeprefix("ddpm_jax.").split(".")
+  """Return whether a dotted name is public in the package, or an attribute of a model."""
+  first, *attributes = name.removeprefix("ddpm_jax.").split(".")
   try:
     value = models.Model if first == "model" else importlib.import_module(f"ddpm_jax.{first}")
   except ImportError:
     return False
-  for one in rest:
+  for one in attributes:
     if not hasattr(value, one):
       return one in getattr(value, "_fields", ())
     value = getattr(value, one)
@@ -140,16 +142,16 @@ def is_public(name):
 FILES = ("json", "jsonl", "html", "npz", "png", "py", "md", "txt", "toml", "cfg", "safetensors", "pth", "csv")
 
 
-def test_every_key_and_every_name_in_the_text_is_there():
-  known, missing = known_keys(), []
-  roots = {name.partition(".")[0] for name in known}
+def test_every_key_and_every_name_in_the_text_exists():
+  keys, missing = all_keys(), []
+  roots = {name.partition(".")[0] for name in keys}
   for path in [*PAGES, *RECIPES]:
     text = path.read_text()
     text = text if path.suffix == ".md" else ast.get_docstring(ast.parse(text))
-    # Commands are looked at above.
+    # Another test checks commands.
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for key in re.findall(r"--config\.([a-z_.]*[a-z_])", text):
-      if key not in known and not key.startswith("model.conditions."):
+      if key not in keys and not key.startswith("model.conditions."):
         missing.append((path.name, f"--config.{key}"))
     for name in (name.removeprefix("config.") for name in names_in(text)):
       first = name.partition(".")[0]
@@ -157,20 +159,23 @@ def test_every_key_and_every_name_in_the_text_is_there():
         first not in roots and importlib.util.find_spec(f"ddpm_jax.{first}") is None
       ):
         continue
-      if name not in known and not is_public(name):
+      if name not in keys and not is_public(name):
         missing.append((path.name, name))
   assert not missing
 
 
-def test_every_flag_in_the_text_is_there():
+def test_every_flag_in_the_text_exists():
   scripts = "".join(path.read_text() for path in sorted((ROOT / "experiments").rglob("*.py")))
-  known = {*itertools.chain(*(line.parser_of(mode).names for mode in MODES)), *re.findall(r'"--([a-z_-]+)"', scripts)}
+  names = {
+    *itertools.chain(*(command_line.make_parser(mode).names for mode in MODES)),
+    *re.findall(r'"--([a-z_-]+)"', scripts),
+  }
   for path in PAGES:
-    assert {*re.findall(r"`--([a-z_]+)[=` ]", path.read_text())} <= known, path.name
+    assert {*re.findall(r"`--([a-z_]+)[=` ]", path.read_text())} <= names, path.name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_examples_name_what_there_is(path):
+def test_names_in_examples_exist(path):
   for block in blocks(path, "python"):
     for node in ast.walk(ast.parse(block)):
       if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id != "model":
@@ -182,8 +187,8 @@ def test_examples_name_what_there_is(path):
           assert is_public(f"{node.module}.{one.name}".removeprefix("ddpm_jax.")), one.name
 
 
-def test_the_examples_of_the_page_of_configs_run(beside):
-  del beside
+def test_the_examples_of_the_page_of_configs_run(saved_page_files):
+  del saved_page_files
   *_, example = blocks(CONFIG_PAGE, "python")
   names = {}
   exec(compile(example, "config.md", "exec"), names)
@@ -191,8 +196,22 @@ def test_the_examples_of_the_page_of_configs_run(beside):
   assert len(names["slower"].times) == 51
 
 
-def test_keys_may_change_as_the_page_of_configs_says(beside, tmp_path, monkeypatch):
-  del beside
+def test_the_page_that_explains_diffusion_runs(tmp_path, monkeypatch):
+  """Run the page with a twentieth of the training."""
+  matplotlib.use("agg")
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  for block in blocks(ROOT / "docs" / "diffusion.md", "python"):
+    exec(compile(block.replace("4000", "200"), "diffusion.md", "exec"), names)
+  assert names["history"][-50:].mean() < names["history"][:50].mean()
+  np.testing.assert_allclose(names["again"], names["x"], atol=1e-3)  # the loop on the page is DDIM
+  assert {name: nfe for name, (_, nfe) in names["results"].items()}["ancestral, long"] == 250
+  pictures = {path.name for path in tmp_path.glob("*.png")}
+  assert pictures == {path.name for path in (ROOT / "docs" / "figures").glob("diffusion_*.png")}
+
+
+def test_keys_may_change_as_the_page_of_configs_says(saved_page_files, tmp_path, monkeypatch):
+  del saved_page_files
   monkeypatch.setattr(config.files.workdir, "checkpoint_steps", lambda folder: [1])
   tree, folder = config.read("my_recipe.py", {}), tmp_path / "run"
   config.write(folder, tree)

@@ -1,4 +1,4 @@
-"""Editing: the contract of every wrapper, and what is refused."""
+"""Test the contract of every editing wrapper, and errors for invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from tests.oracles import MIXTURE, PROCESSES, gaussian
 from tests.samplers import DISTINCT, KINDS, SAMPLERS, run
 from tests.test_sampling import TRACES
 
-# Points in the plane, of which the first coordinate is known.
+# Points in the plane with a known first coordinate.
 KEEP = np.array([True, False])
 KNOWN = np.array([[0.3, 7.0], [-0.2, np.nan], [0.9, 0.0]], np.float32)
 WRAPPERS = {
@@ -18,11 +18,11 @@ WRAPPERS = {
   "repaint": lambda sampler, process, known=KNOWN: editing.repaint(sampler, process, known, KEEP, 3, 2),
   "dps": lambda sampler, process, known=KNOWN: editing.dps(sampler, process, lambda x: x[:, :1], known[:, :1], 0.1),
 }
-# One of each way to count calls and to draw noise.
-KINDS_OF_RULES = (
+# One rule for each way to count calls and to sample noise.
+RULE_KINDS = (
   "ancestral", "ddim", "ddim_half", "heun", "dpm_solver_2", "dpm_solver_3", "dpmpp_2s", "dpmpp_2m", "unipc_3", "dpmpp_sde", "heun_churn", "langevin_heun",
 )  # fmt: skip
-# Rules that remember, which `repaint` refuses.
+# Rules with memory, which are invalid for `repaint`.
 MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "deis", "unipc", "dpmpp_2m_sde", "langevin_unipc")
 WRAPPED = [
   (wrapper, name)
@@ -30,22 +30,25 @@ WRAPPED = [
   for name in DISTINCT
   if not (wrapper == "repaint" and name.startswith(MULTISTEP))
 ]
-# What is traced for all of them is compiled and run for these.
-RUN = [(wrapper, name) for wrapper, name in WRAPPED if wrapper == "replace" or name in KINDS_OF_RULES]
+# All of the wrapped rules are traced. Only these are also compiled and run.
+COMPILED = [(wrapper, name) for wrapper, name in WRAPPED if wrapper == "replace" or name in RULE_KINDS]
 
 
-def in_turn(pairs):
-  """Turn pairs (wrapper, other) into parameters: each other has one of its wrappers, in turn; the rest is slow."""
-  taking = {name: [wrapper for wrapper, other in pairs if other == name] for _, name in pairs}
-  turns = {name: wrappers[i % len(wrappers)] for i, (name, wrappers) in enumerate(taking.items())}
+def one_wrapper_each(pairs):
+  """Return test parameters for pairs (wrapper, name), with one wrapper per name and the others marked slow."""
+  wrappers = {name: [wrapper for wrapper, other in pairs if other == name] for _, name in pairs}
+  fast = {name: choices[i % len(choices)] for i, (name, choices) in enumerate(wrappers.items())}
   return [
-    pytest.param(wrapper, name, marks=[] if turns[name] == wrapper else pytest.mark.slow) for wrapper, name in pairs
+    pytest.param(wrapper, name, marks=[] if fast[name] == wrapper else pytest.mark.slow) for wrapper, name in pairs
   ]
 
 
 @pytest.fixture
 def constant_noise(monkeypatch):
-  """Let constants stand for noise, which costs most where nothing is compiled and decides neither calls nor dtypes."""
+  """Replace noise by constants.
+
+  Noise is slow without compilation and affects neither calls nor dtypes.
+  """
   monkeypatch.setattr(randomness, "fold_in", lambda key, data: key)
   monkeypatch.setattr(
     randomness,
@@ -54,11 +57,11 @@ def constant_noise(monkeypatch):
   )
 
 
-# The contract of the wrappers.
+# Contract of the wrappers.
 
 
-@pytest.mark.parametrize(("wrapper", "name"), in_turn(WRAPPED))
-def test_wrapped_rules_trace_the_network_once_a_call_site_and_are_finite(wrapper, name):
+@pytest.mark.parametrize(("wrapper", "name"), one_wrapper_each(WRAPPED))
+def test_wrapped_rules_trace_the_network_once_per_call_site_and_are_finite(wrapper, name):
   process, traces = PROCESSES["vp"], []
   exact = MIXTURE.denoise(process)
 
@@ -68,23 +71,24 @@ def test_wrapped_rules_trace_the_network_once_a_call_site_and_are_finite(wrapper
 
   sampler = WRAPPERS[wrapper](SAMPLERS[name](process), process)
   x, times = process.prior(jax.random.key(1), (3, 2)), sampling.grids.log_snr(process, 8)
-  if (wrapper, name) in RUN:
-    got = run(sampler, denoise, x, times)
-    assert jnp.all(jnp.isfinite(got))
+  if (wrapper, name) in COMPILED:
+    samples = run(sampler, denoise, x, times)
+    assert jnp.all(jnp.isfinite(samples))
     if wrapper != "dps":
-      np.testing.assert_array_equal(got[:, 0], KNOWN[:, 0])
+      np.testing.assert_array_equal(samples[:, 0], KNOWN[:, 0])
   else:
-    got = jax.eval_shape(lambda x: sampling.sample(jax.random.key(0), sampler, denoise, x, times), x)
-    assert got.shape == x.shape
-  moved = wrapper == "dps" and ("churn" in name or "langevin" in name)  # no call at x_t itself
-  assert len(traces) == TRACES.get(name, 1) + moved
+    samples = jax.eval_shape(lambda x: sampling.sample(jax.random.key(0), sampler, denoise, x, times), x)
+    assert samples.shape == x.shape
+  # These rules make no call at x_t, so dps needs an additional one.
+  additional = wrapper == "dps" and ("churn" in name or "langevin" in name)
+  assert len(traces) == TRACES.get(name, 1) + additional
 
 
-@pytest.mark.parametrize(("wrapper", "name"), in_turn([pair for pair in WRAPPED if pair[1] in KINDS_OF_RULES]))
+@pytest.mark.parametrize(("wrapper", "name"), one_wrapper_each([pair for pair in WRAPPED if pair[1] in RULE_KINDS]))
 def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noise, monkeypatch):
-  """Count where nothing is compiled, with one time for all those that a rule looks for, which changes no count."""
+  """Count calls without compilation. The constant `time_of` makes this fast and does not change the count."""
   monkeypatch.setattr(processes.Process, "time_of", lambda process, log_snr: jnp.full_like(log_snr, 0.3))
-  # From t_max with and without data left, to 0 and above it.
+  # The grids start at and below t_max, with and without signal there, and end at and above 0.
   for process in (PROCESSES["vp"], PROCESSES["rectified_flow"]):
     sampler, calls = WRAPPERS[wrapper](SAMPLERS[name](process), process), []
 
@@ -101,82 +105,84 @@ def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noi
 
 @pytest.mark.parametrize(
   ("wrapper", "process"),
-  in_turn([(wrapper, name) for wrapper in WRAPPERS for name in (PROCESSES if wrapper == "repaint" else KINDS)]),
+  one_wrapper_each(
+    [(wrapper, name) for wrapper in WRAPPERS for name in (PROCESSES if wrapper == "repaint" else KINDS)]
+  ),
 )
-def test_wrapped_rules_on_every_process_and_in_every_precision(wrapper, process, constant_noise):
+def test_wrapped_rules_on_every_process_and_in_every_dtype(wrapper, process, constant_noise):
   process = PROCESSES[process]
   sampler = WRAPPERS[wrapper](sampling.heun(process), process)
   for dtype, shares in ((jnp.bfloat16, [1.0, 0.4, 0.0]), (jnp.float64, [1.0, 0.0])):
     with jax.enable_x64(dtype == jnp.float64), jax.disable_jit():
       x = process.prior(jax.random.key(1), (3, 2), dtype)
       times = np.array(shares) * process.t_max
-      got = sampling.sample(jax.random.key(0), sampler, MIXTURE.denoise(process), x, times)
-      assert got.dtype == dtype
-      assert jnp.all(jnp.isfinite(got))
+      samples = sampling.sample(jax.random.key(0), sampler, MIXTURE.denoise(process), x, times)
+      assert samples.dtype == dtype
+      assert jnp.all(jnp.isfinite(samples))
       if wrapper != "dps":
-        np.testing.assert_array_equal(got[:, 0], jnp.asarray(KNOWN[:, 0], dtype))
+        np.testing.assert_array_equal(samples[:, 0], jnp.asarray(KNOWN[:, 0], dtype))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_sample_depends_on_its_key_and_start_alone_and_has_derivatives(wrapper):
+def test_a_wrapped_sample_depends_only_on_its_key_and_start_and_has_derivatives(wrapper):
   process = PROCESSES["vp"]
   keys, times = jax.random.split(jax.random.key(0), 3), np.linspace(1, 0, 5)
   x, order = process.prior(keys, (3, 2)), np.array([2, 0, 1])
 
   @jax.jit
-  def draw(keys, x, known):
+  def generate(keys, x, known):
     sampler = WRAPPERS[wrapper](sampling.heun(process), process, known)
     return sampling.sample(keys, sampler, MIXTURE.denoise(process), x, times)
 
-  moved = draw(keys[order], x[order], KNOWN[order])
-  np.testing.assert_allclose(draw(keys, x, KNOWN)[order], moved, rtol=1e-5)
-  assert jnp.all(jnp.isfinite(jax.jit(jax.grad(lambda x: jnp.sum(draw(keys, x, KNOWN) ** 2)))(x)))
+  permuted = generate(keys[order], x[order], KNOWN[order])
+  np.testing.assert_allclose(generate(keys, x, KNOWN)[order], permuted, rtol=1e-5)
+  assert jnp.all(jnp.isfinite(jax.jit(jax.grad(lambda x: jnp.sum(generate(keys, x, KNOWN) ** 2)))(x)))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrapped_rules_take_no_rising_grid(wrapper):
+def test_an_increasing_grid_is_an_error_for_wrapped_rules(wrapper):
   process = PROCESSES["vp"]
   sampler = WRAPPERS[wrapper](sampling.ddim(process), process)
-  with pytest.raises(ValueError, match="expected them strictly decreasing"):
+  with pytest.raises(ValueError, match="expected strictly decreasing"):
     sampling.sample(jax.random.key(0), sampler, MIXTURE.denoise(process), jnp.ones((3, 2)), np.array([0.1, 0.5]))
 
 
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name.startswith(MULTISTEP)])
-def test_repaint_refuses_rules_that_remember(name):
+def test_a_rule_with_memory_is_an_error_for_repaint(name):
   with pytest.raises(ValueError, match="remembers.*sampling.ancestral"):
     WRAPPERS["repaint"](SAMPLERS[name](PROCESSES["vp"]), PROCESSES["vp"])
 
 
-def test_what_is_prepared_is_prepared_for_all_parts_of_the_steps():
-  """Churn is spread over the way down: as much in 3 steps of 4 parts as in 12 steps."""
-  asked = []
+def test_repaint_prepares_a_rule_for_all_parts_of_the_steps():
+  """Churn is the same for 3 steps of 4 parts as for 12 steps."""
+  step_counts = []
 
   def prepare(count):
-    asked.append(count)
+    step_counts.append(count)
     return sampling.ddim(PROCESSES["vp"])
 
   sampler = sampling.ddim(PROCESSES["vp"])._replace(prepare=prepare)
   editing.repaint(sampler, PROCESSES["vp"], KNOWN, KEEP, 5, 4).prepare(3)
   editing.replace(sampler, PROCESSES["vp"], KNOWN, KEEP).prepare(3)
-  assert asked == [12, 3]
+  assert step_counts == [12, 3]
 
 
 @pytest.mark.parametrize("process", ["vp", "edm", "rectified_flow"])
-def test_replaced_pixels_are_draws_of_the_forward_process_and_the_others_are_left(process):
+def test_replace_samples_known_pixels_from_the_forward_process_and_keeps_the_others(process):
   process, count = PROCESSES[process], 40_000
-  t, seen = 0.4 * process.t_max, []
+  t, inputs = 0.4 * process.t_max, []
 
   def denoise(x, t):
-    seen.append(np.asarray(x, np.float64))
+    inputs.append(np.asarray(x, np.float64))
     return x
 
   sampler = editing.replace(sampling.ddim(process), process, np.array([0.7, 0.0], np.float32), KEEP)
   with jax.disable_jit():
     sampling.sample(jax.random.key(0), sampler, denoise, jnp.full((count, 2), 0.25), np.array([t, 0.0]))
   alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
-  np.testing.assert_array_equal(seen[0][:, 1], 0.25)
-  np.testing.assert_allclose(seen[0][:, 0].mean(), 0.7 * alpha, atol=5 * sigma / count**0.5)
-  np.testing.assert_allclose(seen[0][:, 0].std(), sigma, rtol=5 / (2 * count) ** 0.5)
+  np.testing.assert_array_equal(inputs[0][:, 1], 0.25)
+  np.testing.assert_allclose(inputs[0][:, 0].mean(), 0.7 * alpha, atol=5 * sigma / count**0.5)
+  np.testing.assert_allclose(inputs[0][:, 0].std(), sigma, rtol=5 / (2 * count) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -187,18 +193,19 @@ def test_replaced_pixels_are_draws_of_the_forward_process_and_the_others_are_lef
     for jump in (1, 3)
   ],
 )
-def test_going_back_up_keeps_the_marginal(process, jump):
-  """With nothing known, RePaint's ups and downs sample the data, however many."""
+def test_repaint_without_known_pixels_samples_the_data(process, jump):
   process, count, steps = PROCESSES[process], 10_000, 40 if jump == 1 else 20
-  nothing = np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)
-  sampler = editing.repaint(sampling.dpmpp_sde(process), process, *nothing, 4, jump)
+  image, keep = np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)
+  sampler = editing.repaint(sampling.dpmpp_sde(process), process, image, keep, 4, jump)
   grid = sampling.grids.uniform if process is PROCESSES["rectified_flow"] else sampling.grids.karras
-  got = run(sampler, gaussian().denoise(process), process.prior(jax.random.key(1), (count, 1)), grid(process, steps))
-  np.testing.assert_allclose(np.mean(got), 0.3, atol=0.015)
-  np.testing.assert_allclose(np.std(got), 0.4, atol=0.015)
+  samples = run(
+    sampler, gaussian().denoise(process), process.prior(jax.random.key(1), (count, 1)), grid(process, steps)
+  )
+  np.testing.assert_allclose(np.mean(samples), 0.3, atol=0.015)
+  np.testing.assert_allclose(np.std(samples), 0.4, atol=0.015)
 
 
-# Bad input.
+# Invalid arguments.
 
 
 def test_wrong_arguments_are_errors():
@@ -210,7 +217,7 @@ def test_wrong_arguments_are_errors():
   def restore(operator, y, **kwargs):
     return e.posterior(denoise, process, operator, y, 0.1, **kwargs)(image, 0.5)
 
-  def paint(known, mask):
+  def inpaint(known, mask):
     return sampling.sample(key, e.replace(ddim, process, known, mask), denoise, image, times)
 
   for make, message in (
@@ -225,37 +232,43 @@ def test_wrong_arguments_are_errors():
     (lambda: e.replace(ddim, process, image, np.ones((4, 6, 1), int)), "dtype int.*expected booleans"),
     (lambda: e.replace(ddim, process, image.astype(int), keep), "expected floats"),
     (lambda: e.replace(ddim, process, image, np.ones((5, 6, 1), bool)), r"a mask of shape \(5, 6, 1\)"),
-    (lambda: paint(jnp.zeros((3, 4, 6, 3)), keep), "expected them to broadcast to x"),
-    (lambda: paint(image[:, :, :1], np.ones((9, 2, 4, 6, 3), bool)), "expected them to broadcast to x"),
+    (lambda: inpaint(jnp.zeros((3, 4, 6, 3)), keep), "expected the image and the mask to broadcast to x"),
+    (
+      lambda: inpaint(image[:, :, :1], np.ones((9, 2, 4, 6, 3), bool)),
+      "expected the image and the mask to broadcast to x",
+    ),
     (lambda: e.repaint(ddim, process, image, keep, 0), "resamples=0"),
     (lambda: e.repaint(ddim, process, image, keep, 2, 1.5), "jump=1.5"),
     (lambda: e.dps(ddim, process, e.gray, image, -1.0), "scale=-1.0"),
     (lambda: e.dps(ddim, process, e.gray, image, float("nan")), "scale=nan"),
     (
       lambda: sampling.sample(key, e.dps(ddim, process, e.gray, image), denoise, image, times),
-      r"measurement of shape \(2, 4, 6, 3\) and an operator that gives \(2, 4, 6, 1\)",
+      r"measurement of shape \(2, 4, 6, 3\) and an operator with output of shape \(2, 4, 6, 1\)",
     ),
     (lambda: restore(e.gray, image), "measurement of shape"),
     (lambda: restore(e.gray, jnp.zeros((1, 1, 2, 4, 6, 1))), "measurement of shape"),
     (lambda: restore(jnp.abs, image), "cannot transpose; expected a linear one.*abs"),
     (lambda: restore(lambda x: x * x, image), "cannot transpose"),
-    (lambda: restore(lambda x: x + 1, image), "does not take 0 to 0"),
-    (lambda: jax.jit(lambda: restore(lambda x: x + 1, image))(), "does not take 0 to 0"),
+    (lambda: restore(lambda x: x + 1, image), "does not map 0 to 0"),
+    (lambda: jax.jit(lambda: restore(lambda x: x + 1, image))(), "does not map 0 to 0"),
     (lambda: e.posterior(denoise, process, e.gray, image, 0.0), "noise_std=0.0"),
     (lambda: restore(e.gray, image, covariance="full"), "covariance='full'"),
     (lambda: restore(e.gray, image, iterations=0), "iterations=0"),
     (lambda: e.img2img(key, ddim, denoise, process, image, times, 1.1), "strength=1.1"),
     (lambda: e.img2img(key, ddim, denoise, process, image, times, float("nan")), "strength=nan"),
-    (lambda: e.img2img(key, ddim, denoise, process, image, times[:-1][::-1], 0.5), "rise"),
+    (lambda: e.img2img(key, ddim, denoise, process, image, times[:-1][::-1], 0.5), "increasing times"),
     (lambda: e.img2img(jax.random.PRNGKey(0), ddim, denoise, process, image, times, 0.0), "typed key"),
     (lambda: e.invert(sampling.ancestral(process), denoise, process, image, times), "adds noise"),
     (lambda: e.invert(ddim, denoise, process, image, times[:-1]), "the last of them to 0"),
     (lambda: e.invert(ddim, denoise, process, image, np.array([1.0, 0.0])), "at least two steps"),
-    (lambda: e.invert(ddim, denoise, process, image, times[:-1][::-1]), "rise"),
+    (lambda: e.invert(ddim, denoise, process, image, times[:-1][::-1]), "increasing times"),
     (lambda: e.invert(ddim, denoise, process, image.astype(int), times), "expected floats"),
-    (lambda: e.slerp(image, image[:1], 0.5), "expected a and b alike"),
+    (lambda: e.slerp(image, image[:1], 0.5), "expected a and b of the same shape"),
     (lambda: e.slerp(image, image, jnp.zeros(3)), "a scalar fraction"),
-    (lambda: e.interpolate(ddim, denoise, process, image, image[:1], times, [0.5]), "expected a and b alike"),
+    (
+      lambda: e.interpolate(ddim, denoise, process, image, image[:1], times, [0.5]),
+      "expected a and b of the same shape",
+    ),
     (lambda: e.interpolate(ddim, denoise, process, image, image, times, 0.5), r"fractions \[F\]"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Editing guided by a measurement: operators and their transposes, and closed-form posteriors."""
+"""Test operators and their transposes, and methods for measurements against closed-form posteriors."""
 
 import importlib
 import runpy
@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.oracles import PROCESSES, ZERO_SNR
 from tests.samplers import SAMPLERS, run
 
-# Images of 2 by 3 correlated pixels, of which every law is known.
+# Gaussian images of 2 by 3 correlated pixels, with all distributions in closed form.
 SHAPE, NOISE_STD = (2, 3, 1), 0.2
 MEAN = np.linspace(-0.3, 0.3, 6)
 COVARIANCE = 0.2 * np.exp(-np.abs(np.subtract.outer(np.arange(6), np.arange(6))) / 3)
@@ -28,7 +28,7 @@ def measure(x):
 
 
 def correlated(process):
-  """E[x_0 | x_t] of the images, for t a scalar or [B]."""
+  """Return the function E[x_0 | x_t] of the images, for a scalar t or t [B]."""
   values, vectors = np.linalg.eigh(COVARIANCE)
 
   def denoise(x, t):
@@ -41,8 +41,8 @@ def correlated(process):
   return denoise
 
 
-def given(alpha, sigma, x_t):
-  """The mean and covariance of x_0 given x_t = alpha x_0 + sigma eps and y, by adding up precisions."""
+def exact_posterior(alpha, sigma, x_t):
+  """Return the mean and covariance of x_0 given x_t = alpha x_0 + sigma eps and y, as a sum of precisions."""
   prior = np.linalg.inv(COVARIANCE)
   share = 0.0 if sigma == 0 else alpha / sigma**2
   precision = prior + alpha * share * np.eye(6) + MATRIX.T @ MATRIX / NOISE_STD**2
@@ -67,18 +67,18 @@ def test_operators_are_linear_and_their_transposes_are_adjoint(name):
   operator, channels = jax.jit(OPERATORS[name][0]), OPERATORS[name][1]
   x, z = jax.random.normal(jax.random.key(0), (2, 2, 8, 6, channels), jnp.float64)
   np.testing.assert_allclose(operator(2 * x - 3 * z), 2 * operator(x) - 3 * operator(z), atol=1e-12)
-  np.testing.assert_array_equal(operator(x)[1:], operator(x[1:]))  # each sample by itself
+  np.testing.assert_array_equal(operator(x)[1:], operator(x[1:]))  # samples are independent
   y = jax.random.normal(jax.random.key(1), operator(x).shape, jnp.float64)
   adjoint = editing.operators.transpose(operator, x)
   np.testing.assert_allclose(jnp.sum(operator(x) * y), jnp.sum(x * adjoint(y)), rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
-def test_operators_have_their_closed_forms():
+def test_operators_match_their_closed_forms():
   x = jax.random.normal(jax.random.key(0), (2, 8, 6, 3), jnp.float64)
   for std in (0.2, 0.7, 1.3, 4.0):
-    truth = gaussian_filter(np.asarray(x), (0, std, std, 0), mode="reflect", truncate=4.0)
-    np.testing.assert_allclose(jax.jit(editing.blur(std))(x), truth, atol=1e-12)
+    expected = gaussian_filter(np.asarray(x), (0, std, std, 0), mode="reflect", truncate=4.0)
+    np.testing.assert_allclose(jax.jit(editing.blur(std))(x), expected, atol=1e-12)
   np.testing.assert_allclose(editing.blur(2.0)(x).mean((1, 2)), x.mean((1, 2)), atol=1e-12)
   np.testing.assert_allclose(editing.blur(1.0)(jnp.full((1, 3, 9, 1), 0.7)), 0.7, rtol=1e-12)
   np.testing.assert_allclose(editing.downsample(2)(x)[1, 3, 0, 2], x[1, 6:8, 0:2, 2].mean(), rtol=1e-12)
@@ -90,33 +90,33 @@ def test_operators_have_their_closed_forms():
   np.testing.assert_array_equal(editing.mask_operator(keep)(jnp.array([[[2.0], [3.0]]])), [[[2.0], [0.0]]])
 
 
-# Guided by a measurement.
+# Methods for measurements.
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_step_of_dps_is_the_rules_and_a_move_towards_the_measurement():
+def test_a_step_of_dps_is_a_step_of_the_rule_and_a_move_toward_the_measurement():
   process, t, s = PROCESSES["vp"], jnp.asarray(0.5), jnp.asarray(0.3)
   denoise, rule = correlated(process), sampling.ddim(process)
   x = jax.random.normal(jax.random.key(0), (3, *SHAPE), jnp.float64)
-  got, _ = editing.dps(rule, process, measure, Y, 0.7).step(jax.random.key(1), denoise, x, (), t, s)
+  result, _ = editing.dps(rule, process, measure, Y, 0.7).step(jax.random.key(1), denoise, x, (), t, s)
   alpha, sigma = process.alpha(t), process.sigma(t)
   jacobian = alpha * COVARIANCE @ np.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * np.eye(6))
   residual = Y[None] - measure(denoise(x, t))
   unit = residual / np.linalg.norm(residual, axis=1, keepdims=True)
-  towards = (0.7 * unit @ MATRIX @ jacobian).reshape(x.shape)
-  np.testing.assert_allclose(got, rule.step(jax.random.key(1), denoise, x, (), t, s)[0] + towards, rtol=1e-9)
+  move = (0.7 * unit @ MATRIX @ jacobian).reshape(x.shape)
+  np.testing.assert_allclose(result, rule.step(jax.random.key(1), denoise, x, (), t, s)[0] + move, rtol=1e-9)
 
 
 @pytest.mark.parametrize("process", ["vp", *ZERO_SNR])
-def test_dps_stays_finite_where_nothing_is_left_to_correct(process):
+def test_dps_is_finite_where_the_residual_is_zero(process):
   process = PROCESSES[process]
   x, times = process.prior(jax.random.key(0), (3, 2)), sampling.grids.uniform(process, 5)
 
   def denoise(x, t):
     return 0.0 * x
 
-  met = editing.dps(sampling.ddim(process), process, lambda x: x, np.zeros((3, 2)), 10.0)
-  np.testing.assert_array_equal(run(met, denoise, x, times), run(sampling.ddim(process), denoise, x, times))
+  sampler = editing.dps(sampling.ddim(process), process, lambda x: x, np.zeros((3, 2)), 10.0)
+  np.testing.assert_array_equal(run(sampler, denoise, x, times), run(sampling.ddim(process), denoise, x, times))
 
 
 @pytest.mark.usefixtures("x64")
@@ -128,30 +128,30 @@ def test_dps_stays_finite_where_nothing_is_left_to_correct(process):
     for j, covariance in enumerate(("tweedie", "isotropic"))
   ],
 )
-def test_the_posterior_estimate_is_the_closed_form(process, covariance):
+def test_the_posterior_estimate_matches_the_closed_form(process, covariance):
   process = PROCESSES[process]
   exact = correlated(process)
   denoise = jax.jit(editing.posterior(exact, process, measure, Y, NOISE_STD, covariance, iterations=8))
   times = jnp.array([0.02, 0.3, 0.6]) * process.t_max
   noise = jax.random.normal(jax.random.key(0), (3, 6), jnp.float64)
   x_t = process.alpha(times)[:, None] * MEAN[None] + process.sigma(times)[:, None] * noise
-  got = denoise(x_t.reshape(3, *SHAPE), times).reshape(3, 6)
+  result = denoise(x_t.reshape(3, *SHAPE), times).reshape(3, 6)
   for i, t in enumerate(times):
     alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
     if covariance == "tweedie":
-      truth = given(alpha, sigma, np.asarray(x_t[i : i + 1]))[0][0]
+      expected = exact_posterior(alpha, sigma, np.asarray(x_t[i : i + 1]))[0][0]
     else:
       gain = alpha * COVARIANCE @ np.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * np.eye(6))
       x_0 = MEAN + gain @ np.asarray(x_t[i] - alpha * MEAN)
       inner = sigma**2 / (alpha**2 + sigma**2) * MATRIX @ MATRIX.T + NOISE_STD**2 * np.eye(4)
-      truth = x_0 + sigma**2 / alpha * gain.T @ MATRIX.T @ np.linalg.solve(inner, Y - MATRIX @ x_0)
-    np.testing.assert_allclose(got[i], truth, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(denoise(x_t[i].reshape(1, *SHAPE), t).ravel(), truth, rtol=1e-6, atol=1e-7)
+      expected = x_0 + sigma**2 / alpha * gain.T @ MATRIX.T @ np.linalg.solve(inner, Y - MATRIX @ x_0)
+    np.testing.assert_allclose(result[i], expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(denoise(x_t[i].reshape(1, *SHAPE), t).ravel(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("process", ZERO_SNR)
 @pytest.mark.parametrize("covariance", ["tweedie", "isotropic"])
-def test_the_posterior_estimate_is_the_plain_one_where_no_data_is_left(process, covariance):
+def test_the_posterior_estimate_is_unconditional_at_zero_snr(process, covariance):
   process = PROCESSES[process]
   x = jax.random.normal(jax.random.key(0), (3, *SHAPE))
   denoise = editing.posterior(correlated(process), process, measure, Y, NOISE_STD, covariance)
@@ -167,20 +167,20 @@ def test_the_posterior_estimate_is_the_plain_one_where_no_data_is_left(process, 
     for sampler in ("ddim", "heun")
   ],
 )
-def test_samples_with_the_tweedie_covariance_are_those_of_the_posterior(process, sampler):
+def test_samples_with_the_tweedie_covariance_match_the_posterior(process, sampler):
   process, count = PROCESSES[process], 10_000
-  mean, covariance = given(0.0, 0.0, np.zeros((1, 6)))
+  mean, covariance = exact_posterior(0.0, 0.0, np.zeros((1, 6)))
   denoise = editing.posterior(correlated(process), process, measure, Y, NOISE_STD)
   steps = 200 if sampler == "ddim" else 40
   grid = sampling.grids.uniform if process is PROCESSES["rectified_flow"] else sampling.grids.log_snr
   x = process.prior(jax.random.key(1), (count, *SHAPE))
-  got = np.asarray(run(SAMPLERS[sampler](process), denoise, x, grid(process, steps)), np.float64).reshape(count, 6)
+  result = np.asarray(run(SAMPLERS[sampler](process), denoise, x, grid(process, steps)), np.float64).reshape(count, 6)
   spread = np.sqrt(np.diag(covariance).max())
-  np.testing.assert_allclose(got.mean(0), mean[0], atol=5 * spread / count**0.5 + 0.005)
-  np.testing.assert_allclose(np.cov(got.T), covariance, atol=5 * spread**2 * (2 / count) ** 0.5 + 0.005)
+  np.testing.assert_allclose(result.mean(0), mean[0], atol=5 * spread / count**0.5 + 0.005)
+  np.testing.assert_allclose(np.cov(result.T), covariance, atol=5 * spread**2 * (2 / count) ** 0.5 + 0.005)
 
 
-def test_errors_of_the_methods_compare_as_their_theory_says(capsys):
+def test_errors_of_the_methods_are_ordered_as_in_theory(capsys):
   names = runpy.run_path(str(ROOT / "experiments" / "posterior_errors.py"))
   errors = with_promotion(names["main"])(1000, 25, resamples=(2, 10), jumps=(2,), scales=(0.3,))
   assert capsys.readouterr().out.count("\n") == 2 + len(errors)
@@ -190,16 +190,16 @@ def test_errors_of_the_methods_compare_as_their_theory_says(capsys):
     assert covariance < 0.06
     assert errors[problem, "PiGDM, ODE"][0] > 1.5 * mean
     assert errors[problem, "no measurement"][0] == pytest.approx(1, abs=0.05)
-  replaced, twice, often = (
+  replacement, few_resamples, many_resamples = (
     errors["inpainting", name][0] for name in ("replacement", "RePaint, 2 resamples", "RePaint, 10 resamples")
   )
-  assert replaced > 0.1
-  assert often < 0.5 * replaced
-  assert often < twice < replaced
+  assert replacement > 0.1
+  assert many_resamples < 0.5 * replacement
+  assert many_resamples < few_resamples < replacement
 
 
 @pytest.mark.usefixtures("x64")
-def test_conjugate_gradients_are_exact_after_as_many_steps_as_eigenvalues_and_harmless_after():
+def test_conjugate_gradients_are_exact_after_one_step_per_eigenvalue_and_stable_after():
   def solve(matrix, b, iterations):
     return importlib.import_module("ddpm_jax.editing.posterior")._conjugate_gradients(
       lambda u: u @ matrix, b, iterations
@@ -210,7 +210,7 @@ def test_conjugate_gradients_are_exact_after_as_many_steps_as_eigenvalues_and_ha
   for iterations in (4, 5, 60):
     np.testing.assert_allclose(solve(matrix, b, iterations), np.linalg.solve(matrix, b.T).T, rtol=1e-7, atol=1e-12)
   assert np.max(np.abs(solve(matrix, b, 3) - np.linalg.solve(matrix, b.T).T)) > 1e-3
-  np.testing.assert_array_equal(solve(-np.eye(4), b, 5), 0 * b)  # no covariance: left alone
+  np.testing.assert_array_equal(solve(-np.eye(4), b, 5), 0 * b)  # a negative matrix: no steps
 
 
 def test_a_learned_variance_passes_through_posterior_and_dps():
@@ -222,9 +222,11 @@ def test_a_learned_variance_passes_through_posterior_and_dps():
     return predictions.Denoised(exact(x, t), jnp.full_like(x, 0.3))
 
   restored = editing.posterior(denoise, process, measure, Y, NOISE_STD)
-  given_y = restored(x, 0.5)
-  np.testing.assert_array_equal(given_y.fraction, jnp.full_like(x, 0.3))
-  np.testing.assert_allclose(given_y.x_0, editing.posterior(exact, process, measure, Y, NOISE_STD)(x, 0.5), rtol=1e-6)
+  conditional = restored(x, 0.5)
+  np.testing.assert_array_equal(conditional.fraction, jnp.full_like(x, 0.3))
+  np.testing.assert_allclose(
+    conditional.x_0, editing.posterior(exact, process, measure, Y, NOISE_STD)(x, 0.5), rtol=1e-6
+  )
   learned = sampling.ancestral(process, "learned")
   assert jnp.all(jnp.isfinite(run(learned, restored, x, times)))
   assert jnp.all(jnp.isfinite(run(editing.dps(learned, process, measure, Y), denoise, x, times)))
@@ -240,7 +242,7 @@ def test_posterior_keeps_the_dtype_and_traces_the_network_once():
 
   x = process.prior(jax.random.key(0), (2, *SHAPE), jnp.bfloat16)
   restored = editing.posterior(denoise, process, measure, Y, NOISE_STD)
-  got = run(sampling.ddim(process), restored, x, sampling.grids.log_snr(process, 5))
-  assert got.dtype == jnp.bfloat16
+  result = run(sampling.ddim(process), restored, x, sampling.grids.log_snr(process, 5))
+  assert result.dtype == jnp.bfloat16
   assert traces == [jnp.bfloat16]
-  assert jnp.all(jnp.isfinite(got))
+  assert jnp.all(jnp.isfinite(result))

@@ -10,7 +10,10 @@ START = {"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.flo
 
 
 def follow(path, *decays):
-  """The averages [steps + 1, ...] of each decay along a path of parameters [steps + 1, ...], the start first."""
+  """Return the averages [steps + 1, ...] of each decay along a path of parameters [steps + 1, ...].
+
+  The first row is the start.
+  """
   transform = ema.params_ema(*decays)
   path = jnp.asarray(path, jnp.float32)
 
@@ -24,12 +27,12 @@ def follow(path, *decays):
   return [np.concatenate([path[:1], average]) for average in averages]
 
 
-def kept(decay, steps):
+def decay_values(decay, steps):
   return np.asarray(jax.vmap(decay)(jnp.arange(steps)), np.float64)
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_fixed_is_the_plain_loop(warmup):
+def test_fixed_decay_matches_a_plain_loop(warmup):
   rng = np.random.default_rng(0)
   optimizer = optax.chain(optax.sgd(0.1), ema.params_ema(ema.fixed(0.7, warmup)))
   params, state, average = START, optimizer.init(START), jax.tree.map(np.float64, START)
@@ -39,33 +42,35 @@ def test_fixed_is_the_plain_loop(warmup):
     params = optax.apply_updates(params, updates)
     decay = min(0.7, (1 + s) / (10 + s)) if warmup else 0.7
     average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.float64(new), average, params)
-  jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), ema.ema_params(state), average)
+  jax.tree.map(
+    lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=1e-5), ema.ema_params(state), average
+  )
   assert ema._find(state).steps == 30
 
 
-def test_several_averages_are_each_its_own():
+def test_several_averages_are_independent():
   path = np.cumsum(np.random.default_rng(1).normal(size=(40, 3)), 0)
   decays = (ema.fixed(0.9), ema.half_life(100, 8), ema.power(0.1))
   for decay, together in zip(decays, follow(path, *decays), strict=True):
     average = path[0]
-    for s, share in enumerate(kept(decay, 39)):
-      average = share * average + (1 - share) * path[s + 1]
+    for s, weight in enumerate(decay_values(decay, 39)):
+      average = weight * average + (1 - weight) * path[s + 1]
     np.testing.assert_allclose(together[-1], average, rtol=1e-4, atol=1e-5)
 
 
-def test_it_changes_no_update():
+def test_averaging_does_not_change_updates():
   start, gradients = jnp.arange(3.0), [jnp.sin(jnp.arange(3.0) + i) for i in range(5)]
   plain = optim.optimizer("adam", 0.1, {})
   averaged = optax.chain(plain, ema.params_ema(ema.fixed(0.9)))
   a, b = plain.init(start), averaged.init(start)
   for gradient in gradients:
-    want, a = plain.update(gradient, a, start)
-    got, b = averaged.update(gradient, b, start)
-    np.testing.assert_array_equal(got, want)
+    expected, a = plain.update(gradient, a, start)
+    actual, b = averaged.update(gradient, b, start)
+    np.testing.assert_array_equal(actual, expected)
 
 
-def test_averages_of_16_bits_are_kept_in_32():
-  """Steps of a bfloat16 average would be rounded away: 1 + 0.001 is 1."""
+def test_averages_of_16_bit_parameters_are_float32():
+  """A bfloat16 average would never change, because 1 + 0.001 is rounded to 1."""
   transform = ema.params_ema(ema.fixed(0.999, warmup=False))
   params = jnp.ones(2, jnp.bfloat16)
   state = transform.init(params)
@@ -77,35 +82,35 @@ def test_averages_of_16_bits_are_kept_in_32():
 
 
 @pytest.mark.parametrize("batch_size", [10, 64])
-def test_an_impulse_halves_every_half_life(batch_size):
+def test_a_weight_halves_in_each_half_life(batch_size):
   decay = ema.half_life(640, batch_size, ramp_up=None)
-  np.testing.assert_allclose(np.prod(kept(decay, 640 // batch_size)), 0.5, rtol=1e-5)
+  np.testing.assert_allclose(np.prod(decay_values(decay, 640 // batch_size)), 0.5, rtol=1e-5)
 
 
-def test_the_half_life_ramps_up_as_in_edm():
-  """Their code: beta = 0.5 ** (batch / max(min(half_life, seen * ratio), 1e-8)), seen images before the step."""
+def test_half_life_ramps_up_as_in_edm():
+  """EDM uses beta = 0.5 ** (batch / max(min(half_life, seen * ratio), 1e-8)) with `seen` images before the step."""
   half, batch = 5000, 64
-  got = kept(ema.half_life(half, batch, ramp_up=0.05), 4000)
-  want = [0.5 ** (batch / max(min(half, s * batch * 0.05), 1e-8)) for s in range(4000)]
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-12)
-  assert got[0] == 0
+  actual = decay_values(ema.half_life(half, batch, ramp_up=0.05), 4000)
+  expected = [0.5 ** (batch / max(min(half, s * batch * 0.05), 1e-8)) for s in range(4000)]
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-12)
+  assert actual[0] == 0
 
 
 @pytest.mark.parametrize("std", [0.03, 0.05, 0.1, 0.2])
-def test_power_weighs_the_path_by_its_profile(std):
-  """Its weights are t^(gamma+1) - (t-1)^(gamma+1), whose sums are powers: the decays multiply out."""
+def test_power_weights_follow_the_profile(std):
+  """The product of the decays gives weights proportional to t^(gamma+1) - (t-1)^(gamma+1)."""
   steps, gamma = 500, ema.gamma_of(std)
   t = np.arange(1, steps + 1)
-  keep = kept(ema.power(std), steps)
-  weights = (1 - keep) * np.append(np.cumprod(keep[:0:-1])[::-1], 1)
+  decays = decay_values(ema.power(std), steps)
+  weights = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1)
   np.testing.assert_allclose(weights, np.diff((np.arange(steps + 1) / steps) ** (gamma + 1)), rtol=2e-4, atol=1e-9)
-  assert keep[0] == 0
+  assert decays[0] == 0
   mean = np.sum(weights * t)
   np.testing.assert_allclose(np.sqrt(np.sum(weights * (t - mean) ** 2)) / steps, std, rtol=2e-3)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1])
-def test_the_power_average_of_a_straight_path(std):
+def test_power_average_of_a_linear_path(std):
   """The mean of t under (gamma + 1) t^gamma on [0, T] is T (gamma + 1) / (gamma + 2)."""
   steps, gamma = 4000, ema.gamma_of(std)
   (average,) = follow(np.arange(steps + 1)[:, None] / steps, ema.power(std))
@@ -113,8 +118,8 @@ def test_the_power_average_of_a_straight_path(std):
   np.testing.assert_allclose(average[steps // 2], (gamma + 1) / (gamma + 2) / 2, rtol=1e-3)
 
 
-def test_gamma_and_width_are_inverse():
-  # As the paper says them, section 3.2.
+def test_gamma_of_and_std_of_are_inverse():
+  # These values are in section 3.2 of the paper.
   np.testing.assert_allclose([ema.gamma_of(0.05), ema.gamma_of(0.1)], [16.97, 6.94], atol=5e-3)
   for std in (0.001, 0.01, 0.05, 0.1, 0.2, 0.28, 0.288):
     np.testing.assert_allclose(ema.std_of(ema.gamma_of(std)), std, rtol=1e-9)
@@ -130,7 +135,7 @@ def test_the_width_is_the_standard_deviation_of_the_profile():
     np.testing.assert_allclose(np.sqrt(np.sum(weights * (t - mean) ** 2)), ema.std_of(gamma), rtol=1e-6)
 
 
-# A random walk that settles, about a mean far from 0, as parameters do.
+# A random walk with a mean far from 0, similar to a path of parameters.
 STEPS, EVERY, STORED = 4000, 100, (0.05, 0.1)
 
 
@@ -152,13 +157,13 @@ def snapshots(walk):
 
 @pytest.mark.parametrize("step", [STEPS, 3000, 2950])
 @pytest.mark.parametrize("std", [0.03, 0.04, 0.07, 0.1, 0.15, 0.2])
-def test_any_width_is_reconstructed_from_snapshots(walk, std, step):
+def test_averages_of_any_width_are_reconstructed_from_snapshots(walk, std, step):
   steps, stds, averages = snapshots(walk)
   weights = ema.reconstruction_weights(steps, stds, step, std)
   assert weights.dtype == np.float64
   np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
-  (want,) = follow(walk, ema.power(std))
-  error = np.abs(weights @ np.float64(averages) - want[step])
+  (expected,) = follow(walk, ema.power(std))
+  error = np.abs(weights @ np.float64(averages) - expected[step])
   assert np.max(error / np.ptp(walk, 0)) < 0.01
 
 
@@ -169,8 +174,8 @@ def test_a_stored_average_is_reconstructed_exactly():
     np.testing.assert_allclose(weights, np.eye(6)[i], atol=1e-8)
 
 
-def test_the_weights_are_the_least_squares_of_the_profiles():
-  """Against a fit of the profiles themselves, on a fine grid."""
+def test_reconstruction_weights_are_the_least_squares_solution():
+  """The reference is a least-squares fit of the profiles on a fine grid."""
   steps, stds, t = [100, 150, 250, 250], [0.05, 0.1, 0.05, 0.1], (np.arange(100_000) + 0.5) / 400
 
   def profile(step, std):
@@ -178,11 +183,11 @@ def test_the_weights_are_the_least_squares_of_the_profiles():
     return np.where(t < step, (gamma + 1) * np.minimum(t / step, 1) ** gamma / step, 0)
 
   basis = np.stack([profile(*pair) for pair in zip(steps, stds, strict=True)], 1)
-  want = np.linalg.lstsq(basis, profile(240, 0.08), rcond=None)[0]
-  np.testing.assert_allclose(ema.reconstruction_weights(steps, stds, 240, 0.08), want / want.sum(), rtol=1e-3)
+  expected = np.linalg.lstsq(basis, profile(240, 0.08), rcond=None)[0]
+  np.testing.assert_allclose(ema.reconstruction_weights(steps, stds, 240, 0.08), expected / expected.sum(), rtol=1e-3)
 
 
-def test_many_late_snapshots_stay_finite():
+def test_weights_of_many_late_snapshots_are_finite():
   steps = np.repeat(np.arange(1, 501) * 20_000, 2)
   weights = ema.reconstruction_weights(steps, np.tile((0.01, 0.1), 500), 10_000_000, 0.05)
   assert np.all(np.isfinite(weights))
@@ -193,22 +198,22 @@ def test_split_and_join():
   optimizer = optax.MultiSteps(optim.chain(0.1, averages=ema.params_ema(ema.fixed(0.9), ema.power(0.1))), 2)
   state = optimizer.init(START)
   for opt_state in (state, jax.eval_shape(optimizer.init, START)):
-    rest, averages = ema.split(opt_state)
+    without_averages, averages = ema.split(opt_state)
     assert len(averages) == 2
     assert jax.tree.structure(averages[0]) == jax.tree.structure(START)
-    assert len(jax.tree.leaves(rest)) == len(jax.tree.leaves(opt_state)) - 4
-    joined = ema.join(rest, averages)
+    assert len(jax.tree.leaves(without_averages)) == len(jax.tree.leaves(opt_state)) - 4
+    joined = ema.join(without_averages, averages)
     assert jax.tree.structure(joined) == jax.tree.structure(opt_state)
     assert all(a is b for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(opt_state), strict=True))
   assert ema.ema_params(state, 1)["a"].shape == (3, 2)
   plain = optax.adam(0.1).init(START)
-  rest, averages = ema.split(plain)
+  without_averages, averages = ema.split(plain)
   assert averages == ()
-  assert jax.tree.structure(ema.join(rest, averages)) == jax.tree.structure(plain)
+  assert jax.tree.structure(ema.join(without_averages, averages)) == jax.tree.structure(plain)
   assert ema.ema_params(plain) is None
 
 
-def test_parameters_may_have_any_name():
+def test_parameter_names_may_equal_state_fields():
   params = {"steps": jnp.ones(2), "averages": jnp.zeros(3)}
   state = optim.adam(0.1).init(params)
   assert jax.tree.structure(ema.ema_params(state)) == jax.tree.structure(params)
@@ -240,7 +245,7 @@ def test_parameters_may_have_any_name():
     (lambda: ema.ema_params((optim.adam(0.1).init(START),) * 2), "2 params_ema"),
   ],
 )
-def test_wrong_values_are_errors(make, message):
+def test_invalid_values_are_errors(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 

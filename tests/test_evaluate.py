@@ -1,4 +1,4 @@
-"""Summaries of images a batch at a time, and the scores made of two."""
+"""Test summaries of images, and scores of two summaries."""
 
 import tracemalloc
 
@@ -17,7 +17,7 @@ def images(seed, count, size=2):
 
 
 def extract(batch):
-  """A space of all taps, whose features are the pixels."""
+  """Return all taps, with pixels as features."""
   pixels = metrics.extractor(metrics.pixel_space(), 64)(batch)["features"]
   return {"features": pixels, "spatial": pixels[:, :3] ** 2, "log_probs": 3 * pixels - np.log(7)}
 
@@ -32,14 +32,14 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("sizes", [[], [1, 30, 7], [16] * 5])
-def test_batches_of_any_size_give_the_scores_of_one(sizes):
+def test_scores_do_not_depend_on_batches(sizes):
   a, b = images(0, 90), images(1, 90) // 2
   got = evaluate.score(
     evaluate.summarize(extract, parts(a, sizes), 90, ALL), evaluate.summarize(extract, parts(b), 90, ALL), ALL
   )
   first, second = extract(a), extract(b)
   kernel = metrics.kernel_distance(first["features"], second["features"], subsets=5, size=45)
-  found = metrics.neighborhoods(first["features"], second["features"], 3)
+  neighbors = metrics.neighborhoods(first["features"], second["features"], 3)
   score, std = metrics.inception_score(metrics.class_statistics(first["log_probs"], 0, 90, 4))
   expected = {
     "frechet": metrics.frechet_distance(first["features"], second["features"]),
@@ -49,23 +49,23 @@ def test_batches_of_any_size_give_the_scores_of_one(sizes):
     "kernel": kernel.mean,
     "kernel_std": kernel.std,
   }
-  close(got, expected | found._asdict())
+  close(got, expected | neighbors._asdict())
 
 
-def test_only_what_was_asked_for_is_computed_under_the_names_of_the_space():
+def test_only_selected_scores_are_computed_with_names_of_the_space():
   a, b = (evaluate.summarize(extract, [images(seed, 50)], 50, ALL) for seed in (0, 1))
   names = {"frechet": "fid", "kernel": "kid"}
-  for scores, wanted in (
+  for scores, expected in (
     (("frechet",), {"fid"}),
     (("kernel",), {"kid", "kid_std"}),
     (("density_coverage",), {"density", "coverage"}),
     (("precision_recall", "class_score"), {"precision", "recall", "class_score", "class_score_std"}),
     ((), set()),
   ):
-    assert set(evaluate.score(a, b, ALL._replace(scores=scores), names)) == wanted
+    assert set(evaluate.score(a, b, ALL._replace(scores=scores), names)) == expected
 
 
-def test_names_are_those_of_papers_only_in_the_published_network():
+def test_only_the_published_network_has_names_of_papers():
   space = metrics.pixel_space()
   assert evaluate.score_names(space)["frechet"] == "frechet_distance"
   inception = space._replace(name="inception", provenance={"published": True, "resize": "tf1"})
@@ -76,8 +76,8 @@ def test_names_are_those_of_papers_only_in_the_published_network():
   assert evaluate.score_names(inception._replace(provenance={"published": False}))["frechet"] == "frechet_distance"
 
 
-def test_sets_of_two_sizes_are_compared_by_random_ones_of_the_smaller_not_by_the_first():
-  # Dark images come first in the larger set, as in a folder of classes.
+def test_the_larger_set_is_sampled_at_random_to_the_size_of_the_smaller():
+  # Dark images come first in the larger set, as if sorted by class.
   dark, bright = images(0, 200) // 8, 224 + images(1, 200) // 8
   larger = evaluate.summarize(extract, parts(np.concatenate([dark, bright]), [150]), 400, PAIRS)
   some = np.concatenate([images(2, 25) // 8, 224 + images(3, 25) // 8])
@@ -87,7 +87,7 @@ def test_sets_of_two_sizes_are_compared_by_random_ones_of_the_smaller_not_by_the
     assert abs(scores["kernel"]) < 3 * scores["kernel_std"]
 
 
-def test_no_more_features_are_kept_than_settings_say():
+def test_settings_limit_the_stored_features():
   everything = images(0, 300)
   summary = evaluate.summarize(extract, parts(everything, [100, 100]), 300, PAIRS._replace(pairwise_samples=40))
   assert summary.pairwise_features.shape == (40, 4)
@@ -111,7 +111,8 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
   peak(2_000)
   few, many = peak(2_000), peak(40_000)
-  # The features of one image take 256 bytes; what says which are kept, and in which split it is, a few.
+  # The features of an image take 256 bytes. Its entries in the mask of stored features and in the splits take a few
+  # bytes.
   assert many - few < 38_000 * 32
 
 
@@ -120,9 +121,9 @@ def test_wrong_sets_are_errors():
     with pytest.raises(ValueError, match=f"Got {count} image"):
       evaluate.summarize(extract, [images(0, 5)], count, ALL)
   for scores in (ALL, PAIRS, PAIRS._replace(scores=("frechet",))):
-    with pytest.raises(ValueError, match="Got 12 images or more where 10 were announced"):
+    with pytest.raises(ValueError, match="Got 12 images or more; expected 10"):
       evaluate.summarize(extract, parts(images(0, 20), [6, 6, 4]), 10, scores)
-    with pytest.raises(ValueError, match="Got 20 images where 30 were announced"):
+    with pytest.raises(ValueError, match="Got 20 images; expected 30"):
       evaluate.summarize(extract, [images(0, 20)], 30, scores)
   broken = np.zeros((20, 2, 2, 1), np.float32)
   broken[3:5] = np.nan
@@ -132,19 +133,19 @@ def test_wrong_sets_are_errors():
     evaluate.summarize(lambda x: {"features": np.full((len(x), 3), np.nan)}, [images(0, 20)], 20, ALL)
 
 
-def test_scores_that_a_summary_does_not_allow_are_errors():
+def test_scores_that_need_missing_data_are_errors():
   full = evaluate.summarize(extract, [images(0, 20)], 20, ALL)
   statistics = metrics.Statistics(full.features, None, {})
-  known = evaluate.statistics_summary(statistics)
-  assert known.count == 20
-  assert evaluate.score(full, known, ALL._replace(scores=("frechet",)))["frechet"] < 1e-9
+  summary = evaluate.statistics_summary(statistics)
+  assert summary.count == 20
+  assert evaluate.score(full, summary, ALL._replace(scores=("frechet",)))["frechet"] < 1e-9
   for name, message in (
-    ("spatial_frechet", "features of places"),
-    ("kernel", "images, not only statistics"),
-    ("density_coverage", "images, not only statistics"),
+    ("spatial_frechet", "spatial features"),
+    ("kernel", "a reference with images, not only statistics"),
+    ("density_coverage", "a reference with images, not only statistics"),
   ):
     with pytest.raises(ValueError, match=f"{name}', which needs {message}"):
-      evaluate.score(full, known, ALL._replace(scores=(name,)))
+      evaluate.score(full, summary, ALL._replace(scores=(name,)))
   with pytest.raises(ValueError, match="which needs a space with classes"):
     evaluate.score(full._replace(classes=None), full, ALL._replace(scores=("class_score",)))
   with pytest.raises(ValueError, match=r"Got the scores \['fid'\]; expected some of frechet"):
@@ -153,11 +154,11 @@ def test_scores_that_a_summary_does_not_allow_are_errors():
   assert evaluate.available_scores(spatial=True, classes=True, pairs=True) == evaluate.SCORES
 
 
-def test_subsets_of_the_kernel_distance_are_halves_up_to_a_thousand():
+def test_kernel_subsets_have_half_of_the_features_up_to_a_thousand():
   assert [evaluate.kernel_size(*pair) for pair in ((50_000, 3_000), (90, 100), (2, 9))] == [1000, 45, 2]
 
 
-def test_a_table_has_a_row_a_set_and_a_column_a_score():
+def test_a_table_has_a_row_per_set_and_a_column_per_score():
   text = evaluate.format_table(
     {"samples": {"fid": 3.14159, "kid": 0.0123, "kid_std": 0.001}, "floor": {"fid": 1.0}, "none": None}
   )

@@ -1,4 +1,4 @@
-"""Research scripts and the notebook, run from start to end as their readers would."""
+"""Run the research scripts and the notebook from start to end."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from tests.flags import FAST_COMPILE
 def test_the_mixture_script_samples_the_mixture(capsys):
   names = runpy.run_path(str(ROOT / "experiments" / "gaussian_mixture.py"))
   results = names["main"](5000)
-  assert "spread" in capsys.readouterr().out
+  assert "standard deviations" in capsys.readouterr().out
   assert len(results) == 5
   for samples in results.values():
     nearest = np.argmin(np.linalg.norm(np.asarray(samples)[:, None] - names["MEANS"], axis=-1), axis=1)
@@ -33,7 +33,7 @@ def test_the_mixture_script_samples_the_mixture(capsys):
       np.testing.assert_allclose(samples[nearest == k].std(0), 0.1, atol=0.02)
 
 
-def test_the_script_of_all_samplers_is_short_and_every_one_finds_the_ring():
+def test_the_script_of_all_samplers_is_short_and_every_sampler_finds_the_ring():
   path = ROOT / "experiments" / "samplers.py"
   assert len(path.read_text().splitlines()) < 40
   names = runpy.run_path(str(path))
@@ -51,8 +51,8 @@ def test_the_script_uses_neither_flax_nor_a_config():
   assert result.stdout.strip() == "[]"
 
 
-# What the notebook has in small, and a classifier that trains for as short a time as the model does.
-IN_SMALL = {
+# Replacements that make the notebook small, including a short training of the classifier.
+REPLACEMENTS = {
   "channels=32,": "channels=8,",
   "multipliers=(1, 2),": "multipliers=(1,),",
   "jax.random.key(2), 500)": "jax.random.key(2), 100)",
@@ -73,7 +73,7 @@ def test_the_notebook_runs_from_start_to_end():
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
   }
   source = (ROOT / "experiments" / "colab_quickstart.ipynb").read_text()
-  for text, small in IN_SMALL.items():
+  for text, small in REPLACEMENTS.items():
     text, small = (json.dumps(value)[1:-1] for value in (text, small))
     assert source.count(text) == 1, text
     source = source.replace(text, small)
@@ -90,14 +90,14 @@ def test_the_notebook_runs_from_start_to_end():
   assert jax.default_backend() in text.lower()
 
 
-def test_every_score_moves_the_right_way_when_images_are_spoilt():
+def test_every_score_gets_worse_for_degraded_images():
   names = runpy.run_path(str(ROOT / "experiments" / "score_sanity.py"))
   for rows in names["run"](data.read_digits(), 25, held_out=400).values():
     real, noise, blurred, few, copies = rows.values()
-    for spoilt in (noise, blurred, few, copies):
-      assert spoilt["frechet_distance"] > 1.5 * real["frechet_distance"]
-      assert spoilt["kernel_distance"] > real["kernel_distance"] + real["kernel_distance_std"]
-      assert spoilt["coverage"] < real["coverage"] - 0.1
+    for degraded in (noise, blurred, few, copies):
+      assert degraded["frechet_distance"] > 1.5 * real["frechet_distance"]
+      assert degraded["kernel_distance"] > real["kernel_distance"] + real["kernel_distance_std"]
+      assert degraded["coverage"] < real["coverage"] - 0.1
     assert noise["precision"] < real["precision"] - 0.2
     assert noise["density"] < 0.5 * real["density"]
     assert few["precision"] > 0.8

@@ -10,8 +10,8 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import commands, config, data, losses, predictions, processes, sampling
-from ddpm_jax.commands import line, starting
-from ddpm_jax.config import foreign, slots
+from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax.config import custom, slots
 from ddpm_jax.runs import scoring
 from tests.conftest import ROOT
 from tests.oracles import gaussian, gaussian_flow
@@ -45,7 +45,7 @@ class Page:
 
   def run(self, words):
     """Run a command in this process, in small."""
-    found = line.parse([word.replace("=/tmp/", f"={self.folder}/") for word in words])
+    found = command_line.parse([word.replace("=/tmp/", f"={self.folder}/") for word in words])
     cheap = {key: str(value) for key, value in CHEAP[found.mode].items()}
     found.keys = found.keys | cheap
     if found.mode == "sample":
@@ -78,7 +78,7 @@ class Page:
 
   def own(self, file):
     """Return the names that a file of the page defines."""
-    return vars(foreign.load_module(self.folder / file, f"page_{file[:-3]}", (self.folder / file).read_bytes()))
+    return vars(custom.load_module(self.folder / file, f"page_{file[:-3]}", (self.folder / file).read_bytes()))
 
 
 def package():
@@ -90,8 +90,8 @@ def package():
 def page(tmp_path_factory):
   before = package()
   with pytest.MonkeyPatch.context() as patch, one_device():
-    patch.setattr(starting, "join_processes", lambda given: None)
-    patch.setattr(starting, "start_devices", lambda given: None)
+    patch.setattr(jax_setup, "join_processes", lambda given: None)
+    patch.setattr(jax_setup, "start_devices", lambda given: None)
     made = Page(tmp_path_factory.mktemp("page"))
     patch.chdir(made.folder)
     patch.syspath_prepend(str(made.folder))
@@ -273,13 +273,13 @@ def test_the_objective_is_squared_or_absolute_error_at_its_ends(page):
 
 
 def test_the_recipe_of_all_goes_on_without_the_files(page, tmp_path, monkeypatch):
-  page.play("All of them in a recipe")
+  page.play("All in one recipe")
   files = {*saved_files(TEXT)} - {"my_nnx.py", "my_equinox.py", "my_objective.py", "my_experiment.py"}
   kept = {path.name: path.read_text() for path in (page.folder / "mine" / "components").rglob("*.py")}
   assert kept == {name: saved_files(TEXT)[name] for name in files}
   assert "my_objective.py" in {path.name for path in (page.folder / "mine_2" / "components").rglob("*.py")}
   # A new process in another folder, from which no path of the recipe leads to a file.
-  monkeypatch.setattr(foreign, "_LOADED", {})
+  monkeypatch.setattr(custom, "_LOADED", {})
   monkeypatch.chdir(tmp_path)
   model, params, frozen = page.load("mine")
   x = model.process.prior(jax.random.key(0), (2, *model.shape))
@@ -307,8 +307,8 @@ PLACES = {
 def test_a_file_and_an_export_add_a_component_to_the_package(page, component, monkeypatch):
   file, _, name = component.partition(":")
   home, place = PLACES[component]
-  module, tree = slots.module(home), tree_of(tiny_config())
-  added = foreign.load_module(page.folder / file, "page_added", (page.folder / file).read_bytes())
+  module, tree = slots.import_module(home), tree_of(tiny_config())
+  added = custom.load_module(page.folder / file, "page_added", (page.folder / file).read_bytes())
   made = getattr(added, name)
   made.__module__ = module.__name__
   monkeypatch.setattr(module, name, made, raising=False)
@@ -317,5 +317,5 @@ def test_a_file_and_an_export_add_a_component_to_the_package(page, component, mo
   changed = config.replace(tree, place, name)
   assert changed.at(place)["component"] == f"{home}.{name}"
   config.build(changed)
-  slot = changed.places[place].slot
+  slot = changed.parameters[place].slot
   assert name in slots.names(slot)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whoever writes them and whenever the disk is full."""
+"""Test that all files and folders are written atomically, also on a full disk."""
 
 import ast
 import contextlib
@@ -23,7 +23,7 @@ NOISE = RANDOM.integers(0, 256, (16, 16, 16, 3), np.uint8)
 
 @contextlib.contextmanager
 def small_files(size):
-  """Let no file of this process become larger: what then fails is what fails on a full disk, in the same system calls."""
+  """Limit the file size of this process, so that the same system calls fail as on a full disk."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
   try:
@@ -66,7 +66,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_on_a_full_disk_nothing_appears_and_room_is_asked_for(tmp_path, name):
+def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, name):
   with (
     small_files(4000),
     pytest.raises(files.WriteError, match=r"Cannot write /.*File too large \(.* free there") as error,
@@ -75,26 +75,26 @@ def test_on_a_full_disk_nothing_appears_and_room_is_asked_for(tmp_path, name):
   assert str(error.value).endswith("Make room, then run the same command again.")
   assert "unfinished" not in str(error.value)
   assert list(tmp_path.rglob("*")) == []
-  # With room it is there, and readable by whoever may read what others write here.
+  # With enough room the files are written, with the default mode.
   WRITERS[name](tmp_path)
   (tmp_path / "plain").write_text("")
   mode = (tmp_path / "plain").stat().st_mode
-  found = [path for path in tmp_path.rglob("*") if path.is_file()]
-  assert len(found) > 1
-  assert {path.stat().st_mode for path in found} == {mode}
+  written = [path for path in tmp_path.rglob("*") if path.is_file()]
+  assert len(written) > 1
+  assert {path.stat().st_mode for path in written} == {mode}
 
 
 @pytest.mark.parametrize("name", ["text", "JSON", "tensors", "picture", "report"])
-def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, name):
+def test_a_failed_write_keeps_the_existing_file(tmp_path, name):
   WRITERS[name](tmp_path)
   (path,) = tmp_path.iterdir()
   path.write_bytes(b"before")
   with small_files(4000), pytest.raises(files.WriteError):
     WRITERS[name](tmp_path)
-  assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {path.name: b"before"}
+  assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {path.name: b"before"}
 
 
-def test_what_else_goes_wrong_stays_what_it_is(tmp_path):
+def test_other_errors_are_raised_unchanged(tmp_path):
   with pytest.raises(ZeroDivisionError), files.atomic_file(tmp_path / "a") as path:
     path.write_text(f"{1 / 0}")
   with pytest.raises(FileNotFoundError), files.atomic_folder(tmp_path / "a"):
@@ -102,9 +102,9 @@ def test_what_else_goes_wrong_stays_what_it_is(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_the_error_names_the_path_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(files.WriteError, match=r"Cannot write .*file/a: .* Make it writable, or choose another place"):
+  with pytest.raises(files.WriteError, match=r"Cannot write .*file/a: .* Make it writable, or choose another path"):
     files.write_text(tmp_path / "file" / "a", "x")
   (tmp_path / "folder").mkdir()
   with pytest.raises(files.WriteError, match=r"Cannot write .*folder: Is a directory"):
@@ -114,20 +114,20 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
   assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-def test_text_is_utf_8_and_names_that_are_no_text_are_escaped(tmp_path):
+def test_text_is_written_as_utf_8_with_lone_surrogates_escaped(tmp_path):
   files.write_text(tmp_path / "a", "± \udcff")
   assert (tmp_path / "a").read_bytes() == "± \\udcff".encode()
   files.append_line(tmp_path / "a", "é")
   assert (tmp_path / "a").read_bytes() == "± \\udcffé\n".encode()
 
 
-def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+def test_file_names_may_be_as_long_as_the_system_allows(tmp_path):
   path = tmp_path / ("n" * 251 + ".txt")
   files.write_text(path, "x")
   assert path.read_text() == "x"
 
 
-def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+def test_lines_are_appended_atomically(tmp_path):
   path = tmp_path / "lines"
   with small_files(100):
     files.append_line(path, "a" * 60)
@@ -138,7 +138,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
   assert path.read_text() == "a" * 60 + "\n" + "c" * 30 + "\n"
 
 
-def test_a_folder_appears_at_once(tmp_path):
+def test_a_folder_appears_at_the_end_of_the_block(tmp_path):
   with files.atomic_folder(tmp_path / "new" / "folder") as folder:
     (folder / "part").mkdir()
     (folder / "part" / "a").write_text("a")
@@ -147,8 +147,8 @@ def test_a_folder_appears_at_once(tmp_path):
   assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
 
 
-def test_an_empty_folder_that_is_there_keeps_its_place(tmp_path):
-  """It may be mounted, or a link, which nothing can be renamed to."""
+def test_an_existing_empty_folder_is_not_replaced(tmp_path):
+  """It may be a mount point or a link, which a rename cannot replace."""
   (tmp_path / "real").mkdir()
   (tmp_path / "link").symlink_to("real")
   inode = (tmp_path / "real").stat().st_ino
@@ -162,7 +162,7 @@ def test_an_empty_folder_that_is_there_keeps_its_place(tmp_path):
   assert {path.name: path.read_text() for path in (tmp_path / "real").iterdir()} == {"a": "a"}
 
 
-def test_what_a_killed_process_left_in_a_folder_is_in_nobody_s_way(tmp_path):
+def test_leftovers_of_a_killed_process_are_deleted(tmp_path):
   (tmp_path / ".unfinished-1-0").mkdir()
   (tmp_path / ".unfinished-1-0" / "half").write_text("")
   with files.atomic_folder(tmp_path) as folder:
@@ -171,7 +171,7 @@ def test_what_a_killed_process_left_in_a_folder_is_in_nobody_s_way(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "full", "dangling"])
-def test_a_place_that_is_taken_is_refused(tmp_path, kind):
+def test_an_existing_output_is_refused(tmp_path, kind):
   path = tmp_path / "place"
   if kind == "file":
     path.write_text("precious")
@@ -189,18 +189,18 @@ def test_a_place_that_is_taken_is_refused(tmp_path, kind):
   assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_pictures_keep_their_kind(tmp_path):
+def test_pictures_are_png_files(tmp_path):
   images.save_grid(tmp_path / "a.png", NOISE)
   assert Image.open(tmp_path / "a.png").format == "PNG"
 
 
-def test_a_log_on_a_full_disk_keeps_whole_lines(tmp_path):
+def test_a_log_on_a_full_disk_has_complete_lines_only(tmp_path):
   log = records.MetricLog(tmp_path, 0)
   log.scalars(1, {"loss": 0.5})
   with small_files(os.path.getsize(tmp_path / "metrics.jsonl") + 10):
     with pytest.raises(files.WriteError, match=r"Cannot write .*metrics\.jsonl: File too large"):
       log.scalars(2, {"loss": 0.25})
-    # TensorBoard's file is larger already.
+    # The file of TensorBoard already exceeds the limit.
     with pytest.raises(files.WriteError, match=r"Cannot write .*tensorboard: File too large"):
       log.image(3, "noise", NOISE[0])
     with pytest.raises(files.WriteError, match=r"Cannot write .*tensorboard: File too large"):
@@ -208,7 +208,7 @@ def test_a_log_on_a_full_disk_keeps_whole_lines(tmp_path):
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
 
 
-# What writes a file or a folder under its name, and may do so only to the path that `files` yields.
+# Methods that write a file or a folder. They may only be called inside `with files.atomic_file(...)`.
 _WRITES = {
   "write_text",
   "write_bytes",
@@ -220,16 +220,16 @@ _WRITES = {
   "rename",
   "renames",
 }
-_OF_OURS = {"files", "sealed", "tensors", "interop", "diffusers", "checkpoints", "snapshots", "_manager"}
+_SAFE_OWNERS = {"files", "sealed", "tensors", "interop", "diffusers", "checkpoints", "snapshots", "_manager"}
 
 
 def _name(node):
-  """Return the last name of what a call belongs to, such as "os" of `os.replace`."""
+  """Return the last name of an expression, such as "os" for the owner of `os.replace`."""
   return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def writes(tree):
-  """Yield the calls in a module that write files outside of `with files.atomic_file(...)`."""
+  """Yield the calls of a module that write files outside `with files.atomic_file(...)`."""
   guarded = set()
   for block in ast.walk(tree):
     if isinstance(block, ast.With) and any("files.atomic_file(" in ast.unparse(item) for item in block.items):
@@ -239,24 +239,24 @@ def writes(tree):
       owner, method = _name(call.func.value), call.func.attr
       mode = [word.value for word in call.args if isinstance(word, ast.Constant)]
       opens = method == "open" and any(word in ("w", "wb", "a", "ab", "x", "xb") for word in mode)
-      if opens or (method == "replace" and owner == "os") or (method in _WRITES and owner not in _OF_OURS):
+      if opens or (method == "replace" and owner == "os") or (method in _WRITES and owner not in _SAFE_OWNERS):
         yield ast.unparse(call)
 
 
-def test_the_package_writes_through_files_alone():
-  found = {}
+def test_the_package_writes_files_atomically_only():
+  unsafe = {}
   for path in sorted(Path(files.__file__).parents[1].rglob("*.py")):
     if calls := list(writes(ast.parse(path.read_text("utf-8")))):
-      found[path.name] = calls
-  del found["files.py"]
-  assert found == {
-    # A picture in memory, and the move of a damaged file.
+      unsafe[path.name] = calls
+  del unsafe["files.py"]
+  assert unsafe == {
+    # The first writes a picture to memory. The second moves a damaged file.
     "pictures.py": ["Image.fromarray(np.ascontiguousarray(image)).save(file, 'png', optimize=image.size < 100000.0)"],
-    "sealed.py": ["os.rename(path, place)"],
+    "sealed.py": ["os.rename(path, target)"],
   }
 
 
-def test_writes_are_found():
-  """By the rule above, so that the test before is not an empty one."""
+def test_unsafe_writes_are_detected():
+  """This shows that the test above can fail."""
   text = "np.savez(a)\nPath(a).write_text(b)\nos.replace(a, b)\nopen_.open('wb')\nwith files.atomic_file(a) as t:\n  np.save(t, b)\n"
   assert len(list(writes(ast.parse(text)))) == 4

@@ -1,4 +1,4 @@
-"""Explicit types: every sampler, wrapper and command under JAX's strict settings, in every type of data, with and without x64."""
+"""Run every sampler and wrapper under JAX's strict settings, for all float types, with and without x64."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ X64 = {"float32": False, "bfloat16": False, "float16": False, "float32 in x64": 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
-# Of the cross products, types that are near another one.
+# Types that behave almost like another type. They are slow in the cross products.
 RARE = ("float16", "float32 in x64")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in RARE else ()) for name in X64])
 def dtype(request):
-  """A type of data, under the settings."""
+  """Return a dtype for the data, and apply JAX's strict settings."""
   with (
     jax.enable_x64(X64[request.param]),
     jax.numpy_dtype_promotion("strict"),
@@ -30,7 +30,7 @@ def dtype(request):
 
 
 def type_of(function, dtype, shape=(4, 2)):
-  """Return the type of `function(key, x)` for data x of this type. Nothing is compiled or run."""
+  """Return the dtype of `function(key, x)` for x of a dtype, without compiling or running it."""
   return jax.eval_shape(function, KEY, jax.ShapeDtypeStruct(shape, dtype)).dtype
 
 
@@ -40,62 +40,64 @@ def test_a_sampler_keeps_the_type_of_the_data(name, dtype):
   times = sampling.grids.uniform(process, 3)
   for grid in (times, np.asarray(times, np.float32)):
 
-    def draw(key, x, grid=grid):
+    def sample(key, x, grid=grid):
       return sampling.sample(key, SAMPLERS[name](process), MIXTURE.denoise(process), x, grid)
 
-    assert type_of(draw, dtype) == dtype
+    assert type_of(sample, dtype) == dtype
 
 
-def wrapped(make):
-  def draw(key, x, process):
+def samples_of(make_sampler):
+  def sample(key, x, process):
     times = sampling.grids.uniform(process, 3)
-    return sampling.sample(key, make(process), MIXTURE.denoise(process), x, times)
+    return sampling.sample(key, make_sampler(process), MIXTURE.denoise(process), x, times)
 
-  return draw
+  return sample
 
 
-def guided(make):
-  def draw(key, x, process):
-    return make(MIXTURE.denoise(process), process)(x, process.t_max / 2)
+def estimate_of(make_denoiser):
+  def estimate(key, x, process):
+    return make_denoiser(MIXTURE.denoise(process), process)(x, process.t_max / 2)
 
-  return draw
+  return estimate
 
 
 def conditional(denoise):
   return lambda x, t, condition: denoise(x, t)
 
 
-def wrapped_plus_plus(key, x, process):
+def samples_of_cfg_plus_plus(key, x, process):
   denoise = guidance.cfg_plus_plus(conditional(MIXTURE.denoise(process)), CLASSES, CLASSES, 0.6)
   return sampling.sample(key, sampling.euler(process), denoise, x, sampling.grids.uniform(process, 3))
 
 
 KNOWN, KEEP, CLASSES = np.zeros(2, np.float32), np.array([True, False]), jnp.zeros(4, jnp.int32)
 FUNCTIONS = {
-  "replace": wrapped(lambda process: editing.replace(sampling.heun(process), process, KNOWN, KEEP)),
-  "repaint": wrapped(lambda process: editing.repaint(sampling.ancestral(process), process, KNOWN, KEEP, 2, 2)),
-  "dps": wrapped(lambda process: editing.dps(sampling.ddim(process), process, lambda x: x[:, :1], KNOWN[:1])),
-  "posterior": guided(lambda denoise, process: editing.posterior(denoise, process, lambda x: x[:, :1], KNOWN[:1], 0.1)),
-  "clip": guided(lambda denoise, process: guidance.clip(denoise)),
-  "dynamic_threshold": guided(lambda denoise, process: guidance.dynamic_threshold(denoise)),
-  "classifier_free": guided(
+  "replace": samples_of(lambda process: editing.replace(sampling.heun(process), process, KNOWN, KEEP)),
+  "repaint": samples_of(lambda process: editing.repaint(sampling.ancestral(process), process, KNOWN, KEEP, 2, 2)),
+  "dps": samples_of(lambda process: editing.dps(sampling.ddim(process), process, lambda x: x[:, :1], KNOWN[:1])),
+  "posterior": estimate_of(
+    lambda denoise, process: editing.posterior(denoise, process, lambda x: x[:, :1], KNOWN[:1], 0.1)
+  ),
+  "clip": estimate_of(lambda denoise, process: guidance.clip(denoise)),
+  "dynamic_threshold": estimate_of(lambda denoise, process: guidance.dynamic_threshold(denoise)),
+  "classifier_free": estimate_of(
     lambda denoise, process: guidance.classifier_free(conditional(denoise), CLASSES, CLASSES, 2.0, rescale=0.5)
   ),
-  "interval": guided(
+  "interval": estimate_of(
     lambda denoise, process: guidance.classifier_free(
       conditional(denoise), CLASSES, CLASSES, guidance.interval(process, 2.0, 0.1, 5.0)
     )
   ),
-  "classifier": guided(
+  "classifier": estimate_of(
     lambda denoise, process: guidance.classifier(denoise, lambda x, t: jnp.sum(x, axis=1), process, 2.0)
   ),
-  "a_scale_a_sample": guided(
+  "one_scale_per_sample": estimate_of(
     lambda denoise, process: guidance.classifier_free(
       conditional(denoise), CLASSES, CLASSES, lambda t: jnp.linspace(0.0, 3.0, 4, dtype=jnp.float32)
     )
   ),
-  "cfg_plus_plus": wrapped_plus_plus,
-  "autoguidance": guided(lambda denoise, process: guidance.autoguidance(denoise, denoise)),
+  "cfg_plus_plus": samples_of_cfg_plus_plus,
+  "autoguidance": estimate_of(lambda denoise, process: guidance.autoguidance(denoise, denoise)),
   "prior": lambda key, x, process: process.prior(key, x.shape, x.dtype),
   "posterior_of_a_step": lambda key, x, process: process.posterior(x, x, 0.5, 0.25)[0],
   "img2img": lambda key, x, process: editing.img2img(
@@ -108,7 +110,7 @@ FUNCTIONS = {
   "ode": lambda key, x, process: sampling.solve(
     jax.random.split(key, 4), sampling.ode(process), MIXTURE.denoise(process), x, np.array([1.0, 1e-3, 0.0])
   )[0],
-  "wrapped_ode": wrapped(
+  "wrapped_ode": samples_of(
     lambda process: editing.repaint(sampling.with_langevin(sampling.ode(process), process), process, KNOWN, KEEP, 2, 2)
   ),
   "solve": lambda key, x, process: sampling.solve(
@@ -131,13 +133,13 @@ def test_losses_and_likelihoods_are_wide(prediction, dtype):
   def denoise(x, t):
     return x / 2
 
-  def doubled(x, t):
+  def apply_learned_variance(x, t):
     return jnp.concatenate([x, x], -1)
 
   times = losses.uniform(process)
   functions = [
     lambda key, x: losses.denoising_loss(key, denoise, process, prediction, x, times=times)[0],
-    lambda key, x: losses.hybrid_loss(key, doubled, process, learned, x, times=times)[0],
+    lambda key, x: losses.hybrid_loss(key, apply_learned_variance, process, learned, x, times=times)[0],
     lambda key, x: losses.classification_loss(key, denoise, process, x, CLASSES, times=times)[0],
     lambda key, x: likelihood.variational_bound(key, process, denoise, x, num_evaluations=8).bits,
     lambda key, x: likelihood.continuous_bound(key, process, denoise, x, num_evaluations=4).bits,

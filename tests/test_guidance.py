@@ -1,4 +1,4 @@
-"""Guidance: what it means for data whose classes have closed-form densities, and that it serves every sampler."""
+"""Test guidance on data with classes of closed-form densities."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ NONE = len(MIXTURE.weights)
 
 
 def log_density(mixture, process, x, t):
-  """log q(x_t) of a mixture, at times t [B]."""
+  """Return log q(x_t) of a mixture at times t [B]."""
   t = jnp.broadcast_to(t, x.shape[:1])
   alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
   weights, means, stds = (value[None] for value in mixture)
@@ -34,7 +34,7 @@ def component(index, mixture=MIXTURE):
 
 
 def conditional(process, mixture=MIXTURE):
-  """Component c for the condition c, the whole mixture for the class that stands for none."""
+  """Return a conditional denoiser of component c for class c, and of the entire mixture for the class NONE."""
   choices = [component(c, mixture).denoise(process) for c in range(len(mixture.weights))] + [mixture.denoise(process)]
 
   def denoise(x_t, t, classes):
@@ -46,7 +46,7 @@ def conditional(process, mixture=MIXTURE):
 
 
 def log_posterior(process, c, x, t):
-  """log p(c | x_t), exact."""
+  """Return the exact log p(c | x_t)."""
   return math.log(MIXTURE.weights[c]) + log_density(component(c), process, x, t) - log_density(MIXTURE, process, x, t)
 
 
@@ -56,27 +56,26 @@ def points(process, count=64):
   return process.perturb(jnp.asarray(MIXTURE.sample(rng, count)), t, jnp.asarray(rng.standard_normal((count, 2)))), t
 
 
-def labels(c, count):
+def repeat_class(c, count):
   return jnp.full((count,), c)
 
 
 @pytest.mark.parametrize("cases", [[(0, 0.7), (1, 3.0)], pytest.param([(0, 3.0), (1, 0.7)], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_classifier_free_and_exact_classifier_guidance_are_one_function(name, cases, x64):
-  """Of classes and scales."""
+def test_classifier_free_and_exact_classifier_guidance_are_equal(name, cases, x64):
   process = PROCESSES[name]
   x, t = points(process)
 
-  def both(x, t, c, scale):
-    free = guidance.classifier_free(conditional(process), labels(c, 64), labels(NONE, 64), scale)
+  def both_estimates(x, t, c, scale):
+    free = guidance.classifier_free(conditional(process), repeat_class(c, 64), repeat_class(NONE, 64), scale)
     posterior = functools.partial(log_posterior, process, c)
     return free(x, t), guidance.classifier(MIXTURE.denoise(process), posterior, process, scale)(x, t)
 
-  for free, by_classifier in jax.jit(lambda x, t: [both(x, t, *case) for case in cases])(x, t):
+  for free, by_classifier in jax.jit(lambda x, t: [both_estimates(x, t, *case) for case in cases])(x, t):
     np.testing.assert_allclose(free, by_classifier, atol=2e-7 * max(1, float(jnp.max(jnp.abs(x)))))
 
 
-def test_scale_one_and_zero_are_the_branches_bit_for_bit_and_one_call():
+def test_scales_one_and_zero_call_and_equal_one_branch():
   process, calls = processes.vp(), []
   model = conditional(process)
 
@@ -85,25 +84,25 @@ def test_scale_one_and_zero_are_the_branches_bit_for_bit_and_one_call():
     return model(x_t, t, classes)
 
   x, t = (value.astype(jnp.float32) for value in points(process))
-  given, none = labels(1, 64), labels(NONE, 64)
+  target, none = repeat_class(1, 64), repeat_class(NONE, 64)
   branch = jax.jit(model)
-  for scale, wanted in ((1.0, given), (0.0, none)):
-    got = jax.jit(guidance.classifier_free(counted, given, none, scale))(x, t)
-    np.testing.assert_array_equal(got, branch(x, t, wanted))
+  for scale, expected in ((1.0, target), (0.0, none)):
+    got = jax.jit(guidance.classifier_free(counted, target, none, scale))(x, t)
+    np.testing.assert_array_equal(got, branch(x, t, expected))
   assert calls == [64, 64]
-  jax.eval_shape(guidance.classifier_free(counted, given, none, 2.0), x, t)
+  jax.eval_shape(guidance.classifier_free(counted, target, none, 2.0), x, t)
   assert calls[2:] == [128], "both branches in one call"
-  # A scale that is only known when it runs gives the same at its ends.
-  traced = jax.jit(lambda x, t, w: guidance.classifier_free(model, given, none, lambda t: w)(x, t))
-  for scale, wanted in ((1.0, given), (0.0, none)):
+  # A traced scale gives the same results at 0 and 1.
+  traced = jax.jit(lambda x, t, w: guidance.classifier_free(model, target, none, lambda t: w)(x, t))
+  for scale, expected in ((1.0, target), (0.0, none)):
     got = traced(x, jnp.float32(0.3), scale)
-    np.testing.assert_allclose(got, branch(x, jnp.full(64, 0.3, jnp.float32), wanted), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(got, branch(x, jnp.full(64, 0.3, jnp.float32), expected), rtol=1e-6, atol=1e-7)
 
 
 def test_guidance_computes_no_more_than_the_doubled_batch():
   process = processes.vp()
   network = UNet(out_channels=1, channels=8, multipliers=(1, 2), blocks=1, groups=4, num_classes=11)
-  x, classes, none = jnp.zeros((4, 8, 8, 1)), labels(3, 4), labels(10, 4)
+  x, classes, none = jnp.zeros((4, 8, 8, 1)), repeat_class(3, 4), repeat_class(10, 4)
   params = jax.eval_shape(network.init, jax.random.key(0), x, jnp.zeros((4,)), classes)
 
   def flops(function, *args):
@@ -120,23 +119,26 @@ def test_guidance_computes_no_more_than_the_doubled_batch():
       lambda params, x: guidance.classifier_free(model(params), classes, none, scale, rescale=0.5)(x, 0.5), x
     )
 
-  once = flops(lambda params, x: model(params)(x, 0.5, classes), x)
-  doubled = flops(lambda params, x: model(params)(x, 0.5, jnp.tile(classes, 2)), jnp.tile(x, (2, 1, 1, 1)))
-  assert guided(3.0) == doubled > 1.9 * once
-  assert guided(1.0) == once
+  single_flops = flops(lambda params, x: model(params)(x, 0.5, classes), x)
+  doubled_flops = flops(lambda params, x: model(params)(x, 0.5, jnp.tile(classes, 2)), jnp.tile(x, (2, 1, 1, 1)))
+  assert guided(3.0) == doubled_flops > 1.9 * single_flops
+  assert guided(1.0) == single_flops
 
 
-def test_a_negative_label_is_what_is_guided_away_from():
+def test_a_negative_class_is_guided_away_from():
   process = processes.vp()
   model = jax.jit(conditional(process))
   x, t = points(process)
-  got = jax.jit(guidance.classifier_free(model, labels(0, 64), labels(1, 64), 2.5))(x, t)
-  c, u = model(x, t, labels(0, 64)), model(x, t, labels(1, 64))
+  got = jax.jit(guidance.classifier_free(model, repeat_class(0, 64), repeat_class(1, 64), 2.5))(x, t)
+  c, u = model(x, t, repeat_class(0, 64)), model(x, t, repeat_class(1, 64))
   np.testing.assert_allclose(got, u + 2.5 * (c - u), rtol=1e-5, atol=1e-6)
 
 
-def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(x64):
-  """Class N(m, s^2) in data N(0, S^2): the guided score is linear, and from sigma_max = inf the flow ends at std s^w S^(1-w)."""
+def test_the_guided_flow_of_gaussian_classes_has_its_closed_form(x64):
+  """For a class N(m, s^2) in data N(0, S^2), the guided score is linear.
+
+  From sigma_max = inf the guided flow ends with the standard deviation s^w S^(1-w).
+  """
   process, (m, s, spread) = processes.edm(0.002, 80.0), (0.3, 0.25, 0.6)
   center = {
     0: Mixture(np.ones(1), np.full((1, 1), m), np.array([s])),
@@ -149,7 +151,7 @@ def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(x64):
   @jax.jit
   @functools.partial(jax.vmap, in_axes=(0, None))
   def flow(scale, x):
-    denoise = guidance.classifier_free(model, labels(0, 500), labels(1, 500), lambda t: scale)
+    denoise = guidance.classifier_free(model, repeat_class(0, 500), repeat_class(1, 500), lambda t: scale)
     return run(sampling.heun(process), denoise, x, sampling.grids.karras(process, 240))
 
   scales, x = np.array([0.0, 0.5, 1.0, 2.0, 4.0]), 80.0 * np.random.default_rng(0).standard_normal((500, 1))
@@ -163,14 +165,17 @@ def test_one_gaussian_a_class_is_carried_as_the_closed_form_says(x64):
       return scale * m * v / (s**2 + v**2) / factor(v)
 
     shift = integrate.quad(slope, 0, 80, points=[0.1, 1, 10])[0]
-    wanted = factor(0) * (x / factor(80) + shift)
-    np.testing.assert_allclose(got, wanted, atol=1e-3 * max(1, np.abs(wanted).max()))
+    expected = factor(0) * (x / factor(80) + shift)
+    np.testing.assert_allclose(got, expected, atol=1e-3 * max(1, np.abs(expected).max()))
     limit = s**scale * spread ** (1 - scale)
     np.testing.assert_allclose(got.std() / (x.std() / 80), limit, rtol=5e-3)
 
 
-def test_class_shares_move_with_the_scale_as_the_guided_flow_says():
-  """Two modes, and a condition that makes one likelier: the flow in one dimension is monotone, so SciPy finds its watershed."""
+def test_class_shares_depend_on_the_scale_like_in_the_guided_flow():
+  """The data has two modes, and the condition makes one of them more probable.
+
+  The flow in one dimension is monotone, so SciPy can find the start that separates the modes.
+  """
   process = processes.edm(0.002, 20.0)
   modes = np.array([[-0.6], [0.6]])
   data = {w: Mixture(np.array([1 - w, w]), modes, np.array([0.15, 0.15])) for w in (0.5, 0.7)}
@@ -190,14 +195,14 @@ def test_class_shares_move_with_the_scale_as_the_guided_flow_says():
   count, shares = 20_000, []
   x = 20.0 * jax.random.normal(jax.random.key(0), (count, 1))
   for scale in (0.0, 1.0, 3.0):
-    denoise = guidance.classifier_free(model, labels(0, count), labels(1, count), scale)
+    denoise = guidance.classifier_free(model, repeat_class(0, count), repeat_class(1, count), scale)
     got = run(sampling.heun(process), denoise, x, sampling.grids.karras(process, 40))
     starts = np.linspace(-30, 30, 601)
     ends = integrate.solve_ivp(slope, (20, 0.002), starts, args=(scale,), rtol=1e-6, atol=1e-8).y[:, -1]
     watershed = starts[np.argmax(ends > 0)] - 0.05
-    wanted = stats.norm.sf(watershed, scale=20)
+    expected = stats.norm.sf(watershed, scale=20)
     share = float(jnp.mean(got > 0))
-    assert abs(share - wanted) < 4 * math.sqrt(0.25 / count) + 0.002, (scale, share, wanted)
+    assert abs(share - expected) < 4 * math.sqrt(0.25 / count) + 0.002, (scale, share, expected)
     shares.append(share)
   assert 0.48 < shares[0] < 0.52
   assert 0.68 < shares[1] < 0.72, "scale 1 is the conditional model"
@@ -212,47 +217,47 @@ def test_the_interval_guides_inside_only_and_calls_one_branch_outside():
     jax.debug.callback(lambda: calls.append(len(x_t)))
     return model(x_t, t, classes)
 
-  given, none = labels(0, 8), labels(NONE, 8)
+  target, none = repeat_class(0, 8), repeat_class(NONE, 8)
   x = jnp.ones((8, 2))
-  denoise = jax.jit(guidance.classifier_free(counted, given, none, guidance.interval(process, 3.0, 0.2, 5.0)))
-  plain, model = jax.jit(guidance.classifier_free(model, given, none, 3.0)), jax.jit(model)
+  denoise = jax.jit(guidance.classifier_free(counted, target, none, guidance.interval(process, 3.0, 0.2, 5.0)))
+  plain, model = jax.jit(guidance.classifier_free(model, target, none, 3.0)), jax.jit(model)
   for t, inside in ((0.1, False), (0.2, True), (1.0, True), (5.0, True), (6.0, False)):
-    wanted = plain(x, t) if inside else model(x, jnp.float32(t), given)
-    np.testing.assert_allclose(denoise(x, jnp.float32(t)), wanted, rtol=1e-6)
+    expected = plain(x, t) if inside else model(x, jnp.float32(t), target)
+    np.testing.assert_allclose(denoise(x, jnp.float32(t)), expected, rtol=1e-6)
     jax.effects_barrier()
     assert calls == [16 if inside else 8]
     calls.clear()
-  # Times of their own: one call of both branches.
+  # Different times per sample need one call of both branches.
   t = jnp.array([0.1, 1.0, 6.0, 0.3, 0.1, 1.0, 6.0, 0.3])
-  wanted = jnp.where(((t > 0.2) & (t < 5))[:, None], plain(x, t), model(x, t, given))
-  np.testing.assert_allclose(denoise(x, t), wanted, rtol=1e-6)
+  expected = jnp.where(((t > 0.2) & (t < 5))[:, None], plain(x, t), model(x, t, target))
+  np.testing.assert_allclose(denoise(x, t), expected, rtol=1e-6)
   vp = processes.vp()
   schedule = guidance.interval(vp, 3.0, 0.2)
   assert float(schedule(jnp.float32(vp.t_max))) == 3.0
 
 
-def test_rescaling_gives_back_the_conditional_spread():
+def test_rescaling_restores_the_conditional_standard_deviation():
   process = processes.vp()
   image = jax.random.normal(jax.random.key(0), (5, 4, 4, 3))
 
   def model(x_t, t, classes):
     return jnp.tanh(x_t) * (1 + 0.5 * classes[:, None, None, None])
 
-  given, none = labels(2, 5), labels(0, 5)
+  target, none = repeat_class(2, 5), repeat_class(0, 5)
 
   def deviation(rescale):
-    return jnp.std(guidance.classifier_free(model, given, none, 4.0, rescale=rescale)(image, 0.5), axis=(1, 2, 3))
+    return jnp.std(guidance.classifier_free(model, target, none, 4.0, rescale=rescale)(image, 0.5), axis=(1, 2, 3))
 
-  conditional_one, guided = jnp.std(model(image, 0.5, given), axis=(1, 2, 3)), deviation(0.0)
+  conditional_one, guided = jnp.std(model(image, 0.5, target), axis=(1, 2, 3)), deviation(0.0)
   assert np.all(guided > 1.2 * conditional_one)
   np.testing.assert_allclose(deviation(1.0), conditional_one, rtol=1e-5)
   np.testing.assert_allclose(deviation(0.7), 0.7 * conditional_one + 0.3 * guided, rtol=1e-5)
-  still = guidance.classifier_free(lambda x, t, c: jnp.zeros_like(x), given, none, 4.0, rescale=1.0)(image, 0.5)
+  still = guidance.classifier_free(lambda x, t, c: jnp.zeros_like(x), target, none, 4.0, rescale=1.0)(image, 0.5)
   np.testing.assert_array_equal(still, 0)
   assert process is not None
 
 
-def test_autoguidance_goes_away_from_the_weaker_model():
+def test_autoguidance_guides_away_from_the_weaker_model():
   process = processes.vp()
   strong, weak = jax.jit(MIXTURE.denoise(process)), jax.jit(component(0).denoise(process))
   x, t = points(process)
@@ -262,14 +267,14 @@ def test_autoguidance_goes_away_from_the_weaker_model():
 
 
 @pytest.mark.parametrize("name", ["zero_snr", "rectified_flow"])
-def test_a_classifier_says_nothing_where_no_data_is_left(name):
+def test_a_classifier_does_not_guide_where_no_data_is_left(name):
   process = PROCESSES[name]
   guided = guidance.classifier(MIXTURE.denoise(process), functools.partial(log_posterior, process, 0), process, 5.0)
-  both = jax.jit(lambda x: (guided(x, process.t_max), MIXTURE.denoise(process)(x, process.t_max)))
-  np.testing.assert_array_equal(*both(jnp.ones((4, 2))))
+  estimates = jax.jit(lambda x: (guided(x, process.t_max), MIXTURE.denoise(process)(x, process.t_max)))
+  np.testing.assert_array_equal(*estimates(jnp.ones((4, 2))))
 
 
-def test_a_learned_variance_is_the_conditional_ones():
+def test_a_learned_variance_comes_from_the_conditional_branch():
   process = processes.discrete(np.linspace(1e-4, 0.02, 100))
   prediction = predictions.learned_range(predictions.EPS)
 
@@ -281,7 +286,7 @@ def test_a_learned_variance_is_the_conditional_ones():
     return predictions.denoiser(lambda x, time: apply(x, time, classes), process, prediction)(x_t, t)
 
   x = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
-  denoise = guidance.classifier_free(model, labels(3, 4), labels(0, 4), 2.0, rescale=0.3)
+  denoise = guidance.classifier_free(model, repeat_class(3, 4), repeat_class(0, 4), 2.0, rescale=0.3)
   got = denoise(x, 0.5)
   assert isinstance(got, Denoised)
   np.testing.assert_allclose(got.fraction, 0.8, rtol=1e-6)
@@ -301,51 +306,60 @@ def test_the_dynamic_threshold_is_a_percentile_of_each_sample(percentile):
   )
   got = np.asarray(guidance.dynamic_threshold(lambda x, t: x, percentile)(jnp.asarray(x, jnp.float32), 0.5))
   for sample, result in zip(x, got, strict=True):
-    bound = max(1.0, np.quantile(np.abs(sample), percentile))
-    np.testing.assert_allclose(result, np.clip(sample, -bound, bound) / bound, rtol=1e-5)
-  np.testing.assert_array_equal(got[0], x[0].astype(np.float32)), "what lies in range is left alone"
+    limit = max(1.0, np.quantile(np.abs(sample), percentile))
+    np.testing.assert_allclose(result, np.clip(sample, -limit, limit) / limit, rtol=1e-5)
+  np.testing.assert_array_equal(got[0], x[0].astype(np.float32))  # values in range are unchanged
   assert np.abs(got - np.clip(x, -1, 1)).max() > 0.1, "it is not static clipping"
 
 
-def test_guidance_of_a_split_batch_is_that_of_the_whole():
+def test_guidance_of_a_sharded_batch_is_the_same_without_communication():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   process = processes.vp()
   x, t = points(process)
-  denoise = guidance.classifier_free(conditional(process), labels(1, 64), labels(NONE, 64), 2.0)
+  denoise = guidance.classifier_free(conditional(process), repeat_class(1, 64), repeat_class(NONE, 64), 2.0)
   split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
   lowered = jax.jit(denoise).lower(split, jnp.float32(0.4)).compile()
   np.testing.assert_allclose(lowered(split, jnp.float32(0.4)), denoise(x, jnp.float32(0.4)), rtol=1e-5, atol=1e-6)
   text = lowered.as_text()
   for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
-    assert collective not in text, "each device keeps its own samples"
+    assert collective not in text, "each device keeps its samples"
   assert t.shape == (64,)
 
 
-def bare(x_t, t, *rest):
+def identity(x_t, t, *condition):
   return x_t
 
 
 WRONG = {
   "negative_scale": (
-    lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), -1.0),
+    lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 2), -1.0),
     "guidance scale of -1.0",
   ),
-  "nan": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), math.nan), "scale of nan"),
-  "rescale": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0, rescale=1.5), "rescale=1.5"),
-  "conditions": (lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 3), 2.0), "expected them alike"),
+  "nan": (lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 2), math.nan), "scale of nan"),
+  "rescale": (
+    lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 2), 2.0, rescale=1.5),
+    "rescale=1.5",
+  ),
+  "conditions": (
+    lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 3), 2.0),
+    "expected equal shapes",
+  ),
   "count": (
-    lambda: guidance.classifier_free(bare, labels(0, 2), labels(1, 2), 2.0)(jnp.ones((3, 2)), 0.5),
+    lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 2), 2.0)(jnp.ones((3, 2)), 0.5),
     "for 3 samples",
   ),
-  "cfg_plus_plus": (lambda: guidance.cfg_plus_plus(bare, labels(0, 2), labels(1, 2), 3.0), "scale=3.0 for CFG"),
-  "autoguidance": (lambda: guidance.autoguidance(bare, bare, math.inf), "scale of inf"),
-  "classifier": (lambda: guidance.classifier(bare, bare, processes.vp(), -2.0), "scale of -2.0"),
+  "cfg_plus_plus": (
+    lambda: guidance.cfg_plus_plus(identity, repeat_class(0, 2), repeat_class(1, 2), 3.0),
+    "scale=3.0 for CFG",
+  ),
+  "autoguidance": (lambda: guidance.autoguidance(identity, identity, math.inf), "scale of inf"),
+  "classifier": (lambda: guidance.classifier(identity, identity, processes.vp(), -2.0), "scale of -2.0"),
   "log_prob": (
-    lambda: guidance.classifier(bare, bare, processes.vp(), 2.0)(jnp.ones((3, 2)), 0.5),
+    lambda: guidance.classifier(identity, identity, processes.vp(), 2.0)(jnp.ones((3, 2)), 0.5),
     r"log_prob of shape \(3, 2\)",
   ),
   "interval": (lambda: guidance.interval(processes.vp(), 2.0, 5.0, 1.0), "between sigma/alpha=5.0 and 1.0"),
-  "percentile": (lambda: guidance.dynamic_threshold(bare, 99.5), r"percentile=99.5.*such as 0.995"),
+  "percentile": (lambda: guidance.dynamic_threshold(identity, 99.5), r"percentile=99.5.*such as 0.995"),
 }
 
 
@@ -374,5 +388,5 @@ def test_a_classifier_guides_inside_its_interval_only_and_is_not_called_outside(
     assert bool(calls) == inside
     calls.clear()
   t = jnp.array([0.1, 1.0, 6.0, 0.3, 0.1, 1.0, 6.0, 0.3])
-  wanted = jnp.where(((t > 0.2) & (t < 5))[:, None], always(x, t), plain(x, t))
-  np.testing.assert_allclose(denoise(x, t), wanted, rtol=1e-5)
+  expected = jnp.where(((t > 0.2) & (t < 5))[:, None], always(x, t), plain(x, t))
+  np.testing.assert_allclose(denoise(x, t), expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Guided denoisers under the samplers: CFG++ by its paper's algorithm, and every wrapper with every rule."""
+"""Test guided denoisers with samplers: CFG++ against its paper, and every wrapper with every rule."""
 
 import functools
 import itertools
@@ -10,18 +10,18 @@ import pytest
 
 from ddpm_jax import guidance, processes, sampling
 from tests.samplers import DISTINCT, REPRESENTATIVE, SAMPLERS, run
-from tests.test_guidance import NONE, component, conditional, labels, log_posterior
+from tests.test_guidance import NONE, component, conditional, log_posterior, repeat_class
 from tests.test_sampling import TRACES
 
 
 def cfg_plus_plus(process, model, x, times, c, scale):
-  """Chung et al. 2024, algorithm 2, as it is printed, in any alpha and sigma."""
+  """Sample with algorithm 2 of Chung et al. 2024, for any alpha and sigma."""
 
   @jax.jit
   def step(x, t, s):
     alpha_t, alpha_s = process.alpha(t), process.alpha(s)
     sigma_t, sigma_s = process.sigma(t), process.sigma(s)
-    noise = [(x - alpha_t * model(x, t, labels(k, len(x)))) / sigma_t for k in (c, NONE)]
+    noise = [(x - alpha_t * model(x, t, repeat_class(k, len(x)))) / sigma_t for k in (c, NONE)]
     guided = noise[1] + scale * (noise[0] - noise[1])
     return alpha_s * (x - sigma_t * guided) / alpha_t + sigma_s * noise[1]
 
@@ -36,22 +36,22 @@ def test_plus_plus_is_the_papers_algorithm(scale, x64):
   x = jax.random.normal(jax.random.key(0), (40, 2), jnp.float64)
   times = sampling.grids.uniform(process, 12)
   model = conditional(process)
-  denoise = guidance.cfg_plus_plus(model, labels(0, 40), labels(NONE, 40), scale)
-  wanted = cfg_plus_plus(process, model, x, times, 0, scale)
+  denoise = guidance.cfg_plus_plus(model, repeat_class(0, 40), repeat_class(NONE, 40), scale)
+  expected = cfg_plus_plus(process, model, x, times, 0, scale)
   for sampler in (sampling.ddim(process), sampling.euler(process)):
-    np.testing.assert_allclose(run(sampler, denoise, x, times), wanted, rtol=1e-6, atol=1e-8)
-  # DDIM by plain guidance, with a scale that depends on the step.
+    np.testing.assert_allclose(run(sampler, denoise, x, times), expected, rtol=1e-6, atol=1e-8)
+  # The same step is DDIM with classifier-free guidance and a scale that depends on the step.
   step = times[3], times[4]
   (alpha_t, alpha_s), (sigma_t, sigma_s) = (
     np.asarray(process.alpha(np.asarray(step))),
     np.asarray(process.sigma(np.asarray(step))),
   )
-  same = guidance.classifier_free(
-    model, labels(0, 40), labels(NONE, 40), scale / (1 - sigma_s * alpha_t / (alpha_s * sigma_t))
+  guided_by_step = guidance.classifier_free(
+    model, repeat_class(0, 40), repeat_class(NONE, 40), scale / (1 - sigma_s * alpha_t / (alpha_s * sigma_t))
   )
   np.testing.assert_allclose(
     run(sampling.ddim(process), denoise, x, np.array(step)),
-    run(sampling.ddim(process), same, x, np.array(step)),
+    run(sampling.ddim(process), guided_by_step, x, np.array(step)),
     rtol=1e-6,
   )
 
@@ -59,7 +59,7 @@ def test_plus_plus_is_the_papers_algorithm(scale, x64):
 @pytest.mark.parametrize("name", ["ddim_half", "ancestral", "heun", "dpmpp_2m", "unipc_3", "deis_3", "langevin_heun"])
 def test_plus_plus_is_refused_where_its_noise_would_be_lost(name):
   process = processes.vp()
-  denoise = guidance.cfg_plus_plus(conditional(process), labels(0, 4), labels(NONE, 4), 0.5)
+  denoise = guidance.cfg_plus_plus(conditional(process), repeat_class(0, 4), repeat_class(NONE, 4), 0.5)
   times = sampling.grids.uniform(process, 4)
   if name == "ddim_half":
     assert np.all(np.isfinite(run(SAMPLERS[name](process), denoise, jnp.ones((4, 2)), times)))
@@ -69,20 +69,20 @@ def test_plus_plus_is_refused_where_its_noise_would_be_lost(name):
 
 
 def wrapped(process, trace):
-  """Every wrapper at work, the network counted."""
+  """Return a denoiser for every wrapper, and append the batch size of each network call to `trace`."""
   model = conditional(process)
 
   def counted(x_t, t, classes):
     trace.append(len(x_t))
     return model(x_t, t, classes)
 
-  given, none = labels(0, 4), labels(NONE, 4)
+  target, none = repeat_class(0, 4), repeat_class(NONE, 4)
 
   def unconditional(x_t, t):
     return counted(x_t, t, none)
 
   return {
-    "classifier_free": guidance.classifier_free(counted, given, none, 3.0, rescale=0.5),
+    "classifier_free": guidance.classifier_free(counted, target, none, 3.0, rescale=0.5),
     "autoguidance": guidance.autoguidance(unconditional, component(0).denoise(process), 2.0),
     "classifier": guidance.classifier(unconditional, functools.partial(log_posterior, process, 0), process, 2.0),
     "clip": guidance.clip(unconditional),
@@ -93,21 +93,22 @@ def wrapped(process, trace):
 WRAPPERS = ("classifier_free", "classifier", "autoguidance", "clip", "dynamic_threshold")
 
 
-# Every rule with one wrapper, and every wrapper with several rules; the other pairs are slow.
-TURNS = {name: WRAPPERS[i % len(WRAPPERS)] for i, name in enumerate(DISTINCT)}
-# To a sampler one `denoise` is like another: all rules run with one wrapper, and these with all of them.
+# By default every rule runs with one wrapper, and every wrapper with several rules. The other pairs are slow.
+ROTATION = {name: WRAPPERS[i % len(WRAPPERS)] for i, name in enumerate(DISTINCT)}
+# A sampler treats all denoisers alike, so most rules run with the first wrapper only. These rules run with all
+# wrappers.
 RUN_WITH_ALL = (*REPRESENTATIVE, "heun_churn")
 
 
 @pytest.mark.parametrize(
   ("name", "wrapper"),
   [
-    pytest.param(name, wrapper, marks=[] if TURNS[name] == wrapper else pytest.mark.slow)
+    pytest.param(name, wrapper, marks=[] if ROTATION[name] == wrapper else pytest.mark.slow)
     for name in DISTINCT
     for wrapper in WRAPPERS
   ],
 )
-def test_every_wrapper_serves_every_sampler_with_one_trace_a_call_site(name, wrapper):
+def test_every_wrapper_works_with_every_sampler_with_one_trace_per_call_site(name, wrapper):
   process, trace = processes.vp(), []
   times, x = sampling.grids.uniform(process, 5, t_min=1e-3), jnp.ones((4, 2))
   sampler, denoise = SAMPLERS[name](process), wrapped(process, trace)[wrapper]
@@ -121,7 +122,7 @@ def test_every_wrapper_serves_every_sampler_with_one_trace_a_call_site(name, wra
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_every_wrapper_serves_the_adaptive_ode(wrapper):
+def test_every_wrapper_works_with_the_adaptive_ode(wrapper):
   process = processes.vp()
   denoise = wrapped(process, [])[wrapper]
   x, _ = jax.jit(lambda x: sampling.integrate(process, denoise, x, 1.0, 1e-3, rtol=1e-3, atol=1e-3))(jnp.ones((4, 2)))

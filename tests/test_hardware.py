@@ -1,4 +1,4 @@
-"""Chips by the names that JAX and CUDA give them."""
+"""Test the table of chips by the names of JAX and CUDA."""
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,26 @@ from ddpm_jax.devices import hardware
     ("NVIDIA GeForce RTX 4090", "RTX 4090", 165.2),
   ],
 )
-def test_a_device_is_known_by_its_kind(kind, name, tflops):
+def test_chips_are_found_by_device_kind(kind, name, tflops):
   chip = hardware.chip_of(kind)
   assert chip.name == name
   assert hardware.peak(chip, jnp.bfloat16) == pytest.approx(tflops * 1e12)
 
 
-def test_what_is_not_in_the_tables_is_none():
-  # A slice of a GPU has a part of its peaks only.
+def test_unlisted_devices_have_no_chip():
+  # A slice of a GPU has only a fraction of its peak performance.
   for kind in ("cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v9", jax.devices()[0].device_kind):
     assert hardware.chip_of(kind) is None
   assert hardware.peak(None, "float32") is None
 
 
-def test_two_cores_of_a_chip_have_half_of_it_each():
+def test_a_core_has_half_the_memory_and_bandwidth_of_its_chip():
   core = hardware.chip_of("TPU v3")
   assert core.memory == 16 * 2**30
   assert core.bandwidth == 450e9
 
 
-def test_every_chip_is_within_what_chips_are():
+def test_all_figures_are_plausible():
   for chip in [*hardware._TPUS.values(), *hardware._GPUS.values()]:
     assert 1e12 < chip.flops["float32"] <= chip.flops.get("float16", chip.flops["bfloat16"]) < 1e16
     assert 4e9 < chip.memory < 1e12
@@ -52,7 +52,7 @@ def test_every_chip_is_within_what_chips_are():
     assert 1e10 < chip.interconnect < chip.bandwidth
 
 
-def test_utilization_is_the_share_of_the_peak():
+def test_utilization_is_the_fraction_of_the_peak():
   chip = hardware.chip_of("TPU v5 lite")
   assert hardware.utilization(4 * 98.5e12, chip, 4, "bfloat16") == pytest.approx(0.5)
   assert hardware.utilization(0, chip, 1, jnp.dtype("float32")) == 0

@@ -1,4 +1,4 @@
-"""A process that keeps its memory has no page faults where it allocates again; who may not keep it does not; and garbage is sought rarely."""
+"""Test that reused memory causes no page faults, and that garbage collection runs rarely."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ PROGRAM = """
 import resource, sys
 from ddpm_jax.devices import heap
 assert "jax" not in sys.modules
-kept = heap.keep_freed_memory()
+is_applied = heap.keep_freed_memory()
 import numpy as np
 def faults():
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,13 +22,14 @@ np.ones(2**23)
 before = faults()
 for _ in range(10):
   np.ones(2**23)
-print(kept, faults() - before)
+print(is_applied, faults() - before)
 """
-# As a train step does: a state given away from run to run, and temporaries of 67 MB, more than the heap of a thread can hold.
+# This program resembles a train step. It has a donated state, and 67 MB of temporaries, more than the heap of another
+# thread can hold.
 STEP = """
 import resource
 from ddpm_jax.devices import heap
-kept = heap.keep_freed_memory()
+is_applied = heap.keep_freed_memory()
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
 barrier = jax.lax.optimization_barrier
@@ -42,58 +43,58 @@ for _ in range(20):
   before = faults()
   x = jax.block_until_ready(step(x))
   counts.append(faults() - before)
-print(kept, sorted(counts)[10])
+print(is_applied, sorted(counts)[10])
 """
 
 
 def run(program=PROGRAM, **environment):
   inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "GLIBC_TUNABLES")}
-  # NumPy asks for huge pages, 512 to a fault, which the kernel has or has not.
+  # Disable huge pages in NumPy, because one page fault can cover 512 pages, but only if the kernel has huge pages.
   environment = inherited | {"PYTHONPATH": str(ROOT), "NUMPY_MADVISE_HUGEPAGE": "0"} | environment
   result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-  kept, faults = result.stdout.split()
-  return kept == "True", int(faults)
+  is_applied, faults = result.stdout.split()
+  return is_applied == "True", int(faults)
 
 
-def test_what_is_freed_is_kept_and_not_filled_with_zeros_again():
-  kept, faults = run(JAX_PLATFORMS="cpu")
-  assert kept == GLIBC
-  if kept:
+def test_freed_memory_is_reused_without_page_faults():
+  is_applied, faults = run(JAX_PLATFORMS="cpu")
+  assert is_applied == GLIBC
+  if is_applied:
     assert faults < 100  # of 160,000 pages
 
 
-def test_the_temporaries_of_a_program_are_kept_too():
-  """In most runs, that is: now and then a block is freed late, or a thread of JAX's allocates it."""
-  kept, faults = run(STEP, JAX_PLATFORMS="cpu")
-  assert kept == GLIBC
-  if kept:
+def test_temporaries_of_a_program_are_reused():
+  """The test uses the median of several runs, because a block may be freed late, or allocated by a thread of JAX."""
+  is_applied, faults = run(STEP, JAX_PLATFORMS="cpu")
+  assert is_applied == GLIBC
+  if is_applied:
     assert faults < 100  # of 16,000 pages
-    kept, faults = run(STEP, JAX_PLATFORMS="cuda")
-    assert not kept
+    is_applied, faults = run(STEP, JAX_PLATFORMS="cuda")
+    assert not is_applied
     assert faults > 10_000
 
 
 @pytest.mark.parametrize(
   "environment", [{"JAX_PLATFORMS": "cuda"}, {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}]
 )
-def test_not_for_an_accelerator_nor_against_the_user(environment):
-  kept, faults = run(**environment)
-  assert not kept
+def test_not_applied_for_an_accelerator_or_against_user_settings(environment):
+  is_applied, faults = run(**environment)
+  assert not is_applied
   assert faults > 1000
 
 
-def test_searches_for_garbage_become_rare():
-  """Counted by Python itself, as many objects are made that stay."""
+def test_garbage_collection_runs_rarely():
+  """Python itself counts collections while many long-lived objects are created."""
   program = """
 import gc
 from ddpm_jax.devices import heap
-searches = []
-gc.callbacks.append(lambda phase, info: searches.append(phase))
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(phase))
 before = [[] for _ in range(50_000)]
-default = len(searches)
+default = len(collections)
 heap.raise_gc_threshold()
 after = [[] for _ in range(50_000)]
-print(default, len(searches) - default)
+print(default, len(collections) - default)
 """
   result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
   default, rare = map(int, result.stdout.split())

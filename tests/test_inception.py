@@ -134,18 +134,18 @@ def test_converted_weights_are_the_same_and_say_where_they_come_from(peer, weigh
   with pytest.raises(ValueError, match="ends in .safetensors"):
     inception.convert(path, tmp_path / "inception.npz", sha256_prefix="")
   with pytest.raises(
-    ValueError, match=f"{weights.sha256}; expected the published weights, whose hash begins with 6726825d"
+    ValueError, match=f"{weights.sha256}; expected the published weights with a SHA-256 that begins with 6726825d"
   ):
     inception.load(output)
   damaged = bytearray(output.read_bytes())
   damaged[-40] ^= 1
   output.write_bytes(damaged)
   with pytest.raises(
-    ValueError, match=r"inception\.safetensors, which are damaged: its tensors are not what was written"
+    ValueError, match=r"inception\.safetensors, which is damaged: its tensors were changed after they were written"
   ):
     inception.load(output, sha256_prefix="")
   output.write_bytes(bytes(damaged[:1000]))
-  with pytest.raises(ValueError, match="cut short"):
+  with pytest.raises(ValueError, match="truncated"):
     inception.load(output, sha256_prefix="")
 
 
@@ -184,7 +184,7 @@ def test_other_files_are_refused_with_their_hash(peer, tmp_path):
     inception.load(path)
   page = tmp_path / "page.pth"
   page.write_text("<html>Not found</html>")
-  with pytest.raises(ValueError, match=r"22 bytes.*whose hash begins with 6726825d"):
+  with pytest.raises(ValueError, match=r"22 bytes.*with a SHA-256 that begins with 6726825d"):
     inception.load(page)
   with pytest.raises(ValueError, match="Cannot read"):
     inception.load(page, sha256_prefix="")

@@ -1,4 +1,4 @@
-"""Files of foreign models: weights in every form and place, and JSON of every kind of damage."""
+"""Test how the weights and JSON files of other libraries are read, including damaged ones."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from tests.test_interop_diffusers import weights_path, write_pipeline
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A pipeline as save_pretrained writes it; never to be changed."""
+  """Write a pipeline that all tests share and must not change."""
   return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
@@ -25,8 +25,8 @@ def copy(folder, tmp_path):
   return shutil.copytree(folder, tmp_path / "copy")
 
 
-def put(name, state, folder):
-  """Write tensors to a file of a network's folder."""
+def write_weights(name, state, folder):
+  """Write tensors to a file in the folder of the network."""
   file = folder / "unet" / name
   if file.suffix == ".safetensors":
     safetensors.torch.save_file(state, file)
@@ -56,7 +56,7 @@ WRAPPED = {
 def test_the_network_is_found_in_a_checkpoint(name, folder, copy):
   state = safetensors.torch.load_file(weights_path(copy))
   weights_path(copy).unlink()
-  put("diffusion_pytorch_model.bin", WRAPPED[name](state), copy)
+  write_weights("diffusion_pytorch_model.bin", WRAPPED[name](state), copy)
   jax.tree.map(np.testing.assert_array_equal, interop.diffusers.load(copy)[1], interop.diffusers.load(folder)[1])
 
 
@@ -75,56 +75,60 @@ UNCLEAR = {
 }
 
 
-def assert_refused_as(folder, make, message):
-  """Assert that a checkpoint made of a folder's parameters is refused by the name of its file."""
+def assert_refused(folder, make, message):
+  """Assert that a checkpoint made from a folder's parameters is refused with a message that names the file."""
   state = safetensors.torch.load_file(weights_path(folder))
   weights_path(folder).unlink()
-  put("diffusion_pytorch_model.bin", make(state), folder)
+  write_weights("diffusion_pytorch_model.bin", make(state), folder)
   with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.bin.*{message}"):
     interop.diffusers.load(folder)
 
 
 @pytest.mark.parametrize("name", UNCLEAR)
 def test_a_checkpoint_without_exactly_one_network_is_described(name, copy):
-  assert_refused_as(copy, *UNCLEAR[name])
+  assert_refused(copy, *UNCLEAR[name])
 
 
-def holds_itself(state):
+def add_itself(state):
   state["again"] = {"and again": state}
   return state
 
 
-def with_first(change):
+def change_first(change):
   return lambda state: state | {"conv_in.weight": change(state["conv_in.weight"])}
 
 
 UNUSABLE = {
-  "itself alone": (lambda s: holds_itself({}), r"holds again \(dict\); expected a state dict"),
+  "itself alone": (lambda s: add_itself({}), r"contains again \(dict\); expected a state dict"),
   "an object": (
     lambda s: {"state_dict": s, "args": argparse.Namespace()},
-    r"holds argparse\.Namespace, which only code can make, and code in a file is never run\. Save model\.state_dict",
+    r"contains argparse\.Namespace, which needs code to load, and code in a file never runs here.*save model\.state_dict",
   ),
-  "integers": (with_first(lambda t: t.to(torch.int8)), r"conv_in\.weight is of the type torch\.int8; expected float16"),
-  "8 bits": (with_first(lambda t: t.to(torch.float8_e4m3fn)), r"conv_in\.weight is of the type torch\.float8"),
-  "complex": (with_first(lambda t: t.to(torch.complex64)), r"conv_in\.weight is of the type torch\.complex64"),
-  "sparse": (with_first(lambda t: t.to_sparse()), r"conv_in\.weight is of the type torch\.sparse_coo"),
-  "no values": (with_first(lambda t: t.to("meta")), r"conv_in\.weight is of the type torch\.strided on meta"),
-  "not a number": (with_first(lambda t: t * float("nan")), r"not finite in float32: conv_in\.weight\. The training"),
-  "infinite in float32": (with_first(lambda t: t.double() + 1e300), r"not finite in float32: conv_in\.weight"),
+  "integers": (
+    change_first(lambda t: t.to(torch.int8)),
+    r"conv_in\.weight of type torch\.int8; expected a dense float16",
+  ),
+  "8 bits": (change_first(lambda t: t.to(torch.float8_e4m3fn)), r"conv_in\.weight of type torch\.float8"),
+  "complex": (change_first(lambda t: t.to(torch.complex64)), r"conv_in\.weight of type torch\.complex64"),
+  "sparse": (change_first(lambda t: t.to_sparse()), r"conv_in\.weight of type torch\.sparse_coo"),
+  "no values": (change_first(lambda t: t.to("meta")), r"conv_in\.weight of type torch\.strided on meta"),
+  "not a number": (
+    change_first(lambda t: t * float("nan")),
+    r"not finite in float32: conv_in\.weight\. Training diverged",
+  ),
+  "infinite in float32": (change_first(lambda t: t.double() + 1e300), r"not finite in float32: conv_in\.weight"),
 }
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_tensors_that_are_no_parameters_are_named(name, copy):
-  assert_refused_as(copy, *UNUSABLE[name])
+def test_tensors_that_cannot_be_parameters_are_named(name, copy):
+  assert_refused(copy, *UNUSABLE[name])
 
 
 def test_safetensors_of_8_bits_are_named(copy):
-  state = with_first(lambda t: t.to(torch.float8_e4m3fn))(safetensors.torch.load_file(weights_path(copy)))
-  put("diffusion_pytorch_model.safetensors", state, copy)
-  with pytest.raises(
-    ValueError, match=r"\.safetensors, whose conv_in\.weight is of the type F8_E4M3; expected float16"
-  ):
+  state = change_first(lambda t: t.to(torch.float8_e4m3fn))(safetensors.torch.load_file(weights_path(copy)))
+  write_weights("diffusion_pytorch_model.safetensors", state, copy)
+  with pytest.raises(ValueError, match=r"\.safetensors with conv_in\.weight of type F8_E4M3; expected a dense float16"):
     interop.diffusers.load(copy)
 
 
@@ -132,17 +136,19 @@ def test_safetensors_of_8_bits_are_named(copy):
 def test_entries_that_refer_to_each_other_are_read_once(name, folder, copy):
   state = safetensors.torch.load_file(weights_path(copy))
   weights_path(copy).unlink()
-  put("diffusion_pytorch_model.bin", holds_itself(state) if name == "holds itself" else {"a": state, "b": state}, copy)
+  write_weights(
+    "diffusion_pytorch_model.bin", add_itself(state) if name == "holds itself" else {"a": state, "b": state}, copy
+  )
   jax.tree.map(np.testing.assert_array_equal, interop.diffusers.load(copy)[1], interop.diffusers.load(folder)[1])
 
 
-@pytest.mark.parametrize("form", ["whole", "variant", "shards", "pickled variant"])
+@pytest.mark.parametrize("form", ["one file", "variant", "shards", "pickled variant"])
 def test_a_name_on_the_hub_is_read_from_its_cache(form, copy, tmp_path, monkeypatch):
-  """The hub's own package, offline, on a cache as it leaves one."""
+  """The test uses the package of the hub offline, with a cache in its format."""
   import huggingface_hub
 
-  if form != "whole":
-    reform(copy, FORMS[form])
+  if form != "one file":
+    rewrite_weights(copy, FORMS[form])
 
   repository = tmp_path / "hub" / "models--owner--name"
   (repository / "refs").mkdir(parents=True)
@@ -164,31 +170,31 @@ FORMS = {
 }
 
 
-def reform(folder, files, prefix=""):
-  """Write the weights of a folder as other files, with an index if there are several."""
+def rewrite_weights(folder, files, prefix=""):
+  """Replace the weights of a folder by other files, and return the index if there are several."""
   state = {prefix + name: value for name, value in safetensors.torch.load_file(weights_path(folder)).items()}
   weights_path(folder).unlink()
-  where = {name: files[i % len(files)] for i, name in enumerate(sorted(state))}
+  file_names = {name: files[i % len(files)] for i, name in enumerate(sorted(state))}
   for file in files:
-    put(file, {name: state[name].clone() for name in state if where[name] == file}, folder)
+    write_weights(file, {name: state[name].clone() for name in state if file_names[name] == file}, folder)
   if len(files) > 1:
     variant = ".fp16" if ".fp16" in files[0] else ""
     index = folder / "unet" / f"diffusion_pytorch_model.{files[0].rpartition('.')[2]}.index{variant}.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": file_names}))
     return index
   return None
 
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_variants_and_shards_hold_the_same_parameters(name, prefix, folder, copy):
-  reform(copy, FORMS[name], prefix)
+def test_variants_and_shards_contain_the_same_parameters(name, prefix, folder, copy):
+  rewrite_weights(copy, FORMS[name], prefix)
   jax.tree.map(np.testing.assert_array_equal, interop.diffusers.load(copy)[1], interop.diffusers.load(folder)[1])
 
 
 def change_index(change):
   def damage(folder):
-    index = reform(folder, FORMS["shards"])
+    index = rewrite_weights(folder, FORMS["shards"])
     content = json.loads(index.read_text())
     change(content, index)
     index.write_text(json.dumps(content))
@@ -198,16 +204,16 @@ def change_index(change):
 
 BROKEN_SHARDS = {
   "no index": (
-    lambda f: reform(f, FORMS["shards"]).unlink(),
-    r"There are .*00002-of-00002\.safetensors: save the model",
+    lambda f: rewrite_weights(f, FORMS["shards"]).unlink(),
+    r"The folder contains .*00002-of-00002\.safetensors; save the model",
   ),
   "no shard": (
     change_index(lambda c, index: (index.parent / FORMS["shards"][1]).unlink()),
-    r"00002-of-00002\.safetensors, a file that does not exist",
+    r"00002-of-00002\.safetensors, which does not exist",
   ),
   "another shard": (
     change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": FORMS["shards"][1]})),
-    r"of what .*index\.json says and holds conv_in\.bias beside it",
+    r"does not match .*index\.json: missing tensors: none; extra tensors: conv_in\.bias",
   ),
   "another folder": (
     change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": "../scheduler/x.safetensors"})),
@@ -215,14 +221,15 @@ BROKEN_SHARDS = {
   ),
   "a name too long": (
     change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": "x" * 300 + ".safetensors"})),
-    r"x\.safetensors, a file that does not exist",
+    r"x\.safetensors, which does not exist",
   ),
   "no map": (change_index(lambda c, index: c.pop("weight_map")), r"index\.json with weight_map=None"),
   "a list": (change_index(lambda c, index: c.update(weight_map=[1])), r"index\.json with weight_map=\[1\]"),
   "numbers": (change_index(lambda c, index: c.update(weight_map={"conv_in.bias": 3})), r"index\.json with weight_map="),
   "two variants": (
     lambda f: (
-      [put(f"diffusion_pytorch_model.{name}.bin", {}, f) for name in ("fp16", "non_ema")] and weights_path(f).unlink()
+      [write_weights(f"diffusion_pytorch_model.{name}.bin", {}, f) for name in ("fp16", "non_ema")]
+      and weights_path(f).unlink()
     ),
     "expected one of them",
   ),
@@ -253,14 +260,14 @@ CONTENTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", CONTENTS)
-def test_files_that_hold_no_json_object_are_named(part, name, copy):
+def test_files_without_a_json_object_are_named(part, name, copy):
   file = copy / part
   if CONTENTS[name] is None:
     file.unlink()
     file.mkdir()
   else:
     file.write_bytes(CONTENTS[name])
-  # What is a folder of this name is none of the model's files; the index may be missing.
+  # A folder with the name of a file counts as a missing file, and the index may be missing.
   if name == "a folder" and part == "model_index.json":
     interop.diffusers.load(copy)
     return
@@ -268,7 +275,7 @@ def test_files_that_hold_no_json_object_are_named(part, name, copy):
     interop.diffusers.load(copy)
 
 
-# Values of each type, and numbers out of any range; what a key takes of them is left out.
+# Values of each type, and numbers out of range. The test lists the values that each key accepts.
 WRONG_VALUES = [
   "4",
   "",
@@ -287,19 +294,19 @@ WRONG_VALUES = [
   {},
   {"a": 1},
 ]
-# What these keys say is not looked at, or is none of the model's.
+# Keys that have no effect on the model.
 _IDLE = ("_diffusers_version", "dynamic_thresholding_ratio", "sample_max_value")
 
 
-def changed(copy, part, reads):
-  """Yield each key of a file with each wrong value and what reading the folder then does: None, or its error."""
+def try_wrong_values(copy, part, read):
+  """Yield each key of a file, each wrong value, and the message of the error on reading the folder, or None."""
   file = copy / part
   original = json.loads(file.read_text())
   for key in original:
     for value in WRONG_VALUES if key not in _IDLE else []:
       file.write_text(json.dumps(original | {key: value}))
       try:
-        reads()
+        read()
         yield key, value, None
       except ValueError as error:
         yield key, value, str(error)
@@ -307,12 +314,12 @@ def changed(copy, part, reads):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_values_of_wrong_types_are_errors_that_name_the_file(part, copy, monkeypatch):
-  # Parameters are not what this is about.
+  # This test is about configs, so it does not load parameters.
   monkeypatch.setattr(interop.diffusers, "_load_params", lambda *_: {})
-  taken = {}
-  for key, value, message in changed(copy, part, lambda: interop.diffusers.load(copy)):
+  accepted = {}
+  for key, value, message in try_wrong_values(copy, part, lambda: interop.diffusers.load(copy)):
     if message is None:
-      taken.setdefault(key, []).append(value)
+      accepted.setdefault(key, []).append(value)
     else:
       assert copy.name in message, (key, value, message)
       assert (copy / part).name in message, (key, value, message)
@@ -327,5 +334,5 @@ def test_values_of_wrong_types_are_errors_that_name_the_file(part, copy, monkeyp
   allowed = {key: [None] for key in optional} | {"freq_shift": [-1, -0.5], "_class_name": ["4", ""]}
   flags = ("add_attention", "flip_sin_to_cos", "center_input_sample", "clip_sample")
   allowed |= {key: [True] for key in flags}
-  extra = {key: [v for v in values if v not in allowed.get(key, [])] for key, values in taken.items()}
+  extra = {key: [v for v in values if v not in allowed.get(key, [])] for key, values in accepted.items()}
   assert {key: values for key, values in extra.items() if values} == {}

@@ -1,4 +1,4 @@
-"""Checkpoints of guided-diffusion, against its own code, live: outputs of the ADM U-Net and of the noisy classifier."""
+"""Compare our outputs for checkpoints of guided-diffusion with those of the original code."""
 
 import warnings
 
@@ -11,7 +11,7 @@ import torch
 from ddpm_jax import interop, predictions, processes, schedules
 
 with warnings.catch_warnings():
-  # It decorates functions in a way that today's PyTorch deprecates.
+  # guided_diffusion uses decorators that PyTorch has deprecated.
   warnings.simplefilter("ignore")
   from guided_diffusion import gaussian_diffusion
   from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -57,8 +57,8 @@ CLASSIFIERS = {
 }
 
 
-def awake(model):
-  """Every parameter random: new models have zeros where they end."""
+def randomize(model):
+  """Perturb every parameter, because new models have zeros in their last layers."""
   torch.manual_seed(0)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -66,43 +66,43 @@ def awake(model):
   return model.eval()
 
 
-SPACES = {1: (16,), 2: (16, 16), 3: (4, 6, 5)}
+SIZES = {1: (16,), 2: (16, 16), 3: (4, 6, 5)}
 
 
-def compare(model, ours, params, **batch):
-  """Both networks on the same data; the batch holds what ours is given by name, classes or low_resolution."""
+def assert_same_output(peer, ours, params, **batch):
+  """Assert that both networks have the same output for the same conditions, `classes` or `low_resolution`."""
   x = np.random.default_rng(1).standard_normal((3, *ours.shape)).astype(np.float32)
   t = np.array([0.0, 333.0, 998.5], np.float32)
   names = {"classes": "y", "low_resolution": "low_res"}
-  given = {
+  peer_conditions = {
     names[name]: torch.tensor(np.moveaxis(value, -1, 1) if value.ndim > 1 else value) for name, value in batch.items()
   }
-  conditions = ours.given(jax.random.split(jax.random.key(0), 3), batch)
+  conditions = ours.encode_conditions(jax.random.split(jax.random.key(0), 3), batch)
   with torch.no_grad():
-    wanted = model(torch.tensor(np.moveaxis(x, -1, 1)), torch.tensor(t), **given).numpy()
-  got = jax.jit(lambda params: ours.network.apply(params, x, t, conditions))(params)
-  wanted = np.moveaxis(wanted, 1, -1) if wanted.ndim > 2 else wanted
-  assert np.std(wanted) > 1e-3
-  np.testing.assert_allclose(got, wanted, atol=1e-4 * np.std(wanted), rtol=0)
+    expected = peer(torch.tensor(np.moveaxis(x, -1, 1)), torch.tensor(t), **peer_conditions).numpy()
+  actual = jax.jit(lambda params: ours.network.apply(params, x, t, conditions))(params)
+  expected = np.moveaxis(expected, 1, -1) if expected.ndim > 2 else expected
+  assert np.std(expected) > 1e-3
+  np.testing.assert_allclose(actual, expected, atol=1e-4 * np.std(expected), rtol=0)
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_the_unet_is_the_peer_s(name, tmp_path):
+def test_the_unet_matches_the_peer(name, tmp_path):
   changes, options = UNETS[name]
-  model = awake(UNetModel(**(SMALL | changes)))
+  model = randomize(UNetModel(**(SMALL | changes)))
   torch.save(model.state_dict(), tmp_path / "model.pt")
-  shape = (*SPACES[changes.get("dims", 2)], 3)
+  shape = (*SIZES[changes.get("dims", 2)], 3)
   ours, params = interop.guided_diffusion.load(tmp_path / "model.pt", shape=shape, **options)
   assert (ours.shape, ours.data_shape, ours.prediction.learned_variance) == (
     shape,
     shape,
     changes.get("out_channels", 3) == 6,
   )
-  compare(model, ours, params, **({"classes": np.array([0, 6, 3])} if "num_classes" in changes else {}))
+  assert_same_output(model, ours, params, **({"classes": np.array([0, 6, 3])} if "num_classes" in changes else {}))
 
 
-def test_files_of_parameters_that_want_gradients_are_read(tmp_path):
-  """As that code's trainer writes its averaged weights."""
+def test_parameters_that_require_gradients_are_read(tmp_path):
+  """guided-diffusion's trainer writes its averaged weights like this."""
   model = UNetModel(**SMALL)
   torch.save(dict(model.named_parameters()), tmp_path / "ema.pt")
   _, params = interop.guided_diffusion.load(tmp_path / "ema.pt", shape=SHAPE, heads=1)
@@ -111,7 +111,7 @@ def test_files_of_parameters_that_want_gradients_are_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_the_network_is_found_behind_its_prefix(suffix, tmp_path):
-  """As DistributedDataParallel and torch.compile name it, beside what else a trainer saves."""
+  """DistributedDataParallel and torch.compile add a prefix, and trainers save further entries."""
   model = UNetModel(**SMALL)
   state = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()} | {"step": torch.ones(1)}
   path = tmp_path / f"model{suffix}"
@@ -123,29 +123,29 @@ def test_the_network_is_found_behind_its_prefix(suffix, tmp_path):
   np.testing.assert_array_equal(params["conv_in"]["bias"], model.input_blocks[0][0].bias.detach().numpy())
 
 
-def test_super_resolution_takes_the_image_beside_the_input(tmp_path):
-  model = awake(SuperResModel(**(SMALL | ADM)))
+def test_super_resolution_takes_a_small_image(tmp_path):
+  model = randomize(SuperResModel(**(SMALL | ADM)))
   safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
   path, small = (
     tmp_path / "model.safetensors",
     np.random.default_rng(2).standard_normal((3, 4, 4, 3)).astype(np.float32),
   )
   ours, params = interop.guided_diffusion.load(path, shape=SHAPE, head_channels=16)
-  # Their model enlarges the image itself.
-  compare(model, ours, params, low_resolution=small)
+  # The peer enlarges the image inside the model.
+  assert_same_output(model, ours, params, low_resolution=small)
   with pytest.raises(ValueError, match="factor=5"):
     interop.guided_diffusion.load(path, shape=SHAPE, head_channels=16, factor=5)
   wide = {"out.2.weight": torch.zeros(8, *model.out[2].weight.shape[1:]), "out.2.bias": torch.zeros(8)}
   torch.save(model.state_dict() | wide, tmp_path / "other.pt")
-  with pytest.raises(ValueError, match="takes 2 channels beside the 4"):
+  with pytest.raises(ValueError, match="takes 2 input channels in addition to the 4"):
     interop.guided_diffusion.load(tmp_path / "other.pt", shape=(16, 16, 4), head_channels=16)
 
 
 TRAINED = {
-  # name_of_schedule, steps, rescaled, as improved- and guided-diffusion's scripts take them.
-  "by default, small": ((16, 16, 3), {}, ("cosine", 1000, False)),
-  "by default, large": ((72, 4, 3), {}, ("linear", 1000, False)),
-  "of 4000 steps": (
+  # The shape, our options, and the peer's schedule, number of steps and rescale_timesteps.
+  "default, small": ((16, 16, 3), {}, ("cosine", 1000, False)),
+  "default, large": ((72, 4, 3), {}, ("linear", 1000, False)),
+  "4000 steps": (
     (16, 16, 3),
     {"process": processes.discrete(schedules.cosine(4000)), "rescale_timesteps": True},
     ("cosine", 4000, True),
@@ -154,13 +154,13 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_process_is_the_peer_s(name, tmp_path):
-  """Its noise, the time input of each step, and the mean and variance of its reverse step, by its own code."""
+def test_the_process_matches_the_peer(name, tmp_path):
+  """The alphas, the time inputs, and the mean and variance of a reverse step match guided-diffusion's own code."""
   shape, options, (schedule, steps, rescaled) = TRAINED[name]
-  peer = awake(UNetModel(**(SMALL | ADM)))
+  peer = randomize(UNetModel(**(SMALL | ADM)))
   torch.save(peer.state_dict(), tmp_path / "model.pt")
   model, params = interop.guided_diffusion.load(tmp_path / "model.pt", shape=shape, head_channels=16, **options)
-  theirs = gaussian_diffusion.GaussianDiffusion(
+  peer_process = gaussian_diffusion.GaussianDiffusion(
     betas=gaussian_diffusion.get_named_beta_schedule(schedule, steps),
     model_mean_type=gaussian_diffusion.ModelMeanType.EPSILON,
     model_var_type=gaussian_diffusion.ModelVarType.LEARNED_RANGE,
@@ -169,46 +169,51 @@ def test_the_process_is_the_peer_s(name, tmp_path):
   )
   step = np.arange(1, steps + 1)
   t = (step / steps).astype(np.float32)
-  np.testing.assert_allclose(model.process.alpha(t), theirs.sqrt_alphas_cumprod, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(model.process.alpha(t), peer_process.sqrt_alphas_cumprod, rtol=1e-4, atol=1e-6)
   time = (model.time_input or model.process.time_input)(t)
-  np.testing.assert_allclose(time, theirs._scale_timesteps(torch.tensor(step - 1)).numpy(), rtol=1e-5, atol=1e-3)
-  # Clipped, as the scripts sample.
+  np.testing.assert_allclose(time, peer_process._scale_timesteps(torch.tensor(step - 1)).numpy(), rtol=1e-5, atol=1e-3)
+  # guided-diffusion's scripts sample with clipping.
   x, n = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32), steps // 2
   with torch.no_grad():
-    out = theirs.p_mean_variance(peer, torch.tensor(np.moveaxis(x, -1, 1)), torch.full((2,), n - 1), clip_denoised=True)
-  found = jax.jit(model.denoise(params))(x, n / steps)
-  wanted = np.moveaxis(out["pred_xstart"].numpy(), 1, -1)
-  np.testing.assert_allclose(found.x_0, wanted, atol=2e-4)
-  low, high = theirs.posterior_log_variance_clipped[n - 1], np.log(theirs.betas)[n - 1]
+    out = peer_process.p_mean_variance(
+      peer, torch.tensor(np.moveaxis(x, -1, 1)), torch.full((2,), n - 1), clip_denoised=True
+    )
+  estimate = jax.jit(model.denoise(params))(x, n / steps)
+  expected = np.moveaxis(out["pred_xstart"].numpy(), 1, -1)
+  np.testing.assert_allclose(estimate.x_0, expected, atol=2e-4)
+  low, high = peer_process.posterior_log_variance_clipped[n - 1], np.log(peer_process.betas)[n - 1]
   fraction = (np.moveaxis(out["log_variance"].numpy(), 1, -1) - low) / (high - low)
-  np.testing.assert_allclose(found.fraction, fraction, atol=2e-2)
+  np.testing.assert_allclose(estimate.fraction, fraction, atol=2e-2)
   assert (model.defaults.name, model.defaults.steps) == ("ancestral", 250)
   times = model.times(250)
   assert (len(times), times[0], times[-1]) == (251, 1, 0)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_the_classifier_is_the_peer_s(name, tmp_path):
+def test_the_classifier_matches_the_peer(name, tmp_path):
   changes, options = CLASSIFIERS[name]
   options = {"head_channels": 16} | options
   config = SMALL | {"use_scale_shift_norm": True, "num_head_channels": 16, "pool": "attention", "out_channels": 10}
-  model = awake(EncoderUNetModel(**(config | changes)))
+  model = randomize(EncoderUNetModel(**(config | changes)))
   torch.save(model.state_dict(), tmp_path / "model.pt")
   ours, params = interop.guided_diffusion.load_classifier(tmp_path / "model.pt", **options)
   assert ours.shape == SHAPE
-  compare(model, ours, params)
+  assert_same_output(model, ours, params)
   if name != "new order":
     return
-  # What guidance takes: logarithms of probabilities, at a time of the process.
+  # Guidance needs log-probabilities at a time of the process.
   x = np.random.default_rng(1).standard_normal((3, *SHAPE)).astype(np.float32)
   with torch.no_grad():
     logits = model(torch.tensor(np.moveaxis(x, -1, 1)), torch.full((3,), 499.0))
-  found = jax.jit(ours.classify(params))(x, 0.5)
-  np.testing.assert_allclose(found, torch.log_softmax(logits, -1).numpy(), atol=1e-3)
+  log_probs = jax.jit(ours.classify(params))(x, 0.5)
+  np.testing.assert_allclose(log_probs, torch.log_softmax(logits, -1).numpy(), atol=1e-3)
 
 
-def test_published_sizes():
-  """Dhariwal and Nichol 2021, table 12: 296M, 422M, 554M and 559M parameters (256 and 512 with classes)."""
+def test_networks_have_the_published_sizes():
+  """Our networks have the number of parameters of Dhariwal and Nichol 2021, table 12.
+
+  They are 296M, 422M, 554M and 559M (with classes at 256 and 512 pixels).
+  """
   adm = {
     "in_channels": 3,
     "out_channels": 6,
@@ -225,32 +230,39 @@ def test_published_sizes():
   for size, (millions, changes) in table.items():
     with torch.device("meta"):
       model = UNetModel(
-        image_size=size, attention_resolutions=[size // at for at in (32, 16, 8)], num_classes=1000, **adm, **changes
+        image_size=size,
+        attention_resolutions=[size // side for side in (32, 16, 8)],
+        num_classes=1000,
+        **adm,
+        **changes,
       )
     state = model.state_dict()
     file = interop.tensors.TensorFile.__new__(interop.tensors.TensorFile)
     file.path, file.shapes = f"{size}.pt", {name: tuple(value.shape) for name, value in state.items()}
-    network, template = interop.guided_diffusion.network_of(file, head_channels=64)
+    network, template = interop.guided_diffusion.infer_network(file, head_channels=64)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(template))
     assert count == sum(value.numel() for value in state.values())
     assert round(count / 1e6) == millions, network
 
 
-def test_what_shapes_do_not_tell_is_asked_for(tmp_path):
+def test_missing_or_wrong_options_are_errors(tmp_path):
   torch.save(UNetModel(**SMALL).state_dict(), tmp_path / "model.pt")
   path = tmp_path / "model.pt"
   with pytest.raises(ValueError, match="expected one of them: head_channels=64"):
     interop.guided_diffusion.load(path)
   for options, message in (
     ({"head_channels": 64}, "expected one of them"),
-    ({}, r"does not tell the size of its images; pass shape=, such as shape=\(64, 64, 3\)"),
-    ({"shape": (16, 16, 1)}, r"out_channels=3, with shape=\(16, 16, 1\)"),
+    ({}, r"does not contain the image size; pass shape=, such as shape=\(64, 64, 3\)"),
+    (
+      {"shape": (16, 16, 1)},
+      r"shape=\(16, 16, 1\) for .*out_channels=3; expected 2 spatial axes and a last axis of 3 channels",
+    ),
     ({"shape": (15, 15, 3)}, "divisible by 2"),
     (
       {"shape": SHAPE, "prediction": predictions.learned_range(predictions.EPS)},
       "with a learned variance for a network without",
     ),
-    ({"shape": SHAPE, "process": processes.vp(), "rescale_timesteps": True}, "expected a discrete one"),
+    ({"shape": SHAPE, "process": processes.vp(), "rescale_timesteps": True}, "expected a discrete process"),
   ):
     with pytest.raises(ValueError, match=message):
       interop.guided_diffusion.load(path, heads=4, **options)
@@ -259,7 +271,7 @@ def test_what_shapes_do_not_tell_is_asked_for(tmp_path):
   assert model.process.num_steps is None
   config = SMALL | {"pool": "attention", "num_head_channels": 16, "resblock_updown": True, "attention_resolutions": ()}
   torch.save(EncoderUNetModel(**(config | {"channel_mult": (1, 1, 1)})).state_dict(), tmp_path / "classifier.pt")
-  with pytest.raises(ValueError, match="Pass one as blocks="):
+  with pytest.raises(ValueError, match="Pass one of them as blocks="):
     interop.guided_diffusion.load_classifier(tmp_path / "classifier.pt", head_channels=16)
 
 

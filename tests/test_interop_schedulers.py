@@ -1,4 +1,4 @@
-"""diffusers' scheduler configs: the same betas, noise levels and samplers as the peer, both ways, and what has no counterpart."""
+"""Compare the betas, noise levels and samplers of diffusers' scheduler configs with ours, in both directions."""
 
 import json
 
@@ -28,14 +28,14 @@ from ddpm_jax.interop import schedulers
     ({"_class_name": "DPMSolverSinglestepScheduler"}, "class DPMSolverSinglestepScheduler"),
     ({"new_option": "on"}, "new_option='on'"),
     ({"num_train_timesteps": None}, "num_train_timesteps=None; expected an integer"),
-    ({"beta_start": "low"}, "beta_start='low'; expected a finite number that float32 holds"),
+    ({"beta_start": "low"}, "beta_start='low'; expected a finite number in the range of float32"),
     ({"clip_sample_range": None}, "clip_sample_range=None"),
     ({"variance_type": 1}, "variance_type=1"),
     ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False}, "set_alpha_to_one=False"),
     ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
   ],
 )
-def test_schedulers_without_a_counterpart_are_named(config, message):
+def test_unsupported_schedulers_are_named(config, message):
   with pytest.raises(ValueError, match=message):
     schedulers.from_config(config)
 
@@ -53,14 +53,14 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_process_has_the_scheduler_s_betas(name):
+def test_the_process_has_the_betas_of_the_scheduler(name):
   scheduler = getattr(diffusers, name)(**CLASSES[name])
-  bare = {key: value for key, value in scheduler.config.items() if key in CLASSES[name] or key[0] == "_"}
-  for config in (json.loads(scheduler.to_json_string()), {"_class_name": name, **bare}):
+  changed = {key: value for key, value in scheduler.config.items() if key in CLASSES[name] or key[0] == "_"}
+  for config in (json.loads(scheduler.to_json_string()), {"_class_name": name, **changed}):
     schedule = schedulers.from_config(config)
     np.testing.assert_allclose(schedule.betas, scheduler.betas.numpy(), rtol=1e-4, atol=3e-7)
     n = len(schedule.betas)
-    alpha_bar = np.asarray(schedule.process().alpha(np.arange(1, n + 1) / n)) ** 2
+    alpha_bar = np.asarray(schedule.make_process().alpha(np.arange(1, n + 1) / n)) ** 2
     np.testing.assert_allclose(alpha_bar, scheduler.alphas_cumprod.numpy(), rtol=1e-3, atol=2e-7)
 
 
@@ -79,19 +79,19 @@ def test_the_process_has_the_scheduler_s_betas(name):
     ("HeunDiscreteScheduler", {}, "heun", "linspace"),
   ],
 )
-def test_the_sampler_and_its_grid_are_the_scheduler_s(name, options, sampler, spacing):
-  """The noise levels of the grid are those that the peer steps through."""
+def test_the_sampler_and_its_grid_match_the_scheduler(name, options, sampler, spacing):
+  """The grid has the same noise levels as the steps of the peer."""
   scheduler = getattr(diffusers, name)(**options)
   schedule = schedulers.from_config(json.loads(scheduler.to_json_string()))
   assert (schedule.sampler, schedule.spacing) == (sampler, spacing)
   scheduler.set_timesteps(10)
-  process = schedule.process()
+  process = schedule.make_process()
   t = schedule.times(process)(10)[:-1]
-  got = np.asarray(process.sigma(t)) / np.asarray(process.alpha(t))
-  # Solvers list a step's evaluations one by one; ours may make several at one entry of the grid.
-  wanted = scheduler.sigmas.numpy()[:-1][:: 2 if sampler == "heun" else 1]
-  assert len(got) == len(wanted) == 10
-  np.testing.assert_allclose(got, wanted, rtol=1e-3)
+  actual = np.asarray(process.sigma(t)) / np.asarray(process.alpha(t))
+  # diffusers lists both evaluations of a Heun step. Our grid has one entry per step.
+  expected = scheduler.sigmas.numpy()[:-1][:: 2 if sampler == "heun" else 1]
+  assert len(actual) == len(expected) == 10
+  np.testing.assert_allclose(actual, expected, rtol=1e-3)
 
 
 PROCESSES = {
@@ -105,28 +105,28 @@ PROCESSES = {
 
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("clip", [None, 1.0, 2.0])
-def test_schedules_come_back(name, clip):
+def test_schedules_round_trip(name, clip):
   process = PROCESSES[name]()
   config = schedulers.to_config(process, predictions.V, clip=clip, variance="small")
-  again = schedulers.from_config(config)
+  reloaded = schedulers.from_config(config)
   with jax.enable_x64(True):
     times = np.arange(1, process.num_steps + 1) / process.num_steps
-    np.testing.assert_allclose(again.process().alpha(times), process.alpha(times), rtol=1e-9, atol=1e-12)
-  assert again.meaning() == predictions.V
-  assert again.clip == clip
+    np.testing.assert_allclose(reloaded.make_process().alpha(times), process.alpha(times), rtol=1e-9, atol=1e-12)
+  assert reloaded.make_prediction() == predictions.V
+  assert reloaded.clip == clip
   assert (config["trained_betas"] is None) == (name != "table")
   if name in ("linear", "scaled_linear", "squaredcos_cap_v2"):
     assert config["beta_schedule"] == name
-  # The peer takes it too, and means the same.
+  # The peer accepts the config too, and has the same alphas.
   config.pop("_class_name")
   alpha_bar = diffusers.DDPMScheduler(**config).alphas_cumprod.numpy()
   np.testing.assert_allclose(alpha_bar, np.asarray(process.alpha(times.astype(np.float32))) ** 2, rtol=2e-3, atol=1e-6)
 
 
 def test_a_continuous_model_becomes_a_table_at_its_time_inputs():
-  """Between one time input and the next, the discrete model has the log-SNR of the continuous one."""
+  """The discrete model has the log-SNR of the continuous model at each time input."""
   process = processes.vp()
-  discrete = schedulers.from_config(schedulers.to_config(process, predictions.EPS)).process()
+  discrete = schedulers.from_config(schedulers.to_config(process, predictions.EPS)).make_process()
   steps = np.arange(1, 1001)
   inputs = np.asarray(discrete.time_input(steps / 1000))
   np.testing.assert_allclose(inputs, steps - 1, atol=1e-3)
@@ -135,6 +135,6 @@ def test_a_continuous_model_becomes_a_table_at_its_time_inputs():
 
 
 @pytest.mark.parametrize("process", [processes.ve(), processes.edm(), processes.rectified_flow(), processes.sub_vp()])
-def test_processes_that_diffusers_lacks_are_errors(process):
+def test_processes_unknown_to_diffusers_are_errors(process):
   with pytest.raises(ValueError, match="cannot sample"):
     schedulers.to_config(process, predictions.EPS)

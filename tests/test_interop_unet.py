@@ -1,4 +1,4 @@
-"""Our U-Net against diffusers' `UNet2DModel`, live: outputs and gradients with respect to the input, with random weights."""
+"""Compare outputs and input gradients of our U-Net and diffusers' `UNet2DModel` with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ RESNET = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
 
 
 def levels(*kinds):
-  """The block types of levels, from the finest."""
+  """Return the block types of the levels, finest level first."""
   return {
     "down_block_types": tuple(kind["Down"] for kind in kinds),
     "up_block_types": tuple(kind["Up"] for kind in kinds[::-1]),
@@ -29,7 +29,7 @@ SMALL = {
   "norm_num_groups": 8,
   **levels(DOWN, ATTN),
 }
-# Size and batch, and what differs from SMALL. Options that have nothing to do with each other share a network: each is compiled.
+# Image size, batch size, and changes to SMALL. Independent options share a network, because each network is compiled.
 CONFIGS = {
   "defaults of the class": ((16, 16), 3, {}),
   "ddpm": (
@@ -114,7 +114,7 @@ CONFIGS = {
 
 
 def random_unet(changes, seed=0):
-  """A peer whose every parameter matters: none is zero or one, as new norms and biases are."""
+  """Return a `UNet2DModel` with all parameters random, even biases and norms, so that each affects the output."""
   torch.manual_seed(seed)
   model = UNet2DModel(**(SMALL | changes)).eval()
   with torch.no_grad():
@@ -124,16 +124,16 @@ def random_unet(changes, seed=0):
 
 
 def classes_of(model, batch):
-  """Class labels as the peer takes them."""
-  kind, rng = model.config.class_embed_type, np.random.default_rng(5)
-  if kind == "timestep":
+  """Return random class labels in the form that the peer expects, or None if it takes no classes."""
+  embed_type, rng = model.config.class_embed_type, np.random.default_rng(5)
+  if embed_type == "timestep":
     return rng.uniform(0, 100, batch).astype(np.float32)
-  if kind == "identity":
+  if embed_type == "identity":
     return rng.standard_normal((batch, 4 * model.config.block_out_channels[0])).astype(np.float32)
   return None if model.config.num_class_embeds is None else rng.integers(0, model.config.num_class_embeds, batch)
 
 
-# Those with each kind of block, whose gradients are always compared too; the others' are slow.
+# Configs that together contain each kind of block. Gradients of the other configs are only compared in slow tests.
 WITH_GRADIENTS = (
   "defaults of the class",
   "ddpm",
@@ -143,8 +143,8 @@ WITH_GRADIENTS = (
 )
 
 
-def theirs(model, x, t, classes, weight):
-  """Return the output, and the gradient unless `weight` is None."""
+def run_peer(model, x, t, classes, weight):
+  """Return the output of the peer, and the input gradient of its weighted sum unless `weight` is None."""
   x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_(weight is not None)
   labels = None if classes is None else torch.tensor(classes)
   values = [model(x, torch.tensor(t), class_labels=labels).sample]
@@ -154,8 +154,8 @@ def theirs(model, x, t, classes, weight):
   return [value.detach().numpy().transpose(0, 2, 3, 1) for value in values]
 
 
-def ours(network, params, x, t, classes, weight):
-  """Return the output, and the gradient unless `weight` is None."""
+def run_ours(network, params, x, t, classes, weight):
+  """Return the output of our network, and the input gradient of its weighted sum unless `weight` is None."""
   time = jnp.log(t) if network.time_embedding == "fourier" else t
   conditions = {"vector" if network.vector_embedding else "classes": classes}
 
@@ -167,8 +167,8 @@ def ours(network, params, x, t, classes, weight):
 
     if weight is None:
       return [network.apply({"params": params}, x, time, **conditions)]
-    slope, output = jax.grad(loss, has_aux=True)(x)
-    return [output, slope]
+    gradient, output = jax.grad(loss, has_aux=True)(x)
+    return [output, gradient]
 
   return run(params, x)
 
@@ -182,7 +182,7 @@ def ours(network, params, x, t, classes, weight):
     if name not in WITH_GRADIENTS
   ],
 )
-def test_outputs_and_input_gradients_are_the_peer_s(name, gradients, tmp_path):
+def test_outputs_and_input_gradients_match_the_peer(name, gradients, tmp_path):
   size, batch, changes = CONFIGS[name]
   model = random_unet(changes)
   model.save_pretrained(tmp_path)
@@ -193,16 +193,16 @@ def test_outputs_and_input_gradients_are_the_peer_s(name, gradients, tmp_path):
   weight = weight if gradients else None
   t = np.linspace(3, 977, batch).astype(np.float32)
   classes = classes_of(model, batch)
-  for got, wanted in zip(
-    ours(network, params, x, t, classes, weight), theirs(model, x, t, classes, weight), strict=True
+  for actual, expected in zip(
+    run_ours(network, params, x, t, classes, weight), run_peer(model, x, t, classes, weight), strict=True
   ):
-    assert got.shape == wanted.shape
-    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.std(wanted), rtol=0)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.std(expected), rtol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configs_come_back(name):
-  """The config that we write for our network makes the same model of the peer."""
+def test_configs_round_trip(name):
+  """The config that we write for our network creates the same model in diffusers."""
   size, _, changes = CONFIGS[name]
   model = random_unet(changes)
   network = unet2d.from_config(model.config)
@@ -213,21 +213,21 @@ def test_configs_come_back(name):
 
 
 def test_the_default_network_is_google_ddpm_cifar10_32():
-  """In the same tensors, name for name and shape for shape."""
+  """All tensors have the same names and shapes."""
   config = unet2d.to_config(UNet(), (32, 32, 3))
   assert config["attention_head_dim"] is None
   assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
   with torch.device("meta"):
-    wanted = {key: tuple(value.shape) for key, value in UNet2DModel(**config).state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in UNet2DModel(**config).state_dict().items()}
   template = interop.tensors.abstract_params(UNet(), (32, 32, 3))
-  name = unet2d.layout(4).name_of
-  got = {
-    name(path): interop.tensors.torch_shape(path, leaf.shape)
+  name_of = unet2d.layout(4).name_of
+  shapes = {
+    name_of(path): interop.tensors.torch_shape(path, leaf.shape)
     for path, leaf in interop.tensors.flatten(template).items()
   }
-  assert got == wanted
-  assert len(got) == 328
-  assert sum(np.prod(shape) for shape in got.values()) == 35_746_307
+  assert shapes == expected
+  assert len(shapes) == 328
+  assert sum(np.prod(shape) for shape in shapes.values()) == 35_746_307
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_the_default_network_is_google_ddpm_cifar10_32():
     ({"attention_head_dim": 5}, "head_channels=5"),
     ({"attention_head_dim": [8, 8]}, r"attention_head_dim=\[8, 8\]; expected an integer of at most 64 bits or null"),
     ({"norm_num_groups": None}, "norm_num_groups=None; expected an integer"),
-    ({"dropout": None}, "dropout=None; expected a finite number that float32 holds"),
+    ({"dropout": None}, "dropout=None; expected a finite number in the range of float32"),
     ({"layers_per_block": True}, "layers_per_block=True"),
     ({"sample_size": [8]}, r"sample_size=\[8\]; expected one number"),
     ({"sample_size": 8.0}, "sample_size=8.0"),
@@ -281,6 +281,6 @@ def test_unsupported_options_are_named(changes, message):
     (UNet(attention_levels=(0, 1), downsample=("conv", "residual", "conv")), "in 2 ways"),
   ],
 )
-def test_networks_that_the_peer_cannot_be_are_errors(network, message):
+def test_networks_that_the_peer_cannot_represent_are_errors(network, message):
   with pytest.raises(ValueError, match=message):
     unet2d.to_config(network, (32, 32, 3))

@@ -1,4 +1,4 @@
-"""Ctrl-C while native code runs, which Python cannot stop."""
+"""Test Ctrl-C while native code runs, which Python cannot interrupt."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from tests import commands, forked
 from tests.conftest import ROOT
 
-# A function of native code that nothing interrupts for minutes.
+# `stuck` runs native code for minutes, and nothing can interrupt it.
 STUCK = """
 import hashlib, os, signal, sys, threading, time
 from ddpm_jax.devices import interrupts
@@ -33,7 +33,7 @@ def run(program):
   return result.returncode, result.stdout + result.stderr
 
 
-def test_native_code_does_not_keep_the_program_from_ending():
+def test_the_program_exits_while_native_code_runs():
   code, output = run("""
 with interrupts.exit_on_interrupt(end):
   threading.Timer(0.1, interrupt).start()
@@ -42,7 +42,7 @@ with interrupts.exit_on_interrupt(end):
   assert (code, output) == (130, "ended by interrupts\n")
 
 
-def test_the_main_thread_acts_first_where_it_can():
+def test_the_main_thread_handles_the_interrupt_if_it_can():
   code, output = run("""
 with interrupts.exit_on_interrupt(end):
   try:
@@ -54,8 +54,8 @@ with interrupts.exit_on_interrupt(end):
   assert (code, output) == (130, "ended by MainThread\n")
 
 
-def test_no_callback_loses_an_interrupt():
-  """As JAX's own, after each search for garbage: what it raises is printed and forgotten."""
+def test_an_interrupt_in_a_callback_is_not_lost():
+  """JAX has a callback after each garbage collection. Python prints and ignores its exceptions."""
   code, output = run("""
 import gc
 with interrupts.exit_on_interrupt(end):
@@ -67,21 +67,21 @@ with interrupts.exit_on_interrupt(end):
 
 
 @pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
-def test_a_handler_may_take_its_time_for_the_first_signal_only(first):
+def test_only_the_first_signal_is_deferred(first):
   code, output = run(f"""
-heard = threading.Event()
+received = threading.Event()
 with interrupts.exit_on_interrupt(end):
   with interrupts.defer_interrupt():
-    signal.signal(signal.{first}, lambda *_: heard.set())
+    signal.signal(signal.{first}, lambda *_: received.set())
     os.kill(os.getpid(), signal.{first})
-    # Longer than a signal that nobody answers is given.
+    # This is longer than the grace period of a signal that is not deferred.
     time.sleep(1.5)
-    print("heard", heard.is_set(), flush=True)
+    print("received", received.is_set(), flush=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.1, interrupt).start()
     stuck()
 """)
-  assert (code, output) == (130, "heard True\nended by interrupts\n")
+  assert (code, output) == (130, "received True\nended by interrupts\n")
 
 
 WRITING = """
@@ -95,7 +95,7 @@ def get_config():
 """
 
 
-def test_ctrl_c_while_a_file_is_written_leaves_nothing_of_it(tmp_path):
+def test_ctrl_c_during_a_write_leaves_no_file(tmp_path):
   config, workdir = tmp_path / "config.py", tmp_path / "run"
   config.write_text(WRITING)
   code, output = commands.start(f"--config={config}", f"--workdir={workdir}").finish()
@@ -109,7 +109,7 @@ import os, signal, threading
 from ddpm_jax.devices import progress
 from tests import recipes
 
-def compile_with_progress(what, lower):
+def compile_with_progress(name, lower):
   lowered = lower()
   threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
   lowered.compile()
@@ -121,13 +121,15 @@ def get_config():
 """
 
 
-def test_ctrl_c_while_the_step_compiles_ends_with_what_is_true(tmp_path):
+def test_ctrl_c_during_compilation_ends_with_a_correct_message(tmp_path):
   config, workdir = tmp_path / "config.py", tmp_path / "run"
   config.write_text(INTERRUPTED)
   process = commands.start(f"--config={config}", f"--workdir={workdir}", JAX_COMPILATION_CACHE_DIR=str(tmp_path))
   code, output = process.finish()
   assert code == 128 + signal.SIGINT, output
-  assert output.endswith("error: interrupted before the first checkpoint; the same command starts anew\n"), output
+  assert output.endswith("error: interrupted before the first checkpoint; run the same command again to restart\n"), (
+    output
+  )
   code, output = commands.call(commands.DENSE, f"--workdir={workdir}", "--config.training.steps=4")
   assert code == 0, output
   assert "starting a new run" in output

@@ -1,4 +1,4 @@
-"""What all likelihoods share: values that follow from an image's key alone, and what is refused."""
+"""Test that bits of an image depend only on its key, and that invalid arguments are errors."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def on_levels(shape, seed=0):
 VP, STEPS = PROCESSES["vp"], processes.discrete(schedules.linear(10, 1e-2, 0.4))
 BOUNDS = {
   "variational": lambda *args, **options: likelihood.variational_bound(args[0], STEPS, *args[1:], **options),
-  "draws": lambda *args, **options: likelihood.variational_bound(
+  "sampled steps": lambda *args, **options: likelihood.variational_bound(
     args[0], STEPS, *args[1:], num_evaluations=6, **options
   ),
   "continuous": lambda *args, **options: likelihood.continuous_bound(
@@ -34,18 +34,19 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("name", BOUNDS)
-def test_an_image_s_value_follows_from_its_key_alone(name):
+def test_bits_of_an_image_depend_only_on_its_key(name):
   x_0 = on_levels((5, 2))
-  run = jax.jit(lambda key, x: BOUNDS[name](key, MIXTURE.denoise(STEPS if name in ("variational", "draws") else VP), x))
-  whole, part = run(keys(5), x_0), run(keys(5)[3:], x_0[3:])
-  for all_of_them, some in zip(whole, part, strict=True):
-    if all_of_them is not None:
-      np.testing.assert_allclose(all_of_them[3:], some, rtol=1e-4, atol=1e-5)
+  process = STEPS if name in ("variational", "sampled steps") else VP
+  run = jax.jit(lambda key, x: BOUNDS[name](key, MIXTURE.denoise(process), x))
+  full, part = run(keys(5), x_0), run(keys(5)[3:], x_0[3:])
+  for full_values, part_values in zip(full, part, strict=True):
+    if full_values is not None:
+      np.testing.assert_allclose(full_values[3:], part_values, rtol=1e-4, atol=1e-5)
   assert len(set(np.asarray(run(keys(5), np.tile(x_0[:1], (5, 1))).bits))) == 5
 
 
-def test_data_of_continuous_values_that_are_not_levels_are_refused():
-  for name, run in BOUNDS.items():
+def test_invalid_data_keys_and_estimates_are_errors():
+  for run in BOUNDS.values():
     for x_0, message in (
       (np.float32([[0.1, 0.2]]), "256 levels"),
       (np.float32([[1 / 255, 257 / 255]]), "256 levels"),
@@ -60,10 +61,9 @@ def test_data_of_continuous_values_that_are_not_levels_are_refused():
       run(jax.random.PRNGKey(0), lambda x, t: x, on_levels((2, 2)))
     with pytest.raises(ValueError, match="expected the same shape"):
       run(KEY, lambda x, t: x[:, :1], on_levels((2, 2)))
-    assert name
 
 
-WRONG = [
+INVALID = [
   (likelihood.ode_bits, VP, {"probes": 0}, "probes=0"),
   (likelihood.ode_bits, VP, {"probes": 1.5}, "probes=1.5"),
   (likelihood.ode_bits, VP, {"probe_noise": "uniform"}, "'rademacher' or 'gaussian'"),
@@ -82,13 +82,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("function", "process", "options", "message"), WRONG)
+@pytest.mark.parametrize(("function", "process", "options", "message"), INVALID)
 def test_wrong_options_are_errors(function, process, options, message):
   with pytest.raises(ValueError, match=message):
     function(KEY, process, lambda x, t: x, on_levels((2, 2)), **options)
 
 
-def test_what_would_cost_too_much_or_tells_no_spread_is_refused():
+def test_too_many_dimensions_or_too_few_values_are_errors():
   with pytest.raises(ValueError, match="1025 dimensions"):
     likelihood.ode_bits(KEY, VP, lambda x, t: x, on_levels((1, 1025)), exact_trace=True)
   for values in (1.0, np.ones(1)):
@@ -99,8 +99,8 @@ def test_what_would_cost_too_much_or_tells_no_spread_is_refused():
   np.testing.assert_allclose(error, stats.sem([1, 2, 3, 6]), rtol=1e-6)
 
 
-def test_a_flow_that_does_not_arrive_is_nan():
+def test_a_flow_beyond_max_nfe_is_nan():
   run = jax.jit(lambda x: likelihood.ode_bits(KEY, VP, MIXTURE.denoise(VP), x, max_nfe=20))
-  found = run(np.ones((1, 2), np.float32))
-  assert np.isnan(found.bits[0])
-  assert found.nfe[0] <= 20
+  result = run(np.ones((1, 2), np.float32))
+  assert np.isnan(result.bits[0])
+  assert result.nfe[0] <= 20

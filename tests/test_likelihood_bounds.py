@@ -1,4 +1,4 @@
-"""Variational bounds, against closed forms of Gaussian data and the entropy that no bound may pass."""
+"""Test variational bounds against closed forms for Gaussian data and against the entropy."""
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,16 @@ from tests.test_likelihood import KEY, MEAN, STD, keys, on_levels
 
 
 def gaussian_error(alpha, sigma, x_0):
-  """E |x_0 - x_hat|^2 over the noise, of the exact denoiser of N(MEAN, STD^2) data, elementwise."""
+  """Compute E |x_0 - x_hat|^2 elementwise for the exact denoiser of N(MEAN, STD^2) data."""
   gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
   return ((1 - gain * alpha) * (x_0 - MEAN)) ** 2 + (gain * sigma) ** 2
 
 
 def closed_bound(betas, x_0):
-  """The prior, the decoder and the terms [N, D] of "small" variance in bits, averaged over noise: NumPy, in float64."""
+  """Compute the expected prior, decoder and terms [N, D] in bits for the "small" variance, in float64."""
   bar = np.cumprod(1 - betas)
   alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
-  before, beta, after = bar[:-1], betas[1:], bar[1:]  # of the steps from 2 on
+  before, beta, after = bar[:-1], betas[1:], bar[1:]  # of steps 2 to N
   variance = beta * (1 - before) / (1 - after)
   pull = np.sqrt(before) * beta / (1 - after)
   error = gaussian_error(alpha[1:, None], sigma[1:, None], x_0)
@@ -35,93 +35,93 @@ def closed_bound(betas, x_0):
   return bar[-1] / (1 - bar[-1]) * x_0**2 / 2 / np.log(2), decoder, terms
 
 
-def typical(count):
-  """Data on levels whose shares are those of N(MEAN, STD^2), and the entropy of the levels in bits."""
+def quantile_data(count):
+  """Return quantiles of N(MEAN, STD^2) on levels, and the entropy of the levels in bits."""
   edges = np.concatenate([[-np.inf], (np.arange(1, 256) - 0.5) / 127.5 - 1, [np.inf]])
   mass = np.diff(stats.norm(MEAN, STD).cdf(edges))
-  places = (np.arange(count) + 0.5) / count
-  return np.searchsorted(np.cumsum(mass), places) / 127.5 - 1, float(special.entr(mass).sum() / np.log(2))
+  quantiles = (np.arange(count) + 0.5) / count
+  return np.searchsorted(np.cumsum(mass), quantiles) / 127.5 - 1, float(special.entr(mass).sum() / np.log(2))
 
 
-def test_the_discrete_bound_is_the_closed_form():
-  """Step by step and in sum, of the exact denoiser; each within its error."""
+def test_the_discrete_bound_matches_the_closed_form():
+  """Each term and the sum agree within their standard errors for the exact denoiser."""
   betas, count = schedules.linear(40, 0.1 / 40, 20 / 40), 400
   process, x_0 = processes.discrete(betas), np.float32([-51, 101, 1, 25]) / 255
-  found = jax.jit(
+  bound = jax.jit(
     lambda x: likelihood.variational_bound(keys(count), process, gaussian(MEAN, STD, 40).denoise(process), x)
   )(np.tile(x_0, (count, 10)))
   prior, decoder, terms = closed_bound(betas, x_0.astype(np.float64))
   expected = np.append(decoder.mean(), terms.mean(1))
-  mean, error = likelihood.summary(found.terms)
+  mean, error = likelihood.summary(bound.terms)
   assert np.all(np.abs(mean - expected) < 4.5 * error)
-  mean, error = likelihood.summary(found.bits)
+  mean, error = likelihood.summary(bound.bits)
   assert abs(mean - prior.mean() - expected.sum()) < 4 * error < 0.2
-  np.testing.assert_allclose(found.prior, prior.mean(), rtol=1e-5)
-  np.testing.assert_array_equal(found.decoder, found.terms[:, 0])
-  np.testing.assert_array_equal(found.steps, np.tile(np.arange(1, 41), (count, 1)))
-  np.testing.assert_allclose(found.bits, found.prior + found.terms.sum(1), rtol=1e-5)
-  assert found.standard_error is None
+  np.testing.assert_allclose(bound.prior, prior.mean(), rtol=1e-5)
+  np.testing.assert_array_equal(bound.decoder, bound.terms[:, 0])
+  np.testing.assert_array_equal(bound.steps, np.tile(np.arange(1, 41), (count, 1)))
+  np.testing.assert_allclose(bound.bits, bound.prior + bound.terms.sum(1), rtol=1e-5)
+  assert bound.standard_error is None
 
 
-def test_the_discrete_bound_of_a_known_error_is_exact():
-  """An estimate that is wrong by 0.01 whatever the noise: all that is left to chance drops out."""
+def test_the_discrete_bound_of_a_constant_error_is_exact():
+  """With a constant error of 0.01, the bound does not depend on the noise."""
   betas = schedules.linear(100, 0.1 / 100, 20 / 100)
   process, x_0 = processes.discrete(betas), on_levels((3, 2))
-  found = jax.jit(lambda x: likelihood.variational_bound(KEY, process, lambda x_t, t: x - 0.01, x))(x_0)
+  bound = jax.jit(lambda x: likelihood.variational_bound(KEY, process, lambda x_t, t: x - 0.01, x))(x_0)
   bar = np.cumprod(1 - betas)
   gain = 0.5 * (bar[:-1] / (1 - bar[:-1]) - bar[1:] / (1 - bar[1:])) * 0.01**2 / np.log(2)  # half the change of the SNR
   decoder = stats.norm(-0.01, np.sqrt(betas[1] * betas[0] / (1 - bar[1])))
   prior = bar[-1] / (1 - bar[-1]) / 2 * (x_0**2).mean(1) / np.log(2)
   expected = prior + gain.sum() - np.log2(decoder.cdf(1 / 255) - decoder.cdf(-1 / 255))
-  np.testing.assert_allclose(found.terms[:, 1:], np.tile(gain, (3, 1)), rtol=1e-3)
-  np.testing.assert_allclose(found.bits, expected, atol=1e-3)
+  np.testing.assert_allclose(bound.terms[:, 1:], np.tile(gain, (3, 1)), rtol=1e-3)
+  np.testing.assert_allclose(bound.bits, expected, atol=1e-3)
 
 
-def test_the_discrete_bound_nears_the_entropy_with_the_steps():
-  x_0, entropy = typical(500)
+def test_the_discrete_bound_approaches_the_entropy_with_more_steps():
+  x_0, entropy = quantile_data(500)
   bounds = [closed_bound(schedules.linear(n, 0.1 / n, 20 / n), x_0) for n in (20, 100, 500)]
   gaps = [(prior + decoder + terms.sum(0)).mean() - entropy for prior, decoder, terms in bounds]
   assert gaps[0] > 1.5 * gaps[1] > 2 * gaps[2] > 0
 
 
-def honest(bits, error, expected):
-  """The mean is the expected one within its error, and the errors that were said are those that were made."""
-  mean, spread = likelihood.summary(bits)
-  assert abs(mean - expected) < 4 * spread
-  np.testing.assert_allclose(np.mean(error**2), np.var(bits), rtol=0.25)
+def assert_consistent(bits, standard_errors, expected):
+  """Check the mean of estimates against the expected value, and their standard errors against their variance."""
+  mean, error = likelihood.summary(bits)
+  assert abs(mean - expected) < 4 * error
+  np.testing.assert_allclose(np.mean(standard_errors**2), np.var(bits), rtol=0.25)
 
 
 @pytest.mark.parametrize("num_evaluations", [4, 30])
-def test_draws_estimate_the_sum_and_their_error(num_evaluations):
+def test_sampled_steps_estimate_the_sum_and_its_standard_error(num_evaluations):
   betas, count = schedules.linear(30, 2e-3, 0.3), 4000
   process, x_0 = processes.discrete(betas), np.float32([-51, 101, 1, 25]) / 255
-  found = jax.jit(
+  bound = jax.jit(
     lambda x: likelihood.variational_bound(
       keys(count), process, gaussian(MEAN, STD, 4).denoise(process), x, num_evaluations=num_evaluations
     )
   )(np.tile(x_0, (count, 1)))
   prior, decoder, terms = closed_bound(betas, x_0.astype(np.float64))
-  honest(found.bits, found.standard_error, (prior + decoder + terms.sum(0)).mean())
-  assert abs(found.decoder.mean() - decoder.mean()) < 4 * likelihood.summary(found.decoder).standard_error
-  assert found.steps.shape == (count, num_evaluations)
-  assert set(np.unique(found.steps)) == set(range(1, 31))
-  np.testing.assert_array_equal(found.steps == 1, np.arange(num_evaluations) < np.full((count, 1), 2))
+  assert_consistent(bound.bits, bound.standard_error, (prior + decoder + terms.sum(0)).mean())
+  assert abs(bound.decoder.mean() - decoder.mean()) < 4 * likelihood.summary(bound.decoder).standard_error
+  assert bound.steps.shape == (count, num_evaluations)
+  assert set(np.unique(bound.steps)) == set(range(1, 31))
+  np.testing.assert_array_equal(bound.steps == 1, np.arange(num_evaluations) < np.full((count, 1), 2))
 
 
 def closed_decoder(process, x_0, t):
-  """The decoder's bits averaged over the noise, elementwise, by Gauss and Hermite."""
+  """Compute the expected bits of the decoder elementwise with Gauss-Hermite quadrature."""
   alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
   nodes, weights = np.polynomial.hermite_e.hermegauss(80)
   x_t = alpha * x_0 + sigma * nodes[:, None]
   logits = -0.5 * ((x_t[..., None] - alpha * np.arange(256) / 127.5 + alpha) / sigma) ** 2
-  own = -0.5 * ((x_t - alpha * x_0) / sigma) ** 2
-  return (weights / weights.sum()) @ (special.logsumexp(logits, -1) - own) / np.log(2)
+  log_density = -0.5 * ((x_t - alpha * x_0) / sigma) ** 2
+  return (weights / weights.sum()) @ (special.logsumexp(logits, -1) - log_density) / np.log(2)
 
 
 def closed_diffusion(process, x_0, t_min):
-  """The integral over the log-SNR in bits by SciPy's quadrature, elementwise."""
+  """Compute the integral over the log-SNR in bits elementwise with SciPy's quadrature."""
 
-  def integrand(log_snr, x):  # any process has the same error at the same log-SNR
+  def integrand(log_snr, x):  # the error depends only on the log-SNR
     return 0.5 * np.exp(log_snr) * gaussian_error(1, np.exp(-log_snr / 2), x) / np.log(2)
 
   alpha = float(process.alpha(process.t_max))
@@ -131,10 +131,10 @@ def closed_diffusion(process, x_0, t_min):
 
 
 @pytest.mark.parametrize("process", ["edm", "rectified_flow"])
-def test_the_continuous_bound_is_the_closed_form(process):
+def test_the_continuous_bound_matches_the_closed_form(process):
   process, count = PROCESSES[process], 500
   x_0 = np.float32([-51, 101, 1, 25]) / 255
-  found = jax.jit(
+  bound = jax.jit(
     lambda x: likelihood.continuous_bound(
       keys(count), process, gaussian(MEAN, STD, 16).denoise(process), x, num_evaluations=32
     )
@@ -142,31 +142,31 @@ def test_the_continuous_bound_is_the_closed_form(process):
   start = max(float(process.time_of(13.3)), process.t_min if process.t_max > 1 else 0)
   values = x_0.astype(np.float64)
   expected = closed_diffusion(process, values, start) + closed_decoder(process, values, start)
-  honest(found.bits, found.standard_error, expected.mean() + found.prior[0])
-  assert abs(found.decoder.mean() - closed_decoder(process, values, start).mean()) < 0.01
-  np.testing.assert_allclose(found.bits, found.prior + found.diffusion + found.decoder, rtol=1e-5)
+  assert_consistent(bound.bits, bound.standard_error, expected.mean() + bound.prior[0])
+  assert abs(bound.decoder.mean() - closed_decoder(process, values, start).mean()) < 0.01
+  np.testing.assert_allclose(bound.bits, bound.prior + bound.diffusion + bound.decoder, rtol=1e-5)
 
 
 @pytest.mark.parametrize("process", ["discrete_linear", "ve", "edm", "rectified_flow"])
-def test_the_continuous_integral_of_a_known_error_is_exact(process):
-  """An estimate that is wrong by d whatever the noise: half d^2 times the difference of the two SNRs, no noise but the levels'."""
+def test_the_continuous_integral_of_a_constant_error_is_exact(process):
+  """With a constant error d, the integral is d^2 / 2 times the difference of the SNRs."""
   process, x_0 = PROCESSES[process], np.full((8, 2), 0.2, np.float32)
   t_min = float(process.time_of(2.0))
-  found = jax.jit(
+  bound = jax.jit(
     lambda x: likelihood.continuous_bound(
       keys(8), process, lambda x_t, t: x - 0.1, x, num_evaluations=2000, t_min=t_min
     )
   )(x_0)
   expected = 0.5 * 0.1**2 * (np.exp(2.0) - np.exp(float(process.log_snr(process.t_max)))) / np.log(2)
-  np.testing.assert_allclose(found.diffusion, expected, atol=1e-4)
+  np.testing.assert_allclose(bound.diffusion, expected, atol=1e-4)
   np.testing.assert_allclose(
-    found.prior, 0.5 * np.exp(float(process.log_snr(process.t_max))) * 0.2**2 / np.log(2), rtol=1e-4, atol=1e-10
+    bound.prior, 0.5 * np.exp(float(process.log_snr(process.t_max))) * 0.2**2 / np.log(2), rtol=1e-4, atol=1e-10
   )
 
 
-def test_bounds_of_a_model_that_knows_the_levels_come_near_their_entropy():
-  """The exact denoiser of the levels: the bound in continuous time is tight, and the discrete one above it."""
-  x_0, entropy = typical(1500)
+def test_bounds_of_the_exact_denoiser_of_levels_are_near_the_entropy():
+  """The bound in continuous time is tight, and the discrete bound is larger."""
+  x_0, entropy = quantile_data(1500)
   edges = np.concatenate([[-np.inf], (np.arange(1, 256) - 0.5) / 127.5 - 1, [np.inf]])
   mass = np.diff(stats.norm(MEAN, STD).cdf(edges))
   levels = Mixture(mass, np.arange(256)[:, None] / np.float32(127.5) - 1, np.zeros(256))
@@ -189,7 +189,7 @@ def test_bounds_of_a_model_that_knows_the_levels_come_near_their_entropy():
   assert discrete.bits[0] > entropy + 0.05
 
 
-def test_a_learned_variance_is_counted():
+def test_a_learned_variance_affects_the_bound():
   process, x_0 = processes.discrete(schedules.linear(10, 1e-2, 0.4)), on_levels((2, 3))
 
   def denoise(x, t):
@@ -200,10 +200,10 @@ def test_a_learned_variance_is_counted():
 
   @jax.jit
   def run(x):
-    given = ((denoise, "large"), (learned(1.0), "learned"))
-    return [likelihood.variational_bound(KEY, process, d, x, variance=name).terms for d, name in given]
+    models = ((denoise, "large"), (learned(1.0), "learned"))
+    return [likelihood.variational_bound(KEY, process, model, x, variance=name).terms for model, name in models]
 
   large, highest = run(x_0)
   np.testing.assert_allclose(highest[:, 1:], large[:, 1:], rtol=1e-5)
-  # Ho et al. keep the variance of step 2 at step 1 in "large"; a learned one may be larger there.
+  # "large" uses the variance of step 2 at step 1, as in Ho et al. A learned variance may be larger there.
   assert np.all(highest[:, 0] != large[:, 0])

@@ -1,4 +1,4 @@
-"""Likelihoods by the probability flow, against densities in closed form and SciPy's solver."""
+"""Test likelihoods of the probability flow against closed-form densities and SciPy's solver."""
 
 import functools
 
@@ -14,8 +14,8 @@ from tests.oracles import MIXTURE, PROCESSES, gaussian
 from tests.test_likelihood import KEY, MEAN, STD, keys, on_levels
 
 
-def density(mixture, alpha, sigma, x):
-  """Of x_t: a mixture of Gaussians again."""
+def log_density(mixture, alpha, sigma, x):
+  """Compute the log density of x_t, which is again a mixture of Gaussians."""
   stds = np.sqrt(alpha**2 * mixture.stds**2 + sigma**2)
   distances = ((x[:, None] - alpha * mixture.means) ** 2).sum(-1) / stds**2
   dim = x.shape[1]
@@ -23,17 +23,18 @@ def density(mixture, alpha, sigma, x):
 
 
 def mixture_flow(mixture):
-  """The probability flow of the VP SDE and its divergence in NumPy, as SciPy takes them: (x, integral of the divergence)."""
+  """Return the right-hand side of the VP flow for SciPy, for the state (x, integral of the divergence)."""
 
   def slope(t, state):
     x, beta, alpha = state[:-1], 0.1 + 19.9 * t, np.exp(-0.5 * (0.1 * t + 9.95 * t**2))
     variance = 1 - alpha**2
-    of_x = alpha**2 * mixture.stds**2 + variance
-    away = x - alpha * mixture.means
-    share = special.softmax(np.log(mixture.weights) - (away**2).sum(-1) / of_x / 2 - len(x) * np.log(of_x) / 2)
-    scores = -away / of_x[:, None]
+    component_variance = alpha**2 * mixture.stds**2 + variance
+    difference = x - alpha * mixture.means
+    log_share = np.log(mixture.weights) - (difference**2).sum(-1) / component_variance / 2
+    share = special.softmax(log_share - len(x) * np.log(component_variance) / 2)
+    scores = -difference / component_variance[:, None]
     score = share @ scores
-    laplacian = share @ ((scores**2).sum(-1) - len(x) / of_x) - score @ score
+    laplacian = share @ ((scores**2).sum(-1) - len(x) / component_variance) - score @ score
     return np.append(-0.5 * beta * (x + score), -0.5 * beta * (len(x) + laplacian))
 
   return slope
@@ -41,54 +42,54 @@ def mixture_flow(mixture):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_exact_trace_gives_the_density_at_t_min(process):
-  """That of the noisy data at t_min, which the flow of the exact denoiser ends at; with mean 0, as the prior has."""
+  """The density is that of x_tmin. The mean is 0, so the prior is accurate."""
   process, data = PROCESSES[process], gaussian(0.0, STD, 2)
   x, t_min = np.float32([[0.0, 0.5], [-0.2, 0.1], [0.9, 0.3]]), 0.01 * process.t_max
   run = functools.partial(likelihood.ode_bits, exact_trace=True, dequantize=False, t_min=t_min)
-  found = jax.jit(lambda x: run(KEY, process, data.denoise(process), x))(x)
-  expected = -density(data, float(process.alpha(t_min)), float(process.sigma(t_min)), x) / 2 / np.log(2)
-  np.testing.assert_allclose(found.bits, expected, atol=1e-3)
-  assert found.by_probe.shape == (3, 1)
+  result = jax.jit(lambda x: run(KEY, process, data.denoise(process), x))(x)
+  expected = -log_density(data, float(process.alpha(t_min)), float(process.sigma(t_min)), x) / 2 / np.log(2)
+  np.testing.assert_allclose(result.bits, expected, atol=1e-3)
+  assert result.by_probe.shape == (3, 1)
 
 
 @pytest.mark.parametrize("process", ["sub_vp", "rectified_flow"])
-def test_the_flow_starts_near_enough_to_the_data_by_default(process):
-  """In single precision, which resolves little of the noise there; of more dimensions than are taken at once."""
+def test_the_default_t_min_is_close_to_the_data(process):
+  """float32 suffices at the default t_min, here with more dimensions than one batch of derivatives."""
   process, data = PROCESSES[process], gaussian(0.0, STD, 70)
   x = data.sample(np.random.default_rng(0), 3).astype(np.float32)
-  found = jax.jit(
+  result = jax.jit(
     lambda x: likelihood.ode_bits(KEY, process, data.denoise(process), x, exact_trace=True, dequantize=False)
   )(x)
-  np.testing.assert_allclose(found.bits, -density(data, 1, 0, x) / 70 / np.log(2), atol=1e-3)
+  np.testing.assert_allclose(result.bits, -log_density(data, 1, 0, x) / 70 / np.log(2), atol=1e-3)
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_joint_solution_is_scipy_s():
-  """The same steps and the same log-density as by SciPy with the divergence written out; the flow's own density besides."""
+def test_the_solution_matches_scipy():
+  """Steps and log density equal SciPy's with an explicit divergence, and the density is close to the closed form."""
   process, x = PROCESSES["vp"], MIXTURE.sample(np.random.default_rng(1), 4)
-  found = jax.jit(
+  result = jax.jit(
     lambda x: likelihood.ode_bits(
       KEY, process, MIXTURE.denoise(process), x, exact_trace=True, dequantize=False, t_min=1e-3
     )
   )(x)
   for row in range(4):
-    ends = (1e-3, 1.0)
-    truth = integrate.solve_ivp(mixture_flow(MIXTURE), ends, np.append(x[row], 0), rtol=1e-5, atol=1e-5, method="RK45")
-    end = truth.y[:, -1]
+    options = {"rtol": 1e-5, "atol": 1e-5, "method": "RK45"}
+    solution = integrate.solve_ivp(mixture_flow(MIXTURE), (1e-3, 1.0), np.append(x[row], 0), **options)
+    end = solution.y[:, -1]
     sigma = float(process.sigma(1.0))
     expected = -(stats.norm(0, sigma).logpdf(end[:2]).sum() + end[2]) / 2 / np.log(2)
-    np.testing.assert_allclose(found.bits[row], expected, atol=1e-7)
-    assert found.nfe[row] == truth.nfev
+    np.testing.assert_allclose(result.bits[row], expected, atol=1e-7)
+    assert result.nfe[row] == solution.nfev
   alpha, sigma = float(process.alpha(1e-3)), float(process.sigma(1e-3))
-  np.testing.assert_allclose(found.bits, -density(MIXTURE, alpha, sigma, x) / 2 / np.log(2), atol=3e-3)
+  np.testing.assert_allclose(result.bits, -log_density(MIXTURE, alpha, sigma, x) / 2 / np.log(2), atol=3e-3)
 
 
-def test_probes_have_no_bias():
+def test_probes_are_unbiased():
   process, x = PROCESSES["vp"], np.float32([[0.1, 0.3], [0.45, -0.3]])
   run = functools.partial(likelihood.ode_bits, dequantize=False, t_min=1e-3, rtol=1e-4, atol=1e-4)
 
   @jax.jit
-  def both(x):
+  def evaluate(x):
     options = (
       {"probe_noise": "rademacher", "probes": 500},
       {"probe_noise": "gaussian", "probes": 500},
@@ -96,15 +97,15 @@ def test_probes_have_no_bias():
     )
     return [run(KEY, process, MIXTURE.denoise(process), x, **kwargs) for kwargs in options]
 
-  *found, exact = both(x)
-  for bits in found:
-    mean, error = likelihood.summary(bits.by_probe, axis=1)
-    np.testing.assert_allclose(bits.bits, mean, rtol=1e-6)
+  *estimates, exact = evaluate(x)
+  for estimate in estimates:
+    mean, error = likelihood.summary(estimate.by_probe, axis=1)
+    np.testing.assert_allclose(estimate.bits, mean, rtol=1e-6)
     assert np.all((error > 1e-3) & (error < 0.2))
     assert np.all(np.abs(mean - exact.bits) < 4 * error)
 
 
-def test_signs_tell_the_trace_of_an_isotropic_flow_exactly():
+def test_rademacher_probes_are_exact_for_an_isotropic_flow():
   process, data = PROCESSES["cosine"], gaussian(MEAN, STD, 3)
   x = data.sample(np.random.default_rng(0), 3).astype(np.float32)
   run = functools.partial(likelihood.ode_bits, KEY, process, data.denoise(process), probes=4, dequantize=False)
@@ -113,8 +114,8 @@ def test_signs_tell_the_trace_of_an_isotropic_flow_exactly():
   assert np.ptp(normals, axis=1).min() > 1e-2
 
 
-def test_dequantized_bits_are_those_of_the_levels():
-  """Levels are so narrow that Jensen's inequality costs next to nothing: the mass of the density over the level's width."""
+def test_dequantized_bits_match_the_probabilities_of_levels():
+  """Levels are narrow, so the bound of Jensen's inequality is tight."""
   process, data = PROCESSES["vp"], gaussian(MEAN, STD, 1)
   values = np.array([0, 90, 140, 255])
   x_0 = np.float32(values / 127.5 - 1).repeat(64)[:, None]
@@ -125,8 +126,8 @@ def test_dequantized_bits_are_those_of_the_levels():
   assert np.all(error < 0.01)
 
 
-def test_derivatives_go_either_way():
-  """Networks with the kernels "loop" know backward ones alone."""
+def test_forward_and_reverse_mode_agree():
+  """Networks with kernels="loop" support only reverse mode."""
   process, kernel = PROCESSES["cosine"], 0.3 * jax.random.normal(KEY, (3, 3, 2, 2))
 
   @jax.jit
@@ -141,12 +142,12 @@ def test_derivatives_go_either_way():
     return run("tuned"), run("loop", reverse_mode=True)
 
   forward, backward = both(on_levels((2, 4, 4, 2)))
-  # v^T J v is the same number from either end, but for rounding.
+  # Both modes compute v^T J v, up to rounding.
   np.testing.assert_allclose(backward.by_probe, forward.by_probe, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), 0.0])
-def test_a_tolerance_that_is_none_is_refused_at_once(tolerance):
+def test_an_invalid_tolerance_is_an_error(tolerance):
   def denoise(x, t):
     raise AssertionError("the network is not called")
 

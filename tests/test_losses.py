@@ -1,4 +1,4 @@
-"""The denoising loss against closed forms, and its weightings against the papers."""
+"""Test the denoising loss against closed forms, and its weightings against the papers."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from ddpm_jax import losses, predictions, processes, randomness
 from tests.oracles import PREDICTIONS, PROCESSES, below_zero_snr, gaussian, network_of
 
-# By the weight of the squared error of x_0, as the papers print it, from the SNR.
+# Each weighting, and the weight of the squared error of x_0 as a function of the SNR in the paper.
 WEIGHTINGS = {
   "simple": (losses.simple, lambda snr: snr),
   "snr": (losses.snr, lambda snr: snr),
@@ -25,15 +25,15 @@ MEAN, STD = 0.3, 0.5
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_weightings_are_those_of_the_papers(name):
-  weighting, printed = WEIGHTINGS[name]
+def test_weightings_match_the_papers(name):
+  weighting, paper = WEIGHTINGS[name]
   snr = np.geomspace(1e-6, 1e6, 25)
-  np.testing.assert_allclose(weighting(jnp.log(snr)), printed(snr) / snr, rtol=1e-9)
+  np.testing.assert_allclose(weighting(jnp.log(snr)), paper(snr) / snr, rtol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
-def test_likelihood_weighs_the_score_by_half_g_squared(process):
+def test_likelihood_weights_the_score_by_half_g_squared(process):
   process = PROCESSES[process]
 
   @jax.jit
@@ -44,7 +44,7 @@ def test_likelihood_weighs_the_score_by_half_g_squared(process):
   np.testing.assert_allclose(*run(np.linspace(0.05, 0.95, 7) * process.t_max), rtol=1e-5)
 
 
-# Each process with a prediction, in turn, so that each prediction has one or two; the other pairs are slow.
+# Pair each process with one prediction, so that each prediction occurs once or twice. The other pairs are slow tests.
 PAIRS = [
   pytest.param(process, prediction, marks=[] if i % len(PREDICTIONS) == j else pytest.mark.slow)
   for i, process in enumerate(PROCESSES)
@@ -54,12 +54,12 @@ PAIRS = [
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("process", "prediction"), PAIRS)
-def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_point(process, prediction):
-  """Under every weighting, within five standard errors: the value, and the slopes as the estimate is scaled or shifted."""
+def test_the_exact_denoiser_has_the_closed_form_loss_and_is_a_stationary_point(process, prediction):
+  """For every weighting, the value and the slopes in scale and shift agree within five standard errors."""
   process = PROCESSES[process]
   if prediction in ("EPS", "SCORE"):
     process = below_zero_snr(process)
-  # Errors fall with the number of values, and what is costly, the weighting by the likelihood, is computed for each sample.
+  # Many dimensions reduce errors cheaply, because the expensive likelihood weighting is computed once per sample.
   prediction, count, dim = PREDICTIONS[prediction], 2000, 30
   weightings = {name: weighting for name, (weighting, _) in WEIGHTINGS.items()} | {
     "likelihood": losses.likelihood(process)
@@ -67,7 +67,7 @@ def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_po
   exact = gaussian(MEAN, STD, dim).denoise(process)
 
   def weigh(log_snr):
-    # All weightings at once: the loss of each sample [W, B].
+    # Evaluate all weightings together [W, B].
     return jnp.stack([weighting(log_snr) for weighting in weightings.values()])
 
   @jax.jit
@@ -78,7 +78,7 @@ def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_po
 
       apply = network_of(process, prediction, denoise)
       kwargs = {"times": losses.uniform(process), "time_input": lambda t: t, "weighting": weigh}
-      with jax.numpy_rank_promotion("allow"):  # of weights [W, B]
+      with jax.numpy_rank_promotion("allow"):  # weights [W, B]
         details = losses.denoising_loss(jax.random.key(2), apply, process, prediction, x_0, **kwargs)[1]
       return details["loss"][0], details
 
@@ -87,11 +87,11 @@ def test_exact_denoiser_has_the_closed_form_of_the_loss_and_is_its_stationary_po
     return slopes, details["loss"], weigh(log_snr) * (STD**2 / (STD**2 + jnp.exp(-log_snr)))[None]
 
   x_0 = MEAN + STD * np.random.default_rng(0).standard_normal((count, dim))
-  slopes, values, least = map(np.asarray, run(x_0))
+  slopes, values, expected = map(np.asarray, run(x_0))
   for index, name in enumerate(weightings):
-    # A weighting is a factor of each sample's loss, so also of its slopes.
+    # A weighting multiplies the loss of each sample and thus also its slopes.
     weight = values[index] / values[0]
-    for sample in (values[index] - least[index], weight * slopes[:, 0], weight * slopes[:, 1]):
+    for sample in (values[index] - expected[index], weight * slopes[:, 0], weight * slopes[:, 1]):
       assert abs(np.mean(sample)) < 5 * np.std(sample) / count**0.5 + 1e-12, name
 
 
@@ -111,8 +111,8 @@ def test_the_loss_is_the_weighted_mean_of_its_details():
 
 @pytest.mark.parametrize("prediction", ["X0", "V", "VELOCITY", "edm"])
 @pytest.mark.parametrize("process", ["rectified_flow", "zero_snr"])
-def test_finite_where_no_data_is_left(process, prediction):
-  """At t_max itself, in float32, under every weighting."""
+def test_losses_are_finite_at_zero_snr(process, prediction):
+  """Every weighting gives a finite loss at t_max in float32."""
   process, prediction = PROCESSES[process], PREDICTIONS[prediction]
 
   @jax.jit
@@ -121,7 +121,7 @@ def test_finite_where_no_data_is_left(process, prediction):
       "times": lambda keys: (jnp.ones(4), jnp.ones(4)),
       "weighting": lambda log_snr: jnp.stack([weighting(log_snr) for weighting, _ in WEIGHTINGS.values()]),
     }
-    with jax.numpy_rank_promotion("allow"):  # of weights [W, B]
+    with jax.numpy_rank_promotion("allow"):  # weights [W, B]
       return losses.denoising_loss(jax.random.key(0), lambda x, t: 0.1 * x, process, prediction, x_0, **kwargs)[1][
         "loss"
       ]
@@ -133,7 +133,7 @@ def test_finite_where_no_data_is_left(process, prediction):
 
 @pytest.mark.parametrize("prediction", ["EPS", "SCORE"])
 @pytest.mark.parametrize("process", ["rectified_flow", "zero_snr"])
-def test_eps_where_no_data_is_left_is_an_error(process, prediction):
+def test_eps_at_zero_snr_is_an_error(process, prediction):
   process, prediction = PROCESSES[process], PREDICTIONS[prediction]
 
   @jax.jit
@@ -213,9 +213,9 @@ def test_wrong_input_is_an_error():
     (lambda: losses.loss_moments(table, 0), "size=0"),
     (lambda: losses.importance_times(table, losses.loss_moments(processes.discrete([0.1, 0.2]))), "moments of 2 steps"),
     (lambda: losses.importance_times(table, losses.loss_moments(table), 0), "uniform_share=0"),
-    (lambda: losses.vlb_bits(vp, x, x, x, t), "without steps"),
-    (lambda: losses.vlb_bits(table, x, x, x, t * 0), "expected steps"),
-    (lambda: losses.vlb_bits(table, x, x, x, t * 1.0007), "expected steps"),
+    (lambda: losses.vlb_bits(vp, x, x, x, t), "num_steps=None"),
+    (lambda: losses.vlb_bits(table, x, x, x, t * 0), "expected times of steps"),
+    (lambda: losses.vlb_bits(table, x, x, x, t * 1.0007), "expected times of steps"),
     (lambda: losses.uniform(table._replace(t_max=1.5)), "t_max=1.5"),
     (lambda: losses.vlb_bits(table, x, x, x, t, variance="medium"), "variance='medium'"),
     (lambda: losses.vlb_bits(table, x, x, x, t, variance="learned"), "learned_range"),

@@ -1,4 +1,4 @@
-"""The loss of a classifier against the entropy of the class, by integration, and the classifier that it is least for."""
+"""Test the loss of a classifier against the conditional entropy by numerical integration."""
 
 import functools
 
@@ -17,7 +17,10 @@ LOG_SNRS = (4.0, 1.0, -2.0)
 
 @functools.cache
 def conditional_entropy(log_snr):
-  """H(class | x_t) in nats: x_t / alpha is a mixture with the noise's variance exp(-log_snr) added."""
+  """Compute H(class | x_t) in nats.
+
+  The distribution of x_t / alpha is the mixture with the noise variance exp(-log_snr) added.
+  """
   spread = np.sqrt(CLASSES.stds**2 + np.exp(-log_snr))
 
   def density(x):
@@ -29,8 +32,8 @@ def conditional_entropy(log_snr):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_exact_posterior_has_the_conditional_entropy_as_its_loss_and_none_has_less(process):
-  """Within five standard errors: the value at each noise level, and the slopes as the logits are scaled or shifted."""
+def test_the_loss_of_the_exact_posterior_is_the_conditional_entropy_and_minimal(process):
+  """The value and the slopes in scale and shift of the logits agree within five standard errors at each noise level."""
   process, count = PROCESSES[process], 30_000
   x_0, classes = CLASSES.sample_with_components(np.random.default_rng(0), count)
   exact = CLASSES.classify(process)
@@ -52,16 +55,16 @@ def test_the_exact_posterior_has_the_conditional_entropy_as_its_loss_and_none_ha
     return jax.lax.map(jax.jacfwd(lambda change: (details(change),) * 2, has_aux=True), changes)
 
   changes = np.array([[0.0, 0.0], [0.5, 0.0], [-0.4, 0.0], [0.0, 1.0], [0.0, -1.0]])
-  (slopes, *_), (least, *others) = map(np.asarray, run(x_0, classes, changes))
+  (slopes, *_), (exact_loss, *other_losses) = map(np.asarray, run(x_0, classes, changes))
   for index, log_snr in enumerate(LOG_SNRS):
     part = slice(index, None, len(LOG_SNRS))
-    for sample in (least[part] - conditional_entropy(log_snr), slopes[part, 0], slopes[part, 1]):
+    for sample in (exact_loss[part] - conditional_entropy(log_snr), slopes[part, 0], slopes[part, 1]):
       assert abs(np.mean(sample)) < 5 * np.std(sample) / len(sample) ** 0.5
-  for other in others:
-    assert np.mean(other - least) > 5 * np.std(other - least) / count**0.5
+  for loss in other_losses:
+    assert np.mean(loss - exact_loss) > 5 * np.std(loss - exact_loss) / count**0.5
 
 
-def test_the_loss_is_the_weighted_mean_of_its_details_and_counts_what_is_right():
+def test_the_loss_is_the_weighted_mean_of_its_details_with_correct_predictions():
   process, classes = processes.vp(), jnp.array([0, 1, 2, 0])
 
   def times(keys):
@@ -91,12 +94,12 @@ def test_a_sample_depends_on_its_key_alone():
     kwargs = {"times": losses.uniform(process), "time_input": lambda t: t}
     return losses.classification_loss(keys, exact, process, x_0.astype(jnp.float32), classes, **kwargs)[1]
 
-  whole, half = details(keys, x_0, classes), details(keys[4:], x_0[4:], classes[4:])
+  full, half = details(keys, x_0, classes), details(keys[4:], x_0[4:], classes[4:])
   for name in ("t", "loss", "correct"):
-    np.testing.assert_allclose(whole[name][4:], half[name], rtol=1e-6)
+    np.testing.assert_allclose(full[name][4:], half[name], rtol=1e-6)
 
 
-def test_log_probabilities_at_one_time_or_many_and_their_slope():
+def test_log_probabilities_and_their_slope_for_scalar_and_array_times():
   process = PROCESSES["vp"]
   log_probs = predictions.classifier(CLASSES.classify(process), process, time_input=lambda t: t)
 
@@ -104,11 +107,11 @@ def test_log_probabilities_at_one_time_or_many_and_their_slope():
   def run(x):
     t = 0.3
     slope = jax.grad(lambda x: jnp.sum(log_probs(x, t)[:, 1]))(x)
-    # Bayes: the slope of log p(x_t | class) less that of log p(x_t), the latter from the exact denoiser (Tweedie).
+    # Bayes: the slope of log p(x_t | class) minus the score of p(x_t), which the exact denoiser gives (Tweedie).
     alpha, sigma = process.alpha(t), process.sigma(t)
     score = (alpha * CLASSES.denoise(process)(x, t) - x) / sigma**2
-    of_class = -(x - alpha * CLASSES.means[1:2]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)
-    return log_probs(x, t), log_probs(x, jnp.full(5, t)), slope, of_class - score
+    class_score = -(x - alpha * CLASSES.means[1:2]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)
+    return log_probs(x, t), log_probs(x, jnp.full(5, t)), slope, class_score - score
 
   one, many, slope, expected = run(np.random.default_rng(0).standard_normal((5, 1), np.float32))
   np.testing.assert_allclose(one, many, rtol=1e-6)
@@ -117,19 +120,19 @@ def test_log_probabilities_at_one_time_or_many_and_their_slope():
   np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_input_is_scaled_as_the_denoiser_s_is():
+def test_classifier_and_denoiser_scale_their_inputs_alike():
   process, prediction = PROCESSES["edm"], predictions.edm(0.5)
-  seen = []
+  inputs = []
 
   def apply(x, time):
-    seen.append(x)
+    inputs.append(x)
     return jnp.zeros((2, 3))
 
   x, t = jnp.ones((2, 4)), jnp.array([0.5, 2.0])
   predictions.classifier(apply, process, input_scale=prediction.input_scale)(x, t)
-  predictions.denoiser(lambda x, time: seen.append(x) or x, process, prediction)(x, t)
-  np.testing.assert_array_equal(*seen)
-  assert not np.allclose(seen[0], x)
+  predictions.denoiser(lambda x, time: inputs.append(x) or x, process, prediction)(x, t)
+  np.testing.assert_array_equal(*inputs)
+  assert not np.allclose(inputs[0], x)
 
 
 def test_wrong_input_is_an_error():
@@ -141,7 +144,7 @@ def test_wrong_input_is_an_error():
 
   loss(jnp.zeros(4, jnp.int32))
   for classes in (jnp.zeros(3, jnp.int32), jnp.zeros((4, 1), jnp.int32), jnp.zeros(4)):
-    with pytest.raises(ValueError, match="expected one integer a sample"):
+    with pytest.raises(ValueError, match="expected one integer per sample"):
       loss(classes)
   for shape in ((4,), (1, 3), (4, 2, 3)):
     with pytest.raises(ValueError, match="expected logits"):

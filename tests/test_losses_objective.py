@@ -1,4 +1,4 @@
-"""Objectives: the losses they are made of, their metrics by noise level, importance sampling in closed form, and what they compile to."""
+"""Test the losses, metrics, importance sampling and compiled programs of objectives."""
 
 import functools
 import re
@@ -20,13 +20,13 @@ CONTEXT = losses.Context(jnp.zeros((), jnp.int32), (), None, ())
 
 
 def apply(params, x, time, given, *, train=False, keys=None):
-  """Depends on all it is told."""
+  """Apply a small network that depends on all of its arguments."""
   hidden = jnp.tanh(x @ params["first"] + jnp.outer(time, params["time"]) + given.get("vector", 0.0))
   masks = 1.0 if keys is None else 1 + train * 0.1 * randomness.normal(keys, hidden.shape)
   return (hidden * masks) @ params["last"]
 
 
-def weights(out=SIZE):
+def make_params(out=SIZE):
   rng = np.random.default_rng(0)
   shapes = {"first": (SIZE, 8), "time": (8,), "last": (8, out)}
   return {name: jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for name, shape in shapes.items()}
@@ -41,8 +41,8 @@ def batch():
 KEYS = jax.random.split(jax.random.key(0), BATCH)
 
 
-def assert_is(objective, params, function):
-  """The objective's loss, with the times that it prepares and without, is `function(keys, network)`."""
+def assert_loss_equals(objective, params, function):
+  """Check that the objective's loss equals `function(keys, network)`, with and without prepared times."""
   data = batch()
   trained = {"model": params, "extra": ()}
 
@@ -52,12 +52,12 @@ def assert_is(objective, params, function):
   @jax.jit
   def run():
     prepared = objective.prepare(KEYS, ())
-    found = objective.loss(trained, CONTEXT, KEYS, data | prepared)
-    return found, objective.loss(trained, CONTEXT, KEYS, data), function(KEYS, network)
+    loss = objective.loss(trained, CONTEXT, KEYS, data | prepared)
+    return loss, objective.loss(trained, CONTEXT, KEYS, data), function(KEYS, network)
 
-  found, unprepared, expected = run()
-  assert set(found[1]) == set(expected[1])
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+  actual, unprepared, expected = run()
+  assert set(actual[1]) == set(expected[1])
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), unprepared, expected)
 
 
@@ -68,10 +68,10 @@ def test_denoising_is_the_denoising_loss(process):
   def loss(keys, network):
     return losses.denoising_loss(keys, network, process, predictions.V, x_0, times=losses.uniform(process))
 
-  assert_is(losses.denoising(apply, process, predictions.V), weights(), loss)
+  assert_loss_equals(losses.denoising(apply, process, predictions.V), make_params(), loss)
 
 
-def test_denoising_takes_times_a_weighting_and_the_network_s_own_time():
+def test_denoising_accepts_times_a_weighting_and_a_time_input():
   process, x_0, times = PROCESSES["vp"], batch()["x"], losses.logit_normal(PROCESSES["vp"])
   options = {"times": times, "weighting": losses.min_snr(2.0)}
   objective = losses.denoising(apply, process, predictions.EPS, time_input=jnp.log, **options)
@@ -79,7 +79,7 @@ def test_denoising_takes_times_a_weighting_and_the_network_s_own_time():
   def loss(keys, network):
     return losses.denoising_loss(keys, network, process, predictions.EPS, x_0, time_input=jnp.log, **options)
 
-  assert_is(objective, weights(), loss)
+  assert_loss_equals(objective, make_params(), loss)
 
 
 def test_denoising_with_a_learned_variance_is_the_hybrid_loss():
@@ -89,7 +89,7 @@ def test_denoising_with_a_learned_variance_is_the_hybrid_loss():
   def loss(keys, network):
     return losses.hybrid_loss(keys, network, STEPS, learned, x_0, times=losses.uniform(STEPS), vlb_weight=0.5)
 
-  assert_is(objective, weights(2 * SIZE), loss)
+  assert_loss_equals(objective, make_params(2 * SIZE), loss)
 
 
 def test_classification_is_the_classification_loss():
@@ -100,7 +100,7 @@ def test_classification_is_the_classification_loss():
     options = {"times": times, "input_scale": prediction.input_scale}
     return losses.classification_loss(keys, network, process, data["x"], data["classes"], **options)
 
-  assert_is(losses.classification(apply, process, prediction, times=times), weights(3), loss)
+  assert_loss_equals(losses.classification(apply, process, prediction, times=times), make_params(3), loss)
 
 
 def test_metrics_by_noise_level_add_up_to_the_batch():
@@ -112,29 +112,29 @@ def test_metrics_by_noise_level_add_up_to_the_batch():
   metrics = objective.summarize({"t": t, "loss": loss, "correct": correct})
   level = np.digitize(np.asarray(process.log_snr(t)), [-5, 0, 5])
   for name, values in (("loss", loss), ("accuracy", correct)):
-    for index, place in enumerate(("below_-5", "-5_to_0", "0_to_5", "above_5")):
-      found, member = metrics[f"{name}_by_log_snr/{place}"], level == index
-      assert int(found.number) == member.sum()
-      np.testing.assert_allclose(found.total, np.asarray(values)[member].sum(), rtol=1e-5, atol=1e-6)
+    for index, interval in enumerate(("below_-5", "-5_to_0", "0_to_5", "above_5")):
+      mean, member = metrics[f"{name}_by_log_snr/{interval}"], level == index
+      assert int(mean.number) == member.sum()
+      np.testing.assert_allclose(mean.total, np.asarray(values)[member].sum(), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(metrics["accuracy"], np.mean(correct), rtol=1e-6)
   assert not any("accuracy" in name for name in objective.summarize({"t": t, "loss": loss}))
 
 
-def test_importance_sampling_trains_and_draws_times_as_large_as_their_losses():
-  """A network of zeros, whose loss at a step is the weighting there times a mean of squares: known, unbiased, and of less variance."""
+def test_importance_sampling_in_training_follows_the_losses_and_reduces_variance():
+  """With a network of zeros, the expected loss of a step is the weighting, so shares and means are in closed form."""
   dims, size, n = 64, 10, STEPS.num_steps
-  wanted = np.array([0.1, 0.5, 1.0, 3.0, 6.0])
+  step_weights = np.array([0.1, 0.5, 1.0, 3.0, 6.0])
   every = jnp.arange(1, n + 1) / n
 
   def weighting(log_snr):
-    # Log-SNRs fall with time.
-    return jnp.interp(-log_snr, -STEPS.log_snr(every), jnp.asarray(wanted, jnp.float32))
+    # The log-SNR decreases with time, and interp needs increasing points.
+    return jnp.interp(-log_snr, -STEPS.log_snr(every), jnp.asarray(step_weights, jnp.float32))
 
   def zeros(params, x, time, given, **_):
     return x * params["a"]
 
   times = losses.importance(STEPS, size=size, uniform_share=0.01)
-  found = {}
+  runs = {}
   for name, distribution in (("importance", times), ("uniform", losses.uniform(STEPS))):
     objective = losses.denoising(zeros, STEPS, predictions.EPS, times=distribution, weighting=weighting)
     optimizer = optax.set_to_zero()
@@ -147,25 +147,25 @@ def test_importance_sampling_trains_and_draws_times_as_large_as_their_losses():
       return jax.lax.scan(lambda state, _: step(state, data), state, length=400)
 
     state, metrics = run(state)
-    found[name] = np.asarray(metrics["loss"][100:]), state
-  memory = found["importance"][1].memory
-  assert found["uniform"][1].memory == ()
+    runs[name] = np.asarray(metrics["loss"][100:]), state
+  memory = runs["importance"][1].memory
+  assert runs["uniform"][1].memory == ()
   assert np.all(memory.counts == size)
   keys = jax.random.split(jax.random.key(1), 20_000)
   t, weight = jax.jit(lambda memory: times.times(memory)(keys))(memory)
   share = np.bincount(np.rint(np.asarray(t) * n).astype(int) - 1, minlength=n) / len(keys)
-  # A root mean square of ten means of 64 squares each is known to 0.25 / sqrt(10).
-  expected = 0.99 * wanted / wanted.sum() + 0.01 / n
+  # The relative error of a root mean square of ten means of 64 squares each is 0.25 / sqrt(10).
+  expected = 0.99 * step_weights / step_weights.sum() + 0.01 / n
   np.testing.assert_allclose(share, expected, rtol=0.25, atol=0.01)
   steps = np.rint(np.asarray(t) * n).astype(int) - 1
   np.testing.assert_allclose(np.asarray(weight)[steps == 3], 1 / (n * share[3]), rtol=0.1)
-  for values, _ in found.values():
-    assert abs(values.mean() - wanted.mean()) < 5 * values.std() / len(values) ** 0.5
-  assert found["importance"][0].std() < 0.4 * found["uniform"][0].std()
+  for values, _ in runs.values():
+    assert abs(values.mean() - step_weights.mean()) < 5 * values.std() / len(values) ** 0.5
+  assert runs["importance"][0].std() < 0.4 * runs["uniform"][0].std()
 
 
 def test_moments_are_the_last_losses_of_each_step():
-  """Against one loss after another, with more losses of a step in a batch than are remembered."""
+  """The moments agree with lists of losses, including batches with more losses of a step than the history holds."""
   rng, size = np.random.default_rng(3), 3
   moments, rows = losses.loss_moments(STEPS, size), [[] for _ in range(5)]
   update = jax.jit(losses.update_moments)
@@ -175,17 +175,17 @@ def test_moments_are_the_last_losses_of_each_step():
       rows[step].append(value)
     moments = update(moments, jnp.asarray((steps + 1) / 5, jnp.float32), jnp.asarray(loss))
     for step, row in enumerate(rows):
-      seen = min(len(row), size)
-      assert int(moments.counts[step]) == seen
-      np.testing.assert_array_equal(moments.history[step, size - seen :], np.asarray(row[-size:], np.float32))
+      count = min(len(row), size)
+      assert int(moments.counts[step]) == count
+      np.testing.assert_array_equal(moments.history[step, size - count :], np.asarray(row[-size:], np.float32))
 
 
-def test_a_plain_objective_compiles_to_no_more_than_its_formula():
+def test_a_denoising_step_compiles_to_the_program_of_its_formula():
   process, optimizer, data = PROCESSES["vp"], optim.adam(1e-3), batch()
   objective = losses.denoising(apply, process, predictions.EPS)._replace(summarize=lambda details: {})
-  state = training.init_state(jax.random.key(0), lambda key: weights(), optimizer, objective)
+  state = training.init_state(jax.random.key(0), lambda key: make_params(), optimizer, objective)
   assert (state.extra, state.memory) == ((), ())
-  assert jax.tree.structure(state.opt_state) == jax.tree.structure(optimizer.init(weights()))
+  assert jax.tree.structure(state.opt_state) == jax.tree.structure(optimizer.init(make_params()))
 
   def formula(state, batch):
     keys = randomness.sample_keys(jax.random.fold_in(state.key, state.step), jnp.arange(BATCH))
@@ -213,7 +213,7 @@ def test_a_plain_objective_compiles_to_no_more_than_its_formula():
   assert instructions(step) == instructions(formula)
 
 
-def test_what_cannot_be_trained_is_an_error():
+def test_invalid_objectives_are_errors():
   vp, learned = PROCESSES["vp"], predictions.learned_range(predictions.EPS)
   with pytest.raises(ValueError, match="learned variance for a continuous process; expected a discrete"):
     losses.denoising(apply, vp, learned)
@@ -231,8 +231,8 @@ def test_what_cannot_be_trained_is_an_error():
     losses.denoising(apply, vp, predictions.EPS, times=0.5)
   data = {name: leaf for name, leaf in batch().items() if name != "x"}
   objective = losses.denoising(apply, vp, predictions.EPS)
-  with pytest.raises(ValueError, match="Got a batch of classes, given; expected 'x' in it"):
-    objective.loss({"model": weights(), "extra": ()}, CONTEXT, KEYS, data)
+  with pytest.raises(ValueError, match="Got a batch with the keys classes, given; expected 'x' among them"):
+    objective.loss({"model": make_params(), "extra": ()}, CONTEXT, KEYS, data)
   objective = losses.classification(apply, vp, predictions.EPS, target="digit")
-  with pytest.raises(ValueError, match="expected 'digit' in it"):
-    objective.loss({"model": weights(3), "extra": ()}, CONTEXT, KEYS, batch())
+  with pytest.raises(ValueError, match="expected 'digit' among them"):
+    objective.loss({"model": make_params(3), "extra": ()}, CONTEXT, KEYS, batch())

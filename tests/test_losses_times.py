@@ -1,4 +1,4 @@
-"""Distributions of training times against the ones they are named after, and importance sampling against its definition."""
+"""Test distributions of training times and importance sampling against their definitions."""
 
 from collections import deque
 
@@ -26,10 +26,10 @@ def test_times_are_uniform():
 
 
 @pytest.mark.parametrize(("process", "count"), [("vp", 64), ("discrete_linear", 50)])
-def test_low_discrepancy_times_have_one_in_each_stratum(process, count):
+def test_low_discrepancy_gives_one_time_per_stratum(process, count):
   times = losses.low_discrepancy(PROCESSES[process])
-  draw = jax.jit(jax.vmap(lambda key: times(jax.random.split(key, count))))
-  t, weight = map(np.asarray, draw(jax.vmap(jax.random.key)(np.arange(300))))
+  sample = jax.jit(jax.vmap(lambda key: times(jax.random.split(key, count))))
+  t, weight = map(np.asarray, sample(jax.vmap(jax.random.key)(np.arange(300))))
   strata = np.sort(np.ceil(t * count - 1e-3), axis=1)
   np.testing.assert_array_equal(strata, np.tile(np.arange(1, count + 1), (300, 1)))
   assert np.all(weight == 1)
@@ -58,8 +58,8 @@ def test_times_of_a_discrete_process_are_steps(distribution):
   assert 1 <= np.rint(steps).min() < np.rint(steps).max() <= 1000
 
 
-def test_importance_sampling_follows_the_last_losses():
-  """Uniform until all steps have a full history; then as the root mean square of the last ones; always unbiased."""
+def test_importance_sampling_follows_recent_losses():
+  """Sampling is uniform until all histories are full, then proportional to root mean squares, and always unbiased."""
   process, rng = processes.discrete(np.full(4, 0.1)), np.random.default_rng(0)
   moments, plain = losses.loss_moments(process, 3), [deque(maxlen=3) for _ in range(4)]
   keys = jax.random.split(jax.random.key(0), 40_000)
@@ -95,7 +95,7 @@ def test_importance_sampling_stays_within_a_shortened_process():
 
 
 def test_importance_sampling_lowers_the_variance_of_the_bound():
-  """What it is for: the bound's terms differ by orders of magnitude between steps."""
+  """The terms of the bound differ by orders of magnitude between steps."""
   process = PROCESSES["discrete_linear"]
   exact = gaussian(MEAN, STD, 2).denoise(process)
   x_0 = jnp.round(127.5 * (MEAN + STD * jax.random.normal(jax.random.key(1), (4000, 2))) + 127.5) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""The variational bound against the printed formulas and the entropy, and what the hybrid loss trains."""
+"""Test the variational bound against the papers and the entropy, and the gradients of the hybrid loss."""
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,19 @@ def test_decoder_is_a_distribution_over_the_levels():
     np.testing.assert_allclose(2.0 ** -bits[mass > 1e-12], mass[mass > 1e-12], rtol=1e-3, atol=1e-13)
 
 
-def test_decoder_far_in_the_tail_is_finite_in_float32():
+def test_the_decoder_is_finite_in_the_tail_in_float32():
   bits, slope = jax.value_and_grad(lambda mean: losses.decoder_bits(jnp.array([[-0.2]]), mean, jnp.log(1e-4))[0])(
     jnp.array([[0.6]])
   )
-  # The tail's mass is that at the bin's near edge: ((0.8 - 1/255) / 0.01)^2 / 2 nats, and a little.
+  # The density at the closer edge of the bin dominates: ((0.8 - 1/255) / 0.01)^2 / 2 nats.
   assert abs(float(bits) * np.log(2) / (79.6**2 / 2) - 1) < 0.01
   assert jnp.all(jnp.isfinite(slope))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
-def test_terms_of_the_bound_are_those_of_the_printed_formulas(variance):
-  """Tables in NumPy as Ho et al. and Nichol and Dhariwal write them; at step 1 the posterior variance of step 2."""
+def test_terms_of_the_bound_match_the_papers(variance):
+  """The terms agree with NumPy tables from Ho et al. and Nichol and Dhariwal, with the variance of step 2 at step 1."""
   betas, rng = schedules.linear(50, 1e-3, 0.2), np.random.default_rng(0)
   process, n = processes.discrete(betas), np.arange(1, 51)
   bar = np.cumprod(1 - betas)
@@ -55,17 +55,17 @@ def test_terms_of_the_bound_are_those_of_the_printed_formulas(variance):
   edges = stats.norm.cdf((x_0[:1] + np.array([[[-1]], [[1]]]) / 255 - x_hat[:1]) / np.exp(model[:1] / 2))
   expected[0] = -np.log2(edges[1] - edges[0]).mean()
   denoised = predictions.Denoised(jnp.asarray(x_hat), jnp.asarray(fraction))
-  given = denoised if variance == "learned" else denoised.x_0
-  got = losses.vlb_bits(process, given, x_0, x_t, n / 50, variance=variance)
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  estimate = denoised if variance == "learned" else denoised.x_0
+  bits = losses.vlb_bits(process, estimate, x_0, x_t, n / 50, variance=variance)
+  np.testing.assert_allclose(bits, expected, rtol=1e-6)
   np.testing.assert_allclose(
     losses.prior_bits(process, x_0), (0.5 * bar[-1] / (1 - bar[-1]) * x_0**2).mean(1) / np.log(2), rtol=1e-6
   )
 
 
 @pytest.mark.parametrize("steps", [100, 1000])
-def test_the_bound_of_the_exact_denoiser_nears_the_entropy(steps):
-  """Two values, equally likely: one bit a dimension, which the bound may not pass and approaches with the steps."""
+def test_the_bound_of_the_exact_denoiser_approaches_the_entropy(steps):
+  """For two equally likely values, the bound is above one bit per dimension and approaches it with more steps."""
   process, value = processes.discrete(schedules.linear(steps, 0.1 / steps, 20 / steps)), 101 / 255
   count = 400
   sign = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, (count, 1)), 1.0, -1.0)
@@ -81,15 +81,15 @@ def test_the_bound_of_the_exact_denoiser_nears_the_entropy(steps):
   total = terms.sum(0) + np.asarray(losses.prior_bits(process, value * sign))
   error = np.sqrt(np.sum(terms.var(1) / count))
   assert error < 0.05
-  # Even of data known exactly the decoder pays, for its variance is as wide as the bins.
-  known = process.posterior(sign, value * sign, 2 / steps, 1 / steps)[1]
-  paid = float(losses.decoder_bits(value * sign, value * sign, jnp.log(known))[0])
-  assert 1 - 5 * error < total.mean() - paid < 1 + 5 * error + 20 / steps
+  # The decoder costs bits even for an exact estimate, because its standard deviation is similar to the bin width.
+  variance = process.posterior(sign, value * sign, 2 / steps, 1 / steps)[1]
+  decoder_cost = float(losses.decoder_bits(value * sign, value * sign, jnp.log(variance))[0])
+  assert 1 - 5 * error < total.mean() - decoder_cost < 1 + 5 * error + 20 / steps
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["EPS", "X0", "V"])
-def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_error_alone(name):
+def test_the_hybrid_loss_trains_the_variance_with_the_bound_and_the_mean_with_the_error(name):
   process, prediction = (
     processes.discrete(schedules.linear(20, 1e-3, 0.3)),
     predictions.learned_range(PREDICTIONS[name]),
@@ -107,19 +107,19 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_error_
   @jax.jit
   def run(mean, variance):
     (loss, details), slopes = jax.value_and_grad(hybrid, (0, 1), has_aux=True)(mean, variance)
-    by_bound = jax.grad(lambda variance: jnp.mean(hybrid(mean, variance)[1]["vlb_bits"]))(variance)
-    return loss, details, slopes, jax.grad(simple)(mean), by_bound
+    bound_slope = jax.grad(lambda variance: jnp.mean(hybrid(mean, variance)[1]["vlb_bits"]))(variance)
+    return loss, details, slopes, jax.grad(simple)(mean), bound_slope
 
-  loss, details, (by_mean, by_variance), by_error, by_bound = run(*output)
-  np.testing.assert_allclose(by_mean, by_error, rtol=1e-9)
-  np.testing.assert_allclose(by_variance, 20 / 1000 * by_bound, rtol=1e-9)
-  assert jnp.all(jnp.abs(by_variance) > 0)
+  loss, details, (mean_slope, variance_slope), error_slope, bound_slope = run(*output)
+  np.testing.assert_allclose(mean_slope, error_slope, rtol=1e-9)
+  np.testing.assert_allclose(variance_slope, 20 / 1000 * bound_slope, rtol=1e-9)
+  assert jnp.all(jnp.abs(variance_slope) > 0)
   np.testing.assert_allclose(loss, jnp.mean(details["squared_error"] + 0.02 * details["vlb_bits"]), rtol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_bound_is_stationary_at_the_true_variance():
-  """For Gaussian data p's best variance is that of the reverse step, between the two bounds."""
+  """For Gaussian data, the best variance is that of the reverse step, between "small" and "large"."""
   process, std = processes.discrete(schedules.linear(50, 1e-3, 0.2)), 0.5
 
   @jax.jit
@@ -127,8 +127,8 @@ def test_the_bound_is_stationary_at_the_true_variance():
     t, s = n / 50, (n - 1) / 50
     x_t = process.sample_marginal(jax.random.fold_in(jax.random.key(0), n), x_0, t)
     small, large = process.posterior(x_t, x_0, t, s)[1], process.step_variance(t, s)
-    left = process.alpha(t) ** 2 * std**2 + process.sigma(t) ** 2
-    true = large - large**2 / left  # of x_s given x_t, up to the scale of the step
+    marginal = process.alpha(t) ** 2 * std**2 + process.sigma(t) ** 2
+    true = large - large**2 / marginal  # the variance of x_s given x_t, up to the scale of the step
     true = true * (process.alpha(s) / process.alpha(t)) ** 2
     fraction = jnp.log(true / small) / jnp.log(large / small)
     x_hat = gaussian(0.0, std).denoise(process)(x_t, t)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: from start to end, killed and resumed, and misused."""
+"""Test the command line from start to end: complete runs, killed and resumed runs, and invalid input."""
 
 import json
 import os
@@ -20,14 +20,14 @@ from tests.recipes import kill_environment, newest_state
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A finished run of the tiny recipe, and what it printed."""
+  """Return the folder and the output of a finished run of the tiny recipe."""
   folder = tmp_path_factory.mktemp("run")
   code, output = commands.run_process(RECIPE, f"--workdir={folder}", "--config.evaluation.report=true")
   assert code == 0, output
   return folder, output
 
 
-def test_training_writes_and_says_everything(run):
+def test_training_writes_all_files_and_prints_progress(run):
   folder, output = run
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [3, 6, 9, 12]
@@ -47,7 +47,7 @@ def test_training_writes_and_says_everything(run):
   assert report["step"] == 12
   assert report["sampling"]["nfe"] == 4
   assert "compiling the train step" in output
-  assert commands.NOWHERE not in output, "XLA's log is kept out"
+  assert commands.NOWHERE not in output, "XLA's log is silenced"
   assert "images/s" in output
   for name in ("final.npz", "final.png", "eval.json", "checkpoints", "metrics.jsonl", "floor", "report.html"):
     assert name in output
@@ -64,7 +64,7 @@ def test_sample(run):
   assert samples.shape == (21, 8, 8, 1)
   assert samples.dtype == np.uint8
   assert (folder / "samples" / "euler_nfe3_seed5.png").exists()
-  # Sample i is the same whatever the number and the devices.
+  # Sample i does not depend on the number of samples or devices.
   code, output = call(
     "--mode=sample", f"--workdir={folder}", "--num_samples=5", "--sampler=euler", "--num_steps=3", "--seed=5", devices=8
   )
@@ -73,8 +73,8 @@ def test_sample(run):
     assert np.max(np.abs(file["samples"].astype(int) - samples[:5])) <= 1
 
 
-def test_a_sampler_for_models_of_few_steps(run):
-  """Each step but the last starts from noised data again, so one step of it is one step of DDIM."""
+def test_a_sampler_for_few_step_models(run):
+  """Every step except the last adds noise again, so a single step equals a step of DDIM."""
   folder, _ = run
   steps = {"multistep_consistency": (1, 2), "ddim": (1,)}
   for sampler, counts in steps.items():
@@ -126,58 +126,58 @@ def test_a_conditional_model_and_classes(tmp_path):
 
 
 def test_importance_sampling_of_times(tmp_path, dense):
-  """By its name alone, with its arguments, and after a break: its memory of losses is saved with the rest."""
+  """Its arguments are set by flags, and its record of losses is restored when a run resumes."""
   options = [
     "--config.objective.times=importance",
     "--config.objective.times.size=2",
     "--config.model.process.betas.num_steps=4",
   ]
-  folders = whole, broken = tmp_path / "whole", tmp_path / "broken"
-  for folder, steps in ((whole, 20), (broken, 12), (broken, 20)):
+  folders = unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+  for folder, steps in ((unbroken, 20), (resumed, 12), (resumed, 20)):
     code, output = call(DENSE, f"--workdir={folder}", *options, f"--config.training.steps={steps}")
     assert code == 0, output
   assert "resuming from the checkpoint of step 12" in output
   states = [newest_state(folder) for folder in folders]
-  # Every step has the losses that it is drawn by.
+  # Each step has a full record of losses, which sets its sampling probability.
   np.testing.assert_array_equal(states[0].memory.counts, [2, 2, 2, 2])
   assert np.all(states[0].memory.history > 0)
   for a, b in zip(*map(jax.tree.leaves, states), strict=True):
     np.testing.assert_array_equal(a, b)
-  times = json.loads((whole / "config.json").read_text())["objective"]["times"]
+  times = json.loads((unbroken / "config.json").read_text())["objective"]["times"]
   assert times == {"component": "losses.importance", "size": 2, "uniform_share": 0.001}
 
 
-def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path, dense):
+def test_a_killed_and_resumed_run_ends_bit_for_bit_the_same(tmp_path, dense):
   options = [
     "--config.training.steps=24",
     "--config.training.checkpoint_every=8",
     "--config.training.sample_every=1000",
   ]
-  whole, broken = tmp_path / "whole", tmp_path / "broken"
-  process = start(DENSE, f"--workdir={broken}", *options, **kill_environment(broken / "checkpoints" / "8", step=15))
+  unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+  process = start(DENSE, f"--workdir={resumed}", *options, **kill_environment(resumed / "checkpoints" / "8", step=15))
   code, output = process.finish()
   assert code == -signal.SIGKILL, output
-  assert not (broken / "eval.json").exists()
-  code, output = call(DENSE, f"--workdir={broken}", *options)
+  assert not (resumed / "eval.json").exists()
+  code, output = call(DENSE, f"--workdir={resumed}", *options)
   assert code == 0, output
   assert "resuming from the checkpoint of step" in output
-  code, output = call(DENSE, f"--workdir={whole}", *options)
+  code, output = call(DENSE, f"--workdir={unbroken}", *options)
   assert code == 0, output
-  for a, b in zip(*(jax.tree.leaves(newest_state(folder)) for folder in (whole, broken)), strict=True):
+  for a, b in zip(*(jax.tree.leaves(newest_state(folder)) for folder in (unbroken, resumed)), strict=True):
     np.testing.assert_array_equal(a, b)
 
   def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines}, len(lines)
 
-  (first, count), (second, again) = metrics(whole), metrics(broken)
+  (first, num_lines), (second, num_lines_resumed) = metrics(unbroken), metrics(resumed)
   assert set(first) == set(second)
-  assert count == again, "no line twice"
-  # The first mean after resuming may be one over fewer steps; all others are the same numbers.
+  assert num_lines == num_lines_resumed, "no line is written twice"
+  # Only the first mean after resuming may differ, because it may average fewer steps.
   assert sum(first[step] != second[step] for step in first) <= 1
 
 
-def test_sigterm_saves_at_once_and_ends_with_its_code(tmp_path):
+def test_sigterm_saves_at_once_and_sets_the_exit_code(tmp_path):
   options = ["--config.training.steps=100000", "--config.training.checkpoint_every=100000"]
   process = start(DENSE, f"--workdir={tmp_path}", *options, "--config.training.sample_every=100000")
   commands.wait_for(tmp_path / "metrics.jsonl", process)
@@ -191,11 +191,11 @@ def test_sigterm_saves_at_once_and_ends_with_its_code(tmp_path):
   assert f"resuming from the checkpoint of step {step:,}" in output
 
 
-def test_a_folder_in_use_is_refused_while_the_process_lives(tmp_path):
+def test_a_folder_in_use_is_refused_while_its_process_is_alive(tmp_path):
   process = start(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
   commands.wait_for(tmp_path / "checkpoints" / "4", process)
   code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=100000")
-  assert_refused(code, output, f"in which process {process.pid} on .* trains")
+  assert_refused(code, output, f"but process {process.pid} on .* trains in this folder")
   process.send_signal(signal.SIGKILL)
   process.finish()
   code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=4")
@@ -215,7 +215,7 @@ def test_training_on_eight_devices(tmp_path):
   assert "on 8 cpu device(s)" in output
 
 
-def test_a_longer_run_goes_on(run, tmp_path):
+def test_a_finished_run_resumes_with_more_steps(run, tmp_path):
   folder = tmp_path / "longer"
   shutil.copytree(run[0], folder)
   code, output = call(RECIPE, f"--workdir={folder}", "--config.training.steps=15")
@@ -224,7 +224,7 @@ def test_a_longer_run_goes_on(run, tmp_path):
   assert json.loads((folder / "eval.json").read_text())["step"] == 15
 
 
-def broken_folder(tmp_path):
+def folder_with_a_broken_image(tmp_path):
   folder = tmp_path / "images"
   folder.mkdir()
   rng = np.random.default_rng(0)
@@ -268,27 +268,27 @@ WRONG = {
   "seed": ([RECIPE, "--seed=3"], "--seed in mode train; expected it in mode sample, edit or eval only"),
   "two_samplers": (
     [RECIPE, "--mode=sample", "--sampler=heun", "--config.sampler=ddim"],
-    "Got --sampler beside --config.sampler; expected one of them",
+    "Got --sampler and --config.sampler; expected only one of them",
   ),
   "a_sampler_and_its_key": (
     [RECIPE, "--mode=sample", "--sampler=heun", "--config.sampler.eta=0.5"],
-    "Got --sampler beside --config.sampler.eta; expected one of them",
+    "Got --sampler and --config.sampler.eta; expected only one of them",
   ),
   "two_numbers_of_steps": (
     [RECIPE, "--mode=sample", "--num_steps=3", "--config.sampling.num_steps=4"],
-    "Got --num_steps beside --config.sampling.num_steps",
+    "Got --num_steps and --config.sampling.num_steps",
   ),
   "two_scales": (
     [RECIPE, "--mode=sample", "--guidance_scale=3", "--config.guidance.scale=4"],
-    "Got --guidance_scale beside --config.guidance.scale",
+    "Got --guidance_scale and --config.guidance.scale",
   ),
   "two_strengths": (
     [RECIPE, "--mode=edit", "--task=img2img", "--strength=0.5", "--config.editing.strength=0.7"],
-    "Got --strength beside --config.editing.strength",
+    "Got --strength and --config.editing.strength",
   ),
   "two_numbers_of_samples": (
     [RECIPE, "--mode=eval", "--num_samples=20", "--config.evaluation.num_samples=30"],
-    "Got --num_samples beside --config.evaluation.num_samples",
+    "Got --num_samples and --config.evaluation.num_samples",
   ),
   "sampler_of_a_plan": (
     [RECIPE, "--mode=plan", "--sampler=heun"],
@@ -326,42 +326,42 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
+def test_invalid_input_is_one_message_at_once(name, tmp_path):
   arguments, message = WRONG[name]
   workdir = tmp_path / "work"
   folder = [] if {"--mode=stats", "--mode=prepare"} & {*arguments} else [f"--workdir={workdir}"]
   code, output = call(*arguments, *folder)
   assert_refused(code, output, message)
-  assert not workdir.exists(), "nothing is touched"
+  assert not workdir.exists(), "no folder is created"
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "hdfs://host:9/run"])
 @pytest.mark.parametrize("mode", ["train", "sample", "eval", "plan"])
-def test_a_uri_is_no_workdir(uri, mode):
+def test_a_uri_is_refused_as_workdir(uri, mode):
   code, output = call(RECIPE, f"--mode={mode}", f"--workdir={uri}")
   assert_refused(code, output, f"Got --workdir={uri}, a URI; .*Mount the bucket")
   assert not Path(uri.partition("/")[0]).exists()
 
 
 @pytest.mark.parametrize("name", ["exp[1,2]", "what?", "a*", "a\\b", b"\xff", "exp[1]/run"])
-def test_a_path_that_checkpoints_cannot_be_read_from_is_refused_before_training(name, tmp_path):
+def test_a_path_that_orbax_cannot_read_is_refused_before_training(name, tmp_path):
   workdir = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
   code, output = call(DENSE, f"--workdir={os.fsdecode(workdir)}")
-  assert_refused(code, output, "as a folder of checkpoints, .*Rename the folder")
+  assert_refused(code, output, "as the checkpoint folder, .*Rename the folder")
   assert not os.listdir(tmp_path)
 
 
-def test_what_the_system_refuses_is_named(tmp_path):
+def test_errors_of_the_operating_system_name_the_path(tmp_path):
   folder = tmp_path / ("x" * 300)
   code, output = call(DENSE, f"--workdir={folder}")
-  assert_refused(code, output, f"error: Cannot use {folder}/checkpoints: File name too long. Check what lies there")
+  assert_refused(code, output, f"error: Cannot use {folder}/checkpoints: File name too long. Check that it exists")
   (tmp_path / ".lock").mkdir()
   code, output = call(DENSE, f"--workdir={tmp_path}")
   assert_refused(code, output, f"error: Cannot write {tmp_path}/.lock: Is a directory. Make it writable")
 
 
-def test_what_native_code_reports_on_its_own_is_kept_out(tmp_path):
-  """Orbax's storage does so of each write that fails on a full disk after the first."""
+def test_errors_that_native_code_prints_itself_are_silenced(tmp_path):
+  """Orbax prints an error for each failed write after the first, as on a full disk."""
   config = tmp_path / "config.py"
   config.write_text(
     "import sys\nfrom ddpm_jax.storage import workdir\nfrom tests import recipes\n\n\n"
@@ -378,12 +378,12 @@ def test_what_native_code_reports_on_its_own_is_kept_out(tmp_path):
 def test_a_path_that_orbax_takes_for_a_bucket_is_refused_before_training(folder, tmp_path):
   workdir = tmp_path / folder
   code, output = call(DENSE, f"--workdir={workdir}")
-  assert_refused(code, output, "which orbax takes for a bucket.*Use another --workdir")
+  assert_refused(code, output, "orbax reads this path as a bucket.*Set another --workdir")
   assert not workdir.exists()
 
 
 def test_any_other_path_works(tmp_path):
-  """Characters that some file systems, shells, URLs and formats take for something else, and a link that `..` leaves."""
+  """The path has characters that are special in file systems, shells, URLs or formats, and `..` after a link."""
   (tmp_path / "real" / "deep").mkdir(parents=True)
   (tmp_path / "link").symlink_to("real/deep")
   folder = tmp_path / "link" / ".." / "a b" / "ü%20#:'\"{}|!~$HOME;&\n-x]" / "5.orbax-checkpoint-tmp" / "7"
@@ -396,16 +396,16 @@ def test_any_other_path_works(tmp_path):
   assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
-@pytest.mark.parametrize("left", ["nothing", "half a checkpoint", "no config", "half a config", "another config"])
-def test_a_run_that_saved_nothing_starts_anew(left, tmp_path):
-  """As after a kill at any moment before the first checkpoint."""
+@pytest.mark.parametrize("state", ["nothing", "half a checkpoint", "no config", "half a config", "another config"])
+def test_a_run_without_a_checkpoint_restarts(state, tmp_path):
+  """A run may be killed at any time before its first checkpoint."""
   folder = tmp_path / "checkpoints"
   folder.mkdir()
-  if left == "half a checkpoint":
+  if state == "half a checkpoint":
     (folder / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-  if left == "half a config":
+  if state == "half a config":
     (tmp_path / "config.json").write_text('{"se')
-  if left == "another config":
+  if state == "another config":
     workdir.write_config(tmp_path, {"seed": 3})
   code, output = call(DENSE, f"--workdir={tmp_path}", "--config.training.steps=4")
   assert code == 0, output
@@ -413,46 +413,46 @@ def test_a_run_that_saved_nothing_starts_anew(left, tmp_path):
   assert workdir.checkpoint_steps(tmp_path) == [4]
 
 
-def test_a_platform_that_is_not_here_is_refused(tmp_path):
+def test_a_missing_platform_is_refused(tmp_path):
   code, output = start(DENSE, f"--workdir={tmp_path / 'run'}", JAX_PLATFORMS="cuda").finish()
-  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, with which JAX finds no device.*Unset JAX_PLATFORMS")
+  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, but JAX finds no device.*Unset JAX_PLATFORMS")
 
 
-def test_a_worker_that_is_killed_ends_the_run_which_goes_on_exactly(tmp_path, dense):
-  whole, broken = tmp_path / "whole", tmp_path / "broken"
-  every = [f"--config.training.{name}_every=1000000" for name in ("checkpoint", "sample")]
+def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(tmp_path, dense):
+  unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+  intervals = [f"--config.training.{name}_every=1000000" for name in ("checkpoint", "sample")]
   endless = ["--config.training.steps=1000000", "--config.data.num_workers=2"]
-  process = start(DENSE, f"--workdir={broken}", *every, *endless)
-  commands.wait_for(broken / "metrics.jsonl", process)
+  process = start(DENSE, f"--workdir={resumed}", *intervals, *endless)
+  commands.wait_for(resumed / "metrics.jsonl", process)
   children = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
   workers = [pid for pid in " ".join(children).split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
   os.kill(int(workers[-1]), signal.SIGKILL)
   code, output = process.finish()
   assert code == 2, output
-  assert re.search(r"error: A worker that decodes images .* has ended; .*num_workers", output), output
+  assert re.search(r"error: A worker process that decodes images .* has died.*num_workers", output), output
   assert "Traceback" not in output
   step = int(re.search(r"saved at step ([\d,]+); run the same command again", output)[1].replace(",", ""))
-  assert workdir.checkpoint_steps(broken) == [step]
-  for folder in (broken, whole):
-    code, output = call(DENSE, f"--workdir={folder}", *every, f"--config.training.steps={step + 5}")
+  assert workdir.checkpoint_steps(resumed) == [step]
+  for folder in (resumed, unbroken):
+    code, output = call(DENSE, f"--workdir={folder}", *intervals, f"--config.training.steps={step + 5}")
     assert code == 0, output
-  for a, b in zip(*(jax.tree.leaves(newest_state(folder)) for folder in (whole, broken)), strict=True):
+  for a, b in zip(*(jax.tree.leaves(newest_state(folder)) for folder in (unbroken, resumed)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
-def test_bad_folders(tmp_path):
-  images = broken_folder(tmp_path)
+def test_invalid_image_folders(tmp_path):
+  images = folder_with_a_broken_image(tmp_path)
   folder = [RECIPE, f"--config.data.source=folder(path={str(images)!r})", "--config.data.hold_out=0"]
   code, output = call(*folder, f"--workdir={tmp_path / 'a'}")
   assert_refused(code, output, r"Cannot decode the image .*17\.png")
   empty = tmp_path / "empty"
   empty.mkdir()
   code, output = call(*folder[:2], f"--config.data.source.path={empty}", f"--workdir={tmp_path / 'a'}")
-  assert_refused(code, output, "holds no image")
+  assert_refused(code, output, "contains no images")
   assert not (tmp_path / "a").exists()
 
 
-def test_bad_workdirs(run, tmp_path):
+def test_invalid_workdirs(run, tmp_path):
   folder, _ = run
   before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
   code, output = call(RECIPE, f"--workdir={folder}", "--config.model.network.channels=16", "--config.seed=3")
@@ -461,7 +461,7 @@ def test_bad_workdirs(run, tmp_path):
   assert "seed: 0 in the folder, 3 now" in output
   assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
   code, output = call(RECIPE, f"--workdir={folder / 'eval.json'}")
-  assert_refused(code, output, "cannot be written to")
+  assert_refused(code, output, "is not writable")
   code, output = call(RECIPE, "--config.training.batch_size=12", f"--workdir={tmp_path / 'a'}", devices=8)
   assert_refused(code, output, "batch size of 12 on 8 devices")
   code, output = call(RECIPE)

@@ -1,4 +1,4 @@
-"""Guidance and editing from the command line."""
+"""Test guidance and editing from the command line."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +13,16 @@ from tests.pictures import write_bomb
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of three steps of a model that knows classes, whose own sampler adds noise; and two images beside it."""
+  """Train a class-conditional model for three steps, and write two images next to it. Its sampler adds noise."""
   folder = tmp_path_factory.mktemp("run")
-  # The train step is the one that `test_main` compiles too.
+  # `test_main` compiles the same train step.
   model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
-  rest = [
+  settings = [
     "--config.evaluation.num_samples=6",
     "--config.evaluation.k=2",
     "--config.sampler=ancestral(variance='large')",
   ]
-  code, output = call(RECIPE, f"--workdir={folder}", *model, *rest)
+  code, output = call(RECIPE, f"--workdir={folder}", *model, *settings)
   assert code == 0, output
   (folder / "images").mkdir()
   for index in range(2):
@@ -31,35 +31,35 @@ def run(tmp_path_factory):
   return folder
 
 
-def drawn(run, *flags, name="ancestral_nfe4_seed0_scale2.5"):
-  """Return what a command draws, and what it was asked to show; its files are gone then."""
+def generate(run, *flags, name="ancestral_nfe4_seed0_scale2.5"):
+  """Generate samples, delete the files, and return the samples and their classes."""
   code, output = call("--mode=sample", f"--workdir={run}", "--num_samples=3", *flags)
   assert code == 0, output
   path = run / "samples" / f"{name}.npz"
   assert path.with_suffix(".png").exists()
   with np.load(path) as file:
-    found = {key: file[key] for key in file.files}
+    arrays = {key: file[key] for key in file.files}
   path.unlink()
-  assert found["samples"].shape == (3, 8, 8, 1)
-  return found["samples"].astype(int), found["classes"]
+  assert arrays["samples"].shape == (3, 8, 8, 1)
+  return arrays["samples"].astype(int), arrays["classes"]
 
 
 def test_a_guided_sample(run):
-  """By any of the flags for it."""
+  """All forms of the flags give the same samples."""
   strong = "--guidance_scale=2.5"
-  samples, classes = drawn(run, "--classes=3,7", "--negative_classes=1", strong)
+  samples, classes = generate(run, "--classes=3,7", "--negative_classes=1", strong)
   np.testing.assert_array_equal(classes, [3, 7, 3])
   for flags in (
     ["--given", "classes=3,7", "--negative", "classes=1"],
     ["--given=classes=3", "--given=classes=7", "--negative=classes=1"],
     ["--classes=3", "--given=classes=7", "--negative_classes=1"],
   ):
-    found, asked = drawn(run, *flags, strong)
-    np.testing.assert_array_equal(asked, classes)
-    np.testing.assert_array_equal(found, samples)
-  others, asked = drawn(run, "--classes=3,7", "--negative_classes=2", strong)
-  np.testing.assert_array_equal(asked, classes)
-  assert np.any(others != samples)
+    same_samples, same_classes = generate(run, *flags, strong)
+    np.testing.assert_array_equal(same_classes, classes)
+    np.testing.assert_array_equal(same_samples, samples)
+  other_samples, same_classes = generate(run, "--classes=3,7", "--negative_classes=2", strong)
+  np.testing.assert_array_equal(same_classes, classes)
+  assert np.any(other_samples != samples)
 
 
 RULE = """
@@ -70,16 +70,16 @@ def away(conditional, condition, negative, strength: float = 1.0):
 """
 
 
-def test_a_rule_of_guidance_of_one_s_own(run, tmp_path):
+def test_a_custom_rule_of_guidance(run, tmp_path):
   rule = tmp_path / "rule.py"
   rule.write_text(RULE)
-  wanted = ["--classes=3,7", "--negative_classes=1"]
+  conditions = ["--classes=3,7", "--negative_classes=1"]
   name = "ancestral_nfe4_seed0_guided"
-  samples, _ = drawn(run, *wanted, f"--config.guidance={rule}:away(strength=2.5)", name=name)
-  expected, _ = drawn(run, *wanted, "--guidance_scale=2.5")
+  samples, _ = generate(run, *conditions, f"--config.guidance={rule}:away(strength=2.5)", name=name)
+  expected, _ = generate(run, *conditions, "--guidance_scale=2.5")
   np.testing.assert_array_equal(samples, expected)
   keys = [f"--config.guidance={rule}:away", "--config.guidance.strength=0.5"]
-  weaker, _ = drawn(run, *wanted, *keys, name=name)
+  weaker, _ = generate(run, *conditions, *keys, name=name)
   assert np.any(weaker != expected)
   for wrong, message in (
     ("away(strenght=2.5)", "'guidance.strenght' as a config key .*Did you mean 'guidance.strength'"),
@@ -89,8 +89,8 @@ def test_a_rule_of_guidance_of_one_s_own(run, tmp_path):
     assert_refused(code, output, message)
 
 
-def test_what_was_blurred_is_restored(run, tmp_path):
-  """The result, blurred again, agrees with the blurred images better than these do."""
+def test_blurred_images_are_restored(run, tmp_path):
+  """If the result is blurred, it is closer to the blurred input than the blurred input blurred twice."""
   generator = np.random.default_rng(3)
   sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
   measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))
@@ -145,7 +145,7 @@ def test_edits(run):
     for index in range(3):
       np.testing.assert_array_equal(file["output"][:, index, :4], file["input"][:, :4])
   assert (run / "edits" / "inpaint_replace_seed4.png").exists()
-  # The run's sampler adds noise; what encodes images does not.
+  # The run's sampler adds noise, so inversion uses DDIM instead.
   code, output = call(*where, "--task=invert")
   assert code == 0, output
   assert "invert with ddim: 2 input(s), 1 result(s) for each" in output
@@ -167,11 +167,11 @@ def test_edits(run):
       ["--mode=export", "--output=/tmp/x", "--given=classes=3"],
       "Got --given in mode export; expected it in mode sample or edit only",
     ),
-    (["--mode=edit", "--task=inpaint", "--strength=0.5"], "Got --strength for the task 'inpaint'; expected it with"),
+    (["--mode=edit", "--task=inpaint", "--strength=0.5"], "Got --strength with --task=inpaint; expected it with"),
     (["--mode=sample", "--mask=lower"], "Got --mask in mode sample; expected it in mode edit only"),
   ],
 )
-def test_wrong_flags_end_in_one_message(run, tmp_path, flags, message):
+def test_wrong_flags_are_one_message(run, tmp_path, flags, message):
   code, output = call(f"--workdir={run}", *flags)
   assert_refused(code, output, message)
   *before, last = output.strip().splitlines()
@@ -179,8 +179,8 @@ def test_wrong_flags_end_in_one_message(run, tmp_path, flags, message):
   assert len(before) <= 1, output
 
 
-def bad_files(folder):
-  """Files that no image or mask can be made of, with what is said of them."""
+def write_invalid_files(folder):
+  """Write files that are no valid image or mask, and return the error message for each."""
   levels = np.arange(64, dtype=np.uint16).reshape(8, 8)
   Image.fromarray(levels.astype(np.float32)).save(folder / "floats.tif")
   Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(folder / "clear.png")
@@ -189,12 +189,12 @@ def bad_files(folder):
 
 
 @pytest.mark.parametrize("flag", ["--input", "--mask"])
-def test_files_that_are_no_images_end_in_one_message(run, tmp_path, flag):
-  for name, message in bad_files(tmp_path).items():
+def test_invalid_images_are_one_message(run, tmp_path, flag):
+  for name, message in write_invalid_files(tmp_path).items():
     if (flag, name) == ("--input", "clear.png"):
       continue  # a transparent image is an image
     files = {"--input": run / "images", "--mask": "lower", flag: tmp_path / name}
-    given = [f"{key}={value}" for key, value in files.items()]
-    code, output = call(f"--workdir={run}", "--mode=edit", "--task=inpaint", "--classes=3", *given)
+    file_flags = [f"{key}={value}" for key, value in files.items()]
+    code, output = call(f"--workdir={run}", "--mode=edit", "--task=inpaint", "--classes=3", *file_flags)
     assert_refused(code, output, f"{name}.*{message}")
-    assert "data.broken" not in output, "a key of training"
+    assert "data.broken" not in output, "this key is for training only"

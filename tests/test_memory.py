@@ -1,4 +1,4 @@
-"""What no machine can hold is refused with its bytes, before any memory is taken."""
+"""Test that requests for more memory than the machine has are refused before any allocation."""
 
 import json
 import types
@@ -25,14 +25,14 @@ BYTES = r"at least [\d.e+]+ [GTPEZY]B"
   ("count", "text"),
   [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2**40, "1.1 TB"), (4e18, "4 EB"), (4e30, "4e+06 YB")],
 )
-def test_bytes_are_shown_with_a_unit(count, text):
+def test_bytes_are_formatted_with_a_unit(count, text):
   assert memory.format_bytes(count) == text
 
 
-def test_only_what_does_not_fit_is_refused():
+def test_only_oversized_requests_are_refused():
   memory.check("x", 100, 100, "")
   with pytest.raises(
-    ValueError, match=r"Got x: at least 101 B of memory, more than the 100 B that there are\. Do this\."
+    ValueError, match=r"Got x, which needs at least 101 B of memory, more than the available 100 B\. Do this\."
   ):
     memory.check("x", 101, 100, "Do this.")
   memory.check("x", memory.MAX_BYTES, None, "")
@@ -44,37 +44,37 @@ def device(platform, kind="", **stats):
   return types.SimpleNamespace(platform=platform, device_kind=kind, process_index=0, memory_stats=lambda: stats or None)
 
 
-def test_devices_have_their_own_memory_but_on_a_cpu():
+def test_memory_of_devices():
   assert memory.device_bytes(jax.devices()) == memory.host_bytes()
   assert memory.device_bytes([device("gpu", "NVIDIA H100 80GB HBM3")] * 4) == 4 * 80e9
   assert memory.device_bytes([device("gpu", "a new one", bytes_limit=5e9)] * 2) == 1e10
-  # One sold with 80 GB has 80 GiB, and may be told to leave some of it alone.
+  # The limit that the device reports takes precedence over the table.
   assert memory.device_bytes([device("gpu", "NVIDIA H100 80GB HBM3", bytes_limit=85e9)] * 2) == 170e9
   assert memory.device_bytes([device("gpu", "a new one")]) is None
 
 
-def test_the_largest_slice_of_tpus_is_a_machine():
-  chips = topology._MOST_CHIPS * hardware.chip_of("TPU7x").memory * 2  # two devices a chip
+def test_the_largest_tpu_slice_is_within_the_limit():
+  chips = topology._MAX_CHIPS * hardware.chip_of("TPU7x").memory * 2  # two devices a chip
   memory.check("x", chips, chips, "")
 
 
-def test_a_container_s_limit_is_the_memory(tmp_path, monkeypatch):
-  whole = memory.host_bytes()
-  for content, wanted in (("1000000\n", 1_000_000), ("max\n", whole), ("", whole)):
+def test_the_limit_of_a_container_is_respected(tmp_path, monkeypatch):
+  total = memory.host_bytes()
+  for content, limit in (("1000000\n", 1_000_000), ("max\n", total), ("", total)):
     (tmp_path / "max").write_text(content)
     monkeypatch.setattr(memory, "_LIMIT", tmp_path / "max")
-    assert memory.host_bytes() == (wanted if content[0:1] == "1" else max(whole, memory.host_bytes()))
+    assert memory.host_bytes() == (limit if content[0:1] == "1" else max(total, memory.host_bytes()))
 
 
-def test_steps_are_refused_where_float32_cannot_tell_them_apart():
-  most = schedules.MAX_STEPS
-  assert np.float32(most) - np.float32(most - 1) == 1
-  assert np.float32(most + 1) == np.float32(most)
+def test_more_steps_than_float32_can_distinguish_are_refused():
+  max_steps = schedules.MAX_STEPS
+  assert np.float32(max_steps) - np.float32(max_steps - 1) == 1
+  assert np.float32(max_steps + 1) == np.float32(max_steps)
   for make in (schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid):
-    with pytest.raises(ValueError, match="num_steps=1000000000, whose tables take at least 48 GB"):
+    with pytest.raises(ValueError, match="num_steps=1000000000; expected at most .* tables take at least 48 GB"):
       make(10**9)
   with pytest.raises(ValueError, match="tables take at least"):
-    processes.discrete(np.broadcast_to(np.float64(1e-9), (most + 1,)))
+    processes.discrete(np.broadcast_to(np.float64(1e-9), (max_steps + 1,)))
   for grid in (sampling.grids.uniform, sampling.grids.quadratic, sampling.grids.log_snr, sampling.grids.karras):
     with pytest.raises(ValueError, match="tables take at least"):
       grid(processes.vp(), 10**9)
@@ -92,7 +92,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_that_no_machine_holds_are_refused(name):
+def test_oversized_networks_are_refused(name):
   options, message = NETWORKS[name]
   with pytest.raises(ValueError, match=message):
     UNet(**options).check_input((32, 32, 3))
@@ -119,27 +119,27 @@ def test_networks_that_no_machine_holds_are_refused(name):
   + [{"multipliers": (1, float("nan"))}, {"multipliers": (1, float("inf"))}, {"multipliers": (-1,)}],
   ids=str,
 )
-def test_a_network_has_no_negative_number_of_anything(options):
+def test_negative_or_nan_network_options_are_refused(options):
   (name,) = options
   with pytest.raises(ValueError, match=f"{name}=|{-4:g} features|-512 features"):
     UNet(**options).check_input((32, 32, 3))
 
 
-def test_the_least_size_of_a_network_is_no_more_than_its_size(monkeypatch):
-  found = []
-  monkeypatch.setattr(memory, "check", lambda what, needed, *_: found.append(needed))
+def test_the_estimated_network_size_is_a_lower_bound(monkeypatch):
+  estimates = []
+  monkeypatch.setattr(memory, "check", lambda name, needed, *_: estimates.append(needed))
   for options in ({}, {"num_classes": 5000, "score_sde": True}, {"num_classes": 5000}, {"embedding_features": 4096}):
     network = UNet(channels=32, multipliers=(1, 2), attention_levels=(), blocks=1, **options)
-    found.clear()
+    estimates.clear()
     network.check_input((8, 8, 3))
     given = {"classes": jax.ShapeDtypeStruct((1,), jnp.int32)} if network.num_classes else {}
     params = interop.tensors.abstract_params(network, (8, 8, 3), **given)
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
-    assert size / 10 < found[0] <= size
+    assert size / 10 < estimates[0] <= size
 
 
 @pytest.mark.parametrize(("space", "channels"), [((2**40, 2**40), 3), ((2**16, 2**16), 3), ((50_000, 50_000), 1)])
-def test_images_that_programs_cannot_count_are_refused(space, channels):
+def test_images_with_too_many_pixels_are_refused(space, channels):
   with pytest.raises(ValueError, match=r"takes [\d.e+]+ [GEY]B; expected fewer than 2,147,483,648 places"):
     UNet(multipliers=(1,), attention_levels=()).check_input((*space, channels))
 
@@ -157,19 +157,21 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("key", TRAINING)
-def test_training_is_refused_with_the_bytes_it_would_take(key, tmp_path, monkeypatch):
-  # Whatever machine this is.
+def test_oversized_training_is_refused(key, tmp_path, monkeypatch):
+  # Make the test independent of the machine.
   monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
   monkeypatch.setattr(memory, "disk_bytes", lambda folder: 10**9)
   config = tiny_config()
   section, name = key.split(".")
   config[section][name] = TRAINING[key]
-  with pytest.raises(ValueError, match=rf"Got config\..*: {BYTES} of (memory|disk), more than the 1 GB"):
+  with pytest.raises(
+    ValueError, match=rf"Got config\..*, which needs {BYTES} of (memory|disk), more than the available 1 GB"
+  ):
     runs.run_train(tree_of(config), tmp_path / "work")
   assert not (tmp_path / "work").exists()
 
 
-def test_images_that_programs_cannot_count_are_refused_by_their_key(tmp_path):
+def test_the_error_names_the_config_key_of_an_image_with_too_many_pixels(tmp_path):
   config = tiny_config()
   config.data.image_size = 2**20
   with pytest.raises(
@@ -180,21 +182,23 @@ def test_images_that_programs_cannot_count_are_refused_by_their_key(tmp_path):
 
 
 @pytest.mark.usefixtures("on_one_device")
-def test_a_state_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+def test_an_oversized_state_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
   config = tiny_config()
   config.model.network.update({"channels": 4096, "groups": 32})
-  with pytest.raises(ValueError, match=f"the state of this network and its optimizer: {BYTES}"):
+  with pytest.raises(ValueError, match=f"the state of this network and its optimizer, which needs {BYTES}"):
     runs.run_train(tree_of(config), tmp_path / "work")
   assert not (tmp_path / "work").exists()
 
 
-def test_features_whose_covariance_does_not_fit_are_refused(monkeypatch):
+def test_features_with_an_oversized_covariance_are_refused(monkeypatch):
   monkeypatch.setattr(memory, "host_bytes", lambda: 10**9)
   metrics.check_memory(3 * 64**2, 0, False)
-  with pytest.raises(ValueError, match=f"features of 196,608 dimensions, .*covariance: {BYTES}.*features=inception"):
+  with pytest.raises(
+    ValueError, match=rf"features of 196,608 dimensions .*covariance\), which needs {BYTES}.*features=inception"
+  ):
     metrics.check_memory(3 * 256**2, 0, True)
-  with pytest.raises(ValueError, match=f"10,000 of them kept: {BYTES}"):
+  with pytest.raises(ValueError, match=rf"\(10,000 stored\), which needs {BYTES}"):
     metrics.check_memory(3 * 256**2, 10_000, False)
 
 
@@ -207,20 +211,20 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("key", MESSAGES)
-def test_the_command_line_shows_one_message(key, tmp_path):
+def test_the_command_line_prints_one_message(key, tmp_path):
   code, output = call(RECIPE, f"--config.{key}=2000000000", f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, MESSAGES[key])
   assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("value", [2**31, 2**40])
-def test_what_programs_cannot_count_is_refused(value, tmp_path):
+def test_an_image_size_beyond_int32_is_refused(value, tmp_path):
   code, output = call(DENSE, f"--config.data.image_size={value}", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, rf"config.data.image_size={value}; expected at most 2147483647: .* takes [\d.]+ [GT]B")
+  assert_refused(code, output, rf"config.data.image_size={value}; expected at most 2147483647, .* takes [\d.]+ [GT]B")
 
 
-def test_a_plan_for_other_machines_is_not_refused(monkeypatch):
-  """A batch, or a state, for which this machine is too small."""
+def test_plans_for_other_machines_are_not_refused(monkeypatch):
+  """A plan may have a batch and a state that are too large for this machine."""
   config = tiny_config()
   config.training.batch_size = 2**24
   config.model.network.channels = 1024
@@ -231,7 +235,7 @@ def test_a_plan_for_other_machines_is_not_refused(monkeypatch):
 
 
 @pytest.mark.usefixtures("dense", "on_one_device")
-def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, monkeypatch):
+def test_oversized_sampling_and_editing_are_refused(tmp_path, monkeypatch):
   folder, config = tmp_path / "run", tiny_config()
   folder.mkdir()
   write_run(config, folder)
@@ -241,7 +245,7 @@ def test_samples_and_edits_are_refused_with_the_bytes_they_would_take(tmp_path, 
   (tmp_path / "two").mkdir()
   for name in "ab":
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "two" / f"{name}.png")
-  with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for images of 8x8x1: {BYTES}"):
+  with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for images of 8x8x1, which needs {BYTES}"):
     runs.run_sample(experiment_of(config), folder, num_samples=10**12, seed=0, choice=runs.WeightsChoice())
   edit = runs.Edit("img2img", tmp_path / "a.png", num_results=10**12)
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for each of 1 inputs .*{BYTES}"):
@@ -277,7 +281,7 @@ def change(folder, part, **values):
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_configs_are_refused_with_the_bytes_they_would_take(name, tmp_path):
+def test_oversized_foreign_configs_are_refused(name, tmp_path):
   part, key, value, message = FOREIGN[name]
   file = change(tmp_path, part, **{key: value})
   with pytest.raises(ValueError, match=rf"In .*{file.name}: .*{message}"):
@@ -285,24 +289,24 @@ def test_foreign_configs_are_refused_with_the_bytes_they_would_take(name, tmp_pa
 
 
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "sigmoid", "scaled_linear"])
-def test_steps_of_every_foreign_schedule_are_refused(schedule, tmp_path):
+def test_too_many_steps_of_a_foreign_schedule_are_refused(schedule, tmp_path):
   change(tmp_path, "scheduler/scheduler_config.json", beta_schedule=schedule, num_train_timesteps=10**9)
   with pytest.raises(ValueError, match="tables take at least 48 GB"):
     interop.diffusers.load(tmp_path)
 
 
 @pytest.mark.parametrize(("size", "samples"), [(2**15, 10**4), (2**14, 10**6)])
-def test_foreign_images_are_refused_with_the_bytes_they_would_take(size, samples, tmp_path):
+def test_oversized_foreign_images_are_refused(size, samples, tmp_path):
   change(tmp_path / "model", "unet/config.json", sample_size=size)
   code, output = call(
     "--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path / 'work'}", f"--num_samples={samples}"
   )
-  assert_refused(code, output, rf"for images of {size}x{size}x3.*: {BYTES}")
+  assert_refused(code, output, rf"for images of {size}x{size}x3.*, which needs {BYTES}")
   assert not (tmp_path / "work").exists()
 
 
-def test_the_least_memory_of_a_batch_is_no_more_than_its_largest_features():
-  """The bound counts what the first layer gives, which is one of the arrays of a program."""
+def test_the_estimated_memory_of_a_batch_is_a_lower_bound():
+  """The estimate is the output of the first layer, one of the arrays of the program."""
   config, size = tiny_config(), 6
   experiment = experiment_of(config)
   model, channels = experiment.model, config.model.network.channels

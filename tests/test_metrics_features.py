@@ -1,4 +1,4 @@
-"""Feature spaces, the small classifier whose features are one, and files of statistics."""
+"""Test feature spaces, the small classifier, and files of statistics."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ddpm_jax.storage import sealed
 
 DIGITS = data.read(data.read_digits(), np.arange(1797))
 IMAGES, LABELS = DIGITS["image"], DIGITS["classes"]
-# One number of steps, and so one program, for all tests.
+# All tests use the same number of steps, so that they share one compiled program.
 STEPS = 4
 
 
@@ -21,7 +21,7 @@ def params():
   return metrics.train_classifier(IMAGES[:600], LABELS[:600], 10, steps=STEPS, quiet=True)
 
 
-def test_features_are_the_same_on_any_number_of_devices_and_of_images(params):
+def test_features_do_not_depend_on_the_number_of_devices_or_images(params):
   space = metrics.classifier_space(params, 10)
   expected = metrics.extractor(space, 8, jax.devices()[:1])(IMAGES[:100])
   assert {name: tap.shape for name, tap in expected.items()} == {"features": (100, 64), "log_probs": (100, 10)}
@@ -33,16 +33,16 @@ def test_features_are_the_same_on_any_number_of_devices_and_of_images(params):
 
 
 def test_an_extractor_compiles_once(params):
-  space, traced = metrics.classifier_space(params, 10), []
+  space, traced_shapes = metrics.classifier_space(params, 10), []
 
   def apply(params, x):
-    traced.append(x.shape)
+    traced_shapes.append(x.shape)
     return space.apply(params, x)
 
   extract = metrics.extractor(space._replace(apply=apply), 4, jax.devices()[:2])
   for count in (3, 8, 20):
     extract(IMAGES[:count])
-  assert traced == [(4, 8, 8, 1)], "the share of one device"
+  assert traced_shapes == [(4, 8, 8, 1)], "the batch of one device"
 
 
 def test_pixels_are_features():
@@ -64,24 +64,24 @@ def test_wrong_images_are_errors(params):
       extract(wrong)
   with pytest.raises(ValueError, match="Got a batch of 0"):
     metrics.extractor(metrics.pixel_space(), 0)
-  with pytest.raises(ValueError, match="Got images of 3 channels for a classifier of images of 1"):
+  with pytest.raises(ValueError, match=r"Got images with 3 channel\(s\); expected 1"):
     metrics.extractor(metrics.classifier_space(params, 10), 4)(np.repeat(IMAGES[:4], 3, -1))
   unnamed = metrics.pixel_space()._replace(apply=lambda params, x: {"values": x})
   with pytest.raises(ValueError, match=r"Got the taps \['values'\] .*expected 'features'"):
     metrics.extractor(unnamed, 4)(IMAGES[:4])
 
 
-def test_a_classifier_learns_digits_in_a_few_steps_and_the_same_way_twice(params):
+def test_a_classifier_learns_digits_in_a_few_steps_reproducibly(params):
   again = metrics.train_classifier(IMAGES[:600], LABELS[:600].tolist(), 10, steps=STEPS, quiet=True)
   jax.tree.map(np.testing.assert_array_equal, params, again)
   taps = metrics.extractor(metrics.classifier_space(params, 10), 8)(IMAGES)
   assert np.mean(taps["log_probs"][600:].argmax(1) == LABELS[600:]) > 0.3
-  seen = taps["features"][:600]
-  np.testing.assert_allclose(seen.mean(0), 0, atol=1e-4)
-  np.testing.assert_allclose(seen.var(0).mean(), 1, rtol=1e-4)
+  features = taps["features"][:600]
+  np.testing.assert_allclose(features.mean(0), 0, atol=1e-4)
+  np.testing.assert_allclose(features.var(0).mean(), 1, rtol=1e-4)
 
 
-def test_a_classifier_of_images_that_are_all_the_same_has_finite_features():
+def test_a_classifier_of_identical_images_has_finite_features():
   same = np.repeat(IMAGES[:1], 70, 0)
   params = metrics.train_classifier(same, np.arange(70) % 10, 10, steps=STEPS, quiet=True)
   features = metrics.extractor(metrics.classifier_space(params, 10), 8)(same)["features"]
@@ -93,7 +93,7 @@ def test_a_classifier_takes_images_of_any_shape():
   params = metrics.train_classifier(images, np.arange(10) % 2, 2, steps=1, quiet=True)
   taps = metrics.extractor(metrics.classifier_space(params, 2), 8)(images)
   assert taps["features"].shape == (10, 64)
-  # The same rows and columns are kept, whichever side is the short one.
+  # Swapping height and width works too.
   turned = metrics.extractor(metrics.classifier_space(params, 2), 8)(images.swapaxes(1, 2))
   assert turned["features"].shape == (10, 64)
   assert metrics.extractor(metrics.pixel_space(), 8)(images)["features"].shape == (10, 12 * 24 * 5)
@@ -118,7 +118,7 @@ def test_wrong_training_sets_are_errors():
       metrics.train_classifier(IMAGES[:3], np.array(labels), classes, steps=steps)
 
 
-def test_a_classifier_survives_its_file(params, tmp_path):
+def test_a_classifier_can_be_saved_and_loaded(params, tmp_path):
   path, about = tmp_path / "new" / "classifier.safetensors", {"steps": "80"}
   metrics.save_classifier(path, params, about)
   jax.tree.map(np.testing.assert_array_equal, metrics.load_classifier(path, about), params)
@@ -126,14 +126,14 @@ def test_a_classifier_survives_its_file(params, tmp_path):
   assert metrics.load_classifier(path, {"steps": "81"}) is None
   assert metrics.load_classifier(tmp_path / "missing", about) is None
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(sealed.DamagedFileError, match="it is not safetensors"):
+  with pytest.raises(sealed.DamagedFileError, match="it is not a safetensors file"):
     metrics.load_classifier(path, about)
 
 
-def test_a_digest_tells_arrays_apart():
+def test_different_arrays_have_different_digests():
   x = np.arange(6)
   arrays = [(x,), (x.astype(np.int32),), (x.reshape(2, 3),), (x.reshape(3, 2),), (x + 1,), (x, x), (x[:0],), ()]
-  assert len({metrics.digest(*one) for one in arrays}) == len(arrays)
+  assert len({metrics.digest(*group) for group in arrays}) == len(arrays)
   assert metrics.digest(x.reshape(2, 3).T) == metrics.digest(x.reshape(2, 3).T.copy())
 
 
@@ -144,21 +144,21 @@ def statistics():
   return metrics.Statistics(features, spatial, {"space": "pixels"})
 
 
-def test_statistics_survive_their_file(statistics, tmp_path):
+def test_statistics_can_be_saved_and_loaded(statistics, tmp_path):
   path = tmp_path / "new" / "a.b.npz"
   metrics.save_statistics(path, statistics)
   assert [file.name for file in path.parent.iterdir()] == [path.name]
   got = metrics.load_statistics(str(path))
   assert (got.about, got.features.count, got.spatial.count) == ({"space": "pixels"}, 20, 20)
-  for one, other in zip((got.features, got.spatial), (statistics.features, statistics.spatial), strict=True):
-    np.testing.assert_array_equal(one.mean, other.mean)
-    np.testing.assert_array_equal(one.covariance, other.covariance)
+  for loaded, saved in zip((got.features, got.spatial), (statistics.features, statistics.spatial), strict=True):
+    np.testing.assert_array_equal(loaded.mean, saved.mean)
+    np.testing.assert_array_equal(loaded.covariance, saved.covariance)
   metrics.save_statistics(tmp_path / "c.npz", statistics._replace(spatial=None))
   assert metrics.load_statistics(tmp_path / "c.npz").spatial is None
 
 
-def test_statistics_of_other_tools_do(statistics, tmp_path):
-  """Those of pytorch-fid and clean-fid, and of guided-diffusion, which are in float32 and have more in them."""
+def test_statistics_of_other_tools_can_be_loaded(statistics, tmp_path):
+  """pytorch-fid, clean-fid and guided-diffusion write float32 and additional arrays."""
   mean, covariance, _ = statistics.features
   np.savez(tmp_path / "a.npz", mu=mean.astype(np.float32), sigma=covariance.astype(np.float32), arr_0=np.zeros(3))
   got = metrics.load_statistics(tmp_path / "a.npz")
@@ -192,7 +192,7 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
       metrics.load_statistics(path)
     assert str(path) in str(error.value)
-  # What describes the arrays: read as numbers of half the size, they would never meet their checksums.
+  # Damage the headers: NumPy would read numbers of half the size without verifying the checksums.
   np.savez(path, mu=np.zeros(400), sigma=np.zeros((400, 400)))
   content = path.read_bytes()
   assert content.count(b"<f8") == 2
@@ -209,7 +209,7 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
       metrics.load_statistics(path)
 
 
-def test_statistics_are_not_written_over(statistics, tmp_path):
+def test_statistics_do_not_overwrite_a_file(statistics, tmp_path):
   path = tmp_path / "a.npz"
   path.write_text("precious")
   with pytest.raises(ValueError, match="a.npz, which exists; expected a new file"):

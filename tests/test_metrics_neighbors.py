@@ -1,4 +1,4 @@
-"""Scores of balls around points against the authors' own and torch-fidelity, and known configurations."""
+"""Compare scores of nearest neighbors with the code of their authors, torch-fidelity and exact results."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ def points(seed, count, width=4, scale=1.0, shift=0.0):
   ("generated", "k"),
   [(points(1, 150), 5), (points(1, 90, scale=0.4), 3), (points(1, 150, shift=1), 5), (points(1, 40, shift=100), 1)],
 )
-def test_scores_are_the_authors_and_torch_fidelitys(generated, k):
+def test_scores_equal_those_of_the_authors_and_torch_fidelity(generated, k):
   real = points(0, 120)
   got = metrics.neighborhoods(generated, real, k)
   with contextlib.redirect_stdout(io.StringIO()):
@@ -30,11 +30,11 @@ def test_scores_are_the_authors_and_torch_fidelitys(generated, k):
   np.testing.assert_allclose(got, [expected[name] for name in got._fields], rtol=1e-9)
   prc = fidelity.import_module("torch_fidelity.metric_prc")
   parts = prc.calculate_precision_recall_part(torch.from_numpy(generated), torch.from_numpy(real), k)
-  # Theirs are means in float32.
+  # torch-fidelity computes means in float32.
   np.testing.assert_allclose(metrics.precision_recall(generated, real, k), parts, rtol=1e-6)
 
 
-def test_blocks_of_any_size_give_the_same(monkeypatch):
+def test_scores_do_not_depend_on_the_block_size(monkeypatch):
   generated, real = points(1, 90), points(0, 70)
   expected = metrics.neighborhoods(generated, real)
   for size in (1, 300, 7 * 90):
@@ -42,23 +42,24 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
     assert metrics.neighborhoods(generated, real) == expected
 
 
-def test_points_of_a_line():
-  # With k = 1 the real balls are [-1, 1], [0, 2], [1, 3] and [2, 18], the generated ones [1.5, 2.5], [2, 3] and [2.5, 57.5].
+def test_points_on_a_line():
+  # With k = 1 the real balls are [-1, 1], [0, 2], [1, 3] and [2, 18]. The generated balls are [1.5, 2.5], [2, 3] and
+  # [2.5, 57.5].
   real, generated = np.array([[0.0], [1], [2], [10]]), np.array([[2.0], [2.5], [30]])
   assert metrics.neighborhoods(generated, real, 1) == pytest.approx((2 / 3, 2 / 4, (3 + 2 + 0) / 3, 3 / 4))
 
 
 @pytest.mark.parametrize("shift", [0, 1e4])
 @pytest.mark.parametrize("width", [1, 64])
-def test_copies_are_inside_all_balls_that_their_originals_reach(width, shift):
+def test_copies_are_inside_the_balls_of_their_originals(width, shift):
   real = points(0, 300, width).astype(np.float32) + np.float32(shift)
   got = metrics.neighborhoods(real[::-1], real, 5)
   assert (got.precision, got.recall, got.coverage) == (1, 1, 1)
-  # Each ball holds its center and, on its surface and inside, k others: float32 near 10,000 rounds some of them together.
+  # Each ball contains its center and k other points. Near 10,000, float32 rounds some points to the same value.
   assert got.density == pytest.approx(6 / 5, abs=0.02 if shift and width == 1 else 1e-9)
 
 
-def test_many_copies_of_one_image_leave_balls_of_no_size_that_hold_further_copies():
+def test_balls_of_radius_0_contain_copies_of_their_center():
   real = np.concatenate([np.repeat(points(0, 1, 64), 20, 0), points(1, 30, 64)]) + 100
   got = metrics.neighborhoods(real[:10], real, 5)
   assert got.precision == 1
@@ -75,7 +76,7 @@ def test_scores_move_the_right_way():
   assert narrow.precision > 0.95
   assert narrow.recall < 0.1
   assert narrow.coverage < 0.6 * same.coverage
-  # Of few images many times over the precision stays.
+  # Repeating a few images lowers recall and coverage, but not precision.
   repeated = metrics.neighborhoods(np.repeat(held_out[:10], 30, 0), real)
   assert repeated.recall < 0.1
   assert repeated.coverage < 0.3
@@ -83,21 +84,23 @@ def test_scores_move_the_right_way():
 
 
 @pytest.mark.parametrize("sizes", [[], [1, 30], [0, 3, 3]])
-def test_nearest_is_scikit_learns_in_any_batches(sizes):
+def test_nearest_equals_scikit_learn_for_any_batches(sizes):
   features, queries = points(0, 70, 8), points(1, 6, 8)
-  distances, numbers = NearestNeighbors(n_neighbors=4, algorithm="brute").fit(features).kneighbors(queries)
-  found, apart = metrics.nearest(queries, np.split(features, sizes), 4)
-  np.testing.assert_array_equal(found, numbers)
-  np.testing.assert_allclose(apart, distances, rtol=1e-9)
+  expected_distances, expected_indices = (
+    NearestNeighbors(n_neighbors=4, algorithm="brute").fit(features).kneighbors(queries)
+  )
+  indices, distances = metrics.nearest(queries, np.split(features, sizes), 4)
+  np.testing.assert_array_equal(indices, expected_indices)
+  np.testing.assert_allclose(distances, expected_distances, rtol=1e-9)
 
 
-def test_a_copy_is_at_no_distance_and_the_first_of_several_is_named():
+def test_the_distance_to_a_copy_is_0_and_the_first_copy_comes_first():
   features = points(0, 500, 64).astype(np.float32) + np.float32(1e3)
   features[400] = features[7]
-  found, apart = metrics.nearest(features[5:9], iter([features[:100], features[100:]]), 2)
-  np.testing.assert_array_equal(found[:, 0], [5, 6, 7, 8])
-  np.testing.assert_array_equal(apart[:, 0], 0)
-  assert (found[2, 1], apart[2, 1]) == (400, 0)
+  indices, distances = metrics.nearest(features[5:9], iter([features[:100], features[100:]]), 2)
+  np.testing.assert_array_equal(indices[:, 0], [5, 6, 7, 8])
+  np.testing.assert_array_equal(distances[:, 0], 0)
+  assert (indices[2, 1], distances[2, 1]) == (400, 0)
 
 
 def test_wrong_points_are_errors():
@@ -116,7 +119,7 @@ def test_wrong_points_are_errors():
   for call in (lambda: metrics.neighborhoods(broken, real), lambda: metrics.nearest(real, [real, broken])):
     with pytest.raises(ValueError, match="Got 1 of 20 feature vectors that are not finite"):
       call()
-  with pytest.raises(ValueError, match="Got 3 features among which to find 5"):
+  with pytest.raises(ValueError, match="Got 3 features to find 5 neighbors"):
     metrics.nearest(real, [real[:3]])
-  with pytest.raises(ValueError, match="Got 0 neighbors of 20"):
+  with pytest.raises(ValueError, match="Got 0 neighbors to find for 20"):
     metrics.nearest(real, [real], 0)

@@ -268,7 +268,7 @@ def test_denoise_is_the_network_s_output_read_by_the_prediction(prediction):
 
 def test_predictions_that_cannot_be_read_are_refused_before_any_call():
   model = make(process=processes.discrete(schedules.zero_terminal_snr(schedules.linear(20))))
-  with pytest.raises(ValueError, match="x_0 cannot be told"):
+  with pytest.raises(ValueError, match="does not determine x_0"):
     model.denoise({}, {})
 
 

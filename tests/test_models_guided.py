@@ -108,7 +108,7 @@ def test_hidden_classes_are_a_share_whatever_the_batch():
     ({"model__conditions": {"classes": spec("conditions.classes", number=0, dropout=0.1)}}, "number=0 of classes"),
     (
       {"model__conditions": {"classes": spec("conditions.classes", dropout=0.1)}},
-      "classes without number; expected it",
+      "classes without its required argument number",
     ),
   ],
 )

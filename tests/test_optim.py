@@ -27,9 +27,9 @@ def run(optimizer, params, gradients):
   return history, state
 
 
-def of_optax(made):
-  """Return a transform of optax, which relies on implicit promotion."""
-  return optax.GradientTransformation(with_promotion(made.init), with_promotion(made.update))
+def allow_promotion(transformation):
+  """Wrap a transformation of optax, which relies on implicit type promotion."""
+  return optax.GradientTransformation(with_promotion(transformation.init), with_promotion(transformation.update))
 
 
 def gradients(count, seed=0):
@@ -37,9 +37,9 @@ def gradients(count, seed=0):
   return [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), PARAMS) for _ in range(count)]
 
 
-def assert_same_bits(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+def assert_same_bits(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     assert a.dtype == b.dtype
     if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
       a, b = jax.random.key_data(a), jax.random.key_data(b)
@@ -59,21 +59,21 @@ def plain_rate(step, name, peak, warmup, decay, factor):
   if name == "inverse_sqrt":
     start = max(decay, warmup, 1)
     return peak / math.sqrt(max(step + 1, start) / start)
-  done = min(1, (step - warmup) / (decay - warmup))
-  left = (1 + math.cos(math.pi * done)) / 2 if name == "cosine" else 1 - done
-  return peak * (factor + (1 - factor) * left)
+  progress = min(1, (step - warmup) / (decay - warmup))
+  remaining = (1 + math.cos(math.pi * progress)) / 2 if name == "cosine" else 1 - progress
+  return peak * (factor + (1 - factor) * remaining)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 @pytest.mark.parametrize("factor", [0.0, 0.1])
 @pytest.mark.parametrize("name", optim.SCHEDULES)
-def test_schedules_are_their_formulas(name, factor, warmup):
+def test_schedules_match_their_formulas(name, factor, warmup):
   rate = optim.schedule(0.3, name=name, warmup_steps=warmup, decay_steps=20, final_factor=factor)
-  got = jax.jit(jax.vmap(rate))(jnp.arange(50))
-  want = [plain_rate(step, name, 0.3, warmup, 20, factor) for step in range(50)]
-  assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-  np.testing.assert_allclose(rate(30), got[30], rtol=1e-5, atol=1e-7)
+  actual = jax.jit(jax.vmap(rate))(jnp.arange(50))
+  expected = [plain_rate(step, name, 0.3, warmup, 20, factor) for step in range(50)]
+  assert actual.dtype == jnp.float32
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(rate(30), actual[30], rtol=1e-5, atol=1e-7)
 
 
 def test_inverse_sqrt_starts_after_the_warm_up_by_default():
@@ -93,50 +93,50 @@ def test_inverse_sqrt_starts_after_the_warm_up_by_default():
     ({"name": "linear", "warmup_steps": 9, "decay_steps": 9}, "decay_steps=9 for a linear"),
   ],
 )
-def test_wrong_schedules_are_errors(options, message):
+def test_invalid_schedules_are_errors(options, message):
   with pytest.raises(ValueError, match=message):
     optim.schedule(**{"peak": 1.0, **options})
 
 
-def test_adam_is_optax_adam_with_warmup_and_clipping():
+def test_adam_matches_optax_with_warmup_and_clipping():
   start, gradients = jnp.ones(4), [10 * jnp.cos(jnp.arange(4.0) + i) for i in range(8)]
-  got, _ = run(optim.adam(0.01, warmup_steps=4, clip_norm=1.0, ema_decay=0.9), start, gradients)
-  adam, params = of_optax(optax.adam(1.0)), start
+  actual, _ = run(optim.adam(0.01, warmup_steps=4, clip_norm=1.0, ema_decay=0.9), start, gradients)
+  adam, params = allow_promotion(optax.adam(1.0)), start
   state = adam.init(start)
   for i, gradient in enumerate(gradients):
     clipped = gradient / jnp.linalg.norm(gradient)
     updates, state = adam.update(clipped, state)
     params = params + 0.01 * min(1, (i + 1) / 4) * updates
-  np.testing.assert_allclose(got[-1], params, rtol=1e-5)
+  np.testing.assert_allclose(actual[-1], params, rtol=1e-5)
 
 
 NUMBERS_ONLY = ("optimistic_adam", "rprop", "sm3")
 
 
 @pytest.mark.parametrize("name", sorted({*optim.OPTIMIZERS} - {"lbfgs"}))
-def test_every_optimizer_of_optax_is_itself(name):
-  """The chain without clipping and averages makes the steps of the bare optimizer, and it has an average to keep."""
+def test_the_chain_makes_the_same_steps_as_the_optax_optimizer(name):
+  """The chain has no clipping here, and an average that does not change the steps."""
   arguments = {"key": 0} if name == "noisy_sgd" else {}
   rate = 0.01 if name in NUMBERS_ONLY else optim.schedule(0.01)
-  bare = of_optax(optim.OPTIMIZERS[name](rate, **arguments))
+  bare = allow_promotion(optim.OPTIMIZERS[name](rate, **arguments))
   averages = ema.params_ema(ema.fixed(0.9))
   wrapped = optim.chain(rate, name=name, arguments=arguments, clip_norm=None, averages=averages)
-  got, state = run(wrapped, PARAMS, gradients(2))
-  want, _ = run(bare, PARAMS, gradients(2))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got[-1], want[-1])
+  actual, state = run(wrapped, PARAMS, gradients(2))
+  expected, _ = run(bare, PARAMS, gradients(2))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual[-1], expected[-1])
   assert ema.ema_params(state)["kernel"].shape == (2, 3)
-  assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(got[-1]), jax.tree.leaves(PARAMS), strict=True))
+  assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(actual[-1]), jax.tree.leaves(PARAMS), strict=True))
 
 
-def test_the_usual_optimizers_are_known():
+def test_common_optimizers_are_available():
   assert {*optim.OPTIMIZERS} >= {"adam", "adamw", "lion", "sgd", "adafactor", "lamb", "radam", "nadamw", "rmsprop"}
   assert not [name for name in optim.OPTIMIZERS if name.startswith("scale_by_")]
 
 
 def test_arguments_reach_the_optimizer():
-  got, _ = run(optim.optimizer("adamw", 0.1, {"b1": 0.5, "weight_decay": 0.2}), PARAMS, gradients(3))
-  want, _ = run(of_optax(optax.adamw(0.1, b1=0.5, weight_decay=0.2)), PARAMS, gradients(3))
-  assert_same_bits(got, want)
+  actual, _ = run(optim.optimizer("adamw", 0.1, {"b1": 0.5, "weight_decay": 0.2}), PARAMS, gradients(3))
+  expected, _ = run(allow_promotion(optax.adamw(0.1, b1=0.5, weight_decay=0.2)), PARAMS, gradients(3))
+  assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +157,12 @@ def test_arguments_reach_the_optimizer():
     ("sm3", optim.schedule(0.1), {}, "rate that changes for sm3"),
   ],
 )
-def test_wrong_optimizers_are_errors(name, rate, arguments, message):
+def test_invalid_optimizers_are_errors(name, rate, arguments, message):
   with pytest.raises(ValueError, match=message):
     optim.optimizer(name, rate, arguments)
 
 
-def test_arguments_are_read_from_text():
+def test_arguments_are_parsed_from_text():
   assert optim.parse_arguments("") == {}
   assert optim.parse_arguments(" b2=0.95, weight_decay=1e-2,") == {"b2": 0.95, "weight_decay": 0.01}
   text = "nesterov=True, mu_dtype='bfloat16', a=(1, 2), b=None, c=-1"
@@ -172,14 +172,14 @@ def test_arguments_are_read_from_text():
 @pytest.mark.parametrize(
   "text", ["b2", "0.9", "b2=", "b2=x", "b2=0.9 b1=0.9", "b2=0.9, b2=0.8", "**{'b2': 0.9}", "b2=1)(b1=1", "b2=f()", "\0"]
 )
-def test_text_that_holds_no_arguments_is_an_error(text):
+def test_text_that_is_not_arguments_is_an_error(text):
   with pytest.raises(ValueError, match="expected names, each once"):
     optim.parse_arguments(text)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 1e30])
-def test_a_step_that_is_not_finite_changes_no_bit(bad):
-  """Of 1e30 the norm overflows. Weight decay alone would move the parameters."""
+def test_a_non_finite_step_changes_no_bit(bad):
+  """The norm of 1e30 overflows. Without skipping, weight decay alone would change the parameters."""
   optimizer = full_chain(name="adamw")
   good = gradients(3)
   history, before = run(optimizer, PARAMS, good)
@@ -191,20 +191,20 @@ def test_a_step_that_is_not_finite_changes_no_bit(bad):
   assert optim.skip_counts(after) == (1, 1)
 
 
-def test_training_goes_on_as_if_a_skipped_step_had_never_been():
+def test_skipped_steps_do_not_affect_later_steps():
   good, optimizer = gradients(6), full_chain()
   bad = jax.tree.map(lambda g: g * NAN, good[0])
-  want, plain = run(optimizer, PARAMS, good)
-  got, state = run(optimizer, PARAMS, [bad, *good[:3], bad, bad, *good[3:]])
-  assert_same_bits(got[-1], want[-1])
+  expected, plain = run(optimizer, PARAMS, good)
+  actual, state = run(optimizer, PARAMS, [bad, *good[:3], bad, bad, *good[3:]])
+  assert_same_bits(actual[-1], expected[-1])
   assert_same_bits(state.inner, plain.inner)
   assert optim.skip_counts(plain) == (0, 0)
   assert optim.skip_counts(state) == (3, 0)
   assert optim.skip_counts(run(optimizer, PARAMS, [*good, bad, bad])[1]) == (2, 2)
 
 
-def test_updates_that_are_not_finite_are_skipped_too():
-  """A rate that is broken, and a state with a random key and integers, of parameters in 16 bits."""
+def test_non_finite_updates_are_skipped():
+  """The learning rate becomes infinite. The state has a random key and integers, and the parameters are bfloat16."""
   optimizer = optim.skip_nonfinite(
     optax.chain(
       optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(lambda count: jnp.where(count < 2, 0.1, INF), 0.9)
@@ -221,8 +221,8 @@ def test_updates_that_are_not_finite_are_skipped_too():
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
-def test_of_finite_gradients_updates_are_finite(name):
-  """Which is why these optimizers skip by their gradients alone: from the least numbers to the greatest whose square is finite."""
+def test_finite_gradients_give_finite_updates(name):
+  """Therefore these optimizers check gradients only. The values range up to the largest number with a finite square."""
   sizes = [0.0, 1e-38, 1e-30, 1e-16, 1.0, 1e19, 1.8e19]
   arguments = {} if name == "lion" else {"eps": 1e-16}
   optimizer = optim.chain(0.1, name=name, arguments=arguments, clip_norm=None, averages=None)
@@ -238,7 +238,7 @@ def test_of_finite_gradients_updates_are_finite(name):
 
 
 def test_adam_computes_its_updates_once():
-  """Others, whose updates are looked at before anything is written, compute them twice."""
+  """Optimizers with a check of the updates compute them twice."""
 
   def square_roots(**options):
     optimizer = optim.chain(0.1, clip_norm=None, averages=None, **options)
@@ -246,7 +246,7 @@ def test_adam_computes_its_updates_once():
     return text.count(" sqrt ")
 
   leaves = len(jax.tree.leaves(PARAMS))
-  # One more of each norm that is looked at.
+  # Each checked norm adds one square root.
   assert square_roots(name="adam") == leaves + 1
   assert square_roots(name="adam", arguments={"eps": 1e-30}) == 2 * leaves + 2
   assert square_roots(name="nadam") == 2 * leaves + 2
@@ -257,36 +257,36 @@ def test_no_optimizer_is_an_error():
     optim.skip_nonfinite(averages=ema.params_ema(ema.fixed(0.9)))
 
 
-def test_the_state_is_that_of_optax_s_chain():
-  """Which old checkpoints hold."""
+def test_the_state_has_the_structure_of_an_optax_chain():
+  """Existing checkpoints have this structure."""
   averages = ema.params_ema(ema.fixed(0.9))
   for steps, last in (([optax.adam(0.1)], [averages]), ([optax.clip(1.0), optax.sgd(0.1, 0.9)], [])):
     state = optim.skip_nonfinite(*steps, averages=last[0] if last else None).init(PARAMS)
     assert_same_bits(state.inner, optax.chain(*steps, *last).init(PARAMS))
 
 
-def test_skipped_is_found_inside_wrappers():
+def test_skip_counts_are_found_inside_wrappers():
   assert optim.skip_counts(optax.adam(0.1).init(PARAMS)) is None
   wrapped = optax.MultiSteps(optim.adam(0.1), 2).init(PARAMS)
   assert optim.skip_counts(wrapped) == (0, 0)
 
 
 def test_a_chain_without_clipping_and_averages():
-  got, state = run(optim.chain(0.1, name="sgd", clip_norm=None, averages=None), PARAMS, gradients(2))
-  want, _ = run(optax.sgd(0.1), PARAMS, gradients(2))
-  assert_same_bits(got, want)
+  actual, state = run(optim.chain(0.1, name="sgd", clip_norm=None, averages=None), PARAMS, gradients(2))
+  expected, _ = run(optax.sgd(0.1), PARAMS, gradients(2))
+  assert_same_bits(actual, expected)
   assert ema.ema_params(state) is None
 
 
 @pytest.mark.parametrize(
   ("options", "message"), [({"clip_norm": -1.0}, "clip_norm=-1"), ({"b1": 1.0}, "b1=1"), ({"ema_decay": 1.0}, "decay")]
 )
-def test_wrong_values_are_errors(options, message):
+def test_invalid_values_are_errors(options, message):
   with pytest.raises(ValueError, match=message):
     optim.adam(0.1, **options)
 
 
-def test_norm_and_clipping_are_optax_s():
+def test_norm_and_clipping_match_optax():
   for gradient in (*gradients(3), jax.tree.map(jnp.zeros_like, PARAMS), jax.tree.map(lambda leaf: 1e-3 * leaf, PARAMS)):
     np.testing.assert_allclose(optim.global_norm(gradient), optax.global_norm(gradient), rtol=1e-6)
     ours, theirs = (
@@ -296,13 +296,13 @@ def test_norm_and_clipping_are_optax_s():
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-6)
   assert optim.global_norm({"a": jnp.full(3, 256.0, jnp.bfloat16)}) == pytest.approx(256 * 3**0.5)
-  # Two of one shape, of another type, of another shape, a scalar; and none.
+  # The leaves include two of one shape, another type, another shape and a scalar. An empty tree has norm 0.
   leaves = [jnp.ones(4), jnp.full(4, 2.0), jnp.ones(4, jnp.bfloat16), jnp.ones((2, 2)), jnp.array(3.0)]
   assert optim.global_norm(leaves) == pytest.approx(37**0.5)
   assert optim.global_norm([]) == 0
 
 
-# Each changes parameters that have no gradient, or would if these were given to it.
+# Optimizers that change parameters even if their gradient is zero.
 DECAYING = {
   "adamw": {"weight_decay": 10.0},
   "adamaxw": {"weight_decay": 10.0},
@@ -315,8 +315,8 @@ DECAYING = {
 
 
 @pytest.mark.parametrize("name", DECAYING)
-def test_parameters_that_are_not_trained_stay_bit_for_bit(name):
-  """Fourier frequencies under weight decay or noise; averages of them too."""
+def test_untrained_parameters_do_not_change(name):
+  """Weight decay and noise do not affect Fourier frequencies and their averages."""
   network = networks.UNet(
     channels=8,
     multipliers=(1,),
@@ -335,33 +335,33 @@ def test_parameters_that_are_not_trained_stay_bit_for_bit(name):
   )
   gradients = jax.tree.map(jnp.zeros_like, params)
   history, state = run(chain, params, [gradients] * 3)
-  for held in (history[-1], ema.ema_params(state), ema.ema_params(state, 1)):
-    assert np.asarray(held["time_frequencies"]).tobytes() == frequencies.tobytes()
+  for tree in (history[-1], ema.ema_params(state), ema.ema_params(state, 1)):
+    assert np.asarray(tree["time_frequencies"]).tobytes() == frequencies.tobytes()
   assert np.any(history[-1]["conv_out"]["kernel"] != params["conv_out"]["kernel"])
 
 
-def test_a_chain_with_an_optimizer_beside_it_moves_the_model_as_alone():
-  """And the other part as its own optimizer would: neither knows of the other, but for steps that are skipped."""
+def test_model_and_extra_parameters_are_optimized_independently():
+  """Each part makes the same steps as its own optimizer alone, except that steps are skipped in both."""
   rng = np.random.default_rng(0)
   model, extra = ({"w": jnp.asarray(rng.normal(size=5), jnp.float32)} for _ in range(2))
-  beside = optax.chain(optim.clip_by_global_norm(0.1), optax.sgd(0.3, momentum=0.9))
-  alone = optim.chain(0.1, clip_norm=0.5, averages=ema.params_ema(ema.fixed(0.9)))
-  both = optim.chain(0.1, clip_norm=0.5, averages=ema.params_ema(ema.fixed(0.9)), extra=beside)
+  extra_optimizer = optax.chain(optim.clip_by_global_norm(0.1), optax.sgd(0.3, momentum=0.9))
+  model_optimizer = optim.chain(0.1, clip_norm=0.5, averages=ema.params_ema(ema.fixed(0.9)))
+  both = optim.chain(0.1, clip_norm=0.5, averages=ema.params_ema(ema.fixed(0.9)), extra=extra_optimizer)
   params = {"model": model, "extra": extra}
-  states = [alone.init(model), beside.init(extra), both.init(params)]
+  states = [model_optimizer.init(model), extra_optimizer.init(extra), both.init(params)]
   assert jax.tree.structure(ema.ema_params(states[2])) == jax.tree.structure(model)
   for _ in range(3):
     grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=5), jnp.float32), params)
     updates, states[2] = both.update(grads, states[2], params)
     expected = {}
-    expected["model"], states[0] = alone.update(grads["model"], states[0], params["model"])
-    expected["extra"], states[1] = beside.update(grads["extra"], states[1], params["extra"])
+    expected["model"], states[0] = model_optimizer.update(grads["model"], states[0], params["model"])
+    expected["extra"], states[1] = extra_optimizer.update(grads["extra"], states[1], params["extra"])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), updates, expected)
     params = optax.apply_updates(params, updates)
   np.testing.assert_allclose(ema.ema_params(states[2])["w"], ema.ema_params(states[0])["w"], rtol=1e-6)
   for name in ("model", "extra"):
-    spoilt = grads | {name: {"w": jnp.full(5, jnp.nan)}}
-    updates, after = both.update(spoilt, states[2], params)
+    broken = grads | {name: {"w": jnp.full(5, jnp.nan)}}
+    updates, after = both.update(broken, states[2], params)
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), updates)
     jax.tree.map(np.testing.assert_array_equal, after.inner, states[2].inner)
     assert int(after.skipped) == 1

@@ -1,4 +1,4 @@
-"""What the package offers by name, and how it is put together."""
+"""Test the public names and the structure of the package."""
 
 import ast
 import configparser
@@ -11,22 +11,22 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("name", [name for name in ddpm_jax.__all__ if name != "load"])
-def test_public_modules_come_by_name(name):
+def test_public_modules_are_attributes(name):
   assert getattr(ddpm_jax, name) is importlib.import_module(f"ddpm_jax.{name}")
 
 
-def test_all_names_are_listed_and_models_are_loaded_by_one():
+def test_public_names_are_listed_and_one_loads_models():
   assert set(dir(ddpm_jax)) == {*ddpm_jax.__all__, "__version__"}
   assert ddpm_jax.load is importlib.import_module("ddpm_jax.runs.loading").load
 
 
-def test_an_unknown_name_says_what_there_is():
+def test_an_unknown_name_lists_the_public_names():
   with pytest.raises(AttributeError, match="sampling, schedules"):
     ddpm_jax.sampler  # noqa: B018
 
 
 def modules():
-  """Every module of the package: its dotted name, its file and its syntax tree."""
+  """Yield the dotted name, file and syntax tree of each module of the package."""
   for path in sorted((ROOT / "ddpm_jax").rglob("*.py")):
     parts = path.relative_to(ROOT).with_suffix("").parts
     yield ".".join(parts).removesuffix(".__init__"), path, ast.parse(path.read_text())
@@ -40,17 +40,20 @@ def test_every_package_is_installed():
   assert installed == packages | {"ddpm_jax.configs"}
 
 
-# What every named tuple has.
+# Private names that every named tuple has.
 NAMED_TUPLES = ("_replace", "_fields", "_asdict", "_field_defaults", "_make")
 
 
 def package_of(name):
-  """The package of a dotted name; a module at the top is one of its own."""
+  """Return the package of a dotted name. A top-level module counts as a package."""
   return ".".join(name.split(".")[:2])
 
 
 def private_names(tree):
-  """The private names that a module defines, and those that it imports or looks up on anything but itself."""
+  """Return the private names that a module defines, and the private names that it uses.
+
+  Attributes of `self` and `cls` do not count as used.
+  """
   defined, used = set(), set()
   for node in ast.walk(tree):
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -60,36 +63,41 @@ def private_names(tree):
     elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddpm_jax"):
       used |= {(package_of(node.module), one.name) for one in node.names}
     elif isinstance(node, ast.Attribute):
-      own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+      is_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
       if isinstance(node.ctx, ast.Store):
         defined.add(node.attr)
-      elif not own:
+      elif not is_self:
         used.add(("", node.attr))
 
   def is_private(name):
     return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLES
 
-  return set(filter(is_private, defined)), {(place, name) for place, name in used if is_private(name)}
+  return set(filter(is_private, defined)), {(source, name) for source, name in used if is_private(name)}
 
 
-def foreign(of):
-  """The private names that packages take from each other, by the module that does; `of` has syntax trees by dotted name."""
-  names = {name: private_names(tree) for name, tree in of.items()}
-  homes = {}
+def private_imports(trees):
+  """Return the private names of other packages that modules use.
+
+  Args:
+    trees: the syntax trees of modules by dotted name.
+  """
+  names = {name: private_names(tree) for name, tree in trees.items()}
+  defined_in = {}
   for name, (defined, _) in names.items():
-    homes.setdefault(package_of(name), set()).update(defined)
-  found = {}
+    defined_in.setdefault(package_of(name), set()).update(defined)
+  violations = {}
   for name, (_, used) in names.items():
-    own = package_of(name)
-    others = set().union(*(defined for package, defined in homes.items() if package != own))
-    for place, one in used:
-      if place not in ("", own) or (not place and one in others - homes[own]):
-        found.setdefault(name, set()).add(one)
-  return found
+    package = package_of(name)
+    defined_elsewhere = set().union(*(defined for other, defined in defined_in.items() if other != package))
+    for source, private_name in used:
+      is_elsewhere = not source and private_name in defined_elsewhere - defined_in[package]
+      if source not in ("", package) or is_elsewhere:
+        violations.setdefault(name, set()).add(private_name)
+  return violations
 
 
 def test_private_names_stay_in_their_package():
-  assert foreign({name: tree for name, _, tree in modules()}) == {}
+  assert private_imports({name: tree for name, _, tree in modules()}) == {}
   text = (
     "from ddpm_jax.config.slots import _parts\ncomponent._other()\nself._mine()\nslots.public()\npoint._replace()\n"
   )
@@ -98,11 +106,11 @@ def test_private_names_stay_in_their_package():
     ("ddpm_jax.runs.plan", {"ddpm_jax.runs.plan": {"_parts", "_other"}}),
     ("ddpm_jax.config.a", {}),
   ):
-    assert foreign({name: ast.parse(text), "ddpm_jax.config.slots": ast.parse(slots)}) == expected
+    assert private_imports({name: ast.parse(text), "ddpm_jax.config.slots": ast.parse(slots)}) == expected
 
 
 def test_heavy_and_optional_libraries_are_imported_where_they_are_used():
-  """So that a module can be imported without them, and quickly."""
+  """Modules must import quickly, and without optional libraries."""
   heavy = {"torch", "tensorflow", "tensorflow_datasets", "wandb", "huggingface_hub", "mlxtend", "matplotlib", "lmdb"}
   for name, _, tree in modules():
     for node in tree.body:

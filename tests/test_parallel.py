@@ -1,4 +1,4 @@
-"""The same pure step on one device, under jit over meshes of eight, under pmap over eight, and a part at a time."""
+"""Test that a step gives the same result on one device, with jit and pmap on eight, and with accumulation."""
 
 import functools
 import os
@@ -52,7 +52,7 @@ def compiled_step(config, mesh, accumulate=1):
   return step, start
 
 
-def under_jit(config, batches, mesh, accumulate=1):
+def train_with_jit(config, batches, mesh, accumulate=1):
   step, start = compiled_step(config, mesh, accumulate)
   state, losses = start(), []
   for batch in batches:
@@ -62,56 +62,60 @@ def under_jit(config, batches, mesh, accumulate=1):
 
 
 @pytest.fixture(scope="module")
-def alone(config, batches):
-  return under_jit(config, batches, parallel.make_mesh(devices=jax.devices()[:1]))
+def unet_on_one_device(config, batches):
+  return train_with_jit(config, batches, parallel.make_mesh(devices=jax.devices()[:1]))
 
 
-def assert_same_run(got, want):
-  np.testing.assert_allclose(got[1], want[1], rtol=2e-5)
-  for a, b in zip(jax.tree.leaves(got[0]._replace(key=None)), jax.tree.leaves(want[0]._replace(key=None)), strict=True):
+def assert_same_run(actual, expected):
+  np.testing.assert_allclose(actual[1], expected[1], rtol=2e-5)
+  leaves = (jax.tree.leaves(run[0]._replace(key=None)) for run in (actual, expected))
+  for a, b in zip(*leaves, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
-def dense_alone(config, batches):
+def dense_on_one_device(config, batches):
   with pytest.MonkeyPatch.context() as patch:
     use_dense(patch)
-    return under_jit(config, batches, parallel.make_mesh(devices=jax.devices()[:1]))
+    return train_with_jit(config, batches, parallel.make_mesh(devices=jax.devices()[:1]))
 
 
 @pytest.fixture(params=["dense", pytest.param("unet", marks=pytest.mark.slow)])
-def lone(request, monkeypatch):
-  """A run on one device of the simplest network or of the U-Net, which the test has too."""
+def on_one_device(request, monkeypatch):
+  """Return a one-device run of the dense network or of the U-Net.
+
+  For the dense network, the test itself uses this network too.
+  """
   if request.param == "unet":
-    return request.getfixturevalue("alone")
+    return request.getfixturevalue("unet_on_one_device")
   use_dense(monkeypatch)
-  return request.getfixturevalue("dense_alone")
+  return request.getfixturevalue("dense_on_one_device")
 
 
 @pytest.fixture(scope="module")
 def by_data(config, batches):
-  return under_jit(config, batches, parallel.make_mesh())
+  return train_with_jit(config, batches, parallel.make_mesh())
 
 
 @pytest.fixture(scope="module")
 def by_fsdp(config, batches):
-  return under_jit(config, batches, parallel.make_mesh(fsdp=8))
+  return train_with_jit(config, batches, parallel.make_mesh(fsdp=8))
 
 
-def test_eight_by_data_give_the_run_of_one(by_data, alone):
+def test_data_parallel_run_matches_one_device(by_data, unet_on_one_device):
   assert len(jax.tree.leaves(by_data[0].params)[0].sharding.device_set) == 8
-  assert_same_run(by_data, alone)
+  assert_same_run(by_data, unet_on_one_device)
 
 
-def test_eight_by_fsdp_give_the_run_of_one(by_fsdp, alone):
-  assert_same_run(by_fsdp, alone)
+def test_fsdp_run_matches_one_device(by_fsdp, unet_on_one_device):
+  assert_same_run(by_fsdp, unet_on_one_device)
 
 
-def test_two_by_four_in_two_parts_give_the_run_of_one(config, batches, lone):
-  assert_same_run(under_jit(config, batches, parallel.make_mesh(2, 4), accumulate=2), lone)
+def test_two_by_four_with_accumulation_matches_one_device(config, batches, on_one_device):
+  assert_same_run(train_with_jit(config, batches, parallel.make_mesh(2, 4), accumulate=2), on_one_device)
 
 
-def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
+def test_pmap_run_matches_one_device(config, batches, on_one_device):
   experiment = experiment_of(config)
   step = functools.partial(
     training.train_step,
@@ -127,41 +131,41 @@ def test_pmap_over_eight_devices_gives_the_run_of_one(config, batches, lone):
     losses.append(float(metrics["loss"]))
   for leaf in jax.tree.leaves(state.params):
     np.testing.assert_array_equal(leaf[0], leaf[-1])
-  assert_same_run((parallel.unreplicate(state), losses), lone)
+  assert_same_run((parallel.unreplicate(state), losses), on_one_device)
   with pytest.raises(ValueError, match="12 on 8"):
     mapped(
       parallel.replicate(initial(experiment)), {"image": jnp.zeros((12, 8, 8, 1)), "classes": jnp.zeros(12, jnp.int32)}
     )
 
 
-def test_by_data_gradients_are_reduced_once_and_nothing_is_gathered(by_data):
-  found = costs.collectives(by_data[2].as_text())
+def test_data_parallel_step_reduces_gradients_once(by_data):
+  collectives = costs.collectives(by_data[2].as_text())
   parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(by_data[0].params))
-  assert set(found) == {"all-reduce"}
-  # The gradients with the loss; and the numbers of samples by noise level.
-  assert found["all-reduce"].number <= 3
-  # Sums of two branches have biases on both, whose gradients are the same and so reduced together.
-  assert 0.98 * parameters <= found["all-reduce"].bytes <= parameters + 100
+  assert set(collectives) == {"all-reduce"}
+  # These reduce the gradients with the loss, and the numbers of samples for each noise level.
+  assert collectives["all-reduce"].number <= 3
+  # A sum of two branches with biases has equal gradients for both biases, which are reduced only once.
+  assert 0.98 * parameters <= collectives["all-reduce"].bytes <= parameters + 100
 
 
-def test_by_fsdp_each_gradient_is_scattered_once(by_fsdp):
-  found, state = costs.collectives(by_fsdp[2].as_text()), by_fsdp[0]
-  split = [leaf.nbytes for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
-  whole = [leaf.nbytes for leaf in jax.tree.leaves(state.params) if leaf.sharding.is_fully_replicated]
-  assert set(found) == {"all-reduce", "all-gather", "reduce-scatter"}
-  assert 0.98 * sum(split) <= found["reduce-scatter"].bytes <= sum(split)
-  assert found["all-gather"].bytes <= 1.1 * sum(split)
-  # Besides: what norms of gradients and updates are summed from, and the losses by noise level.
-  assert found["all-reduce"].bytes <= sum(whole) + 4 * 4 * len(split) + 100
+def test_fsdp_step_scatters_each_gradient_once(by_fsdp):
+  collectives, state = costs.collectives(by_fsdp[2].as_text()), by_fsdp[0]
+  sharded = [leaf.nbytes for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
+  replicated = [leaf.nbytes for leaf in jax.tree.leaves(state.params) if leaf.sharding.is_fully_replicated]
+  assert set(collectives) == {"all-reduce", "all-gather", "reduce-scatter"}
+  assert 0.98 * sum(sharded) <= collectives["reduce-scatter"].bytes <= sum(sharded)
+  assert collectives["all-gather"].bytes <= 1.1 * sum(sharded)
+  # The step also reduces partial norms of gradients and updates, and the losses for each noise level.
+  assert collectives["all-reduce"].bytes <= sum(replicated) + 4 * 4 * len(sharded) + 100
 
 
-def test_fsdp_divides_the_state(by_fsdp, alone):
-  def held(state):
+def test_fsdp_divides_the_state(by_fsdp, unet_on_one_device):
+  def state_bytes(state):
     device = jax.devices()[0]
     shards = (shard for leaf in jax.tree.leaves(state._replace(key=None)) for shard in leaf.addressable_shards)
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
-  assert held(by_fsdp[0]) <= 1.1 / 8 * held(alone[0])
+  assert state_bytes(by_fsdp[0]) <= 1.1 / 8 * state_bytes(unet_on_one_device[0])
 
 
 def test_the_state_is_donated(config, batches):
@@ -172,8 +176,8 @@ def test_the_state_is_donated(config, batches):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
-  """In double precision, where order hardly matters: dropout, and times that are spread over the batch as a whole."""
+def test_accumulated_gradients_are_exact(batches, x64):
+  """The loss has dropout, and times that depend on the full batch. Float64 makes the order of summation irrelevant."""
   process, optimizer = processes.vp(), optim.adam(1e-2)
   generator = np.random.default_rng(0)
   params = {"first": generator.normal(0, 0.2, (64, 8)), "last": generator.normal(0, 0.2, (8, 64))}
@@ -193,57 +197,57 @@ def test_parts_of_a_batch_give_its_gradient_exactly(batches, x64):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
 
 
-def everything_under_jit(mesh, accumulate=1):
-  """Five steps of an objective that uses everything."""
+def full_objective_with_jit(mesh, accumulate=1):
+  """Run five steps of an objective that uses all features."""
   step = objectives.train_step(distribute=parallel.shard_gradient(mesh), accumulate=accumulate, unroll=True)
   shapes, given = jax.eval_shape(objectives.init_state), objectives.frozen()
   state = jax.jit(objectives.init_state, out_shardings=parallel.state_shardings(mesh, shapes))()
   given = jax.device_put(given, parallel.state_shardings(mesh, given))
-  compiled, found = parallel.jit_step(step, mesh, state, given), []
+  compiled, losses = parallel.jit_step(step, mesh, state, given), []
   for batch in objectives.batches(STEPS):
     state, metrics = compiled(state, parallel.put_batch(mesh, batch, objectives.BATCH), given)
-    found.append(float(metrics["loss"]))
-  return state, found, given
+    losses.append(float(metrics["loss"]))
+  return state, losses, given
 
 
 @pytest.fixture(scope="module")
-def everything_alone():
-  return everything_under_jit(parallel.make_mesh(devices=jax.devices()[:1]))
+def full_objective_on_one_device():
+  return full_objective_with_jit(parallel.make_mesh(devices=jax.devices()[:1]))
 
 
-def assert_same_everything(got, want):
-  np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
-  for a, b in zip(objectives.leaf_values(got[0]), objectives.leaf_values(want[0]), strict=True):
+def assert_same_full_run(actual, expected):
+  np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
+  for a, b in zip(objectives.leaf_values(actual[0]), objectives.leaf_values(expected[0]), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_objective_with_everything_on_two_by_four_gives_the_run_of_one(accumulate, everything_alone):
-  """Its memory holds the losses of the whole batch in order."""
-  found = everything_under_jit(parallel.make_mesh(2, 4), accumulate)
-  assert_same_everything(found, everything_alone)
-  for leaf in (found[0].memory["target"]["first"], found[0].extra["critic"], found[2]["objective"]["last"]):
+def test_full_objective_on_two_by_four_matches_one_device(accumulate, full_objective_on_one_device):
+  """The memory contains the losses of the full batch in order."""
+  run = full_objective_with_jit(parallel.make_mesh(2, 4), accumulate)
+  assert_same_full_run(run, full_objective_on_one_device)
+  for leaf in (run[0].memory["target"]["first"], run[0].extra["critic"], run[2]["objective"]["last"]):
     assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 4}
 
 
-def test_an_objective_with_everything_in_four_parts_gives_the_run_of_one(everything_alone):
+def test_full_objective_with_accumulation_matches_one_step(full_objective_on_one_device):
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
-  assert_same_everything(everything_under_jit(mesh, accumulate=4), everything_alone)
+  assert_same_full_run(full_objective_with_jit(mesh, accumulate=4), full_objective_on_one_device)
 
 
-def test_an_objective_with_everything_under_pmap_gives_the_run_of_one(everything_alone):
+def test_full_objective_with_pmap_matches_one_device(full_objective_on_one_device):
   mapped = parallel.pmap_step(objectives.train_step(axis_name=parallel.DATA_AXIS))
   state, given = map(parallel.replicate, (jax.jit(objectives.init_state)(), objectives.frozen()))
-  found = []
+  losses = []
   for batch in objectives.batches(STEPS):
     state, metrics = mapped(state, batch, given)
-    found.append(float(metrics["loss"]))
+    losses.append(float(metrics["loss"]))
   for leaf in objectives.leaf_values(state):
     np.testing.assert_array_equal(leaf[0], leaf[-1])
-  assert_same_everything((parallel.unreplicate(state), found), everything_alone)
+  assert_same_full_run((parallel.unreplicate(state), losses), full_objective_on_one_device)
 
 
-def test_each_row_lies_where_it_should(batches):
+def test_batch_rows_are_sharded_over_all_devices(batches):
   mesh = parallel.make_mesh(4, 2)
   np.testing.assert_array_equal(parallel.local_rows(mesh, BATCH), np.arange(BATCH))
   put = parallel.put_batch(mesh, batches[0], BATCH)
@@ -251,7 +255,7 @@ def test_each_row_lies_where_it_should(batches):
   assert {shard.data.shape[0] for shard in put["image"].addressable_shards} == {2}
 
 
-def test_wrong_sizes_are_errors():
+def test_invalid_sizes_are_errors():
   with pytest.raises(ValueError, match="batch size of 12 on 8 devices.*8 or 16"):
     parallel.check_batch(12, 8)
   with pytest.raises(ValueError, match="batch size of 0"):
@@ -264,7 +268,7 @@ def test_wrong_sizes_are_errors():
     training.check_accumulate(16, 8, 3)
 
 
-def test_the_cluster_s_environment_says_how_many_processes():
+def test_number_of_processes_from_the_cluster_environment():
   assert startup.environment_processes({}) == 1
   assert startup.environment_processes({"OMPI_COMM_WORLD_SIZE": "4"}) == 4
   assert startup.environment_processes({"SLURM_STEP_NUM_TASKS": "2"}) == 2
@@ -272,25 +276,25 @@ def test_the_cluster_s_environment_says_how_many_processes():
   assert startup.environment_processes({"TPU_WORKER_HOSTNAMES": "localhost"}) == 1
 
 
-def test_wrong_processes_are_errors():
+def test_invalid_process_flags_are_errors():
   with pytest.raises(ValueError, match="expected all three"):
     startup.connect("host:1", 2)
-  for place in ("host", "host:0", "host:65536", "host:99999", ":1"):
+  for address in ("host", "host:0", "host:65536", "host:99999", ":1"):
     with pytest.raises(ValueError, match="expected host:port with a port from 1 to 65535"):
-      startup.connect(place, 2, 0)
-  with pytest.raises(ValueError, match="an id from 0 to one less"):
+      startup.connect(address, 2, 0)
+  with pytest.raises(ValueError, match="an id from 0 to the number of processes minus 1"):
     startup.connect("host:1", 2, 2)
 
 
-def test_a_cpu_s_convolutions_take_none_of_ynnpack_and_are_the_same_to_rounding():
+def test_cpu_convolutions_do_not_use_ynnpack_and_differ_by_rounding_only():
   keys = jax.random.split(jax.random.key(0), 3)
-  x, seen = (jax.random.normal(key, (4, 16, 16, 32)) for key in keys[:2])
+  x, cotangent = (jax.random.normal(key, (4, 16, 16, 32)) for key in keys[:2])
   kernel = jax.random.normal(keys[2], (3, 3, 32, 32)) / 17
 
   def gradient(x, kernel):
     def loss(x, kernel):
       return jnp.vdot(
-        jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), seen
+        jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), cotangent
       )
 
     return jax.value_and_grad(loss, (0, 1))(x, kernel)
@@ -304,13 +308,13 @@ def test_a_cpu_s_convolutions_take_none_of_ynnpack_and_are_the_same_to_rounding(
   assert ["__ynn_fusion" in program for program in programs] == [False, True]
 
 
-def test_other_platforms_are_compiled_for_as_they_are():
+def test_other_platforms_have_no_compiler_options():
   devices = np.array([types.SimpleNamespace(platform="tpu")])
   for once in (False, True):
     assert parallel.compiler_options(types.SimpleNamespace(devices=devices), once=once) == {}
 
 
-def test_a_program_that_runs_once_says_the_same():
+def test_options_for_a_single_run_do_not_change_results():
   def normal(key):
     return jax.random.normal(key, (64, 64))
 
@@ -320,7 +324,7 @@ def test_a_program_that_runs_once_says_the_same():
 
 
 @pytest.mark.parametrize("has_tpu", [False, True])
-def test_what_libtpu_prints_is_kept_back_where_there_is_no_tpu(has_tpu, monkeypatch, capfd):
+def test_output_of_libtpu_is_suppressed_without_a_tpu(has_tpu, monkeypatch, capfd):
   def devices():
     for stream in (1, 2):
       os.write(stream, b"E0000 no TPU\n")

@@ -1,9 +1,9 @@
-"""Samplers against diffusers and k-diffusion, live: the same denoiser, start, times and noise; every state is compared.
+"""Compare every state of samplers with diffusers and k-diffusion, for the same denoiser, start, times and noise.
 
-The denoiser is the exact one of MIXTURE, which the peers call through NumPy. A deviation is relative to the largest entry of
-the peer's state at that step. In float32 the peers run as they are. In float64 a scheduler of diffusers, whose tables (and
-some of whose states) are float32 whatever it is given, runs with `float32` meaning float64 inside its module: then the rules
-are compared and not the rounding of tables.
+The denoiser is the exact denoiser of MIXTURE. The peers call it through NumPy. Deviations are relative to the largest
+entry of the peer's state at the same step. In float32 the peers run unchanged. The schedulers of diffusers keep their
+tables and some of their states in float32 for every input. In the float64 tests, `float32` therefore means float64
+inside their modules, so that the tests compare the rules and not the rounding of tables.
 """
 
 import itertools
@@ -22,17 +22,17 @@ from tests.peers import (
   EDM,
   Doubled,
   as_torch,
-  draws_of_dpmpp_sde,
   eps_network,
+  fixed_dpmpp_3m,
   k_diffusion,
   k_model,
   noise,
+  noise_of_dpmpp_sde,
   run_diffusers,
   run_k_diffusion,
   start,
-  third_order_mended,
+  states_of_heun_steps,
   trajectory,
-  whole_steps_of_heun,
 )
 
 # Measured: at most 4e-5, from diffusers' float32 tables near step 1 (3e-6 elsewhere); in float64 2e-12, and 2e-10 where
@@ -44,7 +44,7 @@ time_of = jax.jit(DISCRETE.time_of)
 
 @pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def dtype(request):
-  """The precision in which both run: for the two tests of many rules the narrow one is slow."""
+  """Set the precision of both sides, with float32 marked as slow for the two tests of many rules."""
   with jax.enable_x64(request.param == "float64"):
     yield request.param
 
@@ -54,11 +54,14 @@ in_both = pytest.mark.parametrize("dtype", TOLERANCE, indirect=True)
 
 @pytest.fixture
 def build(monkeypatch, dtype):
-  """`build(scheduler class, **config)`: a scheduler in `dtype` that draws our noise; with the betas of DISCRETE, if any."""
+  """Return `build(scheduler class, **config)`, which makes a scheduler in `dtype` with our noise.
+
+  Schedulers with betas get the betas of DISCRETE.
+  """
 
   def build(scheduler, **config):
-    module, draws = sys.modules[scheduler.__module__], (torch.tensor(noise(dtype, i)) for i in itertools.count())
-    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(draws), raising=False)
+    module, noises = sys.modules[scheduler.__module__], (torch.tensor(noise(dtype, i)) for i in itertools.count())
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(noises), raising=False)
     if dtype == "float64":
       for name in ("torch", "np"):
         monkeypatch.setattr(module, name, Doubled(getattr(module, name)))
@@ -92,10 +95,10 @@ def assert_same(ours, theirs, dtype):
 )
 @in_both
 def test_ddpm_and_ddim(build, dtype, sampler, scheduler, config, options):
-  """On 10 steps, with which diffusers' previous label, n - 1000 // 10, is the next of the grid.
+  """With 10 steps, diffusers' previous timestep, n - 1000 // 10, is the next time of the grid.
 
-  The large variance is compared on "leading": on "trailing" diffusers adds its noise to the data in the last step too, unless
-  the label there is 0.
+  The large variance is compared on "leading". On "trailing", diffusers adds noise to the data in the last step too,
+  unless the timestep is 0 there.
   """
   config = {"timestep_spacing": "leading", "clip_sample": False} | config
   peer = build(scheduler, **config)
@@ -140,15 +143,16 @@ MULTISTEP = {
 
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_multistep(build, dtype, name):
-  """Unless stated, from step 1000 to step 1 (their "sigma_min") and not to 0, and with the full order to the end.
+  """Most rules run from step 1000 to step 1 (diffusers' "sigma_min"), with the full order to the end.
 
-  `lower_order_final`, their default below 15 steps, is no part of the rules: with order 3 it acts on the last two steps. To 0
-  their order is 1, as ours is, so order 2 also goes there. With "bh1" their UniPC gives NaN at 0, ours does not.
+  diffusers' `lower_order_final`, the default below 15 steps, is not part of the rules. With order 3 it changes the last
+  two steps. The last step to 0 has order 1 on both sides, so rules of order 2 can also run to 0. With "bh1", diffusers'
+  UniPC is NaN at 0. Ours is finite.
   """
   sampler, scheduler, config = MULTISTEP[name]
   config = {"final_sigmas_type": "sigma_min", "lower_order_final": False} | config
   to_zero = config["final_sigmas_type"] == "zero"
-  if scheduler is DEIS:  # always to sigma_min
+  if scheduler is DEIS:  # it always ends at sigma_min
     del config["final_sigmas_type"]
   peer = build(scheduler, timestep_spacing="trailing", **config)
   peer.set_timesteps(10)
@@ -171,10 +175,11 @@ def test_multistep(build, dtype, name):
 )
 @in_both
 def test_singlestep(build, dtype, sampler, order, algorithm):
-  """diffusers takes the evaluations inside a step at times of its grid: it gets ours with the points between, even in log-SNR.
+  """diffusers evaluates the points inside a step at times of its grid.
 
-  The grid ends above 0, where their last steps are of lower order. Lu et al.'s step of order 3 has the "heun" rule for its
-  second evaluation and the "midpoint" rule for its end; diffusers has one setting for both, which is switched in each step.
+  It therefore gets our grid with the inner points, even in log-SNR. The grid ends above 0, because diffusers' last
+  steps to 0 have lower order. Lu et al.'s step of order 3 uses the "heun" rule for its second evaluation and the
+  "midpoint" rule for its end. diffusers has one setting for both, so the test switches it within each step.
   """
   peer = build(
     diffusers.DPMSolverSinglestepScheduler,
@@ -200,7 +205,7 @@ def test_singlestep(build, dtype, sampler, order, algorithm):
 
 @in_both
 def test_euler_of_diffusers(build, dtype):
-  """Their state is x / alpha; the Euler step in sigma / alpha is the same as ours in alpha and sigma."""
+  """diffusers' state is x / alpha. Its Euler step in sigma / alpha equals our step in alpha and sigma."""
   peer = build(diffusers.EulerDiscreteScheduler, timestep_spacing="trailing")
   peer.set_timesteps(10)
   times = sampling.grids.trailing(DISCRETE, 10)
@@ -212,10 +217,10 @@ def test_euler_of_diffusers(build, dtype):
 
 @in_both
 def test_heun_of_diffusers(build, dtype):
-  """Their Heun step averages slopes in sigma / alpha, ours in alpha and sigma.
+  """diffusers' Heun step averages slopes in sigma / alpha, and our Heun step averages slopes in alpha and sigma.
 
-  On a process whose alpha varies these are two rules, both of order 2. So ours runs on the EDM process, of x / alpha, where
-  they are one; theirs calls the network of the discrete process all the same.
+  If alpha varies, these are two different rules of order 2. Our rule therefore runs on the EDM process of x / alpha,
+  where both are equal. The peer still calls the network of the discrete process.
   """
   peer = build(diffusers.HeunDiscreteScheduler, timestep_spacing="trailing")
   peer.set_timesteps(10)
@@ -223,13 +228,13 @@ def test_heun_of_diffusers(build, dtype):
   process, sigmas = processes.edm(0.002, 200.0), np.asarray(DISCRETE.sigma(times) / DISCRETE.alpha(times))
   x = start(process, sigmas[0], dtype)
   theirs = run_diffusers(peer, DISCRETE, eps_network(), x, np.repeat(times[:-1], 2)[1:])
-  assert_same(trajectory(sampling.heun(process), process, x, sigmas), whole_steps_of_heun(theirs), dtype)
+  assert_same(trajectory(sampling.heun(process), process, x, sigmas), states_of_heun_steps(theirs), dtype)
 
 
 @pytest.mark.parametrize("rule", ["euler", "heun"])
 @in_both
 def test_flow_matching(build, dtype, rule):
-  """On the straight path, from t = 1, where no data is left; the network gives the velocity eps - x_0."""
+  """The straight path starts at t = 1 without data. The network predicts the velocity eps - x_0."""
   process, times = processes.rectified_flow(), np.append(np.linspace(1, 1 / 1000, 8), 0)
   denoise = MIXTURE.denoise(process)
   network, x = as_torch(lambda x, t: (x - denoise(x, t)) / t), start(process, 1.0, dtype)
@@ -239,11 +244,11 @@ def test_flow_matching(build, dtype, rule):
     peer, calls = build(diffusers.FlowMatchHeunDiscreteScheduler), np.repeat(times[:-1], 2)[1:]
   peer.set_timesteps(8)
   theirs = run_diffusers(peer, process, network, x, calls)
-  theirs = whole_steps_of_heun(theirs) if rule == "heun" else theirs
+  theirs = states_of_heun_steps(theirs) if rule == "heun" else theirs
   assert_same(trajectory(getattr(sampling, rule)(process), process, x, times), theirs, dtype)
 
 
-# k-diffusion, whose state is x / alpha and whose time is sigma / alpha: x and t of our EDM process.
+# k-diffusion. Its state is x / alpha and its time is sigma / alpha, like x and t of our EDM process.
 
 
 OURS = {"s_churn": 2.0, "s_noise": 1.003, "s_min": 0.1, "s_max": 50.0}
@@ -267,34 +272,35 @@ K_DIFFUSION = {
     {"eta": 0.5, "solver_type": "heun"},
   ),
 }
-SOME_ON_VP = ["euler_churn", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde"]
+ALSO_ON_VP = ["euler_churn", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde"]
 
 
 @pytest.mark.parametrize(
   ("name", "process"),
   [pytest.param(name, EDM, id=name) for name in K_DIFFUSION]
-  + [pytest.param(name, VP, id=f"{name}_on_vp") for name in SOME_ON_VP],
+  + [pytest.param(name, VP, id=f"{name}_on_vp") for name in ALSO_ON_VP],
 )
 def test_k_diffusion(dtype, name, process):
-  """All but Heun's rule are the same in x / alpha as in x (see `test_heun_of_diffusers`), so they agree on VP too.
+  """All rules except Heun's are the same in x / alpha and in x (see `test_heun_of_diffusers`), so they agree on VP too.
 
-  The window of the churn leaves out the first step: on EDM its noise would pass t_max, and there ours adds none.
+  The noise range of the churn excludes the first step. On EDM the peer's noise would exceed t_max there, and ours adds
+  none.
   """
   sampler, rule, options = K_DIFFUSION[name]
   times = sampling.grids.karras(process, 8, t_min=0.02, t_max=80.0 if process is EDM else 0.9)
   alpha = np.asarray(process.alpha(times), dtype)[:, None, None]
   x, sigmas = start(process, times[0], dtype), np.asarray(process.sigma(times), dtype) / alpha[:, 0, 0]
-  draws = [noise(dtype, i) for i in range(8)]
+  noises = [noise(dtype, i) for i in range(8)]
   if rule == "dpmpp_sde":
-    draws = draws_of_dpmpp_sde(sigmas, options.get("eta", 1.0), dtype)
-  theirs = run_k_diffusion(getattr(k_diffusion, f"sample_{rule}"), x / alpha[0], sigmas, draws, **options)
+    noises = noise_of_dpmpp_sde(sigmas, options.get("eta", 1.0), dtype)
+  theirs = run_k_diffusion(getattr(k_diffusion, f"sample_{rule}"), x / alpha[0], sigmas, noises, **options)
   assert_same(trajectory(sampler(process), process, x, times), theirs * alpha, dtype)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @in_both
 def test_dpm_solver_of_k_diffusion(dtype, order):
-  """Its steps in -log(sigma), with the points inside a step at their defaults; the grid ends above 0."""
+  """k-diffusion steps in -log(sigma), with default points inside a step. The grid ends above 0."""
   times = sampling.grids.karras(EDM, 8, t_min=0.02)[:-1]
   x = start(EDM, times[0], dtype)
   step, states = getattr(k_diffusion.DPMSolver(k_model()), f"dpm_solver_{order}_step"), [torch.tensor(x)]
@@ -305,16 +311,19 @@ def test_dpm_solver_of_k_diffusion(dtype, order):
 
 
 @in_both
-def test_dpmpp_3m_is_the_mended_rule(dtype):
+def test_dpmpp_3m_is_the_fixed_rule(dtype):
   times = sampling.grids.karras(EDM, 8, t_min=0.02).astype(dtype)
   x = start(EDM, times[0], dtype)
-  theirs = run_k_diffusion(third_order_mended(), x, times, [], eta=0.0)
+  theirs = run_k_diffusion(fixed_dpmpp_3m(), x, times, [], eta=0.0)
   assert_same(trajectory(sampling.dpmpp_3m(EDM), EDM, x, times), theirs, dtype)
 
 
 @pytest.mark.usefixtures("x64")
 def test_dpmpp_3m_is_of_order_3_and_the_peer_of_order_2():
-  """Against the exact flow of Gaussian data; from a sigma so large that the first steps, of lower order, leave no trace."""
+  """The test compares with the exact flow of Gaussian data.
+
+  It starts at a large sigma, so that the lower order of the first steps has no effect.
+  """
   data, x = gaussian(), 80.0 * np.linspace(-2, 2, 9)[:, None]
   exact = gaussian_flow(EDM, 0.3, 0.4, x, 80.0, 0.1)
   model, errors = as_torch(data.denoise(EDM)), []

@@ -1,4 +1,4 @@
-"""Plans of small steps whose cost is known, on a made-up chip; and one real compilation for a TPU, where libtpu is installed."""
+"""Test plans of small steps with known costs on a fictitious chip, and one real compilation for TPUs."""
 
 import json
 import os
@@ -18,21 +18,21 @@ from tests.recipes import experiment_of, tiny_config
 
 P = PartitionSpec
 CHIP = hardware.Chip("Abacus", {"float32": 1e9, "bfloat16": 2e9}, memory=1e6, bandwidth=1e8, interconnect=1e7)
-WHOLE = P()
+REPLICATED = P()
 DEVICE = jax.devices()[:1]
 ROWS, COLUMNS, BATCH = 128, 64, 32
 
 
-def planned(devices, chip=CHIP, spec=WHOLE, dtype="float32", batch=BATCH):
-  """A plan of one step of gradient descent on a matrix."""
+def planned(devices, chip=CHIP, spec=REPLICATED, dtype="float32", batch=BATCH):
+  """Plan one step of gradient descent on a matrix."""
   mesh = Mesh(np.array(devices), ("d",))
 
   def step(w, x):
     return w - jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w)
 
-  held, split = NamedSharding(mesh, spec), NamedSharding(mesh, P("d"))
-  jitted = jax.jit(step, in_shardings=(held, split), out_shardings=held, donate_argnums=0)
-  state = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=held)
+  state_sharding, batch_sharding = NamedSharding(mesh, spec), NamedSharding(mesh, P("d"))
+  jitted = jax.jit(step, in_shardings=(state_sharding, batch_sharding), out_shardings=state_sharding, donate_argnums=0)
+  state = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=state_sharding)
   traced = jitted.trace(state, jax.ShapeDtypeStruct((batch, ROWS), jnp.float32))
   return plan.make_plan(
     traced,
@@ -49,7 +49,7 @@ def planned(devices, chip=CHIP, spec=WHOLE, dtype="float32", batch=BATCH):
 WEIGHTS = ROWS * COLUMNS * 4
 
 
-def test_the_state_is_counted_by_its_shards():
+def test_state_bytes_are_those_of_one_shard():
   devices = jax.devices()[:8]
   assert planned(devices).state_bytes == WEIGHTS
   assert planned(devices, spec=P("d")).state_bytes == WEIGHTS / 8
@@ -60,7 +60,7 @@ def test_the_state_is_counted_by_its_shards():
 def test_figures_of_a_step_on_eight_devices():
   p = planned(jax.devices()[:8])
   assert p.parameters == ROWS * COLUMNS
-  # Forward, and backward with respect to the weights.
+  # One product is forward, and one is backward with respect to the weights.
   assert p.flops_per_image == 2 * 2 * ROWS * COLUMNS
   assert p.flops_per_device == p.flops_per_image * BATCH / 8
   assert p.argument_bytes == WEIGHTS + BATCH / 8 * ROWS * 4
@@ -68,13 +68,13 @@ def test_figures_of_a_step_on_eight_devices():
   assert p.collectives == {"all-reduce": (1, WEIGHTS, 2 * 7 / 8 * WEIGHTS)}
 
 
-def test_bounds_are_the_rooflines_of_the_chip():
+def test_time_bounds_follow_the_chip_s_roofline():
   p = planned(jax.devices()[:8])
   assert p.compute_seconds == pytest.approx(p.flops_per_device / 1e9)
   assert p.communication_seconds == pytest.approx(2 * 7 / 8 * WEIGHTS / 1e7)
   # The donated weights are read and written.
   assert p.memory_seconds == pytest.approx((p.argument_bytes + WEIGHTS + p.output_bytes) / 1e8)
-  # By the compiled text: what is bounded, and what lies in between.
+  # The traffic of the compiled program also includes intermediate arrays.
   assert p.traffic_bytes / 1e8 == pytest.approx(p.traffic_seconds)
   assert p.traffic_seconds >= p.memory_seconds
   assert p.step_seconds == max(p.compute_seconds, p.memory_seconds, p.communication_seconds)
@@ -82,22 +82,22 @@ def test_bounds_are_the_rooflines_of_the_chip():
   assert planned(jax.devices()[:8], dtype=jnp.bfloat16).compute_seconds == pytest.approx(p.compute_seconds / 2)
 
 
-def test_one_device_neither_waits_for_others_nor_shares():
+def test_one_device_has_no_communication():
   p = planned(jax.devices()[:1])
   assert p.collectives == {}
   assert p.communication_seconds == 0
   assert p.flops_per_device == BATCH * p.flops_per_image
 
 
-def test_a_chip_that_is_not_known_leaves_bounds_open():
+def test_an_unknown_chip_has_no_bounds():
   p = planned(jax.devices()[:2], chip=None)
   assert (p.chip, p.fits, p.step_seconds, p.images_per_second) == ("cpu", None, None, None)
   assert p.total_bytes > 0
-  assert "no peaks of 'cpu'" in plan.table(p)
+  assert "no known peaks of 'cpu'" in plan.table(p)
   assert planned(jax.devices()[:1], dtype="float64").compute_seconds is None
 
 
-def test_whether_it_fits():
+def test_plan_reports_whether_a_step_fits():
   p = planned(jax.devices()[:1])
   assert p.fits is True
   assert "fits" in plan.table(p)
@@ -105,17 +105,17 @@ def test_whether_it_fits():
   small = planned(jax.devices()[:1], chip=CHIP._replace(memory=50e3))
   assert small.fits is False
   assert "Does not fit: split the state over more devices (fsdp)" in plan.table(small)
-  # Activations are what is large.
+  # Here activations take most of the memory.
   wide = planned(jax.devices()[:1], chip=CHIP._replace(memory=100e3), batch=512)
   assert wide.fits is False
   assert "Does not fit: compute in bfloat16; recompute" in plan.table(wide)
-  # Above JAX's share of a GPU.
+  # This needs more than JAX's default fraction of a GPU's memory.
   tight = planned(jax.devices()[:1], chip=CHIP._replace(memory=p.total_bytes / 0.8))
   assert tight.fits
   assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in plan.table(tight)
 
 
-def test_a_compiler_that_refuses_is_an_answer():
+def test_out_of_memory_errors_of_the_compiler_are_parsed():
   class Traced:
     def __init__(self, error):
       self.error = error
@@ -151,7 +151,7 @@ def test_a_compiler_that_refuses_is_an_answer():
   assert json.loads(json.dumps(plan.to_json(p)))["fits"] is False
 
 
-def test_a_program_that_cannot_be_read_leaves_its_collectives_open():
+def test_collectives_of_an_unreadable_program_are_unknown():
   class Compiled:
     def __init__(self, compiled):
       self.memory_analysis, self.cost_analysis = compiled.memory_analysis, compiled.cost_analysis
@@ -164,11 +164,11 @@ def test_a_program_that_cannot_be_read_leaves_its_collectives_open():
   p = plan.make_plan(traced, compiled, params=(), state=(), batch_size=2, devices=DEVICE, dtype="float32", chip=CHIP)
   assert (p.collectives, p.communication_seconds, p.loops) == (None, None, None)
   assert p.step_seconds == p.memory_seconds
-  assert "this jaxlib cannot read what this libtpu writes" in plan.table(p)
+  assert "this jaxlib cannot read programs of this libtpu" in plan.table(p)
   assert plan.to_json(p)["collectives"] is None
 
 
-def test_the_table_reads_well():
+def test_the_table_has_all_figures():
   text = plan.table(planned(jax.devices()[:8]))
   for part in ("8 x Abacus", "8.19 k", "32.8 kFLOP", "32.8 kB", "all-reduce", "5.73 ms", "images a second"):
     assert part in text, text
@@ -187,14 +187,14 @@ def test_the_table_reads_well():
     (3e-6, "s", "3.00 µs"),
     (0.0, "s", "0.00 µs"),
     (75.0, "s", "75.0 s"),
-    (None, "s", "not known"),
+    (None, "s", "unknown"),
   ],
 )
 def test_numbers_have_three_digits_and_a_unit(amount, unit, text):
   assert plan._number(amount, unit) == text
 
 
-def test_nothing_to_plan_is_an_error():
+def test_an_empty_batch_or_no_devices_is_an_error():
   traced = jax.jit(lambda x: x).trace(jnp.zeros(2))
   compiled = plan.compile_step(traced, DEVICE)
   for batch, devices in ((0, jax.devices()), (8, [])):
@@ -202,8 +202,8 @@ def test_nothing_to_plan_is_an_error():
       plan.make_plan(traced, compiled, params=(), state=(), batch_size=batch, devices=devices, dtype="float32")
 
 
-def test_the_train_step_of_a_recipe():
-  """The U-Net's own step: FLOPs are near XLA's count, which has the element-wise ones besides."""
+def test_plan_of_the_unet_train_step():
+  """The FLOPs are close to XLA's count, which also includes element-wise operations."""
   config, size = tiny_config(), 8
   config.model.network.update({"channels": 16, "middle_attention": True})
   experiment, mesh = experiment_of(config), parallel.make_mesh(devices=jax.devices()[:2])
@@ -211,7 +211,7 @@ def test_the_train_step_of_a_recipe():
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, state)
   traced = step.trace(state, stepping.batch_shapes(experiment, size))
   flops = costs.matmul_flops(traced.jaxpr)
-  # Of what one device does, and a little besides.
+  # XLA counts the work of one device, and element-wise operations.
   assert flops / 2 < traced.lower().cost_analysis()["flops"] < 1.2 * flops / 2
   p = plan.make_plan(
     traced,
@@ -222,12 +222,12 @@ def test_the_train_step_of_a_recipe():
     devices=jax.devices()[:2],
     dtype="float32",
   )
-  # Parameters, two moments, their average.
+  # The state has parameters, two moments and one average.
   assert 4 * 4 * p.parameters <= p.state_bytes < 4 * 4 * p.parameters + 100
   assert 0.9 * 4 * p.parameters < p.collectives["all-reduce"].bytes <= 4 * p.parameters + 100
 
 
-def test_a_plan_for_tpus_that_are_not_there(tmp_path):
+def test_plan_for_tpus_on_a_machine_without_tpus(tmp_path):
   code = """
 import json
 import jax, jax.numpy as jnp
@@ -251,9 +251,9 @@ for rows in (1024, 1024, 2**20):
   run = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
   )
-  small, again, large = map(json.loads, run.stdout.splitlines())
-  # Without trying to read from the compilation cache what was compiled for no device.
-  assert again == small
+  small, repeated, large = map(json.loads, run.stdout.splitlines())
+  # The repeated plan does not read the program from the compilation cache.
+  assert repeated == small
   assert "cache" not in run.stderr
   weights = 1024 * 2048 * 4
   assert (small["chip"], small["num_devices"], small["fits"]) == ("TPU v5e", 4, True)
@@ -262,6 +262,6 @@ for rows in (1024, 1024, 2**20):
   assert small["argument_bytes"] >= weights + 8192 / 4 * 1024 * 4
   assert small["collectives"]["all-reduce"]["bytes"] in (weights, weights + 4)
   assert small["compute_seconds"] == pytest.approx(8192 / 4 * 4 * 1024 * 2048 / 197e12)
-  # 8.6 GB of weights, as much of gradients, and 8.6 GB of each chip's share of the batch.
+  # The weights, the gradients, and each chip's shard of the batch take 8.6 GB each.
   assert large["fits"] is False, large
   assert large["total_bytes"] > 15.75 * 2**30

@@ -11,23 +11,23 @@ from tests.oracles import MIXTURE, PREDICTIONS, PROCESSES, below_zero_snr, netwo
 @pytest.mark.parametrize("name", PREDICTIONS)
 @pytest.mark.parametrize("coefficients", [(0.8, 0.6, -1.2, 1.6), (1.0, 5.0, 0.0, 1.0), (0.3, 0.2, -1.0, 0.7)])
 def test_target_and_back_is_the_identity(name, coefficients):
-  """For any alpha and sigma (and their slopes), not only where their squares add up to 1; and back again."""
+  """The identity holds for any alpha, sigma and slopes, also if the squares of alpha and sigma do not sum to 1."""
   prediction, alpha, sigma = PREDICTIONS[name], *coefficients[:2]
-  given = coefficients if prediction.needs_slopes else coefficients[:2]
+  arguments = coefficients if prediction.needs_slopes else coefficients[:2]
   x_0, eps = jax.random.normal(jax.random.key(0), (2, 7, 3))
   x_t = alpha * x_0 + sigma * eps
-  output = prediction.target(x_0, eps, *given)
-  back = prediction.to_x0(output, x_t, *given)
+  output = prediction.target(x_0, eps, *arguments)
+  back = prediction.to_x0(output, x_t, *arguments)
   np.testing.assert_allclose(back, x_0, rtol=1e-12, atol=1e-12)
-  again = prediction.target(back, (x_t - alpha * back) / sigma, *given)
-  np.testing.assert_allclose(again, output, rtol=1e-11, atol=1e-11)
+  target = prediction.target(back, (x_t - alpha * back) / sigma, *arguments)
+  np.testing.assert_allclose(target, output, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
   ("process", "name"),
   [
-    # Each process with a prediction, in turn, and the other pairs as slow.
+    # Each process runs with one prediction in rotation. The other pairs are slow.
     pytest.param(process, name, marks=[] if i % len(PREDICTIONS) == j else pytest.mark.slow)
     for i, process in enumerate(PROCESSES)
     for j, name in enumerate(PREDICTIONS)
@@ -54,20 +54,20 @@ def test_denoiser_where_no_data_is_left(name, process):
 
 
 @pytest.mark.usefixtures("x64")
-def test_edm_is_preconditioned_as_printed():
+def test_edm_preconditioning_matches_the_paper():
   """Karras et al. 2022, table 1: D = c_skip x + c_out F(c_in x; log(sigma) / 4)."""
   sigma, data = np.array([0.01, 0.5, 7.0]), 0.6
   x = np.array([[0.3], [-0.2], [5.0]])
-  seen = []
+  inputs = []
 
   def network(scaled, time):
-    seen.append((scaled, time))
+    inputs.append((scaled, time))
     return jnp.cos(scaled)
 
   got = predictions.denoiser(network, processes.edm(), predictions.edm(data))(jnp.asarray(x), sigma)
   spread = np.sqrt(sigma**2 + data**2)[:, None]
-  np.testing.assert_allclose(seen[0][0], x / spread, rtol=1e-12)
-  np.testing.assert_allclose(seen[0][1], np.log(sigma) / 4, rtol=1e-12)
+  np.testing.assert_allclose(inputs[0][0], x / spread, rtol=1e-12)
+  np.testing.assert_allclose(inputs[0][1], np.log(sigma) / 4, rtol=1e-12)
   c_out = sigma[:, None] * data / spread
   np.testing.assert_allclose(got, data**2 / spread**2 * x + c_out * np.cos(x / spread), rtol=1e-12)
   with pytest.raises(ValueError, match="sigma_data=0"):
@@ -84,31 +84,31 @@ def test_learned_variance_is_the_second_half_of_the_channels(name):
 
   x = jax.random.normal(jax.random.key(1), (3, 4, 5))
   got = guidance.clip(predictions.denoiser(apply, process, prediction), -0.5, 0.5)(x, 0.3)
-  plain = guidance.clip(predictions.denoiser(lambda x, t: output, process, PREDICTIONS[name]), -0.5, 0.5)(x, 0.3)
-  np.testing.assert_array_equal(got.x_0, plain)
+  expected = guidance.clip(predictions.denoiser(lambda x, t: output, process, PREDICTIONS[name]), -0.5, 0.5)(x, 0.3)
+  np.testing.assert_array_equal(got.x_0, expected)
   np.testing.assert_allclose(got.fraction, fraction, atol=1e-6)
   with pytest.raises(ValueError, match="expected \\(3, 4, 10\\), twice the channels"):
     predictions.denoiser(lambda x, t: x, process, prediction)(x, 0.3)
 
 
-def test_default_labels():
-  """A discrete network gets n - 1, exact integers; the continuous one 999 t."""
-  seen = []
+def test_default_time_inputs():
+  """A discrete network gets the exact integer n - 1, and a continuous network gets 999 t."""
+  inputs = []
 
   def apply(x, time):
-    seen.append(np.asarray(time))
+    inputs.append(np.asarray(time))
     return x
 
   process = PROCESSES["discrete_linear"]
   n = np.arange(1, 1001)
   predictions.denoiser(apply, process, predictions.X0)(jnp.zeros((1000, 1)), n / 1000)
-  np.testing.assert_array_equal(seen[-1], n - 1)
+  np.testing.assert_array_equal(inputs[-1], n - 1)
   predictions.denoiser(apply, processes.vp(), predictions.X0)(jnp.zeros((2, 1)), 0.5)
-  np.testing.assert_allclose(seen[-1], [499.5, 499.5])
+  np.testing.assert_allclose(inputs[-1], [499.5, 499.5])
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_labels_are_finite_at_every_time(process):
+def test_time_inputs_are_finite_at_every_time(process):
   process = PROCESSES[process]
   assert jnp.all(jnp.isfinite(process.time_input(jnp.linspace(0, 1, 11) * process.t_max)))
 

@@ -1,4 +1,4 @@
-"""Processes against float64, the formulas printed in the papers, and a chain enumerated on a line."""
+"""Compare processes with float64, the papers' formulas, and a chain enumerated on a line."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def interior(process, count):
 
 
 def reference(name, t):
-  """alpha, sigma in extended precision, by NumPy and by another route than the code under test."""
+  """Return alpha and sigma in extended precision, by NumPy and by different formulas than the code under test."""
   t = np.asarray(t, np.longdouble)
   if name in ("vp", "sub_vp"):
     b = t * 0.1 + 0.5 * t**2 * 19.9
@@ -40,10 +40,12 @@ def reference(name, t):
     sigma = np.sqrt((1 - alpha) * (1 + alpha))
   else:
     betas = TABLES[name].astype(np.longdouble)
-    keep = np.concatenate([[1.0], np.cumprod(1 - betas)])
-    lost = np.concatenate([[0.0], np.cumsum(betas * keep[:-1])])  # 1 - alpha_bar as a sum of positive terms
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - betas)])
+    noise_variance = np.concatenate(
+      [[0.0], np.cumsum(betas * alpha_bar[:-1])]
+    )  # 1 - alpha_bar as a sum of positive terms
     n = np.rint(t * 1000).astype(int)
-    alpha, sigma = np.sqrt(keep[n]), np.sqrt(lost[n])
+    alpha, sigma = np.sqrt(alpha_bar[n]), np.sqrt(noise_variance[n])
   return alpha.astype(float), sigma.astype(float)
 
 
@@ -54,7 +56,7 @@ def test_float32_keeps_five_digits_everywhere(name):
   if not process.num_steps:
     t = np.concatenate([np.geomspace(1e-5, 1, 400), t]) * process.t_max
   t32 = t.astype(np.float32)
-  # The reference is taken at the time that float32 stands for, which is what the process is given.
+  # The process gets the time rounded to float32, so the reference uses the rounded time too.
   alpha, sigma = reference(name, t if process.num_steps else t32)
   evaluate = jax.jit(lambda t: (process.alpha(t), process.sigma(t), process.sigma(t) ** 2, process.log_snr(t)))
   got = evaluate(t32)
@@ -62,8 +64,8 @@ def test_float32_keeps_five_digits_everywhere(name):
   np.testing.assert_allclose(got[0], alpha, rtol=1e-5)
   np.testing.assert_allclose(got[1], sigma, rtol=1e-5)
   np.testing.assert_allclose(got[2], sigma**2, rtol=1e-5)
-  # A log-SNR passes through 0, where its relative error is unbounded in any precision: there the absolute one, which is
-  # the relative error of the SNR itself, counts.
+  # Where the log-SNR is 0, its relative error is unbounded in any precision. There the absolute error is compared,
+  # which is the relative error of the SNR.
   with np.errstate(divide="ignore"):
     np.testing.assert_allclose(got[3], 2 * np.log(alpha / sigma), rtol=1e-5, atol=2e-6)
   if name in ZERO_SNR:
@@ -82,7 +84,7 @@ def test_t_0_is_clean_data(name):
 
 
 PRINTED = {
-  # f and g^2 as Song et al. 2021 (appendix C; equation 29), Karras et al. 2022 (table 1) print them.
+  # f and g^2 in Song et al. 2021 (appendix C and equation 29) and in Karras et al. 2022 (table 1).
   "vp": (lambda t: -0.5 * (0.1 + t * 19.9), lambda t: 0.1 + t * 19.9),
   "sub_vp": (
     lambda t: -0.5 * (0.1 + t * 19.9),
@@ -95,7 +97,7 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_the_sde_is_the_one_printed(name):
+def test_the_sde_matches_the_paper(name):
   process = PROCESSES[name]
   t = interior(process, 50)
   f, g_squared = (formula(t) for formula in PRINTED[name])
@@ -107,7 +109,7 @@ def test_the_sde_is_the_one_printed(name):
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_time_of_inverts_the_log_snr(name, dtype):
-  """To the precision of the log-SNR itself, of whose slope float32 leaves 1e-6 / |slope| in t."""
+  """The precision is limited by the log-SNR itself: in float32 it leaves an error of 1e-6 / |slope| in t."""
   process = PROCESSES[name]
   with jax.enable_x64(dtype == np.float64):
     t = np.concatenate([np.geomspace(1e-3, 0.1, 9), interior(PROCESSES["vp"], 9)]).astype(dtype) * dtype(process.t_max)
@@ -116,14 +118,14 @@ def test_time_of_inverts_the_log_snr(name, dtype):
     def run(t):
       log_snr, pull = jax.vjp(process.log_snr, t)
       slope = pull(jnp.ones_like(log_snr))[0]
-      found, pull = jax.vjp(process.time_of, jnp.append(log_snr, jnp.asarray([jnp.inf, -jnp.inf], dtype)))
-      return log_snr, slope, found[:-2], found[-2:], pull(jnp.ones_like(found))[0][:-2]
+      inverse, pull = jax.vjp(process.time_of, jnp.append(log_snr, jnp.asarray([jnp.inf, -jnp.inf], dtype)))
+      return log_snr, slope, inverse[:-2], inverse[-2:], pull(jnp.ones_like(inverse))[0][:-2]
 
-    log_snr, slope, found, (first, last), derivative = run(t)
-    assert found.dtype == dtype
+    log_snr, slope, inverse, (first, last), derivative = run(t)
+    assert inverse.dtype == dtype
     precision = 3e-6 if dtype == np.float32 else 1e-13
     np.testing.assert_array_less(
-      np.abs(found - t), 1e-11 * process.t_max + precision * (t + (1 + np.abs(log_snr)) / np.abs(slope))
+      np.abs(inverse - t), 1e-11 * process.t_max + precision * (t + (1 + np.abs(log_snr)) / np.abs(slope))
     )
     assert first < 1e-10 * process.t_max
     np.testing.assert_allclose(last, process.t_max, rtol=1e-6)
@@ -145,7 +147,7 @@ def test_diffusion_is_the_slope_of_log_snr(name):
 
 @pytest.mark.usefixtures("x64")
 def test_discrete_sde_runs_at_the_rates_of_its_betas():
-  """At a step, between those of the steps on both sides; over a step, exactly that of its beta on the mean."""
+  """The rate at a step is between the rates of its two sides, and the mean rate over a step is exactly its beta's."""
   betas = schedules.linear(100, 1e-3, 0.2)
   process = processes.discrete(betas)
   rate, at = -50 * np.log1p(-betas), -np.asarray(process.drift(np.arange(1, 101) / 100))
@@ -167,8 +169,11 @@ def test_discrete_approaches_vp():
 
 
 @pytest.mark.usefixtures("x64")
-def test_discrete_cosine_lies_on_the_continuous_one():
-  """Its table holds the curve itself, but for the bounds at the end; between the steps the cubic is close to it."""
+def test_discrete_cosine_equals_the_continuous_one():
+  """The table contains the curve itself, except for the limited betas at the end.
+
+  Between the steps the cubic is close to the curve.
+  """
   continuous, t = processes.cosine(log_snr_min=-30.0), np.linspace(0.1, 0.9, 10)
   np.testing.assert_allclose(PROCESSES["discrete_cosine"].alpha(t), continuous.alpha(t), rtol=1e-5)
   np.testing.assert_allclose(
@@ -179,7 +184,7 @@ def test_discrete_cosine_lies_on_the_continuous_one():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("s", "t"), [(1, 2), (2, 3), (1, 4), (5, 6)])
 def test_posterior_of_the_discrete_chain_by_enumeration(s, t):
-  """q(x_s | x_t, x_0) from products of one-step kernels on a fine line, without any closed form."""
+  """The reference q(x_s | x_t, x_0) is a product of one-step kernels on a fine line, without any closed form."""
   betas, x_0, x_t = np.array([0.1, 0.2, 0.15, 0.3, 0.25, 0.4]), 0.8, -0.4
   line = np.linspace(-8, 8, 1001)
   width = line[1] - line[0]
@@ -211,7 +216,7 @@ def test_posterior_at_0_is_the_data(name):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_marginal_and_prior_have_their_moments(name):
+def test_marginal_and_prior_have_the_right_moments(name):
   process, keys = PROCESSES[name], jax.random.split(jax.random.key(0), 20_000)
   t = 0.35 * process.t_max
   x_t = process.sample_marginal(keys, jnp.full((20_000, 2), 0.7), t)
@@ -259,7 +264,7 @@ def test_wrong_sigmas_are_an_error(make, sigmas):
     make(*sigmas)
 
 
-def test_whole_numbers_are_no_data():
+def test_integers_are_refused_as_data():
   process, x = processes.vp(), jnp.full((2, 2), 200, jnp.uint8)
   with pytest.raises(ValueError, match="uint8; expected floats in \\[-1, 1\\]"):
     process.perturb(x, 0.5, jnp.ones((2, 2)))
@@ -273,7 +278,7 @@ def test_wrong_cosine_is_an_error(kwargs):
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_posterior_in_float32(name):
-  """Neighbors among 1000 steps, the worst case of its differences, against itself in float64."""
+  """Neighboring steps of 1000 are the worst case for cancellation. The reference is the same code in float64."""
   process, n = PROCESSES[name], np.arange(2, 1001)
   x_t, x_0 = np.full((999, 1), 0.7), np.full((999, 1), -0.4)
   t, s = (np.asarray(v * process.t_max / 1000, np.float32) for v in (n, n - 1))

@@ -6,20 +6,20 @@ import pytest
 from ddpm_jax import randomness
 
 
-@pytest.mark.parametrize("draw", [randomness.normal, randomness.uniform, randomness.rademacher])
-def test_sample_i_depends_on_key_i_alone(draw):
+@pytest.mark.parametrize("generate", [randomness.normal, randomness.uniform, randomness.rademacher])
+def test_sample_i_depends_on_key_i_alone(generate):
   keys = jax.random.split(jax.random.key(0), 6)
-  whole = draw(keys, (6, 3, 2))
-  part = draw(keys[2:4], (2, 3, 2))
-  np.testing.assert_array_equal(whole[2:4], part)
-  assert abs(float(whole.mean())) < 1
+  batch = generate(keys, (6, 3, 2))
+  part = generate(keys[2:4], (2, 3, 2))
+  np.testing.assert_array_equal(batch[2:4], part)
+  assert abs(float(batch.mean())) < 1
 
 
 def test_sample_keys_do_not_depend_on_the_batch():
   key = jax.random.key(3)
-  whole = jax.random.key_data(randomness.sample_keys(key, jnp.arange(8)))
+  keys = jax.random.key_data(randomness.sample_keys(key, jnp.arange(8)))
   part = jax.random.key_data(randomness.sample_keys(key, jnp.arange(4, 8)))
-  np.testing.assert_array_equal(whole[4:], part)
+  np.testing.assert_array_equal(keys[4:], part)
 
 
 def test_one_key_serves_a_batch():

@@ -1,4 +1,4 @@
-"""Config files that are wrong: one message with the file, the line and the error."""
+"""Test that errors in recipes become one message with the file and the line."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from tests.commands import assert_refused, call, start
 
 HEAD = "from ml_collections import ConfigDict, FrozenConfigDict\n"
 MAKE = HEAD + "def get_config():\n"
-# The content of a file, and what the message says.
+# Contents of files, and their error messages.
 BROKEN = {
   "returns nothing": (
     MAKE + "  ConfigDict()\n",
@@ -39,9 +39,9 @@ BROKEN = {
     "fails in line 2: .*RequiredValueError",
   ),
   "recurses": (MAKE + "  return get_config()\n", "fails in line 3: RecursionError"),
-  "imports what is not there": (
+  "imports a missing module": (
     "import no_such_module\n",
-    "fails in line 1: ModuleNotFoundError: .*Install no_such_module, or correct the file",
+    "fails in line 1: ModuleNotFoundError: .*Install no_such_module, or fix the file",
   ),
   "syntax": ("def get_config():\n  return (\n", "fails in line 2: SyntaxError"),
   "indentation": ("def get_config():\nreturn 1\n", "fails in line 2: IndentationError"),
@@ -74,19 +74,19 @@ def test_the_command_line_shows_one_message(name, flags, tmp_path):
   code, output = call(f"--config={path}", *flags, f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, message)
   assert str(path) in output
-  # The first line says what is run.
+  # The first line is the version and mode.
   assert [line.partition(" ")[0] for line in output.splitlines()] == ["ddpm_jax", "error:"]
   assert not (tmp_path / "work").exists()
 
 
-def test_a_config_that_holds_itself_is_one_message(tmp_path):
+def test_a_config_that_contains_itself_is_one_message(tmp_path):
   path = tmp_path / "broken.py"
   path.write_text(MAKE + "  c = ConfigDict({'a': 1})\n  c.b = c\n  return c\n")
   code, output = call(f"--config={path}", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, "a section that holds itself")
+  assert_refused(code, output, "a section that contains itself")
 
 
-def test_what_is_no_file(tmp_path):
+def test_missing_files(tmp_path):
   (tmp_path / "digits.py").write_text("")
   for name, message in (
     ("digit.py", "Did you mean .*digits.py"),
@@ -109,9 +109,9 @@ def test_home_and_arguments(tmp_path, monkeypatch):
   assert recipes.read("~/mine.py").name == "x"
 
 
-def test_a_file_imports_what_lies_beside_it(tmp_path):
+def test_a_recipe_imports_modules_in_its_folder(tmp_path):
   (tmp_path / "recipe_helper.py").write_text("def seed():\n  return 3\n\ndef fail():\n  return 1 / 0\n")
-  # What hides a module that is installed would break others.
+  # A file next to a recipe must not hide an installed module.
   (tmp_path / "json.py").write_text("1 / 0\n")
   text = "import json\n" + MAKE + "  import recipe_helper\n  return ConfigDict({'seed': recipe_helper.seed()})\n"
   (tmp_path / "mine.py").write_text("import recipe_helper\n" + text)
@@ -123,7 +123,7 @@ def test_a_file_imports_what_lies_beside_it(tmp_path):
   assert sys.path == before
 
 
-def test_a_file_may_use_dataclasses_and_numpy_s_numbers(tmp_path):
+def test_a_recipe_may_use_dataclasses_and_numpy_numbers(tmp_path):
   (tmp_path / "mine.py").write_text(
     "from __future__ import annotations\nimport dataclasses\nimport numpy as np\nfrom ddpm_jax.config import default_config, spec\n"
     "@dataclasses.dataclass\nclass Rates:\n  rate: float = 1e-3\n"
@@ -134,14 +134,14 @@ def test_a_file_may_use_dataclasses_and_numpy_s_numbers(tmp_path):
   )
   config = recipes.read(str(tmp_path / "mine.py"))
   tree = to_tree(config)
-  held = json.loads(json.dumps(tree.values))
-  assert held["model"]["network"]["multipliers"] == [1, 2]
-  assert held["model"]["process"]["betas"] == [0.25, 0.5]
+  stored = json.loads(json.dumps(tree.values))
+  assert stored["model"]["network"]["multipliers"] == [1, 2]
+  assert stored["model"]["process"]["betas"] == [0.25, 0.5]
   assert config.optimizer.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("form", [["--config=~/mine.py"], ["--config", "~/mine.py"]])
-def test_the_command_line_knows_home(form, tmp_path):
+def test_the_command_line_expands_the_home_folder(form, tmp_path):
   (tmp_path / "mine.py").write_text(HEAD + "def get_config():\n  return ConfigDict({'seeed': 1})\n")
   code, output = start(*form, f"--workdir={tmp_path / 'work'}", HOME=str(tmp_path)).finish()
   assert_refused(code, output, "'seeed' as a config key.*Did you mean 'seed'")

@@ -1,4 +1,4 @@
-"""Logs, which are never a reason to fail: what cannot be read of them is skipped and counted."""
+"""Test that damaged lines of a log are skipped and counted, and never raise an error."""
 
 import json
 
@@ -34,18 +34,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("place", [0, 1, 3])
-def test_a_bad_line_is_skipped_wherever_it_is(tmp_path, capsys, name, place):
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_a_damaged_line_is_skipped_at_any_position(tmp_path, capsys, name, position):
   path = tmp_path / "metrics.jsonl"
-  lines = [*GOOD[:place], BAD[name], *GOOD[place:]]
-  path.write_bytes(b"\n".join(lines) + (b"" if place == 3 else b"\n\n"))
+  lines = [*GOOD[:position], BAD[name], *GOOD[position:]]
+  path.write_bytes(b"\n".join(lines) + (b"" if position == 3 else b"\n\n"))
   assert [line["step"] for line in records.read(path)] == [1, 2, 30]
   error = capsys.readouterr().err
   assert error.count("warning: ") == error.count("\n") == 1
   assert f"warning: 1 line(s) of {path} cannot be read" in error
 
 
-def test_good_lines_are_read_without_a_word(tmp_path, capsys):
+def test_valid_lines_are_read_without_a_warning(tmp_path, capsys):
   path = tmp_path / "metrics.jsonl"
   assert records.read(path) == []
   path.write_bytes(b"\n".join(GOOD))
@@ -54,23 +54,23 @@ def test_good_lines_are_read_without_a_word(tmp_path, capsys):
   assert capsys.readouterr().err == ""
 
 
-def test_what_is_no_file_is_left_out(tmp_path, capsys):
+def test_a_log_that_is_not_a_file_is_ignored(tmp_path, capsys):
   (tmp_path / "metrics.jsonl").mkdir()
   assert records.read(tmp_path / "metrics.jsonl") == []
-  assert "metrics.jsonl cannot be read (Is a directory), and is left out" in capsys.readouterr().err
+  assert "metrics.jsonl (Is a directory); continuing without it" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_after_bad_lines_and_keeps_them_aside(tmp_path, capsys):
+def test_a_resumed_log_drops_damaged_lines_and_keeps_a_copy(tmp_path, capsys):
   path = tmp_path / "metrics.jsonl"
-  before = b"\n".join([GOOD[0], *BAD.values(), *GOOD[1:]])
-  path.write_bytes(before)
+  original = b"\n".join([GOOD[0], *BAD.values(), *GOOD[1:]])
+  path.write_bytes(original)
   log = records.MetricLog(tmp_path, 2)
   log.scalars(3, {"loss": 0.25})
   log.close()
   error = capsys.readouterr().err
   assert f"{len(BAD)} line(s) of {path} cannot be read" in error
   assert error.count("warning: ") == 1
-  # The lines that are kept stay as they were, byte by byte; those after the step are dropped.
+  # Valid lines keep their exact bytes. Lines after the step are dropped.
   assert path.read_bytes() == b"\n".join([*GOOD[:2], b'{"step": 3, "loss": 0.25}', b""])
-  assert (tmp_path / "damaged" / "metrics.jsonl").read_bytes() == before
+  assert (tmp_path / "damaged" / "metrics.jsonl").read_bytes() == original
   assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Reports as a browser shows them."""
+"""Test how a browser shows reports."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from ddpm_jax import report
 from tests import browser, reports
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
-LIT = {"light": (250, 256), "dark": (0, 40)}
+BACKGROUNDS = {"light": (250, 256), "dark": (0, 40)}
 
 
 @pytest.fixture(scope="module")
 def chromium():
-  with browser.launch() as program:
-    yield program
+  with browser.launch() as running:
+    yield running
 
 
 @pytest.fixture(scope="module")
@@ -25,28 +25,28 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-  """A report of the animation alone, which opens at once."""
+  """Write a report that contains only the animation, because it opens faster."""
   path = tmp_path_factory.mktemp("film") / "report.html"
   frames, times = reports.denoising()
   report.write(path, reports.bare()._replace(denoising=frames, denoising_times=times))
   return path
 
 
-def assert_drawn(view, count):
-  """Every plot has drawn lines or points within its own bounds, and the browser had nothing to complain of."""
+def assert_rendered(view, count):
+  """Assert that every plot shows lines or points within its frame, and that the console has no errors."""
   plots = view.run("""[...document.querySelectorAll(".plot > div")].map((plot) => {
-    const outer = plot.getBoundingClientRect();
+    const frame = plot.getBoundingClientRect();
     const svg = plot.querySelector("svg.main-svg")?.getBoundingClientRect();
     const marks = [...plot.querySelectorAll(".scatterlayer path.js-line, .scatterlayer .point")];
-    const drawn = marks.filter((mark) => mark.getBoundingClientRect().width > 0);
-    return [svg?.width ?? 0, svg?.height ?? 0, outer.width, outer.height, drawn.length];
+    const visible = marks.filter((mark) => mark.getBoundingClientRect().width > 0);
+    return [svg?.width ?? 0, svg?.height ?? 0, frame.width, frame.height, visible.length];
   })""")
   assert len(plots) == count
-  for width, height, outer_width, outer_height, marks in plots:
+  for width, height, frame_width, frame_height, marks in plots:
     assert width > 200
     assert height > 100
-    assert width <= outer_width
-    assert height <= outer_height
+    assert width <= frame_width
+    assert height <= frame_height
     assert marks > 0
   assert view.errors == []
 
@@ -60,18 +60,19 @@ def assert_drawn(view, count):
     pytest.param(DESKTOP, "light", marks=pytest.mark.slow),
   ],
 )
-def test_it_looks_right_on_phones_and_desktops_by_day_and_night(chromium, path, size, scheme):
-  with browser.show(chromium, path, size, scheme=scheme) as view:
-    # Seven scores against steps, loss twice, four other curves, two schedules, bound, likelihood.
-    assert_drawn(view, 17)
+def test_pages_render_on_phones_and_desktops_in_light_and_dark(chromium, path, size, scheme):
+  with browser.open_page(chromium, path, size, scheme=scheme) as view:
+    # Seven scores against steps, two plots of the loss, four other curves, two of the schedule, one each of the bound
+    # and the likelihood.
+    assert_rendered(view, 17)
     assert view.run("document.scrollingElement.scrollWidth <= innerWidth && innerWidth") == size[0]
     assert all(address.startswith(("file:", "data:")) for address in view.requests)
-    picture = view.photograph()
+    picture = view.screenshot()
     assert picture.shape == (size[1], size[0], 3)
-    low, high = LIT[scheme]
+    low, high = BACKGROUNDS[scheme]
     corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]]
     assert np.all((low <= corners) & (corners < high))
-    # Something is written on it, in a color that stands out.
+    # The page is not blank: some pixels differ strongly from the background.
     assert np.ptp(picture.astype(int)) > 150
     assert view.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
 
@@ -79,16 +80,16 @@ def test_it_looks_right_on_phones_and_desktops_by_day_and_night(chromium, path, 
 GRID_COLOR = "getComputedStyle(document.querySelector('.plot .gridlayer path')).stroke"
 
 
-def test_plots_follow_the_page_when_night_falls(chromium, path):
-  with browser.show(chromium, path, DESKTOP) as view:
-    day = view.run(GRID_COLOR)
+def test_plots_change_colors_with_the_page(chromium, path):
+  with browser.open_page(chromium, path, DESKTOP) as view:
+    light = view.run(GRID_COLOR)
     view.page.emulate_media(color_scheme="dark")
-    view.wait(f"{GRID_COLOR} !== {day!r}")
-    night = view.run(GRID_COLOR)
-    assert max(map(int, night[4:-1].split(","))) < 100 < min(map(int, day[4:-1].split(",")))
-    # Paper is white at night too.
+    view.wait(f"{GRID_COLOR} !== {light!r}")
+    dark = view.run(GRID_COLOR)
+    assert max(map(int, dark[4:-1].split(","))) < 100 < min(map(int, light[4:-1].split(",")))
+    # Printing uses light colors even if the page is dark.
     view.page.emulate_media(color_scheme="dark", media="print")
-    view.wait(f"{GRID_COLOR} === {day!r}")
+    view.wait(f"{GRID_COLOR} === {light!r}")
     assert view.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
@@ -98,22 +99,22 @@ BUTTON = "document.querySelector('#player button')"
 
 
 def test_the_animation_plays_and_stops(chromium, film):
-  with browser.show(chromium, film, DESKTOP) as view:
+  with browser.open_page(chromium, film, DESKTOP) as view:
     view.wait(f"{FRAME} < 8")
     assert view.run(f"{BUTTON}.textContent") == "Pause"
     frame, early = view.run(f"[{FRAME}, {CANVAS}]")
-    # Both at once: on a slow machine the animation may come round between two questions.
+    # Check both in one expression. On a slow machine the animation may return to the frame between two calls.
     view.wait(f"{FRAME} !== {frame} && {CANVAS} !== {early!r}")
     view.run(f"{BUTTON}.click()")
     still = view.run(f"[{FRAME}, {CANVAS}]")
-    # Longer than a frame stays.
+    # This is longer than the animation shows a frame.
     view.run("new Promise((done) => setTimeout(done, 900))")
     assert view.run(f"[{FRAME}, {CANVAS}]") == still
     assert view.errors == []
 
 
-def test_reduced_motion_is_respected_and_keys_move_the_animation(chromium, film):
-  with browser.show(chromium, film, PHONE, motion="reduce") as view:
+def test_reduced_motion_is_respected_and_keys_control_the_animation(chromium, film):
+  with browser.open_page(chromium, film, PHONE, motion="reduce") as view:
     view.run("new Promise((done) => setTimeout(done, 600))")
     assert view.run(FRAME) == 8
     assert view.run(f"{BUTTON}.textContent") == "Play"
@@ -124,7 +125,7 @@ def test_reduced_motion_is_respected_and_keys_move_the_animation(chromium, film)
     view.wait(f"{FRAME} === 7")
     assert view.run("document.querySelector('#player output').textContent") == "t = 0.125"
     assert view.run("document.activeElement.getAttribute('aria-valuetext')") == "t = 0.125"
-    # Who asks for motion gets it.
+    # The button still starts the animation.
     view.run(f"{BUTTON}.focus()")
     view.page.keyboard.press("Space")
     view.wait(f"{FRAME} < 7")
@@ -136,16 +137,16 @@ def test_scripts_in_names_do_not_run(chromium, tmp_path):
   content.evaluation["curve"][0]["sampler"] = content.evaluation[bad] = bad
   content.metrics[0][bad] = 1.0
   report.write(tmp_path / "report.html", content)
-  with browser.show(chromium, tmp_path / "report.html", (360, 640)) as view:
-    assert_drawn(view, 18)
+  with browser.open_page(chromium, tmp_path / "report.html", (360, 640)) as view:
+    assert_rendered(view, 18)
     assert view.run("typeof hacked") == "undefined"
     assert view.run("document.title") == bad
     assert bad in view.run("document.querySelector('.plot .legend').textContent")
     assert view.run("document.scrollingElement.scrollWidth <= innerWidth")
 
 
-def test_the_policy_of_the_page_forbids_other_scripts_and_the_network(chromium, film):
-  with browser.show(chromium, film, DESKTOP) as view:
+def test_the_security_policy_forbids_other_scripts_and_the_network(chromium, film):
+  with browser.open_page(chromium, film, DESKTOP) as view:
     view.run("""(() => {
       const script = document.createElement("script");
       script.textContent = "hacked = 1";
@@ -156,14 +157,14 @@ def test_the_policy_of_the_page_forbids_other_scripts_and_the_network(chromium, 
     assert any("Content Security Policy" in error for error in view.errors)
 
 
-def test_the_barest_report_opens_too(chromium, tmp_path):
+def test_a_minimal_report_opens(chromium, tmp_path):
   report.write(tmp_path / "report.html", reports.bare())
-  with browser.show(chromium, tmp_path / "report.html", PHONE) as view:
-    assert_drawn(view, 0)
+  with browser.open_page(chromium, tmp_path / "report.html", PHONE) as view:
+    assert_rendered(view, 0)
     assert "Not in this report" in view.run("document.body.innerText")
 
 
-def test_without_a_browser_its_tests_are_skipped_with_the_reason(monkeypatch):
+def test_browser_tests_are_skipped_without_a_browser(monkeypatch):
   monkeypatch.setenv("PATH", "/nowhere")
   with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
-    browser.find()
+    browser.find_browser()

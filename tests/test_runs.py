@@ -145,7 +145,7 @@ def test_resume_must_and_never(copy, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-  with workdir.locked(tmp_path), pytest.raises(ValueError, match=r"in which process \d+ on .* trains"):
+  with workdir.locked(tmp_path), pytest.raises(ValueError, match=r"but process \d+ on .* trains in this folder"):
     train(config_of(), tmp_path)
   assert not (tmp_path / "config.json").exists()
 
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(finished, copy, unscored
 def test_a_run_with_only_a_damaged_checkpoint_does_not_start_again(copy):
   remove_checkpoints(copy, *steps_of(copy) - {10})
   (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
-  with pytest.raises(ValueError, match="each is damaged"):
+  with pytest.raises(ValueError, match="Got damaged checkpoints only"):
     train(config_of(), copy)
   assert steps_of(copy) == {10}
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_an_error_and_the_run_resumes_when_there_is_space(finishe
   remove_checkpoints(copy, *steps_of(copy) - {4})
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
-    with pytest.raises(OSError, match=r"step 6 into .*Make room.*up to step 4 stands"):
+    with pytest.raises(OSError, match=r"step 6 to .*Make room.*up to step 4 are intact"):
       train(config_of(steps=6), copy)
   train(config_of(), copy)
   assert_same_ends(copy, finished)
@@ -301,7 +301,7 @@ def test_checkpoint_items_hold_the_whole_state():
 
 def test_long_work_prints_a_sign_of_life(monkeypatch, capsys):
   printed = threading.Event()
-  monkeypatch.setattr(progress, "_NEWS", 0.01)
+  monkeypatch.setattr(progress, "_INTERVAL", 0.01)
   print_line = progress.print_line
   monkeypatch.setattr(progress, "print_line", lambda text: (print_line(text), printed.set()))
   with progress.heartbeat("compiling the train step"):

@@ -310,7 +310,11 @@ WRONG = [
   ),
   ("superres", {"source": "odd.npz"}, "images of 3x3 for --task=superres with a model of 8x8"),
   ("superres", {"source": "small.npz"} | by("posterior(noise_std=0.0)"), "noise_std=0.0"),
-  ("superres", {"source": "small.npz"} | by("posterior()"), "posterior without noise_std; expected it. Set --config"),
+  (
+    "superres",
+    {"source": "small.npz"} | by("posterior()"),
+    "posterior without its required argument noise_std. Set --config",
+  ),
   ("superres", {"source": "small.npz"} | by("posterior(noise_std=0.1, covariance='tweed')"), "covariance='tweed'"),
   ("superres", {"source": "small.npz"} | by("dps(scale=-1.0)"), "scale=-1.0"),
   ("inpaint", INPAINT | by("posterior(noise_std=0.1, iterations=0)"), "iterations=0"),

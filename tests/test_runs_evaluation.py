@@ -243,7 +243,7 @@ WRONG = {
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
   "score": ({"scores": ("fid",)}, "as a score; expected one of"),
   "no_places": ({"scores": ("spatial_frechet",)}, "not available for pixels features .*; expected some of"),
-  "neighbor": ({"k": 40}, "more of each than k"),
+  "neighbor": ({"k": 40}, "more than k of each"),
   "reference": ({"reference": "test"}, "expected train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),
@@ -274,9 +274,9 @@ def test_a_reference_with_other_features_or_image_sizes_is_refused(finished, tmp
     )
     with pytest.raises(ValueError, match=f"made with {key}="):
       score(config_of(reference=str(path)), finished)
-  np.savez(tmp_path / "foreign.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+  np.savez(tmp_path / "custom.npz", mu=np.zeros(2048), sigma=np.eye(2048))
   with pytest.raises(ValueError, match="statistics with 2,048 dimensions, for pixels features with 64"):
-    score(config_of(reference=str(tmp_path / "foreign.npz")), finished)
+    score(config_of(reference=str(tmp_path / "custom.npz")), finished)
 
 
 def test_samples_that_are_not_finite_are_counted_and_refused(on_one_device, copy, monkeypatch):
@@ -391,7 +391,7 @@ def test_damaged_files_are_named_moved_away_and_computed_again(on_one_device, sc
   warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
   assert len(warnings) == 1
   assert warnings[0].startswith(f"warning: {path} is damaged: ")
-  assert warnings[0].endswith(f"It was moved to {place}. It is made again.")
+  assert warnings[0].endswith(f"It was moved to {place}. It will be created again.")
   score(CLASSIFIED, folder)
   assert "warning" not in capsys.readouterr().err
 
@@ -408,7 +408,7 @@ def test_a_truncated_sample_file_is_generated_again(on_one_device, scored, tmp_p
   os.truncate(folder / "samples" / "final.partial.npy", 1000)
   score(CLASSIFIED, folder)
   assert without_times(folder) == without_times(scored)
-  assert "final.partial.npy is damaged: the array is cut" in capsys.readouterr().err
+  assert "final.partial.npy is damaged: the array is truncated" in capsys.readouterr().err
   assert {path.name for path in (folder / "damaged").iterdir()} == {"final.partial.npy", "final.partial.json"}
 
 

@@ -168,12 +168,12 @@ def test_the_fit_argument_needs_no_annotation(user_folder):
   [
     (
       "mine.py:nothing",
-      "config.data.source=.*mine.py:nothing, which makes a list; expected it to make a source of data .data.Splits",
+      "config.data.source=.*mine.py:nothing, which returns a value of type list; expected it to return a source of data .data.Splits",
     ),
     ("mine.py:my_dat", "has no 'my_dat'.*Did you mean 'my_data'"),
     ("none.py:my_data", "none.py:my_data', a file that does not exist"),
     ("mine.py:my_data(path='x', cuont=3)", "'data.source.cuont' as a config key of .*Did you mean 'data.source.count'"),
-    ("mine.py:my_data", "config.data.source=.*mine.py:my_data without path"),
+    ("mine.py:my_data", "config.data.source=.*mine.py:my_data without its required argument path"),
   ],
 )
 def test_wrong_user_sources_are_errors(user_folder, component, message):

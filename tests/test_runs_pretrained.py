@@ -171,13 +171,15 @@ def test_an_exported_model_with_a_flipped_bit_is_refused_by_name(exported, tmp_p
   path.write_bytes(content)
   code, output = call("--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path / 'work'}")
   assert_refused(
-    code, output, r"Got the weights .*safetensors, which are damaged: its tensors are not what was written"
+    code,
+    output,
+    r"Got the weights file .*safetensors, which is damaged: its tensors were changed after they were written",
   )
   assert path.read_bytes() == content
 
 
 WRONG = {
-  "no folder": (["--mode=sample", "--pretrained=/none"], "/none, which is no folder"),
+  "no folder": (["--mode=sample", "--pretrained=/none"], "/none, which is not a folder"),
   "mode": ([RECIPE, "--pretrained=/none"], "--pretrained in mode train; expected it in mode sample or edit"),
   "output": (
     [RECIPE, "--output=/none"],
@@ -185,7 +187,7 @@ WRONG = {
   ),
   "no output": (["--mode=export", RECIPE], "Got no --output"),
   "no checkpoint": (["--mode=export", RECIPE, "--output=/tmp/x"], "holds no checkpoint"),
-  "no pretrained": ([RECIPE, "--config.init_from=/none"], "/none, which is no folder"),
+  "no pretrained": ([RECIPE, "--config.init_from=/none"], "/none, which is not a folder"),
 }
 
 
@@ -248,7 +250,7 @@ def test_another_sampler_uses_its_own_defaults(tmp_path):
 
   def experiment(sampler):
     keys = {} if sampler is None else {"sampler": sampler}
-    tree = configs.read(None, keys, tmp_path, otherwise={})
+    tree = configs.read(None, keys, tmp_path, default={})
     tree, loaded = pretrained.replace_model(str(tmp_path), tree, recipe=False, keys=keys)
     return configs.build(tree, loaded.model)
 

@@ -119,7 +119,7 @@ def test_a_killed_process_ends_the_others_and_the_run_can_resume(tmp_path):
   (code, _), (output, _) = finish(*processes)
   assert code != 0
   # The message is ours or that of JAX's runtime, whichever detects the death first.
-  assert re.search(r"Start all of them again|[Hh]eartbeat|coordination|died", output), output
+  assert re.search(r"Start all processes again|[Hh]eartbeat|coordination|died", output), output
   newest = max(checkpoint.Checkpoints.steps(tmp_path / "checkpoints"))
   options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must", f"--workdir={tmp_path}"]
   codes, outputs = finish(*start_two(*options))

@@ -73,7 +73,7 @@ def test_held_out_images_have_the_class_numbers_of_the_training_split(tmp_path, 
     ),
     ({"train__cat": 1, "train__dog": 1, "test__.": 1}, r"1 image\(s\) without a class, such as .*test/0\.png"),
     ({"cat": 1, "dog": 1, ".": 2}, r"2 image\(s\) without a class, such as .*/0\.png.*: cat, dog\. Move or remove"),
-    ({".": 2}, r"2 image\(s\) without a class, such as .*; expected each in the folder of its class\. Move"),
+    ({".": 2}, r"2 image\(s\) without a class, such as .*; expected each image in the folder of its class\. Move"),
     ({"train__.": 2, "test__cat": 1}, r"2 image\(s\) without a class, such as .*train/0\.png"),
   ],
 )
@@ -92,7 +92,7 @@ def test_a_pack_stores_images_without_a_class(tmp_path):
   reading.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
   assert classes_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
   with pytest.raises(
-    ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data anew.*conditions.classes=None"
+    ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data again.*conditions.classes=None"
   ):
     reading.read_data(experiment(tmp_path / "b", 1, "packed", eval_split=""))
 
@@ -110,17 +110,16 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path, name, capsys):
   train, held_out = reading.read_data(experiment(tmp_path, 3))
   assert held_out is None
   assert classes_of(train) == [0, 1, 2, 2]
-  assert (
-    f"{name} is taken for a class, as bus, car beside it; if it is a split: --config.data.source.path={tmp_path / name}"
-    in (capsys.readouterr().out)
-  )
+  printed = capsys.readouterr().out
+  assert f"treating {name} as a class, because {tmp_path} also contains bus, car; if it is a split" in printed
+  assert f"--config.data.source.path={tmp_path / name}" in printed
 
 
 def test_classes_with_the_names_of_both_splits_need_empty_split_keys(tmp_path, capsys):
   write(tmp_path, bus=1, test=1, train=1)
   train, held_out = reading.read_data(experiment(tmp_path))
   assert (len(train), len(held_out)) == (1, 1)
-  assert f"passed over in {tmp_path}, beside train and test: bus\n" in capsys.readouterr().out
+  assert f"using only train and test of {tmp_path}; skipping bus\n" in capsys.readouterr().out
   train, held_out = reading.read_data(experiment(tmp_path, 3, train_split="", eval_split=""))
   assert held_out is None
   assert classes_of(train) == [0, 1, 2]
@@ -129,19 +128,19 @@ def test_classes_with_the_names_of_both_splits_need_empty_split_keys(tmp_path, c
 @pytest.mark.parametrize(
   ("folders", "keys", "message"),
   [
-    ({"train": 1}, {}, r"of which only 'train' is in it; expected .*/test too, or neither"),
-    ({"train": 1, "val": 1}, {}, r"of which only 'train' is in it; expected .*/test too"),
-    ({"test": 1, "validation": 1}, {}, r"of which only 'test' is in it; expected .*/train too"),
-    ({"test": 1}, {"train_split": ""}, r"of which only 'test' is in it; expected .*/train too"),
+    ({"train": 1}, {}, r"contains only 'train'; expected .*/test too, or neither"),
+    ({"train": 1, "val": 1}, {}, r"contains only 'train'; expected .*/test too"),
+    ({"test": 1, "validation": 1}, {}, r"contains only 'test'; expected .*/train too"),
+    ({"test": 1}, {"train_split": ""}, r"contains only 'test'; expected .*/train too"),
     ({"Train": 1, "Test": 1}, {}, "sub-folders Test, Train, which look like splits.*train_split and .*eval_split"),
     ({"training": 1, "validation": 1}, {}, "sub-folders training, validation, which look like splits"),
     (
       {"ds__train__cat": 1, "ds__test__cat": 1},
       {},
-      "only sub-folder ds the splits lie .*data.source.path=.*/ds, or clear",
+      "only sub-folder ds contains the splits .*data.source.path=.*/ds, or set",
     ),
-    ({"ds__train__cat": 1, "ds__val__cat": 1}, {}, "only sub-folder ds the splits lie"),
-    ({"train": 1, "annotations": 0}, {}, "of which only 'train' is in it"),
+    ({"ds__train__cat": 1, "ds__val__cat": 1}, {}, "only sub-folder ds contains the splits"),
+    ({"train": 1, "annotations": 0}, {}, "contains only 'train'"),
   ],
 )
 def test_splits_with_unexpected_names_are_not_read_as_classes(tmp_path, folders, keys, message):
@@ -308,7 +307,7 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
   ],
 )
 def test_a_missing_home_folder_is_refused(use):
-  with pytest.raises(ValueError, match=r"~nobody_here/a.*no home folder ~nobody_here.*Write the path in full"):
+  with pytest.raises(ValueError, match=r"~nobody_here/a.*no home folder ~nobody_here.*Write the full path"):
     use("~nobody_here/a")
 
 

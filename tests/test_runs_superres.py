@@ -235,7 +235,7 @@ def test_wrong_cascades_and_exports_are_refused_before_sampling(trained, tmp_pat
       runs.run_sample(base_experiment, base, num_samples=2, seed=0, choice=choice, upsamplers=upsamplers)
   with pytest.raises(ValueError, match="large, the run of a super-resolution model; expected .* --upsampler="):
     runs.run_sample(large_experiment, large, num_samples=2, seed=0, choice=choice)
-  with pytest.raises(ValueError, match=r"condition 'low', an image that it takes beside .*no pipeline"):
+  with pytest.raises(ValueError, match=r"the image condition 'low', which no pixel pipeline"):
     runs.run_export(large_experiment, large, tmp_path / "out", choice)
   edit = runs.Edit("img2img", trained / "data.npz")
   with pytest.raises(ValueError, match="--task=img2img for a super-resolution model; expected --task=superres"):

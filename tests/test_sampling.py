@@ -1,4 +1,4 @@
-"""The contract that every sampler shares: finite ends, traces, transformations, keys, grids that fit and grids that do not."""
+"""Test the common contract of all samplers: finite results, traces, transformations, keys and grids."""
 
 import re
 
@@ -44,7 +44,7 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.f
 
 
 def in_precisions(cases):
-  """Give each case every precision; what was not slow stays so in one of them, in turn."""
+  """Combine each case with every precision, and mark all but one precision of each fast case as slow."""
   for i, case in enumerate(cases):
     for j, precision in enumerate(PRECISIONS):
       marks = pytest.mark.slow if case.marks or j != i % len(PRECISIONS) else ()
@@ -53,7 +53,10 @@ def in_precisions(cases):
 
 @pytest.mark.parametrize(("name", "process", "precision"), in_precisions(on_processes(DISTINCT)))
 def test_finite_on_the_shortest_grids(name, process, precision):
-  """One and two steps, from t_max or below, to 0 or above it. Step by step without compiling, which costs far more."""
+  """The grids have one or two steps, start at t_max or below, and end at 0 or above.
+
+  The test does not compile, because that would take far longer.
+  """
   process, dtype = PROCESSES[process], PRECISIONS[precision]
   sampler, denoise = SAMPLERS[name](process), tanh_denoiser(process)
   with jax.enable_x64(dtype == jnp.float64), jax.disable_jit():
@@ -64,7 +67,7 @@ def test_finite_on_the_shortest_grids(name, process, precision):
       assert jnp.all(jnp.isfinite(got)), share
 
 
-# With and without data left at t_max.
+# Processes without and with data at t_max.
 ENDS = ("rectified_flow", "vp")
 
 
@@ -72,7 +75,7 @@ ENDS = ("rectified_flow", "vp")
   ("name", "process"), mark_slow([(name, end) for end in ENDS for name in SAMPLERS], rotate(SAMPLERS, ENDS))
 )
 def test_nfe_is_the_number_of_calls(name, process):
-  """Count calls where nothing is compiled, from t_max and below it, to 0 and above it."""
+  """Calls are counted without compiling. The grids start at t_max or below, and end at 0 or above."""
   process, calls = PROCESSES[process], []
   sampler = SAMPLERS[name](process)
 
@@ -89,7 +92,7 @@ def test_nfe_is_the_number_of_calls(name, process):
     assert sampling.nfe(sampler, process, times) == len(calls), (times, len(calls))
 
 
-# Churn and corrections move x before the step.
+# Rules with churn or a corrector change x before the step.
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if "churn" not in name and "langevin" not in name])
 def test_the_step_to_0_is_the_denoised_mean(name):
   process, x = PROCESSES["vp"], jnp.array([[0.3, -0.2]])
@@ -97,7 +100,7 @@ def test_the_step_to_0_is_the_denoised_mean(name):
   np.testing.assert_allclose(got, tanh_denoiser(process)(x, 0.4), rtol=1e-5)
 
 
-# How often a step names the network, where it is more than once; a corrector's steps are a loop.
+# The number of network call sites in a step, if it is above one. A corrector's steps are a loop with one call site.
 TRACES = {
   "heun": 2,
   "heun_churn": 2,
@@ -116,7 +119,7 @@ TRACES = {
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_depends_on_its_key_and_start_alone(name):
-  """In another order, and alone under `vmap`; with one trace per call site and no recompilation."""
+  """Samples are the same in another order and alone under `vmap`, with one trace per call site and no recompilation."""
   process, traces = PROCESSES["vp"], []
 
   def denoise(x, t):
@@ -126,9 +129,9 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
   sampler, exact, times = SAMPLERS[name](process), tanh_denoiser(process), np.linspace(1, 0, 11)
   compiled, keys = jitted(sampler, denoise), jax.random.split(jax.random.key(0), 6)
   x = process.prior(keys, (6, 2))
-  whole = compiled(keys, x, times)
+  batch = compiled(keys, x, times)
   order = np.array([3, 1, 5, 0, 2, 4])
-  np.testing.assert_allclose(compiled(keys[order], x[order], times), whole[order], rtol=1e-5)
+  np.testing.assert_allclose(compiled(keys[order], x[order], times), batch[order], rtol=1e-5)
   compiled(keys, x, 0.9 * times)
   assert len(traces) == TRACES.get(name, 1)
   assert compiled._cache_size() == 1
@@ -136,7 +139,7 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
   def one(key, x):
     return sampling.sample(key[None], sampler, exact, x[None], times)[0]
 
-  np.testing.assert_allclose(jax.jit(jax.vmap(one))(keys, x), whole, rtol=1e-5)
+  np.testing.assert_allclose(jax.jit(jax.vmap(one))(keys, x), batch, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +150,12 @@ def test_pmap(name):
   sampler, denoise, times = SAMPLERS[name](process), tanh_denoiser(process), np.linspace(0.9, 0.0, 6)
   x, keys = jax.random.normal(jax.random.key(1), (4, 3, 2)), jax.random.split(jax.random.key(0), 4)
   one = jitted(sampler, denoise)
-  each = np.stack([one(key, part, times) for key, part in zip(keys, x, strict=True)])
+  expected = np.stack([one(key, part, times) for key, part in zip(keys, x, strict=True)])
   got = jax.pmap(lambda key, x: sampling.sample(key, sampler, denoise, x, times))(keys, x)
-  np.testing.assert_allclose(got, each, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
-# The deterministic rules where rates are infinite; the others also where they are not.
+# Deterministic rules run on a process with infinite rates. Stochastic rules also run on a process with finite rates.
 @pytest.mark.parametrize(
   ("name", "process"),
   mark_slow(
@@ -162,7 +165,10 @@ def test_pmap(name):
   ),
 )
 def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
-  """Compiled, from t_max, where rates may be infinite, to 0, where a variance is; the times between may be learned."""
+  """The grid starts at t_max, where rates may be infinite, and ends at 0, where a variance is 0.
+
+  The inner times may be learned.
+  """
   process = PROCESSES[process]
   sampler, denoise = SAMPLERS[name](process), tanh_denoiser(process)
 
@@ -176,7 +182,7 @@ def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
 
 @pytest.mark.parametrize("name", ["ddim", "ancestral", "dpmpp_2m", "unipc_3"])
 def test_bfloat16_samples_have_the_moments_after_many_steps(name):
-  """The state is carried in float32: 1,000 small changes are not rounded away."""
+  """The state is float32, so that 1,000 small changes are not rounded away."""
   process, count = PROCESSES["discrete_linear"], 20_000
   x = process.prior(jax.random.key(1), (count, 1), jnp.bfloat16)
   got = run_many(SAMPLERS[name](process), gaussian().denoise(process), x, sampling.grids.trailing(process, 1000))
@@ -223,7 +229,7 @@ def test_trajectory_holds_every_state():
 )
 @pytest.mark.parametrize("name", ["ancestral", "ddim"])
 def test_wrong_grids_are_errors(name, times, message):
-  """At once, under jit too where the values are known, before the network is called."""
+  """The error comes before any network call, also under jit if the times are concrete."""
   sampler = SAMPLERS[name](PROCESSES["vp"])
 
   def never(x, t):
@@ -243,7 +249,7 @@ def test_only_deterministic_rules_take_a_rising_grid(name):
     with pytest.raises(ValueError, match="expected all of them in"):
       sampling.sample(jax.random.key(0), sampler, lambda x, t: x, x, np.array([0.1, 1.5]))
   else:
-    with pytest.raises(ValueError, match="that adds noise; expected them strictly decreasing"):
+    with pytest.raises(ValueError, match="that adds noise; expected strictly decreasing times"):
       sampling.sample(jax.random.key(0), sampler, lambda x, t: x, x, np.array([0.1, 0.5]))
 
 

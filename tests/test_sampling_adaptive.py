@@ -1,4 +1,4 @@
-"""The adaptive probability-flow ODE against SciPy and the exact flow."""
+"""Test the adaptive probability-flow ODE against SciPy and the exact flow."""
 
 import functools
 
@@ -14,47 +14,45 @@ from tests.oracles import MIXTURE, PROCESSES, gaussian, gaussian_flow, vp_flow
 
 @functools.cache
 def solver(name, data, **options):
-  """Return `ode` on a process as a jitted function of (x, t, s), one program for both directions."""
+  """Return `integrate` on a process as a jitted function of (x, t, s), one program for both directions."""
   process = PROCESSES[name]
   denoise = (MIXTURE if data == "mixture" else gaussian()).denoise(process)
   return jax.jit(functools.partial(sampling.integrate, process, denoise, **options))
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("ends", [(1.0, 0.05), (0.05, 0.9)])
-def test_ode_counts_and_moves_as_scipy_does(ends):
-  """Both directions: the same number of evaluations, the same state."""
+@pytest.mark.parametrize("interval", [(1.0, 0.05), (0.05, 0.9)])
+def test_ode_has_the_evaluations_and_the_state_of_scipy(interval):
   process, x = PROCESSES["vp"], np.array([[0.5, -1.0], [-0.8, 0.3]])
   denoise = jax.jit(MIXTURE.denoise(process))
 
-  truth = solve_ivp(vp_flow(denoise, x.shape), ends, x.ravel(), rtol=1e-5, atol=1e-5, method="RK45")
-  got, nfe = solver("vp", "mixture")(x, *ends)
+  truth = solve_ivp(vp_flow(denoise, x.shape), interval, x.ravel(), rtol=1e-5, atol=1e-5, method="RK45")
+  got, nfe = solver("vp", "mixture")(x, *interval)
   assert nfe == truth.nfev
   np.testing.assert_allclose(got.ravel(), truth.y[:, -1], rtol=1e-7)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("ends", [(1.0, 0.05), (0.05, 0.9)])
-def test_each_sample_moves_as_it_would_alone_and_as_scipy_moves_it(ends):
-  """Seven samples, of which some need more steps, in one batch and one by one."""
+@pytest.mark.parametrize("interval", [(1.0, 0.05), (0.05, 0.9)])
+def test_each_sample_in_a_batch_equals_the_sample_alone_and_scipy(interval):
+  """Some of the seven samples need more steps than others."""
   process = PROCESSES["vp"]
   denoise = jax.jit(MIXTURE.denoise(process))
   x = np.random.default_rng(0).standard_normal((7, 2)) * np.array([[0.01, 0.1, 0.3, 0.5, 1, 2, 5]]).T
   solve = solver("vp", "mixture", per_sample=True)
-  got, nfe = solve(x, *ends)
+  got, nfe = solve(x, *interval)
   assert nfe.shape == (7,)
   assert len(set(np.asarray(nfe))) > 1
   for row in range(7):
-    alone, calls = solve(x[row : row + 1], *ends)
-    truth = solve_ivp(vp_flow(denoise, (1, 2)), ends, x[row], rtol=1e-5, atol=1e-5, method="RK45")
+    alone, calls = solve(x[row : row + 1], *interval)
+    truth = solve_ivp(vp_flow(denoise, (1, 2)), interval, x[row], rtol=1e-5, atol=1e-5, method="RK45")
     assert nfe[row] == calls[0] == truth.nfev
     np.testing.assert_allclose(got[row], alone[0], rtol=1e-12)
     np.testing.assert_allclose(got[row], truth.y[:, -1], rtol=1e-7)
 
 
 @pytest.mark.usefixtures("x64")
-def test_rk45_solves_what_it_is_given():
-  """Each row has its own rate; times are its own."""
+def test_rk45_solves_rows_with_different_rates():
   rates = jnp.array([[1.0], [30.0], [0.0]])
   fun = lambda t, x: -rates * jnp.expand_dims(t, -1) * x  # noqa: E731
   x, nfe = jax.jit(lambda x: sampling.rk45(fun, x, 0.0, 1.0, rtol=1e-8, atol=1e-8, per_sample=True))(jnp.ones((3, 1)))
@@ -62,7 +60,7 @@ def test_rk45_solves_what_it_is_given():
   assert nfe[1] > nfe[0] > nfe[2]
 
 
-def test_a_sample_that_does_not_arrive_is_nan_alone():
+def test_only_the_sample_that_does_not_finish_is_nan():
   process = PROCESSES["vp"]
   exact = MIXTURE.denoise(process)
 
@@ -77,7 +75,7 @@ def test_a_sample_that_does_not_arrive_is_nan_alone():
   np.testing.assert_array_equal(jnp.isnan(got).any(1), [False, True, False])
   limit = int(nfe[0])
   assert limit > nfe[2]
-  # And where it is the number of calls that runs out.
+  # The same holds if max_nfe stops the sample.
   short, calls = jax.jit(lambda x: solve(exact, x, max_nfe=limit - 1))(x[::2])
   np.testing.assert_array_equal(jnp.isnan(short).any(1), [True, False])
   np.testing.assert_allclose(short[1], got[2], rtol=1e-4)
@@ -87,8 +85,8 @@ def test_a_sample_that_does_not_arrive_is_nan_alone():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
-def test_ode_reaches_the_exact_flow_and_comes_back(process):
-  """From t_max, where no data may be left, to near the data, and the way back that encodes them."""
+def test_ode_follows_the_exact_flow_in_both_directions(process):
+  """The solution runs from t_max, where no data may be left, to near the data, and back to encode the data."""
   solve, process = solver(process, "gaussian", rtol=1e-8, atol=1e-8), PROCESSES[process]
   high, low = process.t_max, 0.01 * process.t_max
   x = jnp.linspace(-2, 2, 9)[:, None] * process.sigma(high)
@@ -112,7 +110,7 @@ def test_ode_takes_times_and_states_of_different_precision():
     sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((2, 2)), jnp.ones(2), 0.1)
 
 
-def test_ode_that_does_not_arrive_is_nan():
+def test_ode_that_does_not_finish_is_nan():
   process = PROCESSES["vp"]
   x, nfe = sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((1, 2)), 1.0, 0.01, max_nfe=20)
   assert jnp.all(jnp.isnan(x))
@@ -130,7 +128,7 @@ def test_ode_refuses_wrong_tolerances(kwargs):
     sampling.integrate(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), 1.0, 0.1, **kwargs)
 
 
-@pytest.mark.parametrize("ends", [(1.0, 0.0), (1.1, 0.1)])
-def test_ode_refuses_wrong_times(ends):
+@pytest.mark.parametrize("interval", [(1.0, 0.0), (1.1, 0.1)])
+def test_ode_refuses_wrong_times(interval):
   with pytest.raises(ValueError, match="expected it in"):
-    sampling.integrate(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), *ends)
+    sampling.integrate(PROCESSES["vp"], lambda x, t: x, jnp.ones((1, 1)), *interval)

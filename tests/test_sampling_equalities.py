@@ -1,4 +1,4 @@
-"""What must not change samples: another rule that is the same one, another prediction, another process or name of the time."""
+"""Test that equal rules, other predictions and other parameterizations of time give the same samples."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from tests.samplers import DISTINCT, SAMPLERS, grid_for, mark_slow, rotate, run,
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
-def test_rules_that_are_one(process):
+def test_equal_rules(process):
   process = PROCESSES[process]
   x, times = process.prior(jax.random.key(1), (5, 2), jnp.float64), grid_for(process, 4)
   denoise, s = tanh_denoiser(process), sampling
@@ -23,8 +23,8 @@ def test_rules_that_are_one(process):
     (s.ddim(process), s.euler(process), s.dpm_solver(process, 1), s.deis(process, 1)),
     (s.dpmpp_2m(process), s.dpmpp_2m_sde(process, eta=0.0)),
   ):
-    first, *others = (run_uncompiled(sampler, denoise, x, times) for sampler in group)
-    for other in others:
+    first, *other_results = (run_uncompiled(sampler, denoise, x, times) for sampler in group)
+    for other in other_results:
       np.testing.assert_allclose(other, first, rtol=1e-6, atol=1e-8)
 
 
@@ -44,8 +44,8 @@ def test_samples_do_not_depend_on_the_prediction(process, name):
     )
     return run_uncompiled(sampler, denoise, x, times)
 
-  first, *others = map(samples, PREDICTIONS.values())
-  for other in others:
+  first, *other_results = map(samples, PREDICTIONS.values())
+  for other in other_results:
     np.testing.assert_allclose(other, first, rtol=1e-6, atol=1e-7)
 
 
@@ -64,10 +64,13 @@ def test_discrete_samples_approach_those_of_the_continuous_process(name):
 
 
 @pytest.mark.usefixtures("x64")
-# A step of Euler and Maruyama is as long as t says: it alone depends on the speed of the path.
+# The length of an Euler-Maruyama step is measured in t, so this rule alone depends on the speed of the path.
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name != "euler_maruyama"])
-def test_time_is_only_a_name_for_the_noise_level(name):
-  """VE and EDM are one path at different speeds: equal sigmas, equal samples. And EDM's path has no scale of its own."""
+def test_samples_depend_on_the_noise_levels_and_not_on_the_times(name):
+  """VE and EDM are one path at different speeds, so equal sigmas give equal samples.
+
+  EDM has no scale: twice the data and twice the sigmas give twice the samples.
+  """
   ve, edm = processes.ve(0.02, 80.0), processes.edm(0.002, 80.0)
   sigmas = np.geomspace(80.0, 0.03, 5)
   times = np.log(sigmas / 0.02) / np.log(80.0 / 0.02)
@@ -75,7 +78,7 @@ def test_time_is_only_a_name_for_the_noise_level(name):
   make, denoise = SAMPLERS[name], tanh_denoiser(edm)
   first = run_uncompiled(make(edm), denoise, x, sigmas)
   np.testing.assert_allclose(run_uncompiled(make(ve), tanh_denoiser(ve), x, times), first, rtol=1e-6, atol=1e-8)
-  if "churn" not in name:  # whose range of sigmas is given
-    double = make(processes.edm(0.004, 160.0))
-    doubled = run_uncompiled(double, lambda x, t: 2 * denoise(x / 2, t / 2), 2 * x, 2 * sigmas)
+  if "churn" not in name:  # the sigmas of the churn are fixed
+    doubled_rule = make(processes.edm(0.004, 160.0))
+    doubled = run_uncompiled(doubled_rule, lambda x, t: 2 * denoise(x / 2, t / 2), 2 * x, 2 * sigmas)
     np.testing.assert_allclose(doubled, 2 * first, rtol=1e-8)

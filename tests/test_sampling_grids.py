@@ -1,4 +1,4 @@
-"""Grids of times: their ends and spacing, and those of diffusers."""
+"""Test the ends and the spacing of grids of times, and compare them with diffusers."""
 
 import jax
 import numpy as np
@@ -28,11 +28,11 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
       GRIDS[name](process, 10)
     return
   if name in ("log_snr", "karras") and process_name in ZERO_SNR:
-    with pytest.raises(ValueError, match="zero terminal SNR.*t_max=0.999"):
+    with pytest.raises(ValueError, match="zero terminal SNR.*t_max, such as 0.999"):
       GRIDS[name](process, 10)
     assert GRIDS[name](process, 10, t_max=0.999)[0] == 0.999
     return
-  # Those that solve for times compile a program for each 512 of them.
+  # log_snr and karras compile a program for each multiple of 512 times.
   for steps in (2, 7, 50, 500 if name in ("log_snr", "karras") else 999):
     times = GRIDS[name](process, steps)
     assert times.shape == (steps + 1,)
@@ -44,19 +44,19 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
     GRIDS[name](process, 0)
   if process.num_steps:
     ends = process._replace(t_max=0.999)
-    assert GRIDS[name](ends, 10)[0] <= 0.999, "as the error at zero SNR advises"
+    assert GRIDS[name](ends, 10)[0] <= 0.999, "the error at zero SNR advises this"
 
 
-def test_discrete_grids_are_those_of_diffusers():
-  """Its formulas, of integer labels n - 1 (DDPMScheduler.set_timesteps)."""
+def test_discrete_grids_equal_the_grids_of_diffusers():
+  """The reference formulas are from DDPMScheduler.set_timesteps, with integer timesteps n - 1."""
   process, n = PROCESSES["discrete_linear"], 1000
   for steps in (3, 10, 30, 50):
-    labels = {
+    timesteps = {
       "trailing": np.round(np.arange(n, 0, -n / steps)) - 1,
       "leading": (np.arange(0, steps) * (n // steps)).round()[::-1],
       "linspace": np.linspace(0, n - 1, steps).round()[::-1],
     }
-    for name, expected in labels.items():
+    for name, expected in timesteps.items():
       np.testing.assert_allclose(GRIDS[name](process, steps)[:-1] * n - 1, expected, atol=1e-9)
 
 
@@ -97,12 +97,12 @@ def test_part_of_a_grid(name):
       GRIDS[name](processes.vp(), 5, t_min=t_min, t_max=t_max)
 
 
-# Which grid suits what: the rules that are even in time, and for each process the grid of these and of the others.
+# The rules with a grid that is even in time, and for each process the grid of these rules and the grid of other rules.
 EVEN_IN_TIME = (
   "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "langevin_ancestral", "multistep_consistency",
 )  # fmt: skip
 DDIM = ("ddim", "ddim_half", "ddim_one")
-SUITABLE = {
+DEFAULT_GRIDS = {
   "vp": ("uniform to t_min", "log_snr"),
   "sub_vp": ("uniform to t_min", "log_snr"),
   "ve": ("uniform to t_min", "log_snr"),
@@ -116,21 +116,21 @@ SUITABLE = {
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_every_rule_has_the_grid_that_suits_it(process):
-  even, others = SUITABLE[process]
+def test_every_rule_has_its_default_grid(process):
+  even_grid, other_grid = DEFAULT_GRIDS[process]
   process = PROCESSES[process]
   makers = GRIDS | {"uniform to t_min": lambda p, n: sampling.grids.uniform(p, n, t_min=p.t_min)}
   for name, make in SAMPLERS.items():
-    # A discrete model knows its own steps; DDIM takes them too.
-    wanted = even if name in EVEN_IN_TIME or (name in DDIM and process.num_steps) else others
+    # DDIM also uses the training steps of a discrete model.
+    expected_grid = even_grid if name in EVEN_IN_TIME or (name in DDIM and process.num_steps) else other_grid
     got = sampling.grids.for_sampler(make(process), process, 7)
-    np.testing.assert_array_equal(got, makers[wanted](process, 7), err_msg=name)
-    short = name in EVEN_IN_TIME and not process.num_steps
-    assert sampling.grids.default_t_min(make(process), process) == (process.t_min if short else 0)
+    np.testing.assert_array_equal(got, makers[expected_grid](process, 7), err_msg=name)
+    has_short_step = name in EVEN_IN_TIME and not process.num_steps
+    assert sampling.grids.default_t_min(make(process), process) == (process.t_min if has_short_step else 0)
 
 
 @pytest.mark.parametrize(("process", "last"), [("vp", 1e-3), ("ve", 1e-3), ("edm", 0.002), ("discrete_linear", 1e-3)])
-def test_a_rule_that_chooses_its_own_steps_takes_the_ends(process, last):
+def test_a_rule_that_chooses_its_own_steps_gets_only_the_ends(process, last):
   process = PROCESSES[process]
   rule = sampling.ode(process)
   for steps in (1, 1000):

@@ -1,4 +1,4 @@
-"""Samplers on data with a closed form: orders of convergence, moments and mixture weights, encoding, variance and corrector."""
+"""Test samplers on closed-form data: orders of convergence, moments, encoding, learned variance and corrector."""
 
 import functools
 import itertools
@@ -38,7 +38,10 @@ from tests.samplers import (
 
 
 def measured_orders(sampler, denoise, flow, grid, steps):
-  """log2 of the ratios of the errors at the grid's end, for numbers of steps that double."""
+  """Return the orders of convergence at the end of a grid, and the errors, for doubling numbers of steps.
+
+  An order is log2 of the ratio of two consecutive errors.
+  """
   size = max(steps) + 1
   solve = jax.jit(lambda states, times, n: run_from_exact_start(sampler, denoise, states, times, n))
   errors = []
@@ -53,7 +56,7 @@ def measured_orders(sampler, denoise, flow, grid, steps):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("name", "process"), on_processes([name for name in ORDERS if name not in DUPLICATES]))
 def test_order_of_convergence_on_a_gaussian(name, process):
-  """Against the exact flow, in equal steps of the log-SNR from -4 to 2, on every process."""
+  """The reference is the exact flow. The steps are equal in the log-SNR from -4 to 2."""
   process, (make, order) = PROCESSES[process], ORDERS[name]
   high, low = np.asarray(process.time_of(jnp.array([-4.0, 2.0])))
   x = jnp.linspace(-2, 2, 9)[:, None] * process.sigma(high)
@@ -70,7 +73,7 @@ def test_order_of_convergence_on_a_gaussian(name, process):
 
 @functools.cache
 def mixture_flow(times):
-  """The flow of three points on VP by SciPy's integration of the ODE in its plain form, to 1e-13."""
+  """Return the flow of three points on VP, integrated by SciPy with a tolerance of 1e-13."""
   x = np.array([[0.5, -1.0], [-0.8, 0.3], [0.1, 1.4]])
   slope = vp_flow(jax.jit(MIXTURE.denoise(PROCESSES["vp"])), x.shape)
   kwargs = {"rtol": 1e-13, "atol": 1e-13, "method": "DOP853", "t_eval": times}
@@ -80,7 +83,7 @@ def mixture_flow(times):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ORDERS)
 def test_order_of_convergence_on_a_mixture(name):
-  """In equal steps of t, against SciPy."""
+  """The reference is SciPy. The steps are equal in t."""
   process, (make, order) = PROCESSES["vp"], ORDERS[name]
   orders, errors = measured_orders(
     make(process),
@@ -105,25 +108,28 @@ def test_moments_and_weights_of_a_mixture(name, process):
   x = process.prior(jax.random.key(1), (count, 2))
   got = np.asarray(run(SAMPLERS[name](process), MIXTURE.denoise(process), x, times, jax.random.key(2)), np.float64)
   mean, covariance = MIXTURE.moments()
-  # Three standard errors of the samples, and what the steps leave.
+  # The tolerance is three standard errors of the samples plus the discretization error.
   discretization = 0.015
   np.testing.assert_allclose(got.mean(0), mean, atol=3 * np.diag(covariance).max() ** 0.5 / count**0.5 + discretization)
   np.testing.assert_allclose(np.cov(got.T), covariance, atol=3 * 0.35 * (2 / count) ** 0.5 + discretization)
-  left = np.mean(np.linalg.norm(got - MIXTURE.means[0], axis=1) < np.linalg.norm(got - MIXTURE.means[1], axis=1))
-  np.testing.assert_allclose(left, 0.3, atol=3 * (0.21 / count) ** 0.5 + discretization)
+  first_share = np.mean(np.linalg.norm(got - MIXTURE.means[0], axis=1) < np.linalg.norm(got - MIXTURE.means[1], axis=1))
+  np.testing.assert_allclose(first_share, 0.3, atol=3 * (0.21 / count) ** 0.5 + discretization)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["ancestral", "ancestral_large", "euler_maruyama", "reverse_diffusion"])
 def test_stochastic_moments_approach_the_truth_with_more_steps(name):
-  """On a Gaussian every step is linear, so the moments of the samples follow from a recursion that needs no samples."""
+  """Every step on a Gaussian is linear, so a recursion gives the moments without samples."""
   process, mean, std = PROCESSES["vp"], 0.3, 0.4
   denoise = gaussian(mean, std).denoise(process)
   sampler = STOCHASTIC[name](process)
 
   @jax.jit
-  def pieces(t, s):
-    """a, b, c of the step x_s = a x_t + b + c z, from probes at 0 and 1 that share their noise z, and from another z."""
+  def coefficients(t, s):
+    """Return a, b and c of the step x_s = a x_t + b + c z.
+
+    Probes at 0 and 1 with equal noise z give a. A second z gives b and c.
+    """
     first, second = jax.random.split(jax.random.key(0))
     results, noises = [], []
     for key in (first, second):
@@ -138,12 +144,12 @@ def test_stochastic_moments_approach_the_truth_with_more_steps(name):
     alpha, sigma = process.alpha(1.0), process.sigma(1.0)
     m, v = alpha * mean, alpha**2 * std**2 + sigma**2
     for t, s in itertools.pairwise(times):
-      a, b, c = pieces(t, s)
+      a, b, c = coefficients(t, s)
       m, v = a * m + b, a**2 * v + c**2
     return abs(m - mean), abs(v - std**2)
 
   coarse, fine = moments(40), moments(160)
-  # The ancestral rule carries the mean exactly: only rounding is left.
+  # The mean of the ancestral rule is exact up to rounding.
   assert fine[0] < 0.5 * coarse[0] + 1e-9
   assert fine[1] < 0.5 * coarse[1]
   assert fine[0] < 0.01
@@ -157,13 +163,13 @@ def stochastic(name):
 
 @functools.cache
 def solver_of_moments(sampler):
-  """Return the exact moments of a sampler of N(0, 0.4^2) on VP as a jitted function of (variance, times, steps)."""
+  """Return `exact_moments` of a sampler of N(0, 0.4^2) on VP as a jitted function of (variance, times, steps)."""
   denoise = gaussian(0.0, 0.4).denoise(PROCESSES["vp"])
   return jax.jit(lambda variance, times, steps: exact_moments(sampler, denoise, 0.0, variance, times, steps))
 
 
 def variance_error(name, steps):
-  """Return the error of the variance of a stochastic rule's samples, which start from the prior."""
+  """Return the error of the variance of a stochastic rule's samples from the prior."""
   process, sampler = PROCESSES["vp"], stochastic(name)
   sampler = sampler.prepare(steps) if sampler.prepare else sampler
   times = padded(sampling.grids.log_snr(process, steps), 41)
@@ -179,31 +185,37 @@ def test_stochastic_errors_shrink_with_steps(name):
 
 @pytest.mark.usefixtures("x64")
 def test_rules_of_second_order_in_law():
-  """From 20 steps to 40 the variance's error falls by four, not by two: the noise of a step's two stages fits together."""
+  """Twice the steps reduce the error of the variance by four and not by two.
+
+  This needs the right correlation between the noises of the two stages of a step.
+  """
   names = ("ddim_one", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_2s_ancestral")
   ratios = {name: variance_error(name, 20) / variance_error(name, 40) for name in names}
   assert 1.5 < ratios.pop("ddim_one") < 2.2
   assert all(ratio > 2.8 for ratio in ratios.values()), ratios
 
 
-# Encoding, learned variance, corrector, consistency.
+# Encoding, learned variance, corrector and consistency functions.
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ORDERS)
-def test_a_rising_grid_encodes_and_a_falling_one_brings_back(name):
-  """DDIM inversion, by every deterministic rule: the way there follows the exact flow, and the error of the round trip falls."""
+def test_a_rising_grid_encodes_and_a_falling_grid_decodes(name):
+  """DDIM inversion works with every deterministic rule.
+
+  The encoding follows the exact flow. Its error and the error of the round trip decrease with more steps.
+  """
   process, x = PROCESSES["vp"], jnp.linspace(-0.8, 1.2, 9)[:, None]
   sampler, denoise = ORDERS[name][0](process), gaussian().denoise(process)
   solve = jax.jit(lambda x, times, steps: run_from_exact_start(sampler, denoise, x[None], times, steps))
-  there, back = [], []
+  encoding_errors, round_trip_errors = [], []
   for steps in (20, 40):
     times = sampling.grids.log_snr(process, steps + 1, t_min=0.05, t_max=0.9)[:-1]
     noise = solve(x, padded(times[::-1], 41), steps)
-    there.append(np.max(np.abs(noise - gaussian_flow(process, 0.3, 0.4, x, 0.05, 0.9))))
-    back.append(np.max(np.abs(solve(noise, padded(times, 41), steps) - x)))
-  assert there[1] < 0.6 * there[0] < 0.2
-  assert back[1] < 0.6 * back[0]
+    encoding_errors.append(np.max(np.abs(noise - gaussian_flow(process, 0.3, 0.4, x, 0.05, 0.9))))
+    round_trip_errors.append(np.max(np.abs(solve(noise, padded(times, 41), steps) - x)))
+  assert encoding_errors[1] < 0.6 * encoding_errors[0] < 0.2
+  assert round_trip_errors[1] < 0.6 * round_trip_errors[0]
 
 
 @pytest.mark.parametrize(("name", "process"), mark_slow(itertools.product(ORDERS, ZERO_SNR), rotate(ORDERS, ZERO_SNR)))
@@ -216,7 +228,7 @@ def test_encoding_ends_where_no_data_is_left(name, process):
 
 
 @pytest.mark.usefixtures("x64")
-def test_learned_variance_lies_between_small_and_large():
+def test_learned_variance_is_between_small_and_large():
   process, x = PROCESSES["discrete_linear"], jnp.ones((3, 2))
   times, key = jnp.array([0.5, 0.4]), jax.random.key(0)
 
@@ -229,14 +241,14 @@ def test_learned_variance_lies_between_small_and_large():
   np.testing.assert_allclose(step("learned", 0.0), step("small", 0.3), rtol=1e-9)
   np.testing.assert_allclose(step("learned", 1.0), step("large", 0.3), rtol=1e-9)
   mean = process.posterior(x, 0.5 * x, 0.5, 0.4)[0]
-  halves = (step("small", 0.0) - mean) * (step("large", 0.0) - mean)
-  np.testing.assert_allclose((step("learned", 0.5) - mean) ** 2, halves, rtol=1e-6)
+  expected = (step("small", 0.0) - mean) * (step("large", 0.0) - mean)
+  np.testing.assert_allclose((step("learned", 0.5) - mean) ** 2, expected, rtol=1e-6)
   with pytest.raises(ValueError, match="learned_range"):
     run(sampling.ancestral(process, "learned"), lambda x, t: x, x, times)
 
 
 def test_the_true_learned_variance_makes_few_steps_exact():
-  """Of Gaussian data every reverse step is Gaussian: with its own variance five ancestral steps leave no error."""
+  """For Gaussian data every reverse step is Gaussian, so five ancestral steps with the true variance are exact."""
   process, count, std = PROCESSES["vp"], 600_000, 0.4
   exact = gaussian(0.0, std).denoise(process)
   times = sampling.grids.log_snr(process, 6)[:-1]
@@ -259,11 +271,11 @@ def test_the_true_learned_variance_makes_few_steps_exact():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_corrector_leaves_the_marginal_alone_and_repairs_another(process):
+def test_the_corrector_preserves_the_marginal_and_repairs_a_wrong_one(process):
   process, count = PROCESSES[process], 400
   t = 0.5 * process.t_max
-  still = sampling.Sampler(lambda x: (), lambda key, denoise, x, memory, t, s: (x, memory), process)
-  corrected = sampling.with_langevin(still, process, snr=0.1, num_steps=count)
+  identity = sampling.Sampler(lambda x: (), lambda key, denoise, x, memory, t, s: (x, memory), process)
+  corrected = sampling.with_langevin(identity, process, snr=0.1, num_steps=count)
   denoise = gaussian(0.3, 0.4).denoise(process)
   mean, std = 0.3 * process.alpha(t), jnp.sqrt(process.alpha(t) ** 2 * 0.16 + process.sigma(t) ** 2)
 
@@ -273,16 +285,16 @@ def test_the_corrector_leaves_the_marginal_alone_and_repairs_another(process):
 
   for start in ((mean, std**2), (mean + std, 4 * std**2)):
     end_mean, end_variance = correct(*start)
-    # A Langevin step of size e leaves a variance larger by about e / 2 of the score's slope.
+    # Langevin steps of size e increase the relative variance by about e / 2 times the slope of the score.
     np.testing.assert_allclose(jnp.sqrt(end_variance), std, rtol=0.015)
     np.testing.assert_allclose(end_mean, mean, atol=0.01 * std)
 
 
 @pytest.mark.parametrize("name", [name for name in ORDERS if name not in DUPLICATES])
-def test_no_rule_forgets_what_a_wrapper_did(name):
-  """After many Langevin steps the ends know nothing of the starts, under every rule, whatever it remembers.
+def test_every_rule_keeps_the_changes_of_a_wrapper(name):
+  """After many Langevin steps, the last states are independent of the first states under every rule.
 
-  The flow of Gaussian data is affine: a rule alone would end with its starts' correlation of 1.
+  The flow of Gaussian data is affine, so without the wrapper their correlation would be 1.
   """
   process, count = PROCESSES["vp"], 2000
   corrected = sampling.with_langevin(ORDERS[name][0](process), process, snr=0.3)
@@ -307,7 +319,7 @@ def test_the_exact_consistency_function_gives_the_data_in_any_number_of_steps(pr
   np.testing.assert_allclose(np.std(got), 0.4, rtol=5 / (2 * count) ** 0.5)
 
 
-def test_consistency_functions_may_stop_before_clean_data():
+def test_consistency_functions_may_end_before_clean_data():
   process, count = PROCESSES["edm"], 200_000
 
   def consistency(x, t):

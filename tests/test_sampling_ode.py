@@ -1,4 +1,4 @@
-"""The adaptive probability flow as a step rule, alone and in wrappers, and the network calls that `solve` counts."""
+"""Test the adaptive probability flow as a step rule, alone and in wrappers, and the network calls of `solve`."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from tests.samplers import KINDS, SAMPLERS
 
 VP = PROCESSES["vp"]
 EXACT = MIXTURE.denoise(VP)
-# Of very different lengths, so that their steps differ.
+# Starts of very different norms need different steps.
 STARTS = np.random.default_rng(0).standard_normal((4, 2)) * np.array([[0.01, 0.3, 1, 5]]).T
 ENDS = np.array([1.0, 1e-3, 0.0])
 
@@ -30,18 +30,18 @@ def keys_of(count):
 
 @functools.cache
 def solver(tolerance=1e-5, denoise=EXACT, process=VP):
-  """Return `solve` of the rule as a jitted function of (key, x, times)."""
+  """Return `solve` with the rule as a jitted function of (key, x, times)."""
   rule = sampling.ode(process, rtol=tolerance, atol=tolerance)
   return jax.jit(lambda key, x, times: sampling.solve(key, rule, denoise, x, times))
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("each", [False, True])
-def test_the_rule_is_the_integration_and_the_denoised_mean(each):
-  """Count the calls of both, of a batch by one key and of each sample by its own."""
-  key = keys_of(4) if each else one_key()
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_rule_is_the_integration_and_the_denoised_mean(per_sample):
+  """The calls are equal too, with one key for the batch and with one key per sample."""
+  key = keys_of(4) if per_sample else one_key()
   got, nfe = solver()(key, STARTS, ENDS)
-  x, calls = jax.jit(lambda x: sampling.integrate(VP, EXACT, x, 1.0, 1e-3, per_sample=each))(jnp.asarray(STARTS))
+  x, calls = jax.jit(lambda x: sampling.integrate(VP, EXACT, x, 1.0, 1e-3, per_sample=per_sample))(jnp.asarray(STARTS))
   np.testing.assert_allclose(got, EXACT(x, 1e-3), rtol=1e-9)
   np.testing.assert_array_equal(nfe, calls + 1)
   assert nfe.shape == key.shape
@@ -49,16 +49,16 @@ def test_the_rule_is_the_integration_and_the_denoised_mean(each):
 
 
 @pytest.mark.usefixtures("x64")
-def test_calls_are_those_of_scipy_on_every_stretch_of_the_grid():
-  """Add them up over a grid of three stretches and the last step, for each sample apart."""
+def test_calls_equal_the_calls_of_scipy_over_a_grid():
+  """The calls of each sample are summed over three intervals and the last step."""
   times = np.array([1.0, 0.6, 0.2, 0.01, 0.0])
   got, nfe = solver()(keys_of(4), STARTS, times)
   assert len(set(np.asarray(nfe))) > 1
   denoise = jax.jit(EXACT)
   for row in range(4):
     x, calls = STARTS[row], 1
-    for stretch in itertools.pairwise(times[:-1]):
-      truth = solve_ivp(vp_flow(denoise, (1, 2)), stretch, x, rtol=1e-5, atol=1e-5, method="RK45")
+    for interval in itertools.pairwise(times[:-1]):
+      truth = solve_ivp(vp_flow(denoise, (1, 2)), interval, x, rtol=1e-5, atol=1e-5, method="RK45")
       x, calls = truth.y[:, -1], calls + truth.nfev
     assert nfe[row] == calls
     np.testing.assert_allclose(got[row], denoise(x[None], 0.01)[0], rtol=1e-6)
@@ -68,7 +68,7 @@ def test_calls_are_those_of_scipy_on_every_stretch_of_the_grid():
 @pytest.mark.parametrize(
   "process", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in PROCESSES]
 )
-def test_it_encodes_and_decodes_along_the_exact_flow(process):
+def test_the_rule_encodes_and_decodes_along_the_exact_flow(process):
   process = PROCESSES[process]
   denoise, solve = gaussian().denoise(process), solver(1e-8, gaussian().denoise(process), process)
   times = sampling.grids.for_sampler(sampling.ode(process), process, 1)
@@ -85,23 +85,23 @@ def test_it_encodes_and_decodes_along_the_exact_flow(process):
 
 def test_a_sample_depends_on_its_start_alone_and_little_on_the_grid():
   x = jnp.asarray(STARTS, jnp.float32)
-  whole, nfe = solver()(keys_of(4), x, ENDS)
+  batch, nfe = solver()(keys_of(4), x, ENDS)
   order = np.array([2, 0, 3, 1])
   moved, calls = solver()(keys_of(4), x[order], ENDS)
-  np.testing.assert_allclose(moved, whole[order], rtol=1e-5)
+  np.testing.assert_allclose(moved, batch[order], rtol=1e-5)
   np.testing.assert_array_equal(calls, nfe[order])
-  more, many = solver()(keys_of(4), x, sampling.grids.log_snr(VP, 6))
-  np.testing.assert_allclose(more, whole, atol=1e-3)
-  assert np.all(many > nfe)
+  stepwise, stepwise_nfe = solver()(keys_of(4), x, sampling.grids.log_snr(VP, 6))
+  np.testing.assert_allclose(stepwise, batch, atol=1e-3)
+  assert np.all(stepwise_nfe > nfe)
   alone = jax.jit(jax.vmap(lambda key, x: sampling.sample(key[None], sampling.ode(VP), EXACT, x[None], ENDS)[0]))
-  np.testing.assert_allclose(alone(keys_of(4), x), whole, rtol=1e-4)
+  np.testing.assert_allclose(alone(keys_of(4), x), batch, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
   ("process", "dtype"),
   [("vp", "bfloat16"), ("edm", "float32"), ("rectified_flow", "bfloat16"), ("zero_snr", "float64")],
 )
-def test_it_is_finite_in_every_precision(process, dtype):
+def test_the_rule_is_finite_in_every_precision(process, dtype):
   process, denoise = PROCESSES[process], tanh_denoiser(PROCESSES[process])
   rule = sampling.ode(process, rtol=1e-2, atol=1e-2)
   times = sampling.grids.for_sampler(rule, process, 1)
@@ -113,72 +113,74 @@ def test_it_is_finite_in_every_precision(process, dtype):
     assert nfe > 8
 
 
-def test_a_sample_that_does_not_arrive_is_nan():
+def test_only_a_sample_that_does_not_finish_is_nan():
   x = jnp.asarray(STARTS, jnp.float32)
   _, nfe = solver()(keys_of(4), x, ENDS)
   rule = sampling.ode(VP, max_nfe=int(np.max(nfe)) - 2)
   got, calls = jax.jit(lambda x: sampling.solve(keys_of(4), rule, EXACT, x, ENDS))(x)
-  late = nfe == np.max(nfe)
-  np.testing.assert_array_equal(jnp.isnan(got).all(1), late)
-  np.testing.assert_array_equal(calls[~late], nfe[~late])
+  is_late = nfe == np.max(nfe)
+  np.testing.assert_array_equal(jnp.isnan(got).all(1), is_late)
+  np.testing.assert_array_equal(calls[~is_late], nfe[~is_late])
 
 
 # Wrappers.
 
 
-def counted_by(rule, denoise, x, times):
-  """The calls that `solve` counts, and those that `denoise` sees where nothing is compiled."""
-  seen = []
+def counts_of(rule, denoise, x, times):
+  """Return the number of calls that `solve` counts, and the number that `denoise` counts without compiling."""
+  calls = []
 
   def counting(x, t):
-    seen.append(1)
+    calls.append(1)
     return denoise(x, t)
 
   with jax.disable_jit():
     _, nfe = sampling.solve(one_key(), rule, counting, x, times)
-  return int(nfe), len(seen)
+  return int(nfe), len(calls)
 
 
 KEEP = np.array([True, False])
 KNOWN = np.array([[0.3, 0.0]], np.float32)
-WRAPPED = {
+WRAPPERS = {
   "alone": lambda rule: rule,
   "with_langevin": lambda rule: sampling.with_langevin(rule, VP, num_steps=2),
   "replace": lambda rule: editing.replace(rule, VP, KNOWN, KEEP),
   "repaint": lambda rule: editing.repaint(rule, VP, KNOWN, KEEP, 2, 2),
   "dps": lambda rule: editing.dps(rule, VP, lambda x: x[:, :1], KNOWN[:, :1], 0.1),
-  "dps of with_langevin": lambda rule: WRAPPED["dps"](WRAPPED["with_langevin"](rule)),
-  "repaint of with_langevin": lambda rule: WRAPPED["repaint"](WRAPPED["with_langevin"](rule)),
+  "dps of with_langevin": lambda rule: WRAPPERS["dps"](WRAPPERS["with_langevin"](rule)),
+  "repaint of with_langevin": lambda rule: WRAPPERS["repaint"](WRAPPERS["with_langevin"](rule)),
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_calls_of_wrappers_are_counted_too(wrapper):
-  rule = WRAPPED[wrapper](sampling.ode(VP, rtol=0.3, atol=0.3))
+  rule = WRAPPERS[wrapper](sampling.ode(VP, rtol=0.3, atol=0.3))
   times = np.array([1.0, 0.5, 0.0])
-  counted, seen = counted_by(rule, tanh_denoiser(VP), jnp.asarray(STARTS[2:3], jnp.float32), times)
-  assert counted == seen > 8
-  assert rule.spacing == ("ends" if wrapper == "alone" else "log_snr"), "what is done at each time needs times"
+  nfe, calls = counts_of(rule, tanh_denoiser(VP), jnp.asarray(STARTS[2:3], jnp.float32), times)
+  assert nfe == calls > 8
+  assert rule.spacing == ("ends" if wrapper == "alone" else "log_snr"), (
+    "a wrapper that acts at each time needs many times"
+  )
   assert rule.reversible == (wrapper == "alone")
-  with pytest.raises(ValueError, match=r"as often as the data need.*sampling\.solve"):
+  with pytest.raises(ValueError, match=r"data-dependent number of network calls.*sampling\.solve"):
     sampling.nfe(rule, VP, times)
 
 
 @pytest.mark.parametrize("wrapper", ["with_langevin", "replace", "repaint", "dps"])
-def test_wrapped_samples_depend_on_their_keys_alone(wrapper):
-  rule, times = WRAPPED[wrapper](sampling.ode(VP, rtol=1e-3, atol=1e-3)), np.array([1.0, 0.3, 0.01, 0.0])
-  draw = jax.jit(lambda keys, x: sampling.solve(keys, rule, EXACT, x, times))
+def test_wrapped_samples_depend_on_their_keys_and_starts_alone(wrapper):
+  rule, times = WRAPPERS[wrapper](sampling.ode(VP, rtol=1e-3, atol=1e-3)), np.array([1.0, 0.3, 0.01, 0.0])
+  solve = jax.jit(lambda keys, x: sampling.solve(keys, rule, EXACT, x, times))
   keys, x, order = keys_of(4), VP.prior(keys_of(4), (4, 2)), np.array([2, 0, 3, 1])
-  got, nfe = draw(keys, x)
-  moved, calls = draw(keys[order], x[order])
+  got, nfe = solve(keys, x)
+  moved, calls = solve(keys[order], x[order])
   np.testing.assert_allclose(moved, got[order], rtol=1e-4, atol=1e-6)
   np.testing.assert_array_equal(calls, nfe[order])
   if wrapper in ("replace", "repaint"):
     np.testing.assert_array_equal(got[:, 0], np.full(4, np.float32(0.3)))
 
 
-def test_the_corrected_flow_leaves_the_data_alone():
-  """Langevin steps and an exact flow both keep the marginals, however few times there are."""
+def test_the_corrected_flow_preserves_the_marginals():
+  """Langevin steps and an exact flow both preserve the marginals on any grid."""
   count, denoise = 20_000, gaussian().denoise(VP)
   rule = sampling.with_langevin(sampling.ode(VP, rtol=1e-3, atol=1e-3), VP, snr=0.05)
   x, times = VP.prior(jax.random.key(1), (count, 1)), np.array([1.0, 0.3, 0.1, 1e-3])
@@ -188,14 +190,14 @@ def test_the_corrected_flow_leaves_the_data_alone():
 
 
 @pytest.mark.usefixtures("x64")
-def test_images_are_encoded_decoded_and_interpolated_each_by_itself():
+def test_images_are_encoded_decoded_and_interpolated_independently():
   denoise = gaussian(dim=2).denoise(VP)
   rule = sampling.ode(VP, rtol=1e-8, atol=1e-8)
   times = sampling.grids.for_sampler(rule, VP, 1)
   a, b = jnp.asarray(STARTS) / 5, jnp.asarray(STARTS[::-1]) / 5
   invert = jax.jit(lambda x: editing.invert(rule, denoise, VP, x, times))
   noise = invert(a)
-  # What the last step takes away cannot be told from x at 1e-3, but for an order of it.
+  # The step from 1e-3 to 0 cannot be inverted exactly, so the tolerance is of its size.
   np.testing.assert_allclose(noise, gaussian_flow(VP, 0.3, 0.4, a, 0.0, 1.0), atol=1e-3)
   np.testing.assert_allclose(invert(a[::-1])[::-1], noise, rtol=1e-9)
   np.testing.assert_allclose(solver(1e-8, denoise)(keys_of(4), noise, times)[0], a, atol=1e-4)
@@ -205,8 +207,8 @@ def test_images_are_encoded_decoded_and_interpolated_each_by_itself():
 
 
 @pytest.mark.usefixtures("x64")
-def test_image_to_image_walks_no_times_between():
-  """The grid says from where to start: as many calls as the ends alone take, and the flow from there."""
+def test_image_to_image_uses_only_the_start_of_the_grid():
+  """The grid sets the start time. From there, the flow has the same calls as on a grid with only the ends."""
   denoise, calls = gaussian(dim=2).denoise(VP), []
 
   def counting(x, t):
@@ -217,25 +219,25 @@ def test_image_to_image_walks_no_times_between():
   rule = sampling.ode(VP)
   got = jax.jit(lambda: editing.img2img(one_key(), rule, counting, VP, x_0, grid, 0.6))()
   jax.effects_barrier()
-  from_there = grid[np.array([16, -2, -1])]
-  start = VP.sample_marginal(jax.random.fold_in(one_key(), 0), x_0, from_there[0])
-  exact, nfe = jax.jit(lambda x: sampling.solve(one_key(), rule, denoise, x, from_there))(start)
+  ends = grid[np.array([16, -2, -1])]
+  start = VP.sample_marginal(jax.random.fold_in(one_key(), 0), x_0, ends[0])
+  exact, nfe = jax.jit(lambda x: sampling.solve(one_key(), rule, denoise, x, ends))(start)
   np.testing.assert_allclose(got, exact, rtol=1e-9)
   assert len(calls) == nfe < 150
   traced = jax.eval_shape(lambda times: editing.img2img(one_key(), rule, denoise, VP, x_0, times, 0.6), grid)
   assert (traced.shape, traced.dtype) == (got.shape, got.dtype)
 
 
-# Counting, whatever the rule.
+# Network calls of all rules.
 
 
 @pytest.mark.parametrize("name", ["ancestral", "heun", "dpm_solver_3", "langevin_heun_churn", "unipc_3"])
 @pytest.mark.parametrize("process", ["vp", "rectified_flow"])
 def test_solve_samples_as_sample_does_and_counts_as_nfe_does(name, process):
-  """Grids from t_max and below it, to 0 and above it, known and traced."""
+  """The grids start at t_max or below, end at 0 or above, and are concrete or traced."""
   process = PROCESSES[process]
   rule, denoise, x = SAMPLERS[name](process), tanh_denoiser(process), jnp.ones((2, 1))
-  # By a function of few operations: the calls of a rule do not depend on it.
+  # A cheap denoiser is enough, because the number of calls does not depend on it.
   traced = jax.jit(lambda key, times: sampling.solve(key, rule, denoise, x, times))
   for times in (np.linspace(1, 0, 4), np.linspace(0.9, 0.2, 4)):
     calls = sampling.nfe(rule, process, times)
@@ -247,33 +249,32 @@ def test_solve_samples_as_sample_does_and_counts_as_nfe_does(name, process):
     )
     shape = jax.eval_shape(lambda times=times: sampling.solve(keys_of(2), rule, denoise, x, times))[1]
     assert (shape.shape, shape.dtype) == ((2,), jnp.int32)
-  known = jax.jit(lambda: sampling.solve(keys_of(2), rule, denoise, x, np.linspace(1, 0, 4))[1])()
-  np.testing.assert_array_equal(known, sampling.nfe(rule, process, np.linspace(1, 0, 4)))
+  concrete_nfe = jax.jit(lambda: sampling.solve(keys_of(2), rule, denoise, x, np.linspace(1, 0, 4))[1])()
+  np.testing.assert_array_equal(concrete_nfe, sampling.nfe(rule, process, np.linspace(1, 0, 4)))
 
 
-def test_rules_of_no_process_are_counted_by_their_times():
+def test_calls_of_rules_without_a_process_follow_from_the_times():
   halve = sampling.Sampler(lambda x: (), lambda key, denoise, x, memory, t, s: (0.5 * x, memory), calls=(3, 1, 7))
   for times, calls in (([9.0, 4.0, 0.0], 4), ([9.0, 4.0, 1.0], 6)):
     x, nfe = sampling.solve(one_key(), halve, EXACT, jnp.ones((1, 1)), np.array(times))
     assert (x[0, 0], nfe) == (0.25, calls)
 
 
-def test_two_estimates_are_known_by_the_rules_that_keep_both():
-  """As the rules themselves refuse or take them."""
+def test_only_rules_with_two_estimates_accept_cfg_plus_plus():
   denoise = guidance.cfg_plus_plus(lambda x, t, c: c[:, None] * x, jnp.ones(2), jnp.zeros(2), 0.5)
   rules = {**SAMPLERS, "ode": sampling.ode}
-  wrapped = {f"{wrapper} of ddim": lambda _, w=wrapper: WRAPPED[w](sampling.ddim(VP)) for wrapper in WRAPPED}
+  wrapped = {f"{wrapper} of ddim": lambda _, w=wrapper: WRAPPERS[w](sampling.ddim(VP)) for wrapper in WRAPPERS}
   for name, make in {**rules, **wrapped}.items():
     rule = make(VP)
 
-    def draw(x, rule=rule):
+    def sample(x, rule=rule):
       return sampling.sample(one_key(), rule, denoise, x, ENDS)
 
     if rule.two_estimates:
-      assert jax.eval_shape(draw, jnp.ones((2, 2))).shape == (2, 2), name
+      assert jax.eval_shape(sample, jnp.ones((2, 2))).shape == (2, 2), name
     else:
       with pytest.raises(ValueError, match=r"CFG\+\+"):
-        jax.eval_shape(draw, jnp.ones((2, 2)))
+        jax.eval_shape(sample, jnp.ones((2, 2)))
 
 
 def test_wrong_arguments_are_errors():

@@ -15,8 +15,8 @@ def test_cosine_gives_the_papers_alpha_bar():
   betas = schedules.cosine(1000)
   t = np.arange(1001) / 1000
   f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-  free = betas < 0.999
-  np.testing.assert_allclose(np.cumprod(1 - betas)[free], (f / f[0])[1:][free], rtol=1e-9)
+  unlimited = betas < 0.999
+  np.testing.assert_allclose(np.cumprod(1 - betas)[unlimited], (f / f[0])[1:][unlimited], rtol=1e-9)
   assert betas.max() == 0.999
 
 
@@ -27,7 +27,7 @@ def test_scaled_linear_is_linear_in_the_root():
   np.testing.assert_allclose(steps, steps[0])
 
 
-def test_wrong_ends_are_errors():
+def test_wrong_parameters_are_errors():
   with pytest.raises(ValueError, match="beta_start=-0.1"):
     schedules.scaled_linear(3, -0.1, 0.2)
   with pytest.raises(ValueError, match="offset=-1"):
@@ -53,7 +53,7 @@ def test_zero_terminal_snr_keeps_the_first_step_and_empties_the_last(schedule):
   root, rescaled = np.sqrt(np.cumprod(1 - before)), np.sqrt(np.cumprod(1 - betas))
   np.testing.assert_allclose(betas[0], before[0], rtol=1e-9)
   assert betas[-1] == 1
-  # Shifted and scaled: an affine image of the old curve.
+  # The new curve is an affine function of the old one.
   np.testing.assert_allclose(rescaled, (root - root[-1]) * rescaled[0] / (root[0] - root[-1]), atol=1e-12)
   for wrong in ([0.1], betas, [[0.1, 0.2]]):
     with pytest.raises(ValueError, match="at least 2"):

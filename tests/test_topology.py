@@ -1,4 +1,4 @@
-"""TPU slices that are not there, and simulated devices."""
+"""Test descriptions of TPU slices, and simulated devices."""
 
 import importlib.util
 import os
@@ -18,14 +18,14 @@ from tests.conftest import ROOT
     ("4x4", "expected <generation>:<shape>, such as v5e:4x4.*v6e: v6e:1x1"),
     ("v5e", "expected <generation>:<shape>"),
     ("v5e-16", "expected <generation>:<shape>"),
-    ("h100:2x4", "a generation that is not known here.*v5p: v5p:2x2x1"),
+    ("h100:2x4", "unknown generation 'h100'.*v5p: v5p:2x2x1"),
     ("v5e:4", "expected 2 axes.*v5e:4x4"),
     ("v5p:4x4", "expected 3 axes.*v5p:2x2x1"),
-    ("v5e:0x2", "at least 1"),
+    ("v5e:0x2", "at least 1 chip"),
     ("v5e:1000x1000", "at most 9,216 chips"),
   ],
 )
-def test_a_wrong_topology_says_what_is_right(name, message):
+def test_the_error_for_a_wrong_topology_names_valid_ones(name, message):
   with pytest.raises(ValueError, match=f"--topology={name}.*{message}"):
     topology.topology_devices(name)
 
@@ -33,20 +33,23 @@ def test_a_wrong_topology_says_what_is_right(name, message):
 def test_without_libtpu_the_error_names_the_extra(monkeypatch):
   monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"v5e:4x4 without libtpu.*pip install 'ddpm_jax\[plan\]'"):
+  with pytest.raises(ValueError, match=r"v5e:4x4, but libtpu is not installed.*pip install 'ddpm_jax\[plan\]'"):
     topology.topology_devices("v5e:4x4")
 
 
 @pytest.mark.parametrize(
   ("error", "message"),
   [
-    ('ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "..."', "another process holds libtpu"),
-    ('INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible by the given', "no machines make up.*v5e:4x4"),
-    ("INVALID_ARGUMENT: Invalid TPU external name: TPU v5e", "a generation that this libtpu does not know.*upgrade"),
-    ("INTERNAL: something else", r"does not take \(INTERNAL: something else\)"),
+    ('ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "..."', "another process uses libtpu"),
+    (
+      'INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible by the given',
+      "does not consist of machines.*v5e:4x4",
+    ),
+    ("INVALID_ARGUMENT: Invalid TPU external name: TPU v5e", "libtpu does not support the generation.*upgrade"),
+    ("INTERNAL: something else", r"libtpu rejects it \(INTERNAL: something else\)"),
   ],
 )
-def test_what_libtpu_says_becomes_what_to_do(monkeypatch, error, message):
+def test_errors_of_libtpu_are_explained(monkeypatch, error, message):
   def fail(**_):
     raise jax.errors.JaxRuntimeError(error)
 
@@ -58,14 +61,14 @@ def test_what_libtpu_says_becomes_what_to_do(monkeypatch, error, message):
     topology.topology_devices("v5e:3x3")
 
 
-def test_devices_already_there_are_used():
+def test_existing_devices_are_used():
   assert topology.simulate_devices(8) == jax.devices()[:8]
   assert topology.simulate_devices(2) == jax.devices()[:2]
 
 
-def test_too_late_or_too_few_is_an_error():
+def test_simulating_devices_too_late_or_out_of_range_is_an_error():
   assert len(jax.devices()) == 8
-  with pytest.raises(ValueError, match="Got 99 devices to simulate after JAX has been used, with 8 here"):
+  with pytest.raises(ValueError, match="Got 99 devices to simulate after JAX was started with 8 devices"):
     topology.simulate_devices(99)
   with pytest.raises(ValueError, match="--devices=1000000000; expected 1 to 65,536"):
     topology.simulate_devices(10**9)
@@ -80,7 +83,7 @@ def run(code):
   ).stdout
 
 
-def test_a_cpu_is_shown_as_many_devices():
+def test_a_cpu_is_simulated_as_several_devices():
   assert run("from ddpm_jax.devices import topology; print(len(topology.simulate_devices(5)))") == "5\n"
 
 
@@ -105,6 +108,6 @@ print(len(devices), hardware.chip_of(devices[0].device_kind).name)"""
   assert run(code) == f"{count} {kind}\n"
 
 
-def test_a_slice_that_no_machines_make_up():
-  with pytest.raises(ValueError, match=r"--topology=v5e:3x3, which no machines make up"):
+def test_a_slice_that_does_not_consist_of_machines_is_refused():
+  with pytest.raises(ValueError, match=r"--topology=v5e:3x3, which does not consist of machines"):
     topology.topology_devices("v5e:3x3")

@@ -17,7 +17,7 @@ from tests.recipes import experiment_of, tiny_config
 
 
 def linear_problem(optimizer):
-  """No Flax: parameters are a dict, and the network is any function."""
+  """Make the state and the step of a linear model without Flax, with a dict of parameters."""
 
   def apply(params, x, time, given, **_):
     return params["a"] * x + params["b"]
@@ -36,20 +36,20 @@ def batches():
     yield {"x": rng.normal(size=(32, 3)).astype(np.float32)}
 
 
-def test_step_is_pure_and_moves_on():
+def test_step_is_pure_and_changes_parameters():
   state, step = linear_problem(optim.adam(0.01))
   batch = next(batches())
   first, metrics = step(state, batch)
-  again, _ = step(state, batch)
+  repeated, _ = step(state, batch)
   assert int(first.step) == 1
   assert metrics["grad_norm"] > 0
-  jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+  jax.tree.map(np.testing.assert_array_equal, first.params, repeated.params)
   assert first.params["a"] != state.params["a"]
-  # The same batch one step later meets other noise.
+  # One step later the same batch gets different noise.
   assert step(first._replace(params=state.params), batch)[1]["loss"] != metrics["loss"]
 
 
-def test_fit_lowers_the_loss_and_reports():
+def test_fit_lowers_the_loss_and_logs():
   state, step = linear_problem(optim.adam(0.05))
   logs, calls = [], []
   end = training.fit(
@@ -72,33 +72,33 @@ def test_fit_lowers_the_loss_and_reports():
   assert logs[0][1]["seconds_per_step"] > 0
 
 
-def test_fit_goes_on_from_the_states_own_step():
+def test_fit_starts_from_the_step_of_the_state():
   state, step = linear_problem(optim.adam(0.05))
   data = [batch for batch, _ in zip(batches(), range(20), strict=False)]
-  whole = training.fit(state, step, data, num_steps=20, log=lambda *_: None)
+  complete = training.fit(state, step, data, num_steps=20, log=lambda *_: None)
   half = training.fit(state, step, data[:10], num_steps=10, log=lambda *_: None)
-  rest = training.fit(half, step, data[10:], num_steps=20, log=lambda *_: None)
-  jax.tree.map(np.testing.assert_array_equal, whole._replace(key=0), rest._replace(key=0))
+  resumed = training.fit(half, step, data[10:], num_steps=20, log=lambda *_: None)
+  jax.tree.map(np.testing.assert_array_equal, complete._replace(key=0), resumed._replace(key=0))
 
 
 def plain_problem():
-  """An optimizer that skips nothing."""
+  """Make a linear problem with an optimizer that does not skip steps."""
   return linear_problem(optax.adam(0.05))
 
 
-def spoilt(*steps):
-  """Batches, those of some steps not finite."""
+def broken_batches(*steps):
+  """Yield batches that are NaN at some steps."""
   for number, batch in enumerate(batches(), 1):
     yield {"x": np.full_like(batch["x"], np.nan)} if number in steps else batch
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted():
+def test_non_finite_steps_are_skipped_and_counted():
   state, step = linear_problem(optim.adam(0.05))
   logs = []
   end = training.fit(
     state,
     step,
-    spoilt(3, 4, 7),
+    broken_batches(3, 4, 7),
     num_steps=10,
     log=lambda number, values: logs.append(values),
     log_every=5,
@@ -110,61 +110,69 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(end._replace(key=0)))
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run_with_sound_parameters():
+def test_too_many_consecutive_skipped_steps_stop_training():
   state, step = linear_problem(optim.adam(0.05))
   saved = []
   callback = training.Callback(2, lambda number, state, metrics: saved.append(jax.device_get(state.params)))
-  with pytest.raises(FloatingPointError, match=r"4 steps in a row, 6 to 9, .*last loss is nan.*5 in all.*max_skipped"):
+  with pytest.raises(
+    FloatingPointError, match=r"4 steps in a row, 6 to 9, .*last loss is nan.*5 were skipped in all.*max_skipped"
+  ):
     training.fit(
-      state, step, spoilt(2, *range(6, 50)), num_steps=50, log=lambda *_: None, callbacks=[callback], max_skipped=4
+      state,
+      step,
+      broken_batches(2, *range(6, 50)),
+      num_steps=50,
+      log=lambda *_: None,
+      callbacks=[callback],
+      max_skipped=4,
     )
   assert len(saved) == 4
   assert all(np.isfinite(leaf) for params in saved for leaf in jax.tree.leaves(params))
 
 
-def test_nothing_but_skipped_steps_is_logged_without_a_loss():
+def test_a_log_of_skipped_steps_has_no_loss():
   state, step = linear_problem(optim.adam(0.05))
   logs = []
-  training.fit(state, step, spoilt(1, 2), num_steps=2, log=lambda number, values: logs.append(values))
+  training.fit(state, step, broken_batches(1, 2), num_steps=2, log=lambda number, values: logs.append(values))
   assert "loss" not in logs[0]
   assert logs[0]["skipped"] == 2
 
 
-def test_fit_stops_at_a_loss_that_is_not_finite():
+def test_fit_stops_at_a_non_finite_loss():
   state, step = plain_problem()
   with pytest.raises(FloatingPointError, match="loss is nan at step 5"):
-    training.fit(state, step, spoilt(5), num_steps=20, log=lambda *_: None, log_every=5)
+    training.fit(state, step, broken_batches(5), num_steps=20, log=lambda *_: None, log_every=5)
 
 
-def test_parameters_that_are_lost_are_never_handed_to_a_callback():
-  """Not even between logs, nor where the loss is still finite and only the gradient is not."""
+def test_callbacks_never_get_non_finite_parameters():
+  """The failing step is between two logs, and only its gradient is not finite."""
   state, step = plain_problem()
   saved = []
 
-  def breaking(state, batch):
+  def failing_step(state, batch):
     after, metrics = step(state, batch)
     return after, metrics | {"grad_norm": jnp.where(after.step >= 6, jnp.inf, metrics["grad_norm"])}
 
   callback = training.Callback(3, lambda number, state, metrics: saved.append(number))
   with pytest.raises(FloatingPointError, match="grad_norm is inf at step 6"):
-    training.fit(state, breaking, batches(), num_steps=20, log=lambda *_: None, log_every=20, callbacks=[callback])
+    training.fit(state, failing_step, batches(), num_steps=20, log=lambda *_: None, log_every=20, callbacks=[callback])
   assert saved == [3]
 
 
-def test_fit_asks_whether_to_stop_and_says_when_a_step_begins():
+def test_fit_calls_its_hooks():
   state, step = linear_problem(optim.adam(0.05))
-  begun, waited = [], itertools.count(0.0, 1e-3)
-  hooks = training.Hooks(lambda: next(waited), lambda number: number == 4, begun.append)
+  started, wait_seconds = [], itertools.count(0.0, 1e-3)
+  hooks = training.Hooks(lambda: next(wait_seconds), lambda number: number == 4, started.append)
   logs = []
   end = training.fit(
     state, step, batches(), num_steps=20, log=lambda number, values: logs.append(values), log_every=2, hooks=hooks
   )
   assert int(end.step) == 4
-  assert begun == [1, 2, 3, 4]
+  assert started == [1, 2, 3, 4]
   assert all(values["input_wait"] > 0 for values in logs)
 
 
-def test_a_mean_counts_samples_not_steps():
+def test_means_are_over_samples_instead_of_steps():
   state, _ = linear_problem(optim.adam(0.05))
   totals = iter([(6.0, 2), (0.0, 0), (1.0, 5)])
 
@@ -185,7 +193,7 @@ def test_a_mean_counts_samples_not_steps():
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_a_real_step_of_the_unet(conditional):
-  """With weight decay, which Fourier frequencies do not get: they are not trained."""
+  """Fourier frequencies are not trained, so weight decay does not change them."""
   config = tiny_config()
   config.model.network.time_embedding = "fourier"
   config.optimizer.update({"name": "adamw", "arguments": "weight_decay=10.0", "learning_rate": 0.05, "warmup_steps": 0})
@@ -207,9 +215,9 @@ def test_a_real_step_of_the_unet(conditional):
   assert jax.tree.structure(ema.ema_params(after.opt_state)) == jax.tree.structure(after.params)
 
 
-def test_a_batch_that_cannot_be_had_is_an_error_after_the_state_is_rescued():
+def test_the_state_is_rescued_if_loading_a_batch_fails():
   def batches():
-    yield from itertools.islice(spoilt(), 3)
+    yield from itertools.islice(broken_batches(), 3)
     raise OSError("the disk is gone")
 
   state, step = linear_problem(optim.adam(0.05))
@@ -226,35 +234,35 @@ def test_a_batch_that_cannot_be_had_is_an_error_after_the_state_is_rescued():
   assert rescued == [(3, 3)]
 
 
-def test_training_stops_where_the_batches_end():
+def test_training_stops_when_the_batches_end():
   state, step = linear_problem(optim.adam(0.05))
-  state = training.fit(state, step, itertools.islice(spoilt(), 3), num_steps=9, log=lambda *_: None)
+  state = training.fit(state, step, itertools.islice(broken_batches(), 3), num_steps=9, log=lambda *_: None)
   assert int(state.step) == 3
 
 
-def spoil(batch):
+def make_nan(batch):
   return {"data": np.full_like(batch["data"], np.nan)}
 
 
-def test_a_skipped_step_leaves_parameters_average_memory_and_extra_as_they_were():
+def test_a_skipped_step_does_not_change_parameters_average_memory_and_extra():
   step, given = jax.jit(objectives.train_step()), objectives.frozen()
   first, second = objectives.batches(2)
   before, metrics = step(objectives.init_state(), first, given)
   assert int(metrics["skipped"]) == 0
-  np.testing.assert_allclose(metrics["most"], np.max(before.memory["losses"]))
-  after, metrics = step(before, spoil(second), given)
+  np.testing.assert_allclose(metrics["max_loss"], np.max(before.memory["losses"]))
+  after, metrics = step(before, make_nan(second), given)
   assert int(after.step) == 2
   assert [int(metrics[name]) for name in ("skipped", "skipped_in_a_row")] == [1, 1]
-  kept = [(state.params, state.extra, state.memory, ema.ema_params(state.opt_state)) for state in (before, after)]
-  for old, new in zip(*map(objectives.leaf_values, kept), strict=True):
+  snapshots = [(state.params, state.extra, state.memory, ema.ema_params(state.opt_state)) for state in (before, after)]
+  for old, new in zip(*map(objectives.leaf_values, snapshots), strict=True):
     np.testing.assert_array_equal(new, old)
   after, _ = step(after, second, given)
-  kept.append((after.params, after.extra, after.memory, ema.ema_params(after.opt_state)))
-  assert all(np.any(old != new) for old, new in zip(*map(objectives.leaf_values, kept[1:]), strict=True))
-  assert all(np.all(np.isfinite(leaf)) for leaf in objectives.leaf_values(kept[2]))
+  snapshots.append((after.params, after.extra, after.memory, ema.ema_params(after.opt_state)))
+  assert all(np.any(old != new) for old, new in zip(*map(objectives.leaf_values, snapshots[1:]), strict=True))
+  assert all(np.all(np.isfinite(leaf)) for leaf in objectives.leaf_values(snapshots[2]))
 
 
-def test_a_step_is_skipped_whole_if_only_what_is_beside_the_model_fails():
+def test_a_step_is_skipped_if_only_the_extra_parameters_fail():
   objective = objectives.full_objective()
 
   def loss(trained, context, keys, batch):
@@ -270,22 +278,22 @@ def test_a_step_is_skipped_whole_if_only_what_is_beside_the_model_fails():
     np.testing.assert_array_equal(new, old)
 
 
-def test_the_memory_is_that_of_before_the_step_and_the_average_is_the_optimizer_s():
-  """One step of the objective, written out."""
+def test_the_objective_gets_the_old_memory_and_the_optimizer_s_average():
+  """The reference computes one step of the objective explicitly."""
   state, (batch,), given = objectives.init_state(), objectives.batches(1), objectives.frozen()
-  # So that the three differ.
+  # Make parameters, average and memory differ.
   average = objectives.random_params(5)
-  rest, _ = ema.split(state.opt_state)
+  opt_state, _ = ema.split(state.opt_state)
   memory = state.memory | {"target": objectives.random_params(6), "offset": jnp.asarray(0.25)}
-  state = state._replace(opt_state=ema.join(rest, (average,)), memory=memory, step=jnp.asarray(3, jnp.int32))
+  state = state._replace(opt_state=ema.join(opt_state, (average,)), memory=memory, step=jnp.asarray(3, jnp.int32))
   after, metrics = jax.jit(objectives.train_step())(state, batch, given)
   step_key = jax.random.fold_in(state.key, 3)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.arange(objectives.BATCH))
   context = losses.Context(state.step, given["objective"], average, memory)
   objective = objectives.full_objective()
-  whole = objectives.encode(given, keys, batch) | objective.prepare(keys, memory)
+  full_batch = objectives.encode(given, keys, batch) | objective.prepare(keys, memory)
   trained = {"model": state.params, "extra": state.extra}
-  loss, details = objective.loss(trained, context, keys, whole)
+  loss, details = objective.loss(trained, context, keys, full_batch)
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
   np.testing.assert_allclose(after.memory["losses"], details["loss"], rtol=1e-5)
   expected = jax.tree.map(lambda old, new: 0.7 * old + 0.3 * new, memory["target"], after.params)
@@ -301,7 +309,7 @@ def test_frozen_parameters_are_arguments_of_the_compiled_step():
   assert not jax.make_jaxpr(objectives.train_step())(state, batch, given).consts
 
 
-def test_fit_hands_frozen_parameters_on():
+def test_fit_passes_frozen_parameters_to_the_step():
   step, given, logs = jax.jit(objectives.train_step()), objectives.frozen(), []
   end = training.fit(
     objectives.init_state(),
@@ -316,30 +324,30 @@ def test_fit_hands_frozen_parameters_on():
   assert logs[-1][1]["loss"] < logs[0][1]["loss"]
 
 
-def test_an_objective_and_an_optimizer_that_do_not_fit_are_errors():
-  def begin(optimizer, objective, frozen=None):
+def test_an_objective_with_a_mismatched_optimizer_is_an_error():
+  def init(optimizer, objective, frozen=None):
     return training.init_state(jax.random.key(0), lambda key: objectives.random_params(3), optimizer, objective, frozen)
 
-  everything, given = objectives.full_objective(), objectives.frozen()
-  with pytest.raises(ValueError, match="average covers .*optim.chain"):
-    begin(optim.adam(0.1), everything, given)
-  with pytest.raises(ValueError, match="without a part 'model'.*Leave out"):
-    begin(objectives.optimizer(), losses.Objective(everything.loss))
+  objective, given = objectives.full_objective(), objectives.frozen()
+  with pytest.raises(ValueError, match="average of the objective.*optim.chain"):
+    init(optim.adam(0.1), objective, given)
+  with pytest.raises(ValueError, match="without a part 'model'.*omit"):
+    init(objectives.optimizer(), losses.Objective(objective.loss))
   with pytest.raises(ValueError, match="no frozen parameters.*objective.load"):
-    begin(objectives.optimizer(), everything, {"codec": given["codec"]})
-  # One optimizer for both, that averages nothing.
-  state = begin(optax.adam(0.1), everything, given)
+    init(objectives.optimizer(), objective, {"codec": given["codec"]})
+  # One optimizer for both parts without averages is valid.
+  state = init(optax.adam(0.1), objective, given)
   step = functools.partial(training.train_step, optimizer=optax.adam(0.1), encode=objectives.encode)
   (batch,) = objectives.batches(1)
   with pytest.raises(ValueError, match="no frozen parameters"):
-    step(state, batch, objective=everything)
-  without_average = everything._replace(
-    loss=lambda trained, context, keys, batch: everything.loss(
+    step(state, batch, objective=objective)
+  without_average = objective._replace(
+    loss=lambda trained, context, keys, batch: objective.loss(
       trained, context._replace(ema=context.memory["target"]), keys, batch
     )
   )
   after, _ = step(state, batch, given, objective=without_average)
   assert np.any(after.extra["critic"] != state.extra["critic"])
   smaller = without_average._replace(update=lambda key, memory, params, details: memory | {"losses": jnp.zeros(2)})
-  with pytest.raises(ValueError, match=r"Got the memory .*float32\[2\].* expected it as before"):
+  with pytest.raises(ValueError, match=r"Got the memory .*float32\[2\].* expected the same structure"):
     step(state, batch, given, objective=smaller)

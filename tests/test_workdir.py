@@ -13,12 +13,12 @@ CONFIG = {"seed": 0, "network": {"channels": 8, "multipliers": (1, 2)}, "trainin
 
 @pytest.fixture
 def tmp_path(tmp_path):
-  """The folder of a run that has saved a checkpoint."""
+  """Return the folder of a run with one checkpoint."""
   (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
   return tmp_path
 
 
-def test_a_config_comes_back(tmp_path):
+def test_config_round_trip(tmp_path):
   assert workdir.read_config(tmp_path) is None
   workdir.write_config(tmp_path, CONFIG)
   assert workdir.read_config(tmp_path)["network"] == {"channels": 8, "multipliers": [1, 2]}
@@ -49,41 +49,41 @@ def test_a_damaged_config_is_an_error(name, tmp_path):
     workdir.read_config(tmp_path)
 
 
-def test_every_flipped_bit_of_a_value_is_noticed(tmp_path):
+def test_every_flipped_bit_of_a_value_is_detected(tmp_path):
   workdir.write_config(tmp_path, CONFIG)
   path = workdir.config_path(tmp_path)
-  data, whole = path.read_bytes(), workdir.read_config(tmp_path)
+  data, original = path.read_bytes(), workdir.read_config(tmp_path)
   unnamed = []
-  for place in range(len(data)):
-    # Each bit of some bytes, and of each byte the one by which letters differ from signs.
-    for bit in {5, place % 8}:
-      path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+  for position in range(len(data)):
+    # Flip bit 5, which turns letters into punctuation, and one more bit that varies with the position.
+    for bit in {5, position % 8}:
+      path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
       try:
-        found = workdir.read_config(tmp_path)
+        config = workdir.read_config(tmp_path)
       except ValueError as error:
         unnamed += [] if "config.json" in str(error) else [str(error)]
       else:
-        # A blank may be another one; and where the name of the digest is another, this is a key that no config has.
-        assert {key: value for key, value in found.items() if key in whole} == whole
+        # A white space may change. If the name of the digest changes, the result has one additional unknown key.
+        assert {key: value for key, value in config.items() if key in original} == original
   assert not unnamed
 
 
-def test_an_edited_config_is_taken_once_its_digest_is_deleted(tmp_path):
+def test_an_edited_config_is_accepted_without_its_digest(tmp_path):
   workdir.write_config(tmp_path, CONFIG)
   path = workdir.config_path(tmp_path)
   path.write_text(path.read_text().replace('"steps": 5', '"steps": 9'))
-  with pytest.raises(ValueError, match="not what was written.*as a flag.*delete its line"):
+  with pytest.raises(ValueError, match="changed after it was written.*as a flag.*delete its line"):
     workdir.read_config(tmp_path)
   path.write_text("\n".join(line for line in path.read_text().splitlines() if '"sha256"' not in line))
   assert workdir.read_config(tmp_path)["training"]["steps"] == 9
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+def test_a_folder_that_is_not_writable_is_an_error(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
-  with pytest.raises(ValueError, match="cannot be written to"):
+  with pytest.raises(ValueError, match="is not writable"):
     workdir.check_writable(file)
-  with pytest.raises(ValueError, match="cannot be written to"):
+  with pytest.raises(ValueError, match="is not writable"):
     workdir.check_writable(file / "below")
   workdir.check_writable(tmp_path / "a" / "b")
   assert os.listdir(tmp_path / "a" / "b") == []
@@ -93,8 +93,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
 @pytest.mark.parametrize(
   ("old", "new", "message"),
   [
-    ('"steps": 12', '"steps": 13', "content is not what was written"),
-    ('"steps": 12', '"steps": "12"', "content is not what was written"),
+    ('"steps": 12', '"steps": 13', "content was changed after it was written"),
+    ('"steps": 12', '"steps": "12"', "content was changed after it was written"),
     ("{", "[", "not JSON.*Restore the file from a copy"),
     ("{", "\udcff", "not JSON.*Restore the file from a copy"),
   ],
@@ -110,7 +110,7 @@ def test_the_command_line_names_a_damaged_config(flags, old, new, message, tmp_p
   assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.json"]
 
 
-def test_records_go_on_where_the_checkpoint_stands(tmp_path):
+def test_a_resumed_log_continues_from_the_step_of_the_checkpoint(tmp_path):
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
   first = records.MetricLog(tmp_path, 0)

@@ -1,4 +1,4 @@
-"""Runs under `jax_enable_x64`: what they store has the same types as without it, so that either opens what the other wrote."""
+"""Check that runs with and without `jax_enable_x64` store the same types, and can read each other's files."""
 
 import json
 
@@ -14,15 +14,15 @@ from tests import commands
 from tests.recipes import LEVELS, experiment_of, tiny_config
 
 
-@pytest.mark.parametrize(("trained", "other"), [("0", "1"), pytest.param("1", "0", marks=pytest.mark.slow)])
-def test_a_run_of_one_setting_is_sampled_scored_and_resumed_under_the_other(trained, other, tmp_path):
+@pytest.mark.parametrize(("first", "second"), [("0", "1"), pytest.param("1", "0", marks=pytest.mark.slow)])
+def test_a_run_with_one_setting_can_be_sampled_scored_and_resumed_with_the_other(first, second, tmp_path):
   def run(setting, *arguments, steps=2):
     small = ("--config.evaluation.num_samples=10", "--config.training.log_every=2")
-    given = (commands.RECIPE, *small, f"--config.training.steps={steps}", f"--workdir={tmp_path}")
-    code, output = commands.call(*given, *arguments, JAX_ENABLE_X64=setting)
+    common = (commands.RECIPE, *small, f"--config.training.steps={steps}", f"--workdir={tmp_path}")
+    code, output = commands.call(*common, *arguments, JAX_ENABLE_X64=setting)
     assert code == 0, output
 
-  def drawn(setting):
+  def sample(setting):
     run(setting, "--mode=sample")
     path = tmp_path / "samples" / "ddim_nfe4_seed0.npz"
     with np.load(path) as file:
@@ -30,38 +30,38 @@ def test_a_run_of_one_setting_is_sampled_scored_and_resumed_under_the_other(trai
     path.unlink()
     return samples
 
-  run(trained)
-  # Of the same weights and noise: only the rounding differs.
-  assert np.max(np.abs(drawn(trained) - drawn(other))) <= 1
-  run(other, "--mode=eval", "--seed=1")
-  run(other, steps=4)
+  run(first)
+  # Weights and noise are the same, so that only the rounding differs.
+  assert np.max(np.abs(sample(first) - sample(second))) <= 1
+  run(second, "--mode=eval", "--seed=1")
+  run(second, steps=4)
   steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert steps == [2, 4]
 
 
-SONG = {"time_embedding": "fourier", "score_sde": True, "augmentation_features": 4}
+SCORE_SDE = {"time_embedding": "fourier", "score_sde": True, "augmentation_features": 4}
 PROGRESSIVE = {"progressive_input": True, "downsample": "residual", "upsample": "residual", "filter": (1, 3, 3, 1)}
 
 
-# What a config may say of a network, and how many classes it is given.
-NETWORKS = [(LEVELS, 0), (LEVELS | SONG | PROGRESSIVE, 3), ({"scale_shift": True}, 3)]
+# Network options of a config, and the number of classes.
+NETWORKS = [(LEVELS, 0), (LEVELS | SCORE_SDE | PROGRESSIVE, 3), ({"scale_shift": True}, 3)]
 
 
-def classifier(config, options):
-  """Let a config be of a classifier of ten classes."""
-  kept = {name: value for name, value in config.model.network.items() if name != "component"}
-  known = networks.Classifier.__dataclass_fields__
-  options = {name: value for name, value in (kept | options).items() if name in known}
+def configure_classifier(config, options):
+  """Change a config to train a classifier with ten classes."""
+  network = {name: value for name, value in config.model.network.items() if name != "component"}
+  fields = networks.Classifier.__dataclass_fields__
+  options = {name: value for name, value in (network | options).items() if name in fields}
   config.task, config.objective = spec("tasks.classify"), spec("losses.classification")
   config.model.network = spec("networks.Classifier", **options, out_channels=10)
 
 
 @pytest.mark.parametrize(("options", "classes"), NETWORKS)
 @pytest.mark.parametrize("task", ["denoise", "classify"])
-def test_no_leaf_of_a_state_has_another_type(task, options, classes):
+def test_all_leaves_of_a_state_have_the_same_type_in_x64(task, options, classes):
   config = tiny_config()
   if task == "classify":
-    classifier(config, options)
+    configure_classifier(config, options)
   else:
     config.model.network.update(options)
     if classes:
@@ -73,6 +73,6 @@ def test_no_leaf_of_a_state_has_another_type(task, options, classes):
     _, template = model.make_state(experiment_of(config), mesh)
     return jax.tree.map(lambda leaf: leaf.dtype, training.state_to_items(template))
 
-  narrow = types()
+  types_without_x64 = types()
   with jax.enable_x64(True):
-    assert types() == narrow
+    assert types() == types_without_x64

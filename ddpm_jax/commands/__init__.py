@@ -1,16 +1,16 @@
-"""The commands of the command line: one file a command, its flags beside it.
+"""Define the commands of the command line, one module for each.
 
-A command's module has a docstring, which its help shows; `EXAMPLES`, two command lines; `FLAGS`; and `run(given)`. It imports JAX and
-the rest of the package in `run` alone, so that help and mistakes in flags need to wait for neither.
+The module of a command has a docstring, which is shown as its help, `EXAMPLES` (two command lines), `FLAGS` and
+`run(args)`. It imports JAX and the rest of the package inside `run`, so that help and errors in flags appear at once.
 """
 
 import importlib
 from types import ModuleType
 
-# In the order of help.
+# The order is also the order in the help.
 MODES = ("train", "plan", "prepare", "sample", "edit", "eval", "stats", "export", "convert")
 
 
 def command(mode: str) -> ModuleType:
-  """Return the module of a command."""
+  """Import the module of a command."""
   return importlib.import_module(f"{__name__}.{mode}")

@@ -1,4 +1,4 @@
-"""What a program prints, on terminals and in pipes of any kind: no output is ever a reason to fail."""
+"""Let a program print to any terminal, pipe or file without errors."""
 
 import codecs
 import contextlib
@@ -9,9 +9,9 @@ import signal
 import sys
 from collections.abc import Iterator
 
-# The code of a program that SIGPIPE ends.
-UNREAD = 128 + signal.SIGPIPE
-# How terminals that show only ASCII show the other characters of our messages.
+# The exit code of a program that was ended by SIGPIPE.
+SIGPIPE_CODE = 128 + signal.SIGPIPE
+# Replacements of the non-ASCII characters in our messages, for streams that support only ASCII.
 _ASCII = {"±": "+-", "×": "x", "µ": "u", "²": "^2", "–": "-", "—": "-", "−": "-", "…": "...", "é": "e"}  # noqa: RUF001
 
 
@@ -19,11 +19,11 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
   assert isinstance(error, UnicodeEncodeError)
   text = error.object[error.start : error.end]
   escaped = (character.encode("ascii", "backslashreplace").decode() for character in text)
-  return "".join(_ASCII.get(own, other) for own, other in zip(text, escaped, strict=True)), error.end
+  return "".join(_ASCII.get(character, code) for character, code in zip(text, escaped, strict=True)), error.end
 
 
 class _Descriptor(io.RawIOBase):
-  """Write to a descriptor, and lose what its system refuses, such as a log on a full disk or a terminal that is gone."""
+  """Write to a file descriptor, and ignore errors, such as a full disk or a closed terminal."""
 
   def __init__(self, number: int):
     self._number = number
@@ -46,7 +46,7 @@ class _Descriptor(io.RawIOBase):
       return len(content)
 
 
-def _unfailing(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+def _ignore_write_errors(stream: io.TextIOWrapper) -> io.TextIOWrapper:
   stream.flush()
   buffer = io.BufferedWriter(_Descriptor(stream.fileno()))
   lines = stream.line_buffering or stream.write_through
@@ -54,44 +54,44 @@ def _unfailing(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 @contextlib.contextmanager
-def printing() -> Iterator[None]:
-  """Let a program print any text to any stream, and end quietly where nobody reads on, as in `| head`.
+def safe_output() -> Iterator[None]:
+  """Let a program print any text to any stream, and exit silently if the reader is gone, as in `| head`.
 
-  A character that a stream cannot show is replaced by ASCII. A stream that is closed from the start takes all and shows
-  nothing; so does one that cannot be written to, such as a log on a full disk.
+  Characters that a stream cannot encode are replaced by ASCII. Output is dropped if a stream is closed from the start
+  or cannot be written to, such as a log on a full disk.
 
   Raises:
-    SystemExit: if a write failed because nobody reads stdout or stderr any more, with the code `UNREAD`.
+    SystemExit: with `SIGPIPE_CODE`, if a write failed because the reader of stdout or stderr is gone.
   """
   codecs.register_error("ddpm_jax", _replace)
   for name in ("stdout", "stderr"):
     stream = getattr(sys, name)
     if stream is None:
-      setattr(sys, name, open(os.devnull, "w", errors="ddpm_jax"))  # noqa: SIM115, it lives as long as the program
+      setattr(sys, name, open(os.devnull, "w", errors="ddpm_jax"))  # noqa: SIM115, it stays open until the program ends
     elif isinstance(stream, io.TextIOWrapper):
-      setattr(sys, name, _unfailing(stream))
+      setattr(sys, name, _ignore_write_errors(stream))
   try:
     yield
   except BrokenPipeError:
-    if silence_unread():
-      raise SystemExit(UNREAD) from None
+    if close_broken_pipes():
+      raise SystemExit(SIGPIPE_CODE) from None
     raise
   finally:
-    # Python would complain about what is left in their buffers.
-    silence_unread()
+    # Otherwise Python reports an error when it flushes their buffers at exit.
+    close_broken_pipes()
 
 
-def silence_unread() -> bool:
-  """Send streams that nobody reads to nowhere, and return whether there was one."""
-  found = False
+def close_broken_pipes() -> bool:
+  """Redirect streams without a reader to /dev/null, and return whether there was one."""
+  is_broken = False
   for stream in (sys.stdout, sys.stderr):
-    # What stands for a stream in a notebook or a test has no descriptor.
+    # The streams of notebooks and tests may have no descriptor.
     with contextlib.suppress(OSError, ValueError, AttributeError):
       poll = select.poll()
       poll.register(stream.fileno(), 0)
       if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        found = True
-  return found
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        is_broken = True
+  return is_broken

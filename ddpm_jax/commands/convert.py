@@ -1,4 +1,7 @@
-"""Convert the published weights of the FID Inception network to safetensors, which need no PyTorch."""
+"""Convert the published weights of the FID Inception network to a safetensors file.
+
+The new file can be loaded without PyTorch.
+"""
 
 from ddpm_jax.commands import flags
 from ddpm_jax.commands.parser import Group
@@ -11,15 +14,15 @@ EXAMPLES = (
 
 FLAGS = (
   Group("input", (flags.INCEPTION,)),
-  flags.output("The new file, which ends in .safetensors.", "FILE"),
+  flags.output("The file to write; its name ends in .safetensors.", "FILE"),
 )
 
 
-def run(given: flags.Flags) -> None:
-  """Convert weights."""
+def run(args: flags.Args) -> None:
+  """Convert the weights."""
   from ddpm_jax import interop
   from ddpm_jax.devices.progress import print_line
 
-  output = flags.output_of(given, "the weights", "/tmp/inception.safetensors")
-  interop.inception.convert(given.inception_weights or "", output)
-  print_line(f"weights      {output}\nuse them by --inception_weights={output}")
+  output = flags.output_path(args, "the weights", "/tmp/inception.safetensors")
+  interop.inception.convert(args.inception_weights or "", output)
+  print_line(f"weights      {output}\nuse them with --inception_weights={output}")

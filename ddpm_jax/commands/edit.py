@@ -1,10 +1,10 @@
-"""Edit images by a trained model.
+"""Edit images with a trained model.
 
-Tasks: inpaint, img2img, colorize, superres, restore, interpolate and invert. Inputs and results
-are written into the folder's edits/, as an array (.npz) and a picture.
+The tasks are inpaint, img2img, colorize, superres, restore, interpolate and invert. Inputs and
+results are written to edits/ in the run folder, as an array (.npz) and as a picture (.png).
 """
 
-from ddpm_jax.commands import flags, starting
+from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Flag, Group, count, number, path, seed, text
 from ddpm_jax.storage.places import user_path
 
@@ -15,7 +15,7 @@ EXAMPLES = (
 
 
 def _mask(value: str, name: str) -> str:
-  """Read the path of a mask, or the name of a half."""
+  """Parse the path of a mask or the name of a region."""
   return str(user_path(value, f"--{name}=")) if value else ""
 
 
@@ -24,50 +24,54 @@ FLAGS = (
   Group(
     "edits",
     (
-      Flag("task", text, "What to do: inpaint, img2img, colorize, superres, restore, interpolate or invert."),
-      Flag("input", path, "What to edit: an image, a folder of images or an .npz file."),
+      Flag("task", text, "The task: inpaint, img2img, colorize, superres, restore, interpolate or invert."),
+      Flag("input", path, "The images to edit: an image file, a folder of images or an .npz file."),
       Flag(
-        "mask", _mask, "To inpaint: an image, white where it is to be painted; or lower, upper, left, right or center."
+        "mask", _mask, "The region to inpaint: lower, upper, left, right, center, or a mask image (white is painted)."
       ),
-      Flag("method", text, "How: inpaint by repaint, replace, posterior or dps; other tasks by posterior or dps."),
-      Flag("strength", number, "Of img2img, from 0 (the input) to 1 (a fresh sample)."),
-      Flag("num_samples", count, "Results for each image (1).", 1),
-      Flag("seed", seed, "The seed of sampling (0).", 0),
+      Flag(
+        "method",
+        text,
+        "The method. inpaint: repaint, replace, posterior or dps. colorize, superres and restore: posterior or dps.",
+      ),
+      Flag("strength", number, "The strength of img2img, from 0 (returns the input) to 1 (a new sample)."),
+      Flag("num_samples", count, "The number of results for each image (default 1).", 1),
+      Flag("seed", seed, "The random seed of sampling (default 0).", 0),
     ),
   ),
-  *flags.DRAWING,
+  *flags.GENERATION,
 )
 
 
-def run(given: flags.Flags) -> None:
+def run(args: flags.Args) -> None:
   """Edit images."""
   from ddpm_jax import runs
   from ddpm_jax.names import choose
   from ddpm_jax.runs import edit_methods
 
-  folder = flags.folder_of(given)
-  if given.strength is not None and given.task != "img2img":
-    raise ValueError(f"Got --strength for the task {given.task!r}; expected it with --task=img2img only.")
-  methods = edit_methods.TASKS.get(given.task or "", {})
-  # By its name alone a method has the arguments that suit the task.
-  short = {} if given.method is None else {"method": methods.get(given.method, given.method)}
-  keys = flags.keys(given, **short)
-  task = choose(given.task or "", tuple(edit_methods.TASKS), "--task")
-  edit = runs.Edit(task, given.input, given.mask or "", given.num_samples)
-  steering = flags.steering(given)
-  # Flags first: no device is taken for a mistake in them.
-  starting.join_processes(given)
-  starting.start_devices(given)
-  experiment, model = flags.experiment_of(given, keys)
+  folder = flags.run_folder(args)
+  if args.strength is not None and args.task != "img2img":
+    raise ValueError(f"Got --strength with --task={args.task}; expected it with --task=img2img only; leave it out.")
+  methods = edit_methods.TASKS.get(args.task or "", {})
+  # A method without arguments gets the arguments that suit the task.
+  short = {} if args.method is None else {"method": methods.get(args.method, args.method)}
+  keys = flags.config_keys(args, **short)
+  task = choose(args.task or "", tuple(edit_methods.TASKS), "--task")
+  edit = runs.Edit(task, args.input, args.mask or "", args.num_samples)
+  steering = flags.steering(args)
+  # Check all flags before devices are initialized.
+  jax_setup.join_processes(args)
+  jax_setup.start_devices(args)
+  experiment, model = flags.load_experiment(args, keys)
   if task in ("invert", "interpolate") and not any(key.split(".")[0] == "sampler" for key in keys):
     experiment = runs.with_reversible_sampler(experiment)
   runs.run_edit(
     experiment,
     folder,
     edit,
-    seed=given.seed,
-    choice=flags.choice(given),
+    seed=args.seed,
+    choice=flags.weights_choice(args),
     steering=steering,
-    scale=given.guidance_scale,
+    scale=args.guidance_scale,
     model=model,
   )

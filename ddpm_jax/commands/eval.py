@@ -1,10 +1,11 @@
-"""Score a run's weights: samples against real images, likelihoods, and report.html.
+"""Score a trained model, and write report.html.
 
-Several samplers and numbers of steps are scored one after the other, the last one as the
-headline. A command that was killed goes on when it is given again.
+Samples are compared with real images; likelihoods can be computed too. With several
+samplers or numbers of steps, each pair is scored, and the last one is the headline of the report.
+After a crash, run the same command again to resume.
 """
 
-from ddpm_jax.commands import flags, starting
+from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Flag, Group, count, seed
 
 EXAMPLES = (
@@ -18,8 +19,8 @@ FLAGS = (
   Group(
     "samples",
     (
-      Flag("num_samples", count, "Samples to draw, instead of the config's number (evaluation.num_samples)."),
-      Flag("seed", seed, "The seed of sampling, instead of the config's."),
+      Flag("num_samples", count, "The number of samples to score (default: config.evaluation.num_samples)."),
+      Flag("seed", seed, "The random seed of sampling (default: config.seed)."),
       flags.GUIDANCE_SCALE,
       flags.INCEPTION,
     ),
@@ -30,24 +31,24 @@ FLAGS = (
 )
 
 
-def run(given: flags.Flags) -> None:
-  """Score weights."""
+def run(args: flags.Args) -> None:
+  """Score a model."""
   from ddpm_jax import config, runs
 
-  folder, variants = flags.folder_of(given), flags.variants(given)
+  folder, variants = flags.run_folder(args), flags.variants(args)
   # The last variant is the headline.
   last = {"sampler": variants[-1].get("sampler"), "num_steps": variants[-1].get("sampling__num_steps")}
-  keys = flags.keys(given, num_samples=given.num_samples, **last)
-  starting.join_processes(given)
-  starting.start_devices(given)
-  tree = flags.tree_of(given, keys)
-  if given.guidance_scale is not None:
-    tree = config.replace(tree, runs.steering.scale_key(tree), given.guidance_scale)
+  keys = flags.config_keys(args, num_samples=args.num_samples, **last)
+  jax_setup.join_processes(args)
+  jax_setup.start_devices(args)
+  tree = flags.read_config(args, keys)
+  if args.guidance_scale is not None:
+    tree = config.replace(tree, runs.steering.scale_key(tree), args.guidance_scale)
   experiment = runs.load_experiment(tree, folder)
   runs.run_eval(
     experiment,
     folder,
-    seed=experiment.seed if given.seed is None else given.seed,
-    choice=flags.choice(given),
+    seed=experiment.seed if args.seed is None else args.seed,
+    choice=flags.weights_choice(args),
     variants=[experiment.replace(**variant) for variant in variants],
   )

@@ -1,10 +1,10 @@
-"""Write a run's model as a folder that diffusers opens, and --pretrained too.
+"""Export a trained model to a folder that diffusers and --pretrained can load.
 
-The folder has a model card with the config and the scores. It holds the averaged weights, or with
---ema=false the raw ones.
+The folder includes a model card with the config and the scores. Weights are the EMA weights, or
+the raw weights with --ema=false.
 """
 
-from ddpm_jax.commands import flags, starting
+from ddpm_jax.commands import flags, jax_setup
 
 EXAMPLES = (
   "--mode=export --workdir=/tmp/digits_vp --output=/tmp/digits_model",
@@ -12,16 +12,16 @@ EXAMPLES = (
 )
 
 
-FLAGS = (flags.RUN, flags.output("The new folder."), flags.WEIGHTS, flags.PROCESSES)
+FLAGS = (flags.RUN, flags.output("The folder to create."), flags.WEIGHTS, flags.PROCESSES)
 
 
-def run(given: flags.Flags) -> None:
+def run(args: flags.Args) -> None:
   """Export a model."""
   from ddpm_jax import runs
 
-  folder, output = flags.folder_of(given), flags.output_of(given, "the model", "/tmp/model")
-  keys = flags.keys(given)
-  starting.join_processes(given)
-  starting.start_devices(given)
-  experiment = runs.load_experiment(flags.tree_of(given, keys), folder)
-  runs.run_export(experiment, folder, output, flags.choice(given))
+  folder, output = flags.run_folder(args), flags.output_path(args, "the model", "/tmp/model")
+  keys = flags.config_keys(args)
+  jax_setup.join_processes(args)
+  jax_setup.start_devices(args)
+  experiment = runs.load_experiment(flags.read_config(args, keys), folder)
+  runs.run_export(experiment, folder, output, flags.weights_choice(args))

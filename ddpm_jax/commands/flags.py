@@ -1,6 +1,6 @@
-"""Flags that several commands share, and what they stand for.
+"""Declare the flags that several commands share, and turn them into configs and options of runs.
 
-JAX and the rest of the package are imported in functions: help and mistakes in flags need to wait for neither.
+Functions import JAX and the rest of the package themselves, so that help and errors in flags appear at once.
 """
 
 import argparse
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
   from ddpm_jax.runs import Steering, WeightsChoice
   from ddpm_jax.runs.pretrained import Pretrained
 
-Flags = argparse.Namespace
-# Flags that are short for keys of the config.
-SHORT = {
+Args = argparse.Namespace
+# Flags that are short forms of config keys.
+SHORT_FORMS = {
   "sampler": "sampler",
   "num_steps": "sampling.num_steps",
   "method": "editing.method",
@@ -31,224 +31,252 @@ SHORT = {
 CONFIG = Flag(
   "config",
   text,
-  "A recipe's name (--config=list shows them) or a file of yours; where there is a run, by default its own config. Each key is a flag too, as"
-  " --config.training.steps=100; so is a whole component, as --config.sampler='heun(s_churn=40)'.",
-  shown="RECIPE",
+  "The name of a recipe (see --config=list) or a Python file. In modes with --workdir, the default is the config of the run"
+  " in that folder. Each config key is a flag too: --config.training.steps=100. A flag can also replace a component:"
+  " --config.sampler='heun(s_churn=40)'.",
+  metavar="RECIPE",
 )
-WORKDIR = Flag("workdir", path, "The run's folder.", shown="FOLDER")
+WORKDIR = Flag("workdir", path, "The run folder.", metavar="FOLDER")
 RUN = Group("config and folder", (CONFIG, WORKDIR))
 PRETRAINED = Flag(
   "pretrained",
   text,
-  "Take this model instead of the run's: a folder of diffusers, or a name on the Hugging Face hub.",
-  shown="MODEL",
+  "Use a pretrained model instead of the run's: a diffusers folder, or a name on the Hugging Face hub.",
+  metavar="MODEL",
 )
 MODEL = Group("config, folder and model", (CONFIG, WORKDIR, PRETRAINED))
 SAMPLER = Group(
   "sampler",
   (
-    Flag("sampler", text, "The sampler, instead of the config's, such as heun or 'heun(s_churn=40)'."),
-    Flag("num_steps", count, "Its number of steps, instead of the config's."),
+    Flag("sampler", text, "The sampler, such as heun or 'heun(s_churn=40)' (default: config.sampler)."),
+    Flag("num_steps", count, "The number of sampling steps (default: config.sampling.num_steps)."),
   ),
 )
 SAMPLERS = Group(
   "samplers to compare",
   (
-    Flag("sampler", components, "Samplers with commas between them, instead of the config's.", many=True),
-    Flag("num_steps", counts, "Numbers of steps with commas between them, instead of the config's."),
+    Flag("sampler", components, "Comma-separated samplers (default: config.sampler).", is_repeatable=True),
+    Flag("num_steps", counts, "Comma-separated numbers of steps (default: config.sampling.num_steps)."),
   ),
 )
 INCEPTION = Flag(
   "inception_weights",
   text,
-  "The file of the FID Inception network's weights, in whose features samples are scored.",
-  shown="FILE",
+  "The file with the weights of the FID Inception network, which FID scores need.",
+  metavar="FILE",
 )
 WEIGHTS = Group(
   "weights",
   (
-    Flag("ema", switch, "Take the averaged weights (the default), or with --ema=false the raw ones."),
-    Flag("ema_length", number, "Take an average of this relative width, put together from the run's snapshots."),
-    Flag("step", text, "Take the checkpoint of this step, or best, instead of the newest."),
+    Flag("ema", switch, "Use the EMA weights (the default); --ema=false uses the raw weights."),
+    Flag("ema_length", number, "Use an EMA of this relative width, reconstructed from the snapshots of the run."),
+    Flag("step", text, "The step of the checkpoint to use, or best (default: the newest checkpoint)."),
   ),
 )
-GUIDANCE_SCALE = Flag(
-  "guidance_scale", number, "How strongly conditions, a classifier or a weaker model guide (guidance.scale)."
-)
+GUIDANCE_SCALE = Flag("guidance_scale", number, "The scale of guidance (default: config.guidance.scale).")
 STEERING = Group(
-  "what samples show",
+  "conditions and guidance",
   (
-    Flag("classes", words, "Classes, repeated as needed: short for --given classes=...", shown="CLASS,..."),
-    Flag("given", text, "The value of a condition; the flag may be repeated.", shown="NAME=VALUE", many=True),
-    Flag("negative_classes", words, "Classes to guide away from, instead of from none.", shown="CLASS,..."),
-    Flag("negative", text, "The value of a condition to guide away from.", shown="NAME=VALUE", many=True),
+    Flag(
+      "classes",
+      words,
+      "Comma-separated classes, repeated to fill all samples; short for --given classes=...",
+      metavar="CLASS,...",
+    ),
+    Flag(
+      "given",
+      text,
+      "The value of a condition. Repeat the flag for several values or conditions.",
+      metavar="NAME=VALUE",
+      is_repeatable=True,
+    ),
+    Flag(
+      "negative_classes", words, "Classes to guide away from (default: guide away from no class).", metavar="CLASS,..."
+    ),
+    Flag(
+      "negative",
+      text,
+      "The value of a condition to guide away from. The flag may be repeated.",
+      metavar="NAME=VALUE",
+      is_repeatable=True,
+    ),
     GUIDANCE_SCALE,
-    Flag("classifier", path, "The folder of a classifier's run, which guides to --classes.", shown="FOLDER"),
+    Flag("classifier", path, "The run folder of a classifier that guides samples toward --classes.", metavar="FOLDER"),
     Flag(
       "weak",
       text,
-      "The folder of a weaker model's run to guide away from; <folder>@<step> for an early checkpoint.",
-      shown="FOLDER",
+      "The run folder of a weaker model to guide away from; <folder>@<step> selects a checkpoint.",
+      metavar="FOLDER",
     ),
   ),
 )
 PROCESSES = Group(
-  "several processes",
+  "multiple processes",
   (
-    Flag("coordinator", text, "The address of process 0.", shown="HOST:PORT"),
-    Flag("num_processes", integer, "How many processes there are."),
-    Flag("process_id", integer, "Which of them this is, from 0."),
+    Flag("coordinator", text, "The address of process 0.", metavar="HOST:PORT"),
+    Flag("num_processes", integer, "The number of processes."),
+    Flag("process_id", integer, "The index of this process, from 0."),
     Flag(
       "distributed",
       switch,
-      "Join the processes that the cluster's environment names; by default, if there are several.",
+      "Connect to the other processes of the cluster job (default: if there are several).",
     ),
-    Flag("heartbeat_seconds", integer, "How long a process may be silent before the others end (60).", 60),
-    Flag("wait_seconds", integer, "How long to wait for all processes at the start (300).", 300),
+    Flag(
+      "heartbeat_seconds", integer, "Seconds without a heartbeat of a process before the others exit (default 60).", 60
+    ),
+    Flag("wait_seconds", integer, "Seconds to wait for all processes to start (default 300).", 300),
   ),
 )
-# What every command that draws samples takes.
-DRAWING = (SAMPLER, STEERING, WEIGHTS, PROCESSES)
+# The flags of all commands that generate samples.
+GENERATION = (SAMPLER, STEERING, WEIGHTS, PROCESSES)
 
 
-def output(help: str, shown: str = "FOLDER") -> Group:
-  """Declare --output, the file or folder to write."""
-  return Group("output", (Flag("output", path, help, shown=shown),))
+def output(help: str, metavar: str = "FOLDER") -> Group:
+  """Declare the flag --output, a file or folder to write."""
+  return Group("output", (Flag("output", path, help, metavar=metavar),))
 
 
-def folder_of(given: Flags) -> Path:
-  """Return the run's folder.
+def run_folder(args: Args) -> Path:
+  """Return the run folder.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if --workdir is missing.
   """
-  if given.workdir is None:
+  if args.workdir is None:
     raise ValueError("Got no --workdir; expected a folder for the run, such as --workdir=/tmp/digits.")
-  return given.workdir
+  return args.workdir
 
 
-def output_of(given: Flags, what: str, example: str) -> Path:
-  """Return the place to write to.
-
-  Raises:
-    ValueError: if there is none.
-  """
-  if given.output is None:
-    raise ValueError(f"Got no --output; expected a place for {what}, such as --output={example}.")
-  return given.output
-
-
-def keys(given: Flags, **short: Any) -> dict[str, str]:
-  """Return the texts of the config's keys, by their dotted names.
-
-  They come from --config.<key> flags and from flags that are short for a key, such as --sampler.
+def output_path(args: Args, content: str, example: str) -> Path:
+  """Return the path to write to.
 
   Args:
-    given: the flags.
-    **short: values of such flags, in place of those in `given`.
+    args: the parsed flags.
+    content: what is written, for the error message: "the model".
+    example: a path, for the error message.
 
   Raises:
-    ValueError: if a key is given twice.
+    ValueError: if --output is missing.
   """
-  found: dict[str, str] = dict(given.keys)
-  for name, value in ({name: getattr(given, name, None) for name in SHORT} | short).items():
-    key = SHORT.get(name, f"evaluation.{name}")
-    beside = [one for one in given.keys if one == key or one.startswith(f"{key}.")]
-    if value is not None and beside:
-      raise ValueError(f"Got --{name} beside --config.{beside[0]}; expected one of them.")
-    # The key of the scale depends on the rule of guidance, which other flags may change.
+  if args.output is None:
+    raise ValueError(f"Got no --output; expected a path for {content}, such as --output={example}.")
+  return args.output
+
+
+def config_keys(args: Args, **short: Any) -> dict[str, str]:
+  """Return the text of each config key that flags set, by its dotted name.
+
+  Keys are set by --config.<key> flags and by their short forms, such as --sampler.
+
+  Args:
+    args: the parsed flags.
+    **short: values of short forms that replace the values in `args`.
+
+  Raises:
+    ValueError: if a short form and a --config.<key> flag set the same key.
+  """
+  texts: dict[str, str] = dict(args.keys)
+  for name, value in ({name: getattr(args, name, None) for name in SHORT_FORMS} | short).items():
+    key = SHORT_FORMS.get(name, f"evaluation.{name}")
+    conflicts = [one for one in args.keys if one == key or one.startswith(f"{key}.")]
+    if value is not None and conflicts:
+      raise ValueError(f"Got --{name} and --config.{conflicts[0]}; expected only one of them.")
+    # The key of the guidance scale depends on the rule of guidance, which other flags may change.
     if value is not None and name != "guidance_scale":
-      found[key] = str(value)
-  return found
+      texts[key] = str(value)
+  return texts
 
 
-def variants(given: Flags) -> list[dict[str, Any]]:
+def variants(args: Args) -> list[dict[str, Any]]:
   """Pair each sampler with each number of steps.
 
   Returns:
-    Changes of an experiment, one dict a pair. Without such flags there is one pair, which changes nothing.
+    The config values to replace for each pair. Without these flags there is one pair without values.
   """
-  samplers = list(itertools.chain(*(given.sampler or ())))
+  samplers = list(itertools.chain(*(args.sampler or ())))
   choices = [
     [{name: value} for value in values] or [{}]
-    for name, values in (("sampler", samplers), ("sampling__num_steps", given.num_steps or ()))
+    for name, values in (("sampler", samplers), ("sampling__num_steps", args.num_steps or ()))
   ]
   return [sampler | steps for sampler, steps in itertools.product(*choices)]
 
 
-def tree_of(given: Flags, keys: Mapping[str, str]) -> "Tree":
-  """Return the recipe's config, or without a recipe the config of the run in the folder.
+def read_config(args: Args, keys: Mapping[str, str]) -> "Tree":
+  """Read the config of the recipe or, without a recipe, of the run in --workdir.
 
   Raises:
-    ValueError: if there is neither, or a key or its value is wrong.
+    ValueError: if there is neither, or a key or value is invalid.
   """
   from ddpm_jax import config
 
-  return config.read(given.config, keys, given.workdir or Path.cwd())
+  return config.read(args.config, keys, args.workdir or Path.cwd())
 
 
-def recipe_of(given: Flags, keys: Mapping[str, str]) -> "Tree":
-  """Return the config of a recipe.
+def read_recipe(args: Args, keys: Mapping[str, str]) -> "Tree":
+  """Read the config of the recipe.
 
   Raises:
-    ValueError: if there is none, or a key or its value is wrong.
+    ValueError: if there is no recipe, or a key or value is invalid.
   """
   from ddpm_jax import config
 
-  if given.config is None:
-    raise ValueError("Got no --config to say which data to read; expected a recipe, such as --config=cifar10_vp.")
-  return config.read(given.config, keys)
+  if args.config is None:
+    raise ValueError("Got no --config; expected a recipe that names the data, such as --config=cifar10_vp.")
+  return config.read(args.config, keys)
 
 
-def experiment_of(given: Flags, keys: Mapping[str, str]) -> "tuple[Experiment, Pretrained | None]":
-  """Return the experiment of the run in the folder, and the model of --pretrained, which takes the place of the run's.
+def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, Pretrained | None]":
+  """Load the experiment of the run in --workdir, or of the model of --pretrained.
+
+  Returns:
+    The experiment, and the pretrained model if there is one.
 
   Raises:
-    ValueError: if there is no such run or model, or a key or its value is wrong.
+    ValueError: if there is no run or model, or a key or value is invalid.
   """
   from ddpm_jax import config, runs
 
-  folder = folder_of(given)
-  if given.pretrained is None:
-    return runs.load_experiment(tree_of(given, keys), folder), None
-  if not given.ema is given.ema_length is given.step is None:
+  folder = run_folder(args)
+  if args.pretrained is None:
+    return runs.load_experiment(read_config(args, keys), folder), None
+  if not args.ema is args.ema_length is args.step is None:
     raise ValueError(
-      "Got --ema, --ema_length or --step with --pretrained, which has one set of weights; leave them out."
+      "Got --ema, --ema_length or --step with --pretrained, which has only one set of weights; leave them out."
     )
-  tree = config.read(given.config, keys, folder, otherwise={})
-  tree, model = runs.pretrained.replace_model(given.pretrained, tree, recipe=given.config is not None, keys=keys)
+  tree = config.read(args.config, keys, folder, default={})
+  tree, model = runs.pretrained.replace_model(args.pretrained, tree, recipe=args.config is not None, keys=keys)
   return config.build(tree, model.model), model
 
 
-def choice(given: Flags) -> "WeightsChoice":
-  """Return which of a run's weights to take."""
+def weights_choice(args: Args) -> "WeightsChoice":
+  """Return the choice of weights and checkpoint."""
   from ddpm_jax import runs
 
-  return runs.WeightsChoice(given.ema is not False, given.ema_length, given.step or "")
+  return runs.WeightsChoice(args.ema is not False, args.ema_length, args.step or "")
 
 
-def steering(given: Flags) -> "Steering":
-  """Return what samples are to show."""
+def steering(args: Args) -> "Steering":
+  """Return the conditions and the guiding models."""
   from ddpm_jax import runs
 
-  weak, step = given.weak or "", ""
+  weak, step = args.weak or "", ""
   if "@" in weak and not user_path(weak, "--weak=").is_dir():
     weak, _, step = weak.rpartition("@")
   return runs.Steering(
-    _by_name("given", given.given, given.classes),
-    _by_name("negative", given.negative, given.negative_classes),
-    given.classifier,
+    _by_condition("given", args.given, args.classes),
+    _by_condition("negative", args.negative, args.negative_classes),
+    args.classifier,
     path(weak, "weak"),
     step,
   )
 
 
-def _by_name(flag: str, texts: list[str] | None, classes: list[str] | None) -> dict[str, list[str]]:
-  """Collect the values of a flag and of its short form by the names of conditions. Only classes are split at commas."""
-  found: dict[str, list[str]] = {"classes": list(classes)} if classes else {}
+def _by_condition(flag: str, texts: list[str] | None, classes: list[str] | None) -> dict[str, list[str]]:
+  """Group the values of a flag and its short form by condition. Only the values of classes are split at commas."""
+  values: dict[str, list[str]] = {"classes": list(classes)} if classes else {}
   for one in texts or ():
     name, equals, value = one.partition("=")
     if not equals or not name:
       raise ValueError(f"Got --{flag} {one}; expected a condition and its value, such as --{flag} classes=3.")
-    found.setdefault(name, []).extend(value.split(",") if name == "classes" else [value])
-  return found
+    values.setdefault(name, []).extend(value.split(",") if name == "classes" else [value])
+  return values

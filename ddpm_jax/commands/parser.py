@@ -1,4 +1,4 @@
-"""Parse a command's flags, with errors and help in plain words."""
+"""Parse the flags of a command, with readable errors and help."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -10,41 +10,41 @@ from ddpm_jax.storage.places import user_path
 
 
 class Flag(NamedTuple):
-  """A flag of a command.
+  """Describe a flag of a command.
 
   Attributes:
-    name: without its dashes.
-    read: `read(text, name) -> value`, which raises a ValueError that names the flag.
+    name: the name without dashes.
+    parse: `parse(text, name) -> value`. It raises a ValueError that names the flag.
     help: one sentence.
     default: the value without the flag.
-    shown: what stands for the value in help; by default what suits `read`, or the name.
-    many: whether the flag may be repeated; its value is then a list, None without the flag.
+    metavar: the placeholder of the value in help. The default depends on `parse`, or is the name.
+    is_repeatable: whether the flag may be repeated. Its value is then a list, or None without the flag.
   """
 
   name: str
-  read: Callable[[str, str], Any]
+  parse: Callable[[str, str], Any]
   help: str
   default: Any = None
-  shown: str = ""
-  many: bool = False
+  metavar: str = ""
+  is_repeatable: bool = False
 
 
 class Group(NamedTuple):
-  """Flags that help shows under one title."""
+  """Group flags under a title in help."""
 
   title: str
   flags: Sequence[Flag]
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-  """Formats help with a wide column for the names of flags."""
+  """Format help with a wide column for the names of flags."""
 
   def __init__(self, prog: str):
     super().__init__(prog, max_help_position=32, width=100)
 
 
 class Parser(argparse.ArgumentParser):
-  """Parses the flags of one command; every mistake is a ValueError."""
+  """Parse the flags of one command, and raise every error as a ValueError."""
 
   def __init__(self, mode: str, description: str, examples: Sequence[str], groups: Sequence[Group]):
     lines = "\n".join(f"  ddpm-jax {example}" for example in examples)
@@ -58,79 +58,79 @@ class Parser(argparse.ArgumentParser):
     )
     self.mode, self.names = mode, [flag.name for group in groups for flag in group.flags]
     for group in groups:
-      place = self.add_argument_group(group.title)
+      argument_group = self.add_argument_group(group.title)
       for flag in group.flags:
-        options: dict[str, Any] = {"nargs": "?", "const": True} if flag.read is switch else {}
-        place.add_argument(
+        options: dict[str, Any] = {"nargs": "?", "const": True} if flag.parse is switch else {}
+        argument_group.add_argument(
           f"--{flag.name}",
-          type=_kind(flag),
+          type=_parse_function(flag),
           default=flag.default,
-          metavar=flag.shown or _SHOWN.get(flag.read, flag.name).upper(),
-          action="append" if flag.many else "store",
+          metavar=flag.metavar or _METAVARS.get(flag.parse, flag.name).upper(),
+          action="append" if flag.is_repeatable else "store",
           help=flag.help,
           **options,
         )
 
   def error(self, message: str) -> NoReturn:
-    """Raise a ValueError, without argparse's own words before ours."""
-    flag, _, rest = message.removeprefix("argument ").partition(": ")
-    raise ValueError(f"Got {flag} without a value; expected {flag}=<value>." if "expected one" in rest else rest)
+    """Raise a ValueError without the prefix that argparse adds to messages."""
+    flag, _, reason = message.removeprefix("argument ").partition(": ")
+    raise ValueError(f"Got {flag} without a value; expected {flag}=<value>." if "expected one" in reason else reason)
 
 
-def _kind(flag: Flag) -> Callable[[str], Any]:
-  """Return a function that reads a flag's text for argparse."""
+def _parse_function(flag: Flag) -> Callable[[str], Any]:
+  """Return a function that parses a flag's text for argparse."""
 
-  def kind(text: str) -> Any:
+  def parse(text: str) -> Any:
     try:
-      return flag.read(text, flag.name)
+      return flag.parse(text, flag.name)
     except ValueError as error:
       raise argparse.ArgumentTypeError(str(error)) from error
 
-  return kind
+  return parse
 
 
-def unknown(words: Sequence[str], parser: Parser, others: Sequence[Parser]) -> ValueError:
-  """Return the error for words that a command does not take.
+def unknown_flag(words: Sequence[str], parser: Parser, other_parsers: Sequence[Parser]) -> ValueError:
+  """Return the error for words that a command does not know.
 
   Args:
-    words: the words; the first one is reported.
-    parser: of the command.
-    others: of all other commands, whose flags the words may be.
+    words: the unknown words. The error reports the first one.
+    parser: the parser of the command.
+    other_parsers: the parsers of all other commands, to tell which commands have the flag.
   """
   flag = words[0].partition("=")[0]
   if not flag.startswith("-"):
     return ValueError(f"Got {words[0]!r} on the command line; expected flags only, such as --workdir=<folder>.")
   name = flag.lstrip("-")
-  modes = [other.mode for other in others if name in other.names]
+  modes = [other.mode for other in other_parsers if name in other.names]
   if modes:
     return ValueError(
-      f"Got --{name} in mode {parser.mode}; expected it in mode {_listed(modes)} only. Leave it out; --mode={parser.mode} --help lists this mode's"
-      " flags."
+      f"Got --{name} in mode {parser.mode}; expected it in mode {_join_or(modes)} only. Leave it out, or see the flags of"
+      f" this mode with --mode={parser.mode} --help."
     )
-  known = parser.names
-  near = hint(name, known, "--{}".format)
-  return ValueError(f"Got {flag}; expected a flag of mode {parser.mode}: --{', --'.join(sorted(known))}.{near}")
+  names = parser.names
+  near = hint(name, names, "--{}".format)
+  return ValueError(f"Got {flag}; expected a flag of mode {parser.mode}: --{', --'.join(sorted(names))}.{near}")
 
 
-def _listed(names: Sequence[str]) -> str:
-  """Return names as a sentence has them: "a", "a or b", "a, b or c"."""
+def _join_or(names: Sequence[str]) -> str:
+  """Join names for a sentence: "a", "a or b", "a, b or c"."""
   return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def text(value: str, name: str) -> str:
-  """Return a text as it is."""
+  """Return the text unchanged."""
   del name
   return value
 
 
 def words(value: str, name: str) -> list[str]:
-  """Split a text at its commas."""
+  """Split the text at commas."""
   del name
   return value.split(",")
 
 
 def components(value: str, name: str) -> list[str]:
-  """Split a text at the commas outside of brackets."""
+  """Split the text at commas outside of parentheses."""
   del name
   parts, depth = [""], 0
   for letter in value:
@@ -143,15 +143,15 @@ def components(value: str, name: str) -> list[str]:
 
 
 def integer(value: str, name: str) -> int:
-  """Read an integer."""
+  """Parse an integer."""
   try:
     return int(value)
   except ValueError as error:
-    raise ValueError(f"Got --{name}={value}; expected an integer, in digits alone.") from error
+    raise ValueError(f"Got --{name}={value}; expected an integer in decimal digits.") from error
 
 
 def count(value: str, name: str) -> int:
-  """Read an integer of 1 or more."""
+  """Parse an integer of 1 or more."""
   number = integer(value, name)
   if number < 1:
     raise ValueError(f"Got --{name}={value}; expected 1 or more.")
@@ -159,7 +159,7 @@ def count(value: str, name: str) -> int:
 
 
 def counts(value: str, name: str) -> list[int]:
-  """Read integers of 1 or more with commas between them."""
+  """Parse a comma-separated list of integers of 1 or more."""
   try:
     return [count(part, name) for part in value.split(",")]
   except ValueError as error:
@@ -167,15 +167,15 @@ def counts(value: str, name: str) -> list[int]:
 
 
 def seed(value: str, name: str) -> int:
-  """Read a seed, an integer of 32 bits."""
+  """Parse a random seed, an unsigned 32-bit integer."""
   number = integer(value, name)
   if not 0 <= number < 2**32:
-    raise ValueError(f"Got --{name}={value}; expected 0 to {2**32 - 1}.")
+    raise ValueError(f"Got --{name}={value}; expected an integer from 0 to {2**32 - 1}.")
   return number
 
 
 def number(value: str, name: str) -> float:
-  """Read a number."""
+  """Parse a number."""
   try:
     return float(value)
   except ValueError as error:
@@ -183,24 +183,24 @@ def number(value: str, name: str) -> float:
 
 
 def switch(value: str, name: str) -> bool:
-  """Read true or false."""
+  """Parse true or false."""
   if value.lower() not in ("true", "false"):
     raise ValueError(f"Got --{name}={value}; expected true or false.")
   return value.lower() == "true"
 
 
 def path(value: str, name: str) -> Path | None:
-  """Read a path on this machine; an empty text is none."""
+  """Parse a local path. An empty text gives None."""
   return user_path(value, f"--{name}=").absolute() if value else None
 
 
 def paths(value: str, name: str) -> list[Path]:
-  """Read paths on this machine, with commas between them."""
+  """Parse a comma-separated list of local paths."""
   return [user_path(part, f"--{name}=").absolute() for part in value.split(",") if part]
 
 
-# What stands for values in help, where it is not the flag's name.
-_SHOWN: dict[Any, str] = {
+# Placeholders of values in help; by default the name of the flag.
+_METAVARS: dict[Any, str] = {
   integer: "number",
   count: "number",
   counts: "number,...",

@@ -1,10 +1,10 @@
-"""Say what a config needs on devices that need not be there.
+"""Estimate the memory and time that training needs on given devices.
 
-It compiles the train step and prints its FLOPs, memory, communication and best time. Neither data
-nor a run are touched.
+The command compiles the train step and prints its FLOPs, memory, communication and minimum time.
+The devices do not have to be present. Data and run folders are not touched.
 """
 
-from ddpm_jax.commands import flags, starting
+from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Flag, Group, count, text
 
 EXAMPLES = (
@@ -18,17 +18,17 @@ FLAGS = (
   Group(
     "devices",
     (
-      Flag("topology", text, "Plan for this TPU slice, such as v5e:4x4.", shown="SLICE"),
-      Flag("devices", count, "Plan for this many devices of this machine; a CPU stands for as many."),
+      Flag("topology", text, "The TPU slice to plan for, such as v5e:4x4.", metavar="SLICE"),
+      Flag("devices", count, "The number of devices to plan for; a CPU simulates them."),
     ),
   ),
 )
 
 
-def run(given: flags.Flags) -> None:
-  """Plan."""
+def run(args: flags.Args) -> None:
+  """Print the plan."""
   from ddpm_jax import runs
 
-  tree = flags.tree_of(given, flags.keys(given))
-  starting.cache_compilations()
-  runs.run_plan(tree, topology_name=given.topology, num_devices=given.devices)
+  tree = flags.read_config(args, flags.config_keys(args))
+  jax_setup.cache_compilations()
+  runs.run_plan(tree, topology_name=args.topology, num_devices=args.devices)

@@ -1,7 +1,8 @@
-"""Download, convert and pack data, once, before training.
+"""Download, convert and pack data before training.
 
-A TFDS data set is downloaded and converted (with TensorFlow, the extra "prepare"). With --output,
-images of any source are decoded, resized and packed into a folder that training reads fast.
+A TFDS data set is downloaded and converted, which needs TensorFlow (the extra "prepare"). With
+--output, the images of any source are decoded, resized and packed into a folder that is fast to
+read. Run this command once for each data set.
 """
 
 from ddpm_jax.commands import flags
@@ -15,16 +16,16 @@ EXAMPLES = (
 
 FLAGS = (
   Group("config", (flags.CONFIG,)),
-  flags.output("The new folder of the packed images; without it none are packed."),
+  flags.output("The folder to create for packed images; without it, no images are packed."),
 )
 
 
-def run(given: flags.Flags) -> None:
+def run(args: flags.Args) -> None:
   """Prepare data."""
   import jax
 
   from ddpm_jax import config, runs
 
-  # Building a config computes a little, for which no accelerator should be taken from others.
+  # Building a config runs small computations. Run them on the CPU, so that no accelerator is occupied.
   jax.config.update("jax_platforms", "cpu")
-  runs.run_prepare(config.build(flags.recipe_of(given, flags.keys(given))), given.output)
+  runs.run_prepare(config.build(flags.read_recipe(args, flags.config_keys(args))), args.output)

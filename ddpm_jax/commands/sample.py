@@ -1,10 +1,10 @@
-"""Draw samples of a trained model.
+"""Generate samples from a trained model.
 
-They are written into the folder's samples/, as an array (.npz, uint8) and a picture. Sample i
-follows from the seed and i alone.
+Samples are written to samples/ in the run folder, as an array (.npz, uint8) and as a picture
+(.png). Sample i depends only on the seed and i.
 """
 
-from ddpm_jax.commands import flags, starting
+from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Flag, Group, count, paths, seed
 
 EXAMPLES = (
@@ -18,32 +18,32 @@ FLAGS = (
   Group(
     "samples",
     (
-      Flag("num_samples", count, "Samples to draw (64).", 64),
-      Flag("seed", seed, "The seed of sampling (0).", 0),
-      Flag("upsampler", paths, "Folders of super-resolution runs that enlarge the samples, one after the other.", []),
+      Flag("num_samples", count, "The number of samples (default 64).", 64),
+      Flag("seed", seed, "The random seed of sampling (default 0).", 0),
+      Flag("upsampler", paths, "Folders of super-resolution runs that enlarge the samples, in this order.", []),
     ),
   ),
-  *flags.DRAWING,
+  *flags.GENERATION,
 )
 
 
-def run(given: flags.Flags) -> None:
-  """Draw samples."""
+def run(args: flags.Args) -> None:
+  """Generate samples."""
   from ddpm_jax import runs
 
-  # Flags first: no device is taken for a mistake in them.
-  folder, steering, keys = flags.folder_of(given), flags.steering(given), flags.keys(given)
-  starting.join_processes(given)
-  starting.start_devices(given)
-  experiment, model = flags.experiment_of(given, keys)
+  # Check all flags before devices are initialized.
+  folder, steering, keys = flags.run_folder(args), flags.steering(args), flags.config_keys(args)
+  jax_setup.join_processes(args)
+  jax_setup.start_devices(args)
+  experiment, model = flags.load_experiment(args, keys)
   runs.run_sample(
     experiment,
     folder,
-    num_samples=given.num_samples,
-    seed=given.seed,
-    choice=flags.choice(given),
+    num_samples=args.num_samples,
+    seed=args.seed,
+    choice=flags.weights_choice(args),
     steering=steering,
-    scale=given.guidance_scale,
-    upsamplers=given.upsampler,
+    scale=args.guidance_scale,
+    upsamplers=args.upsampler,
     model=model,
   )

@@ -1,10 +1,10 @@
-"""Write the statistics of a reference set, for scores here and in other tools.
+"""Compute the feature statistics of reference images, for scores here and in other tools.
 
-The file holds mean and covariance of the features of the images that a config scores against, as
-FID tools read them.
+The file holds the mean and covariance of Inception or other features of the reference images of
+the config, in the format of FID tools.
 """
 
-from ddpm_jax.commands import flags, starting
+from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Group
 
 EXAMPLES = (
@@ -15,14 +15,14 @@ EXAMPLES = (
 
 FLAGS = (
   Group("config", (flags.CONFIG, flags.INCEPTION)),
-  flags.output("The new file, which ends in .npz.", "FILE"),
+  flags.output("The file to write; its name ends in .npz.", "FILE"),
 )
 
 
-def run(given: flags.Flags) -> None:
-  """Write statistics."""
+def run(args: flags.Args) -> None:
+  """Write the statistics."""
   from ddpm_jax import config, runs
 
-  output, keys = flags.output_of(given, "the statistics", "/tmp/statistics.npz"), flags.keys(given)
-  starting.start_devices(given)
-  runs.run_statistics(config.build(flags.recipe_of(given, keys)), output)
+  output, keys = flags.output_path(args, "the statistics", "/tmp/statistics.npz"), flags.config_keys(args)
+  jax_setup.start_devices(args)
+  runs.run_statistics(config.build(flags.read_recipe(args, keys)), output)

@@ -1,10 +1,10 @@
-"""Train a model, or go on where the folder's run stopped, then score it.
+"""Train a model, or resume the run in the folder, and then score it.
 
-The folder gets the config, checkpoints, metrics, samples, scores and report.html. A command that
-was killed goes on when it is given again, and ends with the same parameters bit for bit.
+The config, checkpoints, metrics, samples, scores and report.html are written to --workdir. After a
+crash, run the same command again to resume: the final parameters are the same bit for bit.
 """
 
-from ddpm_jax.commands import flags, starting
+from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Flag, Group, integer, text
 
 EXAMPLES = (
@@ -19,10 +19,8 @@ FLAGS = (
   Group(
     "training",
     (
-      Flag(
-        "resume", text, "Go on if there is a run (auto, the default), demand it (must) or forbid it (never).", "auto"
-      ),
-      Flag("profile", integer, "Trace this many steps into the run's folder.", 0),
+      Flag("resume", text, "Whether to resume the run in the folder: auto (if there is one), must or never.", "auto"),
+      Flag("profile", integer, "The number of steps to profile; the trace is written to the run folder.", 0),
     ),
   ),
   flags.SAMPLER,
@@ -31,13 +29,13 @@ FLAGS = (
 )
 
 
-def run(given: flags.Flags) -> None:
-  """Train."""
+def run(args: flags.Args) -> None:
+  """Train and score a model."""
   from ddpm_jax import runs
   from ddpm_jax.names import choose
 
-  folder, keys = flags.folder_of(given), flags.keys(given)
-  choose(given.resume, _RESUME, "--resume")
-  starting.join_processes(given)
-  starting.start_devices(given)
-  runs.run_train(flags.tree_of(given, keys), folder, resume=given.resume, profile=given.profile)
+  folder, keys = flags.run_folder(args), flags.config_keys(args)
+  choose(args.resume, _RESUME, "--resume")
+  jax_setup.join_processes(args)
+  jax_setup.start_devices(args)
+  runs.run_train(flags.read_config(args, keys), folder, resume=args.resume, profile=args.profile)

@@ -1,6 +1,6 @@
-"""Configs: trees of components and sections, and the values they stand for.
+"""Read configs, fill in their defaults, and build the objects they describe.
 
-A recipe starts from `default_config()` and names components by `spec`; `build` turns a whole tree into an `Experiment`.
+A recipe starts from `default_config()` and names components with `spec`. `build` turns a config into an `Experiment`.
 """
 
 from ddpm_jax.config.components import spec

@@ -1,8 +1,8 @@
-"""Components: functions, classes and values that a config names, each with its arguments.
+"""Parse and find components, the functions, classes and values that a config names.
 
-A component stands in a config as a section with its name under "component" and its arguments beside it; on the command line as
-`name(argument=value, ...)`. It lives in the package (`sampling.heun`, or `heun` where a sampler is expected), in a module (`my_module:MyNetwork`)
-or in a file (`my_file.py:my_loss`).
+In a config, a component is a section with its name under "component" and its arguments as further keys. On the command
+line it is `name(argument=value, ...)`. A name refers to the package (`sampling.heun`, or `heun` where a sampler is
+expected), to a module (`my_module:MyNetwork`) or to a file (`my_file.py:my_loss`). The last two are custom components.
 """
 
 import ast
@@ -14,30 +14,30 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import foreign, slots
+from ddpm_jax.config import custom, slots
 from ddpm_jax.config.slots import Slot
-from ddpm_jax.config.values import CONSTANTS, MISSING, Bounds, is_literal, members, plain
+from ddpm_jax.config.values import CONSTANTS, MISSING, Limits, is_literal, members, plain
 from ddpm_jax.names import hint
 
 KEY = "component"
-# The digest of the file that a component of the user's own was read from.
+# The key for the digest of a custom component's file.
 DIGEST = "sha256"
-# Markers in annotations, `Annotated[str, "place"]`, that say what an argument is for.
+# What a key is for. Components mark arguments by annotations: `Annotated[str, "place"]`.
 ROLES = ("model", "run", "sampling", "free", "speed", "place")
 
 
 class Parameter(NamedTuple):
-  """An argument of a component, or a key of a section.
+  """Describe an argument of a component or a key of a section.
 
   Attributes:
-    name: its name.
-    annotation: its type; `MISSING` for none.
-    default: its default; `MISSING` for none.
-    role: what it is for (one of `ROLES`); empty for what the component that has it is for.
-    slot: the place for a component that it is, if it is one.
-    many: whether it holds components by names that a user chooses.
-    section: the section that it is, if it is one.
-    bounds: of its numbers; None for any.
+    name: the name of the argument or key.
+    annotation: its type, or `MISSING`.
+    default: its default value, or `MISSING`.
+    role: one of `ROLES`. If empty, the role of the enclosing component applies.
+    slot: the slot, if the parameter takes a component.
+    is_mapping: whether it holds several components under names that the user chooses.
+    section: the dataclass of the section, if the parameter is one.
+    limits: the allowed range of its numbers; None for no limits.
   """
 
   name: str
@@ -45,34 +45,34 @@ class Parameter(NamedTuple):
   default: Any = MISSING
   role: str = ""
   slot: Slot | None = None
-  many: bool = False
+  is_mapping: bool = False
   section: type | None = None
-  bounds: Bounds | None = None
+  limits: Limits | None = None
 
   @property
   def kinds(self) -> tuple[Any, ...]:
-    """The types of values that it may have; where a component may stand, a word is its name and no value."""
+    """Return the types a value may have. In a slot a string is a component's name, so it does not count as a value."""
     kinds = members(self.annotation)
     return tuple(one for one in kinds if is_literal(one) and one not in (MISSING, Any, str)) if self.slot else kinds
 
 
 class Component(NamedTuple):
-  """A component that a config names.
+  """Describe a component that a config names.
 
   Attributes:
-    name: its whole name.
-    itself: the function, class or value.
-    slot: its place.
-    digest: of its file if it is a user's own, else empty.
-    declared: the parameters that make it, by their names; none if it is used as it is.
-    keys: those that are keys of the config; None if it is used as it is.
+    name: the full name.
+    value: the function, class or value.
+    slot: the slot it fills.
+    digest: the digest of its file for a custom component, else empty.
+    signature: its parameters by name. Empty if the value is used without a call.
+    keys: the parameters that are config keys. None if the value is used without a call.
   """
 
   name: str
-  itself: Any
+  value: Any
   slot: Slot
   digest: str
-  declared: Mapping[str, inspect.Parameter]
+  signature: Mapping[str, inspect.Parameter]
   keys: Mapping[str, Parameter] | None
 
 
@@ -92,52 +92,52 @@ def last_name(name: str) -> str:
 
 
 def arguments_of(node: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the arguments that a config gives a component."""
+  """Return the arguments of a component's section."""
   return {name: value for name, value in node.items() if name not in (KEY, DIGEST)}
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
-  """Read `name` or `name(argument=value, ...)`.
+  """Parse `name` or `name(argument=value, ...)` into a section.
 
   Args:
-    text: the component.
-    where: the key, for the message.
+    text: the component as text.
+    where: the config key, for error messages.
 
   Raises:
-    ValueError: if it cannot be read.
+    ValueError: if the text cannot be parsed.
   """
-  name, bracket, rest = text.strip().partition("(")
+  name, bracket, call_text = text.strip().partition("(")
   name = name.strip()
   form = "expected a name and its arguments, such as heun(s_churn=40)"
-  if not name or (bracket and not rest.endswith(")")):
+  if not name or (bracket and not call_text.endswith(")")):
     raise ValueError(f"Got {where}={text!r}; {form}.")
   if not bracket:
     return {KEY: name}
   try:
-    call = ast.parse(f"f({rest}", mode="eval").body
+    call = ast.parse(f"f({call_text}", mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-      raise ValueError("there is more than one pair of brackets")
+      raise ValueError("it has more than one pair of parentheses")
     return {KEY: name, **_arguments(call)}
   except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-    quotes = "; put quotes around words with signs, such as paths"
+    quotes = "; put quotes around text with special characters, such as a path"
     why = f"{error.msg}{quotes}" if isinstance(error, SyntaxError) else str(error)
-    raise ValueError(f"Got {where}={text!r}, which cannot be read ({why}); {form}.") from error
+    raise ValueError(f"Got {where}={text!r}, which cannot be parsed ({why}); {form}.") from error
 
 
 def _arguments(call: ast.Call) -> dict[str, Any]:
   if call.args or any(word.arg is None for word in call.keywords):
-    raise ValueError("arguments are given by name")
+    raise ValueError("every argument needs a name")
   names = [str(word.arg) for word in call.keywords]
   for name in names:
     if names.count(name) > 1:
-      raise ValueError(f"{name} is given twice")
+      raise ValueError(f"{name} occurs twice")
     if name == KEY:
-      raise ValueError(f"{name} is no argument")
+      raise ValueError(f"{name} is not an argument")
   return {str(word.arg): _value(word.value) for word in call.keywords}
 
 
 def _value(node: ast.AST) -> Any:
-  """Return the value of an argument: a literal, a word, several of them, or another component."""
+  """Evaluate an argument: a literal, a word, a list of them, or another component."""
   if isinstance(node, ast.Call):
     return {KEY: ast.unparse(node.func), **_arguments(node)}
   if isinstance(node, ast.Tuple | ast.List):
@@ -152,83 +152,87 @@ def _value(node: ast.AST) -> Any:
 
 
 def find(node: Mapping[str, Any], slot: Slot, where: str, folder: Path | None = None) -> Component:
-  """Find a component.
+  """Find the component that a section names.
 
   Args:
-    node: as a config has it: its name, its arguments, and the digest of the file that it is to come from, if any.
-    slot: the place for it.
-    where: the key of the place, for messages.
-    folder: a run's, which keeps copies of the files of components.
+    node: the section: a name, arguments and, for a saved custom component, the digest of its file.
+    slot: the slot to fill.
+    where: the config key of the slot, for error messages.
+    folder: the folder of a run that keeps copies of custom components.
 
   Raises:
-    ValueError: if there is no such component, or it is of another kind.
+    ValueError: if the component does not exist or does not fit the slot.
   """
   name, digest = node[KEY], ""
   if not isinstance(name, str) or not name:
     raise ValueError(f"Got {where}={name!r}; expected the name of a component, such as {slot.example}.")
-  own, whole = ":" in name, name
-  if own:
-    itself, digest = foreign.load(name, where, node.get(DIGEST, ""), folder)
+  is_custom, full_name = ":" in name, name
+  if is_custom:
+    value, digest = custom.load(name, where, node.get(DIGEST, ""), folder)
   else:
-    home, _, last = name.rpartition(".")
-    home = home or slot.home
-    whole = f"{home}.{last}"
-    itself = slots.exports(home).get(last, MISSING) if home in slots.MODULES else MISSING
-  use = "" if itself is MISSING else slots.use(itself, slot, own=own)
+    module, _, last = name.rpartition(".")
+    module = module or slot.module
+    full_name = f"{module}.{last}"
+    value = slots.exports(module).get(last, MISSING) if module in slots.MODULES else MISSING
+  use = "" if value is MISSING else slots.use(value, slot, is_custom=is_custom)
   if not use:
-    raise _misfit(name, itself, slot, where)
-  signature, given = slots.signature(itself), arguments_of(node)
-  # A function of a user's own with arguments is called with them.
-  if signature is None or (use == "itself" and not (own and given)):
-    return Component(whole, itself, slot, digest, {}, None)
-  component = Component(whole, itself, slot, digest, signature.parameters, {})
-  return component._replace(keys=_keys(component, given))
+    raise _misfit(name, value, slot, where)
+  signature, arguments = slots.signature(value), arguments_of(node)
+  # Arguments in the config turn a custom function into a factory, even if it could be used without a call.
+  if signature is None or (use == "direct" and not (is_custom and arguments)):
+    return Component(full_name, value, slot, digest, {}, None)
+  component = Component(full_name, value, slot, digest, signature.parameters, {})
+  return component._replace(keys=_keys(component, arguments))
 
 
-def _misfit(name: str, itself: Any, slot: Slot, where: str) -> ValueError:
-  """Return the error for a component that there is not, or that does not fit its place."""
-  known, expected = slots.names(slot), slot.what
+def _misfit(name: str, value: Any, slot: Slot, where: str) -> ValueError:
+  """Return the error for a component that does not exist or does not fit its slot."""
+  names, expected = slots.names(slot), slot.description
   if ":" not in name:
-    expected += f", one of {', '.join(known)}"
-  elif slot.later:
-    expected += f" that takes {' or '.join(slot.offered_names)}"
-  if itself is not MISSING:
-    return ValueError(f"Got {where}={name!r}, {slots.described(itself)}; expected {expected}.")
-  near = hint(last_name(name), known)
-  return ValueError(f"Got {where}={name!r}; expected {expected}, or one of your own: my_file.py:my_function.{near}")
+    expected += f", one of {', '.join(names)}"
+  elif slot.is_deferred:
+    expected += f" that takes {' or '.join(slot.supplied_names)}"
+  if value is not MISSING:
+    return ValueError(f"Got {where}={name!r}, {slots.describe(value)}; expected {expected}.")
+  near = hint(last_name(name), names)
+  return ValueError(f"Got {where}={name!r}; expected {expected}, or a custom one: my_file.py:my_function.{near}")
 
 
-def _keys(component: Component, given: Mapping[str, Any]) -> dict[str, Parameter]:
-  """Return the parameters of a component that are keys: what the program offers is none, unless a config gives it."""
-  keys = {}
-  for name, one in component.declared.items():
-    # What is given later cannot be given now.
-    offered = slots.is_offered(one, component.slot.offers) and (component.slot.later or name not in given)
-    if not offered and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
-      role = next((mark for mark in getattr(one.annotation, "__metadata__", ()) if mark in ROLES), "")
-      inner = slots.slot_of(one.annotation, component.slot.offers)
-      keys[name] = Parameter(name, plain(one.annotation), one.default, role, inner)
+def _keys(component: Component, arguments: Mapping[str, Any]) -> dict[str, Parameter]:
+  """Return the parameters of a component that are config keys.
+
+  A parameter that the builder supplies becomes a key only if the config sets it.
+  """
+  slot, keys = component.slot, {}
+  for name, parameter in component.signature.items():
+    # A config cannot override the arguments of a deferred call.
+    supplied = slots.is_supplied(parameter, slot.supplied) and (slot.is_deferred or name not in arguments)
+    if not supplied and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+      role = next((mark for mark in getattr(parameter.annotation, "__metadata__", ()) if mark in ROLES), "")
+      inner = slots.slot_of(parameter.annotation, slot.supplied)
+      keys[name] = Parameter(name, plain(parameter.annotation), parameter.default, role, inner)
   return keys
 
 
 def name_of(component: Any, slot: Slot) -> str:
-  """Return the whole name of one of the package's components, such as a default."""
-  for name, value in slots.exports(slot.home).items():
+  """Return the full name of a component of the package."""
+  for name, value in slots.exports(slot.module).items():
     if value is component:
-      return f"{slot.home}.{name}"
+      return f"{slot.module}.{name}"
   raise ValueError(
-    f"Got {slots.described(component)}, which {slot.home} does not export; expected {slot.what} by its name, such as {slot.example}."
+    f"Got {slots.describe(component)}, which {slot.module} does not export; expected the name of {slot.description},"
+    f" such as {slot.example}."
   )
 
 
 @contextlib.contextmanager
-def naming(where: str, name: str) -> Iterator[None]:
-  """Turn every error in making a component into a ValueError that names the component."""
+def named_errors(where: str, name: str) -> Iterator[None]:
+  """Turn every error in the block into a ValueError that names the component."""
   try:
     yield
   except Exception as error:
     if isinstance(error, ValueError) and where in str(error):
       raise
-    line = foreign.line_in(Path(name.rpartition(":")[0]).name, error) if ":" in name else ""
+    line = custom.line_in(Path(name.rpartition(":")[0]).name, error) if ":" in name else ""
     why = str(error) if isinstance(error, ValueError) and not line else f"{type(error).__name__}{line}: {error}"
     raise ValueError(f"In {where}={name}: {why}") from error

@@ -1,4 +1,4 @@
-"""`Experiment`: the values that a config stands for, built once; below it nothing sees a config."""
+"""Build an `Experiment` from a config, so that no other code reads the config."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,19 +19,19 @@ from ddpm_jax.sampling import Sampler
 
 
 class Experiment(NamedTuple):
-  """What a config stands for.
+  """Hold the objects that a config describes.
 
   Attributes:
-    tree: the config itself, for what is written down or changed.
-    seed: of the run.
-    init_from: where training starts from, or empty.
-    task: what is done with the objective (`runs.tasks.Task`).
+    tree: the config, to save or to replace values in.
+    seed: the seed of the run.
+    init_from: the pretrained model that training starts from, or empty.
+    task: the `runs.tasks.Task`, which decides how to preview, score and report.
     model: the model.
-    objective: what training minimizes.
+    objective: the objective that training minimizes.
     sampler: the step rule.
-    times: its grid [K + 1].
-    guidance: a rule of `guidance` with its arguments, which takes what it guides.
-    data, optimizer, ema, training, parallel, sampling, editing, evaluation: sections, as `config.sections` has them.
+    times: the sampler's grid of times [K + 1].
+    guidance: a rule of `guidance` with its config arguments, to be called with the denoisers to guide.
+    data, optimizer, ema, training, parallel, sampling, editing, evaluation: the sections of `config.sections`.
   """
 
   tree: Tree
@@ -54,52 +54,58 @@ class Experiment(NamedTuple):
 
   @property
   def sampler_name(self) -> str:
-    """The sampler's name, without its module."""
-    suits = self.model.defaults
-    return suits.name if self.tree.values["sampler"] is None and suits else self.tree.short_name("sampler")
+    """Return the sampler's name without its module."""
+    defaults = self.model.defaults
+    return defaults.name if self.tree.values["sampler"] is None and defaults else self.tree.short_name("sampler")
 
   def replace(self, **changes: Any) -> "Experiment":
-    """Return the experiment with other values, by their dotted names with __ for each dot; only parts that change make a new model.
+    """Return a copy of the experiment with some config values replaced.
+
+    The model is built again only if the changes affect it.
+
+    Args:
+      **changes: new values by dotted name, with `__` for each dot: `sampling__num_steps=50`.
 
     Raises:
-      ValueError: if a value is wrong.
+      ValueError: if a key is unknown or a value is invalid.
     """
     tree = self.tree
     for name, value in changes.items():
       tree = trees.replace(tree, name.replace("__", "."), value)
-    # All that a model follows from.
-    same = all(tree.at(path) == self.tree.at(path) for path in ("model", "data.image_size", "data.channels"))
-    return build(tree, self.model if same else None)
+    # A model depends on these keys only.
+    is_same = all(tree.at(path) == self.tree.at(path) for path in ("model", "data.image_size", "data.channels"))
+    return build(tree, self.model if is_same else None)
 
 
 def build(tree: Tree, model: Model | None = None) -> Experiment:
-  """Build the values that a config stands for.
+  """Build the objects that a config describes.
 
   Args:
-    tree: the whole config.
-    model: one that is there already, in place of the config's.
+    tree: the config.
+    model: an existing model to use instead of building the config's model.
 
   Raises:
-    ValueError: if parts do not fit each other.
+    ValueError: if a required argument is missing, or components do not fit together.
   """
-  # Arguments without a default may have been missing until now; here they must be there.
+  # Expand again, because arguments without a default must be set now.
   tree = trees.expand(tree.values, tree.folder)
   data = Data(**tree.values["data"] | {"source": lambda fit: make(tree, "data.source", {type(fit): fit, "fit": fit})})
   model = _model(tree, data) if model is None else model
-  offered = {Process: model.process}
+  supplied = {Process: model.process}
   parts: dict[str, Any] = {
-    one.name: one.section(**_arguments(tree, one.name, offered))
+    one.name: one.section(**_arguments(tree, one.name, supplied))
     for one in sections.keys_of(Root)
     if one.section not in (None, Data, Parts)
   }
   sampler = _sampler(tree, model)
   if parts["sampling"].clip is not None:
-    # It has its own arguments before there is a denoiser: let it check them.
-    with _naming(tree, "sampling.clip"):
+    # Call the rule once, because it checks its arguments only when it is called.
+    with _named_errors(tree, "sampling.clip"):
       parts["sampling"].clip(denoise=lambda x_t, t: x_t)
-  known = {Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}
-  # The scale that does not guide: 0 of what adds the gradient of a classifier, 1 of what joins two estimates.
-  outside = 0.0 if "log_prob" in tree.components["guidance"].declared else 1.0
+  model_parts = {Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}
+  # The scale at which guidance has no effect: 0 for rules that add a classifier's gradient, 1 for rules that combine
+  # two estimates.
+  outside = 0.0 if "log_prob" in tree.components["guidance"].signature else 1.0
   return Experiment(
     tree=tree,
     seed=tree.values["seed"],
@@ -107,19 +113,19 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     task=make(tree, "task"),
     data=data,
     model=model,
-    objective=make(tree, "objective", offered | known | {"time_input": model.time_input}),
+    objective=make(tree, "objective", supplied | model_parts | {"time_input": model.time_input}),
     sampler=sampler,
     times=_times(tree, model, sampler, parts["sampling"]),
-    guidance=make(tree, "guidance", offered | {"outside": outside}),
+    guidance=make(tree, "guidance", supplied | {"outside": outside}),
     **parts,
   )
 
 
 def _model(tree: Tree, data: Data) -> Model:
-  """Make a model of its parts, or by a component that makes one."""
+  """Build a model from its parts, or from a component that returns a model."""
   if "model" in tree.components:
     return make(tree, "model")
-  with components.naming("config.data.image_size", str(data.image_size)):
+  with components.named_errors("config.data.image_size", str(data.image_size)):
     check_space(data.space, data.channels)
   process = make(tree, "model.process")
   prediction = make(tree, "model.prediction", {Process: process})
@@ -128,11 +134,11 @@ def _model(tree: Tree, data: Data) -> Model:
     name: make(tree, f"model.conditions.{name}", {"data_shape": data.shape, "name": name})
     for name in tree.at("model.conditions")
   }
-  with _naming(tree, "model.codec"):
+  with _named_errors(tree, "model.codec"):
     x_shape = codec.shape(data.shape)
   channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
   network = make(tree, "model.network", models.networks.derived_arguments(conditions, x_shape, channels))
-  with _naming(tree, "model.network"):
+  with _named_errors(tree, "model.network"):
     network.check(x_shape)
   return Model(network, process, prediction, conditions, codec, data.shape, x_shape)
 
@@ -141,63 +147,71 @@ def _sampler(tree: Tree, model: Model) -> Sampler:
   if tree.values["sampler"] is not None:
     return make(tree, "sampler", {Process: model.process})
   if model.defaults is None:
-    raise ValueError("Got config.sampler=None for a model that has no sampler of its own; expected one, such as ddim.")
+    raise ValueError(
+      "Got config.sampler=None for a model without a default sampler; expected a sampler, such as --config.sampler=ddim."
+    )
   return model.defaults.sampler
 
 
 def _times(tree: Tree, model: Model, sampler: Sampler, section: Sampling) -> np.ndarray:
   if section.grid is None:
-    own = tree.values["sampler"] is None
+    is_default = tree.values["sampler"] is None
     return (
-      model.times(section.num_steps) if own else sampling.grids.for_sampler(sampler, model.process, section.num_steps)
+      model.times(section.num_steps)
+      if is_default
+      else sampling.grids.for_sampler(sampler, model.process, section.num_steps)
     )
-  return _made(tree, "sampling.grid", functools.partial(section.grid, num_steps=section.num_steps))
+  return _call(tree, "sampling.grid", functools.partial(section.grid, num_steps=section.num_steps))
 
 
-def make(tree: Tree, path: str, offered: Mapping[Any, Any] | None = None) -> Any:
-  """Make the component at a place of a config.
+def make(tree: Tree, path: str, supplied: Mapping[Any, Any] | None = None) -> Any:
+  """Build the component in a slot.
 
   Args:
-    tree: the whole config.
-    path: the place.
-    offered: what else the component may take, by the names or the types of its parameters.
+    tree: the config.
+    path: the dotted name of the slot.
+    supplied: arguments that are not config keys, by the name or type of the parameter.
+
+  Returns:
+    The value that the component returns, or a function of its further arguments if the slot is deferred.
 
   Raises:
-    ValueError: if it refuses its arguments, or makes something else than the place is for.
+    ValueError: if the component refuses its arguments, or returns a value that does not fit the slot.
   """
-  component, offered = tree.components[path], offered or {}
+  component, supplied = tree.components[path], supplied or {}
   if component.keys is None:
-    return component.itself
-  arguments = _arguments(tree, path, offered)
-  for name, parameter in component.declared.items():
-    own = [value for offer, value in offered.items() if slots.is_offered(parameter, [offer])]
-    if own and name not in arguments:
-      arguments[name] = own[0]
-  call = functools.partial(component.itself, **arguments)
+    return component.value
+  arguments = _arguments(tree, path, supplied)
+  for name, parameter in component.signature.items():
+    matches = [value for one, value in supplied.items() if slots.is_supplied(parameter, [one])]
+    if matches and name not in arguments:
+      arguments[name] = matches[0]
+  call = functools.partial(component.value, **arguments)
   if models.Network in component.slot.kinds:
-    call = functools.partial(models.networks.from_component, component.itself, arguments, offered["conditions"])
-  return call if component.slot.later else _made(tree, path, call)
+    call = functools.partial(models.networks.from_component, component.value, arguments, supplied["conditions"])
+  return call if component.slot.is_deferred else _call(tree, path, call)
 
 
-def _arguments(tree: Tree, path: str, offered: Mapping[Any, Any]) -> dict[str, Any]:
-  """Return the arguments of a component or a section, with the components among them made."""
+def _arguments(tree: Tree, path: str, supplied: Mapping[Any, Any]) -> dict[str, Any]:
+  """Return the arguments of a component or a section, with nested components built."""
   return {
-    name: make(tree, f"{path}.{name}", offered) if f"{path}.{name}" in tree.components else value
+    name: make(tree, f"{path}.{name}", supplied) if f"{path}.{name}" in tree.components else value
     for name, value in tree.arguments(path).items()
   }
 
 
-def _naming(tree: Tree, path: str) -> Any:
-  return components.naming(f"config.{path}", tree.components[path].name)
+def _named_errors(tree: Tree, path: str) -> Any:
+  return components.named_errors(f"config.{path}", tree.components[path].name)
 
 
-def _made(tree: Tree, path: str, call: Callable[[], Any]) -> Any:
-  """Return what a component makes; a ValueError if it fails, or makes something else than its place is for."""
+def _call(tree: Tree, path: str, call: Callable[[], Any]) -> Any:
+  """Call a component and check that the value it returns fits the slot."""
   component = tree.components[path]
-  with _naming(tree, path):
-    made = call()
-  if not slots.is_of(made, component.slot):
+  with _named_errors(tree, path):
+    value = call()
+  if not slots.is_of(value, component.slot):
     raise ValueError(
-      f"Got config.{path}={component.name}, which makes a {type(made).__name__}; expected it to make {component.slot.what}."
+      f"Got config.{path}={component.name}, which returns a value of type {type(value).__name__}; expected it to return"
+      f" {component.slot.description}."
     )
-  return made
+  return value

@@ -1,4 +1,4 @@
-"""Configs from recipes and flags, and in the folders of runs."""
+"""Read configs from recipes, flags and run folders, and write them to run folders."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,121 +6,122 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpm_jax.config import flags, foreign, recipes
+from ddpm_jax.config import custom, flags, recipes
 from ddpm_jax.config.tree import Tree, expand
 from ddpm_jax.storage import jsonfiles, workdir
 
-# Stands for the run's own folder in its config.json: the folder may move.
-_HERE = "<workdir>/"
+# Replaces the run's folder in config.json, so that the folder may move.
+_RUN_FOLDER = "<workdir>/"
 
 
 def read(
-  recipe: str | None, keys: Mapping[str, str], folder: Path | None = None, *, otherwise: Mapping[str, Any] | None = None
+  recipe: str | None, keys: Mapping[str, str], folder: Path | None = None, *, default: Mapping[str, Any] | None = None
 ) -> Tree:
-  """Return the config of a recipe, or else that of the run in a folder, with other values from the command line.
+  """Read a config, from a recipe if there is one and else from a run folder, and apply flags.
 
   Args:
-    recipe: a file or the name of a recipe, or None.
-    keys: the text of keys by their dotted names.
-    folder: of the run, or None.
-    otherwise: the values that serve if there is neither a recipe nor a run; None for an error.
+    recipe: the path or name of a recipe, or None.
+    keys: the text of each `--config.<key>` flag, by the dotted name of the key.
+    folder: the run folder; None for the current folder.
+    default: nested keys to use if there is neither a recipe nor a run; None to raise an error.
 
   Raises:
-    ValueError: if the recipe or the run cannot be read, or a key or its value is wrong.
+    ValueError: if the recipe or the run cannot be read, a key is unknown, or a value is invalid.
   """
   if recipe is not None:
     tree = to_tree(recipes.read(recipe), folder)
-  elif otherwise is not None and (folder is None or workdir.read_config(folder) is None):
-    tree = expand(otherwise)
+  elif default is not None and (folder is None or workdir.read_config(folder) is None):
+    tree = expand(default)
   else:
     tree = read_run(Path.cwd() if folder is None else folder)
   return flags.apply(tree, keys)
 
 
 def to_tree(config: Any, folder: Path | None = None) -> Tree:
-  """Return the whole tree of a recipe's config.
+  """Expand a recipe's config into a tree.
 
   Args:
-    config: a `ConfigDict`, of which any keys may be missing.
-    folder: of a run, which may keep copies of the files of components.
+    config: a `ConfigDict`. Missing keys get their defaults.
+    folder: a run folder with copies of custom components, if any.
 
   Raises:
-    ValueError: if it is no config.
+    ValueError: if `config` is not a valid config.
   """
   if not isinstance(config, ConfigDict):
     raise ValueError(
       f"Got a config of type {type(config).__name__}; expected a ConfigDict. Start from config.default_config()."
     )
   values = config.to_dict()
-  if _holds_itself(values):
+  if _is_cyclic(values):
     raise ValueError(
-      "Got a config with a section that holds itself; expected sections of values. Start from config.default_config()."
+      "Got a config with a section that contains itself; expected nested sections of values."
+      " Start from config.default_config()."
     )
   return expand(values, folder, complete=False)
 
 
-def _holds_itself(section: Mapping[str, Any], above: tuple[Any, ...] = ()) -> bool:
-  above = (*above, section)
-  inner = [value for value in section.values() if isinstance(value, Mapping)]
-  return any(any(value is one for one in above) or _holds_itself(value, above) for value in inner)
+def _is_cyclic(section: Mapping[str, Any], parents: tuple[Any, ...] = ()) -> bool:
+  parents = (*parents, section)
+  children = [value for value in section.values() if isinstance(value, Mapping)]
+  return any(any(child is parent for parent in parents) or _is_cyclic(child, parents) for child in children)
 
 
 def read_run(folder: Path) -> Tree:
-  """Return the config of the run in a folder.
+  """Read the config of the run in a folder.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if the folder has no config, or an invalid one.
   """
-  found = find_run(folder)
-  if found is None:
+  tree = find_run(folder)
+  if tree is None:
     raise ValueError(f"Got no --config, and {folder} holds no run; expected a recipe, such as --config=digits_vp.")
-  return found
+  return tree
 
 
 def find_run(folder: Path) -> Tree | None:
-  """Return the config of the run in a folder, or None if it holds none.
+  """Read the config of the run in a folder, or return None if the folder has no config.
 
   Raises:
-    ValueError: if the file is no sound config; the message names it.
+    ValueError: if the file is not a valid config. The message names the file.
   """
   values = workdir.read_config(folder)
   if values is None:
     return None
   with jsonfiles.named_errors(workdir.config_path(folder)):
-    return expand(_moved(values, _HERE, f"{folder}/"), folder, complete=False)
+    return expand(_replace_prefix(values, _RUN_FOLDER, f"{folder}/"), folder, complete=False)
 
 
 def write(folder: Path, tree: Tree) -> None:
-  """Write a run's config, and the files of the user's own components beside it."""
+  """Write the config of a run, with copies of its custom components."""
   for component in tree.components.values():
     if component.digest:
-      foreign.keep(component.name, component.digest, folder)
-  workdir.write_config(folder, _moved(tree.values, f"{folder}/", _HERE))
+      custom.save_copy(component.name, component.digest, folder)
+  workdir.write_config(folder, _replace_prefix(tree.values, f"{folder}/", _RUN_FOLDER))
 
 
-def _moved(value: Any, before: str, after: str) -> Any:
-  """Return a config in which paths that begin with `before` begin with `after`."""
+def _replace_prefix(value: Any, before: str, after: str) -> Any:
+  """Replace a prefix of all strings in a config."""
   if isinstance(value, Mapping):
-    return {name: _moved(item, before, after) for name, item in value.items()}
+    return {name: _replace_prefix(item, before, after) for name, item in value.items()}
   if isinstance(value, str) and value.startswith(before):
     return after + value.removeprefix(before)
   return value
 
 
 def check_same_run(folder: Path, tree: Tree) -> None:
-  """Raise a ValueError that lists the differences if the folder holds checkpoints of a run of another config.
+  """Raise a ValueError if a folder holds checkpoints of a run with another config.
 
-  A run that has saved no checkpoint starts anew, so its config does not matter.
+  The message lists the differences. Without checkpoints training starts from the first step, so any config is allowed.
   """
   if not workdir.checkpoint_steps(folder):
     return
   old = find_run(folder)
   if old is None:
     raise ValueError(
-      f"Got --workdir={folder}, which has checkpoints but no config.json that says what they are; expected both."
-      " Restore the file, or use another --workdir."
+      f"Got --workdir={folder}, which has checkpoints but no config.json; expected both. Restore the file, or use"
+      " another --workdir."
     )
-  before, now = (_fixed(one) for one in (old, tree))
+  before, now = (_fixed_keys(one) for one in (old, tree))
   names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
   if names:
     lines = "\n".join(
@@ -128,15 +129,15 @@ def check_same_run(folder: Path, tree: Tree) -> None:
     )
     raise ValueError(
       f"Got --workdir={folder}, which holds a run of another config:\n{lines}\nUse another --workdir to start a new"
-      " run, or the folder's own config to go on with that one."
+      " run, or the config in the folder to resume its run."
     )
 
 
-def _fixed(tree: Tree) -> dict[str, Any]:
-  """Return the keys that must stay the same when a run is resumed."""
-  found = tree.with_roles("model", "run")
+def _fixed_keys(tree: Tree) -> dict[str, Any]:
+  """Return the values of all keys that must not change when a run is resumed."""
+  keys = tree.with_roles("model", "run")
   optimizer = tree.values["optimizer"]
   if optimizer["schedule"] in ("cosine", "linear") and not optimizer["decay_steps"]:
-    # The rate falls until the last step, so another last step means other rates on the way.
-    found["training.steps"] = tree.values["training"]["steps"]
-  return found
+    # The learning rate decays until the last step, so another number of steps changes all learning rates.
+    keys["training.steps"] = tree.values["training"]["steps"]
+  return keys

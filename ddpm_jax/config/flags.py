@@ -1,4 +1,4 @@
-"""Keys of a config from the texts of the command line: `--config.<key>=<value>`."""
+"""Set keys of a config from flags, `--config.<key>=<value>`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,16 @@ from ddpm_jax.config.tree import Tree
 
 
 def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
-  """Return a config with other values, as the command line gives them: whole components first, then their arguments.
+  """Return a copy of a config with the values of flags.
+
+  Flags of components apply before flags of their arguments, in any order on the command line.
+
+  Args:
+    config: the config.
+    keys: the text of each flag by the dotted name of its key.
 
   Raises:
-    ValueError: if there is no such key, or its value cannot be read.
+    ValueError: if a key is unknown, or a value cannot be parsed.
   """
   for path in sorted(keys, key=lambda path: path.count(".")):
     config = tree.replace(config, path, _read(config, path, keys[path]))
@@ -20,32 +26,32 @@ def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
 
 
 def _read(config: Tree, path: str, text: str) -> Any:
-  """Return the value of a key that a text stands for."""
-  parameter = config.places.get(path) or _new(config, path)
+  """Parse the text of a flag."""
+  parameter = config.parameters.get(path) or _new_parameter(config, path)
   if parameter.slot is not None and isinstance(values.literal(text), str):
     return components.parse(text, f"config.{path}")
-  # Also a value that may not stand in place of a component: the message says what may.
+  # Also parse values that may not replace a component. `convert` refuses them later, with a better message.
   return values.read(text, parameter.kinds, path)
 
 
-def _new(config: Tree, path: str) -> Parameter:
-  """Return the parameter of a key that is not there yet; an unknown key is refused when the config is expanded.
+def _new_parameter(config: Tree, path: str) -> Parameter:
+  """Return the parameter of a key that the config does not have. Expanding the config later refuses unknown keys.
 
   Raises:
-    ValueError: if it would be inside of a value.
+    ValueError: if a parent of the key is a value and not a section.
   """
   parent, _, name = path.rpartition(".")
-  place, component = config.places.get(parent), config.components.get(parent)
-  if place is not None and place.many:
-    # None too, for one that is not there.
-    return place._replace(name=name, annotation=type(None))
+  container, component = config.parameters.get(parent), config.components.get(parent)
+  if container is not None and container.is_mapping:
+    # None removes a component, even one that does not exist.
+    return container._replace(name=name, annotation=type(None))
   if component is not None:
-    # Also what the program offers unless it is given.
-    given = {**config.at(parent), name: None}
-    keys = components.find(given, component.slot, f"config.{parent}", config.folder).keys or {}
+    # An argument that the builder supplies becomes a key once the config sets it.
+    node = {**config.at(parent), name: None}
+    keys = components.find(node, component.slot, f"config.{parent}", config.folder).keys or {}
     return keys.get(name, Parameter(name))
   while parent:
-    if parent in config.places and not isinstance(config.at(parent), Mapping):
+    if parent in config.parameters and not isinstance(config.at(parent), Mapping):
       raise ValueError(
         f"Got --config.{path}, but config.{parent} is one value, not a section; expected --config.{parent}=<value>."
       )

@@ -1,4 +1,7 @@
-"""Places for components: what fits into each, and what the program gives to the components there."""
+"""Define slots, the config keys that take a component.
+
+A slot knows which components fit, and which of their arguments the builder supplies.
+"""
 
 import importlib
 import inspect
@@ -10,7 +13,7 @@ from typing import Any, NamedTuple
 from ddpm_jax import editing, guidance, losses, models, predictions, processes, sampling, schedules
 from ddpm_jax.config.values import CALLABLE, MISSING, SEQUENCE, is_literal, members, plain
 
-# The modules of which a config may name components, as it calls them.
+# The modules that hold components: their names in configs and in the package.
 MODULES = {
   "codecs": "models.codecs",
   "conditions": "models.conditions",
@@ -27,169 +30,176 @@ MODULES = {
   "schedules": "schedules",
   "tasks": "runs.tasks",
 }
-# What the libraries of networks themselves give their modules.
-_OF_MODULES = ("parent", "name", "rngs", "key")
+# Arguments that Flax Linen, Flax NNX and Equinox themselves pass to a module.
+_FRAMEWORK_ARGUMENTS = ("parent", "name", "rngs", "key")
 
 
 class Slot(NamedTuple):
-  """A place for a component.
+  """Describe a config key that takes a component.
 
   Attributes:
-    what: it is, for messages, such as "a sampler".
-    kinds: what it may be, or make: classes (one that lies above this package by its name in `home`), or types of functions.
-    home: the module, as configs call it, in which a name without a module is looked for.
-    example: one, for messages.
-    offers: what the program gives it, which therefore are no keys: types of parameters, and names of them.
-    needs: names of parameters of which those of the package have one, and functions of the same type for other places do not.
-    itself: the name of the parameter of a function that is used as it is, and is not called to make one.
-    later: whether its last arguments are given later: it is built into a function of what is offered.
+    description: the slot in words, for error messages: "a sampler".
+    kinds: the types of the built values, as classes or types of functions. A string names a class of `module` that this
+      package may not import.
+    module: the module to search for names without a module, by its name in `MODULES`.
+    example: a component that fits, for error messages.
+    supplied: the arguments that the builder supplies, by type or name. They are not config keys.
+    must_take: names of parameters. A function of the package fits only if it has one of them. They separate functions
+      of equal types that belong to different slots.
+    direct_parameter: the only required parameter of functions that fill the slot without a call, such as `log_snr`.
+    is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function that
+      takes them.
   """
 
-  what: str
+  description: str
   kinds: tuple[Any, ...]
-  home: str
+  module: str
   example: str
-  offers: tuple[Any, ...] = ()
-  needs: tuple[str, ...] = ()
-  itself: str = ""
-  later: bool = False
+  supplied: tuple[Any, ...] = ()
+  must_take: tuple[str, ...] = ()
+  direct_parameter: str = ""
+  is_deferred: bool = False
 
   @property
-  def offered_names(self) -> list[str]:
-    """What it offers by name; a component of a user's own that is built later takes some of it."""
-    return [offer for offer in self.offers if isinstance(offer, str)]
+  def supplied_names(self) -> list[str]:
+    """Return the arguments that are supplied by name. A custom component of a deferred slot takes at least one."""
+    return [one for one in self.supplied if isinstance(one, str)]
 
 
-# Which component an argument takes whose type is the first of `kinds`, or a union with it.
-_NOUNS = (
+# Slots for arguments by their types: an argument belongs to a slot if its type is, or includes, the slot's first kind.
+_SLOTS = (
   Slot("a process", (processes.Process,), "processes", "discrete(betas=cosine())"),
   Slot("a prediction", (predictions.Prediction,), "predictions", "V"),
   Slot("a sampler", (sampling.Sampler,), "sampling", "heun(s_churn=40)"),
-  Slot("a weighting", (losses.Weighting,), "losses", "min_snr(gamma=5)", itself="log_snr"),
+  Slot("a weighting", (losses.Weighting,), "losses", "min_snr(gamma=5)", direct_parameter="log_snr"),
   Slot("a distribution of times", (losses.TimeDistribution,), "losses", "log_normal(mean=-1.2)"),
   Slot("a distribution of times", (losses.AdaptiveTimes,), "losses", "importance(size=10)"),
   Slot("a schedule", (schedules.Betas,), "schedules", "cosine(num_steps=1000)"),
-  Slot("an operator", (editing.Operator,), "editing", "blur(std=2)", itself="x"),
+  Slot("an operator", (editing.Operator,), "editing", "blur(std=2)", direct_parameter="x"),
   Slot("a function of time", (guidance.Schedule,), "guidance", "interval(scale=3, low=0.3, high=5)"),
 )
 
 
-def slot_of(annotation: Any, offers: tuple[Any, ...] = ()) -> Slot | None:
-  """Return the place that an argument of this type is, if it is one for a component."""
-  # Types of functions are told apart by identity: `Weighting` and `Operator` are equal.
-  found = [slot for slot in _NOUNS if any(slot.kinds[0] is one for one in (plain(annotation), *members(annotation)))]
-  if not found:
+def slot_of(annotation: Any, supplied: tuple[Any, ...] = ()) -> Slot | None:
+  """Return the slot of an argument of this type, or None if the argument takes no component."""
+  # Compare by identity: `Weighting` and `Operator` are equal types of functions.
+  matches = [slot for slot in _SLOTS if any(slot.kinds[0] is one for one in (plain(annotation), *members(annotation)))]
+  if not matches:
     return None
-  return found[0]._replace(kinds=tuple(slot.kinds[0] for slot in found), offers=offers)
+  return matches[0]._replace(kinds=tuple(slot.kinds[0] for slot in matches), supplied=supplied)
 
 
-def module(name: str) -> types.ModuleType:
-  """Import a module that configs call by this name."""
+def import_module(name: str) -> types.ModuleType:
+  """Import a module by its name in configs."""
   return importlib.import_module(f"ddpm_jax.{MODULES[name]}")
 
 
-def exports(home: str) -> Mapping[str, Any]:
-  """Return what a module, as configs call it, has to offer by name."""
-  found = module(home)
-  # Values such as predictions.EPS have the module of their class, which is the same.
-  own = [name for name, value in vars(found).items() if getattr(value, "__module__", None) == found.__name__]
-  names = getattr(found, "__all__", None) or [name for name in own if not name.startswith("_")]
-  return {name: getattr(found, name) for name in names}
+def exports(module_name: str) -> Mapping[str, Any]:
+  """Return the public functions, classes and values of a module of `MODULES` by name."""
+  module = import_module(module_name)
+  # This includes values such as predictions.EPS, because their class is defined in the same module.
+  defined = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+  names = getattr(module, "__all__", None) or [name for name in defined if not name.startswith("_")]
+  return {name: getattr(module, name) for name in names}
 
 
 def names(slot: Slot) -> list[str]:
-  """Return the names of the package's components that fit a place."""
-  return [name for name, component in sorted(exports(slot.home).items()) if use(component, slot)]
+  """Return the names of the package's components that fit a slot."""
+  return [name for name, component in sorted(exports(slot.module).items()) if use(component, slot)]
 
 
-def use(component: Any, slot: Slot, *, own: bool = False) -> str:
-  """Return how something serves in a place.
+def use(component: Any, slot: Slot, *, is_custom: bool = False) -> str:
+  """Return how a component fills a slot.
 
   Args:
-    component: the value, function or class.
-    slot: the place.
-    own: whether it is a user's own, which need not say what it makes: that is seen once it is made.
+    component: a value, function or class.
+    slot: the slot to fill.
+    is_custom: whether the component is custom. Custom components need no return annotation, because the builder checks
+      the value they return.
 
   Returns:
-    "itself" if it is what the place is for, "made" if it is called to make that, or "" if it does not fit.
+    "direct" if the component fills the slot without a call, "call" if its return value does, or "" if it does not fit.
   """
   if inspect.isclass(component):
-    return "made" if own or models.Network in slot.kinds else ""
+    return "call" if is_custom or models.Network in slot.kinds else ""
   if not callable(component):
-    return "itself" if is_of(component, slot) else ""
+    return "direct" if is_of(component, slot) else ""
   found = signature(component)
-  needed = slot.offered_names if own else slot.needs
-  if found is None or (slot.later and needed and not any(name in found.parameters for name in needed)):
+  must_take = slot.supplied_names if is_custom else slot.must_take
+  if found is None or (slot.is_deferred and must_take and not any(name in found.parameters for name in must_take)):
     return ""
   result, parameters = found.return_annotation, found.parameters.values()
-  if any(_makes(result, kind) for kind in _kinds(slot)):
-    return "made" if own or all(_can_be_given(one, slot) for one in parameters) else ""
-  if _is_noun(result):
+  if any(_returns_kind(result, kind) for kind in _kinds(slot)):
+    return "call" if is_custom or all(_can_be_set(one, slot) for one in parameters) else ""
+  if _is_named_tuple(result):
     return ""
-  functions = any(typing.get_origin(kind) is CALLABLE for kind in slot.kinds)
-  if functions and not slot.later and typing.get_origin(result) is not CALLABLE:
-    # A function with an argument that no config can give, such as an array, is used as it is.
-    required = [one.name for one in parameters if one.default is MISSING and not is_offered(one, slot.offers)]
-    if required if own else required == [slot.itself]:
-      return "itself"
-  return "made" if own else ""
+  takes_functions = any(typing.get_origin(kind) is CALLABLE for kind in slot.kinds)
+  if takes_functions and not slot.is_deferred and typing.get_origin(result) is not CALLABLE:
+    # A function that requires an argument which no config can hold, such as an array, is used without a call.
+    required = [one.name for one in parameters if one.default is MISSING and not is_supplied(one, slot.supplied)]
+    if required if is_custom else required == [slot.direct_parameter]:
+      return "direct"
+  return "call" if is_custom else ""
 
 
 def is_of(value: Any, slot: Slot) -> bool:
-  """Return whether a value is what a place is for."""
+  """Return whether a built value has one of the slot's kinds."""
   return any(_is(value, kind) for kind in _kinds(slot))
 
 
-def is_offered(parameter: inspect.Parameter, offers: Iterable[Any]) -> bool:
-  """Return whether the program fills in a parameter.
+def is_supplied(parameter: inspect.Parameter, supplied: Iterable[Any]) -> bool:
+  """Return whether the builder supplies an argument.
 
-  It does so by the parameter's name, by its type (also in a union with None), or, without an annotation, by the name of a type.
+  Args:
+    parameter: the parameter of a component.
+    supplied: names and types. A name matches a parameter of that name. A type matches a parameter annotated with it,
+      also in a union with None. A type also matches a parameter without an annotation by its own name in lower case.
   """
   kinds = [one for one in members(parameter.annotation) if one is not types.NoneType]
 
-  def is_it(offer: Any) -> bool:
-    if isinstance(offer, str):
-      return parameter.name == offer
+  def matches(one: Any) -> bool:
+    if isinstance(one, str):
+      return parameter.name == one
     if parameter.annotation is MISSING:
-      return parameter.name == offer.__name__.lower()
-    return kinds == [offer]
+      return parameter.name == one.__name__.lower()
+    return kinds == [one]
 
-  return any(map(is_it, offers))
+  return any(map(matches, supplied))
 
 
 def signature(component: Any) -> inspect.Signature | None:
-  """Return how a function is called, or a class made, with its annotations resolved; None for what cannot be called."""
-  # Not that of the class as it is called: NNX and Equinox let it take anything.
-  made = inspect.isclass(component) and component.__init__ is not object.__init__
+  """Return the signature of a function or a class with resolved annotations, or None if it cannot be called."""
+  # A class is read by its `__init__`: NNX and Equinox let the class itself take any arguments.
+  is_class = inspect.isclass(component) and component.__init__ is not object.__init__
   for resolve in (True, False):
     try:
-      found = inspect.signature(component.__init__ if made else component, eval_str=resolve)
+      found = inspect.signature(component.__init__ if is_class else component, eval_str=resolve)
     except (NameError, SyntaxError, TypeError, ValueError, AttributeError):
       continue
-    kept = list(found.parameters.values())[made:]
-    kept = [one for one in kept if not made or one.name not in _OF_MODULES]
-    return found.replace(parameters=kept, return_annotation=plain(found.return_annotation))
+    parameters = list(found.parameters.values())[is_class:]
+    parameters = [one for one in parameters if not is_class or one.name not in _FRAMEWORK_ARGUMENTS]
+    return found.replace(parameters=parameters, return_annotation=plain(found.return_annotation))
   return None
 
 
-def described(component: Any) -> str:
-  """Return what a component is, for messages."""
+def describe(component: Any) -> str:
+  """Describe a component in words for error messages."""
   if inspect.isclass(component):
     return f"the class {component.__name__}"
   found = signature(component)
   if found is None:
     return f"a value of type {type(component).__name__}"
   result = found.return_annotation
-  made = f" that makes a {result.__name__}" if _is_noun(result) else ""
-  return f"the function {getattr(component, '__name__', component)}{made}"
+  product = f" that makes a {result.__name__}" if _is_named_tuple(result) else ""
+  return f"the function {getattr(component, '__name__', component)}{product}"
 
 
 def _kinds(slot: Slot) -> tuple[Any, ...]:
-  return tuple(getattr(module(slot.home), kind) if isinstance(kind, str) else kind for kind in slot.kinds)
+  return tuple(getattr(import_module(slot.module), kind) if isinstance(kind, str) else kind for kind in slot.kinds)
 
 
-def _makes(result: Any, kind: Any) -> bool:
-  """Return whether a function that returns `result` makes something of a kind."""
+def _returns_kind(result: Any, kind: Any) -> bool:
+  """Return whether a return annotation includes a kind or a subclass of it."""
   pairs = [(one, part) for one in members(result) for part in members(kind)]
   return any(
     one is part or (inspect.isclass(one) and inspect.isclass(part) and issubclass(one, part)) for one, part in pairs
@@ -202,17 +212,17 @@ def _is(value: Any, kind: Any) -> bool:
   if inspect.isclass(kind):
     return isinstance(value, kind)
   if typing.get_origin(kind) is SEQUENCE:
-    return isinstance(value, list | tuple) and not _is_noun(type(value))
+    return isinstance(value, list | tuple) and not _is_named_tuple(type(value))
   return callable(value) and not inspect.isclass(value)
 
 
-def _is_noun(kind: Any) -> bool:
+def _is_named_tuple(kind: Any) -> bool:
   return inspect.isclass(kind) and hasattr(kind, "_fields")
 
 
-def _can_be_given(parameter: inspect.Parameter, slot: Slot) -> bool:
-  """Return whether the program or a config can give an argument. A config cannot give an array."""
-  if parameter.default is not MISSING or is_offered(parameter, slot.offers):
+def _can_be_set(parameter: inspect.Parameter, slot: Slot) -> bool:
+  """Return whether the builder or a config can set an argument. A config cannot hold an array."""
+  if parameter.default is not MISSING or is_supplied(parameter, slot.supplied):
     return True
   kinds = members(parameter.annotation)
   return slot_of(parameter.annotation) is not None or any(map(is_literal, kinds))

@@ -1,4 +1,4 @@
-"""Values of keys: of the type that an annotation says, within bounds, and such that a file can hold them."""
+"""Convert the values of config keys to the types of their annotations, and check their limits."""
 
 import ast
 import contextlib
@@ -18,18 +18,18 @@ from ddpm_jax.storage import jsonfiles
 MISSING = inspect.Parameter.empty
 CALLABLE = typing.get_origin(Callable[[int], int])
 SEQUENCE = typing.get_origin(Sequence[int])
-# Words that stand for values, in components and flags.
+# Values that components and flags write as words.
 CONSTANTS = {"true": True, "false": False, "inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_NUMBERS = {int: "an integer, in digits alone", float: "a number", bool: "true or false"}
+_NUMBERS = {int: "an integer in decimal digits", float: "a number", bool: "true or false"}
 
 
 def plain(annotation: Any) -> Any:
-  """Return a type without its markers."""
+  """Return an annotation without its `Annotated` metadata."""
   return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-  """Return the types of a union, or a type alone, without markers."""
+  """Return the types of a union, or a single type, without `Annotated` metadata."""
   annotation = plain(annotation)
   if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
     return typing.get_args(annotation)
@@ -37,7 +37,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_literal(kind: Any) -> bool:
-  """Return whether a config can write down values of a type."""
+  """Return whether a config can hold values of a type."""
   simple = (MISSING, Any, types.NoneType, int, float, str, bool)
   return kind in simple or _is_list(kind) or typing.get_origin(kind) is typing.Literal
 
@@ -47,9 +47,9 @@ def _is_list(kind: Any) -> bool:
 
 
 def as_json(value: Any) -> Any:
-  """Return a value as JSON holds it, or `MISSING` if it cannot.
+  """Convert a value to a form that JSON can store, or return `MISSING` if there is none.
 
-  Arrays become lists of Python's numbers, types of numbers their names, and lists tuples.
+  Arrays become nested tuples of Python numbers, dtypes their names, and lists tuples.
   """
   if isinstance(value, type | np.dtype):
     name = np.dtype(value).name
@@ -58,51 +58,51 @@ def as_json(value: Any) -> Any:
     value = np.asarray(value).tolist()
   if isinstance(value, Mapping):
     items = {name: as_json(item) for name, item in value.items()}
-    sound = all(isinstance(name, str) and item is not MISSING for name, item in items.items())
-    return items if sound else MISSING
+    is_valid = all(isinstance(name, str) and item is not MISSING for name, item in items.items())
+    return items if is_valid else MISSING
   if isinstance(value, Sequence) and not isinstance(value, str) and not hasattr(value, "_fields"):
-    several = tuple(as_json(item) for item in value)
-    return MISSING if any(item is MISSING for item in several) else several
+    elements = tuple(as_json(item) for item in value)
+    return MISSING if any(element is MISSING for element in elements) else elements
   return value if value is None or isinstance(value, str | bool | int | float) else MISSING
 
 
-def convert(value: Any, kinds: Sequence[Any], path: str, instead: str = "") -> Any:
-  """Return a value as an argument wants it.
+def convert(value: Any, kinds: Sequence[Any], path: str, alternative: str = "") -> Any:
+  """Convert a config value to one of the types of its key.
 
   Args:
-    value: of a config.
-    kinds: the types that it may have.
-    path: its key.
-    instead: what else may stand there, for the message.
+    value: the value to convert.
+    kinds: the types that are allowed; the first type that fits is used.
+    path: the dotted name of the key.
+    alternative: another allowed form, for the error message.
 
   Raises:
-    ValueError: if it is of another type.
+    ValueError: if the value fits none of the types.
   """
-  held = as_json(value)
-  found = MISSING if held is MISSING else _first(held, kinds)
-  if found is MISSING:
-    names = dict.fromkeys([instead, *map(_name, kinds)])
-    raise _refusal(value if held is MISSING else held, path, " or ".join(filter(None, names)))
-  return found
+  stored = as_json(value)
+  converted = MISSING if stored is MISSING else _first(stored, kinds)
+  if converted is MISSING:
+    names = dict.fromkeys([alternative, *map(_name, kinds)])
+    raise _error(value if stored is MISSING else stored, path, " or ".join(filter(None, names)))
+  return converted
 
 
-def _refusal(value: Any, path: str, expected: str) -> ValueError:
+def _error(value: Any, path: str, expected: str) -> ValueError:
   return ValueError(f"Got config.{path}={jsonfiles.shorten(value)}; expected {expected}. Set --config.{path}.")
 
 
 def _first(value: Any, kinds: Sequence[Any]) -> Any:
-  """Return a value as the first type wants it that fits, or `MISSING` if none does."""
-  return next((found for found in (_of_kind(value, kind) for kind in kinds) if found is not MISSING), MISSING)
+  """Convert a value to the first type that fits, or return `MISSING` if none fits."""
+  return next((result for result in (_to_kind(value, kind) for kind in kinds) if result is not MISSING), MISSING)
 
 
-def _of_kind(value: Any, kind: Any) -> Any:
-  """Return a value as one type wants it, or `MISSING` if it is of another."""
+def _to_kind(value: Any, kind: Any) -> Any:
+  """Convert a value to one type, or return `MISSING` if it does not fit."""
   if _is_list(kind):
     return _items(value, kind)
   if kind is float:
-    # Infinity is a number where there are no bounds, such as the end of an interval.
-    infinite = isinstance(value, float) and math.isinf(value)
-    return float(value) if infinite or jsonfiles.matches(value, float) else MISSING
+    # Infinity is valid in arguments of components, such as the end of an interval. `Limits` refuse it in sections.
+    is_infinite = isinstance(value, float) and math.isinf(value)
+    return float(value) if is_infinite or jsonfiles.matches(value, float) else MISSING
   if kind is MISSING or kind is Any:
     fits = True
   elif isinstance(kind, type):
@@ -110,7 +110,7 @@ def _of_kind(value: Any, kind: Any) -> Any:
   elif typing.get_origin(kind) is typing.Literal:
     fits = value in typing.get_args(kind)
   else:
-    # Of the others nothing more is known.
+    # Other types cannot be checked further.
     fits = not isinstance(value, str) and typing.get_origin(kind) is not CALLABLE
   return value if fits else MISSING
 
@@ -132,56 +132,61 @@ def _name(kind: Any) -> str:
   if kind is types.NoneType:
     return "None"
   if kind is MISSING or kind is Any:
-    return "a value that a file can hold: a number, a word, None, or lists and sections of them"
+    return "a value that JSON can store: a number, a string, None, or lists and sections of them"
   if typing.get_origin(kind) is typing.Literal:
     return " or ".join(map(repr, typing.get_args(kind)))
   if _is_list(kind):
     inner = [one for one in typing.get_args(kind) if one is not Ellipsis]
-    known = bool(inner) and inner[0] in (int, float, str, bool)
+    is_simple = bool(inner) and inner[0] in (int, float, str, bool)
     count = f"{len(inner)} " if len(inner) > 1 else ""
-    return f"a list of {count}{jsonfiles.kind_name(inner[0], several=True)}" if known else "a list"
+    return f"a list of {count}{jsonfiles.kind_name(inner[0], plural=True)}" if is_simple else "a list"
   if kind in (int, float, str, bool):
     return jsonfiles.kind_name(kind)
   return f"a {getattr(kind, '__name__', kind)}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Bounds:
-  """The range of a number, or of each in a list.
+class Limits:
+  """Limit the range of a number, or of each number in a list.
 
   Attributes:
-    least: the smallest.
-    above: what it must be above; None for nothing.
-    most: the largest integer.
-    counts: whether it is a size, so that messages tell what an array of so many floats takes.
+    minimum: the smallest number.
+    above: an exclusive lower limit, or None.
+    maximum: the largest integer.
+    is_size: whether the number is a size. Error messages then show the memory of an array of that size.
   """
 
-  least: float = 0
+  minimum: float = 0
   above: float | None = None
-  most: int = 2**31 - 1
-  counts: bool = False
+  maximum: int = 2**31 - 1
+  is_size: bool = False
 
   def check(self, value: Any, path: str, default: Any) -> None:
-    """Raise a ValueError if a number, or one of a list, is out of the range."""
+    """Raise a ValueError if a number, or an item of a list, is out of range."""
     for number in value if isinstance(value, list | tuple) else [value]:
       if isinstance(number, str | bool) or number is None:
         continue
       if isinstance(number, float) and not math.isfinite(number):
-        raise _refusal(value, path, jsonfiles.kind_name(float))
-      if isinstance(number, int) and number > self.most:
-        size = f". An array of so many floats takes {memory.format_bytes(4 * number)}" if self.counts else ""
-        raise _refusal(value, path, f"at most {self.most}: programs hold it in 32 bits{size}")
+        raise _error(value, path, jsonfiles.kind_name(float))
+      if isinstance(number, int) and number > self.maximum:
+        size = f". An array of {number} floats takes {memory.format_bytes(4 * number)}" if self.is_size else ""
+        raise _error(value, path, f"at most {self.maximum}, because programs store it in 32 bits{size}")
       if self.above is not None and number <= self.above:
-        raise _refusal(value, path, f"above {self.above}, such as {default}")
-      if number < self.least:
-        raise _refusal(value, path, "0 or more" if self.least == 0 else f"at least {self.least:g}")
+        raise _error(value, path, f"above {self.above}, such as {default}")
+      if number < self.minimum:
+        raise _error(value, path, "0 or more" if self.minimum == 0 else f"at least {self.minimum:g}")
 
 
 def read(text: str, kinds: Sequence[Any], path: str) -> Any:
-  """Return the value of a text from the command line. `convert` refuses a value of another type later.
+  """Parse the text of a flag. The result may still have a wrong type, which `convert` refuses later.
+
+  Args:
+    text: the text after the equals sign.
+    kinds: the types that are allowed.
+    path: the dotted name of the key.
 
   Raises:
-    ValueError: if it must be a number and is not.
+    ValueError: if a number or a bool is the only allowed type, and the text is not one.
   """
   stripped = text.strip()
   if str in kinds and (len(kinds) == 1 or not stripped.startswith(("(", "["))):
@@ -198,13 +203,13 @@ def read(text: str, kinds: Sequence[Any], path: str) -> Any:
   lists = [kind for kind in kinds if _is_list(kind)]
   if isinstance(value, tuple | list) or value is None or not lists:
     return value
-  # Words and numbers with commas between them.
+  # A comma-separated list.
   words = [word.strip() for word in stripped.split(",")] if stripped else []
   return tuple(words if str in typing.get_args(lists[0]) else map(literal, words))
 
 
 def literal(text: str) -> Any:
-  """Return the Python value that a text is, such as a number or a tuple; the text itself if it is none."""
+  """Return the Python literal in a text, such as a number or a tuple, or the text itself if it is no literal."""
   try:
     return ast.literal_eval(text.strip())
   except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):

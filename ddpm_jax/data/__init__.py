@@ -1,6 +1,6 @@
-"""Data: random-access sources, and the pipeline that turns one into batches."""
+"""Load data: random-access sources of images, and the pipeline that turns a source into batches."""
 
-from ddpm_jax.data.choices import Place, Splits, arrays, digits, folder, mnist, packed, fit_settings, tfds
+from ddpm_jax.data.choices import Place, Splits, arrays, digits, fit_settings, folder, mnist, packed, tfds
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
@@ -16,12 +16,12 @@ from ddpm_jax.data.sources import (
   BrokenImage,
   SkipBroken,
   Source,
+  cache_in_memory,
   class_counts,
+  complete_classes,
   hold_out,
   image_chunks,
-  cache_in_memory,
   proportional_classes,
-  complete_classes,
   read,
   read_images,
 )
@@ -47,24 +47,25 @@ __all__ = [
   "WorkerDied",
   "arrays",
   "batches",
-  "check_split_classes",
+  "cache_in_memory",
   "check_image_size",
+  "check_split_classes",
   "class_counts",
   "classes_below",
+  "complete_classes",
   "digits",
   "fit",
+  "fit_settings",
   "folder",
   "hold_out",
   "image_chunks",
-  "cache_in_memory",
-  "proportional_classes",
-  "complete_classes",
   "load",
   "mnist",
   "pack",
   "packed",
   "prepare",
   "prepare_tfds",
+  "proportional_classes",
   "read",
   "read_arrays",
   "read_digits",
@@ -72,6 +73,5 @@ __all__ = [
   "read_inputs",
   "read_mask",
   "read_mnist",
-  "fit_settings",
   "tfds",
 ]

@@ -1,4 +1,4 @@
-"""Decode image files: those of data sets, inputs and masks alike."""
+"""Decode image files of data sets, inputs and masks."""
 
 import functools
 from pathlib import Path
@@ -8,83 +8,86 @@ import numpy as np
 
 from ddpm_jax.data.sources import BrokenImage
 
-# Pillow only identifies the first five; it runs another program on EPS; and .pcd files are point clouds today, not Photo CDs.
+# Pillow only identifies the first five, and runs an external program to decode EPS. Today .pcd files are point clouds
+# rather than Photo CDs.
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PCD"}
-_USUAL = {"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"}
-# Formats whose 16 bits are unsigned; FITS has measured values of any sign and scale. Arrays have no format.
+_COMMON = {"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"}
+# Formats with unsigned 16-bit values; None is an image from an array. FITS stores measurements of any sign and scale.
 _UNSIGNED = {"PNG", "TIFF", "JPEG2000", None}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES, _WHITE_IS_ZERO, _SIGNED = 258, 262, 339, 0, 2
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-  """Return the names of the formats that Pillow decodes here, in the order in which it tries them."""
+  """Return the names of the formats to decode, in the order in which Pillow tries them."""
   from PIL import Image
 
   Image.init()
-  # A small image takes a third longer if its format comes last.
-  return tuple(sorted(Image.OPEN.keys() - _NOT_DECODED, key=lambda name: (name not in _USUAL, name)))
+  # Decoding a small image takes a third longer if its format is tried last.
+  return tuple(sorted(Image.OPEN.keys() - _NOT_DECODED, key=lambda name: (name not in _COMMON, name)))
 
 
 @functools.cache
 def extensions() -> tuple[str, ...]:
-  """Return the endings of the image files that Pillow decodes here, such as ".png"."""
+  """Return the file name extensions of the formats to decode, such as ".png"."""
   from PIL import Image
 
-  # Pillow opens MPO files by the JPEG plugin.
+  # Pillow opens MPO files with its JPEG plugin.
   decoded = {*_formats(), "MPO"}
-  return tuple(sorted(ending for ending, kind in Image.registered_extensions().items() if kind in decoded))
+  return tuple(sorted(extension for extension, kind in Image.registered_extensions().items() if kind in decoded))
 
 
 def decode(path: str | Path) -> Any:
-  """Return the image of a file as a PIL image, upright and with 8 bits a channel.
+  """Decode a file to an upright PIL image with 8 bits per channel.
 
-  Of an animation it is the first frame, of a document the first page. EXIF says which way up the image is.
+  Decode the first frame of an animation and the first page of a document. Rotate and flip the image as its EXIF
+  orientation requires.
 
   Raises:
-    BrokenImage: if the file cannot be decoded, is larger than Pillow allows, or has pixels without a known range.
+    BrokenImage: if the file cannot be decoded, exceeds Pillow's size limit, or has pixels of unknown range.
   """
   from PIL import Image, UnidentifiedImageError
 
   try:
-    # Opened by name, Pillow maps raw gray TIFFs into memory, and garbles those that EXIF turns by a quarter.
+    # Pass an open file. Given a path, Pillow memory-maps raw gray TIFFs, and corrupts them when EXIF rotates them by
+    # 90 degrees.
     with open(path, "rb") as file, Image.open(file, formats=_formats()) as opened:
-      # Asked of the opened file: a turned image no longer knows its format.
+      # Read the bit depth first, because a rotated image no longer has a format.
       bits = _bits(opened)
       opened.load()
       return _to_eight_bits(_upright(opened), bits)
   except UnidentifiedImageError as error:
-    raise BrokenImage(str(path), "its format, or its kind of pixels, is unknown") from error
+    raise BrokenImage(str(path), "unknown format or pixel type") from error
   except Exception as error:
-    # The messages that name it end it with a full stop.
+    # BrokenImage adds a period after the reason.
     raise BrokenImage(str(path), str(error).rstrip(".") or type(error).__name__) from error
 
 
 def eight_bits(image: Any) -> Any:
-  """Return a PIL image with 8 bits a channel, scaled by the range of its type.
+  """Convert a PIL image to 8 bits per channel, scaled by the range of its pixel type.
 
   Raises:
-    ValueError: if its pixels are floats or 32-bit integers, whose range is unknown.
+    ValueError: if the pixels are floats, signed or 32-bit integers, because their range is unknown.
   """
   return _to_eight_bits(image, _bits(image))
 
 
 def _bits(image: Any) -> int:
-  """Return how many bits a pixel's value has."""
+  """Return the number of bits per channel."""
   tags = image.tag_v2 if image.format == "TIFF" else {}
   if image.mode.startswith("I;16") and image.format in _UNSIGNED:
     if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
-      # Pillow inverts such images of 8 bits alone.
-      raise ValueError("its white is 0; expected black to be 0 in a TIFF of 16 bits. Convert it first")
-    return int(tags.get(_TIFF_BITS, (16,))[0])  # A TIFF may have 12 of them.
+      # Pillow inverts only 8-bit TIFFs with white as 0.
+      raise ValueError("it stores white as 0; expected a 16-bit TIFF that stores black as 0. Convert it first")
+    return int(tags.get(_TIFF_BITS, (16,))[0])  # A TIFF may have 12 bits.
   if image.mode == "I" and image.format == "PPM":
-    return 16  # Pillow scales all larger maxima to 65,535.
-  # Pillow takes signed TIFFs of 8 bits for unsigned ones.
+    return 16  # Pillow scales maxima above 255 to 65,535.
+  # Pillow reads signed 8-bit TIFFs as unsigned.
   if image.mode[0] in "IF" or _SIGNED in tags.get(_TIFF_SAMPLES, ()):
     kinds = {"F": "floats", "I;16": f"16-bit integers of {image.format}"}
     kind = kinds.get(image.mode[:4], "signed or 32-bit integers")
     raise ValueError(
-      f"its pixels are {kind}, whose range is unknown; expected 8 or 16 bits a channel. Convert it first"
+      f"its pixels are {kind} of unknown range; expected 8 or 16 unsigned bits per channel. Convert it first"
     )
   return 8
 
@@ -92,26 +95,26 @@ def _bits(image: Any) -> int:
 def _to_eight_bits(image: Any, bits: int) -> Any:
   from PIL import Image
 
-  # Pillow's own conversion clips at 255, which makes almost all of a 16-bit image white.
+  # Pillow's conversion clips at 255, and would turn most of a 16-bit image white.
   return image if bits == 8 else Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
 
 
 def _upright(image: Any) -> Any:
   from PIL import ExifTags, Image
 
-  turns = Image.Transpose
+  transpose = Image.Transpose
   try:
     orientation = image.getexif().get(ExifTags.Base.Orientation)
   except Exception:
-    return image  # Damaged EXIF says nothing about the orientation: every viewer shows the image as it is.
-  # ImageOps.exif_transpose would also write the EXIF anew, which fails where any other tag is malformed.
-  turn = {
-    2: turns.FLIP_LEFT_RIGHT,
-    3: turns.ROTATE_180,
-    4: turns.FLIP_TOP_BOTTOM,
-    5: turns.TRANSPOSE,
-    6: turns.ROTATE_270,
-    7: turns.TRANSVERSE,
-    8: turns.ROTATE_90,
+    return image  # Image viewers ignore damaged EXIF too.
+  # ImageOps.exif_transpose also rewrites the EXIF, and fails if any other tag is malformed.
+  method = {
+    2: transpose.FLIP_LEFT_RIGHT,
+    3: transpose.ROTATE_180,
+    4: transpose.FLIP_TOP_BOTTOM,
+    5: transpose.TRANSPOSE,
+    6: transpose.ROTATE_270,
+    7: transpose.TRANSVERSE,
+    8: transpose.ROTATE_90,
   }.get(orientation)
-  return image if turn is None else image.transpose(turn)
+  return image if method is None else image.transpose(method)

@@ -1,4 +1,4 @@
-"""Images in a folder of files."""
+"""Read images from a folder of image files."""
 
 import os
 from collections.abc import Sequence
@@ -10,32 +10,37 @@ from tqdm import tqdm
 
 from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, fit_to
-from ddpm_jax.data.listing import passed_over, walk
+from ddpm_jax.data.listing import count_skipped, walk
 from ddpm_jax.data.sources import NO_CLASS
 
 
 class FolderSource:
-  """Images in a folder, brought to one size as `fitting.fit` does; the class of each is the sub-folder it lies in.
+  """Read images from a folder with one sub-folder per class.
 
-  All formats that Pillow decodes are read. Files of other kinds and hidden ones are passed over and counted in one line. Which files
-  there are is kept in `~/.cache/ddpm_jax/folders` (`$XDG_CACHE_HOME`), and a folder that has changed since is listed anew. Links to
-  folders are followed, each folder once. No file is opened before it is read.
+  The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported.
+  Hidden files and files that are not images are skipped, and one printed line counts them. Symbolic links to folders
+  are followed, and each folder is read once. Image files are opened only when they are read.
+
+  The list of files is cached in `~/.cache/ddpm_jax/folders` (or under `$XDG_CACHE_HOME`). Folders that changed are
+  listed again.
 
   Args:
-    path: the folder, searched to any depth.
+    path: the folder. Its sub-folders may be nested to any depth.
     image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
-    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `image_size`; 0 for none.
-    resize: bicubic, box or adm.
-    classes: names of the classes in the order of their numbers; by default those of the sub-folders, in alphabetical order.
+    crop: the shorter side in pixels of a centered box to crop before resizing, with the aspect ratio of `image_size`;
+      0 for no crop.
+    resize: "bicubic", "box" or "adm".
+    classes: names of the classes in the order of their numbers; by default the sub-folders of `path` in alphabetical
+      order.
 
   Attributes:
-    classes: names of the classes.
-    classes: [N] int32; `NO_CLASS` for an image beside the sub-folders, or in one that is not among the classes.
+    class_names: names of the classes, by number.
+    classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`.
 
   Raises:
-    ValueError: if the folder is missing, unreadable or holds no image; on reading, if a file cannot be decoded (BrokenImage, which
-      names it) or is smaller than the crop.
+    ValueError: if the folder is missing, unreadable or contains no images. When an image is read: if its file cannot
+      be decoded (a BrokenImage with the name of the file), or the image is smaller than the crop.
   """
 
   def __init__(
@@ -49,8 +54,8 @@ class FolderSource:
   ):
     self._fit = check_fit(image_size, channels, crop, resize)
     self._root = os.fsencode(os.path.abspath(path))
-    folders = _images_in(self._root, str(path))
-    # A million Path objects would take half a gigabyte: all names are one string, and where each ends an array.
+    folders = _find_images(self._root, str(path))
+    # A million Path objects would take half a gigabyte. Store all names as one byte string, and an array of their ends.
     self._folders, self._names = list(folders), b"".join(folders.values())
     self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)
     counts = np.array([names.count(b"\0") for names in folders.values()])
@@ -64,7 +69,7 @@ class FolderSource:
     return len(self._ends)
 
   def file(self, index: int) -> str:
-    """Return the path of an image."""
+    """Return the path of the image with this index."""
     folder = self._folders[int(np.searchsorted(self._last, index, "right"))]
     start = int(self._ends[index - 1]) + 1 if index else 0
     return os.fsdecode(os.path.join(self._root, folder, self._names[start : int(self._ends[index])]))
@@ -78,22 +83,22 @@ class FolderSource:
       raise ValueError(f"{path}: {error}") from error
 
 
-def _images_in(root: bytes, given: str) -> dict[bytes, bytes]:
-  """Return the names of the images of each folder in `root` that holds some, and report what is passed over."""
+def _find_images(root: bytes, path: str) -> dict[bytes, bytes]:
+  """Return the names of the images in each folder under `root`, and report skipped files."""
   if not os.path.isdir(root):
-    what = "is a file" if os.path.exists(root) else "does not exist"
+    problem = "is a file" if os.path.exists(root) else "does not exist"
     raise ValueError(
-      f"Got the data folder {given!r}, which {what}; expected a folder of images. Unpack an archive first; an .npz file of images is read"
-      " by --config.data.source=arrays. Set --config.data.source.path."
+      f"Got the data folder {path!r}, which {problem}; expected a folder of images. Set --config.data.source.path. Unpack an archive first."
+      " For an .npz file of images, set --config.data.source=arrays."
     )
   folders = walk(root)
-  others = passed_over(folders.values())
-  found = {name: folder.names for name, folder in folders.items() if folder.names}
-  if not found:
+  skipped = count_skipped(folders.values())
+  names = {name: folder.names for name, folder in folders.items() if folder.names}
+  if not names:
     raise ValueError(
-      f"Got the data folder {given!r}, which holds no image ({others or 'no file at all'}); expected image files, such as .png, .jpg or .webp,"
-      " in it or in its sub-folders."
+      f"Got the data folder {path!r}, which contains no images ({skipped or 'no files at all'}); expected image files, such as .png, .jpg or"
+      " .webp, in it or in its sub-folders."
     )
-  if others:
-    tqdm.write(f"passed over in {given}, as no images: {others}")
-  return found
+  if skipped:
+    tqdm.write(f"skipped files in {path} that are not images: {skipped}")
+  return names

@@ -1,4 +1,4 @@
-"""Images and masks that a user hands over to be edited."""
+"""Read images and masks for editing."""
 
 import os
 from pathlib import Path
@@ -9,14 +9,20 @@ from tqdm import tqdm
 
 from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, check_image_size, fit_to
-from ddpm_jax.data.listing import passed_over, walk
+from ddpm_jax.data.listing import count_skipped, walk
 from ddpm_jax.data.readers import read_arrays
 from ddpm_jax.data.sources import BrokenImage
 from ddpm_jax.storage.images import as_uint8
 
 
 class Inputs(NamedTuple):
-  """Images uint8 [N, H, W, C], the name of each, and how many of them were brought to that size."""
+  """Hold images for editing.
+
+  Attributes:
+    images: uint8 [N, H, W, C].
+    names: the name of each image.
+    resized: number of images that were resized.
+  """
 
   images: np.ndarray
   names: list[str]
@@ -26,51 +32,53 @@ class Inputs(NamedTuple):
 def read_inputs(
   path: str | Path, image_size: tuple[int, int] | None, channels: int, *, flag: str = "--input"
 ) -> Inputs:
-  """Read images from an image file, a folder (searched to any depth) or an .npz file, all of one size.
+  """Read images of one size from an image file, a folder or an .npz file.
 
   Args:
-    path: the file or folder. Images of an .npz file, uint8 [N, H, W, C], must already have the size.
-    image_size: height and width; None for those of the files, which must agree.
-    channels: 1 (gray), 3, or 4 (with opacity); of an .npz file any number.
-    flag: that names the path, for messages.
+    path: the file or folder. Sub-folders may be nested to any depth. Images in an .npz file, uint8 [N, H, W, C], are
+      not resized.
+    image_size: height and width; None for the size of the files, which must be the same for all.
+    channels: 1 for gray, 3 for RGB, 4 for RGB with opacity; any number for an .npz file.
+    flag: the command-line flag with the path, for error messages.
 
   Raises:
-    ValueError: if there are none, one cannot be decoded, or the shape does not fit.
+    ValueError: if there are no images, one cannot be decoded, or their shape is wrong.
   """
   path, image_size = Path(path), None if image_size is None else check_image_size(image_size)
   if path.suffix.lower() == ".npz" and path.is_file():
     images = as_uint8(read_arrays(path).images)
     if (images.shape[3], channels) == (1, 3):
-      images = images.repeat(channels, axis=3)  # as of a gray image file
+      images = images.repeat(channels, axis=3)  # Gray image files become RGB in the same way.
     if (image_size is not None and images.shape[1:3] != image_size) or images.shape[3] != channels:
       height, width = image_size or ("H", "W")
-      wanted = f"[N, {height}, {width}, {channels}]"
-      raise ValueError(f"Got {path} with images of shape {images.shape}; expected {wanted}, uint8, for this model.")
+      raise ValueError(
+        f"Got {path} with images of shape {images.shape}; expected uint8 [N, {height}, {width}, {channels}] for this model."
+      )
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
-  files = _files(path, flag)
+  files = _find_files(path, flag)
   if channels not in (1, 3, 4):
     raise ValueError(
-      f"Got {flag}={path}, image files, for a model of {channels} channels; expected an .npz file of images uint8 [N, H, W, {channels}]:"
-      " files give 1, 3 or 4."
+      f"Got {flag}={path}, image files, for a model with {channels} channels; expected an .npz file of images uint8 [N, H, W, {channels}]."
+      " Image files have 1, 3 or 4 channels."
     )
   pairs = [_read(file, image_size, channels) for file in files]
   shapes = {image.shape for image, _ in pairs}
   if len(shapes) > 1:
-    raise ValueError(f"Got images of shapes {sorted(shapes)} in {path}; expected one shape. Resize them first.")
+    raise ValueError(f"Got images of shapes {sorted(shapes)} in {path}; expected one shape. Resize the images first.")
   return Inputs(
-    np.stack([image for image, _ in pairs]), [file.name for file in files], sum(other for _, other in pairs)
+    np.stack([image for image, _ in pairs]), [file.name for file in files], sum(is_resized for _, is_resized in pairs)
   )
 
 
-def _files(path: Path, flag: str) -> list[Path]:
+def _find_files(path: Path, flag: str) -> list[Path]:
   if path.is_file():
     return [path]
   if not path.is_dir():
-    what = "is no file" if path.exists() else "does not exist"
-    raise ValueError(f"Got {flag}={path}, which {what}; expected an image, a folder of images or an .npz file.")
-  # A folder to edit is small and looked at once: its listing is not kept.
+    problem = "is not a file" if path.exists() else "does not exist"
+    raise ValueError(f"Got {flag}={path}, which {problem}; expected an image, a folder of images or an .npz file.")
+  # Do not cache the list of files: the folder is small and read once.
   folders = walk(os.fsencode(path), cached=False)
-  others = passed_over(folders.values())
+  skipped = count_skipped(folders.values())
   files = sorted(
     path / os.fsdecode(name) / os.fsdecode(file)
     for name, folder in folders.items()
@@ -78,69 +86,71 @@ def _files(path: Path, flag: str) -> list[Path]:
   )
   if not files:
     raise ValueError(
-      f"Got {flag}={path}, a folder that holds no image ({others or 'no file at all'}); expected image files, such as .png, .jpg or .webp."
+      f"Got {flag}={path}, a folder that contains no images ({skipped or 'no files at all'}); expected image files, such as .png, .jpg or .webp."
     )
-  if others:
-    tqdm.write(f"passed over in {path}, as no images: {others}")
+  if skipped:
+    tqdm.write(f"skipped files in {path} that are not images: {skipped}")
   return files
 
 
 def _read(file: Path, image_size: tuple[int, int] | None, channels: int) -> tuple[np.ndarray, bool]:
   image = _decode(file, f"the image {file}")
-  own = (image.height, image.width)
-  return fit_to(image, check_fit(image_size or own, channels, 0, "bicubic")), own != (image_size or own)
+  file_size = (image.height, image.width)
+  target = image_size or file_size
+  return fit_to(image, check_fit(target, channels, 0, "bicubic")), file_size != target
 
 
-def _decode(file: str | Path, what: str) -> Any:
+def _decode(file: str | Path, name: str) -> Any:
   try:
     return decode(file)
   except BrokenImage as error:
-    # Its own message names a key of training.
+    # The message of BrokenImage names a config key that is only for training.
     raise ValueError(
-      f"Cannot decode {what}: {error.reason}. Replace it, or save it anew as PNG; unpack an archive first."
+      f"Cannot decode {name}: {error.reason}. Replace it, or save it again as PNG. Unpack an archive first."
     ) from error
 
 
 def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
-  """Return where to paint, bool [H, W, 1], from an image: white is painted, black stays.
+  """Read a mask, bool [H, W, 1], from a black and white image.
 
-  `lower`, `upper`, `left`, `right` and `center` in place of a file stand for halves, and for the box in the middle of half the height and
-  width.
+  The mask is True in white pixels, which are inpainted. Black pixels are kept.
 
   Args:
-    path: the image's file, or one of these words.
-    image_size: height and width that it must have.
+    path: an image file, or a word: "lower", "upper", "left" or "right" for half of the image, or "center" for a
+      centered box with half its height and width.
+    image_size: height and width that the mask must have.
 
   Raises:
-    ValueError: if there is no such image, it has another size, is not binary, has transparent pixels, or leaves nothing to paint.
+    ValueError: if the file does not exist, or the image has another size, pixels other than black and white,
+      transparent pixels, or no white pixels.
   """
   height, width = check_image_size(image_size)
   top, left = height // 4, width // 4
-  known = {
+  regions = {
     "lower": np.s_[height // 2 :, :],
     "upper": np.s_[: height // 2, :],
     "left": np.s_[:, : width // 2],
     "right": np.s_[:, width // 2 :],
     "center": np.s_[top : height - top, left : width - left],
   }
-  if str(path) in known and not Path(path).exists():
+  if str(path) in regions and not Path(path).exists():
     mask = np.zeros((height, width, 1), bool)
-    mask[known[str(path)]] = True
+    mask[regions[str(path)]] = True
     if not mask.any():
       raise ValueError(
-        f"Got --mask={path} for images of {width}x{height}, of which it paints nothing; expected larger images, or a mask from a file."
+        f"Got --mask={path}, which is empty for images of {width}x{height}; expected larger images, or an image file as mask."
       )
     return mask
   if not Path(path).is_file():
-    what = "is no file" if Path(path).exists() else "does not exist"
+    problem = "is not a file" if Path(path).exists() else "does not exist"
     raise ValueError(
-      f"Got --mask={path}, which {what}; expected an image that is white where it is to be painted, or one of {', '.join(known)}."
+      f"Got --mask={path}, which {problem}; expected an image that is white where to inpaint, or one of {', '.join(regions)}."
     )
   image = _decode(path, f"--mask={path}")
   if image.has_transparency_data and np.min(np.asarray(image.convert("RGBA"))[..., 3]) < 255:
     raise ValueError(
-      f"Got --mask={path} with transparent pixels, which may stand for either; expected white (255) where the image is to be painted and"
-      " black (0) where it stays. Save it as PNG without transparency."
+      f"Got --mask={path} with transparent pixels, which are ambiguous; expected white (255) where to inpaint and black (0) elsewhere."
+      " Save it as PNG without transparency."
     )
   values = np.asarray(image.convert("L"))
   if values.shape != (height, width):
@@ -151,11 +161,11 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
   between = levels[(levels > 0) & (levels < 255)]
   if len(between) and not set(levels.tolist()) <= {0, 1}:
     raise ValueError(
-      f"Got --mask={path} with pixels that are neither black nor white, such as of level {between[-1]}; expected white (255) where the image"
-      " is to be painted and black (0) where it stays. Save it as PNG, without smoothing."
+      f"Got --mask={path} with pixels that are neither black nor white, such as {between[-1]}; expected white (255) where to inpaint and"
+      " black (0) elsewhere. Save it as PNG without smoothing."
     )
   if not values.any():
     raise ValueError(
-      f"Got --mask={path}, which is all black; expected white (255, or 65535 of 16 bits) where the image is to be painted."
+      f"Got --mask={path}, which is all black; expected white (255, or 65535 with 16 bits) where to inpaint."
     )
   return (values > 0)[..., None]

@@ -1,4 +1,7 @@
-"""From the splits of a data set to what a run reads: images held out, small sets decoded, shapes and classes checked."""
+"""Load the splits of a data set for a run.
+
+Loading holds out images, decodes small sets into memory, and checks shapes and classes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +13,8 @@ from ddpm_jax.data.choices import Splits
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.sources import NO_CLASS, ArraySource, SkipBroken, Source
 
-# `check(source, classes)` raises a ValueError if classes [N], those of a source's images, are wrong; the source tells which images these are.
+# `check(source, classes)` raises a ValueError if the classes [N] of images in `source` are wrong. It can name images
+# by `source`.
 Check = Callable[[Source, np.ndarray], None]
 
 
@@ -22,43 +26,45 @@ def load(
   check: Check | None = None,
   shape: tuple[int, ...] | None = None,
 ) -> Splits:
-  """Return the splits as a run reads them, small ones in memory.
+  """Return the splits for a run, with small sets decoded into memory.
 
   Args:
-    splits: of a data set.
-    broken: what to do about images that cannot be decoded: "stop", or "skip" to put the next one that can in their place.
-    hold_out: how many images are kept from training where there is no split to evaluate on; `A_TENTH` for a tenth, 0 for none.
-    check: of classes, such as `classes_below(10)`. It is called at once with all classes, or where they lie with the images, whenever an
-      image is read; None for no check.
-    shape: [H, W, C] that the images must have; None if the data set has checked it.
+    splits: the splits of a data set.
+    broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to replace each with the
+      next image that can be decoded.
+    hold_out: number of images to hold out from training if the data set has no evaluation split; `A_TENTH` for a tenth
+      of them, 0 for none.
+    check: a check of the classes, such as `classes_below(10)`; None for no check. It is called once with all classes
+      if the source knows them. Otherwise it is called for each image that is read.
+    shape: the shape [H, W, C] that images must have; None if the data set has already checked it.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop", too many are to be held out, classes are wrong, or the first image of a
-      split has another shape.
+    ValueError: if images cannot be decoded and `broken` is "stop", `hold_out` is too large, classes are wrong, or the
+      first image of a split has another shape.
   """
   if broken not in ("stop", "skip"):
     raise ValueError(f"Got broken={broken!r}; expected 'stop' or 'skip'. Set --config.data.broken.")
   train, held_out = splits
   check_split_classes(splits, check)
   if held_out is None and hold_out:
-    # First, so that no image stands in for a broken one on the other side.
+    # Split before broken images are replaced, so that no held-out image replaces a training image or vice versa.
     train, held_out = sources.hold_out(train, hold_out)
 
   def finish(source: Source) -> Source:
-    kept = sources.cache_in_memory(source, broken)
-    first = sources.read(SkipBroken(kept) if broken == "skip" else kept, [0])
+    cached = sources.cache_in_memory(source, broken)
+    first = sources.read(SkipBroken(cached) if broken == "skip" else cached, [0])
     _check_item(first)
     _check_shape(first["image"].shape[1:], shape)
     if check is not None:
-      known = _labels(kept)
-      if known is None and "classes" not in first:
+      classes = _all_classes(cached)
+      if classes is None and "classes" not in first:
         raise ValueError(
-          f"Got data with the items {', '.join(sorted(first))} for a model of classes; expected 'classes' among them, an integer. Take another"
-          " config.data.source, or leave the classes out of the model."
+          f"Got data with the items {', '.join(sorted(first))} for a class-conditional model; expected an integer 'classes' among them. Choose"
+          " another config.data.source, or remove the classes from the model."
         )
-      check(source, first["classes"] if known is None else known)
-      kept = kept if known is not None else _Checked(check, kept)
-    return SkipBroken(kept) if broken == "skip" else kept
+      check(source, first["classes"] if classes is None else classes)
+      cached = cached if classes is not None else _CheckedSource(check, cached)
+    return SkipBroken(cached) if broken == "skip" else cached
 
   return Splits(finish(train), None if held_out is None else finish(held_out))
 
@@ -67,23 +73,23 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
   """Return a check that every image has a class from 0 to number - 1.
 
   Args:
-    number: of classes.
-    key: the config's key for it, which the errors name.
+    number: the number of classes.
+    key: the config key of `number`, for error messages.
   """
 
   def check(source: Source, classes: np.ndarray) -> None:
-    without = np.flatnonzero(classes == NO_CLASS)
-    if len(without):
-      where, wanted = "", "a class for each. Prepare the data anew"
+    missing = np.flatnonzero(classes == NO_CLASS)
+    if len(missing):
+      example, expected = "", "a class for each image. Prepare the data again"
       if isinstance(source, FolderSource):
         names = f": {', '.join(source.class_names[:10])}" if source.class_names else ""
-        where = f", such as {source.file(without[0])},"
-        wanted = f"each in the folder of its class{names}. Move or remove them"
+        example = f", such as {source.file(missing[0])},"
+        expected = f"each image in the folder of its class{names}. Move or remove them"
       elif isinstance(source, ArraySource):
-        wanted = "an array 'labels' in the file. Add it"
+        expected = "an array 'labels' in the file. Add it"
       raise ValueError(
-        f"Got {len(without):,} image(s) without a class{where} for config.{key}={number}; expected {wanted}, or take a model without classes"
-        f"{_leave_out(key)}."
+        f"Got {len(missing):,} image(s) without a class{example} for config.{key}={number}; expected {expected}, or use a model without classes"
+        f"{_removal_flag(key)}."
       )
     if np.min(classes) < 0 or np.max(classes) >= number:
       raise ValueError(
@@ -93,21 +99,21 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
   return check
 
 
-def _leave_out(key: str) -> str:
-  """Return how a model does without what a key is of, for messages."""
+def _removal_flag(key: str) -> str:
+  """Return the flag that removes the condition of a key from the model, for error messages."""
   condition = key.rpartition(".")[0]
   return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""
 
 
 def check_split_classes(splits: Splits, check: Check | None) -> None:
-  """Check the classes of all splits that know theirs without reading images."""
+  """Check the classes of every split with classes that are available without reading images."""
   for source in splits:
-    if check is not None and source is not None and (known := _labels(source)) is not None:
-      check(source, known)
+    if check is not None and source is not None and (classes := _all_classes(source)) is not None:
+      check(source, classes)
 
 
-class _Checked:
-  """A source whose classes lie with its images, each checked when it is read."""
+class _CheckedSource:
+  """Check the class of each image when it is read."""
 
   def __init__(self, check: Check, source: Source):
     self._check, self._source = check, source
@@ -124,12 +130,12 @@ class _Checked:
     return item
 
 
-def _labels(source: Source) -> np.ndarray | None:
+def _all_classes(source: Source) -> np.ndarray | None:
   return getattr(source, "classes", None)
 
 
 def _check_item(first: sources.Batch) -> None:
-  """Raise a ValueError unless a first item holds an image as training takes it."""
+  """Raise a ValueError if the first item has no image, or an image of the wrong type or range."""
   image = first.get("image")
   if image is None:
     raise ValueError(f"Got data with the items {', '.join(sorted(first)) or 'none'}; expected 'image' among them.")
@@ -140,9 +146,9 @@ def _check_item(first: sources.Batch) -> None:
   sources.check_range(image)
 
 
-def _check_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
-  if wanted is not None and found != tuple(wanted):
+def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...] | None) -> None:
+  if expected is not None and shape != tuple(expected):
     raise ValueError(
-      f"Got images of shape {found} from the data; the config wants {tuple(wanted)}. Set --config.data.image_size and"
+      f"Got images of shape {shape} from the data; expected {tuple(expected)}. Set --config.data.image_size and"
       " --config.data.channels."
     )

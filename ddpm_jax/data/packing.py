@@ -1,4 +1,7 @@
-"""Images packed into ArrayRecord files, each a record of raw pixels, and of what else belongs to it: no decoding when they are read."""
+"""Pack images into ArrayRecord files, and read them without decoding.
+
+A record holds the raw pixels of an image and the other arrays of its item.
+"""
 
 import contextlib
 from collections.abc import Sequence
@@ -23,24 +26,26 @@ from ddpm_jax.storage import files, sealed
 
 _INDEX, _CLASSES, _VERSION = "index.json", "classes.npy", 1
 _SHARD_BYTES = 2**29
-_AT_A_TIME = 512
+_CHUNK = 512
 
 
 class PackedSource:
-  """A folder that `pack` wrote.
+  """Read a folder of packed images.
+
+  `pack` writes the folder.
 
   Args:
     path: the folder.
-    classes: names of the classes in the order of their numbers; by default those of the pack.
+    classes: names of the classes in the order of their numbers; by default the names in the pack.
 
   Attributes:
-    classes: [N] int32; `NO_CLASS` for an image without a class, or whose class is not among `classes`.
-    classes: names of the classes, or None.
-    settings: what the images were fitted by.
-    shape: [H, W, C] of an image.
+    classes: [N] int32; `NO_CLASS` for an image without a class, or with a class that is not in the argument `classes`.
+    class_names: names of the classes by number, or None.
+    settings: the crop and resize of the images.
+    shape: shape [H, W, C] of an image.
 
   Raises:
-    ValueError: if the folder holds no pack, an unfinished one or that of another version.
+    ValueError: if the folder is no pack, an incomplete pack, or a pack of another version.
   """
 
   def __init__(self, path: str | Path, classes: Sequence[str] | None = None):
@@ -49,27 +54,27 @@ class PackedSource:
       index = sealed.read_json(self._path / _INDEX)
     except (OSError, sealed.DamagedFileError) as error:
       raise ValueError(
-        f"Got the folder {str(path)!r}, which holds no packed images ({error}); expected one that was written by"
+        f"Got the folder {str(path)!r}, which contains no packed images ({error}); expected a folder written by"
         " --mode=prepare --config=<file> --output=<folder>. Set --config.data.source.path."
       ) from error
     if index.get("version") != _VERSION:
       raise ValueError(
-        f"Got packed images of version {index.get('version')} in {str(path)!r}; this release reads version {_VERSION}."
-        " Pack them again by --mode=prepare."
+        f"Got packed images of version {index.get('version')} in {str(path)!r}; expected version {_VERSION}."
+        " Pack them again with --mode=prepare."
       )
     try:
       self.classes = np.load(self._path / _CLASSES)
       if sealed.digest(self.classes) != index["classes_sha256"]:
-        raise sealed.DamagedFileError("they are not what was written")
+        raise sealed.DamagedFileError("the checksum does not match")
     except Exception as error:
       raise ValueError(
-        f"Cannot read the classes {self._path / _CLASSES}: {error}. Copy the file again, or pack again by --mode=prepare."
+        f"Cannot read the classes {self._path / _CLASSES}: {error}. Copy the file again, or pack again with --mode=prepare."
       ) from error
     self.shape, self.class_names, self.settings = tuple(index["shape"]), index["class_names"], index["settings"]
     self._record = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in index["arrays"]])
     if classes is not None and self.class_names is not None:
       numbers = {name: number for number, name in enumerate(classes)}
-      # NO_CLASS as an index takes the last.
+      # NO_CLASS is -1, so it indexes the last entry.
       self.classes = np.array([*(numbers.get(name, NO_CLASS) for name in self.class_names), NO_CLASS], np.int32)[
         self.classes
       ]
@@ -78,8 +83,8 @@ class PackedSource:
     missing = [str(self._shard(number)) for number in range(len(self._last)) if not self._shard(number).is_file()]
     if missing or len(self.classes) != index["count"] or self._last[-1] != index["count"]:
       raise ValueError(
-        f"Got packed images in {str(path)!r} that are not whole (missing: {', '.join(missing[:3]) or 'classes'}). Copy"
-        " them again, or pack them again by --mode=prepare."
+        f"Got incomplete packed images in {str(path)!r} (missing: {', '.join(missing[:3]) or 'classes'}); expected all files."
+        " Copy them again, or pack them again with --mode=prepare."
       )
     self._readers: dict[int, Any] = {}
 
@@ -99,23 +104,23 @@ class PackedSource:
   def __getitems__(self, indices: np.ndarray) -> Batch:
     indices = np.asarray(indices)
     shards = np.searchsorted(self._last, indices, "right")
-    found = np.empty(len(indices), self._record)
+    rows = np.empty(len(indices), self._record)
     for number in np.unique(shards):
-      of_shard = np.flatnonzero(shards == number)
+      positions = np.flatnonzero(shards == number)
       first = self._last[number - 1] if number else 0
       try:
-        records = self._reader(int(number)).read((indices[of_shard] - first).tolist())
+        records = self._reader(int(number)).read((indices[positions] - first).tolist())
       except Exception as error:
         raise ValueError(f"Cannot read {self._shard(number)}: {error}. Copy it again, or pack again.") from error
-      for row, record in zip(of_shard, records, strict=True):
-        found[row] = np.frombuffer(record, self._record)[0]
-    return {name: found[name] for name in self._record.names or ()} | {"classes": self.classes[indices]}
+      for position, record in zip(positions, records, strict=True):
+        rows[position] = np.frombuffer(record, self._record)[0]
+    return {name: rows[name] for name in self._record.names or ()} | {"classes": self.classes[indices]}
 
   def _reader(self, number: int) -> Any:
     if number not in self._readers:
       from array_record.python.array_record_module import ArrayRecordReader
 
-      # Records are read in random order: nothing is to be read ahead.
+      # Disable read-ahead, because records are read in random order.
       self._readers[number] = ArrayRecordReader(
         str(self._shard(number)), options="readahead_buffer_size:0", file_reader_buffer_size=2**15
       )
@@ -126,16 +131,17 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   """Write the images of a source into a new folder, in order.
 
   Args:
-    source: where they come from, all of one shape. An image that has no class is packed as one of `NO_CLASS`.
-    path: the folder; it must not exist, or be empty.
-    settings: what the images were fitted by, kept beside them.
-    broken: what to do about images that cannot be decoded: "stop", or "skip" to leave them out.
+    source: the images, all of one shape. An image without a class gets `NO_CLASS`.
+    path: the folder. It must be empty or not exist.
+    settings: the crop and resize of the images, to store with them.
+    broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to omit them.
 
   Returns:
-    How many images were written, and the names of those that were left out.
+    The number of images written, and the names of the omitted images.
 
   Raises:
-    ValueError: if some cannot be decoded and `broken` is "stop"; it names the first ten, after all have been tried.
+    ValueError: if images cannot be decoded and `broken` is "stop". All images are read first, and the error names ten
+      of them.
   """
   path.mkdir(parents=True, exist_ok=True)
   classes: list[int] = []
@@ -152,12 +158,12 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     ThreadPoolExecutor() as pool,
     tqdm(total=len(source), desc="packing", unit=" images") as bar,
   ):
-    for first in range(0, len(source), _AT_A_TIME):
-      indices = range(first, min(first + _AT_A_TIME, len(source)))
+    for first in range(0, len(source), _CHUNK):
+      indices = range(first, min(first + _CHUNK, len(source)))
       for item in pool.map(load, indices):
         if isinstance(item, BrokenImage):
           errors.append(item)
-        # After a broken one nothing will be kept; the rest is read to name all that is broken.
+        # After a broken image, continue reading only to find all broken images.
         elif not errors or broken != "stop":
           shards.write({name: to_array(name, value) for name, value in item.items() if name != "classes"})
           classes.append(int(item.get("classes", NO_CLASS)))
@@ -166,17 +172,17 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     raise broken_error(errors, len(source))
   names = [error.name for error in errors]
   if names:
-    report_broken(errors, len(source), "left out")
-  kept = np.array(classes, np.int32)
+    report_broken(errors, len(source), "omitted")
+  packed_classes = np.array(classes, np.int32)
   with files.atomic_file(path / _CLASSES) as temporary:
-    np.save(temporary, kept)
+    np.save(temporary, packed_classes)
   index = {
     "version": _VERSION,
     "count": len(classes),
     "shape": shards.record["image"].shape,
     "arrays": [[name, shards.record[name].base.str, shards.record[name].shape] for name in shards.record.names or ()],
     "shards": shards.counts,
-    "classes_sha256": sealed.digest(kept),
+    "classes_sha256": sealed.digest(packed_classes),
     "class_names": getattr(source, "class_names", None),
     "settings": settings,
     "left_out": names,
@@ -186,11 +192,11 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
 
 
 class _Shards(contextlib.AbstractContextManager):
-  """Writes records into files of a size that is good to copy.
+  """Write records into several files of moderate size, which are easy to copy.
 
   Attributes:
-    record: the arrays of a record.
-    counts: how many records each file has.
+    record: the structured type of a record.
+    counts: number of records in each file.
   """
 
   def __init__(self, path: Path):
@@ -198,7 +204,7 @@ class _Shards(contextlib.AbstractContextManager):
     self.record, self.counts = np.dtype([]), list[int]()
 
   def write(self, arrays: dict[str, np.ndarray]) -> None:
-    """Write a record of arrays, which must be like those of the first one."""
+    """Write one record, with the same names, types and shapes as the first record."""
     self._first = self._first or arrays
     check_alike(arrays, self._first)
     self.record = np.dtype([(name, array.dtype.str, array.shape) for name, array in sorted(arrays.items())])
@@ -214,7 +220,8 @@ class _Shards(contextlib.AbstractContextManager):
     from array_record.python.array_record_module import ArrayRecordWriter
 
     self.__exit__()
-    # Records of their own, so that one is read alone; compressed: a quarter to a third less on disk, a quarter slower.
+    # Put one record in each group, so that a read decodes only that record. Compression saves a quarter to a third of
+    # the disk space, and makes reading a quarter slower.
     self._writer = ArrayRecordWriter(str(self._path / _shard_name(len(self.counts))), "group_size:1")
     self.counts.append(0)
 

@@ -1,4 +1,7 @@
-"""One grain pipeline for every source: shuffled anew each epoch, repeated, batched, flipped, scaled to [-1, 1]."""
+"""Turn any source into training batches with grain.
+
+The pipeline shuffles the images again in each epoch, repeats, batches and flips them, and scales them to [-1, 1].
+"""
 
 import atexit
 import multiprocessing
@@ -19,19 +22,24 @@ from absl import flags
 from ddpm_jax.data.sources import Batch, BrokenImage, SkipBroken, Source, read
 from ddpm_jax.storage.images import as_floats
 
-# Seconds between two looks at whether a batch that is awaited can still come.
-_LOOK = 0.5
+# Seconds between checks that the worker processes are alive while waiting for a batch.
+_CHECK_SECONDS = 0.5
 
 
 class WorkerDied(RuntimeError):
-  """A process that decodes images has ended. What it held is lost, locks included, so the program should end without clean-up."""
+  """Report that a worker process has died.
+
+  The process may have died while it owned locks, so the program should exit without cleaning up.
+  """
 
 
 class Batches:
-  """Endless batches, the next one on its way to the device while the current one is used; resumable by `state`.
+  """Iterate over batches without end, and transfer the next batch to the device ahead of time.
+
+  `state` and `restore` resume the iteration.
 
   Attributes:
-    wait_seconds: seconds that `next` has taken so far, all of it together: what training has waited for its input.
+    wait_seconds: total seconds spent in `next`. This is the time that training has waited for input.
   """
 
   def __init__(
@@ -45,26 +53,29 @@ class Batches:
     self._iterator: Any = None
     self._ahead: Future | None = None
     self._workers: set[int] = set()
-    self._given_up = False
+    self._is_canceled = False
     self.wait_seconds = 0.0
-    # Before multiprocessing ends its children in an order of its own, which can take a minute.
+    # Stop the workers before multiprocessing does so at exit, which can take a minute.
     atexit.register(_close, weakref.ref(self))
 
   def __iter__(self) -> "Batches":
     return self
 
   def __next__(self) -> Any:
-    since = time.perf_counter()
+    start = time.perf_counter()
     if self._ahead is None:
       self._ahead = self._submit()
     batch = self._await(self._ahead)
     self._ahead = self._submit()
     self._position = {**self._position, "batch": self._position["batch"] + 1}
-    self.wait_seconds += time.perf_counter() - since
+    self.wait_seconds += time.perf_counter() - start
     return batch
 
   def _submit(self) -> Future:
-    """Fetch the next batch in a thread of its own: neither waiting for it nor sending it delays the next step."""
+    """Start fetching the next batch in a separate thread.
+
+    Neither reading nor transferring the batch then delays the next training step.
+    """
     future: Future = Future()
 
     def run() -> None:
@@ -73,15 +84,15 @@ class Batches:
       except BaseException as error:
         future.set_exception(error)
 
-    # Unlike an executor's, a daemon that hangs does not keep the program from ending.
+    # A daemon thread that hangs cannot keep the program from exiting, unlike the thread of an executor.
     threading.Thread(target=run, name="batches", daemon=True).start()
     return future
 
   def _await(self, future: Future) -> Any:
     while True:
-      if wait([future], _LOOK).done:
+      if wait([future], _CHECK_SECONDS).done:
         return future.result()
-      if self._given_up:
+      if self._is_canceled:
         raise StopIteration
       self._check_workers()
 
@@ -90,11 +101,11 @@ class Batches:
     if dead := self._workers - alive:
       raise self._died(f"process {min(dead)}")
 
-  def _died(self, which: str) -> WorkerDied:
-    # The others end by themselves when this process does. A dead one may hold a lock that closing would wait for.
-    self._given_up = True
+  def _died(self, worker: str) -> WorkerDied:
+    # The dead process may own a lock that `close` would wait for. The other workers exit when this process exits.
+    self._is_canceled = True
     return WorkerDied(
-      f"A worker that decodes images ({which}) has ended; it was killed, as when memory runs out, or it crashed. Lower"
+      f"A worker process that decodes images ({worker}) has died. It crashed or was killed, for example because memory ran out. Lower"
       " --config.data.num_workers, or set it to 0 to decode in threads."
     )
 
@@ -111,52 +122,58 @@ class Batches:
     if process != os.getpid():
       self._workers.add(process)
     if errors and isinstance(self._source, SkipBroken):
-      # Here and not where the image was read, which may be another process.
+      # Report here, because a worker process may have read the image.
       self._source.report([BrokenImage(*error) for error in errors])
     return self._put(batch)
 
   @property
   def num_broken(self) -> int:
-    """How many images have been found broken so far, and replaced."""
+    """Return the number of broken images that were replaced so far."""
     return len(self._source.broken) if isinstance(self._source, SkipBroken) else 0
 
   @property
   def state(self) -> dict[str, int]:
-    """How many batches were handed out, and of what, for JSON. It holds for any number of threads, workers and processes."""
+    """Return the position in the data, for JSON.
+
+    It does not depend on the number of threads, workers or processes.
+    """
     return dict(self._position)
 
   def restore(self, state: dict[str, int]) -> None:
-    """Goes to a position that `state` gave.
+    """Continue from a position that `state` returned.
 
     Raises:
-      ValueError: if the data now has another number of images, or the batch size or the seed is another.
+      ValueError: if the number of images, the batch size or the seed has changed.
     """
     if state.keys() != self._position.keys():
       raise ValueError(
         f"Got a data position with {', '.join(sorted(state))}; expected {', '.join(sorted(self._position))}. It comes from another"
-        " release: go on with that one, or start a new run in another --workdir."
+        " release. Resume with that release, or start a new run in another --workdir."
       )
     if state["num_images"] != self._position["num_images"]:
       raise ValueError(
-        f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']}; expected the same data."
+        f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']} images; expected the same data."
         " Restore it, or start a new run in another --workdir."
       )
     for key, name in (("batch_size", "batch size"), ("seed", "seed")):
       if state[key] != self._position[key]:
         raise ValueError(
-          f"Got a {name} of {self._position[key]} to resume data at {state[key]}; expected the same, for the same order."
+          f"Got a {name} of {self._position[key]} to resume data with {state[key]}; expected the same {name}, to keep the order of images."
           " Set it back, or start a new run in another --workdir."
         )
     self.close()
     self._position = dict(state)
 
   def cancel(self) -> None:
-    """Let iteration end instead of waiting for a batch any longer, as when the program is told to stop."""
-    self._given_up = True
+    """Stop waiting for a batch and end the iteration, for example when the program receives a signal."""
+    self._is_canceled = True
 
   def close(self) -> None:
-    """Stop threads and worker processes; the next batch starts them again at the same position."""
-    if not self._given_up:
+    """Stop the threads and worker processes.
+
+    Requesting another batch starts them again at the same position.
+    """
+    if not self._is_canceled:
       if self._ahead is not None:
         wait([self._ahead])
       if self._iterator is not None:
@@ -176,47 +193,51 @@ def batches(
   num_workers: int = 0,
   rows: np.ndarray | None = None,
 ) -> Batches:
-  """Endless training batches of a source, the same for the same seed.
+  """Return endless training batches from a source.
+
+  The same seed gives the same batches.
 
   Args:
-    source: where the images come from; one with `__getitems__` is read a batch at a time.
-    batch_size: images a batch, over all processes.
-    seed: of order and flips.
-    flip: whether each image is mirrored left to right with probability 1/2, and with it all arrays of its item that lie on its pixels: those
-      whose shape begins with its height and width, such as a sketch [H, W, 1] or a mask [H, W].
-    put: sends a batch to the devices, such as `lambda b: jax.device_put(b, sharding)`.
-    num_threads: threads that prepare batches ahead, if there are no workers.
-    num_workers: processes that prepare batches ahead instead, for images that are dear to decode; 0 for none. They import the
-      program's main file anew, as Python's multiprocessing does, so a script needs `if __name__ == "__main__":`.
-    rows: which rows of each batch this process reads [b], increasing; all by default. Which images and flips a row gets
-      does not depend on it.
+    source: the images. A source with `__getitems__` is read one batch at a time.
+    batch_size: images per batch, summed over all processes.
+    seed: seed of the order and the flips.
+    flip: whether to mirror each image left to right with probability 1/2. Other arrays of the item are mirrored with
+      it if their shape starts with the height and width of the image, such as a sketch [H, W, 1] or a mask [H, W].
+    put: transfers a batch to the devices, such as `lambda b: jax.device_put(b, sharding)`.
+    num_threads: threads that prepare batches ahead if there are no workers.
+    num_workers: processes that prepare batches ahead instead of threads, for images that are slow to decode; 0 for
+      none. Like all processes of Python's multiprocessing, they import the main file of the program again, so a script
+      needs `if __name__ == "__main__":`.
+    rows: increasing indices [b] of the rows of each batch that this process reads; all rows by default. They do not
+      affect which images and flips a row gets.
 
   Returns:
-    Batches as `put` returns them: of the arrays of the items by name, `image` float32 [b, H, W, C] in [-1, 1], the others [b, ...] as `read`
-    gives them, such as `classes` int32 [b].
+    Batches as `put` returns them. `put` receives the arrays of the items by name. `image` is float32 [b, H, W, C] in
+    [-1, 1]. The other arrays [b, ...] have the types of `read`, such as `classes` int32 [b].
 
   Raises:
-    ValueError: if the counts or the rows are out of range.
+    ValueError: if `batch_size`, `num_threads`, `num_workers` or `rows` is out of range.
   """
   if batch_size < 1 or num_threads < 1 or num_workers < 0:
     raise ValueError(
       f"Got batch_size={batch_size}, num_threads={num_threads}, num_workers={num_workers}; expected at least 1, 1 and 0."
     )
-  taken = np.arange(batch_size) if rows is None else np.asarray(rows)
-  if taken.ndim != 1 or not len(taken) or taken[0] < 0 or taken[-1] >= batch_size or np.any(np.diff(taken) < 1):
+  own_rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+  is_increasing = own_rows.ndim == 1 and len(own_rows) > 0 and not np.any(np.diff(own_rows) < 1)
+  if not is_increasing or own_rows[0] < 0 or own_rows[-1] >= batch_size:
     raise ValueError(
-      f"Got rows {taken} of a batch of {batch_size}; expected some of 0 to {batch_size - 1}, increasing."
+      f"Got rows {own_rows} of a batch of {batch_size}; expected increasing indices from 0 to {batch_size - 1}."
     )
 
   def load(indices: np.ndarray, rng: np.random.Generator) -> tuple[Batch, list[tuple[str, str]], int]:
     errors: list[BrokenImage] = []
     if isinstance(source, SkipBroken):
-      batch, errors = source.read(indices[taken])
+      batch, errors = source.read(indices[own_rows])
     else:
-      batch = read(source, indices[taken])
+      batch = read(source, indices[own_rows])
     if flip:
-      # Drawn for the whole batch, so that a row's flip is the same whoever reads it.
-      batch = _mirrored(batch, (rng.random(batch_size) < 0.5)[taken])
+      # Sample flips for the entire batch, so that the flip of a row does not depend on the process that reads it.
+      batch = _mirror(batch, (rng.random(batch_size) < 0.5)[own_rows])
     return batch | {"image": as_floats(batch["image"])}, [error.args for error in errors], os.getpid()
 
   dataset = (
@@ -224,57 +245,57 @@ def batches(
     .seed(seed)
     .shuffle()
     .repeat()
-    # Indices are batched, not images, so that a source in memory is read by one gather.
+    # Batch indices rather than images, so that a source in memory is read with one gather.
     .batch(batch_size)
     .random_map(load)
   )
 
   def start(batch: int) -> Iterator[Any]:
-    # What a batch holds follows from its number alone, so any iterator may start at it.
-    ahead = dataset.slice(slice(batch, None))
+    # The content of a batch depends only on its index, so iteration may start at any batch.
+    remaining = dataset.slice(slice(batch, None))
     if not num_workers:
-      return iter(ahead.to_iter_dataset(grain.ReadOptions(num_threads, 2 * num_threads)))
+      return iter(remaining.to_iter_dataset(grain.ReadOptions(num_threads, 2 * num_threads)))
     if not flags.FLAGS.is_parsed():
-      # grain's workers read absl's flags, which a notebook or a script never parses.
+      # grain's workers read absl flags, but a notebook or script never parses them.
       flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
-    parts = ahead.to_iter_dataset(grain.ReadOptions(1, 2))
-    return iter(parts.mp_prefetch(workers, worker_init_fn=_prepare_worker))
+    single = remaining.to_iter_dataset(grain.ReadOptions(1, 2))
+    return iter(single.mp_prefetch(workers, worker_init_fn=_prepare_worker))
 
   position = {"batch": 0, "num_images": len(source), "batch_size": batch_size, "seed": seed}
   return Batches(start, source, position, put)
 
 
-def _mirrored(batch: Batch, chosen: np.ndarray) -> Batch:
-  """Return a batch in which the chosen images [b] are mirrored left to right, with all that lies on their pixels."""
+def _mirror(batch: Batch, flips: np.ndarray) -> Batch:
+  """Mirror the images with a true entry in `flips` [b] left to right, and all arrays aligned with their pixels."""
   image_size = batch["image"].shape[1:3]
 
   def mirror(array: np.ndarray) -> np.ndarray:
     if array.shape[1:3] != image_size:
       return array
-    return np.where(chosen.reshape(-1, *(1,) * (array.ndim - 1)), array[:, :, ::-1], array)
+    return np.where(flips.reshape(-1, *(1,) * (array.ndim - 1)), array[:, :, ::-1], array)
 
   return {name: mirror(array) for name, array in batch.items()}
 
 
 def _prepare_worker(worker: int, count: int) -> None:
-  """Keep a worker off the accelerator, which the main process holds, and end it when that is gone, killed or not."""
+  """Set up a worker process: keep it off the accelerator, and make it exit when the main process exits or is killed."""
   del worker, count
-  # Ctrl-C reaches all processes of a terminal; the main one answers for all.
+  # Ctrl-C signals all processes of a terminal. Only the main process handles it.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  if "jax" in sys.modules:  # grain imports it; nothing here starts it
+  if "jax" in sys.modules:  # grain imports JAX, but must not start a device.
     sys.modules["jax"].config.update("jax_platforms", "cpu")
   parent = multiprocessing.parent_process()
 
-  def follow() -> None:
+  def exit_with_parent() -> None:
     if parent is not None:
       parent.join()
       os._exit(1)
 
-  threading.Thread(target=follow, daemon=True).start()
+  threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _close(batches: weakref.ref[Batches]) -> None:
-  found = batches()
-  if found is not None:
-    found.close()
+def _close(reference: weakref.ref[Batches]) -> None:
+  batches = reference()
+  if batches is not None:
+    batches.close()

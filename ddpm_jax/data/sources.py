@@ -1,10 +1,15 @@
-"""Sources of images: anything with a length whose item i is a dict such as `{"image": uint8 [H, W, C], "classes": int}`.
+"""Define sources of images, and functions to read, cache and split them.
 
-An item holds `image`, uint8 or floats in [-1, 1]; `classes`, an integer, if images have classes; and arrays or numbers of any other names
-that a condition or an objective reads, such as `vector`. All items of a source have the same names, and each name one shape.
+A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], "classes": int}`. An item has:
 
-A source that can fetch many at once also has `__getitems__(indices)`, which gives a batch: the same arrays [B, ...] by name. One that knows
-all classes without reading images has them as `classes` [N].
+- `image`, uint8 or floats in [-1, 1],
+- `classes`, an integer, if the images have classes,
+- other arrays or numbers, such as `vector`, for conditions or objectives.
+
+All items of a source have the same names, and each name has the same shape in all items.
+
+A source that can read many items at once also has `__getitems__(indices)`. It returns a batch of arrays [B, ...] with
+the same names. A source that knows all classes without reading images has an attribute `classes` [N].
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,20 +22,20 @@ from tqdm import tqdm
 from ddpm_jax.storage.images import as_uint8
 
 Batch = dict[str, np.ndarray]
-# Stands for the class of an image that has none.
+# The class of an image without a class.
 NO_CLASS = -1
-# In place of a number of images to hold out.
+# A value of `hold_out` that selects a tenth of the images.
 A_TENTH = -1
-_MOST_OF_A_TENTH = 500
-# What `cache_in_memory` is willing to hold.
+_MAX_TENTH = 500
+# The largest set in bytes that `cache_in_memory` decodes.
 _MEMORY_LIMIT = 2**30
 _LARGEST_CLASS = 2**31 - 1
-# Images that are read at a time where there are many.
-_PART = 512
+# Images per chunk of `image_chunks`.
+_CHUNK = 512
 
 
 class Source(Protocol):
-  """Random access to images."""
+  """Provide random access to images."""
 
   def __len__(self) -> int: ...
 
@@ -38,12 +43,12 @@ class Source(Protocol):
 
 
 def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
-  """Return the items at `indices` [B] as a batch of arrays [B, ...] by name.
+  """Read the items at `indices` [B] into a batch of arrays [B, ...] by name.
 
-  uint8 and booleans stay what they are, all other integers become int32 and floats float32.
+  The types uint8 and bool do not change. Other integers become int32, and floats become float32.
 
   Raises:
-    ValueError: if items differ in their names or shapes, or one holds something else than numbers.
+    ValueError: if the names or shapes of items differ, or a value is not numeric.
   """
   if hasattr(source, "__getitems__"):
     return {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
@@ -51,28 +56,28 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
 
 
 def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-  """Return the images at `indices` [B] as scores and pictures take them: uint8 [B, H, W, C]."""
+  """Read the images at `indices` [B] as uint8 [B, H, W, C], the type for scores and pictures."""
   return as_uint8(read(source, indices)["image"])
 
 
 def image_chunks(source: Source, indices: np.ndarray) -> Iterator[np.ndarray]:
-  """Yield what `read_images` returns, a part at a time."""
-  for first in range(0, len(indices), _PART):
-    yield read_images(source, indices[first : first + _PART])
+  """Yield the images at `indices` as uint8 [B, H, W, C], one chunk at a time."""
+  for first in range(0, len(indices), _CHUNK):
+    yield read_images(source, indices[first : first + _CHUNK])
 
 
 def _stack(items: Sequence[dict[str, Any]]) -> Batch:
   arrays = [{name: to_array(name, value) for name, value in item.items()} for item in items]
-  for one in arrays[1:]:
-    check_alike(one, arrays[0])
-  return {name: np.stack([one[name] for one in arrays]) for name in arrays[0]}
+  for item in arrays[1:]:
+    check_alike(item, arrays[0])
+  return {name: np.stack([item[name] for item in arrays]) for name in arrays[0]}
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-  """Return a value of an item as an array of a type that a batch may have.
+  """Convert a value of an item to an array of uint8, bool, int32 or float32.
 
   Raises:
-    ValueError: if it is no array of numbers, or holds an integer that int32 cannot.
+    ValueError: if the value is not numeric, or an integer does not fit int32.
   """
   array = np.asarray(value)
   if array.dtype == np.uint8 or array.dtype == bool:
@@ -81,8 +86,8 @@ def to_array(name: str, value: Any) -> np.ndarray:
     return array.astype(np.float32, copy=False)
   if not np.issubdtype(array.dtype, np.integer):
     raise ValueError(
-      f"Got data with the item {name!r} of type {array.dtype}; expected numbers. Turn it into an array of numbers in the data source, or leave"
-      " it out."
+      f"Got data with the item {name!r} of type {array.dtype}; expected numbers. Convert it to an array of numbers in the data source, or"
+      " remove it."
     )
   if array.dtype.itemsize >= 4 and array.dtype != np.int32 and array.size:
     check_integers(name, array)
@@ -90,64 +95,71 @@ def to_array(name: str, value: Any) -> np.ndarray:
 
 
 def check_integers(name: str, array: np.ndarray) -> None:
-  """Raise a ValueError unless int32 holds all integers of an array."""
+  """Raise a ValueError if an integer of an array does not fit int32."""
   lowest, highest = np.min(array), np.max(array)
   if lowest < -_LARGEST_CLASS - 1 or highest > _LARGEST_CLASS:
     raise ValueError(
-      f"Got data with the item {name!r} of integers from {lowest} to {highest}; expected what int32 holds. Make it floats, or smaller."
+      f"Got data with the item {name!r} of integers from {lowest} to {highest}; expected values that fit int32. Use floats or smaller integers."
     )
 
 
-def check_alike(found: Batch, wanted: Batch) -> None:
-  """Raise a ValueError unless two items have the same names, types and shapes."""
-  kinds = [{name: f"{array.dtype} {array.shape}" for name, array in one.items()} for one in (found, wanted)]
+def check_alike(item: Batch, first: Batch) -> None:
+  """Raise a ValueError if an item differs from the first one in names, types or shapes."""
+  kinds = [{name: f"{array.dtype} {array.shape}" for name, array in arrays.items()} for arrays in (item, first)]
   if kinds[0] != kinds[1]:
-    texts = [", ".join(f"{name} {kind}" for name, kind in sorted(one.items())) for one in kinds]
+    texts = [", ".join(f"{name} {kind}" for name, kind in sorted(kind_by_name.items())) for kind_by_name in kinds]
     raise ValueError(
-      f"Got data with an item of {texts[0]} beside one of {texts[1]}; expected the same names, types and shapes in all items."
+      f"Got data with an item of {texts[0]} after an item of {texts[1]}; expected the same names, types and shapes in all items."
     )
 
 
 class BrokenImage(ValueError):
-  """An image that cannot be decoded; `name` says which."""
+  """Report an image that cannot be decoded.
+
+  Attributes:
+    name: the file or record of the image.
+    reason: why it cannot be decoded.
+  """
 
   def __init__(self, name: str, reason: str):
-    # All of it as `args`, so that it comes back whole from a worker process.
+    # Store everything in `args`, so that the error can be pickled by a worker process.
     super().__init__(name, reason)
     self.name, self.reason = name, reason
 
   def __str__(self) -> str:
     return (
-      f"Cannot decode the image {self.name}: {self.reason}. Replace or remove it, or go on without what cannot be decoded:"
+      f"Cannot decode the image {self.name}: {self.reason}. Replace or remove it, or skip all images that cannot be decoded:"
       " --config.data.broken=skip."
     )
 
 
 def broken_error(errors: Sequence[BrokenImage], total: int) -> ValueError:
-  """Return one error for many broken images, with their number and the first ten names."""
+  """Return one error for all broken images, with their number and the first ten names."""
   if len(errors) == 1:
     return errors[0]
   return ValueError(
-    f"Cannot decode {len(errors):,} of {total:,} images:\n{_list(errors)}\nReplace or remove them, or go on without:"
+    f"Cannot decode {len(errors):,} of {total:,} images:\n{_list(errors)}\nReplace or remove them, or skip them:"
     " --config.data.broken=skip."
   )
 
 
-def report_broken(errors: Sequence[BrokenImage], total: int, what: str) -> None:
-  """Print how many images are broken, which, and what became of them."""
-  tqdm.write(f"{len(errors):,} of {total:,} images cannot be decoded and are {what}:\n{_list(errors, len(errors))}")
+def report_broken(errors: Sequence[BrokenImage], total: int, treatment: str) -> None:
+  """Print the number and names of the broken images, and how they are treated."""
+  tqdm.write(
+    f"{len(errors):,} of {total:,} images cannot be decoded and are {treatment}:\n{_list(errors, len(errors))}"
+  )
 
 
-def _list(errors: Sequence[BrokenImage], most: int = 10) -> str:
-  lines = [f"  {error.name}: {error.reason}" for error in errors[:most]]
-  return "\n".join([*lines, f"  and {len(errors) - most:,} more"] if len(errors) > most else lines)
+def _list(errors: Sequence[BrokenImage], max_names: int = 10) -> str:
+  lines = [f"  {error.name}: {error.reason}" for error in errors[:max_names]]
+  return "\n".join([*lines, f"  and {len(errors) - max_names:,} more"] if len(errors) > max_names else lines)
 
 
 def check_classes(classes: np.ndarray) -> np.ndarray:
-  """Return integer classes as int32.
+  """Check integer classes and convert them to int32.
 
   Raises:
-    ValueError: if one is no class that int32 holds, and not `NO_CLASS`.
+    ValueError: if a class does not fit int32, or is negative and not `NO_CLASS`.
   """
   lowest, highest = np.min(classes), np.max(classes)
   if lowest < NO_CLASS or highest > _LARGEST_CLASS:
@@ -158,13 +170,18 @@ def check_classes(classes: np.ndarray) -> np.ndarray:
 
 
 def complete_classes(source: Source) -> np.ndarray | None:
-  """Return the classes [N], or None if an image has none, or they would have to be read with the images."""
+  """Return the classes [N] of all images, or None.
+
+  None means that an image has no class, or that finding the classes requires reading the images.
+  """
   classes = getattr(source, "classes", None)
   return None if classes is None or np.min(classes) == NO_CLASS else classes
 
 
 def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
-  """How many images of each class there are [num_classes]; None if there are no classes, or it would take reading all images.
+  """Return the number of images of each class [num_classes], or None.
+
+  None means that there are no classes, or that finding them requires reading the images.
 
   Raises:
     ValueError: if a class is outside [0, num_classes).
@@ -180,28 +197,33 @@ def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
 
 
 def proportional_classes(counts: np.ndarray, count: int) -> np.ndarray:
-  """Return classes [count] as common as `counts` [number] says, by largest remainder, each spread evenly."""
+  """Return classes [count] in proportion to `counts` [num_classes].
+
+  The method of largest remainders rounds the number of each class. Each class is spread evenly over the result.
+  """
   quotas = count * counts / np.sum(counts)
   shares = np.floor(quotas).astype(int)
-  # Stable sorts: of equals the lower class comes first.
-  most_left = np.argsort(shares - quotas, kind="stable")
-  shares[most_left[: count - np.sum(shares)]] += 1
+  # Stable sorts break ties in favor of the lower class.
+  by_remainder = np.argsort(shares - quotas, kind="stable")
+  shares[by_remainder[: count - np.sum(shares)]] += 1
   classes = np.repeat(np.arange(len(counts), dtype=np.int32), shares)
-  places = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
-  return classes[np.argsort(places, kind="stable")]
+  positions = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
+  return classes[np.argsort(positions, kind="stable")]
 
 
 class SkipBroken:
-  """A source in which the next image that can be decoded stands in for a broken one. Each broken one is reported once.
+  """Replace each broken image of a source with the next image that can be decoded.
+
+  Each broken image is reported once.
 
   Args:
     source: any source.
 
   Attributes:
-    broken: names of the images found broken so far, in the order they were found.
+    broken: reasons by name of the broken images so far, in the order in which they were found.
 
   Raises:
-    ValueError: on reading, if not one image can be decoded.
+    ValueError: when an item is read, if no image can be decoded.
   """
 
   def __init__(self, source: Source):
@@ -222,7 +244,10 @@ class SkipBroken:
     return batch
 
   def fetch(self, index: int) -> tuple[dict[str, Any], list[BrokenImage]]:
-    """Return the first image from `index` on that can be decoded, and the errors of those before it. Report nothing."""
+    """Return the first item that can be decoded, starting at `index`, and the errors of the broken images before it.
+
+    The errors are not reported.
+    """
     errors: list[BrokenImage] = []
     for step in range(len(self)):
       try:
@@ -232,7 +257,10 @@ class SkipBroken:
     raise broken_error(errors, len(self))
 
   def read(self, indices: np.ndarray) -> tuple[Batch, list[BrokenImage]]:
-    """Return a batch, as `fetch` does an image."""
+    """Return a batch in which broken images are replaced, and their errors.
+
+    The errors are not reported.
+    """
     try:
       return read(self.source, indices), []
     except BrokenImage:
@@ -240,27 +268,27 @@ class SkipBroken:
       return _stack([item for item, _ in pairs]), [error for _, errors in pairs for error in errors]
 
   def report(self, errors: Sequence[BrokenImage]) -> None:
-    """Print the errors that were not printed before."""
+    """Print the errors of images that were not reported before."""
     for error in errors:
       if error.name not in self.broken:
         self.broken[error.name] = error.reason
         tqdm.write(f"broken image {len(self.broken):,}, replaced by the next: {error.name}: {error.reason}")
 
 
-class _Held:
-  """Items held in memory: arrays [N, ...] by name."""
+class _InMemory:
+  """Hold all items in memory as arrays [N, ...] by name."""
 
   def __init__(self, items: Batch):
     self._items = items
 
   @property
   def images(self) -> np.ndarray:
-    """[N, H, W, C]."""
+    """Return the images [N, H, W, C]."""
     return self._items["image"]
 
   @property
   def classes(self) -> np.ndarray | None:
-    """[N], or None."""
+    """Return the classes [N], or None."""
     return self._items.get("classes")
 
   def __len__(self) -> int:
@@ -273,42 +301,43 @@ class _Held:
     return {name: array[indices] for name, array in self._items.items()}
 
 
-class ArraySource(_Held):
-  """Images held in memory.
+class ArraySource(_InMemory):
+  """Provide images from an array in memory.
 
   Args:
     images: [N, H, W, C] uint8, or floats in [-1, 1].
     classes: [N] integers from 0, or `NO_CLASS`; all `NO_CLASS` by default.
-    items: other arrays [N, ...] of numbers by name, of which item i holds the part i.
+    items: other numeric arrays [N, ...] by name. Item i gets entry i of each.
 
   Raises:
-    ValueError: if the images are not uint8 or floats in [-1, 1] of four axes, there are none, or the other arrays do not match them.
+    ValueError: if there are no images, they are not uint8 or floats in [-1, 1] with four axes, or another array does
+      not match.
   """
 
   def __init__(self, images: np.ndarray, classes: np.ndarray | None = None, **items: np.ndarray):
-    floats = np.issubdtype(images.dtype, np.floating)
-    if images.ndim != 4 or not (images.dtype == np.uint8 or floats) or not len(images):
+    is_float = np.issubdtype(images.dtype, np.floating)
+    if images.ndim != 4 or not (images.dtype == np.uint8 or is_float) or not len(images):
       raise ValueError(
-        f"Got images of shape {images.shape} and type {images.dtype}; expected at least one, [N, H, W, C], uint8 (0 to 255) or floats"
+        f"Got images of shape {images.shape} and type {images.dtype}; expected at least one image, [N, H, W, C], uint8 (0 to 255) or floats"
         " (-1 to 1)."
       )
     check_range(images)
     classes = np.full(len(images), NO_CLASS) if classes is None else np.asarray(classes)
     if classes.shape != (len(images),) or not np.issubdtype(classes.dtype, np.integer):
       raise ValueError(
-        f"Got classes of shape {classes.shape} and type {classes.dtype} for {len(images)} images; expected one integer an image."
+        f"Got classes of shape {classes.shape} and type {classes.dtype} for {len(images)} images; expected one integer per image."
       )
     if "image" in items:
-      raise ValueError("Got the item 'image' beside images; expected another name.")
-    others = {name: to_array(name, array) for name, array in items.items()}
-    for name, array in others.items():
+      raise ValueError("Got an item named 'image' in addition to `images`; expected another name.")
+    other_items = {name: to_array(name, array) for name, array in items.items()}
+    for name, array in other_items.items():
       if array.shape[:1] != images.shape[:1]:
-        raise ValueError(f"Got {name} of shape {array.shape} for {len(images)} images; expected one entry an image.")
-    super().__init__({"image": to_array("image", images), "classes": check_classes(classes)} | others)
+        raise ValueError(f"Got {name} of shape {array.shape} for {len(images)} images; expected one entry per image.")
+    super().__init__({"image": to_array("image", images), "classes": check_classes(classes)} | other_items)
 
 
 def check_range(images: np.ndarray) -> None:
-  """Raise a ValueError if images are floats outside of [-1, 1]."""
+  """Raise a ValueError if images are floats outside [-1, 1]."""
   if images.dtype == np.uint8 or not images.size:
     return
   low, high = float(np.min(images)), float(np.max(images))
@@ -319,7 +348,7 @@ def check_range(images: np.ndarray) -> None:
 
 
 class _Subset:
-  """Some of a source's images."""
+  """Select items of a source by index."""
 
   def __init__(self, source: Source, indices: np.ndarray):
     self.source, self.indices = source, indices
@@ -340,24 +369,26 @@ class _Subset:
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
-  """Return the source without `count` of its images, drawn once and for all, and those images.
+  """Split a source into training images and `count` held-out images.
+
+  The random choice of images is always the same.
 
   Args:
     source: any source.
-    count: how many; `A_TENTH` for a tenth of the images, at least 1 and at most 500.
+    count: number of images to hold out; `A_TENTH` for a tenth of the images, at least 1 and at most 500.
 
   Raises:
-    ValueError: if that leaves nothing to train on, or nothing is held out.
+    ValueError: if no image would remain for training, or none would be held out.
   """
   if count == A_TENTH:
-    count = min(max(len(source) // 10, 1), _MOST_OF_A_TENTH)
+    count = min(max(len(source) // 10, 1), _MAX_TENTH)
   if len(source) < 2:
     raise ValueError(
-      "Got one image to train on and to hold out; expected two or more. Add some, or set --config.data.hold_out=0."
+      "Got only one image, which cannot be split; expected two or more. Add images, or set --config.data.hold_out=0."
     )
   if not 0 < count < len(source):
     raise ValueError(
-      f"Got data.hold_out={count} for {len(source)} images; expected 1 to {len(source) - 1}, so that some are left to train on, or"
+      f"Got data.hold_out={count} for {len(source)} images; expected 1 to {len(source) - 1}, so that some remain for training, or"
       f" {A_TENTH} for a tenth of them. Set --config.data.hold_out."
     )
   order = np.random.default_rng(0).permutation(len(source))
@@ -365,23 +396,25 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
 
 
 def cache_in_memory(source: Source, broken: str = "stop") -> Source:
-  """Decode a source into memory if it takes at most 1 GiB there, else return it as it is.
+  """Decode a source into memory if it needs at most 1 GiB, and return a larger source unchanged.
 
-  So all broken files of a small set show at once.
+  Decoding a small set at the start also finds all its broken files at once.
 
   Args:
     source: any source.
-    broken: what to do about images that cannot be decoded: "stop", or "skip" to put the next one that can in their place.
+    broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to replace each with the
+      next image that can be decoded.
 
   Raises:
-    ValueError: if some cannot be decoded and `broken` is "stop"; it gives their number and the first ten names.
+    ValueError: if images cannot be decoded and `broken` is "stop". The message has their number and the first ten
+      names.
   """
   if hasattr(source.source if isinstance(source, _Subset) else source, "__getitems__"):
     return source
   first = {name: to_array(name, value) for name, value in SkipBroken(source).fetch(0)[0].items()}
   if len(source) * sum(array.nbytes for array in first.values()) > _MEMORY_LIMIT:
     return source
-  held = {name: np.empty((len(source), *array.shape), array.dtype) for name, array in first.items()}
+  items = {name: np.empty((len(source), *array.shape), array.dtype) for name, array in first.items()}
 
   def load(index: int) -> BrokenImage | None:
     try:
@@ -391,25 +424,26 @@ def cache_in_memory(source: Source, broken: str = "stop") -> Source:
     arrays = {name: to_array(name, value) for name, value in item.items()}
     check_alike(arrays, first)
     for name, array in arrays.items():
-      held[name][index] = array
+      items[name][index] = array
     return None
 
-  found = {}
+  errors = {}
   with ThreadPoolExecutor() as pool:
     results = pool.map(load, range(len(source)))
     for index, error in enumerate(
       tqdm(results, total=len(source), desc="decoding images", unit=" images", disable=len(source) < 5000)
     ):
       if error is not None:
-        found[index] = error
-  if found:
+        errors[index] = error
+  if errors:
     if broken == "stop":
-      raise broken_error(list(found.values()), len(source))
-    report_broken(list(found.values()), len(source), "replaced by the next that can")
-    # From the end, so that the one after is sound already; after the last comes the first that is.
-    sound = next(index for index in range(len(source)) if index not in found)
-    for index in sorted(found, reverse=True):
-      after = index + 1 if index + 1 < len(source) else sound
-      for array in held.values():
-        array[index] = array[after]
-  return _Held(held)
+      raise broken_error(list(errors.values()), len(source))
+    report_broken(list(errors.values()), len(source), "replaced by the next image that can")
+    # Replace from the end, so that the next image is already decoded or replaced. The first decoded image follows the
+    # last.
+    first_decoded = next(index for index in range(len(source)) if index not in errors)
+    for index in sorted(errors, reverse=True):
+      next_index = index + 1 if index + 1 < len(source) else first_decoded
+      for array in items.values():
+        array[index] = array[next_index]
+  return _InMemory(items)

@@ -1,4 +1,7 @@
-"""TFDS data sets in ArrayRecord form: prepared once, then read without TensorFlow."""
+"""Prepare TFDS data sets in ArrayRecord format, and read them.
+
+Reading a prepared data set does not need TensorFlow.
+"""
 
 import importlib
 import importlib.util
@@ -19,19 +22,21 @@ from ddpm_jax.storage.places import user_path
 
 
 class TfdsSource:
-  """A prepared TFDS data set in ArrayRecord form, read without TensorFlow.
+  """Read a prepared TFDS data set in ArrayRecord format without TensorFlow.
 
   Args:
-    name: its TFDS name, such as "cifar10".
+    name: the TFDS name of the data set, such as "cifar10".
     split: a TFDS split, such as "train" or "train[:90%]".
-    image_size: height and width in pixels; images of another size are brought to it as `fitting.fit` does.
+    image_size: height and width in pixels. Images of another size are cropped and resized (see `fitting.fit`).
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
-    data_dir: the TFDS folder; its default when empty.
-    crop: the shorter side of a centered box that is cut out before resizing, of the ratio of `image_size`; 0 for none.
-    resize: bicubic, box or adm.
+    data_dir: the TFDS folder; "" for the default folder of TFDS.
+    crop: the shorter side in pixels of a centered box to crop before resizing, with the aspect ratio of `image_size`;
+      0 for no crop.
+    resize: "bicubic", "box" or "adm".
 
   Raises:
-    ValueError: if the data set is unknown, not prepared, or has no images; on reading, if one cannot be decoded (BrokenImage).
+    ValueError: if the data set is unknown, not prepared, or has no images. When an image is read: if it cannot be
+      decoded (BrokenImage).
   """
 
   def __init__(
@@ -47,30 +52,30 @@ class TfdsSource:
     import tensorflow_datasets as tfds
 
     self._fit = check_fit(image_size, channels, crop, resize)
-    self._where = {"name": name, "split": split, "data_dir": data_dir or None}
+    self._arguments = {"name": name, "split": split, "data_dir": data_dir or None}
     try:
-      self.records: Any = tfds.data_source(**self._where, download=False)
+      self.records: Any = tfds.data_source(**self._arguments, download=False)
     except Exception as error:
-      where = data_dir or tfds.core.constants.DATA_DIR
+      folder = data_dir or tfds.core.constants.DATA_DIR
       raise ValueError(
-        f"Cannot read the TFDS data set {name!r}, split {split!r}, as ArrayRecord from {where} ({_first_line(error)})."
-        " Prepare it once: pip install 'ddpm_jax[prepare]', then --mode=prepare with this --config. Or name a folder of images:"
+        f"Cannot read the TFDS data set {name!r}, split {split!r}, as ArrayRecord from {folder} ({_first_line(error)})."
+        " Prepare it once: pip install 'ddpm_jax[prepare]', then run --mode=prepare with this --config. Or use a folder of images:"
         " --config.data.source=folder --config.data.source.path=<folder>."
       ) from error
     if not len(self.records) or "image" not in self.records.dataset_info.features:
       raise ValueError(
-        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records and no 'image' in them; expected images."
+        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records; expected records with an 'image'."
       )
 
   def __getstate__(self) -> dict[str, Any]:
-    # A worker process reads from the files: the module of a builder of one's own is not there.
+    # A worker process opens the files again, because it cannot import the module of a custom builder.
     return {**self.__dict__, "records": None}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     import tensorflow_datasets as tfds
 
     self.__dict__.update(state)
-    self.records = tfds.data_source(**self._where, download=False)
+    self.records = tfds.data_source(**self._arguments, download=False)
 
   def __len__(self) -> int:
     return len(self.records)
@@ -78,7 +83,7 @@ class TfdsSource:
   def __getitem__(self, index: int) -> dict[str, Any]:
     from PIL import Image
 
-    name = f"record {index} of {self._where['name']}, {self._where['split']}"
+    name = f"record {index} of {self._arguments['name']}, {self._arguments['split']}"
     try:
       record = self.records[index]
       pixels = np.asarray(record["image"])
@@ -92,24 +97,25 @@ class TfdsSource:
 
 
 def _class_of(record: dict[str, Any]) -> int:
-  label = np.asarray(record.get("label", NO_CLASS))
-  # A number to predict, or several classes at once, are no class.
-  return int(check_classes(label)) if label.shape == () and np.issubdtype(label.dtype, np.integer) else NO_CLASS
+  value = np.asarray(record.get("label", NO_CLASS))
+  # Regression targets and multi-label targets are not classes.
+  return int(check_classes(value)) if value.shape == () and np.issubdtype(value.dtype, np.integer) else NO_CLASS
 
 
 def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, dict[str, int], bool]:
-  """Downloads a TFDS data set and converts it to ArrayRecord, unless that is done already.
+  """Download a TFDS data set and convert it to ArrayRecord, unless it is already prepared.
 
   Args:
-    name: its TFDS name, such as "cifar10" or "lsun/bedroom".
-    data_dir: the TFDS folder; its default when empty.
-    module: a module, or a Python file, that defines a builder of your own; TFDS knows it once it is imported.
+    name: the TFDS name of the data set, such as "cifar10" or "lsun/bedroom".
+    data_dir: the TFDS folder; "" for the default folder of TFDS.
+    module: a module or Python file that defines a custom builder. Importing it registers the builder with TFDS.
 
   Returns:
-    The folder, the number of records of each split, and whether it was there before.
+    The folder, the number of records of each split, and whether the data set was already prepared.
 
   Raises:
-    ValueError: if the data set is unknown, was prepared in another format, needs TensorFlow, which is not installed, or if TFDS fails.
+    ValueError: if the data set is unknown, was prepared in another format, needs TensorFlow but it is not installed, or
+      TFDS fails.
   """
   import tensorflow_datasets as tfds
 
@@ -117,41 +123,41 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     _import(module)
   try:
     builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-    there = builder.is_prepared()
-    # TFDS would find that out after the download, which may take hours.
-    if not there and _is_public(builder) and importlib.util.find_spec("tensorflow") is None:
+    was_prepared = builder.is_prepared()
+    # Check for TensorFlow now. TFDS would fail only after the download, which may take hours.
+    if not was_prepared and _is_public(builder) and importlib.util.find_spec("tensorflow") is None:
       raise ModuleNotFoundError(name="tensorflow")
     if builder.name == "lsun":
-      # TFDS reads LSUN's files by tensorflow_io, which today's TensorFlow cannot load.
+      # TFDS reads the files of LSUN with tensorflow_io, but current TensorFlow cannot load it.
       builder._generate_examples = _lsun_examples
-    if not there:
+    if not was_prepared:
       builder.download_and_prepare(file_format="array_record")
   except ImportError as error:
     if "tensorflow" not in f"{error} {error.name}" and error.name != "lmdb":
       raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {_first_line(error)}.") from error
     raise ValueError(
-      f"Preparing the TFDS data set {name!r} takes {error.name or 'tensorflow'}, which is not installed (training and sampling need none):"
-      " pip install 'ddpm_jax[prepare]', then the same command."
+      f"Preparing the TFDS data set {name!r} needs {error.name or 'tensorflow'}, which is not installed (training and sampling do not need"
+      " it). Install it with pip install 'ddpm_jax[prepare]', then run the command again."
     ) from error
   except tfds.core.registered.DatasetNotFoundError as error:
-    near = hint(name, tfds.list_builders(with_community_datasets=False))
+    suggestion = hint(name, tfds.list_builders(with_community_datasets=False))
     raise ValueError(
-      f"Got data.source.name={name!r}, which TFDS does not know.{near} A builder of your own is found by"
-      " --config.data.source.module=<a module, or a .py file, that defines it>."
+      f"Got data.source.name={name!r}, which TFDS does not know.{suggestion} For a custom builder, set"
+      " --config.data.source.module=<module or .py file that defines it>."
     ) from error
   except Exception as error:
     raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {str(error).strip()}") from error
   if str(builder.info.file_format.value) != "array_record":
     raise ValueError(
       f"Got the TFDS data set {name!r} in {builder.data_path}, prepared as {builder.info.file_format.value}; expected"
-      " array_record. Remove it, or name another folder: --config.data.source.path=<folder>."
+      " array_record. Remove it, or choose another folder: --config.data.source.path=<folder>."
     )
   counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-  return str(builder.data_path), counts, there
+  return str(builder.data_path), counts, was_prepared
 
 
 def _lsun_examples(extracted_dir: str, file_path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The records of an LMDB folder of LSUN, images as they are encoded there."""
+  """Yield the records of an LSUN folder in LMDB format, with encoded images."""
   import lmdb
 
   with lmdb.open(str(Path(extracted_dir) / file_path), readonly=True, lock=False) as folder, folder.begin() as records:
@@ -164,7 +170,7 @@ def _is_public(builder: Any) -> bool:
 
 
 def _import(module: str) -> None:
-  """Imports a module by its name, or from a file."""
+  """Import a module by name or from a .py file, and prepare its TFDS builders."""
   import tensorflow_datasets as tfds
 
   try:
@@ -175,7 +181,8 @@ def _import(module: str) -> None:
     ) from error
   for value in vars(loaded).values():
     if isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder) and value.__module__ == loaded.__name__:
-      # TFDS takes a builder for a package of its own, and looks there for a description; one file is enough for us.
+      # TFDS expects each builder in a separate package with a description file. Set the path, so that one file is
+      # enough.
       builder: Any = value
       builder.pkg_dir_path = builder.pkg_dir_path or Path(str(loaded.__file__)).parent
 
@@ -186,12 +193,12 @@ def _load_file(path: Path) -> ModuleType:
     loaded = sys.modules[path.stem]
     if getattr(loaded, "__file__", None) == str(path):
       return loaded
-    raise ImportError(f"another module is called {path.stem!r}; give the file another name")
+    raise ImportError(f"another module is called {path.stem!r}; rename the file")
   spec = importlib.util.spec_from_file_location(path.stem, path)
   if spec is None or spec.loader is None or not path.is_file():
     raise FileNotFoundError(f"{path} does not exist")
   loaded = importlib.util.module_from_spec(spec)
-  # Known by its name, as what is imported is: TFDS looks for the module of a class.
+  # Register the module by name, as an import does, because TFDS looks up the module of a builder class.
   sys.modules[path.stem] = loaded
   spec.loader.exec_module(loaded)
   return loaded

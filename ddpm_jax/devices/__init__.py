@@ -1,1 +1,1 @@
-"""Devices: how they start, share the work and end, and what a step needs of them."""
+"""Start devices and processes, distribute work over them, and estimate the cost of a step."""

@@ -1,4 +1,4 @@
-"""What a program costs: the FLOPs of its jaxpr, and the collectives and the memory traffic of its compiled HLO."""
+"""Count the FLOPs of a jaxpr, and the collectives and memory traffic of a compiled program."""
 
 import math
 import re
@@ -8,34 +8,38 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-# What is done with a full array of B bytes over a group of g devices: the bytes that each must send at least, over B(g-1)/g.
+# Consider a collective on a full array of B bytes in a group of g devices. Each device must send at least the factor
+# below times B(g-1)/g bytes.
 _FACTORS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 COLLECTIVES = (*_FACTORS, "collective-permute")
 
 
 def matmul_flops(jaxpr: Any) -> float:
-  """FLOPs of the matrix products and convolutions of a program: two for each product of numbers.
+  """Count the FLOPs of the matrix products and convolutions of a program, two for each scalar product.
 
-  Counted before any optimization, over all devices; what rematerialization computes again is counted again. Products with
-  the zeros of padding and dilation do not count, as in XLA's own count. Loops of known length (`lax.scan`) count as
-  often as they run, `lax.while_loop` once, `lax.cond` by its dearest branch, `lax.platform_dependent` by its default; custom
-  kernels (Pallas, cuDNN) not at all.
+  The count is over all devices and before any optimization:
+
+  - Recomputation (rematerialization) counts again.
+  - Products with zeros of padding and dilation do not count, as in XLA's own count.
+  - The body of `lax.scan` counts once for each iteration. The body of `lax.while_loop` counts once.
+  - `lax.cond` counts its most expensive branch, and `lax.platform_dependent` its default.
+  - Custom kernels (Pallas, cuDNN) do not count.
 
   Args:
-    jaxpr: `jax.jit(f).trace(...).jaxpr`, or of `jax.make_jaxpr`.
+    jaxpr: the program, from `jax.jit(f).trace(...).jaxpr` or `jax.make_jaxpr`.
   """
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   return float(sum(_flops(equation) for equation in jaxpr.eqns))
 
 
 class Collective(NamedTuple):
-  """All collectives of one kind in a step, of one device.
+  """Hold the total of all collectives of one kind that one device runs in a step.
 
   Attributes:
-    number: how many are run.
-    bytes: of the full arrays: what is reduced, and what is gathered, scattered or exchanged by a whole group.
-    sent: the bytes that a device must send for them at least, as a ring of g devices does: 2(g-1)/g of the full arrays for
-      an all-reduce, (g-1)/g for the others, all for a collective-permute.
+    number: the number of collectives.
+    bytes: the bytes of the full arrays, before they are scattered or after they are gathered.
+    sent: the minimum number of bytes that a device sends. In a group of g devices this is 2(g-1)/g of the full arrays
+      for an all-reduce, all of them for a collective-permute, and (g-1)/g for other kinds.
   """
 
   number: int
@@ -44,57 +48,58 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo_text: str) -> dict[str, Collective]:
-  """The collectives of a compiled program, by kind (`COLLECTIVES`), those that do not occur left out.
+  """Count the collectives of a compiled program by kind (`COLLECTIVES`), without kinds that do not occur.
 
-  An asynchronous one counts once, a combined one with all its arrays. What is inside loops counts as often as the loop runs, if the
-  HLO says how often (XLA's `known_trip_count`, or a condition `i < constant` as of `lax.scan`), else once.
+  An asynchronous collective counts once. A combined collective counts with all its arrays. A collective in a loop
+  counts once for each iteration, if the HLO states the number of iterations (XLA's `known_trip_count`, or a condition
+  `i < constant` as in `lax.scan`); otherwise once.
 
   Args:
-    hlo_text: `compiled.as_text()`.
+    hlo_text: the program, from `compiled.as_text()`.
   """
   computations, entry = _computations(hlo_text)
   header = hlo_text.partition("\n")[0]
-  everyone = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header))
+  num_devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header))
   total: dict[str, list[float]] = {}
   seen = set()
   for computation, line, times in _walk(computations, entry, 1):
-    found = re.search(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-    if found is None:
+    match = re.search(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+    if match is None:
       continue
-    shape, kind, start = found.groups()
-    # The pieces of one collective that a TPU runs beside other work are in several fusions.
+    shape, kind, start = match.groups()
+    # A TPU splits a collective that overlaps with other work into several fusions. Count only the first of them.
     if chain := re.search(r'chain_id="?\d+', line):
       channel = re.search(r"channel_id=\d+", line)
       piece = (kind, chain.group(), channel and channel.group(), _sizes(shape)[-1])
       if piece in seen:
         continue
       seen.add(piece)
-    full, group = _full_bytes(shape, kind, start is not None), _group_size(line, everyone)
+    full, group = _full_bytes(shape, kind, start is not None), _group_size(line, num_devices)
     if kind == "reduce-scatter":
       full *= group
-    # How a TPU program writes a reduce-scatter: a computation of this name, around an all-reduce.
+    # A TPU program contains a reduce-scatter as an all-reduce inside a computation of this name.
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"
     sent = full if kind == "collective-permute" else _FACTORS[kind] * full * (group - 1) / group
-    entry_of = total.setdefault(kind, [0, 0.0, 0.0])
+    totals = total.setdefault(kind, [0, 0.0, 0.0])
     for i, value in enumerate((1, full, sent)):
-      entry_of[i] += times * value
+      totals[i] += times * value
   return {kind: Collective(int(total[kind][0]), *total[kind][1:]) for kind in COLLECTIVES if kind in total}
 
 
 class Operation(NamedTuple):
-  """What one operation of a compiled program reads and writes, each time it runs.
+  """Describe one operation of a compiled program and its memory traffic.
 
   Attributes:
-    name: in the HLO.
-    kind: its HLO opcode, such as fusion.
-    source: the JAX operation that it came from, with the modules around it; empty where XLA does not say.
-    times: how often it runs.
-    reads: HLO shapes of its operands.
-    writes: HLO shape of its result.
-    read_bytes: of its operands, as far as they lie in the device's memory.
-    written_bytes: of its results, as far as they lie there.
-    cycles: of the chip's clock, by the compiler's own estimate; 0 where it makes none.
+    name: the name in the HLO.
+    kind: the HLO opcode, such as fusion.
+    source: the JAX operation that it comes from, with the enclosing modules; empty if XLA does not record it.
+    times: the number of times that it runs.
+    reads: the HLO shapes of its operands.
+    writes: the HLO shape of its result.
+    read_bytes: the bytes that one run reads from the device's main memory.
+    written_bytes: the bytes that one run writes to the device's main memory.
+    cycles: the compiler's estimate of clock cycles; 0 if there is none.
   """
 
   name: str
@@ -109,13 +114,13 @@ class Operation(NamedTuple):
 
   @property
   def bytes(self) -> float:
-    """Bytes between the device and its memory, all times together."""
+    """Return the bytes read from and written to the device's main memory in all runs."""
     return self.times * (self.read_bytes + self.written_bytes)
 
 
 # An array in an HLO shape, with its layout.
 _ARRAY = r"\w+\[[\d,<=]*\](?:\{[^}]*\})?"
-# Instructions that move no data: they name values, group them, or wait for other instructions.
+# Instructions that move no data. They name or group values, or wait for other instructions.
 _FREE = {
   "parameter",
   "constant",
@@ -132,30 +137,32 @@ _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer")
 
 
 def operations(hlo_text: str) -> list[Operation]:
-  """List the operations of a compiled program that read or write, each with its traffic to the device's memory.
+  """List the operations of a compiled program with their traffic to the device's main memory.
 
-  A TPU's on-chip memory, which XLA's own count (`cost_analysis`) includes, is left out: of a copy between both only one end counts. Of what a fusion
-  only slices, or updates in place, the slices count. Loops count as in `collectives`.
+  Operations that move no data are omitted. Traffic to a TPU's on-chip memory does not count, unlike in XLA's own count
+  (`cost_analysis`), so a copy between both memories counts at one end only. If a fusion only slices an operand, or
+  updates it in place, only the slices count. Loops count as in `collectives`.
 
   Args:
-    hlo_text: `compiled.as_text()`.
+    hlo_text: the program, from `compiled.as_text()`.
   """
   computations, entry = _computations(hlo_text)
   shapes = {name: shape for lines in computations.values() for name, shape, *_ in filter(None, map(_parse, lines))}
-  found = []
+  result = []
   for _, line, times in _walk(computations, entry, 1, fusions=False):
     parsed = _parse(line)
     if parsed is None:
       continue
-    name, writes, kind, operands, rest = parsed
-    if kind in _FREE or kind.endswith("-done") or any(f'"{target}"' in rest for target in _FREE_CALLS):
+    name, writes, kind, operands, attributes = parsed
+    if kind in _FREE or kind.endswith("-done") or any(f'"{target}"' in attributes for target in _FREE_CALLS):
       continue
     reads = tuple(shapes[operand] for operand in re.findall(r"%?([\w.\-]+)", operands) if operand in shapes)
     read, written = sum(map(_in_memory, reads)), _in_memory(writes)
-    if kind == "fusion" and (called := re.search(r"\bcalls=%?([\w.\-]+)", rest)):
-      of_operands, of_results = _shares(computations, called.group(1))
-      read = sum(_in_memory(shape) * of_operands.get(i, 1.0) for i, shape in enumerate(reads))
-      written = sum(_in_memory(shape) * of_results.get(i, 1.0) for i, shape in enumerate(re.findall(_ARRAY, writes)))
+    if kind == "fusion" and (called := re.search(r"\bcalls=%?([\w.\-]+)", attributes)):
+      read_fractions, written_fractions = _traffic_fractions(computations, called.group(1))
+      read = sum(_in_memory(shape) * read_fractions.get(i, 1.0) for i, shape in enumerate(reads))
+      results = re.findall(_ARRAY, writes)
+      written = sum(_in_memory(shape) * written_fractions.get(i, 1.0) for i, shape in enumerate(results))
     elif kind == "copy-start":
       # (copy, original, context)
       copy, original = re.findall(_ARRAY, writes)[:2]
@@ -167,9 +174,9 @@ def operations(hlo_text: str) -> list[Operation]:
     elif kind.endswith("-start") and writes.startswith("("):
       # (operands, results, contexts)
       written = max(written - read, 0.0)
-    source = re.search(r'op_name="([^"]*)"', rest)
-    cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
-    found.append(
+    source = re.search(r'op_name="([^"]*)"', attributes)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', attributes)
+    result.append(
       Operation(
         name,
         kind,
@@ -182,68 +189,76 @@ def operations(hlo_text: str) -> list[Operation]:
         int(cycles.group(1)) if cycles else 0,
       )
     )
-  return found
+  return result
 
 
 def _parse(line: str) -> tuple[str, str, str, str, str] | None:
   """Split an instruction into name, shape, opcode, operands and attributes."""
-  found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*?)\)(,.*)?$", line)
-  if found is None:
+  match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*?)\)(,.*)?$", line)
+  if match is None:
     return None
-  name, shape, kind, operands, rest = found.groups()
-  return name, shape, kind, re.sub(r"/\*.*?\*/", "", operands), rest or ""
+  name, shape, kind, operands, attributes = match.groups()
+  return name, shape, kind, re.sub(r"/\*.*?\*/", "", operands), attributes or ""
 
 
-def _shares(computations: dict[str, list[str]], fusion: str) -> tuple[dict[int, float], dict[int, float]]:
-  """Say what part of an operand a fusion reads, and of a result it writes, where it only slices or updates it: by their indices."""
+def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple[dict[int, float], dict[int, float]]:
+  """Return the fraction that a fusion reads of each operand, and the fraction that it writes of each result.
+
+  A fraction is below 1 if the fusion only slices the operand, or only updates a slice of the result. Both dicts are by
+  index, and a missing index means 1.
+  """
   lines = computations[fusion]
   parsed = {parts[0]: parts for parts in filter(None, map(_parse, lines))}
   uses: dict[str, list[tuple[str, int]]] = {}
   for name, _, _, operands, _ in parsed.values():
-    for place, operand in enumerate(re.findall(r"%?([\w.\-]+)", operands)):
-      uses.setdefault(operand, []).append((name, place))
+    for position, operand in enumerate(re.findall(r"%?([\w.\-]+)", operands)):
+      uses.setdefault(operand, []).append((name, position))
 
   def size(name: str) -> float:
     return sum(_sizes(parsed[name][1]))
 
-  def touched(name: str) -> float:
+  def bytes_read(name: str) -> float:
     total = 0.0
-    for user, place in uses.get(name, ()):
+    for user, position in uses.get(name, ()):
       kind = parsed[user][2]
       if kind == "bitcast":
-        total += touched(user)
+        total += bytes_read(user)
       elif kind in ("dynamic-slice", "slice"):
         total += size(user)
       elif kind == "fusion" and (called := re.search(r"\bcalls=%?([\w.\-]+)", parsed[user][4])):
-        total += _shares(computations, called.group(1))[0].get(place, 1.0) * size(name)
-      elif kind != "dynamic-update-slice" or place > 0:
+        total += _traffic_fractions(computations, called.group(1))[0].get(position, 1.0) * size(name)
+      elif kind != "dynamic-update-slice" or position > 0:
         return math.inf
     return total
 
-  of_operands = {}
+  read_fractions = {}
   for name, _, kind, operands, _ in parsed.values():
-    if kind == "parameter" and (whole := size(name)):
-      of_operands[int(operands)] = min(touched(name) / whole, 1.0)
+    if kind == "parameter" and (full := size(name)):
+      read_fractions[int(operands)] = min(bytes_read(name) / full, 1.0)
   (root,) = (parts[0] for line in lines if "ROOT " in line and (parts := _parse(line)))
   names = re.findall(r"%?([\w.\-]+)", parsed[root][3]) if parsed[root][2] == "tuple" else [root]
-  of_results = {}
+  written_fractions = {}
   for index, name in enumerate(names):
     while parsed[name][2] == "bitcast":
       name = re.findall(r"%?([\w.\-]+)", parsed[name][3])[0]
     if parsed[name][2] == "dynamic-update-slice":
-      of_results[index] = size(re.findall(r"%?([\w.\-]+)", parsed[name][3])[1]) / size(name)
-  return of_operands, of_results
+      written_fractions[index] = size(re.findall(r"%?([\w.\-]+)", parsed[name][3])[1]) / size(name)
+  return read_fractions, written_fractions
 
 
 def _in_memory(shape: str) -> float:
-  """Bytes of a shape's arrays that lie in the device's memory; a layout names any other memory, S(1) being a TPU's VMEM."""
+  """Return the bytes of a shape's arrays that are in the device's main memory."""
+  # The layout of an array in any other memory has an S(...). For example, S(1) is a TPU's VMEM.
   return sum(
     sum(_sizes(array)) for array, layout in re.findall(r"(\w+\[[\d,<=]*\])(\{[^}]*\})?", shape) if "S(" not in layout
   )
 
 
 def loops(hlo_text: str) -> int:
-  """How many loops are in a compiled program; what XLA counts of a program (`cost_analysis`) counts their bodies once."""
+  """Count the loops in a compiled program.
+
+  XLA's own figures (`cost_analysis`) count the body of each loop once.
+  """
   return len(re.findall(r"^\s.* while\(", hlo_text, re.MULTILINE))
 
 
@@ -260,14 +275,14 @@ def _flops(equation: Any) -> float:
     return _convolution_flops(equation)
   if name == "cond":
     if params.get("branches_platforms") is not None:
-      # One way for each platform to compute the same thing: the plain one comes last.
+      # `lax.platform_dependent` has one branch for each platform. The default comes last.
       return matmul_flops(params["branches"][-1])
     return max(matmul_flops(branch) for branch in params["branches"])
   times = 1
   if name == "scan":
     times = params["length"]
   elif name == "shard_map":
-    # Its body is what one device does.
+    # The body is the work of one device.
     times = params["mesh"].size
   return times * sum(matmul_flops(inner) for inner in _inner(params.values()))
 
@@ -295,7 +310,7 @@ def _convolution_flops(equation: Any) -> float:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The lines of each computation by its name, and the name of the first to run."""
+  """Return the lines of each computation by name, and the name of the entry computation."""
   computations: dict[str, list[str]] = {}
   entry = current = ""
   for line in text.splitlines():
@@ -311,7 +326,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _walk(
   computations: dict[str, list[str]], name: str, times: int, fusions: bool = True
 ) -> Iterator[tuple[str, str, int]]:
-  """Yield each instruction that runs, its computation, and how often it runs, with or without the insides of fusions."""
+  """Yield each executed instruction as (computation, line, number of runs), with or without the content of fusions."""
   for line in computations.get(name, ()):
     yield name, line, times
     if re.search(r" async-(update|done)\(", line) or (" fusion(" in line and not fusions):
@@ -319,7 +334,7 @@ def _walk(
     if body := re.search(r"\bbody=%?([\w.\-]+)", line):
       yield from _walk(computations, body.group(1), times * _trip_count(computations, line), fusions)
     called = re.findall(r"\b(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line)
-    # `call-start`: on a SparseCore, beside the TPU's own work.
+    # `call-start` runs on a SparseCore in parallel with the TPU core.
     if re.search(r" call(-start)?\(", line):
       called += re.findall(r"\bto_apply=%?([\w.\-]+)", line)
     if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
@@ -329,8 +344,8 @@ def _walk(
 
 
 def _trip_count(computations: dict[str, list[str]], line: str) -> int:
-  if known := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"', line):
-    return int(known.group(1))
+  if match := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"', line):
+    return int(match.group(1))
   condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
   lines = "\n".join(computations.get(condition.group(1), ()) if condition else ())
   limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", lines)
@@ -338,7 +353,7 @@ def _trip_count(computations: dict[str, list[str]], line: str) -> int:
 
 
 def _sizes(shape: str) -> list[float]:
-  """Bytes of each array in an HLO shape, which may be a tuple."""
+  """Return the bytes of each array in an HLO shape or a tuple of shapes."""
   sizes = []
   for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", shape):
     bits = re.match(r"[a-z]+(\d+)", dtype)
@@ -350,19 +365,19 @@ def _sizes(shape: str) -> list[float]:
 def _full_bytes(shape: str, kind: str, start: bool) -> float:
   if not start or kind == "all-reduce":
     return sum(_sizes(shape))
-  # What starts an asynchronous one returns its operands, its results, and maybe scalars that it works with.
+  # The start of an asynchronous collective returns its operands, its results, and sometimes scalars.
   sizes = _sizes(re.sub(r"\b[us]32\[\]", "", shape))
   return sum(sizes[len(sizes) // 2 :])
 
 
-def _group_size(line: str, everyone: int) -> int:
+def _group_size(line: str, num_devices: int) -> int:
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
     return len(listed.group(1).split(","))
   if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
     return int(tiled.group(1))
   if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
-    # An axis, or a part of one: 'axis':(devices before)size.
-    named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
-    return math.prod(int(part or sizes.get(axis, 1)) for axis, part in named)
-  return max(everyone, 1)
+    # Each item is an axis, or a part of one written as 'axis':(devices before)size.
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+    return math.prod(int(part or sizes.get(axis, 1)) for axis, part in axes)
+  return max(num_devices, 1)

@@ -1,6 +1,6 @@
-"""Chips by the names that JAX gives them: what their makers say they can do, for rooflines and utilization.
+"""Look up the peak performance of chips by JAX's device names, for rooflines and utilization.
 
-Every figure is a published peak, which no program exceeds and few come near.
+All figures are peaks published by the makers.
 """
 
 import math
@@ -12,16 +12,18 @@ _CORES = {"TPU v2": 2, "TPU v3": 2, "TPU7x": 2}
 
 
 class Chip(NamedTuple):
-  """The peaks of one JAX device, which is a chip, or one of the two cores of a TPU v2, v3 or TPU7x.
+  """Hold the peak performance of one JAX device.
+
+  A device is a chip, or one of the two cores of a TPU v2, v3 or TPU7x.
 
   Attributes:
-    name: as people call it.
-    flops: dense FLOP/s by the dtype of a program's arrays, without sparsity. `float32` is what XLA's default precision
-      gives for it: one pass in bfloat16 on TPUs, TF32 on NVIDIA GPUs that have it.
+    name: the common name.
+    flops: dense FLOP/s, without sparsity, by the dtype of a program's arrays. For `float32` this is the rate at XLA's
+      default precision: one pass in bfloat16 on TPUs, and TF32 on NVIDIA GPUs that support it.
     memory: bytes of HBM or graphics memory.
-    bandwidth: bytes a second between this memory and the chip.
-    interconnect: bytes a second that a chip sends to others at most, all its links together, in one direction. Both cores
-      of a chip have it together, and a copy that both hold leaves once, so it is not halved for a core.
+    bandwidth: bytes a second between the memory and the chip.
+    interconnect: the maximum number of bytes a second that a chip sends to others in one direction, over all its links.
+      It is not halved for one of two cores: the cores share the links, and data that both cores hold is sent only once.
   """
 
   name: str
@@ -44,15 +46,16 @@ def _tpu(name: str, tflops: float, memory_gib: float, bandwidth_gb: float, inter
 
 
 def _gpu(name: str, half: float, single: float, memory_gb: float, bandwidth_gb: float, interconnect_gb: float) -> Chip:
-  # Before Ampere there are no bfloat16 units, and XLA computes bfloat16 in float32.
+  # GPUs before Ampere have no bfloat16 units, so XLA computes bfloat16 in float32.
   bfloat16 = single if name.startswith(("V100", "T4")) else half
   flops = {"float16": half * 1e12, "bfloat16": bfloat16 * 1e12, "float32": single * 1e12}
   return Chip(name, flops, memory_gb * 1e9, bandwidth_gb * 1e9, interconnect_gb * 1e9)
 
 
-# Cloud TPU's pages "System architecture" (docs.cloud.google.com/tpu/docs/v5e and so on); v2 and v3's links are those of
-# Jouppi et al., "A domain-specific supercomputer for training deep neural networks" (2020). Those pages give links by the
-# chip: as Gbit/s in one direction, or as GB/s in both, twice as many. As JAX names them: `device_kind`.
+# The keys are JAX's `device_kind`. Source: the pages "System architecture" of Cloud TPU
+# (docs.cloud.google.com/tpu/docs/v5e and so on). The links of v2 and v3 are from Jouppi et al., "A domain-specific
+# supercomputer for training deep neural networks" (2020). The pages state links for each chip, either in Gbit/s in one
+# direction or in GB/s in both directions.
 _TPUS = {
   "TPU v2": _tpu("TPU v2", 46, 16, 700, 248),
   "TPU v3": _tpu("TPU v3", 123, 32, 900, 328),
@@ -64,9 +67,10 @@ _TPUS = {
 }
 _TPUS |= {"TPU v5e": _TPUS["TPU v5 lite"], "TPU v5p": _TPUS["TPU v5"], "TPU v6e": _TPUS["TPU v6 lite"]}
 
-# NVIDIA's data sheets and architecture white papers: TFLOP/s of float16 with float32 sums, and of float32 (TF32 from Ampere on),
-# where a sheet gives figures with sparsity half of them; GB; GB/s; and of links in one direction NVLink's, else PCIe's.
-# As CUDA names them, without "NVIDIA", "Tesla" and "GeForce". A slice of one (MIG) has a name of its own and is not here.
+# The keys are CUDA's names without "NVIDIA", "Tesla" and "GeForce". A MIG slice of a GPU has another name and is not
+# listed. Source: NVIDIA's data sheets and architecture white papers. The columns are TFLOP/s of float16 with float32
+# accumulation, TFLOP/s of float32 (TF32 since Ampere), memory in GB, bandwidth in GB/s, and links in one direction in
+# GB/s (NVLink if the GPU has it, otherwise PCIe). Figures that a sheet states with sparsity are halved.
 _GPUS = {
   "V100-SXM2-16GB": _gpu("V100 SXM2 16 GB", 125, 15.7, 16, 900, 150),
   "V100-SXM2-32GB": _gpu("V100 SXM2 32 GB", 125, 15.7, 32, 900, 150),
@@ -95,9 +99,9 @@ _GPUS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-  """The chip that a JAX device is, by its `device_kind`; None for a CPU and for what is not in the tables.
+  """Return the chip of a JAX device by its `device_kind`, or None for a CPU or an unlisted device.
 
-  A TPU v4 is taken as JAX shows it on real machines: two cores as one device.
+  A TPU v4 is one device with two cores, as JAX shows it on real machines.
   """
   name = device_kind.strip()
   for maker in ("NVIDIA ", "Tesla ", "GeForce "):
@@ -106,26 +110,30 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def peak(chip: Chip | None, dtype: object) -> float | None:
-  """The dense FLOP/s of a device for a dtype (a NumPy or JAX dtype or its name); None where it is not known."""
+  """Return the dense FLOP/s of a device for a dtype (NumPy, JAX or a name), or None if it is unknown."""
   name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
   return None if chip is None else chip.flops.get(name)
 
 
 def utilization(flops_per_second: float, chip: Chip, num_devices: int, dtype: object) -> float:
-  """The share of the peak that a program reaches, from 0 to 1: its FLOP/s over those of its devices (MFU, if without recomputation).
+  """Return the fraction of the peak FLOP/s that a program reaches, from 0 to 1.
+
+  If the FLOPs do not include recomputation, this is the model FLOP utilization (MFU).
 
   Args:
-    flops_per_second: what all devices together compute, such as `plan.flops_per_image` times images a second.
-    chip: of each device.
-    num_devices: how many.
-    dtype: what the network computes in.
+    flops_per_second: the FLOP/s of all devices together, such as `plan.flops_per_image` times images a second.
+    chip: the chip of each device.
+    num_devices: the number of devices.
+    dtype: the dtype that the network computes in.
 
   Raises:
-    ValueError: if the peak for the dtype is not known, or a number is not in its range.
+    ValueError: if the peak for the dtype is unknown, or a number is out of range.
   """
-  highest = peak(chip, dtype)
-  if highest is None:
-    raise ValueError(f"Got dtype {dtype}; expected one whose peak is known for {chip.name}: {', '.join(chip.flops)}.")
+  peak_flops = peak(chip, dtype)
+  if peak_flops is None:
+    raise ValueError(f"Got dtype {dtype}; expected a dtype with a known peak for {chip.name}: {', '.join(chip.flops)}.")
   if num_devices < 1 or not 0 <= flops_per_second < math.inf:
-    raise ValueError(f"Got {flops_per_second} FLOP/s on {num_devices} devices; expected 0 or more on 1 device or more.")
-  return flops_per_second / (num_devices * highest)
+    raise ValueError(
+      f"Got {flops_per_second} FLOP/s on {num_devices} devices; expected at least 0 FLOP/s on at least 1 device."
+    )
+  return flops_per_second / (num_devices * peak_flops)

@@ -1,48 +1,52 @@
-"""The memory that a process frees, kept for what it allocates next; and how often Python looks for more to free."""
+"""Reuse freed memory instead of returning it to the system, and run garbage collection less often."""
 
 import ctypes
 import gc
 import glob
 import os
 
-# Of glibc's malloc.h: each parameter, and the value that has heaps serve all sizes, and never shrink.
+# Parameters of glibc's malloc.h and their values: allocate all sizes on the heap, and never shrink it.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
-_KEPT = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
-# NVIDIA, AMD, TPUs, and a GPU under Windows' Linux.
+_MALLOC_OPTIONS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
+# Device files of NVIDIA and AMD GPUs, of TPUs, and of GPUs in the Windows Subsystem for Linux.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/dxg")
 
 
 def keep_freed_memory() -> bool:
-  """Has glibc keep what is freed, if JAX is to compute on a CPU; the process then holds what it needed at most. Call it before JAX starts.
+  """Make glibc keep freed memory if JAX computes on a CPU. Call it before JAX starts.
 
-  A compiled program allocates its temporaries anew each time it runs. As they come, the kernel has every page to fill with zeros first: a
-  sixth of a small network's train step on a CPU, and a tenth of a large one's. The heaps of glibc's threads hold no large blocks, the main
-  thread's alone does; so JAX is told to run programs in the thread that calls them, and not in one of its own.
+  A compiled program allocates its temporaries again in each run. By default, glibc returns them to the kernel, and the
+  kernel fills every new page with zeros. This takes a sixth of the time of a train step of a small
+  network on a CPU, and a tenth for a large network. With this setting, the process keeps its peak memory until it ends.
+
+  Only the heap of the main thread can hold large blocks. Therefore JAX is also configured to run programs in the
+  calling thread instead of its own.
 
   Returns:
-    Whether it does: not where there is an accelerator, unless JAX_PLATFORMS is "cpu"; not with another C library; and not
-    where the user has settled it (GLIBC_TUNABLES).
+    Whether the setting was applied. It is not applied if there is an accelerator (unless JAX_PLATFORMS is "cpu"), if
+    the C library is not glibc, or if the user has set GLIBC_TUNABLES.
   """
   platforms = os.environ.get("JAX_PLATFORMS")
-  elsewhere = platforms != "cpu" if platforms else any(map(glob.glob, _ACCELERATORS))
-  if elsewhere or "GLIBC_TUNABLES" in os.environ:
+  uses_accelerator = platforms != "cpu" if platforms else any(map(glob.glob, _ACCELERATORS))
+  if uses_accelerator or "GLIBC_TUNABLES" in os.environ:
     return False
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):
     return False
-  if not all([mallopt(parameter, value) for parameter, value in _KEPT]):
+  if not all([mallopt(parameter, value) for parameter, value in _MALLOC_OPTIONS]):
     return False
-  import jax  # here, for all of this module comes before JAX
+  import jax  # imported here, because the code above must run before JAX starts
 
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   return True
 
 
 def raise_gc_threshold() -> None:
-  """Has Python look for garbage in cycles once in 100,000 new objects, not in 700 (3.12 and before) or 2,000.
+  """Run Python's cyclic garbage collection once for every 100,000 new objects.
 
-  Tracing makes millions of objects that stay, and each search goes through those not seen before: a tenth to a quarter of the time that a
-  program is traced and lowered in. Arrays that no cycle holds are freed as soon as before; training and checkpoints leave none in cycles.
+  The default is 700 (Python 3.12 and before) or 2,000. Tracing creates millions of long-lived objects, and each
+  collection scans the new ones. This takes a tenth to a quarter of the time of tracing and lowering. Arrays outside
+  reference cycles are still freed immediately, and training and checkpoints create no cycles.
   """
   gc.set_threshold(100_000)

@@ -1,7 +1,7 @@
-"""Ctrl-C that ends the program at once, wherever the program is.
+"""Exit on Ctrl-C immediately, even while native code runs.
 
-Python acts on a signal between two of its own instructions. XLA compiles for minutes within one of them. Where Python
-acts, a KeyboardInterrupt would be lost in a callback, or abort the program in a library that is being imported.
+Python handles a signal between two of its own instructions. An XLA compilation can take minutes within one instruction.
+A KeyboardInterrupt would also be lost in a callback, or abort the program while it imports a library.
 """
 
 import contextlib
@@ -11,51 +11,58 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-# Seconds in which the main thread may act on an interrupt by itself.
-_GRACE = 1.0
-_patient = threading.Event()
+# Seconds that the main thread has to handle an interrupt itself.
+_GRACE_SECONDS = 1.0
+_is_deferred = threading.Event()
 
 
 @contextlib.contextmanager
 def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
-  """Call `end` on Ctrl-C: in the main thread, or in another if the main thread does not get there within a second.
+  """Call `end` on Ctrl-C during the block.
 
-  `end` must end the process. Enter this in the main thread.
+  The main thread calls it. If the main thread does not react within a second, another thread calls it. Enter this block
+  in the main thread.
+
+  Args:
+    end: a function that ends the process.
   """
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
 
   def watch() -> None:
-    while heard := os.read(reader, 1):
-      patient = _patient.is_set()
-      _patient.clear()
-      if heard[0] == signal.SIGINT and not patient:
-        time.sleep(_GRACE)
+    while received := os.read(reader, 1):
+      is_deferred = _is_deferred.is_set()
+      _is_deferred.clear()
+      if received[0] == signal.SIGINT and not is_deferred:
+        time.sleep(_GRACE_SECONDS)
         end()
     os.close(reader)
 
-  def act(number: int, frame: object) -> None:
+  def handle(number: int, frame: object) -> None:
     del number, frame
-    # Another one would wait here for the end, within the end.
+    # A second interrupt during `end` would call `end` again, and wait for the first call forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end()
 
-  handler = signal.signal(signal.SIGINT, act)
-  before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  old_handler = signal.signal(signal.SIGINT, handle)
+  old_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   threading.Thread(target=watch, name="interrupts", daemon=True).start()
   try:
     yield
   finally:
-    signal.set_wakeup_fd(before)
-    signal.signal(signal.SIGINT, handler)
+    signal.set_wakeup_fd(old_descriptor)
+    signal.signal(signal.SIGINT, old_handler)
     os.close(writer)
 
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-  """Leave the next signal to a handler that may take its time, such as one that saves after this step."""
-  _patient.set()
+  """Let a slow handler process the next signal during the block.
+
+  For example, the handler of a training run saves a checkpoint after the current step.
+  """
+  _is_deferred.set()
   try:
     yield
   finally:
-    _patient.clear()
+    _is_deferred.clear()

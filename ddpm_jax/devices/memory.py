@@ -1,4 +1,4 @@
-"""Compare the bytes that something needs with those of the machine, before any are taken."""
+"""Compare required bytes with the bytes of the machine before memory is allocated."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ from typing import Any
 
 from ddpm_jax.devices import hardware
 
-# More than any machine has: the largest slice of TPUs, 9,216 chips of 192 GiB, has less than half.
+# More than any machine has. The largest TPU slice, 9,216 chips of 192 GiB, has less than half of it.
 MAX_BYTES = 2**52
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def host_bytes() -> int:
-  """Return the bytes of memory of this machine, or of the container that this process runs in."""
+  """Return the bytes of memory of this machine, or the limit of its container."""
   total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   try:
     return min(total, int(_LIMIT.read_text()))
@@ -24,7 +24,10 @@ def host_bytes() -> int:
 
 
 def device_bytes(devices: Sequence[Any]) -> float | None:
-  """Return the bytes that devices have together; None if that is not known. Devices of a CPU share the memory of their host."""
+  """Return the total bytes of memory of devices, or None if it is unknown.
+
+  CPU devices share the memory of their host.
+  """
   import jax
 
   first = devices[0]
@@ -39,27 +42,30 @@ def device_bytes(devices: Sequence[Any]) -> float | None:
 
 
 def disk_bytes(folder: Path) -> int:
-  """Return the size in bytes of the disk for a folder, which need not exist yet.
+  """Return the total size in bytes of the disk of a folder. The folder does not need to exist.
 
-  Not its free bytes: an interrupted run may already hold some of those that it needs.
+  Free bytes would be misleading, because an interrupted run may have already written a part of its files.
   """
-  return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).total
+  return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).total
 
 
-def check(what: str, needed: float, available: float | None, advice: str, where: str = "memory") -> None:
-  """Raise a ValueError if something needs more bytes than there are.
+def check(name: str, needed: float, available: float | None, advice: str, where: str = "memory") -> None:
+  """Check that there are enough bytes for something.
 
   Args:
-    what: a description of it, for the message.
-    needed: the least that it needs: what is refused could not have worked.
-    available: what there is; None if that is not known.
-    advice: what the user can do.
-    where: where the bytes lie.
+    name: a description of it for the error message.
+    needed: a lower bound of the bytes that it needs.
+    available: the available bytes; None if they are unknown.
+    advice: what the user can do, for the error message.
+    where: the kind of bytes, such as "memory" or "disk".
+
+  Raises:
+    ValueError: if it needs more bytes than are available.
   """
   limit = MAX_BYTES if available is None else min(available, MAX_BYTES)
   if needed > limit:
-    have = "than any machine has" if limit == MAX_BYTES else f"than the {format_bytes(limit)} that there are"
-    raise ValueError(f"Got {what}: at least {format_bytes(needed)} of {where}, more {have}. {advice}")
+    have = "than any machine has" if limit == MAX_BYTES else f"than the available {format_bytes(limit)}"
+    raise ValueError(f"Got {name}, which needs at least {format_bytes(needed)} of {where}, more {have}. {advice}")
 
 
 def format_bytes(count: float) -> str:

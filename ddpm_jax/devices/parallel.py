@@ -1,6 +1,7 @@
-"""Running one pure step on many devices and in several processes: `jit` over a mesh (the default), or `pmap`.
+"""Run a pure step on many devices and in several processes, with `jit` over a mesh (the default) or `pmap`.
 
-A batch is split over both axes of the mesh, "data" and "fsdp"; the state is split over "fsdp" and whole along "data".
+A batch is sharded over both axes of the mesh, "data" and "fsdp". The state is sharded over "fsdp" and replicated over
+"data".
 """
 
 import functools
@@ -18,17 +19,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 PyTree = Any
 DATA_AXIS, FSDP_AXIS = "data", "fsdp"
 _BOTH = (DATA_AXIS, FSDP_AXIS)
-# Gradients of a share of a batch: (trained, context, keys [B], batch) -> (loss, details [B], gradients of what is trained).
+# A function (trained, context, keys [B], batch) -> (loss, details [B], gradients with respect to `trained`).
 GradientFn = Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[jax.Array, PyTree, PyTree]]
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
-  """A mesh of all devices of all processes (or of those given) with the axes "data" and "fsdp".
+  """Make a mesh of devices with the axes "data" and "fsdp".
 
   Args:
-    data: devices along "data"; 0: as many as there are, divided by `fsdp`.
-    fsdp: devices that share one copy of the state.
-    devices: the devices; all by default.
+    data: the number of devices along "data"; 0 for the number of all devices divided by `fsdp`.
+    fsdp: the number of devices that share one copy of the state.
+    devices: the devices; None for all devices of all processes.
 
   Raises:
     ValueError: if data times fsdp is not the number of devices.
@@ -36,47 +37,57 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   count = len(devices)
   if data < 0 or fsdp < 1 or (data or max(count // fsdp, 1)) * fsdp != count:
-    good = [f"{count // size} x {size}" for size in range(1, count + 1) if count % size == 0]
+    valid = [f"{count // size} x {size}" for size in range(1, count + 1) if count % size == 0]
     raise ValueError(
       f"Got a mesh of data={data} by fsdp={fsdp} on {count} device(s); expected data x fsdp to be {count}, such as"
-      f" {', '.join(good)}, or data=0 for what fsdp leaves."
+      f" {', '.join(valid)}, or data=0 to compute it from fsdp."
     )
-  # Explicit axes, JAX's default for new meshes, make reshapes inside networks fail.
+  # With explicit axes, JAX's default, reshapes inside networks would fail.
   axis_types = (jax.sharding.AxisType.Auto,) * 2
   return jax.make_mesh((count // fsdp, fsdp), _BOTH, axis_types=axis_types, devices=devices)
 
 
-def check_batch(batch_size: int, num_devices: int, what: str = "batch size") -> None:
-  """Raises a ValueError unless a batch can be split evenly over the devices."""
+def check_batch(batch_size: int, num_devices: int, name: str = "batch size") -> None:
+  """Check that a batch can be split evenly over the devices.
+
+  Args:
+    batch_size: the number of samples.
+    num_devices: the number of devices.
+    name: the name of the batch size in the error message.
+
+  Raises:
+    ValueError: if the batch size is not a positive multiple of the number of devices.
+  """
   if batch_size < 1 or batch_size % num_devices:
     lower = max(1, batch_size // num_devices) * num_devices
     raise ValueError(
-      f"Got a {what} of {batch_size} on {num_devices} devices; expected a positive multiple of {num_devices}, such as"
+      f"Got a {name} of {batch_size} on {num_devices} devices; expected a positive multiple of {num_devices}, such as"
       f" {lower} or {lower + num_devices}."
     )
 
 
 def describe(mesh: Mesh) -> str:
-  """Say how many devices a mesh has, of how many processes, and how it is laid out."""
+  """Describe the devices, processes and axes of a mesh in one line for the user."""
   processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
   axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   return f"{mesh.size} {mesh.devices.flat[0].platform} device(s){processes}{f' ({axes})' if mesh.size > 1 else ''}"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch [B, ...]: its first axis over all devices."""
+  """Return the sharding of a batch [B, ...], with its first axis split over all devices."""
   return NamedSharding(mesh, PartitionSpec(_BOTH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of what every device holds whole."""
+  """Return the sharding that replicates an array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
-  """The sharding of each leaf of a state, by its shape alone: its largest axis that "fsdp" divides is split, if any.
+  """Return the sharding of each leaf of a state.
 
-  Moments and averages have their parameters' shapes, and so lie where these lie.
+  The sharding depends on the shape alone: the largest axis that "fsdp" divides is split over "fsdp". If there is none,
+  the leaf is replicated. Optimizer moments and averages have the shapes of their parameters, and so the same sharding.
   """
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), state)
 
@@ -88,13 +99,13 @@ def _spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
 
 def _split_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
   size = mesh.shape[FSDP_AXIS]
-  # Of axes of one length the last: the features that a layer gives.
+  # Among axes of equal length choose the last one, the output features of a layer.
   axes = [axis for axis, length in enumerate(shape) if length and length % size == 0]
   return max(axes, key=lambda axis: (shape[axis], axis)) if axes and size > 1 else None
 
 
 def abstract(state: PyTree, shardings: PyTree) -> PyTree:
-  """Shapes and types of a state, laid out by `shardings` (one a leaf, or one for all)."""
+  """Return the shapes and types of a state with shardings, either one for each leaf or one for all leaves."""
   if isinstance(shardings, jax.sharding.Sharding):
     shardings = jax.tree.map(lambda _: shardings, state)
   return jax.tree.map(
@@ -103,27 +114,27 @@ def abstract(state: PyTree, shardings: PyTree) -> PyTree:
 
 
 def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
-  """Makes a function of a share's gradients one of the whole batch's, for `training.train_step` under `jit`.
+  """Return a decorator that computes gradients in parallel on all devices, for `training.train_step` under `jit`.
 
-  Each device computes the gradients of its share of the batch, which are then averaged once, however many parts the
-  share has. What is trained and what is looked at lie as `state_shardings` says: what is split over "fsdp" is gathered before, and the
-  gradients are left split after.
+  Each device computes the gradients of its shard of the batch. The gradients are averaged over devices once, even if
+  each device accumulates them over several parts. Inputs have the shardings of `state_shardings`. Leaves that are
+  sharded over "fsdp" are gathered before the computation, and their gradients are sharded in the same way.
   """
 
   def distribute(gradient: GradientFn) -> GradientFn:
-    def of_batch(trained, context, keys, batch):
-      specs, looked_at = jax.tree.map(lambda leaf: _spec(mesh, leaf.shape), (trained, context))
+    def batch_gradient(trained, context, keys, batch):
+      specs, context_specs = jax.tree.map(lambda leaf: _spec(mesh, leaf.shape), (trained, context))
       axes, context_axes = jax.tree.map(
         lambda leaf: -1 if (axis := _split_axis(mesh, leaf.shape)) is None else axis, (trained, context)
       )
 
-      def of_share(trained, context, keys, batch):
-        whole, context = jax.tree.map(
+      def local_gradient(trained, context, keys, batch):
+        trained, context = jax.tree.map(
           lambda leaf, axis: leaf if axis < 0 else jax.lax.all_gather(leaf, FSDP_AXIS, axis=axis, tiled=True),
           (trained, context),
           (axes, context_axes),
         )
-        loss, details, gradients = gradient(whole, context, keys, batch)
+        loss, details, gradients = gradient(trained, context, keys, batch)
         gradients = jax.tree.map(
           lambda leaf, axis: (
             leaf if axis < 0 else jax.lax.psum_scatter(leaf, FSDP_AXIS, scatter_dimension=axis, tiled=True)
@@ -131,56 +142,61 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
           gradients,
           axes,
         )
-        # In two reductions at most: what is split is already summed over "fsdp".
+        # Use at most two more reductions. Sharded gradients are already summed over "fsdp".
         leaves, tree = jax.tree_util.tree_flatten(gradients)
-        is_split = [axis >= 0 for axis in jax.tree.leaves(axes)]
-        parts = [leaf for leaf, scattered in zip(leaves, is_split, strict=True) if scattered]
-        whole_leaves = [leaf for leaf, scattered in zip(leaves, is_split, strict=True) if not scattered]
+        is_sharded = [axis >= 0 for axis in jax.tree.leaves(axes)]
+        sharded_leaves = [leaf for leaf, sharded in zip(leaves, is_sharded, strict=True) if sharded]
+        full_leaves = [leaf for leaf, sharded in zip(leaves, is_sharded, strict=True) if not sharded]
         if mesh.shape[DATA_AXIS] > 1:
-          parts = jax.lax.psum(parts, DATA_AXIS)
+          sharded_leaves = jax.lax.psum(sharded_leaves, DATA_AXIS)
         if mesh.size > 1:
-          loss, whole_leaves = jax.lax.psum((loss, whole_leaves), _BOTH)
-        sums, rest = iter(parts), iter(whole_leaves)
-        leaves = [next(sums) if scattered else next(rest) for scattered in is_split]
+          loss, full_leaves = jax.lax.psum((loss, full_leaves), _BOTH)
+        sharded_sums, full_sums = iter(sharded_leaves), iter(full_leaves)
+        leaves = [next(sharded_sums) if sharded else next(full_sums) for sharded in is_sharded]
         leaves = [leaf / mesh.size for leaf in leaves]
         return loss / mesh.size, details, jax.tree_util.tree_unflatten(tree, leaves)
 
       batched = PartitionSpec(_BOTH)
       return jax.shard_map(
-        of_share,
+        local_gradient,
         mesh=mesh,
-        in_specs=(specs, looked_at, batched, batched),
+        in_specs=(specs, context_specs, batched, batched),
         out_specs=(PartitionSpec(), batched, specs),
         check_vma=False,
       )(trained, context, keys, batch)
 
-    return of_batch
+    return batch_gradient
 
   return distribute
 
 
 def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
-  """`function(whole, batch)` of arrays [B, ...], each device doing its share of the batch as a program of its own.
+  """Return a function that runs `function(replicated, batch)` on each device with its shard of the batch.
 
-  What it gives, arrays [B, ...] too, is the same to the last bit on any number of devices of a kind whose shares are as large: a
-  program that the compiler splits over devices rounds otherwise than one that was never split.
+  The batch and the result consist of arrays [B, ...]. The result is bit-identical on any number of devices of one kind,
+  if the shards have the same size. A program that the compiler splits over devices would round differently.
+
+  Args:
+    mesh: the mesh.
+    function: the function of one shard. Its first argument is replicated on all devices.
   """
-  whole, batched = PartitionSpec(), PartitionSpec(_BOTH)
-  return jax.shard_map(function, mesh=mesh, in_specs=(whole, batched), out_specs=batched, check_vma=False)
+  replicated_spec, batched = PartitionSpec(), PartitionSpec(_BOTH)
+  return jax.shard_map(function, mesh=mesh, in_specs=(replicated_spec, batched), out_specs=batched, check_vma=False)
 
 
 def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any]:
-  """What to tell the compiler besides its defaults, for `jax.jit(f, compiler_options=...)`: nothing on GPUs and TPUs.
+  """Return compiler options for `jax.jit(f, compiler_options=...)`.
 
-  XLA's CPU back end hands convolutions to YNNPACK, whose gradients in a kernel run at a third of the speed of XLA's own and inside loops
-  at a tenth: here all are XLA's own. Values change by rounding.
+  On CPUs, XLA uses YNNPACK for convolutions by default. Its gradients with respect to a kernel run at a third of the
+  speed of XLA's own code, and inside loops at a tenth. The options disable YNNPACK. Results change by rounding only.
 
   Args:
-    mesh: what is compiled for; the default backend's devices if None.
-    once: whether the program is run once, so that on a CPU it is over soonest if its code is not optimized.
+    mesh: the mesh that the program is compiled for; None for the devices of the default backend.
+    once: whether the program runs only once. Then optimization is disabled on CPUs, because it takes longer than it
+      saves.
 
   Returns:
-    Names and values of XLA's options; empty where there is nothing to say, or this jaxlib does not know the option.
+    XLA's options by name. They are empty on GPUs and TPUs.
   """
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   if platform != "cpu":
@@ -195,26 +211,28 @@ def _cpu_options() -> Mapping[str, Any]:
     with jax.default_device(jax.devices("cpu")[0]):
       jax.jit(lambda: 0, compiler_options=options).lower().compile()
   except jax.errors.JaxRuntimeError:
-    # A jaxlib that knows the option no longer, or not yet.
+    # This version of jaxlib does not have the option.
     return {}
   return options
 
 
 def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTree, frozen: PyTree = None) -> Any:
-  """Compiles `step(state, batch) -> (state, metrics)` over a mesh: batch split, state laid out as `state_shardings`, donated.
+  """Compile `step(state, batch) -> (state, metrics)` for a mesh.
+
+  The batch is split over all devices. The state has the shardings of `state_shardings`, and is donated.
 
   Args:
     step: the step, such as `training.train_step` with `distribute=shard_gradient(mesh)`.
     mesh: the mesh.
     state: a state, or its shapes.
-    frozen: parameters that never change, or their shapes; then the step is `step(state, batch, frozen)`, and they lie as
-      `state_shardings` says. None for a step that takes none.
+    frozen: parameters that never change, or their shapes. They have the shardings of `state_shardings`, and the step is
+      `step(state, batch, frozen)`. None for a step without frozen parameters.
   """
   shardings = state_shardings(mesh, state)
-  given = () if frozen is None else (state_shardings(mesh, frozen),)
+  frozen_shardings = () if frozen is None else (state_shardings(mesh, frozen),)
   return jax.jit(
     step,
-    in_shardings=(shardings, batch_sharding(mesh), *given),
+    in_shardings=(shardings, batch_sharding(mesh), *frozen_shardings),
     out_shardings=(shardings, replicated(mesh)),
     donate_argnums=0,
     compiler_options=compiler_options(mesh),
@@ -222,12 +240,15 @@ def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTr
 
 
 def pmap_step(step: Callable[..., tuple[PyTree, PyTree]], devices=None) -> Callable:
-  """The same under `pmap`: takes and returns a state from `replicate`, a batch as `jit_step` takes it, and frozen parameters from `replicate`.
+  """Compile `step(state, batch, *frozen) -> (state, metrics)` with `pmap`.
 
-  `step` must reduce its gradients over the axis `parallel.DATA_AXIS`, as `training.train_step` does when told its name.
+  The compiled step takes the state and the frozen parameters from `replicate`, and the same batch as a step of
+  `jit_step`. It raises a ValueError if the batch size is not a multiple of the number of devices.
 
-  Raises:
-    ValueError: when called with a batch that the devices do not divide.
+  Args:
+    step: the step. It must average its gradients over the axis `parallel.DATA_AXIS`, such as `training.train_step` with
+      `axis_name=parallel.DATA_AXIS`.
+    devices: the devices; None for all local devices.
   """
   devices = jax.local_devices() if devices is None else devices
   mapped = jax.pmap(step, axis_name=DATA_AXIS, devices=devices, donate_argnums=0)
@@ -242,26 +263,26 @@ def pmap_step(step: Callable[..., tuple[PyTree, PyTree]], devices=None) -> Calla
 
 
 def replicate(tree: PyTree, num_devices: int | None = None) -> PyTree:
-  """A copy for each device along a new first axis, as `pmap_step` takes a state."""
+  """Copy each leaf for every device along a new first axis, for `pmap_step`."""
   count = jax.local_device_count() if num_devices is None else num_devices
   return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *np.shape(x))), tree)
 
 
 def unreplicate(tree: PyTree) -> PyTree:
-  """The first device's copy."""
+  """Return the copy of the first device."""
   return jax.tree.map(lambda x: x[0], tree)
 
 
-# Several processes.
+# Functions for several processes.
 
 
 def is_main() -> bool:
-  """Whether this process is the one that writes and speaks."""
+  """Return whether this is the main process, which writes files and prints messages."""
   return jax.process_index() == 0
 
 
 def broadcast(value: int) -> int:
-  """The number, or truth, that the first process has, in every process."""
+  """Return the main process's value, a number or boolean, on every process."""
   if jax.process_count() == 1:
     return value
   from jax.experimental import multihost_utils
@@ -270,46 +291,57 @@ def broadcast(value: int) -> int:
 
 
 def exit_distributed(code: int) -> None:
-  """Ends this process, if it is one of several, at once: the others, who may be waiting for it, notice within the heartbeat."""
+  """Exit immediately if this process is one of several.
+
+  Without an immediate exit, this process would wait for the others. They notice the exit within the heartbeat timeout.
+  """
   if not jax.distributed.is_initialized():
     return
   print(
-    f"process {jax.process_index()} of {jax.process_count()} ends, here or because another did, and with it the run. Start all of"
-    " them again: it goes on from its last checkpoint.",
+    f"process {jax.process_index()} of {jax.process_count()} exits because it or another process failed, and the run ends."
+    " Start all processes again to resume from the last checkpoint.",
     file=sys.stderr,
     flush=True,
   )
   os._exit(code)
 
 
-def wait_for_all(what: str) -> None:
-  """Returns once every process has come here."""
+def wait_for_all(name: str) -> None:
+  """Wait until every process has called this function.
+
+  Args:
+    name: the name of this synchronization point, the same on all processes.
+  """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
-    multihost_utils.sync_global_devices(what)
+    multihost_utils.sync_global_devices(name)
 
 
 def peak_memory() -> int:
-  """The most bytes that one of this process's devices has held so far; on a CPU, that the process has."""
-  held = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-  # Linux counts in units of 1024 bytes.
-  return max(held) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  """Return the largest peak memory in bytes of this process's devices, or of the process on a CPU."""
+  peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+  # Linux reports this value in units of 1024 bytes.
+  return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gather(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Arrays laid out whole on every device, however they lay before."""
+  """Replicate arrays with any sharding on every device."""
   return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """The rows of a batch, in rising order, that lie on this process's devices: those that it must read."""
+  """Return the indices of the rows of a batch that belong to this process's devices, in rising order."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
 
 
 def put_batch(mesh: Mesh, batch: PyTree, batch_size: int) -> PyTree:
-  """Sends this process's rows (`local_rows`) of a batch to its devices: arrays [batch_size, ...], split over all devices."""
+  """Transfer this process's rows of a batch (`local_rows`) to its devices.
+
+  Returns:
+    Global arrays [batch_size, ...], sharded over all devices.
+  """
   sharding = batch_sharding(mesh)
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)

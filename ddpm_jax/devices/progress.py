@@ -1,4 +1,4 @@
-"""What people see of long work: lines above a progress bar, warnings, and signs of life."""
+"""Print messages above the progress bar, warnings, and regular messages during long operations."""
 
 import contextlib
 import sys
@@ -11,43 +11,48 @@ from tqdm import tqdm
 
 from ddpm_jax.devices import parallel
 
-# Seconds between two signs of life.
-_NEWS = 20.0
+# Seconds between two messages of a long operation.
+_INTERVAL = 20.0
 
 
 def print_line(text: str) -> None:
-  """Print a line above the progress bar, if there is one; the first of several processes speaks for all."""
+  """Print a line above the progress bar, on the main process only."""
   if parallel.is_main():
     tqdm.write(text)
 
 
 def warn(text: str) -> None:
-  """Print a warning, where errors are looked for."""
+  """Print a warning to stderr, on the main process only."""
   if parallel.is_main():
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def heartbeat(what: str) -> Iterator[None]:
-  """Say now and then that what is done here lives, such as a compilation, which shows no progress by itself."""
+def heartbeat(name: str) -> Iterator[None]:
+  """Print regular messages during an operation without visible progress, such as a compilation."""
   done, start = threading.Event(), time.perf_counter()
 
-  def speak() -> None:
-    while not done.wait(_NEWS):
-      print_line(f"{what}: {time.perf_counter() - start:,.0f} s so far; a large network takes minutes ...")
+  def print_messages() -> None:
+    while not done.wait(_INTERVAL):
+      print_line(f"{name}: {time.perf_counter() - start:,.0f} s so far; a large network takes minutes ...")
 
-  threading.Thread(target=speak, daemon=True).start()
+  threading.Thread(target=print_messages, daemon=True).start()
   try:
     yield
   finally:
     done.set()
 
 
-def compile_with_progress(what: str, lower: Callable[[], Any]) -> Any:
-  """Compile what `lower` gives, and say before, meanwhile and after how long both take."""
-  print_line(f"compiling {what} (of a large network this takes minutes, once: later runs read it from the cache) ...")
+def compile_with_progress(name: str, lower: Callable[[], Any]) -> Any:
+  """Lower and compile a program, and print messages before, during and after.
+
+  Args:
+    name: the name of the program in the messages.
+    lower: returns the lowered program.
+  """
+  print_line(f"compiling {name} (minutes for a large network; later runs load it from the cache) ...")
   start = time.perf_counter()
-  with heartbeat(f"compiling {what}"):
+  with heartbeat(f"compiling {name}"):
     compiled = lower().compile()
-  print_line(f"compiled {what} in {time.perf_counter() - start:.1f} s")
+  print_line(f"compiled {name} in {time.perf_counter() - start:.1f} s")
   return compiled

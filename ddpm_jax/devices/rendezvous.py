@@ -1,4 +1,7 @@
-"""Where the processes of a run meet before JAX's own service starts, which aborts them if one is missing."""
+"""Wait for all processes of a run before JAX's own service starts.
+
+JAX's service aborts the processes if one of them is missing.
+"""
 
 import contextlib
 import json
@@ -9,101 +12,107 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-# Seconds between two lines that say who is missing, and between two looks.
-_NEWS, _LOOK = 10.0, 0.5
+# Seconds between two messages about missing processes, and between two checks.
+_MESSAGE_SECONDS, _CHECK_SECONDS = 10.0, 0.5
 
 
 def wait_for_processes(
   coordinator: str, num_processes: int, process_id: int, *, seconds: float, log: Callable[[str], None] = print
 ) -> None:
-  """Return once all processes of a run have called this, and say meanwhile how many are missing.
+  """Wait until all processes of a run have called this function, and log which processes are missing.
 
   Args:
-    coordinator: host:port of process 0, where nothing listens yet.
-    num_processes: how many processes there are.
-    process_id: which this is, from 0.
-    seconds: how long to wait.
-    log: takes a line of text.
+    coordinator: host:port of process 0. The port must be free.
+    num_processes: the number of processes.
+    process_id: the id of this process, from 0.
+    seconds: the maximum time to wait.
+    log: a function that prints a line.
 
   Raises:
-    ValueError: if some do not come in time, two have one id, the processes differ in their number, or the port is taken.
+    ValueError: if a process is missing after this time, two processes have the same id, the processes disagree about
+      their number, or the port is in use.
   """
   host, _, port = coordinator.rpartition(":")
-  news = _News(seconds, log)
+  patience = _Patience(seconds, log)
   if process_id == 0:
-    _receive(int(port), num_processes, news)
+    _collect_reports(int(port), num_processes, patience)
   else:
-    _report(host.strip("[]"), int(port), {"id": process_id, "of": num_processes}, news)
+    _report(host.strip("[]"), int(port), {"id": process_id, "of": num_processes}, patience)
 
 
-class _News:
-  """Says now and then what is waited for, and raises when it has been waited for too long."""
+class _Patience:
+  """Log regularly what this process waits for, and raise an error when the time is up."""
 
   def __init__(self, seconds: float, log: Callable[[str], None]):
     self._seconds, self._log, self._start = seconds, log, time.monotonic()
-    self._next = _LOOK
+    self._next_message = _CHECK_SECONDS
 
-  def waiting(self, missing: str, advice: str) -> None:
+  def check(self, missing: str, advice: str) -> None:
     waited = time.monotonic() - self._start
     if waited >= self._seconds:
-      raise ValueError(f"Waited {waited:.0f} seconds in vain for {missing}. {advice}")
-    if waited >= self._next:
+      raise ValueError(f"Waited {waited:.0f} seconds without success for {missing}. {advice}")
+    if waited >= self._next_message:
       self._log(f"waiting for {missing} ...")
-      self._next = waited + _NEWS
+      self._next_message = waited + _MESSAGE_SECONDS
 
 
-def _receive(port: int, num_processes: int, news: _News) -> None:
-  """Process 0: take the others' reports, and let all go at once."""
-  others: dict[int, socket.socket] = {}
+def _collect_reports(port: int, num_processes: int, patience: _Patience) -> None:
+  """Collect the reports of all other processes on process 0, and then let all of them continue."""
+  connections: dict[int, socket.socket] = {}
   try:
-    # On IPv6 too, where the others may look for it.
-    both = socket.has_dualstack_ipv6()
-    server = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    # Also listen on IPv6 if possible, because the other processes may use it.
+    dual = socket.has_dualstack_ipv6()
+    server = socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
   except OSError as error:
     raise ValueError(
-      f"Got a --coordinator with port {port}, which process 0 cannot use ({os.strerror(error.errno or 0)});"
-      " expected a free one."
+      f"Got --coordinator with port {port}, which process 0 cannot use ({os.strerror(error.errno or 0)});"
+      " expected a free port."
     ) from error
   with contextlib.ExitStack() as stack:
-    stack.enter_context(server).settimeout(_LOOK)
-    # One that has ended since it reported is not here.
-    while len(others := {number: each for number, each in others.items() if _is_open(each)}) < num_processes - 1:
-      missing = sorted(set(range(1, num_processes)) - set(others))
-      news.waiting(
+    stack.enter_context(server).settimeout(_CHECK_SECONDS)
+    while True:
+      # Drop processes that have ended after their report.
+      connections = {number: connection for number, connection in connections.items() if _is_open(connection)}
+      if len(connections) >= num_processes - 1:
+        break
+      missing = sorted(set(range(1, num_processes)) - set(connections))
+      patience.check(
         f"{len(missing)} of {num_processes} processes (--process_id {', '.join(map(str, missing[:8]))}{', ...' if missing[8:] else ''})",
-        "Start every process, with one --coordinator and --num_processes.",
+        "Start every process with the same --coordinator and --num_processes.",
       )
       with contextlib.suppress(TimeoutError):
         connection = stack.enter_context(server.accept()[0])
-        if (number := _read_report(connection, num_processes, others)) is not None:
-          others[number] = connection
-    for connection in others.values():
+        if (number := _read_report(connection, num_processes, connections)) is not None:
+          connections[number] = connection
+    for connection in connections.values():
       with contextlib.suppress(OSError):
         connection.sendall(b"go\n")
-    for connection in others.values():
-      # They hang up first: the port is free at once.
+    for connection in connections.values():
+      # Let the other process close the connection first, so that the port is free immediately.
       with contextlib.suppress(OSError):
         connection.recv(1)
 
 
-def _read_report(connection: socket.socket, num_processes: int, others: dict[int, socket.socket]) -> int | None:
-  """Return the id of a process that reports; None if it is no process of a run."""
+def _read_report(connection: socket.socket, num_processes: int, connections: dict[int, socket.socket]) -> int | None:
+  """Return the id that a process reports, or None if the message is not a report."""
   connection.settimeout(5)
   try:
     report = json.loads(connection.makefile("r").readline(100))
-    number, of = int(report["id"]), int(report["of"])
+    number, total = int(report["id"]), int(report["of"])
   except (OSError, ValueError, KeyError, TypeError):
     return None
   problem = ""
-  if of != num_processes:
-    problem = f"process {number} has --num_processes={of} and process 0 has {num_processes}; expected one number"
-  elif number in others and _is_open(others[number]):
+  if total != num_processes:
+    problem = (
+      f"process {number} has --num_processes={total} and process 0 has {num_processes}; expected the same number"
+    )
+  elif number in connections and _is_open(connections[number]):
     problem = f"two processes have --process_id={number}; expected ids from 0 to {num_processes - 1}, each once"
   if problem:
-    for each in [connection, *others.values()]:
+    for receiver in [connection, *connections.values()]:
       with contextlib.suppress(OSError):
-        each.sendall(f"The processes do not fit together: {problem}.\n".encode())
-    raise ValueError(f"The processes do not fit together: {problem}.")
+        receiver.sendall(f"The flags of the processes disagree: {problem}.\n".encode())
+    raise ValueError(f"The flags of the processes disagree: {problem}.")
   return number
 
 
@@ -119,19 +128,19 @@ def _is_open(connection: socket.socket) -> bool:
     connection.settimeout(5)
 
 
-def _report(host: str, port: int, report: dict[str, int], news: _News) -> None:
-  """Any other process: report to process 0, and wait until it says go."""
+def _report(host: str, port: int, report: dict[str, int], patience: _Patience) -> None:
+  """Report to process 0, and wait for its answer."""
   advice = "Start process 0 there, and check that its port can be reached from here."
   while True:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), 5 * _LOOK) as connection:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 5 * _CHECK_SECONDS) as connection:
       connection.sendall(json.dumps(report).encode() + b"\n")
-      connection.settimeout(_LOOK)
+      connection.settimeout(_CHECK_SECONDS)
       answer = b""
       while not answer.endswith(b"\n"):
         try:
           part = connection.recv(1000)
         except TimeoutError:
-          news.waiting(f"the other processes of {report['of']}", "Start every process.")
+          patience.check(f"the other processes of {report['of']}", "Start every process.")
           continue
         if not part:
           break
@@ -140,21 +149,22 @@ def _report(host: str, port: int, report: dict[str, int], news: _News) -> None:
         return
       if answer.endswith(b"\n"):
         raise ValueError(answer.decode().strip())
-    news.waiting(f"process 0 at {host}:{port}", advice)
-    time.sleep(_LOOK)
+    patience.check(f"process 0 at {host}:{port}", advice)
+    time.sleep(_CHECK_SECONDS)
 
 
 @contextlib.contextmanager
 def startup_timeout(num_processes: int, *, seconds: float, log: Callable[[str], None] = print) -> Iterator[None]:
-  """Say what is waited for while JAX's service starts, and end this process with a message if that takes longer."""
-  done, news = threading.Event(), _News(seconds, log)
+  """Log messages while JAX's service starts, and end this process with an error if that takes too long."""
+  done, patience = threading.Event(), _Patience(seconds, log)
 
   def watch() -> None:
-    while not done.wait(_LOOK):
+    while not done.wait(_CHECK_SECONDS):
       try:
-        news.waiting(
+        patience.check(
           f"JAX's service for {num_processes} processes",
-          "Start every process that the flags or the cluster's environment name, or this one alone by --distributed=false.",
+          "Start all processes that the flags or the cluster's environment specify; or set --distributed=false to run this one"
+          " alone.",
         )
       except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

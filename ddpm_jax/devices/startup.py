@@ -1,4 +1,4 @@
-"""How a program starts JAX: with its devices, and with the other processes of a run."""
+"""Start JAX's devices, and connect the processes of a run."""
 
 import contextlib
 import glob
@@ -14,7 +14,7 @@ from ddpm_jax.devices import rendezvous
 
 
 def environment_processes(environment: Mapping[str, str] = os.environ) -> int:
-  """Return how many processes take part by the cluster's environment: Slurm, Open MPI, or a TPU slice's hosts."""
+  """Return the number of processes from environment variables of Slurm, Open MPI or a TPU slice."""
   for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
     if environment.get(name, "").isdigit():
       return int(environment[name])
@@ -29,30 +29,32 @@ def connect(
   heartbeat_seconds: int = 60,
   wait_seconds: int = 300,
 ) -> None:
-  """Join this process to the others of the run, before JAX is first used; the environment says what is not given.
+  """Connect this process to the other processes of the run. Call it before JAX is first used.
 
-  A process that no longer answers ends the others within `heartbeat_seconds`, with a message.
+  If a process fails, the others end within `heartbeat_seconds` with a message. The first three arguments must be set
+  together. If all are None, JAX reads them from the cluster's environment.
 
   Args:
     coordinator: host:port of process 0.
-    num_processes: how many there are.
-    process_id: which this is, from 0.
-    heartbeat_seconds: how long a process may be silent.
-    wait_seconds: how long to wait for the other processes.
+    num_processes: the number of processes.
+    process_id: the id of this process, from 0.
+    heartbeat_seconds: the time without a sign of life after which a process counts as failed.
+    wait_seconds: the maximum time to wait for the other processes.
 
   Raises:
-    ValueError: if only some of the three are given, one is out of range, or the processes do not find each other.
+    ValueError: if only some of the first three arguments are set, a value is out of range, or the processes cannot
+      connect.
   """
   _check_flags(coordinator, num_processes, process_id, heartbeat_seconds, wait_seconds)
   if coordinator is not None:
     assert num_processes is not None
     assert process_id is not None
-    rendezvous.wait_for_processes(coordinator, num_processes, process_id, seconds=wait_seconds, log=_say)
+    rendezvous.wait_for_processes(coordinator, num_processes, process_id, seconds=wait_seconds, log=_print)
   if jax.config.values.get("jax_platforms") == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    with rendezvous.startup_timeout(num_processes or environment_processes(), seconds=wait_seconds, log=_say):
-      # Longer than we watch: where JAX waits in vain, it aborts.
+    with rendezvous.startup_timeout(num_processes or environment_processes(), seconds=wait_seconds, log=_print):
+      # A timeout of JAX aborts the process, so make it longer than our own timeout.
       jax.distributed.initialize(
         coordinator,
         num_processes,
@@ -63,8 +65,8 @@ def connect(
       )
   except Exception as error:
     raise ValueError(
-      f"The processes of this run did not find each other: {error}. Check that all were started, with one --coordinator and"
-      " --num_processes, and ids from 0 on; --distributed=false runs this one alone."
+      f"Cannot connect the processes of this run: {error}. Check that all of them were started with the same --coordinator and"
+      " --num_processes and with ids from 0; or set --distributed=false to run this one alone."
     ) from error
 
 
@@ -72,11 +74,11 @@ def _check_flags(
   coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat_seconds: int, wait_seconds: int
 ) -> None:
   """Raise a ValueError if the arguments of `connect` are incomplete or out of range."""
-  given = [value is not None for value in (coordinator, num_processes, process_id)]
-  if any(given) and not all(given):
+  is_set = [value is not None for value in (coordinator, num_processes, process_id)]
+  if any(is_set) and not all(is_set):
     raise ValueError(
       f"Got --coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}; expected all three,"
-      " such as --coordinator=host0:1234 --num_processes=2 --process_id=0, or none where the cluster's environment says"
+      " such as --coordinator=host0:1234 --num_processes=2 --process_id=0, or none if the cluster's environment sets"
       " them."
     )
   if heartbeat_seconds < 1 or wait_seconds < 1:
@@ -90,32 +92,33 @@ def _check_flags(
     if not port or not 0 < int(port[1]) < 2**16 or num_processes < 1 or not 0 <= process_id < num_processes:
       raise ValueError(
         f"Got --coordinator={coordinator}, --num_processes={num_processes}, --process_id={process_id}; expected host:port"
-        " with a port from 1 to 65535, one process or more, and an id from 0 to one less than their number."
+        " with a port from 1 to 65535, at least one process, and an id from 0 to the number of processes minus 1."
       )
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
   print(text, flush=True)
 
 
 def start_devices(*, quiet: bool = True) -> None:
-  """Start JAX's devices, which the first use of JAX would do.
+  """Start JAX's devices. Without this call, the first use of JAX would start them.
 
   Args:
-    quiet: whether to keep back what libtpu prints where it is installed and there is no TPU, and Gloo when it connects.
+    quiet: whether to suppress output of native code on a machine without a TPU: warnings of libtpu, if it is installed,
+      and messages of Gloo when it connects.
 
   Raises:
-    ValueError: if this machine does not have the platform that JAX_PLATFORMS names.
+    ValueError: if this machine does not have the platform of JAX_PLATFORMS.
   """
   with _without_output() if quiet and not _has_tpu() else contextlib.nullcontext():
     try:
       jax.devices()
     except (RuntimeError, AssertionError) as error:
-      wanted = jax.config.values.get("jax_platforms")
-      named = f"Got JAX_PLATFORMS={wanted}, with which" if wanted else "On this machine"
+      platforms = jax.config.values.get("jax_platforms")
+      setting = f"Got JAX_PLATFORMS={platforms}, but" if platforms else "On this machine"
       raise ValueError(
-        f"{named} JAX finds no device ({_first_line(error) or 'the platform is not installed'}). Unset JAX_PLATFORMS, or set"
-        " it to one that is here, such as cpu; GPUs and TPUs need ddpm_jax[cuda] or ddpm_jax[tpu]."
+        f"{setting} JAX finds no device ({_first_line(error) or 'the platform is not installed'}). Unset JAX_PLATFORMS, or set"
+        " it to an available platform, such as cpu; GPUs and TPUs need ddpm_jax[cuda] or ddpm_jax[tpu]."
       ) from error
 
 
@@ -129,24 +132,24 @@ def _has_tpu() -> bool:
 
 @contextlib.contextmanager
 def _without_output() -> Iterator[None]:
-  """Keep back what native code prints, which no setting of Python reaches."""
+  """Suppress all output of this process, including output of native code that Python cannot redirect."""
   streams = {1: sys.stdout, 2: sys.stderr}
-  before = {}
-  with open(os.devnull, "w") as nowhere:
+  originals = {}
+  with open(os.devnull, "w") as null:
     for number, stream in streams.items():
       stream.flush()
-      before[number] = os.dup(number)
-      os.dup2(nowhere.fileno(), number)
+      originals[number] = os.dup(number)
+      os.dup2(null.fileno(), number)
   try:
     yield
   finally:
     for number, stream in streams.items():
       stream.flush()
-      os.dup2(before[number], number)
-      os.close(before[number])
+      os.dup2(originals[number], number)
+      os.close(originals[number])
 
 
 def exit_on_sigterm() -> None:
-  """Let SIGTERM end this process at once, which JAX's service for several processes keeps it from doing."""
+  """Let SIGTERM end this process immediately, although JAX's service for several processes handles it otherwise."""
   if jax.distributed.is_initialized():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be there: TPU slices by their names, and simulated CPU devices."""
+"""Describe devices that this machine does not have, for compilation: TPU slices and simulated CPU devices."""
 
 import importlib.util
 import math
@@ -11,7 +11,8 @@ from jax.experimental import topologies
 
 from ddpm_jax.devices import startup
 
-# As Google names the generations: how many axes a slice has, and slices that one can rent. libtpu knows each by this name.
+# The number of axes of a slice, and available slices, by TPU generation. These are Google's names, and libtpu accepts
+# them.
 _GENERATIONS = {
   "v2": (2, ("v2:2x2", "v2:4x4")),
   "v3": (2, ("v3:2x2", "v3:4x4")),
@@ -21,10 +22,10 @@ _GENERATIONS = {
   "v6e": (2, ("v6e:1x1", "v6e:2x4", "v6e:4x4", "v6e:16x16")),
   "tpu7x": (3, ("tpu7x:2x2x1", "tpu7x:4x4x4")),
 }
-# The largest slices that exist have 9,216 chips; libtpu makes up slices of any size.
-_MOST_CHIPS = 9216
-# Without these libtpu asks the network what machine it is on. Only one process at a time may load it for real chips, which
-# a compiler does not touch.
+# The largest real slices have 9,216 chips. libtpu accepts any size.
+_MAX_CHIPS = 9216
+# Without the first variables, libtpu queries the network for the type of this machine. The last one allows several
+# processes to load libtpu at the same time, which is safe because a compiler does not use chips.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -35,30 +36,30 @@ _ENVIRONMENT = {
 
 
 def topology_devices(name: str) -> list[Any]:
-  """The devices of a TPU slice, to compile for and for nothing else: no TPU is needed, only `libtpu`'s compiler.
+  """Return the devices of a TPU slice for compilation only.
 
-  One device a chip, but two for v2, v3 and tpu7x, as on real machines. Environment variables that libtpu reads are set where the
-  user has not set them.
+  This needs the compiler of `libtpu`, but no TPU. As on real machines, a chip is one device, or two for v2, v3 and
+  tpu7x. This function sets environment variables for libtpu unless the user has set them.
 
   Args:
-    name: `<generation>:<chips along each axis>`, such as `v5e:4x4` or `v5p:2x2x4`; see
-      https://docs.cloud.google.com/tpu/docs for what can be rented.
+    name: `<generation>:<chips along each axis>`, such as `v5e:4x4` or `v5p:2x2x4`. See
+      https://docs.cloud.google.com/tpu/docs for the available slices.
 
   Raises:
-    ValueError: if there is no such slice, libtpu is not installed, or it cannot be loaded.
+    ValueError: if the slice does not exist, or libtpu is not installed or cannot be loaded.
   """
   generation, axes = _parse(name)
   if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
     raise ValueError(
-      f"Got --topology={name} without libtpu, whose compiler makes programs for TPUs on any machine; expected it installed:"
-      " pip install 'ddpm_jax[plan]' (Linux on x86-64, no TPU needed)."
+      f"Got --topology={name}, but libtpu is not installed; expected its compiler, which needs no TPU. Install it:"
+      " pip install 'ddpm_jax[plan]' (Linux on x86-64)."
     )
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
-  # On real machines JAX shows the two cores of a v4 as one device, which libtpu does here only when asked to.
+  # JAX shows the two cores of a v4 as one device on real machines. Here libtpu needs an option for it.
   options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
   if math.prod(axes) == 1:
-    # libtpu takes a host for one of 2 by 2 chips, but those of v5e and v6e come with one, too.
+    # By default libtpu assumes hosts with 2 by 2 chips, but v5e and v6e also have hosts with one chip.
     options["chips_per_host_bounds"] = [1, 1, 1]
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name.lower(), **options).devices)
@@ -67,60 +68,62 @@ def topology_devices(name: str) -> list[Any]:
 
 
 # More than any slice has.
-_MOST_SIMULATED = 2**16
+_MAX_SIMULATED = 2**16
 
 
 def simulate_devices(count: int) -> list[Any]:
-  """As many devices of this machine: real GPUs or TPUs where there are some, else the CPU shown as so many devices.
+  """Return devices of this machine: real GPUs or TPUs if it has any, otherwise simulated CPU devices.
 
-  To be called before JAX is used, since it counts its devices once.
+  Call it before JAX is used, because JAX counts its devices only once.
+
+  Args:
+    count: the number of devices.
 
   Raises:
-    ValueError: if the count is not positive, the machine has GPUs or TPUs but fewer, or JAX has been used with fewer.
+    ValueError: if the count is not positive, the machine has GPUs or TPUs but too few, or JAX was already started with
+      too few devices.
   """
-  if not 1 <= count <= _MOST_SIMULATED:
-    raise ValueError(
-      f"Got --devices={count}; expected 1 to {_MOST_SIMULATED:,}: each that is not there takes memory to simulate."
-    )
-  late = False
+  if not 1 <= count <= _MAX_SIMULATED:
+    raise ValueError(f"Got --devices={count}; expected 1 to {_MAX_SIMULATED:,}. Each simulated device takes memory.")
+  is_late = False
   try:
     jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:
-    late = True
+    is_late = True
   startup.start_devices()
   devices = jax.devices()
   if len(devices) >= count:
     return devices[:count]
   if devices[0].platform != "cpu":
     raise ValueError(
-      f"Got --devices={count} on a machine with {len(devices)} ({devices[0].device_kind}); expected no more, or"
-      " --topology=<slice> for TPUs that are not there, or JAX_PLATFORMS=cpu in the environment for simulated devices."
+      f"Got --devices={count} on a machine with {len(devices)} ({devices[0].device_kind}); expected at most {len(devices)}."
+      " Set --topology=<slice> for other TPUs, or JAX_PLATFORMS=cpu in the environment for simulated devices."
     )
   raise ValueError(
-    f"Got {count} devices to simulate{' after JAX has been used' if late else ''}, with {len(devices)} here; expected this"
-    f" before its first use, or XLA_FLAGS=--xla_force_host_platform_device_count={count} in the environment."
+    f"Got {count} devices to simulate{' after JAX was started' if is_late else ''} with {len(devices)} devices; expected this"
+    f" before its start. Or set XLA_FLAGS=--xla_force_host_platform_device_count={count} in the environment."
   )
 
 
 def _parse(name: str) -> tuple[str, tuple[int, ...]]:
-  # Before libtpu sees it: a slice with no chips ends the process there.
+  # Check the name here, because libtpu ends the process for a slice without chips.
   match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name.strip().lower())
   if match is None:
-    raise ValueError(f"Got --topology={name}; expected <generation>:<shape>, such as v5e:4x4.{_known()}")
+    raise ValueError(f"Got --topology={name}; expected <generation>:<shape>, such as v5e:4x4.{_known_slices()}")
   generation, shape = match.groups()
   axes = tuple(map(int, shape.split("x")))
   if generation not in _GENERATIONS:
-    raise ValueError(f"Got --topology={name}, of a generation that is not known here.{_known()}")
+    raise ValueError(f"Got --topology={name} with the unknown generation {generation!r}.{_known_slices()}")
   dims, examples = _GENERATIONS[generation]
-  if len(axes) != dims or min(axes) < 1 or math.prod(axes) > _MOST_CHIPS:
+  if len(axes) != dims or min(axes) < 1 or math.prod(axes) > _MAX_CHIPS:
     raise ValueError(
-      f"Got --topology={name}; expected {dims} axes of at least 1 and at most {_MOST_CHIPS:,} chips together for {generation},"
+      f"Got --topology={name}; expected {dims} axes for {generation}, each of at least 1 chip, and at most {_MAX_CHIPS:,} chips in all,"
       f" such as {', '.join(examples)}."
     )
   return generation, axes
 
 
-def _known() -> str:
+def _known_slices() -> str:
   examples = "; ".join(f"{name}: {', '.join(slices)}" for name, (_, slices) in _GENERATIONS.items())
   return f" Known generations, with some of their slices: {examples}."
 
@@ -129,19 +132,17 @@ def _explain(name: str, generation: str, axes: tuple[int, ...], error: str) -> s
   examples = ", ".join(_GENERATIONS[generation][1])
   if "lockfile" in error or "already in use" in error:
     return (
-      f"Got --topology={name}, but another process holds libtpu (/tmp/libtpu_lockfile); expected that process to end, the file"
-      " removed if there is none, or ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment: a compiler needs no TPU."
+      f"Got --topology={name}, but another process uses libtpu (/tmp/libtpu_lockfile). Wait until it ends; or remove the file"
+      " if there is no process; or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment, which is safe for a compiler."
     )
   if "divisible" in error:
     return (
-      f"Got --topology={name}, which no machines make up (4 chips each, 2 by 2); expected axes of 1 or an even number of chips,"
-      f" such as {examples}."
+      f"Got --topology={name}, which does not consist of machines with 2 by 2 chips; expected axes of 1 or an even number of"
+      f" chips, such as {examples}."
     )
   if "external name" in error or "chip config" in error:
     return (
-      f"Got --topology={name}, a generation that this libtpu does not know; expected another libtpu"
-      f" (pip install --upgrade jax libtpu) or another generation.{_known()}"
+      f"Got --topology={name}, but this libtpu does not support the generation. Upgrade it (pip install --upgrade jax libtpu),"
+      f" or choose another generation.{_known_slices()}"
     )
-  return (
-    f"Got --topology={name}, which libtpu does not take ({error.splitlines()[0]}); expected a slice such as {examples}."
-  )
+  return f"Got --topology={name}, but libtpu rejects it ({error.splitlines()[0]}); expected a slice such as {examples}."

@@ -1,4 +1,4 @@
-"""What happens to a training run from outside: it is told to stop, or asked for a trace of its steps."""
+"""Stop training on a signal, and record profiler traces of steps."""
 
 import contextlib
 import signal
@@ -12,45 +12,48 @@ import jax
 from ddpm_jax.devices import interrupts
 from ddpm_jax.devices.progress import print_line
 
-# JAX's service looks for a SIGTERM once a second, and then asks all processes for their step: three seconds in all.
-_TOLD_SECONDS, _QUESTIONS = 0.1, 30
+# After a SIGTERM, JAX's service takes up to three seconds until all processes agree on a step. Check for this long.
+_CHECK_SECONDS, _NUM_CHECKS = 0.1, 30
 
 
 class Signals:
-  """Turn SIGTERM and SIGINT into a wish to stop, which all processes hear of at the same step. A second one ends at once.
+  """Stop training after the current step on SIGTERM or SIGINT.
+
+  All processes stop after the same step. A second signal ends the program immediately.
 
   Args:
-    on_signal: called when one process of one is told to stop, such as to give up waiting for data.
+    on_signal: called when a signal arrives, for example to stop waiting for data. With several processes it is not
+      called.
   """
 
-  _WATCHED = (signal.SIGTERM, signal.SIGINT)
+  _HANDLED = (signal.SIGTERM, signal.SIGINT)
 
   def __init__(self, on_signal: Callable[[], None] = lambda: None) -> None:
     self.number, self._on_signal = 0, on_signal
 
   def __enter__(self) -> "Signals":
-    # Several processes: JAX's own service watches SIGTERM, and agrees on the step.
-    watched = self._WATCHED if jax.process_count() == 1 else ()
+    # With several processes, JAX's own service handles SIGTERM and makes all processes agree on a step.
+    handled = self._HANDLED if jax.process_count() == 1 else ()
     self._stack = contextlib.ExitStack()
-    if watched:
+    if handled:
       self._stack.enter_context(interrupts.defer_interrupt())
-    self._before = {number: signal.signal(number, self._hear) for number in watched}
+    self._old_handlers = {number: signal.signal(number, self._handle) for number in handled}
     return self
 
   def __exit__(self, *_: Any) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._old_handlers.items():
       signal.signal(number, handler)
     self._stack.close()
 
-  def _hear(self, number: int, frame: Any) -> None:
+  def _handle(self, number: int, frame: Any) -> None:
     self.number = number
-    for watched, handler in self._before.items():
-      signal.signal(watched, handler)
+    for handled, handler in self._old_handlers.items():
+      signal.signal(handled, handler)
     print_line(f"{signal.Signals(number).name}: saving after this step ...")
     self._on_signal()
 
   def should_stop(self, step: int) -> bool:
-    """Return whether to stop after step `step`, the same on every process."""
+    """Return whether all processes should stop after this step."""
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
 
@@ -59,24 +62,30 @@ class Signals:
     return bool(self.number)
 
   def stopped_late(self, step: int) -> bool:
-    """Return whether a stop was asked for too late for a step to agree on, the same on every process."""
+    """Return whether a signal arrived too late in training for the processes to agree on a step."""
     if jax.process_count() > 1 and not self.number:
-      # No number may be left out: they may have agreed on the next one, which the loop no longer asks about.
-      for question in range(_QUESTIONS):
-        if self.should_stop(step + question):
+      # Check every following step number. The processes may have agreed on one that training does not reach.
+      for offset in range(_NUM_CHECKS):
+        if self.should_stop(step + offset):
           break
-        time.sleep(_TOLD_SECONDS)
+        time.sleep(_CHECK_SECONDS)
     return bool(self.number)
 
 
 class Trace:
-  """A trace of `count` steps after step `first` for TensorBoard's profiler and Perfetto, into `folder`."""
+  """Record a trace of steps for TensorBoard's profiler and Perfetto.
+
+  Args:
+    folder: the folder to write the trace to.
+    first: the step after which the trace starts.
+    count: the number of steps; 0 for no trace.
+  """
 
   def __init__(self, folder: Path, first: int, count: int):
     self._folder, self._first, self._count, self._open = folder, first, count, False
 
   def before_step(self, number: int) -> None:
-    """Begin or end the trace, if step `number` is the one."""
+    """Start or end the trace if it starts or ends before this step."""
     if self._count and number == self._first + 1:
       jax.profiler.start_trace(str(self._folder))
       self._open = True
@@ -84,7 +93,7 @@ class Trace:
       self.close()
 
   def close(self) -> None:
-    """End the trace, if it is open, and say where it lies."""
+    """End the trace if it is running, and print its folder."""
     if self._open:
       jax.profiler.stop_trace()
       self._open = False

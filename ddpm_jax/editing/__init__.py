@@ -1,7 +1,8 @@
-"""Editing with a trained model as it is: inpainting, restoration from measurements, image to image, inversion.
+"""Edit images with a trained diffusion model and no further training.
 
-Wrappers `Sampler -> Sampler` (`replace`, `repaint`, `dps`) and `denoise -> denoise` (`posterior`), and functions that run
-`sampling.sample` on images (`img2img`, `invert`, `interpolate`). For data in [-1, 1], as everywhere.
+The package covers inpainting, restoration from measurements, image-to-image sampling and inversion. `replace`,
+`repaint` and `dps` wrap a `Sampler`. `posterior` wraps `denoise`. `img2img`, `invert` and `interpolate` run
+`sampling.sample` on images. Data are in [-1, 1].
 """
 
 from ddpm_jax.editing.inpainting import repaint, replace

@@ -1,6 +1,7 @@
-"""Linear measurements of images: plain functions x [B, H, W, C] -> y [B, ...] that treat samples alike and apart.
+"""Measure images with linear operators.
 
-Any such function serves; these are the common ones. Their transposes are JAX's (`transpose`), not written by hand.
+An operator is a function x [B, H, W, C] -> y [B, ...] that applies the same linear map to each sample. This module has
+common operators, but any linear function works. `transpose` derives the transpose with JAX.
 """
 
 import math
@@ -15,16 +16,18 @@ from ddpm_jax.arguments import check_types
 Array = jax.Array
 Operator = Callable[[Array], Array]
 
-# Rec. 601: what a gray image is made of.
+# Weights of red, green and blue in the luma of Rec. 601.
 _LUMA = (0.299, 0.587, 0.114)
 
 
 @check_types
 def mask_operator(keep) -> Operator:
-  """Known pixels as they are, 0 elsewhere: `y = where(keep, x, 0)`, of the shape of x.
+  """Make an operator that keeps some pixels and sets the others to 0.
+
+  The measurement is `y = where(keep, x, 0)`, of the shape of x.
 
   Args:
-    keep: booleans that broadcast against x [B, H, W, C], such as [H, W, 1]; True where x is known.
+    keep: booleans that broadcast to x [B, H, W, C], such as [H, W, 1]. True keeps a pixel.
 
   Raises:
     ValueError: if `keep` is not boolean.
@@ -35,10 +38,11 @@ def mask_operator(keep) -> Operator:
 
 @check_types
 def blur(std: float) -> Operator:
-  """A Gaussian blur of height and width, cut off at 4 standard deviations; the shape stays.
+  """Make an operator that blurs images with a Gaussian and keeps their shape.
 
-  Images are continued by their mirror image, edge pixels repeated, as by SciPy's `gaussian_filter`: so every pixel gives
-  and takes a weight of 1 in all, and the mean of an image does not change.
+  The kernel is truncated at 4 standard deviations. Images are padded by reflection, including the edge pixels, like the
+  default mode of SciPy's `gaussian_filter`. The total weight to and from each pixel is thus 1, and the mean of an image
+  does not change.
 
   Args:
     std: the standard deviation, in pixels.
@@ -54,7 +58,7 @@ def blur(std: float) -> Operator:
 
   def apply(x):
     _check_images(x)
-    # Shifted copies, weighed and added: XLA's grouped convolutions take 20 times as long on a CPU.
+    # A weighted sum of shifted copies. XLA's grouped convolutions take 20 times as long on CPUs.
     for axis in (1, 2):
       size = x.shape[axis]
       padded = jnp.pad(x, [(radius, radius) if i == axis else (0, 0) for i in range(4)], mode="symmetric")
@@ -67,13 +71,16 @@ def blur(std: float) -> Operator:
 
 @check_types
 def downsample(factor: int) -> Operator:
-  """The means of boxes of `factor` by `factor` pixels: y [B, H / factor, W / factor, C].
+  """Make an operator that averages blocks of `factor` by `factor` pixels.
+
+  The measurement has the shape [B, H / factor, W / factor, C].
 
   Raises:
-    ValueError: if the factor is not a whole number of at least 1; when called, if it does not divide height and width.
+    ValueError: if the factor is not an integer of at least 1. The operator raises it if the factor does not divide the
+      height and width.
   """
   if factor != int(factor) or factor < 1:
-    raise ValueError(f"Got factor={factor}; expected a whole number of at least 1, such as 4.")
+    raise ValueError(f"Got factor={factor}; expected an integer of at least 1, such as 4.")
   factor = int(factor)
 
   def apply(x):
@@ -81,33 +88,32 @@ def downsample(factor: int) -> Operator:
     batch, height, width, channels = x.shape
     if height % factor or width % factor:
       raise ValueError(
-        f"Got images of {height} by {width} pixels; expected multiples of {factor}: crop or pad them first."
+        f"Got images of {height} by {width} pixels; expected multiples of {factor}. Crop or pad the images first."
       )
-    boxes = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
-    return boxes.mean((2, 4))
+    blocks = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
+    return blocks.mean((2, 4))
 
   return apply
 
 
 @check_types
 def gray(x: Array) -> Array:
-  """The luma of color images [B, H, W, 3], [B, H, W, 1], by the weights of Rec. 601.
+  """Convert color images [B, H, W, 3] to luma [B, H, W, 1] with the weights of Rec. 601.
 
   Raises:
     ValueError: if x does not have 3 channels.
   """
   if x.ndim < 1 or x.shape[-1] != 3:
-    raise ValueError(f"Got images of shape {x.shape}; expected 3 channels, red, green and blue, in the last axis.")
+    raise ValueError(f"Got images of shape {x.shape}; expected 3 channels (red, green, blue) in the last axis.")
   luma = jnp.asarray(_LUMA, x.dtype).reshape((1,) * (x.ndim - 1) + (3,))
   return jnp.sum(x * luma, axis=-1, keepdims=True)
 
 
 def transpose(operator: Operator, x: Array) -> Operator:
-  """The transpose of an operator on arrays like x.
+  """Return the transpose of an operator for inputs of the shape and dtype of x.
 
   Raises:
-    ValueError: if the operator is not linear, as far as can be told: of one that reads traced values, whether it adds a
-      constant is not checked.
+    ValueError: if the operator is not linear. An added constant goes unnoticed if the operator uses traced values.
   """
   example = jax.ShapeDtypeStruct(x.shape, x.dtype)
   try:
@@ -115,31 +121,31 @@ def transpose(operator: Operator, x: Array) -> Operator:
     jax.eval_shape(adjoint, jax.eval_shape(operator, example))
   except (NotImplementedError, AssertionError, TypeError) as error:
     raise ValueError(
-      "Got an operator that JAX cannot transpose; expected a linear one, such as editing.downsample(4). For others, editing.dps"
-      f" needs a derivative only. JAX says: {str(error) or type(error).__name__}"
+      "Got an operator that JAX cannot transpose; expected a linear one, such as editing.downsample(4). For nonlinear"
+      f" operators, use editing.dps. The error of JAX: {str(error) or type(error).__name__}"
     ) from error
-  # JAX transposes x + 1 like x.
+  # JAX ignores constants: it transposes x + 1 like x.
   with jax.ensure_compile_time_eval():
     offset = operator(jnp.zeros(x.shape, x.dtype))
     if not isinstance(offset, jax.core.Tracer) and bool(jnp.any(offset != 0)):
       raise ValueError(
-        "Got an operator that does not take 0 to 0; expected a linear one. Subtract what it adds from the operator and from"
+        "Got an operator that does not map 0 to 0; expected a linear one. Subtract the constant from the operator and from"
         " the measurement."
       )
   return lambda y: adjoint(y)[0]
 
 
 def check_boolean(keep) -> None:
-  """Raises a ValueError unless `keep` holds booleans."""
+  """Raise a ValueError unless `keep` holds booleans."""
   if jnp.result_type(keep) != jnp.bool_:
     raise ValueError(
-      f"Got a mask of dtype {jnp.result_type(keep)}; expected booleans, True where a pixel is known, as mask > 0.5."
+      f"Got a mask of dtype {jnp.result_type(keep)}; expected booleans with True for known pixels. Use a comparison such as mask > 0.5."
     )
 
 
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-  """Whether an array of a shape broadcasts to another one."""
-  return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1], strict=False))
+def can_broadcast(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+  """Return whether an array of a shape broadcasts to the target shape."""
+  return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
 
 
 def _check_images(x: Array) -> None:

@@ -1,4 +1,8 @@
-"""Other people's weights and formats: `diffusers` folders, `guided_diffusion` checkpoints and `inception` weights; `tensors` reads their files."""
+"""Load models that other libraries wrote, and save models for them.
+
+`diffusers` reads and writes diffusers' folders, `guided_diffusion` reads guided-diffusion's checkpoints, `inception`
+reads the weights of the FID network, and `tensors` reads and writes files of weights.
+"""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Cards of models that are written for diffusers."""
+"""Write model cards for models exported to diffusers."""
 
 import json
 from collections.abc import Mapping
@@ -19,18 +19,20 @@ def model_card(
   config: Mapping[str, Any] | None,
   scores: Mapping[str, Any] | None,
 ) -> str:
-  """Write what a model is, how to run it, how good it is and how it was trained, as Markdown.
+  """Return a model card as Markdown.
+
+  It describes the model, shows how to sample from it, and lists its scores and its training config.
 
   Args:
-    network: its U-Net.
-    params: its parameters.
-    shape: [H, W, C] of its images.
-    scheduler_config: as diffusers has it.
-    config: how it was trained; None to leave that out.
-    scores: how good it is; None to leave that out.
+    network: the U-Net.
+    params: the parameters of the U-Net.
+    shape: the shape [H, W, C] of one image.
+    scheduler_config: the scheduler config in diffusers' format.
+    config: the training config. None leaves the section out.
+    scores: the evaluation scores. None leaves the section out.
   """
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  clipped = ", use_clipped_model_output=True" if scheduler_config["clip_sample"] else ""
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+  clip_option = ", use_clipped_model_output=True" if scheduler_config["clip_sample"] else ""
   lines = [
     "---",
     "library_name: diffusers",
@@ -38,37 +40,37 @@ def model_card(
     "tags: [diffusion, ddpm, jax, ddpm_jax]",
     "---",
     "",
-    f"# A diffusion model of images of {shape[0]}x{shape[1]}, {shape[2]} channel{'s' if shape[2] > 1 else ''}",
+    f"# Diffusion model for {shape[0]}x{shape[1]} images with {shape[2]} channel{'s' if shape[2] > 1 else ''}",
     "",
-    f"A U-Net of {count:,} parameters, trained with ddpm_jax. It gives {scheduler_config['prediction_type']} at"
-    f" {scheduler_config['num_train_timesteps']} steps.",
+    f"A U-Net with {num_params:,} parameters, trained with ddpm_jax. It predicts `{scheduler_config['prediction_type']}`"
+    f" for a noise schedule of {scheduler_config['num_train_timesteps']} steps.",
     "",
   ]
-  learned = scheduler_config["variance_type"] == "learned_range"
-  conditioned = network.num_classes or network.vector_embedding
-  if conditioned:
+  learns_variance = scheduler_config["variance_type"] == "learned_range"
+  is_conditional = network.num_classes or network.vector_embedding
+  if is_conditional:
     lines += [
-      "It is conditioned, which diffusers' pipelines do not pass on: call `pipeline.unet(x, t, class_labels)`.",
+      "The model takes a condition. diffusers' pipelines do not pass one on; call `pipeline.unet(x, t, class_labels)`.",
       "",
     ]
   else:
     ddim = [
       "from diffusers import DDIMPipeline",
       "",
-      f'images = DDIMPipeline.from_pretrained("<this folder>")(batch_size=16, num_inference_steps=50{clipped}).images',
+      f'images = DDIMPipeline.from_pretrained("<this folder>")(batch_size=16, num_inference_steps=50{clip_option}).images',
     ]
     lines += [
       "```python",
       "from diffusers import DDPMPipeline",
       "",
       'images = DDPMPipeline.from_pretrained("<this folder>")(batch_size=16).images',
-      *([] if learned else ["", *ddim]),
+      *([] if learns_variance else ["", *ddim]),
       "```",
       "",
     ]
-  if clipped and not conditioned and not learned:
+  if clip_option and not is_conditional and not learns_variance:
     lines += [
-      "`use_clipped_model_output=True` derives the noise anew from the clipped estimate of the image, as ddpm_jax does.",
+      "`use_clipped_model_output=True` recomputes the noise from the clipped image estimate. ddpm_jax always does.",
       "",
     ]
   lines += [

@@ -1,8 +1,10 @@
-"""Models of diffusers' pixel pipelines (DDPMPipeline, DDIMPipeline): folders read into a `Model`, and written from one.
+"""Load models of diffusers' pixel pipelines (DDPMPipeline, DDIMPipeline) from folders, and save them.
 
-model, params = interop.diffusers.load("google/ddpm-cifar10-32")
-x = model.process.prior(jax.random.key(0), (16, *model.shape))
-samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(params), x, model.times(50))
+For example::
+
+  model, params = interop.diffusers.load("google/ddpm-cifar10-32")
+  x = model.process.prior(jax.random.key(0), (16, *model.shape))
+  samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(params), x, model.times(50))
 """
 
 import json
@@ -24,12 +26,12 @@ from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 _WEIGHTS = "diffusion_pytorch_model"
-# Where a pipeline keeps the configs of its network and its scheduler.
+# The paths of the configs of network and scheduler inside a pipeline's folder.
 _CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# What save writes into "_diffusers_version": the version that it was compared with.
+# The value of "_diffusers_version" in saved configs: the diffusers version that the tests compare with.
 _VERSION = "0.42.1"
-# Files of weights, the best first: whole, in shards, or of a variant such as fp16.
+# Patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16.
 _FORMS = tuple(f"{_WEIGHTS}{form}{suffix}" for suffix in (".safetensors", ".bin") for form in ("", "-*-of-*", ".*"))
 
 
@@ -43,28 +45,29 @@ def load(
   remat: str = "none",
   attention: str = "",
 ) -> tuple[Model, PyTree]:
-  """Read a model that diffusers wrote, or that `save` wrote.
+  """Load a model that diffusers or `save` wrote.
 
-  Its conditions are those that its U-Net takes: "classes"; "level", one number (class_embed_type "timestep"), or "vector" ("identity"); and
-  "hint", an image of the channels that it takes beyond those that it makes. Its defaults are those of its scheduler.
+  The model has the conditions that its U-Net takes: "classes", "level" (one number, class_embed_type "timestep") or
+  "vector" (class_embed_type "identity"), and "hint", an image, if the network has more input channels than image
+  channels. The sampling defaults come from the scheduler.
 
   Args:
-    path: a folder: of a pipeline (unet/ and scheduler/), or a flat one with both configs and the weights in it. Or a name
-      on the Hugging Face hub, such as "google/ddpm-cifar10-32", where the package huggingface_hub is installed.
-    shape: [H, W, C] of the images; None for what the config says (`sample_size`).
-    class_dropout: the share of samples whose class is hidden in training, in [0, 1). Above 0 the last class stands for none, so there is one
-      less than the folder says.
+    path: the folder of a pipeline (unet/ and scheduler/), or a flat folder that contains both configs and the weights.
+      Or a name on the Hugging Face hub, such as "google/ddpm-cifar10-32"; this needs the package huggingface_hub.
+    shape: the shape [H, W, C] of the images. None takes it from the config (`sample_size`).
+    class_dropout: the probability in [0, 1) that training hides the class of a sample. Above 0, the last class of the
+      network means "no class", and one class fewer remains.
     dropout: the dropout rate of the U-Net in training.
-    dtype: the type of the computation, "float32" or "bfloat16".
-    remat: what the backward pass computes again, as in `networks.UNet`.
-    attention: as in `networks.UNet`.
+    dtype: the dtype of the computation, "float32" or "bfloat16".
+    remat: what the backward pass recomputes, see `networks.UNet`.
+    attention: see `networks.UNet`.
 
   Returns:
     The model, and the parameters of its network in float32.
 
   Raises:
-    ValueError: if there is no such model, it has an option that is not supported, or its weights do not fit its config or
-      cannot be read; the message names what is wrong. Or if an argument does not fit it.
+    ValueError: if the model does not exist, has an unsupported option, or an argument does not fit the model; or if the
+      weights cannot be read or do not match the config. The message names the cause.
   """
   folder = find_folder(path)
   model = read(
@@ -76,7 +79,7 @@ def load(
     remat=remat,
     attention=attention,
   )
-  channels = model.data_shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in _images(model))
+  channels = model.data_shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in _image_conditions(model))
   return model, _load_params(config_paths(folder)[0].parent, model.network.module, channels)
 
 
@@ -90,19 +93,22 @@ def read(
   remat: Annotated[str, "speed"] = "none",
   attention: Annotated[str, "speed"] = "",
 ) -> Model:
-  """Read a model without its parameters, from the two config files alone.
+  """Read a model from its two config files, without the parameters.
 
   Args:
-    path: as in `load`; the folder may be one that `copy_config` wrote.
-    shape: as in `load`, as are the others.
-    class_dropout: see there.
-    dropout: see there.
-    dtype: see there.
-    remat: see there.
-    attention: see there.
+    path: see `load`. A folder that `copy_config` wrote is enough.
+    shape: see `load`.
+    class_dropout: see `load`.
+    dropout: see `load`.
+    dtype: see `load`.
+    remat: see `load`.
+    attention: see `load`.
+
+  Returns:
+    The model.
 
   Raises:
-    ValueError: as `load`.
+    ValueError: see `load`.
   """
   folder = find_folder(path, weights=False)
   unet_path, scheduler_path = config_paths(folder)
@@ -111,13 +117,13 @@ def read(
     network, config = unet2d.from_config(unet_config), unet2d.with_defaults(unet_config)
   with jsonfiles.named_errors(scheduler_path):
     schedule = schedulers.from_config(scheduler_config)
-    process, prediction = schedule.process(), schedule.meaning()
+    process, prediction = schedule.make_process(), schedule.make_prediction()
     predictions.check_prediction(process, prediction)
   channels = _channels(folder, config, prediction)
   if network.time_embedding == "fourier":
     raise ValueError(
-      f"Got {folder}, with time_embedding_type='fourier', which is not finite at step 0 of a {scheduler_config.get('_class_name')};"
-      " load_unet reads the network alone, whose time input is the logarithm of the noise level."
+      f"Got {folder} with time_embedding_type='fourier', which is not finite at step 0 of a {scheduler_config.get('_class_name')}; load the"
+      " network alone with load_unet, and pass the logarithm of the noise level as its time."
     )
   with jsonfiles.named_errors(unet_path):
     data_shape = _data_shape(config, channels, shape)
@@ -139,38 +145,44 @@ def read(
 
 
 def copy_config(path: str | Path, folder: str | Path) -> None:
-  """Copy the two config files of a model, which are all that `read` needs, to a folder: unet/config.json and scheduler/scheduler_config.json.
+  """Copy the two config files of a model to a folder, as unet/config.json and scheduler/scheduler_config.json.
+
+  `read` needs only these two files.
 
   Args:
-    path: the model, as in `load`.
-    folder: where to write them; files of these names are replaced.
+    path: the model, see `load`.
+    folder: the destination. Existing config files are replaced.
 
   Raises:
-    ValueError: if there is no such model.
-    WriteError: if they cannot be written.
+    ValueError: if the model does not exist.
+    WriteError: if the files cannot be written.
   """
-  for source, place in zip(config_paths(find_folder(path, weights=False)), _CONFIGS, strict=True):
-    target = user_path(folder) / place
+  for source, relative_path in zip(config_paths(find_folder(path, weights=False)), _CONFIGS, strict=True):
+    target = user_path(folder) / relative_path
     with files.named_errors(target):
       target.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(target, jsonfiles.read_text(source))
 
 
 def has_size(path: str | Path) -> bool:
-  """Return whether the config of a model says the size of its images, so that `load` needs no `shape`."""
+  """Return whether the config of a model contains the image size.
+
+  Without it, `load` needs `shape`.
+  """
   config = jsonfiles.read(config_paths(find_folder(path, weights=False))[0])
   return config.get("sample_size") is not None
 
 
 def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -> int:
-  """Return the channels of the images that a network makes."""
-  made, learned = config["out_channels"], prediction.learned_variance
-  channels = made // (2 if learned else 1)
-  # More channels in than out: an image that conditions the model is joined to them.
-  if channels > config["in_channels"] or made % (2 if learned else 1):
+  """Return the number of channels of the images that a network generates."""
+  out_channels, learns_variance = config["out_channels"], prediction.learned_variance
+  channels = out_channels // (2 if learns_variance else 1)
+  # A network with more input channels than image channels takes a conditioning image, concatenated to x.
+  if channels > config["in_channels"] or out_channels % (2 if learns_variance else 1):
     raise ValueError(
-      f"Got {folder}, with in_channels={config['in_channels']}, out_channels={made} and a variance that is"
-      f" {'learned' if learned else 'fixed'}; expected as many channels out as in, or twice as many for a learned_range variance."
+      f"Got {folder} with in_channels={config['in_channels']}, out_channels={out_channels} and a"
+      f" {'learned' if learns_variance else 'fixed'} variance; expected out_channels equal to in_channels, or twice as many for variance_type"
+      " learned_range."
     )
   return channels
 
@@ -179,12 +191,14 @@ def _data_shape(config: dict[str, Any], channels: int, shape: tuple[int, int, in
   if shape is None:
     if config["sample_size"] is None:
       raise ValueError(
-        f"Got sample_size=null, so the size of the images is not known; pass shape=(height, width, {channels})."
+        f"Got sample_size=null, which leaves the image size open; pass shape=(height, width, {channels})."
       )
     height, width = unet2d.image_size(config)
     return height, width, channels
   if len(shape) != 3 or min(shape) < 1 or shape[2] != channels:
-    raise ValueError(f"Got shape={tuple(shape)} for a model of {channels} channels; pass (height, width, {channels}).")
+    raise ValueError(
+      f"Got shape={tuple(shape)} for a model with {channels} channels; expected (height, width, {channels})."
+    )
   height, width, _ = shape
   return height, width, channels
 
@@ -192,36 +206,45 @@ def _data_shape(config: dict[str, Any], channels: int, shape: tuple[int, int, in
 def _conditions(
   network: UNet, extra: int, data_shape: tuple[int, int, int], class_dropout: float
 ) -> dict[str, Condition]:
-  """Return what a network can be given: `extra` channels beside x, and what its embedding takes."""
-  found: dict[str, Condition] = {}
+  """Return the conditions of a network by name.
+
+  They are the input of its embedding, and an image if the network takes `extra` input channels.
+  """
+  by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:
     raise ValueError(
-      f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected 0, or a model of 2 or more"
-      " classes, of which the last stands for none."
+      f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected 0, or a model with at"
+      " least 2 classes, because the last one then means no class."
     )
   if network.num_classes:
     number = network.num_classes - 1 if class_dropout else network.num_classes
-    found["classes"] = conditions.classes("classes", number, class_dropout)
+    by_name["classes"] = conditions.classes("classes", number, class_dropout)
   if network.vector_embedding == "time":
-    found["level"] = conditions.level("level")
+    by_name["level"] = conditions.level("level")
   elif network.vector_embedding:
-    found["vector"] = conditions.vector("vector", network.embedding_features or 4 * network.channels)
+    by_name["vector"] = conditions.vector("vector", network.embedding_features or 4 * network.channels)
   if extra:
-    # Not "image": of that name are the data themselves.
-    found["hint"] = conditions.image("hint", (*data_shape[:2], extra))
-  return found
+    # The name "image" is taken by the data.
+    by_name["hint"] = conditions.image("hint", (*data_shape[:2], extra))
+  return by_name
 
 
-def _images(model: Model) -> list[str]:
-  """Return the names of the conditions that join x."""
+def _image_conditions(model: Model) -> list[str]:
+  """Return the names of the conditions that are concatenated to x."""
   return [name for name, condition in model.conditions.items() if "image" in jax.tree.leaves(condition.kind)]
 
 
 def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
-  """Read the network and the parameters of a `UNet2DModel` folder, config.json and weights, or of a pipeline's unet/.
+  """Load the network and the parameters of a `UNet2DModel`.
+
+  Args:
+    path: a folder with config.json and weights, or the folder of a pipeline with unet/.
+
+  Returns:
+    The network, and its parameters in float32.
 
   Raises:
-    ValueError: as `load`.
+    ValueError: see `load`.
   """
   folder = find_folder(path)
   folder = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -232,50 +255,58 @@ def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
 
 
 def config_paths(folder: Path) -> tuple[Path, Path]:
-  """The files of the network's config and of the scheduler's.
+  """Return the paths of the network's config and the scheduler's config.
 
   Raises:
-    ValueError: if one is missing, or the pipeline is of another kind.
+    ValueError: if a config is missing, or the pipeline is not a pixel pipeline.
   """
   index = folder / "model_index.json"
   if index.is_file():
     content = jsonfiles.read(index)
     with jsonfiles.named_errors(index):
-      parts = _parts(content)
+      parts = _part_names(content)
     if not {"unet", "scheduler"} >= set(parts):
       raise ValueError(
-        f"Got {folder}, a {content.get('_class_name')} of {', '.join(parts)}; expected a pixel pipeline, of"
-        " unet and scheduler alone, such as a DDPMPipeline or a DDIMPipeline."
+        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(parts)}; expected a pixel pipeline with only unet and"
+        " scheduler, such as a DDPMPipeline or a DDIMPipeline."
       )
-  nested = (folder / "unet").is_dir()
-  unet_folder = folder / "unet" if nested else folder
-  scheduler = (folder / "scheduler" if nested else folder) / "scheduler_config.json"
-  for file, what in ((unet_folder / "config.json", "network"), (scheduler, "scheduler")):
+  is_nested = (folder / "unet").is_dir()
+  unet_folder = folder / "unet" if is_nested else folder
+  scheduler = (folder / "scheduler" if is_nested else folder) / "scheduler_config.json"
+  for file, part in ((unet_folder / "config.json", "network"), (scheduler, "scheduler")):
     if not file.is_file():
       raise ValueError(
-        f"Got {folder}, where {file.relative_to(folder)}, the config of the {what}, is missing; expected a folder that diffusers'"
+        f"Got {folder}, which lacks {file.relative_to(folder)}, the config of the {part}; expected a folder that diffusers'"
         " save_pretrained wrote, nested (unet/, scheduler/) or flat."
       )
   return unet_folder / "config.json", scheduler
 
 
-def _parts(index: Mapping[str, Any]) -> list[str]:
-  """The names of a pipeline's parts: what its index gives a library and a class for, or nulls. Other keys are options."""
+def _part_names(index: Mapping[str, Any]) -> list[str]:
+  """Return the names of a pipeline's parts.
+
+  The index maps each part to a list: the names of its library and class, or nulls. Other keys are options.
+  """
   parts = [name for name in index if name in ("unet", "scheduler") or isinstance(index[name], list)]
   jsonfiles.check_types(index, {"_class_name": (str,)} | {name: ([str, type(None)],) for name in parts}, "pipeline")
-  odd = [name for name in parts if len(index[name]) != 2]
-  if odd:
+  malformed = [name for name in parts if len(index[name]) != 2]
+  if malformed:
     raise ValueError(
-      f"Got a pipeline with {odd[0]}={jsonfiles.shorten(index[odd[0]])}; expected the names of a library and of a class. Correct the file."
+      f"Got a pipeline with {malformed[0]}={jsonfiles.shorten(index[malformed[0]])}; expected the name of a library and the name of a class."
+      " Correct the file."
     )
   return sorted(parts)
 
 
 def find_folder(path: str | Path, *, weights: bool = True) -> Path:
-  """Return the folder of that path, or of that name on the hub, fetched if need be: with weights, or the configs alone.
+  """Return the folder of a model, downloaded from the Hugging Face hub if necessary.
+
+  Args:
+    path: a folder, or a name on the hub.
+    weights: whether to download the weights too, or only the configs.
 
   Raises:
-    ValueError: if there is neither.
+    ValueError: if the folder does not exist and the hub does not provide a model of this name.
   """
   folder = user_path(path)
   if folder.is_dir():
@@ -283,35 +314,35 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
   name = str(path)
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
     raise ValueError(
-      f"Got {name}, which is no folder; expected one, or a name on the hub such as google/ddpm-cifar10-32."
+      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32."
     )
   try:
     import huggingface_hub
   except ImportError as error:
     raise ValueError(
-      f"Got {name}, which is no folder. If it is a name on the Hugging Face hub: pip install 'ddpm_jax[hub]'."
+      f"Got {name}, which is not a folder. To load this name from the Hugging Face hub, run pip install 'ddpm_jax[hub]'."
     ) from error
 
-  def fetch(*patterns):
+  def download(*patterns):
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
 
   try:
     if not weights:
-      return fetch("*.json")
-    # Only the best of several forms of the same weights: whole or in shards, in float32, safetensors before pickles.
+      return download("*.json")
+    # A repository can contain the same weights in several forms. Download only the first form of _FORMS that exists.
     for form in _FORMS:
-      fetched = fetch("*.json", f"*{form}")
-      if any(fetched.rglob(form)):
+      downloaded = download("*.json", f"*{form}")
+      if any(downloaded.rglob(form)):
         break
-    return fetched
+    return downloaded
   except Exception as error:
     raise ValueError(
-      f"Got {name}, which is no folder, and cannot be fetched from the hub: {tensors.first_line(error)}"
+      f"Got {name}, which is not a folder and cannot be downloaded from the hub: {tensors.first_line(error)}"
     ) from error
 
 
 def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
-  path = _weights(folder)
+  path = _weights_path(folder)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
     path, "conv_in.weight", "UNet2DModel of diffusers"
   )
@@ -323,27 +354,27 @@ def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
   )
 
 
-def _weights(folder: Path) -> Path:
-  """The file of the weights, or the index of several, in the order of `_FORMS`.
+def _weights_path(folder: Path) -> Path:
+  """Return the path of the weights file, or of the index of sharded weights, in the order of `_FORMS`.
 
   Raises:
-    ValueError: if there is none, or there are several variants.
+    ValueError: if the folder has no weights, or several variants.
   """
   for suffix in ("safetensors", "bin"):
-    # A variant, such as fp16 or non_ema, stands before the suffix of a file and after that of an index.
+    # A variant name, such as fp16 or non_ema, comes before the suffix of a file but after the suffix of an index.
     for patterns in ((f"{_WEIGHTS}.{suffix}", f"{_WEIGHTS}.{suffix}.index.json"), _variants(suffix)):
-      found = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
-      if len(found) > 1:
+      matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
+      if len(matches) > 1:
         raise ValueError(
-          f"Got {folder} with the weights {', '.join(file.name for file in found)}; expected one of them. Remove the others."
+          f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them. Remove the others."
         )
-      if found:
-        return found[0]
-  others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
-  hint = f" There are {', '.join(others)}: save the model anew by save_pretrained." if others else ""
+      if matches:
+        return matches[0]
+  unusable = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
+  hint = f" The folder contains {', '.join(unusable)}; save the model again with save_pretrained." if unusable else ""
   raise ValueError(
-    f"Got {folder}, which holds no weights; expected {_WEIGHTS}.safetensors, {_WEIGHTS}.bin, a variant of them such as"
-    f" {_WEIGHTS}.fp16.safetensors, or shards with their index {_WEIGHTS}.safetensors.index.json.{hint}"
+    f"Got {folder}, which contains no weights; expected {_WEIGHTS}.safetensors, {_WEIGHTS}.bin, a variant such as"
+    f" {_WEIGHTS}.fp16.safetensors, or shards with an index {_WEIGHTS}.safetensors.index.json.{hint}"
   )
 
 
@@ -374,34 +405,34 @@ def save(
   config: Mapping[str, Any] | None = None,
   scores: Mapping[str, Any] | None = None,
 ) -> None:
-  """Write a folder that `DDPMPipeline.from_pretrained` and `DDIMPipeline.from_pretrained` open, and `load` too.
+  """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
-  diffusers' pipelines pass no condition to a network, and its DDIMPipeline samples no model with learned variance: such
-  models open there, to be sampled by other code.
+  diffusers' pipelines pass no condition to a network, and DDIMPipeline does not support learned variance. The pipelines
+  can open models with conditions or learned variance, but other code must sample from them.
 
   Args:
     path: the folder, new or empty.
-    model: of pixels, its network a `networks.UNet`, its process discrete or a continuous variance-preserving one, which becomes a table of
-      1000 steps, its prediction EPS, X0 or V, with or without learned variance.
-    params: the parameters of its network.
-    clip: the largest magnitude of an estimate of x_0; None for no clipping.
-    variance: of ancestral sampling: "small", "large" or "learned".
-    spacing: the grid of times that diffusers should use: "trailing", "leading" or "linspace".
-    config: how the model was trained, for the model card.
-    scores: how good it is, for the model card.
+    model: a pixel model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The
+      process is discrete, or continuous and variance-preserving. A continuous process becomes a table of 1000 steps.
+    params: the parameters of the network.
+    clip: the maximum magnitude of an estimate of x_0; None for no clipping.
+    variance: the variance of ancestral sampling: "small", "large" or "learned".
+    spacing: the grid of times that diffusers uses: "trailing", "leading" or "linspace".
+    config: the training config, for the model card.
+    scores: the evaluation scores, for the model card.
 
   Raises:
-    ValueError: if the folder is not empty, or diffusers cannot express the model.
-    WriteError: if the folder cannot be written; nothing of it stays.
+    ValueError: if the folder is not empty, or diffusers cannot represent the model.
+    WriteError: if the folder cannot be written. A partial folder is removed.
   """
   path = check_output(path)
   check_exportable(model)
   network, shape, prediction = model.network.module, model.data_shape, model.prediction
-  wanted = shape[2] * (2 if prediction.learned_variance else 1)
-  if network.out_channels != wanted:
+  out_channels = shape[2] * (2 if prediction.learned_variance else 1)
+  if network.out_channels != out_channels:
     raise ValueError(
-      f"Got a network of out_channels={network.out_channels} for images of {shape}; expected {wanted}"
-      f"{', twice the channels, for a learned variance' if prediction.learned_variance else ''}."
+      f"Got a network with out_channels={network.out_channels} for images of shape {shape}; expected {out_channels}"
+      f"{', twice the channels, because the variance is learned' if prediction.learned_variance else ''}."
     )
   unet_config = unet2d.to_config(network, (shape[0], shape[1], shape[2]))
   scheduler_config = schedulers.to_config(model.process, prediction, clip=clip, variance=variance, spacing=spacing)
@@ -417,37 +448,46 @@ def save(
     tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.layout(len(network.multipliers)))
     _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
     files.write_text(folder / "README.md", model_card(network, params, shape, scheduler_config, config, scores))
-    # Last: without it the folder is no pipeline, and nobody opens half a model.
+    # Write the index last. Without it the folder is not a pipeline, so an incomplete model cannot be opened.
     _write(folder / "model_index.json", index)
 
 
 def check_exportable(model: Model) -> None:
-  """Raise a ValueError unless a model makes images from noise by a U-Net, as all pipelines of diffusers that are written do."""
-  images = _images(model)
-  if images:
+  """Check that a model can be saved as a diffusers pipeline.
+
+  Raises:
+    ValueError: if the model is not a U-Net that generates pixels from noise, with the time input of its process.
+  """
+  image_names = _image_conditions(model)
+  if image_names:
     raise ValueError(
-      f"Got a model with the condition {images[0]!r}, an image that it takes beside the noisy one, for which there is no pipeline to export to;"
-      " expected one that needs no image."
+      f"Got a model with the image condition {image_names[0]!r}, which no pixel pipeline of diffusers supports; expected a model without"
+      " image conditions."
     )
   module = model.network.module
   if not isinstance(module, UNet):
-    made = "functions" if module is None else f"a {type(module).__name__}"
+    kind = "plain functions" if module is None else f"a {type(module).__name__}"
     raise ValueError(
-      f"Got a model whose network is made of {made}; expected a networks.UNet, which diffusers' UNet2DModel computes too."
+      f"Got a model with a network made of {kind}; expected a networks.UNet, the counterpart of diffusers' UNet2DModel."
     )
   if model.codec != codecs.pixels() or len(model.data_shape) != 3 or model.shape != model.data_shape:
     raise ValueError(
-      f"Got a model whose x of shape {model.shape} stands for data of shape {model.data_shape} by a codec; expected one of the pixels of images"
-      " [H, W, C], as diffusers' DDPMPipeline makes them."
+      f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model of image pixels"
+      " [H, W, C], as in diffusers' DDPMPipeline."
     )
   if model.time_input is not None:
     raise ValueError(
-      "Got a model with a time input of its own; expected None, for that of its process, which diffusers computes too."
+      "Got a model with a custom time_input; expected time_input=None, so that the network gets the time input of the process, as in"
+      " diffusers."
     )
 
 
 def check_output(path: str | Path) -> Path:
-  """Return the folder to write to; raise a ValueError if it is a file, or not empty."""
+  """Return the absolute path of an output folder.
+
+  Raises:
+    ValueError: if the path is a file, or a folder that is not empty.
+  """
   folder = user_path(path).absolute()
   files.check_new_folder(folder)
   return folder

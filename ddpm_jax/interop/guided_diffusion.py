@@ -1,6 +1,7 @@
-"""Checkpoints of improved-diffusion and guided-diffusion (Nichol and Dhariwal 2021, Dhariwal and Nichol 2021).
+"""Load checkpoints of improved-diffusion and guided-diffusion (Nichol and Dhariwal 2021, Dhariwal and Nichol 2021).
 
-They are state dicts without a config: all that shapes tell is read from them, and what they do not tell is asked for.
+The checkpoints are state dicts without a config. The shapes of the tensors determine most options. The remaining
+options are arguments.
 
 For example::
 
@@ -8,7 +9,7 @@ For example::
     "64x64_diffusion.pt", shape=(64, 64, 3), head_channels=64, new_attention_order=True
   )
 
-The models of 128 and more pixels have the first order of attention.
+Published models for 128 pixels and more need `new_attention_order=False`.
 """
 
 import functools
@@ -23,7 +24,7 @@ import numpy as np
 
 from ddpm_jax import guidance, predictions, processes, sampling, schedules
 from ddpm_jax.interop import tensors
-from ddpm_jax.models import Condition, SamplingDefaults, Model, codecs, conditions, networks
+from ddpm_jax.models import Condition, Model, SamplingDefaults, codecs, conditions, networks
 from ddpm_jax.networks import Classifier, UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
@@ -31,12 +32,12 @@ from ddpm_jax.processes import Process
 Array = jax.Array
 PyTree = Any
 _EPSILON = 1e-5
-# The published models of so many pixels or fewer were trained with the cosine schedule, the others with the linear one.
-_LARGEST_COSINE = 64
-# As the papers sample, of 1000 or 4000.
+# Published models up to this image size were trained with the cosine schedule, larger ones with the linear schedule.
+_MAX_COSINE_SIZE = 64
+# The number of sampling steps in the papers, out of 1000 or 4000 training steps.
 _STEPS = 250
-# A name that each of these models has.
-_ANCHOR, _WHAT = "input_blocks.0.0.weight", "model of improved-diffusion or guided-diffusion"
+# The name of a tensor in all of these models, and a description of the models for error messages.
+_ANCHOR, _DESCRIPTION = "input_blocks.0.0.weight", "model of improved-diffusion or guided-diffusion"
 
 
 def load(
@@ -51,74 +52,77 @@ def load(
   rescale_timesteps: bool = False,
   factor: int = 4,
 ) -> tuple[Model, PyTree]:
-  """Read the model and the parameters of a checkpoint.
+  """Load the model and the parameters of a checkpoint.
 
-  Its conditions are "classes", if it is class-conditional, and "low_resolution", if it is a super-resolution model: the small image, which
-  is enlarged as that code does. By default it is sampled by 250 steps of DDPM with clipping, as in the papers.
+  A class-conditional model has the condition "classes". A super-resolution model has the condition "low_resolution",
+  the small image. The model enlarges it as guided-diffusion does. The default sampler is DDPM with 250 steps and
+  clipping, as in the papers.
 
   Args:
-    path: the file, .pt or .safetensors; pickles are read without running code from them.
-    shape: of one sample, such as [H, W, C], which no file tells.
-    heads: attention heads (improved-diffusion: 4).
-    head_channels: features of a head instead (guided-diffusion: 64).
-    new_attention_order: how the file orders queries, keys and values: its model's use_new_attention_order.
-    process: the forward process; None for that of the published models of this size: `schedules.cosine(1000)` up to 64 pixels, else
-      `schedules.linear(1000)`.
-    prediction: what the output means; None for EPS, with a learned variance if there are twice the channels.
-    rescale_timesteps: whether step n of N has the time input 1000 (n - 1) / N, as in improved-diffusion, instead of n - 1.
-    factor: of a super-resolution model, how many times smaller the sides of the image are that it enlarges.
+    path: the file (.pt or .safetensors). Code in a pickle never runs.
+    shape: the shape of one sample, such as [H, W, C]. Required, because the file does not contain it.
+    heads: the number of attention heads (4 for improved-diffusion). Set either `heads` or `head_channels`.
+    head_channels: the number of features per attention head (64 for guided-diffusion).
+    new_attention_order: the order of queries, keys and values in the file: the model's option use_new_attention_order.
+    process: the forward process. None selects the process of published models of this size: `schedules.cosine(1000)` up
+      to 64 pixels, else `schedules.linear(1000)`.
+    prediction: what the network predicts. None selects EPS, with learned variance if the output has twice the channels.
+    rescale_timesteps: whether the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion, or n - 1.
+    factor: for a super-resolution model, the ratio of the side of its output to the side of the small image.
 
   Returns:
     The model, and the parameters of its network in float32.
 
   Raises:
-    ValueError: if the file cannot be read, is of no such model, or an argument is missing or does not fit it.
+    ValueError: if the file cannot be read or contains another kind of model, or if an argument is missing or does not
+      fit the checkpoint.
   """
-  file = tensors.TensorFile(path, _ANCHOR, _WHAT)
-  network, template = network_of(file, heads=heads, head_channels=head_channels)
-  taken = _shape(file, "input_blocks.0.0.weight")[1]
+  file = tensors.TensorFile(path, _ANCHOR, _DESCRIPTION)
+  network, template = infer_network(file, heads=heads, head_channels=head_channels)
+  in_channels = _shape(file, "input_blocks.0.0.weight")[1]
   if shape is None:
     raise ValueError(
-      f"Got {file.path}, which does not tell the size of its images; pass shape=, such as"
-      f" shape={(*(64,) * network.dimensions, min(taken, network.out_channels))}."
+      f"Got {file.path}, which does not contain the image size; pass shape=, such as"
+      f" shape={(*(64,) * network.dimensions, min(in_channels, network.out_channels))}."
     )
   shape = tuple(shape)
   network.check_input(shape)
-  learned = _learned(file, network, shape)
-  prediction = _prediction(learned, prediction)
+  learns_variance = _learns_variance(file, network, shape)
+  prediction = _prediction(learns_variance, prediction)
   process, time_input = _process(process, shape, rescale_timesteps)
-  given = _conditions(file, network, shape, taken - shape[-1], factor)
+  model_conditions = _conditions(file, network, shape, in_channels - shape[-1], factor)
   model = Model(
-    network=networks.from_linen(network, given),
+    network=networks.from_linen(network, model_conditions),
     process=process,
     prediction=prediction,
-    conditions=given,
+    conditions=model_conditions,
     codec=codecs.pixels(),
     data_shape=shape,
     shape=shape,
     time_input=time_input,
-    defaults=_defaults(process, "learned" if learned else "large"),
+    defaults=_defaults(process, "learned" if learns_variance else "large"),
   )
   return model, tensors.load(file, template, _layout(network, new_attention_order))
 
 
-def _learned(file: tensors.TensorFile, network: UNet, shape: tuple[int, ...]) -> bool:
-  """Return whether a network learned the variance, by its channels."""
+def _learns_variance(file: tensors.TensorFile, network: UNet, shape: tuple[int, ...]) -> bool:
+  """Return whether a network learns the variance, judging by its number of output channels."""
   if len(shape) != network.dimensions + 1 or network.out_channels not in (shape[-1], 2 * shape[-1]):
     raise ValueError(
-      f"Got {file.path} of {network.dimensions} spatial axes and out_channels={network.out_channels}, with shape={shape}; expected a shape with"
-      " as many axes and one for channels, as many as those of the output or half of them."
+      f"Got shape={shape} for {file.path}, a network with {network.dimensions} spatial axes and out_channels={network.out_channels}; expected"
+      f" {network.dimensions} spatial axes and a last axis of {network.out_channels} channels, or half as many if the variance is learned."
     )
   return network.out_channels == 2 * shape[-1]
 
 
-def _prediction(learned: bool, prediction: Prediction | None) -> Prediction:
+def _prediction(learns_variance: bool, prediction: Prediction | None) -> Prediction:
   if prediction is None:
-    return predictions.learned_range(predictions.EPS) if learned else predictions.EPS
-  if prediction.learned_variance != learned:
+    return predictions.learned_range(predictions.EPS) if learns_variance else predictions.EPS
+  if prediction.learned_variance != learns_variance:
+    problem, fix = ("without", "wrap the prediction in") if learns_variance else ("with", "remove the wrapper")
     raise ValueError(
-      f"Got a prediction {'without' if learned else 'with'} a learned variance for a network {'with' if learned else 'without'} the channels of"
-      " one; wrap it by predictions.learned_range, or do not."
+      f"Got a prediction {problem} a learned variance for a network {'with' if learns_variance else 'without'} the output channels for it;"
+      f" {fix} predictions.learned_range."
     )
   return prediction
 
@@ -126,34 +130,34 @@ def _prediction(learned: bool, prediction: Prediction | None) -> Prediction:
 def _process(
   process: Process | None, shape: tuple[int, ...], rescale_timesteps: bool
 ) -> tuple[Process, Callable[[Array], Array] | None]:
-  """Return the process, and the time input where that is not its own."""
+  """Return the process, and a function for the time input, or None for the default one of the process."""
   if process is None:
-    small = max(shape[:-1]) <= _LARGEST_COSINE
-    process = processes.discrete(schedules.cosine(1000) if small else schedules.linear(1000))
+    is_small = max(shape[:-1]) <= _MAX_COSINE_SIZE
+    process = processes.discrete(schedules.cosine(1000) if is_small else schedules.linear(1000))
   if not rescale_timesteps:
     return process, None
   if not process.num_steps:
     raise ValueError(
-      "Got rescale_timesteps=True with a continuous process; expected a discrete one, whose steps are counted."
+      "Got rescale_timesteps=True with a continuous process; expected a discrete process, or rescale_timesteps=False."
     )
-  own, scale = process.time_input, 1000 / process.num_steps
-  return process, lambda t: own(t) * scale
+  time_input, scale = process.time_input, 1000 / process.num_steps
+  return process, lambda t: time_input(t) * scale
 
 
 def _conditions(
   file: tensors.TensorFile, network: UNet, shape: tuple[int, ...], extra: int, factor: int
 ) -> dict[str, Condition]:
-  found: dict[str, Condition] = {}
+  by_name: dict[str, Condition] = {}
   if network.num_classes:
-    found["classes"] = conditions.classes("classes", network.num_classes)
+    by_name["classes"] = conditions.classes("classes", network.num_classes)
   if extra:
     if extra != shape[-1] or network.dimensions != 2:
       raise ValueError(
-        f"Got {file.path}, which takes {extra} channels beside the {shape[-1]} of shape={shape}; expected none, or as many again of an image to"
-        " enlarge."
+        f"Got {file.path}, which takes {extra} input channels in addition to the {shape[-1]} of shape={shape}; expected none, or {shape[-1]} for"
+        " the small image of a 2D super-resolution model."
       )
-    found["low_resolution"] = conditions.low_resolution("low_resolution", shape, factor, method="bilinear")
-  return found
+    by_name["low_resolution"] = conditions.low_resolution("low_resolution", shape, factor, method="bilinear")
+  return by_name
 
 
 def _defaults(process: Process, variance: str) -> SamplingDefaults | None:
@@ -168,10 +172,10 @@ def _defaults(process: Process, variance: str) -> SamplingDefaults | None:
   )
 
 
-def network_of(
+def infer_network(
   file: tensors.TensorFile, *, heads: int | None = None, head_channels: int | None = None
 ) -> tuple[UNet, PyTree]:
-  """Return the U-Net of a checkpoint, from the shapes of its tensors, and the shapes of our parameters."""
+  """Return the U-Net of a checkpoint, inferred from the shapes of its tensors, and the shapes of our parameters."""
   levels, blocks = _levels_of_unet(file)
   options = _options(file, levels, blocks, heads, head_channels)
   ups = [_up(file, level, levels, blocks) for level in range(1, levels)]
@@ -196,30 +200,34 @@ def load_classifier(
   process: Process | None = None,
   rescale_timesteps: bool = False,
 ) -> tuple[Model, PyTree]:
-  """Read the noisy classifier and the parameters of a checkpoint (attention pooling, as the published ones have).
+  """Load a noisy classifier with attention pooling, as the published ones have, and its parameters.
 
-  `model.classify(params)` is what `guidance.classifier` takes. It denoises nothing: `model.prediction` says of it only that its input is
-  not scaled.
+  Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise; its `prediction` is EPS only because
+  the input of the classifier is not scaled.
 
   Args:
-    path: the file, .pt or .safetensors.
-    blocks: residual blocks a level, where the file leaves it open (guided-diffusion's classifier_depth).
-    head_channels: features of a head.
-    new_attention_order: as in `load`.
-    process: as in `load`.
-    rescale_timesteps: as in `load`.
+    path: the file (.pt or .safetensors).
+    blocks: the number of residual blocks per level (guided-diffusion's classifier_depth). Required only if the file
+      leaves it ambiguous.
+    head_channels: the number of features per attention head.
+    new_attention_order: see `load`.
+    process: see `load`.
+    rescale_timesteps: see `load`.
+
+  Returns:
+    The model, and the parameters of its network in float32.
 
   Raises:
-    ValueError: as `load`.
+    ValueError: see `load`.
   """
-  file = tensors.TensorFile(path, _ANCHOR, _WHAT)
+  file = tensors.TensorFile(path, _ANCHOR, _DESCRIPTION)
   if "out.2.positional_embedding" not in file.shapes:
     raise ValueError(
       f"Got {file.path}, which has no out.2.positional_embedding; expected a classifier with --classifier_pool attention."
     )
   levels, blocks = _levels_of_encoder(file, blocks)
-  cells = _shape(file, "out.2.positional_embedding")[1] - 1
-  side = round(cells**0.5) * 2 ** (levels - 1)
+  num_positions = _shape(file, "out.2.positional_embedding")[1] - 1
+  side = round(num_positions**0.5) * 2 ** (levels - 1)
   network = Classifier(
     out_channels=_shape(file, "out.2.c_proj.weight")[0], **_options(file, levels, blocks, None, head_channels)
   )
@@ -242,14 +250,14 @@ def load_classifier(
 
 def _shape(file: tensors.TensorFile, name: str) -> tuple[int, ...]:
   if name not in file.shapes:
-    raise ValueError(f"Got {file.path}, which has no {name}; expected a {_WHAT}.")
+    raise ValueError(f"Got {file.path}, which has no {name}; expected a {_DESCRIPTION}.")
   return file.shapes[name]
 
 
 def _count(file: tensors.TensorFile, part: str) -> int:
   indices = [int(match[1]) for name in file.shapes if (match := re.match(rf"{part}\.(\d+)\.", name))]
   if not indices:
-    raise ValueError(f"Got {file.path}, which has no {part}; expected a {_WHAT}.")
+    raise ValueError(f"Got {file.path}, which has no {part}; expected a {_DESCRIPTION}.")
   return max(indices) + 1
 
 
@@ -258,7 +266,10 @@ def _has(file: tensors.TensorFile, prefix: str) -> bool:
 
 
 def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
-  """The levels and the residual blocks of each: every level but one ends with a step up, by which levels are counted."""
+  """Return the number of levels and the number of residual blocks per level.
+
+  On the way up every level but the last ends with an upsampling layer, so counting these layers gives the levels.
+  """
   total = _count(file, "output_blocks")
   ups = sum(
     _has(file, f"output_blocks.{k}.{j}.conv.") or _has(file, f"output_blocks.{k}.{j}.in_layers.")
@@ -267,41 +278,55 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
   )
   if total % (ups + 1) or _count(file, "input_blocks") != total:
     raise ValueError(
-      f"Got {file.path}, whose {total} output_blocks do not divide into {ups + 1} levels; expected a model that resamples by"
-      " convolutions or residual blocks."
+      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1} levels; expected equal numbers"
+      " divisible by the number of levels, as in models that resample with convolutions or residual blocks."
     )
   return ups + 1, total // (ups + 1) - 1
 
 
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
-  """The same from the way down alone, on which a residual block that halves looks like any other."""
+  """Return the number of levels and the number of residual blocks per level of a classifier.
+
+  A classifier has only a way down. There, a residual block that downsamples has the same tensors as any other.
+  So test each number of blocks, and keep the numbers that are consistent with the file.
+  """
   total = _count(file, "input_blocks")
-  wide = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
+  widens = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
   attends = [_has(file, f"input_blocks.{i}.1.qkv.") for i in range(total)]
-  convs = [_has(file, f"input_blocks.{i}.0.op.") for i in range(total)]
+  has_conv = [_has(file, f"input_blocks.{i}.0.op.") for i in range(total)]
 
-  def fits(length):
-    """Whether levels of that many blocks, the halving one or the first convolution included, explain the file."""
+  def is_consistent(length):
+    """Return whether the file can consist of levels of `length` blocks.
+
+    The length includes the block before the residual blocks: the first convolution or a downsampling block.
+    """
     first = {index for index in range(1, total) if index % length == 1 % length}
-    halving = set(range(length, total, length))
-    same = all(len({attends[i] for i in range(k + 1, min(k + length, total))}) == 1 for k in range(0, total, length))
-    op = all(convs[i] for i in halving) if any(convs) else True
-    return op and same and not any(attends[i] for i in halving) and all(i in first for i in range(total) if wide[i])
+    downsampling = set(range(length, total, length))
+    is_uniform = all(
+      len({attends[i] for i in range(k + 1, min(k + length, total))}) == 1 for k in range(0, total, length)
+    )
+    convs_match = all(has_conv[i] for i in downsampling) if any(has_conv) else True
+    return (
+      convs_match
+      and is_uniform
+      and not any(attends[i] for i in downsampling)
+      and all(i in first for i in range(total) if widens[i])
+    )
 
-  lengths = [n for n in range(2, total + 1) if total % n == 0 and fits(n)]
+  lengths = [n for n in range(2, total + 1) if total % n == 0 and is_consistent(n)]
   if blocks is not None:
     lengths = [n for n in lengths if n == blocks + 1]
   if len(lengths) != 1:
-    found = ", ".join(str(n - 1) for n in lengths) or "none"
+    candidates = ", ".join(str(n - 1) for n in lengths) or "none"
     raise ValueError(
-      f"Got {file.path}, a way down of {total} blocks, with blocks={blocks}; the numbers of residual blocks a level that explain it:"
-      f" {found}. Pass one as blocks= (guided-diffusion's classifier_depth)."
+      f"Got {file.path} with {total} input_blocks, and blocks={blocks}. Possible numbers of residual blocks per level: {candidates}. Pass one"
+      " of them as blocks= (guided-diffusion's classifier_depth)."
     )
   return total // lengths[0], lengths[0] - 1
 
 
 def _up(file: tensors.TensorFile, level: int, levels: int, blocks: int) -> str:
-  """How the way up goes from `level` to the next finer one."""
+  """Return how the network upsamples from `level` to the next finer level."""
   last = (levels - 1 - level) * (blocks + 1) + blocks
   return "residual" if any(_has(file, f"output_blocks.{last}.{j}.in_layers.") for j in (1, 2)) else "conv"
 
@@ -309,18 +334,19 @@ def _up(file: tensors.TensorFile, level: int, levels: int, blocks: int) -> str:
 def _options(
   file: tensors.TensorFile, levels: int, blocks: int, heads: int | None, head_channels: int | None
 ) -> dict[str, Any]:
-  """What U-Net and classifier have in common."""
+  """Return the network arguments that the U-Net and the classifier share, inferred from the file."""
   channels, _, *kernel = _shape(file, "input_blocks.0.0.weight")
   if len(kernel) == 3 and levels > 1:
     raise ValueError(
-      f"Got {file.path}, of volumes, whose first axis that code does not resample; ours resamples all three."
+      f"Got {file.path}, a network for volumes with {levels} levels; expected one level, because guided-diffusion does not resample the first"
+      " axis and ours resamples all three."
     )
   firsts = [1 + level * (blocks + 1) for level in range(levels)]
   widths = [_shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
-  attended = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
+  attention_levels = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
   if (heads is None) == (head_channels is None):
     raise ValueError(
-      f"Got heads={heads}, head_channels={head_channels} for {file.path}, whose shapes do not tell; expected one of them:"
+      f"Got heads={heads}, head_channels={head_channels} for {file.path}, which does not contain them; expected one of them:"
       " head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
     )
   downs = [
@@ -329,12 +355,12 @@ def _options(
   ]
   multipliers = [width / channels for width in widths]
   embedding, features = _shape(file, "time_embed.0.weight")
-  emb = _shape(file, "input_blocks.1.0.emb_layers.1.weight")[0]
+  projection = _shape(file, "input_blocks.1.0.emb_layers.1.weight")[0]
   return {
     "channels": channels,
     "multipliers": tuple(int(value) if value == int(value) else value for value in multipliers),
     "blocks": blocks,
-    "attention_levels": attended,
+    "attention_levels": attention_levels,
     "heads": heads or 1,
     "head_channels": head_channels or 0,
     "dropout": 0.0,
@@ -343,7 +369,7 @@ def _options(
     "time_features": 0 if features == channels else features,
     "embedding_features": 0 if embedding == 4 * channels else embedding,
     "frequency_shift": 0.0,
-    "scale_shift": emb == 2 * widths[0],
+    "scale_shift": projection == 2 * widths[0],
     "downsample": downs[0] if len(set(downs)) == 1 else tuple(downs) or "conv",
     "symmetric_padding": True,
     "dimensions": len(kernel),
@@ -351,23 +377,23 @@ def _options(
 
 
 def _layout(network: UNet | Classifier, new_order: bool) -> tensors.Layout:
-  """Return how parameters of ours are named and laid out there."""
+  """Return how guided-diffusion names and stores our parameters."""
 
   def shape_of(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     shape = tensors.torch_shape(path, shape)
     if path.endswith("positions"):
       return shape[::-1]
-    if _fused(path) is not None:
+    if _qkv_index(path) is not None:
       shape = (3 * shape[0], *shape[1:])
-    # Projections of attention are convolutions of size 1 there.
-    return (*shape, 1) if _attends(path) and len(shape) == 2 else shape
+    # guided-diffusion computes attention projections with convolutions of kernel size 1.
+    return (*shape, 1) if _is_projection(path) and len(shape) == 2 else shape
 
   def from_file(path: str, value: np.ndarray) -> np.ndarray:
     if path.endswith("positions"):
       return value.T
-    if _attends(path) and value.ndim == 3:
+    if _is_projection(path) and value.ndim == 3:
       value = value[..., 0]
-    index = _fused(path)
+    index = _qkv_index(path)
     if index is not None:
       width = value.shape[0] // 3
       if new_order or path.startswith("pool/"):
@@ -381,7 +407,7 @@ def _layout(network: UNet | Classifier, new_order: bool) -> tensors.Layout:
 
 
 def _names(network: UNet | Classifier) -> Callable[[str], str]:
-  """Return `name_of(path)`, the name that a parameter of ours has there."""
+  """Return the function `name_of(path)` from our paths to guided-diffusion's names."""
   levels, blocks = len(network.multipliers), network.blocks
   residual = {
     "norm1": "in_layers.0",
@@ -406,20 +432,20 @@ def _names(network: UNet | Classifier) -> Callable[[str], str]:
     "pool": "out.2",
   }
 
-  def place(head: str) -> str:
-    way, level, rest = re.fullmatch(r"(down|up)_(\d+)_(.+)", head).groups()  # type: ignore[union-attr]
-    first = int(level) * (blocks + 1) + 1 if way == "down" else (levels - 1 - int(level)) * (blocks + 1)
-    part = "input_blocks" if way == "down" else "output_blocks"
-    if rest == "downsample":
-      return f"{part}.{first + blocks}.0"
-    if rest == "upsample":
-      return f"{part}.{first + blocks}.{2 if int(level) in network.attention_levels else 1}"
-    index, _, attends = rest.partition("_")
-    return f"{part}.{first + int(index)}.{1 if attends else 0}"
+  def block_name(head: str) -> str:
+    direction, level, part = re.fullmatch(r"(down|up)_(\d+)_(.+)", head).groups()  # type: ignore[union-attr]
+    first = int(level) * (blocks + 1) + 1 if direction == "down" else (levels - 1 - int(level)) * (blocks + 1)
+    side = "input_blocks" if direction == "down" else "output_blocks"
+    if part == "downsample":
+      return f"{side}.{first + blocks}.0"
+    if part == "upsample":
+      return f"{side}.{first + blocks}.{2 if int(level) in network.attention_levels else 1}"
+    index, _, attention = part.partition("_")
+    return f"{side}.{first + int(index)}.{1 if attention else 0}"
 
   def name_of(path: str) -> str:
     head, *parts = path.split("/")
-    start, inner = fixed.get(head) or place(head), parts[:-1]
+    start, inner = fixed.get(head) or block_name(head), parts[:-1]
     if head == "pool":
       if path.endswith("positions"):
         return "out.2.positional_embedding"
@@ -433,12 +459,15 @@ def _names(network: UNet | Classifier) -> Callable[[str], str]:
   return name_of
 
 
-def _fused(path: str) -> int | None:
-  """Return which of queries, keys and values a parameter is, of the tensor that holds all three; None if it is neither."""
+def _qkv_index(path: str) -> int | None:
+  """Return the index of a query, key or value projection in guided-diffusion's combined tensor.
+
+  Other parameters give None.
+  """
   match = re.search(r"/to_([qkv])/", path)
   return None if match is None else "qkv".index(match[1])
 
 
-def _attends(path: str) -> bool:
-  """Return whether a parameter is of a projection of attention."""
+def _is_projection(path: str) -> bool:
+  """Return whether a parameter belongs to an attention projection."""
   return path.startswith("pool/to") or "_attention/to" in path

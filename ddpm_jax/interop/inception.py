@@ -1,4 +1,7 @@
-"""The weights of the FID Inception network: the PyTorch port of the 2015 graph, or our own file made from it."""
+"""Load the weights of the FID Inception network.
+
+The weights come from the PyTorch port of the 2015 graph, or from a safetensors file that `convert` made from the port.
+"""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +19,7 @@ from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 
-# How the hash of the published file begins, as its name says.
+# The first digits of the published file's SHA-256. They are part of its name.
 PUBLISHED = "6726825d"
 _FILES = "pt_inception-2015-12-05-6726825d.pth of pytorch-fid (its release fid_weights), or weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
 _EPSILON = 1e-3
@@ -25,12 +28,12 @@ _SOURCE = "source_sha256"
 
 
 class InceptionWeights(NamedTuple):
-  """Parameters of `networks.inception.Inception`.
+  """Hold the parameters of `networks.inception.Inception` and their origin.
 
   Attributes:
-    params: for all taps, float32.
-    sha256: of the file they come from, the PyTorch one if ours was made from it.
-    is_published: whether that is the published file.
+    params: the parameters for all taps, float32.
+    sha256: the SHA-256 of the PyTorch file that the parameters come from.
+    is_published: whether that file is the published one.
   """
 
   params: PyTree
@@ -39,57 +42,65 @@ class InceptionWeights(NamedTuple):
 
 
 def load(path: str | Path, *, sha256_prefix: str = PUBLISHED) -> InceptionWeights:
-  """Weights from the published file (.pth, which PyTorch reads) or from what `convert` made of it (.safetensors).
+  """Load weights from the published file (.pth) or from a file that `convert` wrote (.safetensors).
 
   Args:
-    path: the file.
-    sha256_prefix: how the published file's SHA-256 must begin; "" for any file, whose features are then not FID's.
+    path: the file. A .pth file needs PyTorch.
+    sha256_prefix: the expected first digits of the SHA-256 of the PyTorch file. "" accepts any file, but features of
+      other weights do not give FID.
 
   Raises:
-    ValueError: if the file is missing, another one, damaged, or needs PyTorch, which is not installed.
+    ValueError: if the file is missing or damaged, has another hash, or needs PyTorch and PyTorch is not installed.
   """
   raw, sha256 = _read_checked(path, sha256_prefix)
   return InceptionWeights(_fold(raw), sha256, sha256.startswith(PUBLISHED))
 
 
 def _read_checked(path: str | Path, sha256_prefix: str) -> tuple[dict[str, np.ndarray], str]:
-  """What a file holds, and the hash of the PyTorch file it is or comes from."""
+  """Return the tensors of a file, and the SHA-256 of the PyTorch file that they come from."""
   path = _existing(path)
-  own = path.suffix == ".safetensors"
-  sha256 = _source(path) if own else _sha256(path)
+  is_converted = path.suffix == ".safetensors"
+  sha256 = _source_sha256(path) if is_converted else _sha256(path)
   if not sha256.startswith(sha256_prefix):
     raise ValueError(
-      f"Got {path} ({path.stat().st_size:,} bytes){', made from a file' if own else ''} with the SHA-256 {sha256}; expected the published"
-      f" weights, whose hash begins with {sha256_prefix}: {_FILES}. Other weights have other features, in which no distance is FID; to"
-      " use them all the same, say so: --config.evaluation.inception_sha256=''."
+      f"Got {path} ({path.stat().st_size:,} bytes){', made from a file' if is_converted else ''} with the SHA-256 {sha256}; expected the"
+      f" published weights with a SHA-256 that begins with {sha256_prefix}: {_FILES}. Other weights have other features, and their distances"
+      " are not FID; to use them anyway, set --config.evaluation.inception_sha256=''."
     )
   return _read(path), sha256
 
 
 def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLISHED) -> None:
-  """Write the published file's weights as safetensors, which need no PyTorch to be read; whole or not at all.
+  """Convert the published .pth file to a safetensors file that can be read without PyTorch.
+
+  The output is written completely or not at all.
+
+  Args:
+    path: the .pth file, or a file that `convert` wrote.
+    output: the new file, ending in .safetensors.
+    sha256_prefix: see `load`.
 
   Raises:
-    ValueError: as `load` does, or if the output exists or does not end in .safetensors.
-    WriteError: if it cannot be written.
+    ValueError: see `load`; also if the output exists or does not end in .safetensors.
+    WriteError: if the output cannot be written.
   """
   output = user_path(output)
   files.check_new_file(output, ".safetensors")
   raw, sha256 = _read_checked(path, sha256_prefix)
-  arrays = {_name(key): tensors.to_torch(key, value) for key, value in raw.items()}
+  arrays = {_stored_name(key): tensors.to_torch(key, value) for key, value in raw.items()}
   sealed.save_tensors(output, arrays, {"format": "pt", _SOURCE: sha256})
 
 
 def _existing(path: str | Path) -> Path:
   if not str(path) or not user_path(path).is_file():
-    given = (
+    problem = (
       f"Got the Inception weights {str(path)!r}, a file that does not exist"
       if str(path)
       else "Got no Inception weights"
     )
     raise ValueError(
-      f"{given}; expected the published file: {_FILES}. Give it by --inception_weights=<file>; --mode=convert --inception_weights=<file>.pth"
-      " --output=<new file>.safetensors makes one of it that needs no PyTorch. Or score in other features:"
+      f"{problem}; expected the published file: {_FILES}. Set --inception_weights=<file>. To do without PyTorch, convert the file once:"
+      " --mode=convert --inception_weights=<file>.pth --output=<new file>.safetensors. Or compute scores from other features:"
       " --config.evaluation.features=pixels."
     )
   return user_path(path)
@@ -108,18 +119,18 @@ def _metadata(path: Path) -> dict[str, str]:
       return file.metadata() or {}
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(
-      f"Cannot read {path} as safetensors ({error}): it is cut short, damaged, or another kind of file. Make it again: --mode=convert."
+      f"Cannot read {path} as safetensors ({error}). The file is truncated, damaged, or has another format; create it again with --mode=convert."
     ) from error
 
 
-def _source(path: Path) -> str:
+def _source_sha256(path: Path) -> str:
   metadata = _metadata(path)
-  source = metadata.get(_SOURCE)
-  if source is None or sealed.KEY not in metadata:
+  sha256 = metadata.get(_SOURCE)
+  if sha256 is None or sealed.KEY not in metadata:
     raise ValueError(
-      f"Got {path}, which does not say which file it was made from, or has no digest of its tensors; expected one that --mode=convert made."
+      f"Got {path}, which lacks the SHA-256 of its source file or the digest of its tensors; expected a file that --mode=convert wrote."
     )
-  return source
+  return sha256
 
 
 def _folded_shapes() -> dict[str, tuple[int, ...]]:
@@ -132,7 +143,10 @@ def _folded_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _raw_shapes() -> dict[str, tuple[int, ...]]:
-  """What the file holds, by paths of ours: a kernel and its normalization for each convolution, and the classifier."""
+  """Return the shapes of all tensors in a file, by our paths.
+
+  They are a kernel and its batch normalization for each convolution, and the classifier.
+  """
   shapes: dict[str, tuple[int, ...]] = {}
   for path, shape in _folded_shapes().items():
     layer, leaf = path.rsplit("/", 1) if "/" in path else ("", path)
@@ -148,8 +162,7 @@ def _raw_shapes() -> dict[str, tuple[int, ...]]:
   return shapes | {"fc/kernel": (2048, 1008), "fc/bias": (1008,)}
 
 
-def _name(path: str) -> str:
-  """The name in the file."""
+def _stored_name(path: str) -> str:
   layer, leaf = path.rsplit("/", 1)
   layer = layer.replace("/", ".")
   if layer == "fc":
@@ -159,8 +172,8 @@ def _name(path: str) -> str:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
   shapes = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in _raw_shapes().items()}
-  # Counters of training steps, which nothing here needs.
-  layout = tensors.Layout(_name, is_ignored=lambda name: name.endswith(".num_batches_tracked"))
+  # Batch normalization's counters of training steps are not needed.
+  layout = tensors.Layout(_stored_name, is_ignored=lambda name: name.endswith(".num_batches_tracked"))
   tree = tensors.load(
     tensors.TensorFile(path, "fc.weight", "FID Inception network"),
     traverse_util.unflatten_dict(shapes, sep="/"),
@@ -170,7 +183,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _fold(raw: dict[str, np.ndarray]) -> PyTree:
-  """The network's parameters, normalization folded into the kernels in float64."""
+  """Fold each batch normalization into its kernel in float64, and return the network's parameters."""
   kernels, biases = {}, {}
   for path in (path for path in raw if path.endswith("/kernel") and path != "fc/kernel"):
     unit = path.removesuffix("/kernel")

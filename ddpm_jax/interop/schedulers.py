@@ -1,8 +1,12 @@
-"""diffusers' scheduler configs: the process, the prediction, the clipping, the grid of times and the sampler they stand for.
+"""Convert diffusers' scheduler configs to a process, a prediction, clipping, a grid of times and a sampler.
 
-The sampler is the same rule on the same grid, but for details. The clipped estimate of x_0 gives the noise too (diffusers: only
-where asked). Euler and Heun on linspace round to whole steps, which diffusers does not. DEIS goes to 0, where diffusers
-stops one step before. Rules of the third order start and end as in `sampling`.
+The sampler applies the same rule on the same grid as diffusers, with these differences:
+
+- The noise is always computed from the clipped estimate of x_0. diffusers does so only with
+  use_clipped_model_output=True.
+- Euler and Heun round the "linspace" grid to integer steps. diffusers does not.
+- DEIS samples down to time 0. diffusers stops one step earlier.
+- Third-order rules start and end as in `sampling`.
 """
 
 import functools
@@ -24,10 +28,16 @@ Config = dict[str, Any]
 
 
 class _Kind(NamedTuple):
-  """A scheduler's counterpart among our samplers, and the class's defaults where they differ from DDPMScheduler's.
+  """Describe a scheduler class by its matching sampler and its defaults.
 
-  `order` is that of a solver by default, `samplers` which of ours it is by its algorithm and order, and `open_end` whether its
-  grids leave out the step nearest to the data.
+  Attributes:
+    sampler: the name of our sampler.
+    spacing: the default of timestep_spacing.
+    clip: the default of clip_sample.
+    betas: the defaults of beta_start and beta_end.
+    order: the default order of a solver; None if the class has no order.
+    samplers: the names of our samplers by (algorithm_type, solver_order), for combinations other than the default one.
+    open_end: whether the grids omit the step closest to the data.
   """
 
   sampler: str
@@ -57,8 +67,8 @@ _KINDS = {
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
 _SPACINGS = ("leading", "trailing", "linspace")
-# Options that change what a scheduler computes, with the values that ours computes too.
-_KNOWN: dict[str, tuple] = {
+# Options that change what a scheduler computes, with the values that we support.
+_SUPPORTED: dict[str, tuple] = {
   "thresholding": (False,),
   "use_flow_sigmas": (False,),
   "use_dynamic_shifting": (False,),
@@ -78,7 +88,7 @@ _KNOWN: dict[str, tuple] = {
   "sigma_max": (None,),
   "shift_terminal": (None,),
 }
-# Options that are read below, and those that only matter together with one of the above.
+# Options that `from_config` reads, with their types.
 _READ: dict[str, jsonfiles.Kinds] = {
   "num_train_timesteps": (int,),
   "timesteps": (int,),
@@ -98,6 +108,7 @@ _READ: dict[str, jsonfiles.Kinds] = {
   "algorithm_type": (str,),
   "_class_name": (str,),
 }
+# Options that have no effect while the options in _SUPPORTED have supported values.
 _IDLE = (
   "dynamic_thresholding_ratio",
   "sample_max_value",
@@ -107,28 +118,28 @@ _IDLE = (
   "timestep_values",
   "skip_prk_steps",
 )
-# Sigmas that stand for a grid of ours, instead of a spacing of steps.
+# Options that replace the timestep spacing by a grid of sigmas, with the name of our grid.
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log_snr", "use_lu_lambdas": "log_snr"}
 _READ |= {key: (bool, type(None)) for key in _SIGMAS}
-# Rules that take their order as an argument; the order of others is in their name.
-_OF_ANY_ORDER = ("deis", "unipc")
+# Samplers that take the order as an argument. Other samplers have it in their name.
+_WITH_ORDER = ("deis", "unipc")
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
 class Schedule(NamedTuple):
-  """What a scheduler config says, in our words.
+  """Hold the content of a scheduler config in this package's terms.
 
   Attributes:
-    betas: of the discrete process [N].
-    schedule: the name of their schedule, "linear", "scaled_linear" or "cosine"; "table" if there is none.
-    ends: the first and the last beta of the first two.
-    zero_terminal_snr: whether the betas were rescaled to leave no data at the last step.
+    betas: the betas [N] of the discrete process, float64.
+    schedule: the name of the beta schedule: "linear", "scaled_linear", "cosine", or "table" if it has no name.
+    ends: the first and the last beta of "linear" and "scaled_linear".
+    zero_terminal_snr: whether the betas were rescaled so that no signal remains at the last step.
     prediction: "eps", "x0" or "v".
     sampler: the name of our sampler.
-    order: of a solver that comes in several; None for others.
-    variance: of ancestral sampling: "small", "large" or "learned".
+    order: the order of the solver; None if the sampler has no order.
+    variance: the variance of ancestral sampling: "small", "large" or "learned".
     spacing: the name of the grid of times.
-    clip: the largest magnitude of an estimate of x_0; None for no clipping.
+    clip: the maximum magnitude of an estimate of x_0; None for no clipping.
   """
 
   betas: np.ndarray
@@ -142,64 +153,67 @@ class Schedule(NamedTuple):
   spacing: str
   clip: float | None
 
-  def process(self) -> Process:
-    """The discrete process."""
+  def make_process(self) -> Process:
+    """Return the discrete process."""
     return processes.discrete(self.betas)
 
-  def meaning(self) -> Prediction:
-    """What the network's output means."""
-    known = {"eps": predictions.EPS, "x0": predictions.X0, "v": predictions.V}[self.prediction]
-    return predictions.learned_range(known) if self.variance == "learned" else known
+  def make_prediction(self) -> Prediction:
+    """Return the prediction, with learned variance if the scheduler has it."""
+    prediction = {"eps": predictions.EPS, "x0": predictions.X0, "v": predictions.V}[self.prediction]
+    return predictions.learned_range(prediction) if self.variance == "learned" else prediction
 
   def times(self, process: Process) -> Callable[[int], np.ndarray]:
-    """The scheduler's grid of times, a function of the number of steps."""
+    """Return a function from the number of steps to the scheduler's grid of times."""
     name, open_end = self.spacing.removesuffix("_open"), self.spacing.endswith("_open")
     grid = getattr(sampling.grids, name)
     grid = functools.partial(grid, open_end=True) if open_end else grid
     return lambda num_steps: grid(process, num_steps)
 
-  def rule(self, process: Process) -> sampling.Sampler:
-    """Return the step rule of the scheduler."""
+  def make_sampler(self, process: Process) -> sampling.Sampler:
+    """Return the sampler with the scheduler's step rule."""
     make = getattr(sampling, self.sampler)
     if self.sampler == "ancestral":
       return make(process, self.variance)
-    return make(process, self.order) if self.sampler in _OF_ANY_ORDER else make(process)
+    return make(process, self.order) if self.sampler in _WITH_ORDER else make(process)
 
   def defaults(self, process: Process) -> SamplingDefaults:
-    """Return how the scheduler samples: all steps if they are those of DDPM, else 50."""
+    """Return the default way to sample.
+
+    Ancestral sampling (DDPM) takes all N steps of the process. Other samplers take at most 50.
+    """
     n = len(self.betas)
     clip = None if self.clip is None else functools.partial(guidance.clip, low=-self.clip, high=self.clip)
     steps = n if self.sampler == "ancestral" else min(50, n)
-    return SamplingDefaults(self.sampler, self.rule(process), self.times(process), steps, clip)
+    return SamplingDefaults(self.sampler, self.make_sampler(process), self.times(process), steps, clip)
 
 
 def from_config(config: Mapping[str, Any]) -> Schedule:
-  """The schedule that a scheduler config stands for; keys that are left out have the class's defaults.
+  """Parse a scheduler config.
+
+  Omitted keys have the defaults of the scheduler class.
 
   Raises:
-    ValueError: if the class or an option has no counterpart here; it names it.
+    ValueError: if the class or an option is not supported here. The message names the class or option.
   """
   jsonfiles.check_types(config, _READ, "scheduler")
   name = config.get("_class_name", "DDPMScheduler")
   if name not in _KINDS:
-    raise ValueError(
-      f"Got a scheduler of class {name}, which has no counterpart here; those that have: {', '.join(_KINDS)}."
-    )
+    raise ValueError(f"Got a scheduler of class {name}, which is not supported; expected one of {', '.join(_KINDS)}.")
   kind = _KINDS[name]
   _check_ranges(config, name)
   for key, value in config.items():
-    if key in _KNOWN and value not in _KNOWN[key]:
-      raise _unsupported(name, key, value, *_KNOWN[key])
-    idle = key in (*_KNOWN, *_READ, *_IDLE, *_SIGMAS) or key.startswith("_") or value in (None, False)
-    if not idle:
+    if key in _SUPPORTED and value not in _SUPPORTED[key]:
+      raise _unsupported(name, key, value, *_SUPPORTED[key])
+    is_safe = key in (*_SUPPORTED, *_READ, *_IDLE, *_SIGMAS) or key.startswith("_") or value in (None, False)
+    if not is_safe:
       raise _unsupported(name, key, value, None)
   sampler, order = _sampler(config, name, kind)
   prediction = config.get("prediction_type", "sample" if config.get("predict_epsilon") is False else "epsilon")
   if prediction not in _PREDICTIONS:
     raise _unsupported(name, "prediction_type", prediction, *_PREDICTIONS)
-  # The logarithm's clipping aside, which our tables do not need, the two forms of a variance are one.
-  given = config.get("variance_type")
-  variance = "fixed_small" if given is None else given.removesuffix("_log")
+  # A "_log" variance differs only in how diffusers clips the logarithm. Our tables do not need this clipping.
+  variance_type = config.get("variance_type")
+  variance = "fixed_small" if variance_type is None else variance_type.removesuffix("_log")
   if variance not in _VARIANCES:
     raise _unsupported(name, "variance_type", variance, *_VARIANCES)
   spacing = config.get("timestep_spacing", kind.spacing)
@@ -211,12 +225,12 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
     spacing += "_open"
   spacing = next((grid for key, grid in _SIGMAS.items() if config.get(key)), spacing)
   betas, schedule, ends = _betas(config, name, kind)
-  zero = bool(config.get("rescale_betas_zero_snr"))
+  zero_snr = bool(config.get("rescale_betas_zero_snr"))
   return Schedule(
-    betas=schedules.zero_terminal_snr(betas) if zero else betas,
+    betas=schedules.zero_terminal_snr(betas) if zero_snr else betas,
     schedule=schedule,
     ends=ends,
-    zero_terminal_snr=zero,
+    zero_terminal_snr=zero_snr,
     prediction=_PREDICTIONS[prediction],
     sampler=sampler,
     order=order,
@@ -228,19 +242,19 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
 
 def _check_ranges(config: Mapping[str, Any], name: str) -> None:
   counts = ("num_train_timesteps", "timesteps", "solver_order")
-  low = [key for key in counts if key in config and config[key] < 1]
-  low += [key for key in ("clip_sample_range",) if key in config and config[key] <= 0]
-  low += [key for key in ("trained_betas",) if config.get(key) is not None and not config[key]]
-  if low:
+  invalid = [key for key in counts if key in config and config[key] < 1]
+  invalid += [key for key in ("clip_sample_range",) if key in config and config[key] <= 0]
+  invalid += [key for key in ("trained_betas",) if config.get(key) is not None and not config[key]]
+  if invalid:
     raise ValueError(
-      f"Got a {name} with {low[0]}={config[low[0]]}; expected it above 0, and a list not empty. Correct the file."
+      f"Got a {name} with {invalid[0]}={config[invalid[0]]}; expected a positive number, or a list that is not empty. Correct the file."
     )
   if config.get("solver_order", 1) > 3:
     raise _unsupported(name, "solver_order", config["solver_order"], 1, 2, 3)
 
 
 def _sampler(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[str, int | None]:
-  """The name of our sampler and its order."""
+  """Return the name of our sampler and its order."""
   order = None if kind.order is None else config.get("solver_order", kind.order)
   if not kind.samplers:
     return kind.sampler, order
@@ -248,13 +262,13 @@ def _sampler(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[str, in
   if (algorithm, order) == ("dpmsolver++", kind.order):
     return kind.sampler, order
   if (algorithm, order) not in kind.samplers:
-    known = [("dpmsolver++", kind.order), *kind.samplers]
-    raise _unsupported(name, "algorithm_type, solver_order", (algorithm, order), *known)
+    supported = [("dpmsolver++", kind.order), *kind.samplers]
+    raise _unsupported(name, "algorithm_type, solver_order", (algorithm, order), *supported)
   return kind.samplers[algorithm, order], order
 
 
 def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarray, str, tuple[float, float]]:
-  # Old files say timesteps.
+  # Old files call this option timesteps.
   n = config.get("num_train_timesteps", config.get("timesteps", 1000))
   ends = (config.get("beta_start", kind.betas[0]), config.get("beta_end", kind.betas[1]))
   schedules.check_steps(n)
@@ -262,7 +276,7 @@ def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarra
   if config.get("trained_betas") is not None:
     return np.asarray(config["trained_betas"], np.float64), "table", ends
   if schedule == "sigmoid":
-    # diffusers' own: the betas themselves follow a sigmoid from -6 to 6, where ours follows alpha_bar.
+    # In diffusers the betas follow a sigmoid from -6 to 6. In our sigmoid schedule alpha_bar does.
     return ends[0] + (ends[1] - ends[0]) / (1 + np.exp(-np.linspace(-6, 6, n))), "table", ends
   if schedule not in _SCHEDULES:
     raise _unsupported(name, "beta_schedule", schedule, *_SCHEDULES, "sigmoid")
@@ -270,7 +284,13 @@ def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarra
 
 
 def named_betas(schedule: str, n: int, ends: tuple[float, float]) -> np.ndarray:
-  """The betas of a named schedule."""
+  """Return the betas [N] of a named schedule.
+
+  Args:
+    schedule: "linear", "scaled_linear" or "cosine".
+    n: the number of steps N.
+    ends: the first and the last beta; "cosine" ignores them.
+  """
   if schedule == "cosine":
     return schedules.cosine(n)
   return (schedules.linear if schedule == "linear" else schedules.scaled_linear)(n, *ends)
@@ -284,33 +304,34 @@ def to_config(
   variance: str = "large",
   spacing: str = "trailing",
 ) -> Config:
-  """The DDPMScheduler config of a process and what its network gives; the inverse of `from_config`.
+  """Return the DDPMScheduler config of a process and a prediction, the inverse of `from_config`.
 
-  A continuous variance-preserving process becomes the table of its alpha at the 1000 time inputs 0..999 that its network knows.
+  For a continuous variance-preserving process, the config contains a table of betas. They are computed from alpha at
+  the 1000 time inputs 0..999 of the network.
 
   Args:
     process: a discrete process, or a continuous one with alpha^2 + sigma^2 = 1 and a time input that is linear in t.
     prediction: EPS, X0 or V, with or without learned variance.
-    clip: the largest magnitude of an estimate of x_0; None for no clipping.
-    variance: of ancestral sampling, "small", "large" or "learned".
-    spacing: the grid of times that diffusers should use by default.
+    clip: the maximum magnitude of an estimate of x_0; None for no clipping.
+    variance: the variance of ancestral sampling: "small", "large" or "learned".
+    spacing: the grid of times that diffusers uses by default: "leading", "trailing" or "linspace".
 
   Raises:
     ValueError: if diffusers' discrete schedulers cannot express the process or the prediction.
   """
-  plain = prediction._replace(learned_variance=False)
-  kinds = {predictions.EPS: "epsilon", predictions.X0: "sample", predictions.V: "v_prediction"}
-  if plain not in kinds:
-    raise ValueError("Got a prediction that diffusers' discrete schedulers do not know; expected EPS, X0 or V.")
-  ours = ("learned",) if prediction.learned_variance else ("small", "large")
+  mean_prediction = prediction._replace(learned_variance=False)
+  types = {predictions.EPS: "epsilon", predictions.X0: "sample", predictions.V: "v_prediction"}
+  if mean_prediction not in types:
+    raise ValueError("Got a prediction that diffusers' discrete schedulers do not support; expected EPS, X0 or V.")
+  allowed = ("learned",) if prediction.learned_variance else ("small", "large")
   if variance not in _VARIANCES.values() or (variance == "learned" and not prediction.learned_variance):
-    raise ValueError(f"Got variance={variance!r}; expected {' or '.join(map(repr, ours))} for this prediction.")
+    raise ValueError(f"Got variance={variance!r}; expected {' or '.join(map(repr, allowed))} for this prediction.")
   if spacing not in _SPACINGS:
-    raise ValueError(f"Got spacing={spacing!r}; expected {', '.join(_SPACINGS)}, which diffusers knows.")
+    raise ValueError(f"Got spacing={spacing!r}; expected one of diffusers' spacings: {', '.join(_SPACINGS)}.")
   if clip is not None and not clip > 0:
-    raise ValueError(f"Got clip={clip}; expected it above 0, such as 1, or None for no clipping.")
+    raise ValueError(f"Got clip={clip}; expected a positive number such as 1, or None for no clipping.")
   betas = betas_of(process)
-  schedule, ends, zero = _name(betas)
+  schedule, ends, zero_snr = _name_betas(betas)
   return {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": len(betas),
@@ -318,8 +339,8 @@ def to_config(
     "beta_start": ends[0],
     "beta_end": ends[1],
     "trained_betas": betas.tolist() if schedule == "table" else None,
-    "rescale_betas_zero_snr": zero,
-    "prediction_type": kinds[plain],
+    "rescale_betas_zero_snr": zero_snr,
+    "prediction_type": types[mean_prediction],
     "variance_type": {ours: name for name, ours in _VARIANCES.items()}[
       "learned" if prediction.learned_variance else variance
     ],
@@ -332,7 +353,9 @@ def to_config(
 
 
 def betas_of(process: Process) -> np.ndarray:
-  """The betas [N], float64, of the discrete model that a variance-preserving process is, or is at the time inputs 0..999.
+  """Return the betas [N], float64, of a variance-preserving process.
+
+  A continuous process is discretized at its integer time inputs, such as 0..999.
 
   Raises:
     ValueError: if the process is not variance-preserving, or its time input is not linear in t from 0.
@@ -344,7 +367,7 @@ def betas_of(process: Process) -> np.ndarray:
       inputs = np.asarray(process.time_input(jnp.linspace(0, process.t_max, 11)), np.float64)
       if not np.allclose(inputs, np.linspace(0, inputs[-1], 11)) or not 100 <= inputs[-1] <= 2000:
         raise _not_discrete("its time input does not count steps")
-      # At time input 0 there is no noise at all, which no discrete model knows: the smallest time that makes sense stands for it.
+      # Time input 0 means no noise at all, and a discrete model has no such step. Use the smallest valid time instead.
       times = np.maximum(np.arange(round(inputs[-1]) + 1) / inputs[-1] * process.t_max, process.t_min)
     alpha, sigma = (np.asarray(value(jnp.asarray(times)), np.float64) for value in (process.alpha, process.sigma))
   if not np.allclose(alpha**2 + sigma**2, 1, atol=1e-6):
@@ -353,31 +376,40 @@ def betas_of(process: Process) -> np.ndarray:
   return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
-def _not_discrete(why: str) -> ValueError:
+def _not_discrete(reason: str) -> ValueError:
   return ValueError(
-    f"Got a process that diffusers' DDPM pipeline cannot sample ({why}); expected a discrete one, or vp. Models of other"
-    " processes stay in this package's own checkpoints."
+    f"Got a process that diffusers' DDPM pipeline cannot sample ({reason}); expected a discrete process, or vp. A model with"
+    " another process cannot be exported; use its checkpoint in this package."
   )
 
 
-def _name(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
-  """diffusers' name for a table of betas, its ends, and whether it was rescaled to zero terminal SNR; or "table"."""
+def _name_betas(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
+  """Identify a table of betas.
+
+  Returns:
+    diffusers' name for the schedule, or "table" if it has none; the first and the last beta before rescaling; and
+    whether the betas were rescaled to zero terminal SNR.
+  """
   n, ends = len(betas), (float(f"{betas[0]:.12g}"), float(f"{betas[-1]:.12g}"))
   names = {ours: name for name, ours in _SCHEDULES.items()}
   for schedule in ("linear", "scaled_linear", "cosine"):
     if ends[0] > 0 and np.allclose(betas, named_betas(schedule, n, ends), rtol=1e-9, atol=1e-13):
       return names[schedule], ends, False
-  if betas[-1] == 1:  # only the usual tables are looked for; any other is written out
-    for schedule, tried in (("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012)), ("cosine", (1e-4, 0.02))):
+  if betas[-1] == 1:  # try the common ends only, since rescaling hides the original ones
+    for schedule, candidate in (
+      ("linear", (1e-4, 0.02)),
+      ("scaled_linear", (0.00085, 0.012)),
+      ("cosine", (1e-4, 0.02)),
+    ):
       if n > 1 and np.allclose(
-        betas, schedules.zero_terminal_snr(named_betas(schedule, n, tried)), rtol=1e-9, atol=1e-13
+        betas, schedules.zero_terminal_snr(named_betas(schedule, n, candidate)), rtol=1e-9, atol=1e-13
       ):
-        return names[schedule], tried, True
+        return names[schedule], candidate, True
   return "table", (1e-4, 0.02), False
 
 
-def _unsupported(name: str, key: str, value: Any, *known: Any) -> ValueError:
+def _unsupported(name: str, key: str, value: Any, *supported: Any) -> ValueError:
   return ValueError(
-    f"Got a {name} with {key}={jsonfiles.shorten(value)}, which has no counterpart here; expected {' or '.join(map(repr, known))}. Change it in"
-    " scheduler_config.json if the model does without."
+    f"Got a {name} with {key}={jsonfiles.shorten(value)}, which is not supported; expected {' or '.join(map(repr, supported))}. If the model"
+    " does not need this option, change it in scheduler_config.json."
   )

@@ -1,6 +1,7 @@
-"""Files of named tensors, read one by one into the parameters of a network, and written from them.
+"""Load network parameters from files of named tensors, one tensor at a time, and save them.
 
-Nothing in a file is ever run: safetensors holds no code, and pickles are read by a loader that only makes tensors.
+No code from a file ever runs. The safetensors format contains no code, and pickles go through the PyTorch loader that
+only creates tensors.
 """
 
 import re
@@ -17,50 +18,54 @@ from ddpm_jax.storage import jsonfiles, sealed
 
 PyTree = Any
 Shapes = dict[str, tuple[int, ...]]
-_MOST_NAMED = 12
+_MAX_LISTED = 12
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# A file is mapped into memory; opened anew now and then, what was read of it does not stay there.
+# safetensors maps the file into memory. Reopening it after this many bytes releases the pages already read.
 _REOPEN_EVERY = 32 * 2**20
-# As safetensors and PyTorch call them.
+# The names that safetensors and PyTorch use.
 _FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
 class TensorFile:
-  """The tensors of a network in a file: their shapes at once, their values when asked for.
+  """Read the tensors of one network from a file.
 
-  The names of the network may stand behind a prefix, such as "module." or "state_dict.model.", and beside other entries of a checkpoint.
+  The constructor reads all shapes, and `items` reads the values. The tensor names may have a common prefix, such as
+  "module." or "state_dict.model.", and the file may contain other checkpoint entries.
 
   Args:
-    path: the file.
-    anchor: a name that the network has, by which its prefix is found; empty for a file that holds nothing but the network.
-    what: a name for such networks, for the message.
+    path: the file (.safetensors, .bin, .pt, .pth or .ckpt).
+    anchor: the name of a tensor that every network of this kind has. It identifies the prefix. Leave it empty if the
+      file contains only the network.
+    description: what to call a network of this kind in error messages.
 
   Raises:
-    ValueError: if the file is not there, is cut short or broken, is of no known kind, would run code, or does not hold exactly one
-      network with such a name.
+    ValueError: if the file does not exist, is truncated or damaged, has an unknown format, would run code, or does not
+      contain exactly one network with the anchor.
   """
 
-  def __init__(self, path: str | Path, anchor: str = "", what: str = "network"):
+  def __init__(self, path: str | Path, anchor: str = "", description: str = "network"):
     self.path = Path(path)
     try:
       exists = self.path.is_file()
-    except OSError:  # an index may name anything
+    except OSError:  # an index can contain names that the operating system rejects
       exists = False
     if not exists:
-      raise ValueError(f"Got the weights {self.path}, a file that does not exist.")
+      raise ValueError(f"Got the weights file {self.path}, which does not exist; set the path to an existing file.")
     self._pickled: dict[str, Any] | None = None
     self.metadata: dict[str, str] = {}
-    entries = ""
+    content = ""
     if self.path.suffix == ".safetensors":
       with self._open() as file:
         shapes: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         self.metadata = file.metadata() or {}
     elif self.path.suffix in _PICKLES:
-      self._pickled, entries = _unpickle(self.path)
+      self._pickled, content = _unpickle(self.path)
       shapes = {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
     else:
-      raise ValueError(f"Got the weights {self.path}; expected a file ending in .safetensors or {', '.join(_PICKLES)}.")
-    self._prefix = _prefix(self.path, shapes, anchor, what, entries)
+      raise ValueError(
+        f"Got the weights file {self.path}; expected a file ending in .safetensors or {', '.join(_PICKLES)}."
+      )
+    self._prefix = _prefix(self.path, shapes, anchor, description, content)
     self.shapes: Shapes = _without_prefix(shapes, self._prefix)
 
   def _open(self, framework: str = "numpy"):
@@ -70,108 +75,118 @@ class TensorFile:
       return safetensors.safe_open(self.path, framework=framework)
     except (safetensors.SafetensorError, OSError) as error:
       raise ValueError(
-        f"Cannot read {self.path} as safetensors ({error}): it is cut short, damaged, or another kind of file. Fetch it again."
+        f"Cannot read {self.path} as safetensors ({error}). The file is truncated, damaged, or has another format; download it again."
       ) from error
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named tensors in the file's order, float32, each read when its turn comes."""
+    """Yield the named tensors in float32, in the order of the file.
+
+    Each tensor is read only when the iterator reaches it.
+    """
     if self._pickled is not None:
       for name in names:
         tensor = self._pickled.pop(self._prefix + name).detach()
-        # Sparse and quantized tensors, and those without values.
-        dense = str(tensor.layout) == "torch.strided" and not tensor.is_meta
-        self._check_floats(name, str(tensor.dtype) if dense else f"{tensor.layout} on {tensor.device}")
+        # Sparse, quantized and meta tensors have no dense values to read.
+        is_dense = str(tensor.layout) == "torch.strided" and not tensor.is_meta
+        self._check_floats(name, str(tensor.dtype) if is_dense else f"{tensor.layout} on {tensor.device}")
         yield name, tensor.float().numpy()
       return
-    file, read = self._open(), 0
+    file, bytes_read = self._open(), 0
     for name in (name for name in self.shapes if name in names):
-      if read > _REOPEN_EVERY:
+      if bytes_read > _REOPEN_EVERY:
         file.__exit__(None, None, None)
-        file, read = self._open(), 0
+        file, bytes_read = self._open(), 0
       value = self._get(file, self._prefix + name)
-      read += value.nbytes
+      bytes_read += value.nbytes
       yield name, value
     file.__exit__(None, None, None)
 
-  def _check_floats(self, name: str, kind: str) -> None:
-    if kind not in _FLOATS:
+  def _check_floats(self, name: str, dtype: str) -> None:
+    if dtype not in _FLOATS:
       raise ValueError(
-        f"Got {self.path}, whose {name} is of the type {kind}; expected float16, bfloat16, float32 or float64, not quantized or sparse."
-        " Save the model anew in one of these."
+        f"Got {self.path} with {name} of type {dtype}; expected a dense float16, bfloat16, float32 or float64 tensor. Save the model in"
+        " one of these types."
       )
 
   def _get(self, file: Any, name: str) -> np.ndarray:
     self._check_floats(name, file.get_slice(name).get_dtype())
     try:
       return np.asarray(file.get_tensor(name), np.float32)
-    except TypeError:  # bfloat16, which NumPy does not know by itself
-      with self._open("flax") as other:
-        return np.asarray(other.get_tensor(name), np.float32)
+    except TypeError:  # NumPy has no bfloat16 of its own
+      with self._open("flax") as file_in_jax:
+        return np.asarray(file_in_jax.get_tensor(name), np.float32)
 
 
 class ShardedFile:
-  """The tensors of several files, of which an index (*.index.json) says what lies where; otherwise as `TensorFile`.
+  """Read the tensors of one network from several files, listed in an index (*.index.json).
+
+  It has the same interface as `TensorFile`.
 
   Args:
-    path: the index.
-    anchor: as in `TensorFile`.
-    what: as in `TensorFile`.
+    path: the index file.
+    anchor: see `TensorFile`.
+    description: see `TensorFile`.
 
   Raises:
-    ValueError: if the index is malformed, a file is missing or broken, or the files do not hold what the index says.
+    ValueError: if the index is malformed, a file is missing or damaged, or the files do not match the index.
   """
 
-  def __init__(self, path: str | Path, anchor: str = "", what: str = "network"):
+  def __init__(self, path: str | Path, anchor: str = "", description: str = "network"):
     self.path = Path(path)
     index = jsonfiles.read(self.path)
-    where = index.get("weight_map")
-    if not isinstance(where, dict) or not where or not all(_is_plain(name) for name in where.values()):
+    file_names = index.get("weight_map")
+    if not isinstance(file_names, dict) or not file_names or not all(map(_is_file_name, file_names.values())):
       raise ValueError(
-        f"Got {self.path} with weight_map={jsonfiles.shorten(where)}; expected an object that names the file of each tensor. Fetch it again."
+        f"Got {self.path} with weight_map={jsonfiles.shorten(file_names)}; expected an object with the file name of each tensor. Download it"
+        " again."
       )
-    self._files = {name: TensorFile(self.path.parent / name) for name in sorted(set(where.values()))}
+    self._files = {name: TensorFile(self.path.parent / name) for name in sorted(set(file_names.values()))}
     shapes: Shapes = {}
     for name, file in self._files.items():
-      told = {tensor for tensor, place in where.items() if place == name}
-      if told != set(file.shapes):
+      listed = {tensor for tensor, file_name in file_names.items() if file_name == name}
+      if listed != set(file.shapes):
+        missing, extra = sorted(listed - set(file.shapes)), sorted(set(file.shapes) - listed)
         raise ValueError(
-          f"Got {file.path}, which lacks {_some(sorted(told - set(file.shapes)) or ['nothing'])} of what {self.path.name} says and holds"
-          f" {_some(sorted(set(file.shapes) - told) or ['nothing'])} beside it; expected the tensors that the index lists. Fetch both again."
+          f"Got {file.path}, which does not match {self.path.name}: missing tensors: {_shorten(missing) or 'none'}; extra tensors:"
+          f" {_shorten(extra) or 'none'}; expected exactly the tensors that the index lists. Download both files again."
         )
       shapes |= file.shapes
-    self._prefix = _prefix(self.path, shapes, anchor, what, "")
+    self._prefix = _prefix(self.path, shapes, anchor, description, "")
     self.shapes: Shapes = _without_prefix(shapes, self._prefix)
-    # Those of single shards say nothing of the whole.
+    # The metadata of one shard does not describe the full set of tensors.
     self.metadata: dict[str, str] = {}
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named tensors, file by file, float32, each read when its turn comes."""
-    wanted = {self._prefix + name: name for name in names}
+    """Yield the named tensors in float32, file by file.
+
+    Each tensor is read only when the iterator reaches it.
+    """
+    short_names = {self._prefix + name: name for name in names}
     for file in self._files.values():
-      for name, value in file.items([name for name in file.shapes if name in wanted]):
-        yield wanted[name], value
+      for name, value in file.items([name for name in file.shapes if name in short_names]):
+        yield short_names[name], value
 
 
-def _is_plain(name: Any) -> bool:
-  """Return whether a name stays in its folder, so that an index reads nothing elsewhere."""
+def _is_file_name(name: Any) -> bool:
+  """Return whether a value is a file name without a folder, so that an index cannot point outside its own folder."""
   return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
 
 
-def _prefix(path: Path, names: Collection[str], anchor: str, what: str, entries: str) -> str:
-  """Return the prefix of a network's names, found by the name `anchor` that each network has."""
+def _prefix(path: Path, names: Collection[str], anchor: str, description: str, content: str) -> str:
+  """Return the common prefix of a network's tensor names, located by the name `anchor`."""
   if not anchor or anchor in names:
     return ""
-  found = sorted(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
-  if len(found) == 1:
-    return found[0]
-  if found:
+  prefixes = sorted(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
+  if len(prefixes) == 1:
+    return prefixes[0]
+  if prefixes:
     raise ValueError(
-      f"Got {path}, which holds {len(found)} networks, under {', '.join(prefix.rstrip('.') for prefix in found)}; expected one. Save the"
-      " state dict of the one that you want as a file of its own."
+      f"Got {path} with {len(prefixes)} networks, under {', '.join(prefix.rstrip('.') for prefix in prefixes)}; expected one. Save the"
+      " state dict of one network in a separate file."
     )
   raise ValueError(
-    f"Got {path}, which has no {anchor}, with or without a prefix; expected a state dict of a {what}, or a checkpoint with"
-    f" one in it. The file holds {entries or f'the tensors {_some(sorted(names)) or None}'}."
+    f"Got {path}, which has no {anchor}, with or without a prefix; expected a state dict of a {description}, or a checkpoint"
+    f" that contains one. The file contains {content or f'the tensors {_shorten(sorted(names)) or None}'}."
   )
 
 
@@ -180,80 +195,88 @@ def _without_prefix(shapes: Shapes, prefix: str) -> Shapes:
 
 
 def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
-  """Return the tensors of a file by dotted names of their entries, and a description of its outermost entries."""
+  """Return the tensors of a pickle by dotted path, and a description of its top-level entries."""
   try:
     import torch
   except ImportError as error:
     raise ValueError(
-      f"Got {path}, which only PyTorch reads safely, and it is not installed: pip install 'ddpm_jax[torch]'. Or use a"
+      f"Got {path}, which needs PyTorch to be read safely; install it with pip install 'ddpm_jax[torch]', or use a"
       " .safetensors file."
     ) from error
   try:
-    # Not mapped into memory: tensors are given up one by one as they are used, a mapping only as a whole.
+    # Do not map the file into memory. Separate tensors can be released one by one, a mapping only as a whole.
     loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     raise _unreadable(path, error) from error
   if not isinstance(loaded, Mapping):
-    raise ValueError(f"Got {path}, which holds a {type(loaded).__name__}; expected a state dict: tensors by name.")
-  entries = _some([f"{name} ({type(value).__name__})" for name, value in loaded.items()])
-  found: dict[str, Any] = {}
-  # Not by recursion: a pickle may be nested as deeply as it likes.
-  waiting: list[tuple[str, Any]] = [("", loaded)]
-  # It may also hold itself.
-  seen: set[int] = set()
-  while waiting:
-    place, value = waiting.pop()
-    if isinstance(value, torch.Tensor):
-      found[place] = value
-    elif isinstance(value, Mapping) and id(value) not in seen:
-      seen.add(id(value))
-      waiting += [(f"{place}.{key}" if place else str(key), inner) for key, inner in reversed(list(value.items()))]
-  if not found:
     raise ValueError(
-      f"Got {path}, which holds {entries or 'no entry'}; expected a state dict: tensors by name, or a checkpoint with one in it."
+      f"Got {path}, which contains a {type(loaded).__name__}; expected a state dict: a mapping from names to tensors."
     )
-  return found, f"the entries {entries}"
+  entries = _shorten([f"{name} ({type(value).__name__})" for name, value in loaded.items()])
+  tensors: dict[str, Any] = {}
+  # Use a stack instead of recursion, because a pickle can be nested arbitrarily deep.
+  stack: list[tuple[str, Any]] = [("", loaded)]
+  # A mapping can contain itself.
+  visited: set[int] = set()
+  while stack:
+    name, value = stack.pop()
+    if isinstance(value, torch.Tensor):
+      tensors[name] = value
+    elif isinstance(value, Mapping) and id(value) not in visited:
+      visited.add(id(value))
+      stack += [(f"{name}.{key}" if name else str(key), inner) for key, inner in reversed(list(value.items()))]
+  if not tensors:
+    raise ValueError(
+      f"Got {path}, which contains {entries or 'no entry'}; expected a state dict (a mapping from names to tensors), or a checkpoint that"
+      " contains one."
+    )
+  return tensors, f"the entries {entries}"
 
 
 def first_line(error: Exception | str) -> str:
-  """Return what an error says first."""
+  """Return the first line of an error message, or the type of the error if the message is empty."""
   return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-  # PyTorch says first how to run the code after all.
-  said = str(error).rpartition("WeightsUnpickler error:")[2]
-  stranger = re.search(r"\bGLOBAL (\S+)", said)
-  if stranger:
-    why = f"it holds {stranger[1]}, which only code can make, and code in a file is never run. Save model.state_dict() alone where you trust the file"
+  # PyTorch's message begins with advice on how to run the code anyway. Skip it.
+  message = str(error).rpartition("WeightsUnpickler error:")[2]
+  unsafe = re.search(r"\bGLOBAL (\S+)", message)
+  if unsafe:
+    reason = f"it contains {unsafe[1]}, which needs code to load, and code in a file never runs here. If you trust the file, save model.state_dict() alone"
   else:
-    why = f"it is damaged, or another kind of file ({first_line(said)}). Fetch it again"
-  return ValueError(f"Cannot read {path} as a state dict of tensors: {why}, or use a .safetensors file.")
+    reason = f"it is damaged or has another format ({first_line(message)}). Download it again"
+  return ValueError(f"Cannot read {path} as a state dict of tensors: {reason}, or use a .safetensors file.")
 
 
 def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that PyTorch gives a parameter of ours."""
+  """Return the shape in PyTorch's layout of one of our parameters, from its path and our shape."""
   return (shape[-1], shape[-2], *shape[:-2]) if path.endswith("/kernel") else shape
 
 
 def from_torch(path: str, value: np.ndarray) -> np.ndarray:
-  """PyTorch's [out, in, *space] to our [*space, in, out]; other parameters are the same."""
+  """Transpose a kernel from PyTorch's [out, in, *space] to our [*space, in, out].
+
+  Other parameters are returned unchanged.
+  """
   return np.moveaxis(value, (1, 0), (-2, -1)) if path.endswith("/kernel") else value
 
 
 def to_torch(path: str, value: np.ndarray) -> np.ndarray:
-  """The inverse of `from_torch`."""
+  """Transpose a kernel from our [*space, in, out] to PyTorch's [out, in, *space], the inverse of `from_torch`."""
   return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("/kernel") else value
 
 
 class Layout(NamedTuple):
-  """How a kind of file holds our parameters, which are named by paths such as "down_0_0/conv1/kernel".
+  """Describe how a file format names and stores our parameters.
+
+  Our parameters are identified by paths such as "down_0_0/conv1/kernel".
 
   Attributes:
-    name_of: `name_of(path)`, the name in the file; several paths may share one.
-    shape_of: `shape_of(path, shape)`, the shape in the file.
-    from_file: `from_file(path, value)`, the parameter from the file's tensor.
-    is_ignored: `is_ignored(name)`, whether a tensor of the file is none of the network's.
+    name_of: `name_of(path)` returns the name of the tensor in the file. Several paths may share one tensor.
+    shape_of: `shape_of(path, shape)` returns the shape of the tensor in the file.
+    from_file: `from_file(path, value)` returns the parameter, converted from the tensor in the file.
+    is_ignored: `is_ignored(name)` returns whether a tensor in the file is not part of the network.
   """
 
   name_of: Callable[[str], str]
@@ -265,91 +288,105 @@ class Layout(NamedTuple):
 def load(
   tensors: TensorFile | ShardedFile, template: PyTree, layout: Layout, rename: Mapping[str, str] | None = None
 ) -> PyTree:
-  """The parameters of a network from a file, in float32; the memory for one tensor more than them is needed.
+  """Load the parameters of a network from a file, in float32.
+
+  Peak memory is the size of the parameters plus one tensor.
 
   Args:
     tensors: the file.
     template: the network's parameters, or their shapes (`jax.eval_shape`).
-    layout: how the file holds them.
-    rename: the file's own names to those of the layout, where they differ.
+    layout: how the file stores the parameters.
+    rename: maps names in the file to names in the layout, for names that differ.
+
+  Returns:
+    The parameters, as a nested dict of float32 arrays.
 
   Raises:
-    ValueError: if names are missing or extra, or shapes differ; it lists them. Or if the file has the digest of its tensors, as those
-      that `save` writes, and they are others.
+    ValueError: if tensors are missing or extra, or their shapes differ (the message lists them), if a value is not
+      finite, or if the file contains digests of its tensors (`save` writes them) and the tensors do not match.
   """
-  wanted: dict[str, list[str]] = {}
-  shapes: Shapes = {}
+  paths: dict[str, list[str]] = {}
+  expected_shapes: Shapes = {}
   for path, leaf in flatten(template).items():
     name = layout.name_of(path)
-    wanted.setdefault(name, []).append(path)
-    shapes[name] = layout.shape_of(path, tuple(leaf.shape))
-  given = {name: (rename or {}).get(name, name) for name in tensors.shapes if not layout.is_ignored(name)}
-  _check(tensors.path, shapes, {name: tensors.shapes[name] for name in given}, given)
-  params, sums, infinite = {}, {}, []
-  for name, value in tensors.items(given):
+    paths.setdefault(name, []).append(path)
+    expected_shapes[name] = layout.shape_of(path, tuple(leaf.shape))
+  layout_names = {name: (rename or {}).get(name, name) for name in tensors.shapes if not layout.is_ignored(name)}
+  _check_shapes(tensors.path, expected_shapes, {new: tensors.shapes[name] for name, new in layout_names.items()})
+  params, digests, nonfinite = {}, {}, []
+  for name, value in tensors.items(layout_names):
     if sealed.KEY in tensors.metadata:
-      sums[name] = sealed.digest(value)
+      digests[name] = sealed.digest(value)
     if not np.isfinite(value).all():
-      infinite.append(name)
-    for path in wanted[given[name]]:
-      # A copy, so that nothing keeps the file's own memory.
+      nonfinite.append(name)
+    for path in paths[layout_names[name]]:
+      # Copy, so that no array keeps the file's memory alive.
       params[path] = jnp.array(layout.from_file(path, value))
   try:
-    sealed.check_tensors(sums, tensors.metadata)
+    sealed.check_tensors(digests, tensors.metadata)
   except sealed.DamagedFileError as error:
     raise ValueError(
-      f"Got the weights {tensors.path}, which are damaged: {error}. Make or fetch the file again."
+      f"Got the weights file {tensors.path}, which is damaged: {error}. Create or download the file again."
     ) from error
-  if infinite:
+  if nonfinite:
     raise ValueError(
-      f"Got the weights {tensors.path}, which are not finite in float32: {_some(infinite)}. The training diverged, or the file is damaged:"
-      " take another checkpoint, or fetch the file again."
+      f"Got the weights file {tensors.path} with tensors that are not finite in float32: {_shorten(nonfinite)}. Training diverged, or the"
+      " file is damaged; use another checkpoint, or download the file again."
     )
   return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _check(path: Path, wanted: Shapes, shapes: Shapes, given: Mapping[str, str]) -> None:
-  found = {given[name]: shape for name, shape in shapes.items()}
-  lists = {
-    "missing": sorted(wanted.keys() - found.keys()),
-    "extra": sorted(found.keys() - wanted.keys()),
+def _check_shapes(path: Path, expected: Shapes, shapes: Shapes) -> None:
+  problems = {
+    "missing": sorted(expected.keys() - shapes.keys()),
+    "extra": sorted(shapes.keys() - expected.keys()),
     "of another shape": [
-      f"{name} {found[name]} instead of {wanted[name]}"
-      for name in sorted(wanted.keys() & found.keys())
-      if wanted[name] != found[name]
+      f"{name} {shapes[name]} instead of {expected[name]}"
+      for name in sorted(expected.keys() & shapes.keys())
+      if expected[name] != shapes[name]
     ],
   }
-  if any(lists.values()):
-    lines = [f"  {len(names)} {what}: {_some(names)}" for what, names in lists.items() if names]
+  if any(problems.values()):
+    lines = [f"  {len(names)} {problem}: {_shorten(names)}" for problem, names in problems.items() if names]
     raise ValueError(
-      f"Cannot load {path}, whose {len(shapes)} tensors do not fit the network, which has {len(wanted)}:\n"
+      f"Cannot load {path}: its {len(shapes)} tensors do not match the network, which has {len(expected)}:\n"
       + "\n".join(lines)
-      + "\nThe file and the config beside it are of different models, or one is damaged."
+      + "\nThe weights and the config belong to different models, or one of the files is damaged."
     )
 
 
-def _some(names: list[str]) -> str:
-  more = f", and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-  return ", ".join(names[:_MOST_NAMED]) + more
+def _shorten(names: list[str]) -> str:
+  """Join names, and replace all after the first `_MAX_LISTED` by their number."""
+  ending = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+  return ", ".join(names[:_MAX_LISTED]) + ending
 
 
 def save(path: str | Path, params: PyTree, layout: Layout) -> None:
-  """Write parameters as safetensors, float32, each under the layout's name for its path; whole or not at all."""
+  """Write parameters to a safetensors file in float32, under the names of the layout.
+
+  The file is written completely or not at all, and contains digests of its tensors.
+  """
   arrays = {layout.name_of(key): to_torch(key, np.asarray(leaf, np.float32)) for key, leaf in flatten(params).items()}
   sealed.save_tensors(Path(path), arrays, {"format": "pt"})
 
 
 def flatten(params: PyTree) -> dict[str, Any]:
-  """Leaves by path, such as "down_0_0/conv1/kernel"."""
+  """Return the leaves of nested parameters by path, such as "down_0_0/conv1/kernel"."""
   return traverse_util.flatten_dict(params, sep="/")
 
 
 def leaf_name(path: str) -> str:
-  """PyTorch's name for the last part of a path: weight or bias."""
+  """Return PyTorch's name for the last part of a path, "weight" or "bias"."""
   return "bias" if path.endswith("bias") else "weight"
 
 
 def abstract_params(network: Any, shape: tuple[int, ...], **conditions: Any) -> PyTree:
-  """Shapes of the parameters of a Flax network for data of `shape` [*space, C]."""
+  """Return the shapes and types of a Flax network's parameters without allocating them.
+
+  Args:
+    network: the Flax network, called with x, time and conditions.
+    shape: the shape [*space, C] of one input.
+    **conditions: the shapes of the conditions, as keyword arguments of the network.
+  """
   x, time = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
   return jax.eval_shape(network.init, jax.random.key(0), x, time, **conditions)["params"]

@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel`: its config to our U-Net and back, and its names for the parameters."""
+"""Convert between the config of diffusers' `UNet2DModel` and our U-Net, and map names of parameters."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
 
-# The class's own defaults, which hold for keys that a file leaves out.
+# The defaults of `UNet2DModel`, used for keys that a file omits.
 DEFAULTS: Config = {
   "sample_size": None,
   "in_channels": 3,
@@ -74,7 +74,7 @@ _TYPES: dict[str, jsonfiles.Kinds] = {
   "num_class_embeds": (int, _NONE),
   "num_train_timesteps": (int, _NONE),
 }
-# Options that count something, which are at least 1 where they are given.
+# Options that must be at least 1 if they are set.
 _COUNTS = (
   "sample_size",
   "in_channels",
@@ -88,38 +88,39 @@ _COUNTS = (
   "num_class_embeds",
   "num_train_timesteps",
 )
-# Names that old files have for the projections of attention.
+# Names of attention projections in old files, and their names today.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def from_config(given: Mapping[str, Any]) -> UNet:
-  """Our U-Net for the config of a `UNet2DModel`; keys that are left out have the class's defaults.
+def from_config(config: Mapping[str, Any]) -> UNet:
+  """Create our U-Net from the config of a `UNet2DModel`.
 
-  The time input of a network with time_embedding_type "fourier" is log(t), since diffusers takes the logarithm inside.
+  Omitted keys have the defaults of `UNet2DModel`. With time_embedding_type "fourier", diffusers takes the logarithm of
+  the time inside the network. Our network does not, so its time input must be log(t).
 
   Raises:
-    ValueError: if an option has no counterpart; it names it.
+    ValueError: if an option is not supported here. The message names the option.
   """
-  c = with_defaults(given)
+  c = with_defaults(config)
   channels, levels = c["block_out_channels"], len(c["block_out_channels"])
   downs, ups = ([_kind(name) for name in c[key]] for key in ("down_block_types", "up_block_types"))
   if not len(downs) == len(ups) == levels:
     raise ValueError(
-      f"Got {len(downs)} down_block_types, {len(ups)} up_block_types and {levels} block_out_channels; expected as many of each."
+      f"Got {len(downs)} down_block_types, {len(ups)} up_block_types and {levels} block_out_channels; expected the same number of each."
     )
-  down = [_way(kind, "Down", "down_block_types", c["downsample_type"]) for kind in downs]
-  up = [_way(kind, "Up", "up_block_types", c["upsample_type"]) for kind in ups][::-1]
-  attended = tuple(level for level, (attention, _) in enumerate(down) if attention)
-  if attended != tuple(level for level, (attention, _) in enumerate(up) if attention):
-    raise _unsupported("up_block_types", c["up_block_types"], "attention at the levels that have it on the way down")
-  _supported(c, "mid_block_type", "UNetMidBlock2D")
-  _supported(c, "mid_block_scale_factor", 1)
-  _supported(c, "act_fn", "silu", "swish")
-  _supported(c, "time_embedding_type", "positional", "fourier")
-  _supported(c, "resnet_time_scale_shift", "default", "scale_shift")
-  _supported(c, "downsample_padding", 0, 1)
-  _supported(c, "class_embed_type", None, "timestep", "identity")
-  _supported(c, "attn_norm_num_groups", None, c["norm_num_groups"])
+  down = [_parse_block(kind, "Down", "down_block_types", c["downsample_type"]) for kind in downs]
+  up = [_parse_block(kind, "Up", "up_block_types", c["upsample_type"]) for kind in ups][::-1]
+  attention_levels = tuple(level for level, (attention, _) in enumerate(down) if attention)
+  if attention_levels != tuple(level for level, (attention, _) in enumerate(up) if attention):
+    raise _unsupported("up_block_types", c["up_block_types"], "attention at the same levels as down_block_types")
+  _check_supported(c, "mid_block_type", "UNetMidBlock2D")
+  _check_supported(c, "mid_block_scale_factor", 1)
+  _check_supported(c, "act_fn", "silu", "swish")
+  _check_supported(c, "time_embedding_type", "positional", "fourier")
+  _check_supported(c, "resnet_time_scale_shift", "default", "scale_shift")
+  _check_supported(c, "downsample_padding", 0, 1)
+  _check_supported(c, "class_embed_type", None, "timestep", "identity")
+  _check_supported(c, "attn_norm_num_groups", None, c["norm_num_groups"])
   fourier, scale_shift = c["time_embedding_type"] == "fourier", c["resnet_time_scale_shift"] == "scale_shift"
   multipliers = tuple(width / channels[0] for width in channels)
   network = UNet(
@@ -127,7 +128,7 @@ def from_config(given: Mapping[str, Any]) -> UNet:
     channels=channels[0],
     multipliers=tuple(int(value) if value == int(value) else value for value in multipliers),
     blocks=c["layers_per_block"],
-    attention_levels=attended,
+    attention_levels=attention_levels,
     middle_attention=c["add_attention"],
     middle_attention_norm=not scale_shift or c["attn_norm_num_groups"] is not None,
     head_channels=c["attention_head_dim"] or 0,
@@ -139,8 +140,8 @@ def from_config(given: Mapping[str, Any]) -> UNet:
     embedding_features=c["time_embedding_dim"] or 0,
     frequency_shift=float(c["freq_shift"]),
     scale_shift=scale_shift,
-    downsample=_ways([way for _, way in down[:-1]]),
-    upsample=_ways([way for _, way in up[1:]]),
+    downsample=_merge_levels([resampling for _, resampling in down[:-1]]),
+    upsample=_merge_levels([resampling for _, resampling in up[1:]]),
     symmetric_padding=c["downsample_padding"] == 1,
     num_classes=(c["num_class_embeds"] or 0) if c["class_embed_type"] is None else 0,
     vector_embedding={None: "", "timestep": "time", "identity": "identity"}[c["class_embed_type"]],
@@ -152,10 +153,16 @@ def from_config(given: Mapping[str, Any]) -> UNet:
 
 
 def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
-  """The config of the `UNet2DModel` that computes what our network does on an input [H, W, C]; the inverse of `from_config`.
+  """Return the config of the `UNet2DModel` that computes the same function as our network.
+
+  This is the inverse of `from_config`.
+
+  Args:
+    network: our U-Net.
+    shape: the shape [H, W, C] of its input.
 
   Raises:
-    ValueError: if `UNet2DModel` cannot; it names the option.
+    ValueError: if `UNet2DModel` does not support an option of the network. The message names the option.
   """
   n, defaults = network, UNet()
   for name in ("score_sde", "progressive_input", "augmentation_features", "dimensions"):
@@ -163,7 +170,8 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
       raise ValueError(f"Got a network with {name}={getattr(n, name)!r}, which diffusers' UNet2DModel cannot compute.")
   if not n.groups:
     raise ValueError(
-      "Got a network with groups=0, whose number differs from layer to layer; diffusers' UNet2DModel has one."
+      "Got a network with groups=0, so that the number of groups depends on the layer; expected one number for all layers, as in"
+      " diffusers' UNet2DModel."
     )
   last = len(n.multipliers) - 1
   downs, ups = per_level(n.downsample, last), per_level(n.upsample, last)
@@ -173,28 +181,30 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
   if n.divide_by_sigma != fourier or (fourier and n.time_features != 2 * n.channels):
     raise ValueError(
       f"Got a network with time_embedding={n.time_embedding!r}, time_features={n.time_features}, divide_by_sigma={n.divide_by_sigma};"
-      " diffusers' UNet2DModel has twice as many Fourier features as channels and divides by sigma, or neither."
+      f" expected time_embedding='fourier' with time_features={2 * n.channels} and divide_by_sigma=True, or another time_embedding with"
+      " divide_by_sigma=False, as in diffusers' UNet2DModel."
     )
   if n.time_features not in (0, n.channels) and not fourier:
     raise ValueError(
-      f"Got a network with time_features={n.time_features}; diffusers' UNet2DModel has {n.channels}, its channels."
+      f"Got a network with time_features={n.time_features}; expected {n.channels}, the number of channels, as in diffusers' UNet2DModel."
     )
   if n.vector_embedding == "dense":
     raise ValueError("Got a network with vector_embedding='dense', which diffusers' UNet2DModel cannot compute.")
   if not n.middle_attention_norm and not n.scale_shift:
     raise ValueError(
-      "Got middle_attention_norm=False without scale_shift, which diffusers' UNet2DModel cannot compute."
+      "Got a network with middle_attention_norm=False and scale_shift=False, which diffusers' UNet2DModel cannot compute."
     )
   types = {
-    way: [_types(n, way, level, ways) for level in range(last + 1)] for way, ways in (("Down", downs), ("Up", ups))
+    direction: [_block_type(n, direction, level, resamplings) for level in range(last + 1)]
+    for direction, resamplings in (("Down", downs), ("Up", ups))
   }
   heads = n.head_channels
   if not heads and n.heads > 1:
     widths = {n.num_features(level) for level in (*n.attention_levels, *([last] if n.middle_attention else []))}
     if len(widths) > 1:
       raise ValueError(
-        f"Got heads={n.heads} at levels of {sorted(widths)} features; diffusers' UNet2DModel counts heads by their features."
-        " Use head_channels."
+        f"Got heads={n.heads} at levels with {sorted(widths)} features; diffusers' UNet2DModel fixes the features of a head, not the"
+        " number of heads. Set head_channels instead."
       )
     heads = widths.pop() // n.heads if widths else 0
   height, width, channels = shape
@@ -212,8 +222,8 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
     "block_out_channels": [n.num_features(level) for level in range(last + 1)],
     "layers_per_block": n.blocks,
     "downsample_padding": int(n.symmetric_padding),
-    "downsample_type": _type(n, downs, [level for level in n.attention_levels if level < last]),
-    "upsample_type": _type(n, ups, [level - 1 for level in n.attention_levels if level > 0]),
+    "downsample_type": _resample_type(n, downs, [level for level in n.attention_levels if level < last]),
+    "upsample_type": _resample_type(n, ups, [level - 1 for level in n.attention_levels if level > 0]),
     "dropout": n.dropout,
     "attention_head_dim": heads or None,
     "norm_num_groups": n.groups,
@@ -226,33 +236,35 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
   }
 
 
-def with_defaults(given: Mapping[str, Any]) -> Config:
-  """The config with the class's defaults for keys that are left out.
+def with_defaults(config: Mapping[str, Any]) -> Config:
+  """Return a config with the defaults of `UNet2DModel` for omitted keys.
 
   Raises:
-    ValueError: if it is of another class, or has an unknown option that is set.
+    ValueError: if the config is for another class, a value is invalid, or an unknown option is set.
   """
-  jsonfiles.check_types(given, _TYPES, "UNet2DModel")
-  name = given.get("_class_name", "UNet2DModel")
+  jsonfiles.check_types(config, _TYPES, "UNet2DModel")
+  name = config.get("_class_name", "UNet2DModel")
   if name not in ("UNet2DModel", "UNetUnconditionalModel"):
-    raise ValueError(f"Got a network of class {name}; expected a UNet2DModel, the U-Net of diffusers' pixel models.")
+    raise ValueError(
+      f"Got a network of class {name}; expected UNet2DModel, the class that diffusers uses for pixel models."
+    )
   for key in _COUNTS:
-    value = given.get(key)
+    value = config.get(key)
     values = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if any(item < 1 for item in values) or (values is value and not values):
       raise ValueError(f"Got a UNet2DModel with {key}={jsonfiles.shorten(value)}; expected at least 1.")
-  size = given.get("sample_size")
+  size = config.get("sample_size")
   if isinstance(size, list | tuple) and len(size) != 2:
     raise ValueError(f"Got a UNet2DModel with sample_size={size!r}; expected one number, or height and width.")
-  unknown = {key: value for key, value in given.items() if key not in DEFAULTS and not key.startswith("_")}
+  unknown = {key: value for key, value in config.items() if key not in DEFAULTS and not key.startswith("_")}
   for key, value in unknown.items():
     if value not in (None, False):
       raise _unsupported(key, value, "a config without this key")
-  return DEFAULTS | {key: value for key, value in given.items() if key in DEFAULTS}
+  return DEFAULTS | {key: value for key, value in config.items() if key in DEFAULTS}
 
 
 def image_size(config: Config) -> tuple[int, int]:
-  """[H, W] of the images that a model was made for; the smallest that it takes if its config does not say."""
+  """Return the image size (H, W) of a config, or the smallest size the network accepts if sample_size is null."""
   size = config["sample_size"]
   if size is None:
     size = 2 ** (len(config["block_out_channels"]) - 1)
@@ -260,17 +272,17 @@ def image_size(config: Config) -> tuple[int, int]:
 
 
 def layout(levels: int) -> tensors.Layout:
-  """The names in a file for our parameters, of a network of that many levels."""
+  """Return the layout of diffusers' weight files for a network with this number of levels."""
 
-  def block(match: re.Match) -> str:
-    way, level, rest = match["way"], int(match["level"]), match["rest"]
-    place = f"down_blocks.{level}" if way == "down" else f"up_blocks.{levels - 1 - level}"
-    if rest == f"{way}sample":
-      return f"{place}.{way}samplers.0"
-    index, _, attention = rest.partition("_")
-    return f"{place}.{'attentions' if attention else 'resnets'}.{index}"
+  def block_name(match: re.Match) -> str:
+    direction, level, part = match["direction"], int(match["level"]), match["part"]
+    block = f"down_blocks.{level}" if direction == "down" else f"up_blocks.{levels - 1 - level}"
+    if part == f"{direction}sample":
+      return f"{block}.{direction}samplers.0"
+    index, _, attention = part.partition("_")
+    return f"{block}.{'attentions' if attention else 'resnets'}.{index}"
 
-  def name(path: str) -> str:
+  def name_of(path: str) -> str:
     head, *parts = path.split("/")
     fixed = {
       "conv_in": "conv_in",
@@ -286,15 +298,18 @@ def layout(levels: int) -> tensors.Layout:
       "middle_1": "mid_block.resnets.1",
       "middle_attention": "mid_block.attentions.0",
     }
-    start = fixed.get(head) or re.sub(r"(?P<way>down|up)_(?P<level>\d+)_(?P<rest>.+)", block, head)
+    start = fixed.get(head) or re.sub(r"(?P<direction>down|up)_(?P<level>\d+)_(?P<part>.+)", block_name, head)
     inner = ["to_out.0" if part == "to_out" else part for part in parts[:-1]]
     return ".".join([start, *inner, tensors.leaf_name(path)])
 
-  return tensors.Layout(name)
+  return tensors.Layout(name_of)
 
 
 def modern_names(names) -> dict[str, str]:
-  """Old names of attention's projections to today's, for those among `names` that have them."""
+  """Map tensor names with an old name of an attention projection to today's names.
+
+  Names that did not change are left out.
+  """
   pattern = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\.")
   return {name: new for name in names if (new := pattern.sub(lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name)) != name}
 
@@ -303,49 +318,53 @@ def _kind(name: str) -> str:
   return name.removeprefix("UNetRes")
 
 
-def _way(kind: str, direction: str, key: str, resample_type: str) -> tuple[bool, str]:
-  """Whether a block attends, and how it resamples."""
+def _parse_block(kind: str, direction: str, key: str, resample_type: str) -> tuple[bool, str]:
+  """Return whether a block has attention, and how it resamples ("conv" or "residual")."""
   plain = {f"{direction}Block2D": "conv", f"Resnet{direction}sampleBlock2D": "residual"}
   if kind in plain:
     return False, plain[kind]
   if kind != f"Attn{direction}Block2D":
-    raise _unsupported(key, kind, f"{direction}Block2D, Resnet{direction}sampleBlock2D and Attn{direction}Block2D")
-  known = {"conv": "conv", "resnet": "residual"}
-  if resample_type not in known:
-    raise _unsupported(f"{direction.lower()}sample_type", resample_type, "conv and resnet")
-  return True, known[resample_type]
+    raise _unsupported(key, kind, f"{direction}Block2D, Resnet{direction}sampleBlock2D or Attn{direction}Block2D")
+  resamplings = {"conv": "conv", "resnet": "residual"}
+  if resample_type not in resamplings:
+    raise _unsupported(f"{direction.lower()}sample_type", resample_type, "conv or resnet")
+  return True, resamplings[resample_type]
 
 
-def _ways(ways: list[str]) -> str | tuple[str, ...]:
-  return ways[0] if len(set(ways)) == 1 else tuple(ways) if ways else "conv"
+def _merge_levels(resamplings: list[str]) -> str | tuple[str, ...]:
+  """Return one value if all levels agree, else one value per level."""
+  return resamplings[0] if len(set(resamplings)) == 1 else tuple(resamplings) if resamplings else "conv"
 
 
-def _types(network: UNet, direction: str, level: int, ways: tuple[str, ...]) -> str:
+def _block_type(network: UNet, direction: str, level: int, resamplings: tuple[str, ...]) -> str:
   if level in network.attention_levels:
     return f"Attn{direction}Block2D"
-  # The last level on the way down and the first on the way up are not resampled from, so either would do.
+  # The coarsest level on the way down and the finest on the way up do not resample, so any type is correct there.
   index = level if direction == "Down" else level - 1
-  residual = 0 <= index < len(ways) and ways[index] == "residual"
-  return f"Resnet{direction}sampleBlock2D" if residual else f"{direction}Block2D"
+  is_residual = 0 <= index < len(resamplings) and resamplings[index] == "residual"
+  return f"Resnet{direction}sampleBlock2D" if is_residual else f"{direction}Block2D"
 
 
-def _type(network: UNet, ways: tuple[str, ...], attended: list[int]) -> str:
-  """How the levels with attention resample, which is one for all of them; the others' types say it themselves."""
-  kinds = {ways[index] for index in attended}
+def _resample_type(network: UNet, resamplings: tuple[str, ...], attention_levels: list[int]) -> str:
+  """Return how the levels with attention resample.
+
+  diffusers has one option for all of them. At other levels, the block type determines the resampling.
+  """
+  kinds = {resamplings[index] for index in attention_levels}
   if len(kinds) > 1:
     raise ValueError(
-      f"Got levels {tuple(network.attention_levels)} with attention that resample in {len(kinds)} ways, {ways}; diffusers'"
-      " UNet2DModel has one for all of them."
+      f"Got attention at levels {tuple(network.attention_levels)} that resample in {len(kinds)} ways, {resamplings}; expected the same way"
+      " at all levels with attention, as in diffusers' UNet2DModel."
     )
   return "resnet" if "residual" in kinds else "conv"
 
 
-def _supported(config: Config, key: str, *known: Any) -> None:
-  if config[key] not in known:
-    raise _unsupported(key, config[key], " or ".join(map(repr, known)))
+def _check_supported(config: Config, key: str, *supported: Any) -> None:
+  if config[key] not in supported:
+    raise _unsupported(key, config[key], " or ".join(map(repr, supported)))
 
 
-def _unsupported(key: str, value: Any, known: str) -> ValueError:
+def _unsupported(key: str, value: Any, supported: str) -> ValueError:
   return ValueError(
-    f"Got a UNet2DModel with {key}={jsonfiles.shorten(value)}, which is not supported; supported: {known}."
+    f"Got a UNet2DModel with {key}={jsonfiles.shorten(value)}, which is not supported; expected {supported}."
   )

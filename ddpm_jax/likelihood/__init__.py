@@ -1,7 +1,10 @@
-"""Likelihoods in bits per dimension: the variational bounds, discrete and continuous in time, and that of the probability flow.
+"""Compute likelihoods in bits per dimension.
 
-All are values [B], one an image, in -log2 p(x_0) / D; `summary` gives their mean and its standard error. The two bounds and the
-dequantized flow are upper bounds of the same number, of data on 256 levels, and may be compared with each other.
+There are variational bounds in discrete and in continuous time, and the likelihood of the probability flow. Each
+returns -log2 p(x_0) / D for every image [B], with D dimensions. `summary` computes the mean and its standard error.
+
+The two bounds and the dequantized flow are upper bounds of the same quantity, the bits per dimension of data on 256
+levels, so they can be compared.
 """
 
 from ddpm_jax.likelihood.bounds import ContinuousBound, VariationalBound, continuous_bound, variational_bound

@@ -1,4 +1,4 @@
-"""Variational upper bounds of -log2 p(x_0) per dimension: of the discrete model, and in continuous time."""
+"""Compute variational upper bounds of -log2 p(x_0) per dimension, in discrete and in continuous time."""
 
 from typing import NamedTuple
 
@@ -9,29 +9,31 @@ import numpy as np
 from ddpm_jax import losses, randomness
 from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widen
-from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
+from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, min_training_time
 from ddpm_jax.predictions import Denoise, x_0_of
 from ddpm_jax.processes import Process, as_time, expand, last_step
 from ddpm_jax.sampling.core import with_shape_check
 
 Array = jax.Array
 
-# With less signal than this no term has anything left to say: beyond it the whole rest is below 1e-8 bits.
-_LEAST_LOG_SNR = -20.0
-# Where Kingma et al. 2021 end: a noise of a third of a level, beyond which an image on levels has nothing new to tell.
-_MOST_LOG_SNR = 13.3
+# Below this log-SNR all remaining terms add up to less than 1e-8 bits.
+_MIN_LOG_SNR = -20.0
+# The largest log-SNR in Kingma et al. 2021. The noise is a third of the distance between levels, so the levels are
+# almost certain and smaller noise adds no information.
+_MAX_LOG_SNR = 13.3
 
 
 class VariationalBound(NamedTuple):
-  """The bound of the discrete model, in bits per dimension: `bits = prior + the sum over all steps`.
+  """Hold the bound of a discrete model in bits per dimension.
 
   Attributes:
-    bits: the bound, or the estimate of it [B].
+    bits: the bound or its estimate, `prior` plus the sum over all steps [B].
     prior: KL(q(x_T | x_0) || p(x_T)) [B].
     decoder: the term of step 1, -log2 p(x_0 | x_1) [B].
-    terms: the terms of the steps that were computed [B, K]; all of them: [B, N], column n - 1 for step n.
-    steps: the numbers n of these steps, integers [B, K].
-    standard_error: the standard error of `bits` by the num_evaluations [B]; None of all steps, where only the draw of each x_t is left to chance.
+    terms: the terms of the evaluated steps [B, K]. If all steps are evaluated, K = N and column n - 1 holds step n.
+    steps: the numbers n of the evaluated steps, integers [B, K].
+    standard_error: the standard error of `bits` due to the choice of steps and noise [B]. None if all steps are
+      evaluated. Then only the noise of each x_t is random.
   """
 
   bits: Array
@@ -52,26 +54,29 @@ def variational_bound(
   variance: str = "small",
   num_evaluations: int | None = None,
 ) -> VariationalBound:
-  """-log2 p(x_0) per dimension at most (Ho et al. 2020, equation 5), of images on 256 levels.
+  """Compute an upper bound of -log2 p(x_0) per dimension for images on 256 levels (Ho et al. 2020, equation 5).
 
     L = KL(q(x_T | x_0) || p(x_T)) + sum over n = 2..N of KL(q(x_s | x_t, x_0) || p(x_s | x_t)) - log p(x_0 | x_1)
 
-  with t = n/N, s = (n-1)/N and one draw of x_t for each step; the last is the discretized Gaussian of `losses.decoder_bits`.
+  with t = n/N and s = (n-1)/N. Each step uses one sample of x_t. The last term is the discretized Gaussian of
+  `losses.decoder_bits`.
 
-  All N steps cost N network calls. `num_evaluations` of them estimate the sum without bias: two at step 1, and two in each of
-  num_evaluations/2 - 1 ranges of the others, which span as much log-SNR each; each step of a range is as likely as any other.
+  Evaluating all N steps takes N network calls. With `num_evaluations`, fewer random steps give an unbiased estimate:
+  two evaluations at step 1, and two in each of `num_evaluations` / 2 - 1 ranges of the other steps. The ranges cover
+  equal intervals of log-SNR, and the steps of a range are equally likely.
 
   Args:
-    key: one key, or one a sample [B]: then image i's value follows from x_0[i] and key i alone.
-    process: a discrete process. Its chain is what is bounded: fewer steps are another model.
+    key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
+    process: a discrete process. The bound applies to its chain of N steps. A chain with fewer steps is another model.
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
-    x_0: data [B, ...] on 256 levels in [-1, 1], as `images.from_uint8` gives.
-    variance: of p(x_s | x_t), "small", "large" or "learned".
-    num_evaluations: how many steps an image, an even number from 4 to 2N; None for all.
+    x_0: data [B, ...] on 256 levels in [-1, 1], as from `images.from_uint8`.
+    variance: the variance of p(x_s | x_t), "small", "large" or "learned".
+    num_evaluations: the number of evaluated steps per image, an even number from 4 to 2N. None evaluates all steps.
 
   Raises:
-    ValueError: if the process is continuous or has one step, the data are known not to lie on 256 levels, the keys do not fit, `num_evaluations` is
-      out of range, the variance is of another name, or "learned" where `denoise` gives none.
+    ValueError: if the process is continuous or has a single step, concrete data are not on 256 levels, the number of
+      keys is wrong, `num_evaluations` or `variance` has an invalid value, or `variance` is "learned" and the estimates
+      of `denoise` have no variance.
   """
   check_data(key, x_0, on_levels=True)
   last, total_steps = last_step(process), process.num_steps
@@ -79,8 +84,8 @@ def variational_bound(
   low, size = _all_steps(last) if num_evaluations is None else _ranges(process, last, num_evaluations)
   network, count = with_shape_check(denoise), x_0.shape[0]
 
-  def term(_, drawn):
-    index, low, size = drawn
+  def term(_, choice):
+    index, low, size = choice
     keys = randomness.fold_in(key, index)
     share = randomness.uniform(randomness.fold_in(keys, 0), (count,))
     step = low + jnp.minimum(jnp.floor(share * size.astype(share.dtype)).astype(jnp.int32), size - 1)
@@ -100,14 +105,14 @@ def variational_bound(
 
 
 class ContinuousBound(NamedTuple):
-  """The bound in continuous time, in bits per dimension: `bits = prior + diffusion + decoder`.
+  """Hold the bound in continuous time in bits per dimension.
 
   Attributes:
-    bits: the estimate of the bound [B].
+    bits: the estimate of the bound, `prior + diffusion + decoder` [B].
     prior: KL(q(x_T | x_0) || p(x_T)) [B].
     diffusion: the integral over the noise levels [B].
-    decoder: -log2 p(x_0 | x at t_min) [B].
-    standard_error: the standard error of `bits` by the num_evaluations of levels and noise [B].
+    decoder: -log2 p(x_0 | x_tmin) [B].
+    standard_error: the standard error of `bits` due to the random noise levels and noise [B].
   """
 
   bits: Array
@@ -121,40 +126,46 @@ class ContinuousBound(NamedTuple):
 def continuous_bound(
   key: Array, process: Process, denoise: Denoise, x_0: Array, *, num_evaluations: int = 128, t_min: float | None = None
 ) -> ContinuousBound:
-  """-log2 p(x_0) per dimension at most, of infinitely many steps and images on 256 levels (Kingma et al. 2021, equation 11).
+  """Estimate an upper bound of -log2 p(x_0) per dimension in continuous time (Kingma et al. 2021, equation 11).
 
     L = KL(q(x_T | x_0) || p(x_T)) - E log p(x_0 | x_tmin) + 1/2 int E |eps - eps_hat(x_t)|^2 dl
 
-  with l the log-SNR, from that of t_max to that of t_min, and |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2: the bound by
-  which Song et al. 2021b (equation 8, with g^2 as the weight) train. It depends on the process by its two ends alone. The decoder is
-  theirs too: each value's probability is as q(x_tmin | value), among the 256.
+  for images on 256 levels. Here l is the log-SNR, which ranges from its value at t_max to its value at t_min, and
+  |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this bound (equation 8, with the
+  weight g^2). It depends on the process only through its two end points. The decoder is that of Kingma et al.: the
+  probability of each of the 256 values is proportional to q(x_tmin | value).
 
-  The noise levels are drawn evenly in l, two in each of num_evaluations/2 equal parts, so that the sum's error can be told.
+  The estimate samples l uniformly, twice in each of `num_evaluations` / 2 equal intervals. The two samples of an
+  interval give the standard error.
 
-  A model that cannot tell the 256 values apart where the noise is less than their distance pays up to half a nat for each unit of l
-  there: a later t_min may then give a lower bound, as it leaves that to the decoder.
+  Where the noise is smaller than the distance of the levels, a model that cannot distinguish the levels loses up to
+  half a nat per unit of l. A larger t_min can then give a smaller bound, because the decoder covers this range instead.
 
   Args:
-    key: one key, or one a sample [B]: then image i's value follows from x_0[i] and key i alone.
-    process: the forward process; a discrete one is read between its steps, where its network was not trained.
+    key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
+    process: the forward process. A discrete process is evaluated between its steps, where its network was not trained.
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
-    x_0: data [B, ...] on 256 levels in [-1, 1], as `images.from_uint8` gives.
-    num_evaluations: network calls an image, an even number of at least 2.
-    t_min: the time of the decoder, in (0, t_max); the bound holds for any. By default that of log-SNR 13.3, which is theirs, or the smallest
-      that networks are trained at if it is later: 1e-5 of t_max, or `process.t_min` of discrete processes and of those whose t is sigma.
+    x_0: data [B, ...] on 256 levels in [-1, 1], as from `images.from_uint8`.
+    num_evaluations: the number of network calls per image, an even number of at least 2.
+    t_min: the time of the decoder, in (0, t_max). The bound is valid for any value. Default: the time with log-SNR
+      13.3, as in Kingma et al., or the smallest training time if that is larger. The smallest training time is 1e-5
+      t_max, or `process.t_min` for discrete processes and for processes with t = sigma.
 
   Raises:
-    ValueError: if the data are known not to lie on 256 levels, the keys do not fit, or `num_evaluations` or `t_min` is out of range.
+    ValueError: if concrete data are not on 256 levels, the number of keys is wrong, or `num_evaluations` or `t_min` is
+      out of range.
   """
   check_data(key, x_0, on_levels=True)
   if num_evaluations != int(num_evaluations) or num_evaluations < 2 or num_evaluations % 2:
     raise ValueError(
-      f"Got num_evaluations={num_evaluations}; expected an even number of network calls an image, at least 2, such as 128."
+      f"Got num_evaluations={num_evaluations}; expected an even number of network calls per image, at least 2, such as 128."
     )
-  start = as_time(t_min) if t_min is not None else jnp.maximum(process.time_of(_MOST_LOG_SNR), first_time(process))
+  start = (
+    as_time(t_min) if t_min is not None else jnp.maximum(process.time_of(_MAX_LOG_SNR), min_training_time(process))
+  )
   if t_min is not None:
     check_t_min(process, t_min)
-  low = jnp.maximum(process.log_snr(as_time(process.t_max)), _LEAST_LOG_SNR)
+  low = jnp.maximum(process.log_snr(as_time(process.t_max)), _MIN_LOG_SNR)
   width = (process.log_snr(start) - low) / (num_evaluations // 2)
   network, count = with_shape_check(denoise), x_0.shape[0]
 
@@ -167,16 +178,18 @@ def continuous_bound(
     return losses.mean_bits(0.5 * (ratio * (data - estimate)) ** 2)
 
   _, values = jax.lax.scan(lambda _, index: (None, integrand(index)), None, jnp.arange(num_evaluations))
-  diffusion, error = _sum_of_pairs(values.T.reshape(count, -1, 2), width)
+  diffusion, diffusion_error = _sum_of_pairs(values.T.reshape(count, -1, 2), width)
   keys = [randomness.fold_in(key, num_evaluations + i) for i in range(2)]
   pair = jnp.stack([_level_bits(process, x_0, process.sample_marginal(k, x_0, start), start) for k in keys], -1)
-  decoder, error_of_decoder = _sum_of_pairs(pair[:, None], 1.0)
+  decoder, decoder_error = _sum_of_pairs(pair[:, None], 1.0)
   prior = losses.prior_bits(process, x_0)
-  return ContinuousBound(prior + diffusion + decoder, prior, diffusion, decoder, jnp.hypot(error, error_of_decoder))
+  return ContinuousBound(
+    prior + diffusion + decoder, prior, diffusion, decoder, jnp.hypot(diffusion_error, decoder_error)
+  )
 
 
 def _level_bits(process: Process, x_0: Array, x_t: Array, t: Array) -> Array:
-  """-log2 of the share that x_0 has of q(x_t | .) among all levels, per dimension [B]."""
+  """Compute -log2 of q(x_t | x_0) over the sum of q(x_t | level) for all levels, per dimension [B]."""
   levels = jnp.asarray(np.linspace(-1, 1, LEVELS), x_0.dtype).reshape((1,) * x_0.ndim + (-1,))
   alpha, sigma, x_0, x_t, levels = widen(process.alpha(t), process.sigma(t), x_0, x_t, levels)
 
@@ -187,9 +200,14 @@ def _level_bits(process: Process, x_0: Array, x_t: Array, t: Array) -> Array:
 
 
 def _sum_of_pairs(values: Array, widths) -> tuple[Array, Array]:
-  """The sum over strata of `widths` ([] or [1, H]) times their mean, from two num_evaluations in each [B, H, 2], and its standard error, both [B]."""
+  """Estimate a sum over strata and its standard error, both [B], from two samples per stratum.
+
+  Args:
+    values: the samples [B, H, 2] of H strata.
+    widths: the widths of the strata, a scalar or [1, H].
+  """
   total = jnp.sum(widths * jnp.mean(values, -1), 1)
-  # Half the difference squared is the variance of the mean of two, without bias.
+  # The square of half the difference is an unbiased estimate of the variance of the mean of two samples.
   return total, 0.5 * jnp.sqrt(jnp.sum((widths * (values[..., 0] - values[..., 1])) ** 2, 1))
 
 
@@ -198,19 +216,23 @@ def _all_steps(last: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranges(process: Process, last: int, num_evaluations: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of each draw the first step that it may take and how many there are [num_evaluations]: step 1 twice, then ranges of steps twice each."""
+  """Return the first step and the size of the range of steps for each evaluation, both [num_evaluations].
+
+  Each range occurs twice. The first range consists of step 1 alone.
+  """
   if num_evaluations != int(num_evaluations) or num_evaluations % 2 or not 4 <= num_evaluations <= 2 * last:
     raise ValueError(
-      f"Got num_evaluations={num_evaluations} for {last} steps; expected an even number from 4 to {2 * last}, or None for all steps."
+      f"Got num_evaluations={num_evaluations} for {last} steps; expected an even number from 4 to {2 * last}, or None for"
+      " all steps."
     )
   count = int(num_evaluations) // 2 - 1
   with jax.ensure_compile_time_eval():
     log_snr = np.asarray(process.log_snr(jnp.linspace(process.t_max / last, process.t_max, last)), np.float64)
-  passed = np.maximum.accumulate(log_snr[0] - np.maximum(log_snr, _LEAST_LOG_SNR))
-  wanted = np.searchsorted(passed, passed[-1] * np.arange(1, count) / count) + 1
-  # At least one step in each: none starts before those to its left fit, or after those to its right do.
+  decrease = np.maximum.accumulate(log_snr[0] - np.maximum(log_snr, _MIN_LOG_SNR))
+  targets = np.searchsorted(decrease, decrease[-1] * np.arange(1, count) / count) + 1
+  # Every range needs at least one step, so clip its edge to leave room for the ranges to its left and right.
   edges = [2]
-  for index, edge in enumerate(wanted):
+  for index, edge in enumerate(targets):
     edges.append(min(max(edge, edges[-1] + 1), last + 1 - (count - 1 - index)))
   low = np.array([1, *edges], np.int32)
   return low.repeat(2), np.diff(low, append=last + 1).astype(np.int32).repeat(2)

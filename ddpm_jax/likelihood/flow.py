@@ -1,4 +1,4 @@
-"""The log-likelihood of the probability-flow ODE, by the instantaneous change of variables."""
+"""Compute the log-likelihood of the probability-flow ODE with the instantaneous change of variables."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ddpm_jax import randomness
 from ddpm_jax.arguments import check_types
 from ddpm_jax.floats import widest
-from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, first_time
+from ddpm_jax.likelihood.core import LEVELS, check_data, check_t_min, min_training_time
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, as_time
 from ddpm_jax.sampling import rk45
@@ -20,19 +20,20 @@ from ddpm_jax.sampling.core import with_shape_check
 Array = jax.Array
 
 _NOISES = {"rademacher": randomness.rademacher, "gaussian": randomness.normal}
-# Beyond this a single image costs thousands of derivatives at every one of some hundred times.
-_MOST_DIMENSIONS = 1024
-# Of an exact trace, how many derivatives are taken side by side.
-_AT_ONCE = 64
+# With more dimensions, an exact trace takes thousands of derivatives per image at each of several hundred times.
+_MAX_DIMENSIONS = 1024
+# The number of derivatives of an exact trace that are computed in parallel.
+_TRACE_BATCH = 64
 
 
 class OdeBits(NamedTuple):
-  """What `ode_bits` gives.
+  """Hold the results of `ode_bits`.
 
   Attributes:
-    bits: -log2 p(x_0) per dimension, the mean over the probes [B]; NaN where the solver did not arrive.
-    by_probe: by each probe alone [B, probes], for an error bar: `summary(by_probe, axis=1)`; [B, 1] of an exact trace.
-    nfe: the calls of the flow's right side that each image's solution took [B].
+    bits: -log2 p(x_0) per dimension, averaged over the probes [B]. NaN where the solver exceeded `max_nfe`.
+    by_probe: -log2 p(x_0) per dimension from each probe [B, probes], or [B, 1] for an exact trace.
+      `summary(by_probe, axis=1)` gives the standard error.
+    nfe: the number of evaluations of the right-hand side for each image [B].
   """
 
   bits: Array
@@ -57,48 +58,55 @@ def ode_bits(
   atol: float = 1e-5,
   max_nfe: int = 100_000,
 ) -> OdeBits:
-  """-log2 p(x_0) per dimension of the probability flow dx/dt = f(x, t) (Song et al. 2021, equation 39 and appendix D.2).
+  """Compute -log2 p(x_0) per dimension under the probability flow (Song et al. 2021, equation 39 and appendix D.2).
 
     log p(x_tmin) = log N(x_tmax; 0, sigma_tmax^2) + int div f(x_t, t) dt,   div f = E v^T (df/dx) v
 
-  The solver carries x and the integrals of the probes together, for each image apart (`sampling.rk45`, `per_sample`). A probe v
-  is drawn once an image and kept along the way (Grathwohl et al. 2019), so that its estimate has no bias but that of the solver.
+  The flow is dx/dt = f(x, t). The solver integrates x and the divergences of all probes v together, with separate steps
+  for each image (`sampling.rk45` with `per_sample`). Each image keeps its probes for the entire flow (Grathwohl et al.
+  2019), so only the solver causes bias.
 
-  What this is the density of: the model's x at t_min, taken at the data as they are. Neglected is the noise between 0 and t_min, and
-  that the true x at t_max is not quite the prior's.
+  The density is that of the model's x_tmin, evaluated at x_0. It neglects the noise between 0 and t_min and the
+  difference between the true distribution of x_tmax and the prior.
 
-  Dequantized, a value k of 0..255 becomes y = 2 (k + u) / 256 - 1 with u uniform in [0, 1), and as the level's probability is the integral
-  of the density over a width 2/256, by Jensen's inequality -log2 P(k) <= E[-log2 p(y)] + 7 per dimension: an upper bound, whose
-  7 = log2(256 / 2) is counted. Not dequantized, the result is -log2 of a density, which may be below 0.
+  Dequantization replaces a value k of 0..255 by y = 2 (k + u) / 256 - 1 with u uniform in [0, 1). The probability of a
+  level is the integral of the density over an interval of width 2/256. By Jensen's inequality,
+  -log2 P(k) <= E[-log2 p(y)] + 7 per dimension. The result includes the constant 7 = log2(256 / 2), so it is an upper
+  bound. Without dequantization, the result is -log2 of a density and may be negative.
 
-  A call of the right side costs a network call and `probes` derivatives, or D of them for the exact trace of D dimensions. On a CPU a
-  forward derivative with its value takes 2.7 times as long as the value (measured, a U-Net on 8x8), in a loop as well as outside it.
+  Each evaluation of the right-hand side costs one network call and `probes` derivatives, or D derivatives for an exact
+  trace in D dimensions. Measured with a U-Net on 8x8 images on a CPU, a forward-mode derivative with its value takes
+  2.7 times as long as the value alone, both inside and outside a loop.
 
   Args:
-    key: one key, or one a sample [B]: then image i's value follows from x_0[i] and key i alone.
-    process: the forward process; a discrete one is read between its steps.
-    denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t, called with t of shape [B]. Clipping makes it another flow.
-    x_0: data [B, ...] in [-1, 1], of dimensions [D] taken together; on 256 levels to be dequantized, as `images.from_uint8` gives.
-    probes: how many v an image.
-    probe_noise: of v: "rademacher", signs, or "gaussian", which has the larger variance (Hutchinson 1990).
-    exact_trace: whether the trace is computed, for at most 1024 dimensions; `probes` and `probe_noise` then do not matter.
-    reverse_mode: whether derivatives go backwards (`jax.vjp`): for networks that know no others, such as a `UNet` with the kernels "loop".
-      Forward ones need less memory.
-    dequantize: whether x_0 are levels, and not continuous data.
-    t_min: where the flow starts, in (0, t_max); by default 1e-5 of t_max, as Song et al. have, or `process.t_min` of discrete processes
-      and of those whose t is sigma.
-    rtol: relative tolerance of the root mean square error of an image's x and integrals.
-    atol: absolute tolerance.
-    max_nfe: the number of calls of the right side at which to give up.
+    key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
+    process: the forward process. A discrete process is evaluated between its steps.
+    denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t, called with t of shape [B]. A clipped estimate
+      defines another flow.
+    x_0: data [B, ...] in [-1, 1]. D is the total number of dimensions of a sample. For dequantization the data must be
+      on 256 levels, as from `images.from_uint8`.
+    probes: the number of probes v per image.
+    probe_noise: the distribution of v: "rademacher" for random signs, or "gaussian", which has a larger variance
+      (Hutchinson 1990).
+    exact_trace: whether to compute the exact trace, for at most 1024 dimensions. It ignores `probes` and `probe_noise`.
+    reverse_mode: whether to use reverse-mode derivatives (`jax.vjp`). Some networks support no others, such as a `UNet`
+      with kernels="loop". Forward mode needs less memory.
+    dequantize: whether x_0 holds levels rather than continuous data.
+    t_min: the start of the flow, in (0, t_max). Default: 1e-5 t_max, as in Song et al., or `process.t_min` for discrete
+      processes and for processes with t = sigma.
+    rtol: the relative tolerance for the root mean square error of an image's x and integrals.
+    atol: the absolute tolerance.
+    max_nfe: the maximum number of evaluations of the right-hand side.
 
   Raises:
-    ValueError: if the data are no floats or, to be dequantized, known not to lie on 256 levels; the keys do not fit; `probes` is below 1;
-      the noise is of another name; there are too many dimensions for an exact trace; or `t_min` or a tolerance is out of range.
+    ValueError: if the data are not floats, concrete data for dequantization are not on 256 levels, the number of keys
+      is wrong, `probes` is below 1, `probe_noise` has another value, there are too many dimensions for an exact trace,
+      or `t_min` or a tolerance is out of range.
   """
   check_data(key, x_0, on_levels=dequantize)
   shape, dimensions = x_0.shape, math.prod(x_0.shape[1:])
   _check(probes, probe_noise, exact_trace, dimensions)
-  t_min = first_time(process) if t_min is None else t_min
+  t_min = min_training_time(process) if t_min is None else t_min
   check_t_min(process, t_min)
   precision = widest(x_0)
   x = x_0.astype(precision)
@@ -119,37 +127,44 @@ def ode_bits(
   count = 1 if exact_trace else probes
   start = jnp.concatenate([x.reshape(shape[0], -1), jnp.zeros((shape[0], count), precision)], axis=1)
   end, nfe = rk45(slope, start, t_min, process.t_max, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=True)
-  z, gained = end[:, :dimensions], end[:, dimensions:]
+  z, log_det = end[:, :dimensions], end[:, dimensions:]
   sigma = process.sigma(as_time(process.t_max)).astype(precision)
   log_prior = -0.5 * jnp.sum((z / sigma) ** 2 + jnp.log(2 * jnp.pi * sigma**2), axis=1, keepdims=True)
-  by_probe = -(log_prior + gained) / (dimensions * math.log(2)) + (math.log2(LEVELS / 2) if dequantize else 0)
+  by_probe = -(log_prior + log_det) / (dimensions * math.log(2)) + (math.log2(LEVELS / 2) if dequantize else 0)
   return OdeBits(jnp.mean(by_probe, axis=1), by_probe, nfe)
 
 
 def _check(probes: int, probe_noise: str, exact_trace: bool, dimensions: int) -> None:
   if probes != int(probes) or probes < 1:
-    raise ValueError(f"Got probes={probes}; expected a whole number of at least 1.")
+    raise ValueError(f"Got probes={probes}; expected an integer of at least 1.")
   if probe_noise not in _NOISES:
     raise ValueError(f"Got probe_noise={probe_noise!r}; expected 'rademacher' or 'gaussian'.")
-  if exact_trace and dimensions > _MOST_DIMENSIONS:
+  if exact_trace and dimensions > _MAX_DIMENSIONS:
     raise ValueError(
-      f"Got exact_trace=True for data of {dimensions} dimensions, which takes as many derivatives of the network at every time; expected at most"
-      f" {_MOST_DIMENSIONS}. Take probes instead, such as probes=4: their mean has no bias."
+      f"Got exact_trace=True for data of {dimensions} dimensions; expected at most {_MAX_DIMENSIONS}, because the exact trace"
+      " takes one network derivative per dimension. Use unbiased probes instead, such as probes=4."
     )
 
 
 def _probes(key: Array, count: int, probe_noise: str, shape: tuple[int, ...], dtype) -> Array:
-  """Vectors [count, B, ...], number p of an image the same however many there are."""
+  """Sample probes [count, B, ...].
+
+  The p-th probe of an image does not depend on the number of probes.
+  """
   return jax.vmap(lambda p: _NOISES[probe_noise](randomness.fold_in(key, p), shape, dtype))(jnp.arange(count))
 
 
 def _with_divergence(
   velocity: Callable[[Array], Array], x: Array, vectors: Array | None, *, reverse_mode: bool
 ) -> tuple[Array, Array]:
-  """velocity(x) [B, ...], and v^T J v [B, P] of the vectors [P, B, ...], or the trace of J [B, 1] if there are none."""
+  """Compute velocity(x) and its divergence with the Jacobian J of the velocity.
+
+  Returns:
+    velocity(x) [B, ...], and v^T J v [B, P] for the vectors [P, B, ...], or the trace of J [B, 1] without vectors.
+  """
   axes = tuple(range(1, x.ndim))
 
-  def product(v):  # v^T J v, and the value, which is the same for all v
+  def product(v):  # the value, which is independent of v, and v^T J v
     if reverse_mode:
       value, pull_back = jax.vjp(velocity, x)
       slope = pull_back(v)[0]
@@ -162,8 +177,8 @@ def _with_divergence(
   def unit(i):
     return jnp.broadcast_to(jax.nn.one_hot(i, count, dtype=x.dtype).reshape(x.shape[1:]), x.shape)
 
-  if vectors is None and count > _AT_ONCE:
-    entries = jax.lax.map(lambda i: product(unit(i))[1], jnp.arange(count), batch_size=_AT_ONCE)
+  if vectors is None and count > _TRACE_BATCH:
+    entries = jax.lax.map(lambda i: product(unit(i))[1], jnp.arange(count), batch_size=_TRACE_BATCH)
     return velocity(x), jnp.sum(entries, axis=0)[:, None]
   basis = jax.vmap(unit)(jnp.arange(count)) if vectors is None else vectors
   value, products = jax.vmap(product, out_axes=(None, 0))(basis)

@@ -1,4 +1,4 @@
-"""Losses, the times they are drawn at, their weightings, and the objectives made of them."""
+"""Provide losses, distributions of training times, weightings, and training objectives."""
 
 from ddpm_jax.losses.cross_entropy import classification_loss
 from ddpm_jax.losses.objective import Apply, Context, Mean, Objective, TimeInput, classification, denoising

@@ -1,4 +1,4 @@
-"""`Objective`: what training minimizes, as a tuple of pure functions; `training.train_step` runs any of them."""
+"""Define training objectives as tuples of pure functions for `training.train_step`."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,50 +20,55 @@ from ddpm_jax.processes import Process
 Array = jax.Array
 PyTree = Any
 
-# Bounds of log-SNR between the noise levels whose losses, and a classifier's accuracies, are logged apart.
-_LEVELS = (-5.0, 0.0, 5.0)
+# Losses, and the accuracies of classifiers, are logged separately for the ranges of log-SNR between these values.
+_LOG_SNR_EDGES = (-5.0, 0.0, 5.0)
 _LEVEL_NAMES = ("below_-5", "-5_to_0", "0_to_5", "above_5")
 
 
 class Apply(Protocol):
-  """A network as a function, such as `models.Network.apply`."""
+  """Call a network as a pure function, such as `models.Network.apply`."""
 
   def __call__(
     self, params: PyTree, x: Array, time: Array, given: Mapping[str, PyTree], *, train: bool = False, keys: Any = None
   ) -> Array:
-    """Return the output [B, ...] of x [B, ...].
+    """Return the network's output [B, ...].
 
     Args:
       params: the network's parameters.
-      x: data as the network sees them.
-      time: what it is told of the time [B].
-      given: its conditions by name, arrays [B, ...].
-      train: whether dropout is on.
-      keys: one key a sample [B], for dropout.
+      x: the scaled noisy data [B, ...].
+      time: the network's time input [B].
+      given: conditions by name, arrays [B, ...].
+      train: whether dropout is active.
+      keys: one key per sample [B], for dropout.
     """
 
 
 class TimeInput(Protocol):
-  """What a network is told of a time."""
+  """Map times to the time input of a network."""
 
   def __call__(self, t: Array) -> Array:
-    """Return the time input [B] of times t [B]."""
+    """Return the time inputs [B] for times t [B]."""
 
 
 class Mean(NamedTuple):
-  """A metric that is a mean over some of a batch's samples: their sum and their number."""
+  """Hold a metric that is averaged over some samples of a batch.
+
+  Attributes:
+    total: the sum over these samples.
+    number: how many samples the sum covers.
+  """
 
   total: Array
   number: Array
 
 
 class Context(NamedTuple):
-  """What a loss may look at. No gradient goes into it.
+  """Hold values that a loss may read but that receive no gradient.
 
   Attributes:
-    step: steps taken before this one, an int32 scalar.
-    frozen: the objective's frozen parameters, what `Objective.load` returned; an empty tuple if there are none.
-    ema: the first EMA of the model's parameters; None if the optimizer keeps none.
+    step: the number of completed steps, an int32 scalar.
+    frozen: the frozen parameters that `Objective.load` returned, or an empty tuple.
+    ema: the first EMA of the model's parameters, or None if the optimizer keeps no EMA.
     memory: the objective's memory before this step.
   """
 
@@ -90,21 +95,27 @@ def _summarize(details: PyTree) -> dict[str, Any]:
 
 
 class Objective(NamedTuple):
-  """What training minimizes. All but the loss may be left out.
+  """Define what training minimizes.
+
+  Only `loss` is required.
 
   Attributes:
-    loss: `loss(trained, context, keys, batch) -> (loss, details)`. `trained` is `{"model": params, "extra": extra}`, both of which learn by
-      the same gradient: stop it where one of them should not. `context` is a `Context`, `keys` hold one key a sample [B]. `batch` is a dict of
-      arrays [B, ...]: `x` (encoded data), `given` (the network's conditions by name), raw items such as `classes`, and what `prepare`
-      returned. The loss is a float32 scalar and a mean over samples, since a batch may be split; details are arrays [B, ...].
-    init: `init(key, params, frozen) -> (extra, memory)`: what is trained beside the model, and what the objective remembers. Pytrees of
-      arrays; empty tuples by default.
-    prepare: `prepare(keys, memory) -> leaves`, a dict of arrays [B, ...] that joins the batch: what is drawn for the whole batch at once, from
-      the keys of all its samples, such as times that depend on each other. Nothing by default.
-    update: `update(key, memory, params, details) -> memory`, after each step that is not skipped: `params` are the model's new ones,
-      `details` those of the whole batch, in its order. The same memory by default.
-    summarize: `summarize(details) -> metrics` of the whole batch, scalars or a `Mean`. None by default.
-    load: `load() -> frozen` reads the frozen parameters, such as a teacher's, from where they lie; None if there are none.
+    loss: `loss(trained, context, keys, batch) -> (loss, details)`.
+      `trained` is `{"model": params, "extra": extra}`. One gradient trains both parts. Use `stop_gradient` in terms
+      that should train only one of them.
+      `context` is a `Context`, and `keys` holds one key per sample [B].
+      `batch` is a dict of arrays [B, ...]: `x` (encoded data), `given` (conditions by name), raw items such as
+      `classes`, and the arrays from `prepare`.
+      The loss is a float32 scalar. It must be a mean over samples because training may split a batch.
+      `details` is a pytree of arrays [B, ...].
+    init: `init(key, params, frozen) -> (extra, memory)`. Both are pytrees of arrays: `extra` holds trainable parameters
+      besides the model's, and `memory` holds state that lasts from step to step. Default: two empty tuples.
+    prepare: `prepare(keys, memory) -> leaves`, a dict of arrays [B, ...] to add to the batch. It sees the keys of all
+      samples, so it can sample values that depend on each other, such as evenly spread times. Default: an empty dict.
+    update: `update(key, memory, params, details) -> memory`. It runs after every step that is not skipped. `params` are
+      the model's new parameters, and `details` covers the entire batch in order. Default: the memory stays the same.
+    summarize: `summarize(details) -> metrics`, a dict of scalars or `Mean`s over the entire batch. Default: no metrics.
+    load: `load() -> frozen` reads frozen parameters, such as a teacher's. Default: None, no frozen parameters.
   """
 
   loss: Callable[[dict[str, PyTree], Context, Array, dict[str, PyTree]], tuple[Array, PyTree]]
@@ -126,25 +137,28 @@ def denoising(
   weighting: Weighting = simple,
   vlb_weight: float = 0.001,
 ) -> Objective:
-  """Train a network to denoise: the `denoising_loss`, or the `hybrid_loss` of a prediction with a learned variance.
+  """Train a network to denoise.
+
+  The loss is `denoising_loss`, or `hybrid_loss` if the prediction has a learned variance.
 
   Args:
     apply: the network.
     process: the forward process.
-    prediction: what the output means.
-    time_input: what the network is told of a time; by default what the process says.
-    times: draws the times; `uniform(process)` by default. `importance(process)` learns where the loss is large.
-    weighting: w(log-SNR), in terms of the noise error.
-    vlb_weight: of the bound, by which a learned variance is trained (Nichol and Dhariwal 2021, equation 16).
+    prediction: what the network's output means.
+    time_input: maps time to the network's time input. Default: the time input of the process.
+    times: the distribution of training times. Default: `uniform(process)`. `importance(process)` adapts to the losses.
+    weighting: w(log-SNR), the weight of the squared error of eps.
+    vlb_weight: the weight of the variational bound, which trains a learned variance (Nichol and Dhariwal 2021,
+      equation 16).
 
   Raises:
-    ValueError: if the prediction says nothing about the data at t_max, or has a learned variance on a continuous process.
+    ValueError: if the prediction does not determine x_0 at t_max, or has a learned variance for a continuous process.
   """
   check_prediction(process, prediction)
   if prediction.learned_variance and process.num_steps is None:
     raise ValueError(
-      "Got a prediction with a learned variance for a continuous process; expected a discrete one, whose steps have a variance to learn."
-      " Take processes.discrete(betas), or a prediction without learned_range."
+      "Got a prediction with a learned variance for a continuous process; expected a discrete process, because only"
+      " discrete steps have a variance. Use processes.discrete(betas), or a prediction without learned_range."
     )
   times = uniform(process) if times is None else times
 
@@ -152,8 +166,8 @@ def denoising(
   function: Callable = partial(hybrid_loss, vlb_weight=vlb_weight) if learned else denoising_loss
 
   def loss(trained, context, keys, batch):
-    network, drawn = _network(apply, trained, keys, batch), _times(times, context, batch)
-    options = {"times": drawn, "weighting": weighting, "time_input": time_input}
+    network, distribution = _network(apply, trained, keys, batch), _times(times, context, batch)
+    options = {"times": distribution, "weighting": weighting, "time_input": time_input}
     return function(keys, network, process, prediction, _item(batch, "x"), **options)
 
   return _at_times(loss, process, times)
@@ -169,38 +183,42 @@ def classification(
   times: TimeDistribution | AdaptiveTimes | None = None,
   target: str = "classes",
 ) -> Objective:
-  """Train a network to tell classes of noisy data apart: the `classification_loss`, for classifier guidance.
+  """Train a classifier of noisy data for classifier guidance.
+
+  The loss is `classification_loss`.
 
   Args:
-    apply: the network, whose output is logits [B, K].
+    apply: the network. Its output is logits [B, K].
     process: the forward process.
-    prediction: that of the model to be guided, of which the scale of the network's input is taken.
-    time_input: what the network is told of a time; by default what the process says.
-    times: draws the times; `uniform(process)` by default.
-    target: the name of the classes in the batch, integers [B].
+    prediction: the prediction of the model to guide. The classifier scales its input in the same way.
+    time_input: maps time to the network's time input. Default: the time input of the process.
+    times: the distribution of training times. Default: `uniform(process)`.
+    target: the key of the classes in the batch, integers [B].
   """
   times = uniform(process) if times is None else times
 
   def loss(trained, context, keys, batch):
-    network, drawn = _network(apply, trained, keys, batch), _times(times, context, batch)
+    network, distribution = _network(apply, trained, keys, batch), _times(times, context, batch)
     x_0, classes, scale = _item(batch, "x"), _item(batch, target), prediction.input_scale
     return classification_loss(
-      keys, network, process, x_0, classes, times=drawn, time_input=time_input, input_scale=scale
+      keys, network, process, x_0, classes, times=distribution, time_input=time_input, input_scale=scale
     )
 
   return _at_times(loss, process, times)
 
 
 def _at_times(loss: Callable, process: Process, times: TimeDistribution | AdaptiveTimes) -> Objective:
-  """The objective of a loss whose details hold `t` and `loss`, and may hold `correct`."""
+  """Make an objective from a loss with details `t`, `loss` and, for classifiers, `correct`."""
 
   def prepare(keys, memory):
-    # For the batch as a whole: some times are spread evenly over it.
+    # Some distributions spread the times evenly over the batch, so they need all keys at once.
     return {"times": _distribution(times, memory)(randomness.fold_in(keys, 0))}
 
   def summarize(details):
-    level = jnp.searchsorted(jnp.asarray(_LEVELS, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32))
-    member = level[:, None] == jnp.arange(len(_LEVELS) + 1, dtype=level.dtype)[None]
+    level = jnp.searchsorted(
+      jnp.asarray(_LOG_SNR_EDGES, jnp.float32), process.log_snr(details["t"]).astype(jnp.float32)
+    )
+    member = level[:, None] == jnp.arange(len(_LOG_SNR_EDGES) + 1, dtype=level.dtype)[None]
     counts = jnp.sum(member, axis=0)
 
     def by_level(name, values):
@@ -231,15 +249,15 @@ def _distribution(times: TimeDistribution | AdaptiveTimes, memory: PyTree) -> Ti
 
 
 def _times(times: TimeDistribution | AdaptiveTimes, context: Context, batch: Mapping[str, PyTree]) -> TimeDistribution:
-  """The times that `prepare` drew; the distribution itself if the batch brings none."""
+  """Return the times that `prepare` sampled, or the distribution if the batch has no times."""
   return (lambda keys: batch["times"]) if "times" in batch else _distribution(times, context.memory)
 
 
 def _network(apply: Apply, trained: Mapping[str, PyTree], keys: Array, batch: Mapping[str, PyTree]) -> Callable:
-  """The network in training, of x and time alone."""
+  """Return the network in training mode as a function of x and time."""
 
   def network(x, time):
-    # 0 and 1 are the time's and the noise's.
+    # The time and the noise use 0 and 1.
     masks = randomness.fold_in(keys, 2)
     return apply(trained["model"], x, time, batch.get("given", {}), train=True, keys=masks)
 
@@ -249,7 +267,7 @@ def _network(apply: Apply, trained: Mapping[str, PyTree], keys: Array, batch: Ma
 def _item(batch: Mapping[str, PyTree], name: str) -> Array:
   if name not in batch:
     raise ValueError(
-      f"Got a batch of {', '.join(sorted(batch)) or 'nothing'}; expected {name!r} in it. Let `encode` of train.train_step add it, or"
-      " name what the data have."
+      f"Got a batch with the keys {', '.join(sorted(batch)) or '(none)'}; expected {name!r} among them. Add it in `encode`"
+      " of training.train_step, or pass the name of a key that the data have."
     )
   return batch[name]

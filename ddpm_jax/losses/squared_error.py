@@ -1,4 +1,4 @@
-"""The denoising loss: squared error of what the network gives at random times."""
+"""Compute the denoising loss, the squared error of a network at random times."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,20 +16,20 @@ from ddpm_jax.processes import Process, check_batch
 
 Array = jax.Array
 
-# Below this log-SNR the weights are those at it: float32 still holds them, and nothing is left of the data.
-_LEAST_LOG_SNR = -40.0
+# Weights are constant below this log-SNR: it is within the range of float32, and x_t carries no information there.
+_MIN_LOG_SNR = -40.0
 
 
 class Evaluation(NamedTuple):
-  """A network's output at random times, and what it should be.
+  """Hold a network's output at random times, and its target.
 
   Attributes:
-    t: the times [B].
-    importance: the importance weights [B].
-    x_t: the noisy data [B, ...].
-    target: what the output should be [B, ...].
-    output: what it is [B, ...].
-    variance: the output's second half if a variance was learned, else None.
+    t: times [B].
+    importance: importance weights [B].
+    x_t: noisy data [B, ...].
+    target: the correct output [B, ...].
+    output: the network's output [B, ...].
+    variance: the second half of the output channels if the variance is learned, else None.
   """
 
   t: Array
@@ -43,7 +43,11 @@ class Evaluation(NamedTuple):
 def sample_noisy(
   key: Array, process: Process, x_0: Array, times: TimeDistribution
 ) -> tuple[Array, Array, Array, Array]:
-  """Times [B], their importance weights [B], noise [B, ...] and noisy data [B, ...], from one key or one a sample."""
+  """Sample times and noise, and perturb the data.
+
+  Returns:
+    Times [B], importance weights [B], noise [B, ...] and noisy data [B, ...].
+  """
   randomness.check_key(key)
   check_batch(x_0)
   keys = randomness.sample_keys(key, jnp.arange(x_0.shape[0])) if key.ndim == 0 else key
@@ -63,9 +67,10 @@ def evaluate(
   times: TimeDistribution,
   time_input: Callable[[Array], Array] | None = None,
 ) -> Evaluation:
-  """Evaluate a network at a random time and with random noise for each sample, for a loss to compare its output with the target.
+  """Evaluate a network on data noised to random times.
 
-  Arguments and errors are those of `denoising_loss`. The same keys give every loss the same times and the same noise.
+  The arguments and errors are the same as for `denoising_loss`. A loss compares `output` with `target`. The same keys
+  give every loss the same times and noise.
   """
   check_prediction(process, prediction)
   t, importance, eps, x_t = sample_noisy(key, process, x_0, times)
@@ -74,14 +79,14 @@ def evaluate(
   return Evaluation(t, importance, x_t, target, output, variance)
 
 
-def squared_error(drawn: Evaluation, process: Process, prediction: Prediction, weighting: Weighting) -> Array:
-  """The weighted squared error of each sample [B], a mean over dimensions, without the importance weights."""
-  # Outputs enter x_0 linearly, so an error d in the output is an error (alpha/sigma) slope d in the noise.
-  _, sigma, *slopes = coefficients(process, prediction, drawn.t, drawn.t)
-  alpha = jnp.maximum(process.alpha(drawn.t), sigma * jnp.exp(0.5 * _LEAST_LOG_SNR))
+def squared_error(evaluation: Evaluation, process: Process, prediction: Prediction, weighting: Weighting) -> Array:
+  """Compute the weighted squared error of each sample [B], averaged over dimensions, without importance weights."""
+  # x_0 is linear in the output: an error d of the output is an error (alpha / sigma) slope d of eps.
+  _, sigma, *slopes = coefficients(process, prediction, evaluation.t, evaluation.t)
+  alpha = jnp.maximum(process.alpha(evaluation.t), sigma * jnp.exp(0.5 * _MIN_LOG_SNR))
   slope = prediction.to_x0(jnp.ones_like(alpha), jnp.zeros_like(alpha), alpha, sigma, *slopes)
-  scale = weighting(jnp.maximum(process.log_snr(drawn.t), _LEAST_LOG_SNR)) * (slope * alpha / sigma) ** 2
-  error = jnp.square(drawn.output.astype(scale.dtype) - drawn.target.astype(scale.dtype))
+  scale = weighting(jnp.maximum(process.log_snr(evaluation.t), _MIN_LOG_SNR)) * (slope * alpha / sigma) ** 2
+  error = jnp.square(evaluation.output.astype(scale.dtype) - evaluation.target.astype(scale.dtype))
   return scale * jnp.mean(error.reshape(error.shape[0], -1), axis=1)
 
 
@@ -97,24 +102,27 @@ def denoising_loss(
   weighting: Weighting = simple,
   time_input: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-  """Squared error of the denoiser at random times: the mean over dimensions, then over the batch.
+  """Compute the weighted squared error of a denoiser at random times.
+
+  The error is averaged over dimensions, then over the batch.
 
   Args:
-    key: one key, or one a sample [B].
+    key: one key, or one key per sample [B].
     apply: `apply(x_t, time) -> output`, as for `predictions.denoiser`.
     process: the forward process.
-    prediction: what the output means. A learned variance is not trained by this loss: see `hybrid_loss`.
+    prediction: what the output means. This loss does not train a learned variance; `hybrid_loss` does.
     x_0: clean data [B, ...], in [-1, 1] by convention.
-    times: draws the times, such as `uniform(process)`.
-    weighting: w(log-SNR), in terms of the noise error.
-    time_input: maps time [B] to the network's time input; by default the process's own.
+    times: the distribution of times, such as `uniform(process)`.
+    weighting: w(log-SNR), the weight of the squared error of eps.
+    time_input: maps time [B] to the network's time input. Default: the time input of the process.
 
   Returns:
-    The loss, a float32 scalar, and a dict with `t` and the loss of each sample at its time (before importance weights), both [B].
+    The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, and the `loss` of each sample before importance
+    weights.
 
   Raises:
-    ValueError: if the output does not have the shape of the data, or the prediction says nothing about it at t_max.
+    ValueError: if the output does not have the shape of the data, or the prediction does not determine x_0 at t_max.
   """
-  drawn = evaluate(key, apply, process, prediction, x_0, times=times, time_input=time_input)
-  loss = squared_error(drawn, process, prediction, weighting)
-  return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {"t": drawn.t, "loss": loss}
+  evaluation = evaluate(key, apply, process, prediction, x_0, times=times, time_input=time_input)
+  loss = squared_error(evaluation, process, prediction, weighting)
+  return jnp.mean(evaluation.importance.astype(loss.dtype) * loss), {"t": evaluation.t, "loss": loss}

@@ -1,8 +1,10 @@
-"""Distributions of training times: `times(keys) -> (t, weight)`, all [B], from one key a sample.
+"""Sample training times from several distributions.
 
-The weight is the importance weight that keeps the expectation of the loss the one over uniform times. It is 1 where the
-distribution is a choice of objective, as the log-normal of EDM is, and not a way to estimate another one. `AdaptiveTimes` is a
-distribution that remembers the losses it has met.
+A distribution is a function `times(keys) -> (t, weight)` of one key per sample [B]. Both results are arrays [B].
+
+A distribution can be part of the objective, like the log-normal distribution of EDM. Then all weights are 1. Or it can
+reduce the variance of an objective that is defined with uniform times. Then the importance weights keep the expected
+loss the same. `AdaptiveTimes` is a distribution that depends on recent losses.
 """
 
 from collections.abc import Callable
@@ -20,49 +22,54 @@ TimeDistribution = Callable[[Array], tuple[Array, Array]]
 
 @check_types
 def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
-  """Times uniform over the steps 1..N of a discrete process, or over [t_min, t_max] of a continuous one.
+  """Sample times uniformly.
+
+  The times are the steps 1..N of a discrete process, or the interval [t_min, t_max] of a continuous one.
 
   Args:
     process: the forward process.
-    t_min: the smallest time of a continuous process; 1e-5 of t_max by default (Song et al. 2021, appendix C).
+    t_min: the smallest time of a continuous process. Default: 1e-5 t_max (Song et al. 2021, appendix C).
 
   Raises:
     ValueError: if t_min is outside (0, t_max), or is given for a discrete process.
   """
-  place = _range(process, t_min)
-  return _unweighted(lambda keys: place(jax.vmap(jax.random.uniform)(keys)))
+  to_time = _from_unit_interval(process, t_min)
+  return _unweighted(lambda keys: to_time(jax.vmap(jax.random.uniform)(keys)))
 
 
 @check_types
 def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistribution:
-  """Uniform times spread evenly over the batch from one random offset, for a loss of less variance (Kingma et al. 2021, appendix I).
+  """Sample uniform times that are evenly spaced across the batch.
 
-  Sample i of B gets u + i/B (mod 1), so here a sample's time depends on the batch, and on the first sample's key.
+  Even spacing reduces the variance of the loss (Kingma et al. 2021, appendix I). Sample i of B gets u + i/B (mod 1),
+  with one random u per batch. A sample's time thus depends on the batch size and on the key of the first sample.
 
   Args:
     process: the forward process.
-    t_min: the smallest time of a continuous process; 1e-5 of t_max by default.
+    t_min: the smallest time of a continuous process. Default: 1e-5 t_max.
 
   Raises:
     ValueError: if t_min is outside (0, t_max), or is given for a discrete process.
   """
-  place = _range(process, t_min)
+  to_time = _from_unit_interval(process, t_min)
 
-  def draw(keys):
+  def sample(keys):
     offset = jax.random.uniform(keys[0])
-    return place((offset + jnp.arange(keys.shape[0]) / keys.shape[0]) % 1)
+    return to_time((offset + jnp.arange(keys.shape[0]) / keys.shape[0]) % 1)
 
-  return _unweighted(draw)
+  return _unweighted(sample)
 
 
 @check_types
 def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDistribution:
-  """log(sigma / alpha) normal (Karras et al. 2022, table 1), cut off at the process's t_min and t_max.
+  """Sample times with a normal distribution of log(sigma / alpha) (Karras et al. 2022, table 1).
+
+  Times are clipped to [t_min, t_max] of the process.
 
   Args:
     process: the forward process.
-    mean: of the logarithm, the paper's P_mean.
-    std: of the logarithm, the paper's P_std.
+    mean: the mean of log(sigma / alpha), P_mean in the paper.
+    std: the standard deviation of log(sigma / alpha), P_std in the paper.
 
   Raises:
     ValueError: if std is not positive.
@@ -73,12 +80,12 @@ def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDi
 
 @check_types
 def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeDistribution:
-  """t = t_max / (1 + exp(-z)) for normal z (Esser et al. 2024, section 3.1).
+  """Sample t = t_max / (1 + exp(-z)) with normal z (Esser et al. 2024, section 3.1).
 
   Args:
     process: the forward process.
-    mean: of z; below 0 favors little noise.
-    std: of z.
+    mean: the mean of z. Negative values favor low noise levels.
+    std: the standard deviation of z.
 
   Raises:
     ValueError: if std is not positive.
@@ -88,11 +95,11 @@ def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeD
 
 
 class LossMoments(NamedTuple):
-  """The last losses seen at each step of a discrete process.
+  """Hold the most recent losses of each step of a discrete process.
 
   Attributes:
-    history: the losses [N, K], the newest last.
-    counts: how many of them are real [N], at most K.
+    history: the losses [N, K], oldest first.
+    counts: the number of losses recorded for each step [N], at most K. They are the last `counts` columns of `history`.
   """
 
   history: Array
@@ -101,55 +108,66 @@ class LossMoments(NamedTuple):
 
 @check_types
 def loss_moments(process: Process, size: int = 10) -> LossMoments:
-  """The empty moments to start with, of `size` losses a step.
+  """Make empty `LossMoments` for `size` losses per step.
 
   Raises:
     ValueError: if the process is continuous, or size is below 1.
   """
   if process.num_steps is None:
     raise ValueError(
-      "Got a continuous process for importance sampling, which keeps losses by step; expected a discrete one."
+      "Got a continuous process for importance sampling; expected a discrete process, because losses are recorded per step."
     )
   if size < 1:
-    raise ValueError(f"Got size={size}; expected at least 1 loss a step, such as 10.")
+    raise ValueError(f"Got size={size}; expected at least 1 loss per step, such as 10.")
   return LossMoments(jnp.zeros((process.num_steps, size), jnp.float32), jnp.zeros((process.num_steps,), jnp.int32))
 
 
 @check_types
 def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
-  """The moments after a batch, given its times and losses [B]: the `t` and `loss` that the losses return."""
+  """Record the losses of a batch.
+
+  Args:
+    moments: the recorded losses.
+    t: the times [B], as in the details of a loss function.
+    loss: the losses [B] before importance weights, as in the details of a loss function.
+
+  Returns:
+    The new `LossMoments`.
+  """
   n, size = moments.history.shape
   step = jnp.round(t * n).astype(jnp.int32) - 1
   count = jnp.zeros((n,), jnp.int32).at[step].add(1)
-  # Of each loss, how many of the same step come after it: sorted by step, those up to where the step ends.
+  # For each loss, sorted by step: the number of later losses of the same step.
   order = jnp.argsort(step)
   after = jnp.cumsum(count)[step[order]] - 1 - jnp.arange(step.shape[0], dtype=jnp.int32)
-  # Older ones move to the left, and the newest take the places that are left free; what has no place is dropped.
-  place = jnp.arange(size, dtype=jnp.int32)[None] + jnp.minimum(count, size)[:, None]
-  moved = jnp.take_along_axis(moments.history, jnp.minimum(place, size - 1), axis=1)
+  # Shift older losses to the left, and write new losses into the free columns. Drop losses without a column.
+  source = jnp.arange(size, dtype=jnp.int32)[None] + jnp.minimum(count, size)[:, None]
+  shifted = jnp.take_along_axis(moments.history, jnp.minimum(source, size - 1), axis=1)
   column = jnp.where(after < size, size - 1 - after, size)
-  history = moved.at[step[order], column].set(loss[order].astype(moved.dtype), mode="drop")
+  history = shifted.at[step[order], column].set(loss[order].astype(shifted.dtype), mode="drop")
   return LossMoments(history, jnp.minimum(moments.counts + count, size))
 
 
 @check_types
 def importance_times(process: Process, moments: LossMoments, uniform_share: float = 0.001) -> TimeDistribution:
-  """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
+  """Sample steps in proportion to the root mean square of their recent losses.
 
-  Uniform until every step has a full history. A pure function of `moments`, to which `update_moments` adds: `importance` is both in one.
+  Sampling is uniform until every step has a full history (Nichol and Dhariwal 2021, section 3.3). This is a pure
+  function of `moments`. Add losses to them with `update_moments`, or use `importance`, which does both.
 
   Args:
     process: a discrete process.
-    moments: the losses seen so far.
-    uniform_share: the share of the probability spread over all steps.
+    moments: the recorded losses.
+    uniform_share: the share of the probability that is spread uniformly over all steps.
 
   Raises:
-    ValueError: if the moments are not those of as many steps as the process has, or the share is outside (0, 1].
+    ValueError: if the moments and the process differ in the number of steps, or `uniform_share` is outside (0, 1].
   """
   n = process.num_steps
   if n is None or moments.history.shape[0] != n:
     raise ValueError(
-      f"Got moments of {moments.history.shape[0]} steps for a process of {n}; make them with loss_moments."
+      f"Got moments of {moments.history.shape[0]} steps for a process with num_steps={n}; expected the same number of"
+      " steps. Make the moments with loss_moments(process)."
     )
   _check_share(uniform_share)
   reached = jnp.arange(n) < last_step(process)
@@ -167,12 +185,13 @@ def importance_times(process: Process, moments: LossMoments, uniform_share: floa
 
 
 class AdaptiveTimes(NamedTuple):
-  """A distribution of times that follows the losses seen so far.
+  """Define a distribution of times that depends on recent losses.
 
   Attributes:
     init: `init() -> memory`, a pytree of arrays.
     times: `times(memory) -> TimeDistribution`.
-    update: `update(memory, t, loss) -> memory`, with the times and losses [B] of a batch, before importance weights.
+    update: `update(memory, t, loss) -> memory` takes the times and losses [B] of a batch. The losses do not include
+      importance weights.
   """
 
   init: Callable[[], Any]
@@ -182,17 +201,18 @@ class AdaptiveTimes(NamedTuple):
 
 @check_types
 def importance(process: Process, *, size: int = 10, uniform_share: float = 0.001) -> AdaptiveTimes:
-  """Steps drawn in proportion to the root mean square of their last losses (Nichol and Dhariwal 2021, section 3.3).
+  """Sample steps in proportion to the root mean square of their recent losses.
 
-  Uniform until every step has a full history. The importance weights keep the loss unbiased.
+  Sampling is uniform until every step has a full history (Nichol and Dhariwal 2021, section 3.3). The importance
+  weights keep the loss unbiased.
 
   Args:
     process: a discrete process.
-    size: losses remembered of each step.
-    uniform_share: the share of the probability spread over all steps.
+    size: the number of recent losses to record for each step.
+    uniform_share: the share of the probability that is spread uniformly over all steps.
 
   Raises:
-    ValueError: if the process is continuous, size is below 1, or the share is outside (0, 1].
+    ValueError: if the process is continuous, size is below 1, or `uniform_share` is outside (0, 1].
   """
   loss_moments(process, size)
   _check_share(uniform_share)
@@ -205,35 +225,38 @@ def importance(process: Process, *, size: int = 10, uniform_share: float = 0.001
 
 def _check_share(uniform_share: float) -> None:
   if not 0 < uniform_share <= 1:
-    raise ValueError(f"Got uniform_share={uniform_share}; expected it in (0, 1], such as 0.001.")
+    raise ValueError(f"Got uniform_share={uniform_share}; expected a number in (0, 1], such as 0.001.")
 
 
-def _unweighted(draw: Callable[[Array], Array]) -> TimeDistribution:
+def _unweighted(sample: Callable[[Array], Array]) -> TimeDistribution:
   def times(keys):
-    t = draw(keys)
+    t = sample(keys)
     return t, jnp.ones_like(t)
 
   return times
 
 
-def _range(process: Process, t_min: float | None) -> Callable[[Array], Array]:
-  """Maps [0, 1) to the training times of the process."""
+def _from_unit_interval(process: Process, t_min: float | None) -> Callable[[Array], Array]:
+  """Return a function that maps [0, 1) to the training times of the process."""
   n = process.num_steps
   if n is not None:
     if t_min is not None:
-      raise ValueError(f"Got t_min={t_min} for a discrete process, whose smallest time is 1/{n}; leave it out.")
+      raise ValueError(f"Got t_min={t_min} for a discrete process; expected None, because the smallest time is 1/{n}.")
     last = last_step(process)
     return lambda u: (jnp.floor(u * last) + 1) / n
   low = 1e-5 * process.t_max if t_min is None else t_min
   if not 0 < low < process.t_max:
     raise ValueError(
-      f"Got t_min={low}; expected 0 < t_min < t_max={process.t_max}: at 0 there is no noise to learn from."
+      f"Got t_min={low}; expected 0 < t_min < t_max={process.t_max}. At t=0 there is no noise to predict."
     )
   return lambda u: low + (process.t_max - low) * u
 
 
 def _snap(process: Process, t: Array) -> Array:
-  """The nearest training time: in [t_min, t_max], and a step if the process is discrete."""
+  """Move t to a training time of the process.
+
+  The result is in [t_min, t_max]. For a discrete process it is the next step at or above t.
+  """
   n = process.num_steps
   if n is not None:
     return jnp.clip(jnp.ceil(t * n), 1, last_step(process)) / n
@@ -246,4 +269,4 @@ def _normals(keys: Array) -> Array:
 
 def _check_std(std: float) -> None:
   if not std > 0:
-    raise ValueError(f"Got std={std}; expected it above 0.")
+    raise ValueError(f"Got std={std}; expected a number above 0.")

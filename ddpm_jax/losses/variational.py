@@ -1,6 +1,6 @@
-"""The variational bound of the discrete model, term by term in bits per dimension, and the hybrid loss that trains a variance.
+"""Compute the terms of the variational bound of a discrete model, and the hybrid loss that trains a variance.
 
--log2 p(x_0) <= prior_bits + sum over n = 1..N of vlb_bits at step n, all divided by the number of dimensions.
+The bound of -log2 p(x_0) per dimension is `prior_bits` plus the sum of `vlb_bits` over the steps n = 1..N.
 """
 
 import math
@@ -24,7 +24,10 @@ Array = jax.Array
 
 @check_types
 def prior_bits(process: Process, x_0: Array) -> Array:
-  """KL(q(x_T | x_0) || prior) in bits per dimension [B], for data [B, ...]: the bound's term that no network can lower."""
+  """Compute KL(q(x_T | x_0) || prior) of data [B, ...] in bits per dimension [B].
+
+  This term of the bound does not depend on the network.
+  """
   t = jnp.asarray(process.t_max)
   ratio, data = widen(process.alpha(t) / process.sigma(t), x_0)
   return mean_bits(0.5 * (ratio * data) ** 2)
@@ -32,19 +35,22 @@ def prior_bits(process: Process, x_0: Array) -> Array:
 
 @check_types
 def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256) -> Array:
-  """-log2 of the mass that a Gaussian puts on x_0's bin, per dimension [B] (Ho et al. 2020, equation 13).
+  """Compute -log2 of the probability that a Gaussian assigns to the bin of x_0 (Ho et al. 2020, equation 13).
 
   Args:
-    x_0: data [B, ...] on `levels` equally spaced values from -1 to 1, as uint8 images are.
-    mean: of the Gaussian, [B, ...].
-    log_variance: of the Gaussian, [B, ...] or what broadcasts to it.
-    levels: the number of values; the first and the last bin reach to infinity.
+    x_0: data [B, ...] on `levels` equally spaced values from -1 to 1, such as scaled uint8 images.
+    mean: the mean of the Gaussian [B, ...].
+    log_variance: the log variance of the Gaussian. Must broadcast to [B, ...].
+    levels: the number of values. The first and last bins extend to infinity.
+
+  Returns:
+    Bits per dimension [B].
   """
   x_0, mean, log_variance = widen(x_0, mean, log_variance)
   half, scale = 1 / (levels - 1), jnp.exp(-0.5 * log_variance)
   upper = jnp.where(x_0 > 1 - half, jnp.inf, (x_0 + half - mean) * scale)
   lower = jnp.where(x_0 < -1 + half, -jnp.inf, (x_0 - half - mean) * scale)
-  # By symmetry in the lower tail, where the logarithms of both ends keep their digits.
+  # Mirror upper tails to lower tails, where log_ndtr of both ends is accurate.
   flip = x_0 > mean
   lower, upper = jnp.where(flip, -upper, lower), jnp.where(flip, -lower, upper)
   log_upper = log_ndtr(upper)
@@ -55,40 +61,43 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
 
 @check_types
 def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, variance: str = "small") -> Array:
-  """The bound's term of steps n = N t, in bits per dimension [B] (Ho et al. 2020, equation 5).
+  """Compute terms of the variational bound at given steps (Ho et al. 2020, equation 5).
 
-  KL(q(x_s | x_t, x_0) || p(x_s | x_t)) to the step before, and for n = 1 the discretized decoder. At step 1, where the
-  posterior has no variance, that of step 2 stands for it, in "small" and "large" alike (Ho et al.'s code; guided-diffusion).
+  The term of step n = N t is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s = t - 1/N. For n = 1 it is the discretized
+  decoder. The posterior variance is 0 at step 1, so "small" and "large" both use the variance of step 2 there, like
+  the code of Ho et al. and guided-diffusion.
 
   Args:
     process: a discrete process.
-    denoised: what `denoise(x_t, t)` gave; with "learned" a `Denoised`.
-    x_0: data [B, ...] in [-1, 1]; on 256 levels if step 1 is among the steps.
-    x_t: the noisy data [B, ...].
-    t: steps as times [B].
-    variance: "small", "large" or "learned", that of p.
+    denoised: the result of `denoise(x_t, t)`. With a "learned" variance it must be a `Denoised`.
+    x_0: data [B, ...] in [-1, 1]. At step 1 the values must be on 256 levels.
+    x_t: noisy data [B, ...].
+    t: the times n/N of steps [B].
+    variance: the variance of p(x_s | x_t), "small", "large" or "learned".
+
+  Returns:
+    Bits per dimension [B].
 
   Raises:
-    ValueError: if the process is continuous, the variance is of another name, or a learned one is wanted that was not learned.
+    ValueError: if the process is continuous, `variance` has another value, or it is "learned" and `denoised` has no
+      variance.
   """
   n = process.num_steps
   if n is None or n < 2:
-    raise ValueError(
-      "Got a process without steps for the variational bound; expected a discrete one of at least 2 steps."
-    )
+    raise ValueError(f"Got num_steps={n} for the variational bound; expected a discrete process with at least 2 steps.")
   if variance not in ("small", "large", "learned"):
     raise ValueError(f"Got variance={variance!r}; expected 'small', 'large' or 'learned'.")
   if variance == "learned" and learned_fraction(denoised) is None:
-    raise ValueError("Got variance='learned' and an estimate without variance; expected a learned_range prediction.")
+    raise ValueError("Got variance='learned' for an estimate without variance; expected a learned_range prediction.")
   if not isinstance(t, jax.core.Tracer) and not np.all(
     np.isclose(np.rint(np.multiply(t, n)), np.multiply(t, n), atol=1e-2) & (np.multiply(t, n) > 0.5)
   ):
-    raise ValueError(f"Got t={np.asarray(t)}; expected steps, n/{n} for n = 1 to {n}.")
+    raise ValueError(f"Got t={np.asarray(t)}; expected times of steps, n/{n} for n = 1 to {n}.")
   t = jnp.asarray(t)
   step = jnp.round(t * n)
   t, s = step / n, (step - 1) / n
   later_t, later_s = jnp.maximum(step, 2) / n, jnp.maximum(step - 1, 1) / n
-  # log(sigma_s^2 * share), the posterior's variance.
+  # The log of the posterior variance sigma_s^2 * added_share.
   added = process.added_share(later_t, later_s)
   small = 2 * jnp.log(process.sigma(later_s)) + jnp.log(added)
   large = jnp.log(process.step_variance(t, s))
@@ -118,25 +127,25 @@ def hybrid_loss(
   time_input: Callable[[Array], Array] | None = None,
   vlb_weight: float = 0.001,
 ) -> tuple[Array, dict[str, Array]]:
-  """The denoising loss plus `vlb_weight` times the bound in bits per dimension (Nichol and Dhariwal 2021, equation 16).
+  """Compute the denoising loss plus a weighted variational bound (Nichol and Dhariwal 2021, equation 16).
 
-  The bound trains the variance alone: no gradient goes from it into the mean. N times the term of one step estimates it,
-  so the term of a step counts with N / 1000 by default.
+  The bound is in bits per dimension. It trains only the variance, because its gradient does not flow into the mean.
+  N times the term of one random step estimates the bound, so by default each term has the weight N / 1000.
 
   Args:
-    key: one key, or one a sample [B].
+    key: one key, or one key per sample [B].
     apply: `apply(x_t, time) -> output` with twice the channels of the data.
     process: a discrete process.
-    prediction: a `predictions.learned_range`.
+    prediction: a prediction from `predictions.learned_range`.
     x_0: data [B, ...] on 256 levels in [-1, 1].
-    times: draws the steps.
-    weighting: of the denoising loss.
-    time_input: maps time [B] to the network's time input; by default the process's own.
-    vlb_weight: lambda in the paper.
+    times: the distribution of steps.
+    weighting: the weighting of the denoising loss.
+    time_input: maps time [B] to the network's time input. Default: the time input of the process.
+    vlb_weight: the weight of the bound, lambda in the paper.
 
   Returns:
-    The loss, a float32 scalar, and a dict with `t`, the `loss` of each sample at its time, its `squared_error` and its
-    `vlb_bits` of that one step, all [B].
+    The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, the `loss` of each sample, and its two parts,
+    `squared_error` and `vlb_bits` (the term of the sampled step). None of them include importance weights.
 
   Raises:
     ValueError: if the process is continuous or the prediction has no learned variance.
@@ -144,18 +153,22 @@ def hybrid_loss(
   num_steps = process.num_steps
   if num_steps is None or not prediction.learned_variance:
     raise ValueError(
-      "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; expected"
-      " processes.discrete(betas) and predictions.learned_range(EPS), X0 or V."
+      "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; expected a process from"
+      " processes.discrete(betas) and a prediction such as predictions.learned_range(predictions.EPS)."
     )
-  drawn = evaluate(key, apply, process, prediction, x_0, times=times, time_input=time_input)
-  error = squared_error(drawn, process, prediction, weighting)
-  mean = prediction.to_x0(*widen(drawn.output, drawn.x_t, *coefficients(process, prediction, drawn.t, x_0)))
-  assert drawn.variance is not None
-  denoised = Denoised(mean, 0.5 * (drawn.variance + 1))
-  bits = vlb_bits(process, map_x_0(jax.lax.stop_gradient, denoised), x_0, drawn.x_t, drawn.t, variance="learned")
+  evaluation = evaluate(key, apply, process, prediction, x_0, times=times, time_input=time_input)
+  error = squared_error(evaluation, process, prediction, weighting)
+  mean = prediction.to_x0(
+    *widen(evaluation.output, evaluation.x_t, *coefficients(process, prediction, evaluation.t, x_0))
+  )
+  assert evaluation.variance is not None
+  denoised = Denoised(mean, 0.5 * (evaluation.variance + 1))
+  bits = vlb_bits(
+    process, map_x_0(jax.lax.stop_gradient, denoised), x_0, evaluation.x_t, evaluation.t, variance="learned"
+  )
   loss = error + vlb_weight * num_steps * bits
-  return jnp.mean(drawn.importance.astype(loss.dtype) * loss), {
-    "t": drawn.t,
+  return jnp.mean(evaluation.importance.astype(loss.dtype) * loss), {
+    "t": evaluation.t,
     "loss": loss,
     "squared_error": error,
     "vlb_bits": bits,
@@ -164,5 +177,5 @@ def hybrid_loss(
 
 @check_types
 def mean_bits(nats: Array) -> Array:
-  """Nats [B, ...] in bits per dimension [B], the mean over all dimensions."""
+  """Convert nats [B, ...] to bits and average them over all dimensions [B]."""
   return jnp.mean(nats.reshape(nats.shape[0], -1), axis=1) / math.log(2)

@@ -1,8 +1,9 @@
-"""Weightings w(log-SNR) of the denoising loss.
+"""Define weightings of the denoising loss as functions of the log-SNR.
 
-A weighting means one thing whatever the network predicts: the loss is `w * |eps - eps_hat|^2`, where eps_hat is the noise
-that the network's output stands for. As |eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2, a weighting w(log-SNR) of the error of
-the data is `on_x0(w)`. All take log-SNRs of any shape and give weights of that shape; any such callable will do.
+The loss is `w(log-SNR) * |eps - eps_hat|^2` for every prediction. The estimate eps_hat follows from the network's
+output. Because |eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2, use `on_x0(w)` for a weighting w of the error of x_0.
+
+A weighting is any function that maps log-SNRs of any shape to weights of the same shape.
 """
 
 from collections.abc import Callable
@@ -19,59 +20,66 @@ Weighting = Callable[[Array], Array]
 
 @check_types
 def on_x0(weighting: Weighting) -> Weighting:
-  """The weighting that weighs the squared error of x_0 as `weighting` says: w / SNR on the error of eps."""
+  """Apply a weighting to the squared error of x_0.
+
+  The returned weighting of the error of eps is w / SNR.
+  """
   return lambda log_snr: weighting(log_snr) * jnp.exp(-log_snr)
 
 
 def simple(log_snr: Array) -> Array:
-  """w = 1: the simple loss, plain squared error of the noise (Ho et al. 2020, equation 14)."""
+  """Multiply the error of eps by 1, the simple loss (Ho et al. 2020, equation 14)."""
   return jnp.ones_like(log_snr)
 
 
 def snr(log_snr: Array) -> Array:
-  """SNR on the error of x_0 (Salimans and Ho 2022, section 4), which is `simple` under the name it has in x_0's terms."""
+  """Multiply the error of x_0 by the SNR (Salimans and Ho 2022, section 4).
+
+  This is the same loss as `simple`.
+  """
   return simple(log_snr)
 
 
 def snr_plus_one(log_snr: Array) -> Array:
-  """SNR + 1 on the error of x_0, which is plain squared error of v (Salimans and Ho 2022, section 4)."""
+  """Multiply the error of x_0 by SNR + 1, the squared error of v (Salimans and Ho 2022, section 4)."""
   return 1 + jnp.exp(-log_snr)
 
 
 def truncated_snr(log_snr: Array) -> Array:
-  """max(SNR, 1) on the error of x_0 (Salimans and Ho 2022, section 4)."""
+  """Multiply the error of x_0 by max(SNR, 1) (Salimans and Ho 2022, section 4)."""
   return jnp.maximum(1, jnp.exp(-log_snr))
 
 
 @check_types
 def min_snr(gamma: float = 5.0) -> Weighting:
-  """min(SNR, gamma) on the error of x_0 (Hang et al. 2023, section 3.3).
+  """Multiply the error of x_0 by min(SNR, gamma) (Hang et al. 2023, section 3.3).
 
   Raises:
     ValueError: if gamma is not positive.
   """
   if not gamma > 0:
-    raise ValueError(f"Got gamma={gamma}; expected it above 0, such as 5.")
+    raise ValueError(f"Got gamma={gamma}; expected a number above 0, such as 5.")
   return lambda log_snr: jnp.minimum(1, gamma * jnp.exp(-log_snr))
 
 
 @check_types
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
-  """1 / (k + SNR)^gamma on the error of eps (Choi et al. 2022, equation 8).
+  """Multiply the error of eps by 1 / (k + SNR)^gamma (Choi et al. 2022, equation 8).
 
   Raises:
     ValueError: if gamma is negative or k is not positive.
   """
   if not (gamma >= 0 and k > 0):
-    raise ValueError(f"Got gamma={gamma}, k={k}; expected gamma at least 0 and k above 0, as in p2(1, 1).")
+    raise ValueError(f"Got gamma={gamma}, k={k}; expected gamma >= 0 and k > 0, such as p2(gamma=1, k=1).")
   return lambda log_snr: (k + jnp.exp(log_snr)) ** -gamma
 
 
 @check_types
 def likelihood(process: Process) -> Weighting:
-  """g^2 / 2 on the error of the score, g^2 / (2 sigma^2) on that of eps: under uniform times the variational bound in nats.
+  """Make the loss equal to the variational bound in nats under uniform times (Song et al. 2021b, theorem 1).
 
-  Song et al. 2021b, theorem 1. It is half the rate at which the log-SNR falls, the only one of these that asks for the process.
+  The weight is g^2 / 2 on the error of the score, and g^2 / (2 sigma^2) on the error of eps. This is half the rate at
+  which the log-SNR decreases with time.
   """
 
   def weighting(log_snr):
@@ -83,20 +91,23 @@ def likelihood(process: Process) -> Weighting:
 
 @check_types
 def edm(sigma_data: float = 0.5) -> Weighting:
-  """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the error of x_0, sigma meaning sigma/alpha (Karras et al. 2022, table 1).
+  """Multiply the error of x_0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
+
+  Here sigma is the ratio sigma / alpha of the process.
 
   Raises:
     ValueError: if sigma_data is not positive.
   """
   if not sigma_data > 0:
-    raise ValueError(f"Got sigma_data={sigma_data}; expected the data's standard deviation, above 0, such as 0.5.")
+    raise ValueError(f"Got sigma_data={sigma_data}; expected the standard deviation of the data, above 0, such as 0.5.")
   return lambda log_snr: 1 + jnp.exp(-log_snr) / sigma_data**2
 
 
 @check_types
 def sigmoid(bias: float = 2.0) -> Weighting:
-  """1 / (1 + exp(log-SNR - bias)) on the error of eps (Kingma and Gao 2023, section 4; Hoogeboom et al. 2024).
+  """Multiply the error of eps by 1 / (1 + exp(log-SNR - bias)).
 
-  The papers weigh the bound, whose rate of the log-SNR is `likelihood`: `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.
+  Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers apply the weight to the variational bound.
+  With uniform times, their weighting is `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.
   """
   return lambda log_snr: jax.nn.sigmoid(bias - log_snr)

@@ -1,10 +1,10 @@
-"""Scores of generated samples against real ones, from feature vectors of any space, and the spaces themselves."""
+"""Define feature spaces, and scores that compare the features of generated and real images."""
 
 from ddpm_jax.metrics.classes import ClassStatistics, class_statistics, inception_score, merge_classes
 from ddpm_jax.metrics.classifier import (
   CLASSIFIER_FEATURES,
-  classifier_space,
   cached_classifier,
+  classifier_space,
   load_classifier,
   pixel_space,
   save_classifier,
@@ -29,6 +29,7 @@ __all__ = [
   "Moments",
   "Neighborhoods",
   "Statistics",
+  "cached_classifier",
   "check_colors",
   "check_images",
   "check_memory",
@@ -41,7 +42,6 @@ __all__ = [
   "gaussian",
   "inception_score",
   "inception_space",
-  "cached_classifier",
   "kernel_distance",
   "load_classifier",
   "load_statistics",

@@ -1,21 +1,23 @@
-"""The Inception Score, and the same of any other classifier, from its log-probabilities a batch at a time."""
+"""Compute the Inception Score from the log-probabilities of any classifier, one batch at a time."""
 
 import functools
 from typing import NamedTuple
 
 import numpy as np
 
-# torch-fidelity's, by default.
+# The default seed of torch-fidelity.
 _SEED = 2020
 
 
 class ClassStatistics(NamedTuple):
-  """Sums over samples by split, in float64, that add up over batches and processes.
+  """Store sums over the samples of each split in float64.
+
+  The sums of several batches or processes can be added (see `merge_classes`).
 
   Attributes:
-    count: samples [S].
-    probs: sums of their class probabilities [S, K].
-    negentropy: sums of their negative entropies in nats [S].
+    count: number of samples [S].
+    probs: sums of the class probabilities [S, K].
+    negentropy: sums of the negative entropies in nats [S].
   """
 
   count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
@@ -24,17 +26,18 @@ class ClassStatistics(NamedTuple):
 
 
 def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int = 10) -> ClassStatistics:
-  """Statistics of a batch.
+  """Compute the statistics of a batch.
 
   Args:
-    log_probs: log-probabilities [B, K] of the samples number `first`, `first + 1`, ...
-    first: the number of the first.
-    total: how many samples there will be in all.
-    splits: into how many parts they are split, at random: samples often come class by class. The parts are those of
-      torch-fidelity's default seed.
+    log_probs: log-probabilities [B, K] of samples `first`, `first + 1`, ...
+    first: index of the first sample of the batch.
+    total: number of samples in all batches.
+    splits: number of splits. Samples are assigned to splits at random, because they are often sorted by class. The
+      splits are equal to those of torch-fidelity with its default seed.
 
   Raises:
-    ValueError: if log_probs are not finite [B, K], go past the total, or there are more splits than samples.
+    ValueError: if `log_probs` is not finite or not [B, K], the batch extends past `total`, or there are more splits
+      than samples.
   """
   log_p = np.asarray(log_probs, np.float64)
   if log_p.ndim != 2 or not log_p.shape[1]:
@@ -44,31 +47,31 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
     raise ValueError(f"Got {bad:,} of {len(log_p):,} rows of log-probabilities that are not finite; expected none.")
   if not 1 <= splits <= total or first < 0 or first + len(log_p) > total:
     raise ValueError(
-      f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; expected no more samples than there are, and"
-      " a sample for each split."
+      f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; expected samples 0 to {total} at most, and one"
+      " or more for each split."
     )
-  # Exact sums of 1, which those in float32 are not.
+  # Normalize in float64, because float32 log-probabilities do not sum to exactly 1.
   log_p = log_p - log_p.max(1, keepdims=True)
   log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
   probs = np.exp(log_p)
-  member = _parts(total, splits)[None, first : first + len(log_p)] == np.arange(splits)[:, None]
+  member = _assign_splits(total, splits)[None, first : first + len(log_p)] == np.arange(splits)[:, None]
   return ClassStatistics(member.sum(1), member.astype(np.float64) @ probs, member @ (probs * log_p).sum(1))
 
 
 @functools.lru_cache(maxsize=4)
-def _parts(total: int, splits: int) -> np.ndarray:
-  """The part [total] that each sample belongs to."""
-  parts = np.empty(total, np.int32)
+def _assign_splits(total: int, splits: int) -> np.ndarray:
+  """Return the split [total] of each sample."""
+  assigned = np.empty(total, np.int32)
   edges = np.array([i * total // splits for i in range(1, splits)])
-  parts[np.random.RandomState(_SEED).permutation(total)] = np.searchsorted(edges, np.arange(total), side="right")
-  return parts
+  assigned[np.random.RandomState(_SEED).permutation(total)] = np.searchsorted(edges, np.arange(total), side="right")
+  return assigned
 
 
 def merge_classes(a: ClassStatistics, b: ClassStatistics) -> ClassStatistics:
-  """Statistics of both together.
+  """Add the statistics of two sets of samples.
 
   Raises:
-    ValueError: if they have other splits or classes.
+    ValueError: if the numbers of splits or classes differ.
   """
   if a.probs.shape != b.probs.shape:
     raise ValueError(
@@ -78,13 +81,15 @@ def merge_classes(a: ClassStatistics, b: ClassStatistics) -> ClassStatistics:
 
 
 def inception_score(statistics: ClassStatistics) -> tuple[float, float]:
-  """exp E KL(p(y | x) || p(y)): mean and standard deviation over splits (Salimans et al. 2016, section 4).
+  """Return the mean and standard deviation of the Inception Score over splits.
+
+  The score is exp E KL(p(y | x) || p(y)) (Salimans et al. 2016, section 4).
 
   Raises:
     ValueError: if a split has no samples.
   """
   if not np.all(statistics.count > 0):
-    raise ValueError(f"Got splits of {statistics.count.tolist()} samples; expected samples in each.")
+    raise ValueError(f"Got splits of {statistics.count.tolist()} samples; expected at least one sample in each.")
   mean = statistics.probs / statistics.count[:, None]
   log_mean = np.log(np.where(mean > 0, mean, 1))
   scores = np.exp(statistics.negentropy / statistics.count - np.sum(mean * log_mean, 1))

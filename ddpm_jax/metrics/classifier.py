@@ -1,6 +1,7 @@
-"""The features of a small classifier that is trained on the real images themselves, for data that no published network knows.
+"""Define feature spaces for data that published networks were not trained on: a small classifier, and pixels.
 
-They are no Inception features, and a distance in them is no FID: it compares only with that of the same classifier.
+The classifier is trained on the real images. Distances in its features are not FID. They are comparable only with
+distances from the same classifier.
 """
 
 from collections.abc import Iterator
@@ -21,29 +22,32 @@ from ddpm_jax.storage.images import from_uint8
 
 Array = jax.Array
 PyTree = Any
-# The dimensions of its features.
+# The number of feature dimensions of the classifier.
 CLASSIFIER_FEATURES = 64
 _BATCH = 64
 _PEAK_RATE = 2e-3
-# Images whose features set the scale.
-_SCALED = 2048
+# The largest number of images for estimating the mean and scale of the features.
+_MAX_SCALE_IMAGES = 2048
 
 
 def train_classifier(
   images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int = 600, seed: int = 0, quiet: bool = False
 ) -> PyTree:
-  """Parameters of a classifier of real images, on one device: the same ones wherever the images and the seed are.
+  """Train a classifier of real images on one device and return its parameters.
+
+  The same images and seed give the same parameters.
 
   Args:
     images: uint8 [N, H, W, C].
     classes: [N] integers in [0, num_classes).
-    num_classes: how many classes there are.
-    steps: of Adam, over batches of 64.
-    seed: of the parameters and the order.
-    quiet: whether to show no progress.
+    num_classes: number of classes.
+    steps: steps of Adam with batches of 64 images.
+    seed: seed of the parameters and the order of images.
+    quiet: whether to hide the progress bar.
 
   Raises:
-    ValueError: if there are no images, classes do not match them or are no integers, or there are fewer than two classes.
+    ValueError: if there are no images, the classes are not integers or do not match the images, there are fewer than
+      two classes, or `steps` is less than 1.
   """
   classes = np.asarray(classes)
   if images.ndim != 4 or images.dtype != np.uint8 or not images.size or classes.shape != (len(images),):
@@ -54,14 +58,14 @@ def train_classifier(
     raise ValueError(f"Got classes of type {classes.dtype}; expected integers.")
   if num_classes < 2 or classes.min() < 0 or classes.max() >= num_classes or steps < 1:
     raise ValueError(
-      f"Got classes {classes.min()} to {classes.max()} of {num_classes} classes and {steps} steps; expected two classes or more, classes"
-      " from 0 on, and a step or more."
+      f"Got classes {classes.min()} to {classes.max()} of {num_classes} classes and {steps} steps; expected two or more classes, numbered"
+      " from 0, and one or more steps."
     )
   network = ImageClassifier(num_classes, features=CLASSIFIER_FEATURES)
   optimizer = optax.adam(optax.cosine_decay_schedule(_PEAK_RATE, steps))
 
   @jax.jit
-  def start(key):
+  def init(key):
     params = network.init(key, jnp.zeros((1, *images.shape[1:])))["params"]
     return params, optimizer.init(params)
 
@@ -77,38 +81,45 @@ def train_classifier(
 
   apply = jax.jit(lambda params, x: network.apply({"params": params}, x)[0])
   with jax.default_device(jax.local_devices()[0]):
-    params, state = start(jax.random.key(seed))
-    order = _endless(len(images), seed)
+    params, state = init(jax.random.key(seed))
+    order = _sample_order(len(images), seed)
     with tqdm(
-      range(steps), desc="training the classifier of real images", unit=" steps", disable=quiet, delay=2
+      range(steps), desc="training the classifier on real images", unit=" steps", disable=quiet, delay=2
     ) as bar:
       for _ in bar:
         rows = np.array([next(order) for _ in range(_BATCH)])
         params, state, _ = step(params, state, from_uint8(images[rows]), classes[rows].astype(np.int32))
-    # Of unit variance on average, so that the kernel distance's cubes are of the order of 1, as they are of Inception features.
-    chosen = np.random.default_rng(seed).permutation(len(images))[:_SCALED]
+    # Scale the features to unit variance on average. The cubic kernel of the kernel distance is then of order 1, as for
+    # Inception features.
+    selected = np.random.default_rng(seed).permutation(len(images))[:_MAX_SCALE_IMAGES]
     features = np.concatenate(
       [
-        apply(params, from_uint8(images[np.resize(chosen[i : i + _BATCH], _BATCH)]))
-        for i in range(0, len(chosen), _BATCH)
+        apply(params, from_uint8(images[np.resize(selected[i : i + _BATCH], _BATCH)]))
+        for i in range(0, len(selected), _BATCH)
       ]
-    )[: len(chosen)]
+    )[: len(selected)]
   mean, scale = features.mean(0), float(np.sqrt(np.mean(features.var(0))))
-  # Images that are all the same differ in rounding errors only, which are not to be enlarged.
+  # Features of identical images differ only by rounding errors. Do not enlarge them.
   scale = scale if scale > 1e-5 * np.abs(features).max() else 1
   return {**jax.device_get(params), "standard": {"mean": mean, "scale": np.array([scale], np.float32)}}
 
 
-def _endless(count: int, seed: int) -> Iterator[int]:
+def _sample_order(count: int, seed: int) -> Iterator[int]:
   rng = np.random.default_rng(seed)
   while True:
     yield from rng.permutation(count)
 
 
 def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any] | None = None) -> FeatureSpace:
-  """The features [B, 64] of `train_classifier`'s parameters, before their nonlinearity and standardized, and its log-probabilities [B, K].
+  """Return the feature space of a trained classifier.
 
-  `prepare` raises a ValueError of images that have other channels than those that the classifier learned from.
+  The features [B, 64] are standardized and precede the nonlinearity. The space also has log-probabilities [B, K]. Its
+  `prepare` raises a ValueError if the number of channels differs from the training images.
+
+  Args:
+    params: parameters from `train_classifier`.
+    num_classes: number of classes K.
+    provenance: origin of the parameters, as JSON.
   """
   channels = np.shape(params["conv_0"]["kernel"])[2]
   network = ImageClassifier(num_classes, features=CLASSIFIER_FEATURES)
@@ -116,7 +127,7 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
   def prepare(images: np.ndarray) -> np.ndarray:
     if images.shape[-1] != channels:
       raise ValueError(
-        f"Got images of {images.shape[-1]} channels for a classifier of images of {channels}; expected images as it learned from."
+        f"Got images with {images.shape[-1]} channel(s); expected {channels}, like the training images of the classifier."
       )
     return from_uint8(images)
 
@@ -133,7 +144,10 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
 
 
 def pixel_space() -> FeatureSpace:
-  """Pixels in [-1, 1] as features [B, H W C]: meant for small images, whose pixels are features enough."""
+  """Return the feature space of pixels in [-1, 1], with features [B, H W C].
+
+  It suits small images.
+  """
 
   def prepare(images: np.ndarray) -> np.ndarray:
     return from_uint8(images).reshape(len(images), -1)
@@ -142,17 +156,19 @@ def pixel_space() -> FeatureSpace:
 
 
 def cached_classifier(
-  path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, main: bool = True
+  path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, is_main: bool = True
 ) -> PyTree:
-  """Return what `train_classifier` gives, from a file if it was trained before on the same images in the same way.
+  """Load a trained classifier from a file, or train it and save it.
+
+  The file is used only if its classifier was trained on the same images with the same arguments.
 
   Args:
-    path: the file; one that is damaged is moved into `damaged` beside it.
-    images: as for `train_classifier`.
-    classes: as well.
-    num_classes: as well.
-    steps: as well.
-    main: whether this process writes and speaks.
+    path: the file. A damaged file is moved into the folder `damaged` next to it.
+    images: images for `train_classifier`.
+    classes: classes for `train_classifier`.
+    num_classes: number of classes for `train_classifier`.
+    steps: steps for `train_classifier`.
+    is_main: whether this process writes the file and prints messages.
   """
   about = {
     "kind": "classifier of real images",
@@ -164,32 +180,34 @@ def cached_classifier(
   try:
     params = load_classifier(path, about)
   except sealed.DamagedFileError as error:
-    if main:
+    if is_main:
       sealed.set_aside(path, path.parent / "damaged", error)
   if params is None:
-    params = train_classifier(images, classes, num_classes, steps=steps, quiet=not main)
-    if main:
+    params = train_classifier(images, classes, num_classes, steps=steps, quiet=not is_main)
+    if is_main:
       save_classifier(path, params, about)
   return params
 
 
 def save_classifier(path: str | Path, params: PyTree, about: dict[str, str]) -> None:
-  """Write parameters as safetensors with `about` as metadata, whole or not at all."""
+  """Write parameters atomically as safetensors, with `about` as metadata."""
   arrays = {f"{layer}/{leaf}": value for layer, leaves in params.items() for leaf, value in leaves.items()}
   sealed.save_tensors(Path(path), arrays, about)
 
 
 def load_classifier(path: str | Path, about: dict[str, str]) -> PyTree | None:
-  """Return the parameters in a file, or None if there is no file or it was written with another `about`.
+  """Load parameters from a file.
+
+  Return None if the file does not exist, or its metadata differ from `about`.
 
   Raises:
-    DamagedFileError: if the file does not hold what was written.
+    DamagedFileError: if the file is damaged.
   """
   try:
-    arrays, found = sealed.load_tensors(Path(path))
+    arrays, metadata = sealed.load_tensors(Path(path))
   except FileNotFoundError:
     return None
-  if found != about:
+  if metadata != about:
     return None
   params: dict[str, Any] = {}
   for name, array in arrays.items():

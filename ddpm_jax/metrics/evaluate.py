@@ -1,4 +1,4 @@
-"""Samples to scores, each beside the floor that a perfect model would reach; a classifier's, beside chance."""
+"""Score generated images against real ones, and format the scores of models and classifiers as tables."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -9,23 +9,24 @@ from ddpm_jax import metrics
 
 Scores = dict[str, float]
 Extract = Callable[[np.ndarray], dict[str, np.ndarray]]
-# What can be asked for; `spatial_frechet` in spaces with features of places, `class_score` in those with classes.
+# All scores. `spatial_frechet` needs a space with spatial features, `class_score` a space with classes.
 SCORES = ("frechet", "spatial_frechet", "kernel", "class_score", "precision_recall", "density_coverage")
-# Those that compare pairs of features, and so need features and not only their moments.
+# Scores that compare pairs of features, so they need the features as well as their moments.
 PAIRWISE = ("kernel", "precision_recall", "density_coverage")
 _KERNEL_SIZE = 1000
 
 
 class Settings(NamedTuple):
-  """How to score.
+  """Describe which scores to compute, and how.
 
   Attributes:
-    scores: of `SCORES`.
-    k: the neighbor that sets a ball's width.
-    pairwise_samples: features of a set that are kept for the scores of pairs; of a larger set, so many at random.
-    kernel_subsets: random subsets of the kernel distance.
-    kernel_size: features in each; 0: the smaller of 1,000 and half of what is kept.
-    splits: of the class score.
+    scores: names from `SCORES`.
+    k: which nearest neighbor sets the radius of a ball (see `metrics.neighborhoods`).
+    pairwise_samples: the largest number of features of a set to store for pairwise scores. A larger set is sampled at
+      random.
+    kernel_subsets: number of random subsets for the kernel distance.
+    kernel_size: features in each subset; 0 for 1,000 or half of the stored features, whichever is smaller.
+    splits: number of splits for the class score.
     allow_singular: whether to compute a Frechet distance from too few samples for a covariance of full rank.
   """
 
@@ -39,14 +40,16 @@ class Settings(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """What scores need to know of a set of images; its size does not grow with theirs.
+  """Store the statistics of a set of images from which scores are computed.
+
+  Its size does not depend on the number of images.
 
   Attributes:
-    count: images.
-    features: the Gaussian of their features.
-    spatial: that of their features of places, where the space has any.
-    classes: statistics of their classes, where the space has any.
-    pairwise_features: features for the scores of pairs [n, D]; None where only moments are known.
+    count: number of images.
+    features: Gaussian of the features.
+    spatial: Gaussian of the spatial features; None if the space has none.
+    classes: class statistics; None if the space has no classes.
+    pairwise_features: features [n, D] for pairwise scores; None if they were not stored.
   """
 
   count: int  # type: ignore[assignment]  # hides tuple.count
@@ -57,20 +60,21 @@ class Summary(NamedTuple):
 
 
 def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, settings: Settings) -> Summary:
-  """The summary of `total` images, that come in batches uint8 [B, H, W, C].
+  """Summarize `total` images from batches uint8 [B, H, W, C].
 
   Raises:
-    ValueError: if there are fewer than two images, other than `total`, or they are not uint8, or some features are not finite.
+    ValueError: if the number of images is less than two or not `total`, the images are not uint8, or features are not
+      finite.
   """
   if total < 2:
     raise ValueError(
-      f"Got {total} image(s) to take statistics of; expected two or more: the set is empty, or nearly so."
+      f"Got {total} image(s) to compute statistics from; expected two or more. Check that the set is not empty."
     )
   features, spatial, classes = metrics.MomentSum(), None, None
-  wanted, kept, first = _kept(total, settings.pairwise_samples), [], 0
+  is_stored, stored, first = _sample_mask(total, settings.pairwise_samples), [], 0
   for images in batches:
     if first + len(images) > total:
-      raise ValueError(f"Got {first + len(images):,} images or more where {total:,} were announced; expected as many.")
+      raise ValueError(f"Got {first + len(images):,} images or more; expected {total:,}.")
     taps = extract(images)
     values = taps["features"]
     features.add(values)
@@ -81,139 +85,152 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
       part = metrics.class_statistics(taps["log_probs"], first, total, min(settings.splits, total))
       classes = part if classes is None else metrics.merge_classes(classes, part)
     if set(settings.scores) & set(PAIRWISE):
-      kept.append(values[wanted[first : first + len(images)]])
+      stored.append(values[is_stored[first : first + len(images)]])
     first += len(images)
   if first != total:
-    raise ValueError(f"Got {first:,} images where {total:,} were announced; expected as many.")
+    raise ValueError(f"Got {first:,} images; expected {total:,}.")
   return Summary(
     total,
     metrics.gaussian(features.result()),
     None if spatial is None else metrics.gaussian(spatial.result()),
     classes,
-    np.concatenate(kept) if kept else None,
+    np.concatenate(stored) if stored else None,
   )
 
 
-def _kept(total: int, most: int) -> np.ndarray:
+def _sample_mask(total: int, max_samples: int) -> np.ndarray:
   mask = np.zeros(total, bool)
-  mask[np.random.default_rng(0).permutation(total)[:most]] = True
+  mask[np.random.default_rng(0).permutation(total)[:max_samples]] = True
   return mask
 
 
 def statistics_summary(statistics: metrics.Statistics) -> Summary:
-  """The summary of a reference of which only statistics are known."""
+  """Return the summary of a reference without images, from its statistics."""
   return Summary(statistics.features.count or 0, statistics.features, statistics.spatial)
 
 
 def available_scores(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str, ...]:
-  """The scores that a space and a reference allow."""
+  """Return the scores that a feature space and a reference allow.
+
+  Args:
+    spatial: whether both have spatial features.
+    classes: whether the space has classes.
+    pairs: whether the reference has images, for pairwise scores.
+  """
   allowed = {"spatial_frechet": spatial, "class_score": classes} | dict.fromkeys(PAIRWISE, pairs)
   return tuple(name for name in SCORES if allowed.get(name, True))
 
 
 def check_counts(settings: Settings, generated: int, real: int | None) -> int:
-  """Return how many features of a set are kept for the scores of pairs; 0 if there are no such scores.
+  """Check the numbers of images, and return the number of features to store for pairwise scores.
+
+  The number is 0 if there are no pairwise scores.
 
   Args:
-    settings: which scores, and how.
-    generated: how many images are judged.
-    real: how many real ones there are; None if that is not known.
+    settings: the scores and their settings.
+    generated: number of generated images.
+    real: number of real images; None if it is unknown.
 
   Raises:
-    ValueError: if there are too few for the scores.
+    ValueError: if there are too few images for the scores.
   """
-  most = min(generated, real or generated, settings.pairwise_samples)
-  pairs = bool(set(settings.scores) & set(PAIRWISE))
-  if pairs and most <= settings.k:
+  num_stored = min(generated, real or generated, settings.pairwise_samples)
+  has_pairs = bool(set(settings.scores) & set(PAIRWISE))
+  if has_pairs and num_stored <= settings.k:
     raise ValueError(
-      f"Got evaluation.num_samples={generated} (and {real} reference images, pairwise_samples={settings.pairwise_samples}) with evaluation.k={settings.k};"
-      " expected more of each than k. Set --config.evaluation.k."
+      f"Got evaluation.num_samples={generated}, {real} reference images and evaluation.pairwise_samples={settings.pairwise_samples} with"
+      f" evaluation.k={settings.k}; expected more than k of each. Set --config.evaluation.k."
     )
-  if settings.kernel_size > most or ("class_score" in settings.scores and settings.splits > generated):
+  if settings.kernel_size > num_stored or ("class_score" in settings.scores and settings.splits > generated):
     raise ValueError(
-      f"Got evaluation.kernel_size={settings.kernel_size} and splits={settings.splits} for {generated} samples and {real} reference images;"
-      " expected no more than there are."
+      f"Got evaluation.kernel_size={settings.kernel_size} and evaluation.splits={settings.splits} for {generated} samples and {real}"
+      f" reference images; expected at most kernel_size={num_stored} and splits={generated}."
     )
-  return most if pairs else 0
+  return num_stored if has_pairs else 0
 
 
 def score(generated: Summary, reference: Summary, settings: Settings, names: dict[str, str] | None = None) -> Scores:
-  """Scores of a set of images against a reference in the same feature space.
+  """Score a set of images against a reference in the same feature space.
 
   Args:
-    generated: of the images to judge.
-    reference: of the real images.
-    settings: which scores, and how; its `scores` may be empty.
-    names: what they are called in this space (`score_names`), by the names of `SCORES`.
+    generated: summary of the images to score.
+    reference: summary of the real images.
+    settings: the scores and their settings. `settings.scores` may be empty.
+    names: names of the scores in this feature space, by their names in `SCORES` (see `score_names`).
 
   Raises:
-    ValueError: if a score is not known or needs what a summary lacks, or there are too few samples for it.
+    ValueError: if a score is unknown, a summary lacks data for it, or there are too few samples for it.
   """
   unknown = sorted(set(settings.scores) - set(SCORES))
   if unknown:
     raise ValueError(f"Got the scores {unknown}; expected some of {', '.join(SCORES)}.")
-  called = {name: name for name in SCORES} | (names or {})
+  names = {name: name for name in SCORES} | (names or {})
   scores: Scores = {}
   if "frechet" in settings.scores:
-    scores[called["frechet"]] = metrics.frechet_distance(
+    scores[names["frechet"]] = metrics.frechet_distance(
       generated.features, reference.features, allow_singular=settings.allow_singular
     )
   if "spatial_frechet" in settings.scores:
     if generated.spatial is None or reference.spatial is None:
-      raise _lacking("spatial_frechet", "features of places (mu_s and sigma_s of a statistics file)")
-    scores[called["spatial_frechet"]] = metrics.frechet_distance(
+      raise _missing_data("spatial_frechet", "spatial features (mu_s and sigma_s of a statistics file)")
+    scores[names["spatial_frechet"]] = metrics.frechet_distance(
       generated.spatial, reference.spatial, allow_singular=settings.allow_singular
     )
   if "class_score" in settings.scores:
     if generated.classes is None:
-      raise _lacking("class_score", "a space with classes")
-    name = called["class_score"]
+      raise _missing_data("class_score", "a space with classes")
+    name = names["class_score"]
     scores[name], scores[f"{name}_std"] = metrics.inception_score(generated.classes)
-  return scores | _of_pairs(generated.pairwise_features, reference.pairwise_features, settings, called)
+  return scores | _pairwise_scores(generated.pairwise_features, reference.pairwise_features, settings, names)
 
 
-def _of_pairs(
-  generated: np.ndarray | None, reference: np.ndarray | None, settings: Settings, called: dict[str, str]
+def _pairwise_scores(
+  generated: np.ndarray | None, reference: np.ndarray | None, settings: Settings, names: dict[str, str]
 ) -> Scores:
-  wanted = [name for name in PAIRWISE if name in settings.scores]
-  if not wanted:
+  selected = [name for name in PAIRWISE if name in settings.scores]
+  if not selected:
     return {}
   if generated is None or reference is None:
-    raise _lacking(wanted[0], "images, not only statistics, as reference")
+    raise _missing_data(selected[0], "a reference with images, not only statistics")
   scores: Scores = {}
-  if "kernel" in wanted:
+  if "kernel" in selected:
     size = settings.kernel_size or kernel_size(len(generated), len(reference))
     distance = metrics.kernel_distance(generated, reference, subsets=settings.kernel_subsets, size=size)
-    scores[called["kernel"]], scores[f"{called['kernel']}_std"] = distance
-  if wanted != ["kernel"]:
-    # Of one size: balls are narrower among more points.
+    scores[names["kernel"]], scores[f"{names['kernel']}_std"] = distance
+  if selected != ["kernel"]:
+    # Compare sets of equal size, because balls are smaller in larger sets.
     size = min(len(generated), len(reference))
-    found = metrics.neighborhoods(_some(generated, size), _some(reference, size), settings.k)._asdict()
-    names = [name for pair in wanted if pair != "kernel" for name in pair.split("_")]
-    scores |= {name: found[name] for name in names}
+    all_scores = metrics.neighborhoods(_sample(generated, size), _sample(reference, size), settings.k)._asdict()
+    scores |= {name: all_scores[name] for pair in selected if pair != "kernel" for name in pair.split("_")}
   return scores
 
 
-def _some(features: np.ndarray, size: int) -> np.ndarray:
-  """So many of the features, at random: the first may all be of one class."""
-  return features[_kept(len(features), size)]
+def _sample(features: np.ndarray, size: int) -> np.ndarray:
+  # Sample at random, because the first features may all belong to one class.
+  return features[_sample_mask(len(features), size)]
 
 
 def kernel_size(generated: int, reference: int) -> int:
-  """How many features a subset of the kernel distance has by default: 1,000, or half of what there are, but two at least."""
+  """Return the default size of a subset for the kernel distance.
+
+  It is 1,000 or half of the smaller set, whichever is smaller, but at least 2.
+  """
   return min(_KERNEL_SIZE, max(2, min(generated, reference) // 2))
 
 
-def _lacking(name: str, what: str) -> ValueError:
-  return ValueError(f"Got the score {name!r}, which needs {what}; leave it out of config.evaluation.scores.")
+def _missing_data(name: str, needed: str) -> ValueError:
+  return ValueError(f"Got the score {name!r}, which needs {needed}; remove it from config.evaluation.scores.")
 
 
 def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
-  """What the scores are called in a space: FID and its kin only in the published Inception network's features."""
+  """Return the names of the scores in a feature space, by their names in `SCORES`.
+
+  FID, sFID, KID and Inception Score are names only for features of the published Inception network.
+  """
   if space.name == "inception" and space.provenance.get("published"):
     names = {"frechet": "fid", "spatial_frechet": "sfid", "kernel": "kid", "class_score": "inception_score"}
-    clean = space.provenance.get("resize") == "clean"
-    return {name: f"clean_{called}" for name, called in names.items()} if clean else names
+    is_clean = space.provenance.get("resize") == "clean"
+    return {name: f"clean_{inception_name}" for name, inception_name in names.items()} if is_clean else names
   return {
     "frechet": "frechet_distance",
     "spatial_frechet": "spatial_frechet_distance",
@@ -223,18 +240,21 @@ def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
 
 
 def logged_names(settings: Settings, names: dict[str, str]) -> list[str]:
-  """The names of the scores that `score` gives, but for deviations."""
+  """Return the names of the scores that `score` computes, without standard deviations."""
   pairs = ("precision_recall", "density_coverage")
   return [name for score in settings.scores for name in (score.split("_") if score in pairs else [names[score]])]
 
 
 def higher_is_better(name: str) -> bool:
-  """Whether a score, by the name it has in `Scores`, rises as samples get better."""
+  """Return whether a score with this name increases when samples improve."""
   return name.endswith(("precision", "recall", "density", "coverage", "_score", "accuracy"))
 
 
 def format_table(rows: dict[str, Scores | None]) -> str:
-  """Scores for people to read: a row a set of images, a column a score; deviations stand behind a sign."""
+  """Format scores as a table with a row per set of images and a column per score.
+
+  Standard deviations follow a ± sign.
+  """
   columns = list(dict.fromkeys(name for row in rows.values() for name in row or {} if not name.endswith("_std")))
   lines = [["", *(name.replace("_", " ") for name in columns)]]
   for title, row in rows.items():
@@ -257,23 +277,23 @@ def _cell(row: Scores, name: str) -> str:
 
 
 def classification_scores(log_probs: np.ndarray, classes: np.ndarray) -> Scores:
-  """Accuracy, and cross-entropy in nats, of log-probabilities [N, K] for the true classes [N]."""
-  right = np.argmax(log_probs, axis=1) == classes
+  """Compute the accuracy, and the cross-entropy in nats, of log-probabilities [N, K] for true classes [N]."""
+  is_correct = np.argmax(log_probs, axis=1) == classes
   return {
-    "accuracy": float(np.mean(right)),
+    "accuracy": float(np.mean(is_correct)),
     "cross_entropy": float(-np.mean(log_probs[np.arange(len(classes)), classes])),
   }
 
 
 def chance_scores(classes: np.ndarray, num_classes: int) -> Scores:
-  """The same scores of who sees no image but knows how common each of the classes [N] is."""
-  shares = np.bincount(classes, minlength=num_classes) / len(classes)
-  present = shares[shares > 0]
-  return {"accuracy": float(np.max(shares)), "cross_entropy": float(-np.sum(present * np.log(present)))}
+  """Compute the accuracy and cross-entropy of always predicting the frequencies of the classes [N]."""
+  frequencies = np.bincount(classes, minlength=num_classes) / len(classes)
+  present = frequencies[frequencies > 0]
+  return {"accuracy": float(np.max(frequencies)), "cross_entropy": float(-np.sum(present * np.log(present)))}
 
 
 def format_classification(levels: list[Scores], chance: Scores) -> str:
-  """The scores by noise level, each with its `log_snr`, for people to read."""
+  """Format the scores of a classifier as a table with a row per noise level, each with its `log_snr`."""
   rows = [("log-SNR", "accuracy", "cross-entropy")]
   rows += [
     (name, f"{row['accuracy']:.3f}", f"{row['cross_entropy']:.3f}")

@@ -1,4 +1,7 @@
-"""The feature space of FID: the 2015 Inception network behind the resizing of the reference, or of clean-fid."""
+"""Define the feature space of FID, the 2015 Inception network.
+
+Images are resized like in the reference implementation of FID, or like in clean-fid.
+"""
 
 from typing import Any, cast
 
@@ -14,19 +17,22 @@ PyTree = Any
 
 
 def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", published: bool = False) -> FeatureSpace:
-  """`features` [B, 2048], `log_probs` [B, 1008] (of the logits without bias, as the Inception Score wants) and `spatial` [B, 2023].
+  """Return the feature space of the Inception network.
+
+  It has `features` [B, 2048], `spatial` [B, 2023], and `log_probs` [B, 1008]. The log-probabilities come from logits
+  without bias, as in the definition of the Inception Score.
 
   Args:
-    params: of `networks.inception.Inception`, from `interop.inception.load`.
-    resize: how images become 299x299: "tf1", as the reference implementation, or "clean", as clean-fid.
-    sha256: of the weights' file.
-    published: whether it is the published one, so that the distance is FID.
+    params: parameters of `networks.inception.Inception`, from `interop.inception.load`.
+    resize: how to resize images to 299x299: "tf1" like the reference implementation, or "clean" like clean-fid.
+    sha256: hash of the file of weights.
+    published: whether these are the published weights. Only then is the distance called FID.
 
   Raises:
-    ValueError: if `resize` is neither.
+    ValueError: if `resize` is not "tf1" or "clean".
   """
   if resize not in ("tf1", "clean"):
-    raise ValueError(f"Got resize={resize!r}; expected 'tf1', as the reference implementation of FID, or 'clean'.")
+    raise ValueError(f"Got resize={resize!r}; expected 'tf1', like the reference implementation of FID, or 'clean'.")
   network = Inception(taps=("2048", "logits_unbiased", "spatial"))
 
   def prepare(images: np.ndarray) -> np.ndarray:
@@ -50,41 +56,49 @@ def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", pu
 
 
 def as_color(images: np.ndarray) -> np.ndarray:
-  """Return images uint8 [B, H, W, 3] of such with three channels or one, which is repeated; raise a ValueError for others."""
+  """Return images as uint8 [B, H, W, 3], and repeat a gray channel three times.
+
+  Raises:
+    ValueError: if the images are not uint8 with one or three channels.
+  """
   check_images(images)
   check_colors(images.shape[-1])
   return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
 
 def check_colors(channels: int) -> None:
-  """Raise a ValueError unless the Inception network takes images of so many channels."""
+  """Raise a ValueError if the Inception network does not accept this number of channels."""
   if channels not in (1, 3):
     raise ValueError(
-      f"Got images of {channels} channels for the Inception network, which looks at colors; expected 3, or 1 to be repeated. Score in other"
-      " features: --config.evaluation.features=pixels or classifier."
+      f"Got images of {channels} channels for the Inception network; expected 3, or 1, which is repeated. Use other features:"
+      " --config.evaluation.features=pixels or classifier."
     )
 
 
 def resize_tf1(x: Array, size: int = SIZE) -> Array:
-  """Images [B, H, W, C] to [B, size, size, C], bilinear as TensorFlow 1 did it: pixel i of the result lies at i H / size.
+  """Resize images [B, H, W, C] to [B, size, size, C] with the bilinear filter of TensorFlow 1.
 
-  No pixel's center is its place then, and a larger image is sampled, not averaged: the numbers of papers follow from it.
+  Pixel i of the result is the value at i H / size. This ignores that pixels have centers, and it samples larger images
+  without averaging. Published scores use this resizing.
   """
-  # Columns first, in the order and with the roundings of the reference. Gathered, as products with matrices of weights take up to fifty
-  # times as long on a CPU.
+  # Resize columns first, to match the order and rounding of the reference. Gathering is up to fifty times faster on a
+  # CPU than multiplying with matrices of weights.
   for axis in (2, 1):
     length = x.shape[axis]
-    places = np.arange(size, dtype=np.float32) * np.float32(length / size)
-    low = places.astype(int)
+    positions = np.arange(size, dtype=np.float32) * np.float32(length / size)
+    low = positions.astype(int)
     high = np.minimum(low + 1, length - 1)
-    share = (places - low.astype(np.float32)).reshape(-1, *(1,) * (3 - axis))
+    weight = (positions - low.astype(np.float32)).reshape(-1, *(1,) * (3 - axis))
     before, after = (jnp.take(x, index, axis) for index in (low, high))
-    x = before + (after - before) * share
+    x = before + (after - before) * weight
   return x
 
 
 def resize_clean(images: np.ndarray, size: int = SIZE) -> np.ndarray:
-  """Images uint8 [B, H, W, C] to float32 [B, size, size, C] in [0, 255], by Pillow's bicubic filter, each channel in floats (Parmar et al. 2022)."""
+  """Resize images uint8 [B, H, W, C] to float32 [B, size, size, C] in [0, 255] like clean-fid.
+
+  Pillow's bicubic filter resizes each channel in floats (Parmar et al. 2022).
+  """
   from PIL import Image
 
   resized = np.empty((*images.shape[:1], size, size, images.shape[-1]), np.float32)

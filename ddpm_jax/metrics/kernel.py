@@ -1,4 +1,4 @@
-"""The kernel distance: KID, where the features are those of the Inception network."""
+"""Compute the kernel distance, which is called KID for features of the Inception network."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from ddpm_jax.metrics.moments import check_pair
 
 
 class KernelDistance(NamedTuple):
-  """The mean over random subsets, and their standard deviation."""
+  """Store the mean and standard deviation over random subsets."""
 
   mean: float
   std: float
@@ -17,27 +17,29 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
   a: np.ndarray, b: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = 2020
 ) -> KernelDistance:
-  """The unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4), in float64.
+  """Estimate the squared maximum mean discrepancy of two sets of features in float64.
 
-  The subsets, drawn without replacement, are those that torch-fidelity draws from the same seed.
+  The estimate is unbiased and uses the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4). It averages over
+  random subsets, sampled without replacement. torch-fidelity samples the same subsets from the same seed.
 
   Args:
     a: features [N, D].
     b: features [M, D].
-    subsets: how many pairs of subsets to average.
-    size: features in each.
-    seed: of the subsets.
+    subsets: number of pairs of subsets to average.
+    size: features in each subset.
+    seed: seed of the subsets.
 
   Returns:
-    The mean over subsets, which may be slightly below 0, and the standard deviation between them.
+    The mean over subsets, which may be slightly below 0, and the standard deviation over subsets.
 
   Raises:
-    ValueError: if the features are not finite or not of one width, or there are fewer than `size` of either.
+    ValueError: if the features are not finite, their dimensions differ, or a set has fewer than `size` features.
   """
   a, b = check_pair(a, b)
   if subsets < 1 or not 2 <= size <= min(len(a), len(b)):
     raise ValueError(
-      f"Got {subsets} subsets of {size} for {len(a)} and {len(b)} features; expected 1 or more, of 2 up to the smaller number."
+      f"Got {subsets} subsets of {size} for {len(a)} and {len(b)} features; expected one or more subsets of 2 to"
+      f" {min(len(a), len(b))} features."
     )
   rng = np.random.RandomState(seed)
   values = [
@@ -47,10 +49,12 @@ def kernel_distance(
 
 
 def mmd(a: np.ndarray, b: np.ndarray) -> float:
-  """The unbiased estimate of the squared discrepancy (Gretton et al. 2012, equation 3) of features [N, D] and [M, D].
+  """Estimate the squared maximum mean discrepancy of features [N, D] and [M, D] without subsets.
+
+  The estimate is unbiased (Gretton et al. 2012, equation 3).
 
   Raises:
-    ValueError: if the features are not finite or not of one width, or there are fewer than two of either.
+    ValueError: if the features are not finite, their dimensions differ, or a set has fewer than two features.
   """
   a, b = check_pair(a, b)
   if min(len(a), len(b)) < 2:
@@ -68,5 +72,5 @@ def _mmd(a: np.ndarray, b: np.ndarray) -> float:
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   base = a @ b.T / a.shape[1] + 1
-  # NumPy's power takes longer than the product of the matrices.
+  # NumPy's power would take longer than the matrix product.
   return base * base * base

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, a batch at a time: what Frechet distances are made of."""
+"""Compute the mean and covariance of features one batch at a time, for Frechet distances."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,14 @@ from scipy.linalg import blas
 
 
 class Moments(NamedTuple):
-  """Mean and scatter of features seen so far, in float64; the memory does not grow with their number.
+  """Store the mean and scatter of features in float64.
+
+  The memory does not depend on the number of features.
 
   Attributes:
-    count: how many vectors.
-    mean: [D].
-    scatter: [D, D], the sum of the outer products of the deviations from the mean.
+    count: number of feature vectors.
+    mean: their mean [D].
+    scatter: the sum [D, D] of the outer products of the deviations from the mean.
   """
 
   count: int  # type: ignore[assignment]  # hides tuple.count
@@ -21,12 +23,12 @@ class Moments(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-  """The Gaussian fitted to features.
+  """Describe the Gaussian fitted to a set of features.
 
   Attributes:
     mean: [D] float64.
-    covariance: [D, D] float64, with N - 1 below.
-    count: how many vectors it was fitted to; None if that is not known, as of a file of another tool.
+    covariance: [D, D] float64, the scatter divided by N - 1.
+    count: number N of feature vectors; None if it is unknown, for example in a file from another tool.
   """
 
   mean: np.ndarray
@@ -35,37 +37,41 @@ class Gaussian(NamedTuple):
 
 
 class MomentSum:
-  """Adds up the moments of features in place, a batch at a time: at 2048 dimensions copies of the scatter would take as long as it does."""
+  """Accumulate the moments of features in place, one batch at a time.
+
+  With 2048 dimensions, copying the scatter would take as long as computing it.
+  """
 
   def __init__(self) -> None:
     self._count, self._shift, self._sum, self._scatter = 0, np.zeros(0), np.zeros(0), np.zeros((0, 0))
 
   def add(self, features: np.ndarray) -> None:
-    """Takes features [B, D] of any real type.
+    """Add features [B, D] of any real type.
 
     Raises:
-      ValueError: if they are not two-dimensional or not of one width, or some are not finite; it says how many.
+      ValueError: if the features are not two-dimensional, have another number of dimensions than before, or are not
+        finite. The message counts the vectors that are not finite.
     """
     features = check_features(features)
     size = features.shape[1]
     if not self._count:
-      # Close to the mean, so that no digits are lost in large sums.
+      # Subtract a vector close to the mean, so that large sums lose no digits.
       self._shift = features.mean(0) if len(features) else np.zeros(size)
       self._sum, self._scatter = np.zeros(size), np.zeros((size, size), order="F")
     if size != len(self._shift):
       raise ValueError(
-        f"Got features of {size} dimensions after some of {len(self._shift)}; expected one feature space."
+        f"Got features of {size} dimensions after features of {len(self._shift)}; expected features from one space."
       )
     if not len(features):
       return
     centered = features - self._shift
     self._count += len(centered)
     self._sum += centered.sum(0)
-    # Half of the products: the upper triangle alone.
+    # Compute only the upper triangle, which is half of the products.
     self._scatter = blas.dsyrk(1.0, centered.T, beta=1.0, c=self._scatter, overwrite_c=1)
 
   def result(self) -> Moments:
-    """The moments of all features so far."""
+    """Return the moments of all features so far."""
     if not self._count:
       return Moments(0, self._shift, np.zeros_like(self._scatter))
     mean = self._sum / self._count
@@ -76,10 +82,11 @@ class MomentSum:
 
 
 def moments(features: np.ndarray) -> Moments:
-  """Moments of features [N, D], of any real type.
+  """Compute the moments of features [N, D] of any real type.
 
   Raises:
-    ValueError: if they are not two-dimensional, or some are not finite; it says how many.
+    ValueError: if the features are not two-dimensional or not finite. The message counts the vectors that are not
+      finite.
   """
   total = MomentSum()
   total.add(features)
@@ -87,16 +94,18 @@ def moments(features: np.ndarray) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-  """Moments of both sets together (Chan, Golub and LeVeque 1983, equation 1.5), whatever device or process saw them.
+  """Combine the moments of two sets of features, for example from different processes.
+
+  This is equation 1.5 of Chan, Golub and LeVeque 1983.
 
   Raises:
-    ValueError: if they are of features of other widths.
+    ValueError: if the features have different numbers of dimensions.
   """
   if not (a.count and b.count):
-    # A process may have seen no image, and does not know of how many dimensions they are.
+    # A process without images does not know the number of dimensions.
     return a if a.count or not b.mean.size else b
   if a.mean.shape != b.mean.shape:
-    raise ValueError(f"Got moments of {a.mean.size} and {b.mean.size} dimensions; expected one feature space.")
+    raise ValueError(f"Got moments of {a.mean.size} and {b.mean.size} dimensions; expected features from one space.")
   count = a.count + b.count
   shift = b.mean - a.mean
   mean = a.mean + shift * (b.count / count)
@@ -106,43 +115,51 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def gaussian(features: "np.ndarray | Moments") -> Gaussian:
-  """The Gaussian of features [N, D], or of their moments.
+  """Fit a Gaussian to features [N, D], or to their moments.
 
   Raises:
-    ValueError: if there are fewer than two.
+    ValueError: if there are fewer than two features.
   """
   m = features if isinstance(features, Moments) else moments(features)
   if m.count < 2:
-    raise ValueError(f"Got {m.count} feature vector(s); expected two or more, of which to take a covariance.")
+    raise ValueError(f"Got {m.count} feature vector(s); expected two or more, to compute a covariance.")
   return Gaussian(m.mean, m.scatter / (m.count - 1), m.count)
 
 
 def check_features(features: np.ndarray) -> np.ndarray:
-  """Features as float64; raises a ValueError unless they are finite real numbers [N, D], D at least 1."""
+  """Check features [N, D] and convert them to float64.
+
+  Raises:
+    ValueError: if the features are not finite real numbers, not two-dimensional, or D is 0.
+  """
   features = np.asarray(features)
   if features.ndim != 2 or not features.shape[1]:
-    raise ValueError(f"Got features of shape {features.shape}; expected [N, D] with one dimension or more.")
-  features = _doubled(features)
+    raise ValueError(f"Got features of shape {features.shape}; expected [N, D] with one or more dimensions D.")
+  features = _to_float64(features)
   bad = len(features) - int(np.count_nonzero(np.isfinite(features).all(1)))
   if bad:
     raise ValueError(
-      f"Got {bad:,} of {len(features):,} feature vectors that are not finite (NaN or infinite); expected none. The images they come"
-      " from are broken: mend or leave out these, no score can be trusted with them."
+      f"Got {bad:,} of {len(features):,} feature vectors that are not finite (NaN or infinite); expected none. Fix or remove the broken"
+      " images of these features, because they make every score wrong."
     )
   return features
 
 
-def _doubled(features: np.ndarray) -> np.ndarray:
-  """As float64, which holds any smaller real type (bfloat16 too, which NumPy knows nothing of)."""
+def _to_float64(features: np.ndarray) -> np.ndarray:
+  # This accepts all smaller real types, including bfloat16, which is not a NumPy type.
   if not np.can_cast(features.dtype, np.float64, "same_kind"):
     raise ValueError(f"Got features of type {features.dtype}; expected real numbers.")
   return features.astype(np.float64, copy=False)
 
 
 def check_pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Both as float64; raises a ValueError unless they are finite and of one space, [N, D] and [M, D]."""
+  """Check two sets of features [N, D] and [M, D] and convert them to float64.
+
+  Raises:
+    ValueError: if the features are not finite, or their dimensions differ.
+  """
   if np.ndim(a) != 2 or np.ndim(b) != 2 or np.shape(a)[1] != np.shape(b)[1]:
     raise ValueError(
-      f"Got features of shapes {np.shape(a)} and {np.shape(b)}; expected [N, D] and [M, D] of one feature space."
+      f"Got features of shapes {np.shape(a)} and {np.shape(b)}; expected [N, D] and [M, D] from one feature space."
     )
   return check_features(a), check_features(b)

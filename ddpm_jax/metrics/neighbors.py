@@ -1,4 +1,7 @@
-"""Scores and pictures of nearest neighbors: precision and recall, density and coverage, and what a sample was learned from."""
+"""Compute scores from nearest neighbors: precision and recall, density and coverage.
+
+`nearest` also finds the training images closest to a sample.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -7,15 +10,16 @@ import numpy as np
 
 from ddpm_jax.metrics.moments import check_features, check_pair
 
-# Entries of a block of distances: 128 MB.
+# Number of distances in a block. A block takes 128 MB.
 _BLOCK = 2**24
-# Balls are closed, and copies of images lie on their surface to the last digit: rounding must not push them out. In shares of
-# the squared radius, and of the squared norm of the center, in which distances that are nearly 0 round.
+# Balls are closed, and copies of images lie exactly on their surface. Enlarge the balls slightly, so that rounding
+# cannot exclude these copies: by a fraction of the squared radius, and by a fraction of the squared norm of the
+# center. The rounding error of distances close to 0 is proportional to this norm.
 _SLACK_RADIUS, _SLACK_NORM = 1e-9, 1e-12
 
 
 class Neighborhoods(NamedTuple):
-  """What balls around points say: see `neighborhoods`."""
+  """Store the scores of `neighborhoods`."""
 
   precision: float
   recall: float
@@ -24,97 +28,104 @@ class Neighborhoods(NamedTuple):
 
 
 def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighborhoods:
-  """Scores from balls around each point, as wide as the distance to the k-th nearest other point of its own set, in float64.
+  """Compute scores from balls around the points of two sets in float64.
 
-  Precision is the share of generated points inside some real ball, recall the share of real points inside some generated one
-  (Kynkaanniemi et al. 2019, equation 1). Density is how many real balls hold a generated point, over k, on average; it may
-  pass 1. Coverage is the share of real balls that hold a generated point (Naeem et al. 2020, section 3). Balls are
-  closed, as in the former paper: they hold what lies on their surface, such as copies of a neighbor.
+  The radius of a ball is the distance from its center to the k-th nearest other point of the same set. Balls are
+  closed, as in Kynkaanniemi et al. 2019, so a ball contains the points on its surface, such as copies of a neighbor.
+
+  - Precision is the fraction of generated points inside at least one real ball (Kynkaanniemi et al. 2019, equation 1).
+  - Recall is the fraction of real points inside at least one generated ball (same equation).
+  - Density is the mean number of real balls that contain a generated point, divided by k. It may exceed 1 (Naeem et
+    al. 2020, section 3).
+  - Coverage is the fraction of real balls that contain at least one generated point (same section).
 
   Args:
     generated: features [N, D].
     real: features [M, D].
-    k: the neighbor.
+    k: which nearest neighbor sets the radius.
 
   Raises:
-    ValueError: if the features are not finite or not of one width, or a set has no more than k points.
+    ValueError: if the features are not finite, their dimensions differ, or a set has k or fewer points.
   """
   generated, real = check_pair(generated, real)
   if k < 1 or min(len(generated), len(real)) <= k:
     raise ValueError(
-      f"Got k={k} for {len(generated)} generated and {len(real)} real samples; expected 1 or more, and more samples than k in each."
+      f"Got k={k} for {len(generated)} generated and {len(real)} real samples; expected k of 1 or more, and more than k samples in each set."
     )
-  # Distances stay as they are, and large norms would cost them digits.
+  # Centering does not change distances, but large norms would cost digits.
   center = real.mean(0)
   generated, real = generated - center, real - center
-  own, other = _radii(generated, k), _radii(real, k)
-  inside, balls = 0, 0
-  covered, recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
+  generated_radii, real_radii = _squared_radii(generated, k), _squared_radii(real, k)
+  num_inside, num_balls = 0, 0
+  is_covered, is_recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
   for rows, squares in _blocks(generated, real):
-    held = squares <= other
-    inside += int(held.any(1).sum())
-    balls += int(np.count_nonzero(held))
-    covered |= held.any(0)
-    recalled |= (squares <= own[rows, None]).any(0)
-  shares = (inside / len(generated), recalled.mean(), balls / (k * len(generated)), covered.mean())
-  return Neighborhoods(*map(float, shares))
+    is_inside = squares <= real_radii
+    num_inside += int(is_inside.any(1).sum())
+    num_balls += int(np.count_nonzero(is_inside))
+    is_covered |= is_inside.any(0)
+    is_recalled |= (squares <= generated_radii[rows, None]).any(0)
+  precision, density = num_inside / len(generated), num_balls / (k * len(generated))
+  return Neighborhoods(precision, float(is_recalled.mean()), density, float(is_covered.mean()))
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
-  """Improved precision and recall: the first two of `neighborhoods`."""
+  """Compute improved precision and recall (see `neighborhoods`)."""
   return neighborhoods(generated, real, k)[:2]
 
 
 def nearest(queries: np.ndarray, features: Iterable[np.ndarray], count: int = 5) -> tuple[np.ndarray, np.ndarray]:
-  """The nearest of many features to each query: their numbers [Q, count] and distances, nearest first.
+  """Find the nearest features to each query, and return their indices [Q, count] and distances, nearest first.
 
   Args:
-    queries: [Q, D].
-    features: batches [B, D], one after the other; only one at a time is held.
-    count: how many to find.
+    queries: features [Q, D].
+    features: batches [B, D] of features. Only one batch is in memory at a time.
+    count: number of features to find for each query.
 
   Raises:
     ValueError: if there are fewer than `count` features.
   """
   queries = check_features(queries)
   if count < 1 or not len(queries):
-    raise ValueError(f"Got {count} neighbors of {len(queries)} queries to find; expected one or more of each.")
-  found, distances, first = np.zeros((len(queries), 0), int), np.zeros((len(queries), 0)), 0
+    raise ValueError(f"Got {count} neighbors to find for {len(queries)} queries; expected one or more of each.")
+  indices, distances, first = np.zeros((len(queries), 0), int), np.zeros((len(queries), 0)), 0
   center = queries.mean(0)
   for batch in features:
     _, batch = check_pair(queries, batch)
     if not len(batch):
       continue
-    rough = _squares(queries - center, batch - center)
-    close = np.argsort(rough, axis=1, kind="stable")[:, :count]
-    # Once more by their differences, so that a copy is at a distance of 0 and not of a rounding error.
+    approximate = _squares(queries - center, batch - center)
+    close = np.argsort(approximate, axis=1, kind="stable")[:, :count]
+    # Compute these distances again from differences, so that the distance to a copy is exactly 0.
     exact = [np.linalg.norm(batch[rows] - query, axis=1) for query, rows in zip(queries, close, strict=True)]
-    found = np.concatenate([found, first + close], 1)
+    indices = np.concatenate([indices, first + close], 1)
     distances = np.concatenate([distances, exact], 1)
     best = np.argsort(distances, axis=1, kind="stable")[:, :count]
-    found, distances = np.take_along_axis(found, best, 1), np.take_along_axis(distances, best, 1)
+    indices, distances = np.take_along_axis(indices, best, 1), np.take_along_axis(distances, best, 1)
     first += len(batch)
   if first < count:
-    raise ValueError(f"Got {first} features among which to find {count} neighbors; expected as many or more.")
-  return found, distances
+    raise ValueError(f"Got {first} features to find {count} neighbors; expected {count} features or more.")
+  return indices, distances
 
 
-def _radii(points: np.ndarray, k: int) -> np.ndarray:
-  """The squared distance [N] of each point to its k-th nearest other one, and a little more."""
+def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
+  """Return the squared distance [N] of each point to its k-th nearest other point, slightly enlarged."""
   radii = np.empty(len(points))
   for rows, squares in _blocks(points, points):
-    # A point is no neighbor of its own.
+    # A point is not its own neighbor.
     squares[np.arange(len(squares)), np.arange(rows.start, rows.start + len(squares))] = np.inf
     radii[rows] = np.partition(squares, k - 1, axis=1)[:, k - 1]
   return radii * (1 + _SLACK_RADIUS) + _SLACK_NORM * np.sum(points**2, 1)
 
 
-def _blocks(points: np.ndarray, others: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-  """Squared distances from some points at a time to all others, so that the memory does not grow with both."""
-  size = max(1, _BLOCK // len(others))
+def _blocks(points: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yield the squared distances from a block of `points` to all `targets`, block by block.
+
+  Blocks limit the memory.
+  """
+  size = max(1, _BLOCK // len(targets))
   for first in range(0, len(points), size):
     rows = slice(first, first + size)
-    yield rows, _squares(points[rows], others)
+    yield rows, _squares(points[rows], targets)
 
 
 def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:

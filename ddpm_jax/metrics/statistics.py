@@ -1,4 +1,7 @@
-"""Statistics of a reference set in a file: the `.npz` form that other tools read and write, and how ours came about."""
+"""Save and load the statistics of a reference set.
+
+The `.npz` files have the format of other tools, and also record the origin of the statistics.
+"""
 
 import json
 from pathlib import Path
@@ -9,17 +12,17 @@ import numpy as np
 from ddpm_jax.metrics.moments import Gaussian
 from ddpm_jax.storage import files, sealed
 
-# The names of pytorch-fid and clean-fid, and for features of places those of guided-diffusion.
+# Array names: pytorch-fid and clean-fid use these for features, and guided-diffusion for spatial features.
 _NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class Statistics(NamedTuple):
-  """Gaussians of a reference set.
+  """Store the statistics of a reference set.
 
   Attributes:
-    features: of its features.
-    spatial: of its features of places (sFID), if known.
-    about: how they came about, as JSON; empty for a file of another tool.
+    features: Gaussian of the features.
+    spatial: Gaussian of the spatial features (for sFID); None if there are none.
+    about: origin of the statistics, as JSON; empty for a file from another tool.
   """
 
   features: Gaussian
@@ -28,47 +31,52 @@ class Statistics(NamedTuple):
 
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
-  """Write `mu` [D] and `sigma` [D, D] (float64), `mu_s` and `sigma_s` if known, and `about`; whole or not at all.
+  """Write statistics atomically to an .npz file.
+
+  The file has `mu` [D] and `sigma` [D, D] in float64, `mu_s` and `sigma_s` if there are spatial features, and `about`.
 
   Raises:
-    ValueError: if the file exists, or does not end in .npz.
-    WriteError: if it cannot be written.
+    ValueError: if the file exists, or its name does not end in .npz.
+    WriteError: if the file cannot be written.
   """
   path = Path(path)
   files.check_new_file(path, ".npz")
   arrays: dict[str, Any] = {"about": np.array(json.dumps(statistics.about | {"count": statistics.features.count}))}
   for name, (mu, sigma) in _NAMES.items():
-    one = getattr(statistics, name)
-    if one is not None:
-      arrays |= {mu: one.mean, sigma: one.covariance}
+    fitted = getattr(statistics, name)
+    if fitted is not None:
+      arrays |= {mu: fitted.mean, sigma: fitted.covariance}
   with files.atomic_file(path) as temporary:
     np.savez(temporary, **arrays)
 
 
 def load_statistics(path: str | Path) -> Statistics:
-  """Statistics from an .npz file with `mu` and `sigma`, of ours or of another tool.
+  """Load statistics from an .npz file with `mu` and `sigma`.
+
+  `save_statistics` or another tool may have written the file.
 
   Raises:
-    ValueError: if the file is missing, unreadable, or holds no such arrays: real, finite, not empty, sigma square and symmetric.
+    ValueError: if the file is missing or unreadable, has no `mu` and `sigma`, or they are empty, not real or not
+      finite, or `sigma` is not square and symmetric.
   """
   path = Path(path)
   if not path.is_file():
     raise ValueError(
-      f"Got the reference statistics {str(path)!r}, a file that does not exist; expected an .npz file with mu and sigma. Make one from any"
-      " data: --mode=stats --config=<recipe> --output=<file>.npz."
+      f"Got the reference statistics {str(path)!r}, a file that does not exist; expected an .npz file with mu and sigma. Create it from"
+      " data with --mode=stats --config=<recipe> --output=<file>.npz."
     )
   try:
-    # First: what is read of a damaged archive need not meet its checksums.
+    # Verify the checksums first, because NumPy can read part of a damaged array without verifying them.
     sealed.check_archive(path)
     with np.load(path) as file:
       content = {name: file[name] for names in _NAMES.values() for name in names if name in file.files}
       names, about = file.files, json.loads(str(file["about"])) if "about" in file.files else {}
       if not isinstance(about, dict):
-        raise TypeError(f"its `about` is {type(about).__name__}, where a JSON object is expected")
-  # A damaged archive raises whatever the code that unpacks it stumbles over.
+        raise TypeError(f"its `about` is {type(about).__name__}; expected a JSON object")
+  # Reading a damaged archive can raise almost any error.
   except Exception as error:
     raise ValueError(
-      f"Cannot read {path} as an .npz file of statistics: {error}. Make it again, or fetch it again."
+      f"Cannot read {path} as an .npz file of statistics: {error}. Create or download it again."
     ) from error
   if "mu" not in content or "sigma" not in content:
     raise ValueError(f"Got {path} with the arrays {sorted(names)}; expected mu [D] and sigma [D, D].")
@@ -88,8 +96,8 @@ def _gaussian(path: Path, mean: np.ndarray, covariance: np.ndarray, count: int |
   if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
     raise ValueError(f"Got {path} with mu of type {mean.dtype} and sigma of {covariance.dtype}; expected real numbers.")
   if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(covariance))):
-    raise ValueError(f"Got {path} with statistics that are not finite; expected those of sound images. Make it again.")
-  # In float32 the two halves of a covariance may have been rounded apart.
+    raise ValueError(f"Got {path} with statistics that are not finite; expected finite numbers. Create it again.")
+  # In float32, the two triangles of a covariance may differ by rounding.
   if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-4 * np.abs(covariance).max()):
-    raise ValueError(f"Got {path} with a sigma that is not symmetric; expected a covariance. Make it again.")
+    raise ValueError(f"Got {path} with a sigma that is not symmetric; expected a covariance. Create it again.")
   return Gaussian(mean.astype(np.float64), covariance.astype(np.float64), count)

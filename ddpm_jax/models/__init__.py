@@ -3,7 +3,7 @@
 from ddpm_jax.models import codecs, conditions, networks
 from ddpm_jax.models.codecs import Codec
 from ddpm_jax.models.conditions import Condition
-from ddpm_jax.models.model import SamplingDefaults, Model
+from ddpm_jax.models.model import Model, SamplingDefaults
 from ddpm_jax.models.networks import Network
 
-__all__ = ["Codec", "Condition", "SamplingDefaults", "Model", "Network", "codecs", "conditions", "networks"]
+__all__ = ["Codec", "Condition", "Model", "Network", "SamplingDefaults", "codecs", "conditions", "networks"]

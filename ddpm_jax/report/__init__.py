@@ -1,27 +1,33 @@
-"""One HTML file that shows an evaluation: scores, samples, neighbors, curves and where they come from, with no network at all.
+"""Write one HTML file that shows an evaluation.
 
-Pure presentation: it is given arrays and dicts, and knows of no config, process or run.
+The page shows scores, samples, nearest training images, curves and provenance. It loads nothing from the network. This
+package only presents arrays and dicts. It does not depend on configs, processes or runs.
 """
 
 from pathlib import Path
 
 from ddpm_jax.report.content import Content as Content
 from ddpm_jax.report.content import Neighbors as Neighbors
-from ddpm_jax.report.content import check
+from ddpm_jax.report.content import check_content
 from ddpm_jax.storage import files
 
 
 def write(path: str | Path, content: Content) -> None:
-  """Write the report of `content` to `path`, whole or not at all.
+  """Write a report to an HTML file.
 
-  What is absent (None, empty) is left out, and the page says so. Missing folders are made.
+  The file is written completely or not at all, and missing folders are created. Sections with None or empty content are
+  left out, and the page lists them.
+
+  Args:
+    path: the file to write.
+    content: what to show.
 
   Raises:
-    ValueError: if shapes in `content` do not fit together.
+    ValueError: if the shapes in `content` are not consistent.
     WriteError: if the file cannot be written.
   """
-  check(content)
-  # Only here: plotly takes half a second to import.
+  check_content(content)
+  # Import plotly late, because the import takes half a second.
   from ddpm_jax.report import page
 
   files.write_text(path, page.render(content))

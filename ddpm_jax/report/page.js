@@ -1,28 +1,28 @@
 "use strict";
 (() => {
-  // Plots name their colors as variables of the style sheet: one place decides how the page looks, dark or light.
+  // Plots name their colors by CSS variables, so that the style sheet alone defines the light and the dark colors.
   const source = document.getElementById("figures").textContent;
-  const coarse = matchMedia("(pointer: coarse)").matches;
+  const isTouch = matchMedia("(pointer: coarse)").matches;
 
-  function colored(value, style) {
+  function resolveColors(value, style) {
     if (typeof value === "string") {
       return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
     }
-    if (Array.isArray(value)) return value.map((part) => colored(part, style));
+    if (Array.isArray(value)) return value.map((part) => resolveColors(part, style));
     if (value && typeof value === "object") {
-      return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, colored(part, style)]));
+      return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, resolveColors(part, style)]));
     }
     return value;
   }
 
-  function draw() {
+  function render() {
     const style = getComputedStyle(document.documentElement);
     for (const [id, figure] of Object.entries(JSON.parse(source))) {
-      const { data, layout } = colored(figure, style);
-      if (coarse) layout.dragmode = false;
+      const { data, layout } = resolveColors(figure, style);
+      if (isTouch) layout.dragmode = false;
       const options = {
         responsive: true,
-        displayModeBar: !coarse,
+        displayModeBar: !isTouch,
         displaylogo: false,
         modeBarButtons: [["toImage", "resetScale2d"]],
         toImageButtonOptions: { format: "svg", filename: id },
@@ -31,10 +31,10 @@
     }
   }
 
-  draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  render();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 
-  // On paper everything is open, and colors are those of the light page.
+  // For printing, open all details and use the light colors.
   let closed = [];
   addEventListener("beforeprint", () => {
     closed = [...document.querySelectorAll("details:not([open])")];
@@ -43,7 +43,7 @@
   addEventListener("afterprint", () => {
     for (const element of closed) element.open = false;
   });
-  matchMedia("print").addEventListener("change", draw);
+  matchMedia("print").addEventListener("change", render);
 
   const player = document.getElementById("player");
   if (!player) return;
@@ -55,17 +55,17 @@
   const sprite = new Image();
   const context = canvas.getContext("2d");
   const last = times.length - 1;
-  // The last frame stays for a while, and the whole takes about four seconds.
+  // Milliseconds per frame: the animation takes about four seconds, then the last frame stays for a while.
   const pause = Math.min(400, Math.max(60, 4000 / times.length));
-  const hold = 1800;
+  const lastPause = 1800;
   let frame = last;
   let timer = null;
-  let wanted = !matchMedia("(prefers-reduced-motion: reduce)").matches;
-  let visible = false;
+  let shouldPlay = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+  let isVisible = false;
 
   function show(index) {
     frame = index;
-    // What is transparent would show the frame before.
+    // Without clearing, the previous frame would show through transparent pixels.
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.drawImage(sprite, 0, -index * canvas.height);
     slider.value = index;
@@ -76,26 +76,26 @@
 
   function step() {
     show(frame === last ? 0 : frame + 1);
-    timer = setTimeout(step, frame === last ? hold : pause);
+    timer = setTimeout(step, frame === last ? lastPause : pause);
   }
 
   function update() {
-    const runs = wanted && visible;
-    if (runs && timer === null) timer = setTimeout(step, pause);
-    if (!runs && timer !== null) {
+    const isPlaying = shouldPlay && isVisible;
+    if (isPlaying && timer === null) timer = setTimeout(step, pause);
+    if (!isPlaying && timer !== null) {
       clearTimeout(timer);
       timer = null;
     }
-    button.textContent = wanted ? "Pause" : "Play";
+    button.textContent = shouldPlay ? "Pause" : "Play";
   }
 
   button.addEventListener("click", () => {
-    wanted = !wanted;
-    if (wanted) show(frame === last ? 0 : frame);
+    shouldPlay = !shouldPlay;
+    if (shouldPlay) show(frame === last ? 0 : frame);
     update();
   });
   slider.addEventListener("input", () => {
-    wanted = false;
+    shouldPlay = false;
     update();
     show(Number(slider.value));
   });
@@ -104,7 +104,7 @@
     show(last);
     update();
     new IntersectionObserver((entries) => {
-      visible = entries[entries.length - 1].isIntersecting;
+      isVisible = entries[entries.length - 1].isIntersecting;
       update();
     }).observe(canvas);
   });

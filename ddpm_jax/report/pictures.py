@@ -1,4 +1,4 @@
-"""Images as PNGs inside the page. Budgets of pixels keep a page light, whatever the images are."""
+"""Embed images into the page as PNGs, and limit their total size."""
 
 import base64
 import io
@@ -8,12 +8,21 @@ import numpy as np
 
 from ddpm_jax.storage.images import displayable, grid
 
-# Bytes before compression, and noise does not compress. Together they are below two megabytes as text.
-_SAMPLES, _FRAMES = 550_000, 500_000
+# Limits on the bytes before compression, because noise does not compress. As base64, samples and film together take
+# less than two megabytes.
+_SAMPLE_BYTES, _FILM_BYTES = 550_000, 500_000
 
 
 class Tile(NamedTuple):
-  """How large an image is drawn, in CSS pixels, on a wide page and on a narrow one; small images by whole factors."""
+  """Hold the size of images on the page, in CSS pixels.
+
+  Attributes:
+    width: the width on a wide page.
+    height: the height on a wide page.
+    narrow_width: the width on a narrow page.
+    narrow_height: the height on a narrow page.
+    pixelated: whether to show the pixels of an enlarged image as sharp squares.
+  """
 
   width: int
   height: int
@@ -23,38 +32,58 @@ class Tile(NamedTuple):
 
 
 class Group(NamedTuple):
-  """Images that belong together, as data URIs, under a label that may be empty."""
+  """Hold images that are shown together.
 
-  label: str
+  Attributes:
+    caption: the caption, or "" for none.
+    pictures: the images, as data URIs.
+    total: the number of images in the group, including those that are not shown.
+  """
+
+  caption: str
   pictures: list[str]
   total: int
 
 
 class Film(NamedTuple):
-  """Frames one below the other in one picture, each with the time it shows."""
+  """Hold an animation.
+
+  Attributes:
+    sprite: one picture with all frames, one below the other, as a data URI.
+    width: the width of a frame in pixels.
+    height: the height of a frame in pixels.
+    shown_width: the width of a frame on the page, in CSS pixels.
+    times: the formatted time of each frame.
+    num_samples: the number of samples in a frame.
+    num_frames: the number of frames.
+    last: the last frame, as a data URI.
+  """
 
   sprite: str
   width: int
   height: int
   shown_width: int
   times: list[str]
-  samples: int
-  frames: int
+  num_samples: int
+  num_frames: int
   last: str
 
 
-def tile_of(images: np.ndarray, largest: int = 128) -> Tile:
-  """Return the size of images [..., H, W, C] on the page: about 64 pixels, `largest` at most."""
+def tile_size(images: np.ndarray, max_side: int = 128) -> Tile:
+  """Return the size of images [..., H, W, C] on the page.
+
+  The longer side has about 64 pixels, and at most `max_side`. Small images are enlarged by an integer factor.
+  """
   height, width = displayable(images[:1]).shape[-3:-1]
   side = max(height, width)
 
-  def factor(wanted: int, most: int) -> float:
-    return min(max(1, wanted // side), most / side)
+  def factor(preferred: int, maximum: int) -> float:
+    return min(max(1, preferred // side), maximum / side)
 
-  wide, narrow = factor(64, largest), factor(36, 88)
+  wide, narrow = factor(64, max_side), factor(36, 88)
 
-  def scaled(length: int, by: float) -> int:
-    return max(1, round(length * by))
+  def scaled(length: int, scale: float) -> int:
+    return max(1, round(length * scale))
 
   return Tile(
     scaled(width, wide), scaled(height, wide), scaled(width, narrow), scaled(height, narrow), pixelated=side <= 64
@@ -62,7 +91,10 @@ def tile_of(images: np.ndarray, largest: int = 128) -> Tile:
 
 
 def data_uri(image: np.ndarray) -> str:
-  """Return an image [H, W, C] uint8 as a PNG in text, drawn as `images.displayable` says."""
+  """Return an image, uint8 [H, W, C], as a PNG in a data URI.
+
+  Channels that a PNG cannot have are arranged as in `images.displayable`.
+  """
   from PIL import Image
 
   image = displayable(image)
@@ -73,63 +105,77 @@ def data_uri(image: np.ndarray) -> str:
   return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def by_class(samples: np.ndarray, classes: np.ndarray | None, most_classes: int = 20) -> list[Group]:
-  """Put samples [N, H, W, C] into one group a class, or into one without a label if there are no classes or too many to tell apart."""
-  samples = _reduced(displayable(samples), 256)
-  most = int(np.clip(_SAMPLES // samples[0].size, 24, 240)) if len(samples) else 0
-  kinds = [] if classes is None else np.unique(classes).tolist()
-  # Whole rows of a wide page, which has room for some 970 pixels beside a label.
-  width = tile_of(samples).width + 3
-  if not 1 < len(kinds) <= most_classes:
+def group_by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes: int = 20) -> list[Group]:
+  """Group samples [N, H, W, C] by class.
+
+  With no classes, one class, or more than `max_classes`, all samples are in one group without a caption. Groups are cut
+  to full rows, and to the size limit of the page.
+  """
+  samples = _downscale(displayable(samples), 256)
+  max_images = int(np.clip(_SAMPLE_BYTES // samples[0].size, 24, 240)) if len(samples) else 0
+  names = [] if classes is None else np.unique(classes).tolist()
+  # A row of a wide page has 1010 pixels for images, or 970 if there is a caption.
+  width = tile_size(samples).width + 3
+  if not 1 < len(names) <= max_classes:
     row = 1010 // width
-    return [Group("", [data_uri(image) for image in samples[: most // row * row]], len(samples))]
-  row, each = 970 // width, max(1, most // len(kinds))
-  each = each // row * row or each
+    return [Group("", [data_uri(image) for image in samples[: max_images // row * row]], len(samples))]
+  row, per_class = 970 // width, max(1, max_images // len(names))
+  per_class = per_class // row * row or per_class
   groups = []
-  for name in kinds:
+  for name in names:
     members = samples[np.asarray(classes) == name]
-    groups.append(Group(str(name), [data_uri(image) for image in members[:each]], len(members)))
+    groups.append(Group(str(name), [data_uri(image) for image in members[:per_class]], len(members)))
   return groups
 
 
-def film(denoising: np.ndarray, times: np.ndarray) -> Film:
-  """The frames [frames, K, H, W, C] as a film: some samples, and as many frames, first and last included, as the budget allows."""
-  frames = len(denoising)
-  denoising = _reduced(displayable(denoising), 64)
-  few = denoising[:, : min(denoising.shape[1], 8)]
-  # More would pass before anybody sees them, in a picture higher than browsers draw.
-  most = int(np.clip(_FRAMES // max(1, few[0].size), 8, 60))
-  chosen = np.unique(np.linspace(0, frames - 1, min(frames, most)).round().astype(int))
-  columns = min(few.shape[1], 8)
-  # Larger images are enlarged by the browser.
-  side = max(few.shape[2:4])
-  pictures = [grid(few[index], columns, tile=64 if side <= 16 else side) for index in chosen]
+def render_film(denoising: np.ndarray, times: np.ndarray) -> Film:
+  """Return an animation of at most 8 samples.
+
+  It includes the first and the last frame, and frames evenly spaced between them, as many as the size limit allows.
+
+  Args:
+    denoising: the frames [frames, K, H, W, C], uint8.
+    times: the time of each frame [frames].
+  """
+  num_frames = len(denoising)
+  denoising = _downscale(displayable(denoising), 64)
+  samples = denoising[:, : min(denoising.shape[1], 8)]
+  # More than 60 frames would pass too fast to see, and their picture would be higher than browsers can show.
+  max_frames = int(np.clip(_FILM_BYTES // max(1, samples[0].size), 8, 60))
+  indices = np.unique(np.linspace(0, num_frames - 1, min(num_frames, max_frames)).round().astype(int))
+  columns = min(samples.shape[1], 8)
+  # Only images up to 16 pixels are enlarged here. The browser enlarges the others.
+  side = max(samples.shape[2:4])
+  pictures = [grid(samples[index], columns, tile=64 if side <= 16 else side) for index in indices]
   height, width = pictures[0].shape[:2]
-  # A whole factor, up to about the width of the page's text.
+  # The factor of shown_width is an integer, chosen so that a frame is about as wide as the text.
   return Film(
     sprite=data_uri(np.concatenate(pictures)),
     width=width,
     height=height,
     shown_width=width * max(1, 560 // width),
-    times=[f"{times[index]:.4g}" for index in chosen],
-    samples=few.shape[1],
-    frames=len(chosen),
+    times=[f"{times[index]:.4g}" for index in indices],
+    num_samples=samples.shape[1],
+    num_frames=len(indices),
     last=data_uri(pictures[-1]),
   )
 
 
 def thumbnails(images: np.ndarray) -> list[str]:
-  """Images [N, H, W, C] as data URIs, none above 128 pixels."""
-  return [data_uri(image) for image in _reduced(displayable(images), 128)]
+  """Return images [N, H, W, C] as data URIs, reduced to at most 128 pixels."""
+  return [data_uri(image) for image in _downscale(displayable(images), 128)]
 
 
-def _reduced(images: np.ndarray, side: int) -> np.ndarray:
-  """Images [..., H, W, C], those that are larger than `side` averaged over squares of a whole number of pixels."""
+def _downscale(images: np.ndarray, side: int) -> np.ndarray:
+  """Return images [..., H, W, C], downscaled by an integer factor to at most `side` pixels.
+
+  Each new pixel is the mean of a square of old pixels.
+  """
   height, width, channels = images.shape[-3:]
   factor = -(-max(height, width) // side)
   if factor == 1:
     return images
-  high, wide = max(1, height // factor), max(1, width // factor)
-  cut = images[..., : high * factor, : wide * factor, :]
-  squares = cut.reshape(*images.shape[:-3], high, min(factor, height), wide, min(factor, width), channels)
+  rows, columns = max(1, height // factor), max(1, width // factor)
+  cropped = images[..., : rows * factor, : columns * factor, :]
+  squares = cropped.reshape(*images.shape[:-3], rows, min(factor, height), columns, min(factor, width), channels)
   return squares.mean((-4, -2)).round().astype(np.uint8)

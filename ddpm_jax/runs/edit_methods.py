@@ -164,7 +164,7 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
     arguments: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
     if task == "inpaint":
       operator = editing.mask_operator(batch["keep"])
-      arguments |= {"operator": operator, "known": image, "keep": batch["keep"], "measurement": operator(image)}
+      arguments |= {"operator": operator, "image": image, "keep": batch["keep"], "measurement": operator(image)}
     else:
       operators = {"colorize": editing.gray, "restore": experiment.editing.operator}
       arguments["operator"] = operators[task] if task in operators else editing.downsample(factor)

@@ -31,7 +31,7 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
   else:
     startup.start_devices()
     devices = jax.devices()
-  if devices[0].platform == "cpu" and "model.network.kernels" in tree.places:
+  if devices[0].platform == "cpu" and "model.network.kernels" in tree.parameters:
     # The CPU simulates another platform here. Kernels tuned for a CPU would distort the memory estimate.
     tree = config.replace(tree, "model.network.kernels", "plain")
   # Building components starts JAX, so choose the devices first.

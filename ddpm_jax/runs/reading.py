@@ -102,6 +102,6 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
   tree = experiment.tree
-  source, keys = tree.components["data.source"].itself, tree.arguments("data.source")
+  source, keys = tree.components["data.source"].value, tree.arguments("data.source")
   fit, check = fit_of(experiment), check_of(experiment)
   data.prepare(source, keys, fit, output, broken=experiment.data.broken, check=check)

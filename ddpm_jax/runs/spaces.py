@@ -144,7 +144,7 @@ def _classifier(
   numbers = np.asarray(data.complete_classes(source))
   kinds = np.unique(numbers)
   classes, steps = np.searchsorted(kinds, numbers[chosen]).astype(np.int32), c.classifier_steps
-  params = metrics.cached_classifier(cache, pixels, classes, len(kinds), steps=steps, main=parallel.is_main())
+  params = metrics.cached_classifier(cache, pixels, classes, len(kinds), steps=steps, is_main=parallel.is_main())
   provenance: dict[str, Any] = {
     "network": f"a classifier of {len(kinds)} classes, trained for {steps} steps on {len(chosen):,} training images",
     "sha256": metrics.digest(*(params[layer][leaf] for layer in sorted(params) for leaf in sorted(params[layer]))),

@@ -140,7 +140,7 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
     batch: the shapes of a batch with one sample [1, ...].
   """
   module = experiment.model.network.module
-  if getattr(module, "remat", "none") != "none" and "model.network.remat" in experiment.tree.places:
+  if getattr(module, "remat", "none") != "none" and "model.network.remat" in experiment.tree.parameters:
     experiment = config.build(config.replace(experiment.tree, "model.network.remat", "none"))
   model, objective = experiment.model, experiment.objective
   key = jax.eval_shape(jax.random.key, 0)

@@ -1,4 +1,4 @@
-"""Samplers: step rules, the loop that runs them, the adaptive integration of the flow, and grids of times."""
+"""Provide samplers: step rules, the loop that runs them, adaptive integration of the flow, and grids of times."""
 
 from ddpm_jax.sampling import grids
 from ddpm_jax.sampling.adaptive import integrate, ode, rk45

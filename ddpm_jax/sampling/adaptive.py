@@ -1,8 +1,9 @@
-"""The probability-flow ODE with an adaptive step: Dormand and Prince's RK45 with SciPy's step control, jitted.
+"""Solve the probability-flow ODE with adaptive steps, by Dormand and Prince's RK45 with SciPy's step control.
 
-The solver is our own because the number of network evaluations (NFE) is a result that papers report: this one counts
-every call, those of the first step size included, and counts as `scipy.integrate.solve_ivp(method="RK45")` does. And
-because each sample may have steps of its own, so that it does not depend on the batch that it is in.
+The package has its own solver for two reasons. First, papers report the number of network evaluations (NFE). This
+solver counts every call, including the calls for the first step size, and its count equals the count of
+`scipy.integrate.solve_ivp(method="RK45")`. Second, each sample can have its own steps, so that it does not depend on
+the other samples of its batch.
 """
 
 import math
@@ -49,43 +50,46 @@ class _Integration(NamedTuple):
 
 @check_types
 def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: int = 100_000) -> Sampler:
-  """Follow the probability flow from each time of a grid to the next with adaptive steps (Song et al. 2021, equation 13).
+  """Follow the probability flow along a grid of times with adaptive steps (Song et al. 2021, equation 13).
 
-  The rule chooses its own steps, so its grid needs only the ends, as `grids.for_sampler` makes it; others hold it up at each of
-  their times. The step to s = 0, where the flow's right side is 0/0, is the denoised mean. Reversible: a rising grid encodes data.
+  The rule chooses its own steps, so its grid needs only the ends. `grids.for_sampler` makes this grid. A grid with more
+  times interrupts the solver at each of them. The step to s = 0 returns the denoised mean, because the right-hand side
+  of the flow is 0/0 there. The rule adds no noise. It is reversible: a rising grid encodes data.
 
-  With one key a sample, each sample has steps of its own and follows from its start alone, and the network is called with t of
-  shape [B]; with one key, the error is that of the whole batch. No noise is drawn.
+  With one key per sample, each sample has its own steps and depends on its start alone. The network is then called with
+  t of shape [B]. With one key, the whole batch shares its steps.
 
   Args:
     process: the forward process.
-    rtol: relative tolerance of the root mean square error in a step of the grid, over the whole batch or each sample.
-    atol: absolute tolerance.
-    max_nfe: the number of network calls in a step of the grid at which to give up.
+    rtol: the relative tolerance of the root mean square error in a step of the grid, over the batch or for each sample.
+    atol: the absolute tolerance.
+    max_nfe: the largest number of network calls in a step of the grid.
 
   Returns:
-    The rule. `solve` returns the network calls that it made, of the last step too. A sample that did not arrive within
-    `max_nfe` calls is NaN, and with one key the whole batch. Derivatives go forwards only (`jax.jvp`).
+    The rule. `solve` returns its number of network calls, including the last step to 0. A sample that needs more than
+    `max_nfe` calls is NaN. With one key, the whole batch is then NaN. Only forward-mode derivatives work (`jax.jvp`).
 
   Raises:
     ValueError: if the tolerances are not positive and finite, or `max_nfe` is too small for one adaptive step.
   """
   _check_tolerances(rtol, atol)
   if max_nfe < 8:
-    raise ValueError(f"Got max_nfe={max_nfe}; expected at least 8, the calls of one adaptive step, such as 100_000.")
+    raise ValueError(f"Got max_nfe={max_nfe}; expected at least 8 for one adaptive step, such as 100_000.")
 
   def step(key, denoise, x_t, calls, t, s):
     def follow(x_t, t):
-      x_s, more = integrate(process, denoise, x_t, t, s, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=key.ndim > 0)
-      return x_s, jnp.broadcast_to(more, calls.shape).astype(calls.dtype)
+      x_s, new_calls = integrate(
+        process, denoise, x_t, t, s, rtol=rtol, atol=atol, max_nfe=max_nfe, per_sample=key.ndim > 0
+      )
+      return x_s, jnp.broadcast_to(new_calls, calls.shape).astype(calls.dtype)
 
     def finish(x_t, t):
       return x_0_of(denoise(x_t, t)).astype(x_t.dtype), jnp.ones_like(calls)
 
-    x_s, more = jax.lax.cond(s > 0, follow, finish, x_t, t)
-    return x_s, calls + more
+    x_s, new_calls = jax.lax.cond(s > 0, follow, finish, x_t, t)
+    return x_s, calls + new_calls
 
-  # The memory is the network calls so far, of each sample; with one key all are the same.
+  # The memory is the number of network calls of each sample so far. With one key all entries are equal.
   return Sampler(
     lambda x: jnp.zeros(x.shape[:1], jnp.int32),
     step,
@@ -109,31 +113,31 @@ def integrate(
   max_nfe: int = 100_000,
   per_sample: bool = False,
 ) -> tuple[Array, Array]:
-  """Follow the probability flow of `x` from time t to s, either way (Song et al. 2021, equation 13).
+  """Integrate the probability flow of `x` from time t to s, in either direction (Song et al. 2021, equation 13).
 
-  `ode` is the same as a step rule, for what takes any of them.
+  `ode` is the same integration as a step rule.
 
   Args:
     process: the forward process.
-    denoise: `denoise(x_t, t) -> x_0 estimate`; with `per_sample` it is called with t of shape [B].
+    denoise: `denoise(x_t, t) -> x_0 estimate`. With `per_sample` it is called with t of shape [B].
     x: the state [B, ...] at time t.
-    t: the time to start from, a scalar.
-    s: the time to end at: below t to sample, above it to encode. Both above 0, where the flow's right side is 0/0:
-      stop at `process.t_min` and call `denoise` for the last step to data.
-    rtol: relative tolerance of the root mean square error, over the whole batch or each sample.
-    atol: absolute tolerance.
-    max_nfe: the number of network calls at which to give up.
-    per_sample: whether each sample has its own error, step sizes and times, so that sample i follows from x[i] alone. The
-      network runs on the whole batch until the last sample has arrived.
+    t: the start time, a scalar above 0.
+    s: the end time, a scalar above 0. It is below t to sample, and above t to encode. At 0 the right-hand side of the
+      flow is 0/0: stop at `process.t_min` and call `denoise` for the last step to data.
+    rtol: the relative tolerance of the root mean square error, over the whole batch or for each sample.
+    atol: the absolute tolerance.
+    max_nfe: the largest number of network calls.
+    per_sample: whether each sample has its own error, step sizes and times, so that sample i depends on x[i] alone. The
+      network runs on the whole batch until the last sample has reached s.
 
   Returns:
-    x [B, ...] at time s, and the number of network calls: an integer scalar, or [B] with `per_sample`, those that a sample
-    alone would have taken. A solution that did not reach s within `max_nfe` calls is NaN throughout (with `per_sample` of
-    that sample alone): an inexact state is never passed off as the answer. Derivatives go forwards only (`jax.jvp`), as the
-    number of steps is not known beforehand.
+    x [B, ...] at time s, and the number of network calls. The number is an integer scalar, or [B] with `per_sample`:
+    the calls that each sample would need alone. If a solution does not reach s within `max_nfe` calls, it is NaN and
+    not an inexact state. With `per_sample`, only that sample is NaN. Only forward-mode derivatives work (`jax.jvp`),
+    because the number of steps is not known in advance.
 
   Raises:
-    ValueError: if the tolerances are not positive, or a known time is outside (0, t_max].
+    ValueError: if the tolerances are not positive and finite, or a concrete time is outside (0, t_max].
   """
   check_floats(x)
   for value in (t, s):
@@ -143,7 +147,7 @@ def integrate(
       )
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= process.t_max * (1 + 1e-6):
       raise ValueError(
-        f"Got time {value} for the probability flow; expected it in (0, {process.t_max}]. End at process.t_min={process.t_min:g} and denoise from there."
+        f"Got time {value} for the probability flow; expected it in (0, {process.t_max}]. End at process.t_min={process.t_min:g} and call denoise there."
       )
 
   def slope(time, state):
@@ -158,7 +162,7 @@ def _check_tolerances(rtol: float, atol: float) -> None:
 
 
 def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
-  """The slope dx/dt = alpha' x_0 + sigma' eps [B, ...] of the probability flow at times t > 0, a scalar or [B]."""
+  """Return the slope dx/dt = alpha' x_0 + sigma' eps [B, ...] of the probability flow at times t > 0, [] or [B]."""
   slopes = (expand(slope, x_t) for slope in process.slopes(t))
   x_0, eps, alpha_slope, sigma_slope = widen(*estimate(process, denoise, x_t, t), *slopes)
   return alpha_slope * x_0 + sigma_slope * eps
@@ -176,30 +180,31 @@ def rk45(
   max_nfe: int = 100_000,
   per_sample: bool = False,
 ) -> tuple[Array, Array]:
-  """Solve dx/dt = fun(t, x) from time t to `end`, either way, with SciPy's step control.
+  """Solve dx/dt = fun(t, x) from time t to `end`, in either direction, with SciPy's step control.
 
   Args:
-    fun: `fun(t, x) -> slope` [B, ...], t a scalar or, with `per_sample`, [B]; then row i must follow from row i alone.
+    fun: `fun(t, x) -> slope` [B, ...] for a scalar t. With `per_sample`, t is [B], and row i of the slope must depend
+      on row i of x alone.
     x: the state [B, ...] at time t.
-    t: the time to start from, a scalar.
-    end: the time to end at, a scalar.
-    rtol: relative tolerance of the root mean square error, over the whole state or each of its rows.
-    atol: absolute tolerance.
-    max_nfe: the number of calls of `fun` at which to give up.
+    t: the start time, a scalar.
+    end: the end time, a scalar.
+    rtol: the relative tolerance of the root mean square error, over the whole state or for each row.
+    atol: the absolute tolerance.
+    max_nfe: the largest number of calls of `fun`.
     per_sample: whether each row has its own error, step sizes and times.
 
   Returns:
-    x [B, ...] at `end`, NaN where it was not reached, and the number of calls, an integer scalar or [B].
+    x [B, ...] at `end`, and the number of calls, an integer scalar or [B]. States that did not reach `end` are NaN.
 
   Raises:
-    ValueError: if the tolerances are not positive.
+    ValueError: if the tolerances are not positive and finite.
   """
   _check_tolerances(rtol, atol)
   t, end = as_time(t), as_time(end)
   dtype, precision = x.dtype, widest(x, t, end)
-  # What the solution is controlled by has the shape `lead`: one value for all, or one a row.
-  lead, axes = (x.shape[:1], tuple(range(1, x.ndim))) if per_sample else ((), None)
-  x, t, end = x.astype(precision), jnp.full(lead, t, precision), end.astype(precision)
+  # Times, step sizes and errors have `batch_shape`: one value for the entire state, or one value per row.
+  batch_shape, axes = (x.shape[:1], tuple(range(1, x.ndim))) if per_sample else ((), None)
+  x, t, end = x.astype(precision), jnp.full(batch_shape, t, precision), end.astype(precision)
   direction = jnp.sign(end - t)
   c, a, e = (jnp.asarray(table, precision) for table in (_C, _A, _E))
 
@@ -222,16 +227,16 @@ def rk45(
     h1 = jnp.where((d1 <= 1e-15) & (d2 <= 1e-15), jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.maximum(d1, d2)) ** 0.2)
     return jnp.minimum(jnp.minimum(100 * h0, h1), jnp.abs(end - t))
 
-  def least_step(time):
+  def min_step(time):
     return 10 * jnp.finfo(time.dtype).eps * jnp.abs(time)
 
-  def unfinished(state: _Integration):
-    # Also where a right side that is not finite has made the step NaN.
-    stalled = state.rejected & ~(state.h >= least_step(state.t))
+  def is_unfinished(state: _Integration):
+    # The negated comparison is also true if a non-finite slope has made the step NaN.
+    stalled = state.rejected & ~(state.h >= min_step(state.t))
     return (direction * (end - state.t) > 0) & (state.nfe + 6 <= max_nfe) & ~stalled
 
   def attempt(state: _Integration) -> _Integration:
-    h = jnp.maximum(state.h, least_step(state.t))
+    h = jnp.maximum(state.h, min_step(state.t))
     last = h >= jnp.abs(end - state.t)
     h = jnp.where(last, jnp.abs(end - state.t), h)
     slopes = jnp.zeros((7, *state.x.shape), precision).at[0].set(state.slope)
@@ -241,7 +246,7 @@ def rk45(
       shift = jnp.tensordot(jnp.append(a[i], 0.0), slopes, 1)
       return slopes.at[i].set(evaluate(time, move(state.x, h, shift)))
 
-    # A loop over the stages, so that the network is traced once and not six times.
+    # A loop over the stages traces the network once instead of six times.
     slopes = jax.lax.fori_loop(1, 7, stage, slopes)
     new = move(state.x, h, jnp.tensordot(a[6], slopes[:6], 1))
     scale = atol + rtol * jnp.maximum(jnp.abs(state.x), jnp.abs(new))
@@ -249,7 +254,7 @@ def rk45(
     accept = error < 1
     grow = jnp.where(error == 0, _GROW, jnp.minimum(_GROW, _SAFETY * error**-0.2))
     grow = jnp.where(state.rejected, jnp.minimum(1.0, grow), grow)
-    # A slope that is not finite makes the error NaN: not accepted, and the step shrinks as far as it may.
+    # A non-finite slope makes the error NaN. The step is then rejected, and shrinks by the largest factor.
     shrink = jnp.maximum(_SHRINK, jnp.nan_to_num(_SAFETY * error**-0.2, nan=_SHRINK))
     return _Integration(
       t=jnp.where(accept, jnp.where(last, end, state.t + h * direction), state.t),
@@ -261,10 +266,10 @@ def rk45(
     )
 
   def advance(state: _Integration) -> _Integration:
-    going, new = unfinished(state), attempt(state)
-    return jax.tree.map(lambda after, before: jnp.where(expand(going, after), after, before), new, state)
+    is_active, new = is_unfinished(state), attempt(state)
+    return jax.tree.map(lambda after, before: jnp.where(expand(is_active, after), after, before), new, state)
 
   slope = evaluate(t, x)
-  start = _Integration(t, x, slope, first_step(slope), jnp.zeros(lead, bool), jnp.full(lead, 2))
-  final = jax.lax.while_loop(lambda state: jnp.any(unfinished(state)), advance, start)
+  start = _Integration(t, x, slope, first_step(slope), jnp.zeros(batch_shape, bool), jnp.full(batch_shape, 2))
+  final = jax.lax.while_loop(lambda state: jnp.any(is_unfinished(state)), advance, start)
   return jnp.where(expand(final.t == end, x), final.x, jnp.nan).astype(dtype), final.nfe

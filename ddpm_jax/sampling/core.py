@@ -1,4 +1,4 @@
-"""`Sampler`, one step rule, and `sample` and `solve`, which run any of them along a grid of times."""
+"""Define `Sampler`, one step rule, and the functions `sample` and `solve` that run it along a grid of times."""
 
 import math
 from collections.abc import Callable
@@ -18,21 +18,23 @@ Array = jax.Array
 
 
 class Sampler(NamedTuple):
-  """One step rule of a solver, with whatever it must remember.
+  """Hold one step rule of a solver.
 
   Attributes:
-    init: `init(x) -> memory`, any pytree.
-    step: `step(key, denoise, x_t, memory, t, s) -> (x_s, memory)`, from scalar time t down to s < t; `key` is one key or
-      one a sample. The step to s = 0 returns the denoised mean, without noise.
-    process: the process whose times the rule takes; `sample` checks the grid against it. None: all times of at least 0.
-    reversible: whether the rule also steps up, from data to noise: it solves an ODE and adds no noise.
-    calls: how often a step calls the network: between noisy times, to clean data, and from or to where no data is left.
-    prepare: `prepare(num_steps) -> Sampler`, of a rule that depends on the number of steps; `sample` calls it.
-    count_calls: `count_calls(memory)`, the network calls so far, an integer scalar or [B], of a rule that calls the network as
-      often as the data need; `calls` means nothing then. None: `calls` says it.
-    spacing: how `grids.for_sampler` spaces the rule's times: "time", evenly, as the model was trained; "log_snr", evenly in
-      the log-SNR; "ends", only t_max, the last time above 0, and 0, of a rule that chooses its own steps in between.
-    two_estimates: whether the rule takes data and noise from two estimates, which `guidance.cfg_plus_plus` gives.
+    init: `init(x) -> memory` returns the rule's first memory, any pytree.
+    step: `step(key, denoise, x_t, memory, t, s) -> (x_s, memory)` steps from scalar time t down to s < t. `key` is one
+      key, or one key per sample. The step to s = 0 returns the denoised mean, without noise.
+    process: the process of the rule's times. `sample` checks the grid against it. None allows all times of at least 0.
+    reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
+    calls: the numbers of network calls in three kinds of steps: between noisy times, to clean data, and from or to a
+      time without data.
+    prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` calls it.
+    count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
+      rules with a data-dependent number of calls, and replaces `calls`. None for all other rules.
+    spacing: how `grids.for_sampler` spaces the rule's times. "time" is even in time, as in training. "log_snr" is even
+      in the log-SNR. "ends" is only t_max, the last time above 0, and 0, for a rule that chooses its own steps in
+      between.
+    two_estimates: whether the rule can use separate estimates for data and noise, from `guidance.cfg_plus_plus`.
   """
 
   init: Callable[[Array], Any]
@@ -47,12 +49,15 @@ class Sampler(NamedTuple):
 
   @property
   def t_max(self) -> float:
-    """The largest time that the rule takes."""
+    """Return the largest time that the rule accepts."""
     return math.inf if self.process is None else self.process.t_max
 
 
 def add_calls(sampler: Sampler, calls: int) -> Sampler:
-  """Count `calls` network calls more for each step of a rule, those that a wrapper makes itself."""
+  """Count `calls` additional network calls in each step of a rule.
+
+  Wrappers use this for their own calls.
+  """
   between, to_data, at_zero_snr = (number + calls for number in sampler.calls)
   sampler = sampler._replace(calls=(between, to_data, at_zero_snr))
   count_calls = sampler.count_calls
@@ -63,30 +68,35 @@ def add_calls(sampler: Sampler, calls: int) -> Sampler:
     return sampler.init(x), jnp.zeros((), jnp.int32)
 
   def step(key, denoise, x_t, memory, t, s):
-    inner, own = memory
-    x_s, inner = sampler.step(key, denoise, x_t, inner, t, s)
-    return x_s, (inner, own + calls)
+    inner_memory, added_calls = memory
+    x_s, inner_memory = sampler.step(key, denoise, x_t, inner_memory, t, s)
+    return x_s, (inner_memory, added_calls + calls)
 
   return sampler._replace(init=init, step=step, count_calls=lambda memory: count_calls(memory[0]) + memory[1])
 
 
 def with_many_steps(sampler: Sampler) -> Sampler:
-  """Return the rule with a spacing of many steps, for what is done at each of them, also if it could do with one."""
+  """Return the rule with a spacing of many steps, even if it needs only the ends of the grid.
+
+  Wrappers that act at each step use this.
+  """
   return sampler._replace(spacing="log_snr") if sampler.spacing == "ends" else sampler
 
 
 def no_memory(x: Array) -> tuple[()]:
-  """The `init` of a rule that remembers nothing."""
+  """Return an empty memory, as the `init` of a rule without memory."""
   del x
   return ()
 
 
 @check_types
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
-  """Return what the network estimates at time t > 0, a scalar or [B]: the data and the noise, `x_t = alpha_t x_0 + sigma_t eps`.
+  """Return the estimates of the data and the noise at time t > 0, a scalar or [B].
+
+  They satisfy `x_t = alpha_t x_0 + sigma_t eps`.
 
   Raises:
-    ValueError: if `denoise` is guided by CFG++, whose data and noise come from two estimates.
+    ValueError: if `denoise` is guided by CFG++ and returns two estimates.
   """
   x_0 = x_0_of(denoise(x_t, t))
   x_0, x_t, alpha, sigma = widen(x_0, x_t, expand(process.alpha(t), x_t), expand(process.sigma(t), x_t))
@@ -94,9 +104,9 @@ def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, 
 
 
 def with_shape_check(denoise: Denoise) -> Denoise:
-  """`denoise`, whose estimate has the shape of x_t or is a ValueError."""
+  """Return `denoise` with a ValueError if its estimate does not have the shape of x_t."""
 
-  def network(x_t: Array, t):
+  def checked(x_t: Array, t):
     def check(x_0):
       if jnp.shape(x_0) != x_t.shape:
         raise ValueError(
@@ -106,73 +116,79 @@ def with_shape_check(denoise: Denoise) -> Denoise:
 
     return map_x_0(check, denoise(x_t, t))
 
-  return network
+  return checked
 
 
 def safe_sqrt(variance) -> Array:
-  """The square root of a variance that may be 0, there with the slope 0 and not an infinite one."""
+  """Return the square root of a variance, with a derivative of 0 where the variance is 0."""
   positive = variance > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
 
 @check_types
 def nfe(sampler: Sampler, process: Process, times) -> int:
-  """Count the network evaluations of `sample` on a grid whose values are known.
+  """Count the network evaluations of `sample` on a grid of concrete times.
 
   Raises:
-    ValueError: if the number depends on the data, as that of `ode`.
+    ValueError: if the number depends on the data, as for `ode`.
   """
   if sampler.count_calls is not None:
     raise ValueError(
-      "Got a rule that calls the network as often as the data need; expected one whose number of calls follows from the grid. Run"
-      " sampling.solve, which returns the calls that were made."
+      "Got a rule with a data-dependent number of network calls; expected a rule with a fixed number of calls on a grid."
+      " Use sampling.solve. It also returns the number of calls."
     )
   with jax.ensure_compile_time_eval():
     return int(_calls(sampler, process, times))
 
 
 def _calls(sampler: Sampler, process: Process | None, times) -> Array:
-  """The network evaluations of a rule that does not count them, an int32 scalar; the times may be traced."""
+  """Return the number of network evaluations of a rule without `count_calls`, an int32 scalar.
+
+  The times may be traced.
+  """
   between, to_data, at_zero_snr = sampler.calls
   first, last, steps = as_time(times[0]), as_time(times[-1]), len(times) - 1
   if process is None:
-    clean, empty = jnp.asarray(last == 0, jnp.int32), jnp.zeros((), jnp.int32)
+    clean_steps, no_data_steps = jnp.asarray(last == 0, jnp.int32), jnp.zeros((), jnp.int32)
   else:
-    # The grid may pass t_max by the margin of its check.
+    # The grid may exceed t_max by the tolerance of its check.
     first, last = (jnp.minimum(time, process.t_max) for time in (first, last))
-    clean = jnp.asarray(process.sigma(last) == 0, jnp.int32)
+    clean_steps = jnp.asarray(process.sigma(last) == 0, jnp.int32)
     no_data = jnp.minimum(process.alpha(first), process.alpha(last)) == 0
-    empty = jnp.asarray(no_data & (steps > clean), jnp.int32)
-  return between * (steps - clean - empty) + to_data * clean + at_zero_snr * empty
+    no_data_steps = jnp.asarray(no_data & (steps > clean_steps), jnp.int32)
+  return between * (steps - clean_steps - no_data_steps) + to_data * clean_steps + at_zero_snr * no_data_steps
 
 
 def check_times(times, sampler: Sampler, x: Array) -> None:
-  """Raise a ValueError unless `times` is a grid on which to sample `x`; of traced times only the shape is checked."""
+  """Raise a ValueError unless `times` is a valid grid for sampling `x`.
+
+  Only the shape of traced times is checked.
+  """
   if np.ndim(times) != 1 or np.shape(times)[0] < 2:
     raise ValueError(
       f"Got times of shape {np.shape(times)}; expected a one-dimensional grid of at least 2 times, such as sampling.grids.uniform(process, 50)."
     )
   if isinstance(times, jax.core.Tracer):
     return
-  # In the precision of the loop: times that are equal there would be a step of no length.
+  # Compare times in the precision of the loop, where a step between equal times has no length.
   values = np.asarray(times).astype(widest(x)).astype(np.float64)
   rising = bool(np.all(np.diff(values) > 0))
   if not rising and not np.all(np.diff(values) < 0):
     raise ValueError(
-      f"Got times {values}; expected them strictly decreasing, from noise to data, also as float32 if that is their precision."
+      f"Got times {values}; expected strictly decreasing times, from noise to data, also as float32 unless x is float64."
     )
   if rising and not sampler.reversible:
     raise ValueError(
-      f"Got times {values} that rise, for a sampler that adds noise; expected them strictly decreasing, from noise to data. Only"
-      " deterministic rules, such as sampling.ddim(process), also go from data to noise."
+      f"Got rising times {values} for a sampler that adds noise; expected strictly decreasing times, from noise to data."
+      " To go from data to noise, use a deterministic rule, such as sampling.ddim(process)."
     )
   if rising and values[0] == 0:
     raise ValueError(
-      f"Got times {values} that rise from 0, where there is no noise to estimate; expected a start above 0, such as"
-      " process.t_min, at which the data stand for x."
+      f"Got times {values} that rise from 0, where x has no noise to estimate; expected a first time above 0. Start at"
+      " process.t_min and use the data as x there."
     )
   low, high = values.min(), values.max()
-  # The margin lets a float32 grid end at a float64 bound.
+  # The tolerance allows a float32 grid to end at a float64 limit.
   if low < 0 or high > sampler.t_max * (1 + 1e-6):
     raise ValueError(
       f"Got times from {values[0]:g} to {values[-1]:g}; expected all of them in [0, {sampler.t_max:g}], the times of the process."
@@ -181,67 +197,74 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
 
 @check_types
 def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, return_trajectory: bool = False):
-  """Take `x` along a grid of times, one compiled scan that traces the network once for each place a step calls it.
+  """Sample by stepping `x` along a grid of times.
 
-  Call it inside `jax.jit`: called bare, it compiles anew each time. State and times have the type of `x`, but float32 at
-  least: in bfloat16 the changes of a small step would be rounded away. The network is called in the type of `x`.
+  The loop is one scan. It traces the network once for each call site in the step rule. Call this function inside
+  `jax.jit`: outside, every call compiles again. The state and the times have the dtype of `x`, but at least float32,
+  because bfloat16 would round away the change in a small step. The network is called in the dtype of `x`.
 
   Args:
-    key: one key, or one a sample [B], which makes sample i a function of x[i] and key i alone.
+    key: one key, or one key per sample [B]. With one key per sample, sample i depends on x[i] and key i alone.
     sampler: the step rule, such as `sampling.ddim(process)`.
     denoise: `denoise(x_t, t) -> x_0 estimate`.
     x: the start [B, ...] at `times[0]`, such as `process.prior(key, shape)`.
-    times: a strictly decreasing grid [K + 1]; data, so inside `jax.jit` new values of the same length do not recompile. A
-      deterministic sampler also takes an increasing one that starts above 0, which encodes data (DDIM inversion).
+    times: a strictly decreasing grid [K + 1]. Inside `jax.jit`, new values of the same length do not recompile. A
+      deterministic sampler also accepts an increasing grid that starts above 0, to encode data (DDIM inversion).
     return_trajectory: whether to return all states.
 
   Returns:
-    x [B, ...] at `times[-1]`, in the dtype of `x`; or all states [K + 1, B, ...], the start included.
+    x [B, ...] at `times[-1]` in the dtype of `x`. With `return_trajectory`, all states [K + 1, B, ...] including the
+    start.
 
   Raises:
-    ValueError: if the grid has fewer than two times, is not monotone, leaves the process's range or rises where the sampler
-      cannot; the key is none; `x` is not of floats; or `denoise` does not keep its shape.
+    ValueError: if the grid has fewer than two times, is not monotone, leaves the process's range, or rises for a
+      sampler that adds noise. Also if `key` is not a typed key, `x` is not an array of floats, or `denoise` changes the
+      shape.
   """
-  x_end, _, states = _walk(key, sampler, denoise, x, times, keep=return_trajectory)
+  x_end, _, states = _run_loop(key, sampler, denoise, x, times, keep_states=return_trajectory)
   return jnp.concatenate([x[None], states]) if return_trajectory else x_end
 
 
 @check_types
 def solve(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times) -> tuple[Array, Array]:
-  """Take `x` along a grid of times as `sample` does, and count the network calls, whatever the rule.
+  """Sample like `sample`, and count the network calls of any rule.
 
   Args:
-    key: as for `sample`, like all others.
-    sampler: the step rule; `ode` too.
+    key: one key, or one key per sample [B].
+    sampler: the step rule. Rules with a data-dependent number of calls, such as `ode`, are counted too.
     denoise: `denoise(x_t, t) -> x_0 estimate`.
     x: the start [B, ...] at `times[0]`.
-    times: the grid [K + 1]; of traced times, too, the calls are counted.
+    times: the grid [K + 1], as in `sample`. The times may be traced.
 
   Returns:
-    x [B, ...] at `times[-1]`, in the dtype of `x`; and the number of network calls, int32: a scalar for one key, and [B] for
-    one key a sample, those that a sample alone would have taken.
+    x [B, ...] at `times[-1]` in the dtype of `x`, and the number of network calls as int32. The number is a scalar for
+    one key, and [B] for one key per sample. Each entry is the number of calls that the sample would need alone.
 
   Raises:
-    ValueError: as `sample`; or if there are keys, but not one for each sample.
+    ValueError: in the cases of `sample`, if the batch is empty, or if `key` is an array of keys with a length other
+      than B.
   """
   check_batch(x)
   randomness.check_keys(key, x.shape[0])
-  x_end, memory, _ = _walk(key, sampler, denoise, x, times, keep=False)
+  x_end, memory, _ = _run_loop(key, sampler, denoise, x, times, keep_states=False)
   calls = _calls(sampler, sampler.process, times) if sampler.count_calls is None else sampler.count_calls(memory)
   calls = jnp.asarray(calls, jnp.int32)
-  # With one key all samples of a batch have been taken together.
+  # With one key, the samples of a batch share their network calls.
   return x_end, jnp.broadcast_to(calls, key.shape) if key.ndim else jnp.max(calls)
 
 
-def _walk(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, keep: bool):
-  """The state at the end [B, ...], the memory of the rule, and the states after each step [K, B, ...] if they are kept."""
+def _run_loop(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, keep_states: bool):
+  """Run the loop, and return the last state [B, ...], the rule's memory, and the states [K, B, ...] or None.
+
+  The third value has the state after each step if `keep_states` is true.
+  """
   randomness.check_key(key)
   check_floats(x)
   check_times(times, sampler, x)
   dtype, precision = x.dtype, widest(x)
-  known, times = not isinstance(times, jax.core.Tracer), as_time(times).astype(precision)
-  if known:
-    times = jnp.minimum(times, sampler.t_max)  # they may pass it by the checks' margin
+  is_concrete, times = not isinstance(times, jax.core.Tracer), as_time(times).astype(precision)
+  if is_concrete:
+    times = jnp.minimum(times, sampler.t_max)  # the check's tolerance allows slightly larger times
   if sampler.prepare is not None:
     sampler = sampler.prepare(times.shape[0] - 1)
 
@@ -253,7 +276,7 @@ def _walk(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, ke
     index, t, s = step
     x_s, memory = sampler.step(randomness.fold_in(key, index), network, x_t, memory, t, s)
     x_s = x_s.astype(precision)
-    return (x_s, memory), (x_s.astype(dtype) if keep else None)
+    return (x_s, memory), (x_s.astype(dtype) if keep_states else None)
 
   steps = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
   start = x.astype(precision)

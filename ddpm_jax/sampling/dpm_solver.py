@@ -1,12 +1,14 @@
-"""DPM-Solver and DPM-Solver++: the probability flow solved in lambda = log(alpha / sigma), half the log-SNR.
+"""Solve the probability flow with DPM-Solver and DPM-Solver++ in lambda = log(alpha / sigma), half the log-SNR.
 
-In lambda the flow is a linear equation, solved exactly, and an integral of the network's estimate, approximated to some
-order. Written for the estimate of x_0 (DPM-Solver++), with h = lambda_s - lambda_t:
+In lambda the solution of the flow has two terms: an exact linear term, and an integral of the network's estimate. A
+rule approximates the integral to some order. For the estimate of x_0 (DPM-Solver++) and h = lambda_s - lambda_t, order
+1 is
 
   x_s = sigma_s / sigma_t x_t - alpha_s (exp(-h) - 1) x_0
 
-Here `decay` is sigma_s / sigma_t, and `pull = alpha_s - alpha_t decay` is that second factor, which needs no exponential
-and stays right where lambda is infinite. There (the step to s = 0, a start at zero SNR) every rule falls back to order 1.
+The code calls the factors `decay` and `pull`. They are decay = sigma_s / sigma_t and pull = alpha_s - alpha_t decay.
+This form of the second factor needs no exponential, and is also correct where lambda is infinite. Lambda is infinite in
+the step to s = 0 and at a start with zero SNR. There every rule falls back to order 1.
 """
 
 import jax
@@ -23,9 +25,9 @@ from ddpm_jax.sampling.exponential import Past, half_log_snr, integral_of_x_0, i
 
 @check_types
 def dpm_solver(process: Process, order: int = 3) -> Sampler:
-  """DPM-Solver-1, -2 and -3, singlestep, on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2); order 1 is DDIM.
+  """Build singlestep DPM-Solver-1, -2 or -3 on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2).
 
-  A step calls the network `order` times.
+  Order 1 is DDIM. A step calls the network `order` times.
 
   Raises:
     ValueError: if the order is not 1, 2 or 3.
@@ -41,7 +43,10 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
     h = half_log_snr(process, s) - lambda_t
 
     def first_order(u):
-      """From t to u; and `push`, the papers' -sigma_u (exp(lambda_u - lambda_t) - 1)."""
+      """Return the state after a step of order 1 from t to u, and the factor of eps in it.
+
+      The paper writes the factor as -sigma_u (exp(lambda_u - lambda_t) - 1).
+      """
       growth = process.alpha(u) / process.alpha(t)
       push = process.sigma(u) - growth * process.sigma(t)
       return growth * x_t + push * eps, push
@@ -75,11 +80,13 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
 
 @check_types
 def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
-  """DPM-Solver++(2S): the estimate of x_0 half way in lambda (Lu et al. 2022b, algorithm 1); two network calls a step.
+  """Build DPM-Solver++(2S), with an estimate of x_0 at the midpoint in lambda (Lu et al. 2022b, algorithm 1).
+
+  A step calls the network twice.
 
   Args:
     process: the forward process.
-    eta: with noise put back as in `euler_ancestral`, k-diffusion's "2S a"; 0 to 1.
+    eta: the amount of fresh noise in [0, 1], as in `euler_ancestral`. With noise, the rule is k-diffusion's "2S a".
 
   Raises:
     ValueError: if eta is outside [0, 1].
@@ -90,14 +97,14 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
     down, up = fresh_noise(process, t, s, eta) if eta > 0 else (process.sigma(s), 0.0)
     x_0 = x_0_of(denoise(x_t, t))
 
-    def half_way(x_t):
+    def at_midpoint(x_t):
       end = jnp.log(process.alpha(s)) - jnp.log(down)
       u = process.time_of(half_log_snr(process, t) + end)
-      decay, pull = linear(process, t, u)
+      decay, pull = first_order_factors(process, t, u)
       return x_0_of(denoise((decay * x_t + pull * x_0).astype(x_t.dtype), u))
 
-    x_0 = jax.lax.cond(is_singular(process, t, s), lambda x_t: x_0, half_way, x_t)
-    decay, pull = linear(process, t, s, down)
+    x_0 = jax.lax.cond(is_singular(process, t, s), lambda x_t: x_0, at_midpoint, x_t)
+    decay, pull = first_order_factors(process, t, s, down)
     x_s = decay * x_t + pull * x_0
     return x_s if eta == 0 else x_s + up * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
@@ -106,11 +113,14 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
 
 @check_types
 def dpmpp_2m(process: Process) -> Sampler:
-  """DPM-Solver++(2M): x_0 extrapolated from this step's and the last's (Lu et al. 2022b, algorithm 2); one call a step."""
+  """Build DPM-Solver++(2M), with x_0 extrapolated from the last two estimates (Lu et al. 2022b, algorithm 2).
+
+  A step calls the network once.
+  """
 
   def step(key, denoise, x_t, past: Past, t, s):
     x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)
-    decay, pull = linear(process, t, s)
+    decay, pull = first_order_factors(process, t, s)
     h = half_log_snr(process, s) - lambda_t
     r = (lambda_t - past.lambdas[0]) / h
     d = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * past.values[0]
@@ -122,15 +132,15 @@ def dpmpp_2m(process: Process) -> Sampler:
 
 @check_types
 def dpmpp_3m(process: Process) -> Sampler:
-  """DPM-Solver++(3M): x_0 as a parabola in lambda through this step's and the last two, integrated exactly; one call a step.
+  """Build DPM-Solver++(3M), the multistep rule of order 3 (Lu et al. 2022b).
 
-  The multistep rule of Lu et al. 2022b to order 3. Their code, k-diffusion and diffusers halve the second difference, which
-  leaves it at order 2.
+  It integrates a parabola in lambda through the last three estimates of x_0 exactly. A step calls the network once. The
+  code of Lu et al., k-diffusion and diffusers halve the second difference. Their rule is therefore only of order 2.
   """
 
   def step(key, denoise, x_t, past: Past, t, s):
     x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)
-    decay, pull = linear(process, t, s)
+    decay, pull = first_order_factors(process, t, s)
     h = half_log_snr(process, s) - lambda_t
     curve = process.alpha(s) * integral_of_x_0(h, (lambda_t, *past.lambdas), (x_0, *past.values))
     return decay * x_t + jnp.where(is_singular(process, t, s), pull * x_0, curve), past.add(x_0, lambda_t)
@@ -140,39 +150,39 @@ def dpmpp_3m(process: Process) -> Sampler:
 
 @check_types
 def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
-  """DPM-Solver++ on the reverse SDE, singlestep of order 2 (k-diffusion's `sample_dpmpp_sde`); two network calls a step.
+  """Build singlestep DPM-Solver++ of order 2 on the reverse SDE (k-diffusion's `sample_dpmpp_sde`).
 
-  The noise of the whole step holds that of its first half, as the path of one Brownian motion does (SEEDS-2, Gonzalez et
-  al. 2023): k-diffusion ties them by their distance in sigma.
+  A step calls the network twice. Its noise contains the noise of its first half, as on one path of Brownian motion
+  (SEEDS-2, Gonzalez et al. 2023). k-diffusion correlates the two noises by their distance in sigma instead.
 
   Args:
     process: the forward process.
-    eta: the noise, as a share of the posterior's standard deviation, in (0, 1].
+    eta: the standard deviation of the noise relative to the posterior's, in (0, 1].
 
   Raises:
     ValueError: if eta is outside (0, 1].
   """
   if not 0 < eta <= 1:
-    raise ValueError(f"Got eta={eta}; expected it in (0, 1]. Without noise the rule is sampling.dpmpp_2s(process).")
+    raise ValueError(f"Got eta={eta}; expected it in (0, 1]. To add no noise, use sampling.dpmpp_2s(process).")
 
   def step(key, denoise, x_t, memory, t, s):
     first, second = (randomness.normal(randomness.fold_in(key, i), x_t.shape, x_t.dtype) for i in range(2))
     down, up = fresh_noise(process, t, s, eta)
     x_0 = x_0_of(denoise(x_t, t))
 
-    def half_way(x_t):
+    def at_midpoint(x_t):
       u = process.time_of(half_log_snr(process, t) + half_log_snr(process, s))
       down_u, up_u = fresh_noise(process, t, u, eta)
-      decay, pull = linear(process, t, u, down_u)
+      decay, pull = first_order_factors(process, t, u, down_u)
       x_u = (decay * x_t + pull * x_0 + up_u * first).astype(x_t.dtype)
-      carried = up_u * fresh_noise(process, u, s, eta)[0] / process.sigma(u)
-      noise = carried * first + safe_sqrt(up**2 - carried**2) * second
+      shared_std = up_u * fresh_noise(process, u, s, eta)[0] / process.sigma(u)
+      noise = shared_std * first + safe_sqrt(up**2 - shared_std**2) * second
       return x_0_of(denoise(x_u, u)), noise.astype(x_t.dtype)
 
     x_0, noise = jax.lax.cond(
-      is_singular(process, t, s), lambda x_t: (x_0, (up * second).astype(x_t.dtype)), half_way, x_t
+      is_singular(process, t, s), lambda x_t: (x_0, (up * second).astype(x_t.dtype)), at_midpoint, x_t
     )
-    decay, pull = linear(process, t, s, down)
+    decay, pull = first_order_factors(process, t, s, down)
     return decay * x_t + pull * x_0 + noise, memory
 
   return Sampler(no_memory, step, process, calls=(2, 1, 1))
@@ -180,15 +190,17 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
 
 @check_types
 def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -> Sampler:
-  """DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022b, appendix; k-diffusion's `sample_dpmpp_2m_sde`); one call a step.
+  """Build DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022b, appendix, and k-diffusion's `sample_dpmpp_2m_sde`).
+
+  A step calls the network once.
 
   Args:
     process: the forward process.
-    eta: the rate of the noise, 1 for that of the reverse SDE; with 0 and "midpoint" it is `dpmpp_2m`.
-    solver: how the slope of x_0 enters: "midpoint" or "heun".
+    eta: the rate of the noise, 1 for the reverse SDE. With 0 and "midpoint" the rule is `dpmpp_2m`.
+    solver: the rule for the slope of x_0, "midpoint" or "heun".
 
   Raises:
-    ValueError: if eta is negative or `solver` is neither.
+    ValueError: if eta is negative, or `solver` is not "midpoint" or "heun".
   """
   if not eta >= 0 or solver not in ("midpoint", "heun"):
     raise ValueError(f"Got eta={eta}, solver={solver!r}; expected eta at least 0, and 'midpoint' or 'heun'.")
@@ -208,7 +220,10 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
   return Sampler(lambda x: Past.empty(x, 1), step, process)
 
 
-def linear(process: Process, t, s, sigma_s=None):
-  """`decay` and `pull` of the step of order 1, x_s = decay x_t + pull x_0; `sigma_s` may be less than the process's."""
+def first_order_factors(process: Process, t, s, sigma_s=None):
+  """Return `decay` and `pull` of the step of order 1, x_s = decay x_t + pull x_0.
+
+  `sigma_s` replaces the process's sigma at s, for a step that leaves room for noise.
+  """
   decay = (process.sigma(s) if sigma_s is None else sigma_s) / process.sigma(t)
   return decay, process.alpha(s) - process.alpha(t) * decay

@@ -1,8 +1,9 @@
-"""DDIM and the rules of Karras et al. 2022: Euler and Heun on `dx = x_0 dalpha + eps dsigma`, with churn or fresh noise.
+"""Provide DDIM, and the Euler and Heun rules of Karras et al. 2022.
 
-x_0 and eps are what the network says of x at t; holding both over a step gives `alpha_s x_0 + sigma_s eps`, DDIM. With
-alpha = 1 the flow is EDM's ODE in sigma, and on a straight path that of flow matching in t; no step divides by alpha,
-which may be 0 at t_max.
+The rules step along the flow `dx = x_0 dalpha + eps dsigma`, with churn or fresh noise. Here x_0 and eps are the
+network's estimates from x at t. With both constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, the step
+of DDIM. With alpha = 1 the flow is EDM's ODE in sigma. On a straight path it is the ODE of flow matching in t. No step
+divides by alpha, because alpha may be 0 at t_max.
 """
 
 import math
@@ -18,9 +19,10 @@ from ddpm_jax.sampling.core import Sampler, estimate, no_memory, safe_sqrt
 
 
 def fresh_noise(process: Process, t, s, eta: float):
-  """The share of sigma_s that stays (`down`) and that is drawn anew (`up`): down^2 + up^2 = sigma_s^2.
+  """Split sigma_s into `down` for the estimated noise and `up` for fresh noise, with down^2 + up^2 = sigma_s^2.
 
-  Song et al. 2021a, equation 16; k-diffusion's `get_ancestral_step`. With eta = 1 `up` is the posterior's deviation.
+  See equation 16 of Song et al. 2021a, and k-diffusion's `get_ancestral_step`. With eta = 1, `up` is the standard
+  deviation of the posterior.
   """
   added, sigma_s = process.added_share(t, s), process.sigma(s)
   return sigma_s * safe_sqrt(1 - eta**2 * added), eta * sigma_s * safe_sqrt(added)
@@ -28,11 +30,13 @@ def fresh_noise(process: Process, t, s, eta: float):
 
 @check_types
 def ddim(process: Process, eta: float = 0.0) -> Sampler:
-  """DDIM (Song et al. 2021a, equation 12): eta = 0 follows the probability flow, eta = 1 is the ancestral rule.
+  """Build DDIM (Song et al. 2021a, equation 12).
+
+  With eta = 0 it follows the probability flow. With eta = 1 it is the ancestral rule.
 
   Args:
     process: the forward process.
-    eta: the noise that is put back, as a share of the posterior's standard deviation, in [0, 1].
+    eta: the standard deviation of the fresh noise relative to the posterior's, in [0, 1].
 
   Raises:
     ValueError: if eta is outside [0, 1].
@@ -46,20 +50,20 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
     down, up = fresh_noise(process, t, s, eta)
     return process.alpha(s) * x_0 + down * eps + up * randomness.normal(key, x_t.shape, x_t.dtype), memory
 
-  # A discrete model knows its own steps best.
+  # A discrete model is most accurate at its training steps.
   spacing = "time" if process.num_steps else "log_snr"
   return Sampler(no_memory, step, process, reversible=eta == 0, spacing=spacing, two_estimates=True)
 
 
 @check_types
 def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
-  """k-diffusion's Euler ancestral: an Euler step below s, then noise back up to it. It is `ddim` by its other name.
+  """Build k-diffusion's Euler ancestral rule, an Euler step below s followed by noise up to s.
 
-  Only the grid that suits it differs: even in time on continuous processes too.
+  The rule is equal to `ddim`. Only its default grid differs: it is even in time on continuous processes too.
 
   Args:
     process: the forward process.
-    eta: the noise that is put back, in [0, 1].
+    eta: the standard deviation of the fresh noise relative to the posterior's, in [0, 1].
 
   Raises:
     ValueError: if eta is outside [0, 1].
@@ -71,31 +75,34 @@ def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
 def euler(
   process: Process, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
 ) -> Sampler:
-  """Euler's rule with EDM's churn; without churn it is `ddim(process)`.
+  """Build Euler's rule with EDM's churn.
+
+  Without churn it is equal to `ddim(process)`.
 
   Args:
     process: the forward process.
-    s_churn: noise added before the steps, spread over all of them; 0 for none. It never takes x past t_max: a step from
-      there adds none.
+    s_churn: the total amount of noise. Equal parts of it are added before the steps. 0 adds none. Noise never moves x
+      past t_max, so a step from t_max adds none.
     s_min: the smallest sigma/alpha at which noise is added.
-    s_max: the largest.
-    s_noise: the added noise's standard deviation, a little above 1 against lost detail.
+    s_max: the largest sigma/alpha at which noise is added.
+    s_noise: the standard deviation of the added noise. A value slightly above 1 counteracts a loss of detail.
 
   Raises:
-    ValueError: if s_churn or s_noise is negative, or not 0 <= s_min <= s_max.
+    ValueError: if s_churn or s_noise is negative, or unless 0 <= s_min <= s_max.
   """
-  return _churned(process, _euler_step, (1, 1, 1), True, s_churn, s_min, s_max, s_noise)
+  return _with_churn(process, _euler_step, (1, 1, 1), True, s_churn, s_min, s_max, s_noise)
 
 
 @check_types
 def heun(
   process: Process, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
 ) -> Sampler:
-  """Heun's rule of order 2 with EDM's churn (Karras et al. 2022, algorithms 1 and 2): two network calls a step.
+  """Build Heun's rule of order 2 with EDM's churn (Karras et al. 2022, algorithms 1 and 2).
 
-  The step to s = 0 takes one. Arguments and errors as for `euler`.
+  A step calls the network twice, and the step to s = 0 calls it once. The arguments and errors are the same as in
+  `euler`.
   """
-  return _churned(process, _heun_step, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
+  return _with_churn(process, _heun_step, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
 
 
 def _euler_step(process, denoise, x_t, t, s):
@@ -116,10 +123,13 @@ def _heun_step(process, denoise, x_t, t, s):
   return jax.lax.cond(sigma_s > 0, correct, lambda x_s: x_s, x_s)
 
 
-def _churned(
+def _with_churn(
   process: Process, rule, calls, two_estimates: bool, s_churn: float, s_min: float, s_max: float, s_noise: float
 ) -> Sampler:
-  """`rule` from t to s, after a step back up to a time of more noise (Karras et al. 2022, algorithm 2, lines 4 to 6)."""
+  """Build a sampler that moves x to a noisier time before each step of `rule` from t to s.
+
+  See lines 4 to 6 of algorithm 2 in Karras et al. 2022.
+  """
   if not (0 <= s_churn < math.inf and 0 <= s_noise < math.inf and 0 <= s_min <= s_max):
     raise ValueError(
       f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; expected s_churn and s_noise at least 0 and"
@@ -134,7 +144,7 @@ def _churned(
 
   def unprepared(key, denoise, x_t, memory, t, s):
     raise ValueError(
-      "Got a sampler with churn, which is spread over the steps; call sampler.prepare(num_steps) first, as sample does."
+      "Got a sampler with churn before its number of steps was set; call sampler.prepare(num_steps) first, as sample does."
     )
 
   def prepare(num_steps: int) -> Sampler:
@@ -157,6 +167,6 @@ def _churned(
 
 
 def check_eta(eta: float) -> None:
-  """Raises a ValueError unless 0 <= eta <= 1."""
+  """Raise a ValueError unless 0 <= eta <= 1."""
   if not 0 <= eta <= 1:
-    raise ValueError(f"Got eta={eta}; expected 0 (deterministic) to 1 (ancestral).")
+    raise ValueError(f"Got eta={eta}; expected a number from 0 (deterministic) to 1 (ancestral).")

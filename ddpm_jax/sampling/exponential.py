@@ -1,7 +1,9 @@
-"""What the solvers in lambda = log(alpha / sigma) share: lambda itself, past estimates, and integrals of their polynomial.
+"""Provide the common parts of the solvers in lambda = log(alpha / sigma).
 
-All multistep rules lay a polynomial in lambda through the network's last estimates and integrate it exactly against the
-exponential of the flow's solution: of x_0 in DPM-Solver++ and UniPC, of eps in DEIS.
+These parts are lambda itself, the memory of past estimates, and the integrals of a polynomial through them. All
+multistep rules fit a polynomial in lambda to the network's last estimates. They integrate the product of the polynomial
+and the exponential in the flow's solution exactly. DPM-Solver++ and UniPC use estimates of x_0, and DEIS uses estimates
+of eps.
 """
 
 from typing import NamedTuple
@@ -14,63 +16,76 @@ from ddpm_jax.processes import Process, as_time
 
 Array = jax.Array
 
-# Half log-SNRs are held within these bounds, beyond every float of alpha and sigma; steps to them are of order 1.
-_BOUND = 40.0
-# An estimate that has not been made yet lies so far back that a polynomial does not bend for it: so the first steps are
-# of lower order without a case of their own.
-_FAR = 1e12
+# Lambda is clipped to [-40, 40], so that it stays finite where alpha or sigma is 0. Steps to the limits are of order 1.
+_MAX_LAMBDA = 40.0
+# The lambda of a missing estimate is so far away that the estimate does not bend the polynomial. The first steps are
+# then of lower order without a special case.
+_DISTANCE = 1e12
 
 
 class Past(NamedTuple):
-  """The last estimates [k] of the network, the newest first, and the lambdas at which it made them."""
+  """Hold the last estimates [k] of the network, newest first, and their lambdas."""
 
   values: tuple[Array, ...]
   lambdas: tuple[Array, ...]
 
   @classmethod
   def empty(cls, x: Array, size: int) -> "Past":
-    """No estimates yet."""
-    return cls((jnp.zeros_like(x),) * size, tuple(jnp.asarray(-_FAR * 10.0**i, widest(x)) for i in range(size)))
+    """Return a memory for `size` estimates of the shape of `x`, with none made yet."""
+    return cls((jnp.zeros_like(x),) * size, tuple(jnp.asarray(-_DISTANCE * 10.0**i, widest(x)) for i in range(size)))
 
   def add(self, value: Array, at: Array) -> "Past":
-    """With one more estimate, and the oldest forgotten."""
+    """Add an estimate and remove the oldest."""
     at = at.astype(self.lambdas[0].dtype)
     return Past((value.astype(self.values[0].dtype), *self.values[:-1]), (at, *self.lambdas[:-1]))
 
 
 def half_log_snr(process: Process, t) -> Array:
-  """lambda = log(alpha / sigma), between finite bounds."""
-  return 0.5 * jnp.clip(process.log_snr(as_time(t)), -2 * _BOUND, 2 * _BOUND)
+  """Return lambda = log(alpha / sigma), clipped to finite limits."""
+  return 0.5 * jnp.clip(process.log_snr(as_time(t)), -2 * _MAX_LAMBDA, 2 * _MAX_LAMBDA)
 
 
 def is_singular(process: Process, t, s) -> Array:
-  """Whether a step begins or ends where alpha or sigma is 0: only the rule of order 1 has a limit there."""
+  """Return whether a step starts or ends where alpha or sigma is 0.
+
+  Only the rule of order 1 has a limit there.
+  """
   return (process.alpha(t) == 0) | (process.alpha(s) == 0) | (process.sigma(s) == 0)
 
 
 def integral_of_x_0(h, lambdas, values):
-  """The integral of exp(u - h) P(lambda_t + u) over u from 0 to h, P through `values` [k] at `lambdas` [k], lambda_t first."""
+  """Integrate exp(u - h) P(lambda_t + u) over u from 0 to h.
+
+  P is the polynomial through `values` [k] at `lambdas` [k]. The first entry of `lambdas` is lambda_t.
+  """
   moments = [-jnp.expm1(-h)]
   for k in range(1, len(values)):
     moments.append(h**k - k * moments[-1])
-  return _against(moments, lambdas, values)
+  return _integrate_polynomial(moments, lambdas, values)
 
 
 def integral_of_eps(h, lambdas, values):
-  """The integral of exp(h - u) P(lambda_t + u) over u from 0 to h, P through `values` [k] at `lambdas` [k], lambda_t first."""
+  """Integrate exp(h - u) P(lambda_t + u) over u from 0 to h.
+
+  P is the polynomial through `values` [k] at `lambdas` [k]. The first entry of `lambdas` is lambda_t.
+  """
   moments = [jnp.expm1(h)]
   for k in range(1, len(values)):
     moments.append(k * moments[-1] - h**k)
-  return _against(moments, lambdas, values)
+  return _integrate_polynomial(moments, lambdas, values)
 
 
-def _against(moments, lambdas, values):
-  """The sum of Newton's divided differences, each times the integral of its product, by the moments of u^k."""
+def _integrate_polynomial(moments, lambdas, values):
+  """Integrate the polynomial through `values` at `lambdas`, in the form of Newton's divided differences.
+
+  `moments` are the integrals of the weight times u^k. Each divided difference is multiplied by the integral of its
+  product (u - u_0)(u - u_1)...
+  """
   differences = list(values)
   for order in range(1, len(values)):
     for i in range(len(values) - 1, order - 1, -1):
       differences[i] = (differences[i] - differences[i - 1]) / (lambdas[i] - lambdas[i - order])
-  # Coefficients of the product (u - u_0)(u - u_1)... by rising power, u counted from lambdas[0].
+  # Coefficients of the product (u - u_0)(u - u_1)... in order of rising powers. u is relative to lambdas[0].
   product, total = [1.0], moments[0] * differences[0]
   for i in range(1, len(values)):
     u = lambdas[i - 1] - lambdas[0]

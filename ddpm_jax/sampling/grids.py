@@ -1,10 +1,13 @@
-"""Grids of times for `sample`: K + 1 strictly decreasing times, K steps, as float64 NumPy arrays that end at 0.
+"""Make grids of times for `sample`.
 
-A grid is data. Any array that decreases will do; these are the ones that papers use. All take the process and the number
-of steps K, and raise a ValueError if a grid of K steps cannot be made: too few or too many, `t_max` (the first time) or
-`t_min` (the last before 0) outside its range, or a grid of discrete steps asked of a continuous process. A grid that
-starts below the process's t_max is for data that was noised only so far; `grid[:-1]` leaves the step to 0 out. `for_sampler`
-chooses among them for a rule.
+A grid of K steps is a float64 NumPy array of K + 1 strictly decreasing times that ends at 0. `sample` accepts any
+decreasing array. The functions of this module make the grids of the papers, and `for_sampler` makes the grid for a
+rule.
+
+Each function takes the process and the number of steps K. It raises a ValueError if K is too small or too large, if
+`t_max` (the first time) or `t_min` (the last time before 0) is out of range, or if a grid of discrete steps is made for
+a continuous process. For data that is only partly noised, start below the process's t_max. To leave out the step to 0,
+use `grid[:-1]`.
 """
 
 import functools
@@ -21,21 +24,27 @@ from ddpm_jax.sampling.core import Sampler
 
 @check_types
 def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarray:
-  """Make the grid of K = `num_steps` steps that suits a rule and a process, as the rule's `spacing` says.
+  """Make a grid of K = `num_steps` steps for a rule and a process, according to the rule's `spacing`.
 
-  "ends" is [t_max, the larger of t_min and 1e-3, 0], whatever `num_steps`. "time" is `trailing` on discrete processes, and on
-  continuous ones `uniform` with a last short step from t_min. "log_snr" is `log_snr`; where no data is left at t_max, so that the
-  log-SNR is infinite there, `trailing` or `uniform`. On processes whose t is sigma (t_max > 1), both are `karras`: even steps
-  in sigma would spend all on noise.
+  - "ends" gives [t_max, max(t_min, 1e-3), 0] for any `num_steps`.
+  - "time" gives `trailing` on discrete processes. On continuous processes it gives `uniform`, with a short last step
+  from
+    t_min.
+  - "log_snr" gives `log_snr`. If no data is left at t_max, the log-SNR is infinite there. The grid is then `trailing`
+  on
+    discrete processes and `uniform` on continuous processes.
+
+  On processes with t = sigma (t_max > 1), "time" and "log_snr" both give `karras`. Even steps in sigma would use almost
+  all steps for noise.
 
   Raises:
-    ValueError: if the rule's spacing is none of these; or as the other grids.
+    ValueError: if the rule has another spacing, or if the grid cannot be made.
   """
   spacing = sampler.spacing
   if spacing not in ("time", "log_snr", "ends"):
     raise ValueError(f"Got a sampler of spacing={spacing!r}; expected 'time', 'log_snr' or 'ends'.")
   if spacing == "ends":
-    # The flow is stiff towards 0; 1e-3 is where score_sde leaves it on VP.
+    # The flow is stiff near 0. score_sde stops at 1e-3 on VP.
     last = max(process.t_min, 1e-3)
     return np.array([process.t_max, last, 0.0] if last < process.t_max else [process.t_max, 0.0])
   if process.t_max > 1:
@@ -51,46 +60,55 @@ def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarra
 
 @check_types
 def default_t_min(sampler: Sampler, process: Process) -> float:
-  """Return the `t_min` of `uniform` and `quadratic` that suits a rule: the process's t_min, or 0 for no short step at the end.
+  """Return the default `t_min` of `uniform` and `quadratic` for a rule.
 
-  It serves the rules that are even in time on continuous processes, which add noise; from far above it, rules of high order
-  overshoot.
+  Rules with even times on continuous processes add noise. Their grid ends with a short step from the process's t_min.
+  For other rules the result is 0, and the grid has no short step: rules of high order overshoot in a step to t_min from
+  far above.
   """
   return process.t_min if sampler.spacing == "time" and not process.num_steps else 0.0
 
 
 @check_types
 def uniform(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
-  """Times equally spaced from t_max to `t_min`, then 0 if t_min is positive: `num_steps` steps in all."""
+  """Return times equally spaced from t_max to `t_min`, then 0 if t_min is positive.
+
+  The grid has `num_steps` steps in total.
+  """
   return _spaced(process, num_steps, t_min, t_max, lambda t: t, lambda value: value)
 
 
 @check_types
 def quadratic(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: float | None = None) -> np.ndarray:
-  """Times whose square roots are equally spaced, closer together near the data (Song et al. 2021a, appendix D.2)."""
+  """Return times with equally spaced square roots, closer together near the data (Song et al. 2021a, appendix D.2)."""
   return _spaced(process, num_steps, t_min, t_max, np.sqrt, np.square)
 
 
 @check_types
 def log_snr(process: Process, num_steps: int, *, t_min: float | None = None, t_max: float | None = None) -> np.ndarray:
-  """Times equally spaced in log-SNR from t_max to `t_min` (by default the process's), then 0 (Lu et al. 2022, section 3.3)."""
+  """Return times equally spaced in log-SNR from t_max to `t_min`, then 0 (Lu et al. 2022, section 3.3).
+
+  The default `t_min` is the process's t_min.
+  """
 
   def value_of(t):
     return _log_snr(process, t)
 
-  return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, lambda v: _times_of_log_snr(process, v))
+  return _spaced(
+    process, num_steps, _positive_t_min(process, t_min), t_max, value_of, lambda v: _times_of_log_snr(process, v)
+  )
 
 
 @check_types
 def karras(
   process: Process, num_steps: int, *, rho: float = 7.0, t_min: float | None = None, t_max: float | None = None
 ) -> np.ndarray:
-  """Times at which sigma/alpha is equally spaced in its power 1/rho, from t_max to `t_min` (by default the process's), then 0.
+  """Return times equally spaced in (sigma/alpha)^(1/rho), then 0 (Karras et al. 2022, equation 5).
 
-  Karras et al. 2022, equation 5; a larger `rho` puts more of the steps near t_min.
+  The times run from t_max to `t_min`, by default the process's t_min. A larger `rho` puts more of the steps near t_min.
   """
   if not 0 < rho < np.inf:
-    raise ValueError(f"Got rho={rho}; expected it above 0, such as 7.")
+    raise ValueError(f"Got rho={rho}; expected a number above 0, such as 7.")
 
   # In logarithms: (sigma/alpha)^(1/rho) = exp(-log-SNR / (2 rho)).
   def value_of(t):
@@ -99,52 +117,57 @@ def karras(
   def time_of(value):
     return _times_of_log_snr(process, -2 * rho * np.log(value))
 
-  return _spaced(process, num_steps, _last(process, t_min), t_max, value_of, time_of)
+  return _spaced(process, num_steps, _positive_t_min(process, t_min), t_max, value_of, time_of)
 
 
 @check_types
 def trailing(process: Process, num_steps: int) -> np.ndarray:
-  """Steps n = N, N - N/K, ... of a discrete process, then 0; the first is always N (Lin et al. 2023; diffusers' "trailing")."""
-  last, n = _discrete(process, num_steps, "trailing")
-  return _steps(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n)
+  """Return the times of steps n = N, N - N/K, ..., then 0 (Lin et al. 2023, and diffusers' "trailing").
+
+  The first step is always N.
+  """
+  last, n = _check_discrete(process, num_steps, "trailing")
+  return _to_times(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n)
 
 
 @check_types
 def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
-  """Steps n = 1, 1 + N//K, ..., backwards, then 0; the last steps of the process may be left out (diffusers' "leading").
+  """Return the times of steps n = 1, 1 + N//K, ... in falling order, then 0 (diffusers' "leading").
 
-  With `open_end`, it is the grid of K + 1 steps without the one at n = 1, as diffusers' multistep solvers have it.
+  The grid may start below step N. With `open_end`, it is the grid of K + 1 steps without n = 1, as in diffusers'
+  multistep solvers.
   """
   if open_end:
     return np.delete(leading(process, num_steps + 1), -2)
-  last, n = _discrete(process, num_steps, "leading")
-  return _steps((np.arange(num_steps) * (last // num_steps))[::-1] + 1, n)
+  last, n = _check_discrete(process, num_steps, "leading")
+  return _to_times((np.arange(num_steps) * (last // num_steps))[::-1] + 1, n)
 
 
 @check_types
 def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
-  """K > 1 steps from N to 1, both included, as near to equal spacing as integers allow, then 0 (diffusers' "linspace").
+  """Return the times of K > 1 steps from N to 1, then 0 (diffusers' "linspace").
 
-  With `open_end`, it is the grid of K + 1 steps without the one at n = 1, as diffusers' multistep solvers have it.
+  Both ends are included. The steps are equally spaced up to rounding. With `open_end`, it is the grid of K + 1 steps
+  without n = 1, as in diffusers' multistep solvers.
   """
   if open_end:
     return np.delete(linspace(process, num_steps + 1), -2)
-  last, n = _discrete(process, num_steps, "linspace", least=2)
-  return _steps(np.round(np.linspace(0, last - 1, num_steps))[::-1] + 1, n)
+  last, n = _check_discrete(process, num_steps, "linspace", min_steps=2)
+  return _to_times(np.round(np.linspace(0, last - 1, num_steps))[::-1] + 1, n)
 
 
 def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None, value_of, time_of) -> np.ndarray:
-  """Times from t_max to t_min whose `value_of` is equally spaced, then 0 if t_min is positive."""
+  """Return times from t_max to t_min with equally spaced `value_of`, then 0 if t_min is positive."""
   t_max = process.t_max if t_max is None else t_max
   if not 0 <= t_min < t_max <= process.t_max:
     raise ValueError(
-      f"Got t_min={t_min}, t_max={t_max}; expected 0 <= t_min < t_max <= {process.t_max}, the process's."
+      f"Got t_min={t_min}, t_max={t_max}; expected 0 <= t_min < t_max <= {process.t_max}, the t_max of the process."
     )
-  least = 2 if t_min > 0 else 1
+  min_steps = 2 if t_min > 0 else 1
   schedules.check_steps(max(num_steps, 1))
-  if num_steps < least:
+  if num_steps < min_steps:
     raise ValueError(
-      f"Got num_steps={num_steps}; expected at least {least} for a grid that ends at {t_min:g}{', 0' if t_min else ''}."
+      f"Got num_steps={num_steps}; expected at least {min_steps} for a grid that ends at {t_min:g}{', 0' if t_min else ''}."
     )
   first, last = value_of(np.array([t_max, t_min], np.float64))
   times = time_of(np.linspace(first, last, num_steps + (1 if t_min == 0 else 0)))
@@ -152,27 +175,30 @@ def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None,
   return np.append(times, 0.0) if t_min > 0 else times
 
 
-def _last(process: Process, t_min: float | None) -> float:
-  """The last time above 0 of a grid in the log-SNR, which is infinite at 0."""
+def _positive_t_min(process: Process, t_min: float | None) -> float:
+  """Return the last time above 0 of a grid in log-SNR.
+
+  It must be positive, because the log-SNR is infinite at 0.
+  """
   t_min = process.t_min if t_min is None else t_min
   if t_min <= 0:
     raise ValueError(f"Got t_min={t_min}; expected it above 0 and below t_max={process.t_max}.")
   return t_min
 
 
-def _discrete(process: Process, num_steps: int, name: str, least: int = 1) -> tuple[int, int]:
-  """The step at t_max, and N."""
+def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int = 1) -> tuple[int, int]:
+  """Return the step at t_max and the number N of steps of a discrete process."""
   if process.num_steps is None:
     raise ValueError(
-      f"Got a continuous process for the grid {name!r}, which is made of the steps of a discrete one; use uniform, log_snr or karras."
+      f"Got a continuous process for the grid {name!r}; expected a discrete process. Use uniform, log_snr or karras instead."
     )
   last = last_step(process)
-  if not least <= num_steps <= last:
-    raise ValueError(f"Got num_steps={num_steps}; expected {least} to {last}, the steps of the process.")
+  if not min_steps <= num_steps <= last:
+    raise ValueError(f"Got num_steps={num_steps}; expected {min_steps} to {last}, the number of steps of the process.")
   return last, process.num_steps
 
 
-def _steps(steps: np.ndarray, n: int) -> np.ndarray:
+def _to_times(steps: np.ndarray, n: int) -> np.ndarray:
   return np.append(steps, 0.0) / n
 
 
@@ -181,8 +207,8 @@ def _log_snr(process: Process, times: np.ndarray) -> np.ndarray:
     values = np.asarray(process.log_snr(times))
   if not np.all(np.isfinite(values)):
     raise ValueError(
-      f"Got a grid in the log-SNR from t_max={times[0]:g}, where it is infinite (zero terminal SNR); start below, as with"
-      f" t_max={times[0] * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps):g}, or use uniform or trailing."
+      f"Got a grid in log-SNR from t_max={times[0]:g}, where the log-SNR is infinite (zero terminal SNR); expected a smaller"
+      f" t_max, such as {times[0] * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps):g}. Or use the grid uniform or trailing."
     )
   return values
 
@@ -193,7 +219,7 @@ def _time_of(process: Process):
 
 
 def _times_of_log_snr(process: Process, values: np.ndarray) -> np.ndarray:
-  # Padded, so that one compiled program serves grids of any length.
+  # Padding lets grids of different lengths share one compiled program.
   padded = np.pad(values, (0, -len(values) % 512), mode="edge")
   with jax.ensure_compile_time_eval(), jax.enable_x64(True):
     return np.array(_time_of(process)(padded))[: len(values)]

@@ -1,4 +1,4 @@
-"""The corrector of predictor-corrector sampling, a wrapper `Sampler -> Sampler`."""
+"""Provide the corrector of predictor-corrector sampling as a wrapper `Sampler -> Sampler`."""
 
 import math
 from collections.abc import Callable
@@ -15,19 +15,21 @@ from ddpm_jax.sampling.core import Sampler, add_calls, with_many_steps
 
 @check_types
 def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_steps: int = 1) -> Sampler:
-  """Langevin steps at each time before the step of `sampler` (Song et al. 2021, algorithms 2 to 5).
+  """Run Langevin steps at each time before the step of `sampler` (Song et al. 2021, algorithms 2 to 5).
 
-  A step moves x by `e` times the score and adds noise of variance 2 e, with e = 2 (snr sigma_t)^2. That is the paper's
-  step size with the norms of noise and score at the values they have on average, sqrt(D) and sqrt(D) / sigma_t: measured
-  on each sample, as in the paper, they blow up where a score is near 0, and they bias what the correction leaves alone. On VP the
-  paper (algorithm 5) and score_sde's code multiply `e` by 1 - beta_n of their 1,000 steps, which is 0.98 to 1 and no function of the
-  process: it is left out here.
+  A Langevin step moves x by `e` times the score and adds noise of variance 2 e, with e = 2 (snr sigma_t)^2. The paper
+  computes its step size from the norms of noise and score in each sample. This function uses the average values of the
+  norms, sqrt(D) and sqrt(D) / sigma_t. With measured norms the step size diverges where the score is near 0, and the
+  steps change a distribution that is already correct.
+
+  On VP, the paper (algorithm 5) and score_sde's code multiply `e` by 1 - beta_n of their 1,000 steps. This factor is
+  0.98 to 1 and not a function of the process, so it is left out here.
 
   Args:
-    sampler: the predictor; `ode` too, which then follows the flow from each time of the grid to the next.
-    process: its process.
-    snr: the paper's signal-to-noise ratio r; 0.16 is theirs for VE and VP.
-    num_steps: Langevin steps, and network calls, for each step of the predictor.
+    sampler: the predictor. The predictor `ode` follows the flow from each time of the grid to the next.
+    process: the predictor's forward process.
+    snr: the paper's signal-to-noise ratio r. The paper uses 0.16 for VE and VP.
+    num_steps: the number of Langevin steps before each step of the predictor. Each calls the network once.
 
   Raises:
     ValueError: if snr is not positive or num_steps is below 1.
@@ -37,7 +39,7 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
 
   def step(key, denoise, x_t, memory, t, s):
     alpha, variance = process.alpha(t), process.sigma(t) ** 2
-    # e times the score is 2 snr^2 (alpha x_0 - x): sigma cancels.
+    # Sigma cancels: e times the score is 2 snr^2 (alpha x_0 - x).
     size, std = 2 * snr**2, 2 * snr * jnp.sqrt(variance)
 
     def correct(x, index):
@@ -55,6 +57,6 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
     def prepare(count: int) -> Sampler:
       return with_langevin(inner(count), process, snr=snr, num_steps=num_steps)
 
-  # The score at x is of one estimate.
+  # The score at x uses a single estimate.
   wrapped = with_many_steps(sampler)._replace(step=step, reversible=False, prepare=prepare, two_estimates=False)
   return add_calls(wrapped, int(num_steps))

@@ -1,4 +1,4 @@
-"""Step rules that follow the reverse SDE or draw from the posterior, and those of consistency functions."""
+"""Provide step rules that follow the reverse SDE, sample the posterior, or apply a consistency function."""
 
 import jax.numpy as jnp
 
@@ -11,15 +11,16 @@ from ddpm_jax.sampling.core import Sampler, no_memory, safe_sqrt
 
 @check_types
 def ancestral(process: Process, variance: str = "small") -> Sampler:
-  """x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)) (Ho et al. 2020, algorithm 2, for any two times).
+  """Build ancestral sampling x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)) for any two times (Ho et al. 2020, algorithm 2).
 
   Args:
     process: the forward process.
-    variance: "small", that of the posterior (right for data at a point); "large", that of the forward step (right for
-      standard normal data); or "learned", between them in the logarithm (Nichol and Dhariwal 2021, equation 15).
+    variance: "small" is the variance of the posterior, exact for data at a single point. "large" is the variance of the
+      forward step, exact for standard normal data. "learned" interpolates their logarithms by the network's output
+      (Nichol and Dhariwal 2021, equation 15).
 
   Raises:
-    ValueError: if `variance` is none of these; in a step, if it is "learned" and `denoise` gives none.
+    ValueError: if `variance` has another value. In a step, if it is "learned" and `denoise` returns no variance.
   """
   if variance not in ("small", "large", "learned"):
     raise ValueError(f"Got variance={variance!r}; expected 'small', 'large' or 'learned'.")
@@ -28,13 +29,13 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
     denoised = denoise(x_t, t)
     if variance == "learned" and learned_fraction(denoised) is None:
       raise ValueError(
-        "Got variance='learned' and a denoise without variance; expected the denoiser of a predictions.learned_range network."
+        "Got variance='learned' and a denoiser without variance; expected the denoiser of a predictions.learned_range network."
       )
     mean, small = process.posterior(x_t, x_0_of(denoised), t, s)
     large = jnp.where(s > 0, process.step_variance(t, s), 0)
     if variance == "learned":
-      least = jnp.finfo(large.dtype).tiny
-      log_small, log_large = jnp.log(jnp.maximum(small, least)), jnp.log(jnp.maximum(large, least))
+      tiny = jnp.finfo(large.dtype).tiny
+      log_small, log_large = jnp.log(jnp.maximum(small, tiny)), jnp.log(jnp.maximum(large, tiny))
       log_variance = log_small + denoised.fraction * (log_large - log_small)
       std = jnp.where(s > 0, jnp.exp(0.5 * log_variance), 0)
     else:
@@ -46,30 +47,31 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
 
 @check_types
 def euler_maruyama(process: Process) -> Sampler:
-  """One Euler-Maruyama step of the reverse SDE (Song et al. 2021, equation 6), and to s = 0 the denoised mean.
+  """Build the Euler-Maruyama rule for the reverse SDE (Song et al. 2021, equation 6).
 
-  Noise of variance g(t)^2 (t - s) stands for the integral of g^2, so steps must be small where g varies. Where alpha_t is 0
-  the SDE's rates are infinite, and the step draws from the posterior instead, the exact one from there.
+  The variance of the noise, g(t)^2 (t - s), approximates the integral of g^2, so steps must be small where g varies.
+  The step to s = 0 returns the denoised mean. Where alpha_t is 0, the SDE's rates are infinite. There the step samples
+  the exact posterior instead.
   """
 
   def step(key, denoise, x_t, memory, t, s):
     x_0 = x_0_of(denoise(x_t, t))
     z = randomness.normal(key, x_t.shape, x_t.dtype)
-    u = jnp.where(process.alpha(t) > 0, t, 0.5 * (t + s))  # where its result is not taken, the rule stays finite
+    u = jnp.where(process.alpha(t) > 0, t, 0.5 * (t + s))  # finite even where the result is not used
     score = (process.alpha(u) * x_0 - x_t) / process.sigma(u) ** 2
     reverse_drift = process.drift(u) * x_t - process.diffusion_squared(u) * score
     x_s = x_t - reverse_drift * (t - s) + process.diffusion(u) * jnp.sqrt(t - s) * z
-    return _at_ends(process, x_s, x_0, z, t, s), memory
+    return _replace_at_ends(process, x_s, x_0, z, t, s), memory
 
   return Sampler(no_memory, step, process, spacing="time")
 
 
 @check_types
 def reverse_diffusion(process: Process) -> Sampler:
-  """The reverse diffusion rule: the forward step from s to t, mirrored (Song et al. 2021, equation 46).
+  """Build the reverse diffusion rule, the mirror image of the forward step from s to t (Song et al. 2021, equation 46).
 
-  The forward step is x_t = a x_s + G z with the exact a and G, so the rule suits any grid; it is of first order in a. To
-  s = 0, and where alpha_t is 0, as `euler_maruyama`.
+  The forward step is x_t = a x_s + G z with the exact a and G, so the rule works on any grid. It is of first order in
+  a. The step to s = 0 and steps from alpha_t = 0 are the same as in `euler_maruyama`.
   """
 
   def step(key, denoise, x_t, memory, t, s):
@@ -78,26 +80,30 @@ def reverse_diffusion(process: Process) -> Sampler:
     z = randomness.normal(key, x_t.shape, x_t.dtype)
     variance = process.step_variance(t, s)
     x_s = (2 - process.alpha(t) / process.alpha(s)) * x_t + variance * score + safe_sqrt(variance) * z
-    return _at_ends(process, x_s, x_0, z, t, s), memory
+    return _replace_at_ends(process, x_s, x_0, z, t, s), memory
 
   return Sampler(no_memory, step, process, spacing="time")
 
 
-def _at_ends(process: Process, x_s, x_0, z, t, s):
-  """`x_s`, but to s = 0 the denoised mean, and from where no data is left the posterior, x_0 noised to s."""
+def _replace_at_ends(process: Process, x_s, x_0, z, t, s):
+  """Replace `x_s` at the ends of the process.
+
+  The step to s = 0 returns the denoised mean. A step from alpha_t = 0 samples the posterior, x_0 noised to s.
+  """
   x_s = jnp.where(process.alpha(t) > 0, x_s, process.alpha(s) * x_0 + process.sigma(s) * z)
   return jnp.where(s > 0, x_s, x_0)
 
 
 @check_types
 def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
-  """Data by a consistency function, noised to s, and again (Song et al. 2023, algorithm 1).
+  """Build multistep consistency sampling (Song et al. 2023, algorithm 1).
 
-  `denoise(x_t, t)` is here the consistency function: not a mean, but the end of the probability flow through x_t.
+  Each step computes data with a consistency function and adds noise to reach s. Here `denoise(x_t, t)` is the
+  consistency function. It returns the end of the probability flow through x_t, and not a mean.
 
   Args:
     process: the forward process.
-    t_end: the time whose state the function gives; 0 for clean data, t_min for a network that was trained to stop there.
+    t_end: the time of the function's output, 0 for clean data. Use t_min for a network that was trained to stop there.
 
   Raises:
     ValueError: if t_end is outside [0, t_max).
@@ -109,7 +115,7 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
 
   def step(key, denoise, x_t, memory, t, s):
     x_end = x_0_of(denoise(x_t, t))
-    # From t_end up to s, as the forward process goes.
+    # Apply the forward process from t_end to s.
     end = jnp.asarray(t_end, s.dtype)
     later = jnp.maximum(s, end)
     variance = jnp.where(s > end, process.step_variance(later, end), 0)

@@ -1,1 +1,1 @@
-"""Files: a run's folder, checkpoints, logs and pictures, each of which appears whole or not at all."""
+"""Read and write the files of a run: checkpoints, logs, scores and images. All writes are atomic."""

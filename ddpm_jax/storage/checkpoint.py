@@ -1,4 +1,7 @@
-"""Checkpoints: all that orbax is used for. Each leaf has a digest, so that a damaged file is noticed and never used."""
+"""Save and restore checkpoints with orbax.
+
+Each leaf has a digest, so a damaged checkpoint is detected and never used. No other module imports orbax.
+"""
 
 import contextlib
 import gc
@@ -23,46 +26,48 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from ddpm_jax.storage import digests, sealed
 
 PyTree = Any
-# Raised when a checkpoint changes in a way that older code cannot read.
+# Increase it when older code cannot read a new checkpoint.
 FORMAT_VERSION = 2
-_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 def check_folder(folder: str | Path) -> Path:
-  """Return an absolute path of a folder that orbax reads as the system does.
+  """Return the absolute path of a checkpoint folder, or refuse a path that orbax misreads.
+
+  Orbax expands wildcards, reads some names as bucket URIs, and its storage layer reads a backslash as a slash.
+  Checkpoints in such a folder could be written but not read again.
 
   Raises:
-    ValueError: if checkpoints there could be written but not read again: orbax takes wildcards for patterns and some names
-      for those of buckets, its storage a backslash for a slash.
+    ValueError: if orbax would misread the path.
   """
   path = Path(folder).absolute()
-  # Orbax's storage shortens a/../b to b although a may be a link.
+  # Orbax shortens a/../b to b. This is wrong if a is a symbolic link, so resolve the path here.
   path = path.resolve() if ".." in path.parts else path
   text = str(path)
-  wrong = sorted({character for character in text if character in "*?[\\" or "\ud800" <= character <= "\udfff"})
-  if wrong:
-    shown = " ".join(character.encode(errors="backslashreplace").decode() for character in wrong)
+  forbidden = sorted({character for character in text if character in "*?[\\" or "\ud800" <= character <= "\udfff"})
+  if forbidden:
+    shown = " ".join(character.encode(errors="backslashreplace").decode() for character in forbidden)
     raise ValueError(
-      f"Got {text!r} as a folder of checkpoints, whose path has {shown}; expected a path of valid UTF-8 without"
-      r" * ? [ \. Rename the folder, or use another --workdir."
+      f"Got {text!r} as the checkpoint folder, with {shown} in its path; expected valid UTF-8 without"
+      r" * ? [ \. Rename the folder, or set another --workdir."
     )
-  # Orbax reads gs:/ as gs://, and /gs/x, /s3/x, /az/x and /hf/x as gs://x, s3://x, az://x and hf://x.
+  # Orbax reads gs:/ as gs://. It also reads /gs/x, /s3/x, /az/x and /hf/x as gs://x, s3://x, az://x and hf://x.
   if "gs:/" in text or "://" in os.fspath(epath.Path(text)):
     raise ValueError(
-      f"Got {text!r} as a folder of checkpoints, which orbax takes for a bucket; expected a path that does not begin with"
-      " /gs, /s3, /az or /hf, and has no folder that ends in gs:. Use another --workdir, or a link of another name."
+      f"Got {text!r} as the checkpoint folder, but orbax reads this path as a bucket; expected a path that does not start with"
+      " /gs, /s3, /az or /hf, and has no folder that ends in gs:. Set another --workdir, or use a symbolic link."
     )
   return path
 
 
 class Restored(NamedTuple):
-  """What a checkpoint gave.
+  """Hold the content of a restored checkpoint.
 
   Attributes:
-    step: its step.
-    items: the trees that were asked for, by name.
+    step: the step of the checkpoint.
+    items: the restored trees by name.
     data: the position in the data.
-    damaged: newer checkpoints that could not be used, each with its path and why.
+    damaged: one message for each newer checkpoint that is damaged, with its path and the problem.
   """
 
   step: int
@@ -72,15 +77,15 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one run in a folder, saved in the background.
+  """Save the checkpoints of one run in the background, and restore them.
 
   Args:
-    folder: where they lie; made at the first save.
-    keep: how many of the newest to keep.
-    keep_every: those of every so many steps are kept for good; 0 for none.
-    keep_best: how many of the best to keep, by `metric`.
-    metric: a name in the metrics given to `save`. A checkpoint without it is none of the best.
-    higher_is_better: whether the highest is the best, and not the lowest.
+    folder: the folder of all checkpoints; it is created if missing.
+    keep: how many of the newest checkpoints to keep.
+    keep_every: keep checkpoints at multiples of this number of steps; 0 for none.
+    keep_best: how many of the best checkpoints to keep, ranked by `metric`.
+    metric: the name of a metric passed to `save`. A checkpoint without this metric is never one of the best.
+    higher_is_better: whether the highest value of the metric is the best; otherwise the lowest is.
   """
 
   def __init__(
@@ -99,7 +104,7 @@ class Checkpoints:
     if keep_every:
       policies.append(preservation_policy.EveryNSteps(keep_every))
     if keep_best:
-      policies.append(_Chosen(self._best_steps))
+      policies.append(_PreserveChosen(self._best_steps))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=preservation_policy.AnyPreservationPolicy(policies), create=True
     )
@@ -108,16 +113,25 @@ class Checkpoints:
 
   @staticmethod
   def steps(folder: str | Path) -> list[int]:
-    """The steps of the finished checkpoints in a folder, rising; touches nothing."""
+    """Return the steps of the finished checkpoints in a folder, in rising order, without changing any file."""
     return sorted(ocp.utils.checkpoint_steps(folder)) if Path(folder).is_dir() else []
 
   def save(
     self, step: int, items: Mapping[str, PyTree], data: dict[str, Any], metrics: Mapping[str, float] | None = None
   ) -> None:
-    """Saves named trees and the data position (JSON) of a step; returns as soon as the trees may be donated again.
+    """Start to save a checkpoint, and return as soon as the trees may be donated again.
+
+    A step that is already saved is not saved again.
+
+    Args:
+      step: the step of the checkpoint.
+      items: the trees to save by name.
+      data: the position in the data, as JSON.
+      metrics: metrics of this step, to find the best checkpoints.
 
     Raises:
-      OSError: if this save or the one before cannot be written, as on a full disk. Earlier checkpoints stand.
+      OSError: if this checkpoint or the one before cannot be written, for example on a full disk. Earlier checkpoints
+        remain.
     """
     if step in self._manager.all_steps():
       return
@@ -133,68 +147,68 @@ class Checkpoints:
     self._saving, self._scores[step] = step, self._score(metrics or {})
     size = sum(leaf.nbytes for tree in items.values() for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
     if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < size:
-      raise self._unwritten(RuntimeError(f"it takes {size:,} bytes, and {free:,} are free"))
+      raise self._write_error(RuntimeError(f"it takes {size:,} bytes, but only {free:,} are free"))
     try:
       saved = self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(_sealed(content))))
     except Exception as error:
-      raise self._unwritten(error) from error
+      raise self._write_error(error) from error
     if not saved:
-      raise self._unwritten(RuntimeError(f"there is a later one, of step {self._manager.latest_step()}"))
+      raise self._write_error(RuntimeError(f"the folder has a later checkpoint, of step {self._manager.latest_step()}"))
 
   def _check_saved(self) -> None:
-    """Raises what happened to a save in the background."""
+    """Raise the error of a save in the background, if there is one."""
     try:
       self._manager.check_for_errors()
     except Exception as error:
-      raise self._unwritten(error) from error
+      raise self._write_error(error) from error
 
-  def _unwritten(self, error: Exception) -> OSError:
+  def _write_error(self, error: Exception) -> OSError:
     steps = self.steps(self.folder)
-    stands = f" What was saved there up to step {steps[-1]:,} stands." if steps else ""
+    remaining = f" The checkpoints up to step {steps[-1]:,} are intact." if steps else ""
     problem = "the disk is full" if "No space left" in str(error) else _first_line(error)
     return OSError(
-      f"Cannot write step {self._saving:,} into {self.folder}: {problem}. Make room, or make the folder writable; then run"
-      f" the same command again.{stands}"
+      f"Cannot write the checkpoint of step {self._saving:,} to {self.folder}: {problem}. Make room, or make the folder"
+      f" writable; then run the same command again.{remaining}"
     )
 
   def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:
-    """The named trees of the newest checkpoint whose every leaf is what was saved, and its data position.
+    """Restore trees and the data position from the newest undamaged checkpoint.
 
     Args:
-      templates: what to read, by name, as shapes, types and shardings; what is not named is not read.
-      step: the step to restore, and no other; the newest by default.
+      templates: the trees to read by name, as shapes, types and shardings. Other trees are not read.
+      step: the only step to restore; None for the newest undamaged one.
 
     Raises:
-      DamagedCheckpointError: if there is none but damaged ones.
-      ValueError: if there is no checkpoint, it was written by a newer version, or it holds other shapes.
+      DamagedCheckpointError: if all checkpoints are damaged.
+      ValueError: if there is no checkpoint, a newer version wrote it, or its shapes differ from the templates.
     """
     steps = self.steps(self.folder)
     if step is not None and step not in steps:
       raise ValueError(f"Got step {step} of {self.folder}; expected one of {', '.join(map(str, steps)) or 'none'}.")
     damaged = []
-    with _collecting():
+    with _collect_readers():
       for candidate in steps[::-1] if step is None else [step]:
         path = self.folder / str(candidate)
         try:
-          content = self._content(candidate)
+          content = self._read_description(candidate)
           _check_same_shapes(path, content, templates)
-          items = self._read(candidate, content, templates)
+          items = self._read_items(candidate, content, templates)
         except _UnusableError as error:
           damaged.append(f"{path}: {error}")
           continue
         return Restored(candidate, items, content["data"], damaged)
     if damaged:
       raise DamagedCheckpointError(
-        "Got no checkpoint that can be used; each is damaged:\n  "
+        "Got damaged checkpoints only; expected at least one intact checkpoint:\n  "
         + "\n  ".join(damaged)
         + "\nRestore one from a copy, or start a new run in another --workdir."
       )
     raise ValueError(
-      f"Got {self.folder}, which holds no checkpoint; expected one that training wrote. Train first: --mode=train."
+      f"Got {self.folder}, which holds no checkpoint; expected a checkpoint from training. Train first: --mode=train."
     )
 
   def best_step(self) -> int | None:
-    """The step of the best metric among those that lie here, or None if none has it."""
+    """Return the step of the checkpoint with the best metric, or None if no checkpoint has the metric."""
     best = self._best_steps(self.steps(self.folder), 1)
     return best[0] if best else None
 
@@ -204,54 +218,60 @@ class Checkpoints:
   def _best_steps(self, steps: Sequence[int], count: int | None = None) -> list[int]:
     for step in steps:
       if step not in self._scores:
-        # From our own descriptions: a damaged file of orbax's metrics would keep its manager from starting.
+        # Read the metrics from our own description. If orbax stored them, one damaged file would break its manager.
         try:
-          self._scores[step] = self._score(self._content(step)["metrics"])
+          self._scores[step] = self._score(self._read_description(step)["metrics"])
         except (_UnusableError, ValueError):
           self._scores[step] = math.inf
-    known = [step for step in steps if self._scores[step] < math.inf]
-    return sorted(known, key=lambda step: (self._scores[step], -step))[: self._keep_best if count is None else count]
+    scored = [step for step in steps if self._scores[step] < math.inf]
+    return sorted(scored, key=lambda step: (self._scores[step], -step))[: self._keep_best if count is None else count]
 
-  def _content(self, step: int) -> dict[str, Any]:
-    with _reading("its description cannot be read"):
+  def _read_description(self, step: int) -> dict[str, Any]:
+    """Return the description of a checkpoint: its leaves with digests, its data position and its metrics."""
+    with _report_damage("its description cannot be read"):
       meta = ocp.JsonCheckpointHandler().restore(
         epath.Path(self.folder / str(step) / "meta"), args=ocp.args.JsonRestore()
       )
       if meta["sha256"] != sealed.digest_json(meta["content"]):
-        raise _UnusableError("its description is not what was saved")
+        raise _UnusableError("its description was changed after it was saved")
       version = int(meta["content"]["format_version"])
     if version != FORMAT_VERSION:
       raise ValueError(
-        f"Got a checkpoint of format {version} in {self.folder / str(step)}; this version of ddpm_jax reads format {FORMAT_VERSION}. Upgrade"
-        " ddpm_jax."
+        f"Got a checkpoint of format {version} in {self.folder / str(step)}; expected format {FORMAT_VERSION}, the only one that this"
+        " version of ddpm_jax reads. Upgrade ddpm_jax."
       )
     return meta["content"]
 
-  def _read(self, step: int, content: dict[str, Any], templates: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  def _read_items(self, step: int, content: dict[str, Any], templates: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Read trees, and compare their digests with the description."""
     items = {}
-    with _reading("it cannot be read"):
+    with _report_damage("it cannot be read"):
       for name, tree in templates.items():
-        # Not by the manager, whose barrier would leave the other processes waiting where one cannot read its part.
+        # Orbax's manager would wait at a barrier forever if one process cannot read its part, so use the handler.
         folder = epath.Path(self.folder / str(step) / name)
         items[name] = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(tree))
     for name, tree in items.items():
-      wanted, found = content["leaves"][name], _describe(tree)
-      # Of a random key whose description is lost, the bits alone come back.
-      changed = [leaf for leaf in wanted if wanted[leaf] != found[leaf]]
+      saved, restored = content["leaves"][name], _describe(tree)
+      # This also detects a random key that orbax restored as plain bits because its own metadata was lost.
+      changed = [leaf for leaf in saved if saved[leaf] != restored[leaf]]
       if changed:
         raise _UnusableError(
-          f"{len(changed)} of {len(wanted)} leaves are not what was saved, {name}{changed[0]} among them"
+          f"{len(changed)} of {len(saved)} leaves were changed after they were saved, such as {name}{changed[0]}"
         )
     return items
 
   def discard(self, after: int, target: Path | None = None) -> list[Path]:
-    """Clears the way after a step that is gone on from: gives the paths of what was passed over.
+    """Remove checkpoints later than the step training resumes from, and return their paths.
 
-    Half-written checkpoints hold nothing of use and are deleted; finished ones are moved into `target`, or deleted without one.
+    Unfinished checkpoints are always deleted.
+
+    Args:
+      after: the step that training resumes from.
+      target: the folder that finished checkpoints are moved to; None to delete them.
     """
-    passed_over: list[Path] = []
+    removed: list[Path] = []
     if not self.folder.is_dir():
-      return passed_over
+      return removed
     for path in sorted(self.folder.iterdir()):
       step = re.match(r"(\d+)(\.orbax-checkpoint-tmp.*)?$", path.name)
       if step and step[2]:
@@ -263,30 +283,30 @@ class Checkpoints:
           shutil.move(path, sealed.unused_path(path, target))
       else:
         continue
-      passed_over.append(path)
-    return passed_over
+      removed.append(path)
+    return removed
 
   def reload(self) -> None:
-    """Looks at the folder anew, after `discard`, in every process."""
+    """Read the folder again after `discard`, on every process."""
     self._manager.reload()
 
   def wait(self) -> None:
-    """Waits for saves under way.
+    """Wait until all started saves are finished.
 
     Raises:
-      OSError: if one could not be written.
+      OSError: if a checkpoint could not be written.
     """
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      raise self._unwritten(error) from error
+      raise self._write_error(error) from error
     self._check_saved()
 
   def close(self) -> None:
-    """Waits for saves under way, and is of no more use.
+    """Wait until all started saves are finished, and release orbax's resources.
 
     Raises:
-      OSError: if one could not be written.
+      OSError: if a checkpoint could not be written.
     """
     try:
       self.wait()
@@ -294,8 +314,8 @@ class Checkpoints:
       self._manager.close()
 
 
-class _Chosen:
-  """An orbax policy that preserves the steps that a function chooses."""
+class _PreserveChosen:
+  """Preserve the checkpoints of the steps that a function chooses, as an orbax policy."""
 
   def __init__(self, choose: Callable[[Sequence[int]], Sequence[int]]):
     self._choose = choose
@@ -306,16 +326,19 @@ class _Chosen:
 
 
 class DamagedCheckpointError(ValueError):
-  """All that might have been restored is damaged."""
+  """Report that all checkpoints are damaged."""
 
 
 class _UnusableError(Exception):
-  """A checkpoint that is not what was saved."""
+  """Report that one checkpoint is damaged."""
 
 
 @contextlib.contextmanager
-def _collecting() -> Iterator[None]:
-  """Collects the readers that orbax leaves waiting when one of them fails: each would print pages about itself, at any later time."""
+def _collect_readers() -> Iterator[None]:
+  """Delete the readers that orbax leaves behind when one of them fails.
+
+  Otherwise each of them prints a long warning when Python deletes it later.
+  """
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   log = logging.getLogger("asyncio")
   disabled, log.disabled = log.disabled, True
@@ -331,10 +354,11 @@ def _collecting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading(what: str) -> Iterator[None]:
-  """Turns what goes wrong with a file into a `_UnusableError`, in all processes if in one: they must go on together.
+def _report_damage(message: str) -> Iterator[None]:
+  """Convert an error about a file into a `_UnusableError` on all processes.
 
-  What says nothing of the file, such as too little memory, stays as it is.
+  If one process cannot read the checkpoint, all processes must skip it. Errors unrelated to the file, such as too
+  little memory, are raised unchanged.
   """
   problem, failure = "", cast(Exception | None, None)
   try:
@@ -346,60 +370,61 @@ def _reading(what: str) -> Iterator[None]:
   except Exception as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "Too many open files" in str(error):
       raise
-    problem, failure = f"{what} ({_first_line(error)})", error
+    problem, failure = f"{message} ({_first_line(error)})", error
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
-    well = bool(np.all(multihost_utils.process_allgather(np.array(not problem))))
-    problem = problem or ("" if well else f"{what} (by another process)")
+    is_intact = bool(np.all(multihost_utils.process_allgather(np.array(not problem))))
+    problem = problem or ("" if is_intact else f"{message} (by another process)")
   if problem:
     raise _UnusableError(problem) from failure
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
-  """Return a description with the digest of itself."""
+  """Return a description together with its own digest."""
   return {"content": json.loads(json.dumps(content)), "sha256": sealed.digest_json(content)}
 
 
 def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:
-  """Shape, type and digest of each leaf, by its path."""
+  """Return the shape, type and digest of each leaf by its path."""
   paths, leaves = (
     zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True) if jax.tree.leaves(tree) else ((), ())
   )
-  sums = digests.compute(leaves)
+  leaf_digests = digests.compute(leaves)
   return {
     jax.tree_util.keystr(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
-    for path, leaf, digest in zip(paths, leaves, sums, strict=True)
+    for path, leaf, digest in zip(paths, leaves, leaf_digests, strict=True)
   }
 
 
 def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[str, PyTree]) -> None:
-  """Raises a ValueError that lists names and shapes unless the templates are what was saved."""
-  lines = []
+  """Raise a ValueError that lists names and shapes if the templates differ from the saved trees."""
+  differences = []
   for name, tree in templates.items():
     if name not in content["leaves"]:
-      raise ValueError(f"Got {path}, which holds {', '.join(content['leaves'])} and no {name!r}.")
-    saved = {leaf: f"{of['dtype']}{of['shape']}" for leaf, of in content["leaves"][name].items()}
-    wanted = {
-      jax.tree_util.keystr(leaf): f"{of.dtype}{list(of.shape)}"
-      for leaf, of in jax.tree_util.tree_flatten_with_path(tree)[0]
+      raise ValueError(f"Got {path}, which holds {', '.join(content['leaves'])}; expected a checkpoint with {name!r}.")
+    saved = {leaf: f"{entry['dtype']}{entry['shape']}" for leaf, entry in content["leaves"][name].items()}
+    expected = {
+      jax.tree_util.keystr(leaf): f"{entry.dtype}{list(entry.shape)}"
+      for leaf, entry in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
-    for leaf in sorted({*saved, *wanted}):
-      if saved.get(leaf) != wanted.get(leaf):
-        lines.append(
-          f"{name}{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {wanted.get(leaf, 'absent')} expected"
+    for leaf in sorted({*saved, *expected}):
+      if saved.get(leaf) != expected.get(leaf):
+        differences.append(
+          f"{name}{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {expected.get(leaf, 'absent')} expected"
         )
-  if lines:
-    more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+  if differences:
+    more = f"\n  and {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
     raise ValueError(
       f"Got {path}, the checkpoint of another architecture or optimizer:\n  "
-      + "\n  ".join(lines[:_SHOWN])
+      + "\n  ".join(differences[:_MAX_SHOWN])
       + more
-      + "\nUse the config that it was trained with, or another --workdir."
+      + "\nUse the config that it was trained with, or set another --workdir."
     )
 
 
 def _first_line(error: BaseException) -> str:
-  while error.__cause__ is not None:  # orbax says what it did, its cause what happened
+  # The message of orbax names its own operation. The cause names the actual problem.
+  while error.__cause__ is not None:
     error = error.__cause__
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

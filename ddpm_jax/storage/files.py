@@ -1,4 +1,4 @@
-"""Write files and folders that appear whole or not at all: under a temporary name, which is then changed."""
+"""Write files and folders atomically: write under a temporary name, then rename."""
 
 import contextlib
 import errno
@@ -10,72 +10,82 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# What only writing meets. Libraries in C++ and Rust give the system's words and no number.
-_FULL = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+# Errors that mean a full disk. Libraries in C++ and Rust report the text of the system's error but not its number.
+_FULL_DISK = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 _UNFINISHED = ".unfinished-"
 _count = itertools.count()
-_begun: set[Path] = set()
+_unfinished: set[Path] = set()
 
 
 class WriteError(OSError):
-  """A file or a folder could not be written. What was there before is as it was.
+  """Report a file or folder that could not be written.
+
+  An existing file is unchanged.
 
   Attributes:
-    full: whether there was no room.
+    is_full: whether the disk is full.
   """
 
-  def __init__(self, message: str, full: bool):
+  def __init__(self, message: str, is_full: bool):
     super().__init__(message)
-    self.full = full
+    self.is_full = is_full
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-  """Yield a path to write a file to, which becomes `path` at the end of the block.
+  """Yield a temporary path, and rename it to `path` at the end of the block.
 
-  Missing folders are made. If the block raises, `path` is as it was before.
+  Missing folders are created. If the block raises, `path` does not change.
 
   Raises:
-    WriteError: if the system refuses, or the library that writes reports a full disk.
+    WriteError: if the system refuses to write, or a library reports a full disk.
   """
   path = Path(path)
-  # Not named after the file: names that are nearly too long would become so.
-  temporary = path.with_name(f"{_unfinished()}{path.suffix}")
-  _begun.add(temporary)
+  # The temporary name does not contain the file's name, because a long name could exceed the limit.
+  temporary = path.with_name(f"{_temporary_name()}{path.suffix}")
+  _unfinished.add(temporary)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
       mode = os.fstat(file.fileno()).st_mode & 0o777
     yield temporary
-    # safetensors lets its owner alone read what it writes.
+    # safetensors creates files that only their owner can read, so restore the default mode.
     temporary.chmod(mode)
     _sync(temporary)
     os.replace(temporary, path)
   except Exception as error:
-    # Before the free space is looked up.
+    # Remove the temporary file first, so that the error reports the correct free space.
     _remove(temporary)
     if isinstance(error, OSError) or _is_full(error):
       raise write_error(path, error) from error
     raise
   finally:
     _remove(temporary)
-    _begun.discard(temporary)
+    _unfinished.discard(temporary)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-  """Write a file of bytes, whole or not at all; a `WriteError` if that fails."""
+  """Write bytes to a file atomically.
+
+  Raises:
+    WriteError: if the file cannot be written.
+  """
   with atomic_file(path) as temporary:
     temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
-  """Write a file of UTF-8 text, whole or not at all; a `WriteError` if that fails."""
-  # A path may hold bytes that are no text, which Python keeps as lone surrogates.
+  """Write UTF-8 text to a file atomically.
+
+  Raises:
+    WriteError: if the file cannot be written.
+  """
+  # Text may contain a path with bytes that are not UTF-8. Python represents them as lone surrogates.
   write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
-  """Write arrays by name into a compressed .npz file, whole or not at all."""
+  """Write arrays by name to a compressed .npz file atomically."""
   import numpy as np
 
   with atomic_file(path) as temporary:
@@ -84,7 +94,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-  """Let what the system refuses within the block be a `WriteError` that names `path`."""
+  """Convert an OSError of the block to a `WriteError` that names `path`."""
   try:
     yield
   except WriteError:
@@ -94,13 +104,17 @@ def named_errors(path: str | Path) -> Iterator[None]:
 
 
 def append_line(path: str | Path, line: str) -> None:
-  """Append a line to a file, whole or not at all; a `WriteError` if that fails."""
-  rest = line.encode("utf-8", "backslashreplace") + b"\n"
+  """Append a line to a file atomically.
+
+  Raises:
+    WriteError: if the line cannot be written.
+  """
+  remaining = line.encode("utf-8", "backslashreplace") + b"\n"
   with named_errors(path), open(path, "ab", buffering=0) as file:
     size = file.tell()
     try:
-      while rest:
-        rest = rest[file.write(rest) :]
+      while remaining:
+        remaining = remaining[file.write(remaining) :]
     except OSError:
       file.truncate(size)
       raise
@@ -108,32 +122,32 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-  """Yield a temporary folder, and move what it holds to the folder `path` at the end of the block.
+  """Yield a temporary folder, and move its content to the folder `path` at the end of the block.
 
-  If the block raises, nothing of it stays.
+  If the block raises, the temporary folder is deleted.
 
   Raises:
-    ValueError: if the path is taken by a file or a folder that is not empty.
-    WriteError: if it cannot be written.
+    ValueError: if the path is a file or a folder that is not empty.
+    WriteError: if the folder cannot be written.
   """
   path = Path(path)
   check_new_folder(path)
-  # An empty folder that exists keeps its place: it may be mounted, a link, or all that may be written to.
+  # Do not replace an existing empty folder: it may be a mount point, a link, or the only writable folder.
   exists = path.is_dir()
-  temporary = (path if exists else path.parent) / _unfinished()
+  temporary = (path if exists else path.parent) / _temporary_name()
   with named_errors(path):
-    # What a killed process left.
-    for left in path.glob(f"{_UNFINISHED}*"):
-      shutil.rmtree(left)
+    # Delete temporary folders of killed processes.
+    for leftover in path.glob(f"{_UNFINISHED}*"):
+      shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
-  _begun.add(temporary)
+  _unfinished.add(temporary)
   try:
     yield temporary
     for file in temporary.rglob("*"):
       if file.is_file():
         _sync(file)
     if exists:
-      # In the order in which they were written: an index comes last.
+      # Move entries in the order they were written, because an index is written last.
       for entry in sorted(temporary.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):
         os.replace(entry, path / entry.name)
       temporary.rmdir()
@@ -141,17 +155,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
       os.replace(temporary, path)
   except BaseException as error:
     shutil.rmtree(temporary, ignore_errors=True)
-    # Other errors may come from what the block reads.
+    # Any other error may come from a file that the block reads, so raise it unchanged.
     if isinstance(error, WriteError) or _is_full(error):
       raise write_error(path, error) from error
     raise
   finally:
-    _begun.discard(temporary)
+    _unfinished.discard(temporary)
 
 
 def remove_unfinished() -> None:
-  """Remove the files and folders that are being written, as before the program ends in the middle of it."""
-  for temporary in list(_begun):
+  """Remove temporary files and folders before the program ends during a write."""
+  for temporary in list(_unfinished):
     if temporary.is_dir():
       shutil.rmtree(temporary, ignore_errors=True)
     else:
@@ -159,78 +173,90 @@ def remove_unfinished() -> None:
 
 
 def check_new_folder(path: str | Path) -> None:
-  """Raise an error unless a new folder can be written at a path.
+  """Check that a new folder can be written at a path.
 
   Raises:
-    ValueError: if the path is taken by a file or a folder that is not empty.
-    WriteError: if nothing can be written there.
+    ValueError: if the path is a file or a folder that is not empty.
+    WriteError: if the path is not writable.
   """
   path = Path(path)
   if path.is_symlink() and not path.exists():
-    raise ValueError(f"Got the output {path}, a link to nothing; expected a new or an empty folder. Remove the link.")
+    raise ValueError(f"Got the output {path}, a broken link; expected a new or an empty folder. Remove the link.")
   if path.exists() and (not path.is_dir() or any(not entry.name.startswith(_UNFINISHED) for entry in path.iterdir())):
     raise ValueError(
       f"Got the output {path}, which exists and is not empty; expected a new or an empty folder, so that nothing is"
-      " overwritten. Choose another."
+      " overwritten. Choose another path."
     )
-  check_place(path)
+  check_writable(path)
 
 
 def check_new_file(path: str | Path, suffix: str) -> None:
-  """Raise an error unless a new file can be written at a path.
+  """Check that a new file can be written at a path.
 
   Raises:
-    ValueError: if the path is taken or has another suffix.
-    WriteError: if nothing can be written there.
+    ValueError: if the path exists or has another suffix.
+    WriteError: if the path is not writable.
   """
   path = Path(path)
   if path.suffix != suffix or path.exists():
     raise ValueError(
       f"Got --output={path}{', which exists' if path.exists() else ''}; expected a new file that ends in {suffix}. Choose"
-      " another."
+      " another path."
     )
-  check_place(path)
+  check_writable(path)
 
 
 def unused_path(path: Path, suffix: str) -> Path:
-  """Return the path if no file has it with this suffix, else the first free one of path_2, path_3, ..."""
-  names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
-  return next(name for name in names if not Path(f"{name}{suffix}").exists())
+  """Return the first of path, path_2, path_3, ... that does not exist with a suffix.
+
+  The returned path has no suffix.
+  """
+  candidates = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+  return next(candidate for candidate in candidates if not Path(f"{candidate}{suffix}").exists())
 
 
-def check_place(path: str | Path) -> None:
-  """Raise a WriteError unless files can be made in the nearest folder of a path that exists."""
+def check_writable(path: str | Path) -> None:
+  """Check that the nearest existing folder of a path is writable.
+
+  Raises:
+    WriteError: if it is not.
+  """
   path = Path(path).absolute()
-  with named_errors(path), tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
+  with (
+    named_errors(path),
+    tempfile.TemporaryFile(dir=next(folder for folder in (path, *path.parents) if folder.exists())),
+  ):
     pass
 
 
 def write_error(path: str | Path, error: BaseException) -> WriteError:
-  """Return the error that says which file could not be written, why, and what to do."""
+  """Return a WriteError that names the file, the reason and the remedy."""
   if isinstance(error, WriteError) and error.__cause__ is not None:
-    # Its file was in a folder that is gone by now.
+    # The inner error names a file in a temporary folder that is already deleted.
     error = error.__cause__
-  full = _is_full(error)
-  said = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
-  reason = next((words for words in _FULL if words in said), said)
-  advice = "Make room, then run the same command again." if full else "Make it writable, or choose another place."
-  room = f" ({_free(Path(path))} free there)" if full else ""
-  return WriteError(f"Cannot write {path}: {reason}{room}. {advice}", full)
+  is_full = _is_full(error)
+  message = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+  reason = next((text for text in _FULL_DISK if text in message), message)
+  advice = "Make room, then run the same command again." if is_full else "Make it writable, or choose another path."
+  room = f" ({_free_space(Path(path))} free there)" if is_full else ""
+  return WriteError(f"Cannot write {path}: {reason}{room}. {advice}", is_full)
 
 
 def _is_full(error: BaseException) -> bool:
   if isinstance(error, WriteError):
-    return error.full
+    return error.is_full
   if isinstance(error, OSError) and error.errno is not None:
-    return error.errno in _FULL.values()
-  # NumPy says "... requested and ... written".
-  return any(words in str(error) for words in _FULL) or (isinstance(error, OSError) and "requested and" in str(error))
+    return error.errno in _FULL_DISK.values()
+  # On a full disk NumPy reports "... requested and ... written".
+  return any(text in str(error) for text in _FULL_DISK) or (
+    isinstance(error, OSError) and "requested and" in str(error)
+  )
 
 
-def _free(path: Path) -> str:
-  for place in (path.absolute(), *path.absolute().parents):
+def _free_space(path: Path) -> str:
+  for folder in (path.absolute(), *path.absolute().parents):
     with contextlib.suppress(OSError):
-      return f"{shutil.disk_usage(place).free:,} bytes"
+      return f"{shutil.disk_usage(folder).free:,} bytes"
   return "an unknown number of bytes"
 
 
@@ -244,5 +270,5 @@ def _sync(path: Path) -> None:
     os.fsync(file.fileno())
 
 
-def _unfinished() -> str:
+def _temporary_name() -> str:
   return f"{_UNFINISHED}{os.getpid()}-{next(_count)}"

@@ -1,4 +1,4 @@
-"""Which frozen parameters a run is trained with, by their digests in its folder."""
+"""Record the digests of the frozen parameters of a run, and check them when training resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,35 @@ PyTree = Any
 
 
 def _digests(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Return the digest of each array by the name of its part, such as "codec"."""
+  """Return the digests of the arrays of each part, such as "codec", by name."""
   return {name: digests.compute(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
 
 
 def check(folder: Path, frozen: PyTree | None) -> None:
-  """Raise a ValueError unless frozen parameters are those that the run in a folder was trained with, as far as it was."""
+  """Check that the frozen parameters are the same as in the earlier training of a run.
+
+  A run without a record is not checked. Parts without an earlier record are not checked either.
+
+  Raises:
+    ValueError: if they differ, or the record is damaged.
+  """
   path = workdir.frozen_path(folder)
   if not path.exists():
     return
   try:
-    before = sealed.read_json(path)
+    recorded = sealed.read_json(path)
   except sealed.DamagedFileError as error:
     raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or start a new run.") from error
-  for name, found in _digests(frozen).items():
-    if name in before and before[name] != found:
+  for name, current in _digests(frozen).items():
+    if name in recorded and recorded[name] != current:
       raise ValueError(
-        f"Got frozen parameters ({name}) other than those that the run in {folder} was trained with; expected the same. Restore what"
-        " they are read from, or start a new run in another --workdir."
+        f"Got frozen parameters ({name}) that differ from those of earlier training in {folder}; expected the same parameters."
+        " Restore the file that they are loaded from, or start a new run in another --workdir."
       )
 
 
 def write(folder: Path, frozen: PyTree | None) -> None:
-  """Write down which frozen parameters a run is trained with."""
-  found = _digests(frozen)
-  if found and jax.process_index() == 0:
-    sealed.write_json(workdir.frozen_path(folder), found)
+  """Write the digests of the frozen parameters of a run."""
+  current = _digests(frozen)
+  if current and jax.process_index() == 0:
+    sealed.write_json(workdir.frozen_path(folder), current)

@@ -1,4 +1,4 @@
-"""Images in [-1, 1] and in uint8, and pictures of many of them."""
+"""Convert images between [-1, 1] and uint8, and arrange many images in one picture."""
 
 import math
 from pathlib import Path
@@ -7,20 +7,25 @@ import numpy as np
 
 from ddpm_jax.storage import files
 
-# Samples that a picture shows; of one with a column for each class, so many columns at most, and rows.
-SHOWN, _CLASSES, _ROWS = 64, 20, 10
-# What lies between images, and in place of those that fill up a grid.
-_BETWEEN = 64
+# The maximum number of samples in a picture.
+SHOWN = 64
+# The maximum number of columns, and the number of rows, of a picture with one column for each class.
+_MAX_COLUMNS, _ROWS = 20, 10
+# The gray value of the lines between images and of unused cells of a grid.
+_BACKGROUND = 64
 
 
 def to_uint8(x) -> np.ndarray:
-  """[-1, 1] to 0..255, rounded to the nearest and clipped: the one rule for PNGs and scores alike."""
+  """Convert [-1, 1] to uint8 in 0..255, rounded to the nearest integer and clipped.
+
+  PNG files and scores use the same rule.
+  """
   return np.clip(np.rint((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def from_uint8(x: np.ndarray) -> np.ndarray:
-  """0..255 to [-1, 1], float32."""
-  # In place: on batches of large images new arrays cost more than the arithmetic.
+  """Convert 0..255 to float32 in [-1, 1]."""
+  # Compute in place. For batches of large images, new arrays cost more than the arithmetic.
   scaled = np.array(x, np.float32)
   scaled /= 127.5
   scaled -= 1
@@ -28,43 +33,45 @@ def from_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def as_floats(x: np.ndarray) -> np.ndarray:
-  """Return images as float32 in [-1, 1]; of floats, as they are."""
+  """Return images as float32 in [-1, 1]. Floating-point images keep their values."""
   return from_uint8(x) if x.dtype == np.uint8 else np.asarray(x, np.float32)
 
 
 def as_uint8(x: np.ndarray) -> np.ndarray:
-  """Return images as uint8; of uint8, as they are."""
+  """Return images as uint8. Images that are uint8 already are returned unchanged."""
   return x if x.dtype == np.uint8 else to_uint8(x)
 
 
 def displayable(images: np.ndarray) -> np.ndarray:
-  """Return images [..., H, W, C] uint8 with channels that a picture can have: 1 (gray), 3 (RGB) or 4 (RGB with opacity).
+  """Return images [..., H, W, C] uint8 with a number of channels that a picture can show.
 
-  Two channels, or more than four, become gray planes of one image, row by row in the order of the channels, in as many columns as make it
-  about as wide as high for square images. A dark line of one pixel lies between planes: 8x8x5 becomes 17x26x1, three planes above two.
+  A picture has 1 (gray), 3 (RGB) or 4 (RGB with opacity) channels. For any other number, each channel becomes a gray
+  tile of one larger image. The tiles are arranged row by row in an approximately square grid, with a dark line of one
+  pixel between them. For example, 8x8x5 becomes 17x26x1: three tiles above two.
   """
   height, width, channels = images.shape[-3:]
   if channels in (1, 3, 4):
     return images
   columns = math.ceil(math.sqrt(channels))
   rows = math.ceil(channels / columns)
-  drawn = np.full((*images.shape[:-3], rows * (height + 1) - 1, columns * (width + 1) - 1, 1), _BETWEEN, np.uint8)
+  tiled = np.full((*images.shape[:-3], rows * (height + 1) - 1, columns * (width + 1) - 1, 1), _BACKGROUND, np.uint8)
   for channel in range(channels):
     top, left = (channel // columns) * (height + 1), (channel % columns) * (width + 1)
-    drawn[..., top : top + height, left : left + width, 0] = images[..., channel]
-  return drawn
+    tiled[..., top : top + height, left : left + width, 0] = images[..., channel]
+  return tiled
 
 
 def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.ndarray:
-  """Return one picture of many images, with lines of two pixels between them.
+  """Arrange images in one picture, with lines of two pixels between them.
 
   Args:
     images: uint8 [N, h, w, C].
-    columns: how many lie beside each other; by default as many as below each other.
-    tile: an image that is smaller is enlarged by a whole factor to about so many pixels, or of several planes (see `displayable`) each plane.
+    columns: the number of columns; None for a square grid.
+    tile: the target size in pixels. Smaller images are enlarged by an integer factor to at most this size. If
+      `displayable` splits an image into one tile for each channel, the size is that of one tile.
 
   Returns:
-    uint8 [H, W, 1, 3 or 4].
+    uint8 [H, W, C] with 1, 3 or 4 channels.
   """
   factor = max(1, tile // max(images.shape[1:3]))
   images = displayable(images)
@@ -74,7 +81,7 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
   images = images.repeat(factor, 1).repeat(factor, 2)
   gap = 2
   high, wide = height * factor + gap, width * factor + gap
-  picture = np.full((rows * high + gap, columns * wide + gap, channels), _BETWEEN, np.uint8)
+  picture = np.full((rows * high + gap, columns * wide + gap, channels), _BACKGROUND, np.uint8)
   if channels == 4:
     picture[..., 3] = 255
   for index, image in enumerate(images):
@@ -84,7 +91,7 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
 
 
 def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) -> None:
-  """Write a PNG of images [N, h, w, C] uint8 as `grid` draws them, whole or not at all."""
+  """Write images, uint8 [N, h, w, C], to a PNG file as a `grid`. The write is atomic."""
   from PIL import Image
 
   picture = grid(images, columns)
@@ -93,11 +100,14 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) 
 
 
 def save_samples(path: str | Path, samples: np.ndarray, classes: np.ndarray | None = None) -> None:
-  """Write a PNG of some samples uint8 [N, h, w, C], with a column for each class if their classes [N] come in turn."""
-  columns, shown = None, SHOWN
+  """Write the first samples, uint8 [N, h, w, C], to a PNG file.
+
+  If the classes [N] of the samples repeat periodically, the picture has one column for each class.
+  """
+  columns, num_shown = None, SHOWN
   if classes is not None:
-    # After so many samples the classes begin again.
+    # The smallest number of samples after which the classes repeat.
     period = next((n for n in range(1, len(classes)) if np.array_equal(classes[n:], classes[:-n])), len(classes))
-    if 1 < period <= _CLASSES:
-      columns, shown = period, period * _ROWS
-  save_grid(path, samples[:shown], columns)
+    if 1 < period <= _MAX_COLUMNS:
+      columns, num_shown = period, period * _ROWS
+  save_grid(path, samples[:num_shown], columns)

@@ -1,4 +1,4 @@
-"""JSON files that others wrote: read with a check of what is in them. Every error names the file."""
+"""Read and check JSON files of other tools. Every error names the file."""
 
 import contextlib
 import json
@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Types that a value may have; a list of types stands for a list of such values. `float` takes integers too.
+# The types that a value may have. A list of types means a list of values of these types. `float` also allows integers.
 Kinds = tuple[Any, ...]
-# What float32 holds, in which programs compute; the rest would be infinite or 0.
+# The range of normal float32 numbers. Programs compute in float32, where other numbers would become infinite or 0.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
-# How messages name a kind: one value, and several.
+# The names of a kind in messages: singular and plural.
 _NAMES: dict[Any, tuple[str, str]] = {
   None.__class__: ("null", "nulls"),
   bool: ("true or false", "true or false"),
   int: ("an integer of at most 64 bits", "integers of at most 64 bits"),
-  float: ("a finite number that float32 holds", "finite numbers that float32 holds"),
+  float: ("a finite number in the range of float32", "finite numbers in the range of float32"),
   str: ("a string", "strings"),
   dict: ("an object", "objects"),
 }
@@ -26,16 +26,20 @@ _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxstring, _SHOWN.maxot
 
 
 def read(path: Path) -> dict[str, Any]:
-  """Read the object that a JSON file holds.
+  """Read a JSON object from a file.
 
   Raises:
-    ValueError: if the file cannot be read, or holds no JSON object.
+    ValueError: if the file cannot be read, or its content is not a JSON object.
   """
   return _object(read_text(path), f"{path}")
 
 
 def read_text(path: Path) -> str:
-  """Read the text of a file; a ValueError if that cannot be done."""
+  """Read the text of a file.
+
+  Raises:
+    ValueError: if the file cannot be read.
+  """
   try:
     return path.read_text(encoding="utf-8")
   except (OSError, ValueError) as error:
@@ -45,39 +49,39 @@ def read_text(path: Path) -> str:
 def _object(text: str, where: str) -> dict[str, Any]:
   try:
     value = json.loads(text)
-  # A file may be nested deeper than the parser goes.
+  # The parser raises a RecursionError if the file is nested too deeply.
   except (ValueError, RecursionError) as error:
     raise ValueError(f"Cannot read {where} as JSON: {error}. Restore the file.") from error
   if not isinstance(value, dict):
-    raise ValueError(f"Got {where} which holds {shorten(value)}; expected a JSON object with keys. Restore the file.")
+    raise ValueError(f"Got {where} with {shorten(value)}; expected a JSON object. Restore the file.")
   return value
 
 
-def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], what: str, *, required: bool = False) -> None:
-  """Check the types of values, and that numbers are finite.
+def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: str, *, required: bool = False) -> None:
+  """Check that values have the expected types and that numbers are finite.
 
   Args:
     content: the object.
-    kinds: the types that the value of a key may have. A bool is no number.
-    what: a name for the object, for the message.
-    required: whether all these keys must be there.
+    kinds: the types that the value of each key may have. A bool is not a number.
+    name: the name of the object in error messages.
+    required: whether all these keys must be present.
 
   Raises:
-    ValueError: if a value has another type, or is missing; it names the key.
+    ValueError: if a value has another type, or a required key is missing. The message names the key.
   """
   missing = [key for key in kinds if key not in content] if required else []
   if missing:
-    raise ValueError(f"Got a {what} without {', '.join(missing)}; expected {', '.join(kinds)}. Restore the file.")
+    raise ValueError(f"Got a {name} without {', '.join(missing)}; expected {', '.join(kinds)}. Restore the file.")
   for key, allowed in kinds.items():
     if key in content and not any(matches(content[key], kind) for kind in allowed):
       expected = " or ".join(map(kind_name, allowed))
-      raise ValueError(f"Got a {what} with {key}={shorten(content[key])}; expected {expected}. Correct the file.")
+      raise ValueError(f"Got a {name} with {key}={shorten(content[key])}; expected {expected}. Correct the file.")
 
 
 def matches(value: Any, kind: Any) -> bool:
-  """Return whether a value is of a kind; a number must be finite, and neither too large nor too small for float32."""
+  """Return whether a value is of a kind. A number must be finite and in the range of float32."""
   if isinstance(kind, list):
-    return isinstance(value, list | tuple) and all(any(matches(item, one) for one in kind) for item in value)
+    return isinstance(value, list | tuple) and all(any(matches(item, option) for option in kind) for item in value)
   if kind not in (int, float):
     return isinstance(value, kind)
   if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
@@ -87,22 +91,22 @@ def matches(value: Any, kind: Any) -> bool:
   return value == 0 or (math.isfinite(value) and _SMALLEST <= abs(value) <= _LARGEST)
 
 
-def kind_name(kind: Any, *, several: bool = False) -> str:
-  """Return the name of a kind for a message, or of several values of it."""
+def kind_name(kind: Any, *, plural: bool = False) -> str:
+  """Return the name of a kind for a message, in the singular or the plural."""
   if isinstance(kind, list):
-    items = " or ".join(kind_name(one, several=True) for one in kind)
-    return f"lists of {items}" if several else f"a list of {items}"
-  return _NAMES[kind][several]
+    items = " or ".join(kind_name(option, plural=True) for option in kind)
+    return f"lists of {items}" if plural else f"a list of {items}"
+  return _NAMES[kind][plural]
 
 
 def shorten(value: Any) -> str:
-  """Return a value in short for a message, however large it is or deeply nested."""
+  """Return a short text of a value for a message, even if the value is large or deeply nested."""
   return _SHOWN.repr(value)
 
 
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-  """Name a file in each ValueError that its content causes."""
+  """Add the file name to a ValueError of the block, unless the message already contains it."""
   try:
     yield
   except ValueError as error:

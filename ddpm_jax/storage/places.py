@@ -1,4 +1,4 @@
-"""Where files lie: paths as people write them, the cache folder, and the recipes that come with the package."""
+"""Resolve paths: paths that users write, the cache folder, and the recipes of the package."""
 
 import os
 import re
@@ -6,31 +6,33 @@ from pathlib import Path
 
 
 def user_path(path: str | Path, name: str = "the path ") -> Path:
-  """Return a path on this machine, in which `~` stands for the home folder.
+  """Return a local path with `~` expanded to the home folder.
+
+  A URI or an unknown home folder is refused. Otherwise a folder named "s3:" or "~" would be created in the current
+  folder.
 
   Args:
-    path: as the user wrote it.
-    name: what an error calls it, such as "--output=".
+    path: the path as the user wrote it.
+    name: the name of the path in error messages, such as "--output=".
 
   Raises:
-    ValueError: if it is a URI, such as a bucket's, or there is no such home: a folder called ~ or s3: would be made in
-      whatever folder the command runs.
+    ValueError: if the path is a URI, such as a bucket, or its home folder does not exist.
   """
   if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
     raise ValueError(
-      f"Got {name}{path}, a URI; expected a path on this machine. Mount the bucket (gcsfuse, s3fs) and name the mounted"
-      " folder, or copy the files here."
+      f"Got {name}{path}, a URI; expected a local path. Mount the bucket (gcsfuse, s3fs) and pass the mounted"
+      " folder, or copy the files to this machine."
     )
-  found = Path(os.path.expanduser(path))
-  if found.parts and found.parts[0].startswith("~"):
+  expanded = Path(os.path.expanduser(path))
+  if expanded.parts and expanded.parts[0].startswith("~"):
     raise ValueError(
-      f"Got {name}{path}, and there is no home folder {found.parts[0]}; expected an existing one. Write the path in full."
+      f"Got {name}{path}, but there is no home folder {expanded.parts[0]}; expected an existing one. Write the full path."
     )
-  return found
+  return expanded
 
 
 def cache_folder(name: str) -> Path | None:
-  """Make and return a folder for what can be made again, in `$XDG_CACHE_HOME` or `~/.cache`; None if there is no place for it."""
+  """Create and return a cache folder in `$XDG_CACHE_HOME` or `~/.cache`, or None if neither is writable."""
   try:
     folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ddpm_jax" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,8 @@ def cache_folder(name: str) -> Path | None:
 
 
 def recipes() -> dict[str, Path]:
-  """Return the config files that come with the package, by name; in a clone they lie beside the package."""
+  """Return the config files of the package by name."""
+  # In a clone of the repository, configs/ is next to the package instead of inside it.
   package = Path(__file__).parents[1]
   folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
   return {path.stem: path for path in sorted(folder.glob("*.py"))}

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard files and, if asked for, wandb."""
+"""Log the metrics of a run to metrics.jsonl, to TensorBoard files, and optionally to wandb."""
 
 import functools
 import hashlib
@@ -15,13 +15,15 @@ from ddpm_jax.storage import files, sealed, workdir
 
 
 class MetricLog:
-  """Metrics of a run in a folder. A resumed run continues where its checkpoint stands; what came after is dropped.
+  """Log metrics and images of a run.
+
+  A resumed run continues the log from the step of its checkpoint. Later entries are dropped.
 
   Args:
     folder: the run's folder.
     step: the step that the run starts from.
-    wandb: the project to which wandb sends everything too; empty for none.
-    config: what wandb shows as the run's config.
+    wandb: the wandb project that also receives the log; empty for no wandb.
+    config: the run's config for wandb.
   """
 
   def __init__(self, folder: str | Path, step: int, *, wandb: str = "", config: Mapping[str, Any] | None = None):
@@ -32,14 +34,14 @@ class MetricLog:
       lines, skipped = _split(self._path.read_bytes())
       if skipped:
         copy = sealed.copy_aside(self._path, workdir.damaged_folder(Path(folder)))
-        sealed.warn(f"{_skipped(self._path, skipped)} and left out; the whole file lies in {copy}.")
+        sealed.warn(f"{_skipped_text(self._path, skipped)}. The original file was copied to {copy}.")
       files.write_bytes(self._path, b"".join(line + b"\n" for line, content in lines if content["step"] <= step))
     self._folder, self._first = Path(folder) / "tensorboard", step
     self._wandb: Any = None
     if wandb:
       import wandb as service
 
-      # One run a folder: a resumed run goes on with its own curves.
+      # The wandb id depends on the folder alone, so a resumed run continues its own curves.
       path = Path(folder).absolute()
       name = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
       self._wandb = service.init(
@@ -48,11 +50,14 @@ class MetricLog:
 
   @functools.cached_property
   def _board(self) -> "_Board":
-    """Begun with what is first written: tensorboardX imports PyTorch where it finds it, which takes a second or more."""
+    """Create the TensorBoard file at the first write.
+
+    Importing tensorboardX takes a second or more, because it also imports PyTorch if it is installed.
+    """
     return _Board(self._folder, self._first)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Write one line, and one point a curve."""
+    """Write one line to metrics.jsonl, and one point to each curve."""
     files.append_line(self._path, json.dumps({"step": step, **values}))
     with files.named_errors(self._folder):
       self._board.scalars(step, values)
@@ -60,7 +65,7 @@ class MetricLog:
       self._wandb.log(values, step=step)
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Writes a picture [H, W, C] uint8 for TensorBoard."""
+    """Write an image, uint8 [H, W, C], to TensorBoard and wandb."""
     with files.named_errors(self._folder):
       self._board.image(step, name, picture)
     if self._wandb is not None:
@@ -69,7 +74,7 @@ class MetricLog:
       self._wandb.log({name: service.Image(picture)}, step=step)
 
   def close(self) -> None:
-    """Writes out what is still in memory."""
+    """Write buffered data and close the files."""
     with files.named_errors(self._folder):
       self._board.close()
     if self._wandb is not None:
@@ -77,18 +82,21 @@ class MetricLog:
 
 
 class _Board:
-  """A file of TensorBoard's events, written at once: a writer in the background, as tensorboardX has, hangs on a full disk."""
+  """Write a TensorBoard event file in the calling thread.
+
+  The background writer of tensorboardX hangs on a full disk.
+  """
 
   def __init__(self, folder: Path, step: int):
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     folder.mkdir(parents=True, exist_ok=True)
-    older = any(folder.iterdir())
-    # The suffix tells apart files that are begun in one second.
+    has_older = any(folder.iterdir())
+    # The suffix distinguishes files that are created within the same second.
     self._writer, self._event = EventsWriter(str(folder / "events"), f".{step}"), Event
-    if older:
-      # What comes after it in older files is dropped.
+    if has_older:
+      # TensorBoard drops later steps of older files.
       self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -107,55 +115,57 @@ class _Board:
   def close(self) -> None:
     self._writer.close()
 
-  def _write(self, step: int, **what: Any) -> None:
-    self._writer.write_event(self._event(step=step, wall_time=time.time(), **what))
+  def _write(self, step: int, **content: Any) -> None:
+    self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
 
 
 def check_wandb(project: str) -> None:
-  """Raises a ValueError if a project is named but wandb is not installed."""
+  """Raise a ValueError if a wandb project is set but wandb is not installed."""
   if project and importlib.util.find_spec("wandb") is None:
     raise ValueError(
-      f"Got config.training.wandb={project!r}, but wandb is not installed: pip install 'ddpm_jax[wandb]'. Or leave it out."
+      f"Got config.training.wandb={project!r}, but wandb is not installed. Install it: pip install 'ddpm_jax[wandb]'; or"
+      " unset config.training.wandb."
     )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-  """Return the lines of a metrics.jsonl, each a step and numbers by name; empty if there is none.
+  """Return the lines of a metrics.jsonl file, each with a step and numbers by name.
 
-  A log is no reason to fail: lines that a killed run left half written, or that are garbled, are skipped with one warning.
+  A damaged log must not stop a run. A missing file gives an empty list, and incomplete or damaged lines are skipped
+  with one warning.
   """
   try:
     lines, skipped = _split(path.read_bytes())
   except FileNotFoundError:
     return []
   except OSError as error:
-    sealed.warn(f"{path} cannot be read ({error.strerror}), and is left out.")
+    sealed.warn(f"Cannot read {path} ({error.strerror}); continuing without it.")
     return []
   if skipped:
-    sealed.warn(f"{_skipped(path, skipped)}.")
+    sealed.warn(f"{_skipped_text(path, skipped)}.")
   return [content for _, content in lines]
 
 
 def _split(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-  """Return the lines that can be read, as they are and parsed, and how many others there are."""
+  """Return the valid lines, each as bytes and parsed, and the number of invalid lines."""
   lines = [line for line in text.split(b"\n") if line.strip()]
-  found = [(line, content) for line in lines if (content := _parse(line)) is not None]
-  return found, len(lines) - len(found)
+  valid = [(line, content) for line in lines if (content := _parse(line)) is not None]
+  return valid, len(lines) - len(valid)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-  """Return a line's content, or None unless it is an object of a step (an integer from 0 on) and numbers."""
+  """Return a parsed line, or None if it is not an object with numbers and a step of at least 0."""
   try:
     content = json.loads(line.decode("utf-8"))
     for value in content.values():
       if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-      float(value)  # of an integer beyond all floats: an error
+      float(value)  # raises OverflowError for an integer that no float can hold
     step = content["step"]
   except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
     return None
   return content if isinstance(step, int) and step >= 0 else None
 
 
-def _skipped(path: Path, count: int) -> str:
-  return f"{count:,} line(s) of {path} cannot be read (cut or garbled), and were skipped"
+def _skipped_text(path: Path, count: int) -> str:
+  return f"{count:,} line(s) of {path} cannot be read (incomplete or damaged), and were skipped"

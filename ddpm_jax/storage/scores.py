@@ -1,4 +1,4 @@
-"""The scores of a run in eval.json, and how they came about."""
+"""Store the scores of a run in eval.json, with the versions and the device that produced them."""
 
 import platform
 import subprocess
@@ -10,33 +10,43 @@ from typing import Any
 import ddpm_jax
 from ddpm_jax.storage import sealed, workdir
 
-# What differs from run to run.
-_APART = "times"
+# The key with times and dates, excluded from the digest because it differs between runs.
+_EXCLUDED = "times"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn")
 
 
 def path_of(folder: Path) -> Path:
-  """Return the file in which a run keeps its scores."""
+  """Return the path of the scores of a run."""
   return folder / "eval.json"
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-  """Return what `write` wrote, or None if there is no such file; a damaged one is set aside, with a warning."""
+  """Return the content of eval.json, or None if there is no valid file.
+
+  A damaged file is moved away with a warning.
+  """
   path = path_of(folder)
   try:
-    return sealed.read_json(path, exclude=_APART)
+    return sealed.read_json(path, exclude=_EXCLUDED)
   except FileNotFoundError:
     return None
   except sealed.DamagedFileError as error:
-    sealed.set_aside(path, workdir.damaged_folder(folder), error, "Evaluate again to make it anew: --mode=eval.")
+    sealed.set_aside(path, workdir.damaged_folder(folder), error, "Evaluate again: --mode=eval.")
     return None
 
 
 def write(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any]:
-  """Write scores and how they came about, whole or not at all; only the `times` differ from run to run.
+  """Write scores to eval.json atomically, with the versions and the device that produced them.
+
+  Only the value of "times" differs between identical runs.
+
+  Args:
+    folder: the run's folder.
+    report: the scores.
+    seconds: the duration of the evaluation.
 
   Returns:
-    All that was written.
+    The content of the file.
   """
   import jax
 
@@ -48,19 +58,21 @@ def write(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any
     "commit": _commit(),
     "times": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1)},
   }
-  sealed.write_json(path_of(folder), report, exclude=_APART)
+  sealed.write_json(path_of(folder), report, exclude=_EXCLUDED)
   return report
 
 
 def _commit() -> str | None:
-  """Return the commit of the code, with a plus if files were changed since; None if it is installed without its history."""
-  place = Path(ddpm_jax.__file__).parent
+  """Return the git commit of the code, with a plus if files have changed since, or None outside a git clone."""
+  package = Path(ddpm_jax.__file__).parent
 
-  def git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(place), *words], capture_output=True, text=True, check=True).stdout.strip()
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+      ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
   try:
-    if not (place.parent / ".git").exists():
+    if not (package.parent / ".git").exists():
       return None
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
   except (OSError, subprocess.CalledProcessError):

@@ -1,6 +1,6 @@
-"""Files that are read back: each is checked, and one that is damaged is named, set aside and made again.
+"""Write files with a digest of their content, and detect damage when they are read.
 
-An archive of arrays (.npz) has a checksum for each member. JSON and tensors get a SHA-256 of their content.
+JSON and safetensors files store the SHA-256 of their content. An .npz archive has a checksum for each member.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from tqdm import tqdm
 
 from ddpm_jax.storage import files
 
-# Where a file keeps the digest of its content.
+# The key of the digest in JSON and safetensors files.
 KEY = "sha256"
 
 
 class DamagedFileError(ValueError):
-  """A file does not hold what was written."""
+  """Report a file with content that differs from the content that was written."""
 
 
 class ChangedError(DamagedFileError):
-  """A file can be read, but holds something else than what was written."""
+  """Report a readable file with changed content."""
 
 
 def digest(*arrays: np.ndarray) -> str:
-  """Return the SHA-256 of arrays' types, shapes and bytes."""
+  """Return the SHA-256 of the types, shapes and bytes of arrays."""
   total = hashlib.sha256()
   for array in arrays:
     total.update(f"{array.dtype}{array.shape}".encode())
@@ -41,48 +41,48 @@ def digest(*arrays: np.ndarray) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, exclude: str = "", sort_keys: bool = False) -> None:
-  """Write a JSON object with its digest under "sha256", whole or not at all.
+  """Write a JSON object with its digest under "sha256" atomically.
 
   Args:
     path: the file.
     content: the object.
-    exclude: a key that the digest leaves out, because its value differs each time.
+    exclude: a key that the digest does not cover, because its value differs between runs.
     sort_keys: whether to sort the keys.
   """
-  whole = {**content, KEY: digest_json(content, exclude)}
-  files.write_text(path, json.dumps(whole, indent=2, sort_keys=sort_keys) + "\n")
+  with_digest = {**content, KEY: digest_json(content, exclude)}
+  files.write_text(path, json.dumps(with_digest, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def read_json(path: Path, *, exclude: str = "", required: bool = True) -> dict[str, Any]:
-  """Return the object that `write_json` wrote, without its digest.
+  """Read an object that `write_json` wrote, and return it without its digest.
 
   Args:
     path: the file.
-    exclude: as it was written.
-    required: whether there must be a digest; one that is there is always checked.
+    exclude: the same key as in `write_json`.
+    required: whether a missing digest is an error. A digest in the file is always checked.
 
   Raises:
-    DamagedFileError: if the file is not JSON, or its content is not what was written.
-    OSError: if it cannot be opened.
+    DamagedFileError: if the file is not JSON, or its content has changed.
+    OSError: if the file cannot be opened.
   """
   text = path.read_bytes()
   try:
     content = json.loads(text.decode("utf-8"))
-    found = content.pop(KEY) if required else content.pop(KEY, None)
+    stored = content.pop(KEY) if required else content.pop(KEY, None)
   except (ValueError, RecursionError) as error:
     raise DamagedFileError(f"it is not JSON: {error}") from error
   except (AttributeError, TypeError, KeyError) as error:
-    raise DamagedFileError("it is not an object with the digest of its content") from error
-  if found is not None and found != digest_json(content, exclude):
-    raise ChangedError("its content is not what was written")
+    raise DamagedFileError("it is not a JSON object with a digest of its content") from error
+  if stored is not None and stored != digest_json(content, exclude):
+    raise ChangedError("its content was changed after it was written")
   return content
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-  """Write safetensors with `about` and their digest as metadata, whole or not at all."""
+  """Write tensors to a safetensors file atomically, with `about` and their digest as metadata."""
   import safetensors.numpy
 
-  # safetensors writes an array's memory as it lies.
+  # safetensors writes the memory of an array and ignores its strides.
   arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
   sums = {name: digest(array) for name, array in arrays.items()}
   with files.atomic_file(path) as temporary:
@@ -90,10 +90,10 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[s
 
 
 def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Return the tensors and the `about` of a file that `save_tensors` wrote.
+  """Return the tensors and the `about` metadata of a file that `save_tensors` wrote.
 
   Raises:
-    DamagedFileError: if they are not what was written.
+    DamagedFileError: if the file has changed.
     OSError: if the file cannot be opened.
   """
   import safetensors
@@ -104,9 +104,9 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with safetensors.safe_open(path, framework="numpy") as file:
       metadata = file.metadata() or {}
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  # A damaged header makes the library stumble over anything.
+  # The library may raise any exception on a damaged header.
   except Exception as error:
-    raise DamagedFileError(f"it is not safetensors: {error}") from error
+    raise DamagedFileError(f"it is not a safetensors file: {error}") from error
   if KEY not in metadata:
     raise DamagedFileError("it has no digest of its content")
   check_tensors({name: digest(array) for name, array in arrays.items()}, metadata)
@@ -114,53 +114,73 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def check_tensors(sums: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-  """Raise a DamagedFileError unless the digests of tensors by name are those in their file's metadata, if it has any."""
+  """Check digests of tensors against the metadata of their file.
+
+  Metadata without a digest is accepted.
+
+  Args:
+    sums: the digest of each tensor by name.
+    metadata: the metadata of the file.
+
+  Raises:
+    DamagedFileError: if the digests differ.
+  """
   about = {key: value for key, value in metadata.items() if key != KEY}
   if KEY in metadata and metadata[KEY] != _digest_tensors(sums, about):
-    raise DamagedFileError("its tensors are not what was written")
+    raise DamagedFileError("its tensors were changed after they were written")
 
 
 def check_archive(path: Path) -> None:
-  """Raise a DamagedFileError if a member of an .npz file does not match its checksum.
+  """Check the checksum of each member of an .npz file.
 
   Raises:
+    DamagedFileError: if a member does not match its checksum, or the file is not a complete archive.
     OSError: if the file cannot be opened.
   """
   with path.open("rb") as opened:
     try:
       with zipfile.ZipFile(opened) as file:
-        broken = file.testzip()
-    # A damaged archive raises whatever the code that unpacks it stumbles over.
+        member = file.testzip()
+    # Python's zipfile may raise any exception on a damaged archive.
     except Exception as error:
-      raise DamagedFileError(f"it is not a whole archive: {error}") from error
-  if broken is not None:
-    raise DamagedFileError(f"the checksum of {broken} does not match")
+      raise DamagedFileError(f"it is not a complete archive: {error}") from error
+  if member is not None:
+    raise DamagedFileError(f"the checksum of {member} does not match")
 
 
-def set_aside(path: Path, folder: Path, reason: object, then: str = "It is made again.") -> None:
-  """Move a damaged file into a folder, beside those that are there, and warn."""
-  place = unused_path(path, folder)
+def set_aside(path: Path, folder: Path, reason: object, consequence: str = "It will be created again.") -> None:
+  """Move a damaged file into a folder, and warn.
+
+  Files already in the folder are not overwritten.
+
+  Args:
+    path: the damaged file.
+    folder: the folder to move it to.
+    reason: the kind of damage, for the warning.
+    consequence: the last sentence of the warning.
+  """
+  target = unused_path(path, folder)
   with contextlib.suppress(FileNotFoundError):
-    os.rename(path, place)
-  warn(f"{path} is damaged: {reason}. It was moved to {place}. {then}")
+    os.rename(path, target)
+  warn(f"{path} is damaged: {reason}. It was moved to {target}. {consequence}")
 
 
 def copy_aside(path: Path, folder: Path) -> Path:
-  """Copy a file that is partly damaged into a folder, beside those that are there, and return the copy's path."""
-  place = unused_path(path, folder)
-  files.write_bytes(place, path.read_bytes())
-  return place
+  """Copy a partly damaged file into a folder without overwriting others, and return the path of the copy."""
+  target = unused_path(path, folder)
+  files.write_bytes(target, path.read_bytes())
+  return target
 
 
 def unused_path(path: Path, folder: Path) -> Path:
-  """Make a folder and return a path in it that nothing has yet, named after another path."""
+  """Create a folder, and return an unused path in it with a name like that of another path."""
   folder.mkdir(parents=True, exist_ok=True)
   names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))
   return next(folder / name for name in names if not (folder / name).exists())
 
 
 def warn(text: str) -> None:
-  """Print a warning, above a progress bar if there is one."""
+  """Print a warning to stderr, above the progress bar if there is one."""
   tqdm.write(f"warning: {text}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The folder of one run: which run it belongs to, and where its files lie."""
+"""Lock a run's folder, return the paths of its files, and read and write its config."""
 
 import contextlib
 import fcntl
@@ -13,38 +13,40 @@ from typing import Any
 from ddpm_jax.storage import files, sealed
 
 _EDITED = (
-  "Undo the change, and pass it as a flag beside the recipe, such as --config=<recipe> --config.sampling.num_steps=50. Or, if"
-  f' you are sure of the content, delete its line "{sealed.KEY}".'
+  "Undo the change, and pass it as a flag instead, such as --config=<recipe> --config.sampling.num_steps=50. Or, if"
+  f' you are sure that the content is correct, delete its line "{sealed.KEY}".'
 )
 
 
 def config_path(workdir: Path) -> Path:
-  """Where a run keeps its config."""
+  """Return the path of a run's config."""
   return workdir / "config.json"
 
 
 def checkpoint_folder(workdir: Path) -> Path:
-  """Where a run keeps its checkpoints."""
+  """Return the folder of a run's checkpoints."""
   return workdir / "checkpoints"
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:
-  """The steps of a run's finished checkpoints, rising; empty if it has saved none."""
+  """Return the steps of a run's finished checkpoints, in rising order."""
   folder = checkpoint_folder(workdir)
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def snapshot_folder(workdir: Path) -> Path:
-  """Where a run keeps averages of its parameters, from which others can be put together."""
+  """Return the folder of a run's EMA snapshots, from which averages of other lengths can be reconstructed."""
   return workdir / "ema_snapshots"
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-  """Keeps other processes from training in the folder while this one does; the system lets go when the process ends.
+  """Lock a run's folder, so that no other process trains in it during the block.
+
+  The operating system releases the lock when the process ends.
 
   Raises:
-    ValueError: if a live process trains there.
+    ValueError: if another process has locked the folder.
   """
   path = workdir / ".lock"
   with contextlib.ExitStack() as stack, files.named_errors(path):
@@ -54,68 +56,72 @@ def locked(workdir: Path) -> Iterator[None]:
     except BlockingIOError as error:
       file.seek(0)
       raise ValueError(
-        f"Got --workdir={workdir}, in which {file.read().strip() or 'another process'} trains; expected a folder of this run's own. Wait"
-        " for it, stop it, or use another --workdir."
+        f"Got --workdir={workdir}, but {file.read().strip() or 'another process'} trains in this folder; expected an unused folder."
+        " Wait for the process, stop it, or set another --workdir."
       ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    kept = stack.pop_all()
-  with kept:
+    lock = stack.pop_all()
+  with lock:
     yield
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-  """Return the config of the run in a folder, or None if it holds none.
+  """Return the config of a run, or None if there is no config file.
 
   Raises:
-    ValueError: if the file is there but is not JSON, or is not what was written.
+    ValueError: if the path is not a readable file, the file is not JSON, or it has been edited.
   """
   path = config_path(workdir)
-  # What is there but is no file is an error.
   if not path.exists():
     return None
   try:
-    # A config may be written by hand; then it has no digest.
+    # A config that a person wrote has no digest.
     return sealed.read_json(path, required=False)
   except sealed.ChangedError as error:
     raise ValueError(f"Cannot use {path}: {error}. {_EDITED}") from error
   except (OSError, sealed.DamagedFileError) as error:
-    raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or use another --workdir.") from error
+    raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or set another --workdir.") from error
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
-  """Write a run's config with its digest, whole or not at all."""
+  """Write a run's config with its digest atomically."""
   sealed.write_json(config_path(workdir), config, sort_keys=True)
 
 
 def write_classes(workdir: Path, counts: Sequence[int]) -> None:
-  """Write how many images of each class a run is trained on into classes.json, whole or not at all."""
+  """Write the number of training images of each class to classes.json atomically."""
   files.write_text(workdir / "classes.json", json.dumps({"counts": list(counts)}, indent=2) + "\n")
 
 
 def start_folder(workdir: Path) -> Path:
-  """Return the folder in which a run keeps the config files of the model that it started from."""
+  """Return the folder with the config files of the pretrained model that a run started from."""
   return workdir / "start"
 
 
 def frozen_path(workdir: Path) -> Path:
-  """Return the file that says which frozen parameters a run is trained with."""
+  """Return the path of the digests of a run's frozen parameters."""
   return workdir / "frozen.json"
 
 
 def damaged_folder(workdir: Path) -> Path:
-  """Return the folder to which a run moves what it finds damaged."""
+  """Return the folder that a run moves damaged files to."""
   return workdir / "damaged"
 
 
 def check_writable(workdir: Path) -> None:
-  """Makes the folder if need be; raises a ValueError if it cannot be made or written to."""
+  """Create the folder if it is missing, and check that it is writable.
+
+  Raises:
+    ValueError: if it cannot be created or written to.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
       pass
   except OSError as error:
     raise ValueError(
-      f"Got --workdir={workdir}, which cannot be written to ({error.strerror}); expected a folder, new or existing, where you may write."
+      f"Got --workdir={workdir}, which is not writable ({error.strerror}); expected a new or existing folder with write"
+      " permission. Set another --workdir."
     ) from error

@@ -1,4 +1,4 @@
-"""Training: the state, the pure step, the loop around it, optimizers and averages of the parameters."""
+"""Train a model: the train state, the pure train step, the training loop, optimizers and EMA of the parameters."""
 
 from ddpm_jax.training import ema, optim
 from ddpm_jax.training.loop import Callback, Hooks, fit
@@ -9,24 +9,24 @@ from ddpm_jax.training.step import (
   TrainState,
   check_accumulate,
   init_state,
-  state_to_items,
   items_to_state,
+  state_to_items,
   train_step,
 )
 
 __all__ = [
   "Callback",
   "Frozen",
+  "Hooks",
   "Metrics",
   "TrainState",
-  "Hooks",
   "check_accumulate",
   "ema",
   "fit",
   "init_state",
-  "state_to_items",
+  "items_to_state",
   "optim",
   "reconstruct",
-  "items_to_state",
+  "state_to_items",
   "train_step",
 ]

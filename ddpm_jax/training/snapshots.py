@@ -1,4 +1,4 @@
-"""Averages of any length, put together from the snapshots of a run's averages (Karras et al. 2024, section 3.2)."""
+"""Reconstruct averages of any length from stored snapshots of averages (Karras et al. 2024, section 3.2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,34 +20,39 @@ def reconstruct(
   stds: Sequence[float],
   length: float,
 ) -> tuple[PyTree, int, int]:
-  """Return a weighted sum of snapshots that is an average of another length.
+  """Compute an average of another length as a weighted sum of snapshots.
+
+  Damaged snapshots are skipped with a warning.
 
   Args:
-    snapshots: each holds the averages under "ema", and how many steps these are of as its data's "steps".
-    templates: the shapes and the layout of a snapshot's trees, by name.
-    steps: of the snapshots, rising.
-    stds: the relative widths of the averages in each.
-    length: the relative width of the sum.
+    snapshots: the stored snapshots. Each has the averages under "ema", and the number of averaged steps in its data
+      under "steps".
+    templates: the shapes and shardings of a snapshot's trees by name.
+    steps: the steps of the snapshots, in rising order.
+    stds: the relative widths of the averages in each snapshot.
+    length: the relative width of the new average.
 
   Returns:
-    The parameters, the step of the last snapshot, and how many there are; one that is damaged is left out, with a warning.
+    The averaged parameters, the step of the last snapshot, and the number of snapshots used.
 
   Raises:
-    ValueError: if none can be used.
+    ValueError: if all snapshots are damaged.
   """
   counts = {}
   for step in steps:
     try:
       counts[step] = snapshots.restore(templates, step).data["steps"]
     except checkpoint.DamagedCheckpointError as error:
-      warn(f"a damaged snapshot was passed over, so the average is less exact: {error}")
+      warn(f"a damaged snapshot was skipped, so the average is less exact: {error}")
   if not counts:
     raise ValueError(
-      f"Got no snapshot in {snapshots.folder} that can be used; expected one. Take a stored average instead."
+      f"Got no usable snapshot in {snapshots.folder}; expected at least one. Use a stored average instead."
     )
   last = max(counts)
-  each = [count for count in counts.values() for _ in stds]
-  weights = ema.reconstruction_weights(each, [*stds] * len(counts), counts[last], length).reshape(-1, len(stds))
+  snapshot_counts = [count for count in counts.values() for _ in stds]
+  weights = ema.reconstruction_weights(snapshot_counts, [*stds] * len(counts), counts[last], length).reshape(
+    -1, len(stds)
+  )
   total = None
   for step, row in zip(counts, weights, strict=True):
     part = _weighted(snapshots.restore(templates, step).items["ema"], jnp.asarray(row, jnp.float32))

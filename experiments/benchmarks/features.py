@@ -1,11 +1,12 @@
-"""Features per second of the FID Inception network, ours against torch-fidelity's in PyTorch, resizing included.
+"""Measure the speed of the Inception network for FID, ours against torch-fidelity in PyTorch.
 
 pip install '.[peers]' && pip install --no-deps torch-fidelity==0.4.0
 python experiments/benchmarks/features.py [--batch=16] [--size=32] [--rounds=5] [--json=<file>]
 
-Both have the same random weights, read from one file, and their features are compared first. The two are run in turn, so that a change of the
-machine's pace meets both, and the median of the ratios of neighbors is printed, our rate over theirs: above 1 ours is faster. Absolute
-times mean nothing. float32 on any device.
+Both networks load the same random weights from one file, and the script compares their features first. The times
+include resizing, in float32 on any device. The two networks run alternately, so a drift of the machine's speed affects
+both. The script prints the median over rounds of the ratio of our images per second to theirs. Above 1, ours is faster.
+Absolute times are not comparable between machines.
 """
 
 import functools
@@ -26,8 +27,8 @@ from ddpm_jax.networks.inception import Inception
 PARTS = ("", ".transforms", ".transforms.functional", ".datasets", ".models", ".io", ".ops")
 
 
-class StandIn(types.ModuleType):
-  """torchvision, which has no CPU build, as far as torch-fidelity imports it."""
+class FakeTorchvision(types.ModuleType):
+  """Replace torchvision, which has no CPU build, in the imports of torch-fidelity."""
 
   __path__ = []
 
@@ -38,18 +39,18 @@ class StandIn(types.ModuleType):
 
 
 def random_peer(path):
-  """torch-fidelity's network with random weights, which are written into the file."""
+  """Return torch-fidelity's network with random weights, and save the weights to a file."""
   try:
     importlib.import_module("torchvision")
   except Exception:
-    sys.modules.update({f"torchvision{part}": StandIn(f"torchvision{part}") for part in PARTS})
+    sys.modules.update({f"torchvision{part}": FakeTorchvision(f"torchvision{part}") for part in PARTS})
   module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
   network_type = module.FeatureExtractorInceptionV3
   module.load_state_dict_from_url = lambda *_, **__: {}
   torch.manual_seed(0)
-  own, network_type.load_state_dict = network_type.load_state_dict, lambda self, state: None
+  original, network_type.load_state_dict = network_type.load_state_dict, lambda self, state: None
   network = network_type("inception-v3-compat", ["2048"])
-  network_type.load_state_dict = own
+  network_type.load_state_dict = original
   for layer in network.modules():
     if isinstance(layer, torch.nn.BatchNorm2d):
       layer.running_mean.normal_(0, 0.2)
@@ -61,9 +62,9 @@ def random_peer(path):
 
 
 def main():
-  parser = timing.parser(__doc__, rounds=5)
-  parser.add_argument("--batch", type=timing.count, default=16, help="images")
-  parser.add_argument("--size", type=timing.count, default=32, help="of the images, before they are resized")
+  parser = timing.make_parser(__doc__, rounds=5)
+  parser.add_argument("--batch", type=timing.positive_int, default=16, help="images per batch")
+  parser.add_argument("--size", type=timing.positive_int, default=32, help="image size before resizing")
   args = parser.parse_args()
 
   with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +73,7 @@ def main():
   device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
   network.to(device)
   images = np.random.default_rng(0).integers(0, 256, (args.batch, args.size, args.size, 3), dtype=np.uint8)
-  given = torch.tensor(images.transpose(0, 3, 1, 2)).to(device)
+  torch_images = torch.tensor(images.transpose(0, 3, 1, 2)).to(device)
 
   @functools.partial(jax.jit, compiler_options=parallel.compiler_options())
   def apply(params, x):
@@ -84,20 +85,20 @@ def main():
 
   @torch.no_grad()
   def theirs():
-    return network(given)[0].cpu()
+    return network(torch_images)[0].cpu()
 
-  found, wanted = np.asarray(ours()), theirs().numpy()
-  error = np.max(np.abs(found - wanted)) / wanted.std()
-  print(f"features differ by {error:.1e} of their deviation at most", flush=True)
+  our_features, their_features = np.asarray(ours()), theirs().numpy()
+  error = np.max(np.abs(our_features - their_features)) / their_features.std()
+  print(f"largest difference of features: {error:.1e} standard deviations", flush=True)
   if error > 1e-3:
-    raise SystemExit("the two networks are not the same")
-  times = timing.in_turn({"ours": ours, "torch-fidelity": theirs}, args.rounds)
-  # Of rates, not of times.
+    raise SystemExit(f"Got features that differ by {error:.1e} standard deviations; expected at most 1e-3.")
+  times = timing.time_alternately({"ours": ours, "torch-fidelity": theirs}, args.rounds)
+  # The ratio of rates is the inverse ratio of times.
   rates = timing.ratio(times, "torch-fidelity", "ours")
-  here = timing.machine(PyTorch=torch.__version__)
-  columns, cells = ["", "ours over torch-fidelity's, eager"], [["features per second", timing.with_quartiles(rates)]]
-  timing.report(f"batch {args.batch} of {args.size}x{args.size}", columns, cells, here)
-  timing.write(args.json, {"machine": here, "ratio": rates, "batch": args.batch, "size": args.size})
+  info = timing.machine_info(PyTorch=torch.__version__)
+  columns, cells = ["", "ours over torch-fidelity, eager"], [["features per second", timing.format_quartiles(rates)]]
+  timing.report(f"batch {args.batch} of {args.size}x{args.size}", columns, cells, info)
+  timing.write(args.json, {"machine": info, "ratio": rates, "batch": args.batch, "size": args.size})
 
 
 if __name__ == "__main__":

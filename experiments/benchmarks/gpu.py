@@ -1,11 +1,12 @@
-"""Every benchmark that asks for a GPU, one after the other: no network is needed, and each writes its figures into a folder.
+"""Run all benchmarks for a GPU and save their results, without internet access.
 
 pip install '.[cuda,peers]'
 python experiments/benchmarks/gpu.py --output=<folder>
 
-PyTorch must see the GPU too: its CPU build, which the extra takes from the package index, does not. Each benchmark runs in a process of its own; one
-that fails is reported at the end, and the others run all the same. --minutes=8 ends after eight minutes, with the figures measured by then: the most important
-come first. --quick tries all of them in small, on any machine.
+PyTorch needs a CUDA build too. The extra `peers` installs the CPU build from the package index. Each benchmark runs in
+a separate process. If one fails, the others still run, and the script reports the failure at the end. With --minutes=8
+it stops after eight minutes and keeps the results up to then. The most important benchmarks run first. --quick runs a
+small version of the benchmarks on any machine.
 """
 
 import argparse
@@ -55,12 +56,12 @@ QUICK = {
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--output", type=Path, required=True, help="a folder for the figures and the tables")
-  parser.add_argument("--quick", action="store_true", help="in small, to try them")
-  parser.add_argument("--minutes", type=float, default=None, help="how long all of them may take; no limit by default")
+  parser.add_argument("--output", type=Path, required=True, help="folder for the results and tables")
+  parser.add_argument("--quick", action="store_true", help="run a small version of the benchmarks")
+  parser.add_argument("--minutes", type=float, default=None, help="time limit for all benchmarks; default: none")
   args = parser.parse_args()
   if args.minutes is not None and not args.minutes > 0:
-    raise SystemExit(f"Got --minutes={args.minutes:g}; expected more than 0.")
+    raise SystemExit(f"Got --minutes={args.minutes:g}; expected a number above 0.")
   args.output.mkdir(parents=True, exist_ok=True)
   end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
   failed, unfinished = [], []
@@ -85,9 +86,9 @@ def main():
       unfinished.append(name)
     elif code:
       failed.append(name)
-  print(f"\nfigures and tables in {args.output}")
+  print(f"\nresults and tables: {args.output}")
   if unfinished:
-    print(f"out of time, with the figures measured by then: {', '.join(unfinished)}")
+    print(f"stopped at the time limit, with partial results: {', '.join(unfinished)}")
   if failed:
     raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -1,11 +1,12 @@
-"""What classifier-free guidance costs: its time over that of one network evaluation of the doubled batch.
+"""Measure the overhead of classifier-free guidance over one network call on the doubled batch.
 
 python experiments/benchmarks/guidance.py [--limit=1.1] [--json=<file>]
 
-A class-conditional U-Net denoises a batch, guided, and a batch of twice the size, unguided; both are compiled and timed in turn, over and
-over, so that a change of the machine's pace meets both, and the median of the ratios of neighbors is printed; beside it that of
-guidance off (scale 1), over one evaluation of the batch itself, and that of rescaled guidance. Absolute times mean nothing.
-Ends with an error if a ratio is above the limit.
+A class-conditional U-Net denoises a batch with guidance, and a batch of twice the size without guidance. Both programs
+are compiled and run alternately, so a drift of the machine's speed affects both. The script prints the median over
+rounds of the ratio of their times, with and without rescaling. It also compares guidance at scale 1, which is off, with
+one call on the batch itself. Absolute times are not comparable between machines. The script fails if a ratio exceeds
+the limit.
 """
 
 import jax
@@ -18,11 +19,11 @@ from ddpm_jax.networks import UNet
 
 
 def main():
-  parser = timing.parser(__doc__, rounds=15)
-  parser.add_argument("--limit", type=float, default=1.1, help="the largest ratio that passes")
-  parser.add_argument("--channels", type=timing.count, default=64, help="of the U-Net")
-  parser.add_argument("--size", type=timing.count, default=32, help="of the images")
-  parser.add_argument("--batch", type=timing.count, default=8, help="images")
+  parser = timing.make_parser(__doc__, rounds=15)
+  parser.add_argument("--limit", type=float, default=1.1, help="fail above this ratio")
+  parser.add_argument("--channels", type=timing.positive_int, default=64, help="channels of the U-Net")
+  parser.add_argument("--size", type=timing.positive_int, default=32, help="image size")
+  parser.add_argument("--batch", type=timing.positive_int, default=8, help="images per batch")
   args = parser.parse_args()
 
   process = processes.vp()
@@ -48,27 +49,27 @@ def main():
 
   plain = jax.jit(lambda params, x, t, classes: conditional(params)(x, t, classes), compiler_options=compiler)
   half, t = args.batch, jnp.float32(0.5)
-  own = (params, x[:half], t, classes[:half], none[:half])
+  arguments = (params, x[:half], t, classes[:half], none[:half])
   off, on, rescaled = guided(1.0), guided(3.0), guided(3.0, rescale=0.7)
-  whole, single = (lambda: plain(params, x, t, classes)), (lambda: plain(params, x[:half], t, classes[:half]))
+  doubled, single = (lambda: plain(params, x, t, classes)), (lambda: plain(params, x[:half], t, classes[:half]))
   pairs = {
-    "guided / doubled batch": (lambda: on(*own), whole),
-    "rescaled / doubled batch": (lambda: rescaled(*own), whole),
-    "scale 1 / batch": (lambda: off(*own), single),
+    "guided / doubled batch": (lambda: on(*arguments), doubled),
+    "rescaled / doubled batch": (lambda: rescaled(*arguments), doubled),
+    "scale 1 / batch": (lambda: off(*arguments), single),
   }
   ratios = {}
   for name, (first, second) in pairs.items():
-    runs = {
-      which: lambda run=run: jax.block_until_ready(run()) for which, run in (("guided", first), ("plain", second))
-    }
-    ratios[name] = timing.ratio(timing.in_turn(runs, args.rounds, settle=False, quiet=True), "guided", "plain")
-  here = timing.machine()
-  cells = [[name, timing.with_quartiles(found, 3)] for name, found in ratios.items()]
-  timing.report(f"batch {args.batch} of {args.size}x{args.size}", ["", "ratio"], cells, here)
-  timing.write(args.json, {"machine": here, "ratios": ratios})
+    runs = {kind: lambda run=run: jax.block_until_ready(run()) for kind, run in (("guided", first), ("plain", second))}
+    ratios[name] = timing.ratio(
+      timing.time_alternately(runs, args.rounds, warm_up=False, quiet=True), "guided", "plain"
+    )
+  info = timing.machine_info()
+  cells = [[name, timing.format_quartiles(values, 3)] for name, values in ratios.items()]
+  timing.report(f"batch {args.batch} of {args.size}x{args.size}", ["", "ratio"], cells, info)
+  timing.write(args.json, {"machine": info, "ratios": ratios})
   worst = max(median for _, median, _ in ratios.values())
   if worst > args.limit:
-    raise SystemExit(f"a ratio of {worst:.3f} is above {args.limit}")
+    raise SystemExit(f"Got a ratio of {worst:.3f}; expected at most --limit={args.limit}.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How fast images come: records per second of each source, and what a train step at CIFAR-10's sizes waits for its input.
+"""Measure the records per second of each data source, and the time that a train step waits for its input.
 
 python experiments/benchmarks/input.py [--limit=0.01] [--batch=128] [--json=<file>]
 
-The images are crops of the two photographs that scikit-learn ships, written on the spot in every form that data come in: arrays in
-memory, folders of PNG and JPEG, packed records (--mode=prepare --output), and TFDS as ArrayRecord (PNG). Each is read by
-`data.batches`, shuffled, flipped and scaled, by threads and by worker processes.
+The images are crops of two photographs from scikit-learn. The script writes them in every format: arrays in memory,
+folders of PNG and JPEG files, packed records (--mode=prepare --output), and TFDS as ArrayRecord (PNG). `data.batches`
+reads them with threads and with worker processes, and shuffles, flips and scales them.
 
-The wait is `Batches.wait_seconds` over wall-clock time, with batches of 128 of 32x32x3: once against a step that leaves the cores alone, as an
-accelerator does (a sleep of 50 ms, about what DDPM's U-Net takes on a fast GPU), and once against a real train step of a small U-Net on
-the same cores. Ends with an error if a share is above the limit.
+The second table shows `Batches.wait_seconds` as a share of wall-clock time, for batches of 128 images of 32x32x3. One
+step leaves the cores idle, like a step on an accelerator (a sleep of 50 ms, about the time of DDPM's U-Net on a fast
+GPU). The other is a train step of a small U-Net on the same cores. The script fails if a share exceeds the limit.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def write_folder(root: Path, images: np.ndarray, suffix: str) -> Path:
 
 
 def sources(root: Path, count: int, size: int) -> dict:
-  """The same images in every form."""
+  """Write the same images in every format, and return the sources by name."""
   images = crops(count, size)
   png = data.FolderSource(write_folder(root / f"png{size}", images, "png"), (size, size))
   data.pack(png, root / f"packed{size}", {})
@@ -88,7 +88,10 @@ def sources(root: Path, count: int, size: int) -> dict:
 
 
 def rate(source: data.Source, batch_size: int, seconds: float, **kwargs) -> float:
-  """Records per second, from the second batch on: the first starts threads or workers."""
+  """Return records per second.
+
+  Three batches before the measurement start the threads or workers.
+  """
   batches = data.batches(source, batch_size, seed=0, flip=True, **kwargs)
   for _ in range(3):
     next(batches)
@@ -102,7 +105,7 @@ def rate(source: data.Source, batch_size: int, seconds: float, **kwargs) -> floa
 
 
 def small_step():
-  """A compiled train step of a small U-Net, and its first state."""
+  """Return a compiled train step of a small U-Net, its initial state, and the mesh."""
   process = processes.discrete(schedules.linear())
   network = UNet(out_channels=3, channels=16, multipliers=(1, 2), blocks=1, groups=8, dropout=0.0)
   optimizer = optim.adam(learning_rate=1e-4)
@@ -122,8 +125,8 @@ def small_step():
   return parallel.jit_step(step, mesh, state), state, mesh
 
 
-def share_of_wait(batches: data.Batches, step, steps: int) -> tuple[float, float]:
-  """Time in `next` over all time, and seconds a step."""
+def wait_share(batches: data.Batches, step, steps: int) -> tuple[float, float]:
+  """Return the share of time spent waiting for batches, and the seconds per step."""
   for _ in range(3):
     step(next(batches))
   waited, start = batches.wait_seconds, time.perf_counter()
@@ -137,18 +140,18 @@ def share_of_wait(batches: data.Batches, step, steps: int) -> tuple[float, float
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--limit", type=float, default=0.01, help="the largest share of waiting that passes")
-  parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of a rate")
-  parser.add_argument("--steps", type=timing.count, default=100, help="of each measurement of a wait")
-  parser.add_argument("--batch", type=timing.count, default=128, help="images of 32x32 a step")
-  parser.add_argument("--small", type=timing.count, default=20000, help="images of 32x32")
-  parser.add_argument("--large", type=timing.count, default=400, help="images of 256x256")
-  parser.add_argument("--workers", type=int, default=2, help="worker processes; 0 leaves them out")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser.add_argument("--limit", type=float, default=0.01, help="fail above this share of waiting")
+  parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement of a rate")
+  parser.add_argument("--steps", type=timing.positive_int, default=100, help="steps of each measurement of a wait")
+  parser.add_argument("--batch", type=timing.positive_int, default=128, help="images of 32x32 per step")
+  parser.add_argument("--small", type=timing.positive_int, default=20000, help="number of images of 32x32")
+  parser.add_argument("--large", type=timing.positive_int, default=400, help="number of images of 256x256")
+  parser.add_argument("--workers", type=int, default=2, help="worker processes; 0 skips them")
+  parser.add_argument("--json", type=Path, default=None, help="file for the results")
   args = parser.parse_args()
   if args.workers < 0 or not args.seconds > 0:
     parser.error(
-      f"got --workers={args.workers} --seconds={args.seconds}; expected 0 or more workers, and more than 0 seconds"
+      f"got --workers={args.workers} --seconds={args.seconds}; expected --workers of at least 0 and --seconds above 0"
     )
 
   with tempfile.TemporaryDirectory() as folder:
@@ -156,19 +159,19 @@ def main():
     small, large = sources(Path(folder), args.small, 32), sources(Path(folder), args.large, 256)
     cores = f"{len(os.sched_getaffinity(0))} CPU cores" if hasattr(os, "sched_getaffinity") else ""
     print(f"\nrecords per second, float32 batches, {cores}\n")
-    ways = {"4 threads": {"num_threads": 4}} | (
+    readers = {"4 threads": {"num_threads": 4}} | (
       {f"{args.workers} workers": {"num_workers": args.workers}} if args.workers else {}
     )
-    columns = [f"{size}, {way}" for size in ("32x32", "256x256") for way in ways]
+    columns = [f"{size}, {reader}" for size in ("32x32", "256x256") for reader in readers]
     print(timing.table(["source", *columns], []))
     rates = {}
     for name in small:
       rates[name] = [
         rate(source, batch_size, args.seconds, **kwargs)
         for source, batch_size in ((small[name], args.batch), (large[name], 32))
-        for kwargs in ways.values()
+        for kwargs in readers.values()
       ]
-      print(f"| {name} | {' | '.join(f'{found:,.0f}' for found in rates[name])} |", flush=True)
+      print(f"| {name} | {' | '.join(f'{value:,.0f}' for value in rates[name])} |", flush=True)
 
     print(f"\ninput wait, batches of {args.batch} of 32x32x3\n")
     print("| source | step | wait |\n| --- | --- | --- |")
@@ -184,21 +187,21 @@ def main():
 
     shares = {}
     for name in ("in memory", "packed records", "folder, PNG"):
-      for what, step, steps in (
+      for title, step, steps in (
         ("a sleep of 50 ms", lambda batch: time.sleep(0.05), args.steps),
         ("a small U-Net on the same cores", train_on, max(args.steps // 10, 1)),
       ):
         batches = data.batches(small[name], args.batch, seed=0, flip=True, put=put)
-        shares[name, what], seconds = share_of_wait(batches, step, steps)
-        print(f"| {name} | {what}, {1e3 * seconds:.0f} ms | {shares[name, what]:.2%} |", flush=True)
-  figures = {
-    "records_per_second": {name: dict(zip(columns, found, strict=True)) for name, found in rates.items()},
-    "wait": {" with ".join(which): share for which, share in shares.items()},
+        shares[name, title], seconds = wait_share(batches, step, steps)
+        print(f"| {name} | {title}, {1e3 * seconds:.0f} ms | {shares[name, title]:.2%} |", flush=True)
+  results = {
+    "records_per_second": {name: dict(zip(columns, values, strict=True)) for name, values in rates.items()},
+    "wait": {" with ".join(names): share for names, share in shares.items()},
   }
-  timing.write(args.json, {"machine": timing.machine(), **figures})
-  over = [" with ".join(which) for which, share in shares.items() if share > args.limit]
-  if over:
-    raise SystemExit(f"above {args.limit:.0%}: {', '.join(over)}")
+  timing.write(args.json, {"machine": timing.machine_info(), **results})
+  slow = [" with ".join(names) for names, share in shares.items() if share > args.limit]
+  if slow:
+    raise SystemExit(f"Got waiting shares above --limit={args.limit:.0%}: {', '.join(slow)}.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""Learning curves: our trainer against a plain training loop with diffusers in PyTorch, on the same images.
+r"""Compare learning curves of our trainer and of a plain training loop with diffusers in PyTorch.
 
 pip install '.[peers]' matplotlib
 python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000] [--parts=8] [--seeds=1] [--json=<file>]
-python experiments/benchmarks/learning_curve.py --output=<folder> --config=configs/cifar10_vp.py --data=<folder of images> --steps=20000 --compile
+python experiments/benchmarks/learning_curve.py --output=<folder> --config=configs/cifar10_vp.py \
+  --data=<folder of images> --steps=20000 --compile
 
-Both start from the same weights, on digits by default, and train with the recipe's own batch, Adam, warm-up, clipping and average of the parameters; ours by
-`stepping.step` and `training.fit`, as the command line does, theirs as diffusers' example of unconditional training does. They take turns, a part
-of the steps at a time, so that a change of the machine's pace meets both; the clock of each runs while it trains, compiling included, and stands
-while models are scored. Both are sampled by our DDIM from the same noise and scored against held-out images. Writes a picture (curves and samples),
-and prints scores at equal images and at equal time. Scores of one run jump: several --seeds repeat all of it with other weights, order and noise.
+Both trainers start from the same weights and use the same images, digits by default. They share the recipe's batch
+size, Adam, warm-up, gradient clipping and EMA. Ours runs `stepping.step` and `training.fit`, like the command line.
+Theirs follows the example of unconditional training in diffusers.
+
+The trainers alternate between parts of the training, so a drift of the machine's speed affects both. The training time
+includes compilation but not scoring. Our DDIM samples from both models with the same noise, and the samples are scored
+against held-out images. The script writes a figure with curves and samples, and prints scores after the same number of
+images and after the same time. Scores of a single run vary: with several --seeds, the script repeats everything with
+other weights, data order and noise.
 """
 
 import argparse
@@ -17,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before JAX starts: what PyTorch needs must be left.
+# Set this before JAX starts, to leave GPU memory for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 
 import diffusers
@@ -41,34 +46,36 @@ LOG_EVERY = 50
 COLORS = {"ddpm_jax": "#2b6cb0", "diffusers": "#c05621"}
 
 
-def unlike(experiment):
-  """What diffusers' loop would do otherwise than the recipe says; empty if nothing."""
-  plain = {"EPS": "simple", "V": "snr_plus_one"}
+def unsupported(experiment):
+  """Describe the first setting that diffusers' loop does not support, or return an empty string."""
+  weightings = {"EPS": "simple", "V": "snr_plus_one"}
   tree, c = experiment.tree, experiment.optimizer
   objective, prediction = tree.short_name("objective"), tree.short_name("model.prediction")
-  for key, given, wanted in (
+  for key, value, supported in (
     ("model.process", tree.short_name("model.process"), ("discrete",)),
-    ("model.prediction", prediction, tuple(plain)),
+    ("model.prediction", prediction, tuple(weightings)),
     ("model.codec", tree.short_name("model.codec"), ("pixels",)),
     ("model.conditions", ", ".join(experiment.model.conditions), ("",)),
     ("objective", objective, ("denoising",)),
     (
       "objective.weighting",
       objective == "denoising" and tree.short_name("objective.weighting"),
-      (plain.get(prediction),),
+      (weightings.get(prediction),),
     ),
     ("objective.times", objective == "denoising" and tree.short_name("objective.times"), ("uniform", "none")),
     ("optimizer.name", c.name, ("adam",)),
     ("optimizer.schedule", c.schedule, ("constant",)),
     ("ema.kind", experiment.ema.kind, ("fixed",)),
   ):
-    if given not in wanted:
-      return f"{key}={given!r}; expected {' or '.join(map(repr, wanted))}, which diffusers' loop has too"
+    if value not in supported:
+      return (
+        f"{key}={value!r}; expected {' or '.join(map(repr, supported))}, because diffusers' loop supports no others"
+      )
   return ""
 
 
 class Ours:
-  """The trainer of the command line, a part of the steps at a time."""
+  """Train in parts with the trainer of the command line."""
 
   def __init__(self, experiment, source):
     start = time.perf_counter()
@@ -89,26 +96,26 @@ class Ours:
     self.seconds = time.perf_counter() - start
 
   def train(self, steps):
-    """Takes so many steps."""
+    """Train for the given number of steps."""
     start = time.perf_counter()
 
     def log(number, values):
       self.losses.append((number, self.seconds + time.perf_counter() - start, values["loss"]))
 
-    until = int(self.state.step) + steps
+    end = int(self.state.step) + steps
     self.state = training.fit(
-      self.state, self.step, self.batches, num_steps=until, log=log, log_every=LOG_EVERY, quiet=True
+      self.state, self.step, self.batches, num_steps=end, log=log, log_every=LOG_EVERY, quiet=True
     )
     jax.block_until_ready(self.state)
     self.seconds += time.perf_counter() - start
 
   def params(self):
-    """The averaged parameters, as our network takes them."""
+    """Return the EMA parameters in the format of our network."""
     return ema.ema_params(self.state.opt_state)
 
 
 class Theirs:
-  """The loop of diffusers' example of unconditional training, without its command line."""
+  """Train in parts with the loop of diffusers' example of unconditional training."""
 
   def __init__(self, experiment, source, folder, device, compiled):
     start = time.perf_counter()
@@ -122,19 +129,19 @@ class Theirs:
     pixels = data.read(source, np.arange(len(source)))["image"]
     dataset = TensorDataset(torch.tensor(np.moveaxis(images.from_uint8(pixels), -1, 1)))
     self.loader = DataLoader(dataset, experiment.training.batch_size, shuffle=True, drop_last=True)
-    self.batches = self.endless()
+    self.batches = self.endless_batches()
     torch.manual_seed(experiment.seed)
     self.seconds = time.perf_counter() - start
 
-  def endless(self):
-    """Batches in random order, flipped as the recipe says."""
+  def endless_batches(self):
+    """Yield batches in random order, with random flips if the recipe sets them."""
     while True:
       for (batch,) in self.loader:
         flip = torch.rand(len(batch), 1, 1, 1) < 0.5 * self.experiment.data.flip
         yield torch.where(flip, batch.flip(-1), batch).to(self.device)
 
   def step(self, clean, noise, t):
-    """One step of the optimizer and of the average: the loss before it."""
+    """Update the parameters and their EMA, and return the loss before the update."""
     noisy = self.scheduler.add_noise(clean, noise, t)
     with torch.autocast(self.device, torch.bfloat16, enabled=scoring.dtype_of(self.experiment) == "bfloat16"):
       output = self.run(noisy, t).sample
@@ -150,15 +157,15 @@ class Theirs:
     return loss.detach()
 
   def train(self, steps):
-    """Takes so many steps."""
+    """Train for the given number of steps."""
     start, recent = time.perf_counter(), []
-    for left in reversed(range(steps)):
+    for remaining in reversed(range(steps)):
       clean = next(self.batches)
       t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), device=self.device)
       recent.append(self.step(clean, torch.randn_like(clean), t))
       self.steps += 1
-      # When ours does.
-      if self.steps % LOG_EVERY == 0 or not left:
+      # Log at the same steps as our trainer.
+      if self.steps % LOG_EVERY == 0 or not remaining:
         mean = float(torch.stack(recent).mean())
         self.losses.append((self.steps, self.seconds + time.perf_counter() - start, mean))
         recent = []
@@ -167,7 +174,7 @@ class Theirs:
     self.seconds += time.perf_counter() - start
 
   def params(self):
-    """The averaged parameters, as our network takes them."""
+    """Return the EMA parameters in the format of our network."""
     averaged = diffusers.UNet2DModel.from_config(self.model.config)
     self.ema.copy_to(averaged.parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -176,43 +183,46 @@ class Theirs:
       return interop.diffusers.load_unet(f"{folder}/unet")[1]
 
 
-def make_judge(experiment, source, held_out, count):
-  """Scores of averaged weights, and their samples, by DDIM from the same noise each time."""
-  own, size = experiment.model, experiment.sampling.batch_size
-  times, sampler = sampling.grids.trailing(own.process, 50), sampling.ddim(own.process)
+def make_scorer(experiment, source, held_out, count):
+  """Return `score(params) -> (scores, samples)` and the scores of real training images.
 
-  def draw(params, key):
-    x = own.process.prior(key, (size, *own.shape))
-    return sampling.sample(key, sampler, own.denoise(params), x, times)
+  `score` samples with DDIM from the same noise in every call.
+  """
+  diffusion, size = experiment.model, experiment.sampling.batch_size
+  times, sampler = sampling.grids.trailing(diffusion.process, 50), sampling.ddim(diffusion.process)
 
-  drawn = jax.jit(draw, compiler_options=parallel.compiler_options())
-  seen, real = (data.read(of, np.arange(len(of))) for of in (source, held_out))
-  classes = int(seen["classes"].max()) + 1
-  learned = metrics.train_classifier(seen["image"], seen["classes"], classes, quiet=True)
-  space = metrics.classifier_space(learned, classes)
+  def generate(params, key):
+    x = diffusion.process.prior(key, (size, *diffusion.shape))
+    return sampling.sample(key, sampler, diffusion.denoise(params), x, times)
+
+  generate = jax.jit(generate, compiler_options=parallel.compiler_options())
+  train, test = (data.read(part, np.arange(len(part))) for part in (source, held_out))
+  classes = int(train["classes"].max()) + 1
+  classifier = metrics.train_classifier(train["image"], train["classes"], classes, quiet=True)
+  space = metrics.classifier_space(classifier, classes)
   extract = metrics.extractor(space, 64)
-  reference = extract(real["image"][:count])["features"]
+  reference = extract(test["image"][:count])["features"]
 
   def score(params):
-    parts = [drawn(params, jax.random.key(seed)) for seed in range(-(-count // size))]
+    parts = [generate(params, jax.random.key(seed)) for seed in range(-(-count // size))]
     samples = images.to_uint8(np.concatenate(parts)[:count])
-    return found(samples), samples
+    return score_samples(samples), samples
 
-  def found(samples):
+  def score_samples(samples):
     features = extract(samples)["features"]
     precision, recall = metrics.precision_recall(features, reference)
     distance = metrics.frechet_distance(features, reference, allow_singular=True)
     return {"distance": float(distance), "precision": precision, "recall": recall}
 
-  floor = found(seen["image"][np.random.default_rng(0).permutation(len(seen["image"]))[:count]])
+  floor = score_samples(train["image"][np.random.default_rng(0).permutation(len(train["image"]))[:count]])
   return score, floor
 
 
-def take_turns(experiment, source, judge, device, steps, parts, compiled):
-  """Trains both from the same weights: their losses, their scores after each part, and their last samples, by name."""
+def train_alternately(experiment, source, score, device, steps, parts, compiled):
+  """Train both from the same weights, and return their losses, scores after each part, and final samples by name."""
   ours = Ours(experiment, source)
   with tempfile.TemporaryDirectory() as folder:
-    # In float32, as both keep them: the first weights of both.
+    # Both start from these weights, in float32.
     interop.diffusers.save(f"{folder}/model", experiment.model, ours.state.params)
     theirs = Theirs(experiment, source, f"{folder}/model", device, compiled)
   runs = {"ddpm_jax": ours, "diffusers": theirs}
@@ -220,12 +230,12 @@ def take_turns(experiment, source, judge, device, steps, parts, compiled):
   for part in range(parts):
     for name, run in runs.items() if part % 2 else reversed(runs.items()):
       run.train(steps // parts)
-      found, samples[name] = judge(jax.tree.map(jnp.asarray, run.params()))
-      seen = (part + 1) * (steps // parts) * experiment.training.batch_size
-      curves[name].append({"images": seen, "seconds": run.seconds} | found)
+      scores, samples[name] = score(jax.tree.map(jnp.asarray, run.params()))
+      num_images = (part + 1) * (steps // parts) * experiment.training.batch_size
+      curves[name].append({"images": num_images, "seconds": run.seconds} | scores)
       print(
-        f"{name}: {seen:,} images, {run.seconds:.0f} s, loss {run.losses[-1][2]:.4f}, "
-        + ", ".join(f"{key} {value:.3f}" for key, value in found.items()),
+        f"{name}: {num_images:,} images, {run.seconds:.0f} s, loss {run.losses[-1][2]:.4f}, "
+        + ", ".join(f"{key} {value:.3f}" for key, value in scores.items()),
         flush=True,
       )
   losses = {name: [list(map(float, point)) for point in run.losses] for name, run in runs.items()}
@@ -233,27 +243,30 @@ def take_turns(experiment, source, judge, device, steps, parts, compiled):
 
 
 def compare(curves):
-  """The last scores of both, and those at the time at which the first of the two was done: between the times at which they were taken."""
-  last = {name: points[-1] for name, points in curves.items()}
-  same = min(points[-1]["seconds"] for points in curves.values())
-  then = {
+  """Return the final scores of both trainers, and their scores when the faster one finished.
+
+  The scores at equal time are interpolated.
+  """
+  final = {name: points[-1] for name, points in curves.items()}
+  end = min(points[-1]["seconds"] for points in curves.values())
+  at_end = {
     name: {
-      key: float(np.interp(same, [point["seconds"] for point in points], [point[key] for point in points]))
+      key: float(np.interp(end, [point["seconds"] for point in points], [point[key] for point in points]))
       for key in points[0]
     }
     for name, points in curves.items()
   }
-  return {"equal images": last, "equal time": then}
+  return {"equal images": final, "equal time": at_end}
 
 
-def spread(values, digits):
-  """As a cell: the mean, and the lowest and the highest if there are several."""
+def format_range(values, digits):
+  """Format the mean for a table cell, with the minimum and maximum if there are several values."""
   mean = f"{np.mean(values):,.{digits}f}"
   return mean if len(values) == 1 else f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
-def draw_picture(path, results, batch, floor, samples, title):
-  """Curves of all seeds, and the samples of the first."""
+def plot_curves(path, results, batch, floor, samples, title):
+  """Plot the curves of all seeds and the samples of the first seed."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -263,16 +276,16 @@ def draw_picture(path, results, batch, floor, samples, title):
   figure, axes = plt.subplots(2, 4, figsize=(19, 9), width_ratios=(1, 1, 1, 0.9), layout="constrained")
   for number, result in enumerate(results):
     for name, points in result["curves"].items():
-      # One entry in the legends for all seeds: matplotlib leaves out labels that start so.
-      look = {"color": COLORS[name], "alpha": 1 if len(results) == 1 else 0.6, "label": "_" * (number > 0) + name}
+      # Matplotlib omits labels that start with an underscore, so the legend has one entry for all seeds.
+      style = {"color": COLORS[name], "alpha": 1 if len(results) == 1 else 0.6, "label": "_" * (number > 0) + name}
       loss = np.array(result["losses"][name])
       for row, by in ((0, "images"), (1, "seconds")):
-        axes[row, 0].plot(loss[:, row] * (batch if row == 0 else 1), loss[:, 2], lw=1, **look)
-        for column, score, style in ((1, "distance", "o-"), (2, "precision", "o-"), (2, "recall", "s--")):
-          axes[row, column].plot([p[by] for p in points], [p[score] for p in points], style, **look)
-  for row, by in ((0, "images"), (1, "seconds of training, compiling included")):
-    for column, what in enumerate(("loss", "Frechet distance", "precision (solid), recall (dashed)")):
-      axes[row, column].set(xlabel=by, ylabel=what, yscale="linear" if column == 2 else "log")
+        axes[row, 0].plot(loss[:, row] * (batch if row == 0 else 1), loss[:, 2], lw=1, **style)
+        for column, score, marker in ((1, "distance", "o-"), (2, "precision", "o-"), (2, "recall", "s--")):
+          axes[row, column].plot([p[by] for p in points], [p[score] for p in points], marker, **style)
+  for row, by in ((0, "images"), (1, "seconds of training, including compilation")):
+    for column, quantity in enumerate(("loss", "Frechet distance", "precision (solid), recall (dashed)")):
+      axes[row, column].set(xlabel=by, ylabel=quantity, yscale="linear" if column == 2 else "log")
     axes[row, 1].axhline(floor["distance"], color="gray", ls=":", label="real training images")
     axes[row, 0].legend()
     axes[row, 1].legend()
@@ -289,17 +302,21 @@ def draw_picture(path, results, batch, floor, samples, title):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="the recipe: EPS or V, Adam")
-  parser.add_argument("--data", default="", help="a folder of images in classes, instead of the recipe's data")
-  parser.add_argument("--steps", type=timing.count, default=None, help="of each; the recipe's own by default")
-  parser.add_argument("--parts", type=timing.count, default=8, help="turns, and scores")
-  parser.add_argument("--samples", type=timing.count, default=500, help="that are scored")
-  parser.add_argument("--seeds", type=timing.count, default=1, help="runs of both, from the recipe's seed on")
-  parser.add_argument("--compile", action="store_true", help="PyTorch compiled")
-  parser.add_argument("--output", type=Path, required=True, help="a folder for the picture")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="recipe with EPS or V and Adam")
+  parser.add_argument("--data", default="", help="folder of images in class folders; default: the recipe's data")
+  parser.add_argument(
+    "--steps", type=timing.positive_int, default=None, help="steps of each trainer; default: the recipe's"
+  )
+  parser.add_argument("--parts", type=timing.positive_int, default=8, help="number of parts; scores follow each part")
+  parser.add_argument("--samples", type=timing.positive_int, default=500, help="samples to score")
+  parser.add_argument(
+    "--seeds", type=timing.positive_int, default=1, help="repetitions, starting with the recipe's seed"
+  )
+  parser.add_argument("--compile", action="store_true", help="use torch.compile")
+  parser.add_argument("--output", type=Path, required=True, help="folder for the figure")
+  parser.add_argument("--json", type=Path, default=None, help="file for the results")
   args = parser.parse_args()
-  # As the command line does; it is PyTorch's too.
+  # Same allocator settings as on the command line. They also affect PyTorch.
   heap.keep_freed_memory()
   heap.raise_gc_threshold()
   device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
@@ -309,37 +326,39 @@ def main():
   experiment = load(args.config, **changes)
   args.steps = args.steps or experiment.training.steps
   if args.steps % args.parts or args.steps // args.parts < LOG_EVERY:
-    parser.error(f"got {args.steps} steps in {args.parts} parts; expected parts of one size, {LOG_EVERY} steps or more")
-  if problem := unlike(experiment):
+    parser.error(
+      f"got {args.steps} steps in {args.parts} parts; expected parts of equal size with at least {LOG_EVERY} steps"
+    )
+  if problem := unsupported(experiment):
     parser.error(f"got the recipe {args.config.name} with {problem}")
   args.output.mkdir(parents=True, exist_ok=True)
   source, held_out = reading.read_data(experiment)
-  judge, floor = make_judge(experiment, source, held_out, min(args.samples, len(held_out)))
-  results, shown = [], {}
+  score, floor = make_scorer(experiment, source, held_out, min(args.samples, len(held_out)))
+  results, first_samples = [], {}
   for seed in range(experiment.seed, experiment.seed + args.seeds):
     print(f"seed {seed} ...", flush=True)
-    one = experiment.replace(seed=seed)
-    result, samples = take_turns(one, source, judge, device, args.steps, args.parts, args.compile)
+    seeded = experiment.replace(seed=seed)
+    result, samples = train_alternately(seeded, source, score, device, args.steps, args.parts, args.compile)
     results.append(result)
-    shown = shown or {name: samples[name] for name in COLORS}
-  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
+    first_samples = first_samples or {name: samples[name] for name in COLORS}
+  info = timing.machine_info(PyTorch=torch.__version__, diffusers=diffusers.__version__)
   batch = experiment.training.batch_size
   title = (
-    f"{args.config.stem}, {args.steps:,} steps of {batch}; {here['device']}, {here['cores']} cores, {here['date']}"
+    f"{args.config.stem}, {args.steps:,} steps of {batch}; {info['device']}, {info['cores']} cores, {info['date']}"
   )
-  draw_picture(args.output / "learning_curve.png", results, batch, floor, shown, title)
-  for name, drawn in shown.items():
-    images.save_grid(args.output / f"{name}.png", drawn[:100])
+  plot_curves(args.output / "learning_curve.png", results, batch, floor, first_samples, title)
+  for name, samples in first_samples.items():
+    images.save_grid(args.output / f"{name}.png", samples[:100])
   compared = [compare(result["curves"]) for result in results]
   cells = []
   for when in compared[0]:
     for name in COLORS:
-      found = {key: [one[when][name][key] for one in compared] for key in ("images", "seconds", *floor)}
+      values = {key: [one[when][name][key] for one in compared] for key in ("images", "seconds", *floor)}
       digits = [0, 0, *(3 for _ in floor)]
-      cells.append([when, name, *map(spread, found.values(), digits)])
+      cells.append([when, name, *map(format_range, values.values(), digits)])
   cells.append(["", "real images (floor)", "", "", *(f"{value:.3f}" for value in floor.values())])
-  timing.report(title, ["at", "trainer", "images", "seconds", *floor], cells, here)
-  timing.write(args.json, {"machine": here, "runs": results, "floor": floor, "compared": compared})
+  timing.report(title, ["at", "trainer", "images", "seconds", *floor], cells, info)
+  timing.write(args.json, {"machine": info, "runs": results, "floor": floor, "compared": compared})
   print(f"\n{args.output / 'learning_curve.png'}")
 
 

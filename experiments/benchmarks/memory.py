@@ -1,17 +1,23 @@
-"""What a recipe's train step keeps in memory: by type and rematerialization, by batch and by fsdp.
+"""Measure the memory of a recipe's train step by data type, rematerialization, batch size and fsdp.
 
 python experiments/benchmarks/memory.py [configs/cifar10_vp.py ...]
 python experiments/benchmarks/memory.py --devices=8 --batches=16,128,1024 [configs/cifar10_vp.py ...]
 python experiments/benchmarks/memory.py --devices=8 --batches=16 --compile [configs/digits_vp.py ...]
 python experiments/benchmarks/memory.py --topology=v5e:1x1 --images=16 [--types=float32] [configs/cifar10_vp.py ...]
 
-The first prints what the forward pass keeps for the backward pass, in megabytes (1e6 bytes) an image, beside the state of the whole model: the
-part of a step's memory that grows with the batch. Nothing is compiled.
+The first command prints the size of the activations that the forward pass stores for the backward pass, in megabytes
+(1e6 bytes) per image, and the size of the training state. Activations are the part of the memory that grows with the
+batch. Nothing is compiled.
 
-The second adds them up for one of so many devices (simulated, where there are not as many): its part of the state by fsdp, and what its images of
-the batch keep. With --compile the step is compiled for each, and what the compiler says it takes (arguments and temporaries) stands beside it: on a GPU the
-truth; on a CPU, whose compiler undoes rematerialization, a check of the state. The last compiles the whole step for one chip (minutes
-each, for large networks) and prints its temporaries, gradients and scratch included, in megabytes for so many images. --json=<file> keeps the figures.
+The second command adds up both for one of several devices, simulated if necessary: its shard of the state, and the
+activations of its images.
+
+With --compile, the third command also compiles the step for each configuration, and prints the compiler's estimate of
+arguments and temporaries. On a GPU this is the actual memory. On a CPU it only checks the size of the state, because
+the compiler undoes rematerialization.
+
+The last command compiles the step for one chip, which takes minutes for large networks. It prints the temporaries,
+including gradients and scratch memory, in megabytes for a batch of --images. --json=<file> saves the results.
 """
 
 import argparse
@@ -31,8 +37,8 @@ from ddpm_jax.runs import model, stepping
 POLICIES = ("none", "blocks", "everything")
 
 
-def kept(experiment, images=2):
-  """Bytes an image that the gradient of the loss has to hold between the two passes, without the parameters themselves."""
+def activation_bytes(experiment, images=2):
+  """Return the bytes per image that the forward pass stores for the backward pass, without the parameters."""
   key = jax.eval_shape(jax.random.key, 0)
   params = jax.eval_shape(experiment.model.init, key)
   keys = jax.eval_shape(lambda key: jax.random.split(key, images), key)
@@ -46,35 +52,33 @@ def kept(experiment, images=2):
   return sum(leaf.size * leaf.dtype.itemsize for leaf in per_image) / images
 
 
-def compiled(experiment, topology):
-  """Bytes of temporaries of the compiled step."""
-  with contextlib.redirect_stdout(sys.stderr):  # the table that is asked for stays apart
+def temporary_bytes(experiment, topology):
+  """Compile the step for a topology and return the bytes of its temporaries."""
+  with contextlib.redirect_stdout(sys.stderr):  # keep the table on stdout separate
     plan = runs.run_plan(experiment.tree, topology_name=topology, num_devices=None)
   return plan.temporary_bytes if plan.temporary_bytes is not None else float("nan")
 
 
-def on_devices(experiment, devices, fsdp, compile_too):
-  """Bytes of one device: state, what its images keep, and what the compiler says of the whole step."""
+def device_bytes(experiment, devices, fsdp, should_compile):
+  """Return the bytes on one device for the state, the activations and, if compiled, the step."""
   state, traced = trace_step(experiment, devices, fsdp)
   images = experiment.training.batch_size / len(devices)
-  figures = {"state": plan.state_bytes(state), "kept": kept(experiment) * images}
-  if compile_too:
-    found = plan.compile_step(traced, devices)
-    analysis = None if isinstance(found, plan.OutOfMemory) else found.memory_analysis()
-    figures["compiled"] = (
-      math.nan if analysis is None else analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    )
-  return figures
+  sizes = {"state": plan.state_bytes(state), "activations": activation_bytes(experiment) * images}
+  if should_compile:
+    program = plan.compile_step(traced, devices)
+    analysis = None if isinstance(program, plan.OutOfMemory) else program.memory_analysis()
+    sizes["compiled"] = math.nan if analysis is None else analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+  return sizes
 
 
-def computing(path, dtype, policy, batch=None, kernels="plain"):
-  """Return a recipe whose network computes in a type by such programs, and whose backward pass computes so much again."""
+def load_variant(path, dtype, policy, batch=None, kernels="plain"):
+  """Load a recipe with a data type, a rematerialization policy, a batch size and kernels."""
   changes = {"model__network__dtype": dtype, "model__network__remat": policy, "model__network__kernels": kernels}
   return load(path, **changes, **({} if batch is None else {"training__batch_size": batch}))
 
 
 def by_batch(args, types):
-  """A table for each recipe: gigabytes of one device."""
+  """Report the gigabytes on one device for all recipes."""
   devices, batches = topology.simulate_devices(args.devices), args.batches
   rows = []
   for path in args.configs:
@@ -82,37 +86,42 @@ def by_batch(args, types):
       for policy in POLICIES:
         for fsdp in sorted({1, args.devices}):
           for batch in batches:
-            found = on_devices(computing(path, dtype, policy, batch), devices, fsdp, args.compile)
-            rows.append({"recipe": path.name, "dtype": dtype, "remat": policy, "fsdp": fsdp, "batch": batch} | found)
+            sizes = device_bytes(load_variant(path, dtype, policy, batch), devices, fsdp, args.compile)
+            rows.append({"recipe": path.name, "dtype": dtype, "remat": policy, "fsdp": fsdp, "batch": batch} | sizes)
   cells = {}
   for row in rows:
-    compiled_too = f" ({row['compiled'] / 1e9:.2f})" if "compiled" in row else ""
+    compiled = f" ({row['compiled'] / 1e9:.2f})" if "compiled" in row else ""
     key = (row["recipe"], row["dtype"], row["remat"], row["fsdp"], f"{row['state'] / 1e9:.3g}")
-    cells.setdefault(key, []).append(f"{(row['state'] + row['kept']) / 1e9:.3g}{compiled_too}")
-  title = f"GB on each of {args.devices} device(s): state and what the forward pass keeps{' (arguments and temporaries as compiled)' if args.compile else ''}"
+    cells.setdefault(key, []).append(f"{(row['state'] + row['activations']) / 1e9:.3g}{compiled}")
+  compiled_title = " (arguments and temporaries of the compiled step)" if args.compile else ""
+  title = f"GB on each of {args.devices} device(s): state and activations{compiled_title}"
   columns = ["recipe", "type", "remat", "fsdp", "state", *(f"batch {size}" for size in batches)]
-  timing.report(title, columns, [[*key, *values] for key, values in cells.items()], timing.machine())
-  timing.write(args.json, {"machine": timing.machine(), "devices": args.devices, "rows": rows})
+  timing.report(title, columns, [[*key, *values] for key, values in cells.items()], timing.machine_info())
+  timing.write(args.json, {"machine": timing.machine_info(), "devices": args.devices, "rows": rows})
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument(
-    "configs", nargs="*", type=Path, default=sorted(CONFIGS.glob("*.py")), help="recipes; all by default"
+    "configs", nargs="*", type=Path, default=sorted(CONFIGS.glob("*.py")), help="recipes; default: all"
   )
-  parser.add_argument("--topology", help="compile for one chip of this kind, such as v5e:1x1")
-  parser.add_argument("--images", type=timing.count, default=16, help="the batch to compile for")
-  parser.add_argument("--types", default="float32,bfloat16", help="what the network computes in")
-  parser.add_argument("--devices", type=timing.count, default=None, help="add up for one of so many devices")
-  parser.add_argument("--batches", type=timing.counts, default="16,128,1024", help="images a step, over all of them")
-  parser.add_argument("--compile", action="store_true", help="and compile for them")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser.add_argument("--topology", help="compile for this topology, such as v5e:1x1")
+  parser.add_argument("--images", type=timing.positive_int, default=16, help="batch size to compile for")
+  parser.add_argument("--types", default="float32,bfloat16", help="data types of the network")
+  parser.add_argument(
+    "--devices", type=timing.positive_int, default=None, help="number of devices to split the step over"
+  )
+  parser.add_argument(
+    "--batches", type=timing.positive_ints, default="16,128,1024", help="batch sizes over all devices"
+  )
+  parser.add_argument("--compile", action="store_true", help="also compile the step for these devices")
+  parser.add_argument("--json", type=Path, default=None, help="file for the results")
   args = parser.parse_args()
   types = args.types.split(",")
   if args.devices:
     by_batch(args, types)
     return
-  figures = {}
+  sizes = {}
   names = [f"{policy}, {dtype}" for dtype in types for policy in POLICIES]
   print(f"| recipe | state, MB | {' | '.join(names)} |\n| --- | --- |{' --- |' * len(names)}", flush=True)
   for path in args.configs:
@@ -120,14 +129,14 @@ def main():
     cells = []
     for dtype in types:
       for policy in POLICIES:
-        of_slice = {"batch": args.images, "kernels": "tuned"} if args.topology else {}
-        experiment = computing(path, dtype, policy, **of_slice)
-        found = compiled(experiment, args.topology) if args.topology else kept(experiment)
-        cells.append(f"{found / 1e6:.4g}")
-    figures[path.name] = dict(zip(names, map(float, cells), strict=True))
+        options = {"batch": args.images, "kernels": "tuned"} if args.topology else {}
+        experiment = load_variant(path, dtype, policy, **options)
+        size = temporary_bytes(experiment, args.topology) if args.topology else activation_bytes(experiment)
+        cells.append(f"{size / 1e6:.4g}")
+    sizes[path.name] = dict(zip(names, map(float, cells), strict=True))
     size = plan.state_bytes(state)
     print(f"| `{path.name}` | {size / 1e6:,.0f} | {' | '.join(cells)} |", flush=True)
-  timing.write(args.json, {"machine": timing.machine(), "megabytes": figures})
+  timing.write(args.json, {"machine": timing.machine_info(), "megabytes": sizes})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same network twice, from one folder: our U-Net and diffusers' UNet2DModel in PyTorch, with the same weights."""
+"""Load the same U-Net in our code and in diffusers with PyTorch."""
 
 import tempfile
 from pathlib import Path
@@ -15,8 +15,8 @@ from ddpm_jax import interop, predictions, processes, schedules
 from ddpm_jax.models import Model, codecs, networks
 from ddpm_jax.networks import UNet
 
-# Ho et al.'s on CIFAR-10 (35.7M parameters); Dhariwal and Nichol's on ImageNet 64x64 (295M; here of one class, without a learned variance); two
-# small ones.
+# The network of Ho et al. for CIFAR-10 (35.7M parameters), the network of Dhariwal and Nichol for ImageNet 64x64 (295M,
+# without classes and learned variance), and two small networks.
 MODELS = {
   "ddpm": recipe.CONFIGS / "cifar10_vp.py",
   "adm64": recipe.CONFIGS / "imagenet64_adm.py",
@@ -26,7 +26,7 @@ MODELS = {
 
 
 class Pair(NamedTuple):
-  """Both networks, and the shape of their data."""
+  """Hold both networks and the shape of their data."""
 
   network: UNet
   params: Any
@@ -35,14 +35,14 @@ class Pair(NamedTuple):
 
 
 def make(name: str) -> Pair:
-  """A pair of `MODELS`."""
-  made = recipe.load(MODELS[name]).model
-  shape, process = made.data_shape, processes.discrete(schedules.linear())
-  network = made.network.module.clone(
+  """Make both networks of an entry of `MODELS` with the same weights."""
+  recipe_model = recipe.load(MODELS[name]).model
+  shape, process = recipe_model.data_shape, processes.discrete(schedules.linear())
+  network = recipe_model.network.module.clone(
     out_channels=shape[-1], num_classes=0, dropout=0.0, dtype=jnp.float32, remat="none"
   )
   start = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1))["params"]
-  # Small random numbers in the place of zeros, so that a comparison of outputs means something.
+  # Add random numbers to weights that are initialized to 0, so that outputs are comparable.
   leaves, tree = jax.tree.flatten(start)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   start = tree.unflatten([p + 0.02 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
@@ -55,25 +55,25 @@ def make(name: str) -> Pair:
 
 
 def batch_of(size: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-  """Random data, time inputs and targets."""
+  """Return a batch of random data, time inputs and targets."""
   rng = np.random.default_rng(0)
   batch = {key: rng.standard_normal((size, *shape), np.float32) for key in ("x", "target")}
   return batch | {"t": rng.integers(0, 1000, size)}
 
 
 def channels_first(x: np.ndarray) -> torch.Tensor:
-  """[B, H, W, C] as PyTorch has it."""
+  """Convert an array [B, H, W, C] to a tensor [B, C, H, W]."""
   return torch.tensor(np.moveaxis(x, -1, 1))
 
 
-def same(ours: Any, theirs: torch.Tensor, tolerance: float) -> float:
-  """The difference of two outputs, as a share of their size (RMS).
+def check_outputs(ours: Any, theirs: torch.Tensor, tolerance: float) -> float:
+  """Return the root mean square difference of two outputs, relative to their standard deviation.
 
   Raises:
-    SystemExit: if it is above the tolerance: then the two are not the same network, and no comparison means anything.
+    SystemExit: if the difference exceeds the tolerance. The networks are then different and cannot be compared.
   """
-  wanted = np.moveaxis(theirs.float().cpu().numpy(), 1, -1)
-  error = float(np.sqrt(np.mean((np.asarray(ours, np.float32) - wanted) ** 2)) / np.std(wanted))
+  expected = np.moveaxis(theirs.float().cpu().numpy(), 1, -1)
+  error = float(np.sqrt(np.mean((np.asarray(ours, np.float32) - expected) ** 2)) / np.std(expected))
   if not error <= tolerance:
-    raise SystemExit(f"the outputs differ by {error:.1e} of their size, more than {tolerance}")
+    raise SystemExit(f"Got outputs with a relative difference of {error:.1e}; expected at most {tolerance}.")
   return error

@@ -1,4 +1,4 @@
-"""The recipes of configs/, and their train steps as the command line compiles them: shared by the scripts in this folder."""
+"""Load recipes from configs/ and trace their train steps, for all benchmarks in this folder."""
 
 import runpy
 from collections.abc import Callable
@@ -20,18 +20,16 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def read(path: Path) -> ConfigDict:
   """Return the config of a recipe, a Python file."""
   if not path.is_file():
-    raise SystemExit(
-      f"Got the recipe {path}, which does not exist; expected a file such as {CONFIGS / 'digits_vp.py'}."
-    )
+    raise SystemExit(f"Got the recipe {path}; expected an existing file, such as {CONFIGS / 'digits_vp.py'}.")
   return runpy.run_path(str(path))["get_config"]()
 
 
 def load(path: Path, **changes: Any) -> Experiment:
-  """Return the experiment that a recipe describes.
+  """Build the experiment of a recipe.
 
   Args:
-    path: the recipe.
-    **changes: other values of its keys, with two underscores in the place of each dot.
+    path: the recipe file.
+    **changes: values for config keys, with two underscores instead of each dot.
   """
   tree = config.to_tree(read(path))
   for name, value in changes.items():
@@ -40,7 +38,7 @@ def load(path: Path, **changes: Any) -> Experiment:
 
 
 def loss_of(experiment: Experiment) -> Callable[[Any, jax.Array, dict[str, Any]], jax.Array]:
-  """Return `loss(params, keys, batch)`, what training minimizes, with a key for each sample [B]."""
+  """Return the training loss `loss(params, keys, batch)` with one key per sample [B]."""
   objective = experiment.objective
 
   def loss(params, keys, batch):
@@ -56,7 +54,11 @@ def loss_of(experiment: Experiment) -> Callable[[Any, jax.Array, dict[str, Any]]
 def trace_step(
   experiment: Experiment, devices: list[Any], fsdp: int = 1
 ) -> tuple[training.TrainState, jax.stages.Traced]:
-  """Return the shapes of the state, laid out over the devices, and the traced train step of the recipe's batch."""
+  """Trace the train step of a recipe on a mesh of devices.
+
+  Returns:
+    The shapes and shardings of the state, and the traced step.
+  """
   mesh, size = parallel.make_mesh(fsdp=fsdp, devices=devices), experiment.training.batch_size
   parallel.check_batch(size, mesh.size)
   _, state = model.make_state(experiment, mesh)

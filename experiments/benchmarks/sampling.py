@@ -1,18 +1,22 @@
-"""Sampling, ours against diffusers' pipelines in PyTorch, and what `sample` adds to bare calls of the network.
+"""Measure the time of sampling, ours against diffusers' pipelines in PyTorch and against bare network calls.
 
 pip install '.[peers]'
 python experiments/benchmarks/sampling.py [--model=ddpm] [--batches=1,16] [--rounds=1] [--compile] [--json=<file>]
 python experiments/benchmarks/sampling.py --batches=1,16,256 --rounds=5      # on a GPU
 
-50 steps of DDIM and 20 of DPM-Solver++(2M), from noise to images in host memory, by networks with the same weights. The two are run in turn, there
-and back; the table gives the median of our time over theirs (below 1 ours is faster), images a second, and our time over that of as many bare,
-jitted calls of the network on the same batch. On a CPU all compute in float32, PyTorch eagerly and, with --compile, compiled too. On a GPU all
-compute in bfloat16, PyTorch with channels last, eagerly and compiled. `sampling_overhead.py` measures the overhead alone, of every sampler.
+The samplers are DDIM with 50 steps and DPM-Solver++(2M) with 20 steps, from noise to images in host memory. All
+networks have the same weights. Our code and theirs run alternately. The table lists the median ratio of our time to
+theirs (below 1, ours is faster), images per second, and the ratio of our time to that of the same number of jitted
+network calls.
+
+On a CPU everything runs in float32. PyTorch runs in eager mode and, with --compile, also compiled. On a GPU everything
+runs in bfloat16. PyTorch uses channels-last memory and runs in eager mode and compiled. `sampling_overhead.py` measures
+the overhead of every sampler.
 """
 
 import os
 
-# Before JAX starts: what PyTorch needs must be left.
+# Set this before JAX starts, to leave GPU memory for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 
 import diffusers
@@ -32,34 +36,33 @@ TASKS = {
 }
 
 
-def make_ours(made, dtype, rule, steps, batch):
-  """Sampling from noise to an array in host memory, and as many bare calls of the network."""
+def make_ours(networks, dtype, rule, steps, batch):
+  """Return a function that samples to host memory, and a function that makes the same number of network calls."""
   process, options = processes.discrete(schedules.linear()), parallel.compiler_options()
-  network, shape = made.network.clone(dtype=dtype), (batch, *made.shape)
+  network, shape = networks.network.clone(dtype=dtype), (batch, *networks.shape)
   sampler, times = rule(process), sampling.grids.trailing(process, steps)
 
   def apply(params, x, time):
     return network.apply({"params": params}, x, time)
 
-  def draw(params, key):
+  def generate(params, key):
     denoise = guidance.clip(predictions.denoiser(lambda x, time: apply(params, x, time), process, predictions.EPS))
     x = process.prior(key, shape)
     return sampling.sample(key, sampler, denoise, x, times)
 
-  drawn = jax.jit(draw, compiler_options=options)
-  called = jax.jit(apply, compiler_options=options)
-  x, time = jnp.asarray(pair.batch_of(batch, made.shape)["x"]), jnp.full((batch,), 500.0)
+  jitted_generate = jax.jit(generate, compiler_options=options)
+  jitted_apply = jax.jit(apply, compiler_options=options)
+  x, time = jnp.asarray(pair.batch_of(batch, networks.shape)["x"]), jnp.full((batch,), 500.0)
 
   def bare():
     for _ in range(sampling.nfe(sampler, process, times)):
-      y = called(made.params, x, time)
+      y = jitted_apply(networks.params, x, time)
     jax.block_until_ready(y)
 
-  return lambda: np.asarray(drawn(made.params, jax.random.key(0))), bare
+  return lambda: np.asarray(jitted_generate(networks.params, jax.random.key(0))), bare
 
 
 def make_theirs(model, scheduler, pipeline, steps, batch, gpu):
-  # Its progress bar would be most of its output here.
   options = {"algorithm_type": "dpmsolver++"} if scheduler is diffusers.DPMSolverMultistepScheduler else {}
   pipe = pipeline(unet=model, scheduler=scheduler(beta_schedule="linear", timestep_spacing="trailing", **options))
   pipe.set_progress_bar_config(disable=True)
@@ -72,32 +75,32 @@ def make_theirs(model, scheduler, pipeline, steps, batch, gpu):
 
 
 def main():
-  parser = timing.parser(__doc__, rounds=1)
+  parser = timing.make_parser(__doc__, rounds=1)
   parser.add_argument("--model", choices=pair.MODELS, default="ddpm", help="the network")
-  parser.add_argument("--batches", type=timing.counts, default="1,16", help="images a batch, several by commas")
-  parser.add_argument("--compile", action="store_true", help="PyTorch compiled too, on a CPU")
+  parser.add_argument("--batches", type=timing.positive_ints, default="1,16", help="batch sizes, separated by commas")
+  parser.add_argument("--compile", action="store_true", help="on a CPU, also time compiled PyTorch")
   args = parser.parse_args()
-  # As the command line does; on a CPU it is PyTorch's too.
+  # Same allocator settings as on the command line. On a CPU they also affect PyTorch.
   heap.keep_freed_memory()
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
-  made = pair.make(args.model)
-  model = made.model.to("cuda") if gpu else made.model
+  networks = pair.make(args.model)
+  model = networks.model.to("cuda") if gpu else networks.model
   if gpu:
     model = model.to(memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True
   models = {"eager": model}
   if gpu or args.compile:
     models["compiled"] = torch.compile(model)
-  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
+  info = timing.machine_info(PyTorch=torch.__version__, diffusers=diffusers.__version__)
   rows = []
   for batch in args.batches:
     for name, (steps, rule, scheduler, pipeline) in TASKS.items():
       print(f"batch {batch}, {name} ...", flush=True)
-      ours, bare = make_ours(made, jnp.bfloat16 if gpu else jnp.float32, rule, steps, batch)
+      ours, bare = make_ours(networks, jnp.bfloat16 if gpu else jnp.float32, rule, steps, batch)
       runs = {"ours": ours, "bare": bare}
       runs |= {kind: make_theirs(one, scheduler, pipeline, steps, batch, gpu) for kind, one in models.items()}
-      times = timing.in_turn(runs, args.rounds, settle=gpu)
+      times = timing.time_alternately(runs, args.rounds, warm_up=gpu)
       rows.append(
         {
           "task": name,
@@ -107,21 +110,21 @@ def main():
           "overhead": timing.ratio(times, "ours", "bare"),
         }
       )
-      timing.write(args.json, {"machine": here, "model": args.model, "rows": rows})
+      timing.write(args.json, {"machine": info, "model": args.model, "rows": rows})
   cells = [
     [
       row["task"],
       row["batch"],
       f"PyTorch, {kind}",
-      timing.with_quartiles(row["ratio"][kind]),
-      *(f"{row['images_per_second'][which]:.3g}" for which in ("ours", kind)),
-      timing.with_quartiles(row["overhead"], 3),
+      timing.format_quartiles(row["ratio"][kind]),
+      *(f"{row['images_per_second'][name]:.3g}" for name in ("ours", kind)),
+      timing.format_quartiles(row["overhead"], 3),
     ]
     for row in rows
     for kind in models
   ]
-  columns = ["sampler", "batch", "against", "our time over theirs", "ours, images/s", "theirs", "over bare calls"]
-  timing.report(f"{args.model}, {'bfloat16' if gpu else 'float32'}", columns, cells, here)
+  columns = ["sampler", "batch", "against", "our time over theirs", "ours, images/s", "theirs", "over network calls"]
+  timing.report(f"{args.model}, {'bfloat16' if gpu else 'float32'}", columns, cells, info)
 
 
 if __name__ == "__main__":

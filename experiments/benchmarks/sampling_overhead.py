@@ -1,10 +1,10 @@
-"""What `sample` adds to the network's own cost: time per step over time per network evaluation, for every family of rules.
+"""Measure the overhead of `sample` over bare network calls for every kind of step rule.
 
 python experiments/benchmarks/sampling_overhead.py [--samplers ddim heun] [--limit=1.02] [--json=<file>]
 
-A U-Net denoises a batch; its jitted evaluation and each sampler's compiled loop are timed in turn, over and over, so that a
-change of the machine's pace meets both, and the median of the ratios of neighbors is printed, each divided by the sampler's
-number of evaluations. Absolute times mean nothing. Ends with an error if a ratio is above the limit.
+The compiled loop of each sampler and the same number of jitted calls of a U-Net run alternately, so a drift of the
+machine's speed affects both. The script prints the median over rounds of the ratio of their times. Absolute times are
+not comparable between machines. The script fails if a ratio exceeds the limit.
 """
 
 import jax
@@ -35,13 +35,15 @@ RULES = {
 
 
 def main():
-  parser = timing.parser(__doc__, rounds=9)
-  parser.add_argument("--samplers", nargs="+", choices=RULES, metavar="NAME", default=list(RULES), help="some of them")
-  parser.add_argument("--limit", type=float, default=1.02, help="the largest ratio that passes")
-  parser.add_argument("--channels", type=timing.count, default=64, help="of the U-Net")
-  parser.add_argument("--size", type=timing.count, default=16, help="of the images")
-  parser.add_argument("--batch", type=timing.count, default=8, help="images")
-  parser.add_argument("--steps", type=timing.count, default=6, help="of each sampler")
+  parser = timing.make_parser(__doc__, rounds=9)
+  parser.add_argument(
+    "--samplers", nargs="+", choices=RULES, metavar="NAME", default=list(RULES), help="samplers; default: all"
+  )
+  parser.add_argument("--limit", type=float, default=1.02, help="fail above this ratio")
+  parser.add_argument("--channels", type=timing.positive_int, default=64, help="channels of the U-Net")
+  parser.add_argument("--size", type=timing.positive_int, default=16, help="image size")
+  parser.add_argument("--batch", type=timing.positive_int, default=8, help="images per batch")
+  parser.add_argument("--steps", type=timing.positive_int, default=6, help="steps of each sampler")
   args = parser.parse_args()
 
   process, shape = processes.vp(), (args.batch, args.size, args.size, 3)
@@ -63,11 +65,11 @@ def main():
     )
     runs[name], calls[name] = (lambda run=run: run(params, x)), sampling.nfe(sampler, process, times)
 
-  def one():
+  def call_network():
     return evaluate(params, x, 0.5)
 
   print("compiling", len(runs), "samplers ...", flush=True)
-  for function in (one, *runs.values()):
+  for function in (call_network, *runs.values()):
     jax.block_until_ready(function())
   ratios = {}
   for name, function in runs.items():
@@ -75,21 +77,21 @@ def main():
 
     def bare(name=name):
       for _ in range(calls[name]):
-        jax.block_until_ready(one())
+        jax.block_until_ready(call_network())
 
     pair = {"sample": lambda function=function: jax.block_until_ready(function()), "bare": bare}
-    ratios[name] = timing.ratio(timing.in_turn(pair, args.rounds, settle=False, quiet=True), "sample", "bare")
+    ratios[name] = timing.ratio(timing.time_alternately(pair, args.rounds, warm_up=False, quiet=True), "sample", "bare")
 
-  count, here = sum(leaf.size for leaf in jax.tree.leaves(params)), timing.machine()
-  cells = [[name, calls[name], timing.with_quartiles(found, 3)] for name, found in ratios.items()]
-  columns = ["sampler", "evaluations", "time per step / (evaluations x time of one)"]
-  timing.report(f"U-Net of {count:,} parameters, x {shape}", columns, cells, here)
+  count, info = sum(leaf.size for leaf in jax.tree.leaves(params)), timing.machine_info()
+  cells = [[name, calls[name], timing.format_quartiles(values, 3)] for name, values in ratios.items()]
+  columns = ["sampler", "network calls", "time over that of the calls"]
+  timing.report(f"U-Net of {count:,} parameters, x {shape}", columns, cells, info)
   timing.write(
-    args.json, {"machine": here, "parameters": count, "shape": shape, "ratios": ratios, "evaluations": calls}
+    args.json, {"machine": info, "parameters": count, "shape": shape, "ratios": ratios, "evaluations": calls}
   )
-  over = [name for name, (_, median, _) in ratios.items() if median > args.limit]
-  if over:
-    raise SystemExit(f"above {args.limit}: {', '.join(over)}")
+  slow = [name for name, (_, median, _) in ratios.items() if median > args.limit]
+  if slow:
+    raise SystemExit(f"Got ratios above --limit={args.limit}: {', '.join(slow)}.")
 
 
 if __name__ == "__main__":

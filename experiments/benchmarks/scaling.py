@@ -1,13 +1,16 @@
-"""What more devices do: the work of each by the compiled program, and a slice's roofline as it grows.
+r"""Measure how the work of a train step divides over devices, and compute rooflines of TPU slices.
 
-python experiments/benchmarks/scaling.py [--config=configs/digits_vp.py] [--recipes=configs/cifar10_vp.py,...] [--json=<file>]
+python experiments/benchmarks/scaling.py [--config=configs/digits_vp.py] [--recipes=cifar10_vp.py,...] \
+  [--json=<file>]
 
-First the train step of a recipe is compiled for 1 to 8 simulated devices, its batch split over them, and read as `--mode=plan` reads it: FLOPs of the compiled
-program, bytes and collectives of one device. Ends with an error if the work of a device is not its share.
+The first part compiles the train step of a recipe for 1 to 8 simulated devices, with the batch sharded across them.
+Like `--mode=plan`, it reports FLOPs, bytes and collectives of one device. The script fails if a device does not have
+its share of the work.
 
-Then the plan's bounds for v5e and v6e slices of 1 to 256 chips, from the recipe's FLOPs, its gradients and the chips' published peaks: how
-long a step computes and communicates at a batch, what a million images cost, and the batch per chip from which on communication can hide behind
-computing. Nothing is compiled for this part; `--mode=plan --topology=v5e:16x16` compiles it.
+The second part computes lower bounds of the time of a step on v5e and v6e slices of 1 to 256 chips. They follow from
+the FLOPs and gradients of the recipe and from the published peaks of the chips. The tables show the time of computation
+and communication, the cost of a million images, and the smallest batch per chip at which computation can hide
+communication. This part compiles nothing; `--mode=plan --topology=v5e:16x16` does.
 """
 
 import argparse
@@ -28,8 +31,8 @@ CHIPS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 SLICES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
-def compiled(experiment, devices, fsdp):
-  """The plan of a step over some devices, and the FLOPs that XLA counts in what one of them runs."""
+def plan_step(experiment, devices, fsdp):
+  """Return the plan of a step on the devices, and the FLOPs of one device as counted by XLA."""
   state, traced = trace_step(experiment, devices, fsdp)
   program = plan.compile_step(traced, devices)
   options = {
@@ -42,39 +45,39 @@ def compiled(experiment, devices, fsdp):
   return plan.make_plan(traced, program, **options), program.cost_analysis()["flops"]
 
 
-def simulate(experiment, most):
-  """A row for each number of devices, by data and by fsdp."""
-  devices = topology.simulate_devices(most)
-  rows, alone = [], None
-  for count in (2**power for power in range(int(math.log2(most)) + 1)):
+def simulate(experiment, max_devices):
+  """Return a row for each number of devices, with data parallelism and with fsdp."""
+  devices = topology.simulate_devices(max_devices)
+  rows, single_flops = [], None
+  for count in (2**power for power in range(int(math.log2(max_devices)) + 1)):
     for fsdp in sorted({1, count}):
       print(f"{count} device(s), fsdp {fsdp}: compiling ...", flush=True)
-      found, flops = compiled(experiment, devices[:count], fsdp)
-      alone = alone or (flops, found)
+      step_plan, flops = plan_step(experiment, devices[:count], fsdp)
+      single_flops = single_flops or flops
       rows.append(
         {
           "devices": count,
           "fsdp": fsdp,
           "flops": flops,
-          "share": flops * count / alone[0],
-          "state_bytes": found.state_bytes,
-          "temporary_bytes": found.temporary_bytes,
-          "parameter_bytes": 4 * found.parameters,
-          "collectives": {kind: item._asdict() for kind, item in (found.collectives or {}).items()},
+          "share": flops * count / single_flops,
+          "state_bytes": step_plan.state_bytes,
+          "temporary_bytes": step_plan.temporary_bytes,
+          "parameter_bytes": 4 * step_plan.parameters,
+          "collectives": {kind: item._asdict() for kind, item in (step_plan.collectives or {}).items()},
         }
       )
   return rows
 
 
 def work_of(experiment):
-  """A recipe's FLOPs an image, the bytes of its gradients in float32, and what its network computes in."""
+  """Return the FLOPs per image, the bytes of the gradients in float32, and the data type of the network."""
   params = jax.eval_shape(experiment.model.init, jax.random.key(0))
   flops = stepping.flops_per_image(experiment, stepping.batch_shapes(experiment, 1))
   return flops, 4 * sum(leaf.size for leaf in jax.tree.leaves(params)), scoring.dtype_of(experiment)
 
 
 def roofline(work, generation, batch):
-  """The plan's bounds for each size of slice, parameters whole on each chip and gradients reduced once."""
+  """Return the time bounds for each slice size, with replicated parameters and one all-reduce of the gradients."""
   chip, (flops, gradients, dtype) = hardware.chip_of(CHIPS[generation]), work
   peak, rows = hardware.peak(chip, dtype), []
   for count in SLICES:
@@ -98,15 +101,21 @@ def roofline(work, generation, batch):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="what is compiled")
-  parser.add_argument("--devices", type=timing.count, default=8, help="the most that are simulated, a power of 2")
-  parser.add_argument("--recipes", default="cifar10_vp.py,imagenet64_adm.py", help="of the rooflines, in configs/")
-  parser.add_argument("--batches", type=timing.counts, default="128,1024,8192", help="images a step of the rooflines")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="recipe to compile")
+  parser.add_argument(
+    "--devices", type=timing.positive_int, default=8, help="maximum number of simulated devices, a power of 2"
+  )
+  parser.add_argument(
+    "--recipes", default="cifar10_vp.py,imagenet64_adm.py", help="recipes in configs/ for the rooflines"
+  )
+  parser.add_argument(
+    "--batches", type=timing.positive_ints, default="128,1024,8192", help="batch sizes for the rooflines"
+  )
+  parser.add_argument("--json", type=Path, default=None, help="file for the results")
   args = parser.parse_args()
 
   recipes = {name: load(CONFIGS / name) for name in args.recipes.split(",")}
-  rows, here = simulate(load(args.config), args.devices), timing.machine()
+  rows, info = simulate(load(args.config), args.devices), timing.machine_info()
   cells = [
     [
       row["devices"],
@@ -123,13 +132,14 @@ def main():
     "devices",
     "fsdp",
     "GFLOP each",
-    "times devices, of one's",
+    "total over one device",
     "state, MB each",
     "temporaries",
     "collectives, MB",
   ]
-  title = f"{args.config.stem}, a step of {load(args.config).training.batch_size} images, parameters of {rows[0]['parameter_bytes'] / 1e6:.2f} MB"
-  timing.report(title, columns, cells, here)
+  batch, megabytes = load(args.config).training.batch_size, rows[0]["parameter_bytes"] / 1e6
+  title = f"{args.config.stem}, a step of {batch} images, {megabytes:.2f} MB of parameters"
+  timing.report(title, columns, cells, info)
 
   bounds = {}
   for name, experiment in recipes.items():
@@ -142,22 +152,22 @@ def main():
         f"{1e3 * row['communication_seconds']:.2f}",
         row["hiding_batch_per_chip"],
         *(
-          f"{1e3 * same['computing_seconds']:.2f} / {same['images_per_second']:,.0f} / {same['chip_seconds_per_million']:,.0f}"
-          for same in bounds[name]
-          if (same["generation"], same["chips"]) == (row["generation"], row["chips"])
+          f"{1e3 * other['computing_seconds']:.2f} / {other['images_per_second']:,.0f} / {other['chip_seconds_per_million']:,.0f}"
+          for other in bounds[name]
+          if (other["generation"], other["chips"]) == (row["generation"], row["chips"])
         ),
       ]
       for row in bounds[name]
       if row["batch"] == args.batches[0]
     ]
-    columns = ["chips of", "chips", "communication, ms", "hides from batch per chip"]
-    columns += [f"batch {size}: computing, ms / images/s / chip-seconds a million" for size in args.batches]
-    timing.report(f"{name}, {scoring.dtype_of(experiment)}: bounds, no measurement", columns, cells, {})
-  timing.write(args.json, {"machine": here, "simulated": rows, "rooflines": bounds})
-  off = [row for row in rows if not 0.95 <= row["share"] <= 1.1]
-  if off:
+    columns = ["chips of", "chips", "communication, ms", "min. batch per chip to hide it"]
+    columns += [f"batch {size}: computation, ms / images/s / chip-seconds per million images" for size in args.batches]
+    timing.report(f"{name}, {scoring.dtype_of(experiment)}: bounds, not measured", columns, cells, {})
+  timing.write(args.json, {"machine": info, "simulated": rows, "rooflines": bounds})
+  uneven = [(row["devices"], row["fsdp"], row["share"]) for row in rows if not 0.95 <= row["share"] <= 1.1]
+  if uneven:
     raise SystemExit(
-      f"the work of a device is not its share: {[(row['devices'], row['fsdp'], row['share']) for row in off]}"
+      f"Got total work over that of one device of (devices, fsdp, ratio) {uneven}; expected 0.95 to 1.1."
     )
 
 

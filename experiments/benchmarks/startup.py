@@ -1,10 +1,11 @@
-"""From the command to the first step of training, and what compiling the train step takes, without and with the compilation cache.
+"""Measure the time to the first train step and the compile time, with and without the compilation cache.
 
 python experiments/benchmarks/startup.py [configs/digits_vp.py configs/cifar10_vp.py] [--rounds=1] [--json=<file>]
 
-Of a recipe whose data a package ships, the command line is started in processes of its own, twice a round: with an empty cache, and with
-what the first left there. The clock stops when the first step's metrics are on disk. Of every recipe the train step is traced, lowered and compiled, again
-in processes of its own; on a CPU at 16 images. Seconds, which mean something only beside other seconds of the same machine.
+For recipes with digits, which need no download, each round runs the command line twice in new processes: first with an
+empty cache, then with the cache of the first run. The time ends when the metrics of the first step are on disk. For
+every recipe, the script also traces, lowers and compiles the train step in new processes, on a CPU with at most 16
+images. The times in seconds are only comparable on the same machine.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def environment(cache):
 
 
 def first_step(config, folder, cache):
-  """Seconds from the command until the first step's metrics are written."""
+  """Return the seconds from the command until the metrics of the first step are written."""
   command = [sys.executable, "-m", "ddpm_jax.main", f"--config={config}", f"--workdir={folder}"]
   start = time.perf_counter()
   with subprocess.Popen(
@@ -45,7 +46,7 @@ def first_step(config, folder, cache):
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
       if process.poll() is not None:
-        raise SystemExit(f"the run of {config} ended before its first step:\n{process.stderr.read()}")
+        raise SystemExit(f"The run of {config} ended before its first step:\n{process.stderr.read()}")
       time.sleep(0.02)
     elapsed = time.perf_counter() - start
     process.kill()
@@ -53,8 +54,8 @@ def first_step(config, folder, cache):
 
 
 def compile_here(config):
-  """Prints seconds of tracing, lowering and compiling as JSON; for a process of its own."""
-  heap.raise_gc_threshold()  # as the command line does
+  """Print the seconds of tracing, lowering and compiling as JSON, in a new process."""
+  heap.raise_gc_threshold()  # same setting as on the command line
   import jax
 
   experiment = load(config)
@@ -72,7 +73,7 @@ def compile_here(config):
   print(json.dumps(dict(zip(("trace", "lower", "compile"), np.diff(times).tolist(), strict=True))))
 
 
-def compiled(config, cache):
+def compile_times(config, cache):
   command = [sys.executable, __file__, "--compile-only", str(config)]
   result = subprocess.run(command, env=environment(cache), capture_output=True, text=True, check=False)
   if result.returncode:
@@ -81,7 +82,7 @@ def compiled(config, cache):
 
 
 def main():
-  parser = timing.parser(__doc__, rounds=1)
+  parser = timing.make_parser(__doc__, rounds=1)
   defaults = [ROOT / "configs" / name for name in ("digits_vp.py", "cifar10_vp.py")]
   parser.add_argument("configs", nargs="*", type=Path, default=defaults, help="recipes")
   parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
@@ -90,32 +91,33 @@ def main():
     compile_here(args.configs[0])
     return
   for config in args.configs:
-    load(config)  # a file that is not there is said at once
+    load(config)  # fail early if a file is missing
 
-  figures = {}
+  results = {}
   for config in args.configs:
-    found = {"cold": [], "cached": []}
+    measured = {"cold": [], "cached": []}
     for index in range(args.rounds):
       with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for state in found:
+        for state in measured:
           print(f"{config.stem}, {state}, round {index + 1} of {args.rounds} ...", flush=True)
-          times = compiled(config, root / "compiled")
+          times = compile_times(config, root / "compiled")
           if config.stem.startswith("digits"):
             times["command to first step"] = first_step(config, root / f"run_{state}", root / "run")
-          found[state].append(times)
-    figures[config.stem] = {
-      state: {name: float(np.median([one[name] for one in runs])) for name in runs[0]} for state, runs in found.items()
+          measured[state].append(times)
+    results[config.stem] = {
+      state: {name: float(np.median([one[name] for one in runs])) for name in runs[0]}
+      for state, runs in measured.items()
     }
   names = ("trace", "lower", "compile", "command to first step")
   cells = [
     [recipe, state, *(f"{times[name]:.1f}" if name in times else "" for name in names)]
-    for recipe, states in figures.items()
+    for recipe, states in results.items()
     for state, times in states.items()
   ]
-  here = timing.machine()
-  timing.report("seconds; of the whole train step", ["recipe", "cache", *names], cells, here)
-  timing.write(args.json, {"machine": here, "seconds": figures})
+  info = timing.machine_info()
+  timing.report("seconds for the train step", ["recipe", "cache", *names], cells, info)
+  timing.write(args.json, {"machine": info, "seconds": results})
 
 
 if __name__ == "__main__":

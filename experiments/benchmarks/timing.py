@@ -1,4 +1,4 @@
-"""How the benchmarks time, and what they say about the machine: shared by the scripts in this folder."""
+"""Measure times, describe the machine, and report results, for all benchmarks in this folder."""
 
 import argparse
 import json
@@ -20,68 +20,72 @@ Times = dict[str, list[float]]
 
 
 def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
-  """Seconds a call, which must wait until its device is done."""
+  """Return the seconds per call of a function that waits for its device."""
   start = time.perf_counter()
   for _ in range(repeats):
     function()
   return (time.perf_counter() - start) / repeats
 
 
-def in_turn(
+def time_alternately(
   functions: Mapping[str, Callable[[], Any]],
   rounds: int,
   *,
-  least: float = 0.0,
-  settle: bool = True,
+  min_seconds: float = 0.0,
+  warm_up: bool = True,
   quiet: bool = False,
 ) -> Times:
-  """Seconds a call of each, `rounds` of them, by name.
+  """Measure the time of several functions in alternation.
 
-  A round runs all of them there and back again, so that a pace that drifts meets all alike. One call before the rounds warms up.
+  Each round runs all functions in order and then in reverse order, so a drift of the machine's speed affects all of
+  them equally. One untimed call of each function precedes the first round.
 
   Args:
-    functions: what to time, by name.
-    rounds: how many times.
-    least: seconds that a measurement takes at least, by repetition: for what is over in milliseconds.
-    settle: whether a call that is not timed comes before each measurement, since caches and memory are as the one before left them: the
-      first step after another program's has to have its pages zeroed again, and takes a third longer.
-    quiet: whether nothing is printed.
+    functions: the functions to time by name.
+    rounds: the number of rounds.
+    min_seconds: repeat a function until a measurement takes at least this long, for functions of a few milliseconds.
+    warm_up: whether to make an untimed call before each measurement. The previous function changes caches and memory:
+      the first train step after another program takes a third longer because its pages must be zeroed again.
+    quiet: whether to print nothing.
+
+  Returns:
+    The seconds per call in every round by name.
   """
   times: Times = {name: [] for name in functions}
   repeats = dict.fromkeys(functions, 1)
   for name, function in functions.items():
     function()
-    if least:
-      repeats[name] = max(1, round(least / max(seconds(function), 1e-6)))
+    if min_seconds:
+      repeats[name] = max(1, round(min_seconds / max(seconds(function), 1e-6)))
   order = [*functions, *reversed(functions)]
   for index in range(rounds):
-    found: Times = {name: [] for name in functions}
+    measured: Times = {name: [] for name in functions}
     for name in order:
-      if settle:
+      if warm_up:
         functions[name]()
-      found[name].append(seconds(functions[name], repeats[name]))
-    for name, values in found.items():
+      measured[name].append(seconds(functions[name], repeats[name]))
+    for name, values in measured.items():
       times[name].append(float(np.mean(values)))
     if not quiet:
-      now = ", ".join(f"{name} {values[-1]:.3g} s" for name, values in times.items())
-      print(f"round {index + 1} of {rounds}: {now}", flush=True)
+      latest = ", ".join(f"{name} {values[-1]:.3g} s" for name, values in times.items())
+      print(f"round {index + 1} of {rounds}: {latest}", flush=True)
   return times
 
 
-def ratio(times: Times, over: str, under: str) -> tuple[float, float, float]:
-  """The lower quartile, the median and the upper quartile of one's time over the other's, round by round."""
-  low, median, high = np.quantile(np.divide(times[over], times[under]), [0.25, 0.5, 0.75])
+def ratio(times: Times, numerator: str, denominator: str) -> tuple[float, float, float]:
+  """Return the lower quartile, the median and the upper quartile over rounds of the ratio of two times."""
+  low, median, high = np.quantile(np.divide(times[numerator], times[denominator]), [0.25, 0.5, 0.75])
   return float(low), float(median), float(high)
 
 
-def with_quartiles(values: tuple[float, float, float], digits: int = 2) -> str:
-  """As a cell of a table: the median, and the quartiles in parentheses."""
+def format_quartiles(values: tuple[float, float, float], digits: int = 2) -> str:
+  """Format the median for a table cell, with the quartiles in parentheses."""
   low, median, high = (f"{value:.{digits}f}" for value in values)
   return f"{median} ({low} to {high})"
 
 
 def matmul_peak(dtype: Any, size: int = 0) -> float:
-  """The FLOP/s that JAX's largest products of square matrices reach here: what a program can be held against."""
+  """Measure the FLOP/s of large matrix products, the reference for the utilization of a program."""
   size = size or (8192 if jax.default_backend() == "gpu" else 2048)
   a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
   product = jax.jit(jnp.matmul)
@@ -96,8 +100,8 @@ def matmul_peak(dtype: Any, size: int = 0) -> float:
   return repeats * 2.0 * size**3 / min(seconds(run) for _ in range(5))
 
 
-def machine(**versions: str) -> dict[str, Any]:
-  """The device, the cores and the versions."""
+def machine_info(**versions: str) -> dict[str, Any]:
+  """Return the device, the number of cores, the date, and package versions."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   return {
     "device": jax.devices()[0].device_kind if jax.default_backend() != "cpu" else _processor(),
@@ -120,42 +124,42 @@ def _processor() -> str:
   return names[0] if names and names[0] != "unknown" else platform.machine()
 
 
-def count(text: str) -> int:
-  """A number of one or more, as a flag's `type`."""
+def positive_int(text: str) -> int:
+  """Parse a positive integer, as the `type` of a flag."""
   if not text.isdigit() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, 1 or more")
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected a positive integer")
   return int(text)
 
 
-def counts(text: str) -> list[int]:
-  """Several of them by commas, in rising order, as a flag's `type`."""
-  found = [count(part) for part in text.split(",")]
-  if found != sorted(set(found)):
-    raise argparse.ArgumentTypeError(f"got {text!r}; expected each once and in rising order, such as 16,64,256")
-  return found
+def positive_ints(text: str) -> list[int]:
+  """Parse increasing positive integers separated by commas, as the `type` of a flag."""
+  numbers = [positive_int(part) for part in text.split(",")]
+  if numbers != sorted(set(numbers)):
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected different numbers in increasing order, such as 16,64,256")
+  return numbers
 
 
-def parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-  """A parser of the flags that every benchmark of two contenders has."""
-  made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-  made.add_argument("--rounds", type=count, default=rounds, help="of all, in turn")
-  made.add_argument("--json", type=Path, default=None, help="a file for the figures")
-  return made
+def make_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+  """Make a parser with the flags that all comparisons share."""
+  parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--rounds", type=positive_int, default=rounds, help="rounds of alternating measurements")
+  parser.add_argument("--json", type=Path, default=None, help="file for the results")
+  return parser
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Markdown."""
+  """Format a Markdown table."""
   return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
-def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], here: Mapping[str, Any]) -> None:
-  """Prints a table below what it was measured on."""
+def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], info: Mapping[str, Any]) -> None:
+  """Print a title, the machine info, and a table."""
   print(
-    f"\n{title}\n{', '.join(f'{name} {value}' for name, value in here.items())}\n\n{table(columns, rows)}", flush=True
+    f"\n{title}\n{', '.join(f'{name} {value}' for name, value in info.items())}\n\n{table(columns, rows)}", flush=True
   )
 
 
-def write(path: Path | None, figures: Mapping[str, Any]) -> None:
-  """Write figures as JSON, if a path is given; whole, or not at all."""
+def write(path: Path | None, results: Mapping[str, Any]) -> None:
+  """Write results atomically as JSON, unless the path is None."""
   if path is not None:
-    files.write_text(path, json.dumps(figures, indent=1, default=float) + "\n")
+    files.write_text(path, json.dumps(results, indent=1, default=float) + "\n")

@@ -1,4 +1,4 @@
-"""The recipe of the digits with a network that compiles in seconds: to try benchmarks in small."""
+"""Configure digits with a network that compiles in seconds, for tests of the benchmarks."""
 
 import recipe
 

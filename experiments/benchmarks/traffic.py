@@ -1,19 +1,24 @@
-"""What layers, blocks and whole train steps read and write on a TPU, as compiled, beside the least possible. No TPU is needed.
+"""Measure the memory traffic of layers, blocks and train steps compiled for a TPU, without a TPU.
 
 python experiments/benchmarks/traffic.py [--parts=residual,attention] [--types=bfloat16] [--operations=20]
 python experiments/benchmarks/traffic.py --topology=v5e:2x4 --types=bfloat16 --batch=1024 configs/cifar10_vp.py
 
-The first compiles single layers and small blocks, forward and backward, for one chip and 128 images (seconds to a minute each); the second the train steps of
-recipes (minutes each). Both need libtpu (pip install '.[plan]'). Columns, in gigabytes (1e9 bytes) of one chip:
+The first command compiles single layers and small blocks, forward and backward, for one chip and 128 images. It takes
+seconds to a minute for each. The second command compiles train steps of recipes, which takes minutes for each. Both
+need libtpu (pip install '.[plan]'). The columns are in gigabytes (1e9 bytes) per chip:
 
-- least: what backward passes need of activations, written once and read once, and weights once, all in the type of the computation; of a part also its
-  inputs, outputs and their gradients once, of a train step also its state, read and written once. What is computed from these by element is not counted.
-- memory: what all operations of the compiled program read from the chip's memory and write to it (costs.operations).
-- XLA: XLA's own count ("bytes accessed"), to which copies into on-chip memory (128 MB on a v5e) and reads from there add.
-- temporaries: the most that lives at once beside arguments and results.
+- minimum: the activations that the backward pass needs, written once and read once, and the weights once, in the data
+  type of the computation. For a block this includes its inputs, outputs and their gradients once, and for a train step
+  its state, read and written once. Values that follow from these by elementwise operations do not count.
+- memory: the bytes that all operations of the compiled program read from and write to the chip's memory
+  (costs.operations).
+- XLA: "bytes accessed" as counted by XLA. It also includes copies to on-chip memory (128 MB on a v5e) and reads from
+  it.
+- temporaries: the peak of live memory besides arguments and results.
 
-ms at the compiler's estimate: the cycles that it expects of all operations, one after the other, at the clock that gives the chip's peak. --operations=N
-lists the N with the most cycles. --json=<file> keeps the figures.
+The column "ms, estimated" is the sum of the compiler's cycle estimates over all operations, at the clock rate that
+corresponds to the chip's peak. --operations=N lists the N operations with the most cycles. --json=<file> saves the
+results.
 """
 
 import argparse
@@ -35,20 +40,20 @@ from ddpm_jax.devices import costs, plan, topology
 from ddpm_jax.networks import layers
 from ddpm_jax.runs import stepping
 
-# A v5e has four matrix units of 128 x 128 products a cycle.
+# A v5e has four matrix units, each with 128 x 128 products per cycle.
 CLOCK = 197e12 / (4 * 128 * 128 * 2)
-COLUMNS = ["least", "memory", "of least", "XLA", "of least", "temporaries", "ms, estimated", "compiling, s"]
+COLUMNS = ["minimum", "memory", "ratio", "XLA", "ratio", "temporaries", "ms, estimated", "compiling, s"]
 
 
-class Part(nn.Module):
-  """A function of data, with what it needs of a network's style."""
+class Block(nn.Module):
+  """Wrap a function of data and of a network's style as a module."""
 
   function: object
   dtype: object
 
   @nn.compact
   def __call__(self, embedding, keys, *data):
-    """The function's result, in one array."""
+    """Apply the function and return one array."""
     style = networks.UNet(dtype=self.dtype)._style
     return self.function(style, embedding, jax.random.wrap_key_data(keys), *data)
 
@@ -60,8 +65,8 @@ def residual(style, embedding, keys, *data):
 
 
 FINE, COARSE = (32, 32, 128), (16, 16, 256)
-# By name: a function of style, embedding, keys and data, and the shapes of the data.
-PARTS = {
+# A function of style, embedding, keys and data, and the shapes of the data, by name.
+BLOCKS = {
   "normalization": (lambda style, e, k, x: nn.swish(style.norm("norm")(x)), [COARSE]),
   "convolution": (lambda style, e, k, x: layers.conv(x, x.shape[-1], "conv", style.dtype), [COARSE]),
   "dropout": (lambda style, e, k, x: layers.conv(layers.drop(x, 0.1, k, "block"), x.shape[-1], "conv", style.dtype), [COARSE]),
@@ -76,16 +81,17 @@ PARTS = {
 
 
 def activations(jaxpr, batch):
-  """Bytes of the results of matrix products and convolutions: from them all else that a backward pass needs is computed by element.
+  """Return the bytes of the results of matrix products and convolutions that a backward pass needs.
 
-  Attention's scores are not kept: they are products of queries and keys. Nor is the shortcut of a residual block, which only its sum needs, and of
-  convolutions that are added, those of one layer, only the sum is.
+  All other values that a backward pass needs follow from these by elementwise operations. The sum excludes attention
+  scores, which can be recomputed from queries and keys, and the shortcut of a residual block. Convolutions of one layer
+  that are added count once.
   """
   return sum(dict(products(jaxpr, batch)).values())
 
 
 def products(jaxpr, batch, path=""):
-  """The layer and the bytes of each product's result that depends on the batch."""
+  """Yield the layer and the bytes of the result of each product that depends on the batch."""
   for number, equation in enumerate(jaxpr.eqns):
     name, params, aval = equation.primitive.name, equation.params, equation.outvars[0].aval
     layer = f"{path}/{equation.source_info.name_stack}"
@@ -116,10 +122,10 @@ def nbytes(tree, dtype=None):
   return sum(math.prod(leaf.shape) * jnp.dtype(dtype or leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def part(name, dtype, images, device):
-  """The compiled part, its least bytes, and the seconds that compiling took."""
-  function, shapes = PARTS[name]
-  module = Part(function, dtype)
+def compile_block(name, dtype, images, device):
+  """Return the compiled block, its minimum bytes, and the seconds of compilation."""
+  function, shapes = BLOCKS[name]
+  module = Block(function, dtype)
   arguments = [jax.ShapeDtypeStruct((images, 512), dtype), jax.ShapeDtypeStruct((images, 2), jnp.uint32)]
   data = [jax.ShapeDtypeStruct((images, *shape), dtype) for shape in shapes]
   params = jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args), *arguments, *data)
@@ -133,32 +139,33 @@ def part(name, dtype, images, device):
 
   result = jax.eval_shape(forward, params, *arguments, *data)
   jaxpr = jax.make_jaxpr(forward)(params, *arguments, *data).jaxpr
-  # The result is among the products, or is computed from them.
+  # The result is one of the products or is computed from them, so do not count it twice.
   inside = max(activations(jaxpr, images) - nbytes(result), 0)
-  least = 2 * (nbytes(data) + nbytes(result) + inside) + nbytes(params, dtype)
+  minimum = 2 * (nbytes(data) + nbytes(result) + inside) + nbytes(params, dtype)
   sharding = SingleDeviceSharding(device)
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (result, params, *arguments, *data)
   )
   start = time.perf_counter()
-  # Laid out as the part wants it, as inside a network: no copies at its borders.
-  best = Format(Layout.AUTO, sharding)
-  traced = jax.jit(both, in_shardings=best, out_shardings=best).trace(*shapes)
-  return compile_on([device], traced), least, time.perf_counter() - start
+  # The compiler chooses the layouts of arguments and results, as inside a network, so it adds no copies.
+  layout = Format(Layout.AUTO, sharding)
+  traced = jax.jit(both, in_shardings=layout, out_shardings=layout).trace(*shapes)
+  return compile_on([device], traced), minimum, time.perf_counter() - start
 
 
 def compile_on(devices, traced):
-  """The compiled program, or the end of this one if it does not fit."""
+  """Compile a program, and exit if it does not fit in memory."""
   compiled = plan.compile_step(traced, devices)
   if isinstance(compiled, plan.OutOfMemory):
     raise SystemExit(
-      f"Got more than fits into {devices[0].device_kind} ({compiled.message}). Set fewer --images, or a smaller --batch."
+      f"Got a program that does not fit in the memory of {devices[0].device_kind} ({compiled.message}); set smaller --images"
+      " or --batch."
     )
   return compiled
 
 
-def step(path, dtype, batch, devices):
-  """The same of a recipe's train step, on one of the devices."""
+def compile_train_step(path, dtype, batch, devices):
+  """Return the compiled train step, its minimum bytes on one device, and the seconds of compilation."""
   changes = {"training__batch_size": batch} if batch else {}
   experiment = load(path, model__network__dtype=jnp.dtype(dtype).name, **changes)
   images = experiment.training.batch_size // len(devices)
@@ -167,32 +174,32 @@ def step(path, dtype, batch, devices):
   keys = jax.eval_shape(lambda key: jax.random.split(key, images), key)
   jaxpr = jax.make_jaxpr(loss_of(experiment))(params, keys, stepping.batch_shapes(experiment, images)).jaxpr
   state, traced = trace_step(experiment, devices)
-  least = 2 * activations(jaxpr, images) + nbytes(params, dtype) + 2 * plan.state_bytes(state)
+  minimum = 2 * activations(jaxpr, images) + nbytes(params, dtype) + 2 * plan.state_bytes(state)
   start = time.perf_counter()
-  return compile_on(devices, traced), least, time.perf_counter() - start
+  return compile_on(devices, traced), minimum, time.perf_counter() - start
 
 
-def figures_of(compiled, least, seconds):
-  """The figures of a row, and the operations."""
-  found = costs.operations(compiled.as_text())
-  memory, xla = sum(operation.bytes for operation in found), compiled.cost_analysis()["bytes accessed"]
-  cycles = sum(operation.times * operation.cycles for operation in found)
+def measure(compiled, minimum, seconds):
+  """Return the numbers of a row, and the operations of the program."""
+  operations = costs.operations(compiled.as_text())
+  memory, xla = sum(operation.bytes for operation in operations), compiled.cost_analysis()["bytes accessed"]
+  cycles = sum(operation.times * operation.cycles for operation in operations)
   temporaries = compiled.memory_analysis().temp_size_in_bytes
   return {
-    "least": least,
+    "minimum": minimum,
     "memory": memory,
     "xla": xla,
     "temporaries": temporaries,
     "cycles": cycles,
     "seconds": seconds,
-  }, found
+  }, operations
 
 
 def cells(row):
-  gigabytes = {name: f"{row[name] / 1e9:.3g}" for name in ("least", "memory", "xla", "temporaries")}
-  ratios = {name: f"{row[name] / row['least']:.2f}" for name in ("memory", "xla")}
+  gigabytes = {name: f"{row[name] / 1e9:.3g}" for name in ("minimum", "memory", "xla", "temporaries")}
+  ratios = {name: f"{row[name] / row['minimum']:.2f}" for name in ("memory", "xla")}
   return [
-    gigabytes["least"],
+    gigabytes["minimum"],
     gigabytes["memory"],
     ratios["memory"],
     gigabytes["xla"],
@@ -204,52 +211,60 @@ def cells(row):
 
 
 def describe(operation):
-  """One operation as a line: cycles, bytes, what it writes and reads (* on the chip), and where it comes from."""
+  """Format an operation as a line with its cycles, bytes, result, operands (* marks on-chip memory) and source."""
 
-  def brief(shape):
+  def shorten(shape):
     return re.sub(r"\{[^}]*\}", lambda layout: "*" if "S(1)" in layout.group() else "", shape)
 
-  reads = ", ".join(map(brief, operation.reads))
+  reads = ", ".join(map(shorten, operation.reads))
   return (
-    f"{operation.times * operation.cycles / 1e6:8.3f} M cycles {operation.bytes / 1e6:9.1f} MB  {operation.name}: {brief(operation.writes)}"
+    f"{operation.times * operation.cycles / 1e6:8.3f} M cycles {operation.bytes / 1e6:9.1f} MB  {operation.name}: {shorten(operation.writes)}"
     f" <- {reads}  ({operation.source[-80:]})"
   )
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("configs", nargs="*", type=Path, help="recipes, for whole train steps; without any, parts")
-  parser.add_argument("--parts", default=",".join(PARTS), help="which parts; all by default")
-  parser.add_argument("--topology", default="v5e:1x1", help="the chips to compile for; parts take the first")
-  parser.add_argument("--types", default="float32,bfloat16", help="what is computed in")
-  parser.add_argument("--images", type=timing.count, default=128, help="of parts")
+  parser.add_argument("configs", nargs="*", type=Path, help="recipes to compile; default: compile blocks")
+  parser.add_argument("--parts", default=",".join(BLOCKS), help="blocks to compile; default: all")
+  parser.add_argument("--topology", default="v5e:1x1", help="topology to compile for; blocks use its first chip")
+  parser.add_argument("--types", default="float32,bfloat16", help="data types of the computation")
+  parser.add_argument("--images", type=timing.positive_int, default=128, help="batch size of blocks")
   parser.add_argument(
-    "--batch", type=timing.count, default=None, help="of train steps, over all chips; the recipe's by default"
+    "--batch",
+    type=timing.positive_int,
+    default=None,
+    help="batch size of train steps over all chips; default: the recipe's",
   )
-  parser.add_argument("--operations", type=int, default=0, help="how many of the longest operations to list")
-  parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+  parser.add_argument("--operations", type=int, default=0, help="number of the longest operations to list")
+  parser.add_argument("--json", type=Path, default=None, help="file for the results")
   args = parser.parse_args()
-  unknown = set(args.parts.split(",")) - set(PARTS)
+  unknown = set(args.parts.split(",")) - set(BLOCKS)
   if unknown:
-    raise SystemExit(f"Got --parts={args.parts}; expected some of {','.join(PARTS)}.")
+    raise SystemExit(f"Got --parts={args.parts}; expected some of {','.join(BLOCKS)}.")
   devices = topology.topology_devices(args.topology)
   rows = []
-  for what in args.configs or args.parts.split(","):
+  for target in args.configs or args.parts.split(","):
     for dtype in map(jnp.dtype, args.types.split(",")):
-      made = step(what, dtype, args.batch, devices) if args.configs else part(what, dtype, args.images, devices[0])
-      row, found = figures_of(*made)
-      rows.append({"what": what.name if args.configs else what, "type": dtype.name} | row)
+      row, operations = measure(
+        *(
+          compile_train_step(target, dtype, args.batch, devices)
+          if args.configs
+          else compile_block(target, dtype, args.images, devices[0])
+        )
+      )
+      rows.append({"program": target.name if args.configs else target, "type": dtype.name} | row)
       print(
-        f"{rows[-1]['what']}, {dtype.name}: {', '.join(map(' '.join, zip(COLUMNS, cells(row), strict=True)))}",
+        f"{rows[-1]['program']}, {dtype.name}: {', '.join(map(' '.join, zip(COLUMNS, cells(row), strict=True)))}",
         flush=True,
       )
-      for operation in sorted(found, key=lambda operation: -operation.times * operation.cycles)[: args.operations]:
+      for operation in sorted(operations, key=lambda operation: -operation.times * operation.cycles)[: args.operations]:
         print(describe(operation), flush=True)
-  machine = timing.machine() | {"device": args.topology}
+  machine = timing.machine_info() | {"device": args.topology}
   timing.report(
-    f"GB of one chip, {args.topology}",
-    ["what", "type", *COLUMNS],
-    [[row["what"], row["type"], *cells(row)] for row in rows],
+    f"GB per chip, {args.topology}",
+    ["program", "type", *COLUMNS],
+    [[row["program"], row["type"], *cells(row)] for row in rows],
     machine,
   )
   timing.write(args.json, {"machine": machine, "rows": rows})

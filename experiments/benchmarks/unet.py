@@ -1,21 +1,23 @@
-"""Forward pass and train step of a U-Net, ours against diffusers' UNet2DModel in PyTorch.
+"""Measure the time of the forward pass and train step of a U-Net, ours against diffusers' UNet2DModel in PyTorch.
 
 pip install '.[peers]'
 python experiments/benchmarks/unet.py [--model=ddpm] [--batches=16] [--rounds=5] [--compile] [--json=<file>]
 python experiments/benchmarks/unet.py --model=adm64 --batches=16,32,64,128,256      # on a GPU
 
-Both have the same weights, read from one folder, and their outputs are compared first. A train step is the loss, its gradient and Adam.
-They are run in turn, there and back, so that a change of the machine's pace meets all alike; the table gives the median of the
-ratios of our time over theirs (below 1 ours is faster), images a second, and the share of the measured peak of matrix products. Several
-batches are tried in rising order, as far as memory goes, and the best of each is compared at the end.
+Both networks load the same weights from one folder, and the script compares their outputs first. A train step consists
+of the loss, its gradient and Adam. Our code and theirs run alternately, so a drift of the machine's speed affects both.
+The table lists the median ratio of our time to theirs (below 1, ours is faster), images per second, and the share of
+the measured peak of matrix products. The script tries the batch sizes in increasing order until memory is exhausted,
+and compares the best throughput at the end.
 
-On a CPU all compute in float32, PyTorch eagerly and, with --compile, compiled too. On a GPU (JAX and PyTorch must both see it) all compute in
-bfloat16, PyTorch with channels last, eagerly and compiled. --plain leaves out what `parallel.compiler_options` asks of XLA.
+On a CPU everything runs in float32. PyTorch runs in eager mode and, with --compile, also compiled. On a GPU, which both
+JAX and PyTorch must support, everything runs in bfloat16. PyTorch uses channels-last memory and runs in eager mode and
+compiled. --plain disables the XLA options of `parallel.compiler_options`.
 """
 
 import os
 
-# Before JAX starts: what PyTorch needs must be left.
+# Set this before JAX starts, to leave GPU memory for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 
 import diffusers
@@ -32,17 +34,20 @@ from ddpm_jax.devices import costs, heap, parallel
 PASSES = ("forward", "train step")
 
 
-class Contender:
-  """A forward pass and a train step on one batch, which run until the device is done."""
+class Implementation:
+  """Hold the forward pass and the train step of one implementation.
+
+  The functions wait for the device.
+  """
 
   def __init__(self, forward, train, output, memory):
     self.runs = dict(zip(PASSES, (forward, train), strict=True))
     self.output, self.memory = output, memory
 
 
-def make_ours(made, batch, dtype, options):
-  """Ours, and the FLOPs of both passes."""
-  network = made.network.clone(dtype=dtype)
+def make_ours(networks, batch, dtype, options):
+  """Return our implementation, and the FLOPs of both passes."""
+  network = networks.network.clone(dtype=dtype)
   x, time, target = (jnp.asarray(batch[key], jnp.float32) for key in ("x", "t", "target"))
   optimizer = optax.adam(2e-4)
 
@@ -58,10 +63,10 @@ def make_ours(made, batch, dtype, options):
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return optax.apply_updates(params, updates), state
 
-  # A copy, which is given away from step to step; the forward pass keeps the original.
-  carry = [jax.tree.map(jnp.copy, (made.params, optimizer.init(made.params)))]
+  # Each step donates its state. The forward pass needs the original parameters, so copy them.
+  carry = [jax.tree.map(jnp.copy, (networks.params, optimizer.init(networks.params)))]
   traced = (
-    jax.jit(forward, compiler_options=options).trace(made.params, x),
+    jax.jit(forward, compiler_options=options).trace(networks.params, x),
     jax.jit(step, donate_argnums=0, compiler_options=options).trace(carry[0], x),
   )
   apply, advance = (program.lower().compile() for program in traced)
@@ -69,9 +74,11 @@ def make_ours(made, batch, dtype, options):
   def train():
     carry[0] = jax.block_until_ready(advance(carry[0], x))
 
-  found = advance.memory_analysis()
-  memory = found.argument_size_in_bytes + found.temp_size_in_bytes if found else float("nan")
-  ours = Contender(lambda: jax.block_until_ready(apply(made.params, x)), train, apply(made.params, x), memory)
+  analysis = advance.memory_analysis()
+  memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else float("nan")
+  ours = Implementation(
+    lambda: jax.block_until_ready(apply(networks.params, x)), train, apply(networks.params, x), memory
+  )
   return ours, dict(zip(PASSES, (costs.matmul_flops(program.jaxpr) for program in traced), strict=True))
 
 
@@ -113,64 +120,66 @@ def make_theirs(model, batch, gpu, compiled):
     torch.cuda.reset_peak_memory_stats()
     train()
     memory = torch.cuda.max_memory_allocated()
-  return Contender(forward, train, output, memory)
+  return Implementation(forward, train, output, memory)
 
 
-def measure(made, size, args, peak, gpu):
-  """A row of figures for each pass at one batch size."""
-  batch = pair.batch_of(size, made.shape)
+def measure(networks, size, args, peak, gpu):
+  """Return a row of results for each pass at one batch size."""
+  batch = pair.batch_of(size, networks.shape)
   dtype = jnp.bfloat16 if gpu else jnp.float32
   print(f"batch {size}: compiling ...", flush=True)
-  ours, flops = make_ours(made, batch, dtype, {} if args.plain else parallel.compiler_options())
+  ours, flops = make_ours(networks, batch, dtype, {} if args.plain else parallel.compiler_options())
   rows = []
-  # Each trains weights of its own: what is timed must not depend on who went first.
-  weights = {name: value.clone() for name, value in made.model.state_dict().items()}
-  contenders = {"ours": ours}
+  # Each implementation trains a copy of the weights, so the order of measurements has no effect.
+  weights = {name: value.clone() for name, value in networks.model.state_dict().items()}
+  implementations = {"ours": ours}
   for name in ("eager", "compiled") if gpu or args.compile else ("eager",):
-    model = diffusers.UNet2DModel.from_config(made.model.config).eval()
+    model = diffusers.UNet2DModel.from_config(networks.model.config).eval()
     model.load_state_dict(weights)
-    contenders[name] = make_theirs(model, batch, gpu, name == "compiled")
-    error = pair.same(ours.output, contenders[name].output, 0.05 if gpu else 1e-4)
-  print(f"outputs differ by {error:.1e} of their size (RMS)", flush=True)
-  for what in PASSES:
-    runs = {name: contender.runs[what] for name, contender in contenders.items()}
-    times = timing.in_turn(runs, args.rounds, least=0.5 if gpu else 0.0)
+    implementations[name] = make_theirs(model, batch, gpu, name == "compiled")
+    error = pair.check_outputs(ours.output, implementations[name].output, 0.05 if gpu else 1e-4)
+  print(f"relative difference of outputs (RMS): {error:.1e}", flush=True)
+  for pass_name in PASSES:
+    runs = {name: implementation.runs[pass_name] for name, implementation in implementations.items()}
+    times = timing.time_alternately(runs, args.rounds, min_seconds=0.5 if gpu else 0.0)
     best = {name: float(np.median(values)) for name, values in times.items()}
     rows.append(
       {
-        "pass": what,
+        "pass": pass_name,
         "batch": size,
         "images_per_second": {name: size / value for name, value in best.items()},
         "ratio": {name: timing.ratio(times, "ours", name) for name in times if name != "ours"},
-        "utilization": {name: flops[what] / value / peak for name, value in best.items()},
-        "flops_per_image": flops[what] / size,
-        "memory_bytes": {name: contender.memory for name, contender in contenders.items()} if what != "forward" else {},
+        "utilization": {name: flops[pass_name] / value / peak for name, value in best.items()},
+        "flops_per_image": flops[pass_name] / size,
+        "memory_bytes": {name: implementation.memory for name, implementation in implementations.items()}
+        if pass_name != "forward"
+        else {},
       }
     )
   return rows
 
 
 def main():
-  parser = timing.parser(__doc__, rounds=5)
+  parser = timing.make_parser(__doc__, rounds=5)
   parser.add_argument("--model", choices=pair.MODELS, default="ddpm", help="the network")
   parser.add_argument(
-    "--batches", type=timing.counts, default="16", help="images a batch, several by commas, in rising order"
+    "--batches", type=timing.positive_ints, default="16", help="batch sizes in increasing order, separated by commas"
   )
-  parser.add_argument("--compile", action="store_true", help="PyTorch compiled too, on a CPU")
+  parser.add_argument("--compile", action="store_true", help="on a CPU, also time compiled PyTorch")
   parser.add_argument("--plain", action="store_true", help="without parallel.compiler_options")
   args = parser.parse_args()
-  # As the command line does; on a CPU it is PyTorch's too.
+  # Same allocator settings as on the command line. On a CPU they also affect PyTorch.
   heap.keep_freed_memory()
   gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
 
-  made = pair.make(args.model)
+  networks = pair.make(args.model)
   kind = "bfloat16" if gpu else "float32"
   peak = timing.matmul_peak(jnp.dtype(kind))
-  count = sum(leaf.size for leaf in jax.tree.leaves(made.params))
-  here = timing.machine(PyTorch=torch.__version__, diffusers=diffusers.__version__)
+  count = sum(leaf.size for leaf in jax.tree.leaves(networks.params))
+  info = timing.machine_info(PyTorch=torch.__version__, diffusers=diffusers.__version__)
   rows = []
-  figures = {
-    "machine": here,
+  results = {
+    "machine": info,
     "model": args.model,
     "parameters": count,
     "dtype": kind,
@@ -180,31 +189,29 @@ def main():
   }
   for size in args.batches:
     try:
-      rows += measure(made, size, args, peak, gpu)
-      timing.write(args.json, figures)
+      rows += measure(networks, size, args, peak, gpu)
+      timing.write(args.json, results)
     except (jax.errors.JaxRuntimeError, torch.OutOfMemoryError) as error:
       if not rows or ("memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error)):
         raise
-      print(f"batch {size} does not fit", flush=True)
+      print(f"batch {size} does not fit in memory", flush=True)
       break
     if gpu:
       torch.cuda.empty_cache()
 
   cells = []
   for row in rows:
-    for name, values in row["ratio"].items():
+    for peer, values in row["ratio"].items():
       memory = row["memory_bytes"]
       cells.append(
         [
           row["pass"],
           row["batch"],
-          f"PyTorch, {name}",
-          timing.with_quartiles(values),
-          *(f"{row['images_per_second'][which]:.3g}" for which in ("ours", name)),
-          *(f"{row['utilization'][which]:.0%}" for which in ("ours", name)),
-          " / ".join(
-            f"{memory[which] / 1e9:.2f}" if memory[which] == memory[which] else "?" for which in ("ours", name)
-          )
+          f"PyTorch, {peer}",
+          timing.format_quartiles(values),
+          *(f"{row['images_per_second'][name]:.3g}" for name in ("ours", peer)),
+          *(f"{row['utilization'][name]:.0%}" for name in ("ours", peer)),
+          " / ".join(f"{memory[name] / 1e9:.2f}" if memory[name] == memory[name] else "?" for name in ("ours", peer))
           if memory
           else "",
         ]
@@ -220,15 +227,15 @@ def main():
     "theirs",
     "GB, ours / theirs",
   ]
-  timing.report(f"{args.model}: {count:,} parameters, {kind}; peak {peak / 1e12:.3g} TFLOP/s", columns, cells, here)
+  timing.report(f"{args.model}: {count:,} parameters, {kind}; peak {peak / 1e12:.3g} TFLOP/s", columns, cells, info)
   best = {}
-  for what in PASSES:
-    of_pass = [row["images_per_second"] for row in rows if row["pass"] == what]
-    most = {name: max(row[name] for row in of_pass) for name in of_pass[0]}
-    best[what] = {name: most["ours"] / value for name, value in most.items() if name != "ours"}
-    for name, value in best[what].items():
-      print(f"{what}, best batch of each: {value:.2f} times the images a second of PyTorch, {name}")
-  timing.write(args.json, figures | {"best": best})
+  for pass_name in PASSES:
+    rates = [row["images_per_second"] for row in rows if row["pass"] == pass_name]
+    max_rate = {name: max(row[name] for row in rates) for name in rates[0]}
+    best[pass_name] = {name: max_rate["ours"] / value for name, value in max_rate.items() if name != "ours"}
+    for name, value in best[pass_name].items():
+      print(f"{pass_name}, best batch of each: {value:.2f} times the images per second of PyTorch, {name}")
+  timing.write(args.json, results | {"best": best})
 
 
 if __name__ == "__main__":

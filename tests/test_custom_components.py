@@ -1,4 +1,4 @@
-"""Components of a user's own, from a file outside of the package: trained, resumed and loaded again after the file is gone."""
+"""Test runs with custom components: they train, and they resume and load after the file is deleted."""
 
 import shutil
 
@@ -18,8 +18,8 @@ from tests.recipes import newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
-# The key, and the component with an argument that is not its default.
-OWN = {
+# The key and text of each component, with an argument that is not its default.
+COMPONENTS = {
   "linen": ("model.network", "Linen(width=8)"),
   "nnx": ("model.network", "Nnx(width=8)"),
   "equinox": ("model.network", "Equinox(width=8)"),
@@ -36,39 +36,39 @@ OWN = {
 def tree_with(path, name, **training):
   config = tiny_config()
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1} | training)
-  key, text = OWN[name]
+  key, text = COMPONENTS[name]
   if name == "condition":
-    # `dense_network` is given no vectors.
+    # `dense_network` does not take vectors.
     config.model.network = f"{path}:Linen"
   return configs.replace(tree_of(config), key, f"{path}:{text}" if "/" in str(path) else text)
 
 
 @pytest.fixture
 def unscored(monkeypatch):
-  """Let runs end with their last step."""
+  """Skip scores at the end of runs."""
   monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_a_run_goes_on_and_is_loaded_without_the_file(name, tmp_path, unscored):
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_run_resumes_and_loads_without_the_file(name, tmp_path, unscored):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
-  runs.run_train(tree_with(path, name), tmp_path / "whole")
+  runs.run_train(tree_with(path, name), tmp_path / "resumed")
   runs.run_train(tree_with(path, name, steps=4), tmp_path / "unbroken")
   path.unlink()
-  # From the run's own config.
-  tree = configs.replace(configs.read_run(tmp_path / "whole"), "training.steps", 4)
-  runs.run_train(tree, tmp_path / "whole")
-  found, expected = (newest_state(tmp_path / folder) for folder in ("whole", "unbroken"))
-  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_array_equal(one, other)
-  model, params, frozen = ddpm_jax.load(tmp_path / "whole")
+  # Resume with the config in the run folder.
+  tree = configs.replace(configs.read_run(tmp_path / "resumed"), "training.steps", 4)
+  runs.run_train(tree, tmp_path / "resumed")
+  resumed, unbroken = (newest_state(tmp_path / folder) for folder in ("resumed", "unbroken"))
+  for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(unbroken), strict=True):
+    np.testing.assert_array_equal(a, b)
+  model, params, frozen = ddpm_jax.load(tmp_path / "resumed")
   x = model.process.prior(jax.random.key(0), (2, *model.shape))
   given = {"bright": np.zeros((2, 1), np.float32)} if name == "condition" else {}
   times = model.times(3)
-  drawn = sampling.sample(jax.random.key(1), model.defaults.sampler, model.denoise(params, given), x, times)
-  assert model.decode(drawn, frozen).shape == (2, 8, 8, 1)
-  assert bool(np.all(np.isfinite(drawn)))
+  samples = sampling.sample(jax.random.key(1), model.defaults.sampler, model.denoise(params, given), x, times)
+  assert model.decode(samples, frozen).shape == (2, 8, 8, 1)
+  assert bool(np.all(np.isfinite(samples)))
 
 
 def test_each_argument_reaches_its_component(tmp_path):
@@ -86,7 +86,7 @@ def test_each_argument_reaches_its_component(tmp_path):
   np.testing.assert_array_equal(step(sampler), step(sampling.ddim(built.model.process, 0.3)))
 
 
-def test_a_file_that_changed_is_refused_and_the_copy_serves(tmp_path, unscored):
+def test_a_changed_file_is_refused_and_the_copy_is_used(tmp_path, unscored):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
   runs.run_train(tree_with(path, "weighting"), tmp_path / "run")
@@ -94,13 +94,13 @@ def test_a_file_that_changed_is_refused_and_the_copy_serves(tmp_path, unscored):
   with pytest.raises(ValueError, match=r"holds a run of another config:\n +objective.weighting.sha256"):
     runs.run_train(tree_with(path, "weighting", steps=4), tmp_path / "run")
   tree = configs.read_run(tmp_path / "run")
-  weigh = configs.build(tree)
-  assert weigh.tree.values["objective"]["weighting"]["sha256"] == tree.values["objective"]["weighting"]["sha256"]
-  (kept,) = (tmp_path / "run" / "components").rglob("*.py")
-  assert kept.read_text() == (ROOT / "tests" / "user_components.py").read_text()
+  experiment = configs.build(tree)
+  assert experiment.tree.values["objective"]["weighting"]["sha256"] == tree.values["objective"]["weighting"]["sha256"]
+  (copy,) = (tmp_path / "run" / "components").rglob("*.py")
+  assert copy.read_text() == (ROOT / "tests" / "user_components.py").read_text()
 
 
-def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypatch):
+def test_changed_frozen_parameters_are_refused(tmp_path, unscored, monkeypatch):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
   runs.run_train(tree_with(path, "codec"), tmp_path / "run")
@@ -110,12 +110,12 @@ def test_frozen_parameters_that_changed_are_refused(tmp_path, unscored, monkeypa
   experiment = configs.build(tree)
   other = experiment.model._replace(codec=experiment.model.codec._replace(load=lambda: {"gain": np.float32(0.8)}))
   monkeypatch.setattr(configs, "build", lambda *_: experiment._replace(model=other))
-  changed = pytest.raises(ValueError, match=r"frozen parameters \(codec\) other than those")
-  with changed:
+  raises_changed = pytest.raises(ValueError, match=r"frozen parameters \(codec\) that differ from those")
+  with raises_changed:
     runs.run_train(tree, tmp_path / "run")
-  with changed:
+  with raises_changed:
     runs.run_eval(configs.build(tree), tmp_path / "run", seed=0, choice=runs.WeightsChoice())
-  with changed:
+  with raises_changed:
     ddpm_jax.load(tmp_path / "run")
 
 
@@ -157,7 +157,7 @@ def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
     )
 
 
-def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
+def test_a_condition_from_data_can_be_set_by_a_flag(tmp_path, unscored):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
   tree = tree_with(path, "condition")
@@ -174,7 +174,7 @@ def test_what_is_made_of_data_can_be_asked_for(tmp_path, unscored):
   with pytest.raises(ValueError, match="Got no bright for a model that is given some; expected --given bright"):
     sample()
   np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
-  # An image that nobody says anything of is given what stands for none.
+  # Without a value, an edited image gets the null value of the condition.
   runs.run_edit(experiment, tmp_path / "run", runs.Edit("img2img", tmp_path / "images.npz"), seed=0, choice=choice)
 
 
@@ -216,7 +216,7 @@ def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
     assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(shapes)]
 
 
-def test_an_image_that_joins_x_has_its_space(tmp_path):
+def test_an_image_condition_must_have_the_size_of_x(tmp_path):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
   tree = configs.replace(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
@@ -224,7 +224,7 @@ def test_an_image_that_joins_x_has_its_space(tmp_path):
     configs.build(tree)
 
 
-def test_what_cannot_be_read_or_loaded_is_one_error(tmp_path, unscored):
+def test_errors_in_loading_are_one_message(tmp_path, unscored):
   path = tmp_path / "mine.py"
   text = (ROOT / "tests" / "user_components.py").read_text()
   path.write_text(text.replace('{"gain": np.float32(0.9)}', "{}[0]").replace('{"scale": np.float32(2)}', "{}[1]"))

@@ -1,4 +1,4 @@
-"""Separate the words of a command line that set the config from all other words."""
+"""Separate the flags that set the config from the rest of a command line."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,41 +6,41 @@ from typing import NamedTuple
 _PREFIX = "--config."
 
 
-class Flags(NamedTuple):
-  """What a command line says of the config.
+class ConfigFlags(NamedTuple):
+  """Hold the parts of a command line.
 
   Attributes:
-    recipe: the file, or None.
-    keys: the text of each key, by its dotted name, in their order.
-    rest: all other words.
+    recipe: the value of --config, or None.
+    keys: the text of each `--config.<key>` flag by its dotted name, in the order of the command line.
+    remaining: all other words.
   """
 
   recipe: str | None
   keys: dict[str, str]
-  rest: list[str]
+  remaining: list[str]
 
 
-def split(words: Sequence[str]) -> Flags:
-  """Separate the flags of the config from the rest of a command line.
+def split(words: Sequence[str]) -> ConfigFlags:
+  """Separate the flags of the config from the other words of a command line.
 
   Raises:
-    ValueError: if one has no value.
+    ValueError: if --config has no value.
   """
-  recipe, keys, rest = None, {}, []
+  recipe, keys, remaining = None, {}, []
   words, index = list(words), 0
   while index < len(words):
     word = words[index]
     index += 1
     if word == "--":
-      rest += words[index - 1 :]
+      remaining += words[index - 1 :]
       break
     flag, equals, value = word.partition("=")
     flag = "--" + flag.lstrip("-") if flag.startswith("-") else flag
-    negated = flag.startswith("--noconfig.")
-    if flag != "--config" and not flag.startswith(_PREFIX) and not negated:
-      rest.append(word)
+    is_negated = flag.startswith("--noconfig.")
+    if flag != "--config" and not flag.startswith(_PREFIX) and not is_negated:
+      remaining.append(word)
       continue
-    if negated:
+    if is_negated:
       value = "false"
     elif not equals:
       if index < len(words) and not words[index].startswith("--"):
@@ -54,4 +54,4 @@ def split(words: Sequence[str]) -> Flags:
       recipe = value
     else:
       keys[flag.partition(".")[2]] = value
-  return Flags(recipe, keys, rest)
+  return ConfigFlags(recipe, keys, remaining)
