@@ -147,10 +147,10 @@ def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
   with np.load(tmp_path / "run" / "edits" / "invert_seed0.npz") as found:
     assert found["output"].shape == (2, 1, 8, 8, 1)
     assert found["latent"].shape == (2, *experiment.model.shape)
-  with pytest.raises(ValueError, match="'inpaint' for a model of .* by a codec; expected a model of pixels"):
+  with pytest.raises(ValueError, match="--task=inpaint for a model with a codec, .*; expected a model of pixels"):
     edit("inpaint", mask=str(tmp_path / "mask.png"))
   with pytest.raises(
-    ValueError, match=r"evaluation.likelihood for a model of .* by a codec; expected a model of pixels"
+    ValueError, match=r"evaluation.likelihood for a model with a codec, .*; expected a model of pixels"
   ):
     runs.run_eval(
       experiment.replace(evaluation__likelihood=("ode",)), tmp_path / "run", seed=0, choice=runs.WeightsChoice()
@@ -236,5 +236,5 @@ def test_errors_in_loading_are_one_message(tmp_path, unscored):
       runs.run_train(tree_with(path, name), tmp_path / "run")
   assert not (tmp_path / "run").exists()
   configs.write(tmp_path, tree_of(tiny_config()))
-  with pytest.raises(ValueError, match="a run that has saved no checkpoint; train it first"):
+  with pytest.raises(ValueError, match="a run without a checkpoint; expected a trained run"):
     ddpm_jax.load(tmp_path)

@@ -1,4 +1,4 @@
-"""What a config stands for: wrong values are refused when it is built, and the parts are those that it names."""
+"""Test the experiment of a config: wrong values are refused when it is built, and its parts follow the config."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def discrete(schedule, /, **arguments):
     ("ema.decay", 1.5, "decay of 1.5"),
     ("ema.kind", "powers", "'powers' as config.ema.kind.*Did you mean 'power'"),
     ("ema.snapshot_every", -1, "snapshot_every=-1"),
-    ("ema.snapshot_every", 10, "snapshot_every=10 with kind='fixed'"),
+    ("ema.snapshot_every", 10, "snapshot_every=10 with config.ema.kind='fixed'"),
     ("optimizer.name", "adamm", "'adamm' as config.optimizer.name.*Did you mean 'adam'"),
     ("optimizer.name", "lbfgs", "alone"),
     ("optimizer.arguments", "b2", "expected names"),
@@ -67,7 +67,7 @@ def discrete(schedule, /, **arguments):
     ("model.network.dropout", 1.5, "dropout=1.5"),
   ],
 )
-def test_wrong_values_are_errors_when_built(key, value, message):
+def test_wrong_values_are_errors_when_the_config_is_built(key, value, message):
   config = tiny_config()
   config.model.process, config.model.prediction = discrete("linear"), spec("predictions.EPS")
   config.model.network.update(LEVELS)
@@ -76,11 +76,11 @@ def test_wrong_values_are_errors_when_built(key, value, message):
     build_all(config)
 
 
-def test_the_tiny_config_is_sound():
+def test_the_tiny_config_is_valid():
   build_all(tiny_config())
 
 
-def test_a_change_makes_a_model_anew_only_if_it_is_one_of_the_model():
+def test_only_changes_of_the_model_rebuild_it():
   experiment = experiment_of(tiny_config())
   assert experiment.replace(sampling__num_steps=3).model is experiment.model
   assert experiment.replace(data__image_size=(8, 16)).model.shape == (8, 16, 1)
@@ -117,41 +117,43 @@ def check_classifier(config):
     (
       "model.conditions",
       {"classes": spec("conditions.classes", number=10, dropout=0.1)},
-      "the conditions classes; expected none",
+      "the conditions classes; expected no conditions",
     ),
     ("model.network.heads", 3, "heads=3"),
     ("objective", "denoising", "config.objective=denoising with config.task='classify'; expected classification"),
   ],
 )
-def test_wrong_values_of_a_classifier_are_errors_when_built(key, value, message):
+def test_wrong_values_of_a_classifier_are_errors_when_the_config_is_built(key, value, message):
   config = set_keys(classifier_config(), **{key.replace(".", "__"): value})
   with pytest.raises(ValueError, match=message):
     check_classifier(config)
 
 
-def test_a_model_that_denoises_is_not_trained_to_classify():
+def test_the_denoise_task_refuses_the_classification_objective():
   with pytest.raises(
     ValueError, match="config.objective=classification with config.task='denoise'; expected denoising"
   ):
     check_classifier(set_keys(tiny_config(), objective="classification"))
 
 
-def test_the_classifier_of_a_config_is_sound():
+def test_the_classifier_config_is_valid():
   check_classifier(classifier_config())
 
 
-def test_a_classifier_draws_nothing_and_a_denoiser_classifies_nothing():
-  with pytest.raises(ValueError, match="task='classify'; expected a run that denoises.*a classifier draws nothing"):
+def test_a_classifier_cannot_sample_and_a_diffusion_model_cannot_classify():
+  with pytest.raises(
+    ValueError, match="task='classify', which generates no samples; expected a run with config.task='denoise'"
+  ):
     experiment_of(classifier_config()).task.check_can_sample("the model")
   with pytest.raises(
-    ValueError, match="task='denoise'; expected a model that tells classes apart: a run of task='classify'"
+    ValueError, match="task='denoise'; expected a classifier, which is a run with config.task='classify'"
   ):
     experiment_of(tiny_config()).task.check_can_classify("--classifier")
 
 
 @pytest.mark.parametrize("prediction", ["V", "edm"])
-def test_a_classifier_from_a_config(prediction):
-  """The loss that trains it, and the log-probabilities of what was trained, under the same scaling of the input."""
+def test_the_loss_of_a_classifier_matches_its_log_probabilities(prediction):
+  """Training and classifying scale the input in the same way."""
   config = classifier_config(prediction)
   config.model.process = spec("processes.vp")
   params, experiment = random_params(config), experiment_of(config)
@@ -172,8 +174,8 @@ def test_a_classifier_from_a_config(prediction):
   assert stepping.flops_per_image(experiment, stepping.batch_shapes(experiment, 1)) > 0
 
 
-def test_outside_of_an_interval_a_rule_does_not_guide(tmp_path):
-  """Whatever its name: what takes a classifier does not guide at 0, other rules at 1."""
+def test_outside_the_interval_a_rule_does_not_guide(tmp_path):
+  """Rules with a classifier do not guide at a scale of 0, other rules at 1."""
   (tmp_path / "mine.py").write_text(
     "from ddpm_jax import guidance\n\ndef rule(denoise, log_prob, scale: guidance.Scale = 1.0):\n  return denoise\n"
   )

@@ -184,7 +184,7 @@ def test_sigterm_saves_at_once_and_sets_the_exit_code(tmp_path):
   process.send_signal(signal.SIGTERM)
   code, output = process.finish()
   assert code == 128 + signal.SIGTERM, output
-  step = int(re.search(r"saved at step ([\d,]+), from which the same command goes on", output)[1].replace(",", ""))
+  step = int(re.search(r"saved at step ([\d,]+); run the same command again", output)[1].replace(",", ""))
   assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(step)]
   code, output = call(DENSE, f"--workdir={tmp_path}", f"--config.training.steps={step + 2}", "--resume=must")
   assert code == 0, output
@@ -431,7 +431,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(tmp_path, dense):
   assert code == 2, output
   assert re.search(r"error: A worker process that decodes images .* has died.*num_workers", output), output
   assert "Traceback" not in output
-  step = int(re.search(r"saved at step ([\d,]+), from which the same command goes on", output)[1].replace(",", ""))
+  step = int(re.search(r"saved at step ([\d,]+); run the same command again", output)[1].replace(",", ""))
   assert workdir.checkpoint_steps(resumed) == [step]
   for folder in (resumed, unbroken):
     code, output = call(DENSE, f"--workdir={folder}", *intervals, f"--config.training.steps={step + 5}")

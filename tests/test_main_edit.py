@@ -112,7 +112,7 @@ def test_blurred_images_are_restored(run, tmp_path):
   ):
     code, output = call(*where, "--task=restore", *method, "--num_samples=2", "--sampler=ddim", "--num_steps=30")
     assert code == 0, output
-    assert f"restore of 3 image(s), 2 time(s) each by {by}, with ddim" in output
+    assert f"restore by {by} with ddim: 3 input(s), 2 result(s) for each" in output
     path = run / "edits" / f"restore_{by}_seed0.npz"
     with np.load(path) as file:
       np.testing.assert_array_equal(file["input"], measured)
@@ -124,9 +124,11 @@ def test_blurred_images_are_restored(run, tmp_path):
     assert np.all(np.mean(distances, 1) < share * np.mean(distance(measured)))
     assert np.any(result[:, 0] != result[:, 1])
   code, output = call(*where, "--task=img2img")
-  assert_refused(code, output, "'img2img' with config.editing.operator; expected it with the task 'restore'")
+  assert_refused(
+    code, output, "--task=img2img with config.editing.operator; expected the operator with --task=restore only"
+  )
   code, output = call(*where[:3], "--task=restore")
-  assert_refused(code, output, "'restore' without config.editing.operator; expected it .*blur")
+  assert_refused(code, output, "--task=restore without config.editing.operator; expected the operator .*blur")
 
 
 def test_edits(run):
@@ -134,8 +136,8 @@ def test_edits(run):
   flags = ["--mask=lower", "--method=replace", "--num_samples=3", "--seed=4", "--guidance_scale=2", "--num_steps=3"]
   code, output = call(*where, "--task=inpaint", *flags)
   assert code == 0, output
-  assert "1 of 2 images were not of 8x8, and were resized and cropped" in output
-  assert "inpaint of 2 image(s), 3 time(s) each by replace, with ancestral" in output
+  assert "resized and cropped 1 of 2 images to 8x8" in output
+  assert "inpaint by replace with ancestral: 2 input(s), 3 result(s) for each" in output
   with np.load(run / "edits" / "inpaint_replace_seed4.npz") as file:
     assert file["output"].shape == (2, 3, 8, 8, 1)
     assert list(file["names"]) == ["0.png", "1.png"]
@@ -146,7 +148,7 @@ def test_edits(run):
   # The run's sampler adds noise, so inversion uses DDIM instead.
   code, output = call(*where, "--task=invert")
   assert code == 0, output
-  assert "invert of 2 image(s), 1 time(s) each, with ddim" in output
+  assert "invert with ddim: 2 input(s), 1 result(s) for each" in output
   with np.load(run / "edits" / "invert_seed0.npz") as file:
     assert file["latent"].shape == (2, 8, 8, 1)
 

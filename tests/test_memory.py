@@ -247,7 +247,7 @@ def test_oversized_sampling_and_editing_are_refused(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "two" / f"{name}.png")
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for images of 8x8x1, which needs {BYTES}"):
     runs.run_sample(experiment_of(config), folder, num_samples=10**12, seed=0, choice=runs.WeightsChoice())
-  edit = runs.Edit("img2img", tmp_path / "a.png", results=10**12)
+  edit = runs.Edit("img2img", tmp_path / "a.png", num_results=10**12)
   with pytest.raises(ValueError, match=f"--num_samples=1000000000000 for each of 1 inputs .*{BYTES}"):
     runs.run_edit(experiment_of(config), folder, edit, seed=0, choice=runs.WeightsChoice())
   many = tiny_config()

@@ -1,4 +1,4 @@
-"""Training runs in one process: how they begin, go on, are stopped, and what they leave."""
+"""Test training runs in one process: how they start, resume and stop, and which files they write."""
 
 import json
 import re
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
 @pytest.fixture
 def unscored(monkeypatch):
-  """Let runs end with their last step, where neither samples nor scores are looked at."""
+  """Skip scoring at the end of a run, for tests that look at training only."""
   monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
 
 
 def config_of(**training):
-  """Of power-function averages, with snapshots."""
+  """Return a config with power-function EMAs and snapshots."""
   config = tiny_config()
   config.training.update({"steps": 10, "checkpoint_every": 2, "sample_every": 100, "log_every": 2} | training)
   config.training.update({"keep_checkpoints": 3, "keep_every": 4, "keep_best": 1})
@@ -45,7 +45,7 @@ def train(config, folder, **options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """The run of `config_of()`; never to be changed."""
+  """Train the run of `config_of()`. Tests must not change its folder."""
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
     train(config_of(), folder)
@@ -60,7 +60,7 @@ def copy(finished, tmp_path):
 
 
 def sampled(folder, **choice):
-  """What the chosen weights draw."""
+  """Return samples of the chosen weights."""
   before = set((folder / "samples").glob("*.npz"))
   experiment = runs.load_experiment(configs.read_run(folder), folder)
   runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=runs.WeightsChoice(**choice))
@@ -85,12 +85,12 @@ def test_everything_is_logged(finished):
   assert any(name.startswith("loss_by_log_snr/") for name in lines[0])
   np.testing.assert_allclose(lines[0]["learning_rate"], 1e-3 * 2 / 5)
   assert all(0 <= line["input_wait"] < 1 for line in lines)
-  # Levels are means of parts of the batch, so the loss lies between the least and the largest.
+  # The loss of a level is a mean over a part of the batch, so the loss is between the minimum and the maximum.
   levels = [value for name, value in lines[0].items() if name.startswith("loss_by_log_snr/")]
   assert min(levels) <= lines[0]["loss"] <= max(levels)
 
 
-def test_the_newest_the_fourth_and_the_best_are_kept(finished):
+def test_the_newest_every_fourth_and_the_best_checkpoint_are_kept(finished):
   losses = {
     line["step"]: line["loss"] for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
   }
@@ -101,22 +101,22 @@ def test_the_newest_the_fourth_and_the_best_are_kept(finished):
   checkpoints.close()
 
 
-def test_averages_raw_weights_and_any_length_are_sampled(copy):
-  averaged, raw, long = sampled(copy), sampled(copy, ema=False), sampled(copy, ema_length=0.1)
-  assert not np.array_equal(averaged, raw)
-  assert not np.array_equal(averaged, long)
-  # The stored length itself, put together from snapshots, is that average.
-  again = sampled(copy, ema_length=0.05)
-  assert np.max(np.abs(again.astype(int) - averaged)) <= 1
-  assert sampled(copy, step="8").shape == averaged.shape
-  assert sampled(copy, step="best").shape == averaged.shape
+def test_the_ema_raw_weights_and_an_ema_of_any_length_can_be_sampled(copy):
+  average, raw, longer = sampled(copy), sampled(copy, ema=False), sampled(copy, ema_length=0.1)
+  assert not np.array_equal(average, raw)
+  assert not np.array_equal(average, longer)
+  # An EMA with the checkpoint's own width, reconstructed from snapshots, is equal to the checkpoint's EMA.
+  reconstructed = sampled(copy, ema_length=0.05)
+  assert np.max(np.abs(reconstructed.astype(int) - average)) <= 1
+  assert sampled(copy, step="8").shape == average.shape
+  assert sampled(copy, step="best").shape == average.shape
   with pytest.raises(ValueError, match="--step=x7"):
     sampled(copy, step="x7")
   with pytest.raises(ValueError, match="--ema=false with --ema_length"):
     sampled(copy, ema=False, ema_length=0.1)
 
 
-def test_samples_are_named_by_their_evaluations_not_by_their_steps(copy):
+def test_sample_files_are_named_by_network_evaluations_not_by_steps(copy):
   config = config_of()
   config.sampler = spec("sampling.heun")
   config.sampling.num_steps = 3
@@ -124,15 +124,15 @@ def test_samples_are_named_by_their_evaluations_not_by_their_steps(copy):
   assert {path.name for path in (copy / "samples").glob("heun*")} == {"heun_nfe5_seed5.npz", "heun_nfe5_seed5.png"}
 
 
-def test_sampling_does_not_read_what_only_training_needs(copy):
+def test_sampling_does_not_read_the_training_state(copy):
   for step in (copy / "checkpoints").iterdir():
     shutil.rmtree(step / "training")
   sampled(copy)
 
 
-def test_a_length_without_snapshots_is_an_error(copy):
+def test_an_ema_length_without_snapshots_is_an_error(copy):
   shutil.rmtree(copy / "ema_snapshots")
-  with pytest.raises(ValueError, match="run without stored averages"):
+  with pytest.raises(ValueError, match="run without EMA snapshots"):
     sampled(copy, ema_length=0.07)
 
 
@@ -140,7 +140,7 @@ def test_resume_must_and_never(copy, tmp_path):
   with pytest.raises(ValueError, match="--resume=must.*holds no checkpoint"):
     train(config_of(), tmp_path / "none", resume="must")
   assert not (tmp_path / "none").exists()
-  with pytest.raises(ValueError, match="--resume=never.*holds a run"):
+  with pytest.raises(ValueError, match="--resume=never.*holds a checkpoint"):
     train(config_of(), copy, resume="never")
 
 
@@ -164,20 +164,20 @@ def assert_same_ends(folder, other):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(finished, copy, unscored, capsys):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(finished, copy, unscored, capsys):
   (copy / "checkpoints" / "10" / "meta" / "metadata").write_text('{"content": {}}')
   (copy / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
   train(config_of(), copy)
   output = capsys.readouterr()
   assert "resuming from the checkpoint of step 8" in output.out
-  half = f"half-written checkpoint was deleted: {copy / 'checkpoints' / '11.orbax-checkpoint-tmp'}"
-  for text in (f"{copy / 'checkpoints' / '10'}: its description", half, "went on from step 8"):
-    assert output.err.count(text) == 2, "when it happens, and at the end"
+  incomplete = f"deleted an incomplete checkpoint: {copy / 'checkpoints' / '11.orbax-checkpoint-tmp'}"
+  for text in (f"{copy / 'checkpoints' / '10'}: its description", incomplete, "resumed from step 8"):
+    assert output.err.count(text) == 2, "at the start and at the end"
   assert [path.name for path in (copy / "damaged").iterdir()] == ["10"]
   assert_same_ends(copy, finished)
 
 
-def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(copy):
+def test_a_run_with_only_a_damaged_checkpoint_does_not_start_again(copy):
   remove_checkpoints(copy, *steps_of(copy) - {10})
   (copy / "checkpoints" / "10" / "meta" / "metadata").write_text("{}")
   with pytest.raises(ValueError, match="Got damaged checkpoints only"):
@@ -185,7 +185,7 @@ def test_where_the_only_checkpoint_is_damaged_nothing_starts_anew(copy):
   assert steps_of(copy) == {10}
 
 
-def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path):
+def test_a_run_with_infinite_gradients_keeps_its_last_good_checkpoint(tmp_path):
   config = config_of(steps=40, max_skipped=3)
   config.optimizer.update({"learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0, "name": "sgd"})
   with pytest.raises(FloatingPointError, match="3 steps in a row"):
@@ -194,7 +194,7 @@ def test_a_run_whose_gradients_are_lost_keeps_its_last_good_checkpoint(tmp_path)
     assert np.all(np.isfinite(leaf))
 
 
-def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished, copy, unscored, monkeypatch):
+def test_a_full_disk_is_an_error_and_the_run_resumes_when_there_is_space(finished, copy, unscored, monkeypatch):
   remove_checkpoints(copy, *steps_of(copy) - {4})
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
@@ -204,7 +204,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_once_there_is_room(finished
   assert_same_ends(copy, finished)
 
 
-def test_samples_on_a_full_disk_are_an_error_that_names_them(finished, monkeypatch):
+def test_a_full_disk_during_sampling_is_an_error_that_names_the_file(finished, monkeypatch):
   def fill_up(path, **arrays):
     path.write_bytes(b"half")
     raise OSError(28, "No space left on device")
@@ -218,11 +218,11 @@ def test_samples_on_a_full_disk_are_an_error_that_names_them(finished, monkeypat
   assert sorted(finished.rglob("*")) == before
 
 
-def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys):
-  """Of data without one of the classes, which is said."""
-  labels = np.repeat([0, 1, 3], [300, 100, 100])
-  np.random.default_rng(0).shuffle(labels)
-  np.savez(tmp_path / "data.npz", images=np.zeros((500, 8, 8, 1), np.uint8), classes=labels)
+def test_scored_samples_have_the_class_frequencies_of_the_data(tmp_path, capsys):
+  """The data lack one of the classes, and a warning says so."""
+  classes = np.repeat([0, 1, 3], [300, 100, 100])
+  np.random.default_rng(0).shuffle(classes)
+  np.savez(tmp_path / "data.npz", images=np.zeros((500, 8, 8, 1), np.uint8), classes=classes)
   config = config_of()
   config.data.source = spec("data.arrays", path=str(tmp_path / "data.npz"))
   config.model.conditions.classes = spec("conditions.classes", number=4)
@@ -231,25 +231,25 @@ def test_scored_samples_have_their_classes_as_often_as_the_data(tmp_path, capsys
   counts = json.loads((tmp_path / "run" / "classes.json").read_text())["counts"]
   output = capsys.readouterr()
   assert f"4 classes, 0 to {max(counts)} images each" in output.out
-  assert "1 of 4 classes have no image to learn from: 2" in output.err
+  assert "1 of 4 classes have no training image: 2" in output.err
   assert sum(counts) == 400
   with np.load(tmp_path / "run" / "samples" / "final.npz") as file:
-    drawn = np.bincount(file["classes"], minlength=4)
-  assert np.all(np.abs(drawn - np.array(counts) / 10) < 1)
-  assert drawn[2] == 0
+    sampled_counts = np.bincount(file["classes"], minlength=4)
+  assert np.all(np.abs(sampled_counts - np.array(counts) / 10) < 1)
+  assert sampled_counts[2] == 0
 
 
-def test_a_trace_of_a_few_steps(tmp_path, unscored):
+def test_a_trace_of_a_few_steps_is_saved(tmp_path, unscored):
   config = config_of(steps=14, checkpoint_every=14)
   config.ema.snapshot_every = 0
   train(config, tmp_path, profile=2)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_wandb_gets_what_the_others_get(tmp_path, monkeypatch):
-  """Against a stand-in of its interface: `init`, then `log` and `finish` of what that gives."""
+def test_wandb_logs_the_same_values(tmp_path, monkeypatch):
+  """A fake module with `init`, `log` and `finish` replaces wandb."""
   calls = []
-  stand_in = types.SimpleNamespace(
+  fake = types.SimpleNamespace(
     init=lambda **options: (
       calls.append(("init", options))
       or types.SimpleNamespace(
@@ -259,7 +259,7 @@ def test_wandb_gets_what_the_others_get(tmp_path, monkeypatch):
     Image=lambda picture: ("image", picture.shape),
     __spec__=object(),
   )
-  monkeypatch.setitem(__import__("sys").modules, "wandb", stand_in)
+  monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
   writer = records.MetricLog(tmp_path / "run", 0, wandb="digits", config={"seed": 0})
   writer.scalars(3, {"loss": 0.5})
   writer.image(3, "samples", np.zeros((4, 4, 1), np.uint8))
@@ -279,7 +279,7 @@ def test_wandb_gets_what_the_others_get(tmp_path, monkeypatch):
   assert calls[1:] == [("log", 3, {"loss": 0.5}), ("log", 3, {"samples": ("image", (4, 4, 1))}), ("finish",)]
 
 
-def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+def test_missing_wandb_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
   config = config_of()
   config.training.wandb = "digits"
@@ -288,22 +288,22 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
   assert not (tmp_path / "a").exists()
 
 
-def test_items_are_the_state_taken_apart():
+def test_checkpoint_items_hold_the_whole_state():
   _, template = model.make_state(experiment_of(config_of()), parallel.make_mesh())
   items = training.state_to_items(template)
   assert set(items) == {"params", "ema", "training"}
   assert jax.tree.structure(training.items_to_state(items)) == jax.tree.structure(template)
-  rest = sum(leaf.size for leaf in jax.tree.leaves(items["training"]["opt_state"]))
+  num_moments = sum(leaf.size for leaf in jax.tree.leaves(items["training"]["opt_state"]))
   params = sum(leaf.size for leaf in jax.tree.leaves(items["params"]))
-  assert 2 * params <= rest < 2 * params + 20, "two moments, and no average"
+  assert 2 * params <= num_moments < 2 * params + 20, "two moments and no average"
   assert ema.ema_params(training.items_to_state(items).opt_state) is not None
 
 
-def test_what_takes_long_says_that_it_lives(monkeypatch, capsys):
-  said = threading.Event()
+def test_long_work_prints_a_sign_of_life(monkeypatch, capsys):
+  printed = threading.Event()
   monkeypatch.setattr(progress, "_INTERVAL", 0.01)
-  say = progress.print_line
-  monkeypatch.setattr(progress, "print_line", lambda text: (say(text), said.set()))
+  print_line = progress.print_line
+  monkeypatch.setattr(progress, "print_line", lambda text: (print_line(text), printed.set()))
   with progress.heartbeat("compiling the train step"):
-    assert said.wait(PATIENCE)
+    assert printed.wait(PATIENCE)
   assert re.search(r"compiling the train step: 0 s so far; a large network takes minutes", capsys.readouterr().out)

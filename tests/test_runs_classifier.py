@@ -1,4 +1,4 @@
-"""Runs of a classifier in one process: it learns, goes on, is scored by noise level, and draws nothing."""
+"""Test runs of a classifier in one process: training, resuming, scores by noise level, and refused sampling."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def config_of(**training):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run of 400 steps without a break."""
+  """Train a run of 400 steps without interruption."""
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
     runs.run_train(tree_of(config_of()), folder)
@@ -46,7 +46,7 @@ def scores_of(folder):
   return json.loads((folder / "eval.json").read_text())
 
 
-def test_it_learns_what_can_be_seen(finished):
+def test_it_learns_at_low_noise(finished):
   lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(50, 401, 50))
   assert lines[-1]["loss"] < lines[0]["loss"]
@@ -66,7 +66,7 @@ def test_it_learns_what_can_be_seen(finished):
   assert not (finished / "samples").exists()
 
 
-def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(finished, tmp_path):
   copy = shutil.copytree(finished, tmp_path / "copy")
   shutil.rmtree(copy / "checkpoints" / "400")
   (copy / "eval.json").unlink()
@@ -79,14 +79,14 @@ def test_going_on_ends_as_the_run_that_was_never_stopped(finished, tmp_path):
   assert scores_of(copy)["scores"] == scores_of(finished)["scores"]
 
 
-def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilities(finished):
+def test_scores_match_the_log_probabilities_for_any_batch_size(finished):
   before = scores_of(finished)["scores"]
   experiment = runs.load_experiment(tree_of(set_keys(config_of(), sampling__batch_size=40)), finished)
   runs.run_eval(experiment, finished, seed=experiment.seed, choice=runs.WeightsChoice())
   after = scores_of(finished)["scores"]
   for a, b in zip(before["by_log_snr"], after["by_log_snr"], strict=True):
     assert a == pytest.approx(b, rel=1e-3)
-  # Nearly clean data have nearly no noise.
+  # The last level has almost no noise.
   params = ema.ema_params(newest_state(finished).opt_state)
   _, held_out = reading.read_data(experiment)
   chosen = np.random.default_rng(0).permutation(100)[:40]
@@ -100,12 +100,12 @@ def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_log_probabilitie
   assert scores_of(finished)["scores"]["by_log_snr"] != after["by_log_snr"]
 
 
-def test_it_is_not_sampled_or_exported_and_nothing_is_written(finished, tmp_path, capsys):
+def test_sampling_or_exporting_it_is_refused_and_writes_nothing(finished, tmp_path, capsys):
   experiment, choice = runs.load_experiment(tree_of(config_of()), finished), runs.WeightsChoice()
-  drawing_nothing = "config.task='classify'; expected a run that denoises, .*: a classifier draws nothing"
-  with pytest.raises(ValueError, match=drawing_nothing):
+  refusal = "config.task='classify', which generates no samples; expected a run with config.task='denoise'"
+  with pytest.raises(ValueError, match=refusal):
     runs.run_sample(experiment, finished, num_samples=4, seed=0, choice=choice)
-  with pytest.raises(ValueError, match=drawing_nothing):
+  with pytest.raises(ValueError, match=refusal):
     runs.run_export(experiment, finished, tmp_path / "out", choice)
   assert not (finished / "samples").exists()
   assert not (tmp_path / "out").exists()
@@ -123,7 +123,7 @@ def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
     ({"evaluation__num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
     (
       {"init_from": "somewhere"},
-      "init_from='somewhere' in a run of config.task='classify'; expected a run that denoises",
+      "init_from='somewhere' in a run of config.task='classify', which generates no samples; expected a run with config.task='denoise'",
     ),
   ):
     config = set_keys(config_of(), **keys)
@@ -132,14 +132,14 @@ def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_plan_of_one(capsys):
-  found = runs.run_plan(tree_of(config_of()), topology_name=None, num_devices=1)
-  assert isinstance(found, plan.Plan)
+def test_a_classifier_can_be_planned(capsys):
+  model_plan = runs.run_plan(tree_of(config_of()), topology_name=None, num_devices=1)
+  assert isinstance(model_plan, plan.Plan)
   assert "FLOPs an image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_noise_levels_lie_in_the_process(name):
+def test_noise_levels_are_in_the_range_of_the_process(name):
   process = PROCESSES[name]
   times = noise_levels(process)
   assert len(times) >= 8
@@ -148,11 +148,11 @@ def test_noise_levels_lie_in_the_process(name):
   np.testing.assert_allclose(process.log_snr(times[:-1]), [-6, -4, -2, 0, 2, 4, 6][-len(times) + 1 :], atol=1e-3)
 
 
-def test_chance_knows_how_common_classes_are():
+def test_chance_scores_use_the_class_frequencies():
   classes = np.array([0, 0, 0, 2])
   chance = evaluate.chance_scores(classes, 3)
   shares = np.array([0.75, 1e-9, 0.25])
-  known = evaluate.classification_scores(np.log(np.tile(shares, (4, 1))), classes)
-  assert chance == pytest.approx(known)
+  expected = evaluate.classification_scores(np.log(np.tile(shares, (4, 1))), classes)
+  assert chance == pytest.approx(expected)
   assert evaluate.chance_scores(np.arange(5), 5) == pytest.approx({"accuracy": 0.2, "cross_entropy": np.log(5)})
-  assert "chance" in evaluate.format_classification([{"log_snr": -2.0, **known}], chance)
+  assert "chance" in evaluate.format_classification([{"log_snr": -2.0, **expected}], chance)

@@ -1,4 +1,4 @@
-"""Evaluations: interrupted and gone on with, on other devices, of several samplers, in every feature space, and misused."""
+"""Test evaluations: resuming, other devices, several samplers, all feature spaces, and errors."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def train(config, folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run that nothing trained, and its scores on one device."""
+  """Make an untrained run, and score it on one device."""
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
     write_run(config_of(), folder)
@@ -48,14 +48,14 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-  """Its checkpoints alone."""
+  """Copy the finished run without its samples and scores."""
   folder = tmp_path / "copy"
   shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("samples", "eval.json", "report.html"))
   return folder
 
 
 def die_after(batches):
-  """Kill this process once it has drawn so many batches."""
+  """Make this process kill itself after some batches of samples."""
   in_batches = generation.run_in_batches
 
   def dying(*arguments, **options):
@@ -79,8 +79,8 @@ def score(config, folder, seed=0, **options):
   runs.run_eval(experiment_of(config), folder, seed=seed, choice=runs.WeightsChoice(), **options)
 
 
-def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(finished, copy, tmp_path):
-  """One device without a break, against one device in a process that is killed on its way, and the eight of this process."""
+def test_a_killed_evaluation_resumes_to_equal_scores_on_any_number_of_devices(finished, copy, tmp_path):
+  """An interrupted evaluation, and one on the eight devices of this process, equal an uninterrupted one-device one."""
   recipe = "from tests import dense_config\nfrom tests.test_runs_evaluation import config_of, die_after\n\n\n"
   recipe += "def get_config():\n  dense_config.get_config()\n"
   for name, first in (("dying", "  die_after(3)\n"), ("living", "")):
@@ -91,7 +91,7 @@ def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(fini
   assert json.loads((copy / "samples" / "final.partial.json").read_text())["done"] == 15
   code, output = commands.start(f"--config={tmp_path / 'living.py'}", *arguments).finish()
   assert code == 0, output
-  assert "25 of them left" in output
+  assert "40 images (25 remaining)" in output
   assert without_times(copy) == without_times(finished)
   with np.load(copy / "samples" / "final.npz") as a, np.load(finished / "samples" / "final.npz") as b:
     np.testing.assert_array_equal(a["samples"], b["samples"])
@@ -102,23 +102,25 @@ def test_killed_and_gone_on_with_it_gives_the_same_on_any_number_of_devices(fini
   assert without_times(copy) == without_times(finished)
 
 
-def test_samples_of_other_weights_or_settings_are_not_taken(on_one_device, copy, monkeypatch):
+def test_samples_with_other_settings_are_not_reused(on_one_device, copy, monkeypatch):
   score(config_of(), copy)
-  drawn = []
+  calls = []
   in_batches = generation.run_in_batches
   monkeypatch.setattr(
-    generation, "run_in_batches", lambda *a, **k: drawn.append(k.get("what", a[0].sampler_name)) or in_batches(*a, **k)
+    generation,
+    "run_in_batches",
+    lambda *a, **k: calls.append(k.get("activity", a[0].sampler_name)) or in_batches(*a, **k),
   )
   first = without_times(copy)
   score(config_of(), copy)
-  assert drawn == [], "the samples are there"
+  assert calls == [], "the samples are reused"
   assert without_times(copy) == first
   score(config_of(), copy, seed=1)
-  assert drawn == ["ddim"]
+  assert calls == ["ddim"]
   assert report_of(copy)["scores"]["generated"] != first["scores"]["generated"]
 
 
-def test_a_garbled_log_keeps_no_run_from_its_report_nor_from_going_on(on_one_device, copy, capsys):
+def test_a_damaged_log_prevents_neither_the_report_nor_resuming(on_one_device, copy, capsys):
   path = copy / "metrics.jsonl"
   path.write_bytes(b'{"step": 2, "loss": 0.5}\n{"step": "4"}\n\0\0\xff\n{"step": 4, "lo')
   score(config_of(report=True), copy)
@@ -150,7 +152,7 @@ def test_several_samplers_and_steps_give_a_curve(on_one_device, copy):
   assert "curve" not in report_of(copy)
 
 
-def test_where_numbers_come_from_is_said(finished):
+def test_the_report_has_the_provenance_of_the_scores(finished):
   report = report_of(finished)
   for name in (
     "sampling",
@@ -172,7 +174,7 @@ def test_where_numbers_come_from_is_said(finished):
   assert set(report["times"]) == {"date", "seconds"}
 
 
-def test_statistics_of_a_file_stand_for_their_images(on_one_device, copy, tmp_path):
+def test_statistics_from_a_file_score_like_their_images(on_one_device, copy, tmp_path):
   config = config_of(scores=("frechet",), reference="held_out")
   score(config, copy)
   direct = report_of(copy)["scores"]
@@ -192,11 +194,11 @@ def test_statistics_of_a_file_stand_for_their_images(on_one_device, copy, tmp_pa
   with pytest.raises(ValueError, match="which exists"):
     runs.run_statistics(experiment_of(config), tmp_path / "held_out.npz")
   config.evaluation.update({"features": "classifier", "allow_singular": False, "num_samples": 90})
-  with pytest.raises(ValueError, match="of features=pixels, for a model scored with features=classifier"):
+  with pytest.raises(ValueError, match="made with features=pixels, for a model with features=classifier"):
     score(config, copy)
 
 
-def test_features_of_a_classifier_of_the_data_are_called_by_their_name(on_one_device, copy):
+def test_classifier_features_are_named_in_the_report_and_cached(on_one_device, copy):
   config = config_of(features="", allow_singular=False, num_samples=90, classifier_steps=12, batch_size=50)
   score(config, copy)
   report = report_of(copy)
@@ -216,18 +218,18 @@ def test_features_of_a_classifier_of_the_data_are_called_by_their_name(on_one_de
   assert (copy / "classifier.safetensors").stat().st_mtime_ns != before
 
 
-def test_a_run_is_scored_on_its_way_and_keeps_the_best(on_one_device, tmp_path):
+def test_a_run_is_scored_during_training_and_keeps_the_best_checkpoint(on_one_device, tmp_path):
   config = config_of(every=2, interim_samples=20)
   config.training.update({"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 1, "keep_best": 1})
   config.training.best_metric = "eval/coverage"
   train(config, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  found = {line["step"]: line["eval/coverage"] for line in lines if "eval/coverage" in line}
-  assert sorted(found) == [2, 4, 6]
-  best = max(found, key=lambda step: (found[step], step))
+  coverage = {line["step"]: line["eval/coverage"] for line in lines if "eval/coverage" in line}
+  assert sorted(coverage) == [2, 4, 6]
+  best = max(coverage, key=lambda step: (coverage[step], step))
   assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {str(best), "6"}
   config.training.best_metric = "eval/fid"
-  for keep in (0, 1):  # --step=best looks for it in any case
+  for keep in (0, 1):  # --step=best reads the metric even without keep_best
     config.training.keep_best = keep
     with pytest.raises(ValueError, match="expected one of eval/frechet_distance, eval/kernel_distance"):
       train(config, tmp_path / "other")
@@ -240,13 +242,13 @@ WRONG = {
   "rank": ({"allow_singular": False, "scores": ("frechet",)}, "Got 40 samples for a Frechet distance in 64 dimensions"),
   "features": ({"features": "pixel"}, "Did you mean 'pixels'"),
   "score": ({"scores": ("fid",)}, "as a score; expected one of"),
-  "no_places": ({"scores": ("spatial_frechet",)}, "do not allow; expected some of"),
+  "no_places": ({"scores": ("spatial_frechet",)}, "not available for pixels features .*; expected some of"),
   "neighbor": ({"k": 40}, "more than k of each"),
   "reference": ({"reference": "test"}, "expected train, held_out, or an .npz file"),
   "no_reference": ({"reference": "none.npz"}, "does not exist"),
   "weights": ({"features": "inception"}, "--inception_weights"),
   "no_weights": ({"inception_weights": "none.pth", "features": ""}, "none.pth"),
-  "useless_weights": ({"inception_weights": "none.pth"}, "which need none"),
+  "useless_weights": ({"inception_weights": "none.pth"}, "other features use no weights file"),
   "splits": ({"splits": 41, "features": "classifier"}, "splits=41"),
   "likelihood": ({"likelihood": ("bond",)}, "Did you mean 'bound'"),
   "resize": ({"resize": "tf"}, "Did you mean 'tf1'"),
@@ -254,7 +256,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input_is_refused_before_anything_is_drawn(name, finished, monkeypatch):
+def test_wrong_settings_are_refused_before_sampling(name, finished, monkeypatch):
   settings, message = WRONG[name]
   monkeypatch.setattr(generation, "run_in_batches", None)
   before = {path: path.stat().st_mtime_ns for path in sorted(finished.rglob("*"))}
@@ -263,21 +265,21 @@ def test_bad_input_is_refused_before_anything_is_drawn(name, finished, monkeypat
   assert {path: path.stat().st_mtime_ns for path in sorted(finished.rglob("*"))} == before
 
 
-def test_a_reference_of_other_images_or_features_is_refused(finished, tmp_path):
+def test_a_reference_with_other_features_or_image_sizes_is_refused(finished, tmp_path):
   gaussian = metrics.gaussian(np.random.default_rng(0).standard_normal((100, 64)))
   for key, value in (("features", "classifier"), ("image_shape", [16, 16, 1])):
     path = tmp_path / f"{key}.npz"
     metrics.save_statistics(
       path, metrics.Statistics(gaussian, None, {"features": "pixels", "image_shape": [8, 8, 1]} | {key: value})
     )
-    with pytest.raises(ValueError, match=f"of {key}="):
+    with pytest.raises(ValueError, match=f"made with {key}="):
       score(config_of(reference=str(path)), finished)
   np.savez(tmp_path / "custom.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-  with pytest.raises(ValueError, match="statistics of 2,048 dimensions, for features \\(pixels\\) of 64"):
+  with pytest.raises(ValueError, match="statistics with 2,048 dimensions, for pixels features with 64"):
     score(config_of(reference=str(tmp_path / "custom.npz")), finished)
 
 
-def test_images_that_are_not_finite_are_counted_and_refused(on_one_device, copy, monkeypatch):
+def test_samples_that_are_not_finite_are_counted_and_refused(on_one_device, copy, monkeypatch):
   in_batches = generation.run_in_batches
 
   def broken(*arguments, **options):
@@ -287,12 +289,12 @@ def test_images_that_are_not_finite_are_counted_and_refused(on_one_device, copy,
       yield x, nfe
 
   monkeypatch.setattr(generation, "run_in_batches", broken)
-  with pytest.raises(FloatingPointError, match="2 of 5 samples are not finite"):
+  with pytest.raises(FloatingPointError, match="NaN or infinite values in 2 of 5 samples"):
     score(config_of(), copy)
   assert not (copy / "eval.json").exists()
 
 
-def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypatch):
+def test_likelihoods_resume_and_have_standard_errors(on_one_device, copy, monkeypatch):
   config = config_of(
     likelihood=("bound", "ode", "continuous"), likelihood_images=6, likelihood_tolerance=1e-2, report=True, batch_size=3
   )
@@ -301,9 +303,9 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   in_batches = generation.run_in_batches
 
   def interrupted(*arguments, **options):
-    computed.append(options.get("what"))
+    computed.append(options.get("activity"))
     for index, values in enumerate(in_batches(*arguments, **options)):
-      if options.get("what") == "likelihood (ode)" and index == 1 and len(computed) < 4:
+      if options.get("activity") == "likelihood (ode)" and index == 1 and len(computed) < 4:
         raise KeyboardInterrupt
       yield values
 
@@ -313,16 +315,15 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   assert computed == [None, "likelihood (bound)", "likelihood (ode)"]
   score(config, copy)
   assert computed[3:] == ["likelihood (ode)", "likelihood (continuous)", None]
-  found = report_of(copy)["likelihood"]
-  assert list(found) == ["bound", "ode", "continuous"]
-  for kind in found.values():
+  results = report_of(copy)["likelihood"]
+  assert list(results) == ["bound", "ode", "continuous"]
+  for kind in results.values():
     assert kind["num_images"] == 6
     assert kind["standard_error"] > 0
-  assert found["bound"]["bits"] > found["bound"]["decoder"] > 0
-  assert found["ode"]["nfe"] > 10
-  # Of the likelihood's own solver: the sampler's is 1e-5.
-  # Of the likelihood's own solver: the sampler's is 1e-5.
-  assert (found["ode"]["tolerance"], report_of(copy)["sampling"]["arguments"]["rtol"]) == (1e-2, 1e-5)
+  assert results["bound"]["bits"] > results["bound"]["decoder"] > 0
+  assert results["ode"]["nfe"] > 10
+  # The likelihood's solver has its own tolerance.
+  assert (results["ode"]["tolerance"], report_of(copy)["sampling"]["arguments"]["rtol"]) == (1e-2, 1e-5)
   with np.load(copy / "likelihood" / "bound.npz") as file:
     rows = file["rows"].astype(float)
   np.testing.assert_allclose(rows[:, 0], rows[:, 1] + rows[:, 3:].sum(1), rtol=1e-5)
@@ -330,7 +331,7 @@ def test_likelihoods_are_kept_and_have_error_bars(on_one_device, copy, monkeypat
   assert 'id="bound"' in (copy / "report.html").read_text()
 
 
-def test_likelihoods_of_other_classes_are_computed_anew(on_one_device, tmp_path, monkeypatch):
+def test_likelihoods_of_other_classes_are_not_reused(on_one_device, tmp_path, monkeypatch):
   identities = []
   monkeypatch.setattr(generation, "cached_rows", lambda *arguments: identities.append(arguments[2]))
   config = config_of(likelihood=("bound",))
@@ -358,7 +359,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def scored(finished, tmp_path_factory):
-  """Scores in the features of a classifier, and a likelihood."""
+  """Make a run with classifier features and a likelihood."""
   folder = tmp_path_factory.mktemp("scored") / "run"
   shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("samples", "eval.json", "report.html"))
   with one_device():
@@ -377,7 +378,7 @@ CLASSIFIED = config_of(
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_is_damaged_is_named_set_aside_and_made_again(on_one_device, scored, tmp_path, capsys, name):
+def test_damaged_files_are_named_moved_away_and_computed_again(on_one_device, scored, tmp_path, capsys, name):
   folder = tmp_path / "run"
   shutil.copytree(scored, folder)
   path = folder / name.partition(",")[0]
@@ -395,8 +396,8 @@ def test_what_is_damaged_is_named_set_aside_and_made_again(on_one_device, scored
   assert "warning" not in capsys.readouterr().err
 
 
-def test_a_sample_set_that_is_cut_on_its_way_is_drawn_again(on_one_device, scored, tmp_path, capsys):
-  """NumPy alone fills it up with zeros, which are black images and were scored as such."""
+def test_a_truncated_sample_file_is_generated_again(on_one_device, scored, tmp_path, capsys):
+  """NumPy would read the missing samples as zeros, and they would be scored as black images."""
   folder = tmp_path / "run"
   shutil.copytree(scored, folder)
   (folder / "samples" / "final.npz").unlink()
@@ -411,7 +412,7 @@ def test_a_sample_set_that_is_cut_on_its_way_is_drawn_again(on_one_device, score
   assert {path.name for path in (folder / "damaged").iterdir()} == {"final.partial.npy", "final.partial.json"}
 
 
-def test_a_reference_of_the_user_s_own_that_is_damaged_is_refused_by_name(on_one_device, finished, tmp_path):
+def test_a_damaged_reference_file_is_refused_by_name(on_one_device, finished, tmp_path):
   path = tmp_path / "reference.npz"
   runs.run_statistics(experiment_of(config_of()), path)
   flip(path, path.stat().st_size // 2)
@@ -423,7 +424,7 @@ def test_a_reference_of_the_user_s_own_that_is_damaged_is_refused_by_name(on_one
 
 
 @pytest.mark.parametrize("what", ["a bit", "cut"])
-def test_scores_that_are_damaged_are_not_exported(scored, tmp_path, capsys, what):
+def test_damaged_scores_are_not_exported(scored, tmp_path, capsys, what):
   assert scores.read(scored)["step"] == 4
   shutil.copy(scored / "eval.json", tmp_path)
   path = tmp_path / "eval.json"
@@ -437,7 +438,7 @@ def test_scores_that_are_damaged_are_not_exported(scored, tmp_path, capsys, what
   assert scores.read(tmp_path) is None
 
 
-def test_variants_of_one_sampler_are_told_apart():
+def test_variants_of_one_sampler_have_distinct_names():
   config = tiny_config()
   variants = [experiment_of(set_keys(config, sampler=spec("sampling.ddim", eta=eta))) for eta in (0.0, 0.5, 1.0)]
   assert scoring._names(variants, 3) == ["eval_ddim_4_seed3", "eval_ddim_4_seed3__2", "final"]

@@ -1,4 +1,4 @@
-"""Data sets and conditions of a user's own, from a file outside of the package, by the command line alone."""
+"""Test a user's own data sets and conditions, from a file outside the package, by the command line."""
 
 import json
 import textwrap
@@ -50,14 +50,14 @@ OWN = """\
 
 
   def outline(name: str, data_shape: tuple[int, ...], strength: float = 1.0) -> Condition:
-    own = conditions.image(name, data_shape, dropout=0.1)
-    return own._replace(encode=lambda frozen, keys, batch, train: strength * batch[name])
+    condition = conditions.image(name, data_shape, dropout=0.1)
+    return condition._replace(encode=lambda frozen, keys, batch, train: strength * batch[name])
 """
 
 
 @pytest.fixture
-def own(tmp_path):
-  """The file, outside of the package and of the run."""
+def user_folder(tmp_path):
+  """Write the user's file to a folder outside the package and the run."""
   (tmp_path / "own").mkdir()
   (tmp_path / "own" / "mine.py").write_text(textwrap.dedent(OWN))
   (tmp_path / "own" / "shared.py").write_text("def level_of(number):\n  return number / 20\n")
@@ -65,42 +65,44 @@ def own(tmp_path):
   return tmp_path / "own"
 
 
-def config_of(own, **conditions):
+def config_of(user_folder, **conditions):
   config = tiny_config()
-  config.data.source = spec(f"{own}/mine.py:my_data", path=str(own / "numbers.npy"))
+  config.data.source = spec(f"{user_folder}/mine.py:my_data", path=str(user_folder / "numbers.npy"))
   for name, component in conditions.items():
     config.model.conditions[name] = component
   return config
 
 
-def flags_of(own):
-  # Not by DENSE: the run's own config is to say all.
+def flags_of(user_folder):
+  # Do not use DENSE: the run's own config must be enough.
   return [
     RECIPE,
     "--config.model.network=tests/parameters.py:dense_network",
-    f"--config.data.source={own}/mine.py:my_data(path='{own}/numbers.npy')",
-    f"--config.model.conditions.scribble={own}/mine.py:outline(strength=0.5)",
+    f"--config.data.source={user_folder}/mine.py:my_data(path='{user_folder}/numbers.npy')",
+    f"--config.model.conditions.scribble={user_folder}/mine.py:outline(strength=0.5)",
     "--config.evaluation.num_samples=8",
     "--config.evaluation.k=2",
   ]
 
 
-def test_a_data_set_and_a_condition_of_ones_own_train_sample_and_are_scored(own, tmp_path):
+def test_a_user_s_data_set_and_condition_are_trained_sampled_and_scored(user_folder, tmp_path):
   run = tmp_path / "run"
-  code, output = call(*flags_of(own), "--config.training.steps=2", "--config.data.flip=true", f"--workdir={run}")
+  code, output = call(
+    *flags_of(user_folder), "--config.training.steps=2", "--config.data.flip=true", f"--workdir={run}"
+  )
   assert code == 0, output
   assert "40 training images of 8x8x1, 20 held out" in output
   saved = json.loads((run / "config.json").read_text())
-  assert saved["data"]["source"]["component"] == f"{own}/mine.py:my_data"
+  assert saved["data"]["source"]["component"] == f"{user_folder}/mine.py:my_data"
   assert saved["data"]["source"]["count"] == 40
   assert saved["model"]["conditions"]["scribble"]["strength"] == 0.5
-  (kept,) = (run / "components").glob("*/mine.py")
-  assert kept.read_text() == (own / "mine.py").read_text()
+  (copied,) = (run / "components").glob("*/mine.py")
+  assert copied.read_text() == (user_folder / "mine.py").read_text()
   report = json.loads((run / "eval.json").read_text())
   assert report["num_samples"] == 8
-  # The run knows its file when that is gone; the data lie elsewhere, where the flag says.
-  (own / "mine.py").unlink()
-  (own / "numbers.npy").rename(tmp_path / "moved.npy")
+  # The run has a copy of the deleted file. The data moved, and a flag gives the new path.
+  (user_folder / "mine.py").unlink()
+  (user_folder / "numbers.npy").rename(tmp_path / "moved.npy")
   where = f"--config.data.source.path={tmp_path}/moved.npy"
   code, output = call(f"--workdir={run}", where, "--config.training.steps=4")
   assert code == 0, output
@@ -109,19 +111,19 @@ def test_a_data_set_and_a_condition_of_ones_own_train_sample_and_are_scored(own,
   assert code == 0, output
 
 
-def test_another_file_under_the_same_name_is_another_run(own, tmp_path):
+def test_another_file_with_the_same_name_is_refused(user_folder, tmp_path):
   run = tmp_path / "run"
   code, output = call(
-    *flags_of(own), "--config.training.steps=2", "--config.evaluation.report=false", f"--workdir={run}"
+    *flags_of(user_folder), "--config.training.steps=2", "--config.evaluation.report=false", f"--workdir={run}"
   )
   assert code == 0, output
-  (own / "mine.py").write_text((own / "mine.py").read_text() + "\nMORE = 1\n")
-  code, output = call(*flags_of(own), "--config.training.steps=4", f"--workdir={run}")
+  (user_folder / "mine.py").write_text((user_folder / "mine.py").read_text() + "\nMORE = 1\n")
+  code, output = call(*flags_of(user_folder), "--config.training.steps=4", f"--workdir={run}")
   assert_refused(code, output, "a run of another config:\n.*sha256")
 
 
-def test_batches_hold_what_the_items_hold(own):
-  experiment = experiment_of(config_of(own))
+def test_batches_hold_all_items_of_the_data(user_folder):
+  experiment = experiment_of(config_of(user_folder))
   source, held_out = reading.read_data(experiment)
   assert (len(source), len(held_out)) == (40, 20)
   shapes = stepping.batch_shapes(experiment, 8, source)
@@ -133,30 +135,30 @@ def test_batches_hold_what_the_items_hold(own):
   np.testing.assert_allclose(batch["image"][:, 0, 0, 0] + 1, batch["level"], atol=1e-6)
 
 
-def test_a_config_alone_says_the_shapes_of_what_conditions_read(own):
-  """A plan, which reads no data, has the same batch as far as conditions go."""
-  conditions = {"scribble": spec(f"{own}/mine.py:outline"), "level": spec("conditions.level")}
-  experiment = experiment_of(config_of(own, **conditions))
+def test_the_config_alone_gives_the_shapes_of_condition_items(user_folder):
+  """Without data, a batch has the same shapes for the image and the conditions."""
+  conditions = {"scribble": spec(f"{user_folder}/mine.py:outline"), "level": spec("conditions.level")}
+  experiment = experiment_of(config_of(user_folder, **conditions))
   source, _ = reading.read_data(experiment)
   planned, real = stepping.batch_shapes(experiment, 8), stepping.batch_shapes(experiment, 8, source)
   for name in ("image", "scribble", "level"):
     assert (planned[name].shape, planned[name].dtype) == (real[name].shape, real[name].dtype)
 
 
-def test_worker_processes_read_a_source_of_ones_own(own):
-  """Its class is known by the file alone, which no module of a worker's is."""
-  source, _ = reading.read_sources(experiment_of(config_of(own)))
+def test_worker_processes_read_a_user_s_source(user_folder):
+  """The source's class is defined in a file that is not an importable module."""
+  source, _ = reading.read_sources(experiment_of(config_of(user_folder)))
   threads, workers = (data.batches(source, 8, seed=0, num_workers=number) for number in (0, 1))
-  want, got = next(threads), next(workers)
+  expected, actual = next(threads), next(workers)
   workers.close()
-  for name in want:
-    np.testing.assert_array_equal(got[name], want[name])
+  for name in expected:
+    np.testing.assert_array_equal(actual[name], expected[name])
 
 
-def test_fit_needs_no_annotation(own):
+def test_the_fit_argument_needs_no_annotation(user_folder):
   config = tiny_config()
   config.data.hold_out = 2
-  config.data.source = spec(f"{own}/mine.py:bare")
+  config.data.source = spec(f"{user_folder}/mine.py:bare")
   source, held_out = reading.read_data(experiment_of(config))
   assert (len(source), len(held_out)) == (7, 2)
 
@@ -174,9 +176,9 @@ def test_fit_needs_no_annotation(own):
     ("mine.py:my_data", "config.data.source=.*mine.py:my_data without its required argument path"),
   ],
 )
-def test_wrong_sources_of_ones_own_are_errors(own, component, message):
+def test_wrong_user_sources_are_errors(user_folder, component, message):
   def read():
-    tree = configs.replace(configs.to_tree(tiny_config()), "data.source", f"{own}/{component}")
+    tree = configs.replace(configs.to_tree(tiny_config()), "data.source", f"{user_folder}/{component}")
     return reading.read_sources(configs.build(tree))
 
   with pytest.raises(ValueError, match=message):
@@ -188,17 +190,17 @@ def test_wrong_sources_of_ones_own_are_errors(own, component, message):
   [
     (
       "sketch",
-      "data with the items classes, image, level, scribble for a model that is given sketch; expected 'sketch'",
+      "data with the items classes, image, level, scribble for a model with the condition sketch; expected an item 'sketch'",
     ),
-    ("x", "the items x; expected other names"),
+    ("x", r"the item\(s\) x; expected other names"),
   ],
 )
-def test_items_are_told_by_the_names_of_conditions(own, monkeypatch, name, message):
+def test_items_must_have_the_names_of_conditions(user_folder, monkeypatch, name, message):
   if name == "x":
-    text = (own / "mine.py").read_text().replace('"scribble"', '"x"')
-    (own / "mine.py").write_text(text)
-    config = config_of(own)
+    text = (user_folder / "mine.py").read_text().replace('"scribble"', '"x"')
+    (user_folder / "mine.py").write_text(text)
+    config = config_of(user_folder)
   else:
-    config = config_of(own, **{name: spec("conditions.image", shape=(8, 8, 1))})
+    config = config_of(user_folder, **{name: spec("conditions.image", shape=(8, 8, 1))})
   with pytest.raises(ValueError, match=message):
     reading.read_data(experiment_of(config))

@@ -1,4 +1,4 @@
-"""Models that come and go by the command line: sampled from a folder of diffusers, exported to one, and trained on from one."""
+"""Test sampling, exporting and fine-tuning diffusers models by the command line."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16",
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run with scores that nothing trained, whose averages are not its raw weights."""
+  """Make an untrained run with scores. Its EMA differs from its raw weights."""
   folder, config = tmp_path_factory.mktemp("run"), tiny_config()
   config.model.network.update(LEVELS)
   config.evaluation.update({"num_samples": 6, "k": 2})
@@ -50,7 +50,7 @@ def samples(folder, code, output):
     return file["samples"]
 
 
-def test_an_exported_run_gives_the_same_images_in_diffusers(run, exported, monkeypatch):
+def test_diffusers_generates_the_same_images_from_an_exported_run(run, exported, monkeypatch):
   mine = samples(run, *call(*DDIM, f"--workdir={run}"))
   keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(3), 2), np.arange(16))
   start = processes.vp().prior(randomness.fold_in(keys, 0), (16, 8, 8, 1))
@@ -61,7 +61,7 @@ def test_an_exported_run_gives_the_same_images_in_diffusers(run, exported, monke
   assert_one_gray_level(mine, np.round(pipeline(**options).images * 255).astype(np.uint8))
 
 
-def test_an_exported_run_gives_the_same_images_when_it_is_read_again(run, exported, tmp_path):
+def test_an_exported_run_gives_the_same_images_with_pretrained(run, exported, tmp_path):
   shutil.copytree(run / "samples", tmp_path / "before")
   mine = samples(run, *call(*DDIM, f"--workdir={run}"))
   again = samples(tmp_path, *call(*DDIM, f"--pretrained={exported}", f"--workdir={tmp_path}"))
@@ -77,14 +77,14 @@ def test_the_model_card_has_the_config_and_the_scores(run, exported):
 
 
 @pytest.mark.parametrize("clip", ["dynamic_threshold", "clip(low=-2)"])
-def test_what_diffusers_cannot_clip_is_not_exported(clip, run, tmp_path):
+def test_clipping_that_diffusers_cannot_express_is_not_exported(clip, run, tmp_path):
   output = tmp_path / "model"
   code, text = call("--mode=export", f"--workdir={run}", f"--output={output}", f"--config.sampling.clip={clip}")
-  assert_refused(code, text, "config.sampling.clip=.*to export; expected clip.*diffusers clips in no other way")
+  assert_refused(code, text, "config.sampling.clip=.*for an export; expected clip.*diffusers clips in no other way")
   assert not output.exists()
 
 
-def test_raw_weights_are_others(run, exported, tmp_path):
+def test_raw_weights_differ_from_the_ema(run, exported, tmp_path):
   code, output = call("--mode=export", f"--workdir={run}", f"--output={tmp_path / 'raw'}", "--ema=false")
   assert code == 0, output
   assert "raw weights" in output
@@ -92,7 +92,7 @@ def test_raw_weights_are_others(run, exported, tmp_path):
   assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(raw), strict=True))
 
 
-def test_a_folder_is_sampled_as_its_scheduler_says_or_as_flags_say(tmp_path):
+def test_sampling_uses_the_folder_s_scheduler_or_the_flags(tmp_path):
   write_pipeline(tmp_path / "model", diffusers.DDIMScheduler(timestep_spacing="leading"))
   common = ("--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path}", "--num_samples=3")
   code, output = call(*common)
@@ -107,7 +107,7 @@ def test_a_folder_is_sampled_as_its_scheduler_says_or_as_flags_say(tmp_path):
 def test_samples_that_are_not_finite_are_an_error(tmp_path):
   write_pipeline(tmp_path / "model", diffusers.DDIMScheduler(clip_sample=False))
   model, params = interop.diffusers.load(tmp_path / "model")
-  params["conv_out"]["bias"] = np.full(3, 3e38, np.float32)  # finite; what is divided by a small alpha is not
+  params["conv_out"]["bias"] = np.full(3, 3e38, np.float32)  # finite, but infinite after division by a small alpha
   interop.diffusers.save(tmp_path / "nan", model, params, clip=None)
   code, output = call(
     "--mode=sample",
@@ -118,24 +118,24 @@ def test_samples_that_are_not_finite_are_an_error(tmp_path):
     "--sampler=ddim",
   )
   assert code == 2, output
-  assert "samples are not finite" in output
+  assert "NaN or infinite values in 2 of 2 samples" in output
   assert "Traceback" not in output
   assert not (tmp_path / "samples").exists()
 
 
-def test_training_starts_from_a_folder_and_goes_on_without_it(tmp_path):
+def test_training_starts_from_a_folder_and_resumes_without_it(tmp_path):
   source, run = tmp_path / "source", tmp_path / "run"
-  # One level, whose train step other tests compile too.
+  # A network with one level. Other tests compile its train step too.
   write_run(tiny_config(), tmp_path / "before")
   code, output = call("--mode=export", f"--workdir={tmp_path / 'before'}", f"--output={source}")
   assert code == 0, output
-  # The recipe's own network, process and prediction would be others.
+  # The recipe itself has another network, process and prediction.
   flags = [RECIPE, f"--workdir={run}", f"--config.init_from={source}", "--config.model.network.channels=16"]
   flags += ["--config.model.prediction=EPS", "--config.optimizer.learning_rate=1e-12"]
   code, output = call(*flags, "--config.training.steps=3")
   assert code == 0, output
-  assert f"network, process and prediction from {source}" in output
-  # What the run is of, is what the folder holds, of which the run has what it needs.
+  assert f"the network, the process and the prediction are those of {source}" in output
+  # The run's config names its copy of the folder's config files.
   saved = json.loads((run / "config.json").read_text())
   assert (saved["model"]["component"], saved["model"]["path"]) == ("diffusers.read", "<workdir>/start")
   built, (model, before) = configs.build(configs.read_run(run)).model, interop.diffusers.load(source)
@@ -146,10 +146,10 @@ def test_training_starts_from_a_folder_and_goes_on_without_it(tmp_path):
   assert code == 0, output
   tuned, after = interop.diffusers.load(tmp_path / "tuned")
   assert tuned.network.module == model.network.module
-  # So small a learning rate leaves the parameters where they began.
+  # The learning rate is so small that the parameters do not change.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
   shutil.rmtree(source)
-  # By the run's own config, and by the recipe's keys, for which the run's stand in every mode.
+  # Sample with the run's own config, and with the flags that started the run.
   code, output = call("--mode=sample", "--num_samples=2", f"--workdir={run}")
   assert code == 0, output
   code, output = call(*flags, "--mode=sample", "--num_samples=2", "--config.sampler.eta=0.5")
@@ -157,7 +157,7 @@ def test_training_starts_from_a_folder_and_goes_on_without_it(tmp_path):
   code, output = call(*flags, "--config.training.steps=5")
   assert code == 0, output
   assert "resuming from the checkpoint of step 3" in output
-  # And wherever the run lies.
+  # The run still works after its folder is moved.
   run.rename(tmp_path / "moved")
   code, output = call("--mode=eval", "--seed=1", f"--workdir={tmp_path / 'moved'}")
   assert code == 0, output
@@ -204,7 +204,7 @@ def test_bad_folders_end_at_once(run, exported, tmp_path):
   assert_refused(code, output, "exists and is not empty")
   write_pipeline(tmp_path / "color")
   code, output = call(RECIPE, f"--config.init_from={tmp_path / 'color'}", f"--workdir={tmp_path / 'work'}")
-  assert_refused(code, output, r"a model of images of \(8, 8, 3\), and data of \(8, 8, 1\)")
+  assert_refused(code, output, r"a model of images of \(8, 8, 3\), with data of \(8, 8, 1\)")
   assert not (tmp_path / "work").exists()
 
 
@@ -227,14 +227,14 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", ADOPTED)
-def test_a_config_says_all_that_a_folder_says(name, tmp_path):
-  """From the config alone the same network, process and grid are built, with the clipping of the folder."""
+def test_the_config_describes_the_whole_folder(name, tmp_path):
+  """The config alone builds the folder's network, process, grid and clipping."""
   write_pipeline(tmp_path, SCHEDULERS[name], **ADOPTED[name])
   model, _ = interop.diffusers.load(tmp_path)
-  tree, found = pretrained.replace_model(str(tmp_path), configs.expand({}), recipe=False)
+  tree, loaded = pretrained.replace_model(str(tmp_path), configs.expand({}), recipe=False)
   experiment = configs.build(tree)
   assert experiment.model.network.module == model.network.module.clone(dropout=0.1)
-  assert found.model.network.module == experiment.model.network.module
+  assert loaded.model.network.module == experiment.model.network.module
   assert experiment.model.prediction == model.prediction
   assert experiment.model.conditions.keys() == model.conditions.keys()
   assert (experiment.sampling.clip is None) == (model.defaults.clip is None)
@@ -245,21 +245,21 @@ def test_a_config_says_all_that_a_folder_says(name, tmp_path):
   assert experiment.sampler_name == model.defaults.name
 
 
-def test_another_sampler_has_its_own_defaults(tmp_path):
+def test_another_sampler_uses_its_own_defaults(tmp_path):
   write_pipeline(tmp_path, diffusers.UniPCMultistepScheduler())
 
   def experiment(sampler):
     keys = {} if sampler is None else {"sampler": sampler}
     tree = configs.read(None, keys, tmp_path, default={})
-    tree, found = pretrained.replace_model(str(tmp_path), tree, recipe=False, keys=keys)
-    return configs.build(tree, found.model)
+    tree, loaded = pretrained.replace_model(str(tmp_path), tree, recipe=False, keys=keys)
+    return configs.build(tree, loaded.model)
 
-  own, other = experiment(None), experiment("deis")
-  assert (own.sampler_name, own.tree.values["sampler"], own.sampling.num_steps) == ("unipc", None, 50)
+  default, other = experiment(None), experiment("deis")
+  assert (default.sampler_name, default.tree.values["sampler"], default.sampling.num_steps) == ("unipc", None, 50)
   assert other.tree.values["sampler"] == {"component": "sampling.deis", "order": 3}
   assert (other.sampler_name, other.sampling.num_steps, other.sampling.grid) == ("deis", 50, None)
-  assert len(own.times) == len(other.times) == 51
-  assert np.any(own.times != other.times), "the scheduler's, and what suits the sampler"
+  assert len(default.times) == len(other.times) == 51
+  assert np.any(default.times != other.times), "one grid is the scheduler's, the other the sampler's default"
 
 
 def classes(**arguments):
@@ -268,9 +268,11 @@ def classes(**arguments):
   )
 
 
-def test_classes_that_the_model_lacks_are_an_error(exported, tmp_path):
+def test_classes_that_do_not_match_the_model_are_an_error(exported, tmp_path):
   code, output = call(RECIPE, f"--config.init_from={exported}", classes(number=10), f"--workdir={tmp_path / 'a'}")
-  assert_refused(code, output, "conditions.classes with config.init_from=.*given nothing.*conditions.classes=None")
+  assert_refused(
+    code, output, "conditions.classes with config.init_from=.*the conditions none.*conditions.classes=None"
+  )
   code, output = call(
     RECIPE, f"--config.init_from={exported}", classes(number=10, dropout=0.1), f"--workdir={tmp_path / 'a'}"
   )
@@ -278,40 +280,40 @@ def test_classes_that_the_model_lacks_are_an_error(exported, tmp_path):
   write_pipeline(tmp_path / "four", num_class_embeds=4)
   start = f"--pretrained={tmp_path / 'four'}"
   code, output = call("--mode=sample", RECIPE, start, classes(number=5), f"--workdir={tmp_path / 'a'}")
-  assert_refused(code, output, "classes.number=5 with --pretrained, a model of 4 classes; expected as many")
+  assert_refused(code, output, "classes.number=5 with --pretrained, a model of 4 classes; expected 4")
 
 
-def test_the_last_class_of_a_folder_stands_for_none_where_classes_are_hidden(tmp_path):
+def test_with_dropout_the_last_class_of_a_folder_means_no_class(tmp_path):
   write_pipeline(tmp_path, num_class_embeds=11, in_channels=1, out_channels=1)
   config = tiny_config()
   config.init_from = str(tmp_path)
   config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.2)
-  tree, found = pretrained.load_init_from(tree_of(config))
+  tree, loaded = pretrained.load_init_from(tree_of(config))
   experiment = configs.build(tree)
-  for condition in (experiment.model.conditions["classes"], found.model.conditions["classes"]):
+  for condition in (experiment.model.conditions["classes"], loaded.model.conditions["classes"]):
     assert (condition.num_values, condition.dropout) == (11, 0.2)
     assert condition.null(None) == 10
 
 
-def test_a_folder_without_a_size_takes_the_data_s(tmp_path):
+def test_a_folder_without_a_size_uses_the_size_of_the_data(tmp_path):
   write_pipeline(tmp_path, in_channels=1, out_channels=1)
   file = tmp_path / "unet" / "config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
   config = tiny_config()
   config.init_from = str(tmp_path)
-  tree, found = pretrained.load_init_from(tree_of(config))
+  tree, loaded = pretrained.load_init_from(tree_of(config))
   experiment = configs.build(tree)
   pretrained.check_shape(experiment)
-  assert experiment.model.data_shape == found.model.data_shape == (8, 8, 1)
-  assert experiment.model.network.module.channels == found.model.network.module.channels == 16
+  assert experiment.model.data_shape == loaded.model.data_shape == (8, 8, 1)
+  assert experiment.model.network.module.channels == loaded.model.network.module.channels == 16
   config.data.image_size = (16, 8)
-  tree, found = pretrained.load_init_from(tree_of(config))
-  assert found.model.data_shape == (16, 8, 1)
-  tree, found = pretrained.replace_model(str(tmp_path), tree_of(config), recipe=False)
-  assert found.model.data_shape == configs.build(tree).model.data_shape == (16, 8, 1)
+  tree, loaded = pretrained.load_init_from(tree_of(config))
+  assert loaded.model.data_shape == (16, 8, 1)
+  tree, loaded = pretrained.replace_model(str(tmp_path), tree_of(config), recipe=False)
+  assert loaded.model.data_shape == configs.build(tree).model.data_shape == (16, 8, 1)
 
 
-def test_options_that_change_are_seen_where_a_run_goes_on(exported, tmp_path):
+def test_changed_options_are_kept_when_a_run_resumes(exported, tmp_path):
   config = tiny_config()
   config.init_from = str(exported)
   config.model.network.dropout = 0.1
@@ -319,21 +321,21 @@ def test_options_that_change_are_seen_where_a_run_goes_on(exported, tmp_path):
   tmp_path.joinpath("run").mkdir()
   configs.write(tmp_path / "run", pretrained.copy_config(tree, tmp_path / "run"))
   config.model.network.update({"dropout": 0.3, "remat": "blocks"})
-  found = pretrained.restore_init_from(tree_of(config), tmp_path / "run").values["model"]
+  restored = pretrained.restore_init_from(tree_of(config), tmp_path / "run").values["model"]
   saved = configs.read_run(tmp_path / "run")
-  assert found == saved.values["model"] | {"dropout": 0.3, "remat": "blocks"}
+  assert restored == saved.values["model"] | {"dropout": 0.3, "remat": "blocks"}
   changed = configs.replace(saved, "model.remat", "blocks")
   assert pretrained.restore_init_from(changed, tmp_path / "run").values == changed.values
 
 
-def test_keys_beside_a_model_from_elsewhere_stay(exported):
+def test_keys_set_with_a_pretrained_model_are_kept(exported):
   tree = configs.replace(configs.expand({}), "sampling.num_steps", 5)
   tree = configs.replace(tree, "sampler", "heun(s_churn=4)")
   tree, _ = pretrained.replace_model(str(exported), tree, recipe=False, keys=("sampling.num_steps", "sampler.s_churn"))
   assert (tree.values["sampling"]["num_steps"], tree.values["sampler"]["s_churn"]) == (5, 4.0)
 
 
-def drawn(folder, output, code, name="ddim_nfe2_seed0"):
+def samples_of(folder, output, code, name="ddim_nfe2_seed0"):
   assert code == 0, output
   with np.load(folder / "samples" / f"{name}.npz") as file:
     return dict(file)
@@ -342,26 +344,26 @@ def drawn(folder, output, code, name="ddim_nfe2_seed0"):
 def sample(folder, *flags):
   options = ("--mode=sample", "--sampler=ddim", "--num_steps=2", "--num_samples=2")
   code, output = call(*options, f"--pretrained={folder}", f"--workdir={folder}", *flags)
-  found = drawn(folder, output, code)
+  arrays = samples_of(folder, output, code)
   shutil.rmtree(folder / "samples")
-  return found
+  return arrays
 
 
-# Groups of several channels: one alone loses what is added to it, such as a class's embedding.
+# Use groups of several channels. Normalizing a single channel removes any embedding that is added to it.
 SMALL = {"block_out_channels": (8, 8), "norm_num_groups": 2}
 
 
-def test_a_model_of_images_that_are_no_squares_is_sampled(tmp_path):
+def test_a_model_of_non_square_images_is_sampled(tmp_path):
   write_pipeline(tmp_path, None, sample_size=(8, 16), **SMALL)
   assert sample(tmp_path)["samples"].shape == (2, 8, 16, 3)
 
 
-def test_another_range_of_clipping_is_the_folder_s(tmp_path):
-  """The estimates of x_0 go as far as the scheduler lets them, and samples, which are pixels, to -1 and 1."""
+def test_the_clipping_range_comes_from_the_folder(tmp_path):
+  """Estimates of x_0 are clipped to the scheduler's range, and samples (pixels) to [-1, 1]."""
   write_pipeline(tmp_path, diffusers.DDIMScheduler(clip_sample_range=2.0), **SMALL)
-  tree, found = pretrained.replace_model(str(tmp_path), configs.expand({}), recipe=False)
+  tree, loaded = pretrained.replace_model(str(tmp_path), configs.expand({}), recipe=False)
   assert tree.values["sampling"]["clip"] == {"component": "guidance.clip", "low": -2.0, "high": 2.0}
-  clipped = configs.build(tree, found.model).sampling.clip(denoise=lambda x_t, t: x_t)
+  clipped = configs.build(tree, loaded.model).sampling.clip(denoise=lambda x_t, t: x_t)
   np.testing.assert_array_equal(clipped(np.float32([-9, -1.5, 1.5, 9]), 0.5), [-2, -1.5, 1.5, 2])
   assert sample(tmp_path)["samples"].dtype == np.uint8
 
@@ -374,22 +376,22 @@ CONDITIONED = {
 
 
 @pytest.mark.parametrize("name", CONDITIONED)
-def test_conditions_of_a_folder_are_given_by_the_command_line(name, tmp_path):
+def test_conditions_of_a_folder_are_set_by_the_command_line(name, tmp_path):
   changes, first, second = CONDITIONED[name]
-  # Estimates of x_0 themselves: those that follow from noise are black or white at so few steps.
+  # The network predicts x_0. With other predictions and so few steps, samples are only black and white.
   write_pipeline(tmp_path, diffusers.DDIMScheduler(prediction_type="sample"), **SMALL | changes)
   one, other = (sample(tmp_path, f"--given={name}={value}") for value in (first, second))
   assert np.any(one["samples"] != other["samples"])
   both = sample(tmp_path, f"--given={name}={first}", f"--given={name}={second}")
   np.testing.assert_array_equal(both["samples"], [one["samples"][0], other["samples"][1]])
-  wanted = np.array([[float(word) for word in value.split(",")] for value in (first, second)])
-  np.testing.assert_array_equal(both[name], wanted if name == "vector" else wanted[:, 0])
+  expected = np.array([[float(word) for word in value.split(",")] for value in (first, second)])
+  np.testing.assert_array_equal(both[name], expected if name == "vector" else expected[:, 0])
   if name != "classes":
     code, output = call("--mode=sample", f"--pretrained={tmp_path}", f"--workdir={tmp_path}")
     assert_refused(code, output, f"Got no {name} .*Set --given {name}=<value>")
 
 
-def test_an_image_that_a_folder_takes_beside_the_input_is_given_by_its_file(tmp_path):
+def test_an_image_condition_of_a_folder_is_read_from_a_file(tmp_path):
   write_pipeline(tmp_path / "model", in_channels=4, **SMALL)
   levels = (0, 255)
   for level in levels:
@@ -408,8 +410,8 @@ def test_an_image_that_a_folder_takes_beside_the_input_is_given_by_its_file(tmp_
   assert_refused(code, output, "Got --given hint=.* with 2 images; expected one. Repeat the flag")
 
 
-def test_training_goes_on_with_the_conditions_of_a_folder(tmp_path):
-  """An image beside the input and a vector, from data of the same names."""
+def test_fine_tuning_keeps_the_conditions_of_a_folder(tmp_path):
+  """The data have an image and a vector under the names of the conditions."""
   changes = {"in_channels": 3, "out_channels": 1, "class_embed_type": "identity"}
   write_pipeline(tmp_path / "model", **SMALL | changes)
   rng = np.random.default_rng(0)
@@ -423,5 +425,5 @@ def test_training_goes_on_with_the_conditions_of_a_folder(tmp_path):
   assert json.loads((tmp_path / "run" / "eval.json").read_text())["num_samples"] == 6
   code, output = call(*flags, source.replace("'hint', ", ""), *small, f"--workdir={tmp_path / 'other'}")
   assert_refused(
-    code, output, "the items classes, image, vector for a model that is given hint; expected 'hint' among them"
+    code, output, "the items classes, image, vector for a model with the condition hint; expected an item 'hint'"
   )

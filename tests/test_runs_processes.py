@@ -1,4 +1,4 @@
-"""A run of two real processes on one machine, against the run of one: the same command, on JAX's distributed runtime."""
+"""Test runs of two processes on one machine against runs of one process, on JAX's distributed runtime."""
 
 import json
 import re
@@ -34,14 +34,14 @@ def port():
 
 
 def start_two(*arguments, heartbeat=60):
-  """Start two processes with a device each, the state split over both: one program for all tests."""
+  """Start two processes with one device each, and shard the state over both."""
   shared = ["--config.parallel.fsdp=2", f"--coordinator=localhost:{port()}", "--num_processes=2"]
   shared.append(f"--heartbeat_seconds={heartbeat}")
   return [commands.start(*arguments, *shared, f"--process_id={number}") for number in range(2)]
 
 
 def finish(*processes):
-  """Wait for all of them, and return their codes and their outputs."""
+  """Wait for all processes, and return their exit codes and their outputs."""
   return zip(*[process.finish() for process in processes], strict=True)
 
 
@@ -51,15 +51,15 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize("config", [DENSE, pytest.param(RECIPE, marks=pytest.mark.slow)])
-def test_two_processes_give_the_parameters_of_one(config, tmp_path, monkeypatch):
-  """Two processes with a device each, against one process with two; the state split over both."""
+def test_two_processes_train_the_same_parameters_as_one(config, tmp_path, monkeypatch):
+  """Two processes with one device each are compared with one process with two devices."""
   together, alone = tmp_path / "together", tmp_path / "alone"
   code, output = commands.call(config, *OPTIONS, f"--workdir={alone}", devices=2)
   assert code == 0, output
   codes, outputs = finish(*start_two(config, *OPTIONS, f"--workdir={together}"))
   assert codes == (0, 0), outputs
   assert "2 cpu device(s) of 2 processes" in outputs[0]
-  assert "steps" not in outputs[1], "the second one writes and says nothing"
+  assert "steps" not in outputs[1], "the second process prints nothing"
   losses = [
     [json.loads(line)["loss"] for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (together, alone)
   ]
@@ -71,13 +71,13 @@ def test_two_processes_give_the_parameters_of_one(config, tmp_path, monkeypatch)
   assert_close(newest_state(together), newest_state(alone))
 
 
-# From here on the network is of no interest.
+# The tests below do not depend on the network.
 ENDLESS = "--config.training.steps=100000"
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-  """The folder of a run of two processes, one of which got SIGTERM; their codes and outputs."""
+  """Send SIGTERM to one of two processes, and return the run's folder, the exit codes and the outputs."""
   folder = tmp_path_factory.mktemp("stopped")
   processes = start_two(DENSE, *OPTIONS, ENDLESS, f"--workdir={folder}")
   commands.wait_for(folder / "checkpoints" / "5", *processes)
@@ -85,40 +85,40 @@ def stopped(tmp_path_factory):
   return folder, *finish(*processes)
 
 
-def test_sigterm_to_one_process_saves_and_stops_all(stopped):
+def test_sigterm_to_one_process_saves_and_stops_both(stopped):
   folder, codes, outputs = stopped
   assert codes == (143, 143), outputs
   newest = max(checkpoint.Checkpoints.steps(folder / "checkpoints"))
   assert f"saved at step {newest:,}" in outputs[0]
 
 
-def test_one_goes_on_with_what_two_saved_and_damage_that_one_sees_makes_both_fall_back(stopped, tmp_path, monkeypatch):
-  """The run goes on to the same end on one device of one process, and on both from the checkpoint before a damaged one."""
-  whole, damaged = (shutil.copytree(stopped[0], tmp_path / name) for name in ("whole", "damaged"))
-  *_, before, newest = checkpoint.Checkpoints.steps(whole / "checkpoints")
-  # All of them: which of several holds what is read is orbax's affair.
+def test_a_run_resumes_on_one_process_and_both_processes_skip_a_damaged_checkpoint(stopped, tmp_path, monkeypatch):
+  """Both the run on one process and the run that skips the damaged checkpoint end with equal states."""
+  intact, damaged = (shutil.copytree(stopped[0], tmp_path / name) for name in ("intact", "damaged"))
+  *_, before, newest = checkpoint.Checkpoints.steps(intact / "checkpoints")
+  # Damage all files of one process, because orbax decides which of them it reads.
   for part in (damaged / "checkpoints" / str(newest) / "params" / "ocdbt.process_1" / "d").iterdir():
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
   options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must"]
-  code, output = commands.call(*options, f"--workdir={whole}")
+  code, output = commands.call(*options, f"--workdir={intact}")
   assert code == 0, output
   assert f"resuming from the checkpoint of step {newest:,}" in output
   codes, outputs = finish(*start_two(*options, f"--workdir={damaged}"))
   assert codes == (0, 0), outputs
   assert not any("Exception ignored" in output for output in outputs)
-  assert f"damaged checkpoint was passed over: {damaged / 'checkpoints' / str(newest)}" in outputs[0], outputs
+  assert f"skipped a damaged checkpoint: {damaged / 'checkpoints' / str(newest)}" in outputs[0], outputs
   assert f"resuming from the checkpoint of step {before:,}" in outputs[0]
   use_dense(monkeypatch)
-  assert_close(newest_state(damaged), newest_state(whole))
+  assert_close(newest_state(damaged), newest_state(intact))
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path):
+def test_a_killed_process_ends_the_others_and_the_run_can_resume(tmp_path):
   processes = start_two(DENSE, *OPTIONS, ENDLESS, f"--workdir={tmp_path}", heartbeat=10)
   commands.wait_for(tmp_path / "checkpoints" / "5", *processes)
   processes[1].send_signal(signal.SIGKILL)
   (code, _), (output, _) = finish(*processes)
   assert code != 0
-  # Ours, or that of JAX's runtime, whichever notices first.
+  # The message is ours or that of JAX's runtime, whichever detects the death first.
   assert re.search(r"Start all processes again|[Hh]eartbeat|coordination|died", output), output
   newest = max(checkpoint.Checkpoints.steps(tmp_path / "checkpoints"))
   options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must", f"--workdir={tmp_path}"]
@@ -135,11 +135,11 @@ from ddpm_jax.runs import scoring
 from tests import dense_config
 
 def get_config():
-  own, scalars = scoring.Scorer.score, records.MetricLog.scalars
+  score, scalars = scoring.Scorer.score, records.MetricLog.scalars
   def run(*arguments):
     if jax.process_index() == 0:
       os.kill(os.getpid(), signal.SIGTERM)
-    own(*arguments)
+    score(*arguments)
   def write(self, number, values):
     if number == {last}:
       os.kill(os.getpid(), signal.SIGTERM)
@@ -150,20 +150,20 @@ def get_config():
 
 
 def terminated(folder, patch, **kwargs):
-  """Start two processes, of which the first sends itself SIGTERM at a certain place."""
+  """Start two processes where the first one sends itself SIGTERM at the patched function."""
   config = folder / "config.py"
   config.write_text(TERMINATED.format(patch=patch, last=STEPS))
   return start_two(f"--config={config}", *OPTIONS, f"--workdir={folder / 'run'}", **kwargs)
 
 
-def test_sigterm_at_the_last_step_stops_all_before_they_score(tmp_path):
+def test_sigterm_at_the_last_step_stops_all_processes_before_scoring(tmp_path):
   codes, outputs = finish(*terminated(tmp_path, "records.MetricLog.scalars = write"))
   assert codes == (143, 143), outputs
   assert f"saved at step {STEPS}" in outputs[0]
   assert not (tmp_path / "run" / "eval.json").exists()
 
 
-def test_sigterm_while_scoring_ends_the_process_and_then_the_others(tmp_path):
+def test_sigterm_during_scoring_ends_the_process_and_then_the_others(tmp_path):
   codes, outputs = finish(*terminated(tmp_path, "scoring.Scorer.score = run", heartbeat=10))
   assert codes[0] == -signal.SIGTERM, outputs
   assert codes[1] != 0, outputs

@@ -1,4 +1,4 @@
-"""Compiled samplers as a config says them: every one of them, on any number of devices."""
+"""Test the compiled samplers of a config: all of them, on any number of devices."""
 
 import itertools
 import runpy
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.parameters import random_params
 from tests.recipes import experiment_of, tiny_config
 
-# Every sampler, on one process after another, with what is usually predicted there.
+# Test every sampler, each with another process and the usual prediction for it.
 USUAL = {
   "discrete": "V",
   "vp": "EPS",
@@ -29,7 +29,7 @@ USUAL = {
 }
 SAMPLERS = slots.names(next(key.slot for key in keys_of(Root) if key.name == "sampler"))
 PAIRS = [*zip(SAMPLERS, itertools.cycle(USUAL), strict=False), ("ode", "discrete"), ("ancestral", "zero_snr")]
-# One step rule, and the solver that chooses its own steps, are compiled for two batch sizes; the others for one.
+# Compile one step rule and the adaptive solver for two batch sizes, and the other samplers for one.
 IN_TWO_SIZES = ("ddim", "ode")
 ARGUMENTS = {"ode": {"rtol": 1e-3, "atol": 1e-3}, "with_langevin": {"sampler": spec("sampling.ddim")}}
 
@@ -54,29 +54,29 @@ def config_of(sampler, process):
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
-def test_every_sampler_runs_from_a_config_whatever_the_batch(sampler, process, dense):
-  """Draw the same samples from the same keys at other places of another batch."""
+def test_samples_of_every_sampler_do_not_depend_on_the_batch(sampler, process, dense):
+  """Samples with equal keys are equal in another batch and at another index."""
   config = config_of(sampler, process)
   parameters, mesh = Parameters(random_params(config)), one_device()
   generate = programs.generate(experiment_of(config), mesh)
   classes = np.arange(16, dtype=np.int32) % 3
-  whole, nfe = generate(parameters, 1, 0, {"classes": classes[:8]})
+  samples, nfe = generate(parameters, 1, 0, {"classes": classes[:8]})
   size = 4 if sampler in IN_TWO_SIZES else 8
   if size != 8:
     config.sampling.batch_size = size
     generate = programs.generate(experiment_of(config), mesh)
-  part, _ = generate(parameters, 1, 4, {"classes": classes[4 : 4 + size]})
-  assert whole.shape == (8, 8, 8, 1)
-  assert jnp.all(jnp.isfinite(whole))
-  assert np.max(np.abs(whole[4:] - whole[:4])) > 0.01
-  difference = np.abs(whole[4:] - part[:4])
-  # Batches of other sizes round differently, and where that turns the choice of a step, the flow is as exact as was asked for.
+  shifted, _ = generate(parameters, 1, 4, {"classes": classes[4 : 4 + size]})
+  assert samples.shape == (8, 8, 8, 1)
+  assert jnp.all(jnp.isfinite(samples))
+  assert np.max(np.abs(samples[4:] - samples[:4])) > 0.01
+  difference = np.abs(samples[4:] - shifted[:4])
+  # Batches of other sizes round differently. If this changes the solver's steps, samples differ by its tolerance.
   assert np.mean(difference) < 1e-3 if sampler == "ode" else np.max(difference) < 1e-4
   calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
   assert np.all(nfe == calls.get(sampler, 10 if sampler == "with_langevin" else 5)) or sampler == "ode"
 
 
-def test_samples_are_the_same_to_the_last_bit_on_any_number_of_devices():
+def test_samples_are_bit_for_bit_equal_on_any_number_of_devices():
   config = runpy.run_path(str(ROOT / "configs" / "digits_vp.py"))["get_config"]()
   config.sampling.num_steps = 4
   params, each = random_params(config), 4

@@ -1,4 +1,4 @@
-"""Which images a config names, how their classes are numbered, and what is refused."""
+"""Test which images a config reads, how their classes are numbered, and which data are refused."""
 
 import os
 
@@ -22,7 +22,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def write(root, **counts):
-  """Folders of gray images, all of one level each: so that an image tells its folder."""
+  """Write folders of gray images. All images of a folder have one gray level, so they identify the folder."""
   for number, (name, count) in enumerate(counts.items()):
     folder = root / name.replace("__", "/")
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write(root, **counts):
 
 
 def experiment(path, classes=0, source="folder", *, data=None, **arguments):
-  """Return the experiment of a data source with its arguments, and of other keys of the section `data`."""
+  """Return an experiment with a data source, its arguments and other keys of the section `data`."""
   config = tiny_config()
   given = {"path": str(path)} | ({"eval_split": "test"} if source != "arrays" else {}) | arguments
   config.data.source = spec(f"data.{source}", **given)
@@ -46,19 +46,19 @@ def classes_of(source):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_held_out_classes_have_the_numbers_of_the_training_split(tmp_path, packed):
+def test_held_out_images_have_the_class_numbers_of_the_training_split(tmp_path, packed):
   write(tmp_path / "a", train__cat=1, train__dog=2, train__emu=1, test__dog=1, test__emu=2)
-  found = experiment(tmp_path / "a", 3)
+  loaded = experiment(tmp_path / "a", 3)
   if packed:
-    # Each split alone, so that each pack numbers the classes by itself.
+    # Pack each split alone, so that each pack has its own class numbers.
     for split in ("train", "test"):
       alone = experiment(tmp_path / "a" / split, eval_split="", train_split="")
       reading.run_prepare(alone, tmp_path / "b" / split)
-    found = experiment(tmp_path / "b", 3, "packed")
-  train, held_out = reading.read_data(found)
+    loaded = experiment(tmp_path / "b", 3, "packed")
+  train, held_out = reading.read_data(loaded)
   assert classes_of(train) == [0, 1, 1, 2]
   assert classes_of(held_out) == [1, 2, 2]
-  _, on_disk = reading.read_sources(found)
+  _, on_disk = reading.read_sources(loaded)
   assert on_disk.class_names == ["cat", "dog", "emu"]
   assert list(on_disk.classes) == [1, 2, 2]
   np.testing.assert_array_equal(data.read(on_disk, [2, 0])["classes"], [2, 1])
@@ -83,11 +83,11 @@ def test_images_without_a_class_are_refused_by_a_model_with_classes(tmp_path, fo
     with pytest.raises(ValueError, match=message):
       make(experiment(tmp_path, 2))
   sources = reading.read_data(experiment(tmp_path))
-  assert data.NO_CLASS in [label for source in sources if source is not None for label in classes_of(source)]
+  assert data.NO_CLASS in [number for source in sources if source is not None for number in classes_of(source)]
   assert spaces.choose_features(experiment(tmp_path), sources[0]) == "pixels"
 
 
-def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
+def test_a_pack_stores_images_without_a_class(tmp_path):
   write(tmp_path / "a", **{"cat": 1, ".": 1})
   reading.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
   assert classes_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
@@ -97,7 +97,7 @@ def test_a_pack_keeps_that_an_image_has_no_class(tmp_path):
     reading.read_data(experiment(tmp_path / "b", 1, "packed", eval_split=""))
 
 
-def test_arrays_without_labels_are_refused_by_a_model_with_classes(tmp_path):
+def test_arrays_without_classes_are_refused_by_a_model_with_classes(tmp_path):
   np.savez(tmp_path / "a.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
   assert len(reading.read_data(experiment(tmp_path / "a.npz", source="arrays"))[0]) == 3
   with pytest.raises(ValueError, match=r"3 image\(s\) without a class .*an array 'labels' in the file\. Add it"):
@@ -105,7 +105,7 @@ def test_arrays_without_labels_are_refused_by_a_model_with_classes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_a_class_may_be_called_as_a_split(tmp_path, name, capsys):
+def test_a_class_may_have_the_name_of_a_split(tmp_path, name, capsys):
   write(tmp_path, **{"bus": 1, "car": 1, name: 2})
   train, held_out = reading.read_data(experiment(tmp_path, 3))
   assert held_out is None
@@ -115,7 +115,7 @@ def test_a_class_may_be_called_as_a_split(tmp_path, name, capsys):
   assert f"--config.data.source.path={tmp_path / name}" in printed
 
 
-def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
+def test_classes_with_the_names_of_both_splits_need_empty_split_keys(tmp_path, capsys):
   write(tmp_path, bus=1, test=1, train=1)
   train, held_out = reading.read_data(experiment(tmp_path))
   assert (len(train), len(held_out)) == (1, 1)
@@ -143,15 +143,15 @@ def test_classes_called_as_both_splits_need_both_keys_cleared(tmp_path, capsys):
     ({"train": 1, "annotations": 0}, {}, "contains only 'train'"),
   ],
 )
-def test_splits_of_other_names_are_no_classes(tmp_path, folders, keys, message):
+def test_splits_with_unexpected_names_are_not_read_as_classes(tmp_path, folders, keys, message):
   write(tmp_path, **folders)
   with pytest.raises(ValueError, match=message):
     reading.read_data(experiment(tmp_path, **keys))
 
 
-@pytest.mark.parametrize("others", [{}, {"test": 1}, {"annotations": 0}])
-def test_one_split_is_taken_alone(tmp_path, others):
-  write(tmp_path, train=2, **others)
+@pytest.mark.parametrize("other_folders", [{}, {"test": 1}, {"annotations": 0}])
+def test_the_training_split_is_read_alone(tmp_path, other_folders):
+  write(tmp_path, train=2, **other_folders)
   train, held_out = reading.read_data(experiment(tmp_path, eval_split=""))
   assert (len(train), held_out) == (2, None)
 
@@ -161,7 +161,7 @@ def test_the_whole_folder_may_be_the_split(tmp_path):
   assert len(reading.read_data(experiment(tmp_path, train_split=".", eval_split=""))[0]) == 2
 
 
-def test_nested_splits(tmp_path):
+def test_splits_may_be_nested_folders(tmp_path):
   write(tmp_path, images__train=2, images__val=1, masks__train=2)
   train, held_out = reading.read_data(experiment(tmp_path, train_split="images/train", eval_split="images/val"))
   assert (len(train), len(held_out)) == (2, 1)
@@ -179,34 +179,34 @@ def test_nested_splits(tmp_path):
   ],
 )
 @pytest.mark.parametrize("source", ["folder", "packed"])
-def test_splits_lie_side_by_side_in_the_data_folder(tmp_path, source, train, evaluation, message):
+def test_splits_must_be_separate_folders_inside_the_data_folder(tmp_path, source, train, evaluation, message):
   write(tmp_path, train__val=1, test=1)
   with pytest.raises(ValueError, match=message):
     reading.read_sources(experiment(tmp_path, source=source, train_split=train, eval_split=evaluation))
 
 
 class Streamed:
-  """Images whose labels lie with them, as those of TFDS."""
+  """Provide items with images and classes, like a TFDS source."""
 
-  def __init__(self, labels):
-    self._labels = labels
+  def __init__(self, classes):
+    self._classes = classes
 
   def __len__(self):
-    return len(self._labels)
+    return len(self._classes)
 
   def __getitem__(self, index):
-    return {"image": np.zeros((8, 8, 1), np.uint8), "classes": self._labels[index]}
+    return {"image": np.zeros((8, 8, 1), np.uint8), "classes": self._classes[index]}
 
 
 @pytest.mark.parametrize("broken", ["stop", "skip"])
 @pytest.mark.parametrize(
-  ("label", "message"),
+  ("wrong_class", "message"),
   [(data.NO_CLASS, "without a class for .*classes.number=3"), (3, "classes 3 to 3 for .*classes.number=3")],
 )
-def test_labels_that_are_read_with_the_images_are_checked_then(monkeypatch, label, message, broken):
-  labels = {"train": [0, 1, 2, label, 0, 1, 2, 0], "test": [0, label]}
-  monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit: Streamed(labels[split]))
-  # As sets of more than a gigabyte.
+def test_classes_stored_with_images_are_checked_when_they_are_read(monkeypatch, wrong_class, message, broken):
+  classes = {"train": [0, 1, 2, wrong_class, 0, 1, 2, 0], "test": [0, wrong_class]}
+  monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit: Streamed(classes[split]))
+  # Data sets of more than a gigabyte are not cached.
   monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
   train, held_out = reading.read_data(experiment("", 3, source="tfds", data={"broken": broken}))
   with pytest.raises(ValueError, match=f"image 1: .*{message}"):
@@ -214,29 +214,29 @@ def test_labels_that_are_read_with_the_images_are_checked_then(monkeypatch, labe
   with pytest.raises(ValueError, match=message):
     next(data.batches(train, 8, seed=0))
   train, _ = reading.read_data(experiment("", source="tfds", data={"broken": broken}))
-  assert sorted(next(data.batches(train, 8, seed=0))["classes"]) == sorted(labels["train"])
+  assert sorted(next(data.batches(train, 8, seed=0))["classes"]) == sorted(classes["train"])
 
 
-class Learned(Exception):
+class Trained(Exception):
   pass
 
 
-def test_the_classifier_of_scores_takes_labels_of_any_size(tmp_path, monkeypatch):
-  labels = np.array([5, 2_000_000_000, 5, 7], np.int32)
+def test_the_feature_classifier_accepts_large_class_numbers(tmp_path, monkeypatch):
+  numbers = np.array([5, 2_000_000_000, 5, 7], np.int32)
 
-  def learn(images, labels, classes, **options):
-    raise Learned(labels.tolist(), classes)
+  def train(images, numbers, num_classes, **options):
+    raise Trained(numbers.tolist(), num_classes)
 
-  monkeypatch.setattr(metrics.classifier, "train_classifier", learn)
+  monkeypatch.setattr(metrics.classifier, "train_classifier", train)
   config = tiny_config()
   config.evaluation.features = "classifier"
-  source = data.ArraySource(np.zeros((4, 8, 8, 1), np.uint8), labels)
-  with pytest.raises(Learned) as error:
+  source = data.ArraySource(np.zeros((4, 8, 8, 1), np.uint8), numbers)
+  with pytest.raises(Trained) as error:
     _ = spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier").feature_space
   assert error.value.args == ([0, 2, 0, 1], 3)
 
 
-def test_inception_is_refused_channels_that_it_cannot_see_before_its_weights_are_read(tmp_path):
+def test_inception_refuses_images_with_5_channels_before_reading_weights(tmp_path):
   config = tiny_config()
   config.data.channels = 5
   config.evaluation.update({"features": "inception", "inception_weights": str(tmp_path / "none")})
@@ -246,7 +246,7 @@ def test_inception_is_refused_channels_that_it_cannot_see_before_its_weights_are
 
 
 @pytest.mark.parametrize("spoiled", range(1, 6))
-def test_no_image_stands_in_for_a_broken_one_in_training_and_held_out(tmp_path, spoiled):
+def test_a_broken_image_is_not_replaced_by_another_split_s_image(tmp_path, spoiled):
   write(tmp_path, a=1, b=1, c=1, d=1, e=1, f=1)
   truncate(tmp_path / "abcdef"[spoiled] / "0.png")
   sources = reading.read_data(experiment(tmp_path, data={"hold_out": 3, "broken": "skip"}))
@@ -255,7 +255,7 @@ def test_no_image_stands_in_for_a_broken_one_in_training_and_held_out(tmp_path, 
   assert train | held_out == {40 * number for number in range(6) if number != spoiled}
 
 
-# Paths of a user's home.
+# Paths in the user's home folder.
 
 
 @pytest.fixture
@@ -283,10 +283,10 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
   metrics.save_statistics(home / "reference.npz", statistics)
   config = tiny_config()
   config.evaluation.reference = "~/reference.npz"
-  found = experiment_of(config)
-  train, held_out = reading.read_data(found)
-  space = spaces.build_space(found, train, held_out, home / "classifier")
-  assert spaces.build_reference(found, space, train, held_out).statistics.features.count == 9
+  loaded = experiment_of(config)
+  train, held_out = reading.read_data(loaded)
+  space = spaces.build_space(loaded, train, held_out, home / "classifier")
+  assert spaces.build_reference(loaded, space, train, held_out).statistics.features.count == 9
   (home / "weights.safetensors").write_bytes(b"damaged")
   with pytest.raises(ValueError, match=f"{home}/weights"):
     interop.inception.load("~/weights.safetensors")
@@ -306,7 +306,7 @@ def test_a_tilde_in_other_paths_of_a_config_is_the_home(home, monkeypatch):
     lambda path: data.prepare_tfds("squares", "", f"{path}.py"),
   ],
 )
-def test_a_home_that_is_not_there_is_refused(use):
+def test_a_missing_home_folder_is_refused(use):
   with pytest.raises(ValueError, match=r"~nobody_here/a.*no home folder ~nobody_here.*Write the full path"):
     use("~nobody_here/a")
 
@@ -317,7 +317,7 @@ def test_a_home_that_is_not_there_is_refused(use):
 @pytest.mark.parametrize(
   "flag", ["--input", "--mask", "--config.data.source.path", "--pretrained", "--workdir", "--output"]
 )
-def test_no_home_behind_a_tilde_is_one_message(tmp_path, flag):
+def test_a_missing_home_folder_is_one_message(tmp_path, flag):
   mode = {
     "--input": "edit",
     "--mask": "edit",
@@ -334,7 +334,7 @@ def test_no_home_behind_a_tilde_is_one_message(tmp_path, flag):
   assert_refused(code, output, "error: .*no home folder ~nobody_here")
 
 
-def test_wrong_data_end_in_one_message(tmp_path):
+def test_wrong_data_are_one_message(tmp_path):
   write(tmp_path / "a", **{"cat": 1, "dog": 1, ".": 1})
   (tmp_path / "a.zip").write_bytes(b"PK")
   flags = [DENSE, "--config.data.source=folder", "--config.data.hold_out=0", f"--workdir={tmp_path / 'run'}"]
@@ -349,13 +349,13 @@ def test_wrong_data_end_in_one_message(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("photos", "held"), [(450, 45), (12, 1)])
-def test_the_recipe_for_folders_suits_small_ones(tmp_path, photos, held):
+@pytest.mark.parametrize(("photos", "num_held_out"), [(450, 45), (12, 1)])
+def test_the_folder_recipe_works_for_small_folders(tmp_path, photos, num_held_out):
   write(tmp_path, photos=photos)
   config = folder.get_config()
   config.data.image_size, config.data.source.path = 8, str(tmp_path)
   train, held_out = reading.read_data(experiment_of(config))
-  assert (len(train), len(held_out)) == (photos - held, held)
+  assert (len(train), len(held_out)) == (photos - num_held_out, num_held_out)
 
 
 def test_a_small_folder_trains_and_is_scored(tmp_path):
@@ -378,7 +378,7 @@ def write_splits(root):
       Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / split / "a" / f"{index}.png")
 
 
-def test_folders_with_splits(tmp_path):
+def test_folders_with_splits_are_read(tmp_path):
   write_splits(tmp_path)
   train, held_out = reading.read_data(experiment(tmp_path))
   assert (len(train), len(held_out)) == (3, 2)

@@ -1,4 +1,4 @@
-"""Runs of images that are no squares and have any number of channels, from reading to the report, in one process."""
+"""Test runs of non-square images with any number of channels, from reading to the report, in one process."""
 
 import json
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 def config_of(path, space, channels, **keys):
-  """A model of images of an .npz file; `model__conditions={}` stands for model.conditions."""
+  """Return a config for images in an .npz file with changed keys, such as `model__conditions={}`."""
   config = tiny_config()
   config.data.source = spec("data.arrays", path=str(path))
   config.data.update({"channels": channels, "hold_out": 10})
@@ -35,13 +35,13 @@ def write(path, *shape):
 
 
 def newest(folder, pattern):
-  """The arrays that were written last, and the size of their picture."""
+  """Return the newest arrays in a folder, and the size of their picture."""
   path = max(folder.glob(f"{pattern}*.npz"), key=lambda file: file.stat().st_mtime_ns)
   with np.load(path) as file, Image.open(path.with_suffix(".png")) as picture:
     return {name: file[name] for name in file.files}, picture.size
 
 
-def test_from_training_to_the_report_and_edits(tmp_path, monkeypatch):
+def test_training_sampling_report_and_edits(tmp_path, monkeypatch):
   use_dense(monkeypatch)
   height, width, channels = shape = (12, 8, 5)
   write(tmp_path / "data.npz", 40, *shape)
@@ -51,14 +51,14 @@ def test_from_training_to_the_report_and_edits(tmp_path, monkeypatch):
     runs.WeightsChoice(),
   )
   runs.run_train(tree_of(config), folder)
-  # As it was saved: a list in JSON.
+  # Read the saved config: the image size is a list in JSON.
   tree = configs.read_run(folder)
   runs.run_train(tree, folder)
   experiment = runs.load_experiment(tree, folder)
   runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=choice)
-  found, size = newest(folder / "samples", "ddim")
-  assert found["samples"].shape == (4, *shape)
-  # Two rows of two; five channels are three planes above two.
+  arrays, size = newest(folder / "samples", "ddim")
+  assert arrays["samples"].shape == (4, *shape)
+  # Two rows of two images. Five channels are shown as three planes above two planes.
   assert size == tuple(2 * (4 * side + 2) + 2 for side in (3 * width + 2, 2 * height + 1))
   runs.run_eval(experiment, folder, seed=0, choice=choice)
   report = next(folder.rglob("report.html")).read_text("utf-8")
@@ -79,14 +79,14 @@ def test_from_training_to_the_report_and_edits(tmp_path, monkeypatch):
     method = {"inpaint": "repaint(resamples=2)", "superres": "posterior(noise_std=0.02, iterations=2)"}.get(task)
     edit = runs.Edit(task, tmp_path / f"{source}.npz", painted)
     runs.run_edit(experiment.replace(editing__method=method), folder, edit, seed=0, choice=choice)
-    found, _ = newest(folder / "edits", task)
-    assert found["output"].shape[-3:] == shape
+    arrays, _ = newest(folder / "edits", task)
+    assert arrays["output"].shape[-3:] == shape
     if task == "inpaint":
-      np.testing.assert_array_equal(found["mask"][..., 0], mask > 0)
-      np.testing.assert_array_equal(found["output"][:, 0][:, mask == 0], originals[:, mask == 0])
+      np.testing.assert_array_equal(arrays["mask"][..., 0], mask > 0)
+      np.testing.assert_array_equal(arrays["output"][:, 0][:, mask == 0], originals[:, mask == 0])
 
 
-def test_enlarging_images_that_are_no_squares(tmp_path, monkeypatch):
+def test_non_square_images_are_enlarged(tmp_path, monkeypatch):
   use_dense(monkeypatch)
   write(tmp_path / "data.npz", 40, 8, 16, 3)
   conditions = {"low": spec("conditions.low_resolution", factor=2, noise=0.5, sample_noise=0.1)}
@@ -95,22 +95,22 @@ def test_enlarging_images_that_are_no_squares(tmp_path, monkeypatch):
   low = write(tmp_path / "low.npz", 2, 4, 8, 3)
   experiment, edit = runs.load_experiment(tree_of(config), folder), runs.Edit("superres", tmp_path / "low.npz")
   runs.run_edit(experiment, folder, edit, seed=0, choice=runs.WeightsChoice())
-  found, _ = newest(folder / "edits", "superres")
-  assert found["output"].shape == (2, 1, 8, 16, 3)
-  np.testing.assert_array_equal(found["input"], low)
+  arrays, _ = newest(folder / "edits", "superres")
+  assert arrays["output"].shape == (2, 1, 8, 16, 3)
+  np.testing.assert_array_equal(arrays["input"], low)
 
 
 @pytest.mark.parametrize(
   ("low", "message"),
   [
-    ((4, 4), "images of 4x4 to enlarge with a model of 16x8; expected a size of which that is a multiple, such as 8x4"),
-    ((2, 8), "images of 8x2 to enlarge"),
-    ((8, 16), "images of 16x8 to enlarge"),
-    ((16, 32), "images of 32x16 to enlarge"),
-    ((3, 6), "images of 6x3 to enlarge"),
+    ((4, 4), "images of 4x4 for --task=superres with a model of 16x8; expected .* by an integer factor, such as 8x4"),
+    ((2, 8), "images of 8x2 for --task=superres"),
+    ((8, 16), "images of 16x8 for --task=superres"),
+    ((16, 32), "images of 32x16 for --task=superres"),
+    ((3, 6), "images of 6x3 for --task=superres"),
   ],
 )
-def test_sides_are_enlarged_alike(tmp_path, low, message):
+def test_both_sides_are_enlarged_by_the_same_factor(tmp_path, low, message):
   config = config_of(tmp_path / "data.npz", (8, 16), 1)
   write(tmp_path / "low.npz", 2, *low, 1)
   with pytest.raises(ValueError, match=message):

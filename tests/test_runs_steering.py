@@ -1,4 +1,4 @@
-"""What samples are asked to show: classes in turn, those of a user, or as common as in the data."""
+"""Test the conditions of samples: default classes, a user's classes, and classes as frequent as in the data."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def of_classes(number):
   return experiment(classes=spec("conditions.classes", number=number))
 
 
-def test_classes_that_are_asked_for():
+def test_classes_are_parsed_and_repeated():
   assert inputs.parse_inputs(experiment().model.conditions, {}, 4) == {}
   with pytest.raises(ValueError, match="trained without classes; expected a condition of the model .none."):
     inputs.parse_inputs(experiment().model.conditions, {"classes": ["1"]}, 4)
@@ -34,7 +34,7 @@ def test_classes_that_are_asked_for():
     inputs.parse_inputs(conditions, {"classes": []}, 4)
 
 
-def test_a_condition_of_ones_own_that_cannot_read_a_text_is_named():
+def test_a_user_s_condition_that_cannot_parse_a_value_is_named():
   conditions = {"bright": models.conditions.vector("bright", 1)._replace(parse=np.float32)}
   np.testing.assert_array_equal(inputs.parse_inputs(conditions, {"bright": ["0.5"]}, 2)["bright"], [0.5, 0.5])
   with pytest.raises(
@@ -43,8 +43,8 @@ def test_a_condition_of_ones_own_that_cannot_read_a_text_is_named():
     inputs.parse_inputs(conditions, {"bright": ["dark"]}, 2)
 
 
-def test_classes_in_the_data_s_proportions():
-  """By largest remainder, and of any part of them each class has nearly its share."""
+def test_classes_have_the_proportions_of_the_data():
+  """Counts follow the largest-remainder method, also for each part of the samples within 1."""
   counts = np.array([700, 200, 0, 97])
   classes = data.proportional_classes(counts, 100)
   np.testing.assert_array_equal(np.bincount(classes, minlength=4), [70, 20, 0, 10])
@@ -66,29 +66,31 @@ def source(**items):
   return data.ArraySource(images, np.repeat([0, 2], [9, 3]), **items)
 
 
-def test_evaluation_asks_for_classes_as_the_data_have_them():
-  found = of_classes(4)
-  counts = generation.class_counts(found, source())
+def test_evaluation_uses_the_class_frequencies_of_the_data():
+  with_classes = of_classes(4)
+  counts = generation.class_counts(with_classes, source())
   np.testing.assert_array_equal(counts, [9, 0, 3, 0])
   np.testing.assert_array_equal(
-    np.bincount(inputs.default_inputs(found.model.conditions, 8, source(), counts)["classes"]), [6, 0, 2]
+    np.bincount(inputs.default_inputs(with_classes.model.conditions, 8, source(), counts)["classes"]), [6, 0, 2]
   )
-  np.testing.assert_array_equal(inputs.default_inputs(found.model.conditions, 8, source())["classes"], np.arange(8) % 4)
+  np.testing.assert_array_equal(
+    inputs.default_inputs(with_classes.model.conditions, 8, source())["classes"], np.arange(8) % 4
+  )
 
 
-def test_what_has_no_default_is_that_of_real_data_all_of_one_item():
+def test_conditions_without_a_default_come_from_one_item_of_the_data():
   numbers = np.arange(12)
   items = {"vector": numbers[:, None] + np.zeros(3), "sketch": np.zeros((12, 8, 8, 2)) + numbers[:, None, None, None]}
-  found = experiment(
+  with_conditions = experiment(
     classes=spec("conditions.classes", number=3),
     vector=spec("conditions.vector", size=3),
     sketch=spec("conditions.image", shape=(8, 8, 2)),
     low=spec("conditions.low_resolution", factor=2),
   )
-  asked = inputs.default_inputs(found.model.conditions, 30, source(**items), np.array([9, 0, 3]))
-  assert set(asked) == {"classes", "vector", "sketch", "low"}
-  number = asked["vector"][:, 0]
+  values = inputs.default_inputs(with_conditions.model.conditions, 30, source(**items), np.array([9, 0, 3]))
+  assert set(values) == {"classes", "vector", "sketch", "low"}
+  number = values["vector"][:, 0]
   assert set(number) == set(numbers)
-  np.testing.assert_array_equal(asked["classes"], np.where(number < 9, 0, 2))
-  np.testing.assert_array_equal(asked["sketch"][:, 0, 0, 0], number)
-  np.testing.assert_allclose(asked["low"][:, 0, 0, 0], number / 127.5 - 1, atol=1e-6)
+  np.testing.assert_array_equal(values["classes"], np.where(number < 9, 0, 2))
+  np.testing.assert_array_equal(values["sketch"][:, 0, 0, 0], number)
+  np.testing.assert_allclose(values["low"][:, 0, 0, 0], number / 127.5 - 1, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Optimizers, averages, schedules, losses and batches as a config says them."""
+"""Test the optimizers, averages, schedules, losses and batches of a config."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from tests.recipes import experiment_of, set_keys, tiny_config
 
 
 def loss_of(config):
-  """Return `loss(params, keys, batch)` of the objective, as a train step calls it."""
+  """Return the objective's `loss(params, keys, batch)` with the arguments that a train step passes."""
   experiment = experiment_of(config)
   objective, model = experiment.objective, experiment.model
 
@@ -56,7 +56,7 @@ def test_the_schedule_ends_with_the_training():
 def test_every_kind_of_optimizer_and_average_from_a_config(settings):
   config = tiny_config()
   config.update_from_flattened_dict(settings)
-  # As a run reads it back.
+  # Read the config as a run does, from JSON.
   experiment = experiment_of(ConfigDict(json.loads(json.dumps(config.to_dict()))))
   optimizer, params = stepping.optimizer(experiment), {"w": jnp.ones(3)}
   state = optimizer.init(params)
@@ -72,19 +72,19 @@ def test_an_optimizers_arguments_are_finite():
     stepping.optimizer(experiment_of(config))
 
 
-def of(noun):
-  """Return the names of all components that a type of argument may be."""
+def names_of(noun):
+  """Return the names of all components for an argument of a type."""
   slot = slots.slot_of(noun)
   return slots.names(slot)
 
 
-TIMES = of(losses.TimeDistribution | losses.AdaptiveTimes)
+TIMES = names_of(losses.TimeDistribution | losses.AdaptiveTimes)
 
 
-@pytest.mark.parametrize(("weighting", "times"), zip(of(losses.Weighting), itertools.cycle(TIMES), strict=False))
+@pytest.mark.parametrize(("weighting", "times"), zip(names_of(losses.Weighting), itertools.cycle(TIMES), strict=False))
 def test_every_weighting_and_distribution_of_times_trains_from_a_config(weighting, times, dense):
   config = tiny_config()
-  # Importance sampling keeps losses by step.
+  # Importance sampling stores a loss for each step of a discrete process.
   discrete = spec("processes.discrete", betas=spec("schedules.cosine"))
   config.model.process = discrete if times == "importance" else spec("processes.cosine")
   config.objective.weighting = spec(weighting, **({"weighting": "simple"} if weighting == "on_x0" else {}))
@@ -96,9 +96,9 @@ def test_every_weighting_and_distribution_of_times_trains_from_a_config(weightin
 
 
 def test_all_weightings_and_distributions_of_times_are_tested():
-  assert {"simple", "min_snr", "p2", "likelihood"} <= set(of(losses.Weighting))
+  assert {"simple", "min_snr", "p2", "likelihood"} <= set(names_of(losses.Weighting))
   assert set(TIMES) == {"uniform", "low_discrepancy", "log_normal", "logit_normal", "importance"}
-  assert len(of(losses.Weighting)) >= len(TIMES), "or some times are drawn by no test"
+  assert len(names_of(losses.Weighting)) >= len(TIMES), "else some distributions of times are not tested"
 
 
 def learned_range():
@@ -106,7 +106,7 @@ def learned_range():
 
 
 def test_a_learned_variance_from_a_config():
-  """The network has twice the channels, and the hybrid loss trains them."""
+  """The network has twice the output channels, and the hybrid loss trains all of them."""
   config = set_keys(tiny_config(), model__prediction=learned_range())
   params = random_params(config)
   keys, batch = jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))}
@@ -119,7 +119,7 @@ def test_a_learned_variance_from_a_config():
     experiment_of(config)
 
 
-def test_a_batch_is_what_the_conditions_of_a_model_read():
+def test_batch_shapes_have_the_items_of_the_conditions():
   config = tiny_config()
   config.model.conditions = {
     "classes": spec("conditions.classes", number=10),

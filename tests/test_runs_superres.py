@@ -1,4 +1,4 @@
-"""Super-resolution: its condition, its runs, and cascades of them, in one process."""
+"""Test super-resolution in one process: its condition, its runs and cascades."""
 
 import shutil
 
@@ -21,12 +21,12 @@ def low(factor=2, noise=0.5, sample_noise=0.1):
 
 
 def config_of(low=low(), **keys):  # noqa: B008, a constant
-  """A model that enlarges 8x8 to 16x16; `training__steps=3` stands for training.steps."""
+  """Return a config that enlarges 8x8 to 16x16, with changed keys such as `training__steps=3`."""
   config = tiny_config()
   config.data.source = spec("data.arrays", path="nowhere.npz")
   config.data.update({"image_size": 16, "hold_out": 5})
   config.model.conditions = {"low": low}
-  # Quick enough that two steps tell images apart.
+  # A high learning rate, so that samples differ after two steps.
   config.optimizer.update({"learning_rate": 3e-2, "warmup_steps": 0})
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1, "batch_size": 4})
   config.evaluation.update({"num_samples": 3, "k": 2})
@@ -43,7 +43,7 @@ def base_of():
 
 
 def run_of(config, folder):
-  """Return what the config of a finished run stands for."""
+  """Return the experiment of a finished run."""
   return runs.load_experiment(tree_of(config), folder)
 
 
@@ -54,14 +54,14 @@ def kind(request):
 
 @pytest.fixture
 def network(kind, monkeypatch):
-  """Let the network be that of the runs `trained`."""
+  """Use the network of the fixture `trained`."""
   if kind == "dense":
     use_dense(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def trained(kind, tmp_path_factory):
-  """The folders of a base of 8x8, which nothing trained, and of a run of two steps that enlarges to 16x16."""
+  """Make an untrained 8x8 base run and a run of two steps that enlarges to 16x16."""
   folder = tmp_path_factory.mktemp("superres")
   images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), np.uint8)
   np.savez(folder / "data.npz", images=images)
@@ -80,16 +80,16 @@ def arrays_of(folder):
 
 
 def arrays_of_and_clear(folder):
-  """Of the samples that were drawn last; training leaves its own."""
+  """Return the samples of `run_sample` and delete them. Samples of training stay."""
   (path,) = folder.glob("ddim*.npz")
   with np.load(path) as file:
-    found = {name: file[name] for name in file.files}
+    arrays = {name: file[name] for name in file.files}
   for written in folder.glob("ddim*"):
     written.unlink()
-  return found
+  return arrays
 
 
-def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
+def test_in_training_the_condition_is_box_averaged_enlarged_and_noised():
   keys, image = jax.random.split(jax.random.key(0), 200), jax.random.normal(jax.random.key(1), (200, 16, 16, 1))
   small = np.zeros((200, 8, 8, 1), np.float32)
   for row in range(8):
@@ -105,24 +105,24 @@ def test_the_condition_of_training_is_the_mean_of_boxes_enlarged_and_noised():
   assert set(clean) == {"image"}
   noised = given(config_of())
   level = np.asarray(noised["level"])
-  # Uniform in [0, 0.5], told to the network a thousandfold.
+  # The level is uniform in [0, 0.5]. The network takes it times 1,000.
   assert np.all((level >= 0) & (level <= 500))
   assert abs(np.mean(level) - 250) < 4 * 500 / (12 * 200) ** 0.5
   noise = np.asarray(noised["image"] - smooth)
   np.testing.assert_allclose(np.std(noise, (1, 2, 3)), level / 1000, rtol=0.2, atol=1e-5)
   np.testing.assert_allclose(np.mean((noise / (level[:, None, None, None] / 1000)) ** 2), 1, atol=0.03)
-  # Sample by sample, whatever the batch.
+  # The noise of a sample does not depend on the batch.
   part = given(config_of(), np.s_[50:60])
   np.testing.assert_allclose(part["image"], noised["image"][50:60], atol=1e-6)
   np.testing.assert_array_equal(part["level"], level[50:60])
 
 
-def test_the_condition_of_images_that_are_no_squares():
+def test_the_condition_of_non_square_images():
   experiment = experiment_of(config_of(low(noise=0.0, sample_noise=0.0), data__image_size=(4, 8)))
   keys, image = jax.random.split(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (3, 4, 8, 1))
-  found = experiment.model.encode_conditions(keys, {"image": image}, train=True)["low"]["image"]
+  image_condition = experiment.model.encode_conditions(keys, {"image": image}, train=True)["low"]["image"]
   small = np.asarray(image).reshape(3, 2, 2, 4, 2, 1).mean((2, 4))
-  np.testing.assert_allclose(found, jax.image.resize(small, (3, 4, 8, 1), "bicubic"), atol=1e-5)
+  np.testing.assert_allclose(image_condition, jax.image.resize(small, (3, 4, 8, 1), "bicubic"), atol=1e-5)
   assert generation.low_res_shape(experiment, "low") == (2, 4, 1)
   with pytest.raises(ValueError, match="factor=8 of low for data of 4x8; expected a divisor of both sides"):
     experiment_of(config_of(low(factor=8), data__image_size=(4, 8)))
@@ -172,32 +172,31 @@ def test_the_condition_enters_the_network_and_the_loss():
     (low(noise=float("nan")), "conditions.low.noise=nan; expected a finite number"),
   ],
 )
-def test_wrong_settings_are_errors_when_built(condition, message):
+def test_wrong_settings_are_errors_when_the_config_is_built(condition, message):
   with pytest.raises(ValueError, match=message):
     experiment_of(config_of(condition))
 
 
-def test_a_classifier_enlarges_nothing(tmp_path):
+def test_a_classifier_takes_no_low_resolution_condition(tmp_path):
   config = large_of(tmp_path, task="classify", objective="classification")
   np.savez(tmp_path / "data.npz", images=np.zeros((20, 16, 16, 1), np.uint8), classes=np.arange(20) % 10)
-  with pytest.raises(ValueError, match="task='classify' with the conditions low; expected none"):
+  with pytest.raises(ValueError, match="task='classify' with the conditions low; expected no conditions"):
     runs.run_train(tree_of(config), tmp_path / "none")
   assert not (tmp_path / "none").exists()
 
 
-def test_a_cascade(trained, tmp_path, network):
-  """What the base drew is enlarged, and recorded as it was."""
+def test_a_cascade_enlarges_and_saves_the_base_samples(trained, tmp_path, network):
   base = run_of(base_of(), trained / "base")
   runs.run_sample(base, trained / "base", num_samples=5, seed=3, choice=runs.WeightsChoice())
   alone = arrays_of_and_clear(trained / "base" / "samples")
   upsamplers = [trained / "large"]
   options = {"seed": 3, "choice": runs.WeightsChoice(), "upsamplers": upsamplers}
   runs.run_sample(base, trained / "base", num_samples=5, **options)
-  found = arrays_of_and_clear(trained / "base" / "samples")
-  assert found["samples"].shape == (5, 16, 16, 1)
-  np.testing.assert_array_equal(found["stage_0"], alone["samples"])
-  assert set(found) == {"samples", "stage_0"}
-  # The same images enlarged by hand are the same.
+  cascaded = arrays_of_and_clear(trained / "base" / "samples")
+  assert cascaded["samples"].shape == (5, 16, 16, 1)
+  np.testing.assert_array_equal(cascaded["stage_0"], alone["samples"])
+  assert set(cascaded) == {"samples", "stage_0"}
+  # An edit with the same small images gives the same result.
   large = run_of(large_of(trained), trained / "large")
 
   def enlarge(images, name):
@@ -208,30 +207,39 @@ def test_a_cascade(trained, tmp_path, network):
     shutil.rmtree(trained / "large" / "edits")
     return arrays
 
-  by_hand = enlarge(found["stage_0"], "low.npz")
-  np.testing.assert_array_equal(by_hand["input"], found["stage_0"])
-  assert np.max(np.abs(by_hand["output"][:, 0].astype(int) - found["samples"])) <= 1
-  others = enlarge(found["stage_0"][::-1], "others.npz")
-  assert np.max(np.abs(others["output"][:, 0].astype(int) - found["samples"])) > 10, "others would not be the same"
+  edited = enlarge(cascaded["stage_0"], "low.npz")
+  np.testing.assert_array_equal(edited["input"], cascaded["stage_0"])
+  assert np.max(np.abs(edited["output"][:, 0].astype(int) - cascaded["samples"])) <= 1
+  reordered = enlarge(cascaded["stage_0"][::-1], "reordered.npz")
+  assert np.max(np.abs(reordered["output"][:, 0].astype(int) - cascaded["samples"])) > 10, (
+    "another order gives other samples"
+  )
 
 
-def test_wrong_cascades_and_exports_are_refused_before_anything_is_drawn(trained, tmp_path, network, capsys):
+def test_wrong_cascades_and_exports_are_refused_before_sampling(trained, tmp_path, network, capsys):
   base, large = trained / "base", trained / "large"
-  drawn, enlarging, choice = run_of(base_of(), base), run_of(large_of(trained), large), runs.WeightsChoice()
+  base_experiment, large_experiment, choice = (
+    run_of(base_of(), base),
+    run_of(large_of(trained), large),
+    runs.WeightsChoice(),
+  )
   for upsamplers, message in (
-    ([large, large], "--upsampler=.*large, which enlarges images of 8x8x1, for images of 16x16x1; expected them alike"),
-    ([base], "--upsampler=.*base, a model that enlarges nothing; expected one for super-resolution"),
+    (
+      [large, large],
+      "--upsampler=.*large, which enlarges images of 8x8x1, for images of 16x16x1; expected the same shape",
+    ),
+    ([base], "--upsampler=.*base, a model that takes no image to enlarge; expected a super-resolution model"),
     ([tmp_path / "none"], "--upsampler=.*none, which holds no checkpoint"),
   ):
     with pytest.raises(ValueError, match=message):
-      runs.run_sample(drawn, base, num_samples=2, seed=0, choice=choice, upsamplers=upsamplers)
-  with pytest.raises(ValueError, match="large, a model that enlarges images, to sample from; expected .* --upsampler="):
-    runs.run_sample(enlarging, large, num_samples=2, seed=0, choice=choice)
+      runs.run_sample(base_experiment, base, num_samples=2, seed=0, choice=choice, upsamplers=upsamplers)
+  with pytest.raises(ValueError, match="large, the run of a super-resolution model; expected .* --upsampler="):
+    runs.run_sample(large_experiment, large, num_samples=2, seed=0, choice=choice)
   with pytest.raises(ValueError, match=r"the image condition 'low', which no pixel pipeline"):
-    runs.run_export(enlarging, large, tmp_path / "out", choice)
+    runs.run_export(large_experiment, large, tmp_path / "out", choice)
   edit = runs.Edit("img2img", trained / "data.npz")
-  with pytest.raises(ValueError, match="'img2img' for a model that enlarges images; expected --task=superres"):
-    runs.run_edit(enlarging, large, edit, seed=0, choice=choice)
+  with pytest.raises(ValueError, match="--task=img2img for a super-resolution model; expected --task=superres"):
+    runs.run_edit(large_experiment, large, edit, seed=0, choice=choice)
   assert not (tmp_path / "out").exists()
   assert not list((base / "samples").glob("ddim*"))
   output = capsys.readouterr().out

@@ -1,6 +1,6 @@
-"""What the command line does with a config and a folder.
+"""Run the commands of the command line on a config and a folder.
 
-Each first builds and checks all that the config names, and writes nothing until that has gone well.
+Each function first builds and checks everything in the config. It writes nothing before that has succeeded.
 """
 
 from ddpm_jax.runs import pretrained

@@ -1,4 +1,4 @@
-"""What images are edited by: a task and a method, as one compiled function."""
+"""Compile the function that edits images by a task and a method."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +20,8 @@ Array = jax.Array
 Images = Mapping[str, Array]
 
 _MEASURED = {"posterior": "posterior(noise_std=0.02, iterations=3)", "dps": "dps"}
-# The methods of each task by their names, the default first, with the arguments that the task has for them; none where there is one way.
+# The methods of each task by name, the default first, with their default arguments. A task without methods can be done
+# in one way only.
 TASKS: dict[str, dict[str, str]] = {
   "inpaint": {"repaint": "repaint", "replace": "replace"} | _MEASURED,
   "img2img": {},
@@ -33,29 +34,31 @@ TASKS: dict[str, dict[str, str]] = {
 
 
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
-  """Return the experiment with the method by which a task is done, and its name; empty where there is one way.
+  """Return the experiment with the default method filled in, and the method's name ("" for a task without methods).
 
   Raises:
-    ValueError: if the task, the method or its settings are wrong.
+    ValueError: if the task, the method or its settings are invalid.
   """
   experiment.task.check_can_sample("the model")
   c, methods = experiment.editing, choose(task, TASKS, "--task")
   if not 0 <= c.strength <= 1:
-    raise ValueError(f"Got --strength={c.strength:g}; expected it in [0, 1]: 0 gives back the input, 1 a fresh sample.")
+    raise ValueError(
+      f"Got --strength={c.strength:g}; expected a number in [0, 1]: 0 returns the input, 1 a new sample."
+    )
   if c.frames < 2:
-    raise ValueError(f"Got config.editing.frames={c.frames}; expected 2 or more, the ends included.")
+    raise ValueError(f"Got config.editing.frames={c.frames}; expected 2 or more, including both ends.")
   if task == "colorize" and experiment.model.data_shape[-1] != 3:
     raise ValueError(
-      f"Got the task 'colorize' for a model of images with {experiment.model.data_shape[-1]} channel(s); expected a model of color images."
+      f"Got --task=colorize for a model of images with {experiment.model.data_shape[-1]} channel(s); expected a model of images with 3 channels."
     )
   if (task == "restore") != (c.operator is not None):
     raise ValueError(
-      f"Got the task {task!r} {'without' if c.operator is None else 'with'} config.editing.operator; expected it with the task 'restore': what"
-      " was done to the images, such as --config.editing.operator='blur(std=2)'."
+      f"Got --task={task} {'without' if c.operator is None else 'with'} config.editing.operator; expected the operator with --task=restore only."
+      " It describes the damage to the images, such as --config.editing.operator='blur(std=2)'."
     )
   if generation.low_res_name(experiment) is not None and task != "superres":
     raise ValueError(
-      f"Got the task {task!r} for a model that enlarges images; expected --task=superres, or another model."
+      f"Got --task={task} for a super-resolution model; expected --task=superres, or a model of another kind."
     )
   if c.method is None:
     default = next(iter(methods), "")
@@ -63,7 +66,7 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   name = experiment.tree.short_name("editing.method")
   if name not in methods and (not methods or not experiment.tree.is_custom("editing.method")):
     raise ValueError(
-      f"Got --method={name} for the task {task!r}; expected {'one of ' + ', '.join(methods) if methods else 'none: there is one way'}."
+      f"Got --method={name} with --task={task}; expected {'one of ' + ', '.join(methods) if methods else 'no --method, because this task has none'}."
     )
   return experiment, name
 
@@ -71,56 +74,60 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
 def compile_edit(
   guided: Guided, mesh: jax.sharding.Mesh, task: str, factor: int = 0
 ) -> Callable[[Parameters, Any, Any, Images], Images]:
-  """Return `compile_edit(parameters, seed, first, batch) -> images by name`, called as `programs.generate` says.
+  """Compile `edit(parameters, seed, first, batch) -> images by name`, with the arguments of `programs.generate`.
 
-  The batch also holds `image` [B, ...] in [-1, 1] and, to inpaint, `keep` [B, H, W, 1], whose True pixels stay; to colorize, enlarge or restore,
-  `image` is what was measured; to interpolate there is `other`. A super-resolution model takes its small image by its name instead.
-  The result has `output` [B, ...], or [B, F, ...] for `interpolate`; and `latent` for `invert`.
+  In addition to the conditions, the batch holds:
+    image: the images [B, ...] in [-1, 1]. To colorize, enlarge or restore, these are the measurements.
+    keep: for `inpaint`, booleans [B, H, W, 1]. Pixels that are True do not change.
+    other: for `interpolate`, the images to end at [B, ...].
+  A super-resolution model reads the small image under the name of its condition instead.
+
+  The result holds `output`: images [B, ...], or [B, F, ...] for `interpolate`. For `invert` it also holds `latent`.
 
   Args:
-    guided: the model with the method of the task (`with_method`), and what guides it.
+    guided: the model with the task's method (`with_method`), and its guides.
     mesh: the devices.
-    task: one of `TASKS`.
-    factor: how many times images are to be enlarged by a model that does not know how.
+    task: a name in `TASKS`.
+    factor: the factor by which `superres` enlarges images with an ordinary model.
 
   Raises:
-    ValueError: if the task, its method or the sampler is wrong.
+    ValueError: if the task, its method or the sampler is invalid.
   """
   experiment, guides = guided.experiment, guided.guides
   model, rule = experiment.model, experiment.guidance
   method = experiment.tree.short_name("editing.method")
   if has_two_estimates(model, rule) and (method in ("posterior", "dps") or task in ("invert", "interpolate")):
-    by = f" by {method}" if method != "none" else ""
+    option = f" --method={method}" if method != "none" else ""
     raise ValueError(
-      f"Got guidance by {experiment.tree.short_name('guidance')} with the task {task!r}{by}, which knows one estimate of the data; expected"
-      " a rule that gives one, such as classifier_free."
+      f"Got config.guidance={experiment.tree.short_name('guidance')}, which returns separate estimates of the data and the noise, with"
+      f" --task={task}{option}; expected a rule that returns one estimate, such as --config.guidance=classifier_free."
     )
   if task == "superres" and generation.low_res_name(experiment) is not None:
     generate = programs.generate(experiment, mesh, guides, negative=guided.is_negative)
     return lambda *arguments: {"output": generate(*arguments)[0]}
-  draw = _encoded if task in ("img2img", "invert", "interpolate") else _measured
-  return programs.compile_sampler(experiment, mesh, guides, draw(experiment, task, factor))
+  make = _edit_by_encoding if task in ("img2img", "invert", "interpolate") else _edit_by_measurement
+  return programs.compile_sampler(experiment, mesh, guides, make(experiment, task, factor))
 
 
-def _in_steps(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
-  """Return the grid of a rule with which something is done at each step."""
+def _many_step_times(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
+  """Return a grid of times with many steps, for edits that act at every step."""
   if experiment.sampling.grid is not None and sampler.spacing != "ends":
     return experiment.times
   return sampling.grids.for_sampler(with_many_steps(sampler), experiment.model.process, experiment.sampling.num_steps)
 
 
-def _encoded(experiment: Experiment, task: str, factor: int) -> Callable:
-  """Return what draws samples from encoded images."""
+def _edit_by_encoding(experiment: Experiment, task: str, factor: int) -> Callable:
+  """Return a function that adds noise to images or encodes them, and generates the results from there."""
   model, sampler, times, c = experiment.model, experiment.sampler, experiment.times, experiment.editing
   if task == "img2img":
-    times = _in_steps(experiment, sampler)
+    times = _many_step_times(experiment, sampler)
   elif not sampler.reversible:
     raise ValueError(
-      f"Got the sampler {experiment.sampler_name!r}, which adds noise as it is set, to encode images with; expected one that goes both ways,"
-      " such as --sampler=ddim or --sampler=heun, without eta, churn or corrector steps."
+      f"Got --sampler={experiment.sampler_name}, which adds noise with its present arguments, for --task={task}; expected a deterministic"
+      " sampler that can also encode images, such as --sampler=ddim or --sampler=heun without eta, churn or corrector steps."
     )
 
-  def draw(keys, denoise, batch, parameters):
+  def edit(keys, denoise, batch, parameters):
     def encode(name):
       return model.encode(keys, batch[name], parameters.frozen)
 
@@ -137,56 +144,58 @@ def _encoded(experiment: Experiment, task: str, factor: int) -> Callable:
     frames = editing.interpolate(sampler, denoise, model.process, image, other, times, fractions)
     return {"output": jnp.moveaxis(jax.vmap(decode)(frames), 0, 1)}
 
-  return draw
+  return edit
 
 
-def _measured(experiment: Experiment, task: str, factor: int) -> Callable:
-  """Return what draws samples that agree with what is known of each image."""
+def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Callable:
+  """Return a function that generates samples consistent with a measurement of each image."""
   model, method = experiment.model, experiment.editing.method
   assert method is not None
   if not model.codec.is_pixels:
     raise ValueError(
-      f"Got the task {task!r} for a model of {model.shape} that encodes data of {model.data_shape} by a codec; expected a model of pixels, which"
-      " are what is known of an image. Take --task=img2img, or a model of pixels."
+      f"Got --task={task} for a model with a codec, which encodes data of shape {model.data_shape} as {model.shape}; expected a model of pixels,"
+      " because pixels are measured. Use --task=img2img, or a model of pixels."
     )
   names = argument_names(method)
 
-  def applied(denoise, batch):
-    """Return the sampler and the denoiser that know the image."""
+  def apply_method(denoise, batch):
+    """Return the sampler and the denoiser, one of them wrapped by the method."""
     image, sampler = batch["image"], experiment.sampler
-    offered: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
+    arguments: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
     if task == "inpaint":
       operator = editing.mask_operator(batch["keep"])
-      offered |= {"operator": operator, "image": image, "keep": batch["keep"], "measurement": operator(image)}
+      arguments |= {"operator": operator, "image": image, "keep": batch["keep"], "measurement": operator(image)}
     else:
       operators = {"colorize": editing.gray, "restore": experiment.editing.operator}
-      offered["operator"] = operators[task] if task in operators else editing.downsample(factor)
-    made = method(**{name: value for name, value in offered.items() if name in names})
-    return (made, denoise) if isinstance(made, sampling.Sampler) else (sampler, made)
+      arguments["operator"] = operators[task] if task in operators else editing.downsample(factor)
+    wrapped = method(**{name: value for name, value in arguments.items() if name in names})
+    return (wrapped, denoise) if isinstance(wrapped, sampling.Sampler) else (sampler, wrapped)
 
-  # What is wrong with the method shows now and not when images are there.
+  # Call the method once with zeros, so that it raises its errors before images are read.
   example = {"image": jnp.zeros((1, *model.shape)), "keep": jnp.zeros((1, *model.shape[:-1], 1), bool)}
-  moved, _ = applied(lambda x_t, t: x_t, example)
-  is_moved = moved is not experiment.sampler
-  # A rule that chooses its own steps takes those of the grid, if something is done at each.
-  times = _in_steps(experiment, moved) if is_moved else experiment.times
+  wrapped_sampler, _ = apply_method(lambda x_t, t: x_t, example)
+  wraps_sampler = wrapped_sampler is not experiment.sampler
+  # A wrapped sampler acts at every step, so even a sampler that chooses its own steps needs a grid.
+  times = _many_step_times(experiment, wrapped_sampler) if wraps_sampler else experiment.times
 
-  def draw(keys, denoise, batch, parameters):
-    sampler, informed = applied(denoise, batch)
-    held = is_moved and "denoise" not in names and "measurement" in names
-    told = _held(experiment, denoise) if held else programs.clip_estimates(experiment, informed)
-    x = sampling.sample(randomness.fold_in(keys, 1), sampler, told, programs.initial_noise(experiment, keys), times)
+  def edit(keys, denoise, batch, parameters):
+    sampler, wrapped_denoise = apply_method(denoise, batch)
+    # A sampler that follows the measurement differentiates the denoiser, so clipping must not stop the gradient.
+    differentiates = wraps_sampler and "denoise" not in names and "measurement" in names
+    clip = _clip_values_only if differentiates else programs.clip_estimates
+    denoise = clip(experiment, wrapped_denoise)
+    x = sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, programs.initial_noise(experiment, keys), times)
     return {"output": jnp.where(batch["keep"], batch["image"], x) if task == "inpaint" else x}
 
-  return draw
+  return edit
 
 
-def _held(experiment: Experiment, denoise: Denoise) -> Denoise:
-  """Clip estimates as the experiment says, but keep the derivative of what is not: a pixel out of range can still be pulled back."""
+def _clip_values_only(experiment: Experiment, denoise: Denoise) -> Denoise:
+  """Clip estimates but not their gradients, so that pixels out of range are still guided."""
 
-  def held(x_t, t):
-    free = denoise(x_t, t)
-    inside = programs.clip_estimates(experiment, lambda x_t, t: free)(x_t, t)
-    return jax.tree.map(lambda a, b: a + jax.lax.stop_gradient(b - a), free, inside)
+  def clipped(x_t, t):
+    estimate = denoise(x_t, t)
+    in_range = programs.clip_estimates(experiment, lambda x_t, t: estimate)(x_t, t)
+    return jax.tree.map(lambda a, b: a + jax.lax.stop_gradient(b - a), estimate, in_range)
 
-  return held
+  return clipped

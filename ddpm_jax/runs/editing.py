@@ -1,4 +1,4 @@
-"""Editing a user's images with a run's model."""
+"""Edit a user's images with a run's model or a pretrained model."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,24 +19,24 @@ from ddpm_jax.runs.pretrained import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, steer
 from ddpm_jax.storage import files, images
 
-# Rows of a picture; the arrays hold all.
-_ROWS = 24
+# The maximum number of rows in a picture. The .npz file holds all images.
+_MAX_ROWS = 24
 
 
 class Edit(NamedTuple):
-  """What to do to which images.
+  """Describe an edit and its input images.
 
   Attributes:
-    task: one of `edit_methods.TASKS`.
-    source: an image, a folder of images or an .npz file.
-    mask: to inpaint: an image that is white where it is to be painted.
-    results: how many each image gets.
+    task: a name in `edit_methods.TASKS`.
+    source: the path of an image, a folder of images or an .npz file.
+    mask: for `inpaint`, the path of a mask image. White marks the region to paint.
+    num_results: the number of results for each image.
   """
 
   task: str
   source: Path | None
   mask: str = ""
-  results: int = 1
+  num_results: int = 1
 
 
 def run_edit(
@@ -50,124 +50,142 @@ def run_edit(
   scale: float | None = None,
   model: Pretrained | None = None,
 ) -> None:
-  """Edit images with a run's model or a pretrained one, and write inputs and results into edits/ as an .npz and a picture.
+  """Edit images, and save the inputs and the results in the folder's edits/, as an .npz file and as a picture.
+
+  Args:
+    experiment: the experiment with the model.
+    folder: the run's folder.
+    edit: the edit and its images.
+    seed: the seed of the results.
+    choice: which of the run's weights to use.
+    steering: the conditions of the results, and the runs that guide them.
+    scale: the guidance scale; None for the experiment's.
+    model: a pretrained model to use in place of the run's weights.
 
   Raises:
-    ValueError: if the model, the images, the mask, the classes or the settings do not allow it.
+    ValueError: if the model, the images, the mask, the conditions or the settings are invalid.
   """
-  if edit.results < 1:
-    raise ValueError(f"Got --num_samples={edit.results}; expected at least 1.")
-  if edit.results > 1 and edit.task in ("invert", "interpolate"):
+  if edit.num_results < 1:
+    raise ValueError(f"Got --num_samples={edit.num_results}; expected at least 1.")
+  if edit.num_results > 1 and edit.task in ("invert", "interpolate"):
     raise ValueError(
-      f"Got --num_samples={edit.results} for the task {edit.task!r}, which has one result; leave it out."
+      f"Got --num_samples={edit.num_results} with --task={edit.task}, which has one result for each input; expected 1. Leave it out."
     )
   if edit.source is None:
     raise ValueError("Got no --input; expected an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
     raise ValueError(
-      f"Got {'--mask' if edit.mask else 'no --mask'} for the task {edit.task!r}; expected one to inpaint, an image that is white where it is"
-      " to be painted, and none for other tasks."
+      f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint only. The mask is an image"
+      " that is white where new content is painted."
     )
   mesh = parallel.make_mesh()
   experiment, method = edit_methods.with_method(experiment, edit.task)
-  given = _read(experiment, edit)
-  inputs = _inputs(experiment, edit, given)
+  user_images = _read(experiment, edit)
+  inputs = _inputs(experiment, edit, user_images)
   rows = len(inputs["image"])
   frames = experiment.editing.frames if edit.task == "interpolate" else 1
-  many = f"--num_samples={edit.results}{f' and config.editing.frames={frames}' if frames > 1 else ''} for each of {rows} inputs"
-  total = rows * edit.results
-  # Results are kept in float32.
-  limits.check_images(experiment.model.data_shape, 4 * total * frames, many)
-  guided = _steer(experiment, mesh, steering, rows, edit.results, scale)
+  what = f"--num_samples={edit.num_results}{f' and config.editing.frames={frames}' if frames > 1 else ''} for each of {rows} inputs"
+  total = rows * edit.num_results
+  # Results stay in memory in float32: 4 bytes per value.
+  limits.check_images(experiment.model.data_shape, 4 * total * frames, what)
+  guided = _steer(experiment, mesh, steering, rows, edit.num_results, scale)
   experiment = generation.limit_batch(guided.experiment, mesh, total, slow=model is not None)
   guided = guided._replace(experiment=experiment)
-  factor = experiment.model.data_shape[0] // given.images.shape[1]
+  factor = experiment.model.data_shape[0] // user_images.images.shape[1]
   function = edit_methods.compile_edit(guided, mesh, edit.task, factor)
   parameters = generation.load_parameters(guided, folder, mesh, choice, model)
   method = method if generation.low_res_name(experiment) is None else ""
-  how = f" by {method}" if method else ""
-  print_line(f"{edit.task} of {rows:,} image(s), {edit.results} time(s) each{how}, with {experiment.sampler_name} ...")
-  inputs = {name: value.repeat(edit.results, 0) for name, value in inputs.items()}
+  by = f" by {method}" if method else ""
+  print_line(
+    f"{edit.task}{by} with {experiment.sampler_name}: {rows:,} input(s), {edit.num_results} result(s) for each ..."
+  )
+  inputs = {name: value.repeat(edit.num_results, 0) for name, value in inputs.items()}
   parts = list(generation.run_in_batches(experiment, function, parameters, seed, total, {**inputs, **guided.inputs}))
-  found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-  generation.check_finite(experiment, found["output"])
+  results = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  generation.check_finite(experiment, results["output"])
   if parallel.is_main():
     path = files.unused_path(folder / "edits" / f"{edit.task}{f'_{method}' if method else ''}_seed{seed}", ".npz")
-    _write(experiment, path, edit, given, inputs, found)
+    _write(experiment, path, edit, user_images, inputs, results)
   parallel.wait_for_all("done")
 
 
 def with_reversible_sampler(experiment: Experiment) -> Experiment:
-  """Return the experiment with a sampler that can encode images: its own, or DDIM if its own adds noise."""
+  """Return the experiment with DDIM in place of a sampler that adds noise and so cannot encode images."""
   if experiment.sampler.reversible:
     return experiment
-  print_line(f"to encode images: ddim in place of {experiment.sampler_name}")
+  print_line(f"{experiment.sampler_name} adds noise and cannot encode images; using ddim instead")
   return experiment.replace(sampler="ddim")
 
 
 def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
+  """Read the user's images in the size that the task takes."""
   height, width, channels = experiment.model.data_shape
   space: Any = (height, width)
   if edit.task == "superres":
-    low = generation.low_res_name(experiment)
-    space = None if low is None else generation.low_res_shape(experiment, low)[:2]
+    low_res = generation.low_res_name(experiment)
+    space = None if low_res is None else generation.low_res_shape(experiment, low_res)[:2]
   assert edit.source is not None
-  given = data.read_inputs(edit.source, space, channels)
-  high, wide = given.images.shape[1:3]
-  if given.resized:
+  user_images = data.read_inputs(edit.source, space, channels)
+  input_height, input_width = user_images.images.shape[1:3]
+  if user_images.resized:
     print_line(
-      f"{given.resized:,} of {len(given.images):,} images were not of {wide}x{high}, and were resized and cropped"
+      f"resized and cropped {user_images.resized:,} of {len(user_images.images):,} images to {input_width}x{input_height}"
     )
-  factor = height // high
-  if edit.task == "superres" and (factor < 2 or (high * factor, wide * factor) != (height, width)):
-    such = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
+  factor = height // input_height
+  if edit.task == "superres" and (factor < 2 or (input_height * factor, input_width * factor) != (height, width)):
+    example = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
     raise ValueError(
-      f"Got images of {wide}x{high} to enlarge with a model of {width}x{height}; expected a size of which that is a multiple{such}. Resize"
-      " them first."
+      f"Got images of {input_width}x{input_height} for --task=superres with a model of {width}x{height}; expected images smaller than the"
+      f" model's by an integer factor{example}. Resize them first."
     )
-  if edit.task == "interpolate" and len(given.images) < 2:
-    raise ValueError("Got one image to interpolate; expected two or more, each of which leads to the next.")
-  return given
+  if edit.task == "interpolate" and len(user_images.images) < 2:
+    raise ValueError(
+      "Got one image with --task=interpolate; expected two or more, because each image is interpolated to the next."
+    )
+  return user_images
 
 
-def _inputs(experiment: Experiment, edit: Edit, given: data.Inputs) -> generation.Inputs:
-  x, low = images.from_uint8(given.images), generation.low_res_name(experiment)
+def _inputs(experiment: Experiment, edit: Edit, user_images: data.Inputs) -> generation.Inputs:
+  """Return the part of the batch that comes from the user's images, as `edit_methods.compile_edit` describes it."""
+  x, low_res = images.from_uint8(user_images.images), generation.low_res_name(experiment)
   if edit.task == "inpaint":
     height, width = experiment.model.data_shape[:2]
-    painted = data.read_mask(edit.mask, (height, width))
-    return {"image": x, "keep": np.broadcast_to(~painted, (len(x), *painted.shape))}
+    mask = data.read_mask(edit.mask, (height, width))
+    return {"image": x, "keep": np.broadcast_to(~mask, (len(x), *mask.shape))}
   if edit.task == "interpolate":
     return {"image": x[:-1], "other": x[1:]}
   if edit.task == "colorize":
     return {"image": np.asarray(editing.gray(jnp.asarray(x)))}
-  return {"image": x} if low is None else {"image": x, low: x}
+  return {"image": x} if low_res is None else {"image": x, low_res: x}
 
 
 def _steer(
   experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, results: int, scale: float | None
 ) -> Guided:
-  """Steer as in sampling, but without a default class."""
+  """Return the edit's guides and inputs, without default values for missing conditions."""
   for field, kind in (("given", ""), ("negative", "negative ")):
-    each: Any = {}
-    for name, words in getattr(steering, field).items():
-      if len(words) not in (1, rows):
+    repeated: Any = {}
+    for name, values in getattr(steering, field).items():
+      if len(values) not in (1, rows):
         raise ValueError(
-          f"Got {len(words)} {kind}{name} for {rows} image(s) or pair(s); expected one, or one for each."
+          f"Got {len(values)} values of {kind}{name} for {rows} image(s) or pair(s); expected one value, or one for each."
         )
-      each[name] = [word for word in words for _ in range(rows * results // len(words))]
-    steering = steering._replace(given=each) if field == "given" else steering._replace(negative=each)
+      repeated[name] = [value for value in values for _ in range(rows * results // len(values))]
+    steering = steering._replace(given=repeated) if field == "given" else steering._replace(negative=repeated)
   conditions = experiment.model.conditions
-  missing = [name for name, one in conditions.items() if not one.is_source_image and name not in steering.given]
+  missing = [
+    name for name, condition in conditions.items() if not condition.is_source_image and name not in steering.given
+  ]
   if steering.classifier is not None and "classes" not in steering.given:
-    raise ValueError("Got --classifier without --classes; expected the class of each image, which it guides to.")
+    raise ValueError("Got --classifier without --classes; expected a class for each image, to guide towards.")
   if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
     flag = condition_flag(missing[0])
-    raise ValueError(f"Got guidance without {flag}; expected that of each image, such as {flag}=3.")
+    raise ValueError(f"Got guidance without {flag}; expected {flag} with a value for each image, such as {flag}=3.")
   for name in missing:
     if conditions[name].null is None:
       raise ValueError(
-        f"Got no {condition_flag(name)} for a model that was trained with {name} for every image; expected one"
-        f" for each image, such as {condition_flag(name)}=3."
+        f"Got no {condition_flag(name)} for a model that always takes {name}; expected a value for each image,"
+        f" such as {condition_flag(name)}=3."
       )
   return steer(experiment, mesh, steering, rows * results, scale, only=bool(missing))
 
@@ -176,41 +194,44 @@ def _write(
   experiment: Experiment,
   path: Path,
   edit: Edit,
-  given: data.Inputs,
+  user_images: data.Inputs,
   inputs: generation.Inputs,
-  found: generation.Inputs,
+  results: generation.Inputs,
 ) -> None:
-  """Write the arrays, and a picture with a row for each image: the input, what is known of it, the results."""
-  output = images.to_uint8(found["output"])
+  """Save the arrays and a picture.
+
+  The picture has a row for each image with the input, its measurement or latent if there is one, and the results.
+  """
+  output = images.to_uint8(results["output"])
   arrays = {
-    "input": given.images,
-    "names": np.array(given.names),
-    "output": output.reshape(-1, edit.results, *output.shape[1:]),
+    "input": user_images.images,
+    "names": np.array(user_images.names),
+    "output": output.reshape(-1, edit.num_results, *output.shape[1:]),
   }
   if "keep" in inputs:
     arrays["mask"] = ~inputs["keep"][0]
-  if "latent" in found:
-    arrays["latent"] = found["latent"]
+  if "latent" in results:
+    arrays["latent"] = results["latent"]
   files.write_arrays(f"{path}.npz", arrays)
   height, _, channels = experiment.model.data_shape
-  factor = height // given.images.shape[1]
-  first = given.images.repeat(factor, 1).repeat(factor, 2)
-  # One of each image's.
-  known = {name: value[:: edit.results] for name, value in (inputs | found).items()}
-  columns = [first]
+  factor = height // user_images.images.shape[1]
+  enlarged = user_images.images.repeat(factor, 1).repeat(factor, 2)
+  # Arrays repeat their rows for each result.
+  per_image = {name: value[:: edit.num_results] for name, value in (inputs | results).items()}
+  columns = [enlarged]
   if edit.task == "interpolate":
-    columns = [first[:-1], *np.moveaxis(output, 1, 0), first[1:]]
+    columns = [enlarged[:-1], *np.moveaxis(output, 1, 0), enlarged[1:]]
   if edit.task == "inpaint":
-    columns.append(np.where(known["keep"], first, 128).astype(np.uint8))
+    columns.append(np.where(per_image["keep"], enlarged, 128).astype(np.uint8))
   if edit.task == "colorize":
-    columns.append(images.to_uint8(known["image"]).repeat(channels, -1))
-  # What a codec made into another shape is no picture.
+    columns.append(images.to_uint8(per_image["image"]).repeat(channels, -1))
+  # Latents of a codec with another shape cannot be shown as an image.
   if edit.task == "invert" and experiment.model.shape == experiment.model.data_shape:
-    columns.append(images.to_uint8(known["latent"] / 3))
+    columns.append(images.to_uint8(per_image["latent"] / 3))
   if edit.task != "interpolate":
-    columns += [output[i :: edit.results] for i in range(edit.results)]
-  rows = np.stack(columns, 1)[:_ROWS]
+    columns += [output[i :: edit.num_results] for i in range(edit.num_results)]
+  rows = np.stack(columns, 1)[:_MAX_ROWS]
   images.save_grid(f"{path}.png", np.concatenate(rows), len(columns))
   print_line(f"arrays       {path}.npz\npicture      {path}.png")
-  if len(output) // edit.results > _ROWS:
-    print_line(f"the picture shows the first {_ROWS} images")
+  if len(output) // edit.num_results > _MAX_ROWS:
+    print_line(f"the picture shows the first {_MAX_ROWS} images")

@@ -1,4 +1,4 @@
-"""Scores of a run's weights, whatever it was trained for, and statistics to score against here and in other tools."""
+"""Score a run's weights, and compute reference statistics for scores here and in other tools."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +17,20 @@ from ddpm_jax.storage import files, workdir
 def run_eval(
   experiment: Experiment, folder: Path, *, seed: int, choice: model.WeightsChoice, variants: Sequence[Experiment] = ()
 ) -> None:
-  """Score a run's weights into eval.json, and report the scores; what was interrupted goes on.
+  """Score a run's weights, and write the scores to eval.json.
+
+  An interrupted evaluation resumes.
 
   Args:
-    experiment: the run's.
-    folder: its folder.
-    seed: of what is drawn.
-    choice: of the weights.
-    variants: the experiment with other samplers and numbers of steps, the headline last; itself alone by default.
+    experiment: the run's experiment.
+    folder: the run's folder.
+    seed: the seed of the samples and of other random numbers.
+    choice: which of the run's weights to use.
+    variants: the experiment with other samplers and numbers of steps. The last one gives the main scores. By default
+      there is one variant, the experiment itself.
 
   Raises:
-    ValueError: if there is no checkpoint, or the experiment does not allow it.
+    ValueError: if there is no checkpoint, or the experiment cannot be scored.
   """
   mesh, task = parallel.make_mesh(), experiment.task
   for variant in variants or (experiment,):
@@ -41,11 +44,15 @@ def run_eval(
 
 
 def run_statistics(experiment: Experiment, output: Path) -> None:
-  """Write mean and covariance of the features of the images that an experiment scores against into an .npz file.
+  """Save the mean and the covariance of the reference images' features in an .npz file.
+
+  Args:
+    experiment: the experiment with the data and the features.
+    output: the path of the new file.
 
   Raises:
     WriteError: if the file cannot be written.
-    ValueError: if it exists, or the features or the images cannot be had.
+    ValueError: if the file exists, or if the features or the images are not available.
   """
   files.check_new_file(output, ".npz")
   c = experiment.evaluation
@@ -53,18 +60,18 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
   source, held_out = reading.read_data(experiment)
   space = spaces.build_space(experiment, source, held_out, output.with_suffix(".classifier.safetensors"))
   reference = spaces.build_reference(experiment, space, source, held_out)
-  # Without a model there is nothing to hold images back from.
-  of_train = experiment.replace(evaluation__reference="train")
-  reference = reference or spaces.build_reference(of_train, space, source, held_out)
+  # Without held-out images, use the training images: no model is scored here.
+  with_train = experiment.replace(evaluation__reference="train")
+  reference = reference or spaces.build_reference(with_train, space, source, held_out)
   assert reference is not None
   if reference.images is None:
     raise ValueError(
-      f"Got config.evaluation.reference={reference.name!r} to make statistics of; expected images: train or held_out."
+      f"Got config.evaluation.reference={reference.name!r}, which holds statistics; expected images: train or held_out."
     )
   count = len(reference.images)
   if not c.allow_singular:
     metrics.check_rank(count, space.dimensions)
-  print_line(f"{space.name} features of {count:,} images ({reference.name}) ...")
+  print_line(f"extracting {space.name} features of {count:,} images ({reference.name}) ...")
   summary = space.summary(reference.images, np.arange(count), evaluate.Settings(("frechet",)))
   provenance = space.feature_space.provenance
   about = spaces.describe_space(experiment, space.name, provenance) | {
@@ -74,4 +81,4 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
   }
   if parallel.is_main():
     metrics.save_statistics(output, metrics.Statistics(summary.features, summary.spatial, about))
-  print_line(f"statistics   {output}\nscore against it by --config.evaluation.reference={output}")
+  print_line(f"statistics   {output}\nTo score against them, set --config.evaluation.reference={output}.")

@@ -1,4 +1,4 @@
-"""A run's model for other people's tools."""
+"""Export a run's model for other tools."""
 
 from pathlib import Path
 
@@ -9,12 +9,18 @@ from ddpm_jax.devices.progress import print_line
 from ddpm_jax.runs import model
 from ddpm_jax.storage import scores
 
-# What a model card says of scores.
-_SCORES = ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
+# The keys of eval.json that go on the model card.
+_CARD_KEYS = ("scores", "features", "num_samples", "reference", "step", "weights", "sampling")
 
 
 def run_export(experiment: Experiment, folder: Path, output: Path, choice: model.WeightsChoice) -> None:
-  """Write the model of a run as a folder that diffusers opens, with its config and its scores on the model card.
+  """Export a run's model as a diffusers folder, with the config and the scores on its model card.
+
+  Args:
+    experiment: the run's experiment.
+    folder: the run's folder.
+    output: the folder to write: new or empty.
+    choice: which of the run's weights to use.
 
   Raises:
     ValueError: if diffusers cannot express the model, or the output folder is not empty.
@@ -25,7 +31,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
   clip = _clip(experiment)
   weights = model.load_weights(experiment, folder, parallel.make_mesh(), choice)
   if parallel.is_main():
-    found = scores.read(folder)
+    report = scores.read(folder)
     interop.diffusers.save(
       output,
       experiment.model,
@@ -33,19 +39,19 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
       clip=clip,
       variance=(experiment.tree.values["sampler"] or {}).get("variance", "large"),
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,
-      scores={key: found[key] for key in _SCORES} if found and "scores" in found else None,
+      scores={key: report[key] for key in _CARD_KEYS} if report and "scores" in report else None,
     )
   print_line(
-    f"model        {output} ({weights.name} weights), for diffusers and for --pretrained\nmodel card   {output / 'README.md'}"
+    f"model        {output} ({weights.name} weights), to load with diffusers or --pretrained\nmodel card   {output / 'README.md'}"
   )
   parallel.wait_for_all("done")
 
 
 def _clip(experiment: Experiment) -> float | None:
-  """Return the largest magnitude of an estimate, by which diffusers clips; None for none.
+  """Return the maximum magnitude for diffusers to clip estimates to, or None without clipping.
 
   Raises:
-    ValueError: if estimates are clipped in another way.
+    ValueError: if estimates are clipped in another way, which diffusers cannot express.
   """
   rule = experiment.sampling.clip
   if rule is None:
@@ -54,7 +60,7 @@ def _clip(experiment: Experiment) -> float | None:
   if getattr(rule, "func", rule) is not guidance.clip or options["low"] != -options["high"]:
     node = experiment.tree.values["sampling"]["clip"]
     raise ValueError(
-      f"Got config.sampling.clip={node} to export; expected clip(low=-1, high=1), or another range around 0, or None: diffusers clips in no other"
-      " way. Set --config.sampling.clip=clip."
+      f"Got config.sampling.clip={node} for an export; expected clip with a symmetric range, such as clip(low=-1, high=1), or None, because"
+      " diffusers clips in no other way. Set --config.sampling.clip=clip."
     )
   return options["high"]

@@ -1,4 +1,4 @@
-"""Samples of a model: drawn and looked at."""
+"""Generate samples with a trained model, and save them as arrays and pictures."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ from ddpm_jax.runs.steering import Guided, Steering, scale_key, steer
 from ddpm_jax.storage import files, images, rows, workdir
 
 Inputs = dict[str, np.ndarray]
-# Of a model whose cost is not known, so few at a time on a CPU that there is progress to see.
+# The maximum batch of a pretrained model on a CPU. The model may be slow, and small batches show progress.
 _CPU_BATCH = 16
 
 
@@ -38,29 +38,31 @@ def run_sample(
   upsamplers: Sequence[Path] = (),
   model: Pretrained | None = None,
 ) -> None:
-  """Draw samples of a run's weights or a pretrained model, and write them into samples/ as an .npz (uint8, NHWC) and a picture.
+  """Generate samples with a run's weights or a pretrained model, and save them in the folder's samples/.
+
+  The samples are saved as an .npz file (uint8, NHWC) and as a picture.
 
   Args:
-    experiment: of the model.
-    folder: its run's.
-    num_samples: how many.
-    seed: of the samples.
-    choice: of the run's weights.
-    steering: what they are to show.
-    scale: of guidance; None for the experiment's.
-    upsamplers: folders of super-resolution runs, each of which enlarges what the one before has drawn.
-    model: a pretrained model, instead of the run's.
+    experiment: the experiment with the model.
+    folder: the run's folder.
+    num_samples: the number of samples.
+    seed: the seed of the samples.
+    choice: which of the run's weights to use.
+    steering: the conditions of the samples, and the runs that guide them.
+    scale: the guidance scale; None for the experiment's.
+    upsamplers: folders of super-resolution runs. Each one enlarges the samples of the model before it.
+    model: a pretrained model to use in place of the run's weights.
 
   Raises:
-    ValueError: if there is no checkpoint, or the config, the number of samples or the classes do not allow it.
+    ValueError: if there is no checkpoint, or if the config, the number of samples or the conditions are invalid.
   """
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; expected at least 1.")
   mesh = parallel.make_mesh()
   if low_res_name(experiment) is not None:
     raise ValueError(
-      f"Got {folder}, a model that enlarges images, to sample from; expected one that needs none, with --upsampler={folder}. Or give"
-      " it images: --mode=edit --task=superres --input=<image, folder or .npz>."
+      f"Got --workdir={folder}, the run of a super-resolution model; expected a model that needs no input image. To enlarge that model's samples,"
+      f" add --upsampler={folder}. To enlarge images, use --mode=edit --task=superres --input=<image, folder or .npz>."
     )
   limits.check_images(experiment.model.data_shape, num_samples, f"--num_samples={num_samples}")
   guided = steer(experiment, mesh, steering, num_samples, scale)
@@ -70,11 +72,11 @@ def run_sample(
   parameters = load_parameters(guided, folder, mesh, choice, model)
   print_line(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
   samples, nfe = generate_samples(experiment, generate, parameters, seed, num_samples, guided.inputs)
-  guides, own_scale = not is_neutral(experiment.guidance), _scale(experiment)
-  beside = ", of both branches" if guides and own_scale != 0 else ""
-  beside = beside if guided.guides == NO_GUIDES else ", and as many of what guides"
-  print_line(f"{num_samples:,} samples, {nfe:,} network evaluations each{beside}")
-  suffix = (f"_scale{own_scale:g}" if isinstance(own_scale, float) else "_guided") if guides else ""
+  guides, guidance_scale = not is_neutral(experiment.guidance), _scale(experiment)
+  note = ", on both guidance branches" if guides and guidance_scale != 0 else ""
+  note = note if guided.guides == NO_GUIDES else ", plus the same number of the guiding model"
+  print_line(f"{num_samples:,} samples, {nfe:,} network evaluations each{note}")
+  suffix = (f"_scale{guidance_scale:g}" if isinstance(guidance_scale, float) else "_guided") if guides else ""
   path = files.unused_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")
   arrays = saved_inputs(guided.inputs)
   for number, stage in enumerate(stages):
@@ -86,7 +88,7 @@ def run_sample(
 
 
 def _write(path: Path, arrays: Inputs) -> None:
-  """Write samples and what belongs to them into an .npz file, and a picture of each array of images beside it."""
+  """Save arrays in an .npz file, and save a picture of each array of images."""
   files.write_arrays(f"{path}.npz", arrays)
   print_line(f"samples      {path}.npz")
   for name, array in arrays.items():
@@ -97,14 +99,20 @@ def _write(path: Path, arrays: Inputs) -> None:
 
 
 def saved_inputs(inputs: Inputs) -> Inputs:
-  """Return what samples were asked to show as their file keeps it: the classes, and other numbers by their names."""
+  """Return the inputs to save with samples.
+
+  These are classes and other arrays of at most two dimensions. Images and negative inputs are left out.
+  """
   return {name: value for name, value in inputs.items() if not name.startswith(NEGATIVE_PREFIX) and np.ndim(value) <= 2}
 
 
 def load_parameters(
   guided: Guided, folder: Path, mesh: jax.sharding.Mesh, choice: WeightsChoice, model: Pretrained | None
 ) -> Parameters:
-  """Read the parameters of a run that can be written to, or take those of a pretrained model in its place; and those of its guides."""
+  """Return the parameters of the run or of the pretrained model, together with those of the guides.
+
+  The folder must be writable, because the results are saved there.
+  """
   workdir.check_writable(folder)
   if model is None:
     parameters = load_weights(guided.experiment, folder, mesh, choice).parameters
@@ -116,33 +124,41 @@ def load_parameters(
 
 
 class Stage(NamedTuple):
-  """A model of a cascade that enlarges images."""
+  """Hold one super-resolution model of a cascade.
+
+  Attributes:
+    experiment: the model's experiment.
+    folder: its run's folder.
+    generate: its compiled sampling function (`programs.generate`).
+    low_res: the name of the condition for the small image.
+  """
 
   experiment: Experiment
   folder: Path
   generate: Callable
-  low: str
+  low_res: str
 
   def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
-    """Return samples (uint8) enlarged; `inputs` are what they were asked to show."""
-    own = self.experiment
-    height, width = own.model.data_shape[:2]
-    print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {own.sampler_name} ...")
-    parameters = load_weights(own, self.folder, mesh, WeightsChoice()).parameters
-    inputs = {name: value for name, value in inputs.items() if name in own.model.conditions}
-    inputs[self.low] = images.from_uint8(samples)
-    samples, nfe = generate_samples(own, self.generate, parameters, seed, len(samples), inputs)
+    """Enlarge samples (uint8), conditioned on the inputs that this model shares."""
+    experiment = self.experiment
+    height, width = experiment.model.data_shape[:2]
+    print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {experiment.sampler_name} ...")
+    parameters = load_weights(experiment, self.folder, mesh, WeightsChoice()).parameters
+    inputs = {name: value for name, value in inputs.items() if name in experiment.model.conditions}
+    inputs[self.low_res] = images.from_uint8(samples)
+    samples, nfe = generate_samples(experiment, self.generate, parameters, seed, len(samples), inputs)
     print_line(f"{nfe:,} network evaluations each")
     return samples
 
 
 def low_res_name(experiment: Experiment) -> str | None:
-  """Return the name of the image that a model enlarges, or None if it needs none."""
-  return next((name for name, one in experiment.model.conditions.items() if one.is_source_image), None)
+  """Return the name of the condition for the image to enlarge, or None if the model is not for super-resolution."""
+  conditions = experiment.model.conditions
+  return next((name for name, condition in conditions.items() if condition.is_source_image), None)
 
 
 def low_res_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
-  """Return the shape of the images that a model enlarges."""
+  """Return the shape of the small images that a super-resolution model enlarges."""
   batch = {"image": jax.ShapeDtypeStruct((1, *experiment.model.data_shape), np.float32)}
   from_data = experiment.model.conditions[name].from_data
   assert from_data is not None
@@ -150,69 +166,72 @@ def low_res_shape(experiment: Experiment, name: str) -> tuple[int, ...]:
 
 
 def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[Path], count: int) -> list[Stage]:
-  """Return the models that enlarge a model's images, one after the other.
+  """Return the super-resolution models of a cascade, in the order in which they enlarge the samples.
 
   Raises:
-    ValueError: if one of them is no super-resolution run, or takes other images than the one before gives.
+    ValueError: if a folder is not a super-resolution run, or if a model does not fit the model before it.
   """
   stages, shape = [], experiment.model.data_shape
   for folder in folders:
-    own = load_experiment(None, folder, "upsampler")
-    low = low_res_name(own)
-    if low is None:
+    upsampler = load_experiment(None, folder, "upsampler")
+    low_res = low_res_name(upsampler)
+    if low_res is None:
       raise ValueError(
-        f"Got --upsampler={folder}, a model that enlarges nothing; expected one for super-resolution, trained with the condition"
-        " low_resolution as configs/mnist_superres.py is."
+        f"Got --upsampler={folder}, a model that takes no image to enlarge; expected a super-resolution model. Train one with the condition"
+        " low_resolution, like configs/mnist_superres.py."
       )
-    if low_res_shape(own, low) != shape:
+    if low_res_shape(upsampler, low_res) != shape:
       raise ValueError(
-        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_res_shape(own, low)))}, for images of"
-        f" {'x'.join(map(str, shape))}; expected them alike."
+        f"Got --upsampler={folder}, which enlarges images of {'x'.join(map(str, low_res_shape(upsampler, low_res)))}, for images of"
+        f" {'x'.join(map(str, shape))}; expected the same shape."
       )
-    for name, condition in own.model.conditions.items():
-      known = experiment.model.conditions.get(name)
-      if name != low and (
-        known is None or known.shape != condition.shape or known.num_choices != condition.num_choices
+    for name, condition in upsampler.model.conditions.items():
+      base = experiment.model.conditions.get(name)
+      if name != low_res and (
+        base is None or base.shape != condition.shape or base.num_choices != condition.num_choices
       ):
         raise ValueError(
-          f"Got --upsampler={folder}, a model that is given {name} ({condition.num_choices or 'no'} classes), for one that is not given the same;"
-          " expected the same conditions."
+          f"Got --upsampler={folder}, a model with the condition {name} ({condition.num_choices or 'no'} classes), which the base model"
+          " does not share; expected the same condition in both models."
         )
-    limits.check_images(own.model.data_shape, count, f"--num_samples={count}")
-    own = limit_batch(own, mesh, count)
-    stages.append(Stage(own, folder, programs.generate(own, mesh), low))
-    shape = own.model.data_shape
+    limits.check_images(upsampler.model.data_shape, count, f"--num_samples={count}")
+    upsampler = limit_batch(upsampler, mesh, count)
+    stages.append(Stage(upsampler, folder, programs.generate(upsampler, mesh), low_res))
+    shape = upsampler.model.data_shape
   return stages
 
 
 def limit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> Experiment:
-  """Return the experiment with a sampling batch of no more than `count`: a sample does not depend on it."""
-  most = -(-count // mesh.size) * mesh.size
+  """Return the experiment with a sampling batch that is no larger than `count` needs.
+
+  Samples do not depend on the batch size. If the model may be `slow`, batches on a CPU are small and show progress.
+  """
+  max_size = -(-count // mesh.size) * mesh.size
   if slow and jax.default_backend() == "cpu":
-    most = min(most, _CPU_BATCH * mesh.size)
-  return experiment.replace(sampling__batch_size=min(experiment.sampling.batch_size, most))
+    max_size = min(max_size, _CPU_BATCH * mesh.size)
+  return experiment.replace(sampling__batch_size=min(experiment.sampling.batch_size, max_size))
 
 
 def _scale(experiment: Experiment) -> Any:
-  """Return the scale of guidance (of an interval, the one inside), or None if the rule has none."""
+  """Return the guidance scale (inside the interval, if there is one), or None if the rule has no scale."""
   *section, name = scale_key(experiment.tree).split("__")
   return experiment.tree.at(".".join(section)).get(name)
 
 
 def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source) -> Callable[[Parameters], np.ndarray]:
-  """Return a function from parameters to a few samples (uint8), always from the same noise, by a few steps of DDIM."""
-  quick = programs.for_previews(experiment, mesh, images.SHOWN)
-  generate = programs.generate(quick, mesh)
+  """Return a function from parameters to a few samples (uint8), generated by a few DDIM steps from fixed noise."""
+  preview_experiment = programs.for_previews(experiment, mesh, images.SHOWN)
+  generate = programs.generate(preview_experiment, mesh)
 
   def run(parameters: Parameters) -> np.ndarray:
     inputs = default_inputs(experiment.model.conditions, images.SHOWN, source)
-    return generate_samples(quick, generate, parameters, experiment.seed, images.SHOWN, inputs)[0]
+    return generate_samples(preview_experiment, generate, parameters, experiment.seed, images.SHOWN, inputs)[0]
 
   return run
 
 
 def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | None:
-  """Return how many data of each class there are [number], or None if the task has no classes or it is not known."""
+  """Return the number of items of each class [K], or None if the task has no classes or the numbers are unknown."""
   condition = experiment.task.classes(experiment)
   return None if condition is None else data.class_counts(source, condition.num_choices)
 
@@ -220,16 +239,19 @@ def class_counts(experiment: Experiment, source: data.Source) -> np.ndarray | No
 def generate_samples(
   experiment: Experiment, generate: Callable, parameters: Parameters, seed: int, count: int, inputs: Inputs
 ) -> tuple[np.ndarray, int]:
-  """Return `count` samples (uint8) and the most network evaluations that one of them took. `inputs` are arrays [count, ...].
+  """Return `count` samples (uint8) and the maximum number of network evaluations for one sample.
 
-  Sample i follows from the seed, its inputs and i alone.
+  Sample i depends only on the weights, the seed, row i of the inputs [count, ...] and i.
+
+  Raises:
+    FloatingPointError: if a sample is not finite.
   """
-  parts, most = [], 0
+  parts, max_nfe = [], 0
   for x, nfe in run_in_batches(experiment, generate, parameters, seed, count, inputs):
     check_finite(experiment, x)
     parts.append(images.to_uint8(x))
-    most = max(most, int(nfe.max()))
-  return np.concatenate(parts), most
+    max_nfe = max(max_nfe, int(nfe.max()))
+  return np.concatenate(parts), max_nfe
 
 
 def run_in_batches(
@@ -241,25 +263,33 @@ def run_in_batches(
   inputs: Inputs | Callable[[np.ndarray], Inputs],
   *,
   start: int = 0,
-  what: str = "sampling",
+  activity: str = "sampling",
 ) -> Iterator[Any]:
-  """Yield what `function(parameters, seed, first, inputs)` gives for each batch from `start` on, arrays [B, ...], with a progress bar.
+  """Call a function on one batch after another, and yield its results [B, ...] with a progress bar.
 
-  `inputs` are arrays [count, ...], or a function that reads the rows with these numbers [B].
+  Args:
+    experiment: the experiment with the batch size.
+    function: called as `function(parameters, seed, first, inputs)`, with the index `first` of the batch's first item.
+    parameters: the parameters.
+    seed: the seed.
+    count: the number of items.
+    inputs: arrays [count, ...] by name, or a function that reads the rows at some indices [B].
+    start: the index of the first item to compute.
+    activity: the text of the progress bar.
   """
   size = experiment.sampling.batch_size
   quiet = count - start <= size or not parallel.is_main()
-  name = f"{what} ({experiment.sampler_name})" if what == "sampling" else what
+  name = f"{activity} ({experiment.sampler_name})" if activity == "sampling" else activity
   with tqdm(total=count, initial=start, desc=name, unit=" images", disable=quiet) as bar:
     for first in range(start, count, size):
-      numbers = np.minimum(np.arange(first, first + size), count - 1)
-      batch = inputs(numbers) if callable(inputs) else {name: value[numbers] for name, value in inputs.items()}
-      with heartbeat(f"{what}, compiled and run for the first time") if first == start else contextlib.nullcontext():
-        found = jax.device_get(function(parameters, np.uint32(seed), np.int32(first), batch))
-      # The last batch is filled up, so that there is one program.
-      kept = min(size, count - first)
-      yield jax.tree.map(lambda leaf: leaf[:kept], found)  # noqa: B023, used at once
-      bar.update(kept)
+      # Repeat the last row to fill the last batch, so that a single program is compiled.
+      indices = np.minimum(np.arange(first, first + size), count - 1)
+      batch = inputs(indices) if callable(inputs) else {name: value[indices] for name, value in inputs.items()}
+      with heartbeat(f"{activity}, compilation and first batch") if first == start else contextlib.nullcontext():
+        results = jax.device_get(function(parameters, np.uint32(seed), np.int32(first), batch))
+      num_valid = min(size, count - first)
+      yield jax.tree.map(lambda leaf: leaf[:num_valid], results)  # noqa: B023, used at once
+      bar.update(num_valid)
 
 
 def cached_rows(
@@ -267,37 +297,41 @@ def cached_rows(
   path: Path,
   identity: dict[str, Any],
   name: str,
-  like: tuple[tuple[int, ...], Any],
-  parts: Callable[[int, dict[str, Any]], Iterable[tuple[np.ndarray, dict[str, Any]]]],
+  shape_dtype: tuple[tuple[int, ...], Any],
+  compute: Callable[[int, dict[str, Any]], Iterable[tuple[np.ndarray, dict[str, Any]]]],
 ) -> rows.ResumableArray | None:
-  """Return rows that a run's folder keeps, and compute those that are missing; None but in the first process.
+  """Load the rows of an array that an earlier command has saved, then compute and save the missing rows.
 
   Args:
-    folder: the run's.
-    path: of the rows, without its suffix.
-    identity: what they follow from, as JSON.
-    name: of their array.
-    like: its shape and type.
-    parts: `parts(done, notes)` yields the rows after the first `done`, and the notes that belong to them and to all before.
+    folder: the run's folder.
+    path: the path of the array's file, without suffix.
+    identity: everything that determines the rows, as JSON values.
+    name: the name of the array in its file.
+    shape_dtype: the shape and the dtype of the array.
+    compute: `compute(done, notes)` yields blocks of rows after the first `done`, with notes about all rows so far.
+
+  Returns:
+    The array in the main process, None in other processes.
   """
-  kept = (
-    rows.ResumableArray(path, identity, name, *like, damaged=workdir.damaged_folder(folder))
+  array = (
+    rows.ResumableArray(path, identity, name, *shape_dtype, damaged=workdir.damaged_folder(folder))
     if parallel.is_main()
     else None
   )
-  done = parallel.broadcast(0 if kept is None else kept.done)
-  if done < like[0][0]:
-    for values, notes in parts(done, {} if kept is None else kept.notes):
-      if kept is not None:
-        kept.write(values, notes)
-  return kept
+  done = parallel.broadcast(0 if array is None else array.done)
+  if done < shape_dtype[0][0]:
+    for values, notes in compute(done, {} if array is None else array.notes):
+      if array is not None:
+        array.write(values, notes)
+  return array
 
 
 def check_finite(experiment: Experiment, x: Any) -> None:
-  """Raise a FloatingPointError that says how many samples are not finite, if any."""
+  """Raise a FloatingPointError with the number of samples that are not finite, if there are any."""
   bad = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
   if bad:
     raise FloatingPointError(
-      f"{bad:,} of {len(x):,} samples are not finite (NaN or infinite), by {experiment.sampler_name} in {experiment.sampling.num_steps} steps;"
-      " such images are not scored. Take another sampler or more steps, less guidance, or clip (config.sampling.clip); or the model is broken."
+      f"Got NaN or infinite values in {bad:,} of {len(x):,} samples by {experiment.sampler_name} in {experiment.sampling.num_steps} steps;"
+      " expected finite samples. Use another sampler, more steps, less guidance, or clipping (--config.sampling.clip). If that does not help,"
+      " the model's weights are broken. Samples that are not finite are never scored."
     )

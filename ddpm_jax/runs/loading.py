@@ -1,4 +1,4 @@
-"""Models in one line of Python: from a run's folder, a folder of diffusers or a name on the hub."""
+"""Load a model in one line of Python from a run's folder, a diffusers folder or the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ PyTree = Any
 
 
 class Loaded(NamedTuple):
-  """A model with all that it needs.
+  """Hold a model with its parameters.
 
   Attributes:
-    model: the model, with the run's sampler, steps and clipping as its defaults.
-    params: its parameters.
-    frozen: its frozen parameters, by who reads them; an empty dict for none.
+    model: the model. The run's sampler, steps and clipping are its defaults.
+    params: the parameters.
+    frozen: the frozen parameters of the codec ("codec") and the conditions ("conditions"); an empty dict for none.
   """
 
   model: Model
@@ -33,25 +33,25 @@ def load(path: str | Path, *, ema: bool = True, step: int | str | None = None) -
   """Load a model for `sampling.sample(key, sampler, model.denoise(params, given), x, times)`.
 
   Args:
-    path: a run's folder, a folder of diffusers, or a name on the Hugging Face hub such as "google/ddpm-cifar10-32".
-    ema: whether to take a run's averaged parameters (EMA), or the raw ones.
-    step: of a run's checkpoint; "best" for the best one; None for the newest.
+    path: a run's folder, a diffusers folder, or a name on the Hugging Face hub such as "google/ddpm-cifar10-32".
+    ema: whether to load the averaged parameters of a run (EMA) or the raw ones.
+    step: the step of a run's checkpoint; "best" for the best checkpoint; None for the newest.
 
   Returns:
     `(model, params, frozen)`.
 
   Raises:
-    ValueError: if there is no such model, or it cannot be read.
+    ValueError: if there is no model at the path, or if it cannot be read.
   """
   folder = user_path(path)
   if not workdir.config_path(folder).exists():
     if not ema or step is not None:
-      raise ValueError(f"Got ema={ema} and step={step} for {path}, which holds no run; leave them out.")
-    found, params = interop.diffusers.load(path)
-    return Loaded(found, params, found.load_frozen())
+      raise ValueError(f"Got ema={ema} and step={step} for {path}; expected a run's folder with them. Leave them out.")
+    pretrained, params = interop.diffusers.load(path)
+    return Loaded(pretrained, params, pretrained.load_frozen())
   if not workdir.checkpoint_steps(folder):
     raise ValueError(
-      f"Got {path}, the folder of a run that has saved no checkpoint; train it first: --mode=train --workdir={path}."
+      f"Got {path}, the folder of a run without a checkpoint; expected a trained run. Train it with --mode=train --workdir={path}."
     )
   experiment = model.load_experiment(None, folder)
   choice = model.WeightsChoice(ema, step="" if step is None else str(step))

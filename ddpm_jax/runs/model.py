@@ -1,4 +1,4 @@
-"""A run's weights: its state, new or from a checkpoint, and the averages that its snapshots give."""
+"""Make a run's first state, and load its weights from checkpoints or from snapshots of averages."""
 
 import contextlib
 import functools
@@ -23,12 +23,12 @@ PyTree = Any
 
 
 class WeightsChoice(NamedTuple):
-  """Which of a run's weights to take.
+  """Describe which of a run's weights to load.
 
   Attributes:
-    ema: the EMA (True), or the raw parameters.
-    ema_length: the relative width of an EMA to be put together from stored snapshots; None for the one that was kept.
-    step: the step of the checkpoint, a number or "best"; empty for the newest.
+    ema: True for the EMA, False for the raw parameters.
+    ema_length: the relative width of an EMA to reconstruct from snapshots; None for the EMA in the checkpoint.
+    step: the checkpoint's step as a number, "best", or "" for the newest.
   """
 
   ema: bool = True
@@ -42,13 +42,13 @@ class WeightsChoice(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """Parameters of a run's model.
+  """Hold the parameters of a run's model.
 
   Attributes:
-    parameters: what it learned, and its frozen ones.
-    step: of their checkpoint.
-    name: which they are, for people to read.
-    sha256: their digest, where it is known.
+    parameters: the trained and the frozen parameters.
+    step: the step of the checkpoint.
+    name: a readable description, such as "EMA".
+    sha256: the digest of the parameters, or "" if it is not computed.
   """
 
   parameters: Parameters
@@ -60,13 +60,13 @@ class Weights(NamedTuple):
 def make_state(
   experiment: Experiment, mesh: jax.sharding.Mesh, frozen: PyTree = None, params: PyTree = None
 ) -> tuple[Callable[[], training.TrainState], training.TrainState]:
-  """Return a function that makes the first state, and the state's shapes and layout.
+  """Return a function that makes the first state, and the state's shapes with their shardings.
 
   Args:
-    experiment: what is trained.
+    experiment: the experiment to train.
     mesh: the devices.
     frozen: all frozen parameters, or their shapes; None for none.
-    params: of the model to start with; None for new ones.
+    params: parameters to start from; None to initialize new ones.
   """
   init, optimizer = experiment.model.init, stepping.optimizer(experiment)
 
@@ -81,7 +81,7 @@ def make_state(
 
 
 def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpoints:
-  """Open the run's checkpoints, kept as the config says."""
+  """Open the run's checkpoints, with the retention settings of the config."""
   c = experiment.training
   return checkpoint.Checkpoints(
     workdir.checkpoint_folder(folder),
@@ -94,22 +94,30 @@ def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpo
 
 
 def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
-  """Open the run's stored averages, all of them kept."""
+  """Open the run's snapshots of the averages. Old snapshots are never deleted."""
   return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
 
 
 def load_weights(
   experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: WeightsChoice, *, quiet: bool = False
 ) -> Weights:
-  """Read the chosen parameters of a run and its frozen ones, whole on every device.
+  """Load the chosen parameters of a run and its frozen parameters, replicated on every device.
+
+  Args:
+    experiment: the run's experiment.
+    folder: the run's folder.
+    mesh: the devices.
+    choice: which of the run's weights to use.
+    quiet: whether not to print the step of the checkpoint.
 
   Raises:
-    ValueError: if there are none such, the choice contradicts itself, or the frozen ones are not those that the run was trained with.
+    ValueError: if there are no such weights, if the choice contradicts itself, or if the frozen parameters differ
+      from those that the run was trained with.
   """
   frozen = frozen_module.load_replicated(experiment, folder, mesh)
-  # Of all that training carries on with these alone: what the objective had need not be there.
+  # Restore the model's parameters only. The objective's state may be missing.
   shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
-  _, averages = ema.split(jax.eval_shape(stepping.averages(experiment).init, shapes))
+  _, averages = ema.split(jax.eval_shape(stepping.params_ema(experiment).init, shapes))
   items = parallel.abstract({"params": shapes, "ema": averages}, parallel.replicated(mesh))
   if choice.ema_length is not None:
     params, step = _reconstructed(experiment, folder, {"ema": items["ema"]}, choice)
@@ -118,19 +126,21 @@ def load_weights(
   with contextlib.closing(open_checkpoints(experiment, folder)) as checkpoints:
     restored = checkpoints.restore({name: items[name]}, _step(checkpoints, choice.step))
   for problem in restored.damaged:
-    warn(f"a damaged checkpoint was passed over: {problem}")
+    warn(f"skipped a damaged checkpoint: {problem}")
   if not quiet:
-    print_line(f"checkpoint of step {restored.step:,} from {checkpoints.folder}")
+    print_line(f"loaded the checkpoint of step {restored.step:,} from {checkpoints.folder}")
   params = restored.items[name]
   return Weights(Parameters(params[0] if choice.ema else params, frozen), restored.step, str(choice))
 
 
 def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
-  """Return the step that a text names; None for the newest."""
+  """Return the step in the value of --step, or None for the newest checkpoint."""
   if text == "best":
     best = checkpoints.best_step()
     if best is None:
-      raise ValueError("Got --step=best for checkpoints without metrics; expected a number, or leave it out.")
+      raise ValueError(
+        "Got --step=best for checkpoints without metrics; expected the step of a checkpoint. Leave it out for the newest."
+      )
     return best
   if text and not text.isdigit():
     raise ValueError(f"Got --step={text}; expected the step of a checkpoint, or best.")
@@ -138,37 +148,48 @@ def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
 
 
 def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: WeightsChoice) -> tuple[PyTree, int]:
-  """Return an average of any length, as a weighted sum of stored snapshots (Karras et al. 2024, section 3.2), and its step."""
+  """Return an EMA of any width and its step, as a weighted sum of snapshots (Karras et al. 2024, section 3.2)."""
   length = choice.ema_length
   assert length is not None
   if not choice.ema:
-    raise ValueError(f"Got --ema=false with --ema_length={length}; expected one of them.")
+    raise ValueError(f"Got --ema=false with --ema_length={length}; expected only one of them.")
   steps = checkpoint.Checkpoints.steps(workdir.snapshot_folder(folder))
   if experiment.ema.kind != "power" or not steps:
     raise ValueError(
-      f"Got --ema_length={length} for a run without stored averages; expected one trained with --config.ema.kind=power and"
+      f"Got --ema_length={length} for a run without EMA snapshots; expected a run trained with --config.ema.kind=power and"
       " --config.ema.snapshot_every above 0."
     )
   if choice.step and not choice.step.isdigit():
-    raise ValueError(f"Got --step={choice.step} with --ema_length; expected a number, or leave it out.")
+    raise ValueError(
+      f"Got --step={choice.step} with --ema_length={length}; expected a number. Leave --step out for the newest."
+    )
   steps = [step for step in steps if not choice.step or step <= int(choice.step)]
   if not steps:
-    raise ValueError(f"Got --step={choice.step} with --ema_length; expected a step that comes after a snapshot.")
+    raise ValueError(
+      f"Got --step={choice.step} with --ema_length={length}; expected the step of the first snapshot or a later step."
+    )
   with contextlib.closing(open_snapshots(folder)) as snapshots:
     params, last, count = training.reconstruct(snapshots, items, steps, tuple(experiment.ema.stds), length)
-  print_line(f"an average of relative width {length:g} at step {last:,} from {count} snapshots in {snapshots.folder}")
+  print_line(
+    f"reconstructed an EMA of relative width {length:g} at step {last:,} from {count} snapshots in {snapshots.folder}"
+  )
   return params, last
 
 
 def load_experiment(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Experiment:
-  """Return what a config, by default the run's own, stands for, of the finished or unfinished run in the folder that a flag names.
+  """Build the experiment of the run in a folder, which need not have finished.
+
+  Args:
+    tree: a config for the run; None for the run's own.
+    folder: the run's folder.
+    flag: the name of the flag that gave the folder, for the error message.
 
   Raises:
-    ValueError: if there is no run, or it is another's.
+    ValueError: if the folder holds no checkpoint, or if the config describes another run.
   """
   if not workdir.checkpoint_steps(folder):
     raise ValueError(
-      f"Got --{flag}={folder}, which holds no checkpoint; expected the folder of a run. Train first: --mode=train."
+      f"Got --{flag}={folder}, which holds no checkpoint; expected the folder of a trained run. Train it with --mode=train."
     )
   tree = pretrained.restore_init_from(config.read_run(folder) if tree is None else tree, folder)
   config.check_same_run(folder, tree)

@@ -1,4 +1,4 @@
-"""What a config needs on devices that need not be there."""
+"""Plan the memory and the cost of training on devices that need not be present."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
 def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
-  """Compile the train step for a TPU slice, or for devices of this machine, and print what it needs.
+  """Compile the train step for a TPU slice or for devices of this machine, and print the memory and time it needs.
 
   Args:
-    tree: the config of what is trained; neither its data nor a run are touched.
+    tree: the config to train. Neither its data nor a run's folder is opened.
     topology_name: a TPU slice, such as "v5e:4x4"; None for this machine.
-    num_devices: how many of this machine's devices, or of its CPU taken for as many; None for all there are.
+    num_devices: the number of GPUs or TPUs of this machine, or of devices that its CPU simulates; None for all devices.
 
   Raises:
-    ValueError: if there is no such slice, or the config cannot be trained on it.
+    ValueError: if the slice does not exist, or if the config cannot be trained on it.
   """
   if topology_name and num_devices:
-    raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; expected one of them.")
+    raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; expected only one of them.")
   if topology_name:
     devices = topology.topology_devices(topology_name)
   elif num_devices:
@@ -32,33 +32,33 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
     startup.start_devices()
     devices = jax.devices()
   if devices[0].platform == "cpu" and "model.network.kernels" in tree.parameters:
-    # A CPU stands for other platforms, to whose memory its own programs say nothing.
+    # The CPU simulates another platform here. Kernels tuned for a CPU would distort the memory estimate.
     tree = config.replace(tree, "model.network.kernels", "plain")
-  # Only now: what is built of a config starts JAX.
+  # Building components starts JAX, so choose the devices first.
   experiment = config.build(tree)
-  mesh, shapes, batch, fixed = _layout(experiment, devices)
-  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, fixed)
+  mesh, shapes, batch, frozen_shapes = _layout(experiment, devices)
+  step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, frozen_shapes)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
   print_line(f"{size:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the train step ...")
   with heartbeat("compiling the train step"):
-    traced = step.trace(shapes, batch, *(() if fixed is None else (fixed,)))
+    traced = step.trace(shapes, batch, *(() if frozen_shapes is None else (frozen_shapes,)))
     compiled = plan.compile_step(traced, devices)
-  found = plan.make_plan(
+  result = plan.make_plan(
     traced,
     compiled,
     params=shapes.params,
-    state=(shapes, fixed),
+    state=(shapes, frozen_shapes),
     batch_size=experiment.training.batch_size,
     devices=devices,
     dtype=scoring.dtype_of(experiment),
   )
-  print_line(f"\n{plan.table(found)}")
-  return found
+  print_line(f"\n{plan.table(result)}")
+  return result
 
 
 def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, training.TrainState, Any, Any]:
-  """Return the mesh, and the shapes of a state, a batch and the frozen parameters laid out on it."""
-  mesh = stepping.mesh_of(experiment, devices)
-  fixed = frozen.shapes(experiment, mesh)
-  _, shapes = model.make_state(experiment, mesh, fixed)
-  return mesh, shapes, stepping.batch_shapes(experiment, experiment.training.batch_size), fixed
+  """Return the mesh, and the shapes and shardings of a state, a batch and the frozen parameters."""
+  mesh = stepping.training_mesh(experiment, devices)
+  frozen_shapes = frozen.shapes(experiment, mesh)
+  _, shapes = model.make_state(experiment, mesh, frozen_shapes)
+  return mesh, shapes, stepping.batch_shapes(experiment, experiment.training.batch_size), frozen_shapes

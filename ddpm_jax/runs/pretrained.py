@@ -1,4 +1,4 @@
-"""Models that come from elsewhere: what a run starts from, or samples are drawn of in place of a run's."""
+"""Load pretrained models to start a run from, or to sample from in place of a run's model."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,26 +11,26 @@ from ddpm_jax.storage import workdir
 
 PyTree = Any
 
-# The component that reads a model from the config files of a folder of diffusers.
-_READ = "diffusers.read"
-# What such a model leaves to the config: how it is trained and computed, not what it computes.
+# The component that builds a model from the config files of a diffusers folder.
+_COMPONENT = "diffusers.read"
+# Keys of the network that the config may set for a pretrained model. They do not change what the model computes.
 _OPTIONS = ("dropout", "dtype", "remat", "attention")
 
 
 class Pretrained(NamedTuple):
-  """A model from elsewhere, with its parameters."""
+  """Hold a pretrained model and its parameters."""
 
   model: Model
   params: PyTree
 
 
 def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
-  """Return a config with a model of diffusers in place of its own, and the model.
+  """Return the config with a diffusers model in place of its own, and the model.
 
   Args:
-    tree: the config, whose keys of the network say how the model is trained and computed.
-    path: a folder, or a name on the hub.
-    flag: that names the model, whose conditions are then those of the config.
+    tree: the config. Its network options, such as dropout, apply to the model.
+    path: a diffusers folder, or a name on the Hugging Face hub.
+    flag: the flag that names the model, if the config's conditions must match the model's; else "".
   """
   model, params = interop.diffusers.load(path, **_options(tree, path))
   if flag:
@@ -39,76 +39,79 @@ def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
 
 
 def _with_model(tree: Tree, path: str) -> Tree:
-  """Return a config whose model is the one of diffusers at a path."""
-  return config.replace(tree, "model", {"component": _READ, "path": path} | _options(tree, path))
+  """Return the config with the diffusers model at a path."""
+  return config.replace(tree, "model", {"component": _COMPONENT, "path": path} | _options(tree, path))
 
 
 def replace_model(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
-  """Return the config with a model from elsewhere in place of its own, and the model.
+  """Return the config with a pretrained model in place of its own, and the model.
 
   Args:
-    path: where it lies.
+    path: a diffusers folder, or a name on the Hugging Face hub.
     tree: the config.
-    recipe: whether somebody asked for the config; else the model is sampled as suits it.
-    keys: the keys that somebody gave beside it, which stay as they are.
+    recipe: whether the user chose the config. If not, the sampler's settings come from the model's defaults.
+    keys: the config keys that the user set. They are not changed.
   """
-  tree, found = _read(tree, path, "--pretrained" if recipe else "")
-  suits = found.model.defaults
-  if recipe or suits is None:
-    return tree, found
+  tree, pretrained = _read(tree, path, "--pretrained" if recipe else "")
+  defaults = pretrained.model.defaults
+  if recipe or defaults is None:
+    return tree, pretrained
 
-  def is_given(path):
+  def is_set(path):
     return any(key == path or key.startswith(f"{path}.") for key in keys)
 
-  steps = found.model.process.num_steps or suits.steps
-  if not is_given("sampler"):
-    steps = suits.steps
+  steps = pretrained.model.process.num_steps or defaults.steps
+  if not is_set("sampler"):
+    steps = defaults.steps
   elif tree.short_name("sampler") != "ancestral":
-    steps = min(suits.steps, steps, 50)
-  clip = None if suits.clip is None else {"component": "guidance.clip", **getattr(suits.clip, "keywords", {})}
+    steps = min(defaults.steps, steps, 50)
+  clip = None if defaults.clip is None else {"component": "guidance.clip", **getattr(defaults.clip, "keywords", {})}
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
-    if not is_given(key):
+    if not is_set(key):
       tree = config.replace(tree, key, value)
-  return tree, found
+  return tree, pretrained
 
 
 def _options(tree: Tree, path: str) -> dict[str, Any]:
-  """Return the options of the model at a path that a config gives; the size of images only if the model does not say it."""
+  """Return the config's options for the model at a path, with the image shape if the model does not store it."""
   values = tree.values["model"]
-  sized = {}
+  shape = {}
   if not interop.diffusers.has_size(path):
     size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
-    sized = {"shape": (size, size, channels) if isinstance(size, int) else (*size, channels)}
+    shape = {"shape": (size, size, channels) if isinstance(size, int) else (*size, channels)}
   if "component" in values:
-    return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values} | sized
+    return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values} | shape
   network, classes = values["network"], values["conditions"].get("classes", {})
-  options = {name: network[name] for name in _OPTIONS if name in network} | sized
+  options = {name: network[name] for name in _OPTIONS if name in network} | shape
   return options | ({"class_dropout": classes["dropout"]} if "dropout" in classes else {})
 
 
-def _check_conditions(tree: Tree, model: Model, what: str) -> None:
-  """Raise a ValueError if a config has conditions that a model from elsewhere, which takes the place of its own, is not given."""
+def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
+  """Raise a ValueError if the config's conditions do not match those of a pretrained model."""
   for name, node in tree.values["model"].get("conditions", {}).items():
-    found = model.conditions.get(name)
-    if found is None:
+    condition = model.conditions.get(name)
+    if condition is None:
       raise ValueError(
-        f"Got config.model.conditions.{name} with {what}, a model that is given {', '.join(model.conditions) or 'nothing'}; expected no such"
-        f" condition. Leave it out: --config.model.conditions.{name}=None."
+        f"Got config.model.conditions.{name} with {flag}, a model with the conditions {', '.join(model.conditions) or 'none'}; expected only"
+        f" conditions of the model. Set --config.model.conditions.{name}=None."
       )
-    if name != "classes" and node.get("dropout", found.dropout) != found.dropout:
+    if name != "classes" and node.get("dropout", condition.dropout) != condition.dropout:
       raise ValueError(
-        f"Got config.model.conditions.{name}.dropout={node['dropout']} with {what}, a model whose {name} are always given; expected"
-        f" {found.dropout:g}. Leave it out."
+        f"Got config.model.conditions.{name}.dropout={node['dropout']} with {flag}, a model that always takes {name}; expected"
+        f" {condition.dropout:g}. Leave it out."
       )
-    if node.get("number", found.num_choices) != found.num_choices:
+    if node.get("number", condition.num_choices) != condition.num_choices:
       raise ValueError(
-        f"Got config.model.conditions.{name}.number={node['number']} with {what}, a model of {found.num_choices} {name}; expected as many. Set"
-        f" --config.model.conditions.{name}.number={found.num_choices}."
+        f"Got config.model.conditions.{name}.number={node['number']} with {flag}, a model of {condition.num_choices} {name}; expected"
+        f" {condition.num_choices}. Set --config.model.conditions.{name}.number={condition.num_choices}."
       )
 
 
 def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
-  """Return the config of a new run that starts from `init_from`, whose model takes the place of the config's; and that model."""
+  """Return the config of a new run with the model of `init_from` in place of its own, and the model.
+
+  Without `init_from` the config is returned unchanged, and the model is None.
+  """
   path = tree.values["init_from"]
   if not path:
     return tree, None
@@ -117,29 +120,29 @@ def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
 
 
 def copy_config(tree: Tree, folder: Path) -> Tree:
-  """Copy the config files of the model that a run starts from into its folder, and return the config that names the copy."""
+  """Copy the config files of the `init_from` model into a run's folder, and return the config with the copy's path."""
   if not tree.values["init_from"]:
     return tree
-  place = workdir.start_folder(folder)
-  if not place.exists():
-    interop.diffusers.copy_config(tree.values["init_from"], place)
-  return config.replace(tree, "model.path", str(place))
+  copy = workdir.start_folder(folder)
+  if not copy.exists():
+    interop.diffusers.copy_config(tree.values["init_from"], copy)
+  return config.replace(tree, "model.path", str(copy))
 
 
 def restore_init_from(tree: Tree, folder: Path) -> Tree:
-  """Return a config with the model that the run in a folder started from, if the config starts from it too."""
-  old = config.find_run(folder) if tree.values["init_from"] else None
-  if old is None or old.values["init_from"] != tree.values["init_from"]:
+  """Return the config with the model that a run in a folder started from, if both have the same `init_from`."""
+  saved = config.find_run(folder) if tree.values["init_from"] else None
+  if saved is None or saved.values["init_from"] != tree.values["init_from"]:
     return tree
-  # With its own options: those that have changed are seen, and those of speed hold.
-  return _with_model(tree, old.values["model"]["path"])
+  # Keep the options of the new config. `config.check_same_run` compares them, and options of speed may change.
+  return _with_model(tree, saved.values["model"]["path"])
 
 
 def check_shape(experiment: Experiment) -> None:
-  """Raise a ValueError unless the data have the shape that a model from elsewhere takes."""
-  found, shape = experiment.data.shape, experiment.model.data_shape
-  if experiment.init_from and found != shape:
+  """Raise a ValueError if the data do not have the shape of the `init_from` model."""
+  shape, model_shape = experiment.data.shape, experiment.model.data_shape
+  if experiment.init_from and shape != model_shape:
     raise ValueError(
-      f"Got config.init_from={experiment.init_from!r}, a model of images of {shape}, and data of {found}; expected one shape. Set"
+      f"Got config.init_from={experiment.init_from!r}, a model of images of {model_shape}, with data of {shape}; expected the same shape. Set"
       " --config.data.image_size and --config.data.channels."
     )

@@ -1,4 +1,4 @@
-"""Prepare and read the data of an experiment, and check that they suit it."""
+"""Prepare and read the data of an experiment, and check that the data fit the model."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
 
-# Names in the batch of an objective that are no items of the data (see `losses.Objective`).
-_OWN = ("x", "given", "times")
+# Names that training adds to the batch of an objective (see `losses.Objective`). Data must not use them.
+_RESERVED = ("x", "given", "times")
 
 
 class Run(NamedTuple):
-  """A run with its data.
+  """Hold a run with its data.
 
   Attributes:
-    experiment: what is trained or scored.
-    folder: the run's.
-    mesh: of all devices.
+    experiment: the experiment to train or score.
+    folder: the run's folder.
+    mesh: the mesh of all devices.
     source: the training data.
-    held_out: other data; None if there are none.
+    held_out: the held-out data, or None.
   """
 
   experiment: Experiment
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 
 def fit_of(experiment: Experiment) -> data.Fit:
-  """Return how images are made to fit."""
+  """Return how images are resized and cropped to the experiment's shape."""
   c = experiment.data
   return data.Fit(
     data.check_image_size(c.space), c.channels, c.crop, choose(c.resize, data.RESIZES, "config.data.resize")
@@ -41,16 +41,18 @@ def fit_of(experiment: Experiment) -> data.Fit:
 
 
 def check_of(experiment: Experiment) -> data.Check | None:
-  """Return the check of the data's classes, if the task asks for some."""
+  """Return the check of the data's classes, or None if the task uses no classes."""
   classes = experiment.task.classes(experiment)
   return None if classes is None else classes.check
 
 
 def read_sources(experiment: Experiment) -> data.Splits:
-  """Return the training data and those to evaluate on, before any are held out; None in place of what is not there.
+  """Read the training split and the evaluation split, before training data are held out.
+
+  A split that does not exist is None.
 
   Raises:
-    ValueError: if they are missing or unreadable, or lack the classes of a task that knows classes.
+    ValueError: if the data are missing or unreadable, or if they lack classes that the task needs.
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
   splits = experiment.data.source(fit_of(experiment))
@@ -59,39 +61,44 @@ def read_sources(experiment: Experiment) -> data.Splits:
 
 
 def read_data(experiment: Experiment) -> data.Splits:
-  """Return the training data and the held-out ones (None if none are kept), their shapes, their classes and their other items checked.
+  """Read the training data and the held-out data (or None), and check their shapes, classes and other items.
 
   Raises:
-    ValueError: if they cannot be had, or lack what the model is to be given.
+    ValueError: if the data are missing or unreadable, or if they lack a condition of the model.
   """
   c, conditions = experiment.data, experiment.model.conditions
   broken = choose(c.broken, ("stop", "skip"), "config.data.broken")
   splits, check = read_sources(experiment), check_of(experiment)
-  found = data.load(splits, broken=broken, hold_out=c.hold_out, check=check, shape=c.shape)
-  item = data.read(found.train, [0])
-  if taken := [name for name in _OWN if name in item]:
+  splits = data.load(splits, broken=broken, hold_out=c.hold_out, check=check, shape=c.shape)
+  item = data.read(splits.train, [0])
+  if reserved := [name for name in _RESERVED if name in item]:
     raise ValueError(
-      f"Got data with the items {', '.join(taken)}; expected other names: training gives what objectives read by these. Rename them in the data"
-      " source."
+      f"Got data with the item(s) {', '.join(reserved)}; expected other names, because training passes its own values to the objective under"
+      " these. Rename them in the data source."
     )
   if "image" in conditions:
     raise ValueError(
-      "Got a model with the condition 'image', which is the name of the data themselves; expected another name, such as 'hint'."
+      "Got a model with the condition 'image'; expected another name, such as 'hint', because 'image' is the name of the data to generate."
+      " Rename the condition in config.model.conditions."
     )
   for name, condition in conditions.items():
     if condition.from_data is None and name not in item:
       raise ValueError(
-        f"Got data with the items {', '.join(sorted(item))} for a model that is given {name}; expected {name!r} among them. Take another"
-        f" config.data.source, or leave config.model.conditions.{name} out."
+        f"Got data with the items {', '.join(sorted(item))} for a model with the condition {name}; expected an item {name!r}. Use another"
+        f" --config.data.source, or leave config.model.conditions.{name} out."
       )
-  return found
+  return splits
 
 
 def run_prepare(experiment: Experiment, output: Path | None) -> None:
-  """Prepare the data of an experiment (see `data.prepare`): pack them into a new folder; None for none.
+  """Prepare the data of an experiment (see `data.prepare`).
+
+  Args:
+    experiment: the experiment with the data.
+    output: a new folder to pack the data into, or None.
 
   Raises:
-    ValueError: if the data need no preparation or cannot be prepared, or the output folder is taken.
+    ValueError: if the data need no preparation or cannot be prepared, or if the output folder exists already.
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
   tree = experiment.tree

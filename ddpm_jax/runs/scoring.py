@@ -1,4 +1,7 @@
-"""Scores of a model that denoises: its samples drawn, compared with real images and reported. An interrupted evaluation goes on."""
+"""Generate samples of a diffusion model, compare them with real images, and report the scores.
+
+An interrupted evaluation resumes.
+"""
 
 import functools
 import json
@@ -24,12 +27,18 @@ from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import images, scores
 
-# Samples whose features are taken at a time.
-_PART = 512
+# The number of samples in one call of the feature extractor.
+_CHUNK = 512
 
 
 class SampleSet(NamedTuple):
-  """Samples of a variant, uint8 [N, H, W, C], and network evaluations of each at most."""
+  """Hold the samples of a variant.
+
+  Attributes:
+    experiment: the variant's experiment.
+    samples: the samples, uint8 [N, H, W, C].
+    nfe: the maximum number of network evaluations for one sample.
+  """
 
   experiment: Experiment
   samples: np.ndarray
@@ -37,20 +46,22 @@ class SampleSet(NamedTuple):
 
   @property
   def sampler(self) -> dict[str, Any]:
-    """The name and the arguments of the sampler."""
+    """Return the name and the arguments of the sampler."""
     node = self.experiment.tree.values["sampler"] or {}
     arguments = {name: value for name, value in node.items() if name != "component"}
     return {"sampler": self.experiment.sampler_name, "arguments": arguments}
 
 
 class Scorer:
-  """Scores the weights of a run's model. Making one checks that everything can be done.
+  """Score the weights of a run's model.
+
+  The constructor checks everything that the scores need.
 
   Args:
-    run: whose model it is.
+    run: the run.
 
   Raises:
-    ValueError: if the features, the reference or the scores that the experiment asks for cannot be had.
+    ValueError: if the experiment's features, reference or scores are not available.
   """
 
   def __init__(self, run: Run):
@@ -64,120 +75,136 @@ class Scorer:
     if c.every:
       self.check_scores()
       assert self._reference is not None
-      self._quick_count = c.interim_samples or self._count
-      self._quick_settings = spaces.build_settings(experiment, self._space, self._reference, self._quick_count)
-      self._quick = programs.generate(experiment, run.mesh)
+      self._interim_count = c.interim_samples or self._count
+      self._interim_settings = spaces.build_settings(experiment, self._space, self._reference, self._interim_count)
+      self._interim_generate = programs.generate(experiment, run.mesh)
 
   def check_scores(self) -> None:
     """Raise a ValueError if there is nothing to score against."""
     if self._reference is None:
       raise ValueError(
-        "Got no held-out images to score against; set --config.data.source.eval_split or --config.data.hold_out, or score against the training"
-        " images: --config.evaluation.reference=train."
+        "Got no held-out images; expected some to score against. Set --config.data.source.eval_split or --config.data.hold_out, or score"
+        " against the training images with --config.evaluation.reference=train."
       )
 
   def check_best_metric(self, metric: str) -> None:
     """Raise a ValueError if training does not compute this metric."""
-    # The classifier's scores have the names of those of pixels.
+    # The classifier's scores have the same names as those of pixels, and need not be trained here.
     space = self._space.feature_space if self._space.name == "inception" else metrics.pixel_space()
-    known = [f"eval/{name}" for name in evaluate.logged_names(self._quick_settings, evaluate.score_names(space))]
-    if metric not in known:
-      raise ValueError(f"Got config.training.best_metric={metric!r}; expected one of {', '.join(known)}.")
+    logged = [f"eval/{name}" for name in evaluate.logged_names(self._interim_settings, evaluate.score_names(space))]
+    if metric not in logged:
+      raise ValueError(f"Got config.training.best_metric={metric!r}; expected one of {', '.join(logged)}.")
 
   @functools.cached_property
-  def _real(self) -> evaluate.Summary:
-    """The summary of the reference."""
+  def _reference_summary(self) -> evaluate.Summary:
+    """Return the feature summary of the reference."""
     reference = self._reference
     assert reference is not None
     if reference.statistics is not None:
       return evaluate.statistics_summary(reference.statistics)
     assert reference.images is not None
     count = len(reference.images)
-    print_line(f"{self._space.name} features of {count:,} reference images ...")
+    print_line(f"extracting {self._space.name} features of {count:,} reference images ...")
     return self._space.summary(reference.images, np.arange(count), self._settings)
 
-  def _compared(self, summary: evaluate.Summary, settings: evaluate.Settings) -> evaluate.Scores:
-    """Return the scores of images against the reference."""
-    return evaluate.score(summary, self._real, settings, evaluate.score_names(self._space.feature_space))
+  def _score_summary(self, summary: evaluate.Summary, settings: evaluate.Settings) -> evaluate.Scores:
+    """Score a feature summary against the reference."""
+    return evaluate.score(summary, self._reference_summary, settings, evaluate.score_names(self._space.feature_space))
 
-  def _scores(self, samples: np.ndarray, settings: evaluate.Settings) -> evaluate.Scores:
-    """Return the scores of samples uint8 [N, H, W, C]."""
-    parts = (samples[first : first + _PART] for first in range(0, len(samples), _PART))
-    return self._compared(evaluate.summarize(self._space.extract, parts, len(samples), settings), settings)
+  def _score_samples(self, samples: np.ndarray, settings: evaluate.Settings) -> evaluate.Scores:
+    """Score samples, uint8 [N, H, W, C]."""
+    chunks = (samples[first : first + _CHUNK] for first in range(0, len(samples), _CHUNK))
+    return self._score_summary(evaluate.summarize(self._space.extract, chunks, len(samples), settings), settings)
 
   def training_scores(self, parameters: Parameters) -> evaluate.Scores:
-    """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
-    count, experiment = self._quick_count, self._run.experiment
+    """Score a few samples during training, and return the scores under names that start with "eval/".
+
+    Every process must call it, and every process gets the scores.
+    """
+    count, experiment = self._interim_count, self._run.experiment
     samples, _ = generation.generate_samples(
-      experiment, self._quick, parameters, experiment.seed, count, self._inputs(count)
+      experiment, self._interim_generate, parameters, experiment.seed, count, self._inputs(count)
     )
-    return {f"eval/{name}": value for name, value in self._scores(samples, self._quick_settings).items()}
+    return {f"eval/{name}": value for name, value in self._score_samples(samples, self._interim_settings).items()}
 
   def _inputs(self, count: int) -> Inputs:
+    """Return the conditions of `count` samples."""
     experiment, source, held_out = self._run.experiment, self._run.source, self._run.held_out
-    # As common as in the data, with whose images the samples are compared.
+    # Samples are compared with the data, so classes must be as frequent as in the data.
     counts = generation.class_counts(experiment, source)
     return default_inputs(experiment.model.conditions, count, source if held_out is None else held_out, counts)
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
-    """Write samples of some weights into samples/, and their scores into eval.json and report.html; the last variant is the headline."""
+    """Save samples in samples/, and write their scores to eval.json and report.html.
+
+    Args:
+      weights: the weights to sample from.
+      seed: the seed of the samples.
+      variants: the experiment with other samplers. The last one gives the main scores. By default there is one
+        variant, the run's experiment.
+    """
     start, run = time.perf_counter(), self._run
     variants = list(variants) or [run.experiment]
     parameters = parallel.gather(run.mesh, weights.parameters)
-    # Of the frozen ones too: samples follow from them as well.
+    # The digest covers the frozen parameters too, because samples depend on them.
     sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get(parameters))))
     weights = weights._replace(parameters=parameters, sha256=sha256)
     inputs = self._inputs(self._count)
-    named = zip(variants, _names(variants, seed), strict=True)
-    drawn = [self._draw(variant, weights, seed, name, inputs) for variant, name in named]
+    names = zip(variants, _names(variants, seed), strict=True)
+    generated = [self._generate(variant, weights, seed, name, inputs) for variant, name in names]
     likelihood = likelihoods.evaluate(run, weights, seed)
-    way = None
+    frames = None
     if run.experiment.evaluation.report:
-      asked = self._inputs(reporting.SHOWN)
-      way = reporting.denoising(run.experiment, run.mesh, weights.parameters, asked, seed)
-    # None but in the first process.
-    found = [one for one in drawn if one is not None]
-    if not found:
+      shown_inputs = self._inputs(reporting.SHOWN)
+      frames = reporting.denoising(run.experiment, run.mesh, weights.parameters, shown_inputs, seed)
+    # Only the main process has samples.
+    sample_sets = [sample_set for sample_set in generated if sample_set is not None]
+    if not sample_sets:
       return
-    samples, classes = found[-1].samples, inputs.get("classes")
+    samples, classes = sample_sets[-1].samples, inputs.get("classes")
     picture = run.folder / "samples" / "final.png"
     images.save_samples(picture, samples, classes)
     print_line(f"picture      {picture}")
-    report = self._report(found, classes is not None, likelihood, weights)
+    report = self._report(sample_sets, classes is not None, likelihood, weights)
     report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     report = scores.write(run.folder, report, time.perf_counter() - start)
-    self._say(report, likelihood)
-    if way is not None:
+    self._print(report, likelihood)
+    if frames is not None:
       nearest = reporting.neighbors(self._space.extract, samples, run.source, run.held_out)
       terms = likelihood.get("bound", {}).get("terms")
-      shown = reporting.content(run, report, samples, classes, way, terms, nearest)
+      content = reporting.content(run, report, samples, classes, frames, terms, nearest)
       path = run.folder / "report.html"
-      page.write(path, shown)
+      page.write(path, content)
       print_line(f"report       {path}")
 
-  def _draw(self, variant: Experiment, weights: Weights, seed: int, name: str, inputs: Inputs) -> SampleSet | None:
-    """Draw samples of a variant into samples/, or read those that are there."""
+  def _generate(self, variant: Experiment, weights: Weights, seed: int, name: str, inputs: Inputs) -> SampleSet | None:
+    """Return the samples of a variant from samples/, and generate and save the missing ones.
+
+    Returns None except in the main process.
+    """
     run, count, mesh = self._run, self._count, self._run.mesh
-    # The same on each device however many there are, so that the samples are the same numbers.
+    # Use the same batch size per device for any number of devices, so that samples are equal bit for bit.
     size = min(run.experiment.evaluation.batch_size, count) * mesh.size
     experiment = variant.replace(sampling__batch_size=size)
     generate = programs.generate(experiment, mesh)
 
-    def parts(done: int, notes: dict[str, int]) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
-      nfe, rest = notes.get("nfe", 0), f", {count - done:,} of them left" if done else ""
-      print_line(f"sampling {count:,} images from the {weights.name} weights with {experiment.sampler_name}{rest} ...")
-      for x, calls in generation.run_in_batches(
+    def compute(done: int, notes: dict[str, int]) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+      max_nfe, remaining = notes.get("nfe", 0), f" ({count - done:,} remaining)" if done else ""
+      print_line(
+        f"sampling {count:,} images{remaining} from the {weights.name} weights with {experiment.sampler_name} ..."
+      )
+      for x, nfe in generation.run_in_batches(
         experiment, generate, weights.parameters, seed, count, inputs, start=done
       ):
         generation.check_finite(experiment, x)
-        nfe = max(nfe, int(calls.max()))
-        yield images.to_uint8(x), {"nfe": nfe}
-      print_line(f"{nfe:,} network evaluations each")
+        max_nfe = max(max_nfe, int(nfe.max()))
+        yield images.to_uint8(x), {"nfe": max_nfe}
+      print_line(f"{max_nfe:,} network evaluations each")
 
     path = run.folder / "samples" / name
-    like = (count, *experiment.model.data_shape), np.uint8
+    shape_dtype = (count, *experiment.model.data_shape), np.uint8
     identity = _identity(experiment, weights.sha256, seed, count, inputs)
-    rows = generation.cached_rows(run.folder, path, identity, "samples", like, parts)
+    rows = generation.cached_rows(run.folder, path, identity, "samples", shape_dtype, compute)
     if rows is None:
       return None
     samples = rows.finish(**generation.saved_inputs(inputs))
@@ -185,10 +212,10 @@ class Scorer:
     return SampleSet(experiment, samples, rows.notes["nfe"])
 
   def _report(
-    self, drawn: list[SampleSet], has_classes: bool, likelihood: dict[str, Any], weights: Weights
+    self, sample_sets: list[SampleSet], has_classes: bool, likelihood: dict[str, Any], weights: Weights
   ) -> dict[str, Any]:
-    """Return all that eval.json says of samples."""
-    experiment, last, reference = self._run.experiment, drawn[-1], self._reference
+    """Return the part of eval.json about the samples and their scores."""
+    experiment, last, reference = self._run.experiment, sample_sets[-1], self._reference
     c, values = experiment.evaluation, last.experiment.tree.values
     report: dict[str, Any] = {
       "num_samples": self._count,
@@ -201,53 +228,55 @@ class Scorer:
     }
     if likelihood:
       report["likelihood"] = {
-        kind: {key: value for key, value in found.items() if key != "terms"} for kind, found in likelihood.items()
+        kind: {key: value for key, value in summary.items() if key != "terms"} for kind, summary in likelihood.items()
       }
     if reference is None:
       return report
     curve = [
-      one.sampler
-      | {"num_steps": one.experiment.sampling.num_steps, "nfe": one.nfe}
-      | {"scores": self._scores(one.samples, self._settings)}
-      for one in drawn
+      sample_set.sampler
+      | {"num_steps": sample_set.experiment.sampling.num_steps, "nfe": sample_set.nfe}
+      | {"scores": self._score_samples(sample_set.samples, self._settings)}
+      for sample_set in sample_sets
     ]
-    floor, number, why = self._floor(reference)
-    kernel_size = None
-    if self._real.pairwise_features is not None:
-      kernel_size = c.kernel_size or evaluate.kernel_size(
-        len(self._real.pairwise_features), min(self._count, c.pairwise_samples)
-      )
+    floor, num_floor, problem = self._floor(reference)
+    kernel_size, reference_features = None, self._reference_summary.pairwise_features
+    if reference_features is not None:
+      kernel_size = c.kernel_size or evaluate.kernel_size(len(reference_features), min(self._count, c.pairwise_samples))
     report |= {
       "scores": {"generated": curve[-1]["scores"], "floor": floor},
-      "floor_num": number,
+      "floor_num": num_floor,
       "features": self._space.name,
       "feature_space": self._space.feature_space.provenance,
       "reference": _describe(reference, experiment),
-      "reference_num": self._real.count,
+      "reference_num": self._reference_summary.count,
       "neighbor": c.k,
       "settings": self._settings._asdict() | {"kernel_size": kernel_size},
     }
-    if why:
-      report["no_floor"] = why
-    if len(drawn) > 1:
+    if problem:
+      report["no_floor"] = problem
+    if len(sample_sets) > 1:
       report["curve"] = curve
     return report
 
   def _floor(self, reference: spaces.Reference) -> tuple[evaluate.Scores | None, int, str]:
-    """Return the scores of real images other than the reference's, their number, and why there are no scores if so."""
+    """Score real images that are not in the reference, as the floor of all scores.
+
+    Returns:
+      The scores or None, the number of images, and the reason if there are no scores.
+    """
     if reference.floor is None:
-      return None, 0, "there are no real images but the reference's"
+      return None, 0, "there are no real images outside the reference"
     chosen = np.random.default_rng(0).permutation(len(reference.floor))[: self._count]
     try:
       summary = self._space.summary(reference.floor, chosen, self._settings)
-      return self._compared(summary, self._settings), len(chosen), ""
-    except ValueError as error:  # too few for the rank, or for neighbors
+      return self._score_summary(summary, self._settings), len(chosen), ""
+    except ValueError as error:  # too few images for the covariance's rank or for neighbors
       return None, len(chosen), str(error)
 
-  def _say(self, report: dict[str, Any], likelihood: dict[str, Any]) -> None:
+  def _print(self, report: dict[str, Any], likelihood: dict[str, Any]) -> None:
     """Print the scores as tables."""
     if self._reference is None:
-      print_line("no scores: the config holds no images back (config.data.source.eval_split or config.data.hold_out)")
+      print_line("no scores: there are no held-out images (see config.data.source.eval_split and config.data.hold_out)")
     else:
       curve = report.get("curve", [])
       table = {title: row["scores"] for title, row in zip(_titles(curve), curve, strict=True)}
@@ -256,19 +285,19 @@ class Scorer:
       print_line(evaluate.format_table(table | {"real images (floor)": report["scores"]["floor"]}))
       if "frechet" not in self._settings.scores and not self._run.experiment.evaluation.scores:
         print_line(
-          f"no Frechet distance: {self._space.dimensions:,} dimensions want more samples and reference images than that"
-          " (config.evaluation.num_samples, allow_singular), or other features"
+          f"no Frechet distance: it needs more samples and more reference images than the {self._space.dimensions:,} dimensions of the features"
+          " (see config.evaluation.num_samples and allow_singular), or other features"
         )
     print_line(likelihoods.table(likelihood) + f"\nscores       {scores.path_of(self._run.folder)}")
 
 
 def dtype_of(experiment: Experiment) -> str:
-  """Return the type in which the network computes, as far as it says."""
+  """Return the dtype that the network computes in: its attribute `dtype`, by default float32."""
   return np.dtype(getattr(experiment.model.network.module, "dtype", None) or np.float32).name
 
 
 def describe_data(experiment: Experiment) -> dict[str, Any]:
-  """Return which images an experiment names."""
+  """Return the config keys that identify the images."""
   values = experiment.tree.values["data"]
   return {key: values[key] for key in ("source", "hold_out", "image_size", "crop", "resize")}
 
@@ -277,23 +306,23 @@ def _describe(reference: spaces.Reference, experiment: Experiment) -> str:
   if reference.statistics is not None:
     return f"statistics of {reference.statistics.features.count or 'an unknown number of'} images in {reference.name}"
   kind = "training" if reference.name == "train" else "held-out"
-  low = generation.low_res_name(experiment)
-  small = "; the samples are those held-out images made small and enlarged" if low is not None else ""
-  return f"{len(reference.images or ()):,} {kind} images{small}"
+  is_superres = generation.low_res_name(experiment) is not None
+  note = "; the samples are held-out images, downsampled and enlarged again" if is_superres else ""
+  return f"{len(reference.images or ()):,} {kind} images{note}"
 
 
 def _names(variants: Sequence[Experiment], seed: int) -> list[str]:
-  """Return a file name for each variant's samples. The last one is the run's own; equal names are numbered."""
+  """Return a file name for the samples of each variant: "final" for the last one, and unique names for the others."""
   names: list[str] = []
   for variant in variants[:-1]:
     name = f"eval_{variant.sampler_name}_{variant.sampling.num_steps}_seed{seed}"
-    again = sum(one.partition("__")[0] == name for one in names)
-    names.append(f"{name}__{again + 1}" if again else name)
+    num_equal = sum(earlier.partition("__")[0] == name for earlier in names)
+    names.append(f"{name}__{num_equal + 1}" if num_equal else name)
   return [*names, "final"]
 
 
 def _titles(curve: Sequence[dict[str, Any]]) -> list[str]:
-  """Return the names of a table's rows, with the sampler's arguments where two would be equal."""
+  """Return the titles of a table's rows, with the samplers' arguments if the short titles are not unique."""
   titles = [f"{row['sampler']}, NFE {row['nfe']}" for row in curve]
   if len(set(titles)) == len(titles):
     return titles
@@ -304,7 +333,7 @@ def _titles(curve: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _identity(experiment: Experiment, sha256: str, seed: int, count: int, inputs: Inputs) -> dict[str, Any]:
-  """Return all that samples follow from, as JSON."""
-  given = {name: metrics.digest(value) for name, value in inputs.items()}
-  identity = {"weights": sha256, "seed": seed, "count": count, "inputs": given, "version": ddpm_jax.__version__}
+  """Return everything that determines the samples, as JSON values."""
+  digests = {name: metrics.digest(value) for name, value in inputs.items()}
+  identity = {"weights": sha256, "seed": seed, "count": count, "inputs": digests, "version": ddpm_jax.__version__}
   return json.loads(json.dumps(identity | {"config": experiment.tree.with_roles("model", "sampling")}))

@@ -1,4 +1,4 @@
-"""How an experiment's samples are scored: in which features, against which reference, by which scores."""
+"""Choose the feature space, the reference and the scores of an experiment's samples."""
 
 import functools
 import math
@@ -17,20 +17,20 @@ from ddpm_jax.storage import images
 from ddpm_jax.storage.places import user_path
 
 FEATURES = ("classifier", "inception", "pixels")
-# Larger images, or such in color, are more than the small classifier is meant for.
-_SMALL = 32
-# Images whose features the classifier learns from.
-_LEARNED_FROM = 20_000
+# The maximum side of gray images for the small classifier. It is too small for larger images and for color.
+_MAX_CLASSIFIER_SIDE = 32
+# The maximum number of images that the classifier is trained or tested on.
+_MAX_CLASSIFIER_IMAGES = 20_000
 
 
 class Space:
-  """A feature space, made when it is first needed: its classifier may have to be trained.
+  """Hold a feature space that is made on first use, because its classifier may have to be trained.
 
   Args:
-    name: one of `FEATURES`.
-    dimensions: of its features.
-    batch_size: images on each device whose features are extracted at a time.
-    make: makes it.
+    name: a name in `FEATURES`.
+    dimensions: the number of dimensions of the features.
+    batch_size: the number of images per device in a batch of the feature extractor.
+    make: a function that makes the feature space.
   """
 
   def __init__(self, name: str, dimensions: int, batch_size: int, make: Callable[[], metrics.FeatureSpace]):
@@ -38,27 +38,27 @@ class Space:
 
   @functools.cached_property
   def feature_space(self) -> metrics.FeatureSpace:
-    """The space itself."""
+    """Return the feature space, which is made on first use."""
     return self._make()
 
   @functools.cached_property
   def extract(self) -> evaluate.Extract:
-    """The function from images to features, over this process's devices."""
+    """Return the function from images to features, on this process's devices."""
     return metrics.extractor(self.feature_space, self._batch_size)
 
   def summary(self, source: data.Source, chosen: np.ndarray, settings: evaluate.Settings) -> evaluate.Summary:
-    """Return the summary of the images of a source at some places."""
+    """Return the feature summary of the images of a source at the indices `chosen`."""
     return evaluate.summarize(self.extract, data.image_chunks(source, chosen), len(chosen), settings)
 
 
 class Reference(NamedTuple):
-  """What samples are compared with.
+  """Describe the reference that samples are compared with.
 
   Attributes:
-    name: train, held_out or the path of a file of statistics.
-    images: the reference's, if it is of images.
-    statistics: its statistics, if it is of a file.
-    floor: other real images, whose scores are the floor; None if there are none.
+    name: "train", "held_out" or the path of a file of statistics.
+    images: the images of the reference; None for a file of statistics.
+    statistics: the statistics from the file; None for images.
+    floor: other real images, to compute the floor of the scores from; None if there are none.
   """
 
   name: str
@@ -67,30 +67,34 @@ class Reference(NamedTuple):
   floor: data.Source | None
 
   @property
-  def number(self) -> int | None:
-    """How many images it is of; None if its statistics do not say."""
+  def num_images(self) -> int | None:
+    """Return the number of images, or None if the file of statistics does not store it."""
     return len(self.images or ()) if self.statistics is None else self.statistics.features.count
 
 
 def choose_features(experiment: Experiment, source: data.Source) -> str:
-  """Return the name of the features that an experiment's images are scored in; raise a ValueError if they cannot be had."""
+  """Return the name of the features that score the experiment's samples.
+
+  Raises:
+    ValueError: if the config's features are not available for the data.
+  """
   c = experiment.evaluation
   if c.features:
     name = choose(c.features, FEATURES, "config.evaluation.features")
   elif c.inception_weights:
     name = "inception"
   else:
-    small = experiment.data.channels == 1 and max(experiment.data.space) <= _SMALL
+    small = experiment.data.channels == 1 and max(experiment.data.space) <= _MAX_CLASSIFIER_SIDE
     name = "classifier" if small and _num_classes(source) > 1 else "pixels"
   if c.inception_weights and name != "inception":
     raise ValueError(
-      f"Got --inception_weights={c.inception_weights} with config.evaluation.features={name!r}, which need none; expected inception, or leave"
-      " one of them out."
+      f"Got --inception_weights={c.inception_weights} with config.evaluation.features={name!r}; expected 'inception', because other features"
+      " use no weights file. Leave one of them out."
     )
   if name == "classifier" and _num_classes(source) < 2:
     raise ValueError(
-      "Got config.evaluation.features='classifier' for images without two classes or more to learn from; expected classes, or"
-      " other features: --config.evaluation.features=pixels, or inception with --inception_weights=<file>."
+      "Got config.evaluation.features='classifier' for data without classes; expected at least 2 classes to train a classifier on, or other"
+      " features. Set --config.evaluation.features=pixels, or inception with --inception_weights=<file>."
     )
   return name
 
@@ -101,16 +105,18 @@ def _num_classes(source: data.Source) -> int:
 
 
 def build_space(experiment: Experiment, source: data.Source, held_out: data.Source | None, cache: Path) -> Space:
-  """Return the feature space of an experiment: weights are read and checked at once, a classifier is trained when it is made.
+  """Return the feature space of an experiment.
+
+  Inception's weights are loaded and checked now. A classifier is trained on first use.
 
   Args:
-    experiment: whose samples are scored.
-    source: the training images, from which the classifier learns.
-    held_out: other images, on which its accuracy is measured.
-    cache: the file that keeps the classifier; empty path for none.
+    experiment: the experiment to score.
+    source: the training images, which the classifier is trained on.
+    held_out: held-out images to measure the classifier's accuracy on, or None.
+    cache: the file to save the trained classifier in, or an empty path for none.
 
   Raises:
-    ValueError: if the features cannot be had, or the weights are missing or others.
+    ValueError: if the features are not available, or if the weights are missing or have another digest.
   """
   c, name = experiment.evaluation, choose_features(experiment, source)
   resize = choose(c.resize, ("tf1", "clean"), "config.evaluation.resize")
@@ -130,25 +136,25 @@ def build_space(experiment: Experiment, source: data.Source, held_out: data.Sour
 def _classifier(
   experiment: Experiment, source: data.Source, held_out: data.Source | None, cache: Path
 ) -> metrics.FeatureSpace:
-  """Train the small classifier, or read it where it was trained before on the same images in the same way."""
+  """Train the small classifier, or load it from the cache if its images and its settings are the same."""
   c = experiment.evaluation
-  chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:_LEARNED_FROM])
+  chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:_MAX_CLASSIFIER_IMAGES])
   pixels = data.read_images(source, chosen)
-  # Numbered without gaps: they may be as large as int32 allows.
+  # Renumber the classes without gaps. A class can be any int32 number.
   numbers = np.asarray(data.complete_classes(source))
   kinds = np.unique(numbers)
   classes, steps = np.searchsorted(kinds, numbers[chosen]).astype(np.int32), c.classifier_steps
   params = metrics.cached_classifier(cache, pixels, classes, len(kinds), steps=steps, is_main=parallel.is_main())
   provenance: dict[str, Any] = {
-    "network": f"a classifier of {len(kinds)} classes, trained for {steps} steps on {len(chosen):,} of the training images",
+    "network": f"a classifier of {len(kinds)} classes, trained for {steps} steps on {len(chosen):,} training images",
     "sha256": metrics.digest(*(params[layer][leaf] for layer in sorted(params) for leaf in sorted(params[layer]))),
   }
   space = metrics.classifier_space(params, len(kinds), provenance)
   if held_out is not None:
-    seen = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:_LEARNED_FROM])
-    log_probs = metrics.extractor(space, c.batch_size)(images.as_uint8(seen["image"]))["log_probs"]
-    if "classes" in seen and np.all(np.isin(seen["classes"], kinds)):
-      accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, seen["classes"]))["accuracy"]
+    test = data.read(held_out, np.random.default_rng(0).permutation(len(held_out))[:_MAX_CLASSIFIER_IMAGES])
+    log_probs = metrics.extractor(space, c.batch_size)(images.as_uint8(test["image"]))["log_probs"]
+    if "classes" in test and np.all(np.isin(test["classes"], kinds)):
+      accuracy = evaluate.classification_scores(log_probs, np.searchsorted(kinds, test["classes"]))["accuracy"]
       space.provenance["held_out_accuracy"] = round(accuracy, 4)
   return space
 
@@ -156,35 +162,35 @@ def _classifier(
 def build_reference(
   experiment: Experiment, space: Space, source: data.Source, held_out: data.Source | None
 ) -> Reference | None:
-  """Return what an experiment's samples are compared with.
+  """Return the reference that an experiment's samples are compared with, or None if there are no images for it.
 
-  By default the training images in Inception's features, as is usual, or if there are more samples than held-out images; else the held-out ones,
-  or None if there are none.
+  By default the reference is the training images for Inception features, as is usual, or if there are more samples
+  than held-out images. Otherwise it is the held-out images.
 
   Raises:
-    ValueError: if the reference is empty, missing, or of other features or images.
+    ValueError: if the reference is empty or missing, or if its features or its image size are different.
   """
-  given = experiment.evaluation.reference
-  many = held_out is not None and experiment.evaluation.num_samples > len(held_out)
-  name = given or ("train" if space.name == "inception" or many else "held_out")
+  configured = experiment.evaluation.reference
+  is_short = held_out is not None and experiment.evaluation.num_samples > len(held_out)
+  name = configured or ("train" if space.name == "inception" or is_short else "held_out")
   if name in ("train", "held_out"):
     if name == "held_out" and held_out is None:
-      if given:
+      if configured:
         raise ValueError(
-          "Got config.evaluation.reference='held_out' and no held-out images; set --config.data.source.eval_split or"
-          " --config.data.hold_out, or take --config.evaluation.reference=train."
+          "Got config.evaluation.reference='held_out' but no held-out images; expected some. Set --config.data.source.eval_split or"
+          " --config.data.hold_out, or use --config.evaluation.reference=train."
         )
       return None
-    own, other = (source, held_out) if name == "train" else (held_out, source)
-    if own is None or len(own) < 2:
+    reference_images, floor_images = (source, held_out) if name == "train" else (held_out, source)
+    if reference_images is None or len(reference_images) < 2:
       raise ValueError(
-        f"Got {len(own or ())} image(s) of the split {name!r} to score against; expected two or more. Add some, or train"
-        " without scores: --config.data.hold_out=0 --config.data.source.eval_split=''."
+        f"Got {len(reference_images or ())} image(s) in the split {name!r} to score against; expected two or more. Add images, or train"
+        " without scores by --config.data.hold_out=0 --config.data.source.eval_split=''."
       )
-    return Reference(name, own, None, other)
+    return Reference(name, reference_images, None, floor_images)
   if not name.endswith(".npz"):
     raise ValueError(
-      f"Got config.evaluation.reference={name!r}; expected train, held_out, or an .npz file with mu and sigma (--mode=stats)."
+      f"Got config.evaluation.reference={name!r}; expected train, held_out, or an .npz file with mu and sigma. To make one, use --mode=stats."
     )
   statistics = metrics.load_statistics(user_path(name, "config.evaluation.reference="))
   _check_statistics(experiment, space, name, statistics)
@@ -192,60 +198,61 @@ def build_reference(
 
 
 def describe_space(experiment: Experiment, name: str, provenance: dict[str, Any]) -> dict[str, Any]:
-  """Return what must be alike for statistics of a space to be compared."""
-  kept: dict[str, Any] = {key: provenance[key] for key in ("resize", "sha256") if key in provenance}
-  return {"features": name, "image_shape": list(experiment.data.shape), **kept}
+  """Return the values that must be equal for statistics to be comparable."""
+  network: dict[str, Any] = {key: provenance[key] for key in ("resize", "sha256") if key in provenance}
+  return {"features": name, "image_shape": list(experiment.data.shape), **network}
 
 
 def _check_statistics(experiment: Experiment, space: Space, path: str, statistics: metrics.Statistics) -> None:
+  """Raise a ValueError if statistics from a file are not comparable with the experiment's samples."""
   size, about = statistics.features.mean.size, statistics.about
   if size != space.dimensions:
     raise ValueError(
-      f"Got the reference {path}, statistics of {size:,} dimensions, for features ({space.name}) of {space.dimensions:,}; expected"
-      " statistics of the same features. Make them by --mode=stats, or name the features: --config.evaluation.features."
+      f"Got config.evaluation.reference={path}, statistics with {size:,} dimensions, for {space.name} features with {space.dimensions:,};"
+      " expected statistics of the same features. Make new statistics with --mode=stats, or set --config.evaluation.features."
     )
-  # What is known of the space first: its classifier may have to be trained.
+  # Compare the values that are known before the classifier is trained, then the others.
   for provenance in (dict, lambda: space.feature_space.provenance) if about else ():
     for key, value in describe_space(experiment, space.name, provenance()).items():
       if about.get(key, value) != value:
         raise ValueError(
-          f"Got the reference {path}, of {key}={about[key]}, for a model scored with {key}={value}; expected one feature space and one"
-          " image size. Make the statistics anew with this config: --mode=stats."
+          f"Got config.evaluation.reference={path}, made with {key}={about[key]}, for a model with {key}={value}; expected the same features"
+          " and image size. Make new statistics with this config and --mode=stats."
         )
 
 
 def build_settings(experiment: Experiment, space: Space, reference: Reference, count: int) -> evaluate.Settings:
-  """Return how samples of an experiment are scored, checked for `count` of them.
+  """Return the settings of an experiment's scores, checked for `count` samples.
 
-  Where the config names no scores, and there are too few samples for a covariance of full rank, there is no Frechet distance: but in Inception's
-  features, which are given to have one, this is an error.
+  If the config lists no scores and there are too few images for a covariance of full rank, the Frechet distance is
+  left out. With Inception features this is an error instead, because users expect their Frechet distance (FID).
 
   Raises:
-    ValueError: if scores are unknown or cannot be had, or there are too few samples or reference images for them.
+    ValueError: if a score is unknown or not available, or if there are too few samples or reference images for it.
   """
-  c, statistics, number = experiment.evaluation, reference.statistics, reference.number
+  c, statistics, num_reference = experiment.evaluation, reference.statistics, reference.num_images
   spatial = space.name == "inception" and (statistics is None or statistics.spatial is not None)
   possible = evaluate.available_scores(spatial=spatial, classes=space.name != "pixels", pairs=statistics is None)
   scores = tuple(choose(name, evaluate.SCORES, "a score") for name in c.scores) or possible
-  enough = c.allow_singular or all(size is None or size > space.dimensions for size in (count, number))
-  if not c.scores and space.name != "inception" and not enough:
+  has_full_rank = all(size is None or size > space.dimensions for size in (count, num_reference))
+  if not c.scores and space.name != "inception" and not (c.allow_singular or has_full_rank):
     scores = tuple(name for name in possible if name != "frechet")
   for name in scores:
     if name not in possible:
       raise ValueError(
-        f"Got the score {name!r} in config.evaluation.scores, which the features ({space.name}) or the reference ({reference.name}) do"
-        f" not allow; expected some of {', '.join(possible)}."
+        f"Got config.evaluation.scores with {name!r}, which is not available for {space.name} features with the reference {reference.name};"
+        f" expected some of {', '.join(possible)}."
       )
-  known = None if reference.images is None else len(reference.images)
-  if reference.name == "held_out" and known is not None and count > known:
+  num_images = None if reference.images is None else len(reference.images)
+  if reference.name == "held_out" and num_images is not None and count > num_images:
     raise ValueError(
-      f"Got evaluation.num_samples={count} with {known} held-out images; expected no more, so that the floor and the samples are of one"
-      " size. Or score against the training images: --config.evaluation.reference=train."
+      f"Got config.evaluation.num_samples={count} with {num_images} held-out images; expected at most {num_images}, so that the scores of the"
+      " samples and of real images (the floor) use equal numbers. Or set --config.evaluation.reference=train."
     )
-  for size in (count, number):
+  for size in (count, num_reference):
     if {"frechet", "spatial_frechet"} & set(scores) and not c.allow_singular:
       metrics.check_rank(size, space.dimensions)
-  own = {name: getattr(c, name) for name in evaluate.Settings._fields if name != "scores"}
-  settings = evaluate.Settings(scores, **own)
-  metrics.check_memory(space.dimensions, evaluate.check_counts(settings, count, known), "frechet" in scores)
+  options = {name: getattr(c, name) for name in evaluate.Settings._fields if name != "scores"}
+  settings = evaluate.Settings(scores, **options)
+  metrics.check_memory(space.dimensions, evaluate.check_counts(settings, count, num_images), "frechet" in scores)
   return settings

@@ -1,4 +1,4 @@
-"""What samples are to show, and other runs that lead them there."""
+"""Guide samples by conditions and by the models of other runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +18,15 @@ PyTree = Any
 
 
 class Steering(NamedTuple):
-  """What samples are to show, and what leads them there.
+  """Describe the conditions of samples, and the runs that guide them.
 
   Attributes:
-    given: what is asked for, as texts by the names of conditions, over and over; of a name that is missing, the condition's default.
-    negative: the same, to guide away from.
+    given: values as text by the name of the condition, repeated to fill all samples. Missing conditions have their
+      default values.
+    negative: values to guide away from, in the same form.
     classifier: the folder of a classifier's run that guides.
-    weak: the folder of a weaker model's run to guide away from; it may be the model's own.
-    weak_step: the step of its checkpoint, empty for the newest.
+    weak: the folder of a weaker model's run to guide away from. It may be the model's own run.
+    weak_step: the step of the weaker model's checkpoint; "" for the newest.
   """
 
   given: Mapping[str, Sequence[str]] = {}
@@ -36,13 +37,13 @@ class Steering(NamedTuple):
 
 
 class Guided(NamedTuple):
-  """What `Steering` comes to.
+  """Hold an experiment together with its guides and inputs.
 
   Attributes:
-    experiment: with the rule of guidance that the guides want.
-    guides: the other models.
-    load: reads their parameters, by their names in `Guides`.
-    inputs: what each sample is to show, arrays [count, ...] by name.
+    experiment: the experiment, with the guidance rule of the guides.
+    guides: the models that guide.
+    load: a function that loads the guides' parameters, by their names in `Guides`.
+    inputs: the conditions of the samples, arrays [count, ...] by name.
   """
 
   experiment: Experiment
@@ -52,7 +53,7 @@ class Guided(NamedTuple):
 
   @property
   def is_negative(self) -> bool:
-    """Whether there is something to guide away from."""
+    """Return whether there are conditions to guide away from."""
     return any(name.startswith(NEGATIVE_PREFIX) for name in self.inputs)
 
 
@@ -65,64 +66,74 @@ def steer(
   *,
   only: bool = False,
 ) -> Guided:
-  """Check a wish against the model, and say how to follow it; parameters are read when `load` is called.
+  """Check the steering against the model, and return the experiment with its guides and inputs.
+
+  The guides' parameters are not loaded until `Guided.load` is called.
 
   Args:
-    experiment: of the model.
+    experiment: the experiment with the model.
     mesh: the devices.
-    steering: the wish.
-    count: how many samples there are.
-    scale: of guidance; None for the experiment's.
-    only: whether conditions that nobody names stay out of `Guided.inputs`, instead of having their defaults.
+    steering: the conditions and the guides.
+    count: the number of samples.
+    scale: the guidance scale; None for the experiment's.
+    only: whether to leave missing conditions out of `Guided.inputs` instead of using their defaults.
 
   Raises:
-    ValueError: if the model, or what is to guide it, does not allow it.
+    ValueError: if the model or the guides do not allow the steering.
   """
-  asked_folders = {"classifier": steering.classifier, "weak": steering.weak}
-  folders = {name: folder for name, folder in asked_folders.items() if folder is not None}
-  others = {name: load_experiment(None, folder, name) for name, folder in folders.items()}
-  guides = Guides(**{name: one.model for name, one in others.items()})
+  guide_folders = {"classifier": steering.classifier, "weak": steering.weak}
+  folders = {name: folder for name, folder in guide_folders.items() if folder is not None}
+  guide_experiments = {name: load_experiment(None, folder, name) for name, folder in folders.items()}
+  guides = Guides(**{name: guide.model for name, guide in guide_experiments.items()})
   experiment.task.check_can_sample("the model")
-  if "classifier" in others:
-    others["classifier"].task.check_can_classify("--classifier")
-  if "weak" in others:
-    others["weak"].task.check_can_sample("--weak")
+  if "classifier" in guide_experiments:
+    guide_experiments["classifier"].task.check_can_classify("--classifier")
+  if "weak" in guide_experiments:
+    guide_experiments["weak"].task.check_can_sample("--weak")
   experiment = _with_rule(experiment, guides, scale)
   two, is_negative = experiment.sampler.two_estimates, bool(steering.negative)
   guided.check(experiment.model, experiment.guidance, two, guides, negative=is_negative)
-  known = own = experiment.model.conditions
-  if "classifier" in others and "classes" not in own:
-    # The guide knows the classes where the model does not.
-    known = {**own, "classes": others["classifier"].task.classes(others["classifier"])}
-  inputs = parse_inputs(known, steering.given, count, only=only)
-  unwanted = parse_inputs(own, steering.negative, count, only=True)
-  inputs |= {f"{NEGATIVE_PREFIX}{name}": value for name, value in unwanted.items()}
+  conditions = model_conditions = experiment.model.conditions
+  if "classifier" in guide_experiments and "classes" not in model_conditions:
+    # The model has no classes, but its classifier does.
+    classifier = guide_experiments["classifier"]
+    conditions = {**model_conditions, "classes": classifier.task.classes(classifier)}
+  inputs = parse_inputs(conditions, steering.given, count, only=only)
+  negative = parse_inputs(model_conditions, steering.negative, count, only=True)
+  inputs |= {f"{NEGATIVE_PREFIX}{name}": value for name, value in negative.items()}
 
   def load() -> dict[str, tuple[PyTree, PyTree]]:
     choices = {"classifier": WeightsChoice(), "weak": WeightsChoice(step=steering.weak_step)}
-    found = {name: load_weights(one, folders[name], mesh, choices[name]) for name, one in others.items()}
-    return {name: weights.parameters[:2] for name, weights in found.items()}
+    guide_weights = {
+      name: load_weights(guide, folders[name], mesh, choices[name]) for name, guide in guide_experiments.items()
+    }
+    return {name: weights.parameters[:2] for name, weights in guide_weights.items()}
 
   return Guided(experiment, guides, load, inputs)
 
 
 def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> Experiment:
-  """Return the experiment with the rule that its guides want, unless its own is of that kind."""
-  wanted, takes = ("classifier", "log_prob") if guides.classifier else ("autoguidance", "weak")
-  if guides != NO_GUIDES and takes not in guided.argument_names(experiment.guidance):
-    node, usual = (tree.values["guidance"] for tree in (experiment.tree, config.expand({})))
-    lost = [name for name, value in node.items() if name != "scale" and value != usual.get(name)]
+  """Return the experiment with the guidance rule of its guides, unless its own rule uses them already."""
+  rule, argument = ("classifier", "log_prob") if guides.classifier else ("autoguidance", "weak")
+  if guides != NO_GUIDES and argument not in guided.argument_names(experiment.guidance):
+    node, default = (tree.values["guidance"] for tree in (experiment.tree, config.expand({})))
+    # Only the scale carries over to the new rule. Any other change of the user would be lost.
+    lost = [name for name, value in node.items() if name != "scale" and value != default.get(name)]
     if lost:
-      of_usual = ", ".join(name for name in lost if name in usual) if node["component"] == usual["component"] else ""
+      options = ", ".join(name for name in lost if name in default) if node["component"] == default["component"] else ""
       raise ValueError(
-        f"Got config.guidance={experiment.tree.short_name('guidance')}{of_usual and f' with {of_usual}'} and another guide, whose rule takes"
-        f" its place with its scale alone; expected a rule for that guide. Set --config.guidance={wanted}."
+        f"Got config.guidance={experiment.tree.short_name('guidance')}{options and f' (with {options})'} and"
+        f" --{'classifier' if guides.classifier else 'weak'}; expected a guidance rule for that guide, because only the scale would"
+        f" carry over. Set --config.guidance={rule}."
       )
-    experiment = experiment.replace(guidance={"component": f"guidance.{wanted}", "scale": node.get("scale", 1.0)})
+    experiment = experiment.replace(guidance={"component": f"guidance.{rule}", "scale": node.get("scale", 1.0)})
   return experiment if scale is None else experiment.replace(**{scale_key(experiment.tree): float(scale)})
 
 
 def scale_key(tree: config.Tree) -> str:
-  """Return the key of the scale of guidance, with __ for each dot: that of its rule, or that of an interval in which it holds."""
+  """Return the key of the guidance scale, with "__" for each dot.
+
+  If guidance is limited to an interval, the key is that of the scale inside the interval.
+  """
   scale = tree.values["guidance"].get("scale")
   return "guidance__scale__scale" if isinstance(scale, Mapping) and "scale" in scale else "guidance__scale"

@@ -1,4 +1,4 @@
-"""The optimizer and the train step of an experiment."""
+"""Build the optimizer and the train step of an experiment."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,11 +21,11 @@ PyTree = Any
 Batch = dict[str, Any]
 
 
-def mesh_of(experiment: Experiment, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-  """Return the mesh that an experiment is trained over, of all devices by default.
+def training_mesh(experiment: Experiment, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """Return the mesh to train an experiment on, by default over all devices.
 
   Raises:
-    ValueError: if they cannot be laid out so, or its batch cannot be split over them.
+    ValueError: if the devices do not fit the mesh's shape, or if the batch cannot be sharded over them.
   """
   c = experiment.training
   mesh = parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
@@ -35,9 +35,9 @@ def mesh_of(experiment: Experiment, devices: Sequence[Any] | None = None) -> jax
 
 
 def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
-  """Return the learning rate at each step."""
+  """Return the learning rate as a function of the step."""
   c = experiment.optimizer
-  # A schedule that ends does so with the training, unless the config says otherwise.
+  # By default, a schedule that ends does so at the last step of training.
   name = choose(c.schedule, optim.SCHEDULES, "config.optimizer.schedule")
   return optim.schedule(
     c.learning_rate,
@@ -49,14 +49,14 @@ def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
 
 
 def optimizer(experiment: Experiment) -> optax.GradientTransformation:
-  """Return the optimizer chain, with the averages of the parameters.
+  """Return the optimizer chain, which also computes the averages of the parameters.
 
-  What an objective trains beside the model has the same optimizer, without averages.
+  Parameters that the objective trains in addition to the model (`extra`) have the same optimizer without averages.
   """
   c = experiment.optimizer
   rate: Any = schedule(experiment)
   choose(c.name, optim.OPTIMIZERS, "config.optimizer.name")
-  # A plain number, where it is one: some optimizers take no other.
+  # Pass a constant rate as a plain number, because some optimizers take no schedule.
   rate = c.learning_rate if c.schedule == "constant" and not c.warmup_steps else rate
   arguments = optim.parse_arguments(c.arguments)
   return optim.chain(
@@ -64,14 +64,14 @@ def optimizer(experiment: Experiment) -> optax.GradientTransformation:
     name=c.name,
     arguments=arguments,
     clip_norm=c.clip_norm or None,
-    averages=averages(experiment),
+    averages=params_ema(experiment),
     trainable=networks.trainable_mask,
     extra=optim.optimizer(c.name, rate, arguments) if _trains_extra(experiment) else None,
   )
 
 
 def _trains_extra(experiment: Experiment) -> bool:
-  """Return whether the objective trains something beside the model."""
+  """Return whether the objective trains parameters in addition to the model."""
   init = experiment.objective.init
   if init is losses.Objective._field_defaults["init"]:
     return False
@@ -79,20 +79,22 @@ def _trains_extra(experiment: Experiment) -> bool:
   def extra(key, frozen):
     return init(key, experiment.model.init(key), frozen.get("objective", ()))[0]
 
-  found = jax.eval_shape(extra, jax.random.key(0), frozen_module.unsharded_shapes(experiment))
-  return bool(jax.tree.leaves(found))
+  shapes = jax.eval_shape(extra, jax.random.key(0), frozen_module.unsharded_shapes(experiment))
+  return bool(jax.tree.leaves(shapes))
 
 
-def averages(experiment: Experiment) -> optax.GradientTransformation:
-  """Return the averages of the parameters, as a part of the optimizer chain."""
+def params_ema(experiment: Experiment) -> optax.GradientTransformation:
+  """Return the averages of the parameters (EMA) as a part of the optimizer chain."""
   c = experiment.ema
   if c.snapshot_every and c.kind != "power":
     raise ValueError(
-      f"Got config.ema.snapshot_every={c.snapshot_every} with kind={c.kind!r}; expected 0, or more with the kind 'power', whose"
-      " snapshots can be added to averages of other widths."
+      f"Got config.ema.snapshot_every={c.snapshot_every} with config.ema.kind={c.kind!r}; expected 0, because only snapshots of the kind 'power'"
+      " can be combined to averages of other widths. Set --config.ema.snapshot_every=0 or --config.ema.kind=power."
     )
   if c.kind == "power" and not c.stds:
-    raise ValueError("Got no config.ema.stds for the kind 'power'; expected at least one width, such as (0.05, 0.1).")
+    raise ValueError(
+      "Got no config.ema.stds with config.ema.kind='power'; expected at least one relative width, such as (0.05, 0.1)."
+    )
   makers = {
     "fixed": lambda: [ema.fixed(c.decay)],
     "half_life": lambda: [ema.half_life(c.half_life, experiment.training.batch_size, c.ramp_up or None)],
@@ -102,18 +104,21 @@ def averages(experiment: Experiment) -> optax.GradientTransformation:
 
 
 def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch: Batch) -> Batch:
-  """Return a batch of training with `x` and `given` in it, as objectives take it."""
-  found = {
+  """Return the training batch for the objective, with the encoded data `x` and the encoded conditions `given`.
+
+  Other items of the data stay in the batch, except the image.
+  """
+  encoded = {
     "x": model.encode(keys, batch["image"], frozen),
     "given": model.encode_conditions(keys, batch, frozen, train=True),
   }
-  return {name: leaf for name, leaf in batch.items() if name != "image"} | found
+  return {name: leaf for name, leaf in batch.items() if name != "image"} | encoded
 
 
 def step(
   experiment: Experiment, mesh: jax.sharding.Mesh
 ) -> Callable[..., tuple[training.TrainState, training.Metrics]]:
-  """Return the train step over a mesh, for `parallel.jit_step`."""
+  """Return the train step over a mesh, to compile with `parallel.jit_step`."""
   return partial(
     training.train_step,
     objective=experiment.objective,
@@ -126,13 +131,13 @@ def step(
 
 
 def flops_per_image(experiment: Experiment, batch: Batch) -> float:
-  """Return the FLOPs of matrix products and convolutions of the loss and its gradient for one sample.
+  """Return the FLOPs of matrix products and convolutions in the loss and its gradient for one sample.
 
-  What rematerialization computes again counts too, except of a network that can be made without (`remat`).
+  Rematerialization is not counted if the network's option `remat` can turn it off. Other recomputation is counted.
 
   Args:
-    experiment: what is trained.
-    batch: the shapes of one sample's batch [1, ...].
+    experiment: the experiment to train.
+    batch: the shapes of a batch with one sample [1, ...].
   """
   module = experiment.model.network.module
   if getattr(module, "remat", "none") != "none" and "model.network.remat" in experiment.tree.parameters:
@@ -157,7 +162,14 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
 
 
 def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch:
-  """Return the shapes of a training batch of `size` samples: as a data source gives them or, without one, of images and what conditions read."""
+  """Return the shapes of a training batch.
+
+  Args:
+    experiment: the experiment to train.
+    size: the number of samples in the batch.
+    source: a data source to read the shapes of one sample from. If None, the batch has images, classes and the items
+      that the conditions read.
+  """
   shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.shape), jnp.float32)}
   if source is not None:
     return {
@@ -167,7 +179,7 @@ def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch
   shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
   for name, condition in experiment.model.conditions.items():
     if condition.from_data is None:
-      # What the data have by its name is one array, whatever the network is then given.
+      # The data hold one array for the condition, even if the network takes several.
       leaf = jax.tree.leaves(condition.shape)[0]
       shapes[name] = jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype)
   return shapes

@@ -1,4 +1,4 @@
-"""Training from the command line: a run that goes on where it stopped, whatever stopped it."""
+"""Train a run from the command line, and resume it after any interruption."""
 
 import contextlib
 import dataclasses
@@ -23,44 +23,44 @@ from ddpm_jax.training import ema, optim
 
 PyTree = Any
 Metrics = dict[str, float]
-# Steps that pass before a trace begins, so that it shows the pace that is kept up.
-_BEFORE_TRACE = 10
+# The number of steps before a trace begins. The first steps are slower than the others.
+_STEPS_BEFORE_TRACE = 10
 
 
 class Stopped(SystemExit):
-  """Ends the program with the code of the signal that stopped a run, once its state is saved."""
+  """Exit the program with the code of the signal that stopped the run, after the state is saved."""
 
-  def __init__(self, number: int):
-    super().__init__(128 + number)
+  def __init__(self, signal_number: int):
+    super().__init__(128 + signal_number)
 
 
 def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
-  """Train, or go on where the folder's run stopped; then score, and say where everything lies.
+  """Train a new run or resume the run in the folder, then score it and print where the results are.
 
   Args:
     tree: the run's config.
     folder: the run's folder.
-    resume: "auto" goes on if there is something to go on with, "must" demands it, "never" forbids it.
-    profile: steps to trace, soon after the start; 0 for none.
+    resume: "auto" to resume if there is a checkpoint, "must" to require one, "never" to require an unused folder.
+    profile: the number of steps to trace soon after the start; 0 for none.
 
   Raises:
-    ValueError: if the config or the folder does not allow it.
-    Stopped: once all is saved, if SIGTERM or SIGINT came.
+    ValueError: if the config or the folder is invalid.
+    Stopped: on SIGTERM or SIGINT, after the state is saved.
   """
   if profile < 0:
     raise ValueError(f"Got --profile={profile}; expected the number of steps to trace, or 0 for none.")
   checkpoint.check_folder(workdir.checkpoint_folder(folder))
-  resuming = _resuming(folder, resume)
-  trainer = _checked(tree, folder, resuming)
+  resuming = _is_resuming(folder, resume)
+  trainer = _make_trainer(tree, folder, resuming)
   with contextlib.ExitStack() as stack:
     if parallel.is_main():
       stack.enter_context(workdir.locked(folder))
     parallel.wait_for_all("locked")
-    # What another process did until it let go of the folder, and what another host sees of it, may differ.
+    # Until the lock was taken, another command may have used the folder. Hosts may also see different files.
     if parallel.broadcast(bool(workdir.checkpoint_steps(folder))) != resuming:
       raise ValueError(
-        f"Got --workdir={folder}, in which another process wrote a checkpoint since this one began; expected it at rest. The same"
-        " command goes on from there."
+        f"Got --workdir={folder}, where another process changed the checkpoints after this command started; expected no other process to use"
+        " it. Run the same command again to resume."
       )
     trainer.describe()
     state = trainer.begin(stack, resuming)
@@ -69,7 +69,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     else:
       print_line(f"training is complete at step {int(state.step):,}")
     trainer.checkpoints.close()
-    # What follows can be done again: nothing is left to save.
+    # All training is saved. Scoring can be repeated, so exit at once on SIGTERM.
     startup.exit_on_sigterm()
     weights = model.Weights(trainer.parameters(state), int(state.step), str(model.WeightsChoice()))
     trainer.scorer.score(weights, trainer.run.experiment.seed)
@@ -82,28 +82,31 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     parallel.wait_for_all("done")
 
 
-def _resuming(folder: Path, resume: str) -> bool:
+def _is_resuming(folder: Path, resume: str) -> bool:
+  """Return whether the folder holds a checkpoint to resume from, and check that --resume allows it."""
   steps = workdir.checkpoint_steps(folder)
   if resume == "must" and not steps:
     raise ValueError(
-      f"Got --resume=must with --workdir={folder}, which holds no checkpoint to go on from; expected the folder of a run, or"
-      " --resume=auto to start one."
+      f"Got --resume=must with --workdir={folder}, which holds no checkpoint; expected a folder with a checkpoint. Set --resume=auto to start"
+      " a new run."
     )
   if resume == "never" and steps:
     raise ValueError(
-      f"Got --resume=never with --workdir={folder}, which holds a run; expected one without checkpoints. Use another"
-      " --workdir."
+      f"Got --resume=never with --workdir={folder}, which holds a checkpoint; expected a folder without checkpoints. Use another --workdir."
     )
   return bool(steps)
 
 
-def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
-  """Check all that a run needs, and return its trainer. Write nothing but an empty folder."""
+def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
+  """Check everything that a run needs, and return its trainer.
+
+  Nothing is written, except that the folder is created.
+  """
   tree, start = (pretrained.restore_init_from(tree, folder), None) if resuming else pretrained.load_init_from(tree)
   config.check_same_run(folder, tree)
   experiment = config.build(tree, None if start is None else start.model)
   pretrained.check_shape(experiment)
-  c, mesh = experiment.training, stepping.mesh_of(experiment)
+  c, mesh = experiment.training, stepping.training_mesh(experiment)
   devices = list(mesh.devices.flat)
   limits.check_training(experiment, devices)
   limits.check_evaluation(experiment, devices, folder)
@@ -112,16 +115,16 @@ def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   run = Run(experiment, folder, mesh, *reading.read_data(experiment))
   preview = task.preview(experiment, mesh, run.held_out or run.source)
   scorer = task.scorer(run)
-  fixed = frozen.load_sharded(experiment, mesh)
+  frozen_params = frozen.load_sharded(experiment, mesh)
   if resuming:
-    frozen_file.check(folder, fixed)
-  init, template = model.make_state(experiment, mesh, fixed, None if start is None else start.params)
-  # The devices must hold the state and, beside it, the gradients and the frozen parameters.
-  needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, fixed)))
-  advice = "Make the network smaller, or split the state over more devices (--config.parallel.fsdp)."
+    frozen_file.check(folder, frozen_params)
+  init, template = model.make_state(experiment, mesh, frozen_params, None if start is None else start.params)
+  # The devices must hold the state, the gradients (as large as the parameters) and the frozen parameters.
+  needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, frozen_params)))
+  advice = "Make the network smaller, or shard the state over more devices (--config.parallel.fsdp)."
   memory.check("the state of this network and its optimizer", needed, memory.device_bytes(devices), advice)
   batch = stepping.batch_shapes(experiment, c.batch_size, run.source)
-  trainer = _Trainer(run, scorer, preview, step, init, template, batch, fixed)
+  trainer = _Trainer(run, scorer, preview, step, init, template, batch, frozen_params)
   trainer.check_best_metric()
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
@@ -130,18 +133,18 @@ def _checked(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
 
 @dataclasses.dataclass
 class _Trainer:
-  """A run in its folder, from where it begins to the last step.
+  """Train a run from its first or its saved state to the last step.
 
   Attributes:
     run: the run.
-    scorer: scores it.
-    preview: what is shown on the way, if anything is (`Task.preview`).
+    scorer: the scorer of the run's task.
+    preview: the function that makes preview pictures (`Task.preview`), or None.
     step: the train step.
-    init: makes the first state.
-    template: the shapes and the layout of a state.
+    init: the function that makes the first state.
+    template: the shapes and shardings of the state.
     batch: the shapes of a batch.
     frozen: the frozen parameters, or None.
-    damaged: what the user must know of damaged files.
+    damaged: messages to the user about damaged files.
   """
 
   run: Run
@@ -155,25 +158,25 @@ class _Trainer:
   damaged: list[str] = dataclasses.field(default_factory=list)
 
   def check_best_metric(self) -> None:
-    """Raise a ValueError if no checkpoint will have the metric by which the best are kept."""
+    """Raise a ValueError if checkpoints will not have the metric that selects the best of them."""
     c, every = self.run.experiment.training, self.run.experiment.evaluation.every
     if not c.best_metric.startswith("eval/"):
-      if c.best_metric != "loss":  # which every step has
+      if c.best_metric != "loss":  # every step has a loss
         _, metrics = jax.eval_shape(self.step, self.template, self.batch, self.frozen)
-        known = [name for name in metrics if not name.startswith("skipped")]
-        choose(c.best_metric, known, "config.training.best_metric")
+        names = [name for name in metrics if not name.startswith("skipped")]
+        choose(c.best_metric, names, "config.training.best_metric")
       return
     if c.keep_best and (not every or c.checkpoint_every % every):
       raise ValueError(
-        f"Got config.training.best_metric={c.best_metric!r} with evaluation.every={every} and"
-        f" training.checkpoint_every={c.checkpoint_every}; expected scores at every checkpoint. Set"
-        " --config.evaluation.every to checkpoint_every, or to a divisor of it."
+        f"Got config.training.best_metric={c.best_metric!r} with config.evaluation.every={every} and"
+        f" config.training.checkpoint_every={c.checkpoint_every}; expected scores at every checkpoint. Set"
+        " --config.evaluation.every to a divisor of checkpoint_every."
       )
     if every:
       self.scorer.check_best_metric(c.best_metric)
 
   def describe(self) -> None:
-    """Say what is trained on which data and devices, and write down how many images each class has, if it is known."""
+    """Print the data, the model's size and the devices, and save the number of images of each class if it is known."""
     experiment, source = self.run.experiment, self.run.source
     shape = "x".join(map(str, experiment.data.shape))
     print_line(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
@@ -183,26 +186,26 @@ class _Trainer:
       absent = np.flatnonzero(counts == 0)
       if len(absent):
         names = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
-        warn(f"{len(absent):,} of {len(counts):,} classes have no image to learn from: {names}")
+        warn(f"{len(absent):,} of {len(counts):,} classes have no training image: {names}")
       workdir.write_classes(self.run.folder, counts.tolist())
     num_params = sum(leaf.size for leaf in jax.tree.leaves(self.template.params))
     print_line(f"{num_params:,} parameters on {parallel.describe(self.run.mesh)}")
     if experiment.init_from:
-      print_line(f"network, process and prediction from {experiment.init_from}")
+      print_line(f"the network, the process and the prediction are those of {experiment.init_from}")
 
   def begin(self, stack: contextlib.ExitStack, resuming: bool) -> training.TrainState:
-    """Return the state to start from, with the checkpoints open and the batches at its step."""
+    """Open the checkpoints and the batches, and return the first or the saved state."""
     experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
-    size, own = experiment.training.batch_size, experiment.data
+    size, options = experiment.training.batch_size, experiment.data
     self.checkpoints = model.open_checkpoints(experiment, folder)
     self.batches = data.batches(
       self.run.source,
       size,
       seed=experiment.seed,
-      flip=own.flip,
+      flip=options.flip,
       put=lambda batch: parallel.put_batch(mesh, batch, size),
-      num_threads=own.num_threads,
-      num_workers=own.num_workers,
+      num_threads=options.num_threads,
+      num_workers=options.num_workers,
       rows=parallel.local_rows(mesh, size),
     )
     stack.callback(self.batches.close)
@@ -214,10 +217,10 @@ class _Trainer:
       print_line(f"resuming from the checkpoint of step {restored.step:,}")
     else:
       self._set_aside(None)
-      with progress.heartbeat("making the first parameters"):
+      with progress.heartbeat("initializing the parameters"):
         state = jax.block_until_ready(self.init())
       print_line("starting a new run")
-    # Only now: what may have changed in the config holds from here on.
+    # Write the config only after the state is loaded: a failed start must not change the saved config.
     if parallel.is_main():
       config.write(folder, pretrained.copy_config(experiment.tree, folder))
     if not resuming:
@@ -225,53 +228,56 @@ class _Trainer:
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
-    """Move away what was saved after the step that training resumes from, and set `self.damaged` to what the user must know."""
+    """Move away checkpoints later than the step training resumes from, and describe damaged files in `self.damaged`.
+
+    Later snapshots are deleted.
+    """
     parallel.wait_for_all("restored")
     folder, step, damaged = self.run.folder, *((0, []) if restored is None else (restored.step, restored.damaged))
-    place = workdir.damaged_folder(folder)
+    damaged_folder = workdir.damaged_folder(folder)
     snapshots = model.open_snapshots(folder) if workdir.snapshot_folder(folder).exists() else None
-    passed_over = []
+    discarded = []
     if parallel.is_main():
-      passed_over = self.checkpoints.discard(step, place)
+      discarded = self.checkpoints.discard(step, damaged_folder)
       if snapshots is not None:
-        # They will be taken again.
+        # Training takes these snapshots again.
         snapshots.discard(step)
     parallel.wait_for_all("set aside")
     self.checkpoints.reload()
     if snapshots is not None:
       snapshots.close()
-    problems = [f"a damaged checkpoint was passed over: {text}" for text in damaged]
-    problems += [f"a half-written checkpoint was deleted: {path}" for path in passed_over if "tmp" in path.name]
+    problems = [f"skipped a damaged checkpoint: {text}" for text in damaged]
+    problems += [f"deleted an incomplete checkpoint: {path}" for path in discarded if "tmp" in path.name]
     if problems:
-      where = f"; what was damaged lies in {place}" if damaged else ""
-      problems.append(f"this run went on from {'the start' if restored is None else f'step {step:,}'}{where}")
+      where = f"; moved the damaged files to {damaged_folder}" if damaged else ""
+      problems.append(f"{'started again' if restored is None else f'resumed from step {step:,}'}{where}")
     for problem in problems:
       warn(problem)
     self.damaged = problems
 
   def parameters(self, state: training.TrainState) -> Parameters:
-    """Return the parameters that sampling needs. Those of the objective, such as a teacher's, are not among them."""
-    own = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
-    return Parameters(ema.ema_params(state.opt_state), own)
+    """Return the parameters for sampling, without those of the objective, such as a teacher's."""
+    model_frozen = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
+    return Parameters(ema.ema_params(state.opt_state), model_frozen)
 
   def train(self, state: training.TrainState, profile: int) -> training.TrainState:
-    """Take all steps that are left."""
+    """Train to the last step, and return the state."""
     experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
     c, first = experiment.training, int(state.step)
     jitted = parallel.jit_step(self.step, mesh, state, self.frozen)
-    given = (self.batch,) if self.frozen is None else (self.batch, self.frozen)
-    program = progress.compile_with_progress("the train step", lambda: jitted.lower(self.template, *given))
+    arguments = (self.batch,) if self.frozen is None else (self.batch, self.frozen)
+    program = progress.compile_with_progress("the train step", lambda: jitted.lower(self.template, *arguments))
     writer = None
     if parallel.is_main():
       writer = records.MetricLog(folder, first, wandb=c.wandb, config=experiment.tree.values)
-    trace = watching.Trace(folder / "profile", first + _BEFORE_TRACE, profile)
-    with contextlib.ExitStack() as last:
+    trace = watching.Trace(folder / "profile", first + _STEPS_BEFORE_TRACE, profile)
+    with contextlib.ExitStack() as stack:
       if writer is not None:
-        last.callback(writer.close)
-      last.callback(self.checkpoints.wait)
-      last.callback(trace.close)
-      work = _Work(self, writer, _skipped(state))
-      signals = last.enter_context(watching.Signals(self.batches.cancel))
+        stack.callback(writer.close)
+      stack.callback(self.checkpoints.wait)
+      stack.callback(trace.close)
+      work = _Work(self, writer, _num_skipped(state))
+      signals = stack.enter_context(watching.Signals(self.batches.cancel))
       state = training.fit(
         state,
         program,
@@ -288,49 +294,53 @@ class _Trainer:
       )
       if signals.stopped_late(c.steps):
         stopped = int(state.step)
-        work.keep(stopped, state, {})
+        work.save(stopped, state, {})
         self.checkpoints.wait()
         name = signal.Signals(signals.number).name
-        print_line(f"told to stop ({name}); saved at step {stopped:,}, from which the same command goes on")
+        print_line(f"stopped by {name}; saved at step {stopped:,}; run the same command again to resume")
         raise Stopped(signals.number)
     return state
 
 
 class _Work:
-  """What is done between steps: logs, pictures, scores, snapshots and checkpoints."""
+  """Log metrics, and save previews, scores, snapshots and checkpoints between training steps."""
 
   def __init__(self, trainer: _Trainer, writer: records.MetricLog | None, skipped: int):
     self._trainer, self._run, self.checkpoints = trainer, trainer.run, trainer.checkpoints
     self._writer, self._skipped = writer, skipped
+    # The step and the values of the newest scores.
     self._scores: tuple[int, Metrics] = (-1, {})
     experiment = self._run.experiment
     self._rate, self._chip = stepping.schedule(experiment), hardware.chip_of(self._run.mesh.devices.flat[0].device_kind)
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), trainer.batch)
-    self._flops = stepping.flops_per_image(experiment, one) if self._chip else 0.0
+    single = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), trainer.batch)
+    self._flops = stepping.flops_per_image(experiment, single) if self._chip else 0.0
 
   def callbacks(self) -> list[training.Callback]:
-    """Return the callbacks. The checkpoint is last, so that a run killed in between repeats the others."""
+    """Return the callbacks of the training loop.
+
+    The checkpoint is saved last. If the run is killed before that, the resumed run repeats the other callbacks.
+    """
     experiment, folder = self._run.experiment, self._run.folder
-    found = []
+    callbacks = []
     if experiment.ema.snapshot_every:
       self.snapshots = model.open_snapshots(folder)
-      found.append(training.Callback(experiment.ema.snapshot_every, self._snapshot))
+      callbacks.append(training.Callback(experiment.ema.snapshot_every, self._snapshot))
     if experiment.evaluation.every:
-      found.append(training.Callback(experiment.evaluation.every, self._score))
+      callbacks.append(training.Callback(experiment.evaluation.every, self._score))
     if self._trainer.preview is not None:
-      found.append(training.Callback(experiment.training.sample_every, self._draw))
-    return [*found, training.Callback(experiment.training.checkpoint_every, self.keep)]
+      callbacks.append(training.Callback(experiment.training.sample_every, self._save_preview))
+    return [*callbacks, training.Callback(experiment.training.checkpoint_every, self.save)]
 
-  def log(self, number: int, metrics: Metrics) -> None:
-    """Add learning rate, memory and speed to the loop's metrics, and write them to the logs."""
+  def log(self, step: int, metrics: Metrics) -> None:
+    """Add the learning rate, the memory and the speed to the loop's metrics, and log them."""
     skipped = int(metrics.get("skipped", 0))
     if skipped > self._skipped:
       warn(
-        f"{skipped - self._skipped} steps before {number:,} skipped for gradients that are not finite, {skipped:,} in all"
+        f"skipped {skipped - self._skipped} steps before step {step:,} because of gradients that are not finite ({skipped:,} in total)"
       )
     self._skipped = skipped
-    # They do not count for the schedule.
-    metrics["learning_rate"] = float(self._rate(number - 1 - skipped))
+    # Skipped steps do not advance the schedule.
+    metrics["learning_rate"] = float(self._rate(step - 1 - skipped))
     metrics["memory_gb"] = parallel.peak_memory() / 1e9
     if self._trainer.batches.num_broken:
       metrics["broken_files"] = self._trainer.batches.num_broken
@@ -338,45 +348,46 @@ class _Work:
       speed, dtype = metrics["images_per_second"] * self._flops, scoring.dtype_of(self._run.experiment)
       metrics["flop_utilization"] = hardware.utilization(speed, self._chip, self._run.mesh.size, dtype)
     if self._writer is not None:
-      self._writer.scalars(number, metrics)
+      self._writer.scalars(step, metrics)
 
-  def keep(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
-    """Save a checkpoint with the scores of its step, if there are any."""
-    found = self._scores[1] if self._scores[0] == number else {}
-    lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not found
+  def save(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
+    """Save a checkpoint, with the scores of its step if there are any."""
+    scores = self._scores[1] if self._scores[0] == step else {}
+    # Without the metric of the best checkpoints, save no metrics: the checkpoint cannot be compared.
+    lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not scores
     self.checkpoints.save(
-      number, training.state_to_items(state), self._trainer.batches.state, {} if lacks_best else metrics | found
+      step, training.state_to_items(state), self._trainer.batches.state, {} if lacks_best else metrics | scores
     )
 
-  def rescue(self, number: int, state: training.TrainState) -> None:
+  def rescue(self, step: int, state: training.TrainState) -> None:
     """Save the state when the next batch cannot be read."""
-    # Several processes can save together only, and the others wait for this one's part of the next step.
+    # With several processes, a save needs all of them, but the other processes already wait inside the next step.
     if jax.process_count() == 1:
-      self.keep(number, state, {})
+      self.save(step, state, {})
       self.checkpoints.wait()
-      print_line(f"no further batch; saved at step {number:,}, from which the same command goes on")
+      print_line(f"the next batch cannot be read; saved at step {step:,}; run the same command again to resume")
 
-  def _score(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
-    found = self._trainer.scorer.training_scores(self._trainer.parameters(state))
-    self._scores = (number, found)
-    print_line(f"step {number:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+  def _score(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
+    scores = self._trainer.scorer.training_scores(self._trainer.parameters(state))
+    self._scores = (step, scores)
+    print_line(f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     if self._writer is not None:
-      self._writer.scalars(number, found)
+      self._writer.scalars(step, scores)
 
-  def _snapshot(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
-    # One after the other: orbax's barriers between processes do not tell two folders apart.
+  def _snapshot(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
+    # Save one folder at a time: orbax's barriers between processes do not distinguish two folders.
     self.checkpoints.wait()
-    # A step that was skipped is no step of the average.
-    self.snapshots.save(number, {"ema": training.state_to_items(state)["ema"]}, {"steps": number - _skipped(state)})
+    # The average is not updated in skipped steps, so they do not count.
+    self.snapshots.save(step, {"ema": training.state_to_items(state)["ema"]}, {"steps": step - _num_skipped(state)})
     self.snapshots.wait()
 
-  def _draw(self, number: int, state: training.TrainState, metrics: Metrics) -> None:
+  def _save_preview(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     assert self._trainer.preview is not None
     picture = self._trainer.preview(self._trainer.parameters(state))
     if self._writer is not None:
-      images.save_grid(self._run.folder / "samples" / f"step_{number:07d}.png", picture)
-      self._writer.image(number, "samples", images.grid(picture))
+      images.save_grid(self._run.folder / "samples" / f"step_{step:07d}.png", picture)
+      self._writer.image(step, "samples", images.grid(picture))
 
 
-def _skipped(state: training.TrainState) -> int:
+def _num_skipped(state: training.TrainState) -> int:
   return int((optim.skip_counts(state.opt_state) or (0,))[0])

@@ -1,4 +1,7 @@
-"""What runs are about, one module a task: what is checked, shown while training goes on, scored and reported."""
+"""Define the tasks of runs, one module each.
+
+A task checks the experiment, makes previews during training, and scores and reports the result.
+"""
 
 from ddpm_jax.runs.tasks.classify import Classify, classify
 from ddpm_jax.runs.tasks.denoise import Denoise, denoise

@@ -1,4 +1,4 @@
-"""The task of models that denoise: their samples are shown, scored and reported."""
+"""Define the task of diffusion models, with previews, scores and a report of their samples."""
 
 from collections.abc import Callable
 
@@ -15,35 +15,35 @@ from ddpm_jax.runs.tasks.task import Task, check_objective
 
 
 class Denoise(Task):
-  """Shows, scores and reports samples of models that denoise."""
+  """Preview, score and report the samples of a diffusion model."""
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
-    """Raise a ValueError if the experiment's model cannot be sampled over the mesh."""
+    """Raise a ValueError if the experiment's model cannot be sampled on the mesh."""
     check_objective(experiment, "denoise", ("denoising",))
     programs.generate(experiment, mesh)
 
   def classes(self, experiment: Experiment) -> Condition | None:
-    """Return the condition "classes" of the model, or None."""
+    """Return the model's condition "classes", or None."""
     return experiment.model.conditions.get("classes")
 
   def preview(
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
   ) -> Callable[[Parameters], np.ndarray] | None:
-    """Return a function from parameters to a few samples."""
+    """Return a function from parameters to a few samples, uint8 [N, H, W, C]."""
     return generation.preview(experiment, mesh, source)
 
   def scorer(self, run: Run) -> scoring.Scorer:
-    """Return what scores samples."""
+    """Return the scorer of the run's samples."""
     return scoring.Scorer(run)
 
   def check_can_classify(self, what: str) -> None:
-    """Raise a ValueError."""
+    """Raise a ValueError, because a diffusion model is not a classifier."""
     raise ValueError(
-      f"Got {what} of config.task='denoise'; expected a model that tells classes apart: a run of task='classify', as that of"
+      f"Got {what} of config.task='denoise'; expected a classifier, which is a run with config.task='classify', such as"
       " configs/digits_classifier.py."
     )
 
 
 def denoise() -> Denoise:
-  """Return the task of models that denoise."""
+  """Return the task of diffusion models."""
   return Denoise()

@@ -1,4 +1,4 @@
-"""`Task`: what a run does with its objective, and `Scorer`, which scores what it leads to."""
+"""Define the protocols of tasks (`Task`) and of their scorers (`Scorer`)."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
@@ -15,7 +15,10 @@ from ddpm_jax.runs.reading import Run
 
 
 class Scorer(Protocol):
-  """Scores weights; whatever cannot be done is refused when it is made."""
+  """Score the weights of a run.
+
+  The constructor raises a ValueError if the experiment's scores are not available.
+  """
 
   def check_scores(self) -> None:
     """Raise a ValueError if there is nothing to score against."""
@@ -24,54 +27,59 @@ class Scorer(Protocol):
     """Raise a ValueError if training does not compute this metric."""
 
   def training_scores(self, parameters: Parameters) -> dict[str, float]:
-    """Return scores of a few samples while training goes on, by name with `eval/` before it; in every process."""
+    """Score a few samples during training, and return the scores under names that start with "eval/".
+
+    Every process must call it, and every process gets the scores.
+    """
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
-    """Score some weights, write the scores into eval.json and report them.
+    """Score weights, write the scores to eval.json and report them.
 
     Args:
-      weights: the weights.
-      seed: of what is drawn.
-      variants: the experiment with other samplers, the headline last; itself alone by default.
+      weights: the weights to score.
+      seed: the seed of the samples and of other random numbers.
+      variants: the experiment with other samplers. The last one gives the main scores. By default there is one
+        variant, the run's experiment.
     """
 
 
 @runtime_checkable
 class Task(Protocol):
-  """What a run does with its objective. A user's own is a function without arguments that returns one.
+  """Define the checks, previews, scores and reports of a run.
 
-  What it inherits from this class shows nothing and allows all models.
+  In a config, a task is a function without arguments that returns a `Task`. A user's own task may inherit from this
+  class. The inherited methods make no previews and accept all models.
   """
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
-    """Raise a ValueError if the experiment cannot be trained and looked at over the mesh."""
+    """Raise a ValueError if the experiment cannot be trained and scored on the mesh."""
 
   def classes(self, experiment: Experiment) -> Condition | None:
-    """Return the classes that the data must have, as a condition; None if the task asks for none."""
+    """Return the classes that the data must have, as a condition, or None if the task needs no classes."""
 
   def preview(
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
   ) -> Callable[[Parameters], np.ndarray] | None:
-    """Return a function from parameters to pictures uint8 [N, H, W, C], for training; None if there is nothing to see."""
+    """Return a function from parameters to preview images, uint8 [N, H, W, C], or None if there are no previews."""
     return None
 
   def scorer(self, run: Run) -> Scorer:
-    """Return what scores the weights of a run and reports them."""
+    """Return the scorer of a run's weights."""
 
   def check_can_sample(self, what: str) -> None:
-    """Raise a ValueError, in which `what` names the model, unless samples can be drawn of it."""
+    """Raise a ValueError if the model cannot generate samples. The message calls the model `what`."""
     return
 
   def check_can_classify(self, what: str) -> None:
-    """Raise a ValueError, in which `what` names the model, unless it tells classes of noisy data apart."""
+    """Raise a ValueError if the model cannot classify noisy data. The message calls the model `what`."""
     return
 
 
-def check_objective(experiment: Experiment, task: str, known: Sequence[str]) -> None:
-  """Raise a ValueError if an objective of the package is none of those that a task knows; a user's own is taken at its word."""
+def check_objective(experiment: Experiment, task: str, objectives: Sequence[str]) -> None:
+  """Raise a ValueError if the objective is not one of the task's. A user's own objective is always accepted."""
   name = experiment.tree.short_name("objective")
-  if name not in known and not experiment.tree.is_custom("objective"):
+  if name not in objectives and not experiment.tree.is_custom("objective"):
     raise ValueError(
-      f"Got config.objective={name} with config.task={task!r}; expected {' or '.join(known)}. Set --config.objective={known[0]}, or another"
-      " --config.task."
+      f"Got config.objective={name} with config.task={task!r}; expected {' or '.join(objectives)}. Set --config.objective={objectives[0]}, or"
+      " another --config.task."
     )
