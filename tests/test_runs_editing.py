@@ -284,7 +284,7 @@ WRONG = [
   ("img2img", {"results": 0}, "--num_samples=0; expected at least 1"),
   ("img2img", {"source": None}, "Got no --input"),
   ("img2img", {"source": "gone.png"}, r"--input=.*gone\.png, which does not exist"),
-  ("img2img", {"source": "small.npz"}, r"shape \(2, 4, 4, 1\); expected \[N, 8, 8, 1\]"),
+  ("img2img", {"source": "small.npz"}, r"shape \(2, 4, 4, 1\); expected uint8 \[N, 8, 8, 1\]"),
   ("img2img", {"mask": "lower"}, "Got --mask with --task=img2img"),
   ("inpaint", {}, "Got no --mask with --task=inpaint; expected a mask"),
   ("inpaint", {"mask": "bottom"}, "--mask=bottom, which does not exist; expected .* one of lower"),

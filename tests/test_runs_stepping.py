@@ -115,7 +115,7 @@ def test_a_learned_variance_from_a_config():
   assert slopes["conv_out"]["kernel"].shape[-1] == 2
   assert jnp.all(jnp.any(slopes["conv_out"]["kernel"] != 0, (0, 1, 2)))
   config.model.process = spec("processes.vp")
-  with pytest.raises(ValueError, match="expected a discrete one"):
+  with pytest.raises(ValueError, match="expected a discrete process"):
     experiment_of(config)
 
 
