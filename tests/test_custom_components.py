@@ -171,7 +171,9 @@ def test_a_condition_from_data_can_be_set_by_a_flag(tmp_path, unscored):
   sample(bright=["0.3"])
   with np.load(tmp_path / "run" / "samples" / "ddim_nfe4_seed0.npz") as found:
     np.testing.assert_allclose(found["bright"], [[0.3], [0.3]], rtol=1e-6)
-  with pytest.raises(ValueError, match="Got no bright for a model with the condition bright; expected a value. Set --given bright"):
+  with pytest.raises(
+    ValueError, match="Got no bright for a model with the condition bright; expected a value. Set --given bright"
+  ):
     sample()
   np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
   # Without a value, an edited image gets the null value of the condition.

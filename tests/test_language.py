@@ -51,12 +51,15 @@ def retired_names(tree):
 
 
 def long_lines(page):
-  """Return the lines of prose that are too long, with their numbers; tables, code and bare links may be longer."""
+  """Return the number and the length of each long line of prose.
+
+  Tables, code, pictures and bare links may be longer.
+  """
   slips, is_code = [], False
   for number, line in enumerate(page.splitlines(), 1):
     if line.lstrip().startswith("```"):
       is_code = not is_code
-    elif not is_code and len(line) > LONGEST and not line.startswith(("|", "<")) and " " in line.strip():
+    elif not is_code and len(line) > LONGEST and not line.startswith(("|", "<", "![")) and " " in line.strip():
       slips.append((number, f"{len(line)} characters"))
   return slips
 

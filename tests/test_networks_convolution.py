@@ -14,7 +14,8 @@ from ddpm_jax.floats import with_promotion
 from ddpm_jax.networks import Classifier, UNet, layers
 from ddpm_jax.networks.kernels import KERNELS, convolution, sums
 from ddpm_jax.networks.kernels.convolution import convolve
-from ddpm_jax.networks.kernels.resampling import double, double_and_convolve
+from ddpm_jax.networks.kernels.double_convolution import double_and_convolve
+from ddpm_jax.networks.kernels.resampling import double
 
 LETTERS = "DHW"
 

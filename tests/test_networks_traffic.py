@@ -14,7 +14,8 @@ from jax.sharding import SingleDeviceSharding
 from ddpm_jax.devices import costs, plan, topology
 from ddpm_jax.networks import UNet, layers, unet
 from ddpm_jax.networks.kernels import attention, convolution, resampling, sums
-from ddpm_jax.networks.kernels.resampling import double, double_and_convolve, halve
+from ddpm_jax.networks.kernels.double_convolution import double_and_convolve
+from ddpm_jax.networks.kernels.resampling import double, halve
 from tests.parameters import random_like
 
 FIR = (1, 3, 3, 1)

@@ -18,7 +18,8 @@ import numpy as np
 from ddpm_jax.floats import widest
 from ddpm_jax.networks.kernels import convolution
 from ddpm_jax.networks.kernels.attention import attend
-from ddpm_jax.networks.kernels.resampling import double, double_and_convolve, halve
+from ddpm_jax.networks.kernels.double_convolution import double_and_convolve
+from ddpm_jax.networks.kernels.resampling import double, halve
 from ddpm_jax.networks.kernels.sums import repeat_positions, sum_positions, trace_once
 
 Array = jax.Array
