@@ -162,7 +162,7 @@ GRIDS = {
 
 
 def grid_for(name, grid):
-  """Return the grid of a sampler, which is uniform in time for consistency models and `grid` otherwise."""
+  """Return a grid uniform in time for consistency models, and `grid` for other samplers."""
   return functools.partial(sampling.grids.uniform, VP) if name == "multistep_consistency" else grid
 
 
@@ -320,7 +320,7 @@ class ExactQuantiles:
     return float(np.mean([np.abs(np.sort(np.asarray(x) @ direction) - exact).mean() for direction, exact in pairs]))
 
   def floor(self, repeats=20):
-    """Return distances of exact samples of the same number."""
+    """Return the distances of `repeats` sets of exact samples, each as large as the set of a sampler."""
     rng, count = np.random.default_rng(0), len(self.quantiles[0])
     components = rng.choice(len(DATA.weights), (repeats, count), p=DATA.weights)
     return [self.distance(DATA.means[k] + DATA.stds[k, None] * rng.standard_normal((count, 2))) for k in components]

@@ -102,7 +102,7 @@ def plot_curves(panel, curves, slopes):
 
 
 def annotate_ends(panel, ends):
-  """Write names next to the ends `{name: ((x, y), color)}` of lines, and move names apart that would overlap."""
+  """Write names next to the ends `{name: ((x, y), color)}` of lines, without overlaps."""
   low, high = np.log(panel.get_ylim())
   names = sorted(ends, key=lambda name: ends[name][0][1])
   heights, gap = np.array([(np.log(ends[name][0][1]) - low) / (high - low) for name in names]), 0.055
@@ -182,7 +182,7 @@ def plot_trajectories(paths, exact, path):
 
 
 def save(figure, path):
-  """Save a figure as a PNG of 256 colors, a third of the usual size."""
+  """Save a figure as a PNG of 256 colors, because this makes the file three times smaller."""
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=110, format="png")
   Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

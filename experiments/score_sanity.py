@@ -3,9 +3,9 @@
 pip install '.[mnist]'
 python experiments/score_sanity.py [--data=digits,mnist] [--steps=600]
 
-One half of the held-out images is the reference. The script scores the other half and degraded versions of it. The
-features are those of a small classifier, trained on the remaining images, and pixels. For each data set and feature
-space it prints a table for docs/evaluation.md.
+One half of the held-out images is the reference. The script scores the other half and degraded versions of it. It uses
+two feature spaces: the pixels, and the features of a small classifier trained on the remaining images. For each data
+set and feature space it prints a table for docs/evaluation.md.
 """
 
 import argparse

@@ -20,7 +20,7 @@ PROCESSES = {
   "discrete_cosine": processes.discrete(schedules.cosine(1000)),
   "zero_snr": processes.discrete(schedules.zero_terminal_snr(schedules.scaled_linear(1000))),
 }
-# Processes without data at t_max.
+# Processes with alpha = 0 at t_max.
 ZERO_SNR = ("rectified_flow", "zero_snr")
 PREDICTIONS = {
   "EPS": predictions.EPS,
@@ -88,7 +88,7 @@ class Mixture(NamedTuple):
 def tanh_denoiser(process):
   """Return a cheap denoiser for rules that run uncompiled.
 
-  It belongs to no data, but it is nonlinear in x and depends on the noise level.
+  It is not the exact denoiser of any data, but it is nonlinear in x and depends on the noise level.
   """
 
   def denoise(x, t):

@@ -154,7 +154,7 @@ def test_the_rates_and_the_wait_for_input_are_timed(quick, smaller, optimized):
   assert all(0 <= share <= 1 for share in results["wait"].values())
 
 
-def test_memory_is_compiled(quick, script, monkeypatch):
+def test_the_memory_of_a_compiled_step_exceeds_that_of_its_state(quick, script, monkeypatch):
   monkeypatch.setattr(script("memory"), "POLICIES", ("none",))
   (row,) = quick("memory")["rows"]
   assert row["compiled"] > row["state"]

@@ -480,7 +480,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("flag", WRONG)
-def test_wrong_keys_on_the_command_line_are_one_message(flag, tmp_path):
+def test_wrong_keys_on_the_command_line_give_one_message(flag, tmp_path):
   # Not DENSE, because its network takes any argument.
   code, output = call(RECIPE, flag, f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, WRONG[flag])

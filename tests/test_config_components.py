@@ -71,7 +71,7 @@ def test_texts_are_components(text, node):
     ("f(x=\0)", "cannot be parsed"),
   ],
 )
-def test_texts_that_cannot_be_parsed_are_one_message(text, message):
+def test_texts_that_cannot_be_parsed_give_one_message(text, message):
   with pytest.raises(ValueError, match=f"Got key=.*{message}.*such as heun"):
     components.parse(text, "key")
 
@@ -207,7 +207,7 @@ def test_components_that_do_not_fit_a_slot_are_refused(key, name, message):
     ({"editing.operator": "blur(std=-1)"}, "In config.editing.operator=editing.blur: .*std"),
   ],
 )
-def test_wrong_arguments_are_one_message(keys, message):
+def test_wrong_arguments_give_one_message(keys, message):
   if not message:
     configs.build(with_keys(keys))
     return

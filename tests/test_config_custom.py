@@ -241,7 +241,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_component_file_is_one_message(name, source_file):
+def test_a_broken_component_file_gives_one_message(name, source_file):
   content, component, message = BROKEN[name]
   source_file.unlink()
   if content is not None:
@@ -299,7 +299,7 @@ def test_the_command_line_shows_one_message_of_a_component_file(name, source_fil
     ("--config.model=read", "without its required argument path. Set --config.model.path"),
   ],
 )
-def test_wrong_components_on_the_command_line_are_one_message(flag, message, tmp_path):
+def test_wrong_components_on_the_command_line_give_one_message(flag, message, tmp_path):
   code, output = call(RECIPE, flag, f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, message)
   assert (code, len(output.splitlines())) == (2, 2)  # the first line is the version and mode

@@ -226,7 +226,7 @@ def test_an_image_condition_must_have_the_size_of_x(tmp_path):
     configs.build(tree)
 
 
-def test_errors_in_loading_are_one_message(tmp_path, unscored):
+def test_errors_in_loading_give_one_message(tmp_path, unscored):
   path = tmp_path / "mine.py"
   text = (ROOT / "tests" / "user_components.py").read_text()
   path.write_text(text.replace('{"gain": np.float32(0.9)}', "{}[0]").replace('{"scale": np.float32(2)}', "{}[1]"))

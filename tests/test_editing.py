@@ -35,7 +35,7 @@ COMPILED = [(wrapper, name) for wrapper, name in WRAPPED if wrapper == "replace"
 
 
 def one_wrapper_each(pairs):
-  """Return test parameters for pairs (wrapper, name), with one wrapper per name and the others marked slow."""
+  """Return pairs (wrapper, name) as test parameters, and mark all but one wrapper per name as slow."""
   wrappers = {name: [wrapper for wrapper, other in pairs if other == name] for _, name in pairs}
   fast = {name: choices[i % len(choices)] for i, (name, choices) in enumerate(wrappers.items())}
   return [

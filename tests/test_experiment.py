@@ -1,4 +1,4 @@
-"""Test the experiment of a config: wrong values are refused when it is built, and its parts follow the config."""
+"""Test that the experiment of a config rejects wrong values when it is built, and that its parts follow the config."""
 
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ def conditional_entropy(log_snr):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_loss_of_the_exact_posterior_is_the_conditional_entropy_and_minimal(process):
-  """The value and the slopes in scale and shift of the logits agree within five standard errors at each noise level."""
+  """At each noise level, the loss is the entropy and its gradient is zero, within five standard errors."""
   process, count = PROCESSES[process], 30_000
   x_0, classes = CLASSES.sample_with_components(np.random.default_rng(0), count)
   exact = CLASSES.classify(process)

@@ -326,7 +326,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_invalid_input_is_one_message_at_once(name, tmp_path):
+def test_invalid_input_gives_one_message_at_once(name, tmp_path):
   arguments, message = WRONG[name]
   workdir = tmp_path / "work"
   folder = [] if {"--mode=stats", "--mode=prepare"} & {*arguments} else [f"--workdir={workdir}"]

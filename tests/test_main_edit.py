@@ -13,7 +13,7 @@ from tests.pictures import write_bomb
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Train a class-conditional model for three steps, and write two images next to it. Its sampler adds noise."""
+  """Train a class-conditional model for three steps, and write two images next to it. The sampler adds noise."""
   folder = tmp_path_factory.mktemp("run")
   # `test_main` compiles the same train step.
   model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
@@ -90,7 +90,7 @@ def test_a_custom_rule_of_guidance(run, tmp_path):
 
 
 def test_blurred_images_are_restored(run, tmp_path):
-  """If the result is blurred, it is closer to the blurred input than the blurred input blurred twice."""
+  """Blurring the result gives an image that is closer to the input than a second blur of the input."""
   generator = np.random.default_rng(3)
   sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
   measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))
@@ -171,7 +171,7 @@ def test_edits(run):
     (["--mode=sample", "--mask=lower"], "Got --mask in mode sample; expected it in mode edit only"),
   ],
 )
-def test_wrong_flags_are_one_message(run, tmp_path, flags, message):
+def test_wrong_flags_give_one_message(run, tmp_path, flags, message):
   code, output = call(f"--workdir={run}", *flags)
   assert_refused(code, output, message)
   *before, last = output.strip().splitlines()
@@ -180,7 +180,7 @@ def test_wrong_flags_are_one_message(run, tmp_path, flags, message):
 
 
 def write_invalid_files(folder):
-  """Write files that are no valid image or mask, and return the error message for each."""
+  """Write files that are not valid images or masks, and return the error message for each."""
   levels = np.arange(64, dtype=np.uint16).reshape(8, 8)
   Image.fromarray(levels.astype(np.float32)).save(folder / "floats.tif")
   Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(folder / "clear.png")
@@ -189,10 +189,10 @@ def write_invalid_files(folder):
 
 
 @pytest.mark.parametrize("flag", ["--input", "--mask"])
-def test_invalid_images_are_one_message(run, tmp_path, flag):
+def test_invalid_images_give_one_message(run, tmp_path, flag):
   for name, message in write_invalid_files(tmp_path).items():
     if (flag, name) == ("--input", "clear.png"):
-      continue  # a transparent image is an image
+      continue  # a transparent image is valid as an input
     files = {"--input": run / "images", "--mask": "lower", flag: tmp_path / name}
     file_flags = [f"{key}={value}" for key, value in files.items()]
     code, output = call(f"--workdir={run}", "--mode=edit", "--task=inpaint", "--classes=3", *file_flags)

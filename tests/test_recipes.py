@@ -55,7 +55,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_one_message(name, tmp_path):
+def test_a_broken_file_gives_one_message(name, tmp_path):
   content, message = BROKEN[name]
   path = tmp_path / "broken.py"
   path.write_bytes(content.encode(errors="surrogateescape"))
@@ -79,7 +79,7 @@ def test_the_command_line_shows_one_message(name, flags, tmp_path):
   assert not (tmp_path / "work").exists()
 
 
-def test_a_config_that_contains_itself_is_one_message(tmp_path):
+def test_a_config_that_contains_itself_gives_one_message(tmp_path):
   path = tmp_path / "broken.py"
   path.write_text(MAKE + "  c = ConfigDict({'a': 1})\n  c.b = c\n  return c\n")
   code, output = call(f"--config={path}", f"--workdir={tmp_path / 'work'}")

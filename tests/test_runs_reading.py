@@ -317,7 +317,7 @@ def test_a_missing_home_folder_is_refused(use):
 @pytest.mark.parametrize(
   "flag", ["--input", "--mask", "--config.data.source.path", "--pretrained", "--workdir", "--output"]
 )
-def test_a_missing_home_folder_is_one_message(tmp_path, flag):
+def test_a_missing_home_folder_gives_one_message(tmp_path, flag):
   mode = {
     "--input": "edit",
     "--mask": "edit",
@@ -334,7 +334,7 @@ def test_a_missing_home_folder_is_one_message(tmp_path, flag):
   assert_refused(code, output, "error: .*no home folder ~nobody_here")
 
 
-def test_wrong_data_are_one_message(tmp_path):
+def test_wrong_data_give_one_message(tmp_path):
   write(tmp_path / "a", **{"cat": 1, "dog": 1, ".": 1})
   (tmp_path / "a.zip").write_bytes(b"PK")
   flags = [DENSE, "--config.data.source=folder", "--config.data.hold_out=0", f"--workdir={tmp_path / 'run'}"]

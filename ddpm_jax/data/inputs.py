@@ -144,13 +144,14 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
   if not Path(path).is_file():
     problem = "is not a file" if Path(path).exists() else "does not exist"
     raise ValueError(
-      f"Got --mask={path}, which {problem}; expected an image that is white where to inpaint, or one of {', '.join(regions)}."
+      f"Got --mask={path}, which {problem}; expected an image that is white in the area to inpaint, or one of"
+      f" {', '.join(regions)}."
     )
   image = _decode(path, f"--mask={path}")
   if image.has_transparency_data and np.min(np.asarray(image.convert("RGBA"))[..., 3]) < 255:
     raise ValueError(
-      f"Got --mask={path} with transparent pixels, which are ambiguous; expected white (255) where to inpaint and black (0) elsewhere."
-      " Save it as PNG without transparency."
+      f"Got --mask={path} with transparent pixels, which are ambiguous; expected white (255) in the area to inpaint and"
+      " black (0) elsewhere. Save it as PNG without transparency."
     )
   values = np.asarray(image.convert("L"))
   if values.shape != (height, width):
@@ -161,11 +162,11 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
   between = levels[(levels > 0) & (levels < 255)]
   if len(between) and not set(levels.tolist()) <= {0, 1}:
     raise ValueError(
-      f"Got --mask={path} with pixels that are neither black nor white, such as {between[-1]}; expected white (255) where to inpaint and"
-      " black (0) elsewhere. Save it as PNG without smoothing."
+      f"Got --mask={path} with pixels that are neither black nor white, such as {between[-1]}; expected white (255) in"
+      " the area to inpaint and black (0) elsewhere. Save it as PNG without smoothing."
     )
   if not values.any():
     raise ValueError(
-      f"Got --mask={path}, which is all black; expected white (255, or 65535 with 16 bits) where to inpaint."
+      f"Got --mask={path}, which is all black; expected white (255, or 65535 with 16 bits) in the area to inpaint."
     )
   return (values > 0)[..., None]

@@ -263,7 +263,7 @@ def pmap_step(step: Callable[..., tuple[PyTree, PyTree]], devices=None) -> Calla
 
 
 def replicate(tree: PyTree, num_devices: int | None = None) -> PyTree:
-  """Copy each leaf for every device along a new first axis, for `pmap_step`."""
+  """Stack copies of each leaf along a new first axis, one per device, for `pmap_step`."""
   count = jax.local_device_count() if num_devices is None else num_devices
   return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *np.shape(x))), tree)
 

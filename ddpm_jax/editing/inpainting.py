@@ -1,8 +1,8 @@
 """Replace the known pixels of x_t with new noisy samples at every step, for inpainting.
 
-Neither wrapper samples the exact posterior. The network sees the known pixels only with noise, and a step does not take
-into account the pixels that later steps will replace. `editing.posterior` with `mask_operator(keep)` is more accurate,
-but it needs derivatives of the network.
+Neither wrapper samples the exact posterior. The network sees the known pixels only with noise, and a step
+samples the unknown pixels before the next step draws new noise for the known ones. `editing.posterior` with
+`mask_operator(keep)` is more accurate, but it needs derivatives of the network.
 """
 
 import jax
@@ -73,7 +73,7 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
     keep: the mask of known pixels, as for `replace`.
     resamples: how often each step is taken, U in the paper. With 1, the result is the same as for `replace`.
     jump: the jump length in the paper. A step from t to s consists of this many parts, equal in t, and a single sample
-      of q(x_t | x_s) returns over all of them. For a discrete network, choose t and s a multiple of `jump` steps apart,
+      of q(x_t | x_s) returns from s to t. For a discrete network, choose t and s a multiple of `jump` steps apart,
       so that all intermediate times are steps of the network.
 
   Raises:

@@ -72,9 +72,9 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
 
   Encoding follows the grid upwards. It starts at the smallest positive time t with x_t = alpha_t x_0 + sigma_t eps,
   where eps is the network's estimate at x = alpha_t x_0. This costs one additional network call. It inverts the last
-  step of sampling to a higher order than starting at x_0 or alpha_t x_0. For a two-dimensional mixture on VP with 80
-  equal steps, the error of a round trip is 0.002 with Heun and 0.020 with DDIM, compared to 0.015 and 0.028 for either
-  of these starts. Below 50 steps, DDIM from x_0 has an error up to 1.5 times smaller.
+  step of sampling with a higher order of accuracy than a start at x_0 or alpha_t x_0. For a two-dimensional mixture on
+  VP with 80 equal steps, the error of a round trip is 0.002 with Heun and 0.020 with DDIM, compared to 0.015 and 0.028
+  for either of these starts. Below 50 steps, DDIM from x_0 has an error up to 1.5 times smaller.
 
   Args:
     sampler: a reversible rule, such as `sampling.ddim(process)` or `sampling.ode(process)`.
@@ -99,7 +99,7 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
   _check_decreasing(times, sampler, x_0)
   if len(times) < 3 or (not isinstance(times, jax.core.Tracer) and times[-1] != 0):
     raise ValueError(
-      f"Got times {times}; expected at least two steps, the last of them to 0. Use a grid from sampling.grids."
+      f"Got times {times}; expected a grid of at least two steps that ends at 0. Use a grid from sampling.grids."
     )
   rising = as_time(times)[:-1][::-1] if isinstance(times, jax.core.Tracer) else np.asarray(times)[:-1][::-1]
   t = as_time(rising[0])

@@ -138,7 +138,7 @@ def continuous_bound(
   The estimate samples l uniformly, twice in each of `num_evaluations` / 2 equal intervals. The two samples of an
   interval give the standard error.
 
-  Where the noise is smaller than the distance of the levels, a model that cannot distinguish the levels loses up to
+  Where the noise is smaller than the distance between levels, a model that cannot distinguish the levels loses up to
   half a nat per unit of l. A larger t_min can then give a smaller bound, because the decoder covers this range instead.
 
   Args:

@@ -1,4 +1,4 @@
-"""Score a run's weights, and compute reference statistics for scores here and in other tools."""
+"""Score a run's weights, and compute reference statistics for this package and other tools."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -133,7 +133,7 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
 
 @dataclasses.dataclass
 class _Trainer:
-  """Train a run from its first or its saved state to the last step.
+  """Train a run to its last step, or resume it from its saved state.
 
   Attributes:
     run: the run.

@@ -6,9 +6,10 @@ The images are crops of two photographs from scikit-learn. The script writes the
 folders of PNG and JPEG files, packed records (--mode=prepare --output), and TFDS as ArrayRecord (PNG). `data.batches`
 reads them with threads and with worker processes, and shuffles, flips and scales them.
 
-The second table shows `Batches.wait_seconds` as a share of wall-clock time, for batches of 128 images of 32x32x3. One
-step leaves the cores idle, like a step on an accelerator (a sleep of 50 ms, about the time of DDPM's U-Net on a fast
-GPU). The other is a train step of a small U-Net on the same cores. The script fails if a share exceeds the limit.
+The second table shows `Batches.wait_seconds` as a share of wall-clock time, for batches of 128 images of 32x32x3, with
+two kinds of steps. The first kind leaves the cores idle, like a step on an accelerator (a sleep of 50 ms, about the
+time of DDPM's U-Net on a fast GPU). The second kind is a train step of a small U-Net on the same cores. The script
+fails if a share exceeds the limit.
 """
 
 import argparse

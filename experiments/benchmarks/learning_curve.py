@@ -219,7 +219,7 @@ def make_scorer(experiment, source, held_out, count):
 
 
 def train_alternately(experiment, source, score, device, steps, parts, compiled):
-  """Train both from the same weights, and return their losses, scores after each part, and final samples by name."""
+  """Train both models from the same weights, and return losses, scores after each part, and samples by name."""
   ours = Ours(experiment, source)
   with tempfile.TemporaryDirectory() as folder:
     # Both start from these weights, in float32.

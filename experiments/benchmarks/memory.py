@@ -9,8 +9,8 @@ The first command prints the size of the activations that the forward pass store
 (1e6 bytes) per image, and the size of the training state. Activations are the part of the memory that grows with the
 batch. Nothing is compiled.
 
-The second command adds up both for one of several devices, simulated if necessary: its shard of the state, and the
-activations of its images.
+The second command prints, for one of several devices (simulated if necessary), the sum of its shard of the state and
+the activations of its images.
 
 With --compile, the third command also compiles the step for each configuration, and prints the compiler's estimate of
 arguments and temporaries. On a GPU this is the actual memory. On a CPU it only checks the size of the state, because

@@ -167,7 +167,7 @@ def main():
   uneven = [(row["devices"], row["fsdp"], row["share"]) for row in rows if not 0.95 <= row["share"] <= 1.1]
   if uneven:
     raise SystemExit(
-      f"Got total work over that of one device of (devices, fsdp, ratio) {uneven}; expected 0.95 to 1.1."
+      f"Got (devices, fsdp, total work relative to one device) = {uneven}; expected relative work from 0.95 to 1.1."
     )
 
 

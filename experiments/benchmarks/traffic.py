@@ -7,9 +7,10 @@ The first command compiles single layers and small blocks, forward and backward,
 seconds to a minute for each. The second command compiles train steps of recipes, which takes minutes for each. Both
 need libtpu (pip install '.[plan]'). The columns are in gigabytes (1e9 bytes) per chip:
 
-- minimum: the activations that the backward pass needs, written once and read once, and the weights once, in the data
-  type of the computation. For a block this includes its inputs, outputs and their gradients once, and for a train step
-  its state, read and written once. Values that follow from these by elementwise operations do not count.
+- minimum: the bytes that every program must move. It writes and reads once the activations that the backward pass
+  needs. It reads the weights once, in the data type of the computation. A block also reads its inputs and the gradients
+  of its outputs once, and writes its outputs and the gradients of its inputs once. A train step also reads and writes
+  its state once. Values that follow from these by elementwise operations do not count.
 - memory: the bytes that all operations of the compiled program read from and write to the chip's memory
   (costs.operations).
 - XLA: "bytes accessed" as counted by XLA. It also includes copies to on-chip memory (128 MB on a v5e) and reads from
@@ -84,14 +85,14 @@ def activations(jaxpr, batch):
   """Return the bytes of the results of matrix products and convolutions that a backward pass needs.
 
   All other values that a backward pass needs follow from these by elementwise operations. The sum excludes attention
-  scores, which can be recomputed from queries and keys, and the shortcut of a residual block. Convolutions of one layer
-  that are added count once.
+  scores, which can be recomputed from queries and keys, and the shortcut of a residual block. If a layer adds the
+  results of several convolutions, they count once.
   """
   return sum(dict(products(jaxpr, batch)).values())
 
 
 def products(jaxpr, batch, path=""):
-  """Yield the layer and the bytes of the result of each product that depends on the batch."""
+  """Yield a key and the bytes of the result for each product that depends on the batch."""
   for number, equation in enumerate(jaxpr.eqns):
     name, params, aval = equation.primitive.name, equation.params, equation.outvars[0].aval
     layer = f"{path}/{equation.source_info.name_stack}"
