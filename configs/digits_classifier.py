@@ -1,4 +1,4 @@
-"""Train a noise-aware classifier of 8x8 digits, to guide configs/digits_vp.py (Dhariwal and Nichol 2021, section 4).
+"""Train a classifier of noisy 8x8 digits to guide configs/digits_vp.py (Dhariwal and Nichol 2021, section 4).
 
 python -m ddpm_jax.main --config=configs/digits_classifier.py --workdir=/tmp/digits_classifier
 

@@ -1,4 +1,4 @@
-"""Train a noise-aware classifier of MNIST digits, to guide configs/mnist_vp.py (Dhariwal and Nichol 2021, section 4).
+"""Train a classifier of noisy MNIST digits to guide configs/mnist_vp.py (Dhariwal and Nichol 2021, section 4).
 
 pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_classifier.py --workdir=/tmp/mnist_classifier

@@ -299,7 +299,10 @@ _IDLE = ("_diffusers_version", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 def try_wrong_values(copy, part, read):
-  """Yield each key of a file, each wrong value, and the message of the error on reading the folder, or None."""
+  """Set each key of a file to each wrong value, and yield the key, the value and the error message of `read`.
+
+  The message is None if `read` accepts the value.
+  """
   file = copy / part
   original = json.loads(file.read_text())
   for key in original:

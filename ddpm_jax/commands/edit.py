@@ -27,7 +27,9 @@ FLAGS = (
       Flag("task", text, "The task: inpaint, img2img, colorize, superres, restore, interpolate or invert."),
       Flag("input", path, "The images to edit: an image file, a folder of images or an .npz file."),
       Flag(
-        "mask", _mask, "The region to inpaint: lower, upper, left, right, center, or a mask image (white is painted)."
+        "mask",
+        _mask,
+        "The region to inpaint: lower, upper, left, right, center, or a mask image (white where to inpaint).",
       ),
       Flag(
         "method",

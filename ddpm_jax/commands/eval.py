@@ -1,8 +1,8 @@
 """Score a trained model, and write report.html.
 
-Samples are compared with real images; likelihoods can be computed too. With several
-samplers or numbers of steps, each pair is scored, and the last one is the headline of the report.
-After a crash, run the same command again to resume.
+Samples are compared with real images; likelihoods can be computed too. With several samplers or
+numbers of steps, each sampler is scored with each number of steps, and the last combination gives
+the main scores of the report. After a crash, run the same command again to resume.
 """
 
 from ddpm_jax.commands import flags, jax_setup
@@ -36,7 +36,7 @@ def run(args: flags.Args) -> None:
   from ddpm_jax import config, runs
 
   folder, variants = flags.run_folder(args), flags.variants(args)
-  # The last variant is the headline.
+  # The last variant gives the main scores.
   last = {"sampler": variants[-1].get("sampler"), "num_steps": variants[-1].get("sampling__num_steps")}
   keys = flags.config_keys(args, num_samples=args.num_samples, **last)
   jax_setup.join_processes(args)

@@ -62,7 +62,7 @@ SAMPLERS = Group(
 INCEPTION = Flag(
   "inception_weights",
   text,
-  "The file with the weights of the FID Inception network, which FID scores need.",
+  "The weights file of the FID Inception network. FID scores need it.",
   metavar="FILE",
 )
 WEIGHTS = Group(
@@ -70,7 +70,7 @@ WEIGHTS = Group(
   (
     Flag("ema", switch, "Use the EMA weights (the default); --ema=false uses the raw weights."),
     Flag("ema_length", number, "Use an EMA of this relative width, reconstructed from the snapshots of the run."),
-    Flag("step", text, "The step of the checkpoint to use, or best (default: the newest checkpoint)."),
+    Flag("step", text, "The checkpoint to use: its step, or 'best' (default: the newest checkpoint)."),
   ),
 )
 GUIDANCE_SCALE = Flag("guidance_scale", number, "The scale of guidance (default: config.guidance.scale).")
@@ -122,7 +122,10 @@ PROCESSES = Group(
       "Connect to the other processes of the cluster job (default: if there are several).",
     ),
     Flag(
-      "heartbeat_seconds", integer, "Seconds without a heartbeat of a process before the others exit (default 60).", 60
+      "heartbeat_seconds",
+      integer,
+      "If a process sends no heartbeat for this number of seconds, the other processes exit (default 60).",
+      60,
     ),
     Flag("wait_seconds", integer, "Seconds to wait for all processes to start (default 300).", 300),
   ),

@@ -1,8 +1,8 @@
 """Download, convert and pack data before training.
 
-A TFDS data set is downloaded and converted, which needs TensorFlow (the extra "prepare"). With
---output, the images of any source are decoded, resized and packed into a folder that is fast to
-read. Run this command once for each data set.
+A TFDS data set is downloaded and converted. This needs TensorFlow: pip install 'ddpm_jax[prepare]'.
+With --output, the images of any source are decoded, resized and packed into a folder that is fast
+to read. Run this command once for each data set.
 """
 
 from ddpm_jax.commands import flags

@@ -1,7 +1,7 @@
 """Compute the feature statistics of reference images, for scores here and in other tools.
 
-The file holds the mean and covariance of Inception or other features of the reference images of
-the config, in the format of FID tools.
+The file stores the mean and covariance of the features, in the format of FID tools. The config
+selects the reference images and the features, such as Inception features.
 """
 
 from ddpm_jax.commands import flags, jax_setup

@@ -1,8 +1,9 @@
-"""Parse and find components, the functions, classes and values that a config names.
+"""Parse and find the components of a config.
 
-In a config, a component is a section with its name under "component" and its arguments as further keys. On the command
-line it is `name(argument=value, ...)`. A name refers to the package (`sampling.heun`, or `heun` where a sampler is
-expected), to a module (`my_module:MyNetwork`) or to a file (`my_file.py:my_loss`). The last two are custom components.
+A component is a function, class or value that a config names. In a config, it is a section with its name under
+"component" and its arguments as further keys. On the command line it is `name(argument=value, ...)`. A name refers to
+the package (`sampling.heun`, or `heun` where a sampler is expected), to a module (`my_module:MyNetwork`) or to a file
+(`my_file.py:my_loss`). The last two are custom components.
 """
 
 import ast

@@ -120,7 +120,7 @@ def _digest(content: bytes) -> str:
 
 @contextlib.contextmanager
 def importable(*folders: Path) -> Iterator[None]:
-  """Let a file import other modules in these folders, as a script can. They do not hide installed modules."""
+  """Let a file import other modules in these folders, as a script can. Installed modules take precedence."""
   names = [str(folder.absolute()) for folder in folders]
   sys.path.extend(names)
   try:

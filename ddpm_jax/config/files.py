@@ -17,7 +17,7 @@ _RUN_FOLDER = "<workdir>/"
 def read(
   recipe: str | None, keys: Mapping[str, str], folder: Path | None = None, *, default: Mapping[str, Any] | None = None
 ) -> Tree:
-  """Read a config, from a recipe if there is one and else from a run folder, and apply flags.
+  """Read the config of a recipe or, without a recipe, of a run folder, and apply flags.
 
   Args:
     recipe: the path or name of a recipe, or None.

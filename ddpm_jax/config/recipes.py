@@ -1,4 +1,4 @@
-"""Run recipes, which are Python files, and turn their errors into messages with the file and the line."""
+"""Run the Python files of recipes, and turn their errors into messages with the file and the line."""
 
 from pathlib import Path
 

@@ -4,7 +4,7 @@ The role of a key says what it affects:
 
 - "model": it defines the model.
 - "run": it is fixed for a run.
-- "sampling": it may change, but it changes the samples.
+- "sampling": it may change, and affects the samples.
 - "free": it may change.
 - "speed": it may change, and affects speed or memory only.
 - "place": it is the path of a file or folder that may move.
@@ -123,12 +123,12 @@ class Data:
   source: Any = key("data.tfds(name='cifar10')", slot=_SOURCE)
   image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
-  crop: int = key(0)  # side of the center square to crop before resizing; 0: no crop
+  crop: int = key(0)  # the shorter side of a centered box to crop before resizing; 0: no crop
   resize: str = key("bicubic")  # bicubic, box (as down-sampled ImageNet) or adm
   flip: bool = key(True)
   # Training images to hold out for evaluation if the source has no eval_split; -1: a tenth of them, at most 500.
   hold_out: int = key(0, limits=Limits(minimum=-1))
-  broken: str = key("stop", FREE)  # for images that cannot be decoded: stop, or skip to the next image that can
+  broken: str = key("stop", FREE)  # if an image cannot be decoded: stop, or skip to use the next image
   num_threads: int = count(4, SPEED)
   num_workers: int = key(0, SPEED)  # processes that decode in advance; 0: threads decode
 
@@ -247,7 +247,7 @@ class Evaluation:
   classifier_steps: int = count(600)  # training steps of the classifier that gives features of small gray images
   reference: str = key("")  # train, held_out or an .npz file; empty: train for inception or many samples, else held_out
   scores: Sequence[str] = key(())  # names of evaluate.SCORES; empty: all that features, reference and samples allow
-  allow_singular: bool = key(False)  # allow a Frechet distance of no more samples than feature dimensions
+  allow_singular: bool = key(False)  # compute a Frechet distance even of too few samples for a covariance of full rank
   k: int = count(5)  # precision, recall, density and coverage use the k-th nearest neighbor
   pairwise_samples: int = count(10_000)  # features for the scores that compare pairs
   kernel_subsets: int = count(100)  # number of subsets of the kernel distance

@@ -153,7 +153,8 @@ def is_supplied(parameter: inspect.Parameter, supplied: Iterable[Any]) -> bool:
   Args:
     parameter: the parameter of a component.
     supplied: names and types. A name matches a parameter of that name. A type matches a parameter annotated with it,
-      also in a union with None. A type also matches a parameter without an annotation by its own name in lower case.
+      also in a union with None. Without an annotation, a parameter matches a type if its name is the type's name in
+      lower case.
   """
   kinds = [one for one in members(parameter.annotation) if one is not types.NoneType]
 

@@ -247,7 +247,7 @@ def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple
 
 
 def _in_memory(shape: str) -> float:
-  """Return the bytes of a shape's arrays that are in the device's main memory."""
+  """Return the total size in bytes of a shape's arrays in the device's main memory."""
   # The layout of an array in any other memory has an S(...). For example, S(1) is a TPU's VMEM.
   return sum(
     sum(_sizes(array)) for array, layout in re.findall(r"(\w+\[[\d,<=]*\])(\{[^}]*\})?", shape) if "S(" not in layout
@@ -353,7 +353,7 @@ def _trip_count(computations: dict[str, list[str]], line: str) -> int:
 
 
 def _sizes(shape: str) -> list[float]:
-  """Return the bytes of each array in an HLO shape or a tuple of shapes."""
+  """Return the size in bytes of each array in an HLO shape or in a tuple of shapes."""
   sizes = []
   for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", shape):
     bits = re.match(r"[a-z]+(\d+)", dtype)

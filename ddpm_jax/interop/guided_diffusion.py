@@ -268,7 +268,8 @@ def _has(file: tensors.TensorFile, prefix: str) -> bool:
 def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level.
 
-  On the way up every level but the last ends with an upsampling layer, so counting these layers gives the levels.
+  On the way up, every level but the last ends with an upsampling layer. So the number of levels
+  is the number of upsampling layers plus 1.
   """
   total = _count(file, "output_blocks")
   ups = sum(

@@ -143,7 +143,7 @@ def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
       )
     return best
   if text and not text.isdigit():
-    raise ValueError(f"Got --step={text}; expected the step of a checkpoint, or best.")
+    raise ValueError(f"Got --step={text}; expected the step of a checkpoint, or 'best'.")
   return int(text) if text else None
 
 
@@ -177,7 +177,9 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
 
 
 def load_experiment(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Experiment:
-  """Build the experiment of the run in a folder, which need not have finished.
+  """Build the experiment of the run in a folder.
+
+  The run need not have finished.
 
   Args:
     tree: a config for the run; None for the run's own.

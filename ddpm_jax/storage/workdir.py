@@ -35,7 +35,10 @@ def checkpoint_steps(workdir: Path) -> list[int]:
 
 
 def snapshot_folder(workdir: Path) -> Path:
-  """Return the folder of a run's EMA snapshots, from which averages of other lengths can be reconstructed."""
+  """Return the folder of a run's EMA snapshots.
+
+  EMAs of other widths can be reconstructed from them.
+  """
   return workdir / "ema_snapshots"
 
 

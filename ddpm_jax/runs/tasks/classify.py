@@ -1,6 +1,6 @@
-"""Define the task of classifiers of noisy data, which guide sampling.
+"""Define the task `classify` for classifiers of noisy data.
 
-They are scored on held-out images at several noise levels.
+These classifiers guide sampling. They are scored on held-out images at several noise levels.
 """
 
 import time
