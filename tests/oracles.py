@@ -88,7 +88,7 @@ class Mixture(NamedTuple):
 def tanh_denoiser(process):
   """Return a cheap denoiser for rules that run uncompiled.
 
-  It belongs to no data, but it is nonlinear in x and depends on the noise level.
+  It is not the exact denoiser of any data, but it is nonlinear in x and depends on the noise level.
   """
 
   def denoise(x, t):
