@@ -3,8 +3,8 @@
 Each wrapper returns a new function `denoise`. Wrappers do not depend on networks or samplers.
 
 A conditional model is a function `conditional(x_t, t, condition) -> x_0 estimate`. The condition is any pytree of
-arrays [B, ...]. All scales follow one convention: 0 is the unconditional model, 1 is the conditional model, and a scale
-above 1 is guidance.
+arrays [B, ...]. All scales but that of `cfg_plus_plus` follow one convention: 0 is the unconditional model (in
+`autoguidance` the weaker model), 1 is the conditional model, and a scale above 1 is guidance.
 """
 
 import math
@@ -83,8 +83,8 @@ def classifier_free(
   Args:
     conditional: `conditional(x_t, t, condition) -> x_0 estimate`.
     condition: the condition to guide toward, arrays [B, ...].
-    negative: the condition to guide away from, with the structure of `condition`. It is the null class, so
-      that u is the unconditional estimate, or an unwanted class.
+    negative: the condition to guide away from, with the structure of `condition`. With the null class, u is the
+      unconditional estimate. An unwanted class also works.
     scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
     rescale: how far to rescale each sample to the standard deviation of its c, from 0 (not at all) to 1 (Lin et al.
       2024, equations 15 and 16, applied to x_0).
@@ -274,8 +274,8 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
   for leaf in jax.tree.leaves((condition, negative)):
     if callable(leaf) or isinstance(leaf, (str, float)):
       raise ValueError(
-        f"Got {leaf!r} in a condition; expected arrays [B, ...]: guidance.classifier_free(conditional, condition, negative, scale), where"
-        " conditional(x_t, t, condition) is one function for both conditions."
+        f"Got {leaf!r} in a condition; expected arrays [B, ...]. Call guidance.classifier_free(conditional, condition, negative, scale)"
+        " with one function conditional(x_t, t, condition) for both conditions."
       )
   shapes = [jax.tree.map(jnp.shape, tree) for tree in (condition, negative)]
   if shapes[0] != shapes[1]:

@@ -219,8 +219,8 @@ def check_prediction(process: Process, prediction: Prediction) -> None:
   if isinstance(is_finite, jax.core.Tracer) or is_finite:  # the values of a learned schedule are traced
     return
   raise ValueError(
-    f"Got a prediction that does not determine x_0 at t_max={process.t_max}, where alpha is 0 (zero terminal SNR), such as"
-    " EPS or SCORE; expected V, X0, VELOCITY or edm. To keep the prediction, end the process earlier with"
+    f"Got a prediction (such as EPS or SCORE) that does not determine x_0 at t_max={process.t_max}, where alpha is 0 (zero"
+    " terminal SNR); expected V, X0, VELOCITY or edm. To keep the prediction, end the process earlier with"
     f" process._replace(t_max={_last_time_with_data(process):g})."
   )
 
@@ -285,7 +285,7 @@ def classifier(
     process: the forward process.
     time_input: a function from time [B] to the network's time input. The default is the process's own.
     input_scale: `input_scale(alpha, sigma)` returns the factor on x_t at the network's input. None for a factor of 1.
-      Use the `input_scale` of the `Prediction` in the classifier's training.
+      Use the `input_scale` of the `Prediction` that the classifier was trained with.
 
   Returns:
     `log_probs(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result is float32 or wider.

@@ -171,7 +171,7 @@ def test_the_guided_flow_of_gaussian_classes_has_its_closed_form(x64):
     np.testing.assert_allclose(got.std() / (x.std() / 80), limit, rtol=5e-3)
 
 
-def test_class_shares_depend_on_the_scale_like_in_the_guided_flow():
+def test_class_shares_depend_on_the_scale_as_in_the_guided_flow():
   """The data has two modes, and the condition makes one of them more probable.
 
   The flow in one dimension is monotone, so SciPy can find the start that separates the modes.

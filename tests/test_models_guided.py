@@ -129,9 +129,9 @@ WRONG = {
   "no classes": (
     plain(classifier_free(3.0)),
     {},
-    r"classifier_free \(scale=3.*a model that was trained without conditions",
+    r"classifier_free \(scale=3.*a model without classes or another condition",
   ),
-  "no classes, cfg_plus_plus": (plain(cfg_plus_plus()), {}, "trained without conditions"),
+  "no classes, cfg_plus_plus": (plain(cfg_plus_plus()), {}, "a model without classes or another condition"),
   "no dropout": (config_of(classifier_free(3.0), dropout=0.0), {}, "trained without dropout of a condition"),
   "no dropout, cfg_plus_plus": (config_of(cfg_plus_plus(), dropout=0.0), {}, "trained without dropout of a condition"),
   "a classifier for nothing": (
@@ -279,7 +279,7 @@ def check_guidance(config, others, *, negative=False):
 )
 def test_negative_conditions_need_classifier_free_guidance(config, others):
   with pytest.raises(
-    ValueError, match=r"\(--negative_classes\) without classifier-free guidance|without conditions to"
+    ValueError, match=r"\(--negative_classes\) without classifier-free guidance|without classes or another condition"
   ):
     check_guidance(config, guides_of(**others), negative=True)
 

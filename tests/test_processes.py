@@ -1,4 +1,4 @@
-"""Compare processes with float64, the papers' formulas, and a chain enumerated on a line."""
+"""Compare processes with float64, the papers' formulas, and sums over a fine line of points."""
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,8 @@ def test_float32_keeps_five_digits_everywhere(name):
   np.testing.assert_allclose(got[0], alpha, rtol=1e-5)
   np.testing.assert_allclose(got[1], sigma, rtol=1e-5)
   np.testing.assert_allclose(got[2], sigma**2, rtol=1e-5)
-  # Where the log-SNR is 0, its relative error is unbounded in any precision. There the absolute error is compared,
-  # which is the relative error of the SNR.
+  # Where the log-SNR is 0, its relative error is unbounded in any precision. There the test compares the absolute error
+  # of the log-SNR, which equals the relative error of the SNR.
   with np.errstate(divide="ignore"):
     np.testing.assert_allclose(got[3], 2 * np.log(alpha / sigma), rtol=1e-5, atol=2e-6)
   if name in ZERO_SNR:
@@ -147,7 +147,10 @@ def test_diffusion_is_the_slope_of_log_snr(name):
 
 @pytest.mark.usefixtures("x64")
 def test_discrete_sde_runs_at_the_rates_of_its_betas():
-  """The rate at a step is between the rates of its two sides, and the mean rate over a step is exactly its beta's."""
+  """The mean rate over a step is exactly the rate of its beta.
+
+  The rate at the end of a step is between the mean rates of this step and the next step.
+  """
   betas = schedules.linear(100, 1e-3, 0.2)
   process = processes.discrete(betas)
   rate, at = -50 * np.log1p(-betas), -np.asarray(process.drift(np.arange(1, 101) / 100))
@@ -170,7 +173,7 @@ def test_discrete_approaches_vp():
 
 @pytest.mark.usefixtures("x64")
 def test_discrete_cosine_equals_the_continuous_one():
-  """The table contains the curve itself, except for the limited betas at the end.
+  """The steps are on the curve, except at the end, where max_beta limits the betas.
 
   Between the steps the cubic is close to the curve.
   """
@@ -184,7 +187,7 @@ def test_discrete_cosine_equals_the_continuous_one():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("s", "t"), [(1, 2), (2, 3), (1, 4), (5, 6)])
 def test_posterior_of_the_discrete_chain_by_enumeration(s, t):
-  """The reference q(x_s | x_t, x_0) is a product of one-step kernels on a fine line, without any closed form."""
+  """The reference q(x_s | x_t, x_0) is a product of one-step kernels on a fine line of points, not a closed form."""
   betas, x_0, x_t = np.array([0.1, 0.2, 0.15, 0.3, 0.25, 0.4]), 0.8, -0.4
   line = np.linspace(-8, 8, 1001)
   width = line[1] - line[0]

@@ -221,7 +221,7 @@ def test_trajectory_holds_every_state():
     ([[1.0, 0.0]], "one-dimensional"),
     ([1.0, 0.5, 0.5, 0.0], "strictly decreasing"),
     ([1.0, 0.2, 0.5], "strictly decreasing"),
-    ([1.0, 0.5, 0.5 - 1e-9, 0.0], "also as float32"),
+    ([1.0, 0.5, 0.5 - 1e-9, 0.0], "also differ in float32"),
     ([1.0, float("nan"), 0.0], "strictly decreasing"),
     ([1.2, 0.0], "expected all of them in \\[0, 1\\]"),
     ([1.0, -0.1], "expected all of them in \\[0, 1\\]"),

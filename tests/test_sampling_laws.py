@@ -169,7 +169,7 @@ def solver_of_moments(sampler):
 
 
 def variance_error(name, steps):
-  """Return the error of the variance of a stochastic rule's samples from the prior."""
+  """Return the error of the variance of a stochastic rule's samples, with the prior as the start."""
   process, sampler = PROCESSES["vp"], stochastic(name)
   sampler = sampler.prepare(steps) if sampler.prepare else sampler
   times = padded(sampling.grids.log_snr(process, steps), 41)

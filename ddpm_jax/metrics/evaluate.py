@@ -40,7 +40,7 @@ class Settings(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """Store the statistics of a set of images from which scores are computed.
+  """Store statistics of a set of images, enough to compute its scores.
 
   Its size does not depend on the number of images.
 
@@ -63,8 +63,8 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
   """Summarize `total` images from batches uint8 [B, H, W, C].
 
   Raises:
-    ValueError: if the number of images is less than two or not `total`, the images are not uint8, or features are not
-      finite.
+    ValueError: if `total` is less than two, the batches have more or fewer images than `total`, the images are not
+      uint8, or features are not finite.
   """
   if total < 2:
     raise ValueError(

@@ -189,8 +189,9 @@ def check(
   if "negative" in names and is_guided:
     if not model.conditions or all(_is_shared(condition) for condition in model.conditions.values()):
       raise ValueError(
-        f"Got guidance by {_name(rule)} ({_format_options(rule)}) for a model that was trained without"
-        " conditions to guide by; expected a model of a recipe configs/*_cond.py, or a guide. Set --classifier=<run folder> or --weak=<run folder>."
+        f"Got guidance by {_name(rule)} ({_format_options(rule)}) for a model without classes or another condition to guide"
+        " by; expected a conditional model, such as a run of configs/digits_cond.py. Or guide with another model: set"
+        " --classifier=<run folder> or --weak=<run folder>."
       )
     if not negative:
       given = conditions.example(model.conditions)

@@ -27,7 +27,10 @@ def load(experiment: Experiment) -> dict[str, PyTree]:
 
 @contextlib.contextmanager
 def _as_value_error() -> Iterator[None]:
-  """Turn any error of a component's own loading code into a ValueError with one message."""
+  """Turn errors of a component's loading code into a ValueError with one message.
+
+  A ValueError of the component stays unchanged.
+  """
   try:
     yield
   except ValueError:

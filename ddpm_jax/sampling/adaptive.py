@@ -115,7 +115,7 @@ def integrate(
 ) -> tuple[Array, Array]:
   """Integrate the probability flow of `x` from time t to s, in either direction (Song et al. 2021, equation 13).
 
-  `ode` is the same integration as a step rule.
+  `ode` does the same integration in the form of a step rule.
 
   Args:
     process: the forward process.

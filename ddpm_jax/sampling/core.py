@@ -24,7 +24,8 @@ class Sampler(NamedTuple):
     init: `init(x) -> memory` returns the rule's first memory, any pytree.
     step: `step(key, denoise, x_t, memory, t, s) -> (x_s, memory)` steps from scalar time t down to s < t. `key` is one
       key, or one key per sample. The step to s = 0 returns the denoised mean, without noise.
-    process: the process of the rule's times. `sample` checks the grid against it. None allows all times of at least 0.
+    process: the process whose times the rule takes. `sample` checks the grid against it. None allows all times of at
+      least 0.
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
     calls: the numbers of network calls in three kinds of steps: between noisy times, to clean data, and from or to a
       time without data.
@@ -104,7 +105,7 @@ def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, 
 
 
 def with_shape_check(denoise: Denoise) -> Denoise:
-  """Return `denoise` with a ValueError if its estimate does not have the shape of x_t."""
+  """Make `denoise` raise a ValueError if its estimate does not have the shape of x_t."""
 
   def checked(x_t: Array, t):
     def check(x_0):
@@ -175,7 +176,8 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
   rising = bool(np.all(np.diff(values) > 0))
   if not rising and not np.all(np.diff(values) < 0):
     raise ValueError(
-      f"Got times {values}; expected strictly decreasing times, from noise to data, also as float32 unless x is float64."
+      f"Got times {values}; expected strictly decreasing times, from noise to data. Unless x is float64, they must also"
+      " differ in float32."
     )
   if rising and not sampler.reversible:
     raise ValueError(

@@ -57,9 +57,10 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
 
 @check_types
 def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
-  """Build k-diffusion's Euler ancestral rule, an Euler step below s followed by noise up to s.
+  """Build k-diffusion's Euler ancestral rule.
 
-  The rule is equal to `ddim`. Only its default grid differs: it is even in time on continuous processes too.
+  It takes an Euler step to a noise level below the level of s, and adds fresh noise to reach s. It is equal to `ddim`
+  with the same eta. Only its `spacing` differs: it is "time" on continuous processes too.
 
   Args:
     process: the forward process.

@@ -28,11 +28,9 @@ def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarra
 
   - "ends" gives [t_max, max(t_min, 1e-3), 0] for any `num_steps`.
   - "time" gives `trailing` on discrete processes. On continuous processes it gives `uniform`, with a short last step
-  from
-    t_min.
+    from t_min.
   - "log_snr" gives `log_snr`. If no data is left at t_max, the log-SNR is infinite there. The grid is then `trailing`
-  on
-    discrete processes and `uniform` on continuous processes.
+    on discrete processes and `uniform` on continuous processes.
 
   On processes with t = sigma (t_max > 1), "time" and "log_snr" both give `karras`. Even steps in sigma would use almost
   all steps for noise.
@@ -42,7 +40,7 @@ def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarra
   """
   spacing = sampler.spacing
   if spacing not in ("time", "log_snr", "ends"):
-    raise ValueError(f"Got a sampler of spacing={spacing!r}; expected 'time', 'log_snr' or 'ends'.")
+    raise ValueError(f"Got a sampler with spacing={spacing!r}; expected 'time', 'log_snr' or 'ends'.")
   if spacing == "ends":
     # The flow is stiff near 0. score_sde stops at 1e-3 on VP.
     last = max(process.t_min, 1e-3)
@@ -86,7 +84,7 @@ def quadratic(process: Process, num_steps: int, *, t_min: float = 0.0, t_max: fl
 
 @check_types
 def log_snr(process: Process, num_steps: int, *, t_min: float | None = None, t_max: float | None = None) -> np.ndarray:
-  """Return times equally spaced in log-SNR from t_max to `t_min`, then 0 (Lu et al. 2022, section 3.3).
+  """Return times equally spaced in log-SNR from t_max to `t_min`, then 0 (Lu et al. 2022a, section 3.3).
 
   The default `t_min` is the process's t_min.
   """
@@ -122,7 +120,7 @@ def karras(
 
 @check_types
 def trailing(process: Process, num_steps: int) -> np.ndarray:
-  """Return the times of steps n = N, N - N/K, ..., then 0 (Lin et al. 2023, and diffusers' "trailing").
+  """Return the times of steps n = N, N - N/K, ..., then 0 (Lin et al. 2024, and diffusers' "trailing").
 
   The first step is always N.
   """

@@ -70,8 +70,8 @@ def euler_maruyama(process: Process) -> Sampler:
 def reverse_diffusion(process: Process) -> Sampler:
   """Build the reverse diffusion rule, the mirror image of the forward step from s to t (Song et al. 2021, equation 46).
 
-  The forward step is x_t = a x_s + G z with the exact a and G, so the rule works on any grid. It is of first order in
-  a. The step to s = 0 and steps from alpha_t = 0 are the same as in `euler_maruyama`.
+  The forward step is x_t = a x_s + G z. The rule takes a and G from the process, so it works on any grid. It expands
+  the inverse of a to first order. The step to s = 0 and steps from alpha_t = 0 are the same as in `euler_maruyama`.
   """
 
   def step(key, denoise, x_t, memory, t, s):

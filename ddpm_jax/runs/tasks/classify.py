@@ -52,7 +52,7 @@ class Classify(Task):
     return getattr(module, "out_channels", None) or experiment.model.output_channels()
 
   def classes(self, experiment: Experiment) -> Condition:
-    """Return the classes of the classifier."""
+    """Return a condition that describes and checks the classes of the classifier's data."""
     num_classes = self._num_classes(experiment)
     check = data.classes_below(num_classes, "model.network.out_channels")
     return conditions.classes("classes", num_classes)._replace(check=check)

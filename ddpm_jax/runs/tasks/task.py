@@ -55,7 +55,7 @@ class Task(Protocol):
     """Raise a ValueError if the experiment cannot be trained and scored on the mesh."""
 
   def classes(self, experiment: Experiment) -> Condition | None:
-    """Return the classes that the data must have, as a condition, or None if the task needs no classes."""
+    """Return a condition that describes and checks the classes of the data, or None if the task needs no classes."""
 
   def preview(
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
