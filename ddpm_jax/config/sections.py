@@ -123,7 +123,7 @@ class Data:
   source: Any = key("data.tfds(name='cifar10')", slot=_SOURCE)
   image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
-  crop: int = key(0)  # side of the center square to crop before resizing; 0: no crop
+  crop: int = key(0)  # shorter side of a centered box to crop before resizing; 0: no crop
   resize: str = key("bicubic")  # bicubic, box (as down-sampled ImageNet) or adm
   flip: bool = key(True)
   # Training images to hold out for evaluation if the source has no eval_split; -1: a tenth of them, at most 500.
@@ -247,7 +247,7 @@ class Evaluation:
   classifier_steps: int = count(600)  # training steps of the classifier that gives features of small gray images
   reference: str = key("")  # train, held_out or an .npz file; empty: train for inception or many samples, else held_out
   scores: Sequence[str] = key(())  # names of evaluate.SCORES; empty: all that features, reference and samples allow
-  allow_singular: bool = key(False)  # allow a Frechet distance of no more samples than feature dimensions
+  allow_singular: bool = key(False)  # allow a Frechet distance from too few samples for a covariance of full rank
   k: int = count(5)  # precision, recall, density and coverage use the k-th nearest neighbor
   pairwise_samples: int = count(10_000)  # features for the scores that compare pairs
   kernel_subsets: int = count(100)  # number of subsets of the kernel distance
@@ -255,7 +255,7 @@ class Evaluation:
   splits: int = count(10)  # splits of the Inception Score
   likelihood: Sequence[str] = key(())  # any of bound, ode and continuous: bits per dimension of held-out images
   likelihood_images: int = key(0)  # number of these images; 0: all
-  bound_steps: int = key(0)  # bound: steps to sample for each image; 0: all steps
+  bound_steps: int = key(0)  # bound: number of random steps for each image; 0: all steps
   bound_variance: str = key("large")  # bound: small, large or learned
   probes: int = key(1)  # ode: probes of the trace estimate; 0: the exact trace, for small images
   probe_noise: str = key("rademacher")  # ode: rademacher or gaussian

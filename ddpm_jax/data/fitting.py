@@ -82,7 +82,7 @@ def fit(image: Any, image_size: tuple[int, int], channels: int, crop: int = 0, r
     resize: the method. "bicubic" scales the image with antialiasing until it covers height and width, then crops the
       center. "box" averages over boxes to the exact height and width, and ignores the aspect ratio, like the
       downsampled ImageNet of Chrabaszcz et al. 2017. "adm" halves the image by box averages while both sides are at
-      least twice too long, then scales it with the bicubic filter and crops the center (Dhariwal and Nichol 2021).
+      least twice `image_size`, then scales it with the bicubic filter and crops the center (Dhariwal and Nichol 2021).
 
   Raises:
     ValueError: if an argument is out of range, the image is smaller than the crop, or its pixels have an unknown range

@@ -31,7 +31,7 @@ class Past(NamedTuple):
 
   @classmethod
   def empty(cls, x: Array, size: int) -> "Past":
-    """Return a memory for `size` estimates of the shape of `x`, with none made yet."""
+    """Return a memory of `size` missing estimates of the shape of `x`."""
     return cls((jnp.zeros_like(x),) * size, tuple(jnp.asarray(-_DISTANCE * 10.0**i, widest(x)) for i in range(size)))
 
   def add(self, value: Array, at: Array) -> "Past":
