@@ -255,7 +255,7 @@ class Evaluation:
   splits: int = count(10)  # splits of the Inception Score
   likelihood: Sequence[str] = key(())  # any of bound, ode and continuous: bits per dimension of held-out images
   likelihood_images: int = key(0)  # number of these images; 0: all
-  bound_steps: int = key(0)  # bound: steps to sample for each image; 0: all steps
+  bound_steps: int = key(0)  # bound: number of random steps for each image; 0: all steps
   bound_variance: str = key("large")  # bound: small, large or learned
   probes: int = key(1)  # ode: probes of the trace estimate; 0: the exact trace, for small images
   probe_noise: str = key("rademacher")  # ode: rademacher or gaussian

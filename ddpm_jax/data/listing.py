@@ -147,8 +147,8 @@ def _list(path: bytes, status: os.stat_result, extensions: Set[bytes]) -> Folder
       names.append(entry.name)
     elif kind == "dangling link":
       raise ValueError(
-        f"Got the link {os.fsdecode(entry.path)}, but its target does not exist; expected a file, or a folder, which may be a class. Mount"
-        " or restore the target, or remove the link."
+        f"Got the link {os.fsdecode(entry.path)}, but its target does not exist; expected an existing file or folder,"
+        " because the link may be a class. Mount or restore the target, or remove the link."
       )
     else:
       skipped[(extension or b"without extension") if kind == "file" else b"not regular files"] += 1

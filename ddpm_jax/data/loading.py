@@ -106,7 +106,7 @@ def _removal_flag(key: str) -> str:
 
 
 def check_split_classes(splits: Splits, check: Check | None) -> None:
-  """Check the classes of every split with classes that are available without reading images."""
+  """Check the classes of each split that knows them without reading images."""
   for source in splits:
     if check is not None and source is not None and (classes := _all_classes(source)) is not None:
       check(source, classes)

@@ -267,7 +267,10 @@ def batches(
 
 
 def _mirror(batch: Batch, flips: np.ndarray) -> Batch:
-  """Mirror the images with a true entry in `flips` [b] left to right, and all arrays aligned with their pixels."""
+  """Mirror images left to right where `flips` [b] is true.
+
+  Other arrays are mirrored too if their shape starts with the height and width of the image.
+  """
   image_size = batch["image"].shape[1:3]
 
   def mirror(array: np.ndarray) -> np.ndarray:

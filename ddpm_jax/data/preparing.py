@@ -28,7 +28,9 @@ def prepare(
   broken: str = "stop",
   check: Check | None = None,
 ) -> None:
-  """Download and convert a TFDS data set, and pack the decoded images of any data set.
+  """Download, convert or pack a data set once before training.
+
+  A TFDS data set is downloaded and converted. With `output`, the resized images of the data set are packed.
 
   Args:
     source: the function of the data set: `data.tfds`, `data.folder` or a user's function.
@@ -59,7 +61,8 @@ def prepare(
       return
   elif source in _NO_PREPARATION:
     raise ValueError(
-      f"Got --mode=prepare with data.source={source.__name__}, which needs no preparation; expected tfds or folder."
+      f"Got --mode=prepare with data.source={source.__name__}, which needs no preparation; expected tfds, folder or"
+      " your own data set. Start training without this step."
     )
   elif output is None:
     raise ValueError("Got no --output; expected a new folder for the packed images, such as --output=/data/packed.")

@@ -130,7 +130,10 @@ def _prediction(learns_variance: bool, prediction: Prediction | None) -> Predict
 def _process(
   process: Process | None, shape: tuple[int, ...], rescale_timesteps: bool
 ) -> tuple[Process, Callable[[Array], Array] | None]:
-  """Return the process, and a function for the time input, or None for the default one of the process."""
+  """Return the process, and a function that replaces its time input.
+
+  The function is None if the time input of the process is right.
+  """
   if process is None:
     is_small = max(shape[:-1]) <= _MAX_COSINE_SIZE
     process = processes.discrete(schedules.cosine(1000) if is_small else schedules.linear(1000))
@@ -200,7 +203,9 @@ def load_classifier(
   process: Process | None = None,
   rescale_timesteps: bool = False,
 ) -> tuple[Model, PyTree]:
-  """Load a noisy classifier with attention pooling, as the published ones have, and its parameters.
+  """Load a classifier of noisy images and its parameters.
+
+  It must have attention pooling, as the published classifiers do.
 
   Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise; its `prediction` is EPS only because
   the input of the classifier is not scaled.

@@ -99,9 +99,9 @@ def _existing(path: str | Path) -> Path:
       else "Got no Inception weights"
     )
     raise ValueError(
-      f"{problem}; expected the published file: {_FILES}. Set --inception_weights=<file>. To do without PyTorch, convert the file once:"
-      " --mode=convert --inception_weights=<file>.pth --output=<new file>.safetensors. Or compute scores from other features:"
-      " --config.evaluation.features=pixels."
+      f"{problem}; expected the published file: {_FILES}. Set --inception_weights=<file>. To load it without"
+      " PyTorch, convert the file once: --mode=convert --inception_weights=<file>.pth --output=<new file>.safetensors."
+      " Or compute scores from other features: --config.evaluation.features=pixels."
     )
   return user_path(path)
 

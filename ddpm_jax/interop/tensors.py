@@ -250,7 +250,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Return the shape in PyTorch's layout of one of our parameters, from its path and our shape."""
+  """Convert the shape of one of our parameters to PyTorch's layout."""
   return (shape[-1], shape[-2], *shape[:-2]) if path.endswith("/kernel") else shape
 
 

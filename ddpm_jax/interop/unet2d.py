@@ -167,7 +167,10 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
   n, defaults = network, UNet()
   for name in ("score_sde", "progressive_input", "augmentation_features", "dimensions"):
     if getattr(n, name) != getattr(defaults, name):
-      raise ValueError(f"Got a network with {name}={getattr(n, name)!r}, which diffusers' UNet2DModel cannot compute.")
+      raise ValueError(
+        f"Got a network with {name}={getattr(n, name)!r}, which diffusers' UNet2DModel cannot compute; expected"
+        f" {name}={getattr(defaults, name)!r}."
+      )
   if not n.groups:
     raise ValueError(
       "Got a network with groups=0, so that the number of groups depends on the layer; expected one number for all layers, as in"
@@ -177,7 +180,10 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
   downs, ups = per_level(n.downsample, last), per_level(n.upsample, last)
   fourier = n.time_embedding == "fourier"
   if "residual" in (*downs, *ups) and tuple(n.filter) != (1, 1):
-    raise ValueError(f"Got a network with filter={tuple(n.filter)}, which diffusers' UNet2DModel cannot compute.")
+    raise ValueError(
+      f"Got a network with filter={tuple(n.filter)}, which diffusers' UNet2DModel cannot compute; expected"
+      " filter=(1, 1)."
+    )
   if n.divide_by_sigma != fourier or (fourier and n.time_features != 2 * n.channels):
     raise ValueError(
       f"Got a network with time_embedding={n.time_embedding!r}, time_features={n.time_features}, divide_by_sigma={n.divide_by_sigma};"
@@ -189,10 +195,14 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
       f"Got a network with time_features={n.time_features}; expected {n.channels}, the number of channels, as in diffusers' UNet2DModel."
     )
   if n.vector_embedding == "dense":
-    raise ValueError("Got a network with vector_embedding='dense', which diffusers' UNet2DModel cannot compute.")
+    raise ValueError(
+      "Got a network with vector_embedding='dense', which diffusers' UNet2DModel cannot compute; expected '', 'time' or"
+      " 'identity'."
+    )
   if not n.middle_attention_norm and not n.scale_shift:
     raise ValueError(
-      "Got a network with middle_attention_norm=False and scale_shift=False, which diffusers' UNet2DModel cannot compute."
+      "Got a network with middle_attention_norm=False and scale_shift=False, which diffusers' UNet2DModel cannot"
+      " compute; expected at least one of them to be True."
     )
   types = {
     direction: [_block_type(n, direction, level, resamplings) for level in range(last + 1)]
@@ -306,7 +316,7 @@ def layout(levels: int) -> tensors.Layout:
 
 
 def modern_names(names) -> dict[str, str]:
-  """Map tensor names with an old name of an attention projection to today's names.
+  """Map old tensor names of attention projections to today's names.
 
   Names that did not change are left out.
   """

@@ -47,8 +47,8 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
     raise ValueError(f"Got {bad:,} of {len(log_p):,} rows of log-probabilities that are not finite; expected none.")
   if not 1 <= splits <= total or first < 0 or first + len(log_p) > total:
     raise ValueError(
-      f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; expected samples 0 to {total} at most, and one"
-      " or more for each split."
+      f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; expected samples between 0"
+      f" and {total}, and 1 to {total} splits."
     )
   # Normalize in float64, because float32 log-probabilities do not sum to exactly 1.
   log_p = log_p - log_p.max(1, keepdims=True)

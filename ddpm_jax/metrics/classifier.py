@@ -58,8 +58,8 @@ def train_classifier(
     raise ValueError(f"Got classes of type {classes.dtype}; expected integers.")
   if num_classes < 2 or classes.min() < 0 or classes.max() >= num_classes or steps < 1:
     raise ValueError(
-      f"Got classes {classes.min()} to {classes.max()} of {num_classes} classes and {steps} steps; expected two or more classes, numbered"
-      " from 0, and one or more steps."
+      f"Got classes from {classes.min()} to {classes.max()}, num_classes={num_classes} and steps={steps}; expected"
+      " classes from 0 to num_classes - 1, num_classes of 2 or more, and steps of 1 or more."
     )
   network = ImageClassifier(num_classes, features=CLASSIFIER_FEATURES)
   optimizer = optax.adam(optax.cosine_decay_schedule(_PEAK_RATE, steps))

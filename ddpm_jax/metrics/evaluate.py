@@ -143,8 +143,9 @@ def check_counts(settings: Settings, generated: int, real: int | None) -> int:
     )
   if settings.kernel_size > num_stored or ("class_score" in settings.scores and settings.splits > generated):
     raise ValueError(
-      f"Got evaluation.kernel_size={settings.kernel_size} and evaluation.splits={settings.splits} for {generated} samples and {real}"
-      f" reference images; expected at most kernel_size={num_stored} and splits={generated}."
+      f"Got evaluation.kernel_size={settings.kernel_size} and evaluation.splits={settings.splits} for"
+      f" {generated} samples and {real or 'an unknown number of'} reference images; expected at most"
+      f" kernel_size={num_stored} and splits={generated}."
     )
   return num_stored if has_pairs else 0
 
@@ -286,7 +287,10 @@ def classification_scores(log_probs: np.ndarray, classes: np.ndarray) -> Scores:
 
 
 def chance_scores(classes: np.ndarray, num_classes: int) -> Scores:
-  """Compute the accuracy and cross-entropy of always predicting the frequencies of the classes [N]."""
+  """Compute the accuracy and cross-entropy of a classifier that ignores its input.
+
+  It always predicts the frequencies of `classes` [N].
+  """
   frequencies = np.bincount(classes, minlength=num_classes) / len(classes)
   present = frequencies[frequencies > 0]
   return {"accuracy": float(np.max(frequencies)), "cross_entropy": float(-np.sum(present * np.log(present)))}

@@ -12,7 +12,7 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
 
   The distance is |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017; Dowson and Landau 1982).
   With features of the 2015 Inception network it is called FID. Its upward bias is proportional to 1/N, so compare only
-  sets of one size. Covariances may be singular, and nothing is added to their diagonals. The distance is never
+  sets of equal size. Covariances may be singular, and nothing is added to their diagonals. The distance is never
   negative. From a set to itself it is 0 up to rounding.
 
   Args:
@@ -55,9 +55,10 @@ def check_rank(count: int | None, dimensions: int) -> None:
   """
   if count is not None and count <= dimensions:
     raise ValueError(
-      f"Got {count:,} samples for a Frechet distance in {dimensions:,} dimensions; expected {dimensions + 1:,} or more (50,000 are usual)."
-      f" The rank of the covariance is at most {max(count - 1, 0):,}, and the distance is mostly bias. Use more samples or features with"
-      " fewer dimensions, or set allow_singular=True (--config.evaluation.allow_singular=true) to compute it anyway."
+      f"Got {count:,} samples for a Frechet distance in {dimensions:,} dimensions; expected {dimensions + 1:,} or more"
+      f" (50,000 are usual). The rank of the covariance is at most {max(count - 1, 0):,}, and the distance is mostly"
+      " bias. Use more samples, or features with fewer dimensions, or set allow_singular=True"
+      " (--config.evaluation.allow_singular=true) to compute it anyway."
     )
 
 
@@ -75,7 +76,7 @@ def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
 def _factor(covariance: np.ndarray) -> tuple[np.ndarray, bool]:
   """Return L [D, R] with L L' = C, and whether C is far from singular.
 
-  Products with such a matrix keep the smallest eigenvalues.
+  If C is far from singular, rounding errors in products with it do not hide the smallest eigenvalues.
   """
   size, precision = len(covariance), float(np.finfo(np.float64).eps)
   try:

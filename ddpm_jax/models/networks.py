@@ -69,7 +69,8 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
     if arguments:
       kind = type(component).__name__
       raise ValueError(
-        f"Got a {kind} with the arguments {', '.join(arguments)}; expected none, because it already exists."
+        f"Got a {kind} with the arguments {', '.join(arguments)}; expected no arguments, because it is an instance"
+        " already, not a class. Leave them out."
       )
     return from_linen(component, conditions) if linen else component
   # Modules of the other libraries contain parameters, so `init` could not create new ones.

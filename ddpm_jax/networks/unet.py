@@ -379,8 +379,8 @@ class UNet(Backbone):
 class Classifier(Backbone):
   """Classify noisy data by the U-Net's downward path, its middle, and attention pooling.
 
-  This is the noisy classifier of Dhariwal and Nichol 2021, section 4. It accepts only data of the size it was
-  initialized with.
+  This is the classifier of noisy images of Dhariwal and Nichol 2021, section 4. It accepts only data of the size that
+  `init` saw.
   """
 
   @nn.compact

@@ -84,7 +84,7 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     raise ValueError(f"Got order={order}, variant={variant!r}; expected the order 1, 2 or 3, and 'bh1' or 'bh2'.")
 
   def half_b(h, pull, alpha):
-    """Return alpha B(h) / 2 with the signs of the papers."""
+    """Return alpha B(h) / 2, where B(h) is 1 - exp(-h) for "bh2" and h for "bh1"."""
     return 0.5 * (pull if variant == "bh2" else alpha * h)
 
   def correct(x_t, x_0, lambda_t, memory: _LastStep, t):

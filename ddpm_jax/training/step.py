@@ -59,8 +59,8 @@ def init_state(
     frozen: parameters that never change, the same as for `train_step`.
 
   Raises:
-    ValueError: if the optimizer averages extra parameters of the objective, if it has an optimizer for extra parameters
-      but there are none, or if the objective's frozen parameters are missing.
+    ValueError: if the optimizer averages extra parameters of the objective, if the chain has an optimizer for extra
+      parameters but the objective has none, or if the objective's frozen parameters are missing.
   """
   init_key, train_key = jax.random.split(key)
   params = init(init_key)

@@ -175,7 +175,7 @@ def main():
       print(f"| {name} | {' | '.join(f'{value:,.0f}' for value in rates[name])} |", flush=True)
 
     print(f"\ninput wait, batches of {args.batch} of 32x32x3\n")
-    print("| source | step | wait |\n| --- | --- | --- |")
+    print("| source | step, measured time per step | wait |\n| --- | --- | --- |")
     compiled, state, mesh = small_step()
 
     def train_on(batch):
