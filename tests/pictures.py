@@ -73,7 +73,7 @@ def write_builder(path, name="Squares", count=7):
 def write_png(path, pixels, color_type):
   """Write a PNG with 16 bits per channel and any color type.
 
-  Pillow can write only gray ones.
+  Pillow writes 16 bits per channel only for gray images.
   """
 
   def chunk(name, content):

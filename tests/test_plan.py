@@ -198,7 +198,7 @@ def test_an_empty_batch_or_no_devices_is_an_error():
   traced = jax.jit(lambda x: x).trace(jnp.zeros(2))
   compiled = plan.compile_step(traced, DEVICE)
   for batch, devices in ((0, jax.devices()), (8, [])):
-    with pytest.raises(ValueError, match="at least one of both"):
+    with pytest.raises(ValueError, match="at least one image and one device"):
       plan.make_plan(traced, compiled, params=(), state=(), batch_size=batch, devices=devices, dtype="float32")
 
 

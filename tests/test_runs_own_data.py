@@ -1,4 +1,4 @@
-"""Test a user's own data sets and conditions, from a file outside the package, by the command line."""
+"""Test data sets and conditions that a user defines in a file outside the package, from the command line."""
 
 import json
 import textwrap

@@ -241,7 +241,7 @@ def test_inception_refuses_images_with_5_channels_before_reading_weights(tmp_pat
   config.data.channels = 5
   config.evaluation.update({"features": "inception", "inception_weights": str(tmp_path / "none")})
   source = data.ArraySource(np.zeros((4, 8, 8, 5), np.uint8))
-  with pytest.raises(ValueError, match="5 channels for the Inception network.*expected 3, or 1.*features=pixels"):
+  with pytest.raises(ValueError, match="5 channels for the Inception network.*expected 1 or 3.*features=pixels"):
     spaces.build_space(experiment_of(config), source, None, tmp_path / "classifier")
 
 

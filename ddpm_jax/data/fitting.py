@@ -79,8 +79,8 @@ def fit(image: Any, image_size: tuple[int, int], channels: int, crop: int = 0, r
       without transparency is fully opaque.
     crop: the shorter side in pixels of a centered box to crop before resizing; 0 for no crop. The box has the aspect
       ratio of `image_size`, rounded to whole pixels.
-    resize: the method. "bicubic" scales the image with antialiasing until it covers height and width, then crops the
-      center. "box" averages over boxes to the exact height and width, and ignores the aspect ratio, like the
+    resize: the method. "bicubic" scales the image with antialiasing so that it just covers height and width, then crops
+      the center. "box" averages over boxes to the exact height and width, and ignores the aspect ratio, like the
       downsampled ImageNet of Chrabaszcz et al. 2017. "adm" halves the image by box averages while both sides are at
       least twice `image_size`, then scales it with the bicubic filter and crops the center (Dhariwal and Nichol 2021).
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-# Seconds that the main thread has to handle an interrupt itself.
+# If the main thread does not handle an interrupt within this time, another thread does.
 _GRACE_SECONDS = 1.0
 _is_deferred = threading.Event()
 
@@ -57,7 +57,7 @@ def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-  """Let a slow handler process the next signal during the block.
+  """Let the handler process the next signal during the block, even if it is slow.
 
   For example, the handler of a training run saves a checkpoint after the current step.
   """

@@ -326,7 +326,7 @@ def peak_memory() -> int:
 
 
 def gather(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Replicate arrays with any sharding on every device."""
+  """Replicate arrays on every device, for any sharding of the arrays."""
   return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 

@@ -152,7 +152,7 @@ def make_plan(
   """
   count = len(devices)
   if count < 1 or batch_size < 1:
-    raise ValueError(f"Got a batch of {batch_size} on {count} devices; expected at least one of both.")
+    raise ValueError(f"Got a batch of {batch_size} on {count} devices; expected at least one image and one device.")
   chip = hardware.chip_of(devices[0].device_kind) if chip is None else chip
   flops = costs.matmul_flops(traced.jaxpr)
   memory = _memory(compiled)
@@ -258,7 +258,7 @@ def _collective_rows(p: Plan) -> list[tuple[str, str, str]]:
 
 def _time_rows(p: Plan) -> list[tuple[str, str, str]]:
   remarks = ["with on-chip memory"] if p.chip.startswith("TPU") else []
-  remarks += [f"each of {p.loops} loops once"] if p.loops else []
+  remarks += [f"with {p.loops} loop(s) counted once"] if p.loops else []
   accessed = ", ".join([f"{_number(p.bytes_accessed, 'B')} by XLA's count", *remarks])
   if p.step_seconds is None:
     return [("a step takes at least", "unknown", f"no known peaks of {p.chip!r}, {p.dtype}; traffic is {accessed}")]

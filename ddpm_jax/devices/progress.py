@@ -1,4 +1,4 @@
-"""Print messages above the progress bar, warnings, and regular messages during long operations."""
+"""Print messages and warnings above the progress bar, and repeat a message during long operations."""
 
 import contextlib
 import sys

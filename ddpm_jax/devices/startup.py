@@ -150,6 +150,6 @@ def _without_output() -> Iterator[None]:
 
 
 def exit_on_sigterm() -> None:
-  """Let SIGTERM end this process immediately, although JAX's service for several processes handles it otherwise."""
+  """Undo JAX's handling of SIGTERM for several processes, so that SIGTERM ends this process immediately."""
   if jax.distributed.is_initialized():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -100,8 +100,9 @@ def simulate_devices(count: int) -> list[Any]:
       " Set --topology=<slice> for other TPUs, or JAX_PLATFORMS=cpu in the environment for simulated devices."
     )
   raise ValueError(
-    f"Got {count} devices to simulate{' after JAX was started' if is_late else ''} with {len(devices)} devices; expected this"
-    f" before its start. Or set XLA_FLAGS=--xla_force_host_platform_device_count={count} in the environment."
+    f"Got {count} devices to simulate, but JAX {'was already' if is_late else 'was'} started with {len(devices)}; expected at least"
+    f" {count}. Call simulate_devices before JAX starts, or set XLA_FLAGS=--xla_force_host_platform_device_count={count} in the"
+    " environment."
   )
 
 

@@ -216,7 +216,7 @@ def _all_steps(last: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranges(process: Process, last: int, num_evaluations: int) -> tuple[np.ndarray, np.ndarray]:
-  """Return the first step and the size of the range of steps for each evaluation, both [num_evaluations].
+  """Return one range of steps for each evaluation, as first steps and sizes [num_evaluations].
 
   Each range occurs twice. The first range consists of step 1 alone.
   """

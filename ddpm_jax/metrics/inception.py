@@ -70,7 +70,7 @@ def check_colors(channels: int) -> None:
   """Raise a ValueError if the Inception network does not accept this number of channels."""
   if channels not in (1, 3):
     raise ValueError(
-      f"Got images of {channels} channels for the Inception network; expected 3, or 1, which is repeated. Use other features:"
+      f"Got images of {channels} channels for the Inception network; expected 1 or 3. Use other features:"
       " --config.evaluation.features=pixels or classifier."
     )
 

@@ -91,9 +91,9 @@ def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
   for name, node in tree.values["model"].get("conditions", {}).items():
     condition = model.conditions.get(name)
     if condition is None:
+      known = f"with the conditions {', '.join(model.conditions)}" if model.conditions else "without conditions"
       raise ValueError(
-        f"Got config.model.conditions.{name} with {flag}, a model with the conditions {', '.join(model.conditions) or 'none'}; expected only"
-        f" conditions of the model. Set --config.model.conditions.{name}=None."
+        f"Got config.model.conditions.{name} with {flag}, a model {known}; expected only conditions of the model. Set --config.model.conditions.{name}=None."
       )
     if name != "classes" and node.get("dropout", condition.dropout) != condition.dropout:
       raise ValueError(

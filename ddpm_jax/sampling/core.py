@@ -77,9 +77,9 @@ def add_calls(sampler: Sampler, calls: int) -> Sampler:
 
 
 def with_many_steps(sampler: Sampler) -> Sampler:
-  """Return the rule with a spacing of many steps, even if it needs only the ends of the grid.
+  """Return the rule with a grid of many steps, even if the rule alone needs only the ends of a grid.
 
-  Wrappers that act at each step use this.
+  Wrappers use this if they act at each step of the grid.
   """
   return sampler._replace(spacing="log_snr") if sampler.spacing == "ends" else sampler
 

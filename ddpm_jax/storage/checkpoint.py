@@ -184,7 +184,8 @@ class Checkpoints:
     """
     steps = self.steps(self.folder)
     if step is not None and step not in steps:
-      raise ValueError(f"Got step {step} of {self.folder}; expected one of {', '.join(map(str, steps)) or 'none'}.")
+      allowed = f"one of {', '.join(map(str, steps))}" if steps else "a folder with checkpoints"
+      raise ValueError(f"Got step {step} of {self.folder}; expected {allowed}.")
     damaged = []
     with _collect_readers():
       for candidate in steps[::-1] if step is None else [step]:
@@ -261,7 +262,7 @@ class Checkpoints:
     return items
 
   def discard(self, after: int, target: Path | None = None) -> list[Path]:
-    """Remove checkpoints later than the step training resumes from, and return their paths.
+    """Remove the checkpoints of all steps later than `after`, and return their paths.
 
     Unfinished checkpoints are always deleted.
 

@@ -164,7 +164,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-  """Remove temporary files and folders before the program ends during a write."""
+  """Remove the temporary files and folders of unfinished writes before the program ends."""
   for temporary in list(_unfinished):
     if temporary.is_dir():
       shutil.rmtree(temporary, ignore_errors=True)
@@ -207,7 +207,7 @@ def check_new_file(path: str | Path, suffix: str) -> None:
 
 
 def unused_path(path: Path, suffix: str) -> Path:
-  """Return the first of path, path_2, path_3, ... that does not exist with a suffix.
+  """Return the first of path, path_2, path_3, ... for which no file with the suffix exists.
 
   The returned path has no suffix.
   """

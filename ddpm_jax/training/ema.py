@@ -189,14 +189,15 @@ def ema_params(opt_state: PyTree, index: int = 0) -> PyTree | None:
   if state is None:
     return None
   if not 0 <= index < len(state.averages):
-    raise ValueError(f"Got index={index} of {len(state.averages)} averages; expected an index from 0.")
+    raise ValueError(f"Got index={index}; expected the index of an average, from 0 to {len(state.averages) - 1}.")
   return state.averages[index]
 
 
 def split(opt_state: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
-  """Split an optimizer's state into the state with an empty tuple as averages, and the averages.
+  """Split an optimizer's state into the state without its averages, and the averages.
 
-  A checkpoint stores the averages as a separate item. `join` is the inverse. Leaves may be arrays or their shapes
+  The returned state has an empty tuple in place of the averages. A checkpoint stores the averages as a separate item.
+  `join` is the inverse. Leaves may be arrays or their shapes
   (`jax.ShapeDtypeStruct`).
 
   Raises:
@@ -214,7 +215,7 @@ def join(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
   """
   if _find(opt_state) is None and averages:
     raise ValueError(
-      f"Got {len(averages)} averages for a state without params_ema; expected a state from split() of an optimizer with it."
+      f"Got {len(averages)} averages for a state without params_ema; expected the state of an optimizer with params_ema, as split() returns it."
     )
   return _replace(opt_state, tuple(averages))
 

@@ -20,7 +20,7 @@ class Callback(NamedTuple):
   """Describe a function to call during training.
 
   Attributes:
-    every: the number of steps between two calls. It is also called after the last step.
+    every: the number of steps between two calls. The function is also called after the last step.
     run: the function `run(step, state, metrics)`, with the last logged metrics.
   """
 

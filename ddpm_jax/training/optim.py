@@ -108,9 +108,8 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
   ]
   for argument, value in arguments.items():
     if argument not in parameters:
-      raise ValueError(
-        f"Got {argument!r} as an argument of {name}; expected one of {', '.join(parameters) or 'none'}.{hint(argument, parameters)}"
-      )
+      allowed = f"one of {', '.join(parameters)}" if parameters else "no arguments"
+      raise ValueError(f"Got {argument!r} as an argument of {name}; expected {allowed}.{hint(argument, parameters)}")
     is_number = isinstance(value, (int, float))
     if is_number and not math.isfinite(value):
       raise ValueError(f"Got {argument}={value!r} for {name}; expected a finite number.")
@@ -124,8 +123,8 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
   except Exception as error:
     if callable(rate) and _works(name, 1e-3, arguments):
       raise ValueError(
-        f"Got a learning rate that changes for {name}, which needs a fixed number; expected the constant schedule without"
-        " warm-up. Set it, or choose another optimizer."
+        f"Got a learning rate that depends on the step, but {name} needs a constant; expected a constant schedule without"
+        " warm-up. Set optimizer.schedule=constant and optimizer.warmup_steps=0, or choose another optimizer."
       ) from error
     raise ValueError(
       f"Got {name} with {arguments or 'no arguments'}, which cannot make a step from gradients and parameters alone ({error})."
@@ -280,8 +279,8 @@ def _part_of(tree: PyTree, name: str) -> PyTree:
   if isinstance(tree, dict) and name in tree:
     return tree[name]
   raise ValueError(
-    f"Got parameters without a part {name!r} for its optimizer; expected a dict with this part, as for an objective with extra"
-    " parameters. For an objective without them, omit the optimizer of `extra`."
+    f"Got parameters without a part {name!r}, but an optimizer for this part; expected a dict with it. Only objectives with extra"
+    " parameters have parts. For other objectives, omit `extra` in optim.chain."
   )
 
 
@@ -295,9 +294,9 @@ def skip_nonfinite(
   Args:
     *steps: one or more transformations that form the optimizer.
     averages: averages of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
-    check_updates: whether to check the updates too, before anything is written. Then they are computed twice. Use False
-      if finite gradients always give finite updates. Then a step is one pass over gradients, parameters, state and
-      averages.
+    check_updates: whether to check the updates too, before anything is written. On CPUs, this check computes them
+      twice. Use False if finite gradients always give finite updates. Then a step is one pass over gradients,
+      parameters, state and averages.
 
   Raises:
     ValueError: if there is no optimizer.

@@ -113,7 +113,7 @@ def _objective_frozen(objective: Objective, frozen: Frozen | None) -> PyTree:
 
 
 def _optimized_tree(params: PyTree, extra: PyTree) -> PyTree:
-  """Return the optimizer's tree: the model's parameters, or a dict with extra parameters if there are any."""
+  """Return the tree that the optimizer updates: the model's parameters, or a dict of these and extra parameters."""
   return {"model": params, "extra": extra} if jax.tree.leaves(extra) else params
 
 
@@ -138,8 +138,9 @@ def train_step(
   Args:
     state: the state before the step, from `init_state` with the same objective and optimizer.
     batch: a dict of arrays [B, ...]. Under `pmap`, B is the size of this device's shard.
-    frozen: parameters that never change, by their use, or None. `encode` gets all of them, and the objective gets
-      `frozen["objective"]`. They are an argument, because a closure would make them constants of the compiled program.
+    frozen: parameters that never change, as a dict by name; None for none. `encode` gets all of them, and the objective
+      gets `frozen["objective"]`. They are an argument, because a closure would make them constants of the compiled
+      program.
     objective: the objective to minimize, such as `losses.denoising(apply, process, prediction)`.
     optimizer: the optimizer chain for the model's parameters, or for `{"model": ..., "extra": ...}` if the objective
       has extra parameters (see `optim.chain`).
