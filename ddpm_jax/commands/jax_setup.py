@@ -26,7 +26,9 @@ def join_processes(args: Args) -> None:
 
 
 def start_devices(args: Args) -> None:
-  """Initialize the devices, and let SIGTERM end every command but training, which saves a checkpoint first.
+  """Initialize the devices, and let SIGTERM end every command except training.
+
+  Training saves a checkpoint first.
 
   Raises:
     ValueError: if this machine has no device of the requested platform.

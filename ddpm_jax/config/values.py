@@ -178,7 +178,7 @@ class Limits:
 
 
 def read(text: str, kinds: Sequence[Any], path: str) -> Any:
-  """Parse the text of a flag. The result may still have a wrong type, which `convert` refuses later.
+  """Parse the text of a flag. The result may still have a wrong type. `convert` refuses it later.
 
   Args:
     text: the text after the equals sign.

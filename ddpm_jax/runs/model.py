@@ -177,7 +177,7 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
 
 
 def load_experiment(tree: config.Tree | None, folder: Path, flag: str = "workdir") -> Experiment:
-  """Build the experiment of the run in a folder, which need not have finished.
+  """Build the experiment of a run in a folder, whether the run is finished or not.
 
   Args:
     tree: a config for the run; None for the run's own.

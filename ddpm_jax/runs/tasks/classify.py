@@ -1,6 +1,6 @@
-"""Define the task of classifiers of noisy data, which guide sampling.
+"""Define the task of classifiers of noisy data.
 
-They are scored on held-out images at several noise levels.
+They guide sampling, and are scored on held-out images at several noise levels.
 """
 
 import time
