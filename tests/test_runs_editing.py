@@ -403,8 +403,16 @@ def test_wrong_guides_are_refused(root, tmp_path):
     ),
     (judge, rescaled, "--classifier with config.guidance=classifier_free .with rescale., a rule .*guidance=classifier"),
     (weak, rescaled, "--weak with config.guidance=classifier_free .with rescale., a rule .*guidance=autoguidance"),
-    (judge, {"guidance": "cfg_plus_plus(scale=0.5)"}, "--classifier with config.guidance=cfg_plus_plus, a rule .*config.guidance="),
-    (weak, {"guidance": "cfg_plus_plus(scale=0.5)"}, "--weak with config.guidance=cfg_plus_plus, a rule .*config.guidance="),
+    (
+      judge,
+      {"guidance": "cfg_plus_plus(scale=0.5)"},
+      "--classifier with config.guidance=cfg_plus_plus, a rule .*config.guidance=",
+    ),
+    (
+      weak,
+      {"guidance": "cfg_plus_plus(scale=0.5)"},
+      "--weak with config.guidance=cfg_plus_plus, a rule .*config.guidance=",
+    ),
     (judge | {"negative": classes_of([2])}, {"guidance__scale": 2.0}, "negative_classes.* without classifier-free"),
   ):
     with pytest.raises(ValueError, match=message):
