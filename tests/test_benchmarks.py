@@ -277,8 +277,8 @@ def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
   assert max(jax.tree.leaves(change)) > 5e-3
 
 
-def test_traffic_of_a_block_and_of_a_recipe(run, tmp_path):
-  """The minimum traffic of a convolution and of a recipe is correct on a simulated TPU chip."""
+def test_traffic_of_a_convolution_and_of_a_recipe(run, tmp_path):
+  """The minimum of a convolution is exact, and the traffic of a recipe excludes data in on-chip memory."""
   text = run(
     "traffic.py", "--parts=convolution", "--types=bfloat16", "--images=2", "--operations=1", f"--json={tmp_path / 'a'}"
   )

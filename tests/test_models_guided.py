@@ -220,7 +220,7 @@ WRONG = {
   "other classes of the weak model": (
     config_of(autoguidance()),
     {"weak": config_of(classes=4)},
-    r"--weak, a model of the conditions classes \(4\), for a model of classes \(3\); expected a weak model with the same",
+    r"--weak, a model with the conditions classes \(4\), for a model with classes \(3\); expected a weak model with the same",
   ),
   "another condition of the weak model": (
     config_of(autoguidance()),
@@ -232,7 +232,7 @@ WRONG = {
         }
       )
     },
-    r"conditions classes \(3\), low, for a model of classes \(3\); expected a weak model with the same",
+    r"conditions classes \(3\), low, for a model with classes \(3\); expected a weak model with the same",
   ),
 }
 

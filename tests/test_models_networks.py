@@ -331,8 +331,8 @@ def test_networks_receive_train_and_keys_if_they_accept_them():
 @pytest.mark.parametrize(
   ("parameters", "given", "message"),
   [
-    ("classes", LEVEL, "'level' of kind 'level' for a network that has no parameter 'level' or 'vector'"),
-    ("maks", {"mask": IMAGES["mask"]}, "no parameter 'mask' or 'image'; .*Did you mean its parameter 'maks'"),
+    ("classes", LEVEL, "'level' of kind 'level' for a network that has no argument 'level' or 'vector'"),
+    ("maks", {"mask": IMAGES["mask"]}, "no argument 'mask' or 'image'; .*Did you mean its argument 'maks'"),
     ("classes", {name: conditions.classes(name, 3) for name in ("color", "shape")}, "Got 2 conditions .* as 'classes'"),
     ("vector", LEVEL | {"vector": conditions.vector("vector", 2)}, "Got 2 conditions .* as 'vector'"),
   ],

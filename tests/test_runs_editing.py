@@ -401,10 +401,18 @@ def test_wrong_guides_are_refused(root, tmp_path):
       {},
       "--weak of config.task='classify', which generates no samples; expected a run .*task='denoise'",
     ),
-    (judge, rescaled, "guidance=classifier_free .with rescale. and --classifier; .*guidance=classifier"),
-    (weak, rescaled, "guidance=classifier_free .with rescale. and --weak; .*guidance=autoguidance"),
-    (judge, {"guidance": "cfg_plus_plus(scale=0.5)"}, "guidance=cfg_plus_plus and --classifier; .*config.guidance="),
-    (weak, {"guidance": "cfg_plus_plus(scale=0.5)"}, "guidance=cfg_plus_plus and --weak; .*config.guidance="),
+    (judge, rescaled, "--classifier with config.guidance=classifier_free .with rescale., a rule .*guidance=classifier"),
+    (weak, rescaled, "--weak with config.guidance=classifier_free .with rescale., a rule .*guidance=autoguidance"),
+    (
+      judge,
+      {"guidance": "cfg_plus_plus(scale=0.5)"},
+      "--classifier with config.guidance=cfg_plus_plus, a rule .*config.guidance=",
+    ),
+    (
+      weak,
+      {"guidance": "cfg_plus_plus(scale=0.5)"},
+      "--weak with config.guidance=cfg_plus_plus, a rule .*config.guidance=",
+    ),
     (judge | {"negative": classes_of([2])}, {"guidance__scale": 2.0}, "negative_classes.* without classifier-free"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -105,9 +105,9 @@ def folder(fit: Fit, path: Place, train_split: str = "train", eval_split: str = 
 
 @check_types
 def packed(fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test") -> Splits:
-  """Read packed images, which need no decoding.
+  """Read packed images.
 
-  `pack` writes them.
+  They need no decoding. `pack` writes them.
 
   Args:
     fit: the shape, crop and resize that the images were packed with.

@@ -192,7 +192,7 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
 
 
 class _Shards(contextlib.AbstractContextManager):
-  """Write records into several files of moderate size, which are easy to copy.
+  """Write records into several files of moderate size, because such files are easy to copy.
 
   Attributes:
     record: the structured type of a record.

@@ -277,7 +277,7 @@ def unreplicate(tree: PyTree) -> PyTree:
 
 
 def is_main() -> bool:
-  """Return whether this is the main process, which writes files and prints messages."""
+  """Return whether this is the main process. Only this process writes files and prints messages."""
   return jax.process_index() == 0
 
 

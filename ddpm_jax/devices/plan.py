@@ -251,14 +251,14 @@ def _collective_rows(p: Plan) -> list[tuple[str, str, str]]:
   if not p.collectives:
     return [("  all", "none", "")]
   return [
-    (f"  {kind}", f"{c.number} of {_number(c.bytes, 'B')}", f"a device sends at least {_number(c.sent, 'B')}")
+    (f"  {kind}", f"{c.number:,}", f"{_number(c.bytes, 'B')} in total; a device sends at least {_number(c.sent, 'B')}")
     for kind, c in p.collectives.items()
   ]
 
 
 def _time_rows(p: Plan) -> list[tuple[str, str, str]]:
   remarks = ["with on-chip memory"] if p.chip.startswith("TPU") else []
-  remarks += [f"with {p.loops} loop(s) counted once"] if p.loops else []
+  remarks += ["one iteration of each loop"] if p.loops else []
   accessed = ", ".join([f"{_number(p.bytes_accessed, 'B')} by XLA's count", *remarks])
   if p.step_seconds is None:
     return [("a step takes at least", "unknown", f"no known peaks of {p.chip!r}, {p.dtype}; traffic is {accessed}")]

@@ -284,8 +284,8 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
   )
   if total % (ups + 1) or _count(file, "input_blocks") != total:
     raise ValueError(
-      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1} levels; expected equal numbers"
-      " divisible by the number of levels, as in models that resample with convolutions or residual blocks."
+      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1} levels; expected equal numbers of"
+      " both, divisible by the number of levels, as in models that resample with convolutions or residual blocks."
     )
   return ups + 1, total // (ups + 1) - 1
 

@@ -1,4 +1,4 @@
-"""Define feature spaces, which turn images into the vectors that scores compare."""
+"""Define feature spaces. They turn images into the vectors that scores compare."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class FeatureSpace(NamedTuple):
 def extractor(
   space: FeatureSpace, batch_size: int, devices: Any = None
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-  """Return `extract(images) -> taps`, which converts uint8 [N, H, W, C] to a dict of arrays [N, ...].
+  """Return `extract(images) -> taps`, from uint8 [N, H, W, C] to a dict of arrays [N, ...].
 
   The computation is compiled once.
 

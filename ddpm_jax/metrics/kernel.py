@@ -1,4 +1,4 @@
-"""Compute the kernel distance, which is called KID for features of the Inception network."""
+"""Compute the kernel distance, called KID for features of the Inception network."""
 
 from typing import NamedTuple
 

@@ -165,7 +165,8 @@ def low_resolution(
     low = jnp.asarray(batch[name])
     if low.shape[1:] != small:
       raise ValueError(
-        f"Got {name} of shape {low.shape}; expected {('B', *small)}, {factor} times smaller than the data."
+        f"Got {name} of shape {low.shape}; expected [B, {', '.join(map(str, small))}], with sides {factor} times smaller than those"
+        " of the data. Resize the images first."
       )
     image = jax.image.resize(low, (low.shape[0], *data_shape), method)
     if not noise:

@@ -215,7 +215,7 @@ def check(
       model
     ) != _num_choices(guides.weak):
       raise ValueError(
-        f"Got --weak, a model of the conditions {_format_conditions(guides.weak)}, for a model of {_format_conditions(model)};"
+        f"Got --weak, a model with the conditions {_format_conditions(guides.weak)}, for a model with {_format_conditions(model)};"
         " expected a weak model with the same conditions."
       )
 

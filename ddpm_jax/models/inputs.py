@@ -46,7 +46,7 @@ def parse_inputs(
         f"Got --given {name}=..., a condition without a text form; expected images. Use --mode=edit --task=superres."
       )
     if len(words) > count:
-      raise ValueError(f"Got {len(words)} {name} for {count} samples; expected at most {count}.")
+      raise ValueError(f"Got {len(words)} values of {name} for {count} samples; expected at most {count}.")
     items = [_parse_text(condition.parse, name, word) for word in words]
     if not items:
       raise ValueError(f"Got no value of {name}; expected one or more.")

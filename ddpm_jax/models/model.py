@@ -1,4 +1,4 @@
-"""Define `Model`, which collects all parts of a diffusion model in one value."""
+"""Define `Model`, a value that holds all parts of a diffusion model."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple

@@ -304,9 +304,9 @@ def _argument(name: str, kind: str, accepted: frozenset[str] | None) -> str:
   matches = [argument for argument in (kind, fallback) if argument in accepted]
   if matches:
     return matches[0]
-  near = hint(name, sorted(accepted - set(_OPTIONS)), "its parameter {!r}".format)
+  near = hint(name, sorted(accepted - set(_OPTIONS)), "its argument {!r}".format)
   raise ValueError(
-    f"Got the condition {name!r} of kind {kind!r} for a network that has no parameter"
+    f"Got the condition {name!r} of kind {kind!r} for a network that has no argument"
     f" {' or '.join(map(repr, dict.fromkeys((name, kind, fallback))))}; expected one of these in its __call__, or a model without the"
     f" condition.{near}"
   )
@@ -317,8 +317,8 @@ def _concatenate(argument: str, leaves: list[Any]) -> Any:
     return leaves[0]
   if argument not in ("image", "vector", "tokens") or any(leaf.ndim < 2 for leaf in leaves):
     raise ValueError(
-      f"Got {len(leaves)} conditions that a network receives as {argument!r}; expected one condition, or a network with parameters"
-      " of the conditions' names."
+      f"Got {len(leaves)} conditions that a network receives as {argument!r}; expected one condition, or a network with an"
+      " argument for each, under the name of the condition."
     )
   return jnp.concatenate(leaves, axis=1 if argument == "tokens" else -1)
 

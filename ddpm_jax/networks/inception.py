@@ -152,7 +152,10 @@ class _BlockE(nn.Module):
 
 
 def _shared(x: Array, block: str | None) -> list[Array]:
-  """Return the outputs of a block's 1x1 convolutions of its input. The pooled branch, if the block has one, is last."""
+  """Apply all 1x1 convolutions of a block to its input, and return their outputs.
+
+  The pooled branch comes last, if the block has one.
+  """
   widths = SHARED[block or ""]
   outputs = _dense(x, sum(widths.values()), "shared")
   parts = jnp.split(outputs, np.cumsum(list(widths.values()))[:-1], axis=-1)
@@ -200,7 +203,7 @@ def _mean(x: Array) -> Array:
 
 
 def _windows(x: Array, axis: int, stride: int) -> list[Array]:
-  """Return, for each of the three places of a window along an axis, the values that it covers.
+  """Return three arrays: the first, the second and the third value of every window along an axis.
 
   On a CPU, reducing these arrays is much faster than `lax.reduce_window`.
   """

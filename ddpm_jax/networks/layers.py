@@ -166,7 +166,7 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Data, scale: Array | None = None, shift: Array | None = None) -> Any:
     """Normalize x [B, *space, C], then multiply by 1 + scale [B, C] and add shift [B, C].
 
-    The result is split into arrays like x.
+    If x is several arrays, so is the result.
 
     Raises:
       ValueError: If the groups do not divide the channels.

@@ -52,7 +52,7 @@ def _check_values(network: Any) -> None:
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
       f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one level,"
-      " one block and one channel, all positive."
+      " one block and one output channel, and only positive multipliers."
     )
   if n.groups < 0 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
     raise ValueError(

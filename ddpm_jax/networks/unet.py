@@ -45,7 +45,8 @@ class Backbone(nn.Module):
       added to them.
     downsample: How a level is halved: "conv", or "residual" (ADM, DDPM++, NCSN++). One word applies to all levels. A
       sequence has one word for each level but the last.
-    upsample: The same for the upward path. A sequence has one word for each level that results from doubling.
+    upsample: The same for the upward path. A sequence has one word for each level but the coarsest, the finest
+      first.
     symmetric_padding: Whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad the far end
       (DDPM).
     filter: The filter of residual resampling: (1, 1), or (1, 3, 3, 1) in NCSN++.
@@ -66,9 +67,9 @@ class Backbone(nn.Module):
     dimensions: The number of spatial axes of the data: 1 (audio), 2 (images) or 3 (volumes, video).
     dtype: The type of the computation. Parameters, statistics, the softmax and the output are float32.
     remat: Which values the backward pass recomputes to save memory. "none": no values. "blocks": the values inside
-      blocks, so only values passed between blocks are saved. "everything": on the upward path also those, so only the
-      inputs of each level are saved. The name of a `jax.checkpoint_policies` entry without arguments: the values
-      inside blocks that this policy does not save.
+      blocks, so only values passed between blocks are saved. "everything": these, and on the upward path also the
+      values between blocks, so only the inputs of each level are saved there. The name of a
+      `jax.checkpoint_policies` entry without arguments: the values inside blocks that this policy does not save.
     attention: The implementation of attention. "" selects the form tuned for the platform (see `attention.attend`).
       "xla" and "cudnn" are those of `jax.nn.dot_product_attention`. "cudnn" requires a 16-bit type and an NVIDIA GPU.
     kernels: The allowed forms of operations: "tuned", "single_device", "loop" or "plain" (see `networks.kernels`).

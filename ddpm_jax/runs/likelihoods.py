@@ -165,7 +165,10 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
 
 
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:
-  """Return the means over images with the standard error of the bits, and for a bound of all steps its `terms` [N]."""
+  """Return the means of the values over images, and the standard error of the bits.
+
+  A bound over all steps also has `terms` [N], the mean term of each step.
+  """
   c, values = experiment.evaluation, values.astype(np.float64)
   bad = int(np.count_nonzero(~np.isfinite(values[:, 0])))
   if bad:

@@ -130,7 +130,10 @@ def copy_config(tree: Tree, folder: Path) -> Tree:
 
 
 def restore_init_from(tree: Tree, folder: Path) -> Tree:
-  """Return the config with the model that a run in a folder started from, if both have the same `init_from`."""
+  """Return the config with the model that a run started from, if the config and the run have the same `init_from`.
+
+  Otherwise return the config unchanged.
+  """
   saved = config.find_run(folder) if tree.values["init_from"] else None
   if saved is None or saved.values["init_from"] != tree.values["init_from"]:
     return tree

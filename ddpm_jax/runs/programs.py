@@ -90,8 +90,8 @@ def denoising_frames(
     frames: the maximum number of frames K.
 
   Returns:
-    `denoising(parameters, seed, first, batch) -> data [B, K, ...]`, with the arguments of `generate`. The frames are
-    scaled for display: the noise has a standard deviation of at most 1. And the times [K] from t_max to 0.
+    The function `denoising(parameters, seed, first, batch) -> data [B, K, ...]` with the arguments of `generate`, and
+    the times [K] from t_max to 0. The frames are scaled for display: the noise has a standard deviation of at most 1.
   """
   process, times = experiment.model.process, experiment.times
   indices = np.unique(np.linspace(0, len(times) - 1, frames).round().astype(int))

@@ -74,7 +74,7 @@ def read_data(experiment: Experiment) -> data.Splits:
   if reserved := [name for name in _RESERVED if name in item]:
     raise ValueError(
       f"Got data with the item(s) {', '.join(reserved)}; expected other names, because training passes its own values to the objective under"
-      " these. Rename them in the data source."
+      " these names. Rename them in the data source."
     )
   if "image" in conditions:
     raise ValueError(

@@ -38,7 +38,7 @@ class Space:
 
   @functools.cached_property
   def feature_space(self) -> metrics.FeatureSpace:
-    """Return the feature space, which is made on first use."""
+    """Return the feature space, and make it on first use."""
     return self._make()
 
   @functools.cached_property
@@ -164,8 +164,8 @@ def build_reference(
 ) -> Reference | None:
   """Return the reference that an experiment's samples are compared with, or None if there are no images for it.
 
-  By default the reference is the training images for Inception features, as is usual, or if there are more samples
-  than held-out images. Otherwise it is the held-out images.
+  By default, the reference is the held-out images if there are at least as many as samples. Otherwise it is the
+  training images. For Inception features, it is always the training images, as is usual.
 
   Raises:
     ValueError: if the reference is empty or missing, or if its features or its image size are different.

@@ -122,9 +122,9 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
     if lost:
       options = ", ".join(name for name in lost if name in default) if node["component"] == default["component"] else ""
       raise ValueError(
-        f"Got config.guidance={experiment.tree.short_name('guidance')}{options and f' (with {options})'} and"
-        f" --{'classifier' if guides.classifier else 'weak'}; expected a guidance rule for that guide, because only the scale would"
-        f" carry over. Set --config.guidance={rule}."
+        f"Got --{'classifier' if guides.classifier else 'weak'} with config.guidance={experiment.tree.short_name('guidance')}"
+        f"{options and f' (with {options})'}, a rule without this guide; expected a rule with it. Set"
+        f" --config.guidance={rule}. Only the scale carries over."
       )
     experiment = experiment.replace(guidance={"component": f"guidance.{rule}", "scale": node.get("scale", 1.0)})
   return experiment if scale is None else experiment.replace(**{scale_key(experiment.tree): float(scale)})

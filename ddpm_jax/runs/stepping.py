@@ -49,7 +49,7 @@ def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
 
 
 def optimizer(experiment: Experiment) -> optax.GradientTransformation:
-  """Return the optimizer chain, which also computes the averages of the parameters.
+  """Return the optimizer chain, with the averages of the parameters.
 
   Parameters that the objective trains in addition to the model (`extra`) have the same optimizer without averages.
   """
@@ -89,7 +89,7 @@ def params_ema(experiment: Experiment) -> optax.GradientTransformation:
   if c.snapshot_every and c.kind != "power":
     raise ValueError(
       f"Got config.ema.snapshot_every={c.snapshot_every} with config.ema.kind={c.kind!r}; expected 0, because only snapshots of the kind 'power'"
-      " can be combined to averages of other widths. Set --config.ema.snapshot_every=0 or --config.ema.kind=power."
+      " can be combined into averages of other widths. Set --config.ema.snapshot_every=0 or --config.ema.kind=power."
     )
   if c.kind == "power" and not c.stds:
     raise ValueError(

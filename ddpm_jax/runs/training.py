@@ -228,7 +228,7 @@ class _Trainer:
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
-    """Move away checkpoints later than the step training resumes from, and describe damaged files in `self.damaged`.
+    """Move away checkpoints after the step that training resumes from, and describe damaged files in `self.damaged`.
 
     Later snapshots are deleted.
     """

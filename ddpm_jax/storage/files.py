@@ -209,7 +209,7 @@ def check_new_file(path: str | Path, suffix: str) -> None:
 def unused_path(path: Path, suffix: str) -> Path:
   """Return the first of path, path_2, path_3, ... for which no file with the suffix exists.
 
-  The returned path has no suffix.
+  The result does not include the suffix.
   """
   candidates = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
   return next(candidate for candidate in candidates if not Path(f"{candidate}{suffix}").exists())

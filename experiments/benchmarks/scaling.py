@@ -124,7 +124,7 @@ def main():
       f"{row['share']:.3f}",
       f"{row['state_bytes'] / 1e6:.2f}",
       f"{row['temporary_bytes'] / 1e6:.1f}",
-      ", ".join(f"{item['number']} {kind} of {item['bytes'] / 1e6:.2f}" for kind, item in row["collectives"].items()),
+      "; ".join(f"{item['number']} {kind}: {item['bytes'] / 1e6:.2f}" for kind, item in row["collectives"].items()),
     ]
     for row in rows
   ]
@@ -135,7 +135,7 @@ def main():
     "total over one device",
     "state, MB each",
     "temporaries",
-    "collectives, MB",
+    "collectives: total MB",
   ]
   batch, megabytes = load(args.config).training.batch_size, rows[0]["parameter_bytes"] / 1e6
   title = f"{args.config.stem}, a step of {batch} images, {megabytes:.2f} MB of parameters"

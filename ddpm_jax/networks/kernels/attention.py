@@ -71,9 +71,9 @@ def _attend_tuned_cpu(q: Array, k: Array, v: Array) -> Array:
 
 
 def _row_maximum(x: Array) -> Array:
-  """Compute the maximum of each row, after halving long rows.
+  """Compute the maximum of each row.
 
-  XLA's CPU backend compares the numbers of a row one after another.
+  XLA's CPU backend compares the numbers of a row one after another. So the halves of a long row are compared first.
   """
   while x.shape[-1] > 64 and x.shape[-1] % 2 == 0:
     x = jnp.maximum(*jnp.split(x, 2, axis=-1))

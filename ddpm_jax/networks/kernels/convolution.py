@@ -45,7 +45,7 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kern
       "expected [B, *space, C] with one to three spatial axes, and [*window, C, C'], of one type."
     )
   if len(strides) != axes or min(strides) < 1:
-    raise ValueError(f"Got strides {strides}; expected {axes}, one for each spatial axis, of 1 or more.")
+    raise ValueError(f"Got strides {strides}; expected {axes} integers of 1 or more, one for each spatial axis.")
   pads = _pads(x, kernel, strides, padding)
   if kernels == "loop":
     return _convolve_tuned_loop(x, kernel, tuple(strides), pads)

@@ -23,8 +23,8 @@ def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Arra
   Two of a kernel's three rows always multiply the same row of x, so the tuned forms add those two rows first. In two
   dimensions this leaves 4/9 of the products. The CPU form convolves x with one kernel of two rows for each parity of
   an output row. The TPU form inserts zeros between the values of x and convolves the result with one larger kernel:
-  the sum of the kernel shifted to each position of a repeated value. A TPU skips products with zeros. Other platforms
-  double the data.
+  the sum of copies of the kernel, one shifted to each position of a repeated value. A TPU skips products with zeros.
+  Other platforms double the data.
 
   Args:
     x: The data [B, *space, C].
