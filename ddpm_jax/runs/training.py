@@ -294,7 +294,7 @@ class _Trainer:
       )
       if signals.stopped_late(c.steps):
         stopped = int(state.step)
-        work.save(stopped, state, {})
+        work.save_checkpoint(stopped, state, {})
         self.checkpoints.wait()
         name = signal.Signals(signals.number).name
         print_line(f"stopped by {name}; saved at step {stopped:,}; run the same command again to resume")
@@ -329,7 +329,7 @@ class _Work:
       callbacks.append(training.Callback(experiment.evaluation.every, self._score))
     if self._trainer.preview is not None:
       callbacks.append(training.Callback(experiment.training.sample_every, self._save_preview))
-    return [*callbacks, training.Callback(experiment.training.checkpoint_every, self.save)]
+    return [*callbacks, training.Callback(experiment.training.checkpoint_every, self.save_checkpoint)]
 
   def log(self, step: int, metrics: Metrics) -> None:
     """Add the learning rate, the memory and the speed to the loop's metrics, and log them."""
@@ -350,7 +350,7 @@ class _Work:
     if self._writer is not None:
       self._writer.scalars(step, metrics)
 
-  def save(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
+  def save_checkpoint(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     """Save a checkpoint, with the scores of its step if there are any."""
     scores = self._scores[1] if self._scores[0] == step else {}
     # Without the metric of the best checkpoints, save no metrics: the checkpoint cannot be compared.
@@ -363,7 +363,7 @@ class _Work:
     """Save the state when the next batch cannot be read."""
     # With several processes, a save needs all of them, but the other processes already wait inside the next step.
     if jax.process_count() == 1:
-      self.save(step, state, {})
+      self.save_checkpoint(step, state, {})
       self.checkpoints.wait()
       print_line(f"the next batch cannot be read; saved at step {step:,}; run the same command again to resume")
 
