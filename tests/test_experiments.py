@@ -51,6 +51,13 @@ def test_the_script_uses_neither_flax_nor_a_config():
   assert result.stdout.strip() == "[]"
 
 
+def test_the_strip_of_the_readme_shows_the_present_figures(tmp_path):
+  names = runpy.run_path(str(ROOT / "experiments" / "strip.py"))
+  names["main"](tmp_path / "strip.png")
+  with Image.open(tmp_path / "strip.png") as made, Image.open(names["FIGURES"] / "strip.png") as shown:
+    np.testing.assert_array_equal(np.asarray(made), np.asarray(shown))
+
+
 # Replacements that make the notebook small, including a short training of the classifier.
 REPLACEMENTS = {
   "channels=32,": "channels=8,",
