@@ -27,7 +27,7 @@ def run_process(*arguments):
   """Run `python -m ddpm_jax.main`, and return its exit code and output. `call` reuses processes, so it is faster."""
   command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": forked.PATIENCE}
-  # XLA cannot write its dump there, so it logs an error for each program.
+  # XLA cannot write its dump to this path, so it tries to log an error for each program.
   environment = environment_for(1)
   environment["XLA_FLAGS"] += f" --xla_dump_to={NOWHERE}"
   del environment["TF_CPP_MIN_LOG_LEVEL"]  # JAX sets it in this process

@@ -1,6 +1,6 @@
 """Import torch-fidelity and clean-fid without torchvision.
 
-Both packages import torchvision, but the tested functions do not use it. It has no CPU build.
+Both packages import torchvision, but the tested functions do not use it, so the tests do not install it.
 """
 
 import contextlib

@@ -75,7 +75,7 @@ def _run_once(arguments, environment, output):
   try:
     _run(arguments)
   finally:
-    # A process forked by multiprocessing does not run these functions itself.
+    # A process that multiprocessing forked does not run its exit functions.
     atexit._run_exitfuncs()
 
 

@@ -4,7 +4,7 @@ import ast
 import re
 import shlex
 
-# Replaces placeholders in angle brackets, such as a folder or a number.
+# Replaces each placeholder in angle brackets, such as <folder> or <number>.
 PLACEHOLDER = "1"
 _COMMAND = r"(?:python -m ddpm_jax(?:\.main)?|ddpm-jax) (.*)"
 

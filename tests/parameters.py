@@ -18,7 +18,10 @@ from tests.recipes import experiment_of, tree_of
 
 
 def random_params(config, seed=0, scale=0.2):
-  """Return random values for every parameter without compiling, so that the output depends on every input."""
+  """Return random values for every parameter, so that the output depends on every input.
+
+  This compiles nothing.
+  """
   return random_like(jax.eval_shape(experiment_of(config).model.init, jax.random.key(0)), seed, scale)
 
 

@@ -149,10 +149,10 @@ def noise_of_dpmpp_sde(sigmas, eta, dtype):
 def fixed_dpmpp_3m():
   """Return k-diffusion's DPM-Solver++(3M) with the correct factor 2 of the second difference.
 
-  With u from 0 to h in lambda, its x_0 is D(u) = D(0) + d1 u/h + d2 (u/h)^2, with d2 = h^2 D''/2. The integral of
-  exp(u - h) (u/h)^2 is 1 - 2 phi_2 / h = -2 phi_3. k-diffusion uses -phi_3 instead. So do diffusers' multistep rule and
-  its source, the authors' code. The authors' singlestep rule has the factor 2. The missing term is of order h^3 in each
-  step.
+  For u from 0 to h in lambda, the rule's estimate of x_0 is D(u) = D(0) + d1 u/h + d2 (u/h)^2, with d2 = h^2 D''/2. The
+  integral of exp(u - h) (u/h)^2 is 1 - 2 phi_2 / h = -2 phi_3. k-diffusion uses -phi_3 instead. So do diffusers'
+  multistep rule and its source, the code of the paper's authors. The singlestep rule of the authors has the factor 2.
+  The missing term is of order h^3 in each step.
   """
   rule = k_diffusion.sample_dpmpp_3m_sde
   source, names = inspect.getsource(rule), dict(vars(k_diffusion))

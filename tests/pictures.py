@@ -23,7 +23,7 @@ def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
 def backdate(root):
   """Set the modification times of all folders an hour back.
 
-  Folders that changed just now are always listed again.
+  Otherwise each new source lists the folders again, because they changed just now.
   """
   for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
     old = path.stat().st_mtime_ns - 3600 * 10**9

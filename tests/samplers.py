@@ -93,9 +93,9 @@ def mark_slow(pairs, default):
 def on_processes(names):
   """Pair samplers with processes as test parameters, most of them marked as slow.
 
-  The product has all rules on one process of each kind, and a few representative rules on every process. This is
-  enough, because a rule depends only on alpha and sigma. By default, each rule runs on one of the kinds in rotation,
-  and each other process runs one of the representative rules.
+  The pairs contain every rule on one process of each kind, and a few representative rules on every process. These
+  pairs are enough, because a rule depends only on alpha and sigma. Without the slow tests, each rule runs on one
+  process of `KINDS`, in rotation, and each other process runs one of the representative rules.
   """
   representative = [name for name in names if name in REPRESENTATIVE]
   other_processes = [process for process in PROCESSES if process not in KINDS]
@@ -114,7 +114,7 @@ def jitted(sampler, denoise, *, compiler_options=None, **kwargs):
 
 
 def run(sampler, denoise, x, times, key=None, **kwargs):
-  """Run `sample`, jitted."""
+  """Compile and run `sample`."""
   return jitted(sampler, denoise, **kwargs)(jax.random.key(0) if key is None else key, x, times)
 
 
@@ -188,7 +188,7 @@ def padded(times, size):
 
 
 def grid_for(process, steps):
-  """Return a grid for all rules on a process, with smaller steps at low noise."""
+  """Return a grid of times that suits every rule on a process."""
   if process.num_steps is None and process.t_max > 1:
     return sampling.grids.karras(process, steps)
   if float(process.alpha(process.t_max)) == 0:

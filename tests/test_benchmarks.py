@@ -47,7 +47,7 @@ def run(script, monkeypatch, capsys):
   return run
 
 
-def test_functions_run_forward_and_backward_after_untimed_calls(script):
+def test_functions_are_timed_in_both_orders_after_untimed_calls(script):
   timing, calls = script("timing"), []
   times = timing.time_alternately({name: lambda name=name: calls.append(name) for name in "ab"}, 2, quiet=True)
   assert "".join(calls) == "ab" + 2 * "aabbbbaa"
@@ -63,7 +63,7 @@ def test_the_ratio_compares_times_of_the_same_round(script):
   assert script("timing").ratio(times, "ours", "theirs") == (2.0, 2.0, 2.0)
 
 
-def test_computation_hides_communication_from_the_batch_size_of_the_roofline(script):
+def test_the_roofline_gives_the_smallest_batch_that_hides_communication(script):
   scaling = script("scaling")
   work = scaling.work_of(scaling.load(ROOT / "configs" / "cifar10_vp.py"))
   alone, *rows = scaling.roofline(work, "v5e", 1024)
@@ -147,7 +147,7 @@ def test_the_overhead_of_sampling_is_timed(quick, smaller):
   assert results["ratios"]["heun"][1] > 0
 
 
-def test_the_rates_and_the_wait_for_input_are_timed(quick, smaller, optimized):
+def test_reading_rates_and_waiting_for_input_are_measured(quick, smaller, optimized):
   smaller("input")
   results = quick("input")
   assert all(rate > 0 for rates in results["records_per_second"].values() for rate in rates.values())
@@ -250,8 +250,8 @@ def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
   ours, process = curve.Ours(experiment, source), experiment.model.process
   interop.diffusers.save(tmp_path, experiment.model, ours.state.params)
   theirs = curve.Theirs(experiment, source, tmp_path, "cpu", False)
-  # Their first step has learning rate 0, ours has the first value of the warm-up. A step without gradients advances
-  # their schedule and changes no weights.
+  # The first step of diffusers' trainer has learning rate 0, but our first step has the first value of the warm-up. A
+  # step without gradients advances the schedule of diffusers and changes no weights.
   theirs.optimizer.step()
   theirs.rate.step()
   state, key, start = ours.state, jnp.copy(ours.state.key), jax.tree.map(np.array, ours.state.params)
@@ -277,7 +277,7 @@ def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
   assert max(jax.tree.leaves(change)) > 5e-3
 
 
-def test_traffic_of_a_convolution_and_of_a_recipe(run, tmp_path):
+def test_the_traffic_of_a_convolution_and_of_a_recipe_is_counted(run, tmp_path):
   """The minimum of a convolution is exact, and the traffic of a recipe excludes data in on-chip memory."""
   text = run(
     "traffic.py", "--parts=convolution", "--types=bfloat16", "--images=2", "--operations=1", f"--json={tmp_path / 'a'}"

@@ -59,7 +59,7 @@ def restore(folder, *, step=None, devices=1, names=("params", "training")):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_save_and_restore_round_trip(tmp_path, devices):
+def test_saved_trees_are_restored_exactly(tmp_path, devices):
   save(tmp_path / "c", 5)
   restored = restore(tmp_path / "c", devices=devices)
   assert (restored.step, restored.data, restored.damaged) == (5, {"batch": 5}, [])
@@ -108,7 +108,7 @@ def test_newest_periodic_and_best_checkpoints_are_kept(tmp_path):
   assert checkpoint.Checkpoints.steps(tmp_path) == [2, 10], "scores are read from the saved checkpoints"
 
 
-def test_restore_a_chosen_step(tmp_path):
+def test_a_chosen_step_is_restored(tmp_path):
   save(tmp_path, 1, 2, 3, keep=3)
   assert_equal(restore(tmp_path, step=2).items, make_items(2))
   with pytest.raises(ValueError, match="Got step 7 .*expected one of 1, 2, 3"):
@@ -163,7 +163,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("damage", ["flipped bit", "no file"])
 def test_damaged_checkpoints_are_never_used(damage, tmp_path):
-  """One file is damaged at a time. Restored trees never change, or the previous step is restored."""
+  """One file is damaged at a time. The restored step is 2 or 1, and its trees are always correct."""
   save(tmp_path, 1, 2)
   rng = random.Random(0)
   num_skipped = 0
@@ -185,7 +185,7 @@ def test_damaged_checkpoints_are_never_used(damage, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
-def test_truncated_files_are_detected(tmp_path, damage):
+def test_truncated_and_missing_files_are_detected(tmp_path, damage):
   save(tmp_path, 1, 2)
   for path in files_of(tmp_path / "2" / "params"):
     if damage == "removed":

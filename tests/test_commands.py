@@ -31,7 +31,7 @@ def test_help_shows_what_a_mode_does_its_flags_and_two_examples(mode):
   assert any(command_line.parse(shlex.split(example)).mode == mode for example in module.EXAMPLES)
 
 
-def test_help_lists_the_modes_in_one_line_each():
+def test_help_has_one_line_for_each_mode():
   text = command_line.answer(["--help"])
   for mode in MODES:
     assert f"\n  {mode:<9}{command(mode).__doc__.split()[0]}" in text
@@ -40,7 +40,7 @@ def test_help_lists_the_modes_in_one_line_each():
   assert command_line.answer(["--config=digits_vp", "--workdir=/tmp/x"]) is None
 
 
-def test_the_list_of_recipes_has_a_line_for_each():
+def test_the_list_of_recipes_has_one_line_for_each_recipe():
   listed = command_line.answer(["--config=list"]).splitlines()
   files = sorted((ROOT / "configs").glob("*.py"))
   assert [one.split()[0] for one in listed] == [path.stem for path in files]
@@ -48,8 +48,8 @@ def test_the_list_of_recipes_has_a_line_for_each():
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version", "--config=list", "--mode=plan --help"])
-def test_each_way_to_start_the_program_is_the_same(flag):
-  """Starting must not import JAX, which takes a second."""
+def test_all_ways_to_start_the_program_print_the_same_text(flag):
+  """None of them imports JAX, because that takes a second."""
   forms = [["-m", "ddpm_jax"], ["-m", "ddpm_jax.main"], ["-c", "from ddpm_jax.main import main; main()"]]
   environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
   outputs = []
@@ -139,7 +139,7 @@ def test_short_forms_set_config_keys():
       flags.config_keys(args)
 
 
-def test_flags_of_one_name_are_parsed_alike():
+def test_flags_of_the_same_name_are_parsed_alike():
   """A flag is parsed in the same way in all modes, except for flags that accept several values in one mode."""
   parsers: dict[str, set] = {}
   for mode in MODES:

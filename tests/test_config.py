@@ -16,7 +16,7 @@ from tests.commands import DENSE, RECIPE, assert_refused, call
 from tests.recipes import tiny_config, tree_of
 
 TREE = configs.expand({})
-# The keys of sections have limits. Arguments are excluded, because components check them.
+# All keys of sections. Arguments of components are excluded, because the components check them.
 KEYS = {
   path: value
   for path, value in trees.leaves(TREE.values).items()
@@ -45,7 +45,7 @@ def check(key, value):
   return configs.expand(with_value(key, value))
 
 
-def test_keys_are_checked():
+def test_unknown_keys_and_numbers_below_their_limits_are_refused():
   with pytest.raises(ValueError, match=r"'training.step' as a config key.*Did you mean 'training.steps'"):
     check("training.step", 3)
   config = tiny_config()
@@ -90,10 +90,16 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
   assert configs.find_run(tmp_path) is None
   with pytest.raises(ValueError, match="holds no run"):
     configs.read_run(tmp_path)
+
+
+def test_only_a_config_with_known_keys_becomes_a_tree():
   with pytest.raises(ValueError, match="a config of type dict"):
     configs.to_tree({})
   with pytest.raises(ValueError, match="'a' as a config key"):
     configs.to_tree(ConfigDict({"a": 1}))
+
+
+def test_changes_of_a_tree_do_not_affect_its_config():
   config = tiny_config()
   before = config.to_dict()
   configs.to_tree(config).values["seed"] = 3
@@ -144,14 +150,14 @@ def test_values_of_another_type_are_refused(key):
 
 
 @pytest.mark.parametrize("key", COMPONENTS)
-def test_values_are_refused_in_slots(key):
+def test_values_that_are_not_components_are_refused(key):
   # A table of numbers may replace a schedule.
   for value in (True, object(), float("nan"), {"a": 1}, len, *([()] if key != "model.process.betas" else [])):
     with pytest.raises(ValueError, match=rf"config\.{key}[ =].*; expected|Got .*; expected"):
       configs.expand(trees._with(TREE.values, key.split("."), value))
 
 
-def test_the_lists_above_hold_all_keys():
+def test_the_lists_above_contain_all_keys():
   mappings = {path for path, one in TREE.parameters.items() if one.is_mapping}
   assert mappings == {"model.conditions"}
   sections = {path for path in TREE.parameters if isinstance(TREE.at(path), Mapping)}
@@ -224,7 +230,7 @@ def test_numpy_and_jax_numbers_are_accepted():
   assert tree_of(config).values == tree_values
 
 
-def test_a_saved_config_is_checked_and_named(tmp_path):
+def test_errors_in_a_saved_config_name_the_file(tmp_path):
   for change, message in (
     ({"seed": "x"}, "Got config.seed='x'; expected an integer"),
     ({"seed": {"a": 1}}, "Got config.seed={'a': 1}; expected an integer"),
@@ -258,7 +264,7 @@ def test_a_saved_config_is_checked_and_named(tmp_path):
 
 def test_a_config_is_restored_from_a_run_folder(tmp_path):
   config = tiny_config()
-  # Test infinity, None, nested components, numbers instead of a component, and the run folder.
+  # Include infinity, None, nested components, numbers instead of a component, and a path in the run folder.
   config.sampler = spec("with_langevin", sampler=spec("heun"), snr=0.5)
   config.model.process = spec("processes.discrete", betas=(0.25, 0.5))
   config.model.conditions.classes = spec("classes", number=10)
@@ -456,7 +462,7 @@ def test_the_example_of_every_slot_fits(key):
     ("('conv', 'residual')", (str, list[str]), ("conv", "residual")),
   ],
 )
-def test_texts_of_flags_are_parsed(text, kinds, value):
+def test_values_of_flags_are_parsed(text, kinds, value):
   found = values.read(text, kinds, "key")
   assert found == value
   assert type(found) is type(value)
@@ -481,7 +487,7 @@ WRONG = {
 
 @pytest.mark.parametrize("flag", WRONG)
 def test_wrong_keys_on_the_command_line_give_one_message(flag, tmp_path):
-  # Not DENSE, because its network takes any argument.
+  # Use RECIPE, because the network of DENSE accepts any argument.
   code, output = call(RECIPE, flag, f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, WRONG[flag])
   assert code == 2

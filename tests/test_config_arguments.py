@@ -15,7 +15,7 @@ from tests.test_config_components import TREE, with_keys
 
 
 def make_value(annotation, number):
-  """Return a value of a type that differs for each number. It need not be a sensible argument."""
+  """Return a value of the annotated type. Each number gives a different value, and components may refuse it."""
   kinds = values.members(annotation)
   if str in kinds:
     return f"word{number}"

@@ -44,7 +44,7 @@ def with_keys(keys, tree=TREE):
     ("f(\n  x=1,\n)", {"component": "f", "x": 1}),
   ],
 )
-def test_texts_are_components(text, node):
+def test_texts_of_components_are_parsed(text, node):
   assert components.parse(text, "key") == node
 
 
@@ -173,6 +173,7 @@ def test_components_that_do_not_fit_a_slot_are_refused(key, name, message):
       "Got config.model.process.betas.num_steps=1.5; expected an integer",
     ),
     ({"model.process": "None"}, "Got config.model.process=None; expected a process"),
+    # This is correct, so it has no message.
     ({"model.prediction": "V()"}, ""),
     ({"model.prediction": "V(x=1)"}, "'model.prediction.x' as a config key of predictions.V; expected no keys"),
     (
@@ -215,7 +216,7 @@ def test_wrong_arguments_give_one_message(keys, message):
     configs.build(with_keys(keys))
 
 
-def test_components_nest():
+def test_components_may_be_arguments_of_components():
   sampler = with_keys({"sampler": "with_langevin(sampler=heun(s_churn=40), snr=0.2)"}).at("sampler")
   assert sampler["component"] == "sampling.with_langevin"
   assert (sampler["snr"], sampler["num_steps"]) == (0.2, 1)
@@ -304,7 +305,7 @@ def test_conditions_are_sorted(tmp_path):
     assert list(one.values["model"]["conditions"]) == ["a", "b", "z"]
 
 
-def test_flags_with_and_without_equals_signs(tmp_path):
+def test_flags_are_parsed_with_and_without_equals_signs(tmp_path):
   folder = tmp_path / "run"
   config = tiny_config()
   write_run(config, folder)

@@ -175,7 +175,7 @@ def test_a_function_is_used_directly_or_called(source_file, tmp_path):
     np.testing.assert_array_equal(made.alpha(times), processes.discrete(np.array(expected)).alpha(times))
 
 
-def test_a_custom_module(source_file, monkeypatch):
+def test_a_component_may_come_from_a_module_or_a_package(source_file, monkeypatch):
   monkeypatch.syspath_prepend(str(source_file.parent))
   tree = with_keys({"sampler": "own:sampler(eta=0.25)"})
   assert tree.at("sampler") == {"component": "own:sampler", "sha256": custom._digest(SOURCE.encode()), "eta": 0.25}
@@ -254,7 +254,7 @@ def test_a_broken_component_file_gives_one_message(name, source_file):
   "name",
   ["does not exist", "lacks the name", "is of another kind", "fails", "is not Python", "raises", "ends the program"],
 )
-def test_the_command_line_shows_one_message_of_a_component_file(name, source_file, tmp_path):
+def test_the_command_line_shows_one_message_for_a_broken_component_file(name, source_file, tmp_path):
   content, component, message = BROKEN[name]
   source_file.unlink()
   if content is not None:
@@ -341,7 +341,7 @@ def test_a_run_resumes_with_its_copy_of_a_changed_file(source_file, run_folder):
   assert tree.at("objective.weighting") == before.at("objective.weighting")
   slot = tree.parameters["objective.weighting"].slot
   assert components.find(tree.at("objective.weighting"), slot, "", run_folder).value(3.0)(3.0) == 27
-  # A recipe uses the changed file, so its config is another one.
+  # A recipe uses the changed file, so its config differs.
   config = tiny_config()
   config.objective.weighting = spec(f"{source_file}:made_weighting", power=3.0)
   with pytest.raises(

@@ -19,7 +19,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.5", "imagenet64_adm": "295.9"}
 PARAMETERS |= {"celeba64_vp": "78.7", "lsun_bedroom_vp": "113.7"}
 
-# Heights of the levels with attention in the papers (and in Song et al. 2021, Karras et al. 2022).
+# Heights of the levels with attention in the same papers, in Song et al. 2021 and in Karras et al. 2022.
 ATTENTION_HEIGHTS = {
   name: {16}
   for name in ("cifar10_vp", "cifar10_sde", "celeba64_vp", "lsun_bedroom_vp", "cifar10_ncsnpp", "cifar10_ddpmpp")
@@ -41,7 +41,7 @@ def test_all_recipes_exist():
 
 
 @pytest.mark.parametrize("name", ATTENTION_HEIGHTS)
-def test_attention_is_at_the_heights_of_the_papers(name):
+def test_attention_is_at_the_same_heights_as_in_the_papers(name):
   config = load(ROOT / "configs" / f"{name}.py").get_config()
   levels = config.model.network.attention_levels
   assert {config.data.image_size // 2**level for level in levels} == ATTENTION_HEIGHTS[name]
@@ -57,7 +57,7 @@ def loss_of(experiment, params, keys, batch):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe(path):
+def test_each_recipe_builds_with_consistent_shapes(path):
   module = load(path)
   assert f"--config=configs/{path.name}" in module.__doc__
   assert re.search(r"Score:|precision", module.__doc__)
@@ -84,7 +84,7 @@ def test_recipe(path):
   elif path.stem == "cifar10_ddpmpp":
     assert count == edm_parameters() == 55_733_891
   elif path.stem == "cifar10_ncsnpp":
-    # Including the 128 random frequencies, which are not trained.
+    # Our count includes 128 random frequencies that are not trained.
     assert count == edm_parameters(noise=256, residual=True) + 128
 
 
@@ -101,7 +101,7 @@ def test_a_classifier_has_the_data_and_the_process_of_the_model_it_guides(data):
 def edm_parameters(noise=128, residual=False):
   """Count the parameters of EDM's network layer by layer (Karras et al. 2022, appendix F, table 7).
 
-  It has three levels with 4 blocks and 2 * 128 channels.
+  The network has three levels with 4 blocks and 2 * 128 channels.
   """
 
   def conv(inputs, outputs, size):

@@ -41,7 +41,7 @@ def run(script, *, stdout=subprocess.PIPE, **environment):
     ("utf-8", "0.5 ± 0.1 \\udcff 中".encode(), "1 \N{MINUS SIGN} 2 \N{MULTIPLICATION SIGN} 3".encode()),
   ],
 )
-def test_any_text_goes_to_any_stream(encoding, first, second):
+def test_any_text_can_be_printed_in_any_encoding(encoding, first, second):
   result = run(PRINTS, PYTHONIOENCODING=encoding)
   assert result.returncode == 0, result.stderr
   assert result.stdout == first + b"\n" + second + b"\n"
@@ -57,7 +57,7 @@ def test_output_to_closed_or_full_streams_is_dropped(streams, tmp_path):
 
 
 def read_one_line(command):
-  """Read the first line of a command, close its output, and return the line, its exit code and its errors."""
+  """Read one line of a command's output, close the output, and return the line, the exit code and the errors."""
   options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
   options["env"] = commands.environment_for(1) | {"PYTHONUNBUFFERED": ""}
   with subprocess.Popen([sys.executable, *command], **options) as process:
@@ -83,7 +83,7 @@ def test_a_program_ends_silently_when_its_reader_is_gone(script_end, code):
   assert read_one_line(["-c", script]) == (b"1\n", code, b"")
 
 
-def test_another_broken_pipe_is_an_error():
+def test_a_broken_pipe_other_than_the_output_is_an_error():
   result = run(
     "from ddpm_jax.commands import console\nwith console.safe_output():\n  raise BrokenPipeError('of a server')"
   )

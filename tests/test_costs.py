@@ -54,7 +54,7 @@ def test_convolution_flops_match_xla(options):
   assert flops(f, *shapes) == lowered.cost_analysis()["flops"]
 
 
-def test_a_gradient_takes_about_three_times_the_forward_pass():
+def test_a_gradient_takes_about_three_times_the_flops_of_the_forward_pass():
   shapes = (2, 8, 8, 16), (3, 3, 16, 16), (3, 3, 16, 16)
 
   def loss(x, a, b):
@@ -64,13 +64,13 @@ def test_a_gradient_takes_about_three_times_the_forward_pass():
   assert flops(jax.grad(loss, argnums=(0, 1, 2)), *shapes) == pytest.approx(3 * forward, rel=0.01)
   # Without a gradient with respect to the data, the first layer needs one product less.
   assert flops(jax.grad(loss, argnums=(1, 2)), *shapes) == pytest.approx(2.5 * forward, rel=0.01)
-  # Recomputation counts.
+  # Recomputed products count too.
   checkpointed = jax.checkpoint(lambda x, a, b: convolution(jnp.sin(convolution(x, a, "SAME")), b, "SAME"))
   recomputing = flops(jax.grad(lambda *args: jnp.sum(checkpointed(*args) ** 2), argnums=(0, 1, 2)), *shapes)
   assert recomputing >= 3.4 * forward
 
 
-def test_flops_of_loops_branches_and_shards():
+def test_flops_of_loops_branches_and_shards_are_counted():
   product = 2 * 4 * 4 * 4
 
   def scanned(a):
@@ -100,7 +100,7 @@ def compiled(mesh, body, shape, out_specs=None):
 @pytest.mark.parametrize(
   ("kind", "body", "expected"),
   [
-    # Each device has 1 KiB. A ring of g devices sends 2(g-1)/g of it, for g = 8 and g = 4.
+    # Each device has 1 KiB. For an all-reduce, each device in a ring of g devices sends 2(g-1)/g KiB.
     ("all-reduce", lambda x: jax.lax.psum(x, ("data", "fsdp")), (1, KB, 2 * 7 / 8 * KB)),
     ("all-reduce", lambda x: jax.lax.psum(x, "fsdp"), (1, KB, 2 * 3 / 4 * KB)),
     ("all-gather", lambda x: jax.lax.all_gather(x, "fsdp", tiled=True)[:256], (1, 4 * KB, 3 / 4 * 4 * KB)),
@@ -207,7 +207,7 @@ def test_asynchronous_collectives_count_once():
   assert costs.collectives("") == {}
 
 
-def test_operations_of_a_compiled_program():
+def test_operations_of_a_compiled_program_have_their_bytes_and_counts():
   """The program has one product, and a loop of five products."""
 
   def run(a, b):
@@ -258,7 +258,7 @@ ENTRY %main (a: f32[16,1024], i: s32[]) -> f32[16,1024] {
 """
 
 
-def test_operations_of_a_tpu_s_program():
+def test_operations_of_a_program_for_tpus_have_their_traffic():
   """A copy to on-chip memory counts at one end only. Slices and in-place updates count with the bytes of the slice.
 
   Instructions that wait or group values have no traffic.

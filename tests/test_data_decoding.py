@@ -1,4 +1,4 @@
-"""Decode image files of all formats, bit depths, orientations and sizes."""
+"""Test the decoding of image files of all formats, bit depths, orientations and sizes."""
 
 import struct
 
@@ -14,7 +14,7 @@ LEVELS = np.arange(256).reshape(16, 16)
 
 
 def read_everywhere(path, size, channels=1):
-  """Read a file like training and like editing, and check that both agree."""
+  """Read a file with the functions for training and for editing, and check that both agree."""
   (path.parent / "folder").mkdir(exist_ok=True)
   copy = path.rename(path.parent / "folder" / path.name)
   trained = data.FolderSource(copy.parent, (size, size), channels)[0]["image"]
@@ -192,7 +192,7 @@ def test_damaged_exif_is_ignored(tmp_path):
   np.testing.assert_array_equal(read_everywhere(tmp_path / "a.png", 8, 3), random_pixels(0, 8))
 
 
-def test_an_image_above_pillows_size_limit_is_broken(tmp_path, capsys):
+def test_an_image_above_pillows_size_limit_counts_as_broken(tmp_path, capsys):
   (tmp_path / "folder").mkdir()
   path = tmp_path / "folder" / "bomb.png"
   write_bomb(path, 40_000)

@@ -39,7 +39,7 @@ def listed(monkeypatch):
 def settled(monkeypatch):
   """Let the cache accept folders that changed just now.
 
-  `backdate` cannot set the status change time.
+  The cache also reads the time of the last status change, and `backdate` cannot set that time.
   """
   monkeypatch.setattr(listing, "_TICK_NS", -(10**18))
 

@@ -23,7 +23,7 @@ def test_an_image_of_the_right_size_is_not_changed(tmp_path):
   inputs = data.read_inputs(tmp_path / "a.png", (8, 8), 3)
   np.testing.assert_array_equal(inputs.images, pixels[None])
   assert (inputs.images.dtype, inputs.names, inputs.resized) == (np.uint8, ["a.png"], 0)
-  assert data.read_inputs(tmp_path / "a.png", None, 3).images.shape == (1, 8, 8, 3), "its own size"
+  assert data.read_inputs(tmp_path / "a.png", None, 3).images.shape == (1, 8, 8, 3), "the size of the file"
   gray = data.read_inputs(str(tmp_path / "a.png"), (8, 8), 1).images
   assert gray.shape == (1, 8, 8, 1)
   np.testing.assert_allclose(gray[0, ..., 0], pixels @ [0.299, 0.587, 0.114], atol=1)
@@ -145,7 +145,7 @@ def test_a_mask_is_true_where_it_is_white(tmp_path):
     ("center", ["....", ".##.", ".##.", "...."]),
   ],
 )
-def test_words_for_masks(word, rows):
+def test_a_word_can_name_a_mask(word, rows):
   expected = np.array([[letter == "#" for letter in row] for row in rows])
   np.testing.assert_array_equal(data.read_mask(word, (4, 4)), expected[..., None])
   np.testing.assert_array_equal(data.read_mask(word, (8, 8)), expected.repeat(2, 0).repeat(2, 1)[..., None])

@@ -11,7 +11,7 @@ SHAPE = (4, 6, 1)
 class Poses:
   """Provide gradient images that start at a level equal to their index, and arrays with the same level.
 
-  Some images may be broken.
+  The images of the indices `broken` are broken.
   """
 
   def __init__(self, count=12, broken=(), floats=False):
@@ -68,7 +68,7 @@ def test_items_are_the_same_in_memory(broken):
   assert_items(data.read(memory, np.arange(12)), range(12))
 
 
-def test_the_complete_next_item_replaces_a_broken_one():
+def test_the_next_complete_item_replaces_a_broken_item():
   stand_ins = {2: 4, 3: 4, 11: 0}
   for source in (data.SkipBroken(Poses(broken=stand_ins)), data.cache_in_memory(Poses(broken=stand_ins), "skip")):
     assert_items(data.read(source, np.arange(12)), range(12), stand_ins)
@@ -132,7 +132,7 @@ def test_items_may_have_any_name(item):
   np.testing.assert_array_equal(batch["process"], batch["classes"])
 
 
-def test_other_arrays_of_a_file_are_read(tmp_path):
+def test_selected_arrays_of_a_file_become_items(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), np.uint8)
   np.savez(tmp_path / "a.npz", images=images, classes=np.arange(5), pose=np.arange(10.0).reshape(5, 2), other=[1])
   fit = data.Fit(SHAPE[:2], 1)

@@ -1,4 +1,4 @@
-"""Test that batches do not depend on the number of threads, worker processes or reading processes."""
+"""Test the order of batches, resuming, and that batches do not depend on the number of threads or processes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def numbered(count=30):
-  """Return a source of images with the pixels [i, 0], which reveal a flip."""
+  """Return a source of images with the pixels [i, 0], so that a flip is visible."""
   images = np.zeros((count, 1, 2, 1), np.uint8)
   images[:, 0, 0, 0] = np.arange(count)
   return data.ArraySource(images, np.arange(count))
@@ -45,7 +45,7 @@ def test_batches_are_scaled_and_match_their_classes():
   np.testing.assert_allclose(batch["image"][:, 0, 0, 0], batch["classes"] / 127.5 - 1, atol=1e-6)
 
 
-def test_flips_half_of_the_images():
+def test_half_of_the_images_are_flipped():
   batches = data.batches(numbered(200), 100, seed=0, flip=True)
   images = np.concatenate([next(batches)["image"] for _ in range(10)])
   flipped = images[:, 0, 0, 0] < images[:, 0, 1, 0]
@@ -59,7 +59,7 @@ def test_the_seed_sets_the_order(seed):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_resumes_exactly_through_json(steps):
+def test_batches_resume_exactly_from_a_state_in_json(steps):
   batches = data.batches(numbered(), 7, seed=3, flip=True)
   for _ in range(steps):
     next(batches)
@@ -111,7 +111,7 @@ def test_wrong_rows_are_errors(rows):
 
 
 @pytest.mark.parametrize("counts", [{"num_threads": 0}, {"num_workers": -1}])
-def test_wrong_counts_are_errors(counts):
+def test_wrong_numbers_of_threads_and_workers_are_errors(counts):
   with pytest.raises(ValueError, match="at least 1, 1 and 0"):
     data.batches(numbered(), 7, seed=0, **counts)
 
@@ -133,7 +133,7 @@ def devices_of_this_process():
 
 
 class Spy(data.ArraySource):
-  """Return as class whether the reading process has started a device."""
+  """Return the number of JAX backends in the reading process as the class of every image."""
 
   def __getitems__(self, indices):
     batch = super().__getitems__(indices)
@@ -235,7 +235,7 @@ def test_canceling_ends_the_iteration():
 
 @pytest.mark.parametrize("stuck", [False, True])
 def test_a_dead_worker_is_an_error(stuck, monkeypatch):
-  """The main process may notice the death from the queue, or be stuck waiting for a lock or an incomplete message."""
+  """The queue may report the death, or the main process may be stuck at a lock or an incomplete message."""
   batches = data.batches(numbered(), 5, seed=0, num_workers=1)
   next(batches)
   (worker,) = batches._workers

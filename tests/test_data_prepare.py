@@ -37,7 +37,7 @@ def experiment(source, *, classes=0, data=None, **arguments):
 # TFDS.
 
 
-def test_a_custom_builder_from_start_to_end(tmp_path, capsys):
+def test_a_custom_builder_is_prepared_read_and_packed(tmp_path, capsys):
   write_builder(tmp_path / "own_squares.py", "OwnSquares")
   keys = {"name": "own_squares", "path": str(tmp_path / "tfds")}
   with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.source\.module"):
@@ -76,7 +76,7 @@ class Records(list):
     ({"image": np.full((6, 6, 3), 200, np.uint8), "label": np.array([1, 0])}, 200, data.NO_CLASS),
   ],
 )
-def test_records_without_a_class_have_none_and_16_bits_are_scaled(monkeypatch, record, level, expected_class):
+def test_records_may_lack_a_class_and_may_have_16_bits(monkeypatch, record, level, expected_class):
   monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
   item = data.TfdsSource("squares", "train", (6, 6), 1)[0]
   assert np.all(item["image"] == level)
@@ -245,7 +245,7 @@ def test_broken_files_stop_packing_or_are_omitted(tmp_path, capsys):
   assert list(data.PackedSource(tmp_path / "packed").classes) == [0, 0, 1, 1]
 
 
-def test_other_shapes_settings_and_versions_are_errors(tmp_path):
+def test_a_pack_of_another_shape_setting_or_version_is_an_error(tmp_path):
   write_folder(tmp_path / "images")
   reading.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
   keys = {"source": "packed", "path": str(tmp_path / "packed"), "eval_split": ""}
@@ -311,7 +311,7 @@ def test_wrong_requests_to_prepare_are_errors(tmp_path):
     reading.run_prepare(folder, tmp_path / "images")
 
 
-def test_the_command_line_needs_no_workdir(tmp_path):
+def test_preparing_data_needs_no_workdir(tmp_path):
   write_folder(tmp_path / "images")
   command = [sys.executable, "-m", "ddpm_jax.main", "--mode=prepare"]
   recipe = [

@@ -115,7 +115,7 @@ def images_of(source):
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_a_folder_and_its_pack(tmp_path, channels):
+def test_a_folder_and_its_pack_have_the_same_images(tmp_path, channels):
   pixels = write_files(tmp_path / "images")
   fit = data.Fit((12, 8), channels)
   folder = data.folder(fit, str(tmp_path / "images"))
@@ -131,7 +131,7 @@ def test_a_folder_and_its_pack(tmp_path, channels):
 
 
 @pytest.mark.parametrize("shape", [(12, 8, 1), (8, 16, 3), (8, 8, 5), (6, 4, 2)])
-def test_arrays_of_any_number_of_channels(tmp_path, shape):
+def test_arrays_may_have_any_number_of_channels(tmp_path, shape):
   images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
   np.savez(tmp_path / "a.npz", images=images)
   fit = data.Fit(shape[:2], shape[2])
@@ -149,7 +149,7 @@ def test_arrays_of_any_number_of_channels(tmp_path, shape):
 
 
 @pytest.mark.parametrize("image_size", [(28, 32), (8, 28), (16, 8), (32, 32)])
-def test_mnist_of_other_sides(image_size):
+def test_mnist_digits_can_have_other_sizes(image_size):
   got = data.mnist(data.Fit(image_size, 1)).train.images
   # Each axis is unchanged, or padded by 2 and averaged over boxes.
   original = data.read_mnist((28, 28)).images.astype(float)
@@ -162,7 +162,7 @@ def test_mnist_of_other_sides(image_size):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_tfds_records(monkeypatch, channels):
+def test_tfds_records_are_fitted_to_the_image_size(monkeypatch, channels):
   class Records(list):
     dataset_info = types.SimpleNamespace(features={"image": None})
 
@@ -210,7 +210,7 @@ def test_wrong_arguments_of_data_sets_are_errors():
       use()
 
 
-def test_a_function_checks_classes(tmp_path):
+def test_a_check_receives_the_classes_of_all_splits(tmp_path):
   splits = data.digits(data.Fit((8, 8), 1))
   counts = []
   train, held_out = data.load(splits, hold_out=100, check=lambda source, classes: counts.append(len(classes)))
@@ -223,7 +223,7 @@ def test_a_function_checks_classes(tmp_path):
 # Images and masks to edit.
 
 
-def test_inputs_that_are_not_square(tmp_path):
+def test_inputs_need_not_be_square(tmp_path):
   Image.fromarray(random_pixels(12, 8)).save(tmp_path / "a.png")
   for image_size in ((12, 8), None):
     inputs = data.read_inputs(tmp_path / "a.png", image_size, 3)
@@ -239,7 +239,7 @@ def test_inputs_that_are_not_square(tmp_path):
     data.read_inputs(tmp_path / "a.png", (12, 8), 5)
 
 
-def test_masks_that_are_not_square(tmp_path):
+def test_masks_need_not_be_square(tmp_path):
   expected = np.random.default_rng(0).random((12, 8)) < 0.5
   Image.fromarray(np.where(expected, 255, 0).astype(np.uint8)).save(tmp_path / "mask.png")
   np.testing.assert_array_equal(data.read_mask(tmp_path / "mask.png", (12, 8))[..., 0], expected)

@@ -46,7 +46,7 @@ def rows(text):
 
 
 def format_default(default):
-  """Format a default as on the page."""
+  """Format a default as in the table of keys."""
   if isinstance(default, bool):
     return str(default).lower()
   if isinstance(default, str):
@@ -197,7 +197,7 @@ def test_the_examples_of_the_page_of_configs_run(saved_page_files):
 
 
 def test_the_page_that_explains_diffusion_runs(tmp_path, monkeypatch):
-  """Run the page with a twentieth of the training."""
+  """Run the page with a twentieth of the training steps."""
   matplotlib.use("agg")
   monkeypatch.chdir(tmp_path)
   names = {}

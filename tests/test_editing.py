@@ -1,4 +1,4 @@
-"""Test the contract of every editing wrapper, and errors for invalid arguments."""
+"""Test the common contract of all editing wrappers, and errors for invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ WRAPPED = [
   for name in DISTINCT
   if not (wrapper == "repaint" and name.startswith(MULTISTEP))
 ]
-# All of the wrapped rules are traced. Only these are also compiled and run.
+# All pairs are traced. Only these pairs are also compiled and run.
 COMPILED = [(wrapper, name) for wrapper, name in WRAPPED if wrapper == "replace" or name in RULE_KINDS]
 
 
@@ -79,7 +79,7 @@ def test_wrapped_rules_trace_the_network_once_per_call_site_and_are_finite(wrapp
   else:
     samples = jax.eval_shape(lambda x: sampling.sample(jax.random.key(0), sampler, denoise, x, times), x)
     assert samples.shape == x.shape
-  # These rules make no call at x_t, so dps needs an additional one.
+  # These rules make no call at x_t, so dps needs an additional call.
   additional = wrapper == "dps" and ("churn" in name or "langevin" in name)
   assert len(traces) == TRACES.get(name, 1) + additional
 
@@ -88,7 +88,7 @@ def test_wrapped_rules_trace_the_network_once_per_call_site_and_are_finite(wrapp
 def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noise, monkeypatch):
   """Count calls without compilation. The constant `time_of` makes this fast and does not change the count."""
   monkeypatch.setattr(processes.Process, "time_of", lambda process, log_snr: jnp.full_like(log_snr, 0.3))
-  # The grids start at and below t_max, with and without signal there, and end at and above 0.
+  # The grids start at t_max or below it, and end at 0 or above it. At t_max, only the first process has a signal.
   for process in (PROCESSES["vp"], PROCESSES["rectified_flow"]):
     sampler, calls = WRAPPERS[wrapper](SAMPLERS[name](process), process), []
 
@@ -109,7 +109,7 @@ def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noi
     [(wrapper, name) for wrapper in WRAPPERS for name in (PROCESSES if wrapper == "repaint" else KINDS)]
   ),
 )
-def test_wrapped_rules_on_every_process_and_in_every_dtype(wrapper, process, constant_noise):
+def test_wrapped_rules_work_on_every_process_and_keep_the_dtype(wrapper, process, constant_noise):
   process = PROCESSES[process]
   sampler = WRAPPERS[wrapper](sampling.heun(process), process)
   for dtype, shares in ((jnp.bfloat16, [1.0, 0.4, 0.0]), (jnp.float64, [1.0, 0.0])):

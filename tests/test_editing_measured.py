@@ -1,4 +1,4 @@
-"""Test operators and their transposes, and methods for measurements against closed-form posteriors."""
+"""Test operators and their transposes, and compare methods for measurements with closed-form posteriors."""
 
 import importlib
 import runpy
@@ -42,7 +42,10 @@ def correlated(process):
 
 
 def exact_posterior(alpha, sigma, x_t):
-  """Return the mean and covariance of x_0 given x_t = alpha x_0 + sigma eps and y, as a sum of precisions."""
+  """Return the mean and covariance of x_0 given x_t = alpha x_0 + sigma eps and y.
+
+  The precisions of the prior, of x_t and of y add up.
+  """
   prior = np.linalg.inv(COVARIANCE)
   share = 0.0 if sigma == 0 else alpha / sigma**2
   precision = prior + alpha * share * np.eye(6) + MATRIX.T @ MATRIX / NOISE_STD**2
@@ -199,7 +202,7 @@ def test_errors_of_the_methods_are_ordered_as_in_theory(capsys):
 
 
 @pytest.mark.usefixtures("x64")
-def test_conjugate_gradients_are_exact_after_one_step_per_eigenvalue_and_stable_after():
+def test_conjugate_gradients_are_exact_after_one_step_per_eigenvalue_and_stay_exact():
   def solve(matrix, b, iterations):
     return importlib.import_module("ddpm_jax.editing.posterior")._conjugate_gradients(
       lambda u: u @ matrix, b, iterations

@@ -110,7 +110,7 @@ def test_power_weights_follow_the_profile(std):
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1])
-def test_power_average_of_a_linear_path(std):
+def test_the_power_average_of_a_linear_path_has_its_closed_form(std):
   """The mean of t under (gamma + 1) t^gamma on [0, T] is T (gamma + 1) / (gamma + 2)."""
   steps, gamma = 4000, ema.gamma_of(std)
   (average,) = follow(np.arange(steps + 1)[:, None] / steps, ema.power(std))
@@ -194,7 +194,7 @@ def test_weights_of_many_late_snapshots_are_finite():
   assert np.abs(weights).sum() < 100
 
 
-def test_split_and_join():
+def test_join_reverses_split():
   optimizer = optax.MultiSteps(optim.chain(0.1, averages=ema.params_ema(ema.fixed(0.9), ema.power(0.1))), 2)
   state = optimizer.init(START)
   for opt_state in (state, jax.eval_shape(optimizer.init, START)):

@@ -52,7 +52,7 @@ def test_scores_do_not_depend_on_batches(sizes):
   close(got, expected | neighbors._asdict())
 
 
-def test_only_selected_scores_are_computed_with_names_of_the_space():
+def test_only_selected_scores_are_computed_with_the_names_of_the_feature_space():
   a, b = (evaluate.summarize(extract, [images(seed, 50)], 50, ALL) for seed in (0, 1))
   names = {"frechet": "fid", "kernel": "kid"}
   for scores, expected in (
@@ -65,7 +65,7 @@ def test_only_selected_scores_are_computed_with_names_of_the_space():
     assert set(evaluate.score(a, b, ALL._replace(scores=scores), names)) == expected
 
 
-def test_only_the_published_network_has_names_of_papers():
+def test_only_the_published_network_gives_scores_the_names_of_papers():
   space = metrics.pixel_space()
   assert evaluate.score_names(space)["frechet"] == "frechet_distance"
   inception = space._replace(name="inception", provenance={"published": True, "resize": "tf1"})

@@ -44,7 +44,7 @@ def test_the_script_of_all_samplers_is_short_and_every_sampler_finds_the_ring():
     assert np.bincount(distance.argmin(1), minlength=8).min() > 1000 / 8 / 2, name
 
 
-def test_the_script_uses_neither_flax_nor_a_config():
+def test_the_mixture_script_uses_neither_flax_nor_a_config():
   code = "import runpy, sys; runpy.run_path('experiments/gaussian_mixture.py'); "
   code += "print([name for name in ('flax', 'ml_collections', 'grain', 'orbax') if name in sys.modules])"
   result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -58,7 +58,7 @@ def test_the_strip_of_the_readme_shows_the_present_figures(tmp_path):
     np.testing.assert_array_equal(np.asarray(made), np.asarray(shown))
 
 
-# Replacements that make the notebook small, including a short training of the classifier.
+# Replacements in the notebook that make it fast. The last line shortens the training of the classifier.
 REPLACEMENTS = {
   "channels=32,": "channels=8,",
   "multipliers=(1, 2),": "multipliers=(1,),",

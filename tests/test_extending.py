@@ -1,4 +1,4 @@
-"""Run every file, example and command of docs/extending.md, and test the law of each component."""
+"""Run every file, example and command of docs/extending.md, and test the behavior of each component."""
 
 import math
 import re
@@ -167,7 +167,7 @@ def test_the_weighting_is_a_soft_minimum(page):
   soft, log_snr = page.module_of("my_weighting.py")["soft_min_snr"](4.0), jnp.linspace(-10, 10, 50)
   hard = losses.min_snr(4.0)
   assert jnp.all((soft(log_snr) <= hard(log_snr)) & (soft(log_snr) >= 0.5 * hard(log_snr) - 1e-7))
-  # As a weight of the error in x_0, it is half the harmonic mean of the SNR and gamma.
+  # The weight of the error in x_0 is half the harmonic mean of the SNR and gamma.
   np.testing.assert_allclose(1 / (jnp.exp(log_snr) * soft(log_snr)), 1 / jnp.exp(log_snr) + 1 / 4.0, rtol=1e-5)
   assert names["loss"] > 0
   assert page.load("weighted").params
@@ -229,7 +229,7 @@ def test_the_data_have_their_stated_direction(page):
   assert names["batch"]["image"].shape == (32, 16, 16, 1)
   assert (len(names["train"]), len(names["held_out"])) == (450, 50)
   items = data.read(page.module_of("my_data.py")["gratings"](data.Fit((32, 32), 1), count=20).train, range(20))
-  # The direction of the image gradient, ignoring its sign, so as the doubled angle.
+  # The doubled angle of the image gradient, because the sign of the gradient does not matter.
   rows, columns = np.gradient(items["image"][..., 0], axis=(1, 2))
   direction = np.stack([columns**2 - rows**2, 2 * rows * columns], -1).sum((1, 2))
   direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
@@ -264,7 +264,7 @@ def test_the_objective_approaches_squared_and_absolute_error(page):
   squared, smooth = value(plain, params), value(huber(apply, process, predictions.V), params)
   assert value(huber(apply, process, predictions.V, math.inf), params) == pytest.approx(squared, rel=1e-4)
   assert smooth < squared
-  # If c is far below every error, the loss is c times the absolute error.
+  # If c is far below every error, the loss is 2 c times the absolute error.
   ends = [value(huber(apply, process, predictions.V, c), params) / (2 * c) for c in (1e-4, 1e-5)]
   assert ends[0] == pytest.approx(ends[1], rel=1e-2)
   # The page's training loop improved the network: the loss is below that of zero parameters.

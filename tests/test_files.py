@@ -148,7 +148,7 @@ def test_a_folder_appears_at_the_end_of_the_block(tmp_path):
 
 
 def test_an_existing_empty_folder_is_not_replaced(tmp_path):
-  """It may be a mount point or a link, which a rename cannot replace."""
+  """A rename cannot replace a mount point or a link, so new files move into the existing folder."""
   (tmp_path / "real").mkdir()
   (tmp_path / "link").symlink_to("real")
   inode = (tmp_path / "real").stat().st_ino
@@ -257,6 +257,6 @@ def test_the_package_writes_files_atomically_only():
 
 
 def test_unsafe_writes_are_detected():
-  """This shows that the test above can fail."""
+  """The test above can fail."""
   text = "np.savez(a)\nPath(a).write_text(b)\nos.replace(a, b)\nopen_.open('wb')\nwith files.atomic_file(a) as t:\n  np.save(t, b)\n"
   assert len(list(writes(ast.parse(text)))) == 4

@@ -14,7 +14,7 @@ X64 = {"float32": False, "bfloat16": False, "float16": False, "float32 in x64": 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
-# Types that behave almost like another type. They are slow in the cross products.
+# Types that behave almost like another type, so most of their tests are marked as slow.
 RARE = ("float16", "float32 in x64")
 
 
@@ -126,7 +126,7 @@ def test_a_function_keeps_the_type_of_the_data(name, process, dtype):
 
 
 @pytest.mark.parametrize("prediction", ["EPS", "V", "VELOCITY", "edm"])
-def test_losses_and_likelihoods_are_wide(prediction, dtype):
+def test_losses_and_likelihoods_have_at_least_32_bits(prediction, dtype):
   prediction, process = PREDICTIONS[prediction], PROCESSES["discrete_linear"]
   learned = predictions.learned_range(prediction)
 
@@ -158,7 +158,7 @@ def test_numbers_and_arrays_are_widened():
     assert floats.widest(jnp.float32(1), np.float64(1)) == jnp.float64
 
 
-def test_a_run_under_the_strict_settings(tmp_path):
+def test_a_run_works_under_the_strict_settings(tmp_path):
   strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
   likelihoods = "('bound','continuous','ode')"
   options = (

@@ -1,4 +1,4 @@
-"""Test guidance on data with classes of closed-form densities."""
+"""Test guidance on classes with closed-form densities."""
 
 import functools
 import math
@@ -75,7 +75,7 @@ def test_classifier_free_and_exact_classifier_guidance_are_equal(name, cases, x6
     np.testing.assert_allclose(free, by_classifier, atol=2e-7 * max(1, float(jnp.max(jnp.abs(x)))))
 
 
-def test_scales_one_and_zero_call_and_equal_one_branch():
+def test_scales_one_and_zero_evaluate_only_one_branch():
   process, calls = processes.vp(), []
   model = conditional(process)
 
@@ -125,7 +125,7 @@ def test_guidance_computes_no_more_than_the_doubled_batch():
   assert guided(1.0) == single_flops
 
 
-def test_a_negative_class_is_guided_away_from():
+def test_guidance_moves_away_from_a_negative_class():
   process = processes.vp()
   model = jax.jit(conditional(process))
   x, t = points(process)
@@ -248,10 +248,10 @@ def test_rescaling_restores_the_conditional_standard_deviation():
   def deviation(rescale):
     return jnp.std(guidance.classifier_free(model, target, none, 4.0, rescale=rescale)(image, 0.5), axis=(1, 2, 3))
 
-  conditional_one, guided = jnp.std(model(image, 0.5, target), axis=(1, 2, 3)), deviation(0.0)
-  assert np.all(guided > 1.2 * conditional_one)
-  np.testing.assert_allclose(deviation(1.0), conditional_one, rtol=1e-5)
-  np.testing.assert_allclose(deviation(0.7), 0.7 * conditional_one + 0.3 * guided, rtol=1e-5)
+  conditional_std, guided = jnp.std(model(image, 0.5, target), axis=(1, 2, 3)), deviation(0.0)
+  assert np.all(guided > 1.2 * conditional_std)
+  np.testing.assert_allclose(deviation(1.0), conditional_std, rtol=1e-5)
+  np.testing.assert_allclose(deviation(0.7), 0.7 * conditional_std + 0.3 * guided, rtol=1e-5)
   still = guidance.classifier_free(lambda x, t, c: jnp.zeros_like(x), target, none, 4.0, rescale=1.0)(image, 0.5)
   np.testing.assert_array_equal(still, 0)
   assert process is not None
@@ -267,7 +267,7 @@ def test_autoguidance_guides_away_from_the_weaker_model():
 
 
 @pytest.mark.parametrize("name", ["zero_snr", "rectified_flow"])
-def test_a_classifier_does_not_guide_where_no_data_is_left(name):
+def test_a_classifier_does_not_guide_where_alpha_is_0(name):
   process = PROCESSES[name]
   guided = guidance.classifier(MIXTURE.denoise(process), functools.partial(log_posterior, process, 0), process, 5.0)
   estimates = jax.jit(lambda x: (guided(x, process.t_max), MIXTURE.denoise(process)(x, process.t_max)))
@@ -312,7 +312,7 @@ def test_the_dynamic_threshold_is_a_percentile_of_each_sample(percentile):
   assert np.abs(got - np.clip(x, -1, 1)).max() > 0.1, "it is not static clipping"
 
 
-def test_guidance_of_a_sharded_batch_is_the_same_without_communication():
+def test_guidance_of_a_sharded_batch_needs_no_communication():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   process = processes.vp()
   x, t = points(process)
@@ -364,7 +364,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input(name):
+def test_wrong_arguments_are_errors(name):
   call, message = WRONG[name]
   with pytest.raises(ValueError, match=message):
     call()

@@ -1,4 +1,4 @@
-"""Test guided denoisers with samplers: CFG++ against its paper, and every wrapper with every rule."""
+"""Test samplers with guided denoisers: CFG++ as in its paper, and every wrapper with every rule."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ def cfg_plus_plus(process, model, x, times, c, scale):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
-def test_plus_plus_is_the_papers_algorithm(scale, x64):
+def test_cfg_plus_plus_equals_the_algorithm_of_the_paper(scale, x64):
   process = processes.vp()
   x = jax.random.normal(jax.random.key(0), (40, 2), jnp.float64)
   times = sampling.grids.uniform(process, 12)
@@ -57,11 +57,11 @@ def test_plus_plus_is_the_papers_algorithm(scale, x64):
 
 
 @pytest.mark.parametrize("name", ["ddim_half", "ancestral", "heun", "dpmpp_2m", "unipc_3", "deis_3", "langevin_heun"])
-def test_plus_plus_is_refused_where_its_noise_would_be_lost(name):
+def test_cfg_plus_plus_is_refused_by_rules_that_would_ignore_its_noise(name):
   process = processes.vp()
   denoise = guidance.cfg_plus_plus(conditional(process), repeat_class(0, 4), repeat_class(NONE, 4), 0.5)
   times = sampling.grids.uniform(process, 4)
-  if name == "ddim_half":
+  if name == "ddim_half":  # DDIM uses the noise, so it accepts CFG++.
     assert np.all(np.isfinite(run(SAMPLERS[name](process), denoise, jnp.ones((4, 2)), times)))
     return
   with pytest.raises(ValueError, match=r"CFG\+\+"):
@@ -93,10 +93,10 @@ def wrapped(process, trace):
 WRAPPERS = ("classifier_free", "classifier", "autoguidance", "clip", "dynamic_threshold")
 
 
-# By default every rule runs with one wrapper, and every wrapper with several rules. The other pairs are slow.
+# By default every rule runs with one wrapper, and every wrapper with several rules. The other pairs are marked as slow.
 ROTATION = {name: WRAPPERS[i % len(WRAPPERS)] for i, name in enumerate(DISTINCT)}
-# A sampler treats all denoisers alike, so most rules run with the first wrapper only. These rules run with all
-# wrappers.
+# A sampler treats all denoisers alike, so most rules run with the first wrapper only, and are only traced with the
+# others. These rules run with all wrappers.
 RUN_WITH_ALL = (*REPRESENTATIVE, "heun_churn")
 
 
@@ -108,7 +108,7 @@ RUN_WITH_ALL = (*REPRESENTATIVE, "heun_churn")
     for wrapper in WRAPPERS
   ],
 )
-def test_every_wrapper_works_with_every_sampler_with_one_trace_per_call_site(name, wrapper):
+def test_every_wrapper_works_with_every_sampler_and_is_traced_once_per_call_site(name, wrapper):
   process, trace = processes.vp(), []
   times, x = sampling.grids.uniform(process, 5, t_min=1e-3), jnp.ones((4, 2))
   sampler, denoise = SAMPLERS[name](process), wrapped(process, trace)[wrapper]

@@ -1,4 +1,4 @@
-"""Test the table of chips by the names of JAX and CUDA."""
+"""Test the table of chips with the device names of JAX and CUDA."""
 
 import jax
 import jax.numpy as jnp

@@ -24,8 +24,8 @@ for _ in range(10):
   np.ones(2**23)
 print(is_applied, faults() - before)
 """
-# This program resembles a train step. It has a donated state, and 67 MB of temporaries, more than the heap of another
-# thread can hold.
+# This program resembles a train step. It has a donated state and 67 MB of temporaries. The heap of a thread other than
+# the main thread cannot hold this much.
 STEP = """
 import resource
 from ddpm_jax.devices import heap
@@ -49,7 +49,7 @@ print(is_applied, sorted(counts)[10])
 
 def run(program=PROGRAM, **environment):
   inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "GLIBC_TUNABLES")}
-  # Disable huge pages in NumPy, because one page fault can cover 512 pages, but only if the kernel has huge pages.
+  # Disable huge pages in NumPy. With them, one page fault can cover 512 pages.
   environment = inherited | {"PYTHONPATH": str(ROOT), "NUMPY_MADVISE_HUGEPAGE": "0"} | environment
   result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
   is_applied, faults = result.stdout.split()
@@ -64,7 +64,7 @@ def test_freed_memory_is_reused_without_page_faults():
 
 
 def test_temporaries_of_a_program_are_reused():
-  """The test uses the median of several runs, because a block may be freed late, or allocated by a thread of JAX."""
+  """The test uses the median of several steps, because a block may be freed late, or allocated by a thread of JAX."""
   is_applied, faults = run(STEP, JAX_PLATFORMS="cpu")
   assert is_applied == GLIBC
   if is_applied:
@@ -77,14 +77,14 @@ def test_temporaries_of_a_program_are_reused():
 @pytest.mark.parametrize(
   "environment", [{"JAX_PLATFORMS": "cuda"}, {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}]
 )
-def test_not_applied_for_an_accelerator_or_against_user_settings(environment):
+def test_the_allocator_is_unchanged_with_an_accelerator_or_settings_of_the_user(environment):
   is_applied, faults = run(**environment)
   assert not is_applied
   assert faults > 1000
 
 
 def test_garbage_collection_runs_rarely():
-  """Python itself counts collections while many long-lived objects are created."""
+  """The program counts collections while it creates many long-lived objects."""
   program = """
 import gc
 from ddpm_jax.devices import heap

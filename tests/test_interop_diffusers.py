@@ -1,4 +1,4 @@
-"""Test reading and writing diffusers' folders, and the errors for broken ones."""
+"""Test reading and writing diffusers' folders, and the errors for broken folders."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_conditions_match_the_class_labels_of_the_peer(name, tmp_path):
     model.denoise(params)
 
 
-def test_with_class_dropout_the_last_class_means_none(tmp_path):
+def test_with_class_dropout_the_last_class_means_no_class(tmp_path):
   write_pipeline(tmp_path, num_class_embeds=4)
   model, _ = interop.diffusers.load(tmp_path, class_dropout=0.1)
   plain = interop.diffusers.read(tmp_path)
@@ -258,7 +258,7 @@ def schedule_of(folder):
 
 
 def resave(model, params, path, schedule=None, **options):
-  """Save a model, with clipping, variance and spacing from a schedule if there is one."""
+  """Save a model. A schedule sets the clipping, the variance and the spacing."""
   if schedule is not None:
     options |= {name: getattr(schedule, name) for name in ("clip", "variance", "spacing")}
   elif model.prediction.learned_variance:
@@ -319,7 +319,7 @@ def flatten(copy):
 def legacy(copy):
   """Convert a pipeline to the files that diffusers wrote in 2022.
 
-  They are flat, with a pickle of tensors, and with old names of tensors, blocks and keys.
+  All files are in one folder, the tensors are in a pickle, and tensors, blocks and keys have their old names.
   """
   folder = flatten(copy)
   old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -516,7 +516,7 @@ def status(key):
   return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 def measure(small, large):
-  # Load a small network first, so that memory for libraries and for JAX itself is not counted.
+  # Load a small network first, so that the memory of JAX and other libraries does not count.
   network, params = interop.diffusers.load_unet(small)
   jax.block_until_ready(params)
   del params

@@ -1,4 +1,4 @@
-"""Test how the weights and JSON files of other libraries are read, including damaged ones."""
+"""Test how the weights and JSON files of other libraries are read, including damaged files."""
 
 import argparse
 import json
@@ -121,11 +121,11 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_tensors_that_cannot_be_parameters_are_named(name, copy):
+def test_tensors_that_cannot_be_parameters_are_refused_by_name(name, copy):
   assert_refused(copy, *UNUSABLE[name])
 
 
-def test_safetensors_of_8_bits_are_named(copy):
+def test_safetensors_of_8_bits_are_refused_by_name(copy):
   state = change_first(lambda t: t.to(torch.float8_e4m3fn))(safetensors.torch.load_file(weights_path(copy)))
   write_weights("diffusion_pytorch_model.safetensors", state, copy)
   with pytest.raises(ValueError, match=r"\.safetensors with conv_in\.weight of type F8_E4M3; expected a dense float16"):
@@ -144,7 +144,7 @@ def test_entries_that_refer_to_each_other_are_read_once(name, folder, copy):
 
 @pytest.mark.parametrize("form", ["one file", "variant", "shards", "pickled variant"])
 def test_a_name_on_the_hub_is_read_from_its_cache(form, copy, tmp_path, monkeypatch):
-  """The test uses the package of the hub offline, with a cache in its format."""
+  """The test uses the package huggingface_hub offline, with a cache in the format of the hub."""
   import huggingface_hub
 
   if form != "one file":
@@ -260,7 +260,7 @@ CONTENTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", CONTENTS)
-def test_files_without_a_json_object_are_named(part, name, copy):
+def test_files_without_a_json_object_are_refused_by_name(part, name, copy):
   file = copy / part
   if CONTENTS[name] is None:
     file.unlink()

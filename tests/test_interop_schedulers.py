@@ -35,7 +35,7 @@ from ddpm_jax.interop import schedulers
     ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
   ],
 )
-def test_unsupported_schedulers_are_named(config, message):
+def test_unsupported_schedulers_are_refused_by_name(config, message):
   with pytest.raises(ValueError, match=message):
     schedulers.from_config(config)
 
@@ -105,7 +105,7 @@ PROCESSES = {
 
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("clip", [None, 1.0, 2.0])
-def test_schedules_round_trip(name, clip):
+def test_saved_schedules_are_read_back_unchanged(name, clip):
   process = PROCESSES[name]()
   config = schedulers.to_config(process, predictions.V, clip=clip, variance="small")
   reloaded = schedulers.from_config(config)

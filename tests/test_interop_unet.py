@@ -29,7 +29,7 @@ SMALL = {
   "norm_num_groups": 8,
   **levels(DOWN, ATTN),
 }
-# Image size, batch size, and changes to SMALL. Independent options share a network, because each network is compiled.
+# Image size, batch size, and changes to SMALL. Independent options share a network, to compile few networks.
 CONFIGS = {
   "defaults of the class": ((16, 16), 3, {}),
   "ddpm": (
@@ -201,7 +201,7 @@ def test_outputs_and_input_gradients_match_the_peer(name, gradients, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configs_round_trip(name):
+def test_saved_configs_are_read_back_unchanged(name):
   """The config that we write for our network creates the same model in diffusers."""
   size, _, changes = CONFIGS[name]
   model = random_unet(changes)
@@ -260,7 +260,7 @@ def test_the_default_network_is_google_ddpm_cifar10_32():
     ({"sample_size": 7}, "divisible by 2"),
   ],
 )
-def test_unsupported_options_are_named(changes, message):
+def test_unsupported_options_are_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=message):
     unet2d.from_config(SMALL | changes)
 

@@ -1,4 +1,4 @@
-"""Test Ctrl-C while native code runs, which Python cannot interrupt."""
+"""Test Ctrl-C while Python runs native code that it cannot interrupt."""
 
 import signal
 import subprocess
@@ -55,7 +55,7 @@ with interrupts.exit_on_interrupt(end):
 
 
 def test_an_interrupt_in_a_callback_is_not_lost():
-  """JAX has a callback after each garbage collection. Python prints and ignores its exceptions."""
+  """JAX has a callback after each garbage collection. Python prints exceptions of a callback and ignores them."""
   code, output = run("""
 import gc
 with interrupts.exit_on_interrupt(end):
