@@ -5,14 +5,14 @@ python -m ddpm_jax.main --mode=prepare --config=configs/imagenet64_adm.py \
 python -m ddpm_jax.main --config=configs/imagenet64_adm.py --workdir=/tmp/imagenet64_adm \
   --config.data.source=packed --config.data.source.path=<new folder>
 
-Network: 296M parameters. It computes in bfloat16, and recomputes activations in the backward pass
+Network: 296M parameters. The network computes in bfloat16. The backward pass recomputes activations to save memory
 (model.network.remat).
-Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. They are halved repeatedly
-with box filters, then resized with bicubic interpolation and cropped, as in the paper's code (data.resize=adm). Packed
-images take 14 GB, and training decodes no JPEG. Training also works on the folder itself, but only as fast as the host
-decodes JPEG.
-To read imagenet2012 from TFDS instead, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into its
-downloads/manual folder. In both commands, replace the flags for the folder by
+Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. Images are halved
+repeatedly with box filters, then resized with bicubic interpolation and cropped, as in the paper's code
+(data.resize=adm). Packed images take 14 GB, and training decodes no JPEG. Training also works on the folder itself,
+but only as fast as the host decodes JPEG.
+To read imagenet2012 from TFDS instead, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into the folder
+downloads/manual of TFDS. In both commands, replace the flags for the folder by
 --config.data.source="tfds(name='imagenet2012', eval_split='validation')".
 For the down-sampled ImageNet of Chrabaszcz et al. 2017, add --config.data.resize=box.
 Hardware: a TPU slice or 8 GPUs. The paper trained 540,000 steps with 2048 images each.

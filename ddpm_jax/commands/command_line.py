@@ -77,7 +77,7 @@ def make_parser(mode: str) -> Parser:
 
 
 def _mode(words: Sequence[str]) -> str | None:
-  """Return the value of the last --mode flag, or None without one."""
+  """Return the value of the last --mode flag, or None if there is no --mode flag."""
   mode = None
   for index, word in enumerate(words):
     if word == "--mode" and index + 1 < len(words):

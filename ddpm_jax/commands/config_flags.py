@@ -1,4 +1,4 @@
-"""Separate the flags that set the config from the rest of a command line."""
+"""Separate the flags that set the config from the other words of a command line."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -57,8 +57,8 @@ def _ignore_write_errors(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 def safe_output() -> Iterator[None]:
   """Let a program print any text to any stream, and exit silently if the reader is gone, as in `| head`.
 
-  Characters that a stream cannot encode are replaced by ASCII. Output is dropped if a stream is closed from the start
-  or cannot be written to, such as a log on a full disk.
+  Characters that a stream cannot encode are replaced by ASCII. Output is dropped if the stream was closed before the
+  program started, or if a write fails, as on a full disk.
 
   Raises:
     SystemExit: with `SIGPIPE_CODE`, if a write failed because the reader of stdout or stderr is gone.
@@ -77,12 +77,12 @@ def safe_output() -> Iterator[None]:
       raise SystemExit(SIGPIPE_CODE) from None
     raise
   finally:
-    # Otherwise Python reports an error when it flushes their buffers at exit.
+    # Otherwise Python reports an error when it flushes the buffers of broken streams at exit.
     close_broken_pipes()
 
 
 def close_broken_pipes() -> bool:
-  """Redirect streams without a reader to /dev/null, and return whether there was one."""
+  """Redirect streams without a reader to /dev/null, and return whether any stream was redirected."""
   is_broken = False
   for stream in (sys.stdout, sys.stderr):
     # The streams of notebooks and tests may have no descriptor.

@@ -1,6 +1,6 @@
 """Score a trained model, and write report.html.
 
-Samples are compared with real images; likelihoods can be computed too. With several samplers or
+Samples are compared with real images. Likelihoods can be computed too. With several samplers or
 numbers of steps, each sampler is scored with each number of steps, and the last combination gives
 the main scores of the report. After a crash, run the same command again to resume.
 """

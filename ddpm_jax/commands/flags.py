@@ -1,6 +1,6 @@
 """Declare the flags that several commands share, and turn them into configs and options of runs.
 
-Functions import JAX and the rest of the package themselves, so that help and errors in flags appear at once.
+Functions import JAX, and modules that import JAX, in their bodies, so that help and errors in flags appear at once.
 """
 
 import argparse
@@ -119,7 +119,7 @@ PROCESSES = Group(
     Flag(
       "distributed",
       switch,
-      "Connect to the other processes of the cluster job (default: if there are several).",
+      "Connect to the other processes of the cluster job (default: true if the job has several).",
     ),
     Flag(
       "heartbeat_seconds",
@@ -155,7 +155,7 @@ def output_path(args: Args, content: str, example: str) -> Path:
 
   Args:
     args: the parsed flags.
-    content: what is written, for the error message: "the model".
+    content: the name of the content, for the error message: "the model".
     example: a path, for the error message.
 
   Raises:
@@ -194,7 +194,7 @@ def variants(args: Args) -> list[dict[str, Any]]:
   """Pair each sampler with each number of steps.
 
   Returns:
-    The config values to replace for each pair. Without these flags there is one pair without values.
+    For each pair, the config values to replace. Without --sampler and --num_steps, the list is [{}].
   """
   samplers = list(itertools.chain(*(args.sampler or ())))
   choices = [
@@ -208,7 +208,7 @@ def read_config(args: Args, keys: Mapping[str, str]) -> "Tree":
   """Read the config of the recipe or, without a recipe, of the run in --workdir.
 
   Raises:
-    ValueError: if there is neither, or a key or value is invalid.
+    ValueError: if there is neither a recipe nor a run, or a key or value is invalid.
   """
   from ddpm_jax import config
 

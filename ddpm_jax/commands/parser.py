@@ -15,10 +15,10 @@ class Flag(NamedTuple):
   Attributes:
     name: the name without dashes.
     parse: `parse(text, name) -> value`. It raises a ValueError that names the flag.
-    help: one sentence.
-    default: the value without the flag.
-    metavar: the placeholder of the value in help. The default depends on `parse`, or is the name.
-    is_repeatable: whether the flag may be repeated. Its value is then a list, or None without the flag.
+    help: the description in the help of the command.
+    default: the value if the flag is absent.
+    metavar: the placeholder of the value in help; empty for a default that depends on `parse` or is the name.
+    is_repeatable: whether the flag may be repeated. The value is then a list, or `default` if the flag is absent.
   """
 
   name: str
@@ -90,12 +90,12 @@ def _parse_function(flag: Flag) -> Callable[[str], Any]:
 
 
 def unknown_flag(words: Sequence[str], parser: Parser, other_parsers: Sequence[Parser]) -> ValueError:
-  """Return the error for words that a command does not know.
+  """Return the error for unknown words on the command line.
 
   Args:
     words: the unknown words. The error reports the first one.
     parser: the parser of the command.
-    other_parsers: the parsers of all other commands, to tell which commands have the flag.
+    other_parsers: the parsers of all other commands. The error names the modes that have the flag.
   """
   flag = words[0].partition("=")[0]
   if not flag.startswith("-"):
@@ -190,7 +190,7 @@ def switch(value: str, name: str) -> bool:
 
 
 def path(value: str, name: str) -> Path | None:
-  """Parse a local path. An empty text gives None."""
+  """Parse a local path, or return None for an empty text."""
   return user_path(value, f"--{name}=").absolute() if value else None
 
 

@@ -1,7 +1,7 @@
 """Estimate the memory and time that training needs on given devices.
 
 The command compiles the train step and prints its FLOPs, memory, communication and minimum time.
-The devices do not have to be present. Data and run folders are not touched.
+The devices do not have to be present. The command reads no data, and does not change run folders.
 """
 
 from ddpm_jax.commands import flags, jax_setup

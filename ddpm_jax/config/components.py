@@ -23,7 +23,7 @@ from ddpm_jax.names import hint
 KEY = "component"
 # The key for the digest of a custom component's file.
 DIGEST = "sha256"
-# What a key is for. Components mark arguments by annotations: `Annotated[str, "place"]`.
+# The roles of keys (see `sections`). A component gives an argument a role by annotation: `Annotated[str, "place"]`.
 ROLES = ("model", "run", "sampling", "free", "speed", "place")
 
 
@@ -32,13 +32,13 @@ class Parameter(NamedTuple):
 
   Attributes:
     name: the name of the argument or key.
-    annotation: its type, or `MISSING`.
-    default: its default value, or `MISSING`.
+    annotation: the type annotation, or `MISSING`.
+    default: the default value, or `MISSING`.
     role: one of `ROLES`. If empty, the role of the enclosing component applies.
     slot: the slot, if the parameter takes a component.
-    is_mapping: whether it holds several components under names that the user chooses.
-    section: the dataclass of the section, if the parameter is one.
-    limits: the allowed range of its numbers; None for no limits.
+    is_mapping: whether the parameter holds several components under names that the user chooses.
+    section: the dataclass of the section, if the parameter is a section.
+    limits: the allowed range of numbers; None for no limits.
   """
 
   name: str
@@ -52,7 +52,10 @@ class Parameter(NamedTuple):
 
   @property
   def kinds(self) -> tuple[Any, ...]:
-    """Return the types a value may have. In a slot a string is a component's name, so it does not count as a value."""
+    """Return the types that a value may have.
+
+    In a slot, a string names a component, so the types of a slot's value do not include `str`.
+    """
     kinds = members(self.annotation)
     return tuple(one for one in kinds if is_literal(one) and one not in (MISSING, Any, str)) if self.slot else kinds
 
@@ -64,7 +67,7 @@ class Component(NamedTuple):
     name: the full name.
     value: the function, class or value.
     slot: the slot it fills.
-    digest: the digest of its file for a custom component, else empty.
+    digest: for a custom component, the SHA-256 of its file; otherwise empty.
     signature: its parameters by name. Empty if the value is used without a call.
     keys: the parameters that are config keys. None if the value is used without a call.
   """
@@ -196,7 +199,7 @@ def _misfit(name: str, value: Any, slot: Slot, where: str) -> ValueError:
   if value is not MISSING:
     return ValueError(f"Got {where}={name!r}, {slots.describe(value)}; expected {expected}.")
   near = hint(last_name(name), names)
-  return ValueError(f"Got {where}={name!r}; expected {expected}, or a custom one: my_file.py:my_function.{near}")
+  return ValueError(f"Got {where}={name!r}; expected {expected}, or a custom component, my_file.py:my_function.{near}")
 
 
 def _keys(component: Component, arguments: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -206,7 +209,7 @@ def _keys(component: Component, arguments: Mapping[str, Any]) -> dict[str, Param
   """
   slot, keys = component.slot, {}
   for name, parameter in component.signature.items():
-    # A config cannot override the arguments of a deferred call.
+    # In a deferred slot, a config cannot set the supplied arguments.
     supplied = slots.is_supplied(parameter, slot.supplied) and (slot.is_deferred or name not in arguments)
     if not supplied and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
       role = next((mark for mark in getattr(parameter.annotation, "__metadata__", ()) if mark in ROLES), "")
@@ -216,7 +219,7 @@ def _keys(component: Component, arguments: Mapping[str, Any]) -> dict[str, Param
 
 
 def name_of(component: Any, slot: Slot) -> str:
-  """Return the full name of a component of the package."""
+  """Return the full name of one of the package's components."""
   for name, value in slots.exports(slot.module).items():
     if value is component:
       return f"{slot.module}.{name}"

@@ -15,7 +15,8 @@ from ddpm_jax.storage import files
 from ddpm_jax.storage.places import user_path
 
 _MAX_MESSAGE = 400
-# Modules with the contents of their files, by digest. A change of a file does not affect the running program.
+# Loaded modules and the contents of their files, by digest. Each content is loaded once, so a file that changes during
+# the run does not affect it.
 _LOADED: dict[str, tuple[ModuleType, bytes]] = {}
 
 
@@ -25,8 +26,8 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
   Args:
     name: `my_file.py:name` or `my_module:name`.
     where: the config key that names it, for error messages.
-    digest: the required SHA-256 of the file; empty to accept its present content.
-    folder: a run folder. Its copy of the file is used if the file is missing or has another digest.
+    digest: the required SHA-256 of the file; empty to accept any content.
+    folder: a run folder. If the file is missing or has another digest, the copy in this folder is used.
 
   Returns:
     The component and the digest of its file.
@@ -149,16 +150,17 @@ def load_module(path: Path, name: str, content: bytes, package: str = "") -> Mod
 
 
 def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
-  """Call a function that executes code of a file, and turn every error into a ValueError.
+  """Call a function that executes code of a file, and turn every error except Ctrl-C into a ValueError.
 
   Args:
     path: the path of the file.
     call: the function to call, without arguments.
     where: the flag or key that names the file, for the message.
-    function: the function of the file that is called, for its line number.
+    function: the function in the file that `call` calls, if any. The message gives its first line if the error has no
+      line in the file.
 
   Raises:
-    ValueError: if the code raises any error. The message has the file, the line and the error.
+    ValueError: if the code raises an error. The message has the file, the line and the error.
   """
   try:
     return call()
@@ -175,7 +177,7 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
 
 
 def line_in(name: str, error: BaseException) -> str:
-  """Return the line of a file that raised an error, such as " in line 3", or "" for errors from elsewhere."""
+  """Return the last line of a file in an error's traceback, such as " in line 3", or "" if the file is not in it."""
   frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
   if isinstance(error, SyntaxError):
     frames.append((error.filename or "", error.lineno))
@@ -184,6 +186,6 @@ def line_in(name: str, error: BaseException) -> str:
 
 
 def line_of(function: Any) -> str:
-  """Return the first line of a function, such as " in line 3", or "" if it is unknown."""
+  """Return the line where a function starts, such as " in line 3", or "" if the line is unknown."""
   code = getattr(function, "__code__", None)
   return f" in line {code.co_firstlineno}" if code is not None else ""

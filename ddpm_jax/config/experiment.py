@@ -1,4 +1,4 @@
-"""Build an `Experiment` from a config, so that no other code reads the config."""
+"""Build an `Experiment`, the objects that a config describes."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ class Experiment(NamedTuple):
   """Hold the objects that a config describes.
 
   Attributes:
-    tree: the config, to save or to replace values in.
+    tree: the config.
     seed: the seed of the run.
     init_from: the pretrained model that training starts from, or empty.
     task: the `runs.tasks.Task`, which decides how to preview, score and report.
     model: the model.
     objective: the objective that training minimizes.
-    sampler: the step rule.
+    sampler: the sampler.
     times: the sampler's grid of times [K + 1].
-    guidance: a rule of `guidance` with its config arguments, to be called with the denoisers to guide.
+    guidance: the rule of guidance, a function of the denoisers to guide. Arguments from the config are already set.
     data, optimizer, ema, training, parallel, sampling, editing, evaluation: the sections of `config.sections`.
   """
 
@@ -72,7 +72,7 @@ class Experiment(NamedTuple):
     tree = self.tree
     for name, value in changes.items():
       tree = trees.replace(tree, name.replace("__", "."), value)
-    # A model depends on these keys only.
+    # The model depends only on these keys.
     is_same = all(tree.at(path) == self.tree.at(path) for path in ("model", "data.image_size", "data.channels"))
     return build(tree, self.model if is_same else None)
 
@@ -173,7 +173,7 @@ def make(tree: Tree, path: str, supplied: Mapping[Any, Any] | None = None) -> An
     supplied: arguments that are not config keys, by the name or type of the parameter.
 
   Returns:
-    The value that the component returns, or a function of its further arguments if the slot is deferred.
+    The value that fills the slot. In a deferred slot, this is a function of the arguments that are not yet known.
 
   Raises:
     ValueError: if the component refuses its arguments, or returns a value that does not fit the slot.

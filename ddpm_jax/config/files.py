@@ -10,7 +10,7 @@ from ddpm_jax.config import custom, flags, recipes
 from ddpm_jax.config.tree import Tree, expand
 from ddpm_jax.storage import jsonfiles, workdir
 
-# Replaces the run's folder in config.json, so that the folder may move.
+# The placeholder for the run folder in config.json, so that the folder may move.
 _RUN_FOLDER = "<workdir>/"
 
 
@@ -100,7 +100,7 @@ def write(folder: Path, tree: Tree) -> None:
 
 
 def _replace_prefix(value: Any, before: str, after: str) -> Any:
-  """Replace a prefix of all strings in a config."""
+  """Replace a prefix in all strings of a config that start with it."""
   if isinstance(value, Mapping):
     return {name: _replace_prefix(item, before, after) for name, item in value.items()}
   if isinstance(value, str) and value.startswith(before):
@@ -111,7 +111,7 @@ def _replace_prefix(value: Any, before: str, after: str) -> Any:
 def check_same_run(folder: Path, tree: Tree) -> None:
   """Raise a ValueError if a folder holds checkpoints of a run with another config.
 
-  The message lists the differences. Without checkpoints training starts from the first step, so any config is allowed.
+  The message lists the differences. Without checkpoints, training starts from step 0, so any config is allowed.
   """
   if not workdir.checkpoint_steps(folder):
     return

@@ -11,7 +11,8 @@ from ddpm_jax.config.tree import Tree
 def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
   """Return a copy of a config with the values of flags.
 
-  Flags of components apply before flags of their arguments, in any order on the command line.
+  A flag that replaces a component is applied before flags that set its arguments. Their order on the command line does
+  not matter.
 
   Args:
     config: the config.
@@ -35,7 +36,9 @@ def _read(config: Tree, path: str, text: str) -> Any:
 
 
 def _new_parameter(config: Tree, path: str) -> Parameter:
-  """Return the parameter of a key that the config does not have. Expanding the config later refuses unknown keys.
+  """Return the parameter of a key that the config does not have.
+
+  The key may be unknown. `tree.expand` refuses it later.
 
   Raises:
     ValueError: if a parent of the key is a value and not a section.

@@ -1,15 +1,15 @@
 """Declare the sections of a config: the type, default, limits and role of each key.
 
-The role of a key says what it affects:
+Each key has a role:
 
-- "model": it defines the model.
-- "run": it is fixed for a run.
-- "sampling": it may change, and affects the samples.
-- "free": it may change.
-- "speed": it may change, and affects speed or memory only.
-- "place": it is the path of a file or folder that may move.
+- "model": the key defines the model. It cannot change in a run folder.
+- "run": the key affects the trained parameters. It cannot change in a run folder.
+- "sampling": the key affects samples. It may change.
+- "free": the key may change at any time.
+- "speed": the key affects speed or memory, and results only by rounding. It may change.
+- "place": the key is the path of a file or folder. It may change if the files are the same.
 
-Roles decide whether a run can be resumed, whether an unfinished evaluation can be continued, and what an export holds.
+Roles decide which keys may change when a run is resumed, and which results an interrupted evaluation can reuse.
 """
 
 import dataclasses
@@ -98,21 +98,27 @@ def key(default: Any, role: str = "", limits: Limits = _NOT_NEGATIVE, **metadata
   """Return the dataclass field of a key.
 
   Args:
-    default: its default value.
-    role: its role; if empty, the role of its section applies.
-    limits: the allowed range of its numbers.
-    **metadata: further attributes of its `Parameter`.
+    default: the default value.
+    role: the role; if empty, the role of the section applies.
+    limits: the allowed range of numbers.
+    **metadata: further attributes of the key's `Parameter`.
   """
   return field(default=default, metadata={"role": role, "limits": limits, **metadata})
 
 
 def section(kind: type, role: str = RUN, slot: Slot | None = None) -> Any:
-  """Return the dataclass field of a section. Its keys have this role unless they declare their own."""
+  """Return the dataclass field of a section.
+
+  Args:
+    kind: the dataclass of the section.
+    role: the role of its keys that declare no role.
+    slot: the slot, if a component can replace the section.
+  """
   return field(default_factory=kind, metadata={"role": role, "section": kind, "slot": slot})
 
 
 def count(default: int, role: str = "") -> Any:
-  """Return the dataclass field of a size or a count of 1 or more."""
+  """Return the dataclass field of a size or count, an integer of 1 or more."""
   return key(default, role, Limits(minimum=1, is_size=True))
 
 
@@ -124,13 +130,13 @@ class Data:
   image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
   crop: int = key(0)  # the shorter side of a centered box to crop before resizing; 0: no crop
-  resize: str = key("bicubic")  # bicubic, box (as down-sampled ImageNet) or adm
+  resize: str = key("bicubic")  # bicubic, box (as in down-sampled ImageNet) or adm
   flip: bool = key(True)
-  # Training images to hold out for evaluation if the source has no eval_split; -1: a tenth of them, at most 500.
+  # Training images to hold out for evaluation if the source has no evaluation split; -1: a tenth, at most 500.
   hold_out: int = key(0, limits=Limits(minimum=-1))
   broken: str = key("stop", FREE)  # if an image cannot be decoded: stop, or skip to use the next image
   num_threads: int = count(4, SPEED)
-  num_workers: int = key(0, SPEED)  # processes that decode in advance; 0: threads decode
+  num_workers: int = key(0, SPEED)  # processes that prepare batches; 0: threads prepare them
 
   @property
   def space(self) -> tuple[int, int]:
@@ -178,10 +184,10 @@ class Ema:
 
   kind: str = key("fixed")  # fixed, half_life (EDM) or power (EDM2)
   decay: float = key(0.9999)  # fixed: the decay rate, after a warm-up
-  half_life: int = key(500_000)  # half_life: in images
+  half_life: int = key(500_000)  # half_life: the half-life in images
   ramp_up: float = key(0.05)  # half_life: the half-life is at most this fraction of the images seen; 0: no limit
   stds: Sequence[float] = key((0.05, 0.1))  # power: relative widths; previews, samples and scores use the first
-  snapshot_every: int = key(0, FREE)  # power: steps between snapshots, which later give other widths; 0: no snapshots
+  snapshot_every: int = key(0, FREE)  # power: steps between snapshots, to reconstruct other widths; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +196,8 @@ class Training:
 
   batch_size: int = count(128)  # over all devices
   steps: int = count(800_000, FREE)
-  accumulate: int = count(1, SPEED)  # microbatches of each device; more save memory
-  max_skipped: int = count(10, FREE)  # consecutive steps that may be skipped because gradients are not finite
+  accumulate: int = count(1, SPEED)  # microbatches per step and device; more of them save memory
+  max_skipped: int = count(10, FREE)  # stop after this number of consecutive steps with non-finite gradients
   log_every: int = count(100, FREE)
   checkpoint_every: int = count(5000, FREE)
   sample_every: int = count(5000, FREE)
@@ -218,18 +224,19 @@ class Sampling:
   grid: Callable | None = key(None, slot=_GRID)  # None: the default grid of the sampler and the process
   clip: Callable | None = key("guidance.clip", slot=_CLIP)  # rule that clips estimates of x_0; None: no clipping
   batch_size: int = count(128, SPEED)
-  preview_steps: int = count(50, FREE)  # DDIM steps of the sample grids written during training
+  preview_steps: int = count(50, FREE)  # DDIM steps of the previews during training
 
 
 @dataclasses.dataclass(frozen=True)
 class Editing:
   """Configure the editing of images."""
 
-  # inpaint: repaint, replace, posterior or dps. Tasks with a measurement: posterior or dps. None: the first of them.
+  # inpaint: repaint, replace, posterior or dps. colorize, superres, restore: posterior or dps.
+  # None: the first method of the task.
   method: Callable | None = key(None, slot=_METHOD)
   operator: editing.Operator | None = key(None, slot=_OPERATOR)  # restore: the operator that degraded the images
   strength: float = key(0.6)  # img2img: from 0 (returns the input) to 1 (a new sample)
-  frames: int = key(8)  # interpolate: number of frames
+  frames: int = key(8)  # interpolate: number of frames from one image to the next, including both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,24 +244,25 @@ class Evaluation:
   """Configure scores and likelihoods."""
 
   num_samples: int = count(50_000)
-  batch_size: int = count(128)  # images per device
-  # inception, classifier or pixels; empty: inception if its weights are set, else a default for the images.
+  batch_size: int = count(128)  # images per batch and device, to extract features
+  # inception, classifier or pixels. Empty: inception if inception_weights is set, otherwise classifier for small gray
+  # images with classes, and pixels for all other images.
   features: str = key("")
   inception_weights: str = key("")  # the weights file of the FID Inception network
-  # The first digits of the SHA-256 of that file; empty: accept any file, but do not call its scores FID.
+  # The first digits of the SHA-256 of inception_weights; empty: accept any file, but do not call its scores FID.
   inception_sha256: str = key("6726825d")
-  resize: str = key("tf1")  # resizing to Inception's 299x299: tf1 (as the reference code) or clean (as clean-fid)
+  resize: str = key("tf1")  # how to resize to 299x299: tf1 (as in the reference code) or clean (as in clean-fid)
   classifier_steps: int = count(600)  # training steps of the classifier that gives features of small gray images
   reference: str = key("")  # train, held_out or an .npz file; empty: train for inception or many samples, else held_out
   scores: Sequence[str] = key(())  # names of evaluate.SCORES; empty: all that features, reference and samples allow
-  allow_singular: bool = key(False)  # compute a Frechet distance even of too few samples for a covariance of full rank
+  allow_singular: bool = key(False)  # compute a Frechet distance even if its covariances cannot have full rank
   k: int = count(5)  # precision, recall, density and coverage use the k-th nearest neighbor
-  pairwise_samples: int = count(10_000)  # features for the scores that compare pairs
+  pairwise_samples: int = count(10_000)  # maximum number of features for scores that compare pairs
   kernel_subsets: int = count(100)  # number of subsets of the kernel distance
-  kernel_size: int = key(0)  # features in a subset; 0: 1,000, or half of all features if that is less
+  kernel_size: int = key(0)  # features in a subset; 0: 1,000, or half of the stored features if that is less
   splits: int = count(10)  # splits of the Inception Score
   likelihood: Sequence[str] = key(())  # any of bound, ode and continuous: bits per dimension of held-out images
-  likelihood_images: int = key(0)  # number of these images; 0: all
+  likelihood_images: int = key(0)  # number of held-out images for likelihoods; 0: all
   bound_steps: int = key(0)  # bound: number of random steps for each image; 0: all steps
   bound_variance: str = key("large")  # bound: small, large or learned
   probes: int = key(1)  # ode: probes of the trace estimate; 0: the exact trace, for small images

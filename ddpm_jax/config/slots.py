@@ -1,6 +1,6 @@
 """Define slots, the config keys that take a component.
 
-A slot knows which components fit, and which of their arguments the builder supplies.
+A slot defines which components fit, and which of their arguments the builder supplies.
 """
 
 import importlib
@@ -41,14 +41,14 @@ class Slot(NamedTuple):
     description: the slot in words, for error messages: "a sampler".
     kinds: the types of the built values, as classes or types of functions. A string names a class of `module` that this
       package may not import.
-    module: the module to search for names without a module, by its name in `MODULES`.
+    module: the name in `MODULES` of the module to search if a component's name has no module.
     example: a component that fits, for error messages.
     supplied: the arguments that the builder supplies, by type or name. They are not config keys.
-    must_take: names of parameters. A function of the package fits only if it has one of them. They separate functions
-      of equal types that belong to different slots.
+    must_take: names of parameters. If set, a function of the package fits a deferred slot only if it has one of these
+      parameters. They separate functions of equal types that belong to different slots.
     direct_parameter: the only required parameter of functions that fill the slot without a call, such as `log_snr`.
-    is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function that
-      takes them.
+    is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function of
+      these arguments.
   """
 
   description: str
@@ -62,7 +62,10 @@ class Slot(NamedTuple):
 
   @property
   def supplied_names(self) -> list[str]:
-    """Return the arguments that are supplied by name. A custom component of a deferred slot takes at least one."""
+    """Return the arguments that are supplied by name.
+
+    A custom function fits a deferred slot only if it takes at least one of them.
+    """
     return [one for one in self.supplied if isinstance(one, str)]
 
 
@@ -97,7 +100,7 @@ def import_module(name: str) -> types.ModuleType:
 def exports(module_name: str) -> Mapping[str, Any]:
   """Return the public functions, classes and values of a module of `MODULES` by name."""
   module = import_module(module_name)
-  # This includes values such as predictions.EPS, because their class is defined in the same module.
+  # This includes values such as predictions.EPS. The `__module__` of a value is the module of its class.
   defined = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
   names = getattr(module, "__all__", None) or [name for name in defined if not name.startswith("_")]
   return {name: getattr(module, name) for name in names}
@@ -169,8 +172,8 @@ def is_supplied(parameter: inspect.Parameter, supplied: Iterable[Any]) -> bool:
 
 
 def signature(component: Any) -> inspect.Signature | None:
-  """Return the signature of a function or a class with resolved annotations, or None if it cannot be called."""
-  # A class is read by its `__init__`: NNX and Equinox let the class itself take any arguments.
+  """Return the signature of a function or class with resolved annotations, or None if there is no signature."""
+  # Read the `__init__` of a class, because classes of NNX and Equinox themselves accept any arguments.
   is_class = inspect.isclass(component) and component.__init__ is not object.__init__
   for resolve in (True, False):
     try:

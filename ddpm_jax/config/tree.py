@@ -22,7 +22,7 @@ class Tree(NamedTuple):
     values: all keys as nested dicts of JSON values. A component is a section with its name under "component".
     parameters: the declaration of each key, with its role, by dotted name.
     components: the components that the config names, by the dotted names of their slots.
-    folder: the folder of the run that keeps copies of custom components, or None.
+    folder: the run folder with copies of custom components, or None.
   """
 
   values: dict[str, Any]
@@ -50,7 +50,7 @@ class Tree(NamedTuple):
   def with_roles(self, *roles: str) -> dict[str, Any]:
     """Return the values of all keys with one of these roles, by dotted name.
 
-    The name of a custom component comes without the folder of its file, because the digest identifies the file.
+    The name of a custom component does not include the folder of its file, because the digest identifies the file.
     """
     values = {path: value for path, value in leaves(self.values).items() if self.role(path) in roles}
     customs = [path for path, value in values.items() if path.rpartition(".")[2] == KEY and ":" in value]
@@ -70,7 +70,7 @@ def expand(config: Mapping[str, Any], folder: Path | None = None, *, complete: b
 
   Args:
     config: nested keys. Missing keys get their defaults.
-    folder: the folder of the run that the config was saved in, if any. It keeps copies of custom components.
+    folder: the run folder with the saved config and copies of custom components, if any.
     complete: whether arguments without a default must be set.
 
   Raises:
@@ -117,7 +117,7 @@ class _Expander:
       return self._mapping(parameter, config, path, role)
     if parameter.section is not None and not (slot and (isinstance(config, str) or components.is_node(config))):
       return self.section(parameter.section, config, path, role)
-    # A name, a section, or the component itself, as in the default of an argument.
+    # A component is given by its name or section. The default of an argument may also be the component itself.
     if slot is not None and (isinstance(config, str | Mapping) or callable(config) or hasattr(config, "_fields")):
       return self._component(slot, config, path, role)
     alternative = f"{slot.description}, such as {slot.example}," if slot else ""
@@ -143,7 +143,7 @@ class _Expander:
           f"Got {name!r} as a name in config.{path}; expected a name that does not start with 'negative_', a prefix"
           " reserved for negative conditions of guidance."
         )
-      # A recipe or a flag removes a component by None.
+      # A recipe or a flag removes a component by setting it to None.
       if value is not None:
         one = parameter._replace(name=name, annotation=Callable | None, is_mapping=False)
         nodes[name] = self._value(one, value, path, role)
@@ -185,7 +185,7 @@ def _unknown_key(name: str, keys: Collection[str], path: str, component: str = "
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Flatten nested keys to a dict by dotted names."""
+  """Flatten nested keys into a dict from dotted names to values."""
   flat: dict[str, Any] = {}
   for name, value in config.items():
     if isinstance(value, Mapping):

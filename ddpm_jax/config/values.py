@@ -47,9 +47,9 @@ def _is_list(kind: Any) -> bool:
 
 
 def as_json(value: Any) -> Any:
-  """Convert a value to a form that JSON can store, or return `MISSING` if there is none.
+  """Convert a value to a form that JSON can store, or return `MISSING` if that is impossible.
 
-  Arrays become nested tuples of Python numbers, dtypes their names, and lists tuples.
+  Lists and arrays become tuples, and a dtype becomes its name.
   """
   if isinstance(value, type | np.dtype):
     name = np.dtype(value).name
@@ -71,7 +71,7 @@ def convert(value: Any, kinds: Sequence[Any], path: str, alternative: str = "") 
 
   Args:
     value: the value to convert.
-    kinds: the types that are allowed; the first type that fits is used.
+    kinds: the allowed types, in order of preference.
     path: the dotted name of the key.
     alternative: another allowed form, for the error message.
 
@@ -150,9 +150,9 @@ class Limits:
   """Limit the range of a number, or of each number in a list.
 
   Attributes:
-    minimum: the smallest number.
+    minimum: the smallest allowed number.
     above: an exclusive lower limit, or None.
-    maximum: the largest integer.
+    maximum: the largest allowed integer. Floats have no upper limit.
     is_size: whether the number is a size. Error messages then show the memory of an array of that size.
   """
 
@@ -184,11 +184,11 @@ def read(text: str, kinds: Sequence[Any], path: str) -> Any:
 
   Args:
     text: the text after the equals sign.
-    kinds: the types that are allowed.
+    kinds: the allowed types.
     path: the dotted name of the key.
 
   Raises:
-    ValueError: if a number or a bool is the only allowed type, and the text is not one.
+    ValueError: if the only allowed type is int, float or bool, and the text does not have this type.
   """
   stripped = text.strip()
   if str in kinds and (len(kinds) == 1 or not stripped.startswith(("(", "["))):
@@ -211,7 +211,7 @@ def read(text: str, kinds: Sequence[Any], path: str) -> Any:
 
 
 def literal(text: str) -> Any:
-  """Return the Python literal in a text, such as a number or a tuple, or the text itself if it is no literal."""
+  """Return the value of a Python literal, such as a number or a tuple. Return the text itself if it is no literal."""
   try:
     return ast.literal_eval(text.strip())
   except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
