@@ -1,4 +1,4 @@
-"""Check the most common slips of language in docstrings and pages."""
+"""Check docstrings, names and pages for the most common slips of language."""
 
 import ast
 import pathlib
