@@ -192,7 +192,7 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
       metrics.load_statistics(path)
     assert str(path) in str(error.value)
-  # Damage the headers: NumPy would read numbers of half the size without verifying the checksums.
+  # Damage the headers. With the wrong type, NumPy would read half of the bytes and would not verify the checksums.
   np.savez(path, mu=np.zeros(400), sigma=np.zeros((400, 400)))
   content = path.read_bytes()
   assert content.count(b"<f8") == 2

@@ -155,7 +155,7 @@ def test_inpainting_does_not_change_known_pixels(root, method, source, mask, den
 
 
 def test_strength_0_returns_the_input_and_strength_1_a_new_sample(root, dense):
-  """Several results of one image are consecutive samples."""
+  """With strength 1, the results are the samples of `run_sample`, first all results of the first image."""
   steering = {"given": classes_of([3, 5])}
   edited = edit(root, "img2img", results=2, editing__strength=0.0, steering=steering)
   assert "mask" not in edited
@@ -202,7 +202,7 @@ def test_other_runs_can_guide_samples_and_edits(root, dense):
   steering = {"given": classes_of([3, 5]), "classifier": root / "judge"}
   edited = edit(root, "img2img", steering=steering, editing__strength=1.0, scale=3.0, seed=1)["output"]
   np.testing.assert_array_equal(edited[:, 0], classifier_guided)
-  # The config may already have the guide's rule.
+  # The config may already contain the rule of classifier guidance.
   own = sampled(root, [3, 5], 1, {"guidance": "classifier(scale=3)"}, classifier=root / "judge", scale=3.0)
   np.testing.assert_array_equal(own, classifier_guided)
   # Guidance away from the model itself has no effect.

@@ -150,7 +150,7 @@ def test_splits_with_unexpected_names_are_not_read_as_classes(tmp_path, folders,
 
 
 @pytest.mark.parametrize("other_folders", [{}, {"test": 1}, {"annotations": 0}])
-def test_the_training_split_is_read_alone(tmp_path, other_folders):
+def test_only_the_training_split_is_read(tmp_path, other_folders):
   write(tmp_path, train=2, **other_folders)
   train, held_out = reading.read_data(experiment(tmp_path, eval_split=""))
   assert (len(train), held_out) == (2, None)

@@ -117,7 +117,7 @@ def test_in_training_the_condition_is_box_averaged_enlarged_and_noised():
   np.testing.assert_array_equal(part["level"], level[50:60])
 
 
-def test_the_condition_of_non_square_images():
+def test_the_condition_has_the_shape_of_non_square_images():
   experiment = experiment_of(config_of(low(noise=0.0, sample_noise=0.0), data__image_size=(4, 8)))
   keys, image = jax.random.split(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (3, 4, 8, 1))
   image_condition = experiment.model.encode_conditions(keys, {"image": image}, train=True)["low"]["image"]
