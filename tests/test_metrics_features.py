@@ -42,7 +42,7 @@ def test_an_extractor_compiles_once(params):
   extract = metrics.extractor(space._replace(apply=apply), 4, jax.devices()[:2])
   for count in (3, 8, 20):
     extract(IMAGES[:count])
-  assert traced_shapes == [(4, 8, 8, 1)], "the batch of one device"
+  assert traced_shapes == [(4, 8, 8, 1)], "each device gets a batch of 4"
 
 
 def test_pixels_are_features():

@@ -265,7 +265,7 @@ def test_images_of_any_shape_are_shown(shape):
   png_height, png_width = (17, 26) if channels == 5 else (height, width)
   tiles = [attributes for tag, attributes in parsed.elements if tag == "img" and "width" in attributes]
   assert len(tiles) == 40
-  assert int(tiles[0]["width"]) * png_height == int(tiles[0]["height"]) * png_width, "the aspect ratio changed"
+  assert int(tiles[0]["width"]) * png_height == int(tiles[0]["height"]) * png_width, "images keep their aspect ratio"
   first = decode_png(tiles[0]["src"])
   assert first.shape[:2] == (png_height, png_width)
   np.testing.assert_array_equal(first[:8, :8], samples[0, :8, :8, 0] if channels in (1, 5) else samples[0, :8, :8])

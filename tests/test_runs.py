@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(finished, copy, unscored
   assert "resuming from the checkpoint of step 8" in output.out
   incomplete = f"deleted an incomplete checkpoint: {copy / 'checkpoints' / '11.orbax-checkpoint-tmp'}"
   for text in (f"{copy / 'checkpoints' / '10'}: its description", incomplete, "resumed from step 8"):
-    assert output.err.count(text) == 2, "at the start and at the end"
+    assert output.err.count(text) == 2, "each message is printed at the start and at the end"
   assert [path.name for path in (copy / "damaged").iterdir()] == ["10"]
   assert_same_ends(copy, finished)
 

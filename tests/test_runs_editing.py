@@ -90,7 +90,7 @@ def edit(root, task, source="two.npz", *, run="gray", mask="", results=1, seed=0
   assert (arrays.suffix, picture.suffix) == (".npz", ".png")
   assert arrays.name.startswith(task)
   with Image.open(picture) as file:
-    assert min(file.size) > 90, "two rows of tiles, or two columns"
+    assert min(file.size) > 90, "the picture has two or more rows and columns"
   with np.load(arrays) as file:
     edited = {name: file[name] for name in file.files}
   assert edited["output"].dtype == np.uint8
@@ -165,7 +165,7 @@ def test_strength_0_returns_the_input_and_strength_1_a_new_sample(root, dense):
   assert fresh.shape == (2, 2, 8, 8, 1)
   np.testing.assert_array_equal(fresh.reshape(4, 8, 8, 1), sampled(root, [3, 3, 5, 5], 7))
   batched = edit(root, "img2img", results=2, editing__strength=1.0, steering=steering, seed=7, sampling__batch_size=3)
-  assert np.max(np.abs(batched["output"].astype(int) - fresh)) <= 1, "in two batches"
+  assert np.max(np.abs(batched["output"].astype(int) - fresh)) <= 1, "two batches give the same results as one"
 
 
 def test_classes_and_guidance_act_in_edits_as_in_sampling(root, dense):

@@ -259,7 +259,7 @@ def test_another_sampler_uses_its_own_defaults(tmp_path):
   assert other.tree.values["sampler"] == {"component": "sampling.deis", "order": 3}
   assert (other.sampler_name, other.sampling.num_steps, other.sampling.grid) == ("deis", 50, None)
   assert len(default.times) == len(other.times) == 51
-  assert np.any(default.times != other.times), "one grid is the scheduler's, the other the sampler's default"
+  assert np.any(default.times != other.times), "the scheduler has another grid than the default of the sampler"
 
 
 def classes(**arguments):

@@ -98,7 +98,7 @@ def test_every_weighting_and_distribution_of_times_trains_from_a_config(weightin
 def test_all_weightings_and_distributions_of_times_are_tested():
   assert {"simple", "min_snr", "p2", "likelihood"} <= set(names_of(losses.Weighting))
   assert set(TIMES) == {"uniform", "low_discrepancy", "log_normal", "logit_normal", "importance"}
-  assert len(names_of(losses.Weighting)) >= len(TIMES), "else some distributions of times are not tested"
+  assert len(names_of(losses.Weighting)) >= len(TIMES), "every distribution of times is tested"
 
 
 def learned_range():

@@ -132,7 +132,7 @@ def test_the_condition_enters_the_network_and_the_loss():
   config = config_of()
   config.model.conditions.classes = spec("conditions.classes", number=3, dropout=0.1)
   params, experiment = random_params(config), experiment_of(config)
-  assert params["conv_in"]["kernel"].shape[-2] == 2, "the data and the image"
+  assert params["conv_in"]["kernel"].shape[-2] == 2, "the network gets x and the low-resolution image"
   x = jax.random.normal(jax.random.key(1), (2, 16, 16, 1))
 
   def given(classes=(0, 1), image=0.5 * x[::-1], level=(10.0, 200.0)):

@@ -44,7 +44,7 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
     GRIDS[name](process, 0)
   if process.num_steps:
     ends = process._replace(t_max=0.999)
-    assert GRIDS[name](ends, 10)[0] <= 0.999, "the error at zero SNR advises this"
+    assert GRIDS[name](ends, 10)[0] <= 0.999, "the error at zero SNR recommends this t_max"
 
 
 def test_discrete_grids_equal_the_grids_of_diffusers():
