@@ -114,7 +114,7 @@ def test_wrong_training_sets_are_errors():
   with pytest.raises(ValueError, match="type float64; expected integers"):
     metrics.train_classifier(IMAGES[:5], np.zeros(5), 10)
   for labels, classes, steps in (([0, 1, 10], 10, 1), ([0, -1, 1], 10, 1), ([0, 0, 0], 1, 1), ([0, 1, 2], 10, 0)):
-    with pytest.raises(ValueError, match=f"of {classes} classes and {steps} steps"):
+    with pytest.raises(ValueError, match=f"num_classes={classes} and steps={steps}; expected"):
       metrics.train_classifier(IMAGES[:3], np.array(labels), classes, steps=steps)
 
 
