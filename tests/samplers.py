@@ -65,7 +65,8 @@ SECOND_ORDER_STOCHASTIC = (
   "langevin_unipc",
   "langevin_heun_churn",
 )
-# `test_equal_rules` shows that each of these equals another rule on every process. The long tests leave them out.
+# Each of these rules equals another rule on every process, so the long tests leave them out.
+# See `test_rules_with_equal_formulas_give_the_same_samples`.
 DUPLICATES = ("euler", "dpm_solver_1", "deis_1", "ddim_one", "euler_ancestral")
 # The `denoise` of multistep_consistency is a consistency function, so only the tests of the common contract apply to
 # it.

@@ -23,7 +23,7 @@ def slips_of_docstrings(tree):
       continue
     text = ast.get_docstring(node)
     name = getattr(node, "name", "")
-    if text is None or name.startswith("test_"):  # a test may state its law instead
+    if text is None or name.startswith("test_"):  # the docstring of a test may be any sentence
       continue
     line = text.split("\n", 1)[0]
     where = node.body[0].lineno

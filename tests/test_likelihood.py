@@ -1,4 +1,4 @@
-"""Test that bits of an image depend only on its key, and that invalid arguments are errors."""
+"""Test that the likelihood of an image does not depend on its batch, and that invalid arguments are errors."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("name", BOUNDS)
-def test_bits_of_an_image_depend_only_on_its_key(name):
+def test_bits_of_an_image_depend_on_its_key_and_not_on_the_batch(name):
   x_0 = on_levels((5, 2))
   process = STEPS if name in ("variational", "sampled steps") else VP
   run = jax.jit(lambda key, x: BOUNDS[name](key, MIXTURE.denoise(process), x))

@@ -18,7 +18,7 @@ def gaussian_error(alpha, sigma, x_0):
 
 
 def closed_bound(betas, x_0):
-  """Compute the expected prior, decoder and terms [N, D] in bits for the "small" variance, in float64."""
+  """Compute the expected prior [D], decoder [D] and step terms [N - 1, D] in bits for the "small" variance."""
   bar = np.cumprod(1 - betas)
   alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
   before, beta, after = bar[:-1], betas[1:], bar[1:]  # of steps 2 to N

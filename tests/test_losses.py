@@ -59,7 +59,7 @@ def test_the_exact_denoiser_has_the_closed_form_loss_and_is_a_stationary_point(p
   process = PROCESSES[process]
   if prediction in ("EPS", "SCORE"):
     process = below_zero_snr(process)
-  # Many dimensions reduce errors cheaply, because the expensive likelihood weighting is computed once per sample.
+  # Many dimensions reduce the standard error cheaply, because the slow likelihood weighting runs once per sample.
   prediction, count, dim = PREDICTIONS[prediction], 2000, 30
   weightings = {name: weighting for name, (weighting, _) in WEIGHTINGS.items()} | {
     "likelihood": losses.likelihood(process)
@@ -67,7 +67,7 @@ def test_the_exact_denoiser_has_the_closed_form_loss_and_is_a_stationary_point(p
   exact = gaussian(MEAN, STD, dim).denoise(process)
 
   def weigh(log_snr):
-    # Evaluate all weightings together [W, B].
+    # Return all weightings in one array [W, B].
     return jnp.stack([weighting(log_snr) for weighting in weightings.values()])
 
   @jax.jit
@@ -95,7 +95,7 @@ def test_the_exact_denoiser_has_the_closed_form_loss_and_is_a_stationary_point(p
       assert abs(np.mean(sample)) < 5 * np.std(sample) / count**0.5 + 1e-12, name
 
 
-def test_the_loss_is_the_weighted_mean_of_its_details():
+def test_the_loss_is_the_weighted_mean_of_the_losses_of_samples():
   process, x_0 = PROCESSES["discrete_linear"], jax.random.normal(jax.random.key(1), (16, 5))
 
   def times(keys):

@@ -64,7 +64,7 @@ def test_the_loss_of_the_exact_posterior_is_the_conditional_entropy_and_minimal(
     assert np.mean(loss - exact_loss) > 5 * np.std(loss - exact_loss) / count**0.5
 
 
-def test_the_loss_is_the_weighted_mean_of_its_details_with_correct_predictions():
+def test_the_loss_is_the_weighted_mean_over_samples_and_correct_predictions_are_marked():
   process, classes = processes.vp(), jnp.array([0, 1, 2, 0])
 
   def times(keys):

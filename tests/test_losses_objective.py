@@ -121,7 +121,7 @@ def test_metrics_by_noise_level_add_up_to_the_batch():
 
 
 def test_importance_sampling_in_training_follows_the_losses_and_reduces_variance():
-  """With a network of zeros, the expected loss of a step is the weighting, so shares and means are in closed form."""
+  """The network returns zeros, so the expected loss of a step is its weight, and shares and means have closed forms."""
   dims, size, n = 64, 10, STEPS.num_steps
   step_weights = np.array([0.1, 0.5, 1.0, 3.0, 6.0])
   every = jnp.arange(1, n + 1) / n
@@ -154,7 +154,8 @@ def test_importance_sampling_in_training_follows_the_losses_and_reduces_variance
   keys = jax.random.split(jax.random.key(1), 20_000)
   t, weight = jax.jit(lambda memory: times.times(memory)(keys))(memory)
   share = np.bincount(np.rint(np.asarray(t) * n).astype(int) - 1, minlength=n) / len(keys)
-  # The relative error of a root mean square of ten means of 64 squares each is 0.25 / sqrt(10).
+  # A loss is the mean of 64 squared normal numbers, with a relative error of sqrt(2 / 64). The share of a step uses the
+  # root mean square of ten losses, with a relative error of 0.18 / sqrt(10).
   expected = 0.99 * step_weights / step_weights.sum() + 0.01 / n
   np.testing.assert_allclose(share, expected, rtol=0.25, atol=0.01)
   steps = np.rint(np.asarray(t) * n).astype(int) - 1
@@ -165,7 +166,7 @@ def test_importance_sampling_in_training_follows_the_losses_and_reduces_variance
 
 
 def test_moments_are_the_last_losses_of_each_step():
-  """The moments agree with lists of losses, including batches with more losses of a step than the history holds."""
+  """The reference keeps all losses. Some batches have more losses of a step than the history holds."""
   rng, size = np.random.default_rng(3), 3
   moments, rows = losses.loss_moments(STEPS, size), [[] for _ in range(5)]
   update = jax.jit(losses.update_moments)

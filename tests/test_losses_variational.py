@@ -33,7 +33,7 @@ def test_the_decoder_is_finite_in_the_tail_in_float32():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
 def test_terms_of_the_bound_match_the_papers(variance):
-  """The terms agree with NumPy tables from Ho et al. and Nichol and Dhariwal, with the variance of step 2 at step 1."""
+  """NumPy computes the formulas of Ho et al. and of Nichol and Dhariwal, with the variance of step 2 at step 1."""
   betas, rng = schedules.linear(50, 1e-3, 0.2), np.random.default_rng(0)
   process, n = processes.discrete(betas), np.arange(1, 51)
   bar = np.cumprod(1 - betas)
@@ -119,7 +119,7 @@ def test_the_hybrid_loss_trains_the_variance_with_the_bound_and_the_mean_with_th
 
 @pytest.mark.usefixtures("x64")
 def test_the_bound_is_stationary_at_the_true_variance():
-  """For Gaussian data, the best variance is that of the reverse step, between "small" and "large"."""
+  """For Gaussian data, the best variance is the variance of the reverse step, between "small" and "large"."""
   process, std = processes.discrete(schedules.linear(50, 1e-3, 0.2)), 0.5
 
   @jax.jit

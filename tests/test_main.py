@@ -53,7 +53,7 @@ def test_training_writes_all_files_and_prints_progress(run):
     assert name in output
 
 
-def test_sample(run):
+def test_samples_are_saved_and_do_not_depend_on_their_number_or_the_devices(run):
   folder, _ = run
   code, output = call(
     "--mode=sample", f"--workdir={folder}", "--num_samples=21", "--sampler=euler", "--num_steps=3", "--seed=5"
@@ -73,8 +73,8 @@ def test_sample(run):
     assert np.max(np.abs(file["samples"].astype(int) - samples[:5])) <= 1
 
 
-def test_a_sampler_for_few_step_models(run):
-  """Every step except the last adds noise again, so a single step equals a step of DDIM."""
+def test_multistep_consistency_adds_noise_between_steps(run):
+  """The last step adds no noise, so a single step equals a step of DDIM."""
   folder, _ = run
   steps = {"multistep_consistency": (1, 2), "ddim": (1,)}
   for sampler, counts in steps.items():
@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_trained_again(run):
   assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_conditional_model_and_classes(tmp_path):
+def test_samples_have_the_classes_of_the_flag(tmp_path):
   model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
   code, output = call(RECIPE, f"--workdir={tmp_path}", *model)
   assert code == 0, output
@@ -125,8 +125,7 @@ def test_a_conditional_model_and_classes(tmp_path):
     assert_refused(code, output, "Got classes '.*'; expected integers from 0 to 9, such as --classes=0")
 
 
-def test_importance_sampling_of_times(tmp_path, dense):
-  """Its arguments are set by flags, and its record of losses is restored when a run resumes."""
+def test_importance_sampling_takes_arguments_from_flags_and_resumes_exactly(tmp_path, dense):
   options = [
     "--config.objective.times=importance",
     "--config.objective.times.size=2",
@@ -138,7 +137,7 @@ def test_importance_sampling_of_times(tmp_path, dense):
     assert code == 0, output
   assert "resuming from the checkpoint of step 12" in output
   states = [newest_state(folder) for folder in folders]
-  # Each step has a full record of losses, which sets its sampling probability.
+  # The records of losses are full, so they set the sampling probabilities.
   np.testing.assert_array_equal(states[0].memory.counts, [2, 2, 2, 2])
   assert np.all(states[0].memory.history > 0)
   for a, b in zip(*map(jax.tree.leaves, states), strict=True):
@@ -202,14 +201,14 @@ def test_a_folder_in_use_is_refused_while_its_process_is_alive(tmp_path):
   assert code == 0, output
 
 
-def test_plan(tmp_path):
+def test_plan_prints_costs_and_memory(tmp_path):
   code, output = call(RECIPE, "--mode=plan", "--devices=4", "--config.parallel.fsdp=4")
   assert code == 0, output
   for text in ("4 x cpu", "FLOPs an image", "reduce-scatter", "all-gather", "state", "temporaries"):
     assert text in output
 
 
-def test_training_on_eight_devices(tmp_path):
+def test_training_uses_all_devices(tmp_path):
   code, output = call(RECIPE, f"--workdir={tmp_path}", "--config.training.steps=3", devices=8)
   assert code == 0, output
   assert "on 8 cpu device(s)" in output
@@ -361,7 +360,7 @@ def test_errors_of_the_operating_system_name_the_path(tmp_path):
 
 
 def test_errors_that_native_code_prints_itself_are_silenced(tmp_path):
-  """Orbax prints an error for each failed write after the first, as on a full disk."""
+  """On a full disk, Orbax prints an error for each failed write after the first."""
   config = tmp_path / "config.py"
   config.write_text(
     "import sys\nfrom ddpm_jax.storage import workdir\nfrom tests import recipes\n\n\n"
@@ -440,7 +439,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(tmp_path, dense):
     np.testing.assert_array_equal(a, b)
 
 
-def test_invalid_image_folders(tmp_path):
+def test_invalid_image_folders_give_one_message(tmp_path):
   images = folder_with_a_broken_image(tmp_path)
   folder = [RECIPE, f"--config.data.source=folder(path={str(images)!r})", "--config.data.hold_out=0"]
   code, output = call(*folder, f"--workdir={tmp_path / 'a'}")
@@ -452,7 +451,7 @@ def test_invalid_image_folders(tmp_path):
   assert not (tmp_path / "a").exists()
 
 
-def test_invalid_workdirs(run, tmp_path):
+def test_invalid_workdirs_and_batch_sizes_give_one_message(run, tmp_path):
   folder, _ = run
   before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
   code, output = call(RECIPE, f"--workdir={folder}", "--config.model.network.channels=16", "--config.seed=3")

@@ -13,7 +13,7 @@ from tests.pictures import write_bomb
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Train a class-conditional model for three steps, and write two images next to it. The sampler adds noise."""
+  """Train a class-conditional model with a stochastic sampler for three steps, and write two images to its folder."""
   folder = tmp_path_factory.mktemp("run")
   # `test_main` compiles the same train step.
   model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
@@ -44,8 +44,7 @@ def generate(run, *flags, name="ancestral_nfe4_seed0_scale2.5"):
   return arrays["samples"].astype(int), arrays["classes"]
 
 
-def test_a_guided_sample(run):
-  """All forms of the flags give the same samples."""
+def test_equivalent_flags_of_guidance_give_the_same_samples(run):
   strong = "--guidance_scale=2.5"
   samples, classes = generate(run, "--classes=3,7", "--negative_classes=1", strong)
   np.testing.assert_array_equal(classes, [3, 7, 3])
@@ -70,7 +69,7 @@ def away(conditional, condition, negative, strength: float = 1.0):
 """
 
 
-def test_a_custom_rule_of_guidance(run, tmp_path):
+def test_a_custom_guidance_rule_is_read_from_a_file(run, tmp_path):
   rule = tmp_path / "rule.py"
   rule.write_text(RULE)
   conditions = ["--classes=3,7", "--negative_classes=1"]
@@ -90,7 +89,7 @@ def test_a_custom_rule_of_guidance(run, tmp_path):
 
 
 def test_blurred_images_are_restored(run, tmp_path):
-  """Blurring the result gives an image that is closer to the input than a second blur of the input."""
+  """The blurred result is closer to the input than the blurred input is."""
   generator = np.random.default_rng(3)
   sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
   measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))
@@ -131,7 +130,7 @@ def test_blurred_images_are_restored(run, tmp_path):
   assert_refused(code, output, "--task=restore without config.editing.operator; expected the operator .*blur")
 
 
-def test_edits(run):
+def test_inpainting_and_inversion_save_their_results(run):
   where = [f"--workdir={run}", "--mode=edit", f"--input={run / 'images'}", "--classes=3,7"]
   flags = ["--mask=lower", "--method=replace", "--num_samples=3", "--seed=4", "--guidance_scale=2", "--num_steps=3"]
   code, output = call(*where, "--task=inpaint", *flags)

@@ -44,7 +44,7 @@ def device(platform, kind="", **stats):
   return types.SimpleNamespace(platform=platform, device_kind=kind, process_index=0, memory_stats=lambda: stats or None)
 
 
-def test_memory_of_devices():
+def test_memory_of_devices_is_reported_or_from_the_table():
   assert memory.device_bytes(jax.devices()) == memory.host_bytes()
   assert memory.device_bytes([device("gpu", "NVIDIA H100 80GB HBM3")] * 4) == 4 * 80e9
   assert memory.device_bytes([device("gpu", "a new one", bytes_limit=5e9)] * 2) == 1e10
@@ -54,7 +54,7 @@ def test_memory_of_devices():
 
 
 def test_the_largest_tpu_slice_is_within_the_limit():
-  chips = topology._MAX_CHIPS * hardware.chip_of("TPU7x").memory * 2  # two devices a chip
+  chips = topology._MAX_CHIPS * hardware.chip_of("TPU7x").memory * 2  # two devices per chip
   memory.check("x", chips, chips, "")
 
 

@@ -90,7 +90,7 @@ def test_more_samples_lower_the_bias():
 def test_features_far_from_zero_keep_their_digits():
   a = features(0).astype(np.float32)
   far = (a.astype(np.float64) + 1e4).astype(np.float32)
-  # No digits are lost after rounding to float32. Sums of integers are exact.
+  # The float32 inputs lose digits, but the sums lose no more. The reference is exact, because it sums integers.
   integers = np.round((far.astype(np.float64) - 1e4) * 2**10)
   centered = (integers - integers.mean(0)) / 2**10
   got = metrics.gaussian(far)

@@ -42,7 +42,7 @@ def test_an_extractor_compiles_once(params):
   extract = metrics.extractor(space._replace(apply=apply), 4, jax.devices()[:2])
   for count in (3, 8, 20):
     extract(IMAGES[:count])
-  assert traced_shapes == [(4, 8, 8, 1)], "the batch of one device"
+  assert traced_shapes == [(4, 8, 8, 1)], "each device gets a batch of 4"
 
 
 def test_pixels_are_features():
@@ -114,7 +114,7 @@ def test_wrong_training_sets_are_errors():
   with pytest.raises(ValueError, match="type float64; expected integers"):
     metrics.train_classifier(IMAGES[:5], np.zeros(5), 10)
   for labels, classes, steps in (([0, 1, 10], 10, 1), ([0, -1, 1], 10, 1), ([0, 0, 0], 1, 1), ([0, 1, 2], 10, 0)):
-    with pytest.raises(ValueError, match=f"of {classes} classes and {steps} steps"):
+    with pytest.raises(ValueError, match=f"num_classes={classes} and steps={steps}; expected"):
       metrics.train_classifier(IMAGES[:3], np.array(labels), classes, steps=steps)
 
 
@@ -192,7 +192,7 @@ def test_wrong_statistics_are_errors_that_name_the_file(statistics, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
       metrics.load_statistics(path)
     assert str(path) in str(error.value)
-  # Damage the headers: NumPy would read numbers of half the size without verifying the checksums.
+  # Damage the headers. With the wrong type, NumPy would read half of the bytes and would not verify the checksums.
   np.savez(path, mu=np.zeros(400), sigma=np.zeros((400, 400)))
   content = path.read_bytes()
   assert content.count(b"<f8") == 2

@@ -42,7 +42,7 @@ def test_scores_do_not_depend_on_the_block_size(monkeypatch):
     assert metrics.neighborhoods(generated, real) == expected
 
 
-def test_points_on_a_line():
+def test_scores_of_points_on_a_line_equal_manual_counts():
   # With k = 1 the real balls are [-1, 1], [0, 2], [1, 3] and [2, 18]. The generated balls are [1.5, 2.5], [2, 3] and
   # [2.5, 57.5].
   real, generated = np.array([[0.0], [1], [2], [10]]), np.array([[2.0], [2.5], [30]])
@@ -68,7 +68,7 @@ def test_balls_of_radius_0_contain_copies_of_their_center():
   assert got.density >= 20 / 5
 
 
-def test_scores_move_the_right_way():
+def test_narrow_or_repeated_samples_lower_recall_and_coverage():
   real, held_out = points(0, 300), points(1, 300)
   same = metrics.neighborhoods(held_out, real)
   assert min(same) > 0.85

@@ -162,7 +162,7 @@ def interpolation_matrix(size, factor, method):
       distance = abs(place - j)
       if method == "bilinear":
         value = max(0, 1 - distance)
-      elif distance <= 1:  # Keys 1981, a = -0.5
+      elif distance <= 1:  # the cubic kernel of R. Keys (1981) with a = -0.5
         value = 1.5 * distance**3 - 2.5 * distance**2 + 1
       elif distance < 2:
         value = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
@@ -174,7 +174,7 @@ def interpolation_matrix(size, factor, method):
 
 @pytest.mark.parametrize("method", ["bicubic", "bilinear"])
 def test_the_low_resolution_image_is_computed_from_the_data_and_enlarged(method):
-  """The condition equals means over boxes, enlarged by a separable kernel."""
+  """The condition equals box averages of the image, enlarged by a separable kernel."""
   image = np.random.default_rng(0).standard_normal((3, 8, 12, 2)).astype(np.float32)
   low = conditions.low_resolution("low", (8, 12, 2), 2, method=method)
   small = image.reshape(3, 4, 2, 6, 2, 2).mean((2, 4))
@@ -312,7 +312,7 @@ def test_conditions_without_a_null_value_are_not_dropped():
 
 
 def test_conditions_receive_their_own_frozen_parameters():
-  """A frozen table encodes one text as tokens and a vector, like in SDXL."""
+  """A frozen table encodes each text both as tokens and as a vector, as in SDXL."""
 
   def encode(frozen, keys, batch, train):
     return {"tokens": frozen["table"][batch["text"]], "pooled": frozen["table"][batch["text"]].mean(1)}
@@ -413,5 +413,5 @@ def test_a_classifier_is_a_model():
   assert make_model().output_channels() == 1
 
 
-def test_the_package_exports_its_nouns():
+def test_the_package_exports_its_types():
   assert {models.Model, models.Condition, models.Codec, models.Network} == {Model, Condition, Codec, Network}

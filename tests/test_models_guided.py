@@ -368,7 +368,7 @@ def test_guided_denoisers_match_their_formulas(dense):
     np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3 * np.std(expected), err_msg=name)
   c = pairs["none"][1]
   for name, other in others.items():
-    assert np.max(np.abs(other - c)) > 0.01 * np.std(c), f"{name} makes a visible difference"
+    assert np.max(np.abs(other - c)) > 0.01 * np.std(c), f"{name} changes the estimate"
   assert np.max(np.abs(others["inside"] - others["guided"])) > 0.01 * np.std(c)
 
 

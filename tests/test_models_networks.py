@@ -145,7 +145,7 @@ def test_parameters_are_dicts_of_arrays_that_depend_on_the_key(name):
   check(first)
   jax.tree.map(np.testing.assert_array_equal, first, again)
   assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
-  # Creating the module leaves nothing in the compiled program.
+  # The compiled program does not repeat the random initialization of the module.
   if name != "linen":
     text = jax.jit(network.apply).lower(first, x, time, given).compile().as_text()
     assert "threefry" not in text
@@ -232,7 +232,7 @@ def test_dropout_acts_only_in_training_and_depends_on_the_keys(name):
   first, again, other = (run(jax.random.split(jax.random.key(seed), 2)) for seed in (1, 1, 2))
   np.testing.assert_array_equal(first, again)
   assert jnp.any(first != other)
-  # Two different masks keep a quarter of the values, four times as large.
+  # The two dropout layers have different masks. Together they keep a quarter of the values and multiply it by 4.
   assert set(np.unique(first)) == {0, 4}
   assert abs(float(jnp.mean(first > 0)) - 0.25) < 4 * (0.25 * 0.75 / x.size) ** 0.5
   assert jnp.any(first[0] != first[1])
@@ -272,7 +272,7 @@ def test_state_is_refused(component):
 
 
 def echo_class(parameters):
-  """Return a Linen class with a call of these parameters that returns its arguments."""
+  """Return a Linen class that takes these parameters in a call and returns the arguments."""
   scope = {"nn": nn}
   exec(
     "class Echo(nn.Module):\n"
@@ -384,7 +384,7 @@ def test_other_components_are_errors(component, arguments, message):
     networks.from_component(component, arguments, {})
 
 
-def test_the_u_net_is_checked_before_tracing():
+def test_sides_that_a_u_net_cannot_halve_are_refused_before_tracing():
   network = networks.from_component(
     flax_networks.UNet, {"channels": 8, "groups": 4, "multipliers": (1, 1), "attention_levels": ()}, {}
   )

@@ -13,7 +13,7 @@ SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": 
 
 
 def build(size=(8, 8), channels=1, seed=0, **changes):
-  """Return a network and random parameters, with which every path affects the output."""
+  """Return a network and random parameters. Random parameters make every path affect the output."""
   network = UNet(out_channels=channels, **(SMALL | changes))
   return network, random_like(jax.eval_shape(functools.partial(init, network, size, channels), seed), seed)
 
@@ -39,7 +39,7 @@ def apply(network, params, *args, **kwargs):
     ((8, 8), 3, {"dtype": jnp.bfloat16}),
   ],
 )
-def test_shapes_and_types(size, channels, changes):
+def test_output_has_the_shape_of_the_input_and_float32(size, channels, changes):
   network, params = build(size, channels, **changes)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
   x, time = jax.random.normal(jax.random.key(1), (3, *size, channels)), jnp.array([0.0, 10.0, 999.0])
@@ -60,7 +60,7 @@ def test_a_fresh_network_returns_zeros():
   assert jnp.all(apply(network, params, jnp.ones((2, 8, 8, 1)), jnp.ones(2)) == 0)
 
 
-def test_output_depends_on_time_and_class_and_not_on_the_rest_of_the_batch():
+def test_output_depends_on_time_and_class_and_not_on_other_samples():
   network, params = build(num_classes=3)
   x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 8, 8, 1)), (4, 8, 8, 1))
   time, classes = jnp.array([5.0, 5.0, 6.0, 5.0]), jnp.array([0, 0, 0, 2])
@@ -121,7 +121,7 @@ def test_dropout_acts_only_in_training():
 
 
 def test_dropout_with_a_key_per_sample_does_not_depend_on_the_batch():
-  """Each sample and each block has its own masks of the configured rate, whatever the rest of the batch is."""
+  """Each sample and each block has a separate mask with the configured rate."""
   network, params = build(dropout=0.25)
   x, keys = jnp.ones((4, 8, 8, 1)), jax.random.split(jax.random.key(0), 4)
 

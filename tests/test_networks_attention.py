@@ -10,7 +10,8 @@ import pytest
 from ddpm_jax.floats import with_promotion
 from ddpm_jax.networks.kernels.attention import attend
 
-# Queries, keys, heads and channels. Rows of keys are halved fully, halved once or odd. The last case has one query.
+# Queries, keys, heads and channels. The kernel halves rows of 256 keys twice, rows of 130 keys once, and other rows
+# never. The last case has one query.
 CASES = [(256, 256, 2, 8), (36, 130, 3, 4), (9, 9, 1, 16), (1, 65, 2, 4)]
 
 
@@ -36,7 +37,7 @@ def test_values_and_derivatives_match_jax(x64, case):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6)
 
 
-def test_it_is_exact_to_float32_rounding(x64):
+def test_attention_is_exact_to_float32_rounding(x64):
   """The error against the formula in float64 is at most twice JAX's error."""
   values = inputs(256, 256, 2, 8, scale=3.0)
   q, k, v = (np.swapaxes(value, 1, 2) for value in values)
@@ -81,7 +82,7 @@ def test_a_cpu_transposes_no_array_of_the_size_of_the_weights():
 
 
 def test_the_backward_pass_saves_little_and_repeats_no_product():
-  """In addition to what JAX's attention saves for the backward pass, `attend` saves at most the inputs."""
+  """For the backward pass, `attend` saves at most the size of the inputs more than JAX's attention."""
   values = inputs(96, 128, 2, 8, np.float32)
 
   def residual_bytes(function):
@@ -109,7 +110,7 @@ def test_other_platforms_use_jax_s_attention():
 
   def lowered(function, platform):
     text = jax.jit(lambda *values: function(*values)).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-    # The operations from the first product on.
+    # Compare all operations after the first product.
     return re.findall(r"stablehlo\.(?!return)\w+", text.partition("dot_general")[2])
 
   for platform in ("tpu", "cuda"):

@@ -90,7 +90,7 @@ def test_only_the_loop_form_has_no_forward_derivatives():
   assert "custom_vjp" not in str(jax.make_jaxpr(run)(x))
   assert "custom_vjp" in str(jax.make_jaxpr(looped)(x))
   value, slope = jax.jvp(run, (x,), (x,))
-  np.testing.assert_allclose(slope, value)  # linear
+  np.testing.assert_allclose(slope, value)  # the convolution is linear
   with pytest.raises(TypeError, match="custom_vjp"):
     jax.jvp(looped, (x,), (x,))
 
@@ -274,7 +274,7 @@ WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strid
   ],
 )
 def test_the_form_by_tiles_is_used_where_it_is_faster(padding, change, expected):
-  """It is used in programs of one device if the result is as exact and the form is faster."""
+  """Only programs for one device use the form, and only if its result is as exact as the plain result."""
   case = WIDE | change
   x = jax.ShapeDtypeStruct((4, *case["space"], case["channels"]), case["dtype"])
   kernel = jax.ShapeDtypeStruct((*case["window"], case["channels"], case["out"]), case["dtype"])
@@ -345,7 +345,7 @@ def assert_same_with_gradients(ours, other, params, x):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_only_a_cpu_stores_the_operand_of_a_sum(platform):
-  """The barrier is in a sum and in the gradient of repeated values."""
+  """A barrier stores the operand, both in a sum and in the gradient of repeated values."""
   x, v = jnp.ones((2, 16, 4)), jnp.ones((2, 4))
   for function in (sums.sum_positions, jax.grad(lambda v: jnp.sum(x * sums.repeat_positions(v, x.shape)))):
     text = (

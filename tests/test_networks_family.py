@@ -61,7 +61,7 @@ def test_resampling_of_audio_images_and_volumes_matches_torch(axes):
 
 @pytest.mark.parametrize("resample", ["down", "up"])
 def test_the_block_of_ncsnpp_matches_diffusers(resample):
-  """It has the filter, the 1x1 shortcut convolution and the sum divided by sqrt(2) of Song et al.'s networks."""
+  """As in Song et al., the block has a filter and a 1x1 shortcut convolution, and it divides the sum by sqrt(2)."""
   peer = ResnetBlock2D(
     in_channels=8,
     temb_channels=6,
@@ -106,7 +106,7 @@ def test_the_progressive_input_is_convolved_with_a_margin_and_then_filtered(weig
 
 @pytest.mark.parametrize(("features", "groups"), [(2, 1), (4, 1), (12, 3), (128, 32), (256, 32)])
 def test_default_groups_match_karras_et_al(features, groups):
-  """The number is min(32, C / 4), so it differs between levels."""
+  """A norm of C channels has min(32, C / 4) groups, so the number differs between levels."""
   x, params = noise(2, 3, 3, features), {"params": {"scale": jnp.ones(features), "bias": jnp.zeros(features)}}
   result, expected = (layers.GroupNorm(count, 1e-5, jnp.float32).apply(params, x) for count in (0, groups))
   np.testing.assert_array_equal(result, expected)
@@ -127,7 +127,7 @@ def test_groups_that_do_not_divide_the_features_are_an_error():
 def test_queries_keys_and_values_are_initialized_as_in_the_papers_code(score_sde, variance):
   """The distribution is uniform with variance 1 / C (Ho et al.) or 0.1 / C (Song et al., Karras et al.).
 
-  Karras et al.'s code reaches 0.1 / C by a factor of sqrt(0.2) for 3 C outputs of C inputs.
+  Karras et al.'s code multiplies Xavier weights by sqrt(0.2). For C inputs and 3 C outputs, their variance is 0.1 / C.
   """
   block = layers.AttentionBlock(1, UNet(groups=1, score_sde=score_sde)._block_options)
   params = jax.jit(lambda key: block.init(key, jnp.zeros((1, 2, 2, 64)))["params"])(jax.random.key(0))

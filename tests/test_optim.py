@@ -28,7 +28,7 @@ def run(optimizer, params, gradients):
 
 
 def allow_promotion(transformation):
-  """Wrap a transformation of optax, which relies on implicit type promotion."""
+  """Wrap an optax transformation to allow the implicit type promotion that it needs."""
   return optax.GradientTransformation(with_promotion(transformation.init), with_promotion(transformation.update))
 
 
@@ -115,7 +115,7 @@ NUMBERS_ONLY = ("optimistic_adam", "rprop", "sm3")
 
 @pytest.mark.parametrize("name", sorted({*optim.OPTIMIZERS} - {"lbfgs"}))
 def test_the_chain_makes_the_same_steps_as_the_optax_optimizer(name):
-  """The chain has no clipping here, and an average that does not change the steps."""
+  """The chain has no clipping, and its average does not change the steps."""
   arguments = {"key": 0} if name == "noisy_sgd" else {}
   rate = 0.01 if name in NUMBERS_ONLY else optim.schedule(0.01)
   bare = allow_promotion(optim.OPTIMIZERS[name](rate, **arguments))
@@ -179,7 +179,7 @@ def test_text_that_is_not_arguments_is_an_error(text):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 1e30])
 def test_a_non_finite_step_changes_no_bit(bad):
-  """The norm of 1e30 overflows. Without skipping, weight decay alone would change the parameters."""
+  """The norm of a gradient of 1e30 overflows. Without skipping, weight decay alone would change the parameters."""
   optimizer = full_chain(name="adamw")
   good = gradients(3)
   history, before = run(optimizer, PARAMS, good)
@@ -222,7 +222,10 @@ def test_non_finite_updates_are_skipped():
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
 def test_finite_gradients_give_finite_updates(name):
-  """Therefore these optimizers check gradients only. The values range up to the largest number with a finite square."""
+  """These optimizers therefore check only gradients.
+
+  The values range up to the largest number with a finite square.
+  """
   sizes = [0.0, 1e-38, 1e-30, 1e-16, 1.0, 1e19, 1.8e19]
   arguments = {} if name == "lion" else {"eps": 1e-16}
   optimizer = optim.chain(0.1, name=name, arguments=arguments, clip_norm=None, averages=None)
@@ -238,7 +241,7 @@ def test_finite_gradients_give_finite_updates(name):
 
 
 def test_adam_computes_its_updates_once():
-  """Optimizers with a check of the updates compute them twice."""
+  """An optimizer that checks its updates computes them twice."""
 
   def square_roots(**options):
     optimizer = optim.chain(0.1, clip_norm=None, averages=None, **options)
@@ -252,7 +255,7 @@ def test_adam_computes_its_updates_once():
   assert square_roots(name="nadam") == 2 * leaves + 2
 
 
-def test_no_optimizer_is_an_error():
+def test_skipping_without_an_optimizer_is_an_error():
   with pytest.raises(ValueError, match="no optimizer; expected one or more"):
     optim.skip_nonfinite(averages=ema.params_ema(ema.fixed(0.9)))
 
@@ -271,7 +274,7 @@ def test_skip_counts_are_found_inside_wrappers():
   assert optim.skip_counts(wrapped) == (0, 0)
 
 
-def test_a_chain_without_clipping_and_averages():
+def test_a_chain_without_clipping_and_averages_is_its_optimizer():
   actual, state = run(optim.chain(0.1, name="sgd", clip_norm=None, averages=None), PARAMS, gradients(2))
   expected, _ = run(optax.sgd(0.1), PARAMS, gradients(2))
   assert_same_bits(actual, expected)
@@ -341,7 +344,7 @@ def test_untrained_parameters_do_not_change(name):
 
 
 def test_model_and_extra_parameters_are_optimized_independently():
-  """Each part makes the same steps as its own optimizer alone, except that steps are skipped in both."""
+  """Each part makes the steps of its own optimizer. If one part has a gradient of NaN, both parts skip the step."""
   rng = np.random.default_rng(0)
   model, extra = ({"w": jnp.asarray(rng.normal(size=5), jnp.float32)} for _ in range(2))
   extra_optimizer = optax.chain(optim.clip_by_global_norm(0.1), optax.sgd(0.3, momentum=0.9))

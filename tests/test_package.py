@@ -15,7 +15,7 @@ def test_public_modules_are_attributes(name):
   assert getattr(ddpm_jax, name) is importlib.import_module(f"ddpm_jax.{name}")
 
 
-def test_public_names_are_listed_and_one_loads_models():
+def test_public_names_are_listed_and_load_is_the_function_of_runs():
   assert set(dir(ddpm_jax)) == {*ddpm_jax.__all__, "__version__"}
   assert ddpm_jax.load is importlib.import_module("ddpm_jax.runs.loading").load
 

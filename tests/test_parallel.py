@@ -84,7 +84,7 @@ def dense_on_one_device(config, batches):
 def on_one_device(request, monkeypatch):
   """Return a one-device run of the dense network or of the U-Net.
 
-  For the dense network, the test itself uses this network too.
+  With "dense", the test itself also uses the dense network.
   """
   if request.param == "unet":
     return request.getfixturevalue("unet_on_one_device")
@@ -142,9 +142,9 @@ def test_data_parallel_step_reduces_gradients_once(by_data):
   collectives = costs.collectives(by_data[2].as_text())
   parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(by_data[0].params))
   assert set(collectives) == {"all-reduce"}
-  # These reduce the gradients with the loss, and the numbers of samples for each noise level.
+  # The reductions are for the gradients and the loss, and for the numbers of samples of each noise level.
   assert collectives["all-reduce"].number <= 3
-  # A sum of two branches with biases has equal gradients for both biases, which are reduced only once.
+  # Where two branches with biases are added, the biases have equal gradients, and XLA reduces them only once.
   assert 0.98 * parameters <= collectives["all-reduce"].bytes <= parameters + 100
 
 
@@ -223,7 +223,7 @@ def assert_same_full_run(actual, expected):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_full_objective_on_two_by_four_matches_one_device(accumulate, full_objective_on_one_device):
-  """The memory contains the losses of the full batch in order."""
+  """The objective's memory contains the losses of the full batch in order."""
   run = full_objective_with_jit(parallel.make_mesh(2, 4), accumulate)
   assert_same_full_run(run, full_objective_on_one_device)
   for leaf in (run[0].memory["target"]["first"], run[0].extra["critic"], run[2]["objective"]["last"]):
@@ -268,7 +268,7 @@ def test_invalid_sizes_are_errors():
     training.check_accumulate(16, 8, 3)
 
 
-def test_number_of_processes_from_the_cluster_environment():
+def test_the_number_of_processes_is_read_from_the_cluster_environment():
   assert startup.environment_processes({}) == 1
   assert startup.environment_processes({"OMPI_COMM_WORLD_SIZE": "4"}) == 4
   assert startup.environment_processes({"SLURM_STEP_NUM_TASKS": "2"}) == 2

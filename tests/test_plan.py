@@ -49,7 +49,7 @@ def planned(devices, chip=CHIP, spec=REPLICATED, dtype="float32", batch=BATCH):
 WEIGHTS = ROWS * COLUMNS * 4
 
 
-def test_state_bytes_are_those_of_one_shard():
+def test_state_bytes_count_one_shard():
   devices = jax.devices()[:8]
   assert planned(devices).state_bytes == WEIGHTS
   assert planned(devices, spec=P("d")).state_bytes == WEIGHTS / 8
@@ -57,7 +57,7 @@ def test_state_bytes_are_those_of_one_shard():
   assert plan.state_bytes(keyed) == 8 + 4
 
 
-def test_figures_of_a_step_on_eight_devices():
+def test_flops_and_bytes_of_a_step_on_eight_devices_are_exact():
   p = planned(jax.devices()[:8])
   assert p.parameters == ROWS * COLUMNS
   # One product is forward, and one is backward with respect to the weights.
@@ -202,8 +202,7 @@ def test_an_empty_batch_or_no_devices_is_an_error():
       plan.make_plan(traced, compiled, params=(), state=(), batch_size=batch, devices=devices, dtype="float32")
 
 
-def test_plan_of_the_unet_train_step():
-  """The FLOPs are close to XLA's count, which also includes element-wise operations."""
+def test_the_plan_of_a_unet_step_counts_flops_state_and_communication():
   config, size = tiny_config(), 8
   config.model.network.update({"channels": 16, "middle_attention": True})
   experiment, mesh = experiment_of(config), parallel.make_mesh(devices=jax.devices()[:2])
@@ -211,7 +210,7 @@ def test_plan_of_the_unet_train_step():
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, state)
   traced = step.trace(state, stepping.batch_shapes(experiment, size))
   flops = costs.matmul_flops(traced.jaxpr)
-  # XLA counts the work of one device, and element-wise operations.
+  # XLA counts the work of one of the two devices, including element-wise operations.
   assert flops / 2 < traced.lower().cost_analysis()["flops"] < 1.2 * flops / 2
   p = plan.make_plan(
     traced,
@@ -227,7 +226,7 @@ def test_plan_of_the_unet_train_step():
   assert 0.9 * 4 * p.parameters < p.collectives["all-reduce"].bytes <= 4 * p.parameters + 100
 
 
-def test_plan_for_tpus_on_a_machine_without_tpus(tmp_path):
+def test_a_machine_without_tpus_can_plan_for_tpus(tmp_path):
   code = """
 import json
 import jax, jax.numpy as jnp

@@ -45,7 +45,7 @@ def test_denoiser_is_the_same_function_from_any_prediction(name, process):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["X0", "V", "VELOCITY", "edm"])
 @pytest.mark.parametrize("process", ["rectified_flow", "zero_snr"])
-def test_denoiser_where_no_data_is_left(name, process):
+def test_denoiser_is_exact_where_no_data_is_left(name, process):
   process, prediction = PROCESSES[process], PREDICTIONS[name]
   exact = MIXTURE.denoise(process)
   denoise = predictions.denoiser(network_of(process, prediction, exact), process, prediction, time_input=lambda t: t)
@@ -91,7 +91,7 @@ def test_learned_variance_is_the_second_half_of_the_channels(name):
     predictions.denoiser(lambda x, t: x, process, prediction)(x, 0.3)
 
 
-def test_default_time_inputs():
+def test_default_time_inputs_run_from_0_to_999():
   """A discrete network gets the exact integer n - 1, and a continuous network gets 999 t."""
   inputs = []
 
@@ -128,7 +128,7 @@ def test_wrong_output_shape_is_an_error():
     denoise(jnp.zeros((2, 3)), 0.5)
 
 
-def test_clip_is_a_wrapper():
+def test_clip_limits_the_estimates():
   denoise = guidance.clip(lambda x, t: 3 * x)
   np.testing.assert_array_equal(denoise(jnp.array([[-1.0, 0.1, 2.0]]), 0.5), np.array([[-1, 0.3, 1]], np.float32))
   with pytest.raises(ValueError, match="low < high"):

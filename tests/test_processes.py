@@ -20,7 +20,7 @@ def interior(process, count):
 
 
 def reference(name, t):
-  """Return alpha and sigma in extended precision, by NumPy and by different formulas than the code under test."""
+  """Compute alpha and sigma in extended precision with NumPy, by other formulas than the code under test."""
   t = np.asarray(t, np.longdouble)
   if name in ("vp", "sub_vp"):
     b = t * 0.1 + 0.5 * t**2 * 19.9
@@ -109,7 +109,7 @@ def test_the_sde_matches_the_paper(name):
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_time_of_inverts_the_log_snr(name, dtype):
-  """The precision is limited by the log-SNR itself: in float32 it leaves an error of 1e-6 / |slope| in t."""
+  """Rounding the log-SNR to float32 alone causes an error of about 1e-6 / |slope| in t."""
   process = PROCESSES[name]
   with jax.enable_x64(dtype == np.float64):
     t = np.concatenate([np.geomspace(1e-3, 0.1, 9), interior(PROCESSES["vp"], 9)]).astype(dtype) * dtype(process.t_max)
@@ -160,7 +160,7 @@ def test_discrete_sde_runs_at_the_rates_of_its_betas():
   np.testing.assert_allclose(-np.asarray(process.drift(t.ravel())).reshape(t.shape) @ (weights / 2), rate, rtol=1e-6)
 
 
-def test_discrete_approaches_vp():
+def test_discrete_approaches_vp_with_more_steps():
   vp, t = processes.vp(), np.linspace(0.1, 1, 10)
   errors = [
     np.max(np.abs(processes.discrete(schedules.linear(n, 0.1 / n, 20 / n)).alpha(t) - vp.alpha(t)))
@@ -172,10 +172,10 @@ def test_discrete_approaches_vp():
 
 
 @pytest.mark.usefixtures("x64")
-def test_discrete_cosine_equals_the_continuous_one():
+def test_discrete_cosine_equals_continuous_cosine():
   """The steps are on the curve, except at the end, where max_beta limits the betas.
 
-  Between the steps the cubic is close to the curve.
+  Between the steps, the cubic interpolation is close to the curve.
   """
   continuous, t = processes.cosine(log_snr_min=-30.0), np.linspace(0.1, 0.9, 10)
   np.testing.assert_allclose(PROCESSES["discrete_cosine"].alpha(t), continuous.alpha(t), rtol=1e-5)
@@ -192,7 +192,7 @@ def test_posterior_of_the_discrete_chain_by_enumeration(s, t):
   line = np.linspace(-8, 8, 1001)
   width = line[1] - line[0]
 
-  def kernel(x, beta):  # density over the line of the next state, given x
+  def kernel(x, beta):  # the density of the next state at the points of the line, given x
     return np.exp(-((line - np.sqrt(1 - beta) * x) ** 2) / (2 * beta)) / np.sqrt(2 * np.pi * beta)
 
   forward = kernel(x_0, betas[0])
@@ -280,7 +280,7 @@ def test_wrong_cosine_is_an_error(kwargs):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_posterior_in_float32(name):
+def test_posterior_is_precise_in_float32(name):
   """Neighboring steps of 1000 are the worst case for cancellation. The reference is the same code in float64."""
   process, n = PROCESSES[name], np.arange(2, 1001)
   x_t, x_0 = np.full((999, 1), 0.7), np.full((999, 1), -0.4)

@@ -86,7 +86,7 @@ def test_a_config_that_contains_itself_gives_one_message(tmp_path):
   assert_refused(code, output, "a section that contains itself")
 
 
-def test_missing_files(tmp_path):
+def test_missing_files_are_errors(tmp_path):
   (tmp_path / "digits.py").write_text("")
   for name, message in (
     ("digit.py", "Did you mean .*digits.py"),
@@ -99,7 +99,7 @@ def test_missing_files(tmp_path):
     recipes.read("~no_such_user_at_all/x.py")
 
 
-def test_home_and_arguments(tmp_path, monkeypatch):
+def test_a_recipe_path_may_have_a_tilde_and_an_argument(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   (tmp_path / "mine.py").write_text(HEAD + "def get_config(name='x'):\n  return FrozenConfigDict({'name': name})\n")
   config = recipes.read("~/mine.py:y")

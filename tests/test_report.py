@@ -265,7 +265,7 @@ def test_images_of_any_shape_are_shown(shape):
   png_height, png_width = (17, 26) if channels == 5 else (height, width)
   tiles = [attributes for tag, attributes in parsed.elements if tag == "img" and "width" in attributes]
   assert len(tiles) == 40
-  assert int(tiles[0]["width"]) * png_height == int(tiles[0]["height"]) * png_width, "the aspect ratio changed"
+  assert int(tiles[0]["width"]) * png_height == int(tiles[0]["height"]) * png_width, "images keep their aspect ratio"
   first = decode_png(tiles[0]["src"])
   assert first.shape[:2] == (png_height, png_width)
   np.testing.assert_array_equal(first[:8, :8], samples[0, :8, :8, 0] if channels in (1, 5) else samples[0, :8, :8])
@@ -309,7 +309,7 @@ def test_large_images_are_downscaled_by_averaging():
   np.testing.assert_allclose(small[5, 7], large[0, 15:18, 21:24].mean((0, 1)), atol=0.5)
 
 
-def test_samples_much_closer_than_typical_are_marked():
+def test_possible_copies_are_marked():
   for copied, sentence in (
     (4, "Samples may be copies: 4 of 8 samples (50.0%)"),
     (0, "No sign of copies: 0 of 8 samples (0.0%)"),
@@ -318,7 +318,7 @@ def test_samples_much_closer_than_typical_are_marked():
     assert sentence in parsed.text
     assert parsed.text.count("Possible copy: much closer than typical") == copied
     assert ("0.05\N{MULTIPLICATION SIGN}" in parsed.text) == (copied > 0)
-  # Here real images are just as close.
+  # Half of the real images are just as close, so there is no sign of copies.
   distances = np.repeat([0.1, 2.0], [49, 51])
   parsed = Parsed(
     page.render(reports.bare()._replace(neighbors=reports.neighbors(4)._replace(real_distances=distances)))

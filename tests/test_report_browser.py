@@ -25,7 +25,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-  """Write a report that contains only the animation, because it opens faster."""
+  """Write a report that contains only the animation, so that it opens fast."""
   path = tmp_path_factory.mktemp("film") / "report.html"
   frames, times = reports.denoising()
   report.write(path, reports.bare()._replace(denoising=frames, denoising_times=times))
@@ -107,7 +107,7 @@ def test_the_animation_plays_and_stops(chromium, film):
     view.wait(f"{FRAME} !== {frame} && {CANVAS} !== {early!r}")
     view.run(f"{BUTTON}.click()")
     still = view.run(f"[{FRAME}, {CANVAS}]")
-    # This is longer than the animation shows a frame.
+    # Wait longer than the animation shows a frame.
     view.run("new Promise((done) => setTimeout(done, 900))")
     assert view.run(f"[{FRAME}, {CANVAS}]") == still
     assert view.errors == []

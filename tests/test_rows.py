@@ -41,7 +41,7 @@ def test_an_interrupted_array_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
-def test_round_trip_of_any_type(tmp_path, dtype):
+def test_arrays_of_any_type_are_restored_unchanged(tmp_path, dtype):
   rows = open_rows(tmp_path, dtype=dtype)
   rows.write(ARRAY.astype(dtype), {})
   rows.finish()
@@ -124,8 +124,8 @@ ARCHIVE = {
 }
 
 
-def test_no_bit_of_an_archive_changes_what_is_read(tmp_path):
-  """A flipped bit is either detected, or it has no effect, such as in a date."""
+def test_no_flipped_bit_of_an_archive_changes_the_array(tmp_path):
+  """A flipped bit is detected or has no effect. For example, a bit of a date has no effect."""
   path = finished(tmp_path)
   content = path.read_bytes()
   rng, num_detected = np.random.default_rng(0), 0

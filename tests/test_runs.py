@@ -85,7 +85,7 @@ def test_everything_is_logged(finished):
   assert any(name.startswith("loss_by_log_snr/") for name in lines[0])
   np.testing.assert_allclose(lines[0]["learning_rate"], 1e-3 * 2 / 5)
   assert all(0 <= line["input_wait"] < 1 for line in lines)
-  # The loss of a level is a mean over a part of the batch, so the loss is between the minimum and the maximum.
+  # The loss of a level is a mean over a part of the batch, so the loss of the batch is between their extremes.
   levels = [value for name, value in lines[0].items() if name.startswith("loss_by_log_snr/")]
   assert min(levels) <= lines[0]["loss"] <= max(levels)
 
@@ -136,7 +136,7 @@ def test_an_ema_length_without_snapshots_is_an_error(copy):
     sampled(copy, ema_length=0.07)
 
 
-def test_resume_must_and_never(copy, tmp_path):
+def test_resume_must_needs_a_checkpoint_and_never_refuses_one(copy, tmp_path):
   with pytest.raises(ValueError, match="--resume=must.*holds no checkpoint"):
     train(config_of(), tmp_path / "none", resume="must")
   assert not (tmp_path / "none").exists()
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(finished, copy, unscored
   assert "resuming from the checkpoint of step 8" in output.out
   incomplete = f"deleted an incomplete checkpoint: {copy / 'checkpoints' / '11.orbax-checkpoint-tmp'}"
   for text in (f"{copy / 'checkpoints' / '10'}: its description", incomplete, "resumed from step 8"):
-    assert output.err.count(text) == 2, "at the start and at the end"
+    assert output.err.count(text) == 2, "each message is printed at the start and at the end"
   assert [path.name for path in (copy / "damaged").iterdir()] == ["10"]
   assert_same_ends(copy, finished)
 
@@ -288,7 +288,7 @@ def test_missing_wandb_is_an_error(tmp_path, monkeypatch):
   assert not (tmp_path / "a").exists()
 
 
-def test_checkpoint_items_hold_the_whole_state():
+def test_checkpoint_items_hold_the_full_state():
   _, template = model.make_state(experiment_of(config_of()), parallel.make_mesh())
   items = training.state_to_items(template)
   assert set(items) == {"params", "ema", "training"}
@@ -299,7 +299,7 @@ def test_checkpoint_items_hold_the_whole_state():
   assert ema.ema_params(training.items_to_state(items).opt_state) is not None
 
 
-def test_long_work_prints_a_sign_of_life(monkeypatch, capsys):
+def test_long_work_prints_that_it_continues(monkeypatch, capsys):
   printed = threading.Event()
   monkeypatch.setattr(progress, "_INTERVAL", 0.01)
   print_line = progress.print_line

@@ -46,7 +46,7 @@ def scores_of(folder):
   return json.loads((folder / "eval.json").read_text())
 
 
-def test_it_learns_at_low_noise(finished):
+def test_a_classifier_learns_at_low_noise(finished):
   lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(50, 401, 50))
   assert lines[-1]["loss"] < lines[0]["loss"]
@@ -100,7 +100,7 @@ def test_scores_match_the_log_probabilities_for_any_batch_size(finished):
   assert scores_of(finished)["scores"]["by_log_snr"] != after["by_log_snr"]
 
 
-def test_sampling_or_exporting_it_is_refused_and_writes_nothing(finished, tmp_path, capsys):
+def test_sampling_or_exporting_a_classifier_is_refused_and_writes_nothing(finished, tmp_path, capsys):
   experiment, choice = runs.load_experiment(tree_of(config_of()), finished), runs.WeightsChoice()
   refusal = "config.task='classify', which generates no samples; expected a run with config.task='denoise'"
   with pytest.raises(ValueError, match=refusal):

@@ -90,7 +90,7 @@ def edit(root, task, source="two.npz", *, run="gray", mask="", results=1, seed=0
   assert (arrays.suffix, picture.suffix) == (".npz", ".png")
   assert arrays.name.startswith(task)
   with Image.open(picture) as file:
-    assert min(file.size) > 90, "two rows of tiles, or two columns"
+    assert min(file.size) > 90, "the picture has two or more rows and columns"
   with np.load(arrays) as file:
     edited = {name: file[name] for name in file.files}
   assert edited["output"].dtype == np.uint8
@@ -155,7 +155,7 @@ def test_inpainting_does_not_change_known_pixels(root, method, source, mask, den
 
 
 def test_strength_0_returns_the_input_and_strength_1_a_new_sample(root, dense):
-  """Several results of one image are consecutive samples."""
+  """With strength 1, the results are the samples of `run_sample`, first all results of the first image."""
   steering = {"given": classes_of([3, 5])}
   edited = edit(root, "img2img", results=2, editing__strength=0.0, steering=steering)
   assert "mask" not in edited
@@ -165,7 +165,7 @@ def test_strength_0_returns_the_input_and_strength_1_a_new_sample(root, dense):
   assert fresh.shape == (2, 2, 8, 8, 1)
   np.testing.assert_array_equal(fresh.reshape(4, 8, 8, 1), sampled(root, [3, 3, 5, 5], 7))
   batched = edit(root, "img2img", results=2, editing__strength=1.0, steering=steering, seed=7, sampling__batch_size=3)
-  assert np.max(np.abs(batched["output"].astype(int) - fresh)) <= 1, "in two batches"
+  assert np.max(np.abs(batched["output"].astype(int) - fresh)) <= 1, "two batches give the same results as one"
 
 
 def test_classes_and_guidance_act_in_edits_as_in_sampling(root, dense):
@@ -202,7 +202,7 @@ def test_other_runs_can_guide_samples_and_edits(root, dense):
   steering = {"given": classes_of([3, 5]), "classifier": root / "judge"}
   edited = edit(root, "img2img", steering=steering, editing__strength=1.0, scale=3.0, seed=1)["output"]
   np.testing.assert_array_equal(edited[:, 0], classifier_guided)
-  # The config may already have the guide's rule.
+  # The config may already contain the rule of classifier guidance.
   own = sampled(root, [3, 5], 1, {"guidance": "classifier(scale=3)"}, classifier=root / "judge", scale=3.0)
   np.testing.assert_array_equal(own, classifier_guided)
   # Guidance away from the model itself has no effect.

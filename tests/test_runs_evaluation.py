@@ -80,7 +80,7 @@ def score(config, folder, seed=0, **options):
 
 
 def test_a_killed_evaluation_resumes_to_equal_scores_on_any_number_of_devices(finished, copy, tmp_path):
-  """An interrupted evaluation, and one on the eight devices of this process, equal an uninterrupted one-device one."""
+  """A resumed evaluation and an evaluation on eight devices equal an uninterrupted evaluation on one device."""
   recipe = "from tests import dense_config\nfrom tests.test_runs_evaluation import config_of, die_after\n\n\n"
   recipe += "def get_config():\n  dense_config.get_config()\n"
   for name, first in (("dying", "  die_after(3)\n"), ("living", "")):

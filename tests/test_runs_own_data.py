@@ -100,7 +100,7 @@ def test_a_user_s_data_set_and_condition_are_trained_sampled_and_scored(user_fol
   assert copied.read_text() == (user_folder / "mine.py").read_text()
   report = json.loads((run / "eval.json").read_text())
   assert report["num_samples"] == 8
-  # The run has a copy of the deleted file. The data moved, and a flag gives the new path.
+  # Delete the file, because the run has a copy. Move the data, and pass the new path in a flag.
   (user_folder / "mine.py").unlink()
   (user_folder / "numbers.npy").rename(tmp_path / "moved.npy")
   where = f"--config.data.source.path={tmp_path}/moved.npy"
@@ -136,7 +136,7 @@ def test_batches_hold_all_items_of_the_data(user_folder):
 
 
 def test_the_config_alone_gives_the_shapes_of_condition_items(user_folder):
-  """Without data, a batch has the same shapes for the image and the conditions."""
+  """The shapes and types of the image and the conditions equal those of the data."""
   conditions = {"scribble": spec(f"{user_folder}/mine.py:outline"), "level": spec("conditions.level")}
   experiment = experiment_of(config_of(user_folder, **conditions))
   source, _ = reading.read_data(experiment)

@@ -192,14 +192,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input_ends_at_once_in_one_message(name, tmp_path):
+def test_wrong_input_gives_one_message_at_once(name, tmp_path):
   arguments, message = WRONG[name]
   code, output = call(*arguments, f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, message)
   assert not (tmp_path / "work").exists()
 
 
-def test_bad_folders_end_at_once(run, exported, tmp_path):
+def test_wrong_folders_are_refused_at_once(run, exported, tmp_path):
   code, output = call("--mode=export", f"--workdir={run}", f"--output={exported}")
   assert_refused(code, output, "exists and is not empty")
   write_pipeline(tmp_path / "color")
@@ -259,7 +259,7 @@ def test_another_sampler_uses_its_own_defaults(tmp_path):
   assert other.tree.values["sampler"] == {"component": "sampling.deis", "order": 3}
   assert (other.sampler_name, other.sampling.num_steps, other.sampling.grid) == ("deis", 50, None)
   assert len(default.times) == len(other.times) == 51
-  assert np.any(default.times != other.times), "one grid is the scheduler's, the other the sampler's default"
+  assert np.any(default.times != other.times), "the scheduler has another grid than the default of the sampler"
 
 
 def classes(**arguments):

@@ -71,7 +71,7 @@ def test_two_processes_train_the_same_parameters_as_one(config, tmp_path, monkey
   assert_close(newest_state(together), newest_state(alone))
 
 
-# The tests below do not depend on the network.
+# The tests below use the dense network only, because they do not depend on the network.
 ENDLESS = "--config.training.steps=100000"
 
 
@@ -93,10 +93,10 @@ def test_sigterm_to_one_process_saves_and_stops_both(stopped):
 
 
 def test_a_run_resumes_on_one_process_and_both_processes_skip_a_damaged_checkpoint(stopped, tmp_path, monkeypatch):
-  """Both the run on one process and the run that skips the damaged checkpoint end with equal states."""
+  """The run on one process and the run that skips the damaged checkpoint end with equal states."""
   intact, damaged = (shutil.copytree(stopped[0], tmp_path / name) for name in ("intact", "damaged"))
   *_, before, newest = checkpoint.Checkpoints.steps(intact / "checkpoints")
-  # Damage all files of one process, because orbax decides which of them it reads.
+  # Damage all files of one process, because Orbax reads only some of them.
   for part in (damaged / "checkpoints" / str(newest) / "params" / "ocdbt.process_1" / "d").iterdir():
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
   options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must"]
@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_others_and_the_run_can_resume(tmp_path):
   processes[1].send_signal(signal.SIGKILL)
   (code, _), (output, _) = finish(*processes)
   assert code != 0
-  # The message is ours or that of JAX's runtime, whichever detects the death first.
+  # The message comes from this package or from JAX's runtime, whichever detects the death first.
   assert re.search(r"Start all processes again|[Hh]eartbeat|coordination|died", output), output
   newest = max(checkpoint.Checkpoints.steps(tmp_path / "checkpoints"))
   options = [DENSE, *OPTIONS, f"--config.training.steps={newest + 2}", "--resume=must", f"--workdir={tmp_path}"]
@@ -150,7 +150,7 @@ def get_config():
 
 
 def terminated(folder, patch, **kwargs):
-  """Start two processes where the first one sends itself SIGTERM at the patched function."""
+  """Start two processes. The first process sends itself SIGTERM when it calls the patched function."""
   config = folder / "config.py"
   config.write_text(TERMINATED.format(patch=patch, last=STEPS))
   return start_two(f"--config={config}", *OPTIONS, f"--workdir={folder / 'run'}", **kwargs)

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.parameters import random_params
 from tests.recipes import experiment_of, tiny_config
 
-# Test every sampler, each with another process and the usual prediction for it.
+# The usual prediction for each process. Samplers are tested on these processes in rotation.
 USUAL = {
   "discrete": "V",
   "vp": "EPS",

@@ -150,7 +150,7 @@ def test_splits_with_unexpected_names_are_not_read_as_classes(tmp_path, folders,
 
 
 @pytest.mark.parametrize("other_folders", [{}, {"test": 1}, {"annotations": 0}])
-def test_the_training_split_is_read_alone(tmp_path, other_folders):
+def test_only_the_training_split_is_read(tmp_path, other_folders):
   write(tmp_path, train=2, **other_folders)
   train, held_out = reading.read_data(experiment(tmp_path, eval_split=""))
   assert (len(train), held_out) == (2, None)
@@ -383,8 +383,8 @@ def test_folders_with_splits_are_read(tmp_path):
   train, held_out = reading.read_data(experiment(tmp_path))
   assert (len(train), len(held_out)) == (3, 2)
   train, held_out = reading.read_data(experiment(tmp_path, eval_split="", data={"hold_out": 2}))
-  assert (len(train), len(held_out)) == (1, 2), "held out of the training split, not of everything"
-  assert reading.read_data(experiment(tmp_path / "train"))[1] is None, "classes alone"
+  assert (len(train), len(held_out)) == (1, 2), "held-out images come from the training split only"
+  assert reading.read_data(experiment(tmp_path / "train"))[1] is None, "folders of classes are no splits"
   with pytest.raises(ValueError, match=r"expected .*tset too, or neither"):
     reading.read_data(experiment(tmp_path, eval_split="tset"))
   with pytest.raises(ValueError, match="data.source.path"):

@@ -41,7 +41,7 @@ def newest(folder, pattern):
     return {name: file[name] for name in file.files}, picture.size
 
 
-def test_training_sampling_report_and_edits(tmp_path, monkeypatch):
+def test_non_square_images_are_trained_sampled_reported_and_edited(tmp_path, monkeypatch):
   use_dense(monkeypatch)
   height, width, channels = shape = (12, 8, 5)
   write(tmp_path / "data.npz", 40, *shape)

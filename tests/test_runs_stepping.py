@@ -53,7 +53,7 @@ def test_the_schedule_ends_with_the_training():
     {"ema.kind": "power", "ema.stds": (0.05, 0.1, 0.2), "ema.snapshot_every": 10},
   ],
 )
-def test_every_kind_of_optimizer_and_average_from_a_config(settings):
+def test_a_config_makes_every_kind_of_optimizer_and_average(settings):
   config = tiny_config()
   config.update_from_flattened_dict(settings)
   # Read the config as a run does, from JSON.
@@ -65,7 +65,7 @@ def test_every_kind_of_optimizer_and_average_from_a_config(settings):
   assert len(ema.split(state)[1]) == (3 if config.ema.kind == "power" else 1)
 
 
-def test_an_optimizers_arguments_are_finite():
+def test_an_infinite_optimizer_argument_is_an_error():
   config = tiny_config()
   config.optimizer.update({"name": "adamw", "arguments": "weight_decay=1e999"})
   with pytest.raises(ValueError, match="weight_decay=inf"):
@@ -73,7 +73,7 @@ def test_an_optimizers_arguments_are_finite():
 
 
 def names_of(noun):
-  """Return the names of all components for an argument of a type."""
+  """Return the names of all components that a config accepts for a type."""
   slot = slots.slot_of(noun)
   return slots.names(slot)
 
@@ -98,14 +98,14 @@ def test_every_weighting_and_distribution_of_times_trains_from_a_config(weightin
 def test_all_weightings_and_distributions_of_times_are_tested():
   assert {"simple", "min_snr", "p2", "likelihood"} <= set(names_of(losses.Weighting))
   assert set(TIMES) == {"uniform", "low_discrepancy", "log_normal", "logit_normal", "importance"}
-  assert len(names_of(losses.Weighting)) >= len(TIMES), "else some distributions of times are not tested"
+  assert len(names_of(losses.Weighting)) >= len(TIMES), "every distribution of times is tested"
 
 
 def learned_range():
   return spec("predictions.learned_range", prediction=spec("predictions.V"))
 
 
-def test_a_learned_variance_from_a_config():
+def test_a_config_trains_a_learned_variance():
   """The network has twice the output channels, and the hybrid loss trains all of them."""
   config = set_keys(tiny_config(), model__prediction=learned_range())
   params = random_params(config)

@@ -117,7 +117,7 @@ def test_in_training_the_condition_is_box_averaged_enlarged_and_noised():
   np.testing.assert_array_equal(part["level"], level[50:60])
 
 
-def test_the_condition_of_non_square_images():
+def test_the_condition_has_the_shape_of_non_square_images():
   experiment = experiment_of(config_of(low(noise=0.0, sample_noise=0.0), data__image_size=(4, 8)))
   keys, image = jax.random.split(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (3, 4, 8, 1))
   image_condition = experiment.model.encode_conditions(keys, {"image": image}, train=True)["low"]["image"]
@@ -132,7 +132,7 @@ def test_the_condition_enters_the_network_and_the_loss():
   config = config_of()
   config.model.conditions.classes = spec("conditions.classes", number=3, dropout=0.1)
   params, experiment = random_params(config), experiment_of(config)
-  assert params["conv_in"]["kernel"].shape[-2] == 2, "the data and the image"
+  assert params["conv_in"]["kernel"].shape[-2] == 2, "the network gets x and the low-resolution image"
   x = jax.random.normal(jax.random.key(1), (2, 16, 16, 1))
 
   def given(classes=(0, 1), image=0.5 * x[::-1], level=(10.0, 200.0)):

@@ -52,7 +52,7 @@ def in_precisions(cases):
 
 
 @pytest.mark.parametrize(("name", "process", "precision"), in_precisions(on_processes(DISTINCT)))
-def test_finite_on_the_shortest_grids(name, process, precision):
+def test_samples_are_finite_on_the_shortest_grids(name, process, precision):
   """The grids have one or two steps, start at t_max or below, and end at 0 or above.
 
   The test does not compile, because that would take far longer.
@@ -145,7 +145,7 @@ def test_a_sample_depends_on_its_key_and_start_alone(name):
 @pytest.mark.parametrize(
   "name", [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.slow) for name in DISTINCT]
 )
-def test_pmap(name):
+def test_samples_are_the_same_under_pmap(name):
   process = PROCESSES["vp"]
   sampler, denoise, times = SAMPLERS[name](process), tanh_denoiser(process), np.linspace(0.9, 0.0, 6)
   x, keys = jax.random.normal(jax.random.key(1), (4, 3, 2)), jax.random.split(jax.random.key(0), 4)
@@ -233,7 +233,7 @@ def test_wrong_grids_are_errors(name, times, message):
   sampler = SAMPLERS[name](PROCESSES["vp"])
 
   def never(x, t):
-    raise AssertionError("called")
+    raise AssertionError("the network is called before the error")
 
   for wrap in (lambda f: f, jax.jit):
     with pytest.raises(ValueError, match=message):

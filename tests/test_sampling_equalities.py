@@ -14,7 +14,7 @@ from tests.samplers import DISTINCT, SAMPLERS, grid_for, mark_slow, rotate, run,
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
-def test_equal_rules(process):
+def test_rules_with_equal_formulas_give_the_same_samples(process):
   process = PROCESSES[process]
   x, times = process.prior(jax.random.key(1), (5, 2), jnp.float64), grid_for(process, 4)
   denoise, s = tanh_denoiser(process), sampling

@@ -44,7 +44,7 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
     GRIDS[name](process, 0)
   if process.num_steps:
     ends = process._replace(t_max=0.999)
-    assert GRIDS[name](ends, 10)[0] <= 0.999, "the error at zero SNR advises this"
+    assert GRIDS[name](ends, 10)[0] <= 0.999, "the error at zero SNR recommends this t_max"
 
 
 def test_discrete_grids_equal_the_grids_of_diffusers():
@@ -89,7 +89,7 @@ def test_quadratic_is_even_in_the_root():
 
 
 @pytest.mark.parametrize("name", ["uniform", "quadratic", "log_snr", "karras"])
-def test_part_of_a_grid(name):
+def test_a_grid_of_part_of_the_times_has_its_ends(name):
   times = GRIDS[name](processes.vp(), 5, t_min=0.1, t_max=0.6)
   assert (times[0], times[-2], times[-1], len(times)) == (0.6, 0.1, 0.0, 6)
   for t_min, t_max in ((0.5, 0.5), (0.1, 1.5), (-0.1, 1.0)):
@@ -97,7 +97,8 @@ def test_part_of_a_grid(name):
       GRIDS[name](processes.vp(), 5, t_min=t_min, t_max=t_max)
 
 
-# The rules with a grid that is even in time, and for each process the grid of these rules and the grid of other rules.
+# EVEN_IN_TIME has the rules with a default grid that is even in time. DEFAULT_GRIDS has, for each process, the default
+# grid of these rules and of the other rules.
 EVEN_IN_TIME = (
   "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "langevin_ancestral", "multistep_consistency",
 )  # fmt: skip

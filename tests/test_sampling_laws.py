@@ -99,7 +99,7 @@ def test_order_of_convergence_on_a_mixture(name):
 @pytest.mark.parametrize(
   ("name", "process"), on_processes([name for name in DISTINCT if name != "multistep_consistency"])
 )
-def test_moments_and_weights_of_a_mixture(name, process):
+def test_samples_have_the_moments_and_weights_of_a_mixture(name, process):
   process, count = PROCESSES[process], 4000
   first_order = name in STOCHASTIC and name not in SECOND_ORDER_STOCHASTIC
   if name in ORDERS:
@@ -184,8 +184,8 @@ def test_stochastic_errors_shrink_with_steps(name):
 
 
 @pytest.mark.usefixtures("x64")
-def test_rules_of_second_order_in_law():
-  """Twice the steps reduce the error of the variance by four and not by two.
+def test_stochastic_rules_of_second_order_converge_quadratically():
+  """Twice the steps divide the error of the variance by about four, and by two for the rule of first order.
 
   This needs the right correlation between the noises of the two stages of a step.
   """

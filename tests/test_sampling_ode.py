@@ -15,7 +15,7 @@ from tests.samplers import KINDS, SAMPLERS
 
 VP = PROCESSES["vp"]
 EXACT = MIXTURE.denoise(VP)
-# Starts of very different norms need different steps.
+# These starts have very different norms, so they need different steps.
 STARTS = np.random.default_rng(0).standard_normal((4, 2)) * np.array([[0.01, 0.3, 1, 5]]).T
 ENDS = np.array([1.0, 1e-3, 0.0])
 
@@ -38,7 +38,7 @@ def solver(tolerance=1e-5, denoise=EXACT, process=VP):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_rule_is_the_integration_and_the_denoised_mean(per_sample):
-  """The calls are equal too, with one key for the batch and with one key per sample."""
+  """The number of calls is equal too, with one key for the batch and with one key per sample."""
   key = keys_of(4) if per_sample else one_key()
   got, nfe = solver()(key, STARTS, ENDS)
   x, calls = jax.jit(lambda x: sampling.integrate(VP, EXACT, x, 1.0, 1e-3, per_sample=per_sample))(jnp.asarray(STARTS))
@@ -127,7 +127,7 @@ def test_only_a_sample_that_does_not_finish_is_nan():
 
 
 def counts_of(rule, denoise, x, times):
-  """Return the number of calls that `solve` counts, and the number that `denoise` counts without compiling."""
+  """Return the number of calls of `denoise` that `solve` reports, and the actual number of calls without compiling."""
   calls = []
 
   def counting(x, t):
@@ -197,7 +197,7 @@ def test_images_are_encoded_decoded_and_interpolated_independently():
   a, b = jnp.asarray(STARTS) / 5, jnp.asarray(STARTS[::-1]) / 5
   invert = jax.jit(lambda x: editing.invert(rule, denoise, VP, x, times))
   noise = invert(a)
-  # The step from 1e-3 to 0 cannot be inverted exactly, so the tolerance is of its size.
+  # The step from 1e-3 to 0 cannot be inverted exactly, so the tolerance is the size of this step.
   np.testing.assert_allclose(noise, gaussian_flow(VP, 0.3, 0.4, a, 0.0, 1.0), atol=1e-3)
   np.testing.assert_allclose(invert(a[::-1])[::-1], noise, rtol=1e-9)
   np.testing.assert_allclose(solver(1e-8, denoise)(keys_of(4), noise, times)[0], a, atol=1e-4)

@@ -61,6 +61,6 @@ def test_zero_terminal_snr_keeps_the_first_step_and_empties_the_last(schedule):
 
 
 @pytest.mark.parametrize("schedule", [schedules.linear, schedules.scaled_linear, schedules.cosine, schedules.sigmoid])
-def test_no_steps_is_an_error(schedule):
+def test_zero_steps_are_an_error(schedule):
   with pytest.raises(ValueError, match="0 steps"):
     schedule(0)

@@ -100,7 +100,7 @@ def test_a_cpu_is_simulated_as_several_devices():
     ("tpu7x:2x2x1", "TPU7x core", 8),
   ],
 )
-def test_slices_of_every_generation(name, kind, count):
+def test_slices_of_every_generation_have_the_right_chips(name, kind, count):
   code = f"""
 from ddpm_jax.devices import hardware, topology
 devices = topology.topology_devices({name!r})

@@ -192,7 +192,7 @@ def test_means_are_over_samples_instead_of_steps():
 
 
 @pytest.mark.parametrize("conditional", [True, False])
-def test_a_real_step_of_the_unet(conditional):
+def test_a_step_of_the_unet_has_a_finite_loss_and_keeps_frequencies(conditional):
   """Fourier frequencies are not trained, so weight decay does not change them."""
   config = tiny_config()
   config.model.network.time_embedding = "fourier"

@@ -13,12 +13,12 @@ CONFIG = {"seed": 0, "network": {"channels": 8, "multipliers": (1, 2)}, "trainin
 
 @pytest.fixture
 def tmp_path(tmp_path):
-  """Return the folder of a run with one checkpoint."""
+  """Return the folder of a run with one empty checkpoint."""
   (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
   return tmp_path
 
 
-def test_config_round_trip(tmp_path):
+def test_a_config_is_restored_unchanged(tmp_path):
   assert workdir.read_config(tmp_path) is None
   workdir.write_config(tmp_path, CONFIG)
   assert workdir.read_config(tmp_path)["network"] == {"channels": 8, "multipliers": [1, 2]}
