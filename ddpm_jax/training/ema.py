@@ -14,7 +14,7 @@ Array = jax.Array
 PyTree = Any
 Decay = Callable[[Array], Array]
 
-# The width of the flat profile (gamma = 0), the maximum for a power function.
+# The relative width of a flat profile, t^0. Widths of power functions must be smaller.
 _MAX_STD = 12**-0.5
 
 
@@ -33,7 +33,7 @@ class ParamsEmaState(NamedTuple):
 def params_ema(*decays: Decay) -> optax.GradientTransformation:
   """Average the parameters, and leave the updates unchanged.
 
-  Put it last in a chain, because it adds the updates to the parameters.
+  Put it last in a chain. It averages the sum of the parameters and the updates, so the updates must be final.
 
   Args:
     *decays: one function for each average, from `fixed`, `half_life`, `power` or your own. `decay(s)` in [0, 1] is the
@@ -129,8 +129,8 @@ def power(std: float) -> Decay:
   equals the parameters.
 
   Args:
-    std: the relative width: the profile's standard deviation divided by the length of training, in (0, 0.288). The
-      paper uses 0.05 to 0.10.
+    std: the relative width of the average, in (0, 0.288). It is the standard deviation of t under these weights,
+      divided by the length of training, and determines gamma (see `gamma_of`). The paper uses 0.05 to 0.10.
 
   Raises:
     ValueError: if the width is out of range.
@@ -150,7 +150,7 @@ def gamma_of(std: float) -> float:
   This is the inverse of `std_of`.
 
   Args:
-    std: the relative width, in (0, 1/sqrt(12)). The profile is flat at the upper limit.
+    std: the relative width, in (0, 1/sqrt(12)). At the upper limit, gamma would be 0.
 
   Raises:
     ValueError: if the width is out of range.
@@ -197,8 +197,7 @@ def split(opt_state: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
   """Split an optimizer's state into the state without its averages, and the averages.
 
   The returned state has an empty tuple in place of the averages. A checkpoint stores the averages as a separate item.
-  `join` is the inverse. Leaves may be arrays or their shapes
-  (`jax.ShapeDtypeStruct`).
+  `join` is the inverse. Leaves may be arrays or their shapes (`jax.ShapeDtypeStruct`).
 
   Raises:
     ValueError: if the state has more than one `params_ema`.
@@ -211,7 +210,7 @@ def join(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
   """Join an optimizer's state and its averages, the two results of `split`.
 
   Raises:
-    ValueError: if there are averages but the state has no `params_ema`, or the state has more than one.
+    ValueError: if there are averages but the state has no `params_ema`, or the state has several.
   """
   if _find(opt_state) is None and averages:
     raise ValueError(
@@ -242,10 +241,10 @@ def _replace(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
 def reconstruction_weights(
   snapshot_steps: Sequence[int], snapshot_stds: Sequence[float], step: int, std: float
 ) -> np.ndarray:
-  """Compute weights of stored averages that approximate an average of another width (Karras et al. 2023, algorithm 3).
+  """Compute weights of stored averages to approximate an average of another width (Karras et al. 2023, algorithm 3).
 
   The power-function profile of width `std` at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T]. The
-  weighted sum of the snapshots' profiles is its least-squares approximation. The inner product of a profile with
+  weighted sum of the snapshots' profiles is the least-squares approximation of p. The inner product of a profile with
   gamma_a at step T_a and one with gamma_b at step T_b is (equation 151)
 
     (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (m / T_a)^gamma_a (m / T_b)^gamma_b / M
