@@ -20,7 +20,7 @@ class Callback(NamedTuple):
   """Describe a function to call during training.
 
   Attributes:
-    every: the number of steps between two calls. The function is also called after the last step.
+    every: the number of steps between two calls. The function is also called after step `num_steps`.
     run: the function `run(step, state, metrics)`, with the last logged metrics.
   """
 
@@ -66,17 +66,18 @@ def fit(
     batches: the batches, pytrees of arrays [B, ...]. Training stops when there are no more batches.
     frozen: parameters that never change, with the shardings that the step expects; None for none.
     num_steps: the step to stop at.
-    log: called as `log(step, metrics)` every `log_every` steps and after the last step. Each metric of `step` is averaged
-      over the steps since the last log, without skipped steps. `skipped` is the total number of skipped steps. The loop
-      adds `images_per_second` and `seconds_per_step`, measured in wall-clock time since the last log, including
-      callbacks. It also adds `input_wait`, the fraction of this time spent waiting for data.
+    log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`. Each metric of a step is
+      averaged over the steps since the last log that have a finite loss and gradient norm. `skipped` is the total
+      number of skipped steps.
+      The loop adds `images_per_second`, `seconds_per_step` and `input_wait`, the fraction of the time spent waiting for
+      data. They are measured in wall-clock time since the last log, including callbacks.
     log_every: the number of steps between two logs.
     callbacks: functions to call during training, in order.
-    max_skipped: the number of consecutive skipped steps that raises an error. A step is skipped if its gradients are not
-      finite.
+    max_skipped: the number of consecutive skipped steps that raises an error. A step is skipped if its gradients are
+      not finite.
     hooks: functions that connect the loop to its environment.
-    rescue: called as `rescue(number, state)` with the last finished step if loading the next batch fails. The error of
-      the loading is raised afterwards. Not called before the first step.
+    rescue: called as `rescue(number, state)` with the last finished step if loading the next batch raises an
+      error. `fit` then raises this error. Not called before the first step.
     quiet: whether to hide the progress bar.
 
   Returns:
