@@ -18,7 +18,7 @@ from ddpm_jax.predictions import Denoise, Denoised
 Array = jax.Array
 PyTree = Any
 
-# An entry named by this prefix and a condition's name holds values to guide away from.
+# An entry "negative_<name of a condition>" holds values of this condition to guide away from.
 NEGATIVE_PREFIX = "negative_"
 
 
@@ -214,7 +214,7 @@ def check(
     classes, num_classes = model.conditions.get("classes"), guides.classifier.output_channels()
     if classes is not None and classes.num_choices != num_classes:
       raise ValueError(
-        f"Got a classifier of {num_classes} classes for a model of {classes.num_choices} classes; expected the same classes."
+        f"Got a classifier of {num_classes} classes for a model of {classes.num_choices} classes; expected the same number of classes."
       )
   if guides.weak is not None:
     _check_same_noise("--weak", model, guides.weak, time_input=False)

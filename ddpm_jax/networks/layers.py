@@ -38,8 +38,8 @@ class BlockOptions(NamedTuple):
     groups: The number of groups in every normalization. 0 selects `default_groups`.
     epsilon: The constant added to the variance in every normalization.
     dropout: The dropout rate inside residual blocks during training.
-    scale_shift: Whether the embedding scales and shifts the second normalization. Otherwise the
-      embedding is added before this normalization.
+    scale_shift: Whether the embedding scales and shifts the result of the second normalization. Otherwise the embedding
+      is added before this normalization.
     score_sde: Whether residual sums are divided by sqrt(2), the shortcut of every block that resamples has a 1x1
       convolution, and attention starts with smaller weights (see `SCORE_SDE_ATTENTION`).
     filter: The weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).

@@ -14,8 +14,8 @@ from ddpm_jax.networks.layers import default_groups
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
 # Numbers that may be 0.
 _COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes", "augmentation_features")
-# The maximum number of residual blocks on the downward path. Each block is traced and compiled
-# separately, so the compilation of more blocks takes hours.
+# The maximum number of residual blocks on the downward path. Each block is traced and compiled separately, so the
+# compilation of more blocks takes hours.
 _MAX_BLOCKS = 1000
 # float64 is for measurements, so error messages do not offer it.
 _TYPES = ("float32", "bfloat16", "float64")

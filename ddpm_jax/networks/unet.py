@@ -130,9 +130,9 @@ class Backbone(nn.Module):
       while not any(size % 2**max_levels or size < 1 for size in space):
         max_levels += 1
       raise ValueError(
-        f"Got images of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
+        f"Got data of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
         f" {2 ** (levels - 1)}, because the network halves it {levels - 1} times. Set at most {max_levels} multipliers, or"
-        " resize the images."
+        " resize the data."
       )
 
   def attended_levels(self) -> set[int]:

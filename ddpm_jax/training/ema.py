@@ -55,7 +55,9 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
 
   def update(updates, state, params=None):
     if params is None:
-      raise ValueError("Got no parameters; the EMA averages them. Call update(updates, state, params).")
+      raise ValueError(
+        "Got params=None; expected the parameters, because the EMA averages them. Call update(updates, state, params)."
+      )
     new = with_promotion(optax.apply_updates)(params, updates)
     averages = tuple(
       _interpolate(average, new, 1 - decay(state.steps)) for decay, average in zip(decays, state.averages, strict=True)
@@ -122,7 +124,7 @@ def half_life(images: float, batch_size: int, ramp_up: float | None = 0.05) -> D
 
 
 def power(std: float) -> Decay:
-  """Return the decay of a power-function average (Karras et al. 2023, EDM2).
+  """Return the decay of a power-function average (Karras et al. 2024, EDM2).
 
   The weight of the parameters of step t is proportional to t^gamma, so the length of the average grows with training.
   The decay at the t-th step, s = t - 1, is (1 - 1/t)^(gamma + 1) (equation 127). After the first step the average
@@ -145,7 +147,7 @@ def power(std: float) -> Decay:
 
 
 def gamma_of(std: float) -> float:
-  """Return the exponent gamma of a power function from its relative width (Karras et al. 2023, equation 126).
+  """Return the exponent gamma of a power function from its relative width (Karras et al. 2024, equation 126).
 
   This is the inverse of `std_of`.
 
@@ -163,7 +165,7 @@ def gamma_of(std: float) -> float:
 
 
 def std_of(gamma: float) -> float:
-  """Return the relative width of a power function from its exponent (Karras et al. 2023, equation 123).
+  """Return the relative width of a power function from its exponent (Karras et al. 2024, equation 123).
 
   The relative width is the standard deviation of the profile t^gamma on [0, 1].
 
@@ -241,7 +243,7 @@ def _replace(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
 def reconstruction_weights(
   snapshot_steps: Sequence[int], snapshot_stds: Sequence[float], step: int, std: float
 ) -> np.ndarray:
-  """Compute weights of stored averages to approximate an average of another width (Karras et al. 2023, algorithm 3).
+  """Compute weights of stored averages to approximate an average of another width (Karras et al. 2024, algorithm 3).
 
   The power-function profile of width `std` at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T]. The
   weighted sum of the snapshots' profiles is the least-squares approximation of p. The inner product of a profile with

@@ -40,7 +40,7 @@ def schedule(
   - `cosine` (Loshchilov and Hutter 2017, equation 5, without restarts) and `linear`: a decay from the peak at the end
     of the warm-up to `final_factor` times the peak at `decay_steps`, then constant.
   - `inverse_sqrt`: proportional to 1 / sqrt(step) after step max(decay_steps, warmup_steps, 1), which is t_ref in
-    Karras et al. 2023, equation 67.
+    Karras et al. 2024, equation 67.
 
   Args:
     peak: the rate after the warm-up, above 0.

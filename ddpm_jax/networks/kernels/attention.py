@@ -81,8 +81,8 @@ def _row_maximum(x: Array) -> Array:
   return jnp.max(x, axis=-1, keepdims=True)
 
 
-# A TPU's on-chip memory is 128 MiB. Larger scores are computed in parts of at most `_PART_BYTES`, or
-# one sample at a time if a sample's scores are larger.
+# A TPU's on-chip memory is 128 MiB. Larger scores are computed in parts of at most `_PART_BYTES`, or one sample at a
+# time if the scores of one sample are larger.
 _MAX_SCORE_BYTES, _PART_BYTES = 2**27, 2**25
 
 

@@ -49,8 +49,8 @@ def _sum_tuned_jvp(primals, tangents):
 def _sum_tangent(x: Array) -> Array:
   """Compute `sum_positions` as a matrix product.
 
-  The transpose of a barrier would store the repeated values. The transpose of a product lets XLA repeat them
-  where they are used.
+  The transpose of a barrier would store the repeated values. The transpose of a product lets XLA
+  repeat them where they are used.
   """
 
   def product(x: Array) -> Array:
