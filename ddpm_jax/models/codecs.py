@@ -1,6 +1,6 @@
 """Define codecs, the conversions between data and x.
 
-A process adds noise to x.
+x is the array to which a process adds noise.
 """
 
 import functools
@@ -16,7 +16,10 @@ PyTree = Any
 
 @functools.lru_cache(maxsize=32)
 def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
-  """Return the shapes of the frozen parameters that `load` reads. A cache reads them only once."""
+  """Return the shapes of the frozen parameters that `load` reads.
+
+  The result is cached, so that `load` runs only once.
+  """
   # Call `load` outside `jax.eval_shape`: it may read a checkpoint or compute with values.
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
 
@@ -27,7 +30,7 @@ class Codec(NamedTuple):
   Attributes:
     encode: `encode(frozen, keys, data) -> x` for data [B, ...] in [-1, 1], with a key for each sample [B].
     decode: `decode(frozen, x) -> data`.
-    load: Reads the frozen parameters from their source. None if the codec has none.
+    load: `load() -> frozen` reads the frozen parameters from their source. None if the codec has none.
   """
 
   encode: Callable[[PyTree, Array, Array], Array]
@@ -54,7 +57,10 @@ class Codec(NamedTuple):
 
 
 def pixels() -> Codec:
-  """Return the codec of pixel models, for which x equals the data. All results of this function compare equal."""
+  """Return the codec of pixel models, for which x equals the data.
+
+  All results of this function compare equal.
+  """
   return Codec(_encode_pixels, _decode_pixels)
 
 

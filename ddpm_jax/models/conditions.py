@@ -32,9 +32,9 @@ class Condition(NamedTuple):
   """Describe one input of a model other than noisy data and time.
 
   Attributes:
-    kind: How the network receives it, a pytree like `shape`: "classes" (an integer, embedded), "vector" (added to the
-      time embedding), "level" (a number, embedded like the time), "image" (concatenated with x) or "tokens" (for
-      attention).
+    kind: How the network receives the condition, a pytree like `shape`: "classes" (an integer, embedded), "vector"
+      (added to the time embedding), "level" (a number, embedded like the time), "image" (concatenated with x) or
+      "tokens" (for attention).
     shape: The shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
@@ -42,7 +42,7 @@ class Condition(NamedTuple):
     null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance
       receive the same value.
     dropout: The share of samples for which training replaces the condition by its null value. Classifier-free guidance
-      needs it.
+      needs a share above 0.
     num_values: For the kind "classes", the number of values, including the null value.
     parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
     default: `default(count) -> items [count, ...]`, for samples without a condition from the user. None if the user
@@ -52,7 +52,7 @@ class Condition(NamedTuple):
     check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are invalid. None accepts all
       items.
     show: `show(item) -> str`, for reports.
-    load: Reads the frozen parameters from their source. None if the condition has none.
+    load: `load() -> frozen` reads the frozen parameters from their source. None if the condition has none.
   """
 
   kind: PyTree
@@ -70,7 +70,10 @@ class Condition(NamedTuple):
 
   @property
   def num_choices(self) -> int:
-    """Return the number of classes, without the null value. 0 for other kinds."""
+    """Return the number of classes, without the null value.
+
+    It is 0 for other kinds.
+    """
     return self.num_values - (self.num_values > 0 and self.null is not None)
 
   @property
@@ -82,7 +85,7 @@ class Condition(NamedTuple):
 def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   """Return the condition of integer classes from 0 to `number - 1`.
 
-  With dropout, a network has one more class. The integer `number` is the null value.
+  With dropout, the network has one more class: the integer `number` is the null value.
 
   Args:
     name: The condition's name.
@@ -135,8 +138,8 @@ def low_resolution(
     name: The condition's name.
     data_shape: The shape [H, W, C] of the data.
     factor: The ratio of the data's sides to the small image's sides.
-    noise: The maximum standard deviation of the noise in training, in [0, 1]. The network receives the standard
-      deviation.
+    noise: The maximum standard deviation of the noise in training, in [0, 1]. Each sample has a random standard
+      deviation, and the network receives it. 0 adds no noise.
     sample_noise: The standard deviation of the noise in sampling, in [0, noise].
     method: The interpolation, "bicubic" or "bilinear".
 
@@ -184,7 +187,7 @@ def low_resolution(
 def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
   """Return the condition of an image that is concatenated with x, such as a sketch or a mask.
 
-  The null value is zeros. On the command line, the condition is the path of an image file, and its values are scaled to
+  The null value is zeros. On the command line, the condition is the path of an image file, and the pixels are scaled to
   [-1, 1].
 
   Args:
@@ -326,7 +329,7 @@ def _from_data(condition: Condition, batch: Mapping[str, Array]) -> Array:
 def _check_values(name: str, condition: Condition, value: PyTree) -> PyTree:
   """Check a condition's values, and return them as arrays.
 
-  Integers get the type of the condition's shape, so that the null value fits into it.
+  Integers are converted to the type in `condition.shape`, because a smaller type may not hold the null value.
   """
   check_given({name: condition}, {name: value})
 
@@ -360,8 +363,8 @@ def drop(
     conditions: The conditions by name.
     frozen: The frozen parameters by name, for each condition that has any.
     given: The values of the conditions by name.
-    names: The conditions to drop, for a separate guidance scale for each. None drops every condition that has a null
-      value.
+    names: The conditions to drop, for guidance with a separate scale for each condition. None drops every condition
+      that has a null value.
 
   Raises:
     ValueError: If no condition has a null value, or one of `names` has none.
@@ -391,7 +394,10 @@ def drop(
 
 
 def null_values(conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree], count: int) -> dict[str, PyTree]:
-  """Return the null values [count, ...] of conditions by name. Each condition must have a null value."""
+  """Return the null values [count, ...] of conditions by name.
+
+  Each condition must have a null value.
+  """
 
   def repeat(like, value):
     return jnp.broadcast_to(jnp.asarray(value, like.dtype), (count, *like.shape))

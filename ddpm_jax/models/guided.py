@@ -18,12 +18,14 @@ from ddpm_jax.predictions import Denoise, Denoised
 Array = jax.Array
 PyTree = Any
 
-# The prefix of conditions to guide away from, before the condition's name.
+# An entry "negative_<name of a condition>" holds values of this condition to guide away from.
 NEGATIVE_PREFIX = "negative_"
 
 
 class Guides(NamedTuple):
-  """Hold another model that guides. At most one field is set.
+  """Hold another model that guides the sampled model.
+
+  At most one field is set.
 
   Attributes:
     classifier: A classifier of noisy data.
@@ -57,7 +59,7 @@ def argument_names(rule: Callable) -> frozenset[str]:
 
 
 def is_neutral(rule: Callable) -> bool:
-  """Return whether a rule does not change the conditional model."""
+  """Return whether a rule leaves the conditional model unchanged."""
   function, options = (rule.func, rule.keywords) if isinstance(rule, functools.partial) else (rule, {})
   return function is guidance.classifier_free and options.get("scale", 1.0) == 1
 
@@ -92,7 +94,9 @@ def denoise(
   parameters: Parameters,
   guides: Guides = NO_GUIDES,
 ) -> Denoise:
-  """Return the guided denoiser of a model for the conditions of a batch. It does not clip estimates.
+  """Return the guided denoiser of a model for the conditions of a batch.
+
+  The denoiser does not clip estimates.
 
   Args:
     model: The model.
@@ -101,7 +105,7 @@ def denoise(
     batch: The items of conditions, arrays [B, ...] by name. A missing condition gets its null value if it has one. A
       name with the prefix "negative_" holds items to guide away from.
     parameters: The parameters of the model and the guides.
-    guides: The other models.
+    guides: The other model that guides, if the rule uses one.
   """
   conditional, given = model.conditional(parameters.params), _encode_batch(model, keys, batch, parameters.frozen)
 
@@ -139,7 +143,10 @@ def denoise(
 def _encode_batch(
   model: Model, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree]
 ) -> dict[str, PyTree]:
-  """Encode the conditions of a batch. A missing condition gets its null value if it has one."""
+  """Encode the conditions of a batch.
+
+  A missing condition gets its null value if it has one.
+  """
   missing = {
     name: condition
     for name, condition in model.conditions.items()
@@ -154,17 +161,17 @@ def _encode_batch(
 def check(
   model: Model, rule: Callable, two_estimates: bool, guides: Guides = NO_GUIDES, *, negative: bool = False
 ) -> None:
-  """Check that a rule can guide a model with a sampler and other models.
+  """Check that a model, a rule of guidance, a sampler and the other models fit together.
 
   Args:
     model: The model.
     rule: A rule of `guidance` with its options.
     two_estimates: Whether the sampler supports the two estimates of CFG++.
-    guides: The other models.
+    guides: The other model that guides, if any.
     negative: Whether the user gives conditions to guide away from.
 
   Raises:
-    ValueError: If they do not fit each other, or a required model or condition is missing.
+    ValueError: If they do not fit together, or a required model or condition is missing.
   """
   names, is_guided = argument_names(rule), not is_neutral(rule)
   if guides.classifier is not None and guides.weak is not None:
@@ -174,7 +181,7 @@ def check(
       raise ValueError(f"Got config.guidance={_name(rule)} without --{flag}; expected --{flag}=<run folder>.")
     if name not in names and other is not None:
       raise ValueError(
-        f"Got --{flag} with config.guidance={_name(rule)}, a rule without the argument {name!r}; expected a rule with it. Set another rule,"
+        f"Got --{flag} with config.guidance={_name(rule)}, a rule without the argument {name!r}; expected a rule with this argument. Set another rule,"
         f" or leave --{flag} out."
       )
   if guides.weak is not None and _options(rule).get("scale") == 1:
@@ -207,7 +214,7 @@ def check(
     classes, num_classes = model.conditions.get("classes"), guides.classifier.output_channels()
     if classes is not None and classes.num_choices != num_classes:
       raise ValueError(
-        f"Got a classifier of {num_classes} classes for a model of {classes.num_choices} classes; expected the same classes."
+        f"Got a classifier of {num_classes} classes for a model of {classes.num_choices} classes; expected the same number of classes."
       )
   if guides.weak is not None:
     _check_same_noise("--weak", model, guides.weak, time_input=False)
@@ -221,9 +228,9 @@ def check(
 
 
 def check_sampler(model: Model, sampler: sampling.Sampler, times: Any) -> None:
-  """Check that a sampler supports a model, for example that the model learned the variance if the sampler needs it.
+  """Check that a sampler supports a model.
 
-  A network of zeros replaces the model's network in this check.
+  For example, a sampler may need a learned variance. In this check, zeros replace the output of the model's network.
 
   Raises:
     ValueError: If the sampler rejects the model.
@@ -241,7 +248,7 @@ def check_sampler(model: Model, sampler: sampling.Sampler, times: Any) -> None:
 
 
 def _is_shared(condition: Any) -> bool:
-  """Return whether a condition always has the same value in both branches of guidance, such as a small image."""
+  """Return whether a condition, such as a small image, always has the same value in both branches of guidance."""
   return condition.null is None and condition.parse is None
 
 

@@ -65,7 +65,10 @@ def parse_inputs(
 
 
 def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
-  """Parse the text of an item. Any error of a user's `parse` becomes a ValueError that names the flag."""
+  """Parse the text of an item.
+
+  Any error of a user's `parse` becomes a ValueError that names the flag.
+  """
   try:
     return parse(text)
   except Exception as error:
@@ -95,14 +98,14 @@ def default_inputs(
 ) -> dict[str, np.ndarray]:
   """Return default items [count, ...] of the conditions by name, for samples without items from the user.
 
-  If every condition has a default and none is computed from data, these are the defaults, such as each class in turn.
-  Otherwise all items come from real data.
+  If every condition has a default and no condition is computed from data, the result is these defaults, such as each
+  class in turn. Otherwise all items come from real data.
 
   Args:
     conditions: The conditions by name.
     count: The number of samples.
     source: The real data.
-    counts: The number of real samples of each class. If set, the classes have the same proportions.
+    counts: The number of real samples of each class. If set, the default classes have the same proportions.
   """
   if any(condition.from_data is not None or condition.default is None for condition in conditions.values()):
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))

@@ -1,4 +1,4 @@
-"""Define `Model`, a value that holds all parts of a diffusion model."""
+"""Define `Model`, which holds all parts of a diffusion model except its parameters."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class Model(NamedTuple):
     """Read the frozen parameters of the codec and the conditions from their sources.
 
     Returns:
-      A dict `{"codec": ..., "conditions": {name: ...}}`, without entries that have no parameters.
+      A dict `{"codec": ..., "conditions": {name: ...}}`, with entries only for parts that have frozen parameters.
     """
     return self._read_frozen(lambda load: load())
 
@@ -114,7 +114,7 @@ class Model(NamedTuple):
 
     Raises:
       ValueError: If x_0 cannot be computed from the prediction at the process's t_max. The returned function raises
-        it if `given` does not match the conditions.
+        a ValueError if `given` does not match the conditions.
     """
     predictions.check_prediction(self.process, self.prediction)
 
@@ -157,7 +157,10 @@ class Model(NamedTuple):
     return predictions.classifier(apply, self.process, time_input=self.time_input, input_scale=scale)
 
   def output_channels(self) -> int:
-    """Return the size of the last axis of the network's output. For a classifier, it is the number of classes."""
+    """Return the size of the last axis of the network's output.
+
+    For a classifier, it is the number of classes.
+    """
 
     def call(key):
       x, time, given = jnp.zeros((1, *self.shape)), jnp.zeros((1,)), conditions_module.example(self.conditions)

@@ -37,7 +37,8 @@ class Network(NamedTuple):
       pytree of float arrays.
     apply: `apply(params, x, time, given, *, train=False, keys=None) -> output` [B, ...]. `keys` has a dropout key for
       each sample [B].
-    module: The module that the functions call, such as a `networks.UNet`. None if no caller needs it.
+    module: The module that the functions call, such as a `networks.UNet`, for callers that read its options. None for
+      networks without such a module.
   """
 
   init: Callable[[Array, Array, Array, Mapping[str, PyTree]], PyTree]
@@ -52,12 +53,12 @@ class Network(NamedTuple):
 
 
 def from_component(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
-  """Return the network of a component from a config or a user.
+  """Return the network that a component of a config, or of a user's code, defines.
 
   Args:
     component: A class of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (see `from_nnx`) or
-      `equinox.Module` (see `from_equinox`), or a function that returns a `Network`. Also a `Network` or a Linen
-      module, without arguments.
+      `equinox.Module` (see `from_equinox`), or a function that returns a `Network`. A `Network` or an instance of
+      a Linen module is accepted too, without arguments.
     arguments: The arguments of the class or the function, by name.
     conditions: The conditions of the model, by name.
 
@@ -92,16 +93,17 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
 def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   """Return the network of a Flax Linen module.
 
-  Its `__call__` receives x [B, ...], the time [B] and, by keyword, the conditions. A condition is passed as the
-  argument with the condition's name if the module has it. Otherwise it is passed as the argument named after its
-  kind: `classes` [B], `vector` [B, D], `level` [B] (or `vector`), `image` [B, *space, C] or `tokens`. Several images,
-  vectors or token arrays for one argument are concatenated.
+  Its `__call__` receives x [B, ...], the time [B] and, by keyword, the conditions. If `__call__` has an argument with
+  the name of a condition, this argument receives the condition. Otherwise the argument named after the condition's kind
+  receives it: `classes` [B], `vector` [B, D], `level` [B] (or `vector`), `image` [B, *space, C] or `tokens`. Several
+  images, vectors or token arrays for one argument are concatenated.
 
-  Two more arguments are passed if the module has them: `train`, whether this is training, and `keys`, a key for each
-  sample. Without `keys`, dropout uses the rng "dropout".
+  `__call__` may have two more arguments: `train`, whether this is training, and `keys`, a key for each sample. Without
+  the argument `keys`, dropout uses the rng "dropout".
 
   Raises:
-    ValueError: `init` raises it if the module has variables other than parameters, such as the statistics of BatchNorm.
+    ValueError: When `init` is called, if the module has variables other than parameters, such as the statistics of
+      BatchNorm.
   """
   accepted = _accepted_arguments(type(module).__call__)
 
@@ -146,7 +148,7 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
 
   Its `__call__` receives the same arguments as a Linen module (see `from_linen`). Parameters are its `nnx.Param`
   variables, as nested dicts by name. The module is set to `train()` in training and to `eval()` otherwise. In
-  training, its streams of random numbers start from the first key.
+  training, its streams of random numbers start from the first sample's key.
 
   Each trace creates the module with a fixed key and then sets its parameters. Compilers remove the unused initial
   values. Arrays of the module that are not variables become constants.
@@ -204,10 +206,10 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
 def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
   """Return the network of an Equinox class, `component(**arguments, key=key)`.
 
-  As usual in Equinox, its `__call__` receives one sample: x [*space, C], the time [], and the conditions of one
-  sample by keyword (see `from_linen` for the names). This function vectorizes the call. An argument `key`, if the
-  module has it, receives the sample's key in training and None otherwise. Parameters are the module's float arrays,
-  as nested dicts by name. Other arrays are constants. `equinox.nn.inference_mode` switches layers such as Dropout.
+  Its `__call__` receives one sample, as most Equinox modules do: x [*space, C], the time [], and the conditions of one
+  sample by keyword (see `from_linen` for the names). This function vectorizes the call. If `__call__` has an argument
+  `key`, it receives the sample's key in training and None otherwise. Parameters are the module's float arrays, as
+  nested dicts by name. Other arrays are constants. `equinox.nn.inference_mode` turns layers such as Dropout on or off.
 
   Each trace creates the module again, as in `from_nnx`.
 
@@ -317,8 +319,8 @@ def _concatenate(argument: str, leaves: list[Any]) -> Any:
     return leaves[0]
   if argument not in ("image", "vector", "tokens") or any(leaf.ndim < 2 for leaf in leaves):
     raise ValueError(
-      f"Got {len(leaves)} conditions that a network receives as {argument!r}; expected one condition, or a network with an"
-      " argument for each, under the name of the condition."
+      f"Got {len(leaves)} conditions that a network receives as {argument!r}; expected one condition, or a network with a"
+      " separate argument for each condition, named after it."
     )
   return jnp.concatenate(leaves, axis=1 if argument == "tokens" else -1)
 
@@ -424,9 +426,12 @@ def derived_arguments(
 ) -> dict[str, Any]:
   """Return the arguments of a network that follow from its model, by name.
 
-  They are `out_channels`, `dimensions` (the number of spatial axes), `num_classes` (including the null value, 0
-  without classes), `vector_embedding` ("time" for a level, "dense" for a vector, otherwise ""), `shape` (of x) and
-  `conditions`.
+  - `out_channels`: the number of output channels.
+  - `dimensions`: the number of spatial axes of x.
+  - `num_classes`: the number of classes, including the null value; 0 for a model without classes.
+  - `vector_embedding`: "time" if there is a level, "dense" if there is a vector, otherwise "".
+  - `shape`: the shape of x.
+  - `conditions`: the conditions by name.
 
   Raises:
     ValueError: If the conditions include both a level and a vector, or an image with other spatial axes than x.

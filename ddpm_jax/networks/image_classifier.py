@@ -1,6 +1,6 @@
 """Define a small classifier of clean images.
 
-Scores compare its features where no published network fits the data.
+Evaluation compares its features if no published network fits the data.
 """
 
 import flax.linen as nn
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-# The first level does not downsample images with fewer rows or columns.
+# The first level downsamples only images with at least this number of rows and of columns.
 _MIN_DOWNSAMPLED_SIZE = 16
 
 
@@ -18,7 +18,7 @@ class ImageClassifier(nn.Module):
   Attributes:
     num_classes: The number of classes.
     width: The channels of the first level. The other levels have twice as many.
-    features: The size of the hidden layer, before its activation function. Its values are the features.
+    features: The size of the hidden layer. The features are its values before the activation function.
   """
 
   num_classes: int
@@ -27,7 +27,7 @@ class ImageClassifier(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, Array]:
-    """Return the features [B, F] and the logits [B, K] of images [B, H, W, C] in [-1, 1]."""
+    """Return the features [B, features] and the logits [B, num_classes] of images [B, H, W, C] in [-1, 1]."""
     first_stride = 1 if min(x.shape[1:3]) < _MIN_DOWNSAMPLED_SIZE else 2
     for level, channels in enumerate((self.width, 2 * self.width, 2 * self.width)):
       x = nn.Conv(channels, (3, 3), strides=first_stride if level == 0 else 2, name=f"conv_{level}")(x)

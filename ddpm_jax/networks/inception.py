@@ -1,8 +1,9 @@
-"""Define the Inception network of 2015 for inference. FID compares its features.
+"""Define the Inception network of FID, for inference only.
 
-(Szegedy et al. 2016; Heusel et al. 2017.) The network is the graph in TensorFlow's file of 2015-12-05. It differs
-from later versions: averages exclude padding, the last block has a maximum in place of an average, and there are 1008
-classes. Batch normalization is folded into the weights of the convolutions.
+FID (Heusel et al. 2017) compares the features of an Inception network (Szegedy et al. 2016): the graph in TensorFlow's
+file of 2015-12-05. This graph differs from later versions. Its average pooling excludes the padding, its last block has
+max pooling in place of average pooling, and it has 1008 classes. Batch normalization is folded into the weights of the
+convolutions.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ Array = jax.Array
 
 SIZE = 299
 CLASSES = 1008
-# The spatial features are the first 7 channels of `Mixed_6d` at all positions (Nash et al. 2021). These channels
-# belong to its first branch, after the ReLU: in the original graph, `mixed_6/conv` is that layer's last node and
-# `mixed_6/conv/Conv2D` is the convolution.
+# The spatial features are the first 7 channels of the block `Mixed_6d` at all positions (Nash et al. 2021). These
+# channels belong to the first branch of the block. They are values after the ReLU: in the original graph, their node
+# `mixed_6/conv` is the end of that branch, and only `mixed_6/conv/Conv2D` is the convolution.
 SPATIAL_CHANNELS = 7
-# For each block, the 1x1 convolutions of the block's input, by their published names, with their channels. They are
-# computed as one matrix product.
+# The 1x1 convolutions that each block applies to its input, with their published names and numbers of output channels.
+# One matrix product computes all convolutions of a block.
 SHARED = {
   f"Mixed_5{block}": {"branch1x1": 64, "branch5x5_1": 48, "branch3x3dbl_1": 64, "branch_pool": pooled}
   for block, pooled in (("b", 32), ("c", 64), ("d", 64))
@@ -39,19 +40,23 @@ TAPS = ("64", "192", "spatial", "768", "2048", "logits_unbiased", "logits")
 
 
 class Inception(nn.Module):
-  """Map images to features.
+  """Map images to Inception features.
 
   Attributes:
-    taps: The features to return, names from `TAPS`: means over positions of 64, 192, 768 and 2048 channels,
-      `spatial`, and the classifier's logits with and without its bias. The network computes only the layers that
-      these need.
+    taps: The names of the features to return, from `TAPS`. "64", "192", "768" and "2048" are means over positions of
+      the layers with these numbers of channels. "spatial" is the first channels of a layer at all positions. "logits"
+      and "logits_unbiased" are the classifier's logits with and without its bias. The network computes only the layers
+      that these features need.
   """
 
   taps: Sequence[str] = ("2048",)
 
   @nn.compact
   def __call__(self, x: Array) -> dict[str, Array]:
-    """Return the taps [B, ...] of images [B, 299, 299, 3], scaled as (x - 128) / 128.
+    """Return the features of images as a dict of arrays [B, D] by tap.
+
+    Args:
+      x: The images [B, 299, 299, 3]. Values in [0, 255] are scaled as (value - 128) / 128.
 
     Raises:
       ValueError: If a tap is unknown, there are no taps, or the images have another shape.

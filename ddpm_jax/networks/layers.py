@@ -38,11 +38,12 @@ class BlockOptions(NamedTuple):
     groups: The number of groups in every normalization. 0 selects `default_groups`.
     epsilon: The constant added to the variance in every normalization.
     dropout: The dropout rate inside residual blocks during training.
-    scale_shift: Whether the embedding scales and shifts the second normalization. Otherwise it is added before it.
-    score_sde: Whether residual sums are divided by sqrt(2), and the shortcut of every block that resamples has a 1x1
-      convolution.
+    scale_shift: Whether the embedding scales and shifts the result of the second normalization. Otherwise the embedding
+      is added before this normalization.
+    score_sde: Whether residual sums are divided by sqrt(2), the shortcut of every block that resamples has a 1x1
+      convolution, and attention starts with smaller weights (see `SCORE_SDE_ATTENTION`).
     filter: The weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
-    attention: The implementation of `attention.attend`.
+    attention: The argument `implementation` of `attention.attend`.
     dtype: The type of the computation.
     kernels: The allowed forms of operations (see `networks.kernels`).
   """
@@ -67,7 +68,7 @@ class BlockOptions(NamedTuple):
 
 
 def default_groups(features: int) -> int:
-  """Return the number of groups of Karras et al. 2022, at most 32 groups of at least four features."""
+  """Return the default number of groups, at most 32 with at least four features each (Karras et al. 2022)."""
   return max(min(32, features // 4), 1)
 
 
@@ -87,7 +88,8 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
   """Create a parameter that is initialized at random and never trained.
 
   Raises:
-    ValueError: If `CONSTANTS` lacks its name. Weight decay ignores gradients, so `trainable_mask` needs the name.
+    ValueError: If the name is not in `CONSTANTS`. Weight decay changes parameters without a gradient too, so
+      `trainable_mask` must know the names of all constants.
   """
   if name not in CONSTANTS:
     raise ValueError(
@@ -100,7 +102,7 @@ def trainable_mask(params: Any) -> Any:
   """Return a tree of booleans that are True for trained parameters.
 
   `params` are parameters or their updates, and the result has their structure. For an optax optimizer,
-  `mask=networks.trainable_mask` excludes the other parameters from weight decay.
+  `mask=networks.trainable_mask` excludes the constants from weight decay.
   """
   return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in CONSTANTS, params)
 
@@ -108,7 +110,7 @@ def trainable_mask(params: Any) -> Any:
 def sinusoidal_embedding(time: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0) -> Array:
   """Return sines and cosines [B, features] of times [B].
 
-  The frequencies are 10000^(-i / (features / 2 - frequency_shift)). The defaults are those of Ho et al. (2020).
+  The frequencies are 10000^(-i / (features / 2 - frequency_shift)). The defaults follow Ho et al. (2020).
   Nichol and Dhariwal (2021) put cosines first and use a shift of 0.
 
   Raises:
@@ -140,15 +142,15 @@ def count_features(x: Data) -> int:
 
 
 def split_features(value: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
-  """Split an axis of all channels into one piece for each array of the data."""
+  """Split an array along its channel axis into one piece for each array in `parts`, with the same channels."""
   return jnp.split(value, np.cumsum([part.shape[-1] for part in parts])[:-1], axis)
 
 
 class GroupNorm(nn.Module):
   """Apply group normalization (Wu and He 2018), and optionally a further scale and shift.
 
-  Everything reduces to one scale and one shift for each channel, computed from sums over positions. The data are read
-  twice, and the channel axis is never split.
+  The computation reduces to one scale and one shift for each channel of each sample, computed from sums over positions.
+  The data are read twice, and the channel axis is never split.
 
   Attributes:
     groups: The number of groups. It must divide the number of channels. 0 selects `default_groups`.
@@ -166,7 +168,7 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Data, scale: Array | None = None, shift: Array | None = None) -> Any:
     """Normalize x [B, *space, C], then multiply by 1 + scale [B, C] and add shift [B, C].
 
-    If x is several arrays, so is the result.
+    If x is a sequence of arrays, so is the result.
 
     Raises:
       ValueError: If the groups do not divide the channels.
@@ -315,6 +317,7 @@ def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
   """Apply dropout with a key for each sample.
 
   Each key is folded with the block's name. So masks differ between blocks and do not depend on how a batch is split.
+  Without keys, x does not change.
   """
   if keys is None or not rate:
     return x
@@ -334,7 +337,7 @@ def _drop(x: Array, keys: Array, number: Array, rate: float) -> Array:
 class ResidualBlock(nn.Module):
   """Apply norm, swish and convolution twice, with the embedding in between (Ho et al. 2020, appendix B).
 
-  With `resample`, "down" or "up", the block also halves or doubles every spatial axis before the first convolution
+  If `resample` is "down" or "up", the block also halves or doubles every spatial axis before the first convolution
   (BigGAN's block; Song et al. 2021, appendix H; Dhariwal and Nichol 2021).
   """
 

@@ -14,8 +14,8 @@ from ddpm_jax.networks.layers import default_groups
 _EMBEDDINGS = ("sin_cos", "cos_sin", "fourier")
 # Numbers that may be 0.
 _COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes", "augmentation_features")
-# The maximum number of residual blocks on the downward path. Each is traced and compiled on its own, so more blocks
-# take hours.
+# The maximum number of residual blocks on the downward path. Each block is traced and compiled separately, so the
+# compilation of more blocks takes hours.
 _MAX_BLOCKS = 1000
 # float64 is for measurements, so error messages do not offer it.
 _TYPES = ("float32", "bfloat16", "float64")
@@ -34,7 +34,7 @@ def check(network: Any) -> None:
 
 
 def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
-  """Return the way of resampling, "conv" or "residual", of each of `count` levels."""
+  """Return one way of resampling, "conv" or "residual", for each of `count` levels."""
   return (ways,) * count if isinstance(ways, str) else tuple(ways)
 
 
@@ -91,7 +91,7 @@ def _check_values(network: Any) -> None:
 def _check_dtype(dtype: Any) -> None:
   """Raise a ValueError unless a network can compute in `dtype`.
 
-  The range of float16 is too small for gradients.
+  float16 is refused, because its range is too small for gradients.
   """
   try:
     name = jnp.dtype(dtype).name
@@ -139,7 +139,7 @@ def _check_size(network: Any) -> None:
   n = network
   widths = [round(n.channels * multiplier) for multiplier in n.multipliers]
   embedding = n.embedding_features or 4 * n.channels
-  # A lower bound: one convolution for each block, and the layers of the embeddings.
+  # A lower bound of the number of parameters: one convolution for each block, and the layers of the embeddings.
   count = n.blocks * sum(3**n.dimensions * width**2 for width in widths)
   count += (
     embedding * (embedding + (n.time_features or n.channels)) + (n.num_classes + n.augmentation_features) * n.channels
@@ -148,7 +148,7 @@ def _check_size(network: Any) -> None:
   if blocks > _MAX_BLOCKS:
     raise ValueError(
       f"Got blocks={n.blocks} at each of {len(widths)} levels, with parameters of at least {memory.format_bytes(4 * count)}; expected at most"
-      f" {_MAX_BLOCKS:,} blocks in total, because each compiles on its own. Set fewer blocks and more channels."
+      f" {_MAX_BLOCKS:,} blocks in total, because each is compiled separately. Set fewer blocks and more channels."
     )
   advice = "Set fewer channels, embedding_features, time_features, augmentation_features or classes."
   memory.check(f"a network of channels={n.channels} and num_classes={n.num_classes}", 4 * count, None, advice)

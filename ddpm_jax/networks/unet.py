@@ -27,7 +27,7 @@ class Backbone(nn.Module):
     channels: The features of the first convolution.
     multipliers: The features of each level, as multiples of `channels`. Each level has half the size of the previous
       one.
-    blocks: The number of residual blocks per level on the downward path. The upward path has one more.
+    blocks: The number of residual blocks per level on the downward path. The upward path has one more per level.
     attention_levels: The levels with self-attention after every block. Level 0 is the finest.
     middle_attention: Whether the middle has self-attention.
     middle_attention_norm: Whether the middle attention normalizes its input. Some diffusers models do not.
@@ -44,10 +44,10 @@ class Backbone(nn.Module):
     scale_shift: Whether the embedding scales and shifts normalized features (improved DDPM, ADM). Otherwise it is
       added to them.
     downsample: How a level is halved: "conv", or "residual" (ADM, DDPM++, NCSN++). One word applies to all levels. A
-      sequence has one word for each level but the last.
-    upsample: The same for the upward path. A sequence has one word for each level but the coarsest, the finest
-      first.
-    symmetric_padding: Whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad the far end
+      sequence has one word for each level but the last, and its first word halves level 0.
+    upsample: How a level is doubled, with the same words. A sequence has one word for each level but level 0, and its
+      first word doubles level 1.
+    symmetric_padding: Whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad only the end
       (DDPM).
     filter: The filter of residual resampling: (1, 1), or (1, 3, 3, 1) in NCSN++.
     score_sde: Whether to use the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022). Residual sums
@@ -71,7 +71,8 @@ class Backbone(nn.Module):
       values between blocks, so only the inputs of each level are saved there. The name of a
       `jax.checkpoint_policies` entry without arguments: the values inside blocks that this policy does not save.
     attention: The implementation of attention. "" selects the form tuned for the platform (see `attention.attend`).
-      "xla" and "cudnn" are those of `jax.nn.dot_product_attention`. "cudnn" requires a 16-bit type and an NVIDIA GPU.
+      "xla" and "cudnn" select an implementation of `jax.nn.dot_product_attention`. "cudnn" requires a 16-bit type
+      and an NVIDIA GPU.
     kernels: The allowed forms of operations: "tuned", "single_device", "loop" or "plain" (see `networks.kernels`).
   """
 
@@ -129,9 +130,9 @@ class Backbone(nn.Module):
       while not any(size % 2**max_levels or size < 1 for size in space):
         max_levels += 1
       raise ValueError(
-        f"Got images of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
+        f"Got data of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
         f" {2 ** (levels - 1)}, because the network halves it {levels - 1} times. Set at most {max_levels} multipliers, or"
-        " resize the images."
+        " resize the data."
       )
 
   def attended_levels(self) -> set[int]:
@@ -213,7 +214,7 @@ class Backbone(nn.Module):
     return partial(layers.sinusoidal_embedding, features=features, cos_first=cos_first, frequency_shift=shift)
 
   def _embed(self, time: Array, classes: Array | None, vector: Array | None, augmentation: Array | None) -> Array:
-    """Return the embedding that every block receives [B, embedding_features]."""
+    """Return the embedding [B, embedding_features] that every block receives."""
     width, embed_time = self.embedding_features or 4 * self.channels, self._time_embedding_function()
     embedding = embed_time(time)
     features = embedding.shape[-1]
@@ -334,7 +335,8 @@ class UNet(Backbone):
       vector: A continuous condition [B, D], or [B] if `vector_embedding` is "time".
       image: A condition [B, *space, C'] that is concatenated with the input, for example for super-resolution. A
         network initialized with an image requires one in every call.
-      augmentation: Augmentation labels [B, augmentation_features]. None uses zeros, the labels of plain data.
+      augmentation: Augmentation labels [B, augmentation_features]. None uses zeros, the labels of data without
+        augmentation.
       train: Whether dropout is on. Dropout needs `keys` or an rng named "dropout".
       keys: A key for each sample [B]. A sample's dropout masks depend only on its key, not on the batch.
 
@@ -342,9 +344,8 @@ class UNet(Backbone):
       An array [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: If the sides cannot be halved often enough, a condition or `keys` have the wrong shape, the network
-        does not support the classes, the vector or the augmentation labels, or the network needs classes or a vector
-        and gets none.
+      ValueError: If the sides cannot be halved often enough, or a condition or `keys` have the wrong shape. Also if
+        classes or a vector are missing, or the network has no input for a condition.
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(time, classes, vector, augmentation)

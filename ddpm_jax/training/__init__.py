@@ -1,4 +1,4 @@
-"""Train a model: the train state, the pure train step, the training loop, optimizers and EMA of the parameters."""
+"""Provide the train state, the pure train step, the training loop, optimizers, and EMA of the parameters."""
 
 from ddpm_jax.training import ema, optim
 from ddpm_jax.training.loop import Callback, Hooks, fit

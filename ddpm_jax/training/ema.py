@@ -14,7 +14,7 @@ Array = jax.Array
 PyTree = Any
 Decay = Callable[[Array], Array]
 
-# The width of the flat profile (gamma = 0), the maximum for a power function.
+# The relative width of a flat profile, t^0. Widths of power functions must be smaller.
 _MAX_STD = 12**-0.5
 
 
@@ -33,7 +33,7 @@ class ParamsEmaState(NamedTuple):
 def params_ema(*decays: Decay) -> optax.GradientTransformation:
   """Average the parameters, and leave the updates unchanged.
 
-  Put it last in a chain, because it adds the updates to the parameters.
+  Put it last in a chain. It averages the sum of the parameters and the updates, so the updates must be final.
 
   Args:
     *decays: one function for each average, from `fixed`, `half_life`, `power` or your own. `decay(s)` in [0, 1] is the
@@ -55,7 +55,9 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
 
   def update(updates, state, params=None):
     if params is None:
-      raise ValueError("Got no parameters; the EMA averages them. Call update(updates, state, params).")
+      raise ValueError(
+        "Got params=None; expected the parameters, because the EMA averages them. Call update(updates, state, params)."
+      )
     new = with_promotion(optax.apply_updates)(params, updates)
     averages = tuple(
       _interpolate(average, new, 1 - decay(state.steps)) for decay, average in zip(decays, state.averages, strict=True)
@@ -122,15 +124,15 @@ def half_life(images: float, batch_size: int, ramp_up: float | None = 0.05) -> D
 
 
 def power(std: float) -> Decay:
-  """Return the decay of a power-function average (Karras et al. 2023, EDM2).
+  """Return the decay of a power-function average (Karras et al. 2024, EDM2).
 
   The weight of the parameters of step t is proportional to t^gamma, so the length of the average grows with training.
   The decay at the t-th step, s = t - 1, is (1 - 1/t)^(gamma + 1) (equation 127). After the first step the average
   equals the parameters.
 
   Args:
-    std: the relative width: the profile's standard deviation divided by the length of training, in (0, 0.288). The
-      paper uses 0.05 to 0.10.
+    std: the relative width of the average, in (0, 0.288). It is the standard deviation of t under these weights,
+      divided by the length of training, and determines gamma (see `gamma_of`). The paper uses 0.05 to 0.10.
 
   Raises:
     ValueError: if the width is out of range.
@@ -145,12 +147,12 @@ def power(std: float) -> Decay:
 
 
 def gamma_of(std: float) -> float:
-  """Return the exponent gamma of a power function from its relative width (Karras et al. 2023, equation 126).
+  """Return the exponent gamma of a power function from its relative width (Karras et al. 2024, equation 126).
 
   This is the inverse of `std_of`.
 
   Args:
-    std: the relative width, in (0, 1/sqrt(12)). The profile is flat at the upper limit.
+    std: the relative width, in (0, 1/sqrt(12)). At the upper limit, gamma would be 0.
 
   Raises:
     ValueError: if the width is out of range.
@@ -163,7 +165,7 @@ def gamma_of(std: float) -> float:
 
 
 def std_of(gamma: float) -> float:
-  """Return the relative width of a power function from its exponent (Karras et al. 2023, equation 123).
+  """Return the relative width of a power function from its exponent (Karras et al. 2024, equation 123).
 
   The relative width is the standard deviation of the profile t^gamma on [0, 1].
 
@@ -197,8 +199,7 @@ def split(opt_state: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
   """Split an optimizer's state into the state without its averages, and the averages.
 
   The returned state has an empty tuple in place of the averages. A checkpoint stores the averages as a separate item.
-  `join` is the inverse. Leaves may be arrays or their shapes
-  (`jax.ShapeDtypeStruct`).
+  `join` is the inverse. Leaves may be arrays or their shapes (`jax.ShapeDtypeStruct`).
 
   Raises:
     ValueError: if the state has more than one `params_ema`.
@@ -211,7 +212,7 @@ def join(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
   """Join an optimizer's state and its averages, the two results of `split`.
 
   Raises:
-    ValueError: if there are averages but the state has no `params_ema`, or the state has more than one.
+    ValueError: if there are averages but the state has no `params_ema`, or the state has several.
   """
   if _find(opt_state) is None and averages:
     raise ValueError(
@@ -242,10 +243,10 @@ def _replace(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
 def reconstruction_weights(
   snapshot_steps: Sequence[int], snapshot_stds: Sequence[float], step: int, std: float
 ) -> np.ndarray:
-  """Compute weights of stored averages that approximate an average of another width (Karras et al. 2023, algorithm 3).
+  """Compute weights of stored averages to approximate an average of another width (Karras et al. 2024, algorithm 3).
 
   The power-function profile of width `std` at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T]. The
-  weighted sum of the snapshots' profiles is its least-squares approximation. The inner product of a profile with
+  weighted sum of the snapshots' profiles is the least-squares approximation of p. The inner product of a profile with
   gamma_a at step T_a and one with gamma_b at step T_b is (equation 151)
 
     (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (m / T_a)^gamma_a (m / T_b)^gamma_b / M

@@ -1,4 +1,4 @@
-"""Run the training loop: progress bar, logs, callbacks, and checks for gradients that are not finite."""
+"""Run the training loop with a progress bar, logs, callbacks, and checks for gradients that are not finite."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ class Callback(NamedTuple):
   """Describe a function to call during training.
 
   Attributes:
-    every: the number of steps between two calls. The function is also called after the last step.
+    every: the number of steps between two calls. The function is also called after step `num_steps`.
     run: the function `run(step, state, metrics)`, with the last logged metrics.
   """
 
@@ -63,19 +63,21 @@ def fit(
     state: the initial state. It is donated to `step`, so do not use it afterwards.
     step: the compiled step, `step(state, batch) -> (state, metrics)`, or `step(state, batch, frozen)` if `frozen` is
       not None.
-    batches: batches, pytrees of arrays [B, ...]. Training stops when there are no more batches.
+    batches: the batches, pytrees of arrays [B, ...]. Training stops when there are no more batches.
     frozen: parameters that never change, with the shardings that the step expects; None for none.
     num_steps: the step to stop at.
-    log: called as `log(step, metrics)` every `log_every` steps. The metrics are: the mean of each metric over the steps
-      since the last log, without skipped steps; `skipped`, the total number of skipped steps; and, from the wall-clock
-      time since the last log including callbacks, `images_per_second`, `seconds_per_step` and `input_wait`, the
-      fraction of the time spent waiting for data.
+    log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`. Each metric of a step is
+      averaged over the steps since the last log that have a finite loss and gradient norm. `skipped` is the total
+      number of skipped steps.
+      The loop adds `images_per_second`, `seconds_per_step` and `input_wait`, the fraction of the time spent waiting for
+      data. They are measured in wall-clock time since the last log, including callbacks.
     log_every: the number of steps between two logs.
     callbacks: functions to call during training, in order.
-    max_skipped: stop after this number of consecutive steps that were skipped because gradients were not finite.
+    max_skipped: the number of consecutive skipped steps that raises an error. A step is skipped if its gradients are
+      not finite.
     hooks: functions that connect the loop to its environment.
-    rescue: called with the last step and its state if loading the next batch raises an error, before the error is
-      raised.
+    rescue: called as `rescue(number, state)` with the last finished step if loading the next batch raises an
+      error. `fit` then raises this error. Not called before the first step.
     quiet: whether to hide the progress bar.
 
   Returns:

@@ -40,13 +40,13 @@ def schedule(
   - `cosine` (Loshchilov and Hutter 2017, equation 5, without restarts) and `linear`: a decay from the peak at the end
     of the warm-up to `final_factor` times the peak at `decay_steps`, then constant.
   - `inverse_sqrt`: proportional to 1 / sqrt(step) after step max(decay_steps, warmup_steps, 1), which is t_ref in
-    Karras et al. 2023, equation 67.
+    Karras et al. 2024, equation 67.
 
   Args:
     peak: the rate after the warm-up, above 0.
     name: the name of the schedule.
-    warmup_steps: the number of warm-up steps. At step s = 0, 1, ... the rate is multiplied by (s + 1) / warmup_steps.
-      It is above 0 at the first step, because a rate of 0 would waste this step.
+    warmup_steps: the number of warm-up steps. At step s = 0, 1, ... of the warm-up, the rate is multiplied by
+      (s + 1) / warmup_steps. So the first step has a rate above 0 and is not wasted.
     decay_steps: the step at which the decay ends (`cosine`, `linear`) or starts (`inverse_sqrt`), counted from the
       start of training.
     final_factor: the final rate of `cosine` and `linear` divided by the peak, in [0, 1].
@@ -153,7 +153,9 @@ def _works(name: str, rate: Rate, arguments: dict[str, Any]) -> bool:
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-  """Parse arguments from text such as `b2=0.95, weight_decay=0.01`. Values are Python literals.
+  """Parse arguments from text such as `b2=0.95, weight_decay=0.01`.
+
+  Values are Python literals.
 
   Raises:
     ValueError: if the text does not consist of names and literals, or a name occurs twice.
@@ -164,7 +166,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
       raise ValueError
     arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    # The name of ** is None.
+    # An argument with ** has the name None.
     if "None" in arguments or len(arguments) < len(call.keywords):
       raise ValueError
     return arguments
@@ -192,7 +194,7 @@ class SkipState(NamedTuple):
 def global_norm(tree: PyTree) -> Array:
   """Compute the Euclidean norm of all leaves together, a scalar in float32 or wider.
 
-  Squares are summed by a product of each leaf with itself. Otherwise XLA's CPU back end would recompute the leaf inside
+  Squares are summed by a product of each leaf with itself. Otherwise XLA's CPU backend would recompute the leaf inside
   the sum. On CPUs, leaves of one shape are also stacked, so that XLA compiles one sum for each shape instead of one for
   each leaf.
   """
@@ -215,7 +217,7 @@ def _sum_of_squares(leaves: Sequence[Array]) -> Array:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   """Scale updates down to a global norm of at most `max_norm` (Pascanu et al. 2013).
 
-  It is equivalent to the function of optax, but the norm compiles faster (see `global_norm`).
+  It is equivalent to `optax.clip_by_global_norm`, but the norm compiles faster (see `global_norm`).
 
   Args:
     max_norm: the maximum norm, above 0.
@@ -237,7 +239,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def freeze_untrained(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
   """Keep untrained parameters bit-identical by setting their updates to zero.
 
-  Put it after the optimizer, because weight decay would change them otherwise.
+  Put this transformation after the optimizer. Otherwise weight decay would change untrained parameters.
 
   Args:
     trainable: `trainable(updates) -> booleans`, a tree with the structure of the updates, such as
@@ -289,14 +291,15 @@ def skip_nonfinite(
 ) -> optax.GradientTransformation:
   """Chain transformations, and skip steps if the norm of the gradients or of the updates is not finite.
 
-  A skipped step does not change any bit of the state and the parameters. Make this the outermost transformation.
+  A skipped step leaves the parameters and the state of the transformations bit-identical, and increases the counts of
+  skipped steps. Make this the outermost transformation.
 
   Args:
     *steps: one or more transformations that form the optimizer.
     averages: averages of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
-    check_updates: whether to check the updates too, before anything is written. On CPUs, this check computes them
-      twice. Use False if finite gradients always give finite updates. Then a step is one pass over gradients,
-      parameters, state and averages.
+    check_updates: whether to check the updates too, before anything is written. On CPUs, this check computes the
+      updates twice. Use False if finite gradients always give finite updates. Without the check, a step is one pass
+      over gradients, parameters, state and averages.
 
   Raises:
     ValueError: if there is no optimizer.
@@ -317,9 +320,9 @@ def skip_nonfinite(
     is_finite = jnp.isfinite(global_norm(updates))
     if check_updates:
       is_finite &= jnp.isfinite(global_norm(new))
-      # On CPUs, compute the new state again instead of storing it until the check is done. A kernel of XLA's CPU back
-      # end has only one result, so storing the state would write and read each array once more. On other platforms XLA
-      # merges both calls.
+      # On CPUs, compute the new state again instead of storing it until the check is done. A kernel of XLA's CPU
+      # backend has only one result, so storing the state would write and read each array once more. On other platforms
+      # XLA merges both calls.
       separate_inputs = jax.lax.platform_dependent(
         inputs, cpu=jax.lax.optimization_barrier, default=lambda inputs: inputs
       )
@@ -340,7 +343,7 @@ def skip_nonfinite(
 
 
 def skip_counts(opt_state: PyTree) -> tuple[Array, Array] | None:
-  """Return the total and the current consecutive number of skipped steps, or None without `skip_nonfinite`.
+  """Return the numbers of skipped steps in total and in a row, or None without `skip_nonfinite`.
 
   Both numbers are int32 scalars.
   """
@@ -369,10 +372,10 @@ def chain(
     clip_norm: the maximum global norm of a gradient; None for no clipping.
     averages: averages of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
     trainable: a function that returns which parameters are trained (see `freeze_untrained`), such as
-      `networks.trainable_mask`; None for all.
-    extra: the optimizer of the objective's extra parameters, such as `optax.adam(1e-4)`; None if it has none. With it,
-      the parameters are a dict `{"model": ..., "extra": ...}`, and all other arguments apply to the model only. A step
-      that is not finite in one part is skipped in both.
+      `networks.trainable_mask`; None if all are trained.
+    extra: the optimizer of the objective's extra parameters, such as `optax.adam(1e-4)`; None if the objective has no
+      extra parameters. With `extra`, the parameters are a dict `{"model": ..., "extra": ...}`, and all other arguments
+      apply to the model only. A step that is not finite in one part is skipped in both.
 
   Raises:
     ValueError: if a value is out of range, or a name is unknown.

@@ -25,8 +25,8 @@ def reconstruct(
   Damaged snapshots are skipped with a warning.
 
   Args:
-    snapshots: the stored snapshots. Each has the averages under "ema", and the number of averaged steps in its data
-      under "steps".
+    snapshots: the stored snapshots. Each has the averages as its item "ema", and the number of averaged steps in its
+      data under "steps".
     templates: the shapes and shardings of a snapshot's trees by name.
     steps: the steps of the snapshots, in rising order.
     stds: the relative widths of the averages in each snapshot.

@@ -1,4 +1,4 @@
-"""Define the train state, and the pure train step."""
+"""Define the train state and the pure train step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -66,7 +66,8 @@ def init_state(
   params = init(init_key)
   # Use 2, because the split above may use 0 and 1.
   extra, memory = objective.init(jax.random.fold_in(key, 2), params, _objective_frozen(objective, frozen))
-  # Copy them, because a memory may start as the parameters, and a buffer that is used twice cannot be donated.
+  # Copy them, because the memory may start as the same arrays as the parameters, and a buffer that is used twice cannot
+  # be donated.
   extra, memory = jax.tree.map(jnp.copy, (extra, memory))
   opt_state = with_promotion(optimizer.init)(_optimized_tree(params, extra))
   average = ema.ema_params(opt_state)
@@ -156,7 +157,8 @@ def train_step(
   Returns:
     The state after the step, and the metrics: `loss` and `grad_norm` (of all trained parameters, before clipping) as
     float32 scalars; `skipped` and `skipped_in_a_row` if the optimizer skips steps (`optim.skip_nonfinite`); and the
-    metrics of `objective.summarize`. A skipped step only changes the step number and these counts.
+    metrics of `objective.summarize`. A skipped step changes only the step number and the counts of
+    skipped steps.
 
   Raises:
     ValueError: if the objective's frozen parameters are missing, or its memory changes in structure, shape or type.
@@ -208,7 +210,7 @@ def _check_memory(new: PyTree, old: PyTree) -> None:
 def _gradient(
   loss_fn: Callable, trained: PyTree, context: Context, keys: Array, batch: PyTree, accumulate: int, unroll: bool
 ) -> tuple[Array, PyTree, PyTree]:
-  """Compute the loss, its details and its gradient for one part of the batch after the other."""
+  """Compute the loss, its details and its gradient, for one part of the batch after the other."""
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   if accumulate == 1:
     (loss, details), grads = value_and_grad(trained, context, keys, batch)

@@ -1,4 +1,4 @@
-"""Compute attention in a plain form, a CPU form that works by heads, and a TPU form that splits the batch."""
+"""Compute attention in a plain form, a CPU form without large transposes, and a TPU form that splits the batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
 
   The softmax is computed in float32 or wider.
 
-  The CPU form never transposes an array the size of the attention weights, forward or backward. It normalizes the
+  The CPU form never transposes an array as large as the attention weights, forward or backward. It normalizes the
   product of the weights and v rather than the weights, because the product has fewer columns. If the weights do not
   fit in a TPU's on-chip memory, the TPU form computes them for one part of the batch at a time.
 
@@ -31,8 +31,8 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
     q: Queries [B, N, heads, C].
     k: Keys [B, M, heads, C].
     v: Values [B, M, heads, C].
-    implementation: The implementation that `jax.nn.dot_product_attention` uses. None selects the tuned form on CPUs and
-      TPUs, and lets JAX choose on other platforms.
+    implementation: The implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn". None selects the tuned form
+      on CPUs and TPUs, and lets JAX choose on other platforms.
     kernels: The allowed forms (see `networks.kernels`).
 
   Returns:
@@ -49,12 +49,12 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
   plain = partial(_attend_plain, implementation=implementation)
   if implementation is not None or kernels == "plain":
     return plain(q, k, v)
-  # The backward pass recomputes the CPU form in name only: XLA merges both computations, so nothing is computed
-  # twice. With the checkpoint, JAX saves the inputs and what the default form needs. Without it, JAX would save the
-  # weights of both forms, and a memory plan would count them.
+  # With this checkpoint, JAX saves only the inputs of the CPU form for the backward pass. Without the checkpoint, JAX
+  # would save the weights of the CPU form and of the default form, and a memory plan would count both. XLA merges the
+  # recomputation with the forward pass, so nothing is computed twice.
   cpu = jax.checkpoint(_attend_tuned_cpu, prevent_cse=False)
-  # On a TPU the backward pass always recomputes the weights: saving them costs a train step more memory and traffic
-  # than it gains (docs/benchmarks.md).
+  # On a TPU the backward pass always recomputes the weights. In a train step, saving and reading them would cost more
+  # memory and traffic than the recomputation (docs/benchmarks.md).
   tpu = partial(_attend_tuned_tpu, attend=plain) if _exceeds_chip_memory(q, k) else jax.checkpoint(plain)
   return lax.platform_dependent(q, k, v, cpu=cpu, tpu=tpu, default=plain)
 
@@ -73,14 +73,16 @@ def _attend_tuned_cpu(q: Array, k: Array, v: Array) -> Array:
 def _row_maximum(x: Array) -> Array:
   """Compute the maximum of each row.
 
-  XLA's CPU backend compares the numbers of a row one after another. So the halves of a long row are compared first.
+  XLA's CPU backend compares the numbers of a row one after another. So the halves of a long row are first compared
+  with each other elementwise.
   """
   while x.shape[-1] > 64 and x.shape[-1] % 2 == 0:
     x = jnp.maximum(*jnp.split(x, 2, axis=-1))
   return jnp.max(x, axis=-1, keepdims=True)
 
 
-# A TPU's on-chip memory is 128 MiB. Larger scores are computed in parts of at most `_PART_BYTES`.
+# A TPU's on-chip memory is 128 MiB. Larger scores are computed in parts of at most `_PART_BYTES`, or one sample at a
+# time if the scores of one sample are larger.
 _MAX_SCORE_BYTES, _PART_BYTES = 2**27, 2**25
 
 
@@ -101,7 +103,7 @@ def _attend_tuned_tpu(q: Array, k: Array, v: Array, attend: Callable[..., Array]
 
 
 def _exceeds_chip_memory(q: Array, k: Array) -> bool:
-  """Return whether the scores of a batch of several samples do not fit in a TPU's on-chip memory."""
+  """Return whether a batch has several samples and their scores do not fit in a TPU's on-chip memory."""
   return len(q) > 1 and len(q) * _score_bytes(q, k) > _MAX_SCORE_BYTES
 
 

@@ -22,8 +22,9 @@ def _convolve_plain(x: Array, kernel: Array, strides: Sequence[int], pads: Pads)
 def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kernels: str = "tuned") -> Array:
   """Convolve x [B, *space, C] with a kernel [*window, C, C'].
 
-  On a CPU, the gradient in x takes about 17 times as long inside a loop (`lax.scan`) as outside. With "loop" it takes
-  about the same time. Guidance and posterior sampling compute this gradient inside loops.
+  On a CPU, the gradient with respect to x takes about 17 times as long inside a loop (`lax.scan`) as outside. With
+  `kernels="loop"` it takes about the same time inside as outside. Guidance and posterior sampling compute this gradient
+  inside loops.
 
   Args:
     x: The data, with one to three spatial axes.
@@ -77,8 +78,8 @@ def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tupl
 def _is_faster_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: Pads) -> bool:
   """Return whether `_convolve_by_tiles` supports the arguments and takes less time than the plain form.
 
-  It computes fewer products but writes and reads four times the data. The minimum numbers of channels and positions
-  come from measurements.
+  The form by tiles computes fewer products but writes and reads four times the data. The minimum numbers of channels
+  and positions come from measurements.
   """
   batch, *space, channels = x.shape
   return (
@@ -95,17 +96,17 @@ def _is_faster_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: P
 @jax.jit
 def _convolve_tuned_single_device(x: Array, kernel: Array) -> Array:
   plain = partial(_convolve_plain, strides=(1, 1), pads=((1, 1), (1, 1)))
-  # The checkpoint discards the sums of x, four times its size, before the backward pass.
+  # With the checkpoint, the backward pass recomputes the sums of x, because they take four times the memory of x.
   return lax.platform_dependent(x, kernel, cpu=jax.checkpoint(_convolve_by_tiles), default=plain)
 
 
 # XLA must not inline this call, so that its inputs and results are stored in memory. Otherwise each of the 16 sums
 # that read an input would recompute it. XLA may move collectives into the call. On several CPU devices, collectives
-# inside and outside the call would wait for each other forever, hence "single_device".
+# inside and outside the call would wait for each other forever, so only "single_device" uses this form.
 @set_xla_metadata(inlineable="false")
 @jax.jit
 def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
-  """Convolve data with even sides and a 3x3 kernel, with 4/9 of the products.
+  """Convolve data of even sides with a 3x3 kernel, computing only 4/9 of the products.
 
   This is Winograd's F(2x2, 3x3) (Lavin and Gray 2016, section 4.1). A tile has 4x4 numbers and overlaps its neighbors
   by half. 16 sums of a tile and 16 sums of the kernel are multiplied pairwise, each pair by a matrix product. Sums of
@@ -153,8 +154,8 @@ def _forward(x: Array, kernel: Array, strides, pads):
 def _backward(strides, pads, saved, gradient: Array):
   x, kernel = saved
   axes = tuple(range(kernel.ndim - 2))
-  # The gradient in x is a convolution with the reversed kernel. The barrier keeps XLA from rewriting it into a form
-  # that is slow inside loops.
+  # The gradient with respect to x is a convolution with the reversed kernel. The barrier keeps XLA from rewriting this
+  # convolution into a form that is slow inside loops.
   reversed_kernel = lax.optimization_barrier(jnp.swapaxes(jnp.flip(kernel, axes), -1, -2))
   widths = [(0, 0, 0)]
   for axis in axes:
@@ -163,7 +164,7 @@ def _backward(strides, pads, saved, gradient: Array):
     widths.append((low, high, strides[axis] - 1))
   padded = lax.pad(gradient, np.zeros((), gradient.dtype), [*widths, (0, 0, 0)])
   x_gradient = _convolve_plain(padded, reversed_kernel, (1,) * len(axes), ((0, 0),) * len(axes))
-  # Guidance ignores the gradient in the kernel, and XLA then drops its computation.
+  # Guidance does not use the kernel's gradient, so XLA removes its computation there.
   _, kernel_vjp = jax.vjp(lambda kernel: _convolve_plain(x, kernel, strides, pads), kernel)
   return x_gradient, kernel_vjp(gradient)[0]
 

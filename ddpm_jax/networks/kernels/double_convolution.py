@@ -20,11 +20,11 @@ def _double_and_convolve_plain(x: Array, kernel: Array, kernels: str = "plain") 
 def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Array:
   """Repeat each value of x twice along every spatial axis, and convolve the result with a kernel [3, ..., 3, C, C'].
 
-  Two of a kernel's three rows always multiply the same row of x, so the tuned forms add those two rows first. In two
-  dimensions this leaves 4/9 of the products. The CPU form convolves x with one kernel of two rows for each parity of
-  an output row. The TPU form inserts zeros between the values of x and convolves the result with one larger kernel:
-  the sum of copies of the kernel, one shifted to each position of a repeated value. A TPU skips products with zeros.
-  Other platforms double the data.
+  For every output row, two of the kernel's three rows multiply the same row of x, so the tuned forms add those two rows
+  first. In two dimensions this leaves 4/9 of the products. The CPU form computes the even and the odd output rows by
+  separate convolutions of x, with kernels of two rows. The TPU form inserts zeros between the values of x and convolves
+  the result with one larger kernel. This kernel is the sum of copies of the kernel, one shifted to each position of a
+  repeated value. A TPU skips products with the inserted zeros. Other platforms double the data.
 
   Args:
     x: The data [B, *space, C].

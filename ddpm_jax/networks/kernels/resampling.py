@@ -63,7 +63,8 @@ def _double_plain(x: Array, weights: Sequence[float]) -> Array:
 def double(x: Array, weights: Sequence[float] = (1, 1), kernels: str = "tuned") -> Array:
   """Double and filter every spatial axis, [B, *space, C] -> [B, *2 space, C].
 
-  The weights (1, 1) repeat each value (nearest neighbor).
+  `weights` are the filter's 2 or 4 weights along an axis. They are scaled to sum to 2, so that the mean does not
+  change. The weights (1, 1) repeat each value (nearest neighbor).
   """
   normalized = [2 * weight / sum(weights) for weight in weights]
   plain = partial(_double_plain, weights=normalized)

@@ -18,8 +18,8 @@ from ddpm_jax.floats import widest
 
 Array = jax.Array
 
-# Trace a function once for each shape, and inline it. If arrays saved for a gradient crossed a call, XLA's TPU
-# backend would store them in float32.
+# Trace a function once for each shape, and inline it. Otherwise, arrays that are saved for a gradient would cross a
+# call, and XLA's TPU backend would store them in float32.
 trace_once = partial(jax.jit, inline=True)
 
 
@@ -49,8 +49,8 @@ def _sum_tuned_jvp(primals, tangents):
 def _sum_tangent(x: Array) -> Array:
   """Compute `sum_positions` as a matrix product.
 
-  The transpose of a barrier would store the repeated values. The transpose of a product lets XLA read them where it
-  uses them.
+  The transpose of a barrier would store the repeated values. The transpose of a product lets XLA
+  repeat them where they are used.
   """
 
   def product(x: Array) -> Array:
@@ -91,13 +91,16 @@ def _repeat_tuned_jvp(shape, primals, tangents):
 
 @partial(trace_once, static_argnums=1)
 def _repeat_tangent(x: Array, shape: Sequence[int]) -> Array:
-  """Compute `repeat_positions` in a form that has a fast transpose, `sum_positions`."""
+  """Compute `repeat_positions` in a form with a fast transpose.
+
+  The transpose is the sum over positions.
+  """
 
   def stored(x: Array) -> Array:
     flat = _repeat_plain(x, (1,) * (2 - x.ndim) + (*x.shape[:-1], math.prod(shape) // x.size, x.shape[-1]))
     return lax.optimization_barrier(flat).reshape(shape)
 
-  # The gradient adds in the type of this result. In bfloat16 a sum of thousands of numbers may be wrong by half, so
-  # use float32.
+  # The gradient sums in the type of this result. In bfloat16 a sum of thousands of numbers may be wrong by half, so use
+  # float32.
   exact = lax.platform_dependent(x.astype(widest(x)), cpu=stored, default=partial(_repeat_plain, shape=shape))
   return exact.astype(x.dtype)
