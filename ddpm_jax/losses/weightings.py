@@ -41,7 +41,7 @@ def snr(log_snr: Array) -> Array:
 
 
 def snr_plus_one(log_snr: Array) -> Array:
-  """Multiply the error of x_0 by SNR + 1, the squared error of v (Salimans and Ho 2022, section 4)."""
+  """Multiply the error of x_0 by SNR + 1 to get the squared error of v (Salimans and Ho 2022, section 4)."""
   return 1 + jnp.exp(-log_snr)
 
 
@@ -107,7 +107,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 def sigmoid(bias: float = 2.0) -> Weighting:
   """Multiply the error of eps by 1 / (1 + exp(log-SNR - bias)).
 
-  Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers apply the weight to the variational bound.
-  With uniform times, their weighting is `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.
+  Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers multiply the variational bound by this
+  weight. With uniform times, the papers' weighting is `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.
   """
   return lambda log_snr: jax.nn.sigmoid(bias - log_snr)

@@ -1,9 +1,11 @@
 """Provide DDIM, and the Euler and Heun rules of Karras et al. 2022.
 
-The rules step along the flow `dx = x_0 dalpha + eps dsigma`, with churn or fresh noise. Here x_0 and eps are the
-network's estimates from x at t. With both constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, the step
-of DDIM. With alpha = 1 the flow is EDM's ODE in sigma. On a straight path it is the ODE of flow matching in t. No step
-divides by alpha, because alpha may be 0 at t_max.
+The rules step along the flow `dx = x_0 dalpha + eps dsigma`. Here x_0 and eps are the network's estimates from x at t.
+With both constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, the step of DDIM. With alpha = 1 the flow
+is EDM's ODE in sigma. On a straight path the flow is the ODE of flow matching in t. No step along the flow divides by
+alpha, because alpha may be 0 at t_max.
+
+A rule may also add noise: fresh noise at the end of each step, or churn, the noise that EDM adds before each step.
 """
 
 import math
