@@ -110,7 +110,7 @@ def _hint(value: Any, kind: Any, function: Any) -> str:
   if inspect.isfunction(value) and value.__module__.startswith("ddpm_jax."):
     return f" Call {_name(value)}(...) and pass its result."
   if hasattr(value, "shape") and (kind in (int, float) or _is_noun(kind)):
-    return f" If you passed {_name(function)} itself to a function, pass its result: {_name(function)}(...)."
+    return f" If you passed {_name(function)} itself as an argument, call it first: {_name(function)}(...)."
   return ""
 
 

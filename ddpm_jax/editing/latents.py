@@ -197,7 +197,7 @@ def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, 
 def _keys(x: Array) -> Array:
   """Return one key per sample.
 
-  Deterministic rules do not use the values of keys. But with a single key, the steps of `ode` would depend on the batch.
+  Deterministic rules do not use the values of keys. But with one key, the steps of `ode` would depend on the batch.
   """
   return jax.random.split(jax.random.key(0), x.shape[0])
 

@@ -37,7 +37,7 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   Args:
     sampler: the step rule.
     process: the forward process of the sampler.
-    operator: the measurement x [B, ...] -> y [B, ...] of each sample, any differentiable function.
+    operator: the function x [B, ...] -> y [B, ...] that measures each sample. It must be differentiable.
     measurement: y, in a shape that broadcasts to the operator's output.
     scale: the step size. The authors' code uses 0.3 to 1 for images of 256 by 256 pixels.
 
@@ -109,7 +109,7 @@ def posterior(
     denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t. Clip the result of `posterior` rather than this
       argument, because the derivative of a clipped value is 0.
     process: the forward process.
-    operator: the measurement x [B, ...] -> y [B, ...] of each sample, linear and without a constant.
+    operator: the function x [B, ...] -> y [B, ...] that measures each sample. It must be linear, without a constant.
     measurement: y, in a shape that broadcasts to the operator's output.
     noise_std: the standard deviation of the noise of y, above 0. For exact measurements use a small value such as 0.01.
     covariance: "tweedie" or "isotropic".

@@ -84,8 +84,8 @@ def euler(
 
   Args:
     process: the forward process.
-    s_churn: the total amount of noise. Equal parts of it are added before the steps. 0 adds none. Noise never moves x
-      past t_max, so a step from t_max adds none.
+    s_churn: the strength of the churn. Before each of K steps, noise raises sigma/alpha by the factor 1 + s_churn / K,
+      but at most by sqrt(2). 0 adds no noise. Noise never moves x past t_max, so a step from t_max adds none.
     s_min: the smallest sigma/alpha at which noise is added.
     s_max: the largest sigma/alpha at which noise is added.
     s_noise: the standard deviation of the added noise. A value slightly above 1 counteracts a loss of detail.
