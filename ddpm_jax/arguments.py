@@ -17,7 +17,7 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# An example of each noun for the error messages.
+# An example of each of the library's named tuples, for error messages.
 _EXAMPLES = {
   "AdaptiveTimes": "losses.importance(process)",
   "Fit": "data.Fit((32, 32), channels=3)",
@@ -31,7 +31,7 @@ _EXAMPLES = {
 def check_types(function: F) -> F:
   """Make a function raise a ValueError if an argument does not match its annotation.
 
-  The check distinguishes nouns (named tuples such as `Process`), functions, arrays, numbers and strings. Other
+  The check distinguishes named tuples (such as `Process`), functions, arrays, numbers and strings. Other
   annotations accept every value. An array may be a NumPy array, and a number may be a scalar array, traced or not.
   """
   signature = inspect.signature(function)
@@ -61,10 +61,10 @@ def _matches(value: Any, kind: Any) -> bool:
   if kind is None or kind is types.NoneType:
     return value is None
   if _is_function(kind):
-    # A noun holds functions, but it is not callable.
+    # A named tuple such as `Sampler` contains functions but is not callable.
     return callable(value)
   if kind is jax.Array:
-    # Numbers are accepted: functions that need axes check for them.
+    # Accept numbers too. A function that needs an array with axes checks its shape.
     return hasattr(value, "dtype") or isinstance(value, (int, float))
   if kind in (int, float):
     return not isinstance(value, str) and not callable(value) and value is not None and np.ndim(value) == 0
@@ -110,7 +110,7 @@ def _hint(value: Any, kind: Any, function: Any) -> str:
   if inspect.isfunction(value) and value.__module__.startswith("ddpm_jax."):
     return f" Call {_name(value)}(...) and pass its result."
   if hasattr(value, "shape") and (kind in (int, float) or _is_noun(kind)):
-    return f" If you passed {_name(function)} itself to a function, pass its result: {_name(function)}(...)."
+    return f" If you passed {_name(function)} itself as an argument, call it first: {_name(function)}(...)."
   return ""
 
 

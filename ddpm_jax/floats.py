@@ -1,6 +1,7 @@
 """Promote float dtypes explicitly.
 
-JAX's setting `jax_numpy_dtype_promotion="strict"` forbids implicit promotion. No function of this package needs it.
+JAX's setting `jax_numpy_dtype_promotion="strict"` forbids implicit promotion. All functions of this package work with
+this setting.
 """
 
 import functools

@@ -3,8 +3,10 @@
 Each wrapper returns a new function `denoise`. Wrappers do not depend on networks or samplers.
 
 A conditional model is a function `conditional(x_t, t, condition) -> x_0 estimate`. The condition is any pytree of
-arrays [B, ...]. All scales but that of `cfg_plus_plus` follow one convention: 0 is the unconditional model (in
-`autoguidance` the weaker model), 1 is the conditional model, and a scale above 1 is guidance.
+arrays [B, ...].
+
+A scale of 0 gives the unconditional model (in `autoguidance`, the weaker model). A scale of 1 gives the conditional
+model. A scale above 1 strengthens the effect of the condition. Only `cfg_plus_plus` has another convention.
 """
 
 import math
@@ -43,7 +45,7 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
 
 @check_types
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: float = 1.0) -> Denoise:
-  """Clip each sample to a range from its own percentile, and rescale it (Saharia et al. 2022, section 2.3).
+  """Clip each sample at a percentile of its absolute values, and rescale it (Saharia et al. 2022, section 2.3).
 
   The range is [-s, s]. Here s is the percentile of the sample's |x_0|, but at least `data_max`. The clipped sample is
   multiplied by data_max / s. Samples within the data's range therefore stay unchanged.
@@ -83,15 +85,15 @@ def classifier_free(
   Args:
     conditional: `conditional(x_t, t, condition) -> x_0 estimate`.
     condition: the condition to guide toward, arrays [B, ...].
-    negative: the condition to guide away from, with the structure of `condition`. With the null class, u is the
-      unconditional estimate. An unwanted class also works.
+    negative: the condition to guide away from, with the structure and shapes of `condition`. With the null class, u is
+      the unconditional estimate. An unwanted class also works.
     scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
-    rescale: how far to rescale each sample to the standard deviation of its c, from 0 (not at all) to 1 (Lin et al.
-      2024, equations 15 and 16, applied to x_0).
+    rescale: how closely each sample matches the standard deviation of c, from 0 (no rescaling) to 1 (equal). Source:
+      Lin et al. 2024, equations 15 and 16, applied to x_0.
 
   Raises:
     ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], or if the conditions have
-      different shapes. When called, if the conditions do not match the batch.
+      different shapes. The returned function raises it if the conditions do not match the batch.
   """
   _check_scale(scale)
   _check_conditions(condition, negative)
@@ -120,13 +122,14 @@ def classifier_free(
 def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, scale: float = 0.6) -> Denoise:
   """Apply CFG++ guidance (Chung et al. 2024, algorithm 2).
 
-  The estimate of the data interpolates both branches. The noise is derived from the unconditional branch. Only the
-  rules `sampling.ddim` and `sampling.euler` can use two estimates. Other rules raise an error.
+  The estimate of the data interpolates between the estimates with the two conditions. The noise is derived from the
+  estimate with the negative condition. Only the rules `sampling.ddim` and `sampling.euler` accept separate estimates
+  for data and noise. Other rules raise an error.
 
   Args:
-    conditional: the conditional model. It and its conditions are the same as in `classifier_free`.
+    conditional: the conditional model, as in `classifier_free`.
     condition: the condition to guide toward.
-    negative: the condition to guide away from. The noise is derived from its branch.
+    negative: the condition to guide away from. The noise is derived from the estimate with this condition.
     scale: the paper's lambda in [0, 1]. A value of 0.6 corresponds to a scale of 7.5 to 9 in `classifier_free`.
 
   Raises:
@@ -176,14 +179,14 @@ def classifier(
 ) -> Denoise:
   """Apply classifier guidance (Dhariwal and Nichol 2021, algorithm 2).
 
-  It adds `scale` times the gradient of log p(y | x_t) to the score. In terms of data, it adds `scale sigma^2 / alpha`
-  times the gradient to x_0. For an unconditional model and the exact posterior, a scale of 1 gives the conditional
-  model. A learned variance stays unchanged.
+  Guidance adds `scale` times the gradient of log p(y | x_t) to the score. In terms of data, it adds
+  `scale sigma^2 / alpha` times the gradient to x_0. For an unconditional model and the exact p(y | x_t), a scale of 1
+  gives the conditional model. A learned variance stays unchanged.
 
   With `sampling.ancestral` the result differs from the paper's algorithm 1. Algorithm 1 moves the mean of a step by
   `scale` times the variance of its noise times the gradient. This function moves the mean by
-  `scale alpha_s / alpha_t step_variance(t, s)` times the gradient, for any variance of the noise. The ratio to the move
-  of algorithm 1 is alpha_s / alpha_t with variance="large", and (alpha_s / alpha_t) (sigma_t / sigma_s)^2 with
+  `scale alpha_s / alpha_t step_variance(t, s)` times the gradient, for any variance of the noise. This is the move of
+  algorithm 1 times alpha_s / alpha_t with variance="large", and times (alpha_s / alpha_t) (sigma_t / sigma_s)^2 with
   variance="small".
 
   Args:
@@ -194,7 +197,8 @@ def classifier(
     scale: 0 for no guidance, and then `log_prob` is not called. It may be a function of time.
 
   Raises:
-    ValueError: if the scale is negative or not finite. When called, if the shape of `log_prob`'s result is not [B].
+    ValueError: if the scale is negative or not finite. The returned function raises it if the shape of `log_prob`'s
+      result is not [B].
   """
   _check_scale(scale)
   if not callable(scale) and scale == 0:
@@ -243,7 +247,7 @@ def interval(
     scale: the scale inside the interval.
     low: the smallest sigma/alpha of the interval.
     high: the largest sigma/alpha of the interval.
-    outside: the scale outside the interval. No guidance is 1, or 0 for `classifier`.
+    outside: the scale outside the interval. Use 1 for no guidance there, or 0 with `classifier`.
 
   Raises:
     ValueError: if a scale is negative or not finite, or unless 0 <= low < high.
@@ -285,10 +289,10 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
 
 
 def _both_branches(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: PyTree) -> tuple[Any, Any]:
-  """Compute both branches in one call.
+  """Compute the estimates with both conditions in one call.
 
-  The two rows of a sample are adjacent in the doubled batch. A batch that is sharded over devices therefore stays in
-  place.
+  The two rows of a sample are adjacent in the doubled batch. If the batch is sharded over devices, its samples
+  therefore stay on their devices.
   """
   for leaf in jax.tree.leaves(condition):
     if jnp.shape(leaf)[:1] != x_t.shape[:1]:

@@ -50,7 +50,7 @@ def _quiet(details: bool) -> None:
 
   logging.set_verbosity(logging.WARNING if details else logging.FATAL)
   if not details:
-    # XLA reads this variable when it is loaded. Without it, XLA reports a compilation of some minutes as a bug.
+    # XLA reads this variable during its import. By default, XLA reports a compilation that takes minutes as a bug.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     # Python's resource tracker warns when it frees the shared memory of a killed process.

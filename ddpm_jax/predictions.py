@@ -18,10 +18,11 @@ class Denoised(NamedTuple):
 
   Attributes:
     x_0: the estimate of the data [B, ...].
-    fraction: the position of the learned log-variance of the reverse step between the log-variance of the posterior (0)
-      and the log-variance of the forward step (1), [B, ...]. None if the variance is not learned.
-    unguided: a second estimate of the data [B, ...], from which to derive the noise (CFG++). None if the noise is also
-      derived from `x_0`.
+    fraction: the learned variance of the reverse step as a fraction [B, ...]. 0 is the variance of the posterior, and 1
+      is the variance of the forward step. The fraction interpolates their logarithms. None if the variance is not
+      learned.
+    unguided: a second estimate of the data [B, ...], for the derivation of the noise (CFG++). None if the noise is
+      derived from `x_0` too.
   """
 
   x_0: Array
@@ -36,14 +37,14 @@ def x_0_of(denoised) -> Array:
   """Return the estimate of the data from the output of `denoise`, an array or a `Denoised`.
 
   Raises:
-    ValueError: if `denoised` has a second estimate for the noise (CFG++), because it would be lost.
+    ValueError: if `denoised` has a second estimate for the noise (CFG++), because that estimate would be lost.
   """
   if not isinstance(denoised, Denoised):
     return denoised
   if denoised.unguided is not None:
     raise ValueError(
-      "Got a denoiser guided by CFG++, with two estimates for data and noise, for a rule that uses one estimate; expected"
-      " the rule sampling.ddim or sampling.euler. For other rules, guide with guidance.classifier_free."
+      "Got a denoiser guided by CFG++, with separate estimates for data and noise, for a rule that uses one estimate;"
+      " expected the rule sampling.ddim or sampling.euler. For other rules, guide with guidance.classifier_free."
     )
   return denoised.x_0
 
@@ -60,7 +61,7 @@ def x_0_and_eps(denoised, x_t: Array, alpha, sigma) -> tuple[Array, Array]:
 
 
 def learned_fraction(denoised) -> Array | None:
-  """Return the learned variance of the reverse step, or None."""
+  """Return the learned variance as the `fraction` of `Denoised`, or None if it is not learned."""
   return denoised.fraction if isinstance(denoised, Denoised) else None
 
 
@@ -244,7 +245,7 @@ def denoiser(
       with its parameters, an Equinox module, or a closed form.
     process: the forward process.
     prediction: the meaning of the output.
-    time_input: a function from time [B] to the network's time input. The default is the process's own.
+    time_input: a function from time [B] to the network's time input. Default: the time input of the process.
 
   Returns:
     `denoise(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result has the shape and dtype of `x_t`. If the
@@ -252,8 +253,8 @@ def denoiser(
     the variational bound.
 
   Raises:
-    ValueError: if the prediction does not determine x_0 at the process's t_max. When called, if the shape of the
-      network's output does not match its input.
+    ValueError: if the prediction does not determine x_0 at the process's t_max. The returned function raises it if the
+      shape of the network's output does not match its input.
   """
   check_prediction(process, prediction)
 
@@ -283,7 +284,7 @@ def classifier(
     apply: `apply(x_t, time) -> logits`, with input [B, ...], time [B] and logits [B, K]. Any callable works, as in
       `denoiser`.
     process: the forward process.
-    time_input: a function from time [B] to the network's time input. The default is the process's own.
+    time_input: a function from time [B] to the network's time input. Default: the time input of the process.
     input_scale: `input_scale(alpha, sigma)` returns the factor on x_t at the network's input. None for a factor of 1.
       Use the `input_scale` of the `Prediction` that the classifier was trained with.
 
@@ -291,7 +292,7 @@ def classifier(
     `log_probs(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result is float32 or wider.
 
   Raises:
-    ValueError: when called, if the shape of the logits is not [B, K].
+    ValueError: raised by the returned function if the shape of the logits is not [B, K].
   """
 
   def log_probs(x_t: Array, t):

@@ -76,7 +76,8 @@ class Process(NamedTuple):
     sigma: the standard deviation of the noise, a function of time. It is 0 at t = 0 if the process starts from clean
       data.
     t_max: the time of the prior.
-    t_min: the smallest useful time for training, and the last useful time above 0 for a solver.
+    t_min: a small time above 0. By default, the grids `log_snr` and `karras` step from it to 0. `losses.log_normal` and
+      `losses.logit_normal` sample no smaller time.
     time_input: a function from time to the network's default time input.
     num_steps: the number N of steps of a discrete process, with step n at t = n/N. None for a continuous process.
   """
@@ -96,8 +97,8 @@ class Process(NamedTuple):
     """Return the time [] or [B] in [0, t_max] with a given log-SNR.
 
     The log-SNR decreases with time. A value outside its range gives the nearest end, 0 or t_max. The method evaluates
-    `alpha` and `sigma` to search for the time. The result is accurate to 1e-11 t_max or to float precision, and
-    differentiable in `log_snr`.
+    `alpha` and `sigma` to search for the time. The result is accurate to 1e-11 t_max or to float precision,
+    whichever is coarser, and differentiable in `log_snr`.
     """
     log_snr = as_time(log_snr)
     # Each round divides the interval into _SECTIONS sections and keeps one. A few wide operations replace a long loop.
@@ -131,7 +132,7 @@ class Process(NamedTuple):
     return slope - 2 * self.drift(t) * variance
 
   def diffusion(self, t) -> Array:
-    """Return g(t)."""
+    """Return g(t) of the SDE `dx = f x dt + g dw`."""
     return jnp.sqrt(jnp.maximum(self.diffusion_squared(t), 0))
 
   def perturb(self, x_0: Array, t, eps: Array) -> Array:
@@ -227,8 +228,8 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
 def ve(sigma_min: float = 0.02, sigma_max: float = 100.0) -> Process:
   """Build the variance-exploding SDE with sigma geometric on (0, 1] (Song et al. 2021, appendix C).
 
-  The defaults are for data in [-1, 1]. Song et al. use data in [0, 1] and half these sigmas. Sigma is 0 at t = 0 and
-  nowhere else, so the last step of a grid goes from sigma_min to clean data. The time input is log(sigma / 2), the
+  The defaults are for data in [-1, 1]. Song et al. use data in [0, 1] and half these sigmas. Sigma is 0 at t = 0, and
+  above sigma_min at all later times. A step to t = 0 thus ends at clean data. The time input is log(sigma / 2), the
   logarithm of the paper's sigma.
 
   Raises:
@@ -348,11 +349,12 @@ def discrete(betas: schedules.Betas) -> Process:
       f"Got beta {betas[bad[0]]:g} at step {bad[0] + 1} of {n} ({bad.size} invalid betas in total); expected every beta inside (0, 1)."
       " Lower the end of the schedule, or use more steps. Only the last of several betas may be 1."
     )
-  # -log(alpha_bar), summed in float64. Computed from it, 1 - alpha_bar = -expm1(.) is accurate in float32, even near 0.
+  # The table of -log(alpha_bar), summed in float64. With it, 1 - alpha_bar = -expm1(-table) is accurate in float32,
+  # even where 1 - alpha_bar is near 0.
   table = np.concatenate([[0.0], np.cumsum(-np.log1p(-betas[:num_with_data]))])
   # Straight lines would be exact at the steps, but their rate jumps. Jumps mislead the error control of adaptive
-  # solvers: with a tolerance of 1e-5 the error is 6e-4. The cubic's coefficients [4, N], highest power first, are local
-  # to a step.
+  # solvers: with a tolerance of 1e-5 the error is 6e-4. Each step has one column of the cubic's coefficients [4, N],
+  # highest power first.
   cubic = PchipInterpolator(np.arange(num_with_data + 1), table).c
 
   def step(t):
@@ -404,7 +406,10 @@ def _piecewise(coefficients: Array, position: Array) -> Array:
 
 
 def _linear_rate(beta_min: float, beta_max: float) -> TimeFn:
-  """Return the integral over [0, t] of a beta that rises linearly from beta_min at 0 to beta_max at 1."""
+  """Return the integral of beta over [0, t] as a function of t.
+
+  Beta rises linearly from beta_min at t = 0 to beta_max at t = 1.
+  """
   if _is_concrete(beta_min, beta_max) and not 0 < beta_min <= beta_max < math.inf:
     raise ValueError(
       f"Got beta_min={beta_min}, beta_max={beta_max}; expected finite 0 < beta_min <= beta_max, as in vp(0.1, 20)."
@@ -429,7 +434,7 @@ def _is_concrete(*values) -> bool:
 def last_step(process: Process) -> int:
   """Return the step n at the t_max of a discrete process.
 
-  The t_max of a process may have been lowered below 1.
+  The step is N, unless t_max was lowered with `process._replace(t_max=...)`.
 
   Raises:
     ValueError: if the process is continuous, or t_max is not the time of a step.

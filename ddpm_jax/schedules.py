@@ -95,7 +95,7 @@ def zero_terminal_snr(betas: Betas) -> np.ndarray:
   """Rescale betas [N] so that no data is left at step N and the last beta is 1 (Lin et al. 2024, algorithm 1).
 
   The function shifts sqrt(alpha_bar) to end at 0, and scales it to keep its first value. A model with the rescaled
-  betas must predict V, X0 or VELOCITY, because an eps prediction does not determine the data at step N.
+  betas must predict V, X0, VELOCITY or `edm`, because an eps prediction does not determine the data at step N.
 
   Raises:
     ValueError: if there are fewer than 2 betas, or a beta is outside (0, 1).
@@ -130,6 +130,6 @@ def check_steps(num_steps: int) -> None:
     raise ValueError(f"Got a schedule of {num_steps} steps; expected at least 1.")
   if num_steps > MAX_STEPS:
     raise ValueError(
-      f"Got num_steps={num_steps}; expected at most {MAX_STEPS:,}. The tables take at least"
-      f" {_BYTES_PER_STEP * num_steps / 1e9:,.3g} GB, and float32 cannot distinguish the times of more steps."
+      f"Got num_steps={num_steps}; expected at most {MAX_STEPS:,}, because float32 cannot distinguish the times of more steps."
+      f" The tables take at least {_BYTES_PER_STEP * num_steps / 1e9:,.3g} GB."
     )

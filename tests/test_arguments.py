@@ -105,15 +105,15 @@ WRONG = {
     " predictions.edm(...)",
   ),
   "learned_range": (lambda: predictions.learned_range("v"), "Got 'v' as prediction of predictions.learned_range"),
-  "times uncalled": (lambda: loss(times=losses.uniform), "pass its result: losses.uniform(...)"),
+  "times uncalled": (lambda: loss(times=losses.uniform), "itself as an argument, call it first: losses.uniform(...)"),
   "times' name": (
     lambda: loss(times="uniform"),
     "Got 'uniform' as times of losses.denoising_loss; expected a function.",
   ),
   "weighting uncalled": (
     lambda: loss(weighting=losses.min_snr),
-    "Got an array of shape (4,) as gamma of losses.min_snr; expected a number. If you passed losses.min_snr itself to a function, pass its"
-    " result: losses.min_snr(...).",
+    "Got an array of shape (4,) as gamma of losses.min_snr; expected a number. If you passed losses.min_snr itself as an argument, call"
+    " it first: losses.min_snr(...).",
   ),
   "weighting's name": (lambda: loss(weighting="min_snr"), "Got 'min_snr' as weighting"),
   "network's output": (

@@ -1,8 +1,8 @@
 """Replace the known pixels of x_t with new noisy samples at every step, for inpainting.
 
-Neither wrapper samples the exact posterior. The network sees the known pixels only with noise, and a step
-samples the unknown pixels before the next step draws new noise for the known ones. `editing.posterior` with
-`mask_operator(keep)` is more accurate, but it needs derivatives of the network.
+Neither `replace` nor `repaint` samples the exact posterior. The network sees the known pixels only with noise, and each
+step draws this noise without regard to the unknown pixels. `editing.posterior` with `mask_operator(keep)` is more
+accurate, but it needs derivatives of the network.
 """
 
 import jax
@@ -60,9 +60,9 @@ def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
 def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10, jump: int = 1) -> Sampler:
   """Repeat the steps of inpainting (RePaint, Lugmayr et al. 2022, algorithm 1).
 
-  Repeating a step lets the unknown pixels adapt to the known ones. The wrapper takes each step from t to s `resamples`
-  times and replaces known pixels like `replace`. Between repetitions it returns from s to t with a sample of
-  q(x_t | x_s). As in the paper, the step to clean data is taken only once.
+  Repeating a step lets the unknown pixels adapt to the known pixels. The wrapper takes each step from t to s
+  `resamples` times and replaces known pixels like `replace`. Between repetitions it returns from s to t with a sample
+  of q(x_t | x_s). As in the paper, the step to clean data is taken only once.
 
   `sampling.nfe` is exact, with one exception: a grid of a single step that starts at zero SNR, with `jump` above 1.
 
@@ -71,7 +71,8 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
     process: the forward process of the sampler.
     image: an image with known pixels, as for `replace`.
     keep: the mask of known pixels, as for `replace`.
-    resamples: how often each step is taken, U in the paper. With 1, the result is the same as for `replace`.
+    resamples: how often each step is taken, U in the paper. With 1 and a `jump` of 1, the rule is the same as
+      `replace`, up to its random numbers.
     jump: the jump length in the paper. A step from t to s consists of this many parts, equal in t, and a single sample
       of q(x_t | x_s) returns from s to t. For a discrete network, choose t and s a multiple of `jump` steps apart,
       so that all intermediate times are steps of the network.

@@ -50,7 +50,7 @@ def img2img(
     return x_0
   noise_key, sample_key = (randomness.fold_in(key, i) for i in range(2))
   times = times[len(times) - 1 - num_steps :]
-  # A strength just below 1 may round to all steps. Those still start from the noisy input.
+  # A strength just below 1 may round to all steps. Sampling then still starts from the noisy input.
   x = (
     process.prior(noise_key, x_0.shape, x_0.dtype)
     if strength == 1
@@ -71,10 +71,10 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
   `ode`, so that each sample chooses its own steps, as it does in the encoding.
 
   Encoding follows the grid upwards. It starts at the smallest positive time t with x_t = alpha_t x_0 + sigma_t eps,
-  where eps is the network's estimate at x = alpha_t x_0. This costs one additional network call. It inverts the last
-  step of sampling with a higher order of accuracy than a start at x_0 or alpha_t x_0. For a two-dimensional mixture on
-  VP with 80 equal steps, the error of a round trip is 0.002 with Heun and 0.020 with DDIM, compared to 0.015 and 0.028
-  for either of these starts. Below 50 steps, DDIM from x_0 has an error up to 1.5 times smaller.
+  where eps is the network's estimate at x = alpha_t x_0. This start costs one additional network call. It inverts the
+  last step of sampling with a higher order of accuracy than a start at x_0 or alpha_t x_0. For a two-dimensional
+  mixture on VP with 80 equal steps, the error of a round trip is 0.002 with Heun and 0.020 with DDIM, compared to 0.015
+  and 0.028 for either of these starts. Below 50 steps, DDIM is up to 1.5 times more accurate from x_0.
 
   Args:
     sampler: a reversible rule, such as `sampling.ddim(process)` or `sampling.ode(process)`.
@@ -163,7 +163,7 @@ def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, 
   """Interpolate between images with `slerp` between their encodings (Song et al. 2021a, section 5.3).
 
   `invert` encodes the images, and `sample` decodes the results. Fractions are decoded one after another, each as a
-  batch [B, ...], so `denoise` may depend on the batch.
+  batch [B, ...], so `denoise` may contain conditions for B samples.
 
   Args:
     sampler: a reversible rule.
@@ -197,7 +197,7 @@ def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, 
 def _keys(x: Array) -> Array:
   """Return one key per sample.
 
-  Deterministic rules do not use their values. With a single key, however, the steps of `ode` would depend on the batch.
+  Deterministic rules do not use the values of keys. But with one key, the steps of `ode` would depend on the batch.
   """
   return jax.random.split(jax.random.key(0), x.shape[0])
 

@@ -23,9 +23,9 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   """Move x toward a measurement after each step (diffusion posterior sampling, Chung et al. 2023, algorithm 1).
 
   Each step subtracts `scale * grad_{x_t} ||y - A(x_0(x_t))||` from x_s. Like the authors' code, this uses the norm of
-  each sample's residual rather than its square, so zeta' in the paper's formula is half of `scale`. The size of the
-  residual does not affect the length of the move: it is `scale` times the derivative of x_0 with respect to x_t. As in
-  the paper, the last step moves x too, so clean data may overshoot the measurement by `scale`.
+  each sample's residual rather than its square, so zeta' in the paper's formula is half of `scale`. The length of the
+  move depends on `scale` and the derivatives of A and x_0, but not on the size of the residual. As in the paper, the
+  last step moves x too, so clean data may overshoot the measurement by `scale`.
 
   The method does not use the noise level of y; `scale` takes its place. No value of `scale` gives exact samples of the
   posterior. `posterior` is exact for Gaussian data.
@@ -37,9 +37,9 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   Args:
     sampler: the step rule.
     process: the forward process of the sampler.
-    operator: the measurement x [B, ...] -> y [B, ...] of each sample, any differentiable function.
+    operator: the function x [B, ...] -> y [B, ...] that measures each sample. It must be differentiable.
     measurement: y, in a shape that broadcasts to the operator's output.
-    scale: the step size. The authors' code uses 0.3 to 1 for images of 256 by 256.
+    scale: the step size. The authors' code uses 0.3 to 1 for images of 256 by 256 pixels.
 
   Raises:
     ValueError: if `scale` is negative or not finite. A step raises it if the measurement does not broadcast to the
@@ -95,20 +95,21 @@ def posterior(
 
   - "tweedie": C is sigma^2 / alpha times the Jacobian of the estimate. This is the covariance of x_0 given x_t (Boys et
     al. 2023; Rozet et al. 2024, moment matching posterior sampling). It is exact for Gaussian data. It takes one
-    network derivative per iteration and one more.
+    network derivative per iteration, and one more at the end.
   - "isotropic": pseudo-inverse guidance (PiGDM, Song et al. 2023, section 3). Inside the inverse, C is
     r^2 = sigma^2 / (alpha^2 + sigma^2), the value for data of variance 1. The outer C is the same as for "tweedie".
     This estimate corresponds to the score of p(y | x_t) in the paper. It takes one network derivative.
 
-  Conjugate gradients apply the inverse. They are exact after one iteration per distinct eigenvalue of A C A^T. A
-  network's C may not be a valid covariance, so they stop where it is negative. Where alpha is 0, the network does not
-  determine C, and the result is the unconditional estimate. A learned variance is passed through unchanged.
+  Conjugate gradients apply the inverse. They are exact after one iteration per distinct eigenvalue of A C A^T. The C of
+  a network may not be a valid covariance, so the iterations stop along directions in which the matrix is not positive.
+  Where alpha is 0, the network does not determine C, and the result is the unconditional estimate. A learned variance
+  is passed through unchanged.
 
   Args:
     denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t. Clip the result of `posterior` rather than this
       argument, because the derivative of a clipped value is 0.
     process: the forward process.
-    operator: the measurement x [B, ...] -> y [B, ...] of each sample, linear and without a constant.
+    operator: the function x [B, ...] -> y [B, ...] that measures each sample. It must be linear, without a constant.
     measurement: y, in a shape that broadcasts to the operator's output.
     noise_std: the standard deviation of the noise of y, above 0. For exact measurements use a small value such as 0.01.
     covariance: "tweedie" or "isotropic".
@@ -177,7 +178,8 @@ def _residual(operator: Operator, measurement, x_0: Array) -> Array:
 def _conjugate_gradients(matrix: Callable[[Array], Array], b: Array, iterations: int) -> Array:
   """Solve `matrix(x) = b` for x [B, ...], starting from 0.
 
-  Each sample is solved independently. It stops when its residual is 0 or the matrix is not positive in its direction.
+  Each sample is solved independently. A sample stops when its residual is 0, or when the matrix is not positive along
+  its search direction.
   """
 
   def dot(u, v):

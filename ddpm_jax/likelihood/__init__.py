@@ -1,10 +1,11 @@
 """Compute likelihoods in bits per dimension.
 
-There are variational bounds in discrete and in continuous time, and the likelihood of the probability flow. Each
-returns -log2 p(x_0) / D for every image [B], with D dimensions. `summary` computes the mean and its standard error.
+`variational_bound` and `continuous_bound` compute variational bounds in discrete and in continuous time. `ode_bits`
+computes the likelihood of the probability flow. The results are values or bounds of -log2 p(x_0) / D for every image
+[B] with D dimensions. `summary` computes the mean and its standard error.
 
-The two bounds and the dequantized flow are upper bounds of the same quantity, the bits per dimension of data on 256
-levels, so they can be compared.
+The two bounds, and `ode_bits` with dequantization, are upper bounds of the same quantity, the bits per dimension of
+data on 256 levels. They can therefore be compared.
 """
 
 from ddpm_jax.likelihood.bounds import ContinuousBound, VariationalBound, continuous_bound, variational_bound

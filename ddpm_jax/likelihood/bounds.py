@@ -18,8 +18,8 @@ Array = jax.Array
 
 # Below this log-SNR all remaining terms add up to less than 1e-8 bits.
 _MIN_LOG_SNR = -20.0
-# The largest log-SNR in Kingma et al. 2021. The noise is a third of the distance between levels, so the levels are
-# almost certain and smaller noise adds no information.
+# The largest log-SNR in Kingma et al. 2021. Its noise has a standard deviation of a sixth of the distance between
+# levels. The levels are then almost certain, and less noise adds no information.
 _MAX_LOG_SNR = 13.3
 
 
@@ -69,7 +69,7 @@ def variational_bound(
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
     process: a discrete process. The bound applies to its chain of N steps. A chain with fewer steps is another model.
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
-    x_0: data [B, ...] on 256 levels in [-1, 1], as from `images.from_uint8`.
+    x_0: data [B, ...] on 256 levels in [-1, 1], as from `storage.images.from_uint8`.
     variance: the variance of p(x_s | x_t), "small", "large" or "learned".
     num_evaluations: the number of evaluated steps per image, an even number from 4 to 2N. None evaluates all steps.
 
@@ -132,8 +132,8 @@ def continuous_bound(
 
   for images on 256 levels. Here l is the log-SNR, which ranges from its value at t_max to its value at t_min, and
   |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this bound (equation 8, with the
-  weight g^2). It depends on the process only through its two end points. The decoder is that of Kingma et al.: the
-  probability of each of the 256 values is proportional to q(x_tmin | value).
+  weight g^2). The bound depends on the process only through the two ends of l. The decoder is the one of Kingma et al.:
+  the probability of each of the 256 values is proportional to q(x_tmin | value).
 
   The estimate samples l uniformly, twice in each of `num_evaluations` / 2 equal intervals. The two samples of an
   interval give the standard error.
@@ -145,7 +145,7 @@ def continuous_bound(
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
     process: the forward process. A discrete process is evaluated between its steps, where its network was not trained.
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
-    x_0: data [B, ...] on 256 levels in [-1, 1], as from `images.from_uint8`.
+    x_0: data [B, ...] on 256 levels in [-1, 1], as from `storage.images.from_uint8`.
     num_evaluations: the number of network calls per image, an even number of at least 2.
     t_min: the time of the decoder, in (0, t_max). The bound is valid for any value. Default: the time with log-SNR
       13.3, as in Kingma et al., or the smallest training time if that is larger. The smallest training time is 1e-5

@@ -71,7 +71,7 @@ def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
   if not np.all((np.abs(values - np.rint(values)) < 1e-2) & (values > -0.5) & (values < LEVELS - 0.5)):
     raise ValueError(
       f"Got data from {np.min(x_0):g} to {np.max(x_0):g} that are not on {LEVELS} levels; expected images / 127.5 - 1 in"
-      " float32, as from images.from_uint8. For the density of continuous data, use ode_bits(..., dequantize=False)."
+      " float32, as from storage.images.from_uint8. For the density of continuous data, use ode_bits(..., dequantize=False)."
     )
 
 

@@ -66,7 +66,7 @@ def ode_bits(
   for each image (`sampling.rk45` with `per_sample`). Each image keeps its probes for the entire flow (Grathwohl et al.
   2019), so only the solver causes bias.
 
-  The density is that of the model's x_tmin, evaluated at x_0. It neglects the noise between 0 and t_min and the
+  The result is the model's density of x_tmin, evaluated at x_0. It neglects the noise between 0 and t_min, and the
   difference between the true distribution of x_tmax and the prior.
 
   Dequantization replaces a value k of 0..255 by y = 2 (k + u) / 256 - 1 with u uniform in [0, 1). The probability of a
@@ -75,8 +75,8 @@ def ode_bits(
   bound. Without dequantization, the result is -log2 of a density and may be negative.
 
   Each evaluation of the right-hand side costs one network call and `probes` derivatives, or D derivatives for an exact
-  trace in D dimensions. Measured with a U-Net on 8x8 images on a CPU, a forward-mode derivative with its value takes
-  2.7 times as long as the value alone, both inside and outside a loop.
+  trace in D dimensions. For a U-Net on 8x8 images on a CPU, a forward-mode derivative together with the value takes
+  2.7 times as long as the value alone.
 
   Args:
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
@@ -84,11 +84,12 @@ def ode_bits(
     denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t, called with t of shape [B]. A clipped estimate
       defines another flow.
     x_0: data [B, ...] in [-1, 1]. D is the total number of dimensions of a sample. For dequantization the data must be
-      on 256 levels, as from `images.from_uint8`.
+      on 256 levels, as from `storage.images.from_uint8`.
     probes: the number of probes v per image.
     probe_noise: the distribution of v: "rademacher" for random signs, or "gaussian", which has a larger variance
       (Hutchinson 1990).
-    exact_trace: whether to compute the exact trace, for at most 1024 dimensions. It ignores `probes` and `probe_noise`.
+    exact_trace: whether to compute the exact trace, for at most 1024 dimensions. `probes` and `probe_noise` then have
+      no effect.
     reverse_mode: whether to use reverse-mode derivatives (`jax.vjp`). Some networks support no others, such as a `UNet`
       with kernels="loop". Forward mode needs less memory.
     dequantize: whether x_0 holds levels rather than continuous data.
@@ -164,7 +165,7 @@ def _with_divergence(
   """
   axes = tuple(range(1, x.ndim))
 
-  def product(v):  # the value, which is independent of v, and v^T J v
+  def product(v):  # returns velocity(x), the same for all v, and v^T J v
     if reverse_mode:
       value, pull_back = jax.vjp(velocity, x)
       slope = pull_back(v)[0]

@@ -43,7 +43,7 @@ def classification_loss(
 
   Returns:
     The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, the `loss` of each sample before importance
-    weights, and `correct`, which is 1 where the most likely class is the true one and 0 elsewhere.
+    weights, and `correct` (1 where the most likely class is the true class, else 0).
 
   Raises:
     ValueError: if there is not one integer class per sample, or the logits are not [B, K].

@@ -20,7 +20,8 @@ from ddpm_jax.processes import Process
 Array = jax.Array
 PyTree = Any
 
-# Losses, and the accuracies of classifiers, are logged separately for the ranges of log-SNR between these values.
+# Losses, and the accuracies of classifiers, are logged separately for the four ranges of log-SNR that these values
+# separate.
 _LOG_SNR_EDGES = (-5.0, 0.0, 5.0)
 _LEVEL_NAMES = ("below_-5", "-5_to_0", "0_to_5", "above_5")
 
@@ -144,7 +145,7 @@ def denoising(
   Args:
     apply: the network.
     process: the forward process.
-    prediction: what the network's output means.
+    prediction: the meaning of the network's output.
     time_input: maps time to the network's time input. Default: the time input of the process.
     times: the distribution of training times. Default: `uniform(process)`. `importance(process)` adapts to the losses.
     weighting: w(log-SNR), the weight of the squared error of eps.
@@ -257,7 +258,7 @@ def _network(apply: Apply, trained: Mapping[str, PyTree], keys: Array, batch: Ma
   """Return the network in training mode as a function of x and time."""
 
   def network(x, time):
-    # The time and the noise use 0 and 1.
+    # `sample_noisy` already folds in 0 for the times and 1 for the noise.
     masks = randomness.fold_in(keys, 2)
     return apply(trained["model"], x, time, batch.get("given", {}), train=True, keys=masks)
 

@@ -16,7 +16,7 @@ from ddpm_jax.processes import Process, check_batch
 
 Array = jax.Array
 
-# Weights are constant below this log-SNR: it is within the range of float32, and x_t carries no information there.
+# Weights are constant below this log-SNR, so that they stay in the range of float32. There x_t carries no information.
 _MIN_LOG_SNR = -40.0
 
 
@@ -69,8 +69,8 @@ def evaluate(
 ) -> Evaluation:
   """Evaluate a network on data noised to random times.
 
-  The arguments and errors are the same as for `denoising_loss`. A loss compares `output` with `target`. The same keys
-  give every loss the same times and noise.
+  The arguments and errors are the same as for `denoising_loss`. A loss compares `output` with `target`. With
+  the same keys, every loss gets the same times and noise.
   """
   check_prediction(process, prediction)
   t, importance, eps, x_t = sample_noisy(key, process, x_0, times)
@@ -110,7 +110,7 @@ def denoising_loss(
     key: one key, or one key per sample [B].
     apply: `apply(x_t, time) -> output`, as for `predictions.denoiser`.
     process: the forward process.
-    prediction: what the output means. This loss does not train a learned variance; `hybrid_loss` does.
+    prediction: the meaning of the output. This loss does not train a learned variance. Use `hybrid_loss` for that.
     x_0: clean data [B, ...], in [-1, 1] by convention.
     times: the distribution of times, such as `uniform(process)`.
     weighting: w(log-SNR), the weight of the squared error of eps.

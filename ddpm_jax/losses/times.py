@@ -2,9 +2,9 @@
 
 A distribution is a function `times(keys) -> (t, weight)` of one key per sample [B]. Both results are arrays [B].
 
-A distribution can be part of the objective, like the log-normal distribution of EDM. Then all weights are 1. Or it can
-reduce the variance of an objective that is defined with uniform times. Then the importance weights keep the expected
-loss the same. `AdaptiveTimes` is a distribution that depends on recent losses.
+A distribution can be a part of the definition of the loss, like the log-normal distribution of EDM. Then all weights
+are 1. Other distributions reduce the variance of a loss that is defined with uniform times. Then the importance weights
+keep the expected loss the same. `AdaptiveTimes` is a distribution that depends on recent losses.
 """
 
 from collections.abc import Callable
@@ -99,7 +99,8 @@ class LossMoments(NamedTuple):
 
   Attributes:
     history: the losses [N, K], oldest first.
-    counts: the number of losses recorded for each step [N], at most K. They are the last `counts` columns of `history`.
+    counts: the number of recorded losses of each step [N], at most K. Only the last `counts[n]` entries of `history[n]`
+      are losses.
   """
 
   history: Array
@@ -153,7 +154,7 @@ def importance_times(process: Process, moments: LossMoments, uniform_share: floa
   """Sample steps in proportion to the root mean square of their recent losses.
 
   Sampling is uniform until every step has a full history (Nichol and Dhariwal 2021, section 3.3). This is a pure
-  function of `moments`. Add losses to them with `update_moments`, or use `importance`, which does both.
+  function of `moments`. Add losses to the moments with `update_moments`. `importance` does both.
 
   Args:
     process: a discrete process.

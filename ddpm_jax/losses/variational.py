@@ -40,7 +40,7 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
   Args:
     x_0: data [B, ...] on `levels` equally spaced values from -1 to 1, such as scaled uint8 images.
     mean: the mean of the Gaussian [B, ...].
-    log_variance: the log variance of the Gaussian. Must broadcast to [B, ...].
+    log_variance: the log variance of the Gaussian, in a shape that broadcasts to [B, ...].
     levels: the number of values. The first and last bins extend to infinity.
 
   Returns:
@@ -64,8 +64,8 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
   """Compute terms of the variational bound at given steps (Ho et al. 2020, equation 5).
 
   The term of step n = N t is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s = t - 1/N. For n = 1 it is the discretized
-  decoder. The posterior variance is 0 at step 1, so "small" and "large" both use the variance of step 2 there, like
-  the code of Ho et al. and guided-diffusion.
+  decoder. The posterior variance is 0 at step 1, so "small" and "large" both use the posterior variance of step 2
+  there, like the code of Ho et al. and guided-diffusion.
 
   Args:
     process: a discrete process.

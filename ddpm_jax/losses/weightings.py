@@ -41,7 +41,7 @@ def snr(log_snr: Array) -> Array:
 
 
 def snr_plus_one(log_snr: Array) -> Array:
-  """Multiply the error of x_0 by SNR + 1, the squared error of v (Salimans and Ho 2022, section 4)."""
+  """Multiply the error of x_0 by SNR + 1 to get the squared error of v (Salimans and Ho 2022, section 4)."""
   return 1 + jnp.exp(-log_snr)
 
 
@@ -76,8 +76,9 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 
 @check_types
 def likelihood(process: Process) -> Weighting:
-  """Make the loss equal to the variational bound in nats under uniform times (Song et al. 2021b, theorem 1).
+  """Make the loss equal to the diffusion term of the variational bound (Song et al. 2021b, theorem 1).
 
+  This is true for uniform times on [0, 1], up to the small times below t_min. The loss is in nats per dimension.
   The weight is g^2 / 2 on the error of the score, and g^2 / (2 sigma^2) on the error of eps. This is half the rate at
   which the log-SNR decreases with time.
   """
@@ -107,7 +108,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 def sigmoid(bias: float = 2.0) -> Weighting:
   """Multiply the error of eps by 1 / (1 + exp(log-SNR - bias)).
 
-  Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers apply the weight to the variational bound.
-  With uniform times, their weighting is `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.
+  Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers multiply the variational bound by this
+  weight. With uniform times, the papers' weighting is `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.
   """
   return lambda log_snr: jax.nn.sigmoid(bias - log_snr)

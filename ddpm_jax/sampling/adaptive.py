@@ -56,17 +56,18 @@ def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: in
   times interrupts the solver at each of them. The step to s = 0 returns the denoised mean, because the right-hand side
   of the flow is 0/0 there. The rule adds no noise. It is reversible: a rising grid encodes data.
 
-  With one key per sample, each sample has its own steps and depends on its start alone. The network is then called with
-  t of shape [B]. With one key, the whole batch shares its steps.
+  With one key per sample, each sample has its own steps and depends only on its own start. The network is then called
+  with t of shape [B]. With one key, the whole batch shares its steps.
 
   Args:
     process: the forward process.
-    rtol: the relative tolerance of the root mean square error in a step of the grid, over the batch or for each sample.
+    rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over the batch, or
+      over each sample.
     atol: the absolute tolerance.
     max_nfe: the largest number of network calls in a step of the grid.
 
   Returns:
-    The rule. `solve` returns its number of network calls, including the last step to 0. A sample that needs more than
+    The rule. `solve` counts its network calls, including the call in the last step to 0. A sample that needs more than
     `max_nfe` calls is NaN. With one key, the whole batch is then NaN. Only forward-mode derivatives work (`jax.jvp`).
 
   Raises:
@@ -124,7 +125,8 @@ def integrate(
     t: the start time, a scalar above 0.
     s: the end time, a scalar above 0. It is below t to sample, and above t to encode. At 0 the right-hand side of the
       flow is 0/0: stop at `process.t_min` and call `denoise` for the last step to data.
-    rtol: the relative tolerance of the root mean square error, over the whole batch or for each sample.
+    rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over the batch, or
+      over each sample.
     atol: the absolute tolerance.
     max_nfe: the largest number of network calls.
     per_sample: whether each sample has its own error, step sizes and times, so that sample i depends on x[i] alone. The
@@ -188,7 +190,8 @@ def rk45(
     x: the state [B, ...] at time t.
     t: the start time, a scalar.
     end: the end time, a scalar.
-    rtol: the relative tolerance of the root mean square error, over the whole state or for each row.
+    rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over the entire
+      state, or over each row.
     atol: the absolute tolerance.
     max_nfe: the largest number of calls of `fun`.
     per_sample: whether each row has its own error, step sizes and times.
@@ -231,7 +234,7 @@ def rk45(
     return 10 * jnp.finfo(time.dtype).eps * jnp.abs(time)
 
   def is_unfinished(state: _Integration):
-    # The negated comparison is also true if a non-finite slope has made the step NaN.
+    # A non-finite slope can make the step size NaN. `~(h >= minimum)` is then true, but `h < minimum` would be false.
     stalled = state.rejected & ~(state.h >= min_step(state.t))
     return (direction * (end - state.t) > 0) & (state.nfe + 6 <= max_nfe) & ~stalled
 

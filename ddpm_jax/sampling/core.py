@@ -27,8 +27,8 @@ class Sampler(NamedTuple):
     process: the process whose times the rule takes. `sample` checks the grid against it. None allows all times of at
       least 0.
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
-    calls: the numbers of network calls in three kinds of steps: between noisy times, to clean data, and from or to a
-      time without data.
+    calls: the number of network calls in each of three kinds of steps: between noisy times, to clean data, and from or
+      to a time without data (alpha = 0).
     prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` calls it.
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
       rules with a data-dependent number of calls, and replaces `calls`. None for all other rules.
@@ -77,7 +77,7 @@ def add_calls(sampler: Sampler, calls: int) -> Sampler:
 
 
 def with_many_steps(sampler: Sampler) -> Sampler:
-  """Return the rule with a grid of many steps, even if the rule alone needs only the ends of a grid.
+  """Return the rule with a `spacing` for many steps, even if the rule alone needs only the ends of a grid.
 
   Wrappers use this if they act at each step of the grid.
   """

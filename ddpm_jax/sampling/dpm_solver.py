@@ -86,7 +86,8 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
 
   Args:
     process: the forward process.
-    eta: the amount of fresh noise in [0, 1], as in `euler_ancestral`. With noise, the rule is k-diffusion's "2S a".
+    eta: the amount of fresh noise in [0, 1], as in `euler_ancestral`. With noise, the rule is k-diffusion's
+      `sample_dpmpp_2s_ancestral`.
 
   Raises:
     ValueError: if eta is outside [0, 1].

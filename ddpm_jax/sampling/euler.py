@@ -1,9 +1,11 @@
 """Provide DDIM, and the Euler and Heun rules of Karras et al. 2022.
 
-The rules step along the flow `dx = x_0 dalpha + eps dsigma`, with churn or fresh noise. Here x_0 and eps are the
-network's estimates from x at t. With both constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, the step
-of DDIM. With alpha = 1 the flow is EDM's ODE in sigma. On a straight path it is the ODE of flow matching in t. No step
-divides by alpha, because alpha may be 0 at t_max.
+The rules step along the flow `dx = x_0 dalpha + eps dsigma`. Here x_0 and eps are the network's estimates from x at t.
+With both constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, the step of DDIM. With alpha = 1 the flow
+is EDM's ODE in sigma. On a straight path the flow is the ODE of flow matching in t. No step along the flow divides by
+alpha, because alpha may be 0 at t_max.
+
+A rule may also add noise: fresh noise at the end of each step, or churn, the noise that EDM adds before each step.
 """
 
 import math
@@ -82,8 +84,8 @@ def euler(
 
   Args:
     process: the forward process.
-    s_churn: the total amount of noise. Equal parts of it are added before the steps. 0 adds none. Noise never moves x
-      past t_max, so a step from t_max adds none.
+    s_churn: the strength of the churn. Before each of K steps, noise raises sigma/alpha by the factor 1 + s_churn / K,
+      but at most by sqrt(2). 0 adds no noise. Noise never moves x past t_max, so a step from t_max adds none.
     s_min: the smallest sigma/alpha at which noise is added.
     s_max: the largest sigma/alpha at which noise is added.
     s_noise: the standard deviation of the added noise. A value slightly above 1 counteracts a loss of detail.

@@ -1,9 +1,10 @@
 """Provide the common parts of the solvers in lambda = log(alpha / sigma).
 
-These parts are lambda itself, the memory of past estimates, and the integrals of a polynomial through them. All
-multistep rules fit a polynomial in lambda to the network's last estimates. They integrate the product of the polynomial
-and the exponential in the flow's solution exactly. DPM-Solver++ and UniPC use estimates of x_0, and DEIS uses estimates
-of eps.
+These parts are lambda itself, the memory of past estimates, and the integrals of a polynomial through these estimates.
+
+All multistep rules fit a polynomial in lambda to the network's last estimates. They integrate the product of the
+polynomial and the exponential in the flow's solution exactly. DPM-Solver++ and UniPC use estimates of x_0, and DEIS
+uses estimates of eps.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from ddpm_jax.processes import Process, as_time
 
 Array = jax.Array
 
-# Lambda is clipped to [-40, 40], so that it stays finite where alpha or sigma is 0. Steps to the limits are of order 1.
+# Lambda is clipped to [-40, 40], so that it stays finite where alpha or sigma is 0. Steps from or to such a time are of
+# order 1.
 _MAX_LAMBDA = 40.0
 # The lambda of a missing estimate is so far away that the estimate does not bend the polynomial. The first steps are
 # then of lower order without a special case.
@@ -35,7 +37,7 @@ class Past(NamedTuple):
     return cls((jnp.zeros_like(x),) * size, tuple(jnp.asarray(-_DISTANCE * 10.0**i, widest(x)) for i in range(size)))
 
   def add(self, value: Array, at: Array) -> "Past":
-    """Add an estimate and remove the oldest."""
+    """Add an estimate at lambda = `at`, and remove the oldest estimate."""
     at = at.astype(self.lambdas[0].dtype)
     return Past((value.astype(self.values[0].dtype), *self.values[:-1]), (at, *self.lambdas[:-1]))
 

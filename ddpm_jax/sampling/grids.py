@@ -4,10 +4,12 @@ A grid of K steps is a float64 NumPy array of K + 1 strictly decreasing times th
 decreasing array. The functions of this module make the grids of the papers, and `for_sampler` makes the grid for a
 rule.
 
-Each function takes the process and the number of steps K. It raises a ValueError if K is too small or too large, if
-`t_max` (the first time) or `t_min` (the last time before 0) is out of range, or if a grid of discrete steps is made for
-a continuous process. For data that is only partly noised, start below the process's t_max. To leave out the step to 0,
-use `grid[:-1]`.
+Each function takes the process and the number of steps K. Some functions also take the first time `t_max` and the last
+time before 0, `t_min`. To start from data with only a part of the noise, set `t_max` below the process's t_max. To
+leave out the step to 0, use `grid[:-1]`.
+
+A function raises a ValueError if K is too small or too large, or if `t_max` or `t_min` is out of range. `trailing`,
+`leading` and `linspace` also raise it for a continuous process.
 """
 
 import functools
@@ -33,7 +35,7 @@ def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarra
     on discrete processes and `uniform` on continuous processes.
 
   On processes with t = sigma (t_max > 1), "time" and "log_snr" both give `karras`. Even steps in sigma would use almost
-  all steps for noise.
+  all steps at high noise levels.
 
   Raises:
     ValueError: if the rule has another spacing, or if the grid cannot be made.
@@ -60,9 +62,9 @@ def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarra
 def default_t_min(sampler: Sampler, process: Process) -> float:
   """Return the default `t_min` of `uniform` and `quadratic` for a rule.
 
-  Rules with even times on continuous processes add noise. Their grid ends with a short step from the process's t_min.
-  For other rules the result is 0, and the grid has no short step: rules of high order overshoot in a step to t_min from
-  far above.
+  On a continuous process, a rule with the spacing "time" gets the process's t_min. Its grid then ends with a short step
+  from t_min to 0. In all other cases the result is 0, and the grid has no short step. Rules of high order would
+  overshoot in the long step down to t_min.
   """
   return process.t_min if sampler.spacing == "time" and not process.num_steps else 0.0
 
@@ -132,8 +134,8 @@ def trailing(process: Process, num_steps: int) -> np.ndarray:
 def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """Return the times of steps n = 1, 1 + N//K, ... in falling order, then 0 (diffusers' "leading").
 
-  The grid may start below step N. With `open_end`, it is the grid of K + 1 steps without n = 1, as in diffusers'
-  multistep solvers.
+  The grid may start below step N. With `open_end`, the result is the grid of K + 1 steps without n = 1, as in
+  diffusers' multistep solvers.
   """
   if open_end:
     return np.delete(leading(process, num_steps + 1), -2)
@@ -145,8 +147,8 @@ def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.n
 def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """Return the times of K > 1 steps from N to 1, then 0 (diffusers' "linspace").
 
-  Both ends are included. The steps are equally spaced up to rounding. With `open_end`, it is the grid of K + 1 steps
-  without n = 1, as in diffusers' multistep solvers.
+  Both ends are included. The steps are equally spaced up to rounding. With `open_end`, the result is the grid of
+  K + 1 steps without n = 1, as in diffusers' multistep solvers.
   """
   if open_end:
     return np.delete(linspace(process, num_steps + 1), -2)
@@ -174,9 +176,9 @@ def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None,
 
 
 def _positive_t_min(process: Process, t_min: float | None) -> float:
-  """Return the last time above 0 of a grid in log-SNR.
+  """Return a grid's last time above 0, by default the process's t_min.
 
-  It must be positive, because the log-SNR is infinite at 0.
+  Grids in log-SNR need a positive t_min, because the log-SNR is infinite at 0.
   """
   t_min = process.t_min if t_min is None else t_min
   if t_min <= 0:
@@ -185,7 +187,7 @@ def _positive_t_min(process: Process, t_min: float | None) -> float:
 
 
 def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int = 1) -> tuple[int, int]:
-  """Return the step at t_max and the number N of steps of a discrete process."""
+  """Check the arguments of a grid of discrete steps, and return the step at t_max and the number N of steps."""
   if process.num_steps is None:
     raise ValueError(
       f"Got a continuous process for the grid {name!r}; expected a discrete process. Use uniform, log_snr or karras instead."

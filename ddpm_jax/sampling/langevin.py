@@ -18,12 +18,12 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
   """Run Langevin steps at each time before the step of `sampler` (Song et al. 2021, algorithms 2 to 5).
 
   A Langevin step moves x by `e` times the score and adds noise of variance 2 e, with e = 2 (snr sigma_t)^2. The paper
-  computes its step size from the norms of noise and score in each sample. This function uses the average values of the
-  norms, sqrt(D) and sqrt(D) / sigma_t. With measured norms the step size diverges where the score is near 0, and the
-  steps change a distribution that is already correct.
+  computes its step size from the norms of noise and score in each sample. This function uses the average values of
+  the norms, sqrt(D) and sqrt(D) / sigma_t in D dimensions. With measured norms the step size diverges where the score
+  is near 0, and the steps change a distribution that is already correct.
 
   On VP, the paper (algorithm 5) and score_sde's code multiply `e` by 1 - beta_n of their 1,000 steps. This factor is
-  0.98 to 1 and not a function of the process, so it is left out here.
+  0.98 to 1 and depends on the number of steps, not on the process alone. This function omits the factor.
 
   Args:
     sampler: the predictor. The predictor `ode` follows the flow from each time of the grid to the next.

@@ -39,7 +39,7 @@ def deis(process: Process, order: int = 3) -> Sampler:
     lambda_t = half_log_snr(process, t)
     h = half_log_snr(process, s) - lambda_t
     singular = is_singular(process, t, s)
-    h = jnp.where(singular, 1, h)  # unused where the step is singular, but finite
+    h = jnp.where(singular, 1, h)  # any finite value: a singular step does not use it
     growth = process.alpha(s) / jnp.where(singular, 1, process.alpha(t))
     curve = integral_of_eps(h, (lambda_t, *past.lambdas), (eps, *past.values))
     x_s = growth * x_t - process.sigma(s) * curve
@@ -75,7 +75,7 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
   Args:
     process: the forward process.
     order: the order of the predictor, 1 to 3. The corrector raises the order of the rule by one.
-    variant: the function B(h) of the first corrector and of the predictor of order 2, "bh1" or "bh2".
+    variant: the function B(h) in the paper's UniC-1 and UniP-2, "bh1" or "bh2". The other formulas do not depend on it.
 
   Raises:
     ValueError: if the order is not 1, 2 or 3, or the variant is not "bh1" or "bh2".
