@@ -41,7 +41,10 @@ def snr(log_snr: Array) -> Array:
 
 
 def snr_plus_one(log_snr: Array) -> Array:
-  """Multiply the error of x_0 by SNR + 1 to get the squared error of v (Salimans and Ho 2022, section 4)."""
+  """Multiply the error of x_0 by SNR + 1.
+
+  On variance-preserving processes this is the squared error of v (Salimans and Ho 2022, section 4).
+  """
   return 1 + jnp.exp(-log_snr)
 
 
