@@ -186,7 +186,7 @@ def check_new_folder(path: str | Path) -> None:
     raise ValueError(f"Got the output {path}, a broken link; expected a new or an empty folder. Remove the link.")
   if path.exists() and (not path.is_dir() or any(not entry.name.startswith(_UNFINISHED) for entry in path.iterdir())):
     raise ValueError(
-      f"Got the output {path}, which exists and is not empty; expected a new or an empty folder, so that nothing is"
+      f"Got the output {path}, which is not an empty folder; expected a new or an empty folder, so that nothing is"
       " overwritten. Choose another path."
     )
   check_writable(path)

@@ -18,8 +18,8 @@ _HASH_BYTES = 2**26
 class ResumableArray:
   """Store an array on disk while its rows are computed in order.
 
-  Rows are written to `<path>.partial.npy`, and their number and notes to `<path>.partial.json`. The
-  finished array is in `<path>.npz`. A damaged file is moved to the folder `damaged` with a warning, and the rows are computed again.
+  Rows are written to `<path>.partial.npy`, and their number and notes to `<path>.partial.json`. The finished array
+  is in `<path>.npz`. A damaged file is moved to the folder `damaged` with a warning, and the rows are computed again.
 
   Args:
     path: the path without a suffix.
