@@ -128,7 +128,7 @@ def test_no_checkpoint_or_a_newer_format_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
   save(tmp_path, 5)
   monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
-  with pytest.raises(ValueError, match="format 3.*expected format 2.*Upgrade"):
+  with pytest.raises(ValueError, match="format 3.*expected format 2.*Use the version"):
     restore(tmp_path)
 
 

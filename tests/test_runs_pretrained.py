@@ -201,7 +201,7 @@ def test_wrong_input_gives_one_message_at_once(name, tmp_path):
 
 def test_wrong_folders_are_refused_at_once(run, exported, tmp_path):
   code, output = call("--mode=export", f"--workdir={run}", f"--output={exported}")
-  assert_refused(code, output, "exists and is not empty")
+  assert_refused(code, output, "is not an empty folder")
   write_pipeline(tmp_path / "color")
   code, output = call(RECIPE, f"--config.init_from={tmp_path / 'color'}", f"--workdir={tmp_path / 'work'}")
   assert_refused(code, output, r"a model of images of \(8, 8, 3\), with data of \(8, 8, 1\)")

@@ -68,7 +68,7 @@ def test_existing_devices_are_used():
 
 def test_simulating_devices_too_late_or_out_of_range_is_an_error():
   assert len(jax.devices()) == 8
-  with pytest.raises(ValueError, match="Got 99 devices to simulate, but JAX was already started with 8;"):
+  with pytest.raises(ValueError, match="Got 99 devices to simulate, but JAX was already started with 8 device"):
     topology.simulate_devices(99)
   with pytest.raises(ValueError, match="--devices=1000000000; expected 1 to 65,536"):
     topology.simulate_devices(10**9)

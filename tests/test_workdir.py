@@ -72,7 +72,7 @@ def test_an_edited_config_is_accepted_without_its_digest(tmp_path):
   workdir.write_config(tmp_path, CONFIG)
   path = workdir.config_path(tmp_path)
   path.write_text(path.read_text().replace('"steps": 5', '"steps": 9'))
-  with pytest.raises(ValueError, match="changed after it was written.*as a flag.*delete its line"):
+  with pytest.raises(ValueError, match="changed after it was written.*as a flag.*delete the line"):
     workdir.read_config(tmp_path)
   path.write_text("\n".join(line for line in path.read_text().splitlines() if '"sha256"' not in line))
   assert workdir.read_config(tmp_path)["training"]["steps"] == 9

@@ -15,14 +15,14 @@ COLLECTIVES = (*_FACTORS, "collective-permute")
 
 
 def matmul_flops(jaxpr: Any) -> float:
-  """Count the FLOPs of the matrix products and convolutions of a program, two for each scalar product.
+  """Count the FLOPs of a program's matrix products and convolutions, two for each multiply-add.
 
   The count is over all devices and before any optimization:
 
   - Recomputation (rematerialization) counts again.
   - Products with zeros of padding and dilation do not count, as in XLA's own count.
   - The body of `lax.scan` counts once for each iteration. The body of `lax.while_loop` counts once.
-  - `lax.cond` counts its most expensive branch, and `lax.platform_dependent` its default.
+  - `lax.cond` counts as its most expensive branch, and `lax.platform_dependent` as its default branch.
   - Custom kernels (Pallas, cuDNN) do not count.
 
   Args:
@@ -33,7 +33,7 @@ def matmul_flops(jaxpr: Any) -> float:
 
 
 class Collective(NamedTuple):
-  """Hold the total of all collectives of one kind that one device runs in a step.
+  """Hold the totals over all collectives of one kind, for one device and one step.
 
   Attributes:
     number: the number of collectives.
@@ -139,9 +139,9 @@ _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer")
 def operations(hlo_text: str) -> list[Operation]:
   """List the operations of a compiled program with their traffic to the device's main memory.
 
-  Operations that move no data are omitted. Traffic to a TPU's on-chip memory does not count, unlike in XLA's own count
-  (`cost_analysis`), so a copy between both memories counts at one end only. If a fusion only slices an operand, or
-  updates it in place, only the slices count. Loops count as in `collectives`.
+  Operations that move no data are omitted. Traffic to a TPU's on-chip memory does not count, so a copy between main
+  memory and on-chip memory counts only once. XLA's own count (`cost_analysis`) includes on-chip memory. If a fusion
+  only slices an operand, or updates it in place, only the slices count. Loops count as in `collectives`.
 
   Args:
     hlo_text: the program, from `compiled.as_text()`.
@@ -204,8 +204,8 @@ def _parse(line: str) -> tuple[str, str, str, str, str] | None:
 def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple[dict[int, float], dict[int, float]]:
   """Return the fraction that a fusion reads of each operand, and the fraction that it writes of each result.
 
-  A fraction is below 1 if the fusion only slices the operand, or only updates a slice of the result. Both dicts are by
-  index, and a missing index means 1.
+  A fraction is below 1 if the fusion only slices the operand, or only updates a slice of the result. Both dicts map
+  an index to its fraction. A missing index means 1.
   """
   lines = computations[fusion]
   parsed = {parts[0]: parts for parts in filter(None, map(_parse, lines))}
@@ -248,7 +248,7 @@ def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple
 
 def _in_memory(shape: str) -> float:
   """Return the total size in bytes of a shape's arrays in the device's main memory."""
-  # The layout of an array in any other memory has an S(...). For example, S(1) is a TPU's VMEM.
+  # If an array is in another memory, its layout contains S(...). For example, S(1) is a TPU's VMEM.
   return sum(
     sum(_sizes(array)) for array, layout in re.findall(r"(\w+\[[\d,<=]*\])(\{[^}]*\})?", shape) if "S(" not in layout
   )
@@ -377,7 +377,7 @@ def _group_size(line: str, num_devices: int) -> int:
     return int(tiled.group(1))
   if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
-    # Each item is an axis, or a part of one written as 'axis':(devices before)size.
+    # Each item is an axis, or a part of an axis, written as 'axis':(devices before)size.
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
     return math.prod(int(part or sizes.get(axis, 1)) for axis, part in axes)
   return max(num_devices, 1)

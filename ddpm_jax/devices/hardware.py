@@ -23,7 +23,8 @@ class Chip(NamedTuple):
     memory: bytes of HBM or graphics memory.
     bandwidth: bytes a second between the memory and the chip.
     interconnect: the maximum number of bytes a second that a chip sends to others in one direction, over all its links.
-      It is not halved for one of two cores: the cores share the links, and data that both cores hold is sent only once.
+      A core has the number of its full chip, because the cores share the links, and data that both cores hold is sent
+      only once.
   """
 
   name: str
@@ -54,8 +55,9 @@ def _gpu(name: str, half: float, single: float, memory_gb: float, bandwidth_gb: 
 
 # The keys are JAX's `device_kind`. Source: the pages "System architecture" of Cloud TPU
 # (docs.cloud.google.com/tpu/docs/v5e and so on). The links of v2 and v3 are from Jouppi et al., "A domain-specific
-# supercomputer for training deep neural networks" (2020). The pages state links for each chip, either in Gbit/s in one
-# direction or in GB/s in both directions.
+# supercomputer for training deep neural networks" (2020). The columns are TFLOP/s of bfloat16, memory in GiB, bandwidth
+# in GB/s, and links in one direction in GB/s, all for one chip. The pages state links either in Gbit/s in one direction
+# or in GB/s in both directions.
 _TPUS = {
   "TPU v2": _tpu("TPU v2", 46, 16, 700, 248),
   "TPU v3": _tpu("TPU v3", 123, 32, 900, 328),

@@ -16,11 +16,11 @@ def keep_freed_memory() -> bool:
   """Make glibc keep freed memory if JAX computes on a CPU. Call it before JAX starts.
 
   A compiled program allocates its temporaries again in each run. By default, glibc returns them to the kernel, and the
-  kernel fills every new page with zeros. This takes a sixth of the time of a train step of a small
-  network on a CPU, and a tenth for a large network. With this setting, the process keeps its peak memory until it ends.
+  kernel fills every new page with zeros. On a CPU, this takes a sixth of the time of a train step of a small network,
+  and a tenth for a large network. With this setting, the process keeps its peak memory until it ends.
 
-  Only the heap of the main thread can hold large blocks. Therefore JAX is also configured to run programs in the
-  calling thread instead of its own.
+  Only the heap of the main thread can hold large blocks. Therefore this function also configures JAX to run programs in
+  the calling thread.
 
   Returns:
     Whether the setting was applied. It is not applied if there is an accelerator (unless JAX_PLATFORMS is "cpu"), if
@@ -46,7 +46,7 @@ def raise_gc_threshold() -> None:
   """Run Python's cyclic garbage collection once for every 100,000 new objects.
 
   The default is 700 (Python 3.12 and before) or 2,000. Tracing creates millions of long-lived objects, and each
-  collection scans the new ones. This takes a tenth to a quarter of the time of tracing and lowering. Arrays outside
+  collection scans the new objects. This takes a tenth to a quarter of the time of tracing and lowering. Arrays outside
   reference cycles are still freed immediately, and training and checkpoints create no cycles.
   """
   gc.set_threshold(100_000)

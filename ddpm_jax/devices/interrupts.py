@@ -1,7 +1,7 @@
 """Exit on Ctrl-C immediately, even while native code runs.
 
-Python handles a signal between two of its own instructions. An XLA compilation can take minutes within one instruction.
-A KeyboardInterrupt would also be lost in a callback, or abort the program while it imports a library.
+Python handles a signal only between two bytecode instructions. An XLA compilation can take minutes within one
+instruction. A KeyboardInterrupt can also be lost in a callback, or abort the program during the import of a library.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ _is_deferred = threading.Event()
 def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
   """Call `end` on Ctrl-C during the block.
 
-  The main thread calls it. If the main thread does not react within a second, another thread calls it. Enter this block
-  in the main thread.
+  The main thread calls `end`. If it does not react within a second, another thread calls `end`. Enter this block in the
+  main thread.
 
   Args:
     end: a function that ends the process.
@@ -57,7 +57,7 @@ def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-  """Let the handler process the next signal during the block, even if it is slow.
+  """Let only the main thread handle the next signal during the block, even if that takes more than a second.
 
   For example, the handler of a training run saves a checkpoint after the current step.
   """

@@ -1,4 +1,4 @@
-"""Compare required bytes with the bytes of the machine before memory is allocated."""
+"""Check that data fits into memory or onto a disk before it is allocated."""
 
 import os
 import shutil
@@ -8,23 +8,23 @@ from typing import Any
 
 from ddpm_jax.devices import hardware
 
-# More than any machine has. The largest TPU slice, 9,216 chips of 192 GiB, has less than half of it.
+# More memory than any machine has. The largest TPU slice has less than half: 9,216 chips of 192 GiB.
 MAX_BYTES = 2**52
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def host_bytes() -> int:
-  """Return the bytes of memory of this machine, or the limit of its container."""
+  """Return the memory of this machine in bytes, or the limit of its container if it is lower."""
   total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   try:
     return min(total, int(_LIMIT.read_text()))
-  except (OSError, ValueError):  # no container, or one without a limit
+  except (OSError, ValueError):  # no container, or a container without a limit
     return total
 
 
 def device_bytes(devices: Sequence[Any]) -> float | None:
-  """Return the total bytes of memory of devices, or None if it is unknown.
+  """Return the total memory of devices in bytes, or None if it is unknown.
 
   CPU devices share the memory of their host.
   """
@@ -42,7 +42,7 @@ def device_bytes(devices: Sequence[Any]) -> float | None:
 
 
 def disk_bytes(folder: Path) -> int:
-  """Return the total size in bytes of the disk of a folder. The folder does not need to exist.
+  """Return the total size in bytes of the disk that holds a folder. The folder does not need to exist.
 
   Free bytes would be misleading, because an interrupted run may have already written a part of its files.
   """
@@ -50,17 +50,17 @@ def disk_bytes(folder: Path) -> int:
 
 
 def check(name: str, needed: float, available: float | None, advice: str, where: str = "memory") -> None:
-  """Check that there are enough bytes for something.
+  """Check that data fits into memory or onto a disk.
 
   Args:
-    name: a description of it for the error message.
-    needed: a lower bound of the bytes that it needs.
-    available: the available bytes; None if they are unknown.
+    name: a description of the data for the error message.
+    needed: a lower bound of the number of bytes that the data needs.
+    available: the number of available bytes; None if it is unknown.
     advice: what the user can do, for the error message.
-    where: the kind of bytes, such as "memory" or "disk".
+    where: the kind of storage for the error message, "memory" or "disk".
 
   Raises:
-    ValueError: if it needs more bytes than are available.
+    ValueError: if the data needs more bytes than are available.
   """
   limit = MAX_BYTES if available is None else min(available, MAX_BYTES)
   if needed > limit:

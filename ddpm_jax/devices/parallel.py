@@ -86,8 +86,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
   """Return the sharding of each leaf of a state.
 
-  The sharding depends on the shape alone: the largest axis that "fsdp" divides is split over "fsdp". If there is none,
-  the leaf is replicated. Optimizer moments and averages have the shapes of their parameters, and so the same sharding.
+  The sharding depends on the shape alone. The largest axis that is divisible by the size of "fsdp" is split over
+  "fsdp". If no axis is divisible, the leaf is replicated. Optimizer moments and averages have the
+  shapes of their parameters, and so the same sharding.
   """
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), state)
 
@@ -117,8 +118,9 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   """Return a decorator that computes gradients in parallel on all devices, for `training.train_step` under `jit`.
 
   Each device computes the gradients of its shard of the batch. The gradients are averaged over devices once, even if
-  each device accumulates them over several parts. Inputs have the shardings of `state_shardings`. Leaves that are
-  sharded over "fsdp" are gathered before the computation, and their gradients are sharded in the same way.
+  each device accumulates them over several parts of its shard. Inputs have the shardings of `state_shardings`.
+  Leaves that are sharded over "fsdp" are gathered before the computation, and their gradients are sharded in the same
+  way.
   """
 
   def distribute(gradient: GradientFn) -> GradientFn:
@@ -269,7 +271,7 @@ def replicate(tree: PyTree, num_devices: int | None = None) -> PyTree:
 
 
 def unreplicate(tree: PyTree) -> PyTree:
-  """Return the copy of the first device."""
+  """Return the first device's copy of each leaf."""
   return jax.tree.map(lambda x: x[0], tree)
 
 
@@ -277,7 +279,10 @@ def unreplicate(tree: PyTree) -> PyTree:
 
 
 def is_main() -> bool:
-  """Return whether this is the main process. Only this process writes files and prints messages."""
+  """Return whether this is the main process.
+
+  Only the main process prints messages and writes files, except for checkpoints.
+  """
   return jax.process_index() == 0
 
 
@@ -293,12 +298,13 @@ def broadcast(value: int) -> int:
 def exit_distributed(code: int) -> None:
   """Exit immediately if this process is one of several.
 
-  Without an immediate exit, this process would wait for the others. They notice the exit within the heartbeat timeout.
+  Without an immediate exit, this process would wait for the other processes. They notice the exit within the heartbeat
+  timeout.
   """
   if not jax.distributed.is_initialized():
     return
   print(
-    f"process {jax.process_index()} of {jax.process_count()} exits because it or another process failed, and the run ends."
+    f"process {jax.process_index()} of {jax.process_count()} exits because it or another process failed. The run ends."
     " Start all processes again to resume from the last checkpoint.",
     file=sys.stderr,
     flush=True,
@@ -319,14 +325,17 @@ def wait_for_all(name: str) -> None:
 
 
 def peak_memory() -> int:
-  """Return the largest peak memory in bytes of this process's devices, or of the process on a CPU."""
+  """Return the peak memory in bytes of the process's device with the highest peak.
+
+  On a CPU, return the peak memory of the process.
+  """
   peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
   # Linux reports this value in units of 1024 bytes.
   return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gather(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Replicate arrays on every device, for any sharding of the arrays."""
+  """Replicate arrays on every device, whatever their shardings are."""
   return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 

@@ -34,7 +34,7 @@ class OutOfMemory(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Hold the resources that one step needs, and lower bounds of its time.
+  """Hold the resources that one step needs, and lower bounds on its time.
 
   Bytes and FLOPs are for one step on one device unless stated otherwise. Times are for one step. None means unknown.
 
@@ -48,16 +48,16 @@ class Plan(NamedTuple):
       recomputation (`costs.matmul_flops`).
     flops_per_device: these FLOPs for one step on one device.
     state_bytes: parameters, optimizer state, EMA and frozen parameters, according to their shardings.
-    argument_bytes: the arguments of the step, which are the state and a shard of the batch, with padding of the
-      device's layout.
+    argument_bytes: the arguments of the step: the state and a shard of the batch, including the padding of the device's
+      layout.
     output_bytes: the outputs that do not reuse the memory of an argument.
     temporary_bytes: the peak of activations, gradients and scratch memory.
     code_bytes: the program.
     total_bytes: the sum of arguments, outputs, temporaries and code.
     memory: the memory of a device.
     fits: whether the total is within the usable memory.
-    bytes_accessed: bytes that the compiled program reads and writes according to XLA. It counts loops once, and
-      includes a TPU's on-chip memory.
+    bytes_accessed: bytes that the compiled program reads and writes according to XLA. XLA counts one iteration of each
+      loop, and includes a TPU's on-chip memory.
     loops: the number of loops in the program.
     collectives: the collectives by kind, from `costs.collectives`. None if the program does not fit or cannot be read.
     peak_flops: the peak FLOP/s of a device for the dtype.
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     memory_seconds: the time to read the arguments and write the outputs once. Temporaries may stay on the chip.
     communication_seconds: the time of the collectives over all links at once.
     step_seconds: the largest of these three times, a lower bound for the time of a step.
-    images_per_second: the batch size over `step_seconds`, an upper bound for the speed.
+    images_per_second: the batch size divided by `step_seconds`, an upper bound for the speed.
     traffic_bytes: bytes that the operations read from and write to the device's memory (`costs.operations`), with all
       iterations of loops.
     traffic_seconds: the time of this traffic at the memory's bandwidth. It is not a bound, because another program may
@@ -103,16 +103,16 @@ class Plan(NamedTuple):
 
 
 def compile_step(traced: jax.stages.Traced, devices: Sequence[Any]) -> jax.stages.Compiled | OutOfMemory:
-  """Compile a traced step, and return an `OutOfMemory` if the compiler reports that it does not fit.
+  """Compile a traced step, and return an `OutOfMemory` if the compiler reports that the step does not fit.
 
   Args:
     traced: the step with abstract arguments, from `jax.jit(step, in_shardings=...).trace(state, batch)`.
-    devices: the devices of its shardings.
+    devices: the devices of the step's shardings.
   """
   option = "jax_persistent_cache_min_compile_time_secs"
   old_value = jax.config.values[option]
   if any(device.platform == "tpu" for device in devices):
-    # A program for TPUs that this machine does not have cannot be loaded from the cache, so do not store it there.
+    # A program for absent TPUs cannot be loaded from the cache, so do not store it there.
     jax.config.update(option, math.inf)
   try:
     return traced.lower().compile()
@@ -245,7 +245,9 @@ def table(plan: Plan) -> str:
 def _collective_rows(p: Plan) -> list[tuple[str, str, str]]:
   if p.collectives is None:
     reason = (
-      "" if p.problem else "this jaxlib cannot read programs of this libtpu; install a matching one: 'ddpm_jax[plan]'"
+      ""
+      if p.problem
+      else "this jaxlib cannot read programs of this libtpu; install a matching libtpu: 'ddpm_jax[plan]'"
     )
     return [("  all", "unknown", reason)]
   if not p.collectives:
@@ -323,7 +325,7 @@ def _fits(compiled: Any, platform: str, total: float | None, memory: float | Non
 
 
 def _memory(compiled: jax.stages.Compiled | OutOfMemory) -> dict[str, Any]:
-  """Return the compiler's memory figures under the names of `Plan`, and `moved`, the minimum traffic of any program."""
+  """Return the compiler's memory figures under the names of `Plan`, and the minimum traffic of a step as `moved`."""
   names = ("argument_bytes", "output_bytes", "temporary_bytes", "code_bytes", "total_bytes", "bytes_accessed", "moved")
   values: dict[str, Any] = dict.fromkeys(names)
   if isinstance(compiled, OutOfMemory):

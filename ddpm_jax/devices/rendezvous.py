@@ -29,7 +29,7 @@ def wait_for_processes(
     log: a function that prints a line.
 
   Raises:
-    ValueError: if a process is missing after this time, two processes have the same id, the processes disagree about
+    ValueError: if a process is missing after `seconds`, two processes have the same id, the processes disagree about
       their number, or the port is in use.
   """
   host, _, port = coordinator.rpartition(":")
@@ -41,7 +41,7 @@ def wait_for_processes(
 
 
 class _Patience:
-  """Log regularly what this process waits for, and raise an error when the time is up."""
+  """Log regularly that this process is still waiting, and raise an error when the time is up."""
 
   def __init__(self, seconds: float, log: Callable[[str], None]):
     self._seconds, self._log, self._start = seconds, log, time.monotonic()
@@ -155,7 +155,7 @@ def _report(host: str, port: int, report: dict[str, int], patience: _Patience) -
 
 @contextlib.contextmanager
 def startup_timeout(num_processes: int, *, seconds: float, log: Callable[[str], None] = print) -> Iterator[None]:
-  """Log messages while JAX's service starts, and end this process with an error if that takes too long."""
+  """Log messages while JAX's service starts, and end this process with an error if the start takes too long."""
   done, patience = threading.Event(), _Patience(seconds, log)
 
   def watch() -> None:
@@ -163,8 +163,8 @@ def startup_timeout(num_processes: int, *, seconds: float, log: Callable[[str], 
       try:
         patience.check(
           f"JAX's service for {num_processes} processes",
-          "Start all processes that the flags or the cluster's environment specify; or set --distributed=false to run this one"
-          " alone.",
+          "Start all processes that the flags or the cluster's environment specify; or set --distributed=false to run this"
+          " process alone.",
         )
       except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from ddpm_jax.devices import rendezvous
 
 
 def environment_processes(environment: Mapping[str, str] = os.environ) -> int:
-  """Return the number of processes from environment variables of Slurm, Open MPI or a TPU slice."""
+  """Return the number of processes from environment variables of Slurm, Open MPI or a TPU slice, or 1 without them."""
   for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
     if environment.get(name, "").isdigit():
       return int(environment[name])
@@ -66,7 +66,7 @@ def connect(
   except Exception as error:
     raise ValueError(
       f"Cannot connect the processes of this run: {error}. Check that all of them were started with the same --coordinator and"
-      " --num_processes and with ids from 0; or set --distributed=false to run this one alone."
+      " --num_processes and with ids from 0; or set --distributed=false to run this process alone."
     ) from error
 
 
@@ -104,8 +104,8 @@ def start_devices(*, quiet: bool = True) -> None:
   """Start JAX's devices. Without this call, the first use of JAX would start them.
 
   Args:
-    quiet: whether to suppress output of native code on a machine without a TPU: warnings of libtpu, if it is installed,
-      and messages of Gloo when it connects.
+    quiet: whether to suppress warnings of libtpu, if it is installed, and messages of Gloo when it connects. On a
+      machine with a TPU, nothing is suppressed.
 
   Raises:
     ValueError: if this machine does not have the platform of JAX_PLATFORMS.

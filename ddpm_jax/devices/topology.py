@@ -24,8 +24,8 @@ _GENERATIONS = {
 }
 # The largest real slices have 9,216 chips. libtpu accepts any size.
 _MAX_CHIPS = 9216
-# Without the first variables, libtpu queries the network for the type of this machine. The last one allows several
-# processes to load libtpu at the same time, which is safe because a compiler does not use chips.
+# Without the first four variables, libtpu queries the network for the type of this machine. The last variable allows
+# several processes to load libtpu at the same time. This is safe because a compiler does not use chips.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -56,7 +56,7 @@ def topology_devices(name: str) -> list[Any]:
     )
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
-  # JAX shows the two cores of a v4 as one device on real machines. Here libtpu needs an option for it.
+  # On real machines, JAX shows the two cores of a v4 as one device. For compilation, libtpu needs an option to do so.
   options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
   if math.prod(axes) == 1:
     # By default libtpu assumes hosts with 2 by 2 chips, but v5e and v6e also have hosts with one chip.
@@ -67,7 +67,7 @@ def topology_devices(name: str) -> list[Any]:
     raise ValueError(_explain(name, generation, axes, str(error))) from error
 
 
-# More than any slice has.
+# More devices than any TPU slice has.
 _MAX_SIMULATED = 2**16
 
 
@@ -96,18 +96,18 @@ def simulate_devices(count: int) -> list[Any]:
     return devices[:count]
   if devices[0].platform != "cpu":
     raise ValueError(
-      f"Got --devices={count} on a machine with {len(devices)} ({devices[0].device_kind}); expected at most {len(devices)}."
+      f"Got --devices={count} on a machine with {len(devices)} device(s) ({devices[0].device_kind}); expected at most {len(devices)}."
       " Set --topology=<slice> for other TPUs, or JAX_PLATFORMS=cpu in the environment for simulated devices."
     )
   raise ValueError(
-    f"Got {count} devices to simulate, but JAX {'was already' if is_late else 'was'} started with {len(devices)}; expected at least"
+    f"Got {count} devices to simulate, but JAX {'was already' if is_late else 'was'} started with {len(devices)} device(s); expected at least"
     f" {count}. Call simulate_devices before JAX starts, or set XLA_FLAGS=--xla_force_host_platform_device_count={count} in the"
     " environment."
   )
 
 
 def _parse(name: str) -> tuple[str, tuple[int, ...]]:
-  # Check the name here, because libtpu ends the process for a slice without chips.
+  # Check the name here, because libtpu aborts the process if a slice has no chips.
   match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name.strip().lower())
   if match is None:
     raise ValueError(f"Got --topology={name}; expected <generation>:<shape>, such as v5e:4x4.{_known_slices()}")
@@ -134,7 +134,7 @@ def _explain(name: str, generation: str, axes: tuple[int, ...], error: str) -> s
   if "lockfile" in error or "already in use" in error:
     return (
       f"Got --topology={name}, but another process uses libtpu (/tmp/libtpu_lockfile). Wait until it ends; or remove the file"
-      " if there is no process; or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment, which is safe for a compiler."
+      " if no process uses it; or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment. This is safe for compilation."
     )
   if "divisible" in error:
     return (

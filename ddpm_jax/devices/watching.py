@@ -62,9 +62,9 @@ class Signals:
     return bool(self.number)
 
   def stopped_late(self, step: int) -> bool:
-    """Return whether a signal arrived too late in training for the processes to agree on a step."""
+    """Return whether a signal arrived too late to stop training after a step."""
     if jax.process_count() > 1 and not self.number:
-      # Check every following step number. The processes may have agreed on one that training does not reach.
+      # Check the following step numbers too. The processes may have agreed on a step that training does not reach.
       for offset in range(_NUM_CHECKS):
         if self.should_stop(step + offset):
           break
@@ -85,7 +85,7 @@ class Trace:
     self._folder, self._first, self._count, self._open = folder, first, count, False
 
   def before_step(self, number: int) -> None:
-    """Start or end the trace if it starts or ends before this step."""
+    """Start or end the trace if it should start or end before this step."""
     if self._count and number == self._first + 1:
       jax.profiler.start_trace(str(self._folder))
       self._open = True

@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from ddpm_jax.storage import digests, sealed
 
 PyTree = Any
-# Increase it when older code cannot read a new checkpoint.
+# Increase the version when older code can no longer read new checkpoints.
 FORMAT_VERSION = 2
 _MAX_SHOWN = 10
 
@@ -130,7 +130,7 @@ class Checkpoints:
       metrics: metrics of this step, to find the best checkpoints.
 
     Raises:
-      OSError: if this checkpoint or the one before cannot be written, for example on a full disk. Earlier checkpoints
+      OSError: if this checkpoint or the previous one cannot be written, for example on a full disk. Earlier checkpoints
         remain.
     """
     if step in self._manager.all_steps():
@@ -156,7 +156,7 @@ class Checkpoints:
       raise self._write_error(RuntimeError(f"the folder has a later checkpoint, of step {self._manager.latest_step()}"))
 
   def _check_saved(self) -> None:
-    """Raise the error of a save in the background, if there is one."""
+    """Raise an OSError if a save in the background has failed."""
     try:
       self._manager.check_for_errors()
     except Exception as error:
@@ -176,11 +176,11 @@ class Checkpoints:
 
     Args:
       templates: the trees to read by name, as shapes, types and shardings. Other trees are not read.
-      step: the only step to restore; None for the newest undamaged one.
+      step: the step to restore; None for the newest undamaged checkpoint.
 
     Raises:
-      DamagedCheckpointError: if all checkpoints are damaged.
-      ValueError: if there is no checkpoint, a newer version wrote it, or its shapes differ from the templates.
+      DamagedCheckpointError: if all checkpoints are damaged, or the checkpoint of `step` is damaged.
+      ValueError: if there is no checkpoint, or its format version or its shapes differ from the expected ones.
     """
     steps = self.steps(self.folder)
     if step is not None and step not in steps:
@@ -200,9 +200,9 @@ class Checkpoints:
         return Restored(candidate, items, content["data"], damaged)
     if damaged:
       raise DamagedCheckpointError(
-        "Got damaged checkpoints only; expected at least one intact checkpoint:\n  "
+        "Got damaged checkpoints only; expected at least one intact checkpoint. The damaged checkpoints:\n  "
         + "\n  ".join(damaged)
-        + "\nRestore one from a copy, or start a new run in another --workdir."
+        + "\nRestore a checkpoint from a copy, or start a new run in another --workdir."
       )
     raise ValueError(
       f"Got {self.folder}, which holds no checkpoint; expected a checkpoint from training. Train first: --mode=train."
@@ -239,7 +239,7 @@ class Checkpoints:
     if version != FORMAT_VERSION:
       raise ValueError(
         f"Got a checkpoint of format {version} in {self.folder / str(step)}; expected format {FORMAT_VERSION}, the only one that this"
-        " version of ddpm_jax reads. Upgrade ddpm_jax."
+        " version of ddpm_jax reads. Use the version of ddpm_jax that saved the checkpoint."
       )
     return meta["content"]
 
@@ -253,7 +253,7 @@ class Checkpoints:
         items[name] = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(tree))
     for name, tree in items.items():
       saved, restored = content["leaves"][name], _describe(tree)
-      # This also detects a random key that orbax restored as plain bits because its own metadata was lost.
+      # This also detects a random key that orbax restored as plain bits because orbax's metadata was lost.
       changed = [leaf for leaf in saved if saved[leaf] != restored[leaf]]
       if changed:
         raise _UnusableError(
@@ -316,7 +316,7 @@ class Checkpoints:
 
 
 class _PreserveChosen:
-  """Preserve the checkpoints of the steps that a function chooses, as an orbax policy."""
+  """Tell orbax to preserve the checkpoints of the steps that a function chooses."""
 
   def __init__(self, choose: Callable[[Sequence[int]], Sequence[int]]):
     self._choose = choose
@@ -336,9 +336,9 @@ class _UnusableError(Exception):
 
 @contextlib.contextmanager
 def _collect_readers() -> Iterator[None]:
-  """Delete the readers that orbax leaves behind when one of them fails.
+  """Delete orbax's unused readers after a failed read, and suppress their warnings.
 
-  Otherwise each of them prints a long warning when Python deletes it later.
+  Each of these readers prints a long warning when Python deletes it.
   """
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   log = logging.getLogger("asyncio")

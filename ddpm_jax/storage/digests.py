@@ -25,8 +25,8 @@ def compute(leaves: Sequence[Any]) -> list[str]:
     return []
   sharding = getattr(leaves[0], "sharding", None)
   replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-  # Compile one program for each shape, since a network has few shapes. One program for all leaves would take many times
-  # as long to trace and compile.
+  # Compile one program for each shape, because a network has few different shapes. One program for all leaves would
+  # take many times as long to trace and compile.
   sums = jax.device_get([_jitted_checksum(replicated)(leaf) for leaf in leaves])
   return [f"{first:08x}{second:08x}" for first, second in sums]
 

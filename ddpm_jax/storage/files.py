@@ -41,7 +41,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     WriteError: if the system refuses to write, or a library reports a full disk.
   """
   path = Path(path)
-  # The temporary name does not contain the file's name, because a long name could exceed the limit.
+  # The temporary name does not contain the file's name, because a prefix could make a long name too long.
   temporary = path.with_name(f"{_temporary_name()}{path.suffix}")
   _unfinished.add(temporary)
   try:
@@ -104,7 +104,9 @@ def named_errors(path: str | Path) -> Iterator[None]:
 
 
 def append_line(path: str | Path, line: str) -> None:
-  """Append a line to a file atomically.
+  """Append a line to a file.
+
+  If a write fails, the file keeps its old content. If the process is killed, an incomplete line may remain.
 
   Raises:
     WriteError: if the line cannot be written.
@@ -127,7 +129,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
   If the block raises, the temporary folder is deleted.
 
   Raises:
-    ValueError: if the path is a file or a folder that is not empty.
+    ValueError: if the path is a file, a broken link, or a folder that is not empty.
     WriteError: if the folder cannot be written.
   """
   path = Path(path)
@@ -147,7 +149,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
       if file.is_file():
         _sync(file)
     if exists:
-      # Move entries in the order they were written, because an index is written last.
+      # Move entries in the order they were written. The index is written last, so it appears after all other files.
       for entry in sorted(temporary.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):
         os.replace(entry, path / entry.name)
       temporary.rmdir()
@@ -176,7 +178,7 @@ def check_new_folder(path: str | Path) -> None:
   """Check that a new folder can be written at a path.
 
   Raises:
-    ValueError: if the path is a file or a folder that is not empty.
+    ValueError: if the path is a file, a broken link, or a folder that is not empty.
     WriteError: if the path is not writable.
   """
   path = Path(path)
@@ -184,7 +186,7 @@ def check_new_folder(path: str | Path) -> None:
     raise ValueError(f"Got the output {path}, a broken link; expected a new or an empty folder. Remove the link.")
   if path.exists() and (not path.is_dir() or any(not entry.name.startswith(_UNFINISHED) for entry in path.iterdir())):
     raise ValueError(
-      f"Got the output {path}, which exists and is not empty; expected a new or an empty folder, so that nothing is"
+      f"Got the output {path}, which is not an empty folder; expected a new or an empty folder, so that nothing is"
       " overwritten. Choose another path."
     )
   check_writable(path)
@@ -219,7 +221,7 @@ def check_writable(path: str | Path) -> None:
   """Check that the nearest existing folder of a path is writable.
 
   Raises:
-    WriteError: if it is not.
+    WriteError: if the folder is not writable.
   """
   path = Path(path).absolute()
   with (

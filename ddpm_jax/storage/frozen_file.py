@@ -1,4 +1,4 @@
-"""Record the digests of the frozen parameters of a run, and check them when training resumes."""
+"""Record digests of a run's frozen parameters, and check them when training resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ PyTree = Any
 
 
 def _digests(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Return the digests of the arrays of each part, such as "codec", by name."""
+  """Return the digests of the arrays of each part by the name of the part, such as "codec"."""
   return {name: digests.compute(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
 
 
 def check(folder: Path, frozen: PyTree | None) -> None:
-  """Check that the frozen parameters are the same as in the earlier training of a run.
+  """Check that the frozen parameters are the same as when the run was last trained.
 
   A run without a record is not checked. Parts without an earlier record are not checked either.
 
@@ -39,7 +39,7 @@ def check(folder: Path, frozen: PyTree | None) -> None:
 
 
 def write(folder: Path, frozen: PyTree | None) -> None:
-  """Write the digests of the frozen parameters of a run."""
+  """Write the digests of a run's frozen parameters, unless there are none."""
   current = _digests(frozen)
   if current and jax.process_index() == 0:
     sealed.write_json(workdir.frozen_path(folder), current)

@@ -16,7 +16,7 @@ _BACKGROUND = 64
 
 
 def to_uint8(x) -> np.ndarray:
-  """Convert [-1, 1] to uint8 in 0..255, rounded to the nearest integer and clipped.
+  """Convert values in [-1, 1] to uint8 in 0..255, rounded to the nearest integer and clipped.
 
   PNG files and scores use the same rule.
   """
@@ -24,7 +24,7 @@ def to_uint8(x) -> np.ndarray:
 
 
 def from_uint8(x: np.ndarray) -> np.ndarray:
-  """Convert 0..255 to float32 in [-1, 1]."""
+  """Convert values in 0..255 to float32 in [-1, 1]."""
   # Compute in place. For batches of large images, new arrays cost more than the arithmetic.
   scaled = np.array(x, np.float32)
   scaled /= 127.5
@@ -62,11 +62,11 @@ def displayable(images: np.ndarray) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.ndarray:
-  """Arrange images in one picture, with lines of two pixels between them.
+  """Arrange images in one picture, with lines of two pixels between and around them.
 
   Args:
     images: uint8 [N, h, w, C].
-    columns: the number of columns; None for a square grid.
+    columns: the number of columns; None for an approximately square grid.
     tile: the target size in pixels. Smaller images are enlarged by an integer factor to at most this size. If
       `displayable` splits an image into one tile for each channel, the size is that of one tile.
 
@@ -102,7 +102,8 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) 
 def save_samples(path: str | Path, samples: np.ndarray, classes: np.ndarray | None = None) -> None:
   """Write the first samples, uint8 [N, h, w, C], to a PNG file.
 
-  If the classes [N] of the samples repeat periodically, the picture has one column for each class.
+  The picture shows up to 64 samples. If the classes [N] of the samples repeat with a period of 2 to 20 samples, the
+  picture instead has one column for each sample of a period, and up to 10 rows.
   """
   columns, num_shown = None, SHOWN
   if classes is not None:

@@ -1,4 +1,4 @@
-"""Read and check JSON files of other tools. Every error names the file."""
+"""Read and check JSON files of other tools."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 Kinds = tuple[Any, ...]
 # The range of normal float32 numbers. Programs compute in float32, where other numbers would become infinite or 0.
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38
-# The names of a kind in messages: singular and plural.
+# The name of each kind in messages, in the singular and the plural.
 _NAMES: dict[Any, tuple[str, str]] = {
   None.__class__: ("null", "nulls"),
   bool: ("true or false", "true or false"),
@@ -61,10 +61,10 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: st
   """Check that values have the expected types and that numbers are finite.
 
   Args:
-    content: the object.
+    content: the JSON object.
     kinds: the types that the value of each key may have. A bool is not a number.
     name: the name of the object in error messages.
-    required: whether all these keys must be present.
+    required: whether all keys of `kinds` must be present.
 
   Raises:
     ValueError: if a value has another type, or a required key is missing. The message names the key.

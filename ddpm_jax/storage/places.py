@@ -26,13 +26,16 @@ def user_path(path: str | Path, name: str = "the path ") -> Path:
   expanded = Path(os.path.expanduser(path))
   if expanded.parts and expanded.parts[0].startswith("~"):
     raise ValueError(
-      f"Got {name}{path}, but there is no home folder {expanded.parts[0]}; expected an existing one. Write the full path."
+      f"Got {name}{path}, but there is no home folder {expanded.parts[0]}; expected an existing home folder. Write the full path."
     )
   return expanded
 
 
 def cache_folder(name: str) -> Path | None:
-  """Create and return a cache folder in `$XDG_CACHE_HOME` or `~/.cache`, or None if neither is writable."""
+  """Create and return a cache folder, or return None if it is not writable.
+
+  The folder is in `$XDG_CACHE_HOME` if this variable is set, otherwise in `~/.cache`.
+  """
   try:
     folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ddpm_jax" / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ class MetricLog:
     return _Board(self._folder, self._first)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Write one line to metrics.jsonl, and one point to each curve."""
+    """Write one line to metrics.jsonl, and one point for each value to TensorBoard and wandb."""
     files.append_line(self._path, json.dumps({"step": step, **values}))
     with files.named_errors(self._folder):
       self._board.scalars(step, values)
@@ -96,7 +96,7 @@ class _Board:
     # The suffix distinguishes files that are created within the same second.
     self._writer, self._event = EventsWriter(str(folder / "events"), f".{step}"), Event
     if has_older:
-      # TensorBoard drops later steps of older files.
+      # Make TensorBoard drop the later steps of older files.
       self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -129,7 +129,7 @@ def check_wandb(project: str) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-  """Return the lines of a metrics.jsonl file, each with a step and numbers by name.
+  """Return the lines of a metrics.jsonl file as dicts of numbers, each with the key "step".
 
   A damaged log must not stop a run. A missing file gives an empty list, and incomplete or damaged lines are skipped
   with one warning.

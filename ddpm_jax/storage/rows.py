@@ -18,8 +18,8 @@ _HASH_BYTES = 2**26
 class ResumableArray:
   """Store an array on disk while its rows are computed in order.
 
-  Rows are written to `<path>.partial.npy`, and their number to `<path>.partial.json`. The finished array is in
-  `<path>.npz`. A damaged file is moved to the folder `damaged` with a warning, and the rows are computed again.
+  Rows are written to `<path>.partial.npy`, and their number and notes to `<path>.partial.json`. The finished array
+  is in `<path>.npz`. A damaged file is moved to the folder `damaged` with a warning, and the rows are computed again.
 
   Args:
     path: the path without a suffix.
@@ -30,11 +30,11 @@ class ResumableArray:
     damaged: the folder that damaged files are moved to.
 
   Raises:
-    WriteError: if there is no room for the full array.
+    WriteError: if the disk has no room for the full array, or the folder is not writable.
 
   Attributes:
     done: the number of rows that are already stored.
-    notes: the notes that were last written with the rows, as JSON.
+    notes: the notes of the last call of `write`: data of the caller, as JSON.
   """
 
   def __init__(
@@ -93,14 +93,14 @@ class ResumableArray:
     if content.get("identity") != self._identity:
       return False
     try:
-      # Open it read-only at first. In write mode NumPy would fill a truncated file with zeros.
+      # Open the array read-only at first. In write mode NumPy would fill a truncated file with zeros.
       self._check_kind(np.load(self._array_path, mmap_mode="r"))
     # NumPy's parser may raise any exception on a damaged header.
     except Exception as error:
       raise sealed.DamagedFileError(f"the array is truncated, damaged or missing: {error}") from error
     array = np.lib.format.open_memmap(self._array_path, mode="r+")
     done = content["done"]
-    # Hash a few rows at a time, because the array may be larger than the memory.
+    # Hash a few rows at a time, because the array may not fit into memory.
     step = max(1, _HASH_BYTES // max(1, array[:1].nbytes))
     for first in range(0, done, step):
       self._sum.update(np.ascontiguousarray(array[first : min(first + step, done)]).data)
@@ -138,7 +138,7 @@ class ResumableArray:
     """Write the array to `<path>.npz`, and return it as a memory map.
 
     Args:
-      **extra: other arrays to store in the archive by name.
+      **extra: additional arrays to store in the archive by name.
 
     Raises:
       WriteError: if the archive cannot be written; the partial files remain.

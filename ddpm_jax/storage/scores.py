@@ -16,7 +16,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "scikit-learn")
 
 
 def path_of(folder: Path) -> Path:
-  """Return the path of the scores of a run."""
+  """Return the path of a run's scores."""
   return folder / "eval.json"
 
 

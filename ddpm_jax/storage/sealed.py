@@ -24,11 +24,11 @@ KEY = "sha256"
 
 
 class DamagedFileError(ValueError):
-  """Report a file with content that differs from the content that was written."""
+  """Report a file that cannot be parsed, or was changed after it was written."""
 
 
 class ChangedError(DamagedFileError):
-  """Report a readable file with changed content."""
+  """Report a file that can be parsed, but was changed after it was written."""
 
 
 def digest(*arrays: np.ndarray) -> str:
@@ -41,7 +41,7 @@ def digest(*arrays: np.ndarray) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, exclude: str = "", sort_keys: bool = False) -> None:
-  """Write a JSON object with its digest under "sha256" atomically.
+  """Write a JSON object and its digest atomically, with the digest under the key "sha256".
 
   Args:
     path: the file.
@@ -93,7 +93,7 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Return the tensors and the `about` metadata of a file that `save_tensors` wrote.
 
   Raises:
-    DamagedFileError: if the file has changed.
+    DamagedFileError: if the file is damaged or was changed.
     OSError: if the file cannot be opened.
   """
   import safetensors
@@ -173,7 +173,10 @@ def copy_aside(path: Path, folder: Path) -> Path:
 
 
 def unused_path(path: Path, folder: Path) -> Path:
-  """Create a folder, and return an unused path in it with a name like that of another path."""
+  """Create a folder if it is missing, and return an unused path in it.
+
+  The name is that of `path`, with a number if it is already used.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))
   return next(folder / name for name in names if not (folder / name).exists())

@@ -14,7 +14,7 @@ from ddpm_jax.storage import files, sealed
 
 _EDITED = (
   "Undo the change, and pass it as a flag instead, such as --config=<recipe> --config.sampling.num_steps=50. Or, if"
-  f' you are sure that the content is correct, delete its line "{sealed.KEY}".'
+  f' you are sure that the content is correct, delete the line "{sealed.KEY}" from the file.'
 )
 
 
