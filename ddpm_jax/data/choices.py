@@ -23,9 +23,9 @@ from ddpm_jax.data.sources import ArraySource, Source
 from ddpm_jax.data.tfds_records import TfdsSource
 from ddpm_jax.storage.places import user_path
 
-# The location of the data. It may change between sessions of a run if the data stay the same.
+# The path of the data. It may change when a run resumes, if the data stay the same.
 Place = Annotated[str, "place"]
-# Folders with these names are splits, not classes, unless the parent folder also holds folders with other names.
+# Names, in lower case, that suggest that a folder is a split rather than a class.
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 # A function that creates a source from a folder and, optionally, the names of the classes in the order of their
@@ -47,7 +47,7 @@ class Splits(NamedTuple):
 
 @check_types
 def digits(fit: Fit) -> Splits:
-  """Read the 1,797 handwritten digits of 8x8 that scikit-learn ships (Alpaydin and Kaynak 1998).
+  """Read the 1,797 handwritten digits, 8x8 pixels each, that scikit-learn ships (Alpaydin and Kaynak 1998).
 
   Raises:
     ValueError: if the shape in `fit` is not 8x8x1.
@@ -75,8 +75,8 @@ def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   Args:
     fit: the shape that the images must have.
     path: the .npz file.
-    items: names of other arrays [N, ...] in the file to read with the images, such as the input of a condition with
-      the same name.
+    items: names of other arrays [N, ...] in the file, to read with the images. A condition takes the array with its
+      name.
 
   Raises:
     ValueError: if the file is missing or unreadable, or the images do not have the shape in `fit`.
@@ -261,8 +261,8 @@ def _are_classes(root: Path, classes: Sequence[str], splits: Sequence[str], pres
   if not other_folders or like_splits:
     return False
   tqdm.write(
-    f"treating {present[0]} as a class, because {root} also contains {', '.join(other_folders[:3])}; if it is a split:"
-    f" --config.data.source.path={root / present[0]}"
+    f"treating {present[0]} as a class, because {root} also contains {', '.join(other_folders[:3])}. If it is a split, set"
+    f" --config.data.source.path={root / present[0]}."
   )
   return True
 

@@ -37,7 +37,7 @@ def read_inputs(
   Args:
     path: the file or folder. Sub-folders may be nested to any depth. Images in an .npz file, uint8 [N, H, W, C], are
       not resized.
-    image_size: height and width; None for the size of the files, which must be the same for all.
+    image_size: height and width; None to keep the size of the images. They must then all have the same size.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity; any number for an .npz file.
     flag: the command-line flag with the path, for error messages.
 
@@ -48,7 +48,7 @@ def read_inputs(
   if path.suffix.lower() == ".npz" and path.is_file():
     images = as_uint8(read_arrays(path).images)
     if (images.shape[3], channels) == (1, 3):
-      images = images.repeat(channels, axis=3)  # Gray image files become RGB in the same way.
+      images = images.repeat(channels, axis=3)  # Decoding makes RGB from a gray image file in the same way.
     if (image_size is not None and images.shape[1:3] != image_size) or images.shape[3] != channels:
       height, width = image_size or ("H", "W")
       raise ValueError(
@@ -106,7 +106,7 @@ def _decode(file: str | Path, name: str) -> Any:
   except BrokenImage as error:
     # The message of BrokenImage names a config key that is only for training.
     raise ValueError(
-      f"Cannot decode {name}: {error.reason}. Replace it, or save it again as PNG. Unpack an archive first."
+      f"Cannot decode {name}: {error.reason}. Replace it, or save it again as PNG. If it is an archive, unpack it first."
     ) from error
 
 
@@ -117,7 +117,7 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
 
   Args:
     path: an image file, or a word: "lower", "upper", "left" or "right" for half of the image, or "center" for a
-      centered box with half its height and width.
+      centered box with half the height and width of the image.
     image_size: height and width that the mask must have.
 
   Raises:

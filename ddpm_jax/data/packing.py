@@ -140,8 +140,8 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     The number of images written, and the names of the omitted images.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop". All images are read first, and the error names ten
-      of them.
+    ValueError: if images cannot be decoded and `broken` is "stop", or if no image can be decoded. The error comes after
+      all images are read, and names up to ten broken images.
   """
   path.mkdir(parents=True, exist_ok=True)
   classes: list[int] = []

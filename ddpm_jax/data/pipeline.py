@@ -36,7 +36,7 @@ class WorkerDied(RuntimeError):
 class Batches:
   """Iterate over batches without end, and transfer the next batch to the device ahead of time.
 
-  `state` and `restore` resume the iteration.
+  `state` returns the position of the iteration, and `restore` continues from it.
 
   Attributes:
     wait_seconds: total seconds spent in `next`. This is the time that training has waited for input.
@@ -55,7 +55,7 @@ class Batches:
     self._workers: set[int] = set()
     self._is_canceled = False
     self.wait_seconds = 0.0
-    # Stop the workers before multiprocessing does so at exit, which can take a minute.
+    # At exit, stop the workers before multiprocessing does, because multiprocessing can take a minute for this.
     atexit.register(_close, weakref.ref(self))
 
   def __iter__(self) -> "Batches":
@@ -122,7 +122,7 @@ class Batches:
     if process != os.getpid():
       self._workers.add(process)
     if errors and isinstance(self._source, SkipBroken):
-      # Report here, because a worker process may have read the image.
+      # Report in the main process, because a worker process may have read the image.
       self._source.report([BrokenImage(*error) for error in errors])
     return self._put(batch)
 
@@ -158,7 +158,7 @@ class Batches:
     for key, name in (("batch_size", "batch size"), ("seed", "seed")):
       if state[key] != self._position[key]:
         raise ValueError(
-          f"Got a {name} of {self._position[key]} to resume data with {state[key]}; expected the same {name}, to keep the order of images."
+          f"Got a {name} of {self._position[key]} to resume a run with {state[key]}; expected the same {name}, to keep the order of images."
           " Set it back, or start a new run in another --workdir."
         )
     self.close()

@@ -8,13 +8,14 @@ import numpy as np
 from ddpm_jax.data.sources import ArraySource
 from ddpm_jax.storage import sealed
 
-# Names that other programs give to images and their classes. guided-diffusion saves samples as arr_0 and arr_1.
+# Names that other programs give to images and their classes. guided-diffusion saves images as arr_0 and
+# classes as arr_1.
 _IMAGES = ("images", "samples", "arr_0")
 _CLASSES = ("labels", "label", "classes", "targets", "y", "arr_1")
 
 
 def read_digits() -> ArraySource:
-  """Read the 1,797 handwritten digits of 8x8 that scikit-learn ships (Alpaydin and Kaynak 1998).
+  """Read the 1,797 handwritten digits, 8x8 pixels each, that scikit-learn ships (Alpaydin and Kaynak 1998).
 
   The digits come in a fixed random order.
   """

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ddpm_jax.storage.images import as_uint8
 
 Batch = dict[str, np.ndarray]
-# The class of an image without a class.
+# The value of `classes` for an image without a class.
 NO_CLASS = -1
 # A value of `hold_out` that selects a tenth of the images.
 A_TENTH = -1
@@ -104,7 +104,7 @@ def check_integers(name: str, array: np.ndarray) -> None:
 
 
 def check_alike(item: Batch, first: Batch) -> None:
-  """Raise a ValueError if an item differs from the first one in names, types or shapes."""
+  """Raise a ValueError if an item and the first item differ in names, types or shapes."""
   kinds = [{name: f"{array.dtype} {array.shape}" for name, array in arrays.items()} for arrays in (item, first)]
   if kinds[0] != kinds[1]:
     texts = [", ".join(f"{name} {kind}" for name, kind in sorted(kind_by_name.items())) for kind_by_name in kinds]
@@ -220,7 +220,7 @@ class SkipBroken:
     source: any source.
 
   Attributes:
-    broken: reasons by name of the broken images so far, in the order in which they were found.
+    broken: a dict from the name of each broken image found so far to the reason, in the order of discovery.
 
   Raises:
     ValueError: when an item is read, if no image can be decoded.
@@ -257,7 +257,7 @@ class SkipBroken:
     raise broken_error(errors, len(self))
 
   def read(self, indices: np.ndarray) -> tuple[Batch, list[BrokenImage]]:
-    """Return a batch in which broken images are replaced, and their errors.
+    """Return a batch with broken images replaced, and the errors of the broken images.
 
     The errors are not reported.
     """
@@ -310,8 +310,8 @@ class ArraySource(_InMemory):
     items: other numeric arrays [N, ...] by name. Item i gets entry i of each.
 
   Raises:
-    ValueError: if there are no images, they are not uint8 or floats in [-1, 1] with four axes, or another array does
-      not match.
+    ValueError: if there are no images, they are not uint8 or floats in [-1, 1] with four axes, or another array has the
+      wrong type or length.
   """
 
   def __init__(self, images: np.ndarray, classes: np.ndarray | None = None, **items: np.ndarray):
@@ -439,8 +439,8 @@ def cache_in_memory(source: Source, broken: str = "stop") -> Source:
     if broken == "stop":
       raise broken_error(list(errors.values()), len(source))
     report_broken(list(errors.values()), len(source), "replaced by the next image that can")
-    # Replace from the end, so that the next image is already decoded or replaced. The first decoded image follows the
-    # last.
+    # Replace from the end, so that the next image is already decoded or replaced. The first decoded image replaces a
+    # broken last image.
     first_decoded = next(index for index in range(len(source)) if index not in errors)
     for index in sorted(errors, reverse=True):
       next_index = index + 1 if index + 1 < len(source) else first_decoded

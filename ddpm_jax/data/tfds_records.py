@@ -170,7 +170,7 @@ def _is_public(builder: Any) -> bool:
 
 
 def _import(module: str) -> None:
-  """Import a module by name or from a .py file, and prepare its TFDS builders."""
+  """Import a module by name or from a .py file, and set the paths of its TFDS builders."""
   import tensorflow_datasets as tfds
 
   try:

@@ -50,7 +50,7 @@ def model_card(
   is_conditional = network.num_classes or network.vector_embedding
   if is_conditional:
     lines += [
-      "The model takes a condition. diffusers' pipelines do not pass one on; call `pipeline.unet(x, t, class_labels)`.",
+      "The model takes a condition. diffusers' pipelines do not pass it to the network. Call `pipeline.unet(x, t, class_labels)`.",
       "",
     ]
   else:
@@ -70,7 +70,7 @@ def model_card(
     ]
   if clip_option and not is_conditional and not learns_variance:
     lines += [
-      "`use_clipped_model_output=True` recomputes the noise from the clipped image estimate. ddpm_jax always does.",
+      "`use_clipped_model_output=True` recomputes the noise from the clipped image estimate. ddpm_jax always does so.",
       "",
     ]
   lines += [

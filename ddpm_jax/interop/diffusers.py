@@ -56,7 +56,7 @@ def load(
       Or a name on the Hugging Face hub, such as "google/ddpm-cifar10-32"; this needs the package huggingface_hub.
     shape: the shape [H, W, C] of the images. None takes it from the config (`sample_size`).
     class_dropout: the probability in [0, 1) that training hides the class of a sample. Above 0, the last class of the
-      network means "no class", and one class fewer remains.
+      network means "no class", so the model has one class fewer than the network.
     dropout: the dropout rate of the U-Net in training.
     dtype: the dtype of the computation, "float32" or "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
@@ -181,8 +181,8 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
   if channels > config["in_channels"] or out_channels % (2 if learns_variance else 1):
     raise ValueError(
       f"Got {folder} with in_channels={config['in_channels']}, out_channels={out_channels} and a"
-      f" {'learned' if learns_variance else 'fixed'} variance; expected out_channels equal to in_channels, or twice as many for variance_type"
-      " learned_range."
+      f" {'learned' if learns_variance else 'fixed'} variance; expected out_channels of at most in_channels, or an even number of at most twice"
+      " in_channels for variance_type learned_range."
     )
   return channels
 
@@ -208,13 +208,13 @@ def _conditions(
 ) -> dict[str, Condition]:
   """Return the conditions of a network by name.
 
-  They are the input of its embedding, and an image if the network takes `extra` input channels.
+  They are the input of its embedding, and an image if the network takes `extra` more input channels than the data have.
   """
   by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:
     raise ValueError(
       f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected 0, or a model with at"
-      " least 2 classes, because the last one then means no class."
+      " least 2 classes, because the last class then means no class."
     )
   if network.num_classes:
     number = network.num_classes - 1 if class_dropout else network.num_classes
@@ -407,8 +407,8 @@ def save(
 ) -> None:
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
-  diffusers' pipelines pass no condition to a network, and DDIMPipeline does not support learned variance. The pipelines
-  can open models with conditions or learned variance, but other code must sample from them.
+  Both pipelines can open every saved model, but not sample from every model. They pass no condition to a network, and
+  DDIMPipeline does not support learned variance.
 
   Args:
     path: the folder, new or empty.

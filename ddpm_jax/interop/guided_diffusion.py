@@ -63,11 +63,13 @@ def load(
     shape: the shape of one sample, such as [H, W, C]. Required, because the file does not contain it.
     heads: the number of attention heads (4 for improved-diffusion). Set either `heads` or `head_channels`.
     head_channels: the number of features per attention head (64 for guided-diffusion).
-    new_attention_order: the order of queries, keys and values in the file: the model's option use_new_attention_order.
+    new_attention_order: whether the model was trained with guided-diffusion's option use_new_attention_order. The
+      option changes the order of queries, keys and values in the file.
     process: the forward process. None selects the process of published models of this size: `schedules.cosine(1000)` up
       to 64 pixels, else `schedules.linear(1000)`.
     prediction: what the network predicts. None selects EPS, with learned variance if the output has twice the channels.
-    rescale_timesteps: whether the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion, or n - 1.
+    rescale_timesteps: True if the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion; False if it
+      is n - 1.
     factor: for a super-resolution model, the ratio of the side of its output to the side of the small image.
 
   Returns:
@@ -106,7 +108,7 @@ def load(
 
 
 def _learns_variance(file: tensors.TensorFile, network: UNet, shape: tuple[int, ...]) -> bool:
-  """Return whether a network learns the variance, judging by its number of output channels."""
+  """Return whether a network has output channels for the variance."""
   if len(shape) != network.dimensions + 1 or network.out_channels not in (shape[-1], 2 * shape[-1]):
     raise ValueError(
       f"Got shape={shape} for {file.path}, a network with {network.dimensions} spatial axes and out_channels={network.out_channels}; expected"
@@ -132,7 +134,7 @@ def _process(
 ) -> tuple[Process, Callable[[Array], Array] | None]:
   """Return the process, and a function that replaces its time input.
 
-  The function is None if the time input of the process is right.
+  The function is None if the time input of the process needs no replacement.
   """
   if process is None:
     is_small = max(shape[:-1]) <= _MAX_COSINE_SIZE
@@ -205,15 +207,15 @@ def load_classifier(
 ) -> tuple[Model, PyTree]:
   """Load a classifier of noisy images and its parameters.
 
-  It must have attention pooling, as the published classifiers do.
+  The classifier must have attention pooling, as the published classifiers do.
 
   Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise; its `prediction` is EPS only because
   the input of the classifier is not scaled.
 
   Args:
     path: the file (.pt or .safetensors).
-    blocks: the number of residual blocks per level (guided-diffusion's classifier_depth). Required only if the file
-      leaves it ambiguous.
+    blocks: the number of residual blocks per level (guided-diffusion's classifier_depth). Required only if the
+      tensors in the file allow several numbers.
     head_channels: the number of features per attention head.
     new_attention_order: see `load`.
     process: see `load`.
@@ -293,8 +295,8 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a classifier.
 
-  A classifier has only a way down. There, a residual block that downsamples has the same tensors as any other.
-  So test each number of blocks, and keep the numbers that are consistent with the file.
+  A classifier has only a way down. There, a residual block that downsamples has the same tensors as other residual
+  blocks. So test each number of blocks, and keep the numbers that are consistent with the file.
   """
   total = _count(file, "input_blocks")
   widens = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
@@ -345,7 +347,7 @@ def _options(
   if len(kernel) == 3 and levels > 1:
     raise ValueError(
       f"Got {file.path}, a network for volumes with {levels} levels; expected one level, because guided-diffusion does not resample the first"
-      " axis and ours resamples all three."
+      " axis, but our network resamples all three axes."
     )
   firsts = [1 + level * (blocks + 1) for level in range(levels)]
   widths = [_shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
@@ -468,7 +470,7 @@ def _names(network: UNet | Classifier) -> Callable[[str], str]:
 def _qkv_index(path: str) -> int | None:
   """Return the index of a query, key or value projection in guided-diffusion's combined tensor.
 
-  Other parameters give None.
+  Return None for other parameters.
   """
   match = re.search(r"/to_([qkv])/", path)
   return None if match is None else "qkv".index(match[1])

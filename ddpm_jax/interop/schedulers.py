@@ -6,7 +6,7 @@ The sampler applies the same rule on the same grid as diffusers, with these diff
   use_clipped_model_output=True.
 - Euler and Heun round the "linspace" grid to integer steps. diffusers does not.
 - DEIS samples down to time 0. diffusers stops one step earlier.
-- Third-order rules start and end as in `sampling`.
+- Third-order rules take their first and last steps as in `sampling`. All steps of dpmpp_3m differ from diffusers.
 """
 
 import functools
@@ -395,7 +395,7 @@ def _name_betas(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
   for schedule in ("linear", "scaled_linear", "cosine"):
     if ends[0] > 0 and np.allclose(betas, named_betas(schedule, n, ends), rtol=1e-9, atol=1e-13):
       return names[schedule], ends, False
-  if betas[-1] == 1:  # try the common ends only, since rescaling hides the original ones
+  if betas[-1] == 1:  # Try only the common ends, because rescaling hides the original ends.
     for schedule, candidate in (
       ("linear", (1e-4, 0.02)),
       ("scaled_linear", (0.00085, 0.012)),

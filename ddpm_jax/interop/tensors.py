@@ -112,7 +112,7 @@ class TensorFile:
     self._check_floats(name, file.get_slice(name).get_dtype())
     try:
       return np.asarray(file.get_tensor(name), np.float32)
-    except TypeError:  # NumPy has no bfloat16 of its own
+    except TypeError:  # NumPy has no bfloat16.
       with self._open("flax") as file_in_jax:
         return np.asarray(file_in_jax.get_tensor(name), np.float32)
 
@@ -302,8 +302,8 @@ def load(
     The parameters, as a nested dict of float32 arrays.
 
   Raises:
-    ValueError: if tensors are missing or extra, or their shapes differ (the message lists them), if a value is not
-      finite, or if the file contains digests of its tensors (`save` writes them) and the tensors do not match.
+    ValueError: if tensors are missing, extra, of another shape or not finite (the message lists them), or do not match
+      the digests that `save` wrote into the file.
   """
   paths: dict[str, list[str]] = {}
   expected_shapes: Shapes = {}

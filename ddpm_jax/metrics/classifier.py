@@ -99,7 +99,7 @@ def train_classifier(
       ]
     )[: len(selected)]
   mean, scale = features.mean(0), float(np.sqrt(np.mean(features.var(0))))
-  # Features of identical images differ only by rounding errors. Do not enlarge them.
+  # Features of identical images differ only by rounding errors. Do not enlarge these errors.
   scale = scale if scale > 1e-5 * np.abs(features).max() else 1
   return {**jax.device_get(params), "standard": {"mean": mean, "scale": np.array([scale], np.float32)}}
 
@@ -113,7 +113,8 @@ def _sample_order(count: int, seed: int) -> Iterator[int]:
 def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any] | None = None) -> FeatureSpace:
   """Return the feature space of a trained classifier.
 
-  The features [B, 64] are standardized and precede the nonlinearity. The space also has log-probabilities [B, K]. Its
+  The features [B, 64] are the hidden layer before its activation function, standardized. The space also has
+  log-probabilities [B, K]. Its
   `prepare` raises a ValueError if the number of channels differs from the training images.
 
   Args:

@@ -46,8 +46,8 @@ def extractor(
     devices: the devices to use; all devices of this process by default.
 
   Raises:
-    ValueError: if `batch_size` is less than 1. `extract` raises it if the images are not uint8 [N, H, W, C], or the
-      space returns no `features`.
+    ValueError: if `batch_size` is less than 1. `extract` raises a ValueError if the images are not uint8 [N, H, W, C],
+      or the space returns no `features`.
   """
   if batch_size < 1:
     raise ValueError(f"Got a batch of {batch_size} images on each device; expected one or more.")
@@ -83,7 +83,7 @@ def extractor(
 def check_images(images: np.ndarray) -> None:
   """Raise a ValueError if images are not uint8 [N, H, W, C], or there are none.
 
-  For float images the message counts images with values that are not finite.
+  For float images, the message counts the images with values that are not finite.
   """
   if np.issubdtype(images.dtype, np.floating):
     axes = tuple(range(1, images.ndim))

@@ -9,7 +9,7 @@ from scipy.linalg import blas
 class Moments(NamedTuple):
   """Store the mean and scatter of features in float64.
 
-  The memory does not depend on the number of features.
+  Their size in memory does not depend on the number of feature vectors.
 
   Attributes:
     count: number of feature vectors.

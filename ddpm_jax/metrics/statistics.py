@@ -12,7 +12,7 @@ import numpy as np
 from ddpm_jax.metrics.moments import Gaussian
 from ddpm_jax.storage import files, sealed
 
-# Array names: pytorch-fid and clean-fid use these for features, and guided-diffusion for spatial features.
+# Names of the arrays in a file. pytorch-fid and clean-fid use mu and sigma. guided-diffusion adds mu_s and sigma_s.
 _NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
