@@ -88,16 +88,16 @@ def _find_images(root: bytes, path: str) -> dict[bytes, bytes]:
   if not os.path.isdir(root):
     problem = "is a file" if os.path.exists(root) else "does not exist"
     raise ValueError(
-      f"Got the data folder {path!r}, which {problem}; expected a folder of images. Set --config.data.source.path. If it is an archive, unpack it first."
-      " For an .npz file of images, set --config.data.source=arrays."
+      f"Got the data folder {path!r}, which {problem}; expected a folder of images. Set --config.data.source.path. If"
+      " it is an archive, unpack it first. For an .npz file of images, set --config.data.source=arrays."
     )
   folders = walk(root)
   skipped = count_skipped(folders.values())
   names = {name: folder.names for name, folder in folders.items() if folder.names}
   if not names:
     raise ValueError(
-      f"Got the data folder {path!r}, which contains no images ({skipped or 'no files at all'}); expected image files, such as .png, .jpg or"
-      " .webp, in it or in its sub-folders."
+      f"Got the data folder {path!r}, which contains no images ({skipped or 'no files at all'}); expected image files,"
+      " such as .png, .jpg or .webp, in it or in its sub-folders."
     )
   if skipped:
     tqdm.write(f"skipped files in {path} that are not images: {skipped}")

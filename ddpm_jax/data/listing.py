@@ -91,8 +91,8 @@ def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
           folder = _list(path, status, extensions)
       except OSError as error:
         raise ValueError(
-          f"Cannot list the folder {os.fsdecode(path)} ({error.strerror}); expected all folders in {os.fsdecode(root)} to be readable. Make this"
-          " folder readable, or move it elsewhere."
+          f"Cannot list the folder {os.fsdecode(path)} ({error.strerror}); expected all folders in {os.fsdecode(root)}"
+          " to be readable. Make this folder readable, or move it elsewhere."
         ) from error
       folders[name] = folder
       pending.extend(os.path.join(name, inner) for inner in reversed(folder.folders))

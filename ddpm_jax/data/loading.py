@@ -59,8 +59,8 @@ def load(
       classes = _all_classes(cached)
       if classes is None and "classes" not in first:
         raise ValueError(
-          f"Got data with the items {', '.join(sorted(first))} for a class-conditional model; expected an integer 'classes' among them. Choose"
-          " another config.data.source, or remove the classes from the model."
+          f"Got data with the items {', '.join(sorted(first))} for a class-conditional model; expected an integer"
+          " 'classes' among them. Choose another config.data.source, or remove the classes from the model."
         )
       check(source, first["classes"] if classes is None else classes)
       cached = cached if classes is not None else _CheckedSource(check, cached)
@@ -88,12 +88,13 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
       elif isinstance(source, ArraySource):
         expected = "an array 'labels' in the file. Add it"
       raise ValueError(
-        f"Got {len(missing):,} image(s) without a class{example} for config.{key}={number}; expected {expected}, or use a model without classes"
-        f"{_removal_flag(key)}."
+        f"Got {len(missing):,} image(s) without a class{example} for config.{key}={number}; expected {expected}, or use"
+        f" a model without classes{_removal_flag(key)}."
       )
     if np.min(classes) < 0 or np.max(classes) >= number:
       raise ValueError(
-        f"Got data with classes {np.min(classes)} to {np.max(classes)} for {key}={number}; expected classes from 0 to {number - 1}."
+        f"Got data with classes {np.min(classes)} to {np.max(classes)} for {key}={number}; expected classes from 0 to"
+        f" {number - 1}."
       )
 
   return check

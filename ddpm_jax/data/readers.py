@@ -79,8 +79,8 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
   if not path.is_file():
     problem = "is a folder" if path.exists() else "does not exist"
     raise ValueError(
-      f"Got the data file {str(path)!r}, which {problem}; expected an .npz file. Set --config.data.source.path, or for a folder of images"
-      " --config.data.source=folder."
+      f"Got the data file {str(path)!r}, which {problem}; expected an .npz file. Set --config.data.source.path, or for"
+      " a folder of images --config.data.source=folder."
     )
   try:
     # Verify the checksums first, because NumPy can read part of a damaged array without verifying them.
@@ -95,20 +95,21 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
   if images is None:
     more = f" and {len(all_names) - 5:,} more" if len(all_names) > 5 else ""
     raise ValueError(
-      f"Got {path}, which contains {', '.join(sorted(all_names)[:5]) or 'nothing'}{more}; expected the array 'images', uint8 [N, H, W, C], and"
-      " optionally 'labels' [N]. Save it with these names. If it is an archive of image files, unpack it and set --config.data.source=folder."
+      f"Got {path}, which contains {', '.join(sorted(all_names)[:5]) or 'nothing'}{more}; expected the array 'images',"
+      " uint8 [N, H, W, C], and optionally 'labels' [N]. Save it with these names. If it is an archive of image files,"
+      " unpack it and set --config.data.source=folder."
     )
   if images.size and np.issubdtype(images.dtype, np.floating) and np.min(images) >= 0:
     # Many programs use floats in [0, 1], which would look like bright images in [-1, 1].
     raise ValueError(
-      f"{path}: Got float images from {np.min(images):g} to {np.max(images):g}; expected -1 (black) to 1 (white), or uint8 (0 to 255). Scale"
-      " them with 2 * images - 1."
+      f"{path}: Got float images from {np.min(images):g} to {np.max(images):g}; expected -1 (black) to 1 (white), or"
+      " uint8 (0 to 255). Scale them with 2 * images - 1."
     )
   missing = [name for name in items if name not in content]
   if missing:
     raise ValueError(
-      f"Got {path}, which contains {', '.join(sorted(all_names))}; expected {', '.join(missing)} too. Set --config.data.source.items to names"
-      " of arrays in the file."
+      f"Got {path}, which contains {', '.join(sorted(all_names))}; expected {', '.join(missing)} too. Set"
+      " --config.data.source.items to names of arrays in the file."
     )
   try:
     other_items = {name: content[name] for name in items}

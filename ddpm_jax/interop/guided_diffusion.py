@@ -111,8 +111,9 @@ def _learns_variance(file: tensors.TensorFile, network: UNet, shape: tuple[int, 
   """Return whether a network has output channels for the variance."""
   if len(shape) != network.dimensions + 1 or network.out_channels not in (shape[-1], 2 * shape[-1]):
     raise ValueError(
-      f"Got shape={shape} for {file.path}, a network with {network.dimensions} spatial axes and out_channels={network.out_channels}; expected"
-      f" {network.dimensions} spatial axes and a last axis of {network.out_channels} channels, or half as many if the variance is learned."
+      f"Got shape={shape} for {file.path}, a network with {network.dimensions} spatial axes and"
+      f" out_channels={network.out_channels}; expected {network.dimensions} spatial axes and a last axis of"
+      f" {network.out_channels} channels, or half as many if the variance is learned."
     )
   return network.out_channels == 2 * shape[-1]
 
@@ -123,8 +124,8 @@ def _prediction(learns_variance: bool, prediction: Prediction | None) -> Predict
   if prediction.learned_variance != learns_variance:
     problem, fix = ("without", "wrap the prediction in") if learns_variance else ("with", "remove the wrapper")
     raise ValueError(
-      f"Got a prediction {problem} a learned variance for a network {'with' if learns_variance else 'without'} the output channels for it;"
-      f" {fix} predictions.learned_range."
+      f"Got a prediction {problem} a learned variance for a network {'with' if learns_variance else 'without'} the"
+      f" output channels for it; {fix} predictions.learned_range."
     )
   return prediction
 
@@ -158,8 +159,8 @@ def _conditions(
   if extra:
     if extra != shape[-1] or network.dimensions != 2:
       raise ValueError(
-        f"Got {file.path}, which takes {extra} input channels in addition to the {shape[-1]} of shape={shape}; expected none, or {shape[-1]} for"
-        " the small image of a 2D super-resolution model."
+        f"Got {file.path}, which takes {extra} input channels in addition to the {shape[-1]} of shape={shape}; expected"
+        f" none, or {shape[-1]} for the small image of a 2D super-resolution model."
       )
     by_name["low_resolution"] = conditions.low_resolution("low_resolution", shape, factor, method="bilinear")
   return by_name
@@ -230,7 +231,8 @@ def load_classifier(
   file = tensors.TensorFile(path, _ANCHOR, _DESCRIPTION)
   if "out.2.positional_embedding" not in file.shapes:
     raise ValueError(
-      f"Got {file.path}, which has no out.2.positional_embedding; expected a classifier with --classifier_pool attention."
+      f"Got {file.path}, which has no out.2.positional_embedding; expected a classifier with --classifier_pool"
+      " attention."
     )
   levels, blocks = _levels_of_encoder(file, blocks)
   num_positions = _shape(file, "out.2.positional_embedding")[1] - 1
@@ -286,8 +288,9 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
   )
   if total % (ups + 1) or _count(file, "input_blocks") != total:
     raise ValueError(
-      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1} levels; expected equal numbers of"
-      " both, divisible by the number of levels, as in models that resample with convolutions or residual blocks."
+      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1}"
+      " levels; expected equal numbers of both, divisible by the number of levels, as in models that resample with"
+      " convolutions or residual blocks."
     )
   return ups + 1, total // (ups + 1) - 1
 
@@ -327,8 +330,8 @@ def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[in
   if len(lengths) != 1:
     candidates = ", ".join(str(n - 1) for n in lengths) or "none"
     raise ValueError(
-      f"Got {file.path} with {total} input_blocks, and blocks={blocks}. Possible numbers of residual blocks per level: {candidates}. Pass one"
-      " of them as blocks= (guided-diffusion's classifier_depth)."
+      f"Got {file.path} with {total} input_blocks, and blocks={blocks}. Possible numbers of residual blocks per level:"
+      f" {candidates}. Pass one of them as blocks= (guided-diffusion's classifier_depth)."
     )
   return total // lengths[0], lengths[0] - 1
 
@@ -346,16 +349,16 @@ def _options(
   channels, _, *kernel = _shape(file, "input_blocks.0.0.weight")
   if len(kernel) == 3 and levels > 1:
     raise ValueError(
-      f"Got {file.path}, a network for volumes with {levels} levels; expected one level, because guided-diffusion does not resample the first"
-      " axis, but our network resamples all three axes."
+      f"Got {file.path}, a network for volumes with {levels} levels; expected one level, because guided-diffusion does"
+      " not resample the first axis, but our network resamples all three axes."
     )
   firsts = [1 + level * (blocks + 1) for level in range(levels)]
   widths = [_shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
   attention_levels = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
   if (heads is None) == (head_channels is None):
     raise ValueError(
-      f"Got heads={heads}, head_channels={head_channels} for {file.path}, which does not contain them; expected one of them:"
-      " head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
+      f"Got heads={heads}, head_channels={head_channels} for {file.path}, which does not contain them; expected one of"
+      " them: head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
     )
   downs = [
     "conv" if _has(file, f"input_blocks.{(level + 1) * (blocks + 1)}.0.op.") else "residual"

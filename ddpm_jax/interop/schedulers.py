@@ -247,7 +247,8 @@ def _check_ranges(config: Mapping[str, Any], name: str) -> None:
   invalid += [key for key in ("trained_betas",) if config.get(key) is not None and not config[key]]
   if invalid:
     raise ValueError(
-      f"Got a {name} with {invalid[0]}={config[invalid[0]]}; expected a positive number, or a list that is not empty. Correct the file."
+      f"Got a {name} with {invalid[0]}={config[invalid[0]]}; expected a positive number, or a list that is not empty."
+      " Correct the file."
     )
   if config.get("solver_order", 1) > 3:
     raise _unsupported(name, "solver_order", config["solver_order"], 1, 2, 3)
@@ -378,8 +379,8 @@ def betas_of(process: Process) -> np.ndarray:
 
 def _not_discrete(reason: str) -> ValueError:
   return ValueError(
-    f"Got a process that diffusers' DDPM pipeline cannot sample ({reason}); expected a discrete process, or vp. A model with"
-    " another process cannot be exported; use its checkpoint in this package."
+    f"Got a process that diffusers' DDPM pipeline cannot sample ({reason}); expected a discrete process, or vp. A model"
+    " with another process cannot be exported; use its checkpoint in this package."
   )
 
 
@@ -410,6 +411,6 @@ def _name_betas(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
 
 def _unsupported(name: str, key: str, value: Any, *supported: Any) -> ValueError:
   return ValueError(
-    f"Got a {name} with {key}={jsonfiles.shorten(value)}, which is not supported; expected {' or '.join(map(repr, supported))}. If the model"
-    " does not need this option, change it in scheduler_config.json."
+    f"Got a {name} with {key}={jsonfiles.shorten(value)}, which is not supported; expected"
+    f" {' or '.join(map(repr, supported))}. If the model does not need this option, change it in scheduler_config.json."
   )

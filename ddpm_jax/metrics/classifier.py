@@ -52,7 +52,8 @@ def train_classifier(
   classes = np.asarray(classes)
   if images.ndim != 4 or images.dtype != np.uint8 or not images.size or classes.shape != (len(images),):
     raise ValueError(
-      f"Got images of shape {images.shape} and type {images.dtype} with classes {classes.shape}; expected uint8 [N, H, W, C] and [N]."
+      f"Got images of shape {images.shape} and type {images.dtype} with classes {classes.shape}; expected uint8 [N, H,"
+      " W, C] and [N]."
     )
   if classes.dtype.kind not in "iu":
     raise ValueError(f"Got classes of type {classes.dtype}; expected integers.")
@@ -128,7 +129,8 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
   def prepare(images: np.ndarray) -> np.ndarray:
     if images.shape[-1] != channels:
       raise ValueError(
-        f"Got images with {images.shape[-1]} channel(s); expected {channels}, like the training images of the classifier."
+        f"Got images with {images.shape[-1]} channel(s); expected {channels}, like the training images of the"
+        " classifier."
       )
     return from_uint8(images)
 

@@ -138,8 +138,9 @@ def check_counts(settings: Settings, generated: int, real: int | None) -> int:
   has_pairs = bool(set(settings.scores) & set(PAIRWISE))
   if has_pairs and num_stored <= settings.k:
     raise ValueError(
-      f"Got evaluation.num_samples={generated}, {real} reference images and evaluation.pairwise_samples={settings.pairwise_samples} with"
-      f" evaluation.k={settings.k}; expected more than k of each. Set --config.evaluation.k."
+      f"Got evaluation.num_samples={generated}, {real} reference images and"
+      f" evaluation.pairwise_samples={settings.pairwise_samples} with evaluation.k={settings.k}; expected more than k"
+      " of each. Set --config.evaluation.k."
     )
   if settings.kernel_size > num_stored or ("class_score" in settings.scores and settings.splits > generated):
     raise ValueError(

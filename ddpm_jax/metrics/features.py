@@ -90,7 +90,8 @@ def check_images(images: np.ndarray) -> None:
     bad = int(np.count_nonzero(~np.isfinite(images).all(axes)))
     broken = f", {bad:,} of {len(images) if images.ndim else 1:,} with values that are not finite," if bad else ""
     raise ValueError(
-      f"Got images of type {images.dtype}{broken} to score; expected uint8. Convert finite images in [-1, 1] with images.to_uint8."
+      f"Got images of type {images.dtype}{broken} to score; expected uint8. Convert finite images in [-1, 1] with"
+      " images.to_uint8."
     )
   if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
     raise ValueError(
@@ -104,5 +105,8 @@ def check_memory(dimensions: int, num_stored: int, covariance: bool) -> None:
   description = (
     f"features of {dimensions:,} dimensions ({num_stored:,} stored{', and their covariance' if covariance else ''})"
   )
-  advice = "Set --config.evaluation.features=inception, lower --config.evaluation.pairwise_samples, or choose other --config.evaluation.scores."
+  advice = (
+    "Set --config.evaluation.features=inception, lower --config.evaluation.pairwise_samples, or choose other"
+    " --config.evaluation.scores."
+  )
   memory.check(description, needed, memory.host_bytes(), advice)

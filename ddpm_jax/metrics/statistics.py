@@ -62,8 +62,8 @@ def load_statistics(path: str | Path) -> Statistics:
   path = Path(path)
   if not path.is_file():
     raise ValueError(
-      f"Got the reference statistics {str(path)!r}, a file that does not exist; expected an .npz file with mu and sigma. Create it from"
-      " data with --mode=stats --config=<recipe> --output=<file>.npz."
+      f"Got the reference statistics {str(path)!r}, a file that does not exist; expected an .npz file with mu and"
+      " sigma. Create it from data with --mode=stats --config=<recipe> --output=<file>.npz."
     )
   try:
     # Verify the checksums first, because NumPy can read part of a damaged array without verifying them.
