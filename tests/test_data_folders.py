@@ -244,7 +244,7 @@ def test_an_archive_is_an_error(tmp_path):
     match=r"images\.zip', which is a file; expected a folder of images\..*If it is an archive, unpack it first",
   ):
     data.FolderSource(tmp_path / "images.zip", (8, 8))
-  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*Unpack"):
+  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*unpack it first"):
     data.read_inputs(tmp_path / "images.zip", (8, 8), 3)
 
 
