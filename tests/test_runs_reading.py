@@ -340,7 +340,7 @@ def test_wrong_data_give_one_message(tmp_path):
   flags = [DENSE, "--config.data.source=folder", "--config.data.hold_out=0", f"--workdir={tmp_path / 'run'}"]
   for path, message in (
     ("a", "1 image.s. without a class, such as .*a/0.png"),
-    ("a.zip", "a file; expected a folder.*Unpack"),
+    ("a.zip", "a file; expected a folder.*unpack it first"),
   ):
     code, output = call(
       *flags, f"--config.data.source.path={tmp_path / path}", "--config.model.conditions.classes=classes(number=2)"
