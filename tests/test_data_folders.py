@@ -240,10 +240,11 @@ def test_an_archive_is_an_error(tmp_path):
   with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
     file.writestr("a.png", b"")
   with pytest.raises(
-    ValueError, match=r"images\.zip', which is a file; expected a folder of images\..*Unpack an archive first"
+    ValueError,
+    match=r"images\.zip', which is a file; expected a folder of images\..*If it is an archive, unpack it first",
   ):
     data.FolderSource(tmp_path / "images.zip", (8, 8))
-  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*Unpack"):
+  with pytest.raises(ValueError, match=r"Cannot decode the image .*images\.zip.*unpack it first"):
     data.read_inputs(tmp_path / "images.zip", (8, 8), 3)
 
 

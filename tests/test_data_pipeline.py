@@ -83,9 +83,9 @@ def test_resuming_with_other_data_is_an_error():
 def test_resuming_with_another_batch_size_or_seed_is_an_error():
   state = data.batches(numbered(), 7, seed=3).state
   assert state == {"batch": 0, "num_images": 30, "batch_size": 7, "seed": 3}
-  with pytest.raises(ValueError, match="batch size of 8 to resume data with 7"):
+  with pytest.raises(ValueError, match="batch size of 8 to resume a run with 7"):
     data.batches(numbered(), 8, seed=3).restore(state)
-  with pytest.raises(ValueError, match="seed of 4 to resume data with 3"):
+  with pytest.raises(ValueError, match="seed of 4 to resume a run with 3"):
     data.batches(numbered(), 7, seed=4).restore(state)
   with pytest.raises(ValueError, match="another release"):
     data.batches(numbered(), 7, seed=3).restore({"iterator": {}, "num_images": 30})

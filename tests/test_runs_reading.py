@@ -111,7 +111,7 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path, name, capsys):
   assert held_out is None
   assert classes_of(train) == [0, 1, 2, 2]
   printed = capsys.readouterr().out
-  assert f"treating {name} as a class, because {tmp_path} also contains bus, car; if it is a split" in printed
+  assert f"treating {name} as a class, because {tmp_path} also contains bus, car. If it is a split" in printed
   assert f"--config.data.source.path={tmp_path / name}" in printed
 
 
@@ -340,7 +340,7 @@ def test_wrong_data_give_one_message(tmp_path):
   flags = [DENSE, "--config.data.source=folder", "--config.data.hold_out=0", f"--workdir={tmp_path / 'run'}"]
   for path, message in (
     ("a", "1 image.s. without a class, such as .*a/0.png"),
-    ("a.zip", "a file; expected a folder.*Unpack"),
+    ("a.zip", "a file; expected a folder.*unpack it first"),
   ):
     code, output = call(
       *flags, f"--config.data.source.path={tmp_path / path}", "--config.model.conditions.classes=classes(number=2)"

@@ -23,9 +23,9 @@ from ddpm_jax.data.sources import ArraySource, Source
 from ddpm_jax.data.tfds_records import TfdsSource
 from ddpm_jax.storage.places import user_path
 
-# The location of the data. It may change between sessions of a run if the data stay the same.
+# The path of the data. It may change when a run resumes, if the data stay the same.
 Place = Annotated[str, "place"]
-# Folders with these names are splits, not classes, unless the parent folder also holds folders with other names.
+# Names, in lower case, that suggest that a folder is a split rather than a class.
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 # A function that creates a source from a folder and, optionally, the names of the classes in the order of their
@@ -47,7 +47,7 @@ class Splits(NamedTuple):
 
 @check_types
 def digits(fit: Fit) -> Splits:
-  """Read the 1,797 handwritten digits of 8x8 that scikit-learn ships (Alpaydin and Kaynak 1998).
+  """Read the 1,797 handwritten digits, 8x8 pixels each, that scikit-learn ships (Alpaydin and Kaynak 1998).
 
   Raises:
     ValueError: if the shape in `fit` is not 8x8x1.
@@ -75,8 +75,8 @@ def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   Args:
     fit: the shape that the images must have.
     path: the .npz file.
-    items: names of other arrays [N, ...] in the file to read with the images, such as the input of a condition with
-      the same name.
+    items: names of other arrays [N, ...] in the file, to read with the images. A condition takes the array with its
+      name.
 
   Raises:
     ValueError: if the file is missing or unreadable, or the images do not have the shape in `fit`.
@@ -195,7 +195,8 @@ def _check_settings(source: PackedSource, fit: Fit) -> None:
   if settings != expected:
     flags = " and ".join(f"--config.data.{key}={settings[key]}" for key in expected if key in settings)
     raise ValueError(
-      f"Got images packed with {settings}; expected {expected}. Set {flags}, or pack the images again with --mode=prepare."
+      f"Got images packed with {settings}; expected {expected}. Set {flags}, or pack the images again with"
+      " --mode=prepare."
     )
 
 
@@ -212,8 +213,8 @@ def _read_splits(root: Path, names: tuple[str, str], make_source: MakeSource) ->
     missing = next((split for split in splits if split not in present), "train")
     raise ValueError(
       f"Got data.source.train_split={train_split!r} and data.source.eval_split={eval_split!r}, but {root} contains only"
-      f" {present[0]!r}; expected {root / missing} too, or neither folder. Correct the name, or set --config.data.source.eval_split=''."
-      f" If {present[0]!r} is a class, set --config.data.source.train_split='' too."
+      f" {present[0]!r}; expected {root / missing} too, or neither folder. Correct the name, or set"
+      f" --config.data.source.eval_split=''. If {present[0]!r} is a class, set --config.data.source.train_split='' too."
     )
   train = make_source(root / train_split, None)
   if isinstance(train, FolderSource):
@@ -226,13 +227,13 @@ def _check_splits(splits: Sequence[str]) -> None:
   for split, parts in zip(splits, all_parts, strict=True):
     if Path(split).is_absolute() or ".." in parts or "~" in parts[:1]:
       raise ValueError(
-        f"Got the split {split!r} (data.source.train_split, data.source.eval_split); expected the name of a folder in data.source.path, such"
-        " as 'train'. Set --config.data.source.path to the folder that contains the splits."
+        f"Got the split {split!r} (data.source.train_split, data.source.eval_split); expected the name of a folder in"
+        " data.source.path, such as 'train'. Set --config.data.source.path to the folder that contains the splits."
       )
   if len(all_parts) == 2 and all(a == b for a, b in zip(*all_parts, strict=False)):
     raise ValueError(
-      f"Got data.source.train_split={splits[0]!r} and data.source.eval_split={splits[1]!r}, which share images; expected two folders, neither"
-      " inside the other. Correct one, or set --config.data.source.eval_split=''."
+      f"Got data.source.train_split={splits[0]!r} and data.source.eval_split={splits[1]!r}, which share images;"
+      " expected two folders, neither inside the other. Correct one, or set --config.data.source.eval_split=''."
     )
 
 
@@ -248,21 +249,22 @@ def _are_classes(root: Path, classes: Sequence[str], splits: Sequence[str], pres
     inner = root / classes[0] if len(classes) == 1 else root
     if any((inner / split).is_dir() for split in splits):
       raise ValueError(
-        f"Got the folder {root}, and its only sub-folder {classes[0]} contains the splits ({', '.join(splits)}); expected the splits in"
-        f" data.source.path. Set --config.data.source.path={inner}, or set data.source.train_split='' and data.source.eval_split='' to use"
-        " all images as one set."
+        f"Got the folder {root}, and its only sub-folder {classes[0]} contains the splits ({', '.join(splits)});"
+        f" expected the splits in data.source.path. Set --config.data.source.path={inner}, or set"
+        " data.source.train_split='' and data.source.eval_split='' to use all images as one set."
       )
     if splits and len(other_folders) > 1 and like_splits == other_folders:
       raise ValueError(
-        f"Got the folder {root} with the sub-folders {', '.join(other_folders)}, which look like splits; expected classes. Set"
-        " --config.data.source.train_split and --config.data.source.eval_split to their names, or set both to '' if they are classes."
+        f"Got the folder {root} with the sub-folders {', '.join(other_folders)}, which look like splits; expected"
+        " classes. Set --config.data.source.train_split and --config.data.source.eval_split to their names, or set both"
+        " to '' if they are classes."
       )
     return True
   if not other_folders or like_splits:
     return False
   tqdm.write(
-    f"treating {present[0]} as a class, because {root} also contains {', '.join(other_folders[:3])}; if it is a split:"
-    f" --config.data.source.path={root / present[0]}"
+    f"treating {present[0]} as a class, because {root} also contains {', '.join(other_folders[:3])}. If it is a split,"
+    f" set --config.data.source.path={root / present[0]}."
   )
   return True
 

@@ -8,11 +8,12 @@ import numpy as np
 
 from ddpm_jax.data.sources import BrokenImage
 
-# Pillow only identifies the first five, and runs an external program to decode EPS. Today .pcd files are point clouds
-# rather than Photo CDs.
+# Pillow identifies the first five formats, but cannot decode them. It runs an external program to decode EPS. A .pcd
+# file today is usually a point cloud rather than a Photo CD.
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PCD"}
 _COMMON = {"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"}
-# Formats with unsigned 16-bit values; None is an image from an array. FITS stores measurements of any sign and scale.
+# Formats whose 16-bit values are unsigned. None is the format of an image from an array. FITS is missing, because it
+# stores measurements of any sign and scale.
 _UNSIGNED = {"PNG", "TIFF", "JPEG2000", None}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES, _WHITE_IS_ZERO, _SIGNED = 258, 262, 339, 0, 2
 
@@ -73,15 +74,19 @@ def eight_bits(image: Any) -> Any:
 
 
 def _bits(image: Any) -> int:
-  """Return the number of bits per channel."""
+  """Return the number of bits per channel.
+
+  Raises:
+    ValueError: if the range of the pixels is unknown.
+  """
   tags = image.tag_v2 if image.format == "TIFF" else {}
   if image.mode.startswith("I;16") and image.format in _UNSIGNED:
     if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
-      # Pillow inverts only 8-bit TIFFs with white as 0.
+      # Pillow inverts such a TIFF only if it has 8 bits.
       raise ValueError("it stores white as 0; expected a 16-bit TIFF that stores black as 0. Convert it first")
     return int(tags.get(_TIFF_BITS, (16,))[0])  # A TIFF may have 12 bits.
   if image.mode == "I" and image.format == "PPM":
-    return 16  # Pillow scales maxima above 255 to 65,535.
+    return 16  # Pillow scales a PPM with a maximum above 255 to 16 bits.
   # Pillow reads signed 8-bit TIFFs as unsigned.
   if image.mode[0] in "IF" or _SIGNED in tags.get(_TIFF_SAMPLES, ()):
     kinds = {"F": "floats", "I;16": f"16-bit integers of {image.format}"}

@@ -46,7 +46,8 @@ def check_image_size(image_size: Any) -> tuple[int, int]:
   )
   if not are_integers or min(image_size) < 1:
     raise ValueError(
-      f"Got {image_size!r} as the size of images; expected height and width in pixels, each at least 1, such as (32, 32). Set data.image_size."
+      f"Got {image_size!r} as the size of images; expected height and width in pixels, each at least 1, such as (32,"
+      " 32). Set data.image_size."
     )
   return int(image_size[0]), int(image_size[1])
 
@@ -59,8 +60,9 @@ def check_fit(image_size: Any, channels: int, crop: int, resize: str) -> Fit:
   """
   if channels not in _MODES:
     raise ValueError(
-      f"Got channels={channels} for image files or TFDS; expected 1 (gray), 3 (RGB) or 4 (RGB with opacity). Set data.channels, or save"
-      " the images as an .npz file, which allows any number of channels, and set --config.data.source=arrays."
+      f"Got channels={channels} for image files or TFDS; expected 1 (gray), 3 (RGB) or 4 (RGB with opacity). Set"
+      " data.channels, or save the images as an .npz file, which allows any number of channels, and set"
+      " --config.data.source=arrays."
     )
   if crop < 0:
     raise ValueError(f"Got data.crop={crop}; expected the shorter side of a centered box in pixels, or 0 for no crop.")
@@ -120,8 +122,8 @@ def _crop(image: Any, target: Fit) -> Any:
   height, width = (round(target.crop * side / min(target.image_size)) for side in target.image_size)
   if width > image.width or height > image.height:
     raise ValueError(
-      f"Got an image of {image.width}x{image.height} for data.crop={target.crop}, a box of {width}x{height}; expected an image at least"
-      " as large as the box. Lower data.crop."
+      f"Got an image of {image.width}x{image.height} for data.crop={target.crop}, a box of {width}x{height}; expected"
+      " an image at least as large as the box. Lower data.crop."
     )
   return _crop_center(image, width, height)
 

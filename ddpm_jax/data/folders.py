@@ -19,7 +19,7 @@ class FolderSource:
 
   The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported.
   Hidden files and files that are not images are skipped, and one printed line counts them. Symbolic links to folders
-  are followed, and each folder is read once. Image files are opened only when they are read.
+  are followed, and each folder is read once. An image file is opened only when its item is read.
 
   The list of files is cached in `~/.cache/ddpm_jax/folders` (or under `$XDG_CACHE_HOME`). Folders that changed are
   listed again.
@@ -88,16 +88,16 @@ def _find_images(root: bytes, path: str) -> dict[bytes, bytes]:
   if not os.path.isdir(root):
     problem = "is a file" if os.path.exists(root) else "does not exist"
     raise ValueError(
-      f"Got the data folder {path!r}, which {problem}; expected a folder of images. Set --config.data.source.path. Unpack an archive first."
-      " For an .npz file of images, set --config.data.source=arrays."
+      f"Got the data folder {path!r}, which {problem}; expected a folder of images. Set --config.data.source.path. If"
+      " it is an archive, unpack it first. For an .npz file of images, set --config.data.source=arrays."
     )
   folders = walk(root)
   skipped = count_skipped(folders.values())
   names = {name: folder.names for name, folder in folders.items() if folder.names}
   if not names:
     raise ValueError(
-      f"Got the data folder {path!r}, which contains no images ({skipped or 'no files at all'}); expected image files, such as .png, .jpg or"
-      " .webp, in it or in its sub-folders."
+      f"Got the data folder {path!r}, which contains no images ({skipped or 'no files at all'}); expected image files,"
+      " such as .png, .jpg or .webp, in it or in its sub-folders."
     )
   if skipped:
     tqdm.write(f"skipped files in {path} that are not images: {skipped}")

@@ -37,7 +37,7 @@ def read_inputs(
   Args:
     path: the file or folder. Sub-folders may be nested to any depth. Images in an .npz file, uint8 [N, H, W, C], are
       not resized.
-    image_size: height and width; None for the size of the files, which must be the same for all.
+    image_size: height and width; None to keep the size of the images. They must then all have the same size.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity; any number for an .npz file.
     flag: the command-line flag with the path, for error messages.
 
@@ -48,18 +48,19 @@ def read_inputs(
   if path.suffix.lower() == ".npz" and path.is_file():
     images = as_uint8(read_arrays(path).images)
     if (images.shape[3], channels) == (1, 3):
-      images = images.repeat(channels, axis=3)  # Gray image files become RGB in the same way.
+      images = images.repeat(channels, axis=3)  # Decoding makes RGB from a gray image file in the same way.
     if (image_size is not None and images.shape[1:3] != image_size) or images.shape[3] != channels:
       height, width = image_size or ("H", "W")
       raise ValueError(
-        f"Got {path} with images of shape {images.shape}; expected uint8 [N, {height}, {width}, {channels}] for this model."
+        f"Got {path} with images of shape {images.shape}; expected uint8 [N, {height}, {width}, {channels}] for this"
+        " model."
       )
     return Inputs(images, [f"{path.name}[{index}]" for index in range(len(images))], 0)
   files = _find_files(path, flag)
   if channels not in (1, 3, 4):
     raise ValueError(
-      f"Got {flag}={path}, image files, for a model with {channels} channels; expected an .npz file of images uint8 [N, H, W, {channels}]."
-      " Image files have 1, 3 or 4 channels."
+      f"Got {flag}={path}, image files, for a model with {channels} channels; expected an .npz file of images uint8 [N,"
+      f" H, W, {channels}]. Image files have 1, 3 or 4 channels."
     )
   pairs = [_read(file, image_size, channels) for file in files]
   shapes = {image.shape for image, _ in pairs}
@@ -86,7 +87,8 @@ def _find_files(path: Path, flag: str) -> list[Path]:
   )
   if not files:
     raise ValueError(
-      f"Got {flag}={path}, a folder that contains no images ({skipped or 'no files at all'}); expected image files, such as .png, .jpg or .webp."
+      f"Got {flag}={path}, a folder that contains no images ({skipped or 'no files at all'}); expected image files,"
+      " such as .png, .jpg or .webp."
     )
   if skipped:
     tqdm.write(f"skipped files in {path} that are not images: {skipped}")
@@ -106,7 +108,8 @@ def _decode(file: str | Path, name: str) -> Any:
   except BrokenImage as error:
     # The message of BrokenImage names a config key that is only for training.
     raise ValueError(
-      f"Cannot decode {name}: {error.reason}. Replace it, or save it again as PNG. Unpack an archive first."
+      f"Cannot decode {name}: {error.reason}. Replace it, or save it again as PNG. If it is an archive, unpack it"
+      " first."
     ) from error
 
 
@@ -117,7 +120,7 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
 
   Args:
     path: an image file, or a word: "lower", "upper", "left" or "right" for half of the image, or "center" for a
-      centered box with half its height and width.
+      centered box with half the height and width of the image.
     image_size: height and width that the mask must have.
 
   Raises:
@@ -138,7 +141,8 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
     mask[regions[str(path)]] = True
     if not mask.any():
       raise ValueError(
-        f"Got --mask={path}, which is empty for images of {width}x{height}; expected larger images, or an image file as mask."
+        f"Got --mask={path}, which is empty for images of {width}x{height}; expected larger images, or an image file as"
+        " mask."
       )
     return mask
   if not Path(path).is_file():
@@ -156,7 +160,8 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
   values = np.asarray(image.convert("L"))
   if values.shape != (height, width):
     raise ValueError(
-      f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {width}x{height}; expected the same size."
+      f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {width}x{height}; expected the same"
+      " size."
     )
   levels = np.unique(values)
   between = levels[(levels > 0) & (levels < 255)]

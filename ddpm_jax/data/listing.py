@@ -21,8 +21,8 @@ from ddpm_jax.storage import files, sealed
 from ddpm_jax.storage.places import cache_folder
 
 _VERSION = 2
-# A folder that changed less than this long before it was listed may change again within one tick of the file system's
-# clock.
+# If a folder changed less than this time before it was listed, a later change may get the same time stamp, because the
+# clock of a file system has coarse ticks.
 _TICK_NS = 2 * 10**9
 # A stamp that matches no folder, so that the folder is listed again.
 _STALE = b""
@@ -64,7 +64,7 @@ def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
   come from the cache if `cached` is set.
 
   Raises:
-    ValueError: if a folder cannot be listed, or the target of a link that may be a folder does not exist.
+    ValueError: if a folder cannot be listed, or a broken link may have pointed to a folder.
   """
   cache = _cache_file(root) if cached else None
   cached_folders = _load(cache) if cache else {}
@@ -91,8 +91,8 @@ def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
           folder = _list(path, status, extensions)
       except OSError as error:
         raise ValueError(
-          f"Cannot list the folder {os.fsdecode(path)} ({error.strerror}); expected all folders in {os.fsdecode(root)} to be readable. Make it"
-          " readable, or move it elsewhere."
+          f"Cannot list the folder {os.fsdecode(path)} ({error.strerror}); expected all folders in {os.fsdecode(root)}"
+          " to be readable. Make this folder readable, or move it elsewhere."
         ) from error
       folders[name] = folder
       pending.extend(os.path.join(name, inner) for inner in reversed(folder.folders))

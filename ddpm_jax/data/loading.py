@@ -13,8 +13,8 @@ from ddpm_jax.data.choices import Splits
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.sources import NO_CLASS, ArraySource, SkipBroken, Source
 
-# `check(source, classes)` raises a ValueError if the classes [N] of images in `source` are wrong. It can name images
-# by `source`.
+# `check(source, classes)` raises a ValueError if the classes [N] of images in `source` are wrong. It uses `source` only
+# to name images in the message.
 Check = Callable[[Source, np.ndarray], None]
 
 
@@ -33,7 +33,7 @@ def load(
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to replace each with the
       next image that can be decoded.
     hold_out: number of images to hold out from training if the data set has no evaluation split; `A_TENTH` for a tenth
-      of them, 0 for none.
+      of them (at most 500), 0 for none.
     check: a check of the classes, such as `classes_below(10)`; None for no check. It is called once with all classes
       if the source knows them. Otherwise it is called for each image that is read.
     shape: the shape [H, W, C] that images must have; None if the data set has already checked it.
@@ -59,8 +59,8 @@ def load(
       classes = _all_classes(cached)
       if classes is None and "classes" not in first:
         raise ValueError(
-          f"Got data with the items {', '.join(sorted(first))} for a class-conditional model; expected an integer 'classes' among them. Choose"
-          " another config.data.source, or remove the classes from the model."
+          f"Got data with the items {', '.join(sorted(first))} for a class-conditional model; expected an integer"
+          " 'classes' among them. Choose another config.data.source, or remove the classes from the model."
         )
       check(source, first["classes"] if classes is None else classes)
       cached = cached if classes is not None else _CheckedSource(check, cached)
@@ -88,12 +88,13 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
       elif isinstance(source, ArraySource):
         expected = "an array 'labels' in the file. Add it"
       raise ValueError(
-        f"Got {len(missing):,} image(s) without a class{example} for config.{key}={number}; expected {expected}, or use a model without classes"
-        f"{_removal_flag(key)}."
+        f"Got {len(missing):,} image(s) without a class{example} for config.{key}={number}; expected {expected}, or use"
+        f" a model without classes{_removal_flag(key)}."
       )
     if np.min(classes) < 0 or np.max(classes) >= number:
       raise ValueError(
-        f"Got data with classes {np.min(classes)} to {np.max(classes)} for {key}={number}; expected classes from 0 to {number - 1}."
+        f"Got data with classes {np.min(classes)} to {np.max(classes)} for {key}={number}; expected classes from 0 to"
+        f" {number - 1}."
       )
 
   return check
@@ -106,7 +107,7 @@ def _removal_flag(key: str) -> str:
 
 
 def check_split_classes(splits: Splits, check: Check | None) -> None:
-  """Check the classes of each split that knows them without reading images."""
+  """Check the classes of each split, if they are known without reading images."""
   for source in splits:
     if check is not None and source is not None and (classes := _all_classes(source)) is not None:
       check(source, classes)

@@ -68,7 +68,8 @@ class PackedSource:
         raise sealed.DamagedFileError("the checksum does not match")
     except Exception as error:
       raise ValueError(
-        f"Cannot read the classes {self._path / _CLASSES}: {error}. Copy the file again, or pack again with --mode=prepare."
+        f"Cannot read the classes {self._path / _CLASSES}: {error}. Copy the file again, or pack again with"
+        " --mode=prepare."
       ) from error
     self.shape, self.class_names, self.settings = tuple(index["shape"]), index["class_names"], index["settings"]
     self._record = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in index["arrays"]])
@@ -83,8 +84,8 @@ class PackedSource:
     missing = [str(self._shard(number)) for number in range(len(self._last)) if not self._shard(number).is_file()]
     if missing or len(self.classes) != index["count"] or self._last[-1] != index["count"]:
       raise ValueError(
-        f"Got incomplete packed images in {str(path)!r} (missing: {', '.join(missing[:3]) or 'classes'}); expected all files."
-        " Copy them again, or pack them again with --mode=prepare."
+        f"Got incomplete packed images in {str(path)!r} (missing: {', '.join(missing[:3]) or 'classes'}); expected all"
+        " files. Copy them again, or pack them again with --mode=prepare."
       )
     self._readers: dict[int, Any] = {}
 
@@ -140,8 +141,8 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     The number of images written, and the names of the omitted images.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop". All images are read first, and the error names ten
-      of them.
+    ValueError: if images cannot be decoded and `broken` is "stop", or if no image can be decoded. The error comes after
+      all images are read, and names up to ten broken images.
   """
   path.mkdir(parents=True, exist_ok=True)
   classes: list[int] = []

@@ -36,7 +36,7 @@ class WorkerDied(RuntimeError):
 class Batches:
   """Iterate over batches without end, and transfer the next batch to the device ahead of time.
 
-  `state` and `restore` resume the iteration.
+  `state` returns the position of the iteration, and `restore` continues from it.
 
   Attributes:
     wait_seconds: total seconds spent in `next`. This is the time that training has waited for input.
@@ -55,7 +55,7 @@ class Batches:
     self._workers: set[int] = set()
     self._is_canceled = False
     self.wait_seconds = 0.0
-    # Stop the workers before multiprocessing does so at exit, which can take a minute.
+    # At exit, stop the workers before multiprocessing does, because multiprocessing can take a minute for this.
     atexit.register(_close, weakref.ref(self))
 
   def __iter__(self) -> "Batches":
@@ -105,8 +105,8 @@ class Batches:
     # The dead process may own a lock that `close` would wait for. The other workers exit when this process exits.
     self._is_canceled = True
     return WorkerDied(
-      f"A worker process that decodes images ({worker}) has died. It crashed or was killed, for example because memory ran out. Lower"
-      " --config.data.num_workers, or set it to 0 to decode in threads."
+      f"A worker process that decodes images ({worker}) has died. It crashed or was killed, for example because memory"
+      " ran out. Lower --config.data.num_workers, or set it to 0 to decode in threads."
     )
 
   def _fetch(self) -> Any:
@@ -122,7 +122,7 @@ class Batches:
     if process != os.getpid():
       self._workers.add(process)
     if errors and isinstance(self._source, SkipBroken):
-      # Report here, because a worker process may have read the image.
+      # Report in the main process, because a worker process may have read the image.
       self._source.report([BrokenImage(*error) for error in errors])
     return self._put(batch)
 
@@ -147,19 +147,19 @@ class Batches:
     """
     if state.keys() != self._position.keys():
       raise ValueError(
-        f"Got a data position with {', '.join(sorted(state))}; expected {', '.join(sorted(self._position))}. It comes from another"
-        " release. Resume with that release, or start a new run in another --workdir."
+        f"Got a data position with {', '.join(sorted(state))}; expected {', '.join(sorted(self._position))}. It comes"
+        " from another release. Resume with that release, or start a new run in another --workdir."
       )
     if state["num_images"] != self._position["num_images"]:
       raise ValueError(
-        f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']} images; expected the same data."
-        " Restore it, or start a new run in another --workdir."
+        f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']} images; expected"
+        " the same data. Restore it, or start a new run in another --workdir."
       )
     for key, name in (("batch_size", "batch size"), ("seed", "seed")):
       if state[key] != self._position[key]:
         raise ValueError(
-          f"Got a {name} of {self._position[key]} to resume data with {state[key]}; expected the same {name}, to keep the order of images."
-          " Set it back, or start a new run in another --workdir."
+          f"Got a {name} of {self._position[key]} to resume a run with {state[key]}; expected the same {name}, to keep"
+          " the order of images. Set it back, or start a new run in another --workdir."
         )
     self.close()
     self._position = dict(state)
@@ -220,7 +220,8 @@ def batches(
   """
   if batch_size < 1 or num_threads < 1 or num_workers < 0:
     raise ValueError(
-      f"Got batch_size={batch_size}, num_threads={num_threads}, num_workers={num_workers}; expected at least 1, 1 and 0."
+      f"Got batch_size={batch_size}, num_threads={num_threads}, num_workers={num_workers}; expected at least 1, 1 and"
+      " 0."
     )
   own_rows = np.arange(batch_size) if rows is None else np.asarray(rows)
   is_increasing = own_rows.ndim == 1 and len(own_rows) > 0 and not np.any(np.diff(own_rows) < 1)

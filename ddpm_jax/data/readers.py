@@ -8,13 +8,14 @@ import numpy as np
 from ddpm_jax.data.sources import ArraySource
 from ddpm_jax.storage import sealed
 
-# Names that other programs give to images and their classes. guided-diffusion saves samples as arr_0 and arr_1.
+# Names that other programs give to images and their classes. guided-diffusion saves images as arr_0 and
+# classes as arr_1.
 _IMAGES = ("images", "samples", "arr_0")
 _CLASSES = ("labels", "label", "classes", "targets", "y", "arr_1")
 
 
 def read_digits() -> ArraySource:
-  """Read the 1,797 handwritten digits of 8x8 that scikit-learn ships (Alpaydin and Kaynak 1998).
+  """Read the 1,797 handwritten digits, 8x8 pixels each, that scikit-learn ships (Alpaydin and Kaynak 1998).
 
   The digits come in a fixed random order.
   """
@@ -78,8 +79,8 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
   if not path.is_file():
     problem = "is a folder" if path.exists() else "does not exist"
     raise ValueError(
-      f"Got the data file {str(path)!r}, which {problem}; expected an .npz file. Set --config.data.source.path, or for a folder of images"
-      " --config.data.source=folder."
+      f"Got the data file {str(path)!r}, which {problem}; expected an .npz file. Set --config.data.source.path, or for"
+      " a folder of images --config.data.source=folder."
     )
   try:
     # Verify the checksums first, because NumPy can read part of a damaged array without verifying them.
@@ -94,20 +95,21 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
   if images is None:
     more = f" and {len(all_names) - 5:,} more" if len(all_names) > 5 else ""
     raise ValueError(
-      f"Got {path}, which contains {', '.join(sorted(all_names)[:5]) or 'nothing'}{more}; expected the array 'images', uint8 [N, H, W, C], and"
-      " optionally 'labels' [N]. Save it with these names. If it is an archive of image files, unpack it and set --config.data.source=folder."
+      f"Got {path}, which contains {', '.join(sorted(all_names)[:5]) or 'nothing'}{more}; expected the array 'images',"
+      " uint8 [N, H, W, C], and optionally 'labels' [N]. Save it with these names. If it is an archive of image files,"
+      " unpack it and set --config.data.source=folder."
     )
   if images.size and np.issubdtype(images.dtype, np.floating) and np.min(images) >= 0:
     # Many programs use floats in [0, 1], which would look like bright images in [-1, 1].
     raise ValueError(
-      f"{path}: Got float images from {np.min(images):g} to {np.max(images):g}; expected -1 (black) to 1 (white), or uint8 (0 to 255). Scale"
-      " them with 2 * images - 1."
+      f"{path}: Got float images from {np.min(images):g} to {np.max(images):g}; expected -1 (black) to 1 (white), or"
+      " uint8 (0 to 255). Scale them with 2 * images - 1."
     )
   missing = [name for name in items if name not in content]
   if missing:
     raise ValueError(
-      f"Got {path}, which contains {', '.join(sorted(all_names))}; expected {', '.join(missing)} too. Set --config.data.source.items to names"
-      " of arrays in the file."
+      f"Got {path}, which contains {', '.join(sorted(all_names))}; expected {', '.join(missing)} too. Set"
+      " --config.data.source.items to names of arrays in the file."
     )
   try:
     other_items = {name: content[name] for name in items}

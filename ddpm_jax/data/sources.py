@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ddpm_jax.storage.images import as_uint8
 
 Batch = dict[str, np.ndarray]
-# The class of an image without a class.
+# The value of `classes` for an image without a class.
 NO_CLASS = -1
 # A value of `hold_out` that selects a tenth of the images.
 A_TENTH = -1
@@ -86,8 +86,8 @@ def to_array(name: str, value: Any) -> np.ndarray:
     return array.astype(np.float32, copy=False)
   if not np.issubdtype(array.dtype, np.integer):
     raise ValueError(
-      f"Got data with the item {name!r} of type {array.dtype}; expected numbers. Convert it to an array of numbers in the data source, or"
-      " remove it."
+      f"Got data with the item {name!r} of type {array.dtype}; expected numbers. Convert it to an array of numbers in"
+      " the data source, or remove it."
     )
   if array.dtype.itemsize >= 4 and array.dtype != np.int32 and array.size:
     check_integers(name, array)
@@ -99,17 +99,19 @@ def check_integers(name: str, array: np.ndarray) -> None:
   lowest, highest = np.min(array), np.max(array)
   if lowest < -_LARGEST_CLASS - 1 or highest > _LARGEST_CLASS:
     raise ValueError(
-      f"Got data with the item {name!r} of integers from {lowest} to {highest}; expected values that fit int32. Use floats or smaller integers."
+      f"Got data with the item {name!r} of integers from {lowest} to {highest}; expected values that fit int32. Use"
+      " floats or smaller integers."
     )
 
 
 def check_alike(item: Batch, first: Batch) -> None:
-  """Raise a ValueError if an item differs from the first one in names, types or shapes."""
+  """Raise a ValueError if an item and the first item differ in names, types or shapes."""
   kinds = [{name: f"{array.dtype} {array.shape}" for name, array in arrays.items()} for arrays in (item, first)]
   if kinds[0] != kinds[1]:
     texts = [", ".join(f"{name} {kind}" for name, kind in sorted(kind_by_name.items())) for kind_by_name in kinds]
     raise ValueError(
-      f"Got data with an item of {texts[0]} after an item of {texts[1]}; expected the same names, types and shapes in all items."
+      f"Got data with an item of {texts[0]} after an item of {texts[1]}; expected the same names, types and shapes in"
+      " all items."
     )
 
 
@@ -128,8 +130,8 @@ class BrokenImage(ValueError):
 
   def __str__(self) -> str:
     return (
-      f"Cannot decode the image {self.name}: {self.reason}. Replace or remove it, or skip all images that cannot be decoded:"
-      " --config.data.broken=skip."
+      f"Cannot decode the image {self.name}: {self.reason}. Replace or remove it, or skip all images that cannot be"
+      " decoded: --config.data.broken=skip."
     )
 
 
@@ -164,7 +166,8 @@ def check_classes(classes: np.ndarray) -> np.ndarray:
   lowest, highest = np.min(classes), np.max(classes)
   if lowest < NO_CLASS or highest > _LARGEST_CLASS:
     raise ValueError(
-      f"Got classes from {lowest} to {highest}; expected 0 to {_LARGEST_CLASS}, or {NO_CLASS} for an image without a class. Number the classes from 0."
+      f"Got classes from {lowest} to {highest}; expected 0 to {_LARGEST_CLASS}, or {NO_CLASS} for an image without a"
+      " class. Number the classes from 0."
     )
   return classes.astype(np.int32)
 
@@ -191,7 +194,8 @@ def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
     return None
   if np.min(classes) < 0 or np.max(classes) >= num_classes:
     raise ValueError(
-      f"Got classes {np.min(classes)} to {np.max(classes)} for {num_classes} classes; expected classes from 0 to {num_classes - 1}."
+      f"Got classes {np.min(classes)} to {np.max(classes)} for {num_classes} classes; expected classes from 0 to"
+      f" {num_classes - 1}."
     )
   return np.bincount(classes, minlength=num_classes)
 
@@ -220,7 +224,7 @@ class SkipBroken:
     source: any source.
 
   Attributes:
-    broken: reasons by name of the broken images so far, in the order in which they were found.
+    broken: a dict from the name of each broken image found so far to the reason, in the order of discovery.
 
   Raises:
     ValueError: when an item is read, if no image can be decoded.
@@ -257,7 +261,7 @@ class SkipBroken:
     raise broken_error(errors, len(self))
 
   def read(self, indices: np.ndarray) -> tuple[Batch, list[BrokenImage]]:
-    """Return a batch in which broken images are replaced, and their errors.
+    """Return a batch with broken images replaced, and the errors of the broken images.
 
     The errors are not reported.
     """
@@ -310,22 +314,23 @@ class ArraySource(_InMemory):
     items: other numeric arrays [N, ...] by name. Item i gets entry i of each.
 
   Raises:
-    ValueError: if there are no images, they are not uint8 or floats in [-1, 1] with four axes, or another array does
-      not match.
+    ValueError: if there are no images, they are not uint8 or floats in [-1, 1] with four axes, or another array has the
+      wrong type or length.
   """
 
   def __init__(self, images: np.ndarray, classes: np.ndarray | None = None, **items: np.ndarray):
     is_float = np.issubdtype(images.dtype, np.floating)
     if images.ndim != 4 or not (images.dtype == np.uint8 or is_float) or not len(images):
       raise ValueError(
-        f"Got images of shape {images.shape} and type {images.dtype}; expected at least one image, [N, H, W, C], uint8 (0 to 255) or floats"
-        " (-1 to 1)."
+        f"Got images of shape {images.shape} and type {images.dtype}; expected at least one image, [N, H, W, C], uint8"
+        " (0 to 255) or floats (-1 to 1)."
       )
     check_range(images)
     classes = np.full(len(images), NO_CLASS) if classes is None else np.asarray(classes)
     if classes.shape != (len(images),) or not np.issubdtype(classes.dtype, np.integer):
       raise ValueError(
-        f"Got classes of shape {classes.shape} and type {classes.dtype} for {len(images)} images; expected one integer per image."
+        f"Got classes of shape {classes.shape} and type {classes.dtype} for {len(images)} images; expected one integer"
+        " per image."
       )
     if "image" in items:
       raise ValueError("Got an item named 'image' in addition to `images`; expected another name.")
@@ -388,8 +393,8 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
     )
   if not 0 < count < len(source):
     raise ValueError(
-      f"Got data.hold_out={count} for {len(source)} images; expected 1 to {len(source) - 1}, so that some remain for training, or"
-      f" {A_TENTH} for a tenth of them. Set --config.data.hold_out."
+      f"Got data.hold_out={count} for {len(source)} images; expected 1 to {len(source) - 1}, so that some remain for"
+      f" training, or {A_TENTH} for a tenth of them. Set --config.data.hold_out."
     )
   order = np.random.default_rng(0).permutation(len(source))
   return _Subset(source, np.sort(order[count:])), _Subset(source, np.sort(order[:count]))
@@ -439,8 +444,8 @@ def cache_in_memory(source: Source, broken: str = "stop") -> Source:
     if broken == "stop":
       raise broken_error(list(errors.values()), len(source))
     report_broken(list(errors.values()), len(source), "replaced by the next image that can")
-    # Replace from the end, so that the next image is already decoded or replaced. The first decoded image follows the
-    # last.
+    # Replace from the end, so that the next image is already decoded or replaced. The first decoded image replaces a
+    # broken last image.
     first_decoded = next(index for index in range(len(source)) if index not in errors)
     for index in sorted(errors, reverse=True):
       next_index = index + 1 if index + 1 < len(source) else first_decoded

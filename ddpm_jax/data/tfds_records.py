@@ -59,12 +59,13 @@ class TfdsSource:
       folder = data_dir or tfds.core.constants.DATA_DIR
       raise ValueError(
         f"Cannot read the TFDS data set {name!r}, split {split!r}, as ArrayRecord from {folder} ({_first_line(error)})."
-        " Prepare it once: pip install 'ddpm_jax[prepare]', then run --mode=prepare with this --config. Or use a folder of images:"
-        " --config.data.source=folder --config.data.source.path=<folder>."
+        " Prepare it once: pip install 'ddpm_jax[prepare]', then run --mode=prepare with this --config. Or use a folder"
+        " of images: --config.data.source=folder --config.data.source.path=<folder>."
       ) from error
     if not len(self.records) or "image" not in self.records.dataset_info.features:
       raise ValueError(
-        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records; expected records with an 'image'."
+        f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records; expected records with an"
+        " 'image'."
       )
 
   def __getstate__(self) -> dict[str, Any]:
@@ -136,8 +137,8 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     if "tensorflow" not in f"{error} {error.name}" and error.name != "lmdb":
       raise ValueError(f"Cannot prepare the TFDS data set {name!r}: {_first_line(error)}.") from error
     raise ValueError(
-      f"Preparing the TFDS data set {name!r} needs {error.name or 'tensorflow'}, which is not installed (training and sampling do not need"
-      " it). Install it with pip install 'ddpm_jax[prepare]', then run the command again."
+      f"Preparing the TFDS data set {name!r} needs {error.name or 'tensorflow'}, which is not installed (training and"
+      " sampling do not need it). Install it with pip install 'ddpm_jax[prepare]', then run the command again."
     ) from error
   except tfds.core.registered.DatasetNotFoundError as error:
     suggestion = hint(name, tfds.list_builders(with_community_datasets=False))
@@ -170,14 +171,15 @@ def _is_public(builder: Any) -> bool:
 
 
 def _import(module: str) -> None:
-  """Import a module by name or from a .py file, and prepare its TFDS builders."""
+  """Import a module by name or from a .py file, and set the paths of its TFDS builders."""
   import tensorflow_datasets as tfds
 
   try:
     loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
   except Exception as error:
     raise ValueError(
-      f"Cannot import data.source.module={module!r} ({type(error).__name__}: {error}); expected a module on the Python path, or a .py file."
+      f"Cannot import data.source.module={module!r} ({type(error).__name__}: {error}); expected a module on the Python"
+      " path, or a .py file."
     ) from error
   for value in vars(loaded).values():
     if isinstance(value, type) and issubclass(value, tfds.core.DatasetBuilder) and value.__module__ == loaded.__name__:

@@ -42,15 +42,17 @@ def model_card(
     "",
     f"# Diffusion model for {shape[0]}x{shape[1]} images with {shape[2]} channel{'s' if shape[2] > 1 else ''}",
     "",
-    f"A U-Net with {num_params:,} parameters, trained with ddpm_jax. It predicts `{scheduler_config['prediction_type']}`"
-    f" for a noise schedule of {scheduler_config['num_train_timesteps']} steps.",
+    f"A U-Net with {num_params:,} parameters, trained with ddpm_jax. It predicts"
+    f" `{scheduler_config['prediction_type']}` for a noise schedule of {scheduler_config['num_train_timesteps']}"
+    " steps.",
     "",
   ]
   learns_variance = scheduler_config["variance_type"] == "learned_range"
   is_conditional = network.num_classes or network.vector_embedding
   if is_conditional:
     lines += [
-      "The model takes a condition. diffusers' pipelines do not pass one on; call `pipeline.unet(x, t, class_labels)`.",
+      "The model takes a condition. diffusers' pipelines do not pass it to the network.",
+      "Call `pipeline.unet(x, t, class_labels)`.",
       "",
     ]
   else:
@@ -70,7 +72,7 @@ def model_card(
     ]
   if clip_option and not is_conditional and not learns_variance:
     lines += [
-      "`use_clipped_model_output=True` recomputes the noise from the clipped image estimate. ddpm_jax always does.",
+      "`use_clipped_model_output=True` recomputes the noise from the clipped image estimate. ddpm_jax always does so.",
       "",
     ]
   lines += [

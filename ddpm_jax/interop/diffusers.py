@@ -56,7 +56,7 @@ def load(
       Or a name on the Hugging Face hub, such as "google/ddpm-cifar10-32"; this needs the package huggingface_hub.
     shape: the shape [H, W, C] of the images. None takes it from the config (`sample_size`).
     class_dropout: the probability in [0, 1) that training hides the class of a sample. Above 0, the last class of the
-      network means "no class", and one class fewer remains.
+      network means "no class", so the model has one class fewer than the network.
     dropout: the dropout rate of the U-Net in training.
     dtype: the dtype of the computation, "float32" or "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
@@ -122,8 +122,9 @@ def read(
   channels = _channels(folder, config, prediction)
   if network.time_embedding == "fourier":
     raise ValueError(
-      f"Got {folder} with time_embedding_type='fourier', which is not finite at step 0 of a {scheduler_config.get('_class_name')}; load the"
-      " network alone with load_unet, and pass the logarithm of the noise level as its time."
+      f"Got {folder} with time_embedding_type='fourier', which is not finite at step 0 of a"
+      f" {scheduler_config.get('_class_name')}; load the network alone with load_unet, and pass the logarithm of the"
+      " noise level as its time."
     )
   with jsonfiles.named_errors(unet_path):
     data_shape = _data_shape(config, channels, shape)
@@ -181,8 +182,8 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
   if channels > config["in_channels"] or out_channels % (2 if learns_variance else 1):
     raise ValueError(
       f"Got {folder} with in_channels={config['in_channels']}, out_channels={out_channels} and a"
-      f" {'learned' if learns_variance else 'fixed'} variance; expected out_channels equal to in_channels, or twice as many for variance_type"
-      " learned_range."
+      f" {'learned' if learns_variance else 'fixed'} variance; expected out_channels of at most in_channels, or an even"
+      " number of at most twice in_channels for variance_type learned_range."
     )
   return channels
 
@@ -208,13 +209,13 @@ def _conditions(
 ) -> dict[str, Condition]:
   """Return the conditions of a network by name.
 
-  They are the input of its embedding, and an image if the network takes `extra` input channels.
+  They are the input of its embedding, and an image if the network takes `extra` more input channels than the data have.
   """
   by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:
     raise ValueError(
-      f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected 0, or a model with at"
-      " least 2 classes, because the last one then means no class."
+      f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected 0,"
+      " or a model with at least 2 classes, because the last class then means no class."
     )
   if network.num_classes:
     number = network.num_classes - 1 if class_dropout else network.num_classes
@@ -267,8 +268,8 @@ def config_paths(folder: Path) -> tuple[Path, Path]:
       parts = _part_names(content)
     if not {"unet", "scheduler"} >= set(parts):
       raise ValueError(
-        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(parts)}; expected a pixel pipeline with only unet and"
-        " scheduler, such as a DDPMPipeline or a DDIMPipeline."
+        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(parts)}; expected a pixel pipeline"
+        " with only unet and scheduler, such as a DDPMPipeline or a DDIMPipeline."
       )
   is_nested = (folder / "unet").is_dir()
   unet_folder = folder / "unet" if is_nested else folder
@@ -276,8 +277,8 @@ def config_paths(folder: Path) -> tuple[Path, Path]:
   for file, part in ((unet_folder / "config.json", "network"), (scheduler, "scheduler")):
     if not file.is_file():
       raise ValueError(
-        f"Got {folder}, which lacks {file.relative_to(folder)}, the config of the {part}; expected a folder that diffusers'"
-        " save_pretrained wrote, nested (unet/, scheduler/) or flat."
+        f"Got {folder}, which lacks {file.relative_to(folder)}, the config of the {part}; expected a folder that"
+        " diffusers' save_pretrained wrote, nested (unet/, scheduler/) or flat."
       )
   return unet_folder / "config.json", scheduler
 
@@ -292,8 +293,8 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
   malformed = [name for name in parts if len(index[name]) != 2]
   if malformed:
     raise ValueError(
-      f"Got a pipeline with {malformed[0]}={jsonfiles.shorten(index[malformed[0]])}; expected the name of a library and the name of a class."
-      " Correct the file."
+      f"Got a pipeline with {malformed[0]}={jsonfiles.shorten(index[malformed[0]])}; expected the name of a library and"
+      " the name of a class. Correct the file."
     )
   return sorted(parts)
 
@@ -320,7 +321,8 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
     import huggingface_hub
   except ImportError as error:
     raise ValueError(
-      f"Got {name}, which is not a folder. To load this name from the Hugging Face hub, run pip install 'ddpm_jax[hub]'."
+      f"Got {name}, which is not a folder. To load this name from the Hugging Face hub, run pip install"
+      " 'ddpm_jax[hub]'."
     ) from error
 
   def download(*patterns):
@@ -366,7 +368,8 @@ def _weights_path(folder: Path) -> Path:
       matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
       if len(matches) > 1:
         raise ValueError(
-          f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them. Remove the others."
+          f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them."
+          " Remove the others."
         )
       if matches:
         return matches[0]
@@ -407,8 +410,8 @@ def save(
 ) -> None:
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
-  diffusers' pipelines pass no condition to a network, and DDIMPipeline does not support learned variance. The pipelines
-  can open models with conditions or learned variance, but other code must sample from them.
+  Both pipelines can open every saved model, but not sample from every model. They pass no condition to a network, and
+  DDIMPipeline does not support learned variance.
 
   Args:
     path: the folder, new or empty.
@@ -461,8 +464,8 @@ def check_exportable(model: Model) -> None:
   image_names = _image_conditions(model)
   if image_names:
     raise ValueError(
-      f"Got a model with the image condition {image_names[0]!r}, which no pixel pipeline of diffusers supports; expected a model without"
-      " image conditions."
+      f"Got a model with the image condition {image_names[0]!r}, which no pixel pipeline of diffusers supports;"
+      " expected a model without image conditions."
     )
   module = model.network.module
   if not isinstance(module, UNet):
@@ -472,13 +475,13 @@ def check_exportable(model: Model) -> None:
     )
   if model.codec != codecs.pixels() or len(model.data_shape) != 3 or model.shape != model.data_shape:
     raise ValueError(
-      f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model of image pixels"
-      " [H, W, C], as in diffusers' DDPMPipeline."
+      f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model"
+      " of image pixels [H, W, C], as in diffusers' DDPMPipeline."
     )
   if model.time_input is not None:
     raise ValueError(
-      "Got a model with a custom time_input; expected time_input=None, so that the network gets the time input of the process, as in"
-      " diffusers."
+      "Got a model with a custom time_input; expected time_input=None, so that the network gets the time input of the"
+      " process, as in diffusers."
     )
 
 

@@ -63,11 +63,13 @@ def load(
     shape: the shape of one sample, such as [H, W, C]. Required, because the file does not contain it.
     heads: the number of attention heads (4 for improved-diffusion). Set either `heads` or `head_channels`.
     head_channels: the number of features per attention head (64 for guided-diffusion).
-    new_attention_order: the order of queries, keys and values in the file: the model's option use_new_attention_order.
+    new_attention_order: whether the model was trained with guided-diffusion's option use_new_attention_order. The
+      option changes the order of queries, keys and values in the file.
     process: the forward process. None selects the process of published models of this size: `schedules.cosine(1000)` up
       to 64 pixels, else `schedules.linear(1000)`.
     prediction: what the network predicts. None selects EPS, with learned variance if the output has twice the channels.
-    rescale_timesteps: whether the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion, or n - 1.
+    rescale_timesteps: True if the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion; False if it
+      is n - 1.
     factor: for a super-resolution model, the ratio of the side of its output to the side of the small image.
 
   Returns:
@@ -106,11 +108,12 @@ def load(
 
 
 def _learns_variance(file: tensors.TensorFile, network: UNet, shape: tuple[int, ...]) -> bool:
-  """Return whether a network learns the variance, judging by its number of output channels."""
+  """Return whether a network has output channels for the variance."""
   if len(shape) != network.dimensions + 1 or network.out_channels not in (shape[-1], 2 * shape[-1]):
     raise ValueError(
-      f"Got shape={shape} for {file.path}, a network with {network.dimensions} spatial axes and out_channels={network.out_channels}; expected"
-      f" {network.dimensions} spatial axes and a last axis of {network.out_channels} channels, or half as many if the variance is learned."
+      f"Got shape={shape} for {file.path}, a network with {network.dimensions} spatial axes and"
+      f" out_channels={network.out_channels}; expected {network.dimensions} spatial axes and a last axis of"
+      f" {network.out_channels} channels, or half as many if the variance is learned."
     )
   return network.out_channels == 2 * shape[-1]
 
@@ -121,8 +124,8 @@ def _prediction(learns_variance: bool, prediction: Prediction | None) -> Predict
   if prediction.learned_variance != learns_variance:
     problem, fix = ("without", "wrap the prediction in") if learns_variance else ("with", "remove the wrapper")
     raise ValueError(
-      f"Got a prediction {problem} a learned variance for a network {'with' if learns_variance else 'without'} the output channels for it;"
-      f" {fix} predictions.learned_range."
+      f"Got a prediction {problem} a learned variance for a network {'with' if learns_variance else 'without'} the"
+      f" output channels for it; {fix} predictions.learned_range."
     )
   return prediction
 
@@ -132,7 +135,7 @@ def _process(
 ) -> tuple[Process, Callable[[Array], Array] | None]:
   """Return the process, and a function that replaces its time input.
 
-  The function is None if the time input of the process is right.
+  The function is None if the time input of the process needs no replacement.
   """
   if process is None:
     is_small = max(shape[:-1]) <= _MAX_COSINE_SIZE
@@ -156,8 +159,8 @@ def _conditions(
   if extra:
     if extra != shape[-1] or network.dimensions != 2:
       raise ValueError(
-        f"Got {file.path}, which takes {extra} input channels in addition to the {shape[-1]} of shape={shape}; expected none, or {shape[-1]} for"
-        " the small image of a 2D super-resolution model."
+        f"Got {file.path}, which takes {extra} input channels in addition to the {shape[-1]} of shape={shape}; expected"
+        f" none, or {shape[-1]} for the small image of a 2D super-resolution model."
       )
     by_name["low_resolution"] = conditions.low_resolution("low_resolution", shape, factor, method="bilinear")
   return by_name
@@ -205,15 +208,15 @@ def load_classifier(
 ) -> tuple[Model, PyTree]:
   """Load a classifier of noisy images and its parameters.
 
-  It must have attention pooling, as the published classifiers do.
+  The classifier must have attention pooling, as the published classifiers do.
 
   Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise; its `prediction` is EPS only because
   the input of the classifier is not scaled.
 
   Args:
     path: the file (.pt or .safetensors).
-    blocks: the number of residual blocks per level (guided-diffusion's classifier_depth). Required only if the file
-      leaves it ambiguous.
+    blocks: the number of residual blocks per level (guided-diffusion's classifier_depth). Required only if the
+      tensors in the file allow several numbers.
     head_channels: the number of features per attention head.
     new_attention_order: see `load`.
     process: see `load`.
@@ -228,7 +231,8 @@ def load_classifier(
   file = tensors.TensorFile(path, _ANCHOR, _DESCRIPTION)
   if "out.2.positional_embedding" not in file.shapes:
     raise ValueError(
-      f"Got {file.path}, which has no out.2.positional_embedding; expected a classifier with --classifier_pool attention."
+      f"Got {file.path}, which has no out.2.positional_embedding; expected a classifier with --classifier_pool"
+      " attention."
     )
   levels, blocks = _levels_of_encoder(file, blocks)
   num_positions = _shape(file, "out.2.positional_embedding")[1] - 1
@@ -284,8 +288,9 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
   )
   if total % (ups + 1) or _count(file, "input_blocks") != total:
     raise ValueError(
-      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1} levels; expected equal numbers of"
-      " both, divisible by the number of levels, as in models that resample with convolutions or residual blocks."
+      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1}"
+      " levels; expected equal numbers of both, divisible by the number of levels, as in models that resample with"
+      " convolutions or residual blocks."
     )
   return ups + 1, total // (ups + 1) - 1
 
@@ -293,8 +298,8 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a classifier.
 
-  A classifier has only a way down. There, a residual block that downsamples has the same tensors as any other.
-  So test each number of blocks, and keep the numbers that are consistent with the file.
+  A classifier has only a way down. There, a residual block that downsamples has the same tensors as other residual
+  blocks. So test each number of blocks, and keep the numbers that are consistent with the file.
   """
   total = _count(file, "input_blocks")
   widens = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
@@ -325,8 +330,8 @@ def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[in
   if len(lengths) != 1:
     candidates = ", ".join(str(n - 1) for n in lengths) or "none"
     raise ValueError(
-      f"Got {file.path} with {total} input_blocks, and blocks={blocks}. Possible numbers of residual blocks per level: {candidates}. Pass one"
-      " of them as blocks= (guided-diffusion's classifier_depth)."
+      f"Got {file.path} with {total} input_blocks, and blocks={blocks}. Possible numbers of residual blocks per level:"
+      f" {candidates}. Pass one of them as blocks= (guided-diffusion's classifier_depth)."
     )
   return total // lengths[0], lengths[0] - 1
 
@@ -344,16 +349,16 @@ def _options(
   channels, _, *kernel = _shape(file, "input_blocks.0.0.weight")
   if len(kernel) == 3 and levels > 1:
     raise ValueError(
-      f"Got {file.path}, a network for volumes with {levels} levels; expected one level, because guided-diffusion does not resample the first"
-      " axis and ours resamples all three."
+      f"Got {file.path}, a network for volumes with {levels} levels; expected one level, because guided-diffusion does"
+      " not resample the first axis, but our network resamples all three axes."
     )
   firsts = [1 + level * (blocks + 1) for level in range(levels)]
   widths = [_shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
   attention_levels = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
   if (heads is None) == (head_channels is None):
     raise ValueError(
-      f"Got heads={heads}, head_channels={head_channels} for {file.path}, which does not contain them; expected one of them:"
-      " head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
+      f"Got heads={heads}, head_channels={head_channels} for {file.path}, which does not contain them; expected one of"
+      " them: head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
     )
   downs = [
     "conv" if _has(file, f"input_blocks.{(level + 1) * (blocks + 1)}.0.op.") else "residual"
@@ -468,7 +473,7 @@ def _names(network: UNet | Classifier) -> Callable[[str], str]:
 def _qkv_index(path: str) -> int | None:
   """Return the index of a query, key or value projection in guided-diffusion's combined tensor.
 
-  Other parameters give None.
+  Return None for other parameters.
   """
   match = re.search(r"/to_([qkv])/", path)
   return None if match is None else "qkv".index(match[1])

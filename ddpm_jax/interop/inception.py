@@ -21,7 +21,10 @@ PyTree = Any
 
 # The first digits of the published file's SHA-256. They are part of its name.
 PUBLISHED = "6726825d"
-_FILES = "pt_inception-2015-12-05-6726825d.pth of pytorch-fid (its release fid_weights), or weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
+_FILES = (
+  "pt_inception-2015-12-05-6726825d.pth of pytorch-fid (its release fid_weights), or"
+  " weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
+)
 _EPSILON = 1e-3
 _NORM = {"scale": "weight", "shift": "bias", "mean": "running_mean", "variance": "running_var"}
 _SOURCE = "source_sha256"
@@ -63,9 +66,10 @@ def _read_checked(path: str | Path, sha256_prefix: str) -> tuple[dict[str, np.nd
   sha256 = _source_sha256(path) if is_converted else _sha256(path)
   if not sha256.startswith(sha256_prefix):
     raise ValueError(
-      f"Got {path} ({path.stat().st_size:,} bytes){', made from a file' if is_converted else ''} with the SHA-256 {sha256}; expected the"
-      f" published weights with a SHA-256 that begins with {sha256_prefix}: {_FILES}. Other weights have other features, and their distances"
-      " are not FID; to use them anyway, set --config.evaluation.inception_sha256=''."
+      f"Got {path} ({path.stat().st_size:,} bytes){', made from a file' if is_converted else ''} with the SHA-256"
+      f" {sha256}; expected the published weights with a SHA-256 that begins with {sha256_prefix}: {_FILES}. Other"
+      " weights have other features, and their distances are not FID; to use them anyway, set"
+      " --config.evaluation.inception_sha256=''."
     )
   return _read(path), sha256
 
@@ -119,7 +123,8 @@ def _metadata(path: Path) -> dict[str, str]:
       return file.metadata() or {}
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(
-      f"Cannot read {path} as safetensors ({error}). The file is truncated, damaged, or has another format; create it again with --mode=convert."
+      f"Cannot read {path} as safetensors ({error}). The file is truncated, damaged, or has another format; create it"
+      " again with --mode=convert."
     ) from error
 
 
@@ -128,7 +133,8 @@ def _source_sha256(path: Path) -> str:
   sha256 = metadata.get(_SOURCE)
   if sha256 is None or sealed.KEY not in metadata:
     raise ValueError(
-      f"Got {path}, which lacks the SHA-256 of its source file or the digest of its tensors; expected a file that --mode=convert wrote."
+      f"Got {path}, which lacks the SHA-256 of its source file or the digest of its tensors; expected a file that"
+      " --mode=convert wrote."
     )
   return sha256
 

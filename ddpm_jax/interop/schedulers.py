@@ -6,7 +6,7 @@ The sampler applies the same rule on the same grid as diffusers, with these diff
   use_clipped_model_output=True.
 - Euler and Heun round the "linspace" grid to integer steps. diffusers does not.
 - DEIS samples down to time 0. diffusers stops one step earlier.
-- Third-order rules start and end as in `sampling`.
+- Third-order rules take their first and last steps as in `sampling`. All steps of dpmpp_3m differ from diffusers.
 """
 
 import functools
@@ -247,7 +247,8 @@ def _check_ranges(config: Mapping[str, Any], name: str) -> None:
   invalid += [key for key in ("trained_betas",) if config.get(key) is not None and not config[key]]
   if invalid:
     raise ValueError(
-      f"Got a {name} with {invalid[0]}={config[invalid[0]]}; expected a positive number, or a list that is not empty. Correct the file."
+      f"Got a {name} with {invalid[0]}={config[invalid[0]]}; expected a positive number, or a list that is not empty."
+      " Correct the file."
     )
   if config.get("solver_order", 1) > 3:
     raise _unsupported(name, "solver_order", config["solver_order"], 1, 2, 3)
@@ -378,8 +379,8 @@ def betas_of(process: Process) -> np.ndarray:
 
 def _not_discrete(reason: str) -> ValueError:
   return ValueError(
-    f"Got a process that diffusers' DDPM pipeline cannot sample ({reason}); expected a discrete process, or vp. A model with"
-    " another process cannot be exported; use its checkpoint in this package."
+    f"Got a process that diffusers' DDPM pipeline cannot sample ({reason}); expected a discrete process, or vp. A model"
+    " with another process cannot be exported; use its checkpoint in this package."
   )
 
 
@@ -395,7 +396,7 @@ def _name_betas(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
   for schedule in ("linear", "scaled_linear", "cosine"):
     if ends[0] > 0 and np.allclose(betas, named_betas(schedule, n, ends), rtol=1e-9, atol=1e-13):
       return names[schedule], ends, False
-  if betas[-1] == 1:  # try the common ends only, since rescaling hides the original ones
+  if betas[-1] == 1:  # Try only the common ends, because rescaling hides the original ends.
     for schedule, candidate in (
       ("linear", (1e-4, 0.02)),
       ("scaled_linear", (0.00085, 0.012)),
@@ -410,6 +411,6 @@ def _name_betas(betas: np.ndarray) -> tuple[str, tuple[float, float], bool]:
 
 def _unsupported(name: str, key: str, value: Any, *supported: Any) -> ValueError:
   return ValueError(
-    f"Got a {name} with {key}={jsonfiles.shorten(value)}, which is not supported; expected {' or '.join(map(repr, supported))}. If the model"
-    " does not need this option, change it in scheduler_config.json."
+    f"Got a {name} with {key}={jsonfiles.shorten(value)}, which is not supported; expected"
+    f" {' or '.join(map(repr, supported))}. If the model does not need this option, change it in scheduler_config.json."
   )

@@ -75,7 +75,8 @@ class TensorFile:
       return safetensors.safe_open(self.path, framework=framework)
     except (safetensors.SafetensorError, OSError) as error:
       raise ValueError(
-        f"Cannot read {self.path} as safetensors ({error}). The file is truncated, damaged, or has another format; download it again."
+        f"Cannot read {self.path} as safetensors ({error}). The file is truncated, damaged, or has another format;"
+        " download it again."
       ) from error
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -104,15 +105,15 @@ class TensorFile:
   def _check_floats(self, name: str, dtype: str) -> None:
     if dtype not in _FLOATS:
       raise ValueError(
-        f"Got {self.path} with {name} of type {dtype}; expected a dense float16, bfloat16, float32 or float64 tensor. Save the model in"
-        " one of these types."
+        f"Got {self.path} with {name} of type {dtype}; expected a dense float16, bfloat16, float32 or float64 tensor."
+        " Save the model in one of these types."
       )
 
   def _get(self, file: Any, name: str) -> np.ndarray:
     self._check_floats(name, file.get_slice(name).get_dtype())
     try:
       return np.asarray(file.get_tensor(name), np.float32)
-    except TypeError:  # NumPy has no bfloat16 of its own
+    except TypeError:  # NumPy has no bfloat16.
       with self._open("flax") as file_in_jax:
         return np.asarray(file_in_jax.get_tensor(name), np.float32)
 
@@ -137,8 +138,8 @@ class ShardedFile:
     file_names = index.get("weight_map")
     if not isinstance(file_names, dict) or not file_names or not all(map(_is_file_name, file_names.values())):
       raise ValueError(
-        f"Got {self.path} with weight_map={jsonfiles.shorten(file_names)}; expected an object with the file name of each tensor. Download it"
-        " again."
+        f"Got {self.path} with weight_map={jsonfiles.shorten(file_names)}; expected an object with the file name of"
+        " each tensor. Download it again."
       )
     self._files = {name: TensorFile(self.path.parent / name) for name in sorted(set(file_names.values()))}
     shapes: Shapes = {}
@@ -147,8 +148,9 @@ class ShardedFile:
       if listed != set(file.shapes):
         missing, extra = sorted(listed - set(file.shapes)), sorted(set(file.shapes) - listed)
         raise ValueError(
-          f"Got {file.path}, which does not match {self.path.name}: missing tensors: {_shorten(missing) or 'none'}; extra tensors:"
-          f" {_shorten(extra) or 'none'}; expected exactly the tensors that the index lists. Download both files again."
+          f"Got {file.path}, which does not match {self.path.name}: missing tensors: {_shorten(missing) or 'none'};"
+          f" extra tensors: {_shorten(extra) or 'none'}; expected exactly the tensors that the index lists. Download"
+          " both files again."
         )
       shapes |= file.shapes
     self._prefix = _prefix(self.path, shapes, anchor, description, "")
@@ -181,12 +183,12 @@ def _prefix(path: Path, names: Collection[str], anchor: str, description: str, c
     return prefixes[0]
   if prefixes:
     raise ValueError(
-      f"Got {path} with {len(prefixes)} networks, under {', '.join(prefix.rstrip('.') for prefix in prefixes)}; expected one. Save the"
-      " state dict of one network in a separate file."
+      f"Got {path} with {len(prefixes)} networks, under {', '.join(prefix.rstrip('.') for prefix in prefixes)};"
+      " expected one. Save the state dict of one network in a separate file."
     )
   raise ValueError(
-    f"Got {path}, which has no {anchor}, with or without a prefix; expected a state dict of a {description}, or a checkpoint"
-    f" that contains one. The file contains {content or f'the tensors {_shorten(sorted(names)) or None}'}."
+    f"Got {path}, which has no {anchor}, with or without a prefix; expected a state dict of a {description}, or a"
+    f" checkpoint that contains one. The file contains {content or f'the tensors {_shorten(sorted(names)) or None}'}."
   )
 
 
@@ -227,8 +229,8 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
       stack += [(f"{name}.{key}" if name else str(key), inner) for key, inner in reversed(list(value.items()))]
   if not tensors:
     raise ValueError(
-      f"Got {path}, which contains {entries or 'no entry'}; expected a state dict (a mapping from names to tensors), or a checkpoint that"
-      " contains one."
+      f"Got {path}, which contains {entries or 'no entry'}; expected a state dict (a mapping from names to tensors), or"
+      " a checkpoint that contains one."
     )
   return tensors, f"the entries {entries}"
 
@@ -243,7 +245,10 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
   message = str(error).rpartition("WeightsUnpickler error:")[2]
   unsafe = re.search(r"\bGLOBAL (\S+)", message)
   if unsafe:
-    reason = f"it contains {unsafe[1]}, which needs code to load, and code in a file never runs here. If you trust the file, save model.state_dict() alone"
+    reason = (
+      f"it contains {unsafe[1]}, which needs code to load, and code in a file never runs here. If you trust the file,"
+      " save model.state_dict() alone"
+    )
   else:
     reason = f"it is damaged or has another format ({first_line(message)}). Download it again"
   return ValueError(f"Cannot read {path} as a state dict of tensors: {reason}, or use a .safetensors file.")
@@ -302,8 +307,8 @@ def load(
     The parameters, as a nested dict of float32 arrays.
 
   Raises:
-    ValueError: if tensors are missing or extra, or their shapes differ (the message lists them), if a value is not
-      finite, or if the file contains digests of its tensors (`save` writes them) and the tensors do not match.
+    ValueError: if tensors are missing, extra, of another shape or not finite (the message lists them), or do not match
+      the digests that `save` wrote into the file.
   """
   paths: dict[str, list[str]] = {}
   expected_shapes: Shapes = {}
@@ -330,8 +335,8 @@ def load(
     ) from error
   if nonfinite:
     raise ValueError(
-      f"Got the weights file {tensors.path} with tensors that are not finite in float32: {_shorten(nonfinite)}. Training diverged, or the"
-      " file is damaged; use another checkpoint, or download the file again."
+      f"Got the weights file {tensors.path} with tensors that are not finite in float32: {_shorten(nonfinite)}."
+      " Training diverged, or the file is damaged; use another checkpoint, or download the file again."
     )
   return traverse_util.unflatten_dict(params, sep="/")
 

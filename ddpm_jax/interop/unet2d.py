@@ -106,7 +106,8 @@ def from_config(config: Mapping[str, Any]) -> UNet:
   downs, ups = ([_kind(name) for name in c[key]] for key in ("down_block_types", "up_block_types"))
   if not len(downs) == len(ups) == levels:
     raise ValueError(
-      f"Got {len(downs)} down_block_types, {len(ups)} up_block_types and {levels} block_out_channels; expected the same number of each."
+      f"Got {len(downs)} down_block_types, {len(ups)} up_block_types and {levels} block_out_channels; expected the same"
+      " number of each."
     )
   down = [_parse_block(kind, "Down", "down_block_types", c["downsample_type"]) for kind in downs]
   up = [_parse_block(kind, "Up", "up_block_types", c["upsample_type"]) for kind in ups][::-1]
@@ -173,8 +174,8 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
       )
   if not n.groups:
     raise ValueError(
-      "Got a network with groups=0, so that the number of groups depends on the layer; expected one number for all layers, as in"
-      " diffusers' UNet2DModel."
+      "Got a network with groups=0, so that the number of groups depends on the layer; expected one number for all"
+      " layers, as in diffusers' UNet2DModel."
     )
   last = len(n.multipliers) - 1
   downs, ups = per_level(n.downsample, last), per_level(n.upsample, last)
@@ -186,13 +187,14 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
     )
   if n.divide_by_sigma != fourier or (fourier and n.time_features != 2 * n.channels):
     raise ValueError(
-      f"Got a network with time_embedding={n.time_embedding!r}, time_features={n.time_features}, divide_by_sigma={n.divide_by_sigma};"
-      f" expected time_embedding='fourier' with time_features={2 * n.channels} and divide_by_sigma=True, or another time_embedding with"
-      " divide_by_sigma=False, as in diffusers' UNet2DModel."
+      f"Got a network with time_embedding={n.time_embedding!r}, time_features={n.time_features},"
+      f" divide_by_sigma={n.divide_by_sigma}; expected time_embedding='fourier' with time_features={2 * n.channels} and"
+      " divide_by_sigma=True, or another time_embedding with divide_by_sigma=False, as in diffusers' UNet2DModel."
     )
   if n.time_features not in (0, n.channels) and not fourier:
     raise ValueError(
-      f"Got a network with time_features={n.time_features}; expected {n.channels}, the number of channels, as in diffusers' UNet2DModel."
+      f"Got a network with time_features={n.time_features}; expected {n.channels}, the number of channels, as in"
+      " diffusers' UNet2DModel."
     )
   if n.vector_embedding == "dense":
     raise ValueError(
@@ -213,8 +215,8 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
     widths = {n.num_features(level) for level in (*n.attention_levels, *([last] if n.middle_attention else []))}
     if len(widths) > 1:
       raise ValueError(
-        f"Got heads={n.heads} at levels with {sorted(widths)} features; diffusers' UNet2DModel fixes the features of a head, not the"
-        " number of heads. Set head_channels instead."
+        f"Got heads={n.heads} at levels with {sorted(widths)} features; diffusers' UNet2DModel fixes the features of a"
+        " head, not the number of heads. Set head_channels instead."
       )
     heads = widths.pop() // n.heads if widths else 0
   height, width, channels = shape
@@ -363,8 +365,8 @@ def _resample_type(network: UNet, resamplings: tuple[str, ...], attention_levels
   kinds = {resamplings[index] for index in attention_levels}
   if len(kinds) > 1:
     raise ValueError(
-      f"Got attention at levels {tuple(network.attention_levels)} that resample in {len(kinds)} ways, {resamplings}; expected the same way"
-      " at all levels with attention, as in diffusers' UNet2DModel."
+      f"Got attention at levels {tuple(network.attention_levels)} that resample in {len(kinds)} ways, {resamplings};"
+      " expected the same way at all levels with attention, as in diffusers' UNet2DModel."
     )
   return "resnet" if "residual" in kinds else "conv"
 

@@ -52,7 +52,8 @@ def train_classifier(
   classes = np.asarray(classes)
   if images.ndim != 4 or images.dtype != np.uint8 or not images.size or classes.shape != (len(images),):
     raise ValueError(
-      f"Got images of shape {images.shape} and type {images.dtype} with classes {classes.shape}; expected uint8 [N, H, W, C] and [N]."
+      f"Got images of shape {images.shape} and type {images.dtype} with classes {classes.shape}; expected uint8 [N, H,"
+      " W, C] and [N]."
     )
   if classes.dtype.kind not in "iu":
     raise ValueError(f"Got classes of type {classes.dtype}; expected integers.")
@@ -99,7 +100,7 @@ def train_classifier(
       ]
     )[: len(selected)]
   mean, scale = features.mean(0), float(np.sqrt(np.mean(features.var(0))))
-  # Features of identical images differ only by rounding errors. Do not enlarge them.
+  # Features of identical images differ only by rounding errors. Do not enlarge these errors.
   scale = scale if scale > 1e-5 * np.abs(features).max() else 1
   return {**jax.device_get(params), "standard": {"mean": mean, "scale": np.array([scale], np.float32)}}
 
@@ -113,7 +114,8 @@ def _sample_order(count: int, seed: int) -> Iterator[int]:
 def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any] | None = None) -> FeatureSpace:
   """Return the feature space of a trained classifier.
 
-  The features [B, 64] are standardized and precede the nonlinearity. The space also has log-probabilities [B, K]. Its
+  The features [B, 64] are the hidden layer before its activation function, standardized. The space also has
+  log-probabilities [B, K]. Its
   `prepare` raises a ValueError if the number of channels differs from the training images.
 
   Args:
@@ -127,7 +129,8 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
   def prepare(images: np.ndarray) -> np.ndarray:
     if images.shape[-1] != channels:
       raise ValueError(
-        f"Got images with {images.shape[-1]} channel(s); expected {channels}, like the training images of the classifier."
+        f"Got images with {images.shape[-1]} channel(s); expected {channels}, like the training images of the"
+        " classifier."
       )
     return from_uint8(images)
 

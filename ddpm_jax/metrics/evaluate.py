@@ -138,8 +138,9 @@ def check_counts(settings: Settings, generated: int, real: int | None) -> int:
   has_pairs = bool(set(settings.scores) & set(PAIRWISE))
   if has_pairs and num_stored <= settings.k:
     raise ValueError(
-      f"Got evaluation.num_samples={generated}, {real} reference images and evaluation.pairwise_samples={settings.pairwise_samples} with"
-      f" evaluation.k={settings.k}; expected more than k of each. Set --config.evaluation.k."
+      f"Got evaluation.num_samples={generated}, {real} reference images and"
+      f" evaluation.pairwise_samples={settings.pairwise_samples} with evaluation.k={settings.k}; expected more than k"
+      " of each. Set --config.evaluation.k."
     )
   if settings.kernel_size > num_stored or ("class_score" in settings.scores and settings.splits > generated):
     raise ValueError(
@@ -220,7 +221,7 @@ def kernel_size(generated: int, reference: int) -> int:
 
 
 def _missing_data(name: str, needed: str) -> ValueError:
-  return ValueError(f"Got the score {name!r}, which needs {needed}; remove it from config.evaluation.scores.")
+  return ValueError(f"Got the score {name!r}, which needs {needed}; remove the score from config.evaluation.scores.")
 
 
 def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
@@ -297,7 +298,12 @@ def chance_scores(classes: np.ndarray, num_classes: int) -> Scores:
 
 
 def format_classification(levels: list[Scores], chance: Scores) -> str:
-  """Format the scores of a classifier as a table with a row per noise level, each with its `log_snr`."""
+  """Format the scores of a classifier as a table with a row per noise level.
+
+  Args:
+    levels: the `log_snr`, `accuracy` and `cross_entropy` of each noise level.
+    chance: the scores of a classifier that ignores its input (see `chance_scores`), for the last row.
+  """
   rows = [("log-SNR", "accuracy", "cross-entropy")]
   rows += [
     (name, f"{row['accuracy']:.3f}", f"{row['cross_entropy']:.3f}")

@@ -46,8 +46,8 @@ def extractor(
     devices: the devices to use; all devices of this process by default.
 
   Raises:
-    ValueError: if `batch_size` is less than 1. `extract` raises it if the images are not uint8 [N, H, W, C], or the
-      space returns no `features`.
+    ValueError: if `batch_size` is less than 1. `extract` raises a ValueError if the images are not uint8 [N, H, W, C],
+      or the space returns no `features`.
   """
   if batch_size < 1:
     raise ValueError(f"Got a batch of {batch_size} images on each device; expected one or more.")
@@ -83,14 +83,15 @@ def extractor(
 def check_images(images: np.ndarray) -> None:
   """Raise a ValueError if images are not uint8 [N, H, W, C], or there are none.
 
-  For float images the message counts images with values that are not finite.
+  For float images, the message counts the images with values that are not finite.
   """
   if np.issubdtype(images.dtype, np.floating):
     axes = tuple(range(1, images.ndim))
     bad = int(np.count_nonzero(~np.isfinite(images).all(axes)))
     broken = f", {bad:,} of {len(images) if images.ndim else 1:,} with values that are not finite," if bad else ""
     raise ValueError(
-      f"Got images of type {images.dtype}{broken} to score; expected uint8. Convert finite images in [-1, 1] with images.to_uint8."
+      f"Got images of type {images.dtype}{broken} to score; expected uint8. Convert finite images in [-1, 1] with"
+      " images.to_uint8."
     )
   if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
     raise ValueError(
@@ -104,5 +105,8 @@ def check_memory(dimensions: int, num_stored: int, covariance: bool) -> None:
   description = (
     f"features of {dimensions:,} dimensions ({num_stored:,} stored{', and their covariance' if covariance else ''})"
   )
-  advice = "Set --config.evaluation.features=inception, lower --config.evaluation.pairwise_samples, or choose other --config.evaluation.scores."
+  advice = (
+    "Set --config.evaluation.features=inception, lower --config.evaluation.pairwise_samples, or choose other"
+    " --config.evaluation.scores."
+  )
   memory.check(description, needed, memory.host_bytes(), advice)

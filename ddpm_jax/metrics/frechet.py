@@ -27,7 +27,8 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
   first, second = (_fit(x) for x in (a, b))
   if first.mean.shape != second.mean.shape:
     raise ValueError(
-      f"Got features of {first.mean.size} and {second.mean.size} dimensions; expected [N, D] and [M, D] from one feature space."
+      f"Got features of {first.mean.size} and {second.mean.size} dimensions; expected [N, D] and [M, D] from one"
+      " feature space."
     )
   if not allow_singular:
     for fitted in (first, second):

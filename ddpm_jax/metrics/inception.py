@@ -1,6 +1,6 @@
 """Define the feature space of FID, the 2015 Inception network.
 
-Images are resized like in the reference implementation of FID, or like in clean-fid.
+Images are resized as in the reference implementation of FID, or as in clean-fid.
 """
 
 from typing import Any, cast

@@ -9,7 +9,7 @@ from scipy.linalg import blas
 class Moments(NamedTuple):
   """Store the mean and scatter of features in float64.
 
-  The memory does not depend on the number of features.
+  Their size in memory does not depend on the number of feature vectors.
 
   Attributes:
     count: number of feature vectors.
@@ -139,8 +139,8 @@ def check_features(features: np.ndarray) -> np.ndarray:
   bad = len(features) - int(np.count_nonzero(np.isfinite(features).all(1)))
   if bad:
     raise ValueError(
-      f"Got {bad:,} of {len(features):,} feature vectors that are not finite (NaN or infinite); expected none. Fix or remove the broken"
-      " images of these features, because they make every score wrong."
+      f"Got {bad:,} of {len(features):,} feature vectors that are not finite (NaN or infinite); expected none. Fix or"
+      " remove the broken images of these features, because they make every score wrong."
     )
   return features
 

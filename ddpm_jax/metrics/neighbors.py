@@ -50,7 +50,8 @@ def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighb
   generated, real = check_pair(generated, real)
   if k < 1 or min(len(generated), len(real)) <= k:
     raise ValueError(
-      f"Got k={k} for {len(generated)} generated and {len(real)} real samples; expected k of 1 or more, and more than k samples in each set."
+      f"Got k={k} for {len(generated)} generated and {len(real)} real samples; expected k of 1 or more, and more than k"
+      " samples in each set."
     )
   # Centering does not change distances, but large norms would cost digits.
   center = real.mean(0)

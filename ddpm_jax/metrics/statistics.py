@@ -12,7 +12,7 @@ import numpy as np
 from ddpm_jax.metrics.moments import Gaussian
 from ddpm_jax.storage import files, sealed
 
-# Array names: pytorch-fid and clean-fid use these for features, and guided-diffusion for spatial features.
+# Names of the arrays in a file. pytorch-fid and clean-fid use mu and sigma. guided-diffusion adds mu_s and sigma_s.
 _NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -62,8 +62,8 @@ def load_statistics(path: str | Path) -> Statistics:
   path = Path(path)
   if not path.is_file():
     raise ValueError(
-      f"Got the reference statistics {str(path)!r}, a file that does not exist; expected an .npz file with mu and sigma. Create it from"
-      " data with --mode=stats --config=<recipe> --output=<file>.npz."
+      f"Got the reference statistics {str(path)!r}, a file that does not exist; expected an .npz file with mu and"
+      " sigma. Create it from data with --mode=stats --config=<recipe> --output=<file>.npz."
     )
   try:
     # Verify the checksums first, because NumPy can read part of a damaged array without verifying them.

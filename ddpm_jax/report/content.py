@@ -69,7 +69,8 @@ def check_content(content: Content) -> None:
   _check_images("samples", content.samples, "[N, H, W, C]")
   if content.classes is not None and np.shape(content.classes) != content.samples.shape[:1]:
     raise ValueError(
-      f"Got classes of shape {np.shape(content.classes)} for {len(content.samples)} samples; expected one class per sample, or None."
+      f"Got classes of shape {np.shape(content.classes)} for {len(content.samples)} samples; expected one class per"
+      " sample, or None."
     )
   if content.denoising is not None:
     _check_images("denoising", content.denoising, "[frames, K, H, W, C]")
@@ -77,7 +78,8 @@ def check_content(content: Content) -> None:
     if content.denoising_times is None or np.shape(content.denoising_times) != frames or not frames[0]:
       times = None if content.denoising_times is None else np.shape(content.denoising_times)
       raise ValueError(
-        f"Got denoising_times of shape {times} for {frames[0]} frames of denoising; expected one time per frame, and at least one frame."
+        f"Got denoising_times of shape {times} for {frames[0]} frames of denoising; expected one time per frame, and at"
+        " least one frame."
       )
   if content.schedule:
     shapes = {name: np.shape(content.schedule.get(name, ())) for name in ("t", "alpha", "sigma", "log_snr")}
@@ -102,17 +104,19 @@ def _check_neighbors(neighbors: Neighbors) -> None:
   _check_images("neighbors.nearest", nearest, "[K, M, H, W, C]")
   if (nearest.shape[:1], nearest.shape[2:]) != (samples.shape[:1], samples.shape[1:]) or nearest.shape[1] == 0:
     raise ValueError(
-      f"Got neighbors.nearest of shape {nearest.shape} for samples of shape {samples.shape}; expected [K, M, H, W, C] for [K, H, W, C], M >= 1."
+      f"Got neighbors.nearest of shape {nearest.shape} for samples of shape {samples.shape}; expected [K, M, H, W, C]"
+      " for [K, H, W, C], M >= 1."
     )
   if np.shape(distances) != nearest.shape[:2]:
     raise ValueError(
-      f"Got neighbors.distances of shape {np.shape(distances)} for nearest images of shape {nearest.shape}; expected one distance per image, [K, M]."
+      f"Got neighbors.distances of shape {np.shape(distances)} for nearest images of shape {nearest.shape}; expected"
+      " one distance per image, [K, M]."
     )
 
 
 def _check_images(name: str, images: np.ndarray, shape: str) -> None:
   if np.ndim(images) != shape.count(",") + 1 or images.dtype != np.uint8 or 0 in images.shape[-3:]:
     raise ValueError(
-      f"Got {name} of shape {np.shape(images)} and dtype {getattr(images, 'dtype', type(images).__name__)}; expected uint8 {shape}. Convert"
-      " images in [-1, 1] with images.to_uint8."
+      f"Got {name} of shape {np.shape(images)} and dtype {getattr(images, 'dtype', type(images).__name__)}; expected"
+      f" uint8 {shape}. Convert images in [-1, 1] with images.to_uint8."
     )

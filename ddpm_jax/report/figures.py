@@ -240,7 +240,7 @@ def plot_likelihood(likelihood: Mapping[str, Mapping[str, Any]], names: Mapping[
     showlegend=False,
   )
   alt = "Bits per dimension of each estimate, with two standard errors to either side."
-  # The first row of the table is at the top.
+  # Show the first row at the top, as in the table.
   axis = {"type": "category", "range": [len(rows) - 0.5, -0.5]}
   return figure(
     "", [trace], "bits per dimension", "", alt=alt, height=70 + 40 * len(rows), hovermode="closest", yaxis=axis

@@ -95,7 +95,7 @@ def format_number(value: Any) -> str:
 
 
 def format_with_error(value: Any, error: Any) -> tuple[str, str]:
-  """Format a number and its error, both rounded to two digits of the error.
+  """Format a number and its error, both rounded to the second significant digit of the error.
 
   The error is "" if it is missing, zero or not finite.
   """

@@ -213,7 +213,7 @@ def _neighbors(neighbors: Neighbors | None, max_samples: int = 12, max_images: i
     "matches": matches,
     "tile": pictures.tile_size(neighbors.samples, max_side=108),  # so that two fit side by side
     "num_near": num_near,
-    # Warn if the number exceeds the expected one by more than two standard deviations.
+    # Warn if the number exceeds the expected number by more than two standard deviations.
     "warn": has_reference and num_near > expected + 2 * math.sqrt(max(expected, 1)),
     "real_share": f"{real_share:.1%}",
     "share": f"{num_near / len(distances):.1%}",

@@ -93,7 +93,7 @@ def tile_size(images: np.ndarray, max_side: int = 128) -> Tile:
 def data_uri(image: np.ndarray) -> str:
   """Return an image, uint8 [H, W, C], as a PNG in a data URI.
 
-  Channels that a PNG cannot have are arranged as in `images.displayable`.
+  If a PNG cannot have C channels, the channels are shown side by side (see `images.displayable`).
   """
   from PIL import Image
 
