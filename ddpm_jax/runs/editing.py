@@ -29,7 +29,7 @@ class Edit(NamedTuple):
   Attributes:
     task: a name in `edit_methods.TASKS`.
     source: the path of an image, a folder of images or an .npz file.
-    mask: for `inpaint`, the path of a mask image. White marks the region to paint.
+    mask: for `inpaint`, the path of a mask image that is white in the region to paint, or a word (`data.read_mask`).
     num_results: the number of results for each image.
   """
 
@@ -216,7 +216,7 @@ def _write(
   height, _, channels = experiment.model.data_shape
   factor = height // user_images.images.shape[1]
   enlarged = user_images.images.repeat(factor, 1).repeat(factor, 2)
-  # Arrays repeat their rows for each result.
+  # The arrays have one row for each result. Keep the first row of each image.
   per_image = {name: value[:: edit.num_results] for name, value in (inputs | results).items()}
   columns = [enlarged]
   if edit.task == "interpolate":

@@ -88,7 +88,7 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
   conditioned on the values in the data.
 
   Returns:
-    The results by the kind of likelihood; an empty dict in all processes but the main one.
+    The results by the kind of likelihood; an empty dict in all processes except the main process.
 
   Raises:
     FloatingPointError: if a likelihood is not finite.

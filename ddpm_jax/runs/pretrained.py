@@ -13,7 +13,7 @@ PyTree = Any
 
 # The component that builds a model from the config files of a diffusers folder.
 _COMPONENT = "diffusers.read"
-# Keys of the network that the config may set for a pretrained model. They do not change what the model computes.
+# Keys of the network that the config may set for a pretrained model. They do not change its architecture or weights.
 _OPTIONS = ("dropout", "dtype", "remat", "attention")
 
 
@@ -115,7 +115,7 @@ def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
   path = tree.values["init_from"]
   if not path:
     return tree, None
-  config.make(tree, "task").check_can_sample(f"config.init_from={path!r} in a run")
+  config.make(tree, "task").check_can_sample(f"config.init_from={path!r}")
   return _read(tree, path, f"config.init_from={path!r}")
 
 
@@ -137,7 +137,7 @@ def restore_init_from(tree: Tree, folder: Path) -> Tree:
   saved = config.find_run(folder) if tree.values["init_from"] else None
   if saved is None or saved.values["init_from"] != tree.values["init_from"]:
     return tree
-  # Keep the options of the new config. `config.check_same_run` compares them, and options of speed may change.
+  # Keep the options of the new config. `config.check_same_run` compares them later, and allows changes of speed only.
   return _with_model(tree, saved.values["model"]["path"])
 
 

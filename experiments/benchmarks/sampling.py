@@ -1,4 +1,4 @@
-"""Measure the time of sampling, ours against diffusers' pipelines in PyTorch and against bare network calls.
+"""Compare the time of our sampling with diffusers' pipelines in PyTorch, and with bare network calls.
 
 pip install '.[peers]'
 python experiments/benchmarks/sampling.py [--model=ddpm] [--batches=1,16] [--rounds=1] [--compile] [--json=<file>]

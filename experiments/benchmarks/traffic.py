@@ -7,14 +7,14 @@ The first command compiles single layers and small blocks, forward and backward,
 seconds to a minute for each. The second command compiles train steps of recipes, which takes minutes for each. Both
 need libtpu (pip install '.[plan]'). The columns are in gigabytes (1e9 bytes) per chip:
 
-- minimum: the bytes that every program must move. It writes and reads once the activations that the backward pass
-  needs. It reads the weights once, in the data type of the computation. A block also reads its inputs and the gradients
-  of its outputs once, and writes its outputs and the gradients of its inputs once. A train step also reads and writes
-  its state once. Values that follow from these by elementwise operations do not count.
+- minimum: the bytes that every program must move. Every program writes the activations that the backward pass needs
+  once and reads them once. It reads the weights once, in the data type of the computation. A block also reads its
+  inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A train
+  step also reads and writes its state once. Values that follow from these by elementwise operations do not count.
 - memory: the bytes that all operations of the compiled program read from and write to the chip's memory
   (costs.operations).
-- XLA: "bytes accessed" as counted by XLA. It also includes copies to on-chip memory (128 MB on a v5e) and reads from
-  it.
+- XLA: "bytes accessed" as counted by XLA. This number also includes copies to on-chip memory (128 MB on a v5e) and
+  reads from on-chip memory.
 - temporaries: the peak of live memory besides arguments and results.
 
 The column "ms, estimated" is the sum of the compiler's cycle estimates over all operations, at the clock rate that

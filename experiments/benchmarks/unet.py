@@ -1,4 +1,4 @@
-"""Measure the time of the forward pass and train step of a U-Net, ours against diffusers' UNet2DModel in PyTorch.
+"""Compare the time of our U-Net's forward pass and train step with diffusers' UNet2DModel in PyTorch.
 
 pip install '.[peers]'
 python experiments/benchmarks/unet.py [--model=ddpm] [--batches=16] [--rounds=5] [--compile] [--json=<file>]
