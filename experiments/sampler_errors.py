@@ -283,7 +283,7 @@ def measured_orders(points):
   mean, std, start, end = 0.3, 0.4, 0.9, 0.1
 
   def flow(x, t):
-    """Move x along the exact probability flow, which preserves quantiles."""
+    """Move x along the exact probability flow. The flow preserves quantiles."""
     old, new = (jnp.sqrt(VP.alpha(u) ** 2 * std**2 + VP.sigma(u) ** 2) for u in (start, t))
     return VP.alpha(t) * mean + new / old * (x - VP.alpha(start) * mean)
 

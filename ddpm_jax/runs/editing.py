@@ -69,14 +69,14 @@ def run_edit(
     raise ValueError(f"Got --num_samples={edit.num_results}; expected at least 1.")
   if edit.num_results > 1 and edit.task in ("invert", "interpolate"):
     raise ValueError(
-      f"Got --num_samples={edit.num_results} with --task={edit.task}, which has one result for each input; expected 1. Leave it out."
+      f"Got --num_samples={edit.num_results} with --task={edit.task}, which has one result for each input; expected 1. Leave --num_samples out."
     )
   if edit.source is None:
     raise ValueError("Got no --input; expected an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
     raise ValueError(
       f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint only. The mask is an image"
-      " that is white where new content is painted."
+      " that is white where new content is painted, or a word such as lower."
     )
   mesh = parallel.make_mesh()
   experiment, method = edit_methods.with_method(experiment, edit.task)

@@ -51,7 +51,7 @@ def _clip(experiment: Experiment) -> float | None:
   """Return the maximum magnitude for diffusers to clip estimates to, or None without clipping.
 
   Raises:
-    ValueError: if estimates are clipped in another way, which diffusers cannot express.
+    ValueError: if estimates are clipped in a way that diffusers cannot express.
   """
   rule = experiment.sampling.clip
   if rule is None:

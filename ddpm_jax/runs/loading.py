@@ -34,7 +34,7 @@ def load(path: str | Path, *, ema: bool = True, step: int | str | None = None) -
 
   Args:
     path: a run's folder, a diffusers folder, or a name on the Hugging Face hub such as "google/ddpm-cifar10-32".
-    ema: whether to load the averaged parameters of a run (EMA) or the raw ones.
+    ema: True for the averaged parameters of a run (EMA), False for the raw parameters.
     step: the step of a run's checkpoint; "best" for the best checkpoint; None for the newest.
 
   Returns:

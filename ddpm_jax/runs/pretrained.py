@@ -25,7 +25,7 @@ class Pretrained(NamedTuple):
 
 
 def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
-  """Return the config with a diffusers model in place of its own, and the model.
+  """Replace the config's model by a diffusers model, and return the config and the model.
 
   Args:
     tree: the config. Its network options, such as dropout, apply to the model.
@@ -44,7 +44,7 @@ def _with_model(tree: Tree, path: str) -> Tree:
 
 
 def replace_model(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
-  """Return the config with a pretrained model in place of its own, and the model.
+  """Replace the config's model by a pretrained model, and return the config and the model.
 
   Args:
     path: a diffusers folder, or a name on the Hugging Face hub.
@@ -108,7 +108,7 @@ def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
 
 
 def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
-  """Return the config of a new run with the model of `init_from` in place of its own, and the model.
+  """Replace a new run's model by the model of `init_from`, and return the config and the model.
 
   Without `init_from` the config is returned unchanged, and the model is None.
   """

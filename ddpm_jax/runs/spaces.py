@@ -111,7 +111,7 @@ def build_space(experiment: Experiment, source: data.Source, held_out: data.Sour
 
   Args:
     experiment: the experiment to score.
-    source: the training images, which the classifier is trained on.
+    source: the training images. The classifier is trained on these.
     held_out: held-out images to measure the classifier's accuracy on, or None.
     cache: the file to save the trained classifier in, and to load it from.
 
@@ -162,10 +162,10 @@ def _classifier(
 def build_reference(
   experiment: Experiment, space: Space, source: data.Source, held_out: data.Source | None
 ) -> Reference | None:
-  """Return the reference that an experiment's samples are compared with, or None if there are no held-out images for it.
+  """Return the reference for an experiment's samples, or None if it needs held-out images and there are none.
 
-  The default reference is the held-out images, or the training images if there are fewer held-out images than samples.
-  With Inception features, the default is always the training images, as in most papers.
+  The default reference is the held-out images, or the training images if there are fewer held-out images than
+  samples. With Inception features, the default is always the training images, as in most papers.
 
   Raises:
     ValueError: if the reference is empty or missing, or if its features or its image size are different.
