@@ -194,7 +194,8 @@ def run_sampler(name, process, states, times, data=DATA):
   Args:
     name: the sampler.
     process: the forward process.
-    states: the start [1, B, 2]. Up to two further exact states [k, B, 2] fill the memory of a multistep rule.
+    states: exact states [k, B, 2] at the first k times of the grid, for k from 1 to 3. The first state is the start.
+      The other states fill the memory of a multistep rule.
     times: the grid [K + 1].
     data: the mixture.
 
@@ -246,7 +247,7 @@ def longest_grid(sampler, process, grid, budget):
 def flow_errors(process, grid, end, budgets, points, tolerances):
   """Measure the errors of the deterministic samplers against the exact probability flow.
 
-  The distances are root mean squares at the time `end`. Run it in float64.
+  The distances are root mean squares at the time `end`. Call this function in float64 mode.
 
   Returns:
     `{sampler: {NFE: distance}}`.
@@ -282,7 +283,7 @@ def measured_orders(points):
   mean, std, start, end = 0.3, 0.4, 0.9, 0.1
 
   def flow(x, t):
-    """Move x along the exact probability flow, which preserves quantiles."""
+    """Move x along the exact probability flow. The flow preserves quantiles."""
     old, new = (jnp.sqrt(VP.alpha(u) ** 2 * std**2 + VP.sigma(u) ** 2) for u in (start, t))
     return VP.alpha(t) * mean + new / old * (x - VP.alpha(start) * mean)
 

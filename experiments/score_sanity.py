@@ -1,4 +1,4 @@
-"""Check that every score gets worse for noise, blurred images, missing classes and copies.
+"""Compare the scores of real images with the scores of noise, blurred images, missing classes and copies.
 
 pip install '.[mnist]'
 python experiments/score_sanity.py [--data=digits,mnist] [--steps=600]

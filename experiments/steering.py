@@ -37,7 +37,7 @@ def flatten(x):
 
 
 def deslant(x):
-  """Remove the slant of images, estimated from second moments, and scale them to norm 1 [N, D]."""
+  """Return images as vectors [N, D] of norm 1, without the slant that follows from their second moments."""
   rows, columns = np.mgrid[: x.shape[1], : x.shape[2]]
 
   def shear(image):
@@ -128,7 +128,7 @@ def main():
   parser.add_argument("--workdir", type=Path, required=True, help="the folder of the run")
   parser.add_argument("--classifier", type=Path, help="the folder of the classifier's run")
   parser.add_argument("--count", type=int, default=500, help="number of samples or edited images")
-  parser.add_argument("--scales", type=float, nargs="*", help="guidance scales")
+  parser.add_argument("--scales", type=float, nargs="*", help="guidance scales; default: 0 1 2 3 5 8")
   parser.add_argument("--methods", nargs="*", default=METHODS, help="inpainting methods")
   parser.add_argument("--classes", action="store_true", help="condition the model on the digit to inpaint")
   parser.add_argument("--neighbors", type=int, default=3, help="neighbors of the classifier")

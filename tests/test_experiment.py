@@ -144,11 +144,11 @@ def test_a_classifier_cannot_sample_and_a_diffusion_model_cannot_classify():
   with pytest.raises(
     ValueError, match="task='classify', which generates no samples; expected a run with config.task='denoise'"
   ):
-    experiment_of(classifier_config()).task.check_can_sample("the model")
+    experiment_of(classifier_config()).task.check_can_sample("a run")
   with pytest.raises(
-    ValueError, match="task='denoise'; expected a classifier, which is a run with config.task='classify'"
+    ValueError, match="task='denoise'; expected a classifier, that is, a run with config.task='classify'"
   ):
-    experiment_of(tiny_config()).task.check_can_classify("--classifier")
+    experiment_of(tiny_config()).task.check_can_classify("a run in --classifier")
 
 
 @pytest.mark.parametrize("prediction", ["V", "edm"])

@@ -66,7 +66,7 @@ REPLACEMENTS = {
   "(500, 8, 8, 1)": "(100, 8, 8, 1)",
   "range(500)": "range(100)",
   '["image"][:500]': '["image"][:100]',
-  'training["classes"], 10)': 'training["classes"], 10, steps=20)',
+  'train_items["classes"], 10)': 'train_items["classes"], 10, steps=20)',
 }
 
 

@@ -123,7 +123,7 @@ def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
     ({"evaluation__num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
     (
       {"init_from": "somewhere"},
-      "init_from='somewhere' in a run of config.task='classify', which generates no samples; expected a run with config.task='denoise'",
+      "init_from='somewhere' with config.task='classify', which generates no samples; expected a run with config.task='denoise'",
     ),
   ):
     config = set_keys(config_of(), **keys)

@@ -391,7 +391,7 @@ def test_wrong_guides_are_refused(root, tmp_path):
     (
       {"classifier": root / "gray"} | given,
       {},
-      "--classifier of config.task='denoise'; expected a classifier",
+      "--classifier with config.task='denoise'; expected a classifier",
     ),
     ({"classifier": tmp_path} | given, {}, f"--classifier={tmp_path}, which holds no checkpoint"),
     ({"weak": tmp_path} | given, {}, f"--weak={tmp_path}, which holds no checkpoint"),
@@ -399,7 +399,7 @@ def test_wrong_guides_are_refused(root, tmp_path):
     (
       {"weak": root / "judge"} | given,
       {},
-      "--weak of config.task='classify', which generates no samples; expected a run .*task='denoise'",
+      "--weak with config.task='classify', which generates no samples; expected a run .*task='denoise'",
     ),
     (judge, rescaled, "--classifier with config.guidance=classifier_free .with rescale., a rule .*guidance=classifier"),
     (weak, rescaled, "--weak with config.guidance=classifier_free .with rescale., a rule .*guidance=autoguidance"),

@@ -1,6 +1,6 @@
 """Run the commands of the command line on a config and a folder.
 
-Each function first builds and checks everything in the config. It writes nothing before that has succeeded.
+Each command first builds and checks everything in the config. It writes nothing until all checks have passed.
 """
 
 from ddpm_jax.runs import pretrained

@@ -34,12 +34,14 @@ TASKS: dict[str, dict[str, str]] = {
 
 
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
-  """Return the experiment with the default method filled in, and the method's name ("" for a task without methods).
+  """Check the edit's settings, and return the experiment with a method for the task, and the method's name.
+
+  If the config sets no method, the experiment gets the task's default. The name is "" for a task without methods.
 
   Raises:
     ValueError: if the task, the method or its settings are invalid.
   """
-  experiment.task.check_can_sample("the model")
+  experiment.task.check_can_sample("a run")
   c, methods = experiment.editing, choose(task, TASKS, "--task")
   if not 0 <= c.strength <= 1:
     raise ValueError(
@@ -79,7 +81,7 @@ def compile_edit(
   In addition to the conditions, the batch holds:
     image: the images [B, ...] in [-1, 1]. To colorize, enlarge or restore, these are the measurements.
     keep: for `inpaint`, booleans [B, H, W, 1]. Pixels that are True do not change.
-    other: for `interpolate`, the images to end at [B, ...].
+    other: for `interpolate`, the images [B, ...] at which the interpolation ends.
   A super-resolution model reads the small image under the name of its condition instead.
 
   The result holds `output`: images [B, ...], or [B, F, ...] for `interpolate`. For `invert` it also holds `latent`.
@@ -171,7 +173,7 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
     wrapped = method(**{name: value for name, value in arguments.items() if name in names})
     return (wrapped, denoise) if isinstance(wrapped, sampling.Sampler) else (sampler, wrapped)
 
-  # Call the method once with zeros, so that it raises its errors before images are read.
+  # Call the method once with zeros, so that it raises its errors before any compilation.
   example = {"image": jnp.zeros((1, *model.shape)), "keep": jnp.zeros((1, *model.shape[:-1], 1), bool)}
   wrapped_sampler, _ = apply_method(lambda x_t, t: x_t, example)
   wraps_sampler = wrapped_sampler is not experiment.sampler

@@ -29,7 +29,7 @@ class Edit(NamedTuple):
   Attributes:
     task: a name in `edit_methods.TASKS`.
     source: the path of an image, a folder of images or an .npz file.
-    mask: for `inpaint`, the path of a mask image. White marks the region to paint.
+    mask: for `inpaint`, the path of a mask image that is white in the region to paint, or a word (`data.read_mask`).
     num_results: the number of results for each image.
   """
 
@@ -69,14 +69,14 @@ def run_edit(
     raise ValueError(f"Got --num_samples={edit.num_results}; expected at least 1.")
   if edit.num_results > 1 and edit.task in ("invert", "interpolate"):
     raise ValueError(
-      f"Got --num_samples={edit.num_results} with --task={edit.task}, which has one result for each input; expected 1. Leave it out."
+      f"Got --num_samples={edit.num_results} with --task={edit.task}, which has one result for each input; expected 1. Leave --num_samples out."
     )
   if edit.source is None:
     raise ValueError("Got no --input; expected an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
     raise ValueError(
       f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint only. The mask is an image"
-      " that is white where new content is painted."
+      " that is white where new content is painted, or a word such as lower."
     )
   mesh = parallel.make_mesh()
   experiment, method = edit_methods.with_method(experiment, edit.task)
@@ -216,7 +216,7 @@ def _write(
   height, _, channels = experiment.model.data_shape
   factor = height // user_images.images.shape[1]
   enlarged = user_images.images.repeat(factor, 1).repeat(factor, 2)
-  # Arrays repeat their rows for each result.
+  # The arrays have one row for each result. Keep the first row of each image.
   per_image = {name: value[:: edit.num_results] for name, value in (inputs | results).items()}
   columns = [enlarged]
   if edit.task == "interpolate":

@@ -66,7 +66,7 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
   assert reference is not None
   if reference.images is None:
     raise ValueError(
-      f"Got config.evaluation.reference={reference.name!r}, which holds statistics; expected images: train or held_out."
+      f"Got config.evaluation.reference={reference.name!r}, a file of statistics; expected images: train or held_out."
     )
   count = len(reference.images)
   if not c.allow_singular:

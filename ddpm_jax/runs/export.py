@@ -25,7 +25,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
   Raises:
     ValueError: if diffusers cannot express the model, or the output folder is not empty.
   """
-  experiment.task.check_can_sample("the model")
+  experiment.task.check_can_sample("a run")
   interop.diffusers.check_exportable(experiment.model)
   interop.diffusers.check_output(output)
   clip = _clip(experiment)
@@ -51,7 +51,7 @@ def _clip(experiment: Experiment) -> float | None:
   """Return the maximum magnitude for diffusers to clip estimates to, or None without clipping.
 
   Raises:
-    ValueError: if estimates are clipped in another way, which diffusers cannot express.
+    ValueError: if estimates are clipped in a way that diffusers cannot express.
   """
   rule = experiment.sampling.clip
   if rule is None:

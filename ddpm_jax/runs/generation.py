@@ -22,7 +22,8 @@ from ddpm_jax.runs.steering import Guided, Steering, scale_key, steer
 from ddpm_jax.storage import files, images, rows, workdir
 
 Inputs = dict[str, np.ndarray]
-# The maximum batch of a pretrained model on a CPU. The model may be slow, and small batches show progress.
+# The maximum batch size per device of a pretrained model on a CPU. The model may be slow, and small batches show
+# progress.
 _CPU_BATCH = 16
 
 
@@ -73,8 +74,8 @@ def run_sample(
   print_line(f"sampling {num_samples:,} images with {experiment.sampler_name} ...")
   samples, nfe = generate_samples(experiment, generate, parameters, seed, num_samples, guided.inputs)
   guides, guidance_scale = not is_neutral(experiment.guidance), _scale(experiment)
-  note = ", on both guidance branches" if guides and guidance_scale != 0 else ""
-  note = note if guided.guides == NO_GUIDES else ", plus the same number of the guiding model"
+  note = ", on a doubled batch for guidance" if guides and guidance_scale != 0 else ""
+  note = note if guided.guides == NO_GUIDES else ", plus as many evaluations of the guiding model"
   print_line(f"{num_samples:,} samples, {nfe:,} network evaluations each{note}")
   suffix = (f"_scale{guidance_scale:g}" if isinstance(guidance_scale, float) else "_guided") if guides else ""
   path = files.unused_path(folder / "samples" / f"{experiment.sampler_name}_nfe{nfe}_seed{seed}{suffix}", ".npz")

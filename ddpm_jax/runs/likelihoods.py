@@ -88,7 +88,7 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
   conditioned on the values in the data.
 
   Returns:
-    The results by the kind of likelihood; an empty dict in all processes but the main one.
+    The results by the kind of likelihood; an empty dict in all processes except the main process.
 
   Raises:
     FloatingPointError: if a likelihood is not finite.
@@ -108,7 +108,7 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
     "seed": seed,
     "settings": [*settings, experiment.tree.values["sampling"]["clip"]],
     "model": json.loads(json.dumps(experiment.tree.with_roles("model"))),
-    # The digest covers the classes too. Class numbers depend on folder names, which may change.
+    # The digest covers the classes too. Class numbers depend on folder names, and these may change.
     "images": metrics.digest(*inputs.values()),
     "version": ddpm_jax.__version__,
   }

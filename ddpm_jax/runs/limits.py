@@ -1,8 +1,8 @@
-"""Refuse experiments that need more memory or disk than is available, before anything is read, compiled or written.
+"""Refuse experiments that need more memory or disk than is available, before anything is compiled or written.
 
 The estimates are lower bounds: the bytes of the data and of the network's first features. An experiment cannot run if
-its estimate does not fit. It may not fit even if its estimate does. `--mode=plan` compiles the train step and prints
-the memory that it needs.
+its estimate does not fit. If the estimate fits, the experiment may still need too much memory. `--mode=plan` compiles
+the train step and prints the memory that the step needs.
 """
 
 import math

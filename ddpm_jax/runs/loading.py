@@ -34,7 +34,7 @@ def load(path: str | Path, *, ema: bool = True, step: int | str | None = None) -
 
   Args:
     path: a run's folder, a diffusers folder, or a name on the Hugging Face hub such as "google/ddpm-cifar10-32".
-    ema: whether to load the averaged parameters of a run (EMA) or the raw ones.
+    ema: True for the averaged parameters of a run (EMA), False for the raw parameters.
     step: the step of a run's checkpoint; "best" for the best checkpoint; None for the newest.
 
   Returns:
@@ -46,7 +46,10 @@ def load(path: str | Path, *, ema: bool = True, step: int | str | None = None) -
   folder = user_path(path)
   if not workdir.config_path(folder).exists():
     if not ema or step is not None:
-      raise ValueError(f"Got ema={ema} and step={step} for {path}; expected a run's folder with them. Leave them out.")
+      raise ValueError(
+        f"Got ema={ema} and step={step} for {path}; expected the folder of a run, because only runs have these options."
+        " Leave them out."
+      )
     pretrained, params = interop.diffusers.load(path)
     return Loaded(pretrained, params, pretrained.load_frozen())
   if not workdir.checkpoint_steps(folder):

@@ -108,7 +108,7 @@ def load_weights(
     folder: the run's folder.
     mesh: the devices.
     choice: which of the run's weights to use.
-    quiet: whether not to print the step of the checkpoint.
+    quiet: whether to omit the message about the loaded checkpoint.
 
   Raises:
     ValueError: if there are no such weights, if the choice contradicts itself, or if the frozen parameters differ
@@ -139,7 +139,7 @@ def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
     best = checkpoints.best_step()
     if best is None:
       raise ValueError(
-        "Got --step=best for checkpoints without metrics; expected the step of a checkpoint. Leave it out for the newest."
+        "Got --step=best for checkpoints without metrics; expected the step of a checkpoint. Leave --step out for the newest."
       )
     return best
   if text and not text.isdigit():

@@ -13,7 +13,7 @@ PyTree = Any
 
 # The component that builds a model from the config files of a diffusers folder.
 _COMPONENT = "diffusers.read"
-# Keys of the network that the config may set for a pretrained model. They do not change what the model computes.
+# Keys of the network that the config may set for a pretrained model. They do not change its architecture or weights.
 _OPTIONS = ("dropout", "dtype", "remat", "attention")
 
 
@@ -25,7 +25,7 @@ class Pretrained(NamedTuple):
 
 
 def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
-  """Return the config with a diffusers model in place of its own, and the model.
+  """Replace the config's model by a diffusers model, and return the config and the model.
 
   Args:
     tree: the config. Its network options, such as dropout, apply to the model.
@@ -44,7 +44,7 @@ def _with_model(tree: Tree, path: str) -> Tree:
 
 
 def replace_model(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
-  """Return the config with a pretrained model in place of its own, and the model.
+  """Replace the config's model by a pretrained model, and return the config and the model.
 
   Args:
     path: a diffusers folder, or a name on the Hugging Face hub.
@@ -108,14 +108,14 @@ def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
 
 
 def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
-  """Return the config of a new run with the model of `init_from` in place of its own, and the model.
+  """Replace a new run's model by the model of `init_from`, and return the config and the model.
 
   Without `init_from` the config is returned unchanged, and the model is None.
   """
   path = tree.values["init_from"]
   if not path:
     return tree, None
-  config.make(tree, "task").check_can_sample(f"config.init_from={path!r} in a run")
+  config.make(tree, "task").check_can_sample(f"config.init_from={path!r}")
   return _read(tree, path, f"config.init_from={path!r}")
 
 
@@ -137,7 +137,7 @@ def restore_init_from(tree: Tree, folder: Path) -> Tree:
   saved = config.find_run(folder) if tree.values["init_from"] else None
   if saved is None or saved.values["init_from"] != tree.values["init_from"]:
     return tree
-  # Keep the options of the new config. `config.check_same_run` compares them, and options of speed may change.
+  # Keep the options of the new config. `config.check_same_run` compares them later, and allows changes of speed only.
   return _with_model(tree, saved.values["model"]["path"])
 
 

@@ -31,7 +31,7 @@ def clip_estimates(experiment: Experiment, denoise: Denoise) -> Denoise:
 
 
 def initial_noise(experiment: Experiment, keys: Array) -> Array:
-  """Sample the noise that sampling starts from [B, ...], with one key per sample [B]."""
+  """Return the noise [B, ...] that sampling starts from, with one key per sample [B]."""
   return experiment.model.process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *experiment.model.shape))
 
 

@@ -89,7 +89,7 @@ def content(
   curves = {name: getattr(process, name)(jnp.asarray(t, jnp.float32)) for name in ("alpha", "sigma", "log_snr")}
   source = tree.short_name("data.source")
   source = tree.values["data"]["source"]["name"] if source == "tfds" else source
-  # A pretrained model has no such parts in its config.
+  # The config of a pretrained model has no process and no prediction.
   parts = [name for name in ("process", "prediction") if name in tree.values["model"]]
   facts = [
     ("run", str(run.folder)),

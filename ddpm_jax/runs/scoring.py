@@ -89,7 +89,7 @@ class Scorer:
 
   def check_best_metric(self, metric: str) -> None:
     """Raise a ValueError if training does not compute this metric."""
-    # The classifier's scores have the same names as those of pixels, and need not be trained here.
+    # The classifier need not be trained here, because its scores have the same names as the scores of pixels.
     space = self._space.feature_space if self._space.name == "inception" else metrics.pixel_space()
     logged = [f"eval/{name}" for name in evaluate.logged_names(self._interim_settings, evaluate.score_names(space))]
     if metric not in logged:
@@ -119,7 +119,7 @@ class Scorer:
   def training_scores(self, parameters: Parameters) -> evaluate.Scores:
     """Score a few samples during training, and return the scores under names that start with "eval/".
 
-    Every process must call it, and every process gets the scores.
+    All processes must call this method, and all get the scores.
     """
     count, experiment = self._interim_count, self._run.experiment
     samples, _ = generation.generate_samples(
@@ -178,9 +178,9 @@ class Scorer:
       print_line(f"report       {path}")
 
   def _generate(self, variant: Experiment, weights: Weights, seed: int, name: str, inputs: Inputs) -> SampleSet | None:
-    """Return the samples of a variant from samples/, and generate and save the missing ones.
+    """Load the saved samples of a variant from samples/, then generate and save the missing samples.
 
-    Returns None except in the main process.
+    Only the main process gets the samples. Other processes get None.
     """
     run, count, mesh = self._run, self._count, self._run.mesh
     # Use the same batch size per device for any number of devices, so that samples are equal bit for bit.

@@ -17,7 +17,7 @@ from ddpm_jax.storage import images
 from ddpm_jax.storage.places import user_path
 
 FEATURES = ("classifier", "inception", "pixels")
-# The maximum side of gray images for the small classifier. It is too small for larger images and for color.
+# The maximum side of gray images for the small classifier. The network is too small for larger images and for color.
 _MAX_CLASSIFIER_SIDE = 32
 # The maximum number of images that the classifier is trained or tested on.
 _MAX_CLASSIFIER_IMAGES = 20_000
@@ -89,11 +89,11 @@ def choose_features(experiment: Experiment, source: data.Source) -> str:
   if c.inception_weights and name != "inception":
     raise ValueError(
       f"Got --inception_weights={c.inception_weights} with config.evaluation.features={name!r}; expected 'inception', because other features"
-      " use no weights file. Leave one of them out."
+      " use no weights file. Leave one of the two settings out."
     )
   if name == "classifier" and _num_classes(source) < 2:
     raise ValueError(
-      "Got config.evaluation.features='classifier' for data without classes; expected at least 2 classes to train a classifier on, or other"
+      "Got config.evaluation.features='classifier' for data with fewer than 2 classes; expected at least 2 classes to train a classifier on, or other"
       " features. Set --config.evaluation.features=pixels, or inception with --inception_weights=<file>."
     )
   return name
@@ -111,9 +111,9 @@ def build_space(experiment: Experiment, source: data.Source, held_out: data.Sour
 
   Args:
     experiment: the experiment to score.
-    source: the training images, which the classifier is trained on.
+    source: the training images. The classifier is trained on these.
     held_out: held-out images to measure the classifier's accuracy on, or None.
-    cache: the file to save the trained classifier in, or an empty path for none.
+    cache: the file to save the trained classifier in, and to load it from.
 
   Raises:
     ValueError: if the features are not available, or if the weights are missing or have another digest.
@@ -162,10 +162,10 @@ def _classifier(
 def build_reference(
   experiment: Experiment, space: Space, source: data.Source, held_out: data.Source | None
 ) -> Reference | None:
-  """Return the reference that an experiment's samples are compared with, or None if there are no images for it.
+  """Return the reference for an experiment's samples, or None if it needs held-out images and there are none.
 
-  By default, the reference is the held-out images if there are at least as many as samples. Otherwise it is the
-  training images. For Inception features, it is always the training images, as is usual.
+  The default reference is the held-out images, or the training images if there are fewer held-out images than
+  samples. With Inception features, the default is always the training images, as in most papers.
 
   Raises:
     ValueError: if the reference is empty or missing, or if its features or its image size are different.
@@ -247,7 +247,7 @@ def build_settings(experiment: Experiment, space: Space, reference: Reference, c
   if reference.name == "held_out" and num_images is not None and count > num_images:
     raise ValueError(
       f"Got config.evaluation.num_samples={count} with {num_images} held-out images; expected at most {num_images}, so that the scores of the"
-      " samples and of real images (the floor) use equal numbers. Or set --config.evaluation.reference=train."
+      " samples and of real images (the floor) use equal numbers of images. Or set --config.evaluation.reference=train."
     )
   for size in (count, num_reference):
     if {"frechet", "spatial_frechet"} & set(scores) and not c.allow_singular:

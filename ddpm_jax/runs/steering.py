@@ -85,11 +85,11 @@ def steer(
   folders = {name: folder for name, folder in guide_folders.items() if folder is not None}
   guide_experiments = {name: load_experiment(None, folder, name) for name, folder in folders.items()}
   guides = Guides(**{name: guide.model for name, guide in guide_experiments.items()})
-  experiment.task.check_can_sample("the model")
+  experiment.task.check_can_sample("a run")
   if "classifier" in guide_experiments:
-    guide_experiments["classifier"].task.check_can_classify("--classifier")
+    guide_experiments["classifier"].task.check_can_classify("a run in --classifier")
   if "weak" in guide_experiments:
-    guide_experiments["weak"].task.check_can_sample("--weak")
+    guide_experiments["weak"].task.check_can_sample("a run in --weak")
   experiment = _with_rule(experiment, guides, scale)
   two, is_negative = experiment.sampler.two_estimates, bool(steering.negative)
   guided.check(experiment.model, experiment.guidance, two, guides, negative=is_negative)
@@ -117,14 +117,14 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
   rule, argument = ("classifier", "log_prob") if guides.classifier else ("autoguidance", "weak")
   if guides != NO_GUIDES and argument not in guided.argument_names(experiment.guidance):
     node, default = (tree.values["guidance"] for tree in (experiment.tree, config.expand({})))
-    # Only the scale carries over to the new rule. Any other change of the user would be lost.
+    # Only the scale is kept for the new rule. All other options that the user set would be lost.
     lost = [name for name, value in node.items() if name != "scale" and value != default.get(name)]
     if lost:
       options = ", ".join(name for name in lost if name in default) if node["component"] == default["component"] else ""
       raise ValueError(
         f"Got --{'classifier' if guides.classifier else 'weak'} with config.guidance={experiment.tree.short_name('guidance')}"
-        f"{options and f' (with {options})'}, a rule without this guide; expected a rule with it. Set"
-        f" --config.guidance={rule}. Only the scale carries over."
+        f"{options and f' (with {options})'}, a rule that cannot use this guide; expected a rule that can."
+        f" Set --config.guidance={rule} and the options of this rule."
       )
     experiment = experiment.replace(guidance={"component": f"guidance.{rule}", "scale": node.get("scale", 1.0)})
   return experiment if scale is None else experiment.replace(**{scale_key(experiment.tree): float(scale)})

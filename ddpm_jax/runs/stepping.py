@@ -37,7 +37,7 @@ def training_mesh(experiment: Experiment, devices: Sequence[Any] | None = None) 
 def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
   """Return the learning rate as a function of the step."""
   c = experiment.optimizer
-  # By default, a schedule that ends does so at the last step of training.
+  # By default, a schedule with an end ends at the last step of training.
   name = choose(c.schedule, optim.SCHEDULES, "config.optimizer.schedule")
   return optim.schedule(
     c.learning_rate,

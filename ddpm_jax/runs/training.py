@@ -158,7 +158,7 @@ class _Trainer:
   damaged: list[str] = dataclasses.field(default_factory=list)
 
   def check_best_metric(self) -> None:
-    """Raise a ValueError if checkpoints will not have the metric that selects the best of them."""
+    """Raise a ValueError if checkpoints will lack the metric that selects the best checkpoints."""
     c, every = self.run.experiment.training, self.run.experiment.evaluation.every
     if not c.best_metric.startswith("eval/"):
       if c.best_metric != "loss":  # every step has a loss

@@ -1,4 +1,4 @@
-"""Measure the time of the Frechet distance of feature sets, ours against NumPy and SciPy.
+"""Compare the time of our Frechet distance between feature sets with code in NumPy and SciPy.
 
 python experiments/benchmarks/distances.py [--count=10000] [--dimensions=2048] [--rounds=3] [--json=<file>]
 

@@ -1,4 +1,4 @@
-"""Measure the speed of the Inception network for FID, ours against torch-fidelity in PyTorch.
+"""Compare the speed of our Inception network for FID with torch-fidelity in PyTorch.
 
 pip install '.[peers]' && pip install --no-deps torch-fidelity==0.4.0
 python experiments/benchmarks/features.py [--batch=16] [--size=32] [--rounds=5] [--json=<file>]
@@ -28,7 +28,7 @@ PARTS = ("", ".transforms", ".transforms.functional", ".datasets", ".models", ".
 
 
 class FakeTorchvision(types.ModuleType):
-  """Replace torchvision, which has no CPU build, in the imports of torch-fidelity."""
+  """Replace torchvision in the imports of torch-fidelity, if torchvision cannot be imported."""
 
   __path__ = []
 

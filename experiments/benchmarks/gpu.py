@@ -5,8 +5,8 @@ python experiments/benchmarks/gpu.py --output=<folder>
 
 PyTorch needs a CUDA build too. The extra `peers` installs the CPU build from the package index. Each benchmark runs in
 a separate process. If one fails, the others still run, and the script reports the failure at the end. With --minutes=8
-it stops after eight minutes and keeps the results up to then. The most important benchmarks run first. --quick runs a
-small version of the benchmarks on any machine.
+the script stops after eight minutes and keeps the results up to then. The most important benchmarks run first. --quick
+runs a small version of the benchmarks on any machine.
 """
 
 import argparse

@@ -142,8 +142,8 @@ def wait_share(batches: data.Batches, step, steps: int) -> tuple[float, float]:
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--limit", type=float, default=0.01, help="fail above this share of waiting")
-  parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement of a rate")
-  parser.add_argument("--steps", type=timing.positive_int, default=100, help="steps of each measurement of a wait")
+  parser.add_argument("--seconds", type=float, default=2.0, help="seconds for each rate")
+  parser.add_argument("--steps", type=timing.positive_int, default=100, help="steps for each share of waiting")
   parser.add_argument("--batch", type=timing.positive_int, default=128, help="images of 32x32 per step")
   parser.add_argument("--small", type=timing.positive_int, default=20000, help="number of images of 32x32")
   parser.add_argument("--large", type=timing.positive_int, default=400, help="number of images of 256x256")

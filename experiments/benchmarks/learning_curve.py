@@ -1,4 +1,4 @@
-r"""Compare learning curves of our trainer and of a plain training loop with diffusers in PyTorch.
+r"""Compare the learning curves of our trainer with those of a plain PyTorch loop that uses diffusers.
 
 pip install '.[peers]' matplotlib
 python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000] [--parts=8] [--seeds=1] [--json=<file>]
@@ -9,11 +9,11 @@ Both trainers start from the same weights and use the same images, digits by def
 size, Adam, warm-up, gradient clipping and EMA. Ours runs `stepping.step` and `training.fit`, like the command line.
 Theirs follows the example of unconditional training in diffusers.
 
-The trainers alternate between parts of the training, so a drift of the machine's speed affects both. The training time
-includes compilation but not scoring. Our DDIM samples from both models with the same noise, and the samples are scored
-against held-out images. The script writes a figure with curves and samples, and prints scores after the same number of
-images and after the same time. Scores of a single run vary: with several --seeds, the script repeats everything with
-other weights, data order and noise.
+The trainers take turns, one part of the training at a time, so a drift of the machine's speed affects both. The
+training time includes compilation but not scoring. Our DDIM samples from both models with the same noise, and the
+samples are scored against held-out images. The script writes a figure with curves and samples, and prints scores after
+the same number of images and after the same time. Scores of a single run vary. With several --seeds, the script repeats
+everything with other weights, data order and noise.
 """
 
 import argparse
@@ -243,7 +243,7 @@ def train_alternately(experiment, source, score, device, steps, parts, compiled)
 
 
 def compare(curves):
-  """Return the final scores of both trainers, and their scores when the faster one finished.
+  """Return the final scores of both trainers, and their scores at the time when the faster trainer finished.
 
   The scores at equal time are interpolated.
   """

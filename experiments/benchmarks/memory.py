@@ -6,8 +6,8 @@ python experiments/benchmarks/memory.py --devices=8 --batches=16 --compile [conf
 python experiments/benchmarks/memory.py --topology=v5e:1x1 --images=16 [--types=float32] [configs/cifar10_vp.py ...]
 
 The first command prints the size of the activations that the forward pass stores for the backward pass, in megabytes
-(1e6 bytes) per image, and the size of the training state. Activations are the part of the memory that grows with the
-batch. Nothing is compiled.
+(1e6 bytes) per image. It also prints the size of the training state in megabytes. Activations are the part of the
+memory that grows with the batch. Nothing is compiled.
 
 The second command prints, for one of several devices (simulated if necessary), the sum of its shard of the state and
 the activations of its images.
@@ -16,7 +16,7 @@ With --compile, the third command also compiles the step for each configuration,
 arguments and temporaries. On a GPU this is the actual memory. On a CPU it only checks the size of the state, because
 the compiler undoes rematerialization.
 
-The last command compiles the step for one chip, which takes minutes for large networks. It prints the temporaries,
+The last command compiles the step for one chip. This takes minutes for large networks. It prints the temporaries,
 including gradients and scratch memory, in megabytes for a batch of --images. --json=<file> saves the results.
 """
 

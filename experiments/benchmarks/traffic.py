@@ -3,19 +3,20 @@
 python experiments/benchmarks/traffic.py [--parts=residual,attention] [--types=bfloat16] [--operations=20]
 python experiments/benchmarks/traffic.py --topology=v5e:2x4 --types=bfloat16 --batch=1024 configs/cifar10_vp.py
 
-The first command compiles single layers and small blocks, forward and backward, for one chip and 128 images. It takes
-seconds to a minute for each. The second command compiles train steps of recipes, which takes minutes for each. Both
-need libtpu (pip install '.[plan]'). The columns are in gigabytes (1e9 bytes) per chip:
+The first command compiles single layers and small blocks, forward and backward, for one chip and 128 images. Each
+takes seconds to a minute. The second command compiles train steps of recipes. Each takes minutes. Both commands
+need libtpu (pip install '.[plan]'). The columns are in gigabytes (1e9 bytes) per chip, except for the ratios:
 
-- minimum: the bytes that every program must move. It writes and reads once the activations that the backward pass
-  needs. It reads the weights once, in the data type of the computation. A block also reads its inputs and the gradients
-  of its outputs once, and writes its outputs and the gradients of its inputs once. A train step also reads and writes
-  its state once. Values that follow from these by elementwise operations do not count.
+- minimum: the bytes that every program must move. Every program writes the activations that the backward pass needs
+  once and reads them once. It reads the weights once, in the data type of the computation. A block also reads its
+  inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A train
+  step also reads and writes its state once. Values that follow from these by elementwise operations do not count.
 - memory: the bytes that all operations of the compiled program read from and write to the chip's memory
   (costs.operations).
-- XLA: "bytes accessed" as counted by XLA. It also includes copies to on-chip memory (128 MB on a v5e) and reads from
-  it.
+- XLA: "bytes accessed" as counted by XLA. This number also includes copies to on-chip memory (128 MB on a v5e) and
+  reads from on-chip memory.
 - temporaries: the peak of live memory besides arguments and results.
+- ratio: the number in the column before, divided by the minimum.
 
 The column "ms, estimated" is the sum of the compiler's cycle estimates over all operations, at the clock rate that
 corresponds to the chip's peak. --operations=N lists the N operations with the most cycles. --json=<file> saves the
@@ -84,9 +85,9 @@ BLOCKS = {
 def activations(jaxpr, batch):
   """Return the bytes of the results of matrix products and convolutions that a backward pass needs.
 
-  All other values that a backward pass needs follow from these by elementwise operations. The sum excludes attention
-  scores, which can be recomputed from queries and keys, and the shortcut of a residual block. If a layer adds the
-  results of several convolutions, they count once.
+  All other values that a backward pass needs follow from these by elementwise operations. The sum excludes the
+  shortcut of a residual block. It also excludes attention scores, because queries and keys are enough to recompute
+  them. If a layer adds the results of several convolutions, they count once.
   """
   return sum(dict(products(jaxpr, batch)).values())
 

@@ -1,4 +1,4 @@
-"""Measure the time of the forward pass and train step of a U-Net, ours against diffusers' UNet2DModel in PyTorch.
+"""Compare the time of our U-Net's forward pass and train step with diffusers' UNet2DModel in PyTorch.
 
 pip install '.[peers]'
 python experiments/benchmarks/unet.py [--model=ddpm] [--batches=16] [--rounds=5] [--compile] [--json=<file>]
@@ -6,9 +6,9 @@ python experiments/benchmarks/unet.py --model=adm64 --batches=16,32,64,128,256  
 
 Both networks load the same weights from one folder, and the script compares their outputs first. A train step consists
 of the loss, its gradient and Adam. Our code and theirs run alternately, so a drift of the machine's speed affects both.
-The table lists the median ratio of our time to theirs (below 1, ours is faster), images per second, and the share of
-the measured peak of matrix products. The script tries the batch sizes in increasing order until memory is exhausted,
-and compares the best throughput at the end.
+The table lists the median ratio of our time to theirs (below 1, ours is faster), images per second, and FLOP/s as a
+share of the measured peak of matrix products. The script tries the batch sizes in increasing order until memory is
+exhausted, and compares the best throughput at the end.
 
 On a CPU everything runs in float32. PyTorch runs in eager mode and, with --compile, also compiled. On a GPU, which both
 JAX and PyTorch must support, everything runs in bfloat16. PyTorch uses channels-last memory and runs in eager mode and

@@ -64,7 +64,7 @@ class Classify(Task):
   def check_can_sample(self, what: str) -> None:
     """Raise a ValueError, because a classifier generates no samples."""
     raise ValueError(
-      f"Got {what} of config.task='classify', which generates no samples; expected a run with config.task='denoise', such as"
+      f"Got {what} with config.task='classify', which generates no samples; expected a run with config.task='denoise', such as"
       " configs/digits_vp.py."
     )
 
@@ -82,8 +82,8 @@ class Scorer:
     num_classes: the number of classes.
 
   Raises:
-    ValueError: if there are fewer held-out images than the experiment's number of samples, or if it has scores
-      during training.
+    ValueError: if there are fewer held-out images than the experiment's number of samples, or if the
+      experiment has scores during training.
   """
 
   def __init__(self, run: Run, num_classes: int):

@@ -39,7 +39,7 @@ class Denoise(Task):
   def check_can_classify(self, what: str) -> None:
     """Raise a ValueError, because a diffusion model is not a classifier."""
     raise ValueError(
-      f"Got {what} of config.task='denoise'; expected a classifier, which is a run with config.task='classify', such as"
+      f"Got {what} with config.task='denoise'; expected a classifier, that is, a run with config.task='classify', such as"
       " configs/digits_classifier.py."
     )
 

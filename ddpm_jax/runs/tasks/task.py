@@ -29,7 +29,7 @@ class Scorer(Protocol):
   def training_scores(self, parameters: Parameters) -> dict[str, float]:
     """Score a few samples during training, and return the scores under names that start with "eval/".
 
-    Every process must call it, and every process gets the scores.
+    All processes must call this method, and all get the scores.
     """
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
@@ -67,11 +67,11 @@ class Task(Protocol):
     """Return the scorer of a run's weights."""
 
   def check_can_sample(self, what: str) -> None:
-    """Raise a ValueError if the model cannot generate samples. The message calls the model `what`."""
+    """Raise a ValueError if the run's model cannot generate samples. The message calls the run `what`."""
     return
 
   def check_can_classify(self, what: str) -> None:
-    """Raise a ValueError if the model cannot classify noisy data. The message calls the model `what`."""
+    """Raise a ValueError if the run's model cannot classify noisy data. The message calls the run `what`."""
     return
 
 
