@@ -20,7 +20,7 @@ class View(NamedTuple):
   """Hold a page that is open in a browser.
 
   Attributes:
-    page: Playwright's page.
+    page: playwright's page.
     errors: the errors and warnings on the console.
     requests: the URLs that the page requested.
   """

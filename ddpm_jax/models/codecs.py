@@ -46,8 +46,8 @@ class Codec(NamedTuple):
     """Return the shape of x for one sample.
 
     Args:
-      data_shape: The shape of one sample of data, such as [H, W, C].
-      frozen: The frozen parameters, or their shapes. None reads them if the codec has any.
+      data_shape: the shape of one sample of data, such as [H, W, C].
+      frozen: the frozen parameters, or their shapes. None reads them if the codec has any.
     """
     if frozen is None and self.load is not None:
       frozen = frozen_shapes(self.load)

@@ -32,18 +32,18 @@ class Condition(NamedTuple):
   """Describe one input of a model other than noisy data and time.
 
   Attributes:
-    kind: How the network receives the condition, a pytree like `shape`: "classes" (an integer, embedded), "vector"
+    kind: how the network receives the condition, a pytree like `shape`: "classes" (an integer, embedded), "vector"
       (added to the time embedding), "level" (a number, embedded like the time), "image" (concatenated with x) or
       "tokens" (for attention).
-    shape: The shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
+    shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
       sampling. It contains the condition's name.
     null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance
       receive the same value.
-    dropout: The share of samples for which training replaces the condition by its null value. Classifier-free guidance
+    dropout: the share of samples for which training replaces the condition by its null value. Classifier-free guidance
       needs a share above 0.
-    num_values: For the kind "classes", the number of values, including the null value.
+    num_values: for the kind "classes", the number of values, including the null value.
     parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
     default: `default(count) -> items [count, ...]`, for samples without a condition from the user. None if the user
       must choose one.
@@ -88,12 +88,12 @@ def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   With dropout, the network has one more class: the integer `number` is the null value.
 
   Args:
-    name: The condition's name.
-    number: The number of classes.
-    dropout: The share of samples trained without their class, in [0, 1) (Ho and Salimans 2022, algorithm 1).
+    name: the condition's name.
+    number: the number of classes.
+    dropout: the share of samples trained without their class, in [0, 1) (Ho and Salimans 2022, algorithm 1).
 
   Raises:
-    ValueError: If `number` is below 1, or `dropout` is outside [0, 1).
+    ValueError: if `number` is below 1, or `dropout` is outside [0, 1).
   """
   if number < 1:
     raise ValueError(f"Got number={number} of {name}; expected 1 or more classes.")
@@ -135,16 +135,16 @@ def low_resolution(
   data.
 
   Args:
-    name: The condition's name.
-    data_shape: The shape [H, W, C] of the data.
-    factor: The ratio of the data's sides to the small image's sides.
-    noise: The maximum standard deviation of the noise in training, in [0, 1]. Each sample has a random standard
+    name: the condition's name.
+    data_shape: the shape [H, W, C] of the data.
+    factor: the ratio of the data's sides to the small image's sides.
+    noise: the maximum standard deviation of the noise in training, in [0, 1]. Each sample has a random standard
       deviation, and the network receives it. 0 adds no noise.
-    sample_noise: The standard deviation of the noise in sampling, in [0, noise].
-    method: The interpolation, "bicubic" or "bilinear".
+    sample_noise: the standard deviation of the noise in sampling, in [0, noise].
+    method: the interpolation, "bicubic" or "bilinear".
 
   Raises:
-    ValueError: If the factor does not divide the sides of the data, the noise is out of range, or the method is
+    ValueError: if the factor does not divide the sides of the data, the noise is out of range, or the method is
       unknown.
   """
   if method not in ("bicubic", "bilinear"):
@@ -191,12 +191,12 @@ def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
   [-1, 1].
 
   Args:
-    name: The condition's name.
-    shape: The shape [*space, C'], with the spatial axes of x.
-    dropout: The share of samples trained without the image, in [0, 1).
+    name: the condition's name.
+    shape: the shape [*space, C'], with the spatial axes of x.
+    dropout: the share of samples trained without the image, in [0, 1).
 
   Raises:
-    ValueError: If `shape` has fewer than two axes or a side below 1, or `dropout` is outside [0, 1).
+    ValueError: if `shape` has fewer than two axes or a side below 1, or `dropout` is outside [0, 1).
   """
   shape = tuple(shape)
   if len(shape) < 2 or min(shape) < 1:
@@ -245,7 +245,7 @@ def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
   The null value is zeros. `dropout` is the share of samples trained without the vector.
 
   Raises:
-    ValueError: If `size` is below 1, or `dropout` is outside [0, 1).
+    ValueError: if `size` is below 1, or `dropout` is outside [0, 1).
   """
   if size < 1:
     raise ValueError(f"Got size={size} of {name}; expected 1 or more numbers.")
@@ -292,14 +292,14 @@ def encode(
   depend only on its name and the keys, not on the other conditions.
 
   Args:
-    conditions: The conditions by name.
-    frozen: The frozen parameters by name, for each condition that has any.
+    conditions: the conditions by name.
+    frozen: the frozen parameters by name, for each condition that has any.
     keys: A key for each sample [B], or one key.
-    batch: Arrays [B, ...] by name.
-    train: Whether to drop conditions and add noise to them as in training.
+    batch: arrays [B, ...] by name.
+    train: whether to drop conditions and add noise to them as in training.
 
   Raises:
-    ValueError: If the batch lacks a condition that cannot be computed from the data, or has one of the wrong shape.
+    ValueError: if the batch lacks a condition that cannot be computed from the data, or has one of the wrong shape.
   """
   given = {}
   for name, condition in conditions.items():
@@ -360,14 +360,14 @@ def drop(
   """Return `given` with conditions replaced by their null values, for the unconditional branch of guidance.
 
   Args:
-    conditions: The conditions by name.
-    frozen: The frozen parameters by name, for each condition that has any.
-    given: The values of the conditions by name.
-    names: The conditions to drop, for guidance with a separate scale for each condition. None drops every condition
+    conditions: the conditions by name.
+    frozen: the frozen parameters by name, for each condition that has any.
+    given: the values of the conditions by name.
+    names: the conditions to drop, for guidance with a separate scale for each condition. None drops every condition
       that has a null value.
 
   Raises:
-    ValueError: If no condition has a null value, or one of `names` has none.
+    ValueError: if no condition has a null value, or one of `names` has none.
   """
   check_given(conditions, given)
   for name in names or ():
@@ -413,7 +413,7 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
   """Check that `given` has a value of the right structure and shape for each condition, and no other entries.
 
   Raises:
-    ValueError: If an entry is missing, unknown or has the wrong structure, shape or number of samples.
+    ValueError: if an entry is missing, unknown or has the wrong structure, shape or number of samples.
   """
   for name in given:
     _check_name(conditions, name)

@@ -43,9 +43,9 @@ class Parameters(NamedTuple):
   """Hold all parameters that sampling needs.
 
   Attributes:
-    params: The model's parameters.
-    frozen: The model's frozen parameters (see `Model.load_frozen`).
-    guides: Pairs of parameters and frozen parameters of the guides, by their names in `Guides`.
+    params: the model's parameters.
+    frozen: the model's frozen parameters (see `Model.load_frozen`).
+    guides: pairs of parameters and frozen parameters of the guides, by their names in `Guides`.
   """
 
   params: PyTree
@@ -68,7 +68,7 @@ def has_two_estimates(model: Model, rule: Callable) -> bool:
   """Return whether a rule of guidance uses separate estimates for data and noise, like `guidance.cfg_plus_plus`.
 
   Raises:
-    ValueError: If the rule rejects its options.
+    ValueError: if the rule rejects its options.
   """
   given = conditions.example(model.conditions)
 
@@ -99,13 +99,13 @@ def denoise(
   The denoiser does not clip estimates.
 
   Args:
-    model: The model.
+    model: the model.
     rule: A rule of `guidance` with its options.
     keys: A key for each sample [B].
-    batch: The items of conditions, arrays [B, ...] by name. A missing condition gets its null value if it has one. A
+    batch: the items of conditions, arrays [B, ...] by name. A missing condition gets its null value if it has one. A
       name with the prefix "negative_" holds items to guide away from.
-    parameters: The parameters of the model and the guides.
-    guides: The other model that guides, if the rule uses one.
+    parameters: the parameters of the model and the guides.
+    guides: the other model that guides, if the rule uses one.
   """
   conditional, given = model.conditional(parameters.params), _encode_batch(model, keys, batch, parameters.frozen)
 
@@ -164,14 +164,14 @@ def check(
   """Check that a model, a rule of guidance, a sampler and the other models fit together.
 
   Args:
-    model: The model.
+    model: the model.
     rule: A rule of `guidance` with its options.
-    two_estimates: Whether the sampler supports the two estimates of CFG++.
-    guides: The other model that guides, if any.
-    negative: Whether the user gives conditions to guide away from.
+    two_estimates: whether the sampler supports the two estimates of CFG++.
+    guides: the other model that guides, if any.
+    negative: whether the user gives conditions to guide away from.
 
   Raises:
-    ValueError: If they do not fit together, or a required model or condition is missing.
+    ValueError: if they do not fit together, or a required model or condition is missing.
   """
   names, is_guided = argument_names(rule), not is_neutral(rule)
   if guides.classifier is not None and guides.weak is not None:
@@ -233,7 +233,7 @@ def check_sampler(model: Model, sampler: sampling.Sampler, times: Any) -> None:
   For example, a sampler may need a learned variance. In this check, zeros replace the output of the model's network.
 
   Raises:
-    ValueError: If the sampler rejects the model.
+    ValueError: if the sampler rejects the model.
   """
   channel_factor = 2 if model.prediction.learned_variance else 1
 

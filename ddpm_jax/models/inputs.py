@@ -21,13 +21,13 @@ def parse_inputs(
   """Parse the texts of conditions, and return their items [count, ...] by name.
 
   Args:
-    conditions: The model's conditions by name.
-    texts: The texts by name. If there are fewer texts than samples, they are repeated.
-    count: The number of samples.
-    only: Whether to omit conditions without text. Otherwise they get their default.
+    conditions: the model's conditions by name.
+    texts: the texts by name. If there are fewer texts than samples, they are repeated.
+    count: the number of samples.
+    only: whether to omit conditions without text. Otherwise they get their default.
 
   Raises:
-    ValueError: If the model lacks a condition, a text is invalid, there are more texts than samples, or a condition has
+    ValueError: if the model lacks a condition, a text is invalid, there are more texts than samples, or a condition has
       neither text nor a default.
   """
   inputs: dict[str, np.ndarray] = {}
@@ -102,10 +102,10 @@ def default_inputs(
   class in turn. Otherwise all items come from real data.
 
   Args:
-    conditions: The conditions by name.
-    count: The number of samples.
-    source: The real data.
-    counts: The number of real samples of each class. If set, the default classes have the same proportions.
+    conditions: the conditions by name.
+    count: the number of samples.
+    source: the real data.
+    counts: the number of real samples of each class. If set, the default classes have the same proportions.
   """
   if any(condition.from_data is not None or condition.default is None for condition in conditions.values()):
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))

@@ -24,10 +24,10 @@ class SamplingDefaults(NamedTuple):
   """Hold the default sampler of a model and its settings.
 
   Attributes:
-    name: The sampler's name, for messages and reports.
-    sampler: The step rule.
+    name: the sampler's name, for messages and reports.
+    sampler: the step rule.
     times: `times(num_steps) -> grid` [num_steps + 1].
-    steps: The number of steps.
+    steps: the number of steps.
     clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves them unchanged.
   """
 
@@ -42,15 +42,15 @@ class Model(NamedTuple):
   """Hold everything that defines a diffusion model, except its parameters.
 
   Attributes:
-    network: The functions of the network.
-    process: The forward process.
-    prediction: The meaning of the network's output.
-    conditions: The conditions by name.
-    codec: The conversion between data and x.
-    data_shape: The shape of one sample of data, such as [H, W, C].
-    shape: The shape of one sample of x.
+    network: the functions of the network.
+    process: the forward process.
+    prediction: the meaning of the network's output.
+    conditions: the conditions by name.
+    codec: the conversion between data and x.
+    data_shape: the shape of one sample of data, such as [H, W, C].
+    shape: the shape of one sample of x.
     time_input: A function from times to the network's time input. None uses the process's function.
-    defaults: The default sampler and its settings. None if the model has no defaults.
+    defaults: the default sampler and its settings. None if the model has no defaults.
   """
 
   network: Network
@@ -113,7 +113,7 @@ class Model(NamedTuple):
     """Return `conditional(x_t, t, given) -> x_0 estimate`, for rules of guidance.
 
     Raises:
-      ValueError: If x_0 cannot be computed from the prediction at the process's t_max. The returned function raises
+      ValueError: if x_0 cannot be computed from the prediction at the process's t_max. The returned function raises
         a ValueError if `given` does not match the conditions.
     """
     predictions.check_prediction(self.process, self.prediction)
@@ -132,12 +132,12 @@ class Model(NamedTuple):
     """Return `denoise(x_t, t) -> x_0 estimate`, for samplers.
 
     Args:
-      params: The parameters of the network.
-      given: The values of the conditions by name, arrays [B, ...].
-      clip: Whether to clip estimates by the model's default clipping.
+      params: the parameters of the network.
+      given: the values of the conditions by name, arrays [B, ...].
+      clip: whether to clip estimates by the model's default clipping.
 
     Raises:
-      ValueError: If `given` does not match the conditions, or x_0 cannot be computed from the prediction at t_max.
+      ValueError: if `given` does not match the conditions, or x_0 cannot be computed from the prediction at t_max.
     """
     conditional, values = self.conditional(params), dict(given or {})
     conditions_module.check_given(self.conditions, values)
@@ -172,7 +172,7 @@ class Model(NamedTuple):
     """Return the model's default grid of times [num_steps + 1].
 
     Raises:
-      ValueError: If the model has no defaults.
+      ValueError: if the model has no defaults.
     """
     if self.defaults is None:
       raise ValueError(

@@ -37,7 +37,7 @@ class Network(NamedTuple):
       pytree of float arrays.
     apply: `apply(params, x, time, given, *, train=False, keys=None) -> output` [B, ...]. `keys` has a dropout key for
       each sample [B].
-    module: The module that the functions call, such as a `networks.UNet`, for callers that read its options. None for
+    module: the module that the functions call, such as a `networks.UNet`, for callers that read its options. None for
       networks without such a module.
   """
 
@@ -59,11 +59,11 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
     component: A class of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (see `from_nnx`) or
       `equinox.Module` (see `from_equinox`), or a function that returns a `Network`. A `Network` or an instance of
       a Linen module is accepted too, without arguments.
-    arguments: The arguments of the class or the function, by name.
-    conditions: The conditions of the model, by name.
+    arguments: the arguments of the class or the function, by name.
+    conditions: the conditions of the model, by name.
 
   Raises:
-    ValueError: If the component has another type, or does not accept an argument.
+    ValueError: if the component has another type, or does not accept an argument.
   """
   linen = _is_class(type(component), "flax.linen")
   if isinstance(component, Network) or linen:
@@ -102,7 +102,7 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   the argument `keys`, dropout uses the rng "dropout".
 
   Raises:
-    ValueError: When `init` is called, if the module has variables other than parameters, such as the statistics of
+    ValueError: when `init` is called, if the module has variables other than parameters, such as the statistics of
       BatchNorm.
   """
   accepted = _accepted_arguments(type(module).__call__)
@@ -154,7 +154,7 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
   values. Arrays of the module that are not variables become constants.
 
   Raises:
-    ValueError: If the module has variables that are neither parameters nor random states, such as the statistics of
+    ValueError: if the module has variables that are neither parameters nor random states, such as the statistics of
       BatchNorm.
   """
   from flax import nnx
@@ -214,7 +214,7 @@ def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mappi
   Each trace creates the module again, as in `from_nnx`.
 
   Raises:
-    ValueError: If the module has state, such as BatchNorm.
+    ValueError: if the module has state, such as BatchNorm.
   """
   import equinox
 
@@ -281,12 +281,12 @@ def keywords(
   """Return the keyword arguments that pass conditions to a network.
 
   Args:
-    conditions: The conditions of the model, by name.
-    given: The values of the conditions, by name.
-    accepted: The names of the network's arguments. None if it accepts any keyword.
+    conditions: the conditions of the model, by name.
+    given: the values of the conditions, by name.
+    accepted: the names of the network's arguments. None if it accepts any keyword.
 
   Raises:
-    ValueError: If the network has no argument for a condition, or `given` does not match the conditions.
+    ValueError: if the network has no argument for a condition, or `given` does not match the conditions.
   """
   check_given(conditions, given)
   values: dict[str, list[Any]] = {}
@@ -434,7 +434,7 @@ def derived_arguments(
   - `conditions`: the conditions by name.
 
   Raises:
-    ValueError: If the conditions include both a level and a vector, or an image with other spatial axes than x.
+    ValueError: if the conditions include both a level and a vector, or an image with other spatial axes than x.
   """
   for name, condition in conditions.items():
     for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(condition.shape), strict=True):

@@ -16,9 +16,9 @@ class ImageClassifier(nn.Module):
   """Classify images by convolutions at three resolutions, mean and maximum pooling, and one hidden layer.
 
   Attributes:
-    num_classes: The number of classes.
-    width: The channels of the first level. The other levels have twice as many.
-    features: The size of the hidden layer. The features are its values before the activation function.
+    num_classes: the number of classes.
+    width: the channels of the first level. The other levels have twice as many.
+    features: the size of the hidden layer. The features are its values before the activation function.
   """
 
   num_classes: int

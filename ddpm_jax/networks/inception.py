@@ -43,7 +43,7 @@ class Inception(nn.Module):
   """Map images to Inception features.
 
   Attributes:
-    taps: The names of the features to return, from `TAPS`. "64", "192", "768" and "2048" are means over positions of
+    taps: the names of the features to return, from `TAPS`. "64", "192", "768" and "2048" are means over positions of
       the layers with these numbers of channels. "spatial" is the first channels of a layer at all positions. "logits"
       and "logits_unbiased" are the classifier's logits with and without its bias. The network computes only the layers
       that these features need.
@@ -56,10 +56,10 @@ class Inception(nn.Module):
     """Return the features of images as a dict of arrays [B, D] by tap.
 
     Args:
-      x: The images [B, 299, 299, 3]. Values in [0, 255] are scaled as (value - 128) / 128.
+      x: the images [B, 299, 299, 3]. Values in [0, 255] are scaled as (value - 128) / 128.
 
     Raises:
-      ValueError: If a tap is unknown, there are no taps, or the images have another shape.
+      ValueError: if a tap is unknown, there are no taps, or the images have another shape.
     """
     unknown = set(self.taps) - set(TAPS)
     if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):

@@ -35,17 +35,17 @@ class BlockOptions(NamedTuple):
   """Hold the options that all blocks of a network share.
 
   Attributes:
-    groups: The number of groups in every normalization. 0 selects `default_groups`.
-    epsilon: The constant added to the variance in every normalization.
-    dropout: The dropout rate inside residual blocks during training.
-    scale_shift: Whether the embedding scales and shifts the result of the second normalization. Otherwise the embedding
+    groups: the number of groups in every normalization. 0 selects `default_groups`.
+    epsilon: the constant added to the variance in every normalization.
+    dropout: the dropout rate inside residual blocks during training.
+    scale_shift: whether the embedding scales and shifts the result of the second normalization. Otherwise the embedding
       is added before this normalization.
-    score_sde: Whether residual sums are divided by sqrt(2), the shortcut of every block that resamples has a 1x1
+    score_sde: whether residual sums are divided by sqrt(2), the shortcut of every block that resamples has a 1x1
       convolution, and attention starts with smaller weights (see `SCORE_SDE_ATTENTION`).
-    filter: The weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
-    attention: The argument `implementation` of `attention.attend`.
-    dtype: The type of the computation.
-    kernels: The allowed forms of operations (see `networks.kernels`).
+    filter: the weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
+    attention: the argument `implementation` of `attention.attend`.
+    dtype: the type of the computation.
+    kernels: the allowed forms of operations (see `networks.kernels`).
   """
 
   groups: int
@@ -88,7 +88,7 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
   """Create a parameter that is initialized at random and never trained.
 
   Raises:
-    ValueError: If the name is not in `CONSTANTS`. Weight decay changes parameters without a gradient too, so
+    ValueError: if the name is not in `CONSTANTS`. Weight decay changes parameters without a gradient too, so
       `trainable_mask` must know the names of all constants.
   """
   if name not in CONSTANTS:
@@ -114,7 +114,7 @@ def sinusoidal_embedding(time: Array, features: int, *, cos_first: bool = False,
   Nichol and Dhariwal (2021) put cosines first and use a shift of 0.
 
   Raises:
-    ValueError: If `features` is odd or below 4.
+    ValueError: if `features` is odd or below 4.
   """
   if features % 2 or features < 4:
     raise ValueError(f"Got features={features} for a sinusoidal embedding; expected an even number, 4 or more.")
@@ -153,10 +153,10 @@ class GroupNorm(nn.Module):
   The data are read twice, and the channel axis is never split.
 
   Attributes:
-    groups: The number of groups. It must divide the number of channels. 0 selects `default_groups`.
-    epsilon: The constant added to the variance.
-    dtype: The type of the result. Statistics are computed in float32 or wider.
-    kernels: The allowed forms of operations.
+    groups: the number of groups. It must divide the number of channels. 0 selects `default_groups`.
+    epsilon: the constant added to the variance.
+    dtype: the type of the result. Statistics are computed in float32 or wider.
+    kernels: the allowed forms of operations.
   """
 
   groups: int
@@ -171,7 +171,7 @@ class GroupNorm(nn.Module):
     If x is a sequence of arrays, so is the result.
 
     Raises:
-      ValueError: If the groups do not divide the channels.
+      ValueError: if the groups do not divide the channels.
     """
     features = count_features(x)
     groups = self.groups or default_groups(features)
@@ -232,14 +232,14 @@ class Conv(nn.Module):
   The parameters have the names that Flax uses.
 
   Attributes:
-    features: The number of output channels.
-    dtype: The type of the computation.
-    size: The kernel's size along every axis.
-    strides: The stride along every axis.
-    padding: The padding, in any form that `convolution.convolve` accepts.
-    kernel_init: The initializer of the kernel. The bias starts at 0.
-    doubled: Whether every axis is doubled first, by nearest neighbor. Requires the default size, strides and padding.
-    kernels: The allowed forms of operations.
+    features: the number of output channels.
+    dtype: the type of the computation.
+    size: the kernel's size along every axis.
+    strides: the stride along every axis.
+    padding: the padding, in any form that `convolution.convolve` accepts.
+    kernel_init: the initializer of the kernel. The bias starts at 0.
+    doubled: whether every axis is doubled first, by nearest neighbor. Requires the default size, strides and padding.
+    kernels: the allowed forms of operations.
   """
 
   features: int
@@ -350,8 +350,8 @@ class ResidualBlock(nn.Module):
     """Map x [B, *space, C] to [B, *space, features].
 
     Args:
-      x: The data.
-      embedding: The embedding [B, E].
+      x: the data.
+      embedding: the embedding [B, E].
       keys: A dropout key for each sample [B], or None for no dropout.
     """
     options, dtype, kernels = self.options, self.options.dtype, self.options.kernels

@@ -26,7 +26,7 @@ def check(network: Any) -> None:
   """Check that the options of a `Backbone` are valid and compatible with each other.
 
   Raises:
-    ValueError: If an option is invalid or conflicts with another one.
+    ValueError: if an option is invalid or conflicts with another one.
   """
   _check_values(network)
   _check_features(network)

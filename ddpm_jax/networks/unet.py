@@ -23,57 +23,57 @@ class Backbone(nn.Module):
   The defaults are those of DDPM (Ho et al. 2020). The recipes in `configs/` have the settings of other papers.
 
   Attributes:
-    out_channels: The number of output channels. For a classifier, the number of classes.
-    channels: The features of the first convolution.
-    multipliers: The features of each level, as multiples of `channels`. Each level has half the size of the previous
+    out_channels: the number of output channels. For a classifier, the number of classes.
+    channels: the features of the first convolution.
+    multipliers: the features of each level, as multiples of `channels`. Each level has half the size of the previous
       one.
-    blocks: The number of residual blocks per level on the downward path. The upward path has one more per level.
-    attention_levels: The levels with self-attention after every block. Level 0 is the finest.
-    middle_attention: Whether the middle has self-attention.
-    middle_attention_norm: Whether the middle attention normalizes its input. Some diffusers models do not.
-    heads: The number of attention heads, unless `head_channels` is set.
-    head_channels: The features of each attention head. The number of heads follows from it. 0 uses `heads` instead.
-    dropout: The dropout rate inside residual blocks during training.
-    groups: The number of groups in every normalization. 0 selects min(32, C / 4) for C features, as in EDM's networks
+    blocks: the number of residual blocks per level on the downward path. The upward path has one more per level.
+    attention_levels: the levels with self-attention after every block. Level 0 is the finest.
+    middle_attention: whether the middle has self-attention.
+    middle_attention_norm: whether the middle attention normalizes its input. Some diffusers models do not.
+    heads: the number of attention heads, unless `head_channels` is set.
+    head_channels: the features of each attention head. The number of heads follows from it. 0 uses `heads` instead.
+    dropout: the dropout rate inside residual blocks during training.
+    groups: the number of groups in every normalization. 0 selects min(32, C / 4) for C features, as in EDM's networks
       (Karras et al. 2022).
-    epsilon: The constant added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
+    epsilon: the constant added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
     time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier" with random frequencies (NCSN++).
-    time_features: The features of the time embedding before its dense layers. 0 uses `channels`.
-    embedding_features: The features of the embedding that every block receives. 0 uses four times `channels`.
+    time_features: the features of the time embedding before its dense layers. 0 uses `channels`.
+    embedding_features: the features of the embedding that every block receives. 0 uses four times `channels`.
     frequency_shift: 1 (DDPM) or 0 (ADM). See `layers.sinusoidal_embedding`.
-    scale_shift: Whether the embedding scales and shifts normalized features (improved DDPM, ADM). Otherwise it is
+    scale_shift: whether the embedding scales and shifts normalized features (improved DDPM, ADM). Otherwise it is
       added to them.
-    downsample: How a level is halved: "conv", or "residual" (ADM, DDPM++, NCSN++). One word applies to all levels. A
+    downsample: how a level is halved: "conv", or "residual" (ADM, DDPM++, NCSN++). One word applies to all levels. A
       sequence has one word for each level but the last, and its first word halves level 0.
-    upsample: How a level is doubled, with the same words. A sequence has one word for each level but level 0, and its
+    upsample: how a level is doubled, with the same words. A sequence has one word for each level but level 0, and its
       first word doubles level 1.
-    symmetric_padding: Whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad only the end
+    symmetric_padding: whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad only the end
       (DDPM).
-    filter: The filter of residual resampling: (1, 1), or (1, 3, 3, 1) in NCSN++.
-    score_sde: Whether to use the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022). Residual sums
+    filter: the filter of residual resampling: (1, 1), or (1, 3, 3, 1) in NCSN++.
+    score_sde: whether to use the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022). Residual sums
       are divided by sqrt(2). Shortcuts have 1x1 convolutions where blocks resample. The upward path has attention
       only after a level's last block. Queries, keys and values start with a tenth of the variance. Classes are added
       to the time features before the dense layers, as one-hot vectors times sqrt(num_classes). With class dropout,
       `num_classes` includes the null class, so for K classes the factor is sqrt(K + 1). EDM's code uses sqrt(K), and
       zeros for no class.
-    progressive_input: Whether each level also receives the input, halved repeatedly ("residual" in NCSN++).
-    num_classes: The number of classes of a conditional network. 0 for an unconditional network.
-    vector_embedding: How a continuous vector conditions the network. "": not at all. "dense": by two dense layers,
+    progressive_input: whether each level also receives the input, halved repeatedly ("residual" in NCSN++).
+    num_classes: the number of classes of a conditional network. 0 for an unconditional network.
+    vector_embedding: how a continuous vector conditions the network. "": not at all. "dense": by two dense layers,
       for any length. "time": one number, embedded like the time. "identity": added to the embedding, so it must have
       the same length.
-    augmentation_features: The length of augmentation labels (Karras et al. 2022, appendix F.2). 0 for none.
-    center_input: Whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
-    divide_by_sigma: Whether the output is divided by exp(time), where the time is log(sigma), as in Song et al.
-    dimensions: The number of spatial axes of the data: 1 (audio), 2 (images) or 3 (volumes, video).
-    dtype: The type of the computation. Parameters, statistics, the softmax and the output are float32.
-    remat: Which values the backward pass recomputes to save memory. "none": no values. "blocks": the values inside
+    augmentation_features: the length of augmentation labels (Karras et al. 2022, appendix F.2). 0 for none.
+    center_input: whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
+    divide_by_sigma: whether the output is divided by exp(time), where the time is log(sigma), as in Song et al.
+    dimensions: the number of spatial axes of the data: 1 (audio), 2 (images) or 3 (volumes, video).
+    dtype: the type of the computation. Parameters, statistics, the softmax and the output are float32.
+    remat: which values the backward pass recomputes to save memory. "none": no values. "blocks": the values inside
       blocks, so only values passed between blocks are saved. "everything": these, and on the upward path also the
       values between blocks, so only the inputs of each level are saved there. The name of a
       `jax.checkpoint_policies` entry without arguments: the values inside blocks that this policy does not save.
-    attention: The implementation of attention. "" selects the form tuned for the platform (see `attention.attend`).
+    attention: the implementation of attention. "" selects the form tuned for the platform (see `attention.attend`).
       "xla" and "cudnn" select an implementation of `jax.nn.dot_product_attention`. "cudnn" requires a 16-bit type
       and an NVIDIA GPU.
-    kernels: The allowed forms of operations: "tuned", "single_device", "loop" or "plain" (see `networks.kernels`).
+    kernels: the allowed forms of operations: "tuned", "single_device", "loop" or "plain" (see `networks.kernels`).
   """
 
   out_channels: int = 3
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
     """Check that the network can be built and accepts data of `shape` [..., *space, C].
 
     Raises:
-      ValueError: If an option is invalid, or the network does not support the shape.
+      ValueError: if an option is invalid, or the network does not support the shape.
     """
     options.check(self)
     if len(shape) < self.dimensions + 1:
@@ -329,22 +329,22 @@ class UNet(Backbone):
     """Return the network's output for noisy data.
 
     Args:
-      x: The data [B, *space, C], with every side divisible by 2^(levels - 1).
-      time: The time input [B], such as the step 0..N-1.
-      classes: Integers [B] in [0, num_classes), for a conditional network.
+      x: the data [B, *space, C], with every side divisible by 2^(levels - 1).
+      time: the time input [B], such as the step 0..N-1.
+      classes: integers [B] in [0, num_classes), for a conditional network.
       vector: A continuous condition [B, D], or [B] if `vector_embedding` is "time".
       image: A condition [B, *space, C'] that is concatenated with the input, for example for super-resolution. A
         network initialized with an image requires one in every call.
-      augmentation: Augmentation labels [B, augmentation_features]. None uses zeros, the labels of data without
+      augmentation: augmentation labels [B, augmentation_features]. None uses zeros, the labels of data without
         augmentation.
-      train: Whether dropout is on. Dropout needs `keys` or an rng named "dropout".
+      train: whether dropout is on. Dropout needs `keys` or an rng named "dropout".
       keys: A key for each sample [B]. A sample's dropout masks depend only on its key, not on the batch.
 
     Returns:
       An array [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: If the sides cannot be halved often enough, or a condition or `keys` have the wrong shape. Also if
+      ValueError: if the sides cannot be halved often enough, or a condition or `keys` have the wrong shape. Also if
         classes or a vector are missing, or the network has no input for a condition.
     """
     self._check_call(x, classes, vector, image, augmentation)
@@ -392,7 +392,7 @@ class Classifier(Backbone):
     `train` and `keys` control dropout as in `UNet`.
 
     Raises:
-      ValueError: If the sides cannot be halved often enough, or `keys` have the wrong shape.
+      ValueError: if the sides cannot be halved often enough, or `keys` have the wrong shape.
     """
     self._check_call(x)
     embedding, keys = self._embed(time, None, None, None), self._dropout_keys(x, train, keys)

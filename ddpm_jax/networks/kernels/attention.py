@@ -28,18 +28,18 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
   fit in a TPU's on-chip memory, the TPU form computes them for one part of the batch at a time.
 
   Args:
-    q: Queries [B, N, heads, C].
-    k: Keys [B, M, heads, C].
-    v: Values [B, M, heads, C].
-    implementation: The implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn". None selects the tuned form
+    q: queries [B, N, heads, C].
+    k: keys [B, M, heads, C].
+    v: values [B, M, heads, C].
+    implementation: the implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn". None selects the tuned form
       on CPUs and TPUs, and lets JAX choose on other platforms.
-    kernels: The allowed forms (see `networks.kernels`).
+    kernels: the allowed forms (see `networks.kernels`).
 
   Returns:
     An array [B, N, heads, C] of the type of v.
 
   Raises:
-    ValueError: If the shapes do not match, or JAX has no such implementation.
+    ValueError: if the shapes do not match, or JAX has no such implementation.
   """
   if not (q.ndim == k.ndim == 4 and k.shape == v.shape and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])):
     raise ValueError(

@@ -27,17 +27,17 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kern
   inside loops.
 
   Args:
-    x: The data, with one to three spatial axes.
-    kernel: The weights, of the type of x.
-    strides: One stride for each spatial axis, 1 or more.
+    x: the data, with one to three spatial axes.
+    kernel: the weights, of the type of x.
+    strides: one stride for each spatial axis, 1 or more.
     padding: "SAME", "VALID", one number for both ends of every axis, or a pair (low, high) for each axis.
-    kernels: The allowed forms (see `networks.kernels`).
+    kernels: the allowed forms (see `networks.kernels`).
 
   Returns:
     An array [B, *space, C'] of the type of x. The strides and the padding set its sides.
 
   Raises:
-    ValueError: If the shapes, types, strides or padding do not fit each other.
+    ValueError: if the shapes, types, strides or padding do not fit each other.
   """
   axes = x.ndim - 2
   if not (1 <= axes <= 3 and kernel.ndim == x.ndim and kernel.shape[-2] == x.shape[-1] and kernel.dtype == x.dtype):

@@ -27,15 +27,15 @@ def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Arra
   repeated value. A TPU skips products with the inserted zeros. Other platforms double the data.
 
   Args:
-    x: The data [B, *space, C].
-    kernel: The weights, of the type of x.
-    kernels: The allowed forms (see `networks.kernels`). With "plain", every platform doubles the data.
+    x: the data [B, *space, C].
+    kernel: the weights, of the type of x.
+    kernels: the allowed forms (see `networks.kernels`). With "plain", every platform doubles the data.
 
   Returns:
     An array [B, *2 space, C'].
 
   Raises:
-    ValueError: If the shapes or types do not fit each other, or the kernel does not have 3 rows along every axis.
+    ValueError: if the shapes or types do not fit each other, or the kernel does not have 3 rows along every axis.
   """
   axes = x.ndim - 2
   if kernel.shape[:-2] != (3,) * axes:

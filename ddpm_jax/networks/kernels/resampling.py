@@ -28,10 +28,10 @@ def halve(x: Array, weights: Sequence[float], *, padded: bool = False, kernels: 
   """Filter and halve every spatial axis, [B, *space, C] -> [B, *space / 2, C].
 
   Args:
-    x: The data. Zeros are added at the edges unless `padded` is set.
-    weights: The filter's weights along an axis, an even number of them. They are scaled to sum to 1.
-    padded: Whether x already includes the filter's margin at every edge: half the filter's length minus one.
-    kernels: The allowed forms (see `networks.kernels`).
+    x: the data. Zeros are added at the edges unless `padded` is set.
+    weights: the filter's weights along an axis, an even number of them. They are scaled to sum to 1.
+    padded: whether x already includes the filter's margin at every edge: half the filter's length minus one.
+    kernels: the allowed forms (see `networks.kernels`).
   """
   margin = 0 if padded else len(weights) // 2 - 1
   normalized = [weight / sum(weights) for weight in weights]
