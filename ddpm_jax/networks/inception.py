@@ -45,8 +45,8 @@ class Inception(nn.Module):
   Attributes:
     taps: the names of the features to return, from `TAPS`. "64", "192", "768" and "2048" are means over positions of
       the layers with these numbers of channels. "spatial" is the first channels of a layer at all positions. "logits"
-      and "logits_unbiased" are the classifier's logits with and without its bias. The network computes only the layers
-      that these features need.
+      and "logits_unbiased" are the classifier's logits with and without its bias. The network skips the stages that
+      these features do not need.
   """
 
   taps: Sequence[str] = ("2048",)
@@ -56,7 +56,7 @@ class Inception(nn.Module):
     """Return the features of images as a dict of arrays [B, D] by tap.
 
     Args:
-      x: the images [B, 299, 299, 3]. Values in [0, 255] are scaled as (value - 128) / 128.
+      x: the images [B, 299, 299, 3], already scaled by the caller: (value - 128) / 128 for values in [0, 255].
 
     Raises:
       ValueError: if a tap is unknown, there are no taps, or the images have another shape.

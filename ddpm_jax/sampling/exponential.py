@@ -17,8 +17,8 @@ from ddpm_jax.processes import Process, as_time
 
 Array = jax.Array
 
-# Lambda is clipped to [-40, 40], so that it stays finite where alpha or sigma is 0. Steps from or to such a time are of
-# order 1.
+# Lambda is clipped to [-40, 40], so that it stays finite where alpha or sigma is 0. Steps for which `is_singular` is
+# true are of order 1.
 _MAX_LAMBDA = 40.0
 # The lambda of a missing estimate is so far away that the estimate does not bend the polynomial. The first steps are
 # then of lower order without a special case.
@@ -48,9 +48,9 @@ def half_log_snr(process: Process, t) -> Array:
 
 
 def is_singular(process: Process, t, s) -> Array:
-  """Return whether a step starts or ends where alpha or sigma is 0.
+  """Return whether a step starts where alpha is 0, or ends where alpha or sigma is 0.
 
-  Only the rule of order 1 has a limit there.
+  Lambda is infinite there, and only the rule of order 1 has a finite limit.
   """
   return (process.alpha(t) == 0) | (process.alpha(s) == 0) | (process.sigma(s) == 0)
 
