@@ -187,8 +187,8 @@ def low_resolution(
 def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
   """Return the condition of an image that is concatenated with x, such as a sketch or a mask.
 
-  The null value is zeros. On the command line, the condition is the path of an image file, and the pixels are scaled to
-  [-1, 1].
+  With dropout, the null value is zeros. On the command line, the condition is the path of an image file, and the
+  pixels are scaled to [-1, 1].
 
   Args:
     name: the condition's name.
@@ -242,7 +242,7 @@ def level(name: str) -> Condition:
 def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
   """Return the condition of a vector of `size` numbers.
 
-  The null value is zeros. `dropout` is the share of samples trained without the vector.
+  With dropout, the null value is zeros. `dropout` is the share of samples trained without the vector.
 
   Raises:
     ValueError: if `size` is below 1, or `dropout` is outside [0, 1).

@@ -162,13 +162,14 @@ def _classifier(
 def build_reference(
   experiment: Experiment, space: Space, source: data.Source, held_out: data.Source | None
 ) -> Reference | None:
-  """Return the reference for an experiment's samples, or None if it needs held-out images and there are none.
+  """Return the reference for an experiment's samples, or None if the config sets none and there is no default.
 
-  The default reference is the held-out images, or the training images if there are fewer held-out images than
-  samples. With Inception features, the default is always the training images, as in most papers.
+  With Inception features, the default reference is the training images, as in most papers. With other features, it is
+  the held-out images, or the training images if the held-out images are fewer than the samples. Without held-out
+  images, other features have no default.
 
   Raises:
-    ValueError: if the reference is empty or missing, or if its features or its image size are different.
+    ValueError: if the reference is empty or missing, or if its features or its image size differ from the experiment's.
   """
   configured = experiment.evaluation.reference
   is_short = held_out is not None and experiment.evaluation.num_samples > len(held_out)
