@@ -175,8 +175,9 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
 def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
   """Return a function that runs `function(replicated, batch)` on each device with its shard of the batch.
 
-  The batch and the result consist of arrays [B, ...]. The result is bit-identical on any number of devices of one kind,
-  if the shards have the same size. A program that the compiler splits over devices would round differently.
+  The batch and the result consist of arrays [B, ...]. On devices of one kind, the result for a row has the same bits on
+  any number of devices, as long as every device has the same number of rows each time. If the compiler split the
+  program over the devices instead, the rounding would depend on their number.
 
   Args:
     mesh: the mesh.

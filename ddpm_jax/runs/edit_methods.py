@@ -76,9 +76,10 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
 def compile_edit(
   guided: Guided, mesh: jax.sharding.Mesh, task: str, factor: int = 0
 ) -> Callable[[Parameters, Any, Any, Images], Images]:
-  """Compile `edit(parameters, seed, first, batch) -> images by name`, with the arguments of `programs.generate`.
+  """Compile `edit(parameters, seed, first, batch) -> images by name`.
 
-  In addition to the conditions, the batch holds:
+  Its arguments are those of the function that `programs.generate` compiles. In addition to the conditions, the batch
+  holds:
     image: the images [B, ...] in [-1, 1]. To colorize, enlarge or restore, these are the measurements.
     keep: for `inpaint`, booleans [B, H, W, 1]. Pixels that are True do not change.
     other: for `interpolate`, the images [B, ...] at which the interpolation ends.

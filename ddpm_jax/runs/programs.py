@@ -90,8 +90,9 @@ def denoising_frames(
     frames: the maximum number of frames K.
 
   Returns:
-    The function `denoising(parameters, seed, first, batch) -> data [B, K, ...]` with the arguments of `generate`, and
-    the times [K] from t_max to 0. The frames are scaled for display: the noise has a standard deviation of at most 1.
+    The function `denoising(parameters, seed, first, batch) -> data [B, K, ...]`, and the times [K] from t_max to 0. The
+    arguments of `denoising` are those of the function that `generate` compiles. The frames are scaled for display: the
+    noise has a standard deviation of at most 1.
   """
   process, times = experiment.model.process, experiment.times
   indices = np.unique(np.linspace(0, len(times) - 1, frames).round().astype(int))
@@ -115,9 +116,10 @@ def compile_sampler(
   guides: Guides,
   sample: Callable[[Array, Denoise, dict[str, Array], Parameters], PyTree],
 ) -> Callable[[Parameters, Any, Any, Arrays], PyTree]:
-  """Compile `sample(keys, denoise, batch, parameters)` as a function with the arguments of `generate`.
+  """Compile `sample(keys, denoise, batch, parameters)` as a function of `(parameters, seed, first, batch)`.
 
-  The denoiser that `sample` receives is guided but not clipped.
+  The arguments are those of the function that `generate` compiles. The denoiser that `sample` receives is guided but
+  not clipped.
 
   Raises:
     ValueError: if the sampling batch cannot be sharded over the devices or does not fit into their memory.
