@@ -127,7 +127,10 @@ def test_only_a_sample_that_does_not_finish_is_nan():
 
 
 def counts_of(rule, denoise, x, times):
-  """Return the number of calls of `denoise` that `solve` reports, and the actual number of calls without compiling."""
+  """Return the number of calls of `denoise` that `solve` reports, and the actual number.
+
+  Compilation is off, so that Python counts each call.
+  """
   calls = []
 
   def counting(x, t):

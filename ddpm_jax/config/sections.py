@@ -129,7 +129,7 @@ class Data:
   source: Any = key("data.tfds(name='cifar10')", slot=_SOURCE)
   image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
-  crop: int = key(0)  # the shorter side of a centered box to crop before resizing; 0: no crop
+  crop: int = key(0)  # the shorter side of the box to which images are cropped before resizing; 0: no crop
   resize: str = key("bicubic")  # bicubic, box (as in down-sampled ImageNet) or adm
   flip: bool = key(True)
   # Training images to hold out for evaluation if the source has no evaluation split; -1: a tenth, at most 500.

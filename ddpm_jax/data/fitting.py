@@ -18,8 +18,8 @@ class Fit(NamedTuple):
     image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity. Sources that do not decode images, such as arrays, allow
       any number.
-    crop: the shorter side in pixels of a centered box to crop before resizing, with the aspect ratio of `image_size`;
-      0 for no crop.
+    crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
+      box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm" (see `fit`).
   """
 
@@ -79,8 +79,8 @@ def fit(image: Any, image_size: tuple[int, int], channels: int, crop: int = 0, r
     image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity. Gray and RGB drop transparency. With 4 channels, an image
       without transparency is fully opaque.
-    crop: the shorter side in pixels of a centered box to crop before resizing; 0 for no crop. The box has the aspect
-      ratio of `image_size`, rounded to whole pixels.
+    crop: the shorter side in pixels of a centered box. The image is cropped to this box before resizing; 0 for no crop.
+      The box has the aspect ratio of `image_size`, rounded to whole pixels.
     resize: the method. "bicubic" scales the image with antialiasing so that it just covers height and width, then crops
       the center. "box" averages over boxes to the exact height and width, and ignores the aspect ratio, like the
       downsampled ImageNet of Chrabaszcz et al. 2017. "adm" halves the image by box averages while both sides are at

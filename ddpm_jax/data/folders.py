@@ -28,8 +28,8 @@ class FolderSource:
     path: the folder. Its sub-folders may be nested to any depth.
     image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
-    crop: the shorter side in pixels of a centered box to crop before resizing, with the aspect ratio of `image_size`;
-      0 for no crop.
+    crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
+      box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
     classes: names of the classes in the order of their numbers; by default the sub-folders of `path` in alphabetical
       order.

@@ -30,8 +30,8 @@ class TfdsSource:
     image_size: height and width in pixels. Images of another size are cropped and resized (see `fitting.fit`).
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
     data_dir: the TFDS folder; "" for the default folder of TFDS.
-    crop: the shorter side in pixels of a centered box to crop before resizing, with the aspect ratio of `image_size`;
-      0 for no crop.
+    crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
+      box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
 
   Raises:

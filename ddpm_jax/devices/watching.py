@@ -77,19 +77,19 @@ class Trace:
 
   Args:
     folder: the folder to write the trace to.
-    first: the step after which the trace starts.
+    start: the step after which the trace starts.
     count: the number of steps; 0 for no trace.
   """
 
-  def __init__(self, folder: Path, first: int, count: int):
-    self._folder, self._first, self._count, self._open = folder, first, count, False
+  def __init__(self, folder: Path, start: int, count: int):
+    self._folder, self._start, self._count, self._open = folder, start, count, False
 
   def before_step(self, number: int) -> None:
     """Start or end the trace if it should start or end before this step."""
-    if self._count and number == self._first + 1:
+    if self._count and number == self._start + 1:
       jax.profiler.start_trace(str(self._folder))
       self._open = True
-    if self._open and number == self._first + 1 + self._count:
+    if self._open and number == self._start + 1 + self._count:
       self.close()
 
   def close(self) -> None:

@@ -41,8 +41,8 @@ def blur(std: float) -> Operator:
   """Make an operator that blurs images with a Gaussian and keeps their shape.
 
   The kernel is truncated at 4 standard deviations. Images are padded by reflection, including the edge pixels, like the
-  default mode of SciPy's `gaussian_filter`. The total weight to and from each pixel is thus 1, and the mean of an image
-  does not change.
+  default mode of SciPy's `gaussian_filter`. The weights of each output pixel sum to 1, and each input pixel contributes
+  a total weight of 1. The mean of an image thus does not change.
 
   Args:
     std: the standard deviation, in pixels.

@@ -144,11 +144,12 @@ def _with_kernels(module: Any, train: bool) -> Any:
 
 
 def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
-  """Return the network of a Flax NNX class, `component(**arguments, rngs=nnx.Rngs(key))`.
+  """Return the network of a Flax NNX class.
 
-  Its `__call__` receives the same arguments as a Linen module (see `from_linen`). Parameters are its `nnx.Param`
-  variables, as nested dicts by name. The module is set to `train()` in training and to `eval()` otherwise. In
-  training, its streams of random numbers start from the first sample's key.
+  The module is `component(**arguments, rngs=nnx.Rngs(key))`, without `rngs` if the class does not accept it. Its
+  `__call__` receives the same arguments as a Linen module (see `from_linen`). Parameters are its `nnx.Param` variables,
+  as nested dicts by name. The module is set to `train()` in training and to `eval()` otherwise. In training, its
+  streams of random numbers start from the first sample's key.
 
   Each trace creates the module with a fixed key and then sets its parameters. Compilers remove the unused initial
   values. Arrays of the module that are not variables become constants.
@@ -204,12 +205,13 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
 
 
 def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
-  """Return the network of an Equinox class, `component(**arguments, key=key)`.
+  """Return the network of an Equinox class.
 
-  Its `__call__` receives one sample, as most Equinox modules do: x [*space, C], the time [], and the conditions of one
-  sample by keyword (see `from_linen` for the names). This function vectorizes the call. If `__call__` has an argument
-  `key`, it receives the sample's key in training and None otherwise. Parameters are the module's float arrays, as
-  nested dicts by name. Other arrays are constants. `equinox.nn.inference_mode` turns layers such as Dropout on or off.
+  The module is `component(**arguments, key=key)`, without `key` if the class does not accept it. Its `__call__`
+  receives one sample, as most Equinox modules do: x [*space, C], the time [], and the conditions of one sample by
+  keyword (see `from_linen` for the names). This function vectorizes the call. If `__call__` has an argument `key`, it
+  receives the sample's key in training and None otherwise. Parameters are the module's float arrays, as nested dicts by
+  name. Other arrays are constants. `equinox.nn.inference_mode` turns layers such as Dropout on or off.
 
   Each trace creates the module again, as in `from_nnx`.
 
