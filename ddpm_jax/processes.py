@@ -275,7 +275,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
 
 
 def rectified_flow() -> Process:
-  """Build the straight path x_t = (1 - t) x_0 + t eps (Liu et al. 2023, and Lipman et al. 2023 in reverse time).
+  """Build the straight path x_t = (1 - t) x_0 + t eps (Liu et al. 2023 and Lipman et al. 2023, both in reverse time).
 
   At t = 1 no data is left: alpha is 0. The time input is 1000 t (Esser et al. 2024).
   """

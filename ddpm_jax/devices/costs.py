@@ -50,9 +50,9 @@ class Collective(NamedTuple):
 def collectives(hlo_text: str) -> dict[str, Collective]:
   """Count the collectives of a compiled program by kind (`COLLECTIVES`), without kinds that do not occur.
 
-  An asynchronous collective counts once. A combined collective counts with all its arrays. A collective in a loop
-  counts once for each iteration, if the HLO states the number of iterations (XLA's `known_trip_count`, or a condition
-  `i < constant` as in `lax.scan`); otherwise once.
+  An asynchronous collective counts once. A combined collective counts once, with the bytes of all its arrays. A
+  collective in a loop counts once for each iteration, if the HLO states the number of iterations (XLA's
+  `known_trip_count`, or a condition `i < constant` as in `lax.scan`); otherwise once.
 
   Args:
     hlo_text: the program, from `compiled.as_text()`.

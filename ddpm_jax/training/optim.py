@@ -127,8 +127,8 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
         " warm-up. Set optimizer.schedule=constant and optimizer.warmup_steps=0, or choose another optimizer."
       ) from error
     raise ValueError(
-      f"Got {name} with {arguments or 'no arguments'}, which cannot make a step from gradients and parameters alone ({error})."
-      " Set other arguments, or choose another optimizer, such as adam."
+      f"Got {name} with {arguments or 'no arguments'} ({error}); expected valid arguments, and an optimizer that makes a"
+      " step from gradients and parameters alone. Set other arguments, or choose another optimizer, such as adam."
     ) from error
 
 

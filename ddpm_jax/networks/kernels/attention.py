@@ -19,13 +19,13 @@ def _attend_plain(q: Array, k: Array, v: Array, implementation: Implementation |
 
 
 def attend(q: Array, k: Array, v: Array, implementation: Implementation | None = None, kernels: str = "tuned") -> Array:
-  """Compute scaled dot-product attention, softmax(q k / sqrt(C)) v (Vaswani et al. 2017, equation 1).
+  """Compute scaled dot-product attention, softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, equation 1).
 
   The softmax is computed in float32 or wider.
 
   The CPU form never transposes an array as large as the attention weights, forward or backward. It normalizes the
-  product of the weights and v rather than the weights, because the product has fewer columns. If the weights do not
-  fit in a TPU's on-chip memory, the TPU form computes them for one part of the batch at a time.
+  product of the weights and v rather than the weights, because the product usually has fewer columns. If the weights
+  do not fit in a TPU's on-chip memory, the TPU form computes them for one part of the batch at a time.
 
   Args:
     q: queries [B, N, heads, C].
