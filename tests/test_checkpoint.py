@@ -222,6 +222,9 @@ def test_the_error_names_all_damaged_checkpoints(tmp_path):
     restore(tmp_path)
   assert str(tmp_path / "1") in str(error.value)
   assert str(tmp_path / "2") in str(error.value)
+  with pytest.raises(ValueError, match=r"Got a damaged checkpoint of step 1;.*\n.*description") as error:
+    restore(tmp_path, step=1)
+  assert str(tmp_path / "2") not in str(error.value)
 
 
 def test_discard_moves_damaged_and_deletes_unfinished_checkpoints(tmp_path):

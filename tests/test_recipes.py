@@ -43,6 +43,7 @@ BROKEN = {
     "import no_such_module\n",
     "fails in line 1: ModuleNotFoundError: .*Install no_such_module, or fix the file",
   ),
+  "imports a missing name": ("from math import none\n", r"fails in line 1: ImportError: .*\. Fix the file"),
   "syntax": ("def get_config():\n  return (\n", "fails in line 2: SyntaxError"),
   "indentation": ("def get_config():\nreturn 1\n", "fails in line 2: IndentationError"),
   "no get_config": ("config = 1\n", r"no function get_config\(\)"),

@@ -170,7 +170,8 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
   except BaseException as error:
     # `str(error)` may itself raise an error; `format_exception_only` does not.
     text = " ".join(traceback.format_exception_only(error)[-1].split())[:_MAX_MESSAGE]
-    advice = f"Install {error.name}, or fix the file." if isinstance(error, ImportError) else "Fix the file."
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    advice = f"Install {missing}, or fix the file." if missing else "Fix the file."
     raise ValueError(
       f"Got {where}={path}, which fails{line_in(path.name, error) or line_of(function)}: {text}. {advice}"
     ) from error

@@ -172,7 +172,7 @@ class Checkpoints:
     )
 
   def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:
-    """Restore trees and the data position from the newest undamaged checkpoint.
+    """Restore trees and the data position from a checkpoint.
 
     Args:
       templates: the trees to read by name, as shapes, types and shardings. Other trees are not read.
@@ -180,7 +180,8 @@ class Checkpoints:
 
     Raises:
       DamagedCheckpointError: if all checkpoints are damaged, or the checkpoint of `step` is damaged.
-      ValueError: if there is no checkpoint, or its format version or its shapes differ from the expected ones.
+      ValueError: if the checkpoint does not exist or has another format version, or if its trees differ from the
+        templates in names, shapes or types.
     """
     steps = self.steps(self.folder)
     if step is not None and step not in steps:
@@ -198,6 +199,11 @@ class Checkpoints:
           damaged.append(f"{path}: {error}")
           continue
         return Restored(candidate, items, content["data"], damaged)
+    if damaged and step is not None:
+      raise DamagedCheckpointError(
+        f"Got a damaged checkpoint of step {step}; expected an intact checkpoint. The damage:\n  {damaged[0]}\nRestore it"
+        " from a copy, or choose another step."
+      )
     if damaged:
       raise DamagedCheckpointError(
         "Got damaged checkpoints only; expected at least one intact checkpoint. The damaged checkpoints:\n  "
