@@ -44,7 +44,7 @@ def quantile_data(count):
 
 
 def test_the_discrete_bound_matches_the_closed_form():
-  """Each term and the sum agree within their standard errors for the exact denoiser."""
+  """For the exact denoiser, each term and the sum agree within 4.5 standard errors."""
   betas, count = schedules.linear(40, 0.1 / 40, 20 / 40), 400
   process, x_0 = processes.discrete(betas), np.float32([-51, 101, 1, 25]) / 255
   bound = jax.jit(
@@ -165,7 +165,7 @@ def test_the_continuous_integral_of_a_constant_error_is_exact(process):
 
 
 def test_bounds_of_the_exact_denoiser_of_levels_are_near_the_entropy():
-  """The bound in continuous time is tight, and the discrete bound is larger."""
+  """The continuous bound equals the entropy up to its standard error, and the discrete bound exceeds the entropy."""
   x_0, entropy = quantile_data(1500)
   edges = np.concatenate([[-np.inf], (np.arange(1, 256) - 0.5) / 127.5 - 1, [np.inf]])
   mass = np.diff(stats.norm(MEAN, STD).cdf(edges))

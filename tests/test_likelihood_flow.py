@@ -118,7 +118,7 @@ def test_rademacher_probes_are_exact_for_an_isotropic_flow():
 
 
 def test_dequantized_bits_match_the_probabilities_of_levels():
-  """Jensen's inequality makes the bits an upper bound. It is tight, because levels are narrow."""
+  """Jensen's inequality makes the bits an upper bound. The bound is tight, because levels are narrow."""
   process, data = PROCESSES["vp"], gaussian(MEAN, STD, 1)
   values = np.array([0, 90, 140, 255])
   x_0 = np.float32(values / 127.5 - 1).repeat(64)[:, None]

@@ -8,7 +8,7 @@ import pytest
 from ddpm_jax import losses, predictions, processes, randomness
 from tests.oracles import PREDICTIONS, PROCESSES, below_zero_snr, gaussian, network_of
 
-# Each weighting, and the weight of the squared error of x_0 as a function of the SNR in the paper.
+# Each weighting, and the paper's weight of the squared error of x_0 as a function of the SNR.
 WEIGHTINGS = {
   "simple": (losses.simple, lambda snr: snr),
   "snr": (losses.snr, lambda snr: snr),
@@ -112,7 +112,7 @@ def test_the_loss_is_the_weighted_mean_of_the_losses_of_samples():
 @pytest.mark.parametrize("prediction", ["X0", "V", "VELOCITY", "edm"])
 @pytest.mark.parametrize("process", ["rectified_flow", "zero_snr"])
 def test_losses_are_finite_at_zero_snr(process, prediction):
-  """Every weighting gives a finite loss at t_max in float32."""
+  """Every weighting except the likelihood weighting gives a finite loss at t_max in float32."""
   process, prediction = PROCESSES[process], PREDICTIONS[prediction]
 
   @jax.jit

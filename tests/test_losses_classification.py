@@ -107,7 +107,7 @@ def test_log_probabilities_and_their_slope_for_scalar_and_array_times():
   def run(x):
     t = 0.3
     slope = jax.grad(lambda x: jnp.sum(log_probs(x, t)[:, 1]))(x)
-    # Bayes: the slope of log p(x_t | class) minus the score of p(x_t), which the exact denoiser gives (Tweedie).
+    # Bayes: the slope of log p(x_t | class) minus the score of p(x_t). The exact denoiser gives this score (Tweedie).
     alpha, sigma = process.alpha(t), process.sigma(t)
     score = (alpha * CLASSES.denoise(process)(x, t) - x) / sigma**2
     class_score = -(x - alpha * CLASSES.means[1:2]) / (alpha**2 * CLASSES.stds[1] ** 2 + sigma**2)

@@ -65,7 +65,7 @@ def test_terms_of_the_bound_match_the_papers(variance):
 
 @pytest.mark.parametrize("steps", [100, 1000])
 def test_the_bound_of_the_exact_denoiser_approaches_the_entropy(steps):
-  """For two equally likely values, the bound is above one bit per dimension and approaches it with more steps."""
+  """For two equally likely values, the bound minus the cost of the decoder approaches one bit from above."""
   process, value = processes.discrete(schedules.linear(steps, 0.1 / steps, 20 / steps)), 101 / 255
   count = 400
   sign = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, (count, 1)), 1.0, -1.0)
@@ -128,7 +128,7 @@ def test_the_bound_is_stationary_at_the_true_variance():
     x_t = process.sample_marginal(jax.random.fold_in(jax.random.key(0), n), x_0, t)
     small, large = process.posterior(x_t, x_0, t, s)[1], process.step_variance(t, s)
     marginal = process.alpha(t) ** 2 * std**2 + process.sigma(t) ** 2
-    true = large - large**2 / marginal  # the variance of x_s given x_t, up to the scale of the step
+    true = large - large**2 / marginal  # the variance of x_s given x_t, before the scaling in the next line
     true = true * (process.alpha(s) / process.alpha(t)) ** 2
     fraction = jnp.log(true / small) / jnp.log(large / small)
     x_hat = gaussian(0.0, std).denoise(process)(x_t, t)

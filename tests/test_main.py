@@ -37,7 +37,7 @@ def test_training_writes_all_files_and_prints_progress(run):
     "step_0000006.png",
     "step_0000012.png",
   ]
-  assert Image.open(folder / "samples" / "step_0000006.png").size == (402, 402)  # 8 by 8 tiles of 48, and gaps
+  assert Image.open(folder / "samples" / "step_0000006.png").size == (402, 402)  # 8 tiles of 48, and 9 gaps of 2
   assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["12", "8"]
   assert list((folder / "tensorboard").glob("events*"))
   assert json.loads((folder / "config.json").read_text())["training"]["steps"] == 12

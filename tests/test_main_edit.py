@@ -13,7 +13,7 @@ from tests.pictures import write_bomb
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Train a class-conditional model with a stochastic sampler for three steps, and write two images to its folder."""
+  """Train a class-conditional model with a stochastic sampler for three steps, and write two images to the folder."""
   folder = tmp_path_factory.mktemp("run")
   # `test_main` compiles the same train step.
   model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
@@ -89,7 +89,7 @@ def test_a_custom_guidance_rule_is_read_from_a_file(run, tmp_path):
 
 
 def test_blurred_images_are_restored(run, tmp_path):
-  """The blurred result is closer to the input than the blurred input is."""
+  """On average, blurring a result reproduces the input better than blurring the input again does."""
   generator = np.random.default_rng(3)
   sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
   measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))

@@ -239,7 +239,7 @@ def test_conditions_of_wrong_names_or_shapes_are_errors():
 
 @pytest.mark.parametrize("prediction", ["EPS", "V", "edm", "learned"])
 def test_denoise_converts_the_output_by_the_prediction(prediction):
-  """The estimate follows from the output, for the scaled input and the model's time input."""
+  """The estimate follows from the network's output for the scaled input and the model's time input."""
   meaning = {
     "EPS": predictions.EPS,
     "V": predictions.V,
@@ -396,7 +396,7 @@ def test_a_model_has_default_times_and_clipping():
 
 
 def test_a_classifier_is_a_model():
-  """The model counts the classifier's outputs without running it, and scales its input by the prediction's factor."""
+  """The model counts the classes without running the network, and scales the input by the prediction's factor."""
 
   def init(key, x, time, given):
     return {"kernel": jax.random.normal(key, (x[0].size, 5))}

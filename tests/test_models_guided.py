@@ -17,9 +17,10 @@ from tests.recipes import experiment_of, set_keys, tiny_config
 
 
 def config_of(rule=None, *, classes=3, dropout=0.1, **keys):
-  """Return the config of a model of three classes.
+  """Return the config of a model with classes, by default three.
 
-  `rule` is config.guidance. A keyword such as `sampling__num_steps=3` sets config.sampling.num_steps.
+  If `rule` is not None, it becomes config.guidance. A keyword such as `sampling__num_steps=3` sets
+  config.sampling.num_steps.
   """
   config = tiny_config()
   if classes:

@@ -232,7 +232,8 @@ def test_dropout_acts_only_in_training_and_depends_on_the_keys(name):
   first, again, other = (run(jax.random.split(jax.random.key(seed), 2)) for seed in (1, 1, 2))
   np.testing.assert_array_equal(first, again)
   assert jnp.any(first != other)
-  # The two dropout layers have different masks. Together they keep a quarter of the values and multiply it by 4.
+  # The two dropout layers have different masks. Together they keep a quarter of the values and multiply these values
+  # by 4.
   assert set(np.unique(first)) == {0, 4}
   assert abs(float(jnp.mean(first > 0)) - 0.25) < 4 * (0.25 * 0.75 / x.size) ** 0.5
   assert jnp.any(first[0] != first[1])
@@ -272,7 +273,7 @@ def test_state_is_refused(component):
 
 
 def echo_class(parameters):
-  """Return a Linen class that takes these parameters in a call and returns the arguments."""
+  """Return a Linen class whose call takes these parameters and returns their values."""
   scope = {"nn": nn}
   exec(
     "class Echo(nn.Module):\n"

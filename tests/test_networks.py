@@ -86,7 +86,7 @@ def test_every_parameter_has_a_gradient():
 
 
 def test_attention_is_softmax_of_products():
-  """The block equals the formula with heads in NumPy."""
+  """The block equals the formula of multi-head attention in NumPy."""
   block = AttentionBlock(heads=2, options=UNet(groups=1)._block_options)
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
   params = random_like(jax.eval_shape(block.init, jax.random.key(1), x)["params"])

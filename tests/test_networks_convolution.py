@@ -150,7 +150,7 @@ def test_doubling_and_convolving_needs_a_kernel_of_three_rows():
 
 
 def test_each_platform_compiles_its_form_of_doubling_and_convolving():
-  """The FLOP count is also the same on every platform."""
+  """The FLOP count is the same on every platform."""
 
   def run(x, kernel):
     return double_and_convolve(x, kernel)
@@ -274,7 +274,7 @@ WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strid
   ],
 )
 def test_the_form_by_tiles_is_used_where_it_is_faster(padding, change, expected):
-  """Only programs for one device use the form, and only if its result is as exact as the plain result."""
+  """Only kernels="single_device" uses tiles, and only for arguments with which tiles are supported and faster."""
   case = WIDE | change
   x = jax.ShapeDtypeStruct((4, *case["space"], case["channels"]), case["dtype"])
   kernel = jax.ShapeDtypeStruct((*case["window"], case["channels"], case["out"]), case["dtype"])

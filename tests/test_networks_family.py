@@ -106,7 +106,7 @@ def test_the_progressive_input_is_convolved_with_a_margin_and_then_filtered(weig
 
 @pytest.mark.parametrize(("features", "groups"), [(2, 1), (4, 1), (12, 3), (128, 32), (256, 32)])
 def test_default_groups_match_karras_et_al(features, groups):
-  """A norm of C channels has min(32, C / 4) groups, so the number differs between levels."""
+  """A norm of C channels has min(32, C / 4) groups, but at least one, so the number may differ between levels."""
   x, params = noise(2, 3, 3, features), {"params": {"scale": jnp.ones(features), "bias": jnp.zeros(features)}}
   result, expected = (layers.GroupNorm(count, 1e-5, jnp.float32).apply(params, x) for count in (0, groups))
   np.testing.assert_array_equal(result, expected)
@@ -127,7 +127,8 @@ def test_groups_that_do_not_divide_the_features_are_an_error():
 def test_queries_keys_and_values_are_initialized_as_in_the_papers_code(score_sde, variance):
   """The distribution is uniform with variance 1 / C (Ho et al.) or 0.1 / C (Song et al., Karras et al.).
 
-  Karras et al.'s code multiplies Xavier weights by sqrt(0.2). For C inputs and 3 C outputs, their variance is 0.1 / C.
+  Karras et al.'s code multiplies Xavier weights by sqrt(0.2). For C inputs and 3 C outputs, the product has variance
+  0.1 / C.
   """
   block = layers.AttentionBlock(1, UNet(groups=1, score_sde=score_sde)._block_options)
   params = jax.jit(lambda key: block.init(key, jnp.zeros((1, 2, 2, 64)))["params"])(jax.random.key(0))
@@ -164,7 +165,7 @@ def run(network, params, x, time, **conditions):
 
 @pytest.mark.parametrize("name", ["ddpm++", "ncsn++"])
 def test_every_trained_parameter_has_a_gradient(name):
-  """Every parameter has a gradient, except the random frequencies, which are not trained."""
+  """Every parameter except the random frequencies has a gradient."""
   options = NCSNPP if name == "ncsn++" else DDPMPP | {"augmentation_features": 5, "num_classes": 3}
   conditions = {} if name == "ncsn++" else {"classes": jnp.array([0, 2]), "augmentation": noise(2, 5)}
   network = UNet(out_channels=2, **(SMALL | options))
@@ -294,7 +295,8 @@ def test_rematerialization_saves_memory_and_keeps_gradients():
     changed = plain.clone(remat=policy)
     after = jax.jit(jax.grad(loss_of(changed)))(params)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-      # The softmax does not depend on the bias of keys, so its gradient is only rounding: 1e-6 for a loss of 130.
+      # The softmax does not depend on the bias of keys, so the gradient of this bias is only rounding: 1e-6 for a loss
+      # of 130.
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(a))) + 2e-6, err_msg=policy)
     # The largest arrays, the attention weights, are not saved.
     assert saved_bytes(changed) < share * saved_before, policy

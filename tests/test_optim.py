@@ -222,7 +222,7 @@ def test_non_finite_updates_are_skipped():
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
 def test_finite_gradients_give_finite_updates(name):
-  """These optimizers therefore check only gradients.
+  """With these arguments, the optimizers therefore check only gradients.
 
   The values range up to the largest number with a finite square.
   """
@@ -299,13 +299,14 @@ def test_norm_and_clipping_match_optax():
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-6)
   assert optim.global_norm({"a": jnp.full(3, 256.0, jnp.bfloat16)}) == pytest.approx(256 * 3**0.5)
-  # The leaves include two of one shape, another type, another shape and a scalar. An empty tree has norm 0.
+  # The leaves are two vectors of one type and shape, a vector of another type, a matrix and a scalar. An empty tree has
+  # norm 0.
   leaves = [jnp.ones(4), jnp.full(4, 2.0), jnp.ones(4, jnp.bfloat16), jnp.ones((2, 2)), jnp.array(3.0)]
   assert optim.global_norm(leaves) == pytest.approx(37**0.5)
   assert optim.global_norm([]) == 0
 
 
-# Optimizers that change parameters even if their gradient is zero.
+# Optimizers, and arguments with which they change parameters even if all gradients are zero.
 DECAYING = {
   "adamw": {"weight_decay": 10.0},
   "adamaxw": {"weight_decay": 10.0},

@@ -44,7 +44,7 @@ time_of = jax.jit(DISCRETE.time_of)
 
 @pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def dtype(request):
-  """Set the precision of both sides. The two tests of many rules run in float32 only as slow tests."""
+  """Set the precision of both sides. In float32, the two tests of many rules are slow tests."""
   with jax.enable_x64(request.param == "float64"):
     yield request.param
 
@@ -177,9 +177,9 @@ def test_multistep_rules_match_diffusers(build, dtype, name):
 def test_singlestep_rules_match_diffusers(build, dtype, sampler, order, algorithm):
   """diffusers evaluates the points inside a step at times of its grid.
 
-  It therefore gets our grid with the inner points, even in log-SNR. The grid ends above 0, because diffusers' last
-  steps to 0 have lower order. Lu et al.'s step of order 3 uses the "heun" rule for its second evaluation and the
-  "midpoint" rule for its end. diffusers has one setting for both, so the test switches it within each step.
+  It therefore gets our grid and the inner points, with even spacing in log-SNR. The grid ends above 0, because the last
+  steps of diffusers to 0 have lower order. Lu et al.'s step of order 3 uses the "heun" rule for its second evaluation
+  and the "midpoint" rule for its end. diffusers has one setting for both, so the test switches it within each step.
   """
   peer = build(
     diffusers.DPMSolverSinglestepScheduler,
@@ -205,7 +205,7 @@ def test_singlestep_rules_match_diffusers(build, dtype, sampler, order, algorith
 
 @in_both
 def test_euler_matches_diffusers(build, dtype):
-  """diffusers' state is x / alpha. Its Euler step in sigma / alpha equals our step in alpha and sigma."""
+  """diffusers' state is x / alpha. The Euler step of diffusers in sigma / alpha equals our step in alpha and sigma."""
   peer = build(diffusers.EulerDiscreteScheduler, timestep_spacing="trailing")
   peer.set_timesteps(10)
   times = sampling.grids.trailing(DISCRETE, 10)
@@ -220,7 +220,7 @@ def test_heun_matches_diffusers(build, dtype):
   """diffusers' Heun step averages slopes in sigma / alpha, and our Heun step averages slopes in alpha and sigma.
 
   If alpha varies, these are two different rules of order 2. Our rule therefore runs on the EDM process of x / alpha,
-  where both are equal. The peer still calls the network of the discrete process.
+  where the two rules are equal. The peer still calls the network of the discrete process.
   """
   peer = build(diffusers.HeunDiscreteScheduler, timestep_spacing="trailing")
   peer.set_timesteps(10)
@@ -283,8 +283,8 @@ ALSO_ON_VP = ["euler_churn", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_sde", "dpm
 def test_rules_match_k_diffusion(dtype, name, process):
   """All rules except Heun's (see `test_heun_matches_diffusers`) are the same in x / alpha and in x.
 
-  They therefore agree on VP too. The noise range of the churn excludes the first step. On EDM the peer's noise would
-  exceed t_max there, and our rule adds no noise.
+  They therefore agree on VP too. The noise range of the churn excludes the first step. In this step on EDM, the peer
+  would add noise beyond t_max, and our rule would add none.
   """
   sampler, rule, options = K_DIFFUSION[name]
   times = sampling.grids.karras(process, 8, t_min=0.02, t_max=80.0 if process is EDM else 0.9)
@@ -322,7 +322,7 @@ def test_dpmpp_3m_is_the_fixed_rule(dtype):
 def test_dpmpp_3m_is_of_order_3_and_the_peer_of_order_2():
   """The test compares with the exact flow of Gaussian data.
 
-  It starts at a large sigma, so that the lower order of the first steps has no effect.
+  The grid starts at a large sigma, so that the lower order of the first steps has no effect.
   """
   data, x = gaussian(), 80.0 * np.linspace(-2, 2, 9)[:, None]
   exact = gaussian_flow(EDM, 0.3, 0.4, x, 80.0, 0.1)

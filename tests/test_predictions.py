@@ -92,7 +92,7 @@ def test_learned_variance_is_the_second_half_of_the_channels(name):
 
 
 def test_default_time_inputs_run_from_0_to_999():
-  """A discrete network gets the exact integer n - 1, and a continuous network gets 999 t."""
+  """The network of a discrete process gets the exact integer n - 1, and the network of VP gets 999 t."""
   inputs = []
 
   def apply(x, time):

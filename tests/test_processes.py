@@ -20,7 +20,7 @@ def interior(process, count):
 
 
 def reference(name, t):
-  """Compute alpha and sigma in extended precision with NumPy, by other formulas than the code under test."""
+  """Compute alpha and sigma in extended precision with NumPy, with other formulas than those of the tested code."""
   t = np.asarray(t, np.longdouble)
   if name in ("vp", "sub_vp"):
     b = t * 0.1 + 0.5 * t**2 * 19.9
@@ -65,7 +65,7 @@ def test_float32_keeps_five_digits_everywhere(name):
   np.testing.assert_allclose(got[1], sigma, rtol=1e-5)
   np.testing.assert_allclose(got[2], sigma**2, rtol=1e-5)
   # Where the log-SNR is 0, its relative error is unbounded in any precision. There the test compares the absolute error
-  # of the log-SNR, which equals the relative error of the SNR.
+  # of the log-SNR. This error equals the relative error of the SNR.
   with np.errstate(divide="ignore"):
     np.testing.assert_allclose(got[3], 2 * np.log(alpha / sigma), rtol=1e-5, atol=2e-6)
   if name in ZERO_SNR:
@@ -109,7 +109,7 @@ def test_the_sde_matches_the_paper(name):
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_time_of_inverts_the_log_snr(name, dtype):
-  """Rounding the log-SNR to float32 alone causes an error of about 1e-6 / |slope| in t."""
+  """Even if only the log-SNR is rounded to float32, t has an error of about 1e-6 / |slope|."""
   process = PROCESSES[name]
   with jax.enable_x64(dtype == np.float64):
     t = np.concatenate([np.geomspace(1e-3, 0.1, 9), interior(PROCESSES["vp"], 9)]).astype(dtype) * dtype(process.t_max)
@@ -281,7 +281,7 @@ def test_wrong_cosine_is_an_error(kwargs):
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_posterior_is_precise_in_float32(name):
-  """Neighboring steps of 1000 are the worst case for cancellation. The reference is the same code in float64."""
+  """Cancellation is worst between neighbors in a grid of 1,000 steps. The reference is the same code in float64."""
   process, n = PROCESSES[name], np.arange(2, 1001)
   x_t, x_0 = np.full((999, 1), 0.7), np.full((999, 1), -0.4)
   t, s = (np.asarray(v * process.t_max / 1000, np.float32) for v in (n, n - 1))

@@ -318,7 +318,7 @@ def test_possible_copies_are_marked():
     assert sentence in parsed.text
     assert parsed.text.count("Possible copy: much closer than typical") == copied
     assert ("0.05\N{MULTIPLICATION SIGN}" in parsed.text) == (copied > 0)
-  # Half of the real images are just as close, so there is no sign of copies.
+  # Half of the held-out images are just as close to training images, so there is no sign of copies.
   distances = np.repeat([0.1, 2.0], [49, 51])
   parsed = Parsed(
     page.render(reports.bare()._replace(neighbors=reports.neighbors(4)._replace(real_distances=distances)))

@@ -33,7 +33,7 @@ def film(tmp_path_factory):
 
 
 def assert_rendered(view, count):
-  """Assert that every plot shows lines or points within its frame, and that the console has no errors."""
+  """Assert that `count` plots fit in their frames and show lines or points, and that the console has no errors."""
   plots = view.run("""[...document.querySelectorAll(".plot > div")].map((plot) => {
     const frame = plot.getBoundingClientRect();
     const svg = plot.querySelector("svg.main-svg")?.getBoundingClientRect();
@@ -62,8 +62,8 @@ def assert_rendered(view, count):
 )
 def test_pages_render_on_phones_and_desktops_in_light_and_dark(chromium, path, size, scheme):
   with browser.open_page(chromium, path, size, scheme=scheme) as view:
-    # Seven scores against steps, two plots of the loss, four other curves, two of the schedule, one each of the bound
-    # and the likelihood.
+    # There are seven plots of scores against steps, two of the loss, four of other curves, two of the schedule, one of
+    # the bound and one of the likelihood.
     assert_rendered(view, 17)
     assert view.run("document.scrollingElement.scrollWidth <= innerWidth && innerWidth") == size[0]
     assert all(address.startswith(("file:", "data:")) for address in view.requests)
@@ -103,7 +103,7 @@ def test_the_animation_plays_and_stops(chromium, film):
     view.wait(f"{FRAME} < 8")
     assert view.run(f"{BUTTON}.textContent") == "Pause"
     frame, early = view.run(f"[{FRAME}, {CANVAS}]")
-    # Check both in one expression. On a slow machine the animation may return to the frame between two calls.
+    # Check frame and canvas in one expression. On a slow machine the animation may return to `frame` between two calls.
     view.wait(f"{FRAME} !== {frame} && {CANVAS} !== {early!r}")
     view.run(f"{BUTTON}.click()")
     still = view.run(f"[{FRAME}, {CANVAS}]")

@@ -85,7 +85,8 @@ def test_everything_is_logged(finished):
   assert any(name.startswith("loss_by_log_snr/") for name in lines[0])
   np.testing.assert_allclose(lines[0]["learning_rate"], 1e-3 * 2 / 5)
   assert all(0 <= line["input_wait"] < 1 for line in lines)
-  # The loss of a level is a mean over a part of the batch, so the loss of the batch is between their extremes.
+  # The loss of a level is a mean over a part of the batch, so the loss of the batch is between the smallest and the
+  # largest loss of a level.
   levels = [value for name, value in lines[0].items() if name.startswith("loss_by_log_snr/")]
   assert min(levels) <= lines[0]["loss"] <= max(levels)
 

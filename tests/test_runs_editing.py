@@ -155,7 +155,7 @@ def test_inpainting_does_not_change_known_pixels(root, method, source, mask, den
 
 
 def test_strength_0_returns_the_input_and_strength_1_a_new_sample(root, dense):
-  """With strength 1, the results are the samples of `run_sample`, first all results of the first image."""
+  """With strength 1, the results are the samples of `run_sample`: those of the first image, then of the second."""
   steering = {"given": classes_of([3, 5])}
   edited = edit(root, "img2img", results=2, editing__strength=0.0, steering=steering)
   assert "mask" not in edited
@@ -183,7 +183,7 @@ def test_classes_and_guidance_act_in_edits_as_in_sampling(root, dense):
 
 
 def test_guidance_scale_keeps_the_interval_of_the_config(root, dense):
-  """`--guidance_scale` sets the scale inside the interval. The interval may be empty."""
+  """`--guidance_scale` sets the scale inside the interval. The interval may contain no level of the grid."""
 
   def of(low, high):
     interval = spec("guidance.interval", scale=1.0, low=low, high=high)
@@ -212,7 +212,7 @@ def test_other_runs_can_guide_samples_and_edits(root, dense):
 @pytest.mark.parametrize("method", ["posterior", "dps"])
 @pytest.mark.parametrize("task", ["superres", "colorize"])
 def test_results_agree_with_their_measurement(root, task, method):
-  """The measurement of each result is closer to its own input than to the other input."""
+  """On average, the measurement of a result is closer to the input of the result than to the other input."""
   if task == "superres":
     edited = edit(root, task, "small.npz", run="unet", editing__method=method)
     assert edited["output"].shape == (2, 1, 8, 8, 1)

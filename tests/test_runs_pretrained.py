@@ -135,7 +135,7 @@ def test_training_starts_from_a_folder_and_resumes_without_it(tmp_path):
   code, output = call(*flags, "--config.training.steps=3")
   assert code == 0, output
   assert f"the network, the process and the prediction are those of {source}" in output
-  # The run's config names its copy of the folder's config files.
+  # The run's config names the copy of the folder's config files in the run.
   saved = json.loads((run / "config.json").read_text())
   assert (saved["model"]["component"], saved["model"]["path"]) == ("diffusers.read", "<workdir>/start")
   built, (model, before) = configs.build(configs.read_run(run)).model, interop.diffusers.load(source)

@@ -22,7 +22,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def write(root, **counts):
-  """Write folders of gray images. All images of a folder have one gray level, so they identify the folder."""
+  """Write folders of gray images. Each folder has its own gray level, so an image identifies its folder."""
   for number, (name, count) in enumerate(counts.items()):
     folder = root / name.replace("__", "/")
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ class Streamed:
 def test_classes_stored_with_images_are_checked_when_they_are_read(monkeypatch, wrong_class, message, broken):
   classes = {"train": [0, 1, 2, wrong_class, 0, 1, 2, 0], "test": [0, wrong_class]}
   monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit: Streamed(classes[split]))
-  # Data sets of more than a gigabyte are not cached.
+  # Do not cache the data in memory, as for data sets of more than a gigabyte.
   monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
   train, held_out = reading.read_data(experiment("", 3, source="tfds", data={"broken": broken}))
   with pytest.raises(ValueError, match=f"image 1: .*{message}"):

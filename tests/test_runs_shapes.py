@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 def config_of(path, space, channels, **keys):
-  """Return a config for images in an .npz file with changed keys, such as `model__conditions={}`."""
+  """Return a config with changed keys, such as `model__conditions={}`, for images in an .npz file."""
   config = tiny_config()
   config.data.source = spec("data.arrays", path=str(path))
   config.data.update({"channels": channels, "hold_out": 10})

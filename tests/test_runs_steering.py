@@ -44,7 +44,10 @@ def test_a_user_s_condition_that_cannot_parse_a_value_is_named():
 
 
 def test_classes_have_the_proportions_of_the_data():
-  """Counts follow the largest-remainder method. In each part of the samples, they deviate by at most 1."""
+  """Counts follow the largest-remainder method.
+
+  In each tenth of the samples, each count deviates by at most 1 from the proportion of the class.
+  """
   counts = np.array([700, 200, 0, 97])
   classes = data.proportional_classes(counts, 100)
   np.testing.assert_array_equal(np.bincount(classes, minlength=4), [70, 20, 0, 10])

@@ -106,7 +106,7 @@ def learned_range():
 
 
 def test_a_config_trains_a_learned_variance():
-  """The network has twice the output channels, and the hybrid loss trains all of them."""
+  """The network has two output channels for each channel of the data, and the hybrid loss trains both."""
   config = set_keys(tiny_config(), model__prediction=learned_range())
   params = random_params(config)
   keys, batch = jax.random.split(jax.random.key(1), 4), {"image": jnp.ones((4, 8, 8, 1))}

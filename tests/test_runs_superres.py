@@ -26,7 +26,7 @@ def config_of(low=low(), **keys):  # noqa: B008, a constant
   config.data.source = spec("data.arrays", path="nowhere.npz")
   config.data.update({"image_size": 16, "hold_out": 5})
   config.model.conditions = {"low": low}
-  # A high learning rate, so that samples differ after two steps.
+  # A high learning rate, so that two steps of training change the samples.
   config.optimizer.update({"learning_rate": 3e-2, "warmup_steps": 0})
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1, "batch_size": 4})
   config.evaluation.update({"num_samples": 3, "k": 2})
@@ -105,7 +105,7 @@ def test_in_training_the_condition_is_box_averaged_enlarged_and_noised():
   assert set(clean) == {"image"}
   noised = given(config_of())
   level = np.asarray(noised["level"])
-  # The level is uniform in [0, 0.5]. The network takes it times 1,000.
+  # The standard deviation of the noise is uniform in [0, 0.5]. The level is 1,000 times as large.
   assert np.all((level >= 0) & (level <= 500))
   assert abs(np.mean(level) - 250) < 4 * 500 / (12 * 200) ** 0.5
   noise = np.asarray(noised["image"] - smooth)

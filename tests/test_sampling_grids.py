@@ -32,7 +32,7 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
       GRIDS[name](process, 10)
     assert GRIDS[name](process, 10, t_max=0.999)[0] == 0.999
     return
-  # log_snr and karras compile a program for each multiple of 512 times.
+  # log_snr and karras pad the times to a multiple of 512, and compile a program for each multiple.
   for steps in (2, 7, 50, 500 if name in ("log_snr", "karras") else 999):
     times = GRIDS[name](process, steps)
     assert times.shape == (steps + 1,)
@@ -97,8 +97,8 @@ def test_a_grid_of_part_of_the_times_has_its_ends(name):
       GRIDS[name](processes.vp(), 5, t_min=t_min, t_max=t_max)
 
 
-# EVEN_IN_TIME has the rules with a default grid that is even in time. DEFAULT_GRIDS has, for each process, the default
-# grid of these rules and of the other rules.
+# EVEN_IN_TIME has the rules with a default grid that is even in time, except on EDM. DEFAULT_GRIDS has, for each
+# process, the default grid of these rules and of the other rules.
 EVEN_IN_TIME = (
   "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "langevin_ancestral", "multistep_consistency",
 )  # fmt: skip

@@ -335,7 +335,7 @@ def test_an_objective_with_a_mismatched_optimizer_is_an_error():
     init(objectives.optimizer(), losses.Objective(objective.loss))
   with pytest.raises(ValueError, match="no frozen parameters.*objective.load"):
     init(objectives.optimizer(), objective, {"codec": given["codec"]})
-  # One optimizer for both parts without averages is valid.
+  # A single optimizer without averages may train both parts.
   state = init(optax.adam(0.1), objective, given)
   step = functools.partial(training.train_step, optimizer=optax.adam(0.1), encode=objectives.encode)
   (batch,) = objectives.batches(1)

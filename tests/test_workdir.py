@@ -55,7 +55,7 @@ def test_every_flipped_bit_of_a_value_is_detected(tmp_path):
   data, original = path.read_bytes(), workdir.read_config(tmp_path)
   unnamed = []
   for position in range(len(data)):
-    # Flip bit 5, which turns letters into punctuation, and one more bit that varies with the position.
+    # Flip bit 5, to change the case of letters, and a bit that varies with the position.
     for bit in {5, position % 8}:
       path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
       try:
