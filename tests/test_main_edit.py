@@ -13,7 +13,7 @@ from tests.pictures import write_bomb
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Train a class-conditional model with a stochastic sampler for three steps, and write two images to the folder."""
+  """Train a class-conditional run of three steps with a stochastic sampler, and put two images in the run's folder."""
   folder = tmp_path_factory.mktemp("run")
   # `test_main` compiles the same train step.
   model = ["--config.model.conditions.classes=classes(number=10, dropout=0.1)", "--config.training.steps=3"]
