@@ -15,7 +15,10 @@ from tests.test_config_components import TREE, with_keys
 
 
 def make_value(annotation, number):
-  """Return a value of the annotated type. Each `number` gives a different value. Components need not accept the value."""
+  """Return a value of the annotated type that differs for each `number`.
+
+  Components need not accept the value.
+  """
   kinds = values.members(annotation)
   if str in kinds:
     return f"word{number}"
