@@ -107,7 +107,7 @@ MIXTURE = Mixture(np.array([0.3, 0.7]), np.array([[-0.7, 0.2], [0.5, -0.4]]), np
 
 
 def gaussian_flow(process, mean, std, x, t, s):
-  """Return the state at time s that the exact probability flow reaches from x at time t, for N(mean, std^2) data.
+  """Move x from time t to time s along the exact probability flow of N(mean, std^2) data.
 
   The flow preserves quantiles.
   """
