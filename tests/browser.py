@@ -30,7 +30,10 @@ class View(NamedTuple):
   requests: list[str]
 
   def run(self, script):
-    """Return the value of a JavaScript expression, after awaiting a promise."""
+    """Return the value of a JavaScript expression.
+
+    If the value is a promise, wait for its result.
+    """
     return self.page.evaluate(script)
 
   def wait(self, script):
@@ -70,7 +73,10 @@ def launch():
 
 @contextlib.contextmanager
 def open_page(browser, path, size, *, scheme="light", motion="no-preference"):
-  """Open a file in a window of a given size, with the user's preferences for colors and motion."""
+  """Open a file in a window of a given size, with simulated preferences for colors and motion.
+
+  A window of less than 500 pixels in width simulates a phone.
+  """
   is_phone = size[0] < 500
   with browser.new_context(
     viewport={"width": size[0], "height": size[1]},

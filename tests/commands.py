@@ -12,19 +12,22 @@ from tests.conftest import CACHE, ROOT
 from tests.flags import FAST_COMPILE, LONG_TIMEOUTS
 
 RECIPE = "--config=tests/recipes.py"
-# The same recipe with a network that compiles at once.
+# The same recipe with a network that compiles fast.
 DENSE = "--config=tests/dense_config.py"
 NOWHERE = "/proc/nowhere"
 
 
 def environment_for(devices):
-  """Return the environment variables for a command on simulated devices."""
+  """Return the environment variables for a command on a number of simulated devices."""
   flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE} {LONG_TIMEOUTS}"
   return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
 
 
 def run_process(*arguments):
-  """Run `python -m ddpm_jax.main`, and return its exit code and output. `call` reuses processes, so it is faster."""
+  """Run `python -m ddpm_jax.main` in a new process, and return its exit code and output.
+
+  `call` is faster, because it reuses processes.
+  """
   command = [sys.executable, "-m", "ddpm_jax.main", *map(str, arguments)]
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": forked.PATIENCE}
   # XLA cannot write its dump to this path, so it tries to log an error for each program.
@@ -42,17 +45,18 @@ def start(*arguments, devices=1, **environment):
 
 @functools.cache
 def _server(devices, dense, environment):
-  # A process that has run DENSE keeps its network, so such commands need a separate one.
+  # A process that has run DENSE keeps the dense network, so it cannot run other commands.
   return forked.Server(environment_for(devices) | dict(environment))
 
 
 def call(*arguments, devices=1, **environment):
   """Run a command to its end, and return its exit code and output.
 
-  Commands with the same environment share a process.
+  Commands share a process if they have the same environment and devices, and the same choice of `DENSE`. Each
+  command in plan mode has a new process.
   """
   if "--mode=plan" in arguments:
-    # This mode sets the number of simulated devices, which must happen before JAX starts.
+    # This mode sets the number of simulated devices, and this is possible only before JAX starts.
     return start(*arguments, devices=devices, **environment).finish()
   return _server(devices, DENSE in arguments, tuple(sorted(environment.items()))).call([*map(str, arguments)])
 

@@ -52,7 +52,7 @@ def _forget_programs():
   _freeze_objects()
 
 
-# Names of the files that test pure functions.
+# Matches the names of the files that test pure functions.
 _PURE = re.compile(
   "test_(schedules|randomness|processes|predictions|losses|sampling|guidance|editing|likelihood|models|networks|ema|optim|train)(_|$)"
 )
@@ -85,7 +85,7 @@ def on_one_device():
 
 @pytest.fixture
 def dense(monkeypatch):
-  """Replace the network by a dense one that compiles at once."""
+  """Replace the U-Net by a dense network that compiles fast."""
   from tests.parameters import use_dense
 
   use_dense(monkeypatch)
@@ -93,7 +93,7 @@ def dense(monkeypatch):
 
 @pytest.fixture(scope="module")
 def dense_module():
-  """Replace the network for all tests and fixtures of a file."""
+  """Replace the U-Net by the dense network for all tests and fixtures of a file."""
   from tests.parameters import use_dense
 
   with pytest.MonkeyPatch.context() as patch:

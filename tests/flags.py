@@ -1,4 +1,4 @@
-"""Set XLA's flags for tests."""
+"""Define XLA's flags for tests."""
 
 # Unoptimized code from the older emitters compiles fastest.
 FAST_COMPILE = (

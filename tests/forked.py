@@ -20,14 +20,15 @@ PATIENCE = 3600
 
 
 class Command:
-  """Run one command in its own process, equivalent to `python -m ddpm_jax.main`."""
+  """Run one command in a new process, like `python -m ddpm_jax.main`."""
 
   def __init__(self, arguments, environment):
     self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (it must exist as long as the command)
     self._process = _CONTEXT.Process(target=_run_once, args=(arguments, environment, self._output.name))
     self._process.start()
     self.pid = self._process.pid
-    # Kill the command at exit. After a failed test it may still run, and this process would wait for it.
+    # Kill the command when this process exits. After a failed test, the command may still run, and this process would
+    # wait for it.
     atexit.register(self._process.kill)
 
   def running(self):
@@ -52,7 +53,7 @@ class Command:
 
 
 class Server:
-  """Run commands one after the other in one process, so that JAX starts and compiles small programs only once."""
+  """Run commands one after the other in one process, so that JAX starts only once and reuses programs."""
 
   def __init__(self, environment):
     self._pipe, other_end = _CONTEXT.Pipe()
@@ -124,7 +125,7 @@ def _redirect(output):
 
 
 def _run(arguments):
-  """Run the command line, equivalent to `python -m ddpm_jax.main`."""
+  """Run the command line, like `python -m ddpm_jax.main`."""
   from ddpm_jax import main
 
   sys.argv = ["ddpm_jax.main", *arguments]

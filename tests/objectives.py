@@ -85,7 +85,7 @@ def batches(count):
 
 
 def leaf_values(tree):
-  """Return the leaves of a tree as NumPy arrays, including keys."""
+  """Return the leaves of a tree as NumPy arrays, with random keys as integers."""
 
   def data(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

@@ -1,4 +1,4 @@
-"""Provide data distributions with a denoiser, score and probability flow in closed form."""
+"""Provide mixtures of Gaussians with exact denoisers and classifiers, and functions for probability flows."""
 
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ MIXTURE = Mixture(np.array([0.3, 0.7]), np.array([[-0.7, 0.2], [0.5, -0.4]]), np
 
 
 def gaussian_flow(process, mean, std, x, t, s):
-  """Return the exact probability flow of N(mean, std^2) data from time t to s.
+  """Move x from time t to time s along the exact probability flow of N(mean, std^2) data.
 
   The flow preserves quantiles.
   """

@@ -43,7 +43,7 @@ def one_device():
 def write_run(config, folder, seed=0, scale=0.2, averages_seed=None):
   """Write the folder of a finished run with random parameters.
 
-  The EMA equals the parameters. With `averages_seed`, it has other random values.
+  By default, the EMA equals the parameters. With `averages_seed`, the EMA has other random values.
   """
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   experiment = experiment_of(config)
@@ -69,9 +69,9 @@ def write_run(config, folder, seed=0, scale=0.2, averages_seed=None):
 
 
 def dense_network(out_channels: int, num_classes: int, conditions, **_) -> Network:
-  """Return a dense network over all pixels that replaces the U-Net in tests, because it compiles fast.
+  """Return a dense network that replaces the U-Net in tests, because it compiles fast.
 
-  It uses all conditions that the U-Net accepts.
+  The network uses all conditions that the U-Net accepts.
   """
 
   def init(key, x, time, given):

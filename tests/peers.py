@@ -90,7 +90,7 @@ def k_model():
 def run_diffusers(scheduler, process, network, x, times, *, before=None, **options):
   """Run a scheduler, and return the start and the state after each network call.
 
-  The calls must be at `times`, which must match the scheduler's timesteps.
+  The network is called at `times`, so they must match the scheduler's timesteps.
   """
   np.testing.assert_allclose(scheduler.timesteps, process.time_input(times), rtol=1e-5, atol=1e-3)
   scale = getattr(scheduler, "scale_model_input", lambda x, time: x)
@@ -104,9 +104,9 @@ def run_diffusers(scheduler, process, network, x, times, *, before=None, **optio
 
 
 def states_of_heun_steps(states):
-  """Keep the states after both network calls of each Heun step.
+  """Keep the start and the state after each Heun step, out of the states after each network call.
 
-  The last step, to 0, has one call.
+  Each step has two calls, but the last step, to 0, has only one.
   """
   return np.concatenate([states[::2], states[-1:]])
 

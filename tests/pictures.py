@@ -42,7 +42,7 @@ def random_pixels(index, size=6):
 def write_builder(path, name="Squares", count=7):
   """Write a Python file with a TFDS builder.
 
-  Its image i is `random_pixels(i)`, with label i.
+  Image i of each split is `random_pixels(i)`, with label i.
   """
   path.write_text(
     textwrap.dedent(f"""\
@@ -87,7 +87,7 @@ def write_png(path, pixels, color_type):
 
 
 def write_bomb(path, side):
-  """Write a PNG of a few hundred bytes with the header of a huge image."""
+  """Write a PNG of less than 100 bytes with the header of an image of `side` x `side` pixels."""
   write_png(path, np.zeros((1, 1), np.uint16), 0)
   content = bytearray(path.read_bytes())
   content[16:24] = struct.pack(">II", side, side)

@@ -64,7 +64,10 @@ def get_config() -> ConfigDict:
 
 
 def kill_environment(path, step):
-  """Return environment variables that make a run kill itself when it logs this step and a path exists."""
+  """Return environment variables that make a run kill itself when it logs.
+
+  The first log at this step or later waits until the path exists, and then kills the run.
+  """
   return {"DIE_AFTER_STEP": str(step), "DIE_ONCE_EXISTS": str(path)}
 
 

@@ -11,7 +11,7 @@ from ddpm_jax import randomness, sampling
 from tests.flags import OPTIMIZED
 from tests.oracles import PROCESSES
 
-# Deterministic rules and the order of their error in the step, for smooth flows.
+# Deterministic rules, each with the order of its error in the step size, for smooth flows.
 ORDERS = {
   "ddim": (sampling.ddim, 1),
   "euler": (sampling.euler, 1),
@@ -53,7 +53,7 @@ STOCHASTIC = {
     sampling.heun(process, s_churn=10.0), process, snr=0.05
   ),
 }
-# Rules of second order in the network's estimate. They need fewer steps than rules of first order.
+# Rules of second order in the network's estimate. They need fewer steps than stochastic rules of first order.
 SECOND_ORDER_STOCHASTIC = (
   "heun_churn",
   "dpmpp_2s_ancestral",
@@ -68,8 +68,8 @@ SECOND_ORDER_STOCHASTIC = (
 # Each of these rules equals another rule on every process, so the long tests leave them out.
 # See `test_rules_with_equal_formulas_give_the_same_samples`.
 DUPLICATES = ("euler", "dpm_solver_1", "deis_1", "ddim_one", "euler_ancestral")
-# The `denoise` of multistep_consistency is a consistency function, so only the tests of the common contract apply to
-# it.
+# The `denoise` of multistep_consistency is a consistency function, so only the tests of the common contract include
+# this rule.
 SAMPLERS = (
   {name: make for name, (make, _) in ORDERS.items()}
   | STOCHASTIC
@@ -92,7 +92,7 @@ def mark_slow(pairs, default):
 
 
 def on_processes(names):
-  """Pair samplers with processes as test parameters, most of them marked as slow.
+  """Return pairs of samplers and processes as test parameters, most of them marked as slow.
 
   The pairs contain every rule on one process of each kind, and a few representative rules on every process. These
   pairs are enough, because a rule depends only on alpha and sigma. Without the slow tests, each rule runs on one
@@ -106,7 +106,7 @@ def on_processes(names):
 
 
 def jitted(sampler, denoise, *, compiler_options=None, **kwargs):
-  """Return `sample` for one rule as a jitted function of (key, x, times), to share the compiled program."""
+  """Return `sample` for one rule as a jitted function of (key, x, times), so that its calls share one program."""
 
   def sample(key, x, times):
     return sampling.sample(key, sampler, denoise, x, times, **kwargs)

@@ -163,7 +163,7 @@ def test_an_argument_of_a_wrong_type_gives_one_message(name):
 
 
 def test_public_functions_check_the_types_of_their_arguments():
-  """All functions that take a process, a prediction or a sampler have the decorator `check_types`."""
+  """All public functions that take a process, a prediction or a sampler have the decorator `check_types`."""
   nouns = {processes.Process, predictions.Prediction, sampling.Sampler}
   for package in (predictions, guidance, losses, sampling, sampling.grids, editing, likelihood):
     public = getattr(package, "__all__", None) or [

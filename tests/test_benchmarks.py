@@ -106,7 +106,7 @@ def quick(script, run, tmp_path, monkeypatch):
   return quick
 
 
-def test_networks_are_compared_and_timed_with_the_peer(quick):
+def test_our_networks_and_networks_of_diffusers_are_compared_and_timed(quick):
   results = quick("unet_ddpm")
   assert [(row["pass"], row["batch"]) for row in results["rows"]] == [
     (name, batch) for batch in (2, 4) for name in ("forward", "train step")
@@ -116,7 +116,7 @@ def test_networks_are_compared_and_timed_with_the_peer(quick):
   assert results["machine"]["JAX"] == jax.__version__
 
 
-def test_sampling_is_timed_with_the_peer(quick):
+def test_sampling_with_our_code_and_with_diffusers_is_timed(quick):
   rows = quick("sampling_ddpm")["rows"]
   assert [row["task"] for row in rows] == ["DDIM, 50 steps", "DPM-Solver++(2M), 20 steps"]
   assert all(row["ratio"]["eager"][1] > 0 for row in rows)
@@ -154,7 +154,7 @@ def test_reading_rates_and_waiting_for_input_are_measured(quick, smaller, optimi
   assert all(0 <= share <= 1 for share in results["wait"].values())
 
 
-def test_the_memory_of_a_compiled_step_exceeds_that_of_its_state(quick, script, monkeypatch):
+def test_a_compiled_step_needs_more_memory_than_its_state(quick, script, monkeypatch):
   monkeypatch.setattr(script("memory"), "POLICIES", ("none",))
   (row,) = quick("memory")["rows"]
   assert row["compiled"] > row["state"]
@@ -278,7 +278,7 @@ def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
 
 
 def test_the_traffic_of_a_convolution_and_of_a_recipe_is_counted(run, tmp_path):
-  """The minimum of a convolution is exact, and the traffic of a recipe excludes data in on-chip memory."""
+  """The minimum traffic of a convolution is exact, and the traffic of a recipe excludes data in on-chip memory."""
   text = run(
     "traffic.py", "--parts=convolution", "--types=bfloat16", "--images=2", "--operations=1", f"--json={tmp_path / 'a'}"
   )

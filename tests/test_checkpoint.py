@@ -256,7 +256,7 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_remain(tmp_path, monkey
 
 
 def test_checkpoints_of_the_first_release_are_read():
-  """The fixture was written once and is never regenerated. Its values are those of `make_items(5)` at that time."""
+  """The fixture was written once, with the values of `make_items(5)`, and is never regenerated."""
   content = json.loads((FIXTURE / "5" / "meta" / "metadata").read_text())["content"]
   assert content["format_version"] == 2
   restored = restore(FIXTURE)

@@ -49,7 +49,7 @@ def test_the_list_of_recipes_has_one_line_for_each_recipe():
 
 @pytest.mark.parametrize("flag", ["--help", "--version", "--config=list", "--mode=plan --help"])
 def test_all_ways_to_start_the_program_print_the_same_text(flag):
-  """None of them imports JAX, because that takes a second."""
+  """Each process prints without importing JAX, because the import takes a second."""
   forms = [["-m", "ddpm_jax"], ["-m", "ddpm_jax.main"], ["-c", "from ddpm_jax.main import main; main()"]]
   environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
   outputs = []
@@ -64,7 +64,7 @@ def test_all_ways_to_start_the_program_print_the_same_text(flag):
 def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_vp.py"))
-  # A file takes precedence over a recipe.
+  # A file takes precedence over a recipe of the same name.
   (tmp_path / "digits_vp").write_text((ROOT / "configs" / "digits_sde.py").read_text())
   assert recipes.read("digits_vp") == recipes.read(str(ROOT / "configs" / "digits_sde.py"))
   for wrong, message in (

@@ -31,7 +31,7 @@ COMPONENTS = [path for path, one in TREE.parameters.items() if one.slot is not N
 
 
 def with_value(key, value):
-  """Return the tiny config as a dict with another value of any type."""
+  """Return the tiny config as a dict, with another value of any type for one key."""
   tree = tiny_config().to_dict()
   node = tree
   *sections, name = key.split(".")
@@ -315,7 +315,7 @@ def test_every_value_has_a_role():
 
 @pytest.fixture
 def run_folder(tmp_path):
-  """Make the folder of a run of the tiny config with a checkpoint."""
+  """Make a run folder that has the tiny config and an empty checkpoint."""
   (workdir.checkpoint_folder(tmp_path) / "5").mkdir(parents=True)
   configs.write(tmp_path, tree_of(tiny_config()))
   return tmp_path

@@ -15,7 +15,10 @@ from tests.test_config_components import TREE, with_keys
 
 
 def make_value(annotation, number):
-  """Return a value of the annotated type. Each number gives a different value, and components may refuse it."""
+  """Return a value of the annotated type that differs for each `number`.
+
+  Components need not accept the value.
+  """
   kinds = values.members(annotation)
   if str in kinds:
     return f"word{number}"
@@ -29,7 +32,7 @@ def make_value(annotation, number):
 
 
 def make_flag(parameter, number):
-  """Return the text and the value of a flag for an argument. The value is None for a component."""
+  """Return the text and the value of a flag for an argument. The value is None if the text names a component."""
   if parameter.slot is not None:
     simple = [name for name in slots.names(parameter.slot) if has_no_required_key(name, parameter.slot)]
     if simple:
@@ -59,7 +62,7 @@ class Called(BaseException):
 
 
 def arguments_of(full_name, component, tree, key, monkeypatch):
-  """Return the arguments of a component when its config is built."""
+  """Return the arguments that a component receives when the config is built."""
 
   @functools.wraps(component)
   def raises(**arguments):

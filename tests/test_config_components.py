@@ -18,7 +18,7 @@ TREE = configs.expand({})
 
 
 def with_keys(keys, tree=TREE):
-  """Return a tree with the values of flags."""
+  """Return a tree in which flags have set the keys."""
   return flags.apply(tree, keys)
 
 
@@ -173,7 +173,7 @@ def test_components_that_do_not_fit_a_slot_are_refused(key, name, message):
       "Got config.model.process.betas.num_steps=1.5; expected an integer",
     ),
     ({"model.process": "None"}, "Got config.model.process=None; expected a process"),
-    # This is correct, so it has no message.
+    # This component is correct, so its config builds without an error.
     ({"model.prediction": "V()"}, ""),
     ({"model.prediction": "V(x=1)"}, "'model.prediction.x' as a config key of predictions.V; expected no keys"),
     (

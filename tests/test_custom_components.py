@@ -1,4 +1,4 @@
-"""Test runs with custom components: they train, and they resume and load after the file is deleted."""
+"""Test training with custom components, and resuming and loading after their file is deleted."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from tests.recipes import newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
-# The key and text of each component. Each argument differs from its default.
+# The key and text of each component. Each argument except the size of `brightness` differs from its default.
 COMPONENTS = {
   "linen": ("model.network", "Linen(width=8)"),
   "nnx": ("model.network", "Nnx(width=8)"),
@@ -38,7 +38,7 @@ def tree_with(path, name, **training):
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1} | training)
   key, text = COMPONENTS[name]
   if name == "condition":
-    # Test a network of the user with a vector.
+    # Test the condition with a custom network that accepts a vector.
     config.model.network = f"{path}:Linen"
   return configs.replace(tree_of(config), key, f"{path}:{text}" if "/" in str(path) else text)
 

@@ -191,7 +191,8 @@ def test_box_averages_over_boxes_with_any_aspect_ratio():
 def adm_rows(pixels, size):
   """Downsample an array like Dhariwal and Nichol 2021.
 
-  Halve it by 2x2 means while both sides are at least twice the size. Pillow rounds halves up.
+  The array is halved by 2x2 means while both sides are at least `2 * size`. Means are rounded like in Pillow, and
+  bicubic scaling and a crop follow.
   """
   while min(pixels.shape[:2]) >= 2 * size:
     height, width = (side // 2 * 2 for side in pixels.shape[:2])
@@ -285,7 +286,7 @@ def test_held_out_images_are_not_training_images():
 @pytest.mark.parametrize(
   ("number", "num_held_out"), [(2, 1), (9, 1), (19, 1), (20, 2), (450, 45), (5000, 500), (9000, 500)]
 )
-def test_a_tenth_of_any_number_is_held_out(number, num_held_out):
+def test_a_tenth_of_the_images_but_at_least_1_and_at_most_500_are_held_out(number, num_held_out):
   train, held_out = data.hold_out(data.ArraySource(np.zeros((number, 1, 1, 1), np.uint8)), data.A_TENTH)
   assert (len(train), len(held_out)) == (number - num_held_out, num_held_out)
 

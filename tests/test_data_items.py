@@ -9,9 +9,9 @@ SHAPE = (4, 6, 1)
 
 
 class Poses:
-  """Provide gradient images that start at a level equal to their index, and arrays with the same level.
+  """Provide gradient images and other arrays, with values that depend on the index.
 
-  The images of the indices `broken` are broken.
+  Reading an index in `broken` raises `BrokenImage`.
   """
 
   def __init__(self, count=12, broken=(), floats=False):
@@ -45,7 +45,7 @@ TYPES = {
 
 
 def assert_items(batch, indices, stand_ins=None):
-  """Assert that a batch of `Poses` with uint8 images contains the items at these indices."""
+  """Assert that a batch of `Poses` with uint8 images contains the items at these indices, or their stand-ins."""
   assert {name: array.dtype.type for name, array in batch.items() if name != "classes"} == TYPES
   for row, index in enumerate(indices):
     item = Poses()[index if stand_ins is None else stand_ins.get(index, index)]
@@ -206,7 +206,7 @@ def test_an_item_that_differs_from_the_first_is_an_error(changes, message, tmp_p
     ({"image": np.zeros(SHAPE, np.int64)}, "images of type int32 from the data; expected uint8"),
   ],
 )
-def test_images_of_wrong_range_or_type_are_errors_at_once(monkeypatch, changes, message):
+def test_images_of_wrong_range_or_type_are_errors_when_data_is_loaded(monkeypatch, changes, message):
   monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
   with pytest.raises(ValueError, match=message):
     data.load(data.Splits(Wrong(0, **changes)))

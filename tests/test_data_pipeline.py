@@ -1,4 +1,4 @@
-"""Test the order of batches, resuming, and that batches do not depend on the number of threads or processes."""
+"""Test the order of batches, exact resuming, and reading with several threads or processes."""
 
 import json
 import os

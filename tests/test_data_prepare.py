@@ -95,7 +95,7 @@ def test_records_may_lack_a_class_and_may_have_16_bits(monkeypatch, record, leve
     ({"image": np.zeros((6, 6, 1), np.uint8), "label": 2**40}, "classes from 1099511627776"),
   ],
 )
-def test_records_of_unknown_range_are_errors(monkeypatch, record, message):
+def test_records_with_floats_or_huge_labels_are_errors(monkeypatch, record, message):
   monkeypatch.setattr("tensorflow_datasets.data_source", lambda **where: Records([record]))
   with pytest.raises(ValueError, match=message):
     data.TfdsSource("squares", "train", (6, 6), 1)[0]

@@ -1,4 +1,4 @@
-"""Test images that are not square, or not gray or RGB, in all sources and for editing."""
+"""Test images of any aspect ratio and number of channels, in all sources and for editing."""
 
 import types
 
@@ -102,7 +102,7 @@ def test_wrong_sizes_are_errors(tmp_path, image_size):
 
 
 def write_files(root, count=3):
-  """Write images of 12x8, and return their pixels."""
+  """Write images with a height of 12 and a width of 8, and return their pixels."""
   (root / "cat").mkdir(parents=True)
   pixels = [random_pixels(12, 8, 4, seed) for seed in range(count)]
   for index, image in enumerate(pixels):

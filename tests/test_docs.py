@@ -109,7 +109,7 @@ def test_every_command_has_valid_flags_and_keys(path, saved_page_files):
 
 
 def all_keys():
-  """Return the keys of all components."""
+  """Return the keys of configs, including the arguments of components."""
   keys = set()
   for recipe in ("digits_classifier", "cifar10_iddpm", "mnist_superres", "digits_cond"):
     tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
@@ -126,7 +126,7 @@ def names_in(text):
 
 
 def is_public(name):
-  """Return whether a dotted name is public in the package, or an attribute of a model."""
+  """Return whether a dotted name exists in the package, or is an attribute of a model."""
   first, *attributes = name.removeprefix("ddpm_jax.").split(".")
   try:
     value = models.Model if first == "model" else importlib.import_module(f"ddpm_jax.{first}")

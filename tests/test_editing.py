@@ -22,7 +22,7 @@ WRAPPERS = {
 RULE_KINDS = (
   "ancestral", "ddim", "ddim_half", "heun", "dpm_solver_2", "dpm_solver_3", "dpmpp_2s", "dpmpp_2m", "unipc_3", "dpmpp_sde", "heun_churn", "langevin_heun",
 )  # fmt: skip
-# Rules with memory, which are invalid for `repaint`.
+# Prefixes of the names of rules with memory. `repaint` refuses these rules.
 MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "deis", "unipc", "dpmpp_2m_sde", "langevin_unipc")
 WRAPPED = [
   (wrapper, name)
@@ -79,7 +79,7 @@ def test_wrapped_rules_trace_the_network_once_per_call_site_and_are_finite(wrapp
   else:
     samples = jax.eval_shape(lambda x: sampling.sample(jax.random.key(0), sampler, denoise, x, times), x)
     assert samples.shape == x.shape
-  # These rules make no call at x_t, so dps needs an additional call.
+  # Rules with churn or Langevin steps make no call at x_t, so dps needs an additional call.
   additional = wrapper == "dps" and ("churn" in name or "langevin" in name)
   assert len(traces) == TRACES.get(name, 1) + additional
 
@@ -154,7 +154,7 @@ def test_a_rule_with_memory_is_an_error_for_repaint(name):
 
 
 def test_repaint_prepares_a_rule_for_all_parts_of_the_steps():
-  """Churn is the same for 3 steps of 4 parts as for 12 steps."""
+  """`repaint` divides each of 3 steps into 4 parts, so the wrapped rule prepares its churn for 12 steps."""
   step_counts = []
 
   def prepare(count):
@@ -168,7 +168,7 @@ def test_repaint_prepares_a_rule_for_all_parts_of_the_steps():
 
 
 @pytest.mark.parametrize("process", ["vp", "edm", "rectified_flow"])
-def test_replace_samples_known_pixels_from_the_forward_process_and_keeps_the_others(process):
+def test_replace_samples_known_pixels_from_the_forward_process_and_keeps_other_pixels(process):
   process, count = PROCESSES[process], 40_000
   t, inputs = 0.4 * process.t_max, []
 

@@ -98,7 +98,7 @@ def test_half_life_ramps_up_as_in_edm():
 
 @pytest.mark.parametrize("std", [0.03, 0.05, 0.1, 0.2])
 def test_power_weights_follow_the_profile(std):
-  """The product of the decays gives weights proportional to t^(gamma+1) - (t-1)^(gamma+1)."""
+  """The decays give the parameters of step t a weight proportional to t^(gamma+1) - (t-1)^(gamma+1)."""
   steps, gamma = 500, ema.gamma_of(std)
   t = np.arange(1, steps + 1)
   decays = decay_values(ema.power(std), steps)
@@ -119,7 +119,7 @@ def test_the_power_average_of_a_linear_path_has_its_closed_form(std):
 
 
 def test_gamma_of_and_std_of_are_inverse():
-  # These values are in section 3.2 of the paper.
+  # These values are in section 3.2 of Karras et al. 2024.
   np.testing.assert_allclose([ema.gamma_of(0.05), ema.gamma_of(0.1)], [16.97, 6.94], atol=5e-3)
   for std in (0.001, 0.01, 0.05, 0.1, 0.2, 0.28, 0.288):
     np.testing.assert_allclose(ema.std_of(ema.gamma_of(std)), std, rtol=1e-9)

@@ -17,7 +17,7 @@ def images(seed, count, size=2):
 
 
 def extract(batch):
-  """Return all taps, with pixels as features."""
+  """Return features, spatial features and log-probabilities, all computed from the pixels."""
   pixels = metrics.extractor(metrics.pixel_space(), 64)(batch)["features"]
   return {"features": pixels, "spatial": pixels[:, :3] ** 2, "log_probs": 3 * pixels - np.log(7)}
 

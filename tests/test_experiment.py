@@ -1,4 +1,4 @@
-"""Test that the experiment of a config rejects wrong values when it is built, and that its parts follow the config."""
+"""Test that building an experiment rejects wrong config values, and that its parts follow the config."""
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def test_the_tiny_config_is_valid():
   build_all(tiny_config())
 
 
-def test_only_changes_of_the_model_rebuild_it():
+def test_only_changes_of_the_model_rebuild_the_model():
   experiment = experiment_of(tiny_config())
   assert experiment.replace(sampling__num_steps=3).model is experiment.model
   assert experiment.replace(data__image_size=(8, 16)).model.shape == (8, 16, 1)

@@ -35,7 +35,10 @@ CHEAP = {"train": TRAINING | SCORES, "eval": SCORES, "sample": {}}
 
 
 class Page:
-  """Run the page in a temporary folder that has its files and replaces /tmp. Each section runs once."""
+  """Run the page in a temporary folder that replaces /tmp and has the files of the page.
+
+  Each section runs only once.
+  """
 
   def __init__(self, folder):
     self.folder, self._names = folder, {}
@@ -152,7 +155,7 @@ def test_the_process_matches_its_formula(page):
     process = page.module_of("my_process.py")["shifted_cosine"](shift)
     t = jnp.linspace(0.01, 1, 100)
     np.testing.assert_allclose(process.alpha(t) ** 2 + process.sigma(t) ** 2, 1, atol=1e-5)
-    # The shift changes the log-SNR equally at all times. Without a shift, the log-SNR at the last angle is -15.
+    # The shift changes the log-SNR equally at all times. With a shift of 1, the log-SNR at t = 1 is -15.
     angle = jnp.arctan(jnp.exp(7.5)) * t
     np.testing.assert_allclose(process.log_snr(t), 2 * jnp.log(shift / jnp.tan(angle)), atol=1e-2)
     assert process.log_snr(1.0) == pytest.approx(-15 + 2 * math.log(shift), abs=1e-2)
@@ -185,7 +188,7 @@ def test_the_networks_of_three_libraries_train(page):
     outputs = [model.network.apply(random, x, jnp.full((4,), time), given) for time in (10.0, 90.0)]
     assert outputs[0].shape == x.shape, text
     assert not np.allclose(*outputs)
-    # The data and times are equal, so samples differ only if the network receives the class.
+    # All rows have the same x and time, so the rows of the output differ only if the network receives the classes.
     assert np.allclose(outputs[0], outputs[0][:1], atol=1e-5) == (run != "linen")
   embedded = page.load("linen").params["Embed_0"]["embedding"]
   assert embedded.shape == (11, 32)
@@ -267,7 +270,7 @@ def test_the_objective_approaches_squared_and_absolute_error(page):
   # If c is far below every error, the loss is 2 c times the absolute error.
   ends = [value(huber(apply, process, predictions.V, c), params) / (2 * c) for c in (1e-4, 1e-5)]
   assert ends[0] == pytest.approx(ends[1], rel=1e-2)
-  # The page's training loop improved the network: the loss is below that of zero parameters.
+  # The page's training loop improved the network: the loss is below the loss of zero parameters.
   assert smooth < 0.9 * value(names["objective"], zeros)
   assert page.load("huber").params
 

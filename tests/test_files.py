@@ -208,7 +208,8 @@ def test_a_log_on_a_full_disk_has_complete_lines_only(tmp_path):
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
 
 
-# Methods that write a file or a folder. They may only be called inside `with files.atomic_file(...)`.
+# Methods that write a file or a folder. They may only be called inside `with files.atomic_file(...)`, or on one of
+# `_SAFE_OWNERS`.
 _WRITES = {
   "write_text",
   "write_bytes",

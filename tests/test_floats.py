@@ -1,4 +1,4 @@
-"""Run every sampler and wrapper under JAX's strict settings, for all float types, with and without x64."""
+"""Test every sampler and wrapper under JAX's strict settings, for all float types, with and without x64."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ X64 = {"float32": False, "bfloat16": False, "float16": False, "float32 in x64": 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
-# Types that behave almost like another type, so most of their tests are marked as slow.
+# Types that behave almost like another type, so their tests are marked as slow.
 RARE = ("float16", "float32 in x64")
 
 

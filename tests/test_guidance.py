@@ -137,7 +137,7 @@ def test_guidance_moves_away_from_a_negative_class():
 def test_the_guided_flow_of_gaussian_classes_has_its_closed_form(x64):
   """For a class N(m, s^2) in data N(0, S^2), the guided score is linear.
 
-  From sigma_max = inf the guided flow ends with the standard deviation s^w S^(1-w).
+  With the guidance scale w, the guided flow from sigma_max = inf ends with the standard deviation s^w S^(1-w).
   """
   process, (m, s, spread) = processes.edm(0.002, 80.0), (0.3, 0.25, 0.6)
   center = {

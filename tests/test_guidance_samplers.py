@@ -40,7 +40,7 @@ def test_cfg_plus_plus_equals_the_algorithm_of_the_paper(scale, x64):
   expected = cfg_plus_plus(process, model, x, times, 0, scale)
   for sampler in (sampling.ddim(process), sampling.euler(process)):
     np.testing.assert_allclose(run(sampler, denoise, x, times), expected, rtol=1e-6, atol=1e-8)
-  # The same step is DDIM with classifier-free guidance and a scale that depends on the step.
+  # A step of CFG++ equals a step of DDIM with classifier-free guidance, if the scale depends on the step.
   step = times[3], times[4]
   (alpha_t, alpha_s), (sigma_t, sigma_s) = (
     np.asarray(process.alpha(np.asarray(step))),
@@ -69,7 +69,7 @@ def test_cfg_plus_plus_is_refused_by_rules_that_would_ignore_its_noise(name):
 
 
 def wrapped(process, trace):
-  """Return a denoiser for every wrapper, and append the batch size of each network call to `trace`."""
+  """Return a denoiser for every wrapper. Each call of the network appends its batch size to `trace`."""
   model = conditional(process)
 
   def counted(x_t, t, classes):
@@ -96,7 +96,7 @@ WRAPPERS = ("classifier_free", "classifier", "autoguidance", "clip", "dynamic_th
 # By default every rule runs with one wrapper, and every wrapper with several rules. The other pairs are marked as slow.
 ROTATION = {name: WRAPPERS[i % len(WRAPPERS)] for i, name in enumerate(DISTINCT)}
 # A sampler treats all denoisers alike, so most rules run with the first wrapper only, and are only traced with the
-# others. These rules run with all wrappers.
+# other wrappers. These rules run with all wrappers.
 RUN_WITH_ALL = (*REPRESENTATIVE, "heun_churn")
 
 

@@ -32,7 +32,7 @@ def test_chips_are_found_by_device_kind(kind, name, tflops):
 
 
 def test_unlisted_devices_have_no_chip():
-  # A slice of a GPU has only a fraction of its peak performance.
+  # A slice of a GPU has only a fraction of the GPU's peak performance.
   for kind in ("cpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v9", jax.devices()[0].device_kind):
     assert hardware.chip_of(kind) is None
   assert hardware.peak(None, "float32") is None

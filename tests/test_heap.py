@@ -1,4 +1,4 @@
-"""Test that reused memory causes no page faults, and that garbage collection runs rarely."""
+"""Test that reused memory causes almost no page faults, and that garbage collection runs rarely."""
 
 import os
 import platform

@@ -5,7 +5,7 @@ from PIL import Image
 from ddpm_jax.storage import images
 
 
-def test_uint8_rounds_and_clips():
+def test_conversion_to_uint8_rounds_and_clips():
   np.testing.assert_array_equal(images.to_uint8([-1.5, -1, -0.5, 0.0, 1, 2]), [0, 0, 64, 128, 255, 255])
   every = np.arange(256, dtype=np.uint8)
   np.testing.assert_array_equal(images.to_uint8(images.from_uint8(every)), every)

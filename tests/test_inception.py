@@ -46,7 +46,7 @@ def test_all_taps_match_torch_fidelity(peer, weights):
   with torch.no_grad():
     expected = dict(zip(network.features_list, map(np.asarray, network(as_torch(images))), strict=True))
   handle.remove()
-  # guided-diffusion's evaluator uses the first channels of 'mixed_6/conv:0', the output of the ReLU, with channels
+  # guided-diffusion's evaluator uses the first 7 channels of 'mixed_6/conv:0', the output of the ReLU, with channels
   # last.
   expected["spatial"] = inner["branch"][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1).numpy()
   assert set(expected) == set(TAPS)

@@ -69,7 +69,7 @@ def model_with(network, process, prediction, shape):
 
 
 def test_extra_input_channels_become_an_image_condition(tmp_path):
-  """No pipeline of diffusers takes an image condition, so the model cannot be saved."""
+  """No pixel pipeline of diffusers takes an image condition, so the model cannot be saved."""
   model, params = interop.diffusers.load(write_pipeline(tmp_path / "a", in_channels=5))
   assert model.shape == model.data_shape == (8, 8, 3)
   assert {name: condition.shape.shape for name, condition in model.conditions.items()} == {"hint": (8, 8, 2)}
@@ -167,7 +167,7 @@ def test_images_need_not_be_square(tmp_path):
 
 
 def test_models_are_read_from_a_copy_of_their_configs(folder, tmp_path):
-  """A run that started from a folder rebuilds its model from this copy, without weights."""
+  """A run that started from a pipeline rebuilds its model from a copy of the pipeline's configs, without weights."""
   interop.diffusers.copy_config(folder, tmp_path / "copy")
   copied = sorted(str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file())
   assert copied == ["scheduler/scheduler_config.json", "unet/config.json"]
@@ -405,7 +405,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_folders_are_one_clear_error(name, copy):
+def test_a_broken_folder_gives_one_clear_error(name, copy):
   damage, message = BROKEN[name]
   damage(copy)
   with pytest.raises(ValueError, match=message):

@@ -171,7 +171,7 @@ FORMS = {
 
 
 def rewrite_weights(folder, files, prefix=""):
-  """Replace the weights of a folder by other files, and return the index if there are several."""
+  """Replace the weights of a folder by other files, and return the index if there are several files."""
   state = {prefix + name: value for name, value in safetensors.torch.load_file(weights_path(folder)).items()}
   weights_path(folder).unlink()
   file_names = {name: files[i % len(files)] for i, name in enumerate(sorted(state))}
@@ -237,7 +237,7 @@ BROKEN_SHARDS = {
 
 
 @pytest.mark.parametrize("name", BROKEN_SHARDS)
-def test_broken_shards_are_one_clear_error(name, copy):
+def test_broken_shards_give_one_clear_error(name, copy):
   damage, message = BROKEN_SHARDS[name]
   damage(copy)
   with pytest.raises(ValueError, match=message):
@@ -267,7 +267,7 @@ def test_files_without_a_json_object_are_refused_by_name(part, name, copy):
     file.mkdir()
   else:
     file.write_bytes(CONTENTS[name])
-  # A folder with the name of a file counts as a missing file, and the index may be missing.
+  # A folder with the name of a file counts as a missing file, and model_index.json may be missing.
   if name == "a folder" and part == "model_index.json":
     interop.diffusers.load(copy)
     return

@@ -1,4 +1,4 @@
-"""Compare our outputs for checkpoints of guided-diffusion with those of the original code."""
+"""Compare our outputs for checkpoints of guided-diffusion with outputs of the original code."""
 
 import warnings
 
@@ -102,7 +102,7 @@ def test_the_unet_matches_the_peer(name, tmp_path):
 
 
 def test_parameters_that_require_gradients_are_read(tmp_path):
-  """guided-diffusion's trainer writes averaged weights as such parameters."""
+  """guided-diffusion's trainer saves averaged weights as parameters that require gradients."""
   model = UNetModel(**SMALL)
   torch.save(dict(model.named_parameters()), tmp_path / "ema.pt")
   _, params = interop.guided_diffusion.load(tmp_path / "ema.pt", shape=SHAPE, heads=1)
@@ -210,9 +210,9 @@ def test_the_classifier_matches_the_peer(name, tmp_path):
 
 
 def test_networks_have_the_published_sizes():
-  """Our networks have the number of parameters of Dhariwal and Nichol 2021, table 12.
+  """The numbers of parameters match Dhariwal and Nichol 2021, table 12.
 
-  They are 296M, 422M, 554M and 559M for images of 64, 128, 256 and 512 pixels.
+  The numbers are 296M, 422M, 554M and 559M for images of 64, 128, 256 and 512 pixels.
   """
   adm = {
     "in_channels": 3,

@@ -1,4 +1,4 @@
-"""Compare our samples from diffusers' models with those of diffusers' pipelines."""
+"""Compare our samples from diffusers' models with samples from diffusers' pipelines."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from ddpm_jax.storage import images
 from tests.test_interop_diffusers import SHAPE, initial_noise, write_pipeline
 from tests.test_interop_unet import DOWN, levels
 
-# A network that is fast enough for a thousand calls.
+# Options of a network that is fast enough for a thousand calls.
 PLAIN = {"block_out_channels": (16,), "add_attention": False, **levels(DOWN)}
 
 
@@ -31,7 +31,7 @@ def sample_ours(model, params, sampler, num_steps):
 
 
 def clipping_range(model):
-  """Return the range to which the model clips x_0, or None."""
+  """Return the range to which the model clips x_0, or None if the model does not clip."""
   if model.defaults.clip is None:
     return None
   limits = model.defaults.clip(lambda x_t, t: x_t)(np.float32([[-1e9], [1e9]]), 0.5)

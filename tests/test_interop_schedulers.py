@@ -1,4 +1,4 @@
-"""Compare the betas, noise levels and samplers of diffusers' scheduler configs with ours, in both directions."""
+"""Compare the betas, noise levels and samplers of diffusers' scheduler configs with ours, after reading and writing."""
 
 import json
 

@@ -16,7 +16,7 @@ RESNET = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
 
 
 def levels(*kinds):
-  """Return the block types of the levels, finest level first."""
+  """Return diffusers' block types. `kinds` lists the levels, finest level first."""
   return {
     "down_block_types": tuple(kind["Down"] for kind in kinds),
     "up_block_types": tuple(kind["Up"] for kind in kinds[::-1]),
@@ -144,7 +144,7 @@ WITH_GRADIENTS = (
 
 
 def run_peer(model, x, t, classes, weight):
-  """Return the output of the peer, and the input gradient of its weighted sum unless `weight` is None."""
+  """Return the output of the peer and, unless `weight` is None, the input gradient of the weighted output."""
   x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_(weight is not None)
   labels = None if classes is None else torch.tensor(classes)
   values = [model(x, torch.tensor(t), class_labels=labels).sample]
@@ -155,7 +155,7 @@ def run_peer(model, x, t, classes, weight):
 
 
 def run_ours(network, params, x, t, classes, weight):
-  """Return the output of our network, and the input gradient of its weighted sum unless `weight` is None."""
+  """Return the output of our network and, unless `weight` is None, the input gradient of the weighted output."""
   time = jnp.log(t) if network.time_embedding == "fourier" else t
   conditions = {"vector" if network.vector_embedding else "classes": classes}
 
@@ -202,7 +202,7 @@ def test_outputs_and_input_gradients_match_the_peer(name, gradients, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_configs_are_read_back_unchanged(name):
-  """The config that we write for our network creates the same model in diffusers."""
+  """The config that we write for our network creates a model with the same tensor shapes in diffusers."""
   size, _, changes = CONFIGS[name]
   model = random_unet(changes)
   network = unet2d.from_config(model.config)

@@ -9,7 +9,7 @@ import pytest
 from tests import commands, forked
 from tests.conftest import ROOT
 
-# `stuck` runs native code for minutes, and nothing can interrupt it.
+# `stuck` runs native code for minutes, and Python cannot interrupt this code.
 STUCK = """
 import hashlib, os, signal, sys, threading, time
 from ddpm_jax.devices import interrupts
@@ -55,7 +55,7 @@ with interrupts.exit_on_interrupt(end):
 
 
 def test_an_interrupt_in_a_callback_is_not_lost():
-  """JAX has a callback after each garbage collection. Python prints exceptions of a callback and ignores them."""
+  """JAX runs a callback after each garbage collection. Python only prints an exception of this callback."""
   code, output = run("""
 import gc
 with interrupts.exit_on_interrupt(end):

@@ -1,4 +1,4 @@
-"""Define one component of each kind, like a user's file outside the package.
+"""Define components of many kinds, like a user's file outside the package.
 
 Tests copy this file and delete the copy.
 """
@@ -20,7 +20,7 @@ def _waves(time):
 
 
 class Linen(nn.Module):
-  """Define a network in Flax Linen with an optional vector."""
+  """Define a network in Flax Linen with an optional vector condition."""
 
   out_channels: int
   width: int = 16
@@ -47,7 +47,7 @@ class Nnx(nnx.Module):
 
 
 class Equinox(eqx.Module):
-  """Define a network in Equinox for one sample."""
+  """Define a network in Equinox that processes one sample."""
 
   inner: eqx.nn.Linear
   outer: eqx.nn.Linear
@@ -95,7 +95,7 @@ def loss(apply: losses.Apply, process: Process, prediction: Prediction, factor: 
 
 
 def brightness(name: str, size: int = 1) -> models.Condition:
-  """Return a condition of the mean brightness of an image."""
+  """Return a condition on the mean brightness of each image."""
   condition = models.conditions.vector(name, size, dropout=0.2)
   return condition._replace(from_data=lambda batch: jnp.mean(jnp.asarray(batch["image"]), axis=(1, 2)))
 
