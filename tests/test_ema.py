@@ -252,5 +252,5 @@ def test_invalid_values_are_errors(make, message):
 
 def test_an_average_needs_parameters():
   transform = ema.params_ema(ema.fixed(0.9))
-  with pytest.raises(ValueError, match="Got no parameters"):
+  with pytest.raises(ValueError, match="Got params=None"):
     transform.update(jnp.zeros(2), transform.init(jnp.zeros(2)))

@@ -501,7 +501,7 @@ def test_cards_show_only_pipelines_that_can_sample(folder, tmp_path):
 def test_outputs_are_not_overwritten(folder, tmp_path):
   model, params = interop.diffusers.load(folder)
   (tmp_path / "file").write_text("mine")
-  with pytest.raises(ValueError, match="not empty"):
+  with pytest.raises(ValueError, match="not an empty folder"):
     resave(model, params, tmp_path)
   assert (tmp_path / "file").read_text() == "mine"
 
