@@ -248,7 +248,7 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_remain(tmp_path, monkey
   checkpoints = checkpoint.Checkpoints(tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(OSError, match=r"step 2 to .*10 are free.*Make room.*up to step 1 are intact"):
+    with pytest.raises(OSError, match=r"step 2 to .*10 are free.*Make room.*up to step 1 remain"):
       checkpoints.save(2, make_items(2), {}, {})
   checkpoints.save(2, make_items(2), {"batch": 2}, {})
   checkpoints.close()

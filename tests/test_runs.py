@@ -199,7 +199,7 @@ def test_a_full_disk_is_an_error_and_the_run_resumes_when_there_is_space(finishe
   remove_checkpoints(copy, *steps_of(copy) - {4})
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
-    with pytest.raises(OSError, match=r"step 6 to .*Make room.*up to step 4 are intact"):
+    with pytest.raises(OSError, match=r"step 6 to .*Make room.*up to step 4 remain"):
       train(config_of(steps=6), copy)
   train(config_of(), copy)
   assert_same_ends(copy, finished)

@@ -112,13 +112,13 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def peak(chip: Chip | None, dtype: object) -> float | None:
-  """Return the dense FLOP/s of a device for a dtype (NumPy, JAX or a name), or None if it is unknown."""
+  """Return the peak dense FLOP/s of a device for a dtype (NumPy, JAX or a name), or None if the peak is unknown."""
   name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
   return None if chip is None else chip.flops.get(name)
 
 
 def utilization(flops_per_second: float, chip: Chip, num_devices: int, dtype: object) -> float:
-  """Return the fraction of the peak FLOP/s that a program reaches, from 0 to 1.
+  """Return the fraction of the peak FLOP/s that a program reaches.
 
   If the FLOPs do not include recomputation, this is the model FLOP utilization (MFU).
 

@@ -13,7 +13,7 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9
 
 
 def keep_freed_memory() -> bool:
-  """Make glibc keep freed memory if JAX computes on a CPU. Call it before JAX starts.
+  """Make glibc keep freed memory if JAX computes on a CPU. Call this function before JAX starts.
 
   A compiled program allocates its temporaries again in each run. By default, glibc returns them to the kernel, and the
   kernel fills every new page with zeros. On a CPU, this takes a sixth of the time of a train step of a small network,
@@ -23,8 +23,9 @@ def keep_freed_memory() -> bool:
   the calling thread.
 
   Returns:
-    Whether the setting was applied. It is not applied if there is an accelerator (unless JAX_PLATFORMS is "cpu"), if
-    the C library is not glibc, or if the user has set GLIBC_TUNABLES.
+    Whether the setting was applied. It is not applied if JAX_PLATFORMS is set to a value other than "cpu", if
+    JAX_PLATFORMS is not set and there is an accelerator, if the C library is not glibc, or if the user has set
+    GLIBC_TUNABLES.
   """
   platforms = os.environ.get("JAX_PLATFORMS")
   uses_accelerator = platforms != "cpu" if platforms else any(map(glob.glob, _ACCELERATORS))
@@ -45,8 +46,8 @@ def keep_freed_memory() -> bool:
 def raise_gc_threshold() -> None:
   """Run Python's cyclic garbage collection once for every 100,000 new objects.
 
-  The default is 700 (Python 3.12 and before) or 2,000. Tracing creates millions of long-lived objects, and each
-  collection scans the new objects. This takes a tenth to a quarter of the time of tracing and lowering. Arrays outside
-  reference cycles are still freed immediately, and training and checkpoints create no cycles.
+  The default is 700 (Python 3.12 and before) or 2,000 (later). Tracing creates millions of long-lived objects, and each
+  collection scans the new objects. By default this takes a tenth to a quarter of the time of tracing and lowering.
+  Arrays outside reference cycles are still freed immediately, and training and checkpoints create no cycles.
   """
   gc.set_threshold(100_000)

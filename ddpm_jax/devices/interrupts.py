@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-# If the main thread does not handle an interrupt within this time, another thread does.
+# If an interrupt has not ended the process after this time, another thread ends it.
 _GRACE_SECONDS = 1.0
 _is_deferred = threading.Event()
 
@@ -20,8 +20,8 @@ _is_deferred = threading.Event()
 def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
   """Call `end` on Ctrl-C during the block.
 
-  The main thread calls `end`. If it does not react within a second, another thread calls `end`. Enter this block in the
-  main thread.
+  The main thread calls `end`. If the process has not ended a second after the interrupt, another thread calls `end`
+  too. Enter this block in the main thread.
 
   Args:
     end: a function that ends the process.

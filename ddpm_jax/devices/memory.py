@@ -8,14 +8,14 @@ from typing import Any
 
 from ddpm_jax.devices import hardware
 
-# More memory than any machine has. The largest TPU slice has less than half: 9,216 chips of 192 GiB.
+# More memory than any machine has. The largest TPU slice has less than half as much: 9,216 chips of 192 GiB.
 MAX_BYTES = 2**52
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def host_bytes() -> int:
-  """Return the memory of this machine in bytes, or the limit of its container if it is lower."""
+  """Return the memory of this machine in bytes, or the limit of the container if that is lower."""
   total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   try:
     return min(total, int(_LIMIT.read_text()))
@@ -60,7 +60,7 @@ def check(name: str, needed: float, available: float | None, advice: str, where:
     where: the kind of storage for the error message, "memory" or "disk".
 
   Raises:
-    ValueError: if the data needs more bytes than are available.
+    ValueError: if the data needs more bytes than are available, or more than `MAX_BYTES`.
   """
   limit = MAX_BYTES if available is None else min(available, MAX_BYTES)
   if needed > limit:

@@ -86,9 +86,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
   """Return the sharding of each leaf of a state.
 
-  The sharding depends on the shape alone. The largest axis that is divisible by the size of "fsdp" is split over
-  "fsdp". If no axis is divisible, the leaf is replicated. Optimizer moments and averages have the
-  shapes of their parameters, and so the same sharding.
+  On a given mesh, the sharding depends on the shape alone. The largest axis that is divisible by the size of "fsdp" is
+  split over "fsdp". If no axis is divisible, the leaf is replicated. Optimizer moments and averages have the shapes of
+  their parameters, and so the shardings of their parameters.
   """
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), state)
 
@@ -118,9 +118,9 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   """Return a decorator that computes gradients in parallel on all devices, for `training.train_step` under `jit`.
 
   Each device computes the gradients of its shard of the batch. The gradients are averaged over devices once, even if
-  each device accumulates them over several parts of its shard. Inputs have the shardings of `state_shardings`.
-  Leaves that are sharded over "fsdp" are gathered before the computation, and their gradients are sharded in the same
-  way.
+  each device accumulates them over several parts of its shard. `trained` and `context` have the shardings of
+  `state_shardings`. Leaves that are sharded over "fsdp" are gathered before the computation, and their gradients are
+  sharded as the leaves are.
   """
 
   def distribute(gradient: GradientFn) -> GradientFn:
@@ -176,7 +176,7 @@ def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Call
   """Return a function that runs `function(replicated, batch)` on each device with its shard of the batch.
 
   The batch and the result consist of arrays [B, ...]. On devices of one kind, the result for a row has the same bits on
-  any number of devices, as long as every device has the same number of rows each time. If the compiler split the
+  any number of devices, as long as the number of rows on each device does not change. If the compiler split the
   program over the devices instead, the rounding would depend on their number.
 
   Args:
@@ -249,8 +249,8 @@ def pmap_step(step: Callable[..., tuple[PyTree, PyTree]], devices=None) -> Calla
   `jit_step`. It raises a ValueError if the batch size is not a multiple of the number of devices.
 
   Args:
-    step: the step. It must average its gradients over the axis `parallel.DATA_AXIS`, such as `training.train_step` with
-      `axis_name=parallel.DATA_AXIS`.
+    step: the step, such as `training.train_step` with `axis_name=parallel.DATA_AXIS`. It must average its gradients
+      over this axis.
     devices: the devices; None for all local devices.
   """
   devices = jax.local_devices() if devices is None else devices
@@ -326,7 +326,7 @@ def wait_for_all(name: str) -> None:
 
 
 def peak_memory() -> int:
-  """Return the peak memory in bytes of the process's device with the highest peak.
+  """Return the highest peak memory, in bytes, among this process's devices.
 
   On a CPU, return the peak memory of the process.
   """

@@ -10,8 +10,8 @@ import jax
 from ddpm_jax.devices import costs, hardware
 
 PyTree = Any
-# The usable fraction of a GPU's memory. CUDA reserves about half a GB, and memory fragments. TPU compilers know their
-# limit.
+# The usable fraction of a GPU's memory. CUDA reserves about half a GB, and fragmentation makes some memory unusable.
+# TPU compilers know their own limit.
 _USABLE_FRACTION = 0.97
 # The fraction of a GPU's memory that JAX allocates unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 _JAX_FRACTION = 0.75
@@ -53,24 +53,27 @@ class Plan(NamedTuple):
     output_bytes: the outputs that do not reuse the memory of an argument.
     temporary_bytes: the peak of activations, gradients and scratch memory.
     code_bytes: the program.
-    total_bytes: the sum of arguments, outputs, temporaries and code.
+    total_bytes: the sum of arguments, outputs, temporaries and code. If the compiler rejects the program, the bytes
+      that its message states.
     memory: the memory of a device.
-    fits: whether the total is within the usable memory.
+    fits: whether the program fits: on a TPU, whether the compiler accepts it; otherwise, whether it also needs no more
+      than the usable memory.
     bytes_accessed: bytes that the compiled program reads and writes according to XLA. XLA counts one iteration of each
       loop, and includes a TPU's on-chip memory.
     loops: the number of loops in the program.
-    collectives: the collectives by kind, from `costs.collectives`. None if the program does not fit or cannot be read.
+    collectives: the collectives by kind, from `costs.collectives`. None if the compiler rejects the program, or the
+      program cannot be read.
     peak_flops: the peak FLOP/s of a device for the dtype.
     compute_seconds: the time of the FLOPs at the peak.
     memory_seconds: the time to read the arguments and write the outputs once. Temporaries may stay on the chip.
     communication_seconds: the time of the collectives over all links at once.
-    step_seconds: the largest of these three times, a lower bound for the time of a step.
+    step_seconds: the largest known value of these three times, a lower bound for the time of a step.
     images_per_second: the batch size divided by `step_seconds`, an upper bound for the speed.
     traffic_bytes: bytes that the operations read from and write to the device's memory (`costs.operations`), with all
       iterations of loops.
     traffic_seconds: the time of this traffic at the memory's bandwidth. It is not a bound, because another program may
       move fewer bytes.
-    problem: the compiler's message if the program does not fit, otherwise empty.
+    problem: the compiler's message if the compiler rejects the program, otherwise empty.
   """
 
   chip: str

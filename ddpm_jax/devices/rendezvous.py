@@ -66,7 +66,7 @@ def _collect_reports(port: int, num_processes: int, patience: _Patience) -> None
   except OSError as error:
     raise ValueError(
       f"Got --coordinator with port {port}, which process 0 cannot use ({os.strerror(error.errno or 0)});"
-      " expected a free port."
+      " expected a free port. Set another port on all processes."
     ) from error
   with contextlib.ExitStack() as stack:
     stack.enter_context(server).settimeout(_CHECK_SECONDS)

@@ -29,7 +29,7 @@ def connect(
   heartbeat_seconds: int = 60,
   wait_seconds: int = 300,
 ) -> None:
-  """Connect this process to the other processes of the run. Call it before JAX is first used.
+  """Connect this process to the other processes of the run. Call this function before JAX is used.
 
   If a process fails, the others end within `heartbeat_seconds` with a message. The first three arguments must be set
   together. If all are None, JAX reads them from the cluster's environment.
@@ -108,7 +108,7 @@ def start_devices(*, quiet: bool = True) -> None:
       machine with a TPU, nothing is suppressed.
 
   Raises:
-    ValueError: if this machine does not have the platform of JAX_PLATFORMS.
+    ValueError: if JAX finds no device, for example because this machine does not have the platform of JAX_PLATFORMS.
   """
   with _without_output() if quiet and not _has_tpu() else contextlib.nullcontext():
     try:

@@ -11,8 +11,8 @@ from jax.experimental import topologies
 
 from ddpm_jax.devices import startup
 
-# The number of axes of a slice, and available slices, by TPU generation. These are Google's names, and libtpu accepts
-# them.
+# The number of axes of a slice, and some of the available slices, by TPU generation. The names are Google's, and libtpu
+# accepts these names.
 _GENERATIONS = {
   "v2": (2, ("v2:2x2", "v2:4x4")),
   "v3": (2, ("v3:2x2", "v3:4x4")),
@@ -74,14 +74,14 @@ _MAX_SIMULATED = 2**16
 def simulate_devices(count: int) -> list[Any]:
   """Return devices of this machine: real GPUs or TPUs if it has any, otherwise simulated CPU devices.
 
-  Call it before JAX is used, because JAX counts its devices only once.
+  Call this function before JAX is used, because JAX counts its devices only once.
 
   Args:
     count: the number of devices.
 
   Raises:
-    ValueError: if the count is not positive, the machine has GPUs or TPUs but too few, or JAX was already started with
-      too few devices.
+    ValueError: if the count is not from 1 to 65,536, the machine has GPUs or TPUs but too few, or JAX was already
+      started with too few devices.
   """
   if not 1 <= count <= _MAX_SIMULATED:
     raise ValueError(f"Got --devices={count}; expected 1 to {_MAX_SIMULATED:,}. Each simulated device takes memory.")
@@ -133,8 +133,9 @@ def _explain(name: str, generation: str, axes: tuple[int, ...], error: str) -> s
   examples = ", ".join(_GENERATIONS[generation][1])
   if "lockfile" in error or "already in use" in error:
     return (
-      f"Got --topology={name}, but another process uses libtpu (/tmp/libtpu_lockfile). Wait until it ends; or remove the file"
-      " if no process uses it; or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment. This is safe for compilation."
+      f"Got --topology={name}, but another process uses libtpu (/tmp/libtpu_lockfile). Wait until that process"
+      " ends; or, if no process uses libtpu, remove the file; or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment (safe"
+      " for compilation)."
     )
   if "divisible" in error:
     return (
@@ -143,7 +144,7 @@ def _explain(name: str, generation: str, axes: tuple[int, ...], error: str) -> s
     )
   if "external name" in error or "chip config" in error:
     return (
-      f"Got --topology={name}, but this libtpu does not support the generation. Upgrade it (pip install --upgrade jax libtpu),"
+      f"Got --topology={name}, but this libtpu does not support the generation. Upgrade libtpu (pip install --upgrade jax libtpu),"
       f" or choose another generation.{_known_slices()}"
     )
   return f"Got --topology={name}, but libtpu rejects it ({error.splitlines()[0]}); expected a slice such as {examples}."

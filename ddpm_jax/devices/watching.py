@@ -17,13 +17,14 @@ _CHECK_SECONDS, _NUM_CHECKS = 0.1, 30
 
 
 class Signals:
-  """Stop training after the current step on SIGTERM or SIGINT.
+  """Stop training after a step on SIGTERM or SIGINT.
 
-  All processes stop after the same step. A second signal ends the program immediately.
+  A single process stops after the current step, and a second signal ends it immediately. Several processes handle only
+  SIGTERM, and all of them stop after the same step.
 
   Args:
-    on_signal: called when a signal arrives, for example to stop waiting for data. With several processes it is not
-      called.
+    on_signal: called when a signal arrives, for example to stop waiting for data. With several processes,
+      `on_signal` is not called.
   """
 
   _HANDLED = (signal.SIGTERM, signal.SIGINT)
@@ -62,7 +63,7 @@ class Signals:
     return bool(self.number)
 
   def stopped_late(self, step: int) -> bool:
-    """Return whether a signal arrived too late to stop training after a step."""
+    """Return whether a signal has arrived by the end of the last step."""
     if jax.process_count() > 1 and not self.number:
       # Check the following step numbers too. The processes may have agreed on a step that training does not reach.
       for offset in range(_NUM_CHECKS):

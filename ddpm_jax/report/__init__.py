@@ -23,7 +23,7 @@ def write(path: str | Path, content: Content) -> None:
     content: what to show.
 
   Raises:
-    ValueError: if the shapes in `content` are not consistent.
+    ValueError: if the arrays in `content` have wrong shapes or types, or a line of metrics has no numeric step.
     WriteError: if the file cannot be written.
   """
   check_content(content)

@@ -33,8 +33,8 @@ class Content(NamedTuple):
   Attributes:
     title: the title of the page.
     facts: headline facts as pairs of name and value, such as ("step", "3,000").
-    evaluation: the content of eval.json: `scores` (`generated`, `floor`), `curve`, `likelihood`, `features` and so on.
-      Other keys are shown as provenance.
+    evaluation: the content of eval.json. `scores` (with `generated` and `floor`), `curve` and `likelihood` have their
+      own sections. All other keys are shown as provenance.
     config: the config as nested dicts.
     samples: the samples, uint8 [N, H, W, C].
     classes: the classes [N] of the samples.
@@ -43,7 +43,7 @@ class Content(NamedTuple):
     metrics: the lines of metrics.jsonl, each with a `step`.
     schedule: `t`, `alpha`, `sigma` and `log_snr` of the process, each [T].
     neighbors: the nearest training images of some samples.
-    bound_terms: the term [N] of the variational bound for each step n = 1..N, in bits per dimension.
+    bound_terms: the terms [N] of the variational bound for the steps n = 1..N, in bits per dimension.
   """
 
   title: str
@@ -64,7 +64,8 @@ def check_content(content: Content) -> None:
   """Check that the arrays of a report have consistent shapes.
 
   Raises:
-    ValueError: if they do not; the message names the array.
+    ValueError: if an array has a wrong shape or type, or a line of metrics has no numeric step. The message names the
+      array or the line.
   """
   _check_images("samples", content.samples, "[N, H, W, C]")
   if content.classes is not None and np.shape(content.classes) != content.samples.shape[:1]:

@@ -58,7 +58,7 @@ def figure(
     traces: the lines or points.
     x: the label of the x axis.
     y: the label of the y axis.
-    alt: one sentence that describes the plot. "" describes it by its title and axes.
+    alt: one sentence that describes the plot. "" for a sentence with the title and the labels of the axes.
     log_x: whether the x axis is logarithmic.
     log_y: whether the y axis is logarithmic.
     height: the height in pixels.
@@ -122,7 +122,7 @@ def line(
 def needs_log_axis(values: Any) -> bool:
   """Return whether values suit a logarithmic axis.
 
-  They do if all are positive and they span more than a factor of ten.
+  Finite values do if all are positive and the largest is more than ten times the smallest. Other values are ignored.
   """
   values = np.asarray(values, np.float64)
   values = values[np.isfinite(values)]

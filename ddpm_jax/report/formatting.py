@@ -61,7 +61,8 @@ def describe_score(key: str) -> Score:
 def sort_scores(keys: list[str]) -> list[str]:
   """Return the keys of scores in the order to show them.
 
-  Scores with a description come first. `x_std` is left out if `x` is present, because it is shown as the error of `x`.
+  The scores of `_SCORES` come first, in the order of that table. `x_std` is left out if `x` is present, because `x_std`
+  is shown as the error of `x`.
   """
   known = [key for key in _SCORES if key in keys]
   unknown = [key for key in keys if key not in _SCORES and not (key.endswith("_std") and key[:-4] in keys)]
@@ -97,7 +98,7 @@ def format_number(value: Any) -> str:
 def format_with_error(value: Any, error: Any) -> tuple[str, str]:
   """Format a number and its error, both rounded to the second significant digit of the error.
 
-  The error is "" if it is missing, zero or not finite.
+  Both have at most 8 decimals. The error is "" unless it is positive and finite, and the number is finite.
   """
   if not (is_number(value) and is_number(error) and math.isfinite(value) and 0 < float(error) < math.inf):
     return format_number(value), ""

@@ -55,7 +55,7 @@
   const sprite = new Image();
   const context = canvas.getContext("2d");
   const last = times.length - 1;
-  // Milliseconds per frame: the animation takes about four seconds, then the last frame stays for a while.
+  // Milliseconds per frame: the animation takes at most four seconds, then the last frame stays for a while.
   const pause = Math.min(400, Math.max(60, 4000 / times.length));
   const lastPause = 1800;
   let frame = last;

@@ -24,7 +24,8 @@ _ESTIMATES = {
   "ode": "Probability-flow ODE",
   "continuous": "Bound in continuous time",
 }
-# Display names for details of a likelihood estimate. Other details are shown by their key, with spaces.
+# Display names for details of a likelihood estimate. Other details are shown by their key, with spaces instead of
+# underscores.
 _DETAIL_NAMES = {"nfe": "NFE"}
 # Keys of an evaluation that have their own section.
 _SECTION_KEYS = ("scores", "curve", "likelihood")
@@ -48,7 +49,7 @@ class Match(NamedTuple):
   Attributes:
     sample: the sample, as a data URI.
     nearest: the nearest training images as data URIs, each with its formatted distance.
-    is_near: whether the sample may be a copy of the nearest one.
+    is_near: whether the sample may be a copy of the nearest training image.
   """
 
   sample: str

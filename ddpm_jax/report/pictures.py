@@ -8,8 +8,9 @@ import numpy as np
 
 from ddpm_jax.storage.images import displayable, grid
 
-# Limits on the bytes before compression, because noise does not compress. As base64, samples and film together take
-# less than two megabytes.
+# Limits on the bytes before compression, because noise does not compress. As base64, samples and film within these
+# limits take less than two megabytes together. Large images may exceed the limits, because 24 samples and 8 frames are
+# always allowed.
 _SAMPLE_BYTES, _FILM_BYTES = 550_000, 500_000
 
 
@@ -72,7 +73,8 @@ class Film(NamedTuple):
 def tile_size(images: np.ndarray, max_side: int = 128) -> Tile:
   """Return the size of images [..., H, W, C] on the page.
 
-  The longer side has about 64 pixels, and at most `max_side`. Small images are enlarged by an integer factor.
+  On a wide page, small images are enlarged by an integer factor, so that the longer side has at most 64 pixels. Images
+  larger than `max_side` are reduced to `max_side`. On a narrow page, these limits are 36 and 88 pixels.
   """
   height, width = displayable(images[:1]).shape[-3:-1]
   side = max(height, width)
@@ -93,7 +95,7 @@ def tile_size(images: np.ndarray, max_side: int = 128) -> Tile:
 def data_uri(image: np.ndarray) -> str:
   """Return an image, uint8 [H, W, C], as a PNG in a data URI.
 
-  If a PNG cannot have C channels, the channels are shown side by side (see `images.displayable`).
+  If C is not 1, 3 or 4, each channel is shown as a gray tile (see `images.displayable`).
   """
   from PIL import Image
 
@@ -131,7 +133,8 @@ def group_by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes:
 def render_film(denoising: np.ndarray, times: np.ndarray) -> Film:
   """Return an animation of at most 8 samples.
 
-  It includes the first and the last frame, and frames evenly spaced between them, as many as the size limit allows.
+  It includes the first and the last frame, and evenly spaced frames between these two. In all it has as many frames as
+  the size limit allows, but at least 8 (or all, if there are fewer) and at most 60.
 
   Args:
     denoising: the frames [frames, K, H, W, C], uint8.

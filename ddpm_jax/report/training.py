@@ -28,6 +28,8 @@ _AXIS_LABELS = {
 def plot_metrics(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[Figure], list[Figure]]:
   """Plot each metric against the step.
 
+  `skipped` is left out if no step was skipped.
+
   Returns:
     The large figures (the loss, and metrics by noise level), and the small figures (all other metrics).
   """

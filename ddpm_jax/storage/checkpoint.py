@@ -34,7 +34,7 @@ _MAX_SHOWN = 10
 def check_folder(folder: str | Path) -> Path:
   """Return the absolute path of a checkpoint folder, or refuse a path that orbax misreads.
 
-  Orbax expands wildcards, reads some names as bucket URIs, and its storage layer reads a backslash as a slash.
+  Orbax expands wildcards and reads some names as bucket URIs. Its storage layer reads a backslash as a slash.
   Checkpoints in such a folder could be written but not read again.
 
   Raises:
@@ -55,7 +55,7 @@ def check_folder(folder: str | Path) -> Path:
   if "gs:/" in text or "://" in os.fspath(epath.Path(text)):
     raise ValueError(
       f"Got {text!r} as the checkpoint folder, but orbax reads this path as a bucket; expected a path that does not start with"
-      " /gs, /s3, /az or /hf, and has no folder that ends in gs:. Set another --workdir, or use a symbolic link."
+      " /gs/, /s3/, /az/ or /hf/, and has no folder that ends in gs:. Set another --workdir, or use a symbolic link."
     )
   return path
 
@@ -67,7 +67,7 @@ class Restored(NamedTuple):
     step: the step of the checkpoint.
     items: the restored trees by name.
     data: the position in the data.
-    damaged: one message for each newer checkpoint that is damaged, with its path and the problem.
+    damaged: one message, with the path and the problem, for each damaged checkpoint newer than the restored one.
   """
 
   step: int
@@ -130,8 +130,8 @@ class Checkpoints:
       metrics: metrics of this step, to find the best checkpoints.
 
     Raises:
-      OSError: if this checkpoint or the previous one cannot be written, for example on a full disk. Earlier checkpoints
-        remain.
+      OSError: if this checkpoint or the previous one cannot be written, for example because the disk is full or the
+        folder has a checkpoint of a later step. Earlier checkpoints remain.
     """
     if step in self._manager.all_steps():
       return
@@ -164,7 +164,7 @@ class Checkpoints:
 
   def _write_error(self, error: Exception) -> OSError:
     steps = self.steps(self.folder)
-    remaining = f" The checkpoints up to step {steps[-1]:,} are intact." if steps else ""
+    remaining = f" The checkpoints up to step {steps[-1]:,} remain." if steps else ""
     problem = "the disk is full" if "No space left" in str(error) else _first_line(error)
     return OSError(
       f"Cannot write the checkpoint of step {self._saving:,} to {self.folder}: {problem}. Make room, or make the folder"
@@ -268,9 +268,9 @@ class Checkpoints:
     return items
 
   def discard(self, after: int, target: Path | None = None) -> list[Path]:
-    """Remove the checkpoints of all steps later than `after`, and return their paths.
+    """Remove the checkpoints of all steps later than `after`, and return the paths of the removed checkpoints.
 
-    Unfinished checkpoints are always deleted.
+    Unfinished checkpoints of any step are deleted.
 
     Args:
       after: the step that training resumes from.
@@ -333,7 +333,7 @@ class _PreserveChosen:
 
 
 class DamagedCheckpointError(ValueError):
-  """Report that all checkpoints are damaged."""
+  """Report that the requested checkpoint is damaged, or that all checkpoints are damaged."""
 
 
 class _UnusableError(Exception):
@@ -364,8 +364,8 @@ def _collect_readers() -> Iterator[None]:
 def _report_damage(message: str) -> Iterator[None]:
   """Convert an error about a file into a `_UnusableError` on all processes.
 
-  If one process cannot read the checkpoint, all processes must skip it. Errors unrelated to the file, such as too
-  little memory, are raised unchanged.
+  If one process cannot read the checkpoint, all processes must skip it. Errors that are no sign of damage, such as a
+  lack of memory or permission, are raised unchanged.
   """
   problem, failure = "", cast(Exception | None, None)
   try:
@@ -405,11 +405,17 @@ def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:
 
 
 def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[str, PyTree]) -> None:
-  """Raise a ValueError that lists names and shapes if the templates differ from the saved trees."""
+  """Raise a ValueError that lists the differences if the templates differ from the saved trees.
+
+  Names, shapes and types are compared.
+  """
   differences = []
   for name, tree in templates.items():
     if name not in content["leaves"]:
-      raise ValueError(f"Got {path}, which holds {', '.join(content['leaves'])}; expected a checkpoint with {name!r}.")
+      raise ValueError(
+        f"Got {path}, which holds {', '.join(content['leaves'])}; expected a checkpoint with {name!r}."
+        " Use the config that it was trained with, or set another --workdir."
+      )
     saved = {leaf: f"{entry['dtype']}{entry['shape']}" for leaf, entry in content["leaves"][name].items()}
     expected = {
       jax.tree_util.keystr(leaf): f"{entry.dtype}{list(entry.shape)}"

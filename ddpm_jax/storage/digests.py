@@ -1,4 +1,4 @@
-"""Compute short digests of arrays, to detect any changed bit."""
+"""Compute short digests of arrays, to detect even a single changed bit."""
 
 import functools
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
   Missing folders are created. If the block raises, `path` does not change.
 
   Raises:
-    WriteError: if the system refuses to write, or a library reports a full disk.
+    WriteError: if the block or the rename raises an OSError, or a library reports a full disk.
   """
   path = Path(path)
   # The temporary name does not contain the file's name, because a prefix could make a long name too long.
@@ -149,7 +149,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
       if file.is_file():
         _sync(file)
     if exists:
-      # Move entries in the order they were written. The index is written last, so it appears after all other files.
+      # Move entries in the order they were written. An index of the files is written last, so it also appears last.
       for entry in sorted(temporary.iterdir(), key=lambda entry: entry.stat().st_mtime_ns):
         os.replace(entry, path / entry.name)
       temporary.rmdir()

@@ -21,7 +21,7 @@ def check(folder: Path, frozen: PyTree | None) -> None:
   A run without a record is not checked. Parts without an earlier record are not checked either.
 
   Raises:
-    ValueError: if they differ, or the record is damaged.
+    ValueError: if the parameters differ, or the record is damaged.
   """
   path = workdir.frozen_path(folder)
   if not path.exists():

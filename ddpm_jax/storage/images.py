@@ -7,9 +7,9 @@ import numpy as np
 
 from ddpm_jax.storage import files
 
-# The maximum number of samples in a picture.
+# The maximum number of samples in a picture without a column for each class.
 SHOWN = 64
-# The maximum number of columns, and the number of rows, of a picture with one column for each class.
+# The maximum numbers of columns and rows of a picture with one column for each class.
 _MAX_COLUMNS, _ROWS = 20, 10
 # The gray value of the lines between images and of unused cells of a grid.
 _BACKGROUND = 64
@@ -18,7 +18,7 @@ _BACKGROUND = 64
 def to_uint8(x) -> np.ndarray:
   """Convert values in [-1, 1] to uint8 in 0..255, rounded to the nearest integer and clipped.
 
-  PNG files and scores use the same rule.
+  PNG files and scores use this conversion.
   """
   return np.clip(np.rint((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
@@ -67,8 +67,8 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
   Args:
     images: uint8 [N, h, w, C].
     columns: the number of columns; None for an approximately square grid.
-    tile: the target size in pixels. Smaller images are enlarged by an integer factor to at most this size. If
-      `displayable` splits an image into one tile for each channel, the size is that of one tile.
+    tile: the target length of an image's longer side, in pixels. Shorter sides are enlarged by an integer factor to at
+      most this length. If `displayable` splits an image into one tile for each channel, the length is that of one tile.
 
   Returns:
     uint8 [H, W, C] with 1, 3 or 4 channels.

@@ -67,7 +67,8 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: st
     required: whether all keys of `kinds` must be present.
 
   Raises:
-    ValueError: if a value has another type, or a required key is missing. The message names the key.
+    ValueError: if a value has another type, a number is out of range, or a required key is missing. The message names
+      the key.
   """
   missing = [key for key in kinds if key not in content] if required else []
   if missing:
@@ -79,7 +80,10 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: st
 
 
 def matches(value: Any, kind: Any) -> bool:
-  """Return whether a value is of a kind. A number must be finite and in the range of float32."""
+  """Return whether a value is of a kind.
+
+  A number must be finite and in the range of float32. An integer must also fit into 64 bits.
+  """
   if isinstance(kind, list):
     return isinstance(value, list | tuple) and all(any(matches(item, option) for option in kind) for item in value)
   if kind not in (int, float):

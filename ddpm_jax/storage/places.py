@@ -16,7 +16,7 @@ def user_path(path: str | Path, name: str = "the path ") -> Path:
     name: the name of the path in error messages, such as "--output=".
 
   Raises:
-    ValueError: if the path is a URI, such as a bucket, or its home folder does not exist.
+    ValueError: if the path is a URI, such as a bucket, or `~` stands for an unknown home folder.
   """
   if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
     raise ValueError(

@@ -17,7 +17,8 @@ from ddpm_jax.storage import files, sealed, workdir
 class MetricLog:
   """Log metrics and images of a run.
 
-  A resumed run continues the log from the step of its checkpoint. Later entries are dropped.
+  A resumed run continues the log from the step of its checkpoint. Entries of later steps are dropped from
+  metrics.jsonl, and hidden by TensorBoard.
 
   Args:
     folder: the run's folder.
@@ -52,7 +53,7 @@ class MetricLog:
   def _board(self) -> "_Board":
     """Create the TensorBoard file at the first write.
 
-    Importing tensorboardX takes a second or more, because it also imports PyTorch if it is installed.
+    Importing tensorboardX takes a second or more, because tensorboardX imports PyTorch too if PyTorch is installed.
     """
     return _Board(self._folder, self._first)
 
@@ -131,8 +132,8 @@ def check_wandb(project: str) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
   """Return the lines of a metrics.jsonl file as dicts of numbers, each with the key "step".
 
-  A damaged log must not stop a run. A missing file gives an empty list, and incomplete or damaged lines are skipped
-  with one warning.
+  A damaged log must not stop a run. A missing file gives an empty list, and so does an unreadable file, with a warning.
+  Incomplete or damaged lines are skipped with one warning.
   """
   try:
     lines, skipped = _split(path.read_bytes())
@@ -154,7 +155,7 @@ def _split(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-  """Return a parsed line, or None if it is not an object with numbers and a step of at least 0."""
+  """Return a parsed line, or None if the line is not an object of numbers with an integer step of at least 0."""
   try:
     content = json.loads(line.decode("utf-8"))
     for value in content.values():

@@ -130,12 +130,14 @@ class ResumableArray:
     self._array.flush()  # type: ignore[attr-defined]
     self._sum.update(rows.data)
     self.done, self.notes = self.done + len(rows), notes
-    # Write the notes after the rows, so that every row they count is on disk.
+    # Write the notes after the rows, so that every row that the notes count is on disk.
     content = {"identity": self._identity, "done": self.done, "rows": self._sum.hexdigest(), "notes": notes}
     sealed.write_json(self._notes_path, content)
 
   def finish(self, **extra: np.ndarray) -> np.ndarray:
     """Write the array to `<path>.npz`, and return it as a memory map.
+
+    An archive that is already written does not change.
 
     Args:
       **extra: additional arrays to store in the archive by name.

@@ -63,7 +63,7 @@ def write(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any
 
 
 def _commit() -> str | None:
-  """Return the git commit of the code, with a plus if files have changed since, or None outside a git clone."""
+  """Return the git commit of the code, with a plus if tracked files have changed since, or None if it is unknown."""
   package = Path(ddpm_jax.__file__).parent
 
   def git(*arguments: str) -> str:

@@ -62,7 +62,7 @@ def read_json(path: Path, *, exclude: str = "", required: bool = True) -> dict[s
     required: whether a missing digest is an error. A digest in the file is always checked.
 
   Raises:
-    DamagedFileError: if the file is not JSON, or its content has changed.
+    DamagedFileError: if the file is not a JSON object, a required digest is missing, or the content has changed.
     OSError: if the file cannot be opened.
   """
   text = path.read_bytes()
@@ -93,7 +93,7 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Return the tensors and the `about` metadata of a file that `save_tensors` wrote.
 
   Raises:
-    DamagedFileError: if the file is damaged or was changed.
+    DamagedFileError: if the file is damaged, was changed, or has no digest.
     OSError: if the file cannot be opened.
   """
   import safetensors
@@ -123,7 +123,7 @@ def check_tensors(sums: Mapping[str, str], metadata: Mapping[str, str]) -> None:
     metadata: the metadata of the file.
 
   Raises:
-    DamagedFileError: if the digests differ.
+    DamagedFileError: if the digests do not match the metadata.
   """
   about = {key: value for key, value in metadata.items() if key != KEY}
   if KEY in metadata and metadata[KEY] != _digest_tensors(sums, about):
@@ -166,7 +166,7 @@ def set_aside(path: Path, folder: Path, reason: object, consequence: str = "It w
 
 
 def copy_aside(path: Path, folder: Path) -> Path:
-  """Copy a partly damaged file into a folder without overwriting others, and return the path of the copy."""
+  """Copy a partly damaged file into a folder under an unused name, and return the path of the copy."""
   target = unused_path(path, folder)
   files.write_bytes(target, path.read_bytes())
   return target
@@ -175,7 +175,7 @@ def copy_aside(path: Path, folder: Path) -> Path:
 def unused_path(path: Path, folder: Path) -> Path:
   """Create a folder if it is missing, and return an unused path in it.
 
-  The name is that of `path`, with a number if it is already used.
+  The name is that of `path`, with a number if this name is already used.
   """
   folder.mkdir(parents=True, exist_ok=True)
   names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))

@@ -50,6 +50,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
   Raises:
     ValueError: if another process has locked the folder.
+    WriteError: if the lock file cannot be written.
   """
   path = workdir / ".lock"
   with contextlib.ExitStack() as stack, files.named_errors(path):
@@ -74,7 +75,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
   """Return the config of a run, or None if there is no config file.
 
   Raises:
-    ValueError: if the path is not a readable file, the file is not JSON, or it has been edited.
+    ValueError: if the config file cannot be read, is not a JSON object, or does not match its digest.
   """
   path = config_path(workdir)
   if not path.exists():
@@ -114,10 +115,10 @@ def damaged_folder(workdir: Path) -> Path:
 
 
 def check_writable(workdir: Path) -> None:
-  """Create the folder if it is missing, and check that it is writable.
+  """Create a run's folder if it is missing, and check that it is writable.
 
   Raises:
-    ValueError: if it cannot be created or written to.
+    ValueError: if the folder cannot be created or written to.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
