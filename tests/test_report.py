@@ -288,6 +288,9 @@ def test_samples_are_grouped_by_class():
     (group,) = pictures.group_by_class(samples, ungrouped)
     assert group.caption == ""
     assert 100 < len(group.pictures) <= 300
+  # A row of tall, narrow images has more images than the size limit allows.
+  (group,) = pictures.group_by_class(np.zeros((30, 256, 60, 3), np.uint8), None)
+  assert len(group.pictures) == 24
 
 
 def test_a_film_includes_the_first_and_the_last_frame():

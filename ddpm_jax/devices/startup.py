@@ -117,8 +117,8 @@ def start_devices(*, quiet: bool = True) -> None:
       platforms = jax.config.values.get("jax_platforms")
       setting = f"Got JAX_PLATFORMS={platforms}, but" if platforms else "On this machine"
       raise ValueError(
-        f"{setting} JAX finds no device ({_first_line(error) or 'the platform is not installed'}). Unset JAX_PLATFORMS, or set"
-        " it to an available platform, such as cpu; GPUs and TPUs need ddpm_jax[cuda] or ddpm_jax[tpu]."
+        f"{setting} JAX finds no device ({_first_line(error) or 'the platform is not installed'}). Set JAX_PLATFORMS to an"
+        " available platform, such as cpu, or leave it unset; GPUs and TPUs need ddpm_jax[cuda] or ddpm_jax[tpu]."
       ) from error
 
 

@@ -83,7 +83,7 @@ class Trace:
   """
 
   def __init__(self, folder: Path, start: int, count: int):
-    self._folder, self._start, self._count, self._open = folder, start, count, False
+    self._folder, self._start, self._count, self._open, self._traced = folder, start, count, False, 0
 
   def before_step(self, number: int) -> None:
     """Start or end the trace if it should start or end before this step."""
@@ -92,10 +92,12 @@ class Trace:
       self._open = True
     if self._open and number == self._start + 1 + self._count:
       self.close()
+    elif self._open:
+      self._traced = number - self._start
 
   def close(self) -> None:
     """End the trace if it is running, and print its folder."""
     if self._open:
       jax.profiler.stop_trace()
       self._open = False
-      print_line(f"trace of {self._count} steps  {self._folder}")
+      print_line(f"trace of {self._traced} steps  {self._folder}")

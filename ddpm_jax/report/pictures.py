@@ -120,7 +120,8 @@ def group_by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes:
   width = tile_size(samples).width + 3
   if not 1 < len(names) <= max_classes:
     row = 1010 // width
-    return [Group("", [data_uri(image) for image in samples[: max_images // row * row]], len(samples))]
+    shown = max_images // row * row or max_images  # tall images may have rows longer than the limit
+    return [Group("", [data_uri(image) for image in samples[:shown]], len(samples))]
   row, per_class = 970 // width, max(1, max_images // len(names))
   per_class = per_class // row * row or per_class
   groups = []

@@ -153,7 +153,8 @@ class Checkpoints:
     except Exception as error:
       raise self._write_error(error) from error
     if not saved:
-      raise self._write_error(RuntimeError(f"the folder has a later checkpoint, of step {self._manager.latest_step()}"))
+      error = RuntimeError(f"the folder has a later checkpoint, of step {self._manager.latest_step()}")
+      raise self._write_error(error, "Choose another folder.")
 
   def _check_saved(self) -> None:
     """Raise an OSError if a save in the background has failed."""
@@ -162,13 +163,16 @@ class Checkpoints:
     except Exception as error:
       raise self._write_error(error) from error
 
-  def _write_error(self, error: Exception) -> OSError:
+  def _write_error(
+    self,
+    error: Exception,
+    advice: str = "Make room, or make the folder writable; then run the same command again.",
+  ) -> OSError:
     steps = self.steps(self.folder)
     remaining = f" The checkpoints up to step {steps[-1]:,} remain." if steps else ""
     problem = "the disk is full" if "No space left" in str(error) else _first_line(error)
     return OSError(
-      f"Cannot write the checkpoint of step {self._saving:,} to {self.folder}: {problem}. Make room, or make the folder"
-      f" writable; then run the same command again.{remaining}"
+      f"Cannot write the checkpoint of step {self._saving:,} to {self.folder}: {problem}. {advice}{remaining}"
     )
 
   def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:
