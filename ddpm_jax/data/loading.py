@@ -35,7 +35,7 @@ def load(
     hold_out: number of images to hold out from training if the data set has no evaluation split; `A_TENTH` for a tenth
       of the images (1 to 500), 0 for none.
     check: a check of the classes, such as `classes_below(10)`; None for no check. If a source knows all classes,
-      they are checked at once. Otherwise the class of each image is checked when the image is read.
+      `load` checks them. Otherwise the class of each image is checked when the image is read.
     shape: the shape [H, W, C] that images must have; None for no check.
 
   Raises:

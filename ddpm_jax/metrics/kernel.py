@@ -33,8 +33,8 @@ def kernel_distance(
     The mean over subsets, which may be slightly below 0, and the standard deviation over subsets.
 
   Raises:
-    ValueError: if the features are not finite, their dimensions differ, `subsets` is less than 1, `size` is less than 2, or a set
-      has fewer than `size` features.
+    ValueError: if the features are not finite, their dimensions differ, `subsets` is less than 1, `size` is less than
+      2, or a set has fewer than `size` features.
   """
   a, b = check_pair(a, b)
   if subsets < 1 or not 2 <= size <= min(len(a), len(b)):

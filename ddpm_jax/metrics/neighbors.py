@@ -45,7 +45,8 @@ def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighb
     k: which nearest neighbor sets the radius.
 
   Raises:
-    ValueError: if the features are not finite, their dimensions differ, k is less than 1, or a set has k or fewer points.
+    ValueError: if the features are not finite, their dimensions differ, k is less than 1, or a set has k or fewer
+      points.
   """
   generated, real = check_pair(generated, real)
   if k < 1 or min(len(generated), len(real)) <= k:
