@@ -216,7 +216,9 @@ def test_a_check_receives_the_classes_of_all_splits(tmp_path):
   train, held_out = data.load(splits, hold_out=100, check=lambda source, classes: counts.append(len(classes)))
   assert sorted(set(counts)) == [100, 1697, 1797]
   assert (len(train), len(held_out)) == (1697, 100)
-  with pytest.raises(ValueError, match="classes 0 to 9 for conditions.classes.number=9; expected classes from 0 to 8"):
+  with pytest.raises(
+    ValueError, match="classes 0 to 9 for config.conditions.classes.number=9; expected classes from 0 to 8"
+  ):
     data.load(splits, check=data.classes_below(9, "conditions.classes.number"))
 
 

@@ -247,7 +247,7 @@ def test_wrong_log_probabilities_are_errors():
     metrics.class_statistics(log_probs, 0, 10, 11)
   with pytest.raises(ValueError, match="expected at least one sample in each"):
     metrics.inception_score(metrics.class_statistics(log_probs, 0, 200))
-  with pytest.raises(ValueError, match="expected the same splits and classes"):
+  with pytest.raises(ValueError, match="expected the same numbers of splits and classes"):
     metrics.merge_classes(*(metrics.class_statistics(log_probs, 0, 10, splits) for splits in (1, 2)))
   log_probs[3, 1] = np.nan
   with pytest.raises(ValueError, match="Got 1 of 10 rows"):

@@ -111,7 +111,7 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path, name, capsys):
   assert held_out is None
   assert classes_of(train) == [0, 1, 2, 2]
   printed = capsys.readouterr().out
-  assert f"treating {name} as a class, because {tmp_path} also contains bus, car. If it is a split" in printed
+  assert f"treating {name} as a class, because {tmp_path} also contains bus, car. If {name} is a split" in printed
   assert f"--config.data.source.path={tmp_path / name}" in printed
 
 

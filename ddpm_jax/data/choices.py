@@ -1,7 +1,7 @@
 """Provide the data sets that a config can select.
 
 Each data set is a function that returns `Splits`. Its first argument `fit` describes the size, channels and resizing
-of the images, and may be omitted. Its other arguments are keys of the config.
+of the images. A function that does not use `fit` may omit this argument. The other arguments are keys of the config.
 
 A user can write another data set, `def mine(fit: data.Fit, path: str) -> data.Splits`, and select it in a config as
 `my_file.py:mine(path='/data')`. An argument of type `Place` may change when a run resumes.
@@ -75,11 +75,12 @@ def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   Args:
     fit: the shape that the images must have.
     path: the .npz file.
-    items: names of other arrays [N, ...] in the file, to read with the images. A condition takes the array with its
-      name.
+    items: names of other arrays [N, ...] in the file, to read with the images. A condition takes the array that has
+      the name of the condition.
 
   Raises:
-    ValueError: if the file is missing or unreadable, or the images do not have the shape in `fit`.
+    ValueError: if the file is missing or unreadable, an array is missing or wrong, or the images do not have the shape
+      in `fit`.
   """
   return Splits(_check_array_shape(readers.read_arrays(_resolve(path, "an .npz file", "<file>"), items), fit, "arrays"))
 
@@ -247,9 +248,10 @@ def _are_classes(root: Path, classes: Sequence[str], splits: Sequence[str], pres
   like_splits = [name for name in other_folders if name.lower() in _SPLIT_NAMES]
   if not present:
     inner = root / classes[0] if len(classes) == 1 else root
-    if any((inner / split).is_dir() for split in splits):
+    inner_splits = [split for split in splits if (inner / split).is_dir()]
+    if inner_splits:
       raise ValueError(
-        f"Got the folder {root}, and its only sub-folder {classes[0]} contains the splits ({', '.join(splits)});"
+        f"Got the folder {root}, and its only sub-folder {classes[0]} contains the splits ({', '.join(inner_splits)});"
         f" expected the splits in data.source.path. Set --config.data.source.path={inner}, or set"
         " data.source.train_split='' and data.source.eval_split='' to use all images as one set."
       )
@@ -263,8 +265,8 @@ def _are_classes(root: Path, classes: Sequence[str], splits: Sequence[str], pres
   if not other_folders or like_splits:
     return False
   tqdm.write(
-    f"treating {present[0]} as a class, because {root} also contains {', '.join(other_folders[:3])}. If it is a split,"
-    f" set --config.data.source.path={root / present[0]}."
+    f"treating {present[0]} as a class, because {root} also contains {', '.join(other_folders[:3])}. If"
+    f" {present[0]} is a split, set --config.data.source.path={root / present[0]}."
   )
   return True
 

@@ -45,7 +45,8 @@ def decode(path: str | Path) -> Any:
   orientation requires.
 
   Raises:
-    BrokenImage: if the file cannot be decoded, exceeds Pillow's size limit, or has pixels of unknown range.
+    BrokenImage: if the file cannot be decoded, its image exceeds Pillow's size limit, or `eight_bits` rejects its
+      pixels.
   """
   from PIL import Image, UnidentifiedImageError
 
@@ -68,7 +69,8 @@ def eight_bits(image: Any) -> Any:
   """Convert a PIL image to 8 bits per channel, scaled by the range of its pixel type.
 
   Raises:
-    ValueError: if the pixels are floats, signed or 32-bit integers, because their range is unknown.
+    ValueError: if the pixels are floats, signed or 32-bit integers, because their range is unknown, or if a 16-bit
+      TIFF stores white as 0.
   """
   return _to_eight_bits(image, _bits(image))
 
@@ -77,7 +79,7 @@ def _bits(image: Any) -> int:
   """Return the number of bits per channel.
 
   Raises:
-    ValueError: if the range of the pixels is unknown.
+    ValueError: see `eight_bits`.
   """
   tags = image.tag_v2 if image.format == "TIFF" else {}
   if image.mode.startswith("I;16") and image.format in _UNSIGNED:

@@ -53,7 +53,7 @@ def check_image_size(image_size: Any) -> tuple[int, int]:
 
 
 def check_fit(image_size: Any, channels: int, crop: int, resize: str) -> Fit:
-  """Check the arguments of `fit` and return them as a `Fit`.
+  """Check the arguments of `fit` other than the image, and return them as a `Fit`.
 
   Raises:
     ValueError: if an argument is out of range.

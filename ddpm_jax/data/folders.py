@@ -17,9 +17,10 @@ from ddpm_jax.data.sources import NO_CLASS
 class FolderSource:
   """Read images from a folder with one sub-folder per class.
 
-  The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported.
-  Hidden files and files that are not images are skipped, and one printed line counts them. Symbolic links to folders
-  are followed, and each folder is read once. An image file is opened only when its item is read.
+  The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported,
+  except EPS and PCD. Hidden files and folders, and files that are not images, are skipped, and one printed line counts
+  them. Symbolic links to folders are followed, and each folder is read once. An image file is opened only when its item
+  is read.
 
   The list of files is cached in `~/.cache/ddpm_jax/folders` (or under `$XDG_CACHE_HOME`). Folders that changed are
   listed again.
@@ -31,16 +32,17 @@ class FolderSource:
     crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
       box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
-    classes: names of the classes in the order of their numbers; by default the sub-folders of `path` in alphabetical
-      order.
+    classes: names of the classes in the order of their numbers; by default the sub-folders of `path` that
+      contain images, in alphabetical order.
 
   Attributes:
     class_names: names of the classes, by number.
     classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`.
 
   Raises:
-    ValueError: if the folder is missing, unreadable or contains no images. When an image is read: if its file cannot
-      be decoded (a BrokenImage with the name of the file), or the image is smaller than the crop.
+    ValueError: if the folder is missing, unreadable or contains no images, or an argument is out of range. When an
+      image is read: if its file cannot be decoded (a BrokenImage with the name of the file), or the image is smaller
+      than the crop.
   """
 
   def __init__(

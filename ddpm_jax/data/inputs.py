@@ -35,14 +35,15 @@ def read_inputs(
   """Read images of one size from an image file, a folder or an .npz file.
 
   Args:
-    path: the file or folder. Sub-folders may be nested to any depth. Images in an .npz file, uint8 [N, H, W, C], are
-      not resized.
+    path: the file or folder. Sub-folders may be nested to any depth. Images in an .npz file (see
+      `read_arrays`) are not resized.
     image_size: height and width; None to keep the size of the images. They must then all have the same size.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity; any number for an .npz file.
     flag: the command-line flag with the path, for error messages.
 
   Raises:
-    ValueError: if there are no images, one cannot be decoded, or their shape is wrong.
+    ValueError: if there are no images, an image cannot be decoded, or the images have another shape or different
+      shapes.
   """
   path, image_size = Path(path), None if image_size is None else check_image_size(image_size)
   if path.suffix.lower() == ".npz" and path.is_file():
@@ -124,8 +125,8 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
     image_size: height and width that the mask must have.
 
   Raises:
-    ValueError: if the file does not exist, or the image has another size, pixels other than black and white,
-      transparent pixels, or no white pixels.
+    ValueError: if the file does not exist or cannot be decoded, or the image has another size, pixels other than
+      black and white, transparent pixels, or no white pixels.
   """
   height, width = check_image_size(image_size)
   top, left = height // 4, width // 4
@@ -161,7 +162,7 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
   if values.shape != (height, width):
     raise ValueError(
       f"Got --mask={path} of {values.shape[1]}x{values.shape[0]} for images of {width}x{height}; expected the same"
-      " size."
+      " size. Resize the mask without smoothing."
     )
   levels = np.unique(values)
   between = levels[(levels > 0) & (levels < 255)]

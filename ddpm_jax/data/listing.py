@@ -60,8 +60,8 @@ class Folder(NamedTuple):
 def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
   """Return `root` and all folders under it by relative path, sorted by path.
 
-  Symbolic links to folders are followed, and each folder is listed once. Hidden folders are skipped. Unchanged folders
-  come from the cache if `cached` is set.
+  Symbolic links to folders are followed, and each folder is listed once. Hidden folders and folders of the
+  operating system are skipped. Unchanged folders come from the cache if `cached` is set.
 
   Raises:
     ValueError: if a folder cannot be listed, or a broken link may have pointed to a folder.
@@ -131,7 +131,7 @@ def _list(path: bytes, status: os.stat_result, extensions: Set[bytes]) -> Folder
         # This test accepts most entries, and there may be millions. Splitting the names would double the time.
         is_image = (name[-4:] in extensions or name[-5:] in extensions) and name[0] != _DOT and entry.is_file()
       except OSError:
-        is_image = False  # The entry is a link to itself.
+        is_image = False  # For example, the entry is a link to itself.
       if is_image:
         names.append(name)
       else:

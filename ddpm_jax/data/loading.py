@@ -33,14 +33,14 @@ def load(
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to replace each with the
       next image that can be decoded.
     hold_out: number of images to hold out from training if the data set has no evaluation split; `A_TENTH` for a tenth
-      of them (at most 500), 0 for none.
-    check: a check of the classes, such as `classes_below(10)`; None for no check. It is called once with all classes
-      if the source knows them. Otherwise it is called for each image that is read.
-    shape: the shape [H, W, C] that images must have; None if the data set has already checked it.
+      of the images (1 to 500), 0 for none.
+    check: a check of the classes, such as `classes_below(10)`; None for no check. If a source knows all classes,
+      `load` checks them. Otherwise the class of each image is checked when the image is read.
+    shape: the shape [H, W, C] that images must have; None for no check.
 
   Raises:
     ValueError: if images cannot be decoded and `broken` is "stop", `hold_out` is too large, classes are wrong, or the
-      first image of a split has another shape.
+      first image of a split has a wrong shape, type or range.
   """
   if broken not in ("stop", "skip"):
     raise ValueError(f"Got broken={broken!r}; expected 'stop' or 'skip'. Set --config.data.broken.")
@@ -93,8 +93,8 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
       )
     if np.min(classes) < 0 or np.max(classes) >= number:
       raise ValueError(
-        f"Got data with classes {np.min(classes)} to {np.max(classes)} for {key}={number}; expected classes from 0 to"
-        f" {number - 1}."
+        f"Got data with classes {np.min(classes)} to {np.max(classes)} for config.{key}={number}; expected classes"
+        f" from 0 to {number - 1}. Set --config.{key}, or number the classes from 0."
       )
 
   return check

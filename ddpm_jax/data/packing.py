@@ -40,12 +40,12 @@ class PackedSource:
 
   Attributes:
     classes: [N] int32; `NO_CLASS` for an image without a class, or with a class that is not in the argument `classes`.
-    class_names: names of the classes by number, or None.
+    class_names: names of the classes by number; None if the pack has no names.
     settings: the crop and resize of the images.
     shape: shape [H, W, C] of an image.
 
   Raises:
-    ValueError: if the folder is no pack, an incomplete pack, or a pack of another version.
+    ValueError: if the folder is no pack, or the pack is incomplete, damaged or of another version.
   """
 
   def __init__(self, path: str | Path, classes: Sequence[str] | None = None):
@@ -141,8 +141,8 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     The number of images written, and the names of the omitted images.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop", or if no image can be decoded. The error comes after
-      all images are read, and names up to ten broken images.
+    ValueError: if images cannot be decoded and `broken` is "stop", or if no image can be decoded. This error comes
+      after all images are read, and names up to ten broken images. Also if the items differ in names, types or shapes.
   """
   path.mkdir(parents=True, exist_ok=True)
   classes: list[int] = []

@@ -128,7 +128,10 @@ class Batches:
 
   @property
   def num_broken(self) -> int:
-    """Return the number of broken images that were replaced so far."""
+    """Return the number of broken images that were replaced so far.
+
+    Images that `cache_in_memory` replaced do not count.
+    """
     return len(self._source.broken) if isinstance(self._source, SkipBroken) else 0
 
   @property
@@ -143,7 +146,7 @@ class Batches:
     """Continue from a position that `state` returned.
 
     Raises:
-      ValueError: if the number of images, the batch size or the seed has changed.
+      ValueError: if the number of images, the batch size or the seed has changed, or `state` has other keys.
     """
     if state.keys() != self._position.keys():
       raise ValueError(
@@ -153,7 +156,7 @@ class Batches:
     if state["num_images"] != self._position["num_images"]:
       raise ValueError(
         f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']} images; expected"
-        " the same data. Restore it, or start a new run in another --workdir."
+        " the same data. Restore the data, or start a new run in another --workdir."
       )
     for key, name in (("batch_size", "batch size"), ("seed", "seed")):
       if state[key] != self._position[key]:
@@ -195,7 +198,7 @@ def batches(
 ) -> Batches:
   """Return endless training batches from a source.
 
-  The same seed gives the same batches.
+  The same source, batch size, seed and `flip` give the same batches.
 
   Args:
     source: the images. A source with `__getitems__` is read one batch at a time.
@@ -206,8 +209,8 @@ def batches(
     put: transfers a batch to the devices, such as `lambda b: jax.device_put(b, sharding)`.
     num_threads: threads that prepare batches ahead if there are no workers.
     num_workers: processes that prepare batches ahead instead of threads, for images that are slow to decode; 0 for
-      none. Like all processes of Python's multiprocessing, they import the main file of the program again, so a script
-      needs `if __name__ == "__main__":`.
+      none. Python's "spawn" method starts them. They import the main file of the program again, so a script needs
+      `if __name__ == "__main__":`.
     rows: increasing indices [b] of the rows of each batch that this process reads; all rows by default. They do not
       affect which images and flips a row gets.
 

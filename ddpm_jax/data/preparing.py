@@ -34,14 +34,14 @@ def prepare(
 
   Args:
     source: the function of the data set: `data.tfds`, `data.folder` or a user's function.
-    keys: its arguments other than `fit`, such as {"path": "photos"}.
+    keys: the arguments of `source` other than `fit`, such as {"path": "photos"}.
     fit: how to crop and resize the images.
-    output: a new folder for the packed images; None to pack nothing.
+    output: a new folder for the packed images. For a TFDS data set, None packs nothing. Other data sets require it.
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to omit them.
     check: a check of the classes, such as `data.classes_below(10)`; None for no check.
 
   Raises:
-    ValueError: if the data set needs no preparation or cannot be prepared, or the output folder is not empty.
+    ValueError: if the data set needs no preparation or cannot be prepared, or `output` is missing or not empty.
   """
   try:
     call = inspect.signature(source).bind(fit, **keys)

@@ -72,8 +72,8 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
     items: names of other arrays [N, ...] in the file to read with the images, such as "vector".
 
   Raises:
-    ValueError: if the file is missing or unreadable, an array is missing or wrong, or the file has several arrays of
-      images or of classes.
+    ValueError: if the file is missing or unreadable, an array is missing or wrong, float images have no negative value,
+      or the file has several arrays of images or of classes.
   """
   path = Path(path)
   if not path.is_file():
@@ -90,7 +90,7 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
       # Do not read other arrays, which may be large.
       content = {name: file[name] for name in all_names if name in _IMAGES + _CLASSES or name in items}
   except Exception as error:
-    raise ValueError(f"Cannot read {path} as an .npz file: {error}.") from error
+    raise ValueError(f"Cannot read {path} as an .npz file: {error}. Create or download it again.") from error
   images, classes = (_find_array(path, content, names) for names in (_IMAGES, _CLASSES))
   if images is None:
     more = f" and {len(all_names) - 5:,} more" if len(all_names) > 5 else ""

@@ -8,8 +8,9 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 
 All items of a source have the same names, and each name has the same shape in all items.
 
-A source that can read many items at once also has `__getitems__(indices)`. It returns a batch of arrays [B, ...] with
-the same names. A source that knows all classes without reading images has an attribute `classes` [N].
+A source that can read many items at once also has a method `__getitems__(indices)`, which must return a batch of
+arrays [B, ...] with the names of an item. A source that knows all classes without reading images has an attribute
+`classes` [N].
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
   The types uint8 and bool do not change. Other integers become int32, and floats become float32.
 
   Raises:
-    ValueError: if the names or shapes of items differ, or a value is not numeric.
+    ValueError: if the names, types or shapes of items differ, a value is not numeric, or an integer does not fit int32.
   """
   if hasattr(source, "__getitems__"):
     return {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
@@ -184,7 +185,8 @@ def complete_classes(source: Source) -> np.ndarray | None:
 def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
   """Return the number of images of each class [num_classes], or None.
 
-  None means that there are no classes, or that finding them requires reading the images.
+  None means that `num_classes` is 0, that there are no classes, or that finding the classes requires reading the
+  images.
 
   Raises:
     ValueError: if a class is outside [0, num_classes).
@@ -376,7 +378,7 @@ class _Subset:
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
   """Split a source into training images and `count` held-out images.
 
-  The random choice of images is always the same.
+  The held-out images are chosen at random with a fixed seed.
 
   Args:
     source: any source.
@@ -401,9 +403,10 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
 
 
 def cache_in_memory(source: Source, broken: str = "stop") -> Source:
-  """Decode a source into memory if it needs at most 1 GiB, and return a larger source unchanged.
+  """Decode a source into memory if its items need at most 1 GiB, and return a larger source unchanged.
 
-  Decoding a small set at the start also finds all its broken files at once.
+  A source with `__getitems__` is also returned unchanged, because it is read fast already. Decoding a small set at the
+  start also finds all its broken files at once.
 
   Args:
     source: any source.
@@ -411,8 +414,8 @@ def cache_in_memory(source: Source, broken: str = "stop") -> Source:
       next image that can be decoded.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop". The message has their number and the first ten
-      names.
+    ValueError: if images cannot be decoded and `broken` is "stop", or if no image can be decoded. The message has the
+      number of broken images and the first ten names. Also if the items differ in names, types or shapes.
   """
   if hasattr(source.source if isinstance(source, _Subset) else source, "__getitems__"):
     return source

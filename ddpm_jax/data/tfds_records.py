@@ -36,7 +36,7 @@ class TfdsSource:
 
   Raises:
     ValueError: if the data set is unknown, not prepared, or has no images. When an image is read: if it cannot be
-      decoded (BrokenImage).
+      decoded (BrokenImage), or is smaller than the crop.
   """
 
   def __init__(
@@ -115,8 +115,8 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     The folder, the number of records of each split, and whether the data set was already prepared.
 
   Raises:
-    ValueError: if the data set is unknown, was prepared in another format, needs TensorFlow but it is not installed, or
-      TFDS fails.
+    ValueError: if the data set is unknown, was prepared in another format or needs a package that is not installed, if
+      `module` cannot be imported, or if TFDS fails.
   """
   import tensorflow_datasets as tfds
 

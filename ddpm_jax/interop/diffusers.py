@@ -168,7 +168,7 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
 def has_size(path: str | Path) -> bool:
   """Return whether the config of a model contains the image size.
 
-  Without it, `load` needs `shape`.
+  Without the size, `load` needs `shape`.
   """
   config = jsonfiles.read(config_paths(find_folder(path, weights=False))[0])
   return config.get("sample_size") is not None
@@ -209,7 +209,8 @@ def _conditions(
 ) -> dict[str, Condition]:
   """Return the conditions of a network by name.
 
-  They are the input of its embedding, and an image if the network takes `extra` more input channels than the data have.
+  The conditions are the input of the network's embedding, and an image if the network takes more input channels than
+  the data have. `extra` is the number of additional channels.
   """
   by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:
@@ -307,7 +308,8 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
     weights: whether to download the weights too, or only the configs.
 
   Raises:
-    ValueError: if the folder does not exist and the hub does not provide a model of this name.
+    ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
+      huggingface_hub is not installed.
   """
   folder = user_path(path)
   if folder.is_dir():
@@ -363,7 +365,8 @@ def _weights_path(folder: Path) -> Path:
     ValueError: if the folder has no weights, or several variants.
   """
   for suffix in ("safetensors", "bin"):
-    # A variant name, such as fp16 or non_ema, comes before the suffix of a file but after the suffix of an index.
+    # A variant name, such as fp16 or non_ema, comes before ".safetensors" in the name of a weights file, but after
+    # ".safetensors.index" in the name of an index.
     for patterns in ((f"{_WEIGHTS}.{suffix}", f"{_WEIGHTS}.{suffix}.index.json"), _variants(suffix)):
       matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
       if len(matches) > 1:
@@ -416,11 +419,13 @@ def save(
   Args:
     path: the folder, new or empty.
     model: a pixel model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The
-      process is discrete, or continuous and variance-preserving. A continuous process becomes a table of 1000 steps.
+      process is discrete, or continuous and variance-preserving. A continuous process becomes a table with one
+      step for each integer time input, such as 0..999.
     params: the parameters of the network.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping.
-    variance: the variance of ancestral sampling: "small", "large" or "learned".
-    spacing: the grid of times that diffusers uses: "trailing", "leading" or "linspace".
+    variance: the variance of ancestral sampling: "small" or "large", or "learned" for a prediction with learned
+      variance. Such a prediction always uses "learned".
+    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace".
     config: the training config, for the model card.
     scores: the evaluation scores, for the model card.
 

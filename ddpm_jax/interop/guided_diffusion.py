@@ -32,7 +32,8 @@ from ddpm_jax.processes import Process
 Array = jax.Array
 PyTree = Any
 _EPSILON = 1e-5
-# Published models up to this image size were trained with the cosine schedule, larger ones with the linear schedule.
+# guided-diffusion's published models up to this image size were trained with the cosine schedule, larger models with
+# the linear schedule.
 _MAX_COSINE_SIZE = 64
 # The number of sampling steps in the papers, out of 1000 or 4000 training steps.
 _STEPS = 250
@@ -55,8 +56,8 @@ def load(
   """Load the model and the parameters of a checkpoint.
 
   A class-conditional model has the condition "classes". A super-resolution model has the condition "low_resolution",
-  the small image. The model enlarges it as guided-diffusion does. The default sampler is DDPM with 250 steps and
-  clipping, as in the papers.
+  the small image. The model enlarges it as guided-diffusion does. The default sampler of a discrete process is
+  DDPM with clipping and at most 250 steps, as in the papers.
 
   Args:
     path: the file (.pt or .safetensors). Code in a pickle never runs.
@@ -65,9 +66,10 @@ def load(
     head_channels: the number of features per attention head (64 for guided-diffusion).
     new_attention_order: whether the model was trained with guided-diffusion's option use_new_attention_order. The
       option changes the order of queries, keys and values in the file.
-    process: the forward process. None selects the process of published models of this size: `schedules.cosine(1000)` up
-      to 64 pixels, else `schedules.linear(1000)`.
-    prediction: what the network predicts. None selects EPS, with learned variance if the output has twice the channels.
+    process: the forward process. None selects the process of guided-diffusion's published models of this size:
+      `schedules.cosine(1000)` up to 64 pixels, else `schedules.linear(1000)`.
+    prediction: what the network predicts. None selects EPS, with learned variance if the network has
+      twice as many output channels as the sample.
     rescale_timesteps: True if the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion; False if it
       is n - 1.
     factor: for a super-resolution model, the ratio of the side of its output to the side of the small image.
@@ -210,7 +212,7 @@ def load_classifier(
 
   The classifier must have attention pooling, as the published classifiers do.
 
-  Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise; its `prediction` is EPS only because
+  Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise; its `prediction` is EPS only so that
   the input of the classifier is not scaled.
 
   Args:
@@ -277,8 +279,8 @@ def _has(file: tensors.TensorFile, prefix: str) -> bool:
 def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level.
 
-  On the way up, every level but the last ends with an upsampling layer. So the number of levels
-  is the number of upsampling layers plus 1.
+  On the way up, every level but the last ends with an upsampling layer. So the number of levels is the number
+  of upsampling layers plus 1.
   """
   total = _count(file, "output_blocks")
   ups = sum(
@@ -298,8 +300,8 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a classifier.
 
-  A classifier has only a way down. There, a residual block that downsamples has the same tensors as other residual
-  blocks. So test each number of blocks, and keep the numbers that are consistent with the file.
+  A classifier has only a way down. A residual block that downsamples has the same tensors as other residual blocks. So
+  test each number of blocks, and keep the numbers that are consistent with the file.
   """
   total = _count(file, "input_blocks")
   widens = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
@@ -349,7 +351,7 @@ def _options(
   channels, _, *kernel = _shape(file, "input_blocks.0.0.weight")
   if len(kernel) == 3 and levels > 1:
     raise ValueError(
-      f"Got {file.path}, a network for volumes with {levels} levels; expected one level, because guided-diffusion does"
+      f"Got {file.path}, a network with {levels} levels for volumes; expected one level, because guided-diffusion does"
       " not resample the first axis, but our network resamples all three axes."
     )
   firsts = [1 + level * (blocks + 1) for level in range(levels)]

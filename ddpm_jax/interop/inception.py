@@ -151,7 +151,7 @@ def _folded_shapes() -> dict[str, tuple[int, ...]]:
 def _raw_shapes() -> dict[str, tuple[int, ...]]:
   """Return the shapes of all tensors in a file, by our paths.
 
-  They are a kernel and its batch normalization for each convolution, and the classifier.
+  The tensors are the kernel and the batch normalization of each convolution, and the classifier.
   """
   shapes: dict[str, tuple[int, ...]] = {}
   for path, shape in _folded_shapes().items():

@@ -6,7 +6,8 @@ The sampler applies the same rule on the same grid as diffusers, with these diff
   use_clipped_model_output=True.
 - Euler and Heun round the "linspace" grid to integer steps. diffusers does not.
 - DEIS samples down to time 0. diffusers stops one step earlier.
-- Third-order rules take their first and last steps as in `sampling`. All steps of dpmpp_3m differ from diffusers.
+- Third-order rules take their first and last steps as the samplers of `sampling` do. All steps of dpmpp_3m differ from
+  those of diffusers.
 """
 
 import functools
@@ -37,7 +38,7 @@ class _Kind(NamedTuple):
     betas: the defaults of beta_start and beta_end.
     order: the default order of a solver; None if the class has no order.
     samplers: the names of our samplers by (algorithm_type, solver_order), for combinations other than the default one.
-    open_end: whether the grids omit the step closest to the data.
+    open_end: whether the "leading" and "linspace" grids omit the step closest to the data.
   """
 
   sampler: str
@@ -308,13 +309,14 @@ def to_config(
   """Return the DDPMScheduler config of a process and a prediction, the inverse of `from_config`.
 
   For a continuous variance-preserving process, the config contains a table of betas. They are computed from alpha at
-  the 1000 time inputs 0..999 of the network.
+  the integer time inputs of the network, such as 0..999.
 
   Args:
     process: a discrete process, or a continuous one with alpha^2 + sigma^2 = 1 and a time input that is linear in t.
     prediction: EPS, X0 or V, with or without learned variance.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping.
-    variance: the variance of ancestral sampling: "small", "large" or "learned".
+    variance: the variance of ancestral sampling: "small" or "large", or "learned" for a prediction with learned
+      variance. Such a prediction always uses "learned".
     spacing: the grid of times that diffusers uses by default: "leading", "trailing" or "linspace".
 
   Raises:
@@ -359,7 +361,8 @@ def betas_of(process: Process) -> np.ndarray:
   A continuous process is discretized at its integer time inputs, such as 0..999.
 
   Raises:
-    ValueError: if the process is not variance-preserving, or its time input is not linear in t from 0.
+    ValueError: if the process is not variance-preserving, or its time input is not linear in t from 0 to a value
+      from 100 to 2000.
   """
   with jax.enable_x64(True):
     if process.num_steps:

@@ -1,4 +1,4 @@
-"""Load network parameters from files of named tensors, one tensor at a time, and save them.
+"""Load network parameters from files of named tensors, and save them.
 
 No code from a file ever runs. The safetensors format contains no code, and pickles go through the PyTorch loader that
 only creates tensors.
@@ -22,15 +22,16 @@ _MAX_LISTED = 12
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors maps the file into memory. Reopening it after this many bytes releases the pages already read.
 _REOPEN_EVERY = 32 * 2**20
-# The names that safetensors and PyTorch use.
+# The names of the supported types in safetensors and PyTorch.
 _FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
 class TensorFile:
   """Read the tensors of one network from a file.
 
-  The constructor reads all shapes, and `items` reads the values. The tensor names may have a common prefix, such as
-  "module." or "state_dict.model.", and the file may contain other checkpoint entries.
+  The constructor reads all shapes, and `items` reads the values. The constructor of a pickle
+  (any suffix but .safetensors) reads the values too. The tensor names may have a common prefix, such as "module." or
+  "state_dict.model.", and the file may contain other checkpoint entries.
 
   Args:
     path: the file (.safetensors, .bin, .pt, .pth or .ckpt).
@@ -39,8 +40,8 @@ class TensorFile:
     description: what to call a network of this kind in error messages.
 
   Raises:
-    ValueError: if the file does not exist, is truncated or damaged, has an unknown format, would run code, or does not
-      contain exactly one network with the anchor.
+    ValueError: if the file does not exist, is truncated or damaged, has an unknown format, would run code, needs
+      PyTorch and PyTorch is not installed, or does not contain exactly one network with the anchor.
   """
 
   def __init__(self, path: str | Path, anchor: str = "", description: str = "network"):
@@ -80,9 +81,10 @@ class TensorFile:
       ) from error
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the named tensors in float32, in the order of the file.
+    """Yield the named tensors in float32.
 
-    Each tensor is read only when the iterator reaches it.
+    A tensor of a safetensors file is read only when the iterator reaches it. A tensor of a pickle can be read only
+    once, because reading it releases its memory.
     """
     if self._pickled is not None:
       for name in names:
@@ -159,10 +161,7 @@ class ShardedFile:
     self.metadata: dict[str, str] = {}
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the named tensors in float32, file by file.
-
-    Each tensor is read only when the iterator reaches it.
-    """
+    """Yield the named tensors in float32, file by file (see `TensorFile.items`)."""
     short_names = {self._prefix + name: name for name in names}
     for file in self._files.values():
       for name, value in file.items([name for name in file.shapes if name in short_names]):
@@ -295,7 +294,7 @@ def load(
 ) -> PyTree:
   """Load the parameters of a network from a file, in float32.
 
-  Peak memory is the size of the parameters plus one tensor.
+  Peak memory is the size of the parameters plus one tensor, and for a pickle, the other contents of the file.
 
   Args:
     tensors: the file.
@@ -307,8 +306,8 @@ def load(
     The parameters, as a nested dict of float32 arrays.
 
   Raises:
-    ValueError: if tensors are missing, extra, of another shape or not finite (the message lists them), or do not match
-      the digests that `save` wrote into the file.
+    ValueError: if tensors are missing, extra, of another shape, of an unsupported type or not finite, or do not
+      match the digests that `save` wrote into the file.
   """
   paths: dict[str, list[str]] = {}
   expected_shapes: Shapes = {}

@@ -10,14 +10,14 @@ _SEED = 2020
 
 
 class ClassStatistics(NamedTuple):
-  """Store sums over the samples of each split in float64.
+  """Store sums over the samples of each split.
 
   The sums of several batches or processes can be added (see `merge_classes`).
 
   Attributes:
     count: number of samples [S].
-    probs: sums of the class probabilities [S, K].
-    negentropy: sums of the negative entropies in nats [S].
+    probs: sums of the class probabilities [S, K], float64.
+    negentropy: sums of the negative entropies in nats [S], float64.
   """
 
   count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
@@ -50,7 +50,7 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
       f"Got samples {first} to {first + len(log_p)} of {total} in {splits} splits; expected samples between 0"
       f" and {total}, and 1 to {total} splits."
     )
-  # Normalize in float64, because float32 log-probabilities do not sum to exactly 1.
+  # Normalize in float64, because the probabilities of float32 logarithms do not sum to exactly 1.
   log_p = log_p - log_p.max(1, keepdims=True)
   log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
   probs = np.exp(log_p)
@@ -75,7 +75,7 @@ def merge_classes(a: ClassStatistics, b: ClassStatistics) -> ClassStatistics:
   """
   if a.probs.shape != b.probs.shape:
     raise ValueError(
-      f"Got statistics [S, K] of {a.probs.shape} and {b.probs.shape}; expected the same splits and classes."
+      f"Got statistics [S, K] of {a.probs.shape} and {b.probs.shape}; expected the same numbers of splits and classes."
     )
   return ClassStatistics(*(x + y for x, y in zip(a, b, strict=True)))
 

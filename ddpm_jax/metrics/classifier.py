@@ -35,7 +35,7 @@ def train_classifier(
 ) -> PyTree:
   """Train a classifier of real images on one device and return its parameters.
 
-  The same images and seed give the same parameters.
+  The seed determines all random choices.
 
   Args:
     images: uint8 [N, H, W, C].
@@ -114,9 +114,9 @@ def _sample_order(count: int, seed: int) -> Iterator[int]:
 def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any] | None = None) -> FeatureSpace:
   """Return the feature space of a trained classifier.
 
-  The features [B, 64] are the hidden layer before its activation function, standardized. The space also has
-  log-probabilities [B, K]. Its
-  `prepare` raises a ValueError if the number of channels differs from the training images.
+  The features [B, 64] are the values of the hidden layer before the activation function, centered and scaled. The space
+  also has log-probabilities [B, K]. Its `prepare` raises a ValueError if the images and the training images differ in
+  the number of channels.
 
   Args:
     params: parameters from `train_classifier`.
@@ -163,10 +163,10 @@ def cached_classifier(
 ) -> PyTree:
   """Load a trained classifier from a file, or train it and save it.
 
-  The file is used only if its classifier was trained on the same images with the same arguments.
+  The file is used only if its classifier was trained with the same images, classes, `num_classes` and `steps`.
 
   Args:
-    path: the file. A damaged file is moved into the folder `damaged` next to it.
+    path: the file. A damaged file is moved into a folder `damaged` in the folder of the file.
     images: images for `train_classifier`.
     classes: classes for `train_classifier`.
     num_classes: number of classes for `train_classifier`.

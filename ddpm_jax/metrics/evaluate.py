@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     pairwise_samples: the largest number of features of a set to store for pairwise scores. A larger set is sampled at
       random.
     kernel_subsets: number of random subsets for the kernel distance.
-    kernel_size: features in each subset; 0 for 1,000 or half of the stored features, whichever is smaller.
+    kernel_size: features in each subset; 0 for the default of the function `kernel_size`.
     splits: number of splits for the class score.
     allow_singular: whether to compute a Frechet distance from too few samples for a covariance of full rank.
   """
@@ -42,10 +42,10 @@ class Settings(NamedTuple):
 class Summary(NamedTuple):
   """Store statistics of a set of images, enough to compute its scores.
 
-  Its size does not depend on the number of images.
+  Its size does not grow with the number of images, except that it stores up to `pairwise_samples` features.
 
   Attributes:
-    count: number of images.
+    count: number of images; 0 if it is unknown.
     features: Gaussian of the features.
     spatial: Gaussian of the spatial features; None if the space has none.
     classes: class statistics; None if the space has no classes.
@@ -113,7 +113,7 @@ def available_scores(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str,
   """Return the scores that a feature space and a reference allow.
 
   Args:
-    spatial: whether both have spatial features.
+    spatial: whether the space and the reference both have spatial features.
     classes: whether the space has classes.
     pairs: whether the reference has images, for pairwise scores.
   """
@@ -138,7 +138,7 @@ def check_counts(settings: Settings, generated: int, real: int | None) -> int:
   has_pairs = bool(set(settings.scores) & set(PAIRWISE))
   if has_pairs and num_stored <= settings.k:
     raise ValueError(
-      f"Got evaluation.num_samples={generated}, {real} reference images and"
+      f"Got evaluation.num_samples={generated}, {real or 'an unknown number of'} reference images and"
       f" evaluation.pairwise_samples={settings.pairwise_samples} with evaluation.k={settings.k}; expected more than k"
       " of each. Set --config.evaluation.k."
     )
@@ -146,7 +146,8 @@ def check_counts(settings: Settings, generated: int, real: int | None) -> int:
     raise ValueError(
       f"Got evaluation.kernel_size={settings.kernel_size} and evaluation.splits={settings.splits} for"
       f" {generated} samples and {real or 'an unknown number of'} reference images; expected at most"
-      f" kernel_size={num_stored} and splits={generated}."
+      f" kernel_size={num_stored} and splits={generated}. Set --config.evaluation.kernel_size and"
+      " --config.evaluation.splits, or score more images."
     )
   return num_stored if has_pairs else 0
 
@@ -227,7 +228,7 @@ def _missing_data(name: str, needed: str) -> ValueError:
 def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
   """Return the names of the scores in a feature space, by their names in `SCORES`.
 
-  FID, sFID, KID and Inception Score are names only for features of the published Inception network.
+  Only scores of features of the published Inception network are called FID, sFID, KID and Inception Score.
   """
   if space.name == "inception" and space.provenance.get("published"):
     names = {"frechet": "fid", "spatial_frechet": "sfid", "kernel": "kid", "class_score": "inception_score"}

@@ -38,7 +38,7 @@ def extractor(
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
   """Return `extract(images) -> taps`, from uint8 [N, H, W, C] to a dict of arrays [N, ...].
 
-  The computation is compiled once.
+  The computation is compiled once for each shape that `space.prepare` returns.
 
   Args:
     space: the feature space.

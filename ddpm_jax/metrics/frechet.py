@@ -12,8 +12,8 @@ def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) 
 
   The distance is |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017; Dowson and Landau 1982).
   With features of the 2015 Inception network it is called FID. Its upward bias is proportional to 1/N, so compare only
-  sets of equal size. Covariances may be singular, and nothing is added to their diagonals. The distance is never
-  negative. From a set to itself it is 0 up to rounding.
+  distances from equal numbers of samples. Covariances may be singular, and nothing is added to their diagonals. The
+  distance is never negative. From a set to itself it is 0 up to rounding.
 
   Args:
     a: features [N, D], or their `Moments` or `Gaussian`.

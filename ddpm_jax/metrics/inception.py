@@ -78,8 +78,8 @@ def check_colors(channels: int) -> None:
 def resize_tf1(x: Array, size: int = SIZE) -> Array:
   """Resize images [B, H, W, C] to [B, size, size, C] with the bilinear filter of TensorFlow 1.
 
-  Pixel i of the result is the value at i H / size. This ignores that pixels have centers, and it samples larger images
-  without averaging. Published scores use this resizing.
+  Row i of the result is the value at row i H / size of the image, and column i is the value at column i W / size. This
+  ignores that pixels have centers, and it shrinks images without averaging. Published scores use this resizing.
   """
   # Resize columns first, to match the order and rounding of the reference. Gathering is up to fifty times faster on a
   # CPU than multiplying with matrices of weights.

@@ -8,7 +8,7 @@ from ddpm_jax.metrics.moments import check_pair
 
 
 class KernelDistance(NamedTuple):
-  """Store the mean and standard deviation over random subsets."""
+  """Store the mean and standard deviation of the kernel distance over random subsets."""
 
   mean: float
   std: float
@@ -33,7 +33,8 @@ def kernel_distance(
     The mean over subsets, which may be slightly below 0, and the standard deviation over subsets.
 
   Raises:
-    ValueError: if the features are not finite, their dimensions differ, or a set has fewer than `size` features.
+    ValueError: if the features are not finite, their dimensions differ, `subsets` is less than 1, `size` is less than
+      2, or a set has fewer than `size` features.
   """
   a, b = check_pair(a, b)
   if subsets < 1 or not 2 <= size <= min(len(a), len(b)):

@@ -118,7 +118,7 @@ def gaussian(features: "np.ndarray | Moments") -> Gaussian:
   """Fit a Gaussian to features [N, D], or to their moments.
 
   Raises:
-    ValueError: if there are fewer than two features.
+    ValueError: if there are fewer than two feature vectors, or `moments` rejects the features.
   """
   m = features if isinstance(features, Moments) else moments(features)
   if m.count < 2:

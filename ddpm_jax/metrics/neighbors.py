@@ -45,7 +45,8 @@ def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighb
     k: which nearest neighbor sets the radius.
 
   Raises:
-    ValueError: if the features are not finite, their dimensions differ, or a set has k or fewer points.
+    ValueError: if the features are not finite, their dimensions differ, k is less than 1, or a set has k or fewer
+      points.
   """
   generated, real = check_pair(generated, real)
   if k < 1 or min(len(generated), len(real)) <= k:
@@ -83,7 +84,8 @@ def nearest(queries: np.ndarray, features: Iterable[np.ndarray], count: int = 5)
     count: number of features to find for each query.
 
   Raises:
-    ValueError: if there are fewer than `count` features.
+    ValueError: if there are fewer than `count` features, `count` is less than 1, there are no queries, the features are
+      not finite, or their dimensions differ.
   """
   queries = check_features(queries)
   if count < 1 or not len(queries):
