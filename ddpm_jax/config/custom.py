@@ -80,8 +80,8 @@ def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path
       return file, content
   if path is not None:
     raise ValueError(
-      f"Got {where}={name!r}, but {path} has changed since the run began; expected the same"
-      " content. Restore the file, or start a new run."
+      f"Got {where}={name!r}, but {path} has changed since the run began; expected the same content."
+      " Restore the file, or start a new run."
     )
   problem = "a file that does not exist" if source.endswith(".py") else "a module that cannot be found"
   raise ValueError(

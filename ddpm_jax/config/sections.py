@@ -282,9 +282,8 @@ class Root:
 
   task: Any = key("tasks.denoise", MODEL, slot=_TASK)
   seed: int = key(0, RUN, Limits(maximum=2**32 - 1))
-  init_from: str = key(
-    "", PLACE
-  )  # pretrained model to start from: a diffusers folder or a name on the Hugging Face hub
+  # pretrained model to start training from: a diffusers folder or a name on the Hugging Face hub
+  init_from: str = key("", PLACE)
   data: Data = section(Data)
   model: Parts = section(Parts, MODEL, _MODEL)
   objective: Any = key("losses.denoising", RUN, slot=_OBJECTIVE)

@@ -40,8 +40,8 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
   Args:
     tree: the run's config.
     folder: the run's folder.
-    resume: "auto" to resume if there is a checkpoint, "must" to require one, "never" to require
-      that there is none.
+    resume: "auto" to resume if there is a checkpoint, "must" to require one, "never" to require that
+      there is none.
     profile: the number of steps to trace soon after the start; 0 for none.
 
   Raises:
