@@ -183,7 +183,8 @@ def test_the_error_of_an_unknown_key_lists_the_keys_of_its_section():
 def test_seeds_have_32_bits():
   check("seed", 2**32 - 1)
   with pytest.raises(
-    ValueError, match=r"config.seed=4294967296; expected at most 4294967295, because programs store it in 32 bits\. Set"
+    ValueError,
+    match=r"config.seed=4294967296; expected at most 4294967295, because programs store this number in 32 bits\. Set",
   ):
     check("seed", 2**32)
 

@@ -365,7 +365,7 @@ def test_a_changed_file_without_a_copy_is_refused(source_file, run_folder):
   clear_cache()
   with pytest.raises(
     ValueError,
-    match=r"config\.json.*own.py has changed since the run began; restore the file, or start a new run",
+    match=r"config\.json.*own.py has changed since the run began; expected the same content. Restore the file, or start a new run",
   ):
     configs.read_run(run_folder)
   source_file.unlink()

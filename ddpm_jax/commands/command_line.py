@@ -50,11 +50,11 @@ def parse(words: Sequence[str]) -> Args:
   """Parse a command line.
 
   Returns:
-    The values of all flags. `mode` is the mode, and `keys` holds the text of each `--config.<key>` flag by its dotted
-    name.
+    The values of all flags. `mode` is the mode, and `keys` holds the text of each `--config.<key>` flag by the dotted
+    name of its key.
 
   Raises:
-    ValueError: if the mode, a flag or a value is invalid.
+    ValueError: if the mode, a flag or a value is invalid, or a mode without config gets a `--config.<key>` flag.
   """
   config = config_flags.split(words)
   mode = _mode(words)
@@ -65,7 +65,9 @@ def parse(words: Sequence[str]) -> Args:
   if unknown_words:
     raise unknown_flag(unknown_words, parser, [make_parser(other) for other in MODES if other != mode])
   if config.keys and "config" not in parser.names:
-    raise ValueError(f"Got --config.{next(iter(config.keys))} in mode {mode}, which reads no config; leave it out.")
+    raise ValueError(
+      f"Got --config.{next(iter(config.keys))} in mode {mode}, which reads no config; expected no config keys. Leave it out."
+    )
   args.mode, args.keys = mode, config.keys
   return args
 

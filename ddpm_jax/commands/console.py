@@ -23,7 +23,10 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 
 
 class _Descriptor(io.RawIOBase):
-  """Write to a file descriptor, and ignore errors, such as a full disk or a closed terminal."""
+  """Write to a file descriptor, and ignore errors such as a full disk or a closed terminal.
+
+  A broken pipe, or a write that would block, still raises an error.
+  """
 
   def __init__(self, number: int):
     self._number = number

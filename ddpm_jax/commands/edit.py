@@ -53,7 +53,7 @@ def run(args: flags.Args) -> None:
 
   folder = flags.run_folder(args)
   if args.strength is not None and args.task != "img2img":
-    raise ValueError(f"Got --strength with --task={args.task}; expected it with --task=img2img only; leave it out.")
+    raise ValueError(f"Got --strength with --task={args.task}; expected it with --task=img2img only. Leave it out.")
   methods = edit_methods.TASKS.get(args.task or "", {})
   # A method without arguments gets the arguments that suit the task.
   short = {} if args.method is None else {"method": methods.get(args.method, args.method)}

@@ -1,8 +1,9 @@
 """Score a trained model, and write report.html.
 
-Samples are compared with real images. Likelihoods can be computed too. With several samplers or
-numbers of steps, each sampler is scored with each number of steps, and the last combination gives
-the main scores of the report. After a crash, run the same command again to resume.
+Samples are compared with real images. config.evaluation.likelihood adds likelihoods. With several
+samplers or numbers of steps, each sampler is scored with each number of steps, and the last
+combination gives the main scores of the report. After a crash, run the same command again to
+resume.
 """
 
 from ddpm_jax.commands import flags, jax_setup

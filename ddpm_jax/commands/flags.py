@@ -96,7 +96,7 @@ STEERING = Group(
     Flag(
       "negative",
       text,
-      "The value of a condition to guide away from. The flag may be repeated.",
+      "A value to guide away from, with its condition. Repeat the flag for several values or conditions.",
       metavar="NAME=VALUE",
       is_repeatable=True,
     ),
@@ -169,11 +169,12 @@ def output_path(args: Args, content: str, example: str) -> Path:
 def config_keys(args: Args, **short: Any) -> dict[str, str]:
   """Return the text of each config key that flags set, by its dotted name.
 
-  Keys are set by --config.<key> flags and by their short forms, such as --sampler.
+  Keys are set by --config.<key> flags and by short forms of such flags, for example --sampler. The result leaves out
+  --guidance_scale.
 
   Args:
     args: the parsed flags.
-    **short: values of short forms that replace the values in `args`.
+    **short: values of short forms that replace the values in `args`. Any other name is a key of `config.evaluation`.
 
   Raises:
     ValueError: if a short form and a --config.<key> flag set the same key.
@@ -229,13 +230,13 @@ def read_recipe(args: Args, keys: Mapping[str, str]) -> "Tree":
 
 
 def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, Pretrained | None]":
-  """Load the experiment of the run in --workdir, or of the model of --pretrained.
+  """Load the experiment of the run in --workdir, or an experiment with the --pretrained model.
 
   Returns:
     The experiment, and the pretrained model if there is one.
 
   Raises:
-    ValueError: if there is no run or model, or a key or value is invalid.
+    ValueError: if there is no run or model, a key or value is invalid, or --pretrained has flags that choose weights.
   """
   from ddpm_jax import config, runs
 

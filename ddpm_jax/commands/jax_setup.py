@@ -42,7 +42,7 @@ def start_devices(args: Args) -> None:
 
 
 def cache_compilations() -> None:
-  """Cache compiled programs on disk, unless the user has set JAX_COMPILATION_CACHE_DIR."""
+  """Cache compiled programs in JAX_COMPILATION_CACHE_DIR or, if it is not set, in this package's cache folder."""
   import jax
 
   if not jax.config.values["jax_compilation_cache_dir"] and (cache := cache_folder("xla")):

@@ -14,10 +14,11 @@ class Flag(NamedTuple):
 
   Attributes:
     name: the name without dashes.
-    parse: `parse(text, name) -> value`. It raises a ValueError that names the flag.
+    parse: `parse(text, name) -> value`. For invalid text, it raises a ValueError that names the flag.
     help: the description in the help of the command.
     default: the value if the flag is absent.
-    metavar: the placeholder of the value in help; empty for a default that depends on `parse` or is the name.
+    metavar: the placeholder of the value in help; empty for the placeholder of `parse` or, if it has none, the name of
+      the flag.
     is_repeatable: whether the flag may be repeated. The value is then a list, or `default` if the flag is absent.
   """
 

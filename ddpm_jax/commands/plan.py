@@ -19,7 +19,11 @@ FLAGS = (
     "devices",
     (
       Flag("topology", text, "The TPU slice to plan for, such as v5e:4x4.", metavar="SLICE"),
-      Flag("devices", count, "The number of devices to plan for; a CPU simulates them."),
+      Flag(
+        "devices",
+        count,
+        "The number of devices of this machine to plan for; without GPUs or TPUs, the CPU simulates them.",
+      ),
     ),
   ),
 )

@@ -1,7 +1,7 @@
 """Generate samples from a trained model.
 
 Samples are written to samples/ in the run folder, as an array (.npz, uint8) and as a picture
-(.png). Sample i depends only on the seed and i.
+(.png). For the same model, settings and conditions, sample i depends only on the seed and i.
 """
 
 from ddpm_jax.commands import flags, jax_setup

@@ -22,12 +22,12 @@ _INTERRUPT_LOCK = threading.Lock()
 def report(error: Exception, *, details: bool) -> NoReturn:
   """End the program with the message of an error.
 
-  A ValueError, FloatingPointError or OSError is a problem with the input, so only its message is shown. Any other error
-  is a bug, so its traceback is shown.
+  A ValueError, FloatingPointError, OSError or `data.WorkerDied` is a problem with the input, so only its message is
+  shown. A broken pipe of stdout or stderr has no message. Any other error is a bug, so its traceback is shown.
 
   Args:
     error: the error.
-    details: whether to show the traceback of every error.
+    details: whether to show the traceback of a ValueError, FloatingPointError or OSError too.
   """
   if isinstance(error, BrokenPipeError) and console.close_broken_pipes():
     stop("", console.SIGPIPE_CODE)

@@ -1,4 +1,4 @@
-"""Compute the feature statistics of reference images, for scores here and in other tools.
+"""Compute the feature statistics of reference images, for scores of this package and other tools.
 
 The file stores the mean and covariance of the features, in the format of FID tools. The config
 selects the reference images and the features, such as Inception features.

@@ -1,8 +1,8 @@
 """Train a model, or resume the run in the folder, and then score it.
 
 The config, checkpoints, metrics, samples, scores and report.html are written to --workdir. After a
-crash, run the same command again to resume. The final parameters equal those of an uninterrupted
-run, bit for bit.
+crash, run the same command again to resume. On the same devices, the final parameters equal those
+of an uninterrupted run, bit for bit.
 """
 
 from ddpm_jax.commands import flags, jax_setup

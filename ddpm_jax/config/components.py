@@ -3,7 +3,7 @@
 A component is a function, class or value that a config names. In a config, it is a section with its name under
 "component" and its arguments as further keys. On the command line it is `name(argument=value, ...)`. A name refers to
 the package (`sampling.heun`, or `heun` where a sampler is expected), to a module (`my_module:MyNetwork`) or to a file
-(`my_file.py:my_loss`). The last two are custom components.
+(`my_file.py:my_loss`). Components in a user's module or file are custom components.
 """
 
 import ast
@@ -34,7 +34,7 @@ class Parameter(NamedTuple):
     name: the name of the argument or key.
     annotation: the type annotation, or `MISSING`.
     default: the default value, or `MISSING`.
-    role: one of `ROLES`. If empty, the role of the enclosing component applies.
+    role: one of `ROLES`. If empty, the role of the enclosing component or section applies.
     slot: the slot, if the parameter takes a component.
     is_mapping: whether the parameter holds several components under names that the user chooses.
     section: the dataclass of the section, if the parameter is a section.
@@ -120,7 +120,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
   try:
     call = ast.parse(f"f({call_text}", mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-      raise ValueError("it has more than one pair of parentheses")
+      raise ValueError("it goes on after the closing parenthesis of its arguments")
     return {KEY: name, **_arguments(call)}
   except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
     quotes = "; put quotes around text with special characters, such as a path"
@@ -141,7 +141,7 @@ def _arguments(call: ast.Call) -> dict[str, Any]:
 
 
 def _value(node: ast.AST) -> Any:
-  """Evaluate an argument: a literal, a word, a list of them, or another component."""
+  """Evaluate an argument: a literal, a word, another component, or a list of these."""
   if isinstance(node, ast.Call):
     return {KEY: ast.unparse(node.func), **_arguments(node)}
   if isinstance(node, ast.Tuple | ast.List):
@@ -162,10 +162,10 @@ def find(node: Mapping[str, Any], slot: Slot, where: str, folder: Path | None = 
     node: the section: a name, arguments and, for a saved custom component, the digest of its file.
     slot: the slot to fill.
     where: the config key of the slot, for error messages.
-    folder: the folder of a run that keeps copies of custom components.
+    folder: a run folder with copies of custom components, or None.
 
   Raises:
-    ValueError: if the component does not exist or does not fit the slot.
+    ValueError: if the component does not exist or does not fit the slot, or its file raises an error.
   """
   name, digest = node[KEY], ""
   if not isinstance(name, str) or not name:
@@ -231,7 +231,14 @@ def name_of(component: Any, slot: Slot) -> str:
 
 @contextlib.contextmanager
 def named_errors(where: str, name: str) -> Iterator[None]:
-  """Turn every error in the block into a ValueError that names the component."""
+  """Turn errors in the block into a ValueError that names the config key and the component.
+
+  A ValueError whose message already contains the key stays unchanged.
+
+  Args:
+    where: the config key.
+    name: the name of the component.
+  """
   try:
     yield
   except Exception as error:

@@ -15,8 +15,8 @@ from ddpm_jax.storage import files
 from ddpm_jax.storage.places import user_path
 
 _MAX_MESSAGE = 400
-# Loaded modules and the contents of their files, by digest. Each content is loaded once, so a file that changes during
-# the run does not affect it.
+# Loaded modules and the contents of their files, by digest. Each content is loaded once. A config with the digest of a
+# file gets the loaded module, even if the file has changed since.
 _LOADED: dict[str, tuple[ModuleType, bytes]] = {}
 
 
@@ -33,7 +33,7 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
     The component and the digest of its file.
 
   Raises:
-    ValueError: if the file, module or name does not exist, or the file raises an error.
+    ValueError: if the file, module or name does not exist, the file has another digest, or it raises an error.
   """
   source, _, attribute = name.rpartition(":")
   if digest not in _LOADED:
@@ -80,7 +80,8 @@ def _read(name: str, where: str, digest: str, folder: Path | None) -> tuple[Path
       return file, content
   if path is not None:
     raise ValueError(
-      f"Got {where}={name!r}, but {path} has changed since the run began; restore the file, or start a new run."
+      f"Got {where}={name!r}, but {path} has changed since the run began; expected the same content."
+      " Restore the file, or start a new run."
     )
   problem = "a file that does not exist" if source.endswith(".py") else "a module that cannot be found"
   raise ValueError(
@@ -160,7 +161,7 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
       line in the file.
 
   Raises:
-    ValueError: if the code raises an error. The message has the file, the line and the error.
+    ValueError: if the code raises an error. The message has the file, the error and, if it is known, the line.
   """
   try:
     return call()
@@ -178,7 +179,7 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
 
 
 def line_in(name: str, error: BaseException) -> str:
-  """Return the last line of a file in an error's traceback, such as " in line 3", or "" if the file is not in it."""
+  """Return the line of a file that comes last in an error's traceback, such as " in line 3", or "" if there is none."""
   frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
   if isinstance(error, SyntaxError):
     frames.append((error.filename or "", error.lineno))

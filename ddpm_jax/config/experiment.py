@@ -25,12 +25,13 @@ class Experiment(NamedTuple):
     tree: the config.
     seed: the seed of the run.
     init_from: the pretrained model that training starts from, or empty.
-    task: the `runs.tasks.Task`, which decides how to preview, score and report.
+    task: the `runs.tasks.Task`, which makes previews, scores and reports.
     model: the model.
     objective: the objective that training minimizes.
     sampler: the sampler.
     times: the sampler's grid of times [K + 1].
-    guidance: the rule of guidance, a function of the denoisers to guide. Arguments from the config are already set.
+    guidance: the rule of guidance with its arguments from the config, a function of the arguments that are known only
+      when samples are generated, such as denoisers.
     data, optimizer, ema, training, parallel, sampling, editing, evaluation: the sections of `config.sections`.
   """
 

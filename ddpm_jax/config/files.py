@@ -111,7 +111,8 @@ def _replace_prefix(value: Any, before: str, after: str) -> Any:
 def check_same_run(folder: Path, tree: Tree) -> None:
   """Raise a ValueError if a folder holds checkpoints of a run with another config.
 
-  The message lists the differences. Without checkpoints, training starts from step 0, so any config is allowed.
+  Only keys that must stay the same when a run is resumed are compared. The message lists the differences. Without
+  checkpoints, training starts from step 0, so any config is allowed.
   """
   if not workdir.checkpoint_steps(folder):
     return

@@ -19,7 +19,7 @@ def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
     keys: the text of each flag by the dotted name of its key.
 
   Raises:
-    ValueError: if a key is unknown, or a value cannot be parsed.
+    ValueError: if a key is unknown, or a value cannot be parsed or is invalid.
   """
   for path in sorted(keys, key=lambda path: path.count(".")):
     config = tree.replace(config, path, _read(config, path, keys[path]))
@@ -31,7 +31,7 @@ def _read(config: Tree, path: str, text: str) -> Any:
   parameter = config.parameters.get(path) or _new_parameter(config, path)
   if parameter.slot is not None and isinstance(values.literal(text), str):
     return components.parse(text, f"config.{path}")
-  # Also parse values that may not replace a component. `convert` refuses them later, with a better message.
+  # Also parse values that a slot does not allow, such as numbers. `convert` refuses them later, with a better message.
   return values.read(text, parameter.kinds, path)
 
 

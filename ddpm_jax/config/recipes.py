@@ -18,7 +18,7 @@ def read(value: str) -> ConfigDict:
       `get_config`.
 
   Raises:
-    ValueError: if the file does not exist, raises an error, or returns no ConfigDict.
+    ValueError: if the file does not exist or raises an error, or its config is no ConfigDict or is empty.
   """
   # A path may contain a colon too.
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")
@@ -52,6 +52,8 @@ def _find_recipe(name: str) -> Path:
   if name in recipes:
     return recipes[name]
   files = sorted(str(file) for file in path.parent.glob("*.py")) if path.suffix == ".py" else []
-  near = hint(str(path), files, str) or hint(path.stem, recipes, str) or f" There are: {', '.join(files or recipes)}."
+  near = (
+    hint(str(path), files, str) or hint(path.stem, recipes, str) or f" Choose one of {', '.join(files or recipes)}."
+  )
   problem = "a folder" if path.is_dir() else "neither a file nor the name of a recipe"
   raise ValueError(f"Got --config={name}, {problem}; expected a recipe, such as digits_vp, or a Python file.{near}")

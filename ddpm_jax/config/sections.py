@@ -2,10 +2,11 @@
 
 Each key has a role:
 
-- "model": the key defines the model. It cannot change in a run folder.
-- "run": the key affects the trained parameters. It cannot change in a run folder.
+- "model": the key defines the model. It cannot change once the run folder holds a checkpoint.
+- "run": the key affects the trained parameters. It cannot change once the run folder holds a checkpoint.
 - "sampling": the key affects samples. It may change.
-- "free": the key may change at any time.
+- "free": the key may change at any time. One exception: `training.steps` cannot change if the learning rate decays
+  until the last step.
 - "speed": the key affects speed or memory, and results only by rounding. It may change.
 - "place": the key is the path of a file or folder. It may change if the files are the same.
 
@@ -212,7 +213,7 @@ class Training:
 class Parallel:
   """Configure how devices split the batch and the parameters."""
 
-  data: int = key(0)  # number of replicas of the state; 0: all devices divided by fsdp
+  data: int = key(0)  # number of replicas of the state; 0: the number of devices divided by fsdp
   fsdp: int = key(1)  # number of devices that shard one replica
 
 
@@ -244,7 +245,7 @@ class Evaluation:
   """Configure scores and likelihoods."""
 
   num_samples: int = count(50_000)
-  batch_size: int = count(128)  # images per batch and device, to extract features
+  batch_size: int = count(128)  # images per batch and device, for samples, features and likelihoods
   # inception, classifier or pixels. Empty: inception if inception_weights is set, otherwise classifier for small gray
   # images with classes, and pixels for all other images.
   features: str = key("")
@@ -253,13 +254,15 @@ class Evaluation:
   inception_sha256: str = key("6726825d")
   resize: str = key("tf1")  # how to resize to 299x299: tf1 (as in the reference code) or clean (as in clean-fid)
   classifier_steps: int = count(600)  # training steps of the classifier that gives features of small gray images
-  reference: str = key("")  # train, held_out or an .npz file; empty: train for inception or many samples, else held_out
+  # train, held_out or an .npz file. Empty: train for inception, or if there are more samples than held-out images;
+  # otherwise held_out.
+  reference: str = key("")
   scores: Sequence[str] = key(())  # names of evaluate.SCORES; empty: all that features, reference and samples allow
   allow_singular: bool = key(False)  # compute a Frechet distance even if its covariances cannot have full rank
   k: int = count(5)  # precision, recall, density and coverage use the k-th nearest neighbor
   pairwise_samples: int = count(10_000)  # maximum number of features for scores that compare pairs
   kernel_subsets: int = count(100)  # number of subsets of the kernel distance
-  kernel_size: int = key(0)  # features in a subset; 0: 1,000, or half of the stored features if that is less
+  kernel_size: int = key(0)  # features in a subset; 0: 1,000, or half of the smaller set if that is less
   splits: int = count(10)  # splits of the Inception Score
   likelihood: Sequence[str] = key(())  # any of bound, ode and continuous: bits per dimension of held-out images
   likelihood_images: int = key(0)  # number of held-out images for likelihoods; 0: all
@@ -279,7 +282,8 @@ class Root:
 
   task: Any = key("tasks.denoise", MODEL, slot=_TASK)
   seed: int = key(0, RUN, Limits(maximum=2**32 - 1))
-  init_from: str = key("", PLACE)  # pretrained model to start training from: a diffusers folder or a name on the hub
+  # pretrained model to start training from: a diffusers folder or a name on the Hugging Face hub
+  init_from: str = key("", PLACE)
   data: Data = section(Data)
   model: Parts = section(Parts, MODEL, _MODEL)
   objective: Any = key("losses.denoising", RUN, slot=_OBJECTIVE)

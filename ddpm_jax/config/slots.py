@@ -39,14 +39,15 @@ class Slot(NamedTuple):
 
   Attributes:
     description: the slot in words, for error messages: "a sampler".
-    kinds: the types of the built values, as classes or types of functions. A string names a class of `module` that this
-      package may not import.
+    kinds: the types of the built values, as classes or types of functions. A string names a class of `module`, for
+      modules that `config` must not import.
     module: the name in `MODULES` of the module to search if a component's name has no module.
     example: a component that fits, for error messages.
     supplied: the arguments that the builder supplies, by type or name. They are not config keys.
-    must_take: names of parameters. If set, a function of the package fits a deferred slot only if it has one of these
-      parameters. They separate functions of equal types that belong to different slots.
-    direct_parameter: the only required parameter of functions that fill the slot without a call, such as `log_snr`.
+    must_take: names of parameters. If set, a function of the package fits a deferred slot only if it has at least one
+      of these parameters. The parameters separate functions of equal types that belong to different slots.
+    direct_parameter: the only required parameter of the package's functions that fill the slot without a call, such as
+      `log_snr`. Custom functions may require others.
     is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function of
       these arguments.
   """
@@ -138,7 +139,8 @@ def use(component: Any, slot: Slot, *, is_custom: bool = False) -> str:
     return ""
   takes_functions = any(typing.get_origin(kind) is CALLABLE for kind in slot.kinds)
   if takes_functions and not slot.is_deferred and typing.get_origin(result) is not CALLABLE:
-    # A function that requires an argument which no config can hold, such as an array, is used without a call.
+    # A function is used without a call if its caller must pass an argument that no config can hold, such as an array.
+    # Any required argument of a custom function counts as such an argument.
     required = [one.name for one in parameters if one.default is MISSING and not is_supplied(one, slot.supplied)]
     if required if is_custom else required == [slot.direct_parameter]:
       return "direct"
@@ -156,8 +158,8 @@ def is_supplied(parameter: inspect.Parameter, supplied: Iterable[Any]) -> bool:
   Args:
     parameter: the parameter of a component.
     supplied: names and types. A name matches a parameter of that name. A type matches a parameter annotated with it,
-      also in a union with None. Without an annotation, a parameter matches a type if its name is the type's name in
-      lower case.
+      also in a union with None. A parameter without an annotation matches a type if the parameter's name is the
+      type's name in lower case.
   """
   kinds = [one for one in members(parameter.annotation) if one is not types.NoneType]
 
@@ -172,7 +174,10 @@ def is_supplied(parameter: inspect.Parameter, supplied: Iterable[Any]) -> bool:
 
 
 def signature(component: Any) -> inspect.Signature | None:
-  """Return the signature of a function or class with resolved annotations, or None if there is no signature."""
+  """Return the signature of a function or class, or None if there is no signature.
+
+  Annotations in quotes are resolved if possible.
+  """
   # Read the `__init__` of a class, because classes of NNX and Equinox themselves accept any arguments.
   is_class = inspect.isclass(component) and component.__init__ is not object.__init__
   for resolve in (True, False):
@@ -225,7 +230,7 @@ def _is_named_tuple(kind: Any) -> bool:
 
 
 def _can_be_set(parameter: inspect.Parameter, slot: Slot) -> bool:
-  """Return whether the builder or a config can set an argument. A config cannot hold an array."""
+  """Return whether an argument has a default, or the builder or a config can set it. A config cannot hold an array."""
   if parameter.default is not MISSING or is_supplied(parameter, slot.supplied):
     return True
   kinds = members(parameter.annotation)

@@ -137,7 +137,7 @@ class _Expander:
     # Sorted, as in config.json: networks concatenate conditions of one kind in this order.
     for name, value in sorted(config.items(), key=lambda item: str(item[0])):
       if not str(name).isidentifier():
-        raise ValueError(f"Got {name!r} as a name in config.{path}; expected a word, such as classes.")
+        raise ValueError(f"Got {name!r} as a name in config.{path}; expected a Python identifier, such as classes.")
       if str(name).startswith("negative_"):
         raise ValueError(
           f"Got {name!r} as a name in config.{path}; expected a name that does not start with 'negative_', a prefix"

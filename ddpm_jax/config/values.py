@@ -100,7 +100,7 @@ def _to_kind(value: Any, kind: Any) -> Any:
   if _is_list(kind):
     return _items(value, kind)
   if kind is float:
-    # Infinity is valid in arguments of components, such as the end of an interval. `Limits` refuse it in sections.
+    # Infinity is valid in arguments of components, such as the end of an interval. `Limits` refuses it in sections.
     is_infinite = isinstance(value, float) and math.isinf(value)
     return float(value) if is_infinite or jsonfiles.matches(value, float) else MISSING
   if kind is MISSING or kind is Any:
@@ -153,7 +153,8 @@ class Limits:
     minimum: the smallest allowed number.
     above: an exclusive lower limit, or None.
     maximum: the largest allowed integer. Floats have no upper limit.
-    is_size: whether the number is a size. Error messages then show the memory of an array of that size.
+    is_size: whether the number is a size. The error message for a number above `maximum` then shows the memory of an
+      array of that size.
   """
 
   minimum: float = 0
@@ -170,7 +171,7 @@ class Limits:
         raise _error(value, path, jsonfiles.kind_name(float))
       if isinstance(number, int) and number > self.maximum:
         size = f". An array of {number} floats takes {memory.format_bytes(4 * number)}" if self.is_size else ""
-        raise _error(value, path, f"at most {self.maximum}, because programs store it in 32 bits{size}")
+        raise _error(value, path, f"at most {self.maximum}, because programs store this number in 32 bits{size}")
       if self.above is not None and number <= self.above:
         raise _error(value, path, f"above {self.above}, such as {default}")
       if number < self.minimum:
@@ -211,7 +212,7 @@ def read(text: str, kinds: Sequence[Any], path: str) -> Any:
 
 
 def literal(text: str) -> Any:
-  """Return the value of a Python literal, such as a number or a tuple. Return the text itself if it is no literal."""
+  """Return the value of a Python literal, such as a tuple, or of a word in `CONSTANTS`. Return other text unchanged."""
   try:
     return ast.literal_eval(text.strip())
   except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):

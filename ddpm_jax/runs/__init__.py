@@ -1,6 +1,7 @@
 """Run the commands of the command line on a config and a folder.
 
-Each command first builds and checks everything in the config. It writes nothing until all checks have passed.
+Each command first builds and checks everything that it needs from the config. It writes no results until all checks
+have passed.
 """
 
 from ddpm_jax.runs import pretrained

@@ -120,7 +120,7 @@ def _many_step_times(experiment: Experiment, sampler: sampling.Sampler) -> np.nd
 
 
 def _edit_by_encoding(experiment: Experiment, task: str, factor: int) -> Callable:
-  """Return a function that adds noise to images or encodes them, and generates the results from there."""
+  """Return a function that turns images into noisy images or latents, and generates the results from these."""
   model, sampler, times, c = experiment.model, experiment.sampler, experiment.times, experiment.editing
   if task == "img2img":
     times = _many_step_times(experiment, sampler)

@@ -64,6 +64,7 @@ def run_edit(
 
   Raises:
     ValueError: if the model, the images, the mask, the conditions or the settings are invalid.
+    FloatingPointError: if a result is not finite.
   """
   if edit.num_results < 1:
     raise ValueError(f"Got --num_samples={edit.num_results}; expected at least 1.")
@@ -177,7 +178,7 @@ def _steer(
     name for name, condition in conditions.items() if not condition.is_source_image and name not in steering.given
   ]
   if steering.classifier is not None and "classes" not in steering.given:
-    raise ValueError("Got --classifier without --classes; expected a class for each image, to guide towards.")
+    raise ValueError("Got --classifier without --classes; expected a class for each image, to guide toward.")
   if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
     flag = condition_flag(missing[0])
     raise ValueError(f"Got guidance without {flag}; expected {flag} with a value for each image, such as {flag}=3.")
@@ -200,7 +201,8 @@ def _write(
 ) -> None:
   """Save the arrays and a picture.
 
-  The picture has a row for each image with the input, its measurement or latent if there is one, and the results.
+  The picture has a row for each of the first `_MAX_ROWS` images. A row shows the input, its measurement or latent if
+  there is one, and the results. To interpolate, a row shows a pair of images with the frames between them.
   """
   output = images.to_uint8(results["output"])
   arrays = {

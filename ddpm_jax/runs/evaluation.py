@@ -31,6 +31,7 @@ def run_eval(
 
   Raises:
     ValueError: if there is no checkpoint, or the experiment cannot be scored.
+    FloatingPointError: if a sample or a likelihood is not finite.
   """
   mesh, task = parallel.make_mesh(), experiment.task
   for variant in variants or (experiment,):

@@ -65,7 +65,7 @@ def load_replicated(experiment: Experiment, folder: Path | None, mesh: jax.shard
   """Load the frozen parameters of a model and replicate them on every device.
 
   Raises:
-    ValueError: if they differ from the parameters that the run in the folder was trained with.
+    ValueError: if they cannot be read, or differ from the parameters that the run in the folder was trained with.
   """
   with _as_value_error():
     replicated = jax.device_put(experiment.model.load_frozen(), parallel.replicated(mesh))

@@ -56,6 +56,7 @@ def run_sample(
 
   Raises:
     ValueError: if there is no checkpoint, or if the config, the number of samples or the conditions are invalid.
+    FloatingPointError: if a sample is not finite.
   """
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; expected at least 1.")
@@ -140,7 +141,7 @@ class Stage(NamedTuple):
   low_res: str
 
   def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
-    """Enlarge samples (uint8), conditioned on the inputs that this model shares."""
+    """Enlarge samples (uint8), given the inputs whose names are conditions of this model."""
     experiment = self.experiment
     height, width = experiment.model.data_shape[:2]
     print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {experiment.sampler_name} ...")

@@ -33,7 +33,7 @@ def check_training(experiment: Experiment, devices: Sequence[Any]) -> None:
   d = experiment.data
   workers = d.num_threads * _THREAD + d.num_workers * _PROCESS
   what = f"config.data.num_threads={d.num_threads} and num_workers={d.num_workers}"
-  memory.check(what, workers, memory.host_bytes(), "Use one for each CPU core.")
+  memory.check(what, workers, memory.host_bytes(), "Use one thread or worker for each CPU core.")
 
 
 def check_batch(experiment: Experiment, size: int, devices: Sequence[Any], name: str) -> None:

@@ -28,7 +28,8 @@ class WeightsChoice(NamedTuple):
   Attributes:
     ema: True for the EMA, False for the raw parameters.
     ema_length: the relative width of an EMA to reconstruct from snapshots; None for the EMA in the checkpoint.
-    step: the checkpoint's step as a number, "best", or "" for the newest.
+    step: the checkpoint's step in digits, "best", or "" for the newest. To reconstruct an EMA, it is the last step to
+      use snapshots of.
   """
 
   ema: bool = True
@@ -46,7 +47,7 @@ class Weights(NamedTuple):
 
   Attributes:
     parameters: the trained and the frozen parameters.
-    step: the step of the checkpoint.
+    step: the step of the checkpoint, or of the last snapshot in a reconstruction.
     name: a readable description, such as "EMA".
     sha256: the digest of the parameters, or "" if it is not computed.
   """

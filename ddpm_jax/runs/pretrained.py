@@ -137,7 +137,7 @@ def restore_init_from(tree: Tree, folder: Path) -> Tree:
   saved = config.find_run(folder) if tree.values["init_from"] else None
   if saved is None or saved.values["init_from"] != tree.values["init_from"]:
     return tree
-  # Keep the options of the new config. `config.check_same_run` compares them later, and allows changes of speed only.
+  # Keep the options of the new config. `config.check_same_run` later allows only changes that affect speed.
   return _with_model(tree, saved.values["model"]["path"])
 
 

@@ -49,7 +49,7 @@ def check_of(experiment: Experiment) -> data.Check | None:
 def read_sources(experiment: Experiment) -> data.Splits:
   """Read the training split and the evaluation split, before training data are held out.
 
-  A split that does not exist is None.
+  The evaluation split is None if it does not exist.
 
   Raises:
     ValueError: if the data are missing or unreadable, or if they lack classes that the task needs.

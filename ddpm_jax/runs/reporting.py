@@ -81,7 +81,7 @@ def content(
     samples: the samples, uint8 [N, H, W, C].
     classes: their classes [N], or None.
     frames: the result of `denoising`.
-    bound_terms: the terms of the variational bound [N], or None.
+    bound_terms: the terms of the variational bound, one for each step of the process, or None.
     nearest: the result of `neighbors`.
   """
   process, tree, shape = run.experiment.model.process, run.experiment.tree, run.experiment.model.data_shape

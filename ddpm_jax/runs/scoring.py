@@ -135,13 +135,13 @@ class Scorer:
     return default_inputs(experiment.model.conditions, count, source if held_out is None else held_out, counts)
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
-    """Save samples in samples/, and write their scores to eval.json and report.html.
+    """Save samples in samples/, and write their scores to eval.json and, with `evaluation.report`, to report.html.
 
     Args:
       weights: the weights to sample from.
       seed: the seed of the samples.
-      variants: the experiment with other samplers. The last one gives the main scores. By default there is one
-        variant, the run's experiment.
+      variants: the experiment with other samplers or numbers of steps. The last one gives the main scores. By default
+        there is one variant, the run's experiment.
     """
     start, run = time.perf_counter(), self._run
     variants = list(variants) or [run.experiment]

@@ -136,7 +136,7 @@ def build_space(experiment: Experiment, source: data.Source, held_out: data.Sour
 def _classifier(
   experiment: Experiment, source: data.Source, held_out: data.Source | None, cache: Path
 ) -> metrics.FeatureSpace:
-  """Train the small classifier, or load it from the cache if its images and its settings are the same."""
+  """Load the small classifier from the cache, or train it if the cache has none for these images and settings."""
   c = experiment.evaluation
   chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:_MAX_CLASSIFIER_IMAGES])
   pixels = data.read_images(source, chosen)
@@ -226,7 +226,8 @@ def build_settings(experiment: Experiment, space: Space, reference: Reference, c
   """Return the settings of an experiment's scores, checked for `count` samples.
 
   If the config lists no scores and there are too few images for a covariance of full rank, the Frechet distance is
-  left out. With Inception features this is an error instead, because users expect their Frechet distance (FID).
+  left out. With Inception features this is an error instead, because users expect their Frechet distance (FID). Neither
+  happens with `evaluation.allow_singular`.
 
   Raises:
     ValueError: if a score is unknown or not available, or if there are too few samples or reference images for it.

@@ -113,7 +113,10 @@ def steer(
 
 
 def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> Experiment:
-  """Return the experiment with the guidance rule of its guides, unless its own rule uses them already."""
+  """Return the experiment with a guidance rule that uses the guides, and with the scale unless it is None.
+
+  The experiment's own rule stays if it uses the guides already.
+  """
   rule, argument = ("classifier", "log_prob") if guides.classifier else ("autoguidance", "weak")
   if guides != NO_GUIDES and argument not in guided.argument_names(experiment.guidance):
     node, default = (tree.values["guidance"] for tree in (experiment.tree, config.expand({})))

@@ -40,11 +40,13 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
   Args:
     tree: the run's config.
     folder: the run's folder.
-    resume: "auto" to resume if there is a checkpoint, "must" to require one, "never" to require an unused folder.
+    resume: "auto" to resume if there is a checkpoint, "must" to require one, "never" to require that
+      there is none.
     profile: the number of steps to trace soon after the start; 0 for none.
 
   Raises:
     ValueError: if the config or the folder is invalid.
+    FloatingPointError: if the gradients of too many steps in a row, or a sample, are not finite.
     Stopped: on SIGTERM or SIGINT, after the state is saved.
   """
   if profile < 0:
@@ -228,9 +230,12 @@ class _Trainer:
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
-    """Move away checkpoints after the step that training resumes from, and describe damaged files in `self.damaged`.
+    """Move checkpoints of later steps than `restored` to the damaged folder, and describe problems in `self.damaged`.
 
-    Later snapshots are deleted.
+    Incomplete checkpoints and snapshots of later steps are deleted.
+
+    Args:
+      restored: the checkpoint that training resumes from; None to start at step 0.
     """
     parallel.wait_for_all("restored")
     folder, step, damaged = self.run.folder, *((0, []) if restored is None else (restored.step, restored.damaged))
@@ -332,7 +337,7 @@ class _Work:
     return [*callbacks, training.Callback(experiment.training.checkpoint_every, self.save_checkpoint)]
 
   def log(self, step: int, metrics: Metrics) -> None:
-    """Add the learning rate, the memory and the speed to the loop's metrics, and log them."""
+    """Add the learning rate, the peak memory and, if known, the FLOP utilization to the metrics, and log them."""
     skipped = int(metrics.get("skipped", 0))
     if skipped > self._skipped:
       warn(

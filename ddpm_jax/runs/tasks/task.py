@@ -38,8 +38,8 @@ class Scorer(Protocol):
     Args:
       weights: the weights to score.
       seed: the seed of the samples and of other random numbers.
-      variants: the experiment with other samplers. The last one gives the main scores. By default there is one
-        variant, the run's experiment.
+      variants: the experiment with other samplers or numbers of steps. The last one gives the main scores. By default
+        there is one variant, the run's experiment.
     """
 
 
@@ -47,8 +47,8 @@ class Scorer(Protocol):
 class Task(Protocol):
   """Define the checks, previews, scores and reports of a run.
 
-  In a config, a task is a function without arguments that returns a `Task`. A user's own task may inherit from this
-  class. The inherited methods make no previews and accept all models.
+  In a config, a task is a function that returns a `Task`. A user's own task may inherit from this class, and must
+  define `scorer`. The other methods of this class make no previews, need no classes and accept all models.
   """
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
