@@ -3,8 +3,9 @@
 python experiments/posterior_errors.py
 
 The images have 2 by 4 correlated pixels. The measurement is the left half (inpainting) or the mean of each block of 2
-by 2 pixels (super-resolution), with noise of standard deviation 0.02. The table lists errors of the mean and covariance
-of the samples, relative to the errors of the prior: 0 is exact, and 1 is as bad as no measurement.
+by 2 pixels (super-resolution). The posterior assumes noise of standard deviation 0.02 in the measurement. The table
+lists errors of the mean and covariance of the samples, relative to the errors of the prior: 0 is exact, and 1 is as bad
+as no measurement.
 """
 
 import jax
@@ -32,7 +33,10 @@ def denoise(x, t):
 
 
 def exact_posterior(operator):
-  """Return the mean and covariance of x_0 given y = A x_0 + noise, and y [1, ...]."""
+  """Return the mean and covariance of x_0 given y = A x_0 + noise, and y [1, ...].
+
+  The value of y is A applied to `TRUTH`, without noise.
+  """
   matrix = np.asarray(operator(jnp.eye(8).reshape(8, *SHAPE)), np.float64).reshape(8, -1).T
   y = matrix @ TRUTH.ravel()
   gain = COVARIANCE @ matrix.T @ np.linalg.inv(matrix @ COVARIANCE @ matrix.T + NOISE_STD**2 * np.eye(len(y)))

@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 
   Attributes:
     make: `make(process) -> Sampler`, or None for the adaptive solver.
-    order: the nominal order.
+    order: the nominal order; 0 for a sampler without an order.
     color: the color in the figures.
     use: when to use it.
     model: `model(process, data)` returns the function for the sampler, a denoiser or a consistency function.
@@ -241,7 +241,7 @@ def longest_grid(sampler, process, grid, budget):
     calls = sampling.nfe(sampler, process, times)
     if calls <= budget:
       return times, calls
-  raise ValueError(f"Got a budget of {budget} calls; expected enough calls for one step.")
+  raise ValueError(f"Got a budget of {budget} calls; expected enough calls for one step. Set a larger budget.")
 
 
 def flow_errors(process, grid, end, budgets, points, tolerances):

@@ -5,12 +5,12 @@ python experiments/benchmarks/traffic.py --topology=v5e:2x4 --types=bfloat16 --b
 
 The first command compiles single layers and small blocks, forward and backward, for one chip and 128 images. Each
 takes seconds to a minute. The second command compiles train steps of recipes. Each takes minutes. Both commands
-need libtpu (pip install '.[plan]'). The columns are in gigabytes (1e9 bytes) per chip, except for the ratios:
+need libtpu (pip install '.[plan]'). These columns are in gigabytes (1e9 bytes) per chip, except for the ratios:
 
-- minimum: the bytes that every program must move. Every program writes the activations that the backward pass needs
-  once and reads them once. It reads the weights once, in the data type of the computation. A block also reads its
+- minimum: the bytes that every program must move. The backward pass needs activations. Every program writes each of
+  them once and reads it once. It reads the weights once, in the data type of the computation. A block also reads its
   inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A train
-  step also reads and writes its state once. Values that follow from these by elementwise operations do not count.
+  step also reads and writes its state once. Activations that follow from others by elementwise operations do not count.
 - memory: the bytes that all operations of the compiled program read from and write to the chip's memory
   (costs.operations).
 - XLA: "bytes accessed" as counted by XLA. This number also includes copies to on-chip memory (128 MB on a v5e) and
