@@ -295,7 +295,7 @@ def test_a_custom_data_set_is_packed(tmp_path, capsys):
   np.testing.assert_array_equal(data.read(held_out, [0, 1])["image"], images[3:])
   with pytest.raises(ValueError, match=r"data.source=mine: missing a required argument: 'first'"):
     data.prepare(mine, {}, fit, tmp_path / "other")
-  with pytest.raises(ValueError, match="classes 0 to 2 for model.conditions.classes.number=2"):
+  with pytest.raises(ValueError, match="classes 0 to 2 for config.model.conditions.classes.number=2"):
     data.prepare(mine, {"first": 3}, fit, tmp_path / "other", check=data.classes_below(2))
   assert not (tmp_path / "other").exists()
 
@@ -325,3 +325,21 @@ def test_preparing_data_needs_no_workdir(tmp_path):
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 2
   assert "Got no --config" in result.stderr
+
+
+def test_a_custom_data_set_may_omit_the_fit_or_rename_it(tmp_path):
+  images = np.stack([random_pixels(seed) for seed in range(4)])
+
+  def without_fit(path: str) -> data.Splits:
+    del path
+    return data.Splits(data.ArraySource(images))
+
+  def renamed(size: data.Fit, path: str) -> data.Splits:
+    assert size.channels == 3
+    return without_fit(path)
+
+  fit = data.Fit(images.shape[1:3], 3)
+  for source in (without_fit, renamed):
+    data.prepare(source, {"path": "photos"}, fit, tmp_path / source.__name__)
+    train, _ = data.packed(fit, str(tmp_path / source.__name__))
+    np.testing.assert_array_equal(train[3]["image"], images[3])

@@ -414,7 +414,9 @@ def test_a_run_without_a_checkpoint_restarts(state, tmp_path):
 
 def test_a_missing_platform_is_refused(tmp_path):
   code, output = start(DENSE, f"--workdir={tmp_path / 'run'}", JAX_PLATFORMS="cuda").finish()
-  assert_refused(code, output, "Got JAX_PLATFORMS=cuda, but JAX finds no device.*Set JAX_PLATFORMS to an available platform")
+  assert_refused(
+    code, output, "Got JAX_PLATFORMS=cuda, but JAX finds no device.*Set JAX_PLATFORMS to an available platform"
+  )
 
 
 def test_a_killed_worker_ends_the_run_and_it_resumes_exactly(tmp_path, dense):

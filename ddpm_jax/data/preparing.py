@@ -43,8 +43,11 @@ def prepare(
   Raises:
     ValueError: if the data set needs no preparation or cannot be prepared, or `output` is missing or not empty.
   """
+  signature = inspect.signature(source)
+  is_fit = (Fit, "Fit", "data.Fit")
+  takes_fit = [name for name, one in signature.parameters.items() if name == "fit" or one.annotation in is_fit]
   try:
-    call = inspect.signature(source).bind(fit, **keys)
+    call = signature.bind(**dict.fromkeys(takes_fit, fit), **keys)
   except TypeError as error:
     raise ValueError(
       f"Got {dict(keys)} as the arguments of data.source={source.__name__}: {error}. Set --config.data.source.<key>."
