@@ -31,8 +31,9 @@ _EXAMPLES = {
 def check_types(function: F) -> F:
   """Make a function raise a ValueError if an argument does not match its annotation.
 
-  The check distinguishes named tuples (such as `Process`), functions, arrays, numbers and strings. Other
-  annotations accept every value. An array may be a NumPy array, and a number may be a scalar array, traced or not.
+  The check distinguishes named tuples (such as `Process`), functions, arrays, numbers and strings. Other annotations
+  accept every value. Where a function expects an array, it also accepts a NumPy array or a number. Where it expects a
+  number, it also accepts a scalar array, traced or not.
   """
   signature = inspect.signature(function)
   annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -115,7 +116,10 @@ def _hint(value: Any, kind: Any, function: Any) -> str:
 
 
 def _name(function: Any) -> str:
-  """Return a function's public name, qualified by its package if the package exports it."""
+  """Return a function's public name.
+
+  A function of ddpm_jax is qualified by its package if the package exports it, otherwise by its module.
+  """
   module, name = getattr(function, "__module__", None) or "", function.__qualname__
   if not module.startswith("ddpm_jax."):
     return function.__name__

@@ -1,12 +1,16 @@
 """Wrap denoisers to clip or guide their estimates.
 
-Each wrapper returns a new function `denoise`. Wrappers do not depend on networks or samplers.
+Each wrapper returns a function `denoise`. Wrappers do not depend on networks or samplers.
 
 A conditional model is a function `conditional(x_t, t, condition) -> x_0 estimate`. The condition is any pytree of
 arrays [B, ...].
 
-A scale of 0 gives the unconditional model (in `autoguidance`, the weaker model). A scale of 1 gives the conditional
-model. A scale above 1 strengthens the effect of the condition. Only `cfg_plus_plus` has another convention.
+A scale of 0 gives the unconditional model: in `classifier_free` the model with the negative condition, in
+`autoguidance` the weaker model. A scale of 1 gives the conditional model. A scale above 1 strengthens the effect of the
+condition. Only `cfg_plus_plus` has another convention.
+
+A scale may be a function of time. If the function returns one scale per sample [B], no network call is skipped, even at
+scales of 0 and 1.
 """
 
 import math
@@ -60,7 +64,7 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: flo
   """
   if not 0 < percentile <= 1 or not 0 < data_max < math.inf:
     raise ValueError(
-      f"Got percentile={percentile}, data_max={data_max}; expected percentile in (0, 1], such as 0.995, and data_max above 0."
+      f"Got percentile={percentile}, data_max={data_max}; expected percentile in (0, 1], such as 0.995, and a finite data_max above 0."
     )
 
   def threshold(x_0):
@@ -80,7 +84,7 @@ def classifier_free(
 
   Here c is the estimate with the condition and u the estimate with the negative condition. One call with a doubled
   batch computes both. At a scale of 1 only c is computed, and at a constant scale of 0 only u. A learned variance comes
-  from c.
+  from c, or from u if only u is computed.
 
   Args:
     conditional: `conditional(x_t, t, condition) -> x_0 estimate`.
@@ -88,12 +92,13 @@ def classifier_free(
     negative: the condition to guide away from, with the structure and shapes of `condition`. With the null class, u is
       the unconditional estimate. An unwanted class also works.
     scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
-    rescale: how closely each sample matches the standard deviation of c, from 0 (no rescaling) to 1 (equal). Source:
-      Lin et al. 2024, equations 15 and 16, applied to x_0.
+    rescale: how far to rescale each sample's estimate to the standard deviation of its c, from 0 (not at all) to 1
+      (fully). It has no effect at a constant scale of 0. Source: Lin et al. 2024, equations 15 and 16, applied to x_0.
 
   Raises:
-    ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], or if the conditions have
-      different shapes. The returned function raises it if the conditions do not match the batch.
+    ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], or if the conditions are not
+      arrays of equal shapes. The returned function raises it if it computes both c and u and the conditions do not
+      match the batch.
   """
   _check_scale(scale)
   _check_conditions(condition, negative)
@@ -123,8 +128,8 @@ def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree,
   """Apply CFG++ guidance (Chung et al. 2024, algorithm 2).
 
   The estimate of the data interpolates between the estimates with the two conditions. The noise is derived from the
-  estimate with the negative condition. Only the rules `sampling.ddim` and `sampling.euler` accept separate estimates
-  for data and noise. Other rules raise an error.
+  estimate with the negative condition. Only the rules `ddim`, `euler` and `euler_ancestral` of `sampling`, and `deis`
+  and `dpm_solver` of order 1, accept separate estimates for data and noise. Other rules raise an error.
 
   Args:
     conditional: the conditional model, as in `classifier_free`.
@@ -133,7 +138,7 @@ def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree,
     scale: the paper's lambda in [0, 1]. A value of 0.6 corresponds to a scale of 7.5 to 9 in `classifier_free`.
 
   Raises:
-    ValueError: if the scale is outside [0, 1]. Other errors are the same as in `classifier_free`.
+    ValueError: if the scale is outside [0, 1]. The conditions raise the same errors as in `classifier_free`.
   """
   if not 0 <= scale <= 1:
     raise ValueError(f"Got scale={scale} for CFG++; expected it in [0, 1], such as 0.6 for strong guidance.")
@@ -157,9 +162,10 @@ def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise
   The weaker model is smaller, or was trained for fewer steps.
 
   Args:
-    denoise: the model. A learned variance comes from it.
+    denoise: the model. It also gives the learned variance, unless only `weak` is called.
     weak: the weaker model, for the same data and condition.
-    scale: 1 for no guidance, and then only `denoise` is called. It may be a function of time.
+    scale: 1 for no guidance, and then only `denoise` is called. At a constant scale of 0 only `weak` is called. The
+      scale may be a function of time.
 
   Raises:
     ValueError: if the scale is negative or not finite.
@@ -269,7 +275,7 @@ def interval(
 def _check_scale(scale: Scale) -> None:
   if not callable(scale) and not 0 <= scale < math.inf:
     raise ValueError(
-      f"Got a guidance scale of {scale}; expected a number of at least 0: 0 is the unconditional model, 1 the conditional model. To guide"
+      f"Got a guidance scale of {scale}; expected a finite number of at least 0: 0 is the unconditional model, 1 the conditional model. To guide"
       " away from a class, pass it as the negative condition."
     )
 
@@ -316,7 +322,7 @@ def _interpolate(u: Array, c: Array, w) -> Array:
 
 
 def _with_scale(guide: Callable[[Array, Array, Any], Any], toward: Denoise, against: Denoise, scale: Scale) -> Denoise:
-  """Return `guide(x_t, t, w)`, or a single branch at a scale of 1 or 0."""
+  """Return a denoiser that calls `guide(x_t, t, w)`, or only one branch at a scale of 1 or a constant scale of 0."""
   if not callable(scale):
     if scale in (0, 1):
       return toward if scale == 1 else against

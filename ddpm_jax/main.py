@@ -17,7 +17,7 @@ def main() -> None:
     SystemExit: with code 1 after a program error, 2 after an input error, and 128 plus the signal number after a
       signal.
   """
-  # The last entry is the folder of the training run, if there is one, for the message after an interrupt.
+  # The last entry is the folder of the training run, or None in other modes. The message after an interrupt names it.
   training: list[Path | None] = [None]
   with console.safe_output(), interrupts.exit_on_interrupt(lambda: shutdown.interrupt(training[-1])):
     details = bool({"--traceback", "--traceback=true"} & {*sys.argv})
@@ -55,7 +55,7 @@ def _quiet(details: bool) -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     # Python's resource tracker warns when it frees the shared memory of a killed process.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # `shutdown` reports Python exceptions. Only errors from native code get here, such as writes to a full disk.
+    # `shutdown` reports Python exceptions. Only errors from native code reach this hook, such as writes to a full disk.
     sys.excepthook = lambda *_: None
 
 

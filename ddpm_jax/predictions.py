@@ -84,7 +84,8 @@ class Prediction(NamedTuple):
     to_x0: `to_x0(output, x_t, alpha, sigma)` returns the estimate of the data. It is affine in the output.
     input_scale: `input_scale(alpha, sigma)` returns the factor on x_t at the network's input. None for a factor of 1.
     needs_slopes: whether `target` and `to_x0` take two more arguments, the time derivatives of alpha and sigma.
-    learned_variance: whether the network's last axis has twice the channels. The second half is the variance.
+    learned_variance: whether the last axis of the network's output has twice the channels of the data. The second half
+      determines the variance.
   """
 
   target: Callable[..., Array]
@@ -129,7 +130,7 @@ VELOCITY = Prediction(
 def edm(sigma_data: float = 0.5) -> Prediction:
   """Return the preconditioned prediction F of EDM (Karras et al. 2022, table 1), generalized to any alpha.
 
-  The network's input, output and target have unit variance.
+  For data with a mean of 0 and the standard deviation `sigma_data`, the network's input and target have unit variance.
 
   Args:
     sigma_data: the standard deviation of the data.
@@ -156,7 +157,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
 
 @check_types
 def learned_range(prediction: Prediction) -> Prediction:
-  """Return the same prediction for a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
+  """Extend a prediction to a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
 
   The network returns twice the channels: first the output, then v. The `fraction` of `Denoised` is (v + 1) / 2.
   """
@@ -189,7 +190,7 @@ def apply_network(
 ) -> tuple[Array, Array | None]:
   """Return the network's output [B, ...] at times t [B], and the learned variance or None.
 
-  The learned variance is the second half of the network's channels.
+  The learned variance is the second half of the output channels.
 
   Raises:
     ValueError: if the output's shape does not match the input's shape.
@@ -212,7 +213,8 @@ def apply_network(
 def check_prediction(process: Process, prediction: Prediction) -> None:
   """Raise a ValueError if the prediction does not determine x_0 at the process's t_max.
 
-  This happens at zero terminal SNR, where alpha is 0.
+  EPS and SCORE do not determine x_0 at zero terminal SNR, where alpha is 0. A learned schedule is traced and cannot be
+  checked.
   """
   with jax.ensure_compile_time_eval():
     one, zero, t = jnp.ones((1,)), jnp.zeros((1,)), jnp.full((1,), process.t_max)
@@ -249,12 +251,12 @@ def denoiser(
 
   Returns:
     `denoise(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result has the shape and dtype of `x_t`. If the
-    prediction has a learned variance, the result is a `Denoised`. Its `fraction` is used by `sampling.ancestral` and
-    the variational bound.
+    prediction has a learned variance, the result is a `Denoised`. With variance="learned", `sampling.ancestral` and the
+    variational bound use its `fraction`.
 
   Raises:
     ValueError: if the prediction does not determine x_0 at the process's t_max. The returned function raises it if the
-      shape of the network's output does not match its input.
+      shape of the network's output does not match `x_t`.
   """
   check_prediction(process, prediction)
 
@@ -277,8 +279,8 @@ def classifier(
 ) -> Callable[[Array, Array], Array]:
   """Turn a classifier of noisy data into `log_probs(x_t, t) -> log p(class | x_t)` [B, K].
 
-  Classifier guidance adds the gradient of one column with respect to x_t to the score (Dhariwal and Nichol 2021,
-  section 4.1).
+  Classifier guidance differentiates one column with respect to x_t, and adds a multiple of this gradient to the score
+  (Dhariwal and Nichol 2021, section 4.1).
 
   Args:
     apply: `apply(x_t, time) -> logits`, with input [B, ...], time [B] and logits [B, K]. Any callable works, as in

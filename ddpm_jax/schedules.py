@@ -50,14 +50,14 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
   Args:
     num_steps: the number N of diffusion steps.
     offset: the paper's `s`. It keeps the first betas away from 0.
-    max_beta: the upper limit of every beta. It affects only the last steps, where alpha_bar goes to 0.
+    max_beta: the upper limit of every beta. A limit near 1 affects only the last steps, where alpha_bar goes to 0.
 
   Raises:
-    ValueError: unless 1 <= num_steps <= 2^24, or if the offset is negative.
+    ValueError: unless 1 <= num_steps <= 2^24, or if the offset is negative or not finite.
   """
   check_steps(num_steps)
   if not 0 <= offset < np.inf:
-    raise ValueError(f"Got offset={offset}; expected a number of at least 0, such as 0.008.")
+    raise ValueError(f"Got offset={offset}; expected a finite number of at least 0, such as 0.008.")
   t = np.arange(num_steps + 1, dtype=np.float64) / num_steps
   alpha_bar = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
@@ -76,7 +76,7 @@ def sigmoid(
     start: the position of t = 0 on the sigmoid.
     end: the position of t = 1 on the sigmoid.
     tau: the temperature. A lower temperature makes the middle steeper.
-    max_beta: the upper limit of every beta. It affects only the last steps, where alpha_bar goes to 0.
+    max_beta: the upper limit of every beta. A limit near 1 affects only the last steps, where alpha_bar goes to 0.
 
   Raises:
     ValueError: unless 1 <= num_steps <= 2^24, start < end and tau > 0.
@@ -95,10 +95,10 @@ def zero_terminal_snr(betas: Betas) -> np.ndarray:
   """Rescale betas [N] so that no data is left at step N and the last beta is 1 (Lin et al. 2024, algorithm 1).
 
   The function shifts sqrt(alpha_bar) to end at 0, and scales it to keep its first value. A model with the rescaled
-  betas must predict V, X0, VELOCITY or `edm`, because an eps prediction does not determine the data at step N.
+  betas must predict V, X0, VELOCITY or `edm`, because EPS and SCORE do not determine the data at step N.
 
   Raises:
-    ValueError: if there are fewer than 2 betas, or a beta is outside (0, 1).
+    ValueError: if the betas are not a one-dimensional table of at least 2 numbers, or a beta is outside (0, 1).
   """
   betas = as_table(betas)
   if betas.ndim != 1 or betas.size < 2 or not np.all((betas > 0) & (betas < 1)):

@@ -249,7 +249,7 @@ def test_only_deterministic_rules_take_a_rising_grid(name):
     with pytest.raises(ValueError, match="expected all of them in"):
       sampling.sample(jax.random.key(0), sampler, lambda x, t: x, x, np.array([0.1, 1.5]))
   else:
-    with pytest.raises(ValueError, match="that adds noise; expected strictly decreasing times"):
+    with pytest.raises(ValueError, match="that is not reversible; expected strictly decreasing times"):
       sampling.sample(jax.random.key(0), sampler, lambda x, t: x, x, np.array([0.1, 0.5]))
 
 

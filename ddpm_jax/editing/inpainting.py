@@ -22,8 +22,8 @@ def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
   """Replace the known pixels of x_t before each step.
 
   Each step first replaces the known pixels of x_t with a new sample of q(x_t | x_0) for the known x_0. After a step to
-  clean data, the known pixels equal those of the image, bit for bit. Source: Song et al. 2021, appendix I.2; Lugmayr et
-  al. 2022, equation 8.
+  clean data, the known pixels of x and of the image are equal, bit for bit. Source: Song et al. 2021, appendix I.2;
+  Lugmayr et al. 2022, equation 8.
 
   Args:
     sampler: the step rule.
@@ -78,8 +78,8 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
       so that all intermediate times are steps of the network.
 
   Raises:
-    ValueError: if the rule has memory, `resamples` or `jump` is not an integer of at least 1, or `image` or `keep` is
-      invalid for `replace`.
+    ValueError: if the rule has a memory of more than call counts, `resamples` or `jump` is not an integer of at least
+      1, or `image` or `keep` is invalid for `replace`.
   """
   for name, value in (("resamples", resamples), ("jump", jump)):
     if value != int(value) or value < 1:

@@ -1,7 +1,8 @@
 """Measure images with linear operators.
 
 An operator is a function x [B, H, W, C] -> y [B, ...] that applies the same linear map to each sample. This module has
-common operators, but any linear function works. `transpose` derives the transpose with JAX.
+common operators. `editing.posterior` accepts any linear function, and `editing.dps` any differentiable function.
+`transpose` derives the transpose with JAX.
 """
 
 import math
@@ -22,7 +23,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 @check_types
 def mask_operator(keep) -> Operator:
-  """Make an operator that keeps some pixels and sets the others to 0.
+  """Make an operator that keeps some pixels and sets all other pixels to 0.
 
   The measurement is `y = where(keep, x, 0)`, of the shape of x.
 

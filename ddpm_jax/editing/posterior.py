@@ -28,11 +28,11 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   last step moves x too, so clean data may overshoot the measurement by `scale`.
 
   The method does not use the noise level of y; `scale` takes its place. No value of `scale` gives exact samples of the
-  posterior. `posterior` is exact for Gaussian data.
+  posterior. `posterior` with covariance="tweedie" and enough iterations is exact for Gaussian data.
 
   One network call at x_t serves both the gradient and the step rule. Rules that call the network only at other points
-  need one additional call per step, and `sampling.nfe` counts it. These are `ode` and rules that move x first, such as
-  rules with churn, a corrector, or `replace`.
+  need one additional call per step, and `sampling.nfe` (except for `ode`) and `sampling.solve` count it. These rules
+  are `ode` and rules that move x first, such as rules with churn, a corrector, or `replace`.
 
   Args:
     sampler: the step rule.
@@ -88,10 +88,12 @@ def posterior(
 ) -> Denoise:
   """Make `denoise` conditional on a measurement y = A x_0 + noise_std * noise.
 
-  The result estimates E[x_0 | x_t, y] and works with any sampler. For a Gaussian p(x_0 | x_t) with the mean x_0 and the
+  The result estimates E[x_0 | x_t, y] and works with any sampler. For a Gaussian p(x_0 | x_t) with the mean m and the
   covariance C,
 
-    E[x_0 | x_t, y] = x_0 + C A^T (noise_std^2 + A C A^T)^-1 (y - A x_0)
+    E[x_0 | x_t, y] = m + C A^T (noise_std^2 + A C A^T)^-1 (y - A m)
+
+  Here m is the estimate of the argument `denoise`.
 
   - "tweedie": C is sigma^2 / alpha times the Jacobian of the estimate. This is the covariance of x_0 given x_t (Boys et
     al. 2023; Rozet et al. 2024, moment matching posterior sampling). It is exact for Gaussian data. It takes one
@@ -116,15 +118,16 @@ def posterior(
     iterations: the number of iterations of conjugate gradients.
 
   Returns:
-    A function `denoise(x_t, t)` with the same output shape and dtype.
+    A function `denoise(x_t, t)` with the output shape and dtype of the argument `denoise`.
 
   Raises:
-    ValueError: if `noise_std` is not positive, `covariance` has another value, or `iterations` is not an integer of at
-      least 1. The returned function raises it if the operator is not linear or the measurement has the wrong shape.
+    ValueError: if `noise_std` is not positive and finite, `covariance` has another value, or `iterations` is not an
+      integer of at least 1. The returned function raises it if the operator is not linear or the measurement has the
+      wrong shape.
   """
   if not 0 < noise_std < math.inf:
     raise ValueError(
-      f"Got noise_std={noise_std}; expected a number above 0, such as 0.01 for measurements without noise."
+      f"Got noise_std={noise_std}; expected a finite number above 0, such as 0.01 for measurements without noise."
     )
   if covariance not in ("tweedie", "isotropic"):
     raise ValueError(f"Got covariance={covariance!r}; expected 'tweedie' or 'isotropic'.")

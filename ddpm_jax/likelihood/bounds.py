@@ -61,9 +61,9 @@ def variational_bound(
   with t = n/N and s = (n-1)/N. Each step uses one sample of x_t. The last term is the discretized Gaussian of
   `losses.decoder_bits`.
 
-  Evaluating all N steps takes N network calls. With `num_evaluations`, fewer random steps give an unbiased estimate:
-  two evaluations at step 1, and two in each of `num_evaluations` / 2 - 1 ranges of the other steps. The ranges cover
-  equal intervals of log-SNR, and the steps of a range are equally likely.
+  Evaluating all N steps takes N network calls. With `num_evaluations`, random steps give an unbiased estimate: two
+  evaluations at step 1, and two in each of `num_evaluations` / 2 - 1 ranges of the other steps. The ranges cover
+  approximately equal intervals of log-SNR, and the steps of a range are equally likely.
 
   Args:
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
@@ -130,16 +130,17 @@ def continuous_bound(
 
     L = KL(q(x_T | x_0) || p(x_T)) - E log p(x_0 | x_tmin) + 1/2 int E |eps - eps_hat(x_t)|^2 dl
 
-  for images on 256 levels. Here l is the log-SNR, which ranges from its value at t_max to its value at t_min, and
-  |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this bound (equation 8, with the
-  weight g^2). The bound depends on the process only through the two ends of l. The decoder is the one of Kingma et al.:
-  the probability of each of the 256 values is proportional to q(x_tmin | value).
+  for images on 256 levels. Here l is the log-SNR. It ranges from its value at t_max to its value at t_min. In terms of
+  the data, |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this bound (equation 8,
+  with the weight g^2). The bound depends on the process only through the two ends of l. The decoder is the one of
+  Kingma et al.: the probability of each of the 256 values is proportional to q(x_tmin | value).
 
   The estimate samples l uniformly, twice in each of `num_evaluations` / 2 equal intervals. The two samples of an
   interval give the standard error.
 
   Where the noise is smaller than the distance between levels, a model that cannot distinguish the levels loses up to
-  half a nat per unit of l. A larger t_min can then give a smaller bound, because the decoder covers this range instead.
+  half a nat per dimension and unit of l. A larger t_min can then give a smaller bound, because the decoder covers this
+  range instead.
 
   Args:
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
@@ -148,8 +149,9 @@ def continuous_bound(
     x_0: data [B, ...] on 256 levels in [-1, 1], as from `storage.images.from_uint8`.
     num_evaluations: the number of network calls per image, an even number of at least 2.
     t_min: the time of the decoder, in (0, t_max). The bound is valid for any value. Default: the time with log-SNR
-      13.3, as in Kingma et al., or the smallest training time if that is larger. The smallest training time is 1e-5
-      t_max, or `process.t_min` for discrete processes and for processes with t = sigma.
+      13.3, as in Kingma et al., or the smallest training time if this time is larger. The smallest training time is
+      1e-5 t_max, or `process.t_min` for discrete processes and for processes with t_max above 1, such as
+      `processes.edm`.
 
   Raises:
     ValueError: if concrete data are not on 256 levels, the number of keys is wrong, or `num_evaluations` or `t_min` is
@@ -189,7 +191,7 @@ def continuous_bound(
 
 
 def _level_bits(process: Process, x_0: Array, x_t: Array, t: Array) -> Array:
-  """Compute -log2 of q(x_t | x_0) over the sum of q(x_t | level) for all levels, per dimension [B]."""
+  """Compute -log2 of the ratio of q(x_t | x_0) to the sum of q(x_t | level) over all levels, per dimension [B]."""
   levels = jnp.asarray(np.linspace(-1, 1, LEVELS), x_0.dtype).reshape((1,) * x_0.ndim + (-1,))
   alpha, sigma, x_0, x_t, levels = widen(process.alpha(t), process.sigma(t), x_0, x_t, levels)
 

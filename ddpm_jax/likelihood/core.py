@@ -30,8 +30,8 @@ class Summary(NamedTuple):
 def summary(bits, axis: int = 0) -> Summary:
   """Compute the mean of independent values, such as the bits of images, and its standard error.
 
-  Every image has its own random noise, times and probes, so the standard error includes the variance of these
-  estimates.
+  Every image has its own random noise, times and probes, so the standard error includes the variance from these random
+  numbers.
 
   Args:
     bits: values [B, ...].
@@ -62,7 +62,7 @@ def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
   """
   check_batch(x_0)
   if jnp.ndim(x_0) < 2:
-    raise ValueError(f"Got data of shape {jnp.shape(x_0)}; expected a batch [B, ...].")
+    raise ValueError(f"Got data of shape {jnp.shape(x_0)}; expected a batch [B, ...] with at least two axes.")
   randomness.check_keys(key, x_0.shape[0])
   if not on_levels or isinstance(x_0, jax.core.Tracer):
     return
@@ -76,12 +76,12 @@ def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
 
 
 def min_training_time(process: Process) -> float:
-  """Return the smallest time at which networks are trained.
+  """Return the smallest time at which networks are usually trained.
 
   It is 1e-5 t_max (Song et al. 2021, appendix C), or `process.t_min` for discrete processes and for processes with
-  t = sigma.
+  t_max above 1, such as `processes.edm`.
   """
-  # The first step is at 1/N. Where t is sigma, t_min is the smallest sigma.
+  # The first step of a discrete process is at 1/N. In EDM, t_min is the smallest sigma of training.
   if process.num_steps or process.t_max > 1:
     return process.t_min
   return 1e-5 * process.t_max

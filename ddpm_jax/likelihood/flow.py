@@ -30,9 +30,10 @@ class OdeBits(NamedTuple):
   """Hold the results of `ode_bits`.
 
   Attributes:
-    bits: -log2 p(x_0) per dimension, averaged over the probes [B]. NaN where the solver exceeded `max_nfe`.
-    by_probe: -log2 p(x_0) per dimension from each probe [B, probes], or [B, 1] for an exact trace.
-      `summary(by_probe, axis=1)` gives the standard error.
+    bits: -log2 p(x_0) per dimension, averaged over the probes [B]. NaN where the solver needs more than `max_nfe`
+      evaluations.
+    by_probe: -log2 p(x_0) per dimension from each probe [B, probes], or [B, 1] for an exact trace. With at least 2
+      probes, `summary(by_probe, axis=1)` gives the standard error of `bits` due to the probes.
     nfe: the number of evaluations of the right-hand side for each image [B].
   """
 
@@ -64,15 +65,15 @@ def ode_bits(
 
   The flow is dx/dt = f(x, t). The solver integrates x and the divergences of all probes v together, with separate steps
   for each image (`sampling.rk45` with `per_sample`). Each image keeps its probes for the entire flow (Grathwohl et al.
-  2019), so only the solver causes bias.
+  2019), so only the solver's error biases the estimate of the integral.
 
   The result is the model's density of x_tmin, evaluated at x_0. It neglects the noise between 0 and t_min, and the
   difference between the true distribution of x_tmax and the prior.
 
   Dequantization replaces a value k of 0..255 by y = 2 (k + u) / 256 - 1 with u uniform in [0, 1). The probability of a
   level is the integral of the density over an interval of width 2/256. By Jensen's inequality,
-  -log2 P(k) <= E[-log2 p(y)] + 7 per dimension. The result includes the constant 7 = log2(256 / 2), so it is an upper
-  bound. Without dequantization, the result is -log2 of a density and may be negative.
+  -log2 P(k) <= E[-log2 p(y)] + 7 per dimension. The result includes the constant 7 = log2(256 / 2), so its mean over u
+  is an upper bound. Without dequantization, the result is -log2 of a density and may be negative.
 
   Each evaluation of the right-hand side costs one network call and `probes` derivatives, or D derivatives for an exact
   trace in D dimensions. For a U-Net on 8x8 images on a CPU, a forward-mode derivative together with the value takes
@@ -86,15 +87,15 @@ def ode_bits(
     x_0: data [B, ...] in [-1, 1]. D is the total number of dimensions of a sample. For dequantization the data must be
       on 256 levels, as from `storage.images.from_uint8`.
     probes: the number of probes v per image.
-    probe_noise: the distribution of v: "rademacher" for random signs, or "gaussian", which has a larger variance
-      (Hutchinson 1990).
+    probe_noise: the distribution of v, "rademacher" for random signs, or "gaussian". The estimate has a larger variance
+      with "gaussian" (Hutchinson 1990).
     exact_trace: whether to compute the exact trace, for at most 1024 dimensions. `probes` and `probe_noise` then have
       no effect.
-    reverse_mode: whether to use reverse-mode derivatives (`jax.vjp`). Some networks support no others, such as a `UNet`
-      with kernels="loop". Forward mode needs less memory.
+    reverse_mode: whether to use reverse-mode derivatives (`jax.vjp`). Some networks, such as a `UNet` with
+      kernels="loop", support only reverse mode. Forward mode needs less memory.
     dequantize: whether x_0 holds levels rather than continuous data.
     t_min: the start of the flow, in (0, t_max). Default: 1e-5 t_max, as in Song et al., or `process.t_min` for discrete
-      processes and for processes with t = sigma.
+      processes and for processes with t_max above 1, such as `processes.edm`.
     rtol: the relative tolerance for the root mean square error of an image's x and integrals.
     atol: the absolute tolerance.
     max_nfe: the maximum number of evaluations of the right-hand side.

@@ -149,8 +149,8 @@ def denoising(
     time_input: maps time to the network's time input. Default: the time input of the process.
     times: the distribution of training times. Default: `uniform(process)`. `importance(process)` adapts to the losses.
     weighting: w(log-SNR), the weight of the squared error of eps.
-    vlb_weight: the weight of the variational bound, which trains a learned variance (Nichol and Dhariwal 2021,
-      equation 16).
+    vlb_weight: the weight of the variational bound in `hybrid_loss` (Nichol and Dhariwal 2021, equation 16). It has no
+      effect without a learned variance.
 
   Raises:
     ValueError: if the prediction does not determine x_0 at t_max, or has a learned variance for a continuous process.
@@ -269,6 +269,6 @@ def _item(batch: Mapping[str, PyTree], name: str) -> Array:
   if name not in batch:
     raise ValueError(
       f"Got a batch with the keys {', '.join(sorted(batch)) or '(none)'}; expected {name!r} among them. Add it in `encode`"
-      " of training.train_step, or pass the name of a key that the data have."
+      " of training.train_step, or for missing classes set `target` of losses.classification to another key."
     )
   return batch[name]

@@ -69,8 +69,8 @@ def evaluate(
 ) -> Evaluation:
   """Evaluate a network on data noised to random times.
 
-  The arguments and errors are the same as for `denoising_loss`. A loss compares `output` with `target`. With
-  the same keys, every loss gets the same times and noise.
+  The arguments, without `weighting`, and the errors are the same as for `denoising_loss`. A loss compares `output` with
+  `target`. With the same key and the same distribution of times, every loss gets the same times and noise.
   """
   check_prediction(process, prediction)
   t, importance, eps, x_t = sample_noisy(key, process, x_0, times)
@@ -104,7 +104,7 @@ def denoising_loss(
 ) -> tuple[Array, dict[str, Array]]:
   """Compute the weighted squared error of a denoiser at random times.
 
-  The error is averaged over dimensions, then over the batch.
+  The error is averaged over dimensions, then over the batch with the importance weights of `times`.
 
   Args:
     key: one key, or one key per sample [B].

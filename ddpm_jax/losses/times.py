@@ -3,7 +3,7 @@
 A distribution is a function `times(keys) -> (t, weight)` of one key per sample [B]. Both results are arrays [B].
 
 A distribution can be a part of the definition of the loss, like the log-normal distribution of EDM. Then all weights
-are 1. Other distributions reduce the variance of a loss that is defined with uniform times. Then the importance weights
+are 1. Other distributions reduce the variance of a loss that is defined with uniform times. Their importance weights
 keep the expected loss the same. `AdaptiveTimes` is a distribution that depends on recent losses.
 """
 
@@ -24,7 +24,8 @@ TimeDistribution = Callable[[Array], tuple[Array, Array]]
 def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
   """Sample times uniformly.
 
-  The times are the steps 1..N of a discrete process, or the interval [t_min, t_max] of a continuous one.
+  On a discrete process, the times are n/N for all steps n up to t_max. On a continuous process, they are in
+  [t_min, t_max].
 
   Args:
     process: the forward process.
@@ -42,7 +43,8 @@ def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistrib
   """Sample uniform times that are evenly spaced across the batch.
 
   Even spacing reduces the variance of the loss (Kingma et al. 2021, appendix I). Sample i of B gets u + i/B (mod 1),
-  with one random u per batch. A sample's time thus depends on the batch size and on the key of the first sample.
+  with one random u per batch. A sample's time thus depends on its index, the batch size and the key of the first
+  sample.
 
   Args:
     process: the forward process.
@@ -64,7 +66,7 @@ def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistrib
 def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDistribution:
   """Sample times with a normal distribution of log(sigma / alpha) (Karras et al. 2022, table 1).
 
-  Times are clipped to [t_min, t_max] of the process.
+  Times are clipped to [t_min, t_max] of the process. On a discrete process they are rounded up to a step.
 
   Args:
     process: the forward process.
@@ -81,6 +83,8 @@ def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDi
 @check_types
 def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeDistribution:
   """Sample t = t_max / (1 + exp(-z)) with normal z (Esser et al. 2024, section 3.1).
+
+  Times are clipped to [t_min, t_max] of the process. On a discrete process they are rounded up to a step.
 
   Args:
     process: the forward process.
@@ -154,7 +158,7 @@ def importance_times(process: Process, moments: LossMoments, uniform_share: floa
   """Sample steps in proportion to the root mean square of their recent losses.
 
   Sampling is uniform until every step has a full history (Nichol and Dhariwal 2021, section 3.3). This is a pure
-  function of `moments`. Add losses to the moments with `update_moments`. `importance` does both.
+  function of `moments`. Add losses to the moments with `update_moments`. `importance` combines both functions.
 
   Args:
     process: a discrete process.

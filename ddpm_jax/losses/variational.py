@@ -79,8 +79,8 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
     Bits per dimension [B].
 
   Raises:
-    ValueError: if the process is continuous, `variance` has another value, or it is "learned" and `denoised` has no
-      variance.
+    ValueError: if the process is continuous or has a single step, concrete `t` are not times of steps, `variance` has
+      another value, or `variance` is "learned" and `denoised` has no variance.
   """
   n = process.num_steps
   if n is None or n < 2:
@@ -145,7 +145,8 @@ def hybrid_loss(
 
   Returns:
     The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, the `loss` of each sample, and its two parts,
-    `squared_error` and `vlb_bits` (the term of the sampled step). None of them include importance weights.
+    `squared_error` and `vlb_bits` (the term of the sampled step, without its weight). The parts and `loss` do not
+    include importance weights.
 
   Raises:
     ValueError: if the process is continuous or the prediction has no learned variance.

@@ -53,18 +53,18 @@ def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: in
   """Follow the probability flow along a grid of times with adaptive steps (Song et al. 2021, equation 13).
 
   The rule chooses its own steps, so its grid needs only the ends. `grids.for_sampler` makes this grid. A grid with more
-  times interrupts the solver at each of them. The step to s = 0 returns the denoised mean, because the right-hand side
-  of the flow is 0/0 there. The rule adds no noise. It is reversible: a rising grid encodes data.
+  times interrupts the solver at each time. The step to s = 0 returns the denoised mean, because the right-hand side of
+  the flow is 0/0 there. The rule adds no noise. It is reversible: a rising grid encodes data.
 
   With one key per sample, each sample has its own steps and depends only on its own start. The network is then called
   with t of shape [B]. With one key, the whole batch shares its steps.
 
   Args:
     process: the forward process.
-    rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over the batch, or
-      over each sample.
+    rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over each sample
+      with one key per sample, or over the batch with one key.
     atol: the absolute tolerance.
-    max_nfe: the largest number of network calls in a step of the grid.
+    max_nfe: the largest number of network calls in one step of the grid.
 
   Returns:
     The rule. `solve` counts its network calls, including the call in the last step to 0. A sample that needs more than
@@ -126,7 +126,7 @@ def integrate(
     s: the end time, a scalar above 0. It is below t to sample, and above t to encode. At 0 the right-hand side of the
       flow is 0/0: stop at `process.t_min` and call `denoise` for the last step to data.
     rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over the batch, or
-      over each sample.
+      over each sample with `per_sample`.
     atol: the absolute tolerance.
     max_nfe: the largest number of network calls.
     per_sample: whether each sample has its own error, step sizes and times, so that sample i depends on x[i] alone. The
@@ -139,7 +139,8 @@ def integrate(
     because the number of steps is not known in advance.
 
   Raises:
-    ValueError: if the tolerances are not positive and finite, or a concrete time is outside (0, t_max].
+    ValueError: if the tolerances are not positive and finite, x is not an array of floats, a time is not a scalar, or a
+      concrete time is outside (0, t_max].
   """
   check_floats(x)
   for value in (t, s):
@@ -191,7 +192,7 @@ def rk45(
     t: the start time, a scalar.
     end: the end time, a scalar.
     rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over the entire
-      state, or over each row.
+      state, or over each row with `per_sample`.
     atol: the absolute tolerance.
     max_nfe: the largest number of calls of `fun`.
     per_sample: whether each row has its own error, step sizes and times.

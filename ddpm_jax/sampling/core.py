@@ -23,18 +23,18 @@ class Sampler(NamedTuple):
   Attributes:
     init: `init(x) -> memory` returns the rule's first memory, any pytree.
     step: `step(key, denoise, x_t, memory, t, s) -> (x_s, memory)` steps from scalar time t down to s < t. `key` is one
-      key, or one key per sample. The step to s = 0 returns the denoised mean, without noise.
+      key, or one key per sample. A step to s = 0 returns the estimate of x_0, without noise.
     process: the process whose times the rule takes. `sample` checks the grid against it. None allows all times of at
       least 0.
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
     calls: the number of network calls in each of three kinds of steps: between noisy times, to clean data, and from or
       to a time without data (alpha = 0).
-    prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` calls it.
+    prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` and `solve` call
+      it.
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
       rules with a data-dependent number of calls, and replaces `calls`. None for all other rules.
-    spacing: how `grids.for_sampler` spaces the rule's times. "time" is even in time, as in training. "log_snr" is even
-      in the log-SNR. "ends" is only t_max, the last time above 0, and 0, for a rule that chooses its own steps in
-      between.
+    spacing: how `grids.for_sampler` spaces the rule's times. "time" is even in time. "log_snr" is even in the log-SNR.
+      "ends" is only t_max, the last time above 0, and 0, for a rule that chooses its own steps in between.
     two_estimates: whether the rule can use separate estimates for data and noise, from `guidance.cfg_plus_plus`.
   """
 
@@ -152,7 +152,7 @@ def _calls(sampler: Sampler, process: Process | None, times) -> Array:
   if process is None:
     clean_steps, no_data_steps = jnp.asarray(last == 0, jnp.int32), jnp.zeros((), jnp.int32)
   else:
-    # The grid may exceed t_max by the tolerance of its check.
+    # The grid may exceed t_max by the tolerance of `check_times`.
     first, last = (jnp.minimum(time, process.t_max) for time in (first, last))
     clean_steps = jnp.asarray(process.sigma(last) == 0, jnp.int32)
     no_data = jnp.minimum(process.alpha(first), process.alpha(last)) == 0
@@ -181,8 +181,8 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
     )
   if rising and not sampler.reversible:
     raise ValueError(
-      f"Got rising times {values} for a sampler that adds noise; expected strictly decreasing times, from noise to data."
-      " To go from data to noise, use a deterministic rule, such as sampling.ddim(process)."
+      f"Got rising times {values} for a sampler that is not reversible; expected strictly decreasing times, from noise to data."
+      " To go from data to noise, use a deterministic rule without wrappers, such as sampling.ddim(process)."
     )
   if rising and values[0] == 0:
     raise ValueError(
@@ -210,8 +210,9 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     sampler: the step rule, such as `sampling.ddim(process)`.
     denoise: `denoise(x_t, t) -> x_0 estimate`.
     x: the start [B, ...] at `times[0]`, such as `process.prior(key, shape)`.
-    times: a strictly decreasing grid [K + 1]. Inside `jax.jit`, new values of the same length do not recompile. A
-      deterministic sampler also accepts an increasing grid that starts above 0, to encode data (DDIM inversion).
+    times: a strictly decreasing grid [K + 1]. As an argument of a jitted function, a new grid of the same length does
+      not recompile the function. A reversible sampler also accepts an increasing grid that starts above 0, to encode
+      data (DDIM inversion).
     return_trajectory: whether to return all states.
 
   Returns:
@@ -220,8 +221,8 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
 
   Raises:
     ValueError: if the grid has fewer than two times, is not monotone, leaves the process's range, or rises for a
-      sampler that adds noise. Also if `key` is not a typed key, `x` is not an array of floats, or `denoise` changes the
-      shape.
+      sampler that is not reversible. Also if `key` is not a typed key, `x` is not an array of floats, or `denoise`
+      changes the shape.
   """
   x_end, _, states = _run_loop(key, sampler, denoise, x, times, keep_states=return_trajectory)
   return jnp.concatenate([x[None], states]) if return_trajectory else x_end

@@ -27,7 +27,8 @@ from ddpm_jax.sampling.exponential import Past, half_log_snr, integral_of_x_0, i
 def dpm_solver(process: Process, order: int = 3) -> Sampler:
   """Build singlestep DPM-Solver-1, -2 or -3 on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2).
 
-  Order 1 is DDIM. A step calls the network `order` times.
+  Order 1 is DDIM. A step calls the network `order` times. A step to clean data, or from or to a time without data,
+  calls it once.
 
   Raises:
     ValueError: if the order is not 1, 2 or 3.
@@ -82,7 +83,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
 def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
   """Build DPM-Solver++(2S), with an estimate of x_0 at the midpoint in lambda (Lu et al. 2022b, algorithm 1).
 
-  A step calls the network twice.
+  A step calls the network twice. A step to clean data, or from or to a time without data, calls it once.
 
   Args:
     process: the forward process.
@@ -153,8 +154,9 @@ def dpmpp_3m(process: Process) -> Sampler:
 def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
   """Build singlestep DPM-Solver++ of order 2 on the reverse SDE (k-diffusion's `sample_dpmpp_sde`).
 
-  A step calls the network twice. Its noise contains the noise of its first half, as on one path of Brownian motion
-  (SEEDS-2, Gonzalez et al. 2023). k-diffusion correlates the two noises by their distance in sigma instead.
+  A step calls the network twice. A step to clean data, or from or to a time without data, calls it once. The noise of a
+  step contains the noise of its first half, as on one path of Brownian motion (SEEDS-2, Gonzalez et al. 2023).
+  k-diffusion correlates the two noises by their distance in sigma instead.
 
   Args:
     process: the forward process.

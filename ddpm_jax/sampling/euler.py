@@ -34,7 +34,8 @@ def fresh_noise(process: Process, t, s, eta: float):
 def ddim(process: Process, eta: float = 0.0) -> Sampler:
   """Build DDIM (Song et al. 2021a, equation 12).
 
-  With eta = 0 it follows the probability flow. With eta = 1 it is the ancestral rule.
+  With eta = 0 it follows the probability flow. With eta = 1 its steps are equal to the steps of `ancestral` with
+  variance="small".
 
   Args:
     process: the forward process.
@@ -61,8 +62,8 @@ def ddim(process: Process, eta: float = 0.0) -> Sampler:
 def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   """Build k-diffusion's Euler ancestral rule.
 
-  It takes an Euler step to a noise level below the level of s, and adds fresh noise to reach s. It is equal to `ddim`
-  with the same eta. Only its `spacing` differs: it is "time" on continuous processes too.
+  It takes an Euler step to a noise level below the level of s, and adds fresh noise to reach s. It differs from `ddim`
+  with the same eta only in its `spacing`, "time" on continuous processes too.
 
   Args:
     process: the forward process.
@@ -80,7 +81,7 @@ def euler(
 ) -> Sampler:
   """Build Euler's rule with EDM's churn.
 
-  Without churn it is equal to `ddim(process)`.
+  Without churn its steps are equal to the steps of `ddim(process)`.
 
   Args:
     process: the forward process.
@@ -88,10 +89,11 @@ def euler(
       but at most by sqrt(2). 0 adds no noise. Noise never moves x past t_max, so a step from t_max adds none.
     s_min: the smallest sigma/alpha at which noise is added.
     s_max: the largest sigma/alpha at which noise is added.
-    s_noise: the standard deviation of the added noise. A value slightly above 1 counteracts a loss of detail.
+    s_noise: the factor on the standard deviation of the added noise. A value slightly above 1 counteracts a loss of
+      detail.
 
   Raises:
-    ValueError: if s_churn or s_noise is negative, or unless 0 <= s_min <= s_max.
+    ValueError: if s_churn or s_noise is negative or not finite, or unless 0 <= s_min <= s_max.
   """
   return _with_churn(process, _euler_step, (1, 1, 1), True, s_churn, s_min, s_max, s_noise)
 
@@ -135,7 +137,7 @@ def _with_churn(
   """
   if not (0 <= s_churn < math.inf and 0 <= s_noise < math.inf and 0 <= s_min <= s_max):
     raise ValueError(
-      f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; expected s_churn and s_noise at least 0 and"
+      f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; expected s_churn and s_noise finite and at least 0, and"
       " 0 <= s_min <= s_max, as in heun(process, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)."
     )
 

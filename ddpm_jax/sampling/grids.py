@@ -4,12 +4,13 @@ A grid of K steps is a float64 NumPy array of K + 1 strictly decreasing times th
 decreasing array. The functions of this module make the grids of the papers, and `for_sampler` makes the grid for a
 rule.
 
-Each function takes the process and the number of steps K. Some functions also take the first time `t_max` and the last
-time before 0, `t_min`. To start from data with only a part of the noise, set `t_max` below the process's t_max. To
-leave out the step to 0, use `grid[:-1]`.
+Each grid function takes the process and the number of steps K. Some also take the first time `t_max` and the last time
+before 0, `t_min`. To start from data with only a part of the noise, set `t_max` below the process's t_max. To leave out
+the step to 0, use `grid[:-1]`.
 
-A function raises a ValueError if K is too small or too large, or if `t_max` or `t_min` is out of range. `trailing`,
-`leading` and `linspace` also raise it for a continuous process.
+The functions raise a ValueError if K is too small or too large, or if `t_max` or `t_min` is out of range. `log_snr` and
+`karras` also raise it if no data is left at the first time. `trailing`, `leading` and `linspace` also raise it for a
+continuous process. Their N is the number of steps up to the process's t_max.
 """
 
 import functools
@@ -28,14 +29,15 @@ from ddpm_jax.sampling.core import Sampler
 def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarray:
   """Make a grid of K = `num_steps` steps for a rule and a process, according to the rule's `spacing`.
 
-  - "ends" gives [t_max, max(t_min, 1e-3), 0] for any `num_steps`.
+  - "ends" gives [t_max, last, 0] for any `num_steps`, with last = max(t_min, 1e-3). It gives [t_max, 0] if last is not
+    below t_max.
   - "time" gives `trailing` on discrete processes. On continuous processes it gives `uniform`, with a short last step
     from t_min.
   - "log_snr" gives `log_snr`. If no data is left at t_max, the log-SNR is infinite there. The grid is then `trailing`
     on discrete processes and `uniform` on continuous processes.
 
-  On processes with t = sigma (t_max > 1), "time" and "log_snr" both give `karras`. Even steps in sigma would use almost
-  all steps at high noise levels.
+  On processes with t_max above 1, such as `processes.edm`, "time" and "log_snr" both give `karras`. Even steps in sigma
+  would use almost all steps at high noise levels.
 
   Raises:
     ValueError: if the rule has another spacing, or if the grid cannot be made.
@@ -63,7 +65,7 @@ def default_t_min(sampler: Sampler, process: Process) -> float:
   """Return the default `t_min` of `uniform` and `quadratic` for a rule.
 
   On a continuous process, a rule with the spacing "time" gets the process's t_min. Its grid then ends with a short step
-  from t_min to 0. In all other cases the result is 0, and the grid has no short step. Rules of high order would
+  from t_min to 0. In all other cases the result is 0, and the grid has no short last step. Rules of high order would
   overshoot in the long step down to t_min.
   """
   return process.t_min if sampler.spacing == "time" and not process.num_steps else 0.0
@@ -108,7 +110,7 @@ def karras(
   The times run from t_max to `t_min`, by default the process's t_min. A larger `rho` puts more of the steps near t_min.
   """
   if not 0 < rho < np.inf:
-    raise ValueError(f"Got rho={rho}; expected a number above 0, such as 7.")
+    raise ValueError(f"Got rho={rho}; expected a finite number above 0, such as 7.")
 
   # In logarithms: (sigma/alpha)^(1/rho) = exp(-log-SNR / (2 rho)).
   def value_of(t):
@@ -194,7 +196,7 @@ def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int 
     )
   last = last_step(process)
   if not min_steps <= num_steps <= last:
-    raise ValueError(f"Got num_steps={num_steps}; expected {min_steps} to {last}, the number of steps of the process.")
+    raise ValueError(f"Got num_steps={num_steps}; expected {min_steps} to {last}, the number of steps up to t_max.")
   return last, process.num_steps
 
 

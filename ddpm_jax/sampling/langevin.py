@@ -29,13 +29,16 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
     sampler: the predictor. The predictor `ode` follows the flow from each time of the grid to the next.
     process: the predictor's forward process.
     snr: the paper's signal-to-noise ratio r. The paper uses 0.16 for VE and VP.
-    num_steps: the number of Langevin steps before each step of the predictor. Each calls the network once.
+    num_steps: the number of Langevin steps before each step of the predictor. Each Langevin step calls the network
+      once.
 
   Raises:
-    ValueError: if snr is not positive or num_steps is below 1.
+    ValueError: if snr is not positive and finite, or num_steps is not an integer of at least 1.
   """
   if not 0 < snr < math.inf or num_steps < 1 or num_steps != int(num_steps):
-    raise ValueError(f"Got snr={snr}, num_steps={num_steps}; expected snr above 0 and at least 1 step.")
+    raise ValueError(
+      f"Got snr={snr}, num_steps={num_steps}; expected a finite snr above 0 and an integer num_steps of at least 1."
+    )
 
   def step(key, denoise, x_t, memory, t, s):
     alpha, variance = process.alpha(t), process.sigma(t) ** 2

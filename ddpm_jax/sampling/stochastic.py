@@ -20,7 +20,8 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
       (Nichol and Dhariwal 2021, equation 15).
 
   Raises:
-    ValueError: if `variance` has another value. In a step, if it is "learned" and `denoise` returns no variance.
+    ValueError: if `variance` has another value. A step raises it if `variance` is "learned" and `denoise` returns no
+      variance.
   """
   if variance not in ("small", "large", "learned"):
     raise ValueError(f"Got variance={variance!r}; expected 'small', 'large' or 'learned'.")
